@@ -1,0 +1,45 @@
+"""Time comes in through a parameter, so that the simulation can turn it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from datetime import UTC, datetime
+from typing import Protocol
+
+
+class Clock(Protocol):
+    """What the plugin knows of time. Durations are seconds."""
+
+    def monotonic(self) -> float:
+        """Seconds on this node's own monotonic clock. All decisions are made on it."""
+        ...
+
+    def now(self) -> datetime:
+        """Wall clock in UTC, only for what people read."""
+        ...
+
+    async def sleep(self, seconds: float) -> None:
+        """Cancel-safe."""
+        ...
+
+    def timeout(self, seconds: float) -> contextlib.AbstractAsyncContextManager[object]:
+        """Like asyncio.timeout: raises TimeoutError inside the block's owner when the time is up."""
+        ...
+
+
+class SystemClock:
+    """The real one."""
+
+    def monotonic(self) -> float:
+        return time.monotonic()
+
+    def now(self) -> datetime:
+        return datetime.now(UTC)
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
+    def timeout(self, seconds: float) -> contextlib.AbstractAsyncContextManager[object]:
+        return asyncio.timeout(seconds)

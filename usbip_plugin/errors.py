@@ -1,0 +1,267 @@
+"""The one error tree. Every message says what is wrong, where, and, where it can be known, what to do about it.
+
+PluginError
++-- ConfigError                 the configuration file; carries every problem of the file
++-- UsbipError                  a USB/IP server; carries the server
+|   +-- ServerUnreachable       connect failed, refused, reset, no such host
+|   +-- ServerTimeout           no answer in time
+|   +-- MalformedReply          an answer that breaks the protocol or its bounds
+|   +-- DeviceBusy              import refused: status 2, exported to another client
+|   +-- DeviceUnknown           import refused: status 4, not exported
+|   +-- ImportRefused           import refused with any other status
+|   +-- WrongDevice             another vendor:product than promised
++-- VhciError                   this node's kernel
+|   +-- DriverMissing           vhci_hcd is not loaded, or its sysfs is not there
+|   +-- DriverNotWritable       attach/detach cannot be written
+|   +-- PortsExhausted          no free port on the hub of that speed
+|   +-- AttachRefused           the kernel refused the attach write
+|   +-- AttachStuck             attached, but never enumerated
+|   +-- DetachFailed            the port did not become free
++-- LockError                   the cluster-wide lock
+|   +-- LockHeld                another node holds it
+|   +-- LockLost                it was ours and is not any more
+|   +-- LockUnavailable         the API server did not answer, so nobody knows
++-- KubeError                   the API server
+|   +-- KubeUnreachable         no connection, or no answer in time
+|   +-- KubeUnauthorized        401
+|   +-- KubeForbidden           403; names verb and resource
+|   +-- KubeNotFound            404
+|   +-- KubeConflict            409
+|   +-- KubeGone                410; relist
+|   +-- KubeThrottled           429; carries retry_after
+|   +-- KubeServerError         5xx, or an answer that cannot be read
++-- KubeletError                the kubelet
+|   +-- RegistrationFailed
+|   +-- PodResourcesUnavailable
++-- AllocateError               what Allocate answers; wraps the cause
+    +-- UnknownDevice           an ID this node does not know
+    +-- AllocateTimeout         allocateTimeout passed
+    +-- ClaimBusy               the device is being released on this node
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from usbip_plugin.model import DeviceKey, ServerKey, UsbId
+
+
+class PluginError(Exception):
+    """Base of everything this project raises on purpose."""
+
+
+class ConfigError(PluginError):
+    """A configuration that cannot be used. problems: one line each, each with its place in the file."""
+
+    def __init__(self, source: str, problems: Sequence[str]) -> None:
+        self.source = source
+        self.problems = tuple(problems)
+        count = f"{len(self.problems)} problem{'s' if len(self.problems) != 1 else ''}"
+        super().__init__("\n".join([f"{source}: {count}", *self.problems]))
+
+
+class UsbipError(PluginError):
+    """Something about a USB/IP server. The message always begins with the server."""
+
+    def __init__(self, server: ServerKey, message: str) -> None:
+        self.server = server
+        super().__init__(f"USB/IP server {server}: {message}")
+
+
+class ServerUnreachable(UsbipError):
+    """No connection: refused, reset, no route, no such host."""
+
+
+class ServerTimeout(UsbipError):
+    """No answer within the time allowed (seconds)."""
+
+    def __init__(self, server: ServerKey, doing: str, seconds: float) -> None:
+        self.seconds = seconds
+        super().__init__(server, f"no answer to {doing} within {seconds:g} s")
+
+
+class MalformedReply(UsbipError):
+    """A reply that breaks the protocol or one of the bounds put on it."""
+
+
+class ImportRefused(UsbipError):
+    """The server answered IMPORT with a status other than 0. status: the number in the reply."""
+
+    def __init__(self, key: DeviceKey, status: int, message: str | None = None) -> None:
+        self.key = key
+        self.status = status
+        super().__init__(key.server, message or f"refused to export {key.busid} (status {status})")
+
+
+class DeviceBusy(ImportRefused):
+    """Status 2: exported to another client already."""
+
+    def __init__(self, key: DeviceKey) -> None:
+        super().__init__(key, 2, f"{key.busid} is in use by another client (status 2)")
+
+
+class DeviceUnknown(ImportRefused):
+    """Status 4: no such busid, or not bound to usbip-host."""
+
+    def __init__(self, key: DeviceKey) -> None:
+        super().__init__(
+            key, 4, f"{key.busid} is not exported (status 4); bind it there with: usbip bind -b {key.busid}"
+        )
+
+
+class WrongDevice(UsbipError):
+    """Behind the busid stands another device than the one promised."""
+
+    def __init__(self, key: DeviceKey, promised: UsbId, found: UsbId) -> None:
+        self.key, self.promised, self.found = key, promised, found
+        super().__init__(key.server, f"{key.busid} was promised as {promised} and turned out to be {found}")
+
+
+class VhciError(PluginError):
+    """This node's kernel or its sysfs."""
+
+
+class DriverMissing(VhciError):
+    """vhci_hcd is not there."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(f"vhci_hcd is not loaded: {path} does not exist; run on this node: modprobe vhci-hcd")
+
+
+class DriverNotWritable(VhciError):
+    """attach or detach cannot be written by this process."""
+
+    def __init__(self, path: str, cause: str) -> None:
+        super().__init__(
+            f"cannot write {path}: {cause}; the plugin must run as root with /sys/devices/platform mounted writable"
+        )
+
+
+class PortsExhausted(VhciError):
+    """Every port of the right hub (hs or ss) is in use."""
+
+    def __init__(self, hub: str, total: int) -> None:
+        self.hub, self.total = hub, total
+        super().__init__(f"all {total} {hub} ports of vhci_hcd are in use on this node")
+
+
+class AttachRefused(VhciError):
+    """The kernel refused the write to attach."""
+
+
+class AttachStuck(VhciError):
+    """The port was taken and the device did not enumerate in time; the port has been freed again. Worth one more try."""
+
+
+class DetachFailed(VhciError):
+    """The port did not become free in time."""
+
+
+class LockError(PluginError):
+    """The cluster-wide lock of one device."""
+
+
+class LockHeld(LockError):
+    """Another node holds the lock. since: RFC 3339 text, pod: namespace/name, each None if the lock does not say."""
+
+    def __init__(self, device: str, holder: str, pod: str | None = None, since: str | None = None) -> None:
+        self.device, self.holder, self.pod, self.since = device, holder, pod, since
+        text = f"{device} is held by node {holder}"
+        if pod:
+            text += f" for pod {pod}"
+        if since:
+            text += f" since {since}"
+        super().__init__(text)
+
+
+class LockLost(LockError):
+    """The lock was this node's and now names somebody else (or nobody)."""
+
+    def __init__(self, device: str, holder: str) -> None:
+        self.device, self.holder = device, holder
+        super().__init__(f"lock of {device} lost: " + (f"node {holder} holds it now" if holder else "it was released"))
+
+
+class LockUnavailable(LockError):
+    """The lock could not be read or written, so nothing may be attached."""
+
+    def __init__(self, device: str, cause: str) -> None:
+        self.device = device
+        super().__init__(f"cannot lock {device}: {cause}")
+
+
+class KubeError(PluginError):
+    """An API request failed. verb and resource as RBAC names them, e.g. "update", "leases.coordination.k8s.io"."""
+
+    def __init__(self, verb: str, resource: str, message: str) -> None:
+        self.verb, self.resource = verb, resource
+        super().__init__(f"API server: {verb} {resource}: {message}")
+
+
+class KubeUnreachable(KubeError):
+    """No connection or no answer in time. The request may or may not have been carried out."""
+
+
+class KubeUnauthorized(KubeError):
+    """401: the token is missing, wrong or expired."""
+
+
+class KubeForbidden(KubeError):
+    """403: the ServiceAccount lacks the verb on the resource."""
+
+    def __init__(self, verb: str, resource: str, message: str) -> None:
+        super().__init__(verb, resource, f"forbidden; grant it to the ServiceAccount, see rbac/: {message}")
+
+
+class KubeNotFound(KubeError):
+    """404."""
+
+
+class KubeConflict(KubeError):
+    """409: AlreadyExists on create, or a stale resourceVersion on replace. May be one's own retried write."""
+
+
+class KubeGone(KubeError):
+    """410: the resourceVersion is compacted away; list anew."""
+
+
+class KubeThrottled(KubeError):
+    """429. retry_after: seconds the server asked for, or None."""
+
+    def __init__(self, verb: str, resource: str, retry_after: float | None) -> None:
+        self.retry_after = retry_after
+        super().__init__(verb, resource, "too many requests")
+
+
+class KubeServerError(KubeError):
+    """5xx, or an answer that is not what the API promises."""
+
+
+class KubeletError(PluginError):
+    """The node's kubelet."""
+
+
+class RegistrationFailed(KubeletError):
+    """The kubelet did not accept the registration of a resource."""
+
+
+class PodResourcesUnavailable(KubeletError):
+    """pod-resources could not be listed, so nobody knows which pods use what; nothing is released meanwhile."""
+
+
+class AllocateError(PluginError):
+    """An Allocate that was refused. The message goes to the pod's event: it names device, server or holder."""
+
+
+class UnknownDevice(AllocateError):
+    """The kubelet asked for an ID this node does not know."""
+
+
+class AllocateTimeout(AllocateError):
+    """allocateTimeout (seconds) passed; what had been done was undone."""
+
+
+class ClaimBusy(AllocateError):
+    """The device is being let go on this node; the next try will find it free."""

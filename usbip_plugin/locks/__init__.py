@@ -1,0 +1,1 @@
+"""Cluster-wide device locks on coordination.k8s.io/v1 Leases."""

@@ -1,0 +1,211 @@
+"""The frozen dataclasses every part of the plugin speaks in. No I/O, no logic beyond derived names."""
+
+from __future__ import annotations
+
+import base64
+import enum
+import hashlib
+from dataclasses import dataclass
+from datetime import datetime
+
+DEVICE_ID_PREFIX = "usbip-"
+SESSION_PREFIX = "usbip-node-"
+DEFAULT_USBIP_PORT = 3240
+_ID_CHARACTERS = 20
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class ServerKey:
+    """A USB/IP server, by the host exactly as configured (never resolved: it must read the same on every node)."""
+
+    host: str
+    port: int = DEFAULT_USBIP_PORT
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}"
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class DeviceKey:
+    """The identity of a device: the same on every node."""
+
+    server: ServerKey
+    busid: str
+
+    def __str__(self) -> str:
+        return f"{self.server}/{self.busid}"
+
+    @property
+    def id(self) -> str:
+        """Device ID towards the kubelet and name of the lock Lease: 26 characters, a valid DNS label."""
+        text = f"{self.server.host}:{self.server.port}/{self.busid}"
+        digest = base64.b32encode(hashlib.sha256(text.encode()).digest()).decode("ascii")
+        return DEVICE_ID_PREFIX + digest[:_ID_CHARACTERS].lower()
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class UsbId:
+    """vendor:product, 16 bits each."""
+
+    vendor: int
+    product: int
+
+    def __str__(self) -> str:
+        return f"{self.vendor:04x}:{self.product:04x}"
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class InterfaceClass:
+    """bInterfaceClass, bInterfaceSubClass, bInterfaceProtocol."""
+
+    class_: int
+    subclass: int
+    protocol: int
+
+
+@dataclass(frozen=True, slots=True)
+class Descriptor:
+    """What a USB/IP server says about one device in a DEVLIST entry or an IMPORT reply.
+
+    speed is the kernel's enum usb_device_speed (1 low, 2 full, 3 high, 4 wireless, 5 super, 6 super-plus).
+    interfaces is empty in an IMPORT reply, which does not carry them.
+    """
+
+    busid: str
+    path: str
+    busnum: int
+    devnum: int
+    speed: int
+    usb_id: UsbId
+    bcd_device: int
+    device_class: int
+    device_subclass: int
+    device_protocol: int
+    configuration: int
+    num_configurations: int
+    num_interfaces: int
+    interfaces: tuple[InterfaceClass, ...] = ()
+
+    @property
+    def devid(self) -> int:
+        """The number vhci_hcd wants: busnum << 16 | devnum."""
+        return self.busnum << 16 | self.devnum
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class DeviceNode:
+    """A device node of an attached device. kind: usb, tty, hidraw, input, video4linux, sound, block, usbmisc."""
+
+    path: str
+    kind: str
+    block: bool
+    major: int
+    minor: int
+
+
+@dataclass(frozen=True, slots=True)
+class Attachment:
+    """A device attached to a port of this node's vhci_hcd, enumerated and authorised.
+
+    local_busid is the name under /sys/bus/usb/devices; nodes has the USB node first, then its children by path.
+    """
+
+    key: DeviceKey
+    port: int
+    local_busid: str
+    usb_id: UsbId
+    serial: str | None
+    nodes: tuple[DeviceNode, ...]
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class PodRef:
+    """A pod, as the lock names it. uid is None where only pod-resources is known, which does not carry it."""
+
+    namespace: str
+    name: str
+    uid: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.namespace}/{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class NodeIdentity:
+    """This node: its Kubernetes name and the kernel's boot id (/proc/sys/kernel/random/boot_id)."""
+
+    node: str
+    boot_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Lock:
+    """A lock Lease as read. Times are wall clock, for people only; no decision uses them.
+
+    holder is "" when released; epoch is leaseTransitions; duration is leaseDurationSeconds.
+    """
+
+    device_id: str
+    holder: str
+    epoch: int
+    duration: float
+    resource_version: str
+    acquired_at: datetime | None = None
+    renewed_at: datetime | None = None
+    server: str | None = None
+    busid: str | None = None
+    usb_id: str | None = None
+    serial: str | None = None
+    boot_id: str | None = None
+    port: int | None = None
+    pod: PodRef | None = None
+    traceparent: str | None = None
+
+
+class Reason(enum.Enum):
+    """Why a device is advertised as it is. One enum for kubelet, log, metric, page and command line."""
+
+    FREE = "free"
+    ATTACHED = "attached here"
+    IN_PROGRESS = "being allocated here"
+    HOLDER_EXPIRED = "its holder is gone; may be taken over"
+    HELD_ELSEWHERE = "held by another node"
+    LOST = "attachment lost, re-attaching"
+    LOCK_LOST = "lock lost to another node"
+    SERVER_UNREACHABLE = "server unreachable"
+    NOT_LISTED = "not exported by its server"
+    IN_USE = "in use on the server by somebody else"
+    LISTED_WRONG = "the server lists another device under this bus id"
+    API_UNREACHABLE = "API server unreachable"
+    NO_DRIVER = "vhci_hcd is not loaded on this node"
+    NO_PORT = "no free vhci port on this node"
+    UNKNOWN = "not seen yet"
+
+    @property
+    def healthy(self) -> bool:
+        return self in _HEALTHY
+
+
+_HEALTHY = frozenset({Reason.FREE, Reason.ATTACHED, Reason.IN_PROGRESS, Reason.HOLDER_EXPIRED})
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """Healthy or not, and why. detail is a sentence for people: it names server, holder, pod, since when."""
+
+    reason: Reason
+    detail: str = ""
+
+    @property
+    def healthy(self) -> bool:
+        return self.reason.healthy
+
+
+@dataclass(frozen=True, slots=True)
+class Advertised:
+    """One device as one resource advertises it to the kubelet."""
+
+    id: str
+    key: DeviceKey
+    health: Health
