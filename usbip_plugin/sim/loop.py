@@ -36,7 +36,7 @@ class _JumpingSelector(selectors.DefaultSelector):
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         ready = super().select(0)
-        if ready:
+        if ready or (timeout is not None and timeout <= 0):
             return ready
         if self.threads_busy:
             # A thread works in real time; virtual time stands still until it has answered.
@@ -47,8 +47,7 @@ class _JumpingSelector(selectors.DefaultSelector):
                 msg = f"virtual loop: nothing to do for {STALL_S:g} s of real time and no timer set"
                 raise Deadlock(msg)
             return ready
-        if timeout > 0:
-            self.virtual_time += timeout
+        self.virtual_time += timeout
         return []
 
 
