@@ -1,0 +1,95 @@
+"""Import parts of kubernetes_asyncio without the rest: all of it is 1,259 modules and 58 MiB the plugin never uses.
+
+install() makes the package __init__ files of kubernetes_asyncio lazy. A name that one of them would have imported is
+imported when it is first asked for (PEP 562), from where that file's own import lines say it comes. urllib3, which
+kubernetes_asyncio imports for one function nobody calls here, is loaded on first use.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+PACKAGE = "kubernetes_asyncio"
+_LAZY_LIBRARIES = ("urllib3",)
+
+
+def origins(source: str, package: str) -> dict[str, tuple[str, str | None]]:
+    """The names that a package file binds by importing: name -> (module, attribute), attribute None for a module."""
+    found: dict[str, tuple[str, str | None]] = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ImportFrom) and node.module != "__future__":
+            base = package.rsplit(".", node.level - 1)[0] if node.level else ""
+            module = ".".join(part for part in (base, node.module) if part)
+            found.update({alias.asname or alias.name: (module, alias.name) for alias in node.names})
+        elif isinstance(node, ast.Import):
+            found.update({alias.asname: (alias.name, None) for alias in node.names if alias.asname})
+    return found
+
+
+def constants(source: str) -> dict[str, Any]:
+    """The names that a package file binds to literals, such as __version__ and __all__."""
+    found: dict[str, Any] = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
+            try:
+                found[node.targets[0].id] = ast.literal_eval(node.value)
+            except ValueError:
+                continue
+    return found
+
+
+class _LazyPackage(Loader):
+    """Executes a package by giving it a __getattr__ instead of running its file."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        name, file = module.__name__, str(module.__file__)
+
+        def getattr_(attribute: str) -> Any:
+            source = Path(file).read_text(encoding="utf-8")
+            origin = origins(source, name).get(attribute)
+            if origin is not None:
+                value: Any = importlib.import_module(origin[0])
+                if origin[1] is not None:
+                    value = getattr(value, origin[1])
+            else:
+                literals = constants(source)
+                if attribute not in literals:
+                    msg = f"module {name!r} has no attribute {attribute!r}"
+                    raise AttributeError(msg)
+                value = literals[attribute]
+            setattr(module, attribute, value)
+            return value
+
+        module.__dict__["__getattr__"] = getattr_
+
+
+class _Finder(MetaPathFinder):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname.partition(".")[0] == PACKAGE:
+            spec = PathFinder.find_spec(fullname, path, target)
+            if spec is not None and spec.submodule_search_locations is not None and spec.origin is not None:
+                spec.loader = _LazyPackage()
+            return spec
+        if fullname in _LAZY_LIBRARIES:
+            spec = PathFinder.find_spec(fullname, path, target)
+            if spec is not None and spec.loader is not None:
+                spec.loader = importlib.util.LazyLoader(spec.loader)
+            return spec
+        return None
+
+
+def install() -> None:
+    """Make later imports of kubernetes_asyncio narrow. Does nothing if it is imported already, or the second time."""
+    if PACKAGE not in sys.modules and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())

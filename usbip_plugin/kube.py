@@ -1,0 +1,380 @@
+"""The one way to the API server: configuration, request, list and watch, as plain dicts.
+
+Only the configuration loaders and the HTTP client of kubernetes_asyncio are used (see _narrow.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import yaml
+
+from usbip_plugin import _narrow
+from usbip_plugin.clock import Clock, SystemClock
+from usbip_plugin.errors import (
+    ConfigError,
+    KubeConflict,
+    KubeError,
+    KubeForbidden,
+    KubeGone,
+    KubeNotFound,
+    KubeServerError,
+    KubeThrottled,
+    KubeUnauthorized,
+    KubeUnreachable,
+)
+
+_narrow.install()
+
+from kubernetes_asyncio.client.configuration import Configuration  # noqa: E402
+from kubernetes_asyncio.client.rest import RESTClientObject  # noqa: E402
+from kubernetes_asyncio.config.config_exception import ConfigException  # noqa: E402
+from kubernetes_asyncio.config.incluster_config import InClusterConfigLoader  # noqa: E402
+
+REQUEST_TIMEOUT_S = 5.0
+# The API server sends a bookmark about every 60 s on an idle watch.
+WATCH_IDLE_S = 90.0
+WATCH_SERVER_TIMEOUT_S = 300
+# A token file is read again this often; the kubelet rotates it long before the token expires.
+TOKEN_PERIOD_S = 60.0
+LIST_PAGE = 500
+# etcd refuses objects beyond 1.5 MiB, so no honest watch event is longer.
+MAX_EVENT_BYTES = 4 << 20
+MAX_BODY_BYTES = 64 << 20
+MAX_MESSAGE = 500
+# A peer that vanished without a word is noticed on an idle watch after 10 + 3 * 5 s.
+KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_COUNT = 10, 5, 3
+
+_SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+_HTTP_METHODS = {
+    "get": "GET",
+    "list": "GET",
+    "watch": "GET",
+    "create": "POST",
+    "update": "PUT",
+    "patch": "PATCH",
+    "delete": "DELETE",
+}
+
+Params = Mapping[str, str]
+
+
+class KubeClient:
+    """Requests to one API server. Made by connect()."""
+
+    def __init__(
+        self,
+        configuration: Configuration,
+        reload_token: Callable[[], Awaitable[str | None]],
+        clock: Clock,
+        token_period: float | None = None,
+    ) -> None:
+        """reload_token reads the credentials anew and returns the Authorization header; token_period in seconds."""
+        self._host: str = str(configuration.host).rstrip("/")
+        self._rest = RESTClientObject(configuration)
+        self._authorization: str | None = configuration.api_key.get("BearerToken")
+        self._reload_token = reload_token
+        self._token_period = token_period
+        self._token_read = clock.monotonic()
+        self._clock = clock
+
+    async def close(self) -> None:
+        """Close every connection. Requests in flight fail with KubeUnreachable."""
+        await self._rest.close()
+
+    async def request(
+        self,
+        verb: str,
+        path: str,
+        *,
+        resource: str,
+        params: Params | None = None,
+        body: Any = None,
+        content_type: str = "application/json",
+        timeout: float = REQUEST_TIMEOUT_S,
+    ) -> dict[str, Any]:
+        """One request, answered with the decoded JSON object.
+
+        verb and resource as RBAC names them ("update", "leases.coordination.k8s.io"); timeout in seconds for the whole.
+        Raises the KubeError family. A cancelled or unanswered write may still be carried out.
+        """
+        with _translated(verb, resource):
+            async with self._clock.timeout(timeout):
+                response = await self._send(verb, path, resource, params, body, content_type, timeout)
+                async with response:
+                    data = await _read_bounded(response, verb, resource)
+        return _decode(data, verb, resource)
+
+    async def list(
+        self, path: str, *, resource: str, params: Params | None = None, timeout: float = REQUEST_TIMEOUT_S
+    ) -> dict[str, Any]:
+        """A whole collection: {"metadata": ..., "items": [...]} at one resourceVersion. timeout is for each page."""
+        items: list[Any] = []
+        query = {"limit": str(LIST_PAGE), **(params or {})}
+        while True:
+            page = await self.request("list", path, resource=resource, params=query, timeout=timeout)
+            metadata = page.get("metadata")
+            found = page.get("items") or []
+            if not isinstance(metadata, dict) or not isinstance(found, list):
+                raise KubeServerError("list", resource, "the answer is not a list")
+            items += found
+            token = metadata.get("continue")
+            if not token:
+                return {**page, "items": items}
+            query = {**query, "continue": str(token)}
+
+    async def watch(
+        self, path: str, *, resource: str, params: Params | None = None, timeout: float = WATCH_SERVER_TIMEOUT_S
+    ) -> AsyncIterator[dict[str, Any]]:
+        """Raw watch events {"type", "object"} as they come, bookmarks included.
+
+        Ends when the server ends it, which it is asked to do after timeout seconds. KubeGone when the
+        resourceVersion is too old; KubeUnreachable when the connection breaks or is silent for WATCH_IDLE_S.
+        Who leaves it early closes it (contextlib.aclosing).
+        """
+        query = {
+            "watch": "true",
+            "allowWatchBookmarks": "true",
+            "timeoutSeconds": str(max(1, int(timeout))),
+            **(params or {}),
+        }
+        with _translated("watch", resource):
+            async with self._clock.timeout(REQUEST_TIMEOUT_S):
+                response = await self._send("watch", path, resource, query, None, "application/json", None)
+            async with response:
+                _keep_alive(response)
+                async for line in _lines(response.content, resource):
+                    yield _event(line, resource)
+
+    async def _send(
+        self,
+        verb: str,
+        path: str,
+        resource: str,
+        params: Params | None,
+        body: Any,
+        content_type: str,
+        timeout: float | None,
+    ) -> aiohttp.ClientResponse:
+        """The response to a request that was not refused; its body is still unread."""
+        await self._refresh_when_due()
+        response = await self._send_once(verb, path, params, body, content_type, timeout)
+        if response.status == 401:
+            response.release()
+            await self._refresh()
+            response = await self._send_once(verb, path, params, body, content_type, timeout)
+        if not 200 <= response.status <= 299:
+            async with response:
+                raise await _refusal(response, verb, resource)
+        return response
+
+    async def _send_once(
+        self, verb: str, path: str, params: Params | None, body: Any, content_type: str, timeout: float | None
+    ) -> aiohttp.ClientResponse:
+        headers = {"Accept": "application/json", "Content-Type": content_type}
+        if self._authorization:
+            headers["Authorization"] = self._authorization
+        response: aiohttp.ClientResponse = await self._rest.request(
+            _HTTP_METHODS[verb],
+            self._host + path,
+            query_params=dict(params or {}),
+            headers=headers,
+            body=body,
+            _preload_content=False,
+            _request_timeout=aiohttp.ClientTimeout(total=timeout, sock_read=None if timeout else WATCH_IDLE_S),
+        )
+        return response
+
+    async def _refresh_when_due(self) -> None:
+        if self._token_period is not None and self._clock.monotonic() - self._token_read >= self._token_period:
+            await self._refresh()
+
+    async def _refresh(self) -> None:
+        self._token_read = self._clock.monotonic()
+        self._authorization = await self._reload_token()
+
+
+async def connect(
+    kubeconfig: str | None = None,
+    *,
+    clock: Clock | None = None,
+    environ: Mapping[str, str] = os.environ,
+    service_account: Path = _SERVICE_ACCOUNT,
+) -> KubeClient:
+    """A client for: kubeconfig if given, else $KUBECONFIG, else the pod's ServiceAccount, else ~/.kube/config.
+
+    Nothing is sent yet. ConfigError when no usable configuration is found. Close the client in the end.
+    """
+    path = kubeconfig or environ.get("KUBECONFIG")
+    if path is None and "KUBERNETES_SERVICE_HOST" not in environ:
+        path = "~/.kube/config"
+    use_clock = clock or SystemClock()
+    if path is not None:
+        return await _from_kubeconfig(path, use_clock)
+    return _from_service_account(environ, service_account, use_clock)
+
+
+def _from_service_account(environ: Mapping[str, str], directory: Path, clock: Clock) -> KubeClient:
+    token, authority = directory / "token", directory / "ca.crt"
+    configuration = Configuration()
+    try:
+        InClusterConfigLoader(
+            token_filename=str(token), cert_filename=str(authority), try_refresh_token=False, environ=dict(environ)
+        ).load_and_set(configuration)
+        header = _token_header(token)
+    except (ConfigException, OSError) as error:
+        raise ConfigError("ServiceAccount", [f"{directory}: {error}"]) from error
+    configuration.api_key["BearerToken"] = header
+
+    async def reload_token() -> str | None:
+        return _token_header(token)
+
+    return KubeClient(configuration, reload_token, clock, TOKEN_PERIOD_S)
+
+
+def _token_header(path: Path) -> str:
+    return "Bearer " + path.read_text(encoding="ascii").strip()
+
+
+async def _from_kubeconfig(path: str, clock: Clock) -> KubeClient:
+    from kubernetes_asyncio.config.kube_config import load_kube_config  # noqa: PLC0415 - 3 MiB no pod needs
+
+    async def load() -> Configuration:
+        configuration = Configuration()
+        await load_kube_config(config_file=path, client_configuration=configuration, persist_config=False)
+        token = configuration.api_key.get("BearerToken")
+        if token:
+            configuration.api_key["BearerToken"] = token.strip()
+        return configuration
+
+    if not _any_file(path):
+        raise ConfigError(path, ["no such file; name one with KUBECONFIG or run in a pod with a ServiceAccount"])
+    try:
+        configuration = await load()
+    except (ConfigException, OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise ConfigError(path, [f"not a usable kubeconfig: {error}"]) from error
+
+    async def reload_token() -> str | None:
+        try:
+            header: str | None = (await load()).api_key.get("BearerToken")
+        except (ConfigException, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
+            msg = f"kubeconfig {path}: {error}"
+            raise OSError(msg) from error
+        return header
+
+    return KubeClient(configuration, reload_token, clock)
+
+
+def _any_file(path: str) -> bool:
+    return any(Path(part).expanduser().is_file() for part in path.split(os.pathsep) if part)
+
+
+@contextlib.contextmanager
+def _translated(verb: str, resource: str) -> Any:
+    """What the network, TLS and the token file raise, as KubeUnreachable."""
+    try:
+        yield
+    except TimeoutError as error:
+        raise KubeUnreachable(verb, resource, "no answer in time") from error
+    except (aiohttp.ClientError, OSError) as error:
+        raise KubeUnreachable(verb, resource, str(error) or type(error).__name__) from error
+    except RuntimeError as error:
+        # aiohttp's way to say that the session was closed under a request
+        if "closed" not in str(error):
+            raise
+        raise KubeUnreachable(verb, resource, "the client is closed") from error
+
+
+async def _read_bounded(response: aiohttp.ClientResponse, verb: str, resource: str) -> bytes:
+    parts: list[bytes] = []
+    size = 0
+    async for part in response.content.iter_any():
+        size += len(part)
+        if size > MAX_BODY_BYTES:
+            raise KubeServerError(verb, resource, f"the answer is longer than {MAX_BODY_BYTES} bytes")
+        parts.append(part)
+    return b"".join(parts)
+
+
+async def _lines(content: aiohttp.StreamReader, resource: str) -> AsyncIterator[bytes]:
+    """Lines as soon as each is complete."""
+    buffer = bytearray()
+    async for part in content.iter_any():
+        buffer += part
+        *complete, rest = buffer.split(b"\n")
+        for line in complete:
+            if line.strip():
+                yield bytes(line)
+        buffer = bytearray(rest)
+        if len(buffer) > MAX_EVENT_BYTES:
+            raise KubeServerError("watch", resource, f"an event longer than {MAX_EVENT_BYTES} bytes")
+
+
+def _decode(data: bytes, verb: str, resource: str) -> dict[str, Any]:
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise KubeServerError(verb, resource, f"the answer is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise KubeServerError(verb, resource, "the answer is not a JSON object")
+    return value
+
+
+def _event(line: bytes, resource: str) -> dict[str, Any]:
+    event = _decode(line, "watch", resource)
+    if not isinstance(event.get("type"), str) or not isinstance(event.get("object"), dict):
+        raise KubeServerError("watch", resource, "an event without type and object")
+    if event["type"] == "ERROR":
+        status = event["object"]
+        code = status.get("code")
+        raise error_of(code if isinstance(code, int) else 500, status, "watch", resource, None)
+    return event
+
+
+async def _refusal(response: aiohttp.ClientResponse, verb: str, resource: str) -> KubeError:
+    data = (await _read_bounded(response, verb, resource))[: 1 << 20]
+    try:
+        status = json.loads(data)
+    except (ValueError, RecursionError):
+        status = {"message": data[:MAX_MESSAGE].decode("utf-8", "replace")}
+    return error_of(
+        response.status, status if isinstance(status, dict) else {}, verb, resource, response.headers.get("Retry-After")
+    )
+
+
+def error_of(code: int, status: Mapping[str, Any], verb: str, resource: str, retry_after: str | None) -> KubeError:
+    """The error for an HTTP code and the Status object that came with it."""
+    message = str(status.get("message") or status.get("reason") or f"HTTP {code}")[:MAX_MESSAGE]
+    if code == 429:
+        seconds = float(retry_after) if retry_after and retry_after.isdigit() else None
+        return KubeThrottled(verb, resource, seconds)
+    kinds: dict[int, Callable[[str, str, str], KubeError]] = {
+        401: KubeUnauthorized,
+        403: KubeForbidden,
+        404: KubeNotFound,
+        409: KubeConflict,
+        410: KubeGone,
+    }
+    if code in kinds:
+        return kinds[code](verb, resource, message)
+    if code >= 500:
+        return KubeServerError(verb, resource, f"{message} (HTTP {code})")
+    return KubeError(verb, resource, f"{message} (HTTP {code})")
+
+
+def _keep_alive(response: aiohttp.ClientResponse) -> None:
+    transport = response.connection.transport if response.connection is not None else None
+    sock = transport.get_extra_info("socket") if transport is not None else None
+    if sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_COUNT)
