@@ -1,0 +1,130 @@
+"""The device entries of a resource: target, selector, extras."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from usbip_plugin.config import scalars
+from usbip_plugin.config.document import Node, Problems
+from usbip_plugin.config.fields import Unknown, read_fields
+from usbip_plugin.config.matching import may_overlap
+from usbip_plugin.config.schema import DEFAULT_EXTRA_PERMISSIONS, DeviceSelector, Extra, Selector
+from usbip_plugin.model import DEFAULT_USBIP_PORT, ServerKey
+
+MAX_OVERLAP_WARNINGS = 20
+
+
+def read_device(node: Node, problems: Problems) -> DeviceSelector | None:
+    """One entry, or None with errors in problems."""
+    fields = read_fields(node, problems, ("target", "selector", "extras"), Unknown.WARN, "a device")
+    if fields is None:
+        return None
+    if "target" not in fields:
+        problems.error(node, "target: missing; say which server with target: {host: ..., port: 3240}")
+        target = None
+    else:
+        target = _target(fields["target"], problems)
+    if "selector" in fields:
+        selector = _selector(fields["selector"], problems)
+    else:
+        selector = Selector()
+        problems.warn(node, "selector: missing; the resource takes every device of this server")
+    extras = _extras(fields["extras"], problems) if "extras" in fields else ()
+    return DeviceSelector(target, selector, extras) if target is not None else None
+
+
+def report_overlaps(entries: Sequence[tuple[str, DeviceSelector, Node]], problems: Problems) -> None:
+    """Errors for entries of one resource that select the same, warnings for entries that may share a device.
+
+    entries: resource name, entry, place.
+    """
+    by_server: dict[ServerKey, list[tuple[str, DeviceSelector, Node]]] = {}
+    seen: dict[tuple[str, ServerKey, Selector], Node] = {}
+    overlaps = 0
+    for resource, device, place in entries:
+        first = seen.setdefault((resource, device.target, device.selector), place)
+        if first is not place:
+            problems.error(place, f"selects the same as {first.path} (line {first.line}); remove one of them")
+            continue
+        for other_resource, other, other_place in by_server.get(device.target, []):
+            if not may_overlap(device.selector, other.selector):
+                continue
+            overlaps += 1
+            shared = "counted once" if other_resource == resource else "offered by both and locked once"
+            if overlaps <= MAX_OVERLAP_WARNINGS:
+                problems.warn(place, f"may select a device of {other_place.path} too; such a device is {shared}")
+        by_server.setdefault(device.target, []).append((resource, device, place))
+
+
+def _target(node: Node, problems: Problems) -> ServerKey | None:
+    fields = read_fields(node, problems, ("host", "port"), Unknown.WARN, "a server")
+    if fields is None:
+        return None
+    if "host" not in fields:
+        problems.error(node, "host: missing; give the server's name or address")
+        return None
+    host = scalars.host(fields["host"], problems)
+    port = scalars.port(fields["port"], problems) if "port" in fields else DEFAULT_USBIP_PORT
+    return ServerKey(host, port) if host is not None and port is not None else None
+
+
+def _selector(node: Node, problems: Problems) -> Selector:
+    known = ("vendor", "product", "bus_id", "serial", "class")
+    fields = read_fields(node, problems, known, Unknown.WARN_UNLESS_TYPO, "a selector")
+    if fields is None:
+        return Selector()
+    selector = Selector(
+        vendor=_usb_id(fields.get("vendor"), problems),
+        product=_usb_id(fields.get("product"), problems),
+        bus_id=scalars.bus_id(fields["bus_id"], problems) if _given(fields.get("bus_id")) else None,
+        serial=(
+            scalars.text(fields["serial"], problems, longest=scalars.MAX_SERIAL_CHARACTERS)
+            if "serial" in fields
+            else None
+        ),
+        class_=scalars.class_code(fields["class"], problems) if "class" in fields else None,
+    )
+    if not fields or selector == Selector():
+        problems.warn(node, "selects nothing in particular; the resource takes every device of this server")
+    return selector
+
+
+def _given(node: Node | None) -> bool:
+    """An empty bus_id is as good as none: the Go program's zero value."""
+    return node is not None and node.scalar != ""
+
+
+def _usb_id(node: Node | None, problems: Problems) -> int | None:
+    if node is None:
+        return None
+    value = scalars.usb_number(node, problems, digits=4)
+    if value == 0:
+        problems.warn(node, "0 stands for any, as in the Go program; leave it out")
+        return None
+    return value
+
+
+def _extras(node: Node, problems: Problems) -> tuple[Extra, ...]:
+    if not node.is_sequence:
+        problems.error(node, f"{node.describe()} where a list is wanted, of hostPath, containerPath, permissions")
+        return ()
+    extras = []
+    for item in node.items():
+        fields = read_fields(item, problems, ("hostPath", "containerPath", "permissions"), Unknown.WARN, "an extra")
+        if fields is None:
+            continue
+        if "hostPath" not in fields:
+            problems.error(item, "hostPath: missing")
+            continue
+        host_path = scalars.absolute_path(fields["hostPath"], problems)
+        container_path = (
+            scalars.absolute_path(fields["containerPath"], problems) if "containerPath" in fields else host_path
+        )
+        permissions = (
+            scalars.permissions(fields["permissions"], problems)
+            if "permissions" in fields
+            else DEFAULT_EXTRA_PERMISSIONS
+        )
+        if host_path is not None and container_path is not None and permissions is not None:
+            extras.append(Extra(host_path, container_path, permissions))
+    return tuple(extras)

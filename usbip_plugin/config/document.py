@@ -1,0 +1,180 @@
+"""YAML text to a tree of nodes that still knows lines and raw text, with bounds on what a file may cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import yaml
+
+from usbip_plugin.errors import ConfigError
+
+MAX_FILE_BYTES = 1024 * 1024
+MAX_DEPTH = 16
+MAX_NODES = 50_000
+"""Counted with aliases expanded, so that a small file cannot stand for a large one."""
+MAX_PROBLEMS = 100
+
+_Loader: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_STR_TAG = "tag:yaml.org,2002:str"
+_NULL_TAG = "tag:yaml.org,2002:null"
+_MERGE = "<<"
+
+
+@dataclass(slots=True)
+class Problems:
+    """Collects errors and warnings of one file, each as "file:line: path: text"."""
+
+    source: str
+    errors: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def error(self, node: Node, text: str) -> None:
+        self.errors.append(self._line(node, text))
+
+    def warn(self, node: Node, text: str) -> None:
+        self.warnings.append(self._line(node, text))
+
+    def raise_if_any(self) -> None:
+        """ConfigError with everything found, cut at MAX_PROBLEMS."""
+        if self.errors:
+            shown = self.errors[:MAX_PROBLEMS]
+            if len(self.errors) > MAX_PROBLEMS:
+                shown.append(f"{self.source}: and {len(self.errors) - MAX_PROBLEMS} more")
+            raise ConfigError(self.source, shown)
+
+    def _line(self, node: Node, text: str) -> str:
+        path = f"{node.path}: " if node.path else ""
+        return f"{self.source}:{node.line}: {path}{text}"
+
+
+def normal_key(key: str) -> str:
+    """hostPath, host_path, host-path and hostpath are one key: the Go program's loader does not look at case."""
+    return key.lower().replace("_", "").replace("-", "")
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A YAML node with its place: path as in resources.storage[0].selector, line from 1."""
+
+    yaml: yaml.Node
+    path: str
+    line: int
+
+    @property
+    def scalar(self) -> str | None:
+        """Raw text of a scalar, as it stands in the file (0951 stays 0951), or None."""
+        return self.yaml.value if isinstance(self.yaml, yaml.ScalarNode) else None
+
+    @property
+    def quoted(self) -> bool:
+        """A scalar that the file marks as text by quotes."""
+        return isinstance(self.yaml, yaml.ScalarNode) and self.yaml.style is not None and self.yaml.tag == _STR_TAG
+
+    @property
+    def empty(self) -> bool:
+        """null, ~, or nothing after the colon."""
+        return self.yaml.tag == _NULL_TAG
+
+    @property
+    def is_mapping(self) -> bool:
+        return isinstance(self.yaml, yaml.MappingNode)
+
+    @property
+    def is_sequence(self) -> bool:
+        return isinstance(self.yaml, yaml.SequenceNode)
+
+    def describe(self) -> str:
+        """What stands there, for messages."""
+        if self.empty:
+            return "nothing"
+        if self.is_mapping:
+            return "a mapping"
+        return "a list" if self.is_sequence else repr(self.scalar)
+
+    def items(self) -> Iterator[Node]:
+        """Elements of a sequence; nothing for other nodes."""
+        if isinstance(self.yaml, yaml.SequenceNode):
+            for index, value in enumerate(self.yaml.value):
+                yield Node(value, f"{self.path}[{index}]", value.start_mark.line + 1)
+
+    def pairs(self, problems: Problems, same: Callable[[str], str] = normal_key) -> list[tuple[str, Node]]:
+        """Keys as written and values of a mapping, merge keys resolved. Duplicates and odd keys go to problems.
+
+        same: two keys for which it gives the same are one.
+        """
+        seen: dict[str, tuple[str, Node]] = {}
+        merged: list[Node] = []
+        if not isinstance(self.yaml, yaml.MappingNode):
+            return []
+        for key, value in self.yaml.value:
+            line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                problems.error(Node(key, self.path, line), "a key must be plain text")
+                continue
+            place = Node(value, f"{self.path}.{key.value}" if self.path else key.value, line)
+            if key.value == _MERGE and key.style is None:
+                merged.append(Node(value, self.path, line))
+            elif (normal := same(key.value)) in seen:
+                problems.error(place, f"given twice (first in line {seen[normal][1].line}); remove one")
+            else:
+                seen[normal] = (key.value, place)
+        for source in merged:
+            for mapping in (source, *source.items()):
+                for written, value in Node(mapping.yaml, self.path, mapping.line).pairs(problems, same):
+                    seen.setdefault(same(written), (written, value))
+        return list(seen.values())
+
+
+def read_document(text: str, source: str) -> Node | None:
+    """The root node of the one YAML document in text, or None if it is empty. ConfigError if it is no sound YAML.
+
+    Refused before any tree is built: more than MAX_FILE_BYTES, nesting beyond MAX_DEPTH, more than MAX_NODES nodes.
+    """
+    if len(text.encode("utf-8", "surrogatepass")) > MAX_FILE_BYTES:
+        raise ConfigError(source, [f"{source}: larger than {MAX_FILE_BYTES // 1024} KiB"])
+    try:
+        _check_events(text, source)
+        root = yaml.compose(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = mark.line + 1 if mark else 1
+        what = " ".join(part for part in (error.context, error.problem) if part)
+        raise ConfigError(source, [f"{source}:{line}: not valid YAML: {what}"]) from error
+    except yaml.YAMLError as error:
+        raise ConfigError(source, [f"{source}: not valid YAML: {' '.join(str(error).split())}"]) from error
+    if root is None:
+        return None
+    _check_expanded(root, source)
+    return Node(root, "", root.start_mark.line + 1)
+
+
+def _check_events(text: str, source: str) -> None:
+    """Bounds that must hold before compose() runs, which recurses."""
+    depth = 0
+    for count, event in enumerate(yaml.parse(text, Loader=_Loader)):
+        line = event.start_mark.line + 1 if event.start_mark else 1
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if depth > MAX_DEPTH:
+            raise ConfigError(source, [f"{source}:{line}: nested deeper than {MAX_DEPTH} levels"])
+        if count > 2 * MAX_NODES:
+            raise ConfigError(source, [f"{source}:{line}: more than {MAX_NODES} values"])
+
+
+def _check_expanded(root: yaml.Node, source: str) -> None:
+    """Refuses aliases that expand to more than MAX_NODES, or that contain themselves."""
+    stack = [(root, 0)]
+    count = 0
+    while stack:
+        node, depth = stack.pop()
+        count += 1
+        if count > MAX_NODES or depth > 2 * MAX_DEPTH:
+            line = node.start_mark.line + 1
+            raise ConfigError(source, [f"{source}:{line}: aliases expand to too much; write the values out"])
+        if isinstance(node, yaml.SequenceNode):
+            stack.extend((child, depth + 1) for child in node.value)
+        elif isinstance(node, yaml.MappingNode):
+            stack.extend((child, depth + 1) for pair in node.value for child in pair)

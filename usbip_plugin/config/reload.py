@@ -1,0 +1,152 @@
+"""The configuration file on disk: reading it, and noticing that it changed."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from asyncinotify import Event, Inotify, Mask, Watch
+
+from usbip_plugin.clock import Clock
+from usbip_plugin.config.document import MAX_FILE_BYTES
+from usbip_plugin.config.parse import parse_config
+from usbip_plugin.config.schema import Config
+from usbip_plugin.errors import ConfigError
+
+DEBOUNCE_S = 0.2
+"""A ConfigMap update is several events; an editor's save too."""
+RECHECK_S = 60.0
+"""The file is read anew this often, for file systems that give no events."""
+RETRY_S = 5.0
+"""The same while its directory is missing."""
+MAX_DRAINED_EVENTS = 1000
+
+_GONE = Mask.DELETE_SELF | Mask.MOVE_SELF | Mask.IGNORED | Mask.UNMOUNT
+_WATCHED = (
+    Mask.CREATE
+    | Mask.MOVED_TO
+    | Mask.MOVED_FROM
+    | Mask.CLOSE_WRITE
+    | Mask.DELETE
+    | Mask.DELETE_SELF
+    | Mask.MOVE_SELF
+    | Mask.ONLYDIR
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A configuration as read from disk. digest: of the file's bytes."""
+
+    config: Config
+    warnings: tuple[str, ...]
+    digest: bytes
+
+
+def load_config(path: Path) -> Loaded:
+    """Reads and checks the file, at most MAX_FILE_BYTES of it. ConfigError, also if it cannot be read. Blocking."""
+    data = _read(path)
+    return _parse(path, data)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        # O_NONBLOCK: a pipe in the file's place must not hang the plugin
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise ConfigError(str(path), [f"{path}: not a regular file"])
+            data = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(str(path), [f"{path}: cannot be read: {error.strerror}"]) from error
+    if len(data) > MAX_FILE_BYTES:
+        raise ConfigError(str(path), [f"{path}: larger than {MAX_FILE_BYTES // 1024} KiB"])
+    return data
+
+
+def _parse(path: Path, data: bytes) -> Loaded:
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ConfigError(str(path), [f"{path}:{line}: not UTF-8"]) from error
+    parsed = parse_config(text, str(path))
+    return Loaded(parsed.config, parsed.warnings, hashlib.sha256(data).digest())
+
+
+class ConfigWatcher:
+    """Follows the file; also one in a ConfigMap volume, where the kubelet swaps the symbolic link ..data.
+
+    on_config(config, warnings): the file has new contents and they are good, or are good again after an error.
+    on_error(error): the file has become unusable or vanished; the configuration told last stays in force. Told once
+    for as long as the error stays the same. Both are called in the event loop and must not block.
+    initial: what load_config gave at start; None makes the first reading be told too.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        clock: Clock,
+        on_config: Callable[[Config, tuple[str, ...]], None],
+        on_error: Callable[[ConfigError], None],
+        initial: Loaded | None = None,
+    ) -> None:
+        self._path = path
+        self._clock = clock
+        self._on_config = on_config
+        self._on_error = on_error
+        self._digest = initial.digest if initial else None
+        self._error: str | None = None
+        self._watch: Watch | None = None
+
+    async def run(self) -> None:
+        """Until cancelled; cancel-safe."""
+        with Inotify(sync_timeout=0) as inotify:
+            while True:
+                self._add_watch(inotify)  # before reading, so that no change falls in between
+                await self._check()
+                await self._wait(inotify)
+
+    def _add_watch(self, inotify: Inotify) -> None:
+        if self._watch is None:
+            try:
+                self._watch = inotify.add_watch(self._path.parent, _WATCHED)
+            except OSError:
+                self._watch = None  # the file cannot be read either, which _check tells
+
+    async def _wait(self, inotify: Inotify) -> None:
+        try:
+            async with self._clock.timeout(RETRY_S if self._watch is None else RECHECK_S):
+                self._note(await inotify.get())
+        except TimeoutError:
+            return
+        await self._clock.sleep(DEBOUNCE_S)
+        for _ in range(MAX_DRAINED_EVENTS):
+            event = inotify.sync_get()
+            if event is None:
+                break
+            self._note(event)
+
+    def _note(self, event: Event) -> None:
+        if event.mask & _GONE and (event.watch is None or event.watch is self._watch):
+            self._watch = None
+
+    async def _check(self) -> None:
+        try:
+            data = await asyncio.to_thread(_read, self._path)
+            digest = hashlib.sha256(data).digest()
+            if digest == self._digest and self._error is None:
+                return
+            loaded = await asyncio.to_thread(_parse, self._path, data)
+        except ConfigError as error:
+            if str(error) != self._error:
+                self._error = str(error)
+                self._on_error(error)
+            return
+        self._digest, self._error = loaded.digest, None
+        self._on_config(loaded.config, loaded.warnings)

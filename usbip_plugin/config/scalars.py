@@ -1,0 +1,210 @@
+"""Readers of single values. Each returns the value, or None after having put an error into problems."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+from enum import Enum
+from typing import TypeVar
+
+from usbip_plugin.config.document import Node, Problems
+
+MAX_PATH_CHARACTERS = 4096
+MAX_BUS_ID_GLOB = 64
+MAX_SERIAL_CHARACTERS = 126  # a string descriptor holds no more
+MAX_HOST_CHARACTERS = 253
+MAX_NAME_CHARACTERS = 63
+
+CLASS_NAMES = {
+    "audio": 0x01,
+    "comm": 0x02,
+    "cdc": 0x02,
+    "hid": 0x03,
+    "image": 0x06,
+    "printer": 0x07,
+    "mass-storage": 0x08,
+    "storage": 0x08,
+    "smart-card": 0x0B,
+    "video": 0x0E,
+    "wireless": 0xE0,
+    "vendor": 0xFF,
+}
+
+_HEX = re.compile(r"(?:0[xX])?([0-9a-fA-F]{1,4})")
+_GO_INTEGER = re.compile(r"[-+]?(?:0[xX][0-9a-fA-F_]+|0[oO]?[0-7_]+|0[bB][01_]+|[0-9][0-9_]*)")
+_GO_FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?")
+_DURATION_PART = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h)")
+_DURATION_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+_BUS_ID_GLOB = re.compile(r"[0-9A-Za-z.:*?\[\]!-]+")
+_HOST = re.compile(r"[0-9A-Za-z._:%-]+")
+_NAME = re.compile(r"[0-9A-Za-z](?:[0-9A-Za-z._-]*[0-9A-Za-z])?")
+_E = TypeVar("_E", bound=Enum)
+
+
+def usb_number(node: Node, problems: Problems, *, digits: int) -> int | None:
+    """A hexadecimal USB number of at most `digits` digits: quoted text, or unquoted where only one reading is possible.
+
+    The Go program gives unquoted numbers to a YAML integer: 0x1050 is hexadecimal, 1666 is decimal, 0666 is octal.
+    Where that differs from the hexadecimal reading both are named and the file is refused.
+    """
+    text = node.scalar
+    match = _HEX.fullmatch(text) if text is not None else None
+    as_hex = int(match[1], 16) if match and len(match[1]) <= digits else None
+    if text is None or node.quoted:
+        if as_hex is None:
+            problems.error(node, f'{node.describe()} is no USB number; write up to {digits} hexadecimal digits, "0951"')
+        return as_hex
+    as_go = _go_reading(text)
+    if as_go is not None and as_hex is not None and as_go != as_hex:
+        cures = " or ".join(f'"{reading:0{digits}x}"' for reading in (as_hex, as_go) if 0 <= reading < 16**digits)
+        problems.error(
+            node,
+            f"{text} without quotes is ambiguous: hexadecimal it is 0x{as_hex:0{digits}x}, as a YAML number (which the "
+            f"Go program took) it is {as_go}, or 0x{as_go:0{digits}x}; write {cures}",
+        )
+        return None
+    value = as_hex if as_hex is not None else as_go
+    if value is None or not 0 <= value < 16**digits:
+        problems.error(node, f'{text} is no USB number; write up to {digits} hexadecimal digits in quotes, "0951"')
+        return None
+    if not text.lower().startswith("0x"):
+        problems.warn(node, f'{text} is read as 0x{value:0{digits}x}; put it in quotes: "{value:0{digits}x}"')
+    return value
+
+
+def _go_reading(text: str) -> int | None:
+    """What yaml.v3 and mapstructure make of a plain scalar for an integer field; None where they refuse it."""
+    plain = text.replace("_", "")
+    if _GO_INTEGER.fullmatch(text):
+        octal = re.fullmatch(r"([-+]?)0([0-7]+)", plain)
+        return int(f"{octal[1]}0o{octal[2]}", 0) if octal else int(plain, 0) if not _leading_zero(plain) else int(plain)
+    if _GO_FLOAT.fullmatch(text):
+        number = float(text)
+        return int(number) if math.isfinite(number) and number == int(number) else None
+    return None
+
+
+def _leading_zero(text: str) -> bool:
+    """0951: not octal, so yaml.v3 falls back to a floating point number."""
+    return re.fullmatch(r"[-+]?0[0-9]+", text) is not None
+
+
+def class_code(node: Node, problems: Problems) -> int | None:
+    """A USB class: two hexadecimal digits or one of CLASS_NAMES."""
+    if node.scalar is not None and (known := CLASS_NAMES.get(node.scalar.lower())) is not None:
+        return known
+    if node.scalar is not None and not _HEX.fullmatch(node.scalar):
+        problems.error(node, f'{node.describe()} is no USB class; write "08" or one of {", ".join(CLASS_NAMES)}')
+        return None
+    return usb_number(node, problems, digits=2)
+
+
+def seconds(node: Node, problems: Problems, *, least: float, most: float) -> float | None:
+    """A duration: a number of seconds, or parts with units such as "500ms", "40s", "1m30s"."""
+    text = node.scalar or ""
+    value = None
+    parts = _DURATION_PART.findall(text)
+    if parts and "".join(number + unit for number, unit in parts) == text:
+        value = sum(float(number) * _DURATION_UNITS[unit] for number, unit in parts)
+    elif re.fullmatch(r"[0-9]+(\.[0-9]+)?", text):
+        value = float(text)
+    if value is None:
+        problems.error(node, f"{node.describe()} is no duration; write seconds, as 40, or with a unit, as 40s or 1m30s")
+    elif not least <= value <= most:
+        problems.error(node, f"{text} is out of bounds; allowed is {least:g}s to {most:g}s")
+        return None
+    return value
+
+
+def boolean(node: Node, problems: Problems) -> bool | None:
+    """true or false, and nothing else that YAML 1.1 might take for it."""
+    if node.scalar in {"true", "false"}:
+        return node.scalar == "true"
+    problems.error(node, f"{node.describe()} is neither true nor false")
+    return None
+
+
+def choice(node: Node, problems: Problems, options: type[_E]) -> _E | None:
+    """One of an enum's values, case ignored."""
+    with contextlib.suppress(ValueError):
+        return options((node.scalar or "").lower())
+    problems.error(node, f"{node.describe()} is none of {', '.join(str(option.value) for option in options)}")
+    return None
+
+
+def port(node: Node, problems: Problems) -> int | None:
+    """A TCP port."""
+    text = node.scalar or ""
+    if re.fullmatch(r"[0-9]{1,5}", text) and 0 < int(text) < 65536:
+        return int(text)
+    problems.error(node, f"{node.describe()} is no TCP port (1 to 65535)")
+    return None
+
+
+def host(node: Node, problems: Problems) -> str | None:
+    """A host name or address, kept as written but for the brackets around an IPv6 address."""
+    text = node.scalar or ""
+    bare = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    if bare and len(bare) <= MAX_HOST_CHARACTERS and _HOST.fullmatch(bare):
+        if re.fullmatch(r"[^:]*:[0-9]+", bare):
+            problems.error(node, f"{text} has a port in it; give the port as target.port")
+            return None
+        return bare
+    problems.error(node, f"{node.describe()} is no host name or address")
+    return None
+
+
+def text(node: Node, problems: Problems, *, longest: int) -> str | None:
+    """Printable text of 1 to `longest` characters."""
+    value = node.scalar
+    if value and len(value) <= longest and value.isprintable():
+        return value
+    problems.error(node, f"{node.describe()} is not 1 to {longest} printable characters")
+    return None
+
+
+def bus_id(node: Node, problems: Problems) -> str | None:
+    """A bus id such as 1-1.4, or a glob over bus ids such as 1-*."""
+    value = node.scalar or ""
+    if value and len(value) <= MAX_BUS_ID_GLOB and _BUS_ID_GLOB.fullmatch(value):
+        return value
+    problems.error(
+        node, f'{node.describe()} is no bus id; write one as `usbip list` shows it, "1-1.4", or a glob, "1-*"'
+    )
+    return None
+
+
+def absolute_path(node: Node, problems: Problems) -> str | None:
+    """An absolute path without .. in it."""
+    value = node.scalar or ""
+    if value.startswith("/") and len(value) <= MAX_PATH_CHARACTERS and value.isprintable():
+        if ".." not in value.split("/"):
+            return value
+        problems.error(node, f"{value} must not contain ..")
+        return None
+    problems.error(node, f"{node.describe()} is no absolute path")
+    return None
+
+
+def resource_name(name: str, node: Node, problems: Problems) -> str | None:
+    """A name that Kubernetes takes after the domain. Lower case, as the Go program makes it."""
+    if len(name) > MAX_NAME_CHARACTERS or not _NAME.fullmatch(name):
+        problems.error(
+            node,
+            f"{name!r} is no resource name: at most {MAX_NAME_CHARACTERS} letters, digits, '-', '_' and '.', "
+            "beginning and ending with a letter or digit",
+        )
+        return None
+    if name != name.lower():
+        problems.warn(node, f"the resource is called {name.lower()}: names are made lower case")
+    return name.lower()
+
+
+def permissions(node: Node, problems: Problems) -> str | None:
+    """Some of r, w and m, each once."""
+    value = node.scalar or ""
+    if value and len(set(value)) == len(value) and set(value) <= set("rwm"):
+        return value
+    problems.error(node, f"{node.describe()} is no set of permissions; write some of r, w and m, as rw")
+    return None
