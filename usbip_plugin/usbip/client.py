@@ -1,0 +1,218 @@
+"""Asks USB/IP servers: what they list, and for one device. Hands back a connected socket for the kernel."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from usbip_plugin.clock import Clock
+from usbip_plugin.errors import (
+    DeviceBusy,
+    DeviceUnknown,
+    ImportRefused,
+    MalformedReply,
+    ServerTimeout,
+    ServerUnreachable,
+    UsbipError,
+)
+from usbip_plugin.model import Descriptor, DeviceKey, ServerKey
+from usbip_plugin.usbip import protocol
+from usbip_plugin.usbip.connect import Connector
+from usbip_plugin.usbip.probe import ControlPipe, DeviceIdentity, read_identity
+
+T = TypeVar("T")
+
+CONNECT_TIMEOUT = 3.0  # seconds
+
+log = logging.getLogger(__name__)
+
+
+class ImportedSocket(Protocol):
+    """What an import is handed over as. fileno() is what goes into vhci_hcd's attach."""
+
+    def fileno(self) -> int: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """A device exported to this node while sock, or a reference the kernel took of it, is open. Always close it."""
+
+    key: DeviceKey
+    descriptor: Descriptor
+    sock: ImportedSocket
+
+    def close(self) -> None:
+        """Idempotent. Ends the import unless the kernel has taken the socket over."""
+        self.sock.close()
+
+
+class UsbipClient(Protocol):
+    """timeout (seconds) bounds each call as a whole. All are cancel-safe: a call that does not return leaves no socket.
+
+    Errors of all: ServerUnreachable, ServerTimeout, MalformedReply.
+    """
+
+    async def devlist(self, server: ServerKey, *, timeout: float) -> tuple[Descriptor, ...]:
+        """The devices free to import now, in the server's order: usbipd hides those in use."""
+        ...
+
+    async def import_device(self, key: DeviceKey, *, timeout: float) -> Imported:
+        """DeviceBusy, DeviceUnknown or ImportRefused if the server will not. The caller closes what it gets.
+
+        A reply about another busid is a MalformedReply; vendor:product are for the caller to compare. The server was
+        still there a moment before: a socket that it has closed must never reach the kernel.
+        """
+        ...
+
+    async def probe(self, imported: Imported, *, timeout: float) -> DeviceIdentity:
+        """Ask the device itself; see probe.py. Closes the import whatever happens.
+
+        WrongDevice if vendor:product are not those of the import reply, UsbipError if a transfer failed. The server
+        resets the device afterwards and answers busy for about 0.3 s.
+        """
+        ...
+
+
+class TcpUsbipClient:
+    """The real UsbipClient. close() it."""
+
+    def __init__(self, clock: Clock, connect_timeout: float = CONNECT_TIMEOUT) -> None:
+        self._clock = clock
+        self._connect_timeout = connect_timeout
+        self._connector = Connector()
+
+    def close(self) -> None:
+        self._connector.close()
+
+    async def devlist(self, server: ServerKey, *, timeout: float) -> tuple[Descriptor, ...]:
+        asked = protocol.encode_devlist_request()
+        reply, sock = await self._ask(server, asked, protocol.devlist_reply(), "DEVLIST", timeout)
+        sock.close()
+        for reason in reply.skipped:
+            log.debug("entry of DEVLIST skipped", extra={"server": str(server), "reason": reason})
+        return reply.devices
+
+    async def import_device(self, key: DeviceKey, *, timeout: float) -> Imported:
+        if not protocol.valid_busid(key.busid):
+            raise DeviceUnknown(key)
+        asked = protocol.encode_import_request(key.busid)
+        doing = f"IMPORT {key.busid}"
+        reply, sock = await self._ask(key.server, asked, protocol.import_reply(key.busid), doing, timeout)
+        if reply.descriptor is None:
+            sock.close()
+            raise refusal(key, reply.status)
+        try:
+            _still_open(key, sock)
+        except UsbipError:
+            sock.close()
+            raise
+        return Imported(key, reply.descriptor, sock)
+
+    async def probe(self, imported: Imported, *, timeout: float) -> DeviceIdentity:
+        key = imported.key
+        try:
+            sock = imported.sock
+            if not isinstance(sock, socket.socket):
+                raise TypeError("this import was not made by a TcpUsbipClient")
+            conversation = _Conversation(key.server, sock, f"GET_DESCRIPTOR of {key.busid}")
+            pipe = ControlPipe(key, imported.descriptor.devid, conversation.read, conversation.send)
+            try:
+                async with self._clock.timeout(timeout):
+                    return await read_identity(key, imported.descriptor.usb_id, pipe)
+            except TimeoutError as late:
+                raise ServerTimeout(key.server, conversation.doing, timeout) from late
+        finally:
+            imported.close()
+
+    async def _ask(
+        self, server: ServerKey, asked: bytes, reply: protocol.Decoding[T], doing: str, timeout: float
+    ) -> tuple[T, socket.socket]:
+        connect_timeout = min(self._connect_timeout, timeout)
+        stage, limit = "connect", connect_timeout
+        sock: socket.socket | None = None
+        try:
+            async with self._clock.timeout(timeout):
+                async with self._clock.timeout(connect_timeout):
+                    sock = await self._connector.connect(server)
+                stage, limit = doing, timeout
+                conversation = _Conversation(server, sock, doing)
+                await conversation.send(asked)
+                return await conversation.decode(reply), sock
+        except TimeoutError as late:
+            _close(sock)
+            raise ServerTimeout(server, stage, limit) from late
+        except BaseException:
+            _close(sock)
+            raise
+
+
+def refusal(key: DeviceKey, status: int) -> ImportRefused:
+    """The error for the status of an IMPORT reply."""
+    if status == protocol.ST_DEV_BUSY:
+        return DeviceBusy(key)
+    if status == protocol.ST_NODEV:
+        return DeviceUnknown(key)
+    return ImportRefused(key, status)
+
+
+class _Conversation:
+    """Bytes to and from one server, never more than asked for. Errors of the socket become ServerUnreachable."""
+
+    def __init__(self, server: ServerKey, sock: socket.socket, doing: str) -> None:
+        self.server, self.sock, self.doing = server, sock, doing
+
+    async def send(self, data: bytes) -> None:
+        try:
+            await asyncio.get_running_loop().sock_sendall(self.sock, data)
+        except OSError as error:
+            raise self._lost(error) from error
+
+    async def read(self, size: int) -> bytes:
+        loop = asyncio.get_running_loop()
+        data = bytearray()
+        while len(data) < size:
+            try:
+                piece = await loop.sock_recv(self.sock, size - len(data))
+            except OSError as error:
+                raise self._lost(error) from error
+            if not piece:
+                raise ServerUnreachable(self.server, f"closed the connection instead of answering {self.doing}")
+            data += piece
+        return bytes(data)
+
+    async def decode(self, reply: protocol.Decoding[T]) -> T:
+        try:
+            need = next(reply)
+            while True:
+                need = reply.send(await self.read(need))
+        except StopIteration as done:
+            result: T = done.value
+            return result
+        except protocol.ProtocolViolation as violation:
+            raise MalformedReply(self.server, f"{self.doing}: {violation}") from violation
+
+    def _lost(self, error: OSError) -> ServerUnreachable:
+        return ServerUnreachable(self.server, f"connection lost during {self.doing}: {error.strerror or error}")
+
+
+def _still_open(key: DeviceKey, sock: socket.socket) -> None:
+    """ServerUnreachable if the server has closed already, MalformedReply if it sent more than its reply."""
+    try:
+        more = sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return
+    except OSError as error:
+        raise ServerUnreachable(key.server, f"connection lost after IMPORT {key.busid}") from error
+    if more:
+        raise MalformedReply(key.server, f"IMPORT {key.busid}: bytes after the reply")
+    raise ServerUnreachable(key.server, f"closed the connection after IMPORT {key.busid}")
+
+
+def _close(sock: socket.socket | None) -> None:
+    if sock is not None:
+        sock.close()
