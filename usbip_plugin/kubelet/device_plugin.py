@@ -1,0 +1,261 @@
+"""The DevicePlugin service of one resource (kubelet API deviceplugin/v1beta1)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+import grpc
+import grpc.aio
+
+from usbip_plugin.errors import PluginError, RegistrationFailed, UnknownDevice
+from usbip_plugin.kubelet import deviceplugin_pb2 as pb
+from usbip_plugin.kubelet.broadcast import Broadcast
+from usbip_plugin.kubelet.deviceplugin_pb2_grpc import add_DevicePluginServicer_to_server
+from usbip_plugin.kubelet.status import status_code, status_details
+from usbip_plugin.model import Advertised
+
+HEALTHY = "Healthy"
+UNHEALTHY = "Unhealthy"
+MAX_REQUEST_BYTES = 1 << 20
+MAX_CONTAINERS = 64
+MAX_DEVICES_PER_CONTAINER = 1024
+# A kubelet has one ListAndWatch and one Allocate open, and a PreStartContainer per container that is starting.
+MAX_CONCURRENT_RPCS = 256
+# Seconds an Allocate in flight may still take when the server goes down; streams are ended at once.
+STOP_GRACE_S = 0.3
+
+SERVER_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
+    ("grpc.so_reuseport", 0),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSpec:
+    """A device node for the container. permissions: any of r, w, m."""
+
+    host_path: str
+    container_path: str
+    permissions: str = "rw"
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerResponse:
+    """What one container gets. cdi_devices are fully qualified CDI names."""
+
+    envs: Mapping[str, str] = field(default_factory=dict)
+    devices: tuple[DeviceSpec, ...] = ()
+    cdi_devices: tuple[str, ...] = ()
+
+
+class AllocateBackend(Protocol):
+    """Who does the work. resource is the full name, as registered ("usbip.dev/storage").
+
+    Errors are PluginErrors; their message reaches the pod's event. The coroutines bound themselves in time: the kubelet
+    sets no deadline on Allocate and admits no other pod meanwhile. They are cancelled when the kubelet goes away.
+    """
+
+    async def allocate_all(self, resource: str, requests: tuple[tuple[str, ...], ...]) -> tuple[ContainerResponse, ...]:
+        """One response per request (the device IDs of one container), in order; all or nothing."""
+        ...
+
+    def preferred(self, resource: str, available: tuple[str, ...], must: tuple[str, ...], size: int) -> tuple[str, ...]:
+        """At most size IDs out of available, must included, best first."""
+        ...
+
+    async def pre_start(self, resource: str, device_ids: tuple[str, ...]) -> None:
+        """Before each start of a container, if asked for. The kubelet waits 30 s."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class _Stream:
+    sent: int = 0
+    ending: bool = False
+
+
+def device_list(devices: Iterable[tuple[str, bool]]) -> pb.ListAndWatchResponse:
+    """(ID, healthy) pairs as the kubelet reads them."""
+    return pb.ListAndWatchResponse(
+        devices=[pb.Device(ID=id_, health=HEALTHY if healthy else UNHEALTHY) for id_, healthy in devices]
+    )
+
+
+def container_response(response: ContainerResponse) -> pb.ContainerAllocateResponse:
+    return pb.ContainerAllocateResponse(
+        envs=dict(response.envs),
+        devices=[
+            pb.DeviceSpec(host_path=d.host_path, container_path=d.container_path, permissions=d.permissions)
+            for d in response.devices
+        ],
+        cdi_devices=[pb.CDIDevice(name=name) for name in response.cdi_devices],
+    )
+
+
+def check_ids(groups: Iterable[Iterable[str]]) -> tuple[tuple[str, ...], ...]:
+    """The device IDs of each container. UnknownDevice for an empty request or one past the bounds."""
+    result = tuple(tuple(ids) for ids in groups)
+    if len(result) > MAX_CONTAINERS or any(not 0 < len(ids) <= MAX_DEVICES_PER_CONTAINER for ids in result):
+        raise UnknownDevice(
+            f"the kubelet asked for {len(result)} containers with {max(map(len, result), default=0)} devices"
+        )
+    return result
+
+
+class DevicePluginServer:
+    """What one resource tells the kubelet, and what it answers.
+
+    The object outlives kubelet restarts: serving() may be entered again and again, the advertised state stays. Before
+    the first publish() an open ListAndWatch says nothing, so a restarted plugin never shows running pods an empty list.
+    """
+
+    def __init__(self, resource: str, backend: AllocateBackend, *, pre_start_required: bool = False) -> None:
+        self.resource = resource
+        self.backend = backend
+        self.options = pb.DevicePluginOptions(
+            pre_start_required=pre_start_required, get_preferred_allocation_available=True
+        )
+        self.changed = Broadcast()
+        self._state: tuple[tuple[str, bool], ...] = ()
+        self._version = 0
+        self._streams: set[_Stream] = set()
+
+    def publish(self, devices: tuple[Advertised, ...]) -> None:
+        """From now on this is the truth: every open ListAndWatch is woken at once, a new one begins with it.
+
+        A slow stream may skip a state, but always ends up with the latest; a list equal to the last is not sent again.
+        """
+        state = tuple((device.id, device.health.healthy) for device in devices)
+        if self._version and state == self._state:
+            return
+        self._state = state
+        self._version += 1
+        self.changed.fire()
+
+    @property
+    def open_streams(self) -> int:
+        """ListAndWatch streams open now. `changed` fires when it changes."""
+        return sum(not stream.ending for stream in self._streams)
+
+    @property
+    def announced(self) -> bool:
+        """A kubelet that is listening now has been sent at least one list."""
+        return any(stream.sent and not stream.ending for stream in self._streams)
+
+    async def wait_sent(self) -> None:
+        """Returns when what was published so far is written to every stream open now; at once if none is.
+
+        The caller bounds it. Cancel-safe.
+        """
+        version = self._version
+        await self.changed.until(lambda: all(s.sent >= version or s.ending for s in self._streams))
+
+    @contextlib.asynccontextmanager
+    async def serving(self, path: Path) -> AsyncIterator[None]:
+        """Serves on the unix socket path for the length of the block, then removes the socket.
+
+        At the end streams are ended at once and an Allocate in flight has STOP_GRACE_S before it is cancelled.
+        RegistrationFailed if the socket cannot be made.
+        """
+        server = grpc.aio.server(options=SERVER_OPTIONS, maximum_concurrent_rpcs=MAX_CONCURRENT_RPCS)
+        add_DevicePluginServicer_to_server(_Servicer(self), server)
+        try:
+            server.add_insecure_port(f"unix:{path}")
+        except RuntimeError as error:
+            raise RegistrationFailed(f"cannot serve on {path}: {error}") from error
+        try:
+            await server.start()
+            yield
+        finally:
+            for stream in self._streams:
+                stream.ending = True
+            self.changed.fire()
+            await server.stop(STOP_GRACE_S)
+
+    async def _stream_to(self, context: grpc.aio.ServicerContext[pb.Empty, pb.ListAndWatchResponse]) -> None:
+        stream = _Stream()
+        self._streams.add(stream)
+        self.changed.fire()
+        try:
+            while True:
+                await self.changed.until(lambda: stream.ending or stream.sent != self._version)
+                if stream.ending:
+                    return
+                version, state = self._version, self._state
+                await context.write(device_list(state))
+                stream.sent = version
+                self.changed.fire()
+        finally:
+            self._streams.discard(stream)
+            self.changed.fire()
+
+
+class _Servicer:
+    """The RPCs by their names in the interface."""
+
+    def __init__(self, owner: DevicePluginServer) -> None:
+        self._owner = owner
+
+    async def GetDevicePluginOptions(  # noqa: N802
+        self,
+        _request: pb.Empty,
+        _context: grpc.aio.ServicerContext[pb.Empty, pb.DevicePluginOptions],
+    ) -> pb.DevicePluginOptions:
+        return self._owner.options
+
+    async def ListAndWatch(  # noqa: N802
+        self,
+        _request: pb.Empty,
+        context: grpc.aio.ServicerContext[pb.Empty, pb.ListAndWatchResponse],
+    ) -> None:
+        await self._owner._stream_to(context)  # noqa: SLF001
+
+    async def GetPreferredAllocation(  # noqa: N802
+        self,
+        request: pb.PreferredAllocationRequest,
+        _context: grpc.aio.ServicerContext[pb.PreferredAllocationRequest, pb.PreferredAllocationResponse],
+    ) -> pb.PreferredAllocationResponse:
+        response = pb.PreferredAllocationResponse()
+        for wish in request.container_requests:
+            ids = self._owner.backend.preferred(
+                self._owner.resource,
+                tuple(wish.available_deviceIDs),
+                tuple(wish.must_include_deviceIDs),
+                wish.allocation_size,
+            )
+            response.container_responses.add(deviceIDs=ids)
+        return response
+
+    async def Allocate(  # noqa: N802
+        self,
+        request: pb.AllocateRequest,
+        context: grpc.aio.ServicerContext[pb.AllocateRequest, pb.AllocateResponse],
+    ) -> pb.AllocateResponse:
+        owner = self._owner
+        try:
+            requests = check_ids(r.devices_ids for r in request.container_requests)
+            responses = await owner.backend.allocate_all(owner.resource, requests)
+        except PluginError as error:
+            await _refuse(context, error)
+        return pb.AllocateResponse(container_responses=[container_response(r) for r in responses])
+
+    async def PreStartContainer(  # noqa: N802
+        self,
+        request: pb.PreStartContainerRequest,
+        context: grpc.aio.ServicerContext[pb.PreStartContainerRequest, pb.PreStartContainerResponse],
+    ) -> pb.PreStartContainerResponse:
+        owner = self._owner
+        try:
+            ((*ids,),) = check_ids([request.devices_ids])
+            await owner.backend.pre_start(owner.resource, tuple(ids))
+        except PluginError as error:
+            await _refuse(context, error)
+        return pb.PreStartContainerResponse()
+
+
+async def _refuse(context: grpc.aio.ServicerContext[Any, Any], error: PluginError) -> NoReturn:
+    await context.abort(status_code(error), status_details(error))

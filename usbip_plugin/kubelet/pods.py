@@ -1,0 +1,181 @@
+"""The watch on this node's own pods: a hint, at once, that a pod has ended."""
+
+from __future__ import annotations
+
+import enum
+import logging
+import random
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from usbip_plugin.clock import Clock
+from usbip_plugin.errors import KubeError, KubeGone
+from usbip_plugin.model import PodRef
+from usbip_plugin.retry import backoff
+
+PODS_PATH = "/api/v1/pods"
+PODS = "pods"
+LIST_TIMEOUT_S = 10.0
+LIST_PAGE = 100
+# A node runs some hundred pods; more pages than this are not read.
+MAX_PAGES = 50
+WATCH_TIMEOUT_S = 300.0
+BACKOFF_FIRST_S = 0.5
+BACKOFF_MAX_S = 30.0
+
+log = logging.getLogger(__name__)
+
+PodKey = tuple[str, str]
+
+
+class PodApi(Protocol):
+    """What is used of the API client. Raises the KubeError family."""
+
+    async def list(self, path: str, *, resource: str, params: Mapping[str, str], timeout: float) -> dict[str, Any]: ...
+
+    def watch(
+        self, path: str, *, resource: str, params: Mapping[str, str], timeout: float
+    ) -> AsyncIterator[dict[str, Any]]: ...
+
+
+class PodPhase(enum.Enum):
+    """How far a pod has come. RUNNING stands for everything before its end."""
+
+    RUNNING = "running"
+    TERMINATING = "terminating"
+    ENDED = "ended"
+
+
+@dataclass(frozen=True, slots=True)
+class PodState:
+    uid: str
+    phase: PodPhase
+
+
+PodCallback = Callable[[PodRef, PodPhase], None]
+
+
+def read_pod(obj: object) -> tuple[PodKey, PodState] | None:
+    """What counts of a pod object, nothing else is kept. None for what is not a pod.
+
+    TERMINATING: marked for deletion, containers may still run. ENDED: phase Succeeded or Failed.
+    """
+    if not isinstance(obj, dict):
+        return None
+    metadata, status = obj.get("metadata"), obj.get("status")
+    if not isinstance(metadata, dict):
+        return None
+    namespace, name, uid = metadata.get("namespace"), metadata.get("name"), metadata.get("uid")
+    if not (isinstance(namespace, str) and isinstance(name, str) and isinstance(uid, str)):
+        return None
+    ended = isinstance(status, dict) and status.get("phase") in {"Succeeded", "Failed"}
+    terminating = metadata.get("deletionTimestamp") is not None
+    phase = PodPhase.ENDED if ended else PodPhase.TERMINATING if terminating else PodPhase.RUNNING
+    return (namespace, name), PodState(uid, phase)
+
+
+class OwnPods:
+    """Keeps (namespace, name) -> (uid, phase) of the pods of one node.
+
+    callback(pod with uid, TERMINATING or ENDED) is called once for each step of a pod towards its end; a pod that was
+    deleted, or replaced by one of the same name, has ENDED. It is synchronous and quick. After a gap in the watch the
+    pods that vanished meanwhile are reported too.
+    """
+
+    def __init__(self, api: PodApi, node: str, clock: Clock, rng: random.Random, callback: PodCallback) -> None:
+        self._api = api
+        self._node = node
+        self._clock = clock
+        self._rng = rng
+        self._callback = callback
+        self._pods: dict[PodKey, PodState] = {}
+        self.synced = False
+
+    def find(self, namespace: str, name: str) -> PodRef | None:
+        """The pod of that name with its uid, if it is known and has not ended."""
+        state = self._pods.get((namespace, name))
+        if state is None or state.phase is PodPhase.ENDED:
+            return None
+        return PodRef(namespace, name, state.uid)
+
+    async def run(self) -> None:
+        """Until cancelled. API errors are logged and retried; `synced` is false while the view may be old."""
+        waits = backoff(self._rng, BACKOFF_FIRST_S, BACKOFF_MAX_S)
+        version: str | None = None
+        while True:
+            try:
+                if version is None:
+                    version = await self._list()
+                    self.synced = True
+                async for event in self._watch(version):
+                    version = self.apply(event) or version
+                    waits = backoff(self._rng, BACKOFF_FIRST_S, BACKOFF_MAX_S)
+            except KubeGone:
+                version = None
+            except KubeError as error:
+                self.synced = False
+                version = None
+                log.warning("own-node pod watch failed, trying again", extra={"error": str(error)})
+            else:
+                continue
+            await self._clock.sleep(next(waits))
+
+    def apply(self, event: Mapping[str, Any]) -> str | None:
+        """Takes in one watch event; returns its resourceVersion, None if it has none."""
+        obj = event.get("object")
+        if event.get("type") == "DELETED":
+            found = read_pod(obj)
+            if found is not None:
+                self._forget(found[0])
+        elif event.get("type") in {"ADDED", "MODIFIED"}:
+            found = read_pod(obj)
+            if found is not None:
+                self._learn(*found)
+        version = obj.get("metadata", {}).get("resourceVersion") if isinstance(obj, dict) else None
+        return version if isinstance(version, str) else None
+
+    def replace(self, pods: Mapping[PodKey, PodState]) -> None:
+        """Takes in a whole list."""
+        for key in [key for key in self._pods if key not in pods]:
+            self._forget(key)
+        for key, state in pods.items():
+            self._learn(key, state)
+
+    def _learn(self, key: PodKey, state: PodState) -> None:
+        old = self._pods.get(key)
+        if old is not None and old.uid != state.uid:
+            self._forget(key)
+            old = None
+        self._pods[key] = state
+        if state.phase is not PodPhase.RUNNING and (old is None or old.phase is not state.phase):
+            self._callback(PodRef(*key, state.uid), state.phase)
+
+    def _forget(self, key: PodKey) -> None:
+        old = self._pods.pop(key, None)
+        if old is not None and old.phase is not PodPhase.ENDED:
+            self._callback(PodRef(*key, old.uid), PodPhase.ENDED)
+
+    async def _list(self) -> str:
+        pods: dict[PodKey, PodState] = {}
+        params = {"fieldSelector": f"spec.nodeName={self._node}", "limit": str(LIST_PAGE)}
+        version = ""
+        for _ in range(MAX_PAGES):
+            answer = await self._api.list(PODS_PATH, resource=PODS, params=params, timeout=LIST_TIMEOUT_S)
+            pods.update(found for item in answer.get("items") or () if (found := read_pod(item)) is not None)
+            metadata = answer.get("metadata") or {}
+            version = str(metadata.get("resourceVersion") or "")
+            following = metadata.get("continue")
+            if not following:
+                break
+            params["continue"] = str(following)
+        self.replace(pods)
+        return version
+
+    def _watch(self, version: str) -> AsyncIterator[dict[str, Any]]:
+        params = {
+            "fieldSelector": f"spec.nodeName={self._node}",
+            "resourceVersion": version,
+            "allowWatchBookmarks": "true",
+        }
+        return self._api.watch(PODS_PATH, resource=PODS, params=params, timeout=WATCH_TIMEOUT_S)

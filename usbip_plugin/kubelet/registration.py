@@ -1,0 +1,227 @@
+"""Registration of one resource with the kubelet, again after every kubelet restart."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import hashlib
+import logging
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+import grpc.aio
+
+from usbip_plugin.clock import Clock
+from usbip_plugin.errors import RegistrationFailed
+from usbip_plugin.kubelet import deviceplugin_pb2 as pb
+from usbip_plugin.kubelet.device_plugin import DevicePluginServer
+from usbip_plugin.kubelet.deviceplugin_pb2_grpc import RegistrationStub
+from usbip_plugin.kubelet.directory import MAX_SOCKET_PATH_BYTES, PluginDirectory, SocketIdentity, identify, is_stale
+from usbip_plugin.retry import backoff
+
+API_VERSION = "v1beta1"
+# The kubelet dials back within Register and gives that 10 s.
+REGISTER_TIMEOUT_S = 15.0
+# From an accepted registration to the kubelet's ListAndWatch.
+STREAM_TIMEOUT_S = 10.0
+BACKOFF_FIRST_S = 0.1
+BACKOFF_MAX_S = 10.0
+# A registration that stood this long was a good one: the next failure starts from the first wait again.
+STABLE_S = 10.0
+
+log = logging.getLogger(__name__)
+
+
+class State(enum.Enum):
+    """Of one resource. Only REGISTERED means that the kubelet listens to what is advertised."""
+
+    STOPPED = "stopped"
+    WAITING = "no kubelet: its registration socket is missing"
+    REGISTERING = "registering"
+    REGISTERED = "registered"
+    FAILED = "registration failed, trying again"
+
+
+def endpoint_name(directory: Path, resource: str, run: int) -> str:
+    """The file name of a resource's socket: usbip-<resource>.sock, from the second run on usbip-<resource>.<run>.sock.
+
+    A new name each time: a kubelet that has not yet noticed the end of the last connection refuses a registration under
+    the same socket path, and from then on for good (1.37, pkg/kubelet/cm/devicemanager PluginConnected). A name too
+    long for a unix socket in that directory is shortened to a hash.
+    """
+    suffix = ".sock" if run <= 1 else f".{run}.sock"
+    name = resource.rpartition("/")[2]
+    if len(f"{directory}/usbip-{name}{suffix}".encode()) > MAX_SOCKET_PATH_BYTES:
+        name = hashlib.sha256(resource.encode()).hexdigest()[:12]
+    return f"usbip-{name}{suffix}"
+
+
+def why_over(
+    *,
+    kubelet_then: SocketIdentity | None,
+    kubelet_now: SocketIdentity | None,
+    socket_then: SocketIdentity | None,
+    socket_now: SocketIdentity | None,
+    streams: int,
+) -> str | None:
+    """Why a registration no longer stands, None while it does. A kubelet.sock that is missing is no reason by itself:
+    the stream ends with the kubelet."""
+    if kubelet_now is not None and kubelet_now != kubelet_then:
+        return "the kubelet restarted"
+    if socket_now is None or socket_now != socket_then:
+        return "our socket was removed"
+    if streams == 0:
+        return "the kubelet closed the ListAndWatch stream"
+    return None
+
+
+async def register(socket: Path, request: pb.RegisterRequest) -> None:
+    """One Register RPC. RegistrationFailed names the kubelet's answer; bounded by REGISTER_TIMEOUT_S."""
+    # A pool of its own: a shared one would hand out the connection to the kubelet's last run, in its reconnect pause.
+    options = (("grpc.use_local_subchannel_pool", 1),)
+    async with grpc.aio.insecure_channel(f"unix:{socket}", options=options) as channel:
+        try:
+            await RegistrationStub(channel).Register(request, timeout=REGISTER_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            raise RegistrationFailed(
+                f"the kubelet did not register {request.resource_name}: {error.code().name}: {error.details()}"
+            ) from error
+
+
+class ResourcePlugin:
+    """One resource on this node: serves, registers, and does both again when the kubelet forgot.
+
+    Nothing here waits for a USB/IP server or the API server: what the resource advertises comes through publish().
+    on_state is called, synchronously, after each change of state.
+    """
+
+    def __init__(
+        self,
+        server: DevicePluginServer,
+        directory: PluginDirectory,
+        clock: Clock,
+        rng: random.Random,
+        on_state: Callable[[ResourcePlugin], None] | None = None,
+    ) -> None:
+        self.server = server
+        self.state = State.STOPPED
+        self.error: str | None = None
+        self.registrations = 0
+        self._directory = directory
+        self._clock = clock
+        self._rng = rng
+        self._on_state = on_state
+        self._runs = 0
+
+    @property
+    def resource(self) -> str:
+        return self.server.resource
+
+    @property
+    def registered(self) -> bool:
+        """The kubelet accepted the registration and has its ListAndWatch open."""
+        return self.state is State.REGISTERED
+
+    async def run(self) -> None:
+        """Until cancelled; then the socket is closed and removed within half a second. Never fails."""
+        waits = backoff(self._rng, BACKOFF_FIRST_S, BACKOFF_MAX_S)
+        try:
+            while True:
+                tried = self._directory.kubelet()
+                if tried is None:
+                    self._set(State.WAITING)
+                    await self._directory.changed.until(lambda: self._directory.kubelet() is not None)
+                    continue
+                started = self._clock.monotonic()
+                try:
+                    await self._register_once(tried)
+                except (RegistrationFailed, OSError) as error:
+                    self._set(State.FAILED, str(error))
+                if self._clock.monotonic() - started >= STABLE_S:
+                    waits = backoff(self._rng, BACKOFF_FIRST_S, BACKOFF_MAX_S)
+                await self._pause(next(waits), tried)
+        finally:
+            self._set(State.STOPPED)
+
+    async def _pause(self, seconds: float, tried: SocketIdentity) -> None:
+        """The wait after a try, cut short by a new kubelet.sock."""
+        try:
+            async with self._clock.timeout(seconds):
+                await self._directory.changed.until(lambda: self._directory.kubelet() not in {tried, None})
+        except TimeoutError:
+            return
+
+    async def _register_once(self, kubelet: SocketIdentity) -> None:
+        """Serve, register, and stay until the registration no longer stands."""
+        path = self._next_path()
+        async with contextlib.AsyncExitStack() as stack:
+            stack.enter_context(self._directory.changed.relayed_to(self.server.changed))
+            await stack.enter_async_context(self.server.serving(path))
+            self._set(State.REGISTERING, self.error)
+            mine = identify(path)
+            await register(
+                self._directory.kubelet_socket,
+                pb.RegisterRequest(
+                    version=API_VERSION,
+                    endpoint=path.name,
+                    resource_name=self.resource,
+                    options=self.server.options,
+                ),
+            )
+            await self._until_listening()
+            self.registrations += 1
+            self._set(State.REGISTERED)
+            cause = await self._until_over(path, kubelet, mine)
+        self._set(State.REGISTERING, cause)
+
+    async def _until_listening(self) -> None:
+        try:
+            async with self._clock.timeout(STREAM_TIMEOUT_S):
+                await self.server.changed.until(lambda: self.server.open_streams > 0)
+        except TimeoutError:
+            raise RegistrationFailed(
+                f"the kubelet registered {self.resource} but opened no ListAndWatch within {STREAM_TIMEOUT_S:g} s"
+            ) from None
+
+    async def _until_over(self, path: Path, kubelet: SocketIdentity, mine: SocketIdentity | None) -> str:
+        cause: str | None = None
+
+        def over() -> bool:
+            nonlocal cause
+            cause = why_over(
+                kubelet_then=kubelet,
+                kubelet_now=self._directory.kubelet(),
+                socket_then=mine,
+                socket_now=identify(path),
+                streams=self.server.open_streams,
+            )
+            return cause is not None
+
+        await self.server.changed.until(over)
+        return cause or ""
+
+    def _next_path(self) -> Path:
+        """The socket of the next run. What a crashed predecessor left there is removed, a socket in use is let be."""
+        while True:
+            self._runs += 1
+            path = self._directory.path / endpoint_name(self._directory.path, self.resource, self._runs)
+            if is_stale(path):
+                path.unlink(missing_ok=True)
+            if identify(path) is None:
+                return path
+
+    def _set(self, state: State, error: str | None = None) -> None:
+        if (state, error) == (self.state, self.error):
+            return
+        self.state, self.error = state, error
+        extra = {"resource": self.resource, "state": state.value}
+        if state is State.FAILED:
+            log.warning("registration with the kubelet failed", extra={**extra, "error": error})
+        elif state in {State.WAITING, State.REGISTERED}:
+            log.info("kubelet: %s", state.value, extra=extra)
+        elif error:
+            log.info("registering again", extra={**extra, "reason": error})
+        if self._on_state is not None:
+            self._on_state(self)
