@@ -1,0 +1,25 @@
+"""The LeaseStore contract on the store in memory."""
+
+import pytest
+from lease_store_suite import Compact, LeaseStoreContract
+
+from usbip_plugin.clock import SystemClock
+from usbip_plugin.locks.memory import MemoryBackend, MemoryLeases
+from usbip_plugin.locks.store import LeaseStore
+
+
+class TestMemoryLeases(LeaseStoreContract):
+    @pytest.fixture
+    def backend(self) -> MemoryBackend:
+        return MemoryBackend()
+
+    @pytest.fixture
+    def store(self, backend: MemoryBackend) -> LeaseStore:
+        return MemoryLeases(backend, SystemClock())
+
+    @pytest.fixture
+    def compact(self, backend: MemoryBackend) -> Compact:
+        async def forget() -> None:
+            backend.compact()
+
+        return forget

@@ -1,0 +1,140 @@
+"""LeaseStore on a real API server: Leases of coordination.k8s.io/v1 in one namespace."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from usbip_plugin.errors import KubeNotFound, KubeServerError
+from usbip_plugin.kube import KubeClient
+from usbip_plugin.locks.store import ChangeType, Lease, LeaseChange, LeaseList
+
+RESOURCE = "leases.coordination.k8s.io"
+_MAX_INT = 2**31 - 1
+
+
+class KubernetesLeases:
+    """See LeaseStore. Every call ends within the client's request timeout (5 s)."""
+
+    def __init__(self, client: KubeClient, namespace: str) -> None:
+        self._client = client
+        self._base = f"/apis/coordination.k8s.io/v1/namespaces/{namespace}/leases"
+        self._namespace = namespace
+
+    async def get(self, name: str) -> Lease | None:
+        try:
+            return decode(await self._client.request("get", f"{self._base}/{name}", resource=RESOURCE))
+        except KubeNotFound:
+            return None
+
+    async def list(self, labels: Mapping[str, str]) -> LeaseList:
+        answer = await self._client.list(self._base, resource=RESOURCE, params={"labelSelector": selector(labels)})
+        items = tuple(decode(item) for item in answer["items"] if isinstance(item, dict))
+        return LeaseList(items, _version(answer))
+
+    async def create(self, lease: Lease) -> Lease:
+        body = encode(lease, self._namespace)
+        return decode(await self._client.request("create", self._base, resource=RESOURCE, body=body))
+
+    async def replace(self, lease: Lease) -> Lease:
+        body = encode(lease, self._namespace)
+        path = f"{self._base}/{lease.name}"
+        return decode(await self._client.request("update", path, resource=RESOURCE, body=body))
+
+    async def delete(self, name: str, resource_version: str) -> None:
+        body = {"kind": "DeleteOptions", "apiVersion": "v1", "preconditions": {"resourceVersion": resource_version}}
+        await self._client.request("delete", f"{self._base}/{name}", resource=RESOURCE, body=body)
+
+    async def watch(self, labels: Mapping[str, str], resource_version: str) -> AsyncGenerator[LeaseChange, None]:
+        params = {"labelSelector": selector(labels), "resourceVersion": resource_version}
+        async with contextlib.aclosing(self._client.watch(self._base, resource=RESOURCE, params=params)) as events:
+            async for event in events:
+                try:
+                    kind = ChangeType(event["type"])
+                except ValueError:
+                    continue
+                version = _version(event["object"])
+                lease = None if kind is ChangeType.BOOKMARK else decode(event["object"])
+                yield LeaseChange(kind, version, lease)
+
+
+def selector(labels: Mapping[str, str]) -> str:
+    return ",".join(f"{key}={value}" for key, value in sorted(labels.items()))
+
+
+def encode(lease: Lease, namespace: str) -> dict[str, Any]:
+    metadata: dict[str, Any] = {
+        "name": lease.name,
+        "namespace": namespace,
+        "labels": dict(lease.labels),
+        "annotations": dict(lease.annotations),
+    }
+    if lease.resource_version:
+        metadata["resourceVersion"] = lease.resource_version
+    if lease.uid:
+        metadata["uid"] = lease.uid
+    spec: dict[str, Any] = {"holderIdentity": lease.holder, "leaseTransitions": lease.transitions}
+    if lease.duration_seconds is not None:
+        spec["leaseDurationSeconds"] = lease.duration_seconds
+    if lease.acquire_time is not None:
+        spec["acquireTime"] = _micro_time(lease.acquire_time)
+    if lease.renew_time is not None:
+        spec["renewTime"] = _micro_time(lease.renew_time)
+    return {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": metadata, "spec": spec}
+
+
+def decode(value: Mapping[str, Any]) -> Lease:
+    """A Lease object as the API server gives it. A field of a wrong type counts as absent."""
+    metadata = _mapping(value.get("metadata"))
+    spec = _mapping(value.get("spec"))
+    name, version = metadata.get("name"), metadata.get("resourceVersion")
+    if not isinstance(name, str) or not isinstance(version, str):
+        raise KubeServerError("get", RESOURCE, "a Lease without name or resourceVersion")
+    holder, uid = spec.get("holderIdentity"), metadata.get("uid")
+    return Lease(
+        name=name,
+        holder=holder if isinstance(holder, str) else "",
+        duration_seconds=_integer(spec.get("leaseDurationSeconds")),
+        acquire_time=_time(spec.get("acquireTime")),
+        renew_time=_time(spec.get("renewTime")),
+        transitions=_integer(spec.get("leaseTransitions")) or 0,
+        annotations=_strings(metadata.get("annotations")),
+        labels=_strings(metadata.get("labels")),
+        resource_version=version,
+        uid=uid if isinstance(uid, str) else "",
+    )
+
+
+def _version(value: Mapping[str, Any]) -> str:
+    version = _mapping(value.get("metadata")).get("resourceVersion")
+    if not isinstance(version, str):
+        raise KubeServerError("list", RESOURCE, "an answer without resourceVersion")
+    return version
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _strings(value: Any) -> Mapping[str, str]:
+    return {key: text for key, text in _mapping(value).items() if isinstance(text, str)}
+
+
+def _integer(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MAX_INT else None
+
+
+def _time(value: Any) -> datetime | None:
+    if not isinstance(value, str):
+        return None
+    try:
+        parsed = datetime.fromisoformat(value)
+    except ValueError:
+        return None
+    return parsed.replace(tzinfo=parsed.tzinfo or UTC)
+
+
+def _micro_time(value: datetime) -> str:
+    return value.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
