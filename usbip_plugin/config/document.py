@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from operator import itemgetter
 
 import yaml
 
@@ -26,21 +27,30 @@ class Problems:
     """Collects errors and warnings of one file, each as "file:line: path: text"."""
 
     source: str
-    errors: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+    _errors: list[tuple[int, str]] = field(default_factory=list)
+    _warnings: list[tuple[int, str]] = field(default_factory=list)
 
     def error(self, node: Node, text: str) -> None:
-        self.errors.append(self._line(node, text))
+        self._errors.append((node.line, self._line(node, text)))
 
     def warn(self, node: Node, text: str) -> None:
-        self.warnings.append(self._line(node, text))
+        self._warnings.append((node.line, self._line(node, text)))
+
+    @property
+    def any_errors(self) -> bool:
+        return bool(self._errors)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """In the order of the file's lines."""
+        return tuple(text for _, text in sorted(self._warnings, key=itemgetter(0)))
 
     def raise_if_any(self) -> None:
         """ConfigError with everything found, cut at MAX_PROBLEMS."""
-        if self.errors:
-            shown = self.errors[:MAX_PROBLEMS]
-            if len(self.errors) > MAX_PROBLEMS:
-                shown.append(f"{self.source}: and {len(self.errors) - MAX_PROBLEMS} more")
+        if self._errors:
+            shown = [text for _, text in sorted(self._errors, key=itemgetter(0))[:MAX_PROBLEMS]]
+            if len(self._errors) > MAX_PROBLEMS:
+                shown.append(f"{self.source}: and {len(self._errors) - MAX_PROBLEMS} more")
             raise ConfigError(self.source, shown)
 
     def _line(self, node: Node, text: str) -> str:
@@ -69,7 +79,7 @@ class Node:
     @property
     def quoted(self) -> bool:
         """A scalar that the file marks as text by quotes."""
-        return isinstance(self.yaml, yaml.ScalarNode) and self.yaml.style is not None and self.yaml.tag == _STR_TAG
+        return isinstance(self.yaml, yaml.ScalarNode) and bool(self.yaml.style) and self.yaml.tag == _STR_TAG
 
     @property
     def empty(self) -> bool:
@@ -113,7 +123,7 @@ class Node:
                 problems.error(Node(key, self.path, line), "a key must be plain text")
                 continue
             place = Node(value, f"{self.path}.{key.value}" if self.path else key.value, line)
-            if key.value == _MERGE and key.style is None:
+            if key.value == _MERGE and not key.style:
                 merged.append(Node(value, self.path, line))
             elif (normal := same(key.value)) in seen:
                 problems.error(place, f"given twice (first in line {seen[normal][1].line}); remove one")
@@ -131,7 +141,11 @@ def read_document(text: str, source: str) -> Node | None:
 
     Refused before any tree is built: more than MAX_FILE_BYTES, nesting beyond MAX_DEPTH, more than MAX_NODES nodes.
     """
-    if len(text.encode("utf-8", "surrogatepass")) > MAX_FILE_BYTES:
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError as error:
+        raise ConfigError(source, [f"{source}: not Unicode text"]) from error
+    if size > MAX_FILE_BYTES:
         raise ConfigError(source, [f"{source}: larger than {MAX_FILE_BYTES // 1024} KiB"])
     try:
         _check_events(text, source)

@@ -43,8 +43,8 @@ def read_fields(
                 found[key] = value
             continue
         close = difflib.get_close_matches(normal_key(written), canonical, n=1, cutoff=_CLOSE)
-        text = f"unknown key; did you mean {canonical[close[0]]}?" if close else "unknown key"
-        text += f" Known here: {', '.join(known)}" if not close else ""
+        cure = f"did you mean {canonical[close[0]]}?" if close else f"known here: {', '.join(known)}"
+        text = f"unknown key; {cure}"
         if unknown is Unknown.ERROR or (unknown is Unknown.WARN_UNLESS_TYPO and close):
             problems.error(value, text)
         else:

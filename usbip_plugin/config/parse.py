@@ -59,7 +59,7 @@ def parse_config(text: str, source: str = "config.yaml") -> Parsed:
         settings=_settings(top, problems),
     )
     problems.raise_if_any()
-    return Parsed(config, tuple(problems.warnings))
+    return Parsed(config, problems.warnings)
 
 
 def _optional(fields: Mapping[str, Node], key: str, default: _T, read: Callable[[Node], _T | None]) -> _T:
@@ -110,7 +110,7 @@ def _resources(node: Node, problems: Problems) -> tuple[ResourceConfig, ...]:
         problems.error(node, "at least one resource is needed")
     if len(places) > MAX_DEVICES:
         problems.error(node, f"{len(places)} devices; at most {MAX_DEVICES} are allowed")
-    elif not problems.errors:  # a selector that could not be read would look like another
+    elif not problems.any_errors:  # a selector that could not be read would look like another
         report_overlaps(places, problems)
     return tuple(resources)
 

@@ -58,10 +58,13 @@ def _read(path: Path) -> bytes:
     try:
         # O_NONBLOCK: a pipe in the file's place must not hang the plugin
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(descriptor, "rb") as file:
+        try:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise ConfigError(str(path), [f"{path}: not a regular file"])
-            data = file.read(MAX_FILE_BYTES + 1)
+            with os.fdopen(descriptor, "rb", closefd=False) as file:
+                data = file.read(MAX_FILE_BYTES + 1)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         raise ConfigError(str(path), [f"{path}: cannot be read: {error.strerror}"]) from error
     if len(data) > MAX_FILE_BYTES:

@@ -68,7 +68,7 @@ def usb_number(node: Node, problems: Problems, *, digits: int) -> int | None:
     if value is None or not 0 <= value < 16**digits:
         problems.error(node, f'{text} is no USB number; write up to {digits} hexadecimal digits in quotes, "0951"')
         return None
-    if not text.lower().startswith("0x"):
+    if value and not text.lower().startswith("0x"):
         problems.warn(node, f'{text} is read as 0x{value:0{digits}x}; put it in quotes: "{value:0{digits}x}"')
     return value
 

@@ -1,0 +1,311 @@
+"""The file format: what the Go program takes stays valid, what is new works, what is wrong is named with its place."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from usbip_plugin.config import (
+    DeviceSelector,
+    Extra,
+    FileSettings,
+    LockConfig,
+    OnLoss,
+    ResourceConfig,
+    Selector,
+    document,
+    parse_config,
+)
+from usbip_plugin.errors import ConfigError
+from usbip_plugin.model import ServerKey
+
+GO_PUBLISHED_EXAMPLE = """
+resources:
+  some-device:
+    - target:
+        host: usbip.example.com
+        port: 3240
+      selector:
+        vendor: 0x1050
+        product: 0x0407
+  other-device:
+    - target:
+        host: usbip.example.com
+        port: 3240
+      selector:
+        vendor: 0x20a0
+        product: 0x4230
+"""
+
+KEYS = (
+    *("resources", "target", "host", "port", "selector", "vendor", "bus_id", "serial", "class", "extras", "hostPath"),
+    *("permissions", "devices", "children", "containerPath", "onLoss", "cdi", "a", "b", "<<"),
+)
+
+
+def problems_of(text: str) -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(text)
+    return caught.value.problems
+
+
+def one_selector(selector: str) -> str:
+    return f"resources: {{a: [{{target: {{host: h}}, selector: {selector}}}]}}"
+
+
+@pytest.fixture(params=["SafeLoader", "CSafeLoader"])
+def yaml_loader(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both of PyYAML's parsers: the one in C is not on every machine and marks plain scalars differently."""
+    if not hasattr(yaml, request.param):
+        pytest.skip("PyYAML without libyaml")
+    monkeypatch.setattr(document, "_Loader", getattr(yaml, request.param))
+
+
+def test_the_published_example_of_the_go_program_is_taken_without_a_warning(yaml_loader: None) -> None:
+    parsed = parse_config(GO_PUBLISHED_EXAMPLE)
+    server = ServerKey("usbip.example.com", 3240)
+    assert parsed.warnings == ()
+    assert parsed.config.resources == (
+        ResourceConfig("some-device", (DeviceSelector(server, Selector(vendor=0x1050, product=0x0407)),)),
+        ResourceConfig("other-device", (DeviceSelector(server, Selector(vendor=0x20A0, product=0x4230)),)),
+    )
+    assert parsed.config.servers() == {server}
+
+
+def test_quoted_hexadecimal_and_extras(yaml_loader: None) -> None:
+    parsed = parse_config("""
+resources:
+  storage:
+    - target: {host: 10.20.30.40, port: 3240}
+      selector: {vendor: "0951", product: '1666', bus_id: 1-1.4}
+      extras: [{hostPath: /dev/fuse, containerPath: /dev/fuse, permissions: rw}]
+""")
+    assert parsed.warnings == ()
+    (device,) = parsed.config.resources[0].devices
+    assert device.selector == Selector(vendor=0x0951, product=0x1666, bus_id="1-1.4")
+    assert device.extras == (Extra("/dev/fuse", "/dev/fuse", "rw"),)
+
+
+def test_the_go_program_spells_extras_with_underscores_and_does_not_look_at_case() -> None:
+    parsed = parse_config("""
+Resources:
+  a:
+    - Target: {HOST: h, Port: 1}
+      SELECTOR: {Vendor: 0x0001, BUS_ID: "1-1"}
+      extras: [{host_path: /dev/a, Container_Path: /dev/b}]
+""")
+    assert parsed.warnings == ()
+    assert parsed.config.resources[0].devices == (
+        DeviceSelector(ServerKey("h", 1), Selector(vendor=1, bus_id="1-1"), (Extra("/dev/a", "/dev/b"),)),
+    )
+
+
+def test_new_keys() -> None:
+    parsed = parse_config("""
+resources:
+  scanner:
+    devices:
+      - target: {host: "[fe80::1]"}
+        selector: {serial: 0042, class: hid, bus_id: "1-*"}
+    onLoss: evict
+    cdi: true
+    children: [tty, hidraw]
+    containerPath: /dev/usb-{index}-{kind}
+lock: {duration: 1m}
+allocateTimeout: 2.5
+publishNodeStatus: false
+log-level: debug
+plugin-directory: /plugins
+""")
+    assert parsed.warnings == ()
+    config = parsed.config
+    assert config.resources == (
+        ResourceConfig(
+            "scanner",
+            (DeviceSelector(ServerKey("fe80::1"), Selector(serial="0042", class_=3, bus_id="1-*")),),
+            on_loss=OnLoss.EVICT,
+            cdi=True,
+            children=("tty", "hidraw"),
+            container_path="/dev/usb-{index}-{kind}",
+        ),
+    )
+    assert config.lock == LockConfig(60.0)
+    assert config.allocate_timeout == 2.5
+    assert config.publish_node_status is False
+    assert config.settings == FileSettings(log_level="debug", plugin_directory="/plugins")
+
+
+def test_all_problems_come_at_once_in_the_order_of_lines_each_with_its_place() -> None:
+    problems = problems_of("""
+resources:
+  a:
+    - target: {hst: h}
+      selector: {vendor: "xyz"}
+  b:
+    - target: {host: h, port: 99999}
+lock: {duration: 20s}
+allocateTimeout: soon
+""")
+    assert [problem.split(": ")[:2] for problem in problems] == [
+        ["config.yaml:4", "resources.a[0].target"],
+        ["config.yaml:5", "resources.a[0].selector.vendor"],
+        ["config.yaml:7", "resources.b[0].target.port"],
+        ["config.yaml:8", "lock.duration"],
+        ["config.yaml:9", "allocateTimeout"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "readings"),
+    [
+        ("1666", ('"1666"', '"0682"')),
+        ("0666", ('"0666"', '"01b6"')),  # octal to YAML
+        ("0951", ('"0951"', '"03b7"')),  # not octal: a floating point number to yaml.v3
+        ("1e3", ('"01e3"', '"03e8"')),
+        ("0b11", ('"0b11"', '"0003"')),
+    ],
+)
+def test_an_unquoted_number_with_two_readings_is_refused_with_both(
+    text: str, readings: tuple[str, ...], yaml_loader: None
+) -> None:
+    (problem,) = problems_of(one_selector(f"{{vendor: {text}}}"))
+    assert "resources.a[0].selector.vendor" in problem
+    assert all(reading in problem for reading in readings)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("20a0", 0x20A0), ("abcd", 0xABCD), ("7", 7), ("0007", 7), ("0o17", 15), ("65535", 65535)]
+)
+def test_an_unquoted_number_with_one_reading_is_taken_with_a_warning(
+    text: str, value: object, yaml_loader: None
+) -> None:
+    parsed = parse_config(one_selector(f"{{vendor: {text}}}"))
+    assert parsed.config.resources[0].devices[0].selector.vendor == value
+    assert len(parsed.warnings) == 1
+    assert f'"{value:04x}"' in parsed.warnings[0]
+
+
+@pytest.mark.parametrize("text", ['"12345"', '""', '"g"', "-1", "0x10000", "99999", "1.5", "[1]", '"0951 "', "true"])
+def test_what_is_no_usb_id_is_refused(text: str) -> None:
+    (problem,) = problems_of(one_selector(f"{{vendor: {text}}}"))
+    assert problem.startswith("config.yaml:1: resources.a[0].selector.vendor: ")
+
+
+@given(st.integers(0, 0xFFFF))
+def test_every_id_in_quotes_or_with_0x_is_itself(value: int) -> None:
+    for text in (f'"{value:04x}"', f'"{value:04X}"', f"0x{value:04x}"):
+        selector = parse_config(one_selector(f"{{vendor: {text}, product: 0x0001}}")).config.resources[0].devices[0]
+        assert selector.selector.vendor == (value or None)
+
+
+def test_zero_and_empty_stand_for_any_as_in_the_go_program() -> None:
+    parsed = parse_config(one_selector('{vendor: 0, product: 0x0000, bus_id: ""}'))
+    assert parsed.config.resources[0].devices[0].selector == Selector()
+    assert any("every device" in warning for warning in parsed.warnings)
+
+
+def test_an_unknown_key_of_the_old_format_is_ignored_with_a_warning() -> None:
+    parsed = parse_config("comment: x\n" + one_selector("{vendor: 0x1, note: stick}"))
+    assert len(parsed.warnings) == 2
+    assert parsed.warnings[0].startswith("config.yaml:1: comment: ignored: unknown key")
+    assert parsed.warnings[1].startswith("config.yaml:2: resources.a[0].selector.note: ignored: unknown key")
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        (one_selector("{vendr: 0x1}"), "vendor"),
+        ("resources: {a: {devices: [], onLos: keep}}", "onLoss"),
+        ("lock: {durations: 40}\n" + GO_PUBLISHED_EXAMPLE, "duration"),
+    ],
+)
+def test_a_misspelt_key_that_would_change_the_meaning_is_an_error_with_the_right_one(text: str, meant: str) -> None:
+    (problem,) = problems_of(text)
+    assert f"did you mean {meant}?" in problem
+
+
+def test_a_key_given_twice_is_an_error_whatever_its_case() -> None:
+    problems = problems_of("resources:\n  a: []\n  A: []\n")
+    assert problems == ("config.yaml:3: resources.A: given twice (first in line 2); remove one",)
+
+
+def test_resource_names_that_differ_in_more_than_case_are_two() -> None:
+    assert len(parse_config("resources: {a-b: [], a_b: [], a.b: []}").config.resources) == 3
+
+
+@pytest.mark.parametrize("name", ["-a", "a/b", "a" * 64, '""', '"a b"'])
+def test_a_name_kubernetes_would_refuse_is_an_error(name: str) -> None:
+    assert problems_of(f"resources: {{{name}: []}}")
+
+
+def test_the_same_selector_twice_in_a_resource_is_an_error_and_overlap_between_resources_a_warning() -> None:
+    entry = "{target: {host: h}, selector: {vendor: 0x1}}"
+    (problem,) = problems_of(f"resources:\n  a:\n  - {entry}\n  - {entry}\n")
+    assert problem == "config.yaml:4: resources.a[1]: selects the same as resources.a[0] (line 3); remove one of them"
+    parsed = parse_config(f"resources: {{a: [{entry}], b: [{entry}]}}")
+    (warning,) = parsed.warnings
+    assert warning.startswith("config.yaml:1: resources.b[0]: may select a device of resources.a[0] too")
+
+
+@pytest.mark.parametrize("text", ["", "~", "# nothing\n", "a: 1", "resources: {}", "resources:", "[]", "x"])
+def test_a_file_without_a_resource_is_an_error(text: str) -> None:
+    assert problems_of(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100,
+        "a: &a [*a]",
+        "a: 1\n---\nb: 2",
+        "? [a]\n: b",
+        "a: [",
+        "\ta: 1",
+        "a: \x00",
+        "a: \ud800",
+        "x" * (document.MAX_FILE_BYTES + 1),
+        "a: [" + "1," * (3 * document.MAX_NODES) + "1]",
+        "\n".join(["a0: &a0 [x]"] + [f"a{n}: &a{n} [{','.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12)]),
+    ],
+    ids=["nesting", "loop", "two", "key", "syntax", "tab", "nul", "surrogate", "size", "nodes", "bomb"],
+)
+def test_a_hostile_file_is_refused_and_cheap(text: str, yaml_loader: None) -> None:
+    assert problems_of(text)
+
+
+def test_merge_keys_are_resolved_and_own_keys_win() -> None:
+    parsed = parse_config("""
+resources:
+  a:
+    - target: &lab {host: lab, port: 3241}
+      selector: {vendor: 0x1}
+    - target: {<<: *lab, port: 3242}
+      selector: {vendor: 0x1}
+""")
+    assert [device.target for device in parsed.config.resources[0].devices] == [
+        ServerKey("lab", 3241),
+        ServerKey("lab", 3242),
+    ]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(
+                st.sampled_from(KEYS),
+                inner,
+                max_size=4,
+            )
+        ),
+        max_leaves=12,
+    )
+)
+def test_any_yaml_gives_a_config_or_a_config_error(value: object) -> None:
+    text = yaml.safe_dump({"resources": value}) + "".join(f"{key}: 1s\n" for key in ("lock", "allocateTimeout"))
+    with pytest.raises(ConfigError):  # lock is no mapping here, so there is always at least that
+        parse_config(text)

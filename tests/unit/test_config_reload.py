@@ -1,0 +1,137 @@
+"""The watcher: a change reaches it by an event, a bad file keeps the old configuration."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from usbip_plugin.clock import SystemClock
+from usbip_plugin.config import Config, ConfigWatcher, Loaded, load_config
+from usbip_plugin.errors import ConfigError
+
+PATIENCE_S = 10  # a bound for a hanging test, not a measurement
+
+
+def text(*names: str) -> str:
+    return "resources: {" + ", ".join(f"{name}: []" for name in names) + "}\n"
+
+
+class Heard:
+    """What the watcher told, in order: tuples of resource names, or errors."""
+
+    def __init__(self) -> None:
+        self.queue: asyncio.Queue[tuple[str, ...] | ConfigError] = asyncio.Queue()
+
+    def config(self, config: Config, warnings: tuple[str, ...]) -> None:
+        self.queue.put_nowait(tuple(resource.name for resource in config.resources))
+
+    def error(self, error: ConfigError) -> None:
+        self.queue.put_nowait(error)
+
+    async def next(self) -> tuple[str, ...] | ConfigError:
+        async with asyncio.timeout(PATIENCE_S):
+            return await self.queue.get()
+
+
+@contextlib.asynccontextmanager
+async def watching(path: Path, initial: Loaded | None = None) -> AsyncIterator[Heard]:
+    heard = Heard()
+    watcher = ConfigWatcher(path, SystemClock(), heard.config, heard.error, initial)
+    task = asyncio.create_task(watcher.run())
+    try:
+        yield heard
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+async def test_a_config_map_volume_swap_is_noticed(tmp_path: Path) -> None:
+    for name, content in (("..1", text("a")), ("..2", text("b"))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(content)
+    (tmp_path / "..data").symlink_to("..1")
+    path = tmp_path / "config.yaml"
+    path.symlink_to("..data/config.yaml")
+    async with watching(path) as heard:
+        assert await heard.next() == ("a",)
+        (tmp_path / "..data_tmp").symlink_to("..2")
+        (tmp_path / "..data_tmp").replace(tmp_path / "..data")
+        assert await heard.next() == ("b",)
+
+
+async def test_a_bad_file_is_told_once_and_the_same_good_one_is_told_again(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text("a"))
+    async with watching(path) as heard:
+        assert await heard.next() == ("a",)
+        path.write_text("resources: 1")
+        assert isinstance(await heard.next(), ConfigError)
+        path.write_text("resources: 1")  # the same mistake saved again
+        path.unlink()
+        gone = await heard.next()
+        assert isinstance(gone, ConfigError)
+        assert "cannot be read" in str(gone)
+        path.write_text(text("a"))
+        assert await heard.next() == ("a",)
+        assert heard.queue.empty()
+
+
+async def test_what_was_loaded_at_start_is_not_told_again_but_a_change_before_the_start_is(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text("a"))
+    loaded = load_config(path)
+    async with watching(path, loaded) as heard:
+        path.write_text(text("b"))
+        assert await heard.next() == ("b",)
+    path.write_text(text("c"))
+    async with watching(path, loaded) as heard:
+        assert await heard.next() == ("c",)
+
+
+async def test_a_directory_that_is_replaced_is_watched_anew(tmp_path: Path) -> None:
+    directory = tmp_path / "etc"
+    directory.mkdir()
+    path = directory / "config.yaml"
+    path.write_text(text("a"))
+    async with watching(path) as heard:
+        assert await heard.next() == ("a",)
+        (tmp_path / "new").mkdir()
+        (tmp_path / "new" / "config.yaml").write_text(text("b"))
+        directory.rename(tmp_path / "old")
+        (tmp_path / "new").rename(directory)
+        heard_next = await heard.next()
+        while isinstance(heard_next, ConfigError):  # the moment between the two renames
+            heard_next = await heard.next()
+        assert heard_next == ("b",)
+        path.write_text(text("c"))
+        assert await heard.next() == ("c",)
+
+
+def test_what_is_no_readable_file_is_a_config_error(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    latin = tmp_path / "latin"
+    latin.write_bytes(b"a: 1\nb: \xe4\n")
+    large = tmp_path / "large"
+    large.write_bytes(b"#" * (1024 * 1024 + 1))
+    for path, word in (
+        (tmp_path, "not a regular file"),
+        (pipe, "not a regular file"),
+        (tmp_path / "none", "cannot be read"),
+        (latin, "latin:2: not UTF-8"),
+        (large, "larger than"),
+    ):
+        with pytest.raises(ConfigError, match=word):
+            load_config(path)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_bytes(b"\xef\xbb\xbf" + text("a").encode())
+    assert load_config(path).config.resources[0].name == "a"
