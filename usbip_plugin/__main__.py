@@ -1,0 +1,8 @@
+"""`python -m usbip_plugin`."""
+
+import sys
+
+from usbip_plugin.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,330 @@
+"""Keeps what the inventory says in front of the kubelet, the scheduler and the operator.
+
+Changes come from six sides: servers, locks, claims, ports, the API server, the configuration. Each only says "look again";
+one evaluation per turn of the event loop answers all of them, and only differences go out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Protocol
+
+from opentelemetry.trace import Span, SpanKind, Tracer
+
+from usbip_plugin import inventory
+from usbip_plugin.attacher import Attacher
+from usbip_plugin.clock import Clock
+from usbip_plugin.config import Config, ResourceConfig
+from usbip_plugin.errors import KubeError, LockError, PluginError, UsbipError, VhciError
+from usbip_plugin.inventory import API_GRACE, Api, Driver, Facts, Members, Seen
+from usbip_plugin.kubelet.device_plugin import DevicePluginServer
+from usbip_plugin.kubelet.node_status import NodeStatusPublisher, allocatable
+from usbip_plugin.locks.manager import LockChange, LockManager
+from usbip_plugin.model import Advertised, Health, NodeIdentity
+from usbip_plugin.observe.tracing import context_from
+from usbip_plugin.usbip.poller import ServerPoller, ServerView
+from usbip_plugin.vhci.driver import VhciDriver
+from usbip_plugin.vhci.sysfs import PortStatus
+
+log = logging.getLogger(__name__)
+
+SENT_TIMEOUT = 1.0
+"""Seconds an Allocate's failure, or a withdrawal's span, waits for the kubelet and the Node to be told."""
+PORTS_INTERVAL = 30.0
+"""Seconds between looks at the free ports when no uevent says to look."""
+PROBE_RETRY = 10.0
+"""Seconds before a serial number that could not be read is asked for again."""
+RELIST_AFTER_RELEASE = 0.5
+"""Seconds after a release until the server is asked once more: usbip-host resets a device for about 0.3 s."""
+
+
+class Publish(Protocol):
+    """Told what one resource advertises whenever that changes."""
+
+    def __call__(self, resource: str, devices: tuple[Advertised, ...]) -> None: ...
+
+
+class Advertiser:
+    """The one place that knows what this node offers. All methods belong to one event loop; `run` must be running."""
+
+    def __init__(
+        self,
+        *,
+        me: NodeIdentity,
+        config: Config,
+        domain: str,
+        attacher: Attacher,
+        locks: LockManager,
+        poller: ServerPoller,
+        driver: VhciDriver,
+        node_status: NodeStatusPublisher | None,
+        clock: Clock,
+        tracer: Tracer,
+        on_advertised: Publish,
+    ) -> None:
+        self._me = me
+        self._config = config
+        self._domain = domain
+        self._attacher = attacher
+        self._locks = locks
+        self._poller = poller
+        self._driver = driver
+        self._node_status = node_status
+        self._clock = clock
+        self._tracer = tracer
+        self._on_advertised = on_advertised
+        self._servers: dict[str, DevicePluginServer] = {}
+        self._members: Members = {}
+        self._advertised: Mapping[str, tuple[Advertised, ...]] = {}
+        self._ports = Driver()
+        self._ports_event = asyncio.Event()
+        self._api_event = asyncio.Event()
+        self._probes: dict[str, float] = {}
+        self._scheduled = False
+        self._ready = False
+        self._tasks: asyncio.TaskGroup | None = None
+
+    # what others ask
+
+    @property
+    def advertised(self) -> Mapping[str, tuple[Advertised, ...]]:
+        """By resource name without the domain, as last told to the kubelet."""
+        return self._advertised
+
+    @property
+    def config(self) -> Config:
+        return self._config
+
+    def health(self) -> Mapping[str, Health]:
+        """By device ID."""
+        return {device.id: device.health for devices in self._advertised.values() for device in devices}
+
+    def lookup(self, resource: str) -> tuple[ResourceConfig, Mapping[str, Seen]] | None:
+        """A resource, by its full name, and the devices it offers."""
+        name = resource.removeprefix(f"{self._domain}/")
+        config = next((r for r in self._config.resources if r.name == name), None)
+        return None if config is None else (config, self._members.get(name, {}))
+
+    # what others tell
+
+    def attach_server(self, server: DevicePluginServer) -> None:
+        """From now on this device-plugin server is told what its resource advertises."""
+        self._servers[server.resource] = server
+        self._publish_one(server)
+
+    def detach_server(self, resource: str) -> None:
+        self._servers.pop(resource, None)
+        if self._node_status is not None:
+            self._node_status.forget(resource)
+
+    def reconfigure(self, config: Config) -> None:
+        """A new configuration: held devices stay offered until they are let go."""
+        self._config = config
+        self._poller.set_servers(config.servers())
+        self.look_again()
+
+    def ready(self) -> None:
+        """What a previous process left has been adopted: from now on lists are complete enough to be sent."""
+        self._ready = True
+        self._evaluate()
+
+    def look_again(self, _device_id: str = "") -> None:
+        """Something changed; what is advertised is worked out anew before the event loop turns again."""
+        if not self._scheduled and self._tasks is not None:
+            self._scheduled = True
+            asyncio.get_running_loop().call_soon(self._evaluate)
+
+    def server_changed(self, _view: ServerView) -> None:
+        """For the poller: a server's list or state changed."""
+        self._locks.set_importable(inventory.importable(self._poller.views))
+        self.look_again()
+
+    async def denied(self, resource: str) -> None:
+        """Before a failed Allocate answers: kubelet and Node are to know what it failed of. Bounded by SENT_TIMEOUT.
+
+        Otherwise the scheduler sends the replacement straight back here (measured: up to 51 failed pods).
+        """
+        self._evaluate()
+        server = self._servers.get(resource)
+        if server is None:
+            return
+        with contextlib.suppress(TimeoutError):
+            async with self._clock.timeout(SENT_TIMEOUT):
+                await server.wait_sent()
+        if self._node_status is not None and server.announced:
+            await self._node_status.publish_now({resource: self._count(resource)}, SENT_TIMEOUT)
+
+    # work
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        undo = [
+            self._locks.subscribe(self._lock_changed),
+            self._locks.subscribe_api(lambda _state: self._api_event.set()),
+            self._driver.subscribe(self._ports_event.set),
+        ]
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                self._tasks = tasks
+                tasks.create_task(self._watch_ports(), name="free ports")
+                tasks.create_task(self._watch_api(), name="API grace")
+                self.look_again()
+        finally:
+            self._tasks = None
+            for unsubscribe in undo:
+                unsubscribe()
+
+    async def _watch_ports(self) -> None:
+        while True:
+            self._ports_event.clear()
+            before, self._ports = self._ports, await self._read_ports()
+            if self._ports != before:
+                self.look_again()
+            with contextlib.suppress(TimeoutError):
+                async with self._clock.timeout(PORTS_INTERVAL):
+                    await self._ports_event.wait()
+
+    async def _read_ports(self) -> Driver:
+        try:
+            ports = await self._driver.ports()
+        except VhciError as error:
+            return Driver(str(error), 0, 0)
+        free = [port.hub for port in ports if port.status is PortStatus.NULL]
+        return Driver(None, free.count("hs"), free.count("ss"))
+
+    async def _watch_api(self) -> None:
+        """An API server that stays away becomes a reason when the grace is over, without anything else happening."""
+        while True:
+            self._api_event.clear()
+            self.look_again()
+            if self._locks.api.reachable:
+                await self._api_event.wait()
+                continue
+            gone = self._clock.monotonic() - self._locks.api.since
+            with contextlib.suppress(TimeoutError):
+                async with self._clock.timeout(max(API_GRACE - gone, 0.0) or PORTS_INTERVAL):
+                    await self._api_event.wait()
+
+    def _lock_changed(self, change: LockChange) -> None:
+        old = change.old.holder if change.old is not None else ""
+        new = change.new.holder if change.new is not None else ""
+        if old != new and new not in ("", self._me.node) and self._offered(change.device_id):
+            self._spawn(self._withdraw(change))
+        elif old != new and new == "" and change.new is not None:
+            self._spawn(self._ask_again(change))
+        self.look_again()
+
+    async def _withdraw(self, change: LockChange) -> None:
+        """Another node took a device: this joins its trace, up to the moment the kubelet has been told."""
+        lock = change.new
+        assert lock is not None  # noqa: S101 - the caller looked
+        context = context_from(lock.traceparent)
+        with self._tracer.start_as_current_span("withdraw", context=context, kind=SpanKind.CONSUMER) as span:
+            span.set_attribute("k8s.node.name", self._me.node)
+            span.set_attribute("usbip.device.id", change.device_id)
+            span.set_attribute("usbip.holder", lock.holder)
+            self._evaluate()
+            await self._wait_sent(change.device_id, span)
+
+    async def _wait_sent(self, device_id: str, span: Span) -> None:
+        for server in [s for name, s in self._servers.items() if self._offers(name, device_id)]:
+            with contextlib.suppress(TimeoutError):
+                async with self._clock.timeout(SENT_TIMEOUT):
+                    await server.wait_sent()
+                    span.add_event("ListAndWatch sent", {"usbip.resource": server.resource})
+
+    async def _ask_again(self, change: LockChange) -> None:
+        """A device was let go: its server's list is old now, at once and once more when the stub has reset the device."""
+        key = inventory.key_of(change.new) if change.new is not None else None
+        if key is not None:
+            self._poller.poke(key.server)
+            await self._clock.sleep(RELIST_AFTER_RELEASE)
+            self._poller.poke(key.server)
+
+    async def _probe(self, key: inventory.DeviceKey, descriptor: inventory.Descriptor) -> None:
+        try:
+            await self._attacher.probe(key, descriptor)
+        except (LockError, UsbipError, KubeError, PluginError) as error:
+            log.info("serial number not read yet", extra={"device": str(key), "cause": str(error)})
+            await self._clock.sleep(PROBE_RETRY)
+        finally:
+            self._probes.pop(key.id, None)
+            self.look_again()
+
+    # evaluation
+
+    def facts(self) -> Facts:
+        """What is known now."""
+        api = self._locks.api
+        gone = None if api.reachable else self._clock.monotonic() - api.since
+        return Facts(
+            me=self._me.node,
+            config=self._config,
+            servers=self._poller.views,
+            locks=self._locks.locks,
+            standings={i: self._locks.standing(i) for i in self._locks.locks},
+            claims=self._attacher.claims,
+            driver=self._ports,
+            api=Api(gone, api.error or ""),
+        )
+
+    def _evaluate(self) -> None:
+        self._scheduled = False
+        if self._tasks is None:
+            return
+        facts = self.facts()
+        self._members = inventory.learn(self._members, facts)
+        before, self._advertised = self._advertised, inventory.advertise(self._members, facts)
+        for name, devices in self._advertised.items():
+            if devices != before.get(name):
+                _log_changes(name, before.get(name, ()), devices)
+                self._on_advertised(name, devices)
+        for server in self._servers.values():
+            self._publish_one(server)
+        for key, descriptor in inventory.wanting_serial(facts):
+            if key.id not in self._probes and facts.api.unreachable_for is None:
+                self._probes[key.id] = self._clock.monotonic()
+                self._spawn(self._probe(key, descriptor))
+
+    def _publish_one(self, server: DevicePluginServer) -> None:
+        if not self._ready:
+            return
+        server.publish(self._advertised.get(server.resource.removeprefix(f"{self._domain}/"), ()))
+        if self._node_status is not None and server.announced:
+            self._node_status.publish({server.resource: self._count(server.resource)})
+
+    def _count(self, resource: str) -> int:
+        return allocatable(self._advertised.get(resource.removeprefix(f"{self._domain}/"), ()))
+
+    def _offers(self, resource: str, device_id: str) -> bool:
+        return device_id in self._members.get(resource.removeprefix(f"{self._domain}/"), {})
+
+    def _offered(self, device_id: str) -> bool:
+        return any(device_id in devices for devices in self._members.values())
+
+    def _spawn(self, work: Coroutine[object, object, None]) -> None:
+        if self._tasks is None:
+            work.close()
+        else:
+            self._tasks.create_task(work)
+
+
+def _log_changes(resource: str, before: tuple[Advertised, ...], after: tuple[Advertised, ...]) -> None:
+    known: Mapping[str, Advertised] = {device.id: device for device in before}
+    for device in after:
+        old = known.get(device.id)
+        if old is None or old.health.reason is not device.health.reason:
+            log.info(
+                "healthy" if device.health.healthy else "unhealthy",
+                extra={
+                    "resource": resource,
+                    "device": str(device.key),
+                    "reason": device.health.reason.value,
+                    "detail": device.health.detail,
+                },
+            )
+
+

@@ -1,0 +1,186 @@
+"""The composition root: builds the parts of one node and runs them in one TaskGroup. No logic of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from opentelemetry.trace import Tracer
+
+from usbip_plugin.advertising import Advertiser
+from usbip_plugin.allocation import Allocator
+from usbip_plugin.attacher import Attacher
+from usbip_plugin.clock import Clock
+from usbip_plugin.config import Config
+from usbip_plugin.errors import PluginError
+from usbip_plugin.kube import KubeClient
+from usbip_plugin.kubelet.directory import PluginDirectory
+from usbip_plugin.kubelet.node_status import NodeStatusPublisher
+from usbip_plugin.kubelet.pod_resources import PodResources
+from usbip_plugin.kubelet.pods import OwnPods, PodPhase
+from usbip_plugin.kubelet.registration import ResourcePlugin
+from usbip_plugin.locks.manager import LockManager, LockSettings
+from usbip_plugin.locks.store import LeaseStore
+from usbip_plugin.model import Advertised, NodeIdentity, PodRef
+from usbip_plugin.resources import ResourceSet
+from usbip_plugin.usage import UsageWatcher
+from usbip_plugin.usbip.client import UsbipClient
+from usbip_plugin.usbip.poller import ServerPoller
+from usbip_plugin.vhci.driver import VhciDriver
+
+log = logging.getLogger(__name__)
+
+LOCKS_WAIT = 5.0
+"""Seconds the first lists to the kubelet wait for the locks to be read. After that they go out without."""
+
+
+@dataclass(frozen=True, slots=True)
+class Observer:
+    """Where figures go: metrics in production, nothing by default."""
+
+    on_step: Callable[[str, float], None] = lambda _step, _seconds: None
+    on_result: Callable[[str, PluginError | None], None] = lambda _resource, _error: None
+    on_advertised: Callable[[str, tuple[Advertised, ...]], None] = lambda _resource, _devices: None
+    on_plugin: Callable[[ResourcePlugin], None] = lambda _plugin: None
+
+
+@dataclass(frozen=True, slots=True)
+class Outside:
+    """Everything of the outside world that a node's agent works with; real in production, doubles in sim/."""
+
+    me: NodeIdentity
+    client: UsbipClient
+    driver: VhciDriver
+    leases: LeaseStore
+    pod_resources: PodResources
+    kube: KubeClient | None
+    plugin_directory: Path
+    clock: Clock
+    rng: random.Random
+    tracer: Tracer
+
+
+class Agent:
+    """One node. domain: of the resource names, such as usbip.dev."""
+
+    def __init__(
+        self,
+        outside: Outside,
+        config: Config,
+        *,
+        domain: str,
+        lock_settings: LockSettings | None = None,
+        observer: Observer | None = None,
+    ) -> None:
+        out, observer = outside, observer or Observer()
+        self._clock = out.clock
+        self.driver = out.driver
+        self.locks = LockManager(
+            out.leases, out.me, out.clock, out.rng, lock_settings or LockSettings(duration=config.lock.duration), out.tracer
+        )
+        self.poller = ServerPoller(out.client, out.clock, out.rng, lambda view: self.advertiser.server_changed(view))
+        self.attacher = Attacher(
+            me=out.me,
+            client=out.client,
+            driver=out.driver,
+            locks=self.locks,
+            clock=out.clock,
+            rng=out.rng,
+            tracer=out.tracer,
+            on_change=self._claim_changed,
+            on_step=observer.on_step,
+        )
+        self.node_status = (
+            NodeStatusPublisher(out.kube, out.me.node, out.clock, out.rng)
+            if out.kube is not None and config.publish_node_status
+            else None
+        )
+        self.advertiser = Advertiser(
+            me=out.me,
+            config=config,
+            domain=domain,
+            attacher=self.attacher,
+            locks=self.locks,
+            poller=self.poller,
+            driver=out.driver,
+            node_status=self.node_status,
+            clock=out.clock,
+            tracer=out.tracer,
+            on_advertised=observer.on_advertised,
+        )
+        self.allocator = Allocator(
+            node=out.me.node,
+            attacher=self.attacher,
+            lookup=self.advertiser.lookup,
+            health=self.advertiser.health,
+            timeout=lambda: self.advertiser.config.allocate_timeout,
+            after_denial=self.advertiser.denied,
+            tracer=out.tracer,
+            on_result=observer.on_result,
+        )
+        self.pods = (
+            OwnPods(out.kube, out.me.node, out.clock, out.rng, self._pod_ending) if out.kube is not None else None
+        )
+        self.usage = UsageWatcher(out.pod_resources, self.attacher, self.locks, out.clock, self._pod_ended)
+        self._directory = PluginDirectory(out.plugin_directory, out.clock)
+        self.resources = ResourceSet(
+            domain=domain,
+            allocator=self.allocator,
+            advertiser=self.advertiser,
+            directory=self._directory,
+            clock=out.clock,
+            rng=out.rng,
+            claimed=lambda: frozenset(c.resource for c in self.attacher.claims.values() if c.resource is not None),
+            on_state=observer.on_plugin,
+        )
+        self.poller.set_servers(config.servers())
+
+    @property
+    def ready(self) -> bool:
+        """Every resource is registered with the kubelet and the locks have been read."""
+        plugins = self.resources.plugins.values()
+        return self.locks.ready.is_set() and bool(plugins) and all(plugin.registered for plugin in plugins)
+
+    def reconfigure(self, config: Config) -> None:
+        """A live reload. Lock duration and node status publishing keep the values of the start."""
+        self.advertiser.reconfigure(config)
+        self.resources.look_again()
+
+    async def run(self) -> None:
+        """Until cancelled. Then sockets are closed within 2 s, and attachments and locks stay for the next process."""
+        async with asyncio.TaskGroup() as tasks:
+            for part in (self.driver, self.locks, self.poller, self.attacher, self.advertiser, self._directory):
+                tasks.create_task(part.run(), name=type(part).__name__)
+            for optional in (self.node_status, self.pods):
+                if optional is not None:
+                    tasks.create_task(optional.run(), name=type(optional).__name__)
+            tasks.create_task(self.resources.run(), name="resources")
+            tasks.create_task(self._begin(tasks), name="begin")
+
+    async def _begin(self, tasks: asyncio.TaskGroup) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with self._clock.timeout(LOCKS_WAIT):
+                await self.locks.ready.wait()
+        if not self.locks.ready.is_set():
+            log.warning("the locks could not be read yet", extra={"cause": self.locks.api.error})
+        await self.attacher.started()
+        await self.usage.adopt()
+        self.advertiser.ready()
+        tasks.create_task(self.usage.run(), name="usage")
+
+    def _claim_changed(self, device_id: str) -> None:
+        self.advertiser.look_again(device_id)
+        self.usage.claims_changed()
+        self.resources.look_again()
+
+    def _pod_ending(self, _pod: PodRef, _phase: PodPhase) -> None:
+        self.usage.hint()
+
+    def _pod_ended(self, pod: PodRef) -> bool:
+        """True if the API says that the pod is over, or has been deleted; False while nothing is known."""
+        return self.pods is not None and self.pods.synced and self.pods.find(pod.namespace, pod.name) is None

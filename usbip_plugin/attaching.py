@@ -1,0 +1,245 @@
+"""The steps between a free device and one in a container: lock, import, attach, device nodes; and back again.
+
+One call works on one device and is made under that device's mutex; who calls, when, and what happens after a failure is
+attacher.py's business. Each step is a span and moves the claim in the book.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from opentelemetry.trace import Span, Tracer
+
+from usbip_plugin import retry
+from usbip_plugin.claims import Claim, ClaimBook, Event, State, own_port
+from usbip_plugin.clock import Clock
+from usbip_plugin.errors import AttachStuck, LockHeld, LockLost, LockUnavailable, WrongDevice
+from usbip_plugin.locks.manager import Grant, LockManager, LockMeta
+from usbip_plugin.model import Attachment, Descriptor, DeviceKey, NodeIdentity, UsbId
+from usbip_plugin.usbip.client import Imported, UsbipClient
+from usbip_plugin.vhci.driver import PortState, VhciDriver
+from usbip_plugin.vhci.sysfs import PortStatus
+
+ENUMERATE_TIMEOUT = 6.0
+"""Seconds from the attach write until the device must have enumerated. A disk takes 1.3 s."""
+DETACH_TIMEOUT = 5.0
+"""Seconds a port may take to become free after a detach write; measured 13-29 ms."""
+PROBE_TIMEOUT = 4.0
+"""Seconds for reading one serial number."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """One device an Allocate asks for: what was promised to the kubelet under its ID."""
+
+    key: DeviceKey
+    usb_id: UsbId
+    resource: str
+    children: tuple[str, ...] | None = None
+    serial: str | None = None
+
+
+class Progress:
+    """What a pipeline is busy with, in words, for the error of one that ran out of time."""
+
+    def __init__(self, doing: str) -> None:
+        self.doing = doing
+
+
+class Pipeline:
+    """Works on the claims of a book. on_step(name, seconds) is told how long each step took.
+
+    note_port(key, port) is called when a port is taken; it must return at once.
+    """
+
+    def __init__(
+        self,
+        *,
+        me: NodeIdentity,
+        client: UsbipClient,
+        driver: VhciDriver,
+        locks: LockManager,
+        clock: Clock,
+        tracer: Tracer,
+        book: ClaimBook,
+        note_port: Callable[[DeviceKey, int], None],
+        on_step: Callable[[str, float], None],
+    ) -> None:
+        self._me = me
+        self._client = client
+        self._driver = driver
+        self._locks = locks
+        self._clock = clock
+        self._tracer = tracer
+        self._book = book
+        self._note_port = note_port
+        self._on_step = on_step
+
+    async def attach_new(self, claim: Claim, wanted: Wanted, deadline: float, progress: Progress) -> Attachment:
+        """From Free to Attached. On an error the claim stays in the book in the state it had reached.
+
+        Only LockHeld leaves no claim: nothing was touched. Raises LockError, UsbipError and VhciError. deadline is on the
+        monotonic clock and bounds the import; the caller bounds the whole.
+        """
+        self._book.move(claim, Event.ALLOCATE)
+        progress.doing = "locking the device (API server)"
+        with self.span("lock", claim.key) as span:
+            meta = LockMeta(usb_id=str(wanted.usb_id), serial=wanted.serial, traceparent=claim.traceparent)
+            try:
+                grant = await self._locks.acquire(claim.key, meta)
+            except LockHeld:
+                self._book.move(self._book[claim.id], Event.DENIED)
+                raise
+            span.set_attribute("usbip.lock.epoch", grant.epoch)
+        self._book.move(self._book[claim.id], Event.LOCKED)
+        async for attempt in retry.attach_stuck(self._clock):
+            with attempt:
+                if attempt.retry_state.attempt_number > 1:
+                    # the failed try may have used up the import window of the first write: R1 asks for a new one
+                    grant = await self._locks.renew(claim.key)
+                return await self._attach(claim.id, grant, deadline, progress)
+        raise AssertionError("the retry policy re-raises")
+
+    async def reattach(self, device_id: str, deadline: float) -> Attachment:
+        """One try from Reattaching back to Attached, under a new write of the lock (R1). Errors as attach_new, LockLost."""
+        await self.detach(device_id)
+        grant = await self._locks.renew(self._book[device_id].key)
+        return await self._attach(device_id, grant, deadline, Progress(""))
+
+    async def _attach(self, device_id: str, grant: Grant, deadline: float, progress: Progress) -> Attachment:
+        claim = self._book[device_id]
+        key = claim.key
+        progress.doing = f"importing {key.busid} from USB/IP server {key.server}"
+        with self.span("import", key):
+            imported = await self._import(key, grant, deadline)
+        try:
+            if imported.descriptor.usb_id != claim.usb_id:
+                raise WrongDevice(key, claim.usb_id, imported.descriptor.usb_id)
+            self._check_still_ours(key)
+            if self._clock.monotonic() >= grant.import_deadline:
+                raise LockUnavailable(str(key), "the import window after the lock write passed (rule R1)")
+            if claim.state is State.IMPORTING:
+                self._book.move(self._book[device_id], Event.IMPORTED)
+            progress.doing = f"attaching {key} to vhci_hcd"
+            with self.span("attach", key) as span:
+                port = await self._driver.attach(key, imported.descriptor, imported.sock.fileno())
+                span.set_attribute("usbip.vhci.port", port)
+        finally:
+            imported.close()
+        # until the device has enumerated nothing is known of it but its port
+        self._book.put(replace(self._book[device_id], port=port, attachment=None))
+        # the port goes onto the lock while the kernel enumerates, which takes far longer: it costs no time
+        self._note_port(key, port)
+        progress.doing = f"waiting for {key} to enumerate on vhci port {port}"
+        with self.span("device node", key) as span:
+            attachment = await self._enumerate(device_id, imported.descriptor, port)
+            span.set_attribute("usbip.nodes", [node.path for node in attachment.nodes])
+        self._check_still_ours(key)
+        self._book.move(replace(self._book[device_id], attachment=attachment), Event.ATTACHED)
+        return attachment
+
+    async def _import(self, key: DeviceKey, grant: Grant, deadline: float) -> Imported:
+        until = min(grant.import_deadline, deadline)
+        async for attempt in retry.import_busy(self._clock):
+            with attempt:
+                left = until - self._clock.monotonic()
+                if left <= 0:
+                    raise LockUnavailable(str(key), "the import window after the lock write passed (rule R1)")
+                return await self._client.import_device(key, timeout=left)
+        raise AssertionError("the retry policy re-raises")
+
+    async def _enumerate(self, device_id: str, descriptor: Descriptor, port: int) -> Attachment:
+        claim = self._book[device_id]
+        try:
+            return await self._driver.enumerate(
+                claim.key, descriptor, port, children=claim.children, timeout=ENUMERATE_TIMEOUT
+            )
+        except AttachStuck:
+            self._book.put(replace(self._book[device_id], port=None))
+            if self._book[device_id].state is State.ATTACHING:
+                self._book.move(self._book[device_id], Event.STUCK)
+            raise
+
+    def _check_still_ours(self, key: DeviceKey) -> None:
+        """R6 once more, before and after the kernel is touched: what the watch has said meanwhile."""
+        lock = self._locks.locks.get(key.id)
+        holder = lock.holder if lock is not None else ""
+        if holder != self._me.node:
+            raise LockLost(str(key), holder)
+
+    # letting go
+
+    async def detach(self, device_id: str) -> None:
+        """Frees the claim's port if, and only if, it still carries the claim's device. Raises VhciError."""
+        claim = self._book[device_id]
+        if claim.port is None and not self.is_mine(device_id):
+            return
+        ports = await self._driver.ports()
+        # a port without a number in the claim can only be one that a cancelled attach left behind
+        if claim.port is None:
+            left = own_port(claim.key, ports, None)
+            stands = left is not None
+            number = left.number if left is not None else None
+        else:
+            number = claim.port
+            stands = await self.stands(claim, ports) or await self._never_enumerated(claim, ports)
+        if number is not None and stands:
+            with self.span("detach", claim.key):
+                await self._driver.detach(number, timeout=DETACH_TIMEOUT)
+        self._book.put(replace(self._book[device_id], port=None))
+
+    async def stands(self, claim: Claim, ports: Sequence[PortState]) -> bool:
+        """True while the claim's port carries the very attachment that was made.
+
+        The record alone does not say so: another process (or, in kind, another node on the same kernel) may have taken a
+        port that fell free. The USB node tells, because the kernel numbers devices anew at each enumeration.
+        """
+        if claim.port is None or claim.attachment is None or own_port(claim.key, ports, claim.port) is None:
+            return False
+        now = await self._driver.inspect(claim.key, claim.port)
+        return now is not None and now.nodes[:1] == claim.attachment.nodes[:1]
+
+    async def _never_enumerated(self, claim: Claim, ports: Sequence[PortState]) -> bool:
+        """True if the port bears our record and nothing that enumerated, or nothing at all (then the record goes)."""
+        port = next((p for p in ports if p.number == claim.port and p.record == claim.key), None)
+        if port is None or claim.port is None:
+            return False
+        if port.status in (PortStatus.NULL, PortStatus.ERROR) or claim.attachment is None:
+            return True
+        return await self._driver.inspect(claim.key, claim.port) is None
+
+    def is_mine(self, device_id: str) -> bool:
+        """True if the lock, as last seen, names this node."""
+        lock = self._locks.locks.get(device_id)
+        return lock is not None and lock.holder == self._me.node
+
+    # serial numbers
+
+    async def probe(self, key: DeviceKey, descriptor: Descriptor) -> str:
+        """Reads the serial number once for all nodes: under the lock (R1), in user space, kept on the Lease.
+
+        "" if the device has none. Raises LockHeld, LockUnavailable, LockLost or UsbipError. The lock is released.
+        """
+        with self.span("probe", key):
+            grant = await self._locks.acquire(key, LockMeta(usb_id=str(descriptor.usb_id)))
+            try:
+                imported = await self._import(key, grant, self._clock.monotonic() + PROBE_TIMEOUT)
+                identity = await self._client.probe(imported, timeout=PROBE_TIMEOUT)
+                serial = identity.serial or ""
+                await self._locks.annotate(key, serial=serial)
+            finally:
+                await self._locks.release(key)
+        return serial
+
+    @contextlib.contextmanager
+    def span(self, name: str, key: DeviceKey) -> Iterator[Span]:
+        """A span of the current trace with the attributes all of ours have; its time goes to on_step too."""
+        began = self._clock.monotonic()
+        with self._tracer.start_as_current_span(name) as span:
+            span.set_attribute("usbip.device", str(key))
+            span.set_attribute("usbip.server", str(key.server))
+            span.set_attribute("k8s.node.name", self._me.node)
+            yield span
+        self._on_step(name, self._clock.monotonic() - began)

@@ -1,0 +1,204 @@
+"""From Allocate to release: the states of one device on this node, as pure functions.
+
+One transition table says what may follow what; nothing else in the project holds a flag about a device's progress.
+`attacher.py` does the work and reports each result here as an Event.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+from usbip_plugin.model import Attachment, DeviceKey, Lock, NodeIdentity, PodRef, UsbId
+from usbip_plugin.vhci.driver import PortState
+from usbip_plugin.vhci.sysfs import PortStatus
+
+ALLOCATION_GRACE = 15.0
+"""Seconds after an Allocate in which a pod that is not (yet) listed does not count as gone.
+
+The kubelet hides an Allocate in flight from pod-resources, and admission of the pod's other containers comes after it.
+"""
+
+ABSENT_POLLS = 2
+"""Polls of pod-resources in a row without the device before its claim ends."""
+
+
+class State(enum.Enum):
+    """Where a device stands on this node. FREE is the absence of a claim."""
+
+    FREE = "Free"
+    LOCKING = "Locking"
+    IMPORTING = "Importing"
+    ATTACHING = "Attaching"
+    ATTACHED = "Attached"
+    REATTACHING = "Reattaching"
+    RELEASING = "Releasing"
+    LOST = "Lost"
+
+
+class Event(enum.Enum):
+    """What can happen to a claim."""
+
+    ALLOCATE = "Allocate"
+    LOCKED = "lock written"
+    DENIED = "lock not obtained"
+    IMPORTED = "imported"
+    ATTACHED = "attached"
+    STUCK = "attach stuck, port freed"
+    FAILED = "failed"
+    ADOPTED = "adopted from the previous process"
+    ORPHANED = "lock found without attachment, pod still there"
+    UNUSED = "lock found, nobody uses the device"
+    PORT_LOST = "port lost"
+    POD_GONE = "pod gone"
+    LOCK_LOST = "lock lost"
+    RELEASED = "released"
+
+
+TRANSITIONS: Mapping[tuple[State, Event], State] = MappingProxyType(
+    {
+        (State.FREE, Event.ALLOCATE): State.LOCKING,
+        (State.FREE, Event.ADOPTED): State.ATTACHED,
+        (State.FREE, Event.ORPHANED): State.REATTACHING,
+        (State.FREE, Event.UNUSED): State.RELEASING,
+        (State.LOCKING, Event.LOCKED): State.IMPORTING,
+        (State.LOCKING, Event.DENIED): State.FREE,
+        (State.LOCKING, Event.FAILED): State.RELEASING,
+        (State.IMPORTING, Event.IMPORTED): State.ATTACHING,
+        (State.IMPORTING, Event.FAILED): State.RELEASING,
+        (State.IMPORTING, Event.LOCK_LOST): State.LOST,
+        (State.ATTACHING, Event.ATTACHED): State.ATTACHED,
+        (State.ATTACHING, Event.STUCK): State.IMPORTING,
+        (State.ATTACHING, Event.FAILED): State.RELEASING,
+        (State.ATTACHING, Event.LOCK_LOST): State.LOST,
+        (State.ATTACHED, Event.PORT_LOST): State.REATTACHING,
+        (State.ATTACHED, Event.POD_GONE): State.RELEASING,
+        (State.ATTACHED, Event.LOCK_LOST): State.LOST,
+        (State.REATTACHING, Event.ATTACHED): State.ATTACHED,
+        (State.REATTACHING, Event.POD_GONE): State.RELEASING,
+        (State.REATTACHING, Event.LOCK_LOST): State.LOST,
+        (State.RELEASING, Event.LOCK_LOST): State.LOST,
+        (State.RELEASING, Event.RELEASED): State.FREE,
+        (State.LOST, Event.RELEASED): State.FREE,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """One device on this node. Times are seconds on the node's monotonic clock.
+
+    port is set from the moment the kernel has the socket; attachment is the last one seen, whether it still stands is
+    what the state says; traceparent is the Allocate's, so that all that follows joins its trace.
+    """
+
+    key: DeviceKey
+    usb_id: UsbId
+    state: State = State.FREE
+    resource: str | None = None
+    children: tuple[str, ...] | None = None
+    port: int | None = None
+    attachment: Attachment | None = None
+    traceparent: str | None = None
+    allocated_at: float = 0.0
+    pod: PodRef | None = None
+    absent: int = 0
+
+    @property
+    def id(self) -> str:
+        return self.key.id
+
+
+class IllegalTransition(AssertionError):
+    """An event that the table does not allow: a bug in this project, never the outside's doing."""
+
+
+def step(claim: Claim, event: Event) -> Claim:
+    """The claim after the event. IllegalTransition if the table has no such arrow."""
+    try:
+        state = TRANSITIONS[claim.state, event]
+    except KeyError:
+        raise IllegalTransition(f"{claim.key}: {event.name} in state {claim.state.value}") from None
+    return replace(claim, state=state)
+
+
+def allocated(claim: Claim, now: float) -> Claim:
+    """An Allocate has just asked for the device (again): who uses it is to be seen anew."""
+    return replace(claim, allocated_at=now, pod=None, absent=0)
+
+
+class ClaimBook:
+    """The claims of one node, by device ID. on_change(device_id) is called, synchronously, after every change."""
+
+    def __init__(self, on_change: Callable[[str], None]) -> None:
+        self._claims: dict[str, Claim] = {}
+        self._on_change = on_change
+        self.view: Mapping[str, Claim] = MappingProxyType(self._claims)
+
+    def get(self, device_id: str) -> Claim | None:
+        return self._claims.get(device_id)
+
+    def __getitem__(self, device_id: str) -> Claim:
+        return self._claims[device_id]
+
+    def put(self, claim: Claim) -> None:
+        """Notes what is newly known of a claim, without a change of state."""
+        self._claims[claim.id] = claim
+        self._on_change(claim.id)
+
+    def move(self, claim: Claim, event: Event) -> None:
+        """The claim, after the event, takes the place of what was known; a claim that becomes Free is forgotten."""
+        after = step(claim, event)
+        if after.state is State.FREE:
+            self._claims.pop(claim.id, None)
+            self._on_change(claim.id)
+        else:
+            self.put(after)
+
+
+def observe_usage(claim: Claim, user: PodRef | None, listed_at: float) -> Claim:
+    """What one poll of pod-resources, begun at listed_at, says of a claim. A list older than the Allocate says nothing."""
+    if user is not None:
+        return replace(claim, pod=user, absent=0)
+    if listed_at <= claim.allocated_at:
+        return claim
+    return replace(claim, absent=claim.absent + 1)
+
+
+def usage_ended(claim: Claim, now: float) -> bool:
+    """True when the claim's pod is gone: seen and absent in two polls, or never seen and the grace is over."""
+    if claim.state not in (State.ATTACHED, State.REATTACHING) or claim.absent < ABSENT_POLLS:
+        return False
+    return claim.pod is not None or now - claim.allocated_at > ALLOCATION_GRACE
+
+
+def own_port(claim_key: DeviceKey, ports: Sequence[PortState], number: int | None) -> PortState | None:
+    """The port that carries this device by its record, in use or stuck; number narrows it where it is known.
+
+    A port without our record is not ours, whatever stands on it: in kind several nodes share one kernel, and people
+    attach devices by hand.
+    """
+    for port in ports:
+        if port.record == claim_key and number in (None, port.number) and port.status is not PortStatus.NULL:
+            return port
+    return None
+
+
+class Adoption(enum.Enum):
+    """What to do at start with a lock that names this node."""
+
+    ADOPT = "the port still carries it"
+    REATTACH = "no attachment, but a pod has it"
+    RELEASE = "no attachment, nobody uses it"
+
+
+def decide_adoption(lock: Lock, me: NodeIdentity, *, attached: bool, used: bool | None) -> Adoption:
+    """For a lock whose holder is this node. used is None when pod-resources could not be read: then nothing is let go.
+
+    An attachment made under another boot id is gone with the old kernel, whatever the port records say.
+    """
+    if attached and lock.boot_id == me.boot_id:
+        return Adoption.ADOPT
+    return Adoption.RELEASE if used is False else Adoption.REATTACH

@@ -1,0 +1,114 @@
+"""Who still uses what: turns ends of pods into releases, confirmed by the kubelet's own list.
+
+And the other way round: locks that name this node while nothing here knows of them are adopted or let go.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+
+from usbip_plugin.attacher import Attacher
+from usbip_plugin.clock import Clock
+from usbip_plugin.errors import PodResourcesUnavailable
+from usbip_plugin.kubelet.pod_resources import PodResources
+from usbip_plugin.locks.manager import LockChange, LockManager
+from usbip_plugin.model import PodRef
+
+log = logging.getLogger(__name__)
+
+POLL_INTERVAL = 2.0
+"""Seconds between polls of pod-resources while anything is claimed."""
+HINTED_INTERVAL = 0.4
+"""Seconds between polls after a hint that a pod has ended, or while a claim has no pod yet."""
+HINT_LASTS = 5.0
+"""Seconds a hint counts. The kubelet frees a pod's devices a moment after its status says that it ended."""
+
+
+class UsageWatcher:
+    """Polls pod-resources while, and only while, this node has claims. ended(pod) says that a pod is over by the API."""
+
+    def __init__(
+        self,
+        pod_resources: PodResources,
+        attacher: Attacher,
+        locks: LockManager,
+        clock: Clock,
+        ended: Callable[[PodRef], bool],
+    ) -> None:
+        self._pod_resources = pod_resources
+        self._attacher = attacher
+        self._locks = locks
+        self._clock = clock
+        self._ended = ended
+        self._wake = asyncio.Event()
+        self._hinted_until = 0.0
+        self._complained = False
+
+    def hint(self) -> None:
+        """A pod of this node has ended, or is about to: look now and closely for a while."""
+        self._hinted_until = self._clock.monotonic() + HINT_LASTS
+        self._wake.set()
+
+    def claims_changed(self) -> None:
+        """There may be claims where there were none."""
+        if not self._wake.is_set() and self._attacher.claims:
+            self._wake.set()
+
+    def _lock_changed(self, change: LockChange) -> None:
+        if change.new is not None and self._unclaimed():
+            self._wake.set()
+
+    def _unclaimed(self) -> bool:
+        return any(lock.device_id not in self._attacher.claims for lock in self._locks.mine())
+
+    async def users(self) -> dict[str, PodRef] | None:
+        """device ID -> pod, for the pods that are not over; None if the kubelet does not say."""
+        try:
+            listed = await self._pod_resources.list()
+        except PodResourcesUnavailable as error:
+            if not self._complained:
+                log.warning("nothing is released meanwhile", extra={"cause": str(error)})
+            self._complained = True
+            return None
+        self._complained = False
+        # kubelets before 1.34 list pods that have ended, too
+        return {i: entry.pod for entry in listed if not self._ended(entry.pod) for i in entry.device_ids}
+
+    async def adopt(self) -> None:
+        """Takes over what a previous process left; needs the locks to be known. Idempotent."""
+        if self._unclaimed():
+            await self._attacher.adopt(await self.users())
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        unsubscribe = self._locks.subscribe(self._lock_changed)
+        try:
+            while True:
+                if not self._attacher.claims and not self._unclaimed():
+                    await self._wake.wait()
+                self._wake.clear()
+                await self.adopt()
+                listed_at = self._clock.monotonic()
+                users = await self.users()
+                if users is not None:
+                    self._attacher.usage(users, listed_at)
+                with contextlib.suppress(TimeoutError):
+                    async with self._clock.timeout(self._interval()):
+                        await self._until_hinted()
+        finally:
+            unsubscribe()
+
+    def _interval(self) -> float:
+        close = self._clock.monotonic() < self._hinted_until or any(
+            claim.absent or claim.pod is None for claim in self._attacher.claims.values()
+        )
+        return HINTED_INTERVAL if close else POLL_INTERVAL
+
+    async def _until_hinted(self) -> None:
+        before = self._hinted_until
+        while self._hinted_until == before:
+            self._wake.clear()
+            await self._wake.wait()
