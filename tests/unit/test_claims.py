@@ -1,0 +1,170 @@
+"""The states of one device: what may follow what, when a claim ends, what is adopted at start."""
+
+import pytest
+
+from usbip_plugin.claims import (
+    ALLOCATION_GRACE,
+    TRANSITIONS,
+    Adoption,
+    Claim,
+    ClaimBook,
+    Event,
+    IllegalTransition,
+    State,
+    allocated,
+    decide_adoption,
+    observe_usage,
+    own_port,
+    step,
+    usage_ended,
+)
+from usbip_plugin.model import DeviceKey, Lock, NodeIdentity, PodRef, ServerKey, UsbId
+from usbip_plugin.vhci.driver import PortState
+from usbip_plugin.vhci.sysfs import PortStatus
+
+KEY = DeviceKey(ServerKey("lab", 3240), "1-1.2")
+OTHER = DeviceKey(ServerKey("lab", 3240), "1-1.3")
+POD = PodRef("default", "reader")
+ME = NodeIdentity("node-a", "boot-1")
+
+
+def claim(state: State = State.ATTACHED, **more: object) -> Claim:
+    return Claim(KEY, UsbId(0x0951, 0x1666), state=state, **more)  # type: ignore[arg-type]
+
+
+def walk(*events: Event) -> State:
+    now = claim(State.FREE)
+    for event in events:
+        now = step(now, event)
+    return now.state
+
+
+def test_an_allocate_goes_lock_import_attach() -> None:
+    assert walk(Event.ALLOCATE, Event.LOCKED, Event.IMPORTED, Event.ATTACHED) is State.ATTACHED
+
+
+def test_a_denied_lock_leaves_nothing_to_undo() -> None:
+    assert walk(Event.ALLOCATE, Event.DENIED) is State.FREE
+
+
+@pytest.mark.parametrize("reached", [(), (Event.LOCKED,), (Event.LOCKED, Event.IMPORTED)])
+def test_a_failure_at_any_step_is_undone_through_releasing(reached: tuple[Event, ...]) -> None:
+    assert walk(Event.ALLOCATE, *reached, Event.FAILED) is State.RELEASING
+
+
+def test_a_stuck_attach_goes_back_to_importing() -> None:
+    assert walk(Event.ALLOCATE, Event.LOCKED, Event.IMPORTED, Event.STUCK) is State.IMPORTING
+
+
+@pytest.mark.parametrize("state", [s for s in State if s is not State.FREE])
+def test_every_state_has_a_way_to_free(state: State) -> None:
+    reached, frontier = {state}, [state]
+    while frontier:
+        now = frontier.pop()
+        for (source, _event), target in TRANSITIONS.items():
+            if source is now and target not in reached:
+                reached.add(target)
+                frontier.append(target)
+    assert State.FREE in reached
+
+
+@pytest.mark.parametrize("state", list(State))
+def test_no_state_is_attached_without_the_lock_having_been_written(state: State) -> None:
+    """Only Importing, Attaching, Reattaching and adoption lead to Attached, and only Locked leads to Importing."""
+    into_attached = {s for (s, _e), t in TRANSITIONS.items() if t is State.ATTACHED}
+    into_importing = {(s, e) for (s, e), t in TRANSITIONS.items() if t is State.IMPORTING}
+    assert into_attached == {State.FREE, State.ATTACHING, State.REATTACHING}
+    assert into_importing == {(State.LOCKING, Event.LOCKED), (State.ATTACHING, Event.STUCK)}
+    assert TRANSITIONS.get((state, Event.LOCKED)) in (None, State.IMPORTING)
+
+
+def test_an_arrow_that_is_not_in_the_table_is_a_bug_and_names_itself() -> None:
+    with pytest.raises(IllegalTransition, match=r"lab:3240/1-1\.2: RELEASED in state Attached"):
+        step(claim(), Event.RELEASED)
+
+
+def test_the_book_tells_of_every_change_and_forgets_what_is_free() -> None:
+    told: list[str] = []
+    book = ClaimBook(told.append)
+    book.move(claim(State.FREE), Event.ALLOCATE)
+    assert book[KEY.id].state is State.LOCKING
+    book.move(book[KEY.id], Event.DENIED)
+    assert book.get(KEY.id) is None
+    assert told == [KEY.id, KEY.id]
+
+
+def test_a_pod_seen_and_then_absent_twice_ends_the_claim() -> None:
+    now = observe_usage(claim(allocated_at=10.0), POD, 11.0)
+    once = observe_usage(now, None, 12.0)
+    twice = observe_usage(once, None, 13.0)
+    assert not usage_ended(once, 12.0)
+    assert usage_ended(twice, 13.0)
+
+
+def test_a_pod_that_reappears_counts_anew() -> None:
+    gone_once = observe_usage(observe_usage(claim(), POD, 1.0), None, 2.0)
+    back = observe_usage(gone_once, POD, 3.0)
+    assert not usage_ended(observe_usage(back, None, 4.0), 4.0)
+
+
+def test_an_allocate_in_flight_is_hidden_from_the_list_and_has_its_grace() -> None:
+    fresh = allocated(claim(), 100.0)
+    absent = observe_usage(observe_usage(fresh, None, 101.0), None, 102.0)
+    assert not usage_ended(absent, 100.0 + ALLOCATION_GRACE)
+    assert usage_ended(absent, 100.1 + ALLOCATION_GRACE)
+
+
+def test_a_list_begun_before_the_allocate_says_nothing() -> None:
+    fresh = allocated(observe_usage(claim(), POD, 1.0), 100.0)
+    assert observe_usage(observe_usage(fresh, None, 99.0), None, 100.0).absent == 0
+
+
+def test_a_new_allocate_of_the_same_device_forgets_the_old_pod() -> None:
+    old = observe_usage(observe_usage(claim(), POD, 1.0), None, 2.0)
+    again = allocated(old, 3.0)
+    assert (again.pod, again.absent) == (None, 0)
+
+
+@pytest.mark.parametrize("state", [State.LOCKING, State.IMPORTING, State.ATTACHING, State.RELEASING, State.LOST])
+def test_only_an_attachment_ends_with_its_pod(state: State) -> None:
+    assert not usage_ended(claim(state, pod=POD, absent=9), 1000.0)
+
+
+def port(number: int, record: DeviceKey | None, status: PortStatus = PortStatus.USED) -> PortState:
+    return PortState(number, "hs", status, record=record)
+
+
+def test_a_port_without_our_record_is_never_ours() -> None:
+    assert own_port(KEY, [port(0, None), port(1, OTHER)], None) is None
+
+
+def test_a_port_that_fell_free_does_not_carry_the_device_whatever_its_record_says() -> None:
+    assert own_port(KEY, [port(3, KEY, PortStatus.NULL)], 3) is None
+
+
+def test_the_port_number_must_agree_where_it_is_known() -> None:
+    ports = [port(3, KEY)]
+    assert own_port(KEY, ports, 2) is None
+    assert own_port(KEY, ports, 3) is ports[0]
+    assert own_port(KEY, ports, None) is ports[0]
+
+
+def lock(boot: str) -> Lock:
+    return Lock(KEY.id, "node-a", 1, 40.0, "7", boot_id=boot)
+
+
+@pytest.mark.parametrize(
+    ("boot", "attached", "used", "what"),
+    [
+        ("boot-1", True, True, Adoption.ADOPT),
+        ("boot-1", True, False, Adoption.ADOPT),
+        ("boot-1", True, None, Adoption.ADOPT),
+        ("boot-1", False, True, Adoption.REATTACH),
+        ("boot-1", False, None, Adoption.REATTACH),
+        ("boot-1", False, False, Adoption.RELEASE),
+        ("boot-0", True, True, Adoption.REATTACH),
+        ("boot-0", True, False, Adoption.RELEASE),
+    ],
+)
+def test_adoption(boot: str, attached: bool, used: bool | None, what: Adoption) -> None:
+    assert decide_adoption(lock(boot), ME, attached=attached, used=used) is what
