@@ -34,7 +34,8 @@ class Port:
 
     number is global over all controllers. local_busid is the name under /sys/bus/usb/devices, None unless status is
     USED. controller is the N of vhci_hcd.N, root_port counts the ports of its hs or ss hub from 1. speed is the
-    kernel's enum usb_device_speed; speed and devid are 0 unless status is USED.
+    kernel's enum usb_device_speed, sockfd the number the socket had in the process that attached it; speed, devid and
+    sockfd are 0 unless status is USED.
     """
 
     number: int
@@ -45,6 +46,12 @@ class Port:
     local_busid: str | None = None
     controller: int = 0
     root_port: int = 0
+    sockfd: int = 0
+
+    @property
+    def occupant(self) -> tuple[int, int] | None:
+        """devid and sockfd: what tells this attachment from another one on the same port. None unless USED."""
+        return (self.devid, self.sockfd) if self.status is PortStatus.USED else None
 
 
 def hub_of(speed: int) -> Hub:
@@ -82,11 +89,11 @@ def _row(line: str, fields: list[str], controller: int) -> Port:
             raise ValueError(f"vhci status row of an unknown hub: {other[:80]!r}")
     try:
         number, status, speed = _decimal(fields[1]), PortStatus(_decimal(fields[2])), _decimal(fields[3])
-        devid = int(fields[4], 16)
+        devid, sockfd = int(fields[4], 16), _decimal(fields[5])
     except ValueError:
         raise ValueError(f"vhci status row that cannot be read: {line[:80]!r}") from None
     local_busid = fields[6] if status is PortStatus.USED and fields[6] != NO_DEVICE else None
-    return Port(number, hub, status, speed, devid, local_busid, controller)
+    return Port(number, hub, status, speed, devid, local_busid, controller, sockfd=sockfd)
 
 
 def _decimal(text: str) -> int:

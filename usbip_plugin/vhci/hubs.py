@@ -1,0 +1,110 @@
+"""vhci's root hubs: where they are in sysfs, and keeping new devices on them unauthorised while ours enumerate.
+
+A server that lies about a device could otherwise have any driver of this node probe it before its descriptors are
+checked. authorized_default is 0 only from just before an attach of ours until its device has appeared, and has its old
+value at all other times: devices attached by hand with the `usbip` tool go on working (in that window, about 0.3 s,
+one that appears on the same hub stays unauthorised; it is not ours to judge). A hub that says 0 already is left alone,
+by whomever it was set. The old value is kept in the record directory, so that a crash in the window heals.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from usbip_plugin.vhci.sysfs import Hub, Port
+
+log = logging.getLogger(__name__)
+
+HIGH_SPEED_MBPS = 480
+_MARKER = "authorized_default."
+_CLOSED = "0"
+
+
+def controller_dir(sysfs: Path, controller: int) -> Path:
+    return sysfs / "devices/platform" / f"vhci_hcd.{controller:d}"
+
+
+def root_hub(sysfs: Path, controller: int, hub: Hub) -> Path | None:
+    """Directory of the hs or ss root hub (".../usb4") of one controller, None if it is not there."""
+    for candidate in sorted(controller_dir(sysfs, controller).glob("usb[0-9]*")):
+        try:
+            fast = float((candidate / "speed").read_text()) > HIGH_SPEED_MBPS
+        except (OSError, ValueError):
+            continue
+        if fast == (hub == "ss"):
+            return candidate
+    return None
+
+
+def device_dir(sysfs: Path, port: Port) -> Path | None:
+    """Where the device on this port is in sysfs, or would be; None if the hub is not there."""
+    if port.local_busid is not None:
+        bus = port.local_busid.partition("-")[0]
+        return controller_dir(sysfs, port.controller) / f"usb{bus}" / port.local_busid
+    hub = root_hub(sysfs, port.controller, port.hub)
+    return None if hub is None else hub / f"{hub.name.removeprefix('usb')}-{port.root_port:d}"
+
+
+class HubGuard:
+    """Holds authorized_default at 0 on a hub while at least one port of it is held. write: (file, text), OSError."""
+
+    def __init__(self, sysfs: Path, records: Path, write: Callable[[Path, str], None]) -> None:
+        self._sysfs = sysfs
+        self._records = records
+        self._write = write
+        self._held: dict[int, Path] = {}
+
+    def hold(self, port: Port) -> None:
+        """Before the attach write. A hub that cannot be guarded is logged: descriptors are checked in any case."""
+        hub = root_hub(self._sysfs, port.controller, port.hub)
+        if hub is None:
+            return
+        first = hub not in self._held.values()
+        self._held[port.number] = hub
+        if not first:
+            return
+        try:
+            before = (hub / "authorized_default").read_text().strip()
+            if before != _CLOSED:
+                self._marker(hub).parent.mkdir(mode=0o700, exist_ok=True)
+                self._marker(hub).write_text(before)
+                self._write(hub / "authorized_default", _CLOSED)
+        except OSError as error:
+            self._marker_gone(hub)
+            log.warning("cannot keep new devices unauthorised", extra={"hub": str(hub), "error": str(error)})
+
+    def release(self, port: int) -> None:
+        """Once the device has appeared, or will not. Idempotent."""
+        hub = self._held.pop(port, None)
+        if hub is not None and hub not in self._held.values():
+            self._restore(hub)
+
+    def restore_leftovers(self) -> None:
+        """What a predecessor that crashed has left closed."""
+        for marker in self._records.glob(f"{_MARKER}usb[0-9]*"):
+            name = marker.name.removeprefix(_MARKER)
+            if any(hub.name == name for hub in self._held.values()):
+                continue
+            for hub in (self._sysfs / "devices/platform").glob(f"vhci_hcd.*/{name}"):
+                self._restore(hub)
+
+    def _restore(self, hub: Path) -> None:
+        try:
+            before = self._marker(hub).read_text().strip()
+        except OSError:
+            return  # it was closed before us
+        try:
+            self._write(hub / "authorized_default", before)
+        except OSError as error:
+            log.warning("cannot restore authorized_default", extra={"hub": str(hub), "error": str(error)})
+        self._marker_gone(hub)
+
+    def _marker(self, hub: Path) -> Path:
+        return self._records / (_MARKER + hub.name)
+
+    def _marker_gone(self, hub: Path) -> None:
+        with contextlib.suppress(OSError):
+            self._marker(hub).unlink(missing_ok=True)

@@ -1,0 +1,335 @@
+"""VhciDriver on the real kernel, through /sys/devices/platform/vhci_hcd.N."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import fcntl
+import functools
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from usbip_plugin.clock import Clock
+from usbip_plugin.errors import (
+    AttachRefused,
+    AttachStuck,
+    DetachFailed,
+    DriverMissing,
+    DriverNotWritable,
+    PortsExhausted,
+    VhciError,
+    WrongDevice,
+)
+from usbip_plugin.model import Attachment, Descriptor, DeviceKey, DeviceNode
+from usbip_plugin.vhci import nodes
+from usbip_plugin.vhci.access import PortTable, Writer, explain, write_sysfs
+from usbip_plugin.vhci.driver import ABANDON_S, ASKED_CHILD_WAIT_S, CHILD_WAIT_S, DriverReport, PortState
+from usbip_plugin.vhci.hubs import HubGuard, controller_dir, device_dir
+from usbip_plugin.vhci.records import Records
+from usbip_plugin.vhci.sysfs import Port, PortStatus, choose_port, format_attach, format_detach, hub_of
+from usbip_plugin.vhci.uevents import Uevent, UeventSource
+from usbip_plugin.vhci.waiting import Bell, settle
+
+log = logging.getLogger(__name__)
+
+ATTACH_TRIES = 4  # ports to try when somebody else takes the chosen one in between
+CHILD_RECHECK_S = 0.25  # children have uevents; this is for a node without netlink
+_FD_BASE, _FD_SPAN = 100, 400
+
+
+class SysfsVhci:
+    """See VhciDriver. write is where all writes to sysfs go: (path, text), blocking, OSError.
+
+    An attachment is told from another one on the same port by (devid, sockfd) of its status row. The socket is handed
+    over under a number that depends on the time, so that two plugins on one kernel (kind) do not mistake their ports.
+    """
+
+    def __init__(
+        self,
+        clock: Clock,
+        uevents: UeventSource,
+        *,
+        sysfs: Path = Path("/sys"),
+        records: Path = Path("/run/vhci_hcd"),
+        authorize: bool = True,
+        write: Callable[[Path, str], None] = write_sysfs,
+    ) -> None:
+        self._clock = clock
+        self._uevents = uevents
+        self._sysfs = sysfs
+        self._attach_file = controller_dir(sysfs, 0) / "attach"
+        self._detach_file = controller_dir(sysfs, 0) / "detach"
+        self._table = PortTable(sysfs)
+        self._records = Records(records)
+        self._guard = HubGuard(sysfs, records, write) if authorize else None
+        self._blocking_write = write
+        self._writer = Writer(clock, write)
+        self._writing = asyncio.Lock()
+        self._bell = Bell()
+        self._stirred = asyncio.Event()
+        self._occupants: dict[int, tuple[int, int]] = {}
+
+    async def ports(self) -> tuple[PortState, ...]:
+        return tuple(self._state(port) for port in self._table.all())
+
+    def _state(self, port: Port) -> PortState:
+        ours = port.status is not PortStatus.NULL and not self._foreign(port)
+        record = self._records.read(port.number) if ours else None
+        return PortState(port.number, port.hub, port.status, port.speed, port.devid, port.local_busid, record)
+
+    async def attach(self, key: DeviceKey, descriptor: Descriptor, fd: int) -> int:
+        hub = hub_of(descriptor.speed)
+        async with self._writing:
+            for _ in range(ATTACH_TRIES):
+                ports = self._table.all()
+                port = self._choose(ports, descriptor.speed)
+                if port is None:
+                    raise PortsExhausted(hub, sum(p.hub == hub for p in ports))
+                if await self._attach_to(port, key, descriptor, fd):
+                    return port.number
+        raise AttachRefused(f"{ATTACH_TRIES} {hub} ports in turn were taken by somebody else while attaching {key}")
+
+    def _choose(self, ports: tuple[Port, ...], speed: int) -> Port | None:
+        lingering: set[int] = set()
+        while (port := choose_port(ports, speed, lingering)) is not None and port.number not in lingering:
+            device = device_dir(self._sysfs, port)
+            if device is None or not device.exists():
+                return port
+            lingering.add(port.number)
+        return port
+
+    async def _attach_to(self, port: Port, key: DeviceKey, descriptor: Descriptor, fd: int) -> bool:
+        """False if somebody else took the port first. Leaves nothing behind unless it returns True."""
+        done = False
+        try:
+            self._write_record(port.number, key)
+            if self._guard is not None:
+                self._guard.hold(port)
+            number = await self._hand_over(port.number, descriptor, fd)
+            self._occupants[port.number] = (descriptor.devid, number)
+            done = True
+        except OSError as error:
+            if error.errno == errno.EBUSY or (
+                error.errno in (errno.EINVAL, errno.EAGAIN)
+                and self._table.one(port.number).status is not PortStatus.NULL
+            ):
+                return False
+            refused = AttachRefused(f"the kernel refused to attach {key} to port {port.number}: {error.strerror}")
+            raise explain(error, self._attach_file, refused) from error
+        except ValueError as error:
+            raise AttachRefused(str(error)) from error
+        finally:
+            if not done:
+                self._forget(port.number, only=key)
+        return True
+
+    async def _hand_over(self, port: int, descriptor: Descriptor, fd: int) -> int:
+        """Returns the number under which the kernel was shown the socket."""
+        # A duplicate: the caller may close its own as soon as it is cancelled, while the write is still going on.
+        own = _duplicate(fd, _FD_BASE + int(self._clock.monotonic() * 1000) % _FD_SPAN)
+        try:
+            text = format_attach(port, own, descriptor.devid, descriptor.speed)
+        except ValueError:
+            os.close(own)
+            raise
+        undo = functools.partial(self._undo_attach, port)
+        await self._writer.write(self._attach_file, text, finish=functools.partial(os.close, own), undo=undo)
+        return own
+
+    def _undo_attach(self, port: int) -> None:
+        try:
+            self._blocking_write(self._detach_file, format_detach(port))
+        except OSError as error:
+            log.warning("cannot undo an attach", extra={"port": port, "error": str(error)})
+
+    def _write_record(self, port: int, key: DeviceKey) -> None:
+        try:
+            self._records.write(port, key)
+        except OSError as error:
+            raise DriverNotWritable(f"the record of port {port}", error.strerror or str(error)) from error
+
+    def _forget(self, port: int, only: DeviceKey | None = None) -> None:
+        self._occupants.pop(port, None)
+        if self._guard is not None:
+            self._guard.release(port)
+        self._records.remove(port, only)
+
+    async def enumerate(
+        self,
+        key: DeviceKey,
+        descriptor: Descriptor,
+        port: int,
+        *,
+        children: tuple[str, ...] | None = None,
+        timeout: float,
+    ) -> Attachment:
+        deadline = self._clock.monotonic() + timeout
+        try:
+            async with self._clock.timeout(timeout):
+                device, facts = await self._verified(key, descriptor, port, timeout)
+        except (AttachStuck, WrongDevice, DriverNotWritable):
+            await self.detach(port, timeout=ABANDON_S)
+            raise
+        except TimeoutError:
+            await self.detach(port, timeout=ABANDON_S)
+            raise AttachStuck(f"{key} on port {port} did not enumerate within {timeout:g} s") from None
+        found = await self._children(device, children, max(0.0, deadline - self._clock.monotonic()))
+        if not found:
+            await self.detach(port, timeout=ABANDON_S)
+            raise AttachStuck(f"{key} on port {port} went away while it was probed")
+        return Attachment(key, port, device.name, facts.usb_id, facts.serial, found)
+
+    async def _verified(
+        self, key: DeviceKey, descriptor: Descriptor, port: int, timeout: float
+    ) -> tuple[Path, nodes.DeviceFacts]:
+        device, facts = await self._bell.until(lambda: self._appeared(port), self._clock, timeout=timeout)
+        if self._guard is not None:
+            self._guard.release(port)
+        if facts.usb_id != descriptor.usb_id:
+            raise WrongDevice(key, descriptor.usb_id, facts.usb_id)
+        try:
+            # Also when it is authorised already: the write takes the device lock, so that when it returns the
+            # interfaces have been probed.
+            await self._writer.write(device / "authorized", "1")
+        except OSError as error:
+            stuck = AttachStuck(f"{key} on port {port} could not be authorised: {error.strerror}")
+            raise explain(error, device / "authorized", stuck) from error
+        return device, facts
+
+    def _appeared(self, number: int) -> tuple[Path, nodes.DeviceFacts] | None:
+        port = self._table.one(number)
+        if port.status is PortStatus.NULL or self._foreign(port):
+            raise AttachStuck(f"the connection of port {number} ended before its device had enumerated")
+        if port.status is PortStatus.ERROR:
+            raise AttachStuck(f"port {number} went into the error state while its device enumerated")
+        device = device_dir(self._sysfs, port)
+        if port.status is not PortStatus.USED or port.local_busid is None or device is None:
+            return None
+        facts = nodes.read_facts(device)
+        return None if facts is None else (device, facts)
+
+    async def _children(self, device: Path, asked: tuple[str, ...] | None, timeout: float) -> tuple[DeviceNode, ...]:
+        def complete() -> tuple[DeviceNode, ...] | None:
+            found = nodes.collect(device)
+            kinds = {node.kind for node in found}
+            wanted = nodes.promised_kinds(device) if asked is None else (frozenset(asked),) if asked else ()
+            return found if not found or all(kinds & one_of for one_of in wanted) else None
+
+        limit = min(timeout, CHILD_WAIT_S if asked is None else ASKED_CHILD_WAIT_S)
+        try:
+            return await self._bell.until(complete, self._clock, timeout=limit, recheck=CHILD_RECHECK_S)
+        except TimeoutError:
+            return nodes.collect(device)
+
+    async def inspect(self, key: DeviceKey, port: int) -> Attachment | None:
+        row = self._table.one(port)
+        device = device_dir(self._sysfs, row)
+        if row.occupant is None or row.local_busid is None or device is None or self._foreign(row):
+            return None
+        facts = nodes.read_facts(device)
+        found = nodes.collect(device)
+        if facts is None or not facts.authorized or not found:
+            return None
+        self._occupants[port] = row.occupant
+        return Attachment(key, port, device.name, facts.usb_id, facts.serial, found)
+
+    def _foreign(self, port: Port) -> bool:
+        known = self._occupants.get(port.number)
+        return known is not None and port.occupant is not None and port.occupant != known
+
+    async def detach(self, port: int, *, timeout: float) -> None:
+        try:
+            async with self._clock.timeout(timeout):
+                await self._detach(port, timeout)
+        except TimeoutError:
+            raise DetachFailed(f"port {port} was not free after {timeout:g} s") from None
+        self._forget(port)
+
+    async def _detach(self, number: int, timeout: float) -> None:
+        async with self._writing:
+            before = self._table.one(number)
+            if self._foreign(before):
+                return
+            device = device_dir(self._sysfs, before)
+            old = None if device is None else nodes.read_facts(device)
+            if before.status is not PortStatus.NULL:
+                await self._write_detach(number)
+        free = before.status is PortStatus.NULL
+
+        def gone() -> bool | None:
+            nonlocal free
+            now = self._table.one(number)
+            free = free or now.status is PortStatus.NULL or _replaced(before, now)
+            if not free:
+                return None
+            left = None if device is None or old is None else nodes.read_facts(device)
+            return None if left is not None and old is not None and left.devnum == old.devnum else True
+
+        await self._bell.until(gone, self._clock, timeout=timeout)
+
+    async def _write_detach(self, port: int) -> None:
+        try:
+            await self._writer.write(self._detach_file, format_detach(port))
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # EINVAL: it became null by itself
+                refused = DetachFailed(f"the kernel refused to detach port {port}: {error.strerror}")
+                raise explain(error, self._detach_file, refused) from error
+
+    def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]:
+        return self._bell.subscribe(callback)
+
+    async def run(self) -> None:
+        if self._guard is not None:
+            self._guard.restore_leftovers()
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._uevents.run(self._heard))
+            group.create_task(settle(self._bell, self._stirred, self._clock))
+
+    def _heard(self, event: Uevent | None) -> None:
+        if event is None or event.concerns_vhci:
+            self._stirred.set()
+            self._bell.ring()
+
+    async def check(self) -> DriverReport:
+        try:
+            ports = self._table.all()
+        except VhciError as error:
+            return DriverReport(loaded=not isinstance(error, DriverMissing), problems=(str(error),))
+        writable = all(os.access(path, os.W_OK) for path in (self._attach_file, self._detach_file))
+        records_writable = self._records.writable()
+        no_uevents = self._uevents.problem()
+        problems = (
+            None if writable else str(DriverNotWritable(str(self._attach_file), "not writable for this process")),
+            None if records_writable else "port records cannot be written; mount /run/vhci_hcd writable",
+            no_uevents,
+        )
+        hs, ss = ([p for p in ports if p.hub == hub] for hub in ("hs", "ss"))
+        return DriverReport(
+            loaded=True,
+            nports=len(ports),
+            hs_total=len(hs),
+            hs_free=sum(p.status is PortStatus.NULL for p in hs),
+            ss_total=len(ss),
+            ss_free=sum(p.status is PortStatus.NULL for p in ss),
+            attach_writable=writable,
+            records_writable=records_writable,
+            uevents=no_uevents is None,
+            problems=tuple(problem for problem in problems if problem is not None),
+        )
+
+
+def _duplicate(fd: int, lowest: int) -> int:
+    """A duplicate numbered lowest or above, or any if the process may not have so many."""
+    try:
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, lowest)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return os.dup(fd)
+
+
+def _replaced(before: Port, now: Port) -> bool:
+    """Whether another attachment stands on the port now, so that it was free in between."""
+    return before.occupant is not None and now.status is not PortStatus.ERROR and now.occupant != before.occupant
