@@ -1,0 +1,127 @@
+"""Between the Lease as it stands in the API and the Lock the plugin speaks of.
+
+Leases can be written by others: whatever they hold is bounded and checked here, and what does not read right is None.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from usbip_plugin.locks.store import Lease
+from usbip_plugin.model import DEVICE_ID_PREFIX, SESSION_PREFIX, DeviceKey, Lock, PodRef
+
+DOMAIN = "usbip.dev/"
+LABEL = DOMAIN + "lease"
+LOCK_LABELS: Mapping[str, str] = MappingProxyType({LABEL: "lock"})
+SESSION_LABELS: Mapping[str, str] = MappingProxyType({LABEL: "session"})
+
+SERVER = DOMAIN + "server"
+BUSID = DOMAIN + "busid"
+USB_ID = DOMAIN + "usb-id"
+SERIAL = DOMAIN + "serial"
+BOOT_ID = DOMAIN + "boot-id"
+PORT = DOMAIN + "vhci-port"
+POD = DOMAIN + "pod"
+TRACEPARENT = DOMAIN + "traceparent"
+WRITE_ID = DOMAIN + "write-id"
+
+# The longest a holder may ask others to wait for it (seconds); more is a mistake or malice.
+MAX_DURATION_S = 3600.0
+_MAX_TEXT = 256
+_MAX_NAME = 253
+_MAX_EPOCH = 2**31 - 1
+
+_DEVICE_ID = re.compile(DEVICE_ID_PREFIX + "[a-z2-7]{20}")
+_USB_ID = re.compile("[0-9a-f]{4}:[0-9a-f]{4}")
+_PORT = re.compile("[0-9]{1,4}")
+_TRACEPARENT = re.compile("[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+_DNS = re.compile("[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
+_UID = re.compile("[A-Za-z0-9-]{1,64}")
+
+
+def is_lock_name(name: str) -> bool:
+    return _DEVICE_ID.fullmatch(name) is not None
+
+
+def session_name(node: str) -> str:
+    """Name of the node's session Lease; a node name too long for it is cut and told apart by a digest."""
+    name = SESSION_PREFIX + node
+    if len(name) <= _MAX_NAME:
+        return name
+    digest = hashlib.sha256(node.encode()).hexdigest()[:16]
+    return f"{name[: _MAX_NAME - 17].rstrip('.-')}-{digest}"
+
+
+def lock_of(lease: Lease) -> Lock:
+    """What a lock Lease says, as far as it can be believed."""
+    notes = lease.annotations
+    return Lock(
+        device_id=lease.name,
+        holder=holder_text(lease.holder),
+        epoch=epoch_of(lease),
+        duration=float(lease.duration_seconds or 0),
+        resource_version=lease.resource_version,
+        acquired_at=lease.acquire_time,
+        renewed_at=lease.renew_time,
+        server=_text(notes.get(SERVER)),
+        busid=_text(notes.get(BUSID)),
+        usb_id=_match(_USB_ID, notes.get(USB_ID)),
+        serial=_text(notes.get(SERIAL)),
+        boot_id=_match(_UID, notes.get(BOOT_ID)),
+        port=port_of(notes.get(PORT)),
+        pod=pod_of(notes.get(POD)),
+        traceparent=_match(_TRACEPARENT, notes.get(TRACEPARENT)),
+    )
+
+
+def holder_text(holder: str) -> str:
+    """The holder, made printable and short. One that had to be changed begins with "!", which no node name does."""
+    clean = _text(holder)
+    if not holder or clean == holder:
+        return holder
+    return "!" + "".join(char if char.isprintable() else "?" for char in holder[: _MAX_NAME - 1])
+
+
+def epoch_of(lease: Lease) -> int:
+    return min(max(lease.transitions, 0), _MAX_EPOCH)
+
+
+def port_of(text: str | None) -> int | None:
+    found = _match(_PORT, text)
+    return None if found is None else int(found)
+
+
+def pod_of(text: str | None) -> PodRef | None:
+    """namespace/name or namespace/name/uid."""
+    parts = (text or "").split("/", 3)
+    if len(parts) not in (2, 3) or not all(_DNS.fullmatch(part) for part in parts[:2]):
+        return None
+    if len(parts) == 3 and not _UID.fullmatch(parts[2]):
+        return None
+    return PodRef(parts[0], parts[1], parts[2] if len(parts) == 3 else None)
+
+
+def pod_text(pod: PodRef | None) -> str | None:
+    return None if pod is None else str(pod) + (f"/{pod.uid}" if pod.uid else "")
+
+
+def device_notes(key: DeviceKey) -> dict[str, str]:
+    """The annotations that say which device a lock is for."""
+    return {SERVER: str(key.server), BUSID: key.busid}
+
+
+def with_notes(notes: Mapping[str, str], changes: Mapping[str, str | None]) -> dict[str, str]:
+    """notes with changes laid over them; None takes one away."""
+    merged = {**notes, **{name: value for name, value in changes.items() if value is not None}}
+    return {name: value for name, value in merged.items() if changes.get(name, value) is not None}
+
+
+def _text(text: str | None) -> str | None:
+    return text if text and len(text) <= _MAX_TEXT and text.isprintable() else None
+
+
+def _match(pattern: re.Pattern[str], text: str | None) -> str | None:
+    return text if text is not None and pattern.fullmatch(text) else None
