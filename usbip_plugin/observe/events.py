@@ -1,0 +1,167 @@
+"""Kubernetes Events about pods and this node. They are for people: losing one is never an error."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from usbip_plugin.clock import Clock
+from usbip_plugin.errors import KubeError
+from usbip_plugin.model import NodeIdentity, PodRef
+from usbip_plugin.retry import api_write
+
+CONTROLLER = "usbip.dev/usbip-plugin"
+REQUEST_TIMEOUT_S = 5.0
+WHOLE_TIMEOUT_S = 10.0
+"""For one event, retries included."""
+QUEUE_LENGTH = 64
+REPEAT_S = 300.0
+"""The same thing about the same object is said again only after this time."""
+BURST = 25
+REFILL_S = 2.0
+"""After a burst, one event per this many seconds."""
+MAX_NOTE_BYTES = 1000
+"""The API takes 1024."""
+_REMEMBERED = 256
+
+NORMAL = "Normal"
+WARNING = "Warning"
+
+_log = logging.getLogger(__name__)
+
+
+class KubeRequests(Protocol):
+    """What is needed of the API client. Raises the KubeError family."""
+
+    async def request(
+        self,
+        verb: str,
+        path: str,
+        *,
+        resource: str,
+        params: Mapping[str, str] | None = None,
+        body: Any = None,
+        content_type: str = "application/json",
+        timeout: float,
+    ) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class EventText:
+    """type: NORMAL or WARNING; reason: UpperCamelCase, one of few; action: what was being done, also UpperCamelCase."""
+
+    type: str
+    reason: str
+    action: str
+    note: str
+
+
+def event_body(identity: NodeIdentity, text: EventText, pod: PodRef | None, name: str, when: str) -> dict[str, Any]:
+    """An events.k8s.io/v1 Event about the pod, or about the node if pod is None. when: RFC 3339 with microseconds."""
+    if pod is None:
+        # the uid of a Node event is the node's name: that is how the kubelet writes them and kubectl finds them
+        regarding = {"kind": "Node", "apiVersion": "v1", "name": identity.node, "uid": identity.node}
+    else:
+        regarding = {"kind": "Pod", "apiVersion": "v1", "name": pod.name, "namespace": pod.namespace}
+        if pod.uid:
+            regarding["uid"] = pod.uid
+    return {
+        "apiVersion": "events.k8s.io/v1",
+        "kind": "Event",
+        "metadata": {"name": name, "namespace": namespace_of(pod)},
+        "eventTime": when,
+        "type": text.type,
+        "reason": text.reason,
+        "action": text.action,
+        "note": _cut(text.note),
+        "regarding": regarding,
+        "reportingController": CONTROLLER,
+        "reportingInstance": identity.node,
+    }
+
+
+def namespace_of(pod: PodRef | None) -> str:
+    """Where the Event goes: events about cluster-wide objects belong into default."""
+    return pod.namespace if pod else "default"
+
+
+def _cut(note: str) -> str:
+    data = note.encode("utf-8", "replace")
+    return note if len(data) <= MAX_NOTE_BYTES else data[:MAX_NOTE_BYTES].decode("utf-8", "ignore") + "..."
+
+
+class EventRecorder:
+    """Records events in the background. record() never blocks and never raises; run() writes them.
+
+    What comes too fast is dropped: the same again within REPEAT_S, more than BURST at once, more than QUEUE_LENGTH
+    waiting. dropped counts those and the ones the API server did not take.
+    """
+
+    def __init__(self, kube: KubeRequests, identity: NodeIdentity, clock: Clock, rng: random.Random) -> None:
+        self._kube = kube
+        self._identity = identity
+        self._clock = clock
+        self._rng = rng
+        self._queue: asyncio.Queue[tuple[EventText, PodRef | None]] = asyncio.Queue(QUEUE_LENGTH)
+        self._said: OrderedDict[tuple[EventText, PodRef | None], float] = OrderedDict()
+        self._tokens = float(BURST)
+        self._refilled = clock.monotonic()
+        self.dropped = 0
+
+    def record(self, text: EventText, pod: PodRef | None = None) -> None:
+        """About the pod, or about this node."""
+        key = (text, pod)
+        now = self._clock.monotonic()
+        last = self._said.get(key)
+        if last is not None and now - last < REPEAT_S:
+            return
+        self._tokens = min(BURST, self._tokens + (now - self._refilled) / REFILL_S)
+        self._refilled = now
+        if self._tokens < 1 or self._queue.full():
+            self.dropped += 1
+            return
+        self._tokens -= 1
+        self._said[key] = now
+        self._said.move_to_end(key)
+        if len(self._said) > _REMEMBERED:
+            self._said.popitem(last=False)
+        self._queue.put_nowait(key)
+
+    async def run(self) -> None:
+        """Until cancelled; cancel-safe. Events that wait then are lost."""
+        while True:
+            text, pod = await self._queue.get()
+            try:
+                async with self._clock.timeout(WHOLE_TIMEOUT_S):
+                    await self._write(text, pod)
+            except (KubeError, TimeoutError) as error:
+                self.dropped += 1
+                _log.warning(
+                    "event not recorded",
+                    extra={"reason": text.reason, "note": text.note, "cause": str(error) or "timeout"},
+                )
+
+    async def _write(self, text: EventText, pod: PodRef | None) -> None:
+        namespace = namespace_of(pod)
+        about = pod.name if pod else self._identity.node
+        body = event_body(
+            self._identity,
+            text,
+            pod,
+            f"{about[:200]}.{self._rng.getrandbits(64):016x}",
+            self._clock.now().strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+        )
+        async for attempt in api_write(self._clock):
+            with attempt:
+                await self._kube.request(
+                    "create",
+                    f"/apis/events.k8s.io/v1/namespaces/{namespace}/events",
+                    resource="events.events.k8s.io",
+                    body=body,
+                    timeout=REQUEST_TIMEOUT_S,
+                )

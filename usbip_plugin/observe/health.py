@@ -1,0 +1,156 @@
+"""The HTTP side: /healthz, /readyz, /metrics, /api/devices, and whatever other pages are given."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass
+
+from aiohttp import web
+
+from usbip_plugin.clock import Clock
+
+SHUTDOWN_S = 0.5
+"""What requests under way get when the server stops."""
+JSON = "application/json"
+TEXT = "text/plain; charset=utf-8"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a page answers. content_type may carry a charset."""
+
+    body: bytes
+    content_type: str = TEXT
+    status: int = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """ok, and why not, one line each."""
+
+    ok: bool
+    lines: tuple[str, ...] = ()
+
+
+Page = Callable[[], Answer]
+"""Called in the event loop for every request; quick and without errors."""
+
+
+class Heartbeats:
+    """Which loops turn. Each loop says so at least every `within` seconds; one that does not makes the node unwell."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._loops: dict[str, tuple[float, float]] = {}
+
+    def beat(self, name: str, within: float) -> None:
+        """The loop turned now and will again within so many seconds. The first beat registers it."""
+        self._loops[name] = (self._clock.monotonic(), within)
+
+    def end(self, name: str) -> None:
+        """The loop ended on purpose."""
+        self._loops.pop(name, None)
+
+    def verdict(self) -> Verdict:
+        now = self._clock.monotonic()
+        late = tuple(
+            f"{name}: no sign of life for {now - last:.1f} s, expected every {within:g} s"
+            for name, (last, within) in sorted(self._loops.items())
+            if now - last > within
+        )
+        return Verdict(not late, late)
+
+
+def verdict_page(verdict: Callable[[], Verdict]) -> Page:
+    """200 "ok" or 503 with the reasons."""
+
+    def page() -> Answer:
+        result = verdict()
+        if result.ok:
+            return Answer(b"ok\n")
+        return Answer(("\n".join(result.lines or ("not ok",)) + "\n").encode(), status=503)
+
+    return page
+
+
+def metrics_page(render: Callable[[], tuple[bytes, str]]) -> Page:
+    """render: Metrics.render."""
+    return lambda: Answer(*render())
+
+
+def json_page(value: Callable[[], object]) -> Page:
+    """value: returns what json can write."""
+    return lambda: Answer(json.dumps(value(), indent=1).encode() + b"\n", JSON)
+
+
+def standard_pages(
+    *,
+    alive: Callable[[], Verdict],
+    ready: Callable[[], Verdict],
+    metrics: Callable[[], tuple[bytes, str]],
+    devices: Callable[[], object],
+) -> dict[str, Page]:
+    """Pages by path. /health is the Go program's path for /healthz."""
+    health = verdict_page(alive)
+    return {
+        "/healthz": health,
+        "/health": health,
+        "/readyz": verdict_page(ready),
+        "/metrics": metrics_page(metrics),
+        "/api/devices": json_page(devices),
+    }
+
+
+def split_listen(listen: str) -> tuple[str | None, int]:
+    """ ":8080", "127.0.0.1:8080" or "[::1]:8080" to host (None: every address) and port. ValueError otherwise."""
+    host, colon, port = listen.rpartition(":")
+    if not colon or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise ValueError(f"{listen!r} is no address to listen at; write :8080 or 127.0.0.1:8080")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        raise ValueError(f"{listen!r}: put an IPv6 address in brackets, as [::1]:8080")
+    return host or None, int(port)
+
+
+class HttpServer:
+    """Serves pages (by path) at listen (as split_listen takes it; port 0 picks a free one)."""
+
+    def __init__(self, listen: str, pages: Mapping[str, Page]) -> None:
+        self._host, self._port = split_listen(listen)
+        self._pages = dict(pages)
+        self.started = asyncio.Event()
+        self.port = 0
+
+    async def run(self) -> None:
+        """Serves until cancelled; OSError if the address cannot be bound. started is set and port known once it
+        serves. Stops within about SHUTDOWN_S.
+        """
+        app = web.Application()
+        for path, page in self._pages.items():
+            app.router.add_get(path, _handler(page))
+        runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=SHUTDOWN_S)
+        await runner.setup()
+        try:
+            site = web.TCPSite(runner, self._host, self._port, reuse_address=True)
+            await site.start()
+            self.port = next((address[1] for address in runner.addresses if isinstance(address, tuple)), self._port)
+            self.started.set()
+            await asyncio.get_running_loop().create_future()
+        finally:
+            self.started.clear()
+            await runner.cleanup()
+
+
+def _handler(page: Page) -> Callable[[web.Request], Coroutine[object, object, web.Response]]:
+    async def handle(_: web.Request) -> web.Response:
+        answer = page()
+        return web.Response(
+            body=answer.body,
+            status=answer.status,
+            headers={"Content-Type": answer.content_type, "Cache-Control": "no-store"},
+        )
+
+    return handle

@@ -1,0 +1,98 @@
+"""Logging to one stream, one line per record, with the trace it belongs to."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import TextIO
+
+from opentelemetry import trace
+
+PACKAGE = "usbip_plugin"
+_OFF = logging.CRITICAL + 10
+LEVELS: Mapping[str, int] = {
+    "all": logging.NOTSET + 1,
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warn": logging.WARNING,
+    "error": logging.ERROR,
+    "none": _OFF,
+}
+"""The names of the Go program's --log-level."""
+_NAMES = {logging.WARNING: "warn", logging.CRITICAL: "error"}
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+
+def set_up_logging(level: str, stream: TextIO, *, json_lines: bool = True) -> logging.Handler:
+    """Sends the package's records from `level` (a key of LEVELS) up, and other packages' from warn up, to stream.
+
+    Replaces what an earlier call set up. Returns the handler. ValueError for an unknown level.
+    """
+    if level not in LEVELS:
+        raise ValueError(f"log level {level!r} is unknown; possible values are: {', '.join(LEVELS)}")
+    number = LEVELS[level]
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(JsonFormatter() if json_lines else TextFormatter())
+    handler.set_name(PACKAGE)
+    root = logging.getLogger()
+    for old in [known for known in root.handlers if known.get_name() == PACKAGE]:
+        root.removeHandler(old)
+    root.addHandler(handler)
+    root.setLevel(number if level in {"all", "none"} else max(number, logging.WARNING))
+    logging.getLogger(PACKAGE).setLevel(number)
+    return handler
+
+
+def fields_of(record: logging.LogRecord) -> dict[str, object]:
+    """ts, level, logger, msg, the record's extra fields, error, trace_id and span_id, in this order.
+
+    Mappings are flattened: pod={"name": "a"} is pod.name=a. An extra field named like one of the others gets a trailing underscore. error: an exception's traceback.
+    """
+    fields: dict[str, object] = {
+        "ts": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+        "level": _NAMES.get(record.levelno, record.levelname.lower()),
+        "logger": record.name,
+        "msg": record.getMessage(),
+    }
+    reserved = {*fields, "error", "trace_id", "span_id"}
+    for key, value in vars(record).items():
+        if key not in _STANDARD and not key.startswith("_"):
+            _flatten(f"{key}_" if key in reserved else key, value, fields)
+    if record.exc_info:
+        fields["error"] = logging.Formatter().formatException(record.exc_info)
+    context = trace.get_current_span().get_span_context()
+    if context.is_valid:
+        fields["trace_id"] = f"{context.trace_id:032x}"
+        fields["span_id"] = f"{context.span_id:016x}"
+    return fields
+
+
+def _flatten(key: str, value: object, into: dict[str, object]) -> None:
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            _flatten(f"{key}.{name}", inner, into)
+    elif isinstance(value, list | tuple | set | frozenset):
+        into[key] = [str(item) for item in value]
+    else:
+        into[key] = value if value is None or isinstance(value, str | int | float | bool) else str(value)
+
+
+class JsonFormatter(logging.Formatter):
+    """A JSON object per line, ASCII only; what JSON has no form for becomes its str()."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return json.dumps(fields_of(record))
+
+
+class TextFormatter(logging.Formatter):
+    """`12:30:01.123 info  message key=value`, for people; line breaks are escaped."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = fields_of(record)
+        time, level, _, message = (str(fields.pop(key)) for key in ("ts", "level", "logger", "msg"))
+        fields.pop("span_id", None)
+        rest = "".join(f" {key}={value}" for key, value in fields.items())
+        text = f"{time[11:23]} {level:<5} {message}{rest}"
+        return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)

@@ -1,0 +1,52 @@
+"""A trace as text. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from usbip_plugin.observe.tracing import SpanRecord
+
+
+def tree(spans: Iterable[SpanRecord]) -> str:
+    """Spans of one or several traces as an indented tree, a line each: name, duration, node, attributes, error.
+
+    Order is by start. A span whose parent is not among them stands at the top: it may not have ended, or be another
+    node's. No spans: "".
+    """
+    ordered = sorted({span.span_id: span for span in spans}.values(), key=lambda span: (span.start_ns, span.span_id))
+    known = {span.span_id for span in ordered}
+    children: dict[str | None, list[SpanRecord]] = {}
+    for span in ordered:
+        parent = span.parent_id if span.parent_id in known and span.parent_id != span.span_id else None
+        children.setdefault(parent, []).append(span)
+    lines: list[str] = []
+    for root in children.get(None, []):
+        _branch(root, children, "", "", lines)
+    return "\n".join(lines)
+
+
+def _branch(
+    span: SpanRecord, children: dict[str | None, list[SpanRecord]], first: str, rest: str, lines: list[str]
+) -> None:
+    lines.append(first + line(span))
+    below: Sequence[SpanRecord] = children.get(span.span_id, [])
+    for index, child in enumerate(below):
+        last = index == len(below) - 1
+        _branch(child, children, rest + ("└─ " if last else "├─ "), rest + ("   " if last else "│  "), lines)
+
+
+def line(span: SpanRecord) -> str:
+    """One span: `lock.acquire 3.1 ms [node-a] epoch=2`."""
+    parts = [span.name, duration(span.seconds)]
+    if span.node:
+        parts.append(f"[{span.node}]")
+    parts.extend(f"{key}={value}" for key, value in sorted(span.attributes.items()))
+    parts.extend(f"link={trace_id[:8]}" for trace_id in span.links)
+    if span.error is not None:
+        parts.append(f"ERROR: {span.error}" if span.error else "ERROR")
+    return "".join(character if character.isprintable() else "?" for character in " ".join(parts))
+
+
+def duration(seconds: float) -> str:
+    """Milliseconds below one second, else seconds: "12.3 ms", "1.25 s"."""
+    return f"{seconds * 1000:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
