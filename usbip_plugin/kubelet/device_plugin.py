@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -32,6 +32,9 @@ SERVER_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
     ("grpc.so_reuseport", 0),
 )
+
+DeviceStates = tuple[tuple[str, bool], ...]
+"""(device ID, healthy), as the kubelet is told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +81,7 @@ class _Stream:
     ending: bool = False
 
 
-def device_list(devices: Iterable[tuple[str, bool]]) -> pb.ListAndWatchResponse:
+def device_list(devices: DeviceStates) -> pb.ListAndWatchResponse:
     """(ID, healthy) pairs as the kubelet reads them."""
     return pb.ListAndWatchResponse(
         devices=[pb.Device(ID=id_, health=HEALTHY if healthy else UNHEALTHY) for id_, healthy in devices]
@@ -120,7 +123,7 @@ class DevicePluginServer:
             pre_start_required=pre_start_required, get_preferred_allocation_available=True
         )
         self.changed = Broadcast()
-        self._state: tuple[tuple[str, bool], ...] = ()
+        self._state: DeviceStates = ()
         self._version = 0
         self._streams: set[_Stream] = set()
 
@@ -176,7 +179,11 @@ class DevicePluginServer:
             self.changed.fire()
             await server.stop(STOP_GRACE_S)
 
-    async def _stream_to(self, context: grpc.aio.ServicerContext[pb.Empty, pb.ListAndWatchResponse]) -> None:
+    async def follow(self, send: Callable[[DeviceStates], Awaitable[None]]) -> None:
+        """One ListAndWatch: send is awaited with the state now, if there is one, and with each later one.
+
+        Returns when the server stops serving; otherwise runs until cancelled or send raises.
+        """
         stream = _Stream()
         self._streams.add(stream)
         self.changed.fire()
@@ -186,7 +193,7 @@ class DevicePluginServer:
                 if stream.ending:
                     return
                 version, state = self._version, self._state
-                await context.write(device_list(state))
+                await send(state)
                 stream.sent = version
                 self.changed.fire()
         finally:
@@ -212,7 +219,7 @@ class _Servicer:
         _request: pb.Empty,
         context: grpc.aio.ServicerContext[pb.Empty, pb.ListAndWatchResponse],
     ) -> None:
-        await self._owner._stream_to(context)  # noqa: SLF001
+        await self._owner.follow(lambda state: context.write(device_list(state)))
 
     async def GetPreferredAllocation(  # noqa: N802
         self,

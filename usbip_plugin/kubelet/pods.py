@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import logging
 import random
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,9 +18,6 @@ from usbip_plugin.retry import backoff
 PODS_PATH = "/api/v1/pods"
 PODS = "pods"
 LIST_TIMEOUT_S = 10.0
-LIST_PAGE = 100
-# A node runs some hundred pods; more pages than this are not read.
-MAX_PAGES = 50
 WATCH_TIMEOUT_S = 300.0
 BACKOFF_FIRST_S = 0.5
 BACKOFF_MAX_S = 30.0
@@ -36,7 +34,7 @@ class PodApi(Protocol):
 
     def watch(
         self, path: str, *, resource: str, params: Mapping[str, str], timeout: float
-    ) -> AsyncIterator[dict[str, Any]]: ...
+    ) -> AsyncGenerator[dict[str, Any], None]: ...
 
 
 class PodPhase(enum.Enum):
@@ -85,7 +83,7 @@ class OwnPods:
 
     def __init__(self, api: PodApi, node: str, clock: Clock, rng: random.Random, callback: PodCallback) -> None:
         self._api = api
-        self._node = node
+        self._selector = {"fieldSelector": f"spec.nodeName={node}"}
         self._clock = clock
         self._rng = rng
         self._callback = callback
@@ -108,9 +106,10 @@ class OwnPods:
                 if version is None:
                     version = await self._list()
                     self.synced = True
-                async for event in self._watch(version):
-                    version = self.apply(event) or version
-                    waits = backoff(self._rng, BACKOFF_FIRST_S, BACKOFF_MAX_S)
+                async with contextlib.aclosing(self._watch(version)) as events:
+                    async for event in events:
+                        version = self.apply(event) or version
+                        waits = backoff(self._rng, BACKOFF_FIRST_S, BACKOFF_MAX_S)
             except KubeGone:
                 version = None
             except KubeError as error:
@@ -157,25 +156,10 @@ class OwnPods:
             self._callback(PodRef(*key, old.uid), PodPhase.ENDED)
 
     async def _list(self) -> str:
-        pods: dict[PodKey, PodState] = {}
-        params = {"fieldSelector": f"spec.nodeName={self._node}", "limit": str(LIST_PAGE)}
-        version = ""
-        for _ in range(MAX_PAGES):
-            answer = await self._api.list(PODS_PATH, resource=PODS, params=params, timeout=LIST_TIMEOUT_S)
-            pods.update(found for item in answer.get("items") or () if (found := read_pod(item)) is not None)
-            metadata = answer.get("metadata") or {}
-            version = str(metadata.get("resourceVersion") or "")
-            following = metadata.get("continue")
-            if not following:
-                break
-            params["continue"] = str(following)
-        self.replace(pods)
-        return version
+        answer = await self._api.list(PODS_PATH, resource=PODS, params=self._selector, timeout=LIST_TIMEOUT_S)
+        self.replace(dict(found for item in answer.get("items") or () if (found := read_pod(item)) is not None))
+        return str((answer.get("metadata") or {}).get("resourceVersion") or "")
 
-    def _watch(self, version: str) -> AsyncIterator[dict[str, Any]]:
-        params = {
-            "fieldSelector": f"spec.nodeName={self._node}",
-            "resourceVersion": version,
-            "allowWatchBookmarks": "true",
-        }
+    def _watch(self, version: str) -> AsyncGenerator[dict[str, Any], None]:
+        params = {**self._selector, "resourceVersion": version}
         return self._api.watch(PODS_PATH, resource=PODS, params=params, timeout=WATCH_TIMEOUT_S)

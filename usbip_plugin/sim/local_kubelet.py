@@ -1,0 +1,64 @@
+"""A simulated kubelet without sockets: plugins run in the same process, so that it works in virtual time."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+from usbip_plugin.errors import PluginError
+from usbip_plugin.kubelet.device_plugin import ContainerResponse, DevicePluginServer, DeviceStates
+from usbip_plugin.kubelet.pod_resources import ContainerDevices
+from usbip_plugin.kubelet.status import status_code, status_details
+from usbip_plugin.sim.admission import Admission
+from usbip_plugin.sim.device_manager import Allocation, EndpointError
+
+
+class LocalKubelet(Admission):
+    """Without sockets: plugins run in this process. Works on a virtual clock. Is a PodResources itself."""
+
+    async def plug_in(self, server: DevicePluginServer) -> None:
+        """Registers the resource and listens to it until cancelled."""
+        self.connect(server.resource, server, _LocalEndpoint(server))
+
+        async def receive(state: DeviceStates) -> None:
+            self.listed(server.resource, dict(state))
+
+        try:
+            await server.follow(receive)
+        finally:
+            self.disconnect(server.resource, server)
+
+    async def list(self) -> tuple[ContainerDevices, ...]:
+        """See PodResources.list."""
+        return self.held()
+
+
+class _LocalEndpoint:
+    def __init__(self, server: DevicePluginServer) -> None:
+        self._server = server
+        self.preferred_available = server.options.get_preferred_allocation_available
+        self.pre_start_required = server.options.pre_start_required
+
+    async def preferred(self, available: Sequence[str], must: Sequence[str], size: int) -> Sequence[str]:
+        return self._server.backend.preferred(self._server.resource, tuple(available), tuple(must), size)
+
+    async def allocate(self, ids: Sequence[str]) -> Allocation:
+        with _errors():
+            (answer,) = await self._server.backend.allocate_all(self._server.resource, (tuple(ids),))
+        return _allocation(ids, answer)
+
+    async def pre_start(self, ids: Sequence[str]) -> None:
+        with _errors():
+            await self._server.backend.pre_start(self._server.resource, tuple(ids))
+
+
+@contextlib.contextmanager
+def _errors() -> Iterator[None]:
+    try:
+        yield
+    except PluginError as error:
+        raise EndpointError(status_code(error).name, status_details(error)) from error
+
+
+def _allocation(ids: Sequence[str], answer: ContainerResponse) -> Allocation:
+    return Allocation(frozenset(ids), dict(answer.envs), answer.devices, answer.cdi_devices)
