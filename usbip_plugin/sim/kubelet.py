@@ -201,12 +201,10 @@ class _PodResources:
         _request: podpb.AllocatableResourcesRequest,
         _context: grpc.aio.ServicerContext[podpb.AllocatableResourcesRequest, podpb.AllocatableResourcesResponse],
     ) -> podpb.AllocatableResourcesResponse:
-        healthy = self._kubelet.manager.healthy
+        healthy = {name: ids for name, ids in self._kubelet.manager.healthy.items() if ids}
         return podpb.AllocatableResourcesResponse(
             devices=[
-                podpb.ContainerDevices(resource_name=name, device_ids=sorted(ids))
-                for name, ids in healthy.items()
-                if ids
+                podpb.ContainerDevices(resource_name=name, device_ids=sorted(ids)) for name, ids in healthy.items()
             ]
         )
 
@@ -215,12 +213,11 @@ class _PodResources:
         request: podpb.GetPodResourcesRequest,
         context: grpc.aio.ServicerContext[podpb.GetPodResourcesRequest, podpb.GetPodResourcesResponse],
     ) -> podpb.GetPodResourcesResponse:
-        for pod in _listed(self._kubelet.held()).pod_resources:
-            if (pod.namespace, pod.name) == (request.pod_namespace, request.pod_name):
-                return podpb.GetPodResourcesResponse(pod_resources=pod)
-        await context.abort(
-            grpc.StatusCode.UNKNOWN, f"pod {request.pod_name} in namespace {request.pod_namespace} not found"
-        )
+        wanted = (request.pod_namespace, request.pod_name)
+        pods = {(pod.namespace, pod.name): pod for pod in _listed(self._kubelet.held()).pod_resources}
+        if wanted not in pods:
+            await context.abort(grpc.StatusCode.UNKNOWN, f"pod {wanted[1]} in namespace {wanted[0]} not found")
+        return podpb.GetPodResourcesResponse(pod_resources=pods[wanted])
 
 
 def _listed(entries: Sequence[ContainerDevices]) -> podpb.ListPodResourcesResponse:
