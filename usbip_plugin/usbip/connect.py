@@ -58,7 +58,7 @@ class Connector:
         return sock
 
     async def _addresses(self, server: ServerKey) -> _Addresses:
-        with contextlib.suppress(socket.gaierror):  # not an address but a name
+        with contextlib.suppress(socket.gaierror, UnicodeError):  # a name, not an address
             return socket.getaddrinfo(
                 server.host, server.port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
             )

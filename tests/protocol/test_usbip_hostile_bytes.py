@@ -1,0 +1,246 @@
+"""Whatever a peer sends, decoding ends in a result or in ProtocolViolation, and never asks for more than its bounds."""
+
+import struct
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from golden_files import golden
+from hypothesis import given
+from hypothesis import strategies as st
+
+from usbip_plugin.model import Descriptor, InterfaceClass, UsbId
+from usbip_plugin.usbip import probe, urb
+from usbip_plugin.usbip.protocol import (
+    MAX_DEVICES,
+    MAX_INTERFACES,
+    Decoding,
+    DevlistReply,
+    DevlistRequest,
+    ImportReply,
+    ImportRequest,
+    ProtocolViolation,
+    decode,
+    devlist_reply,
+    encode_devlist_reply,
+    encode_devlist_request,
+    encode_import_reply,
+    encode_import_request,
+    import_reply,
+    request,
+    valid_busid,
+)
+
+U8 = st.integers(0, 0xFF)
+U16 = st.integers(0, 0xFFFF)
+BUSIDS = st.from_regex(r"[0-9A-Za-z][0-9A-Za-z.\-]{0,30}", fullmatch=True)
+PATHS = st.text(st.characters(categories=["L", "N", "P"]), max_size=60)
+
+
+@st.composite
+def descriptors(draw: st.DrawFn) -> Descriptor:
+    interfaces = tuple(draw(st.lists(st.builds(InterfaceClass, U8, U8, U8), max_size=MAX_INTERFACES)))
+    return Descriptor(
+        busid=draw(BUSIDS),
+        path=draw(PATHS),
+        busnum=draw(U16),
+        devnum=draw(U16),
+        speed=draw(st.integers(1, 6)),
+        usb_id=UsbId(draw(U16), draw(U16)),
+        bcd_device=draw(U16),
+        device_class=draw(U8),
+        device_subclass=draw(U8),
+        device_protocol=draw(U8),
+        configuration=draw(U8),
+        num_configurations=draw(U8),
+        num_interfaces=len(interfaces),
+        interfaces=interfaces,
+    )
+
+
+@given(st.lists(descriptors(), max_size=8, unique_by=lambda device: device.busid), st.binary(max_size=8))
+def test_a_list_survives_the_wire_and_leaves_what_follows(devices: list[Descriptor], follows: bytes) -> None:
+    decoded = decode(devlist_reply(), encode_devlist_reply(devices) + follows)
+    assert decoded == (DevlistReply(tuple(devices)), follows)
+
+
+@given(descriptors(), st.binary(max_size=8))
+def test_an_import_survives_the_wire_and_leaves_what_follows(device: Descriptor, follows: bytes) -> None:
+    reply = ImportReply(0, replace(device, interfaces=()))
+    assert decode(import_reply(device.busid), encode_import_reply(reply) + follows) == (reply, follows)
+
+
+@given(BUSIDS)
+def test_requests_survive_the_wire(busid: str) -> None:
+    assert decode(request(), encode_import_request(busid)) == (ImportRequest(busid), b"")
+    assert decode(request(), encode_devlist_request()) == (DevlistRequest(), b"")
+
+
+def bounded(decoding: Decoding[object], data: bytes) -> None:
+    """Decode data; all that may come out is a result or ProtocolViolation."""
+    try:
+        decode(decoding, data)
+    except ProtocolViolation:
+        return
+
+
+DECODERS: list[Callable[[], Decoding[object]]] = [devlist_reply, lambda: import_reply("1-2"), request]
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@given(st.binary(max_size=1200))
+def test_noise(decoder: Callable[[], Decoding[object]], data: bytes) -> None:
+    bounded(decoder(), data)
+
+
+@given(st.sampled_from(["devlist_three", "devlist_after_use", "import_ok_kbd"]), st.data())
+def test_a_real_reply_with_a_few_bytes_changed(name: str, data: st.DataObject) -> None:
+    raw = bytearray(golden(name))
+    for _ in range(data.draw(st.integers(1, 6))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(U8)
+    bounded(devlist_reply() if name.startswith("devlist") else import_reply("1-2"), bytes(raw))
+
+
+@given(st.sampled_from(["devlist_three", "devlist_after_use", "import_ok_kbd"]), st.data())
+def test_every_cut_of_a_real_reply_ends_early(name: str, data: st.DataObject) -> None:
+    raw = golden(name)
+    cut = data.draw(st.integers(0, len(raw) - 1))
+    with pytest.raises(ProtocolViolation, match="ends early"):
+        decode(devlist_reply() if name.startswith("devlist") else import_reply("1-2"), raw[:cut])
+
+
+def test_a_list_is_bounded_before_its_devices_are_read() -> None:
+    with pytest.raises(ProtocolViolation, match="more than 256"):
+        decode(devlist_reply(), struct.pack(">HHII", 0x0111, 5, 0, MAX_DEVICES + 1))
+    with pytest.raises(ProtocolViolation, match="more than 256"):
+        decode(devlist_reply(), struct.pack(">HHII", 0x0111, 5, 0, 0xFFFFFFFF))
+
+
+def test_interfaces_are_bounded_before_they_are_read() -> None:
+    raw = bytearray(golden("devlist_three"))
+    raw[12 + 311] = MAX_INTERFACES + 1
+    with pytest.raises(ProtocolViolation, match="more than 32"):
+        decode(devlist_reply(), bytes(raw))
+
+
+@pytest.mark.parametrize(
+    ("offset", "value", "reason"),
+    [
+        (256, b"../../x\0", "busid"),
+        (256, b"1-1/2\0", "busid"),
+        (256, b"\0", "busid"),
+        (256, b".\0", "busid"),
+        (256, b"1 1\0", "busid"),
+        (256, b"1-1\n\0", "busid"),
+        (256, b"x" * 32, "without an end"),
+        (0, b"/" * 256, "without an end"),
+        (0, b"/sys\x1b[31m\0", "printed"),
+        (288, b"\0\1\0\0", "do not fit"),
+        (296, b"\0\0\0\0", "speed 0"),
+        (296, b"\0\0\0\x07", "speed 7"),
+    ],
+)
+def test_an_entry_that_cannot_be_used_hides_no_other_and_is_never_imported(
+    offset: int, value: bytes, reason: str
+) -> None:
+    raw = bytearray(golden("devlist_three"))
+    raw[12 + offset : 12 + offset + len(value)] = value
+    reply, rest = decode(devlist_reply(), bytes(raw))
+    assert rest == b""
+    assert [device.busid for device in reply.devices] == ["1-3", "1-2"]
+    assert len(reply.skipped) == 1
+    assert reason in reply.skipped[0]
+    raw = bytearray(golden("import_ok_kbd"))
+    raw[8 + offset : 8 + offset + len(value)] = value
+    with pytest.raises(ProtocolViolation, match=reason):
+        decode(import_reply("1-2"), bytes(raw))
+
+
+def test_of_two_entries_with_one_busid_the_first_is_kept() -> None:
+    first, *_ = decode(devlist_reply(), golden("devlist_three"))[0].devices
+    second = replace(first, usb_id=UsbId(1, 2))
+    reply, _ = decode(devlist_reply(), encode_devlist_reply([first, second]))
+    assert reply.devices == (first,)
+    assert "twice" in reply.skipped[0]
+
+
+def test_a_reply_about_another_device_is_refused() -> None:
+    with pytest.raises(ProtocolViolation, match=r"asked for 1-1\.2, the reply is about 1-2"):
+        decode(import_reply("1-1.2"), golden("import_ok_kbd"))
+
+
+@pytest.mark.parametrize("header", ["0106000500000000", "0111000300000000", "0111000500000001"])
+def test_a_list_with_another_version_code_or_status_is_refused(header: str) -> None:
+    with pytest.raises(ProtocolViolation):
+        decode(devlist_reply(), bytes.fromhex(header) + bytes(4))
+
+
+@given(st.text(max_size=40))
+def test_a_valid_busid_is_safe_as_a_file_name(text: str) -> None:
+    if valid_busid(text):
+        assert text not in {"", ".", ".."}
+        assert len(text) < 32
+        assert not set(text) & set("/\0 \n")
+        assert text.isascii()
+    else:
+        with pytest.raises(ProtocolViolation):
+            encode_import_request(text)
+
+
+@given(st.binary(min_size=48, max_size=48))
+def test_noise_as_a_transfer_header(header: bytes) -> None:
+    for decoder in (urb.decode_command, urb.decode_return):
+        try:
+            decoded = decoder(header)
+        except ProtocolViolation:
+            continue
+        if isinstance(decoded, urb.Submit):
+            assert 0 <= decoded.length <= urb.MAX_TRANSFER_BYTES
+        if isinstance(decoded, urb.SubmitReturn):
+            assert 0 <= decoded.actual_length <= urb.MAX_TRANSFER_BYTES
+
+
+U32 = st.integers(0, 0xFFFFFFFF)
+I32 = st.integers(-(1 << 31), (1 << 31) - 1)
+LENGTHS = st.integers(0, urb.MAX_TRANSFER_BYTES)
+
+
+@given(
+    st.one_of(
+        st.builds(
+            urb.Submit,
+            U32,
+            U32,
+            st.booleans(),
+            st.integers(0, 15),
+            LENGTHS,
+            st.binary(min_size=8, max_size=8),
+            U32,
+            I32,
+        ),
+        st.builds(urb.Unlink, U32, U32),
+    )
+)
+def test_commands_survive_the_wire(command: urb.Submit | urb.Unlink) -> None:
+    assert urb.decode_command(urb.encode_command(command)) == command
+
+
+@given(st.one_of(st.builds(urb.SubmitReturn, U32, I32, LENGTHS), st.builds(urb.UnlinkReturn, U32, I32)))
+def test_answers_survive_the_wire(answer: urb.SubmitReturn | urb.UnlinkReturn) -> None:
+    assert urb.decode_return(urb.encode_return(answer)) == answer
+
+
+@given(st.binary(max_size=300))
+def test_descriptors_of_a_hostile_device(data: bytes) -> None:
+    text = probe.parse_string(data)
+    assert text is None or (text.isprintable() and text == text.strip())
+    assert len(probe.parse_interfaces(data)) <= len(data) // 9
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("ABC", "ABC"), (" ABC\0\0", "ABC"), ("A\x1b[31mC", None), ("A\nB", None), ("", None), ("\0", None), ("ÄÖ", "ÄÖ")],
+)
+def test_serial_numbers_are_printable_or_none(text: str, expected: str | None) -> None:
+    body = text.encode("utf-16-le")
+    assert probe.parse_string(bytes([2 + len(body), 3]) + body) == expected

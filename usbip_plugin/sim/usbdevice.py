@@ -1,0 +1,163 @@
+"""Virtual USB devices: enough of USB 2.0 chapter 9 that a real vhci_hcd enumerates them.
+
+Two kinds, both of vendor class unless told otherwise. A stick has an identity and no endpoints. An echo sends back on
+bulk endpoint 0x81 what came in on 0x01.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from usbip_plugin.model import Descriptor, InterfaceClass, UsbId
+from usbip_plugin.usbip import urb
+from usbip_plugin.usbip.protocol import Decoding
+
+VENDOR_CLASS = InterfaceClass(0xFF, 0, 0)
+HIGH_SPEED = 3
+_LANGUAGE = 0x0409
+_BULK_BYTES = 512
+_BCD_USB = 0x0200
+_BCD_DEVICE = 0x0100
+_MANUFACTURER, _PRODUCT, _SERIAL = 1, 2, 3
+_GET_STATUS, _CLEAR_FEATURE, _SET_FEATURE, _GET_DESCRIPTOR, _GET_CONFIGURATION, _SET_CONFIGURATION = 0, 1, 3, 6, 8, 9
+_SET_INTERFACE = 11
+_SILENT_OK = frozenset({_CLEAR_FEATURE, _SET_FEATURE, _SET_INTERFACE})
+STALL = -urb.EPIPE
+
+
+@dataclass(frozen=True, slots=True)
+class VirtualDevice:
+    """What is plugged into a virtual server. serial "" means the device has none.
+
+    configured: as usbip-host shows a device, it is False until the first importer has set a configuration, and until
+    then DEVLIST carries no interfaces.
+    """
+
+    busid: str
+    usb_id: UsbId
+    serial: str = ""
+    product: str = "virtual device"
+    echo: bool = False
+    interface: InterfaceClass = VENDOR_CLASS
+    speed: int = HIGH_SPEED
+    configured: bool = False
+
+    def descriptor(self, configured: bool) -> Descriptor:
+        """As DEVLIST says it, and without its interfaces as IMPORT does."""
+        bus = self.busid.partition("-")[0]
+        return Descriptor(
+            busid=self.busid,
+            path=f"/sys/devices/virtual/usb/{self.busid}",
+            busnum=int(bus) if bus.isdecimal() and bus.isascii() else 1,
+            devnum=2 + zlib.crc32(self.busid.encode()) % 126,
+            speed=self.speed,
+            usb_id=self.usb_id,
+            bcd_device=_BCD_DEVICE,
+            device_class=0,
+            device_subclass=0,
+            device_protocol=0,
+            configuration=int(configured),
+            num_configurations=1,
+            num_interfaces=int(configured),
+            interfaces=(self.interface,) if configured else (),
+        )
+
+    def usb_descriptor(self, kind: int, index: int, real: UsbId) -> bytes | None:
+        """A descriptor as GET_DESCRIPTOR reads it, None where the device stalls. real: what the device says it is."""
+        if kind == 1:
+            ids = struct.pack("<HHH", real.vendor, real.product, _BCD_DEVICE)
+            serial = _SERIAL if self.serial else 0
+            head = struct.pack("<BBHBBBB", 18, 1, _BCD_USB, 0, 0, 0, 64)
+            return head + ids + bytes([_MANUFACTURER, _PRODUCT, serial, 1])
+        if kind == 2 and index == 0:
+            bulk = b"".join(struct.pack("<BBBBHB", 7, 5, address, 2, _BULK_BYTES, 0) for address in (0x81, 0x01))
+            ends = bulk if self.echo else b""
+            i = self.interface
+            face = bytes([9, 4, 0, 0, 2 if self.echo else 0, i.class_, i.subclass, i.protocol, 0])
+            return struct.pack("<BBHBBBBB", 9, 2, 9 + len(face + ends), 1, 1, 0, 0x80, 50) + face + ends
+        if kind == 3:
+            return self._string(index)
+        return None
+
+    def _string(self, index: int) -> bytes | None:
+        if index == 0:
+            return struct.pack("<BBH", 4, 3, _LANGUAGE)
+        text = {_MANUFACTURER: "usbip-plugin", _PRODUCT: self.product, _SERIAL: self.serial}.get(index)
+        if not text:
+            return None
+        body = text.encode("utf-16-le")
+        return bytes([2 + len(body), 3]) + body
+
+
+class Transfers:
+    """The transfers of one importer with one device. write takes what goes back to the importer."""
+
+    def __init__(
+        self, device: VirtualDevice, real: UsbId, write: Callable[[bytes], None], on_configure: Callable[[int], None]
+    ) -> None:
+        self._device, self._real, self._write, self._on_configure = device, real, write, on_configure
+        self._configuration = int(device.configured)
+        self._echo = bytearray()
+        self._waiting: list[urb.Submit] = []
+
+    def run(self) -> Decoding[None]:
+        """Serve one command after the other, for ever. ProtocolViolation when the importer does not speak USB/IP."""
+        while True:
+            command = urb.decode_command((yield urb.HEADER_BYTES))
+            if isinstance(command, urb.Unlink):
+                self._unlink(command)
+                continue
+            data = (yield command.length) if command.length and not command.incoming else b""
+            if command.endpoint == 0:
+                self._control(command)
+            elif self._device.echo and command.endpoint == 1:
+                self._bulk(command, data)
+            else:
+                self._answer(command, STALL, b"")
+
+    def _answer(self, command: urb.Submit, status: int, data: bytes) -> None:
+        length = command.length if not command.incoming and status == 0 else len(data)
+        self._write(urb.encode_return(urb.SubmitReturn(command.seqnum, status, length)) + data)
+
+    def _control(self, command: urb.Submit) -> None:
+        data = self._standard_request(command.setup)
+        if data is None:
+            self._answer(command, STALL, b"")
+        else:
+            self._answer(command, 0, data[: command.length] if command.incoming else b"")
+
+    def _standard_request(self, setup: bytes) -> bytes | None:
+        request_type, request, value, _, _ = struct.unpack("<BBHHH", setup)
+        if request_type & 0x60:  # class or vendor: this device knows none
+            return None
+        if request == _GET_DESCRIPTOR:
+            return self._device.usb_descriptor(value >> 8, value & 0xFF, self._real)
+        if request == _GET_STATUS:
+            return bytes(2)
+        if request == _GET_CONFIGURATION:
+            return bytes([self._configuration])
+        if request == _SET_CONFIGURATION and value <= 1:
+            self._configuration = value
+            self._on_configure(value)
+            return b""
+        return b"" if request in _SILENT_OK else None
+
+    def _bulk(self, command: urb.Submit, data: bytes) -> None:
+        if command.incoming:
+            self._waiting.append(command)
+        else:
+            self._echo += data
+            self._answer(command, 0, b"")
+        while self._waiting and self._echo:
+            reader = self._waiting.pop(0)
+            self._answer(reader, 0, bytes(self._echo[: reader.length]))
+            del self._echo[: reader.length]
+
+    def _unlink(self, command: urb.Unlink) -> None:
+        before = len(self._waiting)
+        self._waiting = [waiting for waiting in self._waiting if waiting.seqnum != command.victim]
+        taken_back = len(self._waiting) < before
+        self._write(urb.encode_return(urb.UnlinkReturn(command.seqnum, -urb.ECONNRESET if taken_back else 0)))
