@@ -1,241 +1,139 @@
-"""A stand-in for vhci_hcd: the same VhciDriver interface, no kernel. Several nodes may share one, as they do in kind."""
+"""VhciDriver on a simulated kernel. Several nodes may share one kernel, as they do in kind.
+
+A new SimulatedVhci on the same kernel and node is a restarted plugin.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
-import socket
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
-from usbip_plugin.clock import Clock
-from usbip_plugin.model import Attachment, Descriptor, DeviceKey, DeviceNode, UsbId
-from usbip_plugin.sim.socket import MemorySocket
-from usbip_plugin.vhci.sysfs import Hub, Port, PortStatus
-from usbip_plugin.vhci.waiting import Bell
+from usbip_plugin.errors import AttachRefused, AttachStuck, DetachFailed, DriverMissing, PortsExhausted, WrongDevice
+from usbip_plugin.model import Attachment, Descriptor, DeviceKey
+from usbip_plugin.sim.ports import SimulatedKernel
+from usbip_plugin.vhci.driver import ABANDON_S, DriverReport, PortState
+from usbip_plugin.vhci.sysfs import Port, PortStatus, choose_port, hub_of
 
-FOREIGN_DEVID = 0xFFFF
-_USB_MAJOR = 189
-_DEVICES_PER_BUS = 128
-_NODES = {  # kind: (path prefix, major, block device)
-    "tty": ("/dev/ttyUSB", 188, False),
-    "hidraw": ("/dev/hidraw", 244, False),
-    "input": ("/dev/input/event", 13, False),
-    "video4linux": ("/dev/video", 81, False),
-    "block": ("/dev/sd", 8, True),
-    "sound": ("/dev/snd/pcmC", 116, False),
-    "usbmisc": ("/dev/usb/lp", 180, False),
-}
+__all__ = ["SimulatedKernel", "SimulatedVhci"]
 
 
-@dataclass(slots=True)
-class Occupant:
-    """What stands on a port. appears_at: kernel clock, from when on the device is enumerated (infinity: never)."""
+class SimulatedVhci:
+    """See VhciDriver. node names the node among those that share the kernel; the port records are per node."""
 
-    number: int
-    descriptor: Descriptor | None
-    usb_id: UsbId
-    appears_at: float
-    devnum: int
-    authorized: bool = False
-    children: dict[str, int] = field(default_factory=dict)  # kind: index of its node
-    let_go: Callable[[], None] = lambda: None
+    def __init__(self, kernel: SimulatedKernel, node: str = "node") -> None:
+        self._kernel = kernel
+        self._node = node
+        self._known: dict[int, int] = {}
 
+    @property
+    def _records(self) -> dict[int, DeviceKey]:
+        return self._kernel.records.setdefault(self._node, {})
 
-class SimulatedKernel:
-    """Ports, devices and sockets of one kernel. What happens to it in real life are its methods."""
+    def _ports(self) -> tuple[Port, ...]:
+        if not self._kernel.loaded:
+            raise DriverMissing("/sys/devices/platform/vhci_hcd.0")
+        return self._kernel.ports()
 
-    def __init__(
+    def _foreign(self, number: int) -> bool:
+        occupant = self._kernel.occupant(number)
+        return occupant is not None and self._known.get(number, occupant.number) != occupant.number
+
+    async def ports(self) -> tuple[PortState, ...]:
+        return tuple(self._state(port) for port in self._ports())
+
+    def _state(self, port: Port) -> PortState:
+        ours = port.status is not PortStatus.NULL and not self._foreign(port.number)
+        record = self._records.get(port.number) if ours else None
+        return PortState(port.number, port.hub, port.status, port.speed, port.devid, port.local_busid, record)
+
+    async def attach(self, key: DeviceKey, descriptor: Descriptor, fd: int) -> int:
+        ports = self._ports()
+        port = choose_port(ports, descriptor.speed)
+        if port is None:
+            hub = hub_of(descriptor.speed)
+            raise PortsExhausted(hub, sum(p.hub == hub for p in ports))
+        try:
+            occupant = self._kernel.attach(port, descriptor, fd)
+        except OSError as error:
+            raise AttachRefused(
+                f"the kernel refused to attach {key} to port {port.number}: {error.strerror}"
+            ) from error
+        self._known[port.number] = occupant.number
+        self._records[port.number] = key
+        return port.number
+
+    async def enumerate(
         self,
-        clock: Clock,
+        key: DeviceKey,
+        descriptor: Descriptor,
+        port: int,
         *,
-        controllers: int = 1,
-        ports_per_hub: int = 8,
-        enumeration_delay: float = 0.0,
-        resolve: Callable[[int], MemorySocket | None] = lambda _token: None,
-    ) -> None:
-        """resolve finds the MemorySocket behind a negative fd (SocketTable.resolve); delays are in seconds."""
-        self.clock = clock
-        self.enumeration_delay = enumeration_delay
-        self.loaded = True
-        self.detaching_hangs = False
-        self.bell = Bell()
-        self.records: dict[str, dict[int, DeviceKey]] = {}  # of each node; kind's nodes have each their own /run
-        self.serials: dict[DeviceKey, str] = {}
-        self.child_kinds: dict[UsbId, tuple[str, ...]] = {}  # child nodes that devices of this id bring
-        self._per_hub = ports_per_hub
-        self._controllers = controllers
-        self._resolve = resolve
-        self._occupants: dict[int, Occupant] = {}
-        self._generation = 0
-        self._devnums: dict[int, int] = {}
-        self._stuck = 0
-        self._refusals = 0
-        self._impostors: list[UsbId] = []
-
-    # Faults.
-
-    def stuck_next(self, times: int = 1) -> None:
-        """The next attachments stay in status 005."""
-        self._stuck += times
-
-    def refuse_next(self, times: int = 1) -> None:
-        """The next attach writes fail."""
-        self._refusals += times
-
-    def impostor_next(self, usb_id: UsbId) -> None:
-        """The next device turns out to have another vendor:product than its server said."""
-        self._impostors.append(usb_id)
-
-    def fill_ports(self, hub: Hub | None = None, leave: int = 0) -> tuple[int, ...]:
-        """Somebody else attaches devices to all free ports (of one hub) but `leave`; returns their numbers."""
-        free = [port for port in self.ports() if port.status is PortStatus.NULL and hub in (None, port.hub)]
-        taken = free[: len(free) - leave]
-        for port in taken:
-            self._occupy(port, None, UsbId(FOREIGN_DEVID, FOREIGN_DEVID))
-        self.bell.ring()
-        return tuple(port.number for port in taken)
-
-    def free_port(self, number: int) -> None:
-        """Somebody detaches it, or its connection ends. Nothing if it is free."""
-        occupant = self._occupants.pop(number, None)
-        if occupant is not None:
-            occupant.let_go()
-            self.bell.ring()
-
-    def reboot(self) -> None:
-        """Everything attached is gone, and so are the records in /run."""
-        for number in tuple(self._occupants):
-            self.free_port(number)
-        self.records.clear()
-        self._devnums.clear()
-
-    # What drivers see.
-
-    def ports(self) -> tuple[Port, ...]:
-        """All ports in the kernel's order: per controller the hs rows, then the ss rows."""
-        rows: list[Port] = []
-        for controller in range(self._controllers):
-            hubs: tuple[Hub, Hub] = ("hs", "ss")
-            for hub in hubs:
-                for root_port in range(1, self._per_hub + 1):
-                    rows.append(self._row(len(rows), hub, controller, root_port))
-        return tuple(rows)
-
-    def _row(self, number: int, hub: Hub, controller: int, root_port: int) -> Port:
-        occupant = self._occupants.get(number)
-        if occupant is None:
-            return Port(number, hub, PortStatus.NULL, controller=controller, root_port=root_port)
-        if self.clock.monotonic() < occupant.appears_at:
-            return Port(number, hub, PortStatus.NOTASSIGNED, controller=controller, root_port=root_port)
-        descriptor = occupant.descriptor
-        speed = descriptor.speed if descriptor is not None else 5 if hub == "ss" else 3
-        devid = descriptor.devid if descriptor is not None else FOREIGN_DEVID
-        busid = f"{_bus(controller, hub)}-{root_port}"
-        return Port(number, hub, PortStatus.USED, speed, devid, busid, controller, root_port, occupant.number)
-
-    def occupant(self, number: int) -> Occupant | None:
-        return self._occupants.get(number)
-
-    def attach(self, port: Port, descriptor: Descriptor, fd: int) -> Occupant:
-        """The attach write. OSError as the kernel; the socket is referenced, not taken over."""
-        if self._refusals:
-            self._refusals -= 1
-            raise OSError(22, "refused by the simulation")
-        usb_id = self._impostors.pop(0) if self._impostors else descriptor.usb_id
-        occupant = self._occupy(port, descriptor, usb_id)
-        if self._stuck:
-            self._stuck -= 1
-            occupant.appears_at = float("inf")
+        children: tuple[str, ...] | None = None,  # noqa: ARG002 (here they are there from the start)
+        timeout: float,
+    ) -> Attachment:
         try:
-            occupant.let_go = self._refer(port.number, occupant, fd)
-        except OSError:
-            self._occupants.pop(port.number, None)
+            await self._kernel.bell.until(lambda: self._appeared(port), self._kernel.clock, timeout=timeout)
+        except TimeoutError:
+            await self.detach(port, timeout=ABANDON_S)
+            raise AttachStuck(f"{key} on port {port} did not enumerate within {timeout:g} s") from None
+        except AttachStuck:
+            await self.detach(port, timeout=ABANDON_S)
             raise
-        self.bell.ring()
-        return occupant
+        occupant = self._kernel.occupant(port)
+        if occupant is not None and occupant.usb_id != descriptor.usb_id:
+            await self.detach(port, timeout=ABANDON_S)
+            raise WrongDevice(key, descriptor.usb_id, occupant.usb_id)
+        if occupant is not None:
+            occupant.authorized = True
+        attachment = self._kernel.attachment(key, port)
+        if attachment is None:
+            raise AttachStuck(f"{key} on port {port} went away while it was probed")
+        return attachment
 
-    def attachment(self, key: DeviceKey, number: int) -> Attachment | None:
-        """What stands on a port, as key's; None unless it is enumerated and authorised."""
-        occupant = self._occupants.get(number)
-        row = self.ports()[number]
-        if occupant is None or not occupant.authorized or row.local_busid is None:
+    def _appeared(self, number: int) -> bool | None:
+        status = self._ports()[number].status
+        if status is PortStatus.NULL or self._foreign(number):
+            raise AttachStuck(f"the connection of port {number} ended before its device had enumerated")
+        return True if status is PortStatus.USED else None
+
+    async def inspect(self, key: DeviceKey, port: int) -> Attachment | None:
+        self._ports()
+        occupant = self._kernel.occupant(port)
+        attachment = self._kernel.attachment(key, port)
+        if occupant is None or attachment is None or self._foreign(port):
             return None
-        bus = _bus(row.controller, row.hub)
-        path = f"/dev/bus/usb/{bus:03d}/{occupant.devnum:03d}"
-        own = DeviceNode(path, "usb", False, _USB_MAJOR, (bus - 1) * _DEVICES_PER_BUS + occupant.devnum - 1)
-        children = sorted(_child(kind, index) for kind, index in occupant.children.items())
-        return Attachment(key, number, row.local_busid, occupant.usb_id, self.serials.get(key), (own, *children))
+        self._known[port] = occupant.number
+        return attachment
 
-    def _occupy(self, port: Port, descriptor: Descriptor | None, usb_id: UsbId) -> Occupant:
-        bus = _bus(port.controller, port.hub)
-        self._devnums[bus] = self._devnums.get(bus, 1) % (_DEVICES_PER_BUS - 1) + 1
-        self._generation += 1
-        children = {kind: self._free_index(kind) for kind in self.child_kinds.get(usb_id, ())}
-        appears_at = self.clock.monotonic() + (self.enumeration_delay if descriptor is not None else 0.0)
-        occupant = Occupant(self._generation, descriptor, usb_id, appears_at, self._devnums[bus], children=children)
-        self._occupants[port.number] = occupant
-        return occupant
+    async def detach(self, port: int, *, timeout: float) -> None:
+        self._ports()
+        if self._kernel.detaching_hangs and self._kernel.occupant(port) is not None and not self._foreign(port):
+            await self._kernel.clock.sleep(timeout)
+            raise DetachFailed(f"port {port} was not free after {timeout:g} s")
+        if not self._foreign(port):
+            self._kernel.free_port(port)
+        self._known.pop(port, None)
+        self._records.pop(port, None)
 
-    def _free_index(self, kind: str) -> int:
-        used = {occupant.children.get(kind) for occupant in self._occupants.values()}
-        return next(index for index in range(len(used) + 1) if index not in used)
+    def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]:
+        return self._kernel.bell.subscribe(callback)
 
-    def _refer(self, number: int, occupant: Occupant, fd: int) -> Callable[[], None]:
-        def ended() -> None:
-            if self._occupants.get(number) is occupant:
-                self.free_port(number)
+    async def run(self) -> None:
+        await asyncio.Event().wait()
 
-        if fd >= 0:
-            return _watch(fd, ended)
-        token = self._resolve(fd)
-        if token is None:
-            raise OSError(22, "no such socket")
-        reference = token.dup()
-        unsubscribe = reference.on_close(ended)
-
-        def let_go() -> None:
-            unsubscribe()
-            reference.close()
-
-        if reference.ended:
-            reference.close()
-            raise OSError(107, "the connection has ended")
-        return let_go
-
-
-def _watch(fd: int, ended: Callable[[], None]) -> Callable[[], None]:
-    """Keep a reference to a real socket and notice its end. Returns what lets go of it."""
-    sock = socket.socket(fileno=os.dup(fd))
-    sock.setblocking(False)
-    loop = asyncio.get_running_loop()
-
-    def readable() -> None:
-        try:
-            data = sock.recv(65536)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        if not data:
-            ended()
-
-    def let_go() -> None:
-        loop.remove_reader(sock)
-        with contextlib.suppress(OSError):
-            sock.shutdown(socket.SHUT_RDWR)  # as the kernel does: other references do not keep it up
-        sock.close()
-
-    loop.add_reader(sock, readable)
-    return let_go
-
-
-def _bus(controller: int, hub: Hub) -> int:
-    return 3 + 2 * controller + (hub == "ss")
-
-
-def _child(kind: str, index: int) -> DeviceNode:
-    prefix, major, block = _NODES[kind]
-    name = chr(ord("a") + index) if kind == "block" else str(index)
-    return DeviceNode(prefix + name, kind, block, major, index * 16 if block else index)
+    async def check(self) -> DriverReport:
+        if not self._kernel.loaded:
+            return DriverReport(loaded=False, problems=(str(DriverMissing("/sys/devices/platform/vhci_hcd.0")),))
+        ports = self._ports()
+        hs, ss = ([p for p in ports if p.hub == hub] for hub in ("hs", "ss"))
+        return DriverReport(
+            loaded=True,
+            nports=len(ports),
+            hs_total=len(hs),
+            hs_free=sum(p.status is PortStatus.NULL for p in hs),
+            ss_total=len(ss),
+            ss_free=sum(p.status is PortStatus.NULL for p in ss),
+            attach_writable=True,
+            records_writable=True,
+            uevents=True,
+        )

@@ -1,0 +1,29 @@
+"""The contract of VhciDriver, on the simulated kernel and on a fake sysfs. tests/kernel runs it on the real one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from vhci_contract import VhciContract
+from vhci_rigs import FakeSysfsRig, MemoryServer, SimRig, SocketServer
+
+
+class TestSimulatedKernel(VhciContract):
+    @pytest.fixture(params=["memory", "memory, slow", "sockets"])
+    async def rig(self, request: pytest.FixtureRequest) -> AsyncIterator[SimRig]:
+        server = SocketServer() if request.param == "sockets" else MemoryServer()
+        rig = SimRig(server, delay=0.02 if "slow" in request.param else 0.0)
+        yield rig
+        rig.close()
+
+
+class TestFakeSysfs(VhciContract):
+    @pytest.fixture
+    async def rig(self, tmp_path: Path) -> AsyncIterator[FakeSysfsRig]:
+        async with asyncio.TaskGroup() as group:
+            rig = FakeSysfsRig(tmp_path, group)
+            yield rig
+            rig.close()

@@ -1,0 +1,200 @@
+"""What every VhciDriver must do. Run on the simulated kernel, on a fake sysfs, and in a guest on the real one."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from typing import Protocol
+
+import pytest
+
+from usbip_plugin.errors import AttachStuck, PortsExhausted, WrongDevice
+from usbip_plugin.model import Attachment, Descriptor, DeviceKey, UsbId
+from usbip_plugin.vhci.driver import PortState, VhciDriver
+from usbip_plugin.vhci.sysfs import PortStatus
+
+LIMIT_S = 20.0
+
+
+class Imported(Protocol):
+    """A connection over which a device has been imported."""
+
+    @property
+    def key(self) -> DeviceKey: ...
+    @property
+    def descriptor(self) -> Descriptor: ...
+    def fileno(self) -> int: ...
+    def close(self) -> None: ...
+
+
+class Rig(Protocol):
+    """A kernel, a server with two identical high- or full-speed devices and a SuperSpeed one, and plugins."""
+
+    def plugin(self) -> VhciDriver:
+        """The driver of a plugin that has just (re)started on this node; its run() is running."""
+        ...
+
+    async def import_twin(self, number: int) -> Imported:
+        """number: 0 or 1."""
+        ...
+
+    async def import_super(self) -> Imported: ...
+    async def import_stuck(self) -> Imported:
+        """A connection that never answers."""
+        ...
+
+    async def server_ends(self, imported: Imported) -> None: ...
+    async def is_free_on_server(self, key: DeviceKey) -> bool: ...
+    async def fill(self, hub: str) -> None:
+        """Take all free ports of this hub."""
+        ...
+
+
+async def attached(driver: VhciDriver, imported: Imported) -> Attachment:
+    port = await driver.attach(imported.key, imported.descriptor, imported.fileno())
+    imported.close()
+    return await driver.enumerate(imported.key, imported.descriptor, port, children=(), timeout=LIMIT_S)
+
+
+async def state(driver: VhciDriver, number: int) -> PortState:
+    return next(port for port in await driver.ports() if port.number == number)
+
+
+class VhciContract:
+    """Inherit, and give a fixture `rig`."""
+
+    async def test_an_attached_device_stands_on_its_port_with_its_record(self, rig: Rig) -> None:
+        driver, imported = rig.plugin(), await rig.import_twin(0)
+        attachment = await attached(driver, imported)
+        port = await state(driver, attachment.port)
+        assert (port.status, port.hub, port.record) == (PortStatus.USED, "hs", imported.key)
+        assert (port.devid, port.speed) == (imported.descriptor.devid, imported.descriptor.speed)
+        assert (attachment.key, attachment.usb_id) == (imported.key, imported.descriptor.usb_id)
+        assert attachment.local_busid == port.local_busid
+        assert attachment.nodes[0].kind == "usb"
+        assert attachment.nodes[0].path.startswith("/dev/bus/usb/")
+
+    async def test_the_server_has_it_free_again_after_detach_and_not_before(self, rig: Rig) -> None:
+        driver, imported = rig.plugin(), await rig.import_twin(0)
+        attachment = await attached(driver, imported)
+        assert not await rig.is_free_on_server(imported.key)
+        await driver.detach(attachment.port, timeout=LIMIT_S)
+        assert await rig.is_free_on_server(imported.key)
+
+    async def test_detach_leaves_nothing_and_may_be_repeated(self, rig: Rig) -> None:
+        driver = rig.plugin()
+        imported = await rig.import_twin(0)
+        attachment = await attached(driver, imported)
+        for _ in range(2):
+            await driver.detach(attachment.port, timeout=LIMIT_S)
+            port = await state(driver, attachment.port)
+            assert (port.status, port.record, port.local_busid) == (PortStatus.NULL, None, None)
+            assert await driver.inspect(imported.key, attachment.port) is None
+
+    async def test_a_restarted_plugin_finds_what_its_predecessor_left(self, rig: Rig) -> None:
+        imported = await rig.import_twin(1)
+        attachment = await attached(rig.plugin(), imported)
+        successor = rig.plugin()
+        assert (await state(successor, attachment.port)).record == imported.key
+        assert await successor.inspect(imported.key, attachment.port) == attachment
+        await successor.detach(attachment.port, timeout=LIMIT_S)
+        assert await rig.is_free_on_server(imported.key)
+
+    async def test_twins_attached_at_once_are_told_apart(self, rig: Rig) -> None:
+        driver = rig.plugin()
+        imported = [await rig.import_twin(0), await rig.import_twin(1)]
+        first, second = await asyncio.gather(*(attached(driver, one) for one in imported))
+        assert first.usb_id == second.usb_id
+        assert first.port != second.port
+        assert not set(first.nodes) & set(second.nodes)
+        for attachment, one in zip((first, second), imported, strict=True):
+            assert (await state(driver, attachment.port)).record == one.key
+            assert await driver.inspect(one.key, attachment.port) == attachment
+
+    async def test_a_superspeed_device_goes_to_an_ss_port(self, rig: Rig) -> None:
+        driver = rig.plugin()
+        attachment = await attached(driver, await rig.import_super())
+        port = await state(driver, attachment.port)
+        assert (port.hub, port.status) == ("ss", PortStatus.USED)
+
+    async def test_another_device_than_promised_is_detached(self, rig: Rig) -> None:
+        driver, imported = rig.plugin(), await rig.import_twin(0)
+        promised = dataclasses.replace(imported.descriptor, usb_id=UsbId(0xDEAD, 0xBEEF))
+        port = await driver.attach(imported.key, imported.descriptor, imported.fileno())
+        imported.close()
+        with pytest.raises(WrongDevice) as raised:
+            await driver.enumerate(imported.key, promised, port, timeout=LIMIT_S)
+        assert (raised.value.promised, raised.value.found) == (promised.usb_id, imported.descriptor.usb_id)
+        assert (await state(driver, port)).status is PortStatus.NULL
+        assert await rig.is_free_on_server(imported.key)
+
+    async def test_a_silent_device_is_stuck_and_its_port_freed(self, rig: Rig) -> None:
+        driver, imported = rig.plugin(), await rig.import_stuck()
+        port = await driver.attach(imported.key, imported.descriptor, imported.fileno())
+        imported.close()
+        with pytest.raises(AttachStuck):
+            await driver.enumerate(imported.key, imported.descriptor, port, timeout=0.3)
+        assert (await state(driver, port)).status is PortStatus.NULL
+        assert (await state(driver, port)).record is None
+
+    async def test_after_a_cancelled_enumeration_the_caller_can_detach(self, rig: Rig) -> None:
+        driver, imported = rig.plugin(), await rig.import_stuck()
+        port = await driver.attach(imported.key, imported.descriptor, imported.fileno())
+        imported.close()
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await driver.enumerate(imported.key, imported.descriptor, port, timeout=LIMIT_S)
+        assert (await state(driver, port)).status is PortStatus.NOTASSIGNED
+        assert (await state(driver, port)).record == imported.key
+        await driver.detach(port, timeout=LIMIT_S)
+        assert (await state(driver, port)).status is PortStatus.NULL
+
+    async def test_the_end_of_the_connection_is_noticed(self, rig: Rig) -> None:
+        driver, imported = rig.plugin(), await rig.import_twin(0)
+        attachment = await attached(driver, imported)
+        looked = asyncio.Event()
+        unsubscribe = driver.subscribe(looked.set)
+        await rig.server_ends(imported)
+        async with asyncio.timeout(LIMIT_S):
+            while (await state(driver, attachment.port)).status is not PortStatus.NULL:
+                looked.clear()
+                await looked.wait()
+        unsubscribe()
+        assert await driver.inspect(imported.key, attachment.port) is None
+        await driver.detach(attachment.port, timeout=LIMIT_S)
+        assert (await state(driver, attachment.port)).record is None
+
+    async def test_somebody_elses_device_on_a_port_that_was_ours_is_left_alone(self, rig: Rig) -> None:
+        driver, somebody = rig.plugin(), rig.plugin()
+        lost = await rig.import_twin(0)
+        ours = await attached(driver, lost)
+        await rig.server_ends(lost)
+        await somebody.detach(ours.port, timeout=LIMIT_S)  # waits until it is free
+        theirs = await attached(somebody, await rig.import_twin(1))
+        assert theirs.port == ours.port
+        assert await driver.inspect(lost.key, ours.port) is None
+        assert (await state(driver, ours.port)).record is None
+        await driver.detach(ours.port, timeout=LIMIT_S)
+        assert await somebody.inspect(theirs.key, theirs.port) == theirs
+
+    async def test_no_port_left(self, rig: Rig) -> None:
+        driver, imported = rig.plugin(), await rig.import_twin(0)
+        await rig.fill("hs")
+        with pytest.raises(PortsExhausted) as raised:
+            await driver.attach(imported.key, imported.descriptor, imported.fileno())
+        assert raised.value.hub == "hs"
+        imported.close()
+        other = await attached(driver, await rig.import_super())
+        assert (await state(driver, other.port)).hub == "ss"
+
+    async def test_the_report_counts_the_ports(self, rig: Rig) -> None:
+        driver = rig.plugin()
+        before = await driver.check()
+        assert before.loaded
+        assert before.attach_writable
+        assert before.records_writable
+        assert (before.hs_total, before.ss_total) == (before.hs_free, before.ss_free)
+        assert before.nports == before.hs_total + before.ss_total == len(await driver.ports())
+        await attached(driver, await rig.import_twin(0))
+        after = await driver.check()
+        assert (after.hs_free, after.ss_free) == (before.hs_free - 1, before.ss_free)

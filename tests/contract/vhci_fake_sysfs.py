@@ -1,0 +1,204 @@
+"""A directory tree that behaves like vhci_hcd's part of sysfs, for running SysfsVhci without the kernel."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from usbip_plugin.model import Descriptor, UsbId
+from usbip_plugin.vhci.sysfs import hub_of
+from usbip_plugin.vhci.uevents import Uevent
+
+CONTROLLERS = 2
+PER_HUB = 3
+
+
+@dataclass
+class Row:
+    """A port as the fake has it."""
+
+    number: int
+    hub: str
+    device: Path
+    status: int = 4
+    devid: int = 0
+    speed: int = 0
+    sockfd: int = 0
+    fd: int = -1
+    lingering: bool = False
+
+
+@dataclass
+class FakeSysfs:
+    """`devices` says what is behind a devid; `write` is what SysfsVhci is given. Faults are the fields."""
+
+    root: Path
+    devices: dict[int, Descriptor]
+    serials: dict[int, str] = field(default_factory=dict)
+    stuck: set[int] = field(default_factory=set)  # devids that never enumerate
+    linger: bool = False  # sysfs directories stay until vanish()
+    before_attach: Callable[[int], None] = lambda _port: None
+    refuse: dict[str, list[int]] = field(default_factory=dict)  # file name: errnos for the next writes
+    heard: Callable[[Uevent | None], None] = lambda _event: None
+    written: list[tuple[str, str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._lock = threading.RLock()
+        self._devnums: dict[str, int] = {}
+        self.rows: list[Row] = []
+        base = self.root / "devices/platform"
+        bus = 3
+        for controller in range(CONTROLLERS):
+            for hub, speed in (("hs", "480"), ("ss", "5000")):
+                folder = base / f"vhci_hcd.{controller}" / f"usb{bus}"
+                folder.mkdir(parents=True)
+                (folder / "speed").write_text(speed + "\n")
+                (folder / "authorized_default").write_text("1\n")
+                for port in range(PER_HUB):
+                    self.rows.append(Row(len(self.rows), hub, folder / f"{bus}-{port + 1}"))
+                bus += 1
+        self.base = base / "vhci_hcd.0"
+        (self.base / "nports").write_text(f"{len(self.rows)}\n")
+        for name in ("attach", "detach"):
+            (self.base / name).write_text("")
+        self._render()
+
+    def hub_dir(self, port: int) -> Path:
+        return self.rows[port].device.parent
+
+    def close(self) -> None:
+        for row in self.rows:
+            self.free(row.number)
+
+    # What the kernel does.
+
+    def write(self, path: Path, text: str) -> None:
+        """The write SysfsVhci makes."""
+        with self._lock:
+            self.written.append((str(path.relative_to(self.root)), text))
+            if codes := self.refuse.get(path.name):
+                code = codes.pop(0)
+                raise OSError(code, os.strerror(code), str(path))
+            if not path.exists():
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+            match path.name:
+                case "attach":
+                    self._attach(*(int(word) for word in text.split()))
+                case "detach":
+                    row = self.rows[int(text)]
+                    if row.status == 4:
+                        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+                    self.free(row.number)
+                case "authorized":
+                    path.write_text(text + "\n")
+                    self._uevent("bind", path.parent)
+                case _:
+                    path.write_text(text + "\n")
+
+    def _attach(self, port: int, fd: int, devid: int, speed: int) -> None:
+        self.before_attach(port)
+        row = self.rows[port]
+        if row.hub != hub_of(speed):
+            raise AssertionError("a real kernel would take another port than the one written")
+        if row.status != 4:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        row.fd, row.devid, row.speed, row.sockfd, row.status = os.dup(fd), devid, speed, fd, 5
+        if devid not in self.stuck:
+            self._enumerate(row)
+        self._render()
+
+    def take(self, port: int, *, status: int = 6, devid: int = 0xFFFF) -> None:
+        """Somebody else attaches something."""
+        with self._lock:
+            row = self.rows[port]
+            row.status, row.devid, row.speed, row.sockfd = status, devid, 5 if row.hub == "ss" else 3, 3
+            self._render()
+
+    def free(self, port: int) -> None:
+        """The connection ends."""
+        with self._lock:
+            row = self.rows[port]
+            if row.fd >= 0:
+                os.close(row.fd)
+            row.status, row.devid, row.speed, row.sockfd, row.fd = 4, 0, 0, 0, -1
+            self._render()
+            if row.device.exists():
+                row.lingering = True
+                if not self.linger:
+                    self.vanish(port)
+
+    def vanish(self, port: int) -> None:
+        """The device leaves sysfs, a little after its port has become null."""
+        row = self.rows[port]
+        row.lingering = False
+        shutil.rmtree(row.device, ignore_errors=True)
+        self._uevent("remove", row.device)
+
+    def _enumerate(self, row: Row) -> None:
+        descriptor = self.devices[row.devid]
+        bus = row.device.name.partition("-")[0]
+        devnum = self._devnums[bus] = self._devnums.get(bus, 1) + 1
+        row.status = 6
+        authorized = (self.hub_dir(row.number) / "authorized_default").read_text()
+        add_device(row.device, descriptor.usb_id, int(bus), devnum, authorized, self.serials.get(row.devid))
+        self._uevent("add", row.device)
+
+    def _uevent(self, action: str, device: Path) -> None:
+        self.heard(Uevent(action, "/" + str(device.relative_to(self.root)), {}))
+
+    def _render(self) -> None:
+        size = 2 * PER_HUB
+        for controller in range(CONTROLLERS):
+            lines = ["hub port sta spd dev      sockfd local_busid"]
+            for row in self.rows[controller * size : (controller + 1) * size]:
+                used = row.status == 6
+                speed, devid, sockfd = (row.speed, row.devid, row.sockfd) if used else (0, 0, 0)
+                busid = row.device.name if used else "0-0"
+                lines.append(
+                    f"{row.hub}  {row.number:04d} {row.status:03d} {speed:03d} {devid:08x} {sockfd:06d} {busid}"
+                )
+            path = self.base / (f"status.{controller}" if controller else "status")
+            fresh = path.with_name("." + path.name)
+            fresh.write_text("\n".join(lines) + "\n")
+            fresh.replace(path)
+
+
+def add_device(device: Path, usb_id: UsbId, bus: int, devnum: int, authorized: str, serial: str | None = None) -> None:
+    """A USB device's directory, as far as the plugin reads it."""
+    device.mkdir(parents=True)
+    files = {
+        "idVendor": f"{usb_id.vendor:04x}",
+        "idProduct": f"{usb_id.product:04x}",
+        "busnum": str(bus),
+        "authorized": authorized.strip(),
+        "uevent": f"MAJOR=189\nMINOR={(bus - 1) * 128 + devnum - 1}\nDEVNAME=bus/usb/{bus:03d}/{devnum:03d}",
+        "dev": f"189:{(bus - 1) * 128 + devnum - 1}",
+        "devnum": str(devnum),
+    }
+    if serial is not None:
+        files["serial"] = serial
+    for name, text in files.items():
+        (device / name).write_text(text + "\n")
+
+
+def add_interface(device: Path, number: int, class_: int, subclass: int = 0) -> Path:
+    """An interface of a device."""
+    interface = device / f"{device.name}:1.{number}"
+    interface.mkdir()
+    (interface / "bInterfaceClass").write_text(f"{class_:02x}\n")
+    (interface / "bInterfaceSubClass").write_text(f"{subclass:02x}\n")
+    return interface
+
+
+def add_node(folder: Path, subsystem: str, devname: str, major: int, minor: int) -> Path:
+    """A directory with a device node, such as .../ttyUSB0/tty/ttyUSB0."""
+    folder.mkdir(parents=True)
+    (folder / "dev").write_text(f"{major}:{minor}\n")
+    (folder / "uevent").write_text(f"MAJOR={major}\nMINOR={minor}\nDEVNAME={devname}\n")
+    (folder / "subsystem").symlink_to(f"../../../../class/{subsystem}")
+    return folder

@@ -1,0 +1,243 @@
+"""What stands on the ports of a simulated vhci_hcd. sim/kernel.py is one node's view of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from usbip_plugin.clock import Clock
+from usbip_plugin.model import Attachment, Descriptor, DeviceKey, DeviceNode, UsbId
+from usbip_plugin.sim.socket import MemorySocket
+from usbip_plugin.vhci.sysfs import Hub, Port, PortStatus
+from usbip_plugin.vhci.waiting import Bell
+
+FOREIGN_DEVID = 0xFFFF
+_USB_MAJOR = 189
+_DEVICES_PER_BUS = 128
+_NODES = {  # kind: (path prefix, major, block device)
+    "tty": ("/dev/ttyUSB", 188, False),
+    "hidraw": ("/dev/hidraw", 244, False),
+    "input": ("/dev/input/event", 13, False),
+    "video4linux": ("/dev/video", 81, False),
+    "block": ("/dev/sd", 8, True),
+    "sound": ("/dev/snd/pcmC", 116, False),
+    "usbmisc": ("/dev/usb/lp", 180, False),
+}
+
+
+@dataclass(slots=True)
+class Occupant:
+    """What stands on a port. appears_at: kernel clock, from when on the device is enumerated (infinity: never)."""
+
+    number: int
+    descriptor: Descriptor | None
+    usb_id: UsbId
+    appears_at: float
+    devnum: int
+    authorized: bool = False
+    children: dict[str, int] = field(default_factory=dict)  # kind: index of its node
+    let_go: Callable[[], None] = lambda: None
+
+
+class SimulatedKernel:
+    """Ports, devices and sockets of one kernel. What happens to it in real life are its methods."""
+
+    def __init__(
+        self,
+        clock: Clock,
+        *,
+        controllers: int = 1,
+        ports_per_hub: int = 8,
+        enumeration_delay: float = 0.0,
+        resolve: Callable[[int], MemorySocket | None] = lambda _token: None,
+    ) -> None:
+        """resolve finds the MemorySocket behind a negative fd (SocketTable.resolve); delays are in seconds."""
+        self.clock = clock
+        self.enumeration_delay = enumeration_delay
+        self.loaded = True
+        self.detaching_hangs = False
+        self.bell = Bell()
+        self.records: dict[str, dict[int, DeviceKey]] = {}  # of each node; kind's nodes have each their own /run
+        self.serials: dict[DeviceKey, str] = {}
+        self.child_kinds: dict[UsbId, tuple[str, ...]] = {}  # child nodes that devices of this id bring
+        self._per_hub = ports_per_hub
+        self._controllers = controllers
+        self._resolve = resolve
+        self._occupants: dict[int, Occupant] = {}
+        self._generation = 0
+        self._devnums: dict[int, int] = {}
+        self._stuck = 0
+        self._refusals = 0
+        self._impostors: list[UsbId] = []
+
+    # Faults.
+
+    def stuck_next(self, times: int = 1) -> None:
+        """The next attachments stay in status 005."""
+        self._stuck += times
+
+    def refuse_next(self, times: int = 1) -> None:
+        """The next attach writes fail."""
+        self._refusals += times
+
+    def impostor_next(self, usb_id: UsbId) -> None:
+        """The next device turns out to have another vendor:product than its server said."""
+        self._impostors.append(usb_id)
+
+    def fill_ports(self, hub: Hub | None = None, leave: int = 0) -> tuple[int, ...]:
+        """Somebody else attaches devices to all free ports (of one hub) but `leave`; returns their numbers."""
+        free = [port for port in self.ports() if port.status is PortStatus.NULL and hub in (None, port.hub)]
+        taken = free[: len(free) - leave]
+        for port in taken:
+            self._occupy(port, None, UsbId(FOREIGN_DEVID, FOREIGN_DEVID))
+        self.bell.ring()
+        return tuple(port.number for port in taken)
+
+    def free_port(self, number: int) -> None:
+        """Somebody detaches it, or its connection ends. Nothing if it is free."""
+        occupant = self._occupants.pop(number, None)
+        if occupant is not None:
+            occupant.let_go()
+            self.bell.ring()
+
+    def reboot(self) -> None:
+        """Everything attached is gone, and so are the records in /run."""
+        for number in tuple(self._occupants):
+            self.free_port(number)
+        self.records.clear()
+        self._devnums.clear()
+
+    # What drivers see.
+
+    def ports(self) -> tuple[Port, ...]:
+        """All ports in the kernel's order: per controller the hs rows, then the ss rows."""
+        rows: list[Port] = []
+        for controller in range(self._controllers):
+            hubs: tuple[Hub, Hub] = ("hs", "ss")
+            for hub in hubs:
+                for root_port in range(1, self._per_hub + 1):
+                    rows.append(self._row(len(rows), hub, controller, root_port))
+        return tuple(rows)
+
+    def _row(self, number: int, hub: Hub, controller: int, root_port: int) -> Port:
+        occupant = self._occupants.get(number)
+        if occupant is None:
+            return Port(number, hub, PortStatus.NULL, controller=controller, root_port=root_port)
+        if self.clock.monotonic() < occupant.appears_at:
+            return Port(number, hub, PortStatus.NOTASSIGNED, controller=controller, root_port=root_port)
+        descriptor = occupant.descriptor
+        speed = descriptor.speed if descriptor is not None else 5 if hub == "ss" else 3
+        devid = descriptor.devid if descriptor is not None else FOREIGN_DEVID
+        busid = f"{_bus(controller, hub)}-{root_port}"
+        return Port(number, hub, PortStatus.USED, speed, devid, busid, controller, root_port, occupant.number)
+
+    def occupant(self, number: int) -> Occupant | None:
+        return self._occupants.get(number)
+
+    def attach(self, port: Port, descriptor: Descriptor, fd: int) -> Occupant:
+        """The attach write. OSError as the kernel; the socket is referenced, not taken over."""
+        if self._refusals:
+            self._refusals -= 1
+            raise OSError(errno.EINVAL, "refused by the simulation")
+        usb_id = self._impostors.pop(0) if self._impostors else descriptor.usb_id
+        occupant = self._occupy(port, descriptor, usb_id)
+        if self._stuck:
+            self._stuck -= 1
+            occupant.appears_at = float("inf")
+        try:
+            occupant.let_go = self._refer(port.number, occupant, fd)
+        except OSError:
+            self._occupants.pop(port.number, None)
+            raise
+        self.bell.ring()
+        return occupant
+
+    def attachment(self, key: DeviceKey, number: int) -> Attachment | None:
+        """What stands on a port, as key's; None unless it is enumerated and authorised."""
+        occupant = self._occupants.get(number)
+        row = self.ports()[number]
+        if occupant is None or not occupant.authorized or row.local_busid is None:
+            return None
+        bus = _bus(row.controller, row.hub)
+        path = f"/dev/bus/usb/{bus:03d}/{occupant.devnum:03d}"
+        own = DeviceNode(path, "usb", False, _USB_MAJOR, (bus - 1) * _DEVICES_PER_BUS + occupant.devnum - 1)
+        children = sorted(_child(kind, index) for kind, index in occupant.children.items())
+        return Attachment(key, number, row.local_busid, occupant.usb_id, self.serials.get(key), (own, *children))
+
+    def _occupy(self, port: Port, descriptor: Descriptor | None, usb_id: UsbId) -> Occupant:
+        bus = _bus(port.controller, port.hub)
+        self._devnums[bus] = self._devnums.get(bus, 1) % (_DEVICES_PER_BUS - 1) + 1
+        self._generation += 1
+        children = {kind: self._free_index(kind) for kind in self.child_kinds.get(usb_id, ())}
+        appears_at = self.clock.monotonic() + (self.enumeration_delay if descriptor is not None else 0.0)
+        occupant = Occupant(self._generation, descriptor, usb_id, appears_at, self._devnums[bus], children=children)
+        self._occupants[port.number] = occupant
+        return occupant
+
+    def _free_index(self, kind: str) -> int:
+        used = {occupant.children.get(kind) for occupant in self._occupants.values()}
+        return next(index for index in range(len(used) + 1) if index not in used)
+
+    def _refer(self, number: int, occupant: Occupant, fd: int) -> Callable[[], None]:
+        def ended() -> None:
+            if self._occupants.get(number) is occupant:
+                self.free_port(number)
+
+        if fd >= 0:
+            return _watch(fd, ended)
+        memory_socket = self._resolve(fd)
+        if memory_socket is None:
+            raise OSError(errno.EINVAL, "no such socket")
+        reference = memory_socket.dup()
+        if reference.ended:  # the kernel takes it, and finds out at once
+            reference.close()
+            del self._occupants[number]
+            return lambda: None
+        unsubscribe = reference.on_close(ended)
+
+        def let_go() -> None:
+            unsubscribe()
+            reference.close()
+
+        return let_go
+
+
+def _watch(fd: int, ended: Callable[[], None]) -> Callable[[], None]:
+    """Keep a reference to a real socket and notice its end. Returns what lets go of it."""
+    sock = socket.socket(fileno=os.dup(fd))
+    sock.setblocking(False)
+    loop = asyncio.get_running_loop()
+
+    def readable() -> None:
+        try:
+            data = sock.recv(65536)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            ended()
+
+    def let_go() -> None:
+        loop.remove_reader(sock)
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)  # as the kernel does: other references do not keep it up
+        sock.close()
+
+    loop.add_reader(sock, readable)
+    return let_go
+
+
+def _bus(controller: int, hub: Hub) -> int:
+    return 3 + 2 * controller + (hub == "ss")
+
+
+def _child(kind: str, index: int) -> DeviceNode:
+    prefix, major, block = _NODES[kind]
+    name = chr(ord("a") + index) if kind == "block" else str(index)
+    return DeviceNode(prefix + name, kind, block, major, index * 16 if block else index)
