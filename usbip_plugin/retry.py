@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_exponential, wait_random
 
 from usbip_plugin.clock import Clock
 from usbip_plugin.errors import AttachStuck, DeviceBusy, KubeServerError, KubeThrottled, KubeUnreachable
@@ -28,7 +28,7 @@ def api_write(clock: Clock) -> AsyncRetrying:
     return AsyncRetrying(
         retry=retry_if_exception_type((KubeUnreachable, KubeThrottled, KubeServerError)),
         stop=stop_after_attempt(API_WRITE_ATTEMPTS),
-        wait=wait_exponential_jitter(initial=API_WRITE_FIRST_WAIT, max=API_WRITE_MAX_WAIT, jitter=API_WRITE_FIRST_WAIT),
+        wait=wait_exponential(API_WRITE_FIRST_WAIT, API_WRITE_MAX_WAIT) + wait_random(0, API_WRITE_FIRST_WAIT),
         sleep=clock.sleep,
         reraise=True,
     )
@@ -39,7 +39,7 @@ def import_busy(clock: Clock) -> AsyncRetrying:
     return AsyncRetrying(
         retry=retry_if_exception_type(DeviceBusy),
         stop=stop_after_attempt(BUSY_ATTEMPTS),
-        wait=wait_exponential_jitter(initial=BUSY_FIRST_WAIT, max=BUSY_MAX_WAIT, jitter=BUSY_FIRST_WAIT),
+        wait=wait_exponential(BUSY_FIRST_WAIT, BUSY_MAX_WAIT) + wait_random(0, BUSY_FIRST_WAIT),
         sleep=clock.sleep,
         reraise=True,
     )
