@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from usbip_plugin.clock import Clock
-from usbip_plugin.errors import KubeError
+from usbip_plugin.errors import KubeConflict, KubeError
 from usbip_plugin.model import NodeIdentity, PodRef
 from usbip_plugin.retry import api_write
 
@@ -139,6 +139,8 @@ class EventRecorder:
             try:
                 async with self._clock.timeout(WHOLE_TIMEOUT_S):
                     await self._write(text, pod)
+            except KubeConflict:
+                continue  # the name is ours alone: a try that seemed to fail had gone through
             except (KubeError, TimeoutError) as error:
                 self.dropped += 1
                 _log.warning(

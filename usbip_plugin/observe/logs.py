@@ -48,7 +48,8 @@ def set_up_logging(level: str, stream: TextIO, *, json_lines: bool = True) -> lo
 def fields_of(record: logging.LogRecord) -> dict[str, object]:
     """ts, level, logger, msg, the record's extra fields, error, trace_id and span_id, in this order.
 
-    Mappings are flattened: pod={"name": "a"} is pod.name=a. An extra field named like one of the others gets a trailing underscore. error: an exception's traceback.
+    Mappings are flattened: pod={"name": "a"} is pod.name=a. An extra field named like one of the others gets a
+    trailing underscore. error: an exception's traceback.
     """
     fields: dict[str, object] = {
         "ts": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),

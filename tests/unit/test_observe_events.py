@@ -1,0 +1,187 @@
+"""Events: what is written, how often, and that nothing of it ever fails the caller."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import AsyncIterator, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from usbip_plugin.errors import KubeConflict, KubeForbidden, KubeUnreachable
+from usbip_plugin.model import NodeIdentity, PodRef
+from usbip_plugin.observe.events import (
+    BURST,
+    MAX_NOTE_BYTES,
+    NORMAL,
+    REFILL_S,
+    REPEAT_S,
+    WARNING,
+    EventRecorder,
+    EventText,
+    event_body,
+)
+
+ME = NodeIdentity("node-a", "boot")
+POD = PodRef("ns", "web-1", "uid-1")
+PATIENCE_S = 10  # a bound for a hanging test, not a measurement
+
+
+def said(note: str = "attached usbip-a") -> EventText:
+    return EventText(NORMAL, "DeviceAttached", "Allocate", note)
+
+
+class HandClock:
+    """Time by hand; sleeping takes none."""
+
+    seconds = 100.0
+
+    def monotonic(self) -> float:
+        return self.seconds
+
+    def now(self) -> datetime:
+        return datetime(2026, 1, 2, 3, 4, 5, 6, tzinfo=UTC)
+
+    async def sleep(self, seconds: float) -> None:
+        self.seconds += seconds
+
+    def timeout(self, seconds: float) -> contextlib.AbstractAsyncContextManager[object]:
+        return asyncio.timeout(PATIENCE_S)
+
+
+class Api:
+    """Takes events, or fails as told first."""
+
+    def __init__(self) -> None:
+        self.requests: asyncio.Queue[tuple[str, str, dict[str, Any]]] = asyncio.Queue()
+        self.failures: list[Exception] = []
+
+    async def request(
+        self,
+        verb: str,
+        path: str,
+        *,
+        resource: str,
+        params: Mapping[str, str] | None = None,
+        body: Any = None,
+        content_type: str = "application/json",
+        timeout: float,
+    ) -> dict[str, Any]:
+        await asyncio.sleep(0)
+        if self.failures:
+            raise self.failures.pop(0)
+        self.requests.put_nowait((verb, path, body))
+        return {}
+
+    async def next(self) -> tuple[str, str, dict[str, Any]]:
+        async with asyncio.timeout(PATIENCE_S):
+            return await self.requests.get()
+
+
+@contextlib.asynccontextmanager
+async def recording(api: Api, clock: HandClock) -> AsyncIterator[EventRecorder]:
+    recorder = EventRecorder(api, ME, clock, random.Random(1))
+    task = asyncio.create_task(recorder.run())
+    try:
+        yield recorder
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+async def test_an_event_about_a_pod_and_one_about_the_node() -> None:
+    api = Api()
+    async with recording(api, HandClock()) as recorder:
+        recorder.record(said(), POD)
+        verb, path, body = await api.next()
+        assert (verb, path) == ("create", "/apis/events.k8s.io/v1/namespaces/ns/events")
+        assert body["regarding"] == {
+            "kind": "Pod",
+            "apiVersion": "v1",
+            "name": "web-1",
+            "namespace": "ns",
+            "uid": "uid-1",
+        }
+        assert body["metadata"]["name"].startswith("web-1.")
+        assert body["eventTime"] == "2026-01-02T03:04:05.000006Z"
+        recorder.record(EventText(WARNING, "DeviceLost", "Watch", "lost"))
+        _, path, body = await api.next()
+        assert path == "/apis/events.k8s.io/v1/namespaces/default/events"
+        assert body["regarding"] == {"kind": "Node", "apiVersion": "v1", "name": "node-a", "uid": "node-a"}
+        assert (body["type"], body["reason"], body["action"], body["note"]) == (
+            "Warning",
+            "DeviceLost",
+            "Watch",
+            "lost",
+        )
+        assert body["reportingInstance"] == "node-a"
+
+
+async def test_the_same_again_is_said_only_after_a_while() -> None:
+    api, clock = Api(), HandClock()
+    async with recording(api, clock) as recorder:
+        recorder.record(said("a"))
+        recorder.record(said("a"))
+        recorder.record(said("a"), POD)
+        clock.seconds += REPEAT_S
+        recorder.record(said("a"))
+        recorder.record(said("end"))
+        about = [(await api.next())[2] for _ in range(4)]
+        assert [(body["note"], body["regarding"]["kind"]) for body in about] == [
+            ("a", "Node"),
+            ("a", "Pod"),
+            ("a", "Node"),
+            ("end", "Node"),
+        ]
+        assert recorder.dropped == 0
+
+
+async def test_a_flood_is_cut_and_recovers() -> None:
+    api, clock = Api(), HandClock()
+    async with recording(api, clock) as recorder:
+        for number in range(BURST + 7):
+            recorder.record(said(str(number)))
+        assert recorder.dropped == 7
+        clock.seconds += REFILL_S
+        recorder.record(said("later"))
+        recorder.record(said("too many again"))
+        assert recorder.dropped == 8
+        notes = [(await api.next())[2]["note"] for _ in range(BURST + 1)]
+        assert notes[-1] == "later"
+
+
+async def test_an_api_server_that_refuses_is_logged_and_the_next_event_goes_out(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    api = Api()
+    api.failures = [KubeForbidden("create", "events.events.k8s.io", "no")]
+    async with recording(api, HandClock()) as recorder:
+        recorder.record(said("refused"))
+        recorder.record(said("taken"))
+        assert (await api.next())[2]["note"] == "taken"
+        assert recorder.dropped == 1
+    assert "create events.events.k8s.io" in vars(caplog.records[0])["cause"]
+
+
+async def test_a_retry_that_meets_its_own_event_counts_as_recorded(caplog: pytest.LogCaptureFixture) -> None:
+    api = Api()
+    api.failures = [
+        KubeUnreachable("create", "events", "reset"),
+        KubeConflict("create", "events", "exists"),
+    ]
+    async with recording(api, HandClock()) as recorder:
+        recorder.record(said("once"))
+        recorder.record(said("next"))
+        assert (await api.next())[2]["note"] == "next"
+        assert recorder.dropped == 0
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("note", ["x" * 5000, "ü" * 3000, "€" * 2000, "\ud800"])
+def test_a_note_is_cut_to_what_the_api_takes(note: str) -> None:
+    body = event_body(ME, said(note), None, "n", "t")
+    assert len(body["note"].encode("utf-8", "replace")) <= MAX_NOTE_BYTES + 3

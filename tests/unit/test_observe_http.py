@@ -1,0 +1,176 @@
+"""Health, readiness, metrics and JSON over real HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Mapping
+
+import aiohttp
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from usbip_plugin.model import Reason
+from usbip_plugin.observe.health import (
+    Answer,
+    Heartbeats,
+    HttpServer,
+    Page,
+    Verdict,
+    split_listen,
+    standard_pages,
+)
+from usbip_plugin.observe.metrics import Metrics
+
+PATIENCE_S = 10  # a bound for a hanging test, not a measurement
+RESOURCE = "usbip.dev/storage"
+
+
+class ManualClock:
+    """monotonic() as set by hand."""
+
+    seconds = 0.0
+
+    def monotonic(self) -> float:
+        return self.seconds
+
+
+@contextlib.asynccontextmanager
+async def serving(pages: Mapping[str, Page]) -> AsyncIterator[str]:
+    server = HttpServer("127.0.0.1:0", pages)
+    async with asyncio.timeout(PATIENCE_S):
+        task = asyncio.create_task(server.run())
+        await server.started.wait()
+        try:
+            yield f"http://127.0.0.1:{server.port}"
+        finally:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+
+async def test_the_standard_pages() -> None:
+    verdicts = {"alive": Verdict(True), "ready": Verdict(False, ("usbip.dev/storage is not registered",))}
+    metrics = Metrics()
+    pages = standard_pages(
+        alive=lambda: verdicts["alive"],
+        ready=lambda: verdicts["ready"],
+        metrics=metrics.render,
+        devices=lambda: [{"id": "usbip-a"}],
+    )
+    async with serving({**pages, "/": lambda: Answer(b"<p>", "text/html")}) as url, aiohttp.ClientSession(url) as http:
+        for path in ("/healthz", "/health"):
+            async with http.get(path) as answer:
+                assert (answer.status, await answer.text()) == (200, "ok\n")
+        async with http.get("/readyz") as answer:
+            assert (answer.status, await answer.text()) == (503, "usbip.dev/storage is not registered\n")
+        async with http.get("/api/devices") as answer:
+            assert await answer.json() == [{"id": "usbip-a"}]
+        async with http.get("/metrics") as answer:
+            assert "usbip_device_plugin_config_reload_failed" in await answer.text()
+        async with http.get("/") as answer:
+            assert answer.content_type == "text/html"
+        async with http.post("/healthz") as answer:
+            assert answer.status == 405
+        verdicts["alive"] = Verdict(False)
+        async with http.get("/healthz") as answer:
+            assert answer.status == 503
+
+
+async def test_the_server_stops_although_a_client_keeps_its_connection() -> None:
+    async with serving({"/": lambda: Answer(b"")}) as url:
+        host, port = url.removeprefix("http://").split(":")
+        _, writer = await asyncio.open_connection(host, int(port))
+        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n")  # never finished
+        await writer.drain()
+    writer.close()
+    with contextlib.suppress(ConnectionError):
+        await writer.wait_closed()
+
+
+async def test_an_address_in_use_is_an_os_error() -> None:
+    async with serving({}) as url:
+        with pytest.raises(OSError, match="in use"):
+            await HttpServer(url.removeprefix("http://"), {}).run()
+
+
+@pytest.mark.parametrize(
+    ("listen", "parts"),
+    [
+        (":8080", (None, 8080)),
+        ("127.0.0.1:1", ("127.0.0.1", 1)),
+        ("[::1]:80", ("::1", 80)),
+        ("localhost:0", ("localhost", 0)),
+    ],
+)
+def test_addresses_to_listen_at(listen: str, parts: tuple[str | None, int]) -> None:
+    assert split_listen(listen) == parts
+
+
+@pytest.mark.parametrize("listen", ["", "8080", ":", "::1:80", ":65536", ":x", ":-1", "h:٣"])
+def test_what_is_no_address_is_refused(listen: str) -> None:
+    with pytest.raises(ValueError, match=r"listen|brackets"):
+        split_listen(listen)
+
+
+def test_a_loop_that_stops_turning_makes_the_node_unwell_until_it_turns_again() -> None:
+    clock = ManualClock()
+    beats = Heartbeats(clock)  # type: ignore[arg-type]  # only monotonic() is used
+    beats.beat("watch", 10)
+    beats.beat("poll", 100)
+    clock.seconds = 10.5
+    assert beats.verdict() == Verdict(False, ("watch: no sign of life for 10.5 s, expected every 10 s",))
+    beats.beat("watch", 10)
+    assert beats.verdict() == Verdict(True)
+    clock.seconds = 50
+    beats.end("watch")
+    assert beats.verdict().ok
+
+
+def samples(metrics: Metrics) -> dict[tuple[str, str], float]:
+    text, content_type = metrics.render()
+    assert content_type.startswith("text/plain")
+    return {
+        (sample.name, ",".join(value for _, value in sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(text.decode())
+        for sample in family.samples
+    }
+
+
+def test_the_names_of_the_go_program_with_the_label_resource() -> None:
+    metrics = Metrics()
+    metrics.devices(RESOURCE, {Reason.FREE: 2, Reason.ATTACHED: 1, Reason.HELD_ELSEWHERE: 4})
+    metrics.allocated(RESOURCE, 2)
+    metrics.restarted(RESOURCE)
+    found = samples(metrics)
+    assert found["usbip_device_plugin_available_devices", RESOURCE] == 3
+    assert found["usbip_device_plugin_attached_devices", RESOURCE] == 1
+    assert found["usbip_device_plugin_allocations_total", RESOURCE] == 2
+    assert found["usbip_device_plugin_restarts_total", RESOURCE] == 1
+    assert found["device_plugin_restarts_total", RESOURCE] == 1
+    assert found["usbip_device_plugin_devices", f"held_elsewhere,{RESOURCE}"] == 4
+    metrics.devices(RESOURCE, {Reason.HELD_ELSEWHERE: 1})
+    assert samples(metrics)["usbip_device_plugin_available_devices", RESOURCE] == 0
+    assert samples(metrics)["usbip_device_plugin_devices", f"free,{RESOURCE}"] == 0
+
+
+def test_a_forgotten_resource_has_no_gauges_and_keeps_its_counters() -> None:
+    metrics = Metrics()
+    metrics.forget("never/seen")
+    metrics.devices(RESOURCE, {Reason.FREE: 1})
+    metrics.allocated(RESOURCE)
+    metrics.forget(RESOURCE)
+    found = samples(metrics)
+    assert ("usbip_device_plugin_available_devices", RESOURCE) not in found
+    assert not [name for name in found if name[0] == "usbip_device_plugin_devices"]
+    assert found["usbip_device_plugin_allocations_total", RESOURCE] == 1
+
+
+def test_two_nodes_in_one_process_have_their_own_metrics() -> None:
+    one, other = Metrics(), Metrics()
+    one.step("lock", 0.02)
+    one.config_reload(failed=True)
+    assert samples(one)["usbip_device_plugin_step_seconds_count", "lock"] == 1
+    assert samples(one)["usbip_device_plugin_config_reload_failed", ""] == 1
+    assert ("usbip_device_plugin_step_seconds_count", "lock") not in samples(other)
+    assert samples(other)["usbip_device_plugin_config_reload_failed", ""] == 0

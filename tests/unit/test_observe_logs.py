@@ -1,0 +1,121 @@
+"""One line per record, with level names of the Go program, extra fields and the trace."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from usbip_plugin.model import PodRef
+from usbip_plugin.observe.logs import LEVELS, JsonFormatter, TextFormatter, set_up_logging
+from usbip_plugin.observe.tracing import Tracing
+
+LOG = logging.getLogger("usbip_plugin.test")
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    root, package = logging.getLogger(), logging.getLogger("usbip_plugin")
+    handlers, levels = root.handlers[:], (root.level, package.level)
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(levels[0])
+    package.setLevel(levels[1])
+
+
+def written(stream: io.StringIO) -> list[dict[str, object]]:
+    return [json.loads(line) for line in stream.getvalue().splitlines()]
+
+
+def test_a_record_is_one_json_line_with_its_extra_fields_and_trace() -> None:
+    stream = io.StringIO()
+    set_up_logging("info", stream)
+    tracing = Tracing("n", version="1", environ={})
+    with tracing.tracer.start_as_current_span("x"):
+        LOG.info(
+            "attached\n%s",
+            "twice",
+            extra={"device": "usbip-a", "pod": {"ref": PodRef("ns", "p")}, "port": 3, "level": "x", "nodes": ("a", 1)},
+        )
+    (line,) = written(stream)
+    ((span,),) = tracing.recent.traces()
+    assert line.pop("ts")
+    assert line == {
+        "level": "info",
+        "logger": "usbip_plugin.test",
+        "msg": "attached\ntwice",
+        "device": "usbip-a",
+        "pod.ref": "ns/p",
+        "port": 3,
+        "level_": "x",
+        "nodes": ["a", "1"],
+        "trace_id": span.trace_id,
+        "span_id": span.span_id,
+    }
+
+
+def test_an_exception_stays_on_its_line() -> None:
+    stream = io.StringIO()
+    set_up_logging("info", stream)
+    try:
+        Path("/nonexistent/file").read_bytes()
+    except OSError:
+        LOG.exception("failed")
+    (line,) = written(stream)
+    assert line["level"] == "error"
+    assert "FileNotFoundError: " in str(line["error"])
+    assert "trace_id" not in line
+
+
+@pytest.mark.parametrize(
+    ("level", "seen"),
+    [("all", 5), ("debug", 4), ("info", 3), ("warn", 2), ("error", 1), ("none", 0)],
+)
+def test_levels(level: str, seen: int) -> None:
+    stream = io.StringIO()
+    set_up_logging(level, stream)
+    for number in (5, logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR):
+        LOG.log(number, "x")
+    assert len(written(stream)) == seen
+    assert set(LEVELS) == {"all", "debug", "info", "warn", "error", "none"}
+
+
+def test_other_packages_are_heard_from_warn_up() -> None:
+    stream = io.StringIO()
+    set_up_logging("info", stream)
+    other = logging.getLogger("some.library")
+    other.info("chatter")
+    other.warning("trouble")
+    assert [(line["level"], line["msg"]) for line in written(stream)] == [("warn", "trouble")]
+
+
+def test_setting_up_again_replaces_the_stream_and_an_unknown_level_is_refused() -> None:
+    first, second = io.StringIO(), io.StringIO()
+    set_up_logging("info", first)
+    set_up_logging("info", second, json_lines=False)
+    LOG.info("hello", extra={"device": "d"})
+    assert first.getvalue() == ""
+    assert second.getvalue().endswith(" info  hello device=d\n")
+    with pytest.raises(ValueError, match="possible values are: all, debug"):
+        set_up_logging("warning", first)
+
+
+@given(
+    st.text(), st.text(min_size=1), st.text() | st.floats() | st.binary() | st.dictionaries(st.integers(), st.text())
+)
+def test_whatever_is_logged_is_one_line_that_any_stream_takes(message: str, key: str, value: object) -> None:
+    record = logging.makeLogRecord({"msg": message, "levelno": 20, "levelname": "INFO", "name": "n", "created": 0.0})
+    vars(record).setdefault(key, value)
+    line = JsonFormatter().format(record)
+    assert "\n" not in line
+    assert json.loads(line)["msg"] == message
+    line.encode("ascii")
+    text = TextFormatter().format(record)
+    assert len(text.splitlines()) == 1
+    text.encode()
