@@ -13,9 +13,8 @@ from vhci_fake_sysfs import FakeSysfs
 
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.model import Descriptor, DeviceKey, ServerKey, UsbId
-from usbip_plugin.sim.kernel import SimulatedKernel
+from usbip_plugin.sim.kernel import SimulatedKernel, SimulatedVhci
 from usbip_plugin.sim.socket import MemorySocket, SocketTable
-from usbip_plugin.sim.vhci import SimulatedVhci
 from usbip_plugin.vhci.driver import VhciDriver
 from usbip_plugin.vhci.linux import SysfsVhci
 from usbip_plugin.vhci.uevents import Uevent
