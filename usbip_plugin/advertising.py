@@ -1,7 +1,7 @@
 """Keeps what the inventory says in front of the kubelet, the scheduler and the operator.
 
-Changes come from six sides: servers, locks, claims, ports, the API server, the configuration. Each only says "look again";
-one evaluation per turn of the event loop answers all of them, and only differences go out.
+Changes come from six sides: servers, locks, claims, ports, the API server, the configuration. Each only says "look
+again"; one evaluation per turn of the event loop answers all of them, and only differences go out.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Coroutine, Mapping
 from typing import Protocol
 
 from opentelemetry.trace import Span, SpanKind, Tracer
@@ -23,7 +23,7 @@ from usbip_plugin.inventory import API_GRACE, Api, Driver, Facts, Members, Seen
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer
 from usbip_plugin.kubelet.node_status import NodeStatusPublisher, allocatable
 from usbip_plugin.locks.manager import LockChange, LockManager
-from usbip_plugin.model import Advertised, Health, NodeIdentity
+from usbip_plugin.model import Advertised, Descriptor, DeviceKey, Health, NodeIdentity
 from usbip_plugin.observe.tracing import context_from
 from usbip_plugin.usbip.poller import ServerPoller, ServerView
 from usbip_plugin.vhci.driver import VhciDriver
@@ -44,7 +44,7 @@ RELIST_AFTER_RELEASE = 0.5
 class Publish(Protocol):
     """Told what one resource advertises whenever that changes."""
 
-    def __call__(self, resource: str, devices: tuple[Advertised, ...]) -> None: ...
+    def __call__(self, resource: str, devices: tuple[Advertised, ...], /) -> None: ...
 
 
 class Advertiser:
@@ -223,7 +223,6 @@ class Advertiser:
         assert lock is not None  # noqa: S101 - the caller looked
         context = context_from(lock.traceparent)
         with self._tracer.start_as_current_span("withdraw", context=context, kind=SpanKind.CONSUMER) as span:
-            span.set_attribute("k8s.node.name", self._me.node)
             span.set_attribute("usbip.device.id", change.device_id)
             span.set_attribute("usbip.holder", lock.holder)
             self._evaluate()
@@ -237,14 +236,14 @@ class Advertiser:
                     span.add_event("ListAndWatch sent", {"usbip.resource": server.resource})
 
     async def _ask_again(self, change: LockChange) -> None:
-        """A device was let go: its server's list is old now, at once and once more when the stub has reset the device."""
+        """A device was let go: its server is asked at once, and once more when the stub has reset the device."""
         key = inventory.key_of(change.new) if change.new is not None else None
         if key is not None:
             self._poller.poke(key.server)
             await self._clock.sleep(RELIST_AFTER_RELEASE)
             self._poller.poke(key.server)
 
-    async def _probe(self, key: inventory.DeviceKey, descriptor: inventory.Descriptor) -> None:
+    async def _probe(self, key: DeviceKey, descriptor: Descriptor) -> None:
         try:
             await self._attacher.probe(key, descriptor)
         except (LockError, UsbipError, KubeError, PluginError) as error:
@@ -326,5 +325,3 @@ def _log_changes(resource: str, before: tuple[Advertised, ...], after: tuple[Adv
                     "detail": device.health.detail,
                 },
             )
-
-

@@ -27,10 +27,11 @@ from usbip_plugin.kubelet.registration import ResourcePlugin
 from usbip_plugin.locks.manager import LockManager, LockSettings
 from usbip_plugin.locks.store import LeaseStore
 from usbip_plugin.model import Advertised, NodeIdentity, PodRef
+from usbip_plugin.notices import Notice
 from usbip_plugin.resources import ResourceSet
 from usbip_plugin.usage import UsageWatcher
 from usbip_plugin.usbip.client import UsbipClient
-from usbip_plugin.usbip.poller import ServerPoller
+from usbip_plugin.usbip.poller import ServerPoller, ServerView
 from usbip_plugin.vhci.driver import VhciDriver
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ class Observer:
     on_result: Callable[[str, PluginError | None], None] = lambda _resource, _error: None
     on_advertised: Callable[[str, tuple[Advertised, ...]], None] = lambda _resource, _devices: None
     on_plugin: Callable[[ResourcePlugin], None] = lambda _plugin: None
+    on_notice: Callable[[Notice], None] = lambda _notice: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +83,14 @@ class Agent:
         self._clock = out.clock
         self.driver = out.driver
         self.locks = LockManager(
-            out.leases, out.me, out.clock, out.rng, lock_settings or LockSettings(duration=config.lock.duration), out.tracer
+            out.leases,
+            out.me,
+            out.clock,
+            out.rng,
+            lock_settings or LockSettings(duration=config.lock.duration),
+            out.tracer,
         )
-        self.poller = ServerPoller(out.client, out.clock, out.rng, lambda view: self.advertiser.server_changed(view))
+        self.poller = ServerPoller(out.client, out.clock, out.rng, self._server_changed)
         self.attacher = Attacher(
             me=out.me,
             client=out.client,
@@ -94,6 +101,7 @@ class Agent:
             tracer=out.tracer,
             on_change=self._claim_changed,
             on_step=observer.on_step,
+            on_notice=observer.on_notice,
         )
         self.node_status = (
             NodeStatusPublisher(out.kube, out.me.node, out.clock, out.rng)
@@ -172,6 +180,9 @@ class Agent:
         await self.usage.adopt()
         self.advertiser.ready()
         tasks.create_task(self.usage.run(), name="usage")
+
+    def _server_changed(self, view: ServerView) -> None:
+        self.advertiser.server_changed(view)
 
     def _claim_changed(self, device_id: str) -> None:
         self.advertiser.look_again(device_id)

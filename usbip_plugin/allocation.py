@@ -1,4 +1,4 @@
-"""What an Allocate answers: the bridge from the kubelet's request to attached devices, and to what the container gets."""
+"""What an Allocate answers: from the kubelet's request to attached devices, and to what the container gets."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from opentelemetry.trace import SpanKind, StatusCode, Tracer
 
 from usbip_plugin.attacher import Attacher
 from usbip_plugin.attaching import Wanted
+from usbip_plugin.claims import State
 from usbip_plugin.config import ResourceConfig
 from usbip_plugin.config.templates import render
 from usbip_plugin.errors import PluginError, UnknownDevice
@@ -54,7 +55,9 @@ def node_specs(resource: ResourceConfig, index: int, attachment: Attachment) -> 
     return tuple(
         DeviceSpec(
             node.path,
-            render(template, _fields(resource.name, index, attachment, node)) if names_all or node is main else node.path,
+            render(template, _fields(resource.name, index, attachment, node))
+            if names_all or node is main
+            else node.path,
         )
         for node in wanted
     )
@@ -71,9 +74,7 @@ def _fields(resource: str, index: int, attachment: Attachment, node: DeviceNode)
     }
 
 
-def container_response(
-    resource: ResourceConfig, devices: Sequence[tuple[Seen, Attachment]]
-) -> ContainerResponse:
+def container_response(resource: ResourceConfig, devices: Sequence[tuple[Seen, Attachment]]) -> ContainerResponse:
     """What one container gets for its devices, in the order asked; extras of several devices only once."""
     envs: dict[str, str] = {}
     specs: dict[str, DeviceSpec] = {}
@@ -113,15 +114,12 @@ class Allocator:
         self._tracer = tracer
         self._on_result = on_result
 
-    async def allocate_all(
-        self, resource: str, requests: tuple[tuple[str, ...], ...]
-    ) -> tuple[ContainerResponse, ...]:
+    async def allocate_all(self, resource: str, requests: tuple[tuple[str, ...], ...]) -> tuple[ContainerResponse, ...]:
         """See AllocateBackend. Ends within allocateTimeout, whatever servers and API server do."""
         # the kubelet puts no trace context on its calls: this is the root
         with self._tracer.start_as_current_span(
             "Allocate", context=Context(), kind=SpanKind.SERVER, record_exception=False, set_status_on_exception=False
         ) as span:
-            span.set_attribute("k8s.node.name", self._node)
             span.set_attribute("usbip.resource", resource)
             span.set_attribute("usbip.device.ids", [device_id for ids in requests for device_id in ids])
             try:
@@ -149,14 +147,16 @@ class Allocator:
         with self._tracer.start_as_current_span("response"):
             return tuple(container_response(config, [(seen[i], by_id[i]) for i in ids]) for ids in requests)
 
-    def preferred(
-        self, resource: str, available: tuple[str, ...], must: tuple[str, ...], size: int
-    ) -> tuple[str, ...]:
+    def preferred(self, resource: str, available: tuple[str, ...], must: tuple[str, ...], size: int) -> tuple[str, ...]:
         """See AllocateBackend and inventory.preferred."""
         return preferred(available, must, size, self._node, self._health())
 
     async def pre_start(self, resource: str, device_ids: tuple[str, ...]) -> None:
-        """Not asked for: the plugin registers with preStartRequired false."""
+        """Fails unless every device is attached here. The plugin does not ask for this call yet."""
+        for device_id in device_ids:
+            claim = self._attacher.claims.get(device_id)
+            if claim is None or claim.state is not State.ATTACHED:
+                raise UnknownDevice(f"{resource}: {device_id} is not attached to this node")
 
 
 def _known(offered: Mapping[str, Seen], resource: str, device_id: str) -> Seen:

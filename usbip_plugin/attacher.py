@@ -1,8 +1,8 @@
 """Every device this node does something with: allocated, adopted, watched, re-attached, let go.
 
-Each device has its own mutex, so nothing here waits for another device but for the driver's short sysfs writes. Work on
-a device runs in tasks of one TaskGroup and outlives the caller that asked for it: an Allocate that gives up, or a kubelet
-that hangs up, never leaves a half-done attachment, because the task that began it also undoes it.
+Each device has its own mutex, so nothing here waits for another device but for the driver's short sysfs writes. Work
+on a device runs in tasks of one TaskGroup and outlives the caller that asked for it: an Allocate that gives up, or a
+kubelet that hangs up, never leaves a half-done attachment, because the task that began it also undoes it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import logging
 import random
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from opentelemetry import trace
 from opentelemetry.trace import Span, StatusCode, Tracer
@@ -45,6 +46,7 @@ from usbip_plugin.errors import (
 from usbip_plugin.inventory import key_of, parse_usb_id
 from usbip_plugin.locks.manager import LockChange, LockManager
 from usbip_plugin.model import Attachment, Descriptor, DeviceKey, Lock, NodeIdentity, PodRef, UsbId
+from usbip_plugin.notices import Notice, What
 from usbip_plugin.observe.tracing import context_from, traceparent_of
 from usbip_plugin.usbip.client import UsbipClient
 from usbip_plugin.vhci.driver import PortState, VhciDriver
@@ -89,8 +91,10 @@ class Attacher:
         tracer: Tracer,
         on_change: Callable[[str], None],
         on_step: Callable[[str, float], None],
+        on_notice: Callable[[Notice], None],
     ) -> None:
         self._me = me
+        self._on_notice = on_notice
         self._driver = driver
         self._locks = locks
         self._clock = clock
@@ -153,11 +157,7 @@ class Attacher:
         except BaseException:
             for device_id, outcome in done.items():
                 if outcome.fresh and (claim := self._book.get(device_id)) is not None:
-                    since = claim.allocated_at
-                    self._spawn(
-                        self._let_go(device_id, lambda now, since=since: now.allocated_at == since),
-                        f"undo {claim.key}",
-                    )
+                    self._spawn(self._let_go(device_id, partial(_same_allocate, claim)), f"undo {claim.key}")
             raise
         return tuple(done[item.key.id].attachment for item in wanted)
 
@@ -166,10 +166,8 @@ class Attacher:
         self._spawn(self._obtain(wanted, deadline, timeout, answer), f"allocate {wanted.key}")
         return await asyncio.shield(answer)
 
-    async def _obtain(
-        self, wanted: Wanted, deadline: float, timeout: float, answer: asyncio.Future[Outcome]
-    ) -> None:
-        """Owns one device of an Allocate: answers as soon as it is known how it ends, then undoes what must be undone."""
+    async def _obtain(self, wanted: Wanted, deadline: float, timeout: float, answer: asyncio.Future[Outcome]) -> None:
+        """Owns one device of an Allocate: answers as soon as it is known how it ends, then undoes what is to be."""
         progress = Progress("waiting for earlier work on this device")
         mutex = self._mutex(wanted.key.id)
         held = False
@@ -236,7 +234,7 @@ class Attacher:
         claim = self._book[device_id]
         waits = retry.backoff(self._rng, RELEASE_FIRST_WAIT, RELEASE_MAX_WAIT)
         with self._tracer.start_as_current_span("release", context=context_from(claim.traceparent)) as span:
-            self._describe(span, claim.key)
+            span.set_attribute("usbip.device", str(claim.key))
             while True:
                 try:
                     await self._pipeline.detach(device_id)
@@ -304,7 +302,7 @@ class Attacher:
         try:
             ports = await self._driver.ports()
         except VhciError as error:
-            log.error("cannot read vhci ports", extra={"cause": str(error)})
+            log.warning("cannot read vhci ports", extra={"cause": str(error)})
             ports = ()
         for lock in self._locks.mine():
             key = key_of(lock)
@@ -367,6 +365,7 @@ class Attacher:
         # the state moves here and now, so that the withdrawal does not wait for the mutex
         self._book.move(now, Event.PORT_LOST)
         log.warning("attachment lost", extra={"device": str(claim.key), "port": claim.port})
+        self._on_notice(Notice(What.LOST, claim.key, f"vhci port {claim.port} fell free, re-attaching", claim.pod))
         self._spawn(self._reattach(device_id), f"re-attach {claim.key}")
 
     async def _reattach(self, device_id: str) -> None:
@@ -376,7 +375,7 @@ class Attacher:
         claim = self._book[device_id]
         try:
             with self._tracer.start_as_current_span("re-attach", context=context_from(claim.traceparent)) as span:
-                self._describe(span, claim.key)
+                span.set_attribute("usbip.device", str(claim.key))
                 while await self._reattach_once(device_id, span):
                     with contextlib.suppress(TimeoutError):
                         async with self._clock.timeout(next(waits)):
@@ -401,12 +400,14 @@ class Attacher:
                 await self._finish(device_id)
                 return False
             except (TimeoutError, LockError, KubeError, UsbipError, VhciError) as error:
-                _record(span, error)
+                span.record_exception(error)
                 log.debug("re-attach failed, will retry", extra={"device": str(claim.key), "cause": str(error)})
                 return True
         same = claim.attachment is not None and claim.attachment.nodes == after.nodes
         span.set_attribute("usbip.same_nodes", same)
         log.info("re-attached", extra={"device": str(claim.key), "port": after.port, "same_nodes": same})
+        words = "the same device nodes" if same else "other device nodes: restart the container to use it"
+        self._on_notice(Notice(What.REATTACHED, claim.key, f"attached again with {words}", claim.pod))
         return False
 
     def _lock_changed(self, change: LockChange) -> None:
@@ -420,6 +421,8 @@ class Attacher:
         # also when the Lease was deleted or emptied by hand: without a lock naming this node nothing may stay attached
         self._book.move(claim, Event.LOCK_LOST)
         log.error("lock lost", extra={"device": str(claim.key), "holder": holder})
+        text = f"node {holder} holds it now" if holder else "its lock no longer names this node"
+        self._on_notice(Notice(What.LOCK_LOST, claim.key, text + "; it is detached here", claim.pod))
         if (gone := self._gone.get(change.device_id)) is not None:
             gone.set()
         self._spawn(self._finish_locked(change.device_id), f"withdraw {claim.key}")
@@ -442,10 +445,10 @@ class Attacher:
             raise ClaimBusy("the plugin is shutting down")
         self._tasks.create_task(work, name=name)
 
-    def _describe(self, span: Span, key: DeviceKey) -> None:
-        span.set_attribute("usbip.device", str(key))
-        span.set_attribute("usbip.server", str(key.server))
-        span.set_attribute("k8s.node.name", self._me.node)
+
+def _same_allocate(before: Claim, now: Claim) -> bool:
+    """Nobody has asked for the device again meanwhile."""
+    return now.allocated_at == before.allocated_at
 
 
 def _settle(answer: asyncio.Future[Outcome], result: Outcome | PluginError) -> None:

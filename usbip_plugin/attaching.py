@@ -80,8 +80,8 @@ class Pipeline:
     async def attach_new(self, claim: Claim, wanted: Wanted, deadline: float, progress: Progress) -> Attachment:
         """From Free to Attached. On an error the claim stays in the book in the state it had reached.
 
-        Only LockHeld leaves no claim: nothing was touched. Raises LockError, UsbipError and VhciError. deadline is on the
-        monotonic clock and bounds the import; the caller bounds the whole.
+        Only LockHeld leaves no claim: nothing was touched. Raises LockError, UsbipError and VhciError. deadline is on
+        the monotonic clock and bounds the import; the caller bounds the whole.
         """
         self._book.move(claim, Event.ALLOCATE)
         progress.doing = "locking the device (API server)"
@@ -103,7 +103,7 @@ class Pipeline:
         raise AssertionError("the retry policy re-raises")
 
     async def reattach(self, device_id: str, deadline: float) -> Attachment:
-        """One try from Reattaching back to Attached, under a new write of the lock (R1). Errors as attach_new, LockLost."""
+        """One try from Reattaching to Attached, under a new write of the lock (R1). Errors as attach_new, LockLost."""
         await self.detach(device_id)
         grant = await self._locks.renew(self._book[device_id].key)
         return await self._attach(device_id, grant, deadline, Progress(""))
@@ -112,7 +112,8 @@ class Pipeline:
         claim = self._book[device_id]
         key = claim.key
         progress.doing = f"importing {key.busid} from USB/IP server {key.server}"
-        with self.span("import", key):
+        with self.span("import", key) as span:
+            span.set_attributes({"server.address": key.server.host, "server.port": key.server.port})
             imported = await self._import(key, grant, deadline)
         try:
             if imported.descriptor.usb_id != claim.usb_id:
@@ -193,8 +194,8 @@ class Pipeline:
     async def stands(self, claim: Claim, ports: Sequence[PortState]) -> bool:
         """True while the claim's port carries the very attachment that was made.
 
-        The record alone does not say so: another process (or, in kind, another node on the same kernel) may have taken a
-        port that fell free. The USB node tells, because the kernel numbers devices anew at each enumeration.
+        The record alone does not say so: another process (or, in kind, another node on the same kernel) may have taken
+        a port that fell free. The USB node tells, because the kernel numbers devices anew at each enumeration.
         """
         if claim.port is None or claim.attachment is None or own_port(claim.key, ports, claim.port) is None:
             return False
@@ -239,7 +240,5 @@ class Pipeline:
         began = self._clock.monotonic()
         with self._tracer.start_as_current_span(name) as span:
             span.set_attribute("usbip.device", str(key))
-            span.set_attribute("usbip.server", str(key.server))
-            span.set_attribute("k8s.node.name", self._me.node)
             yield span
         self._on_step(name, self._clock.monotonic() - began)

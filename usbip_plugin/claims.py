@@ -159,7 +159,7 @@ class ClaimBook:
 
 
 def observe_usage(claim: Claim, user: PodRef | None, listed_at: float) -> Claim:
-    """What one poll of pod-resources, begun at listed_at, says of a claim. A list older than the Allocate says nothing."""
+    """What one poll of pod-resources, begun at listed_at, says of a claim; one older than the Allocate: nothing."""
     if user is not None:
         return replace(claim, pod=user, absent=0)
     if listed_at <= claim.allocated_at:

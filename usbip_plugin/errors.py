@@ -152,7 +152,7 @@ class AttachRefused(VhciError):
 
 
 class AttachStuck(VhciError):
-    """The port was taken and the device did not enumerate in time; the port has been freed again. Worth one more try."""
+    """The port was taken and the device did not enumerate in time; the port is free again. Worth one more try."""
 
 
 class DetachFailed(VhciError):

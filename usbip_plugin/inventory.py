@@ -81,7 +81,7 @@ def key_of(lock: Lock) -> DeviceKey | None:
 
 
 def parse_usb_id(text: str | None) -> UsbId | None:
-    """"0951:1666" as the lock's annotation has it; None for anything else."""
+    """ "0951:1666" as the lock's annotation has it; None for anything else."""
     vendor, _, product = (text or "").partition(":")
     if len(vendor) != 4 or len(product) != 4:
         return None
@@ -117,7 +117,9 @@ def learn(before: Members, facts: Facts) -> Members:
         mine: dict[str, Seen] = {}
         old = before.get(resource.name, {})
         for device_id, seen in old.items():
-            selector = _selector_for(resource, seen.key, seen.descriptor or _bare(seen.key.busid, seen.usb_id), seen.serial)
+            selector = _selector_for(
+                resource, seen.key, seen.descriptor or _bare(seen.key.busid, seen.usb_id), seen.serial
+            )
             if selector is not None:
                 mine[device_id] = Seen(seen.key, seen.usb_id, selector, seen.descriptor, seen.serial)
             elif device_id in facts.claims and facts.claims[device_id].resource == resource.name:

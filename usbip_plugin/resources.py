@@ -1,4 +1,4 @@
-"""The resources of the configuration as device plugins: one server and one registration each, following a live reload."""
+"""The resources of the configuration as device plugins: a server and a registration each, following a live reload."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from usbip_plugin.kubelet.registration import ResourcePlugin
 
 
 class ResourceSet:
-    """Starts and ends device plugins. A resource taken out of the configuration stays while a device of it is claimed."""
+    """Starts and ends device plugins. One taken out of the configuration stays while a device of it is claimed."""
 
     def __init__(
         self,

@@ -28,7 +28,7 @@ HINT_LASTS = 5.0
 
 
 class UsageWatcher:
-    """Polls pod-resources while, and only while, this node has claims. ended(pod) says that a pod is over by the API."""
+    """Polls pod-resources while, and only while, this node has claims. ended(pod): the API says that it is over."""
 
     def __init__(
         self,

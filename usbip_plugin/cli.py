@@ -1,0 +1,172 @@
+"""The command line: run, check, devices, demo.
+
+Exit status: 0 done, 1 it failed, 2 the command line or the configuration is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from usbip_plugin import __version__
+from usbip_plugin.config.schema import (
+    DEFAULT_CONFIG_PATH,
+    DEFAULT_DOMAIN,
+    DEFAULT_LISTEN,
+    DEFAULT_LOG_LEVEL,
+    DEFAULT_PLUGIN_DIRECTORY,
+    DEFAULT_POD_RESOURCES_SOCKET,
+    LOG_LEVELS,
+    FileSettings,
+)
+from usbip_plugin.errors import ConfigError, PluginError
+
+DONE, FAILED, USAGE = 0, 1, 2
+DEFAULT_NAMESPACE = "usbip-system"
+SERVICE_ACCOUNT_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line. Flags that the configuration file may set too have no default here."""
+    top = argparse.ArgumentParser(
+        prog="usbip-plugin", description="USB/IP device plugin for Kubernetes, coordinated through Leases."
+    )
+    top.add_argument("--version", action="version", version=f"usbip-plugin {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="run the plugin on this node")
+    _node_flags(run)
+    run.add_argument("--listen", metavar="ADDRESS", help=f"health and metrics, '' for none (default {DEFAULT_LISTEN})")
+    run.add_argument("--log-level", choices=LOG_LEVELS, help=f"default {DEFAULT_LOG_LEVEL}")
+    run.add_argument("--log-format", choices=("json", "text"), default="json")
+
+    check = commands.add_parser("check", help="is this node able to run the plugin, and what to do if not")
+    _node_flags(check)
+
+    devices = commands.add_parser("devices", help="every device of the cluster, by its lock: holder, pod, since")
+    _api_flags(devices)
+    devices.add_argument("-o", "--output", choices=("table", "json"), default="table")
+
+    demo = commands.add_parser("demo", help="two nodes in this process: what the plugin does, without a cluster")
+    demo.add_argument("--real-kernel", action="store_true", help="attach to this machine's vhci_hcd (needs root)")
+    return top
+
+
+def _api_flags(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--kubeconfig", metavar="FILE", help="default: $KUBECONFIG, the pod's ServiceAccount, ~/.kube/config"
+    )
+    command.add_argument(
+        "--namespace", metavar="NAME", help=f"of the Leases (default: the pod's own, else {DEFAULT_NAMESPACE})"
+    )
+
+
+def _node_flags(command: argparse.ArgumentParser) -> None:
+    _api_flags(command)
+    command.add_argument(
+        "--config", metavar="FILE", type=Path, default=Path(DEFAULT_CONFIG_PATH), help="default %(default)s"
+    )
+    command.add_argument("--domain", metavar="NAME", help=f"of the resource names (default {DEFAULT_DOMAIN})")
+    command.add_argument("--plugin-directory", metavar="DIR", help=f"default {DEFAULT_PLUGIN_DIRECTORY}")
+    command.add_argument("--pod-resources-socket", metavar="FILE", help=f"default {DEFAULT_POD_RESOURCES_SOCKET}")
+    command.add_argument("--node-name", metavar="NAME", default=os.environ.get("NODE_NAME"), help="default $NODE_NAME")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parses, runs, answers the exit status. Problems go to stderr, one line each."""
+    options = parser().parse_args(arguments)
+    try:
+        match options.command:
+            case "run":
+                return _run(options)
+            case "check":
+                return _check(options)
+            case "devices":
+                return asyncio.run(_devices(options))
+            case _:
+                return _demo(options)
+    except ConfigError as error:
+        print(error, file=sys.stderr)  # noqa: T201 - the command line's own voice
+        return USAGE
+    except PluginError as error:
+        print(f"usbip-plugin: {error}", file=sys.stderr)  # noqa: T201
+        return FAILED
+
+
+def namespace_of(given: str | None) -> str:
+    """The namespace of the Leases: as given, else POD_NAMESPACE, else the ServiceAccount's, else the default."""
+    if given:
+        return given
+    if os.environ.get("POD_NAMESPACE"):
+        return os.environ["POD_NAMESPACE"]
+    try:
+        return SERVICE_ACCOUNT_NAMESPACE.read_text(encoding="ascii").strip() or DEFAULT_NAMESPACE
+    except OSError:
+        return DEFAULT_NAMESPACE
+
+
+def _first(*values: str | None) -> str:
+    """The flag, else the file's setting, else the default, which is never None."""
+    return next(value for value in values if value is not None)
+
+
+def _run(options: argparse.Namespace) -> int:
+    # imported here: `check`, `devices` and `--help` need none of it
+    from usbip_plugin.config.reload import load_config  # noqa: PLC0415
+    from usbip_plugin.observe.logs import set_up_logging  # noqa: PLC0415
+    from usbip_plugin.process import Options, run_blocking  # noqa: PLC0415
+
+    if not options.node_name:
+        raise ConfigError(
+            "command line", ["--node-name: give the node's name, or set NODE_NAME (downward API: spec.nodeName)"]
+        )
+    loaded = load_config(options.config)
+    settings: FileSettings = loaded.config.settings
+    level = _first(options.log_level, settings.log_level, DEFAULT_LOG_LEVEL)
+    set_up_logging(level, sys.stdout, json_lines=options.log_format == "json")
+    process = Options(
+        node=options.node_name,
+        namespace=namespace_of(options.namespace),
+        config=options.config,
+        domain=_first(options.domain, settings.domain, DEFAULT_DOMAIN),
+        plugin_directory=Path(_first(options.plugin_directory, settings.plugin_directory, DEFAULT_PLUGIN_DIRECTORY)),
+        pod_resources_socket=Path(
+            _first(options.pod_resources_socket, settings.pod_resources_socket, DEFAULT_POD_RESOURCES_SOCKET)
+        ),
+        listen=_first(options.listen, settings.listen, DEFAULT_LISTEN),
+        kubeconfig=options.kubeconfig,
+    )
+    return run_blocking(process, loaded, loaded.warnings)
+
+
+def _check(options: argparse.Namespace) -> int:
+    from usbip_plugin.checking import check_node  # noqa: PLC0415
+
+    return asyncio.run(check_node(options, print))
+
+
+async def _devices(options: argparse.Namespace) -> int:
+    from usbip_plugin.kube import connect  # noqa: PLC0415
+    from usbip_plugin.listing import held_devices, table  # noqa: PLC0415
+
+    kube = await connect(options.kubeconfig)
+    try:
+        rows = await held_devices(kube, namespace_of(options.namespace))
+    finally:
+        await kube.close()
+    text = json.dumps(rows, indent=2) if options.output == "json" else table(rows)
+    print(text)  # noqa: T201
+    return DONE
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from usbip_plugin.observe.logs import set_up_logging  # noqa: PLC0415
+    from usbip_plugin.sim import demo  # noqa: PLC0415
+
+    set_up_logging("none", sys.stderr)
+    return DONE if asyncio.run(demo.run(print, real_kernel=options.real_kernel)) else FAILED

@@ -1,0 +1,243 @@
+"""`usbip-plugin run`: one agent as a process, with its configuration file, HTTP pages and signals."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import signal
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from usbip_plugin import __version__
+from usbip_plugin.agent import Agent, Observer, Outside
+from usbip_plugin.clock import Clock, SystemClock
+from usbip_plugin.config import Config
+from usbip_plugin.config.reload import ConfigWatcher, Loaded
+from usbip_plugin.errors import ConfigError, PluginError
+from usbip_plugin.kube import KubeClient, connect
+from usbip_plugin.kubelet.pod_resources import GrpcPodResources
+from usbip_plugin.kubelet.registration import ResourcePlugin
+from usbip_plugin.locks.kubernetes import KubernetesLeases
+from usbip_plugin.model import Advertised, NodeIdentity
+from usbip_plugin.notices import Notice, event_of
+from usbip_plugin.observe.events import EventRecorder
+from usbip_plugin.observe.health import Heartbeats, HttpServer, Verdict, standard_pages
+from usbip_plugin.observe.metrics import Metrics
+from usbip_plugin.observe.tracing import Tracing
+from usbip_plugin.usbip.client import TcpUsbipClient
+from usbip_plugin.vhci.linux import SysfsVhci
+from usbip_plugin.vhci.uevents import NetlinkUevents
+
+log = logging.getLogger(__name__)
+
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+BEAT_INTERVAL = 2.0
+BEAT_WITHIN = 10.0
+"""Seconds: the event loop says that it turns, and may be late, before /healthz answers 503."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the command line says. Paths as given; listen is "" for no HTTP at all."""
+
+    node: str
+    namespace: str
+    config: Path
+    domain: str
+    plugin_directory: Path
+    pod_resources_socket: Path
+    listen: str
+    kubeconfig: str | None = None
+    sysfs: Path = Path("/sys")
+    records: Path = Path("/run/vhci_hcd")
+
+
+def boot_id(path: Path = BOOT_ID) -> str:
+    """The kernel's boot id; another one after each boot. OSError if /proc is not there."""
+    return path.read_text(encoding="ascii").strip()
+
+
+async def run(options: Options, loaded: Loaded) -> None:
+    """Runs until SIGTERM or SIGINT, then ends within 2 s and leaves attachments and locks for the next process.
+
+    Raises ConfigError if there is no way to the API server, OSError if the HTTP address is taken.
+    """
+    clock = SystemClock()
+    kube = await connect(options.kubeconfig, clock=clock)
+    tracing = Tracing(options.node, version=__version__)
+    client = TcpUsbipClient(clock)
+    try:
+        async with GrpcPodResources(options.pod_resources_socket, options.domain) as pod_resources:
+            process = _Process(options, loaded, clock, kube, client, pod_resources, tracing)
+            await process.run()
+    finally:
+        client.close()
+        await kube.close()
+        tracing.shutdown()
+
+
+class _Process:
+    def __init__(
+        self,
+        options: Options,
+        loaded: Loaded,
+        clock: Clock,
+        kube: KubeClient,
+        client: TcpUsbipClient,
+        pod_resources: GrpcPodResources,
+        tracing: Tracing,
+    ) -> None:
+        rng = random.Random()  # noqa: S311 - jitter only
+        self._options = options
+        self._domain = options.domain
+        self._clock = clock
+        self._loaded = loaded
+        self._metrics = Metrics()
+        self._beats = Heartbeats(clock)
+        me = NodeIdentity(options.node, boot_id())
+        self._events = EventRecorder(kube, me, clock, rng)
+        self.agent = Agent(
+            Outside(
+                me=me,
+                client=client,
+                driver=SysfsVhci(clock, NetlinkUevents(clock), sysfs=options.sysfs, records=options.records),
+                leases=KubernetesLeases(kube, options.namespace),
+                pod_resources=pod_resources,
+                kube=kube,
+                plugin_directory=options.plugin_directory,
+                clock=clock,
+                rng=rng,
+                tracer=tracing.tracer,
+            ),
+            loaded.config,
+            domain=options.domain,
+            observer=Observer(
+                on_step=self._metrics.step,
+                on_result=self._allocated,
+                on_advertised=self._advertised,
+                on_plugin=self._plugin_changed,
+                on_notice=self._notice,
+            ),
+        )
+
+    async def run(self) -> None:
+        loop = asyncio.get_running_loop()
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        watcher = ConfigWatcher(
+            self._options.config, self._clock, self._reconfigure, self._config_failed, initial=self._loaded
+        )
+        async with asyncio.TaskGroup() as tasks:
+            running = [
+                tasks.create_task(self.agent.run(), name="agent"),
+                tasks.create_task(watcher.run(), name="configuration"),
+                tasks.create_task(self._events.run(), name="events"),
+                tasks.create_task(self._beat(), name="heartbeat"),
+            ]
+            if self._options.listen:
+                pages = standard_pages(
+                    alive=self._beats.verdict,
+                    ready=self._ready,
+                    metrics=self._metrics.render,
+                    devices=lambda: device_rows(self.agent, self._domain),
+                )
+                running.append(tasks.create_task(HttpServer(self._options.listen, pages).run(), name="HTTP"))
+            log.info("running", extra={"version": __version__, "node": self._options.node})
+            await stop.wait()
+            log.info("stopping; attachments and locks stay for the next process")
+            for task in running:
+                task.cancel()
+
+    async def _beat(self) -> None:
+        while True:
+            self._beats.beat("event loop", BEAT_WITHIN)
+            await self._clock.sleep(BEAT_INTERVAL)
+
+    def _ready(self) -> Verdict:
+        if self.agent.ready:
+            return Verdict(ok=True)
+        plugins = self.agent.resources.plugins.values()
+        lines = [
+            f"{plugin.resource}: {plugin.state.value}: {plugin.error or ''}"
+            for plugin in plugins
+            if not plugin.registered
+        ]
+        if not self.agent.locks.ready.is_set():
+            lines.append(f"locks not read: {self.agent.locks.api.error or 'waiting'}")
+        return Verdict(ok=False, lines=tuple(lines))
+
+    def _allocated(self, resource: str, error: PluginError | None) -> None:
+        if error is None:
+            self._metrics.allocated(resource)
+
+    def _advertised(self, resource: str, devices: tuple[Advertised, ...]) -> None:
+        reasons = Counter(device.health.reason for device in devices)
+        self._metrics.devices(f"{self._domain}/{resource}", reasons)
+
+    def _plugin_changed(self, plugin: ResourcePlugin) -> None:
+        if plugin.registered and plugin.registrations > 1:
+            self._metrics.restarted(plugin.resource)
+
+    def _notice(self, notice: Notice) -> None:
+        self._events.record(event_of(notice), notice.pod)
+
+    def _reconfigure(self, config: Config, warnings: tuple[str, ...]) -> None:
+        for warning in warnings:
+            log.warning("configuration", extra={"problem": warning})
+        self._metrics.config_reload(failed=False)
+        self.agent.reconfigure(config)
+        log.info("configuration reloaded", extra={"resources": [resource.name for resource in config.resources]})
+
+    def _config_failed(self, error: ConfigError) -> None:
+        self._metrics.config_reload(failed=True)
+        for problem in error.problems:
+            log.error("configuration not usable, the last good one stays", extra={"problem": problem})
+
+
+def device_rows(agent: Agent, domain: str) -> list[dict[str, object]]:
+    """Every device this node offers, for /api/devices: resource, device, id, state, reason, holder, pod, since."""
+    rows: list[dict[str, object]] = []
+    for resource, devices in sorted(agent.advertiser.advertised.items()):
+        for device in devices:
+            lock = agent.locks.locks.get(device.id)
+            held = lock is not None and bool(lock.holder)
+            rows.append(
+                {
+                    "resource": f"{domain}/{resource}",
+                    "device": str(device.key),
+                    "id": device.id,
+                    "healthy": device.health.healthy,
+                    "reason": device.health.reason.value,
+                    "detail": device.health.detail,
+                    "holder": lock.holder if lock is not None and held else None,
+                    "pod": str(lock.pod) if lock is not None and held and lock.pod is not None else None,
+                    "since": lock.acquired_at.isoformat() if lock is not None and held and lock.acquired_at else None,
+                }
+            )
+    return rows
+
+
+def run_blocking(options: Options, loaded: Loaded, warnings: Iterable[str]) -> int:
+    """run() from a synchronous command line. 0 after a signal; 1 with a message if it could not run."""
+    for warning in warnings:
+        log.warning("configuration", extra={"problem": warning})
+    failed: list[BaseException] = []
+    try:
+        asyncio.run(run(options, loaded))
+    except* (PluginError, OSError) as errors:
+        failed.extend(_leaves(errors))
+    for error in failed:
+        log.critical("cannot run", extra={"cause": str(error)})
+    return 1 if failed else 0
+
+
+def _leaves(errors: BaseExceptionGroup[BaseException]) -> Iterable[BaseException]:
+    for error in errors.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            yield from _leaves(error)
+        else:
+            yield error
