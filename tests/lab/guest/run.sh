@@ -1,0 +1,82 @@
+#!/bin/bash
+# run.sh [-u] [-N] [-w DIR]... [-m MB] [-t SECONDS] [-q 'QEMU ARGUMENTS'] [-k IMAGE] 'COMMAND'
+#
+# Boots a Debian kernel with vhci_hcd in QEMU (emulation: needs no /dev/kvm) on top of this machine's root file system,
+# runs the command as root with bash in the current directory, prints its output and exits with its exit status.
+# Nothing the guest writes reaches the machine, but below -w directories.
+#   -u  plug in the USB devices of usb_devices below      -w  share a directory read-write under the same path
+#   -N  a network in which this machine's 127.0.0.1 is 10.0.2.2
+#   -m  memory (1024)      -t  time limit (300)           -q  more QEMU arguments      -k  an image made by setup.sh
+# In the guest, GUEST_TOOLS is the root of the `usbip` package, and /vmrun is a directory both sides see.
+# KEEP=DIR keeps console, dmesg and disk images there.
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+image= memory=1024 limit=300 usb= network=none shares=() extra=()
+while getopts uNw:m:t:q:k: option; do
+  case $option in
+    u) usb=1 ;;
+    N) network=user,model=virtio-net-pci,ipv6=off ;;
+    w) shares+=("$(realpath "$OPTARG")") ;;
+    m) memory=$OPTARG ;;
+    t) limit=$OPTARG ;;
+    q) read -ra more <<<"$OPTARG"; extra+=("${more[@]}") ;;
+    k) image=$OPTARG ;;
+    *) exit 2 ;;
+  esac
+done
+shift $((OPTIND - 1))
+image=${image:-$("$here/setup.sh")}
+
+run=$(mktemp -d "${TMPDIR:-/var/tmp}/usbip-guest.XXXXXX")
+trap '[ -z "${KEEP:-}" ] || cp -r "$run/." "$KEEP"; rm -rf "$run"' EXIT
+
+# Two identical serial converters joined by a null-modem cable, a disk at high speed, a disk at SuperSpeed, a keyboard.
+# They stand on the guest's own controllers; the tests export them with usbipd and import them over loopback.
+usb_devices() {
+  local disk
+  for disk in hs ss; do
+    head -c 8M /dev/zero >"$run/disk-$disk.img"
+    printf 'usbip-plugin test disk %s\n' "$disk" | dd of="$run/disk-$disk.img" conv=notrunc status=none
+  done
+  extra+=(
+    -device qemu-xhci,id=x0,p2=8,p3=8 -device qemu-xhci,id=x1,p2=8,p3=0
+    -chardev "socket,id=cable0,path=$run/cable,server=on,wait=off" -chardev "socket,id=cable1,path=$run/cable"
+    -device usb-serial,bus=x0.0,chardev=cable0,serial=SERIAL1,always-plugged=on
+    -device usb-serial,bus=x0.0,chardev=cable1,serial=SERIAL2,always-plugged=on
+    -device usb-kbd,bus=x0.0,serial=KEYBOARD
+    -drive "if=none,id=hs,format=raw,file=$run/disk-hs.img" -device usb-storage,bus=x1.0,drive=hs,serial=DISKHS
+    -drive "if=none,id=ss,format=raw,file=$run/disk-ss.img" -device usb-storage,bus=x0.0,drive=ss,serial=DISKSS
+  )
+}
+[ -z "$usb" ] || usb_devices
+
+{
+  printf 'export GUEST_TOOLS=%q PATH=%q:$PATH\ncd %q\n' "$(dirname "$image")/tools" "$PATH" "$PWD"
+  printf '%s\n' "$*"
+} >"$run/command.sh"
+number=0
+for folder in "${shares[@]}"; do
+  printf %s "$folder" >"$run/share.$number"
+  extra+=(-virtfs "local,path=$folder,mount_tag=share$number,security_model=none,multidevs=remap")
+  number=$((number + 1))
+done
+
+emulation=0
+timeout -k 5 "$limit" qemu-system-x86_64 \
+  -accel tcg,thread=multi,tb-size=256 -cpu max -smp 1 -m "$memory" \
+  -machine q35,usb=off -nodefaults -no-reboot -display none -monitor none \
+  -kernel "$image/vmlinux" -initrd "$image/initrd.cpio" \
+  -append "console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=reliable" \
+  -serial "file:$run/console" \
+  -device virtio-serial-pci -add-fd fd=3,set=1 -chardev file,id=out,path=/dev/fdset/1,append=on \
+  -device virtserialport,chardev=out,name=output \
+  -virtfs local,path=/,mount_tag=host,security_model=none,readonly=on,multidevs=remap \
+  -virtfs "local,path=$run,mount_tag=vmrun,security_model=none" \
+  -nic "$network" "${extra[@]}" 3>&1 </dev/null || emulation=$?
+
+if ! [ -s "$run/status" ]; then
+  echo "run.sh: the command did not end (QEMU: $emulation); console:" >&2
+  tail -20 "$run/console" >&2
+  exit 125
+fi
+exit "$(cat "$run/status")"

@@ -1,0 +1,54 @@
+#!/bin/bash
+# setup.sh: everything the guest needs, below ${XDG_CACHE_HOME:-~/.cache}/usbip-plugin/guest. Prints the image directory.
+#
+# Needs Debian on amd64 and, for missing packages, root. Does nothing when everything is there already.
+# KERNEL=linux-image-... chooses the kernel package; the default is the newest amd64 kernel that apt knows.
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+cache=${XDG_CACHE_HOME:-$HOME/.cache}/usbip-plugin/guest
+tools=(busybox-static usbip libwrap0)
+
+say() { echo "setup: $*" >&2; }
+
+install_qemu() {
+  command -v qemu-system-x86_64 >/dev/null && command -v zstd >/dev/null && return
+  say "installing qemu-system-x86 and zstd"
+  apt-get update -q >&2
+  apt-get install -yq --no-install-recommends qemu-system-x86 zstd >&2
+}
+
+newest_kernel() {
+  apt-cache search --names-only '^linux-image-[0-9][^ ]*-amd64$' | awk '{print $1}' |
+    grep -Ev -- '-(rt|cloud|unsigned|dbg)' | sort -V | tail -1
+}
+
+# One .deb per package, downloaded once.
+fetch() {
+  local package=$1
+  compgen -G "$cache/debs/${package}_*.deb" >/dev/null && return
+  say "downloading $package"
+  [ -n "${updated:-}" ] || { apt-get update -q >&2; updated=1; }
+  (cd "$cache/debs" && apt-get -o APT::Sandbox::User=root download -q "$package" >&2)
+}
+
+mkdir -p "$cache/debs"
+install_qemu
+kernel=${KERNEL:-$(newest_kernel)}
+[ -n "$kernel" ] || { apt-get update -q >&2; updated=1; kernel=$(newest_kernel); }
+[ -n "$kernel" ] || { say "apt knows no linux-image-*-amd64; set KERNEL"; exit 1; }
+for package in "$kernel" "${tools[@]}"; do fetch "$package"; done
+
+if ! [ -e "$cache/tools/.done" ]; then
+  for package in "${tools[@]}"; do dpkg-deb -x "$cache/debs/${package}"_*.deb "$cache/tools"; done
+  touch "$cache/tools/.done"
+fi
+
+# The image depends on the kernel and on the two files it is made by.
+image=$cache/$kernel-$(cat "$here/image.py" "$here/init.sh" | sha256sum | cut -c1-8)
+if ! [ -e "$image/vmlinux" ]; then
+  say "building $image"
+  rm -rf "$image.new"
+  python3 "$here/image.py" "$cache/debs/${kernel}"_*.deb "$cache/tools/bin/busybox" "$here/init.sh" "$image.new" >&2
+  mv -T "$image.new" "$image"
+fi
+echo "$image"
