@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import AsyncGenerator, Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -13,6 +14,7 @@ from usbip_plugin.locks.store import ChangeType, Lease, LeaseChange, LeaseList
 
 RESOURCE = "leases.coordination.k8s.io"
 _MAX_INT = 2**31 - 1
+_NAME = re.compile("[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
 
 
 class KubernetesLeases:
@@ -24,6 +26,8 @@ class KubernetesLeases:
         self._namespace = namespace
 
     async def get(self, name: str) -> Lease | None:
+        if not _NAME.fullmatch(name):
+            return None  # no such object can exist; names are made from what other nodes write, and go into the path
         try:
             return decode(await self._client.request("get", f"{self._base}/{name}", resource=RESOURCE))
         except KubeNotFound:

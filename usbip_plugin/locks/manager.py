@@ -1,0 +1,322 @@
+"""The locks of one node: take, renew, annotate, release, and follow everybody else's."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+import random
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from opentelemetry.trace import Tracer
+
+from usbip_plugin.clock import Clock
+from usbip_plugin.errors import LockError, LockHeld, LockLost, LockUnavailable
+from usbip_plugin.locks import protocol, record
+from usbip_plugin.locks.contact import ApiState, Contact, WatchedStore
+from usbip_plugin.locks.expiry import ExpiryWatch
+from usbip_plugin.locks.follow import Follower
+from usbip_plugin.locks.protocol import Decision, Denied, LockMeta, Rules, Standing, Write
+from usbip_plugin.locks.session import Session
+from usbip_plugin.locks.store import Lease, LeaseStore
+from usbip_plugin.locks.view import LockChange, LockView
+from usbip_plugin.locks.writer import Effort, Writer, Written, attributes
+from usbip_plugin.model import DeviceKey, Lock, NodeIdentity, PodRef
+
+logger = logging.getLogger(__name__)
+
+DURATION_S = 40.0
+IMPORT_WINDOW_S = 10.0
+ORPHAN_RETRY_S = 5.0
+
+__all__ = [
+    "ApiState",
+    "Grant",
+    "LockChange",
+    "LockManager",
+    "LockMeta",
+    "LockSettings",
+    "Standing",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class LockSettings:
+    """Seconds. ValueError unless import_window < duration / 2, on which the safety of a takeover rests."""
+
+    duration: float = DURATION_S
+    import_window: float = IMPORT_WINDOW_S
+
+    def __post_init__(self) -> None:
+        protocol.check_window(self.import_window, self.duration)
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """Leave to import until import_deadline, which is on this node's Clock.monotonic() (R1)."""
+
+    lock: Lock
+    epoch: int
+    import_deadline: float
+
+
+class Unset(enum.Enum):
+    """For an argument that is not given, where None means to clear."""
+
+    UNSET = enum.auto()
+
+
+UNSET = Unset.UNSET
+
+
+class LockManager:
+    """All lock operations of a node: on one device one after the other, on different devices side by side.
+
+    run() must be running for the view, the heartbeats and the expiry of other nodes' locks. Every operation may be
+    cancelled; it may then still have happened, and release() is the way back.
+    """
+
+    def __init__(
+        self,
+        store: LeaseStore,
+        me: NodeIdentity,
+        clock: Clock,
+        rng: random.Random,
+        settings: LockSettings,
+        tracer: Tracer,
+        rules: Rules | None = None,
+    ) -> None:
+        self._me, self._clock, self._rng, self._settings, self._tracer = me, clock, rng, settings, tracer
+        self._rules = rules or Rules()
+        self._subscribers: list[Callable[[LockChange], None]] = []
+        self._api_subscribers: list[Callable[[ApiState], None]] = []
+        self._contact = Contact(clock, self._api_changed)
+        self._store = WatchedStore(store, self._contact)
+        self._view = LockView(self._changed)
+        self._writer = Writer(self._store, self._view, me, clock, rng, settings.duration, tracer, self._session_need)
+        self._session = Session(self._store, self._writer.new_write, clock, rng, settings.duration, self._rules)
+        self._expiry = ExpiryWatch(
+            self._store, self._view, me.node, clock, settings.duration, self._rules, self._standing_changed
+        )
+        self.ready = asyncio.Event()
+        self._follower = Follower(self._store, self._view, self._contact, clock, rng, self.ready)
+        self._device_locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
+        self._mine: set[str] = set()
+        self._taking = 0
+        # Epochs begun, perhaps, by an acquire that was given up before it knew.
+        self._abandoned: dict[str, tuple[DeviceKey, int]] = {}
+        self._orphaned = asyncio.Event()
+
+    async def run(self) -> None:
+        """Until cancelled. Leaves the locks as they are."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._follower.run(), name="lock-watch")
+            group.create_task(self._session.run(), name="lock-session")
+            group.create_task(self._expiry.run(), name="lock-expiry")
+            group.create_task(self._release_orphans(), name="lock-orphans")
+
+    @property
+    def locks(self) -> Mapping[str, Lock]:
+        """The newest known record of each lock by device ID, held or released. A live view."""
+        return self._view.locks
+
+    @property
+    def api(self) -> ApiState:
+        return self._contact.state
+
+    @property
+    def heartbeat_at(self) -> float | None:
+        """When the last heartbeat that succeeded was sent (monotonic), None if this process has sent none."""
+        return self._session.written_at
+
+    def mine(self) -> tuple[Lock, ...]:
+        """Locks that name this node, in the order of their IDs; also those of an earlier boot."""
+        return tuple(self._view.locks[device_id] for device_id in sorted(self._mine))
+
+    def standing(self, device_id: str) -> Standing:
+        """How a lock stands for this node. EXPIRED only while the device is importable (see set_importable)."""
+        return protocol.standing(self._view.lease(device_id), self._me, self._expiry.observation(device_id))
+
+    def set_importable(self, device_ids: frozenset[str]) -> None:
+        """The devices that their servers list as free to import now. Only these are observed for expiry (R4)."""
+        self._expiry.set_importable(device_ids)
+
+    def subscribe(self, callback: Callable[[LockChange], None]) -> Callable[[], None]:
+        """callback is called at each change of a lock or its standing, in order, at once; it must be quick, not raise.
+
+        Changes by this node's own operations are told before the operation returns. Returns the way to unsubscribe.
+        """
+        self._subscribers.append(callback)
+        return lambda: self._subscribers.remove(callback)
+
+    def subscribe_api(self, callback: Callable[[ApiState], None]) -> Callable[[], None]:
+        """The same for the API server's reachability."""
+        self._api_subscribers.append(callback)
+        return lambda: self._api_subscribers.remove(callback)
+
+    async def acquire(self, key: DeviceKey, meta: LockMeta | None = None) -> Grant:
+        """Take the lock, or write it once more if it is held by this boot of this node already (R2, R3, R4).
+
+        LockHeld if another node has it. LockUnavailable if the API server does not answer or forbids it. If it is
+        cancelled or unavailable and the write happens after all, the lock is released again by run().
+        """
+        use_meta = meta or LockMeta()
+
+        async def decide(lease: Lease | None, write: Write) -> Decision:
+            importable = self._expiry.importable(key.id)
+            observation = self._expiry.observation(key.id)
+            if lease is not None and observation is not None and protocol.may_take_over(lease, observation):
+                observation = await self._expiry.confirm(lease)
+            return self._rules.decide_acquire(lease, key, use_meta, write, observation, importable)
+
+        with self._tracer.start_as_current_span("lock.acquire", attributes=attributes(key)) as span:
+            async with self._device_lock(key.id):
+                effort = Effort()
+                self._taking += 1
+                try:
+                    outcome = await self._writer.drive(key, decide, effort)
+                    grant = await self._timely(key, outcome)
+                except BaseException:
+                    self._abandon(key, effort)
+                    raise
+                finally:
+                    self._taking -= 1
+                    self._session_need()
+                self._abandoned.pop(key.id, None)
+            span.set_attribute("usbip.lock.epoch", grant.epoch)
+            return grant
+
+    async def renew(self, key: DeviceKey) -> Grant:
+        """R1 before a re-attach: write the lock again. LockLost if it is not this boot's any more; LockUnavailable."""
+        async with self._device_lock(key.id):
+            return self._grant(await self._amend(key, {}))
+
+    async def annotate(
+        self,
+        key: DeviceKey,
+        *,
+        port: int | Unset | None = UNSET,
+        pod: PodRef | Unset | None = UNSET,
+        serial: str | Unset | None = UNSET,
+    ) -> Lock:
+        """Write what is given onto the lock; None clears. LockLost, LockUnavailable."""
+        changes: dict[str, str | None] = {}
+        if not isinstance(port, Unset):
+            changes[record.PORT] = None if port is None else str(port)
+        if not isinstance(pod, Unset):
+            changes[record.POD] = record.pod_text(pod)
+        if not isinstance(serial, Unset):
+            changes[record.SERIAL] = serial
+        async with self._device_lock(key.id):
+            return record.lock_of((await self._amend(key, changes)).lease)
+
+    async def release(self, key: DeviceKey) -> None:
+        """Clear the holder if it is this node; nothing happens otherwise. LockUnavailable.
+
+        R5 is the caller's: the local port is free again, or was never used.
+        """
+        with self._tracer.start_as_current_span("lock.release", attributes=attributes(key)):
+            async with self._device_lock(key.id):
+                await self._writer.drive(key, self._decide_release)
+
+    async def _amend(self, key: DeviceKey, changes: Mapping[str, str | None]) -> Written:
+        async def decide(lease: Lease | None, write: Write) -> Decision:
+            return self._rules.decide_amend(lease, write, changes)
+
+        outcome = await self._writer.drive(key, decide)
+        if isinstance(outcome, Denied):
+            raise LockLost(str(key), record.holder_text(outcome.lease.holder) if outcome.lease is not None else "")
+        return outcome
+
+    async def _timely(self, key: DeviceKey, outcome: Written | Denied) -> Grant:
+        """The grant; written once more if finding out about the write has eaten up half of the window."""
+        if isinstance(outcome, Denied):
+            raise _held(key, outcome.lease)
+        written = outcome
+        if self._clock.monotonic() - written.sent_at > self._settings.import_window / 2:
+            written = await self._amend(key, {})
+        return self._grant(written)
+
+    def _grant(self, written: Written) -> Grant:
+        lock = record.lock_of(written.lease)
+        deadline = self._rules.import_deadline(written.sent_at, self._settings.import_window)
+        return Grant(lock, lock.epoch, deadline)
+
+    def _device_lock(self, device_id: str) -> asyncio.Lock:
+        return self._device_locks.setdefault(device_id, asyncio.Lock())
+
+    def _session_need(self) -> None:
+        self._session.need(bool(self._mine) or self._taking > 0)
+
+    def _changed(self, change: LockChange) -> None:
+        if change.new is not None and change.new.holder == self._me.node:
+            self._mine.add(change.device_id)
+            self._check_orphan(change.device_id)
+        else:
+            self._mine.discard(change.device_id)
+        self._session_need()
+        self._expiry.lock_changed(change.device_id)
+        self._tell(change)
+
+    def _standing_changed(self, device_id: str) -> None:
+        lock = self._view.locks.get(device_id)
+        self._tell(LockChange(device_id, lock, lock))
+
+    def _tell(self, change: LockChange) -> None:
+        for callback in tuple(self._subscribers):
+            callback(change)
+
+    def _api_changed(self, state: ApiState) -> None:
+        if self._contact.call_failed:
+            self._follower.verify()
+        for callback in tuple(self._api_subscribers):
+            callback(state)
+
+    def _abandon(self, key: DeviceKey, effort: Effort) -> None:
+        if effort.tenure is not None:
+            self._abandoned[key.id] = (key, effort.tenure)
+            self._check_orphan(key.id)
+
+    def _orphan(self, device_id: str) -> DeviceKey | None:
+        """The key, if the lock is held by a write whose sender had given up, so that nobody here knows of it."""
+        key, epoch = self._abandoned.get(device_id, (None, None))
+        lease = self._view.lease(device_id)
+        held = lease is not None and protocol.is_mine(lease, self._me) and lease.transitions == epoch
+        return key if held else None
+
+    def _check_orphan(self, device_id: str) -> None:
+        if self._orphan(device_id) is not None:
+            self._orphaned.set()
+
+    async def _release_orphans(self) -> None:
+        while True:
+            await self._orphaned.wait()
+            self._orphaned.clear()
+            for device_id in sorted(self._abandoned):
+                async with self._device_lock(device_id):
+                    key = self._orphan(device_id)
+                    if key is None:
+                        continue
+                    logger.info("releasing a lock whose acquisition was given up", extra={"device": str(key)})
+                    try:
+                        await self._writer.drive(key, self._decide_release)
+                    except LockUnavailable as error:
+                        logger.warning("orphaned lock not released", extra={"device": str(key), "error": str(error)})
+                        self._orphaned.set()
+                    else:
+                        del self._abandoned[device_id]
+            if self._orphaned.is_set():
+                await self._clock.sleep(ORPHAN_RETRY_S)
+
+    async def _decide_release(self, lease: Lease | None, write: Write) -> Decision:
+        return self._rules.decide_release(lease, write)
+
+
+def _held(key: DeviceKey, lease: Lease | None) -> LockError:
+    if lease is None:
+        return LockUnavailable(str(key), "its record vanished")
+    lock = record.lock_of(lease)
+    since = lock.acquired_at.isoformat(timespec="seconds") if lock.acquired_at is not None else None
+    return LockHeld(str(key), lock.holder, str(lock.pod) if lock.pod is not None else None, since)

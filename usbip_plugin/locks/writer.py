@@ -1,0 +1,141 @@
+"""One lock operation against the store: decide, write, and find out what came of the write."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+from opentelemetry.trace import Tracer
+
+from usbip_plugin import retry
+from usbip_plugin.clock import Clock
+from usbip_plugin.errors import KubeConflict, KubeError, KubeNotFound, LockUnavailable
+from usbip_plugin.locks import protocol, record
+from usbip_plugin.locks.protocol import Create, Decision, Denied, Replace, Write
+from usbip_plugin.locks.store import Lease, LeaseStore
+from usbip_plugin.locks.view import LockView
+from usbip_plugin.model import DeviceKey, NodeIdentity
+
+# How often one operation decides anew after its compare-and-swap failed.
+CONFLICT_ROUNDS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A record that is known to have been written, and when the write was sent (monotonic)."""
+
+    lease: Lease
+    sent_at: float
+
+
+@dataclass(slots=True)
+class Effort:
+    """The writes of one operation, by write id: as sent, and when. tenure: the epoch it may have begun."""
+
+    sent: dict[str, Written] = field(default_factory=dict)
+    tenure: int | None = None
+
+    def landed(self, lease: Lease | None) -> Written | None:
+        """One of these writes, found again in a record that was read."""
+        mark = lease.annotations.get(record.WRITE_ID) if lease is not None else None
+        sent = self.sent.get(mark) if mark is not None else None
+        if lease is None or sent is None or sent.lease.holder != lease.holder:
+            return None
+        return Written(lease, sent.sent_at)
+
+
+Decide = Callable[[Lease | None, Write], Awaitable[Decision]]
+
+
+def attributes(key: DeviceKey) -> dict[str, str]:
+    """What every span of a lock operation says."""
+    return {"usbip.device": key.id, "usbip.server": str(key.server), "usbip.busid": key.busid}
+
+
+class Writer:
+    """before_write is called right before each write."""
+
+    def __init__(
+        self,
+        store: LeaseStore,
+        view: LockView,
+        me: NodeIdentity,
+        clock: Clock,
+        rng: random.Random,
+        duration: float,
+        tracer: Tracer,
+        before_write: Callable[[], None],
+    ) -> None:
+        self._store, self._view, self._me, self._clock, self._rng = store, view, me, clock, rng
+        self._duration, self._tracer, self._before_write = duration, tracer, before_write
+
+    def new_write(self) -> Write:
+        return Write(self._me, self._clock.now(), f"{self._rng.getrandbits(64):016x}", self._duration)
+
+    async def drive(self, key: DeviceKey, decide: Decide, effort: Effort | None = None) -> Written | Denied:
+        """Decide and write until a write is known to have happened, or a record just read forbids it.
+
+        LockUnavailable if the API server does not answer, or refuses for another reason than a conflict. Cancel-safe in
+        that effort then tells what may have been written.
+        """
+        use_effort = effort or Effort()
+        try:
+            async for attempt in retry.api_write(self._clock):
+                with attempt:
+                    again = attempt.retry_state.attempt_number > 1
+                    return await self._rounds(key, decide, use_effort, again=again)
+        except KubeError as error:
+            raise LockUnavailable(str(key), str(error)) from error
+        raise AssertionError  # a retry policy ends by returning or raising
+
+    async def _rounds(self, key: DeviceKey, decide: Decide, effort: Effort, *, again: bool) -> Written | Denied:
+        """One attempt of _drive. Unless it is the first, it begins by reading what came of the one before."""
+        fresh = again
+        lease = await self._read(key.id) if again else self._view.lease(key.id)
+        for _ in range(CONFLICT_ROUNDS):
+            landed = effort.landed(lease)
+            if landed is not None:
+                return landed
+            write = self.new_write()
+            decision = await decide(lease, write)
+            if not isinstance(decision, Denied):
+                if not protocol.is_mine(lease, self._me):
+                    effort.tenure = decision.lease.transitions
+                written = await self._write(key, decision, write, effort)
+                if written is not None:
+                    return written
+            elif fresh:
+                return decision
+            lease, fresh = await self._read(key.id), True
+        raise KubeConflict("update", "leases.coordination.k8s.io", f'"{key.id}" kept changing')
+
+    async def _write(self, key: DeviceKey, decision: Create | Replace, write: Write, effort: Effort) -> Written | None:
+        """None after a conflict."""
+        self._before_write()
+        with self._tracer.start_as_current_span("lock.write", attributes=attributes(key)) as span:
+            # R1 counts from here, not from the answer: others may see the write as soon as it is sent.
+            sent = effort.sent[write.write_id] = Written(decision.lease, self._clock.monotonic())
+            try:
+                if isinstance(decision, Create):
+                    lease = await self._store.create(decision.lease)
+                else:
+                    lease = await self._store.replace(decision.lease)
+            except KubeConflict:
+                span.set_attribute("usbip.lock.conflict", True)
+                return None
+            except KubeNotFound:
+                if isinstance(decision, Create):
+                    raise  # the namespace is missing
+                return None
+        self._view.put(lease)
+        return Written(lease, sent.sent_at)
+
+    async def _read(self, device_id: str) -> Lease | None:
+        known = self._view.lease(device_id)
+        lease = await self._store.get(device_id)
+        if lease is not None:
+            self._view.put(lease)
+        elif known is not None:
+            self._view.missing(device_id, known.resource_version)
+        return self._view.lease(device_id)
