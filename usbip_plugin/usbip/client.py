@@ -79,12 +79,14 @@ class UsbipClient(Protocol):
 
 
 class TcpUsbipClient:
-    """The real UsbipClient. close() it."""
+    """The real UsbipClient. close() it, which closes its connector too. connect_timeout: seconds."""
 
-    def __init__(self, clock: Clock, connect_timeout: float = CONNECT_TIMEOUT) -> None:
+    def __init__(
+        self, clock: Clock, connector: Connector | None = None, connect_timeout: float = CONNECT_TIMEOUT
+    ) -> None:
         self._clock = clock
+        self._connector = connector or Connector()
         self._connect_timeout = connect_timeout
-        self._connector = Connector()
 
     def close(self) -> None:
         self._connector.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeAlias
 
@@ -23,16 +23,29 @@ USER_TIMEOUT_MS = (KEEPALIVE_IDLE_S + KEEPALIVE_INTERVAL_S * KEEPALIVE_COUNT) * 
 NEXT_ADDRESS_S = 0.25
 _RESOLVER_THREADS = 4
 
-_Addresses: TypeAlias = Sequence[AddrInfoType]
+Addresses: TypeAlias = Sequence[AddrInfoType]
+
+
+def resolve(server: ServerKey) -> Addresses:
+    """Blocking. ServerUnreachable if there is no such host."""
+    try:
+        return socket.getaddrinfo(server.host, server.port, type=socket.SOCK_STREAM)
+    except (socket.gaierror, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, socket.gaierror) else str(error)
+        raise ServerUnreachable(server, f"no such host: {reason}") from error
 
 
 class Connector:
-    """Connects to servers. Names are resolved in threads of its own, one at a time for each name, so that a dead name
-    server takes no thread from anybody else. close() it."""
+    """Connects to servers. close() it.
 
-    def __init__(self) -> None:
+    Names are resolved in threads of its own, one at a time for each server: a dead name server takes no thread from
+    anybody else.
+    """
+
+    def __init__(self, resolve: Callable[[ServerKey], Addresses] = resolve) -> None:
+        self._resolve = resolve
         self._threads = ThreadPoolExecutor(_RESOLVER_THREADS, thread_name_prefix="resolver")
-        self._asked: dict[ServerKey, asyncio.Future[_Addresses]] = {}
+        self._asked: dict[ServerKey, asyncio.Future[Addresses]] = {}
 
     def close(self) -> None:
         """Does not wait for a name server."""
@@ -57,29 +70,23 @@ class Connector:
             raise ServerUnreachable(server, f"connection lost at once: {error.strerror or error}") from error
         return sock
 
-    async def _addresses(self, server: ServerKey) -> _Addresses:
+    async def _addresses(self, server: ServerKey) -> Addresses:
         with contextlib.suppress(socket.gaierror, UnicodeError):  # a name, not an address
             return socket.getaddrinfo(
                 server.host, server.port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
             )
         asked = self._asked.get(server)
         if asked is None:
-            asked = self._asked[server] = asyncio.get_running_loop().run_in_executor(self._threads, _resolve, server)
+            asked = self._asked[server] = asyncio.get_running_loop().run_in_executor(
+                self._threads, self._resolve, server
+            )
             asked.add_done_callback(lambda future: self._answered(server, future))
         return await asyncio.shield(asked)
 
-    def _answered(self, server: ServerKey, future: asyncio.Future[_Addresses]) -> None:
+    def _answered(self, server: ServerKey, future: asyncio.Future[Addresses]) -> None:
         del self._asked[server]
         if not future.cancelled():
             future.exception()  # seen: those who asked may have gone
-
-
-def _resolve(server: ServerKey) -> _Addresses:
-    try:
-        return socket.getaddrinfo(server.host, server.port, type=socket.SOCK_STREAM)
-    except (socket.gaierror, UnicodeError) as error:
-        reason = error.strerror if isinstance(error, socket.gaierror) else str(error)
-        raise ServerUnreachable(server, f"no such host: {reason}") from error
 
 
 def _set_options(sock: socket.socket) -> None:
