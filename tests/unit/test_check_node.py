@@ -1,0 +1,212 @@
+"""`usbip-plugin check`: every trouble is a finding of its own with what to do, and no check can hang the others."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from usbip_plugin import check
+from usbip_plugin.check import Finding, Permission, Status
+from usbip_plugin.clock import SystemClock
+from usbip_plugin.config import Config, DeviceSelector, ResourceConfig, Selector
+from usbip_plugin.errors import ConfigError, KubeForbidden, KubeUnreachable, ServerUnreachable
+from usbip_plugin.model import Descriptor, ServerKey, UsbId
+from usbip_plugin.vhci.driver import DriverReport
+
+SERVER = ServerKey("lab")
+READY = DriverReport(
+    loaded=True,
+    nports=16,
+    hs_total=8,
+    hs_free=7,
+    ss_total=8,
+    ss_free=8,
+    attach_writable=True,
+    records_writable=True,
+    uevents=True,
+)
+
+
+def statuses(findings: list[Finding] | tuple[Finding, ...]) -> list[Status]:
+    return [finding.status for finding in findings]
+
+
+async def test_a_failing_or_silent_check_leaves_the_others_standing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "CHECK_TIMEOUT_S", 0.01)
+
+    async def well() -> list[Finding]:
+        return [Finding("well", Status.OK, "fine")]
+
+    async def silent() -> list[Finding]:
+        await asyncio.Event().wait()
+        return []
+
+    async def failing() -> list[Finding]:
+        raise ServerUnreachable(SERVER, "refused")
+
+    async def broken() -> list[Finding]:
+        raise PermissionError(13, "denied")
+
+    checks = [("silent", silent), ("well", well), ("failing", failing), ("broken", broken)]
+    findings = await check.run_checks(checks, SystemClock())
+    assert [finding.name for finding in findings] == ["silent", "well", "failing", "broken"]
+    assert statuses(findings) == [Status.FAIL, Status.OK, Status.FAIL, Status.FAIL]
+    assert "refused" in findings[2].detail
+    assert check.exit_status(findings) == 1
+    assert check.exit_status(findings[1:2]) == 0
+
+
+def test_the_report_names_each_finding_and_its_cure() -> None:
+    findings = [
+        Finding("a", Status.OK, "fine"),
+        Finding("b", Status.WARN, "one\ntwo", "do this"),
+        Finding("c", Status.FAIL, "", "do that"),
+    ]
+    assert check.render(findings).splitlines() == [
+        "ok    a: fine",
+        "warn  b: one",
+        "      two",
+        "      -> do this",
+        "FAIL  c: ",
+        "      -> do that",
+        "3 checks: 1 failed, 1 with warnings",
+    ]
+    assert check.exit_status(findings[:2]) == 0
+
+
+@pytest.mark.parametrize(
+    ("report", "expected"),
+    [
+        (READY, [Status.OK]),
+        (DriverReport(loaded=False, problems=("vhci_hcd is not loaded",)), [Status.FAIL]),
+        (dataclasses.replace(READY, ss_free=0), [Status.WARN]),
+        (dataclasses.replace(READY, attach_writable=False, problems=("cannot write",)), [Status.OK, Status.FAIL]),
+        (dataclasses.replace(READY, records_writable=False), [Status.OK, Status.FAIL]),
+        (dataclasses.replace(READY, uevents=False, problems=("no uevents",)), [Status.OK, Status.WARN]),
+    ],
+)
+def test_the_driver(report: DriverReport, expected: list[Status]) -> None:
+    assert statuses(check.driver_findings(report)) == expected
+
+
+def test_the_configuration_with_all_its_problems_or_warnings() -> None:
+    path = Path("config.yaml")
+    error = ConfigError("config.yaml", ["config.yaml:1: a", "config.yaml:2: b"])
+    (finding,) = check.config_findings(path, error)
+    assert finding.status is Status.FAIL
+    assert finding.detail.splitlines() == ["config.yaml:1: a", "config.yaml:2: b"]
+    config = Config(resources=(ResourceConfig("a", (DeviceSelector(SERVER),)),))
+    assert statuses(check.config_findings(path, (config, ()))) == [Status.OK]
+    (finding,) = check.config_findings(path, (config, ["config.yaml:3: odd"]))
+    assert finding.status is Status.WARN
+    assert "odd" in finding.detail
+
+
+async def test_sockets_that_are_missing_dead_or_no_sockets(tmp_path: Path) -> None:
+    assert statuses(await check.plugin_directory_check(tmp_path / "none")) == [Status.FAIL]
+    assert statuses(await check.plugin_directory_check(tmp_path)) == [Status.OK, Status.FAIL]
+    path = tmp_path / "kubelet.sock"
+    path.write_text("")
+    assert "no socket" in (await check.socket_check("kubelet", path))[0].detail
+    path.unlink()
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        (finding,) = await check.socket_check("kubelet", path)
+        assert "refused" in finding.detail
+        server.listen()
+        assert statuses(await check.plugin_directory_check(tmp_path)) == [Status.OK, Status.OK]
+
+
+def descriptor(busid: str, usb_id: UsbId) -> Descriptor:
+    return Descriptor(busid, "/x", 1, 1, 3, usb_id, 0, 0, 0, 0, 1, 1, 0)
+
+
+async def test_a_server_shows_what_the_configuration_takes_of_it_and_what_it_misses() -> None:
+    config = Config(
+        resources=(
+            ResourceConfig("stick", (DeviceSelector(SERVER, Selector(vendor=1)),)),
+            ResourceConfig("key", (DeviceSelector(SERVER, Selector(vendor=9)),)),
+            ResourceConfig("other", (DeviceSelector(ServerKey("elsewhere"), Selector(vendor=9)),)),
+        )
+    )
+    listed: tuple[Descriptor, ...] = (descriptor("1-1", UsbId(1, 2)), descriptor("1-2", UsbId(3, 4)))
+
+    async def devlist(server: ServerKey) -> tuple[Descriptor, ...]:
+        assert server == SERVER
+        return listed
+
+    (finding,) = await check.server_check(SERVER, config, devlist)
+    assert finding.status is Status.WARN
+    assert finding.detail.splitlines() == [
+        "lists 2 free devices",
+        "1-1 0001:0002: stick",
+        "1-2 0003:0004: no resource",
+        "key: nothing listed matches vendor 0009",
+    ]
+    listed = (*listed, descriptor("1-3", UsbId(9, 9)))
+    assert statuses(await check.server_check(SERVER, config, devlist)) == [Status.OK]
+
+
+class Reviewer:
+    """An API server that grants everything but `denied`."""
+
+    def __init__(self, *denied: str, error: Exception | None = None) -> None:
+        self.denied = denied
+        self.error = error
+        self.asked: list[Mapping[str, str]] = []
+
+    async def request(
+        self,
+        verb: str,
+        path: str,
+        *,
+        resource: str,
+        params: Mapping[str, str] | None = None,
+        body: Any = None,
+        content_type: str = "application/json",
+        timeout: float,
+    ) -> dict[str, Any]:
+        if self.error is not None:
+            raise self.error
+        attributes = body["spec"]["resourceAttributes"]
+        self.asked.append(attributes)
+        return {"status": {"allowed": f"{attributes['verb']} {attributes['resource']}" not in self.denied}}
+
+
+async def test_a_missing_permission_is_named_with_verb_and_resource() -> None:
+    needed = check.permissions_needed("usbip-system", "node-a", publish_node_status=True)
+    kube = Reviewer()
+    assert statuses(await check.api_check(kube, needed)) == [Status.OK]
+    assert {"verb": "patch", "resource": "nodes", "subresource": "status", "name": "node-a"} in kube.asked
+    assert {"verb": "update", "group": "coordination.k8s.io", "resource": "leases", "namespace": "usbip-system"} in (
+        kube.asked
+    )
+    (finding,) = await check.api_check(Reviewer("update leases", "patch nodes"), needed)
+    assert finding.status is Status.FAIL
+    assert finding.detail.splitlines() == [
+        "forbidden: update leases.coordination.k8s.io in usbip-system",
+        "forbidden: patch nodes/status",
+    ]
+
+
+async def test_node_status_is_asked_for_only_if_it_is_published() -> None:
+    needed = check.permissions_needed("n", "node-a", publish_node_status=False)
+    assert not any(permission.resource == "nodes" for permission in needed)
+
+
+async def test_an_api_server_that_refuses_the_question_or_is_away() -> None:
+    permissions = [Permission("get", "", "pods")]
+    refusing = Reviewer(error=KubeForbidden("create", "selfsubjectaccessreviews", "no"))
+    assert statuses(await check.api_check(refusing, permissions)) == [Status.WARN]
+    away = Reviewer(error=KubeUnreachable("create", "selfsubjectaccessreviews", "refused"))
+
+    async def ask() -> list[Finding]:
+        return await check.api_check(away, permissions)
+
+    assert statuses(await check.run_checks([("API server", ask)], SystemClock())) == [Status.FAIL]

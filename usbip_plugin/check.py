@@ -1,0 +1,247 @@
+"""`usbip-plugin check`: is this node able to run the plugin, and what to do if not.
+
+A check is an async callable that answers findings; the world comes in through its arguments. They run side by side.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import os
+import socket
+import stat
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from usbip_plugin.clock import Clock
+from usbip_plugin.config import Config, Match, matches
+from usbip_plugin.errors import ConfigError, KubeForbidden, PluginError
+from usbip_plugin.model import Descriptor, ServerKey
+from usbip_plugin.observe.events import KubeRequests
+from usbip_plugin.vhci.driver import DriverReport
+
+CHECK_TIMEOUT_S = 8.0
+"""For each check; the whole takes about as long as the slowest."""
+REQUEST_TIMEOUT_S = 5.0
+CONNECT_TIMEOUT_S = 2.0
+MAX_DEVICES_SHOWN = 20
+
+
+class Status(enum.Enum):
+    OK = "ok"
+    WARN = "warn"
+    FAIL = "FAIL"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one check found. cure: what to do, "" if nothing is to be done."""
+
+    name: str
+    status: Status
+    detail: str
+    cure: str = ""
+
+
+Check = Callable[[], Awaitable[Sequence[Finding]]]
+"""May raise PluginError or OSError instead, which becomes a FAIL."""
+
+
+async def run_checks(checks: Sequence[tuple[str, Check]], clock: Clock) -> tuple[Finding, ...]:
+    """Runs the named checks side by side, each within CHECK_TIMEOUT_S, and gives their findings in the order given."""
+
+    async def bounded(name: str, check: Check) -> Sequence[Finding]:
+        try:
+            async with clock.timeout(CHECK_TIMEOUT_S):
+                return await check()
+        except TimeoutError:
+            return [Finding(name, Status.FAIL, f"no answer within {CHECK_TIMEOUT_S:g} s")]
+        except (PluginError, OSError) as error:
+            return [Finding(name, Status.FAIL, str(error))]
+
+    async with asyncio.TaskGroup() as tasks:
+        running = [tasks.create_task(bounded(name, check), name=name) for name, check in checks]
+    return tuple(finding for task in running for finding in task.result())
+
+
+def exit_status(findings: Sequence[Finding]) -> int:
+    """1 if something fails; warnings do not count."""
+    return int(any(finding.status is Status.FAIL for finding in findings))
+
+
+def render(findings: Sequence[Finding]) -> str:
+    """A line for each finding, its cure indented below, and a summary."""
+    lines = []
+    for finding in findings:
+        first, *more = finding.detail.splitlines() or [""]
+        lines.append(f"{finding.status.value:<4}  {finding.name}: {first}")
+        lines.extend(f"      {line}" for line in more)
+        if finding.cure:
+            lines.append(f"      -> {finding.cure}")
+    failed = sum(finding.status is Status.FAIL for finding in findings)
+    warned = sum(finding.status is Status.WARN for finding in findings)
+    lines.append(f"{len(findings)} checks: {failed} failed, {warned} with warnings")
+    return "\n".join(lines)
+
+
+def config_findings(path: Path, loaded: tuple[Config, Sequence[str]] | ConfigError) -> list[Finding]:
+    """The configuration file: what load_config gave (config and warnings), or its error."""
+    name = "configuration"
+    if isinstance(loaded, ConfigError):
+        return [Finding(name, Status.FAIL, "\n".join(loaded.problems), f"correct {path}")]
+    config, warnings = loaded
+    devices = sum(len(resource.devices) for resource in config.resources)
+    detail = f"{len(config.resources)} resources, {devices} selectors, {len(config.servers())} servers"
+    if warnings:
+        return [Finding(name, Status.WARN, "\n".join([detail, *warnings]))]
+    return [Finding(name, Status.OK, detail)]
+
+
+def driver_findings(report: DriverReport) -> list[Finding]:
+    """vhci_hcd as the driver reports it."""
+    name = "vhci_hcd"
+    if not report.loaded:
+        return [Finding(name, Status.FAIL, "\n".join(report.problems) or "not loaded", "modprobe vhci-hcd")]
+    detail = (
+        f"{report.nports} ports; free: {report.hs_free} of {report.hs_total} high speed, "
+        f"{report.ss_free} of {report.ss_total} super speed"
+    )
+    full = [hub for hub, free in (("high", report.hs_free), ("super", report.ss_free)) if free == 0]
+    if full:
+        findings = [Finding(name, Status.WARN, detail, f"no free {' or '.join(full)} speed port; see: usbip port")]
+    else:
+        findings = [Finding(name, Status.OK, detail)]
+    usable = report.attach_writable and report.records_writable
+    if report.problems or not usable:
+        # the sentences say themselves what to do
+        text = "\n".join(report.problems) or "attach or the port records cannot be written"
+        findings.append(Finding("vhci_hcd access", Status.WARN if usable else Status.FAIL, text))
+    return findings
+
+
+async def plugin_directory_check(directory: Path) -> list[Finding]:
+    """The kubelet's device-plugin directory: there, writable, and with a kubelet listening."""
+    name = "device-plugin directory"
+    if not await asyncio.to_thread(directory.is_dir):
+        cure = "mount it from the host; it does not move with the kubelet's --root-dir"
+        return [Finding(name, Status.FAIL, f"{directory} is not there", cure)]
+    if not os.access(directory, os.W_OK):
+        return [Finding(name, Status.FAIL, f"{directory} is not writable", "run as root")]
+    return [Finding(name, Status.OK, str(directory)), *await socket_check("kubelet", directory / "kubelet.sock")]
+
+
+async def socket_check(name: str, path: Path) -> list[Finding]:
+    """A unix socket that somebody listens on."""
+    try:
+        if not stat.S_ISSOCK((await asyncio.to_thread(path.stat)).st_mode):
+            return [Finding(name, Status.FAIL, f"{path} is no socket")]
+        with socket.socket(socket.AF_UNIX) as client:
+            client.setblocking(False)
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                await asyncio.get_running_loop().sock_connect(client, str(path))
+    except FileNotFoundError:
+        return [Finding(name, Status.FAIL, f"{path} is not there", "is a kubelet running, and its directory mounted?")]
+    except (OSError, TimeoutError) as error:
+        return [Finding(name, Status.FAIL, f"{path}: {str(error) or 'timeout'}", "is the kubelet running?")]
+    return [Finding(name, Status.OK, f"answers at {path}")]
+
+
+async def server_check(
+    server: ServerKey, config: Config, devlist: Callable[[ServerKey], Awaitable[tuple[Descriptor, ...]]]
+) -> list[Finding]:
+    """One USB/IP server: reachable, and what of its list the configuration takes. devlist raises UsbipError."""
+    devices = await devlist(server)
+    taken: dict[str, list[str]] = {}
+    unmatched = []
+    for resource in config.resources:
+        for entry in resource.devices:
+            if entry.target != server:
+                continue
+            hits = [d.busid for d in devices if matches(entry.selector, d, None) is not Match.NO]
+            if not hits:
+                unmatched.append(f"{resource.name}: nothing listed matches {entry.selector}")
+            for busid in hits:
+                taken.setdefault(busid, []).append(resource.name)
+    lines = [f"lists {len(devices)} free devices"]
+    for device in devices[:MAX_DEVICES_SHOWN]:
+        use = ", ".join(taken.get(device.busid, ())) or "no resource"
+        lines.append(f"{device.busid} {device.usb_id}: {use}")
+    if unmatched:
+        cure = "in use already, unplugged, or not bound; on the server: usbip list -l, usbip bind -b BUSID"
+        return [Finding(f"server {server}", Status.WARN, "\n".join(lines + unmatched), cure)]
+    return [Finding(f"server {server}", Status.OK, "\n".join(lines))]
+
+
+@dataclass(frozen=True, slots=True)
+class Permission:
+    """One thing the plugin does with the API. namespace None: everywhere, or a cluster-wide object."""
+
+    verb: str
+    group: str
+    resource: str
+    namespace: str | None = None
+    subresource: str = ""
+    name: str = ""
+
+    def __str__(self) -> str:
+        resource = f"{self.resource}/{self.subresource}" if self.subresource else self.resource
+        text = f"{self.verb} {resource}" + (f".{self.group}" if self.group else "")
+        return text + (f" in {self.namespace}" if self.namespace else "")
+
+
+def permissions_needed(namespace: str, node: str, *, publish_node_status: bool) -> tuple[Permission, ...]:
+    """All that the plugin asks of the API server. namespace: of the Leases."""
+    leases = tuple(
+        Permission(verb, "coordination.k8s.io", "leases", namespace)
+        for verb in ("get", "list", "watch", "create", "update")
+    )
+    others = (
+        Permission("list", "", "pods"),
+        Permission("watch", "", "pods"),
+        Permission("create", "events.k8s.io", "events"),
+    )
+    status = Permission("patch", "", "nodes", subresource="status", name=node)
+    return (*leases, *others, *((status,) if publish_node_status else ()))
+
+
+async def api_check(kube: KubeRequests, permissions: Sequence[Permission]) -> list[Finding]:
+    """The API server answers, and grants each permission (SelfSubjectAccessReview)."""
+
+    async def allowed(permission: Permission) -> bool:
+        answer = await kube.request(
+            "create",
+            "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews",
+            resource="selfsubjectaccessreviews.authorization.k8s.io",
+            body=_review(permission),
+            timeout=REQUEST_TIMEOUT_S,
+        )
+        status = answer.get("status")
+        return isinstance(status, Mapping) and status.get("allowed") is True
+
+    try:
+        answers = [await allowed(permission) for permission in permissions]
+    except KubeForbidden as error:
+        return [Finding("API server", Status.WARN, f"answers, but may not be asked about permissions: {error}")]
+    missing = [str(p) for p, granted in zip(permissions, answers, strict=True) if not granted]
+    if missing:
+        text = "\n".join(f"forbidden: {permission}" for permission in missing)
+        return [Finding("API server", Status.FAIL, text, "grant it to the ServiceAccount: kubectl apply -f rbac/")]
+    return [Finding("API server", Status.OK, f"answers; all {len(permissions)} permissions are granted")]
+
+
+def _review(permission: Permission) -> dict[str, Any]:
+    attributes = {
+        "verb": permission.verb,
+        "group": permission.group,
+        "resource": permission.resource,
+        "subresource": permission.subresource,
+        "namespace": permission.namespace or "",
+        "name": permission.name,
+    }
+    return {
+        "apiVersion": "authorization.k8s.io/v1",
+        "kind": "SelfSubjectAccessReview",
+        "spec": {"resourceAttributes": {key: value for key, value in attributes.items() if value}},
+    }
