@@ -42,9 +42,12 @@ class Contact:
         self._watch_up, self._watch_error = True, None
         self._tell()
 
-    def watch_down(self, error: KubeError) -> None:
+    def watch_down(self, error: KubeError) -> bool:
+        """Whether this is news."""
+        news = self._watch_up or self._watch_error != str(error)
         self._watch_up, self._watch_error = False, str(error)
         self._tell()
+        return news
 
     def call_ok(self) -> None:
         self._call_error = None

@@ -57,8 +57,8 @@ class Follower:
             except KubeGone:
                 logger.debug("lock watch too old, listing anew")
             except KubeError as error:
-                logger.warning("lock watch failed", extra={"error": str(error)})
-                self._contact.watch_down(error)
+                if self._contact.watch_down(error):
+                    logger.warning("locks cannot be followed", extra={"error": str(error)})
             if self._clock.monotonic() - started >= SETTLE_S:
                 waits = retry.backoff(self._rng, RETRY_FIRST_S, RETRY_MAX_S)
             await self._clock.sleep(next(waits))
