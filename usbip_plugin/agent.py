@@ -8,7 +8,6 @@ import logging
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from opentelemetry.trace import Tracer
 
@@ -19,16 +18,14 @@ from usbip_plugin.clock import Clock
 from usbip_plugin.config import Config
 from usbip_plugin.errors import PluginError
 from usbip_plugin.kube import KubeClient
-from usbip_plugin.kubelet.directory import PluginDirectory
 from usbip_plugin.kubelet.node_status import NodeStatusPublisher
 from usbip_plugin.kubelet.pod_resources import PodResources
 from usbip_plugin.kubelet.pods import OwnPods, PodPhase
-from usbip_plugin.kubelet.registration import ResourcePlugin
 from usbip_plugin.locks.manager import LockManager, LockSettings
 from usbip_plugin.locks.store import LeaseStore
 from usbip_plugin.model import Advertised, NodeIdentity, PodRef
 from usbip_plugin.notices import Notice
-from usbip_plugin.resources import ResourceSet
+from usbip_plugin.resources import Plugin, Registrar, ResourceSet
 from usbip_plugin.usage import UsageWatcher
 from usbip_plugin.usbip.client import UsbipClient
 from usbip_plugin.usbip.poller import ServerPoller, ServerView
@@ -47,7 +44,7 @@ class Observer:
     on_step: Callable[[str, float], None] = lambda _step, _seconds: None
     on_result: Callable[[str, PluginError | None], None] = lambda _resource, _error: None
     on_advertised: Callable[[str, tuple[Advertised, ...]], None] = lambda _resource, _devices: None
-    on_plugin: Callable[[ResourcePlugin], None] = lambda _plugin: None
+    on_plugin: Callable[[Plugin], None] = lambda _plugin: None
     on_notice: Callable[[Notice], None] = lambda _notice: None
 
 
@@ -61,7 +58,7 @@ class Outside:
     leases: LeaseStore
     pod_resources: PodResources
     kube: KubeClient | None
-    plugin_directory: Path
+    registrar: Registrar
     clock: Clock
     rng: random.Random
     tracer: Tracer
@@ -135,14 +132,11 @@ class Agent:
             OwnPods(out.kube, out.me.node, out.clock, out.rng, self._pod_ending) if out.kube is not None else None
         )
         self.usage = UsageWatcher(out.pod_resources, self.attacher, self.locks, out.clock, self._pod_ended)
-        self._directory = PluginDirectory(out.plugin_directory, out.clock)
         self.resources = ResourceSet(
             domain=domain,
             allocator=self.allocator,
             advertiser=self.advertiser,
-            directory=self._directory,
-            clock=out.clock,
-            rng=out.rng,
+            registrar=out.registrar,
             claimed=lambda: frozenset(c.resource for c in self.attacher.claims.values() if c.resource is not None),
             on_state=observer.on_plugin,
         )
@@ -162,7 +156,7 @@ class Agent:
     async def run(self) -> None:
         """Until cancelled. Then sockets are closed within 2 s, and attachments and locks stay for the next process."""
         async with asyncio.TaskGroup() as tasks:
-            for part in (self.driver, self.locks, self.poller, self.attacher, self.advertiser, self._directory):
+            for part in (self.driver, self.locks, self.poller, self.attacher, self.advertiser):
                 tasks.create_task(part.run(), name=type(part).__name__)
             for optional in (self.node_status, self.pods):
                 if optional is not None:
@@ -193,5 +187,5 @@ class Agent:
         self.usage.hint()
 
     def _pod_ended(self, pod: PodRef) -> bool:
-        """True if the API says that the pod is over, or has been deleted; False while nothing is known."""
-        return self.pods is not None and self.pods.synced and self.pods.find(pod.namespace, pod.name) is None
+        """True if the API says that the pod is over; a pod it does not know (a static one, say) may be running."""
+        return self.pods is not None and self.pods.ended(pod.namespace, pod.name)

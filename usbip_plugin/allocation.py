@@ -147,7 +147,13 @@ class Allocator:
         with self._tracer.start_as_current_span("response"):
             return tuple(container_response(config, [(seen[i], by_id[i]) for i in ids]) for ids in requests)
 
-    def preferred(self, resource: str, available: tuple[str, ...], must: tuple[str, ...], size: int) -> tuple[str, ...]:
+    def preferred(
+        self,
+        resource: str,  # noqa: ARG002 - IDs are unique over all resources
+        available: tuple[str, ...],
+        must: tuple[str, ...],
+        size: int,
+    ) -> tuple[str, ...]:
         """See AllocateBackend and inventory.preferred."""
         return preferred(available, must, size, self._node, self._health())
 

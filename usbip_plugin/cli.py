@@ -9,9 +9,11 @@ import argparse
 import asyncio
 import json
 import os
+import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from usbip_plugin import __version__
 from usbip_plugin.config.schema import (
@@ -25,6 +27,9 @@ from usbip_plugin.config.schema import (
     FileSettings,
 )
 from usbip_plugin.errors import ConfigError, PluginError
+
+if TYPE_CHECKING:
+    from usbip_plugin.process import Options
 
 DONE, FAILED, USAGE = 0, 1, 2
 DEFAULT_NAMESPACE = "usbip-system"
@@ -116,21 +121,26 @@ def _first(*values: str | None) -> str:
 
 
 def _run(options: argparse.Namespace) -> int:
-    # imported here: `check`, `devices` and `--help` need none of it
+    # imported here: `devices`, `demo` and `--help` need none of it
     from usbip_plugin.config.reload import load_config  # noqa: PLC0415
     from usbip_plugin.observe.logs import set_up_logging  # noqa: PLC0415
-    from usbip_plugin.process import Options, run_blocking  # noqa: PLC0415
+    from usbip_plugin.process import run_blocking  # noqa: PLC0415
 
     if not options.node_name:
-        raise ConfigError(
-            "command line", ["--node-name: give the node's name, or set NODE_NAME (downward API: spec.nodeName)"]
-        )
+        cure = "give the node's name, or set NODE_NAME (downward API: spec.nodeName)"
+        raise ConfigError("command line", [f"--node-name: {cure}"])
     loaded = load_config(options.config)
-    settings: FileSettings = loaded.config.settings
+    settings = loaded.config.settings
     level = _first(options.log_level, settings.log_level, DEFAULT_LOG_LEVEL)
     set_up_logging(level, sys.stdout, json_lines=options.log_format == "json")
-    process = Options(
-        node=options.node_name,
+    return run_blocking(_process_options(options, settings), loaded, loaded.warnings)
+
+
+def _process_options(options: argparse.Namespace, settings: FileSettings) -> Options:
+    from usbip_plugin.process import Options  # noqa: PLC0415
+
+    return Options(
+        node=options.node_name or platform.node(),
         namespace=namespace_of(options.namespace),
         config=options.config,
         domain=_first(options.domain, settings.domain, DEFAULT_DOMAIN),
@@ -138,16 +148,26 @@ def _run(options: argparse.Namespace) -> int:
         pod_resources_socket=Path(
             _first(options.pod_resources_socket, settings.pod_resources_socket, DEFAULT_POD_RESOURCES_SOCKET)
         ),
-        listen=_first(options.listen, settings.listen, DEFAULT_LISTEN),
+        listen=_first(getattr(options, "listen", None), settings.listen, DEFAULT_LISTEN),
         kubeconfig=options.kubeconfig,
     )
-    return run_blocking(process, loaded, loaded.warnings)
 
 
 def _check(options: argparse.Namespace) -> int:
     from usbip_plugin.checking import check_node  # noqa: PLC0415
+    from usbip_plugin.config.reload import Loaded, load_config  # noqa: PLC0415
+    from usbip_plugin.observe.logs import set_up_logging  # noqa: PLC0415
 
-    return asyncio.run(check_node(options, print))
+    set_up_logging("none", sys.stderr)  # the report says it all
+    loaded: Loaded | ConfigError
+    try:
+        loaded = load_config(options.config)
+    except ConfigError as error:
+        loaded = error
+    settings = FileSettings() if isinstance(loaded, ConfigError) else loaded.config.settings
+    report, status = asyncio.run(check_node(_process_options(options, settings), loaded))
+    print(report)  # noqa: T201
+    return status
 
 
 async def _devices(options: argparse.Namespace) -> int:

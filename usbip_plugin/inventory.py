@@ -167,7 +167,7 @@ def health(facts: Facts, seen: Seen) -> Health:
     device_id = seen.key.id
     claim = facts.claims.get(device_id)
     if claim is not None:
-        return _claim_health(claim, facts.locks.get(device_id))
+        return _claim_health(claim, facts)
     lock = facts.locks.get(device_id)
     standing = facts.standings.get(device_id, Standing.FREE)
     if standing is Standing.HELD and lock is not None:
@@ -187,8 +187,12 @@ def health(facts: Facts, seen: Seen) -> Health:
     return Health(Reason.FREE)
 
 
-def _claim_health(claim: Claim, lock: Lock | None) -> Health:
+def _claim_health(claim: Claim, facts: Facts) -> Health:
+    lock = facts.locks.get(claim.id)
     match claim.state:
+        case State.RELEASING if facts.api.unreachable_for is not None:
+            # it can be had again only when its lock has been released, and that may take a while
+            return Health(Reason.API_UNREACHABLE, facts.api.error)
         case State.ATTACHED:
             return Health(Reason.ATTACHED, f"port {claim.port}" + (f", pod {claim.pod}" if claim.pod else ""))
         case State.REATTACHING:

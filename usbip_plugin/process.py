@@ -18,8 +18,8 @@ from usbip_plugin.config import Config
 from usbip_plugin.config.reload import ConfigWatcher, Loaded
 from usbip_plugin.errors import ConfigError, PluginError
 from usbip_plugin.kube import KubeClient, connect
+from usbip_plugin.kubelet.directory import PluginDirectory
 from usbip_plugin.kubelet.pod_resources import GrpcPodResources
-from usbip_plugin.kubelet.registration import ResourcePlugin
 from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.model import Advertised, NodeIdentity
 from usbip_plugin.notices import Notice, event_of
@@ -27,6 +27,7 @@ from usbip_plugin.observe.events import EventRecorder
 from usbip_plugin.observe.health import Heartbeats, HttpServer, Verdict, standard_pages
 from usbip_plugin.observe.metrics import Metrics
 from usbip_plugin.observe.tracing import Tracing
+from usbip_plugin.resources import Plugin, SocketRegistrar
 from usbip_plugin.usbip.client import TcpUsbipClient
 from usbip_plugin.vhci.linux import SysfsVhci
 from usbip_plugin.vhci.uevents import NetlinkUevents
@@ -107,7 +108,7 @@ class _Process:
                 leases=KubernetesLeases(kube, options.namespace),
                 pod_resources=pod_resources,
                 kube=kube,
-                plugin_directory=options.plugin_directory,
+                registrar=SocketRegistrar(PluginDirectory(options.plugin_directory, clock), clock, rng),
                 clock=clock,
                 rng=rng,
                 tracer=tracing.tracer,
@@ -161,11 +162,7 @@ class _Process:
         if self.agent.ready:
             return Verdict(ok=True)
         plugins = self.agent.resources.plugins.values()
-        lines = [
-            f"{plugin.resource}: {plugin.state.value}: {plugin.error or ''}"
-            for plugin in plugins
-            if not plugin.registered
-        ]
+        lines = [f"{p.resource}: not registered: {p.error or 'waiting'}" for p in plugins if not p.registered]
         if not self.agent.locks.ready.is_set():
             lines.append(f"locks not read: {self.agent.locks.api.error or 'waiting'}")
         return Verdict(ok=False, lines=tuple(lines))
@@ -178,7 +175,7 @@ class _Process:
         reasons = Counter(device.health.reason for device in devices)
         self._metrics.devices(f"{self._domain}/{resource}", reasons)
 
-    def _plugin_changed(self, plugin: ResourcePlugin) -> None:
+    def _plugin_changed(self, plugin: Plugin) -> None:
         if plugin.registered and plugin.registrations > 1:
             self._metrics.restarted(plugin.resource)
 

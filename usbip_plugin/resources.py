@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Mapping
+from typing import Protocol
 
 from usbip_plugin.advertising import Advertiser
 from usbip_plugin.allocation import Allocator
@@ -12,6 +13,50 @@ from usbip_plugin.clock import Clock
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer
 from usbip_plugin.kubelet.directory import PluginDirectory
 from usbip_plugin.kubelet.registration import ResourcePlugin
+
+
+class Plugin(Protocol):
+    """One resource's tie to a kubelet. error: why it is not registered, for people."""
+
+    error: str | None
+    registrations: int
+
+    @property
+    def resource(self) -> str: ...
+
+    @property
+    def registered(self) -> bool: ...
+
+    async def run(self) -> None:
+        """Serves and registers until cancelled. Never fails."""
+        ...
+
+
+class Registrar(Protocol):
+    """The way to this node's kubelet."""
+
+    async def run(self) -> None:
+        """Follows the kubelet until cancelled."""
+        ...
+
+    def plugin(self, server: DevicePluginServer, on_state: Callable[[Plugin], None]) -> Plugin:
+        """A plugin not yet running. on_state is called after each change of `registered`."""
+        ...
+
+
+class SocketRegistrar:
+    """The real one: gRPC on unix sockets in the kubelet's device-plugin directory."""
+
+    def __init__(self, directory: PluginDirectory, clock: Clock, rng: random.Random) -> None:
+        self._directory = directory
+        self._clock = clock
+        self._rng = rng
+
+    async def run(self) -> None:
+        await self._directory.run()
+
+    def plugin(self, server: DevicePluginServer, on_state: Callable[[Plugin], None]) -> Plugin:
+        return ResourcePlugin(server, self._directory, self._clock, self._rng, on_state)
 
 
 class ResourceSet:
@@ -23,26 +68,22 @@ class ResourceSet:
         domain: str,
         allocator: Allocator,
         advertiser: Advertiser,
-        directory: PluginDirectory,
-        clock: Clock,
-        rng: random.Random,
+        registrar: Registrar,
         claimed: Callable[[], frozenset[str]],
-        on_state: Callable[[ResourcePlugin], None],
+        on_state: Callable[[Plugin], None],
     ) -> None:
         self._domain = domain
         self._allocator = allocator
         self._advertiser = advertiser
-        self._directory = directory
-        self._clock = clock
-        self._rng = rng
+        self._registrar = registrar
         self._claimed = claimed
         self._on_state = on_state
-        self._plugins: dict[str, ResourcePlugin] = {}
+        self._plugins: dict[str, Plugin] = {}
         self._running: dict[str, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
 
     @property
-    def plugins(self) -> Mapping[str, ResourcePlugin]:
+    def plugins(self) -> Mapping[str, Plugin]:
         """By full resource name."""
         return self._plugins
 
@@ -53,6 +94,7 @@ class ResourceSet:
     async def run(self) -> None:
         """Until cancelled; then every server is closed and its socket removed."""
         async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._registrar.run(), name="registrar")
             while True:
                 self._changed.clear()
                 self._sync(tasks)
@@ -62,7 +104,7 @@ class ResourceSet:
         wanted = {f"{self._domain}/{resource.name}" for resource in self._advertiser.config.resources}
         for name in sorted(wanted - self._running.keys()):
             server = DevicePluginServer(name, self._allocator)
-            plugin = ResourcePlugin(server, self._directory, self._clock, self._rng, self._state_changed)
+            plugin = self._registrar.plugin(server, self._state_changed)
             self._plugins[name] = plugin
             self._running[name] = tasks.create_task(plugin.run(), name=f"resource {name}")
             self._advertiser.attach_server(server)
@@ -72,7 +114,7 @@ class ResourceSet:
             self._running.pop(name).cancel()
             del self._plugins[name]
 
-    def _state_changed(self, plugin: ResourcePlugin) -> None:
+    def _state_changed(self, plugin: Plugin) -> None:
         if plugin.registered:
             self._advertiser.look_again()
         self._on_state(plugin)

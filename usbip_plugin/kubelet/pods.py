@@ -97,6 +97,11 @@ class OwnPods:
             return None
         return PodRef(namespace, name, state.uid)
 
+    def ended(self, namespace: str, name: str) -> bool:
+        """True if the API says that this pod's containers have all ended. False for a pod it does not know."""
+        state = self._pods.get((namespace, name))
+        return self.synced and state is not None and state.phase is PodPhase.ENDED
+
     async def run(self) -> None:
         """Until cancelled. API errors are logged and retried; `synced` is false while the view may be old."""
         waits = backoff(self._rng, BACKOFF_FIRST_S, BACKOFF_MAX_S)

@@ -19,11 +19,13 @@ from usbip_plugin.agent import Agent, Observer, Outside
 from usbip_plugin.clock import Clock
 from usbip_plugin.config import Config
 from usbip_plugin.errors import KubeUnreachable
+from usbip_plugin.kubelet.directory import PluginDirectory
 from usbip_plugin.kubelet.pod_resources import GrpcPodResources
 from usbip_plugin.locks.manager import LockSettings
 from usbip_plugin.locks.memory import FINE, Fate, MemoryBackend, MemoryLeases, Operation
 from usbip_plugin.locks.store import LeaseStore
 from usbip_plugin.model import NodeIdentity, PodRef
+from usbip_plugin.resources import SocketRegistrar
 from usbip_plugin.sim.device_manager import Allocation, ContainerSpec
 from usbip_plugin.sim.kernel import SimulatedKernel, SimulatedVhci
 from usbip_plugin.sim.kubelet import FakeKubelet
@@ -96,7 +98,7 @@ class SimNode:
             leases=self._leases,
             pod_resources=pod_resources,
             kube=None,
-            plugin_directory=self.plugin_directory,
+            registrar=SocketRegistrar(PluginDirectory(self.plugin_directory, setup.clock), setup.clock, rng),
             clock=setup.clock,
             rng=rng,
             tracer=setup.make_tracer(self.name),
