@@ -17,7 +17,7 @@ FILES = sorted(path for path in ROOT.rglob("*.py") if not path.stem.endswith(("_
 
 
 def layer(part: str) -> int:
-    """0 bottom, 1 one of the six parts, 2 inventory, claims and what belongs to them, 3 agent, 4 command line and sim."""
+    """0 bottom, 1 one of the six parts, 2 inventory, claims and their helpers, 3 agent, 4 command line and sim."""
     if part in BOTTOM:
         return 0
     if part in PARTS:

@@ -1,0 +1,77 @@
+# A Python >= 3.11 is all that `make demo` and `make test` need. Everything goes into .venv and nothing outside of it.
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PYTEST := $(BIN)/python -m pytest
+# longest time for the tests in the guest, which is emulated
+GUEST_SECONDS := 900
+
+# PYTHON=/path/to/python chooses the interpreter; without it the first of these that runs and is new enough
+PYTHONS := $(PYTHON) python3.13 python3.12 python3.11 python3.14 python3
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-apiserver test-kernel test-all bench lint format proto clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.runtime ## two nodes and a USB/IP server in one process: what the plugin does, in a few seconds
+	@$(BIN)/python -m usbip_plugin demo
+
+test: $(VENV)/.test ## unit, contract, protocol and simulation tests; no root, no network
+	$(PYTEST) $(ARGS)
+
+test-apiserver: $(VENV)/.test ## lock tests against a real kube-apiserver and etcd (built once from Go modules)
+	$(PYTEST) tests/apiserver $(ARGS)
+
+test-kernel: $(VENV)/.test ## driver tests against a real vhci_hcd in a QEMU guest (Debian, root for packages)
+	tests/lab/guest/run.sh -u -t $(GUEST_SECONDS) '$(PYTEST) -p no:cacheprovider tests/kernel $(ARGS)'
+
+test-all: lint test test-apiserver test-kernel ## everything above, and lint
+
+bench: $(VENV)/.test ## timings, written to bench.json
+	$(PYTEST) tests/bench -s $(ARGS)
+
+lint: $(VENV)/.test ## ruff, formatting, mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.test ## let ruff format and fix what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+proto: $(VENV)/.test ## write the gRPC stubs anew from proto/
+	PYTHON=$(BIN)/python proto/generate.sh
+
+clean: ## remove .venv, caches and build output
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis bench.json
+	find usbip_plugin tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Debian splits venv from Python: without python3-venv the environment is made without pip, and pip, if there is one, or
+# virtualenv fills it.
+$(VENV)/bin/python:
+	@for python in $(PYTHONS); do \
+		"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 || continue; \
+		echo "$(VENV) with $$("$$python" --version)"; \
+		"$$python" -m venv $(VENV) >/dev/null 2>&1 && exit 0; \
+		rm -rf $(VENV); \
+		"$$python" -m virtualenv --quiet $(VENV) >/dev/null 2>&1 && exit 0; \
+		rm -rf $(VENV); \
+		"$$python" -m venv --without-pip $(VENV) >/dev/null 2>&1 && \
+			"$$python" -m pip --python $(VENV)/bin/python install --quiet pip >/dev/null 2>&1 && exit 0; \
+		rm -rf $(VENV); \
+		echo "$$python can make no virtual environment; on Debian: apt-get install python3-venv" >&2; exit 1; \
+	done; \
+	echo "no Python >= 3.11 found; name one with: make PYTHON=/path/to/python" >&2; exit 1
+
+$(VENV)/.runtime: pyproject.toml | $(VENV)/bin/python
+	@echo "installing what the plugin needs"
+	@$(PIP) install -e .
+	@touch $@
+
+$(VENV)/.test: pyproject.toml | $(VENV)/bin/python
+	@echo "installing what the plugin and its tests need"
+	@$(PIP) install -e '.[cli,test]'
+	@touch $(VENV)/.runtime $@
