@@ -21,6 +21,8 @@ LIST_TIMEOUT_S = 10.0
 WATCH_TIMEOUT_S = 300.0
 BACKOFF_FIRST_S = 0.5
 BACKOFF_MAX_S = 30.0
+# A watch that stood this long was a good one: the next follows at once.
+STABLE_S = 5.0
 
 log = logging.getLogger(__name__)
 
@@ -107,6 +109,7 @@ class OwnPods:
         waits = backoff(self._rng, BACKOFF_FIRST_S, BACKOFF_MAX_S)
         version: str | None = None
         while True:
+            started = self._clock.monotonic()
             try:
                 if version is None:
                     version = await self._list()
@@ -114,16 +117,16 @@ class OwnPods:
                 async with contextlib.aclosing(self._watch(version)) as events:
                     async for event in events:
                         version = self.apply(event) or version
-                        waits = backoff(self._rng, BACKOFF_FIRST_S, BACKOFF_MAX_S)
             except KubeGone:
                 version = None
             except KubeError as error:
                 self.synced = False
                 version = None
                 log.warning("own-node pod watch failed, trying again", extra={"error": str(error)})
+            if self._clock.monotonic() - started >= STABLE_S:
+                waits = backoff(self._rng, BACKOFF_FIRST_S, BACKOFF_MAX_S)
             else:
-                continue
-            await self._clock.sleep(next(waits))
+                await self._clock.sleep(next(waits))
 
     def apply(self, event: Mapping[str, Any]) -> str | None:
         """Takes in one watch event; returns its resourceVersion, None if it has none."""

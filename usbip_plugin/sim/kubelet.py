@@ -77,15 +77,16 @@ class FakeKubelet(Admission):
 
     async def stop(self) -> None:
         """The kubelet ends: its connections break, the plugins' sockets stay where they are."""
+        # First of all no more registrations: a plugin whose stream ends comes back at once.
+        for server in self._servers:
+            await server.stop(None)
+        self._servers.clear()
         listeners = tuple(self._listeners)
         self.disconnect_all()
         for task in listeners:
             task.cancel()
         if listeners:
             await asyncio.wait(listeners)
-        for server in self._servers:
-            await server.stop(None)
-        self._servers.clear()
 
     async def restart(self) -> None:
         """stop() and start(). Devices are forgotten until plugins register again."""

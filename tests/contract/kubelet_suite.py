@@ -1,0 +1,315 @@
+"""What every kubelet does that the plugin relies on, run on the simulated ones.
+
+Real seconds bound every wait, so that a thing that never comes is a failure and not a hang.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import tempfile
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from usbip_plugin.clock import SystemClock
+from usbip_plugin.errors import LockHeld, PluginError
+from usbip_plugin.kubelet.device_plugin import ContainerResponse, DevicePluginServer, DeviceSpec
+from usbip_plugin.kubelet.directory import PluginDirectory
+from usbip_plugin.kubelet.pod_resources import ContainerDevices, GrpcPodResources, PodResources
+from usbip_plugin.kubelet.registration import ResourcePlugin
+from usbip_plugin.model import Advertised, DeviceKey, Health, PodRef, Reason, ServerKey
+from usbip_plugin.sim.admission import Admission
+from usbip_plugin.sim.device_manager import AdmissionError, ContainerSpec
+from usbip_plugin.sim.kubelet import FakeKubelet
+from usbip_plugin.sim.local_kubelet import LocalKubelet
+
+DOMAIN = "usbip.dev"
+STORAGE = "usbip.dev/storage"
+PATIENCE_S = 10.0
+POD = PodRef("default", "first", "uid-1")
+OTHER = PodRef("default", "second", "uid-2")
+
+
+def advertised(**health: Reason) -> tuple[Advertised, ...]:
+    """advertised(a=Reason.FREE): a device of ID "a"."""
+    return tuple(
+        Advertised(id_, DeviceKey(ServerKey("10.0.0.1"), id_), Health(reason)) for id_, reason in health.items()
+    )
+
+
+@dataclass
+class RecordingBackend:
+    """Answers with the IDs it was asked for. `refuse` is raised instead; while `gate` is not set, Allocate waits."""
+
+    refuse: PluginError | None = None
+    preference: tuple[str, ...] = ()
+    gate: asyncio.Event = field(default_factory=asyncio.Event)
+    entered: asyncio.Event = field(default_factory=asyncio.Event)
+    cancelled: asyncio.Event = field(default_factory=asyncio.Event)
+    allocated: list[tuple[str, tuple[tuple[str, ...], ...]]] = field(default_factory=list)
+    wishes: list[tuple[tuple[str, ...], tuple[str, ...], int]] = field(default_factory=list)
+    started: list[tuple[str, ...]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.gate.set()
+
+    async def allocate_all(self, resource: str, requests: tuple[tuple[str, ...], ...]) -> tuple[ContainerResponse, ...]:
+        self.allocated.append((resource, requests))
+        self.entered.set()
+        try:
+            await self.gate.wait()
+        except asyncio.CancelledError:
+            self.cancelled.set()
+            raise
+        if self.refuse is not None:
+            raise self.refuse
+        return tuple(
+            ContainerResponse(
+                {"IDS": ",".join(ids)},
+                tuple(DeviceSpec(f"/dev/host-{id_}", f"/dev/{id_}", "rwm") for id_ in ids),
+                tuple(f"usbip.dev/storage={id_}" for id_ in ids),
+            )
+            for ids in requests
+        )
+
+    def preferred(self, resource: str, available: tuple[str, ...], must: tuple[str, ...], size: int) -> tuple[str, ...]:
+        self.wishes.append((available, must, size))
+        return self.preference
+
+    async def pre_start(self, resource: str, device_ids: tuple[str, ...]) -> None:
+        if self.refuse is not None:
+            raise self.refuse
+        self.started.append(device_ids)
+
+
+@dataclass
+class Harness:
+    """A kubelet with one plugin connected to it."""
+
+    kubelet: Admission
+    pod_resources: PodResources
+    server: DevicePluginServer
+    backend: RecordingBackend
+    plugin: asyncio.Task[None]
+
+    async def publish(self, **health: Reason) -> None:
+        """Publishes and waits until the kubelet sees exactly this."""
+        self.server.publish(advertised(**health))
+        await self.sees(**{id_: reason.healthy for id_, reason in health.items()})
+
+    async def sees(self, **health: bool) -> None:
+        async with asyncio.timeout(PATIENCE_S):
+            await self.kubelet.wait_for(STORAGE, lambda now: now == health)
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(PATIENCE_S):
+            await self.kubelet.changed.until(condition)
+
+    async def held(self) -> tuple[ContainerDevices, ...]:
+        return await self.pod_resources.list()
+
+
+Start = Callable[[Coroutine[None, None, None]], asyncio.Task[None]]
+Make = Callable[..., contextlib.AbstractAsyncContextManager[Harness]]
+
+
+@contextlib.asynccontextmanager
+async def tasks() -> AsyncIterator[Start]:
+    """Starts tasks that are cancelled at the end of the block."""
+    async with asyncio.TaskGroup() as group:
+        started: list[asyncio.Task[None]] = []
+
+        def start(work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+            started.append(group.create_task(work))
+            return started[-1]
+
+        try:
+            yield start
+        finally:
+            for task in started:
+                task.cancel()
+
+
+@contextlib.asynccontextmanager
+async def on_sockets(tmp: Path, *, pre_start: bool) -> AsyncIterator[Harness]:
+    clock = SystemClock()
+    backend = RecordingBackend()
+    server = DevicePluginServer(STORAGE, backend, pre_start_required=pre_start)
+    directory = PluginDirectory(tmp, clock)
+    plugin = ResourcePlugin(server, directory, clock, random.Random(1))
+    async with (
+        FakeKubelet(tmp, tmp / "pod-resources.sock") as kubelet,
+        GrpcPodResources(tmp / "pod-resources.sock", DOMAIN) as pod_resources,
+        tasks() as start,
+    ):
+        start(directory.run())
+        task = start(plugin.run())
+        yield Harness(kubelet, pod_resources, server, backend, task)
+
+
+@contextlib.asynccontextmanager
+async def in_process(_tmp: Path, *, pre_start: bool) -> AsyncIterator[Harness]:
+    backend = RecordingBackend()
+    server = DevicePluginServer(STORAGE, backend, pre_start_required=pre_start)
+    kubelet = LocalKubelet()
+    async with tasks() as start:
+        yield Harness(kubelet, kubelet, server, backend, start(kubelet.plug_in(server)))
+
+
+class Sockets:
+    """Gives tests a directory with a path short enough for unix sockets."""
+
+    @pytest.fixture
+    def short_tmp(self) -> Iterator[Path]:
+        with tempfile.TemporaryDirectory(prefix="k") as name:
+            yield Path(name)
+
+
+class KubeletContract(Sockets):
+    """Admission as a plugin sees it. make: one of the harnesses above."""
+
+    @pytest.fixture
+    def make(self) -> Make:
+        raise NotImplementedError
+
+    async def test_what_is_published_is_what_the_kubelet_sees(self, make: Make, short_tmp: Path) -> None:
+        async with make(short_tmp, pre_start=False) as h:
+            await h.publish(a=Reason.FREE, b=Reason.SERVER_UNREACHABLE)
+            await h.publish(a=Reason.HELD_ELSEWHERE, b=Reason.FREE)
+            await h.publish(b=Reason.FREE)
+
+    async def test_a_pod_gets_a_device_and_the_answer_is_kept_for_restarts(self, make: Make, short_tmp: Path) -> None:
+        async with make(short_tmp, pre_start=False) as h:
+            await h.publish(a=Reason.FREE)
+            allocation = (await h.kubelet.admit(POD, {STORAGE: 1}))["app", STORAGE]
+            assert allocation.device_ids == {"a"}
+            assert allocation.envs == {"IDS": "a"}
+            assert allocation.devices == (DeviceSpec("/dev/host-a", "/dev/a", "rwm"),)
+            assert allocation.cdi_devices == ("usbip.dev/storage=a",)
+            assert await h.kubelet.start_container(POD, "app") == {STORAGE: allocation}
+            assert h.backend.allocated == [(STORAGE, (("a",),))]
+
+    async def test_several_devices_of_one_container_are_one_request(self, make: Make, short_tmp: Path) -> None:
+        async with make(short_tmp, pre_start=False) as h:
+            await h.publish(a=Reason.FREE, b=Reason.FREE)
+            await h.kubelet.admit(POD, {STORAGE: 2})
+            assert h.backend.allocated == [(STORAGE, (("a", "b"),))]
+
+    async def test_unhealthy_devices_are_refused_without_asking_the_plugin(self, make: Make, short_tmp: Path) -> None:
+        async with make(short_tmp, pre_start=False) as h:
+            await h.publish(a=Reason.HELD_ELSEWHERE)
+            with pytest.raises(AdmissionError, match="no healthy devices present"):
+                await h.kubelet.admit(POD, {STORAGE: 1})
+            assert h.backend.allocated == []
+
+    async def test_a_device_in_use_is_not_given_twice(self, make: Make, short_tmp: Path) -> None:
+        async with make(short_tmp, pre_start=False) as h:
+            await h.publish(a=Reason.FREE, b=Reason.SERVER_UNREACHABLE)
+            await h.kubelet.admit(POD, {STORAGE: 1})
+            with pytest.raises(AdmissionError, match="Requested: 1, Available: 0"):
+                await h.kubelet.admit(OTHER, {STORAGE: 1})
+            h.kubelet.end(POD)
+            await h.kubelet.admit(OTHER, {STORAGE: 1})
+
+    async def test_the_preferred_device_is_taken_if_it_is_available(self, make: Make, short_tmp: Path) -> None:
+        async with make(short_tmp, pre_start=False) as h:
+            await h.publish(a=Reason.FREE, b=Reason.FREE, c=Reason.SERVER_UNREACHABLE)
+            h.backend.preference = ("c", "unheard-of", "b")
+            got = await h.kubelet.admit(POD, {STORAGE: 1})
+            assert got["app", STORAGE].device_ids == {"b"}
+            assert h.backend.wishes == [(("a", "b"), (), 1)]
+
+    async def test_a_refused_allocate_fails_the_pod_with_the_plugins_words(self, make: Make, short_tmp: Path) -> None:
+        async with make(short_tmp, pre_start=False) as h:
+            await h.publish(a=Reason.FREE)
+            h.backend.refuse = LockHeld("a", "node-b", "default/theirs", "2026-01-01T00:00:00Z")
+            with pytest.raises(
+                AdmissionError, match=r"FAILED_PRECONDITION.*held by node node-b for pod default/theirs"
+            ):
+                await h.kubelet.admit(POD, {STORAGE: 1})
+            h.backend.refuse = None
+            await h.kubelet.admit(OTHER, {STORAGE: 1})
+
+    async def test_a_failure_in_a_later_container_frees_the_earlier_ones(self, make: Make, short_tmp: Path) -> None:
+        async with make(short_tmp, pre_start=False) as h:
+            await h.publish(a=Reason.FREE, b=Reason.SERVER_UNREACHABLE)
+            two = [ContainerSpec("one", {STORAGE: 1}), ContainerSpec("two", {STORAGE: 1})]
+            with pytest.raises(AdmissionError):
+                await h.kubelet.admit(POD, two)
+            assert await h.held() == ()
+            await h.kubelet.admit(OTHER, {STORAGE: 1})
+
+    async def test_an_init_containers_device_is_allocated_again_for_the_app(self, make: Make, short_tmp: Path) -> None:
+        async with make(short_tmp, pre_start=False) as h:
+            await h.publish(a=Reason.FREE, b=Reason.FREE)
+            h.backend.preference = ("b",)
+            got = await h.kubelet.admit(
+                POD, [ContainerSpec("app", {STORAGE: 1}), ContainerSpec("setup", {STORAGE: 1}, init=True)]
+            )
+            assert got["setup", STORAGE].device_ids == got["app", STORAGE].device_ids == {"b"}
+            assert h.backend.allocated == [(STORAGE, (("b",),))] * 2
+
+    async def test_one_pod_is_admitted_at_a_time(self, make: Make, short_tmp: Path) -> None:
+        async with make(short_tmp, pre_start=False) as h:
+            await h.publish(a=Reason.FREE, b=Reason.FREE)
+            h.backend.gate.clear()
+            async with asyncio.timeout(PATIENCE_S), asyncio.TaskGroup() as group:
+                group.create_task(h.kubelet.admit(POD, {STORAGE: 1}))
+                await h.backend.entered.wait()
+                group.create_task(h.kubelet.admit(OTHER, {STORAGE: 1}))
+                await h.held()
+                assert len(h.backend.allocated) == 1
+                h.backend.gate.set()
+            assert len(h.backend.allocated) == 2
+
+    async def test_pod_resources_hides_an_allocate_in_flight_and_ended_pods(self, make: Make, short_tmp: Path) -> None:
+        async with make(short_tmp, pre_start=False) as h:
+            await h.publish(a=Reason.FREE)
+            h.backend.gate.clear()
+            async with asyncio.timeout(PATIENCE_S), asyncio.TaskGroup() as group:
+                group.create_task(h.kubelet.admit(POD, {STORAGE: 1}))
+                await h.backend.entered.wait()
+                assert await h.held() == ()
+                h.backend.gate.set()
+            assert await h.held() == (ContainerDevices(PodRef("default", "first"), "app", STORAGE, ("a",)),)
+            h.kubelet.end(POD)
+            assert await h.held() == ()
+
+    async def test_pod_resources_leaves_out_init_containers(self, make: Make, short_tmp: Path) -> None:
+        async with make(short_tmp, pre_start=False) as h:
+            await h.publish(a=Reason.FREE)
+            await h.kubelet.admit(POD, [ContainerSpec("setup", {STORAGE: 1}, init=True), ContainerSpec("app", {})])
+            assert await h.held() == ()
+
+    async def test_a_plugin_that_goes_away_leaves_only_unhealthy_devices(self, make: Make, short_tmp: Path) -> None:
+        async with make(short_tmp, pre_start=False) as h:
+            await h.publish(a=Reason.FREE)
+            h.plugin.cancel()
+            await h.until(lambda: not h.kubelet.connected(STORAGE))
+            assert h.kubelet.health(STORAGE) == {"a": False}
+            with pytest.raises(AdmissionError):
+                await h.kubelet.admit(POD, {STORAGE: 1})
+
+    async def test_pre_start_is_asked_for_each_start_when_required(self, make: Make, short_tmp: Path) -> None:
+        async with make(short_tmp, pre_start=True) as h:
+            await h.publish(a=Reason.FREE)
+            await h.kubelet.admit(POD, {STORAGE: 1})
+            await h.kubelet.start_container(POD, "app")
+            await h.kubelet.start_container(POD, "app")
+            assert h.backend.started == [("a",), ("a",)]
+
+    async def test_pre_start_is_not_called_when_not_required(self, make: Make, short_tmp: Path) -> None:
+        async with make(short_tmp, pre_start=False) as h:
+            await h.publish(a=Reason.FREE)
+            await h.kubelet.admit(POD, {STORAGE: 1})
+            await h.kubelet.start_container(POD, "app")
+            assert h.backend.started == []
+
+    async def test_a_resource_nobody_registered_is_ignored(self, make: Make, short_tmp: Path) -> None:
+        async with make(short_tmp, pre_start=False) as h:
+            await h.publish(a=Reason.FREE)
+            assert await h.kubelet.admit(POD, {"example.com/thing": 1}) == {}

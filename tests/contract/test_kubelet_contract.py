@@ -1,0 +1,16 @@
+"""Each simulated kubelet with the real device-plugin server; the one on sockets through the real registration too."""
+
+import pytest
+from kubelet_suite import KubeletContract, Make, in_process, on_sockets
+
+
+class TestOnSockets(KubeletContract):
+    @pytest.fixture
+    def make(self) -> Make:
+        return on_sockets
+
+
+class TestInProcess(KubeletContract):
+    @pytest.fixture
+    def make(self) -> Make:
+        return in_process

@@ -1,0 +1,289 @@
+"""Registration, and again after everything that makes a kubelet forget a plugin."""
+
+import asyncio
+import contextlib
+import os
+import random
+import socket
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc.aio
+import pytest
+from kubelet_suite import PATIENCE_S, POD, STORAGE, RecordingBackend, Sockets, advertised, tasks
+
+from usbip_plugin.clock import SystemClock
+from usbip_plugin.kubelet import deviceplugin_pb2 as pb
+from usbip_plugin.kubelet.broadcast import Broadcast
+from usbip_plugin.kubelet.device_plugin import DevicePluginServer
+from usbip_plugin.kubelet.deviceplugin_pb2_grpc import DevicePluginStub
+from usbip_plugin.kubelet.directory import PluginDirectory, is_stale
+from usbip_plugin.kubelet.registration import ResourcePlugin, State
+from usbip_plugin.model import Reason
+from usbip_plugin.sim.device_manager import AdmissionError
+from usbip_plugin.sim.kubelet import FakeKubelet
+
+ETHERNET = "usbip.dev/ethernet"
+
+
+@dataclass
+class Node:
+    """The plugin's side, without a kubelet."""
+
+    path: Path
+    directory: PluginDirectory
+    plugins: dict[str, ResourcePlugin]
+    tasks: dict[str, asyncio.Task[None]]
+    backend: RecordingBackend
+    moved: Broadcast
+
+    @property
+    def server(self) -> DevicePluginServer:
+        return self.plugins[STORAGE].server
+
+    async def reaches(self, state: State) -> None:
+        async with asyncio.timeout(PATIENCE_S):
+            await self.moved.until(lambda: self.plugins[STORAGE].state is state)
+
+
+@contextlib.asynccontextmanager
+async def node(path: Path, *resources: str) -> AsyncIterator[Node]:
+    clock, backend, moved = SystemClock(), RecordingBackend(), Broadcast()
+    directory = PluginDirectory(path, clock)
+    plugins = {
+        name: ResourcePlugin(
+            DevicePluginServer(name, backend), directory, clock, random.Random(1), lambda _: moved.fire()
+        )
+        for name in resources or (STORAGE,)
+    }
+    async with tasks() as start:
+        start(directory.run())
+        yield Node(path, directory, plugins, {name: start(p.run()) for name, p in plugins.items()}, backend, moved)
+
+
+async def sees(kubelet: FakeKubelet, resource: str = STORAGE, **health: bool) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        await kubelet.wait_for(resource, lambda now: now == health)
+
+
+async def registrations(kubelet: FakeKubelet, count: int) -> None:
+    """The kubelet has accepted so many, and a plugin is connected."""
+    async with asyncio.timeout(PATIENCE_S):
+        await kubelet.changed.until(lambda: len(kubelet.seen.registrations) >= count and kubelet.connected(STORAGE))
+
+
+class TestRegistration(Sockets):
+    async def test_it_needs_nothing_to_be_known_of_any_device(self, short_tmp: Path) -> None:
+        """Registering waits for no server; until something is published nothing is said, not even "no devices"."""
+        async with FakeKubelet(short_tmp) as kubelet, node(short_tmp) as n:
+            await n.reaches(State.REGISTERED)
+            assert kubelet.connected(STORAGE)
+            assert kubelet.seen.lists == []
+            assert not n.server.announced
+            n.server.publish(advertised(a=Reason.FREE))
+            await sees(kubelet, a=True)
+            assert n.server.announced
+
+    async def test_the_first_list_of_a_late_kubelet_is_the_present_state(self, short_tmp: Path) -> None:
+        async with node(short_tmp) as n:
+            await n.reaches(State.WAITING)
+            n.server.publish(advertised(a=Reason.FREE))
+            n.server.publish(advertised(a=Reason.HELD_ELSEWHERE))
+            async with FakeKubelet(short_tmp) as kubelet:
+                await sees(kubelet, a=False)
+                assert kubelet.seen.lists == [(STORAGE, {"a": False})]
+
+    async def test_a_kubelet_restart_is_followed_by_a_registration(self, short_tmp: Path) -> None:
+        async with FakeKubelet(short_tmp) as kubelet, node(short_tmp) as n:
+            n.server.publish(advertised(a=Reason.FREE))
+            await sees(kubelet, a=True)
+            for count in range(2, 5):
+                await kubelet.restart()
+                await registrations(kubelet, count)
+                await sees(kubelet, a=True)
+
+    async def test_no_update_is_lost_over_a_kubelet_restart(self, short_tmp: Path) -> None:
+        """Regression: the old stream used to eat the update meant for the new one."""
+        async with FakeKubelet(short_tmp) as kubelet, node(short_tmp) as n:
+            n.server.publish(advertised(a=Reason.FREE))
+            await sees(kubelet, a=True)
+            for reason in (Reason.HELD_ELSEWHERE, Reason.FREE) * 3:
+                await kubelet.stop()
+                n.server.publish(advertised(a=reason))
+                await kubelet.start()
+                await sees(kubelet, a=reason.healthy)
+            await kubelet.restart()
+            n.server.publish(advertised(a=Reason.HELD_ELSEWHERE))
+            await sees(kubelet, a=False)
+
+    async def test_a_pod_keeps_its_device_over_a_kubelet_restart(self, short_tmp: Path) -> None:
+        async with FakeKubelet(short_tmp) as kubelet, node(short_tmp) as n:
+            n.server.publish(advertised(a=Reason.ATTACHED))
+            await sees(kubelet, a=True)
+            await kubelet.admit(POD, {STORAGE: 1})
+            await kubelet.stop()
+            assert kubelet.manager.allocatable(STORAGE) == 0
+            await kubelet.start()
+            await sees(kubelet, a=True)
+            assert [entry.device_ids for entry in kubelet.held()] == [("a",)]
+            assert kubelet.manager.taken(STORAGE) == {"a"}
+
+    async def test_a_removed_socket_is_served_again_and_registered(self, short_tmp: Path) -> None:
+        async with FakeKubelet(short_tmp) as kubelet, node(short_tmp) as n:
+            n.server.publish(advertised(a=Reason.FREE))
+            await sees(kubelet, a=True)
+            (short_tmp / "usbip-storage.sock").unlink()
+            await registrations(kubelet, 2)
+            await sees(kubelet, a=True)
+
+    async def test_a_stream_the_kubelet_ends_is_followed_by_a_registration(self, short_tmp: Path) -> None:
+        async with FakeKubelet(short_tmp) as kubelet, node(short_tmp) as n:
+            n.server.publish(advertised(a=Reason.FREE))
+            await sees(kubelet, a=True)
+            for task in tuple(kubelet._listeners):
+                task.cancel()
+            await registrations(kubelet, 2)
+            await sees(kubelet, a=True)
+
+    async def test_a_refused_registration_is_tried_again_under_another_name(self, short_tmp: Path) -> None:
+        """A kubelet that still counts the last connection says "already connected", and never forgets that name."""
+        async with FakeKubelet(short_tmp) as kubelet:
+            kubelet._endpoints[STORAGE] = {short_tmp / "usbip-storage.sock": None}  # type: ignore[dict-item]
+            async with node(short_tmp) as n:
+                n.server.publish(advertised(a=Reason.FREE))
+                await sees(kubelet, a=True)
+                assert n.plugins[STORAGE].registrations == 1
+
+    async def test_resources_register_side_by_side(self, short_tmp: Path) -> None:
+        async with FakeKubelet(short_tmp) as kubelet, node(short_tmp, STORAGE, ETHERNET) as n:
+            n.plugins[STORAGE].server.publish(advertised(a=Reason.FREE))
+            n.plugins[ETHERNET].server.publish(advertised(b=Reason.HELD_ELSEWHERE))
+            for _ in range(2):
+                await sees(kubelet, STORAGE, a=True)
+                await sees(kubelet, ETHERNET, b=False)
+                await kubelet.restart()
+
+    async def test_cancelling_closes_and_removes_the_socket(self, short_tmp: Path) -> None:
+        async with FakeKubelet(short_tmp) as kubelet, node(short_tmp, STORAGE, ETHERNET) as n:
+            n.server.publish(advertised(a=Reason.FREE))
+            await sees(kubelet, a=True)
+            n.tasks[STORAGE].cancel()
+            async with asyncio.timeout(PATIENCE_S):
+                await asyncio.wait([n.tasks[STORAGE]])
+                await kubelet.changed.until(lambda: not kubelet.connected(STORAGE))
+            assert n.plugins[STORAGE].state is State.STOPPED
+            assert not any(entry.name.startswith("usbip-storage") for entry in os.scandir(short_tmp))
+            assert n.plugins[ETHERNET].registered
+
+    async def test_going_down_cancels_an_allocate_in_flight(self, short_tmp: Path) -> None:
+        async with FakeKubelet(short_tmp) as kubelet, node(short_tmp) as n:
+            n.server.publish(advertised(a=Reason.FREE))
+            await sees(kubelet, a=True)
+            n.backend.gate.clear()
+            admission = asyncio.create_task(kubelet.admit(POD, {STORAGE: 1}))
+            async with asyncio.timeout(PATIENCE_S):
+                await n.backend.entered.wait()
+                n.tasks[STORAGE].cancel()
+                await n.backend.cancelled.wait()
+                with pytest.raises(AdmissionError):
+                    await admission
+
+    async def test_what_a_crashed_predecessor_left_is_removed_and_a_socket_in_use_is_not(self, short_tmp: Path) -> None:
+        stale, used = short_tmp / "usbip-storage.sock", short_tmp / "usbip-storage.2.sock"
+        with socket.socket(socket.AF_UNIX) as left, socket.socket(socket.AF_UNIX) as other:
+            left.bind(str(stale))
+            other.bind(str(used))
+            other.listen()
+            left.close()
+            assert is_stale(stale)
+            assert not is_stale(used)
+            async with FakeKubelet(Path(short_tmp)) as kubelet:
+                # The kubelet has wiped both: put the one in use back, as a second plugin would.
+                other.close()
+                with socket.socket(socket.AF_UNIX) as again, socket.socket(socket.AF_UNIX) as dead:
+                    again.bind(str(stale))
+                    again.listen()
+                    dead.bind(str(used))
+                    dead.close()
+                    async with node(short_tmp) as n:
+                        n.server.publish(advertised(a=Reason.FREE))
+                        await sees(kubelet, a=True)
+                        assert [path.name for path in kubelet._endpoints[STORAGE]] == [used.name]  # type: ignore[attr-defined]
+                    assert stale.exists()
+
+    async def test_the_directory_may_come_later(self, short_tmp: Path) -> None:
+        path = short_tmp / "device-plugins"
+        async with node(path) as n:
+            await n.reaches(State.WAITING)
+            path.mkdir()
+            async with FakeKubelet(path) as kubelet:
+                n.server.publish(advertised(a=Reason.FREE))
+                await sees(kubelet, a=True)
+
+
+class TestStreams(Sockets):
+    async def test_a_stream_nobody_reads_holds_up_no_other(self, short_tmp: Path) -> None:
+        server = DevicePluginServer(STORAGE, RecordingBackend())
+        path = short_tmp / "s.sock"
+        async with (
+            asyncio.timeout(PATIENCE_S),
+            server.serving(path),
+            grpc.aio.insecure_channel(f"unix:{path}") as deaf,
+            grpc.aio.insecure_channel(f"unix:{path}") as good,
+        ):
+            server.publish(advertised(a=Reason.FREE))
+            ignored = DevicePluginStub(deaf).ListAndWatch(pb.Empty())
+            stream = DevicePluginStub(good).ListAndWatch(pb.Empty())
+            await server.changed.until(lambda: server.open_streams == 2)
+            for reason in (Reason.FREE, Reason.HELD_ELSEWHERE) * 20:
+                server.publish(advertised(a=reason))
+                while (await stream.read()).devices[0].health != ("Healthy" if reason.healthy else "Unhealthy"):
+                    pass
+            ignored.cancel()
+            await server.changed.until(lambda: server.open_streams == 1)
+
+    async def test_wait_sent_covers_everything_published_before(self, short_tmp: Path) -> None:
+        server = DevicePluginServer(STORAGE, RecordingBackend())
+        path = short_tmp / "s.sock"
+        async with (
+            asyncio.timeout(PATIENCE_S),
+            server.serving(path),
+            grpc.aio.insecure_channel(f"unix:{path}") as channel,
+        ):
+            await server.wait_sent()
+            stream = DevicePluginStub(channel).ListAndWatch(pb.Empty())
+            await server.changed.until(lambda: server.open_streams == 1)
+            server.publish(advertised(a=Reason.FREE))
+            before = server.announced
+            await server.wait_sent()
+            assert (before, server.announced) == (False, True)
+            assert [d.ID for d in (await stream.read()).devices] == ["a"]
+
+    async def test_the_same_list_is_not_sent_twice(self, short_tmp: Path) -> None:
+        async with FakeKubelet(short_tmp) as kubelet, node(short_tmp) as n:
+            n.server.publish(advertised(a=Reason.FREE))
+            await sees(kubelet, a=True)
+            n.server.publish(advertised(a=Reason.ATTACHED))
+            n.server.publish(advertised(a=Reason.ATTACHED, b=Reason.FREE))
+            await sees(kubelet, a=True, b=True)
+            assert kubelet.seen.lists == [(STORAGE, {"a": True}), (STORAGE, {"a": True, "b": True})]
+
+    async def test_requests_out_of_bounds_are_refused(self, short_tmp: Path) -> None:
+        backend = RecordingBackend()
+        server = DevicePluginServer(STORAGE, backend)
+        path = short_tmp / "s.sock"
+        async with (
+            asyncio.timeout(PATIENCE_S),
+            server.serving(path),
+            grpc.aio.insecure_channel(f"unix:{path}") as channel,
+        ):
+            for request in (
+                pb.AllocateRequest(container_requests=[pb.ContainerAllocateRequest()]),
+                pb.AllocateRequest(container_requests=[pb.ContainerAllocateRequest(devices_ids=["a"] * 2000)]),
+                pb.AllocateRequest(container_requests=[pb.ContainerAllocateRequest(devices_ids=["a"])] * 100),
+            ):
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await DevicePluginStub(channel).Allocate(request)
+                assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+        assert backend.allocated == []

@@ -1,0 +1,160 @@
+"""The own-node pod watch: every pod's end is told once, whatever the watch does."""
+
+import asyncio
+import random
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from usbip_plugin.errors import KubeGone, KubeUnreachable
+from usbip_plugin.kubelet.pods import OwnPods, PodPhase, PodState, read_pod
+from usbip_plugin.model import PodRef
+from usbip_plugin.sim.loop import SimClock, virtual
+
+A = PodRef("default", "a", "uid-a")
+
+
+def pod(name: str = "a", uid: str | None = None, phase: str = "Running", *, deleted: bool = False) -> dict[str, Any]:
+    metadata = {"namespace": "default", "name": name, "uid": uid or f"uid-{name}", "resourceVersion": "7"}
+    if deleted:
+        metadata["deletionTimestamp"] = "2026-01-01T00:00:00Z"
+    return {"metadata": metadata, "status": {"phase": phase}}
+
+
+def event(kind: str, obj: dict[str, Any]) -> dict[str, Any]:
+    return {"type": kind, "object": obj}
+
+
+class Api:
+    """Lists what is in `pods`; watches replay the scripts in turn, the last one for ever."""
+
+    def __init__(self, *scripts: list[dict[str, Any] | Exception]) -> None:
+        self.pods: list[dict[str, Any]] = []
+        self.scripts = list(scripts)
+        self.lists: list[Mapping[str, str]] = []
+        self.watches: list[Mapping[str, str]] = []
+        self.list_error: Exception | None = None
+
+    async def list(self, path: str, *, resource: str, params: Mapping[str, str], timeout: float) -> dict[str, Any]:
+        assert (path, resource) == ("/api/v1/pods", "pods")
+        self.lists.append(params)
+        if self.list_error is not None:
+            error, self.list_error = self.list_error, None
+            raise error
+        return {"metadata": {"resourceVersion": str(len(self.lists))}, "items": self.pods}
+
+    async def watch(
+        self, path: str, *, resource: str, params: Mapping[str, str], timeout: float
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        self.watches.append(params)
+        if not self.scripts:
+            await asyncio.Event().wait()
+        for step in self.scripts.pop(0):
+            if isinstance(step, Exception):
+                raise step
+            yield step
+
+
+def own_pods(api: Api) -> tuple[OwnPods, list[tuple[PodRef, PodPhase]]]:
+    told: list[tuple[PodRef, PodPhase]] = []
+    clock = SimClock(asyncio.get_running_loop())
+    return OwnPods(api, "node-a", clock, random.Random(1), lambda ref, phase: told.append((ref, phase))), told
+
+
+async def run_for(pods: OwnPods, seconds: float) -> None:
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await pods.run()
+
+
+@virtual
+async def test_each_step_of_a_pods_end_is_told_once() -> None:
+    pods, told = own_pods(Api())
+    pods.apply(event("ADDED", pod()))
+    pods.apply(event("MODIFIED", pod()))
+    assert told == []
+    assert pods.find("default", "a") == A
+    pods.apply(event("MODIFIED", pod(deleted=True)))
+    pods.apply(event("MODIFIED", pod(deleted=True)))
+    assert told == [(A, PodPhase.TERMINATING)]
+    assert pods.find("default", "a") == A
+    pods.apply(event("MODIFIED", pod(phase="Failed", deleted=True)))
+    pods.apply(event("DELETED", pod(phase="Failed", deleted=True)))
+    assert told == [(A, PodPhase.TERMINATING), (A, PodPhase.ENDED)]
+    assert pods.find("default", "a") is None
+
+
+@virtual
+async def test_a_pod_replaced_by_its_namesake_has_ended() -> None:
+    pods, told = own_pods(Api())
+    pods.apply(event("ADDED", pod()))
+    pods.apply(event("ADDED", pod(uid="uid-new")))
+    assert told == [(A, PodPhase.ENDED)]
+    assert pods.find("default", "a") == PodRef("default", "a", "uid-new")
+
+
+@virtual
+async def test_a_pod_that_vanished_during_a_gap_is_told_after_the_relist() -> None:
+    api = Api([KubeGone("watch", "pods", "too old")])
+    api.pods = [pod("a"), pod("b")]
+    pods, told = own_pods(api)
+    api.scripts[0].insert(0, event("BOOKMARK", {"metadata": {"resourceVersion": "5"}}))
+    task = asyncio.create_task(run_for(pods, 60))
+    await asyncio.sleep(0.1)
+    api.pods = [pod("b", phase="Succeeded")]
+    await task
+    assert sorted(told) == [(A, PodPhase.ENDED), (PodRef("default", "b", "uid-b"), PodPhase.ENDED)]
+    assert api.watches[0] == {"fieldSelector": "spec.nodeName=node-a", "resourceVersion": "1"}
+    assert len(api.lists) == 2
+    assert pods.synced
+
+
+@virtual
+async def test_a_watch_that_ends_goes_on_from_where_it_was() -> None:
+    api = Api([event("ADDED", pod())], [event("DELETED", pod())])
+    pods, told = own_pods(api)
+    await run_for(pods, 60)
+    assert told == [(A, PodPhase.ENDED)]
+    assert len(api.lists) == 1
+    assert [params["resourceVersion"] for params in api.watches] == ["1", "7", "7"]
+
+
+@virtual
+async def test_an_api_server_that_is_away_is_tried_again_and_no_view_is_trusted_meanwhile() -> None:
+    api = Api([KubeUnreachable("watch", "pods", "reset")])
+    api.list_error = KubeUnreachable("list", "pods", "refused")
+    pods, _ = own_pods(api)
+    synced = pods.synced
+    await run_for(pods, 300)
+    assert not synced
+    assert pods.synced
+    assert len(api.lists) == 3
+
+
+@virtual
+async def test_a_watch_that_keeps_ending_at_once_does_not_spin() -> None:
+    api = Api()
+    api.scripts = [[] for _ in range(10_000)]
+    pods, _ = own_pods(api)
+    await run_for(pods, 60)
+    assert len(api.watches) < 100
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(["metadata", "status", "phase", "uid"]), inner),
+    max_leaves=20,
+)
+
+
+@given(json_values)
+def test_anything_that_is_not_a_pod_is_left_out(value: Any) -> None:
+    assert read_pod(value) is None
+
+
+def test_only_uid_and_phase_are_kept() -> None:
+    assert read_pod(pod(phase="Succeeded")) == (("default", "a"), PodState("uid-a", PodPhase.ENDED))
+    assert read_pod(pod(phase="Pending", deleted=True)) == (("default", "a"), PodState("uid-a", PodPhase.TERMINATING))

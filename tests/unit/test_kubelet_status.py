@@ -1,0 +1,52 @@
+"""The gRPC status an Allocate error becomes."""
+
+import grpc
+import pytest
+
+from usbip_plugin import errors as e
+from usbip_plugin.kubelet.status import MAX_DETAIL_CHARACTERS, status_code, status_details
+from usbip_plugin.model import DeviceKey, ServerKey, UsbId
+
+SERVER = ServerKey("10.0.0.1")
+KEY = DeviceKey(SERVER, "1-1")
+Code = grpc.StatusCode
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (e.LockHeld("d", "node-b"), Code.FAILED_PRECONDITION),
+        (e.LockLost("d", "node-b"), Code.FAILED_PRECONDITION),
+        (e.DeviceBusy(KEY), Code.FAILED_PRECONDITION),
+        (e.ClaimBusy("d"), Code.FAILED_PRECONDITION),
+        (e.ServerUnreachable(SERVER, "refused"), Code.UNAVAILABLE),
+        (e.LockUnavailable("d", "API"), Code.UNAVAILABLE),
+        (e.KubeUnreachable("get", "leases", "gone"), Code.UNAVAILABLE),
+        (e.ServerTimeout(SERVER, "import", 3), Code.DEADLINE_EXCEEDED),
+        (e.AllocateTimeout("late"), Code.DEADLINE_EXCEEDED),
+        (e.AttachStuck("005"), Code.DEADLINE_EXCEEDED),
+        (e.UnknownDevice("d"), Code.NOT_FOUND),
+        (e.DeviceUnknown(KEY), Code.NOT_FOUND),
+        (e.PortsExhausted("hs", 8), Code.RESOURCE_EXHAUSTED),
+        (e.WrongDevice(KEY, UsbId(1, 2), UsbId(3, 4)), Code.INTERNAL),
+        (e.AttachRefused("EINVAL"), Code.INTERNAL),
+        (e.KubeForbidden("update", "leases", "no"), Code.INTERNAL),
+        (e.AllocateError("alone"), Code.INTERNAL),
+    ],
+)
+def test_code(error: e.PluginError, code: grpc.StatusCode) -> None:
+    assert status_code(error) is code
+
+
+def test_an_allocate_error_stands_for_its_cause() -> None:
+    outer = e.AllocateError("could not")
+    outer.__cause__ = e.LockHeld("d", "node-b")
+    assert status_code(outer) is Code.FAILED_PRECONDITION
+
+
+def test_details_are_one_bounded_line_that_keeps_what_comes_first() -> None:
+    assert status_details(e.LockHeld("10.0.0.1:3240/1-1", "node-b")) == "10.0.0.1:3240/1-1 is held by node node-b"
+    long = status_details(e.AllocateError("first\nsecond " + "x" * 5000))
+    assert long.startswith("first second x")
+    assert len(long) == MAX_DETAIL_CHARACTERS
+    assert status_details(e.AllocateError("")) == "AllocateError"
