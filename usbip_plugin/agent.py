@@ -22,6 +22,7 @@ from usbip_plugin.kubelet.node_status import NodeStatusPublisher
 from usbip_plugin.kubelet.pod_resources import PodResources
 from usbip_plugin.kubelet.pods import OwnPods, PodPhase
 from usbip_plugin.locks.manager import LockManager, LockSettings
+from usbip_plugin.locks.protocol import Rules
 from usbip_plugin.locks.store import LeaseStore
 from usbip_plugin.model import Advertised, NodeIdentity, PodRef
 from usbip_plugin.notices import Notice
@@ -74,6 +75,7 @@ class Agent:
         *,
         domain: str,
         lock_settings: LockSettings | None = None,
+        lock_rules: Rules | None = None,
         observer: Observer | None = None,
     ) -> None:
         out, observer = outside, observer or Observer()
@@ -86,6 +88,7 @@ class Agent:
             out.rng,
             lock_settings or LockSettings(duration=config.lock.duration),
             out.tracer,
+            lock_rules,
         )
         self.poller = ServerPoller(out.client, out.clock, out.rng, self._server_changed)
         self.attacher = Attacher(

@@ -39,6 +39,10 @@ class SimulatedVhci:
         return occupant is not None and self._known.get(number, occupant.number) != occupant.number
 
     async def ports(self) -> tuple[PortState, ...]:
+        return self.ports_now()
+
+    def ports_now(self) -> tuple[PortState, ...]:
+        """The same at once, for who watches the simulation."""
         return tuple(self._state(port) for port in self._ports())
 
     def _state(self, port: Port) -> PortState:
