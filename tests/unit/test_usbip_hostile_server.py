@@ -214,19 +214,24 @@ async def test_each_refusal_has_its_error(client: TcpUsbipClient, status: int, e
         assert type(refusal(DeviceKey(hostile.key, "1-1"), status)) is error
 
 
+REAL = VirtualDevice("1-1", UsbId(1, 2)).usb_descriptor(1, 0, UsbId(1, 2)) or b""
+
+
 @pytest.mark.parametrize(
-    "answer",
+    ("answer", "reason"),
     [
-        bytes(48),
-        urb.encode_return(urb.SubmitReturn(7, 0, 18)),
-        urb.encode_return(urb.SubmitReturn(1, 0, 19)),
-        urb.encode_return(urb.UnlinkReturn(1, 0)),
-        urb.encode_return(urb.SubmitReturn(1, -urb.EPIPE, 0)),
-        urb.encode_return(urb.SubmitReturn(1, -71, 0)),
-        urb.encode_return(urb.SubmitReturn(1, 0, 2)) + b"\x12\x01",
+        (bytes(48), "neither RET_SUBMIT nor RET_UNLINK"),
+        (urb.encode_return(urb.SubmitReturn(7, 0, 18)) + REAL, "another transfer"),
+        (urb.encode_return(urb.SubmitReturn(1, 0, 19)) + REAL + b"!", "another transfer"),
+        (urb.encode_return(urb.UnlinkReturn(1, 0)), "another transfer"),
+        (urb.encode_return(urb.SubmitReturn(1, -urb.EPIPE, 0)), "no device descriptor"),
+        (urb.encode_return(urb.SubmitReturn(1, -71, 0)), "failed with -71"),
+        (urb.encode_return(urb.SubmitReturn(1, 0, 2)) + REAL[:2], "no device descriptor"),
     ],
 )
-async def test_a_device_that_answers_nonsense_is_an_error_and_let_go(client: TcpUsbipClient, answer: bytes) -> None:
+async def test_a_device_that_answers_nonsense_is_an_error_and_let_go(
+    client: TcpUsbipClient, answer: bytes, reason: str
+) -> None:
     async def device(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readexactly(40)
         writer.write(GOOD_IMPORT)
@@ -237,7 +242,7 @@ async def test_a_device_that_answers_nonsense_is_an_error_and_let_go(client: Tcp
 
     async with serving(device) as hostile:
         imported = await import_device(client, hostile)
-        with pytest.raises(UsbipError, match="1-1"):
+        with pytest.raises(UsbipError, match=f"1-1.*{reason}"):
             await client.probe(imported, timeout=PATIENCE)
         assert imported.sock.fileno() == -1
 

@@ -174,6 +174,21 @@ async def test_a_server_that_comes_back_is_polled_as_before(lab: Lab) -> None:
 
 
 @in_lab(1)
+async def test_the_first_retry_is_quick_each_time_a_server_fails(lab: Lab) -> None:
+    for _ in range(2):
+        await lab.servers[0].stop()
+        await lab.clock.sleep(300)
+        await lab.servers[0].start()
+        lab.poller.poke(lab.keys[0])
+        await lab.clock.sleep(POLL_INTERVAL * 3)
+        assert lab.poller.views[lab.keys[0]].state is ServerState.REACHABLE
+    await lab.servers[0].stop()
+    polls = len(lab.polls[lab.keys[0]])
+    await lab.clock.sleep(POLL_INTERVAL * 1.2 + FIRST_RETRY * 1.2 + 0.1)
+    assert len(lab.polls[lab.keys[0]]) - polls >= 2
+
+
+@in_lab(1)
 async def test_a_poke_finds_a_released_device_although_it_is_hidden_at_first(lab: Lab) -> None:
     imported = await lab.node.import_device(DeviceKey(lab.keys[0], "1-1"), timeout=1)
     await lab.clock.sleep(POLL_INTERVAL * 2)
@@ -226,3 +241,20 @@ async def test_nothing_is_told_of_a_server_taken_out_while_it_was_asked(lab: Lab
     await lab.clock.sleep(60)
     assert lab.told == []
     assert len(lab.polls[lab.keys[0]]) == 1
+
+
+@virtual
+async def test_nothing_is_told_of_a_server_taken_out_in_the_moment_of_its_answer() -> None:
+    lab = Lab(servers=2)
+    told: list[ServerView] = []
+
+    def take_all_out(view: ServerView) -> None:
+        told.append(view)
+        lab.poller.set_servers(frozenset())
+
+    lab.poller = ServerPoller(lab, lab.clock, random.Random(0), take_all_out)
+    lab.poller.set_servers(frozenset(lab.keys))
+    async with lab.running():
+        await lab.clock.sleep(60)
+    assert len(told) == 1
+    assert lab.poller.views == {}
