@@ -17,6 +17,9 @@ from usbip_plugin.errors import ConfigError
 MAX_DEVICES = 1024
 """Entries over all resources; checking them for overlaps costs their square."""
 
+NOT_YET = ("onLoss", "cdi")
+"""Keys of a resource that are checked and kept, and that nothing reads so far."""
+
 _FLAGS = ("domain", "plugin-directory", "pod-resources-socket", "log-level", "listen")
 _TOP = ("resources", "lock", "allocateTimeout", "publishNodeStatus", *_FLAGS)
 _T = TypeVar("_T")
@@ -121,6 +124,9 @@ def _resource(name: str, node: Node, problems: Problems) -> tuple[list[tuple[Dev
     if node.is_mapping:
         known = ("devices", "onLoss", "cdi", "children", "containerPath")
         fields = read_fields(node, problems, known, Unknown.ERROR, "a resource") or {}
+    for key in NOT_YET:
+        if key in fields:
+            problems.warn(fields[key], "checked, but not acted upon in this version")
     entries: list[tuple[DeviceSelector, Node]] = []
     devices = fields.get("devices")
     if devices is None or not devices.is_sequence:
