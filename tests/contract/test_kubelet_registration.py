@@ -14,6 +14,7 @@ import pytest
 from kubelet_suite import PATIENCE_S, POD, STORAGE, RecordingBackend, Sockets, advertised, tasks
 
 from usbip_plugin.clock import SystemClock
+from usbip_plugin.errors import RegistrationFailed
 from usbip_plugin.kubelet import deviceplugin_pb2 as pb
 from usbip_plugin.kubelet.broadcast import Broadcast
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer
@@ -242,6 +243,24 @@ class TestStreams(Sockets):
                     pass
             ignored.cancel()
             await server.changed.until(lambda: server.open_streams == 1)
+
+    async def test_the_end_of_serving_is_an_orderly_end_of_the_stream(self, short_tmp: Path) -> None:
+        server = DevicePluginServer(STORAGE, RecordingBackend())
+        path = short_tmp / "s.sock"
+        async with asyncio.timeout(PATIENCE_S), grpc.aio.insecure_channel(f"unix:{path}") as channel:
+            async with server.serving(path):
+                stream = DevicePluginStub(channel).ListAndWatch(pb.Empty())
+                await server.changed.until(lambda: server.open_streams == 1)
+            assert await stream.read() is grpc.aio.EOF
+            assert await stream.code() is grpc.StatusCode.OK
+        assert not path.exists()
+        assert server.open_streams == 0
+
+    async def test_a_socket_that_cannot_be_made_is_a_registration_failure(self, short_tmp: Path) -> None:
+        server = DevicePluginServer(STORAGE, RecordingBackend())
+        with pytest.raises(RegistrationFailed, match="cannot serve on"):
+            async with server.serving(short_tmp / "missing" / "s.sock"):
+                pass
 
     async def test_wait_sent_covers_everything_published_before(self, short_tmp: Path) -> None:
         server = DevicePluginServer(STORAGE, RecordingBackend())

@@ -80,6 +80,7 @@ async def test_what_is_written_already_is_not_written_again() -> None:
     async with Running() as r:
         for _ in range(3):
             assert await r.publisher.publish_now({STORAGE: 0}, 1.0)
+            await asyncio.sleep(10 * PATCH_S)
         assert len(r.api.patches) == 1
         r.publisher.forget(STORAGE)
         assert await r.publisher.publish_now({STORAGE: 0}, 1.0)

@@ -1,0 +1,137 @@
+"""What one ListAndWatch stream is sent, without a socket."""
+
+import asyncio
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from usbip_plugin.kubelet.device_plugin import ContainerResponse, DevicePluginServer, DeviceStates
+from usbip_plugin.model import Advertised, DeviceKey, Health, Reason, ServerKey
+from usbip_plugin.sim.loop import run, virtual
+
+
+class NoBackend:
+    async def allocate_all(self, resource: str, requests: tuple[tuple[str, ...], ...]) -> tuple[ContainerResponse, ...]:
+        raise NotImplementedError
+
+    def preferred(self, resource: str, available: tuple[str, ...], must: tuple[str, ...], size: int) -> tuple[str, ...]:
+        raise NotImplementedError
+
+    async def pre_start(self, resource: str, device_ids: tuple[str, ...]) -> None:
+        raise NotImplementedError
+
+
+def devices(*health: bool) -> tuple[Advertised, ...]:
+    key = DeviceKey(ServerKey("10.0.0.1"), "1-1")
+    return tuple(
+        Advertised(str(n), key, Health(Reason.FREE if h else Reason.HELD_ELSEWHERE)) for n, h in enumerate(health)
+    )
+
+
+class Stream:
+    """Follows a server; each send takes `pace` seconds."""
+
+    def __init__(self, server: DevicePluginServer, pace: float) -> None:
+        self.sent: list[DeviceStates] = []
+        self._pace = pace
+        self.task = asyncio.create_task(server.follow(self._send))
+
+    async def _send(self, state: DeviceStates) -> None:
+        await asyncio.sleep(self._pace)
+        self.sent.append(state)
+
+    async def end(self) -> None:
+        self.task.cancel()
+        await asyncio.wait([self.task])
+
+
+@virtual
+async def test_no_devices_at_all_is_something_to_say() -> None:
+    server = DevicePluginServer("usbip.dev/storage", NoBackend())
+    stream = Stream(server, 0)
+    await asyncio.sleep(1)
+    assert stream.sent == []
+    server.publish(())
+    await server.wait_sent()
+    assert stream.sent == [()]
+    await stream.end()
+
+
+@virtual
+async def test_what_is_published_during_a_write_is_sent_after_it() -> None:
+    server = DevicePluginServer("usbip.dev/storage", NoBackend())
+    server.publish(devices(True))
+    stream = Stream(server, 1)
+    await asyncio.sleep(0.5)
+    server.publish(devices(False))
+    await server.wait_sent()
+    assert stream.sent == [(("0", True),), (("0", False),)]
+    await stream.end()
+
+
+@virtual
+async def test_wait_sent_waits_for_the_slowest_stream_and_not_for_one_that_is_gone() -> None:
+    server = DevicePluginServer("usbip.dev/storage", NoBackend())
+    quick, slow = Stream(server, 0.1), Stream(server, 5)
+    await asyncio.sleep(0)
+    server.publish(devices(True))
+    await server.wait_sent()
+    assert len(quick.sent) == len(slow.sent) == 1
+    server.publish(devices(False))
+    waiting = asyncio.create_task(server.wait_sent())
+    await asyncio.sleep(1)
+    assert not waiting.done()
+    await slow.end()
+    async with asyncio.timeout(0.1):
+        await waiting
+    assert server.open_streams == 1
+    await quick.end()
+
+
+@virtual
+async def test_a_stream_that_breaks_takes_nothing_with_it() -> None:
+    server = DevicePluginServer("usbip.dev/storage", NoBackend())
+    server.publish(devices(True))
+
+    async def broken(_state: DeviceStates) -> None:
+        raise ConnectionError("gone")
+
+    with pytest.raises(ConnectionError):
+        await server.follow(broken)
+    assert server.open_streams == 0
+    stream = Stream(server, 0)
+    await asyncio.sleep(0.1)
+    assert stream.sent == [(("0", True),)]
+    await stream.end()
+
+
+steps = st.lists(st.tuples(st.sampled_from([0.0, 0.3, 1.0, 4.0]), st.lists(st.booleans(), max_size=2)), max_size=12)
+
+
+@given(steps, st.sampled_from([0.0, 0.5, 2.0]))
+def test_every_stream_ends_up_with_the_last_state_and_never_goes_back(
+    script: list[tuple[float, list[bool]]], pace: float
+) -> None:
+    async def main() -> None:
+        server = DevicePluginServer("usbip.dev/storage", NoBackend())
+        streams = [Stream(server, pace)]
+        published: list[DeviceStates] = []
+        for pause, health in script:
+            server.publish(devices(*health))
+            state = tuple((str(n), h) for n, h in enumerate(health))
+            if not published or published[-1] != state:
+                published.append(state)
+            await asyncio.sleep(pause)
+            streams.append(Stream(server, pace))
+            await asyncio.sleep(0)
+        await server.wait_sent()
+        for stream in streams:
+            if published:
+                assert stream.sent[-1] == published[-1]
+            # What was sent is a subsequence of what was published.
+            rest = iter(published)
+            assert all(state in rest for state in stream.sent)
+            await stream.end()
+
+    run(main)
