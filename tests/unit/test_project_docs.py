@@ -1,0 +1,122 @@
+"""What the documents, manifests and scripts say agrees with the code."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from usbip_plugin.check import permissions_needed
+from usbip_plugin.claims import TRANSITIONS
+from usbip_plugin.cli import parser
+from usbip_plugin.config import parse_config, schema
+from usbip_plugin.observe.metrics import Metrics
+
+ROOT = Path(__file__).parent.parent.parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+NAMESPACE = "usbip-system"
+
+
+def code_blocks(document: Path) -> list[str]:
+    return re.findall(r"```yaml\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def make_targets() -> set[str]:
+    return set(re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_and_make_targets_exist(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (document.parent / link).exists(), link
+    for target in re.findall(r"`make ([a-z-]+)", text):
+        assert target in make_targets()
+    for path in re.findall(r"`((?:usbip_plugin|tests|rbac|deploy|docs|proto|sim|locks|kubelet)/[\w./-]*)`", text):
+        assert (ROOT / path).exists() or (ROOT / "usbip_plugin" / path).exists(), path
+
+
+@pytest.mark.parametrize("document", [ROOT / "README.md", ROOT / "docs/configuration.md"], ids=lambda path: path.name)
+def test_the_configurations_shown_are_taken_without_a_warning(document: Path) -> None:
+    shown = [block for block in code_blocks(document) if "target:" in block]
+    assert shown
+    for block in shown:
+        assert parse_config(block).warnings == ()
+
+
+def test_the_defaults_in_the_documents_are_those_of_the_code() -> None:
+    text = (ROOT / "docs/configuration.md").read_text(encoding="utf-8")
+    for flag, default in (
+        ("config", schema.DEFAULT_CONFIG_PATH),
+        ("domain", schema.DEFAULT_DOMAIN),
+        ("plugin-directory", schema.DEFAULT_PLUGIN_DIRECTORY),
+        ("pod-resources-socket", schema.DEFAULT_POD_RESOURCES_SOCKET),
+        ("log-level", schema.DEFAULT_LOG_LEVEL),
+        ("listen", schema.DEFAULT_LISTEN),
+    ):
+        assert f"| `--{flag}` | `{default}`" in text
+
+
+def test_every_command_is_in_the_readme() -> None:
+    listed = set(
+        re.findall(r"^\| `usbip-plugin (\w+)` \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    )
+    (commands,) = [action.choices for action in parser()._actions if isinstance(action.choices, dict)]
+    assert listed == set(commands)
+
+
+def test_the_table_of_states_is_that_of_the_code() -> None:
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8").split("### States of a claim")[1].split("##")[0]
+    rows = {row[0]: row[1] for row in re.findall(r"^\| (\w+) \|[^|]*\| ([^|]*) \|$", text, re.MULTILINE)}
+    follow: dict[str, set[str]] = {}
+    for (state, _), after in TRANSITIONS.items():
+        follow.setdefault(state.value, set()).add(after.value)
+    assert {name: set(re.findall(r"\b[A-Z][a-z]+\b", after)) for name, after in rows.items() if name != "state"} == {
+        name: after - {name} for name, after in follow.items()
+    }
+
+
+def test_the_metrics_named_in_the_documents_exist() -> None:
+    exposed = Metrics()
+    exposed.devices("r", {})
+    text = exposed.render()[0].decode()
+    for document in DOCUMENTS:
+        for name in re.findall(r"`(\w*device_plugin_\w+)`", document.read_text(encoding="utf-8")):
+            assert name in text
+
+
+def rbac() -> Iterator[dict[str, Any]]:
+    for path in sorted((ROOT / "rbac").glob("*.yaml")):
+        yield from (item for item in yaml.safe_load_all(path.read_text(encoding="utf-8")) if item)
+
+
+def test_check_asks_for_exactly_what_rbac_grants() -> None:
+    granted = {
+        (verb, group, resource, item["metadata"].get("namespace"))
+        for item in rbac()
+        for rule in item.get("rules", ())
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+    }
+    needed = permissions_needed(NAMESPACE, "node", publish_node_status=True)
+    assert granted == {
+        (p.verb, p.group, f"{p.resource}/{p.subresource}" if p.subresource else p.resource, p.namespace) for p in needed
+    }
+
+
+def test_kind_has_two_workers() -> None:
+    roles = [node["role"] for node in yaml.safe_load((ROOT / "kind-config.yaml").read_text(encoding="utf-8"))["nodes"]]
+    assert sorted(roles) == ["control-plane", "worker", "worker"]
+
+
+def test_the_ci_script_is_sound_and_runs_targets_that_exist() -> None:
+    script = ROOT / ".ci/run"
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    used = re.findall(r"^section \w+ \d+ make ([a-z-]+)", script.read_text(encoding="utf-8"), re.MULTILINE)
+    assert {"lint", "demo", "test", "test-apiserver", "test-kernel"} <= set(used) <= make_targets()
