@@ -1,0 +1,210 @@
+"""A real kube-apiserver with its etcd, on free ports, for as long as the tests run."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import socket
+import ssl
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+ADMIN_TOKEN = "admin-token"
+START_S = 90.0
+STOP_S = 20.0
+_POLL_S = 0.1
+
+_OPENSSL_CONFIG = """
+[req]
+distinguished_name = dn
+[dn]
+[ca]
+basicConstraints = critical, CA:TRUE
+keyUsage = critical, keyCertSign, cRLSign
+subjectKeyIdentifier = hash
+[server]
+basicConstraints = critical, CA:FALSE
+keyUsage = critical, digitalSignature
+extendedKeyUsage = serverAuth
+subjectKeyIdentifier = hash
+authorityKeyIdentifier = keyid
+subjectAltName = IP:127.0.0.1, DNS:localhost
+"""
+
+
+def binaries() -> Path:
+    """Where kube-apiserver and etcd are; built first if need be."""
+    script = ROOT / "tests" / "lab" / "cluster" / "build.sh"
+    return Path(subprocess.run([script], check=True, stdout=subprocess.PIPE, text=True).stdout.strip())
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+@dataclass
+class Cluster:
+    """The running pair. directory holds certificates, logs and data."""
+
+    directory: Path
+    bin: Path
+    port: int
+    etcd_port: int
+    api: subprocess.Popen[bytes]
+
+    @property
+    def server(self) -> str:
+        return f"https://127.0.0.1:{self.port}"
+
+    @property
+    def ca(self) -> Path:
+        return self.directory / "ca.crt"
+
+    def kubeconfig(self, token: str, server: str | None = None) -> str:
+        """Path of a kubeconfig for a bearer token, optionally by way of another address."""
+        text = {
+            "apiVersion": "v1",
+            "kind": "Config",
+            "clusters": [
+                {"name": "c", "cluster": {"server": server or self.server, "certificate-authority": str(self.ca)}}
+            ],
+            "users": [{"name": "u", "user": {"token": token}}],
+            "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}],
+            "current-context": "x",
+        }
+        path = self.directory / f"kubeconfig-{abs(hash((token, server))):x}"
+        path.write_text(json.dumps(text), encoding="utf-8")
+        return str(path)
+
+    def forget(self) -> None:
+        """etcd forgets every version but the newest of each key, and the API server, restarted, its watch cache."""
+        status = self._etcd("kv/range", {"key": "AA=="})
+        self._etcd("kv/compaction", {"revision": status["header"]["revision"], "physical": True})
+        self.restart_api()
+
+    def restart_api(self) -> None:
+        _end(self.api)
+        self.api = start_api(self.directory, self.bin, self.port, self.etcd_port)
+
+    def _etcd(self, path: str, body: object) -> dict[str, dict[str, str]]:
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.etcd_port}/v3/{path}", data=json.dumps(body).encode(), method="POST"
+        )
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            found: dict[str, dict[str, str]] = json.load(answer)
+        return found
+
+
+@contextlib.contextmanager
+def running(directory: Path) -> Iterator[Cluster]:
+    """Starts both, ends both; nothing else is touched."""
+    found = binaries()
+    _make_keys(directory)
+    (directory / "tokens.csv").write_text(f"{ADMIN_TOKEN},admin,admin,system:masters\n", encoding="ascii")
+    etcd_port, peer_port, port = free_port(), free_port(), free_port()
+    etcd = _spawn(
+        directory,
+        "etcd",
+        found / "etcd",
+        f"--data-dir={directory / 'etcd'}",
+        "--unsafe-no-fsync",
+        f"--listen-client-urls=http://127.0.0.1:{etcd_port}",
+        f"--advertise-client-urls=http://127.0.0.1:{etcd_port}",
+        f"--listen-peer-urls=http://127.0.0.1:{peer_port}",
+        f"--initial-advertise-peer-urls=http://127.0.0.1:{peer_port}",
+        f"--initial-cluster=default=http://127.0.0.1:{peer_port}",
+    )
+    try:
+        cluster = Cluster(directory, found, port, etcd_port, start_api(directory, found, port, etcd_port))
+        try:
+            yield cluster
+        finally:
+            _end(cluster.api)
+    finally:
+        _end(etcd)
+        shutil.rmtree(directory / "etcd", ignore_errors=True)
+
+
+def start_api(directory: Path, found: Path, port: int, etcd_port: int) -> subprocess.Popen[bytes]:
+    """A kube-apiserver that is ready."""
+    process = _spawn(
+        directory,
+        "kube-apiserver",
+        found / "kube-apiserver",
+        f"--etcd-servers=http://127.0.0.1:{etcd_port}",
+        f"--service-account-key-file={directory / 'sa.key'}",
+        f"--service-account-signing-key-file={directory / 'sa.key'}",
+        "--service-account-issuer=https://kubernetes.default.svc",
+        f"--token-auth-file={directory / 'tokens.csv'}",
+        "--authorization-mode=RBAC",
+        f"--tls-cert-file={directory / 'server.crt'}",
+        f"--tls-private-key-file={directory / 'server.key'}",
+        "--service-cluster-ip-range=10.96.0.0/16",
+        "--bind-address=127.0.0.1",
+        f"--secure-port={port}",
+        "--shutdown-delay-duration=0s",
+    )
+    try:
+        _wait_ready(process, directory, port)
+    except BaseException:
+        _end(process)
+        raise
+    return process
+
+
+def _wait_ready(process: subprocess.Popen[bytes], directory: Path, port: int) -> None:
+    context = ssl.create_default_context(cafile=str(directory / "ca.crt"))
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context))
+    request = urllib.request.Request(
+        f"https://127.0.0.1:{port}/readyz", headers={"Authorization": f"Bearer {ADMIN_TOKEN}"}
+    )
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            break
+        with contextlib.suppress(urllib.error.URLError, OSError), opener.open(request, timeout=5) as answer:
+            if answer.status == 200:
+                return
+        time.sleep(_POLL_S)  # another process; it offers no event to wait for
+    log = (directory / "kube-apiserver.log").read_text(encoding="utf-8", errors="replace")[-2000:]
+    msg = f"kube-apiserver is not ready:\n{log}"
+    raise RuntimeError(msg)
+
+
+def _spawn(directory: Path, name: str, *command: str | Path) -> subprocess.Popen[bytes]:
+    with (directory / f"{name}.log").open("ab") as log:
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=directory)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(STOP_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _make_keys(directory: Path) -> None:
+    """A CA, a server certificate strict enough for every Python, and the key that signs ServiceAccount tokens."""
+    config = directory / "openssl.cnf"
+    config.write_text(_OPENSSL_CONFIG, encoding="ascii")
+
+    def openssl(*arguments: str) -> None:
+        subprocess.run(["openssl", *arguments], check=True, cwd=directory, capture_output=True)
+
+    key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-config", "openssl.cnf")
+    signed = ("-CA", "ca.crt", "-CAkey", "ca.key", "-CAcreateserial", "-extfile", "openssl.cnf")
+    openssl("req", "-x509", *key, "-keyout", "ca.key", "-out", "ca.crt", "-subj", "/CN=ca", "-extensions", "ca")
+    openssl("req", "-new", *key, "-keyout", "server.key", "-out", "server.csr", "-subj", "/CN=kube-apiserver")
+    openssl("x509", "-req", "-in", "server.csr", "-out", "server.crt", *signed, "-extensions", "server")
+    openssl("genrsa", "-out", "sa.key", "2048")

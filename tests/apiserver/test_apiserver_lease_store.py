@@ -1,0 +1,28 @@
+"""The LeaseStore contract on a real API server."""
+
+import asyncio
+
+import pytest
+from api_process import Cluster
+from lease_store_suite import Compact, LeaseStoreContract
+
+from usbip_plugin.kube import KubeClient
+from usbip_plugin.locks.kubernetes import KubernetesLeases
+from usbip_plugin.locks.store import LeaseStore
+
+
+class TestKubernetesLeases(LeaseStoreContract):
+    @pytest.fixture
+    def store(self, admin: KubeClient) -> LeaseStore:
+        return KubernetesLeases(admin, "usbip-system")
+
+    @pytest.fixture
+    def compact(self, cluster: Cluster) -> Compact:
+        async def forget() -> None:
+            await asyncio.to_thread(cluster.forget)
+
+        return forget
+
+    async def test_names_of_other_paths_do_not_exist(self, store: LeaseStore) -> None:
+        for name in ("..", "../../pods", "a/b", "A", "", "a?x=y"):
+            assert await store.get(name) is None
