@@ -39,6 +39,10 @@ RESOURCE = "dongle"
 LOCK_DURATION = 3.0
 IMPORT_WINDOW = 1.2
 """Seconds, both: a tenth of the defaults, so that nobody waits 40 s to see a takeover."""
+ALLOCATE_WITHIN = 1.0
+WITHDRAW_WITHIN = 0.1
+REAL_KERNEL_FACTOR = 5
+"""Seconds, and what a real kernel gets: it needs 0.3 s to enumerate a device, under emulation several times that."""
 DENIAL_TIMEOUT = 15.0
 STEP_TIMEOUT = 15.0
 DEMO_TIMEOUT = 120.0
@@ -106,6 +110,7 @@ class _Demo:
         self._report = Report(say)
         self._directory = directory
         self._make_driver = make_driver
+        self._patience = 1 if make_driver is None else REAL_KERNEL_FACTOR
         self._spans = RecentSpans()
         self._tracings: dict[str, Tracing] = {}
         self._server = VirtualServer([VirtualDevice(BUSID, DONGLE, serial="LICENCE-0001", configured=True)])
@@ -163,9 +168,11 @@ class _Demo:
         written = lock.end_ns / 1e9 - (time.time() - time.perf_counter()) if lock is not None else began
         paths = ", ".join(device.host_path for device in allocation.devices)
         self._report.check("the pod gets the device node", holds=bool(allocation.devices), seen=paths)
-        self._report.check("Allocate was quick", holds=took < 1.0, seen=f"{took * 1000:.1f} ms")
+        quick = took < ALLOCATE_WITHIN * self._patience
+        self._report.check("Allocate was quick", holds=quick, seen=f"{took * 1000:.1f} ms")
         delay = max(gone - written, 0.0)
-        self._report.check("Unhealthy on node-b after the lock write", holds=delay < 0.1, seen=f"{delay * 1000:.1f} ms")
+        soon = delay < WITHDRAW_WITHIN * self._patience
+        self._report.check("Unhealthy on node-b after the lock write", holds=soon, seen=f"{delay * 1000:.1f} ms")
         self._report.check("one importer at the server", holds=self._server.importers(BUSID) == 1, seen="exclusive")
 
     async def _denied(self, b: SimNode) -> None:
@@ -225,6 +232,8 @@ class _Demo:
         await withdrawn
         died = time.perf_counter()
         await a.die()
+        if self._make_driver is not None:
+            self._server.drop(BUSID)  # the kernel is both nodes', and lives on: the connection ends by itself
         healthy = await on_b.health(healthy=True)
         waited = healthy - died
         self._report.check(
