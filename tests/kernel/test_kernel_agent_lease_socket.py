@@ -1,0 +1,43 @@
+"""The locks that outlive a killed plugin process keep the LeaseStore contract. Needs no guest."""
+
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from lease_socket import SocketLeases, served
+from lease_store_suite import Compact, LeaseStoreContract
+
+from usbip_plugin.clock import SystemClock
+from usbip_plugin.errors import KubeUnreachable
+from usbip_plugin.locks.memory import MemoryBackend, MemoryLeases
+from usbip_plugin.locks.store import LeaseStore
+
+
+@pytest.fixture
+def backend() -> MemoryBackend:
+    return MemoryBackend()
+
+
+@pytest.fixture
+async def store(backend: MemoryBackend) -> AsyncIterator[LeaseStore]:
+    clock = SystemClock()
+    with tempfile.TemporaryDirectory(prefix="usbip-") as directory:
+        path = Path(directory) / "leases.sock"
+        async with served(MemoryLeases(backend, clock), path):
+            yield SocketLeases(path, clock)
+
+
+class TestSocketLeases(LeaseStoreContract):
+    @pytest.fixture
+    def compact(self, backend: MemoryBackend) -> Compact:
+        async def forget() -> None:
+            backend.compact()
+
+        return forget
+
+
+async def test_without_a_server_the_store_is_unreachable() -> None:
+    store = SocketLeases(Path("/nonexistent/leases.sock"), SystemClock())
+    with pytest.raises(KubeUnreachable):
+        await store.get("usbip-x")
