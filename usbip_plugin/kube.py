@@ -13,7 +13,6 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import yaml
 
 from usbip_plugin import _narrow
@@ -33,6 +32,8 @@ from usbip_plugin.errors import (
 
 _narrow.install()
 
+with _narrow.no_default_roots():
+    import aiohttp
 from kubernetes_asyncio.client.configuration import Configuration  # noqa: E402
 from kubernetes_asyncio.client.rest import RESTClientObject  # noqa: E402
 from kubernetes_asyncio.config.config_exception import ConfigException  # noqa: E402
