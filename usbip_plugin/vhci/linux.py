@@ -28,6 +28,7 @@ from usbip_plugin.vhci.access import PortTable, Writer, explain, write_sysfs
 from usbip_plugin.vhci.driver import ABANDON_S, ASKED_CHILD_WAIT_S, CHILD_WAIT_S, DriverReport, PortState
 from usbip_plugin.vhci.hubs import HubGuard, controller_dir, device_dir
 from usbip_plugin.vhci.records import Records
+from usbip_plugin.vhci.stalls import SAME_PORT, Stalls
 from usbip_plugin.vhci.sysfs import Port, PortStatus, choose_port, format_attach, format_detach, hub_of
 from usbip_plugin.vhci.uevents import Uevent, UeventSource
 from usbip_plugin.vhci.waiting import Bell, settle
@@ -67,6 +68,7 @@ class SysfsVhci:
         self._blocking_write = write
         self._writer = Writer(clock, write)
         self._writing = asyncio.Lock()
+        self._stalls = Stalls(clock)
         self._bell = Bell()
         self._stirred = asyncio.Event()
         self._occupants: dict[int, tuple[int, int]] = {}
@@ -92,8 +94,12 @@ class SysfsVhci:
         raise AttachRefused(f"{ATTACH_TRIES} {hub} ports in turn were taken by somebody else while attaching {key}")
 
     def _choose(self, ports: tuple[Port, ...], speed: int) -> Port | None:
-        lingering: set[int] = set()
-        while (port := choose_port(ports, speed, lingering)) is not None and port.number not in lingering:
+        lingering: set[int] = set()  # the last device has not left sysfs yet
+
+        def penalty(port: Port) -> int:
+            return SAME_PORT if port.number in lingering else self._stalls.penalty(port)
+
+        while (port := choose_port(ports, speed, penalty)) is not None and port.number not in lingering:
             device = device_dir(self._sysfs, port)
             if device is None or not device.exists():
                 return port
@@ -201,6 +207,7 @@ class SysfsVhci:
     def _appeared(self, number: int) -> tuple[Path, nodes.DeviceFacts] | None:
         port = self._table.one(number)
         if port.status is PortStatus.NULL or self._foreign(port):
+            self._stalls.mark(port)
             raise AttachStuck(f"the connection of port {number} ended before its device had enumerated")
         if port.status is PortStatus.ERROR:
             raise AttachStuck(f"port {number} went into the error state while its device enumerated")
@@ -256,6 +263,8 @@ class SysfsVhci:
             old = None if device is None else nodes.read_facts(device)
             if before.status is not PortStatus.NULL:
                 await self._write_detach(number)
+            if before.status is PortStatus.NOTASSIGNED:
+                self._stalls.mark(before)
         free = before.status is PortStatus.NULL
 
         def gone() -> bool | None:

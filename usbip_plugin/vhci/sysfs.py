@@ -6,7 +6,7 @@ Follows drivers/usb/usbip/vhci_sysfs.c and tools/usb/usbip (Linux 4.17 and later
 from __future__ import annotations
 
 import enum
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -130,10 +130,10 @@ def format_detach(port: int) -> str:
     return str(port)
 
 
-def choose_port(ports: Iterable[Port], speed: int, avoid: Collection[int] = ()) -> Port | None:
-    """The lowest free port of the hub for this speed, over all controllers; None if there is none.
+def choose_port(ports: Iterable[Port], speed: int, penalty: Callable[[Port], int] = lambda _port: 0) -> Port | None:
+    """The free port of the hub for this speed with the least penalty, then the lowest, over all controllers.
 
-    Ports in avoid (numbers; their last device has not quite left sysfs) are taken only when there is no other.
+    None if no port of that hub is free: a penalty makes a port the last choice, never impossible.
     """
-    free = [p for p in ports if p.hub == hub_of(speed) and p.status is PortStatus.NULL]
-    return min(free, key=lambda p: (p.number in avoid, p.number), default=None)
+    free = [port for port in ports if port.hub == hub_of(speed) and port.status is PortStatus.NULL]
+    return min(free, key=lambda port: (penalty(port), port.number), default=None)

@@ -1,0 +1,218 @@
+"""One node's agent on the real kernel, below a fake kubelet on real sockets, and what the tests ask of both."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import stat
+import tempfile
+import termios
+import tty
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from pathlib import Path
+
+import grpc
+import grpc.aio
+from kernel_rig import DISK, DISK_SUPER, KEYBOARD, TWINS
+from usbipd import RealUsbipd
+
+from usbip_plugin.clock import SystemClock
+from usbip_plugin.config import Config, DeviceSelector, ResourceConfig, Selector
+from usbip_plugin.kubelet import deviceplugin_pb2 as pb
+from usbip_plugin.kubelet.deviceplugin_pb2_grpc import DevicePluginStub
+from usbip_plugin.locks.memory import MemoryBackend
+from usbip_plugin.locks.store import Lease
+from usbip_plugin.model import Advertised, DeviceKey, PodRef, Reason, ServerKey
+from usbip_plugin.sim.device_manager import Allocation
+from usbip_plugin.sim.kernel import SimulatedKernel
+from usbip_plugin.sim.world import Setup, SimNode, World, running
+from usbip_plugin.vhci.driver import VhciDriver
+from usbip_plugin.vhci.linux import SysfsVhci
+from usbip_plugin.vhci.uevents import NetlinkUevents
+
+NODE = "node-a"
+DOMAIN = "usbip.dev"
+POD = PodRef("default", "user")
+SERIAL, DISKS, FAST, KEYS = "serial", "disk", "fast", "keyboard"
+SERIAL_OF = {DISKS: DISK, FAST: DISK_SUPER, KEYS: KEYBOARD}
+FTDI = Selector(vendor=0x0403, product=0x6001)
+PATIENCE_S = 30.0  # for what must happen; the guest is emulated and slow
+STATUS_FILES = "devices/platform/vhci_hcd.0/status*"
+FREE = "004"
+
+
+def config_of(
+    usbipd: RealUsbipd,
+    *resources: str,
+    allocate_timeout: float = 10.0,
+    servers: Mapping[str, ServerKey] | None = None,
+) -> Config:
+    """The named resources: SERIAL is the two identical converters, the others are one device each."""
+
+    def one(name: str) -> ResourceConfig:
+        selector = FTDI if name == SERIAL else Selector(bus_id=usbipd.busid(SERIAL_OF[name]))
+        return ResourceConfig(name, (DeviceSelector((servers or {}).get(name, usbipd.key), selector),))
+
+    return Config(tuple(one(name) for name in resources), allocate_timeout=allocate_timeout)
+
+
+def keys_of(usbipd: RealUsbipd, resource: str) -> tuple[DeviceKey, ...]:
+    """The devices of a resource at usbipd's own address."""
+    serials = TWINS if resource == SERIAL else (SERIAL_OF[resource],)
+    return tuple(DeviceKey(usbipd.key, usbipd.busid(serial)) for serial in serials)
+
+
+def real_driver(_node: str = NODE, _kernel: SimulatedKernel | None = None) -> VhciDriver:
+    clock = SystemClock()
+    return SysfsVhci(clock, NetlinkUevents(clock))
+
+
+@contextlib.asynccontextmanager
+async def agent_with(config: Config, *healthy: DeviceKey) -> AsyncIterator[World]:
+    """A world of one node whose kernel is the real one, when these devices are Healthy; see on()."""
+    with tempfile.TemporaryDirectory(prefix="usbip-") as directory:
+        setup = Setup(config=config, clock=SystemClock(), domain=DOMAIN, make_driver=real_driver)
+        async with running(Path(directory), (NODE,), setup) as world:
+            for resource in config.resources:
+                ids = {key.id for key in healthy}
+                await on(world).until(resource.name, lambda known, ids=ids: all(known[i] for i in ids & known.keys()))
+            await until_health(on(world), {key.id: True for key in healthy})
+            yield world
+
+
+def on(world: World) -> SimNode:
+    return world[NODE]
+
+
+async def until_health(node: SimNode, wanted: Mapping[str, bool]) -> None:
+    """Until the kubelet has these devices so."""
+    names = [resource.name for resource in agent(node).advertiser.config.resources]
+
+    def so() -> bool:
+        known = {i: healthy for name in names for i, healthy in node.kubelet.health(node.resource(name)).items()}
+        return all(known.get(device_id) is healthy for device_id, healthy in wanted.items())
+
+    async with asyncio.timeout(PATIENCE_S):
+        await node.kubelet.changed.until(so)
+
+
+def agent(node: SimNode):  # type: ignore[no-untyped-def]
+    assert node.agent is not None
+    return node.agent
+
+
+def advertised(node: SimNode, key: DeviceKey) -> Advertised:
+    """The device as the agent offers it now."""
+    found = [d for devices in agent(node).advertiser.advertised.values() for d in devices if d.id == key.id]
+    return found[0]
+
+
+async def until_reason(node: SimNode, key: DeviceKey, reason: Reason) -> Advertised:
+    """Until the device is Unhealthy (to the kubelet too) for this reason."""
+    async with asyncio.timeout(PATIENCE_S):
+        await node.kubelet.changed.until(lambda: advertised(node, key).health.reason is reason)
+    await until_health(node, {key.id: reason.healthy})
+    return advertised(node, key)
+
+
+async def allocate(node: SimNode, resource: str, *keys: DeviceKey) -> pb.ContainerAllocateResponse:
+    """Allocate straight at the plugin's socket, without a kubelet that would know better. grpc.aio.AioRpcError."""
+    return await allocate_at(node.plugin_directory, resource, *(key.id for key in keys))
+
+
+async def allocate_at(directory: Path, resource: str, *ids: str) -> pb.ContainerAllocateResponse:
+    """The same for a plugin with this directory."""
+    path = max(directory.glob(f"usbip-{resource}*.sock"), key=lambda path: path.stat().st_mtime_ns)
+    async with grpc.aio.insecure_channel(f"unix:{path}", options=(("grpc.use_local_subchannel_pool", 1),)) as channel:
+        request = pb.AllocateRequest(container_requests=[pb.ContainerAllocateRequest(devices_ids=ids)])
+        answer: pb.AllocateResponse = await DevicePluginStub(channel).Allocate(request, timeout=PATIENCE_S)
+        return answer.container_responses[0]
+
+
+async def refusal(node: SimNode, resource: str, key: DeviceKey) -> str:
+    """The message of an Allocate that must fail."""
+    try:
+        answer = await allocate(node, resource, key)
+    except grpc.aio.AioRpcError as error:
+        return error.details() or ""
+    raise AssertionError(f"{key} was given away: {answer}")
+
+
+async def until_lease(backend: MemoryBackend, key: DeviceKey, so: Callable[[Lease | None], bool]) -> Lease | None:
+    """Until the device's lock is so."""
+    changed = asyncio.Event()
+    backend.wake(changed)
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            while not so(backend.leases.get(key.id)):
+                changed.clear()
+                await changed.wait()
+    finally:
+        backend.unwake(changed)
+    return backend.leases.get(key.id)
+
+
+async def until_released(world: World, *keys: DeviceKey) -> None:
+    for key in keys:
+        await until_lease(world.backend, key, lambda lease: lease is not None and lease.holder == "")
+
+
+def busy_rows() -> tuple[str, ...]:
+    """The status rows of all ports in use, as the kernel writes them: with devid, socket and local busid."""
+    lines = [line for file in sorted(Path("/sys").glob(STATUS_FILES)) for line in file.read_text().splitlines()]
+    return tuple(line for line in lines if line.split()[0] in ("hs", "ss") and line.split()[2] != FREE)
+
+
+def row_hub(rows: tuple[str, ...]) -> str:
+    (row,) = rows
+    return row.split()[0]
+
+
+def nodes_of(allocation: Allocation) -> dict[str, int]:
+    """{path: st_rdev} of every device node that the container gets. OSError for one that does not exist."""
+    assert allocation.devices
+    found = {device.host_path: os.stat(device.host_path) for device in allocation.devices}
+    for path, status in found.items():
+        assert stat.S_ISCHR(status.st_mode) or stat.S_ISBLK(status.st_mode), path
+    return {path: status.st_rdev for path, status in found.items()}
+
+
+def disk_of(allocation: Allocation) -> str:
+    """The whole disk, not its partitions."""
+    (path,) = [path for path in nodes_of(allocation) if stat.S_ISBLK(os.stat(path).st_mode)]
+    return path
+
+
+@contextlib.contextmanager
+def raw_tty(path: str) -> Iterator[int]:
+    """A file descriptor of the tty, raw and non-blocking."""
+    fd = os.open(path, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
+    try:
+        tty.setraw(fd, termios.TCSANOW)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+async def arrives(writer: int, reader: int, data: bytes) -> bytes:
+    """Writes into one end of the cable; what came out at the other, as many bytes as were written."""
+    loop, got = asyncio.get_running_loop(), bytearray()
+    done: asyncio.Future[None] = loop.create_future()
+
+    def read() -> None:
+        try:
+            got.extend(os.read(reader, 4096))
+        except OSError as error:
+            done.set_exception(error)
+        if len(got) >= len(data) and not done.done():
+            done.set_result(None)
+
+    loop.add_reader(reader, read)
+    try:
+        os.write(writer, data)
+        async with asyncio.timeout(PATIENCE_S):
+            await done
+    finally:
+        loop.remove_reader(reader)
+    return bytes(got)

@@ -1,0 +1,51 @@
+"""Fixtures for tests on a real kernel with vhci_hcd and usbip-host. Run them with tests/lab/guest/run.sh -u."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+CONTRACT = str(Path(__file__).parent.parent / "contract")
+if CONTRACT not in sys.path:
+    sys.path.append(CONTRACT)
+pytest.register_assert_rewrite("vhci_contract")
+
+from kernel_rig import ALL, KernelRig  # noqa: E402
+from usbipd import RealUsbipd  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def usbipd_host() -> Iterator[RealUsbipd]:
+    """The guest's devices bound to usbip-host. Refuses to run anywhere but in the guest: it rebinds USB devices."""
+    if "GUEST_TOOLS" not in os.environ:
+        pytest.skip("runs in the guest only: tests/lab/guest/run.sh -u")
+    usbipd = RealUsbipd()
+    usbipd.load_modules()
+    for serial in ALL:
+        usbipd.bind(usbipd.busid(serial))
+    yield usbipd
+    usbipd.stop()
+
+
+@pytest.fixture
+def real_usbipd(usbipd_host: RealUsbipd) -> RealUsbipd:
+    """A running usbipd with all devices bound, whatever the test before did to it."""
+    for serial in ALL:
+        usbipd_host.bind(usbipd_host.busid(serial))
+    if not usbipd_host.running:
+        usbipd_host.start()
+    return usbipd_host
+
+
+@pytest.fixture
+async def rig(real_usbipd: RealUsbipd) -> AsyncIterator[KernelRig]:
+    """Imports, drivers, and all ports free again afterwards."""
+    async with asyncio.TaskGroup() as group:
+        rig = KernelRig(real_usbipd, group)
+        yield rig
+        await rig.close()

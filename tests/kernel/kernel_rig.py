@@ -1,0 +1,120 @@
+"""The rig of the vhci contract on the real kernel: usbipd's devices imported over loopback."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from dataclasses import dataclass
+
+from usbipd import RealUsbipd, eventually
+
+from usbip_plugin.clock import SystemClock
+from usbip_plugin.model import Descriptor, DeviceKey, ServerKey, UsbId
+from usbip_plugin.retry import import_busy
+from usbip_plugin.usbip.client import Imported, TcpUsbipClient
+from usbip_plugin.vhci.linux import SysfsVhci
+from usbip_plugin.vhci.stalls import STALL_S
+from usbip_plugin.vhci.sysfs import PortStatus
+from usbip_plugin.vhci.uevents import NetlinkUevents
+
+TWINS = ("SERIAL1", "SERIAL2")
+DISK, DISK_SUPER, KEYBOARD = "DISKHS", "DISKSS", "KEYBOARD"
+ALL = (*TWINS, DISK, DISK_SUPER, KEYBOARD)
+LIMIT_S = 10.0
+
+
+@dataclass(frozen=True)
+class Connection:
+    """An import as the contract wants it."""
+
+    imported: Imported
+
+    @property
+    def key(self) -> DeviceKey:
+        return self.imported.key
+
+    @property
+    def descriptor(self) -> Descriptor:
+        return self.imported.descriptor
+
+    def fileno(self) -> int:
+        return self.imported.sock.fileno()
+
+    def close(self) -> None:
+        self.imported.close()
+
+
+class KernelRig:
+    """group owns the drivers' run()."""
+
+    def __init__(self, usbipd: RealUsbipd, group: asyncio.TaskGroup) -> None:
+        self.usbipd = usbipd
+        self.clock = SystemClock()
+        self.client = TcpUsbipClient(self.clock)
+        self._group = group
+        self._tasks: list[asyncio.Task[None]] = []
+        self._silent: list[socket.socket] = []
+
+    def plugin(self) -> SysfsVhci:
+        driver = SysfsVhci(self.clock, NetlinkUevents(self.clock))
+        self._tasks.append(self._group.create_task(driver.run()))
+        return driver
+
+    async def import_serial(self, serial: str) -> Connection:
+        """Import the device with this serial number."""
+        key = DeviceKey(self.usbipd.key, self.usbipd.busid(serial))
+        async for attempt in import_busy(self.clock):
+            with attempt:
+                return Connection(await self.client.import_device(key, timeout=LIMIT_S))
+        raise AssertionError("unreachable")
+
+    async def import_twin(self, number: int) -> Connection:
+        return await self.import_serial(TWINS[number])
+
+    async def import_super(self) -> Connection:
+        return await self.import_serial(DISK_SUPER)
+
+    async def import_stuck(self) -> Connection:
+        ours, theirs = socket.socketpair()
+        self._silent.append(ours)
+        key = DeviceKey(ServerKey("192.0.2.1"), "9-9")
+        descriptor = Descriptor("9-9", "/sys/x", 9, 9, 3, UsbId(1, 1), 0, 0, 0, 0, 1, 1, 1)
+        return Connection(Imported(key, descriptor, theirs))
+
+    async def server_ends(self, imported: object) -> None:
+        assert isinstance(imported, Connection)
+        self.usbipd.drop(imported.key.busid)
+
+    async def is_free_on_server(self, key: DeviceKey) -> bool:
+        try:
+            eventually(lambda: self.usbipd.is_free(key.busid), "free", 0.5)
+        except AssertionError:
+            return False
+        return True
+
+    async def fill(self, hub: str) -> None:
+        driver = self.plugin()
+        free = [port for port in await driver.ports() if port.hub == hub and port.status is PortStatus.NULL]
+        for _ in free:
+            one = await self.import_stuck()
+            await driver.attach(one.key, one.descriptor, one.fileno())
+            one.close()
+
+    async def clean(self) -> None:
+        """Detach whatever stands on any port."""
+        driver = self.plugin()
+        taken = [port.number for port in await driver.ports() if port.status is not PortStatus.NULL]
+        await asyncio.gather(*(driver.detach(number, timeout=LIMIT_S) for number in taken))
+        if self._silent:
+            await asyncio.sleep(STALL_S)  # the next test's plugins do not know of the stalled hub; see vhci/stalls.py
+        for end in self._silent:
+            end.close()
+        self._silent.clear()
+
+    async def close(self) -> None:
+        await self.clean()
+        for task in self._tasks:
+            task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.gather(*self._tasks)

@@ -1,0 +1,135 @@
+"""The agent while a real server dies, loses a device, or goes silent."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+from agent_rig import (
+    DISKS,
+    POD,
+    SERIAL,
+    advertised,
+    agent_with,
+    allocate,
+    arrives,
+    busy_rows,
+    config_of,
+    keys_of,
+    nodes_of,
+    on,
+    raw_tty,
+    refusal,
+    until_health,
+    until_reason,
+    until_released,
+)
+from kernel_rig import KernelRig
+from silent_proxy import SilentProxy
+from usbipd import RealUsbipd
+
+from usbip_plugin.model import DeviceKey, Reason
+
+SHORT_TIMEOUT_S = 4.0
+"""allocateTimeout where an Allocate must run into it."""
+
+
+@pytest.fixture
+def second_usbipd(real_usbipd: RealUsbipd) -> Iterator[RealUsbipd]:
+    """The same devices under another port: another server as far as the plugin can tell."""
+    other = RealUsbipd(real_usbipd.key.port + 1)
+    other.start()
+    yield other
+    other.stop()
+
+
+async def test_a_dead_usbipd_takes_nothing_that_is_attached(rig: KernelRig) -> None:
+    usbipd = rig.usbipd
+    twins, (disk,) = keys_of(usbipd, SERIAL), keys_of(usbipd, DISKS)
+    async with agent_with(config_of(usbipd, SERIAL, DISKS), *twins, disk) as world:
+        node = on(world)
+        allocation = (await node.admit(POD, {SERIAL: 2}))["app", node.resource(SERIAL)]
+        before = busy_rows()
+        usbipd.kill()
+        await until_reason(node, disk, Reason.SERVER_UNREACHABLE)
+        ttys = [allocation.envs[f"USBIP_SERIAL_{n}_TTY"] for n in range(2)]
+        with raw_tty(ttys[0]) as one, raw_tty(ttys[1]) as other:
+            assert await arrives(one, other, b"usbipd is dead") == b"usbipd is dead"
+        assert [advertised(node, key).health.reason for key in twins] == [Reason.ATTACHED] * 2
+        usbipd.start()
+        await until_health(node, {disk.id: True})
+        assert busy_rows() == before
+        node.end(POD)
+        await until_released(world, *twins)
+        assert busy_rows() == ()
+
+
+async def test_a_device_unbound_and_bound_again_comes_back_by_itself(rig: KernelRig) -> None:
+    usbipd = rig.usbipd
+    twins = keys_of(usbipd, SERIAL)
+    async with agent_with(config_of(usbipd, SERIAL), *twins) as world:
+        node = on(world)
+        allocation = (await node.admit(POD, {SERIAL: 2}))["app", node.resource(SERIAL)]
+        before = nodes_of(allocation)
+        usbipd.unbind(twins[0].busid)
+        lost = await until_reason(node, twins[0], Reason.LOST)
+        assert str(usbipd.key) in lost.health.detail
+        assert world.backend.leases[twins[0].id].holder == node.name
+        usbipd.bind(twins[0].busid)
+        await until_health(node, {twins[0].id: True})
+        assert len(busy_rows()) == 2
+        again = await allocate(node, SERIAL, *twins)
+        assert len([device for device in again.devices if os.path.exists(device.host_path)]) == len(before)
+        with raw_tty(again.envs["USBIP_SERIAL_0_TTY"]) as one, raw_tty(again.envs["USBIP_SERIAL_1_TTY"]) as other:
+            assert await arrives(one, other, b"back again") == b"back again"
+        node.end(POD)
+        await until_released(world, *twins)
+        assert busy_rows() == ()
+
+
+async def test_a_frozen_server_delays_nobody_else(rig: KernelRig, second_usbipd: RealUsbipd) -> None:
+    usbipd = rig.usbipd
+    (disk,) = keys_of(second_usbipd, DISKS)
+    twin = keys_of(usbipd, SERIAL)[0]
+    config = config_of(usbipd, SERIAL, DISKS, allocate_timeout=SHORT_TIMEOUT_S, servers={DISKS: second_usbipd.key})
+    async with agent_with(config, twin, disk) as world:
+        node = on(world)
+        os.kill(usbipd.pid, signal.SIGSTOP)
+        try:
+            stuck = asyncio.create_task(refusal(node, SERIAL, twin))
+            answer = await allocate(node, DISKS, disk)
+            assert all(os.path.exists(device.host_path) for device in answer.devices)
+            assert not stuck.done(), "the disk had to wait for the frozen server"
+            assert_names(await stuck, twin)
+        finally:
+            os.kill(usbipd.pid, signal.SIGCONT)
+        await until_released(world, twin)
+        await until_health(node, {twin.id: True})
+        assert (await allocate(node, SERIAL, twin)).devices
+
+
+async def test_a_silent_connection_ends_within_the_timeout(rig: KernelRig) -> None:
+    usbipd = rig.usbipd
+    twin = keys_of(usbipd, SERIAL)[0]
+    async with SilentProxy(usbipd.key) as proxy:
+        (disk,) = (DeviceKey(proxy.key, key.busid) for key in keys_of(usbipd, DISKS))
+        config = config_of(usbipd, SERIAL, DISKS, allocate_timeout=SHORT_TIMEOUT_S, servers={DISKS: proxy.key})
+        async with agent_with(config, twin, disk) as world:
+            node = on(world)
+            proxy.mute()
+            stuck = asyncio.create_task(refusal(node, DISKS, disk))
+            assert (await allocate(node, SERIAL, twin)).devices
+            assert not stuck.done(), "the converter had to wait for the silent server"
+            assert_names(await stuck, disk)
+            await until_released(world, disk)
+            await until_reason(node, disk, Reason.SERVER_UNREACHABLE)
+
+
+def assert_names(message: str, key: DeviceKey) -> None:
+    """The error names the server, the device, and what was waited for."""
+    assert str(key.server) in message
+    assert key.busid in message
+    assert "import" in message.lower(), message

@@ -1,0 +1,201 @@
+"""SysfsVhci on the real kernel: the contract, and what only real devices can show."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import stat
+import termios
+import tty
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from kernel_rig import DISK, DISK_SUPER, KEYBOARD, LIMIT_S, TWINS, Connection, KernelRig
+from usbipd import RealUsbipd, eventually
+from vhci_contract import VhciContract, attached, state
+
+from usbip_plugin.errors import DeviceBusy, WrongDevice
+from usbip_plugin.model import Attachment, DeviceNode, UsbId
+from usbip_plugin.vhci.linux import SysfsVhci
+from usbip_plugin.vhci.sysfs import PortStatus
+from usbip_plugin.vhci.uevents import NetlinkUevents, Uevent
+
+HUBS = "devices/platform/vhci_hcd.*/usb*/authorized_default"
+
+
+class TestContract(VhciContract):
+    """rig comes from conftest."""
+
+
+async def whole(driver: SysfsVhci, imported: Connection, children: tuple[str, ...] | None = None) -> Attachment:
+    """Attached, with its children."""
+    port = await driver.attach(imported.key, imported.descriptor, imported.fileno())
+    imported.close()
+    return await driver.enumerate(imported.key, imported.descriptor, port, children=children, timeout=LIMIT_S)
+
+
+def child(attachment: Attachment, kind: str) -> DeviceNode:
+    return next(node for node in attachment.nodes if node.kind == kind)
+
+
+def assert_is_there(node: DeviceNode) -> None:
+    found = Path(node.path).stat()
+    assert (os.major(found.st_rdev), os.minor(found.st_rdev)) == (node.major, node.minor)
+    assert stat.S_ISBLK(found.st_mode) == node.block
+
+
+def exchange(path: str, written: bytes) -> bytes:
+    """Write at byte 4096 of a disk, down to the medium; return its first 512 bytes."""
+    with Path(path).open("r+b", buffering=0) as device:
+        first = device.read(512)
+        device.seek(4096)
+        device.write(written)
+        os.fsync(device.fileno())
+    return first or b""
+
+
+def authorized_defaults() -> list[str]:
+    """Of all root hubs of vhci."""
+    return [hub.read_text() for hub in sorted(Path("/sys").glob(HUBS))]
+
+
+def both_have_ttys() -> bool:
+    return len(list(Path("/sys/class/tty").glob("ttyUSB*"))) == len(TWINS)
+
+
+@contextlib.contextmanager
+def raw_tty(path: str) -> Iterator[int]:
+    fd = os.open(path, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
+    try:
+        tty.setraw(fd, termios.TCSANOW)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def passes_through(writer: int, reader: int, data: bytes) -> bool:
+    """Whether bytes written into one end of the cable come out at the other."""
+    received = b""
+
+    def read() -> bool:
+        nonlocal received
+        with contextlib.suppress(BlockingIOError):
+            received += os.read(reader, 4096)
+        return len(received) >= len(data)
+
+    os.write(writer, data)
+    eventually(read, f"{len(data)} bytes at the other end of the cable, got {received!r}")
+    return received == data
+
+
+class TestDevices:
+    async def test_bytes_pass_between_two_imported_serial_converters(self, rig: KernelRig) -> None:
+        driver = rig.plugin()
+        first, second = [await whole(driver, await rig.import_serial(serial)) for serial in TWINS]
+        assert (first.serial, second.serial) == TWINS
+        for attachment in (first, second):
+            for node in attachment.nodes:
+                assert_is_there(node)
+        with raw_tty(child(first, "tty").path) as one, raw_tty(child(second, "tty").path) as other:
+            assert passes_through(one, other, b"from the first to the second")
+            assert passes_through(other, one, bytes(range(256)))
+
+    @pytest.mark.parametrize(("serial", "image"), [(DISK, "disk-hs.img"), (DISK_SUPER, "disk-ss.img")])
+    async def test_a_disk_is_read_and_written(self, rig: KernelRig, serial: str, image: str) -> None:
+        backing = Path("/vmrun") / image
+        attachment = await whole(rig.plugin(), await rig.import_serial(serial))
+        disk = child(attachment, "block")
+        assert_is_there(disk)
+        written = os.urandom(512)
+        assert exchange(disk.path, written) == backing.read_bytes()[:512]
+        assert backing.read_bytes()[4096:4608] == written
+
+    async def test_a_keyboard_brings_its_nodes(self, rig: KernelRig) -> None:
+        attachment = await whole(rig.plugin(), await rig.import_serial(KEYBOARD))
+        assert {"hidraw", "input"} <= {node.kind for node in attachment.nodes}
+        for node in attachment.nodes:
+            assert_is_there(node)
+
+    async def test_children_that_never_come_are_no_error(self, rig: KernelRig) -> None:
+        attachment = await whole(rig.plugin(), await rig.import_serial(TWINS[0]), children=("video4linux",))
+        assert {node.kind for node in attachment.nodes} == {"usb", "tty"}
+
+    async def test_an_unpromised_device_is_never_shown_to_a_driver(self, rig: KernelRig) -> None:
+        driver = rig.plugin()
+        seen: list[Uevent] = []
+        async with asyncio.TaskGroup() as group:
+            heard = NetlinkUevents(rig.clock).run(lambda event: seen.append(event) if event else None)
+            listening = group.create_task(heard)
+            await asyncio.sleep(0)
+            imported = await rig.import_serial(TWINS[0])
+            port = await driver.attach(imported.key, imported.descriptor, imported.fileno())
+            imported.close()
+            promised = replace(imported.descriptor, usb_id=UsbId(1, 2))
+            with pytest.raises(WrongDevice):
+                await driver.enumerate(imported.key, promised, port, timeout=LIMIT_S)
+            listening.cancel()
+        ours = [event for event in seen if event.concerns_vhci]
+        assert any(event.action == "remove" and event.fields.get("DEVTYPE") == "usb_device" for event in ours)
+        assert not [event for event in ours if event.fields.get("DEVTYPE") == "usb_interface"]
+
+
+class TestOtherPeople:
+    async def test_the_usbip_tool_reads_our_records_and_we_read_its(self, rig: KernelRig) -> None:
+        driver, usbipd = rig.plugin(), rig.usbipd
+        ours = await attached(driver, await rig.import_serial(TWINS[0]))
+        theirs = usbipd.busid(TWINS[1])
+        usbipd.usbip("attach", "-r", "127.0.0.1", "-b", theirs)
+        for busid in (ours.key.busid, theirs):
+            eventually(lambda: f"usbip://127.0.0.1:3240/{busid}\n" in usbipd.usbip("port"), f"{busid} listed")  # noqa: B023
+        records = {port.record.busid: port for port in await driver.ports() if port.record is not None}
+        assert set(records) == {ours.key.busid, theirs}
+        await driver.detach(ours.port, timeout=LIMIT_S)
+        assert f"3240/{ours.key.busid}" not in usbipd.usbip("port")
+        usbipd.usbip("detach", "-p", str(records[theirs].number))
+
+    async def test_devices_attached_by_hand_stay_authorised(self, rig: KernelRig) -> None:
+        driver, usbipd = rig.plugin(), rig.usbipd
+        before = authorized_defaults()
+        await attached(driver, await rig.import_serial(TWINS[0]))
+        assert authorized_defaults() == before
+        assert set(before) == {"1\n"}
+        theirs = usbipd.busid(TWINS[1])
+        usbipd.usbip("attach", "-r", "127.0.0.1", "-b", theirs)
+        eventually(both_have_ttys, "two ttyUSB")
+
+    async def test_a_device_in_use_is_busy(self, rig: KernelRig) -> None:
+        attachment = await attached(rig.plugin(), await rig.import_serial(TWINS[0]))
+        with pytest.raises(DeviceBusy):
+            await rig.client.import_device(attachment.key, timeout=LIMIT_S)
+
+
+class TestServer:
+    async def test_unbinding_on_the_server_frees_the_port(self, rig: KernelRig) -> None:
+        driver = rig.plugin()
+        attachment = await attached(driver, await rig.import_serial(TWINS[0]))
+        looked = asyncio.Event()
+        driver.subscribe(looked.set)
+        rig.usbipd.unbind(attachment.key.busid)
+        async with asyncio.timeout(LIMIT_S):
+            while (await state(driver, attachment.port)).status is not PortStatus.NULL:
+                looked.clear()
+                await looked.wait()
+
+    async def test_without_usbipd_what_is_attached_goes_on(self, rig: KernelRig, real_usbipd: RealUsbipd) -> None:
+        driver = rig.plugin()
+        first, second = [await whole(driver, await rig.import_serial(serial)) for serial in TWINS]
+        real_usbipd.kill()
+        with raw_tty(child(first, "tty").path) as one, raw_tty(child(second, "tty").path) as other:
+            assert passes_through(one, other, b"usbipd is dead")
+        assert (await state(driver, first.port)).status is PortStatus.USED
+        await driver.detach(first.port, timeout=LIMIT_S)
+        assert (await state(driver, first.port)).status is PortStatus.NULL
+
+    async def test_the_same_device_comes_back_at_once_many_times(self, rig: KernelRig) -> None:
+        driver = rig.plugin()
+        for _ in range(5):
+            attachment = await attached(driver, await rig.import_serial(TWINS[0]))
+            await driver.detach(attachment.port, timeout=LIMIT_S)

@@ -1,0 +1,136 @@
+"""A real usbipd on this machine's loopback, and the devices it exports. Only for the guest: it rebinds USB devices."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from usbip_plugin.model import ServerKey
+
+DEVICES = Path("/sys/bus/usb/devices")
+STUB = Path("/sys/bus/usb/drivers/usbip-host")
+CLIENT_MODULES = ("vhci-hcd",)
+SERVER_MODULES = (
+    *("xhci-pci", "usb-storage", "sd_mod", "usbhid", "hid-generic", "evdev", "usbserial", "ftdi_sio"),
+    "usbip-host",
+)
+PORT = 3240
+START_S = 10.0
+SETTLE_S = 5.0
+STATUS_AVAILABLE = "1"  # SDEV_ST_AVAILABLE
+
+
+def eventually(check: Callable[[], bool], what: str, limit: float = SETTLE_S) -> None:
+    """Wait, blocking, for something that no event tells of."""
+    end = time.monotonic() + limit
+    while not check():
+        if time.monotonic() > end:
+            raise AssertionError(f"not within {limit:g} s: {what}")
+        time.sleep(0.02)
+
+
+class RealUsbipd:
+    """Finds devices by the serial number QEMU gave them, binds them to usbip-host, and runs usbipd."""
+
+    def __init__(self, port: int = PORT) -> None:
+        self.key = ServerKey("127.0.0.1", port)
+        self._process: subprocess.Popen[bytes] | None = None
+        tools = os.environ.get("GUEST_TOOLS", "")
+        folders = [f"{tools}/usr/sbin", f"{tools}/usr/bin"] if tools else []
+        libraries = [f"{tools}/usr/lib/x86_64-linux-gnu", f"{tools}/lib/x86_64-linux-gnu"] if tools else []
+        self._path = ":".join([*folders, os.environ.get("PATH", "")])
+        self._environment = {**os.environ, "PATH": self._path}
+        if libraries:
+            self._environment["LD_LIBRARY_PATH"] = ":".join(libraries)
+
+    def load_modules(self) -> None:
+        for module in (*SERVER_MODULES, *CLIENT_MODULES):
+            subprocess.run(["modprobe", module], check=True)
+
+    def start(self) -> None:
+        """Returns when it accepts connections."""
+        command = [self._tool("usbipd"), "-4", f"-t{self.key.port}"]
+        self._process = subprocess.Popen(
+            command, env=self._environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        eventually(self._accepts, "usbipd accepts connections", START_S)
+
+    def stop(self) -> None:
+        """As an administrator would. Existing imports go on: the kernel has their sockets."""
+        self._end(subprocess.Popen.terminate)
+
+    def kill(self) -> None:
+        self._end(subprocess.Popen.kill)
+
+    def _end(self, how: Callable[[subprocess.Popen[bytes]], None]) -> None:
+        if self._process is not None:
+            how(self._process)
+            self._process.wait(timeout=START_S)
+            self._process = None
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def _accepts(self) -> bool:
+        try:
+            socket.create_connection((self.key.host, self.key.port), timeout=1).close()
+        except OSError:
+            return False
+        return True
+
+    def busids(self) -> dict[str, str]:
+        """Serial number -> busid of the devices on this machine's own controllers, bound or not."""
+        found: dict[str, str] = {}
+        for device in DEVICES.glob("[0-9]*-*"):
+            serial = device / "serial"
+            if ":" not in device.name and "vhci_hcd" not in str(device.resolve()) and serial.exists():
+                found[serial.read_text().strip()] = device.name
+        return found
+
+    def busid(self, serial: str) -> str:
+        """Waits for the device to have been found by the kernel."""
+        eventually(lambda: serial in self.busids(), f"a USB device with serial {serial}")
+        return self.busids()[serial]
+
+    def bind(self, busid: str) -> None:
+        if not self.is_bound(busid):
+            self.usbip("bind", "-b", busid)
+
+    def unbind(self, busid: str) -> None:
+        if self.is_bound(busid):
+            self.usbip("unbind", "-b", busid)
+
+    def is_bound(self, busid: str) -> bool:
+        return (STUB / busid).exists()
+
+    def is_free(self, busid: str) -> bool:
+        """Bound, and exported to nobody."""
+        try:
+            return (STUB / busid / "usbip_status").read_text().strip() == STATUS_AVAILABLE
+        except OSError:
+            return False
+
+    def drop(self, busid: str) -> None:
+        """End the import of a device from the server's side."""
+        (STUB / busid / "usbip_sockfd").write_text("-1\n")
+
+    def usbip(self, *arguments: str) -> str:
+        """The command line tool's output."""
+        done = subprocess.run(
+            [self._tool("usbip"), *arguments], env=self._environment, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise AssertionError(f"usbip {' '.join(arguments)}: {done.stdout}{done.stderr}")
+        return done.stdout
+
+    def _tool(self, name: str) -> str:
+        found = shutil.which(name, path=self._path)
+        if found is None:
+            raise AssertionError(f"{name} is not installed and GUEST_TOOLS does not have it")
+        return found
