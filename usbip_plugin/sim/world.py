@@ -19,6 +19,7 @@ from usbip_plugin.agent import Agent, Observer, Outside
 from usbip_plugin.clock import Clock
 from usbip_plugin.config import Config
 from usbip_plugin.errors import KubeUnreachable
+from usbip_plugin.kube import KubeClient
 from usbip_plugin.kubelet.directory import PluginDirectory
 from usbip_plugin.kubelet.pod_resources import GrpcPodResources
 from usbip_plugin.locks.manager import LockSettings
@@ -40,7 +41,10 @@ STOP_TIMEOUT = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What a world is made of. make_driver(node, kernel) and make_leases(node) replace doubles by the real thing."""
+    """What a world is made of. make_driver(node, kernel) and make_leases(node) replace doubles by the real thing.
+
+    make_kube(node) gives the agent an API server for what is not a Lease: Node status and pods.
+    """
 
     config: Config
     clock: Clock
@@ -50,6 +54,7 @@ class Setup:
     make_tracer: Callable[[str], Tracer] = lambda _node: NoOpTracer()
     make_driver: Callable[[str, SimulatedKernel], VhciDriver] | None = None
     make_leases: Callable[[str], LeaseStore] | None = None
+    make_kube: Callable[[str], KubeClient] | None = None
 
 
 class SimNode:
@@ -97,7 +102,7 @@ class SimNode:
             driver=driver,
             leases=self._leases,
             pod_resources=pod_resources,
-            kube=None,
+            kube=setup.make_kube(self.name) if setup.make_kube is not None else None,
             registrar=SocketRegistrar(PluginDirectory(self.plugin_directory, setup.clock), setup.clock, rng),
             clock=setup.clock,
             rng=rng,
