@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 import socket
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +151,7 @@ class KubeClient:
                 response = await self._send("watch", path, resource, query, None, "application/json", None)
             async with response:
                 _keep_alive(response)
-                async for line in _lines(response.content, resource):
+                async for line in _lines(response.content.iter_any(), resource):
                     yield _event(line, resource)
 
     async def _send(
@@ -304,10 +304,10 @@ async def _read_bounded(response: aiohttp.ClientResponse, verb: str, resource: s
     return b"".join(parts)
 
 
-async def _lines(content: aiohttp.StreamReader, resource: str) -> AsyncIterator[bytes]:
+async def _lines(parts: AsyncIterable[bytes], resource: str) -> AsyncIterator[bytes]:
     """Lines as soon as each is complete."""
     buffer = bytearray()
-    async for part in content.iter_any():
+    async for part in parts:
         buffer += part
         *complete, rest = buffer.split(b"\n")
         for line in complete:

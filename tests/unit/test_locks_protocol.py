@@ -1,0 +1,239 @@
+"""The lock rules, one by one, and what a Lease may hold that others wrote."""
+
+from dataclasses import replace
+from datetime import UTC, datetime
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from usbip_plugin.locks import protocol, record
+from usbip_plugin.locks.protocol import Create, Decision, Denied, LockMeta, Observation, Replace, Standing, Write
+from usbip_plugin.locks.store import Lease
+from usbip_plugin.model import DeviceKey, NodeIdentity, PodRef, ServerKey
+
+WHEN = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+KEY = DeviceKey(ServerKey("10.0.0.1"), "1-1")
+ME, REBOOTED, OTHER = NodeIdentity("a", "boot-1"), NodeIdentity("a", "boot-2"), NodeIdentity("b", "boot-9")
+META = LockMeta(usb_id="0951:1666")
+
+
+def write(me: NodeIdentity, mark: str = "w") -> Write:
+    return Write(me, WHEN, mark, 40.0)
+
+
+def held(me: NodeIdentity, version: str = "5") -> Lease:
+    decision = protocol.decide_acquire(None, KEY, META, write(me), None, importable=False)
+    assert isinstance(decision, Create)
+    notes = {**decision.lease.annotations, record.PORT: "3", record.POD: "ns/pod/uid"}
+    return replace(decision.lease, resource_version=version, annotations=notes)
+
+
+def released(me: NodeIdentity) -> Lease:
+    decision = protocol.decide_release(held(me), write(me))
+    assert isinstance(decision, Replace)
+    return decision.lease
+
+
+def aged(lease: Lease, session: Lease | None, seconds: float) -> Observation:
+    first = protocol.observe(None, lease, session, 99.0, 100.0, 40.0)
+    return protocol.observe(first, lease, session, 100.0 + seconds, 200.0 + seconds, 40.0)
+
+
+def acquire(
+    lease: Lease | None, me: NodeIdentity, seen: Observation | None = None, importable: bool = True
+) -> Decision:
+    return protocol.decide_acquire(lease, KEY, META, write(me, "mine"), seen, importable)
+
+
+@pytest.mark.parametrize(
+    ("window", "duration", "good"), [(10, 40, True), (19.9, 40, True), (20, 40, False), (0, 40, False), (-1, 40, False)]
+)
+def test_r1_the_window_is_less_than_half_the_duration(window: float, duration: float, good: bool) -> None:
+    if good:
+        protocol.check_window(window, duration)
+    else:
+        with pytest.raises(ValueError, match="half"):
+            protocol.check_window(window, duration)
+
+
+def test_r1_an_import_may_run_until_its_deadline_and_not_at_it() -> None:
+    deadline = protocol.import_deadline(100.0, 10.0)
+    assert protocol.may_import(deadline, 109.99)
+    assert not protocol.may_import(deadline, 110.0)
+
+
+def test_r2_no_object_is_created_in_the_first_epoch() -> None:
+    decision = acquire(None, ME)
+    assert isinstance(decision, Create)
+    lease = decision.lease
+    assert (lease.name, lease.holder, lease.transitions, lease.duration_seconds) == (KEY.id, "a", 1, 40)
+    assert (lease.acquire_time, lease.renew_time) == (WHEN, WHEN)
+    assert lease.labels == {"usbip.dev/lease": "lock"}
+    assert lease.annotations[record.WRITE_ID] == "mine"
+
+
+def test_r2_an_empty_holder_is_replaced_at_the_version_read() -> None:
+    free = released(OTHER)
+    decision = acquire(free, ME)
+    assert isinstance(decision, Replace)
+    assert (decision.lease.resource_version, decision.lease.transitions) == (free.resource_version, 2)
+
+
+def test_r3_the_same_boot_keeps_epoch_attachment_and_start() -> None:
+    lease = replace(held(ME), acquire_time=datetime(2020, 1, 1, tzinfo=UTC))
+    decision = acquire(lease, ME)
+    assert isinstance(decision, Replace)
+    after = record.lock_of(decision.lease)
+    assert (after.epoch, after.port, after.pod) == (1, 3, PodRef("ns", "pod", "uid"))
+    assert decision.lease.acquire_time == lease.acquire_time
+    assert decision.lease.annotations[record.WRITE_ID] == "mine"
+
+
+def test_r3_another_boot_is_a_new_epoch_without_an_attachment() -> None:
+    decision = acquire(held(ME), REBOOTED)
+    assert isinstance(decision, Replace)
+    after = record.lock_of(decision.lease)
+    assert (after.epoch, after.port, after.pod, after.boot_id) == (2, None, None, "boot-2")
+
+
+def test_r4_an_expired_lock_of_an_importable_device_is_replaced_at_the_version_observed() -> None:
+    lease = held(OTHER)
+    decision = acquire(lease, ME, aged(lease, None, 40.0))
+    assert isinstance(decision, Replace)
+    assert (decision.lease.holder, decision.lease.transitions, decision.lease.resource_version) == ("a", 2, "5")
+
+
+def test_r4_nothing_less_will_do() -> None:
+    lease = held(OTHER)
+    full = aged(lease, None, 40.0)
+    assert acquire(lease, ME, full, importable=False) == Denied(lease)
+    assert acquire(lease, ME, aged(lease, None, 39.99)) == Denied(lease)
+    assert acquire(lease, ME, None) == Denied(lease)
+    moved_on = replace(lease, resource_version="6")
+    assert acquire(moved_on, ME, full) == Denied(moved_on)
+
+
+def test_r4_a_change_of_lock_or_session_begins_the_wait_anew() -> None:
+    lock, session = held(OTHER), Lease("s", resource_version="7")
+    full = aged(lock, session, 40.0)
+    assert protocol.expired(full)
+    changed = [
+        (replace(lock, resource_version="6"), session),
+        (lock, replace(session, resource_version="8")),
+        (lock, None),
+    ]
+    for new_lock, new_session in changed:
+        anew = protocol.observe(full, new_lock, new_session, 300.0, 301.0, 40.0)
+        assert not protocol.expired(anew)
+        assert (anew.since, anew.seen) == (301.0, 301.0)
+
+
+def test_r4_the_time_a_read_takes_never_counts_as_unchanged() -> None:
+    lock = held(OTHER)
+    first = protocol.observe(None, lock, None, 0.0, 30.0, 40.0)
+    again = protocol.observe(first, lock, None, 69.9, 500.0, 40.0)
+    assert not protocol.expired(again)
+    assert protocol.expired(protocol.observe(again, lock, None, 70.0, 70.1, 40.0))
+
+
+@pytest.mark.parametrize(
+    ("lock_says", "session_says", "own", "waited"),
+    [(40, 40, 40.0, 40), (100, None, 40.0, 100), (40, 90, 40.0, 90), (1, 1, 40.0, 40), (None, None, 40.0, 40)],
+)
+def test_r4_the_longest_duration_asked_for_is_waited(
+    lock_says: int | None, session_says: int | None, own: float, waited: float
+) -> None:
+    lock, session = replace(held(OTHER), duration_seconds=lock_says), Lease("s", duration_seconds=session_says)
+    assert protocol.observe(None, lock, session, 0, 0, own).duration == waited
+
+
+def test_r4_nobody_is_waited_for_longer_than_an_hour() -> None:
+    lock = replace(held(OTHER), duration_seconds=2**31 - 1)
+    assert protocol.observe(None, lock, None, 0, 0, 40.0).duration == record.MAX_DURATION_S
+
+
+def test_r5_release_clears_the_holder_and_keeps_what_is_true_of_the_device() -> None:
+    after = record.lock_of(released(ME))
+    assert (after.holder, after.pod, after.port, after.boot_id) == ("", None, None, None)
+    assert (after.server, after.busid, after.usb_id, after.epoch) == (str(KEY.server), "1-1", "0951:1666", 1)
+
+
+def test_r5_only_ones_own_lock_is_released() -> None:
+    for lease in (held(OTHER), released(OTHER), None):
+        assert protocol.decide_release(lease, write(ME)) == Denied(lease)
+    assert isinstance(protocol.decide_release(held(ME), write(REBOOTED)), Replace)
+
+
+@pytest.mark.parametrize("lease", [None, held(OTHER), held(REBOOTED), released(ME)])
+def test_r6_a_lock_of_anybody_else_is_lost(lease: Lease | None) -> None:
+    assert protocol.is_lost(lease, ME)
+    assert protocol.decide_amend(lease, write(ME), {}) == Denied(lease)
+
+
+def test_standing() -> None:
+    lease = held(OTHER)
+    assert protocol.standing(None, ME, None) is Standing.FREE
+    assert protocol.standing(released(OTHER), ME, None) is Standing.FREE
+    assert protocol.standing(held(REBOOTED), ME, None) is Standing.MINE
+    assert protocol.standing(lease, ME, aged(lease, None, 39)) is Standing.HELD
+    assert protocol.standing(lease, ME, aged(lease, None, 40)) is Standing.EXPIRED
+
+
+def test_a_session_continues_in_one_boot_and_begins_anew_in_the_next() -> None:
+    first = protocol.decide_session(None, write(ME))
+    assert isinstance(first, Create)
+    assert (first.lease.name, first.lease.transitions) == ("usbip-node-a", 1)
+    later = Write(ME, datetime(2027, 1, 1, tzinfo=UTC), "x", 40.0)
+    second = protocol.decide_session(first.lease, later)
+    assert isinstance(second, Replace)
+    assert (second.lease.transitions, second.lease.acquire_time, second.lease.renew_time) == (1, WHEN, later.at)
+    third = protocol.decide_session(second.lease, replace(later, me=REBOOTED))
+    assert isinstance(third, Replace)
+    assert (third.lease.transitions, third.lease.acquire_time) == (2, later.at)
+
+
+texts = st.text(max_size=400) | st.sampled_from(["1", "-1", "99999", "1.5", "0951:1666", "a/b", "a/b/c", "a/b/c/d", ""])
+
+
+@given(
+    holder=texts,
+    notes=st.dictionaries(
+        st.sampled_from([record.SERVER, record.BUSID, record.SERIAL, record.PORT, record.POD, record.TRACEPARENT]),
+        texts,
+    ),
+    transitions=st.integers(),
+)
+def test_whatever_others_wrote_is_read_bounded_and_printable(
+    holder: str, notes: dict[str, str], transitions: int
+) -> None:
+    lock = record.lock_of(Lease("usbip-x", holder=holder, annotations=notes, transitions=transitions))
+    assert (lock.holder == "") == (holder == "")
+    assert lock.port is None or 0 <= lock.port <= 9999
+    assert 0 <= lock.epoch < 2**31
+    for text in (lock.holder, lock.server, lock.busid, lock.serial, lock.traceparent, str(lock.pod)):
+        assert text is None or (text.isprintable() and len(text) <= 600)
+
+
+@given(holder=st.text(max_size=400))
+def test_a_disguised_holder_is_never_taken_for_a_node(holder: str) -> None:
+    shown = record.holder_text(holder)
+    assert shown == holder or shown.startswith("!")
+
+
+@pytest.mark.parametrize("pod", [PodRef("ns", "a.b-c", "uid-1"), PodRef("ns", "pod"), None])
+def test_pods_are_read_as_written(pod: PodRef | None) -> None:
+    assert record.pod_of(record.pod_text(pod)) == pod
+
+
+def test_session_names_are_valid_and_distinct_for_any_node_name() -> None:
+    names = ["a", "n" * 253, "n" * 252 + "m", "x." * 120]
+    made = [record.session_name(name) for name in names]
+    assert len(set(made)) == len(names)
+    assert all(len(name) <= 253 and name[-1].isalnum() for name in made[:3])
+
+
+@given(st.text(max_size=10), st.text(max_size=4))
+def test_a_lock_name_is_told_from_a_session_name(node: str, busid: str) -> None:
+    assert not record.is_lock_name(record.session_name(node))
+    assert record.is_lock_name(DeviceKey(ServerKey("h"), busid).id)

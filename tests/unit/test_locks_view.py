@@ -1,0 +1,123 @@
+"""The view of all locks: own writes and events in any interleaving end at the newest record, each change told once."""
+
+from dataclasses import replace
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from usbip_plugin.locks.memory import MemoryBackend
+from usbip_plugin.locks.record import LOCK_LABELS
+from usbip_plugin.locks.store import ChangeType, Lease, LeaseChange, LeaseList
+from usbip_plugin.locks.view import LockChange, LockView, newer
+from usbip_plugin.model import DeviceKey, ServerKey
+
+ID = DeviceKey(ServerKey("10.0.0.1"), "1-1").id
+
+
+def lease(version: int, holder: str = "a") -> Lease:
+    return Lease(ID, holder=holder, labels=LOCK_LABELS, resource_version=str(version))
+
+
+def event(version: int, holder: str = "a", kind: ChangeType = ChangeType.MODIFIED) -> LeaseChange:
+    return LeaseChange(kind, str(version), lease(version, holder))
+
+
+def view() -> tuple[LockView, list[LockChange]]:
+    told: list[LockChange] = []
+    return LockView(told.append), told
+
+
+def holder(of: LockView) -> str | None:
+    return of.locks[ID].holder if ID in of.locks else None
+
+
+def test_versions_compare_as_numbers() -> None:
+    assert newer("10", "9")
+    assert not newer("9", "10")
+    assert not newer("9", "9")
+    assert newer("abc", "9")
+
+
+def test_an_older_event_does_not_roll_back_an_own_write() -> None:
+    v, told = view()
+    v.put(lease(9, "me"))
+    v.apply(event(5, "other"))
+    v.apply(event(9, "me"))
+    assert holder(v) == "me"
+    assert len(told) == 1
+
+
+def test_an_answer_that_comes_after_the_deletion_does_not_bring_the_lock_back() -> None:
+    v, _ = view()
+    v.apply(event(5))
+    v.apply(event(8, kind=ChangeType.DELETED))
+    v.put(lease(7))
+    assert ID not in v.locks
+    v.put(lease(9))
+    assert holder(v) == "a"
+
+
+def test_a_deletion_older_than_the_record_is_ignored() -> None:
+    v, _ = view()
+    v.put(lease(9))
+    v.apply(event(8, kind=ChangeType.DELETED))
+    assert holder(v) == "a"
+
+
+def test_a_list_removes_what_it_lacks_but_not_what_was_written_since() -> None:
+    v, told = view()
+    v.put(lease(5))
+    v.reset(LeaseList((), "7"))
+    assert ID not in v.locks
+    v.put(lease(9))
+    v.reset(LeaseList((), "8"))
+    assert holder(v) == "a"
+    assert [change.new is None for change in told] == [False, True, False]
+
+
+def test_a_list_does_not_roll_back() -> None:
+    v, _ = view()
+    v.put(lease(9, "me"))
+    v.reset(LeaseList((lease(5, "other"),), "8"))
+    assert holder(v) == "me"
+
+
+def test_a_restored_backup_is_believed() -> None:
+    v, _ = view()
+    v.apply(event(900, "a"))
+    v.reset(LeaseList((lease(50, "b"),), "60"))
+    assert holder(v) == "b"
+    v.apply(event(70, "c"))
+    assert holder(v) == "c"
+
+
+def test_leases_that_are_no_locks_are_not_seen() -> None:
+    v, told = view()
+    v.apply(LeaseChange(ChangeType.ADDED, "5", replace(lease(5), name="usbip-node-a")))
+    v.reset(LeaseList((replace(lease(5), name="../x"),), "7"))
+    assert not v.locks
+    assert not told
+
+
+@given(st.data())
+def test_any_interleaving_ends_with_the_truth(data: st.DataObject) -> None:
+    """The watch delivers all changes in order; answers to own reads and writes come at any time in between."""
+    backend, history = MemoryBackend(), []
+    start = backend.version
+    for step in data.draw(st.lists(st.sampled_from(["write", "delete"]), max_size=12)):
+        current = backend.leases.get(ID)
+        if current is None:
+            history.append(backend.create(replace(lease(0), resource_version="")))
+        elif step == "delete":
+            backend.delete(ID, current.resource_version)
+        else:
+            history.append(backend.replace(replace(current, transitions=current.transitions + 1)))
+    v, told = view()
+    v.reset(LeaseList((), start))
+    for change in backend.since(int(start), LOCK_LABELS)[0]:
+        for answer in data.draw(st.lists(st.sampled_from(history), max_size=2)) if history else ():
+            v.put(answer)
+        v.apply(change)
+    final = backend.leases.get(ID)
+    assert v.lease(ID) == final
+    assert [change.old for change in told[1:]] == [change.new for change in told[:-1]]
