@@ -35,6 +35,8 @@ SENT_TIMEOUT = 1.0
 """Seconds an Allocate's failure, or a withdrawal's span, waits for the kubelet and the Node to be told."""
 PORTS_INTERVAL = 30.0
 """Seconds between looks at the free ports when no uevent says to look."""
+GRACE_MARGIN = 0.01
+"""Seconds after the end of the API grace at which it is looked at."""
 PROBE_RETRY = 10.0
 """Seconds before a serial number that could not be read is asked for again."""
 RELIST_AFTER_RELEASE = 0.5
@@ -76,6 +78,7 @@ class Advertiser:
         self._clock = clock
         self._tracer = tracer
         self._on_advertised = on_advertised
+        self._former: dict[str, ResourceConfig] = {}
         self._servers: dict[str, DevicePluginServer] = {}
         self._members: Members = {}
         self._advertised: Mapping[str, tuple[Advertised, ...]] = {}
@@ -102,10 +105,15 @@ class Advertiser:
         """By device ID."""
         return {device.id: device.health for devices in self._advertised.values() for device in devices}
 
+    def claimed(self) -> frozenset[str]:
+        """Resources, by name without the domain, of which this node has a device."""
+        claims = self._attacher.claims
+        return frozenset(name for name, devices in self._members.items() if any(i in claims for i in devices))
+
     def lookup(self, resource: str) -> tuple[ResourceConfig, Mapping[str, Seen]] | None:
         """A resource, by its full name, and the devices it offers."""
         name = resource.removeprefix(f"{self._domain}/")
-        config = next((r for r in self._config.resources if r.name == name), None)
+        config = next((r for r in self._config.resources if r.name == name), self._former.get(name))
         return None if config is None else (config, self._members.get(name, {}))
 
     # what others tell
@@ -117,11 +125,13 @@ class Advertiser:
 
     def detach_server(self, resource: str) -> None:
         self._servers.pop(resource, None)
+        self._former.pop(resource.removeprefix(f"{self._domain}/"), None)
         if self._node_status is not None:
             self._node_status.forget(resource)
 
     def reconfigure(self, config: Config) -> None:
-        """A new configuration: held devices stay offered until they are let go."""
+        """A new configuration: held devices stay offered, as they were configured, until they are let go."""
+        self._former.update({resource.name: resource for resource in self._config.resources})
         self._config = config
         self._poller.set_servers(config.servers())
         self.look_again()
@@ -203,9 +213,11 @@ class Advertiser:
             if self._locks.api.reachable:
                 await self._api_event.wait()
                 continue
-            gone = self._clock.monotonic() - self._locks.api.since
+            left = API_GRACE - (self._clock.monotonic() - self._locks.api.since)
+            # a moment past the end: a timer may fire a rounding error early, and would then be set again for nothing
+            wait = left + GRACE_MARGIN if left > 0 else PORTS_INTERVAL
             with contextlib.suppress(TimeoutError):
-                async with self._clock.timeout(max(API_GRACE - gone, 0.0) or PORTS_INTERVAL):
+                async with self._clock.timeout(wait):
                     await self._api_event.wait()
 
     def _lock_changed(self, change: LockChange) -> None:

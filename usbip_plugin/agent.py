@@ -140,7 +140,7 @@ class Agent:
             allocator=self.allocator,
             advertiser=self.advertiser,
             registrar=out.registrar,
-            claimed=lambda: frozenset(c.resource for c in self.attacher.claims.values() if c.resource is not None),
+            claimed=self.advertiser.claimed,
             on_state=observer.on_plugin,
         )
         self.poller.set_servers(config.servers())

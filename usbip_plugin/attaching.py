@@ -105,8 +105,16 @@ class Pipeline:
     async def reattach(self, device_id: str, deadline: float) -> Attachment:
         """One try from Reattaching to Attached, under a new write of the lock (R1). Errors as attach_new, LockLost."""
         await self.detach(device_id)
-        grant = await self._locks.renew(self._book[device_id].key)
+        grant = await self._write_again(self._book[device_id])
         return await self._attach(device_id, grant, deadline, Progress(""))
+
+    async def _write_again(self, claim: Claim) -> Grant:
+        """R1 before a re-attach. A lock of an earlier boot of this node is taken as a new epoch (R3)."""
+        lock = self._locks.locks.get(claim.id)
+        if lock is not None and lock.holder == self._me.node and lock.boot_id != self._me.boot_id:
+            meta = LockMeta(usb_id=str(claim.usb_id), traceparent=claim.traceparent)
+            return await self._locks.acquire(claim.key, meta)
+        return await self._locks.renew(claim.key)
 
     async def _attach(self, device_id: str, grant: Grant, deadline: float, progress: Progress) -> Attachment:
         claim = self._book[device_id]

@@ -122,7 +122,7 @@ def learn(before: Members, facts: Facts) -> Members:
             )
             if selector is not None:
                 mine[device_id] = Seen(seen.key, seen.usb_id, selector, seen.descriptor, seen.serial)
-            elif device_id in facts.claims and facts.claims[device_id].resource == resource.name:
+            elif _claimed_from(facts, device_id, resource.name):
                 mine[device_id] = seen
         for key, descriptor, listed in candidates:
             lock = facts.locks.get(key.id)
@@ -136,7 +136,17 @@ def learn(before: Members, facts: Facts) -> Members:
             elif serial is not None:
                 mine[key.id] = Seen(key, known.usb_id, selector, known.descriptor, serial)
         found[resource.name] = mine
+    for name, devices in before.items():
+        held = {i: seen for i, seen in devices.items() if _claimed_from(facts, i, name)}
+        if name not in found and held:
+            found[name] = held
     return found
+
+
+def _claimed_from(facts: Facts, device_id: str, resource: str) -> bool:
+    """A claim that was adopted does not know by which resource it was made."""
+    claim = facts.claims.get(device_id)
+    return claim is not None and claim.resource in (resource, None)
 
 
 def wanting_serial(facts: Facts) -> tuple[tuple[DeviceKey, Descriptor], ...]:

@@ -1,0 +1,482 @@
+"""What two or more agents must do together, in virtual time: the promises of the README, one test each."""
+
+import asyncio
+from dataclasses import replace
+
+from cluster_rig import (
+    DONGLE,
+    LOCKS,
+    all_healthy,
+    becomes,
+    dongle,
+    health,
+    key,
+    pod,
+    reason,
+    resource,
+    server,
+    spec,
+    stick,
+)
+
+from usbip_plugin.claims import ALLOCATION_GRACE, State
+from usbip_plugin.config import Config, DeviceSelector, ResourceConfig, Selector
+from usbip_plugin.inventory import API_GRACE
+from usbip_plugin.model import Reason
+from usbip_plugin.sim.cluster import cluster
+from usbip_plugin.sim.loop import virtual
+
+
+@virtual
+async def test_an_allocate_attaches_here_and_withdraws_everywhere_else() -> None:
+    lab = server("lab", stick("1-1"))
+    device = key(lab, "1-1")
+    async with cluster(spec([lab], nodes=3)) as c:
+        await all_healthy(c, device)
+        assert await c["node-a"].admit(pod("p"), "stick") is None
+        assert c["node-a"].attached() == {device}
+        assert c.holder(device) == "node-a"
+        for name in ("node-b", "node-c"):
+            await becomes(c, c[name], device, healthy=False)
+            assert reason(c[name], device) is Reason.HELD_ELSEWHERE
+        assert health(c, c["node-a"]) == {device.id: True}
+
+
+@virtual
+async def test_the_loser_of_a_race_hears_who_holds_the_device() -> None:
+    lab = server("lab", stick("1-1"))
+    device = key(lab, "1-1")
+    async with cluster(spec([lab])) as c:
+        await all_healthy(c, device)
+        results = await asyncio.gather(*(node.admit(pod(node.name), "stick") for node in c.nodes.values()))
+        winner, loser = ("node-a", "node-b") if results[0] is None else ("node-b", "node-a")
+        message = results[1] if results[0] is None else results[0]
+        assert message is not None
+        assert f"{device} is held by node {winner}" in message
+        assert c.holder(device) == winner
+        assert c[winner].attached() == {device}
+        assert c[loser].attached() == frozenset()
+        assert health(c, c[loser]) == {device.id: False}, "the loser's kubelet knew before its Allocate failed"
+
+
+@virtual
+async def test_a_pods_end_frees_the_device_for_the_others_and_keeps_the_lease() -> None:
+    lab = server("lab", stick("1-1"))
+    device = key(lab, "1-1")
+    async with cluster(spec([lab])) as c:
+        await all_healthy(c, device)
+        await c["node-a"].admit(pod("p"), "stick")
+        await becomes(c, c["node-b"], device, healthy=False)
+        assert await c.settle(lambda: c["node-a"].agent.attacher.claims[device.id].pod == pod("p"), 5)  # type: ignore[union-attr]
+        c["node-a"].end(pod("p"))
+        await becomes(c, c["node-b"], device, healthy=True)
+        assert c.holder(device) == ""
+        assert device.id in c.backend.leases
+        assert c["node-a"].attached() == frozenset()
+        assert await c["node-b"].admit(pod("q"), "stick") is None
+
+
+@virtual
+async def test_a_device_allocated_for_a_pod_that_never_came_is_released_after_the_grace() -> None:
+    lab = server("lab", stick("1-1"))
+    device = key(lab, "1-1")
+    async with cluster(spec([lab])) as c:
+        await all_healthy(c, device)
+        agent = c["node-a"].agent
+        assert agent is not None
+        await agent.allocator.allocate_all(c.full("stick"), ((device.id,),))
+        assert not await c.settle(lambda: c.holder(device) == "", ALLOCATION_GRACE - 1), "released within the grace"
+        assert await c.settle(lambda: c.holder(device) == "", 5)
+        assert c["node-a"].attached() == frozenset()
+
+
+@virtual
+async def test_the_same_allocate_again_returns_the_live_attachment() -> None:
+    lab = server("lab", stick("1-1"))
+    device = key(lab, "1-1")
+    async with cluster(spec([lab])) as c:
+        await all_healthy(c, device)
+        agent = c["node-a"].agent
+        assert agent is not None
+        first = await agent.allocator.allocate_all(c.full("stick"), ((device.id,),))
+        imports = lab.connections
+        again = await agent.allocator.allocate_all(c.full("stick"), ((device.id,),))
+        assert again == first
+        assert lab.importers("1-1") == 1
+        assert lab.connections == imports
+
+
+@virtual
+async def test_identical_sticks_are_two_devices_and_go_to_two_pods() -> None:
+    lab = server("lab", stick("1-1"), stick("1-2"))
+    one, two = key(lab, "1-1"), key(lab, "1-2")
+    async with cluster(spec([lab])) as c:
+        await all_healthy(c, one, two)
+        assert await c["node-a"].admit(pod("p"), "stick") is None
+        assert await c["node-a"].admit(pod("q"), "stick") is None
+        assert c["node-a"].attached() == {one, two}
+        assert (lab.importers("1-1"), lab.importers("1-2")) == (1, 1)
+
+
+@virtual
+async def test_two_devices_for_one_pod_are_all_or_nothing() -> None:
+    lab, attic = server("lab", stick("1-1")), server("attic", stick("1-1"))
+    one, two = key(lab, "1-1"), key(attic, "1-1")
+    async with cluster(spec([lab, attic])) as c:
+        await all_healthy(c, one, two)
+        attic.freeze()
+        message = await c["node-a"].admit(pod("p"), "stick", 2)
+        assert message is not None
+        assert "attic:3240" in message
+        assert await c.settle(lambda: c.holder(one) == c.holder(two) == "", 20)
+        assert c["node-a"].attached() == frozenset()
+        assert lab.importers("1-1") == 0
+
+
+@virtual
+async def test_a_silent_server_costs_its_own_allocate_no_more_than_the_timeout_and_others_nothing() -> None:
+    lab, attic = server("lab", stick("1-1")), server("attic", dongle("1-1"))
+    good, dead = key(lab, "1-1"), key(attic, "1-1")
+    resources = resource("stick", [lab]), resource("dongle", [attic], DONGLE)
+    async with cluster(spec([lab, attic], *resources)) as c:
+        await all_healthy(c, good)
+        await all_healthy(c, dead, name="dongle")
+        agent, loop = c["node-a"].agent, asyncio.get_running_loop()
+        assert agent is not None
+        attic.freeze()
+        began = loop.time()
+        stuck = asyncio.create_task(agent.allocator.allocate_all(c.full("dongle"), ((dead.id,),)))
+        await asyncio.sleep(0.1)
+        asked = loop.time()
+        await agent.allocator.allocate_all(c.full("stick"), ((good.id,),))
+        assert loop.time() - asked < 0.5, "an Allocate on another server waited"
+        results = await asyncio.gather(stuck, return_exceptions=True)
+        assert loop.time() - began <= 10.1
+        assert "attic:3240" in str(results[0])
+        await becomes(c, c["node-a"], dead, healthy=False, within=30)
+        assert reason(c["node-a"], dead) is Reason.SERVER_UNREACHABLE
+
+
+@virtual
+async def test_a_server_that_is_gone_makes_its_devices_unhealthy_and_drops_none() -> None:
+    lab = server("lab", stick("1-1"))
+    device = key(lab, "1-1")
+    async with cluster(spec([lab])) as c:
+        await all_healthy(c, device)
+        await lab.stop()
+        await becomes(c, c["node-a"], device, healthy=False, within=30)
+        assert reason(c["node-a"], device) is Reason.SERVER_UNREACHABLE
+        await lab.start()
+        await becomes(c, c["node-a"], device, healthy=True, within=60)
+
+
+@virtual
+async def test_an_unplugged_device_stays_in_the_list_as_unhealthy() -> None:
+    lab = server("lab", stick("1-1"), stick("1-2"))
+    gone, stays = key(lab, "1-1"), key(lab, "1-2")
+    async with cluster(spec([lab])) as c:
+        await all_healthy(c, gone, stays)
+        lab.unplug("1-1")
+        await becomes(c, c["node-a"], gone, healthy=False)
+        assert reason(c["node-a"], gone) is Reason.NOT_LISTED
+        assert health(c, c["node-a"])[stays.id] is True
+
+
+@virtual
+async def test_another_device_behind_a_known_busid_is_not_given_out_as_the_old_one() -> None:
+    lab = server("lab", stick("1-1"))
+    device = key(lab, "1-1")
+    async with cluster(spec([lab])) as c:
+        await all_healthy(c, device)
+        lab.unplug("1-1")
+        lab.plug(dongle("1-1"))
+        await becomes(c, c["node-a"], device, healthy=False)
+        assert reason(c["node-a"], device) is Reason.LISTED_WRONG
+
+
+@virtual
+async def test_a_server_that_lies_about_a_device_is_found_out_and_the_device_let_go() -> None:
+    lab = server("lab", stick("1-1"))
+    device = key(lab, "1-1")
+    async with cluster(spec([lab])) as c:
+        await all_healthy(c, device)
+        lab.lie("1-1", said=DONGLE)
+        message = await c["node-a"].admit(pod("p"), "stick")
+        assert message is not None
+        assert "promised as 0951:1666 and turned out to be 1050:0407" in message
+        assert await c.settle(lambda: c.holder(device) == "" and lab.importers("1-1") == 0, 5)
+
+
+@virtual
+async def test_a_restarted_plugin_adopts_what_is_attached_and_its_first_list_is_healthy() -> None:
+    lab = server("lab", stick("1-1"), stick("1-2"))
+    device = key(lab, "1-1")
+    async with cluster(spec([lab])) as c:
+        node = c["node-a"]
+        await all_healthy(c, device, key(lab, "1-2"))
+        await node.admit(pod("p"), "stick")
+        held = next(iter(node.attached()))
+        seen = len(node.kubelet.seen.lists)
+        await node.stop()
+        assert node.attached() == {held}
+        assert c.holder(held) == "node-a"
+        node.start()
+        assert await c.settle(lambda: len(node.kubelet.seen.lists) > seen, 5)
+        assert node.kubelet.seen.lists[seen][1][held.id] is True, "the very first list"
+        assert node.held_in(State.ATTACHED) == {held}
+        agent = node.agent
+        assert agent is not None
+        again = await agent.allocator.allocate_all(c.full("stick"), ((held.id,),))
+        assert again[0].devices
+        assert lab.importers(held.busid) == 1
+        assert await c.settle(lambda: agent.attacher.claims[held.id].pod == pod("p"), 5)
+        node.end(pod("p"))
+        assert await c.settle(lambda: c.holder(held) == "", 5), "the release still happens"
+
+
+@virtual
+async def test_a_pod_that_ended_while_the_plugin_was_down_is_released_by_the_next_process() -> None:
+    lab = server("lab", stick("1-1"))
+    device = key(lab, "1-1")
+    async with cluster(spec([lab])) as c:
+        node = c["node-a"]
+        await all_healthy(c, device)
+        await node.admit(pod("p"), "stick")
+        assert await c.settle(lambda: node.agent.attacher.claims[device.id].pod is not None, 5)  # type: ignore[union-attr]
+        await node.stop()
+        node.end(pod("p"))
+        node.start()
+        assert await c.settle(lambda: c.holder(device) == "" and not node.attached(), ALLOCATION_GRACE + 5)
+
+
+@virtual
+async def test_a_lost_connection_is_re_attached_under_the_same_lock() -> None:
+    lab = server("lab", stick("1-1"))
+    device = key(lab, "1-1")
+    async with cluster(spec([lab])) as c:
+        node = c["node-a"]
+        await all_healthy(c, device)
+        await node.admit(pod("p"), "stick")
+        epoch = c.backend.leases[device.id].transitions
+        lab.drop("1-1")
+        await becomes(c, node, device, healthy=False)
+        assert reason(node, device) is Reason.LOST
+        await becomes(c, node, device, healthy=True)
+        assert node.attached() == {device}
+        assert c.backend.leases[device.id].transitions == epoch
+        assert not lab.violations
+
+
+@virtual
+async def test_a_dead_nodes_device_is_taken_over_after_the_locks_duration_and_not_before() -> None:
+    lab = server("lab", stick("1-1"))
+    device = key(lab, "1-1")
+    async with cluster(spec([lab])) as c:
+        await all_healthy(c, device)
+        await c["node-a"].admit(pod("p"), "stick")
+        await becomes(c, c["node-b"], device, healthy=False)
+        died = asyncio.get_running_loop().time()
+        await c["node-a"].reboot()
+        await becomes(c, c["node-b"], device, healthy=True, within=3 * LOCKS.duration)
+        assert asyncio.get_running_loop().time() - died >= LOCKS.duration * 0.75
+        assert reason(c["node-b"], device) is Reason.HOLDER_EXPIRED
+        assert await c["node-b"].admit(pod("q"), "stick") is None
+        assert c.holder(device) == "node-b"
+        c["node-a"].start()
+        await becomes(c, c["node-a"], device, healthy=False)
+        assert c["node-a"].attached() == frozenset()
+
+
+@virtual
+async def test_a_silent_plugin_whose_kernel_still_has_the_device_is_never_robbed() -> None:
+    lab = server("lab", stick("1-1"))
+    device = key(lab, "1-1")
+    async with cluster(spec([lab])) as c:
+        await all_healthy(c, device)
+        await c["node-a"].admit(pod("p"), "stick")
+        await c["node-a"].stop()  # the kernel goes on serving the pod
+        assert not await c.settle(lambda: health(c, c["node-b"])[device.id], 4 * LOCKS.duration)
+        assert c.holder(device) == "node-a"
+
+
+@virtual
+async def test_without_the_api_server_what_runs_stays_and_nothing_new_is_given() -> None:
+    lab = server("lab", stick("1-1"), stick("1-2"))
+    one, two = key(lab, "1-1"), key(lab, "1-2")
+    async with cluster(spec([lab])) as c:
+        node = c["node-a"]
+        await all_healthy(c, one, two)
+        await node.admit(pod("p"), "stick")
+        held = next(iter(node.attached()))
+        other = two if held == one else one
+        for each in c.nodes.values():
+            each.partition(cut=True)
+        await becomes(c, node, other, healthy=False, within=API_GRACE + 10)
+        assert reason(node, other) is Reason.API_UNREACHABLE
+        assert health(c, node)[held.id] is True
+        await asyncio.sleep(5 * LOCKS.duration)
+        assert node.attached() == {held}
+        for each in c.nodes.values():
+            each.partition(cut=False)
+        await becomes(c, node, other, healthy=True, within=60)
+        assert c.holder(held) == "node-a"
+
+
+@virtual
+async def test_an_allocate_without_the_api_server_fails_in_time_and_says_so() -> None:
+    lab = server("lab", stick("1-1"))
+    device = key(lab, "1-1")
+    async with cluster(spec([lab])) as c:
+        node = c["node-a"]
+        await all_healthy(c, device)
+        node.partition(cut=True)
+        began = asyncio.get_running_loop().time()
+        message = await node.admit(pod("p"), "stick")
+        assert asyncio.get_running_loop().time() - began <= 10.1
+        assert message is not None
+        assert "leases.coordination.k8s.io" in message
+        assert lab.importers("1-1") == 0
+        node.partition(cut=False)
+        await becomes(c, node, device, healthy=True, within=60)
+
+
+@virtual
+async def test_a_lock_taken_away_is_withdrawn_and_detached() -> None:
+    lab = server("lab", stick("1-1"))
+    device = key(lab, "1-1")
+    async with cluster(spec([lab])) as c:
+        node = c["node-a"]
+        await all_healthy(c, device)
+        await node.admit(pod("p"), "stick")
+        lease = c.backend.leases[device.id]
+        c.backend.replace(replace(lease, holder="node-z", transitions=lease.transitions + 1))
+        await becomes(c, node, device, healthy=False)
+        assert await c.settle(lambda: node.attached() == frozenset(), 5)
+        assert lab.importers("1-1") == 0
+        assert c.holder(device) == "node-z", "somebody else's lock is left alone"
+
+
+@virtual
+async def test_a_rebooted_node_takes_its_own_lock_again_for_a_pod_that_is_still_there() -> None:
+    lab = server("lab", stick("1-1"))
+    device = key(lab, "1-1")
+    async with cluster(spec([lab])) as c:
+        node = c["node-a"]
+        await all_healthy(c, device)
+        await node.admit(pod("p"), "stick")
+        epoch = c.backend.leases[device.id].transitions
+        await node.reboot()
+        node.start()
+        assert await c.settle(lambda: node.attached() == {device}, 10)
+        assert c.holder(device) == "node-a"
+        assert c.backend.leases[device.id].transitions == epoch + 1, "another boot is another epoch (R3)"
+
+
+@virtual
+async def test_a_kubelet_restart_loses_no_device_and_no_update() -> None:
+    lab = server("lab", stick("1-1"))
+    device = key(lab, "1-1")
+    async with cluster(spec([lab])) as c:
+        node = c["node-b"]
+        await all_healthy(c, device)
+        node.kubelet_restart(down=True)
+        await c["node-a"].admit(pod("p"), "stick")
+        node.kubelet_restart(down=False)
+        await becomes(c, node, device, healthy=False)
+
+
+@virtual
+async def test_a_full_port_table_is_a_reason_and_ends_with_it() -> None:
+    lab = server("lab", stick("1-1"))
+    device = key(lab, "1-1")
+    async with cluster(spec([lab])) as c:
+        node = c["node-a"]
+        await all_healthy(c, device)
+        numbers = node.kernel.fill_ports()
+        await becomes(c, node, device, healthy=False)
+        assert reason(node, device) is Reason.NO_PORT
+        for number in numbers:
+            node.kernel.free_port(number)
+        await becomes(c, node, device, healthy=True)
+
+
+@virtual
+async def test_a_foreign_attachment_is_never_touched() -> None:
+    lab = server("lab", stick("1-1"))
+    device = key(lab, "1-1")
+    async with cluster(spec([lab])) as c:
+        node = c["node-a"]
+        await all_healthy(c, device)
+        foreign = node.kernel.fill_ports("hs", leave=1)
+        await node.admit(pod("p"), "stick")
+        await node.stop()
+        node.start()
+        await becomes(c, node, device, healthy=True)
+        assert await c.settle(lambda: node.agent.attacher.claims[device.id].pod is not None, 5)  # type: ignore[union-attr]
+        node.end(pod("p"))
+        assert await c.settle(lambda: c.holder(device) == "", 5)
+        assert all(node.kernel.occupant(number) is not None for number in foreign)
+
+
+@virtual
+async def test_a_port_stuck_in_005_is_tried_once_more() -> None:
+    lab = server("lab", stick("1-1"))
+    device = key(lab, "1-1")
+    async with cluster(spec([lab])) as c:
+        node = c["node-a"]
+        await all_healthy(c, device)
+        node.kernel.stuck_next()
+        assert await node.admit(pod("p"), "stick") is None
+        assert node.attached() == {device}
+
+
+@virtual
+async def test_a_refused_attach_leaves_no_lock_no_port_and_no_import() -> None:
+    lab = server("lab", stick("1-1"))
+    device = key(lab, "1-1")
+    async with cluster(spec([lab])) as c:
+        node = c["node-a"]
+        await all_healthy(c, device)
+        node.kernel.refuse_next()
+        message = await node.admit(pod("p"), "stick")
+        assert message is not None
+        assert "refused" in message
+        assert await c.settle(lambda: c.holder(device) == "" and lab.importers("1-1") == 0, 5)
+        assert node.attached() == frozenset()
+
+
+@virtual
+async def test_a_reload_adds_and_removes_resources_and_keeps_a_held_device() -> None:
+    lab = server("lab", stick("1-1"), dongle("1-2"))
+    held, other = key(lab, "1-1"), key(lab, "1-2")
+    async with cluster(spec([lab])) as c:
+        node = c["node-a"]
+        await all_healthy(c, held)
+        await node.admit(pod("p"), "stick")
+        assert node.agent is not None
+        node.agent.reconfigure(Config((resource("dongle", [lab], DONGLE),)))
+        await becomes(c, node, other, healthy=True)
+        assert health(c, node, "stick")[held.id] is True, "a pod holds it"
+        assert await c.settle(lambda: node.agent.attacher.claims[held.id].pod is not None, 5)  # type: ignore[union-attr]
+        node.end(pod("p"))
+        assert await c.settle(lambda: not node.kubelet.connected(c.full("stick")), 5)
+        assert c.holder(held) == ""
+
+
+@virtual
+async def test_a_serial_number_is_read_once_for_all_nodes_and_selects() -> None:
+    lab = server("lab", stick("1-1", "RED"), stick("1-2", "BLUE"))
+    red, blue = key(lab, "1-1"), key(lab, "1-2")
+    wanted = ResourceConfig("stick", (DeviceSelector(lab.key, Selector(serial="RED")),))
+    async with cluster(spec([lab], wanted, nodes=3)) as c:
+        await all_healthy(c, red)
+        assert await c.settle(lambda: c.holder(red) == c.holder(blue) == "", 10)
+        assert all(blue.id not in health(c, node) for node in c.nodes.values())
+        assert await c["node-a"].admit(pod("p"), "stick") is None
+        assert c["node-a"].attached() == {red}
+        probes = lab.connections
+        await c["node-b"].stop()
+        c["node-b"].start()
+        await becomes(c, c["node-b"], red, healthy=False)
+        assert not lab.violations
+        assert lab.connections >= probes
