@@ -1,0 +1,190 @@
+"""Whole agents of two nodes against a real API server: Leases, Node status and pods with the plugin's own rights.
+
+Kernels, kubelets and the USB/IP server are doubles, behind real gRPC and real TCP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import tempfile
+import uuid
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import grpc.aio
+from api_process import Cluster
+
+from usbip_plugin.claims import ABSENT_POLLS, State
+from usbip_plugin.clock import SystemClock
+from usbip_plugin.config import Config, DeviceSelector, ResourceConfig, Selector
+from usbip_plugin.kube import KubeClient, connect
+from usbip_plugin.kubelet import deviceplugin_pb2 as pb
+from usbip_plugin.kubelet.broadcast import Broadcast
+from usbip_plugin.kubelet.deviceplugin_pb2_grpc import DevicePluginStub
+from usbip_plugin.locks.kubernetes import KubernetesLeases
+from usbip_plugin.locks.manager import LockSettings
+from usbip_plugin.model import DeviceKey, Lock, PodRef, UsbId
+from usbip_plugin.observe.tracing import RecentSpans, SpanRecord, Tracing
+from usbip_plugin.sim.server import VirtualServer
+from usbip_plugin.sim.usbdevice import VirtualDevice
+from usbip_plugin.sim.world import Setup, SimNode, World, running
+from usbip_plugin.vhci.sysfs import PortStatus
+
+NAMESPACE = "usbip-system"
+PATIENCE_S = 30.0
+DONGLE = UsbId(0x0951, 0x1666)
+RESOURCE = "dongle"
+
+
+class WatchedSpans(RecentSpans):
+    """Wakes who waits for a span, in the event loop it was made in."""
+
+    def __init__(self) -> None:
+        super().__init__(traces=256)
+        self.ended = Broadcast()
+        self._loop = asyncio.get_running_loop()
+
+    def on_end(self, span: object) -> None:
+        super().on_end(span)  # type: ignore[arg-type]
+        self._loop.call_soon_threadsafe(self.ended.fire)
+
+    async def trace_with(self, *wanted: tuple[str, str]) -> tuple[SpanRecord, ...]:
+        """The first trace that has a span of each (name, node)."""
+        found: tuple[SpanRecord, ...] = ()
+
+        def look() -> bool:
+            nonlocal found
+            whole = [t for t in self.traces() if set(wanted) <= {(span.name, span.node) for span in t}]
+            found = whole[0] if whole else ()
+            return bool(whole)
+
+        async with asyncio.timeout(PATIENCE_S):
+            await self.ended.until(look)
+        return found
+
+
+@dataclass(frozen=True)
+class Allocated:
+    """What one raw Allocate came to: a response, or the error's text."""
+
+    node: SimNode
+    response: pb.AllocateResponse | None
+    error: str
+
+
+class Rig:
+    """Two nodes and a server with some dongles. keys: the devices, in order of bus id."""
+
+    def __init__(self, world: World, server: VirtualServer, keys: Sequence[DeviceKey], spans: WatchedSpans) -> None:
+        self.world, self.server, self.keys, self.spans = world, server, keys, spans
+        self.nodes = tuple(world.nodes.values())
+        self.changed = Broadcast()
+        self._stubs: dict[str, DevicePluginStub] = {}
+
+    async def connect(self, stack: contextlib.AsyncExitStack) -> None:
+        """Waits until both kubelets have all devices Healthy, then dials both plugins."""
+        for node in self.nodes:
+            await node.until(RESOURCE, lambda devices: len(devices) == len(self.keys) and all(devices.values()))
+            agent = node.agent
+            assert agent is not None
+            for undo in (
+                agent.locks.subscribe(lambda _change: self.changed.fire()),
+                agent.locks.subscribe_api(lambda _state: self.changed.fire()),
+            ):
+                stack.callback(undo)
+            (socket,) = node.plugin_directory.glob(f"usbip-{RESOURCE}*.sock")
+            options = (("grpc.use_local_subchannel_pool", 1),)
+            channel = await stack.enter_async_context(grpc.aio.insecure_channel(f"unix:{socket}", options=options))
+            self._stubs[node.name] = DevicePluginStub(channel)
+
+    async def allocate(self, node: SimNode, key: DeviceKey) -> Allocated:
+        """Allocate straight at the plugin's socket, as a kubelet that has not heard yet."""
+        request = pb.AllocateRequest(container_requests=[pb.ContainerAllocateRequest(devices_ids=[key.id])])
+        try:
+            return Allocated(node, await self._stubs[node.name].Allocate(request, timeout=PATIENCE_S), "")
+        except grpc.aio.AioRpcError as error:
+            return Allocated(node, None, error.details() or "")
+
+    async def race(self, key: DeviceKey) -> tuple[list[Allocated], list[Allocated]]:
+        """Both nodes at the same moment: (winners, losers)."""
+        answers = await asyncio.gather(*(self.allocate(node, key) for node in self.nodes))
+        return [a for a in answers if a.response is not None], [a for a in answers if a.response is None]
+
+    async def end_pod(self, node: SimNode, key: DeviceKey) -> None:
+        """The device's pod is seen once and then no more; returns when both nodes have seen the lock free."""
+        agent = node.agent
+        assert agent is not None
+        clock = SystemClock()
+        agent.attacher.usage({key.id: PodRef("default", "contender")}, clock.monotonic())
+        for _ in range(ABSENT_POLLS):
+            agent.attacher.usage({}, clock.monotonic())
+        await self.until(lambda: not any(self.holders(key)))
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Looks again at each change of a lock and of the API server's state, as either node sees them."""
+        async with asyncio.timeout(PATIENCE_S):
+            await self.changed.until(condition)
+
+    def lock(self, node: SimNode, key: DeviceKey) -> Lock | None:
+        assert node.agent is not None
+        return node.agent.locks.locks.get(key.id)
+
+    def holders(self, key: DeviceKey) -> list[str]:
+        """As each node sees it."""
+        return [lock.holder if (lock := self.lock(node, key)) is not None else "" for node in self.nodes]
+
+    def used_ports(self) -> int:
+        return sum(p.status is not PortStatus.NULL for node in self.nodes for p in node.kernel.ports())
+
+    def attached(self, node: SimNode, key: DeviceKey) -> bool:
+        claim = node.agent.attacher.claims.get(key.id) if node.agent is not None else None
+        return claim is not None and claim.state is State.ATTACHED
+
+
+@contextlib.asynccontextmanager
+async def agents(
+    cluster: Cluster,
+    token: str,
+    *,
+    devices: int = 1,
+    lock_settings: LockSettings | None = None,
+    through: Mapping[str, str] | None = None,
+    node_api: bool = False,
+) -> AsyncIterator[Rig]:
+    """Both agents with all devices offered. token: the plugin's; through: node -> another address of the API server.
+
+    node_api: the agents also have the API server for Node status and pods. Node names are new each time.
+    """
+    names = [f"n{uuid.uuid4().hex[:6]}-{letter}" for letter in "ab"]
+    spans = WatchedSpans()
+    async with contextlib.AsyncExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="u-")))
+        clients: dict[str, KubeClient] = {}
+        tracings: dict[str, Tracing] = {}
+        for letter, name in zip("ab", names, strict=True):
+            clients[name] = await connect(cluster.kubeconfig(token, (through or {}).get(letter)))
+            stack.push_async_callback(clients[name].close)
+            tracings[name] = Tracing(name, version="test", environ={}, recent=spans)
+            stack.callback(tracings[name].shutdown)
+        server = VirtualServer(
+            [VirtualDevice(f"1-{i + 1}", DONGLE, serial=f"S{i}", configured=True) for i in range(devices)], reset_time=0
+        )
+        await server.start()
+        stack.push_async_callback(server.stop)
+        selector = DeviceSelector(server.key, Selector(vendor=DONGLE.vendor, product=DONGLE.product))
+        setup = Setup(
+            config=Config((ResourceConfig(RESOURCE, (selector,)),)),
+            clock=SystemClock(),
+            lock_settings=lock_settings,
+            make_tracer=lambda node: tracings[node].tracer,
+            make_leases=lambda node: KubernetesLeases(clients[node], NAMESPACE),
+            make_kube=(lambda node: clients[node]) if node_api else None,
+        )
+        world = await stack.enter_async_context(running(directory, names, setup))
+        keys = [DeviceKey(server.key, f"1-{i + 1}") for i in range(devices)]
+        rig = Rig(world, server, keys, spans)
+        await rig.connect(stack)
+        yield rig

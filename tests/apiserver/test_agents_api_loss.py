@@ -1,0 +1,123 @@
+"""Whole agents while one of them cannot reach the API server, and when it can again (rule R7)."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from agents_rig import RESOURCE, Rig, agents
+from api_process import Cluster
+from tcp_proxy import Proxy, proxy_to
+
+from usbip_plugin import advertising, inventory
+from usbip_plugin.kube import KubeClient
+from usbip_plugin.locks.manager import LockSettings
+from usbip_plugin.model import PodRef, Reason
+from usbip_plugin.sim.world import SimNode
+
+LEASES = "/apis/coordination.k8s.io/v1/namespaces/usbip-system/leases"
+SHORT = LockSettings(duration=3.0, import_window=1.0)
+GRACE_S = 1.0
+
+
+@pytest.fixture(autouse=True)
+def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (advertising, inventory):
+        monkeypatch.setattr(module, "API_GRACE", GRACE_S)
+
+
+async def _hold_first(rig: Rig) -> SimNode:
+    """A pod on the first node has the first device."""
+    a, b = rig.nodes
+    held = rig.keys[0]
+    winner = await rig.allocate(a, held)
+    assert winner.response is not None, winner.error
+    await b.until(RESOURCE, lambda devices: devices[held.id] is False)
+    return a
+
+
+def _lose(proxy: Proxy) -> None:
+    proxy.refusing = True
+    proxy.cut()
+
+
+async def test_what_is_held_stays_and_nothing_new_is_given(cluster: Cluster, account_token: str) -> None:
+    async with (
+        proxy_to(cluster.port) as proxy,
+        agents(
+            cluster,
+            account_token,
+            devices=2,
+            lock_settings=SHORT,
+            through={"a": f"https://127.0.0.1:{proxy.port}"},
+        ) as rig,
+    ):
+        held, free = rig.keys
+        a = await _hold_first(rig)
+        b = rig.nodes[1]
+        assert a.agent is not None
+        _lose(proxy)
+        await a.until(RESOURCE, lambda devices: devices == {held.id: True, free.id: False})
+        assert a.agent.advertiser.health()[free.id].reason is Reason.API_UNREACHABLE
+        refused = await rig.allocate(a, free)
+        assert refused.response is None
+        assert "cannot lock" in refused.error
+        # the session has run out by now, and the server's own exclusivity keeps the device from being taken
+        await asyncio.sleep(SHORT.duration * 1.5)
+        taken = await rig.allocate(b, held)
+        assert taken.response is None
+        assert f"held by node {a.name}" in taken.error
+        assert rig.attached(a, held)
+        assert rig.server.importers(held.busid) == 1
+        # the other node is not touched by any of this
+        other = await rig.allocate(b, free)
+        assert other.response is not None, other.error
+        proxy.refusing = False
+        await a.until(RESOURCE, lambda devices: devices == {held.id: True, free.id: False})
+        await rig.until(lambda: rig.holders(free) == [b.name, b.name])
+        assert a.agent.advertiser.health()[free.id].reason is Reason.HELD_ELSEWHERE
+        assert rig.attached(a, held)
+        assert rig.holders(held) == [a.name, a.name]
+        assert rig.server.table.granted == 2
+        assert rig.server.violations == []
+
+
+async def test_a_lock_taken_away_meanwhile_is_found_out_on_return(
+    cluster: Cluster, account_token: str, admin: KubeClient
+) -> None:
+    async with (
+        proxy_to(cluster.port) as proxy,
+        agents(cluster, account_token, through={"a": f"https://127.0.0.1:{proxy.port}"}) as rig,
+    ):
+        (held,) = rig.keys
+        a = await _hold_first(rig)
+        _lose(proxy)
+        lease = await admin.request("get", f"{LEASES}/{held.id}", resource="leases")
+        lease["spec"]["holderIdentity"] = "somebody-else"
+        lease["spec"]["leaseTransitions"] += 1
+        await admin.request("update", f"{LEASES}/{held.id}", resource="leases", body=lease)
+        assert rig.attached(a, held)
+        proxy.refusing = False
+        await a.until(RESOURCE, lambda devices: devices == {held.id: False})
+        async with asyncio.timeout(10):
+            await rig.server.until_released(held.busid)
+        await rig.until(lambda: rig.holders(held) == ["somebody-else"] * 2)
+        assert not rig.attached(a, held)
+        assert rig.used_ports() == 0
+
+
+async def test_a_restart_of_the_api_server_changes_nothing(cluster: Cluster, account_token: str) -> None:
+    async with agents(cluster, account_token) as rig:
+        (held,) = rig.keys
+        a, b = rig.nodes
+        pod = PodRef("default", "reader")
+        await a.admit(pod, {RESOURCE: 1})
+        await b.until(RESOURCE, lambda devices: devices == {held.id: False})
+        await asyncio.to_thread(cluster.restart_api)
+        await rig.until(lambda: all(node.agent is not None and node.agent.locks.api.reachable for node in rig.nodes))
+        assert rig.attached(a, held)
+        assert rig.holders(held) == [a.name, a.name]
+        assert rig.server.table.granted == 1
+        a.end(pod)
+        await b.until(RESOURCE, lambda devices: devices == {held.id: True})
+        await rig.until(lambda: rig.holders(held) == ["", ""])

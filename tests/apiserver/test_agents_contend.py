@@ -1,0 +1,100 @@
+"""Two whole agents that want the same device at the same moment, on a real API server."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from typing import Any
+
+from agents_rig import RESOURCE, agents
+from api_process import Cluster
+
+from usbip_plugin.kube import KubeClient
+from usbip_plugin.locks.kubernetes import KubernetesLeases
+from usbip_plugin.locks.record import LOCK_LABELS
+from usbip_plugin.model import PodRef
+
+ROUNDS = int(os.environ.get("USBIP_CONTEND_ROUNDS", "1000"))
+PUBLISH_ROUNDS = 10
+
+
+async def test_one_of_two_allocates_wins_each_round(cluster: Cluster, account_token: str, admin: KubeClient) -> None:
+    wins: Counter[str] = Counter()
+    async with agents(cluster, account_token) as rig:
+        (key,) = rig.keys
+        began = time.perf_counter()
+        for number in range(ROUNDS):
+            winners, losers = await rig.race(key)
+            assert [len(winners), len(losers)] == [1, 1], f"round {number}: {[loser.error for loser in losers]}"
+            (winner,), (loser,) = winners, losers
+            assert f"held by node {winner.node.name}" in loser.error, f"round {number}: {loser.error}"
+            assert rig.server.importers(key.busid) == 1
+            assert rig.attached(winner.node, key)
+            assert not rig.attached(loser.node, key)
+            wins[winner.node.name] += 1
+            await rig.end_pod(winner.node, key)
+        seconds = time.perf_counter() - began
+        print(f"\n{ROUNDS} rounds in {seconds:.1f} s, {ROUNDS / seconds:.1f} per second, wins {dict(wins)}")
+        print(f"imports granted {rig.server.table.granted}, refused {rig.server.table.refused}")
+        await rig.server.until_released(key.busid)
+        assert rig.used_ports() == 0
+        assert rig.server.violations == []
+        # every import was made by a winner: a loser never gets as far as the server
+        assert (rig.server.table.granted, rig.server.table.refused) == (ROUNDS, 0)
+        left = await KubernetesLeases(admin, "usbip-system").list(LOCK_LABELS)
+        ours = [lease for lease in left.items if lease.name == key.id]
+        assert [lease.holder for lease in ours] == [""]
+        assert sum(wins.values()) == ROUNDS
+        assert not any(node.agent.attacher.claims for node in rig.nodes if node.agent is not None)
+
+
+async def test_the_withdrawal_joins_the_trace_of_the_allocate(cluster: Cluster, account_token: str) -> None:
+    async with agents(cluster, account_token) as rig:
+        (key,), (a, b) = rig.keys, rig.nodes
+        pod = PodRef("default", "reader")
+        await a.admit(pod, {RESOURCE: 1})
+        await b.until(RESOURCE, lambda devices: devices == {key.id: False})
+        trace = await rig.spans.trace_with(("Allocate", a.name), ("lock", a.name), ("withdraw", b.name))
+        spans = {span.name: span for span in trace}
+        assert len({span.trace_id for span in trace}) == 1
+        assert spans["Allocate"].parent_id is None
+        # the lock carries the root's traceparent, so the other node's span hangs below it
+        assert spans["withdraw"].parent_id == spans["Allocate"].span_id
+        assert spans["withdraw"].attributes["usbip.holder"] == a.name
+        a.end(pod)
+        await b.until(RESOURCE, lambda devices: devices == {key.id: True})
+        released = await rig.spans.trace_with(("Allocate", a.name), ("release", a.name))
+        assert released[0].trace_id == trace[0].trace_id
+
+
+async def test_a_lost_allocate_answers_after_its_node_says_zero(
+    cluster: Cluster, account_token: str, admin: KubeClient
+) -> None:
+    async with agents(cluster, account_token, node_api=True) as rig:
+        (key,) = rig.keys
+        for node in rig.nodes:
+            await _make_node(admin, node.name)
+        for number in range(PUBLISH_ROUNDS):
+            for node in rig.nodes:
+                assert node.agent is not None
+                assert node.agent.node_status is not None
+                # what was published before the Node existed, and the count after the last release
+                assert await node.agent.node_status.publish_now({node.resource(RESOURCE): 1}, 10.0)
+                assert await _allocatable(admin, node.name) == "1"
+            (winner,), (loser,) = await rig.race(key)
+            assert await _allocatable(admin, loser.node.name) == "0", f"round {number}"
+            await rig.end_pod(winner.node, key)
+            for node in rig.nodes:
+                await node.until(RESOURCE, lambda devices: devices == {key.id: True})
+
+
+async def _make_node(admin: KubeClient, name: str) -> None:
+    body = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": name}}
+    await admin.request("create", "/api/v1/nodes", resource="nodes", body=body)
+
+
+async def _allocatable(admin: KubeClient, name: str) -> str | None:
+    node: dict[str, Any] = await admin.request("get", f"/api/v1/nodes/{name}", resource="nodes")
+    value = node["status"].get("allocatable", {}).get(f"usbip.dev/{RESOURCE}")
+    return None if value is None else str(value)
