@@ -145,6 +145,11 @@ class ClusterNode:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
 
+    def alive(self) -> None:
+        """Raises what the agent died of, if it did."""
+        if self._task is not None and self._task.done():
+            self._task.result()
+
     async def reboot(self) -> None:
         """Agent, kernel and pods are gone; the boot id is a new one."""
         await self.stop()
