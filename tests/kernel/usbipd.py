@@ -77,6 +77,12 @@ class RealUsbipd:
     def running(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
+    @property
+    def pid(self) -> int:
+        """Of the running usbipd."""
+        assert self._process is not None, "usbipd is not running"
+        return self._process.pid
+
     def _accepts(self) -> bool:
         try:
             socket.create_connection((self.key.host, self.key.port), timeout=1).close()

@@ -6,9 +6,9 @@ Follows drivers/usb/usbip/vhci_sysfs.c and tools/usb/usbip (Linux 4.17 and later
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Final, Literal
 
 Hub = Literal["hs", "ss"]
 
@@ -17,6 +17,7 @@ SPEED_SUPER = 5
 SPEEDS = range(1, 7)  # enum usb_device_speed, USB_SPEED_LOW .. USB_SPEED_SUPER_PLUS
 MAX_PORTS = 4096  # the kernel's own limit is 128 controllers of 31 ports
 _COLUMNS = 7
+_HUBS: Final[Mapping[str, Hub]] = {"hs": "hs", "ss": "ss"}
 
 
 class PortStatus(enum.IntEnum):
@@ -26,6 +27,9 @@ class PortStatus(enum.IntEnum):
     NOTASSIGNED = 5  # has a socket, the device has no address yet
     USED = 6  # the device has an address; its sysfs directory follows
     ERROR = 7  # unusable until detached
+
+
+_STATUS: Final = {f"{status:03d}": status for status in PortStatus}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,35 +69,28 @@ def parse_status(text: str, controller: int = 0) -> tuple[Port, ...]:
     ValueError for a row that is not understood: guessing at ports could detach somebody else's device.
     """
     ports: list[Port] = []
-    seen = {"hs": 0, "ss": 0}
+    seen: dict[str, int] = {}
     for line in text.splitlines():
         fields = line.split()
-        if not fields or fields[0] == "hub":
-            continue
-        port = _row(line, fields, controller)
-        seen[port.hub] += 1
-        ports.append(replace(port, root_port=seen[port.hub]))
+        if fields and fields[0] != "hub":
+            seen[fields[0]] = root_port = seen.get(fields[0], 0) + 1
+            ports.append(_row(line, fields, controller, root_port))
     return tuple(ports)
 
 
-def _row(line: str, fields: list[str], controller: int) -> Port:
+def _row(line: str, fields: list[str], controller: int, root_port: int) -> Port:
     if len(fields) != _COLUMNS:
         raise ValueError(f"vhci status row with {len(fields)} columns instead of {_COLUMNS}: {line[:80]!r}")
-    hub: Hub
-    match fields[0]:
-        case "hs":
-            hub = "hs"
-        case "ss":
-            hub = "ss"
-        case other:
-            raise ValueError(f"vhci status row of an unknown hub: {other[:80]!r}")
+    hub = _HUBS.get(fields[0])
     try:
-        number, status, speed = _decimal(fields[1]), PortStatus(_decimal(fields[2])), _decimal(fields[3])
-        devid, sockfd = int(fields[4], 16), _decimal(fields[5])
-    except ValueError:
-        raise ValueError(f"vhci status row that cannot be read: {line[:80]!r}") from None
+        status = _STATUS[fields[2]]
+        number, speed, devid, sockfd = _decimal(fields[1]), _decimal(fields[3]), int(fields[4], 16), _decimal(fields[5])
+    except (ValueError, KeyError):
+        hub = None
+    if hub is None:
+        raise ValueError(f"vhci status row that cannot be read: {line[:80]!r}")
     local_busid = fields[6] if status is PortStatus.USED and fields[6] != NO_DEVICE else None
-    return Port(number, hub, status, speed, devid, local_busid, controller, sockfd=sockfd)
+    return Port(number, hub, status, speed, devid, local_busid, controller, root_port, sockfd)
 
 
 def _decimal(text: str) -> int:
