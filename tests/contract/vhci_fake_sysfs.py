@@ -79,6 +79,8 @@ class FakeSysfs:
 
     def write(self, path: Path, text: str) -> None:
         """The write SysfsVhci makes."""
+        if path.name == "attach":
+            self.before_attach(int(text.split(maxsplit=1)[0]))
         with self._lock:
             self.written.append((str(path.relative_to(self.root)), text))
             if codes := self.refuse.get(path.name):
@@ -101,7 +103,6 @@ class FakeSysfs:
                     path.write_text(text + "\n")
 
     def _attach(self, port: int, fd: int, devid: int, speed: int) -> None:
-        self.before_attach(port)
         row = self.rows[port]
         if row.hub != hub_of(speed):
             raise AssertionError("a real kernel would take another port than the one written")

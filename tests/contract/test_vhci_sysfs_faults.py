@@ -1,0 +1,418 @@
+"""SysfsVhci where the kernel, its files or other people do something unpleasant. On a fake sysfs."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from vhci_contract import attached, state
+from vhci_fake_sysfs import add_interface, add_node
+from vhci_rigs import SERVER, TWINS, FakeSysfsRig
+
+from usbip_plugin.errors import (
+    AttachRefused,
+    AttachStuck,
+    DetachFailed,
+    DriverMissing,
+    DriverNotWritable,
+    PortsExhausted,
+    VhciError,
+)
+from usbip_plugin.model import Attachment, DeviceKey
+from usbip_plugin.vhci import access
+from usbip_plugin.vhci.linux import ATTACH_TRIES, SysfsVhci
+from usbip_plugin.vhci.sysfs import PortStatus
+
+LIMIT_S = 10.0
+
+
+@pytest.fixture
+async def rig(tmp_path: Path) -> AsyncIterator[FakeSysfsRig]:
+    async with asyncio.TaskGroup() as group:
+        rig = FakeSysfsRig(tmp_path, group)
+        yield rig
+        rig.close()
+
+
+def records(rig: FakeSysfsRig) -> dict[str, str]:
+    return {path.name: path.read_text() for path in rig.records.glob("*")}
+
+
+async def attach(rig: FakeSysfsRig, driver: SysfsVhci, number: int = 0) -> int:
+    imported = await rig.import_twin(number)
+    try:
+        return await driver.attach(imported.key, imported.descriptor, imported.fileno())
+    finally:
+        imported.close()
+
+
+class TestAttachWrite:
+    async def test_the_record_is_there_before_the_kernel_is_asked(self, rig: FakeSysfsRig) -> None:
+        seen: list[dict[str, str]] = []
+        rig.sysfs.before_attach = lambda _port: seen.append(records(rig))
+        port = await attach(rig, rig.plugin(authorize=False))
+        assert seen == [{f"port{port}": f"192.0.2.1 3240 {TWINS[0].busid}\n"}]
+
+    async def test_a_port_taken_in_between_is_replaced_by_another(self, rig: FakeSysfsRig) -> None:
+        def somebody_is_quicker(port: int) -> None:
+            if port == 0:
+                rig.sysfs.take(0)
+
+        rig.sysfs.before_attach = somebody_is_quicker
+        driver = rig.plugin()
+        assert await attach(rig, driver) == 1
+        assert set(records(rig)) & {"port0", "port1"} == {"port1"}
+        assert (await state(driver, 0)).record is None
+
+    async def test_old_kernels_say_einval_for_a_port_taken_in_between(self, rig: FakeSysfsRig) -> None:
+        def somebody_is_quicker(port: int) -> None:
+            if port == 0:
+                rig.sysfs.take(0)
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+        rig.sysfs.before_attach = somebody_is_quicker
+        assert await attach(rig, rig.plugin()) == 1
+
+    async def test_it_gives_up_when_every_port_is_taken_in_between(self, rig: FakeSysfsRig) -> None:
+        asked: list[int] = []
+
+        def somebody_is_quicker(port: int) -> None:
+            asked.append(port)
+            rig.sysfs.take(port)
+
+        rig.sysfs.before_attach = somebody_is_quicker
+        with pytest.raises(AttachRefused, match="somebody else"):
+            await attach(rig, rig.plugin())
+        assert len(asked) == ATTACH_TRIES
+        assert records(rig) == {}
+
+    @pytest.mark.parametrize(
+        ("code", "error"),
+        [
+            (errno.EINVAL, AttachRefused),
+            (errno.ENOMEM, AttachRefused),
+            (errno.EACCES, DriverNotWritable),
+            (errno.EPERM, DriverNotWritable),
+            (errno.EROFS, DriverNotWritable),
+            (errno.ENOENT, DriverMissing),
+        ],
+    )
+    async def test_a_refusal_leaves_nothing(self, rig: FakeSysfsRig, code: int, error: type[VhciError]) -> None:
+        rig.sysfs.refuse["attach"] = [code]
+        driver = rig.plugin()
+        with pytest.raises(error):
+            await attach(rig, driver)
+        assert records(rig) == {}
+        assert (rig.sysfs.hub_dir(0) / "authorized_default").read_text() == "1\n"
+        assert (await state(driver, 0)).status is PortStatus.NULL
+
+    async def test_a_record_of_somebody_else_survives_our_refusal(self, rig: FakeSysfsRig) -> None:
+        def somebody_is_quicker(port: int) -> None:
+            if port == 0:
+                rig.sysfs.take(0)
+                (rig.records / "port0").write_text("198.51.100.1 3240 3-3\n")
+
+        rig.sysfs.before_attach = somebody_is_quicker
+        await attach(rig, rig.plugin())
+        assert (rig.records / "port0").read_text() == "198.51.100.1 3240 3-3\n"
+
+    async def test_records_that_cannot_be_written(self, rig: FakeSysfsRig) -> None:
+        rig.records.write_text("a file where the directory should be")
+        with pytest.raises(DriverNotWritable):
+            await attach(rig, rig.plugin(authorize=False))
+        assert not [path for path, _ in rig.sysfs.written if path.endswith("attach")]
+
+    async def test_without_the_module(self, rig: FakeSysfsRig) -> None:
+        gone = rig.sysfs.base.rename(rig.sysfs.base.with_name("gone"))
+        driver = rig.plugin()
+        with pytest.raises(DriverMissing, match="modprobe vhci-hcd"):
+            await driver.ports()
+        with pytest.raises(DriverMissing):
+            await attach(rig, driver)
+        report = await driver.check()
+        assert (report.loaded, len(report.problems)) == (False, 1)
+        gone.rename(rig.sysfs.base)
+
+    async def test_a_cancelled_attach_is_undone(self, rig: FakeSysfsRig) -> None:
+        entered, go_on = asyncio.Event(), threading.Event()
+        loop = asyncio.get_running_loop()
+
+        def slowly(_port: int) -> None:
+            loop.call_soon_threadsafe(entered.set)
+            assert go_on.wait(LIMIT_S)
+
+        rig.sysfs.before_attach = slowly
+        driver = rig.plugin()
+        task = asyncio.create_task(attach(rig, driver))
+        await entered.wait()
+        task.cancel()
+        loop.call_soon(go_on.set)
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert (await state(driver, 0)).status is PortStatus.NULL
+        assert records(rig) == {}
+        assert await rig.is_free_on_server(DeviceKey(SERVER, TWINS[0].busid))
+
+    async def test_a_write_that_hangs_is_given_up_and_undone_when_it_ends(
+        self, rig: FakeSysfsRig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(access, "WRITE_S", 0.05)
+        go_on, undone = threading.Event(), asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def hang(_port: int) -> None:
+            go_on.wait(LIMIT_S)
+
+        rig.sysfs.before_attach = hang
+        driver = rig.plugin()
+        with pytest.raises(AttachRefused, match="did not take it"):
+            await attach(rig, driver)
+        free = rig.sysfs.free
+        rig.sysfs.free = lambda port: (free(port), loop.call_soon_threadsafe(undone.set))[0]  # type: ignore[method-assign]
+        go_on.set()
+        async with asyncio.timeout(LIMIT_S):
+            await undone.wait()
+        assert (await state(driver, 0)).status is PortStatus.NULL
+
+
+class TestEnumeration:
+    async def test_the_device_is_authorised_only_after_it_was_checked(self, rig: FakeSysfsRig) -> None:
+        driver, imported = rig.plugin(), await rig.import_twin(0)
+        port = await driver.attach(imported.key, imported.descriptor, imported.fileno())
+        device = rig.sysfs.rows[port].device
+        assert (device / "authorized").read_text() == "0\n"
+        await driver.enumerate(imported.key, imported.descriptor, port, children=(), timeout=LIMIT_S)
+        assert (device / "authorized").read_text() == "1\n"
+        imported.close()
+
+    async def test_the_hub_is_as_before_once_the_device_has_appeared(self, rig: FakeSysfsRig) -> None:
+        driver = rig.plugin()
+        default = rig.sysfs.hub_dir(0) / "authorized_default"
+        imported = [await rig.import_twin(0), await rig.import_twin(1)]
+        ports = [await driver.attach(one.key, one.descriptor, one.fileno()) for one in imported]
+        assert default.read_text() == "0\n"
+        await driver.enumerate(imported[0].key, TWINS[0], ports[0], children=(), timeout=LIMIT_S)
+        assert default.read_text() == "0\n", "the other one is still on its way"
+        await driver.enumerate(imported[1].key, TWINS[1], ports[1], children=(), timeout=LIMIT_S)
+        assert default.read_text() == "1\n"
+        assert not list(rig.records.glob("authorized_default*"))
+        for one in imported:
+            one.close()
+
+    async def test_a_hub_that_the_administrator_has_closed_stays_closed(self, rig: FakeSysfsRig) -> None:
+        default = rig.sysfs.hub_dir(0) / "authorized_default"
+        default.write_text("0\n")
+        await attached(rig.plugin(), await rig.import_twin(0))
+        assert default.read_text() == "0\n"
+
+    async def test_a_successor_opens_what_a_crash_has_left_closed(self, rig: FakeSysfsRig) -> None:
+        imported = await rig.import_twin(0)
+        await rig.plugin().attach(imported.key, imported.descriptor, imported.fileno())
+        default = rig.sysfs.hub_dir(0) / "authorized_default"
+        assert default.read_text() == "0\n"
+        rig.plugin()
+        await asyncio.sleep(0)  # its run() has started
+        assert default.read_text() == "1\n"
+        imported.close()
+
+    async def test_without_guarding_the_hub_is_not_touched(self, rig: FakeSysfsRig) -> None:
+        await attached(rig.plugin(authorize=False), await rig.import_twin(0))
+        assert not [path for path, _ in rig.sysfs.written if path.endswith("authorized_default")]
+
+    async def test_a_hub_that_cannot_be_guarded_is_no_reason_to_fail(self, rig: FakeSysfsRig) -> None:
+        rig.sysfs.refuse["authorized_default"] = [errno.EROFS]
+        attachment = await attached(rig.plugin(), await rig.import_twin(0))
+        assert attachment.nodes
+
+    @pytest.mark.parametrize(("code", "error"), [(errno.EPROTO, AttachStuck), (errno.EROFS, DriverNotWritable)])
+    async def test_a_device_that_cannot_be_authorised_is_detached(
+        self, rig: FakeSysfsRig, code: int, error: type[VhciError]
+    ) -> None:
+        rig.sysfs.refuse["authorized"] = [code]
+        driver = rig.plugin()
+        with pytest.raises(error):
+            await attached(driver, await rig.import_twin(0))
+        assert (await state(driver, 0)).status is PortStatus.NULL
+        assert records(rig) == {}
+
+    async def test_a_connection_that_ends_meanwhile_is_noticed_at_once(self, rig: FakeSysfsRig) -> None:
+        driver, imported = rig.plugin(), await rig.import_stuck()
+        port = await driver.attach(imported.key, imported.descriptor, imported.fileno())
+        rig.sysfs.free(port)
+        async with asyncio.timeout(LIMIT_S):
+            with pytest.raises(AttachStuck, match="connection"):
+                await driver.enumerate(imported.key, imported.descriptor, port, timeout=10 * LIMIT_S)
+        imported.close()
+
+    async def test_the_error_state_is_detached(self, rig: FakeSysfsRig) -> None:
+        driver, imported = rig.plugin(), await rig.import_stuck()
+        port = await driver.attach(imported.key, imported.descriptor, imported.fileno())
+        rig.sysfs.rows[port].status = 7
+        rig.sysfs._render()
+        with pytest.raises(AttachStuck, match="error state"):
+            await driver.enumerate(imported.key, imported.descriptor, port, timeout=LIMIT_S)
+        assert (await state(driver, port)).status is PortStatus.NULL
+        imported.close()
+
+    async def test_a_device_that_is_not_authorised_is_nothing_to_adopt(self, rig: FakeSysfsRig) -> None:
+        imported = await rig.import_twin(0)
+        port = await rig.plugin().attach(imported.key, imported.descriptor, imported.fileno())
+        assert await rig.plugin().inspect(imported.key, port) is None
+        imported.close()
+
+
+class TestChildren:
+    async def begin(self, rig: FakeSysfsRig, children: tuple[str, ...] | None, class_: int) -> asyncio.Task[Attachment]:
+        """An enumeration that has got as far as waiting for children."""
+        driver, imported = rig.plugin(), await rig.import_twin(0)
+        port = await driver.attach(imported.key, imported.descriptor, imported.fileno())
+        imported.close()
+        self.device = rig.sysfs.rows[port].device
+        self.interface = add_interface(self.device, 0, class_)
+        enumeration = driver.enumerate(imported.key, imported.descriptor, port, children=children, timeout=LIMIT_S)
+        changed = asyncio.Event()
+        driver.subscribe(changed.set)
+        task = asyncio.create_task(enumeration)
+        async with asyncio.timeout(LIMIT_S):
+            while (self.device / "authorized").read_text() != "1\n":
+                await changed.wait()
+                changed.clear()
+        return task
+
+    async def test_promised_nodes_are_waited_for(self, rig: FakeSysfsRig) -> None:
+        task = await self.begin(rig, None, class_=8)
+        assert not task.done()
+        add_node(self.interface / "host0/block/sda", "block", "sda", 8, 0)
+        attachment = await task
+        assert [node.kind for node in attachment.nodes] == ["usb", "block"]
+
+    async def test_nodes_asked_for_are_waited_for(self, rig: FakeSysfsRig) -> None:
+        task = await self.begin(rig, ("tty", "hidraw"), class_=0xFF)
+        assert not task.done()
+        add_node(self.interface / "ttyUSB0/tty/ttyUSB0", "tty", "ttyUSB0", 188, 0)
+        attachment = await task
+        assert [node.kind for node in attachment.nodes] == ["usb", "tty"]
+
+    async def test_where_nothing_is_promised_nothing_is_waited_for(self, rig: FakeSysfsRig) -> None:
+        async with asyncio.timeout(1):
+            assert await (await self.begin(rig, None, class_=0xFF))
+
+    async def test_a_serial_number_is_reported(self, rig: FakeSysfsRig) -> None:
+        rig.sysfs.serials[TWINS[0].devid] = "A123"
+        assert (await attached(rig.plugin(), await rig.import_twin(0))).serial == "A123"
+
+
+class TestDetach:
+    async def test_it_waits_until_the_device_has_left_sysfs(self, rig: FakeSysfsRig) -> None:
+        driver = rig.plugin()
+        attachment = await attached(driver, await rig.import_twin(0))
+        rig.sysfs.linger = True
+        with pytest.raises(DetachFailed):
+            await driver.detach(attachment.port, timeout=0.2)
+        assert (await state(driver, attachment.port)).status is PortStatus.NULL
+        assert f"port{attachment.port}" in records(rig), "kept: the attachment is not quite gone"
+        detaching = asyncio.create_task(driver.detach(attachment.port, timeout=LIMIT_S))
+        await asyncio.sleep(0)
+        rig.sysfs.vanish(attachment.port)
+        await detaching
+        assert records(rig) == {}
+
+    async def test_a_port_whose_last_device_lingers_is_the_last_choice(self, rig: FakeSysfsRig) -> None:
+        driver = rig.plugin()
+        attachment = await attached(driver, await rig.import_twin(0))
+        rig.sysfs.linger = True
+        rig.sysfs.free(attachment.port)
+        assert await attach(rig, driver, 1) != attachment.port
+
+    async def test_a_controller_stalled_by_a_silent_device_is_avoided(self, rig: FakeSysfsRig) -> None:
+        driver, imported = rig.plugin(), await rig.import_stuck()
+        stuck = await driver.attach(imported.key, imported.descriptor, imported.fileno())
+        await driver.detach(stuck, timeout=LIMIT_S)
+        imported.close()
+        port = await attach(rig, driver)
+        assert rig.sysfs.hub_dir(port).parent != rig.sysfs.hub_dir(stuck).parent
+
+    async def test_a_stalled_port_is_better_than_none(self, rig: FakeSysfsRig) -> None:
+        driver, imported = rig.plugin(), await rig.import_stuck()
+        stuck = await driver.attach(imported.key, imported.descriptor, imported.fileno())
+        await driver.detach(stuck, timeout=LIMIT_S)
+        imported.close()
+        for row in rig.sysfs.rows:
+            if row.number != stuck:
+                rig.sysfs.take(row.number)
+        assert await attach(rig, driver) == stuck
+
+    @pytest.mark.parametrize(("code", "error"), [(errno.EIO, DetachFailed), (errno.EROFS, DriverNotWritable)])
+    async def test_a_refusal_keeps_the_record(self, rig: FakeSysfsRig, code: int, error: type[VhciError]) -> None:
+        driver = rig.plugin()
+        attachment = await attached(driver, await rig.import_twin(0))
+        rig.sysfs.refuse["detach"] = [code]
+        with pytest.raises(error):
+            await driver.detach(attachment.port, timeout=LIMIT_S)
+        assert f"port{attachment.port}" in records(rig)
+
+    async def test_a_port_that_fell_to_null_by_itself(self, rig: FakeSysfsRig) -> None:
+        driver = rig.plugin()
+        attachment = await attached(driver, await rig.import_twin(0))
+        rig.sysfs.refuse["detach"] = [errno.EINVAL]
+        rig.sysfs.free(attachment.port)
+        await driver.detach(attachment.port, timeout=LIMIT_S)
+        assert records(rig) == {}
+
+    async def test_a_port_that_does_not_exist(self, rig: FakeSysfsRig) -> None:
+        for number in (12, 100_000):
+            with pytest.raises(VhciError, match=f"no port {number}"):
+                await rig.plugin().detach(number, timeout=LIMIT_S)
+
+    async def test_ports_exhausted_names_hub_and_total(self, rig: FakeSysfsRig) -> None:
+        await rig.fill("hs")
+        with pytest.raises(PortsExhausted, match="all 6 hs ports"):
+            await attach(rig, rig.plugin())
+
+
+class TestNotice:
+    async def test_after_the_last_event_it_looks_again(self, rig: FakeSysfsRig) -> None:
+        """A port becomes null a little after the last uevent of its device."""
+        driver = rig.plugin()
+        rings: list[int] = []
+        two = asyncio.Event()
+
+        def ring() -> None:
+            rings.append(1)
+            if len(rings) >= 2:
+                two.set()
+
+        driver.subscribe(ring)
+        await asyncio.sleep(0)
+        rig.uevents.tell(None)
+        async with asyncio.timeout(LIMIT_S):
+            await two.wait()
+
+    async def test_who_has_unsubscribed_is_not_called(self, rig: FakeSysfsRig) -> None:
+        driver = rig.plugin()
+        called: list[str] = []
+        heard = asyncio.Event()
+        unsubscribe = driver.subscribe(lambda: called.append("gone"))
+        driver.subscribe(heard.set)
+        unsubscribe()
+        unsubscribe()
+        await asyncio.sleep(0)
+        rig.uevents.tell(None)
+        async with asyncio.timeout(LIMIT_S):
+            await heard.wait()
+        assert called == []
+
+
+async def test_the_report_names_what_is_wrong(rig: FakeSysfsRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = rig.plugin()
+    assert (await driver.check()).problems == ()
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(rig.uevents, "problem", lambda: "no uevents")
+    report = await driver.check()
+    assert (report.attach_writable, report.records_writable, report.uevents) == (False, False, False)
+    assert len(report.problems) == 3
