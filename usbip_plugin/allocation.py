@@ -26,11 +26,16 @@ _NOT_ENV = re.compile(r"[^A-Z0-9]")
 _PER_NODE_FIELDS = ("{kind}", "{name}")
 
 
-def environment(resource: str, index: int, attachment: Attachment) -> dict[str, str]:
-    """USBIP_<RESOURCE>_<index>_{DEVICE,BUSID} and, where the device has them, _TTY and _SERIAL."""
+def environment(resource: str, index: int, attachment: Attachment, specs: Sequence[DeviceSpec]) -> dict[str, str]:
+    """USBIP_<RESOURCE>_<index>_{DEVICE,BUSID} and, where the device has them, _TTY and _SERIAL.
+
+    Paths are those in the container, as specs (of this attachment) put them; a node the container does not get is
+    left out.
+    """
     prefix = f"USBIP_{_NOT_ENV.sub('_', resource.upper())}_{index}_"
-    env = {prefix + "DEVICE": attachment.nodes[0].path, prefix + "BUSID": attachment.key.busid}
-    tty = next((node.path for node in attachment.nodes if node.kind == "tty"), None)
+    inside = {spec.host_path: spec.container_path for spec in specs}
+    env = {prefix + "DEVICE": inside[attachment.nodes[0].path], prefix + "BUSID": attachment.key.busid}
+    tty = next((inside[n.path] for n in attachment.nodes if n.kind == "tty" and n.path in inside), None)
     if tty is not None:
         env[prefix + "TTY"] = tty
     if attachment.serial:
@@ -79,9 +84,10 @@ def container_response(resource: ResourceConfig, devices: Sequence[tuple[Seen, A
     envs: dict[str, str] = {}
     specs: dict[str, DeviceSpec] = {}
     for index, (seen, attachment) in enumerate(devices):
-        envs.update(environment(resource.name, index, attachment))
+        nodes = node_specs(resource, index, attachment)
+        envs.update(environment(resource.name, index, attachment, nodes))
         extras = (DeviceSpec(e.host_path, e.container_path, e.permissions) for e in seen.selector.extras)
-        for spec in chain(node_specs(resource, index, attachment), extras):
+        for spec in chain(nodes, extras):
             specs.setdefault(spec.container_path, spec)
     return ContainerResponse(envs=envs, devices=tuple(specs.values()))
 

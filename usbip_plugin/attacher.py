@@ -183,8 +183,9 @@ class Attacher:
             except PluginError as error:
                 _settle(answer, error)
             finally:
-                answer.cancel()  # of no effect once it is settled
-            if held and (answer.cancelled() or answer.exception() is not None):
+                # of no effect once it is settled: only a cancelled task, that is, a plugin that ends, gets here without
+                _settle(answer, ClaimBusy(f"{wanted.key}: the plugin on this node is being stopped; try again"))
+            if held and answer.exception() is not None:
                 await self._undo(wanted.key.id)
         finally:
             if held:
