@@ -141,17 +141,19 @@ class ResourcePlugin:
                     self._set(State.FAILED, str(error))
                 if self._clock.monotonic() - started >= STABLE_S:
                     waits = backoff(self._rng, BACKOFF_FIRST_S, BACKOFF_MAX_S)
-                await self._pause(next(waits), tried)
+                if await self._new_kubelet_within(next(waits), tried):
+                    waits = backoff(self._rng, BACKOFF_FIRST_S, BACKOFF_MAX_S)
         finally:
             self._set(State.STOPPED)
 
-    async def _pause(self, seconds: float, tried: SocketIdentity) -> None:
-        """The wait after a try, cut short by a new kubelet.sock."""
+    async def _new_kubelet_within(self, seconds: float, tried: SocketIdentity) -> bool:
+        """The wait after a try, cut short by a new kubelet.sock: True if there is one."""
         try:
             async with self._clock.timeout(seconds):
                 await self._directory.changed.until(lambda: self._directory.kubelet() not in {tried, None})
         except TimeoutError:
-            return
+            return False
+        return True
 
     async def _register_once(self, kubelet: SocketIdentity) -> None:
         """Serve, register, and stay until the registration no longer stands."""
