@@ -6,6 +6,9 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
+# Seconds for the connections to notice that the proxy ends.
+END_S = 5.0
+
 
 class Proxy:
     """cut() resets all connections; while refusing, new ones are closed at once; while silent, bytes go nowhere."""
@@ -27,18 +30,20 @@ class Proxy:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
+        self._writers.add(writer)
         try:
             if self.refusing:
                 return
             far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._target)
-            self._writers |= {writer, far_writer}
+            self._writers.add(far_writer)
             try:
                 await asyncio.gather(self._pump(reader, far_writer), self._pump(far_reader, writer))
             finally:
-                self._writers -= {writer, far_writer}
+                self._writers.discard(far_writer)
                 far_writer.transport.abort()
         finally:
             writer.transport.abort()
+            self._writers.discard(writer)
             self._tasks.discard(task)
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -50,9 +55,11 @@ class Proxy:
         writer.transport.abort()
 
     async def end(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        """Not by cancelling: asyncio logs a cancelled connection handler as an error."""
+        self.flowing.set()
+        self.cut()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=END_S)
 
 
 @contextlib.asynccontextmanager
