@@ -30,9 +30,8 @@ test-kernel: $(VENV)/.test ## driver tests against a real vhci_hcd in a QEMU gue
 
 test-all: lint test test-apiserver test-kernel ## everything above, and lint
 
-bench: $(VENV)/.test ## timings, once there is a tests/bench
-	@ls tests/bench/*.py >/dev/null 2>&1 || { echo 'there are no benches yet' >&2; exit 1; }
-	$(PYTEST) tests/bench -s $(ARGS)
+bench: $(VENV)/.test ## timings and memory, to the screen and bench.json
+	$(BIN)/python tests/bench/bench.py $(ARGS)
 
 # mypy knows one module called conftest at a time
 lint: $(VENV)/.test ## ruff, formatting, mypy --strict

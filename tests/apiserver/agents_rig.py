@@ -75,17 +75,17 @@ class Allocated:
     error: str
 
 
-class Rig:
-    """Two nodes and a server with some dongles. keys: the devices, in order of bus id."""
+class Nodes:
+    """The nodes of a world and the devices they all offer as RESOURCE, with a way around their kubelets."""
 
-    def __init__(self, world: World, server: VirtualServer, keys: Sequence[DeviceKey], spans: WatchedSpans) -> None:
-        self.world, self.server, self.keys, self.spans = world, server, keys, spans
+    def __init__(self, world: World, keys: Sequence[DeviceKey]) -> None:
+        self.world, self.keys = world, keys
         self.nodes = tuple(world.nodes.values())
         self.changed = Broadcast()
         self._stubs: dict[str, DevicePluginStub] = {}
 
     async def connect(self, stack: contextlib.AsyncExitStack) -> None:
-        """Waits until both kubelets have all devices Healthy, then dials both plugins."""
+        """Waits until every kubelet has all devices Healthy, then dials every plugin."""
         for node in self.nodes:
             await node.until(RESOURCE, lambda devices: len(devices) == len(self.keys) and all(devices.values()))
             agent = node.agent
@@ -109,12 +109,12 @@ class Rig:
             return Allocated(node, None, error.details() or "")
 
     async def race(self, key: DeviceKey) -> tuple[list[Allocated], list[Allocated]]:
-        """Both nodes at the same moment: (winners, losers)."""
+        """All nodes at the same moment: (winners, losers)."""
         answers = await asyncio.gather(*(self.allocate(node, key) for node in self.nodes))
         return [a for a in answers if a.response is not None], [a for a in answers if a.response is None]
 
     async def end_pod(self, node: SimNode, key: DeviceKey) -> None:
-        """The device's pod is seen once and then no more; returns when both nodes have seen the lock free."""
+        """The device's pod is seen once and then no more; returns when all nodes have seen the lock free."""
         agent = node.agent
         assert agent is not None
         clock = SystemClock()
@@ -124,7 +124,7 @@ class Rig:
         await self.until(lambda: not any(self.holders(key)))
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        """Looks again at each change of a lock and of the API server's state, as either node sees them."""
+        """Looks again at each change of a lock and of the API server's state, as any node sees them."""
         async with asyncio.timeout(PATIENCE_S):
             await self.changed.until(condition)
 
@@ -142,6 +142,14 @@ class Rig:
     def attached(self, node: SimNode, key: DeviceKey) -> bool:
         claim = node.agent.attacher.claims.get(key.id) if node.agent is not None else None
         return claim is not None and claim.state is State.ATTACHED
+
+
+class Rig(Nodes):
+    """Two nodes and a server with some dongles. keys: the devices, in order of bus id."""
+
+    def __init__(self, world: World, server: VirtualServer, keys: Sequence[DeviceKey], spans: WatchedSpans) -> None:
+        super().__init__(world, keys)
+        self.server, self.spans = server, spans
 
 
 @contextlib.asynccontextmanager

@@ -1,0 +1,55 @@
+"""Allocate on the real kernel against the kernel's own time, measured by hand in the same run. For the guest only."""
+
+from __future__ import annotations
+
+from agents_rig import Nodes
+from bench_nodes import Place, allocate_times, nodes
+from bench_rows import Row, p50_p99, percentile
+from kernel_timing import CHILDREN, once
+from usbipd import RealUsbipd, eventually
+
+from usbip_plugin.clock import SystemClock
+from usbip_plugin.config import Selector
+from usbip_plugin.model import DeviceKey
+from usbip_plugin.sim.kernel import SimulatedKernel
+from usbip_plugin.vhci.driver import VhciDriver
+from usbip_plugin.vhci.linux import SysfsVhci
+from usbip_plugin.vhci.uevents import NetlinkUevents
+
+SERIAL = "SERIAL1"
+
+
+async def kernel(count: int) -> list[Row]:
+    """A serial converter of a real usbipd; Leases in memory."""
+    usbipd = RealUsbipd()
+    usbipd.load_modules()
+    busid = usbipd.busid(SERIAL)
+    usbipd.bind(busid)
+    usbipd.start()
+    key = DeviceKey(usbipd.key, busid)
+    try:
+        bare = [once(usbipd, busid, CHILDREN[SERIAL])["child node"] for _ in range(count)]
+        place = Place(("solo",), (usbipd.key,), (key,), driver=_real, selector=Selector(bus_id=busid))
+        async with nodes(place) as found:
+            whole = await _allocates(found, usbipd, key, count)
+    finally:
+        usbipd.stop()
+    own = percentile(bare, 50)
+    return [
+        *p50_p99("the kernel's own time: attach write to tty node", bare),
+        *p50_p99("Allocate (real kernel and usbipd, Leases: memory)", whole),
+        *p50_p99("Allocate over the kernel's own p50", [took - own for took in whole]),
+    ]
+
+
+def _real(_node: str, _kernel: SimulatedKernel) -> VhciDriver:
+    clock = SystemClock()
+    return SysfsVhci(clock, NetlinkUevents(clock))
+
+
+async def _allocates(found: Nodes, usbipd: RealUsbipd, key: DeviceKey, count: int) -> list[float]:
+    times = []
+    for _ in range(count):
+        times += await allocate_times(found, key, 1)
+        eventually(lambda: usbipd.is_free(key.busid), "free on the server")
+    return times

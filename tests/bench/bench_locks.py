@@ -1,0 +1,92 @@
+"""The lock on a real API server: how long it takes to get one, and for other nodes to show it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+
+from agents_rig import RESOURCE
+from bench_nodes import NAMESPACE, Place, TimedLeases, keys_of, nodes, timed_allocate, virtual_server
+from bench_rows import Row, p50_p99
+from opentelemetry.trace import NoOpTracer
+
+from usbip_plugin.clock import SystemClock
+from usbip_plugin.kube import connect
+from usbip_plugin.locks.kubernetes import KubernetesLeases
+from usbip_plugin.locks.manager import LockManager, LockSettings
+from usbip_plugin.model import DeviceKey, NodeIdentity, ServerKey
+from usbip_plugin.sim.world import SimNode
+
+READY_TIMEOUT_S = 30.0
+WITHDRAWAL_TARGET_MS = 100.0
+
+
+async def make_namespace(kubeconfig: str) -> None:
+    """The namespace of the Leases. kubeconfig of an administrator."""
+    client = await connect(kubeconfig)
+    body = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}}
+    try:
+        await client.request("create", "/api/v1/namespaces", resource="namespaces", body=body)
+    finally:
+        await client.close()
+
+
+async def acquisition(kubeconfig: str, count: int) -> list[Row]:
+    """LockManager.acquire of a free lock."""
+    client = await connect(kubeconfig)
+    store = KubernetesLeases(client, NAMESPACE)
+    me = NodeIdentity("bench-locks", "boot")
+    manager = LockManager(store, me, SystemClock(), random.Random(0), LockSettings(), NoOpTracer())
+    running = asyncio.create_task(manager.run())
+    key = DeviceKey(ServerKey("bench.invalid"), "1-1")
+    times = []
+    try:
+        async with asyncio.timeout(READY_TIMEOUT_S):
+            await manager.ready.wait()
+        for _ in range(count):
+            began = time.perf_counter()
+            await manager.acquire(key)
+            times.append((time.perf_counter() - began) * 1e3)
+            await manager.release(key)
+    finally:
+        running.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await running
+        await client.close()
+    return p50_p99("lock acquired (API server)", times)
+
+
+async def _unhealthy(node: SimNode, key: DeviceKey) -> float:
+    """When (time.perf_counter) the node's kubelet has the device so."""
+    await node.until(RESOURCE, lambda devices: devices == {key.id: False})
+    return time.perf_counter()
+
+
+async def withdrawal(kubeconfig: str, count: int) -> list[Row]:
+    """From the sending of one node's lock write until another node's kubelet has the device Unhealthy.
+
+    Both nodes share one process with their kubelets, so the Allocate that goes on meanwhile is in the figures.
+    """
+    names = ("taker", "other")
+    clients = {name: await connect(kubeconfig) for name in names}
+    stores = {name: TimedLeases(client, NAMESPACE, name) for name, client in clients.items()}
+    times = []
+    try:
+        async with virtual_server() as server:
+            place = Place(names, (server.key,), keys_of(server), leases=lambda node: stores[node])
+            (key,) = place.keys
+            async with nodes(place) as found:
+                taker, other = found.nodes
+                for _ in range(count):
+                    stores[taker.name].taking_sent.clear()
+                    gone = asyncio.create_task(_unhealthy(other, key))
+                    await timed_allocate(found, taker, key)
+                    times.append((await gone - stores[taker.name].taking_sent[key.id]) * 1e3)
+                    await found.end_pod(taker, key)
+                    await other.until(RESOURCE, lambda devices: devices == {key.id: True})
+    finally:
+        for client in clients.values():
+            await client.close()
+    return p50_p99("Unhealthy at another node's kubelet after the lock write (API server)", times, WITHDRAWAL_TARGET_MS)
