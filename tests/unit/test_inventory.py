@@ -1,0 +1,188 @@
+"""What is advertised and why: every reason, what is remembered, and which device a node reaches for."""
+
+from dataclasses import replace
+
+import pytest
+
+from usbip_plugin.claims import Claim, State
+from usbip_plugin.config import Config, DeviceSelector, ResourceConfig, Selector
+from usbip_plugin.inventory import (
+    API_GRACE,
+    Api,
+    Driver,
+    Facts,
+    Members,
+    advertise,
+    importable,
+    key_of,
+    learn,
+    parse_usb_id,
+    preferred,
+    wanting_serial,
+)
+from usbip_plugin.locks.manager import Standing
+from usbip_plugin.model import Descriptor, DeviceKey, Health, Lock, Reason, ServerKey, UsbId
+from usbip_plugin.usbip.poller import ServerState, ServerView
+
+LAB = ServerKey("lab", 3240)
+KEY = DeviceKey(LAB, "1-1")
+STICK, OTHER = UsbId(0x0951, 0x1666), UsbId(0x1050, 0x0407)
+CONFIG = Config((ResourceConfig("stick", (DeviceSelector(LAB, Selector(vendor=0x0951, product=0x1666)),)),))
+HIGH, SUPER = 3, 5
+
+
+def listed(busid: str = "1-1", usb_id: UsbId = STICK, speed: int = HIGH) -> Descriptor:
+    return Descriptor(busid, "/sys/x", 1, 2, speed, usb_id, 0x100, 0, 0, 0, 1, 1, 1)
+
+
+def view(*devices: Descriptor, state: ServerState = ServerState.REACHABLE, error: str | None = None) -> ServerView:
+    return ServerView(LAB, state, devices, error, 0 if state is ServerState.REACHABLE else 1)
+
+
+def lock(holder: str, **more: object) -> Lock:
+    return Lock(KEY.id, holder, 3, 40.0, "9", server=str(LAB), busid="1-1", usb_id=str(STICK), **more)  # type: ignore[arg-type]
+
+
+def facts(**more: object) -> Facts:
+    base = Facts("node-a", CONFIG, {LAB: view(listed())}, {}, {}, {})
+    return replace(base, **more)  # type: ignore[arg-type]
+
+
+def held(by: str, standing: Standing = Standing.HELD) -> dict[str, object]:
+    return {"locks": {KEY.id: lock(by)}, "standings": {KEY.id: standing}}
+
+
+def claim(state: State) -> dict[str, object]:
+    return {
+        "claims": {KEY.id: Claim(KEY, STICK, state=state, resource="stick", port=0)},
+        **held("node-a", Standing.MINE),
+    }
+
+
+KNOWN: Members = learn({}, facts())
+
+
+def health_of(now: Facts) -> Health:
+    (device,) = advertise(learn(KNOWN, now), now)["stick"]
+    assert device.id == KEY.id
+    return device.health
+
+
+@pytest.mark.parametrize(
+    ("now", "reason", "words"),
+    [
+        (facts(), Reason.FREE, ""),
+        (facts(**claim(State.ATTACHED)), Reason.ATTACHED, "port 0"),
+        (facts(**claim(State.IMPORTING)), Reason.IN_PROGRESS, "Importing"),
+        (facts(**claim(State.REATTACHING)), Reason.LOST, "lab:3240"),
+        (facts(**claim(State.RELEASING)), Reason.IN_PROGRESS, "Releasing"),
+        (facts(**claim(State.RELEASING), api=Api(1.0, "refused")), Reason.API_UNREACHABLE, "refused"),
+        (facts(**claim(State.LOST) | held("node-b")), Reason.LOCK_LOST, "node-b"),
+        (facts(**held("node-b")), Reason.HELD_ELSEWHERE, "node-b"),
+        (facts(**held("node-b", Standing.EXPIRED)), Reason.HOLDER_EXPIRED, "node-b"),
+        (
+            facts(servers={LAB: view(state=ServerState.UNREACHABLE, error="refused")}),
+            Reason.SERVER_UNREACHABLE,
+            "refused",
+        ),
+        (facts(servers={LAB: view(state=ServerState.PENDING)}), Reason.UNKNOWN, "lab"),
+        (facts(servers={}), Reason.UNKNOWN, "lab"),
+        (facts(servers={LAB: view()}), Reason.NOT_LISTED, "1-1"),
+        (facts(servers={LAB: view(listed(usb_id=OTHER))}), Reason.LISTED_WRONG, "1050:0407"),
+        (facts(api=Api(API_GRACE, "gone")), Reason.API_UNREACHABLE, "gone"),
+        (facts(api=Api(API_GRACE - 1, "gone")), Reason.FREE, ""),
+        (facts(driver=Driver("not loaded", 0, 0)), Reason.NO_DRIVER, "not loaded"),
+        (facts(driver=Driver(None, 0, 8)), Reason.NO_PORT, "hs"),
+    ],
+)
+def test_every_reason(now: Facts, reason: Reason, words: str) -> None:
+    health = health_of(now)
+    assert health.reason is reason
+    assert words in health.detail
+
+
+def test_a_held_device_stays_healthy_without_api_server_and_without_usb_server() -> None:
+    now = facts(**claim(State.ATTACHED), api=Api(999.0, "gone"), servers={LAB: view(state=ServerState.UNREACHABLE)})
+    assert health_of(now).healthy
+
+
+def test_a_super_speed_device_needs_a_port_of_its_own_hub() -> None:
+    now = facts(servers={LAB: view(listed(speed=SUPER))}, driver=Driver(None, 8, 0))
+    assert health_of(now).reason is Reason.NO_PORT
+
+
+def test_a_device_that_only_a_lock_tells_of_is_known() -> None:
+    """usbipd hides devices in use: a plugin that starts while one is held must not drop it."""
+    now = facts(servers={LAB: view()}, **held("node-b"))
+    assert set(learn({}, now)["stick"]) == {KEY.id}
+
+
+def test_a_device_seen_before_stays_when_nobody_tells_of_it() -> None:
+    assert set(learn(KNOWN, facts(servers={}))["stick"]) == {KEY.id}
+
+
+def test_only_a_new_configuration_drops_a_device_and_not_while_it_is_claimed() -> None:
+    empty = Config(())
+    assert learn(KNOWN, facts(config=empty)) == {}
+    assert set(learn(KNOWN, facts(config=empty, **claim(State.ATTACHED)))["stick"]) == {KEY.id}
+
+
+def test_one_device_may_be_offered_by_two_resources() -> None:
+    both = Config((*CONFIG.resources, ResourceConfig("any", (DeviceSelector(LAB, Selector(bus_id="1-*")),))))
+    members = learn({}, facts(config=both))
+    assert set(members["stick"]) == set(members["any"]) == {KEY.id}
+
+
+def test_a_serial_number_is_wanted_only_while_it_is_unknown() -> None:
+    by_serial = Config((ResourceConfig("stick", (DeviceSelector(LAB, Selector(serial="RED")),)),))
+    unknown = facts(config=by_serial)
+    assert [key for key, _descriptor in wanting_serial(unknown)] == [KEY]
+    assert learn({}, unknown)["stick"] == {}
+    for serial, offered in (("RED", {KEY.id}), ("BLUE", set()), ("", set())):
+        known = facts(config=by_serial, locks={KEY.id: lock("", serial=serial)})
+        assert wanting_serial(known) == ()
+        assert set(learn({}, known)["stick"]) == offered
+
+
+@pytest.mark.parametrize("text", ["lab", "lab:", "lab:x", ":3240", None])
+def test_a_lock_that_does_not_name_its_device_is_no_device(text: str | None) -> None:
+    assert key_of(replace(lock("node-b"), server=text)) is None
+
+
+def test_a_lock_whose_device_does_not_hash_to_its_name_is_no_device() -> None:
+    assert key_of(replace(lock("node-b"), busid="9-9")) is None
+    assert key_of(lock("node-b")) == KEY
+
+
+def test_an_ipv6_server_comes_back_from_the_lock_as_it_was_configured() -> None:
+    six = DeviceKey(ServerKey("fd00::1", 3240), "1-1")
+    assert key_of(Lock(six.id, "", 1, 40.0, "1", server=str(six.server), busid="1-1")) == six
+
+
+@pytest.mark.parametrize("text", [None, "", "0951", "951:1666", "0951:166g", "0951:1666:1"])
+def test_a_usb_id_that_is_none(text: str | None) -> None:
+    assert parse_usb_id(text) is None
+
+
+def test_importable_is_what_reachable_servers_list() -> None:
+    assert importable({LAB: view(listed())}) == {KEY.id}
+    assert importable({LAB: view(listed(), state=ServerState.UNREACHABLE)}) == frozenset()
+
+
+def test_preferred_takes_must_haves_then_attached_then_healthy() -> None:
+    health = {
+        "a": Health(Reason.FREE),
+        "b": Health(Reason.ATTACHED),
+        "c": Health(Reason.NOT_LISTED),
+        "d": Health(Reason.FREE),
+    }
+    assert preferred(["a", "b", "c"], ["c"], 2, "node-a", health) == ("c", "b")
+    assert set(preferred(["a", "b", "c", "d"], [], 3, "node-a", health)) == {"a", "b", "d"}
+    assert preferred(["a"], ["c", "d"], 1, "node-a", health) == ("c", "d")
+
+
+def test_nodes_reach_for_different_devices_first_and_each_for_the_same_again() -> None:
+    health = {f"d{i}": Health(Reason.FREE) for i in range(16)}
+    first = {f"node-{n}": preferred(health, [], 1, f"node-{n}", health)[0] for n in range(16)}
+    assert len(set(first.values())) > 4
+    assert first == {node: preferred(reversed(list(health)), [], 1, node, health)[0] for node in first}
