@@ -5,18 +5,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 import stat
 import tempfile
 import termios
 import tty
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import grpc
 import grpc.aio
 from kernel_rig import DISK, DISK_SUPER, KEYBOARD, TWINS
-from usbipd import RealUsbipd
+from usbipd import RealUsbipd, eventually
 
+from usbip_plugin.agent import Agent
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.config import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.kubelet import deviceplugin_pb2 as pb
@@ -40,6 +42,7 @@ FTDI = Selector(vendor=0x0403, product=0x6001)
 PATIENCE_S = 30.0  # for what must happen; the guest is emulated and slow
 STATUS_FILES = "devices/platform/vhci_hcd.0/status*"
 FREE = "004"
+USED = "006"
 
 
 def config_of(
@@ -74,9 +77,6 @@ async def agent_with(config: Config, *healthy: DeviceKey) -> AsyncIterator[World
     with tempfile.TemporaryDirectory(prefix="usbip-") as directory:
         setup = Setup(config=config, clock=SystemClock(), domain=DOMAIN, make_driver=real_driver)
         async with running(Path(directory), (NODE,), setup) as world:
-            for resource in config.resources:
-                ids = {key.id for key in healthy}
-                await on(world).until(resource.name, lambda known, ids=ids: all(known[i] for i in ids & known.keys()))
             await until_health(on(world), {key.id: True for key in healthy})
             yield world
 
@@ -97,7 +97,7 @@ async def until_health(node: SimNode, wanted: Mapping[str, bool]) -> None:
         await node.kubelet.changed.until(so)
 
 
-def agent(node: SimNode):  # type: ignore[no-untyped-def]
+def agent(node: SimNode) -> Agent:
     assert node.agent is not None
     return node.agent
 
@@ -116,6 +116,14 @@ async def until_reason(node: SimNode, key: DeviceKey, reason: Reason) -> Adverti
     return advertised(node, key)
 
 
+def plugin_directory(directory: Path) -> Path:
+    return directory / "device-plugins"
+
+
+def pod_resources_socket(directory: Path) -> Path:
+    return directory / "pod-resources.sock"
+
+
 async def allocate(node: SimNode, resource: str, *keys: DeviceKey) -> pb.ContainerAllocateResponse:
     """Allocate straight at the plugin's socket, without a kubelet that would know better. grpc.aio.AioRpcError."""
     return await allocate_at(node.plugin_directory, resource, *(key.id for key in keys))
@@ -123,11 +131,15 @@ async def allocate(node: SimNode, resource: str, *keys: DeviceKey) -> pb.Contain
 
 async def allocate_at(directory: Path, resource: str, *ids: str) -> pb.ContainerAllocateResponse:
     """The same for a plugin with this directory."""
-    path = max(directory.glob(f"usbip-{resource}*.sock"), key=lambda path: path.stat().st_mtime_ns)
+    path = newest_socket(directory, resource)
     async with grpc.aio.insecure_channel(f"unix:{path}", options=(("grpc.use_local_subchannel_pool", 1),)) as channel:
         request = pb.AllocateRequest(container_requests=[pb.ContainerAllocateRequest(devices_ids=ids)])
         answer: pb.AllocateResponse = await DevicePluginStub(channel).Allocate(request, timeout=PATIENCE_S)
         return answer.container_responses[0]
+
+
+def newest_socket(directory: Path, resource: str) -> Path:
+    return max(directory.glob(f"usbip-{resource}*.sock"), key=lambda path: path.stat().st_mtime_ns)
 
 
 async def refusal(node: SimNode, resource: str, key: DeviceKey) -> str:
@@ -164,23 +176,44 @@ def busy_rows() -> tuple[str, ...]:
     return tuple(line for line in lines if line.split()[0] in ("hs", "ss") and line.split()[2] != FREE)
 
 
+def signal_usbipd(usbipd: RealUsbipd, number: signal.Signals) -> None:
+    assert usbipd._process is not None
+    usbipd._process.send_signal(number)
+
+
 def row_hub(rows: tuple[str, ...]) -> str:
     (row,) = rows
     return row.split()[0]
 
 
+def attach_by_hand(usbipd: RealUsbipd, busid: str) -> None:
+    """With the usbip tool, and until the kernel has the device."""
+    before = len(used())
+    usbipd.usbip("attach", "-r", usbipd.key.host, "-b", busid)
+    eventually(lambda: len(used()) > before, "attached by hand")
+
+
+def used() -> tuple[str, ...]:
+    return tuple(row for row in busy_rows() if row.split()[2] == USED)
+
+
 def nodes_of(allocation: Allocation) -> dict[str, int]:
     """{path: st_rdev} of every device node that the container gets. OSError for one that does not exist."""
     assert allocation.devices
-    found = {device.host_path: os.stat(device.host_path) for device in allocation.devices}
+    found = {device.host_path: Path(device.host_path).stat() for device in allocation.devices}
     for path, status in found.items():
         assert stat.S_ISCHR(status.st_mode) or stat.S_ISBLK(status.st_mode), path
     return {path: status.st_rdev for path, status in found.items()}
 
 
+def exist(paths: Iterable[str]) -> bool:
+    """Every one of them."""
+    return all(Path(path).exists() for path in paths)
+
+
 def disk_of(allocation: Allocation) -> str:
     """The whole disk, not its partitions."""
-    (path,) = [path for path in nodes_of(allocation) if stat.S_ISBLK(os.stat(path).st_mode)]
+    (path,) = [path for path in nodes_of(allocation) if Path(path).is_block_device()]
     return path
 
 
@@ -204,7 +237,8 @@ async def arrives(writer: int, reader: int, data: bytes) -> bytes:
         try:
             got.extend(os.read(reader, 4096))
         except OSError as error:
-            done.set_exception(error)
+            if not done.done():
+                done.set_exception(error)
         if len(got) >= len(data) and not done.done():
             done.set_result(None)
 

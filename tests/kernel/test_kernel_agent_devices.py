@@ -17,6 +17,7 @@ from agent_rig import (
     busy_rows,
     config_of,
     disk_of,
+    exist,
     keys_of,
     nodes_of,
     on,
@@ -48,7 +49,7 @@ async def test_identical_devices_go_to_different_pods_and_bytes_pass(rig: Kernel
         node.end(first)
         (ended,) = [key for key in twins if key.id in got[0].device_ids]
         await until_released(world, ended)
-        assert not os.path.exists(one)
+        assert not exist([one])
         assert len(busy_rows()) == 1
         with raw_tty(other):
             pass  # the other pod's is still there
@@ -69,11 +70,13 @@ async def test_a_disk_is_read_and_written_and_has_a_port_of_its_speed(
         path = disk_of((await node.admit(POD, {resource: 1}))["app", node.resource(resource)])
         assert row_hub(busy_rows()) == hub
         written = os.urandom(512)
-        with open(path, "r+b", buffering=0) as disk:
-            assert disk.read(512) == backing.read_bytes()[:512]
-            disk.seek(8192)
-            disk.write(written)
-            os.fsync(disk.fileno())
+        disk = os.open(path, os.O_RDWR)
+        try:
+            assert os.pread(disk, 512, 0) == backing.read_bytes()[:512]
+            os.pwrite(disk, written, 8192)
+            os.fsync(disk)
+        finally:
+            os.close(disk)
         assert backing.read_bytes()[8192:8704] == written
         node.end(POD)
         await until_released(world, *keys_of(rig.usbipd, resource))

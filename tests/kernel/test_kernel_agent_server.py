@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 from collections.abc import Iterator
 
@@ -18,11 +17,13 @@ from agent_rig import (
     arrives,
     busy_rows,
     config_of,
+    exist,
     keys_of,
     nodes_of,
     on,
     raw_tty,
     refusal,
+    signal_usbipd,
     until_health,
     until_reason,
     until_released,
@@ -82,7 +83,8 @@ async def test_a_device_unbound_and_bound_again_comes_back_by_itself(rig: Kernel
         await until_health(node, {twins[0].id: True})
         assert len(busy_rows()) == 2
         again = await allocate(node, SERIAL, *twins)
-        assert len([device for device in again.devices if os.path.exists(device.host_path)]) == len(before)
+        assert len(again.devices) == len(before)
+        assert exist(device.host_path for device in again.devices)
         with raw_tty(again.envs["USBIP_SERIAL_0_TTY"]) as one, raw_tty(again.envs["USBIP_SERIAL_1_TTY"]) as other:
             assert await arrives(one, other, b"back again") == b"back again"
         node.end(POD)
@@ -97,15 +99,15 @@ async def test_a_frozen_server_delays_nobody_else(rig: KernelRig, second_usbipd:
     config = config_of(usbipd, SERIAL, DISKS, allocate_timeout=SHORT_TIMEOUT_S, servers={DISKS: second_usbipd.key})
     async with agent_with(config, twin, disk) as world:
         node = on(world)
-        os.kill(usbipd.pid, signal.SIGSTOP)
+        signal_usbipd(usbipd, signal.SIGSTOP)
         try:
             stuck = asyncio.create_task(refusal(node, SERIAL, twin))
             answer = await allocate(node, DISKS, disk)
-            assert all(os.path.exists(device.host_path) for device in answer.devices)
+            assert exist(device.host_path for device in answer.devices)
             assert not stuck.done(), "the disk had to wait for the frozen server"
             assert_names(await stuck, twin)
         finally:
-            os.kill(usbipd.pid, signal.SIGCONT)
+            signal_usbipd(usbipd, signal.SIGCONT)
         await until_released(world, twin)
         await until_health(node, {twin.id: True})
         assert (await allocate(node, SERIAL, twin)).devices

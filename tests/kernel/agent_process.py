@@ -1,0 +1,49 @@
+"""agent_process.py CONFIG DIRECTORY LEASES: one node's agent as a process that can be killed.
+
+CONFIG: a configuration file. DIRECTORY: the kubelet's, as agent_rig lays it out. LEASES: see lease_socket.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import sys
+from pathlib import Path
+
+from agent_rig import DOMAIN, NODE, plugin_directory, pod_resources_socket, real_driver
+from lease_socket import SocketLeases
+from opentelemetry.trace import NoOpTracer
+
+from usbip_plugin.agent import Agent, Outside
+from usbip_plugin.clock import SystemClock
+from usbip_plugin.config.reload import load_config
+from usbip_plugin.kubelet.directory import PluginDirectory
+from usbip_plugin.kubelet.pod_resources import GrpcPodResources
+from usbip_plugin.model import NodeIdentity
+from usbip_plugin.observe.logs import set_up_logging
+from usbip_plugin.process import boot_id
+from usbip_plugin.resources import SocketRegistrar
+from usbip_plugin.usbip.client import TcpUsbipClient
+
+
+async def main(config: Path, directory: Path, leases: Path) -> None:
+    clock, rng = SystemClock(), random.Random()
+    async with GrpcPodResources(pod_resources_socket(directory), DOMAIN) as pod_resources:
+        outside = Outside(
+            me=NodeIdentity(NODE, boot_id()),
+            client=TcpUsbipClient(clock),
+            driver=real_driver(),
+            leases=SocketLeases(leases, clock),
+            pod_resources=pod_resources,
+            kube=None,
+            registrar=SocketRegistrar(PluginDirectory(plugin_directory(directory), clock), clock, rng),
+            clock=clock,
+            rng=rng,
+            tracer=NoOpTracer(),
+        )
+        await Agent(outside, load_config(config).config, domain=DOMAIN).run()
+
+
+if __name__ == "__main__":
+    set_up_logging("info", sys.stderr, json_lines=False)
+    asyncio.run(main(*(Path(argument) for argument in sys.argv[1:4])))

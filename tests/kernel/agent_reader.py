@@ -1,0 +1,90 @@
+"""agent_reader.py tty|disk PATH: a container's process that reads a device without end and says what it has read.
+
+tty: every byte, as it comes. disk: the first MiB over and over, past the page cache; a line with the time (seconds,
+CLOCK_MONOTONIC) at which each turn began. The first error, or a hang-up, ends it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import mmap
+import os
+import sys
+import time
+import tty
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+LIMIT_S = 30.0
+BLOCK = 64 << 10
+TURN = 1 << 20
+
+
+class Reader:
+    """The process as a test sees it."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self.process = process
+        self.lines: list[str] = []
+        self._more = asyncio.Event()
+
+    async def follow(self) -> None:
+        assert self.process.stdout is not None
+        async for line in self.process.stdout:
+            self.lines.append(line.decode().strip())
+            self._more.set()
+        self._more.set()
+
+    async def until(self, so: Callable[[list[str]], bool]) -> None:
+        """Until so holds of the lines. AssertionError if the process ends before."""
+        async with asyncio.timeout(LIMIT_S):
+            while not so(self.lines):
+                assert self.process.returncode is None, f"the reader ended with {self.process.returncode}"
+                self._more.clear()
+                await self._more.wait()
+
+    async def still_reads_disk(self) -> None:
+        """A turn begins after now, so the one before it has ended without an error."""
+        now = time.monotonic()
+        await self.until(lambda lines: bool(lines) and float(lines[-1]) > now)
+
+
+@contextlib.asynccontextmanager
+async def reading(mode: str, path: str) -> AsyncIterator[Reader]:
+    """A reader of the device at path; killed at the end of the block."""
+    process = await asyncio.create_subprocess_exec(sys.executable, __file__, mode, path, stdout=asyncio.subprocess.PIPE)
+    reader = Reader(process)
+    async with asyncio.TaskGroup() as group:
+        group.create_task(reader.follow())
+        try:
+            await reader.until(bool)
+            yield reader
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+
+
+def read_tty(path: Path) -> None:
+    fd = os.open(path, os.O_RDWR | os.O_NOCTTY)
+    tty.setraw(fd)
+    os.write(1, b"open\n")
+    while data := os.read(fd, 4096):
+        os.write(1, data)
+    sys.exit("hung up")
+
+
+def read_disk(path: Path) -> None:
+    os.nice(19)
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    block = mmap.mmap(-1, BLOCK)
+    while True:
+        os.write(1, b"%f\n" % time.monotonic())
+        for offset in range(0, TURN, BLOCK):
+            if os.preadv(fd, [block], offset) != BLOCK:
+                sys.exit("short read")
+
+
+if __name__ == "__main__":
+    {"tty": read_tty, "disk": read_disk}[sys.argv[1]](Path(sys.argv[2]))

@@ -1,0 +1,12 @@
+"""The demo, on the real kernel."""
+
+from __future__ import annotations
+
+from kernel_rig import KernelRig
+
+from usbip_plugin.sim import demo
+
+
+async def test_every_promise_of_the_demo_holds_on_a_real_kernel(rig: KernelRig) -> None:
+    said: list[str] = []
+    assert await demo.run(said.append, real_kernel=True), "\n".join(said)

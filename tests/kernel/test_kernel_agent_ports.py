@@ -1,0 +1,65 @@
+"""The agent beside others on the same kernel and the same server: what is not its own stays as it is."""
+
+from __future__ import annotations
+
+from agent_rig import (
+    KEYS,
+    POD,
+    SERIAL,
+    agent_with,
+    allocate,
+    attach_by_hand,
+    busy_rows,
+    config_of,
+    keys_of,
+    nodes_of,
+    on,
+    refusal,
+    until_health,
+    until_reason,
+    until_released,
+)
+from kernel_rig import TWINS, KernelRig
+
+from usbip_plugin.model import Reason
+
+
+async def test_what_others_attached_is_neither_adopted_nor_touched(rig: KernelRig) -> None:
+    usbipd = rig.usbipd
+    (keyboard,), twins = keys_of(usbipd, KEYS), keys_of(usbipd, SERIAL)
+    attach_by_hand(usbipd, keyboard.busid)
+    foreign = busy_rows()
+    async with agent_with(config_of(usbipd, SERIAL, KEYS), *twins) as world:
+        node = on(world)
+        await node.admit(POD, {SERIAL: 2})
+        assert set(foreign) < set(busy_rows())
+        assert node.agent is not None
+        assert keyboard.id not in node.agent.attacher.claims
+        assert keyboard.id not in world.backend.leases
+        node.end(POD)
+        await until_released(world, *twins)
+        assert busy_rows() == foreign
+        await node.stop()
+        assert busy_rows() == foreign
+        node.start()
+        await until_health(node, {key.id: True for key in twins})
+        assert busy_rows() == foreign
+    assert busy_rows() == foreign
+
+
+async def test_a_device_in_use_by_another_client_is_refused_with_the_cause(rig: KernelRig) -> None:
+    twins = keys_of(rig.usbipd, SERIAL)
+    async with agent_with(config_of(rig.usbipd, SERIAL), *twins) as world:
+        node = on(world)
+        other = await rig.import_serial(TWINS[0])
+        message = await refusal(node, SERIAL, twins[0])
+        assert str(rig.usbipd.key) in message
+        assert twins[0].busid in message
+        assert "in use by another client" in message
+        await until_released(world, twins[0])
+        await until_reason(node, twins[0], Reason.NOT_LISTED)
+        assert nodes_of((await node.admit(POD, {SERIAL: 1}))["app", node.resource(SERIAL)])
+        assert world.backend.leases[twins[1].id].holder == node.name
+        other.close()
+        await until_health(node, {twins[0].id: True})
+        assert (await allocate(node, SERIAL, twins[0])).devices

@@ -1,0 +1,133 @@
+"""A plugin process killed with SIGKILL while a container uses its devices, and its successor."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from agent_reader import Reader, reading
+from agent_rig import (
+    DISKS,
+    DOMAIN,
+    NODE,
+    PATIENCE_S,
+    POD,
+    SERIAL,
+    allocate_at,
+    busy_rows,
+    disk_of,
+    keys_of,
+    plugin_directory,
+    pod_resources_socket,
+    raw_tty,
+    until_lease,
+)
+from kernel_rig import KernelRig
+from lease_socket import served
+
+from usbip_plugin.clock import SystemClock
+from usbip_plugin.kubelet import deviceplugin_pb2 as pb
+from usbip_plugin.locks.memory import MemoryBackend, MemoryLeases
+from usbip_plugin.model import DeviceKey
+from usbip_plugin.sim.kubelet import FakeKubelet
+
+HERE = Path(__file__).parent
+CONFIG = """\
+resources:
+  serial:
+    - target: {{host: {key.host}, port: {key.port}}}
+      selector: {{vendor: "0403", product: "6001"}}
+  disk:
+    - target: {{host: {key.host}, port: {key.port}}}
+      selector: {{bus_id: "{disk}"}}
+"""
+
+
+class Node:
+    """What of a node outlives its plugin: kubelet, locks, devices."""
+
+    def __init__(self, directory: Path, twins: tuple[DeviceKey, ...], disk: DeviceKey) -> None:
+        self.directory, self.twins, self.disk = directory, twins, disk
+        self.backend = MemoryBackend()
+        self.leases, self.config = directory / "leases.sock", directory / "config.yaml"
+        self.config.write_text(CONFIG.format(key=disk.server, disk=disk.busid))
+        plugin_directory(directory).mkdir()
+        self.kubelet = FakeKubelet(plugin_directory(directory), pod_resources_socket(directory))
+
+    @contextlib.asynccontextmanager
+    async def plugin(self) -> AsyncIterator[None]:
+        """A plugin process, from when the kubelet knows all devices as Healthy; killed at the end of the block."""
+        begun = len(self.kubelet.seen.lists)
+        arguments = (HERE / "agent_process.py", self.config, self.directory, self.leases)
+        environment = {**os.environ, "PYTHONPATH": str(HERE.parent.parent)}
+        process = await asyncio.create_subprocess_exec(sys.executable, *arguments, env=environment)
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                for resource, keys in ((SERIAL, self.twins), (DISKS, (self.disk,))):
+                    await self.kubelet.wait_for(f"{DOMAIN}/{resource}", {key.id: True for key in keys}.__eq__)
+            self.first_lists = dict(reversed(self.kubelet.seen.lists[begun:]))
+            yield
+            assert process.returncode is None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+
+    async def allocate_again(self) -> list[pb.ContainerAllocateResponse]:
+        """What the kubelet asks for the next container of the same pod."""
+        wanted = ((SERIAL, sorted(key.id for key in self.twins)), (DISKS, [self.disk.id]))
+        return [await allocate_at(self.kubelet.directory, resource, *ids) for resource, ids in wanted]
+
+
+@contextlib.asynccontextmanager
+async def a_node(rig: KernelRig) -> AsyncIterator[Node]:
+    with tempfile.TemporaryDirectory(prefix="usbip-") as directory:
+        node = Node(Path(directory), keys_of(rig.usbipd, SERIAL), keys_of(rig.usbipd, DISKS)[0])
+        async with node.kubelet, served(MemoryLeases(node.backend, SystemClock()), node.leases):
+            yield node
+
+
+async def both_read(tty: Reader, writer: int, disk: Reader, text: str) -> None:
+    """Both devices pass data now."""
+    os.write(writer, f"{text}\n".encode())
+    await tty.until(lambda lines: lines[-1] == text)
+    await disk.still_reads_disk()
+
+
+async def test_a_killed_plugin_takes_nothing_from_its_pod_and_its_successor_lets_go(rig: KernelRig) -> None:
+    async with a_node(rig) as node, contextlib.AsyncExitStack() as pod:
+        names = [f"{DOMAIN}/{SERIAL}", f"{DOMAIN}/{DISKS}"]
+        async with node.plugin():
+            got = await node.kubelet.admit(POD, {names[0]: 2, names[1]: 1})
+            first = await node.allocate_again()
+            rows, leases = busy_rows(), dict(node.backend.leases)
+            assert len(rows) == 3
+            serial = got["app", names[0]]
+            tty = await pod.enter_async_context(reading("tty", serial.envs["USBIP_SERIAL_0_TTY"]))
+            writer = pod.enter_context(raw_tty(serial.envs["USBIP_SERIAL_1_TTY"]))
+            disk = await pod.enter_async_context(reading("disk", disk_of(got["app", names[1]])))
+            await both_read(tty, writer, disk, "with the first plugin")
+
+        await both_read(tty, writer, disk, "without a plugin")
+        assert busy_rows() == rows
+
+        async with node.plugin():
+            assert node.first_lists[names[0]] == {key.id: True for key in node.twins}
+            assert node.first_lists[names[1]] == {node.disk.id: True}
+            assert await node.allocate_again() == first
+            await both_read(tty, writer, disk, "with the second plugin")
+            assert tty.lines == ["open", "with the first plugin", "without a plugin", "with the second plugin"]
+            assert busy_rows() == rows
+            for key in (*node.twins, node.disk):
+                lease = node.backend.leases[key.id]
+                assert (lease.holder, lease.transitions) == (NODE, leases[key.id].transitions)
+            await pod.aclose()
+            node.kubelet.end(POD)
+            for key in (*node.twins, node.disk):
+                await until_lease(node.backend, key, lambda lease: lease is not None and lease.holder == "")
+            assert busy_rows() == ()
