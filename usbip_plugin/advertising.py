@@ -129,6 +129,11 @@ class Advertiser:
         if self._node_status is not None:
             self._node_status.forget(resource)
 
+    def kubelet_gone(self, resource: str) -> None:
+        """The kubelet forgot this resource and writes 0 for it: nothing is published until it listens again."""
+        if self._node_status is not None:
+            self._node_status.forget(resource)
+
     def reconfigure(self, config: Config) -> None:
         """A new configuration: held devices stay offered, as they were configured, until they are let go."""
         self._former.update({resource.name: resource for resource in self._config.resources})

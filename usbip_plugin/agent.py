@@ -134,7 +134,14 @@ class Agent:
         self.pods = (
             OwnPods(out.kube, out.me.node, out.clock, out.rng, self._pod_ending) if out.kube is not None else None
         )
-        self.usage = UsageWatcher(out.pod_resources, self.attacher, self.locks, out.clock, self._pod_ended)
+        self.usage = UsageWatcher(
+            out.pod_resources,
+            self.attacher,
+            self.locks,
+            out.clock,
+            ended=self._pod_ended,
+            unseen_users=lambda: self.pods is not None and self.pods.initializing(),
+        )
         self.resources = ResourceSet(
             domain=domain,
             allocator=self.allocator,

@@ -259,8 +259,12 @@ class Attacher:
 
     # usage, as pod-resources tells it
 
-    def usage(self, users: Mapping[str, PodRef], listed_at: float) -> None:
-        """One poll of pod-resources, begun at listed_at (seconds, monotonic): notes pods, ends claims nobody uses."""
+    def usage(self, users: Mapping[str, PodRef], listed_at: float, *, unseen_users: bool = False) -> None:
+        """One poll of pod-resources, begun at listed_at (seconds, monotonic): notes pods, ends claims nobody uses.
+
+        unseen_users: see claims.usage_ended.
+        """
+        unused = partial(self._unused, unseen_users=unseen_users)
         for device_id, claim in list(self._book.view.items()):
             if claim.state not in (State.ATTACHED, State.REATTACHING):
                 continue
@@ -269,13 +273,13 @@ class Attacher:
                 self._book.put(after)
             if after.pod is not None and after.pod != claim.pod:
                 self._spawn(self._note_pod(claim.key, after.pod), f"note pod {after.pod}")
-            if self._unused(after):
+            if unused(after):
                 if (gone := self._gone.get(device_id)) is not None:
                     gone.set()
-                self._spawn(self._let_go(device_id, self._unused), f"release {claim.key}")
+                self._spawn(self._let_go(device_id, unused), f"release {claim.key}")
 
-    def _unused(self, claim: Claim) -> bool:
-        return usage_ended(claim, self._clock.monotonic())
+    def _unused(self, claim: Claim, *, unseen_users: bool) -> bool:
+        return usage_ended(claim, self._clock.monotonic(), unseen_users=unseen_users)
 
     async def _note_pod(self, key: DeviceKey, pod: PodRef) -> None:
         try:

@@ -167,11 +167,15 @@ def observe_usage(claim: Claim, user: PodRef | None, listed_at: float) -> Claim:
     return replace(claim, absent=claim.absent + 1)
 
 
-def usage_ended(claim: Claim, now: float) -> bool:
-    """True when the claim's pod is gone: seen and absent in two polls, or never seen and the grace is over."""
+def usage_ended(claim: Claim, now: float, *, unseen_users: bool = False) -> bool:
+    """True when the claim's pod is gone: seen and absent in two polls, or never seen and the grace is over.
+
+    unseen_users: there may be pods that use devices and are not listed (ordinary init containers are not): then a claim
+    whose pod was never seen stays.
+    """
     if claim.state not in (State.ATTACHED, State.REATTACHING) or claim.absent < ABSENT_POLLS:
         return False
-    return claim.pod is not None or now - claim.allocated_at > ALLOCATION_GRACE
+    return claim.pod is not None or (not unseen_users and now - claim.allocated_at > ALLOCATION_GRACE)
 
 
 def own_port(claim_key: DeviceKey, ports: Sequence[PortState], number: int | None) -> PortState | None:

@@ -115,6 +115,7 @@ class ResourceSet:
             del self._plugins[name]
 
     def _state_changed(self, plugin: Plugin) -> None:
-        if plugin.registered:
-            self._advertiser.look_again()
+        if not plugin.registered:
+            self._advertiser.kubelet_gone(plugin.resource)
+        self._advertiser.look_again()
         self._on_state(plugin)

@@ -28,7 +28,10 @@ HINT_LASTS = 5.0
 
 
 class UsageWatcher:
-    """Polls pod-resources while, and only while, this node has claims. ended(pod): the API says that it is over."""
+    """Polls pod-resources while, and only while, this node has claims. ended(pod): the API says that it is over.
+
+    unseen_users(): there may be pods that use a device without being listed.
+    """
 
     def __init__(
         self,
@@ -37,12 +40,14 @@ class UsageWatcher:
         locks: LockManager,
         clock: Clock,
         ended: Callable[[PodRef], bool],
+        unseen_users: Callable[[], bool],
     ) -> None:
         self._pod_resources = pod_resources
         self._attacher = attacher
         self._locks = locks
         self._clock = clock
         self._ended = ended
+        self._unseen_users = unseen_users
         self._wake = asyncio.Event()
         self._hinted_until = 0.0
         self._complained = False
@@ -94,7 +99,7 @@ class UsageWatcher:
                 listed_at = self._clock.monotonic()
                 users = await self.users()
                 if users is not None:
-                    self._attacher.usage(users, listed_at)
+                    self._attacher.usage(users, listed_at, unseen_users=self._unseen_users())
                 with contextlib.suppress(TimeoutError):
                     async with self._clock.timeout(self._interval()):
                         await self._until_hinted()

@@ -114,6 +114,14 @@ def test_an_allocate_in_flight_is_hidden_from_the_list_and_has_its_grace() -> No
     assert usage_ended(absent, 100.1 + ALLOCATION_GRACE)
 
 
+def test_a_pod_that_may_be_in_its_init_containers_keeps_a_claim_nobody_was_seen_with() -> None:
+    fresh = allocated(claim(), 100.0)
+    absent = observe_usage(observe_usage(fresh, None, 101.0), None, 102.0)
+    assert not usage_ended(absent, 101.0 + ALLOCATION_GRACE, unseen_users=True)
+    seen = observe_usage(observe_usage(observe_usage(fresh, POD, 101.0), None, 102.0), None, 103.0)
+    assert usage_ended(seen, 103.0, unseen_users=True), "a pod that was seen is gone whatever others do"
+
+
 def test_a_list_begun_before_the_allocate_says_nothing() -> None:
     fresh = allocated(observe_usage(claim(), POD, 1.0), 100.0)
     assert observe_usage(observe_usage(fresh, None, 99.0), None, 100.0).absent == 0

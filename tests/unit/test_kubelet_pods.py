@@ -158,3 +158,26 @@ def test_anything_that_is_not_a_pod_is_left_out(value: Any) -> None:
 def test_only_uid_and_phase_are_kept() -> None:
     assert read_pod(pod(phase="Succeeded")) == (("default", "a"), PodState("uid-a", PodPhase.ENDED))
     assert read_pod(pod(phase="Pending", deleted=True)) == (("default", "a"), PodState("uid-a", PodPhase.TERMINATING))
+
+
+@pytest.mark.parametrize(
+    ("phase", "limits", "initializing"),
+    [
+        ("Pending", {"usbip.dev/stick": "1"}, True),
+        ("Pending", {"cpu": "1"}, False),
+        ("Running", {"usbip.dev/stick": "1"}, False),
+        ("Succeeded", {"usbip.dev/stick": "1"}, False),
+    ],
+)
+def test_a_pod_whose_init_containers_may_use_devices_is_known(phase: str, limits: object, initializing: bool) -> None:
+    value = pod(phase=phase) | {"spec": {"initContainers": [{"resources": {"limits": limits}}]}}
+    found = read_pod(value)
+    assert found is not None
+    assert found[1].initializing is initializing
+
+
+@pytest.mark.parametrize("spec", [None, [], {}, {"initContainers": 7}, {"initContainers": [7, {"resources": 7}]}])
+def test_a_strange_pod_spec_is_no_initializing_pod(spec: object) -> None:
+    found = read_pod(pod(phase="Pending") | {"spec": spec})
+    assert found is not None
+    assert not found[1].initializing

@@ -49,8 +49,11 @@ class PodPhase(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class PodState:
+    """initializing: its init containers run, and one of them has extended resources of its own."""
+
     uid: str
     phase: PodPhase
+    initializing: bool = False
 
 
 PodCallback = Callable[[PodRef, PodPhase], None]
@@ -72,7 +75,19 @@ def read_pod(obj: object) -> tuple[PodKey, PodState] | None:
     ended = isinstance(status, dict) and status.get("phase") in {"Succeeded", "Failed"}
     terminating = metadata.get("deletionTimestamp") is not None
     phase = PodPhase.ENDED if ended else PodPhase.TERMINATING if terminating else PodPhase.RUNNING
-    return (namespace, name), PodState(uid, phase)
+    pending = isinstance(status, dict) and status.get("phase") == "Pending"
+    return (namespace, name), PodState(uid, phase, not ended and pending and _init_wants_devices(obj.get("spec")))
+
+
+def _init_wants_devices(spec: object) -> bool:
+    """An ordinary init container with an extended resource (a name with a domain) among its limits."""
+    containers = spec.get("initContainers") if isinstance(spec, dict) else None
+    for container in containers if isinstance(containers, list) else ():
+        resources = container.get("resources") if isinstance(container, dict) else None
+        limits = resources.get("limits") if isinstance(resources, dict) else None
+        if isinstance(limits, dict) and any("/" in str(name) for name in limits):
+            return True
+    return False
 
 
 class OwnPods:
@@ -98,6 +113,10 @@ class OwnPods:
         if state is None or state.phase is PodPhase.ENDED:
             return None
         return PodRef(namespace, name, state.uid)
+
+    def initializing(self) -> bool:
+        """Some pod is in its init containers and may use a device there, which pod-resources does not list."""
+        return any(state.initializing for state in self._pods.values())
 
     def ended(self, namespace: str, name: str) -> bool:
         """True if the API says that this pod's containers have all ended. False for a pod it does not know."""
