@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from usbipd import RealUsbipd, eventually
+from usbipd import DEVICES, RealUsbipd, eventually
 
 from usbip_plugin.usbip.protocol import encode_import_request
 
@@ -57,7 +57,7 @@ def once(usbipd: RealUsbipd, busid: str, child: str) -> dict[str, float]:
         (BASE / "attach").write_text(f"0 {sock.fileno()} {busnum << 16 | devnum} {speed}")
     steps = {"write returned": since(start)}
     steps["status 006"] = until(start, lambda: row()[2] == "006")
-    device = next(BASE.glob("usb*")) / row()[6]
+    device = (DEVICES / row()[6]).resolve()
     steps["device node"] = until(start, lambda: (device / "dev").exists())
     steps["child node"] = until(start, lambda: any(device.glob(child)))
     start = time.monotonic()
