@@ -1,0 +1,208 @@
+"""Keeps what is attached attached: watches ports and locks, re-attaches, withdraws, adopts a predecessor's devices."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections.abc import Callable, Mapping, Sequence
+
+from opentelemetry.trace import Span, Tracer
+
+from usbip_plugin import retry
+from usbip_plugin.claims import Adoption, Claim, Event, State, decide_adoption, own_port
+from usbip_plugin.clock import Clock
+from usbip_plugin.errors import KubeError, LockError, LockLost, UsbipError, VhciError
+from usbip_plugin.inventory import key_of, parse_usb_id
+from usbip_plugin.locks.manager import LockChange, LockManager
+from usbip_plugin.model import DeviceKey, Lock, NodeIdentity, PodRef, UsbId
+from usbip_plugin.notices import Notice, What
+from usbip_plugin.observe.tracing import context_from
+from usbip_plugin.vhci.driver import PortState, VhciDriver
+from usbip_plugin.work import DeviceWork, record_error
+
+log = logging.getLogger(__name__)
+
+REATTACH_FIRST_WAIT = 0.2
+REATTACH_MAX_WAIT = 5.0
+"""Seconds between tries to attach a lost device again."""
+REATTACH_TIMEOUT = 10.0
+"""Seconds one such try may take."""
+PORT_CHECK_INTERVAL = 15.0
+"""Seconds between looks at the ports when no uevent says to look: uevents can be dropped under memory pressure."""
+
+
+class Keeper:
+    """See the module. on_notice is told what people should hear of; `run` must be running."""
+
+    def __init__(
+        self,
+        work: DeviceWork,
+        *,
+        me: NodeIdentity,
+        driver: VhciDriver,
+        locks: LockManager,
+        clock: Clock,
+        rng: random.Random,
+        tracer: Tracer,
+        on_notice: Callable[[Notice], None],
+    ) -> None:
+        self._work = work
+        self._me = me
+        self._driver = driver
+        self._locks = locks
+        self._clock = clock
+        self._rng = rng
+        self._tracer = tracer
+        self._on_notice = on_notice
+        self._ports_event = asyncio.Event()
+        self._gone: dict[str, asyncio.Event] = {}
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        unsubscribe = [self._locks.subscribe(self._lock_changed), self._driver.subscribe(self._ports_event.set)]
+        try:
+            await self._watch_ports()
+        finally:
+            for undo in unsubscribe:
+                undo()
+
+    def give_up(self, device_id: str) -> None:
+        """Nobody wants the device any more: a re-attach that waits for its next try ends now."""
+        if (gone := self._gone.get(device_id)) is not None:
+            gone.set()
+
+    # what the previous process left
+
+    async def adopt(self, used: Mapping[str, PodRef] | None) -> None:
+        """Takes over what locks and ports say is this node's. used: device ID -> pod by pod-resources, None if unknown.
+
+        Idempotent; to be called when the locks are known, and again whenever the API server is back.
+        """
+        try:
+            ports = await self._driver.ports()
+        except VhciError as error:
+            log.warning("cannot read vhci ports", extra={"cause": str(error)})
+            ports = ()
+        for lock in self._locks.mine():
+            key = key_of(lock)
+            if key is None or self._work.mutex(lock.device_id).locked():
+                continue  # at work on it already
+            async with self._work.mutex(lock.device_id):
+                if self._work.book.get(lock.device_id) is None and self._work.pipeline.is_mine(lock.device_id):
+                    await self._adopt_one(key, lock, ports, None if used is None else lock.device_id in used)
+
+    async def _adopt_one(self, key: DeviceKey, lock: Lock, ports: Sequence[PortState], used: bool | None) -> None:
+        port = own_port(key, ports, lock.port) if lock.boot_id == self._me.boot_id else None
+        attachment = await self._driver.inspect(key, port.number) if port is not None else None
+        usb_id = parse_usb_id(lock.usb_id) or (attachment.usb_id if attachment is not None else UsbId(0, 0))
+        if attachment is not None and attachment.usb_id != usb_id:
+            attachment, port = None, None  # a stale record: what stands there is somebody else's
+        claim = Claim(
+            key,
+            usb_id,
+            port=port.number if port is not None else None,
+            attachment=attachment,
+            traceparent=lock.traceparent,
+            allocated_at=self._clock.monotonic(),
+            pod=lock.pod,
+        )
+        match decide_adoption(lock, self._me, attached=attachment is not None, used=used):
+            case Adoption.ADOPT:
+                self._work.book.move(claim, Event.ADOPTED)
+                log.info("adopted", extra={"device": str(key), "port": claim.port})
+            case Adoption.REATTACH:
+                self._work.book.move(claim, Event.ORPHANED)
+                self._work.spawn(self._reattach(key.id), f"re-attach {key}")
+            case Adoption.RELEASE:
+                self._work.book.move(claim, Event.UNUSED)
+                self._work.spawn(self._work.finish_locked(key.id), f"release {key}")
+
+    # losing the port, losing the lock
+
+    async def _watch_ports(self) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with self._clock.timeout(PORT_CHECK_INTERVAL):
+                    await self._ports_event.wait()
+            self._ports_event.clear()
+            if not any(claim.state is State.ATTACHED for claim in self._work.book.view.values()):
+                continue
+            try:
+                ports = await self._driver.ports()
+                for device_id in list(self._work.book.view):
+                    await self._check_port(device_id, ports)
+            except VhciError as error:
+                log.warning("cannot read vhci ports", extra={"cause": str(error)})
+
+    async def _check_port(self, device_id: str, ports: Sequence[PortState]) -> None:
+        claim = self._work.book.get(device_id)
+        if claim is None or claim.state is not State.ATTACHED or await self._work.pipeline.stands(claim, ports):
+            return
+        now = self._work.book.get(device_id)
+        if now is None or now.state is not State.ATTACHED or now.attachment != claim.attachment:
+            return
+        # the state moves here and now, so that the withdrawal does not wait for the mutex
+        self._work.book.move(now, Event.PORT_LOST)
+        log.warning("attachment lost", extra={"device": str(claim.key), "port": claim.port})
+        self._on_notice(Notice(What.LOST, claim.key, f"vhci port {claim.port} fell free, re-attaching", claim.pod))
+        self._work.spawn(self._reattach(device_id), f"re-attach {claim.key}")
+
+    async def _reattach(self, device_id: str) -> None:
+        """Until the device is attached again, its pod is gone, or its lock is."""
+        waits = retry.backoff(self._rng, REATTACH_FIRST_WAIT, REATTACH_MAX_WAIT)
+        gone = self._gone[device_id] = asyncio.Event()
+        claim = self._work.book[device_id]
+        try:
+            with self._tracer.start_as_current_span("re-attach", context=context_from(claim.traceparent)) as span:
+                span.set_attribute("usbip.device", str(claim.key))
+                while await self._reattach_once(device_id, span):
+                    with contextlib.suppress(TimeoutError):
+                        async with self._clock.timeout(next(waits)):
+                            await gone.wait()
+        finally:
+            if self._gone.get(device_id) is gone:
+                del self._gone[device_id]
+
+    async def _reattach_once(self, device_id: str, span: Span) -> bool:
+        """True if it should be tried again."""
+        async with self._work.mutex(device_id):
+            claim = self._work.book.get(device_id)
+            if claim is None or claim.state is not State.REATTACHING:
+                return False
+            try:
+                async with self._clock.timeout(REATTACH_TIMEOUT):
+                    after = await self._work.pipeline.reattach(device_id, self._clock.monotonic() + REATTACH_TIMEOUT)
+            except LockLost as error:
+                record_error(span, error)
+                if self._work.book[device_id].state is State.REATTACHING:
+                    self._work.book.move(self._work.book[device_id], Event.LOCK_LOST)
+                await self._work.finish(device_id)
+                return False
+            except (TimeoutError, LockError, KubeError, UsbipError, VhciError) as error:
+                span.record_exception(error)
+                log.debug("re-attach failed, will retry", extra={"device": str(claim.key), "cause": str(error)})
+                return True
+        same = claim.attachment is not None and claim.attachment.nodes == after.nodes
+        span.set_attribute("usbip.same_nodes", same)
+        log.info("re-attached", extra={"device": str(claim.key), "port": after.port, "same_nodes": same})
+        words = "the same device nodes" if same else "other device nodes: restart the container to use it"
+        self._on_notice(Notice(What.REATTACHED, claim.key, f"attached again with {words}", claim.pod))
+        return False
+
+    def _lock_changed(self, change: LockChange) -> None:
+        """R6: the watch shows another holder of a device that is attached here."""
+        claim = self._work.book.get(change.device_id)
+        if claim is None or claim.state not in (State.ATTACHED, State.REATTACHING):
+            return
+        holder = change.new.holder if change.new is not None else ""
+        if holder == self._me.node:
+            return
+        # also when the Lease was deleted or emptied by hand: without a lock naming this node nothing may stay attached
+        self._work.book.move(claim, Event.LOCK_LOST)
+        log.error("lock lost", extra={"device": str(claim.key), "holder": holder})
+        text = f"node {holder} holds it now" if holder else "its lock no longer names this node"
+        self._on_notice(Notice(What.LOCK_LOST, claim.key, text + "; it is detached here", claim.pod))
+        self.give_up(change.device_id)
+        self._work.spawn(self._work.finish_locked(change.device_id), f"withdraw {claim.key}")

@@ -1,0 +1,148 @@
+"""What all work on devices shares: the claims, a mutex for each device, the tasks, and how a device is let go."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable, Coroutine
+
+from opentelemetry.trace import Span, StatusCode, Tracer
+
+from usbip_plugin import retry
+from usbip_plugin.attaching import Pipeline
+from usbip_plugin.claims import Claim, ClaimBook, Event, State
+from usbip_plugin.clock import Clock
+from usbip_plugin.errors import ClaimBusy, KubeError, LockError, LockLost, VhciError
+from usbip_plugin.locks.manager import LockManager
+from usbip_plugin.model import DeviceKey, NodeIdentity, PodRef
+from usbip_plugin.observe.tracing import context_from
+from usbip_plugin.usbip.client import UsbipClient
+from usbip_plugin.vhci.driver import VhciDriver
+
+log = logging.getLogger(__name__)
+
+RELEASE_FIRST_WAIT = 0.2
+RELEASE_MAX_WAIT = 5.0
+"""Seconds between tries to let a device go while the kernel or the API server does not do its part."""
+
+
+class DeviceWork:
+    """The claims of one node and the tasks that work on them. All methods belong to one event loop.
+
+    Work on a device is done under its mutex, in tasks that outlive the caller that asked for it.
+    """
+
+    def __init__(
+        self,
+        *,
+        me: NodeIdentity,
+        client: UsbipClient,
+        driver: VhciDriver,
+        locks: LockManager,
+        clock: Clock,
+        rng: random.Random,
+        tracer: Tracer,
+        on_change: Callable[[str], None],
+        on_step: Callable[[str, float], None],
+    ) -> None:
+        self._locks = locks
+        self._clock = clock
+        self._rng = rng
+        self._tracer = tracer
+        self.book = ClaimBook(on_change)
+        self.pipeline = Pipeline(
+            me=me,
+            client=client,
+            driver=driver,
+            locks=locks,
+            clock=clock,
+            tracer=tracer,
+            book=self.book,
+            note_port=self._note_port,
+            on_step=on_step,
+        )
+        self._mutexes: dict[str, asyncio.Lock] = {}
+        self._tasks: asyncio.TaskGroup | None = None
+        self._running = asyncio.Event()
+
+    async def run(self, main: Coroutine[object, object, None]) -> None:
+        """Owns the tasks for as long as main runs. Cancellation leaves attachments and locks for the next process."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                self._tasks = tasks
+                self._running.set()
+                await main
+        finally:
+            self._tasks = None
+
+    async def started(self) -> None:
+        """Returns once work is taken."""
+        await self._running.wait()
+
+    def spawn(self, work: Coroutine[object, object, None], name: str) -> None:
+        """Runs work in a task of its own. ClaimBusy if the plugin is being stopped."""
+        if self._tasks is None:
+            work.close()
+            raise ClaimBusy("the plugin on this node is being stopped; try again")
+        self._tasks.create_task(work, name=name)
+
+    def mutex(self, device_id: str) -> asyncio.Lock:
+        return self._mutexes.setdefault(device_id, asyncio.Lock())
+
+    async def let_go(self, device_id: str, still: Callable[[Claim], bool]) -> None:
+        """Ends a claim unless, by the time its mutex is had, it is no longer so that it should end."""
+        async with self.mutex(device_id):
+            claim = self.book.get(device_id)
+            if claim is not None and claim.state in (State.ATTACHED, State.REATTACHING) and still(claim):
+                self.book.move(claim, Event.POD_GONE)
+                await self.finish(device_id)
+
+    async def finish(self, device_id: str) -> None:
+        """Detach, then (R5) release the lock, again and again until both are done. The claim is Releasing or Lost."""
+        claim = self.book[device_id]
+        waits = retry.backoff(self._rng, RELEASE_FIRST_WAIT, RELEASE_MAX_WAIT)
+        with self._tracer.start_as_current_span("release", context=context_from(claim.traceparent)) as span:
+            span.set_attribute("usbip.device", str(claim.key))
+            while True:
+                try:
+                    await self.pipeline.detach(device_id)
+                    if self.book[device_id].state is State.RELEASING:
+                        await self._locks.release(claim.key)
+                    break
+                except LockLost:
+                    self.book.move(self.book[device_id], Event.LOCK_LOST)
+                except (VhciError, LockError, KubeError) as error:
+                    record_error(span, error)
+                    log.warning("release failed, will retry", extra={"device": str(claim.key), "cause": str(error)})
+                    await self._clock.sleep(next(waits))
+            self.book.move(self.book[device_id], Event.RELEASED)
+        log.info("released", extra={"device": str(claim.key), "pod": str(claim.pod) if claim.pod else None})
+
+    async def finish_locked(self, device_id: str) -> None:
+        async with self.mutex(device_id):
+            claim = self.book.get(device_id)
+            if claim is not None and claim.state in (State.RELEASING, State.LOST):
+                await self.finish(device_id)
+
+    async def note_pod(self, key: DeviceKey, pod: PodRef) -> None:
+        try:
+            await self._locks.annotate(key, pod=pod)
+        except (LockError, KubeError) as error:
+            log.warning("pod not noted on the lock", extra={"device": str(key), "pod": str(pod), "cause": str(error)})
+
+    def _note_port(self, key: DeviceKey, port: int) -> None:
+        self.spawn(self._write_port(key, port), f"note port {port}")
+
+    async def _write_port(self, key: DeviceKey, port: int) -> None:
+        try:
+            await self._locks.annotate(key, port=port)
+        except (LockError, KubeError) as error:
+            # for people and for adoption; the port record says the same, so the attachment does not depend on it
+            log.warning("port not noted on the lock", extra={"device": str(key), "port": port, "cause": str(error)})
+
+
+def record_error(span: Span, error: BaseException) -> None:
+    """The error as the span's event and status."""
+    span.record_exception(error)
+    span.set_status(StatusCode.ERROR, str(error))
