@@ -58,7 +58,7 @@ def once(usbipd: RealUsbipd, busid: str, child: str) -> dict[str, float]:
     steps = {"write returned": since(start)}
     steps["status 006"] = until(start, lambda: row()[2] == "006")
     device = (DEVICES / row()[6]).resolve()
-    steps["device node"] = until(start, lambda: (device / "dev").exists())
+    steps["device node"] = until(start, (device / "dev").exists)
     steps["child node"] = until(start, lambda: any(device.glob(child)))
     start = time.monotonic()
     (BASE / "detach").write_text("0")
