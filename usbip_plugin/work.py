@@ -88,6 +88,7 @@ class DeviceWork:
         self._tasks.create_task(work, name=name)
 
     def mutex(self, device_id: str) -> asyncio.Lock:
+        """The one lock under which work on this device is done."""
         return self._mutexes.setdefault(device_id, asyncio.Lock())
 
     async def let_go(self, device_id: str, still: Callable[[Claim], bool]) -> None:
@@ -113,19 +114,21 @@ class DeviceWork:
                 except LockLost:
                     self.book.move(self.book[device_id], Event.LOCK_LOST)
                 except (VhciError, LockError, KubeError) as error:
-                    record_error(span, error)
+                    span.record_exception(error)
                     log.warning("release failed, will retry", extra={"device": str(claim.key), "cause": str(error)})
                     await self._clock.sleep(next(waits))
             self.book.move(self.book[device_id], Event.RELEASED)
         log.info("released", extra={"device": str(claim.key), "pod": str(claim.pod) if claim.pod else None})
 
     async def finish_locked(self, device_id: str) -> None:
+        """finish() of a claim that is Releasing or Lost, when its mutex can be had."""
         async with self.mutex(device_id):
             claim = self.book.get(device_id)
             if claim is not None and claim.state in (State.RELEASING, State.LOST):
                 await self.finish(device_id)
 
     async def note_pod(self, key: DeviceKey, pod: PodRef) -> None:
+        """The pod onto the lock, for people; a failure is logged and changes nothing."""
         try:
             await self._locks.annotate(key, pod=pod)
         except (LockError, KubeError) as error:
