@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from agents_rig import Nodes
-from bench_nodes import Place, allocate_times, nodes
+from bench_nodes import Place, nodes, timed_allocate
 from bench_rows import Row, p50_p99, percentile
 from kernel_timing import CHILDREN, once
 from usbipd import RealUsbipd, eventually
@@ -11,12 +11,14 @@ from usbipd import RealUsbipd, eventually
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.config import Selector
 from usbip_plugin.model import DeviceKey
+from usbip_plugin.observe.tracing import RecentSpans, Tracing
 from usbip_plugin.sim.kernel import SimulatedKernel
 from usbip_plugin.vhci.driver import VhciDriver
 from usbip_plugin.vhci.linux import SysfsVhci
 from usbip_plugin.vhci.uevents import NetlinkUevents
 
 SERIAL = "SERIAL1"
+STEPS = ("lock", "import", "attach", "device node", "response")
 
 
 async def kernel(count: int) -> list[Row]:
@@ -29,9 +31,13 @@ async def kernel(count: int) -> list[Row]:
     key = DeviceKey(usbipd.key, busid)
     try:
         bare = [once(usbipd, busid, CHILDREN[SERIAL])["child node"] for _ in range(count)]
-        place = Place(("solo",), (usbipd.key,), (key,), driver=_real, selector=Selector(bus_id=busid))
+        spans = RecentSpans(traces=1024)
+        tracing = Tracing("solo", version="bench", environ={}, recent=spans)
+        selector = Selector(bus_id=busid)
+        place = Place(("solo",), (usbipd.key,), (key,), driver=_real, selector=selector, tracer=tracing.tracer)
         async with nodes(place) as found:
             whole = await _allocates(found, usbipd, key, count)
+        tracing.shutdown()
     finally:
         usbipd.stop()
     own = percentile(bare, 50)
@@ -39,7 +45,13 @@ async def kernel(count: int) -> list[Row]:
         *p50_p99("the kernel's own time: attach write to tty node", bare),
         *p50_p99("Allocate (real kernel and usbipd, Leases: memory)", whole),
         *p50_p99("Allocate over the kernel's own p50", [took - own for took in whole]),
+        *(_step(spans, name) for name in STEPS),
     ]
+
+
+def _step(spans: RecentSpans, name: str) -> Row:
+    times = [span.seconds * 1e3 for trace in spans.traces() for span in trace if span.name == name]
+    return Row(f"  of it {name}, p50", percentile(times, 50), "ms", None, len(times))
 
 
 def _real(_node: str, _kernel: SimulatedKernel) -> VhciDriver:
@@ -48,8 +60,10 @@ def _real(_node: str, _kernel: SimulatedKernel) -> VhciDriver:
 
 
 async def _allocates(found: Nodes, usbipd: RealUsbipd, key: DeviceKey, count: int) -> list[float]:
+    """Each when the server has reset the device, which takes it 0.3 s. The first one does not count."""
     times = []
-    for _ in range(count):
-        times += await allocate_times(found, key, 1)
+    for _ in range(count + 1):
         eventually(lambda: usbipd.is_free(key.busid), "free on the server")
-    return times
+        times.append(await timed_allocate(found, found.nodes[0], key))
+        await found.end_pod(found.nodes[0], key)
+    return times[1:]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agents_rig import DONGLE, RESOURCE, Nodes
+from opentelemetry.trace import NoOpTracer, Tracer
 
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.config import Config, DeviceSelector, ResourceConfig, Selector
@@ -59,6 +60,7 @@ class Place:
     selector: Selector = Selector(vendor=DONGLE.vendor, product=DONGLE.product)  # noqa: RUF009 - frozen
     allocate_timeout: float = 10.0
     enumeration_delay: float = 0.0
+    tracer: Tracer = NoOpTracer()  # noqa: RUF009 - it has no state
 
 
 @contextlib.asynccontextmanager
@@ -70,6 +72,7 @@ async def nodes(place: Place) -> AsyncIterator[Nodes]:
         clock=SystemClock(),
         make_driver=place.driver,
         make_leases=place.leases,
+        make_tracer=lambda _node: place.tracer,
     )
     async with contextlib.AsyncExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="u-")))
