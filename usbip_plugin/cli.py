@@ -174,10 +174,11 @@ def _check(options: argparse.Namespace) -> int:
 async def _devices(options: argparse.Namespace) -> int:
     from usbip_plugin.kube import connect  # noqa: PLC0415
     from usbip_plugin.listing import held_devices, table  # noqa: PLC0415
+    from usbip_plugin.locks.kubernetes import KubernetesLeases  # noqa: PLC0415
 
     kube = await connect(options.kubeconfig)
     try:
-        rows = await held_devices(kube, namespace_of(options.namespace))
+        rows = await held_devices(KubernetesLeases(kube, namespace_of(options.namespace)))
     finally:
         await kube.close()
     text = json.dumps(rows, indent=2) if options.output == "json" else table(rows)

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from usbip_plugin.kube import KubeClient
-from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.locks.record import LOCK_LABELS, lock_of
+from usbip_plugin.locks.store import LeaseStore
 
 COLUMNS = ("device", "state", "holder", "pod", "since", "epoch", "id")
 
 Row = Mapping[str, str | int | None]
 
 
-async def held_devices(kube: KubeClient, namespace: str) -> list[Row]:
+async def held_devices(store: LeaseStore) -> list[Row]:
     """One row for each device that was ever locked, sorted by device. Raises the KubeError family."""
-    listing = await KubernetesLeases(kube, namespace).list(LOCK_LABELS)
+    listing = await store.list(LOCK_LABELS)
     locks = [lock_of(lease) for lease in listing.items]
     rows: list[Row] = [
         {

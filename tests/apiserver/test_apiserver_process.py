@@ -1,0 +1,194 @@
+"""The command line as a process of its own, against a real API server and a kubelet's sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+from asyncio.subprocess import PIPE, Process
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from api_process import Cluster
+from conftest import ACCOUNT, NAMESPACE
+
+from usbip_plugin.kube import KubeClient
+from usbip_plugin.model import DeviceKey, ServerKey, UsbId
+from usbip_plugin.sim.kubelet import FakeKubelet
+from usbip_plugin.sim.server import VirtualServer
+from usbip_plugin.sim.usbdevice import VirtualDevice
+
+PATIENCE_S = 20.0
+END_S = 2.0
+"""What SIGTERM is promised to take at most."""
+STICK = UsbId(0x0951, 0x1666)
+
+
+async def command(*arguments: str) -> tuple[int, str, str]:
+    """Runs the command line to its end: (exit status, stdout, stderr)."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "usbip_plugin", *arguments, stdin=asyncio.subprocess.DEVNULL, stdout=PIPE, stderr=PIPE
+    )
+    async with asyncio.timeout(PATIENCE_S):
+        out, err = await process.communicate()
+    return process.returncode or 0, out.decode(), err.decode()
+
+
+@pytest.fixture
+async def powerless(cluster: Cluster, admin: KubeClient) -> str:
+    """A kubeconfig whose ServiceAccount may do nothing."""
+    account = {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"generateName": "powerless-"}}
+    path = "/api/v1/namespaces/default/serviceaccounts"
+    made = await admin.request("create", path, resource="serviceaccounts", body=account)
+    answer = await admin.request(
+        "create",
+        f"{path}/{made['metadata']['name']}/token",
+        resource="serviceaccounts/token",
+        body={"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {}},
+    )
+    return cluster.kubeconfig(str(answer["status"]["token"]))
+
+
+async def test_devices_lists_what_the_leases_say(cluster: Cluster, account_token: str, admin: KubeClient) -> None:
+    key = DeviceKey(ServerKey("listed.example", 3240), "9-9")
+    lease = {
+        "apiVersion": "coordination.k8s.io/v1",
+        "kind": "Lease",
+        "metadata": {
+            "name": key.id,
+            "labels": {"usbip.dev/lease": "lock"},
+            "annotations": {"usbip.dev/server": str(key.server), "usbip.dev/busid": key.busid},
+        },
+        "spec": {"holderIdentity": "node-x", "leaseDurationSeconds": 40, "leaseTransitions": 1},
+    }
+    path = f"/apis/coordination.k8s.io/v1/namespaces/{NAMESPACE}/leases"
+    await admin.request("create", path, resource="leases", body=lease)
+    try:
+        config = cluster.kubeconfig(account_token)
+        status, out, err = await command("devices", "--kubeconfig", config, "--namespace", NAMESPACE, "-o", "json")
+    finally:
+        await admin.request("delete", f"{path}/{key.id}", resource="leases")
+    assert (status, err) == (0, "")
+    assert {(row["device"], row["holder"]) for row in json.loads(out)} >= {(str(key), "node-x")}
+
+
+async def test_a_missing_right_is_named_with_verb_and_resource(powerless: str) -> None:
+    status, _out, err = await command("devices", "--kubeconfig", powerless, "--namespace", NAMESPACE)
+    assert status == 1
+    assert "list leases.coordination.k8s.io: forbidden" in err
+
+
+async def test_check_knows_what_the_shipped_rights_are_and_what_is_missing(
+    cluster: Cluster, account_token: str, powerless: str, tmp_path: Path
+) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("resources: {stick: [{target: {host: 127.0.0.1, port: 9}, selector: {bus_id: 1-1}}]}\n")
+    common = ("--config", str(config), "--namespace", NAMESPACE, "--node-name", "node-a")
+    _status, granted, _err = await command("check", "--kubeconfig", cluster.kubeconfig(account_token), *common)
+    assert "ok    API server: answers; all" in granted, f"rights of {ACCOUNT}"
+    status, denied, _err = await command("check", "--kubeconfig", powerless, *common)
+    assert status == 1
+    assert "forbidden: update leases.coordination.k8s.io" in denied
+    assert "FAIL  server 127.0.0.1:9" in denied
+
+
+@dataclass
+class Running:
+    """A plugin process with its kubelet, its configuration file and its HTTP address."""
+
+    process: Process
+    kubelet: FakeKubelet
+    config: Path
+    address: str
+    device: DeviceKey
+
+    async def get(self, path: str) -> tuple[int, str]:
+        """(status, body) of one of its pages."""
+
+        def ask() -> tuple[int, str]:
+            try:
+                with urllib.request.urlopen(self.address + path, timeout=PATIENCE_S) as answer:
+                    return answer.status, answer.read().decode()
+            except urllib.error.HTTPError as error:
+                return error.code, error.read().decode()
+
+        return await asyncio.to_thread(ask)
+
+    async def line(self, text: str) -> None:
+        """Reads the log until a line has this text."""
+        assert self.process.stdout is not None
+        async with asyncio.timeout(PATIENCE_S):
+            while text not in (await self.process.stdout.readline()).decode():
+                assert not self.process.stdout.at_eof(), f"the log ended without {text!r}"
+
+
+@contextlib.asynccontextmanager
+async def plugin(kubeconfig: str, port: int) -> AsyncIterator[Running]:
+    with tempfile.TemporaryDirectory(prefix="usbip-") as name:
+        home = Path(name)
+        (home / "plugins").mkdir()
+        server = VirtualServer([VirtualDevice("1-1", STICK, configured=True)])
+        await server.start()
+        config = home / "config.yaml"
+        config.write_text(text_of(server.key, "stick"))
+        async with FakeKubelet(home / "plugins", home / "pods.sock") as kubelet:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "usbip_plugin", "run"),
+                *("--kubeconfig", kubeconfig, "--namespace", NAMESPACE, "--node-name", "node-p"),
+                *("--config", str(config), "--plugin-directory", str(home / "plugins")),
+                *("--pod-resources-socket", str(home / "pods.sock"), "--listen", f"127.0.0.1:{port}"),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=PIPE,
+                env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            )
+            try:
+                device = DeviceKey(server.key, "1-1")
+                yield Running(process, kubelet, config, f"http://127.0.0.1:{port}", device)
+            finally:
+                if process.returncode is None:
+                    process.kill()
+                await process.communicate()
+                await server.stop()
+
+
+def text_of(server: ServerKey, resource: str) -> str:
+    selector = f'{{vendor: "{STICK.vendor:04x}", product: "{STICK.product:04x}"}}'
+    return (
+        f"resources: {{{resource}: [{{target: {{host: {server.host}, port: {server.port}}}, selector: {selector}}}]}}\n"
+    )
+
+
+async def test_the_process_registers_answers_reloads_and_ends_on_sigterm(
+    cluster: Cluster, account_token: str, unused_tcp_port: int
+) -> None:
+    async with plugin(cluster.kubeconfig(account_token), unused_tcp_port) as p:
+        async with asyncio.timeout(PATIENCE_S):
+            await p.kubelet.wait_for("usbip.dev/stick", lambda devices: p.device.id in devices)
+        assert (await p.get("/healthz"))[0] == 200
+        assert (await p.get("/readyz"))[0] == 200
+        (row,) = json.loads((await p.get("/api/devices"))[1])
+        assert row["device"] == str(p.device)
+        assert "usbip_device_plugin_available_devices" in (await p.get("/metrics"))[1]
+
+        good = p.config.read_text()
+        p.config.write_text("resources: [")
+        await p.line("configuration not usable, the last good one stays")
+        assert "usbip_device_plugin_config_reload_failed 1.0" in (await p.get("/metrics"))[1]
+        assert p.kubelet.health("usbip.dev/stick").keys() == {p.device.id}
+
+        p.config.write_text(good.replace("stick:", "dongle:"))
+        async with asyncio.timeout(PATIENCE_S):
+            await p.kubelet.wait_for("usbip.dev/dongle", lambda devices: p.device.id in devices)
+
+        p.process.send_signal(signal.SIGTERM)
+        async with asyncio.timeout(END_S):
+            assert await p.process.wait() == 0
+        assert not list((p.config.parent / "plugins").glob("usbip-*.sock")), "its sockets are gone"
