@@ -250,6 +250,8 @@ class TestEnumeration:
             with pytest.raises(AttachStuck, match="connection"):
                 await driver.enumerate(imported.key, imported.descriptor, port, timeout=10 * LIMIT_S)
         imported.close()
+        next_port = await attach(rig, driver)
+        assert rig.sysfs.hub_dir(next_port).parent != rig.sysfs.hub_dir(port).parent, "the controller is stalled"
 
     async def test_the_error_state_is_detached(self, rig: FakeSysfsRig) -> None:
         driver, imported = rig.plugin(), await rig.import_stuck()

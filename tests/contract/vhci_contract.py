@@ -165,16 +165,18 @@ class VhciContract:
         assert (await state(driver, attachment.port)).record is None
 
     async def test_somebody_elses_device_on_a_port_that_was_ours_is_left_alone(self, rig: Rig) -> None:
-        driver, somebody = rig.plugin(), rig.plugin()
+        driver, somebody, adopter = rig.plugin(), rig.plugin(), rig.plugin()
         lost = await rig.import_twin(0)
         ours = await attached(driver, lost)
+        assert await adopter.inspect(lost.key, ours.port) == ours
         await rig.server_ends(lost)
         await somebody.detach(ours.port, timeout=LIMIT_S)  # waits until it is free
         theirs = await attached(somebody, await rig.import_twin(1))
         assert theirs.port == ours.port
         assert await driver.inspect(lost.key, ours.port) is None
         assert (await state(driver, ours.port)).record is None
-        await driver.detach(ours.port, timeout=LIMIT_S)
+        for once_ours in (driver, adopter):
+            await once_ours.detach(ours.port, timeout=LIMIT_S)
         assert await somebody.inspect(theirs.key, theirs.port) == theirs
 
     async def test_no_port_left(self, rig: Rig) -> None:
