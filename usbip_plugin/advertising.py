@@ -19,7 +19,7 @@ from usbip_plugin.attacher import Attacher
 from usbip_plugin.clock import Clock
 from usbip_plugin.config import Config, ResourceConfig
 from usbip_plugin.errors import KubeError, LockError, PluginError, UsbipError, VhciError
-from usbip_plugin.inventory import API_GRACE, Api, Driver, Facts, Members, Seen
+from usbip_plugin.inventory import API_GRACE, RESET_GRACE, Api, Driver, Facts, Members, Seen
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer
 from usbip_plugin.kubelet.node_status import NodeStatusPublisher, allocatable
 from usbip_plugin.locks.manager import LockChange, LockManager
@@ -32,15 +32,20 @@ from usbip_plugin.vhci.sysfs import PortStatus
 log = logging.getLogger(__name__)
 
 SENT_TIMEOUT = 1.0
-"""Seconds an Allocate's failure, or a withdrawal's span, waits for the kubelet and the Node to be told."""
+"""Seconds an Allocate's failure, or a withdrawal's span, waits at most for the kubelet and the Node to be told."""
+SENT_SHARE = 0.1
+"""Of allocateTimeout, that an Allocate's failure waits at most: this much is kept for it."""
 PORTS_INTERVAL = 30.0
 """Seconds between looks at the free ports when no uevent says to look."""
 GRACE_MARGIN = 0.01
 """Seconds after the end of the API grace at which it is looked at."""
 PROBE_RETRY = 10.0
 """Seconds before a serial number that could not be read is asked for again."""
-RELIST_AFTER_RELEASE = 0.5
-"""Seconds after a release until the server is asked once more: usbip-host resets a device for about 0.3 s."""
+
+
+def time_to_tell(config: Config) -> float:
+    """Seconds of allocateTimeout that are kept for Advertiser.denied."""
+    return min(SENT_TIMEOUT, SENT_SHARE * config.allocate_timeout)
 
 
 class Publish(Protocol):
@@ -86,6 +91,7 @@ class Advertiser:
         self._ports_event = asyncio.Event()
         self._api_event = asyncio.Event()
         self._probes: dict[str, float] = {}
+        self._released: dict[str, float] = {}
         self._scheduled = False
         self._ready = False
         self._tasks: asyncio.TaskGroup | None = None
@@ -158,7 +164,7 @@ class Advertiser:
         self.look_again()
 
     async def denied(self, resource: str) -> None:
-        """Before a failed Allocate answers: kubelet and Node are to know what it failed of. Bounded by SENT_TIMEOUT.
+        """Before a failed Allocate answers: kubelet and Node are to know what it failed of. Bounded by time_to_tell.
 
         Otherwise the scheduler sends the replacement straight back here (measured: up to 51 failed pods).
         """
@@ -166,11 +172,12 @@ class Advertiser:
         server = self._servers.get(resource)
         if server is None:
             return
+        limit = time_to_tell(self._config)
         with contextlib.suppress(TimeoutError):
-            async with self._clock.timeout(SENT_TIMEOUT):
+            async with self._clock.timeout(limit):
                 await server.wait_sent()
-        if self._node_status is not None and server.announced:
-            await self._node_status.publish_now({resource: self._count(resource)}, SENT_TIMEOUT)
+                if self._node_status is not None and server.announced:
+                    await self._node_status.publish_now({resource: self._count(resource)}, limit)
 
     # work
 
@@ -231,7 +238,8 @@ class Advertiser:
         if old != new and new not in ("", self._me.node) and self._offered(change.device_id):
             self._spawn(self._withdraw(change))
         elif old != new and new == "" and change.new is not None:
-            self._spawn(self._ask_again(change))
+            self._released[change.device_id] = self._clock.monotonic()
+            self._spawn(self._after_release(change))
         self.look_again()
 
     async def _withdraw(self, change: LockChange) -> None:
@@ -252,13 +260,16 @@ class Advertiser:
                     await server.wait_sent()
                     span.add_event("ListAndWatch sent", {"usbip.resource": server.resource})
 
-    async def _ask_again(self, change: LockChange) -> None:
-        """A device was let go: its server is asked at once, and once more when the stub has reset the device."""
+    async def _after_release(self, change: LockChange) -> None:
+        """A device was let go: its server is asked at once and when the reset is over; then its list counts again."""
+        since = self._released[change.device_id]
         key = inventory.key_of(change.new) if change.new is not None else None
         if key is not None:
             self._poller.poke(key.server)
-            await self._clock.sleep(RELIST_AFTER_RELEASE)
-            self._poller.poke(key.server)
+        await self._clock.sleep(RESET_GRACE)
+        if self._released.get(change.device_id) == since:
+            del self._released[change.device_id]
+        self.look_again()
 
     async def _probe(self, key: DeviceKey, descriptor: Descriptor) -> None:
         try:
@@ -285,6 +296,7 @@ class Advertiser:
             claims=self._attacher.claims,
             driver=self._ports,
             api=Api(gone, api.error or ""),
+            released=frozenset(self._released),
         )
 
     def _evaluate(self) -> None:

@@ -146,7 +146,7 @@ class Attacher:
                     outcome = await self._obtain_locked(wanted, deadline, progress)
                 _settle(answer, outcome)
             except TimeoutError:
-                words = f"{wanted.key}: allocateTimeout of {timeout:g} s passed while {progress.doing}"
+                words = f"{wanted.key}: {timeout:g} s passed (allocateTimeout) while {progress.doing}"
                 _settle(answer, AllocateTimeout(words))
             except PluginError as error:
                 _settle(answer, error)

@@ -20,6 +20,12 @@ from usbip_plugin.usbip.poller import ServerState, ServerView
 API_GRACE = 15.0
 """Seconds without the API server after which devices that this node does not hold become Unhealthy (rule R7)."""
 
+RESET_GRACE = 1.0
+"""Seconds after a release in which a server that does not list the device says nothing.
+
+usbip-host resets a device for about 0.3 s and hides it meanwhile; an import then waits for it (retry.import_busy).
+"""
+
 SUPER_SPEED = 5
 
 
@@ -57,7 +63,10 @@ class Api:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """Everything that decides what is advertised. Mappings by device ID, servers by key."""
+    """Everything that decides what is advertised. Mappings by device ID, servers by key.
+
+    released: devices let go by their holder within the last RESET_GRACE seconds.
+    """
 
     me: str
     config: Config
@@ -67,6 +76,7 @@ class Facts:
     claims: Mapping[str, Claim]
     driver: Driver = field(default_factory=Driver)
     api: Api = field(default_factory=Api)
+    released: frozenset[str] = frozenset()
 
 
 def key_of(lock: Lock) -> DeviceKey | None:
@@ -186,9 +196,10 @@ def health(facts: Facts, seen: Seen) -> Health:
         return Health(Reason.API_UNREACHABLE, facts.api.error)
     if facts.driver.error is not None:
         return Health(Reason.NO_DRIVER, facts.driver.error)
-    listed = _server_health(facts.servers.get(seen.key.server), seen)
-    if listed is not None:
-        return listed
+    unlisted = _server_health(facts.servers.get(seen.key.server), seen)
+    resetting = device_id in facts.released and unlisted is not None and unlisted.reason is Reason.NOT_LISTED
+    if unlisted is not None and not resetting:
+        return unlisted
     speed = seen.descriptor.speed if seen.descriptor is not None else 0
     if (facts.driver.free_ss if speed >= SUPER_SPEED else facts.driver.free_hs) == 0:
         return Health(Reason.NO_PORT, f"no free {'ss' if speed >= SUPER_SPEED else 'hs'} port")
@@ -200,6 +211,8 @@ def health(facts: Facts, seen: Seen) -> Health:
 def _claim_health(claim: Claim, facts: Facts) -> Health:
     lock = facts.locks.get(claim.id)
     match claim.state:
+        case State.RELEASING if lock is not None and lock.holder not in ("", facts.me):
+            return Health(Reason.HELD_ELSEWHERE, _held_by(lock))
         case State.RELEASING if facts.api.unreachable_for is not None:
             # it can be had again only when its lock has been released, and that may take a while
             return Health(Reason.API_UNREACHABLE, facts.api.error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 from collections.abc import Callable, Coroutine
@@ -14,6 +15,7 @@ from usbip_plugin.attaching import Pipeline
 from usbip_plugin.claims import Claim, ClaimBook, Event, State
 from usbip_plugin.clock import Clock
 from usbip_plugin.errors import ClaimBusy, KubeError, LockError, LockLost, VhciError
+from usbip_plugin.kubelet.broadcast import Broadcast
 from usbip_plugin.locks.manager import LockManager
 from usbip_plugin.model import DeviceKey, NodeIdentity, PodRef
 from usbip_plugin.observe.tracing import context_from
@@ -65,9 +67,11 @@ class DeviceWork:
         self._mutexes: dict[str, asyncio.Lock] = {}
         self._tasks: asyncio.TaskGroup | None = None
         self._running = asyncio.Event()
+        self._api = Broadcast()
 
     async def run(self, main: Coroutine[object, object, None]) -> None:
         """Owns the tasks for as long as main runs. Cancellation leaves attachments and locks for the next process."""
+        unsubscribe = self._locks.subscribe_api(lambda _state: self._api.fire())
         try:
             async with asyncio.TaskGroup() as tasks:
                 self._tasks = tasks
@@ -75,6 +79,7 @@ class DeviceWork:
                 await main
         finally:
             self._tasks = None
+            unsubscribe()
 
     async def started(self) -> None:
         """Returns once work is taken."""
@@ -116,9 +121,18 @@ class DeviceWork:
                 except (VhciError, LockError, KubeError) as error:
                     span.record_exception(error)
                     log.warning("release failed, will retry", extra={"device": str(claim.key), "cause": str(error)})
-                    await self._clock.sleep(next(waits))
+                    await self._until_api_returns(next(waits))
             self.book.move(self.book[device_id], Event.RELEASED)
         log.info("released", extra={"device": str(claim.key), "pod": str(claim.pod) if claim.pod else None})
+
+    async def _until_api_returns(self, seconds: float) -> None:
+        """At most so long; all of it if the API server is there, and so not what it fails of."""
+        if self._locks.api.reachable:
+            await self._clock.sleep(seconds)
+            return
+        with contextlib.suppress(TimeoutError):
+            async with self._clock.timeout(seconds):
+                await self._api.until(lambda: self._locks.api.reachable)
 
     async def finish_locked(self, device_id: str) -> None:
         """finish() of a claim that is Releasing or Lost, when its mutex can be had."""

@@ -151,7 +151,7 @@ async def test_a_silent_server_costs_its_own_allocate_no_more_than_the_timeout_a
         await agent.allocator.allocate_all(c.full("stick"), ((good.id,),))
         assert loop.time() - asked < 0.5, "an Allocate on another server waited"
         results = await asyncio.gather(stuck, return_exceptions=True)
-        assert loop.time() - began <= 10.1
+        assert loop.time() - began <= 10
         assert "attic:3240" in str(results[0])
         await becomes(c, c["node-a"], dead, healthy=False, within=30)
         assert reason(c["node-a"], dead) is Reason.SERVER_UNREACHABLE
