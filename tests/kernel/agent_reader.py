@@ -1,6 +1,6 @@
 """agent_reader.py tty|disk PATH: a container's process that reads a device without end and says what it has read.
 
-tty: every byte, as it comes. disk: the first MiB over and over, past the page cache; a line with the time (seconds,
+tty: every byte, as it comes. disk: the beginning over and over, past the page cache; a line with the time (seconds,
 CLOCK_MONOTONIC) at which each turn began. The first error, or a hang-up, ends it.
 """
 
@@ -18,7 +18,8 @@ from pathlib import Path
 
 LIMIT_S = 30.0
 BLOCK = 64 << 10
-TURN = 1 << 20
+TURN = 256 << 10
+PACE_S = 0.05  # between reads: an emulated processor has other work, too
 
 
 class Reader:
@@ -84,6 +85,7 @@ def read_disk(path: Path) -> None:
         for offset in range(0, TURN, BLOCK):
             if os.preadv(fd, [block], offset) != BLOCK:
                 sys.exit("short read")
+            time.sleep(PACE_S)
 
 
 if __name__ == "__main__":

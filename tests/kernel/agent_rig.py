@@ -24,6 +24,7 @@ from usbip_plugin.config import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.kubelet import deviceplugin_pb2 as pb
 from usbip_plugin.kubelet.deviceplugin_pb2_grpc import DevicePluginStub
 from usbip_plugin.locks.memory import MemoryBackend
+from usbip_plugin.locks.record import lock_of
 from usbip_plugin.locks.store import Lease
 from usbip_plugin.model import Advertised, DeviceKey, PodRef, Reason, ServerKey
 from usbip_plugin.sim.device_manager import Allocation
@@ -108,6 +109,13 @@ def advertised(node: SimNode, key: DeviceKey) -> Advertised:
     return found[0]
 
 
+def tty_of(node: SimNode, key: DeviceKey) -> str:
+    """Where the tty of an attached device is now."""
+    attachment = agent(node).attacher.claims[key.id].attachment
+    assert attachment is not None
+    return next(child.path for child in attachment.nodes if child.kind == "tty")
+
+
 async def until_reason(node: SimNode, key: DeviceKey, reason: Reason) -> Advertised:
     """Until the device is Unhealthy (to the kubelet too) for this reason."""
     async with asyncio.timeout(PATIENCE_S):
@@ -168,6 +176,19 @@ async def until_lease(backend: MemoryBackend, key: DeviceKey, so: Callable[[Leas
 async def until_released(world: World, *keys: DeviceKey) -> None:
     for key in keys:
         await until_lease(world.backend, key, lambda lease: lease is not None and lease.holder == "")
+
+
+async def until_pod_noted(backend: MemoryBackend, *keys: DeviceKey) -> None:
+    """Until the plugin has seen the pod that uses these devices; one that ends unseen keeps them for a grace."""
+    for key in keys:
+        await until_lease(backend, key, lambda lease: lease is not None and lock_of(lease).pod is not None)
+
+
+async def end(world: World, pod: PodRef, *keys: DeviceKey) -> None:
+    """The pod, whose devices these are, ends; returns when they are released."""
+    await until_pod_noted(world.backend, *keys)
+    on(world).end(pod)
+    await until_released(world, *keys)
 
 
 def busy_rows() -> tuple[str, ...]:

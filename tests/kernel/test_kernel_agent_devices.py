@@ -17,6 +17,7 @@ from agent_rig import (
     busy_rows,
     config_of,
     disk_of,
+    end,
     exist,
     keys_of,
     nodes_of,
@@ -53,8 +54,7 @@ async def test_identical_devices_go_to_different_pods_and_bytes_pass(rig: Kernel
         assert len(busy_rows()) == 1
         with raw_tty(other):
             pass  # the other pod's is still there
-        node.end(second)
-        await until_released(world, *twins)
+        await end(world, second, *(key for key in twins if key != ended))
         assert busy_rows() == ()
 
 
@@ -78,8 +78,7 @@ async def test_a_disk_is_read_and_written_and_has_a_port_of_its_speed(
         finally:
             os.close(disk)
         assert backing.read_bytes()[8192:8704] == written
-        node.end(POD)
-        await until_released(world, *keys_of(rig.usbipd, resource))
+        await end(world, POD, *keys_of(rig.usbipd, resource))
     assert busy_rows() == ()
 
 

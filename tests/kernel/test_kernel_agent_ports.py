@@ -11,6 +11,7 @@ from agent_rig import (
     attach_by_hand,
     busy_rows,
     config_of,
+    end,
     keys_of,
     nodes_of,
     on,
@@ -36,8 +37,7 @@ async def test_what_others_attached_is_neither_adopted_nor_touched(rig: KernelRi
         assert node.agent is not None
         assert keyboard.id not in node.agent.attacher.claims
         assert keyboard.id not in world.backend.leases
-        node.end(POD)
-        await until_released(world, *twins)
+        await end(world, POD, *twins)
         assert busy_rows() == foreign
         await node.stop()
         assert busy_rows() == foreign

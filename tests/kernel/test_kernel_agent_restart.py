@@ -8,6 +8,7 @@ import os
 import sys
 import tempfile
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 
 from agent_reader import Reader, reading
@@ -33,6 +34,7 @@ from lease_socket import served
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.kubelet import deviceplugin_pb2 as pb
 from usbip_plugin.locks.memory import MemoryBackend, MemoryLeases
+from usbip_plugin.locks.store import Lease
 from usbip_plugin.model import DeviceKey
 from usbip_plugin.sim.kubelet import FakeKubelet
 
@@ -92,6 +94,10 @@ async def a_node(rig: KernelRig) -> AsyncIterator[Node]:
             yield node
 
 
+def written_since(version: str, lease: Lease | None) -> bool:
+    return lease is not None and lease.resource_version != version
+
+
 async def both_read(tty: Reader, writer: int, disk: Reader, text: str) -> None:
     """Both devices pass data now."""
     os.write(writer, f"{text}\n".encode())
@@ -119,6 +125,7 @@ async def test_a_killed_plugin_takes_nothing_from_its_pod_and_its_successor_lets
         async with node.plugin():
             assert node.first_lists[names[0]] == {key.id: True for key in node.twins}
             assert node.first_lists[names[1]] == {node.disk.id: True}
+            before = {key: node.backend.leases[key.id].resource_version for key in (*node.twins, node.disk)}
             assert await node.allocate_again() == first
             await both_read(tty, writer, disk, "with the second plugin")
             assert tty.lines == ["open", "with the first plugin", "without a plugin", "with the second plugin"]
@@ -127,6 +134,8 @@ async def test_a_killed_plugin_takes_nothing_from_its_pod_and_its_successor_lets
                 lease = node.backend.leases[key.id]
                 assert (lease.holder, lease.transitions) == (NODE, leases[key.id].transitions)
             await pod.aclose()
+            for key, version in before.items():  # the pod is noted again
+                await until_lease(node.backend, key, partial(written_since, version))
             node.kubelet.end(POD)
             for key in (*node.twins, node.disk):
                 await until_lease(node.backend, key, lambda lease: lease is not None and lease.holder == "")
