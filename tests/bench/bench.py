@@ -89,6 +89,7 @@ def api_server(bench: Bench, counts: Counts) -> None:
         bench.measure(bench_locks.acquisition(config, counts.locks))
         bench.measure(bench_locks.withdrawal(config, counts.withdrawals))
         bench.measure(bench_allocate.allocate(config, counts.allocates))
+        bench.measure(bench_locks.unanswered(cluster, ADMIN_TOKEN))
         bench.measure(bench_process.process(cluster, ADMIN_TOKEN, counts.starts, counts.idle))
 
 

@@ -8,9 +8,11 @@ import random
 import time
 
 from agents_rig import RESOURCE
+from api_process import Cluster
 from bench_nodes import NAMESPACE, Place, TimedLeases, keys_of, nodes, timed_allocate, virtual_server
 from bench_rows import Row, p50_p99
 from opentelemetry.trace import NoOpTracer
+from tcp_proxy import proxy_to
 
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.kube import connect
@@ -20,6 +22,8 @@ from usbip_plugin.model import DeviceKey, NodeIdentity, ServerKey
 from usbip_plugin.sim.world import SimNode
 
 READY_TIMEOUT_S = 30.0
+TIMEOUT_S = 2.0
+"""allocateTimeout while the API server does not answer."""
 WITHDRAWAL_TARGET_MS = 100.0
 
 
@@ -90,3 +94,34 @@ async def withdrawal(kubeconfig: str, count: int) -> list[Row]:
         for client in clients.values():
             await client.close()
     return p50_p99("Unhealthy at another node's kubelet after the lock write (API server)", times, WITHDRAWAL_TARGET_MS)
+
+
+async def unanswered(cluster: Cluster, token: str) -> list[Row]:
+    """Allocate, and the report of its failure to kubelet and Node, while the API server accepts and says nothing."""
+    admin = await connect(cluster.kubeconfig(token))
+    body = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "deaf"}}
+    await admin.request("create", "/api/v1/nodes", resource="nodes", body=body)
+    await admin.close()
+    async with proxy_to(cluster.port) as proxy, virtual_server() as server:
+        client = await connect(cluster.kubeconfig(token, f"https://127.0.0.1:{proxy.port}"))
+        store = KubernetesLeases(client, NAMESPACE)
+        place = Place(
+            ("deaf",),
+            (server.key,),
+            keys_of(server),
+            leases=lambda _node: store,
+            kube=lambda _node: client,
+            allocate_timeout=TIMEOUT_S,
+        )
+        try:
+            async with nodes(place) as found:
+                proxy.flowing.clear()
+                began = time.perf_counter()
+                answer = await found.allocate(found.nodes[0], place.keys[0])
+                took = (time.perf_counter() - began) * 1e3
+                proxy.flowing.set()
+        finally:
+            await client.close()
+    if answer.response is not None:
+        raise RuntimeError("a device was given away without a lock")
+    return [Row("Allocate without an answer of the API server ends within", took, "ms", TIMEOUT_S * 1e3)]

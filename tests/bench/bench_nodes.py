@@ -50,13 +50,17 @@ class TimedLeases(KubernetesLeases):
 
 @dataclass(frozen=True)
 class Place:
-    """What a measurement is made on. leases(node): None for Leases in memory. driver(node): None for a simulation."""
+    """What a measurement is made on. leases(node): None for Leases in memory. driver(node): None for a simulation.
+
+    kube(node): for Node status and pods; None for neither.
+    """
 
     names: tuple[str, ...]
     servers: tuple[ServerKey, ...]
     keys: tuple[DeviceKey, ...]
     leases: Callable[[str], LeaseStore] | None = None
     driver: Callable[[str, SimulatedKernel], VhciDriver] | None = None
+    kube: Callable[[str], KubeClient] | None = None
     selector: Selector = Selector(vendor=DONGLE.vendor, product=DONGLE.product)  # noqa: RUF009 - frozen
     allocate_timeout: float = 10.0
     enumeration_delay: float = 0.0
@@ -72,6 +76,7 @@ async def nodes(place: Place) -> AsyncIterator[Nodes]:
         clock=SystemClock(),
         make_driver=place.driver,
         make_leases=place.leases,
+        make_kube=place.kube,
         make_tracer=lambda _node: place.tracer,
     )
     async with contextlib.AsyncExitStack() as stack:
