@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
 
+import pytest
 from agent_reader import Reader, reading
 from agent_rig import (
     DISKS,
@@ -23,6 +24,7 @@ from agent_rig import (
     busy_rows,
     disk_of,
     keys_of,
+    nodes_of,
     plugin_directory,
     pod_resources_socket,
     raw_tty,
@@ -30,15 +32,19 @@ from agent_rig import (
 )
 from kernel_rig import KernelRig
 from lease_socket import served
+from usbipd import eventually
 
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.kubelet import deviceplugin_pb2 as pb
 from usbip_plugin.locks.memory import MemoryBackend, MemoryLeases
 from usbip_plugin.locks.store import Lease
 from usbip_plugin.model import DeviceKey
+from usbip_plugin.sim.device_manager import AdmissionError
 from usbip_plugin.sim.kubelet import FakeKubelet
 
 HERE = Path(__file__).parent
+HUBS = "devices/platform/vhci_hcd.*/usb*/authorized_default"
+OPEN = "1\n"
 CONFIG = """\
 resources:
   serial:
@@ -98,6 +104,12 @@ def written_since(version: str, lease: Lease | None) -> bool:
     return lease is not None and lease.resource_version != version
 
 
+def hubs_open() -> bool:
+    """New devices on vhci's root hubs are authorised, as the kernel has it."""
+    hubs = list(Path("/sys").glob(HUBS))
+    return bool(hubs) and all(hub.read_text() == OPEN for hub in hubs)
+
+
 async def both_read(tty: Reader, writer: int, disk: Reader, text: str) -> None:
     """Both devices pass data now."""
     os.write(writer, f"{text}\n".encode())
@@ -140,3 +152,21 @@ async def test_a_killed_plugin_takes_nothing_from_its_pod_and_its_successor_lets
             for key in (*node.twins, node.disk):
                 await until_lease(node.backend, key, lambda lease: lease is not None and lease.holder == "")
             assert busy_rows() == ()
+
+
+async def test_a_plugin_killed_while_it_attaches_leaves_nothing_behind(rig: KernelRig) -> None:
+    wanted = {f"{DOMAIN}/{DISKS}": 1}
+    async with a_node(rig) as node:
+        async with node.plugin():
+            admission = asyncio.create_task(node.kubelet.admit(POD, wanted))
+            await asyncio.to_thread(eventually, lambda: bool(busy_rows()), "a port is taken")
+        with pytest.raises(AdmissionError):
+            await admission
+        assert node.backend.leases[node.disk.id].holder == NODE
+
+        async with node.plugin():
+            await until_lease(node.backend, node.disk, lambda lease: lease is not None and lease.holder == "")
+            assert busy_rows() == ()
+            assert hubs_open()
+            got = await node.kubelet.admit(POD, wanted)
+            assert nodes_of(got["app", f"{DOMAIN}/{DISKS}"])
