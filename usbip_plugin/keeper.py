@@ -25,8 +25,8 @@ from usbip_plugin.work import DeviceWork, record_error
 log = logging.getLogger(__name__)
 
 REATTACH_FIRST_WAIT = 0.2
-REATTACH_MAX_WAIT = 5.0
-"""Seconds between tries to attach a lost device again."""
+REATTACH_MAX_WAIT = 3.5
+"""Seconds between tries to attach a lost device again; with jitter and the attach, 5 s after its server is back."""
 REATTACH_TIMEOUT = 10.0
 """Seconds one such try may take."""
 PORT_CHECK_INTERVAL = 15.0
