@@ -32,9 +32,11 @@ from usbip_plugin.vhci.sysfs import PortStatus
 log = logging.getLogger(__name__)
 
 SENT_TIMEOUT = 1.0
-"""Seconds an Allocate's failure, or a withdrawal's span, waits at most for the kubelet and the Node to be told."""
-SENT_SHARE = 0.1
-"""Of allocateTimeout, that an Allocate's failure waits at most: this much is kept for it."""
+"""Seconds a withdrawal's span waits at most for the kubelet to be told."""
+KEPT_SHARE, KEPT_MAX_S = 0.1, 1.0
+"""Of allocateTimeout, for what follows a failure: kubelet and Node are told, and the Allocate answers."""
+TELLING_SHARE = 0.8
+"""Of that, for the telling."""
 PORTS_INTERVAL = 30.0
 """Seconds between looks at the free ports when no uevent says to look."""
 GRACE_MARGIN = 0.01
@@ -43,9 +45,9 @@ PROBE_RETRY = 10.0
 """Seconds before a serial number that could not be read is asked for again."""
 
 
-def time_to_tell(config: Config) -> float:
-    """Seconds of allocateTimeout that are kept for Advertiser.denied."""
-    return min(SENT_TIMEOUT, SENT_SHARE * config.allocate_timeout)
+def time_kept(config: Config) -> float:
+    """Seconds of allocateTimeout that the work on devices leaves for Advertiser.denied and the answer."""
+    return min(KEPT_MAX_S, KEPT_SHARE * config.allocate_timeout)
 
 
 class Publish(Protocol):
@@ -164,7 +166,7 @@ class Advertiser:
         self.look_again()
 
     async def denied(self, resource: str) -> None:
-        """Before a failed Allocate answers: kubelet and Node are to know what it failed of. Bounded by time_to_tell.
+        """Before a failed Allocate answers: kubelet and Node are to know what it failed of. Within time_kept.
 
         Otherwise the scheduler sends the replacement straight back here (measured: up to 51 failed pods).
         """
@@ -172,7 +174,7 @@ class Advertiser:
         server = self._servers.get(resource)
         if server is None:
             return
-        limit = time_to_tell(self._config)
+        limit = TELLING_SHARE * time_kept(self._config)
         with contextlib.suppress(TimeoutError):
             async with self._clock.timeout(limit):
                 await server.wait_sent()

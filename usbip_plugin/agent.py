@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from opentelemetry.trace import Tracer
 
-from usbip_plugin.advertising import Advertiser, time_to_tell
+from usbip_plugin.advertising import Advertiser, time_kept
 from usbip_plugin.allocation import Allocator
 from usbip_plugin.attacher import Attacher
 from usbip_plugin.clock import Clock
@@ -126,7 +126,7 @@ class Agent:
             attacher=self.attacher,
             lookup=self.advertiser.lookup,
             health=self.advertiser.health,
-            timeout=lambda: self.advertiser.config.allocate_timeout - time_to_tell(self.advertiser.config),
+            timeout=lambda: self.advertiser.config.allocate_timeout - time_kept(self.advertiser.config),
             after_denial=self.advertiser.denied,
             tracer=out.tracer,
             on_result=observer.on_result,
