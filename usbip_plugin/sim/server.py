@@ -150,7 +150,8 @@ class _Connection(asyncio.Protocol):
             raise TypeError("a stream transport is needed")
         self._transport = transport
         self._server.opened(self)
-        self.pause(self._server.frozen)
+        # soon, not now: before CPython 3.11.4 the transport begins to read after this call whatever was said in it
+        asyncio.get_running_loop().call_soon(lambda: self.pause(self._server.frozen))
 
     def data_received(self, data: bytes) -> None:
         self._received += data
