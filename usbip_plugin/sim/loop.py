@@ -75,6 +75,10 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         future.add_done_callback(self._thread_done)
         return future
 
+    async def shutdown_default_executor(self, timeout: float | None = None) -> None:  # noqa: ARG002
+        """Waits for the threads in real time: the limit newer Pythons set would pass at once in virtual time."""
+        await super().shutdown_default_executor()
+
     def _thread_done(self, _future: Future[Any]) -> None:
         self._jumping.threads_busy -= 1
 
