@@ -14,6 +14,7 @@ from opentelemetry.trace import Tracer
 from usbip_plugin.advertising import Advertiser, time_kept
 from usbip_plugin.allocation import Allocator
 from usbip_plugin.attacher import Attacher
+from usbip_plugin.attaching import Means
 from usbip_plugin.clock import Clock
 from usbip_plugin.config import Config
 from usbip_plugin.errors import PluginError
@@ -92,13 +93,7 @@ class Agent:
         )
         self.poller = ServerPoller(out.client, out.clock, out.rng, self._server_changed)
         self.attacher = Attacher(
-            me=out.me,
-            client=out.client,
-            driver=out.driver,
-            locks=self.locks,
-            clock=out.clock,
-            rng=out.rng,
-            tracer=out.tracer,
+            Means(out.me, out.client, out.driver, self.locks, out.clock, out.rng, out.tracer),
             on_change=self._claim_changed,
             on_step=observer.on_step,
             on_notice=observer.on_notice,

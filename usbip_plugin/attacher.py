@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from opentelemetry import trace
-from opentelemetry.trace import Tracer
 
-from usbip_plugin.attaching import Progress, Wanted
+from usbip_plugin.attaching import Means, Progress, Wanted
 from usbip_plugin.claims import (
     Claim,
     Event,
@@ -26,19 +24,15 @@ from usbip_plugin.claims import (
     observe_usage,
     usage_ended,
 )
-from usbip_plugin.clock import Clock
 from usbip_plugin.errors import (
     AllocateTimeout,
     ClaimBusy,
     PluginError,
 )
 from usbip_plugin.keeper import Keeper
-from usbip_plugin.locks.manager import LockManager
-from usbip_plugin.model import Attachment, Descriptor, DeviceKey, NodeIdentity, PodRef
+from usbip_plugin.model import Attachment, Descriptor, DeviceKey, PodRef
 from usbip_plugin.notices import Notice
 from usbip_plugin.observe.tracing import traceparent_of
-from usbip_plugin.usbip.client import UsbipClient
-from usbip_plugin.vhci.driver import VhciDriver
 from usbip_plugin.work import DeviceWork
 
 log = logging.getLogger(__name__)
@@ -60,35 +54,17 @@ class Attacher:
 
     def __init__(
         self,
+        means: Means,
         *,
-        me: NodeIdentity,
-        client: UsbipClient,
-        driver: VhciDriver,
-        locks: LockManager,
-        clock: Clock,
-        rng: random.Random,
-        tracer: Tracer,
         on_change: Callable[[str], None],
         on_step: Callable[[str, float], None],
         on_notice: Callable[[Notice], None],
     ) -> None:
-        self._me = me
-        self._locks = locks
-        self._clock = clock
-        self._work = DeviceWork(
-            me=me,
-            client=client,
-            driver=driver,
-            locks=locks,
-            clock=clock,
-            rng=rng,
-            tracer=tracer,
-            on_change=on_change,
-            on_step=on_step,
-        )
-        self._keeper = Keeper(
-            self._work, me=me, driver=driver, locks=locks, clock=clock, rng=rng, tracer=tracer, on_notice=on_notice
-        )
+        self._me = means.me
+        self._locks = means.locks
+        self._clock = means.clock
+        self._work = DeviceWork(means, on_change=on_change, on_step=on_step)
+        self._keeper = Keeper(means, self._work, on_notice)
         self._book, self._pipeline = self._work.book, self._work.pipeline
 
     @property

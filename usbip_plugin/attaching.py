@@ -7,6 +7,7 @@ attacher.py's business. Each step is a span and moves the claim in the book.
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -41,6 +42,19 @@ class Wanted:
     serial: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Means:
+    """What work on the devices of one node is done with."""
+
+    me: NodeIdentity
+    client: UsbipClient
+    driver: VhciDriver
+    locks: LockManager
+    clock: Clock
+    rng: random.Random
+    tracer: Tracer
+
+
 class Progress:
     """What a pipeline is busy with, in words, for the error of one that ran out of time."""
 
@@ -56,23 +70,18 @@ class Pipeline:
 
     def __init__(
         self,
+        means: Means,
         *,
-        me: NodeIdentity,
-        client: UsbipClient,
-        driver: VhciDriver,
-        locks: LockManager,
-        clock: Clock,
-        tracer: Tracer,
         book: ClaimBook,
         note_port: Callable[[DeviceKey, int], None],
         on_step: Callable[[str, float], None],
     ) -> None:
-        self._me = me
-        self._client = client
-        self._driver = driver
-        self._locks = locks
-        self._clock = clock
-        self._tracer = tracer
+        self._me = means.me
+        self._client = means.client
+        self._driver = means.driver
+        self._locks = means.locks
+        self._clock = means.clock
+        self._tracer = means.tracer
         self._book = book
         self._note_port = note_port
         self._on_step = on_step

@@ -5,21 +5,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import random
 from collections.abc import Callable, Mapping, Sequence
 
-from opentelemetry.trace import Span, Tracer
+from opentelemetry.trace import Span
 
 from usbip_plugin import retry
+from usbip_plugin.attaching import Means
 from usbip_plugin.claims import Adoption, Claim, Event, State, decide_adoption, own_port
-from usbip_plugin.clock import Clock
 from usbip_plugin.errors import KubeError, LockError, LockLost, UsbipError, VhciError
 from usbip_plugin.inventory import key_of, parse_usb_id
-from usbip_plugin.locks.manager import LockChange, LockManager
-from usbip_plugin.model import DeviceKey, Lock, NodeIdentity, PodRef, UsbId
+from usbip_plugin.locks.manager import LockChange
+from usbip_plugin.model import DeviceKey, Lock, PodRef, UsbId
 from usbip_plugin.notices import Notice, What
 from usbip_plugin.observe.tracing import context_from
-from usbip_plugin.vhci.driver import PortState, VhciDriver
+from usbip_plugin.vhci.driver import PortState
 from usbip_plugin.work import DeviceWork, record_error
 
 log = logging.getLogger(__name__)
@@ -36,25 +35,14 @@ PORT_CHECK_INTERVAL = 15.0
 class Keeper:
     """See the module. on_notice is told what people should hear of; `run` must be running."""
 
-    def __init__(
-        self,
-        work: DeviceWork,
-        *,
-        me: NodeIdentity,
-        driver: VhciDriver,
-        locks: LockManager,
-        clock: Clock,
-        rng: random.Random,
-        tracer: Tracer,
-        on_notice: Callable[[Notice], None],
-    ) -> None:
+    def __init__(self, means: Means, work: DeviceWork, on_notice: Callable[[Notice], None]) -> None:
         self._work = work
-        self._me = me
-        self._driver = driver
-        self._locks = locks
-        self._clock = clock
-        self._rng = rng
-        self._tracer = tracer
+        self._me = means.me
+        self._driver = means.driver
+        self._locks = means.locks
+        self._clock = means.clock
+        self._rng = means.rng
+        self._tracer = means.tracer
         self._on_notice = on_notice
         self._ports_event = asyncio.Event()
         self._gone: dict[str, asyncio.Event] = {}

@@ -5,22 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import random
 from collections.abc import Callable, Coroutine
 
-from opentelemetry.trace import Span, StatusCode, Tracer
+from opentelemetry.trace import Span, StatusCode
 
 from usbip_plugin import retry
-from usbip_plugin.attaching import Pipeline
+from usbip_plugin.attaching import Means, Pipeline
 from usbip_plugin.claims import Claim, ClaimBook, Event, State
-from usbip_plugin.clock import Clock
 from usbip_plugin.errors import ClaimBusy, KubeError, LockError, LockLost, VhciError
 from usbip_plugin.kubelet.broadcast import Broadcast
-from usbip_plugin.locks.manager import LockManager
-from usbip_plugin.model import DeviceKey, NodeIdentity, PodRef
+from usbip_plugin.model import DeviceKey, PodRef
 from usbip_plugin.observe.tracing import context_from
-from usbip_plugin.usbip.client import UsbipClient
-from usbip_plugin.vhci.driver import VhciDriver
 
 log = logging.getLogger(__name__)
 
@@ -37,33 +32,17 @@ class DeviceWork:
 
     def __init__(
         self,
+        means: Means,
         *,
-        me: NodeIdentity,
-        client: UsbipClient,
-        driver: VhciDriver,
-        locks: LockManager,
-        clock: Clock,
-        rng: random.Random,
-        tracer: Tracer,
         on_change: Callable[[str], None],
         on_step: Callable[[str, float], None],
     ) -> None:
-        self._locks = locks
-        self._clock = clock
-        self._rng = rng
-        self._tracer = tracer
+        self._locks = means.locks
+        self._clock = means.clock
+        self._rng = means.rng
+        self._tracer = means.tracer
         self.book = ClaimBook(on_change)
-        self.pipeline = Pipeline(
-            me=me,
-            client=client,
-            driver=driver,
-            locks=locks,
-            clock=clock,
-            tracer=tracer,
-            book=self.book,
-            note_port=self._note_port,
-            on_step=on_step,
-        )
+        self.pipeline = Pipeline(means, book=self.book, note_port=self._note_port, on_step=on_step)
         self._mutexes: dict[str, asyncio.Lock] = {}
         self._tasks: asyncio.TaskGroup | None = None
         self._running = asyncio.Event()
