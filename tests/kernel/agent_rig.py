@@ -116,6 +116,13 @@ def tty_of(node: SimNode, key: DeviceKey) -> str:
     return next(child.path for child in attachment.nodes if child.kind == "tty")
 
 
+def serial_of(node: SimNode, key: DeviceKey) -> str | None:
+    """What an attached device itself says."""
+    attachment = agent(node).attacher.claims[key.id].attachment
+    assert attachment is not None
+    return attachment.serial
+
+
 async def until_reason(node: SimNode, key: DeviceKey, reason: Reason) -> Advertised:
     """Until the device is Unhealthy (to the kubelet too) for this reason."""
     async with asyncio.timeout(PATIENCE_S):

@@ -16,11 +16,14 @@ from agent_rig import (
     nodes_of,
     on,
     refusal,
+    serial_of,
     until_health,
+    until_pod_noted,
     until_reason,
     until_released,
 )
 from kernel_rig import TWINS, KernelRig
+from usbipd import eventually
 
 from usbip_plugin.model import Reason
 
@@ -45,6 +48,30 @@ async def test_what_others_attached_is_neither_adopted_nor_touched(rig: KernelRi
         await until_health(node, {key.id: True for key in twins})
         assert busy_rows() == foreign
     assert busy_rows() == foreign
+
+
+async def test_an_identical_device_that_took_the_port_meanwhile_is_not_mistaken_for_ours(rig: KernelRig) -> None:
+    usbipd = rig.usbipd
+    twins = keys_of(usbipd, SERIAL)
+    async with agent_with(config_of(usbipd, SERIAL), *twins) as world:
+        node = on(world)
+        got = (await node.admit(POD, {SERIAL: 1}))["app", node.resource(SERIAL)]
+        (ours,) = [key for key in twins if key.id in got.device_ids]
+        (theirs,) = [key for key in twins if key != ours]
+        await until_pod_noted(world.backend, ours)
+        (row,) = busy_rows()
+        await node.stop()
+        usbipd.usbip("detach", "-p", row.split()[1])
+        eventually(lambda: busy_rows() == (), "detached by hand")
+        attach_by_hand(usbipd, theirs.busid)
+        (foreign,) = busy_rows()
+        assert foreign.split()[1] == row.split()[1], "the same port"
+        node.start()
+        await until_health(node, {ours.id: True})
+        assert foreign in busy_rows()
+        assert serial_of(node, ours) == got.envs["USBIP_SERIAL_0_SERIAL"]
+        await end(world, POD, ours)
+        assert busy_rows() == (foreign,)
 
 
 async def test_a_device_in_use_by_another_client_is_refused_with_the_cause(rig: KernelRig) -> None:
