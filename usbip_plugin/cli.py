@@ -85,6 +85,7 @@ def _node_flags(command: argparse.ArgumentParser) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses, runs, answers the exit status. Problems go to stderr, one line each."""
     options = parser().parse_args(arguments)
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # else gRPC writes to stderr whenever a kubelet restarts
     try:
         match options.command:
             case "run":
@@ -121,7 +122,6 @@ def _first(*values: str | None) -> str:
 
 
 def _run(options: argparse.Namespace) -> int:
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # else gRPC writes to stderr whenever the kubelet restarts
     # imported here: `devices`, `demo` and `--help` need none of it
     from usbip_plugin.config.reload import load_config  # noqa: PLC0415
     from usbip_plugin.observe.logs import set_up_logging  # noqa: PLC0415

@@ -200,8 +200,11 @@ class _Demo:
 
     async def _plugin_restart(self, a: SimNode, on_a: Watch) -> None:
         self._say("\n5. The plugin on node-a is restarted while the pod uses the device")
+        registered = len(a.kubelet.seen.registrations)
         await a.stop()
         a.start()
+        async with asyncio.timeout(STEP_TIMEOUT):
+            await a.kubelet.changed.until(lambda: len(a.kubelet.seen.registrations) > registered)
         await on_a.health(healthy=True)
         async with _pod_noted(a, self._key.id):
             again = await _raw_allocate(a, self._key.id)
