@@ -7,10 +7,9 @@ protocols (gRPC on unix sockets, USB/IP on TCP).
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from usbip_plugin.clock import SystemClock
 from usbip_plugin.config import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.kubelet import deviceplugin_pb2 as pb
 from usbip_plugin.kubelet.deviceplugin_pb2_grpc import DevicePluginStub
-from usbip_plugin.locks.manager import LockChange, LockSettings
+from usbip_plugin.locks.manager import LockSettings
 from usbip_plugin.model import DeviceKey, PodRef, UsbId
 from usbip_plugin.observe.trace_tree import tree
 from usbip_plugin.observe.tracing import RecentSpans, SpanRecord, Tracing
@@ -206,8 +205,8 @@ class _Demo:
         async with asyncio.timeout(STEP_TIMEOUT):
             await a.kubelet.changed.until(lambda: len(a.kubelet.seen.registrations) > registered)
         await on_a.health(healthy=True)
-        async with _pod_noted(a, self._key.id):
-            again = await _raw_allocate(a, self._key.id)
+        again = await _raw_allocate(a, self._key.id)
+        await _pod_found(a, self._key.id)
         adopted = a.agent is not None and a.agent.attacher.claims[self._key.id].state is State.ATTACHED
         self._report.check(
             "adopted: Healthy, attached, nothing was imported", holds=adopted, seen="lock, port and record agree"
@@ -292,23 +291,12 @@ class _Demo:
         return getattr(known, "detail", "") if known is not None else ""
 
 
-@contextlib.asynccontextmanager
-async def _pod_noted(node: SimNode, device_id: str) -> AsyncIterator[None]:
-    """Leaves the block when, after it began, the agent has found the device's pod and written it onto the lock."""
+async def _pod_found(node: SimNode, device_id: str) -> None:
+    """Returns when the agent knows which pod has the device; what an Allocate was for is to be seen anew each time."""
     assert node.agent is not None  # noqa: S101 - the demo has just started it
-    noted = asyncio.Event()
-
-    def look(change: LockChange) -> None:
-        if change.device_id == device_id and change.new is not None and change.new.pod is not None:
-            noted.set()
-
-    unsubscribe = node.agent.locks.subscribe(look)
-    try:
-        yield
-        async with asyncio.timeout(STEP_TIMEOUT):
-            await noted.wait()
-    finally:
-        unsubscribe()
+    claims = node.agent.attacher.claims
+    async with asyncio.timeout(STEP_TIMEOUT):
+        await node.advertised.until(lambda: device_id in claims and claims[device_id].pod is not None)
 
 
 async def _raw_allocate(node: SimNode, device_id: str) -> pb.AllocateResponse:

@@ -20,6 +20,7 @@ from usbip_plugin.clock import Clock
 from usbip_plugin.config import Config
 from usbip_plugin.errors import KubeUnreachable
 from usbip_plugin.kube import KubeClient
+from usbip_plugin.kubelet.broadcast import Broadcast
 from usbip_plugin.kubelet.directory import PluginDirectory
 from usbip_plugin.kubelet.pod_resources import GrpcPodResources
 from usbip_plugin.locks.manager import LockSettings
@@ -65,7 +66,9 @@ class SimNode:
         self.boot = 1
         self.partitioned = False
         self.kernel = SimulatedKernel(setup.clock)
-        self.observer = Observer()
+        self.advertised = Broadcast()
+        """Fires whenever what the agent advertises, or why, has changed."""
+        self.observer = Observer(on_advertised=lambda _resource, _devices: self.advertised.fire())
         self._setup = setup
         self.plugin_directory = directory / "device-plugins"
         self.plugin_directory.mkdir(parents=True)
