@@ -37,6 +37,8 @@ KEPT_SHARE, KEPT_MAX_S = 0.1, 1.0
 """Of allocateTimeout, for what follows a failure: kubelet and Node are told, and the Allocate answers."""
 TELLING_SHARE = 0.8
 """Of that, for the telling."""
+PORTS_SETTLE = 0.1
+"""Seconds in which uevents are gathered before the free ports are counted: one device makes a dozen of them."""
 PORTS_INTERVAL = 30.0
 """Seconds between looks at the free ports when no uevent says to look."""
 GRACE_MARGIN = 0.01
@@ -203,6 +205,8 @@ class Advertiser:
 
     async def _watch_ports(self) -> None:
         while True:
+            if self._ports_event.is_set():
+                await self._clock.sleep(PORTS_SETTLE)
             self._ports_event.clear()
             before, self._ports = self._ports, await self._read_ports()
             if self._ports != before:

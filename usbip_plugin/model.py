@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import enum
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 
 DEVICE_ID_PREFIX = "usbip-"
@@ -28,20 +28,23 @@ class ServerKey:
 
 @dataclass(frozen=True, order=True, slots=True)
 class DeviceKey:
-    """The identity of a device: the same on every node."""
+    """The identity of a device: the same on every node.
+
+    id is the device ID towards the kubelet and the name of the lock Lease: 26 characters, a valid DNS label.
+    """
 
     server: ServerKey
     busid: str
+    id: str = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # worked out once: it is asked for at every change of anything
+        text = f"{self.server.host}:{self.server.port}/{self.busid}"
+        digest = base64.b32encode(hashlib.sha256(text.encode()).digest()).decode("ascii")
+        object.__setattr__(self, "id", DEVICE_ID_PREFIX + digest[:_ID_CHARACTERS].lower())
 
     def __str__(self) -> str:
         return f"{self.server}/{self.busid}"
-
-    @property
-    def id(self) -> str:
-        """Device ID towards the kubelet and name of the lock Lease: 26 characters, a valid DNS label."""
-        text = f"{self.server.host}:{self.server.port}/{self.busid}"
-        digest = base64.b32encode(hashlib.sha256(text.encode()).digest()).decode("ascii")
-        return DEVICE_ID_PREFIX + digest[:_ID_CHARACTERS].lower()
 
 
 @dataclass(frozen=True, order=True, slots=True)

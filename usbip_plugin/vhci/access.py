@@ -28,24 +28,31 @@ def write_sysfs(path: Path, text: str) -> None:
 
 
 class PortTable:
-    """The status files of all controllers. Reads are directly in the loop: sysfs answers from memory."""
+    """The status files of all controllers. Reads are directly in the loop: sysfs answers from memory.
+
+    Parsing is what costs, and most files have not changed since they were last read: each is parsed once per content.
+    """
 
     def __init__(self, sysfs: Path) -> None:
         self._base = controller_dir(sysfs, 0)
         self._per_controller = 0
+        self._parsed: dict[int, tuple[str, tuple[Port, ...]]] = {}
+
+    def _controller(self, number: int) -> tuple[Port, ...]:
+        text = (self._base / (f"status.{number}" if number else "status")).read_text()
+        known = self._parsed.get(number)
+        if known is None or known[0] != text:
+            known = self._parsed[number] = (text, parse_status(text, number))
+        return known[1]
 
     def all(self) -> tuple[Port, ...]:
         """Every port, by number. DriverMissing, or VhciError for a status that cannot be understood."""
         try:
-            first = parse_status((self._base / "status").read_text(), 0)
+            first = self._controller(0)
             nports = parse_nports((self._base / "nports").read_text())
             self._per_controller = len(first)
-            rest = (
-                parse_status((self._base / name).read_text(), number)
-                for number, name in enumerate(status_files(nports, len(first)))
-                if number
-            )
-            return tuple(sorted((*first, *(port for ports in rest for port in ports)), key=lambda port: port.number))
+            found = [port for n in range(len(status_files(nports, len(first)))) for port in self._controller(n)]
+            return tuple(sorted(found, key=lambda port: port.number))
         except OSError as error:
             raise DriverMissing(str(self._base)) from error
         except ValueError as error:
@@ -57,8 +64,7 @@ class PortTable:
             self.all()
         controller = number // self._per_controller if self._per_controller else 0
         try:
-            text = (self._base / (f"status.{controller}" if controller else "status")).read_text()
-            ports = parse_status(text, controller)
+            ports = self._controller(controller)
         except OSError as error:
             raise (VhciError(f"no port {number}") if self._base.exists() else DriverMissing(str(self._base))) from error
         except ValueError as error:

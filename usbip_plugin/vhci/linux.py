@@ -72,9 +72,17 @@ class SysfsVhci:
         self._bell = Bell()
         self._stirred = asyncio.Event()
         self._occupants: dict[int, tuple[int, int]] = {}
+        self._free: dict[int, PortState] = {}
 
     async def ports(self) -> tuple[PortState, ...]:
-        return tuple(self._state(port) for port in self._table.all())
+        return tuple(self._free_state(p) if p.status is PortStatus.NULL else self._state(p) for p in self._table.all())
+
+    def _free_state(self, port: Port) -> PortState:
+        """Of the hundreds of ports nearly all are free, and a free one says the same each time."""
+        state = self._free.get(port.number)
+        if state is None:
+            state = self._free[port.number] = PortState(port.number, port.hub, port.status)
+        return state
 
     def _state(self, port: Port) -> PortState:
         ours = port.status is not PortStatus.NULL and not self._foreign(port)
