@@ -11,7 +11,7 @@ PYTHONS := $(PYTHON) python3.13 python3.12 python3.11 python3.14 python3
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-apiserver test-kernel test-all bench lint format proto clean
+.PHONY: help demo test test-apiserver test-kernel test-all bench bench-kernel lint format proto clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ test-all: lint test test-apiserver test-kernel ## everything above, and lint
 
 bench: $(VENV)/.test ## timings and memory, to the screen and bench.json
 	$(BIN)/python tests/bench/bench.py $(ARGS)
+
+bench-kernel: $(VENV)/.test ## Allocate on a real kernel against the kernel's own time, in the QEMU guest
+	tests/lab/guest/run.sh -u -t $(GUEST_SECONDS) '$(BIN)/python tests/bench/bench.py --kernel $(ARGS)'
 
 # mypy knows one module called conftest at a time
 lint: $(VENV)/.test ## ruff, formatting, mypy --strict
