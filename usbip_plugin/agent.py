@@ -182,6 +182,7 @@ class Agent:
 
     def _server_changed(self, view: ServerView) -> None:
         self.advertiser.server_changed(view)
+        self.attacher.server_changed(view)
 
     def _claim_changed(self, device_id: str) -> None:
         self.advertiser.look_again(device_id)

@@ -33,6 +33,7 @@ from usbip_plugin.keeper import Keeper
 from usbip_plugin.model import Attachment, Descriptor, DeviceKey, PodRef
 from usbip_plugin.notices import Notice
 from usbip_plugin.observe.tracing import traceparent_of
+from usbip_plugin.usbip.poller import ServerView
 from usbip_plugin.work import DeviceWork
 
 log = logging.getLogger(__name__)
@@ -83,6 +84,10 @@ class Attacher:
     async def adopt(self, used: Mapping[str, PodRef] | None) -> None:
         """See Keeper.adopt."""
         await self._keeper.adopt(used)
+
+    def server_changed(self, view: ServerView) -> None:
+        """For the poller. See Keeper.server_changed."""
+        self._keeper.server_changed(view)
 
     # Allocate
 
@@ -183,7 +188,7 @@ class Attacher:
             if after.pod is not None and after.pod != claim.pod:
                 self._work.spawn(self._work.note_pod(claim.key, after.pod), f"note pod {after.pod}")
             if unused(after):
-                self._keeper.give_up(device_id)
+                self._keeper.look_again(device_id)
                 self._work.spawn(self._work.let_go(device_id, unused), f"release {claim.key}")
 
     def _unused(self, claim: Claim, *, unseen_users: bool) -> bool:

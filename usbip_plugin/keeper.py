@@ -18,6 +18,7 @@ from usbip_plugin.locks.manager import LockChange
 from usbip_plugin.model import DeviceKey, Lock, PodRef, UsbId
 from usbip_plugin.notices import Notice, What
 from usbip_plugin.observe.tracing import context_from
+from usbip_plugin.usbip.poller import ServerView
 from usbip_plugin.vhci.driver import PortState
 from usbip_plugin.work import DeviceWork, record_error
 
@@ -45,7 +46,7 @@ class Keeper:
         self._tracer = means.tracer
         self._on_notice = on_notice
         self._ports_event = asyncio.Event()
-        self._gone: dict[str, asyncio.Event] = {}
+        self._stirs: dict[str, asyncio.Event] = {}
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -56,10 +57,18 @@ class Keeper:
             for undo in unsubscribe:
                 undo()
 
-    def give_up(self, device_id: str) -> None:
-        """Nobody wants the device any more: a re-attach that waits for its next try ends now."""
-        if (gone := self._gone.get(device_id)) is not None:
-            gone.set()
+    def look_again(self, device_id: str) -> None:
+        """A re-attach that waits for its next try makes it now, or ends if nobody wants the device any more."""
+        if (stir := self._stirs.get(device_id)) is not None:
+            stir.set()
+
+    def server_changed(self, view: ServerView) -> None:
+        """A server that lists a lost device again is asked for it at once."""
+        listed = {device.busid for device in view.devices}
+        for device_id in self._stirs:
+            claim = self._work.book.get(device_id)
+            if claim is not None and claim.key.server == view.server and claim.key.busid in listed:
+                self.look_again(device_id)
 
     # what the previous process left
 
@@ -140,7 +149,7 @@ class Keeper:
     async def _reattach(self, device_id: str) -> None:
         """Until the device is attached again, its pod is gone, or its lock is."""
         waits = retry.backoff(self._rng, REATTACH_FIRST_WAIT, REATTACH_MAX_WAIT)
-        gone = self._gone[device_id] = asyncio.Event()
+        stir = self._stirs[device_id] = asyncio.Event()
         claim = self._work.book[device_id]
         try:
             with self._tracer.start_as_current_span("re-attach", context=context_from(claim.traceparent)) as span:
@@ -148,10 +157,11 @@ class Keeper:
                 while await self._reattach_once(device_id, span):
                     with contextlib.suppress(TimeoutError):
                         async with self._clock.timeout(next(waits)):
-                            await gone.wait()
+                            await stir.wait()
+                    stir.clear()
         finally:
-            if self._gone.get(device_id) is gone:
-                del self._gone[device_id]
+            if self._stirs.get(device_id) is stir:
+                del self._stirs[device_id]
 
     async def _reattach_once(self, device_id: str, span: Span) -> bool:
         """True if it should be tried again."""
@@ -192,5 +202,5 @@ class Keeper:
         log.error("lock lost", extra={"device": str(claim.key), "holder": holder})
         text = f"node {holder} holds it now" if holder else "its lock no longer names this node"
         self._on_notice(Notice(What.LOCK_LOST, claim.key, text + "; it is detached here", claim.pod))
-        self.give_up(change.device_id)
+        self.look_again(change.device_id)
         self._work.spawn(self._work.finish_locked(change.device_id), f"withdraw {claim.key}")

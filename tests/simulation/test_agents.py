@@ -268,6 +268,25 @@ async def test_a_lost_connection_is_re_attached_under_the_same_lock() -> None:
 
 
 @virtual
+async def test_a_lost_device_is_re_attached_as_soon_as_its_server_lists_it_again() -> None:
+    lab = server("lab", stick("1-1"))
+    device = key(lab, "1-1")
+    async with cluster(spec([lab])) as c:
+        node = c["node-a"]
+        await all_healthy(c, device)
+        await node.admit(pod("p"), "stick")
+        lab.unplug("1-1")
+        await becomes(c, node, device, healthy=False)
+        await asyncio.sleep(60)  # by now the tries are REATTACH_MAX_WAIT apart
+        tries = lab.connections
+        lab.plug(stick("1-1"))
+        assert node.agent is not None
+        node.agent.poller.poke(lab.key)
+        await becomes(c, node, device, healthy=True, within=0.5)
+        assert lab.connections - tries <= 3, "a look at the list, and one import"
+
+
+@virtual
 async def test_a_dead_nodes_device_is_taken_over_after_the_locks_duration_and_not_before() -> None:
     lab = server("lab", stick("1-1"))
     device = key(lab, "1-1")
