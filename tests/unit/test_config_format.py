@@ -309,3 +309,20 @@ def test_any_yaml_gives_a_config_or_a_config_error(value: object) -> None:
     text = yaml.safe_dump({"resources": value}) + "".join(f"{key}: 1s\n" for key in ("lock", "allocateTimeout"))
     with pytest.raises(ConfigError):  # lock is no mapping here, so there is always at least that
         parse_config(text)
+
+
+def test_everything_is_said_at_once_also_what_an_error_is_due_to() -> None:
+    text = """
+resources:
+  a:
+    - {target: {host: a}, selector: {vendor: 0x0951, product: 0x1666}}
+    - {target: {host: a}, selector: {vendor: 0x0951, product: 0x1666}}
+  b:
+    - {target: {hots: a, port: 1}}
+"""
+    with pytest.raises(ConfigError) as error:
+        parse_config(text)
+    same, missing, hint = error.value.problems
+    assert same.startswith("config.yaml:5: resources.a[1]: selects the same as resources.a[0] (line 4)")
+    assert missing.startswith("config.yaml:7: resources.b[0].target: host: missing")
+    assert "did you mean host?" in hint

@@ -29,16 +29,21 @@ class Problems:
     source: str
     _errors: list[tuple[int, str]] = field(default_factory=list)
     _warnings: list[tuple[int, str]] = field(default_factory=list)
+    _hints: list[tuple[int, str]] = field(default_factory=list)
 
     def error(self, node: Node, text: str) -> None:
         self._errors.append((node.line, self._line(node, text)))
 
-    def warn(self, node: Node, text: str) -> None:
+    def warn(self, node: Node, text: str, *, hint: bool = False) -> None:
+        """hint: where there are errors, this may be what one of them is due to."""
         self._warnings.append((node.line, self._line(node, text)))
+        if hint:
+            self._hints.append(self._warnings[-1])
 
     @property
-    def any_errors(self) -> bool:
-        return bool(self._errors)
+    def errors(self) -> int:
+        """How many so far."""
+        return len(self._errors)
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -46,11 +51,12 @@ class Problems:
         return tuple(text for _, text in sorted(self._warnings, key=itemgetter(0)))
 
     def raise_if_any(self) -> None:
-        """ConfigError with everything found, cut at MAX_PROBLEMS."""
+        """ConfigError with every error and hint, by line, cut at MAX_PROBLEMS."""
         if self._errors:
-            shown = [text for _, text in sorted(self._errors, key=itemgetter(0))[:MAX_PROBLEMS]]
-            if len(self._errors) > MAX_PROBLEMS:
-                shown.append(f"{self.source}: and {len(self._errors) - MAX_PROBLEMS} more")
+            found = [text for _, text in sorted([*self._errors, *self._hints], key=itemgetter(0))]
+            shown = found[:MAX_PROBLEMS]
+            if len(found) > MAX_PROBLEMS:
+                shown.append(f"{self.source}: and {len(found) - MAX_PROBLEMS} more")
             raise ConfigError(self.source, shown)
 
     def _line(self, node: Node, text: str) -> str:

@@ -48,5 +48,5 @@ def read_fields(
         if unknown is Unknown.ERROR or (unknown is Unknown.WARN_UNLESS_TYPO and close):
             problems.error(value, text)
         else:
-            problems.warn(value, f"ignored: {text}")
+            problems.warn(value, f"ignored: {text}", hint=bool(close))
     return found

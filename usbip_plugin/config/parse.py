@@ -113,7 +113,7 @@ def _resources(node: Node, problems: Problems) -> tuple[ResourceConfig, ...]:
         problems.error(node, "at least one resource is needed")
     if len(places) > MAX_DEVICES:
         problems.error(node, f"{len(places)} devices; at most {MAX_DEVICES} are allowed")
-    elif not problems.any_errors:  # a selector that could not be read would look like another
+    else:
         report_overlaps(places, problems)
     return tuple(resources)
 
@@ -134,8 +134,9 @@ def _resource(name: str, node: Node, problems: Problems) -> tuple[list[tuple[Dev
         problems.error(node, f"{what} where a list of devices is wanted, each with target and selector")
     else:
         for item in devices.items():
+            before = problems.errors
             device = read_device(item, problems)
-            if device is not None:
+            if device is not None and problems.errors == before:  # one that could not be read would look like another
                 entries.append((device, item))
         if not devices.yaml.value:
             problems.warn(devices, "an empty list: the resource is offered with no device")
