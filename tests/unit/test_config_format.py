@@ -150,6 +150,7 @@ allocateTimeout: soon
 """)
     assert [problem.split(": ")[:2] for problem in problems] == [
         ["config.yaml:4", "resources.a[0].target"],
+        ["config.yaml:4", "resources.a[0].target.hst"],
         ["config.yaml:5", "resources.a[0].selector.vendor"],
         ["config.yaml:7", "resources.b[0].target.port"],
         ["config.yaml:8", "lock.duration"],
