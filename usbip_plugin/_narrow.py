@@ -1,8 +1,8 @@
-"""Import parts of kubernetes_asyncio without the rest: all of it is 1,259 modules and 58 MiB the plugin never uses.
+"""Import parts of libraries without the rest: all of kubernetes_asyncio is 1,259 modules and 58 MiB, of no use here.
 
 install() makes the package __init__ files of kubernetes_asyncio lazy. A name that one of them would have imported is
-imported when it is first asked for (PEP 562), from where that file's own import lines say it comes. urllib3, which
-kubernetes_asyncio imports for one function nobody calls here, is loaded on first use.
+imported when it is first asked for (PEP 562), from where that file's own import lines say it comes. Libraries that are
+imported by others but not called in a run (LAZY) are loaded on first use. It works for what is imported after it.
 
 no_default_roots() keeps aiohttp from loading the system's root certificates, 2 MiB and 50 ms, when it is imported.
 """
@@ -23,7 +23,11 @@ from types import ModuleType
 from typing import Any
 
 PACKAGE = "kubernetes_asyncio"
-_LAZY_LIBRARIES = ("urllib3",)
+LAZY = (
+    "google.protobuf.internal.python_message",  # messages without protobuf's C extension, 11 modules, 0.7 MiB
+    "idna",  # of yarl, for host names that are not ASCII, 0.2 MiB
+    "urllib3",  # of kubernetes_asyncio, for one function
+)
 
 
 def origins(source: str, package: str) -> dict[str, tuple[str, str | None]]:
@@ -95,7 +99,7 @@ class _Finder(MetaPathFinder):
             if spec is not None and spec.submodule_search_locations is not None and spec.origin is not None:
                 spec.loader = _LazyPackage()
             return spec
-        if fullname in _LAZY_LIBRARIES:
+        if fullname in LAZY:
             spec = PathFinder.find_spec(fullname, path, target)
             if spec is not None and spec.loader is not None:
                 spec.loader = importlib.util.LazyLoader(spec.loader)
@@ -104,7 +108,7 @@ class _Finder(MetaPathFinder):
 
 
 def install() -> None:
-    """Make later imports of kubernetes_asyncio narrow. Does nothing if it is imported already, or the second time."""
+    """Make later imports narrow. Does nothing if it is imported already, or the second time."""
     if PACKAGE not in sys.modules and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 

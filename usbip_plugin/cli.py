@@ -123,6 +123,9 @@ def _first(*values: str | None) -> str:
 
 def _run(options: argparse.Namespace) -> int:
     # imported here: `devices`, `demo` and `--help` need none of it
+    from usbip_plugin import _narrow  # noqa: PLC0415
+
+    _narrow.install()  # before the imports below bring protobuf
     from usbip_plugin.config.reload import load_config  # noqa: PLC0415
     from usbip_plugin.observe.logs import set_up_logging  # noqa: PLC0415
     from usbip_plugin.process import run_blocking  # noqa: PLC0415

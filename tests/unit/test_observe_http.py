@@ -71,7 +71,11 @@ async def test_the_standard_pages() -> None:
         async with http.get("/") as answer:
             assert answer.content_type == "text/html"
         async with http.post("/healthz") as answer:
-            assert answer.status == 405
+            assert (answer.status, answer.headers["Allow"]) == (405, "GET, HEAD")
+        async with http.head("/healthz") as answer:
+            assert (answer.status, answer.content_length, await answer.read()) == (200, 3, b"")
+        async with http.get("/healthz/") as answer:
+            assert answer.status == 404
         verdicts["alive"] = Verdict(False)
         async with http.get("/healthz") as answer:
             assert answer.status == 503

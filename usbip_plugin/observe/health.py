@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from aiohttp import web
+# not aiohttp.web: its router brings file responses and the system's table of MIME types, 1 MiB for fixed pages
+from aiohttp.web_request import BaseRequest
+from aiohttp.web_response import Response
+from aiohttp.web_server import Server
 
 from usbip_plugin.clock import Clock
 
@@ -15,6 +18,7 @@ SHUTDOWN_S = 0.5
 """What requests under way get when the server stops."""
 JSON = "application/json"
 TEXT = "text/plain; charset=utf-8"
+METHODS = ("GET", "HEAD")
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,29 +132,28 @@ class HttpServer:
         """Serves until cancelled; OSError if the address cannot be bound. started is set and port known once it
         serves. Stops within about SHUTDOWN_S.
         """
-        app = web.Application()
-        for path, page in self._pages.items():
-            app.router.add_get(path, _handler(page))
-        runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=SHUTDOWN_S)
-        await runner.setup()
+        loop = asyncio.get_running_loop()
+        server = Server(self._answer, access_log=None)
+        listener = await loop.create_server(server, self._host, self._port, reuse_address=True)
         try:
-            site = web.TCPSite(runner, self._host, self._port, reuse_address=True)
-            await site.start()
-            self.port = next((address[1] for address in runner.addresses if isinstance(address, tuple)), self._port)
+            self.port = int(listener.sockets[0].getsockname()[1])
             self.started.set()
-            await asyncio.get_running_loop().create_future()
+            await loop.create_future()
         finally:
             self.started.clear()
-            await runner.cleanup()
+            listener.close()
+            server.pre_shutdown()
+            await server.shutdown(SHUTDOWN_S)
 
-
-def _handler(page: Page) -> Callable[[web.Request], Coroutine[object, object, web.Response]]:
-    async def handle(_: web.Request) -> web.Response:
+    async def _answer(self, request: BaseRequest) -> Response:
+        page = self._pages.get(request.path)
+        if page is None:
+            return Response(text="no such page\n", status=404)
+        if request.method not in METHODS:
+            return Response(status=405, headers={"Allow": ", ".join(METHODS)})
         answer = page()
-        return web.Response(
+        return Response(
             body=answer.body,
             status=answer.status,
             headers={"Content-Type": answer.content_type, "Cache-Control": "no-store"},
         )
-
-    return handle
