@@ -108,7 +108,7 @@ class _Finder(MetaPathFinder):
 
 
 def install() -> None:
-    """Make later imports narrow. Does nothing if it is imported already, or the second time."""
+    """Make later imports narrow. Does nothing if kubernetes_asyncio is imported already, or the second time."""
     if PACKAGE not in sys.modules and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 
