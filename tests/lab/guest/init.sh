@@ -31,7 +31,8 @@ $box mkdir -p /root/dev/pts /root/dev/shm
 $box mount -t devpts -o mode=620,ptmxmode=666 devpts /root/dev/pts
 $box mount -t tmpfs tmpfs /root/dev/shm
 $box mount -t tmpfs -o mode=755 tmpfs /root/run
-$box mount -t tmpfs -o mode=1777 tmpfs /root/tmp
+# /tmp stays the machine's own, under the overlay: the checkout may stand there. What is made new goes into memory.
+$box mkdir -m 1777 /root/run/tmp
 $box mount -t cgroup2 cgroup2 /root/sys/fs/cgroup 2>/dev/null
 $box mount -t configfs configfs /root/sys/kernel/config 2>/dev/null
 $box mount --bind /lib/modules /root/usr/lib/modules

@@ -51,7 +51,7 @@ usb_devices() {
 [ -z "$usb" ] || usb_devices
 
 {
-  printf 'export GUEST_TOOLS=%q PATH=%q:$PATH\ncd %q\n' "$(dirname "$image")/tools" "$PATH" "$PWD"
+  printf 'export GUEST_TOOLS=%q PATH=%q:$PATH TMPDIR=/run/tmp\ncd %q\n' "$(dirname "$image")/tools" "$PATH" "$PWD"
   printf '%s\n' "$*"
 } >"$run/command.sh"
 number=0
