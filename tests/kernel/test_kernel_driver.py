@@ -149,7 +149,7 @@ class TestOtherPeople:
         theirs = usbipd.busid(TWINS[1])
         usbipd.usbip("attach", "-r", "127.0.0.1", "-b", theirs)
         for busid in (ours.key.busid, theirs):
-            eventually(lambda: f"usbip://127.0.0.1:3240/{busid}\n" in usbipd.usbip("port"), f"{busid} listed")  # noqa: B023
+            eventually(lambda: f"usbip://127.0.0.1:3240/{busid}\n" in usbipd.usbip_port(), f"{busid} listed")  # noqa: B023
         records = {port.record.busid: port for port in await driver.ports() if port.record is not None}
         assert set(records) == {ours.key.busid, theirs}
         await driver.detach(ours.port, timeout=LIMIT_S)
