@@ -20,12 +20,23 @@ from usbip_plugin.kubelet.broadcast import Broadcast
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer
 from usbip_plugin.kubelet.deviceplugin_pb2_grpc import DevicePluginStub
 from usbip_plugin.kubelet.directory import PluginDirectory, is_stale
-from usbip_plugin.kubelet.registration import ResourcePlugin, State
+from usbip_plugin.kubelet.registration import STREAM_TIMEOUT_S, ResourcePlugin, State
 from usbip_plugin.model import Reason
 from usbip_plugin.sim.device_manager import AdmissionError
 from usbip_plugin.sim.kubelet import FakeKubelet
 
 ETHERNET = "usbip.dev/ethernet"
+
+
+class HangingUpKubelet(FakeKubelet):
+    """Says yes to Register and opens no ListAndWatch, as one that is killed in between."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.said_yes = asyncio.Event()
+
+    async def dial(self, resource: str, path: Path) -> None:  # noqa: ARG002
+        self.said_yes.set()
 
 
 @dataclass
@@ -117,6 +128,15 @@ class TestRegistration(Sockets):
             await kubelet.restart()
             n.server.publish(advertised(a=Reason.HELD_ELSEWHERE))
             await sees(kubelet, a=False)
+
+    async def test_a_kubelet_that_ends_between_yes_and_listening_is_not_waited_for(self, short_tmp: Path) -> None:
+        """Regression: the next kubelet was left without the resource until the old one's stream was given up."""
+        async with node(short_tmp) as n:
+            n.server.publish(advertised(a=Reason.FREE))
+            async with HangingUpKubelet(short_tmp) as first, asyncio.timeout(PATIENCE_S):
+                await first.said_yes.wait()
+            async with FakeKubelet(short_tmp) as second, asyncio.timeout(STREAM_TIMEOUT_S / 2):
+                await second.wait_for(STORAGE, lambda now: now == {"a": True})
 
     async def test_a_pod_keeps_its_device_over_a_kubelet_restart(self, short_tmp: Path) -> None:
         async with FakeKubelet(short_tmp) as kubelet, node(short_tmp) as n:

@@ -172,37 +172,50 @@ class ResourcePlugin:
                     options=self.server.options,
                 ),
             )
-            await self._until_listening()
+            await self._until_listening(path, kubelet, mine)
             self.registrations += 1
             self._set(State.REGISTERED)
             cause = await self._until_over(path, kubelet, mine)
         self._set(State.REGISTERING, cause)
 
-    async def _until_listening(self) -> None:
+    async def _until_listening(self, path: Path, kubelet: SocketIdentity, mine: SocketIdentity | None) -> None:
+        """Returns when the stream is open. RegistrationFailed, too, if the kubelet that said yes ended before that."""
+        cause: str | None = None
+
+        def decided() -> bool:
+            nonlocal cause
+            cause = self._why_over(path, kubelet, mine, streams=1)
+            return self.server.open_streams > 0 or cause is not None
+
         try:
             async with self._clock.timeout(STREAM_TIMEOUT_S):
-                await self.server.changed.until(lambda: self.server.open_streams > 0)
+                await self.server.changed.until(decided)
         except TimeoutError:
-            raise RegistrationFailed(
-                f"the kubelet registered {self.resource} but opened no ListAndWatch within {STREAM_TIMEOUT_S:g} s"
-            ) from None
+            cause = f"it opened no ListAndWatch within {STREAM_TIMEOUT_S:g} s"
+        if cause is not None:
+            raise RegistrationFailed(f"the kubelet registered {self.resource}, but then: {cause}")
 
     async def _until_over(self, path: Path, kubelet: SocketIdentity, mine: SocketIdentity | None) -> str:
         cause: str | None = None
 
         def over() -> bool:
             nonlocal cause
-            cause = why_over(
-                kubelet_then=kubelet,
-                kubelet_now=self._directory.kubelet(),
-                socket_then=mine,
-                socket_now=identify(path),
-                streams=self.server.open_streams,
-            )
+            cause = self._why_over(path, kubelet, mine, streams=self.server.open_streams)
             return cause is not None
 
         await self.server.changed.until(over)
         return cause or ""
+
+    def _why_over(
+        self, path: Path, kubelet: SocketIdentity, mine: SocketIdentity | None, *, streams: int
+    ) -> str | None:
+        return why_over(
+            kubelet_then=kubelet,
+            kubelet_now=self._directory.kubelet(),
+            socket_then=mine,
+            socket_now=identify(path),
+            streams=streams,
+        )
 
     def _next_path(self) -> Path:
         """The socket of the next run. What a crashed predecessor left there is removed, a socket in use is let be."""
