@@ -35,7 +35,7 @@ class HangingUpKubelet(FakeKubelet):
         super().__init__(directory)
         self.said_yes = asyncio.Event()
 
-    async def dial(self, resource: str, path: Path) -> None:  # noqa: ARG002
+    async def dial(self, resource: str, path: Path) -> None:
         self.said_yes.set()
 
 
