@@ -18,7 +18,7 @@ from usbip_plugin import inventory
 from usbip_plugin.attacher import Attacher
 from usbip_plugin.clock import Clock
 from usbip_plugin.config import Config, ResourceConfig
-from usbip_plugin.errors import KubeError, LockError, PluginError, UsbipError, VhciError
+from usbip_plugin.errors import PluginError, VhciError
 from usbip_plugin.inventory import API_GRACE, RESET_GRACE, Api, Driver, Facts, Members, Seen
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer
 from usbip_plugin.kubelet.node_status import NodeStatusPublisher, allocatable
@@ -53,7 +53,7 @@ def time_kept(config: Config) -> float:
 
 
 class Publish(Protocol):
-    """Told what one resource advertises whenever that changes."""
+    """Told what one resource advertises whenever that changes; nothing, when it is not offered any more."""
 
     def __call__(self, resource: str, devices: tuple[Advertised, ...], /) -> None: ...
 
@@ -94,7 +94,7 @@ class Advertiser:
         self._ports = Driver()
         self._ports_event = asyncio.Event()
         self._api_event = asyncio.Event()
-        self._probes: dict[str, float] = {}
+        self._probes: set[str] = set()
         self._released: dict[str, float] = {}
         self._scheduled = False
         self._ready = False
@@ -122,7 +122,7 @@ class Advertiser:
 
     def lookup(self, resource: str) -> tuple[ResourceConfig, Mapping[str, Seen]] | None:
         """A resource, by its full name, and the devices it offers."""
-        name = resource.removeprefix(f"{self._domain}/")
+        name = self._short(resource)
         config = next((r for r in self._config.resources if r.name == name), self._former.get(name))
         return None if config is None else (config, self._members.get(name, {}))
 
@@ -135,7 +135,7 @@ class Advertiser:
 
     def detach_server(self, resource: str) -> None:
         self._servers.pop(resource, None)
-        self._former.pop(resource.removeprefix(f"{self._domain}/"), None)
+        self._former.pop(self._short(resource), None)
         if self._node_status is not None:
             self._node_status.forget(resource)
 
@@ -280,11 +280,11 @@ class Advertiser:
     async def _probe(self, key: DeviceKey, descriptor: Descriptor) -> None:
         try:
             await self._attacher.probe(key, descriptor)
-        except (LockError, UsbipError, KubeError, PluginError) as error:
+        except PluginError as error:
             log.info("serial number not read yet", extra={"device": str(key), "cause": str(error)})
             await self._clock.sleep(PROBE_RETRY)
         finally:
-            self._probes.pop(key.id, None)
+            self._probes.discard(key.id)
             self.look_again()
 
     # evaluation
@@ -316,25 +316,31 @@ class Advertiser:
             if devices != before.get(name):
                 _log_changes(name, before.get(name, ()), devices)
                 self._on_advertised(name, devices)
+        for name in before.keys() - self._advertised.keys():
+            self._on_advertised(name, ())
         for server in self._servers.values():
             self._publish_one(server)
         for key, descriptor in inventory.wanting_serial(facts):
             if key.id not in self._probes and facts.api.unreachable_for is None:
-                self._probes[key.id] = self._clock.monotonic()
+                self._probes.add(key.id)
                 self._spawn(self._probe(key, descriptor))
 
     def _publish_one(self, server: DevicePluginServer) -> None:
         if not self._ready:
             return
-        server.publish(self._advertised.get(server.resource.removeprefix(f"{self._domain}/"), ()))
+        server.publish(self._advertised.get(self._short(server.resource), ()))
         if self._node_status is not None and server.announced:
             self._node_status.publish({server.resource: self._count(server.resource)})
 
     def _count(self, resource: str) -> int:
-        return allocatable(self._advertised.get(resource.removeprefix(f"{self._domain}/"), ()))
+        return allocatable(self._advertised.get(self._short(resource), ()))
+
+    def _short(self, resource: str) -> str:
+        """A resource's name in the configuration."""
+        return resource.removeprefix(f"{self._domain}/")
 
     def _offers(self, resource: str, device_id: str) -> bool:
-        return device_id in self._members.get(resource.removeprefix(f"{self._domain}/"), {})
+        return device_id in self._members.get(self._short(resource), {})
 
     def _offered(self, device_id: str) -> bool:
         return any(device_id in devices for devices in self._members.values())

@@ -18,6 +18,7 @@ from usbip_plugin.claims import Claim, ClaimBook, Event, State, own_port
 from usbip_plugin.clock import Clock
 from usbip_plugin.errors import AttachStuck, LockHeld, LockLost, LockUnavailable, WrongDevice
 from usbip_plugin.locks.manager import Grant, LockManager, LockMeta
+from usbip_plugin.locks.protocol import may_import
 from usbip_plugin.model import Attachment, Descriptor, DeviceKey, NodeIdentity, UsbId
 from usbip_plugin.usbip.client import Imported, UsbipClient
 from usbip_plugin.vhci.driver import PortState, VhciDriver
@@ -136,8 +137,7 @@ class Pipeline:
             if imported.descriptor.usb_id != claim.usb_id:
                 raise WrongDevice(key, claim.usb_id, imported.descriptor.usb_id)
             self._check_still_ours(key)
-            if self._clock.monotonic() >= grant.import_deadline:
-                raise LockUnavailable(str(key), "the import window after the lock write passed (rule R1)")
+            self._check_window(key, grant)
             if claim.state is State.IMPORTING:
                 self._book.move(self._book[device_id], Event.IMPORTED)
             progress.doing = f"attaching {key} to vhci_hcd"
@@ -162,9 +162,8 @@ class Pipeline:
         until = min(grant.import_deadline, deadline)
         async for attempt in retry.import_busy(self._clock):
             with attempt:
-                left = until - self._clock.monotonic()
-                if left <= 0:
-                    raise LockUnavailable(str(key), "the import window after the lock write passed (rule R1)")
+                self._check_window(key, grant)
+                left = max(0.0, until - self._clock.monotonic())
                 return await self._client.import_device(key, timeout=left)
         raise AssertionError("the retry policy re-raises")
 
@@ -179,6 +178,11 @@ class Pipeline:
             if self._book[device_id].state is State.ATTACHING:
                 self._book.move(self._book[device_id], Event.STUCK)
             raise
+
+    def _check_window(self, key: DeviceKey, grant: Grant) -> None:
+        """R1: no import, and no attach of what was imported, after the window."""
+        if not may_import(grant.import_deadline, self._clock.monotonic()):
+            raise LockUnavailable(str(key), "the import window after the lock write passed (rule R1)")
 
     def _check_still_ours(self, key: DeviceKey) -> None:
         """R6 once more, before and after the kernel is touched: what the watch has said meanwhile."""

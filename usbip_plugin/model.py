@@ -178,7 +178,6 @@ class Reason(enum.Enum):
     LOCK_LOST = "lock lost to another node"
     SERVER_UNREACHABLE = "server unreachable"
     NOT_LISTED = "not exported by its server"
-    IN_USE = "in use on the server by somebody else"
     LISTED_WRONG = "the server lists another device under this bus id"
     API_UNREACHABLE = "API server unreachable"
     NO_DRIVER = "vhci_hcd is not loaded on this node"

@@ -172,6 +172,9 @@ class _Process:
             self._metrics.allocated(resource)
 
     def _advertised(self, resource: str, devices: tuple[Advertised, ...]) -> None:
+        if not devices and all(known.name != resource for known in self.agent.advertiser.config.resources):
+            self._metrics.forget(f"{self._domain}/{resource}")
+            return
         reasons = Counter(device.health.reason for device in devices)
         self._metrics.devices(f"{self._domain}/{resource}", reasons)
 

@@ -95,9 +95,10 @@ class UsageWatcher:
                 if not self._attacher.claims and not self._unclaimed():
                     await self._wake.wait()
                 self._wake.clear()
-                await self.adopt()
                 listed_at = self._clock.monotonic()
                 users = await self.users()
+                if self._unclaimed():
+                    await self._attacher.adopt(users)
                 if users is not None:
                     self._attacher.usage(users, listed_at, unseen_users=self._unseen_users())
                 with contextlib.suppress(TimeoutError):

@@ -188,6 +188,10 @@ async def test_the_process_registers_answers_reloads_and_ends_on_sigterm(
         async with asyncio.timeout(PATIENCE_S):
             await p.kubelet.wait_for("usbip.dev/dongle", lambda devices: p.device.id in devices)
 
+        assert 'available_devices{resource="usbip.dev/stick"}' not in (await p.get("/metrics"))[1], (
+            "it is not ours any more"
+        )
+
         p.process.send_signal(signal.SIGTERM)
         async with asyncio.timeout(END_S):
             assert await p.process.wait() == 0
