@@ -149,9 +149,10 @@ class Agent:
 
     @property
     def ready(self) -> bool:
-        """Every resource is registered with the kubelet and the locks have been read."""
+        """Every resource is registered with the kubelet, if there is one, and the locks have been read."""
         plugins = self.resources.plugins.values()
-        return self.locks.ready.is_set() and bool(plugins) and all(plugin.registered for plugin in plugins)
+        started = bool(plugins) or not self.advertiser.config.resources
+        return self.locks.ready.is_set() and started and all(plugin.registered for plugin in plugins)
 
     def reconfigure(self, config: Config) -> None:
         """A live reload. Lock duration and node status publishing keep the values of the start."""

@@ -499,3 +499,19 @@ async def test_a_serial_number_is_read_once_for_all_nodes_and_selects() -> None:
         await becomes(c, c["node-b"], red, healthy=False)
         assert not lab.violations
         assert lab.connections >= probes
+
+
+@virtual
+async def test_without_resources_a_node_is_ready_and_takes_them_when_they_come() -> None:
+    lab = server("lab", stick("1-1"))
+    wanted = spec([lab], nodes=1)
+    async with cluster(replace(wanted, config=Config(()))) as c:
+        node = c["node-a"]
+        assert node.agent is not None
+        agent = node.agent
+        assert not agent.ready, "the locks are not read yet"
+        assert await c.settle(lambda: agent.ready, 5)
+        agent.reconfigure(wanted.config)
+        assert not agent.ready
+        await becomes(c, node, key(lab, "1-1"), healthy=True)
+        assert agent.ready

@@ -250,9 +250,15 @@ def test_the_same_selector_twice_in_a_resource_is_an_error_and_overlap_between_r
     assert warning.startswith("config.yaml:1: resources.b[0]: may select a device of resources.a[0] too")
 
 
-@pytest.mark.parametrize("text", ["", "~", "# nothing\n", "a: 1", "resources: {}", "resources:", "[]", "x"])
+@pytest.mark.parametrize("text", ["", "~", "# nothing\n", "a: 1", "resources:", "[]", "x"])
 def test_a_file_without_a_resource_is_an_error(text: str) -> None:
     assert problems_of(text)
+
+
+def test_no_resource_at_all_may_be_said_and_is_told() -> None:
+    parsed = parse_config("resources: {}")
+    assert parsed.config.resources == ()
+    assert parsed.warnings == ("config.yaml:1: resources: no resource: the kubelet is offered nothing",)
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def parse_config(text: str, source: str = "config.yaml") -> Parsed:
     """Config from YAML text. source: the file's name for messages. ConfigError with every problem found."""
     root = read_document(text, source)
     if root is None or root.empty:
-        raise ConfigError(source, [f"{source}: empty; at least one resource is needed under resources:"])
+        raise ConfigError(source, [f"{source}: empty; resources: is missing, resources: {{}} for none"])
     problems = Problems(source)
     top = read_fields(root, problems, _TOP, Unknown.WARN, "the configuration") or {}
     if "resources" in top:
@@ -45,7 +45,7 @@ def parse_config(text: str, source: str = "config.yaml") -> Parsed:
     else:
         resources = ()
         if root.is_mapping:
-            problems.error(root, "resources: missing; at least one resource is needed")
+            problems.error(root, "resources: missing; give at least one, or resources: {} for none")
     allocate_timeout = _optional(
         top,
         "allocateTimeout",
@@ -110,7 +110,7 @@ def _resources(node: Node, problems: Problems) -> tuple[ResourceConfig, ...]:
         places.extend((resource.name, device, place) for device, place in entries)
         resources.append(resource)
     if not resources:
-        problems.error(node, "at least one resource is needed")
+        problems.warn(node, "no resource: the kubelet is offered nothing")
     if len(places) > MAX_DEVICES:
         problems.error(node, f"{len(places)} devices; at most {MAX_DEVICES} are allowed")
     else:
