@@ -16,6 +16,7 @@ from pathlib import Path
 import grpc
 import grpc.aio
 from api_process import Cluster
+from node_tokens import NAMESPACE, NodeTokens
 
 from usbip_plugin.claims import ABSENT_POLLS, State
 from usbip_plugin.clock import SystemClock
@@ -33,7 +34,6 @@ from usbip_plugin.sim.usbdevice import VirtualDevice
 from usbip_plugin.sim.world import Setup, SimNode, World, running
 from usbip_plugin.vhci.sysfs import PortStatus
 
-NAMESPACE = "usbip-system"
 PATIENCE_S = 30.0
 DONGLE = UsbId(0x0951, 0x1666)
 RESOURCE = "dongle"
@@ -155,14 +155,15 @@ class Rig(Nodes):
 @contextlib.asynccontextmanager
 async def agents(
     cluster: Cluster,
-    token: str,
+    tokens: NodeTokens,
     *,
     devices: int = 1,
     lock_settings: LockSettings | None = None,
     through: Mapping[str, str] | None = None,
     node_api: bool = False,
 ) -> AsyncIterator[Rig]:
-    """Both agents with all devices offered. token: the plugin's; through: node -> another address of the API server.
+    """Both agents with all devices offered, each with its own node's token. through: letter -> another address of the
+    API server.
 
     node_api: the agents also have the API server for Node status and pods. Node names are new each time.
     """
@@ -173,7 +174,7 @@ async def agents(
         clients: dict[str, KubeClient] = {}
         tracings: dict[str, Tracing] = {}
         for letter, name in zip("ab", names, strict=True):
-            clients[name] = await connect(cluster.kubeconfig(token, (through or {}).get(letter)))
+            clients[name] = await connect(cluster.kubeconfig(await tokens.of(name), (through or {}).get(letter)))
             stack.push_async_callback(clients[name].close)
             tracings[name] = Tracing(name, version="test", environ={}, recent=spans)
             stack.callback(tracings[name].shutdown)

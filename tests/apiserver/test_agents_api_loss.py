@@ -7,6 +7,7 @@ import asyncio
 import pytest
 from agents_rig import RESOURCE, Rig, agents
 from api_process import Cluster
+from node_tokens import NodeTokens
 from tcp_proxy import Proxy, proxy_to
 
 from usbip_plugin import advertising, inventory
@@ -41,12 +42,12 @@ def _lose(proxy: Proxy) -> None:
     proxy.cut()
 
 
-async def test_what_is_held_stays_and_nothing_new_is_given(cluster: Cluster, account_token: str) -> None:
+async def test_what_is_held_stays_and_nothing_new_is_given(cluster: Cluster, tokens: NodeTokens) -> None:
     async with (
         proxy_to(cluster.port) as proxy,
         agents(
             cluster,
-            account_token,
+            tokens,
             devices=2,
             lock_settings=SHORT,
             through={"a": f"https://127.0.0.1:{proxy.port}"},
@@ -84,11 +85,11 @@ async def test_what_is_held_stays_and_nothing_new_is_given(cluster: Cluster, acc
 
 
 async def test_a_lock_taken_away_meanwhile_is_found_out_on_return(
-    cluster: Cluster, account_token: str, admin: KubeClient
+    cluster: Cluster, tokens: NodeTokens, admin: KubeClient
 ) -> None:
     async with (
         proxy_to(cluster.port) as proxy,
-        agents(cluster, account_token, through={"a": f"https://127.0.0.1:{proxy.port}"}) as rig,
+        agents(cluster, tokens, through={"a": f"https://127.0.0.1:{proxy.port}"}) as rig,
     ):
         (held,) = rig.keys
         a = await _hold_first(rig)
@@ -107,8 +108,8 @@ async def test_a_lock_taken_away_meanwhile_is_found_out_on_return(
         assert rig.used_ports() == 0
 
 
-async def test_a_restart_of_the_api_server_changes_nothing(cluster: Cluster, account_token: str) -> None:
-    async with agents(cluster, account_token) as rig:
+async def test_a_restart_of_the_api_server_changes_nothing(cluster: Cluster, tokens: NodeTokens) -> None:
+    async with agents(cluster, tokens) as rig:
         (held,) = rig.keys
         a, b = rig.nodes
         pod = PodRef("default", "reader")

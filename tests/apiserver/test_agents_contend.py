@@ -9,6 +9,7 @@ from typing import Any
 
 from agents_rig import RESOURCE, agents
 from api_process import Cluster
+from node_tokens import NodeTokens
 
 from usbip_plugin.kube import KubeClient
 from usbip_plugin.locks.kubernetes import KubernetesLeases
@@ -19,9 +20,9 @@ ROUNDS = int(os.environ.get("USBIP_CONTEND_ROUNDS", "1000"))
 PUBLISH_ROUNDS = 10
 
 
-async def test_one_of_two_allocates_wins_each_round(cluster: Cluster, account_token: str, admin: KubeClient) -> None:
+async def test_one_of_two_allocates_wins_each_round(cluster: Cluster, tokens: NodeTokens, admin: KubeClient) -> None:
     wins: Counter[str] = Counter()
-    async with agents(cluster, account_token) as rig:
+    async with agents(cluster, tokens) as rig:
         (key,) = rig.keys
         began = time.perf_counter()
         for number in range(ROUNDS):
@@ -49,8 +50,8 @@ async def test_one_of_two_allocates_wins_each_round(cluster: Cluster, account_to
         assert not any(node.agent.attacher.claims for node in rig.nodes if node.agent is not None)
 
 
-async def test_the_withdrawal_joins_the_trace_of_the_allocate(cluster: Cluster, account_token: str) -> None:
-    async with agents(cluster, account_token) as rig:
+async def test_the_withdrawal_joins_the_trace_of_the_allocate(cluster: Cluster, tokens: NodeTokens) -> None:
+    async with agents(cluster, tokens) as rig:
         (key,), (a, b) = rig.keys, rig.nodes
         pod = PodRef("default", "reader")
         await a.admit(pod, {RESOURCE: 1})
@@ -69,9 +70,9 @@ async def test_the_withdrawal_joins_the_trace_of_the_allocate(cluster: Cluster, 
 
 
 async def test_a_lost_allocate_answers_after_its_node_says_zero(
-    cluster: Cluster, account_token: str, admin: KubeClient
+    cluster: Cluster, tokens: NodeTokens, admin: KubeClient
 ) -> None:
-    async with agents(cluster, account_token, node_api=True) as rig:
+    async with agents(cluster, tokens, node_api=True) as rig:
         (key,) = rig.keys
         for node in rig.nodes:
             await _make_node(admin, node.name)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import pytest
 from api_process import Cluster
+from node_tokens import NodeTokens
 from opentelemetry.trace import NoOpTracer
 from tcp_proxy import proxy_to
 
@@ -35,11 +36,13 @@ class Node:
 
 
 @contextlib.asynccontextmanager
-async def node(config: str, settings: LockSettings | None = None) -> AsyncIterator[Node]:
-    """A manager that runs and has made its first list."""
-    client = await connect(config)
-    store = KubernetesLeases(client, "usbip-system")
+async def node(
+    cluster: Cluster, tokens: NodeTokens, settings: LockSettings | None = None, server: str | None = None
+) -> AsyncIterator[Node]:
+    """A manager that runs and has made its first list, with its node's token. server: another address of the API."""
     identity = NodeIdentity(f"n{uuid.uuid4().hex[:8]}", str(uuid.uuid4()))
+    client = await connect(cluster.kubeconfig(await tokens.of(identity.node), server))
+    store = KubernetesLeases(client, "usbip-system")
     manager = LockManager(
         store, identity, SystemClock(), random.Random(identity.node), settings or LockSettings(), NoOpTracer()
     )
@@ -72,9 +75,9 @@ def fresh_key() -> DeviceKey:
     return DeviceKey(ServerKey("10.0.0.1"), f"1-{uuid.uuid4().int % 10**9}")
 
 
-async def test_two_nodes_contend_and_exactly_one_wins_each_time(cluster: Cluster, account_token: str) -> None:
-    config, key = cluster.kubeconfig(account_token), fresh_key()
-    async with node(config) as a, node(config) as b:
+async def test_two_nodes_contend_and_exactly_one_wins_each_time(cluster: Cluster, tokens: NodeTokens) -> None:
+    key = fresh_key()
+    async with node(cluster, tokens) as a, node(cluster, tokens) as b:
         wins = [0, 0]
         start = time.monotonic()
         for _ in range(ROUNDS):
@@ -92,9 +95,8 @@ async def test_two_nodes_contend_and_exactly_one_wins_each_time(cluster: Cluster
         print(f"\ncontention: {ROUNDS} rounds in {took:.1f} s, {ROUNDS / took:.0f} rounds/s, wins {wins}")
 
 
-async def test_withdrawal_reaches_the_other_node(cluster: Cluster, account_token: str) -> None:
-    config = cluster.kubeconfig(account_token)
-    async with node(config) as a, node(config) as b:
+async def test_withdrawal_reaches_the_other_node(cluster: Cluster, tokens: NodeTokens) -> None:
+    async with node(cluster, tokens) as a, node(cluster, tokens) as b:
         delays: list[float] = []
         takes: list[float] = []
         for _ in range(200):
@@ -119,10 +121,10 @@ async def test_withdrawal_reaches_the_other_node(cluster: Cluster, account_token
             print(f"\n{name}: p50 {cuts[49]:.1f} ms, p99 {cuts[98]:.1f} ms, max {max(values):.1f} ms")
 
 
-async def test_a_cut_watch_resumes_without_missing_a_change(cluster: Cluster, account_token: str) -> None:
+async def test_a_cut_watch_resumes_without_missing_a_change(cluster: Cluster, tokens: NodeTokens) -> None:
     async with proxy_to(cluster.port) as proxy:
-        slow = cluster.kubeconfig(account_token, f"https://127.0.0.1:{proxy.port}")
-        async with node(cluster.kubeconfig(account_token)) as a, node(slow) as b:
+        slow = f"https://127.0.0.1:{proxy.port}"
+        async with node(cluster, tokens) as a, node(cluster, tokens, server=slow) as b:
             first, second = fresh_key(), fresh_key()
             await a.manager.acquire(first)
             await until(b.manager, lambda: b.manager.standing(first.id) is Standing.HELD)
@@ -139,11 +141,11 @@ async def test_a_cut_watch_resumes_without_missing_a_change(cluster: Cluster, ac
             await until(b.manager, lambda: b.manager.standing(second.id) is Standing.HELD)
 
 
-async def test_a_partitioned_node_gets_nothing(cluster: Cluster, account_token: str) -> None:
+async def test_a_partitioned_node_gets_nothing(cluster: Cluster, tokens: NodeTokens) -> None:
     key = fresh_key()
     async with (
         proxy_to(cluster.port) as proxy,
-        node(cluster.kubeconfig(account_token, f"https://127.0.0.1:{proxy.port}")) as b,
+        node(cluster, tokens, server=f"https://127.0.0.1:{proxy.port}") as b,
     ):
         proxy.refusing = True
         proxy.cut()
@@ -153,10 +155,9 @@ async def test_a_partitioned_node_gets_nothing(cluster: Cluster, account_token: 
 
 
 async def test_after_compaction_and_restart_of_the_api_server_all_is_listed_anew(
-    cluster: Cluster, account_token: str
+    cluster: Cluster, tokens: NodeTokens
 ) -> None:
-    config = cluster.kubeconfig(account_token)
-    async with node(config) as a, node(config) as b:
+    async with node(cluster, tokens) as a, node(cluster, tokens) as b:
         gone, taken = fresh_key(), fresh_key()
         await a.manager.acquire(gone)
         await until(b.manager, lambda: b.manager.standing(gone.id) is Standing.HELD)
@@ -169,11 +170,11 @@ async def test_after_compaction_and_restart_of_the_api_server_all_is_listed_anew
         assert a.manager.mine()[0].device_id == taken.id
 
 
-async def test_a_dead_nodes_lock_is_taken_over(cluster: Cluster, account_token: str) -> None:
-    config, key = cluster.kubeconfig(account_token), fresh_key()
+async def test_a_dead_nodes_lock_is_taken_over(cluster: Cluster, tokens: NodeTokens) -> None:
+    key = fresh_key()
     settings = LockSettings(duration=2.0, import_window=0.9)
-    async with node(config, settings) as b:
-        async with node(config, settings) as a:
+    async with node(cluster, tokens, settings) as b:
+        async with node(cluster, tokens, settings) as a:
             await a.manager.acquire(key)
             await until(b.manager, lambda: b.manager.standing(key.id) is Standing.HELD)
         b.manager.set_importable(frozenset({key.id}))

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from api_process import Cluster
-from conftest import ACCOUNT, NAMESPACE
+from node_tokens import ACCOUNT, NAMESPACE, NodeTokens
 
 from usbip_plugin.kube import KubeClient
 from usbip_plugin.model import DeviceKey, ServerKey, UsbId
@@ -167,9 +167,9 @@ def text_of(server: ServerKey, resource: str) -> str:
 
 
 async def test_the_process_registers_answers_reloads_and_ends_on_sigterm(
-    cluster: Cluster, account_token: str, unused_tcp_port: int
+    cluster: Cluster, tokens: NodeTokens, unused_tcp_port: int
 ) -> None:
-    async with plugin(cluster.kubeconfig(account_token), unused_tcp_port) as p:
+    async with plugin(cluster.kubeconfig(await tokens.of("node-p")), unused_tcp_port) as p:
         async with asyncio.timeout(PATIENCE_S):
             await p.kubelet.wait_for("usbip.dev/stick", lambda devices: p.device.id in devices)
         assert (await p.get("/healthz"))[0] == 200

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from conftest import ACCOUNT_NODE
 
 from usbip_plugin.errors import KubeForbidden, KubeNotFound
 from usbip_plugin.kube import KubeClient
@@ -13,6 +14,8 @@ from usbip_plugin.kube import KubeClient
 LEASES = "leases.coordination.k8s.io"
 BASE = "/apis/coordination.k8s.io/v1/namespaces/{}/leases"
 OWN = BASE.format("usbip-system")
+LOCK = "usbip-rbactest" + "a" * 12
+ABSENT = "usbip-absent" + "a" * 14
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,14 @@ class Call:
         )
 
 
-def lease(name: str) -> dict[str, Any]:
-    return {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": {"name": name}, "spec": {}}
+def lease(name: str, version: str = "") -> dict[str, Any]:
+    """A lock that the plugin's pod of `account` may write."""
+    return {
+        "apiVersion": "coordination.k8s.io/v1",
+        "kind": "Lease",
+        "metadata": {"name": name, "resourceVersion": version, "labels": {"usbip.dev/lease": "lock"}},
+        "spec": {"holderIdentity": ACCOUNT_NODE},
+    }
 
 
 EVENT = {
@@ -45,9 +54,9 @@ EVENT = {
     "reason": "Attached",
     "type": "Normal",
     "note": "n",
-    "reportingController": "usbip.dev/plugin",
-    "reportingInstance": "node",
-    "regarding": {"kind": "Node", "name": "node"},
+    "reportingController": "usbip.dev/usbip-plugin",
+    "reportingInstance": ACCOUNT_NODE,
+    "regarding": {"kind": "Node", "name": ACCOUNT_NODE},
 }
 PATCH: dict[str, Any] = {"status": {"allocatable": {"usbip.dev/storage": "1"}}}
 MERGE = "application/merge-patch+json"
@@ -56,10 +65,8 @@ MERGE = "application/merge-patch+json"
 GRANTED = [
     Call("list", OWN, LEASES),
     Call("get", f"{OWN}/absent", LEASES),
-    Call("create", OWN, LEASES, lease("rbac-test")),
-    Call(
-        "update", f"{OWN}/absent", LEASES, {**lease("absent"), "metadata": {"name": "absent", "resourceVersion": "1"}}
-    ),
+    Call("create", OWN, LEASES, lease(LOCK)),
+    Call("update", f"{OWN}/{ABSENT}", LEASES, lease(ABSENT, "1")),
     Call("list", "/api/v1/pods?fieldSelector=spec.nodeName%3Dnode", "pods"),
     Call("create", "/apis/events.k8s.io/v1/namespaces/default/events", "events.events.k8s.io", EVENT),
     Call("patch", "/api/v1/nodes/absent/status", "nodes/status", PATCH, MERGE),
