@@ -2,11 +2,10 @@
 {{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
 {{- end }}
 
-{{/* Called with (dict "root" $ "name" NAME): what every object's metadata begins with. */}}
+{{/* What Helm wants to know of an object again. */}}
 {{- define "usbip-plugin.labels" -}}
-app.kubernetes.io/name: {{ .name }}
-app.kubernetes.io/managed-by: {{ .root.Release.Service }}
-helm.sh/chart: {{ .root.Chart.Name }}-{{ .root.Chart.Version | replace "+" "_" }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version | replace "+" "_" }}
 {{- end }}
 
 {{/* The same for all containers but for the capabilities; called with a list of those to add. */}}

@@ -1,0 +1,117 @@
+"""What kustomize and Helm make of deploy/, as objects by name."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parents[2]
+DEPLOY = ROOT / "deploy"
+CHART = DEPLOY / "helm" / "usbip-plugin"
+NAMESPACE = "usbip-system"
+KUBERNETES = "1.37"
+"""Version that `helm template` is told it renders for; without a cluster it does not know."""
+RENDER_S = 60.0
+
+VARIANTS = ("base", "kind", "modules", "tracing")
+"""Each a directory for kustomize, and for Helm the default values or ci/NAME-values.yaml."""
+
+Object = dict[str, Any]
+Objects = dict[tuple[str, str, str, str], Object]
+"""By apiVersion, kind, namespace and name."""
+
+
+def find_tool(name: str, group: str) -> Path:
+    """On PATH, or built into the cache. LookupError that says how to get it. group: of tests/lab/cluster/build.sh."""
+    found = shutil.which(name)
+    if found:
+        return Path(found)
+    cache = Path(os.environ.get("USBIP_PLUGIN_CACHE") or Path.home() / ".cache" / "usbip-plugin")
+    built = cache / "k8s" / "bin" / name
+    if os.access(built, os.X_OK):
+        return built
+    msg = f"{name} is neither on PATH nor at {built}; install it, or build it: tests/lab/cluster/build.sh {group}"
+    raise LookupError(msg)
+
+
+def kustomize_directory(variant: str) -> Path:
+    return DEPLOY if variant == "base" else DEPLOY / "overlays" / variant
+
+
+def chart_values(variant: str) -> tuple[str, ...]:
+    return () if variant == "base" else ("--values", str(CHART / "ci" / f"{variant}-values.yaml"))
+
+
+class Tools:
+    """kubectl and helm; what they render is kept, and not to be changed."""
+
+    def __init__(self, kubectl: Path, helm: Path) -> None:
+        self.kubectl = kubectl
+        self._helm = helm
+        self.kustomize = functools.cache(self._kustomize)
+
+    def _kustomize(self, directory: Path) -> Objects:
+        return by_name(run([self.kubectl, "kustomize", directory]).stdout)
+
+    def helm(self, *arguments: str, namespace: str = NAMESPACE) -> subprocess.CompletedProcess[str]:
+        """helm template, which may fail."""
+        command = ("template", "usbip-plugin", CHART, "--namespace", namespace, "--kube-version", KUBERNETES)
+        return run([self._helm, *command, *arguments], check=False)
+
+    def chart(self, *arguments: str, namespace: str = NAMESPACE) -> Objects:
+        done = self.helm(*arguments, namespace=namespace)
+        assert done.returncode == 0, done.stderr
+        return by_name(done.stdout)
+
+    def everything(self) -> Iterator[tuple[str, Object]]:
+        """Every object of every variant by both ways, with words that say which."""
+        for variant in VARIANTS:
+            for way, objects in (
+                ("kustomize", self.kustomize(kustomize_directory(variant))),
+                ("helm", self.chart(*chart_values(variant))),
+            ):
+                for (_, kind, _, name), found in objects.items():
+                    yield f"{way} {variant}: {kind} {name}", found
+
+
+def run(
+    command: Sequence[str | Path], *, check: bool = True, stdin: str | None = None, timeout: float = RENDER_S
+) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=timeout, input=stdin)
+    if check:
+        assert done.returncode == 0, f"{' '.join(map(str, command))}:\n{done.stdout}{done.stderr}"
+    return done
+
+
+def by_name(text: str) -> Objects:
+    """Objects of a stream of YAML documents. A name that comes twice is an error."""
+    found: Objects = {}
+    for document in yaml.safe_load_all(text):
+        if document is None:
+            continue
+        meta = document["metadata"]
+        key = (document["apiVersion"], document["kind"], meta.get("namespace", ""), meta["name"])
+        assert key not in found, f"{key} comes twice"
+        found[key] = document
+    return found
+
+
+def pod_template(found: Object) -> Object | None:
+    """Of a DaemonSet or Deployment."""
+    template: Object | None = found.get("spec", {}).get("template")
+    return template
+
+
+def containers(found: Object) -> Iterator[Object]:
+    """Of its pod template, init containers first; none for what has no pods."""
+    template = pod_template(found)
+    if template is not None:
+        yield from template["spec"].get("initContainers", ())
+        yield from template["spec"]["containers"]

@@ -1,0 +1,142 @@
+"""kustomize and Helm install the same."""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+from rendering import (
+    CHART,
+    DEPLOY,
+    NAMESPACE,
+    ROOT,
+    VARIANTS,
+    Object,
+    Objects,
+    Tools,
+    chart_values,
+    kustomize_directory,
+)
+
+from usbip_plugin import __version__
+
+RBAC = ROOT / "rbac"
+ADMISSION = "40-admission.yaml"
+
+
+def without_helms_labels(found: Object) -> Object:
+    """The rule for labels: Helm may say on an object, and nowhere else, that the object is its own."""
+    result = copy.deepcopy(found)
+    labels = result["metadata"].get("labels", {})
+    for label in ("helm.sh/chart", "app.kubernetes.io/managed-by"):
+        labels.pop(label, None)
+    if not labels:
+        result["metadata"].pop("labels", None)
+    return result
+
+
+def without_namespace(objects: Objects) -> Objects:
+    """The rule for the namespace: with Helm it is there before, or is made by --create-namespace."""
+    return {key: found for key, found in objects.items() if key[1] != "Namespace"}
+
+
+def assert_same(kustomized: Objects, charted: Objects) -> None:
+    wanted = without_namespace(kustomized)
+    assert kustomized.keys() - wanted.keys() == {("v1", "Namespace", "", NAMESPACE)}
+    assert charted.keys() == wanted.keys()
+    for key, found in wanted.items():
+        # as text, for a difference that can be read
+        assert yaml.safe_dump(without_helms_labels(charted[key])) == yaml.safe_dump(found), key
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_helm_and_kustomize_install_the_same(tools: Tools, variant: str) -> None:
+    assert_same(tools.kustomize(kustomize_directory(variant)), tools.chart(*chart_values(variant)))
+
+
+def test_components_go_together(tools: Tools, tmp_path: Path) -> None:
+    components = sorted(path.parent for path in DEPLOY.glob("components/*/kustomization.yaml"))
+    assert components
+    # kustomize takes directories by relative paths only
+    own = {
+        "resources": [os.path.relpath(DEPLOY / "base", tmp_path)],
+        "components": [os.path.relpath(component, tmp_path) for component in components],
+        "images": [{"name": "usbip-plugin", "newTag": "e2e"}],
+    }
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(own), encoding="utf-8")
+    values = [argument for variant in ("modules", "tracing", "kind") for argument in chart_values(variant)]
+    assert_same(tools.kustomize(tmp_path), tools.chart(*values))
+
+
+def test_an_image_of_ones_own_reaches_every_container(tools: Tools, tmp_path: Path) -> None:
+    for overlay in (path.parent for path in DEPLOY.glob("overlays/*/kustomization.yaml")):
+        directory = tmp_path / overlay.name
+        directory.mkdir()
+        image = {"name": "usbip-plugin", "newName": "registry.example/usb/usbip-plugin", "newTag": "7"}
+        own = {"resources": [os.path.relpath(overlay, directory)], "images": [image]}
+        (directory / "kustomization.yaml").write_text(yaml.safe_dump(own), encoding="utf-8")
+        flags = ("--set", "image.repository=registry.example/usb/usbip-plugin", "--set-string", "image.tag=7")
+        assert_same(tools.kustomize(directory), tools.chart(*chart_values(overlay.name), *flags))
+
+
+def test_every_overlay_is_compared() -> None:
+    overlays = {path.parent.name for path in DEPLOY.glob("overlays/*/kustomization.yaml")}
+    assert overlays == set(VARIANTS) - {"base"}
+    assert {path.name.removesuffix("-values.yaml") for path in CHART.glob("ci/*")} == overlays
+
+
+def test_kustomize_takes_all_of_rbac(tools: Tools) -> None:
+    listed = yaml.safe_load((RBAC / "Kustomization").read_text(encoding="utf-8"))["resources"]
+    assert listed == sorted(path.name for path in RBAC.glob("*.yaml"))
+    installed = tools.kustomize(DEPLOY)
+    for path in RBAC.glob("*.yaml"):
+        for document in yaml.safe_load_all(path.read_text(encoding="utf-8")):
+            meta = document["metadata"]
+            key = (document["apiVersion"], document["kind"], meta.get("namespace", ""), meta["name"])
+            assert installed[key] == document
+
+
+def test_the_charts_copy_of_the_admission_policy_is_the_one_of_rbac() -> None:
+    copied = CHART / "files" / ADMISSION
+    same = copied.read_bytes() == (RBAC / ADMISSION).read_bytes()
+    assert same, f"cp rbac/{ADMISSION} {copied.relative_to(ROOT)}"
+
+
+def test_the_admission_policy_can_be_left_out(tools: Tools) -> None:
+    left = tools.chart("--set", "admissionPolicy.enabled=false")
+    assert tools.chart().keys() - left.keys() == {
+        ("admissionregistration.k8s.io/v1", kind, "", "usbip-plugin")
+        for kind in ("ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding")
+    }
+
+
+def test_another_namespace_is_meant_everywhere(tools: Tools) -> None:
+    objects = tools.chart("--set", "loadModules.enabled=true", namespace="devices")
+    assert NAMESPACE not in yaml.safe_dump(list(objects.values()))
+    policy = objects["admissionregistration.k8s.io/v1", "ValidatingAdmissionPolicy", "", "usbip-plugin"]
+    (condition,) = policy["spec"]["matchConditions"]
+    assert "'system:serviceaccount:devices:usbip-plugin'" in condition["expression"]
+    binding = objects["rbac.authorization.k8s.io/v1", "ClusterRoleBinding", "", "usbip-plugin"]
+    assert binding["subjects"] == [{"kind": "ServiceAccount", "name": "usbip-plugin", "namespace": "devices"}]
+
+
+def test_another_domain_is_told_to_the_plugin_and_to_the_policy(tools: Tools) -> None:
+    objects = tools.chart("--set", "domain=usb.example.org")
+    (container,) = objects["apps/v1", "DaemonSet", NAMESPACE, "usbip-plugin"]["spec"]["template"]["spec"]["containers"]
+    assert "--domain=usb.example.org" in container["args"]
+    policy = objects["admissionregistration.k8s.io/v1", "ValidatingAdmissionPolicy", "", "usbip-plugin"]
+    variables = {variable["name"]: variable["expression"] for variable in policy["spec"]["variables"]}
+    assert variables["domain"] == "'usb.example.org/'"
+
+
+def test_one_version_everywhere(tools: Tools) -> None:
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text(encoding="utf-8"))
+    assert chart["version"] == chart["appVersion"] == __version__
+    for variant in set(VARIANTS) - {"kind"}:
+        daemon = tools.kustomize(kustomize_directory(variant))["apps/v1", "DaemonSet", NAMESPACE, "usbip-plugin"]
+        spec = daemon["spec"]["template"]["spec"]
+        for container in (*spec.get("initContainers", ()), *spec["containers"]):
+            assert container["image"] == f"usbip-plugin:{__version__}"
