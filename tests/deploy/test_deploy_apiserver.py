@@ -1,0 +1,90 @@
+"""A real API server takes everything that is rendered: no unknown field, no bad value."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from rendering import (
+    DEPLOY,
+    NAMESPACE,
+    VARIANTS,
+    Object,
+    Tools,
+    chart_values,
+    kustomize_directory,
+    pod_template,
+    run,
+)
+
+APPLY_S = 120.0
+Kubectl = Callable[..., str]
+
+
+@pytest.fixture(scope="session")
+def kubectl(tools: Tools, kubeconfig: Path) -> Kubectl:
+    def call(*arguments: str | Path, objects: list[Object] | None = None) -> str:
+        stdin = None if objects is None else json.dumps({"apiVersion": "v1", "kind": "List", "items": objects})
+        command = [tools.kubectl, f"--kubeconfig={kubeconfig}", *arguments]
+        return run(command, stdin=stdin, timeout=APPLY_S).stdout
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def installed(kubectl: Kubectl) -> str:
+    """What the one command of the README says."""
+    said = kubectl("apply", "-k", DEPLOY)
+    # the controller manager's work, which does not run here
+    kubectl("create", "serviceaccount", "default", "--namespace", NAMESPACE)
+    return said
+
+
+def test_one_command_installs(installed: str, tools: Tools, kubectl: Kubectl) -> None:
+    assert len(installed.splitlines()) == len(tools.kustomize(DEPLOY))
+    assert all(line.endswith(" created") for line in installed.splitlines())
+    again = kubectl("apply", "-k", DEPLOY).splitlines()
+    assert len(again) == len(installed.splitlines())
+    assert [line for line in again if not line.endswith(" unchanged")] == [], "what the API server fills in or drops"
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_api_server_takes_all_of_it(tools: Tools, kubectl: Kubectl, variant: str) -> None:
+    for objects in (tools.kustomize(kustomize_directory(variant)), tools.chart(*chart_values(variant))):
+        answers = kubectl("apply", "--dry-run=server", "-f", "-", objects=list(objects.values())).splitlines()
+        assert len(answers) == len(objects)
+        assert all(answer.endswith("(server dry run)") for answer in answers)
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_api_server_takes_their_pods(tools: Tools, kubectl: Kubectl, variant: str) -> None:
+    """Priority classes, ServiceAccounts and Pod Security are asked when a pod comes, not before."""
+    seen = {}
+    for found in tools.kustomize(kustomize_directory(variant)).values():
+        template = pod_template(found)
+        if template is not None:
+            meta = {**template["metadata"], "name": found["metadata"]["name"], "namespace": NAMESPACE}
+            pod = {"apiVersion": "v1", "kind": "Pod", "metadata": meta, "spec": template["spec"]}
+            made = json.loads(kubectl("create", "--dry-run=server", "-o", "json", "-f", "-", objects=[pod]))
+            seen[meta["name"]] = made["spec"]
+    assert seen["usbip-plugin"]["priority"] == 2_000_001_000
+
+
+@pytest.mark.usefixtures("installed")
+def test_the_namespace_admits_host_paths_whatever_the_clusters_default(kubectl: Kubectl) -> None:
+    namespace = json.loads(kubectl("get", "namespace", NAMESPACE, "-o", "json"))
+    assert namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "privileged"
+
+
+@pytest.mark.usefixtures("installed")
+def test_an_unknown_field_would_be_seen(tools: Tools, kubectl: Kubectl) -> None:
+    objects = yaml.safe_load(yaml.safe_dump(list(tools.kustomize(DEPLOY).values())))
+    (daemon,) = (found for found in objects if found["kind"] == "DaemonSet")
+    daemon["spec"]["template"]["spec"]["hostNetwrok"] = True
+    with pytest.raises(AssertionError, match="unknown field.*hostNetwrok"):
+        kubectl("apply", "--dry-run=server", "-f", "-", objects=objects)

@@ -1,0 +1,205 @@
+"""What the manifests say agrees with the program, and asks for no more than it must."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+from rendering import DEPLOY, NAMESPACE, VARIANTS, Object, Tools, containers, kustomize_directory, pod_template
+
+from usbip_plugin.cli import parser
+from usbip_plugin.config import (
+    DEFAULT_CONFIG_PATH,
+    DEFAULT_PLUGIN_DIRECTORY,
+    DEFAULT_POD_RESOURCES_SOCKET,
+    Config,
+    parse_config,
+)
+from usbip_plugin.kubelet.cdi import CDI_DIRECTORY
+from usbip_plugin.observe.health import Verdict, split_listen, standard_pages
+from usbip_plugin.process import Options
+
+RECORDS = str(next(field.default for field in dataclasses.fields(Options) if field.name == "records"))
+PLUGIN = ("apps/v1", "DaemonSet", NAMESPACE, "usbip-plugin")
+HOST_PATHS = {
+    "usbip-plugin": {
+        DEFAULT_PLUGIN_DIRECTORY,
+        str(Path(DEFAULT_POD_RESOURCES_SOCKET).parent),
+        "/sys/devices/platform",
+        RECORDS,
+        str(CDI_DIRECTORY),
+    },
+    "usbip-simulated-kernel": {RECORDS, "/dev"},
+    "usbip-server": set(),
+}
+CAPABILITIES = {
+    "plugin": set(),
+    "load-module": {"SYS_CHROOT", "SYS_MODULE"},
+    "kernel": {"MKNOD"},
+    "server": set(),
+}
+
+
+def plugin(tools: Tools, variant: str = "base") -> Object:
+    found: Object = tools.kustomize(kustomize_directory(variant))[PLUGIN]["spec"]["template"]["spec"]
+    return found
+
+
+def plugin_container(tools: Tools, variant: str = "base") -> Object:
+    (found,) = plugin(tools, variant)["containers"]
+    return dict(found)
+
+
+@pytest.mark.parametrize("host_ip", ["192.0.2.7", "2001:db8::7"])
+def test_the_command_lines_are_of_this_program(tools: Tools, host_ip: str, capsys: pytest.CaptureFixture[str]) -> None:
+    seen = set()
+    for where, found in tools.everything():
+        for container in containers(found):
+            if "command" in container:
+                assert container["command"] == ["chroot", "/host", "modprobe", "-a", "vhci-hcd"], where
+                continue
+            arguments = [argument.replace("$(HOST_IP)", host_ip) for argument in container["args"]]
+            try:
+                options = parser().parse_args(arguments)
+            except SystemExit:
+                pytest.fail(f"{where}: {arguments}: {capsys.readouterr().err}")
+            seen.add(options.command)
+            if options.command == "run":
+                (port,) = container["ports"]
+                assert split_listen(options.listen) == (host_ip, port["containerPort"])
+                assert port["containerPort"] == port["hostPort"]
+    assert seen == {"run", "simulate"}
+
+
+def test_probes_ask_for_pages_that_are_served(tools: Tools) -> None:
+    container = plugin_container(tools)
+    pages = standard_pages(
+        alive=lambda: Verdict(ok=True), ready=lambda: Verdict(ok=True), metrics=lambda: (b"", ""), devices=list
+    )
+    asked = {kind: container[kind]["httpGet"] for kind in ("startupProbe", "livenessProbe", "readinessProbe")}
+    assert all(probe["path"] in pages and probe["port"] == "http" for probe in asked.values())
+    assert asked["readinessProbe"]["path"] == "/readyz"
+    assert asked["livenessProbe"]["path"] == "/healthz"
+
+
+def test_what_the_plugin_looks_for_is_mounted_where_it_looks(tools: Tools) -> None:
+    for variant in VARIANTS:
+        volumes = {volume["name"]: volume for volume in plugin(tools, variant)["volumes"]}
+        mounts = {mount["mountPath"]: mount for mount in plugin_container(tools, variant)["volumeMounts"]}
+        config = mounts.pop(str(Path(DEFAULT_CONFIG_PATH).parent))
+        assert volumes[config["name"]]["configMap"] == {"name": "usbip-plugin"}
+        # a subPath is mounted once and for all: no live reload, no new kubelet socket
+        assert not any("subPath" in mount for mount in (config, *mounts.values()))
+        assert mounts.keys() == HOST_PATHS["usbip-plugin"]
+        for path, mount in mounts.items():
+            # the kubelet and the container runtime know the same paths
+            assert volumes[mount["name"]]["hostPath"]["path"] == path
+        read_only = {path for path, mount in mounts.items() if mount.get("readOnly")}
+        assert read_only == {str(Path(DEFAULT_POD_RESOURCES_SOCKET).parent)}
+
+
+def test_node_and_namespace_come_from_the_pod(tools: Tools) -> None:
+    env = {
+        variable["name"]: variable["valueFrom"]["fieldRef"]["fieldPath"] for variable in plugin_container(tools)["env"]
+    }
+    assert env == {"NODE_NAME": "spec.nodeName", "POD_NAMESPACE": "metadata.namespace", "HOST_IP": "status.hostIP"}
+
+
+def test_the_configuration_to_begin_with_is_good_and_offers_nothing(tools: Tools) -> None:
+    text = tools.kustomize(DEPLOY)["v1", "ConfigMap", NAMESPACE, "usbip-plugin"]["data"][Path(DEFAULT_CONFIG_PATH).name]
+    assert parse_config(text).config == Config(())
+
+
+def test_its_example_is_good(tools: Tools) -> None:
+    text = (DEPLOY / "base" / "config.yaml").read_text(encoding="utf-8")
+    example = re.findall(r"^# (resources:$|  .*$)", text, re.MULTILINE)
+    parsed = parse_config("\n".join(example))
+    assert [resource.name for resource in parsed.config.resources] == ["storage", "scanner"]
+    assert parsed.warnings == ()
+
+
+def test_the_test_server_has_what_its_configuration_wants(tools: Tools) -> None:
+    objects = tools.kustomize(kustomize_directory("kind"))
+    text = objects["v1", "ConfigMap", NAMESPACE, "usbip-plugin"]["data"][Path(DEFAULT_CONFIG_PATH).name]
+    parsed = parse_config(text)
+    assert parsed.warnings == ()
+    service = objects["v1", "Service", NAMESPACE, "usbip-server"]
+    (port,) = service["spec"]["ports"]
+    (container,) = containers(objects["apps/v1", "Deployment", NAMESPACE, "usbip-server"])
+    for resource in parsed.config.resources:
+        (device,) = resource.devices
+        assert (device.target.host, device.target.port) == (f"usbip-server.{NAMESPACE}.svc", port["port"])
+        ids = f"{device.selector.vendor:04x}:{device.selector.product:04x}"
+        assert sum(f"={ids}" in argument for argument in container["args"]) == 1
+
+
+def test_the_simulated_kernel_and_the_plugin_mean_one_socket(tools: Tools) -> None:
+    objects = tools.kustomize(kustomize_directory("kind"))
+    (kernel,) = containers(objects["apps/v1", "DaemonSet", NAMESPACE, "usbip-simulated-kernel"])
+    socket = "/run/vhci_hcd/simulated.sock"
+    assert f"--socket={socket}" in kernel["args"]
+    assert f"--simulated-kernel={socket}" in plugin_container(tools, "kind")["args"]
+    for variant in set(VARIANTS) - {"kind"}:
+        assert not any("simulated" in argument for argument in plugin_container(tools, variant)["args"])
+
+
+def test_no_more_rights_than_needed(tools: Tools) -> None:
+    seen = set()
+    for where, found in tools.everything():
+        template = pod_template(found)
+        if template is None:
+            continue
+        assert template["spec"]["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}, where
+        assert not template["spec"].keys() & {"hostPID", "hostIPC"}, where
+        assert template["spec"].get("hostNetwork", False) is (found["metadata"]["name"] == "usbip-plugin"), where
+        for container in containers(found):
+            security = dict(container["securityContext"])
+            capabilities = security.pop("capabilities")
+            assert capabilities["drop"] == ["ALL"], where
+            assert set(capabilities.get("add", ())) == CAPABILITIES[container["name"]], where
+            profile = security.pop("appArmorProfile", None)
+            assert (profile == {"type": "Unconfined"}) is (container["name"] == "plugin"), where
+            # and so neither privileged nor a user, a seccomp profile, ... of its own
+            assert security == {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True}, where
+            seen.add(container["name"])
+    assert seen == CAPABILITIES.keys()
+
+
+def test_no_host_paths_but_those_needed(tools: Tools) -> None:
+    for where, found in tools.everything():
+        template = pod_template(found)
+        if template is None:
+            continue
+        paths = {volume["hostPath"]["path"] for volume in template["spec"].get("volumes", ()) if "hostPath" in volume}
+        loader = {"/"} if template["spec"].get("initContainers") else set()
+        assert paths == HOST_PATHS[found["metadata"]["name"]] | loader, where
+        for container in containers(found):
+            mounted = {mount["name"]: mount for mount in container.get("volumeMounts", ())}
+            if container["name"] != "load-module":
+                assert "host" not in mounted, where
+            else:
+                assert mounted == {"host": {"name": "host", "mountPath": "/host", "readOnly": True}}, where
+
+
+def test_every_container_has_a_memory_limit_and_requests(tools: Tools) -> None:
+    for where, found in tools.everything():
+        for container in containers(found):
+            assert container["resources"]["requests"].keys() == {"cpu", "memory"}, where
+            assert container["resources"]["limits"].keys() == {"memory"}, where
+    assert plugin_container(tools)["resources"]["limits"] == {"memory": "64Mi"}
+
+
+def test_the_plugin_runs_on_every_node_and_is_not_pushed_off(tools: Tools) -> None:
+    spec = plugin(tools)
+    assert spec["tolerations"] == [{"operator": "Exists"}]
+    assert spec["priorityClassName"] == "system-node-critical"
+    assert spec["serviceAccountName"] == "usbip-plugin"
+
+
+def test_only_the_plugin_gets_a_token(tools: Tools) -> None:
+    for where, found in tools.everything():
+        template = pod_template(found)
+        if template is not None and found["metadata"]["name"] != "usbip-plugin":
+            assert template["spec"]["automountServiceAccountToken"] is False, where

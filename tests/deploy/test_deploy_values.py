@@ -1,0 +1,129 @@
+"""What the chart refuses, and what it says then; values that are no part of any overlay."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+from rendering import CHART, NAMESPACE, Object, Tools
+
+PLUGIN = ("apps/v1", "DaemonSet", NAMESPACE, "usbip-plugin")
+
+
+def pod_spec(tools: Tools, *arguments: str) -> Object:
+    found: Object = tools.chart(*arguments)[PLUGIN]["spec"]["template"]["spec"]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("flags", "place"),
+    [
+        (("--set", "imgae.tag=1"), "imgae"),
+        (("--set", "image.Tag=1"), "Tag"),
+        (("--set-json", "image.tag=1.1"), "/image/tag"),
+        (("--set", "image.repository="), "/image/repository"),
+        (("--set", "image.pullPolicy=Sometimes"), "/image/pullPolicy"),
+        (("--set", "imagePullSecrets={secret}"), "/imagePullSecrets/0"),
+        (("--set-json", 'config={"resources": {}}'), "/config"),
+        (("--set", "config="), "/config"),
+        (("--set", "domain=Usbip.Dev"), "/domain"),
+        (("--set", "domain=usbip.dev/storage"), "/domain"),
+        (("--set", "port=0"), "/port"),
+        (("--set", "port=65536"), "/port"),
+        (("--set-string", "port=13240"), "/port"),
+        (("--set", "extraArgs=--log-level=debug"), "/extraArgs"),
+        (("--set", "extraArgs={log-level=debug}"), "/extraArgs/0"),
+        (("--set", "loadModules=true"), "/loadModules"),
+        (("--set-string", "loadModules.enabled=true"), "/loadModules/enabled"),
+        (("--set", "admissionPolicy.enable=true"), "/admissionPolicy"),
+        (("--set", "tracing.endpoint=collector:4317"), "/tracing/endpoint"),
+        (("--set", "tracing.environment.LD_PRELOAD=x"), "LD_PRELOAD"),
+        (("--set", "resources.limit.memory=64Mi"), "/resources"),
+        (("--set", "tolerations[0].operator=Any"), "/tolerations/0/operator"),
+        (("--set", "updateStrategy.type=Recreate"), "/updateStrategy/type"),
+        (("--set", "updateStrategy.rollingUpdate.maxUnavailable=many"), "/updateStrategy/rollingUpdate/maxUnavailable"),
+        (("--set", "updateStrategy.rollingUpdate.maxSurge=1"), "/updateStrategy/rollingUpdate/maxSurge"),
+        (("--set", "appArmor.type=unconfined"), "/appArmor/type"),
+        (("--set", "seLinuxOptions.types=spc_t"), "/seLinuxOptions"),
+        (("--set", "testServer.devices={1-1}"), "/testServer/devices/0"),
+        (("--set", "nodeSelector.usb=true"), "/nodeSelector/usb"),
+    ],
+)
+def test_bad_values_are_refused_by_their_place(tools: Tools, flags: tuple[str, ...], place: str) -> None:
+    done = tools.helm(*flags)
+    assert done.returncode != 0
+    assert "values don't meet the specifications of the schema" in done.stderr
+    assert place in done.stderr
+
+
+def test_the_schema_knows_every_value_and_no_other() -> None:
+    def same(schema: Object, value: object, place: str) -> None:
+        known = schema.get("properties")
+        if known is None or not isinstance(value, dict):
+            return
+        assert schema["additionalProperties"] is False, place
+        assert value.keys() <= known.keys(), place
+        for key in value:
+            same(known[key], value[key], f"{place}.{key}")
+
+    values = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))
+    schema = json.loads((CHART / "values.schema.json").read_text(encoding="utf-8"))
+    same(schema, values, "")
+    assert schema["properties"].keys() - values.keys() == {"global"}
+
+
+def test_an_apparmor_profile_of_ones_own_or_none(tools: Tools) -> None:
+    own = ("--set", "appArmor.type=Localhost", "--set", "appArmor.localhostProfile=usbip-plugin")
+    (container,) = pod_spec(tools, *own)["containers"]
+    assert container["securityContext"]["appArmorProfile"] == {"type": "Localhost", "localhostProfile": "usbip-plugin"}
+    (container,) = pod_spec(tools, "--set", "appArmor=null")["containers"]
+    assert "appArmorProfile" not in container["securityContext"]
+
+
+def test_selinux_options_are_the_pods(tools: Tools) -> None:
+    assert pod_spec(tools, "--set", "seLinuxOptions.type=spc_t")["securityContext"]["seLinuxOptions"] == {
+        "type": "spc_t"
+    }
+
+
+def test_the_port_is_one_everywhere(tools: Tools) -> None:
+    (container,) = pod_spec(tools, "--set", "port=9999")["containers"]
+    assert "--listen=[$(HOST_IP)]:9999" in container["args"]
+    assert container["ports"] == [{"name": "http", "containerPort": 9999, "hostPort": 9999, "protocol": "TCP"}]
+
+
+def test_more_flags_come_last_and_so_win(tools: Tools) -> None:
+    (container,) = pod_spec(tools, "--set", "extraArgs={--log-level=debug,--listen=}")["containers"]
+    assert container["args"][-2:] == ["--log-level=debug", "--listen="]
+
+
+def test_where_it_runs_can_be_narrowed(tools: Tools) -> None:
+    spec = pod_spec(
+        tools, "--set-string", "nodeSelector.usb=yes", "--set-json", "tolerations=[]", "--set", "priorityClassName="
+    )
+    assert spec["nodeSelector"] == {"kubernetes.io/os": "linux", "usb": "yes"}
+    assert "tolerations" not in spec
+    assert "priorityClassName" not in spec
+
+
+def test_labels_and_annotations_go_to_the_pods(tools: Tools) -> None:
+    objects = tools.chart("--set", "podLabels.team=lab", "--set-string", "podAnnotations.example\\.com/scrape=true")
+    meta = objects[PLUGIN]["spec"]["template"]["metadata"]
+    assert meta["labels"] == {"app.kubernetes.io/name": "usbip-plugin", "team": "lab"}
+    assert meta["annotations"]["example.com/scrape"] == "true"
+    assert objects[PLUGIN]["spec"]["selector"] == {"matchLabels": {"app.kubernetes.io/name": "usbip-plugin"}}
+
+
+def test_other_variables_of_tracing(tools: Tools) -> None:
+    flags = ("--set", "tracing.environment.OTEL_TRACES_SAMPLER_ARG=0.5")
+    (container,) = pod_spec(tools, *flags)["containers"]
+    env = {variable["name"]: variable.get("value") for variable in container["env"]}
+    assert env["OTEL_TRACES_SAMPLER_ARG"] == "0.5"
+    assert "OTEL_EXPORTER_OTLP_ENDPOINT" not in env
+
+
+def test_the_configuration_is_taken_as_it_is(tools: Tools) -> None:
+    text = 'resources:\n  a:\n    - target: {host: h}\n      selector: {vendor: "0951", product: 0666}\n\n# {{ .Values }}\n'
+    objects = tools.chart("--set-json", f"config={json.dumps(text)}")
+    assert objects["v1", "ConfigMap", NAMESPACE, "usbip-plugin"]["data"] == {"config.yaml": text}
