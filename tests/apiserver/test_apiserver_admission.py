@@ -1,0 +1,469 @@
+"""rbac/40-admission.yaml as shipped: each attack is refused by the rule made for it, and passes when that rule is gone.
+
+The attackers are the plugin's pods on two nodes, by their real tokens. For the second half every rule is taken out of
+one copy of the policy, which holds for a ServiceAccount of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from api_process import ADMIN_TOKEN, Cluster
+from conftest import EFFECT_S, collection, shipped
+from node_tokens import ACCOUNT, NAMESPACE, NodeTokens
+
+from usbip_plugin.errors import KubeConflict, KubeForbidden, KubeNotFound
+from usbip_plugin.kube import KubeClient, connect
+from usbip_plugin.locks.record import session_name
+from usbip_plugin.model import DeviceKey, ServerKey
+
+LEASES = f"/apis/coordination.k8s.io/v1/namespaces/{NAMESPACE}/leases"
+EVENTS = "/apis/events.k8s.io/v1/namespaces/default/events"
+NODES = "/api/v1/nodes"
+MERGE = "application/merge-patch+json"
+MUTANTS = "usbip-mutants"
+_POLL_S = 0.2
+
+POLICY = next(document for document in shipped() if document["kind"] == "ValidatingAdmissionPolicy")
+BINDING = next(document for document in shipped() if document["kind"] == "ValidatingAdmissionPolicyBinding")
+
+# What the refusal by each rule says, in the policy's order; each is a part of one rule's message and of no other's.
+BOUND = "not bound to a node"
+NAME = "may write device locks"
+SESSION = "must name it as holder"
+HOLDER = "may hold a lock or release its own"
+LABEL = "bears the label"
+OWNERS = "no ownerReferences"
+OTHER_NODE = "may not write the status of node"
+METADATA = "not its labels"
+STATUS = "no other part of its status"
+RESOURCES = "resources of its own domain"
+COUNT = "USB/IP devices of one resource"
+SOURCE = "as its controller and its node"
+ABOUT = "about a pod or about its own node"
+RULES = (BOUND, NAME, SESSION, HOLDER, LABEL, OWNERS, OTHER_NODE, METADATA, STATUS, RESOURCES, COUNT, SOURCE, ABOUT)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Two nodes nobody else uses, with the clients of their plugins and one whose token names no node."""
+
+    admin: KubeClient
+    a: str
+    b: str
+    by_a: KubeClient
+    by_b: KubeClient
+    unbound: KubeClient
+
+    async def lock(self, holder: str) -> dict[str, Any]:
+        """A lock as it stands after an administrator made it."""
+        made: dict[str, Any] = await self.admin.request("create", LEASES, resource="leases", body=lock(holder))
+        return made
+
+
+def lock(holder: str, **metadata: Any) -> dict[str, Any]:
+    """A new device's."""
+    name = DeviceKey(ServerKey("192.0.2.1"), f"1-{uuid.uuid4().int}").id
+    return lease(name, holder, **{"labels": {"usbip.dev/lease": "lock"}, **metadata})
+
+
+def lease(name: str, holder: str, **metadata: Any) -> dict[str, Any]:
+    return {
+        "apiVersion": "coordination.k8s.io/v1",
+        "kind": "Lease",
+        "metadata": {"name": name, **metadata},
+        "spec": {"holderIdentity": holder, "leaseDurationSeconds": 40, "leaseTransitions": 1},
+    }
+
+
+def event(node: str, **changes: Any) -> dict[str, Any]:
+    """About the node, by its plugin."""
+    return {
+        "apiVersion": "events.k8s.io/v1",
+        "kind": "Event",
+        "metadata": {"name": f"e-{uuid.uuid4().hex}", "namespace": "default"},
+        "eventTime": "2026-01-01T00:00:00.000000Z",
+        "type": "Normal",
+        "reason": "Attached",
+        "action": "Attach",
+        "regarding": {"kind": "Node", "apiVersion": "v1", "name": node, "uid": node},
+        "reportingController": "usbip.dev/usbip-plugin",
+        "reportingInstance": node,
+        **changes,
+    }
+
+
+def node_object(name: str) -> dict[str, Any]:
+    """As a kubelet has written it."""
+    return {
+        "apiVersion": "v1",
+        "kind": "Node",
+        "metadata": {"name": name, "labels": {"zone": "a"}, "annotations": {"note": "kept"}},
+        "status": {
+            "capacity": {"cpu": "4", "memory": "8Gi", "pods": "110", "nvidia.com/gpu": "2", "usbip.dev/stick": "2"},
+            "allocatable": {"cpu": "4", "memory": "7Gi", "pods": "110", "nvidia.com/gpu": "2", "usbip.dev/stick": "2"},
+            "addresses": [{"type": "InternalIP", "address": "192.0.2.7"}],
+            "conditions": [{"type": "Ready", "status": "True", "reason": "KubeletReady"}],
+            "images": [{"names": ["example.org/a@sha256:0"], "sizeBytes": 5}],
+        },
+    }
+
+
+async def create(client: KubeClient, body: dict[str, Any], path: str = LEASES) -> dict[str, Any]:
+    return await client.request("create", path, resource=path.rsplit("/", 1)[1], body=body)
+
+
+async def update(client: KubeClient, body: dict[str, Any], **spec: Any) -> dict[str, Any]:
+    """Compare-and-swap on what was read."""
+    changed = {**body, "spec": {**body["spec"], **spec}}
+    return await client.request("update", f"{LEASES}/{body['metadata']['name']}", resource="leases", body=changed)
+
+
+async def patch_status(client: KubeClient, node: str, body: dict[str, Any]) -> dict[str, Any]:
+    return await client.request(
+        "patch", f"{NODES}/{node}/status", resource="nodes/status", body=body, content_type=MERGE
+    )
+
+
+def allocatable(counts: Mapping[str, str | None]) -> dict[str, Any]:
+    return {"status": {"allocatable": dict(counts)}}
+
+
+Attack = Callable[[Scene], Awaitable[object]]
+
+
+def created(make: Callable[[Scene], dict[str, Any]], path: str = LEASES) -> Attack:
+    return lambda scene: create(scene.by_a, make(scene), path)
+
+
+def patched(body: dict[str, Any]) -> Attack:
+    """On the own Node."""
+    return lambda scene: patch_status(scene.by_a, scene.a, body)
+
+
+async def release_anothers(scene: Scene) -> None:
+    await update(scene.by_a, await scene.lock(scene.b), holderIdentity="")
+
+
+async def edit_anothers(scene: Scene) -> None:
+    await update(scene.by_a, await scene.lock(scene.b), leaseDurationSeconds=1)
+
+
+async def touch_a_free_one(scene: Scene) -> None:
+    await update(scene.by_a, await scene.lock(""), leaseDurationSeconds=1)
+
+
+async def hand_on(scene: Scene) -> None:
+    await update(scene.by_a, await scene.lock(scene.a), holderIdentity=scene.b)
+
+
+async def renew_anothers_session(scene: Scene) -> None:
+    made = await create(scene.by_b, lease(session_name(scene.b), scene.b))
+    await update(scene.by_a, made, leaseDurationSeconds=3600)
+
+
+async def hide(scene: Scene) -> None:
+    held = await scene.lock(scene.a)
+    await update(scene.by_a, {**held, "metadata": {**held["metadata"], "labels": {}}})
+
+
+async def give_an_owner_on_update(scene: Scene) -> None:
+    held = await scene.lock(scene.a)
+    await update(scene.by_a, {**held, "metadata": {**held["metadata"], "ownerReferences": OWNER}})
+
+
+OWNER = [{"apiVersion": "v1", "kind": "ConfigMap", "name": "gone", "uid": "00000000-0000-4000-8000-000000000000"}]
+
+ATTACKS: dict[str, tuple[str, Attack]] = {
+    "a lease by a token of no node": (BOUND, lambda s: create(s.unbound, lock(""))),
+    "create another node's session": (NAME, created(lambda s: lease(session_name(s.b), s.a))),
+    "write another node's session": (NAME, renew_anothers_session),
+    "a lease of another name": (NAME, created(lambda s: lease(f"leader-{s.a}", s.a))),
+    "a session that only begins like the own": (NAME, created(lambda s: lease(session_name(s.a) + "-x", s.a))),
+    "a lock name too long": (NAME, created(lambda s: lease(lock("")["metadata"]["name"] + "a", s.a))),
+    "another holder in the own session": (SESSION, created(lambda s: lease(session_name(s.a), s.b))),
+    "nobody in the own session": (SESSION, created(lambda s: lease(session_name(s.a), ""))),
+    "a lock in another's name": (HOLDER, created(lambda s: lock(s.b))),
+    "release another's lock": (HOLDER, release_anothers),
+    "edit another's lock": (HOLDER, edit_anothers),
+    "edit a free lock without taking it": (HOLDER, touch_a_free_one),
+    "hand the own lock to another": (HOLDER, hand_on),
+    "a lock nobody sees": (LABEL, created(lambda s: lock(s.a, labels={}))),
+    "a lock that looks like a session": (LABEL, created(lambda s: lock(s.a, labels={"usbip.dev/lease": "session"}))),
+    "hide the own lock": (LABEL, hide),
+    "an owner that is gone": (OWNERS, created(lambda s: lock(s.a, ownerReferences=OWNER))),
+    "an owner for a lock that is held": (OWNERS, give_an_owner_on_update),
+    "a finalizer on a lock": (OWNERS, created(lambda s: lock(s.a, finalizers=["example.org/keep"]))),
+    "another node's count": (OTHER_NODE, lambda s: patch_status(s.by_a, s.b, allocatable({"usbip.dev/stick": "0"}))),
+    "a label": (METADATA, patched({"metadata": {"labels": {"role": "control-plane"}}})),
+    "a label changed": (METADATA, patched({"metadata": {"labels": {"zone": "b"}}})),
+    "a label taken away": (METADATA, patched({"metadata": {"labels": {"zone": None}}})),
+    "all labels taken away": (METADATA, patched({"metadata": {"labels": None}})),
+    "an annotation": (METADATA, patched({"metadata": {"annotations": {"scale-down-disabled": "true"}}})),
+    "a finalizer": (METADATA, patched({"metadata": {"finalizers": ["example.org/keep"]}})),
+    "an owner": (METADATA, patched({"metadata": {"ownerReferences": OWNER}})),
+    "a condition": (STATUS, patched({"status": {"conditions": [{"type": "Ready", "status": "False"}]}})),
+    "an address": (STATUS, patched({"status": {"addresses": [{"type": "InternalIP", "address": "192.0.2.8"}]}})),
+    "capacity": (STATUS, patched({"status": {"capacity": {"usbip.dev/stick": "3"}}})),
+    "images taken away": (STATUS, patched({"status": {"images": None}})),
+    "volumes in use": (STATUS, patched({"status": {"volumesInUse": ["example.org/v"]}})),
+    "kubelet's version": (STATUS, patched({"status": {"nodeInfo": {"kubeletVersion": "v0"}}})),
+    "cpu": (RESOURCES, patched(allocatable({"cpu": "3"}))),
+    "another plugin's resource": (RESOURCES, patched(allocatable({"nvidia.com/gpu": "1"}))),
+    "another plugin's resource taken away": (RESOURCES, patched(allocatable({"nvidia.com/gpu": None}))),
+    "a new resource of another domain": (RESOURCES, patched(allocatable({"usbip.dev.example.org/stick": "1"}))),
+    "cpu beside the own count": (RESOURCES, patched(allocatable({"usbip.dev/stick": "1", "cpu": "1"}))),
+    "a count beyond reason": (COUNT, patched(allocatable({"usbip.dev/stick": "10001"}))),
+    "the kubelet's event": (SOURCE, created(lambda s: event(s.a, reportingController="kubelet"), EVENTS)),
+    "another node's event": (SOURCE, created(lambda s: event(s.a, reportingInstance=s.b), EVENTS)),
+    "an event about another node": (
+        ABOUT,
+        created(lambda s: event(s.a, regarding={"kind": "Node", "name": s.b}), EVENTS),
+    ),
+    "an event about something else": (
+        ABOUT,
+        created(lambda s: event(s.a, regarding={"kind": "Service", "name": "x", "namespace": "default"}), EVENTS),
+    ),
+}
+
+
+@pytest.fixture
+async def scene(cluster: Cluster, admin: KubeClient, tokens: NodeTokens) -> AsyncIterator[Scene]:
+    """With the shipped policy and ServiceAccount."""
+    made = await open_scene(cluster, admin, tokens)
+    yield made
+    await close(made)
+
+
+async def open_scene(cluster: Cluster, admin: KubeClient, tokens: NodeTokens) -> Scene:
+    a, b = (f"n{uuid.uuid4().hex[:8]}-{letter}" for letter in "ab")
+    for name in (a, b):
+        await create(admin, node_object(name), NODES)
+    texts = [await tokens.of(a), await tokens.of(b), await tokens.unbound()]
+    return Scene(admin, a, b, *[await connect(cluster.kubeconfig(text)) for text in texts])
+
+
+async def close(scene: Scene) -> None:
+    for client in (scene.by_a, scene.by_b, scene.unbound):
+        await client.close()
+
+
+def validations() -> list[dict[str, str]]:
+    found: list[dict[str, str]] = POLICY["spec"]["validations"]
+    return found
+
+
+def test_every_rule_has_attacks() -> None:
+    texts = [rule.get("message") or rule["messageExpression"] for rule in validations()]
+    assert [[part for part in RULES if part in " ".join(text.replace("'", " ").split())] for text in texts] == [
+        [part] for part in RULES
+    ]
+    assert {rule for rule, _attack in ATTACKS.values()} == set(RULES)
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+async def test_an_attack_is_refused_by_the_rule_made_for_it(scene: Scene, name: str) -> None:
+    rule, attack = ATTACKS[name]
+    with pytest.raises(KubeForbidden) as refused:
+        await attack(scene)
+    assert rule in str(refused.value)
+
+
+async def test_a_token_of_no_node_may_write_nothing(scene: Scene) -> None:
+    for write in (
+        create(scene.unbound, lock("")),
+        patch_status(scene.unbound, scene.a, allocatable({"usbip.dev/stick": "1"})),
+        create(scene.unbound, event(scene.a), EVENTS),
+    ):
+        with pytest.raises(KubeForbidden) as refused:
+            await write
+        assert BOUND in str(refused.value)
+        assert "--bound-object-kind Pod" in str(refused.value), "the cure"
+
+
+async def test_spec_of_the_node_is_not_reached(scene: Scene) -> None:
+    taints = [{"key": "k", "effect": "NoExecute"}]
+    after = await patch_status(scene.by_a, scene.a, {"spec": {"taints": taints, "unschedulable": True}})
+    assert "unschedulable" not in after["spec"]
+    assert not [taint for taint in after["spec"].get("taints", []) if taint["key"] == "k"]
+
+
+async def test_a_lock_is_taken_renewed_released_and_taken_over(scene: Scene) -> None:
+    held = await create(scene.by_a, lock(scene.a))
+    held["metadata"]["annotations"] = {"usbip.dev/vhci-port": "3"}
+    held = await update(scene.by_a, held, leaseDurationSeconds=41)
+    taken = await update(scene.by_b, held, holderIdentity=scene.b, leaseTransitions=2)
+    free = await update(scene.by_b, taken, holderIdentity="")
+    again = await update(scene.by_a, free, holderIdentity=scene.a, leaseTransitions=3)
+    assert again["spec"]["holderIdentity"] == scene.a
+
+
+@pytest.mark.parametrize("holder", ["", "a"])
+async def test_writing_a_lock_that_is_gone_is_told_as_gone(scene: Scene, holder: str) -> None:
+    held = await scene.lock(scene.a)
+    await scene.admin.request("delete", f"{LEASES}/{held['metadata']['name']}", resource="leases")
+    with pytest.raises((KubeNotFound, KubeConflict)):
+        await update(scene.by_a, held, holderIdentity=scene.a if holder else "")
+
+
+async def test_a_session_is_written_again_and_again(scene: Scene) -> None:
+    made = await create(scene.by_a, lease(session_name(scene.a), scene.a))
+    assert await update(scene.by_a, made, leaseTransitions=2)
+
+
+@pytest.mark.parametrize("counts", [{"usbip.dev/stick": "0"}, {"usbip.dev/stick": "9999"}, {"usbip.dev/new": "5"}])
+async def test_counts_are_written_whatever_the_kubelet_has_said_so_far(scene: Scene, counts: dict[str, str]) -> None:
+    after = await patch_status(scene.by_a, scene.a, allocatable(counts))
+    assert after["status"]["allocatable"].items() >= counts.items()
+
+
+async def test_a_node_without_any_allocatable_gets_its_first(
+    cluster: Cluster, tokens: NodeTokens, admin: KubeClient
+) -> None:
+    node = f"n{uuid.uuid4().hex[:8]}-bare"
+    await create(admin, {"apiVersion": "v1", "kind": "Node", "metadata": {"name": node}}, NODES)
+    client = await connect(cluster.kubeconfig(await tokens.of(node)))
+    try:
+        after = await patch_status(client, node, allocatable({"usbip.dev/stick": "1"}))
+    finally:
+        await client.close()
+    assert after["status"]["allocatable"] == {"usbip.dev/stick": "1"}
+
+
+async def test_events_about_pods_and_the_own_node(scene: Scene) -> None:
+    await create(scene.by_a, event(scene.a), EVENTS)
+    pod = {"kind": "Pod", "apiVersion": "v1", "name": "p", "namespace": "default"}
+    await create(scene.by_a, event(scene.a, regarding=pod), EVENTS)
+
+
+async def test_nobody_else_is_touched(scene: Scene) -> None:
+    await create(scene.admin, lease(f"other-{scene.a}", "anybody"))
+    await create(scene.admin, event(scene.a, reportingController="example.org/c"), EVENTS)
+    await patch_status(scene.admin, scene.a, allocatable({"cpu": "1"}))
+
+
+LONG = "n" + "a" * 60 + ".b" * 90
+"""A node name of 241 characters, whose session name is as long as can be."""
+
+
+@pytest.mark.parametrize("node", [LONG, LONG + "c", "f" * 224 + "." + "0" * 28, "f" * 223 + "--" + "0" * 28])
+async def test_a_long_node_name_has_its_session_and_no_others(
+    cluster: Cluster, tokens: NodeTokens, admin: KubeClient, node: str
+) -> None:
+    client = await connect(cluster.kubeconfig(await tokens.of(node)))
+    try:
+        name = session_name(node)
+        made = await create(client, lease(name, node))
+        await update(client, made, leaseTransitions=2)
+        await admin.request("delete", f"{LEASES}/{name}", resource="leases")
+        # of another node, of one that begins alike, and one that is no digest
+        for other in (
+            session_name(node[1:]),
+            session_name("g" + node[1:]),
+            "usbip-node-" + node[:199],
+            name[:-1] + "g",
+        ):
+            with pytest.raises(KubeForbidden) as refused:
+                await create(client, lease(other, node))
+            assert "ValidatingAdmissionPolicy" in str(refused.value)
+        if name != "usbip-node-" + node:
+            theirs = await create(admin, lease(name, node[:-1] + "z"))
+            with pytest.raises(KubeForbidden) as refused:
+                await update(client, theirs, holderIdentity=node)
+            assert "ValidatingAdmissionPolicy" in str(refused.value)
+            await admin.request("delete", f"{LEASES}/{name}", resource="leases")
+    finally:
+        await client.close()
+
+
+class Mutants:
+    """For each rule a ServiceAccount under a copy of the policy that lacks this rule."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+
+    def tokens(self, rule: str) -> NodeTokens:
+        return NodeTokens(self._cluster, MUTANTS, account_of(rule))
+
+    async def make(self, admin: KubeClient) -> None:
+        """Returns when every copy is enforced."""
+        await create(
+            admin, {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": MUTANTS}}, "/api/v1/namespaces"
+        )
+        for document in shipped():
+            if document["kind"] in {"RoleBinding", "ClusterRoleBinding"}:
+                bound = copy.deepcopy(document)
+                bound["metadata"]["name"] = MUTANTS
+                bound["subjects"] = [{"kind": "Group", "name": f"system:serviceaccounts:{MUTANTS}"}]
+                bound["subjects"][0]["apiGroup"] = "rbac.authorization.k8s.io"
+                await create(admin, bound, collection(bound))
+        for rule in RULES:
+            account = {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": account_of(rule)}}
+            await create(admin, account, f"/api/v1/namespaces/{MUTANTS}/serviceaccounts")
+            for document in without(rule):
+                await create(admin, document, collection(document))
+        for rule in RULES:
+            async with asyncio.timeout(EFFECT_S):
+                await self._enforced(rule, admin)
+
+    async def _enforced(self, rule: str, admin: KubeClient) -> None:
+        """Until another rule of the copy refuses something."""
+        other = "a finalizer on a lock" if rule == BOUND else "a lease by a token of no node"
+        scene = await open_scene(self._cluster, admin, self.tokens(rule))
+        try:
+            while True:
+                try:
+                    await ATTACKS[other][1](scene)
+                except KubeForbidden:
+                    return
+                await asyncio.sleep(_POLL_S)  # the API server tells nobody when it begins to enforce a policy
+        finally:
+            await close(scene)
+
+
+def account_of(rule: str) -> str:
+    return f"without-{RULES.index(rule)}"
+
+
+def without(rule: str) -> list[dict[str, Any]]:
+    """The policy and its binding for account_of(rule)."""
+    policy, binding = copy.deepcopy(POLICY), copy.deepcopy(BINDING)
+    name = policy["metadata"]["name"] = binding["metadata"]["name"] = binding["spec"]["policyName"] = account_of(rule)
+    (condition,) = policy["spec"]["matchConditions"]
+    before = condition["expression"]
+    condition["expression"] = before.replace(f"{NAMESPACE}:{ACCOUNT}", f"{MUTANTS}:{name}")
+    assert condition["expression"] != before
+    del policy["spec"]["validations"][RULES.index(rule)]
+    return [policy, binding]
+
+
+@pytest.fixture(scope="module")
+def mutants(cluster: Cluster) -> Mutants:
+    async def make() -> Mutants:
+        made = Mutants(cluster)
+        admin = await connect(cluster.kubeconfig(ADMIN_TOKEN))
+        try:
+            await made.make(admin)
+        finally:
+            await admin.close()
+        return made
+
+    return asyncio.run(make())
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+async def test_without_its_rule_an_attack_passes(
+    cluster: Cluster, admin: KubeClient, mutants: Mutants, name: str
+) -> None:
+    rule, attack = ATTACKS[name]
+    scene = await open_scene(cluster, admin, mutants.tokens(rule))
+    try:
+        await attack(scene)
+    finally:
+        await close(scene)
