@@ -86,5 +86,5 @@ def test_an_unknown_field_would_be_seen(tools: Tools, kubectl: Kubectl) -> None:
     objects = yaml.safe_load(yaml.safe_dump(list(tools.kustomize(DEPLOY).values())))
     (daemon,) = (found for found in objects if found["kind"] == "DaemonSet")
     daemon["spec"]["template"]["spec"]["hostNetwrok"] = True
-    with pytest.raises(AssertionError, match="unknown field.*hostNetwrok"):
+    with pytest.raises(AssertionError, match=r"unknown field.*hostNetwrok"):
         kubectl("apply", "--dry-run=server", "-f", "-", objects=objects)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -140,3 +142,17 @@ def test_one_version_everywhere(tools: Tools) -> None:
         spec = daemon["spec"]["template"]["spec"]
         for container in (*spec.get("initContainers", ()), *spec["containers"]):
             assert container["image"] == f"usbip-plugin:{__version__}"
+
+
+def test_the_readmes_own_kustomization_does_what_its_helm_command_does(tools: Tools, tmp_path: Path) -> None:
+    readme = (DEPLOY / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL)
+    (command,) = re.findall(
+        r"helm install usbip-plugin \S+ -n usbip-system --create-namespace \\\n(.*?)```", readme, re.DOTALL
+    )
+    config = tmp_path / "config.yaml"
+    config.write_text('resources:\n  a:\n    - target: {host: h}\n      selector: {vendor: "0951"}\n', encoding="utf-8")
+    text = example.replace("../deploy", os.path.relpath(DEPLOY, tmp_path))
+    (tmp_path / "kustomization.yaml").write_text(text, encoding="utf-8")
+    flags = shlex.split(command.replace("\\\n", " ").replace("=config.yaml", f"={config}"))
+    assert_same(tools.kustomize(tmp_path), tools.chart(*flags))

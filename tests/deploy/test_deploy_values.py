@@ -124,6 +124,6 @@ def test_other_variables_of_tracing(tools: Tools) -> None:
 
 
 def test_the_configuration_is_taken_as_it_is(tools: Tools) -> None:
-    text = 'resources:\n  a:\n    - target: {host: h}\n      selector: {vendor: "0951", product: 0666}\n\n# {{ .Values }}\n'
+    text = 'resources:\n  a:\n    - selector: {vendor: "0951", product: 0666}\n\n# {{ .Values }}\n'
     objects = tools.chart("--set-json", f"config={json.dumps(text)}")
     assert objects["v1", "ConfigMap", NAMESPACE, "usbip-plugin"]["data"] == {"config.yaml": text}
