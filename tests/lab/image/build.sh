@@ -1,0 +1,110 @@
+#!/bin/bash
+# build.sh [--builder docker|buildah] [--arch amd64|arm64] [--base IMAGE] [--offline] [--output TAR] [NAME:TAG]
+# Builds the image of this checkout, usbip-plugin:VERSION unless named. Where no image registry answers, or with --offline,
+# the base is made from Debian packages (base.sh) and the wheels are fetched here (wheels.sh), so that the build itself
+# needs no network. --output writes an archive too, for `kind load image-archive`, `ctr images import`, `docker load`.
+# DOCKER names another docker command. A foreign architecture with docker needs BuildKit.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+root=$(cd "$here/../../.." && pwd)
+version=$(sed -n 's/^__version__ = "\(.*\)"$/\1/p' "$root/usbip_plugin/__init__.py")
+native=$(uname -m | sed 's/^x86_64$/amd64/; s/^aarch64$/arm64/')
+builder='' arch=$native base='' offline='' output='' image=usbip-plugin:$version
+docker=${DOCKER:-docker}
+REGISTRY_SECONDS=5
+
+fail() { echo "build.sh: $1" >&2; exit "${2:-1}"; }
+while [ $# -gt 0 ]; do
+  case $1 in
+    --builder | --arch | --base | --output) [ $# -gt 1 ] || fail "$1 wants a value" 2; declare "${1#--}=$2"; shift ;;
+    --offline) offline=1 ;;
+    -h | --help) sed -n '2,6s/^# //p' "${BASH_SOURCE[0]}"; exit ;;
+    -*) fail "there is no $1; see --help" 2 ;;
+    *) image=$1 ;;
+  esac
+  shift
+done
+case $arch in amd64 | arm64) ;; *) fail "--arch $arch: amd64 and arm64 are built" 2 ;; esac
+[ -z "$base" ] || [ -z "$offline" ] || fail "--base and --offline exclude each other" 2
+[[ $image = *:* ]] || image=$image:$version
+# the name as the engines and containerd know it
+full=$image
+[[ $image = */* ]] || full=docker.io/library/$image
+
+if [ -z "$builder" ]; then
+  if "$docker" version >/dev/null 2>&1; then builder=docker
+  elif command -v buildah >/dev/null; then builder=buildah
+  else fail "neither a Docker engine (DOCKER_HOST) nor buildah is to be had; on Debian: apt-get install buildah"; fi
+fi
+case $builder in docker | buildah) ;; *) fail "--builder $builder: docker or buildah" 2 ;; esac
+if [ -z "$base$offline" ]; then
+  # any answer will do, the registry's is 401
+  python3 - "$REGISTRY_SECONDS" <<'P' || offline=1
+import sys, urllib.error, urllib.request
+try:
+    urllib.request.urlopen("https://registry-1.docker.io/v2/", timeout=float(sys.argv[1]))
+except urllib.error.HTTPError:
+    pass
+except OSError as error:
+    sys.exit(f"no image registry ({error}): the base is made from Debian packages")
+P
+fi
+
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+# exactly what .dockerignore lets through, so that nothing else of the checkout costs time
+mkdir "$work/context"
+cp -r "$root"/{Dockerfile,.dockerignore,pyproject.toml,README.md,LICENSE,usbip_plugin} "$work/context/"
+arguments=(--build-arg "VERSION=$version")
+[ -z "$base" ] || arguments+=(--build-arg "BASE=$base")
+
+# buildah: chroot needs no more rights than root has in a container; what RUN runs is our own
+bud() { BUILDAH_ISOLATION=${BUILDAH_ISOLATION:-chroot} nice -n 10 buildah "$@"; }
+if [ "$builder" = buildah ] && [ -z "${STORAGE_DRIVER:-}" ] && ! buildah images >/dev/null 2>&1; then
+  # no overlay on overlay
+  export STORAGE_DRIVER=vfs
+fi
+
+if [ -n "$offline" ]; then
+  for wanted in $(printf '%s\n' "$native" "$arch" | sort -u); do
+    archive=$("$here/base.sh" "$wanted")
+    if [ "$builder" = docker ]; then "$docker" load --quiet --input "$archive" >/dev/null
+    else bud pull --quiet --platform "linux/$wanted" "docker-archive:$archive" >/dev/null; fi
+  done
+  # both architectures' wheels: setuptools and pip run on this machine
+  mkdir "$work/context/wheels"
+  wheels=$("$here/wheels.sh" "$arch" 3.11)
+  cp "$wheels"/*.whl "$work/context/wheels/"
+  arguments+=(--build-arg "BASE=localhost/usbip-plugin-base:$arch" --build-arg "BUILDER=localhost/usbip-plugin-base:$native" --build-arg PIP_NO_INDEX=1)
+fi
+
+begin=$SECONDS
+case $builder in
+  docker)
+    [ -z "$offline" ] || arguments+=(--network none)
+    if [ "$arch" != "$native" ]; then
+      export DOCKER_BUILDKIT=1
+      arguments+=(--platform "linux/$arch")
+    fi
+    nice -n 10 "$docker" build "${arguments[@]}" --tag "$image" "$work/context"
+    built=$("$docker" image inspect --format '{{.Architecture}}' "$image")
+    ;;
+  buildah)
+    [ -z "$offline" ] || arguments+=(--pull=never)
+    bud build --layers --platform "linux/$arch" --build-arg "TARGETARCH=$arch" --build-arg "BUILDPLATFORM=linux/$native" \
+      "${arguments[@]}" --tag "$full" "$work/context"
+    built=$(bud inspect --type image --format '{{.OCIv1.Architecture}}' "$full")
+    ;;
+esac
+[ "$built" = "$arch" ] || fail "$builder made an image for $built, not for $arch: give one with BuildKit, or --builder buildah"
+
+if [ -n "$output" ]; then
+  # written beside, then moved: a reader sees the old one or the new one
+  new=$output.new
+  rm -f "$new"
+  if [ "$builder" = docker ]; then "$docker" save --output "$new" "$image"
+  else bud push --quiet "$full" "docker-archive:$new:$full"; fi
+  chmod 644 "$new"
+  mv "$new" "$output"
+fi
+echo "$full ($arch, $builder, $((SECONDS - begin)) s)${output:+: $output}" >&2
