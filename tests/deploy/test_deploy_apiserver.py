@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +21,8 @@ from rendering import (
     pod_template,
     run,
 )
+
+from usbip_plugin.cli import parser
 
 APPLY_S = 120.0
 Kubectl = Callable[..., str]
@@ -88,3 +92,15 @@ def test_an_unknown_field_would_be_seen(tools: Tools, kubectl: Kubectl) -> None:
     daemon["spec"]["template"]["spec"]["hostNetwrok"] = True
     with pytest.raises(AssertionError, match=r"unknown field.*hostNetwrok"):
         kubectl("apply", "--dry-run=server", "-f", "-", objects=objects)
+
+
+@pytest.mark.usefixtures("installed")
+def test_the_readmes_pod_for_a_command_is_one(kubectl: Kubectl) -> None:
+    readme = (DEPLOY / "README.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"kubectl (-n usbip-system run .*?)  *#", readme.replace("\\\n", " "))
+    words = [word for word in shlex.split(command) if word not in ("--rm", "-i")]
+    at = words.index("--")
+    pod = json.loads(kubectl(*words[:at], "--dry-run=server", "--output=json", *words[at:]))
+    assert pod["spec"]["serviceAccountName"] == "usbip-plugin"
+    (container,) = pod["spec"]["containers"]
+    assert parser().parse_args(container["args"]).command == "devices"
