@@ -203,3 +203,11 @@ def test_only_the_plugin_gets_a_token(tools: Tools) -> None:
         template = pod_template(found)
         if template is not None and found["metadata"]["name"] != "usbip-plugin":
             assert template["spec"]["automountServiceAccountToken"] is False, where
+
+
+def test_no_termination_message_is_left_on_a_host(tools: Tools) -> None:
+    for where, found in tools.everything():
+        for container in containers(found):
+            path = Path(container.get("terminationMessagePath", "/dev/termination-log"))
+            mounts = {Path(mount["mountPath"]) for mount in container.get("volumeMounts", ())}
+            assert not mounts & set(path.parents), where
