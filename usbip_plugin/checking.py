@@ -26,10 +26,8 @@ from usbip_plugin.config import Config
 from usbip_plugin.config.reload import Loaded
 from usbip_plugin.errors import ConfigError
 from usbip_plugin.kube import connect
-from usbip_plugin.process import Options
+from usbip_plugin.process import Options, make_driver
 from usbip_plugin.usbip.client import TcpUsbipClient
-from usbip_plugin.vhci.linux import SysfsVhci
-from usbip_plugin.vhci.uevents import NetlinkUevents
 
 DEVLIST_TIMEOUT = 5.0
 """Seconds one server may take to list its devices."""
@@ -40,7 +38,7 @@ async def check_node(options: Options, loaded: Loaded | ConfigError) -> tuple[st
     clock = SystemClock()
     config = Config(()) if isinstance(loaded, ConfigError) else loaded.config
     known = loaded if isinstance(loaded, ConfigError) else (loaded.config, loaded.warnings)
-    driver = SysfsVhci(clock, NetlinkUevents(clock), sysfs=options.sysfs, records=options.records)
+    driver = make_driver(options, clock)
     with contextlib.closing(TcpUsbipClient(clock)) as client:
 
         async def vhci() -> Sequence[Finding]:

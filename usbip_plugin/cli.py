@@ -1,4 +1,4 @@
-"""The command line: run, check, devices, demo.
+"""The command line: run, check, devices, demo, simulate.
 
 Exit status: 0 done, 1 it failed, 2 the command line or the configuration is wrong.
 """
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 DONE, FAILED, USAGE = 0, 1, 2
 DEFAULT_NAMESPACE = "usbip-system"
+MAX_CONTROLLERS = 15
 SERVICE_ACCOUNT_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 
@@ -59,7 +60,45 @@ def parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="two nodes in this process: what the plugin does, without a cluster")
     demo.add_argument("--real-kernel", action="store_true", help="attach to this machine's vhci_hcd (needs root)")
+
+    simulate = commands.add_parser("simulate", help="for development: stand-ins for what a test cluster has not got")
+    _simulate_flags(simulate.add_subparsers(dest="simulated", required=True, metavar="WHAT"))
     return top
+
+
+def _simulate_flags(stand_ins: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    kernel = stand_ins.add_parser(
+        "kernel",
+        help="a vhci_hcd that attaches nothing",
+        description="A stand-in for vhci_hcd, for plugins that run with --simulated-kernel. It keeps connections and "
+        "ports while plugins come and go. A pod gets device nodes that answer like /dev/zero.",
+    )
+    kernel.add_argument("--socket", metavar="FILE", type=Path, required=True, help="where plugins find it")
+    kernel.add_argument(
+        "--device-directory", metavar="DIR", type=Path, help="the node's /dev; makes device nodes there (CAP_MKNOD)"
+    )
+    kernel.add_argument("--controllers", metavar="N", type=_count, default=1, help="of 16 ports each (default 1)")
+
+    server = stand_ins.add_parser(
+        "server",
+        help="a USB/IP server with virtual devices",
+        description="A USB/IP server, exclusive as usbipd is. Unlike usbipd it finds out by itself, within 8 s, that a "
+        "client's host has gone.",
+    )
+    server.add_argument("--listen", metavar="ADDRESS:PORT", default="0.0.0.0:3240", help="default %(default)s")
+    form = "BUSID=VVVV:PPPP[,serial=TEXT][,class=CC]"
+    server.add_argument("--device", metavar=form, action="append", default=[], help="may be given any number of times")
+    server.add_argument(
+        "--devices-file", metavar="FILE", type=Path, help="more devices, one a line; followed for changes"
+    )
+    for command in (kernel, server):
+        command.add_argument("--log-level", choices=LOG_LEVELS, default=DEFAULT_LOG_LEVEL, help="default %(default)s")
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdecimal() or not 1 <= int(text) <= MAX_CONTROLLERS:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number from 1 to {MAX_CONTROLLERS}")
+    return int(text)
 
 
 def _api_flags(command: argparse.ArgumentParser) -> None:
@@ -79,6 +118,12 @@ def _node_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("--domain", metavar="NAME", help=f"of the resource names (default {DEFAULT_DOMAIN})")
     command.add_argument("--plugin-directory", metavar="DIR", help=f"default {DEFAULT_PLUGIN_DIRECTORY}")
     command.add_argument("--pod-resources-socket", metavar="FILE", help=f"default {DEFAULT_POD_RESOURCES_SOCKET}")
+    command.add_argument(
+        "--simulated-kernel",
+        metavar="FILE",
+        type=Path,
+        help="development only: the socket of `simulate kernel` instead of vhci_hcd; no device is attached",
+    )
     command.add_argument("--node-name", metavar="NAME", default=os.environ.get("NODE_NAME"), help="default $NODE_NAME")
 
 
@@ -94,6 +139,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return _check(options)
             case "devices":
                 return asyncio.run(_devices(options))
+            case "simulate":
+                return _simulate(options)
             case _:
                 return _demo(options)
     except ConfigError as error:
@@ -154,6 +201,7 @@ def _process_options(options: argparse.Namespace, settings: FileSettings) -> Opt
         ),
         listen=_first(getattr(options, "listen", None), settings.listen, DEFAULT_LISTEN),
         kubeconfig=options.kubeconfig,
+        simulated_kernel=options.simulated_kernel,
     )
 
 
@@ -195,3 +243,13 @@ def _demo(options: argparse.Namespace) -> int:
 
     set_up_logging("none", sys.stderr)
     return DONE if asyncio.run(demo.run(print, real_kernel=options.real_kernel)) else FAILED
+
+
+def _simulate(options: argparse.Namespace) -> int:
+    from usbip_plugin.observe.logs import set_up_logging  # noqa: PLC0415
+    from usbip_plugin.sim import commands  # noqa: PLC0415
+
+    set_up_logging(options.log_level, sys.stdout, json_lines=True)
+    if options.simulated == "kernel":
+        return commands.kernel(options.socket, options.device_directory, options.controllers)
+    return commands.server(options.listen, options.device, options.devices_file)

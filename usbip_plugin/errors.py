@@ -12,6 +12,7 @@ PluginError
 |   +-- WrongDevice             another vendor:product than promised
 +-- VhciError                   this node's kernel
 |   +-- DriverMissing           vhci_hcd is not loaded, or its sysfs is not there
+|   |   +-- SimulatedKernelMissing  its stand-in on development clusters does not answer
 |   +-- DriverNotWritable       attach/detach cannot be written
 |   +-- PortsExhausted          no free port on the hub of that speed
 |   +-- AttachRefused           the kernel refused the attach write
@@ -128,6 +129,14 @@ class DriverMissing(VhciError):
 
     def __init__(self, path: str) -> None:
         super().__init__(f"vhci_hcd is not loaded: {path} does not exist; run on this node: modprobe vhci-hcd")
+
+
+class SimulatedKernelMissing(DriverMissing):
+    """The stand-in for vhci_hcd, which development clusters may have, does not answer."""
+
+    def __init__(self, path: str, cause: str) -> None:
+        cure = f"run on this node: usbip-plugin simulate kernel --socket {path}"
+        PluginError.__init__(self, f"no simulated kernel at {path}: {cause}; {cure}")
 
 
 class DriverNotWritable(VhciError):

@@ -29,6 +29,7 @@ from usbip_plugin.observe.metrics import Metrics
 from usbip_plugin.observe.tracing import Tracing
 from usbip_plugin.resources import Plugin, SocketRegistrar
 from usbip_plugin.usbip.client import TcpUsbipClient
+from usbip_plugin.vhci.driver import VhciDriver
 from usbip_plugin.vhci.linux import SysfsVhci
 from usbip_plugin.vhci.uevents import NetlinkUevents
 
@@ -54,6 +55,21 @@ class Options:
     kubeconfig: str | None = None
     sysfs: Path = Path("/sys")
     records: Path = Path("/run/vhci_hcd")
+    simulated_kernel: Path | None = None
+
+
+def make_driver(options: Options, clock: Clock) -> VhciDriver:
+    """The driver of this node's vhci_hcd; with simulated_kernel, of the stand-in that listens there."""
+    if options.simulated_kernel is not None:
+        # imported here: production has none of it in memory
+        from usbip_plugin.sim.remote_kernel import RemoteVhci  # noqa: PLC0415
+
+        log.warning(
+            "development only: a simulated kernel, no USB device is attached",
+            extra={"socket": options.simulated_kernel},
+        )
+        return RemoteVhci(options.simulated_kernel, clock, random.Random())  # noqa: S311 - jitter only
+    return SysfsVhci(clock, NetlinkUevents(clock), sysfs=options.sysfs, records=options.records)
 
 
 def boot_id(path: Path = BOOT_ID) -> str:
@@ -104,7 +120,7 @@ class _Process:
             Outside(
                 me=me,
                 client=client,
-                driver=SysfsVhci(clock, NetlinkUevents(clock), sysfs=options.sysfs, records=options.records),
+                driver=make_driver(options, clock),
                 leases=KubernetesLeases(kube, options.namespace),
                 pod_resources=pod_resources,
                 kube=kube,

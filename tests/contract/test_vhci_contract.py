@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from vhci_contract import VhciContract
-from vhci_rigs import FakeSysfsRig, MemoryServer, SimRig, SocketServer
+from vhci_rigs import FakeSysfsRig, MemoryServer, RemoteRig, SimRig, SocketServer
 
 
 class TestSimulatedKernel(VhciContract):
@@ -18,6 +18,17 @@ class TestSimulatedKernel(VhciContract):
         rig = SimRig(server, delay=0.02 if "slow" in request.param else 0.0)
         yield rig
         rig.close()
+
+
+class TestSimulatedKernelAsAProcess(VhciContract):
+    @pytest.fixture(params=[0.0, 0.02], ids=["at once", "slow"])
+    async def rig(self, request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[RemoteRig]:
+        async with asyncio.TaskGroup() as group:
+            rig = RemoteRig(tmp_path, group, request.param)
+            rig.boot()
+            await asyncio.sleep(0)  # it listens
+            yield rig
+            rig.close()
 
 
 class TestFakeSysfs(VhciContract):

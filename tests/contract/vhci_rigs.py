@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,10 @@ from vhci_fake_sysfs import FakeSysfs
 
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.model import Descriptor, DeviceKey, ServerKey, UsbId
+from usbip_plugin.sim.device_nodes import DeviceNodes
 from usbip_plugin.sim.kernel import SimulatedKernel, SimulatedVhci
+from usbip_plugin.sim.kernel_service import KernelService
+from usbip_plugin.sim.remote_kernel import RemoteVhci
 from usbip_plugin.sim.socket import MemorySocket, SocketTable
 from usbip_plugin.vhci.driver import VhciDriver
 from usbip_plugin.vhci.linux import SysfsVhci
@@ -139,6 +143,34 @@ class SimRig(BaseRig):
     def close(self) -> None:
         self.kernel.reboot()
         self.server.close()
+
+
+class RemoteRig(SimRig):
+    """RemoteVhci, and the simulated kernel as a service. group owns the service and the drivers' run()."""
+
+    def __init__(self, tmp_path: Path, group: asyncio.TaskGroup, delay: float) -> None:
+        super().__init__(SocketServer(), delay)
+        self.path = tmp_path / "kernel.sock"
+        self.devices = tmp_path / "dev"
+        self.group = group
+        self.tasks: list[asyncio.Task[None]] = []
+
+    def boot(self) -> asyncio.Task[None]:
+        """A new process on the same socket. The caller cancels it to crash it."""
+        nodes = DeviceNodes(self.devices, self.path.parent / "nodes", Path.touch, Path.is_file)
+        task = self.group.create_task(KernelService(self.kernel, self.path, nodes).run())
+        self.tasks.append(task)
+        return task
+
+    def plugin(self) -> RemoteVhci:
+        driver = RemoteVhci(self.path, self.clock, random.Random(1))
+        self.tasks.append(self.group.create_task(driver.run()))
+        return driver
+
+    def close(self) -> None:
+        for task in self.tasks:
+            task.cancel()
+        super().close()
 
 
 class FakeUevents:

@@ -6,6 +6,7 @@ The same server answers without sockets too: see client.py.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Iterable
 
 from usbip_plugin.clock import Clock, SystemClock
@@ -13,6 +14,7 @@ from usbip_plugin.model import ServerKey, UsbId
 from usbip_plugin.sim.exports import ExportTable, Importer
 from usbip_plugin.sim.usbdevice import Transfers, VirtualDevice
 from usbip_plugin.usbip import protocol
+from usbip_plugin.usbip.connect import set_options
 
 RESET_TIME = 0.3  # seconds, as usbip-host was seen to need
 _CLOSE_TIMEOUT = 5.0
@@ -22,6 +24,7 @@ class VirtualServer:
     """host and port as in its key; port 0 lets the system choose at the first start and is kept from then on.
 
     listen False: no TCP, for MemoryUsbipClient only; then port must be given. connections counts all ever made.
+    keepalive: find out by itself that a client's host has gone. usbipd does not.
     """
 
     def __init__(
@@ -33,9 +36,11 @@ class VirtualServer:
         clock: Clock | None = None,
         reset_time: float = RESET_TIME,
         listen: bool = True,
+        keepalive: bool = False,
     ) -> None:
         self._clock = clock or SystemClock()
         self._host, self._port, self._listen = host, port, listen
+        self.keepalive = keepalive
         self.table = ExportTable(devices, self._clock, reset_time)
         self.connections = 0
         self.running = False
@@ -149,6 +154,9 @@ class _Connection(asyncio.Protocol):
         if not isinstance(transport, asyncio.Transport):
             raise TypeError("a stream transport is needed")
         self._transport = transport
+        if self._server.keepalive:
+            with contextlib.suppress(OSError):  # it has ended already
+                set_options(transport.get_extra_info("socket"))
         self._server.opened(self)
         # soon, not now: before CPython 3.11.4 the transport begins to read after this call whatever was said in it
         asyncio.get_running_loop().call_soon(lambda: self.pause(self._server.frozen))

@@ -1,0 +1,77 @@
+"""Messages between the simulated kernel and its drivers: JSON objects over a SOCK_SEQPACKET socket, fds along."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+MAX_MESSAGE = 128 * 1024
+"""Bytes; what is longer is cut by the kernel, cannot be read as JSON, and ends the connection."""
+
+Message = dict[str, Any]
+
+
+class Channel:
+    """One end of a connection. Callbacks come from the event loop.
+
+    on_message(message, fd): the receiver owns fd, None if none came along. on_end(): the other end has gone, has sent
+    what is no message, or does not read; called once, after which nothing can be sent. close() does not call it.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        on_message: Callable[[Message, int | None], None],
+        on_end: Callable[[], None],
+    ) -> None:
+        self._sock = sock
+        self._on_message = on_message
+        self._on_end = on_end
+        self._loop = asyncio.get_running_loop()
+        self.open = True
+        sock.setblocking(False)
+        self._loop.add_reader(sock, self._readable)
+
+    def send(self, message: Message, fd: int | None = None) -> None:
+        """fd stays the caller's. An end that does not read loses the connection: nothing is queued here."""
+        if not self.open:
+            return
+        data = json.dumps(message, separators=(",", ":")).encode()
+        try:
+            socket.send_fds(self._sock, [data], [] if fd is None else [fd])
+        except OSError:
+            self._end()
+
+    def close(self) -> None:
+        if self.open:
+            self.open = False
+            self._loop.remove_reader(self._sock)
+            self._sock.close()
+
+    def _readable(self) -> None:
+        try:
+            data, fds, _flags, _address = socket.recv_fds(self._sock, MAX_MESSAGE, 1)
+        except BlockingIOError:
+            return
+        except OSError:
+            self._end()
+            return
+        try:
+            message = json.loads(data)
+        except ValueError:  # also b"", which is the end
+            message = None
+        if not isinstance(message, dict):
+            for fd in fds:
+                os.close(fd)
+            self._end()
+            return
+        self._on_message(message, fds[0] if fds else None)
+
+    def _end(self) -> None:
+        if self.open:
+            self.close()
+            self._on_end()

@@ -1,0 +1,185 @@
+"""`usbip-plugin simulate kernel`: a simulated vhci_hcd as a process that outlives the plugin, as a kernel does.
+
+For clusters whose kernel has none. A new process is a kernel that has booted: every port is free.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from usbip_plugin.errors import AttachRefused, VhciError, WrongDevice
+from usbip_plugin.model import Attachment
+from usbip_plugin.sim import kernel_wire as wire
+from usbip_plugin.sim.channel import Channel, Message
+from usbip_plugin.sim.device_nodes import DeviceNodes
+from usbip_plugin.sim.kernel import SimulatedKernel, SimulatedVhci
+
+log = logging.getLogger(__name__)
+
+ENUMERATION_S = 0.3
+"""Seconds from attach to enumerated: what a real kernel was seen to take."""
+_BACKLOG = 16
+
+
+class KernelService:
+    """One kernel for the drivers that connect to the socket at path. devices: None for nodes that do not exist."""
+
+    def __init__(self, kernel: SimulatedKernel, path: Path, devices: DeviceNodes | None = None) -> None:
+        self._kernel, self._path, self._devices = kernel, path, devices
+        self._attached: dict[int, Attachment] = {}
+
+    async def run(self, *, listening: Callable[[], None] = lambda: None) -> None:
+        """Until cancelled; then every port falls free, as nothing outlives a kernel. OSError if it cannot listen."""
+        if self._devices is not None:
+            self._devices.sweep()
+        loop = asyncio.get_running_loop()
+        with contextlib.closing(_listen(self._path)) as listener:
+            unsubscribe = self._kernel.bell.subscribe(self._look)
+            channels: set[Channel] = set()
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    listening()
+                    while True:
+                        sock, _address = await loop.sock_accept(listener)
+                        _Session(self, sock, channels, tasks)
+            finally:
+                unsubscribe()
+                for channel in channels:
+                    channel.close()
+                self._kernel.reboot()
+                self._attached.clear()
+                self._look()
+                self._path.unlink(missing_ok=True)
+
+    @property
+    def kernel(self) -> SimulatedKernel:
+        return self._kernel
+
+    def provided(self, attachment: Attachment) -> Attachment:
+        """The attachment as it is on this node, its nodes made. AttachRefused if they cannot be."""
+        if self._devices is None:
+            return attachment
+        try:
+            made = self._devices.provide(attachment)
+        except OSError as error:
+            self._kernel.free_port(attachment.port)
+            raise AttachRefused(f"no device node for {attachment.key}: {error}") from error
+        self._attached[attachment.port] = made
+        return made
+
+    def _look(self) -> None:
+        """A port may have fallen free: its nodes go."""
+        gone = [port for port in self._attached if self._attached[port].local_busid != self._busid(port)]
+        for port in gone:
+            del self._attached[port]
+        if self._devices is not None:
+            self._devices.keep(tuple(node.path for one in self._attached.values() for node in one.nodes))
+
+    def _busid(self, number: int) -> str | None:
+        return self._kernel.ports()[number].local_busid
+
+
+class _Session:
+    """One connected driver."""
+
+    def __init__(
+        self, service: KernelService, sock: socket.socket, channels: set[Channel], tasks: asyncio.TaskGroup
+    ) -> None:
+        self._service = service
+        self._tasks = tasks
+        self._driver = SimulatedVhci(service.kernel)
+        self._calls: dict[int, asyncio.Task[None]] = {}
+        self._channels = channels
+        self._channel = Channel(sock, self._received, self._ended)
+        channels.add(self._channel)
+        self._unsubscribe = self._driver.subscribe(lambda: self._channel.send({"changed": True}))
+
+    def _ended(self) -> None:
+        self._unsubscribe()
+        self._channels.discard(self._channel)
+        for call in self._calls.values():
+            call.cancel()
+
+    def _received(self, message: Message, fd: int | None) -> None:
+        number = message.get("id")
+        if "cancel" in message:
+            if call := self._calls.get(message["cancel"]):
+                call.cancel()
+        elif isinstance(number, int):
+            task = self._tasks.create_task(self._answer(number, message, fd))
+            self._calls[number] = task
+            task.add_done_callback(lambda _task: self._calls.pop(number, None))
+            return
+        if fd is not None:
+            os.close(fd)
+
+    async def _answer(self, number: int, message: Message, fd: int | None) -> None:
+        try:
+            if message.get("version") != wire.VERSION:
+                raise AttachRefused(f"the simulated kernel speaks version {wire.VERSION}: restart it")
+            self._channel.send({"id": number, "result": await self._call(message, fd)})
+        except (VhciError, WrongDevice) as error:
+            self._channel.send({"id": number, "error": wire.error_out(error)})
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            log.warning("a request that makes no sense", extra={"cause": repr(error)})
+            self._channel.send({"id": number, "error": {"name": "", "text": f"not understood: {error!r}"}})
+        finally:
+            if fd is not None:
+                os.close(fd)
+
+    async def _call(self, message: Message, fd: int | None) -> Any:
+        driver = self._driver
+        match message["call"]:
+            case "ports":
+                return [wire.port_out(port) for port in await driver.ports()]
+            case "attach":
+                if fd is None:
+                    raise AttachRefused("no socket came along")
+                return await driver.attach(wire.key_in(message["key"]), wire.descriptor_in(message["descriptor"]), fd)
+            case "enumerate":
+                attachment = await driver.enumerate(
+                    wire.key_in(message["key"]),
+                    wire.descriptor_in(message["descriptor"]),
+                    message["port"],
+                    timeout=message["timeout"],
+                )
+                return wire.attachment_out(self._service.provided(attachment))
+            case "inspect":
+                found = await driver.inspect(wire.key_in(message["key"]), message["port"])
+                return wire.attachment_out(None if found is None else self._service.provided(found))
+            case "detach":
+                return await driver.detach(message["port"], timeout=message["timeout"])
+            case "check":
+                return wire.report_out(await driver.check())
+            case other:
+                raise ValueError(other)
+
+
+def _listen(path: Path) -> socket.socket:
+    """Takes the place of a socket that nobody listens on any more. OSError if somebody does."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        sock.setblocking(False)
+        with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)) as probe:
+            try:
+                probe.connect(str(path))
+            except FileNotFoundError:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            except ConnectionRefusedError:
+                path.unlink()
+            else:
+                raise FileExistsError(f"another simulated kernel listens on {path}")
+        sock.bind(str(path))
+        path.chmod(0o600)
+        sock.listen(_BACKLOG)
+    except OSError:
+        sock.close()
+        raise
+    return sock
