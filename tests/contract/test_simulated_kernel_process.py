@@ -1,0 +1,192 @@
+"""The simulated kernel as a process: what outlives what, and what is cleaned up."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from vhci_contract import attached
+from vhci_rigs import SERVER, RemoteRig
+
+from usbip_plugin.errors import AttachRefused, SimulatedKernelMissing
+from usbip_plugin.model import Attachment, DeviceKey, DeviceNode, UsbId
+from usbip_plugin.sim.device_nodes import DeviceNodes
+from usbip_plugin.sim.kernel_service import KernelService
+from usbip_plugin.vhci.sysfs import PortStatus
+
+LIMIT_S = 10.0
+NODE = DeviceNode("/dev/bus/usb/003/002", "usb", False, 189, 1)
+ATTACHMENT = Attachment(DeviceKey(SERVER, "1-1"), 0, "3-1", UsbId(1, 2), None, (NODE,))
+
+
+@pytest.fixture
+async def rig(tmp_path: Path) -> AsyncIterator[RemoteRig]:
+    async with asyncio.TaskGroup() as group:
+        rig = RemoteRig(tmp_path, group, 0.0)
+        yield rig
+        rig.close()
+
+
+async def booted(rig: RemoteRig) -> asyncio.Task[None]:
+    task = rig.boot()
+    await asyncio.sleep(0)
+    return task
+
+
+async def ended(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.wait([task], timeout=LIMIT_S)
+
+
+def nodes_of(rig: RemoteRig) -> list[str]:
+    return sorted(str(path.relative_to(rig.devices)) for path in rig.devices.rglob("*") if path.is_file())
+
+
+async def test_a_device_has_a_node_while_it_is_attached(rig: RemoteRig) -> None:
+    await booted(rig)
+    driver = rig.plugin()
+    attachment = await attached(driver, await rig.import_twin(0))
+    assert [f"/dev/{path}" for path in nodes_of(rig)] == [node.path for node in attachment.nodes]
+    await driver.detach(attachment.port, timeout=LIMIT_S)
+    assert nodes_of(rig) == []
+
+
+async def test_the_node_goes_when_the_server_ends_the_connection(rig: RemoteRig) -> None:
+    await booted(rig)
+    imported = await rig.import_twin(0)
+    driver = rig.plugin()
+    await attached(driver, imported)
+    changed = asyncio.Event()
+    driver.subscribe(changed.set)
+    await rig.server_ends(imported)
+    async with asyncio.timeout(LIMIT_S):
+        while any(port.status is not PortStatus.NULL for port in await driver.ports()):
+            await changed.wait()
+            changed.clear()
+    assert nodes_of(rig) == []
+
+
+async def test_what_is_attached_outlives_the_plugin(rig: RemoteRig) -> None:
+    await booted(rig)
+    first = rig.plugin()
+    imported = await rig.import_twin(0)
+    attachment = await attached(first, imported)
+    first.close()
+    second = rig.plugin()
+    assert await second.inspect(imported.key, attachment.port) == attachment
+    assert not await rig.is_free_on_server(imported.key)
+    assert nodes_of(rig)
+
+
+async def test_a_new_process_is_a_kernel_that_has_booted(rig: RemoteRig) -> None:
+    service = await booted(rig)
+    driver = rig.plugin()
+    imported = await rig.import_twin(0)
+    await attached(driver, imported)
+    lost = asyncio.Event()
+    driver.subscribe(lost.set)
+    await ended(service)
+    assert await rig.is_free_on_server(imported.key)
+    assert nodes_of(rig) == []
+    async with asyncio.timeout(LIMIT_S):
+        await lost.wait()  # told without asking
+    with pytest.raises(SimulatedKernelMissing, match="simulate kernel --socket"):
+        await driver.ports()
+    assert not (await driver.check()).loaded
+    await booted(rig)
+    assert all(port.status is PortStatus.NULL for port in await driver.ports())
+
+
+async def test_a_cancelled_attach_leaves_no_port(rig: RemoteRig) -> None:
+    await booted(rig)
+    driver = rig.plugin()
+    imported = await rig.import_twin(0)
+    await driver.ports()
+    attaching = asyncio.ensure_future(driver.attach(imported.key, imported.descriptor, imported.fileno()))
+    await asyncio.sleep(0)  # the request is on its way
+    attaching.cancel()
+    await asyncio.wait([attaching], timeout=LIMIT_S)
+    imported.close()
+    changed = asyncio.Event()
+    driver.subscribe(changed.set)
+    async with asyncio.timeout(LIMIT_S):
+        while not await rig.is_free_on_server(imported.key):
+            await changed.wait()
+            changed.clear()
+    assert all(port.status is PortStatus.NULL for port in await driver.ports())
+
+
+async def test_a_service_that_hangs_is_not_waited_for(rig: RemoteRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    await booted(rig)
+    driver = rig.plugin()
+    await driver.ports()
+    monkeypatch.setattr("usbip_plugin.sim.remote_kernel.ANSWER_S", 0.05)
+    monkeypatch.setattr("usbip_plugin.sim.kernel_service._Session._answer", lambda *_args: asyncio.Event().wait())
+    with pytest.raises(SimulatedKernelMissing, match="no answer to ports"):
+        await driver.ports()
+
+
+async def test_file_descriptors_do_not_leak(rig: RemoteRig) -> None:
+    await booted(rig)
+    driver = rig.plugin()
+    await driver.ports()
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(20):
+        attachment = await attached(driver, await rig.import_twin(0))
+        await driver.detach(attachment.port, timeout=LIMIT_S)
+        rig.server.close()
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+async def test_a_node_that_cannot_be_made_is_refused_and_leaves_no_port(rig: RemoteRig) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(1, "Operation not permitted", str(path))
+
+    nodes = DeviceNodes(rig.devices, rig.path.parent / "nodes", refuse)
+    rig.tasks.append(rig.group.create_task(KernelService(rig.kernel, rig.path, nodes).run()))
+    await asyncio.sleep(0)
+    imported = await rig.import_twin(0)
+    driver = rig.plugin()
+    with pytest.raises(AttachRefused, match="not permitted"):
+        await attached(driver, imported)
+    assert await rig.is_free_on_server(imported.key)
+
+
+async def test_two_kernels_on_one_socket_are_refused(rig: RemoteRig) -> None:
+    await booted(rig)
+    with pytest.raises(FileExistsError, match="another simulated kernel"):
+        await KernelService(rig.kernel, rig.path).run()
+    assert await rig.plugin().ports()
+
+
+def test_a_successor_removes_what_was_left_and_nothing_else(tmp_path: Path) -> None:
+    devices, journal = tmp_path / "dev", tmp_path / "nodes"
+    DeviceNodes(devices, journal, Path.touch, Path.is_file).provide(ATTACHMENT)
+    other = devices / "bus/usb/003/003"
+    other.touch()
+    successor = DeviceNodes(devices, journal, Path.touch, Path.is_file)
+    successor.sweep()
+    assert [path for path in devices.rglob("*") if path.is_file()] == [other]
+
+
+def test_a_path_that_has_become_somebody_elses_is_left_alone(tmp_path: Path) -> None:
+    devices, journal = tmp_path / "dev", tmp_path / "nodes"
+    DeviceNodes(devices, journal, Path.touch, Path.is_file).provide(ATTACHMENT)
+    DeviceNodes(devices, journal, Path.touch, lambda _path: False).sweep()
+    assert (devices / "bus/usb/003/002").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="making device nodes needs CAP_MKNOD")
+def test_real_nodes_are_what_the_attachment_says(tmp_path: Path) -> None:
+    nodes = DeviceNodes(tmp_path / "dev", tmp_path / "nodes")
+    made = nodes.provide(ATTACHMENT).nodes[0]
+    path = tmp_path / "dev/bus/usb/003/002"
+    device = path.stat().st_rdev
+    assert (made.path, made.major, made.minor) == (NODE.path, os.major(device), os.minor(device))
+    with path.open("rb") as opened:
+        assert opened.read(3) == b"\0\0\0"
+    nodes.keep(())
+    assert not path.exists()
