@@ -45,6 +45,10 @@ def nodes_of(rig: RemoteRig) -> list[str]:
     return sorted(str(path.relative_to(rig.devices)) for path in rig.devices.rglob("*") if path.is_file())
 
 
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
 async def test_a_device_has_a_node_while_it_is_attached(rig: RemoteRig) -> None:
     await booted(rig)
     driver = rig.plugin()
@@ -133,12 +137,12 @@ async def test_file_descriptors_do_not_leak(rig: RemoteRig) -> None:
     await booted(rig)
     driver = rig.plugin()
     await driver.ports()
-    before = len(list(Path("/proc/self/fd").iterdir()))
+    before = open_files()
     for _ in range(20):
         attachment = await attached(driver, await rig.import_twin(0))
         await driver.detach(attachment.port, timeout=LIMIT_S)
         rig.server.close()
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert open_files() == before
 
 
 async def test_a_node_that_cannot_be_made_is_refused_and_leaves_no_port(rig: RemoteRig) -> None:
