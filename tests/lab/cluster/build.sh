@@ -1,10 +1,16 @@
 #!/bin/bash
-# build.sh: makes sure that kube-apiserver and etcd are there, and prints the directory they are in.
-# Taken from $KUBEBUILDER_ASSETS if set, else from the cache ($USBIP_PLUGIN_CACHE, default ~/.cache/usbip-plugin), else
-# built from Go modules into the cache: Go >= 1.26, about 5 minutes on 2 cores from an empty module cache.
+# build.sh [GROUP...]: makes sure that binaries of Kubernetes and its tools are there, and prints the directory they are in.
+#   apiserver   kube-apiserver etcd                            (the default)
+#   nodes       the rest of a control plane, kubelet, kubectl, containerd, runc, CNI plugins
+#   kind        kind, kubeadm, kube-proxy, coredns
+#   helm        helm
+# Kept in the cache ($USBIP_PLUGIN_CACHE, default ~/.cache/usbip-plugin), built from Go modules if they are not there:
+# Go >= 1.26 and, for runc, libseccomp-dev and pkg-config; about 12 minutes for all groups on 2 cores from an empty module
+# cache. apiserver alone may come from $KUBEBUILDER_ASSETS instead.
 set -euo pipefail
-K8S=1.37.2 ETCD=3.7.3
-if [ -n "${KUBEBUILDER_ASSETS:-}" ]; then
+K8S=1.37.2 ETCD=3.7.3 CONTAINERD=2.4.2 RUNC=1.5.2 CNI=1.9.1 KIND=0.33.0 COREDNS=1.14.6 HELM=3.22.0
+[ $# -gt 0 ] || set -- apiserver
+if [ "$*" = apiserver ] && [ -n "${KUBEBUILDER_ASSETS:-}" ]; then
   for c in kube-apiserver etcd; do
     [ -x "$KUBEBUILDER_ASSETS/$c" ] || { echo "KUBEBUILDER_ASSETS=$KUBEBUILDER_ASSETS has no $c" >&2; exit 1; }
   done
@@ -14,32 +20,97 @@ dir=${USBIP_PLUGIN_CACHE:-$HOME/.cache/usbip-plugin}/k8s
 mkdir -p "$dir/bin"
 exec 9>"$dir/build.lock"
 flock 9
-have() { [ -x "$dir/bin/$1" ]; }
-have kube-apiserver && have etcd && { echo "$dir/bin"; exit; }
-command -v go >/dev/null || { echo "go >= 1.26 is needed to build kube-apiserver and etcd, or set KUBEBUILDER_ASSETS to a directory that has them" >&2; exit 1; }
 work=$(mktemp -d "$dir/build.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 export CGO_ENABLED=0
 
-if ! have kube-apiserver; then
-  echo "building kube-apiserver $K8S" >&2
-  mkdir "$work/k8s"; cd "$work/k8s"
-  gomod=$(go mod download -json "k8s.io/kubernetes@v$K8S" | sed -n 's/.*"GoMod": "\(.*\)".*/\1/p')
-  { printf 'module cluster.test/k8s\n\ngo 1.26.0\n\nrequire k8s.io/kubernetes v%s\n\nreplace (\n' "$K8S"
-    sed -n 's#^\s*\(k8s.io/[a-z-]*\) => ./staging.*#\t\1 => \1 v0.'"${K8S#1.}"'#p' "$gomod"; echo ')'; } > go.mod
-  printf '//go:build tools\n\npackage k8s\n\nimport _ "k8s.io/kubernetes/cmd/kube-apiserver"\n' > tools.go
-  go mod tidy -e >tidy.log 2>&1 || true  # -e: test-only imports of staging modules do not resolve
-  v="-s -w -X k8s.io/component-base/version.gitVersion=v$K8S -X k8s.io/component-base/version.gitMajor=1"
-  v+=" -X k8s.io/component-base/version.gitMinor=$(echo "$K8S" | cut -d. -f2)"
-  go build -trimpath -ldflags "$v" -o "$work/kube-apiserver" k8s.io/kubernetes/cmd/kube-apiserver >&2 || { tail tidy.log >&2; exit 1; }
-  mv "$work/kube-apiserver" "$dir/bin/"
-fi
-if ! have etcd; then
-  echo "building etcd $ETCD" >&2
-  mkdir "$work/etcd"; cd "$work/etcd"
-  go mod init cluster.test/etcd >&2
-  go get "go.etcd.io/etcd/server/v3@v$ETCD" >&2
-  go build -trimpath -ldflags "-s -w" -o "$work/etcd.bin" go.etcd.io/etcd/server/v3 >&2
-  mv "$work/etcd.bin" "$dir/bin/etcd"
-fi
+have() { [ -x "$dir/bin/$1" ]; }
+
+need_go() {
+  command -v go >/dev/null && return
+  echo "go >= 1.26 is needed to build $1, or set KUBEBUILDER_ASSETS to a directory that has kube-apiserver and etcd" >&2
+  exit 1
+}
+
+# build NAME MODULE-DIR PACKAGE [go build flags]
+build() {
+  (cd "$2" && go build -trimpath "${@:4}" -o "$work/$1.bin" "$3" >&2)
+  mv "$work/$1.bin" "$dir/bin/$1"
+}
+
+# kubernetes NAME...: commands of k8s.io/kubernetes, whose staging modules are wanted in their published versions
+kubernetes() {
+  local name gomod missing=()
+  for name; do have "$name" || missing+=("$name"); done
+  [ ${#missing[@]} -gt 0 ] || return 0
+  need_go "${missing[*]}"
+  echo "building ${missing[*]} $K8S" >&2
+  if [ ! -e "$work/k8s/go.mod" ]; then
+    mkdir "$work/k8s"
+    gomod=$(go mod download -json "k8s.io/kubernetes@v$K8S" | sed -n 's/.*"GoMod": "\(.*\)".*/\1/p')
+    { printf 'module cluster.test/k8s\n\ngo 1.26.0\n\nrequire k8s.io/kubernetes v%s\n\nreplace (\n' "$K8S"
+      sed -n 's#^\s*\(k8s.io/[a-z-]*\) => ./staging.*#\t\1 => \1 v0.'"${K8S#1.}"'#p' "$gomod"; echo ')'; } >"$work/k8s/go.mod"
+    { printf '//go:build tools\n\npackage k8s\n\n'
+      for name in kube-apiserver kube-controller-manager kube-scheduler kube-proxy kubelet kubeadm kubectl; do
+        printf 'import _ "k8s.io/kubernetes/cmd/%s"\n' "$name"
+      done; } >"$work/k8s/tools.go"
+    # -e: test-only imports of staging modules do not resolve
+    (cd "$work/k8s" && go mod tidy -e >tidy.log 2>&1) || true
+  fi
+  local v=k8s.io/component-base/version flags
+  flags="-s -w -X $v.gitVersion=v$K8S -X $v.gitMajor=1 -X $v.gitMinor=$(cut -d. -f2 <<<"$K8S") -X $v.gitTreeState=clean"
+  for name in "${missing[@]}"; do
+    build "$name" "$work/k8s" "k8s.io/kubernetes/cmd/$name" -ldflags "$flags" || { tail "$work/k8s/tidy.log" >&2; exit 1; }
+  done
+}
+
+# command NAME MODULE@VERSION PACKAGE [go build flags]: one command of any other module
+command_of() {
+  have "$1" && return
+  need_go "$1"
+  echo "building $1 ${2##*@v}" >&2
+  local at=$work/${2%@*}
+  if [ ! -e "$at/go.mod" ]; then
+    mkdir -p "$at"
+    (cd "$at" && go mod init cluster.test/tool && go get "$2") >&2 2>"$work/get.log" || { cat "$work/get.log" >&2; exit 1; }
+  fi
+  (cd "$at" && go get "$3" 2>"$work/get.log") || { cat "$work/get.log" >&2; exit 1; }
+  build "$1" "$at" "$3" "${@:4}"
+}
+
+plain=(-ldflags "-s -w")
+for group; do
+  case $group in
+    apiserver)
+      kubernetes kube-apiserver
+      command_of etcd "go.etcd.io/etcd/server/v3@v$ETCD" go.etcd.io/etcd/server/v3 "${plain[@]}"
+      ;;
+    nodes)
+      kubernetes kube-controller-manager kube-scheduler kubelet kubectl
+      module=github.com/containerd/containerd/v2
+      for name in containerd containerd-shim-runc-v2 ctr; do
+        command_of "$name" "$module@v$CONTAINERD" "$module/cmd/$name" -tags no_btrfs,no_zfs,no_devmapper \
+          -ldflags "-s -w -X $module/version.Version=$CONTAINERD"
+      done
+      CGO_ENABLED=1 command_of runc "github.com/opencontainers/runc@v$RUNC" github.com/opencontainers/runc -tags seccomp \
+        -ldflags "-s -w -X main.version=$RUNC"
+      module=github.com/containernetworking/plugins
+      for name in main/ptp main/loopback ipam/host-local meta/portmap; do
+        command_of "${name#*/}" "$module@v$CNI" "$module/plugins/$name" "${plain[@]}"
+      done
+      ;;
+    kind)
+      kubernetes kubeadm kube-proxy
+      command_of kind "sigs.k8s.io/kind@v$KIND" sigs.k8s.io/kind "${plain[@]}"
+      command_of coredns "github.com/coredns/coredns@v$COREDNS" github.com/coredns/coredns "${plain[@]}"
+      ;;
+    helm)
+      # without these it takes itself for a client of Kubernetes 1.20, which the chart refuses
+      module=helm.sh/helm/v3 v=helm.sh/helm/v3/pkg/chartutil
+      command_of helm "$module@v$HELM" "$module/cmd/helm" \
+        -ldflags "-s -w -X $v.k8sVersionMajor=1 -X $v.k8sVersionMinor=$(cut -d. -f2 <<<"$K8S")"
+      ;;
+    *) echo "no such group: $group" >&2; exit 2 ;;
+  esac
+done
 echo "$dir/bin"
