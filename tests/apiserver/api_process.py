@@ -14,13 +14,24 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 ADMIN_TOKEN = "admin-token"
+AUDIT_LOG = "audit.log"
 START_S = 90.0
 STOP_S = 20.0
 _POLL_S = 0.1
 
+_AUDIT_POLICY = """
+apiVersion: audit.k8s.io/v1
+kind: Policy
+omitStages: [RequestReceived]
+rules:
+  - level: Metadata
+    userGroups: ["system:serviceaccounts:usbip-system"]
+  - level: None
+"""
 _OPENSSL_CONFIG = """
 [req]
 distinguished_name = dn
@@ -85,6 +96,11 @@ class Cluster:
         path.write_text(json.dumps(text), encoding="utf-8")
         return str(path)
 
+    def audited(self) -> list[dict[str, Any]]:
+        """What the plugin's ServiceAccount has asked for so far: audit.k8s.io/v1 Events, without bodies."""
+        lines = (self.directory / AUDIT_LOG).read_text(encoding="utf-8").splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
     def forget(self) -> None:
         """etcd forgets every version but the newest of each key, and the API server, restarted, its watch cache."""
         status = self._etcd("kv/range", {"key": "AA=="})
@@ -112,6 +128,7 @@ def running(directory: Path) -> Iterator[Cluster]:
     found = binaries()
     _make_keys(directory)
     (directory / "tokens.csv").write_text(f"{ADMIN_TOKEN},admin,admin,system:masters\n", encoding="ascii")
+    (directory / "audit.yaml").write_text(_AUDIT_POLICY, encoding="ascii")
     etcd_port, peer_port, port = free_port(), free_port(), free_port()
     etcd = _spawn(
         directory,
@@ -154,6 +171,8 @@ def start_api(directory: Path, found: Path, port: int, etcd_port: int) -> subpro
         "--bind-address=127.0.0.1",
         f"--secure-port={port}",
         "--shutdown-delay-duration=0s",
+        f"--audit-policy-file={directory / 'audit.yaml'}",
+        f"--audit-log-path={directory / AUDIT_LOG}",
     )
     try:
         _wait_ready(process, directory, port)
