@@ -336,6 +336,28 @@ async def test_a_node_without_any_allocatable_gets_its_first(
     assert after["status"]["allocatable"] == {"usbip.dev/stick": "1"}
 
 
+async def test_a_large_node_is_within_the_cost_limit(cluster: Cluster, tokens: NodeTokens, admin: KubeClient) -> None:
+    """An expression that costs too much refuses the write."""
+    name = f"n{uuid.uuid4().hex[:8]}-large"
+    body = node_object(name)
+    body["metadata"]["labels"] = {f"example.org/label-{i}": "x" * 63 for i in range(200)}
+    body["metadata"]["annotations"] = {f"example.org/annotation-{i}": "x" * 1000 for i in range(200)}
+    counts = {f"usbip.dev/stick-{i}": "1" for i in range(500)}
+    for part in ("capacity", "allocatable"):
+        body["status"][part].update({f"example.org/r-{i}": "1" for i in range(200)} | counts)
+    body["status"]["images"] = [
+        {"names": [f"example.org/{'a' * 60}/{i}@sha256:{'0' * 64}", f"example.org/{i}:latest"], "sizeBytes": i}
+        for i in range(200)
+    ]
+    body["status"]["volumesInUse"] = [f"kubernetes.io/csi/example.org^{'v' * 60}-{i}" for i in range(200)]
+    await create(admin, body, NODES)
+    client = await connect(cluster.kubeconfig(await tokens.of(name)))
+    try:
+        await patch_status(client, name, allocatable(dict.fromkeys(counts, "0")))
+    finally:
+        await client.close()
+
+
 async def test_events_about_pods_and_the_own_node(scene: Scene) -> None:
     await create(scene.by_a, event(scene.a), EVENTS)
     pod = {"kind": "Pod", "apiVersion": "v1", "name": "p", "namespace": "default"}
