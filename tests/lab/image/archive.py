@@ -1,4 +1,4 @@
-"""archive.py ROOTFS.TAR ARCHITECTURE NAME OUTPUT: one root file system as an image archive, as `docker save` writes it.
+"""archive.py ROOTFS.TAR ARCHITECTURE NAME OUTPUT [COMMAND]: one root file system as an image archive, as `docker save` writes it.
 
 `docker import` cannot say the architecture of what it imports; an archive can.
 """
@@ -15,14 +15,16 @@ from pathlib import Path
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
-def write_archive(rootfs: Path, architecture: str, name: str, output: Path) -> None:
+def write_archive(rootfs: Path, architecture: str, name: str, output: Path, command: str = "python3") -> None:
     """Writes `output`, which holds one image `name` of one layer, the uncompressed tar `rootfs`."""
     with rootfs.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    # buildah finds an arm64 image by its variant, too
+    platform = {"architecture": architecture} | ({"variant": "v8"} if architecture == "arm64" else {})
     config = json.dumps({
-        "architecture": architecture,
+        **platform,
         "os": "linux",
-        "config": {"Env": [f"PATH={PATH}"], "Cmd": ["python3"]},
+        "config": {"Env": [f"PATH={PATH}"], "Cmd": [command]},
         "rootfs": {"type": "layers", "diff_ids": [f"sha256:{digest}"]},
         "history": [{"created_by": "mmdebstrap"}],
     }).encode()
@@ -37,6 +39,6 @@ def write_archive(rootfs: Path, architecture: str, name: str, output: Path) -> N
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 5:
+    if len(sys.argv) not in (5, 6):
         sys.exit(__doc__)
-    write_archive(Path(sys.argv[1]), sys.argv[2], sys.argv[3], Path(sys.argv[4]))
+    write_archive(Path(sys.argv[1]), sys.argv[2], sys.argv[3], Path(sys.argv[4]), *sys.argv[5:])
