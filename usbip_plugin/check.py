@@ -18,7 +18,8 @@ from typing import Any
 from usbip_plugin.clock import Clock
 from usbip_plugin.config import Config, Match, matches
 from usbip_plugin.errors import ConfigError, KubeForbidden, PluginError
-from usbip_plugin.model import Descriptor, ServerKey
+from usbip_plugin.locks.record import LOCK_LABELS
+from usbip_plugin.model import DEVICE_ID_PREFIX, Descriptor, ServerKey
 from usbip_plugin.observe.events import KubeRequests
 from usbip_plugin.vhci.driver import DriverReport
 
@@ -27,6 +28,8 @@ CHECK_TIMEOUT_S = 8.0
 REQUEST_TIMEOUT_S = 5.0
 CONNECT_TIMEOUT_S = 2.0
 MAX_DEVICES_SHOWN = 20
+# A lock's name that no device has: all a's is no digest anybody will meet.
+PROBE_LOCK = DEVICE_ID_PREFIX + "a" * 20
 
 
 class Status(enum.Enum):
@@ -229,6 +232,42 @@ async def api_check(kube: KubeRequests, permissions: Sequence[Permission]) -> li
         text = "\n".join(f"forbidden: {permission}" for permission in missing)
         return [Finding("API server", Status.FAIL, text, "grant it to the ServiceAccount: kubectl apply -f rbac/")]
     return [Finding("API server", Status.OK, f"answers; all {len(permissions)} permissions are granted")]
+
+
+async def admission_check(kube: KubeRequests, namespace: str, node: str) -> list[Finding]:
+    """Whether this account can write in the name of this node, and in the name of others. Dry runs, nothing is kept."""
+    name = "admission policy"
+    own, other = [await _refused(kube, namespace, holder) for holder in (node, f"not-{node}")]
+    if own is not None:
+        if not own.by_policy:
+            return []  # without the right to create, which api_check reports, nothing can be found out
+        return [Finding(name, Status.FAIL, str(own), f"run as a pod on node {node}, or with its --node-name")]
+    if other is None:
+        cure = "for the plugin's ServiceAccount: kubectl apply -f rbac/40-admission.yaml, which must name it"
+        return [Finding(name, Status.WARN, "this account may write locks in any node's name", cure)]
+    return [Finding(name, Status.OK, f"this account writes in the name of {node} only")]
+
+
+async def _refused(kube: KubeRequests, namespace: str, holder: str) -> KubeForbidden | None:
+    """The refusal of a lock in holder's name, None if it would be written."""
+    body = {
+        "apiVersion": "coordination.k8s.io/v1",
+        "kind": "Lease",
+        "metadata": {"name": PROBE_LOCK, "namespace": namespace, "labels": dict(LOCK_LABELS)},
+        "spec": {"holderIdentity": holder},
+    }
+    try:
+        await kube.request(
+            "create",
+            f"/apis/coordination.k8s.io/v1/namespaces/{namespace}/leases",
+            resource="leases.coordination.k8s.io",
+            params={"dryRun": "All"},
+            body=body,
+            timeout=REQUEST_TIMEOUT_S,
+        )
+    except KubeForbidden as error:
+        return error
+    return None
 
 
 def _review(permission: Permission) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from usbip_plugin.check import (
     Check,
     Finding,
     Status,
+    admission_check,
     api_check,
     config_findings,
     driver_findings,
@@ -34,7 +35,7 @@ DEVLIST_TIMEOUT = 5.0
 
 
 async def check_node(options: Options, loaded: Loaded | ConfigError) -> tuple[str, int]:
-    """The report for people and the exit status: 0 if nothing fails. Touches nothing."""
+    """The report for people and the exit status: 0 if nothing fails. Changes nothing."""
     clock = SystemClock()
     config = Config(()) if isinstance(loaded, ConfigError) else loaded.config
     known = loaded if isinstance(loaded, ConfigError) else (loaded.config, loaded.warnings)
@@ -53,7 +54,8 @@ async def check_node(options: Options, loaded: Loaded | ConfigError) -> tuple[st
                 needed = permissions_needed(
                     options.namespace, options.node, publish_node_status=config.publish_node_status
                 )
-                return await api_check(kube, needed)
+                granted = await api_check(kube, needed)
+                return [*granted, *await admission_check(kube, options.namespace, options.node)]
             finally:
                 await kube.close()
 

@@ -218,10 +218,12 @@ class KubeUnauthorized(KubeError):
 
 
 class KubeForbidden(KubeError):
-    """403: the ServiceAccount lacks the verb on the resource."""
+    """403: the ServiceAccount lacks the verb on the resource, or an admission policy refused this very write."""
 
     def __init__(self, verb: str, resource: str, message: str) -> None:
-        super().__init__(verb, resource, f"forbidden; grant it to the ServiceAccount, see rbac/: {message}")
+        self.by_policy = "ValidatingAdmissionPolicy" in message
+        cure = "" if self.by_policy else "; grant it to the ServiceAccount, see rbac/"
+        super().__init__(verb, resource, f"forbidden{cure}: {message}")
 
 
 class KubeNotFound(KubeError):

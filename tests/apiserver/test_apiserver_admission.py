@@ -273,6 +273,7 @@ async def test_an_attack_is_refused_by_the_rule_made_for_it(scene: Scene, name: 
     with pytest.raises(KubeForbidden) as refused:
         await attack(scene)
     assert rule in str(refused.value)
+    assert "grant it" not in str(refused.value), "no right would help"
 
 
 async def test_a_token_of_no_node_may_write_nothing(scene: Scene) -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from api_process import Cluster
+from api_process import ADMIN_TOKEN, Cluster
 from node_tokens import ACCOUNT, NAMESPACE, NodeTokens
 
 from usbip_plugin.kube import KubeClient
@@ -87,13 +87,21 @@ async def test_a_missing_right_is_named_with_verb_and_resource(powerless: str) -
 
 
 async def test_check_knows_what_the_shipped_rights_are_and_what_is_missing(
-    cluster: Cluster, account_token: str, powerless: str, tmp_path: Path
+    cluster: Cluster, tokens: NodeTokens, powerless: str, tmp_path: Path
 ) -> None:
     config = tmp_path / "config.yaml"
     config.write_text("resources: {stick: [{target: {host: 127.0.0.1, port: 9}, selector: {bus_id: 1-1}}]}\n")
     common = ("--config", str(config), "--namespace", NAMESPACE, "--node-name", "node-a")
-    _status, granted, _err = await command("check", "--kubeconfig", cluster.kubeconfig(account_token), *common)
+    _status, granted, _err = await command(
+        "check", "--kubeconfig", cluster.kubeconfig(await tokens.of("node-a")), *common
+    )
     assert "ok    API server: answers; all" in granted, f"rights of {ACCOUNT}"
+    assert "ok    admission policy: this account writes in the name of node-a only" in granted
+    status, elsewhere, _err = await command("check", "--kubeconfig", cluster.kubeconfig(await tokens.of("b")), *common)
+    assert status == 1
+    assert "FAIL  admission policy: " in elsewhere
+    _status, admin, _err = await command("check", "--kubeconfig", cluster.kubeconfig(ADMIN_TOKEN), *common)
+    assert "warn  admission policy: this account may write locks in any node's name" in admin.replace("WARN", "warn")
     status, denied, _err = await command("check", "--kubeconfig", powerless, *common)
     assert status == 1
     assert "forbidden: update leases.coordination.k8s.io" in denied

@@ -210,3 +210,39 @@ async def test_an_api_server_that_refuses_the_question_or_is_away() -> None:
         return await check.api_check(away, permissions)
 
     assert statuses(await check.run_checks([("API server", ask)], SystemClock())) == [Status.FAIL]
+
+
+class Policy:
+    """An API server that takes locks in the name of `allowed` only; None: of anybody."""
+
+    def __init__(self, allowed: str | None, *, by_policy: bool = True) -> None:
+        self.allowed, self.by_policy = allowed, by_policy
+
+    async def request(
+        self,
+        verb: str,
+        path: str,
+        *,
+        resource: str,
+        params: Mapping[str, str] | None = None,
+        body: Any = None,
+        content_type: str = "application/json",
+        timeout: float,
+    ) -> dict[str, Any]:
+        assert params == {"dryRun": "All"}, "a check changes nothing"
+        if self.allowed not in (None, body["spec"]["holderIdentity"]):
+            reason = "ValidatingAdmissionPolicy denied request" if self.by_policy else "no such right"
+            raise KubeForbidden(verb, resource, reason)
+        return {}
+
+
+async def test_the_admission_policy_is_tried_with_the_own_node_and_another() -> None:
+    (fine,) = await check.admission_check(Policy("node-a"), "n", "node-a")
+    assert fine.status is Status.OK
+    (missing,) = await check.admission_check(Policy(None), "n", "node-a")
+    assert missing.status is Status.WARN
+    assert "rbac/40-admission.yaml" in missing.cure
+    (elsewhere,) = await check.admission_check(Policy("node-b"), "n", "node-a")
+    assert elsewhere.status is Status.FAIL
+    assert "node-a" in elsewhere.cure
+    assert await check.admission_check(Policy("", by_policy=False), "n", "node-a") == []
