@@ -51,8 +51,11 @@ for i in $(seq "$NODES"); do
   for chain in OUTPUT PREROUTING; do
     "${inside[@]}" iptables -t nat -A "$chain" -d 10.96.0.1 -p tcp --dport 443 -j DNAT --to-destination 10.89.0.1:6443
   done
-  # what a pod says outside its node comes from the node
-  "${inside[@]}" iptables -t nat -A POSTROUTING -s "10.90.$i.0/24" -o eth0 -j MASQUERADE
+  # pods of one node reach those of the other
+  for j in $(seq "$NODES"); do
+    [ "$i" = "$j" ] || "${inside[@]}" ip route add "10.90.$j.0/24" via "10.89.0.1$j"
+  done
+  "${inside[@]}" iptables -t nat -A POSTROUTING -s "10.90.$i.0/24" ! -d 10.90.0.0/16 -o eth0 -j MASQUERADE
 done
 
 # The control plane.
