@@ -30,7 +30,8 @@ for shim in $(pgrep -f 'containerd-shim-runc-v2' || true); do
 done
 for number in 1 2; do
   for procs in $(find /sys/fs/cgroup -path "*/usbiplab-$number/*" -name cgroup.procs 2>/dev/null); do
-    while read -r pid; do kill -KILL "$pid" 2>/dev/null && running+=("$pid"); done <"$procs"
+    # it may be gone by now
+    for pid in $(cat "$procs" 2>/dev/null); do kill -KILL "$pid" 2>/dev/null && running+=("$pid"); done
   done
 done
 gone
@@ -50,4 +51,4 @@ if [ -e /sys/class/net/usbiplab0 ]; then
 fi
 awk -v at="$state/" 'index($2, at) == 1 {print $2}' /proc/self/mounts | sort -r | while read -r mounted; do umount -l "$mounted"; done
 rm -rf "$state"/etcd "$state"/certs "$state"/*.pid "$state"/*.token "$state"/tokens.csv "$state"/sa.key "$state"/*.kubeconfig \
-  "$state"/node-*/{kubelet,containerd,containerd.run,containerd.sock*,certs,cdi,vhci,devbus,ipam,*.pid,kubeconfig}
+  "$state"/node-*/{kubelet,containerd,containerd.run,containerd.sock*,certs,cdi,vhci,devbus,netns,ipam,*.pid,kubeconfig}

@@ -66,7 +66,7 @@ case $verb in
         [ ! -f "$tree/$file" ] || [ -f /sys/fs/cgroup/cgroup.controllers ] || cat "$tree/$file" >"$tree/usbiplab-$number/$file"
       done
     done
-    mkdir -p /var/lib/kubelet /run/vhci_hcd /run/cdi /dev/bus/usb
+    mkdir -p /var/lib/kubelet /run/vhci_hcd /run/cdi /run/netns /dev/bus/usb
     # the node's mounts live as long as this process: the kubelet's directories are constants, so each node has its own behind them
     rm -f "$node/mounted"
     setsid nohup unshare --mount --propagation private bash -euc "
@@ -74,6 +74,7 @@ case $verb in
       mount --bind '$node/vhci' /run/vhci_hcd
       mount --bind '$node/cdi' /run/cdi
       mount --bind '$node/devbus' /dev/bus/usb
+      mount --bind '$node/netns' /run/netns
       mount --make-rshared /
       echo \$\$ >'$node/holder.pid'
       touch '$node/mounted'

@@ -112,7 +112,7 @@ printf '%s\n' "$state/pause.tar" ${images[0]+"${images[@]}"} >images
 # The nodes.
 for i in $(seq "$NODES"); do
   node=$state/node-$i
-  mkdir -p "$node"/{kubelet/device-plugins,cni,certs,cdi,vhci,devbus,logs}
+  mkdir -p "$node"/{kubelet/device-plugins,cni,certs,cdi,vhci,devbus,netns,logs}
   kubeconfig "$(cat "node-$i.token")" >"$node/kubeconfig"
   chmod 600 "$node/kubeconfig"
   cat >"$node/containerd.toml" <<T
