@@ -226,6 +226,10 @@ ATTACKS: dict[str, tuple[str, Attack]] = {
         ABOUT,
         created(lambda s: event(s.a, regarding={"kind": "Node", "name": s.b}), EVENTS),
     ),
+    "an event about a thing of no kind": (
+        ABOUT,
+        created(lambda s: event(s.a, regarding={"name": s.a, "namespace": "default"}), EVENTS),
+    ),
     "an event about something else": (
         ABOUT,
         created(lambda s: event(s.a, regarding={"kind": "Service", "name": "x", "namespace": "default"}), EVENTS),
