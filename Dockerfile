@@ -3,7 +3,7 @@
 #   docker buildx build --platform linux/amd64,linux/arm64 -t usbip-plugin .
 # Nothing is run in the final stage, and the builder runs on the build machine, so a foreign architecture needs no emulation.
 #
-# BASE      what the plugin runs on: glibc, python3 >= 3.11, nothing else
+# BASE      what the plugin runs on: glibc, libstdc++, python3 >= 3.11, nothing else
 # BUILDER   the same Python for the build machine; python3 alone will do if a wheel of pip is in wheels/
 # PIP_*     as pip has them. Without an index: put all wheels, setuptools' too, into wheels/ and give PIP_NO_INDEX=1
 # VERSION   the project's version, for the label; the build compares
@@ -44,6 +44,7 @@ RUN set -eu; \
       >requirements.txt; \
     python3 -m pip install --quiet --no-compile --only-binary=:all: $platforms --target lib -r requirements.txt; \
     rm -rf lib/bin; \
+    find lib -maxdepth 1 -type f -not -name '*.py' -not -name '*.so' -delete; \
     find lib -type d \( -name tests -o -name test -o -name testing \) -prune -exec rm -rf {} +; \
     find lib -type f \( -name '*.pyx' -o -name '*.pxd' -o -name '*.pxi' -o -name '*.pyi' -o -name '*.c' -o -name '*.h' \) -delete; \
     python3 -m compileall -q -j 0 -o 2 --invalidation-mode unchecked-hash -s /build -p /opt/usbip-plugin /build/lib

@@ -1,5 +1,6 @@
-"""archive.py ROOTFS.TAR ARCHITECTURE NAME OUTPUT [COMMAND]: one root file system as an image archive, as `docker save` writes it.
+"""archive.py ROOTFS.TAR ARCHITECTURE NAME OUTPUT [COMMAND]: one root file system as an image archive.
 
+The archive is such as `docker save` writes.
 `docker import` cannot say the architecture of what it imports; an archive can.
 """
 
@@ -21,13 +22,15 @@ def write_archive(rootfs: Path, architecture: str, name: str, output: Path, comm
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     # buildah finds an arm64 image by its variant, too
     platform = {"architecture": architecture} | ({"variant": "v8"} if architecture == "arm64" else {})
-    config = json.dumps({
-        **platform,
-        "os": "linux",
-        "config": {"Env": [f"PATH={PATH}"], "Cmd": [command]},
-        "rootfs": {"type": "layers", "diff_ids": [f"sha256:{digest}"]},
-        "history": [{"created_by": "mmdebstrap"}],
-    }).encode()
+    config = json.dumps(
+        {
+            **platform,
+            "os": "linux",
+            "config": {"Env": [f"PATH={PATH}"], "Cmd": [command]},
+            "rootfs": {"type": "layers", "diff_ids": [f"sha256:{digest}"]},
+            "history": [{"created_by": "mmdebstrap"}],
+        }
+    ).encode()
     config_name = f"{hashlib.sha256(config).hexdigest()}.json"
     manifest = json.dumps([{"Config": config_name, "RepoTags": [name], "Layers": [f"{digest}/layer.tar"]}]).encode()
     with tarfile.open(output, "w") as archive:

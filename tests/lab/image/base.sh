@@ -22,7 +22,7 @@ if [ ! -e "$archive" ]; then
   work=$(mktemp -d "$cache/work.XXXXXX")
   trap 'rm -rf "$work"' EXIT
   mmdebstrap --quiet --architectures="$arch" --variant="$variant" \
-    --include=python3-minimal,python3,ca-certificates,base-files,coreutils,dash,libc-bin \
+    --include=python3-minimal,python3,ca-certificates,base-files,coreutils,dash,libc-bin,libstdc++6 \
     --aptopt='Acquire::Languages "none"' \
     --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
     --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-include=/usr/share/doc/*/copyright' \

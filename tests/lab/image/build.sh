@@ -55,6 +55,9 @@ trap 'rm -rf "$work"' EXIT
 # exactly what .dockerignore lets through, so that nothing else of the checkout costs time
 mkdir "$work/context"
 cp -r "$root"/{Dockerfile,.dockerignore,pyproject.toml,README.md,LICENSE,usbip_plugin} "$work/context/"
+# Only BuildKit says which machine it builds on. buildah 1.28 takes the first stage's platform for the last one, too.
+sed -i "s|\${BUILDPLATFORM:-linux/amd64}|linux/$native|" "$work/context/Dockerfile"
+[ "$builder" = docker ] || sed -i "s|^FROM \${BASE}|FROM --platform=linux/$arch \${BASE}|" "$work/context/Dockerfile"
 arguments=(--build-arg "VERSION=$version")
 [ -z "$base" ] || arguments+=(--build-arg "BASE=$base")
 
@@ -71,7 +74,6 @@ if [ -n "$offline" ]; then
     if [ "$builder" = docker ]; then "$docker" load --quiet --input "$archive" >/dev/null
     else bud pull --quiet --platform "linux/$wanted" "docker-archive:$archive" >/dev/null; fi
   done
-  # both architectures' wheels: setuptools and pip run on this machine
   mkdir "$work/context/wheels"
   wheels=$("$here/wheels.sh" "$arch" 3.11)
   cp "$wheels"/*.whl "$work/context/wheels/"
@@ -91,7 +93,7 @@ case $builder in
     ;;
   buildah)
     [ -z "$offline" ] || arguments+=(--pull=never)
-    bud build --layers --platform "linux/$arch" --build-arg "TARGETARCH=$arch" --build-arg "BUILDPLATFORM=linux/$native" \
+    bud build --layers --platform "linux/$arch" --build-arg "TARGETARCH=$arch" \
       "${arguments[@]}" --tag "$full" "$work/context"
     built=$(bud inspect --type image --format '{{.OCIv1.Architecture}}' "$full")
     ;;

@@ -1,0 +1,243 @@
+"""The built image, whichever tool built it: IMAGE_ARCHIVE names what `docker save` or build.sh --output wrote.
+
+Its programs run confined (confine.py), which needs root. A foreign architecture runs under qemu-user-static.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import usbip_plugin
+
+HERE = Path(__file__).parent
+RUN_SECONDS = 120
+EMULATED_SECONDS = 600
+OUR_MEGABYTES = 90
+MACHINES = {"amd64": ("x86_64", 62), "arm64": ("aarch64", 183)}  # as uname has it, as ELF has it
+HOME = Path("opt/usbip-plugin")
+COMPILERS = ("cc", "gcc", "g++", "clang", "tcc", "rustc", "go", "make", "ld")
+
+# run in the image: imports every module of the plugin, then says which modules did not come from current bytecode
+STALE_MODULES = """
+import importlib, importlib.util, pkgutil, sys
+from usbip_plugin import _narrow
+_narrow.install()
+import usbip_plugin
+for module in pkgutil.walk_packages(usbip_plugin.__path__, "usbip_plugin."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+seen = 0
+for name, module in sorted(sys.modules.items()):
+    spec = getattr(module, "__spec__", None)
+    if spec is None or not (spec.origin or "").endswith(".py"):
+        continue
+    seen += 1
+    try:
+        code = open(spec.cached, "rb").read(16)
+    except OSError:
+        print(name, "has no bytecode")
+        continue
+    source = importlib.util.source_hash(open(spec.origin, "rb").read())
+    if code[:4] != importlib.util.MAGIC_NUMBER or not code[4] & 1 or code[8:16] != source:
+        print(name, "has stale bytecode, or such that goes by the clock")
+print("modules:", seen)
+"""
+
+UNWRITABLE = """
+import os
+for directory in ("/", "/opt/usbip-plugin/lib", os.path.dirname(os.__file__)):
+    try:
+        open(directory + "/written", "w")
+    except OSError as error:
+        print(error.strerror)
+print(open("/proc/self/status").read())
+"""
+
+
+@dataclass(frozen=True)
+class Image:
+    """An unpacked image: its root file system, its configuration (OCI), the bytes of each layer's files."""
+
+    root: Path
+    config: dict[str, object]
+    architecture: str
+    layer_bytes: list[int]
+
+    def settings(self) -> dict[str, object]:
+        found = self.config["config"]
+        assert isinstance(found, dict)
+        return found
+
+    def environment(self) -> dict[str, str]:
+        pairs = self.settings()["Env"]
+        assert isinstance(pairs, list)
+        return dict(pair.split("=", 1) for pair in pairs)
+
+    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
+        """Runs it confined, and answers how that went; stderr is part of stdout."""
+        machine, _ = MACHINES[self.architecture]
+        emulator = ""
+        if machine != platform.machine():
+            emulator = shutil.which(f"qemu-{machine}-static") or ""
+            if not emulator:
+                pytest.skip(f"qemu-{machine}-static is missing: apt-get install qemu-user-static")
+        confine = [sys.executable, str(HERE / "confine.py"), str(self.root), emulator, json.dumps(self.environment())]
+        return subprocess.run(
+            ["unshare", "--mount", "--net", "--pid", "--fork", "--kill-child", *confine, *command],
+            check=False,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            timeout=EMULATED_SECONDS if emulator else RUN_SECONDS,
+        )
+
+    def entry(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """What `docker run IMAGE ARGUMENTS` does."""
+        entrypoint = self.settings()["Entrypoint"]
+        assert isinstance(entrypoint, list)
+        return self.run(*entrypoint, *arguments)
+
+
+@pytest.fixture(scope="session")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
+    given = os.environ.get("IMAGE_ARCHIVE")
+    if not given:
+        pytest.fail("IMAGE_ARCHIVE names no image; make one: tests/lab/image/build.sh --output image.tar")
+    if os.geteuid() != 0:
+        pytest.fail("the image's programs are run in a chroot: root is needed")
+    root = tmp_path_factory.mktemp("image")
+    root.chmod(0o755)
+    sizes = []
+    with tarfile.open(given) as archive:
+
+        def read(name: str) -> object:
+            stream = archive.extractfile(name)
+            assert stream is not None
+            return json.load(stream)
+
+        manifest = read("manifest.json")
+        assert isinstance(manifest, list)
+        config = read(manifest[0]["Config"])
+        assert isinstance(config, dict)
+        for layer in manifest[0]["Layers"]:
+            with tarfile.open(fileobj=archive.extractfile(layer)) as files:
+                sizes.append(sum(member.size for member in files if member.isfile()))
+                # Python 3.11.2 has no filters yet
+                files.extraction_filter = getattr(tarfile, "fully_trusted_filter", None)
+                files.extractall(root)
+    yield Image(root, config, config["architecture"], sizes)
+    shutil.rmtree(root)
+
+
+def test_labels_tell_title_licence_and_the_projects_version(image: Image) -> None:
+    labels = image.settings()["Labels"]
+    assert isinstance(labels, dict)
+    prefix = "org.opencontainers.image."
+    assert labels[f"{prefix}title"] == "usbip-plugin"
+    assert labels[f"{prefix}licenses"] == "Apache-2.0"
+    assert labels[f"{prefix}version"] == usbip_plugin.__version__
+
+
+def test_entry_point_is_the_plugin_as_root(image: Image) -> None:
+    settings = image.settings()
+    assert settings["Entrypoint"] == ["python3", "-m", "usbip_plugin"]
+    assert settings.get("User", "") in ("", "0")
+    ran = image.entry("--version")
+    assert (ran.returncode, ran.stdout) == (0, f"usbip-plugin {usbip_plugin.__version__}\n")
+
+
+def test_usbip_plugin_is_a_command(image: Image) -> None:
+    script = image.root / HOME / "bin/usbip-plugin"
+    assert script.stat().st_mode & 0o777 == 0o755
+    assert script.read_text(encoding="utf-8").startswith("#!/usr/bin/env python3\n")
+    assert str(Path("/") / HOME / "bin") in image.environment()["PATH"].split(":")
+    ran = image.run("python3", f"/{HOME}/bin/usbip-plugin", "--help")
+    assert ran.returncode == 0, ran.stdout
+    assert "run the plugin on this node" in ran.stdout
+
+
+def test_project_is_installed_not_linked(image: Image) -> None:
+    library = image.root / HOME / "lib"
+    assert not [*library.glob("*.pth"), *library.glob("*.egg-link"), *library.glob("__editable__*")]
+    metadata = next(library.glob("usbip_plugin-*.dist-info/METADATA")).read_text(encoding="utf-8")
+    assert re.search(r"^Version: (.*)$", metadata, re.MULTILINE)[1] == usbip_plugin.__version__  # type: ignore[index]
+    assert (library / "usbip_plugin/__init__.py").is_file()
+
+
+def test_no_compiler_no_pip_no_tests(image: Image) -> None:
+    directories = [image.root / directory.lstrip("/") for directory in image.environment()["PATH"].split(":")]
+    assert not [name for name in COMPILERS for directory in directories if (directory / name).exists()]
+    library = image.root / HOME / "lib"
+    ours = {path.name for path in library.iterdir()}
+    assert ours.isdisjoint({"pip", "setuptools", "wheel", "rich", "pytest", "bin"})
+    assert not [path for path in library.rglob("tests") if path.is_dir()]
+    # Python's own image, the default base, brings a pip; what we make from Debian packages has none
+    assert not list(image.root.glob("usr/lib/python3/dist-packages/pip"))
+
+
+def test_every_module_comes_from_current_bytecode(image: Image) -> None:
+    ran = image.run("python3", "-c", STALE_MODULES)
+    assert ran.returncode == 0, ran.stdout
+    *stale, last = ran.stdout.splitlines()
+    assert not stale
+    assert int(last.removeprefix("modules: ")) > 300
+
+
+def test_runs_without_capabilities_on_a_read_only_root(image: Image) -> None:
+    ran = image.run("python3", "-c", UNWRITABLE)
+    assert ran.stdout.count("Read-only file system\n") == 3, ran.stdout
+    for of_what in ("CapPrm", "CapEff", "CapBnd"):
+        assert re.search(rf"^{of_what}:\s+0+$", ran.stdout, re.MULTILINE), ran.stdout
+
+
+def test_demo_keeps_its_promises(image: Image) -> None:
+    ran = image.entry("demo")
+    assert ran.returncode == 0, ran.stdout
+    kept = re.search(r"^(\d+) of (\d+) promises held$", ran.stdout, re.MULTILINE)
+    assert kept, ran.stdout
+    assert kept[1] == kept[2]
+
+
+def test_run_without_a_configuration_tells_where_and_what(image: Image) -> None:
+    ran = image.entry("run", "--node-name", "n")
+    assert ran.returncode == 2
+    assert "/etc/usbip-device-plugin/config.yaml" in ran.stdout
+    assert "Traceback" not in ran.stdout
+
+
+def test_tracing_finds_its_entry_points(image: Image) -> None:
+    code = "from importlib.metadata import entry_points as e; print(len(e(group='opentelemetry_context')))"
+    ran = image.run("python3", "-c", code)
+    assert (ran.returncode, ran.stdout) == (0, "1\n")
+
+
+def test_libraries_are_of_the_images_architecture(image: Image) -> None:
+    _, wanted = MACHINES[image.architecture]
+    libraries = [path for path in (image.root / HOME).rglob("*.so*") if path.is_file()]
+    assert len(libraries) > 5
+    for path in libraries:
+        with path.open("rb") as stream:
+            head = stream.read(20)
+        assert head[:4] == b"\x7fELF"
+        assert int.from_bytes(head[18:20], "little") == wanted, path
+
+
+def test_our_layers_are_small(image: Image) -> None:
+    total = sum(path.lstat().st_size for path in (image.root / HOME).rglob("*") if path.is_file())
+    total += sum(path.stat().st_size for path in image.root.glob("usr/**/*.opt-2.pyc"))
+    layers = [round(size / 1e6, 1) for size in image.layer_bytes]
+    print(f"{image.architecture}: {total / 1e6:.1f} MB without the base; layers {layers}")
+    assert total <= OUR_MEGABYTES * 1e6
