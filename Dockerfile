@@ -31,8 +31,10 @@ RUN set -eu; stdlib=$(python3 -c 'import sysconfig; print(sysconfig.get_path("st
 COPY pyproject.toml wheels* ./wheels/
 ARG TARGETARCH
 RUN set -eu; \
-    python3 -m pip --version >/dev/null 2>&1 || \
+    if ! python3 -m pip --version >/dev/null 2>&1; then \
+      [ -e wheels/pip-*.whl ] || { echo "BUILDER has no pip: take one with pip, or put a wheel of pip into wheels/" >&2; exit 1; }; \
       python3 "$(echo wheels/pip-*.whl)/pip" install --quiet --no-index wheels/pip-*.whl; \
+    fi; \
     case "${TARGETARCH:-$(uname -m)}" in \
       amd64 | x86_64) machine=x86_64 ;; \
       arm64 | aarch64) machine=aarch64 ;; \

@@ -27,6 +27,7 @@ EMULATED_SECONDS = 600
 OUR_MEGABYTES = 90
 MACHINES = {"amd64": ("x86_64", 62), "arm64": ("aarch64", 183)}  # as uname has it, as ELF has it
 HOME = Path("opt/usbip-plugin")
+WHITEOUT = ".wh."  # in a layer: the file of this name in the layers below is gone
 COMPILERS = ("cc", "gcc", "g++", "clang", "tcc", "rustc", "go", "make", "ld")
 
 # run in the image: imports every module of the plugin, then says which modules did not come from current bytecode
@@ -138,6 +139,13 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
                 # Python 3.11.2 has no filters yet
                 files.extraction_filter = getattr(tarfile, "fully_trusted_filter", None)
                 files.extractall(root)
+            for whiteout in root.rglob(f"{WHITEOUT}*"):
+                gone = whiteout.with_name(whiteout.name.removeprefix(WHITEOUT))
+                whiteout.unlink()
+                if gone.is_dir() and not gone.is_symlink():
+                    shutil.rmtree(gone)
+                else:
+                    gone.unlink(missing_ok=True)
     yield Image(root, config, config["architecture"], sizes)
     shutil.rmtree(root)
 
