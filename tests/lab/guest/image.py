@@ -22,6 +22,7 @@ MODULES = (
     *("usbip-core", "usbip-host", "vhci-hcd", "usbip-vudc"),
     *("dummy_hcd", "libcomposite", "usb_f_acm", "usb_f_mass_storage", "usb_f_hid"),
     *("loop", "veth", "bridge", "dummy", "ext4", "vfat", "fuse", "tls"),
+    *("nf_tables", "nft_compat", "nft_chain_nat", "xt_nat", "xt_tcpudp"),
 )
 
 

@@ -6,7 +6,7 @@
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/usbip-plugin/guest
-tools=(busybox-static usbip libwrap0)
+tools=(busybox-static usbip libwrap0 apparmor)
 
 say() { echo "setup: $*" >&2; }
 
@@ -38,9 +38,9 @@ kernel=${KERNEL:-$(newest_kernel)}
 [ -n "$kernel" ] || { say "apt knows no linux-image-*-amd64; set KERNEL"; exit 1; }
 for package in "$kernel" "${tools[@]}"; do fetch "$package"; done
 
-if ! [ -e "$cache/tools/.done" ]; then
+if [ "$(cat "$cache/tools/.done" 2>/dev/null)" != "${tools[*]}" ]; then
   for package in "${tools[@]}"; do dpkg-deb -x "$cache/debs/${package}"_*.deb "$cache/tools"; done
-  touch "$cache/tools/.done"
+  echo "${tools[*]}" >"$cache/tools/.done"
 fi
 
 # The image depends on the kernel and on the two files it is made by.

@@ -2,6 +2,7 @@
 # which engine_stop ends. Sets DOCKER_HOST then.
 # shellcheck shell=bash
 engine_cache=${USBIP_PLUGIN_CACHE:-$HOME/.cache/usbip-plugin}/kind
+engine_here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 engine_started=
 ENGINE_TENTHS=600
 
@@ -21,7 +22,7 @@ engine_start() {
     sysctl -qw fs.inotify.max_user_instances=1024 fs.inotify.max_user_watches=524288 || true
     # in a sandbox without CAP_SYS_RESOURCE nothing may raise a limit or lower an OOM score
     if ! unshare --fork prlimit --pid $$ --nofile=1048577:1048577 true 2>/dev/null; then
-      arguments+=(--oom-score-adjust=0 --add-runtime "nores=$(dirname "${BASH_SOURCE[0]}")/runc-nores" --default-runtime nores)
+      arguments+=(--oom-score-adjust=0 --add-runtime "nores=$engine_here/runc-nores" --default-runtime nores)
     fi
     PATH=/usr/sbin:/usr/bin:/sbin:/bin setsid nohup "$dockerd" --data-root "$engine_cache/docker" --exec-root "$run/exec" \
       --pidfile "$run/docker.pid" -H "$DOCKER_HOST" ${arguments[0]+"${arguments[@]}"} >"$run/dockerd.log" 2>&1 </dev/null 9>&- &

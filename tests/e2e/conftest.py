@@ -1,0 +1,263 @@
+"""The plugin installed on a real cluster for all tests here, and what each test needs of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from cluster import LIMIT_S, NAMESPACE, PLUGIN_NAMESPACE, ClusterView
+from figures import Figures
+from kubectl import Kubectl, KubectlFailed, render
+from nodes import KindNodes, LabNodes, Nodes
+from workloads import pod_spec
+
+from usbip_plugin.kube import connect
+
+ROOT = Path(__file__).parents[2]
+LOGS = Path(os.environ.get("E2E_LOGS", ROOT / "build" / "e2e-logs"))
+RESULTS = Path(os.environ.get("E2E_RESULTS", ROOT / "build" / "e2e.json"))
+SERVER = "usbip-e2e-server"
+SERVER_PORT = 3240
+DEVICES = ("1-1=0951:1666,serial=E2E1", *(f"1-{port}=0403:6001,serial=E2E{port}" for port in (2, 3, 4, 5)))
+LOCK_DURATION = 21
+COUNTS = {"solo": 1, "pair": 2, "jobs": 2}
+CONFIG = """
+resources:
+  solo: [{{target: {{host: {host}}}, selector: {{bus_id: "1-1"}}}}]
+  pair: [{{target: {{host: {host}}}, selector: {{bus_id: "1-[23]"}}}}]
+  jobs: [{{target: {{host: {host}}}, selector: {{bus_id: "1-[45]"}}}}]
+lock: {{duration: {duration}s}}
+"""
+_FIGURES = pytest.StashKey[Figures]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("e2e")
+    group.addoption("--kubeconfig", default=os.environ.get("KUBECONFIG"), help="of the cluster; default $KUBECONFIG")
+    group.addoption("--image", default="usbip-plugin:e2e", help="that the nodes have or can pull")
+    group.addoption(
+        "--nodes", choices=("kind", "lab", "none"), default="none", help="how nodes are stopped and started"
+    )
+    group.addoption("--lab-state", type=Path, help="with --nodes lab: the directory given to up.sh")
+    group.addoption("--rounds", type=int, default=20, help="of the contested handover")
+    group.addoption("--keep", action="store_true", help="leave the plugin installed")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_FIGURES] = Figures()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    figures = config.stash[_FIGURES]
+    if figures.series:
+        terminalreporter.section("figures")
+        for line in figures.lines():
+            terminalreporter.line(line)
+        figures.write(RESULTS)
+
+
+@pytest.fixture(scope="session")
+def figures(pytestconfig: pytest.Config) -> Figures:
+    return pytestconfig.stash[_FIGURES]
+
+
+@pytest.fixture(scope="session")
+def kubectl(pytestconfig: pytest.Config) -> Kubectl:
+    kubeconfig = pytestconfig.getoption("--kubeconfig")
+    if not kubeconfig:
+        pytest.exit("no cluster: give --kubeconfig, or set KUBECONFIG", returncode=2)
+    return Kubectl(str(kubeconfig))
+
+
+@pytest.fixture(scope="session")
+def image(pytestconfig: pytest.Config) -> str:
+    return str(pytestconfig.getoption("--image"))
+
+
+@pytest.fixture(scope="session")
+def nodes(pytestconfig: pytest.Config) -> Nodes:
+    """Skips the test where nodes cannot be handled."""
+    match pytestconfig.getoption("--nodes"):
+        case "kind":
+            return KindNodes()
+        case "lab":
+            state = pytestconfig.getoption("--lab-state")
+            if state is None:
+                pytest.exit("--nodes lab wants --lab-state", returncode=2)
+            return LabNodes(state)
+        case _:
+            pytest.skip("needs to stop kubelets: --nodes kind or lab")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Two nodes for pods, a and b, and the one with the USB/IP server, which is not b."""
+
+    a: str
+    b: str
+    server: str
+    address: str
+
+
+@pytest.fixture(scope="session")
+def place(kubectl: Kubectl) -> Place:
+    found = {node["metadata"]["name"]: node for node in kubectl.items("nodes")}
+    tainted = {name for name, node in found.items() if node["spec"].get("taints")}
+    workers = sorted(found.keys() - tainted)
+    if len(workers) < 2:
+        pytest.exit(f"two nodes without taints are needed; there is {', '.join(workers) or 'none'}", returncode=2)
+    server = min(tainted) if tainted else workers[0]
+    addresses = found[server]["status"]["addresses"]
+    address = next(one["address"] for one in addresses if one["type"] == "InternalIP")
+    return Place(workers[0], workers[1], server, address)
+
+
+def _server(image: str, node: str) -> dict[str, Any]:
+    spec = {
+        "hostNetwork": True,
+        "automountServiceAccountToken": False,
+        "nodeSelector": {"kubernetes.io/hostname": node},
+        "tolerations": [{"operator": "Exists"}],
+        "terminationGracePeriodSeconds": 1,
+        "containers": [
+            {
+                "name": "server",
+                "image": image,
+                "imagePullPolicy": "IfNotPresent",
+                "args": ["simulate", "server", f"--listen=0.0.0.0:{SERVER_PORT}", "--devices-file=/devices/list"],
+                "volumeMounts": [{"name": "devices", "mountPath": "/devices"}],
+            }
+        ],
+        "initContainers": [
+            {
+                "name": "devices",
+                "image": image,
+                "imagePullPolicy": "IfNotPresent",
+                "command": ["sh", "-c", f"printf '%s\\n' {' '.join(DEVICES)} >/devices/list"],
+                "volumeMounts": [{"name": "devices", "mountPath": "/devices"}],
+            }
+        ],
+        "volumes": [{"name": "devices", "emptyDir": {}}],
+    }
+    metadata = {"name": SERVER, "namespace": PLUGIN_NAMESPACE}
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}
+
+
+def _plugin(image: str, address: str) -> list[dict[str, Any]]:
+    """The overlay for kind with this image, without its test server, with the tests' configuration."""
+    objects = [
+        one for one in render(ROOT / "deploy" / "overlays" / "kind") if one["metadata"]["name"] != "usbip-server"
+    ]
+    for one in objects:
+        if one["kind"] == "ConfigMap":
+            one["data"] = {"config.yaml": CONFIG.format(host=address, duration=LOCK_DURATION)}
+        if one["kind"] == "DaemonSet":
+            for container in one["spec"]["template"]["spec"]["containers"]:
+                container["image"] = image
+    return objects
+
+
+@pytest.fixture(scope="session")
+def installed(kubectl: Kubectl, image: str, place: Place, request: pytest.FixtureRequest) -> Iterator[None]:
+    """The plugin on every node, a USB/IP server, and the tests' namespace; removed in the end."""
+    objects = _plugin(image, place.address)
+    if kubectl("get", "namespace", PLUGIN_NAMESPACE, "--ignore-not-found", "-o", "name"):
+        pytest.exit(f"namespace {PLUGIN_NAMESPACE} is there already: these tests install the plugin themselves", 2)
+    kubectl.apply([{"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}}])
+    try:
+        kubectl.apply(objects)
+        kubectl.apply([_server(image, place.server)])
+        wait = ["-n", PLUGIN_NAMESPACE, f"--timeout={LIMIT_S:g}s"]
+        kubectl("wait", "--for=condition=Ready", f"pod/{SERVER}", *wait)
+        for name in ("usbip-simulated-kernel", "usbip-plugin"):
+            kubectl("rollout", "status", f"daemonset/{name}", *wait)
+        yield
+    finally:
+        if not request.config.getoption("--keep"):
+            with contextlib.suppress(KubectlFailed):
+                kubectl("delete", "namespace", NAMESPACE, "--wait=true")
+            kubectl("delete", "--ignore-not-found", "-f", "-", stdin=yaml.safe_dump_all(objects))
+
+
+@pytest.fixture
+async def cluster(kubectl: Kubectl, installed: None, place: Place) -> AsyncIterator[ClusterView]:
+    """Before and after each test: no pods, no lock held, both nodes offer everything."""
+    kube = await connect(kubectl.kubeconfig)
+    view = ClusterView(kube)
+    try:
+        await _all_offered(view, place)
+        yield view
+        # a finished test leaves nothing behind: what it holds must come free by itself once its pods are gone
+        arguments = ["-n", NAMESPACE, "--all", "--grace-period=1", "--wait=true"]
+        await asyncio.to_thread(kubectl, "delete", "deployments,jobs,pods", *arguments)
+        await _all_offered(view, place)
+    finally:
+        await kube.close()
+
+
+async def _all_offered(view: ClusterView, place: Place) -> None:
+    await view.unlocked()
+    await view.settled()
+    for node in (place.a, place.b):
+        for resource, count in COUNTS.items():
+            await view.allocatable(node, resource, count)
+
+
+class Server:
+    """The USB/IP server: its devices come and go."""
+
+    def __init__(self, kubectl: Kubectl) -> None:
+        self._kubectl = kubectl
+
+    def set_devices(self, devices: tuple[str, ...]) -> None:
+        arguments = ["exec", "-i", "-n", PLUGIN_NAMESPACE, SERVER, "--", "sh", "-c"]
+        self._kubectl(*arguments, "cat >/devices/new && mv /devices/new /devices/list", stdin="\n".join(devices) + "\n")
+
+
+@pytest.fixture
+def server(kubectl: Kubectl, installed: None) -> Iterator[Server]:
+    server = Server(kubectl)
+    yield server
+    server.set_devices(DEVICES)
+
+
+@pytest.fixture
+def holder_spec(image: str) -> dict[str, Any]:
+    """A pod of any node that wants the one device."""
+    return pod_spec(image, "solo")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Any:
+    """After a failure: what the cluster looked like, in LOGS/<test>."""
+    report = yield
+    if report.failed and "kubectl" in getattr(item, "funcargs", {}):
+        _keep_logs(item.funcargs["kubectl"], LOGS / f"{item.name}-{report.when}")  # type: ignore[attr-defined]
+    return report
+
+
+def _keep_logs(kubectl: Kubectl, directory: Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    everything = {
+        "pods.txt": ["get", "pods", "-A", "-o", "wide"],
+        "describe.txt": ["describe", "pods", "-n", NAMESPACE],
+        "nodes.txt": ["describe", "nodes"],
+        "leases.yaml": ["get", "leases", "-n", PLUGIN_NAMESPACE, "-o", "yaml"],
+        "events.txt": ["get", "events", "-A", "--sort-by=.lastTimestamp"],
+        "plugin.log": ["logs", "-n", PLUGIN_NAMESPACE, "ds/usbip-plugin", "--all-pods", "--tail=2000"],
+        "kernel.log": ["logs", "-n", PLUGIN_NAMESPACE, "ds/usbip-simulated-kernel", "--all-pods", "--tail=500"],
+        "server.log": ["logs", "-n", PLUGIN_NAMESPACE, SERVER, "--tail=500"],
+    }
+    for name, arguments in everything.items():
+        try:
+            text = kubectl(*arguments)
+        except KubectlFailed as error:
+            text = f"{error}\n"
+        (directory / name).write_text(text, encoding="utf-8")

@@ -1,0 +1,51 @@
+"""kubectl as a process, for what it does well: apply, exec, drain, logs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+LIMIT_S = 120.0
+
+
+class KubectlFailed(Exception):
+    """It ended with a status other than 0; the text is what it said."""
+
+
+@dataclass(frozen=True)
+class Kubectl:
+    """For one cluster. Every call ends within limit seconds: subprocess.TimeoutExpired."""
+
+    kubeconfig: str
+
+    def __call__(self, *arguments: str, stdin: str | None = None, limit: float = LIMIT_S) -> str:
+        """Its standard output. KubectlFailed."""
+        command = ["kubectl", "--kubeconfig", self.kubeconfig, *arguments]
+        done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=limit, check=False)
+        if done.returncode != 0:
+            raise KubectlFailed(f"{' '.join(arguments)}: {done.stderr.strip()}")
+        return done.stdout
+
+    def apply(self, objects: list[dict[str, Any]]) -> None:
+        self("apply", "-f", "-", stdin=yaml.safe_dump_all(objects))
+
+    def get(self, *arguments: str) -> dict[str, Any]:
+        answer: dict[str, Any] = json.loads(self("get", "-o", "json", *arguments))
+        return answer
+
+    def items(self, *arguments: str) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = self.get(*arguments)["items"]
+        return found
+
+
+def render(directory: Path) -> list[dict[str, Any]]:
+    """What `kubectl apply -k` would apply."""
+    done = subprocess.run(
+        ["kubectl", "kustomize", str(directory)], capture_output=True, text=True, timeout=LIMIT_S, check=True
+    )
+    return [document for document in yaml.safe_load_all(done.stdout) if document]

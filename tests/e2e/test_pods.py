@@ -1,0 +1,267 @@
+"""What pods that ask for devices see, on real kubelets and with a real scheduler."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from cluster import DOMAIN, NAMESPACE, ClusterView, Object, failed, holder, is_ready
+from conftest import DEVICES, Place, Server
+from figures import Figures
+from kubectl import Kubectl
+from workloads import deployment, pod, pod_spec
+
+FREE_ELSEWHERE_S = 5.0
+COMPLETIONS = 20
+
+
+def pending(one: Object) -> bool:
+    """Looked at by the scheduler, and not placed."""
+    conditions = one["status"].get("conditions") or []
+    return one["status"].get("phase") == "Pending" and any(
+        condition["type"] == "PodScheduled" and condition["status"] == "False" for condition in conditions
+    )
+
+
+def read_device(kubectl: Kubectl, name: str, resource: str = "SOLO", *, container: str = "main") -> None:
+    """Opens the device in the pod and reads from it. KubectlFailed."""
+    script = f'test -c "$USBIP_{resource}_0_DEVICE" && head -c 4 "$USBIP_{resource}_0_DEVICE" | wc -c'
+    said = kubectl("exec", "-n", NAMESPACE, name, "-c", container, "--", "sh", "-c", script)
+    assert said.strip() == "4"
+
+
+async def test_a_pod_gets_the_device_and_every_other_node_withdraws_it(
+    cluster: ClusterView, kubectl: Kubectl, image: str, place: Place, figures: Figures
+) -> None:
+    begin = time.monotonic()
+    await cluster.create("pods", pod("taker", pod_spec(image, "solo", node=place.a)))
+    await cluster.running("taker")
+    figures.add("pod creation to running, s", time.monotonic() - begin)
+    read_device(kubectl, "taker")
+    lock = await cluster.lock_of(place.a)
+    assert lock["metadata"]["annotations"]["usbip.dev/busid"] == "1-1"
+    node = await cluster.allocatable(place.b, "solo", 0)
+    # withdrawn, not dropped: the kubelet still knows it, as Unhealthy
+    assert node["status"]["capacity"][f"{DOMAIN}/solo"] == "1"
+    # past the scheduler, so that the kubelet itself decides: it refuses without asking the plugin
+    forced = pod_spec(image, "solo") | {"nodeName": place.b}
+    await cluster.create("pods", pod("forced", forced))
+    refused = await cluster.pod("forced", failed, "refused by the kubelet")
+    assert "Available: 0" in refused["status"]["message"]
+
+
+async def test_a_second_pod_waits_and_is_not_failed(
+    cluster: ClusterView, kubectl: Kubectl, holder_spec: dict[str, Any]
+) -> None:
+    await cluster.create("pods", pod("first", holder_spec))
+    await cluster.running("first")
+    await cluster.create("pods", pod("second", holder_spec))
+    await cluster.pod("second", pending, "not placed")
+    await cluster.delete("pods", "first")
+    await cluster.running("second")
+    read_device(kubectl, "second")
+
+
+async def test_a_deleted_pods_device_is_free_elsewhere_soon(
+    cluster: ClusterView, image: str, place: Place, figures: Figures
+) -> None:
+    """A promise, so the time is asserted: 5 s from the deletion."""
+    for here, there in ((place.a, place.b), (place.b, place.a)) * 2:
+        await cluster.create("pods", pod("leaver", pod_spec(image, "solo", node=here)))
+        await cluster.running("leaver")
+        await cluster.allocatable(there, "solo", 0)
+        begin = time.monotonic()
+        await cluster.delete("pods", "leaver")
+        await cluster.allocatable(there, "solo", 1)
+        took = time.monotonic() - begin
+        figures.add("deletion to free elsewhere, s", took)
+        assert took <= FREE_ELSEWHERE_S
+        await cluster.gone("leaver")
+
+
+async def test_a_restarted_container_has_its_device_again(
+    cluster: ClusterView, kubectl: Kubectl, image: str, place: Place
+) -> None:
+    await cluster.create("pods", pod("restarter", pod_spec(image, "solo", node=place.a)))
+    await cluster.running("restarter")
+    before = await cluster.lock_of(place.a)
+    kubectl("exec", "-n", NAMESPACE, "restarter", "--", "kill", "1")
+
+    def again(one: Object) -> bool:
+        return is_ready(one) and one["status"]["containerStatuses"][0]["restartCount"] == 1
+
+    await cluster.pod("restarter", again, "restarted")
+    read_device(kubectl, "restarter")
+    after = await cluster.lock_of(place.a)
+    assert after["spec"]["leaseTransitions"] == before["spec"]["leaseTransitions"]
+
+
+async def test_a_force_deleted_pods_device_comes_free(
+    cluster: ClusterView, kubectl: Kubectl, image: str, place: Place
+) -> None:
+    await cluster.create("pods", pod("forced", pod_spec(image, "solo", node=place.a)))
+    await cluster.running("forced")
+    kubectl("delete", "pod", "-n", NAMESPACE, "forced", "--grace-period=0", "--force")
+    await cluster.unlocked()
+    await cluster.allocatable(place.b, "solo", 1)
+
+
+async def test_an_init_container_and_its_pod_share_a_device(
+    cluster: ClusterView, kubectl: Kubectl, image: str, place: Place
+) -> None:
+    spec = pod_spec(image, "solo", node=place.a)
+    init = {**spec["containers"][0], "name": "first", "command": ["sh", "-c", 'head -c 4 "$USBIP_SOLO_0_DEVICE"']}
+    await cluster.create("pods", pod("sharer", {**spec, "initContainers": [init]}))
+    await cluster.running("sharer")
+    read_device(kubectl, "sharer")
+    assert await cluster.lock_of(place.a)
+
+
+async def test_a_pod_that_wants_two_waits_for_both_and_holds_neither(
+    cluster: ClusterView, kubectl: Kubectl, image: str, place: Place, server: Server
+) -> None:
+    server.set_devices(tuple(device for device in DEVICES if not device.startswith("1-3=")))
+    for node in (place.a, place.b):
+        await cluster.allocatable(node, "pair", 1)
+    await cluster.create("pods", pod("two", pod_spec(image, "pair", 2)))
+    await cluster.pod("two", pending, "not placed")
+    assert all(not holder(lease) for lease in (await cluster.all("leases")).values() if "usbip-node" not in str(lease))
+    server.set_devices(DEVICES)
+    await cluster.running("two")
+    read_device(kubectl, "two", "PAIR")
+    names = kubectl("exec", "-n", NAMESPACE, "two", "--", "sh", "-c", "env | grep -c '_DEVICE='")
+    assert names.strip() == "2"
+
+
+async def test_a_rollout_hands_the_device_from_the_old_pod_to_the_new(
+    cluster: ClusterView, image: str, figures: Figures
+) -> None:
+    surge = {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 1}}
+    spec = pod_spec(image, "solo")
+    await cluster.create("deployments", deployment("rolling", spec, 1, surge))
+    old = await cluster.until("pods", lambda pods: next((p for p in pods.values() if is_ready(p)), None), "the old pod")
+    failures: set[str] = set()
+
+    def seen(pods: Mapping[str, Object]) -> None:
+        failures.update(name for name, one in pods.items() if failed(one))
+        holding = [name for name, one in pods.items() if is_ready(one)]
+        assert len(holding) <= 1, f"two pods with one device: {holding}"
+
+    change = {"spec": {"template": {"metadata": {"annotations": {"e2e": "new"}}}}}
+    await cluster.patch("deployments", "rolling", change)
+
+    def new(pods: Mapping[str, Object]) -> Object | None:
+        return next((p for n, p in pods.items() if n != old["metadata"]["name"] and is_ready(p)), None)
+
+    await cluster.until("pods", new, "the new pod", seen=seen)
+    figures.add("failed pods in a rollout", len(failures))
+    assert len(failures) <= 1
+
+
+async def test_a_job_of_many_pods_completes_over_two_devices(
+    cluster: ClusterView, image: str, figures: Figures
+) -> None:
+    spec = pod_spec(image, "jobs")
+    spec["containers"][0]["command"] = ["sh", "-c", 'head -c 4 "$USBIP_JOBS_0_DEVICE"']
+    job = {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {"name": "many", "namespace": NAMESPACE},
+        "spec": {
+            "completions": COMPLETIONS,
+            "parallelism": 2,
+            "backoffLimit": COMPLETIONS,
+            "template": {"spec": {**spec, "restartPolicy": "Never"}},
+        },
+    }
+    begin = time.monotonic()
+    await cluster.create("jobs", job)
+
+    def complete(jobs: Mapping[str, Object]) -> Object | None:
+        done = jobs["many"]["status"].get("conditions") or []
+        assert not any(one["type"] == "Failed" for one in done), done
+        return jobs["many"] if any(one["type"] == "Complete" for one in done) else None
+
+    ended = await cluster.until("jobs", complete, "the job complete", limit=300)
+    figures.add(f"job of {COMPLETIONS} pods, s", time.monotonic() - begin)
+    figures.add(f"failed pods in a job of {COMPLETIONS}", ended["status"].get("failed", 0))
+    assert ended["status"]["succeeded"] == COMPLETIONS
+    assert ended["status"].get("failed", 0) <= COMPLETIONS
+
+
+async def test_contested_handovers_fail_at_most_one_pod_each(
+    cluster: ClusterView, image: str, figures: Figures, pytestconfig: object
+) -> None:
+    """Two replicas want one device that two nodes offer; each round ends the one that holds it."""
+    rounds = int(pytestconfig.getoption("--rounds"))  # type: ignore[attr-defined]
+    await cluster.create("deployments", deployment("rivals", pod_spec(image, "solo"), 2))
+    failures: set[str] = set()
+    counted = 0
+
+    def seen(pods: Mapping[str, Object]) -> None:
+        failures.update(name for name, one in pods.items() if failed(one))
+        holding = [name for name, one in pods.items() if is_ready(one)]
+        assert len(holding) <= 1, f"two pods with one device: {holding}"
+
+    now = await cluster.until("pods", _ready_but(""), "the first holder", seen=seen)
+    figures.add("failed pods at the first contest", len(failures))
+    counted = len(failures)
+    for _ in range(rounds):
+        name = now["metadata"]["name"]
+        begin = time.monotonic()
+        await cluster.delete("pods", name)
+        now = await cluster.until("pods", _ready_but(name), "another holder", seen=seen)
+        figures.add("contested handover, s", time.monotonic() - begin)
+        figures.add("failed pods per contested handover", len(failures) - counted)
+        assert len(failures) - counted <= 1
+        counted = len(failures)
+
+
+def _ready_but(old: str) -> Any:
+    def found(pods: Mapping[str, Object]) -> Object | None:
+        return next((one for name, one in pods.items() if name != old and is_ready(one)), None)
+
+    return found
+
+
+async def test_a_drained_nodes_pod_gets_the_device_on_another(
+    cluster: ClusterView, kubectl: Kubectl, image: str, place: Place
+) -> None:
+    await cluster.create("deployments", deployment("mover", pod_spec(image, "solo"), 1))
+    first = await cluster.until("pods", _ready_but(""), "the pod")
+    here = first["spec"]["nodeName"]
+    there = place.b if here == place.a else place.a
+    try:
+        drain = ["drain", here, "--ignore-daemonsets", "--delete-emptydir-data", "--force", "--timeout=60s"]
+        if here == place.server:
+            drain.append("--pod-selector=app=mover")  # the server stays where it is
+        await asyncio.to_thread(kubectl, *drain)
+        second = await cluster.until("pods", _ready_but(first["metadata"]["name"]), "the pod elsewhere")
+        assert second["spec"]["nodeName"] == there
+        read_device(kubectl, second["metadata"]["name"])
+    finally:
+        kubectl("uncordon", here)
+
+
+async def test_the_plugin_stays_within_its_memory(
+    cluster: ClusterView, kubectl: Kubectl, place: Place, figures: Figures
+) -> None:
+    await cluster.settled()
+    for node in (place.a, place.b):
+        stats = kubectl("get", "--raw", f"/api/v1/nodes/{node}/proxy/stats/summary")
+        import json
+
+        for one in json.loads(stats)["pods"]:
+            for container in one["containers"]:
+                if container["name"] == "plugin":
+                    figures.add("plugin's working set, MiB", container["memory"]["workingSetBytes"] / 2**20)
+                    figures.add("plugin's anonymous memory, MiB", container["memory"]["rssBytes"] / 2**20)
+    plugins = await cluster.all("plugins")
+    states = [
+        status["lastState"].get("terminated", {}).get("reason")
+        for one in plugins.values()
+        for status in one["status"]["containerStatuses"]
+    ]
+    assert "OOMKilled" not in states

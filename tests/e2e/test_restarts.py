@@ -1,0 +1,222 @@
+"""Kubelets, plugins and nodes that stop, come back, or do not, while a pod holds a device."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import pytest
+from cluster import PLUGIN_NAMESPACE, ClusterView, Object, holder, is_lock, is_ready
+from conftest import LOCK_DURATION, Place
+from figures import Figures
+from kubectl import Kubectl, KubectlFailed
+from nodes import KERNEL, PLUGIN, Nodes
+from test_pods import pending, read_device
+from workloads import pod, pod_spec
+
+TAKEOVER_S = 3 * LOCK_DURATION
+HEARTBEATS_PER_DURATION = 4
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What of a pod must not change when it runs on, and of its lock."""
+
+    uid: str
+    container: str
+    restarts: int
+    epoch: int
+
+
+async def identity(cluster: ClusterView, name: str, node: str) -> Identity:
+    one = await cluster.running(name)
+    status = one["status"]["containerStatuses"][0]
+    lock = await cluster.lock_of(node)
+    return Identity(
+        one["metadata"]["uid"], status["containerID"], status["restartCount"], lock["spec"]["leaseTransitions"]
+    )
+
+
+async def plugin_on(cluster: ClusterView, node: str) -> Object:
+    plugins = await cluster.all("plugins")
+    return next(one for name, one in plugins.items() if _is_plugin(name) and one["spec"]["nodeName"] == node)
+
+
+def _is_plugin(name: str) -> bool:
+    return name.startswith("usbip-plugin-")
+
+
+async def restarted(cluster: ClusterView, before: Object) -> None:
+    """The plugin's container has been started again, and is ready."""
+    name = before["metadata"]["name"]
+    count = before["status"]["containerStatuses"][0]["restartCount"]
+
+    def again(plugins: Mapping[str, Object]) -> bool:
+        one = plugins[name]
+        return is_ready(one) and one["status"]["containerStatuses"][0]["restartCount"] > count
+
+    await cluster.until("plugins", again, f"{name} restarted")
+
+
+@pytest.fixture
+async def held(cluster: ClusterView, image: str, place: Place) -> Identity:
+    """A pod `keeper` on node a that holds the device."""
+    await cluster.create("pods", pod("keeper", pod_spec(image, "solo", node=place.a)))
+    return await identity(cluster, "keeper", place.a)
+
+
+async def unharmed(cluster: ClusterView, kubectl: Kubectl, place: Place, before: Identity) -> None:
+    """The pod runs on and reads its device, the lock is the same, and another node may not have it."""
+    await cluster.allocatable(place.a, "solo", 1)
+    assert await identity(cluster, "keeper", place.a) == before
+    read_device(kubectl, "keeper")
+    await cluster.allocatable(place.b, "solo", 0)
+
+
+async def test_a_kubelet_restart(
+    cluster: ClusterView, kubectl: Kubectl, nodes: Nodes, place: Place, held: Identity, figures: Figures
+) -> None:
+    begin = time.monotonic()
+    nodes.restart_kubelet(place.a)
+    await unharmed(cluster, kubectl, place, held)
+    figures.add("kubelet restart until all is well, s", time.monotonic() - begin)
+
+
+async def test_a_plugin_killed(
+    cluster: ClusterView, kubectl: Kubectl, nodes: Nodes, place: Place, held: Identity, figures: Figures
+) -> None:
+    before = await plugin_on(cluster, place.a)
+    begin = time.monotonic()
+    nodes.kill(place.a, PLUGIN)
+    await restarted(cluster, before)
+    await unharmed(cluster, kubectl, place, held)
+    figures.add("plugin killed until all is well, s", time.monotonic() - begin)
+
+
+async def test_a_plugin_pod_deleted(cluster: ClusterView, kubectl: Kubectl, place: Place, held: Identity) -> None:
+    old = (await plugin_on(cluster, place.a))["metadata"]["name"]
+    kubectl("delete", "pod", "-n", PLUGIN_NAMESPACE, old)
+
+    def replaced(plugins: Mapping[str, Object]) -> bool:
+        return any(
+            _is_plugin(name) and name != old and one["spec"].get("nodeName") == place.a and is_ready(one)
+            for name, one in plugins.items()
+        )
+
+    await cluster.until("plugins", replaced, "a new plugin on the node")
+    await unharmed(cluster, kubectl, place, held)
+
+
+async def test_plugin_and_kubelet_at_once(
+    cluster: ClusterView, kubectl: Kubectl, nodes: Nodes, place: Place, held: Identity
+) -> None:
+    before = await plugin_on(cluster, place.a)
+    nodes.kill(place.a, PLUGIN)
+    nodes.restart_kubelet(place.a)
+    await restarted(cluster, before)
+    await unharmed(cluster, kubectl, place, held)
+
+
+async def test_a_kubelet_restart_while_the_plugin_is_down(
+    cluster: ClusterView, kubectl: Kubectl, nodes: Nodes, place: Place, held: Identity
+) -> None:
+    before = await plugin_on(cluster, place.a)
+    nodes.stop_kubelet(place.a)
+    nodes.kill(place.a, PLUGIN)  # nobody starts it before the kubelet is back
+    nodes.start_kubelet(place.a)
+    await restarted(cluster, before)
+    await unharmed(cluster, kubectl, place, held)
+
+
+async def test_a_rollout_of_the_plugin_harms_no_pod(
+    cluster: ClusterView, kubectl: Kubectl, image: str, place: Place, held: Identity
+) -> None:
+    await cluster.create("pods", pod("other", pod_spec(image, "pair", node=place.b)))
+    other = await identity(cluster, "other", place.b)
+    kubectl("rollout", "restart", "-n", PLUGIN_NAMESPACE, "daemonset/usbip-plugin")
+    kubectl("rollout", "status", "-n", PLUGIN_NAMESPACE, "daemonset/usbip-plugin", "--timeout=120s", limit=150)
+    await unharmed(cluster, kubectl, place, held)
+    assert await identity(cluster, "other", place.b) == other
+    read_device(kubectl, "other", "PAIR")
+
+
+async def test_a_pod_deleted_while_the_kubelet_is_down_keeps_the_device_until_it_ends(
+    cluster: ClusterView, nodes: Nodes, place: Place, held: Identity
+) -> None:
+    nodes.stop_kubelet(place.a)
+    try:
+        await cluster.delete("pods", "keeper")
+        await cluster.pod("keeper", lambda one: "deletionTimestamp" in one["metadata"], "marked for deletion")
+        # its container runs: nobody else gets the device, however long a heartbeat takes
+        beat = await _next_heartbeat(cluster, place.a)
+        lock = await cluster.lock_of(place.a)
+        assert (beat, lock["spec"]["leaseTransitions"]) == (place.a, held.epoch)
+    finally:
+        nodes.start_kubelet(place.a)
+    await cluster.gone("keeper")
+    await cluster.unlocked()
+    await cluster.allocatable(place.b, "solo", 1)
+
+
+async def _next_heartbeat(cluster: ClusterView, node: str) -> str:
+    """The holder of the node's session, after it has been renewed once more."""
+    name = f"usbip-node-{node}"
+    first = (await cluster.all("leases"))[name]["spec"]["renewTime"]
+
+    def renewed(leases: Mapping[str, Object]) -> str | None:
+        return holder(leases[name]) if leases[name]["spec"]["renewTime"] != first else None
+
+    return await cluster.until("leases", renewed, "a heartbeat")
+
+
+async def test_a_node_that_dies_is_taken_over_after_the_duration_and_harms_nothing_when_it_is_back(
+    cluster: ClusterView, kubectl: Kubectl, nodes: Nodes, image: str, place: Place, figures: Figures
+) -> None:
+    """Kubelet, plugin and kernel of b are gone for good; a gets the device when b's lock has expired, not before."""
+    await cluster.create("pods", pod("lost", pod_spec(image, "solo", node=place.b)))
+    await cluster.running("lost")
+    before = await cluster.lock_of(place.b)
+    nodes.stop_kubelet(place.b)
+    try:
+        nodes.kill(place.b, PLUGIN)
+        nodes.kill(place.b, KERNEL)
+        begin = time.monotonic()
+        await cluster.create("pods", pod("heir", pod_spec(image, "solo", node=place.a)))
+        await cluster.pod("heir", pending, "not placed: the device is not free yet")
+        taken: list[float] = []
+        changed: dict[str, tuple[str, float]] = {}
+
+        def seen(leases: Mapping[str, Object]) -> None:
+            now = time.monotonic()
+            for name, lease in leases.items():
+                version = lease["metadata"]["resourceVersion"]
+                if name not in changed or changed[name][0] != version:
+                    if is_lock(lease) and holder(lease) == place.a and not taken:
+                        taken.append(now)
+                    elif not (is_lock(lease) and holder(lease) == place.a):
+                        changed[name] = (version, now)
+
+        def heir(leases: Mapping[str, Object]) -> Object | None:
+            return next((one for one in leases.values() if is_lock(one) and holder(one) == place.a), None)
+
+        lock = await cluster.until("leases", heir, "the lock taken over", seen=seen, limit=TAKEOVER_S)
+        figures.add("node dead to its lock taken over, s", taken[0] - begin)
+        # b's last heartbeat may be as old as its interval when it dies
+        assert taken[0] - begin >= LOCK_DURATION * (1 - 1 / HEARTBEATS_PER_DURATION) - 1
+        assert lock["spec"]["leaseTransitions"] == before["spec"]["leaseTransitions"] + 1
+        await cluster.running("heir")
+        read_device(kubectl, "heir")
+    finally:
+        nodes.start_kubelet(place.b)
+    await cluster.settled()
+    # b's pod lost its device: it is not given back, and a's is not touched
+    await cluster.allocatable(place.b, "solo", 0)
+    read_device(kubectl, "heir")
+    again = await cluster.lock_of(place.a)
+    assert again["spec"]["leaseTransitions"] == lock["spec"]["leaseTransitions"]
+    try:
+        read_device(kubectl, "lost")
+    except (KubectlFailed, AssertionError):
+        return
+    pytest.fail("the pod of the dead node reads a device that is another's now")

@@ -1,0 +1,76 @@
+#!/bin/bash
+# guest-up.sh STATE_DIR API_PORT IMAGE.TAR: run by guest.sh in the QEMU guest. Makes it the node "guest" of the control plane
+# outside: containerd and kubelet on a kernel with the real vhci_hcd, cgroup v2, AppArmor. All of it is in /run/node;
+# containerd's socket is /run/node/containerd.sock. vhci_hcd itself is not loaded: that is for the tests.
+set -euo pipefail
+state=$1 port=$2 image=$3 n=/run/node
+START_TENTHS=600
+up() { echo "$(cut -d' ' -f1 /proc/uptime) s: $*"; }
+mkdir -p $n/{kubelet/device-plugins,cni,certs,logs} /var/lib/kubelet /run/cdi
+
+# 512 M of the machine's memory are the default of a tmpfs's half; the images need more
+mount -o remount,size=80% /run
+for module in veth nf_tables nft_compat nft_chain_nat xt_nat xt_tcpudp; do modprobe "$module"; done
+sed 's/\([^ ]*\)/+\1/g' /sys/fs/cgroup/cgroup.controllers >/sys/fs/cgroup/cgroup.subtree_control
+# AppArmor as on a Debian or Ubuntu node: containerd wants the parser at this place
+if [ -e /sys/module/apparmor/parameters/enabled ] && [ -x "$GUEST_TOOLS/sbin/apparmor_parser" ]; then
+  mount -t securityfs securityfs /sys/kernel/security
+  ln -sf "$GUEST_TOOLS/sbin/apparmor_parser" /sbin/apparmor_parser
+  cp -rn "$GUEST_TOOLS/etc/apparmor.d" "$GUEST_TOOLS/etc/apparmor" /etc/
+fi
+
+# The API server's ClusterIP is answered outside; there is no kube-proxy, and no way out of the machine for any other.
+ip route add unreachable 10.96.0.0/16
+ip route add 10.96.0.1 via 10.0.2.2
+for chain in OUTPUT PREROUTING; do
+  iptables -t nat -A $chain -d 10.96.0.1 -p tcp --dport 443 -j DNAT --to-destination "10.0.2.2:$port"
+done
+ip route del default
+
+cat >$n/containerd.toml <<T
+version = 3
+root = "$n/containerd"
+state = "$n/containerd.run"
+[grpc]
+  address = "$n/containerd.sock"
+[plugins."io.containerd.cri.v1.runtime"]
+  [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc]
+    runtime_type = "io.containerd.runc.v2"
+    options = {BinaryName = "$(command -v runc)", SystemdCgroup = false}
+  [plugins."io.containerd.cri.v1.runtime".cni]
+    bin_dirs = ["$(dirname "$(command -v runc)")"]
+    conf_dir = "$n/cni"
+[plugins."io.containerd.cri.v1.images".pinned_images]
+  sandbox = "localhost/pause:lab"
+T
+cat >$n/cni/10-lab.conflist <<J
+{"cniVersion": "1.0.0", "name": "lab", "plugins": [{"type": "ptp", "ipam": {"type": "host-local", "dataDir": "$n/ipam",
+ "subnet": "10.90.9.0/24", "routes": [{"dst": "0.0.0.0/0"}]}}]}
+J
+cat >$n/kubelet.yaml <<Y
+apiVersion: kubelet.config.k8s.io/v1beta1
+kind: KubeletConfiguration
+cgroupDriver: cgroupfs
+containerRuntimeEndpoint: unix://$n/containerd.sock
+# a lab's: whoever reaches this address is in the guest
+authentication: {anonymous: {enabled: true}, webhook: {enabled: false}}
+authorization: {mode: AlwaysAllow}
+podLogsDir: $n/logs
+failSwapOn: false
+enforceNodeAllocatable: []
+localStorageCapacityIsolation: false
+makeIPTablesUtilChains: false
+evictionHard: {memory.available: "1Mi"}
+Y
+mount --bind $n/kubelet /var/lib/kubelet
+mount --make-rshared /
+setsid nohup containerd -c $n/containerd.toml >$n/containerd.log 2>&1 </dev/null &
+for _ in $(seq $START_TENTHS); do [ -S $n/containerd.sock ] && break; sleep .1; done
+up containerd listens
+for tar in "$state/pause.tar" "$image"; do ctr -a $n/containerd.sock -n k8s.io images import "$tar" >>$n/images.log 2>&1; done
+up images imported
+setsid nohup kubelet --config $n/kubelet.yaml --kubeconfig "$state/node.kubeconfig" --root-dir /var/lib/kubelet \
+  --cert-dir $n/certs --hostname-override guest --node-ip 10.0.2.15 >$n/kubelet.log 2>&1 </dev/null &
+for _ in $(seq $START_TENTHS); do [ -S /var/lib/kubelet/device-plugins/kubelet.sock ] && break; sleep .1; done
+[ -S /var/lib/kubelet/device-plugins/kubelet.sock ] || { tail -n 20 $n/kubelet.log >&2; exit 1; }
+up the kubelet listens
