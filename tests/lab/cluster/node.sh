@@ -8,8 +8,12 @@
 #   kill PATTERN      SIGKILL for the processes of the node's containers whose command line matches (pgrep -f)
 #   pids PATTERN      their process ids
 #   exec COMMAND...   in the node's mount and network namespace
+#   kill-all          SIGKILL for kubelet, containerd and all containers: a node that is dead until it is revived
+#   revive            containerd and kubelet again
+#   freeze, thaw      SIGSTOP, SIGCONT for the same processes
+#   cut, join         the node's cable: its network with all the others, the API server too
 set -euo pipefail
-[ $# -ge 3 ] || { sed -n '2,9s/^# //p' "${BASH_SOURCE[0]}" >&2; exit 2; }
+[ $# -ge 3 ] || { sed -n '2,14s/^# //p' "${BASH_SOURCE[0]}" >&2; exit 2; }
 state=$(realpath -e "$1") verb=$2 name=$3
 shift 3
 number=${name#node-}
@@ -19,7 +23,9 @@ bin=$("$(dirname "${BASH_SOURCE[0]}")/build.sh" apiserver nodes | tail -1)
 export PATH=$bin:$PATH
 STOP_TENTHS=300 START_TENTHS=300
 
-alive() { [ -s "$node/$1.pid" ] && kill -0 "$(cat "$node/$1.pid")" 2>/dev/null; }
+# a zombie has ended; who adopts the orphans of this machine may be slow to reap them
+runs() { [ -e "/proc/$1" ] && ! grep -qs '^State:[[:space:]]*Z' "/proc/$1/status"; }
+alive() { [ -s "$node/$1.pid" ] && runs "$(cat "$node/$1.pid")"; }
 inside() { nsenter "--net=/run/netns/usbiplab-$number" "--mount=/proc/$(cat "$node/holder.pid")/ns/mnt" "$@"; }
 bg() {
   local what=$1
@@ -34,7 +40,7 @@ stop() { # stop WHAT SIGNAL
   local pid
   pid=$(cat "$node/$1.pid")
   kill "-$2" "$pid"
-  for _ in $(seq "$STOP_TENTHS"); do [ -e "/proc/$pid" ] || { rm -f "$node/$1.pid"; return 0; }; sleep .1; done
+  for _ in $(seq "$STOP_TENTHS"); do runs "$pid" || { rm -f "$node/$1.pid"; return 0; }; sleep .1; done
   echo "node.sh: $1 does not end" >&2
   return 1
 }
@@ -51,6 +57,24 @@ pids() {
     grep -qE "[:/]usbiplab-$number/|/usbiplab-$number(/|$)" "/proc/$pid/cgroup" 2>/dev/null && echo "$pid"
   done
   return 0
+}
+
+# everything that runs on the node
+everything() {
+  local what shim
+  for what in kubelet containerd; do alive "$what" && cat "$node/$what.pid"; done
+  # the shims are the node's by their socket; first who would notice, then what they run
+  for shim in $(pgrep -f containerd-shim-runc-v2 || true); do
+    tr '\0' ' ' <"/proc/$shim/cmdline" 2>/dev/null | grep -qF "$node/" && echo "$shim"
+  done
+  pids .
+}
+containerd() {
+  alive containerd && return
+  bg containerd containerd -c "$node/containerd.toml"
+  for _ in $(seq "$START_TENTHS"); do ctr -a "$node/containerd.sock" version >/dev/null 2>&1 && return; sleep .1; done
+  echo "node.sh: containerd does not answer: $node/containerd.log" >&2
+  return 1
 }
 
 case $verb in
@@ -81,8 +105,7 @@ case $verb in
       exec sleep infinity" >"$node/holder.log" 2>&1 </dev/null 9>&- &
     for _ in $(seq "$START_TENTHS"); do [ -e "$node/mounted" ] && break; sleep .1; done
     [ -e "$node/mounted" ] || { cat "$node/holder.log" >&2; exit 1; }
-    bg containerd containerd -c "$node/containerd.toml"
-    for _ in $(seq "$START_TENTHS"); do ctr -a "$node/containerd.sock" version >/dev/null 2>&1 && break; sleep .1; done
+    containerd
     while read -r image; do
       inside ctr -a "$node/containerd.sock" -n k8s.io images import "$image" >>"$node/images.log" 2>&1
     done <"$state/images"
@@ -100,5 +123,24 @@ case $verb in
     kill -KILL $found
     ;;
   exec) inside "$@" ;;
+  kill-all)
+    # until none is left that was born meanwhile
+    for _ in $(seq "$STOP_TENTHS"); do
+      mapfile -t found < <(everything)
+      [ ${#found[@]} -gt 0 ] || break
+      kill -KILL "${found[@]}" 2>/dev/null || true
+      sleep .1
+    done
+    [ ${#found[@]} = 0 ] || { echo "node.sh: these do not end: ${found[*]}" >&2; exit 1; }
+    rm -f "$node"/{kubelet,containerd}.pid
+    ;;
+  revive) containerd && kubelet ;;
+  freeze | thaw)
+    mapfile -t found < <(everything)
+    [ "$verb" = freeze ] && signal=STOP || signal=CONT
+    kill "-$signal" "${found[@]}" 2>/dev/null || true
+    ;;
+  cut) ip link set "usbiplab-v$number" down ;;
+  join) ip link set "usbiplab-v$number" up ;;
   *) echo "node.sh: there is no $verb" >&2; exit 2 ;;
 esac
