@@ -11,10 +11,11 @@ PYTHONS := $(PYTHON) python3.13 python3.12 python3.11 python3.14 python3
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-apiserver test-kernel test-all bench bench-kernel lint format proto clean
+.PHONY: help demo test test-apiserver test-kernel test-deploy image test-image e2e test-kubelet test-node test-all \
+	bench bench-kernel lint format proto clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.runtime ## two nodes and a USB/IP server in one process: what the plugin does, in a few seconds
 	@$(BIN)/python -m usbip_plugin demo
@@ -28,7 +29,28 @@ test-apiserver: $(VENV)/.test ## lock tests against a real kube-apiserver and et
 test-kernel: $(VENV)/.test ## driver tests against a real vhci_hcd in a QEMU guest (Debian, root for packages)
 	tests/lab/guest/run.sh -u -t $(GUEST_SECONDS) '$(PYTEST) -p no:cacheprovider tests/kernel $(ARGS)'
 
-test-all: lint test test-apiserver test-kernel ## everything above, and lint
+test-deploy: $(VENV)/.test ## the manifests and the chart: rendered, compared, tried on a real kube-apiserver
+	$(PYTEST) tests/deploy $(ARGS)
+
+image: $(VENV)/.runtime ## the container image, without a registry where none answers; ARGS: see tests/lab/image/build.sh --help
+	PYTHON=$(BIN)/python tests/lab/image/build.sh $(ARGS)
+
+test-image: $(VENV)/.test ## the container image: built, looked at, and run without capabilities (root)
+	@set -e; archive=$$(mktemp -d); trap 'rm -rf "$$archive"' EXIT; \
+	PYTHON=$(BIN)/python tests/lab/image/build.sh --output "$$archive/image.tar" $(ARGS); \
+	IMAGE_ARCHIVE="$$archive/image.tar" $(PYTEST) -s tests/image
+
+e2e: $(VENV)/.test ## the end-to-end suite on a kind cluster of its own; KEEP=1 leaves it there
+	PYTHON=$(BIN)/python tests/lab/kind/e2e.sh $(ARGS)
+
+test-kubelet: $(VENV)/.test ## the same on two kubelets with containerd, side by side on this machine (Debian, root)
+	PYTHON=$(BIN)/python tests/lab/cluster/e2e.sh $(ARGS)
+
+test-node: $(VENV)/.test ## the DaemonSet on a kubelet with a real vhci_hcd, in the QEMU guest (Debian, root)
+	PYTHON=$(BIN)/python tests/lab/cluster/guest.sh $(ARGS)
+
+# from the quick to the slow
+test-all: lint test test-deploy test-apiserver test-kernel test-image test-node test-kubelet e2e ## everything above, and lint
 
 bench: $(VENV)/.test ## timings and memory, to the screen and bench.json
 	$(BIN)/python tests/bench/bench.py $(ARGS)
@@ -40,8 +62,11 @@ bench-kernel: $(VENV)/.test ## Allocate on a real kernel against the kernel's ow
 lint: $(VENV)/.test ## ruff, formatting, mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --exclude '^tests/(apiserver|kernel)/' usbip_plugin tests
+	$(BIN)/mypy --exclude '^tests/(apiserver|deploy|e2e|image|kernel|node)/' usbip_plugin tests
 	$(BIN)/mypy tests/apiserver tests/contract
+	$(BIN)/mypy tests/deploy
+	$(BIN)/mypy tests/e2e
+	$(BIN)/mypy tests/image
 	$(BIN)/mypy tests/kernel tests/contract
 
 format: $(VENV)/.test ## let ruff format and fix what it can

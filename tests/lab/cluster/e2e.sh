@@ -4,8 +4,7 @@
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$here/../../.." && pwd)
-python=$root/.venv/bin/python
-[ -x "$python" ] || python=python3
+python=${PYTHON:-$root/.venv/bin/python}
 export E2E_LOGS=${E2E_LOGS:-$root/build/e2e-logs}
 state=$(mktemp -d "${TMPDIR:-/tmp}/usbip-lab.XXXXXX")
 status=1

@@ -1,4 +1,4 @@
-"""archive.py ROOTFS.TAR ARCHITECTURE NAME OUTPUT [COMMAND]: one root file system as an image archive.
+"""archive.py ROOTFS.TAR ARCHITECTURE NAME OUTPUT [ENTRYPOINT]: one root file system as an image archive.
 
 The archive is such as `docker save` writes.
 `docker import` cannot say the architecture of what it imports; an archive can.
@@ -16,7 +16,7 @@ from pathlib import Path
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
-def write_archive(rootfs: Path, architecture: str, name: str, output: Path, command: str = "python3") -> None:
+def write_archive(rootfs: Path, architecture: str, name: str, output: Path, entrypoint: str | None = None) -> None:
     """Writes `output`, which holds one image `name` of one layer, the uncompressed tar `rootfs`."""
     with rootfs.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -26,7 +26,7 @@ def write_archive(rootfs: Path, architecture: str, name: str, output: Path, comm
         {
             **platform,
             "os": "linux",
-            "config": {"Env": [f"PATH={PATH}"], "Cmd": [command]},
+            "config": {"Env": [f"PATH={PATH}"], **({"Entrypoint": [entrypoint]} if entrypoint else {"Cmd": ["python3"]})},
             "rootfs": {"type": "layers", "diff_ids": [f"sha256:{digest}"]},
             "history": [{"created_by": "mmdebstrap"}],
         }

@@ -7,8 +7,7 @@
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$here/../../.." && pwd)
-python=$root/.venv/bin/python
-[ -x "$python" ] || python=python3
+python=${PYTHON:-$root/.venv/bin/python}
 cluster=usbip-e2e image=usbip-plugin:e2e
 export E2E_LOGS=${E2E_LOGS:-$root/build/e2e-logs}
 READY=180s REGISTRY_SECONDS=5
@@ -57,6 +56,7 @@ fi
 created=1
 kind create cluster --name "$cluster" --config "$root/kind-config.yaml" --wait "$READY" ${node_image:+--image "$node_image"}
 kubectl wait --for=condition=Ready node --all "--timeout=$READY"
+kubectl rollout status -n kube-system deployment/coredns "--timeout=$READY"
 kind load image-archive --name "$cluster" "$state/image.tar"
 status=0
 "$python" -m pytest "$root/tests/e2e" --kubeconfig "$KUBECONFIG" --nodes kind --image "$image" "$@" || status=$?

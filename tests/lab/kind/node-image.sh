@@ -10,7 +10,7 @@ kind=$("$bin/kind" version -q 2>/dev/null || "$bin/kind" version | sed 's/kind v
 kind=${kind#v}
 cache=${USBIP_PLUGIN_CACHE:-$HOME/.cache/usbip-plugin}/kind
 # another name for whatever goes into it differently
-recipe=$(cat "$here/node-image.sh" "$here/cni.sh" "$here/cni.yaml" | sha256sum | cut -c1-8)
+recipe=$(cat "$here/node-image.sh" "$here/cni.sh" "$here/cni.yaml" "$here/../image/archive.py" | sha256sum | cut -c1-8)
 image=localhost/usbip-plugin-node:v$kubernetes-$recipe
 docker image inspect "$image" >/dev/null 2>&1 && { echo "$image"; exit; }
 mkdir -p "$cache"
@@ -61,7 +61,7 @@ rm "$work/root.tar"
 say "the images inside"
 tree=$work/tree
 begin_tree() { rm -rf "$tree"; mkdir -p "$tree"/{tmp,etc,bin,usr/local/bin}; chmod 1777 "$tree/tmp"; }
-end_tree() { # end_tree NAME [COMMAND]: the tree as an image
+end_tree() { # end_tree NAME [ENTRYPOINT]: the tree as an image
   tar -C "$tree" --owner=0 --group=0 -cf "$work/tree.tar" .
   python3 "$here/../image/archive.py" "$work/tree.tar" "$arch" "$1" "$work/images/$(basename "${1%:*}").tar" "${2:-sh}"
 }
@@ -70,9 +70,8 @@ named() { grep "/$1:" <<<"$wanted"; }
 for name in kube-apiserver kube-controller-manager kube-scheduler etcd coredns; do
   begin_tree
   cp "$bin/$name" "$tree/usr/local/bin/"
-  [ "$name" != coredns ] || ln -s usr/local/bin/coredns "$tree/coredns"
-  # kubeadm names the commands, but for coredns it gives arguments only
-  if [ "$name" = coredns ]; then end_tree "$(named coredns)" /coredns; else end_tree "$(named "$name")" "$name"; fi
+  # kubeadm names the commands; for coredns it gives arguments only
+  end_tree "$(named "$name")" "/usr/local/bin/$name"
 done
 begin_tree
 gcc -static -Os -s -o "$tree/pause" "$here/../cluster/pause.c"
