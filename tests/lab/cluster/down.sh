@@ -55,10 +55,8 @@ if [ -e /sys/class/net/usbiplab0 ]; then
   iptables -t nat -S PREROUTING | sed -n 's/^-A \(.* -i usbiplab0 .*\)/\1/p' | while read -ra rule; do
     iptables -t nat -D "${rule[@]}"
   done
-  ip route delete 10.90.99.0/24 2>/dev/null
-  ip link delete usbiplab-tap 2>/dev/null
   ip link delete usbiplab0
 fi
 awk -v at="$state/" 'index($2, at) == 1 {print $2}' /proc/self/mounts | sort -r | while read -r mounted; do umount -l "$mounted"; done
 rm -rf "$state"/etcd "$state"/certs "$state"/*.pid "$state"/*.token "$state"/tokens.csv "$state"/sa.key "$state"/*.kubeconfig \
-  "$state"/node-*/{kubelet,containerd,containerd.run,containerd.sock*,certs,cdi,vhci,devbus,netns,ipam,*.pid,kubeconfig} "$state"/guest/kubeconfig
+  "$state"/node-*/{kubelet,containerd,containerd.run,containerd.sock*,certs,cdi,vhci,devbus,netns,ipam,*.pid,kubeconfig}

@@ -6,7 +6,7 @@ set -euo pipefail
 state=$1 port=$2 image=$3 n=/run/node
 START_TENTHS=600
 up() { echo "$(cut -d' ' -f1 /proc/uptime) s: $*"; }
-mkdir -p $n/{kubelet/device-plugins,cni,certs,logs} /var/lib/kubelet /run/cdi
+mkdir -p $n/{kubelet/device-plugins,certs,logs} /var/lib/kubelet /run/cdi
 
 # 512 M of the machine's memory are the default of a tmpfs's half; the images need more
 mount -o remount,size=80% /run
@@ -27,41 +27,10 @@ for chain in OUTPUT PREROUTING; do
 done
 ip route del default
 
-cat >$n/containerd.toml <<T
-version = 3
-root = "$n/containerd"
-state = "$n/containerd.run"
-[grpc]
-  address = "$n/containerd.sock"
-[plugins."io.containerd.cri.v1.runtime"]
-  [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc]
-    runtime_type = "io.containerd.runc.v2"
-    options = {BinaryName = "$(command -v runc)", SystemdCgroup = false}
-  [plugins."io.containerd.cri.v1.runtime".cni]
-    bin_dirs = ["$(dirname "$(command -v runc)")"]
-    conf_dir = "$n/cni"
-[plugins."io.containerd.cri.v1.images".pinned_images]
-  sandbox = "localhost/pause:lab"
-T
-cat >$n/cni/10-lab.conflist <<J
-{"cniVersion": "1.0.0", "name": "lab", "plugins": [{"type": "ptp", "ipam": {"type": "host-local", "dataDir": "$n/ipam",
- "subnet": "10.90.9.0/24", "routes": [{"dst": "0.0.0.0/0"}]}}]}
-J
-cat >$n/kubelet.yaml <<Y
-apiVersion: kubelet.config.k8s.io/v1beta1
-kind: KubeletConfiguration
-cgroupDriver: cgroupfs
-containerRuntimeEndpoint: unix://$n/containerd.sock
-# a lab's: whoever reaches this address is in the guest
-authentication: {anonymous: {enabled: true}, webhook: {enabled: false}}
-authorization: {mode: AlwaysAllow}
-podLogsDir: $n/logs
-failSwapOn: false
-enforceNodeAllocatable: []
-localStorageCapacityIsolation: false
-makeIPTablesUtilChains: false
-evictionHard: {memory.available: "1Mi"}
-Y
+STATE=$state BIN=$(dirname "$(command -v runc)")
+# shellcheck source=parts.sh
+. "$(dirname "${BASH_SOURCE[0]}")/parts.sh"
+node_files $n 10.0.2.15 10.90.9.0/24 /
 mount --bind $n/kubelet /var/lib/kubelet
 mount --make-rshared /
 setsid nohup containerd -c $n/containerd.toml >$n/containerd.log 2>&1 </dev/null &

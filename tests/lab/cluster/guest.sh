@@ -8,19 +8,19 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$here/../../.." && pwd)
 export NODE_LOGS=${NODE_LOGS:-$root/build/node-logs}
 MEMORY=4096 SECONDS_IN_GUEST=${SECONDS_IN_GUEST:-840}
-API_PORT=16443 ETCD_PORT=23379 PEER_PORT=23380
 state=$(mktemp -d "${TMPDIR:-/var/tmp}/usbip-node.XXXXXX")
-status=1 pids=()
+status=1
 
 finish() {
   trap - EXIT INT TERM
-  local pid
+  local file
   if [ "$status" != 0 ]; then
     mkdir -p "$NODE_LOGS"
     cp -r "$state"/*.log "$state/guest" "$NODE_LOGS" 2>/dev/null || true
     echo "logs: $NODE_LOGS" >&2
   fi
-  for pid in ${pids[0]+"${pids[@]}"}; do kill "$pid" 2>/dev/null || true; done
+  # nothing of theirs is kept; an API server whose etcd has gone would not end on SIGTERM
+  for file in "$state"/*.pid; do [ ! -e "$file" ] || kill -KILL "$(cat "$file")" 2>/dev/null || true; done
   wait
   rm -rf "$state"
   exit "$status"
@@ -36,56 +36,35 @@ if [ -z "$image" ]; then
   "$root/tests/lab/image/build.sh" --output "$image" "${IMAGE_NAME:-usbip-plugin:e2e}"
 fi
 image=$(realpath -e "$image")
-cd "$state"
-mkdir guest
+STATE=$state BIN=$bin
+# shellcheck source=parts.sh
+. "$here/parts.sh"
+mkdir "$state/guest"
 
-# The pause image, and the manifests: what is outside is quick.
-gcc -static -Os -o pause "$here/pause.c"
-tar -cf pause-root.tar pause
-python3 "$here/../image/archive.py" pause-root.tar amd64 localhost/pause:lab pause.tar /pause
-kubectl kustomize "$root/deploy" >base.yaml
-kubectl kustomize "$root/deploy/overlays/modules" >modules.yaml
-
-# The control plane.
-bg() { local name=$1; shift; "$@" >"$state/$name.log" 2>&1 </dev/null & pids+=($!); }
-openssl genrsa -out sa.key 2048 2>/dev/null
-token() { openssl rand -hex 16; }
-admin=$(token) scheduler=$(token) manager=$(token) node=$(token)
-cat >tokens.csv <<T
-$admin,admin,admin,system:masters
-$scheduler,system:kube-scheduler,scheduler,
-$manager,system:kube-controller-manager,manager,
-$node,system:node:guest,guest,system:nodes
-T
-bg etcd etcd --data-dir "$state/etcd" --unsafe-no-fsync --listen-client-urls "http://127.0.0.1:$ETCD_PORT" \
-  --advertise-client-urls "http://127.0.0.1:$ETCD_PORT" --listen-peer-urls "http://127.0.0.1:$PEER_PORT" \
-  --initial-advertise-peer-urls "http://127.0.0.1:$PEER_PORT" --initial-cluster "default=http://127.0.0.1:$PEER_PORT"
-# its certificate has the first address of the service range, under which the guest reaches it
-bg apiserver kube-apiserver --etcd-servers="http://127.0.0.1:$ETCD_PORT" --service-account-key-file=sa.key \
-  --service-account-signing-key-file=sa.key --service-account-issuer=https://kubernetes.default.svc \
-  --token-auth-file=tokens.csv --authorization-mode=Node,RBAC --enable-admission-plugins=NodeRestriction \
-  --cert-dir=certs --service-cluster-ip-range=10.96.0.0/16 --secure-port="$API_PORT" --bind-address=127.0.0.1 \
-  --allow-privileged
-kubeconfig() { # kubeconfig SERVER TOKEN
-  cat <<Y
-apiVersion: v1
-kind: Config
-clusters: [{name: lab, cluster: {server: "https://$1", certificate-authority: $state/certs/apiserver.crt}}]
-users: [{name: user, user: {token: $2}}]
-contexts: [{name: lab, context: {cluster: lab, user: user}}]
-current-context: lab
-Y
-}
-kubeconfig "127.0.0.1:$API_PORT" "$admin" >admin.kubeconfig
-kubeconfig "127.0.0.1:$API_PORT" "$scheduler" >scheduler.kubeconfig
-kubeconfig "127.0.0.1:$API_PORT" "$manager" >manager.kubeconfig
-kubeconfig 10.96.0.1 "$node" >node.kubeconfig
-printf '{"server": "https://10.96.0.1", "token": "%s", "ca": "%s"}\n' "$admin" "$state/certs/apiserver.crt" >api.json
-for _ in $(seq 600); do kubectl --kubeconfig admin.kubeconfig get --raw /readyz >/dev/null 2>&1 && break; sleep .1; done
-kubectl --kubeconfig admin.kubeconfig get --raw /readyz >/dev/null
-bg scheduler kube-scheduler --kubeconfig scheduler.kubeconfig --leader-elect=false --bind-address 127.0.0.1 --secure-port 0
-bg manager kube-controller-manager --kubeconfig manager.kubeconfig --leader-elect=false --bind-address 127.0.0.1 \
-  --secure-port 0 --service-account-private-key-file=sa.key --use-service-account-credentials --root-ca-file=certs/apiserver.crt
+# What is outside is quick: the pause image, the manifests, the control plane.
+pause_image
+kubectl kustomize "$root/deploy" >"$state/base.yaml"
+kubectl kustomize "$root/deploy/overlays/modules" >"$state/modules.yaml"
+# two neighbours for etcd, one for the API server, so that several can run at a time
+read -r api_port etcd_port < <(python3 - <<'P'
+import socket
+while True:
+    with socket.socket() as one, socket.socket() as two, socket.socket() as three:
+        one.bind(("127.0.0.1", 0))
+        two.bind(("127.0.0.1", 0))
+        try:
+            three.bind(("127.0.0.1", two.getsockname()[1] + 1))
+        except (OSError, OverflowError):
+            continue
+        print(one.getsockname()[1], two.getsockname()[1])
+        break
+P
+)
+control_plane 127.0.0.1 "$api_port" "$etcd_port" guest
+# the guest reaches it under the address that its certificate has
+kubeconfig 10.96.0.1 "$(cat "$state/guest.token")" >"$state/node.kubeconfig"
+printf '{"server": "https://10.96.0.1", "token": "%s", "ca": "%s"}\n' "$(cat "$state/admin.token")" "$state/certs/apiserver.crt" \
+  >"$state/api.json"
 
 cd "$root"
 printf -v arguments '%q ' "$@"
@@ -93,6 +72,6 @@ command=${COMMAND:-"python3 -m pytest -p no:cacheprovider tests/node $arguments"
 status=0
 tests/lab/guest/run.sh -u -N -w "$state" -m "$MEMORY" -t "$SECONDS_IN_GUEST" "
   export NODE_STATE=$state NODE_IMAGE=${IMAGE_NAME:-usbip-plugin:e2e}
-  tests/lab/cluster/guest-up.sh $state $API_PORT $image && { $command; }
+  tests/lab/cluster/guest-up.sh $state $api_port $image && { $command; }
   status=\$?
   cp /run/node/*.log $state/guest/; cp -r /run/node/logs $state/guest/; exit \$status" || status=$?

@@ -22,7 +22,8 @@ MODULES = (
     *("usbip-core", "usbip-host", "vhci-hcd", "usbip-vudc"),
     *("dummy_hcd", "libcomposite", "usb_f_acm", "usb_f_mass_storage", "usb_f_hid"),
     *("loop", "veth", "bridge", "dummy", "ext4", "vfat", "fuse", "tls"),
-    *("nf_tables", "nft_compat", "nft_chain_nat", "xt_nat", "xt_tcpudp"),
+    # libcrc32c asks for crc32c by its crypto alias, not as a dependency
+    *("nf_tables", "nft_compat", "nft_chain_nat", "xt_nat", "xt_tcpudp", "crc32c_generic"),
 )
 
 

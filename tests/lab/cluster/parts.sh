@@ -1,0 +1,118 @@
+# What up.sh and guest.sh have in common; sourced. Wants STATE (a directory) and BIN (build.sh's).
+# shellcheck shell=bash
+PAUSE=localhost/pause:lab
+READY_TENTHS=900
+
+# kubeconfig SERVER TOKEN: to standard output
+kubeconfig() {
+  cat <<Y
+apiVersion: v1
+kind: Config
+clusters: [{name: lab, cluster: {server: "https://$1", certificate-authority: $STATE/certs/apiserver.crt}}]
+users: [{name: user, user: {token: $2}}]
+contexts: [{name: lab, context: {cluster: lab, user: user}}]
+current-context: lab
+Y
+}
+
+# control_plane ADDRESS PORT ETCD_PORT NODE...: etcd (on that port and the next), API server, scheduler and controller
+# manager, until it answers. Leaves admin.kubeconfig, the *.pid and *.log of each, NODE.token, certs/apiserver.crt.
+control_plane() {
+  local address=$1 port=$2 etcd=http://127.0.0.1:$3 peer=http://127.0.0.1:$(($3 + 1)) name
+  shift 3
+  openssl genrsa -out "$STATE/sa.key" 2048 2>/dev/null
+  (
+    umask 077
+    for name in admin scheduler manager "$@"; do openssl rand -hex 16 >"$STATE/$name.token"; done
+    {
+      echo "$(cat "$STATE/admin.token"),admin,admin,system:masters"
+      echo "$(cat "$STATE/scheduler.token"),system:kube-scheduler,scheduler,"
+      echo "$(cat "$STATE/manager.token"),system:kube-controller-manager,manager,"
+      for name; do echo "$(cat "$STATE/$name.token"),system:node:$name,$name,system:nodes"; done
+    } >"$STATE/tokens.csv"
+    for name in admin scheduler manager; do
+      kubeconfig "$address:$port" "$(cat "$STATE/$name.token")" >"$STATE/$name.kubeconfig"
+    done
+  )
+  _background etcd etcd --data-dir "$STATE/etcd" --unsafe-no-fsync --listen-client-urls "$etcd" --advertise-client-urls "$etcd" \
+    --listen-peer-urls "$peer" --initial-advertise-peer-urls "$peer" --initial-cluster "default=$peer"
+  # its certificate also has the first address of the service range
+  _background apiserver kube-apiserver --etcd-servers="$etcd" --service-account-key-file="$STATE/sa.key" \
+    --service-account-signing-key-file="$STATE/sa.key" --service-account-issuer=https://kubernetes.default.svc \
+    --token-auth-file="$STATE/tokens.csv" --authorization-mode=Node,RBAC --enable-admission-plugins=NodeRestriction \
+    --cert-dir="$STATE/certs" --service-cluster-ip-range=10.96.0.0/16 --bind-address="$address" --secure-port="$port" \
+    --allow-privileged --kubelet-preferred-address-types=InternalIP
+  for _ in $(seq "$READY_TENTHS"); do
+    "$BIN/kubectl" --kubeconfig "$STATE/admin.kubeconfig" get --raw /readyz >/dev/null 2>&1 && break
+    sleep .1
+  done
+  "$BIN/kubectl" --kubeconfig "$STATE/admin.kubeconfig" get --raw /readyz >/dev/null
+  _background scheduler kube-scheduler --kubeconfig "$STATE/scheduler.kubeconfig" --leader-elect=false --secure-port 0
+  _background manager kube-controller-manager --kubeconfig "$STATE/manager.kubeconfig" --leader-elect=false --secure-port 0 \
+    --service-account-private-key-file="$STATE/sa.key" --use-service-account-credentials \
+    --root-ca-file="$STATE/certs/apiserver.crt"
+}
+
+_background() { # _background NAME COMMAND...
+  local name=$1
+  shift
+  nohup "$BIN/$1" "${@:2}" >"$STATE/$name.log" 2>&1 </dev/null 9>&- &
+  echo $! >"$STATE/$name.pid"
+}
+
+# pause_image: STATE/pause.tar, what a pod's namespaces are held by
+pause_image() {
+  local here
+  here=$(dirname "${BASH_SOURCE[0]}")
+  gcc -static -Os -o "$STATE/pause" "$here/pause.c"
+  tar -C "$STATE" -cf "$STATE/pause-root.tar" pause
+  python3 "$here/../image/archive.py" "$STATE/pause-root.tar" "$(uname -m | sed 's/^x86_64$/amd64/; s/^aarch64$/arm64/')" \
+    "$PAUSE" "$STATE/pause.tar" /pause
+}
+
+# node_files NODE-DIRECTORY ADDRESS POD-SUBNET CGROUP: what containerd and the kubelet of a node read. CDI is where it is
+# by default; cgroup v1, and a machine without CAP_SYS_RESOURCE, will do.
+node_files() {
+  local node=$1 address=$2 subnet=$3 cgroup=$4
+  mkdir -p "$node/cni"
+  cat >"$node/containerd.toml" <<T
+version = 3
+root = "$node/containerd"
+state = "$node/containerd.run"
+[grpc]
+  address = "$node/containerd.sock"
+[plugins."io.containerd.cri.v1.runtime"]
+  restrict_oom_score_adj = true
+  [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc]
+    runtime_type = "io.containerd.runc.v2"
+    options = {BinaryName = "$BIN/runc", SystemdCgroup = false}
+  [plugins."io.containerd.cri.v1.runtime".cni]
+    bin_dirs = ["$BIN"]
+    conf_dir = "$node/cni"
+[plugins."io.containerd.cri.v1.images".pinned_images]
+  sandbox = "$PAUSE"
+T
+  cat >"$node/cni/10-lab.conflist" <<J
+{"cniVersion": "1.0.0", "name": "lab", "plugins": [{"type": "ptp", "ipam": {"type": "host-local", "dataDir": "$node/ipam",
+ "subnet": "$subnet", "routes": [{"dst": "0.0.0.0/0"}]}}]}
+J
+  cat >"$node/kubelet.yaml" <<Y
+apiVersion: kubelet.config.k8s.io/v1beta1
+kind: KubeletConfiguration
+failCgroupV1: false
+cgroupDriver: cgroupfs
+cgroupRoot: $cgroup
+containerRuntimeEndpoint: unix://$node/containerd.sock
+# a lab's: whoever reaches this address is on this machine
+authentication: {anonymous: {enabled: true}, webhook: {enabled: false}}
+authorization: {mode: AlwaysAllow}
+address: $address
+healthzBindAddress: 127.0.0.1
+podLogsDir: $node/logs
+failSwapOn: false
+enforceNodeAllocatable: []
+localStorageCapacityIsolation: false
+makeIPTablesUtilChains: false
+evictionHard: {memory.available: "1Mi"}
+Y
+}
