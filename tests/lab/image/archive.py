@@ -22,11 +22,12 @@ def write_archive(rootfs: Path, architecture: str, name: str, output: Path, entr
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     # buildah finds an arm64 image by its variant, too
     platform = {"architecture": architecture} | ({"variant": "v8"} if architecture == "arm64" else {})
+    program = {"Entrypoint": [entrypoint]} if entrypoint else {"Cmd": ["python3"]}
     config = json.dumps(
         {
             **platform,
             "os": "linux",
-            "config": {"Env": [f"PATH={PATH}"], **({"Entrypoint": [entrypoint]} if entrypoint else {"Cmd": ["python3"]})},
+            "config": {"Env": [f"PATH={PATH}"], **program},
             "rootfs": {"type": "layers", "diff_ids": [f"sha256:{digest}"]},
             "history": [{"created_by": "mmdebstrap"}],
         }
