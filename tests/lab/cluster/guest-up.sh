@@ -1,16 +1,16 @@
 #!/bin/bash
-# guest-up.sh STATE_DIR API_PORT IMAGE.TAR: run by guest.sh in the QEMU guest. Makes it the node "guest" of the control plane
+# guest-up.sh STATE_DIR API_PORT: run by guest.sh in the QEMU guest. Makes it the node "guest" of the control plane
 # outside: containerd and kubelet on a kernel with the real vhci_hcd, cgroup v2, AppArmor. All of it is in /run/node;
-# containerd's socket is /run/node/containerd.sock. vhci_hcd itself is not loaded: that is for the tests.
+# containerd's socket is /run/node/containerd.sock, its images are on /dev/vda. vhci_hcd itself is not loaded: that is for
+# the tests.
 set -euo pipefail
-state=$1 port=$2 image=$3 n=/run/node
+state=$1 port=$2 n=/run/node
 START_TENTHS=600
 up() { echo "$(cut -d' ' -f1 /proc/uptime) s: $*"; }
-mkdir -p $n/{kubelet/device-plugins,certs,logs} /var/lib/kubelet /run/cdi
+mkdir -p $n/{kubelet/device-plugins,certs,logs,containerd} /var/lib/kubelet /run/cdi
 
-# 512 M of the machine's memory are the default of a tmpfs's half; the images need more
-mount -o remount,size=80% /run
-for module in veth nf_tables nft_compat nft_chain_nat xt_nat xt_tcpudp; do modprobe "$module"; done
+for module in virtio_blk veth nf_tables nft_compat nft_chain_nat xt_nat xt_tcpudp; do modprobe "$module"; done
+mount -t ext4 /dev/vda $n/containerd
 sed 's/\([^ ]*\)/+\1/g' /sys/fs/cgroup/cgroup.controllers >/sys/fs/cgroup/cgroup.subtree_control
 # AppArmor as on a Debian or Ubuntu node: containerd wants the parser at this place
 if [ -e /sys/module/apparmor/parameters/enabled ] && [ -x "$GUEST_TOOLS/sbin/apparmor_parser" ]; then
@@ -36,8 +36,6 @@ mount --make-rshared /
 setsid nohup containerd -c $n/containerd.toml >$n/containerd.log 2>&1 </dev/null &
 for _ in $(seq $START_TENTHS); do [ -S $n/containerd.sock ] && break; sleep .1; done
 up containerd listens
-for tar in "$state/pause.tar" "$image"; do ctr -a $n/containerd.sock -n k8s.io images import "$tar" >>$n/images.log 2>&1; done
-up images imported
 setsid nohup kubelet --config $n/kubelet.yaml --kubeconfig "$state/node.kubeconfig" --root-dir /var/lib/kubelet \
   --cert-dir $n/certs --hostname-override guest --node-ip 10.0.2.15 >$n/kubelet.log 2>&1 </dev/null &
 for _ in $(seq $START_TENTHS); do [ -S /var/lib/kubelet/device-plugins/kubelet.sock ] && break; sleep .1; done

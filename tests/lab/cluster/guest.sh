@@ -7,7 +7,7 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$here/../../.." && pwd)
 export NODE_LOGS=${NODE_LOGS:-$root/build/node-logs}
-MEMORY=4096 SECONDS_IN_GUEST=${SECONDS_IN_GUEST:-840}
+MEMORY=3072 SECONDS_IN_GUEST=${SECONDS_IN_GUEST:-840}
 state=$(mktemp -d "${TMPDIR:-/var/tmp}/usbip-node.XXXXXX")
 status=1
 
@@ -21,7 +21,7 @@ finish() {
   fi
   # nothing of theirs is kept; an API server whose etcd has gone would not end on SIGTERM
   for file in "$state"/*.pid; do [ ! -e "$file" ] || kill -KILL "$(cat "$file")" 2>/dev/null || true; done
-  wait
+  { wait; } 2>/dev/null
   rm -rf "$state"
   exit "$status"
 }
@@ -41,8 +41,9 @@ STATE=$state BIN=$bin
 . "$here/parts.sh"
 mkdir "$state/guest"
 
-# What is outside is quick: the pause image, the manifests, the control plane.
+# What is outside is quick: the images, the manifests, the control plane.
 pause_image
+image_disk "$state/pause.tar" "$image"
 kubectl kustomize "$root/deploy" >"$state/base.yaml"
 kubectl kustomize "$root/deploy/overlays/modules" >"$state/modules.yaml"
 # two neighbours for etcd, one for the API server, so that several can run at a time
@@ -70,8 +71,9 @@ cd "$root"
 printf -v arguments '%q ' "$@"
 command=${COMMAND:-"python3 -m pytest -p no:cacheprovider tests/node $arguments"}
 status=0
-tests/lab/guest/run.sh -u -N -w "$state" -m "$MEMORY" -t "$SECONDS_IN_GUEST" "
+tests/lab/guest/run.sh -u -N -w "$state" -m "$MEMORY" -t "$SECONDS_IN_GUEST" \
+  -q "-drive if=virtio,format=raw,cache=unsafe,file=$state/containerd.ext4" "
   export NODE_STATE=$state NODE_IMAGE=${IMAGE_NAME:-usbip-plugin:e2e}
-  tests/lab/cluster/guest-up.sh $state $api_port $image && { $command; }
+  tests/lab/cluster/guest-up.sh $state $api_port && { $command; }
   status=\$?
   cp /run/node/*.log $state/guest/; cp -r /run/node/logs $state/guest/; exit \$status" || status=$?

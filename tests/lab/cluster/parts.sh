@@ -70,6 +70,34 @@ pause_image() {
     "$PAUSE" "$STATE/pause.tar" /pause
 }
 
+# image_disk IMAGE.TAR...: STATE/containerd.ext4, the directory of a containerd that has these images, unpacked. In the
+# emulated guest that would take minutes.
+image_disk() {
+  local root=$STATE/containerd-root run=$STATE/containerd-run image pid status=0
+  mkdir -p "$root" "$run"
+  cat >"$run/config.toml" <<T
+version = 3
+root = "$root"
+state = "$run/state"
+disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime"]
+[grpc]
+  address = "$run/sock"
+T
+  PATH=$BIN:$PATH containerd -c "$run/config.toml" >"$STATE/image-disk.log" 2>&1 </dev/null &
+  pid=$!
+  for _ in $(seq "$READY_TENTHS"); do [ -S "$run/sock" ] && break; sleep .1; done
+  for image; do
+    "$BIN/ctr" -a "$run/sock" -n k8s.io images import "$image" >>"$STATE/image-disk.log" 2>&1 || status=1
+  done
+  kill "$pid"
+  wait "$pid" || true
+  [ "$status" = 0 ] || { tail "$STATE/image-disk.log" >&2; return 1; }
+  # room for what containers write
+  truncate -s "$(($(du -sm "$root" | cut -f1) * 5 / 4 + 1024))M" "$STATE/containerd.ext4"
+  mkfs.ext4 -q -O ^has_journal -E lazy_itable_init=1 -d "$root" "$STATE/containerd.ext4"
+  rm -rf "$root" "$run"
+}
+
 # node_files NODE-DIRECTORY ADDRESS POD-SUBNET CGROUP: what containerd and the kubelet of a node read. CDI is where it is
 # by default; cgroup v1, and a machine without CAP_SYS_RESOURCE, will do.
 node_files() {

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MODULES = (
-    *("virtio_pci", "virtio_console", "9pnet_virtio", "9p", "overlay", "virtio_net"),
+    *("virtio_pci", "virtio_console", "9pnet_virtio", "9p", "overlay", "virtio_net", "virtio_blk"),
     *("xhci-pci", "usb-storage", "uas", "sd_mod", "usbhid", "hid-generic", "evdev", "usbserial", "ftdi_sio", "cdc-acm"),
     *("usbip-core", "usbip-host", "vhci-hcd", "usbip-vudc"),
     *("dummy_hcd", "libcomposite", "usb_f_acm", "usb_f_mass_storage", "usb_f_hid"),
