@@ -17,7 +17,6 @@ from usbip_plugin.config import (
     Config,
     parse_config,
 )
-from usbip_plugin.kubelet.cdi import CDI_DIRECTORY
 from usbip_plugin.observe.health import Verdict, split_listen, standard_pages
 from usbip_plugin.process import Options
 
@@ -29,7 +28,6 @@ HOST_PATHS = {
         str(Path(DEFAULT_POD_RESOURCES_SOCKET).parent),
         "/sys/devices/platform",
         RECORDS,
-        str(CDI_DIRECTORY),
     },
     "usbip-simulated-kernel": {RECORDS, "/dev"},
     "usbip-server": set(),

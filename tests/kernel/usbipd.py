@@ -7,7 +7,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from usbip_plugin.model import ServerKey
@@ -48,8 +48,8 @@ class RealUsbipd:
         if libraries:
             self._environment["LD_LIBRARY_PATH"] = ":".join(libraries)
 
-    def load_modules(self) -> None:
-        for module in (*SERVER_MODULES, *CLIENT_MODULES):
+    def load_modules(self, modules: Sequence[str] = (*SERVER_MODULES, *CLIENT_MODULES)) -> None:
+        for module in modules:
             subprocess.run(["modprobe", module], check=True)
 
     def start(self) -> None:

@@ -11,6 +11,8 @@ mkdir -p $n/{kubelet/device-plugins,certs,logs,containerd} /var/lib/kubelet /run
 
 for module in virtio_blk veth nf_tables nft_compat nft_chain_nat xt_nat xt_tcpudp; do modprobe "$module"; done
 mount -t ext4 /dev/vda $n/containerd
+# a node has its modprobe where the init container of deploy/overlays/modules looks for it
+[ -e /sbin/modprobe ] || ln -s /run/bin/busybox /sbin/modprobe
 sed 's/\([^ ]*\)/+\1/g' /sys/fs/cgroup/cgroup.controllers >/sys/fs/cgroup/cgroup.subtree_control
 # AppArmor as on a Debian or Ubuntu node: containerd wants the parser at this place
 if [ -e /sys/module/apparmor/parameters/enabled ] && [ -x "$GUEST_TOOLS/sbin/apparmor_parser" ]; then
@@ -33,6 +35,10 @@ STATE=$state BIN=$(dirname "$(command -v runc)")
 node_files $n 10.0.2.15 10.90.9.0/24 /
 mount --bind $n/kubelet /var/lib/kubelet
 mount --make-rshared /
+# images that were unpacked outside, which takes minutes here
+tar -C $n --xattrs -xf "$state/containerd.tar"
+mount --bind "$state/content" $n/containerd/io.containerd.content.v1.content
+up images are here
 setsid nohup containerd -c $n/containerd.toml >$n/containerd.log 2>&1 </dev/null &
 for _ in $(seq $START_TENTHS); do [ -S $n/containerd.sock ] && break; sleep .1; done
 up containerd listens

@@ -94,7 +94,7 @@ T
   [ "$status" = 0 ] || { tail "$STATE/image-disk.log" >&2; return 1; }
   # room for what containers write
   truncate -s "$(($(du -sm "$root" | cut -f1) * 5 / 4 + 1024))M" "$STATE/containerd.ext4"
-  mkfs.ext4 -q -O ^has_journal -E lazy_itable_init=1 -d "$root" "$STATE/containerd.ext4"
+  PATH=$PATH:/usr/sbin:/sbin mkfs.ext4 -q -O ^has_journal -E lazy_itable_init=1 -d "$root" "$STATE/containerd.ext4"
   rm -rf "$root" "$run"
 }
 

@@ -9,9 +9,11 @@ kubernetes=$("$bin/kubelet" --version | sed 's/.* v//')
 kind=$("$bin/kind" version -q 2>/dev/null || "$bin/kind" version | sed 's/kind v\([^ ]*\).*/\1/')
 kind=${kind#v}
 cache=${USBIP_PLUGIN_CACHE:-$HOME/.cache/usbip-plugin}/kind
-# another name for whatever goes into it differently
-recipe=$(cat "$here/node-image.sh" "$here/cni.sh" "$here/cni.yaml" "$here/../image/archive.py" | sha256sum | cut -c1-8)
-image=localhost/usbip-plugin-node:v$kubernetes-$recipe
+# another name for whatever goes into it differently, the versions of the binaries included
+recipe=$({ cat "$here/node-image.sh" "$here/cni.sh" "$here/cni.yaml" "$here/../image/archive.py" "$here/../cluster/pause.c"
+  grep '^K8S=' "$here/../cluster/build.sh"; } | sha256sum | cut -c1-8)
+repository=localhost/usbip-plugin-node
+image=$repository:v$kubernetes-$recipe
 docker image inspect "$image" >/dev/null 2>&1 && { echo "$image"; exit; }
 mkdir -p "$cache"
 exec 8>"$cache/node-image.lock"
@@ -22,6 +24,7 @@ if [ -e "$archive" ]; then
   echo "$image"
   exit
 fi
+[ "$(id -u)" = 0 ] || { echo "making a node image needs root; NODE_IMAGE names one that is to be had" >&2; exit 1; }
 missing=()
 for pair in mmdebstrap:mmdebstrap jq:jq gcc:gcc python3:python3 go:golang-go; do
   command -v "${pair%:*}" >/dev/null || missing+=("${pair#*:}")
@@ -40,6 +43,7 @@ cleanup() {
 trap cleanup EXIT
 arch=$(dpkg --print-architecture)
 triplet=$(gcc -dumpmachine)
+export CONTAINERD_SUPPRESS_DEPRECATION_WARNINGS=1
 libraries=usr/lib/$triplet
 root=$work/root
 mkdir -p "$root" "$work/images"
@@ -165,4 +169,7 @@ tar -C "$root" --numeric-owner -c . |
 docker save --output "$archive.new" "$image"
 rm -f "$cache"/node-*.tar
 mv "$archive.new" "$archive"
+# predecessors are a gigabyte each; one in use stays
+docker images --format '{{.Repository}}:{{.Tag}}' "$repository" | { grep -vxF "$image" || true; } |
+  while read -r old; do docker rmi "$old" >/dev/null 2>&1 || true; done
 echo "$image"

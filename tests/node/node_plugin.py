@@ -1,0 +1,96 @@
+"""The plugin's DaemonSet as it is shipped, and with one thing changed."""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+
+import yaml
+from node_api import Api, Object, until
+from node_pods import IMAGE, NODE, Container
+
+SYSTEM = "usbip-system"
+NAME = "usbip-plugin"
+LABEL = f"app.kubernetes.io/name={NAME}"
+ADDRESS = "10.0.2.15"  # the node's own; reached from its pods, too
+RESOURCE = "usbip.dev/serial"
+
+
+def manifests(name: str, busid: str) -> list[Object]:
+    """base or modules as kustomize gives it, with the image that is here and a configuration of one device."""
+    documents: list[Object] = list(yaml.safe_load_all((Path(os.environ["NODE_STATE"]) / f"{name}.yaml").read_text()))
+    config = {"resources": {"serial": [{"target": {"host": ADDRESS}, "selector": {"bus_id": busid}}]}}
+    for document in documents:
+        if document["kind"] == "ConfigMap":
+            document["data"] = {"config.yaml": yaml.safe_dump(config)}
+        if document["kind"] == "DaemonSet":
+            spec = document["spec"]["template"]["spec"]
+            for container in (*spec["containers"], *spec.get("initContainers", ())):
+                container["image"] = IMAGE
+    return documents
+
+
+def daemon_set(documents: list[Object]) -> Object:
+    (found,) = [document for document in documents if document["kind"] == "DaemonSet"]
+    return found
+
+
+def check_pod(template: Object, name: str) -> Object:
+    """A pod that is like the DaemonSet's, but runs `usbip-plugin check` once instead."""
+    spec = copy.deepcopy(template["spec"]["template"]["spec"])
+    (container,) = spec["containers"]
+    container["args"] = ["check"]
+    # the port of the host is the running plugin's
+    for key in ("ports", "startupProbe", "livenessProbe", "readinessProbe"):
+        container.pop(key, None)
+    spec |= {"restartPolicy": "Never", "nodeName": NODE}
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "namespace": SYSTEM}, "spec": spec}
+
+
+class Plugin:
+    """What is installed in the cluster, which has one node."""
+
+    def __init__(self, api: Api, busid: str) -> None:
+        self.api = api
+        self.busid = busid
+
+    def install(self, documents: list[Object]) -> None:
+        """Applies, and returns when the plugin of these manifests is ready and its device is offered."""
+        for document in documents:
+            self.api.apply(document)
+        until(self._rolled_out, "the plugin is ready")
+        until(self.offered, "the device is offered")
+
+    def _rolled_out(self) -> bool:
+        found = self.api.get("DaemonSet", SYSTEM, NAME)
+        assert found is not None
+        status = found.get("status", {})
+        return (
+            status.get("observedGeneration") == found["metadata"]["generation"]
+            and status.get("updatedNumberScheduled") == 1
+            and status.get("numberAvailable") == 1
+            and len(self.api.all("Pod", SYSTEM, LABEL)) == 1
+        )
+
+    def offered(self) -> bool:
+        node = self.api.get("Node", "", NODE)
+        return node is not None and node["status"]["allocatable"].get(RESOURCE) == "1"
+
+    def pod(self) -> Object:
+        (pod,) = self.api.all("Pod", SYSTEM, LABEL)
+        return pod
+
+    def container(self) -> Container:
+        return Container(self.api, SYSTEM, self.pod()["metadata"]["name"], "plugin")
+
+    def until_ready(self) -> None:
+        """Until there is one pod, and it is ready."""
+        until(self._rolled_out, "the plugin is ready")
+
+    def holder(self) -> str:
+        """Of the device's lock; "" if there is none, or nobody."""
+        for lease in self.api.all("Lease", SYSTEM, "usbip.dev/lease=lock"):
+            if lease["metadata"]["annotations"].get("usbip.dev/busid") == self.busid:
+                return str(lease["spec"].get("holderIdentity") or "")
+        return ""
