@@ -68,6 +68,7 @@ lint: $(VENV)/.test ## ruff, formatting, mypy --strict
 	$(BIN)/mypy tests/e2e
 	$(BIN)/mypy tests/image
 	$(BIN)/mypy tests/kernel tests/contract
+	$(BIN)/mypy tests/node tests/kernel/usbipd.py tests/kernel/agent_rig.py
 
 format: $(VENV)/.test ## let ruff format and fix what it can
 	$(BIN)/ruff check --fix .

@@ -1,4 +1,4 @@
-"""Fixtures for tests of the DaemonSet on a real kubelet and a real vhci_hcd. Run them with tests/lab/cluster/guest.sh."""
+"""Fixtures for tests of the DaemonSet on a real kubelet and a real vhci_hcd. tests/lab/cluster/guest.sh runs them."""
 
 from __future__ import annotations
 

@@ -46,7 +46,11 @@ def talking(api: Api, plugin: Plugin, far_busid: str) -> Iterator[Conversation]:
     container = Container(api, NAMESPACE, "user", "main")
     try:
         container.until_running()
-        tty = until(lambda: container.log().partition("opened ")[2].strip(), "the pod has opened its tty")
+
+        def opened() -> str | None:
+            return container.log().partition("opened ")[2].strip() or None
+
+        tty = until(opened, "the pod has opened its tty")
         with far_end(far_busid) as fd:
             yield Conversation(container, tty, fd)
     finally:

@@ -35,10 +35,6 @@ STATE=$state BIN=$(dirname "$(command -v runc)")
 node_files $n 10.0.2.15 10.90.9.0/24 /
 mount --bind $n/kubelet /var/lib/kubelet
 mount --make-rshared /
-# images that were unpacked outside, which takes minutes here
-tar -C $n --xattrs -xf "$state/containerd.tar"
-mount --bind "$state/content" $n/containerd/io.containerd.content.v1.content
-up images are here
 setsid nohup containerd -c $n/containerd.toml >$n/containerd.log 2>&1 </dev/null &
 for _ in $(seq $START_TENTHS); do [ -S $n/containerd.sock ] && break; sleep .1; done
 up containerd listens

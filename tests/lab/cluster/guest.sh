@@ -6,6 +6,7 @@
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$here/../../.." && pwd)
+python=${PYTHON:-$root/.venv/bin/python}
 export NODE_LOGS=${NODE_LOGS:-$root/build/node-logs}
 MEMORY=3072 SECONDS_IN_GUEST=${SECONDS_IN_GUEST:-840}
 state=$(mktemp -d "${TMPDIR:-/var/tmp}/usbip-node.XXXXXX")
@@ -69,7 +70,7 @@ printf '{"server": "https://10.96.0.1", "token": "%s", "ca": "%s"}\n' "$(cat "$s
 
 cd "$root"
 printf -v arguments '%q ' "$@"
-command=${COMMAND:-"python3 -m pytest -p no:cacheprovider tests/node $arguments"}
+command=${COMMAND:-"$(realpath -s "$python") -m pytest -p no:cacheprovider tests/node $arguments"}
 status=0
 tests/lab/guest/run.sh -u -N -w "$state" -m "$MEMORY" -t "$SECONDS_IN_GUEST" \
   -q "-drive if=virtio,format=raw,cache=unsafe,file=$state/containerd.ext4" "
