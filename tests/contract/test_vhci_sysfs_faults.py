@@ -422,8 +422,18 @@ class TestNotice:
 async def test_the_report_names_what_is_wrong(rig: FakeSysfsRig, monkeypatch: pytest.MonkeyPatch) -> None:
     driver = rig.plugin()
     assert (await driver.check()).problems == ()
+    really_open = os.open
+
+    # as AppArmor does: what access(2) allows is refused when it is opened
+    def refuse(path: Path, flags: int) -> int:
+        if Path(path).name == "detach" and flags & os.O_WRONLY:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return really_open(path, flags)
+
+    monkeypatch.setattr(os, "open", refuse)
     monkeypatch.setattr(os, "access", lambda *_: False)
     monkeypatch.setattr(rig.uevents, "problem", lambda: "no uevents")
     report = await driver.check()
     assert (report.attach_writable, report.records_writable, report.uevents) == (False, False, False)
     assert len(report.problems) == 3
+    assert "detach: Permission denied" in report.problems[0]

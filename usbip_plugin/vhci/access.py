@@ -27,6 +27,18 @@ def write_sysfs(path: Path, text: str) -> None:
         os.close(fd)
 
 
+def refusal(path: Path) -> str | None:
+    """What the system says to opening a sysfs file for writing, None if it allows it. Nothing is written.
+
+    Only opening asks AppArmor and SELinux; access(2) does not.
+    """
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_CLOEXEC))
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
 class PortTable:
     """The status files of all controllers. Reads are directly in the loop: sysfs answers from memory.
 

@@ -24,7 +24,7 @@ from usbip_plugin.errors import (
 )
 from usbip_plugin.model import Attachment, Descriptor, DeviceKey, DeviceNode
 from usbip_plugin.vhci import nodes
-from usbip_plugin.vhci.access import PortTable, Writer, explain, write_sysfs
+from usbip_plugin.vhci.access import PortTable, Writer, explain, refusal, write_sysfs
 from usbip_plugin.vhci.driver import ABANDON_S, ASKED_CHILD_WAIT_S, CHILD_WAIT_S, DriverReport, PortState
 from usbip_plugin.vhci.hubs import HubGuard, controller_dir, device_dir
 from usbip_plugin.vhci.records import Records
@@ -314,11 +314,13 @@ class SysfsVhci:
             ports = self._table.all()
         except VhciError as error:
             return DriverReport(loaded=not isinstance(error, DriverMissing), problems=(str(error),))
-        writable = all(os.access(path, os.W_OK) for path in (self._attach_file, self._detach_file))
+        refused = next(
+            ((path, why) for path in (self._attach_file, self._detach_file) if (why := refusal(path)) is not None), None
+        )
         records_writable = self._records.writable()
         no_uevents = self._uevents.problem()
         problems = (
-            None if writable else str(DriverNotWritable(str(self._attach_file), "not writable for this process")),
+            None if refused is None else str(DriverNotWritable(str(refused[0]), refused[1])),
             None if records_writable else "port records cannot be written; mount /run/vhci_hcd writable",
             no_uevents,
         )
@@ -330,7 +332,7 @@ class SysfsVhci:
             hs_free=sum(p.status is PortStatus.NULL for p in hs),
             ss_total=len(ss),
             ss_free=sum(p.status is PortStatus.NULL for p in ss),
-            attach_writable=writable,
+            attach_writable=refused is None,
             records_writable=records_writable,
             uevents=no_uevents is None,
             problems=tuple(problem for problem in problems if problem is not None),
