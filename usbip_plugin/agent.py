@@ -21,7 +21,7 @@ from usbip_plugin.errors import PluginError
 from usbip_plugin.kube import KubeClient
 from usbip_plugin.kubelet.node_status import NodeStatusPublisher
 from usbip_plugin.kubelet.pod_resources import PodResources
-from usbip_plugin.kubelet.pods import OwnPods, PodPhase
+from usbip_plugin.kubelet.pods import OwnPods, PodPhase, PodView
 from usbip_plugin.locks.manager import LockManager, LockSettings
 from usbip_plugin.locks.protocol import Rules
 from usbip_plugin.locks.store import LeaseStore
@@ -52,7 +52,10 @@ class Observer:
 
 @dataclass(frozen=True, slots=True)
 class Outside:
-    """Everything of the outside world that a node's agent works with; real in production, doubles in sim/."""
+    """Everything of the outside world that a node's agent works with; real in production, doubles in sim/.
+
+    pods: what is known of the node's pods if it is not to be asked of kube.
+    """
 
     me: NodeIdentity
     client: UsbipClient
@@ -64,6 +67,7 @@ class Outside:
     clock: Clock
     rng: random.Random
     tracer: Tracer
+    pods: PodView | None = None
 
 
 class Agent:
@@ -126,16 +130,18 @@ class Agent:
             tracer=out.tracer,
             on_result=observer.on_result,
         )
-        self.pods = (
-            OwnPods(out.kube, out.me.node, out.clock, out.rng, self._pod_ending) if out.kube is not None else None
+        self.own_pods = (
+            OwnPods(out.kube, out.me.node, out.clock, out.rng, self._pod_ending)
+            if out.kube is not None and out.pods is None
+            else None
         )
         self.usage = UsageWatcher(
             out.pod_resources,
             self.attacher,
             self.locks,
             out.clock,
-            ended=self._pod_ended,
-            unseen_users=lambda: self.pods is not None and self.pods.initializing(),
+            out.pods or self.own_pods,
+            domain,
         )
         self.resources = ResourceSet(
             domain=domain,
@@ -164,7 +170,7 @@ class Agent:
         async with asyncio.TaskGroup() as tasks:
             for part in (self.driver, self.locks, self.poller, self.attacher, self.advertiser):
                 tasks.create_task(part.run(), name=type(part).__name__)
-            for optional in (self.node_status, self.pods):
+            for optional in (self.node_status, self.own_pods):
                 if optional is not None:
                     tasks.create_task(optional.run(), name=type(optional).__name__)
             tasks.create_task(self.resources.run(), name="resources")
@@ -192,7 +198,3 @@ class Agent:
 
     def _pod_ending(self, _pod: PodRef, _phase: PodPhase) -> None:
         self.usage.hint()
-
-    def _pod_ended(self, pod: PodRef) -> bool:
-        """True if the API says that the pod is over; a pod it does not know (a static one, say) may be running."""
-        return self.pods is not None and self.pods.ended(pod.namespace, pod.name)

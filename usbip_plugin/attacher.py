@@ -20,6 +20,7 @@ from usbip_plugin.claims import (
     Claim,
     Event,
     State,
+    Unlisted,
     allocated,
     observe_usage,
     usage_ended,
@@ -81,9 +82,9 @@ class Attacher:
         """Returns once `run` takes work."""
         await self._work.started()
 
-    async def adopt(self, used: Mapping[str, PodRef] | None) -> None:
+    async def adopt(self, used: Mapping[str, PodRef], *, complete: bool) -> None:
         """See Keeper.adopt."""
-        await self._keeper.adopt(used)
+        await self._keeper.adopt(used, complete=complete)
 
     def server_changed(self, view: ServerView) -> None:
         """For the poller. See Keeper.server_changed."""
@@ -173,12 +174,12 @@ class Attacher:
 
     # usage, as pod-resources tells it
 
-    def usage(self, users: Mapping[str, PodRef], listed_at: float, *, unseen_users: bool = False) -> None:
+    def usage(self, users: Mapping[str, PodRef], listed_at: float, unlisted: Unlisted) -> None:
         """One poll of pod-resources, begun at listed_at (seconds, monotonic): notes pods, ends claims nobody uses.
 
-        unseen_users: see claims.usage_ended.
+        unlisted: see claims.usage_ended.
         """
-        unused = partial(self._unused, unseen_users=unseen_users)
+        unused = partial(self._unused, unlisted=unlisted)
         for device_id, claim in list(self._book.view.items()):
             if claim.state not in (State.ATTACHED, State.REATTACHING):
                 continue
@@ -191,8 +192,8 @@ class Attacher:
                 self._keeper.look_again(device_id)
                 self._work.spawn(self._work.let_go(device_id, unused), f"release {claim.key}")
 
-    def _unused(self, claim: Claim, *, unseen_users: bool) -> bool:
-        return usage_ended(claim, self._clock.monotonic(), unseen_users=unseen_users)
+    def _unused(self, claim: Claim, *, unlisted: Unlisted) -> bool:
+        return usage_ended(claim, self._clock.monotonic(), unlisted)
 
     async def probe(self, key: DeviceKey, descriptor: Descriptor) -> str:
         """Reads a device's serial number once for all nodes. As Pipeline.probe; ClaimBusy if it is in use here."""

@@ -24,6 +24,12 @@ The kubelet hides an Allocate in flight from pod-resources, and admission of the
 ABSENT_POLLS = 2
 """Polls of pod-resources in a row without the device before its claim ends."""
 
+UNCONFIRMED_ABSENCE = 15.0
+"""Seconds without the device in pod-resources before its claim ends where the API server does not confirm it.
+
+A kubelet that has just started lists no pods for about a second, while they run.
+"""
+
 
 class State(enum.Enum):
     """Where a device stands on this node. FREE is the absence of a claim."""
@@ -91,7 +97,8 @@ class Claim:
     """One device on this node. Times are seconds on the node's monotonic clock.
 
     port is set from the moment the kernel has the socket; attachment is the last one seen, whether it still stands is
-    what the state says; traceparent is the Allocate's, so that all that follows joins its trace.
+    what the state says; traceparent is the Allocate's, so that all that follows joins its trace; absent counts the
+    polls in a row that did not list the device, the first of them begun at absent_since.
     """
 
     key: DeviceKey
@@ -105,6 +112,7 @@ class Claim:
     allocated_at: float = 0.0
     pod: PodRef | None = None
     absent: int = 0
+    absent_since: float = 0.0
 
     @property
     def id(self) -> str:
@@ -161,21 +169,50 @@ class ClaimBook:
 def observe_usage(claim: Claim, user: PodRef | None, listed_at: float) -> Claim:
     """What one poll of pod-resources, begun at listed_at, says of a claim; one older than the Allocate: nothing."""
     if user is not None:
-        return replace(claim, pod=user, absent=0)
+        known = claim.pod is not None and user.uid is None and same_pod(user, claim.pod)
+        return replace(claim, pod=claim.pod if known else user, absent=0)
     if listed_at <= claim.allocated_at:
         return claim
-    return replace(claim, absent=claim.absent + 1)
+    since = claim.absent_since if claim.absent else listed_at
+    return replace(claim, absent=claim.absent + 1, absent_since=since)
 
 
-def usage_ended(claim: Claim, now: float, *, unseen_users: bool = False) -> bool:
+@dataclass(frozen=True, slots=True)
+class Unlisted:
+    """What the API server says beyond one list of pod-resources.
+
+    pods: those that have not ended, want our devices, and are not in the list. They run init containers, or the kubelet
+    does not know them yet, or again. certain: the API server's word is fresh.
+    """
+
+    pods: frozenset[PodRef] = frozenset()
+    certain: bool = False
+
+
+def same_pod(one: PodRef, other: PodRef) -> bool:
+    """By name, and by uid where both are known."""
+    if (one.namespace, one.name) != (other.namespace, other.name):
+        return False
+    return one.uid is None or other.uid is None or one.uid == other.uid
+
+
+def usage_ended(claim: Claim, now: float, unlisted: Unlisted) -> bool:
     """True when the claim's pod is gone: seen and absent in two polls, or never seen and the grace is over.
 
-    unseen_users: there may be pods that use devices and are not listed (ordinary init containers are not): then a claim
-    whose pod was never seen stays.
+    A list without the pod counts only if the API server does not say that it lives; and where that is not known for
+    certain, only after UNCONFIRMED_ABSENCE.
     """
     if claim.state not in (State.ATTACHED, State.REATTACHING) or claim.absent < ABSENT_POLLS:
         return False
-    return claim.pod is not None or (not unseen_users and now - claim.allocated_at > ALLOCATION_GRACE)
+    pod = claim.pod
+    if pod is None:
+        gone = not unlisted.pods and now - claim.allocated_at > ALLOCATION_GRACE
+        certain = unlisted.certain
+    else:
+        gone = not any(same_pod(pod, other) for other in unlisted.pods)
+        # a pod without a uid is one that the API server has not told of
+        certain = unlisted.certain and pod.uid is not None
+    return gone and (certain or now - claim.absent_since >= UNCONFIRMED_ABSENCE)
 
 
 def own_port(claim_key: DeviceKey, ports: Sequence[PortState], number: int | None) -> PortState | None:

@@ -72,8 +72,10 @@ class Keeper:
 
     # what the previous process left
 
-    async def adopt(self, used: Mapping[str, PodRef] | None) -> None:
-        """Takes over what locks and ports say is this node's. used: device ID -> pod by pod-resources, None if unknown.
+    async def adopt(self, used: Mapping[str, PodRef], *, complete: bool) -> None:
+        """Takes over what locks and ports say is this node's.
+
+        used: device ID -> pod, as far as is known. complete: nobody else uses a device here; else nothing is let go.
 
         Idempotent; to be called when the locks are known, and again whenever the API server is back.
         """
@@ -88,7 +90,8 @@ class Keeper:
                 continue  # at work on it already
             async with self._work.mutex(lock.device_id):
                 if self._work.book.get(lock.device_id) is None and self._work.pipeline.is_mine(lock.device_id):
-                    await self._adopt_one(key, lock, ports, None if used is None else lock.device_id in used)
+                    in_use = True if lock.device_id in used else None
+                    await self._adopt_one(key, lock, ports, False if in_use is None and complete else in_use)
 
     async def _adopt_one(self, key: DeviceKey, lock: Lock, ports: Sequence[PortState], used: bool | None) -> None:
         port = own_port(key, ports, lock.port) if lock.boot_id == self._me.boot_id else None

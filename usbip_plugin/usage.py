@@ -1,4 +1,7 @@
-"""Who still uses what: turns ends of pods into releases, confirmed by the kubelet's own list.
+"""Who still uses what: turns ends of pods into releases, confirmed by the kubelet's own list and the API server.
+
+Neither is enough alone. The API server knows that a pod is gone before its containers are; a kubelet that has just
+started answers with a list without pods, while they run.
 
 And the other way round: locks that name this node while nothing here knows of them are adopted or let go.
 """
@@ -8,12 +11,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Mapping
 
 from usbip_plugin.attacher import Attacher
+from usbip_plugin.claims import Unlisted
 from usbip_plugin.clock import Clock
 from usbip_plugin.errors import PodResourcesUnavailable
 from usbip_plugin.kubelet.pod_resources import PodResources
+from usbip_plugin.kubelet.pods import PodView
 from usbip_plugin.locks.manager import LockChange, LockManager
 from usbip_plugin.model import PodRef
 
@@ -28,10 +33,7 @@ HINT_LASTS = 5.0
 
 
 class UsageWatcher:
-    """Polls pod-resources while, and only while, this node has claims. ended(pod): the API says that it is over.
-
-    unseen_users(): there may be pods that use a device without being listed.
-    """
+    """Polls pod-resources while, and only while, this node has claims. pods: None where no API server tells of pods."""
 
     def __init__(
         self,
@@ -39,15 +41,15 @@ class UsageWatcher:
         attacher: Attacher,
         locks: LockManager,
         clock: Clock,
-        ended: Callable[[PodRef], bool],
-        unseen_users: Callable[[], bool],
+        pods: PodView | None,
+        domain: str,
     ) -> None:
         self._pod_resources = pod_resources
         self._attacher = attacher
         self._locks = locks
         self._clock = clock
-        self._ended = ended
-        self._unseen_users = unseen_users
+        self._pods = pods
+        self._domain = domain
         self._wake = asyncio.Event()
         self._hinted_until = 0.0
         self._complained = False
@@ -80,12 +82,35 @@ class UsageWatcher:
             return None
         self._complained = False
         # kubelets before 1.34 list pods that have ended, too
-        return {i: entry.pod for entry in listed if not self._ended(entry.pod) for i in entry.device_ids}
+        return {i: self._known(entry.pod) for entry in listed if not self._ended(entry.pod) for i in entry.device_ids}
+
+    def _ended(self, pod: PodRef) -> bool:
+        return self._pods is not None and self._pods.ended(pod.namespace, pod.name)
+
+    def _known(self, pod: PodRef) -> PodRef:
+        """With its uid, if the API server has told of it."""
+        found = self._pods.find(pod.namespace, pod.name) if self._pods is not None else None
+        return found or pod
+
+    def _unlisted(self, users: Mapping[str, PodRef]) -> Unlisted:
+        if self._pods is None:
+            return Unlisted()
+        listed = {(pod.namespace, pod.name) for pod in users.values()}
+        wanting = self._pods.wanting(self._domain)
+        return Unlisted(frozenset(pod for pod in wanting if (pod.namespace, pod.name) not in listed), self._pods.synced)
+
+    async def _adopt(self, users: Mapping[str, PodRef] | None) -> None:
+        """That nobody uses a device is taken from a list only if the API server knows of no pod that may."""
+        complete = False
+        if users is not None:
+            unlisted = self._unlisted(users)
+            complete = unlisted.certain and not unlisted.pods
+        await self._attacher.adopt(users or {}, complete=complete)
 
     async def adopt(self) -> None:
         """Takes over what a previous process left; needs the locks to be known. Idempotent."""
         if self._unclaimed():
-            await self._attacher.adopt(await self.users())
+            await self._adopt(await self.users())
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -98,9 +123,9 @@ class UsageWatcher:
                 listed_at = self._clock.monotonic()
                 users = await self.users()
                 if self._unclaimed():
-                    await self._attacher.adopt(users)
+                    await self._adopt(users)
                 if users is not None:
-                    self._attacher.usage(users, listed_at, unseen_users=self._unseen_users())
+                    self._attacher.usage(users, listed_at, self._unlisted(users))
                 with contextlib.suppress(TimeoutError):
                     async with self._clock.timeout(self._interval()):
                         await self._until_hinted()

@@ -79,10 +79,10 @@ class Life:
     async def _live(self) -> None:
         node, agent = self._node, self._node.agent
         assert agent is not None
-        assert agent.pods is not None
+        assert agent.own_pods is not None
         await self._until(lambda: list(node.kubelet.health(node.resource(RESOURCE)).values()) == [True, True])
         self.step = ALLOCATED
-        first, second = PodRef("default", "first"), PodRef("default", "second")
+        first = PodRef("default", "first")
         await node.admit(first, {RESOURCE: 1})
         self.step = KEPT
         await self._until(lambda: agent.locks.heartbeat_at is not None)
@@ -94,13 +94,14 @@ class Life:
         self.step = COUNTED
         await self._until_counted("1")
         self.step = RELEASED
+        second = await self._make_pod()
         await node.admit(second, {RESOURCE: 1})
         (held,) = agent.locks.mine()
-        await self._until(lambda: agent.attacher.claims[held.device_id].pod == second)
+        await self._until(lambda: agent.attacher.claims[held.device_id].pod is not None)
         node.end(second)
         await self._until(lambda: agent.locks.locks[held.device_id].holder == "")
         self.step = POD_SEEN
-        pods = agent.pods
+        pods = agent.own_pods
         with mock.patch.object(pods, "apply", wraps=pods.apply) as told:
             pod = await self._make_pod()
             await self._until(
@@ -171,6 +172,7 @@ async def living(cluster: Cluster, admin: KubeClient, name: str, token: str) -> 
             clock=SystemClock(),
             make_leases=lambda _node: KubernetesLeases(client, NAMESPACE),
             make_kube=lambda _node: client,
+            kube_has_pods=True,
         )
         node = World(directory, [name], setup)[name]
         events = EventRecorder(client, NodeIdentity(name, "boot"), SystemClock(), random.Random(name))

@@ -52,7 +52,7 @@ def key(of: VirtualServer, busid: str) -> DeviceKey:
 
 
 def pod(name: str) -> PodRef:
-    return PodRef("default", name)
+    return PodRef("default", name, f"uid-of-{name}")
 
 
 def health(cluster: Cluster, node: ClusterNode, name: str = "stick") -> dict[str, bool]:

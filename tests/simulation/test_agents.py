@@ -3,6 +3,7 @@
 import asyncio
 from dataclasses import replace
 
+import pytest
 from cluster_rig import (
     DONGLE,
     LOCKS,
@@ -24,7 +25,7 @@ from usbip_plugin.config import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.inventory import API_GRACE
 from usbip_plugin.model import Reason
 from usbip_plugin.sim.cluster import cluster
-from usbip_plugin.sim.loop import virtual
+from usbip_plugin.sim.loop import run, virtual
 
 
 @virtual
@@ -402,6 +403,31 @@ async def test_a_kubelet_restart_loses_no_device_and_no_update() -> None:
         await c["node-a"].admit(pod("p"), "stick")
         node.kubelet_restart(down=False)
         await becomes(c, node, device, healthy=False)
+
+
+@pytest.mark.parametrize("seen", [True, False], ids=["pod seen", "pod not seen yet"])
+def test_a_kubelet_that_starts_and_lists_no_pods_yet_ends_no_claim(seen: bool) -> None:
+    """For about a second it knows none of its pods, while they run. Its list is not the end of them."""
+
+    async def play() -> None:
+        lab = server("lab", stick("1-1"))
+        device = key(lab, "1-1")
+        async with cluster(spec([lab])) as c:
+            node = c["node-a"]
+            await all_healthy(c, device)
+            await node.admit(pod("p"), "stick")
+            if seen:
+                assert await c.settle(lambda: node.agent.attacher.claims[device.id].pod is not None, 5)  # type: ignore[union-attr]
+            epoch = c.backend.leases[device.id].transitions
+            node.kubelet_restart(down=True)
+            await asyncio.sleep(2 * ALLOCATION_GRACE)
+            node.kubelet_restart(down=False)
+            assert not await c.settle(lambda: c.holder(device) != "node-a" or node.attached() != {device}, 10)
+            assert c.backend.leases[device.id].transitions == epoch
+            node.end(pod("p"))
+            assert await c.settle(lambda: c.holder(device) == "", 3)
+
+    run(play)
 
 
 @virtual

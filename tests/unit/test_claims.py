@@ -1,16 +1,20 @@
 """The states of one device: what may follow what, when a claim ends, what is adopted at start."""
 
+from dataclasses import replace
+
 import pytest
 
 from usbip_plugin.claims import (
     ALLOCATION_GRACE,
     TRANSITIONS,
+    UNCONFIRMED_ABSENCE,
     Adoption,
     Claim,
     ClaimBook,
     Event,
     IllegalTransition,
     State,
+    Unlisted,
     allocated,
     decide_adoption,
     observe_usage,
@@ -24,7 +28,8 @@ from usbip_plugin.vhci.sysfs import PortStatus
 
 KEY = DeviceKey(ServerKey("lab", 3240), "1-1.2")
 OTHER = DeviceKey(ServerKey("lab", 3240), "1-1.3")
-POD = PodRef("default", "reader")
+POD = PodRef("default", "reader", "uid")
+NOBODY = Unlisted(certain=True)
 ME = NodeIdentity("node-a", "boot-1")
 
 
@@ -97,29 +102,61 @@ def test_a_pod_seen_and_then_absent_twice_ends_the_claim() -> None:
     now = observe_usage(claim(allocated_at=10.0), POD, 11.0)
     once = observe_usage(now, None, 12.0)
     twice = observe_usage(once, None, 13.0)
-    assert not usage_ended(once, 12.0)
-    assert usage_ended(twice, 13.0)
+    assert not usage_ended(once, 12.0, NOBODY)
+    assert usage_ended(twice, 13.0, NOBODY)
+
+
+def absent_twice(pod: PodRef = POD) -> Claim:
+    return observe_usage(observe_usage(observe_usage(claim(), pod, 11.0), None, 12.0), None, 13.0)
+
+
+def test_a_pod_that_the_api_server_says_lives_keeps_its_device_whatever_the_kubelet_lists() -> None:
+    """A kubelet that has just started lists nothing, for about a second."""
+    lives = Unlisted(frozenset({POD}), certain=True)
+    assert not usage_ended(absent_twice(), 13.0 + 10 * UNCONFIRMED_ABSENCE, lives)
+    assert not usage_ended(absent_twice(), 13.0 + 10 * UNCONFIRMED_ABSENCE, replace(lives, certain=False))
+    successor = Unlisted(frozenset({replace(POD, uid="of the next pod of that name")}), certain=True)
+    assert usage_ended(absent_twice(), 13.0, successor)
+
+
+@pytest.mark.parametrize(
+    ("pod", "unlisted"), [(POD, Unlisted()), (PodRef(POD.namespace, POD.name), Unlisted(certain=True))]
+)
+def test_without_the_api_servers_word_an_absence_must_last(pod: PodRef, unlisted: Unlisted) -> None:
+    gone = absent_twice(pod)
+    assert not usage_ended(gone, 11.9 + UNCONFIRMED_ABSENCE, unlisted)
+    assert usage_ended(gone, 12.0 + UNCONFIRMED_ABSENCE, unlisted)
+    back = observe_usage(observe_usage(observe_usage(gone, pod, 14.0), None, 20.0), None, 21.0)
+    assert not usage_ended(back, 19.9 + UNCONFIRMED_ABSENCE, unlisted), "counted from its last absence"
+
+
+def test_a_uid_that_is_known_stays_known() -> None:
+    seen = observe_usage(observe_usage(claim(), POD, 11.0), PodRef(POD.namespace, POD.name), 12.0)
+    assert seen.pod == POD
+    other = PodRef("default", "other")
+    assert observe_usage(seen, other, 13.0).pod == other
 
 
 def test_a_pod_that_reappears_counts_anew() -> None:
     gone_once = observe_usage(observe_usage(claim(), POD, 1.0), None, 2.0)
     back = observe_usage(gone_once, POD, 3.0)
-    assert not usage_ended(observe_usage(back, None, 4.0), 4.0)
+    assert not usage_ended(observe_usage(back, None, 4.0), 4.0, NOBODY)
 
 
 def test_an_allocate_in_flight_is_hidden_from_the_list_and_has_its_grace() -> None:
     fresh = allocated(claim(), 100.0)
     absent = observe_usage(observe_usage(fresh, None, 101.0), None, 102.0)
-    assert not usage_ended(absent, 100.0 + ALLOCATION_GRACE)
-    assert usage_ended(absent, 100.1 + ALLOCATION_GRACE)
+    assert not usage_ended(absent, 100.0 + ALLOCATION_GRACE, NOBODY)
+    assert usage_ended(absent, 100.1 + ALLOCATION_GRACE, NOBODY)
 
 
 def test_a_pod_that_may_be_in_its_init_containers_keeps_a_claim_nobody_was_seen_with() -> None:
     fresh = allocated(claim(), 100.0)
     absent = observe_usage(observe_usage(fresh, None, 101.0), None, 102.0)
-    assert not usage_ended(absent, 101.0 + ALLOCATION_GRACE, unseen_users=True)
+    somebody = Unlisted(frozenset({PodRef("default", "other", "uid-other")}), certain=True)
+    assert not usage_ended(absent, 101.0 + ALLOCATION_GRACE, somebody)
     seen = observe_usage(observe_usage(observe_usage(fresh, POD, 101.0), None, 102.0), None, 103.0)
-    assert usage_ended(seen, 103.0, unseen_users=True), "a pod that was seen is gone whatever others do"
+    assert usage_ended(seen, 103.0, somebody), "a pod that was seen is gone whatever others do"
 
 
 def test_a_list_begun_before_the_allocate_says_nothing() -> None:
@@ -135,7 +172,7 @@ def test_a_new_allocate_of_the_same_device_forgets_the_old_pod() -> None:
 
 @pytest.mark.parametrize("state", [State.LOCKING, State.IMPORTING, State.ATTACHING, State.RELEASING, State.LOST])
 def test_only_an_attachment_ends_with_its_pod(state: State) -> None:
-    assert not usage_ended(claim(state, pod=POD, absent=9), 1000.0)
+    assert not usage_ended(claim(state, pod=POD, absent=9), 1000.0, NOBODY)
 
 
 def port(number: int, record: DeviceKey | None, status: PortStatus = PortStatus.USED) -> PortState:

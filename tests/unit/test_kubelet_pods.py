@@ -161,23 +161,29 @@ def test_only_uid_and_phase_are_kept() -> None:
 
 
 @pytest.mark.parametrize(
-    ("phase", "limits", "initializing"),
+    ("phase", "kind", "container", "wanted"),
     [
-        ("Pending", {"usbip.dev/stick": "1"}, True),
-        ("Pending", {"cpu": "1"}, False),
-        ("Running", {"usbip.dev/stick": "1"}, False),
-        ("Succeeded", {"usbip.dev/stick": "1"}, False),
+        ("Pending", "containers", {}, True),
+        ("Running", "containers", {}, True),
+        ("Succeeded", "containers", {}, False),
+        ("Failed", "containers", {}, False),
+        ("Pending", "initContainers", {}, True),
+        ("Running", "initContainers", {}, False),  # these have ended
+        ("Running", "initContainers", {"restartPolicy": "Always"}, True),  # a sidecar has not
+        ("Succeeded", "initContainers", {"restartPolicy": "Always"}, False),
     ],
 )
-def test_a_pod_whose_init_containers_may_use_devices_is_known(phase: str, limits: object, initializing: bool) -> None:
-    value = pod(phase=phase) | {"spec": {"initContainers": [{"resources": {"limits": limits}}]}}
-    found = read_pod(value)
-    assert found is not None
-    assert found[1].initializing is initializing
+@virtual
+async def test_pods_that_use_devices_or_will_are_known(phase: str, kind: str, container: Any, wanted: bool) -> None:
+    limits = {"cpu": "1", "usbip.dev/stick": "1"}
+    pods, _ = own_pods(Api())
+    pods.apply(event("ADDED", pod(phase=phase) | {"spec": {kind: [container | {"resources": {"limits": limits}}]}}))
+    assert pods.wanting("usbip.dev") == (frozenset({A}) if wanted else frozenset())
+    assert pods.wanting("other.dev") == frozenset()
 
 
-@pytest.mark.parametrize("spec", [None, [], {}, {"initContainers": 7}, {"initContainers": [7, {"resources": 7}]}])
-def test_a_strange_pod_spec_is_no_initializing_pod(spec: object) -> None:
+@pytest.mark.parametrize("spec", [None, [], {}, {"initContainers": 7}, {"containers": [7, {"resources": 7}]}])
+def test_a_strange_pod_spec_wants_nothing(spec: object) -> None:
     found = read_pod(pod(phase="Pending") | {"spec": spec})
     assert found is not None
-    assert not found[1].initializing
+    assert found[1].resources == frozenset()

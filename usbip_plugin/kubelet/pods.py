@@ -1,4 +1,8 @@
-"""The watch on this node's own pods: a hint, at once, that a pod has ended."""
+"""The watch on this node's own pods: a hint, at once, that a pod has ended, and which pods must be using devices.
+
+The second is what makes an absence from pod-resources mean something: a kubelet that has just started answers with a
+list without pods for about a second, while they all run.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import contextlib
 import enum
 import logging
 import random
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -49,14 +53,35 @@ class PodPhase(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class PodState:
-    """initializing: its init containers run, and one of them has extended resources of its own."""
+    """resources: the extended resources (names with a domain) that its containers have now, or will have.
+
+    Those of ordinary init containers count only while the pod is Pending: afterwards these have ended.
+    """
 
     uid: str
     phase: PodPhase
-    initializing: bool = False
+    resources: frozenset[str] = frozenset()
 
 
 PodCallback = Callable[[PodRef, PodPhase], None]
+
+
+class PodView(Protocol):
+    """What the API server says of this node's pods. synced is false while it may be old."""
+
+    synced: bool
+
+    def find(self, namespace: str, name: str) -> PodRef | None:
+        """The pod of that name with its uid, if it is known and has not ended."""
+        ...
+
+    def ended(self, namespace: str, name: str) -> bool:
+        """True if the API says that this pod's containers have all ended. False for a pod it does not know."""
+        ...
+
+    def wanting(self, domain: str) -> frozenset[PodRef]:
+        """The pods, with their uids, that have not ended and have resources of this domain, or will have."""
+        ...
 
 
 def read_pod(obj: object) -> tuple[PodKey, PodState] | None:
@@ -76,22 +101,27 @@ def read_pod(obj: object) -> tuple[PodKey, PodState] | None:
     terminating = metadata.get("deletionTimestamp") is not None
     phase = PodPhase.ENDED if ended else PodPhase.TERMINATING if terminating else PodPhase.RUNNING
     pending = isinstance(status, dict) and status.get("phase") == "Pending"
-    return (namespace, name), PodState(uid, phase, not ended and pending and _init_wants_devices(obj.get("spec")))
+    resources = frozenset[str]() if ended else frozenset(_extended_resources(obj.get("spec"), pending=pending))
+    return (namespace, name), PodState(uid, phase, resources)
 
 
-def _init_wants_devices(spec: object) -> bool:
-    """An ordinary init container with an extended resource (a name with a domain) among its limits."""
-    containers = spec.get("initContainers") if isinstance(spec, dict) else None
-    for container in containers if isinstance(containers, list) else ():
-        resources = container.get("resources") if isinstance(container, dict) else None
-        limits = resources.get("limits") if isinstance(resources, dict) else None
-        if isinstance(limits, dict) and any("/" in str(name) for name in limits):
-            return True
-    return False
+def _extended_resources(spec: object, *, pending: bool) -> Iterator[str]:
+    """Names with a domain among the limits of the containers, and of the init containers that may still run."""
+    for kind in ("containers", "initContainers"):
+        containers = spec.get(kind) if isinstance(spec, dict) else None
+        for container in containers if isinstance(containers, list) else ():
+            if not isinstance(container, dict):
+                continue
+            if kind == "initContainers" and not pending and container.get("restartPolicy") != "Always":
+                continue
+            resources = container.get("resources")
+            limits = resources.get("limits") if isinstance(resources, dict) else None
+            if isinstance(limits, dict):
+                yield from (name for name in limits if isinstance(name, str) and "/" in name)
 
 
 class OwnPods:
-    """Keeps (namespace, name) -> (uid, phase) of the pods of one node.
+    """Keeps (namespace, name) -> PodState of the pods of one node. A PodView.
 
     callback(pod with uid, TERMINATING or ENDED) is called once for each step of a pod towards its end; a pod that was
     deleted, or replaced by one of the same name, has ENDED. It is synchronous and quick. After a gap in the watch the
@@ -108,18 +138,23 @@ class OwnPods:
         self.synced = False
 
     def find(self, namespace: str, name: str) -> PodRef | None:
-        """The pod of that name with its uid, if it is known and has not ended."""
+        """See PodView.find."""
         state = self._pods.get((namespace, name))
         if state is None or state.phase is PodPhase.ENDED:
             return None
         return PodRef(namespace, name, state.uid)
 
-    def initializing(self) -> bool:
-        """Some pod is in its init containers and may use a device there, which pod-resources does not list."""
-        return any(state.initializing for state in self._pods.values())
+    def wanting(self, domain: str) -> frozenset[PodRef]:
+        """See PodView.wanting."""
+        prefix = domain + "/"
+        return frozenset(
+            PodRef(*key, state.uid)
+            for key, state in self._pods.items()
+            if any(name.startswith(prefix) for name in state.resources)
+        )
 
     def ended(self, namespace: str, name: str) -> bool:
-        """True if the API says that this pod's containers have all ended. False for a pod it does not know."""
+        """See PodView.ended."""
         state = self._pods.get((namespace, name))
         return self.synced and state is not None and state.phase is PodPhase.ENDED
 

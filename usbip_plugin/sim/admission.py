@@ -35,13 +35,15 @@ class Seen:
 class Admission:
     """Plugins connect, list their devices, and pods are admitted one at a time with what is healthy and free.
 
-    manager.checkpoint survives a restart. `changed` fires after every change.
+    manager.checkpoint survives a restart. `changed` fires after every change. blind: it has just started, and does not
+    know its pods yet, so it lists none; a real one takes about a second.
     """
 
     def __init__(self) -> None:
         self.manager = DeviceManager()
         self.seen = Seen()
         self.changed = Broadcast()
+        self.blind = False
         self._one_at_a_time = asyncio.Lock()
         self._active: dict[PodRef, tuple[ContainerSpec, ...]] = {}
         self._endpoints: dict[str, dict[Hashable, Endpoint]] = {}
@@ -131,8 +133,14 @@ class Admission:
         self.manager.release_except(self._active)
         self.changed.fire()
 
+    def active(self) -> Mapping[PodRef, Sequence[ContainerSpec]]:
+        """The pods that are admitted, or are being admitted, and have not ended."""
+        return dict(self._active)
+
     def held(self) -> tuple[ContainerDevices, ...]:
         """What pod-resources lists: active pods. Not ordinary init containers, nor an Allocate in flight."""
+        if self.blind:
+            return ()
         self.manager.release_except(self._active)
         init = {(pod, c.name) for pod, containers in self._active.items() for c in containers if c.init}
         return tuple(

@@ -30,12 +30,15 @@ from usbip_plugin.sim.device_manager import AdmissionError
 from usbip_plugin.sim.kernel import SimulatedVhci
 from usbip_plugin.sim.local_kubelet import LocalKubelet
 from usbip_plugin.sim.loop import SimClock
+from usbip_plugin.sim.pods import AdmittedPods
 from usbip_plugin.sim.ports import SimulatedKernel
 from usbip_plugin.sim.server import VirtualServer
 from usbip_plugin.sim.socket import SocketTable
 from usbip_plugin.vhci.sysfs import PortStatus
 
 ENUMERATION_DELAY = 0.3
+KUBELET_BLIND_S = 1.0
+"""How long a kubelet that has started answers pod-resources without knowing its pods."""
 LEASES = "leases.coordination.k8s.io"
 
 FaultPlan = Callable[[str, Operation], Fate]
@@ -97,6 +100,7 @@ class ClusterNode:
             self.clock, enumeration_delay=ENUMERATION_DELAY, resolve=self.sockets.resolve, ports_per_hub=8
         )
         self.kubelet = LocalKubelet()
+        self.pods = AdmittedPods(self.kubelet)
         self.kubelet_up, self.kubelet_down = asyncio.Event(), asyncio.Event()
         self.kubelet_up.set()
         self._cluster = cluster
@@ -122,6 +126,7 @@ class ClusterNode:
                 clock=self.clock,
                 rng=rng,
                 tracer=NoOpTracer(),
+                pods=self.pods,
             ),
             cluster.config,
             domain=cluster.domain,
@@ -157,18 +162,25 @@ class ClusterNode:
         self.boot += 1
 
     def kubelet_restart(self, *, down: bool) -> None:
-        """While it is down nothing is registered and pod-resources does not answer."""
+        """While it is down nothing is registered and pod-resources does not answer; then it knows no pods at first."""
         if down:
             self.kubelet_up.clear()
             self.kubelet_down.set()
             self.kubelet.manager.restart()
+            self.kubelet.blind = True
         else:
             self.kubelet_down.clear()
             self.kubelet_up.set()
+            asyncio.get_running_loop().call_later(KUBELET_BLIND_S, self._kubelet_sees)
+
+    def _kubelet_sees(self) -> None:
+        if self.kubelet_up.is_set():
+            self.kubelet.blind = False
 
     def partition(self, *, cut: bool) -> None:
         """Between this node and the API server."""
         self.partitioned = cut
+        self.pods.synced = not cut
         if cut:
             self.leases.cut()
 

@@ -31,6 +31,7 @@ from usbip_plugin.resources import SocketRegistrar
 from usbip_plugin.sim.device_manager import Allocation, ContainerSpec
 from usbip_plugin.sim.kernel import SimulatedKernel, SimulatedVhci
 from usbip_plugin.sim.kubelet import FakeKubelet
+from usbip_plugin.sim.pods import AdmittedPods
 from usbip_plugin.usbip.client import TcpUsbipClient
 from usbip_plugin.vhci.driver import VhciDriver
 
@@ -44,7 +45,8 @@ STOP_TIMEOUT = 5.0
 class Setup:
     """What a world is made of. make_driver(node, kernel) and make_leases(node) replace doubles by the real thing.
 
-    make_kube(node) gives the agent an API server for what is not a Lease: Node status and pods.
+    make_kube(node) gives the agent an API server for what is not a Lease: Node status, and with kube_has_pods the pods,
+    which are otherwise those of the fake kubelet.
     """
 
     config: Config
@@ -56,6 +58,7 @@ class Setup:
     make_driver: Callable[[str, SimulatedKernel], VhciDriver] | None = None
     make_leases: Callable[[str], LeaseStore] | None = None
     make_kube: Callable[[str], KubeClient] | None = None
+    kube_has_pods: bool = False
 
 
 class SimNode:
@@ -74,6 +77,7 @@ class SimNode:
         self.plugin_directory.mkdir(parents=True)
         self._pod_resources = directory / "pod-resources.sock"
         self.kubelet = FakeKubelet(self.plugin_directory, self._pod_resources)
+        self.pods = AdmittedPods(self.kubelet)
         self._backend = backend
         self._leases: LeaseStore | None = None
         self._task: asyncio.Task[None] | None = None
@@ -110,6 +114,7 @@ class SimNode:
             clock=setup.clock,
             rng=rng,
             tracer=setup.make_tracer(self.name),
+            pods=None if setup.kube_has_pods else self.pods,
         )
         agent = Agent(
             outside, setup.config, domain=setup.domain, lock_settings=setup.lock_settings, observer=self.observer
@@ -143,6 +148,7 @@ class SimNode:
     def partition(self, *, cut: bool) -> None:
         """Between this node and the API server."""
         self.partitioned = cut
+        self.pods.synced = not cut
         if cut and isinstance(self._leases, MemoryLeases):
             self._leases.cut()
 
