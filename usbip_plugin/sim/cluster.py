@@ -37,8 +37,8 @@ from usbip_plugin.sim.socket import SocketTable
 from usbip_plugin.vhci.sysfs import PortStatus
 
 ENUMERATION_DELAY = 0.3
-KUBELET_BLIND_S = 1.0
-"""How long a kubelet that has started answers pod-resources without knowing its pods."""
+KUBELET_BLIND_S = 3.0
+"""How long a kubelet that has started answers pod-resources without knowing its pods: a real one for about a second."""
 LEASES = "leases.coordination.k8s.io"
 
 FaultPlan = Callable[[str, Operation], Fate]
