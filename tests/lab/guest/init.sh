@@ -63,9 +63,12 @@ for name in modprobe rmmod lsmod; do $box ln -s busybox "/root/run/bin/$name"; d
 # Output goes through a virtio port: the emulated serial port is slow.
 output=/dev/ttyS0
 for port in /dev/vport*p*; do [ -c "$port" ] && output=$port; done
+# Moved, not only changed into: AppArmor sees a path from the root of the mount namespace, not from a chroot's.
+cd /root
+$box mount --move . /
 HOME=/root PATH=/run/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
-  $box chroot /root /bin/bash /vmrun/command.sh </dev/null >"$output" 2>&1
-echo $? >/root/vmrun/status
-$box dmesg >/root/vmrun/dmesg
+  $box chroot . /bin/bash /vmrun/command.sh </dev/null >"$output" 2>&1
+echo $? >vmrun/status
+$box dmesg >vmrun/dmesg
 $box sync
 $box poweroff -f
