@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import pytest
-from cluster import PLUGIN_NAMESPACE, ClusterView, Object, holder, is_lock, is_ready
+from cluster import DOMAIN, PLUGIN_NAMESPACE, ClusterView, Object, holder, is_lock, is_ready
 from conftest import LOCK_DURATION, Place
 from figures import Figures
 from kubectl import Kubectl
@@ -52,7 +52,9 @@ async def attached_on(cluster: ClusterView, kubectl: Kubectl, node: str) -> floa
     """How many devices of the resource its plugin says are attached."""
     name = (await plugin_on(cluster, node))["metadata"]["name"]
     metrics = kubectl("get", "--raw", f"/api/v1/namespaces/{PLUGIN_NAMESPACE}/pods/{name}:13240/proxy/metrics")
-    (count,) = re.findall(r'^usbip_device_plugin_attached_devices{resource="solo"} (\S+)', metrics, re.MULTILINE)
+    (count,) = re.findall(
+        rf'^usbip_device_plugin_attached_devices{{{{resource="{DOMAIN}/solo"}}}} (\S+)', metrics, re.MULTILINE
+    )
     return float(count)
 
 
