@@ -52,9 +52,8 @@ async def attached_on(cluster: ClusterView, kubectl: Kubectl, node: str) -> floa
     """How many devices of the resource its plugin says are attached."""
     name = (await plugin_on(cluster, node))["metadata"]["name"]
     metrics = kubectl("get", "--raw", f"/api/v1/namespaces/{PLUGIN_NAMESPACE}/pods/{name}:13240/proxy/metrics")
-    (count,) = re.findall(
-        rf'^usbip_device_plugin_attached_devices{{{{resource="{DOMAIN}/solo"}}}} (\S+)', metrics, re.MULTILINE
-    )
+    sample = re.compile(rf'^usbip_device_plugin_attached_devices{{resource="{DOMAIN}/solo"}} (\S+)', re.MULTILINE)
+    (count,) = sample.findall(metrics)
     return float(count)
 
 

@@ -54,12 +54,19 @@ def installation(api: Api, usbipd: RealUsbipd) -> Plugin:
     return Plugin(api, usbipd.busid(OFFERED))
 
 
-@pytest.fixture
-def plugin(installation: Plugin) -> Plugin:
+@pytest.fixture(scope="module")
+def base(installation: Plugin) -> Plugin:
     """deploy/ as it is shipped, ready. The module is loaded as a node's own configuration would do it."""
     RealUsbipd().load_modules(("vhci-hcd",))
     installation.install(manifests("base", installation.busid))
     return installation
+
+
+@pytest.fixture
+def plugin(base: Plugin) -> Plugin:
+    """The same, as it is shipped whatever the last test has made of it."""
+    base.install(manifests("base", base.busid))
+    return base
 
 
 @pytest.fixture(scope="session")
