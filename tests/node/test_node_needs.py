@@ -103,20 +103,20 @@ def test_without_its_token_check_says_so(api: Api, base: Plugin) -> None:
     assert "FAIL  API server" in output
 
 
-def test_without_the_hosts_network_a_pod_loses_its_device_with_the_plugins_pod(api: Api, installation: Plugin) -> None:
-    documents = manifests("base", installation.busid)
+def test_without_the_hosts_network_a_pod_loses_its_device_with_the_plugins_pod(api: Api, base: Plugin) -> None:
+    documents = manifests("base", base.busid)
     spec = daemon_set(documents)["spec"]["template"]["spec"]
     spec["hostNetwork"] = False
     spec["containers"][0]["args"] = ["run", "--listen=0.0.0.0:13240"]
     for port in spec["containers"][0]["ports"]:
         del port["hostPort"]
-    installation.install(documents)
+    base.install(documents)
     api.create(pod_of("user", POD_SCRIPT, resources={RESOURCE: "1"}))
     user = Container(api, NAMESPACE, "user", "main")
     try:
         user.until_running()
         until(lambda: "opened" in user.log(), "the pod has opened its tty")
-        api.delete("Pod", SYSTEM, installation.pod()["metadata"]["name"])
+        api.delete("Pod", SYSTEM, base.pod()["metadata"]["name"])
         until(lambda: "hung up" in user.log() or "Error" in user.log(), "the pod has lost its tty")
     finally:
         api.delete("Pod", NAMESPACE, "user")

@@ -9,7 +9,7 @@ START_TENTHS=600
 up() { echo "$(cut -d' ' -f1 /proc/uptime) s: $*"; }
 mkdir -p $n/{kubelet/device-plugins,certs,logs,containerd} /var/lib/kubelet /run/cdi
 
-for module in virtio_blk veth nf_tables nft_compat nft_chain_nat xt_nat xt_tcpudp; do modprobe "$module"; done
+for module in virtio_blk veth nf_tables nft_compat nft_chain_nat xt_nat xt_MASQUERADE xt_tcpudp; do modprobe "$module"; done
 mount -t ext4 /dev/vda $n/containerd
 # a node has its modprobe where the init container of deploy/overlays/modules looks for it
 [ -e /sbin/modprobe ] || ln -s /run/bin/busybox /sbin/modprobe
@@ -28,6 +28,7 @@ for chain in OUTPUT PREROUTING; do
   iptables -t nat -A $chain -d 10.96.0.1 -p tcp --dport 443 -j DNAT --to-destination "10.0.2.2:$port"
 done
 ip route del default
+iptables -t nat -A POSTROUTING -s 10.90.9.0/24 ! -d 10.90.0.0/16 -o eth0 -j MASQUERADE
 
 STATE=$state BIN=$(dirname "$(command -v runc)")
 # shellcheck source=parts.sh

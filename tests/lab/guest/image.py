@@ -23,7 +23,7 @@ MODULES = (
     *("dummy_hcd", "libcomposite", "usb_f_acm", "usb_f_mass_storage", "usb_f_hid"),
     *("loop", "veth", "bridge", "dummy", "ext4", "vfat", "fuse", "tls"),
     # libcrc32c asks for crc32c by its crypto alias, not as a dependency
-    *("nf_tables", "nft_compat", "nft_chain_nat", "xt_nat", "xt_tcpudp", "crc32c_generic"),
+    *("nf_tables", "nft_compat", "nft_chain_nat", "xt_nat", "xt_MASQUERADE", "xt_tcpudp", "crc32c_generic"),
 )
 
 
