@@ -9,7 +9,5 @@ import fuzz_wire
 from fuzz_target import Target
 
 TARGETS: dict[str, Target] = {
-    target.name: target
-    for module in (fuzz_wire, fuzz_kernel, fuzz_cluster, fuzz_config)
-    for target in module.TARGETS
+    target.name: target for module in (fuzz_wire, fuzz_kernel, fuzz_cluster, fuzz_config) for target in module.TARGETS
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fuzz_target import Target, fit_to_raise, fit_to_show
@@ -16,7 +16,7 @@ from usbip_plugin.model import Descriptor, UsbId
 
 DEVICE = Descriptor("1-1.4", "/sys/x", 1, 2, 3, UsbId(0x0951, 0x1666), 1, 0, 0, 0, 1, 1, 0)
 # One problem: its place in the file and what is wrong with it.
-MAX_LINE = 6000
+MAX_LINE = 2000
 FULL = """resources:
   storage:
     - target: {host: 10.20.30.40, port: 3240}
@@ -43,16 +43,18 @@ def configuration(data: bytes) -> None:
     try:
         loaded = _parse(Path("config.yaml"), data)
     except ConfigError as error:
-        assert len(error.problems) <= MAX_PROBLEMS + 1
-        for problem in error.problems:
-            fit_to_show(problem, MAX_LINE)
+        lines(error.problems)
         fit_to_raise(error, (MAX_PROBLEMS + 2) * MAX_LINE)
         return
-    assert len(loaded.warnings) <= MAX_PROBLEMS + 1
-    for warning in loaded.warnings:
-        fit_to_show(warning, MAX_LINE)
+    lines(loaded.warnings)
     usable(loaded.config)
     assert _parse(Path("config.yaml"), data) == loaded
+
+
+def lines(found: Sequence[str]) -> None:
+    assert len(found) <= MAX_PROBLEMS + 1
+    for line in found:
+        fit_to_show(line, MAX_LINE)
 
 
 def usable(config: Config) -> None:

@@ -248,7 +248,6 @@ def _strings() -> Iterable[bytes]:
     yield b"\x06\x03\x00\xd8A\x00"
 
 
-
 TARGETS = (
     Target(
         "devlist-reply",
@@ -261,9 +260,7 @@ TARGETS = (
         lambda: (golden(name) for name in ("import_ok_kbd", "import_busy", "import_unknown")),
         longest=400,
     ),
-    Target(
-        "request", request, lambda: (protocol.encode_devlist_request(), protocol.encode_import_request("1-2")), 64
-    ),
+    Target("request", request, lambda: (protocol.encode_devlist_request(), protocol.encode_import_request("1-2")), 64),
     Target("transfer-header", transfer_header, lambda: (part[:48] for part in (*_answers(), *_commands())), 48),
     Target("probe-conversation", conversation, _answers, 1024),
     Target("probe-descriptors", descriptors, _bodies, 1024),

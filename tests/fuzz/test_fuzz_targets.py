@@ -10,8 +10,35 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 # What decoders trip over: ends of lines and texts, signs, numbers too long for int(), half a surrogate, brackets.
-TOKENS = [b"\0", b"\n", b"\r", b" ", b":", b'"', b"-", b"_", b"\xff", b"\xed\xa0\x80", b"\\ud800", b"\x1b[31m", b"\xe2\x80\xae"]
-TOKENS += [b"-1", b"0x", b"0x_", b"1e999", b"NaN", b"null", b"{}", b"[]", b"[" * 100, b"9" * 20, b"9" * 5000, b"\xff" * 8]
+TOKENS = [
+    b"\0",
+    b"\n",
+    b"\r",
+    b" ",
+    b":",
+    b'"',
+    b"-",
+    b"_",
+    b"\xff",
+    b"\xed\xa0\x80",
+    b"\\ud800",
+    b"\x1b[31m",
+    b"\xe2\x80\xae",
+]
+TOKENS += [
+    b"-1",
+    b"0x",
+    b"0x_",
+    b"1e999",
+    b"NaN",
+    b"null",
+    b"{}",
+    b"[]",
+    b"[" * 100,
+    b"9" * 20,
+    b"9" * 5000,
+    b"\xff" * 8,
+]
 
 
 @st.composite
@@ -21,7 +48,9 @@ def changed(draw: st.DrawFn, seeds: list[bytes]) -> bytes:
     for _ in range(draw(st.integers(1, 6))):
         start = draw(st.integers(0, len(data)))
         end = draw(st.integers(start, min(len(data), start + draw(st.sampled_from([1, 4, 40])))))
-        put = draw(st.one_of(st.sampled_from(TOKENS), st.binary(max_size=4), st.just(b""), st.just(data[start:end] * 3)))
+        put = draw(
+            st.one_of(st.sampled_from(TOKENS), st.binary(max_size=4), st.just(b""), st.just(data[start:end] * 3))
+        )
         data = data[:start] + put + data[end:]
     return data
 
