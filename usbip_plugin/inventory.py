@@ -8,6 +8,7 @@ it is claimed on this node.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -16,6 +17,7 @@ from usbip_plugin.config import Config, DeviceSelector, Match, ResourceConfig, m
 from usbip_plugin.locks.manager import Standing
 from usbip_plugin.model import Advertised, Descriptor, DeviceKey, Health, Lock, Reason, ServerKey, UsbId
 from usbip_plugin.usbip.poller import ServerState, ServerView
+from usbip_plugin.usbip.protocol import valid_busid
 
 API_GRACE = 15.0
 """Seconds without the API server after which devices that this node does not hold become Unhealthy (rule R7)."""
@@ -27,6 +29,8 @@ usbip-host resets a device for about 0.3 s and hides it meanwhile; an import the
 """
 
 SUPER_SPEED = 5
+MAX_TCP_PORT = 65535
+_PORT = re.compile("[0-9]{1,5}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +88,8 @@ def key_of(lock: Lock) -> DeviceKey | None:
     if not lock.server or not lock.busid:
         return None
     host, _, port = lock.server.rpartition(":")
-    if not host or not port.isascii() or not port.isdigit():
-        return None
+    if not host or not _PORT.fullmatch(port) or not 0 < int(port) <= MAX_TCP_PORT or not valid_busid(lock.busid):
+        return None  # nobody could connect to that
     key = DeviceKey(ServerKey(host.removeprefix("[").removesuffix("]"), int(port)), lock.busid)
     return key if key.id == lock.device_id else None
 

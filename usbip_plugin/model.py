@@ -146,7 +146,7 @@ class NodeIdentity:
 class Lock:
     """A lock Lease as read. Times are wall clock, for people only; no decision uses them.
 
-    holder is "" when released; epoch is leaseTransitions; duration is leaseDurationSeconds.
+    holder is "" when released; epoch is leaseTransitions; duration is leaseDurationSeconds, an hour at most.
     """
 
     device_id: str

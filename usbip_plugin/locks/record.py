@@ -51,7 +51,7 @@ def session_name(node: str) -> str:
     name = SESSION_PREFIX + node
     if len(name) <= _MAX_NAME:
         return name
-    digest = hashlib.sha256(node.encode()).hexdigest()[:16]
+    digest = hashlib.sha256(node.encode("utf-8", "surrogatepass")).hexdigest()[:16]
     return f"{name[: _MAX_NAME - 17].rstrip('.-')}-{digest}"
 
 
@@ -62,7 +62,7 @@ def lock_of(lease: Lease) -> Lock:
         device_id=lease.name,
         holder=holder_text(lease.holder),
         epoch=epoch_of(lease),
-        duration=float(lease.duration_seconds or 0),
+        duration=float(min(max(lease.duration_seconds or 0, 0), MAX_DURATION_S)),
         resource_version=lease.resource_version,
         acquired_at=lease.acquire_time,
         renewed_at=lease.renew_time,
