@@ -124,14 +124,27 @@ def test_no_record_of_any_store_breaks_a_rule(lease: Lease) -> None:
 def test_what_is_kept_of_an_object_is_bounded_and_its_own_notes_come_through() -> None:
     seed = _lease_seed(holderIdentity="n" * MEGABYTE)
     own = dict(seed["metadata"]["annotations"])
-    seed["metadata"]["annotations"] |= {f"example.com/{n}": "x" * 10_000 for n in range(100)}
-    seed["metadata"]["labels"] |= {f"l{n}": "x" * 63 for n in range(10_000)}
+    # in the order in which the API server has them, which is that of the alphabet
+    others = {f"a.example.com/{n}": "x" * 10_000 for n in range(100)} | {
+        f"{record.DOMAIN}a{n}": "x" * 5000 for n in range(9)
+    }
+    seed["metadata"]["annotations"] = others | own
+    seed["metadata"]["labels"] = {f"l{n}": "x" * 63 for n in range(10_000)} | dict(record.LOCK_LABELS)
     lease = decode(seed)
     assert own.items() <= lease.annotations.items()
+    assert record.LOCK_LABELS.items() <= lease.labels.items()
     assert sum(len(key) + len(text) for key, text in lease.annotations.items()) <= kubernetes.MAX_NOTES
     assert sum(len(key) + len(text) for key, text in lease.labels.items()) <= kubernetes.MAX_NOTES
     assert len(lease.holder) == kubernetes.MAX_HOLDER
     assert len(json.dumps(encode(lease, "ns"))) < 64 * 1024
+
+
+def test_own_notes_come_through_beside_one_that_was_blown_up() -> None:
+    seed = _lease_seed()
+    seed["metadata"]["annotations"][record.BUSID] = "x" * (kubernetes.MAX_NOTES - 100)
+    lease = decode(seed)
+    assert lease.annotations[record.BOOT_ID] == "boot-1"
+    assert record.BUSID not in lease.annotations
 
 
 @pytest.mark.parametrize("length", [254, 511, 512, 513, MEGABYTE])

@@ -10,6 +10,7 @@ from typing import Any
 
 from usbip_plugin.errors import KubeNotFound, KubeServerError
 from usbip_plugin.kube import KubeClient
+from usbip_plugin.locks import record
 from usbip_plugin.locks.store import ChangeType, Lease, LeaseChange, LeaseList
 
 RESOURCE = "leases.coordination.k8s.io"
@@ -21,6 +22,7 @@ MAX_VERSION = 64
 # Longer than any node's name, so that what is cut still names none.
 MAX_HOLDER = 512
 MAX_NOTES = 16 * 1024
+MAX_OWN_NOTE = 1024
 
 
 class KubernetesLeases:
@@ -98,7 +100,7 @@ def encode(lease: Lease, namespace: str) -> dict[str, Any]:
 def decode(value: Mapping[str, Any]) -> Lease:
     """A Lease object as the API server gives it. A field of a wrong type or out of its range counts as absent.
 
-    A holder is cut at MAX_HOLDER; annotations that would make it more than MAX_NOTES are left out, and so are labels:
+    A holder is cut at MAX_HOLDER; annotations of others that do not fit into MAX_NOTES are left out, and so are labels:
     the next write by this node takes them off the object. KubeServerError without a name or a resourceVersion.
     """
     metadata = _mapping(value.get("metadata"))
@@ -137,11 +139,12 @@ def _short(value: Any, longest: int) -> str | None:
 
 
 def _strings(value: Any) -> Mapping[str, str]:
-    """The texts of a mapping, in its order, as many as MAX_NOTES characters hold."""
+    """The texts of a mapping, as many as MAX_NOTES characters hold: this project's own first, whatever others put in."""
+    texts = [(key, text) for key, text in _mapping(value).items() if isinstance(text, str)]
     kept: dict[str, str] = {}
     room = MAX_NOTES
-    for key, text in _mapping(value).items():
-        if isinstance(text, str) and len(key) + len(text) <= room:
+    for key, text in sorted(texts, key=lambda item: item[0] not in record.OWN or len(item[1]) > MAX_OWN_NOTE):
+        if len(key) + len(text) <= room:
             kept[key] = text
             room -= len(key) + len(text)
     return kept

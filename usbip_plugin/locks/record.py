@@ -27,6 +27,7 @@ PORT = DOMAIN + "vhci-port"
 POD = DOMAIN + "pod"
 TRACEPARENT = DOMAIN + "traceparent"
 WRITE_ID = DOMAIN + "write-id"
+OWN = frozenset({LABEL, SERVER, BUSID, USB_ID, SERIAL, BOOT_ID, PORT, POD, TRACEPARENT, WRITE_ID})
 
 # The longest a holder may ask others to wait for it (seconds); more is a mistake or malice.
 MAX_DURATION_S = 3600.0
