@@ -209,7 +209,7 @@ def grpc_detail(error: PluginError) -> None:
 
 def message(data: bytes) -> None:
     """An error whose text somebody else chose."""
-    grpc_detail(PluginError(data.decode("utf-8", "surrogatepass" if len(data) % 2 else "replace")))
+    grpc_detail(PluginError(data.decode("utf-8", "surrogateescape")))
 
 
 def pod_resources(data: bytes) -> None:

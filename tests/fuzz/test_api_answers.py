@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import tempfile
 from collections.abc import AsyncIterator
@@ -10,13 +11,17 @@ from typing import Any
 
 import grpc.aio
 import pytest
+from fuzz_cluster import grpc_detail
+from fuzz_target import fit_to_show
 
 from usbip_plugin import kube
 from usbip_plugin.clock import SystemClock
-from usbip_plugin.errors import KubeServerError, KubeThrottled, PodResourcesUnavailable, ServerUnreachable
+from usbip_plugin.errors import KubeServerError, KubeThrottled, PluginError, PodResourcesUnavailable, ServerUnreachable
 from usbip_plugin.kubelet.pod_resources import GrpcPodResources
 from usbip_plugin.kubelet.pods import OwnPods, PodPhase, read_pod
+from usbip_plugin.kubelet.status import MAX_DETAIL_CHARACTERS, status_details
 from usbip_plugin.model import ServerKey
+from usbip_plugin.observe.logs import JsonFormatter, TextFormatter
 from usbip_plugin.usbip.client import TcpUsbipClient
 
 
@@ -133,3 +138,18 @@ async def test_a_kubelet_that_answers_nonsense_is_no_list_of_pods(answer: bytes)
                     await pod_resources.list()
         finally:
             await server.stop(None)
+
+
+@pytest.mark.parametrize("text", ["x" * 5000, "ä" * 5000, "😀" * 5000, "%" * 5000, "\ud800\0\x1b" * 500, "a\nb"])
+def test_what_a_pods_event_says_fits_into_the_header_it_travels_in(text: str) -> None:
+    grpc_detail(PluginError(text))
+    assert len(status_details(PluginError(text))) <= MAX_DETAIL_CHARACTERS
+
+
+def test_a_log_record_of_megabytes_is_a_line_of_kilobytes() -> None:
+    long = "x\x1b\n" * (1 << 20)
+    entry = logging.makeLogRecord(
+        {"msg": "%s", "args": (long,), "holder": long, "pods": [long] * 1000, "pod": {"name": long}}
+    )
+    for formatter in (JsonFormatter(), TextFormatter()):
+        fit_to_show(formatter.format(entry), 1 << 20)
