@@ -139,7 +139,7 @@ def _short(value: Any, longest: int) -> str | None:
 
 
 def _strings(value: Any) -> Mapping[str, str]:
-    """The texts of a mapping, as many as MAX_NOTES characters hold: this project's own first, whatever others put in."""
+    """The texts of a mapping, as many as MAX_NOTES characters hold; this project's own first, whatever others add."""
     texts = [(key, text) for key, text in _mapping(value).items() if isinstance(text, str)]
     kept: dict[str, str] = {}
     room = MAX_NOTES
