@@ -70,7 +70,7 @@ def lock_of(lease: Lease) -> Lock:
         server=_text(notes.get(SERVER)),
         busid=_text(notes.get(BUSID)),
         usb_id=_match(_USB_ID, notes.get(USB_ID)),
-        serial=_text(notes.get(SERIAL)),
+        serial="" if notes.get(SERIAL) == "" else _text(notes.get(SERIAL)),
         boot_id=_match(_UID, notes.get(BOOT_ID)),
         port=port_of(notes.get(PORT)),
         pod=pod_of(notes.get(POD)),
