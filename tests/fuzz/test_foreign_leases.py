@@ -106,7 +106,7 @@ def test_an_object_of_any_kind_is_a_lease_or_an_answer_that_cannot_be_read(value
 
 LEASES = st.builds(
     Lease,
-    name=st.one_of(st.just(KEY.id), st.text(max_size=5)),
+    name=st.one_of(st.just(KEY.id), st.text(min_size=1, max_size=5)),
     holder=st.one_of(st.sampled_from(["", "node-a", "x" * 5000, "\ud800" * 300, ESCAPES]), st.text()),
     duration_seconds=st.one_of(st.none(), st.integers(-(10**400), 10**400)),
     transitions=st.integers(-(10**400), 10**400),

@@ -106,7 +106,7 @@ def decode(value: Mapping[str, Any]) -> Lease:
     metadata = _mapping(value.get("metadata"))
     spec = _mapping(value.get("spec"))
     name, version = _short(metadata.get("name"), MAX_NAME), _short(metadata.get("resourceVersion"), MAX_VERSION)
-    if name is None or version is None:
+    if not name or not version:
         raise KubeServerError("get", RESOURCE, "a Lease without name or resourceVersion")
     holder = spec.get("holderIdentity")
     return Lease(
@@ -125,7 +125,7 @@ def decode(value: Mapping[str, Any]) -> Lease:
 
 def _version(value: Mapping[str, Any]) -> str:
     version = _short(_mapping(value.get("metadata")).get("resourceVersion"), MAX_VERSION)
-    if version is None:
+    if not version:
         raise KubeServerError("list", RESOURCE, "an answer without resourceVersion")
     return version
 
