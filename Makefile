@@ -5,6 +5,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTEST := $(BIN)/python -m pytest
 # longest time for the tests in the guest, which is emulated
 GUEST_SECONDS := 900
+# how long each fuzz target runs
+SECONDS := 10
 
 # PYTHON=/path/to/python chooses the interpreter; without it the first of these that runs and is new enough
 PYTHONS := $(PYTHON) python3.13 python3.12 python3.11 python3.14 python3
@@ -12,7 +14,7 @@ PYTHONS := $(PYTHON) python3.13 python3.12 python3.11 python3.14 python3
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-apiserver test-kernel test-deploy image test-image e2e test-kubelet test-node test-all \
-	bench bench-kernel lint format proto clean
+	bench bench-kernel fuzz lint format proto clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,7 +22,7 @@ help: ## this list
 demo: $(VENV)/.runtime ## two nodes and a USB/IP server in one process: what the plugin does, in a few seconds
 	@$(BIN)/python -m usbip_plugin demo
 
-test: $(VENV)/.test ## unit, contract, protocol and simulation tests; no root, no network
+test: $(VENV)/.test ## unit, contract, protocol, fuzz and simulation tests; no root, no network
 	$(PYTEST) $(ARGS)
 
 test-apiserver: $(VENV)/.test ## lock tests against a real kube-apiserver and etcd (built once from Go modules)
@@ -57,6 +59,9 @@ bench: $(VENV)/.test ## timings and memory, to the screen and bench.json
 
 bench-kernel: $(VENV)/.test ## Allocate on a real kernel against the kernel's own time, in the QEMU guest
 	tests/lab/guest/run.sh -u -t $(GUEST_SECONDS) '$(BIN)/python tests/bench/bench.py --kernel $(ARGS)'
+
+fuzz: $(VENV)/.fuzz ## every decoder under atheris, SECONDS each (10); what it finds is in build/fuzz (Linux, x86_64)
+	$(BIN)/python tests/fuzz/fuzz.py --seconds $(SECONDS) $(ARGS)
 
 # mypy knows one module called conftest at a time
 lint: $(VENV)/.test ## ruff, formatting, mypy --strict
@@ -107,3 +112,8 @@ $(VENV)/.test: pyproject.toml | $(VENV)/bin/python
 	@echo "installing what the plugin and its tests need"
 	@$(PIP) install -e '.[cli,test]'
 	@touch $(VENV)/.runtime $@
+
+$(VENV)/.fuzz: $(VENV)/.test
+	@echo "installing atheris"
+	@$(PIP) install -e '.[fuzz]'
+	@touch $@

@@ -23,7 +23,7 @@ from usbip_plugin.inventory import API_GRACE, RESET_GRACE, Api, Driver, Facts, M
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer
 from usbip_plugin.kubelet.node_status import NodeStatusPublisher, allocatable
 from usbip_plugin.locks.manager import LockChange, LockManager
-from usbip_plugin.model import Advertised, Descriptor, DeviceKey, Health, NodeIdentity
+from usbip_plugin.model import Advertised, Descriptor, DeviceKey, Health, NodeIdentity, ServerKey
 from usbip_plugin.observe.tracing import context_from
 from usbip_plugin.usbip.poller import ServerPoller, ServerView
 from usbip_plugin.vhci.driver import VhciDriver
@@ -94,7 +94,8 @@ class Advertiser:
         self._ports = Driver()
         self._ports_event = asyncio.Event()
         self._api_event = asyncio.Event()
-        self._probes: set[str] = set()
+        self._probes: dict[str, ServerKey] = {}
+        self._probed_last: dict[ServerKey, str] = {}
         self._released: dict[str, float] = {}
         self._scheduled = False
         self._ready = False
@@ -284,7 +285,7 @@ class Advertiser:
             log.info("serial number not read yet", extra={"device": str(key), "cause": str(error)})
             await self._clock.sleep(PROBE_RETRY)
         finally:
-            self._probes.discard(key.id)
+            self._probes.pop(key.id, None)
             self.look_again()
 
     # evaluation
@@ -320,9 +321,10 @@ class Advertiser:
             self._on_advertised(name, ())
         for server in self._servers.values():
             self._publish_one(server)
-        for key, descriptor in inventory.wanting_serial(facts):
-            if key.id not in self._probes and facts.api.unreachable_for is None:
-                self._probes.add(key.id)
+        if facts.api.unreachable_for is None:
+            wanted = inventory.wanting_serial(facts)
+            for key, descriptor in inventory.next_probes(wanted, self._probes, self._probed_last):
+                self._probes[key.id], self._probed_last[key.server] = key.server, key.id
                 self._spawn(self._probe(key, descriptor))
 
     def _publish_one(self, server: DevicePluginServer) -> None:
@@ -346,10 +348,13 @@ class Advertiser:
         return any(device_id in devices for devices in self._members.values())
 
     def _spawn(self, work: Coroutine[object, object, None]) -> None:
-        if self._tasks is None:
-            work.close()
-        else:
-            self._tasks.create_task(work)
+        try:
+            if self._tasks is not None:
+                self._tasks.create_task(work)
+                return
+        except RuntimeError:  # the plugin is being stopped, and the group takes no more
+            log.debug("not begun, stopping")
+        work.close()
 
 
 def _log_changes(resource: str, before: tuple[Advertised, ...], after: tuple[Advertised, ...]) -> None:

@@ -8,7 +8,9 @@ it is claimed on this node.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from usbip_plugin.claims import Claim, State
@@ -16,6 +18,7 @@ from usbip_plugin.config import Config, DeviceSelector, Match, ResourceConfig, m
 from usbip_plugin.locks.manager import Standing
 from usbip_plugin.model import Advertised, Descriptor, DeviceKey, Health, Lock, Reason, ServerKey, UsbId
 from usbip_plugin.usbip.poller import ServerState, ServerView
+from usbip_plugin.usbip.protocol import valid_busid
 
 API_GRACE = 15.0
 """Seconds without the API server after which devices that this node does not hold become Unhealthy (rule R7)."""
@@ -26,7 +29,21 @@ RESET_GRACE = 1.0
 usbip-host resets a device for about 0.3 s and hides it meanwhile; an import then waits for it (retry.import_busy).
 """
 
+MAX_VANISHED = 256
+"""Devices of one server that a resource remembers although nobody lists, locks or claims them; the oldest go first.
+
+A server that lists others each time it is asked would otherwise fill the node's memory, and the kubelet's.
+"""
+
+MAX_LOCKS = 512
+"""Of one server. With so many, a device that has none yet is not locked to read its serial number: Leases stay."""
+
+MAX_PROBES = 16
+"""Devices of one server whose serial numbers are read at a time, those that wait for their next try included."""
+
 SUPER_SPEED = 5
+MAX_TCP_PORT = 65535
+_PORT = re.compile("[0-9]{1,5}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +101,8 @@ def key_of(lock: Lock) -> DeviceKey | None:
     if not lock.server or not lock.busid:
         return None
     host, _, port = lock.server.rpartition(":")
-    if not host or not port.isascii() or not port.isdigit():
-        return None
+    if not host or not _PORT.fullmatch(port) or not 0 < int(port) <= MAX_TCP_PORT or not valid_busid(lock.busid):
+        return None  # nobody could connect to that
     key = DeviceKey(ServerKey(host.removeprefix("[").removesuffix("]"), int(port)), lock.busid)
     return key if key.id == lock.device_id else None
 
@@ -145,12 +162,26 @@ def learn(before: Members, facts: Facts) -> Members:
                 mine[key.id] = Seen(key, descriptor.usb_id, selector, descriptor if listed else None, serial)
             elif serial is not None:
                 mine[key.id] = Seen(key, known.usb_id, selector, known.descriptor, serial)
+        for device_id in _too_old(mine, {key.id for key, _, _ in candidates}):
+            del mine[device_id]
         found[resource.name] = mine
     for name, devices in before.items():
         held = {i: seen for i, seen in devices.items() if _claimed_from(facts, i, name)}
         if name not in found and held:
             found[name] = held
     return found
+
+
+def _too_old(mine: dict[str, Seen], present: Collection[str]) -> list[str]:
+    """Those that are not present and beyond MAX_VANISHED of their server, counted from the one learnt last."""
+    room: Counter[ServerKey] = Counter()
+    gone: list[str] = []
+    for device_id, seen in reversed(mine.items()):
+        if device_id not in present:
+            room[seen.key.server] += 1
+            if room[seen.key.server] > MAX_VANISHED:
+                gone.append(device_id)
+    return gone
 
 
 def _claimed_from(facts: Facts, device_id: str, resource: str) -> bool:
@@ -160,17 +191,41 @@ def _claimed_from(facts: Facts, device_id: str, resource: str) -> bool:
 
 
 def wanting_serial(facts: Facts) -> tuple[tuple[DeviceKey, Descriptor], ...]:
-    """Listed devices that some selector could take if only their serial number were known."""
+    """Listed devices that some selector could take if only their serial number were known.
+
+    A device that has no lock yet is left out where its server has MAX_LOCKS already.
+    """
+    locked = Counter(key.server for lock in facts.locks.values() if (key := key_of(lock)) is not None)
     wanted: dict[str, tuple[DeviceKey, Descriptor]] = {}
     for key, descriptor, listed in _candidates(facts):
         lock = facts.locks.get(key.id)
         if not listed or (lock is not None and lock.serial is not None):
+            continue
+        if lock is None and locked[key.server] >= MAX_LOCKS:
             continue
         for resource in facts.config.resources:
             for selector in resource.devices:
                 if selector.target == key.server and matches(selector.selector, descriptor, None) is Match.NEEDS_SERIAL:
                     wanted[key.id] = (key, descriptor)
     return tuple(wanted[device_id] for device_id in sorted(wanted))
+
+
+def next_probes(
+    wanted: Iterable[tuple[DeviceKey, Descriptor]],
+    running: Mapping[str, ServerKey],
+    last: Mapping[ServerKey, str],
+) -> tuple[tuple[DeviceKey, Descriptor], ...]:
+    """Which serial numbers to begin to read: MAX_PROBES of a server at a time, in turn after the one begun last.
+
+    running: by device ID, those under way; last: of each server, the ID begun last.
+    """
+    room = Counter(running.values())
+    chosen = []
+    for key, descriptor in sorted(wanted, key=lambda one: (one[0].id <= last.get(one[0].server, ""), one[0].id)):
+        if key.id not in running and room[key.server] < MAX_PROBES:
+            room[key.server] += 1
+            chosen.append((key, descriptor))
+    return tuple(chosen)
 
 
 def _selector_for(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import socket
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
@@ -46,6 +47,7 @@ WATCH_SERVER_TIMEOUT_S = 300
 # A token file is read again this often; the kubelet rotates it long before the token expires.
 TOKEN_PERIOD_S = 60.0
 LIST_PAGE = 500
+MAX_PAGES = 200
 # etcd refuses objects beyond 1.5 MiB, so no honest watch event is longer.
 MAX_EVENT_BYTES = 4 << 20
 MAX_BODY_BYTES = 64 << 20
@@ -53,6 +55,7 @@ MAX_MESSAGE = 500
 # A peer that vanished without a word is noticed on an idle watch after 10 + 3 * 5 s.
 KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_COUNT = 10, 5, 3
 
+_SECONDS = re.compile("[0-9]{1,6}")
 _SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _HTTP_METHODS = {
     "get": "GET",
@@ -116,10 +119,13 @@ class KubeClient:
     async def list(
         self, path: str, *, resource: str, params: Params | None = None, timeout: float = REQUEST_TIMEOUT_S
     ) -> dict[str, Any]:
-        """A whole collection: {"metadata": ..., "items": [...]} at one resourceVersion. timeout is for each page."""
+        """A whole collection: {"metadata": ..., "items": [...]} at one resourceVersion. timeout is for each page.
+
+        KubeServerError for one of more than MAX_PAGES pages.
+        """
         items: list[Any] = []
         query = {"limit": str(LIST_PAGE), **(params or {})}
-        while True:
+        for _ in range(MAX_PAGES):
             page = await self.request("list", path, resource=resource, params=query, timeout=timeout)
             metadata = page.get("metadata")
             found = page.get("items") or []
@@ -130,6 +136,7 @@ class KubeClient:
             if not token:
                 return {**page, "items": items}
             query = {**query, "continue": str(token)}
+        raise KubeServerError("list", resource, f"more than {MAX_PAGES} pages")
 
     async def watch(
         self, path: str, *, resource: str, params: Params | None = None, timeout: float = WATCH_SERVER_TIMEOUT_S
@@ -306,16 +313,20 @@ async def _read_bounded(response: aiohttp.ClientResponse, verb: str, resource: s
 
 async def _lines(parts: AsyncIterable[bytes], resource: str) -> AsyncIterator[bytes]:
     """Lines as soon as each is complete."""
-    buffer = bytearray()
+    begun: list[bytes] = []  # of a line whose end has not come yet
+    size = 0
     async for part in parts:
-        buffer += part
-        *complete, rest = buffer.split(b"\n")
+        first, *complete = part.split(b"\n")
+        begun.append(first)
+        size += len(first)
+        if size > MAX_EVENT_BYTES:
+            raise KubeServerError("watch", resource, f"an event longer than {MAX_EVENT_BYTES} bytes")
+        if complete:
+            *complete, rest = (b"".join(begun), *complete)
+            begun, size = [rest], len(rest)
         for line in complete:
             if line.strip():
-                yield bytes(line)
-        buffer = bytearray(rest)
-        if len(buffer) > MAX_EVENT_BYTES:
-            raise KubeServerError("watch", resource, f"an event longer than {MAX_EVENT_BYTES} bytes")
+                yield line
 
 
 def _decode(data: bytes, verb: str, resource: str) -> dict[str, Any]:
@@ -352,9 +363,10 @@ async def _refusal(response: aiohttp.ClientResponse, verb: str, resource: str) -
 
 def error_of(code: int, status: Mapping[str, Any], verb: str, resource: str, retry_after: str | None) -> KubeError:
     """The error for an HTTP code and the Status object that came with it."""
-    message = str(status.get("message") or status.get("reason") or f"HTTP {code}")[:MAX_MESSAGE]
+    said = next((text for key in ("message", "reason") if isinstance(text := status.get(key), str) and text), "")
+    message = _printable(said[:MAX_MESSAGE]) or f"HTTP {code}"
     if code == 429:
-        seconds = float(retry_after) if retry_after and retry_after.isdigit() else None
+        seconds = float(retry_after) if retry_after and _SECONDS.fullmatch(retry_after) else None
         return KubeThrottled(verb, resource, seconds)
     kinds: dict[int, Callable[[str, str, str], KubeError]] = {
         401: KubeUnauthorized,
@@ -368,6 +380,11 @@ def error_of(code: int, status: Mapping[str, Any], verb: str, resource: str, ret
     if code >= 500:
         return KubeServerError(verb, resource, f"{message} (HTTP {code})")
     return KubeError(verb, resource, f"{message} (HTTP {code})")
+
+
+def _printable(text: str) -> str:
+    """On one line; it may quote what others wrote into an object."""
+    return "".join(char if char.isprintable() else "?" for char in " ".join(text.split()))
 
 
 def _keep_alive(response: aiohttp.ClientResponse) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from usbip_plugin.locks.record import LOCK_LABELS, lock_of
+from usbip_plugin.locks.record import LOCK_LABELS, is_lock_name, lock_of
 from usbip_plugin.locks.store import LeaseStore
 
 COLUMNS = ("device", "state", "holder", "pod", "since", "epoch", "id")
@@ -13,9 +13,12 @@ Row = Mapping[str, str | int | None]
 
 
 async def held_devices(store: LeaseStore) -> list[Row]:
-    """One row for each device that was ever locked, sorted by device. Raises the KubeError family."""
+    """One row for each device that was ever locked, sorted by device. Raises the KubeError family.
+
+    What others wrote into a lock is printable and short, see locks/record.py; a Lease under another name is no lock.
+    """
     listing = await store.list(LOCK_LABELS)
-    locks = [lock_of(lease) for lease in listing.items]
+    locks = [lock_of(lease) for lease in listing.items if is_lock_name(lease.name)]
     rows: list[Row] = [
         {
             "device": f"{lock.server}/{lock.busid}" if lock.server and lock.busid else None,

@@ -66,10 +66,14 @@ class DeviceWork:
 
     def spawn(self, work: Coroutine[object, object, None], name: str) -> None:
         """Runs work in a task of its own. ClaimBusy if the plugin is being stopped."""
-        if self._tasks is None:
-            work.close()
-            raise ClaimBusy("the plugin on this node is being stopped; try again")
-        self._tasks.create_task(work, name=name)
+        try:
+            if self._tasks is not None:
+                self._tasks.create_task(work, name=name)
+                return
+        except RuntimeError:  # the group takes no more
+            log.debug("not begun, stopping", extra={"work": name})
+        work.close()
+        raise ClaimBusy("the plugin on this node is being stopped; try again")
 
     def mutex(self, device_id: str) -> asyncio.Lock:
         """The one lock under which work on this device is done."""

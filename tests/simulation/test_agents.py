@@ -7,6 +7,7 @@ import pytest
 from cluster_rig import (
     DONGLE,
     LOCKS,
+    STICK,
     all_healthy,
     becomes,
     dongle,
@@ -26,6 +27,7 @@ from usbip_plugin.inventory import API_GRACE
 from usbip_plugin.model import Reason
 from usbip_plugin.sim.cluster import cluster
 from usbip_plugin.sim.loop import run, virtual
+from usbip_plugin.sim.usbdevice import VirtualDevice
 
 
 @virtual
@@ -525,6 +527,19 @@ async def test_a_serial_number_is_read_once_for_all_nodes_and_selects() -> None:
         await becomes(c, c["node-b"], red, healthy=False)
         assert not lab.violations
         assert lab.connections >= probes
+
+
+@virtual
+async def test_a_device_without_a_serial_number_is_asked_once_for_all_nodes() -> None:
+    lab = server("lab", stick("1-1", "RED"), VirtualDevice("1-2", STICK, configured=True))
+    wanted = ResourceConfig("stick", (DeviceSelector(lab.key, Selector(serial="RED")),))
+    async with cluster(spec([lab], wanted, nodes=3)) as c:
+        await all_healthy(c, key(lab, "1-1"))
+        bare = key(lab, "1-2")
+        assert await c.settle(lambda: bare.id in c.backend.leases and c.holder(bare) == "", 10)
+        granted, version = lab.table.granted, c.backend.version
+        await asyncio.sleep(60)
+        assert (lab.table.granted, c.backend.version) == (granted, version)
 
 
 @virtual

@@ -8,6 +8,9 @@ from usbip_plugin.claims import Claim, State
 from usbip_plugin.config import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.inventory import (
     API_GRACE,
+    MAX_LOCKS,
+    MAX_PROBES,
+    MAX_VANISHED,
     Api,
     Driver,
     Facts,
@@ -16,6 +19,7 @@ from usbip_plugin.inventory import (
     importable,
     key_of,
     learn,
+    next_probes,
     parse_usb_id,
     preferred,
     wanting_serial,
@@ -130,6 +134,43 @@ def test_only_a_new_configuration_drops_a_device_and_not_while_it_is_claimed() -
     assert set(learn(KNOWN, facts(config=empty, **claim(State.ATTACHED)))["stick"]) == {KEY.id}
 
 
+def others(poll: int, count: int = 256) -> ServerView:
+    """A server that lists other devices each time it is asked."""
+    return view(*(listed(f"{poll}-{n}") for n in range(count)))
+
+
+def test_a_server_with_ever_new_devices_is_remembered_within_bounds() -> None:
+    members: Members = {}
+    for poll in range(20):
+        now = facts(servers={LAB: others(poll)})
+        members = learn(members, now)
+        assert len(members["stick"]) <= 256 + MAX_VANISHED
+        assert len(advertise(members, now)["stick"]) == len(members["stick"])
+    assert {seen.key.busid.partition("-")[0] for seen in members["stick"].values()} == {"18", "19"}, "the oldest go"
+
+
+def test_what_is_locked_or_claimed_is_remembered_however_many_come_after_it() -> None:
+    used = facts(**claim(State.ATTACHED))
+    locked = DeviceKey(LAB, "9-9")
+    locks = {locked.id: Lock(locked.id, "node-b", 1, 40.0, "1", server=str(LAB), busid="9-9", usb_id=str(STICK))}
+    members = learn(KNOWN, used)
+    for poll in range(10):
+        members = learn(members, replace(used, servers={LAB: others(poll)}, locks={**used.locks, **locks}))
+    assert {KEY.id, locked.id} <= members["stick"].keys()
+
+
+def test_one_server_with_ever_new_devices_makes_another_ones_forgotten_by_nobody() -> None:
+    other = ServerKey("other", 3240)
+    selector = Selector(vendor=0x0951)
+    config = Config((ResourceConfig("stick", (DeviceSelector(LAB, selector), DeviceSelector(other, selector))),))
+    quiet = ServerView(other, ServerState.REACHABLE, (listed(),))
+    members = learn({}, facts(config=config, servers={other: quiet}))
+    gone = replace(quiet, devices=())
+    for poll in range(10):
+        members = learn(members, facts(config=config, servers={LAB: others(poll), other: gone}))
+    assert DeviceKey(other, "1-1").id in members["stick"]
+
+
 def test_one_device_may_be_offered_by_two_resources() -> None:
     both = Config((*CONFIG.resources, ResourceConfig("any", (DeviceSelector(LAB, Selector(bus_id="1-*")),))))
     members = learn({}, facts(config=both))
@@ -145,6 +186,39 @@ def test_a_serial_number_is_wanted_only_while_it_is_unknown() -> None:
         known = facts(config=by_serial, locks={KEY.id: lock("", serial=serial)})
         assert wanting_serial(known) == ()
         assert set(learn({}, known)["stick"]) == offered
+
+
+BY_SERIAL = Config((ResourceConfig("stick", (DeviceSelector(LAB, Selector(serial="RED")),)),))
+
+
+def test_a_server_with_ever_new_devices_does_not_fill_the_cluster_with_locks() -> None:
+    keys = [DeviceKey(LAB, f"9-{n}") for n in range(MAX_LOCKS)]
+    locks = {key.id: Lock(key.id, "", 1, 40.0, "1", server=str(LAB), busid=key.busid) for key in keys}
+    one_left = dict(list(locks.items())[1:])
+    assert len(wanting_serial(facts(config=BY_SERIAL, servers={LAB: others(1)}, locks=one_left))) == 256
+    assert wanting_serial(facts(config=BY_SERIAL, servers={LAB: others(1)}, locks=locks)) == ()
+    known = facts(config=BY_SERIAL, servers={LAB: view(listed("9-0"))}, locks=locks)
+    assert [key for key, _ in wanting_serial(known)] == [keys[0]], "one that has its lock already"
+
+
+def test_serial_numbers_are_read_a_few_at_a_time_and_each_in_its_turn() -> None:
+    wanted = wanting_serial(facts(config=BY_SERIAL, servers={LAB: others(1)}))
+    begun: list[str] = []
+    last: dict[ServerKey, str] = {}
+    while len(begun) < len(wanted):  # none of them succeeds: each stays wanted
+        now = next_probes(wanted, {}, last)
+        assert 0 < len(now) <= MAX_PROBES
+        begun += [key.id for key, _ in now]
+        last[LAB] = begun[-1]
+        running = {key.id: LAB for key, _ in now}
+        assert next_probes(wanted, running, last) == ()
+    assert len(set(begun)) == len(wanted)
+
+
+def test_one_servers_probes_leave_room_for_anothers() -> None:
+    other = DeviceKey(ServerKey("other", 3240), "1-1")
+    running = {f"usbip-{n}": LAB for n in range(MAX_PROBES)}
+    assert next_probes([(KEY, listed()), (other, listed())], running, {}) == ((other, listed()),)
 
 
 @pytest.mark.parametrize("text", ["lab", "lab:", "lab:x", ":3240", None])

@@ -118,5 +118,5 @@ def test_kind_has_two_workers() -> None:
 def test_the_ci_script_is_sound_and_runs_targets_that_exist() -> None:
     script = ROOT / ".ci/run"
     subprocess.run(["bash", "-n", str(script)], check=True)
-    used = re.findall(r"^section \w+ \d+ make ([a-z0-9-]+)", script.read_text(encoding="utf-8"), re.MULTILINE)
+    used = re.findall(r"^ *section \w+ \d+ make ([a-z0-9-]+)", script.read_text(encoding="utf-8"), re.MULTILINE)
     assert {"lint", "demo", "test", "test-apiserver", "test-kernel"} <= set(used) <= make_targets()

@@ -15,6 +15,12 @@ MAX_DEPTH = 16
 MAX_NODES = 50_000
 """Counted with aliases expanded, so that a small file cannot stand for a large one."""
 MAX_PROBLEMS = 100
+MAX_KEPT = 10 * MAX_PROBLEMS
+"""Of errors, and of warnings; beyond it they are only counted."""
+MAX_SHOWN = 80
+"""Characters of a key or value in a message."""
+MAX_TAG_DIRECTIVES = 16
+"""Reading n of them takes n squared steps."""
 
 _Loader: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _STR_TAG = "tag:yaml.org,2002:str"
@@ -30,34 +36,45 @@ class Problems:
     _errors: list[tuple[int, str]] = field(default_factory=list)
     _warnings: list[tuple[int, str]] = field(default_factory=list)
     _hints: list[tuple[int, str]] = field(default_factory=list)
+    _left_out: int = 0
+    errors: int = 0
+    """How many so far."""
 
     def error(self, node: Node, text: str) -> None:
-        self._errors.append((node.line, self._line(node, text)))
+        self.errors += 1
+        self._keep(self._errors, node, text)
 
     def warn(self, node: Node, text: str, *, hint: bool = False) -> None:
         """hint: where there are errors, this may be what one of them is due to."""
-        self._warnings.append((node.line, self._line(node, text)))
-        if hint:
+        self._keep(self._warnings, node, text)
+        if hint and self.room:
             self._hints.append(self._warnings[-1])
 
     @property
-    def errors(self) -> int:
-        """How many so far."""
-        return len(self._errors)
+    def room(self) -> bool:
+        """False when there are so many already that another one will not be shown."""
+        return self.errors <= MAX_PROBLEMS and len(self._warnings) <= MAX_PROBLEMS
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """In the order of the file's lines."""
-        return tuple(text for _, text in sorted(self._warnings, key=itemgetter(0)))
+        """In the order of the file's lines, cut at MAX_PROBLEMS."""
+        return self._cut(self._warnings, self._left_out)
 
     def raise_if_any(self) -> None:
         """ConfigError with every error and hint, by line, cut at MAX_PROBLEMS."""
         if self._errors:
-            found = [text for _, text in sorted([*self._errors, *self._hints], key=itemgetter(0))]
-            shown = found[:MAX_PROBLEMS]
-            if len(found) > MAX_PROBLEMS:
-                shown.append(f"{self.source}: and {len(found) - MAX_PROBLEMS} more")
-            raise ConfigError(self.source, shown)
+            raise ConfigError(self.source, self._cut([*self._errors, *self._hints], self.errors - len(self._errors)))
+
+    def _keep(self, kept: list[tuple[int, str]], node: Node, text: str) -> None:
+        if len(kept) < MAX_KEPT:
+            kept.append((node.line, self._line(node, text)))
+        elif kept is self._warnings:
+            self._left_out += 1
+
+    def _cut(self, found: list[tuple[int, str]], left_out: int) -> tuple[str, ...]:
+        lines = [text for _, text in sorted(found, key=itemgetter(0))]
+        more = len(lines[MAX_PROBLEMS:]) + left_out
+        return (*lines[:MAX_PROBLEMS], *([f"{self.source}: and {more} more"] if more else []))
 
     def _line(self, node: Node, text: str) -> str:
         path = f"{node.path}: " if node.path else ""
@@ -67,6 +84,12 @@ class Problems:
 def normal_key(key: str) -> str:
     """hostPath, host_path, host-path and hostpath are one key: the Go program's loader does not look at case."""
     return key.lower().replace("_", "").replace("-", "")
+
+
+def shown(text: str) -> str:
+    """A key or value as a message has it: cut at MAX_SHOWN, and nothing in it that steers a terminal."""
+    short = text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 1] + "…"
+    return short if short.isprintable() else repr(short)[1:-1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +129,7 @@ class Node:
             return "nothing"
         if self.is_mapping:
             return "a mapping"
-        return "a list" if self.is_sequence else repr(self.scalar)
+        return "a list" if self.is_sequence else f"'{shown(self.scalar or '')}'"
 
     def items(self) -> Iterator[Node]:
         """Elements of a sequence; nothing for other nodes."""
@@ -128,7 +151,8 @@ class Node:
             if not isinstance(key, yaml.ScalarNode):
                 problems.error(Node(key, self.path, line), "a key must be plain text")
                 continue
-            place = Node(value, f"{self.path}.{key.value}" if self.path else key.value, line)
+            name = shown(key.value)
+            place = Node(value, f"{self.path}.{name}" if self.path else name, line)
             if key.value == _MERGE and not key.style:
                 merged.append(Node(value, self.path, line))
             elif (normal := same(key.value)) in seen:
@@ -159,10 +183,11 @@ def read_document(text: str, source: str) -> Node | None:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
-        what = " ".join(part for part in (error.context, error.problem) if part)
+        what = " ".join(shown(part) for part in (error.context, error.problem) if part)
         raise ConfigError(source, [f"{source}:{line}: not valid YAML: {what}"]) from error
     except yaml.YAMLError as error:
-        raise ConfigError(source, [f"{source}: not valid YAML: {' '.join(str(error).split())}"]) from error
+        what = shown(" ".join(str(error).split()))
+        raise ConfigError(source, [f"{source}: not valid YAML: {what}"]) from error
     if root is None:
         return None
     _check_expanded(root, source)
@@ -171,6 +196,8 @@ def read_document(text: str, source: str) -> Node | None:
 
 def _check_events(text: str, source: str) -> None:
     """Bounds that must hold before compose() runs, which recurses."""
+    if text.count("%TAG") > MAX_TAG_DIRECTIVES:
+        raise ConfigError(source, [f"{source}: more than {MAX_TAG_DIRECTIVES} %TAG directives"])
     depth = 0
     for count, event in enumerate(yaml.parse(text, Loader=_Loader)):
         line = event.start_mark.line + 1 if event.start_mark else 1

@@ -42,7 +42,9 @@ def read_fields(
             if not value.empty:
                 found[key] = value
             continue
-        close = difflib.get_close_matches(normal_key(written), canonical, n=1, cutoff=_CLOSE)
+        # the search takes its time: it is left out where its answer would be neither shown nor acted upon
+        looked_for = problems.room or unknown is Unknown.WARN_UNLESS_TYPO
+        close = difflib.get_close_matches(normal_key(written), canonical, n=1, cutoff=_CLOSE) if looked_for else []
         cure = f"did you mean {canonical[close[0]]}?" if close else f"known here: {', '.join(known)}"
         text = f"unknown key; {cure}"
         if unknown is Unknown.ERROR or (unknown is Unknown.WARN_UNLESS_TYPO and close):

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from usbip_plugin.config import scalars, schema
 from usbip_plugin.config.devices import read_device, report_overlaps
-from usbip_plugin.config.document import Node, Problems, read_document
+from usbip_plugin.config.document import Node, Problems, read_document, shown
 from usbip_plugin.config.fields import Unknown, read_fields
 from usbip_plugin.config.schema import Config, DeviceSelector, FileSettings, LockConfig, OnLoss, ResourceConfig
 from usbip_plugin.config.templates import template_problem
@@ -94,7 +94,7 @@ def _settings(fields: Mapping[str, Node], problems: Problems) -> FileSettings:
             values[flag.replace("-", "_")] = scalars.text(fields[flag], problems, longest=scalars.MAX_PATH_CHARACTERS)
     level = values.get("log_level")
     if level is not None and level not in schema.LOG_LEVELS:
-        problems.error(fields["log-level"], f"{level} is none of {', '.join(schema.LOG_LEVELS)}")
+        problems.error(fields["log-level"], f"{shown(level)} is none of {', '.join(schema.LOG_LEVELS)}")
     return FileSettings(**values)
 
 
@@ -171,7 +171,10 @@ def _container_path(node: Node | None, problems: Problems) -> str | None:
     if node is None:
         return None
     template = node.scalar
-    problem = template_problem(template) if template is not None else f"{node.describe()} is no path"
+    if template is not None and len(template) <= scalars.MAX_PATH_CHARACTERS:
+        problem = template_problem(template)
+    else:
+        problem = f"{node.describe()} is no path"
     if problem is not None:
         problems.error(node, problem)
     return template

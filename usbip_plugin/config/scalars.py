@@ -8,7 +8,7 @@ import re
 from enum import Enum
 from typing import TypeVar
 
-from usbip_plugin.config.document import Node, Problems
+from usbip_plugin.config.document import Node, Problems, shown
 
 MAX_PATH_CHARACTERS = 4096
 MAX_BUS_ID_GLOB = 64
@@ -32,7 +32,11 @@ CLASS_NAMES = {
 }
 
 _HEX = re.compile(r"(?:0[xX])?([0-9a-fA-F]{1,4})")
-_GO_INTEGER = re.compile(r"[-+]?(?:0[xX][0-9a-fA-F_]+|0[oO]?[0-7_]+|0[bB][01_]+|[0-9][0-9_]*)")
+MAX_NUMBER_CHARACTERS = 64
+"""No number here needs more, and what reads numbers takes long over very many digits."""
+_GO_INTEGER = re.compile(
+    r"[-+]?(?:0[xX]_*[0-9a-fA-F][0-9a-fA-F_]*|0[oO]?_*[0-7][0-7_]*|0[bB]_*[01][01_]*|[0-9][0-9_]*)"
+)
 _GO_FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?")
 _DURATION_PART = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h)")
 _DURATION_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -66,7 +70,8 @@ def usb_number(node: Node, problems: Problems, *, digits: int) -> int | None:
         return None
     value = as_hex if as_hex is not None else as_go
     if value is None or not 0 <= value < 16**digits:
-        problems.error(node, f'{text} is no USB number; write up to {digits} hexadecimal digits in quotes, "0951"')
+        cure = f'write up to {digits} hexadecimal digits in quotes, "0951"'
+        problems.error(node, f"{shown(text)} is no USB number; {cure}")
         return None
     if value and not text.lower().startswith("0x"):
         problems.warn(node, f'{text} is read as 0x{value:0{digits}x}; put it in quotes: "{value:0{digits}x}"')
@@ -75,6 +80,8 @@ def usb_number(node: Node, problems: Problems, *, digits: int) -> int | None:
 
 def _go_reading(text: str) -> int | None:
     """What yaml.v3 and mapstructure make of a plain scalar for an integer field; None where they refuse it."""
+    if len(text) > MAX_NUMBER_CHARACTERS:
+        return None
     plain = text.replace("_", "")
     if _GO_INTEGER.fullmatch(text):
         octal = re.fullmatch(r"([-+]?)0([0-7]+)", plain)
@@ -104,10 +111,10 @@ def seconds(node: Node, problems: Problems, *, least: float, most: float) -> flo
     """A duration: a number of seconds, or parts with units such as "500ms", "40s", "1m30s"."""
     text = node.scalar or ""
     value = None
-    parts = _DURATION_PART.findall(text)
+    parts = _DURATION_PART.findall(text) if len(text) <= MAX_NUMBER_CHARACTERS else []
     if parts and "".join(number + unit for number, unit in parts) == text:
         value = sum(float(number) * _DURATION_UNITS[unit] for number, unit in parts)
-    elif re.fullmatch(r"[0-9]+(\.[0-9]+)?", text):
+    elif len(text) <= MAX_NUMBER_CHARACTERS and re.fullmatch(r"[0-9]+(\.[0-9]+)?", text):
         value = float(text)
     if value is None:
         problems.error(node, f"{node.describe()} is no duration; write seconds, as 40, or with a unit, as 40s or 1m30s")
@@ -181,7 +188,7 @@ def absolute_path(node: Node, problems: Problems) -> str | None:
     if value.startswith("/") and len(value) <= MAX_PATH_CHARACTERS and value.isprintable():
         if ".." not in value.split("/"):
             return value
-        problems.error(node, f"{value} must not contain ..")
+        problems.error(node, f"{shown(value)} must not contain ..")
         return None
     problems.error(node, f"{node.describe()} is no absolute path")
     return None
@@ -192,7 +199,7 @@ def resource_name(name: str, node: Node, problems: Problems) -> str | None:
     if len(name) > MAX_NAME_CHARACTERS or not _NAME.fullmatch(name):
         problems.error(
             node,
-            f"{name!r} is no resource name: at most {MAX_NAME_CHARACTERS} letters, digits, '-', '_' and '.', "
+            f"'{shown(name)}' is no resource name: at most {MAX_NAME_CHARACTERS} letters, digits, '-', '_' and '.', "
             "beginning and ending with a letter or digit",
         )
         return None

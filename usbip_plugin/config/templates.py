@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from usbip_plugin.config.document import shown
+
 FIELDS = ("resource", "index", "kind", "name", "busid", "serial")
 _FIELD = re.compile(r"\{([^{}]*)\}")
 _UNSAFE = re.compile(r"[^0-9A-Za-z._-]")
@@ -13,14 +15,14 @@ _UNSAFE = re.compile(r"[^0-9A-Za-z._-]")
 def template_problem(template: str) -> str | None:
     """What is wrong with a template, or None. A template is an absolute path with {fields} of FIELDS in it."""
     if not template.startswith("/") or not template.isprintable():
-        return f"{template!r} is no absolute path"
+        return f"'{shown(template)}' is no absolute path"
     if ".." in template.split("/"):
-        return f"{template} must not contain .."
+        return f"{shown(template)} must not contain .."
     for name in _FIELD.findall(template):
         if name not in FIELDS:
-            return f"{{{name}}} is unknown; known are {', '.join(f'{{{known}}}' for known in FIELDS)}"
+            return f"{{{shown(name)}}} is unknown; known are {', '.join(f'{{{known}}}' for known in FIELDS)}"
     if set(_FIELD.sub("", template)) & set("{}"):
-        return f"{template} has a lone brace"
+        return f"{shown(template)} has a lone brace"
     return None
 
 

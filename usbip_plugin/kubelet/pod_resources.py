@@ -87,11 +87,13 @@ class GrpcPodResources:
     async def list(self) -> tuple[ContainerDevices, ...]:
         """See PodResources.list. Ends within LIST_TIMEOUT_S; cancel-safe."""
         try:
-            response: pb.ListPodResourcesResponse = await self._stub.List(
+            response: pb.ListPodResourcesResponse | None = await self._stub.List(
                 pb.ListPodResourcesRequest(), timeout=LIST_TIMEOUT_S
             )
         except grpc.aio.AioRpcError as error:
             raise PodResourcesUnavailable(
                 f"pod-resources at {self._socket}: {error.code().name}: {error.details()}"
             ) from error
+        if response is None:  # gRPC's way to say that it cannot decode the answer
+            raise PodResourcesUnavailable(f"pod-resources at {self._socket}: an answer that cannot be read")
         return of_domain(response, self._domain)

@@ -97,11 +97,13 @@ def read_pod(obj: object) -> tuple[PodKey, PodState] | None:
     namespace, name, uid = metadata.get("namespace"), metadata.get("name"), metadata.get("uid")
     if not (isinstance(namespace, str) and isinstance(name, str) and isinstance(uid, str)):
         return None
-    ended = isinstance(status, dict) and status.get("phase") in {"Succeeded", "Failed"}
+    reached = status.get("phase") if isinstance(status, dict) else None
+    ended = reached in ("Succeeded", "Failed")
     terminating = metadata.get("deletionTimestamp") is not None
     phase = PodPhase.ENDED if ended else PodPhase.TERMINATING if terminating else PodPhase.RUNNING
-    pending = isinstance(status, dict) and status.get("phase") == "Pending"
-    resources = frozenset[str]() if ended else frozenset(_extended_resources(obj.get("spec"), pending=pending))
+    resources = (
+        frozenset[str]() if ended else frozenset(_extended_resources(obj.get("spec"), pending=reached == "Pending"))
+    )
     return (namespace, name), PodState(uid, phase, resources)
 
 
@@ -193,7 +195,8 @@ class OwnPods:
             found = read_pod(obj)
             if found is not None:
                 self._learn(*found)
-        version = obj.get("metadata", {}).get("resourceVersion") if isinstance(obj, dict) else None
+        metadata = obj.get("metadata") if isinstance(obj, dict) else None
+        version = metadata.get("resourceVersion") if isinstance(metadata, dict) else None
         return version if isinstance(version, str) else None
 
     def replace(self, pods: Mapping[PodKey, PodState]) -> None:

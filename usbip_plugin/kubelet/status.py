@@ -24,8 +24,10 @@ from usbip_plugin.errors import (
     UnknownDevice,
 )
 
-# Details travel in an HTTP/2 header, which gRPC bounds at 8 KiB with everything else in it.
+# Details travel in an HTTP/2 header, which gRPC bounds at 8 KiB with everything else in it, and where each byte that is
+# not printable ASCII takes three.
 MAX_DETAIL_CHARACTERS = 1024
+MAX_HEADER_BYTES = 6 * 1024
 
 _CODES: tuple[tuple[tuple[type[PluginError], ...], grpc.StatusCode], ...] = (
     ((LockHeld, LockLost, DeviceBusy, ClaimBusy), grpc.StatusCode.FAILED_PRECONDITION),
@@ -54,6 +56,11 @@ def status_code(error: PluginError) -> grpc.StatusCode:
 
 
 def status_details(error: PluginError) -> str:
-    """The error's message on one line, at most MAX_DETAIL_CHARACTERS long."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= MAX_DETAIL_CHARACTERS else text[: MAX_DETAIL_CHARACTERS - 1] + "…"
+    """The error's message on one line, printable, at most MAX_DETAIL_CHARACTERS long and MAX_HEADER_BYTES encoded."""
+    words = " ".join(str(error).split()) or type(error).__name__
+    text = "".join(char if char.isprintable() else "?" for char in words[: MAX_DETAIL_CHARACTERS + 1])
+    if len(text) > MAX_DETAIL_CHARACTERS:
+        text = text[: MAX_DETAIL_CHARACTERS - 1] + "…"
+    while sum(1 if char.isascii() and char != "%" else 3 * len(char.encode()) for char in text) > MAX_HEADER_BYTES:
+        text = text[: len(text) * 3 // 4] + "…"
+    return text

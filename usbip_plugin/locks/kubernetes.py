@@ -10,11 +10,19 @@ from typing import Any
 
 from usbip_plugin.errors import KubeNotFound, KubeServerError
 from usbip_plugin.kube import KubeClient
+from usbip_plugin.locks import record
 from usbip_plugin.locks.store import ChangeType, Lease, LeaseChange, LeaseList
 
 RESOURCE = "leases.coordination.k8s.io"
 _MAX_INT = 2**31 - 1
 _NAME = re.compile("[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
+# What is kept of an object (characters). The API takes 1.5 MiB, and every node keeps every lock.
+MAX_NAME = 253
+MAX_VERSION = 64
+# Longer than any node's name, so that what is cut still names none.
+MAX_HOLDER = 512
+MAX_NOTES = 16 * 1024
+MAX_OWN_NOTE = 1024
 
 
 class KubernetesLeases:
@@ -90,16 +98,20 @@ def encode(lease: Lease, namespace: str) -> dict[str, Any]:
 
 
 def decode(value: Mapping[str, Any]) -> Lease:
-    """A Lease object as the API server gives it. A field of a wrong type counts as absent."""
+    """A Lease object as the API server gives it. A field of a wrong type or out of its range counts as absent.
+
+    A holder is cut at MAX_HOLDER; annotations of others that do not fit into MAX_NOTES are left out, and so are labels:
+    the next write by this node takes them off the object. KubeServerError without a name or a resourceVersion.
+    """
     metadata = _mapping(value.get("metadata"))
     spec = _mapping(value.get("spec"))
-    name, version = metadata.get("name"), metadata.get("resourceVersion")
-    if not isinstance(name, str) or not isinstance(version, str):
+    name, version = _short(metadata.get("name"), MAX_NAME), _short(metadata.get("resourceVersion"), MAX_VERSION)
+    if not name or not version:
         raise KubeServerError("get", RESOURCE, "a Lease without name or resourceVersion")
-    holder, uid = spec.get("holderIdentity"), metadata.get("uid")
+    holder = spec.get("holderIdentity")
     return Lease(
         name=name,
-        holder=holder if isinstance(holder, str) else "",
+        holder=holder[:MAX_HOLDER] if isinstance(holder, str) else "",
         duration_seconds=_integer(spec.get("leaseDurationSeconds")),
         acquire_time=_time(spec.get("acquireTime")),
         renew_time=_time(spec.get("renewTime")),
@@ -107,13 +119,13 @@ def decode(value: Mapping[str, Any]) -> Lease:
         annotations=_strings(metadata.get("annotations")),
         labels=_strings(metadata.get("labels")),
         resource_version=version,
-        uid=uid if isinstance(uid, str) else "",
+        uid=_short(metadata.get("uid"), MAX_NAME) or "",
     )
 
 
 def _version(value: Mapping[str, Any]) -> str:
-    version = _mapping(value.get("metadata")).get("resourceVersion")
-    if not isinstance(version, str):
+    version = _short(_mapping(value.get("metadata")).get("resourceVersion"), MAX_VERSION)
+    if not version:
         raise KubeServerError("list", RESOURCE, "an answer without resourceVersion")
     return version
 
@@ -122,8 +134,20 @@ def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def _short(value: Any, longest: int) -> str | None:
+    return value if isinstance(value, str) and len(value) <= longest else None
+
+
 def _strings(value: Any) -> Mapping[str, str]:
-    return {key: text for key, text in _mapping(value).items() if isinstance(text, str)}
+    """The texts of a mapping, as many as MAX_NOTES characters hold; this project's own first, whatever others add."""
+    texts = [(key, text) for key, text in _mapping(value).items() if isinstance(text, str)]
+    kept: dict[str, str] = {}
+    room = MAX_NOTES
+    for key, text in sorted(texts, key=lambda item: item[0] not in record.OWN or len(item[1]) > MAX_OWN_NOTE):
+        if len(key) + len(text) <= room:
+            kept[key] = text
+            room -= len(key) + len(text)
+    return kept
 
 
 def _integer(value: Any) -> int | None:
@@ -131,14 +155,15 @@ def _integer(value: Any) -> int | None:
 
 
 def _time(value: Any) -> datetime | None:
+    """In UTC."""
     if not isinstance(value, str):
         return None
     try:
         parsed = datetime.fromisoformat(value)
-    except ValueError:
+        return parsed.replace(tzinfo=parsed.tzinfo or UTC).astimezone(UTC)
+    except (ValueError, OverflowError):  # the year 1, east of Greenwich
         return None
-    return parsed.replace(tzinfo=parsed.tzinfo or UTC)
 
 
 def _micro_time(value: datetime) -> str:
-    return value.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    return value.astimezone(UTC).replace(tzinfo=None).isoformat(timespec="microseconds") + "Z"

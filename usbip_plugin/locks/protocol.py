@@ -203,7 +203,7 @@ def observe(
     ):
         return replace(previous, seen=max(previous.seen, asked_at))
     asked_for = [lease.duration_seconds or 0 for lease in (lock, session) if lease is not None]
-    duration = max(own_duration, min(float(max(asked_for)), record.MAX_DURATION_S))
+    duration = max(own_duration, float(min(max(0, *asked_for), record.MAX_DURATION_S)))
     return Observation(lock.resource_version, session_version, duration, answered_at, answered_at)
 
 

@@ -27,6 +27,7 @@ PORT = DOMAIN + "vhci-port"
 POD = DOMAIN + "pod"
 TRACEPARENT = DOMAIN + "traceparent"
 WRITE_ID = DOMAIN + "write-id"
+OWN = frozenset({LABEL, SERVER, BUSID, USB_ID, SERIAL, BOOT_ID, PORT, POD, TRACEPARENT, WRITE_ID})
 
 # The longest a holder may ask others to wait for it (seconds); more is a mistake or malice.
 MAX_DURATION_S = 3600.0
@@ -51,7 +52,7 @@ def session_name(node: str) -> str:
     name = SESSION_PREFIX + node
     if len(name) <= _MAX_NAME:
         return name
-    digest = hashlib.sha256(node.encode()).hexdigest()[:16]
+    digest = hashlib.sha256(node.encode("utf-8", "surrogatepass")).hexdigest()[:16]
     return f"{name[: _MAX_NAME - 17].rstrip('.-')}-{digest}"
 
 
@@ -62,14 +63,14 @@ def lock_of(lease: Lease) -> Lock:
         device_id=lease.name,
         holder=holder_text(lease.holder),
         epoch=epoch_of(lease),
-        duration=float(lease.duration_seconds or 0),
+        duration=float(min(max(lease.duration_seconds or 0, 0), MAX_DURATION_S)),
         resource_version=lease.resource_version,
         acquired_at=lease.acquire_time,
         renewed_at=lease.renew_time,
         server=_text(notes.get(SERVER)),
         busid=_text(notes.get(BUSID)),
         usb_id=_match(_USB_ID, notes.get(USB_ID)),
-        serial=_text(notes.get(SERIAL)),
+        serial="" if notes.get(SERIAL) == "" else _text(notes.get(SERIAL)),
         boot_id=_match(_UID, notes.get(BOOT_ID)),
         port=port_of(notes.get(PORT)),
         pod=pod_of(notes.get(POD)),

@@ -23,7 +23,9 @@ class LockChange:
 def newer(version: str, than: str) -> bool:
     """Whether a resourceVersion is later. Kubernetes promises integers since 1.35; anything else counts as later."""
     if version.isascii() and than.isascii() and version.isdigit() and than.isdigit():
-        return int(version) > int(than)
+        # as numbers, of whatever length: int() refuses more than 4300 digits
+        one, other = version.lstrip("0"), than.lstrip("0")
+        return (len(one), one) > (len(other), other)
     return version != than
 
 

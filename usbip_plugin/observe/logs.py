@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from itertools import islice
 from typing import TextIO
 
 from opentelemetry import trace
@@ -21,6 +22,11 @@ LEVELS: Mapping[str, int] = {
     "none": _OFF,
 }
 """The names of the Go program's --log-level."""
+MAX_TEXT = 4096
+MAX_TRACEBACK = 32 * 1024
+"""Characters of one field."""
+MAX_ITEMS, MAX_ITEM = 256, 256
+"""Of one list, and characters of each of its items."""
 _NAMES = {logging.WARNING: "warn", logging.CRITICAL: "error"}
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
@@ -49,20 +55,20 @@ def fields_of(record: logging.LogRecord) -> dict[str, object]:
     """ts, level, logger, msg, the record's extra fields, error, trace_id and span_id, in this order.
 
     Mappings are flattened: pod={"name": "a"} is pod.name=a. An extra field named like one of the others gets a
-    trailing underscore. error: an exception's traceback.
+    trailing underscore. error: an exception's traceback. Long texts and lists are cut.
     """
     fields: dict[str, object] = {
         "ts": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
         "level": _NAMES.get(record.levelno, record.levelname.lower()),
         "logger": record.name,
-        "msg": record.getMessage(),
+        "msg": _cut(record.getMessage(), MAX_TEXT),
     }
     reserved = {*fields, "error", "trace_id", "span_id"}
     for key, value in vars(record).items():
         if key not in _STANDARD and not key.startswith("_"):
             _flatten(f"{key}_" if key in reserved else key, value, fields)
     if record.exc_info:
-        fields["error"] = logging.Formatter().formatException(record.exc_info)
+        fields["error"] = _cut(logging.Formatter().formatException(record.exc_info), MAX_TRACEBACK)
     context = trace.get_current_span().get_span_context()
     if context.is_valid:
         fields["trace_id"] = f"{context.trace_id:032x}"
@@ -75,9 +81,15 @@ def _flatten(key: str, value: object, into: dict[str, object]) -> None:
         for name, inner in value.items():
             _flatten(f"{key}.{name}", inner, into)
     elif isinstance(value, list | tuple | set | frozenset):
-        into[key] = [str(item) for item in value]
+        into[key] = [_cut(str(item), MAX_ITEM) for item in islice(value, MAX_ITEMS)]
+    elif value is None or isinstance(value, float | bool):
+        into[key] = value
     else:
-        into[key] = value if value is None or isinstance(value, str | int | float | bool) else str(value)
+        into[key] = value if isinstance(value, int) else _cut(str(value), MAX_TEXT)
+
+
+def _cut(text: str, longest: int) -> str:
+    return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
 class JsonFormatter(logging.Formatter):

@@ -62,7 +62,7 @@ class Channel:
             return
         try:
             message = json.loads(data)
-        except ValueError:  # also b"", which is the end
+        except (ValueError, RecursionError):  # also b"", which is the end
             message = None
         if not isinstance(message, dict):
             for fd in fds:

@@ -26,6 +26,12 @@ log = logging.getLogger(__name__)
 ENUMERATION_S = 0.3
 """Seconds from attach to enumerated: what a real kernel was seen to take."""
 _BACKLOG = 16
+MAX_CALLS = 256
+"""Of one driver at a time."""
+
+
+_TIMED = ("enumerate", "detach")
+_ON_A_PORT = ("enumerate", "inspect", "detach")
 
 
 class KernelService:
@@ -110,9 +116,10 @@ class _Session:
     def _received(self, message: Message, fd: int | None) -> None:
         number = message.get("id")
         if "cancel" in message:
-            if call := self._calls.get(message["cancel"]):
+            cancelled = message["cancel"]
+            if isinstance(cancelled, int) and (call := self._calls.get(cancelled)):
                 call.cancel()
-        elif isinstance(number, int):
+        elif isinstance(number, int) and number not in self._calls and len(self._calls) < MAX_CALLS:
             task = self._tasks.create_task(self._answer(number, message, fd))
             self._calls[number] = task
             task.add_done_callback(lambda _task: self._calls.pop(number, None))
@@ -136,7 +143,10 @@ class _Session:
 
     async def _call(self, message: Message, fd: int | None) -> Any:
         driver = self._driver
-        match message["call"]:
+        call = message["call"]
+        timeout = wire.seconds_in(message["timeout"]) if call in _TIMED else 0.0
+        port = wire.number_in(message["port"]) if call in _ON_A_PORT else 0
+        match call:
             case "ports":
                 return [wire.port_out(port) for port in await driver.ports()]
             case "attach":
@@ -147,15 +157,15 @@ class _Session:
                 attachment = await driver.enumerate(
                     wire.key_in(message["key"]),
                     wire.descriptor_in(message["descriptor"]),
-                    message["port"],
-                    timeout=message["timeout"],
+                    port,
+                    timeout=timeout,
                 )
                 return wire.attachment_out(self._service.provided(attachment))
             case "inspect":
-                found = await driver.inspect(wire.key_in(message["key"]), message["port"])
+                found = await driver.inspect(wire.key_in(message["key"]), port)
                 return wire.attachment_out(None if found is None else self._service.provided(found))
             case "detach":
-                return await driver.detach(message["port"], timeout=message["timeout"])
+                return await driver.detach(port, timeout=timeout)
             case "check":
                 return wire.report_out(await driver.check())
             case other:

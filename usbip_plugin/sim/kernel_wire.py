@@ -1,9 +1,12 @@
-"""How the simulated kernel and its drivers write model objects as JSON. Both ends are of one version."""
+"""How the simulated kernel and its drivers write model objects as JSON. Both ends are of one version.
+
+What comes in is not believed: every ..._in raises ValueError or KeyError for what is not of its form.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeVar
 
 from usbip_plugin.errors import (
     AttachRefused,
@@ -16,29 +19,38 @@ from usbip_plugin.errors import (
 )
 from usbip_plugin.model import Attachment, Descriptor, DeviceKey, DeviceNode, InterfaceClass, ServerKey, UsbId
 from usbip_plugin.vhci.driver import DriverReport, PortState
-from usbip_plugin.vhci.sysfs import PortStatus
+from usbip_plugin.vhci.sysfs import Hub, PortStatus
+
+T = TypeVar("T")
 
 VERSION = 1
+MAX_TEXT = 8192
+MAX_ITEMS = 8192
+MAX_TIMEOUT_S = 3600.0
 
 _PLAIN = {error.__name__: error for error in (AttachRefused, AttachStuck, DetachFailed)}
+_HUBS: dict[str, Hub] = {"hs": "hs", "ss": "ss"}
 
 
 def key_out(key: DeviceKey) -> list[Any]:
     return [key.server.host, key.server.port, key.busid]
 
 
-def key_in(value: list[Any]) -> DeviceKey:
-    return DeviceKey(ServerKey(value[0], value[1]), value[2])
+def key_in(value: Any) -> DeviceKey:
+    host, port, busid = _items(value)
+    return DeviceKey(ServerKey(_text(host), number_in(port, most=0xFFFF)), _text(busid))
 
 
 def descriptor_out(descriptor: Descriptor) -> dict[str, Any]:
     return dataclasses.asdict(descriptor)
 
 
-def descriptor_in(value: dict[str, Any]) -> Descriptor:
-    usb_id = UsbId(**value["usb_id"])
-    interfaces = tuple(InterfaceClass(**one) for one in value["interfaces"])
-    return Descriptor(**{**value, "usb_id": usb_id, "interfaces": interfaces})
+def descriptor_in(value: Any) -> Descriptor:
+    given = _fields(value)
+    texts = {name: _text(given.pop(name)) for name in ("busid", "path")}
+    usb_id = _usb_id(given.pop("usb_id"))
+    interfaces = tuple(_made(InterfaceClass, **_numbers(one)) for one in _items(given.pop("interfaces")))
+    return _made(Descriptor, **texts, **_numbers(given), usb_id=usb_id, interfaces=interfaces)
 
 
 def port_out(port: PortState) -> list[Any]:
@@ -46,27 +58,50 @@ def port_out(port: PortState) -> list[Any]:
     return [port.number, port.hub, port.status.value, port.speed, port.devid, port.local_busid, record]
 
 
-def port_in(value: list[Any]) -> PortState:
-    number, hub, status, speed, devid, busid, record = value
+def port_in(value: Any) -> PortState:
+    number, hub, status, speed, devid, busid, record = _items(value)
     key = None if record is None else key_in(record)
-    return PortState(number, hub, PortStatus(status), speed, devid, busid, key)
+    local_busid = None if busid is None else _text(busid)
+    numbers = (number_in(number), number_in(status), number_in(speed), number_in(devid))
+    return PortState(numbers[0], _HUBS[_text(hub)], PortStatus(numbers[1]), numbers[2], numbers[3], local_busid, key)
+
+
+def ports_in(value: Any) -> tuple[PortState, ...]:
+    return tuple(port_in(port) for port in _items(value))
 
 
 def attachment_out(attachment: Attachment | None) -> dict[str, Any] | None:
     return None if attachment is None else dataclasses.asdict(attachment) | {"key": key_out(attachment.key)}
 
 
-def attachment_in(value: dict[str, Any]) -> Attachment:
-    nodes = tuple(DeviceNode(**node) for node in value["nodes"])
-    return Attachment(**{**value, "key": key_in(value["key"]), "usb_id": UsbId(**value["usb_id"]), "nodes": nodes})
+def attachment_in(value: Any) -> Attachment:
+    given = _fields(value)
+    serial = given["serial"]
+    return Attachment(
+        key_in(given["key"]),
+        number_in(given["port"]),
+        _text(given["local_busid"]),
+        _usb_id(given["usb_id"]),
+        None if serial is None else _text(serial),
+        tuple(_node(node) for node in _items(given["nodes"])),
+    )
+
+
+def _node(value: Any) -> DeviceNode:
+    given = _fields(value)
+    numbers = (number_in(given["major"]), number_in(given["minor"]))
+    return DeviceNode(_text(given["path"]), _text(given["kind"]), _flag(given["block"]), *numbers)
 
 
 def report_out(report: DriverReport) -> dict[str, Any]:
     return dataclasses.asdict(report)
 
 
-def report_in(value: dict[str, Any]) -> DriverReport:
-    return DriverReport(**{**value, "problems": tuple(value["problems"])})
+def report_in(value: Any) -> DriverReport:
+    given = _fields(value)
+    problems = tuple(_text(problem) for problem in _items(given.pop("problems")))
+    flags = {name: _flag(given.pop(name)) for name in ("loaded", "attach_writable", "records_writable", "uevents")}
+    return _made(DriverReport, **flags, **_numbers(given), problems=problems)
 
 
 def error_out(error: VhciError | WrongDevice) -> dict[str, Any]:
@@ -81,15 +116,75 @@ def error_out(error: VhciError | WrongDevice) -> dict[str, Any]:
             return {"name": name, "text": str(error)}
 
 
-def error_in(value: dict[str, Any]) -> VhciError | WrongDevice:
+def error_in(value: Any) -> VhciError | WrongDevice:
     """The same error again; what this end does not know becomes AttachRefused with its text."""
-    match value["name"]:
+    given = _fields(value)
+    match _text(given["name"]):
         case "PortsExhausted":
-            return PortsExhausted(value["hub"], value["total"])
+            return PortsExhausted(_HUBS[_text(given["hub"])], number_in(given["total"]))
         case "WrongDevice":
-            promised, found = (UsbId(*one) for one in value["ids"])
-            return WrongDevice(key_in(value["key"]), promised, found)
+            promised, found = (_pair(one) for one in _items(given["ids"]))
+            return WrongDevice(key_in(given["key"]), promised, found)
         case "DriverMissing":
             return DriverMissing("/sys/devices/platform/vhci_hcd.0")
         case name:
-            return _PLAIN.get(name, AttachRefused)(value["text"])
+            return _PLAIN.get(name, AttachRefused)(_text(given["text"]))
+
+
+def number_in(value: Any, most: int = 0xFFFFFFFF) -> int:
+    """A whole number from 0 to most."""
+    if type(value) is not int or not 0 <= value <= most:
+        raise ValueError("a number was expected")
+    return value
+
+
+def seconds_in(value: Any) -> float:
+    """A time to wait, at most MAX_TIMEOUT_S."""
+    if type(value) not in (int, float) or not 0 <= value <= MAX_TIMEOUT_S:  # NaN is not
+        raise ValueError("a number of seconds was expected")
+    return float(value)
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("true or false was expected")  # noqa: TRY004 - one error for all that is of the wrong form
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or len(value) > MAX_TEXT or not value.isprintable():
+        raise ValueError("a printable text was expected")
+    return value
+
+
+def _items(value: Any) -> list[Any]:
+    if not isinstance(value, list) or len(value) > MAX_ITEMS:
+        raise ValueError("a list was expected")
+    return value
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    """A copy."""
+    if not isinstance(value, dict):
+        raise ValueError("an object was expected")  # noqa: TRY004
+    return dict(value)
+
+
+def _numbers(value: Any) -> dict[str, int]:
+    return {name: number_in(number) for name, number in _fields(value).items()}
+
+
+def _usb_id(value: Any) -> UsbId:
+    return _made(UsbId, **_numbers(value))
+
+
+def _pair(value: Any) -> UsbId:
+    vendor, product = _items(value)
+    return UsbId(number_in(vendor), number_in(product))
+
+
+def _made(kind: type[T], **given: Any) -> T:
+    try:
+        return kind(**given)
+    except TypeError as error:  # a field too many or too few
+        raise ValueError(str(error)) from error

@@ -10,7 +10,7 @@ import random
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from usbip_plugin.clock import Clock
 from usbip_plugin.errors import AttachRefused, DriverMissing, SimulatedKernelMissing
@@ -20,6 +20,8 @@ from usbip_plugin.sim import kernel_wire as wire
 from usbip_plugin.sim.channel import Channel, Message
 from usbip_plugin.vhci.driver import ABANDON_S, DriverReport, PortState
 from usbip_plugin.vhci.waiting import Bell
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -41,12 +43,12 @@ class RemoteVhci:
         self._abandoned: set[int] = set()
 
     async def ports(self) -> tuple[PortState, ...]:
-        return tuple(wire.port_in(port) for port in await self._call("ports"))
+        return await self._call("ports", wire.ports_in)
 
     async def attach(self, key: DeviceKey, descriptor: Descriptor, fd: int) -> int:
         # cancelled: the port that the answer may yet name is given back, see _received
         request = {"key": wire.key_out(key), "descriptor": wire.descriptor_out(descriptor)}
-        return int(await self._call("attach", request, fd=fd))
+        return await self._call("attach", wire.number_in, request, fd=fd)
 
     async def enumerate(
         self,
@@ -58,14 +60,13 @@ class RemoteVhci:
         timeout: float,
     ) -> Attachment:
         request = {"key": wire.key_out(key), "descriptor": wire.descriptor_out(descriptor), "port": port}
-        return wire.attachment_in(await self._call("enumerate", request, timeout=timeout, extra=ABANDON_S))
+        return await self._call("enumerate", wire.attachment_in, request, timeout=timeout, extra=ABANDON_S)
 
     async def inspect(self, key: DeviceKey, port: int) -> Attachment | None:
-        found = await self._call("inspect", {"key": wire.key_out(key), "port": port})
-        return None if found is None else wire.attachment_in(found)
+        return await self._call("inspect", _if_any, {"key": wire.key_out(key), "port": port})
 
     async def detach(self, port: int, *, timeout: float) -> None:
-        await self._call("detach", {"port": port}, timeout=timeout)
+        await self._call("detach", _nothing, {"port": port}, timeout=timeout)
 
     def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]:
         return self._bell.subscribe(callback)
@@ -95,7 +96,7 @@ class RemoteVhci:
 
     async def check(self) -> DriverReport:
         try:
-            return wire.report_in(await self._call("check"))
+            return await self._call("check", wire.report_in)
         except (DriverMissing, AttachRefused) as error:
             return DriverReport(loaded=False, problems=(str(error),))
 
@@ -115,13 +116,17 @@ class RemoteVhci:
     async def _call(
         self,
         name: str,
+        read: Callable[[Any], T],
         request: Message | None = None,
         *,
         fd: int | None = None,
         timeout: float = 0.0,
         extra: float = 0.0,
-    ) -> Any:
-        """The result, within timeout + extra + ANSWER_S seconds. Cancel-safe: the kernel is told to stop."""
+    ) -> T:
+        """The result, within timeout + extra + ANSWER_S seconds. Cancel-safe: the kernel is told to stop.
+
+        read: from the answer to the result; ValueError or KeyError for one that makes no sense.
+        """
         number = next(self._numbers)
         answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
         self._waiting[number] = answer
@@ -140,9 +145,13 @@ class RemoteVhci:
             raise
         finally:
             self._waiting.pop(number, None)
-        if "error" in got:
-            raise wire.error_in(got["error"])
-        return got["result"]
+        try:
+            if "error" not in got:
+                return read(got["result"])
+            error = wire.error_in(got["error"])
+        except (KeyError, ValueError) as cause:
+            raise SimulatedKernelMissing(str(self._path), f"its answer to {name} makes no sense") from cause
+        raise error
 
     def _give_up(self, number: int, name: str) -> None:
         if self._channel is None:
@@ -164,10 +173,12 @@ class RemoteVhci:
         if fd is not None:
             os.close(fd)  # none is expected
         number = message.get("id")
+        if not isinstance(number, int):
+            number = 0
         if number in self._abandoned:
             self._abandoned.discard(number)
             self._give_back(message)
-        elif isinstance(number, int) and number in self._waiting:
+        elif number in self._waiting:
             answer = self._waiting[number]
             if not answer.done():
                 answer.set_result(message)
@@ -181,3 +192,11 @@ class RemoteVhci:
         for answer in self._waiting.values():
             if not answer.done():
                 answer.set_exception(SimulatedKernelMissing(str(self._path), "it has gone"))
+
+
+def _if_any(value: Any) -> Attachment | None:
+    return None if value is None else wire.attachment_in(value)
+
+
+def _nothing(_value: Any) -> None:
+    return None

@@ -149,6 +149,7 @@ class _Connection(asyncio.Protocol):
         self._received = bytearray()
         self._steps = self._serve()
         self._need = next(self._steps)
+        self._unread = False  # the client does not take what is written to it
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         if not isinstance(transport, asyncio.Transport):
@@ -173,6 +174,15 @@ class _Connection(asyncio.Protocol):
                     self._transport.close()
                 return
 
+    def pause_writing(self) -> None:
+        """A client that does not read is not read from: nothing piles up here."""
+        self._unread = True
+        self.pause(self._server.frozen)
+
+    def resume_writing(self) -> None:
+        self._unread = False
+        self.pause(self._server.frozen)
+
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 (asyncio's interface)
         self._transport = None
         self._server.closed(self)
@@ -184,7 +194,7 @@ class _Connection(asyncio.Protocol):
     def pause(self, paused: bool) -> None:
         if self._transport is None or self._transport.is_closing():
             return
-        if paused:
+        if paused or self._unread:
             self._transport.pause_reading()
         else:
             self._transport.resume_reading()

@@ -23,6 +23,7 @@ FOLLOW_INTERVAL = 0.5
 _BUSID = re.compile(r"[0-9]+-[0-9]+(\.[0-9]+)*")
 _MAX_BUSID = 31
 _ID = re.compile(r"([0-9a-fA-F]{4}):([0-9a-fA-F]{4})")
+_PORT = re.compile(r"[0-9]{1,5}")
 _CLASS = re.compile(r"[0-9a-fA-F]{2}")
 
 
@@ -77,7 +78,7 @@ def read_devices(file: Path) -> dict[str, VirtualDevice]:
 def parse_listen(text: str) -> tuple[str, int]:
     """Host and port of ADDRESS:PORT; an IPv6 address in brackets. ConfigError."""
     host, colon, port = text.rpartition(":")
-    if not colon or not port.isascii() or not port.isdecimal() or not 0 <= int(port) <= 0xFFFF:
+    if not colon or not _PORT.fullmatch(port) or int(port) > 0xFFFF:
         raise ConfigError("command line", [f"--listen {text}: must be ADDRESS:PORT, such as 0.0.0.0:3240"])
     return host.strip("[]") or "0.0.0.0", int(port)  # noqa: S104 - as asked for
 

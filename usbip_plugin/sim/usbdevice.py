@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from usbip_plugin.model import Descriptor, InterfaceClass, UsbId
 from usbip_plugin.usbip import urb
-from usbip_plugin.usbip.protocol import Decoding
+from usbip_plugin.usbip.protocol import Decoding, ProtocolViolation
 
 VENDOR_CLASS = InterfaceClass(0xFF, 0, 0)
 HIGH_SPEED = 3
@@ -26,6 +26,8 @@ _GET_STATUS, _CLEAR_FEATURE, _SET_FEATURE, _GET_DESCRIPTOR, _GET_CONFIGURATION, 
 _SET_INTERFACE = 11
 _SILENT_OK = frozenset({_CLEAR_FEATURE, _SET_FEATURE, _SET_INTERFACE})
 STALL = -urb.EPIPE
+MAX_WAITING = 256
+MAX_ECHO_BYTES = 4 * urb.MAX_TRANSFER_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +106,9 @@ class Transfers:
         self._waiting: list[urb.Submit] = []
 
     def run(self) -> Decoding[None]:
-        """Serve one command after the other, for ever. ProtocolViolation when the importer does not speak USB/IP."""
+        """Serve one command after the other, for ever. ProtocolViolation when the importer does not speak USB/IP, and
+        when it has more than MAX_WAITING reads or MAX_ECHO_BYTES of writes under way.
+        """
         while True:
             command = urb.decode_command((yield urb.HEADER_BYTES))
             if isinstance(command, urb.Unlink):
@@ -146,6 +150,8 @@ class Transfers:
         return b"" if request in _SILENT_OK else None
 
     def _bulk(self, command: urb.Submit, data: bytes) -> None:
+        if len(self._waiting) >= MAX_WAITING or len(self._echo) + len(data) > MAX_ECHO_BYTES:
+            raise ProtocolViolation("more transfers under way than this device keeps")
         if command.incoming:
             self._waiting.append(command)
         else:

@@ -24,13 +24,15 @@ NEXT_ADDRESS_S = 0.25
 _RESOLVER_THREADS = 4
 
 Addresses: TypeAlias = Sequence[AddrInfoType]
+# What getaddrinfo raises for names, for text that cannot be one, and for ports far out of range.
+_NO_ADDRESS = (socket.gaierror, UnicodeError, OverflowError)
 
 
 def resolve(server: ServerKey) -> Addresses:
     """Blocking. ServerUnreachable if there is no such host."""
     try:
         return socket.getaddrinfo(server.host, server.port, type=socket.SOCK_STREAM)
-    except (socket.gaierror, UnicodeError) as error:
+    except _NO_ADDRESS as error:
         reason = error.strerror if isinstance(error, socket.gaierror) else str(error)
         raise ServerUnreachable(server, f"no such host: {reason}") from error
 
@@ -71,7 +73,7 @@ class Connector:
         return sock
 
     async def _addresses(self, server: ServerKey) -> Addresses:
-        with contextlib.suppress(socket.gaierror, UnicodeError):  # a name, not an address
+        with contextlib.suppress(*_NO_ADDRESS):  # a name, not an address
             return socket.getaddrinfo(
                 server.host, server.port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
             )

@@ -95,11 +95,14 @@ async def _read_string(pipe: ControlPipe, index: int) -> str | None:
 
 
 def parse_string(descriptor: bytes) -> str | None:
-    """The text of a string descriptor without surrounding space, None if there is none that can be printed."""
+    """The text of a string descriptor without surrounding space, None if there is none that can be printed.
+
+    Half a surrogate is left out, as the kernel does (utf16s_to_utf8s).
+    """
     if len(descriptor) < 2 or descriptor[1] != STRING:
         return None
     body = descriptor[2 : descriptor[0]]
-    text = body[: len(body) & ~1].decode("utf-16-le", "replace").strip("\0 ")
+    text = body[: len(body) & ~1].decode("utf-16-le", "ignore").strip("\0 ")
     return text if text and text.isprintable() else None
 
 

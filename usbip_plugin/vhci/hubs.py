@@ -10,6 +10,7 @@ by whomever it was set. The old value is kept in the record directory, so that a
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 HIGH_SPEED_MBPS = 480
 _MARKER = "authorized_default."
 _CLOSED = "0"
+_VALUES = frozenset({"-1", "0", "1", "2"})  # what authorized_default may say
 
 
 def controller_dir(sysfs: Path, controller: int) -> Path:
@@ -67,7 +69,7 @@ class HubGuard:
         if not first:
             return
         try:
-            before = (hub / "authorized_default").read_text().strip()
+            before = _value(hub / "authorized_default")
             if before != _CLOSED:
                 self._marker(hub).parent.mkdir(mode=0o700, exist_ok=True)
                 self._marker(hub).write_text(before)
@@ -92,11 +94,10 @@ class HubGuard:
                 self._restore(hub)
 
     def _restore(self, hub: Path) -> None:
-        try:
-            before = self._marker(hub).read_text().strip()
-        except OSError:
+        if not self._marker(hub).exists():
             return  # it was closed before us
         try:
+            before = _value(self._marker(hub))
             self._write(hub / "authorized_default", before)
         except OSError as error:
             log.warning("cannot restore authorized_default", extra={"hub": str(hub), "error": str(error)})
@@ -108,3 +109,11 @@ class HubGuard:
     def _marker_gone(self, hub: Path) -> None:
         with contextlib.suppress(OSError):
             self._marker(hub).unlink(missing_ok=True)
+
+
+def _value(file: Path) -> str:
+    """A value of authorized_default. OSError also for anything else than that."""
+    text = file.read_text(errors="replace").strip()
+    if text not in _VALUES:
+        raise OSError(errno.EINVAL, f"{text[:20]!r} is no value of authorized_default", str(file))
+    return text

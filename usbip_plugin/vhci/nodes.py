@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,11 +16,17 @@ SUBCLASS_ACM = 0x02
 MAX_NODES = 64  # of one device; a webcam has about 10, a partitioned disk about 16
 MAX_DEPTH = 12  # levels below the device; a disk's partition is 7 deep
 _MAX_SERIAL = 126  # characters a USB string descriptor can hold
+_MAX_MAJOR, _MAX_MINOR = 1 << 12, 1 << 20  # MINORBITS of the kernel
+_USB_ID = re.compile("[0-9a-fA-F]{4}")
+_NUMBER = re.compile("[0-9]{1,9}")
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceFacts:
-    """What sysfs says about an enumerated USB device. devnum tells one attachment on a bus from the next."""
+    """What sysfs says about an enumerated USB device. devnum tells one attachment on a bus from the next.
+
+    serial: None if it has none, or none that can be printed: the device chose it.
+    """
 
     usb_id: UsbId
     devnum: int
@@ -30,17 +37,17 @@ class DeviceFacts:
 def read_facts(device: Path) -> DeviceFacts | None:
     """None while the directory is not complete, or gone."""
     try:
-        usb_id = UsbId(int(_text(device / "idVendor"), 16), int(_text(device / "idProduct"), 16))
-        devnum = int(_text(device / "devnum"))
+        usb_id = UsbId(_usb_number(device / "idVendor"), _usb_number(device / "idProduct"))
+        devnum = _number(_text(device / "devnum"))
         authorized = _text(device / "authorized") != "0"
         _text(device / "dev")
     except (OSError, ValueError):
         return None
     try:
-        serial = _text(device / "serial")[:_MAX_SERIAL] or None
+        serial = _text(device / "serial")[:_MAX_SERIAL]
     except OSError:
-        serial = None
-    return DeviceFacts(usb_id, devnum, authorized, serial)
+        serial = ""
+    return DeviceFacts(usb_id, devnum, authorized, serial if serial and serial.isprintable() else None)
 
 
 def collect(device: Path) -> tuple[DeviceNode, ...]:
@@ -103,12 +110,28 @@ def _node(path: Path, kind: str) -> DeviceNode | None:
         lines = (path / "uevent").read_text(errors="replace").splitlines()
         fields = dict(line.split("=", 1) for line in lines if "=" in line)
         name = fields["DEVNAME"]
-        if name.startswith("/") or ".." in name.split("/"):
+        major, minor = _number(fields["MAJOR"]), _number(fields["MINOR"])
+        if name.startswith("/") or ".." in name.split("/") or not name.isprintable():
             return None
-        return DeviceNode(f"/dev/{name}", kind, kind == "block", int(fields["MAJOR"]), int(fields["MINOR"]))
+        if major >= _MAX_MAJOR or minor >= _MAX_MINOR:
+            return None
+        return DeviceNode(f"/dev/{name}", kind, kind == "block", major, minor)
     except (OSError, KeyError, ValueError):
         return None
 
 
 def _text(path: Path) -> str:
     return path.read_text(errors="replace").strip()
+
+
+def _usb_number(path: Path) -> int:
+    text = _text(path)
+    if not _USB_ID.fullmatch(text):
+        raise ValueError(text[:80])
+    return int(text, 16)
+
+
+def _number(text: str) -> int:
+    if not _NUMBER.fullmatch(text):
+        raise ValueError(text[:80])
+    return int(text)

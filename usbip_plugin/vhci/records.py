@@ -10,6 +10,7 @@ from pathlib import Path
 from usbip_plugin.model import DeviceKey, ServerKey
 
 MAX_RECORD = 1200  # bytes; the tool reads host 1025 + port 32 + busid 32
+_MAX_HOST = 1024
 _BUSID = re.compile(r"[0-9A-Za-z.:_-]{1,31}")
 _MAX_PORT = 65535
 
@@ -24,13 +25,19 @@ def format_record(key: DeviceKey) -> str:
 
 def parse_record(text: str) -> DeviceKey | None:
     """None for what is not a record. Only numeric ports are understood; the tool writes the one it was given."""
-    fields = text.split()
-    if len(fields) != 3 or len(text) > MAX_RECORD:
+    if len(text) > MAX_RECORD or len(fields := text.split()) != 3:
         return None
     host, port, busid = fields
+    if len(host) > _MAX_HOST or not host.isprintable():
+        return None
     if not (port.isascii() and port.isdigit() and 0 < int(port) <= _MAX_PORT) or not _BUSID.fullmatch(busid):
         return None
     return DeviceKey(ServerKey(host, int(port)), busid)
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """For open(): a pipe in the file's place must not hang the plugin."""
+    return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 class Records:
@@ -41,7 +48,7 @@ class Records:
 
     def read(self, port: int) -> DeviceKey | None:
         try:
-            with self._path(port).open(errors="replace") as file:
+            with open(self._path(port), errors="replace", opener=_without_waiting) as file:
                 return parse_record(file.read(MAX_RECORD + 1))
         except OSError:
             return None

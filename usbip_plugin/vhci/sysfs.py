@@ -6,6 +6,7 @@ Follows drivers/usb/usbip/vhci_sysfs.c and tools/usb/usbip (Linux 4.17 and later
 from __future__ import annotations
 
 import enum
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -17,6 +18,8 @@ SPEED_SUPER = 5
 SPEEDS = range(1, 7)  # enum usb_device_speed, USB_SPEED_LOW .. USB_SPEED_SUPER_PLUS
 MAX_PORTS = 4096  # the kernel's own limit is 128 controllers of 31 ports
 _COLUMNS = 7
+_MAX_DIGITS = 10
+_BUSID = re.compile(r"[0-9]{1,5}-[0-9]{1,5}(\.[0-9]{1,5}){0,3}")  # becomes part of a path
 _HUBS: Final[Mapping[str, Hub]] = {"hs": "hs", "ss": "ss"}
 
 
@@ -66,13 +69,16 @@ def hub_of(speed: int) -> Hub:
 def parse_status(text: str, controller: int = 0) -> tuple[Port, ...]:
     """Ports in the text of status (controller 0) or status.N, in the kernel's order.
 
-    ValueError for a row that is not understood: guessing at ports could detach somebody else's device.
+    ValueError for a row that is not understood, and for more than MAX_PORTS: guessing at ports could detach somebody
+    else's device.
     """
     ports: list[Port] = []
     seen: dict[str, int] = {}
     for line in text.splitlines():
         fields = line.split()
         if fields and fields[0] != "hub":
+            if len(ports) == MAX_PORTS:
+                raise ValueError(f"vhci status with more than {MAX_PORTS} rows")
             seen[fields[0]] = root_port = seen.get(fields[0], 0) + 1
             ports.append(_row(line, fields, controller, root_port))
     return tuple(ports)
@@ -84,18 +90,19 @@ def _row(line: str, fields: list[str], controller: int, root_port: int) -> Port:
     hub = _HUBS.get(fields[0])
     try:
         status = _STATUS[fields[2]]
-        number, speed, devid, sockfd = _decimal(fields[1]), _decimal(fields[3]), int(fields[4], 16), _decimal(fields[5])
+        number, speed, sockfd = (_decimal(fields[column]) for column in (1, 3, 5))
+        devid = int(fields[4], 16)
     except (ValueError, KeyError):
         hub = None
-    if hub is None:
+    if hub is None or number >= MAX_PORTS or not 0 <= devid < 1 << 32 or not _BUSID.fullmatch(fields[6]):
         raise ValueError(f"vhci status row that cannot be read: {line[:80]!r}")
     local_busid = fields[6] if status is PortStatus.USED and fields[6] != NO_DEVICE else None
     return Port(number, hub, status, speed, devid, local_busid, controller, root_port, sockfd)
 
 
 def _decimal(text: str) -> int:
-    if not (text.isascii() and text.isdigit()):
-        raise ValueError(text)
+    if not (text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS):
+        raise ValueError(f"{text[:80]!r} is no number")
     return int(text)
 
 

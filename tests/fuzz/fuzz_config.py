@@ -1,0 +1,84 @@
+"""Target: the configuration file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from fuzz_target import Target, fit_to_raise, fit_to_show
+
+from usbip_plugin.config import Config, matches, schema
+from usbip_plugin.config.document import MAX_PROBLEMS
+from usbip_plugin.config.reload import _parse
+from usbip_plugin.config.templates import render
+from usbip_plugin.errors import ConfigError
+from usbip_plugin.model import Descriptor, UsbId
+
+DEVICE = Descriptor("1-1.4", "/sys/x", 1, 2, 3, UsbId(0x0951, 0x1666), 1, 0, 0, 0, 1, 1, 0)
+# One problem: its place in the file and what is wrong with it.
+MAX_LINE = 2000
+FULL = """resources:
+  storage:
+    - target: {host: 10.20.30.40, port: 3240}
+      selector: {vendor: "0951", product: "1666"}
+      extras: [{hostPath: /dev/fuse, containerPath: /dev/fuse, permissions: rw}]
+  modem:
+    devices: &modems
+      - target: {host: "[fd00::1]"}
+        selector: {bus_id: "1-*", serial: A1, class: "02"}
+    onLoss: evict
+    cdi: true
+    children: [tty, hidraw]
+    containerPath: /dev/{resource}/{index}-{serial}
+  again: {devices: *modems}
+lock: {duration: 1m30s}
+allocateTimeout: 8
+publishNodeStatus: false
+domain: usbip.dev
+log-level: debug
+"""
+
+
+def configuration(data: bytes) -> None:
+    try:
+        loaded = _parse(Path("config.yaml"), data)
+    except ConfigError as error:
+        lines(error.problems)
+        fit_to_raise(error, (MAX_PROBLEMS + 2) * MAX_LINE)
+        return
+    lines(loaded.warnings)
+    usable(loaded.config)
+    assert _parse(Path("config.yaml"), data) == loaded
+
+
+def lines(found: Sequence[str]) -> None:
+    assert len(found) <= MAX_PROBLEMS + 1
+    for line in found:
+        fit_to_show(line, MAX_LINE)
+
+
+def usable(config: Config) -> None:
+    assert schema.MIN_LOCK_DURATION_S <= config.lock.duration <= schema.MAX_LOCK_DURATION_S
+    assert schema.MIN_ALLOCATE_TIMEOUT_S <= config.allocate_timeout <= schema.MAX_ALLOCATE_TIMEOUT_S
+    for server in config.servers():
+        assert 0 < server.port < 1 << 16
+        fit_to_show(str(server), 300)
+    for resource in config.resources:
+        fit_to_show(resource.name, 63)
+        for entry in resource.devices:
+            fit_to_show(str(entry.selector), 400)
+            matches(entry.selector, DEVICE, None)
+        if resource.container_path is not None:
+            path = render(resource.container_path, {"serial": "../../etc/passwd", "resource": resource.name})
+            assert ".." not in path.split("/")
+
+
+def _seeds() -> Iterable[bytes]:
+    yield FULL.encode()
+    yield b"resources: {}\n"
+    yield b"a: &a [x, x]\nb: &b [*a, *a]\nresources: {r: [*b, {<<: {target: {host: h}}}]}\n"
+    for odd in ("0x_", "0666", "1e3", "1_0", "12345", "~", "!!binary AA==", "[1]"):
+        yield f"resources:\n  a:\n    - target: {{host: h}}\n      selector: {{vendor: {odd}}}\n".encode()
+
+
+TARGETS = (Target("configuration", configuration, _seeds, 16384),)

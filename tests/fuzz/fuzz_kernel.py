@@ -1,0 +1,163 @@
+"""Targets: texts of the kernel and of /run/vhci_hcd, and what a device wrote into its descriptors and sysfs shows."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from fuzz_target import Target, fit_to_raise, fit_to_show
+
+from usbip_plugin.errors import VhciError
+from usbip_plugin.model import DeviceKey, ServerKey
+from usbip_plugin.vhci import hubs, nodes, sysfs, uevents
+from usbip_plugin.vhci.access import PortTable
+from usbip_plugin.vhci.records import MAX_RECORD, Records, format_record, parse_record
+
+STATUS = """hub port sta spd dev      sockfd local_busid
+hs  0000 006 003 00010002 000103 3-1
+hs  0001 005 000 00000000 000000 0-0
+ss  0008 004 000 00000000 000000 0-0
+"""
+UEVENT = b"add@/devices/platform/vhci_hcd.0/usb3/3-1\0ACTION=add\0SUBSYSTEM=usb\0MAJOR=189\0"
+
+
+def status(data: bytes) -> None:
+    text = data.decode("utf-8", "replace")
+    try:
+        ports = sysfs.parse_status(text, 1)
+    except ValueError as error:
+        fit_to_raise(error)
+        return
+    assert len(ports) <= text.count("\n") + len(text.splitlines())
+    for port in ports:
+        assert 0 <= port.number < sysfs.MAX_PORTS
+        assert 0 <= port.devid < 1 << 32
+        fit_to_show(port.local_busid, 31)
+        assert port.local_busid is None or not set(port.local_busid) & set("/\0")
+        assert sysfs.format_detach(port.number) == str(port.number)
+    for speed in sysfs.SPEEDS:
+        chosen = sysfs.choose_port(ports, speed)
+        assert chosen is None or chosen.status is sysfs.PortStatus.NULL
+
+
+def nports(data: bytes) -> None:
+    try:
+        number = sysfs.parse_nports(data.decode("utf-8", "replace"))
+    except ValueError as error:
+        fit_to_raise(error)
+        return
+    assert 1 <= number <= sysfs.MAX_PORTS
+    assert len(sysfs.status_files(number, 1)) <= sysfs.MAX_PORTS
+
+
+def uevent(data: bytes) -> None:
+    event = uevents.parse(data)
+    if event is not None:
+        assert len(data) <= uevents.MAX_UEVENT
+        assert event.action.isalpha()
+        assert event.devpath.startswith("/")
+        assert event.concerns_vhci in (True, False)
+
+
+def record(data: bytes) -> None:
+    key = parse_record(data.decode("utf-8", "replace"))
+    if key is not None:
+        fit_to_show(str(key), MAX_RECORD)
+        assert parse_record(format_record(key)) == key
+
+
+def _files(data: bytes, names: Iterable[str], directory: Path) -> None:
+    """data cut at NUL bytes into these files, as far as it goes."""
+    for name, content in zip(names, data.split(b"\0"), strict=False):
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_bytes(content)
+
+
+def _in_a_directory(look: Callable[[bytes, Path], None]) -> Callable[[bytes], None]:
+    def run(data: bytes) -> None:
+        with tempfile.TemporaryDirectory(prefix="fuzz") as name:
+            look(data, Path(name))
+
+    return run
+
+
+def port_files(data: bytes, directory: Path) -> None:
+    """status, nports and status.1 of a controller, and a port's record."""
+    base = "devices/platform/vhci_hcd.0/"
+    _files(data, (base + "status", base + "nports", base + "status.1", "port0"), directory)
+    table = PortTable(directory)
+    for read in (table.all, lambda: table.one(0), lambda: table.one(20)):
+        try:
+            read()
+        except VhciError as error:
+            fit_to_raise(error)
+    Records(directory).read(0)
+
+
+def device_files(data: bytes, directory: Path) -> None:
+    """A device's directory: what the kernel says of it, and in it what the device says of itself."""
+    device = directory / "3-1"
+    child = "3-1:1.0/tty/ttyACM0"
+    names = ("idVendor", "idProduct", "devnum", "dev", "authorized", "serial", "uevent", f"{child}/uevent")
+    interface = ("3-1:1.0/bInterfaceClass", "3-1:1.0/bInterfaceSubClass", f"{child}/dev")
+    device.mkdir()
+    _files(data, names + interface, device)
+    (device / child).mkdir(parents=True, exist_ok=True)
+    (device / child / "subsystem").symlink_to("/sys/class/tty")
+    facts = nodes.read_facts(device)
+    if facts is not None:
+        fit_to_show(str(facts.usb_id), 9)
+        fit_to_show(facts.serial, 126)
+        assert facts.serial != ""
+        assert facts.devnum >= 0
+    for node in nodes.collect(device):
+        fit_to_show(node.path, 4096)
+        assert node.path.startswith("/dev/")
+        assert ".." not in node.path.split("/")
+        assert 0 <= node.major < 1 << 12
+        assert 0 <= node.minor < 1 << 20
+    nodes.promised_kinds(device)
+
+
+def hub_files(data: bytes, directory: Path) -> None:
+    """A root hub, and the note of a plugin that crashed while it held it."""
+    hub = "devices/platform/vhci_hcd.0/usb3/"
+    _files(data, (hub + "speed", hub + "authorized_default", "run/authorized_default.usb3"), directory)
+    (directory / hub).mkdir(parents=True, exist_ok=True)
+    (directory / "run").mkdir(exist_ok=True)
+    written: list[str] = []
+
+    def write(path: Path, text: str) -> None:
+        assert path.name == "authorized_default"
+        written.append(text)
+
+    guard = hubs.HubGuard(directory, directory / "run", write)
+    guard.restore_leftovers()
+    for kind in ("hs", "ss"):
+        port = sysfs.Port(0, "ss" if kind == "ss" else "hs", sysfs.PortStatus.NULL, root_port=1)
+        hubs.device_dir(directory, port)
+        guard.hold(port)
+        guard.release(0)
+    assert set(written) <= {"-1", "0", "1", "2"}
+
+
+def _devices() -> Iterable[bytes]:
+    own = "MAJOR=189\nMINOR=2\nDEVNAME=bus/usb/003/002\nDEVTYPE=usb_device\n"
+    texts = ["0403\n", "6001\n", "2\n", "189:2\n", "1\n", "A1\n", own, "MAJOR=166\nMINOR=0\nDEVNAME=ttyACM0\n"]
+    yield "\0".join([*texts, "02\n", "02\n", "166:0\n"]).encode()
+
+
+TARGETS = (
+    Target("status", status, lambda: (STATUS.encode(), STATUS.encode() * 2)),
+    Target("nports", nports, lambda: (b"16\n", b"240\n"), 64),
+    Target("uevent", uevent, lambda: (UEVENT, b"libudev\0\xfe\xed\xca\xfe"), 512),
+    Target("record", record, lambda: (format_record(DeviceKey(ServerKey("10.0.0.1"), "1-2")).encode(),), 1300),
+    Target(
+        "port-files",
+        _in_a_directory(port_files),
+        lambda: (b"\0".join([STATUS.encode(), b"6\n", STATUS.encode(), b"10.0.0.1 3240 1-2\n"]),),
+    ),
+    Target("device-files", _in_a_directory(device_files), _devices),
+    Target("hub-files", _in_a_directory(hub_files), lambda: (b"480\n\0001\n\0001\n", b"5000\n\0000\n\000"), 256),
+)

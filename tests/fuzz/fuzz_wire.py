@@ -1,0 +1,269 @@
+"""Targets: what a USB/IP server sends to the plugin, and what a client sends to the virtual server."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+from fuzz_target import Target, drive, fit_to_raise, fit_to_show, golden
+
+from usbip_plugin.errors import ServerUnreachable, UsbipError
+from usbip_plugin.model import Descriptor, DeviceKey, ServerKey, UsbId
+from usbip_plugin.sim.server import VirtualServer, _Connection
+from usbip_plugin.sim.usbdevice import VirtualDevice
+from usbip_plugin.usbip import probe, protocol, urb
+from usbip_plugin.usbip.client import refusal
+from usbip_plugin.usbip.protocol import ProtocolViolation, decode
+
+KEY = DeviceKey(ServerKey("10.0.0.1"), "1-2")
+STORAGE = UsbId(0x46F4, 0x0001)
+DEVICE = VirtualDevice("1-2", STORAGE, serial="S-1", echo=True, configured=True)
+MAX_TRANSFERS = 5
+
+
+def sane(device: Descriptor) -> None:
+    assert protocol.valid_busid(device.busid)
+    assert device.speed in protocol.SPEEDS
+    assert 0 <= device.devid < 1 << 32
+    assert len(device.interfaces) <= protocol.MAX_INTERFACES
+    fit_to_show(device.path, 255)
+    fit_to_show(str(device.usb_id), 9)
+
+
+def encodable(device: Descriptor) -> bool:
+    """A path that was not UTF-8 cannot go out as it came in."""
+    return "\ufffd" not in device.path
+
+
+def devlist_reply(data: bytes) -> None:
+    try:
+        reply, _ = decode(protocol.devlist_reply(), data)
+    except ProtocolViolation as violation:
+        fit_to_raise(violation)
+        return
+    assert len(reply.devices) + len(reply.skipped) <= protocol.MAX_DEVICES
+    assert len({device.busid for device in reply.devices}) == len(reply.devices)
+    for device in reply.devices:
+        sane(device)
+    for reason in reply.skipped:
+        fit_to_show(reason, 200)
+    kept = tuple(filter(encodable, reply.devices))
+    again = decode(protocol.devlist_reply(), protocol.encode_devlist_reply(kept))
+    assert again == (protocol.DevlistReply(kept), b"")
+
+
+def import_reply(data: bytes) -> None:
+    try:
+        reply, _ = decode(protocol.import_reply(KEY.busid), data)
+    except ProtocolViolation as violation:
+        fit_to_raise(violation)
+        return
+    if reply.descriptor is None:
+        assert reply.status != 0
+        fit_to_raise(refusal(KEY, reply.status))
+        return
+    sane(reply.descriptor)
+    assert reply.descriptor.busid == KEY.busid
+    if encodable(reply.descriptor):
+        assert decode(protocol.import_reply(KEY.busid), protocol.encode_import_reply(reply)) == (reply, b"")
+
+
+def request(data: bytes) -> None:
+    try:
+        asked, _ = decode(protocol.request(), data)
+    except ProtocolViolation as violation:
+        fit_to_raise(violation)
+        return
+    if isinstance(asked, protocol.ImportRequest):
+        assert decode(protocol.request(), protocol.encode_import_request(asked.busid)) == (asked, b"")
+
+
+def transfer_header(data: bytes) -> None:
+    header = data[: urb.HEADER_BYTES].ljust(urb.HEADER_BYTES, b"\0")
+    try:
+        answer = urb.decode_return(header)
+    except ProtocolViolation as violation:
+        fit_to_raise(violation)
+    else:
+        assert urb.decode_return(urb.encode_return(answer)) == answer
+    try:
+        command = urb.decode_command(header)
+    except ProtocolViolation as violation:
+        fit_to_raise(violation)
+    else:
+        assert urb.decode_command(urb.encode_command(command)) == command
+
+
+def _identify(read: Callable[[int], bytes], sent: Callable[[bytes], None]) -> None:
+    """Ask a device who it is, with what read gives for the server's answers."""
+
+    async def receive(size: int) -> bytes:
+        assert 0 < size <= probe.MAX_CONFIG_BYTES
+        return read(size)
+
+    commands = 0
+
+    async def send(command: bytes) -> None:
+        nonlocal commands
+        commands += 1
+        assert commands <= MAX_TRANSFERS
+        sent(command)
+
+    pipe = probe.ControlPipe(KEY, 1, receive, send)
+    try:
+        identity = drive(probe.read_identity(KEY, STORAGE, pipe))
+    except UsbipError as error:
+        fit_to_raise(error)
+        return
+    assert identity.usb_id == STORAGE
+    assert identity.serial != ""
+    fit_to_show(identity.serial, 126)
+    assert len(identity.interfaces) <= 256
+
+
+def conversation(data: bytes) -> None:
+    """All that the server sends after an import, answers and headers alike."""
+    left = bytearray(data)
+
+    def read(size: int) -> bytes:
+        if len(left) < size:
+            raise ServerUnreachable(KEY.server, "closed the connection")
+        piece = bytes(left[:size])
+        del left[:size]
+        return piece
+
+    _identify(read, lambda _command: None)
+
+
+def descriptors(data: bytes) -> None:
+    """Answers that belong to their requests, with descriptors out of data: a length byte before each."""
+    left = bytearray(data)
+    answers = bytearray()
+
+    def sent(command: bytes) -> None:
+        asked = urb.decode_command(command)
+        assert isinstance(asked, urb.Submit)
+        length = left.pop(0) if left else 0
+        body = bytes(left[:length])[: asked.length]
+        del left[:length]
+        answers.extend(urb.encode_return(urb.SubmitReturn(asked.seqnum, 0, len(body))) + body)
+
+    def read(size: int) -> bytes:
+        piece = bytes(answers[:size])
+        del answers[:size]
+        return piece
+
+    _identify(read, sent)
+
+
+def one_descriptor(data: bytes) -> None:
+    text = probe.parse_string(data)
+    fit_to_show(text, 126)
+    assert text is None or text == text.strip() != ""
+    assert len(probe.parse_interfaces(data)) <= min(256, len(data) // 9)
+
+
+class _Nowhere(asyncio.Transport):
+    """Takes what a connection writes, and never sends it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = 0
+        self.reading = True
+        self.closing = False
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self.written += len(data)
+
+    def close(self) -> None:
+        self.closing = True
+
+    def abort(self) -> None:
+        self.closing = True
+
+    def is_closing(self) -> bool:
+        return self.closing
+
+    def pause_reading(self) -> None:
+        self.reading = False
+
+    def resume_reading(self) -> None:
+        self.reading = True
+
+
+def virtual_server(data: bytes) -> None:
+    """Everything a client may send, in pieces."""
+    server = VirtualServer([DEVICE], port=3240, listen=False)
+    connection = _Connection(server)
+    connection._transport = transport = _Nowhere()
+    server.opened(connection)
+    for start in range(0, len(data), 97):
+        if not transport.closing:
+            connection.data_received(data[start : start + 97])
+    connection.connection_lost(None)
+    assert server.violations == []
+    assert server.importers(DEVICE.busid) == 0
+
+
+def _commands() -> Iterable[bytes]:
+    """Imports followed by transfers, as a kernel sends them."""
+    ask = protocol.encode_import_request(DEVICE.busid)
+    setups = [bytes([0x80, 6, index, kind, 0, 0, 255, 0]) for kind, index in ((1, 0), (2, 0), (3, 0), (3, 3))]
+    submits = [urb.encode_command(urb.Submit(i, 1, True, 0, 255, setup)) for i, setup in enumerate(setups)]
+    yield ask + b"".join(submits)
+    out = urb.encode_command(urb.Submit(9, 1, False, 1, 5)) + b"hello"
+    back = urb.encode_command(urb.Submit(10, 1, True, 1, 64))
+    yield ask + out + back + back + urb.encode_command(urb.Unlink(12, 10))
+    yield protocol.encode_devlist_request()
+
+
+def _answers() -> Iterable[bytes]:
+    """Whole conversations of a probe: the golden answers, numbered in the order in which they are asked for."""
+    parts = [golden(name) for name in ("urb_device_descriptor_storage", "urb_string_langs_storage")]
+    parts += [golden("urb_string_serial_storage"), golden("urb_config_storage"), golden("urb_config_storage")]
+    numbered = []
+    for number, part in enumerate(parts, 1):
+        answer = urb.decode_return(part[: urb.HEADER_BYTES])
+        body = part[urb.HEADER_BYTES :][: 9 if number == 4 else None]
+        assert isinstance(answer, urb.SubmitReturn)
+        numbered.append(urb.encode_return(replace(answer, seqnum=number, actual_length=len(body))) + body)
+    yield b"".join(numbered)
+    yield b"".join(numbered[:1]) + urb.encode_return(urb.SubmitReturn(2, -urb.EPIPE, 0)) * 3
+    yield urb.encode_return(urb.UnlinkReturn(1, -urb.ECONNRESET))
+
+
+def _bodies() -> Iterable[bytes]:
+    names = ("urb_device_descriptor_storage", "urb_string_langs_storage", "urb_string_serial_storage")
+    bodies = [golden(name)[urb.HEADER_BYTES :] for name in names]
+    config = golden("urb_config_storage")[urb.HEADER_BYTES :]
+    yield b"".join(bytes([len(body)]) + body for body in (*bodies, config[:9], config))
+    unpaired = b"\x06\x03\x00\xd8A\x00"
+    yield b"".join(bytes([len(body)]) + body for body in (bodies[0], bodies[1], unpaired, config[:9], config))
+
+
+def _strings() -> Iterable[bytes]:
+    yield golden("urb_string_serial_storage")[urb.HEADER_BYTES :]
+    yield golden("urb_config_kbd")[urb.HEADER_BYTES :]
+    yield b"\x06\x03\x00\xd8A\x00"
+
+
+TARGETS = (
+    Target(
+        "devlist-reply",
+        devlist_reply,
+        lambda: (golden(name) for name in ("devlist_three", "devlist_after_use", "devlist_empty_all_in_use")),
+    ),
+    Target(
+        "import-reply",
+        import_reply,
+        lambda: (golden(name) for name in ("import_ok_kbd", "import_busy", "import_unknown")),
+        longest=400,
+    ),
+    Target("request", request, lambda: (protocol.encode_devlist_request(), protocol.encode_import_request("1-2")), 64),
+    Target("transfer-header", transfer_header, lambda: (part[:48] for part in (*_answers(), *_commands())), 48),
+    Target("probe-conversation", conversation, _answers, 1024),
+    Target("probe-descriptors", descriptors, _bodies, 1024),
+    Target("descriptor", one_descriptor, _strings, 1024),
+    Target("virtual-server", virtual_server, _commands),
+)

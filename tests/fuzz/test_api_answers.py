@@ -1,0 +1,155 @@
+"""What the API server and the kubelet answer, where it is not what was expected."""
+
+from __future__ import annotations
+
+import logging
+import random
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+import pytest
+from fuzz_cluster import grpc_detail
+from fuzz_target import fit_to_show
+
+from usbip_plugin import kube
+from usbip_plugin.clock import SystemClock
+from usbip_plugin.errors import KubeServerError, KubeThrottled, PluginError, PodResourcesUnavailable, ServerUnreachable
+from usbip_plugin.kubelet.pod_resources import GrpcPodResources
+from usbip_plugin.kubelet.pods import OwnPods, PodPhase, read_pod
+from usbip_plugin.kubelet.status import MAX_DETAIL_CHARACTERS, status_details
+from usbip_plugin.model import ServerKey
+from usbip_plugin.observe.logs import JsonFormatter, TextFormatter
+from usbip_plugin.usbip.client import TcpUsbipClient
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [("3", 3.0), ("²", None), ("9" * 400, None), ("-1", None), ("Wed, 21 Oct 2030", None), ("", None)],
+)
+def test_a_time_to_wait_is_a_small_number_or_none(header: str, seconds: float | None) -> None:
+    error = kube.error_of(429, {}, "get", "leases", header)
+    assert isinstance(error, KubeThrottled)
+    assert error.retry_after == seconds
+
+
+@pytest.mark.parametrize(
+    "message", ["a\x1b[2J\nb", "\ud800", "x" * 100_000, ["x"] * 100_000, {"a": {}}, 10**4000, None]
+)
+def test_a_refusal_says_what_can_be_printed_of_it(message: object) -> None:
+    text = str(kube.error_of(418, {"message": message}, "get", "leases", None))
+    assert len(text) < 1000
+    assert text.isprintable()
+    assert "HTTP 418" in text
+
+
+def test_a_refusal_with_a_message_nested_to_the_limit_of_the_decoder_is_one() -> None:
+    depth = 100_000
+    with pytest.raises(KubeServerError):
+        kube._decode(b'{"message": ' + b"[" * depth + b"]" * depth + b"}", "get", "leases")
+    nested: object = []
+    for _ in range(5000):
+        nested = [nested]
+    assert "HTTP 500" in str(kube.error_of(500, {"message": nested}, "get", "leases", None))
+
+
+class EndlessList(kube.KubeClient):
+    """An API server that always has one more page."""
+
+    def __init__(self) -> None:
+        self.pages = 0
+
+    async def request(self, *_args: Any, **_options: Any) -> dict[str, Any]:
+        self.pages += 1
+        return {"metadata": {"continue": "more", "resourceVersion": "1"}, "items": [{}]}
+
+
+async def test_a_list_without_an_end_is_given_up() -> None:
+    client = EndlessList()
+    with pytest.raises(KubeServerError, match="pages"):
+        await client.list("/x", resource="leases")
+    assert client.pages == kube.MAX_PAGES
+
+
+async def test_an_event_without_an_end_is_given_up_before_it_is_kept() -> None:
+    sent = 0
+
+    async def endless() -> AsyncIterator[bytes]:
+        nonlocal sent
+        while True:
+            sent += 1 << 16
+            yield b"x" * (1 << 16)
+
+    with pytest.raises(KubeServerError, match="longer than"):
+        async for _ in kube._lines(endless(), "leases"):
+            pass
+    assert sent <= kube.MAX_EVENT_BYTES + (1 << 16)
+
+
+def pod(**status: object) -> dict[str, object]:
+    return {"metadata": {"namespace": "n", "name": "p", "uid": "u"}, "status": status}
+
+
+@pytest.mark.parametrize("phase", [[], {}, None, 3, "x" * 1000])
+def test_a_phase_that_is_none_is_a_pod_that_runs(phase: object) -> None:
+    found = read_pod(pod(phase=phase))
+    assert found is not None
+    assert found[1].phase is PodPhase.RUNNING
+
+
+@pytest.mark.parametrize("metadata", [None, [], "x", 3, {"resourceVersion": 3}])
+def test_an_event_without_metadata_is_no_pod_and_no_version(metadata: object) -> None:
+    pods = OwnPods(None, "node-a", SystemClock(), random.Random(0), lambda _pod, _phase: None)  # type: ignore[arg-type]
+    assert pods.apply({"type": "ADDED", "object": {"metadata": metadata}}) is None
+
+
+@pytest.mark.parametrize("port", [10**20, -1])
+async def test_a_port_that_does_not_exist_is_unreachable(port: int) -> None:
+    client = TcpUsbipClient(SystemClock())
+    for host in ("127.0.0.1", "localhost"):
+        with pytest.raises(ServerUnreachable):
+            await client.devlist(ServerKey(host, port), timeout=10)
+    client.close()
+
+
+@pytest.mark.parametrize(
+    "answer", [b"\xff\xff\xff", b"\x0a\xff", b"\x0a\x04\x0a\x02\xff\xfe"], ids=["noise", "cut", "not text"]
+)
+async def test_a_kubelet_that_answers_nonsense_is_no_list_of_pods(answer: bytes) -> None:
+    """gRPC gives None for a message it cannot decode."""
+
+    async def respond(_request: bytes, _context: object) -> bytes:
+        return answer
+
+    handler = grpc.method_handlers_generic_handler(
+        "v1.PodResourcesLister", {"List": grpc.unary_unary_rpc_method_handler(respond)}
+    )
+    with tempfile.TemporaryDirectory(prefix="k") as directory:
+        path = Path(directory) / "kubelet.sock"
+        server = grpc.aio.server()
+        server.add_generic_rpc_handlers((handler,))
+        server.add_insecure_port(f"unix:{path}")
+        await server.start()
+        try:
+            async with GrpcPodResources(path, "usbip.dev") as pod_resources:
+                with pytest.raises(PodResourcesUnavailable, match=str(path)):
+                    await pod_resources.list()
+        finally:
+            await server.stop(None)
+
+
+@pytest.mark.parametrize("text", ["x" * 5000, "ä" * 5000, "😀" * 5000, "%" * 5000, "\ud800\0\x1b" * 500, "a\nb"])
+def test_what_a_pods_event_says_fits_into_the_header_it_travels_in(text: str) -> None:
+    grpc_detail(PluginError(text))
+    assert len(status_details(PluginError(text))) <= MAX_DETAIL_CHARACTERS
+
+
+def test_a_log_record_of_megabytes_is_a_line_of_kilobytes() -> None:
+    long = "x\x1b\n" * (1 << 20)
+    entry = logging.makeLogRecord(
+        {"msg": "%s", "args": (long,), "holder": long, "pods": [long] * 1000, "pod": {"name": long}}
+    )
+    for formatter in (JsonFormatter(), TextFormatter()):
+        fit_to_show(formatter.format(entry), 1 << 20)

@@ -1,0 +1,364 @@
+"""Leases that others wrote, whatever stands in them: the view, the decisions and all that is printed stay sane."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import random
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+from brief import brief
+from fuzz_cluster import _lease_seed, judged, lease_object
+from fuzz_target import fit_to_raise, fit_to_show
+from hypothesis import given
+from hypothesis import strategies as st
+from opentelemetry.trace import NoOpTracer
+from raw_api import RawApi
+
+from usbip_plugin import inventory
+from usbip_plugin.config import Config, DeviceSelector
+from usbip_plugin.errors import KubeServerError, LockHeld, LockUnavailable
+from usbip_plugin.listing import held_devices, table
+from usbip_plugin.locks import kubernetes, record
+from usbip_plugin.locks.kubernetes import KubernetesLeases, decode, encode
+from usbip_plugin.locks.manager import LockManager, LockSettings, Standing
+from usbip_plugin.locks.store import Lease
+from usbip_plugin.locks.view import newer
+from usbip_plugin.model import DeviceKey, Lock, NodeIdentity, ServerKey, UsbId
+from usbip_plugin.observe.logs import JsonFormatter, TextFormatter
+from usbip_plugin.sim.loop import SimClock, virtual
+
+KEY = DeviceKey(ServerKey("10.0.0.1"), "1-2")
+OTHER = DeviceKey(ServerKey("10.0.0.1"), "1-3")
+ME = NodeIdentity("node-a", "boot-1")
+ESCAPES = "a\x1b[2J\r\n\x00\u202e" + "\ud800"
+MEGABYTE = 1 << 20
+
+
+# one object
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**30), 10**30)
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(
+        ["", "node-a", "\ud800", "\x1b[31m", "x" * 300, "-1", "2030-01-01T00:00:00Z", "0001-01-01T00:00:00+23:59"]
+    ),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=4), inner, max_size=2),
+    max_leaves=4,
+)
+NOTES = st.sampled_from(
+    [
+        record.SERVER,
+        record.BUSID,
+        record.USB_ID,
+        record.SERIAL,
+        record.BOOT_ID,
+        record.PORT,
+        record.POD,
+        record.TRACEPARENT,
+    ]
+)
+
+
+def fields(**known: st.SearchStrategy[object]) -> st.SearchStrategy[dict[str, object]]:
+    return st.fixed_dictionaries({}, optional={name: st.one_of(value, value, JSON) for name, value in known.items()})
+
+
+OBJECTS = st.fixed_dictionaries(
+    {
+        "metadata": st.fixed_dictionaries(
+            {"name": st.one_of(st.just(KEY.id), JSON), "resourceVersion": st.one_of(st.just("5"), st.just("5"), JSON)},
+            optional={
+                "uid": JSON,
+                "labels": st.one_of(st.just(dict(record.LOCK_LABELS)), JSON),
+                "annotations": st.one_of(st.dictionaries(NOTES, JSON, max_size=5), JSON),
+            },
+        )
+    },
+    optional={
+        "spec": st.one_of(
+            fields(
+                holderIdentity=st.sampled_from(["node-a", "node-b", ""]),
+                leaseDurationSeconds=st.integers(-(2**40), 2**40),
+                leaseTransitions=st.integers(-(2**40), 2**40),
+                acquireTime=st.datetimes().map(lambda at: at.isoformat() + "+14:00"),
+                renewTime=st.datetimes().map(lambda at: at.isoformat() + "-14:00"),
+            ),
+            JSON,
+        )
+    },
+)
+
+
+@brief(300)
+@given(OBJECTS)
+def test_an_object_of_any_kind_is_a_lease_or_an_answer_that_cannot_be_read(value: dict[str, Any]) -> None:
+    lease_object(value)
+
+
+LEASES = st.builds(
+    Lease,
+    name=st.one_of(st.just(KEY.id), st.text(min_size=1, max_size=5)),
+    holder=st.one_of(st.sampled_from(["", "node-a", "x" * 5000, "\ud800" * 300, ESCAPES]), st.text()),
+    duration_seconds=st.one_of(st.none(), st.integers(-(10**400), 10**400)),
+    transitions=st.integers(-(10**400), 10**400),
+    annotations=st.dictionaries(NOTES, st.one_of(st.text(), st.just("9" * 5000), st.just(ESCAPES)), max_size=4),
+    resource_version=st.text(min_size=1, max_size=3),
+)
+
+
+@brief(150)
+@given(LEASES)
+def test_no_record_of_any_store_breaks_a_rule(lease: Lease) -> None:
+    judged(lease)
+
+
+def test_what_is_kept_of_an_object_is_bounded_and_its_own_notes_come_through() -> None:
+    seed = _lease_seed(holderIdentity="n" * MEGABYTE)
+    own = dict(seed["metadata"]["annotations"])
+    # in the order in which the API server has them, which is that of the alphabet
+    others = {f"a.example.com/{n}": "x" * 10_000 for n in range(100)} | {
+        f"{record.DOMAIN}a{n}": "x" * 5000 for n in range(9)
+    }
+    seed["metadata"]["annotations"] = others | own
+    seed["metadata"]["labels"] = {f"l{n}": "x" * 63 for n in range(10_000)} | dict(record.LOCK_LABELS)
+    lease = decode(seed)
+    assert own.items() <= lease.annotations.items()
+    assert record.LOCK_LABELS.items() <= lease.labels.items()
+    assert sum(len(key) + len(text) for key, text in lease.annotations.items()) <= kubernetes.MAX_NOTES
+    assert sum(len(key) + len(text) for key, text in lease.labels.items()) <= kubernetes.MAX_NOTES
+    assert len(lease.holder) == kubernetes.MAX_HOLDER
+    assert len(json.dumps(encode(lease, "ns"))) < 64 * 1024
+
+
+def test_own_notes_come_through_beside_one_that_was_blown_up() -> None:
+    seed = _lease_seed()
+    seed["metadata"]["annotations"][record.BUSID] = "x" * (kubernetes.MAX_NOTES - 100)
+    lease = decode(seed)
+    assert lease.annotations[record.BOOT_ID] == "boot-1"
+    assert record.BUSID not in lease.annotations
+
+
+@pytest.mark.parametrize("length", [254, 511, 512, 513, MEGABYTE])
+def test_a_cut_holder_is_nobodys_name(length: int) -> None:
+    me = "n" * 253  # the longest name a node can have
+    assert decode(_lease_seed(holderIdentity="n" * length)).holder != me
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("0001-01-01T00:00:00+23:59", None),
+        ("9999-12-31T23:59:59-23:59", None),
+        ("0999-01-01T00:00:00Z", "0999-01-01T00:00:00.000000Z"),
+        ("2030-01-01T01:00:00.000000+01:00", "2030-01-01T00:00:00.000000Z"),
+        ("2030-01-01T00:00:00", "2030-01-01T00:00:00.000000Z"),
+    ],
+)
+def test_times_of_any_zone_and_century_are_written_back_as_read(written: str, read: str | None) -> None:
+    assert encode(decode(_lease_seed(acquireTime=written)), "ns")["spec"].get("acquireTime") == read
+
+
+def test_versions_of_any_length_compare() -> None:
+    assert newer("1" + "0" * 5000, "9" * 5000)
+    assert not newer("9" * 5000, "1" + "0" * 5000)
+    assert not newer("007", "7")
+
+
+def lock(server: str, busid: str = "1-2") -> Lock:
+    host, _, port = server.rpartition(":")
+    device = DeviceKey(ServerKey(host, int(port)), busid)
+    return Lock(device.id, "node-a", 1, 40.0, "1", server=server, busid=busid)
+
+
+@pytest.mark.parametrize("port", ["0", "65536", "70000", "9" * 20, "9" * 200])
+def test_a_lock_on_a_port_that_does_not_exist_is_about_no_device(port: str) -> None:
+    assert inventory.key_of(lock(f"10.0.0.1:{port}")) is None
+    assert inventory.key_of(lock("10.0.0.1:65535")) is not None
+
+
+@pytest.mark.parametrize("busid", ["..", "1 2", "1/2", "x" * 40])
+def test_a_lock_on_a_bus_id_that_does_not_exist_is_about_no_device(busid: str) -> None:
+    assert inventory.key_of(lock("10.0.0.1:3240", busid)) is None
+
+
+# a manager
+
+
+@contextlib.asynccontextmanager
+async def managed(api: RawApi) -> AsyncIterator[LockManager]:
+    """A node's lock manager on these objects; LockSettings as delivered."""
+    clock = SimClock(asyncio.get_running_loop())
+    store = KubernetesLeases(api, "ns")  # type: ignore[arg-type] # it has what is used of a client
+    manager = LockManager(store, ME, clock, random.Random(1), LockSettings(), NoOpTracer())
+    task = asyncio.create_task(manager.run())
+    try:
+        yield manager
+        assert not task.done(), "the manager has ended"
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+async def until(manager: LockManager, condition: Callable[[], bool]) -> None:
+    """Waits until a change of a lock or of the API's state makes it true, for as long as any lock may stand."""
+    stirred = asyncio.Event()
+    undo = manager.subscribe(lambda _change: stirred.set()), manager.subscribe_api(lambda _state: stirred.set())
+    try:
+        async with asyncio.timeout(record.MAX_DURATION_S * 1.5):
+            while not condition():
+                stirred.clear()
+                await stirred.wait()
+    finally:
+        for unsubscribe in undo:
+            unsubscribe()
+
+
+def changed(metadata: dict[str, Any] | None = None, **spec: Any) -> dict[str, Any]:
+    """KEY's lock, held by node-b, with these changes."""
+    seed = _lease_seed(**spec)
+    return {"metadata": seed["metadata"] | (metadata or {}), "spec": seed["spec"]}
+
+
+def noted(**notes: Any) -> dict[str, Any]:
+    seed = _lease_seed()
+    return {
+        "annotations": seed["metadata"]["annotations"] | {record.DOMAIN + name: text for name, text in notes.items()}
+    }
+
+
+ODD_LEASES: dict[str, dict[str, Any]] = {
+    "holder of a megabyte": changed(holderIdentity="n" * MEGABYTE),
+    "holder with escapes": changed(holderIdentity=ESCAPES),
+    "holder that is a path": changed(holderIdentity="../../../pods"),
+    "negative duration": changed(leaseDurationSeconds=-(2**31)),
+    "enormous duration": changed(leaseDurationSeconds=2**31 - 1),
+    "duration beyond all numbers": changed(leaseDurationSeconds=10**400),
+    "duration that is text": changed(leaseDurationSeconds="forever"),
+    "enormous epoch": changed(leaseTransitions=2**31 - 1),
+    "negative epoch": changed(leaseTransitions=-5),
+    "time before time": changed(acquireTime="0001-01-01T00:00:00+23:59", renewTime="soon"),
+    "annotations with escapes": changed(
+        noted(server=ESCAPES, busid=ESCAPES, serial=ESCAPES, pod=ESCAPES, traceparent=ESCAPES)
+    ),
+    "annotations of other types": changed(noted(server=[], busid=3, serial=None, pod={}, **{"vhci-port": 7})),
+    "annotations of a megabyte": changed(
+        noted(server="s" * MEGABYTE, pod="p/" + "q" * MEGABYTE, serial="x" * MEGABYTE)
+    ),
+    "annotations that are none": changed({"annotations": "text", "labels": []}),
+    "a port beyond all numbers": changed(noted(server="10.0.0.1:" + "9" * 200, **{"vhci-port": "9" * 5000})),
+}
+
+
+@pytest.mark.parametrize("odd", ODD_LEASES.values(), ids=list(ODD_LEASES))
+@virtual
+async def test_an_odd_lock_is_held_by_somebody_else_until_it_expires_and_harms_no_other(
+    odd: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, logger="usbip_plugin")
+    api = RawApi()
+    api.put(json.loads(json.dumps(odd)))
+    async with managed(api) as manager:
+        async with asyncio.timeout(10):
+            await manager.ready.wait()
+        assert manager.api.reachable or manager.api.error is None
+        assert manager.standing(KEY.id) is Standing.HELD
+        assert manager.mine() == ()
+        with pytest.raises(LockHeld) as held:
+            await manager.acquire(KEY)
+        fit_to_raise(held.value, 1200)
+        assert (await manager.acquire(OTHER)).lock.holder == ME.node
+        await shown(manager, api)
+        # nobody renews it, and its server lists the device: it expires like any other, in an hour at the latest
+        manager.set_importable(frozenset({KEY.id}))
+        await until(manager, lambda: manager.standing(KEY.id) is Standing.EXPIRED)
+        grant = await manager.acquire(KEY)
+        assert api.holder(KEY.id) == ME.node
+        assert len(json.dumps(api.objects[KEY.id])) < 64 * 1024
+        assert grant.epoch == manager.locks[KEY.id].epoch
+        await manager.release(KEY)
+    printed(caplog)
+
+
+async def shown(manager: LockManager, api: RawApi) -> None:
+    """What the page, the kubelet and `usbip-plugin devices` would say."""
+    known = manager.locks[KEY.id]
+    judged(decode(api.objects[KEY.id]))
+    facts = inventory.Facts(ME.node, Config(()), {}, manager.locks, {KEY.id: manager.standing(KEY.id)}, {})
+    device = inventory.Seen(KEY, UsbId(1, 2), DeviceSelector(KEY.server))
+    fit_to_show(inventory.health(facts, device).detail, 1200)
+    fit_to_show(known.holder, 256)
+    text = table(await held_devices(KubernetesLeases(api, "ns")))  # type: ignore[arg-type]
+    for line in text.splitlines():
+        fit_to_show(line, 2048)
+
+
+def printed(caplog: pytest.LogCaptureFixture) -> None:
+    for entry in caplog.records:
+        fit_to_show(JsonFormatter().format(entry))
+        fit_to_show(TextFormatter().format(entry))
+
+
+@virtual
+async def test_a_session_that_asks_for_ever_is_waited_for_an_hour() -> None:
+    api = RawApi()
+    api.put(changed())
+    session = {"name": record.session_name("node-b"), "labels": dict(record.SESSION_LABELS)}
+    api.put({"metadata": session, "spec": {"holderIdentity": "node-b", "leaseDurationSeconds": 2**31 - 1}})
+    async with managed(api) as manager:
+        await manager.ready.wait()
+        manager.set_importable(frozenset({KEY.id}))
+        began = asyncio.get_running_loop().time()
+        await until(manager, lambda: manager.standing(KEY.id) is Standing.EXPIRED)
+        waited = asyncio.get_running_loop().time() - began
+        assert record.MAX_DURATION_S <= waited <= record.MAX_DURATION_S + 60
+        assert api.reads < 1000, "it reads a session at most every quarter of its own duration"
+
+
+@pytest.mark.parametrize("metadata", [{"resourceVersion": None}, {"resourceVersion": "7" * 5000}], ids=["none", "long"])
+@virtual
+async def test_an_answer_without_a_version_takes_nothing_and_is_got_over(
+    metadata: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """No API server gives one. Nobody then knows how locks stand, so none is taken; what is known stays known."""
+    api = RawApi()
+    api.put(changed())
+    async with managed(api) as manager:
+        await manager.ready.wait()
+        odd = changed(metadata)
+        if metadata["resourceVersion"] is None:
+            api.put(odd)
+        else:
+            api.put(changed())
+            api.objects[KEY.id]["metadata"] |= metadata
+        with pytest.raises(LockUnavailable):
+            await manager.acquire(KEY)
+        assert manager.standing(KEY.id) is Standing.HELD
+        api.put(changed(holderIdentity=""))
+        await until(manager, lambda: manager.standing(KEY.id) is Standing.FREE and manager.api.reachable)
+        await manager.acquire(KEY)
+    printed(caplog)
+
+
+async def test_a_lease_that_is_no_lock_is_not_listed_as_a_device() -> None:
+    api = RawApi()
+    seed = changed({"name": "somebody-elses"})
+    api.put(seed)
+    assert await held_devices(KubernetesLeases(api, "ns")) == []  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "value", [{}, {"metadata": None}, {"metadata": {"name": 3}}, {"metadata": {"name": "n" * 300}}]
+)
+def test_an_object_without_a_name_is_an_answer_that_cannot_be_read(value: dict[str, Any]) -> None:
+    with pytest.raises(KubeServerError, match="without name or resourceVersion"):
+        decode(value)
