@@ -10,6 +10,7 @@ from node_api import Api, Object, until
 from node_echo import POD_SCRIPT
 from node_plugin import RESOURCE, SYSTEM, Plugin, check_pod, daemon_set, manifests
 from node_pods import NAMESPACE, Container, pod_of
+from usbipd import RealUsbipd
 
 NOBODY = 65534
 
@@ -108,4 +109,4 @@ def test_without_the_hosts_network_a_pod_loses_its_device_with_the_plugins_pod(a
     finally:
         api.delete("Pod", NAMESPACE, "user")
         # The connection went with its network namespace, without a word: the server still holds the device for it.
-        Path(f"/sys/bus/usb/devices/{base.busid}/usbip_sockfd").write_text("-1\n")
+        RealUsbipd().drop(base.busid)
