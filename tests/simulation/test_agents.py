@@ -22,6 +22,7 @@ from cluster_rig import (
 from usbip_plugin.claims import ALLOCATION_GRACE, State
 from usbip_plugin.config import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.inventory import API_GRACE
+from usbip_plugin.locks.protocol import Rules
 from usbip_plugin.model import Reason
 from usbip_plugin.sim.cluster import cluster
 from usbip_plugin.sim.loop import virtual
@@ -460,6 +461,27 @@ async def test_a_refused_attach_leaves_no_lock_no_port_and_no_import() -> None:
         message = await node.admit(pod("p"), "stick")
         assert message is not None
         assert "refused" in message
+        assert await c.settle(lambda: c.holder(device) == "" and lab.importers("1-1") == 0, 5)
+        assert node.attached() == frozenset()
+
+
+@virtual
+async def test_an_import_whose_window_passed_before_the_attach_is_given_up() -> None:
+    lab = server("lab", stick("1-1"))
+    device = key(lab, "1-1")
+    asked: list[float] = []
+
+    def before_the_import_only(deadline: float, now: float) -> bool:
+        asked.append(deadline - now)
+        return len(asked) == 1
+
+    async with cluster(replace(spec([lab]), rules=Rules(may_import=before_the_import_only))) as c:
+        node = c["node-a"]
+        await all_healthy(c, device)
+        message = await node.admit(pod("p"), "stick")
+        assert message is not None
+        assert "R1" in message
+        assert len(asked) == 2
         assert await c.settle(lambda: c.holder(device) == "" and lab.importers("1-1") == 0, 5)
         assert node.attached() == frozenset()
 

@@ -118,6 +118,11 @@ class LockManager:
             group.create_task(self._release_orphans(), name="lock-orphans")
 
     @property
+    def rules(self) -> Rules:
+        """For those who ask during an import whether it may go on (R1)."""
+        return self._rules
+
+    @property
     def locks(self) -> Mapping[str, Lock]:
         """The newest known record of each lock by device ID, held or released. A live view."""
         return self._view.locks
