@@ -308,6 +308,25 @@ async def test_a_dead_nodes_device_is_taken_over_after_the_locks_duration_and_no
 
 
 @virtual
+async def test_a_server_is_asked_once_more_before_an_expired_lock_is_taken() -> None:
+    """Here the device goes between the last poll and the Allocate; it might as well have been attached."""
+    lab = server("lab", stick("1-1"))
+    device = key(lab, "1-1")
+    async with cluster(spec([lab])) as c:
+        await all_healthy(c, device)
+        await c["node-a"].admit(pod("p"), "stick")
+        await becomes(c, c["node-b"], device, healthy=False)
+        await c["node-a"].reboot()
+        await becomes(c, c["node-b"], device, healthy=True, within=3 * LOCKS.duration)
+        lab.unplug("1-1")
+        message = await c["node-b"].admit(pod("q"), "stick")
+        assert message is not None
+        assert "node-a" in message
+        lease = c.backend.leases[device.id]
+        assert (lease.holder, lease.transitions) == ("node-a", 1)
+
+
+@virtual
 async def test_a_silent_plugin_whose_kernel_still_has_the_device_is_never_robbed() -> None:
     lab = server("lab", stick("1-1"))
     device = key(lab, "1-1")

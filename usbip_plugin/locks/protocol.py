@@ -1,7 +1,8 @@
 """The lock rules R1 to R7 as pure functions: (record, observation, now) -> decision. No I/O, no clock.
 
 R1 Write before touch: within the import window before an import, a compare-and-swap write on the lock has succeeded.
-R2 Free: no object, or an empty holder. R3 Mine: by node, and by boot. R4 Expired: unchanged for a whole duration.
+R2 Free: no object, or an empty holder. R3 Mine: by node, and by boot.
+R4 Expired: unchanged for a whole duration, and after that the server, asked anew, lists the device as free to import.
 R5 Release only when the local port is free (the caller's duty). R6 Lost: somebody else, or nobody, stands in it.
 R7 API server unreachable: nothing new is taken, nothing held is let go.
 
@@ -116,7 +117,11 @@ def decide_acquire(
     observation: Observation | None,
     importable: bool,
 ) -> Decision:
-    """R2, R3, R4: whether and how the lock on key may be taken, given its record and what was observed of it."""
+    """R2, R3, R4: whether and how the lock on key may be taken, given its record and what was observed of it.
+
+    importable is what the server said when it was asked after the lock had expired. An older answer is worth nothing:
+    an import under the last write may have ended well since.
+    """
     if lease is None:
         return Create(_taken(Lease(name=key.id, labels=record.LOCK_LABELS), key, meta, write))
     if is_free(lease):
