@@ -22,6 +22,7 @@ from cluster_rig import (
 from usbip_plugin.claims import ALLOCATION_GRACE, State
 from usbip_plugin.config import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.inventory import API_GRACE
+from usbip_plugin.locks import record
 from usbip_plugin.locks.protocol import Rules
 from usbip_plugin.model import Reason
 from usbip_plugin.sim.cluster import cluster
@@ -540,6 +541,24 @@ async def test_a_serial_number_is_read_once_for_all_nodes_and_selects() -> None:
         await becomes(c, c["node-b"], red, healthy=False)
         assert not lab.violations
         assert lab.connections >= probes
+
+
+@virtual
+async def test_a_serial_number_is_not_read_after_the_import_window() -> None:
+    lab = server("lab", stick("1-1", "RED"))
+    device = key(lab, "1-1")
+    wanted = ResourceConfig("stick", (DeviceSelector(lab.key, Selector(serial="RED")),))
+    asked: list[float] = []
+
+    def before_imports_only(deadline: float, now: float) -> bool:
+        asked.append(deadline - now)
+        return len(asked) % 2 == 1
+
+    async with cluster(replace(spec([lab], wanted, nodes=1), rules=Rules(may_import=before_imports_only))) as c:
+        assert await c.settle(lambda: len(asked) >= 4, 120)
+        assert await c.settle(lambda: c.holder(device) == "" and lab.importers("1-1") == 0, 5)
+        assert device.id not in health(c, c["node-a"])
+        assert record.SERIAL not in c.backend.leases[device.id].annotations
 
 
 @virtual
