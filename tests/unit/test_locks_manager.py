@@ -381,6 +381,24 @@ async def test_a_cancelled_reentrant_acquire_does_not_give_the_lock_away() -> No
 
 
 @virtual
+async def test_a_predecessors_lock_found_by_a_conflict_is_not_given_away() -> None:
+    """A process that has not read the locks yet finds its predecessor's by a conflict, and is then given no answer."""
+    async with world() as w:
+        late = await w.node("a", seed=2)
+        late.fate = lambda operation: Fate(response=30.0) if operation.verb in ("event", "update") else FINE
+        first = await w.node("a")
+        await first.manager.acquire(KEY)
+        await first.stop()
+        assert KEY.id not in late.manager.locks
+        with pytest.raises(TimeoutError):
+            async with late.clock.timeout(1):
+                await late.manager.acquire(KEY)
+        late.fate = lambda _operation: FINE
+        await late.clock.sleep(100)
+        assert w.backend.leases[KEY.id].holder == "a"
+
+
+@virtual
 async def test_one_devices_slow_write_does_not_delay_another() -> None:
     async with world() as w:
         a = await w.node("a")
