@@ -86,6 +86,7 @@ class Agent:
         out, observer = outside, observer or Observer()
         self._clock = out.clock
         self.driver = out.driver
+        self.poller = ServerPoller(out.client, out.clock, out.rng, self._server_changed)
         self.locks = LockManager(
             out.leases,
             out.me,
@@ -94,8 +95,8 @@ class Agent:
             lock_settings or LockSettings(duration=config.lock.duration),
             out.tracer,
             lock_rules,
+            self.poller.lists,
         )
-        self.poller = ServerPoller(out.client, out.clock, out.rng, self._server_changed)
         self.attacher = Attacher(
             Means(out.me, out.client, out.driver, self.locks, out.clock, out.rng, out.tracer),
             on_change=self._claim_changed,

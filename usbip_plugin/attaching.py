@@ -16,9 +16,8 @@ from opentelemetry.trace import Span, Tracer
 from usbip_plugin import retry
 from usbip_plugin.claims import Claim, ClaimBook, Event, State, own_port
 from usbip_plugin.clock import Clock
-from usbip_plugin.errors import AttachStuck, LockHeld, LockLost, LockUnavailable, WrongDevice
+from usbip_plugin.errors import AttachStuck, LockError, LockHeld, LockLost, LockUnavailable, WrongDevice
 from usbip_plugin.locks.manager import Grant, LockManager, LockMeta
-from usbip_plugin.locks.protocol import may_import
 from usbip_plugin.model import Attachment, Descriptor, DeviceKey, NodeIdentity, UsbId
 from usbip_plugin.usbip.client import Imported, UsbipClient
 from usbip_plugin.vhci.driver import PortState, VhciDriver
@@ -136,8 +135,6 @@ class Pipeline:
         try:
             if imported.descriptor.usb_id != claim.usb_id:
                 raise WrongDevice(key, claim.usb_id, imported.descriptor.usb_id)
-            self._check_still_ours(key)
-            self._check_window(key, grant)
             if claim.state is State.IMPORTING:
                 self._book.move(self._book[device_id], Event.IMPORTED)
             progress.doing = f"attaching {key} to vhci_hcd"
@@ -159,12 +156,20 @@ class Pipeline:
         return attachment
 
     async def _import(self, key: DeviceKey, grant: Grant, deadline: float) -> Imported:
+        """What it returns is to be used without another await in between: it was checked to be within R1 and R6."""
         until = min(grant.import_deadline, deadline)
         async for attempt in retry.import_busy(self._clock):
             with attempt:
                 self._check_window(key, grant)
                 left = max(0.0, until - self._clock.monotonic())
-                return await self._client.import_device(key, timeout=left)
+                imported = await self._client.import_device(key, timeout=left)
+                try:
+                    self._check_still_ours(key)
+                    self._check_window(key, grant)
+                except LockError:
+                    imported.close()
+                    raise
+                return imported
         raise AssertionError("the retry policy re-raises")
 
     async def _enumerate(self, device_id: str, descriptor: Descriptor, port: int) -> Attachment:
@@ -180,12 +185,12 @@ class Pipeline:
             raise
 
     def _check_window(self, key: DeviceKey, grant: Grant) -> None:
-        """R1: no import, and no attach of what was imported, after the window."""
-        if not may_import(grant.import_deadline, self._clock.monotonic()):
+        """R1: no import, and no use of what was imported, after the window."""
+        if not self._locks.rules.may_import(grant.import_deadline, self._clock.monotonic()):
             raise LockUnavailable(str(key), "the import window after the lock write passed (rule R1)")
 
     def _check_still_ours(self, key: DeviceKey) -> None:
-        """R6 once more, before and after the kernel is touched: what the watch has said meanwhile."""
+        """R6 once more, before and after the device is touched: what the watch has said meanwhile."""
         lock = self._locks.locks.get(key.id)
         holder = lock.holder if lock is not None else ""
         if holder != self._me.node:

@@ -24,6 +24,8 @@ from cluster_rig import (
 from usbip_plugin.claims import ALLOCATION_GRACE, State
 from usbip_plugin.config import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.inventory import API_GRACE
+from usbip_plugin.locks import record
+from usbip_plugin.locks.protocol import Rules
 from usbip_plugin.model import Reason
 from usbip_plugin.sim.cluster import cluster
 from usbip_plugin.sim.loop import run, virtual
@@ -310,6 +312,25 @@ async def test_a_dead_nodes_device_is_taken_over_after_the_locks_duration_and_no
 
 
 @virtual
+async def test_a_server_is_asked_once_more_before_an_expired_lock_is_taken() -> None:
+    """Here the device goes between the last poll and the Allocate; it might as well have been attached."""
+    lab = server("lab", stick("1-1"))
+    device = key(lab, "1-1")
+    async with cluster(spec([lab])) as c:
+        await all_healthy(c, device)
+        await c["node-a"].admit(pod("p"), "stick")
+        await becomes(c, c["node-b"], device, healthy=False)
+        await c["node-a"].reboot()
+        await becomes(c, c["node-b"], device, healthy=True, within=3 * LOCKS.duration)
+        lab.unplug("1-1")
+        message = await c["node-b"].admit(pod("q"), "stick")
+        assert message is not None
+        assert "node-a" in message
+        lease = c.backend.leases[device.id]
+        assert (lease.holder, lease.transitions) == ("node-a", 1)
+
+
+@virtual
 async def test_a_silent_plugin_whose_kernel_still_has_the_device_is_never_robbed() -> None:
     lab = server("lab", stick("1-1"))
     device = key(lab, "1-1")
@@ -493,6 +514,27 @@ async def test_a_refused_attach_leaves_no_lock_no_port_and_no_import() -> None:
 
 
 @virtual
+async def test_an_import_whose_window_passed_before_the_attach_is_given_up() -> None:
+    lab = server("lab", stick("1-1"))
+    device = key(lab, "1-1")
+    asked: list[float] = []
+
+    def before_the_import_only(deadline: float, now: float) -> bool:
+        asked.append(deadline - now)
+        return len(asked) == 1
+
+    async with cluster(replace(spec([lab]), rules=Rules(may_import=before_the_import_only))) as c:
+        node = c["node-a"]
+        await all_healthy(c, device)
+        message = await node.admit(pod("p"), "stick")
+        assert message is not None
+        assert "R1" in message
+        assert len(asked) == 2
+        assert await c.settle(lambda: c.holder(device) == "" and lab.importers("1-1") == 0, 5)
+        assert node.attached() == frozenset()
+
+
+@virtual
 async def test_a_reload_adds_and_removes_resources_and_keeps_a_held_device() -> None:
     lab = server("lab", stick("1-1"), dongle("1-2"))
     held, other = key(lab, "1-1"), key(lab, "1-2")
@@ -540,6 +582,24 @@ async def test_a_device_without_a_serial_number_is_asked_once_for_all_nodes() ->
         granted, version = lab.table.granted, c.backend.version
         await asyncio.sleep(60)
         assert (lab.table.granted, c.backend.version) == (granted, version)
+
+
+@virtual
+async def test_a_serial_number_is_not_read_after_the_import_window() -> None:
+    lab = server("lab", stick("1-1", "RED"))
+    device = key(lab, "1-1")
+    wanted = ResourceConfig("stick", (DeviceSelector(lab.key, Selector(serial="RED")),))
+    asked: list[float] = []
+
+    def before_imports_only(deadline: float, now: float) -> bool:
+        asked.append(deadline - now)
+        return len(asked) % 2 == 1
+
+    async with cluster(replace(spec([lab], wanted, nodes=1), rules=Rules(may_import=before_imports_only))) as c:
+        assert await c.settle(lambda: len(asked) >= 4, 120)
+        assert await c.settle(lambda: c.holder(device) == "" and lab.importers("1-1") == 0, 5)
+        assert device.id not in health(c, c["node-a"])
+        assert record.SERIAL not in c.backend.leases[device.id].annotations
 
 
 @virtual

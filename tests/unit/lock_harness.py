@@ -31,6 +31,7 @@ class Node:
     fate: Callable[[Operation], Fate] = lambda _operation: FINE
     calls: list[Operation] = field(default_factory=list)
     changes: list[LockChange] = field(default_factory=list)
+    listed: bool = True  # what the device's server says when it is asked
 
     def writes(self) -> list[Operation]:
         return [call for call in self.calls if call.verb in ("create", "update", "delete")]
@@ -57,7 +58,12 @@ class World:
 
         store = MemoryLeases(self.backend, clock, name, faults)
         rng = random.Random(f"{name}{boot}{seed}")
-        manager = LockManager(store, NodeIdentity(name, boot), clock, rng, SETTINGS, NoOpTracer())
+
+        async def is_listed(_key: DeviceKey) -> bool:
+            return node.listed
+
+        me = NodeIdentity(name, boot)
+        manager = LockManager(store, me, clock, rng, SETTINGS, NoOpTracer(), is_listed=is_listed)
         node = Node(manager, store, clock, asyncio.create_task(manager.run()))
         manager.subscribe(node.changes.append)
         self.nodes.append(node)

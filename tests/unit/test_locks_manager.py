@@ -199,6 +199,24 @@ async def test_a_lock_whose_device_is_not_importable_never_expires() -> None:
 
 
 @virtual
+async def test_a_server_that_lists_the_device_no_more_is_asked_before_its_lock_is_taken() -> None:
+    """A node that was stopped for longer than the duration: its last list is older than the other's attachment."""
+    async with world() as w:
+        a, b = await w.node("a"), await w.node("b")
+        await a.manager.acquire(KEY)
+        await until(lambda: KEY.id in b.manager.locks, b)
+        await a.stop()
+        await expire(b)
+        b.listed = False
+        assert b.manager.standing(KEY.id) is Standing.EXPIRED
+        with pytest.raises(LockHeld):
+            await b.manager.acquire(KEY)
+        assert w.backend.leases[KEY.id].holder == "a"
+        b.listed = True
+        assert (await b.manager.acquire(KEY)).epoch == 2
+
+
+@virtual
 async def test_a_heartbeat_keeps_a_lock_for_ever() -> None:
     async with world() as w:
         a, b = await w.node("a"), await w.node("b")
@@ -359,6 +377,24 @@ async def test_a_cancelled_reentrant_acquire_does_not_give_the_lock_away() -> No
             async with a.clock.timeout(1):
                 await a.manager.acquire(KEY)
         await a.clock.sleep(100)
+        assert w.backend.leases[KEY.id].holder == "a"
+
+
+@virtual
+async def test_a_predecessors_lock_found_by_a_conflict_is_not_given_away() -> None:
+    """A process that has not read the locks yet finds its predecessor's by a conflict, and is then given no answer."""
+    async with world() as w:
+        late = await w.node("a", seed=2)
+        late.fate = lambda operation: Fate(response=30.0) if operation.verb in ("event", "update") else FINE
+        first = await w.node("a")
+        await first.manager.acquire(KEY)
+        await first.stop()
+        assert KEY.id not in late.manager.locks
+        with pytest.raises(TimeoutError):
+            async with late.clock.timeout(1):
+                await late.manager.acquire(KEY)
+        late.fate = lambda _operation: FINE
+        await late.clock.sleep(100)
         assert w.backend.leases[KEY.id].holder == "a"
 
 

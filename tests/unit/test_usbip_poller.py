@@ -202,6 +202,20 @@ async def test_a_poke_finds_a_released_device_although_it_is_hidden_at_first(lab
 
 
 @in_lab(1)
+async def test_what_a_server_lists_now_is_asked_of_it_and_not_of_the_last_poll(lab: Lab) -> None:
+    stick = DeviceKey(lab.keys[0], "1-1")
+    await lab.clock.sleep(0.1)
+    assert await lab.poller.lists(stick)
+    lab.servers[0].unplug("1-1")
+    assert not await lab.poller.lists(stick)
+    assert await lab.poller.lists(DeviceKey(lab.keys[0], "1-2"))
+    await lab.servers[0].stop()
+    assert not await lab.poller.lists(DeviceKey(lab.keys[0], "1-2"))
+    view = lab.poller.views[lab.keys[0]]
+    assert (view.state, len(view.devices)) == (ServerState.REACHABLE, 2), "the views are those of the polls"
+
+
+@in_lab(1)
 async def test_a_poke_during_a_poll_asks_once_more(lab: Lab) -> None:
     await lab.clock.sleep(LATENCY / 2)
     assert (len(lab.polls[lab.keys[0]]), lab.told) == (1, [])

@@ -7,7 +7,7 @@ import enum
 import logging
 import random
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
 from opentelemetry.trace import Tracer
@@ -76,6 +76,10 @@ class LockManager:
 
     run() must be running for the view, the heartbeats and the expiry of other nodes' locks. Every operation may be
     cancelled; it may then still have happened, and release() is the way back.
+
+    is_listed(key) asks the device's server, right before a takeover, whether it lists the device as free (R4). What
+    set_importable said last may be as old as this process was stopped or starved, and the device attached since.
+    Without is_listed, set_importable is believed.
     """
 
     def __init__(
@@ -87,9 +91,11 @@ class LockManager:
         settings: LockSettings,
         tracer: Tracer,
         rules: Rules | None = None,
+        is_listed: Callable[[DeviceKey], Awaitable[bool]] | None = None,
     ) -> None:
         self._me, self._clock, self._rng, self._settings, self._tracer = me, clock, rng, settings, tracer
         self._rules = rules or Rules()
+        self._is_listed = is_listed
         self._subscribers: list[Callable[[LockChange], None]] = []
         self._api_subscribers: list[Callable[[ApiState], None]] = []
         self._contact = Contact(clock, self._api_changed)
@@ -116,6 +122,11 @@ class LockManager:
             group.create_task(self._session.run(), name="lock-session")
             group.create_task(self._expiry.run(), name="lock-expiry")
             group.create_task(self._release_orphans(), name="lock-orphans")
+
+    @property
+    def rules(self) -> Rules:
+        """For those who ask during an import whether it may go on (R1)."""
+        return self._rules
 
     @property
     def locks(self) -> Mapping[str, Lock]:
@@ -169,6 +180,9 @@ class LockManager:
             observation = self._expiry.observation(key.id)
             if lease is not None and observation is not None and protocol.may_take_over(lease, observation):
                 observation = await self._expiry.confirm(lease)
+                # after the expiry: by then every import under an earlier write has come to its end
+                if importable and self._is_listed is not None:
+                    importable = await self._is_listed(key)
             return self._rules.decide_acquire(lease, key, use_meta, write, observation, importable)
 
         with self._tracer.start_as_current_span("lock.acquire", attributes=attributes(key)) as span:

@@ -1,7 +1,8 @@
 """The lock rules R1 to R7 as pure functions: (record, observation, now) -> decision. No I/O, no clock.
 
 R1 Write before touch: within the import window before an import, a compare-and-swap write on the lock has succeeded.
-R2 Free: no object, or an empty holder. R3 Mine: by node, and by boot. R4 Expired: unchanged for a whole duration.
+R2 Free: no object, or an empty holder. R3 Mine: by node, and by boot.
+R4 Expired: unchanged for a whole duration, and after that the server, asked anew, lists the device as free to import.
 R5 Release only when the local port is free (the caller's duty). R6 Lost: somebody else, or nobody, stands in it.
 R7 API server unreachable: nothing new is taken, nothing held is let go.
 
@@ -116,7 +117,11 @@ def decide_acquire(
     observation: Observation | None,
     importable: bool,
 ) -> Decision:
-    """R2, R3, R4: whether and how the lock on key may be taken, given its record and what was observed of it."""
+    """R2, R3, R4: whether and how the lock on key may be taken, given its record and what was observed of it.
+
+    importable is what the server said when it was asked after the lock had expired. An older answer is worth nothing:
+    an import under the last write may have ended well since.
+    """
     if lease is None:
         return Create(_taken(Lease(name=key.id, labels=record.LOCK_LABELS), key, meta, write))
     if is_free(lease):
@@ -259,7 +264,7 @@ def _meta_notes(lease: Lease, key: DeviceKey, meta: LockMeta) -> dict[str, str |
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """The rules as the manager calls them, so that a simulation can put a wrong one in and see it caught."""
+    """The rules as they are called, so that a simulation can put a wrong one in and see it caught."""
 
     decide_acquire: Callable[[Lease | None, DeviceKey, LockMeta, Write, Observation | None, bool], Decision] = (
         decide_acquire
@@ -269,3 +274,4 @@ class Rules:
     decide_session: Callable[[Lease | None, Write], Decision] = decide_session
     observe: Callable[[Observation | None, Lease, Lease | None, float, float, float], Observation] = observe
     import_deadline: Callable[[float, float], float] = import_deadline
+    may_import: Callable[[float, float], bool] = may_import

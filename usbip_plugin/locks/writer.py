@@ -100,8 +100,8 @@ class Writer:
             write = self.new_write()
             decision = await decide(lease, write)
             if not isinstance(decision, Denied):
-                if not protocol.is_mine(lease, self._me):
-                    effort.tenure = decision.lease.transitions
+                # a record that is ours and none of these writes was begun by somebody else, whatever was tried before
+                effort.tenure = None if protocol.is_mine(lease, self._me) else decision.lease.transitions
                 written = await self._write(key, decision, write, effort)
                 if written is not None:
                     return written

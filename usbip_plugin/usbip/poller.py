@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 from usbip_plugin.clock import Clock
 from usbip_plugin.errors import UsbipError
-from usbip_plugin.model import Descriptor, ServerKey
+from usbip_plugin.model import Descriptor, DeviceKey, ServerKey
 from usbip_plugin.retry import backoff
 from usbip_plugin.usbip.client import UsbipClient
 
@@ -99,6 +99,18 @@ class ServerPoller:
         event = self._pokes.get(server)
         if event is not None:
             event.set()
+
+    async def lists(self, key: DeviceKey) -> bool:
+        """Asks the server at once, besides all polls, whether it lists this device. False if it does not answer.
+
+        Cancel-safe. What views says stays as it is.
+        """
+        try:
+            devices = await self._client.devlist(key.server, timeout=self._timeout)
+        except UsbipError as error:
+            log.debug("not known whether a device is free", extra={"device": str(key), "cause": str(error)})
+            return False
+        return any(device.busid == key.busid for device in devices)
 
     async def run(self) -> None:
         """Poll until cancelled."""

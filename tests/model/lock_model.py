@@ -1,0 +1,510 @@
+"""One device, its lock and the nodes that want it, as a machine with finitely many states. docs/model.md explains it.
+
+The rules are those of usbip_plugin.locks.protocol, called through Rules on real Lease objects. What is here is what
+surrounds them: the API server, the network, clocks, the USB/IP server and the callers. A node is described by itself
+alone: what it can do depends on that and on how it sees the lock, so that both can be worked out once and remembered.
+
+Times are relative to the node's own clock at this moment, which therefore always reads 0.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import NamedTuple
+
+from usbip_plugin.locks import protocol, record
+from usbip_plugin.locks.protocol import Create, Decision, Denied, LockMeta, Observation, Rules, Standing, Write
+from usbip_plugin.locks.store import Lease
+from usbip_plugin.model import DeviceKey, NodeIdentity, ServerKey
+
+KEY = DeviceKey(ServerKey("10.0.0.1"), "1-1")
+META = LockMeta(usb_id="0951:1666")
+ME = NodeIdentity("me", "boot-of-me")
+NEVER = datetime(2000, 1, 1, tzinfo=UTC)  # wall clocks are for people: it always reads the same
+EPOCH = 5
+
+# What is promised, in the words of the breach. The first is about all nodes, the next two about one of them in any
+# state, the others about a step.
+TWO_IMPORTS = "two nodes have the device, or an import of it under way, at once"
+NOT_NAMED = "a node has the device, or imports it, and the lock does not name it and its boot"
+KEEPS_LOST = "R6: a node keeps a device whose lock, as it has read, is not its own"
+SAME_EPOCH = "R3: the epoch does not tell one holder, or one boot of a holder, from the next"
+LEFT_OVER = "R3: what was written by another holder, or under another boot, is left on the lock"
+NOT_QUIET = "R4: a lock is taken though it, or its holder's session, changed within the duration"
+PROMISES = frozenset({TWO_IMPORTS, NOT_NAMED, KEEPS_LOST, SAME_EPOCH, LEFT_OVER, NOT_QUIET})
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How large a world. settings: for each node its lock's duration and its import window.
+
+    rates: by how much a node's clock may advance while time advances by one tick. writes: how many writes of unknown
+    fate one operation goes on waiting for. amends: the holder's other writes (renewal, port, pod). beats: nodes have
+    sessions. slow: reading a session takes time, and how long a lock and the session of its holder have been quiet is
+    noted, to check R4 against. meddling: once and again, somebody empties the lock by hand; what two nodes do then is
+    not looked at, but what each does when it hears of it.
+    """
+
+    settings: tuple[tuple[float, float], ...] = ((6.0, 2.5),) * 2
+    rates: tuple[int, ...] = (2, 3)
+    writes: int = 1
+    amends: bool = True
+    beats: bool = True
+    reboots: bool = True
+    slow: bool = False
+    meddling: bool = False
+
+    @property
+    def longest(self) -> float:
+        return max(duration for duration, _ in self.settings)
+
+
+@dataclass(frozen=True)
+class Habits:
+    """What rules cannot see, because it is how they are called. As here: as it should be."""
+
+    counts_from_answer: bool = False  # R1
+    trusts_old_lists: bool = False  # R4: takes the last list for what the server would say now
+    ignores_lists: bool = False  # R4
+    lets_go_while_attached: bool = False  # R5
+    takes_silence_for_yes: bool = False  # R7
+
+
+class Hold(enum.IntEnum):
+    """Whether the lock names a node, and under which of its boots."""
+
+    NO = 0
+    NOW = 1
+    OLD = 2
+
+
+class Use(enum.IntEnum):
+    """What a node does with the device. ATTACHED from the moment the server's reply was accepted."""
+
+    IDLE = 0
+    IMPORTING = 1
+    ATTACHED = 2
+
+
+class Seen(enum.IntEnum):
+    """The lock as one node sees it."""
+
+    ABSENT = 0
+    FREE = 1
+    MINE = 2
+    OTHERS = 3
+    OTHERS_OLD = 4
+
+
+class Target(NamedTuple):
+    """What a write makes of the lock: whom it names, from the writer's side, and whether under the writer's boot."""
+
+    holder: str
+    hold: Hold
+
+
+class Sent(NamedTuple):
+    """A write on its way, or done and not answered yet. at: when it was sent."""
+
+    at: float
+    landed: bool
+
+
+class Operation(NamedTuple):
+    """An acquire or a renewal. sent is empty between the decision and the sending."""
+
+    target: Target
+    sent: tuple[Sent, ...]
+
+
+class Reading(NamedTuple):
+    """A session asked for. quiet: for how long lock and session had been unchanged when it was asked."""
+
+    asked: float
+    quiet: float
+
+
+class Node(NamedTuple):
+    """Everything about one node. duration, window: its settings.
+
+    until: until when it may import. strays: writes that nobody waits for any more and that may still take effect.
+    seen: its observation of another node's lock; the version "1" is the one that stands. quiet: see Bounds.slow.
+    """
+
+    duration: float
+    window: float
+    holds: Hold = Hold.NO
+    use: Use = Use.IDLE
+    until: float | None = None
+    operation: Operation | None = None
+    strays: tuple[Target, ...] = ()
+    seen: Observation | None = None
+    listed: bool = False
+    reading: Reading | None = None
+    quiet: float = 0.0
+    told: bool = False  # has read that the lock is another's while it has the device
+
+
+class Beat(enum.Enum):
+    """The effect of a step that changes the node's session."""
+
+    BEAT = enum.auto()
+
+
+class Step(NamedTuple):
+    """What a node can do. lock, beat: what it changes outside of the node. broken: the promise that it breaks."""
+
+    label: str
+    node: Node
+    effect: Target | Beat | None = None
+    broken: str | None = None
+
+
+@dataclass(frozen=True)
+class Model:
+    """The steps of one node, and what those of others do to it. No state of its own."""
+
+    bounds: Bounds = field(default_factory=Bounds)
+    rules: Rules = field(default_factory=Rules)
+    habits: Habits = field(default_factory=Habits)
+
+    # what holds in every state
+
+    def live(self, node: Node) -> bool:
+        """It has the device, or an import under way from which it could still get it (R1)."""
+        return node.use is Use.ATTACHED or (node.use is Use.IMPORTING and self.may_import(node.until))
+
+    def broken(self, node: Node) -> str | None:
+        """The promise about a single node that this one breaks."""
+        if node.use is Use.ATTACHED and node.told:
+            return KEEPS_LOST
+        if self.bounds.meddling:
+            return None
+        if self.live(node) and node.holds is not Hold.NOW:
+            return NOT_NAMED
+        return None
+
+    def may_import(self, until: float | None) -> bool:
+        return until is not None and self.rules.may_import(until, 0.0)
+
+    # what a node can do
+
+    def steps(self, node: Node, lock: Seen, unused: bool, theirs: float) -> Iterator[Step]:
+        """unused: no node has the device attached, so that the server lists it. theirs: the holder's duration."""
+        for step in self._steps(node, lock, unused, theirs):
+            tidy = step._replace(node=self.tidy(step.node))
+            if tidy.node != node or tidy.effect is not None or tidy.broken is not None:
+                yield tidy
+
+    def _steps(self, node: Node, lock: Seen, unused: bool, theirs: float) -> Iterator[Step]:
+        lease = self.lease(node, lock, theirs)
+        if self.habits.trusts_old_lists:
+            yield Step(
+                f"asks the server, which {'lists' if unused else 'does not list'} the device",
+                node._replace(listed=unused, seen=node.seen if unused else None),
+            )
+        yield from self._observe(node, lease, unused)
+        if node.operation is None and node.use is Use.IDLE:
+            yield from self._acquire(node, lease, unused)
+            yield from self._renew(node, lease)
+        yield from self._write_by_the_way(node, lease)
+        if node.operation is not None:
+            yield from self._operate(node, node.operation)
+        for stray in node.strays:
+            yield Step(f"given up before, takes effect: {self.words(stray)}", node, stray)
+        yield from self._use(node)
+        yield from self._die(node)
+        if self.bounds.meddling and node.use is Use.ATTACHED and lock is not Seen.MINE:
+            yield self._withdraw(node, lease)
+        if self.bounds.beats and (node.holds is not Hold.NO or node.operation is not None):
+            decision = self.rules.decide_session(self.session(node.duration), self.write(node))
+            assert not isinstance(decision, Denied)
+            yield Step("heartbeat", node, Beat.BEAT)
+
+    # R4: watching a lock run out
+
+    def _observe(self, node: Node, lease: Lease | None, unused: bool) -> Iterator[Step]:
+        if lease is None or lease.holder in ("", ME.node) or not self._listed(node, unused):
+            return
+        if self.bounds.slow and node.reading is None:
+            yield Step("asks for the holder's session", node._replace(reading=Reading(0.0, node.quiet)))
+            return
+        seen = self._read(node, lease)
+        yield Step("has read the holder's session", node._replace(seen=seen, reading=None))
+
+    def _read(self, node: Node, lease: Lease) -> Observation:
+        asked = node.reading.asked if node.reading is not None else 0.0
+        session = self.session(float(lease.duration_seconds or 0))
+        return self.rules.observe(node.seen, lease, session, asked, 0.0, node.duration)
+
+    def _listed(self, node: Node, unused: bool) -> bool:
+        if self.habits.ignores_lists:
+            return True
+        return node.listed if self.habits.trusts_old_lists else unused
+
+    # R2, R3, R4: acquire; R1, R6: renew
+
+    def _acquire(self, node: Node, lease: Lease | None, unused: bool) -> Iterator[Step]:
+        """As LockManager.acquire: what was observed of another's lock is confirmed by one more reading."""
+        listed, seen, quiet = self._listed(node, unused), node.seen, node.quiet
+        taking = lease is not None and lease.holder not in ("", ME.node)
+        after = node._replace(until=None)
+        if taking and seen is not None and listed and lease is not None:
+            if self.bounds.slow:
+                if node.reading is None:
+                    return
+                quiet = node.reading.quiet
+            seen = self._read(node, lease)
+            after = after._replace(seen=seen, reading=None)
+        decision = self.rules.decide_acquire(lease, KEY, META, self.write(node), seen, listed)
+        self._check_standing(lease, decision, seen, listed)
+        target, broken = self.target(lease, decision)
+        if target is None:
+            return
+        if taking:
+            assert lease is not None
+            if self.bounds.slow and quiet < max(node.duration, float(lease.duration_seconds or 0)):
+                broken = broken or NOT_QUIET
+            # the record is compared again when the write takes effect; what else the decision stood on is not
+            yield Step("decides to take another's lock", after._replace(operation=Operation(target, ())), broken=broken)
+        else:
+            sent = Operation(target, (Sent(0.0, landed=False),))
+            yield Step(f"sends, to acquire: {self.words(target)}", after._replace(operation=sent), broken=broken)
+
+    def _renew(self, node: Node, lease: Lease | None) -> Iterator[Step]:
+        if not self.bounds.amends:
+            return
+        target, broken = self.target(lease, self.rules.decide_amend(lease, self.write(node), {}))
+        if target is not None:
+            operation = Operation(target, (Sent(0.0, landed=False),))
+            yield Step("sends, to renew", node._replace(until=None, operation=operation), broken=broken)
+
+    def _operate(self, node: Node, operation: Operation) -> Iterator[Step]:
+        target, sent = operation
+        if not sent:
+            yield Step("sends, to acquire", node._replace(operation=Operation(target, (Sent(0.0, landed=False),))))
+            yield Step("gives up", node._replace(operation=None))
+            return
+        for index, write in enumerate(sent):
+            others = sent[:index] + sent[index + 1 :]
+            if write.landed:
+                counted = 0.0 if self.habits.counts_from_answer else write.at
+                until = self.rules.import_deadline(counted, node.window)
+                yield Step("hears that its write took effect", node._replace(operation=None, until=until))
+            else:
+                landed = Operation(target, (*others, write._replace(landed=True)))
+                yield Step(f"takes effect: {self.words(target)}", node._replace(operation=landed), target)
+        if len(sent) < self.bounds.writes and not sent[-1].landed:
+            again = Operation(target, (*sent, Sent(0.0, landed=False)))
+            yield Step("reads, finds nothing, sends again", node._replace(operation=again))
+        given_up = node._replace(operation=None, strays=self._strays(node, operation))
+        if self.habits.takes_silence_for_yes:
+            until = self.rules.import_deadline(sent[-1].at, node.window)
+            yield Step("hears nothing and goes on", given_up._replace(until=until))
+        yield Step("gives up", given_up)
+
+    def _strays(self, node: Node, operation: Operation) -> tuple[Target, ...]:
+        under_way = any(not write.landed for write in operation.sent)
+        return tuple(sorted({*node.strays, operation.target})) if under_way else node.strays
+
+    # the holder's other writes, for whose answers nothing waits
+
+    def _write_by_the_way(self, node: Node, lease: Lease | None) -> Iterator[Step]:
+        if node.operation is not None:
+            return
+        if self.bounds.amends and node.use is not Use.IDLE:
+            changes = {record.PORT: "7"}
+            target, broken = self.target(lease, self.rules.decide_amend(lease, self.write(node), changes))
+            if target is not None:
+                strays = tuple(sorted({*node.strays, target}))
+                yield Step("sends an annotation", node._replace(strays=strays), broken=broken)
+        if node.use is Use.IDLE or (node.use is Use.ATTACHED and self.habits.lets_go_while_attached):
+            target, broken = self.target(lease, self.rules.decide_release(lease, self.write(node)))
+            if target is not None:
+                strays = tuple(sorted({*node.strays, target}))
+                yield Step("sends, to release", node._replace(until=None, strays=strays), broken=broken)
+
+    # the device
+
+    def _use(self, node: Node) -> Iterator[Step]:
+        if node.use is Use.IDLE and self.may_import(node.until) and node.operation is None:
+            yield Step("starts to import", node._replace(use=Use.IMPORTING))
+        elif node.use is Use.IMPORTING:
+            if self.may_import(node.until):
+                yield Step("has imported and attached", node._replace(use=Use.ATTACHED, until=None))
+                yield Step("could not import", node._replace(use=Use.IDLE))
+            else:
+                yield Step("its import is over, or too late", node._replace(use=Use.IDLE, until=None))
+        elif node.use is Use.ATTACHED:
+            yield Step("detaches, or the server let it drop", node._replace(use=Use.IDLE, told=False))
+
+    def _withdraw(self, node: Node, lease: Lease | None) -> Step:
+        """R6: the watch shows the lock as it is."""
+        lost = isinstance(self.rules.decide_amend(lease, self.write(node), {}), Denied)
+        return Step("sees that the lock is lost", node._replace(told=not lost, use=Use.IDLE if lost else node.use))
+
+    # the end of a process, or of a kernel
+
+    def _die(self, node: Node) -> Iterator[Step]:
+        strays = self._strays(node, node.operation) if node.operation is not None else node.strays
+        blank = Node(node.duration, node.window, holds=node.holds, strays=strays, quiet=node.quiet)
+        attached = node.use is Use.ATTACHED
+        yield Step("plugin dies and starts anew", blank._replace(use=Use.ATTACHED if attached else Use.IDLE))
+        if self.bounds.reboots:
+            old = Hold.OLD if node.holds is not Hold.NO else Hold.NO
+            strays = tuple(sorted({stray._replace(hold=Hold.OLD) if stray.holder else stray for stray in strays}))
+            yield Step("node reboots", blank._replace(holds=old, strays=strays))
+
+    # what happens to a node
+
+    def changed(self, node: Node, holds: Hold, *, same_holder: bool) -> Node:
+        """The lock has been written. What was on its way to the record that stood before is refused."""
+        operation = node.operation
+        if operation is not None:
+            landed = tuple(write for write in operation.sent if write.landed)
+            operation = Operation(operation.target, landed) if landed else None
+        seen = node.seen
+        if seen is not None:
+            version = seen.session_version if same_holder else "0" * bool(seen.session_version)
+            seen = replace(seen, lock_version="0", session_version=version)
+        return self.tidy(node._replace(holds=holds, operation=operation, strays=(), seen=seen, reading=None, quiet=0.0))
+
+    def beaten(self, node: Node) -> Node:
+        """The session of the lock's holder has been written."""
+        seen = node.seen
+        if seen is not None:
+            seen = replace(seen, session_version="0" * bool(seen.session_version))
+        return self.tidy(node._replace(seen=seen, quiet=0.0))
+
+    def tick(self, node: Node, rate: int, *, others: bool) -> Node:
+        """Time passes. others: the lock names another node."""
+        seen, reading, operation = node.seen, node.reading, node.operation
+        if seen is not None:
+            seen = replace(seen, since=seen.since - rate, seen=seen.seen - rate)
+        if reading is not None:
+            reading = reading._replace(asked=reading.asked - rate)
+        if operation is not None:
+            sent = tuple(write._replace(at=write.at - rate) for write in operation.sent)
+            operation = operation._replace(sent=sent)
+        after = node._replace(seen=seen, reading=reading, operation=operation)
+        if node.until is not None:
+            after = after._replace(until=node.until - rate)
+        if self.bounds.slow and others:
+            after = after._replace(quiet=node.quiet + rate)
+        return self.tidy(after)
+
+    # states that no rule can tell apart any more are made one
+
+    def tidy(self, node: Node) -> Node:
+        oldest = -2 * self.bounds.longest
+        until = node.until
+        if until is not None:
+            until = max(until, oldest) if self.may_import(until) else oldest
+            if until == oldest and not self.may_import(until) and node.use is not Use.IMPORTING:
+                until = None
+        after = node._replace(until=until, quiet=min(node.quiet, self.bounds.longest), seen=self._tidy(node))
+        if node.reading is not None:
+            after = after._replace(reading=node.reading._replace(asked=max(node.reading.asked, oldest)))
+        operation = node.operation
+        if operation is None or not operation.sent:
+            return after
+        if self.habits.counts_from_answer:
+            sent = tuple(write._replace(at=oldest) for write in operation.sent)
+            return after._replace(operation=operation._replace(sent=sent))
+        # an answer that comes too late to import is none; what then still is on its way is a stray
+        timely = tuple(
+            write._replace(at=max(write.at, oldest))
+            for write in operation.sent
+            if self.may_import(self.rules.import_deadline(write.at, node.window))
+        )
+        late = any(write not in timely and not write.landed for write in operation.sent)
+        strays = tuple(sorted({*after.strays, operation.target})) if late and not timely else after.strays
+        return after._replace(operation=operation._replace(sent=timely) if timely else None, strays=strays)
+
+    def _tidy(self, node: Node) -> Observation | None:
+        """When it was last confirmed does not matter: before each decision it is confirmed anew."""
+        seen, duration = node.seen, node.duration
+        if seen is None:
+            return None
+        theirs, session = self.lease(node, Seen.OTHERS, duration), self.session(duration)
+        assert theirs is not None
+        anew = self.rules.observe(None, theirs, session, 1.0, 1.0, duration)
+        if self.rules.observe(seen, theirs, session, 1.0, 1.0, duration) == anew:
+            return None  # it will be started again in any case
+        since = max(seen.since, -self.bounds.longest)
+        return replace(seen, since=since, seen=since)
+
+    # between the model and the records that the rules speak of
+
+    def write(self, node: Node) -> Write:
+        return Write(ME, NEVER, "a-write", node.duration)
+
+    def session(self, duration: float) -> Lease | None:
+        """The session of whoever holds the lock, and has this duration."""
+        if not self.bounds.beats:
+            return None
+        return Lease("usbip-node-x", "x", duration_seconds=math.ceil(duration), resource_version="1")
+
+    def lease(self, node: Node, lock: Seen, theirs: float) -> Lease | None:
+        """The record that stands, as this node reads it. theirs: the duration of another that holds it."""
+        if lock is Seen.ABSENT:
+            return None
+        notes = record.device_notes(KEY)
+        if lock is Seen.FREE:
+            return Lease(KEY.id, transitions=EPOCH, annotations=notes, resource_version="1")
+        mine = lock is Seen.MINE
+        boots = {"me": ME.boot_id, "me-old": "boot-of-me-before", "other": "boot-of-other", "old": "another-of-other"}
+        if mine:
+            boot = boots["me" if node.holds is Hold.NOW else "me-old"]
+        else:
+            boot = boots["other" if lock is Seen.OTHERS else "old"]
+        held = {record.BOOT_ID: boot, record.PORT: "3", record.POD: "default/pod"}
+        return Lease(
+            KEY.id,
+            ME.node if mine else "other",
+            duration_seconds=math.ceil(node.duration if mine else theirs),
+            transitions=EPOCH,
+            annotations={**notes, **held},
+            resource_version="1",
+        )
+
+    def target(self, lease: Lease | None, decision: Decision) -> tuple[Target | None, str | None]:
+        """What a write would make of the record; None if there is none, or the store would refuse it for certain."""
+        if isinstance(decision, Denied):
+            return None, None
+        new = decision.lease
+        if isinstance(decision, Create) != (lease is None) or (
+            lease and new.resource_version != lease.resource_version
+        ):
+            return None, None
+        boot = new.annotations.get(record.BOOT_ID)
+        hold = (Hold.NOW if boot == ME.boot_id else Hold.OLD) if new.holder else Hold.NO
+        return Target(new.holder, hold), self._epoch(lease, new)
+
+    def _epoch(self, old: Lease | None, new: Lease) -> str | None:
+        """R3: each holder, and each boot of a holder, is an epoch of its own, and leaves nothing to the next."""
+        before = (old.holder, old.annotations.get(record.BOOT_ID)) if old is not None else ("", None)
+        begins = new.holder != "" and before != (new.holder, new.annotations.get(record.BOOT_ID))
+        if new.transitions != (old.transitions if old is not None else 0) + begins:
+            return SAME_EPOCH
+        if begins and new.annotations.keys() & {record.PORT, record.POD}:
+            return LEFT_OVER
+        return None
+
+    def _check_standing(self, lease: Lease | None, decision: Decision, seen: Observation | None, listed: bool) -> None:
+        """What is advertised and what is decided are one."""
+        if self.rules.decide_acquire is protocol.decide_acquire:
+            standing = protocol.standing(lease, ME, seen if listed else None)
+            assert isinstance(decision, Denied) == (standing is Standing.HELD), (lease, seen)
+
+    @staticmethod
+    def words(target: Target) -> str:
+        if target.holder == "":
+            return "the lock is free"
+        if target.holder != ME.node:
+            return "the lock still names another"
+        return "the lock names it" + (", under its old boot" if target.hold is Hold.OLD else "")

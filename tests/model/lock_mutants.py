@@ -1,0 +1,178 @@
+"""Each rule made wrong, and the promise that the search then finds broken."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from lock_model import (
+    KEEPS_LOST,
+    NOT_NAMED,
+    NOT_QUIET,
+    SAME_EPOCH,
+    TWO_IMPORTS,
+    Bounds,
+    Habits,
+    Model,
+)
+
+from usbip_plugin.locks import protocol, record
+from usbip_plugin.locks.protocol import Decision, LockMeta, Observation, Replace, Rules, Write
+from usbip_plugin.locks.store import Lease
+from usbip_plugin.model import DeviceKey
+
+UNEVEN = ((15.0, 7.0), (6.0, 2.5))
+SLOW = Bounds(slow=True)
+
+
+def never_late(_deadline: float, _now: float) -> bool:
+    return True
+
+
+def for_ever(_sent_at: float, _window: float) -> float:
+    return math.inf
+
+
+def twice(sent_at: float, window: float) -> float:
+    return sent_at + 2 * window
+
+
+def whoever_holds_it(
+    lease: Lease | None, key: DeviceKey, meta: LockMeta, write: Write, _seen: Observation | None, _listed: bool
+) -> Decision:
+    free = replace(lease, holder="") if lease is not None else None
+    return protocol.decide_acquire(free, key, meta, write, None, False)
+
+
+def any_boot_is_mine(
+    lease: Lease | None, key: DeviceKey, meta: LockMeta, write: Write, seen: Observation | None, listed: bool
+) -> Decision:
+    if lease is not None and lease.holder == write.me.node:
+        notes = {**lease.annotations, record.BOOT_ID: write.me.boot_id}
+        lease = replace(lease, annotations=notes)
+    return protocol.decide_acquire(lease, key, meta, write, seen, listed)
+
+
+def boot_is_not_written(
+    lease: Lease | None, key: DeviceKey, meta: LockMeta, write: Write, seen: Observation | None, listed: bool
+) -> Decision:
+    if lease is not None and lease.holder == write.me.node:
+        return Replace(replace(lease, renew_time=write.at))
+    return protocol.decide_acquire(lease, key, meta, write, seen, listed)
+
+
+def half_of_it(
+    before: Observation | None, lock: Lease, session: Lease | None, asked: float, answered: float, duration: float
+) -> Observation:
+    whole = protocol.observe(None, lock, session, asked, answered, duration).duration
+    return replace(protocol.observe(before, lock, session, asked, answered, duration), duration=whole / 2)
+
+
+def own_duration_only(
+    before: Observation | None, lock: Lease, session: Lease | None, asked: float, answered: float, duration: float
+) -> Observation:
+    return replace(protocol.observe(before, lock, session, asked, answered, duration), duration=duration)
+
+
+def not_begun_again(
+    before: Observation | None, lock: Lease, session: Lease | None, asked: float, answered: float, duration: float
+) -> Observation:
+    if before is not None:
+        before = replace(before, lock_version=lock.resource_version)
+        session = replace(session, resource_version=before.session_version) if session is not None else None
+    return protocol.observe(before, lock, session, asked, answered, duration)
+
+
+def session_unseen(
+    before: Observation | None, lock: Lease, _session: Lease | None, asked: float, answered: float, duration: float
+) -> Observation:
+    return protocol.observe(before, lock, None, asked, answered, duration)
+
+
+def since_it_was_asked(
+    before: Observation | None, lock: Lease, session: Lease | None, asked: float, _answered: float, duration: float
+) -> Observation:
+    return protocol.observe(before, lock, session, asked, asked, duration)
+
+
+def seen_when_answered(
+    before: Observation | None, lock: Lease, session: Lease | None, _asked: float, answered: float, duration: float
+) -> Observation:
+    return protocol.observe(before, lock, session, answered, answered, duration)
+
+
+def whoever_has_it(lease: Lease | None, write: Write) -> Decision:
+    return protocol.decide_release(replace(lease, holder=write.me.node) if lease is not None else None, write)
+
+
+def amended_by_anybody(lease: Lease | None, write: Write, changes: Mapping[str, str | None]) -> Decision:
+    if lease is None:
+        return protocol.decide_amend(lease, write, changes)
+    mine = {**lease.annotations, record.BOOT_ID: write.me.boot_id}
+    decision = protocol.decide_amend(replace(lease, holder=write.me.node, annotations=mine), write, changes)
+    assert isinstance(decision, Replace)
+    return Replace(replace(decision.lease, holder=lease.holder))
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """promise: the one that is found broken. safe: two imports at once are not, though all states are searched."""
+
+    rule: str
+    what: str
+    promise: str = TWO_IMPORTS
+    rules: Rules = field(default_factory=Rules)
+    habits: Habits = field(default_factory=Habits)
+    bounds: Bounds = field(default_factory=Bounds)
+    safe: bool = False
+
+    @property
+    def model(self) -> Model:
+        return Model(self.bounds, self.rules, self.habits)
+
+
+MUTANTS = (
+    Mutant("R1", "no-window", rules=Rules(may_import=never_late)),
+    Mutant("R1", "endless-window", rules=Rules(import_deadline=for_ever)),
+    Mutant("R1", "window-twice-as-long", rules=Rules(import_deadline=twice)),
+    Mutant("R1", "window-counted-from-the-answer", habits=Habits(counts_from_answer=True)),
+    Mutant("R1", "window-of-more-than-half-a-duration", bounds=Bounds(settings=((6.0, 4.5),) * 2)),
+    Mutant("R1", "clocks-a-factor-of-three-apart", bounds=Bounds(rates=(1, 3))),
+    Mutant("R2", "taken-from-whoever-holds-it", rules=Rules(decide_acquire=whoever_holds_it)),
+    Mutant("R3", "any-boot-is-mine", SAME_EPOCH, rules=Rules(decide_acquire=any_boot_is_mine), safe=True),
+    Mutant("R3", "boot-is-not-written", NOT_NAMED, rules=Rules(decide_acquire=boot_is_not_written), safe=True),
+    Mutant("R4", "half-the-duration", rules=Rules(observe=half_of_it)),
+    Mutant("R4", "own-duration-only", rules=Rules(observe=own_duration_only), bounds=Bounds(settings=UNEVEN)),
+    Mutant("R4", "observation-not-begun-again", rules=Rules(observe=not_begun_again)),
+    Mutant("R4", "list-ignored", habits=Habits(ignores_lists=True)),
+    Mutant("R4", "old-list-trusted", habits=Habits(trusts_old_lists=True)),
+    Mutant("R4", "session-ignored", NOT_QUIET, rules=Rules(observe=session_unseen), bounds=SLOW, safe=True),
+    Mutant(
+        "R4",
+        "since-it-was-asked",
+        NOT_QUIET,
+        rules=Rules(observe=since_it_was_asked),
+        bounds=Bounds(slow=True),
+        safe=True,
+    ),
+    Mutant(
+        "R4",
+        "seen-when-answered",
+        NOT_QUIET,
+        rules=Rules(observe=seen_when_answered),
+        bounds=Bounds(slow=True),
+        safe=True,
+    ),
+    Mutant("R5", "let-go-while-attached", habits=Habits(lets_go_while_attached=True)),
+    Mutant("R5", "let-go-for-whoever-has-it", rules=Rules(decide_release=whoever_has_it)),
+    Mutant("R6", "amended-by-anybody", rules=Rules(decide_amend=amended_by_anybody)),
+    Mutant(
+        "R6",
+        "loss-not-noticed",
+        KEEPS_LOST,
+        rules=Rules(decide_amend=amended_by_anybody),
+        bounds=Bounds(meddling=True),
+    ),
+    Mutant("R7", "silence-taken-for-yes", habits=Habits(takes_silence_for_yes=True)),
+)
