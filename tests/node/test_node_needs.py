@@ -67,7 +67,7 @@ def run_check(
         end = Container(api, SYSTEM, name, container["name"])
         return end.until_ended(), end.log()
     finally:
-        api.delete("Pod", SYSTEM, name)
+        api.delete("Pod", SYSTEM, name, wait=False)
 
 
 def test_check_finds_nothing_missing(api: Api, base: Plugin) -> None:

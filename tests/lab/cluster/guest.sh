@@ -8,7 +8,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$here/../../.." && pwd)
 python=${PYTHON:-$root/.venv/bin/python}
 export NODE_LOGS=${NODE_LOGS:-$root/build/node-logs}
-MEMORY=3072 SECONDS_IN_GUEST=${SECONDS_IN_GUEST:-840}
+MEMORY=3072 SECONDS_IN_GUEST=${SECONDS_IN_GUEST:-1200}
 state=$(mktemp -d "${TMPDIR:-/var/tmp}/usbip-node.XXXXXX")
 status=1
 
