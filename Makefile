@@ -13,7 +13,7 @@ PYTHONS := $(PYTHON) python3.13 python3.12 python3.11 python3.14 python3
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-apiserver test-kernel test-deploy image test-image e2e test-kubelet test-node test-all \
+.PHONY: help demo test model test-apiserver test-kernel test-deploy image test-image e2e test-kubelet test-node test-all \
 	bench bench-kernel fuzz lint format proto clean
 
 help: ## this list
@@ -22,8 +22,11 @@ help: ## this list
 demo: $(VENV)/.runtime ## two nodes and a USB/IP server in one process: what the plugin does, in a few seconds
 	@$(BIN)/python -m usbip_plugin demo
 
-test: $(VENV)/.test ## unit, contract, protocol, fuzz and simulation tests; no root, no network
+test: $(VENV)/.test ## unit, contract, protocol, fuzz, model and simulation tests; no root, no network
 	$(PYTEST) $(ARGS)
+
+model: $(VENV)/.test ## every state of the lock protocol for two and three nodes, within larger bounds than make test
+	$(BIN)/python tests/model/lock_runs.py
 
 test-apiserver: $(VENV)/.test ## lock tests against a real kube-apiserver and etcd (built once from Go modules)
 	$(PYTEST) tests/apiserver $(ARGS)

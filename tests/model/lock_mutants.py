@@ -23,7 +23,7 @@ from usbip_plugin.locks.store import Lease
 from usbip_plugin.model import DeviceKey
 
 UNEVEN = ((15.0, 7.0), (6.0, 2.5))
-SLOW = Bounds(slow=True)
+SLOW = Bounds(slow=True, amends=False, reboots=False)
 
 
 def never_late(_deadline: float, _now: float) -> bool:
@@ -153,7 +153,7 @@ MUTANTS = (
         "since-it-was-asked",
         NOT_QUIET,
         rules=Rules(observe=since_it_was_asked),
-        bounds=Bounds(slow=True),
+        bounds=SLOW,
         safe=True,
     ),
     Mutant(
@@ -161,7 +161,7 @@ MUTANTS = (
         "seen-when-answered",
         NOT_QUIET,
         rules=Rules(observe=seen_when_answered),
-        bounds=Bounds(slow=True),
+        bounds=SLOW,
         safe=True,
     ),
     Mutant("R5", "let-go-while-attached", habits=Habits(lets_go_while_attached=True)),

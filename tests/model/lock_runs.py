@@ -1,0 +1,47 @@
+"""The bounds that are searched: QUICK with every test run, LONG by hand. As a program: both, with figures."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+
+from lock_model import Bounds, Model
+from lock_search import search
+
+COARSE = (6.0, 2.5)
+# nearly half a duration, and clocks that make the most of it: the import may end just when the lock expires
+FINE = (15.0, 7.0)
+
+QUICK: Mapping[str, Bounds] = {
+    "two nodes": Bounds(),
+    "two nodes, finer clocks": Bounds((FINE,) * 2, rates=(3, 5)),
+    "two nodes, two writes of unknown fate at a time": Bounds(writes=2),
+    "two nodes with different settings": Bounds((FINE, COARSE)),
+    "two nodes without sessions": Bounds(beats=False),
+    "two nodes, sessions that are slow to read": Bounds(slow=True, amends=False, reboots=False),
+    "two nodes, locks emptied by hand": Bounds(meddling=True),
+    "three nodes that do not reboot": Bounds((COARSE,) * 3, amends=False, reboots=False),
+}
+LONG: Mapping[str, Bounds] = {
+    "two nodes, finer clocks, three writes of unknown fate at a time": Bounds((FINE,) * 2, rates=(3, 5), writes=3),
+    "two nodes, sessions that are slow to read, reboots": Bounds(slow=True),
+    "three nodes": Bounds((COARSE,) * 3),
+    "three nodes, finer clocks": Bounds((FINE,) * 3, rates=(3, 5)),
+    "three nodes with different settings": Bounds((FINE, COARSE, COARSE)),
+    "three nodes, two writes of unknown fate at a time": Bounds((COARSE,) * 3, writes=2),
+}
+
+
+def main() -> int:
+    """0 if no search finds anything, 1 at the first that does."""
+    for name, bounds in {**QUICK, **LONG}.items():
+        result = search(Model(bounds))
+        print(f"{name}\n  {bounds}\n  {result}", flush=True)
+        if result.found is not None:
+            print(result.found)
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

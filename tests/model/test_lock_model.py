@@ -1,0 +1,93 @@
+"""The lock protocol, searched through: no promise is broken, and each rule is needed for one. See docs/model.md."""
+
+from __future__ import annotations
+
+import pytest
+from lock_model import TWO_IMPORTS, Bounds, Habits, Model
+from lock_mutants import MUTANTS, Mutant
+from lock_runs import QUICK
+from lock_search import search
+
+
+def name(mutant: Mutant) -> str:
+    return f"{mutant.rule}-{mutant.what}"
+
+
+@pytest.mark.parametrize("run", QUICK)
+def test_no_promise_is_broken(run: str) -> None:
+    result = search(Model(QUICK[run]))
+    print(f"\n{run}\n  {QUICK[run]}\n  {result}")
+    assert result.found is None, str(result.found)
+    assert result.complete
+
+
+def test_everything_happens() -> None:
+    """Else the promises would be kept for want of anything that breaks them."""
+    moves = search(Model(Bounds(writes=2))).moves | search(Model(Bounds(slow=True)), most=2000).moves
+    assert moves == {
+        "asks for the holder's session",
+        "has read the holder's session",
+        "decides to take another's lock",
+        "sends, to acquire",
+        "sends, to acquire: the lock names it",
+        "sends, to renew",
+        "sends, to release",
+        "sends an annotation",
+        "reads, finds nothing, sends again",
+        "takes effect: the lock names it",
+        "given up before, takes effect: the lock names it",
+        "given up before, takes effect: the lock names it, under its old boot",
+        "given up before, takes effect: the lock is free",
+        "hears that its write took effect",
+        "gives up",
+        "starts to import",
+        "has imported and attached",
+        "could not import",
+        "its import is over, or too late",
+        "detaches, or the server let it drop",
+        "heartbeat",
+        "plugin dies and starts anew",
+        "node reboots",
+    }
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=name)
+def test_a_wrong_rule_is_found_out(mutant: Mutant) -> None:
+    result = search(mutant.model, frozenset({mutant.promise}))
+    assert result.found is not None
+    print(f"\n{name(mutant)}: {result.found}")
+    assert result.found.promise == mutant.promise
+
+
+@pytest.mark.parametrize("mutant", [mutant for mutant in MUTANTS if mutant.safe], ids=name)
+def test_a_rule_that_keeps_another_promise_is_not_needed_for_this_one(mutant: Mutant) -> None:
+    result = search(mutant.model, frozenset({TWO_IMPORTS}))
+    assert result.found is None, str(result.found)
+    assert result.complete
+
+
+def test_the_shortest_story_is_told() -> None:
+    """Both hear nothing of their writes: one cannot do with less than this."""
+    found = search(Model(habits=Habits(takes_silence_for_yes=True)), frozenset({TWO_IMPORTS})).found
+    assert found is not None
+    moves = [line.strip() for line in found.story[::2]]
+    alone = ["sends, to acquire: the lock names it", "hears nothing and goes on", "starts to import"]
+    assert sorted(moves) == sorted(f"{node}: {move}" for node in "AB" for move in alone)
+
+
+def test_a_search_that_ends_early_does_not_call_itself_complete() -> None:
+    whole = search(Model())
+    part = search(Model(), most=whole.states // 2)
+    assert (whole.complete, part.complete) == (True, False)
+    assert part.states < whole.states
+
+
+def test_nodes_that_differ_in_their_names_only_are_one_state() -> None:
+    """Two sets of settings that can be told apart, but mean the same, come to nearly twice the states."""
+    alike = search(Model(Bounds(((6.0, 2.5), (6.0, 2.5)))))
+    told_apart = search(Model(Bounds(((6.0, 2.5), (6.0, 2.4)))))
+    assert 1.9 * alike.states < told_apart.states < 2 * alike.states
+
+
+def test_mutants_are_of_every_rule() -> None:
+    assert {mutant.rule for mutant in MUTANTS} == {f"R{n}" for n in range(1, 8)}
