@@ -16,8 +16,9 @@ from opentelemetry.trace import Span, SpanKind, Tracer
 
 from usbip_plugin import inventory
 from usbip_plugin.attacher import Attacher
+from usbip_plugin.claims import Claim
 from usbip_plugin.clock import Clock
-from usbip_plugin.config import Config, ResourceConfig
+from usbip_plugin.config import Config, OnLoss, ResourceConfig
 from usbip_plugin.errors import PluginError, VhciError
 from usbip_plugin.inventory import API_GRACE, RESET_GRACE, Api, Driver, Facts, Members, Seen
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer
@@ -126,6 +127,17 @@ class Advertiser:
         name = self._short(resource)
         config = next((r for r in self._config.resources if r.name == name), self._former.get(name))
         return None if config is None else (config, self._members.get(name, {}))
+
+    def on_loss(self, claim: Claim) -> OnLoss:
+        """What its resource wants done when it comes back under other device nodes.
+
+        A claim that was adopted does not know its resource: then the first that offers the device decides.
+        """
+        for name, devices in self._members.items():
+            if claim.resource == name or (claim.resource is None and claim.id in devices):
+                found = self.lookup(f"{self._domain}/{name}")
+                return found[0].on_loss if found is not None else OnLoss.KEEP
+        return OnLoss.KEEP
 
     # what others tell
 

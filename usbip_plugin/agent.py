@@ -15,10 +15,12 @@ from usbip_plugin.advertising import Advertiser, time_kept
 from usbip_plugin.allocation import Allocator
 from usbip_plugin.attacher import Attacher
 from usbip_plugin.attaching import Means
+from usbip_plugin.claims import Claim
 from usbip_plugin.clock import Clock
-from usbip_plugin.config import Config
+from usbip_plugin.config import Config, OnLoss
 from usbip_plugin.errors import PluginError
 from usbip_plugin.kube import KubeClient
+from usbip_plugin.kubelet.eviction import Evictor
 from usbip_plugin.kubelet.node_status import NodeStatusPublisher
 from usbip_plugin.kubelet.pod_resources import PodResources
 from usbip_plugin.kubelet.pods import OwnPods, PodPhase, PodView
@@ -54,7 +56,7 @@ class Observer:
 class Outside:
     """Everything of the outside world that a node's agent works with; real in production, doubles in sim/.
 
-    pods: what is known of the node's pods if it is not to be asked of kube.
+    pods: what is known of the node's pods if it is not to be asked of kube; evict: the same for evictions.
     """
 
     me: NodeIdentity
@@ -68,6 +70,7 @@ class Outside:
     rng: random.Random
     tracer: Tracer
     pods: PodView | None = None
+    evict: Callable[[PodRef], None] | None = None
 
 
 class Agent:
@@ -85,6 +88,7 @@ class Agent:
     ) -> None:
         out, observer = outside, observer or Observer()
         self._clock = out.clock
+        self._evict_by = out.evict
         self.driver = out.driver
         self.poller = ServerPoller(out.client, out.clock, out.rng, self._server_changed)
         self.locks = LockManager(
@@ -102,6 +106,13 @@ class Agent:
             on_change=self._claim_changed,
             on_step=observer.on_step,
             on_notice=observer.on_notice,
+            on_loss=self._on_loss,
+            evict=self._evict,
+        )
+        self.evictor = (
+            Evictor(out.kube, out.clock, out.rng, self._uses_device)
+            if out.kube is not None and out.evict is None
+            else None
         )
         self.node_status = (
             NodeStatusPublisher(out.kube, out.me.node, out.clock, out.rng)
@@ -171,7 +182,7 @@ class Agent:
         async with asyncio.TaskGroup() as tasks:
             for part in (self.driver, self.locks, self.poller, self.attacher, self.advertiser):
                 tasks.create_task(part.run(), name=type(part).__name__)
-            for optional in (self.node_status, self.own_pods):
+            for optional in (self.node_status, self.own_pods, self.evictor):
                 if optional is not None:
                     tasks.create_task(optional.run(), name=type(optional).__name__)
             tasks.create_task(self.resources.run(), name="resources")
@@ -196,6 +207,18 @@ class Agent:
         self.advertiser.look_again(device_id)
         self.usage.claims_changed()
         self.resources.look_again()
+
+    def _on_loss(self, claim: Claim) -> OnLoss:
+        return self.advertiser.on_loss(claim)
+
+    def _evict(self, pod: PodRef) -> None:
+        if self._evict_by is not None:
+            self._evict_by(pod)
+        elif self.evictor is not None:
+            self.evictor.evict(pod)
+
+    def _uses_device(self, pod: PodRef) -> bool:
+        return any(claim.pod == pod for claim in self.attacher.claims.values())
 
     def _pod_ending(self, _pod: PodRef, _phase: PodPhase) -> None:
         self.usage.hint()

@@ -25,6 +25,7 @@ from usbip_plugin.claims import (
     observe_usage,
     usage_ended,
 )
+from usbip_plugin.config import OnLoss
 from usbip_plugin.errors import (
     AllocateTimeout,
     ClaimBusy,
@@ -51,7 +52,7 @@ class Outcome:
 class Attacher:
     """The claims of one node. `run` must be running; all methods belong to its event loop.
 
-    on_change(device_id) is called, synchronously, after every change of a claim.
+    on_change(device_id) is called, synchronously, after every change of a claim. on_notice, on_loss, evict: see Keeper.
     """
 
     def __init__(
@@ -61,12 +62,14 @@ class Attacher:
         on_change: Callable[[str], None],
         on_step: Callable[[str, float], None],
         on_notice: Callable[[Notice], None],
+        on_loss: Callable[[Claim], OnLoss],
+        evict: Callable[[PodRef], None],
     ) -> None:
         self._me = means.me
         self._locks = means.locks
         self._clock = means.clock
         self._work = DeviceWork(means, on_change=on_change, on_step=on_step)
-        self._keeper = Keeper(means, self._work, on_notice)
+        self._keeper = Keeper(means, self._work, on_notice, on_loss, evict)
         self._book, self._pipeline = self._work.book, self._work.pipeline
 
     @property

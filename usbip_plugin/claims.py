@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
+from usbip_plugin.config import OnLoss
 from usbip_plugin.model import Attachment, DeviceKey, Lock, NodeIdentity, PodRef, UsbId
 from usbip_plugin.vhci.driver import PortState
 from usbip_plugin.vhci.sysfs import PortStatus
@@ -213,6 +214,26 @@ def usage_ended(claim: Claim, now: float, unlisted: Unlisted) -> bool:
         # a pod without a uid is one that the API server has not told of
         certain = unlisted.certain and pod.uid is not None
     return gone and (certain or now - claim.absent_since >= UNCONFIRMED_ABSENCE)
+
+
+class AfterReattach(enum.Enum):
+    """What a re-attach means for the pod."""
+
+    GOES_ON = "attached again with the same device nodes"
+    STALE = "attached again with other device nodes: restart the container to use it"
+    EVICT = "attached again with other device nodes: the pod is evicted"
+
+
+def after_reattach(before: Attachment | None, after: Attachment, on_loss: OnLoss, pod: PodRef | None) -> AfterReattach:
+    """Same paths and numbers: a pod that opens the device anew goes on. before is None where it is not known.
+
+    Only a pod known by its uid is evicted: a name may be another pod's by now.
+    """
+    if before is not None and before.nodes == after.nodes:
+        return AfterReattach.GOES_ON
+    if on_loss is OnLoss.EVICT and pod is not None and pod.uid is not None:
+        return AfterReattach.EVICT
+    return AfterReattach.STALE
 
 
 def own_port(claim_key: DeviceKey, ports: Sequence[PortState], number: int | None) -> PortState | None:

@@ -11,11 +11,21 @@ from opentelemetry.trace import Span
 
 from usbip_plugin import retry
 from usbip_plugin.attaching import Means
-from usbip_plugin.claims import Adoption, Claim, Event, State, decide_adoption, own_port
+from usbip_plugin.claims import (
+    Adoption,
+    AfterReattach,
+    Claim,
+    Event,
+    State,
+    after_reattach,
+    decide_adoption,
+    own_port,
+)
+from usbip_plugin.config import OnLoss
 from usbip_plugin.errors import KubeError, LockError, LockLost, UsbipError, VhciError
 from usbip_plugin.inventory import key_of, parse_usb_id
 from usbip_plugin.locks.manager import LockChange
-from usbip_plugin.model import DeviceKey, Lock, PodRef, UsbId
+from usbip_plugin.model import Attachment, DeviceKey, Lock, PodRef, UsbId
 from usbip_plugin.notices import Notice, What
 from usbip_plugin.observe.tracing import context_from
 from usbip_plugin.usbip.poller import ServerView
@@ -34,9 +44,19 @@ PORT_CHECK_INTERVAL = 15.0
 
 
 class Keeper:
-    """See the module. on_notice is told what people should hear of; `run` must be running."""
+    """See the module. `run` must be running.
 
-    def __init__(self, means: Means, work: DeviceWork, on_notice: Callable[[Notice], None]) -> None:
+    on_notice is told what people should hear of; on_loss(claim) says what its resource wants, evict(pod) does it.
+    """
+
+    def __init__(
+        self,
+        means: Means,
+        work: DeviceWork,
+        on_notice: Callable[[Notice], None],
+        on_loss: Callable[[Claim], OnLoss],
+        evict: Callable[[PodRef], None],
+    ) -> None:
         self._work = work
         self._me = means.me
         self._driver = means.driver
@@ -45,6 +65,8 @@ class Keeper:
         self._rng = means.rng
         self._tracer = means.tracer
         self._on_notice = on_notice
+        self._on_loss = on_loss
+        self._evict = evict
         self._ports_event = asyncio.Event()
         self._stirs: dict[str, asyncio.Event] = {}
 
@@ -185,12 +207,17 @@ class Keeper:
                 span.record_exception(error)
                 log.debug("re-attach failed, will retry", extra={"device": str(claim.key), "cause": str(error)})
                 return True
-        same = claim.attachment is not None and claim.attachment.nodes == after.nodes
+        self._reattached(claim, after, span)
+        return False
+
+    def _reattached(self, claim: Claim, after: Attachment, span: Span) -> None:
+        verdict = after_reattach(claim.attachment, after, self._on_loss(claim), claim.pod)
+        same = verdict is AfterReattach.GOES_ON
         span.set_attribute("usbip.same_nodes", same)
         log.info("re-attached", extra={"device": str(claim.key), "port": after.port, "same_nodes": same})
-        words = "the same device nodes" if same else "other device nodes: restart the container to use it"
-        self._on_notice(Notice(What.REATTACHED, claim.key, f"attached again with {words}", claim.pod))
-        return False
+        self._on_notice(Notice(What.REATTACHED, claim.key, verdict.value, claim.pod))
+        if verdict is AfterReattach.EVICT and claim.pod is not None:
+            self._evict(claim.pod)
 
     def _lock_changed(self, change: LockChange) -> None:
         """R6: the watch shows another holder of a device that is attached here."""

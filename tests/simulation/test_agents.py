@@ -22,7 +22,7 @@ from cluster_rig import (
 )
 
 from usbip_plugin.claims import ALLOCATION_GRACE, State
-from usbip_plugin.config import Config, DeviceSelector, ResourceConfig, Selector
+from usbip_plugin.config import Config, DeviceSelector, OnLoss, ResourceConfig, Selector
 from usbip_plugin.inventory import API_GRACE
 from usbip_plugin.locks import record
 from usbip_plugin.locks.protocol import Rules
@@ -270,6 +270,37 @@ async def test_a_lost_connection_is_re_attached_under_the_same_lock() -> None:
         assert node.attached() == {device}
         assert c.backend.leases[device.id].transitions == epoch
         assert not lab.violations
+
+
+@pytest.mark.parametrize(
+    ("on_loss", "restarted"), [(OnLoss.EVICT, False), (OnLoss.EVICT, True), (OnLoss.KEEP, False)], ids=str
+)
+def test_a_pod_whose_device_came_back_as_another_is_evicted_if_its_resource_wants_that(
+    on_loss: OnLoss, restarted: bool
+) -> None:
+    """restarted: the claim was made by the process before, and does not know its resource."""
+
+    async def play() -> None:
+        lab = server("lab", stick("1-1"))
+        device = key(lab, "1-1")
+        wanted = replace(resource("stick", [lab]), on_loss=on_loss)
+        async with cluster(spec([lab], wanted)) as c:
+            node = c["node-a"]
+            await all_healthy(c, device)
+            await node.admit(pod("p"), "stick")
+            assert await c.settle(lambda: c.pod_of(device) == pod("p"), 5)
+            if restarted:
+                await node.stop()
+                node.start()
+                await becomes(c, node, device, healthy=True)
+            assert node.evicted == []
+            lab.drop("1-1")
+            await becomes(c, node, device, healthy=False)
+            await becomes(c, node, device, healthy=True)
+            assert node.evicted == ([pod("p")] if on_loss is OnLoss.EVICT else [])
+            assert node.attached() == {device}, "until the pod is gone"
+
+    run(play)
 
 
 @virtual

@@ -9,12 +9,14 @@ from usbip_plugin.claims import (
     TRANSITIONS,
     UNCONFIRMED_ABSENCE,
     Adoption,
+    AfterReattach,
     Claim,
     ClaimBook,
     Event,
     IllegalTransition,
     State,
     Unlisted,
+    after_reattach,
     allocated,
     decide_adoption,
     observe_usage,
@@ -22,7 +24,8 @@ from usbip_plugin.claims import (
     step,
     usage_ended,
 )
-from usbip_plugin.model import DeviceKey, Lock, NodeIdentity, PodRef, ServerKey, UsbId
+from usbip_plugin.config import OnLoss
+from usbip_plugin.model import Attachment, DeviceKey, DeviceNode, Lock, NodeIdentity, PodRef, ServerKey, UsbId
 from usbip_plugin.vhci.driver import PortState
 from usbip_plugin.vhci.sysfs import PortStatus
 
@@ -213,3 +216,29 @@ def lock(boot: str) -> Lock:
 )
 def test_adoption(boot: str, attached: bool, used: bool | None, what: Adoption) -> None:
     assert decide_adoption(lock(boot), ME, attached=attached, used=used) is what
+
+
+def attachment(*nodes: DeviceNode) -> Attachment:
+    return Attachment(KEY, 0, "3-1", UsbId(0x0951, 0x1666), None, nodes)
+
+
+USB = DeviceNode("/dev/bus/usb/003/002", "usb", False, 189, 257)
+TTY = DeviceNode("/dev/ttyUSB0", "tty", False, 188, 0)
+
+
+@pytest.mark.parametrize(
+    ("before", "on_loss", "pod", "verdict"),
+    [
+        (attachment(USB, TTY), OnLoss.EVICT, POD, AfterReattach.GOES_ON),
+        (attachment(USB), OnLoss.EVICT, POD, AfterReattach.EVICT),
+        (attachment(USB, replace(TTY, minor=1)), OnLoss.EVICT, POD, AfterReattach.EVICT),
+        (None, OnLoss.EVICT, POD, AfterReattach.EVICT),
+        (None, OnLoss.EVICT, None, AfterReattach.STALE),
+        (None, OnLoss.EVICT, replace(POD, uid=None), AfterReattach.STALE),
+        (attachment(USB), OnLoss.KEEP, POD, AfterReattach.STALE),
+    ],
+)
+def test_a_pod_goes_on_with_the_same_nodes_only(
+    before: Attachment | None, on_loss: OnLoss, pod: PodRef | None, verdict: AfterReattach
+) -> None:
+    assert after_reattach(before, attachment(USB, TTY), on_loss, pod) is verdict

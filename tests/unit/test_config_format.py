@@ -119,7 +119,9 @@ publishNodeStatus: false
 log-level: debug
 plugin-directory: /plugins
 """)
-    assert all("not acted upon" in warning for warning in parsed.warnings)
+    (warning,) = parsed.warnings
+    assert "cdi" in warning
+    assert "not acted upon" in warning
     config = parsed.config
     assert config.resources == (
         ResourceConfig(

@@ -17,8 +17,7 @@ from usbip_plugin.errors import ConfigError
 MAX_DEVICES = 1024
 """Entries over all resources; checking them for overlaps costs their square."""
 
-NOT_YET = ("onLoss", "cdi")
-"""Keys of a resource that are checked and kept, and that nothing reads so far."""
+NOT_YET = "checked, but not acted upon in this version"
 
 _FLAGS = ("domain", "plugin-directory", "pod-resources-socket", "log-level", "listen")
 _TOP = ("resources", "lock", "allocateTimeout", "publishNodeStatus", *_FLAGS)
@@ -124,9 +123,8 @@ def _resource(name: str, node: Node, problems: Problems) -> tuple[list[tuple[Dev
     if node.is_mapping:
         known = ("devices", "onLoss", "cdi", "children", "containerPath")
         fields = read_fields(node, problems, known, Unknown.ERROR, "a resource") or {}
-    for key in NOT_YET:
-        if key in fields:
-            problems.warn(fields[key], "checked, but not acted upon in this version")
+    if "cdi" in fields:
+        problems.warn(fields["cdi"], NOT_YET)
     entries: list[tuple[DeviceSelector, Node]] = []
     devices = fields.get("devices")
     if devices is None or not devices.is_sequence:
@@ -148,6 +146,8 @@ def _resource(name: str, node: Node, problems: Problems) -> tuple[list[tuple[Dev
         children=_children(fields.get("children"), problems),
         container_path=_container_path(fields.get("containerPath"), problems),
     )
+    if resource.on_loss is OnLoss.RESTART:
+        problems.warn(fields["onLoss"], NOT_YET)
     return entries, resource
 
 

@@ -23,6 +23,7 @@ from usbip_plugin.kubelet.pod_resources import ContainerDevices
 from usbip_plugin.locks.manager import LockSettings
 from usbip_plugin.locks.memory import FINE, Fate, MemoryBackend, MemoryLeases, Operation
 from usbip_plugin.locks.protocol import Rules
+from usbip_plugin.locks.record import lock_of
 from usbip_plugin.model import DeviceKey, NodeIdentity, PodRef, ServerKey
 from usbip_plugin.resources import Plugin
 from usbip_plugin.sim.client import MemoryUsbipClient
@@ -101,6 +102,8 @@ class ClusterNode:
         )
         self.kubelet = LocalKubelet()
         self.pods = AdmittedPods(self.kubelet)
+        self.evicted: list[PodRef] = []
+        """The pods that were to be evicted, in order; ending them is up to the caller."""
         self.kubelet_up, self.kubelet_down = asyncio.Event(), asyncio.Event()
         self.kubelet_up.set()
         self._cluster = cluster
@@ -127,6 +130,7 @@ class ClusterNode:
                 rng=rng,
                 tracer=NoOpTracer(),
                 pods=self.pods,
+                evict=self.evicted.append,
             ),
             cluster.config,
             domain=cluster.domain,
@@ -260,6 +264,11 @@ class Cluster:
         """Whom the lock names in the store itself, "" for nobody."""
         lease = self.backend.leases.get(key.id)
         return lease.holder if lease is not None else ""
+
+    def pod_of(self, key: DeviceKey) -> PodRef | None:
+        """Which pod the lock names in the store itself."""
+        lease = self.backend.leases.get(key.id)
+        return lock_of(lease).pod if lease is not None else None
 
     async def settle(self, condition: Callable[[], bool], seconds: float) -> bool:
         """True as soon as the condition holds, looked at every 20 ms of virtual time; False after so many seconds."""

@@ -1,0 +1,98 @@
+"""Eviction of pods whose device came back as another: the API's eviction subresource (policy/v1) heeds budgets."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable
+from typing import Any, Protocol
+from urllib.parse import quote
+
+from usbip_plugin.clock import Clock
+from usbip_plugin.errors import KubeConflict, KubeError, KubeForbidden, KubeNotFound
+from usbip_plugin.model import PodRef
+from usbip_plugin.retry import backoff
+
+REQUEST_TIMEOUT_S = 5.0
+BACKOFF_FIRST_S = 1.0
+# A PodDisruptionBudget may refuse for as long as another pod takes to become ready.
+BACKOFF_MAX_S = 30.0
+# RBAC does not change often: the wait (seconds) after a 403.
+FORBIDDEN_WAIT_S = 60.0
+EVICTIONS = "pods/eviction"
+
+log = logging.getLogger(__name__)
+
+
+class EvictionApi(Protocol):
+    """What is used of the API client. Raises the KubeError family."""
+
+    async def request(
+        self, verb: str, path: str, *, resource: str, body: Any = None, timeout: float
+    ) -> dict[str, Any]: ...
+
+
+def eviction(pod: PodRef) -> dict[str, Any]:
+    """The Eviction object. With a uid it holds for this very pod and for no other of its name."""
+    body: dict[str, Any] = {
+        "apiVersion": "policy/v1",
+        "kind": "Eviction",
+        "metadata": {"name": pod.name, "namespace": pod.namespace},
+    }
+    if pod.uid is not None:
+        body["deleteOptions"] = {"preconditions": {"uid": pod.uid}}
+    return body
+
+
+class Evictor:
+    """Evicts the pods it is told of, each until it is accepted, the pod is gone, or it is not wanted any more.
+
+    wanted(pod) is asked before each try. Errors are logged and tried again, never raised.
+    """
+
+    def __init__(self, api: EvictionApi, clock: Clock, rng: random.Random, wanted: Callable[[PodRef], bool]) -> None:
+        self._api, self._clock, self._rng, self._wanted = api, clock, rng, wanted
+        self._asked: asyncio.Queue[PodRef] = asyncio.Queue()
+        self._under_way: set[PodRef] = set()
+
+    def evict(self, pod: PodRef) -> None:
+        """Asks for it, without waiting. Again while it is under way: nothing."""
+        if pod not in self._under_way:
+            self._under_way.add(pod)
+            self._asked.put_nowait(pod)
+
+    async def run(self) -> None:
+        """Until cancelled; what is under way is forgotten then."""
+        async with asyncio.TaskGroup() as tasks:
+            while True:
+                pod = await self._asked.get()
+                tasks.create_task(self._evict(pod), name=f"evict {pod}")
+
+    async def _evict(self, pod: PodRef) -> None:
+        waits = backoff(self._rng, BACKOFF_FIRST_S, BACKOFF_MAX_S)
+        try:
+            while self._wanted(pod):
+                wait = next(waits)
+                try:
+                    await self._request(pod)
+                except KubeForbidden as error:
+                    log.warning("not allowed to evict", extra={"pod": str(pod), "error": str(error)})
+                    wait = FORBIDDEN_WAIT_S
+                except KubeError as error:
+                    # 429 is what a PodDisruptionBudget answers
+                    log.warning("not evicted yet", extra={"pod": str(pod), "error": str(error)})
+                else:
+                    return
+                await self._clock.sleep(wait)
+        finally:
+            self._under_way.discard(pod)
+
+    async def _request(self, pod: PodRef) -> None:
+        path = f"/api/v1/namespaces/{quote(pod.namespace, safe='')}/pods/{quote(pod.name, safe='')}/eviction"
+        try:
+            await self._api.request("create", path, resource=EVICTIONS, body=eviction(pod), timeout=REQUEST_TIMEOUT_S)
+        except (KubeNotFound, KubeConflict):
+            log.info("gone before it was evicted", extra={"pod": str(pod)})
+        else:
+            log.info("evicted", extra={"pod": str(pod)})
