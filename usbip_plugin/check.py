@@ -194,8 +194,10 @@ class Permission:
         return text + (f" in {self.namespace}" if self.namespace else "")
 
 
-def permissions_needed(namespace: str, node: str, *, publish_node_status: bool) -> tuple[Permission, ...]:
-    """All that the plugin asks of the API server. namespace: of the Leases."""
+def permissions_needed(
+    namespace: str, node: str, *, publish_node_status: bool, evict: bool = False
+) -> tuple[Permission, ...]:
+    """All that the plugin asks of the API server. namespace: of the Leases. evict: a resource has onLoss: evict."""
     leases = tuple(
         Permission(verb, "coordination.k8s.io", "leases", namespace)
         for verb in ("get", "list", "watch", "create", "update")
@@ -206,7 +208,8 @@ def permissions_needed(namespace: str, node: str, *, publish_node_status: bool) 
         Permission("create", "events.k8s.io", "events"),
     )
     status = Permission("patch", "", "nodes", subresource="status", name=node)
-    return (*leases, *others, *((status,) if publish_node_status else ()))
+    eviction = Permission("create", "", "pods", subresource="eviction")
+    return (*leases, *others, *((status,) if publish_node_status else ()), *((eviction,) if evict else ()))
 
 
 async def api_check(kube: KubeRequests, permissions: Sequence[Permission]) -> list[Finding]:

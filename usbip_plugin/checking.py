@@ -23,7 +23,7 @@ from usbip_plugin.check import (
     socket_check,
 )
 from usbip_plugin.clock import SystemClock
-from usbip_plugin.config import Config
+from usbip_plugin.config import Config, OnLoss
 from usbip_plugin.config.reload import Loaded
 from usbip_plugin.errors import ConfigError
 from usbip_plugin.kube import connect
@@ -52,7 +52,10 @@ async def check_node(options: Options, loaded: Loaded | ConfigError) -> tuple[st
                 return [Finding("API server", Status.FAIL, "\n".join(error.problems))]
             try:
                 needed = permissions_needed(
-                    options.namespace, options.node, publish_node_status=config.publish_node_status
+                    options.namespace,
+                    options.node,
+                    publish_node_status=config.publish_node_status,
+                    evict=any(resource.on_loss is OnLoss.EVICT for resource in config.resources),
                 )
                 granted = await api_check(kube, needed)
                 return [*granted, *await admission_check(kube, options.namespace, options.node)]

@@ -20,7 +20,7 @@ KUBERNETES = "1.37"
 """Version that `helm template` is told it renders for; without a cluster it does not know."""
 RENDER_S = 60.0
 
-VARIANTS = ("base", "kind", "modules", "tracing")
+VARIANTS = ("base", "evict", "kind", "modules", "tracing")
 """Each a directory for kustomize, and for Helm the default values or ci/NAME-values.yaml."""
 
 Object = dict[str, Any]

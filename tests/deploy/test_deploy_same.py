@@ -69,7 +69,7 @@ def test_components_go_together(tools: Tools, tmp_path: Path) -> None:
         "images": [{"name": "usbip-plugin", "newTag": "e2e"}],
     }
     (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(own), encoding="utf-8")
-    values = [argument for variant in ("modules", "tracing", "kind") for argument in chart_values(variant)]
+    values = [argument for variant in ("evict", "modules", "tracing", "kind") for argument in chart_values(variant)]
     assert_same(tools.kustomize(tmp_path), tools.chart(*values))
 
 

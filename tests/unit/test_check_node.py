@@ -196,7 +196,10 @@ async def test_a_missing_permission_is_named_with_verb_and_resource() -> None:
 
 
 async def test_node_status_is_asked_for_only_if_it_is_published() -> None:
+    evicting = check.permissions_needed("n", "node-a", publish_node_status=True, evict=True)
+    assert "create pods/eviction" in " ".join(map(str, evicting))
     needed = check.permissions_needed("n", "node-a", publish_node_status=False)
+    assert "eviction" not in " ".join(map(str, needed))
     assert not any(permission.resource == "nodes" for permission in needed)
 
 
