@@ -14,7 +14,8 @@ from usbip_plugin.errors import KubeConflict, KubeError, KubeForbidden, KubeNotF
 from usbip_plugin.model import PodRef
 from usbip_plugin.retry import backoff
 
-REQUEST_TIMEOUT_S = 5.0
+# The API server itself tries for 10 s before it says that the uid is another.
+REQUEST_TIMEOUT_S = 15.0
 BACKOFF_FIRST_S = 1.0
 # A PodDisruptionBudget may refuse for as long as another pod takes to become ready.
 BACKOFF_MAX_S = 30.0
