@@ -6,6 +6,7 @@ Only the configuration loaders and the HTTP client of kubernetes_asyncio are use
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -248,7 +249,11 @@ def _from_service_account(environ: Mapping[str, str], directory: Path, clock: Cl
 
 
 def _token_header(path: Path) -> str:
-    return "Bearer " + path.read_text(encoding="ascii").strip()
+    """OSError also for a file that holds no token: it becomes part of an HTTP header."""
+    token = path.read_text(encoding="ascii", errors="replace").strip()
+    if not token.isascii() or not token.isprintable():
+        raise OSError(errno.EINVAL, "not a token", str(path))
+    return "Bearer " + token
 
 
 async def _from_kubeconfig(path: str, clock: Clock) -> KubeClient:

@@ -209,7 +209,7 @@ CONFIGURATIONS = mapping(
 )
 
 
-@brief(300)
+@brief(200)
 @given(CONFIGURATIONS, st.booleans())
 def test_anything_like_a_configuration_is_one_or_is_refused(value: object, flow: bool) -> None:
     configuration(yaml.safe_dump(value, default_flow_style=flow, allow_unicode=True).encode("utf-8", "surrogatepass"))

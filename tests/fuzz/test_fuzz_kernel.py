@@ -50,7 +50,7 @@ def test_nports_that_is_no_number_of_ports_is_refused_in_few_words(text: str) ->
     fit_to_raise(caught.value, 200)
 
 
-@brief(200)
+@brief(100)
 @given(st.text(st.characters(categories=["L", "N", "P", "S"]), min_size=1, max_size=40), st.integers(1, 65535))
 def test_a_record_survives_the_file(host: str, port: int) -> None:
     key = DeviceKey(ServerKey(host, port), "1-1.4")
@@ -160,7 +160,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("devices")
 
 
-@brief(150)
+@brief(80)
 @given(texts=st.lists(TEXTS, min_size=8, max_size=11), number=st.integers(0, 10**9))
 def test_a_device_directory_of_any_contents(place: Path, texts: list[str], number: int) -> None:
     directory = place / f"{number}-{abs(hash(tuple(texts)))}"

@@ -68,7 +68,7 @@ def test_what_is_understood_is_taken(target: Target) -> None:
 def test_noise_and_damage_are_errors_that_are_expected(target: Target) -> None:
     seeds = list(target.seeds())
 
-    @brief(60)
+    @brief(40)
     @given(st.one_of(changed(seeds), changed(seeds), st.binary(max_size=300)))
     def run(data: bytes) -> None:
         target.run(data)

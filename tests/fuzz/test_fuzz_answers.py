@@ -14,9 +14,11 @@ import pytest
 from fuzz_cluster import grpc_detail
 from fuzz_target import fit_to_show
 
-from usbip_plugin import kube
+from usbip_plugin import inventory, kube
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.errors import KubeServerError, KubeThrottled, PluginError, PodResourcesUnavailable, ServerUnreachable
+from usbip_plugin.kubelet import deviceplugin_pb2 as pb
+from usbip_plugin.kubelet.device_plugin import ContainerResponse, DevicePluginServer
 from usbip_plugin.kubelet.pod_resources import GrpcPodResources
 from usbip_plugin.kubelet.pods import OwnPods, PodPhase, read_pod
 from usbip_plugin.kubelet.status import MAX_DETAIL_CHARACTERS, status_details
@@ -153,3 +155,62 @@ def test_a_log_record_of_megabytes_is_a_line_of_kilobytes() -> None:
     )
     for formatter in (JsonFormatter(), TextFormatter()):
         fit_to_show(formatter.format(entry), 1 << 20)
+
+
+@pytest.mark.parametrize("token", [b"\xff\xfe", "t\u00f6ken".encode(), b"a\r\nX-Header: b", b"a\0b", b"\x1b"])
+def test_a_token_that_does_not_fit_into_a_header_is_a_file_that_cannot_be_read(tmp_path: Path, token: bytes) -> None:
+    (tmp_path / "token").write_bytes(token)
+    with pytest.raises(OSError, match="not a token"):
+        kube._token_header(tmp_path / "token")
+
+
+class Backend:
+    """Takes what it is asked for, and remembers it."""
+
+    def __init__(self) -> None:
+        self.asked: list[object] = []
+
+    async def allocate_all(self, resource: str, requests: tuple[tuple[str, ...], ...]) -> tuple[ContainerResponse, ...]:
+        self.asked.append(requests)
+        return tuple(ContainerResponse() for _ in requests)
+
+    def preferred(self, resource: str, available: tuple[str, ...], must: tuple[str, ...], size: int) -> tuple[str, ...]:
+        return inventory.preferred(available, must, size, "node-a", {})
+
+    async def pre_start(self, resource: str, device_ids: tuple[str, ...]) -> None:
+        self.asked.append(device_ids)
+
+
+async def test_a_kubelet_that_asks_nonsense_is_refused_and_the_next_request_is_answered() -> None:
+    backend = Backend()
+    server = DevicePluginServer("usbip.dev/a", backend)
+    many = pb.AllocateRequest(container_requests=[pb.ContainerAllocateRequest(devices_ids=["d"])] * 65)
+    nonsense = {
+        "Allocate": [b"\xff\xff", b"\x0a\x03\x0a\x01\xff", b"\x0a\x00", many.SerializeToString(), b"\0" * (1 << 20)],
+        "PreStartContainer": [b"\xff\xff", b"", b"\x0a\x01\xff"],
+    }
+    with tempfile.TemporaryDirectory(prefix="k") as directory:
+        path = Path(directory) / "plugin.sock"
+        async with server.serving(path), grpc.aio.insecure_channel(f"unix:{path}") as channel:
+
+            async def call(method: str, request: bytes) -> bytes:
+                raw: bytes = await channel.unary_unary(f"/v1beta1.DevicePlugin/{method}", bytes, bytes)(
+                    request, timeout=10
+                )
+                return raw
+
+            for method, requests in nonsense.items():
+                for request in requests:
+                    with pytest.raises(grpc.aio.AioRpcError):
+                        await call(method, request)
+            assert backend.asked == []
+            ids = [f"d{n}" for n in range(10_000)]
+            for size in (-(2**31), -1, 0, 3, 2**31 - 1):
+                wish = pb.ContainerPreferredAllocationRequest(available_deviceIDs=ids, allocation_size=size)
+                asked = pb.PreferredAllocationRequest(container_requests=[wish])
+                answer = await call("GetPreferredAllocation", asked.SerializeToString())
+                response = pb.PreferredAllocationResponse.FromString(answer)
+                assert len(response.container_responses[0].deviceIDs) == max(0, min(size, len(ids)))
+            good = pb.AllocateRequest(container_requests=[pb.ContainerAllocateRequest(devices_ids=["d"])])
+            await call("Allocate", good.SerializeToString())
+            assert backend.asked == [(("d",),)]

@@ -29,6 +29,8 @@ from usbip_plugin.locks.manager import LockManager, LockSettings, Standing
 from usbip_plugin.locks.store import Lease
 from usbip_plugin.locks.view import newer
 from usbip_plugin.model import DeviceKey, Lock, NodeIdentity, ServerKey, UsbId
+from usbip_plugin.notices import Notice, What, event_of
+from usbip_plugin.observe.events import event_body
 from usbip_plugin.observe.logs import JsonFormatter, TextFormatter
 from usbip_plugin.sim.loop import SimClock, virtual
 
@@ -98,7 +100,7 @@ OBJECTS = st.fixed_dictionaries(
 )
 
 
-@brief(300)
+@brief(200)
 @given(OBJECTS)
 def test_an_object_of_any_kind_is_a_lease_or_an_answer_that_cannot_be_read(value: dict[str, Any]) -> None:
     lease_object(value)
@@ -297,6 +299,10 @@ async def shown(manager: LockManager, api: RawApi) -> None:
     device = inventory.Seen(KEY, UsbId(1, 2), DeviceSelector(KEY.server))
     fit_to_show(inventory.health(facts, device).detail, 1200)
     fit_to_show(known.holder, 256)
+    notice = Notice(What.LOCK_LOST, KEY, f"node {known.holder} holds it now", known.pod)
+    event = event_body(ME, event_of(notice), known.pod, "name", "2030-01-01T00:00:00.000000Z")
+    assert len(event["note"].encode()) <= 1024
+    assert len(json.dumps(event)) <= 8192
     text = table(await held_devices(KubernetesLeases(api, "ns")))  # type: ignore[arg-type]
     for line in text.splitlines():
         fit_to_show(line, 2048)
