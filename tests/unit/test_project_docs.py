@@ -120,3 +120,10 @@ def test_the_ci_script_is_sound_and_runs_targets_that_exist() -> None:
     subprocess.run(["bash", "-n", str(script)], check=True)
     used = re.findall(r"^ *section \w+ \d+ make ([a-z0-9-]+)", script.read_text(encoding="utf-8"), re.MULTILINE)
     assert {"lint", "demo", "test", "test-apiserver", "test-kernel"} <= set(used) <= make_targets()
+
+
+def test_the_tests_that_reliability_names_exist() -> None:
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs/reliability.md").read_text(encoding="utf-8")))
+    sources = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    assert named
+    assert not {name for name in named if f"def {name}(" not in sources}
