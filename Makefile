@@ -5,6 +5,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTEST := $(BIN)/python -m pytest
 # longest time for the tests in the guest, which is emulated
 GUEST_SECONDS := 900
+# how often `make test-kills` kills, and how long it may take
+KILLS := 200
+KILLS_SECONDS := 5400
 # how long each fuzz target runs
 SECONDS := 10
 
@@ -13,7 +16,7 @@ PYTHONS := $(PYTHON) python3.13 python3.12 python3.11 python3.14 python3
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test model test-apiserver test-kernel test-deploy image test-image e2e test-kubelet test-node test-all \
+.PHONY: help demo test model test-apiserver test-kernel test-kills test-deploy image test-image e2e test-kubelet test-node test-all \
 	bench bench-kernel fuzz lint format proto clean
 
 help: ## this list
@@ -33,6 +36,9 @@ test-apiserver: $(VENV)/.test ## lock tests against a real kube-apiserver and et
 
 test-kernel: $(VENV)/.test ## driver tests against a real vhci_hcd in a QEMU guest (Debian, root for packages)
 	tests/lab/guest/run.sh -u -t $(GUEST_SECONDS) '$(PYTEST) -p no:cacheprovider tests/kernel $(ARGS)'
+
+test-kills: $(VENV)/.test ## the plugin killed KILLS times (200) at random moments, on the real kernel; half an hour
+	tests/lab/guest/run.sh -u -t $(KILLS_SECONDS) '$(PYTEST) -s -p no:cacheprovider tests/kernel/test_kernel_agent_kills.py --kills $(KILLS) $(ARGS)'
 
 test-deploy: $(VENV)/.test ## the manifests and the chart: rendered, compared, tried on a real kube-apiserver
 	$(PYTEST) tests/deploy $(ARGS)

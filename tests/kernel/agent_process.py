@@ -19,11 +19,26 @@ from usbip_plugin.clock import SystemClock
 from usbip_plugin.config.reload import load_config
 from usbip_plugin.kubelet.directory import PluginDirectory
 from usbip_plugin.kubelet.pod_resources import GrpcPodResources
-from usbip_plugin.model import NodeIdentity
+from usbip_plugin.model import NodeIdentity, PodRef
 from usbip_plugin.observe.logs import set_up_logging
 from usbip_plugin.process import boot_id
 from usbip_plugin.resources import SocketRegistrar
 from usbip_plugin.usbip.client import TcpUsbipClient
+
+
+class AgreeingApi:
+    """A PodView: an API server that knows of each pod, and of none that lives unless the kubelet lists it."""
+
+    synced = True
+
+    def find(self, namespace: str, name: str) -> PodRef | None:
+        return PodRef(namespace, name, f"uid-of-{name}")
+
+    def ended(self, namespace: str, name: str) -> bool:
+        return False
+
+    def wanting(self, domain: str) -> frozenset[PodRef]:
+        return frozenset()
 
 
 async def main(config: Path, directory: Path, leases: Path) -> None:
@@ -40,6 +55,7 @@ async def main(config: Path, directory: Path, leases: Path) -> None:
             clock=clock,
             rng=rng,
             tracer=NoOpTracer(),
+            pods=AgreeingApi(),
         )
         await Agent(outside, load_config(config).config, domain=DOMAIN).run()
 

@@ -19,6 +19,12 @@ from kernel_rig import ALL, KernelRig  # noqa: E402
 from usbipd import RealUsbipd  # noqa: E402
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("kernel")
+    group.addoption("--kills", default="5", help="how often the plugin is killed at a random moment")
+    group.addoption("--kills-seed", default="1", help="which moments these are")
+
+
 @pytest.fixture(scope="session")
 def usbipd_host() -> Iterator[RealUsbipd]:
     """The guest's devices bound to usbip-host. Refuses to run anywhere but in the guest: it rebinds USB devices."""
