@@ -69,7 +69,8 @@ printf '{"server": "https://10.96.0.1", "token": "%s", "ca": "%s"}\n' "$(cat "$s
   >"$state/api.json"
 
 cd "$root"
-printf -v arguments '%q ' "$@"
+arguments=
+[ $# = 0 ] || printf -v arguments '%q ' "$@"
 command=${COMMAND:-"$(realpath -s "$python") -m pytest -p no:cacheprovider tests/node $arguments"}
 status=0
 tests/lab/guest/run.sh -u -N -w "$state" -m "$MEMORY" -t "$SECONDS_IN_GUEST" \
