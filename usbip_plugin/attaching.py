@@ -82,6 +82,7 @@ class Pipeline:
         self._driver = means.driver
         self._locks = means.locks
         self._clock = means.clock
+        self._rng = means.rng
         self._tracer = means.tracer
         self._book = book
         self._note_port = note_port
@@ -160,7 +161,7 @@ class Pipeline:
 
     async def _import(self, key: DeviceKey, grant: Grant, deadline: float) -> Imported:
         until = min(grant.import_deadline, deadline)
-        async for attempt in retry.import_busy(self._clock):
+        async for attempt in retry.import_busy(self._clock, self._rng):
             with attempt:
                 self._check_window(key, grant)
                 left = max(0.0, until - self._clock.monotonic())
