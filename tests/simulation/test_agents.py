@@ -24,10 +24,10 @@ from usbip_plugin.config import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.inventory import API_GRACE
 from usbip_plugin.model import Reason
 from usbip_plugin.sim.cluster import cluster
-from usbip_plugin.sim.loop import virtual
+from usbip_plugin.sim.steploop import stepped
 
 
-@virtual
+@stepped
 async def test_an_allocate_attaches_here_and_withdraws_everywhere_else() -> None:
     lab = server("lab", stick("1-1"))
     device = key(lab, "1-1")
@@ -42,7 +42,7 @@ async def test_an_allocate_attaches_here_and_withdraws_everywhere_else() -> None
         assert health(c, c["node-a"]) == {device.id: True}
 
 
-@virtual
+@stepped
 async def test_the_loser_of_a_race_hears_who_holds_the_device() -> None:
     lab = server("lab", stick("1-1"))
     device = key(lab, "1-1")
@@ -59,7 +59,7 @@ async def test_the_loser_of_a_race_hears_who_holds_the_device() -> None:
         assert health(c, c[loser]) == {device.id: False}, "the loser's kubelet knew before its Allocate failed"
 
 
-@virtual
+@stepped
 async def test_a_pods_end_frees_the_device_for_the_others_and_keeps_the_lease() -> None:
     lab = server("lab", stick("1-1"))
     device = key(lab, "1-1")
@@ -76,7 +76,7 @@ async def test_a_pods_end_frees_the_device_for_the_others_and_keeps_the_lease() 
         assert await c["node-b"].admit(pod("q"), "stick") is None
 
 
-@virtual
+@stepped
 async def test_a_device_allocated_for_a_pod_that_never_came_is_released_after_the_grace() -> None:
     lab = server("lab", stick("1-1"))
     device = key(lab, "1-1")
@@ -90,7 +90,7 @@ async def test_a_device_allocated_for_a_pod_that_never_came_is_released_after_th
         assert c["node-a"].attached() == frozenset()
 
 
-@virtual
+@stepped
 async def test_the_same_allocate_again_returns_the_live_attachment() -> None:
     lab = server("lab", stick("1-1"))
     device = key(lab, "1-1")
@@ -106,7 +106,7 @@ async def test_the_same_allocate_again_returns_the_live_attachment() -> None:
         assert lab.connections == imports
 
 
-@virtual
+@stepped
 async def test_identical_sticks_are_two_devices_and_go_to_two_pods() -> None:
     lab = server("lab", stick("1-1"), stick("1-2"))
     one, two = key(lab, "1-1"), key(lab, "1-2")
@@ -118,7 +118,7 @@ async def test_identical_sticks_are_two_devices_and_go_to_two_pods() -> None:
         assert (lab.importers("1-1"), lab.importers("1-2")) == (1, 1)
 
 
-@virtual
+@stepped
 async def test_two_devices_for_one_pod_are_all_or_nothing() -> None:
     lab, attic = server("lab", stick("1-1")), server("attic", stick("1-1"))
     one, two = key(lab, "1-1"), key(attic, "1-1")
@@ -133,7 +133,7 @@ async def test_two_devices_for_one_pod_are_all_or_nothing() -> None:
         assert lab.importers("1-1") == 0
 
 
-@virtual
+@stepped
 async def test_a_silent_server_costs_its_own_allocate_no_more_than_the_timeout_and_others_nothing() -> None:
     lab, attic = server("lab", stick("1-1")), server("attic", dongle("1-1"))
     good, dead = key(lab, "1-1"), key(attic, "1-1")
@@ -157,7 +157,7 @@ async def test_a_silent_server_costs_its_own_allocate_no_more_than_the_timeout_a
         assert reason(c["node-a"], dead) is Reason.SERVER_UNREACHABLE
 
 
-@virtual
+@stepped
 async def test_a_server_that_is_gone_makes_its_devices_unhealthy_and_drops_none() -> None:
     lab = server("lab", stick("1-1"))
     device = key(lab, "1-1")
@@ -170,7 +170,7 @@ async def test_a_server_that_is_gone_makes_its_devices_unhealthy_and_drops_none(
         await becomes(c, c["node-a"], device, healthy=True, within=60)
 
 
-@virtual
+@stepped
 async def test_an_unplugged_device_stays_in_the_list_as_unhealthy() -> None:
     lab = server("lab", stick("1-1"), stick("1-2"))
     gone, stays = key(lab, "1-1"), key(lab, "1-2")
@@ -182,7 +182,7 @@ async def test_an_unplugged_device_stays_in_the_list_as_unhealthy() -> None:
         assert health(c, c["node-a"])[stays.id] is True
 
 
-@virtual
+@stepped
 async def test_another_device_behind_a_known_busid_is_not_given_out_as_the_old_one() -> None:
     lab = server("lab", stick("1-1"))
     device = key(lab, "1-1")
@@ -194,7 +194,7 @@ async def test_another_device_behind_a_known_busid_is_not_given_out_as_the_old_o
         assert reason(c["node-a"], device) is Reason.LISTED_WRONG
 
 
-@virtual
+@stepped
 async def test_a_server_that_lies_about_a_device_is_found_out_and_the_device_let_go() -> None:
     lab = server("lab", stick("1-1"))
     device = key(lab, "1-1")
@@ -207,7 +207,7 @@ async def test_a_server_that_lies_about_a_device_is_found_out_and_the_device_let
         assert await c.settle(lambda: c.holder(device) == "" and lab.importers("1-1") == 0, 5)
 
 
-@virtual
+@stepped
 async def test_a_restarted_plugin_adopts_what_is_attached_and_its_first_list_is_healthy() -> None:
     lab = server("lab", stick("1-1"), stick("1-2"))
     device = key(lab, "1-1")
@@ -234,7 +234,7 @@ async def test_a_restarted_plugin_adopts_what_is_attached_and_its_first_list_is_
         assert await c.settle(lambda: c.holder(held) == "", 5), "the release still happens"
 
 
-@virtual
+@stepped
 async def test_a_pod_that_ended_while_the_plugin_was_down_is_released_by_the_next_process() -> None:
     lab = server("lab", stick("1-1"))
     device = key(lab, "1-1")
@@ -249,7 +249,7 @@ async def test_a_pod_that_ended_while_the_plugin_was_down_is_released_by_the_nex
         assert await c.settle(lambda: c.holder(device) == "" and not node.attached(), ALLOCATION_GRACE + 5)
 
 
-@virtual
+@stepped
 async def test_a_lost_connection_is_re_attached_under_the_same_lock() -> None:
     lab = server("lab", stick("1-1"))
     device = key(lab, "1-1")
@@ -267,7 +267,7 @@ async def test_a_lost_connection_is_re_attached_under_the_same_lock() -> None:
         assert not lab.violations
 
 
-@virtual
+@stepped
 async def test_a_lost_device_is_re_attached_as_soon_as_its_server_lists_it_again() -> None:
     lab = server("lab", stick("1-1"))
     device = key(lab, "1-1")
@@ -286,7 +286,7 @@ async def test_a_lost_device_is_re_attached_as_soon_as_its_server_lists_it_again
         assert lab.connections - tries <= 3, "a look at the list, and one import"
 
 
-@virtual
+@stepped
 async def test_a_dead_nodes_device_is_taken_over_after_the_locks_duration_and_not_before() -> None:
     lab = server("lab", stick("1-1"))
     device = key(lab, "1-1")
@@ -306,7 +306,7 @@ async def test_a_dead_nodes_device_is_taken_over_after_the_locks_duration_and_no
         assert c["node-a"].attached() == frozenset()
 
 
-@virtual
+@stepped
 async def test_a_silent_plugin_whose_kernel_still_has_the_device_is_never_robbed() -> None:
     lab = server("lab", stick("1-1"))
     device = key(lab, "1-1")
@@ -318,7 +318,7 @@ async def test_a_silent_plugin_whose_kernel_still_has_the_device_is_never_robbed
         assert c.holder(device) == "node-a"
 
 
-@virtual
+@stepped
 async def test_without_the_api_server_what_runs_stays_and_nothing_new_is_given() -> None:
     lab = server("lab", stick("1-1"), stick("1-2"))
     one, two = key(lab, "1-1"), key(lab, "1-2")
@@ -341,7 +341,7 @@ async def test_without_the_api_server_what_runs_stays_and_nothing_new_is_given()
         assert c.holder(held) == "node-a"
 
 
-@virtual
+@stepped
 async def test_an_allocate_without_the_api_server_fails_in_time_and_says_so() -> None:
     lab = server("lab", stick("1-1"))
     device = key(lab, "1-1")
@@ -359,7 +359,7 @@ async def test_an_allocate_without_the_api_server_fails_in_time_and_says_so() ->
         await becomes(c, node, device, healthy=True, within=60)
 
 
-@virtual
+@stepped
 async def test_a_lock_taken_away_is_withdrawn_and_detached() -> None:
     lab = server("lab", stick("1-1"))
     device = key(lab, "1-1")
@@ -375,7 +375,7 @@ async def test_a_lock_taken_away_is_withdrawn_and_detached() -> None:
         assert c.holder(device) == "node-z", "somebody else's lock is left alone"
 
 
-@virtual
+@stepped
 async def test_a_rebooted_node_takes_its_own_lock_again_for_a_pod_that_is_still_there() -> None:
     lab = server("lab", stick("1-1"))
     device = key(lab, "1-1")
@@ -391,7 +391,7 @@ async def test_a_rebooted_node_takes_its_own_lock_again_for_a_pod_that_is_still_
         assert c.backend.leases[device.id].transitions == epoch + 1, "another boot is another epoch (R3)"
 
 
-@virtual
+@stepped
 async def test_a_kubelet_restart_loses_no_device_and_no_update() -> None:
     lab = server("lab", stick("1-1"))
     device = key(lab, "1-1")
@@ -404,7 +404,7 @@ async def test_a_kubelet_restart_loses_no_device_and_no_update() -> None:
         await becomes(c, node, device, healthy=False)
 
 
-@virtual
+@stepped
 async def test_a_full_port_table_is_a_reason_and_ends_with_it() -> None:
     lab = server("lab", stick("1-1"))
     device = key(lab, "1-1")
@@ -419,7 +419,7 @@ async def test_a_full_port_table_is_a_reason_and_ends_with_it() -> None:
         await becomes(c, node, device, healthy=True)
 
 
-@virtual
+@stepped
 async def test_a_foreign_attachment_is_never_touched() -> None:
     lab = server("lab", stick("1-1"))
     device = key(lab, "1-1")
@@ -437,7 +437,7 @@ async def test_a_foreign_attachment_is_never_touched() -> None:
         assert all(node.kernel.occupant(number) is not None for number in foreign)
 
 
-@virtual
+@stepped
 async def test_a_port_stuck_in_005_is_tried_once_more() -> None:
     lab = server("lab", stick("1-1"))
     device = key(lab, "1-1")
@@ -449,7 +449,7 @@ async def test_a_port_stuck_in_005_is_tried_once_more() -> None:
         assert node.attached() == {device}
 
 
-@virtual
+@stepped
 async def test_a_refused_attach_leaves_no_lock_no_port_and_no_import() -> None:
     lab = server("lab", stick("1-1"))
     device = key(lab, "1-1")
@@ -464,7 +464,7 @@ async def test_a_refused_attach_leaves_no_lock_no_port_and_no_import() -> None:
         assert node.attached() == frozenset()
 
 
-@virtual
+@stepped
 async def test_a_reload_adds_and_removes_resources_and_keeps_a_held_device() -> None:
     lab = server("lab", stick("1-1"), dongle("1-2"))
     held, other = key(lab, "1-1"), key(lab, "1-2")
@@ -482,7 +482,7 @@ async def test_a_reload_adds_and_removes_resources_and_keeps_a_held_device() -> 
         assert c.holder(held) == ""
 
 
-@virtual
+@stepped
 async def test_a_serial_number_is_read_once_for_all_nodes_and_selects() -> None:
     lab = server("lab", stick("1-1", "RED"), stick("1-2", "BLUE"))
     red, blue = key(lab, "1-1"), key(lab, "1-2")
@@ -501,7 +501,7 @@ async def test_a_serial_number_is_read_once_for_all_nodes_and_selects() -> None:
         assert lab.connections >= probes
 
 
-@virtual
+@stepped
 async def test_without_resources_a_node_is_ready_and_takes_them_when_they_come() -> None:
     lab = server("lab", stick("1-1"))
     wanted = spec([lab], nodes=1)

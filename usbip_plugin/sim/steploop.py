@@ -17,6 +17,7 @@ from contextvars import Context, ContextVar, copy_context
 from typing import Any, ParamSpec, TypeVar
 
 from usbip_plugin.sim.loop import Deadlock
+from usbip_plugin.sim.socket import MemoryStreams
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -48,6 +49,8 @@ class Process:
         self._host = host
         self._guests: list[Process] = []
         self._frozen = False
+        self._halted_at = 0.0
+        self._halted_for = 0.0
         self._parked: list[asyncio.Handle] = []
         self._tasks: weakref.WeakSet[_Task] = weakref.WeakSet()
         self._remains: list[_Task] = []
@@ -73,11 +76,16 @@ class Process:
         self._frozen = False
         self.look_again()
 
+    def halted_time(self) -> float:
+        """Seconds of the loop for which it was frozen so far, all told."""
+        return self._halted_for + (self._loop.time() - self._halted_at if self.halted else 0.0)
+
     def kill(self) -> None:
         """Not one more step of it runs, no `finally` either. What was given to `at_death` is called. Idempotent."""
         if self.dead:
             return
-        self.dead = self.halted = True
+        self.dead = True
+        self.look_again()
         self._trap = None
         self._remains = self.tasks()  # or they were collected, which would run what is left of them
         last_words, self._last_words = self._last_words, []
@@ -111,7 +119,7 @@ class Process:
         return self._loop.call_later(seconds, callback, *args, context=self.context)
 
     def create_task(self, coro: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
-        return self._loop.create_task(coro, name=name, context=self.context)
+        return self._loop.create_task(coro, name=name, context=self.context.copy())
 
     def release(self) -> None:
         """The simulation is over: whatever is left of it may run, and end. Of the dead, too."""
@@ -139,7 +147,11 @@ class Process:
 
     def look_again(self) -> None:
         """It or its host was frozen or thawed."""
-        self.halted = self._frozen or self.dead or (self._host is not None and self._host.halted)
+        before, self.halted = self.halted, self._frozen or self.dead or (self._host is not None and self._host.halted)
+        if self.halted and not before:
+            self._halted_at = self._loop.time()
+        elif before and not self.halted:
+            self._halted_for += self._loop.time() - self._halted_at
         for guest in self._guests:
             guest.look_again()
         if not self.halted:
@@ -157,7 +169,7 @@ class _Task(asyncio.Task[Any]):
         return self.number
 
 
-class StepLoop(asyncio.BaseEventLoop):
+class StepLoop(MemoryStreams, asyncio.BaseEventLoop):
     """Virtual time that stands still while anything is ready, then jumps to the next timer. No sockets, no threads.
 
     after_step is called after each step. unhandled collects what callbacks and tasks raised that nobody looked at.
