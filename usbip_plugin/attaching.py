@@ -18,7 +18,6 @@ from usbip_plugin.claims import Claim, ClaimBook, Event, State, own_port
 from usbip_plugin.clock import Clock
 from usbip_plugin.errors import AttachStuck, LockHeld, LockLost, LockUnavailable, WrongDevice
 from usbip_plugin.locks.manager import Grant, LockManager, LockMeta
-from usbip_plugin.locks.protocol import may_import
 from usbip_plugin.model import Attachment, Descriptor, DeviceKey, NodeIdentity, UsbId
 from usbip_plugin.usbip.client import Imported, UsbipClient
 from usbip_plugin.vhci.driver import PortState, VhciDriver
@@ -182,7 +181,7 @@ class Pipeline:
 
     def _check_window(self, key: DeviceKey, grant: Grant) -> None:
         """R1: no import, and no attach of what was imported, after the window."""
-        if not may_import(grant.import_deadline, self._clock.monotonic()):
+        if not self._locks.rules.may_import(grant.import_deadline, self._clock.monotonic()):
             raise LockUnavailable(str(key), "the import window after the lock write passed (rule R1)")
 
     def _check_still_ours(self, key: DeviceKey) -> None:

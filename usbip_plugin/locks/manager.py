@@ -123,6 +123,11 @@ class LockManager:
         return self._view.locks
 
     @property
+    def rules(self) -> Rules:
+        """What decides; for the part of R1 that is not the manager's."""
+        return self._rules
+
+    @property
     def api(self) -> ApiState:
         return self._contact.state
 

@@ -259,7 +259,7 @@ def _meta_notes(lease: Lease, key: DeviceKey, meta: LockMeta) -> dict[str, str |
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """The rules as the manager calls them, so that a simulation can put a wrong one in and see it caught."""
+    """The rules as they are called, so that a simulation can put a wrong one in and see it caught."""
 
     decide_acquire: Callable[[Lease | None, DeviceKey, LockMeta, Write, Observation | None, bool], Decision] = (
         decide_acquire
@@ -269,3 +269,4 @@ class Rules:
     decide_session: Callable[[Lease | None, Write], Decision] = decide_session
     observe: Callable[[Observation | None, Lease, Lease | None, float, float, float], Observation] = observe
     import_deadline: Callable[[float, float], float] = import_deadline
+    may_import: Callable[[float, float], bool] = may_import

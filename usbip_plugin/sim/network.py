@@ -25,7 +25,7 @@ DEAD_PEER_S = float(KEEPALIVE_IDLE_S + KEEPALIVE_INTERVAL_S * KEEPALIVE_COUNT)
 """Seconds after which an idle connection finds its other side dead."""
 USER_TIMEOUT_S = USER_TIMEOUT_MS / 1000
 """Seconds for which sent data may stay unacknowledged."""
-ORPHAN_S = 100.0
+ORPHAN_S = USER_TIMEOUT_S
 """Seconds for which the FIN of a connection that nobody has open any more is repeated."""
 
 _IMPORT_REQUEST = b"\x80\x03"
