@@ -24,6 +24,8 @@ class SimulatedVhci:
         self._kernel = kernel
         self._node = node
         self._known: dict[int, int] = {}
+        for number in [number for number in self._records if kernel.occupant(number) is None]:
+            del self._records[number]
 
     @property
     def _records(self) -> dict[int, DeviceKey]:

@@ -109,7 +109,7 @@ class VhciDriver(Protocol):
         ...
 
     async def run(self) -> None:
-        """Listen for changes until cancelled."""
+        """Forget a predecessor's records of ports that are free by now; then listen for changes until cancelled."""
         ...
 
     async def check(self) -> DriverReport:
