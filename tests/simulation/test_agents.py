@@ -295,7 +295,7 @@ async def test_a_dead_nodes_device_is_taken_over_after_the_locks_duration_and_no
         await c["node-a"].admit(pod("p"), "stick")
         await becomes(c, c["node-b"], device, healthy=False)
         died = asyncio.get_running_loop().time()
-        await c["node-a"].reboot()
+        c["node-a"].reboot()
         await becomes(c, c["node-b"], device, healthy=True, within=3 * LOCKS.duration)
         assert asyncio.get_running_loop().time() - died >= LOCKS.duration * 0.75
         assert reason(c["node-b"], device) is Reason.HOLDER_EXPIRED
@@ -384,7 +384,7 @@ async def test_a_rebooted_node_takes_its_own_lock_again_for_a_pod_that_is_still_
         await all_healthy(c, device)
         await node.admit(pod("p"), "stick")
         epoch = c.backend.leases[device.id].transitions
-        await node.reboot()
+        node.reboot()
         node.start()
         assert await c.settle(lambda: node.attached() == {device}, 10)
         assert c.holder(device) == "node-a"

@@ -129,7 +129,7 @@ class Chaos:
 
     async def reboot(self, node: ClusterNode) -> None:
         self.note(f"reboot {node.name}")
-        await node.reboot()
+        node.reboot()
         self.down.add(node.name)
 
     async def partition(self, node: ClusterNode) -> None:

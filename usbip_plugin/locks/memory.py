@@ -46,7 +46,6 @@ class Fate:
 
     A request that is delayed past the client's timeout, or whose client was cancelled, is still carried out when it
     arrives, as in life. refused: raised before anything happens. broken: raised after it, instead of the answer.
-    replay: of the delivery of watch events, how many older ones come once more before them.
     """
 
     request: float = 0.0
@@ -54,7 +53,6 @@ class Fate:
     lost: Lost = Lost.NOTHING
     refused: KubeError | None = None
     broken: KubeError | None = None
-    replay: int = 0
 
 
 FINE = Fate()
@@ -190,6 +188,7 @@ def _seen(past: _Past, labels: Mapping[str, str]) -> LeaseChange | None:
 class _Watcher:
     event: asyncio.Event
     broken: bool = False
+    replay: int = 0
 
 
 class MemoryLeases:
@@ -218,9 +217,19 @@ class MemoryLeases:
         """From now on open watches say nothing, until resume(), or until they have said nothing for WATCH_IDLE_S."""
         self._flowing.clear()
 
+    @property
+    def stalled(self) -> bool:
+        return not self._flowing.is_set()
+
     def resume(self) -> None:
         """What was to be said meanwhile is said now."""
         self._flowing.set()
+
+    def replay(self, count: int) -> None:
+        """The last so many changes come once more over every open watch, now."""
+        for watcher in self._watchers:
+            watcher.replay = count
+            watcher.event.set()
 
     def gone(self) -> None:
         """The process is dead: its watches are no more."""
@@ -253,8 +262,11 @@ class MemoryLeases:
             while True:
                 watcher.event.clear()
                 changes, version = self._backend.since(version, labels)
+                if watcher.replay:
+                    count, watcher.replay = watcher.replay, 0
+                    changes = (*self._backend.last(count, labels), *changes)
                 if changes:
-                    changes = (*await self._deliver(watcher, heard, labels), *changes)
+                    await self._deliver(watcher, heard)
                     heard = self._clock.monotonic()
                 for change in changes:
                     _intact(watcher)
@@ -279,10 +291,9 @@ class MemoryLeases:
             return False
         return True
 
-    async def _deliver(self, watcher: _Watcher, heard: float, labels: Mapping[str, str]) -> tuple[LeaseChange, ...]:
-        """The way of watch events to the client; older ones that come once more. A lost one is a dead connection."""
+    async def _deliver(self, watcher: _Watcher, heard: float) -> None:
+        """The way of watch events to the client. A lost one is a connection gone silent."""
         fate = self._faults(Operation(self._node, "event", ""))
-        older = self._backend.last(fate.replay + 1, labels)[:-1] if fate.replay else ()
         if fate.response:
             await asyncio.sleep(fate.response)
         if fate.lost is not Lost.NOTHING:
@@ -292,7 +303,6 @@ class MemoryLeases:
         if error is not None:
             raise error
         await self._flow(watcher, heard)
-        return older
 
     async def _flow(self, watcher: _Watcher, heard: float) -> None:
         """Returns when the connection is not silent, or has been for so long that the client gives it up."""

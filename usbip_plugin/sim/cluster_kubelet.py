@@ -24,9 +24,10 @@ REGISTER_AGAIN_S = 0.2
 
 @dataclass(eq=False, slots=True)
 class Call:
-    """A call of the kubelet that the plugin works on. began: loop time; halted: Process.halted_time() then."""
+    """A call of the kubelet that a plugin works on. began: loop time; halted: process.halted_time() then."""
 
-    pod: str
+    resource: str
+    process: Process
     began: float
     halted: float
 
@@ -145,7 +146,7 @@ class _Stream:
             coro.close()
             raise EndpointError("UNAVAILABLE", "the plugin's socket is closed")
         answer: asyncio.Future[Any] = loop_of().create_future()
-        call = Call(self._server.resource, loop_of().time(), self._process.halted_time())
+        call = Call(self._server.resource, self._process, loop_of().time(), self._process.halted_time())
 
         def done(task: asyncio.Task[Any]) -> None:
             if answer.done():

@@ -106,7 +106,7 @@ class ClusterNode:
             lock_rules=cluster.spec.rules,
             observer=cluster.spec.observer(self.name),
         )
-        self._task = process.create_task(self.agent.run(), f"agent {self.name}")
+        self._task = process.create_task(self.agent.run(), "agent")
 
     async def stop(self) -> None:
         """As SIGTERM: the agent ends in order; attachments, locks and pods stay. Raises what it died of."""
@@ -121,6 +121,21 @@ class ClusterNode:
             self.kill()
         if task.done() and not task.cancelled():
             task.result()
+
+    def terminate(self, over: Callable[[bool], None]) -> None:
+        """stop() without waiting: over(whether it ended by itself) is called STOP_S of its seconds later."""
+        task, process = self._task, self.process
+        if task is None or process is None:
+            return
+        task.cancel()
+
+        def end() -> None:
+            if self.process is process:
+                ended = task.done()
+                self.kill()
+                over(ended)
+
+        loop_of().call_later(STOP_S / self.clock.rate, end)
 
     def kill(self) -> None:
         """As SIGKILL: not one more step of the agent; the kernel closes its sockets."""
@@ -153,7 +168,7 @@ class ClusterNode:
         self.host.thaw()
         self._cluster.network.look_again(self.net)
 
-    async def reboot(self) -> None:
+    def reboot(self) -> None:
         """Agent, attachments and port records are gone; the boot id is a new one. Connections are closed properly."""
         self.kill()
         self.kernel.reboot()

@@ -72,18 +72,23 @@ class VirtualServer:
 
     async def stop(self, *, keep_imports: bool = False) -> None:
         """End every connection; new ones are refused. keep_imports: only the daemon dies, the kernels go on."""
+        self.halt(keep_imports=keep_imports)
+        if keep_imports:
+            return
+        async with self._clock.timeout(_CLOSE_TIMEOUT):
+            while self._open:
+                await self._next_close()
+
+    def halt(self, *, keep_imports: bool = False) -> None:
+        """The same, without waiting until every connection has ended."""
         self.running = False
         self.thaw()
         if self._listener is not None:
             self._listener.close()
             self._listener = None
-        if keep_imports:
-            return
-        for connection in tuple(self._open):
-            connection.end()
-        async with self._clock.timeout(_CLOSE_TIMEOUT):
-            while self._open:
-                await self._next_close()
+        if not keep_imports:
+            for connection in tuple(self._open):
+                connection.end()
 
     def freeze(self) -> None:
         """From now on connections are accepted and nothing is answered, nor is the end of a connection noticed."""
