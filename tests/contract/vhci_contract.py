@@ -183,6 +183,16 @@ class VhciContract:
         assert (await state(successor, attachment.port)).status is not PortStatus.NULL
         assert (await state(successor, attachment.port)).record is None
 
+    async def test_a_record_is_forgotten_for_the_device_it_names_and_for_no_other(self, rig: Rig) -> None:
+        driver, imported, other = rig.plugin(), await rig.import_twin(0), await rig.import_twin(1)
+        attachment = await attached(driver, imported)
+        await driver.forget(other.key, attachment.port)
+        assert (await state(driver, attachment.port)).record == imported.key
+        await driver.forget(imported.key, attachment.port)
+        assert (await state(driver, attachment.port)).record is None
+        assert (await state(driver, attachment.port)).status is PortStatus.USED, "the attachment stays"
+        other.close()
+
     async def test_somebody_elses_device_on_a_port_that_was_ours_is_left_alone(self, rig: Rig) -> None:
         driver, somebody, adopter = rig.plugin(), rig.plugin(), rig.plugin()
         lost = await rig.import_twin(0)

@@ -121,6 +121,10 @@ class SimulatedVhci:
         self._known.pop(port, None)
         self._records.pop(port, None)
 
+    async def forget(self, key: DeviceKey, port: int) -> None:
+        if self._records.get(port) == key:
+            del self._records[port]
+
     def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]:
         return self._kernel.bell.subscribe(callback)
 

@@ -156,6 +156,8 @@ class _Session:
                 return wire.attachment_out(None if found is None else self._service.provided(found))
             case "detach":
                 return await driver.detach(message["port"], timeout=message["timeout"])
+            case "forget":
+                return await driver.forget(wire.key_in(message["key"]), message["port"])
             case "check":
                 return wire.report_out(await driver.check())
             case other:

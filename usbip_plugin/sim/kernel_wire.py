@@ -18,7 +18,7 @@ from usbip_plugin.model import Attachment, Descriptor, DeviceKey, DeviceNode, In
 from usbip_plugin.vhci.driver import DriverReport, PortState
 from usbip_plugin.vhci.sysfs import PortStatus
 
-VERSION = 1
+VERSION = 2
 
 _PLAIN = {error.__name__: error for error in (AttachRefused, AttachStuck, DetachFailed)}
 

@@ -101,6 +101,10 @@ class VhciDriver(Protocol):
         """
         ...
 
+    async def forget(self, key: DeviceKey, port: int) -> None:
+        """Remove the port's record if it names key: the caller has seen that key's device stands there no more."""
+        ...
+
     def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]:
         """Call back, in the event loop, after whatever may have changed a port; returns the unsubscribe function.
 
