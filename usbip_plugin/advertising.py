@@ -346,10 +346,13 @@ class Advertiser:
         return any(device_id in devices for devices in self._members.values())
 
     def _spawn(self, work: Coroutine[object, object, None]) -> None:
-        if self._tasks is None:
-            work.close()
-        else:
-            self._tasks.create_task(work)
+        try:
+            if self._tasks is not None:
+                self._tasks.create_task(work)
+                return
+        except RuntimeError:  # the group is being cancelled, and waits for its tasks
+            pass
+        work.close()
 
 
 def _log_changes(resource: str, before: tuple[Advertised, ...], after: tuple[Advertised, ...]) -> None:

@@ -64,12 +64,15 @@ class DeviceWork:
         """Returns once work is taken."""
         await self._running.wait()
 
-    def spawn(self, work: Coroutine[object, object, None], name: str) -> None:
+    def spawn(self, work: Coroutine[object, object, None], name: str) -> asyncio.Task[None]:
         """Runs work in a task of its own. ClaimBusy if the plugin is being stopped."""
-        if self._tasks is None:
-            work.close()
-            raise ClaimBusy("the plugin on this node is being stopped; try again")
-        self._tasks.create_task(work, name=name)
+        try:
+            if self._tasks is not None:
+                return self._tasks.create_task(work, name=name)
+        except RuntimeError:  # the group is being cancelled, and waits for its tasks
+            pass
+        work.close()
+        raise ClaimBusy("the plugin on this node is being stopped; try again")
 
     def mutex(self, device_id: str) -> asyncio.Lock:
         """The one lock under which work on this device is done."""

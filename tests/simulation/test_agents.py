@@ -21,6 +21,7 @@ from cluster_rig import (
 
 from usbip_plugin.claims import ALLOCATION_GRACE, State
 from usbip_plugin.config import Config, DeviceSelector, ResourceConfig, Selector
+from usbip_plugin.errors import ClaimBusy
 from usbip_plugin.inventory import API_GRACE
 from usbip_plugin.model import Reason
 from usbip_plugin.sim.cluster import cluster
@@ -235,6 +236,25 @@ async def test_a_restarted_plugin_adopts_what_is_attached_and_its_first_list_is_
 
 
 @stepped
+async def test_an_allocate_that_comes_while_the_plugin_ends_is_told_so() -> None:
+    lab = server("lab", stick("1-1"), stick("1-2"))
+    one, two = key(lab, "1-1"), key(lab, "1-2")
+    async with cluster(spec([lab])) as c:
+        node = c["node-a"]
+        await all_healthy(c, one, two)
+        agent = node.agent
+        assert agent is not None
+        calls = [asyncio.create_task(agent.allocator.allocate_all(c.full("stick"), ((one.id,),)))]
+        await asyncio.sleep(0.1)  # attaching: there is something to end
+        node.terminate(lambda _ended: None)
+        for _ in range(12):
+            calls.append(asyncio.create_task(agent.allocator.allocate_all(c.full("stick"), ((two.id,),))))
+            await asyncio.sleep(0)
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        assert {type(result) for result in results} == {ClaimBusy}, results
+
+
+@stepped
 async def test_a_pod_that_ended_while_the_plugin_was_down_is_released_by_the_next_process() -> None:
     lab = server("lab", stick("1-1"))
     device = key(lab, "1-1")
@@ -265,6 +285,26 @@ async def test_a_lost_connection_is_re_attached_under_the_same_lock() -> None:
         assert node.attached() == {device}
         assert c.backend.leases[device.id].transitions == epoch
         assert not lab.violations
+
+
+@stepped
+async def test_an_attachment_that_was_lost_leaves_no_port_record() -> None:
+    lab = server("lab", stick("1-1"))
+    device = key(lab, "1-1")
+    async with cluster(spec([lab])) as c:
+        node = c["node-a"]
+        await all_healthy(c, device)
+        await node.admit(pod("p"), "stick")
+        (port,) = node.kernel.records["node-a"]
+        lab.drop("1-1")
+        await becomes(c, node, device, healthy=False)
+        node.kernel.fill_ports("hs", leave=3)  # the port it had may be somebody else's when it is attached again
+        await becomes(c, node, device, healthy=True)
+        assert node.agent is not None
+        now = node.agent.attacher.claims[device.id].port
+        assert set(node.kernel.records["node-a"]) == {now}
+        node.end(pod("p"))
+        assert await c.settle(lambda: not node.kernel.records["node-a"], 30), port
 
 
 @stepped
