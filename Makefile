@@ -53,7 +53,7 @@ test-node: $(VENV)/.test ## the DaemonSet on a kubelet with a real vhci_hcd, in 
 	PYTHON=$(BIN)/python tests/lab/cluster/guest.sh $(ARGS)
 
 # from the quick to the slow
-test-all: lint test test-deploy test-apiserver test-kernel test-image test-node test-kubelet e2e ## everything above, and lint
+test-all: lint test model test-deploy test-apiserver test-kernel test-image test-node test-kubelet e2e ## everything above, and lint
 
 bench: $(VENV)/.test ## timings and memory, to the screen and bench.json
 	$(BIN)/python tests/bench/bench.py $(ARGS)
