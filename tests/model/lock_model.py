@@ -278,7 +278,10 @@ class Model:
     def _renew(self, node: Node, lease: Lease | None) -> Iterator[Step]:
         if not self.bounds.amends:
             return
-        target, broken = self.target(lease, self.rules.decide_amend(lease, self.write(node), {}))
+        decision = self.rules.decide_amend(lease, self.write(node), {})
+        if self.rules.decide_amend is protocol.decide_amend:
+            assert isinstance(decision, Denied) == protocol.is_lost(lease, ME) == (node.holds is not Hold.NOW)
+        target, broken = self.target(lease, decision)
         if target is not None:
             operation = Operation(target, (Sent(0.0, landed=False),))
             yield Step("sends, to renew", node._replace(until=None, operation=operation), broken=broken)

@@ -27,7 +27,7 @@ LONG: Mapping[str, Bounds] = {
     "two nodes, sessions that are slow to read, reboots": Bounds(slow=True),
     "three nodes": Bounds((COARSE,) * 3),
     "three nodes, finer clocks": Bounds((FINE,) * 3, rates=(3, 5)),
-    "three nodes with different settings": Bounds((FINE, COARSE, COARSE)),
+    "three nodes with different settings": Bounds((FINE, COARSE, COARSE), amends=False, reboots=False),
     "three nodes, two writes of unknown fate at a time": Bounds((COARSE,) * 3, writes=2),
 }
 
