@@ -116,7 +116,10 @@ class Attacher:
 
     async def _one(self, wanted: Wanted, deadline: float, timeout: float) -> Outcome:
         answer: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self._work.spawn(self._obtain(wanted, deadline, timeout, answer), f"allocate {wanted.key}")
+        task = self._work.spawn(self._obtain(wanted, deadline, timeout, answer), f"allocate {wanted.key}")
+        # of no effect once it is settled: only a cancelled task, that is, a plugin that ends, is done without
+        stopped = ClaimBusy(f"{wanted.key}: the plugin on this node is being stopped; try again")
+        task.add_done_callback(lambda _task: _settle(answer, stopped))
         return await asyncio.shield(answer)
 
     async def _obtain(self, wanted: Wanted, deadline: float, timeout: float, answer: asyncio.Future[Outcome]) -> None:
@@ -135,9 +138,6 @@ class Attacher:
                 _settle(answer, AllocateTimeout(words))
             except PluginError as error:
                 _settle(answer, error)
-            finally:
-                # of no effect once it is settled: only a cancelled task, that is, a plugin that ends, gets here without
-                _settle(answer, ClaimBusy(f"{wanted.key}: the plugin on this node is being stopped; try again"))
             if held and answer.exception() is not None:
                 await self._undo(wanted.key.id)
         finally:

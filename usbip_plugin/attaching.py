@@ -81,6 +81,7 @@ class Pipeline:
         self._driver = means.driver
         self._locks = means.locks
         self._clock = means.clock
+        self._rng = means.rng
         self._tracer = means.tracer
         self._book = book
         self._note_port = note_port
@@ -158,7 +159,7 @@ class Pipeline:
     async def _import(self, key: DeviceKey, grant: Grant, deadline: float) -> Imported:
         """What it returns is to be used without another await in between: it was checked to be within R1 and R6."""
         until = min(grant.import_deadline, deadline)
-        async for attempt in retry.import_busy(self._clock):
+        async for attempt in retry.import_busy(self._clock, self._rng):
             with attempt:
                 self._check_window(key, grant)
                 left = max(0.0, until - self._clock.monotonic())
@@ -199,7 +200,10 @@ class Pipeline:
     # letting go
 
     async def detach(self, device_id: str) -> None:
-        """Frees the claim's port if, and only if, it still carries the claim's device. Raises VhciError."""
+        """Frees the claim's port if, and only if, it still carries the claim's device; its record goes either way.
+
+        Raises VhciError.
+        """
         claim = self._book[device_id]
         if claim.port is None and not self.is_mine(device_id):
             return
@@ -215,6 +219,8 @@ class Pipeline:
         if number is not None and stands:
             with self.span("detach", claim.key):
                 await self._driver.detach(number, timeout=DETACH_TIMEOUT)
+        elif number is not None:
+            await self._driver.forget(claim.key, number)
         self._book.put(replace(self._book[device_id], port=None))
 
     async def stands(self, claim: Claim, ports: Sequence[PortState]) -> bool:
@@ -229,11 +235,11 @@ class Pipeline:
         return now is not None and now.nodes[:1] == claim.attachment.nodes[:1]
 
     async def _never_enumerated(self, claim: Claim, ports: Sequence[PortState]) -> bool:
-        """True if the port bears our record and nothing that enumerated, or nothing at all (then the record goes)."""
+        """True if the port bears our record and nothing that enumerated."""
         port = next((p for p in ports if p.number == claim.port and p.record == claim.key), None)
         if port is None or claim.port is None:
             return False
-        if port.status in (PortStatus.NULL, PortStatus.ERROR) or claim.attachment is None:
+        if port.status is PortStatus.ERROR or claim.attachment is None:
             return True
         return await self._driver.inspect(claim.key, claim.port) is None
 

@@ -1,7 +1,7 @@
 """Every retry policy of the project, as tenacity objects, in one place.
 
-A policy is made anew for each use, takes its sleep from the Clock, and never retries
-what cannot get better by itself (403, bad configuration, a device held by another node).
+A policy is made anew for each use, takes its sleep from the Clock and its jitter from the node's rng, and never
+retries what cannot get better by itself (403, bad configuration, a device held by another node).
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_exponential, wait_random
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt, wait_exponential
+from tenacity.wait import wait_base
 
 from usbip_plugin.clock import Clock
 from usbip_plugin.errors import AttachStuck, DeviceBusy, KubeServerError, KubeThrottled, KubeUnreachable
@@ -23,23 +24,33 @@ BUSY_FIRST_WAIT = 0.1
 BUSY_MAX_WAIT = 0.4
 
 
-def api_write(clock: Clock) -> AsyncRetrying:
+class _Jitter(wait_base):
+    """Up to so many seconds more, from this rng: tenacity's own jitter comes from the module random."""
+
+    def __init__(self, rng: random.Random, most: float) -> None:
+        self._rng, self._most = rng, most
+
+    def __call__(self, retry_state: RetryCallState) -> float:  # noqa: ARG002 (tenacity's interface)
+        return self._rng.uniform(0, self._most)
+
+
+def api_write(clock: Clock, rng: random.Random) -> AsyncRetrying:
     """A single API write: unreachable, 429 and 5xx again, at most 4 times. The caller bounds the whole in time."""
     return AsyncRetrying(
         retry=retry_if_exception_type((KubeUnreachable, KubeThrottled, KubeServerError)),
         stop=stop_after_attempt(API_WRITE_ATTEMPTS),
-        wait=wait_exponential(API_WRITE_FIRST_WAIT, API_WRITE_MAX_WAIT) + wait_random(0, API_WRITE_FIRST_WAIT),
+        wait=wait_exponential(API_WRITE_FIRST_WAIT, API_WRITE_MAX_WAIT) + _Jitter(rng, API_WRITE_FIRST_WAIT),
         sleep=clock.sleep,
         reraise=True,
     )
 
 
-def import_busy(clock: Clock) -> AsyncRetrying:
+def import_busy(clock: Clock, rng: random.Random) -> AsyncRetrying:
     """Import of a device whose lock is ours: a stub resetting after its last client answers busy for about 0.3 s."""
     return AsyncRetrying(
         retry=retry_if_exception_type(DeviceBusy),
         stop=stop_after_attempt(BUSY_ATTEMPTS),
-        wait=wait_exponential(BUSY_FIRST_WAIT, BUSY_MAX_WAIT) + wait_random(0, BUSY_FIRST_WAIT),
+        wait=wait_exponential(BUSY_FIRST_WAIT, BUSY_MAX_WAIT) + _Jitter(rng, BUSY_FIRST_WAIT),
         sleep=clock.sleep,
         reraise=True,
     )

@@ -64,12 +64,11 @@ class DeviceWork:
         """Returns once work is taken."""
         await self._running.wait()
 
-    def spawn(self, work: Coroutine[object, object, None], name: str) -> None:
+    def spawn(self, work: Coroutine[object, object, None], name: str) -> asyncio.Task[None]:
         """Runs work in a task of its own. ClaimBusy if the plugin is being stopped."""
         try:
             if self._tasks is not None:
-                self._tasks.create_task(work, name=name)
-                return
+                return self._tasks.create_task(work, name=name)
         except RuntimeError:  # the group takes no more
             log.debug("not begun, stopping", extra={"work": name})
         work.close()

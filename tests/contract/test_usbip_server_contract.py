@@ -1,14 +1,14 @@
-"""The UsbipClient contract over TCP and in memory, on one virtual server."""
+"""The UsbipClient contract over TCP and on the simulation's network, on one virtual server."""
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
 from usbip_suite import STICK, TWIN, SteppedClock, UsbipClientContract
 
 from usbip_plugin.clock import SystemClock
-from usbip_plugin.sim.client import MemoryUsbipClient
+from usbip_plugin.sim.network import Host, MemoryConnector, Network
 from usbip_plugin.sim.server import VirtualServer
-from usbip_plugin.sim.socket import SocketTable
 from usbip_plugin.usbip.client import TcpUsbipClient, UsbipClient
 
 
@@ -33,7 +33,9 @@ class TestTcp(UsbipClientContract):
             client.close()
 
 
-class TestMemory(UsbipClientContract):
+class TestSimulatedNetwork(UsbipClientContract):
+    """The same client on the simulation's TCP. Whether that is true to life is what is tested here."""
+
     @pytest.fixture
     async def server(self, clock: SteppedClock) -> AsyncIterator[VirtualServer]:
         server = VirtualServer([STICK, TWIN], "server", 3240, clock=clock, listen=False)
@@ -42,7 +44,18 @@ class TestMemory(UsbipClientContract):
         await server.stop()
 
     @pytest.fixture
-    def connect(self, server: VirtualServer) -> Iterator[Callable[[], UsbipClient]]:
-        sockets = SocketTable()
-        yield lambda: MemoryUsbipClient({server.key: server}.get, sockets, SystemClock())
-        assert len(sockets) == 0, "a socket was left open"
+    async def connect(
+        self, server: VirtualServer, monkeypatch: pytest.MonkeyPatch
+    ) -> AsyncIterator[Callable[[], UsbipClient]]:
+        loop = asyncio.get_running_loop()
+        monkeypatch.setattr(loop, "sock_recv", lambda sock, size: sock.connection.receive(size))
+        monkeypatch.setattr(loop, "sock_sendall", lambda sock, data: sock.connection.send(data))
+        network = Network({server.key: server}.get)
+        hosts: list[Host] = []
+
+        def make() -> UsbipClient:
+            hosts.append(Host(f"node-{len(hosts)}"))
+            return TcpUsbipClient(SystemClock(), MemoryConnector(network, hosts[-1]))
+
+        yield make
+        assert sum(len(host.sockets) for host in hosts) == 0, "a socket was left open"

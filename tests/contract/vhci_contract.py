@@ -56,6 +56,13 @@ async def attached(driver: VhciDriver, imported: Imported) -> Attachment:
     return await driver.enumerate(imported.key, imported.descriptor, port, children=(), timeout=LIMIT_S)
 
 
+async def seen_free(driver: VhciDriver, number: int) -> None:
+    """Returns when the port is free; nobody detaches it."""
+    async with asyncio.timeout(LIMIT_S):
+        while (await state(driver, number)).status is not PortStatus.NULL:  # noqa: ASYNC110 (no uevent says so)
+            await asyncio.sleep(0.01)
+
+
 async def state(driver: VhciDriver, number: int) -> PortState:
     return next(port for port in await driver.ports() if port.number == number)
 
@@ -163,6 +170,28 @@ class VhciContract:
         assert await driver.inspect(imported.key, attachment.port) is None
         await driver.detach(attachment.port, timeout=LIMIT_S)
         assert (await state(driver, attachment.port)).record is None
+
+    async def test_the_record_of_a_port_that_fell_free_unseen_names_nobodys_next_device(self, rig: Rig) -> None:
+        imported = await rig.import_twin(0)
+        predecessor = rig.plugin()
+        attachment = await attached(predecessor, imported)
+        await rig.server_ends(imported)
+        await seen_free(predecessor, attachment.port)
+        successor = rig.plugin()
+        await asyncio.sleep(0.01)  # its run() begins
+        await rig.fill("hs")
+        assert (await state(successor, attachment.port)).status is not PortStatus.NULL
+        assert (await state(successor, attachment.port)).record is None
+
+    async def test_a_record_is_forgotten_for_the_device_it_names_and_for_no_other(self, rig: Rig) -> None:
+        driver, imported, other = rig.plugin(), await rig.import_twin(0), await rig.import_twin(1)
+        attachment = await attached(driver, imported)
+        await driver.forget(other.key, attachment.port)
+        assert (await state(driver, attachment.port)).record == imported.key
+        await driver.forget(imported.key, attachment.port)
+        assert (await state(driver, attachment.port)).record is None
+        assert (await state(driver, attachment.port)).status is PortStatus.USED, "the attachment stays"
+        other.close()
 
     async def test_somebody_elses_device_on_a_port_that_was_ours_is_left_alone(self, rig: Rig) -> None:
         driver, somebody, adopter = rig.plugin(), rig.plugin(), rig.plugin()

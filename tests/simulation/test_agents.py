@@ -23,16 +23,17 @@ from cluster_rig import (
 
 from usbip_plugin.claims import ALLOCATION_GRACE, State
 from usbip_plugin.config import Config, DeviceSelector, OnLoss, ResourceConfig, Selector
+from usbip_plugin.errors import ClaimBusy
 from usbip_plugin.inventory import API_GRACE
 from usbip_plugin.locks import record
 from usbip_plugin.locks.protocol import Rules
 from usbip_plugin.model import Reason
 from usbip_plugin.sim.cluster import cluster
-from usbip_plugin.sim.loop import run, virtual
+from usbip_plugin.sim.steploop import stepped
 from usbip_plugin.sim.usbdevice import VirtualDevice
 
 
-@virtual
+@stepped
 async def test_an_allocate_attaches_here_and_withdraws_everywhere_else() -> None:
     lab = server("lab", stick("1-1"))
     device = key(lab, "1-1")
@@ -47,7 +48,7 @@ async def test_an_allocate_attaches_here_and_withdraws_everywhere_else() -> None
         assert health(c, c["node-a"]) == {device.id: True}
 
 
-@virtual
+@stepped
 async def test_the_loser_of_a_race_hears_who_holds_the_device() -> None:
     lab = server("lab", stick("1-1"))
     device = key(lab, "1-1")
@@ -64,7 +65,7 @@ async def test_the_loser_of_a_race_hears_who_holds_the_device() -> None:
         assert health(c, c[loser]) == {device.id: False}, "the loser's kubelet knew before its Allocate failed"
 
 
-@virtual
+@stepped
 async def test_a_pods_end_frees_the_device_for_the_others_and_keeps_the_lease() -> None:
     lab = server("lab", stick("1-1"))
     device = key(lab, "1-1")
@@ -81,7 +82,7 @@ async def test_a_pods_end_frees_the_device_for_the_others_and_keeps_the_lease() 
         assert await c["node-b"].admit(pod("q"), "stick") is None
 
 
-@virtual
+@stepped
 async def test_a_device_allocated_for_a_pod_that_never_came_is_released_after_the_grace() -> None:
     lab = server("lab", stick("1-1"))
     device = key(lab, "1-1")
@@ -95,7 +96,7 @@ async def test_a_device_allocated_for_a_pod_that_never_came_is_released_after_th
         assert c["node-a"].attached() == frozenset()
 
 
-@virtual
+@stepped
 async def test_the_same_allocate_again_returns_the_live_attachment() -> None:
     lab = server("lab", stick("1-1"))
     device = key(lab, "1-1")
@@ -111,7 +112,7 @@ async def test_the_same_allocate_again_returns_the_live_attachment() -> None:
         assert lab.connections == imports
 
 
-@virtual
+@stepped
 async def test_identical_sticks_are_two_devices_and_go_to_two_pods() -> None:
     lab = server("lab", stick("1-1"), stick("1-2"))
     one, two = key(lab, "1-1"), key(lab, "1-2")
@@ -123,7 +124,7 @@ async def test_identical_sticks_are_two_devices_and_go_to_two_pods() -> None:
         assert (lab.importers("1-1"), lab.importers("1-2")) == (1, 1)
 
 
-@virtual
+@stepped
 async def test_two_devices_for_one_pod_are_all_or_nothing() -> None:
     lab, attic = server("lab", stick("1-1")), server("attic", stick("1-1"))
     one, two = key(lab, "1-1"), key(attic, "1-1")
@@ -138,7 +139,7 @@ async def test_two_devices_for_one_pod_are_all_or_nothing() -> None:
         assert lab.importers("1-1") == 0
 
 
-@virtual
+@stepped
 async def test_a_silent_server_costs_its_own_allocate_no_more_than_the_timeout_and_others_nothing() -> None:
     lab, attic = server("lab", stick("1-1")), server("attic", dongle("1-1"))
     good, dead = key(lab, "1-1"), key(attic, "1-1")
@@ -162,7 +163,7 @@ async def test_a_silent_server_costs_its_own_allocate_no_more_than_the_timeout_a
         assert reason(c["node-a"], dead) is Reason.SERVER_UNREACHABLE
 
 
-@virtual
+@stepped
 async def test_a_server_that_is_gone_makes_its_devices_unhealthy_and_drops_none() -> None:
     lab = server("lab", stick("1-1"))
     device = key(lab, "1-1")
@@ -175,7 +176,7 @@ async def test_a_server_that_is_gone_makes_its_devices_unhealthy_and_drops_none(
         await becomes(c, c["node-a"], device, healthy=True, within=60)
 
 
-@virtual
+@stepped
 async def test_an_unplugged_device_stays_in_the_list_as_unhealthy() -> None:
     lab = server("lab", stick("1-1"), stick("1-2"))
     gone, stays = key(lab, "1-1"), key(lab, "1-2")
@@ -187,7 +188,7 @@ async def test_an_unplugged_device_stays_in_the_list_as_unhealthy() -> None:
         assert health(c, c["node-a"])[stays.id] is True
 
 
-@virtual
+@stepped
 async def test_another_device_behind_a_known_busid_is_not_given_out_as_the_old_one() -> None:
     lab = server("lab", stick("1-1"))
     device = key(lab, "1-1")
@@ -199,7 +200,7 @@ async def test_another_device_behind_a_known_busid_is_not_given_out_as_the_old_o
         assert reason(c["node-a"], device) is Reason.LISTED_WRONG
 
 
-@virtual
+@stepped
 async def test_a_server_that_lies_about_a_device_is_found_out_and_the_device_let_go() -> None:
     lab = server("lab", stick("1-1"))
     device = key(lab, "1-1")
@@ -212,7 +213,7 @@ async def test_a_server_that_lies_about_a_device_is_found_out_and_the_device_let
         assert await c.settle(lambda: c.holder(device) == "" and lab.importers("1-1") == 0, 5)
 
 
-@virtual
+@stepped
 async def test_a_restarted_plugin_adopts_what_is_attached_and_its_first_list_is_healthy() -> None:
     lab = server("lab", stick("1-1"), stick("1-2"))
     device = key(lab, "1-1")
@@ -239,7 +240,26 @@ async def test_a_restarted_plugin_adopts_what_is_attached_and_its_first_list_is_
         assert await c.settle(lambda: c.holder(held) == "", 5), "the release still happens"
 
 
-@virtual
+@stepped
+async def test_an_allocate_that_comes_while_the_plugin_ends_is_told_so() -> None:
+    lab = server("lab", stick("1-1"), stick("1-2"))
+    one, two = key(lab, "1-1"), key(lab, "1-2")
+    async with cluster(spec([lab])) as c:
+        node = c["node-a"]
+        await all_healthy(c, one, two)
+        agent = node.agent
+        assert agent is not None
+        calls = [asyncio.create_task(agent.allocator.allocate_all(c.full("stick"), ((one.id,),)))]
+        await asyncio.sleep(0.1)  # attaching: there is something to end
+        node.terminate(lambda _ended: None)
+        for _ in range(12):
+            calls.append(asyncio.create_task(agent.allocator.allocate_all(c.full("stick"), ((two.id,),))))
+            await asyncio.sleep(0)
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        assert {type(result) for result in results} == {ClaimBusy}, results
+
+
+@stepped
 async def test_a_pod_that_ended_while_the_plugin_was_down_is_released_by_the_next_process() -> None:
     lab = server("lab", stick("1-1"))
     device = key(lab, "1-1")
@@ -254,7 +274,7 @@ async def test_a_pod_that_ended_while_the_plugin_was_down_is_released_by_the_nex
         assert await c.settle(lambda: c.holder(device) == "" and not node.attached(), ALLOCATION_GRACE + 5)
 
 
-@virtual
+@stepped
 async def test_a_lost_connection_is_re_attached_under_the_same_lock() -> None:
     lab = server("lab", stick("1-1"))
     device = key(lab, "1-1")
@@ -300,10 +320,30 @@ def test_a_pod_whose_device_came_back_as_another_is_evicted_if_its_resource_want
             assert node.evicted == ([pod("p")] if on_loss is OnLoss.EVICT else [])
             assert node.attached() == {device}, "until the pod is gone"
 
-    run(play)
+    stepped(play)()
 
 
-@virtual
+@stepped
+async def test_an_attachment_that_was_lost_leaves_no_port_record() -> None:
+    lab = server("lab", stick("1-1"))
+    device = key(lab, "1-1")
+    async with cluster(spec([lab])) as c:
+        node = c["node-a"]
+        await all_healthy(c, device)
+        await node.admit(pod("p"), "stick")
+        (port,) = node.kernel.records["node-a"]
+        lab.drop("1-1")
+        await becomes(c, node, device, healthy=False)
+        node.kernel.fill_ports("hs", leave=3)  # the port it had may be somebody else's when it is attached again
+        await becomes(c, node, device, healthy=True)
+        assert node.agent is not None
+        now = node.agent.attacher.claims[device.id].port
+        assert set(node.kernel.records["node-a"]) == {now}
+        node.end(pod("p"))
+        assert await c.settle(lambda: not node.kernel.records["node-a"], 30), port
+
+
+@stepped
 async def test_a_lost_device_is_re_attached_as_soon_as_its_server_lists_it_again() -> None:
     lab = server("lab", stick("1-1"))
     device = key(lab, "1-1")
@@ -322,7 +362,7 @@ async def test_a_lost_device_is_re_attached_as_soon_as_its_server_lists_it_again
         assert lab.connections - tries <= 3, "a look at the list, and one import"
 
 
-@virtual
+@stepped
 async def test_a_dead_nodes_device_is_taken_over_after_the_locks_duration_and_not_before() -> None:
     lab = server("lab", stick("1-1"))
     device = key(lab, "1-1")
@@ -331,7 +371,7 @@ async def test_a_dead_nodes_device_is_taken_over_after_the_locks_duration_and_no
         await c["node-a"].admit(pod("p"), "stick")
         await becomes(c, c["node-b"], device, healthy=False)
         died = asyncio.get_running_loop().time()
-        await c["node-a"].reboot()
+        c["node-a"].reboot()
         await becomes(c, c["node-b"], device, healthy=True, within=3 * LOCKS.duration)
         assert asyncio.get_running_loop().time() - died >= LOCKS.duration * 0.75
         assert reason(c["node-b"], device) is Reason.HOLDER_EXPIRED
@@ -342,7 +382,7 @@ async def test_a_dead_nodes_device_is_taken_over_after_the_locks_duration_and_no
         assert c["node-a"].attached() == frozenset()
 
 
-@virtual
+@stepped
 async def test_a_server_is_asked_once_more_before_an_expired_lock_is_taken() -> None:
     """Here the device goes between the last poll and the Allocate; it might as well have been attached."""
     lab = server("lab", stick("1-1"))
@@ -351,7 +391,7 @@ async def test_a_server_is_asked_once_more_before_an_expired_lock_is_taken() -> 
         await all_healthy(c, device)
         await c["node-a"].admit(pod("p"), "stick")
         await becomes(c, c["node-b"], device, healthy=False)
-        await c["node-a"].reboot()
+        c["node-a"].reboot()
         await becomes(c, c["node-b"], device, healthy=True, within=3 * LOCKS.duration)
         lab.unplug("1-1")
         message = await c["node-b"].admit(pod("q"), "stick")
@@ -361,7 +401,7 @@ async def test_a_server_is_asked_once_more_before_an_expired_lock_is_taken() -> 
         assert (lease.holder, lease.transitions) == ("node-a", 1)
 
 
-@virtual
+@stepped
 async def test_a_silent_plugin_whose_kernel_still_has_the_device_is_never_robbed() -> None:
     lab = server("lab", stick("1-1"))
     device = key(lab, "1-1")
@@ -373,7 +413,7 @@ async def test_a_silent_plugin_whose_kernel_still_has_the_device_is_never_robbed
         assert c.holder(device) == "node-a"
 
 
-@virtual
+@stepped
 async def test_without_the_api_server_what_runs_stays_and_nothing_new_is_given() -> None:
     lab = server("lab", stick("1-1"), stick("1-2"))
     one, two = key(lab, "1-1"), key(lab, "1-2")
@@ -396,7 +436,7 @@ async def test_without_the_api_server_what_runs_stays_and_nothing_new_is_given()
         assert c.holder(held) == "node-a"
 
 
-@virtual
+@stepped
 async def test_an_allocate_without_the_api_server_fails_in_time_and_says_so() -> None:
     lab = server("lab", stick("1-1"))
     device = key(lab, "1-1")
@@ -414,7 +454,7 @@ async def test_an_allocate_without_the_api_server_fails_in_time_and_says_so() ->
         await becomes(c, node, device, healthy=True, within=60)
 
 
-@virtual
+@stepped
 async def test_a_lock_taken_away_is_withdrawn_and_detached() -> None:
     lab = server("lab", stick("1-1"))
     device = key(lab, "1-1")
@@ -430,7 +470,7 @@ async def test_a_lock_taken_away_is_withdrawn_and_detached() -> None:
         assert c.holder(device) == "node-z", "somebody else's lock is left alone"
 
 
-@virtual
+@stepped
 async def test_a_rebooted_node_takes_its_own_lock_again_for_a_pod_that_is_still_there() -> None:
     lab = server("lab", stick("1-1"))
     device = key(lab, "1-1")
@@ -439,14 +479,14 @@ async def test_a_rebooted_node_takes_its_own_lock_again_for_a_pod_that_is_still_
         await all_healthy(c, device)
         await node.admit(pod("p"), "stick")
         epoch = c.backend.leases[device.id].transitions
-        await node.reboot()
+        node.reboot()
         node.start()
         assert await c.settle(lambda: node.attached() == {device}, 10)
         assert c.holder(device) == "node-a"
         assert c.backend.leases[device.id].transitions == epoch + 1, "another boot is another epoch (R3)"
 
 
-@virtual
+@stepped
 async def test_a_kubelet_restart_loses_no_device_and_no_update() -> None:
     lab = server("lab", stick("1-1"))
     device = key(lab, "1-1")
@@ -481,10 +521,10 @@ def test_a_kubelet_that_starts_and_lists_no_pods_yet_ends_no_claim(seen: bool) -
             node.end(pod("p"))
             assert await c.settle(lambda: c.holder(device) == "", 3)
 
-    run(play)
+    stepped(play)()
 
 
-@virtual
+@stepped
 async def test_a_full_port_table_is_a_reason_and_ends_with_it() -> None:
     lab = server("lab", stick("1-1"))
     device = key(lab, "1-1")
@@ -499,7 +539,7 @@ async def test_a_full_port_table_is_a_reason_and_ends_with_it() -> None:
         await becomes(c, node, device, healthy=True)
 
 
-@virtual
+@stepped
 async def test_a_foreign_attachment_is_never_touched() -> None:
     lab = server("lab", stick("1-1"))
     device = key(lab, "1-1")
@@ -517,7 +557,7 @@ async def test_a_foreign_attachment_is_never_touched() -> None:
         assert all(node.kernel.occupant(number) is not None for number in foreign)
 
 
-@virtual
+@stepped
 async def test_a_port_stuck_in_005_is_tried_once_more() -> None:
     lab = server("lab", stick("1-1"))
     device = key(lab, "1-1")
@@ -529,7 +569,7 @@ async def test_a_port_stuck_in_005_is_tried_once_more() -> None:
         assert node.attached() == {device}
 
 
-@virtual
+@stepped
 async def test_a_refused_attach_leaves_no_lock_no_port_and_no_import() -> None:
     lab = server("lab", stick("1-1"))
     device = key(lab, "1-1")
@@ -544,7 +584,7 @@ async def test_a_refused_attach_leaves_no_lock_no_port_and_no_import() -> None:
         assert node.attached() == frozenset()
 
 
-@virtual
+@stepped
 async def test_an_import_whose_window_passed_before_the_attach_is_given_up() -> None:
     lab = server("lab", stick("1-1"))
     device = key(lab, "1-1")
@@ -565,7 +605,7 @@ async def test_an_import_whose_window_passed_before_the_attach_is_given_up() -> 
         assert node.attached() == frozenset()
 
 
-@virtual
+@stepped
 async def test_a_reload_adds_and_removes_resources_and_keeps_a_held_device() -> None:
     lab = server("lab", stick("1-1"), dongle("1-2"))
     held, other = key(lab, "1-1"), key(lab, "1-2")
@@ -583,7 +623,7 @@ async def test_a_reload_adds_and_removes_resources_and_keeps_a_held_device() -> 
         assert c.holder(held) == ""
 
 
-@virtual
+@stepped
 async def test_a_serial_number_is_read_once_for_all_nodes_and_selects() -> None:
     lab = server("lab", stick("1-1", "RED"), stick("1-2", "BLUE"))
     red, blue = key(lab, "1-1"), key(lab, "1-2")
@@ -602,7 +642,7 @@ async def test_a_serial_number_is_read_once_for_all_nodes_and_selects() -> None:
         assert lab.connections >= probes
 
 
-@virtual
+@stepped
 async def test_a_device_without_a_serial_number_is_asked_once_for_all_nodes() -> None:
     lab = server("lab", stick("1-1", "RED"), VirtualDevice("1-2", STICK, configured=True))
     wanted = ResourceConfig("stick", (DeviceSelector(lab.key, Selector(serial="RED")),))
@@ -615,7 +655,7 @@ async def test_a_device_without_a_serial_number_is_asked_once_for_all_nodes() ->
         assert (lab.table.granted, c.backend.version) == (granted, version)
 
 
-@virtual
+@stepped
 async def test_a_serial_number_is_not_read_after_the_import_window() -> None:
     lab = server("lab", stick("1-1", "RED"))
     device = key(lab, "1-1")
@@ -633,7 +673,7 @@ async def test_a_serial_number_is_not_read_after_the_import_window() -> None:
         assert record.SERIAL not in c.backend.leases[device.id].annotations
 
 
-@virtual
+@stepped
 async def test_without_resources_a_node_is_ready_and_takes_them_when_they_come() -> None:
     lab = server("lab", stick("1-1"))
     wanted = spec([lab], nodes=1)

@@ -10,12 +10,11 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 from usbip_plugin.model import Descriptor, DeviceKey, ServerKey, UsbId
-from usbip_plugin.sim.client import MemoryUsbipClient
 from usbip_plugin.sim.loop import SimClock, virtual
+from usbip_plugin.sim.network import Host, MemoryConnector, Network
 from usbip_plugin.sim.server import VirtualServer
-from usbip_plugin.sim.socket import SocketTable
 from usbip_plugin.sim.usbdevice import VirtualDevice
-from usbip_plugin.usbip.client import Imported
+from usbip_plugin.usbip.client import Imported, TcpUsbipClient
 from usbip_plugin.usbip.poller import (
     FIRST_RETRY,
     MAX_RETRY,
@@ -43,7 +42,8 @@ class Lab:
         ]
         self.keys = [server.key for server in self.servers]
         by_key = {server.key: server for server in self.servers}
-        self.node = MemoryUsbipClient(by_key.get, SocketTable(), self.clock, lambda: LATENCY)
+        network = Network(by_key.get, lambda: LATENCY)
+        self.node = TcpUsbipClient(self.clock, MemoryConnector(network, Host("node")))
         self.polls: dict[ServerKey, list[float]] = {key: [] for key in self.keys}
         self.told: list[ServerView] = []
         self.poller = ServerPoller(self, self.clock, random.Random(seed), self.told.append)

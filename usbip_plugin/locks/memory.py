@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import enum
 from collections.abc import AsyncGenerator, Callable, Mapping
+from contextvars import Context
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -75,8 +76,10 @@ class MemoryBackend:
         self._compacted = 0
         self._history: list[_Past] = []
         self._length = history
-        self._wakes: set[asyncio.Event] = set()
+        self._wakes: dict[asyncio.Event, None] = {}
         self._uids = 0
+        self.on_write: Callable[[Lease | None, Lease | None], None] = lambda _before, _after: None
+        """Called with a Lease as it was and is, None where there is none, within each write that changes something."""
 
     @property
     def leases(self) -> Mapping[str, Lease]:
@@ -110,6 +113,11 @@ class MemoryBackend:
         found = tuple(lease for _, lease in sorted(self._leases.items()) if _bears(lease, labels))
         return LeaseList(found, str(self._version))
 
+    def last(self, count: int, labels: Mapping[str, str]) -> tuple[LeaseChange, ...]:
+        """The last so many changes once more."""
+        seen = (_seen(past, labels) for past in self._history[-count:])
+        return tuple(change for change in seen if change is not None)
+
     def since(self, version: int, labels: Mapping[str, str]) -> tuple[tuple[LeaseChange, ...], int]:
         """What a watcher with these labels sees after version, and the version it has then seen."""
         if version < self._compacted:
@@ -119,10 +127,10 @@ class MemoryBackend:
 
     def wake(self, event: asyncio.Event) -> None:
         """Set event at each change, until unwake."""
-        self._wakes.add(event)
+        self._wakes[event] = None
 
     def unwake(self, event: asyncio.Event) -> None:
-        self._wakes.discard(event)
+        self._wakes.pop(event, None)
 
     def _current(self, verb: str, name: str, resource_version: str) -> Lease:
         current = self._leases.get(name)
@@ -149,6 +157,7 @@ class MemoryBackend:
         self._history.append(_Past(self._version, kind, stored, before))
         if len(self._history) > self._length:
             self._compacted = self._history.pop(0).version
+        self.on_write(before, None if kind is ChangeType.DELETED else stored)
         self._notify()
         return stored
 
@@ -179,6 +188,7 @@ def _seen(past: _Past, labels: Mapping[str, str]) -> LeaseChange | None:
 class _Watcher:
     event: asyncio.Event
     broken: bool = False
+    replay: int = 0
 
 
 class MemoryLeases:
@@ -191,13 +201,40 @@ class MemoryLeases:
         self, backend: MemoryBackend, clock: Clock, node: str = "", faults: Faults = lambda _operation: FINE
     ) -> None:
         self._backend, self._clock, self._node, self._faults = backend, clock, node, faults
-        self._watchers: set[_Watcher] = set()
+        self._watchers: dict[_Watcher, None] = {}
+        self._network = Context()  # of no process: what was sent arrives, even if its sender is frozen or dead
+        self._flowing = asyncio.Event()
+        self._flowing.set()
 
     def cut(self) -> None:
-        """Every open watch of this node ends with KubeUnreachable now."""
+        """Every open watch of this node ends with KubeUnreachable now, also one that has stalled."""
+        self.resume()
         for watcher in self._watchers:
             watcher.broken = True
             watcher.event.set()
+
+    def stall(self) -> None:
+        """From now on open watches say nothing, until resume(), or until they have said nothing for WATCH_IDLE_S."""
+        self._flowing.clear()
+
+    @property
+    def stalled(self) -> bool:
+        return not self._flowing.is_set()
+
+    def resume(self) -> None:
+        """What was to be said meanwhile is said now."""
+        self._flowing.set()
+
+    def replay(self, count: int) -> None:
+        """The last so many changes come once more over every open watch, now."""
+        for watcher in self._watchers:
+            watcher.replay = count
+            watcher.event.set()
+
+    def gone(self) -> None:
+        """The process is dead: its watches are no more."""
+        for watcher in self._watchers:
+            self._backend.unwake(watcher.event)
 
     async def get(self, name: str) -> Lease | None:
         return await self._call("get", name, lambda: self._backend.leases.get(name))
@@ -217,25 +254,33 @@ class MemoryLeases:
     async def watch(self, labels: Mapping[str, str], resource_version: str) -> AsyncGenerator[LeaseChange, None]:
         await self._call("watch", "", lambda: None)
         version, end = int(resource_version), self._clock.monotonic() + WATCH_TIMEOUT_S
+        heard = self._clock.monotonic()
         watcher = _Watcher(asyncio.Event())
-        self._watchers.add(watcher)
+        self._watchers[watcher] = None
         self._backend.wake(watcher.event)
         try:
             while True:
                 watcher.event.clear()
                 changes, version = self._backend.since(version, labels)
+                if watcher.replay:
+                    count, watcher.replay = watcher.replay, 0
+                    changes = (*self._backend.last(count, labels), *changes)
                 if changes:
-                    await self._deliver(watcher)
+                    await self._deliver(watcher, heard)
+                    heard = self._clock.monotonic()
                 for change in changes:
                     _intact(watcher)
                     yield change
                 _intact(watcher)
                 if not changes and not await self._woken(watcher):
+                    await self._flow(watcher, heard)
+                    _intact(watcher)
+                    heard = self._clock.monotonic()
                     yield LeaseChange(ChangeType.BOOKMARK, str(version), None)
                     if self._clock.monotonic() >= end:
                         return
         finally:
-            self._watchers.discard(watcher)
+            self._watchers.pop(watcher, None)
             self._backend.unwake(watcher.event)
 
     async def _woken(self, watcher: _Watcher) -> bool:
@@ -246,17 +291,26 @@ class MemoryLeases:
             return False
         return True
 
-    async def _deliver(self, watcher: _Watcher) -> None:
+    async def _deliver(self, watcher: _Watcher, heard: float) -> None:
         """The way of watch events to the client. A lost one is a connection gone silent."""
         fate = self._faults(Operation(self._node, "event", ""))
         if fate.response:
             await asyncio.sleep(fate.response)
         if fate.lost is not Lost.NOTHING:
-            await self._clock.sleep(WATCH_IDLE_S)
+            await self._clock.sleep(heard + WATCH_IDLE_S - self._clock.monotonic())
             watcher.broken = True
         error = fate.refused or fate.broken
         if error is not None:
             raise error
+        await self._flow(watcher, heard)
+
+    async def _flow(self, watcher: _Watcher, heard: float) -> None:
+        """Returns when the connection is not silent, or has been for so long that the client gives it up."""
+        try:
+            async with self._clock.timeout(heard + WATCH_IDLE_S - self._clock.monotonic()):
+                await self._flowing.wait()
+        except TimeoutError:
+            watcher.broken = True
 
     async def _call(self, verb: str, name: str, act: Callable[[], T]) -> T:
         fate = self._faults(Operation(self._node, verb, name))
@@ -278,7 +332,7 @@ class MemoryLeases:
 
         def reply(finish: Callable[[Any], None], value: Any) -> None:
             if fate.lost is not Lost.RESPONSE:
-                loop.call_later(fate.response, finish, value)
+                loop.call_later(fate.response, finish, value, context=self._network)
 
         def succeed(result: T) -> None:
             if not answer.done():
@@ -290,7 +344,7 @@ class MemoryLeases:
 
         # Not a task of the caller's: what was sent arrives even when the sender is gone.
         if fate.lost is not Lost.REQUEST:
-            loop.call_later(fate.request, arrive)
+            loop.call_later(fate.request, arrive, context=self._network)
         try:
             async with self._clock.timeout(CALL_TIMEOUT_S):
                 return await answer

@@ -81,7 +81,7 @@ class Writer:
         """
         use_effort = effort or Effort()
         try:
-            async for attempt in retry.api_write(self._clock):
+            async for attempt in retry.api_write(self._clock, self._rng):
                 with attempt:
                     again = attempt.retry_state.attempt_number > 1
                     return await self._rounds(key, decide, use_effort, again=again)

@@ -158,7 +158,7 @@ class EventRecorder:
             f"{about[:200]}.{self._rng.getrandbits(64):016x}",
             self._clock.now().strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
         )
-        async for attempt in api_write(self._clock):
+        async for attempt in api_write(self._clock, self._rng):
             with attempt:
                 await self._kube.request(
                     "create",

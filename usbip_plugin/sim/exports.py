@@ -71,6 +71,13 @@ class ExportTable:
                 export.importers.remove(importer)
                 export.free_at = self._clock.monotonic() + self._reset_time
 
+    def devices(self) -> tuple[VirtualDevice, ...]:
+        """Everything that is plugged in, free or not."""
+        return tuple(export.device for export in self._exports.values())
+
+    def plugged(self, busid: str) -> bool:
+        return busid in self._exports
+
     def device(self, busid: str) -> tuple[VirtualDevice, UsbId]:
         """A plugged device, and what its device descriptor says it is. KeyError if there is none."""
         export = self._exports[busid]

@@ -24,6 +24,8 @@ class SimulatedVhci:
         self._kernel = kernel
         self._node = node
         self._known: dict[int, int] = {}
+        for number in [number for number in self._records if kernel.occupant(number) is None]:
+            del self._records[number]
 
     @property
     def _records(self) -> dict[int, DeviceKey]:
@@ -118,6 +120,10 @@ class SimulatedVhci:
             self._kernel.free_port(port)
         self._known.pop(port, None)
         self._records.pop(port, None)
+
+    async def forget(self, key: DeviceKey, port: int) -> None:
+        if self._records.get(port) == key:
+            del self._records[port]
 
     def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]:
         return self._kernel.bell.subscribe(callback)

@@ -31,7 +31,7 @@ MAX_CALLS = 256
 
 
 _TIMED = ("enumerate", "detach")
-_ON_A_PORT = ("enumerate", "inspect", "detach")
+_ON_A_PORT = ("enumerate", "inspect", "detach", "forget")
 
 
 class KernelService:
@@ -166,6 +166,8 @@ class _Session:
                 return wire.attachment_out(None if found is None else self._service.provided(found))
             case "detach":
                 return await driver.detach(port, timeout=timeout)
+            case "forget":
+                return await driver.forget(wire.key_in(message["key"]), port)
             case "check":
                 return wire.report_out(await driver.check())
             case other:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from typing import Any, TypeVar
 
 from usbip_plugin.errors import PluginError
 from usbip_plugin.kubelet.device_plugin import ContainerResponse, DevicePluginServer, DeviceStates
@@ -12,13 +13,23 @@ from usbip_plugin.kubelet.status import status_code, status_details
 from usbip_plugin.sim.admission import Admission
 from usbip_plugin.sim.device_manager import Allocation, EndpointError
 
+T = TypeVar("T")
+
+Transport = Callable[[Coroutine[Any, Any, Any]], Awaitable[Any]]
+"""How a call of the kubelet reaches the plugin: makes a task of it there, say. EndpointError if it does not."""
+
+
+async def directly(call: Coroutine[Any, Any, T]) -> T:
+    """In the kubelet's own task."""
+    return await call
+
 
 class LocalKubelet(Admission):
     """Without sockets: plugins run in this process. Works on a virtual clock. Is a PodResources itself."""
 
     async def plug_in(self, server: DevicePluginServer) -> None:
         """Registers the resource and listens to it until cancelled."""
-        self.connect(server.resource, server, _LocalEndpoint(server))
+        self.register(server)
 
         async def receive(state: DeviceStates) -> None:
             self.listed(server.resource, dict(state))
@@ -28,28 +39,39 @@ class LocalKubelet(Admission):
         finally:
             self.disconnect(server.resource, server)
 
+    def register(self, server: DevicePluginServer, transport: Transport = directly) -> None:
+        """A registration; the caller delivers the plugin's lists, and disconnects it."""
+        self.connect(server.resource, server, _LocalEndpoint(server, transport))
+
     async def list(self) -> tuple[ContainerDevices, ...]:
         """See PodResources.list."""
         return self.held()
 
 
 class _LocalEndpoint:
-    def __init__(self, server: DevicePluginServer) -> None:
-        self._server = server
+    def __init__(self, server: DevicePluginServer, transport: Transport) -> None:
+        self._server, self._transport = server, transport
         self.preferred_available = server.options.get_preferred_allocation_available
         self.pre_start_required = server.options.pre_start_required
 
     async def preferred(self, available: Sequence[str], must: Sequence[str], size: int) -> Sequence[str]:
-        return self._server.backend.preferred(self._server.resource, tuple(available), tuple(must), size)
+        server = self._server
+
+        async def call() -> Sequence[str]:
+            return server.backend.preferred(server.resource, tuple(available), tuple(must), size)
+
+        answer: Sequence[str] = await self._transport(call())
+        return answer
 
     async def allocate(self, ids: Sequence[str]) -> Allocation:
+        backend = self._server.backend
         with _errors():
-            (answer,) = await self._server.backend.allocate_all(self._server.resource, (tuple(ids),))
+            (answer,) = await self._transport(backend.allocate_all(self._server.resource, (tuple(ids),)))
         return _allocation(ids, answer)
 
     async def pre_start(self, ids: Sequence[str]) -> None:
         with _errors():
-            await self._server.backend.pre_start(self._server.resource, tuple(ids))
+            await self._transport(self._server.backend.pre_start(self._server.resource, tuple(ids)))
 
 
 @contextlib.contextmanager

@@ -12,6 +12,8 @@ from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime, timedelta
 from typing import Any, ParamSpec, TypeVar
 
+from usbip_plugin.sim.socket import MemoryStreams
+
 T = TypeVar("T")
 P = ParamSpec("P")
 
@@ -51,7 +53,7 @@ class _JumpingSelector(selectors.DefaultSelector):
         return []
 
 
-class VirtualLoop(asyncio.SelectorEventLoop):
+class VirtualLoop(MemoryStreams, asyncio.SelectorEventLoop):
     """time() stands still while anything is ready or a thread is at work, then jumps to the next timer.
 
     Real sockets work: what the kernel has to deliver is read before time moves. Starts at 0.
@@ -84,16 +86,24 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
 
 class SimClock:
-    """A node's Clock on a loop. rate: seconds of this node's clock for each second of the loop; offset: its start."""
+    """A node's Clock on a loop. rate: seconds of this node's clock for each second of the loop; offset: its start.
+
+    wall_error: by how many seconds its wall clock is wrong; may be changed at any time.
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, rate: float = 1.0, offset: float = 1000.0) -> None:
         self._loop, self._rate, self._offset = loop, rate, offset
+        self.wall_error = 0.0
+
+    @property
+    def rate(self) -> float:
+        return self._rate
 
     def monotonic(self) -> float:
         return self._offset + self._loop.time() * self._rate
 
     def now(self) -> datetime:
-        return _EPOCH + timedelta(seconds=self._loop.time() * self._rate)
+        return _EPOCH + timedelta(seconds=self._loop.time() * self._rate + self.wall_error)
 
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds / self._rate)

@@ -9,22 +9,22 @@ from usbip_plugin.sim.admission import Admission
 
 
 class AdmittedPods:
-    """A PodView: what the kubelet has admitted and has not ended. While not synced it stays as it was.
-
-    A pod without a uid gets one made of its name.
-    """
+    """A PodView: what the kubelet has admitted and has not ended. A pod without a uid gets one made of its name."""
 
     def __init__(self, kubelet: Admission) -> None:
         self._kubelet = kubelet
         self._kept: dict[PodRef, frozenset[str]] | None = None
+        self.synced = True
 
-    @property
-    def synced(self) -> bool:
-        return self._kept is None
+    def hold(self, *, synced: bool) -> None:
+        """From now on nothing new is told. synced: and nobody has noticed that yet."""
+        self.synced = synced
+        if self._kept is None:
+            self._kept = self._now()
 
-    @synced.setter
-    def synced(self, synced: bool) -> None:
-        self._kept = None if synced else self._now()
+    def resume(self) -> None:
+        self.synced = True
+        self._kept = None
 
     def find(self, namespace: str, name: str) -> PodRef | None:
         """See PodView.find."""

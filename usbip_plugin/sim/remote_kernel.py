@@ -68,6 +68,9 @@ class RemoteVhci:
     async def detach(self, port: int, *, timeout: float) -> None:
         await self._call("detach", _nothing, {"port": port}, timeout=timeout)
 
+    async def forget(self, key: DeviceKey, port: int) -> None:
+        await self._call("forget", _nothing, {"key": wire.key_out(key), "port": port})
+
     def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]:
         return self._bell.subscribe(callback)
 

@@ -1,6 +1,6 @@
 """A USB/IP server with virtual devices, true to usbipd's exclusivity, over real TCP; faults on demand.
 
-The same server answers without sockets too: see client.py.
+The same server answers without sockets too: see network.py.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _CLOSE_TIMEOUT = 5.0
 class VirtualServer:
     """host and port as in its key; port 0 lets the system choose at the first start and is kept from then on.
 
-    listen False: no TCP, for MemoryUsbipClient only; then port must be given. connections counts all ever made.
+    listen False: no TCP, for the simulated network only; then port must be given. connections counts all ever made.
     keepalive: find out by itself that a client's host has gone. usbipd does not.
     """
 
@@ -47,7 +47,7 @@ class VirtualServer:
         self._thawed = asyncio.Event()
         self._thawed.set()
         self._listener: asyncio.Server | None = None
-        self._open: set[Importer] = set()
+        self._open: dict[Importer, None] = {}
         self._one_closed = asyncio.Event()
 
     @property
@@ -72,18 +72,23 @@ class VirtualServer:
 
     async def stop(self, *, keep_imports: bool = False) -> None:
         """End every connection; new ones are refused. keep_imports: only the daemon dies, the kernels go on."""
+        self.halt(keep_imports=keep_imports)
+        if keep_imports:
+            return
+        async with self._clock.timeout(_CLOSE_TIMEOUT):
+            while self._open:
+                await self._next_close()
+
+    def halt(self, *, keep_imports: bool = False) -> None:
+        """The same, without waiting until every connection has ended."""
         self.running = False
         self.thaw()
         if self._listener is not None:
             self._listener.close()
             self._listener = None
-        if keep_imports:
-            return
-        for connection in tuple(self._open):
-            connection.end()
-        async with self._clock.timeout(_CLOSE_TIMEOUT):
-            while self._open:
-                await self._next_close()
+        if not keep_imports:
+            for connection in tuple(self._open):
+                connection.end()
 
     def freeze(self) -> None:
         """From now on connections are accepted and nothing is answered, nor is the end of a connection noticed."""
@@ -119,15 +124,19 @@ class VirtualServer:
         while self.importers(busid):
             await self._next_close()
 
+    def accept(self) -> asyncio.Protocol:
+        """The server's side of a connection that comes in another way than over TCP."""
+        return _Connection(self)
+
     def opened(self, connection: Importer) -> None:
         """Called by a connection when it begins."""
         self.connections += 1
-        self._open.add(connection)
+        self._open[connection] = None
 
     def closed(self, connection: Importer) -> None:
         """Called by a connection when it has ended: its device becomes free."""
         self.table.release(connection)
-        self._open.discard(connection)
+        self._open.pop(connection, None)
         self._one_closed.set()
 
     async def _next_close(self) -> None:
@@ -155,9 +164,10 @@ class _Connection(asyncio.Protocol):
         if not isinstance(transport, asyncio.Transport):
             raise TypeError("a stream transport is needed")
         self._transport = transport
-        if self._server.keepalive:
+        sock = transport.get_extra_info("socket")
+        if self._server.keepalive and sock is not None:
             with contextlib.suppress(OSError):  # it has ended already
-                set_options(transport.get_extra_info("socket"))
+                set_options(sock)
         self._server.opened(self)
         # soon, not now: before CPython 3.11.4 the transport begins to read after this call whatever was said in it
         asyncio.get_running_loop().call_soon(lambda: self.pause(self._server.frozen))

@@ -148,7 +148,10 @@ class SimNode:
     def partition(self, *, cut: bool) -> None:
         """Between this node and the API server."""
         self.partitioned = cut
-        self.pods.synced = not cut
+        if cut:
+            self.pods.hold(synced=False)
+        else:
+            self.pods.resume()
         if cut and isinstance(self._leases, MemoryLeases):
             self._leases.cut()
 

@@ -78,11 +78,19 @@ class UsbipClient(Protocol):
         ...
 
 
+class Dialler(Protocol):
+    """Opens connections. See Connector, the real one."""
+
+    async def connect(self, server: ServerKey) -> socket.socket: ...
+
+    def close(self) -> None: ...
+
+
 class TcpUsbipClient:
     """The real UsbipClient. close() it, which closes its connector too. connect_timeout: seconds."""
 
     def __init__(
-        self, clock: Clock, connector: Connector | None = None, connect_timeout: float = CONNECT_TIMEOUT
+        self, clock: Clock, connector: Dialler | None = None, connect_timeout: float = CONNECT_TIMEOUT
     ) -> None:
         self._clock = clock
         self._connector = connector or Connector()

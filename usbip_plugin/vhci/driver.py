@@ -101,6 +101,10 @@ class VhciDriver(Protocol):
         """
         ...
 
+    async def forget(self, key: DeviceKey, port: int) -> None:
+        """Remove the port's record if it names key: the caller has seen that key's device stands there no more."""
+        ...
+
     def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]:
         """Call back, in the event loop, after whatever may have changed a port; returns the unsubscribe function.
 
@@ -109,7 +113,7 @@ class VhciDriver(Protocol):
         ...
 
     async def run(self) -> None:
-        """Listen for changes until cancelled."""
+        """Forget a predecessor's records of ports that are free by now; then listen for changes until cancelled."""
         ...
 
     async def check(self) -> DriverReport:

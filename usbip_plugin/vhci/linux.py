@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import fcntl
 import functools
@@ -73,6 +74,7 @@ class SysfsVhci:
         self._stirred = asyncio.Event()
         self._occupants: dict[int, tuple[int, int]] = {}
         self._free: dict[int, PortState] = {}
+        self._recorded: set[int] = set()
 
     async def ports(self) -> tuple[PortState, ...]:
         return tuple(self._free_state(p) if p.status is PortStatus.NULL else self._state(p) for p in self._table.all())
@@ -159,6 +161,7 @@ class SysfsVhci:
             log.warning("cannot undo an attach", extra={"port": port, "error": str(error)})
 
     def _write_record(self, port: int, key: DeviceKey) -> None:
+        self._recorded.add(port)
         try:
             self._records.write(port, key)
         except OSError as error:
@@ -262,6 +265,9 @@ class SysfsVhci:
             raise DetachFailed(f"port {port} was not free after {timeout:g} s") from None
         self._forget(port)
 
+    async def forget(self, key: DeviceKey, port: int) -> None:
+        self._records.remove(port, only=key)
+
     async def _detach(self, number: int, timeout: float) -> None:
         async with self._writing:
             before = self._table.one(number)
@@ -300,9 +306,18 @@ class SysfsVhci:
     async def run(self) -> None:
         if self._guard is not None:
             self._guard.restore_leftovers()
+        self._forget_leftovers()
         async with asyncio.TaskGroup() as group:
             group.create_task(self._uevents.run(self._heard))
             group.create_task(settle(self._bell, self._stirred, self._clock))
+
+    def _forget_leftovers(self) -> None:
+        """Records of ports that fell free while no process was there to see it: they would name the next device."""
+        with contextlib.suppress(VhciError):
+            free = {port.number for port in self._table.all() if port.status is PortStatus.NULL}
+            for number in self._records.ports():
+                if number in free and number not in self._recorded:
+                    self._records.remove(number)
 
     def _heard(self, event: Uevent | None) -> None:
         if event is None or event.concerns_vhci:

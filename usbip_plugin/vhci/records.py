@@ -12,6 +12,7 @@ from usbip_plugin.model import DeviceKey, ServerKey
 MAX_RECORD = 1200  # bytes; the tool reads host 1025 + port 32 + busid 32
 _MAX_HOST = 1024
 _BUSID = re.compile(r"[0-9A-Za-z.:_-]{1,31}")
+_FILE = re.compile(r"port(0|[1-9][0-9]{0,5})")
 _MAX_PORT = 65535
 
 
@@ -65,6 +66,14 @@ class Records:
             return
         with contextlib.suppress(OSError):
             self._path(port).unlink(missing_ok=True)
+
+    def ports(self) -> tuple[int, ...]:
+        """The ports that have a record, whatever is in it, sorted."""
+        try:
+            names = [path.name for path in self._directory.iterdir()]
+        except OSError:
+            return ()
+        return tuple(sorted(int(found[1]) for name in names if (found := _FILE.fullmatch(name)) is not None))
 
     def writable(self) -> bool:
         place = self._directory if self._directory.exists() else self._directory.parent

@@ -1,0 +1,545 @@
+"""Carries out a plan's actions on a cluster. What lasts ends by itself, so that an action can be left out alone."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from cluster_rig import dongle, stick
+from plan import Action
+
+from usbip_plugin.errors import KubeConflict, KubeGone, KubeServerError, KubeThrottled
+from usbip_plugin.locks.memory import FINE, RESOURCE, Fate, Lost, Operation
+from usbip_plugin.model import DeviceKey, PodRef
+from usbip_plugin.sim.cluster import Cluster, ClusterNode
+from usbip_plugin.sim.server import VirtualServer
+from usbip_plugin.sim.steploop import loop_of
+from usbip_plugin.sim.usbdevice import VirtualDevice
+
+API_FAULTS = (
+    "409",
+    "409 after",
+    "429",
+    "500",
+    "500 after",
+    "lost request",
+    "lost answer",
+    "late request",
+    "late answer",
+)
+LATE = (0.0, 8.0)
+"""Seconds; calls time out after 5."""
+
+
+Key = tuple[object, ...]
+"""What lasts, and of whom."""
+
+
+class ApiErrors:
+    """What one action of API errors does to each call: drawn from a generator of its own."""
+
+    def __init__(self, action: Action, nodes: Sequence[str]) -> None:
+        self._rng = random.Random(action.pick)
+        self._share = self._rng.choice((0.1, 0.3, 0.7))
+        everywhere = self._rng.random() < 0.5
+        self._nodes = frozenset(nodes if everywhere else [nodes[action.node % len(nodes)]])
+        self._kinds = self._rng.sample(API_FAULTS, self._rng.randint(1, len(API_FAULTS)))
+
+    def concerns(self, node: str) -> bool:
+        return node in self._nodes
+
+    def fate(self, node: str, operation: Operation) -> tuple[str, Fate] | None:
+        if node not in self._nodes or self._rng.random() >= self._share:
+            return None
+        verb, rng = operation.verb, self._rng
+        kind = rng.choice(self._kinds)
+        if verb in ("event", "watch") and rng.random() < 0.3:
+            return "410", Fate(refused=KubeGone(verb, RESOURCE, "too old"))
+        if verb == "event":
+            return "late event", Fate(response=rng.uniform(*LATE))
+        writes = verb in ("create", "update", "delete")
+        fates: dict[str, Fate] = {
+            "409": Fate(refused=KubeConflict(verb, RESOURCE, "injected")) if writes else FINE,
+            "409 after": Fate(broken=KubeConflict(verb, RESOURCE, "injected, after the write")) if writes else FINE,
+            "429": Fate(refused=KubeThrottled(verb, RESOURCE, rng.uniform(0, 2))),
+            "500": Fate(refused=KubeServerError(verb, RESOURCE, "500")),
+            "500 after": Fate(broken=KubeServerError(verb, RESOURCE, "500 after the write")),
+            "lost request": Fate(lost=Lost.REQUEST),
+            "lost answer": Fate(lost=Lost.RESPONSE),
+            "late request": Fate(request=rng.uniform(*LATE)),
+            "late answer": Fate(response=rng.uniform(*LATE)),
+        }
+        return (kind, fates[kind]) if fates[kind] is not FINE else None
+
+
+class Chaos:
+    """All actions by their kinds: do(action) is False where it has no effect now. note: for the timeline."""
+
+    def __init__(self, cluster: Cluster, note: Callable[[str], None]) -> None:
+        self.cluster, self.note = cluster, note
+        self.fired: Counter[str] = Counter()
+        self.servers = list(cluster.servers.values())
+        self.original = {server.key: list(server.table.devices()) for server in self.servers}
+        self.pods: dict[PodRef, ClusterNode] = {}
+        """Those that run."""
+        self.doomed: set[PodRef] = set()
+        """Those that end as soon as they are admitted."""
+        self.admissions: dict[asyncio.Task[None], PodRef] = {}
+        self.errors: list[ApiErrors] = []
+        self.ended_badly: list[str] = []
+        self.calm = False
+        self._ends: dict[Key, tuple[float, Callable[[], None]]] = {}
+        self._count = 0
+
+    # what the cluster asks
+
+    def fate(self, node: str, operation: Operation) -> Fate:
+        """See FaultPlan."""
+        for errors in self.errors:
+            found = errors.fate(node, operation)
+            if found is not None:
+                self.fired[f"API {found[0]}"] += 1
+                return found[1]
+        return FINE
+
+    def api_errors(self, node: str) -> bool:
+        return any(errors.concerns(node) for errors in self.errors)
+
+    def active(self, *key: object) -> bool:
+        """Something lasting that is going on now."""
+        return key in self._ends
+
+    # carrying out
+
+    def do(self, action: Action) -> bool:
+        nodes = list(self.cluster.nodes.values())
+        node = nodes[action.node % len(nodes)]
+        done: bool = getattr(self, f"do_{action.kind}")(action, node)
+        if done:
+            self.fired[action.kind] += 1
+        return done
+
+    def end_all(self) -> None:
+        """Whatever lasts ends now."""
+        self.calm = True
+        for key in list(self._ends):
+            self._end(key)
+
+    def during(
+        self, action: Action, key: tuple[object, ...], begin: Callable[[], None], end: Callable[[], None]
+    ) -> bool:
+        """begin now and end when it has lasted; the same thing twice ends with the later one."""
+        until = loop_of().time() + action.lasts
+        if key not in self._ends:
+            self.note(f"{action.kind} {' '.join(map(str, key[1:]))} for {action.lasts:g} s")
+            begin()
+        elif self._ends[key][0] >= until:
+            return False
+        self._ends[key] = until, end
+        loop_of().call_later(action.lasts, self._maybe_end, key)
+        return True
+
+    def _maybe_end(self, key: Key) -> None:
+        if key in self._ends and loop_of().time() >= self._ends[key][0]:
+            self._end(key)
+
+    def _end(self, key: Key) -> None:
+        self.note(f"end of {' '.join(map(str, key))}")
+        self._ends.pop(key)[1]()
+
+    def _server(self, action: Action) -> VirtualServer:
+        return self.servers[action.pick % len(self.servers)]
+
+    def _device(self, action: Action) -> DeviceKey:
+        keys = [DeviceKey(key, device.busid) for key, devices in self.original.items() for device in devices]
+        return keys[action.pick % len(keys)]
+
+    # pods
+
+    def do_admit(self, action: Action, node: ClusterNode) -> bool:
+        return self._admit(node, self._resource(action), 1)
+
+    def do_admit_several(self, action: Action, node: ClusterNode) -> bool:
+        return self._admit(node, self._resource(action), 2 + action.pick // 100 % 2)
+
+    def do_race(self, action: Action, _node: ClusterNode) -> bool:
+        """Every node wants it at once."""
+        asked = [self._admit(node, self._resource(action), 1) for node in self.cluster.nodes.values()]
+        return any(asked)
+
+    def _resource(self, action: Action) -> str:
+        resources = self.cluster.spec.config.resources
+        return resources[action.pick % len(resources)].name
+
+    def _admit(self, node: ClusterNode, resource: str, count: int) -> bool:
+        if self.calm or not node.pods.up.is_set():
+            return False
+        self._count += 1
+        name = PodRef("default", f"p{self._count}")
+        self.note(f"admit {name} on {node.name}: {count} {resource}")
+
+        async def run() -> None:
+            failure = await node.admit(name, resource, count)
+            if failure is None:
+                self.pods[name] = node
+                self.note(f"admitted {name}")
+                if name in self.doomed:
+                    self._end_pod(name)
+            else:
+                self.note(f"refused {name}: {failure}")
+            self.fired["admitted" if failure is None else "refused"] += 1
+
+        task = asyncio.create_task(run(), name=f"admission of {name}")
+        self.admissions[task] = name
+        task.add_done_callback(self._admission_over)
+        return True
+
+    def _admission_over(self, task: asyncio.Task[None]) -> None:
+        name = self.admissions.pop(task)
+        self.doomed.discard(name)
+        if not task.cancelled() and task.exception() is not None:
+            self.ended_badly.append(f"admission of {name}: {task.exception()!r}")
+
+    def _end_pod(self, name: PodRef) -> None:
+        node = self.pods.pop(name)
+        self.note(f"end of pod {name} on {node.name}")
+        node.end(name)
+
+    def do_end(self, action: Action, _node: ClusterNode) -> bool:
+        if not self.pods:
+            return False
+        self._end_pod(sorted(self.pods)[action.pick % len(self.pods)])
+        return True
+
+    def do_end_at_step(self, action: Action, node: ClusterNode) -> bool:
+        """The youngest pod of the node, whether it runs or is only about to."""
+        process = node.process
+        if process is None:
+            return False
+
+        def end() -> None:
+            running = sorted((name for name, where in self.pods.items() if where is node), key=_number)
+            if self.admissions:
+                self.doomed.add(max(self.admissions.values(), key=_number))
+            elif running:
+                self._end_pod(running[-1])
+
+        process.after_steps(action.steps, end)
+        return True
+
+    # processes and nodes
+
+    def do_kill_at_step(self, action: Action, node: ClusterNode) -> bool:
+        process = node.process
+        if process is None:
+            return False
+
+        def kill() -> None:
+            if node.process is process:
+                self.note(f"kill {node.name}, {action.steps} steps later")
+                self.fired["killed"] += 1
+                node.kill()
+                self._start_later(node, action.lasts)
+
+        process.after_steps(action.steps, kill)
+        return True
+
+    def do_terminate_at_step(self, action: Action, node: ClusterNode) -> bool:
+        process = node.process
+        if process is None:
+            return False
+
+        def terminate() -> None:
+            if node.process is not process:
+                return
+            self.note(f"terminate {node.name}, {action.steps} steps later")
+            self.fired["terminated"] += 1
+            halted = process.halted_time()
+
+            def over(ended: bool) -> None:
+                if not ended and process.halted_time() == halted:
+                    self.ended_badly.append(f"{node.name}: the agent did not end in time")
+                self._start_later(node, action.lasts)
+
+            node.terminate(over)
+
+        process.after_steps(action.steps, terminate)
+        return True
+
+    def _start_later(self, node: ClusterNode, seconds: float) -> None:
+        def start() -> None:
+            if node.process is None:
+                self.note(f"start {node.name}")
+                node.start()
+
+        self._ends["down", node.name, loop_of().time(), self.fired["started"]] = 0.0, start
+        self.fired["started"] += 1
+        key = next(reversed(self._ends))
+        loop_of().call_later(seconds, lambda: key in self._ends and self._ends.pop(key)[1]())
+
+    def do_freeze_agent(self, action: Action, node: ClusterNode) -> bool:
+        process = node.process
+        if process is None:
+            return False
+        key = ("freeze", node.name, process.name.rpartition(" ")[2])
+
+        def freeze() -> None:
+            if process.dead or self.calm:
+                return
+            self.fired["frozen"] += 1
+            self.during(action, key, process.freeze, process.thaw)
+
+        process.after_steps(action.steps, freeze)
+        return True
+
+    def do_freeze_node(self, action: Action, node: ClusterNode) -> bool:
+        return self.during(action, ("node frozen", node.name), node.freeze_host, node.thaw_host)
+
+    def do_reboot(self, action: Action, node: ClusterNode) -> bool:
+        self.note(f"reboot {node.name}")
+        node.thaw_host()
+        node.reboot()
+        self._start_later(node, action.lasts)
+        return True
+
+    def do_power_loss(self, action: Action, node: ClusterNode) -> bool:
+        self.note(f"{node.name} loses power")
+        node.thaw_host()
+        node.lose_power()
+        self._start_later(node, action.lasts)
+        return True
+
+    def do_wall_clock(self, action: Action, node: ClusterNode) -> bool:
+        error = (action.lasts - 75) * 1000
+        self.note(f"the wall clock of {node.name} is wrong by {error:g} s")
+        node.clock.wall_error = error
+        return True
+
+    # the API server
+
+    def do_api_errors(self, action: Action, _node: ClusterNode) -> bool:
+        errors = ApiErrors(action, list(self.cluster.nodes))
+        return self.during(
+            action,
+            ("api errors", action.pick % 1000),
+            lambda: self.errors.append(errors),
+            lambda: self.errors.remove(errors),
+        )
+
+    def do_api_refused(self, action: Action, node: ClusterNode) -> bool:
+        return self.during(
+            action, ("refused", node.name), lambda: node.partition(cut=True), lambda: node.partition(cut=False)
+        )
+
+    def do_api_silent(self, action: Action, node: ClusterNode) -> bool:
+        return self.during(
+            action, ("silent", node.name), lambda: node.silence(silent=True), lambda: node.silence(silent=False)
+        )
+
+    def do_api_down(self, action: Action, _node: ClusterNode) -> bool:
+        """The API server is gone, for up to five minutes."""
+        longer = Action(action.at, action.kind, action.node, action.pick, action.lasts * 2, action.steps)
+        nodes = self.cluster.nodes.values()
+
+        def down() -> None:
+            for node in nodes:
+                node.partition(cut=True)
+
+        def up() -> None:
+            for node in nodes:
+                node.partition(cut=self.active("refused", node.name))
+
+        return self.during(longer, ("api down",), down, up)
+
+    def do_watch_cut(self, action: Action, node: ClusterNode) -> bool:
+        del action
+        if node.leases is None:
+            return False
+        self.note(f"watch of {node.name} cut")
+        node.leases.cut()
+        return True
+
+    def do_watch_stall(self, action: Action, node: ClusterNode) -> bool:
+        leases = node.leases
+        if leases is None:
+            return False
+        key = ("stall", node.name, self.cluster.starts)
+        return self.during(action, key, leases.stall, leases.resume)
+
+    def do_watch_replay(self, action: Action, node: ClusterNode) -> bool:
+        if node.leases is None:
+            return False
+        count = 1 + action.pick % 30
+        self.note(f"watch of {node.name}: the last {count} events once more")
+        node.leases.replay(count)
+        return True
+
+    def do_compact(self, action: Action, _node: ClusterNode) -> bool:
+        del action
+        self.note("compaction")
+        self.cluster.backend.compact()
+        return True
+
+    # the network and the servers
+
+    def do_link_cut(self, action: Action, node: ClusterNode) -> bool:
+        server = self._server(action).key
+        link = self.cluster.network.link(node.name, server)
+        return self.during(action, ("cut", node.name, server), link.cut, link.mend)
+
+    def do_link_slow(self, action: Action, node: ClusterNode) -> bool:
+        server = self._server(action).key
+        link = self.cluster.network.link(node.name, server)
+        seconds = (0.2, 1.0, 5.0)[action.pick // 10 % 3]
+        return self.during(
+            action,
+            ("slow", node.name, server),
+            lambda: setattr(link, "slow", seconds),
+            lambda: setattr(link, "slow", 0.0),
+        )
+
+    def do_server_crash(self, action: Action, _node: ClusterNode) -> bool:
+        """Daemon and exports: every connection is reset."""
+        server = self._server(action)
+        return self.during(action, ("down", server.key), server.halt, lambda: self._server_up(server))
+
+    def do_server_daemon(self, action: Action, _node: ClusterNode) -> bool:
+        """The daemon only: what is exported goes on."""
+        server = self._server(action)
+        return self.during(
+            action, ("down", server.key), lambda: server.halt(keep_imports=True), lambda: self._server_up(server)
+        )
+
+    def do_server_power(self, action: Action, _node: ClusterNode) -> bool:
+        server = self._server(action)
+        network = self.cluster.network
+
+        def off() -> None:
+            server.running = False
+            network.power(server.key, on=False)
+
+        def on() -> None:
+            network.power(server.key, on=True)
+            self._server_up(server)
+
+        return self.during(action, ("dark", server.key), off, on)
+
+    def _server_up(self, server: VirtualServer) -> None:
+        if not self.active("down", server.key) and not self.active("dark", server.key):
+            server.running = True
+
+    def do_server_freeze(self, action: Action, _node: ClusterNode) -> bool:
+        server = self._server(action)
+        return self.during(action, ("frozen", server.key), server.freeze, server.thaw)
+
+    def do_drop(self, action: Action, _node: ClusterNode) -> bool:
+        device = self._device(action)
+        server = self.cluster.servers[device.server]
+        if not server.importers(device.busid):
+            return False
+        self.note(f"drop {device}")
+        server.drop(device.busid)
+        return True
+
+    def do_replug(self, action: Action, _node: ClusterNode) -> bool:
+        """Out and in again at once."""
+        device = self._device(action)
+        self.note(f"replug {device}")
+        self._put(device, None)
+        self._restore(device)
+        return True
+
+    def do_replug_elsewhere(self, action: Action, _node: ClusterNode) -> bool:
+        """Into another port of the server: another bus id, so another device."""
+        device = self._device(action)
+        moved = DeviceKey(device.server, f"9-{device.busid.replace('-', '.')}")
+
+        def out() -> None:
+            self._put(device, None)
+            self._put(moved, self._first(device))
+
+        def back() -> None:
+            self._put(moved, None)
+            self._restore(device)
+
+        return self.during(action, ("moved", device), out, back)
+
+    def do_unbind(self, action: Action, _node: ClusterNode) -> bool:
+        """Not exported any more, and bound again later."""
+        device = self._device(action)
+        return self.during(action, ("unbound", device), lambda: self._put(device, None), lambda: self._restore(device))
+
+    def do_swap(self, action: Action, _node: ClusterNode) -> bool:
+        """Another kind of device under the same bus id."""
+        device = self._device(action)
+        first = self._first(device)
+        other = (dongle if first.usb_id == stick("x").usb_id else stick)(device.busid, "SWAPPED")
+        return self.during(action, ("swapped", device), lambda: self._put(device, other), lambda: self._restore(device))
+
+    def _first(self, device: DeviceKey) -> VirtualDevice:
+        return next(d for d in self.original[device.server] if d.busid == device.busid)
+
+    def _put(self, device: DeviceKey, other: VirtualDevice | None) -> None:
+        server = self.cluster.servers[device.server]
+        if server.table.plugged(device.busid):
+            server.unplug(device.busid)
+        if other is not None:
+            server.plug(VirtualDevice(device.busid, other.usb_id, other.serial, configured=True))
+
+    def _restore(self, device: DeviceKey) -> None:
+        if not any(self.active(what, device) for what in ("moved", "unbound", "swapped")):
+            self._put(device, self._first(device))
+
+    # the kubelet
+
+    def do_kubelet_restart(self, action: Action, node: ClusterNode) -> bool:
+        return self.during(
+            action,
+            ("kubelet down", node.name),
+            lambda: node.kubelet_restart(down=True),
+            lambda: node.kubelet_restart(down=False),
+        )
+
+    def do_kubelet_freeze(self, action: Action, node: ClusterNode) -> bool:
+        process = node.pods.process
+        return self.during(action, ("kubelet frozen", node.name), process.freeze, process.thaw)
+
+    def do_kubelet_hangs_up(self, action: Action, node: ClusterNode) -> bool:
+        del action
+        self.note(f"the kubelet of {node.name} ends its streams")
+        node.pods.hang_up()
+        return True
+
+    # the kernel
+
+    def do_stuck_port(self, action: Action, node: ClusterNode) -> bool:
+        self.note(f"{node.name}: the next attachment stays in 005")
+        node.kernel.stuck_next(1 + action.pick % 2)
+        return True
+
+    def do_refused_attach(self, action: Action, node: ClusterNode) -> bool:
+        del action
+        self.note(f"{node.name}: the next attach write fails")
+        node.kernel.refuse_next()
+        return True
+
+    def do_ports_full(self, action: Action, node: ClusterNode) -> bool:
+        """Somebody else has all other ports for a while."""
+        numbers: list[int] = []
+
+        def fill() -> None:
+            numbers.extend(node.kernel.fill_ports(leave=action.pick % 2))
+
+        def free() -> None:
+            for number in numbers:
+                occupant = node.kernel.occupant(number)
+                if occupant is not None and occupant.descriptor is None:
+                    node.kernel.free_port(number)
+
+        return self.during(action, ("ports full", node.name), fill, free)
+
+
+def _number(pod: PodRef) -> int:
+    return int(pod.name[1:])

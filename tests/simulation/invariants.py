@@ -1,0 +1,273 @@
+"""What must be so in every simulated cluster.
+
+At once: after each step of the loop that changed an import, an attachment or a lock. Nothing else can break what is
+checked there, so that is as good as after every step.
+Within a time: what may be otherwise only for so long, looked at every quarter of a second of virtual time. Such a time
+runs only while nothing stands in the node's way; the bounds stand below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from chaos import Chaos
+from plan import Settings
+
+from usbip_plugin.claims import ALLOCATION_GRACE, State
+from usbip_plugin.inventory import API_GRACE
+from usbip_plugin.locks import record
+from usbip_plugin.locks.store import Lease
+from usbip_plugin.model import DeviceKey, Reason
+from usbip_plugin.sim.cluster import Cluster, ClusterNode
+from usbip_plugin.sim.network import DEAD_PEER_S
+from usbip_plugin.sim.steploop import loop_of
+
+LOOK_S = 0.25
+"""Virtual seconds between two looks at what has a time."""
+ALLOCATE_SLACK_S = 0.5
+"""An Allocate ends so long after allocateTimeout at the latest, by its node's clock."""
+UNCLAIMED_LOCK_S = 40.0
+"""A lock that names a node which does nothing with the device; a probe for a serial number takes some of it."""
+UNUSED_CLAIM_S = ALLOCATION_GRACE + 35.0
+"""A device that is attached, or is to be, for a pod that is not there."""
+STALE_HEALTH_S = 20.0
+"""A device that is called attached and is not."""
+UNATTACHED_POD_S = 60.0
+"""A pod whose device could be attached and is not."""
+API_AWAY_S = API_GRACE + 25.0
+"""A device that is not this node's, Healthy without an API server. Calls time out after 5 s, watches after 90."""
+DEAD_PORT_S = DEAD_PEER_S + 5.0
+"""A port whose connection is dead at its server."""
+
+
+class Violation(AssertionError):
+    """name: of the invariant."""
+
+    def __init__(self, name: str, detail: str) -> None:
+        self.name = name
+        super().__init__(f"{name}: {detail}")
+
+
+@dataclass(slots=True)
+class _Bad:
+    since: float
+    seen: float
+
+
+class Watch:
+    """Looks at a cluster. `dirty` is set by whatever the first kind of invariants depends on."""
+
+    def __init__(self, cluster: Cluster, chaos: Chaos, settings: Settings, note: Callable[[str], None]) -> None:
+        self.cluster, self.chaos, self.settings, self.note = cluster, chaos, settings, note
+        self.dirty = True
+        self.checks = 0
+        self._looked = 0.0
+        self._bad: dict[tuple[object, ...], _Bad] = {}
+        self._keys = {key.id: key for key in self._all_keys()}
+        self._failed_write: Violation | None = None
+        cluster.network.on_change = self.soil
+        cluster.backend.on_write = self._written
+        for node in cluster.nodes.values():
+            node.kernel.bell.subscribe(self.soil)
+
+    def soil(self) -> None:
+        self.dirty = True
+
+    def _all_keys(self) -> Iterator[DeviceKey]:
+        for server in self.cluster.servers.values():
+            for device in server.table.devices():
+                yield DeviceKey(server.key, device.busid)
+                yield DeviceKey(server.key, f"9-{device.busid.replace('-', '.')}")
+
+    def after_step(self) -> None:
+        """Raises Violation."""
+        if self.dirty:
+            self.dirty = False
+            self.at_once()
+        now = loop_of().time()
+        if now - self._looked >= LOOK_S:
+            self._looked = now
+            self.in_time(now)
+
+    # at once
+
+    def at_once(self) -> None:
+        self.checks += 1
+        if self._failed_write is not None:
+            raise self._failed_write
+        for server in self.cluster.servers.values():
+            # one that does not fence counts the half-open connection of a node that was cut off and attaches again
+            if server.violations and self.settings.fenced:
+                raise Violation("one import, by the server's account", f"{server.key}: {server.violations}")
+        for key, nodes in self.cluster.network.imports().items():
+            if len(nodes) > 1:
+                raise Violation("one import, by the nodes' account", f"{key}: {nodes}")
+            holder = self.cluster.holder(key)
+            if holder != nodes[0]:
+                raise Violation("a lock for each import", f"{key}: imported by {nodes[0]}, locked by {holder!r}")
+
+    def _written(self, before: Lease | None, after: Lease | None) -> None:
+        self.dirty = True
+        lease = after or before
+        if lease is None or not record.is_lock_name(lease.name):
+            return
+        old = (before.holder, before.annotations.get(record.BOOT_ID)) if before is not None else ("", None)
+        new = (after.holder, after.annotations.get(record.BOOT_ID)) if after is not None else ("", None)
+        if old != new:
+            self.note(f"lock of {self._keys.get(lease.name, lease.name)}: {old[0] or 'nobody'} -> {new[0] or 'nobody'}")
+        if before is not None and after is not None:
+            rises = after.transitions - before.transitions
+            if rises != int(new[0] != "" and old != new):
+                self._failed_write = Violation("an epoch for each holder", f"{lease.name}: {old} -> {new}, +{rises}")
+
+    # within a time
+
+    def in_time(self, now: float) -> None:
+        for badly in self.chaos.ended_badly:
+            raise Violation("agents work", badly)
+        for context in loop_of().unhandled:
+            raise Violation("agents work", f"{context}") from context.get("exception")
+        for node in self.cluster.nodes.values():
+            self._allocates(node, now)
+            if node.process is None or node.agent is None or node.host.halted:
+                continue
+            try:
+                node.alive()
+            except Exception as error:
+                raise Violation("agents work", f"{node.name} died of {error!r}") from error
+            self._locks_without_claims(node, now)
+            self._claims_without_pods(node, now)
+            self._healths(node, now)
+            self._pods(node, now)
+        self._ports(now)
+
+    def _allocates(self, node: ClusterNode, now: float) -> None:
+        process = node.process
+        if process is None:
+            return
+        bound = self.cluster.spec.config.allocate_timeout + ALLOCATE_SLACK_S
+        for call in node.pods.calls:
+            ran = (now - call.began - (process.halted_time() - call.halted)) * node.clock.rate
+            if ran > bound + LOOK_S and call.process is process:
+                raise Violation("an Allocate ends in time", f"{node.name} {call.resource}: {ran:.2f} s")
+
+    def quiet(self, node: ClusterNode) -> bool:
+        """Nothing stands in the way of the agent: kubelet and API server answer."""
+        active = self.chaos.active
+        return (
+            node.process is not None
+            and not node.process.halted
+            and not node.partitioned
+            and not self.chaos.api_errors(node.name)
+            and not active("api down")
+            and node.leases is not None
+            and not node.leases.stalled
+            and node.pods.up.is_set()
+            and not node.pods.process.halted
+        )
+
+    def reachable(self, node: ClusterNode, key: DeviceKey) -> bool:
+        """Nothing stands in the way of an import, either."""
+        server = self.cluster.servers[key.server]
+        link = self.cluster.network.link(node.name, key.server)
+        return (
+            server.running
+            and not server.frozen
+            and link.passable
+            and not link.slow
+            and server.table.plugged(key.busid)
+            and not any(self.chaos.active(what, key) for what in ("moved", "unbound", "swapped"))
+            and not self.chaos.active("ports full", node.name)
+            and (server.importers(key.busid) == 0 or key in node.attached())
+        )
+
+    def _for_long(self, bad: bool, now: float, seconds: float, *key: object) -> bool:
+        """Whether something is bad, and has been so at each look for so long."""
+        if not bad:
+            self._bad.pop(key, None)
+            return False
+        found = self._bad.get(key)
+        if found is None or now - found.seen > 4 * LOOK_S:
+            found = self._bad[key] = _Bad(now, now)
+        found.seen = now
+        return now - found.since > seconds
+
+    def _locks_without_claims(self, node: ClusterNode, now: float) -> None:
+        agent = node.agent
+        if agent is None:
+            return
+        quiet = self.quiet(node)
+        for device_id, lease in self.cluster.backend.leases.items():
+            if record.is_lock_name(device_id) and lease.holder == node.name:
+                bad = quiet and device_id not in agent.attacher.claims
+                if self._for_long(bad, now, UNCLAIMED_LOCK_S / node.clock.rate, "lock", node.name, device_id):
+                    raise Violation("no lock without a claim", f"{node.name} holds {self._keys.get(device_id)}")
+
+    def _claims_without_pods(self, node: ClusterNode, now: float) -> None:
+        agent = node.agent
+        if agent is None:
+            return
+        used = {i for entry in node.kubelet.held() for i in entry.device_ids}
+        quiet = self.quiet(node)
+        for claim in agent.attacher.claims.values():
+            bad = quiet and claim.id not in used
+            if self._for_long(bad, now, UNUSED_CLAIM_S / node.clock.rate, "claim", node.name, claim.id):
+                raise Violation("no claim without a pod", f"{node.name}: {claim.key} is {claim.state.value}")
+
+    def _healths(self, node: ClusterNode, now: float) -> None:
+        agent, process = node.agent, node.process
+        if agent is None or process is None or process.halted:
+            return
+        health = agent.advertiser.health()
+        attached = {key.id for key in node.attached()}
+        for device_id, known in health.items():
+            bad = known.reason is Reason.ATTACHED and device_id not in attached
+            if self._for_long(bad, now, STALE_HEALTH_S / node.clock.rate, "health", node.name, device_id):
+                raise Violation("attached is true", f"{node.name}: {self._keys.get(device_id)}")
+            away = node.partitioned and known.healthy and device_id not in agent.attacher.claims
+            if self._for_long(away, now, API_AWAY_S / node.clock.rate, "away", node.name, device_id):
+                raise Violation(
+                    "nothing is offered without the API server", f"{node.name}: {self._keys.get(device_id)}"
+                )
+
+    def _pods(self, node: ClusterNode, now: float) -> None:
+        agent = node.agent
+        if agent is None:
+            return
+        quiet = self.quiet(node)
+        attached = {key.id for key in node.attached()}
+        health = agent.advertiser.health()
+        for entry in node.kubelet.held():
+            known = node.kubelet.health(entry.resource)
+            for device_id in entry.device_ids:
+                listed = quiet and node.kubelet.connected(entry.resource)
+                forgotten = listed and device_id not in known
+                what = f"{node.name}: {self._keys.get(device_id)} of {entry.pod}"
+                if self._for_long(forgotten, now, STALE_HEALTH_S / node.clock.rate, "listed", node.name, device_id):
+                    raise Violation("a pod's device stays in the list", what)
+                key = self._keys[device_id]
+                mute = listed and device_id not in attached and known.get(device_id, False)
+                if self._for_long(mute, now, STALE_HEALTH_S / node.clock.rate, "mute", node.name, device_id):
+                    raise Violation("a pod's device is attached or reported", f"{what}: {health.get(device_id)}")
+                idle = (
+                    quiet
+                    and device_id not in attached
+                    and self.cluster.holder(key) in ("", node.name)
+                    and self.reachable(node, key)
+                )
+                if self._for_long(idle, now, UNATTACHED_POD_S / node.clock.rate, "idle", node.name, device_id):
+                    claim = agent.attacher.claims.get(device_id)
+                    state = claim.state if claim is not None else State.FREE
+                    raise Violation(
+                        "a pod's device is attached again", f"{what}: {state.value}, {health.get(device_id)}"
+                    )
+
+    def _ports(self, now: float) -> None:
+        """Attachments whose connections are dead: only for as long as TCP needs to find out."""
+        live = self.cluster.network.imports()
+        for node in self.cluster.nodes.values():
+            for key in node.attached():
+                bad = not node.host.halted and node.name not in live.get(key, ())
+                if self._for_long(bad, now, DEAD_PORT_S / node.clock.rate, "port", node.name, key):
+                    raise Violation("a dead connection frees its port", f"{node.name}: {key}")

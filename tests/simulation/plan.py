@@ -1,0 +1,156 @@
+"""What a run of the simulation does, as data: drawn from a seed beforehand, so that it can be replayed in part."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from usbip_plugin.claims import ALLOCATION_GRACE
+from usbip_plugin.locks.manager import LockSettings
+
+ACTIONS = 90
+"""Actions of one run."""
+GAPS = (0.0, 0.0, 0.01, 0.2, 1.0, 3.0, 10.0, 20.0)
+"""Seconds between two actions."""
+RATES = (0.6, 1.6)
+"""Slowest and fastest clock; within one run any two differ by less than the factor below."""
+MAX_RATIO = 1.98
+STEPS = 150
+"""An Allocate, from the call to its answer, takes fewer steps of its agent than that."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The cluster of one run. devices: (sticks, dongles) of each server; fenced: servers export a device only once."""
+
+    nodes: int
+    devices: tuple[tuple[int, int], ...]
+    keepalive: tuple[bool, ...]
+    fenced: bool
+    rates: tuple[float, ...]
+    offsets: tuple[float, ...]
+    locks: LockSettings
+    allocate_timeout: float
+    overlapping: bool
+    serials: bool
+    latency: float
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """at: loop seconds from the start. node: an index, pick: what else is to be chosen, both modulo what there is.
+
+    lasts: seconds of the loop. steps: of the node's agent, before it happens.
+    """
+
+    at: float
+    kind: str
+    node: int
+    pick: int
+    lasts: float
+    steps: int
+
+    def __str__(self) -> str:
+        return f"{self.kind}(node={self.node}, pick={self.pick % 1000}, lasts={self.lasts:g}, steps={self.steps})"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    seed: int
+    settings: Settings
+    actions: tuple[Action, ...]
+
+
+WEIGHTS = {
+    "admit": 26,
+    "admit_several": 5,
+    "race": 8,
+    "end": 14,
+    "end_at_step": 3,
+    "kill_at_step": 4,
+    "terminate_at_step": 4,
+    "freeze_agent": 3,
+    "freeze_node": 2,
+    "reboot": 2,
+    "power_loss": 2,
+    "api_errors": 6,
+    "api_refused": 2,
+    "api_silent": 3,
+    "api_down": 2,
+    "watch_cut": 2,
+    "watch_stall": 2,
+    "watch_replay": 2,
+    "compact": 1,
+    "link_cut": 4,
+    "link_slow": 2,
+    "server_crash": 2,
+    "server_daemon": 1,
+    "server_power": 2,
+    "server_freeze": 2,
+    "drop": 3,
+    "replug": 2,
+    "replug_elsewhere": 1,
+    "unbind": 2,
+    "swap": 1,
+    "kubelet_restart": 2,
+    "kubelet_freeze": 2,
+    "kubelet_hangs_up": 1,
+    "stuck_port": 2,
+    "refused_attach": 1,
+    "ports_full": 1,
+    "wall_clock": 1,
+}
+"""How often each kind of action is drawn."""
+
+TIED = ("kill_at_step", "terminate_at_step", "freeze_agent", "freeze_node", "end_at_step", "link_cut", "api_silent")
+"""What is likely to go wrong in the middle of an Allocate: half of them come together with one."""
+
+
+def draw_settings(rng: random.Random) -> Settings:
+    nodes = rng.randint(2, 5)
+    servers = rng.randint(1, 3)
+    slowest = rng.uniform(RATES[0], RATES[1] / MAX_RATIO)
+    rates = [rng.uniform(slowest, min(RATES[1], slowest * MAX_RATIO)) for _ in range(nodes)]
+    if rng.random() < 0.5:  # as far apart as they may be
+        rates[:2] = rng.sample([slowest, slowest * MAX_RATIO], 2)
+    duration, window = rng.choice([(40.0, 10.0), (40.0, 10.0), (20.0, 9.0), (40.0, 19.0)])
+    return Settings(
+        nodes=nodes,
+        devices=tuple((rng.randint(1, 2), int(rng.random() < 0.5)) for _ in range(servers)),
+        keepalive=tuple(rng.random() < 0.5 for _ in range(servers)),
+        fenced=rng.random() < 0.5,
+        rates=tuple(rates),
+        offsets=tuple(rng.uniform(0, 1e6) for _ in range(nodes)),
+        locks=LockSettings(duration, window),
+        allocate_timeout=rng.choice([10.0, 10.0, 30.0, 60.0]),
+        overlapping=rng.random() < 0.3,
+        serials=rng.random() < 0.3,
+        latency=rng.choice([0.001, 0.005, 0.05]),
+    )
+
+
+def draw_lasts(rng: random.Random) -> float:
+    """Seconds: a moment, a while, or longer than anything waits."""
+    return rng.choice([rng.uniform(0.01, 1), rng.uniform(1, 12), rng.uniform(8, 30), rng.uniform(30, 150)])
+
+
+def draw(seed: int, length: int = ACTIONS) -> Plan:
+    """The plan of a seed. The same seed is the same plan, whatever happens when it is played."""
+    rng = random.Random(seed)
+    settings = draw_settings(rng)
+    kinds, weights = list(WEIGHTS), list(WEIGHTS.values())
+    actions: list[Action] = []
+    at = ALLOCATION_GRACE
+    while len(actions) < length:
+        at += rng.choice(GAPS)
+        kind = rng.choices(kinds, weights)[0]
+        node = rng.randrange(60)  # divisible by every number of nodes
+        if kind in TIED and rng.random() < 0.5:
+            actions.append(_action(rng, at, rng.choice(["admit", "admit", "race"]), node))
+            at += rng.choice([0.0, 0.0, 0.002, 0.3])
+        actions.append(_action(rng, at, kind, node))
+    return Plan(seed, settings, tuple(actions))
+
+
+def _action(rng: random.Random, at: float, kind: str, node: int) -> Action:
+    return Action(round(at, 6), kind, node, rng.getrandbits(30), round(draw_lasts(rng), 3), rng.randint(1, STEPS))

@@ -1,0 +1,308 @@
+"""Plays a plan, or a part of it, and says what came of it. The same plan and part give the same steps each time.
+
+A step is one callback that the event loop runs: a task of an agent or a kubelet resumed up to its next await, a timer
+that fires, or a delivery by the network, an API server or the driver of the faults. Invariants are looked at after each
+of them (see invariants.py for what "looked at" means).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import random
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
+
+from chaos import Chaos
+from cluster_rig import DONGLE, dongle, resource, stick
+from counting import CountedRules, observer
+from invariants import Violation, Watch
+from plan import Plan, Settings
+
+from usbip_plugin.agent import Observer
+from usbip_plugin.claims import ALLOCATION_GRACE
+from usbip_plugin.config import Config, DeviceSelector, ResourceConfig, Selector
+from usbip_plugin.locks.memory import FINE
+from usbip_plugin.locks.protocol import Rules
+from usbip_plugin.model import DeviceKey, PodRef, Reason
+from usbip_plugin.sim.cluster import Cluster, ClusterNode, ClusterSpec, cluster
+from usbip_plugin.sim.cluster_node import unchanged
+from usbip_plugin.sim.loop import SimClock
+from usbip_plugin.sim.server import VirtualServer
+from usbip_plugin.sim.steploop import StepLoop, loop_of, run
+from usbip_plugin.vhci.driver import VhciDriver
+
+FAULTS_END_S = 5.0
+"""Seconds after the last action until every fault is ended."""
+RECOVER_S = 150.0
+"""Virtual seconds after the last fault in which every running pod has its device again, or knows why not."""
+CONVERGE_S = 240.0
+"""Virtual seconds after the last pod in which every device is free, Healthy everywhere, and nothing is left."""
+SPARE_S = 60.0
+"""Seconds in which a device that is free can be had by a new pod."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wrong:
+    """What is made wrong on purpose. patched: entered for the whole run."""
+
+    rules: Rules = field(default_factory=Rules)
+    driver: Callable[[VhciDriver], VhciDriver] = unchanged
+    patched: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
+
+
+@dataclass(slots=True)
+class Result:
+    """counts: of faults, rules and outcomes. timeline: what happened, one line each."""
+
+    seed: int
+    steps: int = 0
+    checks: int = 0
+    seconds: float = 0.0
+    counts: Counter[str] = field(default_factory=Counter)
+    timeline: list[str] = field(default_factory=list)
+    violation: Violation | None = None
+
+
+def play(plan: Plan, only: Collection[int] | None = None, wrong: Wrong | None = None) -> Result:
+    """only: indices of the actions to carry out, None for all."""
+    result = Result(plan.seed)
+    wrong = wrong or Wrong()
+    logging.disable(logging.CRITICAL)
+    collecting = gc.isenabled()
+    gc.disable()  # what it would find, and when, is no part of the plan
+    try:
+        with wrong.patched():
+            run(lambda: _Play(plan, result, wrong).main(only))
+    except Violation as violation:
+        result.violation = violation
+    except Exception as error:  # noqa: BLE001 - whatever goes wrong is a finding, and has a timeline
+        result.violation = Violation("the simulation works", repr(error))
+        result.violation.__cause__ = error
+    finally:
+        if collecting:
+            gc.enable()
+            gc.collect()
+        logging.disable(logging.NOTSET)
+    if result.violation is not None:
+        result.timeline.append(f"{result.seconds:10.3f} {result.steps:7}  VIOLATED: {result.violation}")
+    return result
+
+
+class _Play:
+    def __init__(self, plan: Plan, result: Result, wrong: Wrong) -> None:
+        self._plan, self._result, self._wrong = plan, result, wrong
+        self._loop: StepLoop = loop_of()
+        self._watch: Watch | None = None
+        self._violated: asyncio.Future[None] = self._loop.create_future()
+
+    def note(self, text: str) -> None:
+        self._result.timeline.append(f"{self._loop.time():10.3f} {self._loop.steps:7}  {text}")
+
+    async def main(self, only: Collection[int] | None) -> None:
+        """Raises the violation, if there is one."""
+        settings = self._plan.settings
+        made: list[Chaos] = []
+        async with cluster(self._spec(settings, made)) as c:
+            chaos = Chaos(c, self.note)
+            made.append(chaos)
+            self._watch = Watch(c, chaos, settings, self.note)
+            self._loop.after_step = self._after_step
+            story = asyncio.create_task(self._story(c, chaos, only), name="story")
+            try:
+                await asyncio.wait({story, self._violated}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                self._loop.after_step = None
+                self._count(chaos)
+            if self._violated.done():
+                story.cancel()
+                await asyncio.gather(story, return_exceptions=True)
+                self._violated.result()
+            story.result()
+
+    def _after_step(self) -> None:
+        if self._watch is None:
+            return
+        try:
+            self._watch.after_step()
+        except Violation as violation:
+            self._loop.after_step = None
+            self._result.steps, self._result.seconds = self._loop.steps, self._loop.time()
+            self._violated.set_exception(violation)
+
+    def _count(self, chaos: Chaos) -> None:
+        if not self._violated.done():
+            self._result.steps, self._result.seconds = self._loop.steps, self._loop.time()
+        self._result.counts.update(chaos.fired)
+        if self._watch is not None:
+            self._result.checks = self._watch.checks
+
+    def _spec(self, settings: Settings, made: list[Chaos]) -> ClusterSpec:
+        counts = self._result.counts
+        latency = random.Random(self._plan.seed)
+
+        def watched(node: str) -> Observer:
+            return observer(node, counts, self.note)
+
+        servers = [
+            self._server(f"server-{i}", sticks, dongles, settings, i)
+            for i, (sticks, dongles) in enumerate(settings.devices)
+        ]
+        return ClusterSpec(
+            names=[f"node-{chr(ord('a') + i)}" for i in range(settings.nodes)],
+            servers=servers,
+            config=_config(servers, settings),
+            seed=self._plan.seed,
+            lock_settings=settings.locks,
+            rules=CountedRules(self._wrong.rules, counts).rules(),
+            rates=settings.rates,
+            offsets=settings.offsets,
+            faults=lambda node, operation: made[0].fate(node, operation) if made else FINE,
+            latency=lambda: settings.latency * latency.uniform(0.5, 1.5),
+            driver=self._wrong.driver,
+            observer=watched,
+        )
+
+    def _server(self, host: str, sticks: int, dongles: int, settings: Settings, index: int) -> VirtualServer:
+        devices = [stick(f"1-{i + 1}") for i in range(sticks)] + [dongle(f"2-{i + 1}") for i in range(dongles)]
+        keepalive = settings.keepalive[index]
+        server = VirtualServer(devices, host, 3240, clock=SimClock(self._loop), listen=False, keepalive=keepalive)
+        server.table.exclusive = settings.fenced
+        return server
+
+    async def _story(self, c: Cluster, chaos: Chaos, only: Collection[int] | None) -> None:
+        for i, action in enumerate(self._plan.actions):
+            if only is None or i in only:
+                await self._until(action.at)
+                chaos.do(action)
+        await asyncio.sleep(FAULTS_END_S)
+        self.note("every fault ends")
+        chaos.end_all()
+        self._mend(c)
+        await self._reach("admissions end", RECOVER_S, lambda: ", ".join(map(str, chaos.admissions.values())))
+        await self._reach("running pods have their devices", RECOVER_S, lambda: _unserved(c))
+        await asyncio.sleep(ALLOCATION_GRACE)
+        self.note("every pod ends")
+        for pod, node in sorted(chaos.pods.items()):
+            node.end(pod)
+        chaos.pods.clear()
+        await self._reach("nothing is left", CONVERGE_S, lambda: _left(c))
+        await self._new_pods(c)
+        await self._reach("nothing is left", CONVERGE_S, lambda: _left(c))
+        await self._tasks(c)
+
+    async def _until(self, at: float) -> None:
+        if at > self._loop.time():
+            await asyncio.sleep(at - self._loop.time())
+
+    async def _reach(self, name: str, seconds: float, missing: Callable[[], str]) -> None:
+        """Until nothing is missing: "". seconds of the slowest clock."""
+        end = self._loop.time() + seconds / min(self._plan.settings.rates)
+        while text := missing():
+            if self._loop.time() >= end:
+                raise Violation(name, text)
+            await asyncio.sleep(0.1)
+
+    def _mend(self, c: Cluster) -> None:
+        """What only an operator can mend: a usbipd that waits for ever for clients it was never told are gone."""
+        for server in c.servers.values():
+            if c.network.half_open(server.key) and not server.keepalive:
+                self.note(f"{server.key} is restarted for its half-open connections")
+                server.halt()
+                server.running = True
+
+    async def _new_pods(self, c: Cluster) -> None:
+        """Every node can have a device."""
+        for node in c.nodes.values():
+            pod = PodRef("default", f"last-{node.name}")
+            end = self._loop.time() + SPARE_S
+            while (failure := await node.admit(pod, "stick")) is not None:
+                if self._loop.time() > end:
+                    raise Violation("a free device can be had", f"{node.name}: {failure}")
+                await asyncio.sleep(1)
+            await asyncio.sleep(1)
+            node.end(pod)
+            await self._reach("nothing is left", CONVERGE_S, lambda: _left(c))
+
+    async def _tasks(self, c: Cluster) -> None:
+        """An agent that has been through all this has the tasks of one that has just begun."""
+        await asyncio.sleep(10)
+        node = next(iter(c.nodes.values()))
+        await node.stop()
+        node.start()
+        await asyncio.sleep(30)
+        await self._reach("no task is left", 5, lambda: _differing(c))
+
+
+def _config(servers: list[VirtualServer], settings: Settings) -> Config:
+    resources = [resource("stick", servers)]
+    last = servers[-1]
+    if any(dongles for _, dongles in settings.devices):
+        resources.append(resource("dongle", servers, DONGLE))
+    if settings.overlapping:
+        resources.append(resource("any", servers[:1]))
+    if settings.serials:
+        resources.append(ResourceConfig("serial", (DeviceSelector(last.key, Selector(serial="S-1-1")),)))
+    return Config(tuple(resources), allocate_timeout=settings.allocate_timeout)
+
+
+def _devices(c: Cluster) -> Iterator[DeviceKey]:
+    for server in c.servers.values():
+        for device in server.table.devices():
+            yield DeviceKey(server.key, device.busid)
+
+
+def _unserved(c: Cluster) -> str:
+    """Pods whose device is not attached, though nothing says why. "" if there are none."""
+    found = []
+    for node in c.nodes.values():
+        attached = {key.id for key in node.attached()}
+        health = node.agent.advertiser.health() if node.agent is not None else {}
+        for entry in node.kubelet.held():
+            for device_id in entry.device_ids:
+                known = health.get(device_id)
+                reported = known is not None and not known.healthy and known.reason is not Reason.UNKNOWN
+                if device_id not in attached and not reported:
+                    found.append(f"{entry.pod} on {node.name}: {device_id} {known}")
+    return "; ".join(found)
+
+
+def _left(c: Cluster) -> str:
+    """What there is that should not be when no pod is left. "" if there is nothing."""
+    found = [f"{key} is locked by {c.holder(key)}" for key in _devices(c) if c.holder(key)]
+    found += [f"{lease.name} is held by {lease.holder}" for lease in c.backend.leases.values() if _odd(c, lease.name)]
+    for server in c.servers.values():
+        found += [f"{server.key}/{d.busid} is exported" for d in server.table.devices() if server.importers(d.busid)]
+    wanted = {key.id for key in _devices(c)}
+    for node in c.nodes.values():
+        found += [f"{node.name} has {key}" for key in node.attached()]
+        found += [f"{node.name}: record of port {number}" for number in node.kernel.records.get(node.name, ())]
+        found += [f"{node.name}: claim on {claim}" for claim in (node.agent.attacher.claims if node.agent else ())]
+        if node.sockets:
+            found.append(f"{node.name}: {node.sockets} sockets")
+        healthy = {
+            i for r in c.spec.config.resources for i, well in node.kubelet.health(c.full(r.name)).items() if well
+        }
+        if healthy != wanted:
+            found.append(f"{node.name} offers {len(healthy & wanted)} of {len(wanted)}, {len(healthy - wanted)} others")
+    return "; ".join(found)
+
+
+def _odd(c: Cluster, name: str) -> bool:
+    lease = c.backend.leases[name]
+    return bool(lease.holder) and not name.startswith("usbip-node-") and name not in {key.id for key in _devices(c)}
+
+
+def _tasks(node: ClusterNode) -> tuple[str, ...]:
+    """The tasks of a node's agent by name, sorted."""
+    return tuple(sorted(task.get_name().rstrip("0123456789") for task in node.process.tasks())) if node.process else ()
+
+
+def _differing(c: Cluster) -> str:
+    """How the others differ from the first node, which has just begun."""
+    counted = {node.name: Counter(_tasks(node)) for node in c.nodes.values()}
+    fresh = next(iter(counted.values()))
+    return "; ".join(f"{name}: +{t - fresh} -{fresh - t}" for name, t in counted.items() if t != fresh)

@@ -1,0 +1,62 @@
+"""Retry policies draw on nothing but what they are given."""
+
+import asyncio
+import contextlib
+import random
+from contextlib import AbstractAsyncContextManager
+from datetime import UTC, datetime
+
+import pytest
+
+from usbip_plugin import retry
+from usbip_plugin.errors import DeviceBusy, KubeUnreachable
+from usbip_plugin.model import DeviceKey, ServerKey
+
+
+class NotedClock:
+    """Sleeps are noted and over at once."""
+
+    def __init__(self) -> None:
+        self.slept: list[float] = []
+
+    def monotonic(self) -> float:
+        return 0.0
+
+    def now(self) -> datetime:
+        return datetime(2026, 1, 1, tzinfo=UTC)
+
+    async def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+
+    def timeout(self, seconds: float) -> AbstractAsyncContextManager[object]:
+        return asyncio.timeout(seconds)
+
+
+async def waits_of_a_write(seed: int) -> list[float]:
+    clock = NotedClock()
+    with contextlib.suppress(KubeUnreachable):
+        async for attempt in retry.api_write(clock, random.Random(seed)):
+            with attempt:
+                raise KubeUnreachable("update", "leases", "gone")
+    return clock.slept
+
+
+async def waits_of_an_import(seed: int) -> list[float]:
+    clock = NotedClock()
+    with contextlib.suppress(DeviceBusy):
+        async for attempt in retry.import_busy(clock, random.Random(seed)):
+            with attempt:
+                raise DeviceBusy(DeviceKey(ServerKey("lab"), "1-1"))
+    return clock.slept
+
+
+@pytest.mark.parametrize(
+    ("waits_of", "tries"), [(waits_of_a_write, retry.API_WRITE_ATTEMPTS), (waits_of_an_import, retry.BUSY_ATTEMPTS)]
+)
+async def test_the_same_seed_waits_the_same(waits_of: object, tries: int) -> None:
+    assert callable(waits_of)
+    first = await waits_of(7)
+    random.seed(3)  # what anybody else does with the module's generator counts for nothing
+    assert await waits_of(7) == first
+    assert len(first) == tries - 1
+    assert await waits_of(8) != first

@@ -1,0 +1,306 @@
+"""The simulated network, against what TCP between a node and usbipd was seen or is documented to do."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from usbip_plugin.errors import DeviceBusy, ServerTimeout, ServerUnreachable, UsbipError
+from usbip_plugin.model import DeviceKey, UsbId
+from usbip_plugin.sim.loop import SimClock
+from usbip_plugin.sim.network import DEAD_PEER_S, ORPHAN_S, USER_TIMEOUT_S, Host, Link, MemoryConnector, Network
+from usbip_plugin.sim.server import RESET_TIME, VirtualServer
+from usbip_plugin.sim.steploop import Process, loop_of, stepped
+from usbip_plugin.sim.usbdevice import VirtualDevice
+from usbip_plugin.usbip.client import Imported, TcpUsbipClient
+
+LATENCY = 0.01
+ROUND = 4 * LATENCY
+"""Seconds of a connect, a request and its answer."""
+TIMEOUT = 1.0
+
+
+class Node:
+    def __init__(self, lab: Lab, name: str) -> None:
+        self.process = Process(loop_of(), name)
+        self.host = Host(name, self.process)
+        self.connector = MemoryConnector(lab.network, self.host)
+        self.client = TcpUsbipClient(lab.clock, self.connector)
+        self.link: Link = lab.network.link(name, lab.server.key)
+
+
+class Lab:
+    """One server with one device, two nodes, a slow network."""
+
+    def __init__(self, *, keepalive: bool = False) -> None:
+        self.clock = SimClock(asyncio.get_running_loop())
+        device = VirtualDevice("1-1", UsbId(1, 1))
+        self.server = VirtualServer([device], "server", 3240, clock=self.clock, listen=False, keepalive=keepalive)
+        self.server.running = True
+        self.key = DeviceKey(self.server.key, "1-1")
+        self.changes = 0
+        self.network = Network({self.server.key: self.server}.get, lambda: LATENCY, self.changed)
+        self.a, self.b = Node(self, "a"), Node(self, "b")
+
+    def changed(self) -> None:
+        self.changes += 1
+
+    async def take(self, node: Node) -> Imported:
+        return await node.client.import_device(self.key, timeout=TIMEOUT)
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
+    @property
+    def importers(self) -> int:
+        return self.server.importers("1-1")
+
+
+@stepped
+async def test_an_import_takes_two_round_trips() -> None:
+    lab = Lab()
+    imported = await lab.take(lab.a)
+    assert loop_of().time() == pytest.approx(ROUND)
+    assert lab.network.imports() == {lab.key: ["a"]}
+    imported.close()
+    assert lab.network.imports() == {}
+    assert lab.importers == 1, "the FIN is on its way"
+    await lab.sleep(LATENCY * 1.1)
+    assert lab.importers == 0
+    assert not lab.network.connections
+
+
+@stepped
+async def test_an_import_counts_as_under_way_from_its_request_on() -> None:
+    lab = Lab()
+    asking = asyncio.ensure_future(lab.take(lab.a))
+    await lab.sleep(LATENCY * 1.9)
+    assert lab.network.imports() == {}
+    await lab.sleep(LATENCY * 0.2)
+    assert lab.network.imports() == {lab.key: ["a"]}
+    assert lab.importers == 0
+    changes = lab.changes
+    (await asking).close()
+    assert lab.changes > changes
+
+
+@stepped
+async def test_an_import_granted_but_never_answered_is_let_go_by_its_client() -> None:
+    lab = Lab()
+    with pytest.raises(ServerTimeout):
+        await lab.a.client.import_device(lab.key, timeout=ROUND - LATENCY / 2)
+    assert lab.importers == 1
+    await lab.sleep(LATENCY * 1.1)
+    assert lab.importers == 0
+    assert len(lab.a.host.sockets) == 0
+
+
+@stepped
+async def test_a_node_cut_off_holds_its_device_at_the_server_until_the_network_is_mended() -> None:
+    lab = Lab()
+    imported = await lab.take(lab.a)
+    lab.a.link.cut()
+    with pytest.raises(ServerTimeout):
+        await lab.a.client.devlist(lab.server.key, timeout=TIMEOUT)
+    imported.close()
+    await lab.sleep(ORPHAN_S - 1)
+    with pytest.raises(DeviceBusy):
+        await lab.take(lab.b)
+    lab.a.link.mend()
+    await lab.sleep(LATENCY)
+    assert lab.importers == 0, "the FIN was sent again and again"
+
+
+@stepped
+async def test_a_fin_is_given_up_after_a_while_and_the_server_holds_the_device_for_ever() -> None:
+    lab = Lab()
+    imported = await lab.take(lab.a)
+    lab.a.link.cut()
+    imported.close()
+    await lab.sleep(ORPHAN_S + 1)
+    lab.a.link.mend()
+    await lab.sleep(3600)
+    assert lab.importers == 1
+    assert lab.network.half_open(lab.server.key) == 1
+    lab.server.drop("1-1")
+    assert lab.importers == 0, "the operator frees it"
+    await lab.sleep(RESET_TIME)
+    (await lab.take(lab.b)).close()
+
+
+@pytest.mark.parametrize("keepalive", [False, True])
+def test_an_idle_connection_finds_its_other_side_dead(keepalive: bool) -> None:
+    @stepped
+    async def check() -> None:
+        lab = Lab(keepalive=keepalive)
+        imported = await lab.take(lab.a)
+        ended: list[float] = []
+        sock = lab.a.host.sockets.resolve(imported.sock.fileno())
+        assert sock is not None
+        sock.on_close(lambda: ended.append(loop_of().time()))
+        cut_at = loop_of().time()
+        lab.a.link.cut()
+        await lab.sleep(DEAD_PEER_S + 0.1)
+        assert ended == [pytest.approx(cut_at + DEAD_PEER_S)]
+        assert lab.network.imports() == {}
+        assert lab.importers == (0 if keepalive else 1)
+        imported.close()
+        lab.a.link.mend()
+        await lab.sleep(3600)
+        assert lab.importers == (0 if keepalive else 1), "the RST was lost, and usbipd never asks"
+
+    check()
+
+
+@stepped
+async def test_a_short_cut_ends_nothing() -> None:
+    lab = Lab(keepalive=True)
+    imported = await lab.take(lab.a)
+    for _ in range(3):
+        lab.a.link.cut()
+        await lab.sleep(DEAD_PEER_S - 1)
+        lab.a.link.mend()
+        await lab.sleep(0.1)
+    await lab.sleep(DEAD_PEER_S * 2)
+    assert lab.network.imports() == {lab.key: ["a"]}
+    imported.close()
+
+
+@stepped
+async def test_a_request_nobody_acknowledges_dies_with_the_user_timeout() -> None:
+    lab = Lab()
+    asking = asyncio.ensure_future(lab.a.client.import_device(lab.key, timeout=60))
+    await lab.sleep(LATENCY * 2.5)
+    lab.a.link.cut()
+    with pytest.raises(UsbipError, match="timed out"):
+        await asking
+    assert loop_of().time() == pytest.approx(LATENCY * 2 + USER_TIMEOUT_S, abs=0.1)
+    lab.a.link.mend()
+    await lab.sleep(60)
+    assert lab.server.table.granted == 0, "what was given up never arrives"
+
+
+@stepped
+async def test_a_request_is_sent_again_over_a_mended_link() -> None:
+    lab = Lab()
+    asking = asyncio.ensure_future(lab.a.client.import_device(lab.key, timeout=60))
+    await lab.sleep(LATENCY * 2.5)
+    lab.a.link.cut()
+    await lab.sleep(USER_TIMEOUT_S - 1)
+    assert lab.importers == 0
+    lab.a.link.mend()
+    (await asking).close()
+
+
+@stepped
+async def test_an_answer_that_is_sent_again_tells_the_server_that_nobody_wants_it() -> None:
+    lab = Lab()
+    asking = asyncio.ensure_future(lab.take(lab.a))
+    await lab.sleep(LATENCY * 3.5)
+    lab.a.link.cut()
+    with pytest.raises(ServerTimeout):
+        await asking
+    await lab.sleep(60)
+    assert (lab.importers, len(lab.a.host.sockets)) == (1, 0)
+    lab.a.link.mend()
+    await lab.sleep(LATENCY * 2.1)
+    assert lab.importers == 0, "the node answered with a RST"
+
+
+@stepped
+async def test_a_dead_daemon_refuses_a_dark_server_says_nothing() -> None:
+    lab = Lab()
+    await lab.server.stop()
+    with pytest.raises(ServerUnreachable, match="refused"):
+        await lab.take(lab.a)
+    lab.network.power(lab.server.key, on=False)
+    with pytest.raises(ServerTimeout, match="connect"):
+        await lab.take(lab.a)
+    lab.network.power(lab.server.key, on=True)
+    await lab.server.start()
+    (await lab.take(lab.a)).close()
+    assert len(lab.a.host.sockets) == 0
+
+
+@stepped
+async def test_a_server_that_comes_back_after_a_power_cut_knows_nobody() -> None:
+    lab = Lab()
+    imported = await lab.take(lab.a)
+    lab.network.power(lab.server.key, on=False)
+    assert lab.importers == 0
+    assert lab.network.imports() == {}, "that import is no more, though its node does not know"
+    await lab.sleep(1)
+    sock = lab.a.host.sockets.resolve(imported.sock.fileno())
+    assert sock is not None
+    assert not sock.ended
+    lab.network.power(lab.server.key, on=True)
+    await lab.sleep(3)
+    assert sock.closed_by_peer, "a probe was answered by a RST"
+    imported.close()
+
+
+@stepped
+async def test_a_node_without_power_says_nothing_to_its_server() -> None:
+    for keepalive in (False, True):
+        lab = Lab(keepalive=keepalive)
+        imported = await lab.take(lab.a)
+        lab.network.vanish(lab.a.host)
+        imported.close()
+        await lab.sleep(DEAD_PEER_S + 1)
+        assert lab.importers == (0 if keepalive else 1)
+        assert lab.network.imports() == {}
+
+
+@stepped
+async def test_a_frozen_host_is_dead_to_a_server_that_asks_and_to_no_other() -> None:
+    for keepalive in (False, True):
+        lab = Lab(keepalive=keepalive)
+        imported = await lab.take(lab.a)
+        lab.a.process.freeze()
+        lab.network.look_again(lab.a.host)
+        await lab.sleep(DEAD_PEER_S + 1)
+        assert lab.importers == (0 if keepalive else 1)
+        sock = lab.a.host.sockets.resolve(imported.sock.fileno())
+        assert sock is not None
+        assert not sock.ended
+        lab.a.process.thaw()
+        lab.network.look_again(lab.a.host)
+        await lab.sleep(5)
+        assert sock.ended is keepalive
+        imported.close()
+
+
+@stepped
+async def test_a_killed_process_leaves_no_socket_but_the_kernels() -> None:
+    lab = Lab()
+    imported = await lab.take(lab.a)
+    sock = lab.a.host.sockets.resolve(imported.sock.fileno())
+    assert sock is not None
+    kernels = sock.dup()
+    asking = asyncio.ensure_future(lab.a.client.devlist(lab.server.key, timeout=TIMEOUT))
+    await lab.sleep(LATENCY)
+    lab.a.connector.killed()
+    assert len(lab.a.host.sockets) == 1
+    await lab.sleep(1)
+    assert lab.network.imports() == {lab.key: ["a"]}
+    kernels.close()
+    await lab.sleep(1)
+    assert lab.importers == 0
+    asking.cancel()
+
+
+@stepped
+async def test_a_slow_link_delivers_late_and_in_order() -> None:
+    lab = Lab()
+    lab.a.link.slow = 0.1
+    imported = await lab.take(lab.a)
+    assert loop_of().time() == pytest.approx(ROUND + 0.4)
+    listing = asyncio.ensure_future(lab.a.client.devlist(lab.server.key, timeout=TIMEOUT))
+    imported.close()
+    lab.a.link.slow = 0.0
+    await lab.sleep(0.1)
+    assert lab.importers == 1
+    await lab.sleep(LATENCY * 2)
+    assert lab.importers == 0
+    assert await listing == ()

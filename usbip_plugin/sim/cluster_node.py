@@ -1,0 +1,294 @@
+"""One node of a simulated cluster: a kernel and a kubelet, which outlive its agents, and one agent at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from opentelemetry.trace import NoOpTracer
+
+from usbip_plugin.agent import Agent, Outside
+from usbip_plugin.claims import State
+from usbip_plugin.errors import KubeUnreachable
+from usbip_plugin.kubelet.device_plugin import DevicePluginServer
+from usbip_plugin.locks.memory import RESOURCE, Fate, Lost, MemoryLeases, Operation
+from usbip_plugin.model import DeviceKey, NodeIdentity, PodRef
+from usbip_plugin.resources import Plugin
+from usbip_plugin.sim.cluster_kubelet import ClusterKubelet, LocalPodResources
+from usbip_plugin.sim.kernel import SimulatedVhci
+from usbip_plugin.sim.local_kubelet import LocalKubelet
+from usbip_plugin.sim.loop import SimClock
+from usbip_plugin.sim.network import Host, MemoryConnector
+from usbip_plugin.sim.pods import AdmittedPods
+from usbip_plugin.sim.ports import SimulatedKernel
+from usbip_plugin.sim.steploop import Process, loop_of
+from usbip_plugin.usbip.client import TcpUsbipClient
+from usbip_plugin.vhci.driver import VhciDriver
+from usbip_plugin.vhci.sysfs import PortStatus
+
+if TYPE_CHECKING:
+    from usbip_plugin.sim.cluster import Cluster
+
+ENUMERATION_DELAY = 0.3
+STOP_S = 2.0
+"""Seconds in which an agent that is told to end has closed its sockets; what is left of it then is killed."""
+
+
+class ClusterNode:
+    """Its kernel and kubelet outlive its agent. host: freezes all of it; process: the agent's, None if none runs."""
+
+    def __init__(self, name: str, cluster: Cluster, clock: SimClock) -> None:
+        self.name = name
+        self.clock = clock
+        self.boot = 1
+        loop = loop_of()
+        self.host = Process(loop, name)
+        self.net = Host(name, self.host, clock.rate)
+        self.kernel = SimulatedKernel(
+            clock, enumeration_delay=ENUMERATION_DELAY, resolve=self.net.sockets.resolve, ports_per_hub=8
+        )
+        self.pods = ClusterKubelet(Process(loop, f"{name} kubelet", self.host))
+        self.known_pods = AdmittedPods(self.kubelet)
+        self.evicted: list[PodRef] = []
+        """The pods that were to be evicted, in order; ending them is up to the caller."""
+        self.agent: Agent | None = None
+        self.process: Process | None = None
+        self.leases: MemoryLeases | None = None
+        self.driver = SimulatedVhci(self.kernel, name)
+        """For who watches; the agent has its own."""
+        self._cluster = cluster
+        self._task: asyncio.Task[None] | None = None
+        self._partitioned = False
+        self._silent = False
+
+    @property
+    def kubelet(self) -> LocalKubelet:
+        return self.pods.kubelet
+
+    @property
+    def sockets(self) -> int:
+        """References that somebody on this node has not closed."""
+        return len(self.net.sockets)
+
+    # the agent
+
+    def start(self) -> None:
+        """A new agent process, unless one runs."""
+        if self.process is not None:
+            return
+        cluster, loop = self._cluster, loop_of()
+        number = cluster.starts
+        cluster.starts += 1
+        rng = random.Random(f"{cluster.seed}/{self.name}/{self.boot}/{number}")  # noqa: S311 - to be repeated
+        process = self.process = Process(loop, f"{self.name} agent {number}", self.host)
+        connector = MemoryConnector(cluster.network, self.net)
+        process.at_death(connector.killed)
+        leases = self.leases = MemoryLeases(cluster.backend, self.clock, self.name, self._fate)
+        process.at_death(leases.gone)
+        if self._silent:
+            leases.stall()
+        outside = Outside(
+            me=NodeIdentity(self.name, f"{self.name}-boot-{self.boot}"),
+            client=TcpUsbipClient(self.clock, connector),
+            driver=cluster.spec.driver(_ProcessVhci(self.kernel, self.name, process)),
+            leases=leases,
+            pod_resources=LocalPodResources(self.pods, self.clock),
+            kube=None,
+            registrar=_LocalRegistrar(self.pods, process, self.clock),
+            clock=self.clock,
+            rng=rng,
+            tracer=NoOpTracer(),
+            pods=self.known_pods,
+            evict=self.evicted.append,
+        )
+        self.agent = Agent(
+            outside,
+            cluster.spec.config,
+            domain=cluster.domain,
+            lock_settings=cluster.spec.lock_settings,
+            lock_rules=cluster.spec.rules,
+            observer=cluster.spec.observer(self.name),
+        )
+        self._task = process.create_task(self.agent.run(), "agent")
+
+    async def stop(self) -> None:
+        """As SIGTERM: the agent ends in order; attachments, locks and pods stay. Raises what it died of."""
+        task, process = self._task, self.process
+        if task is None or process is None:
+            return
+        task.cancel()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(STOP_S):
+                await asyncio.wait([task])
+        if self.process is process:
+            self.kill()
+        if task.done() and not task.cancelled():
+            task.result()
+
+    def terminate(self, over: Callable[[bool], None]) -> None:
+        """stop() without waiting: over(whether it ended by itself) is called STOP_S of its seconds later."""
+        task, process = self._task, self.process
+        if task is None or process is None:
+            return
+        task.cancel()
+
+        def end() -> None:
+            if self.process is process:
+                ended = task.done()
+                self.kill()
+                over(ended)
+
+        loop_of().call_later(STOP_S / self.clock.rate, end)
+
+    def kill(self) -> None:
+        """As SIGKILL: not one more step of the agent; the kernel closes its sockets."""
+        process, self.process, self.agent, self._task = self.process, None, None, None
+        if process is not None:
+            process.kill()
+
+    def alive(self) -> None:
+        """Raises what the agent died of, if it did."""
+        if self._task is not None and self._task.done() and not self._task.cancelled():
+            self._task.result()
+
+    def freeze(self) -> None:
+        """The agent's process is stopped, as by SIGSTOP. Kernel and kubelet go on."""
+        if self.process is not None:
+            self.process.freeze()
+
+    def thaw(self) -> None:
+        if self.process is not None:
+            self.process.thaw()
+
+    # the node
+
+    def freeze_host(self) -> None:
+        """The whole node stands still: nothing of it answers, its timers are due when it comes back."""
+        self.host.freeze()
+        self._cluster.network.look_again(self.net)
+
+    def thaw_host(self) -> None:
+        self.host.thaw()
+        self._cluster.network.look_again(self.net)
+
+    def reboot(self) -> None:
+        """Agent, attachments and port records are gone; the boot id is a new one. Connections are closed properly."""
+        self.kill()
+        self.kernel.reboot()
+        self.boot += 1
+
+    def lose_power(self) -> None:
+        """The same, and nobody is told."""
+        self.kill()
+        self._cluster.network.vanish(self.net)
+        self.kernel.reboot()
+        self.boot += 1
+
+    def kubelet_restart(self, *, down: bool) -> None:
+        """While it is down nothing is registered and pod-resources does not answer."""
+        if down:
+            self.pods.stop()
+        else:
+            self.pods.start()
+
+    # the API server
+
+    @property
+    def partitioned(self) -> bool:
+        """Its calls fail, at once or by their timeouts."""
+        return self._partitioned or self._silent
+
+    def partition(self, *, cut: bool) -> None:
+        """Between this node and the API server: connections are refused, open ones break; or all is well again."""
+        self._partitioned = cut
+        if cut and self.leases is not None:
+            self.leases.cut()
+        if cut:
+            self.known_pods.hold(synced=False)
+        else:
+            self.silence(silent=False)
+
+    def silence(self, *, silent: bool) -> None:
+        """The same without a word: packets are lost, open watches stay open and say nothing."""
+        self._silent = silent
+        if silent:
+            self.known_pods.hold(synced=not self._partitioned)
+        elif not self._partitioned:
+            self.known_pods.resume()
+        if self.leases is not None:
+            if silent:
+                self.leases.stall()
+            else:
+                self.leases.resume()
+
+    def _fate(self, operation: Operation) -> Fate:
+        if self._partitioned:
+            return Fate(refused=KubeUnreachable(operation.verb, RESOURCE, "connection refused"))
+        if self._silent and operation.verb != "event":
+            return Fate(lost=Lost.REQUEST)
+        return self._cluster.spec.faults(self.name, operation)
+
+    # what is so
+
+    def attached(self) -> frozenset[DeviceKey]:
+        """The devices this node's kernel has now, whatever the agent thinks."""
+        return frozenset(
+            port.record
+            for port in self.driver.ports_now()
+            if port.record is not None and port.status is not PortStatus.NULL
+        )
+
+    def held_in(self, *states: State) -> frozenset[DeviceKey]:
+        """Devices with a claim in one of these states."""
+        if self.agent is None:
+            return frozenset()
+        return frozenset(claim.key for claim in self.agent.attacher.claims.values() if claim.state in states)
+
+    # pods
+
+    async def admit(self, pod: PodRef, resource: str, count: int = 1) -> str | None:
+        """Admits a pod; None if it runs, the kubelet's words if it failed."""
+        return await self.pods.admit(pod, {self._cluster.full(resource): count})
+
+    def end(self, pod: PodRef) -> None:
+        """The pod ends; the pod watch gives its hint, if the API server can be reached."""
+        self.kubelet.end(pod)
+        if self.agent is not None and self.process is not None and not self.partitioned:
+            self.process.call_soon(self.agent.usage.hint)
+
+
+class _ProcessVhci(SimulatedVhci):
+    """The driver as one process has it: with the process its listening ends."""
+
+    def __init__(self, kernel: SimulatedKernel, node: str, process: Process) -> None:
+        super().__init__(kernel, node)
+        self._process = process
+
+    def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]:
+        unsubscribe = super().subscribe(callback)
+        forget = self._process.at_death(unsubscribe)
+
+        def both() -> None:
+            forget()
+            unsubscribe()
+
+        return both
+
+
+class _LocalRegistrar:
+    def __init__(self, pods: ClusterKubelet, process: Process, clock: SimClock) -> None:
+        self._pods, self._process, self._clock = pods, process, clock
+
+    async def run(self) -> None:
+        """Nothing to follow: the kubelet says when it is up."""
+
+    def plugin(self, server: DevicePluginServer, on_state: Callable[[Plugin], None]) -> Plugin:
+        return self._pods.plugin(server, self._process, self._clock, on_state)
+
+
+def unchanged(driver: VhciDriver) -> VhciDriver:
+    """The driver as it is."""
+    return driver
