@@ -308,6 +308,25 @@ async def test_an_attachment_that_was_lost_leaves_no_port_record() -> None:
 
 
 @stepped
+async def test_an_attachment_that_ends_before_it_can_be_adopted_leaves_no_port_record() -> None:
+    lab = server("lab", stick("1-1"))
+    device = key(lab, "1-1")
+    async with cluster(spec([lab])) as c:
+        node = c["node-a"]
+        await all_healthy(c, device)
+        await node.admit(pod("p"), "stick")
+        await node.stop()
+        node.end(pod("p"))
+        node.partition(cut=True)
+        node.start()
+        await asyncio.sleep(1)  # it cannot know yet that the lock is its own
+        lab.drop("1-1")
+        node.partition(cut=False)
+        assert await c.settle(lambda: c.holder(device) == "", ALLOCATION_GRACE + 30)
+        assert not node.kernel.records["node-a"]
+
+
+@stepped
 async def test_a_lost_device_is_re_attached_as_soon_as_its_server_lists_it_again() -> None:
     lab = server("lab", stick("1-1"))
     device = key(lab, "1-1")

@@ -157,7 +157,7 @@ class _Session:
             case "detach":
                 return await driver.detach(message["port"], timeout=message["timeout"])
             case "forget":
-                return await driver.forget(wire.key_in(message["key"]), message["port"])
+                return await driver.forget(wire.key_in(message["key"]))
             case "check":
                 return wire.report_out(await driver.check())
             case other:
