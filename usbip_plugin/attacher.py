@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from opentelemetry import trace
@@ -20,8 +20,10 @@ from usbip_plugin.claims import (
     Claim,
     Event,
     State,
+    User,
     allocated,
     observe_usage,
+    serves,
     usage_ended,
 )
 from usbip_plugin.errors import (
@@ -30,7 +32,7 @@ from usbip_plugin.errors import (
     PluginError,
 )
 from usbip_plugin.keeper import Keeper
-from usbip_plugin.model import Attachment, Descriptor, DeviceKey, PodRef
+from usbip_plugin.model import Attachment, Descriptor, DeviceKey
 from usbip_plugin.notices import Notice
 from usbip_plugin.observe.tracing import traceparent_of
 from usbip_plugin.usbip.poller import ServerView
@@ -81,7 +83,7 @@ class Attacher:
         """Returns once `run` takes work."""
         await self._work.started()
 
-    async def adopt(self, used: Mapping[str, PodRef] | None) -> None:
+    async def adopt(self, used: Mapping[str, User] | None) -> None:
         """See Keeper.adopt."""
         await self._keeper.adopt(used)
 
@@ -146,7 +148,9 @@ class Attacher:
         if live is not None:
             if live.state is not State.ATTACHED or live.attachment is None:
                 raise ClaimBusy(f"{wanted.key} is {live.state.value} on this node; the next try may find it ready")
-            self._book.put(allocated(live, now))
+            if not serves(live, wanted.resource, wanted.usb_id):
+                raise ClaimBusy(f"{wanted.key} is in use on this node as a {live.usb_id} of {live.resource}")
+            self._book.put(replace(allocated(live, now), resource=wanted.resource))
             trace.get_current_span().set_attribute("usbip.reused", value=True)
             return Outcome(live.attachment, fresh=False)
         claim = Claim(
@@ -173,7 +177,7 @@ class Attacher:
 
     # usage, as pod-resources tells it
 
-    def usage(self, users: Mapping[str, PodRef], listed_at: float, *, unseen_users: bool = False) -> None:
+    def usage(self, users: Mapping[str, User], listed_at: float, *, unseen_users: bool = False) -> None:
         """One poll of pod-resources, begun at listed_at (seconds, monotonic): notes pods, ends claims nobody uses.
 
         unseen_users: see claims.usage_ended.

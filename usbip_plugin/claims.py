@@ -90,8 +90,9 @@ TRANSITIONS: Mapping[tuple[State, Event], State] = MappingProxyType(
 class Claim:
     """One device on this node. Times are seconds on the node's monotonic clock.
 
-    port is set from the moment the kernel has the socket; attachment is the last one seen, whether it still stands is
-    what the state says; traceparent is the Allocate's, so that all that follows joins its trace.
+    resource is None while it is not known, after an adoption. port is set from the moment the kernel has the socket;
+    attachment is the last one seen, whether it still stands is what the state says; traceparent is the Allocate's, so
+    that all that follows joins its trace.
     """
 
     key: DeviceKey
@@ -158,13 +159,26 @@ class ClaimBook:
             self.put(after)
 
 
-def observe_usage(claim: Claim, user: PodRef | None, listed_at: float) -> Claim:
+@dataclass(frozen=True, slots=True)
+class User:
+    """Who has a device on this node, by pod-resources. resource: its name without the domain."""
+
+    pod: PodRef
+    resource: str
+
+
+def observe_usage(claim: Claim, user: User | None, listed_at: float) -> Claim:
     """What one poll of pod-resources, begun at listed_at, says of a claim; one older than the Allocate: nothing."""
     if user is not None:
-        return replace(claim, pod=user, absent=0)
+        return replace(claim, pod=user.pod, resource=claim.resource or user.resource, absent=0)
     if listed_at <= claim.allocated_at:
         return claim
     return replace(claim, absent=claim.absent + 1)
+
+
+def serves(claim: Claim, resource: str, usb_id: UsbId) -> bool:
+    """Whether the claim is one on this device as this resource; where the resource is not known, the ids tell."""
+    return claim.usb_id == usb_id if claim.resource is None else claim.resource == resource
 
 
 def usage_ended(claim: Claim, now: float, *, unseen_users: bool = False) -> bool:

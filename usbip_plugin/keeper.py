@@ -11,11 +11,11 @@ from opentelemetry.trace import Span
 
 from usbip_plugin import retry
 from usbip_plugin.attaching import Means
-from usbip_plugin.claims import Adoption, Claim, Event, State, decide_adoption, own_port
+from usbip_plugin.claims import Adoption, Claim, Event, State, User, decide_adoption, own_port
 from usbip_plugin.errors import KubeError, LockError, LockLost, UsbipError, VhciError
 from usbip_plugin.inventory import key_of, parse_usb_id
 from usbip_plugin.locks.manager import LockChange
-from usbip_plugin.model import DeviceKey, Lock, PodRef, UsbId
+from usbip_plugin.model import DeviceKey, Lock, UsbId
 from usbip_plugin.notices import Notice, What
 from usbip_plugin.observe.tracing import context_from
 from usbip_plugin.usbip.poller import ServerView
@@ -72,8 +72,8 @@ class Keeper:
 
     # what the previous process left
 
-    async def adopt(self, used: Mapping[str, PodRef] | None) -> None:
-        """Takes over what locks and ports say is this node's. used: device ID -> pod by pod-resources, None if unknown.
+    async def adopt(self, used: Mapping[str, User] | None) -> None:
+        """Takes over what locks and ports say is this node's. used: by device ID, None if the kubelet does not say.
 
         Idempotent; to be called when the locks are known, and again whenever the API server is back.
         """
@@ -88,17 +88,22 @@ class Keeper:
                 continue  # at work on it already
             async with self._work.mutex(lock.device_id):
                 if self._work.book.get(lock.device_id) is None and self._work.pipeline.is_mine(lock.device_id):
-                    await self._adopt_one(key, lock, ports, None if used is None else lock.device_id in used)
+                    await self._adopt_one(key, lock, ports, used)
 
-    async def _adopt_one(self, key: DeviceKey, lock: Lock, ports: Sequence[PortState], used: bool | None) -> None:
+    async def _adopt_one(
+        self, key: DeviceKey, lock: Lock, ports: Sequence[PortState], users: Mapping[str, User] | None
+    ) -> None:
         port = own_port(key, ports, lock.port) if lock.boot_id == self._me.boot_id else None
         attachment = await self._driver.inspect(key, port.number) if port is not None else None
         usb_id = parse_usb_id(lock.usb_id) or (attachment.usb_id if attachment is not None else UsbId(0, 0))
         if attachment is not None and attachment.usb_id != usb_id:
             attachment, port = None, None  # a stale record: what stands there is somebody else's
+        user = users.get(key.id) if users is not None else None
+        used = None if users is None else user is not None
         claim = Claim(
             key,
             usb_id,
+            resource=user.resource if user is not None else None,
             port=port.number if port is not None else None,
             attachment=attachment,
             traceparent=lock.traceparent,

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable
 
 from usbip_plugin.attacher import Attacher
+from usbip_plugin.claims import User
 from usbip_plugin.clock import Clock
 from usbip_plugin.errors import PodResourcesUnavailable
 from usbip_plugin.kubelet.pod_resources import PodResources
@@ -69,8 +70,8 @@ class UsageWatcher:
     def _unclaimed(self) -> bool:
         return any(lock.device_id not in self._attacher.claims for lock in self._locks.mine())
 
-    async def users(self) -> dict[str, PodRef] | None:
-        """device ID -> pod, for the pods that are not over; None if the kubelet does not say."""
+    async def users(self) -> dict[str, User] | None:
+        """By device ID, for the pods that are not over; None if the kubelet does not say."""
         try:
             listed = await self._pod_resources.list()
         except PodResourcesUnavailable as error:
@@ -80,7 +81,12 @@ class UsageWatcher:
             return None
         self._complained = False
         # kubelets before 1.34 list pods that have ended, too
-        return {i: entry.pod for entry in listed if not self._ended(entry.pod) for i in entry.device_ids}
+        return {
+            device_id: User(entry.pod, entry.resource.rpartition("/")[2])
+            for entry in listed
+            if not self._ended(entry.pod)
+            for device_id in entry.device_ids
+        }
 
     async def adopt(self) -> None:
         """Takes over what a previous process left; needs the locks to be known. Idempotent."""

@@ -3,6 +3,7 @@
 import asyncio
 from dataclasses import replace
 
+import pytest
 from cluster_rig import (
     DONGLE,
     LOCKS,
@@ -117,6 +118,31 @@ async def test_identical_sticks_are_two_devices_and_go_to_two_pods() -> None:
         assert await c["node-a"].admit(pod("q"), "stick") is None
         assert c["node-a"].attached() == {one, two}
         assert (lab.importers("1-1"), lab.importers("1-2")) == (1, 1)
+
+
+@stepped
+async def test_a_device_of_two_resources_is_still_one_device() -> None:
+    lab = server("lab", stick("1-1"))
+    device = key(lab, "1-1")
+    async with cluster(spec([lab], resource("stick", [lab]), resource("any", [lab]))) as c:
+        node = c["node-a"]
+        await all_healthy(c, device)
+        await all_healthy(c, device, name="any")
+        assert await node.admit(pod("p"), "stick") is None
+        assert await c.settle(lambda: not health(c, node, "any")[device.id], 1)
+        assert health(c, node, "stick")[device.id]
+        assert "no healthy devices" in str(await node.admit(pod("q"), "any"))
+        agent = node.agent
+        assert agent is not None
+        with pytest.raises(ClaimBusy, match="of stick"):  # a kubelet that has not heard yet
+            await agent.allocator.allocate_all(c.full("any"), ((device.id,),))
+        await node.stop()
+        node.start()
+        await becomes(c, node, device, healthy=True)
+        assert not health(c, node, "any")[device.id], "also after a restart"
+        assert health(c, node, "stick")[device.id]
+        node.end(pod("p"))
+        await all_healthy(c, device, name="any")
 
 
 @stepped
