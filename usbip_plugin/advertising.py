@@ -114,8 +114,13 @@ class Advertiser:
         return self._config
 
     def health(self) -> Mapping[str, Health]:
-        """By device ID."""
-        return {device.id: device.health for devices in self._advertised.values() for device in devices}
+        """By device ID. Of a device that several resources offer, as the one that can have it."""
+        found: dict[str, Health] = {}
+        for devices in self._advertised.values():
+            for device in devices:
+                if device.id not in found or not found[device.id].healthy:
+                    found[device.id] = device.health
+        return found
 
     def claimed(self) -> frozenset[str]:
         """Resources, by name without the domain, of which this node has a device."""

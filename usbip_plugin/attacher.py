@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from opentelemetry import trace
@@ -21,8 +21,10 @@ from usbip_plugin.claims import (
     Event,
     State,
     Unlisted,
+    User,
     allocated,
     observe_usage,
+    serves,
     usage_ended,
 )
 from usbip_plugin.config import OnLoss
@@ -85,7 +87,7 @@ class Attacher:
         """Returns once `run` takes work."""
         await self._work.started()
 
-    async def adopt(self, used: Mapping[str, PodRef], *, complete: bool) -> None:
+    async def adopt(self, used: Mapping[str, User], *, complete: bool) -> None:
         """See Keeper.adopt."""
         await self._keeper.adopt(used, complete=complete)
 
@@ -150,7 +152,9 @@ class Attacher:
         if live is not None:
             if live.state is not State.ATTACHED or live.attachment is None:
                 raise ClaimBusy(f"{wanted.key} is {live.state.value} on this node; the next try may find it ready")
-            self._book.put(allocated(live, now))
+            if not serves(live, wanted.resource, wanted.usb_id):
+                raise ClaimBusy(f"{wanted.key} is in use on this node as a {live.usb_id} of {live.resource}")
+            self._book.put(replace(allocated(live, now), resource=wanted.resource))
             trace.get_current_span().set_attribute("usbip.reused", value=True)
             return Outcome(live.attachment, fresh=False)
         claim = Claim(
@@ -177,7 +181,7 @@ class Attacher:
 
     # usage, as pod-resources tells it
 
-    def usage(self, users: Mapping[str, PodRef], listed_at: float, unlisted: Unlisted) -> None:
+    def usage(self, users: Mapping[str, User], listed_at: float, unlisted: Unlisted) -> None:
         """One poll of pod-resources, begun at listed_at (seconds, monotonic): notes pods, ends claims nobody uses.
 
         unlisted: see claims.usage_ended.

@@ -219,8 +219,8 @@ class Pipeline:
         if number is not None and stands:
             with self.span("detach", claim.key):
                 await self._driver.detach(number, timeout=DETACH_TIMEOUT)
-        elif number is not None:
-            await self._driver.forget(claim.key, number)
+        else:  # it fell free, perhaps unseen
+            await self._driver.forget(claim.key)
         self._book.put(replace(self._book[device_id], port=None))
 
     async def stands(self, claim: Claim, ports: Sequence[PortState]) -> bool:

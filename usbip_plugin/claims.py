@@ -97,9 +97,10 @@ TRANSITIONS: Mapping[tuple[State, Event], State] = MappingProxyType(
 class Claim:
     """One device on this node. Times are seconds on the node's monotonic clock.
 
-    port is set from the moment the kernel has the socket; attachment is the last one seen, whether it still stands is
-    what the state says; traceparent is the Allocate's, so that all that follows joins its trace; absent counts the
-    polls in a row that did not list the device, the first of them begun at absent_since.
+    resource is None while it is not known, after an adoption. port is set from the moment the kernel has the socket;
+    attachment is the last one seen, whether it still stands is what the state says; traceparent is the Allocate's, so
+    that all that follows joins its trace; absent counts the polls in a row that did not list the device, the first of
+    them begun at absent_since.
     """
 
     key: DeviceKey
@@ -167,11 +168,20 @@ class ClaimBook:
             self.put(after)
 
 
-def observe_usage(claim: Claim, user: PodRef | None, listed_at: float) -> Claim:
+@dataclass(frozen=True, slots=True)
+class User:
+    """Who has a device on this node, by pod-resources. resource: its name without the domain."""
+
+    pod: PodRef
+    resource: str
+
+
+def observe_usage(claim: Claim, user: User | None, listed_at: float) -> Claim:
     """What one poll of pod-resources, begun at listed_at, says of a claim; one older than the Allocate: nothing."""
     if user is not None:
-        known = claim.pod is not None and user.uid is None and same_pod(user, claim.pod)
-        return replace(claim, pod=claim.pod if known else user, absent=0)
+        known = claim.pod is not None and user.pod.uid is None and same_pod(user.pod, claim.pod)
+        pod = claim.pod if known else user.pod
+        return replace(claim, pod=pod, resource=claim.resource or user.resource, absent=0)
     if listed_at <= claim.allocated_at:
         return claim
     since = claim.absent_since if claim.absent else listed_at
@@ -195,6 +205,11 @@ def same_pod(one: PodRef, other: PodRef) -> bool:
     if (one.namespace, one.name) != (other.namespace, other.name):
         return False
     return one.uid is None or other.uid is None or one.uid == other.uid
+
+
+def serves(claim: Claim, resource: str, usb_id: UsbId) -> bool:
+    """Whether the claim is one on this device as this resource; where the resource is not known, the ids tell."""
+    return claim.usb_id == usb_id if claim.resource is None else claim.resource == resource
 
 
 def usage_ended(claim: Claim, now: float, unlisted: Unlisted) -> bool:

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from usbip_plugin.claims import Claim, State
+from usbip_plugin.claims import Claim, State, serves
 from usbip_plugin.config import Config, DeviceSelector, Match, ResourceConfig, matches
 from usbip_plugin.locks.manager import Standing
 from usbip_plugin.model import Advertised, Descriptor, DeviceKey, Health, Lock, Reason, ServerKey, UsbId
@@ -237,11 +237,15 @@ def _selector_for(
     return None
 
 
-def health(facts: Facts, seen: Seen) -> Health:
-    """Why the device can or cannot be had on this node. The first reason that holds, nearest to this node first."""
+def health(facts: Facts, seen: Seen, resource: str) -> Health:
+    """Why the device can or cannot be had on this node as this resource. The first reason that holds, nearest to this
+    node first."""
     device_id = seen.key.id
     claim = facts.claims.get(device_id)
     if claim is not None:
+        if not serves(claim, resource, seen.usb_id):
+            # the kubelet counts each resource by itself, and would give it to a second pod
+            return Health(Reason.OTHER_RESOURCE, f"a {claim.usb_id} of {claim.resource or 'unknown'}")
         return _claim_health(claim, facts)
     lock = facts.locks.get(device_id)
     standing = facts.standings.get(device_id, Standing.FREE)
@@ -308,7 +312,7 @@ def _held_by(lock: Lock) -> str:
 def advertise(members: Members, facts: Facts) -> Mapping[str, tuple[Advertised, ...]]:
     """What each resource tells the kubelet, by resource name, devices sorted by ID."""
     return {
-        resource: tuple(Advertised(i, seen.key, health(facts, seen)) for i, seen in sorted(devices.items()))
+        resource: tuple(Advertised(i, seen.key, health(facts, seen, resource)) for i, seen in sorted(devices.items()))
         for resource, devices in members.items()
     }
 

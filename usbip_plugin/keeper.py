@@ -17,6 +17,7 @@ from usbip_plugin.claims import (
     Claim,
     Event,
     State,
+    User,
     after_reattach,
     decide_adoption,
     own_port,
@@ -94,10 +95,10 @@ class Keeper:
 
     # what the previous process left
 
-    async def adopt(self, used: Mapping[str, PodRef], *, complete: bool) -> None:
+    async def adopt(self, used: Mapping[str, User], *, complete: bool) -> None:
         """Takes over what locks and ports say is this node's.
 
-        used: device ID -> pod, as far as is known. complete: nobody else uses a device here; else nothing is let go.
+        used: by device ID, as far as is known. complete: nobody else uses a device here; else nothing is let go.
 
         Idempotent; to be called when the locks are known, and again whenever the API server is back.
         """
@@ -112,18 +113,22 @@ class Keeper:
                 continue  # at work on it already
             async with self._work.mutex(lock.device_id):
                 if self._work.book.get(lock.device_id) is None and self._work.pipeline.is_mine(lock.device_id):
-                    in_use = True if lock.device_id in used else None
-                    await self._adopt_one(key, lock, ports, False if in_use is None and complete else in_use)
+                    await self._adopt_one(key, lock, ports, used, complete=complete)
 
-    async def _adopt_one(self, key: DeviceKey, lock: Lock, ports: Sequence[PortState], used: bool | None) -> None:
+    async def _adopt_one(
+        self, key: DeviceKey, lock: Lock, ports: Sequence[PortState], users: Mapping[str, User], *, complete: bool
+    ) -> None:
         port = own_port(key, ports, lock.port) if lock.boot_id == self._me.boot_id else None
         attachment = await self._driver.inspect(key, port.number) if port is not None else None
         usb_id = parse_usb_id(lock.usb_id) or (attachment.usb_id if attachment is not None else UsbId(0, 0))
         if attachment is not None and attachment.usb_id != usb_id:
             attachment, port = None, None  # a stale record: what stands there is somebody else's
+        user = users.get(key.id)
+        used = True if user is not None else False if complete else None
         claim = Claim(
             key,
             usb_id,
+            resource=user.resource if user is not None else None,
             port=port.number if port is not None else None,
             attachment=attachment,
             traceparent=lock.traceparent,

@@ -173,6 +173,7 @@ class Reason(enum.Enum):
     FREE = "free"
     ATTACHED = "attached here"
     IN_PROGRESS = "being allocated here"
+    OTHER_RESOURCE = "in use here as another resource"
     HOLDER_EXPIRED = "its holder is gone; may be taken over"
     HELD_ELSEWHERE = "held by another node"
     LOST = "attachment lost, re-attaching"

@@ -14,7 +14,7 @@ import logging
 from collections.abc import Mapping
 
 from usbip_plugin.attacher import Attacher
-from usbip_plugin.claims import Unlisted
+from usbip_plugin.claims import Unlisted, User
 from usbip_plugin.clock import Clock
 from usbip_plugin.errors import PodResourcesUnavailable
 from usbip_plugin.kubelet.pod_resources import PodResources
@@ -71,8 +71,8 @@ class UsageWatcher:
     def _unclaimed(self) -> bool:
         return any(lock.device_id not in self._attacher.claims for lock in self._locks.mine())
 
-    async def users(self) -> dict[str, PodRef] | None:
-        """device ID -> pod, for the pods that are not over; None if the kubelet does not say."""
+    async def users(self) -> dict[str, User] | None:
+        """By device ID, for the pods that are not over; None if the kubelet does not say."""
         try:
             listed = await self._pod_resources.list()
         except PodResourcesUnavailable as error:
@@ -82,7 +82,12 @@ class UsageWatcher:
             return None
         self._complained = False
         # kubelets before 1.34 list pods that have ended, too
-        return {i: self._known(entry.pod) for entry in listed if not self._ended(entry.pod) for i in entry.device_ids}
+        return {
+            device_id: User(self._known(entry.pod), entry.resource.rpartition("/")[2])
+            for entry in listed
+            if not self._ended(entry.pod)
+            for device_id in entry.device_ids
+        }
 
     def _ended(self, pod: PodRef) -> bool:
         return self._pods is not None and self._pods.ended(pod.namespace, pod.name)
@@ -92,14 +97,14 @@ class UsageWatcher:
         found = self._pods.find(pod.namespace, pod.name) if self._pods is not None else None
         return found or pod
 
-    def _unlisted(self, users: Mapping[str, PodRef]) -> Unlisted:
+    def _unlisted(self, users: Mapping[str, User]) -> Unlisted:
         if self._pods is None:
             return Unlisted()
-        listed = {(pod.namespace, pod.name) for pod in users.values()}
+        listed = {(user.pod.namespace, user.pod.name) for user in users.values()}
         wanting = self._pods.wanting(self._domain)
         return Unlisted(frozenset(pod for pod in wanting if (pod.namespace, pod.name) not in listed), self._pods.synced)
 
-    async def _adopt(self, users: Mapping[str, PodRef] | None) -> None:
+    async def _adopt(self, users: Mapping[str, User] | None) -> None:
         """That nobody uses a device is taken from a list only if the API server knows of no pod that may."""
         complete = False
         if users is not None:

@@ -18,7 +18,7 @@ import grpc.aio
 from api_process import Cluster
 from node_tokens import NAMESPACE, NodeTokens
 
-from usbip_plugin.claims import ABSENT_POLLS, State, Unlisted
+from usbip_plugin.claims import ABSENT_POLLS, State, Unlisted, User
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.config import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.kube import KubeClient, connect
@@ -119,7 +119,7 @@ class Nodes:
         assert agent is not None
         clock = SystemClock()
         nobody = Unlisted(certain=True)
-        agent.attacher.usage({key.id: PodRef("default", "contender", "uid")}, clock.monotonic(), nobody)
+        agent.attacher.usage({key.id: User(PodRef("default", "contender", "uid"), RESOURCE)}, clock.monotonic(), nobody)
         for _ in range(ABSENT_POLLS):
             agent.attacher.usage({}, clock.monotonic(), nobody)
         await self.until(lambda: not any(self.holders(key)))

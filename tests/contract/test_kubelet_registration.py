@@ -189,8 +189,9 @@ class TestRegistration(Sockets):
         async with FakeKubelet(short_tmp) as kubelet, node(short_tmp, STORAGE, ETHERNET) as n:
             n.server.publish(advertised(a=Reason.FREE))
             await sees(kubelet, a=True)
-            n.tasks[STORAGE].cancel()
             async with asyncio.timeout(PATIENCE_S):
+                await n.moved.until(lambda: n.plugins[ETHERNET].registered)
+                n.tasks[STORAGE].cancel()
                 await asyncio.wait([n.tasks[STORAGE]])
                 await kubelet.changed.until(lambda: not kubelet.connected(STORAGE))
             assert n.plugins[STORAGE].state is State.STOPPED

@@ -186,9 +186,9 @@ class VhciContract:
     async def test_a_record_is_forgotten_for_the_device_it_names_and_for_no_other(self, rig: Rig) -> None:
         driver, imported, other = rig.plugin(), await rig.import_twin(0), await rig.import_twin(1)
         attachment = await attached(driver, imported)
-        await driver.forget(other.key, attachment.port)
+        await driver.forget(other.key)
         assert (await state(driver, attachment.port)).record == imported.key
-        await driver.forget(imported.key, attachment.port)
+        await driver.forget(imported.key)
         assert (await state(driver, attachment.port)).record is None
         assert (await state(driver, attachment.port)).status is PortStatus.USED, "the attachment stays"
         other.close()

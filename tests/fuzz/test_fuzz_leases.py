@@ -297,7 +297,7 @@ async def shown(manager: LockManager, api: RawApi) -> None:
     judged(decode(api.objects[KEY.id]))
     facts = inventory.Facts(ME.node, Config(()), {}, manager.locks, {KEY.id: manager.standing(KEY.id)}, {})
     device = inventory.Seen(KEY, UsbId(1, 2), DeviceSelector(KEY.server))
-    fit_to_show(inventory.health(facts, device).detail, 1200)
+    fit_to_show(inventory.health(facts, device, "stick").detail, 1200)
     fit_to_show(known.holder, 256)
     notice = Notice(What.LOCK_LOST, KEY, f"node {known.holder} holds it now", known.pod)
     event = event_body(ME, event_of(notice), known.pod, "name", "2030-01-01T00:00:00.000000Z")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import socket
 from dataclasses import dataclass
 
@@ -64,7 +65,7 @@ class KernelRig:
     async def import_serial(self, serial: str) -> Connection:
         """Import the device with this serial number."""
         key = DeviceKey(self.usbipd.key, self.usbipd.busid(serial))
-        async for attempt in import_busy(self.clock):
+        async for attempt in import_busy(self.clock, random.Random(1)):
             with attempt:
                 return Connection(await self.client.import_device(key, timeout=LIMIT_S))
         raise AssertionError("unreachable")

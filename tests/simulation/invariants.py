@@ -17,6 +17,7 @@ from plan import Settings
 from usbip_plugin.claims import ALLOCATION_GRACE, State
 from usbip_plugin.inventory import API_GRACE
 from usbip_plugin.locks import record
+from usbip_plugin.locks.memory import WATCH_IDLE_S
 from usbip_plugin.locks.store import Lease
 from usbip_plugin.model import DeviceKey, Reason
 from usbip_plugin.sim.cluster import Cluster, ClusterNode
@@ -35,8 +36,8 @@ STALE_HEALTH_S = 20.0
 """A device that is called attached and is not."""
 UNATTACHED_POD_S = 60.0
 """A pod whose device could be attached and is not."""
-API_AWAY_S = API_GRACE + 25.0
-"""A device that is not this node's, Healthy without an API server. Calls time out after 5 s, watches after 90."""
+API_AWAY_S = WATCH_IDLE_S + API_GRACE + 10.0
+"""A device that is not this node's, Healthy without an API server: a silent one is found out by an idle watch."""
 DEAD_PORT_S = DEAD_PEER_S + 5.0
 """A port whose connection is dead at its server."""
 

@@ -125,6 +125,30 @@ async def test_identical_sticks_are_two_devices_and_go_to_two_pods() -> None:
 
 
 @stepped
+async def test_a_device_of_two_resources_is_still_one_device() -> None:
+    lab = server("lab", stick("1-1"))
+    device = key(lab, "1-1")
+    async with cluster(spec([lab], resource("stick", [lab]), resource("any", [lab]))) as c:
+        node = c["node-a"]
+        await all_healthy(c, device)
+        await all_healthy(c, device, name="any")
+        assert await node.admit(pod("p"), "stick") is None
+        assert await c.settle(lambda: not health(c, node, "any")[device.id], 1)
+        assert health(c, node, "stick")[device.id]
+        assert "no healthy devices" in str(await node.admit(pod("q"), "any"))
+        agent = node.agent
+        assert agent is not None
+        with pytest.raises(ClaimBusy, match="of stick"):  # a kubelet that has not heard yet
+            await agent.allocator.allocate_all(c.full("any"), ((device.id,),))
+        await node.stop()
+        node.start()
+        assert await c.settle(lambda: health(c, node, "stick").get(device.id) is True, 5)
+        assert not health(c, node, "any")[device.id], "also after a restart"
+        node.end(pod("p"))
+        await all_healthy(c, device, name="any")
+
+
+@stepped
 async def test_two_devices_for_one_pod_are_all_or_nothing() -> None:
     lab, attic = server("lab", stick("1-1")), server("attic", stick("1-1"))
     one, two = key(lab, "1-1"), key(attic, "1-1")
@@ -341,6 +365,25 @@ async def test_an_attachment_that_was_lost_leaves_no_port_record() -> None:
         assert set(node.kernel.records["node-a"]) == {now}
         node.end(pod("p"))
         assert await c.settle(lambda: not node.kernel.records["node-a"], 30), port
+
+
+@stepped
+async def test_an_attachment_that_ends_before_it_can_be_adopted_leaves_no_port_record() -> None:
+    lab = server("lab", stick("1-1"))
+    device = key(lab, "1-1")
+    async with cluster(spec([lab])) as c:
+        node = c["node-a"]
+        await all_healthy(c, device)
+        await node.admit(pod("p"), "stick")
+        await node.stop()
+        node.end(pod("p"))
+        node.partition(cut=True)
+        node.start()
+        await asyncio.sleep(1)  # it cannot know yet that the lock is its own
+        lab.drop("1-1")
+        node.partition(cut=False)
+        assert await c.settle(lambda: c.holder(device) == "", ALLOCATION_GRACE + 30)
+        assert not node.kernel.records["node-a"]
 
 
 @stepped

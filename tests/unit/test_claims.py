@@ -16,11 +16,13 @@ from usbip_plugin.claims import (
     IllegalTransition,
     State,
     Unlisted,
+    User,
     after_reattach,
     allocated,
     decide_adoption,
     observe_usage,
     own_port,
+    serves,
     step,
     usage_ended,
 )
@@ -32,6 +34,7 @@ from usbip_plugin.vhci.sysfs import PortStatus
 KEY = DeviceKey(ServerKey("lab", 3240), "1-1.2")
 OTHER = DeviceKey(ServerKey("lab", 3240), "1-1.3")
 POD = PodRef("default", "reader", "uid")
+USER = User(POD, "stick")
 NOBODY = Unlisted(certain=True)
 ME = NodeIdentity("node-a", "boot-1")
 
@@ -102,7 +105,7 @@ def test_the_book_tells_of_every_change_and_forgets_what_is_free() -> None:
 
 
 def test_a_pod_seen_and_then_absent_twice_ends_the_claim() -> None:
-    now = observe_usage(claim(allocated_at=10.0), POD, 11.0)
+    now = observe_usage(claim(allocated_at=10.0), USER, 11.0)
     once = observe_usage(now, None, 12.0)
     twice = observe_usage(once, None, 13.0)
     assert not usage_ended(once, 12.0, NOBODY)
@@ -110,7 +113,7 @@ def test_a_pod_seen_and_then_absent_twice_ends_the_claim() -> None:
 
 
 def absent_twice(pod: PodRef = POD) -> Claim:
-    return observe_usage(observe_usage(observe_usage(claim(), pod, 11.0), None, 12.0), None, 13.0)
+    return observe_usage(observe_usage(observe_usage(claim(), User(pod, "stick"), 11.0), None, 12.0), None, 13.0)
 
 
 def test_a_pod_that_the_api_server_says_lives_keeps_its_device_whatever_the_kubelet_lists() -> None:
@@ -129,20 +132,32 @@ def test_without_the_api_servers_word_an_absence_must_last(pod: PodRef, unlisted
     gone = absent_twice(pod)
     assert not usage_ended(gone, 11.9 + UNCONFIRMED_ABSENCE, unlisted)
     assert usage_ended(gone, 12.0 + UNCONFIRMED_ABSENCE, unlisted)
-    back = observe_usage(observe_usage(observe_usage(gone, pod, 14.0), None, 20.0), None, 21.0)
+    back = observe_usage(observe_usage(observe_usage(gone, User(pod, "stick"), 14.0), None, 20.0), None, 21.0)
     assert not usage_ended(back, 19.9 + UNCONFIRMED_ABSENCE, unlisted), "counted from its last absence"
 
 
 def test_a_uid_that_is_known_stays_known() -> None:
-    seen = observe_usage(observe_usage(claim(), POD, 11.0), PodRef(POD.namespace, POD.name), 12.0)
+    seen = observe_usage(observe_usage(claim(), USER, 11.0), User(PodRef(POD.namespace, POD.name), "stick"), 12.0)
     assert seen.pod == POD
     other = PodRef("default", "other")
-    assert observe_usage(seen, other, 13.0).pod == other
+    assert observe_usage(seen, User(other, "stick"), 13.0).pod == other
+
+
+def test_the_list_says_as_what_an_adopted_device_is_in_use() -> None:
+    adopted = claim(resource=None)
+    assert serves(adopted, "stick", adopted.usb_id)
+    assert serves(adopted, "any", adopted.usb_id), "nobody knows yet"
+    assert not serves(adopted, "any", UsbId(1, 1)), "but what it is, is known"
+    seen = observe_usage(adopted, USER, 1.0)
+    assert (seen.pod, seen.resource) == (POD, "stick")
+    assert not serves(seen, "any", seen.usb_id)
+    assert serves(seen, "stick", UsbId(1, 1)), "ids are no matter where the resource is known"
+    assert observe_usage(claim(resource="any"), USER, 1.0).resource == "any", "an Allocate knows better"
 
 
 def test_a_pod_that_reappears_counts_anew() -> None:
-    gone_once = observe_usage(observe_usage(claim(), POD, 1.0), None, 2.0)
-    back = observe_usage(gone_once, POD, 3.0)
+    gone_once = observe_usage(observe_usage(claim(), USER, 1.0), None, 2.0)
+    back = observe_usage(gone_once, USER, 3.0)
     assert not usage_ended(observe_usage(back, None, 4.0), 4.0, NOBODY)
 
 
@@ -158,17 +173,17 @@ def test_a_pod_that_may_be_in_its_init_containers_keeps_a_claim_nobody_was_seen_
     absent = observe_usage(observe_usage(fresh, None, 101.0), None, 102.0)
     somebody = Unlisted(frozenset({PodRef("default", "other", "uid-other")}), certain=True)
     assert not usage_ended(absent, 101.0 + ALLOCATION_GRACE, somebody)
-    seen = observe_usage(observe_usage(observe_usage(fresh, POD, 101.0), None, 102.0), None, 103.0)
+    seen = observe_usage(observe_usage(observe_usage(fresh, USER, 101.0), None, 102.0), None, 103.0)
     assert usage_ended(seen, 103.0, somebody), "a pod that was seen is gone whatever others do"
 
 
 def test_a_list_begun_before_the_allocate_says_nothing() -> None:
-    fresh = allocated(observe_usage(claim(), POD, 1.0), 100.0)
+    fresh = allocated(observe_usage(claim(), USER, 1.0), 100.0)
     assert observe_usage(observe_usage(fresh, None, 99.0), None, 100.0).absent == 0
 
 
 def test_a_new_allocate_of_the_same_device_forgets_the_old_pod() -> None:
-    old = observe_usage(observe_usage(claim(), POD, 1.0), None, 2.0)
+    old = observe_usage(observe_usage(claim(), USER, 1.0), None, 2.0)
     again = allocated(old, 3.0)
     assert (again.pod, again.absent) == (None, 0)
 

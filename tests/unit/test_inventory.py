@@ -175,6 +175,13 @@ def test_one_device_may_be_offered_by_two_resources() -> None:
     both = Config((*CONFIG.resources, ResourceConfig("any", (DeviceSelector(LAB, Selector(bus_id="1-*")),))))
     members = learn({}, facts(config=both))
     assert set(members["stick"]) == set(members["any"]) == {KEY.id}
+    free = advertise(members, facts(config=both))
+    assert free["stick"][0].health.healthy
+    assert free["any"][0].health.healthy
+    held = advertise(members, facts(config=both, **claim(State.ATTACHED)))
+    assert held["stick"][0].health.reason is Reason.ATTACHED
+    assert held["any"][0].health == Health(Reason.OTHER_RESOURCE, "a 0951:1666 of stick")
+    assert not held["any"][0].health.healthy, "the kubelet would give it to a second pod"
 
 
 def test_a_serial_number_is_wanted_only_while_it_is_unknown() -> None:

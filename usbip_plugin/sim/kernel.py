@@ -121,8 +121,8 @@ class SimulatedVhci:
         self._known.pop(port, None)
         self._records.pop(port, None)
 
-    async def forget(self, key: DeviceKey, port: int) -> None:
-        if self._records.get(port) == key:
+    async def forget(self, key: DeviceKey) -> None:
+        for port in [port for port, record in self._records.items() if record == key]:
             del self._records[port]
 
     def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]:

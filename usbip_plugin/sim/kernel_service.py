@@ -31,7 +31,7 @@ MAX_CALLS = 256
 
 
 _TIMED = ("enumerate", "detach")
-_ON_A_PORT = ("enumerate", "inspect", "detach", "forget")
+_ON_A_PORT = ("enumerate", "inspect", "detach")
 
 
 class KernelService:
@@ -167,7 +167,7 @@ class _Session:
             case "detach":
                 return await driver.detach(port, timeout=timeout)
             case "forget":
-                return await driver.forget(wire.key_in(message["key"]), port)
+                return await driver.forget(wire.key_in(message["key"]))
             case "check":
                 return wire.report_out(await driver.check())
             case other:

@@ -68,8 +68,8 @@ class RemoteVhci:
     async def detach(self, port: int, *, timeout: float) -> None:
         await self._call("detach", _nothing, {"port": port}, timeout=timeout)
 
-    async def forget(self, key: DeviceKey, port: int) -> None:
-        await self._call("forget", _nothing, {"key": wire.key_out(key), "port": port})
+    async def forget(self, key: DeviceKey) -> None:
+        await self._call("forget", _nothing, {"key": wire.key_out(key)})
 
     def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]:
         return self._bell.subscribe(callback)

@@ -118,10 +118,10 @@ class ServerPoller:
         async with asyncio.TaskGroup() as group:
             while True:
                 self._servers_changed.clear()
-                for gone in tasks.keys() - self._views.keys():
+                for gone in sorted(tasks.keys() - self._views.keys()):
                     tasks.pop(gone).cancel()
                     del self._pokes[gone]
-                for new in self._views.keys() - tasks.keys():
+                for new in sorted(self._views.keys() - tasks.keys()):
                     self._pokes[new] = asyncio.Event()
                     tasks[new] = group.create_task(self._poll(new, self._pokes[new]), name=f"poll {new}")
                 await self._servers_changed.wait()

@@ -101,8 +101,8 @@ class VhciDriver(Protocol):
         """
         ...
 
-    async def forget(self, key: DeviceKey, port: int) -> None:
-        """Remove the port's record if it names key: the caller has seen that key's device stands there no more."""
+    async def forget(self, key: DeviceKey) -> None:
+        """Remove every port record that names key: the caller has seen that its device stands on no port of ours."""
         ...
 
     def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]:

@@ -265,8 +265,9 @@ class SysfsVhci:
             raise DetachFailed(f"port {port} was not free after {timeout:g} s") from None
         self._forget(port)
 
-    async def forget(self, key: DeviceKey, port: int) -> None:
-        self._records.remove(port, only=key)
+    async def forget(self, key: DeviceKey) -> None:
+        for port in self._records.ports():
+            self._records.remove(port, only=key)
 
     async def _detach(self, number: int, timeout: float) -> None:
         async with self._writing:
