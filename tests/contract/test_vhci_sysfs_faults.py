@@ -56,7 +56,8 @@ class TestAttachWrite:
         seen: list[dict[str, str]] = []
         rig.sysfs.before_attach = lambda _port: seen.append(records(rig))
         port = await attach(rig, rig.plugin(authorize=False))
-        assert seen == [{f"port{port}": f"192.0.2.1 3240 {TWINS[0].busid}\n"}]
+        mark = f"{TWINS[0].devid} {rig.sysfs.rows[port].sockfd}"
+        assert seen == [{f"port{port}": f"192.0.2.1 3240 {TWINS[0].busid}\n{mark}\n"}]
 
     async def test_a_port_taken_in_between_is_replaced_by_another(self, rig: FakeSysfsRig) -> None:
         def somebody_is_quicker(port: int) -> None:

@@ -177,9 +177,21 @@ class VhciContract:
         attachment = await attached(predecessor, imported)
         await rig.server_ends(imported)
         await seen_free(predecessor, attachment.port)
-        successor = rig.plugin()
+        earlier = rig.plugin()
         await asyncio.sleep(0.01)  # its run() begins
         await rig.fill("hs")
+        for successor in (earlier, rig.plugin()):
+            assert (await state(successor, attachment.port)).status is not PortStatus.NULL
+            assert (await state(successor, attachment.port)).record is None
+
+    async def test_the_record_of_a_port_that_somebody_else_has_by_now_names_nothing(self, rig: Rig) -> None:
+        imported = await rig.import_twin(0)
+        predecessor = rig.plugin()
+        attachment = await attached(predecessor, imported)
+        await rig.server_ends(imported)
+        await seen_free(predecessor, attachment.port)
+        await rig.fill("hs")
+        successor = rig.plugin()
         assert (await state(successor, attachment.port)).status is not PortStatus.NULL
         assert (await state(successor, attachment.port)).record is None
 

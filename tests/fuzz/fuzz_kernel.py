@@ -12,7 +12,7 @@ from usbip_plugin.errors import VhciError
 from usbip_plugin.model import DeviceKey, ServerKey
 from usbip_plugin.vhci import hubs, nodes, sysfs, uevents
 from usbip_plugin.vhci.access import PortTable
-from usbip_plugin.vhci.records import MAX_RECORD, Records, format_record, parse_record
+from usbip_plugin.vhci.records import MAX_RECORD, Record, Records, format_record, parse_record
 
 STATUS = """hub port sta spd dev      sockfd local_busid
 hs  0000 006 003 00010002 000103 3-1
@@ -148,11 +148,21 @@ def _devices() -> Iterable[bytes]:
     yield "\0".join([*texts, "02\n", "02\n", "166:0\n"]).encode()
 
 
+def _records() -> Iterable[bytes]:
+    key = DeviceKey(ServerKey("10.0.0.1"), "1-2")
+    return [format_record(Record(key, occupant)).encode() for occupant in (None, (65538, 7))]
+
+
 TARGETS = (
     Target("status", status, lambda: (STATUS.encode(), STATUS.encode() * 2)),
     Target("nports", nports, lambda: (b"16\n", b"240\n"), 64),
     Target("uevent", uevent, lambda: (UEVENT, b"libudev\0\xfe\xed\xca\xfe"), 512),
-    Target("record", record, lambda: (format_record(DeviceKey(ServerKey("10.0.0.1"), "1-2")).encode(),), 1300),
+    Target(
+        "record",
+        record,
+        lambda: (format_record(Record(DeviceKey(ServerKey("10.0.0.1"), "1-2"), (65538, 7))).encode(),),
+        1300,
+    ),
     Target(
         "port-files",
         _in_a_directory(port_files),

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from usbip_plugin.model import DeviceKey, ServerKey
 from usbip_plugin.vhci import nodes, sysfs
 from usbip_plugin.vhci.hubs import HubGuard
-from usbip_plugin.vhci.records import MAX_RECORD, Records, format_record, parse_record
+from usbip_plugin.vhci.records import MAX_RECORD, Record, Records, format_record, parse_record
 
 HUB = "devices/platform/vhci_hcd.0/usb3"
 
@@ -53,8 +53,8 @@ def test_nports_that_is_no_number_of_ports_is_refused_in_few_words(text: str) ->
 @brief(100)
 @given(st.text(st.characters(categories=["L", "N", "P", "S"]), min_size=1, max_size=40), st.integers(1, 65535))
 def test_a_record_survives_the_file(host: str, port: int) -> None:
-    key = DeviceKey(ServerKey(host, port), "1-1.4")
-    assert parse_record(format_record(key)) == key
+    record = Record(DeviceKey(ServerKey(host, port), "1-1.4"), (65538, 7))
+    assert parse_record(format_record(record)) == record
 
 
 @pytest.mark.parametrize("length", range(1020, 1030))

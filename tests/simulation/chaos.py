@@ -137,6 +137,8 @@ class Chaos:
             begin()
         elif self._ends[key][0] >= until:
             return False
+        else:
+            end = self._ends[key][1]  # of what was begun
         self._ends[key] = until, end
         loop_of().call_later(action.lasts, self._maybe_end, key)
         return True

@@ -37,7 +37,7 @@ STALE_HEALTH_S = 20.0
 UNATTACHED_POD_S = 60.0
 """A pod whose device could be attached and is not."""
 API_AWAY_S = WATCH_IDLE_S + API_GRACE + 10.0
-"""A device that is not this node's, Healthy without an API server: a silent one is found out by an idle watch."""
+"""A device that is not this node's, Healthy without an API server. That one is silent, a watch has to find out."""
 DEAD_PORT_S = DEAD_PEER_S + 5.0
 """A port whose connection is dead at its server."""
 
@@ -183,6 +183,12 @@ class Watch:
             and (server.importers(key.busid) == 0 or key in node.attached())
         )
 
+    def _as_claimed(self, node: ClusterNode, key: DeviceKey) -> bool:
+        """What is plugged in is what the pod was given."""
+        claim = node.agent.attacher.claims.get(key.id) if node.agent is not None else None
+        device, _ = self.cluster.servers[key.server].table.device(key.busid)
+        return claim is None or claim.usb_id == device.usb_id
+
     def _for_long(self, bad: bool, now: float, seconds: float, *key: object) -> bool:
         """Whether something is bad, and has been so at each look for so long."""
         if not bad:
@@ -256,6 +262,7 @@ class Watch:
                     and device_id not in attached
                     and self.cluster.holder(key) in ("", node.name)
                     and self.reachable(node, key)
+                    and self._as_claimed(node, key)
                 )
                 if self._for_long(idle, now, UNATTACHED_POD_S / node.clock.rate, "idle", node.name, device_id):
                     claim = agent.attacher.claims.get(device_id)
@@ -268,7 +275,7 @@ class Watch:
         """Attachments whose connections are dead: only for as long as TCP needs to find out."""
         live = self.cluster.network.imports()
         for node in self.cluster.nodes.values():
-            for key in node.attached():
+            for key in sorted(node.attached()):
                 bad = not node.host.halted and node.name not in live.get(key, ())
                 if self._for_long(bad, now, DEAD_PORT_S / node.clock.rate, "port", node.name, key):
                     raise Violation("a dead connection frees its port", f"{node.name}: {key}")

@@ -142,7 +142,8 @@ async def test_a_device_of_two_resources_is_still_one_device() -> None:
             await agent.allocator.allocate_all(c.full("any"), ((device.id,),))
         await node.stop()
         node.start()
-        assert await c.settle(lambda: health(c, node, "stick").get(device.id) is True, 5)
+        assert await c.settle(lambda: health(c, node, "stick").get(device.id, False), 5)
+        assert await c.settle(lambda: device.id in health(c, node, "any"), 1)
         assert not health(c, node, "any")[device.id], "also after a restart"
         node.end(pod("p"))
         await all_healthy(c, device, name="any")

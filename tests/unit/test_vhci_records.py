@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from usbip_plugin.model import DeviceKey, ServerKey
-from usbip_plugin.vhci.records import Records, format_record, parse_record
+from usbip_plugin.vhci.records import Record, Records, format_record, parse_record
 
 KEY = DeviceKey(ServerKey("10.20.30.40", 3240), "1-1.4")
 
@@ -18,14 +18,36 @@ busids = st.from_regex(r"[0-9]{1,2}-[0-9](\.[0-9]){0,4}", fullmatch=True)
 
 
 def test_the_text_is_the_tools() -> None:
-    assert format_record(KEY) == "10.20.30.40 3240 1-1.4\n"
-    assert parse_record("127.0.0.1 3240 1-1\n") == DeviceKey(ServerKey("127.0.0.1"), "1-1")
+    assert format_record(Record(KEY)) == "10.20.30.40 3240 1-1.4\n"
+    assert parse_record("127.0.0.1 3240 1-1\n") == Record(DeviceKey(ServerKey("127.0.0.1"), "1-1"))
 
 
-@given(hosts, st.integers(1, 65535), busids)
-def test_what_is_written_is_read_back(host: str, port: int, busid: str) -> None:
-    key = DeviceKey(ServerKey(host, port), busid)
-    assert parse_record(format_record(key)) == key
+def test_what_the_tool_does_not_know_is_on_a_line_that_it_does_not_read() -> None:
+    text = format_record(Record(KEY, (65538, 4711)))
+    assert text.splitlines()[0] == "10.20.30.40 3240 1-1.4"
+    assert parse_record(text) == Record(KEY, (65538, 4711))
+
+
+@pytest.mark.parametrize("line", ["", "1", "1 2 3", "-1 2", "x y", "1 99999999999"])
+def test_a_second_line_that_makes_no_sense_says_nothing(line: str) -> None:
+    assert parse_record(f"10.20.30.40 3240 1-1.4\n{line}\n") == Record(KEY)
+
+
+def test_a_record_fits_what_it_was_made_of() -> None:
+    ours = Record(KEY, (65538, 4711))
+    assert ours.fits((65538, 4711))
+    assert not ours.fits((65538, 4712)), "another connection to a device that looks the same"
+    assert ours.fits(None), "not enumerated yet: nothing is known"
+    assert Record(KEY).fits((1, 2)), "the tool's record says nothing"
+
+
+occupants = st.none() | st.tuples(st.integers(0, 2**32 - 1), st.integers(0, 2**31 - 1))
+
+
+@given(hosts, st.integers(1, 65535), busids, occupants)
+def test_what_is_written_is_read_back(host: str, port: int, busid: str, occupant: tuple[int, int] | None) -> None:
+    record = Record(DeviceKey(ServerKey(host, port), busid), occupant)
+    assert parse_record(format_record(record)) == record
 
 
 @pytest.mark.parametrize(
@@ -40,13 +62,13 @@ def test_what_is_written_is_read_back(host: str, port: int, busid: str) -> None:
 )
 def test_what_could_not_be_read_back_is_not_written(key: DeviceKey) -> None:
     with pytest.raises(ValueError, match="port record"):
-        format_record(key)
+        format_record(Record(key))
 
 
 @given(st.text(max_size=200))
 def test_any_text_is_a_record_or_none(text: str) -> None:
-    key = parse_record(text)
-    assert key is None or 0 < key.server.port <= 65535
+    record = parse_record(text)
+    assert record is None or 0 < record.key.server.port <= 65535
 
 
 @pytest.mark.parametrize("text", ["", "host 3240\n", "host usbip 1-1\n", "host 3240 1/1\n", "host 99999 1-1\n"])
@@ -59,16 +81,16 @@ class TestDirectory:
         records = Records(tmp_path / "vhci_hcd")
         assert records.writable()
         assert records.read(7) is None
-        records.write(7, KEY)
+        records.write(7, Record(KEY))
         assert (tmp_path / "vhci_hcd/port7").read_text() == "10.20.30.40 3240 1-1.4\n"
-        assert records.read(7) == KEY
+        assert records.read(7) == Record(KEY)
 
     def test_a_record_that_is_not_ours_any_more_is_kept(self, tmp_path: Path) -> None:
         records = Records(tmp_path)
         other = DeviceKey(KEY.server, "1-2")
-        records.write(7, other)
+        records.write(7, Record(other))
         records.remove(7, only=KEY)
-        assert records.read(7) == other
+        assert records.read(7) == Record(other)
         records.remove(7, only=other)
         assert records.read(7) is None
 

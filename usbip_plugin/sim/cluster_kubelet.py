@@ -43,7 +43,7 @@ class ClusterKubelet:
         self.up = asyncio.Event()
         self.up.set()
         self.calls: list[Call] = []
-        """What plugins work on now."""
+        """What plugins work on now, or were at when they died."""
         self._starts = 0
         self._streams: dict[_Stream, None] = {}
         self._admissions: dict[asyncio.Task[Any], None] = {}
@@ -172,17 +172,17 @@ class _Stream:
             if not answer.done():
                 answer.set_exception(EndpointError("UNAVAILABLE", "the plugin's process has ended"))
 
+        self._owner.calls.append(call)
         task = self._process.create_task(coro, "call of the kubelet")
+        task.add_done_callback(lambda _task: self._owner.calls.remove(call), context=self._process.context)
         task.add_done_callback(done)
         forget = self._process.at_death(lambda: self._owner.process.call_soon(died))
-        self._owner.calls.append(call)
         try:
             return await answer
         except asyncio.CancelledError:
             self._process.call_soon(task.cancel)
             raise
         finally:
-            self._owner.calls.remove(call)
             forget()
 
 

@@ -235,11 +235,13 @@ class ClusterNode:
 
     def attached(self) -> frozenset[DeviceKey]:
         """The devices this node's kernel has now, whatever the agent thinks."""
-        return frozenset(
-            port.record
-            for port in self.driver.ports_now()
-            if port.record is not None and port.status is not PortStatus.NULL
-        )
+        found = [port for port in self.driver.ports_now() if port.status is not PortStatus.NULL]
+        return frozenset(port.record for port in found if port.record is not None and not self._strange(port.number))
+
+    def _strange(self, number: int) -> bool:
+        """What stands there did not come over the network: the record is an old one."""
+        occupant = self.kernel.occupant(number)
+        return occupant is None or occupant.descriptor is None
 
     def held_in(self, *states: State) -> frozenset[DeviceKey]:
         """Devices with a claim in one of these states."""

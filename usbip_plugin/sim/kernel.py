@@ -24,12 +24,25 @@ class SimulatedVhci:
         self._kernel = kernel
         self._node = node
         self._known: dict[int, int] = {}
-        for number in [number for number in self._records if kernel.occupant(number) is None]:
-            del self._records[number]
+        for number in [number for number in self._records if self._stale(number)]:
+            self._forget(number)
 
     @property
     def _records(self) -> dict[int, DeviceKey]:
         return self._kernel.records.setdefault(self._node, {})
+
+    @property
+    def _marks(self) -> dict[int, int]:
+        return self._kernel.marks.setdefault(self._node, {})
+
+    def _stale(self, number: int) -> bool:
+        """The record is not of what stands on the port."""
+        occupant = self._kernel.occupant(number)
+        return occupant is None or self._marks.get(number) != occupant.number
+
+    def _forget(self, number: int) -> None:
+        self._records.pop(number, None)
+        self._marks.pop(number, None)
 
     def _ports(self) -> tuple[Port, ...]:
         if not self._kernel.loaded:
@@ -48,7 +61,7 @@ class SimulatedVhci:
         return tuple(self._state(port) for port in self._ports())
 
     def _state(self, port: Port) -> PortState:
-        ours = port.status is not PortStatus.NULL and not self._foreign(port.number)
+        ours = not self._stale(port.number) and not self._foreign(port.number)
         record = self._records.get(port.number) if ours else None
         return PortState(port.number, port.hub, port.status, port.speed, port.devid, port.local_busid, record)
 
@@ -66,6 +79,7 @@ class SimulatedVhci:
             ) from error
         self._known[port.number] = occupant.number
         self._records[port.number] = key
+        self._marks[port.number] = occupant.number
         return port.number
 
     async def enumerate(
@@ -119,11 +133,11 @@ class SimulatedVhci:
         if not self._foreign(port):
             self._kernel.free_port(port)
         self._known.pop(port, None)
-        self._records.pop(port, None)
+        self._forget(port)
 
     async def forget(self, key: DeviceKey) -> None:
         for port in [port for port, record in self._records.items() if record == key]:
-            del self._records[port]
+            self._forget(port)
 
     def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]:
         return self._kernel.bell.subscribe(callback)

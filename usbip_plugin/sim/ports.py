@@ -63,6 +63,7 @@ class SimulatedKernel:
         self.detaching_hangs = False
         self.bell = Bell()
         self.records: dict[str, dict[int, DeviceKey]] = {}  # of each node; kind's nodes have each their own /run
+        self.marks: dict[str, dict[int, int]] = {}  # of each record: the number of the occupant it is of
         self.serials: dict[DeviceKey, str] = {}
         self.child_kinds: dict[UsbId, tuple[str, ...]] = {}  # child nodes that devices of this id bring
         self._per_hub = ports_per_hub
@@ -110,6 +111,7 @@ class SimulatedKernel:
         for number in tuple(self._occupants):
             self.free_port(number)
         self.records.clear()
+        self.marks.clear()
         self._devnums.clear()
 
     # What drivers see.

@@ -28,7 +28,7 @@ from usbip_plugin.vhci import nodes
 from usbip_plugin.vhci.access import PortTable, Writer, explain, refusal, write_sysfs
 from usbip_plugin.vhci.driver import ABANDON_S, ASKED_CHILD_WAIT_S, CHILD_WAIT_S, DriverReport, PortState
 from usbip_plugin.vhci.hubs import HubGuard, controller_dir, device_dir
-from usbip_plugin.vhci.records import Records
+from usbip_plugin.vhci.records import Record, Records
 from usbip_plugin.vhci.stalls import SAME_PORT, Stalls
 from usbip_plugin.vhci.sysfs import Port, PortStatus, choose_port, format_attach, format_detach, hub_of
 from usbip_plugin.vhci.uevents import Uevent, UeventSource
@@ -89,7 +89,8 @@ class SysfsVhci:
     def _state(self, port: Port) -> PortState:
         ours = port.status is not PortStatus.NULL and not self._foreign(port)
         record = self._records.read(port.number) if ours else None
-        return PortState(port.number, port.hub, port.status, port.speed, port.devid, port.local_busid, record)
+        key = record.key if record is not None and record.fits(port.occupant) else None
+        return PortState(port.number, port.hub, port.status, port.speed, port.devid, port.local_busid, key)
 
     async def attach(self, key: DeviceKey, descriptor: Descriptor, fd: int) -> int:
         hub = hub_of(descriptor.speed)
@@ -118,13 +119,18 @@ class SysfsVhci:
 
     async def _attach_to(self, port: Port, key: DeviceKey, descriptor: Descriptor, fd: int) -> bool:
         """False if somebody else took the port first. Leaves nothing behind unless it returns True."""
-        done = False
+        # A duplicate: the caller may close its own as soon as it is cancelled, while the write is still going on.
+        own = _duplicate(fd, _FD_BASE + int(self._clock.monotonic() * 1000) % _FD_SPAN)
+        handed_over = done = False
         try:
-            self._write_record(port.number, key)
+            text = format_attach(port.number, own, descriptor.devid, descriptor.speed)
+            self._write_record(port.number, Record(key, (descriptor.devid, own)))
             if self._guard is not None:
                 self._guard.hold(port)
-            number = await self._hand_over(port.number, descriptor, fd)
-            self._occupants[port.number] = (descriptor.devid, number)
+            undo = functools.partial(self._undo_attach, port.number)
+            handed_over = True
+            await self._writer.write(self._attach_file, text, finish=functools.partial(os.close, own), undo=undo)
+            self._occupants[port.number] = (descriptor.devid, own)
             done = True
         except OSError as error:
             if error.errno == errno.EBUSY or (
@@ -137,22 +143,11 @@ class SysfsVhci:
         except ValueError as error:
             raise AttachRefused(str(error)) from error
         finally:
+            if not handed_over:
+                os.close(own)
             if not done:
                 self._forget(port.number, only=key)
         return True
-
-    async def _hand_over(self, port: int, descriptor: Descriptor, fd: int) -> int:
-        """Returns the number under which the kernel was shown the socket."""
-        # A duplicate: the caller may close its own as soon as it is cancelled, while the write is still going on.
-        own = _duplicate(fd, _FD_BASE + int(self._clock.monotonic() * 1000) % _FD_SPAN)
-        try:
-            text = format_attach(port, own, descriptor.devid, descriptor.speed)
-        except ValueError:
-            os.close(own)
-            raise
-        undo = functools.partial(self._undo_attach, port)
-        await self._writer.write(self._attach_file, text, finish=functools.partial(os.close, own), undo=undo)
-        return own
 
     def _undo_attach(self, port: int) -> None:
         try:
@@ -160,10 +155,10 @@ class SysfsVhci:
         except OSError as error:
             log.warning("cannot undo an attach", extra={"port": port, "error": str(error)})
 
-    def _write_record(self, port: int, key: DeviceKey) -> None:
+    def _write_record(self, port: int, record: Record) -> None:
         self._recorded.add(port)
         try:
-            self._records.write(port, key)
+            self._records.write(port, record)
         except OSError as error:
             raise DriverNotWritable(f"the record of port {port}", error.strerror or str(error)) from error
 
@@ -313,11 +308,14 @@ class SysfsVhci:
             group.create_task(settle(self._bell, self._stirred, self._clock))
 
     def _forget_leftovers(self) -> None:
-        """Records of ports that fell free while no process was there to see it: they would name the next device."""
+        """Records of ports that fell free while no process was there to see it, taken by somebody else since or not."""
         with contextlib.suppress(VhciError):
-            free = {port.number for port in self._table.all() if port.status is PortStatus.NULL}
+            rows = {port.number: port for port in self._table.all()}
             for number in self._records.ports():
-                if number in free and number not in self._recorded:
+                row, record = rows.get(number), self._records.read(number)
+                if row is None or record is None or number in self._recorded:
+                    continue
+                if row.status is PortStatus.NULL or not record.fits(row.occupant):
                     self._records.remove(number)
 
     def _heard(self, event: Uevent | None) -> None:

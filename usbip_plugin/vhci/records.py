@@ -5,35 +5,59 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from usbip_plugin.model import DeviceKey, ServerKey
 
 MAX_RECORD = 1200  # bytes; the tool reads host 1025 + port 32 + busid 32
 _MAX_HOST = 1024
+_OCCUPANT = re.compile(r"([0-9]{1,10}) ([0-9]{1,10})\n?")
 _BUSID = re.compile(r"[0-9A-Za-z.:_-]{1,31}")
 _FILE = re.compile(r"port(0|[1-9][0-9]{0,5})")
 _MAX_PORT = 65535
 
 
-def format_record(key: DeviceKey) -> str:
-    """ "host port busid" and a newline. ValueError for a key that the tool could not read back."""
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What was noted when a port was taken. occupant: see Port.occupant; None in a record that the tool wrote."""
+
+    key: DeviceKey
+    occupant: tuple[int, int] | None = None
+
+    def fits(self, occupant: tuple[int, int] | None) -> bool:
+        """Whether what stands on the port now may be what the record is of."""
+        return self.occupant is None or occupant is None or self.occupant == occupant
+
+
+def format_record(record: Record) -> str:
+    """ "host port busid" and a newline, as the tool; then "devid sockfd", where it does not look.
+
+    ValueError for a key that the tool could not read back.
+    """
+    key = record.key
     text = f"{key.server.host} {key.server.port} {key.busid}\n"
-    if parse_record(text) != key:
+    if record.occupant is not None:
+        text += f"{record.occupant[0]} {record.occupant[1]}\n"
+    if parse_record(text) != record:
         raise ValueError(f"{key} cannot be written as a port record")
     return text
 
 
-def parse_record(text: str) -> DeviceKey | None:
+def parse_record(text: str) -> Record | None:
     """None for what is not a record. Only numeric ports are understood; the tool writes the one it was given."""
-    if len(text) > MAX_RECORD or len(fields := text.split()) != 3:
+    first, _, second = text.partition("\n")
+    fields = first.split()
+    if len(fields) != 3 or len(text) > MAX_RECORD:
         return None
     host, port, busid = fields
     if len(host) > _MAX_HOST or not host.isprintable():
         return None
     if not (port.isascii() and port.isdigit() and 0 < int(port) <= _MAX_PORT) or not _BUSID.fullmatch(busid):
         return None
-    return DeviceKey(ServerKey(host, int(port)), busid)
+    found = _OCCUPANT.fullmatch(second)
+    occupant = (int(found[1]), int(found[2])) if found is not None else None
+    return Record(DeviceKey(ServerKey(host, int(port)), busid), occupant)
 
 
 def _without_waiting(path: str, flags: int) -> int:
@@ -47,22 +71,23 @@ class Records:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
-    def read(self, port: int) -> DeviceKey | None:
+    def read(self, port: int) -> Record | None:
         try:
             with open(self._path(port), errors="replace", opener=_without_waiting) as file:
                 return parse_record(file.read(MAX_RECORD + 1))
         except OSError:
             return None
 
-    def write(self, port: int, key: DeviceKey) -> None:
+    def write(self, port: int, record: Record) -> None:
         """OSError if it cannot be written; ValueError as format_record."""
-        text = format_record(key)
+        text = format_record(record)
         self._directory.mkdir(mode=0o700, exist_ok=True)
         self._path(port).write_text(text)
 
     def remove(self, port: int, only: DeviceKey | None = None) -> None:
         """Remove the record, or nothing if only is given and the record names another device. Never raises OSError."""
-        if only is not None and self.read(port) != only:
+        record = self.read(port) if only is not None else None
+        if only is not None and (record is None or record.key != only):
             return
         with contextlib.suppress(OSError):
             self._path(port).unlink(missing_ok=True)
