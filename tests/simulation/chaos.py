@@ -15,7 +15,7 @@ from usbip_plugin.locks.memory import FINE, RESOURCE, Fate, Lost, Operation
 from usbip_plugin.model import DeviceKey, PodRef
 from usbip_plugin.sim.cluster import Cluster, ClusterNode
 from usbip_plugin.sim.server import VirtualServer
-from usbip_plugin.sim.steploop import loop_of
+from usbip_plugin.sim.steploop import Process, loop_of
 from usbip_plugin.sim.usbdevice import VirtualDevice
 
 API_FAULTS = (
@@ -91,7 +91,9 @@ class Chaos:
         self.ended_badly: list[str] = []
         self.calm = False
         self._ends: dict[Key, tuple[float, Callable[[], None]]] = {}
+        self._ending: set[Process] = set()
         self._count = 0
+        self._downs = 0
 
     # what the cluster asks
 
@@ -113,13 +115,18 @@ class Chaos:
 
     # carrying out
 
-    def do(self, action: Action) -> bool:
+    def do(self, action: Action) -> None:
+        """Now, or when the node's agent has run so many steps; never if it dies before."""
         nodes = list(self.cluster.nodes.values())
         node = nodes[action.node % len(nodes)]
-        done: bool = getattr(self, f"do_{action.kind}")(action, node)
-        if done:
+        if not action.steps:
+            self._now(action, node)
+        elif node.process is not None:
+            node.process.after_steps(action.steps, lambda: self._now(action, node))
+
+    def _now(self, action: Action, node: ClusterNode) -> None:
+        if not self.calm and getattr(self, f"do_{action.kind}")(action, node):
             self.fired[action.kind] += 1
-        return done
 
     def end_all(self) -> None:
         """Whatever lasts ends now."""
@@ -215,59 +222,42 @@ class Chaos:
         self._end_pod(sorted(self.pods)[action.pick % len(self.pods)])
         return True
 
-    def do_end_at_step(self, action: Action, node: ClusterNode) -> bool:
-        """The youngest pod of the node, whether it runs or is only about to."""
-        process = node.process
-        if process is None:
+    def do_end_youngest(self, action: Action, node: ClusterNode) -> bool:
+        """The youngest pod of the node, or one that is only about to run."""
+        del action
+        running = sorted((name for name, where in self.pods.items() if where is node), key=_number)
+        if self.admissions:
+            self.doomed.add(max(self.admissions.values(), key=_number))
+        elif running:
+            self._end_pod(running[-1])
+        else:
             return False
-
-        def end() -> None:
-            running = sorted((name for name, where in self.pods.items() if where is node), key=_number)
-            if self.admissions:
-                self.doomed.add(max(self.admissions.values(), key=_number))
-            elif running:
-                self._end_pod(running[-1])
-
-        process.after_steps(action.steps, end)
         return True
 
     # processes and nodes
 
-    def do_kill_at_step(self, action: Action, node: ClusterNode) -> bool:
-        process = node.process
-        if process is None:
+    def do_kill(self, action: Action, node: ClusterNode) -> bool:
+        if node.process is None:
             return False
-
-        def kill() -> None:
-            if node.process is process:
-                self.note(f"kill {node.name}, {action.steps} steps later")
-                self.fired["killed"] += 1
-                node.kill()
-                self._start_later(node, action.lasts)
-
-        process.after_steps(action.steps, kill)
+        self.note(f"kill {node.name}, {action.steps} steps later")
+        node.kill()
+        self._start_later(node, action.lasts)
         return True
 
-    def do_terminate_at_step(self, action: Action, node: ClusterNode) -> bool:
+    def do_terminate(self, action: Action, node: ClusterNode) -> bool:
         process = node.process
-        if process is None:
+        if process is None or process in self._ending:
             return False
+        self.note(f"terminate {node.name}, {action.steps} steps later")
+        self._ending.add(process)
+        halted = process.halted_time()
 
-        def terminate() -> None:
-            if node.process is not process:
-                return
-            self.note(f"terminate {node.name}, {action.steps} steps later")
-            self.fired["terminated"] += 1
-            halted = process.halted_time()
+        def over(ended: bool) -> None:
+            if not ended and process.halted_time() == halted:
+                self.ended_badly.append(f"{node.name}: the agent did not end in time")
+            self._start_later(node, action.lasts)
 
-            def over(ended: bool) -> None:
-                if not ended and process.halted_time() == halted:
-                    self.ended_badly.append(f"{node.name}: the agent did not end in time")
-                self._start_later(node, action.lasts)
-
-            node.terminate(over)
-
-        process.after_steps(action.steps, terminate)
+        node.terminate(over)
         return True
 
     def _start_later(self, node: ClusterNode, seconds: float) -> None:
@@ -276,25 +266,14 @@ class Chaos:
                 self.note(f"start {node.name}")
                 node.start()
 
-        self._ends["down", node.name, loop_of().time(), self.fired["started"]] = 0.0, start
-        self.fired["started"] += 1
-        key = next(reversed(self._ends))
+        self._downs += 1
+        key = ("down", node.name, self._downs)
+        self._ends[key] = 0.0, start
         loop_of().call_later(seconds, lambda: key in self._ends and self._ends.pop(key)[1]())
 
     def do_freeze_agent(self, action: Action, node: ClusterNode) -> bool:
         process = node.process
-        if process is None:
-            return False
-        key = ("freeze", node.name, process.name.rpartition(" ")[2])
-
-        def freeze() -> None:
-            if process.dead or self.calm:
-                return
-            self.fired["frozen"] += 1
-            self.during(action, key, process.freeze, process.thaw)
-
-        process.after_steps(action.steps, freeze)
-        return True
+        return process is not None and self.during(action, ("frozen", process.name), process.freeze, process.thaw)
 
     def do_freeze_node(self, action: Action, node: ClusterNode) -> bool:
         return self.during(action, ("node frozen", node.name), node.freeze_host, node.thaw_host)

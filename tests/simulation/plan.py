@@ -40,7 +40,7 @@ class Settings:
 class Action:
     """at: loop seconds from the start. node: an index, pick: what else is to be chosen, both modulo what there is.
 
-    lasts: seconds of the loop. steps: of the node's agent, before it happens.
+    lasts: seconds of the loop. steps: of the node's agent until it happens, 0 for at once.
     """
 
     at: float
@@ -51,7 +51,8 @@ class Action:
     steps: int
 
     def __str__(self) -> str:
-        return f"{self.kind}(node={self.node}, pick={self.pick % 1000}, lasts={self.lasts:g}, steps={self.steps})"
+        later = f", {self.steps} steps later" if self.steps else ""
+        return f"{self.kind}(node={self.node}, pick={self.pick}, lasts={self.lasts:g}){later}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +67,9 @@ WEIGHTS = {
     "admit_several": 5,
     "race": 8,
     "end": 14,
-    "end_at_step": 3,
-    "kill_at_step": 4,
-    "terminate_at_step": 4,
+    "end_youngest": 3,
+    "kill": 4,
+    "terminate": 4,
     "freeze_agent": 3,
     "freeze_node": 2,
     "reboot": 2,
@@ -102,8 +103,8 @@ WEIGHTS = {
 }
 """How often each kind of action is drawn."""
 
-TIED = ("kill_at_step", "terminate_at_step", "freeze_agent", "freeze_node", "end_at_step", "link_cut", "api_silent")
-"""What is likely to go wrong in the middle of an Allocate: half of them come together with one."""
+AT_STEP = ("kill", "terminate", "freeze_agent", "freeze_node", "end_youngest", "link_cut", "api_silent", "power_loss")
+"""What happens at some step of an agent, and not only between two actions; half of them together with an Allocate."""
 
 
 def draw_settings(rng: random.Random) -> Settings:
@@ -145,7 +146,7 @@ def draw(seed: int, length: int = ACTIONS) -> Plan:
         at += rng.choice(GAPS)
         kind = rng.choices(kinds, weights)[0]
         node = rng.randrange(60)  # divisible by every number of nodes
-        if kind in TIED and rng.random() < 0.5:
+        if kind in AT_STEP and rng.random() < 0.5:
             actions.append(_action(rng, at, rng.choice(["admit", "admit", "race"]), node))
             at += rng.choice([0.0, 0.0, 0.002, 0.3])
         actions.append(_action(rng, at, kind, node))
@@ -153,4 +154,7 @@ def draw(seed: int, length: int = ACTIONS) -> Plan:
 
 
 def _action(rng: random.Random, at: float, kind: str, node: int) -> Action:
-    return Action(round(at, 6), kind, node, rng.getrandbits(30), round(draw_lasts(rng), 3), rng.randint(1, STEPS))
+    steps = rng.randint(1, STEPS)
+    return Action(
+        round(at, 6), kind, node, rng.getrandbits(30), round(draw_lasts(rng), 3), steps if kind in AT_STEP else 0
+    )

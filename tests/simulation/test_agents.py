@@ -510,7 +510,7 @@ async def test_a_lock_taken_away_is_withdrawn_and_detached() -> None:
         c.backend.replace(replace(lease, holder="node-z", transitions=lease.transitions + 1))
         await becomes(c, node, device, healthy=False)
         assert await c.settle(lambda: node.attached() == frozenset(), 5)
-        assert lab.importers("1-1") == 0
+        assert await c.settle(lambda: lab.importers("1-1") == 0, 1)
         assert c.holder(device) == "node-z", "somebody else's lock is left alone"
 
 

@@ -12,10 +12,10 @@ from opentelemetry.trace import NoOpTracer
 
 from usbip_plugin.agent import Agent, Outside
 from usbip_plugin.claims import State
-from usbip_plugin.errors import KubeUnreachable
+from usbip_plugin.errors import DetachFailed, KubeUnreachable
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer
 from usbip_plugin.locks.memory import RESOURCE, Fate, Lost, MemoryLeases, Operation
-from usbip_plugin.model import DeviceKey, NodeIdentity, PodRef
+from usbip_plugin.model import Descriptor, DeviceKey, NodeIdentity, PodRef
 from usbip_plugin.resources import Plugin
 from usbip_plugin.sim.cluster_kubelet import ClusterKubelet, LocalPodResources
 from usbip_plugin.sim.kernel import SimulatedVhci
@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from usbip_plugin.sim.cluster import Cluster
 
 ENUMERATION_DELAY = 0.3
+ATTACH_S = 0.003
+"""Seconds of an attach write."""
+DETACH_S = 0.02
+"""Seconds from a detach write until the port is free."""
 STOP_S = 2.0
 """Seconds in which an agent that is told to end has closed its sockets; what is left of it then is killed."""
 
@@ -93,7 +97,7 @@ class ClusterNode:
         outside = Outside(
             me=NodeIdentity(self.name, f"{self.name}-boot-{self.boot}"),
             client=TcpUsbipClient(self.clock, connector),
-            driver=cluster.spec.driver(_ProcessVhci(self.kernel, self.name, process)),
+            driver=cluster.spec.driver(_ProcessVhci(self.kernel, self.name, process, self.net)),
             leases=leases,
             pod_resources=LocalPodResources(self.pods, self.clock),
             kube=None,
@@ -263,11 +267,36 @@ class ClusterNode:
 
 
 class _ProcessVhci(SimulatedVhci):
-    """The driver as one process has it: with the process its listening ends."""
+    """The driver as one process has it: it takes its time, and with the process its listening ends."""
 
-    def __init__(self, kernel: SimulatedKernel, node: str, process: Process) -> None:
+    def __init__(self, kernel: SimulatedKernel, node: str, process: Process, host: Host) -> None:
         super().__init__(kernel, node)
-        self._process = process
+        self._kernel_of_node, self._process, self._host = kernel, process, host
+
+    async def attach(self, key: DeviceKey, descriptor: Descriptor, fd: int) -> int:
+        number = await super().attach(key, descriptor, fd)
+        try:
+            await self._kernel_of_node.clock.sleep(ATTACH_S)  # the kernel has it, and the process does not know yet
+        except BaseException:
+            await super().detach(number, timeout=0)
+            raise
+        return number
+
+    async def detach(self, port: int, *, timeout: float) -> None:
+        kernel = self._kernel_of_node
+        occupant = kernel.occupant(port)
+        if occupant is not None and not kernel.detaching_hangs and not self._foreign(port):
+
+            def done() -> bool | None:
+                return kernel.occupant(port) is not occupant or None
+
+            # what is written is done, whatever becomes of who wrote it
+            self._host.later(DETACH_S, lambda: None if done() else kernel.free_port(port))
+            try:
+                await kernel.bell.until(done, kernel.clock, timeout=timeout)
+            except TimeoutError:
+                raise DetachFailed(f"port {port} was not free after {timeout:g} s") from None
+        await super().detach(port, timeout=timeout)
 
     def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]:
         unsubscribe = super().subscribe(callback)

@@ -55,7 +55,7 @@ class Process:
         self._tasks: weakref.WeakSet[_Task] = weakref.WeakSet()
         self._remains: list[_Task] = []
         self._last_words: list[Callable[[], None]] = []
-        self._trap: tuple[int, Callable[[], None]] | None = None
+        self._traps: list[tuple[int, Callable[[], None]]] = []
         self.context: Context = copy_context()
         self.context.run(_owner.set, self)
         loop.processes.append(self)
@@ -86,7 +86,7 @@ class Process:
             return
         self.dead = True
         self.look_again()
-        self._trap = None
+        self._traps.clear()
         self._remains = self.tasks()  # or they were collected, which would run what is left of them
         last_words, self._last_words = self._last_words, []
         for callback in last_words:
@@ -103,8 +103,9 @@ class Process:
         return forget
 
     def after_steps(self, count: int, callback: Callable[[], None]) -> None:
-        """Call this once, right after so many more of its steps (at least 1). Replaces what was asked for before."""
-        self._trap = (self.steps + max(1, count), callback)
+        """Call this once, right after so many more of its steps (at least 1), if it lives so long."""
+        self._traps.append((self.steps + max(1, count), callback))
+        self._traps.sort(key=lambda trap: trap[0])
 
     def tasks(self) -> list[_Task]:
         """Its tasks that are not done, in the order in which they were made."""
@@ -133,9 +134,8 @@ class Process:
 
     def stepped(self) -> None:
         self.steps += 1
-        if self._trap is not None and self.steps >= self._trap[0]:
-            callback, self._trap = self._trap[1], None
-            callback()
+        while self._traps and self.steps >= self._traps[0][0]:
+            self._traps.pop(0)[1]()
 
     def adopt(self, task: _Task) -> None:
         self._tasks.add(task)
