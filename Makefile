@@ -8,6 +8,8 @@ GUEST_SECONDS := 900
 # how often `make test-kills` kills, and how long it may take
 KILLS := 200
 KILLS_SECONDS := 5400
+# how many plans `make sim` plays
+SEEDS := 50
 # how long each fuzz target runs
 SECONDS := 10
 
@@ -16,7 +18,7 @@ PYTHONS := $(PYTHON) python3.13 python3.12 python3.11 python3.14 python3
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test model test-apiserver test-kernel test-kills test-deploy image test-image e2e test-kubelet test-node test-all \
+.PHONY: help demo test model sim test-apiserver test-kernel test-kills test-deploy image test-image e2e test-kubelet test-node test-all \
 	bench bench-kernel fuzz lint format proto clean
 
 help: ## this list
@@ -30,6 +32,9 @@ test: $(VENV)/.test ## unit, contract, protocol, fuzz, model and simulation test
 
 model: $(VENV)/.test ## every state of the lock protocol for two and three nodes, within larger bounds than make test
 	$(BIN)/python tests/model/lock_runs.py
+
+sim: $(VENV)/.test ## whole clusters under drawn faults in virtual time: SEEDS of them, with a count of each fault
+	$(BIN)/python tests/simulation/sim.py --seeds $(SEEDS) $(ARGS)
 
 test-apiserver: $(VENV)/.test ## lock tests against a real kube-apiserver and etcd (built once from Go modules)
 	$(PYTEST) tests/apiserver $(ARGS)
