@@ -1,8 +1,10 @@
 #!/bin/bash
 # down.sh STATE_DIR: ends what up.sh started, containers too, however far it came, and removes its state; logs stay
 set -uo pipefail
-[ $# = 1 ] || { sed -n '2s/^# //p' "${BASH_SOURCE[0]}" >&2; exit 2; }
+[ $# = 1 ] && [ -n "$1" ] || { sed -n '2s/^# //p' "${BASH_SOURCE[0]}" >&2; exit 2; }
 state=$(realpath -m "$1")
+# everything mounted below it is taken away
+[ -d "$state/etcd" ] || [ -d "$state/node-1" ] || [ "$(cat /sys/class/net/usbiplab0/ifalias 2>/dev/null)" = "$state" ] || { echo "down.sh: $state is not the state of a lab" >&2; exit 1; }
 GONE_TENTHS=100
 if [ -e /sys/class/net/usbiplab0 ]; then
   owner=$(cat /sys/class/net/usbiplab0/ifalias)
