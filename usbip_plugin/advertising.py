@@ -318,6 +318,7 @@ class Advertiser:
             locks=self._locks.locks,
             standings={i: self._locks.standing(i) for i in self._locks.locks},
             claims=self._attacher.claims,
+            moved_here=self._attacher.moved_here,
             driver=self._ports,
             api=Api(gone, api.error or ""),
             released=frozenset(self._released),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from opentelemetry.trace import Tracer
 
+from usbip_plugin import inventory
 from usbip_plugin.advertising import Advertiser, time_kept
 from usbip_plugin.allocation import Allocator
 from usbip_plugin.attacher import Attacher
@@ -27,7 +28,7 @@ from usbip_plugin.kubelet.pods import OwnPods, PodPhase, PodView
 from usbip_plugin.locks.manager import LockManager, LockSettings
 from usbip_plugin.locks.protocol import Rules
 from usbip_plugin.locks.store import LeaseStore
-from usbip_plugin.model import Advertised, NodeIdentity, PodRef
+from usbip_plugin.model import Advertised, Descriptor, DeviceKey, NodeIdentity, PodRef
 from usbip_plugin.notices import Notice
 from usbip_plugin.resources import Plugin, Registrar, ResourceSet
 from usbip_plugin.usage import UsageWatcher
@@ -108,6 +109,7 @@ class Agent:
             on_notice=observer.on_notice,
             on_loss=self._on_loss,
             evict=self._evict,
+            configured=self._configured,
         )
         self.evictor = (
             Evictor(out.kube, out.clock, out.rng, self._uses_device)
@@ -210,6 +212,9 @@ class Agent:
 
     def _on_loss(self, claim: Claim) -> OnLoss:
         return self.advertiser.on_loss(claim)
+
+    def _configured(self, key: DeviceKey, descriptor: Descriptor, serial: str) -> bool:
+        return inventory.configured(self.advertiser.config, key, descriptor, serial)
 
     def _evict(self, pod: PodRef) -> None:
         if self._evict_by is not None:

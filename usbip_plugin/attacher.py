@@ -37,6 +37,7 @@ from usbip_plugin.keeper import Keeper
 from usbip_plugin.model import Attachment, Descriptor, DeviceKey, PodRef
 from usbip_plugin.notices import Notice
 from usbip_plugin.observe.tracing import traceparent_of
+from usbip_plugin.seeker import Configured
 from usbip_plugin.usbip.poller import ServerView
 from usbip_plugin.work import DeviceWork
 
@@ -54,7 +55,7 @@ class Outcome:
 class Attacher:
     """The claims of one node. `run` must be running; all methods belong to its event loop.
 
-    on_change(device_id) is called, synchronously, after every change of a claim. on_notice, on_loss, evict: see Keeper.
+    on_change(device_id) is called, synchronously, after every change of a claim. The other callbacks: see Keeper.
     """
 
     def __init__(
@@ -66,18 +67,27 @@ class Attacher:
         on_notice: Callable[[Notice], None],
         on_loss: Callable[[Claim], OnLoss],
         evict: Callable[[PodRef], None],
+        configured: Configured,
     ) -> None:
         self._me = means.me
         self._locks = means.locks
         self._clock = means.clock
         self._work = DeviceWork(means, on_change=on_change, on_step=on_step)
-        self._keeper = Keeper(means, self._work, on_notice, on_loss, evict)
+        self._keeper = Keeper(means, self._work, on_notice, on_loss, evict, configured)
         self._book, self._pipeline = self._work.book, self._work.pipeline
 
     @property
     def claims(self) -> Mapping[str, Claim]:
         """Every device this node is doing something with, by device ID. A live, read-only view."""
         return self._book.view
+
+    def concerns(self, device_id: str) -> bool:
+        """Whether there is a claim on this device, or one on another that is attached from its place."""
+        return self._book.concerns(device_id)
+
+    def moved_here(self, device_id: str) -> Claim | None:
+        """The latter."""
+        return self._book.moved_here(device_id)
 
     async def run(self) -> None:
         """Owns all work on devices until cancelled. Cancellation leaves attachments and locks for the next process."""
@@ -157,6 +167,8 @@ class Attacher:
             self._book.put(replace(allocated(live, now), resource=wanted.resource))
             trace.get_current_span().set_attribute("usbip.reused", value=True)
             return Outcome(live.attachment, fresh=False)
+        if (other := self._book.moved_here(wanted.key.id)) is not None:
+            raise ClaimBusy(f"{wanted.key} is in use on this node: it is what was {other.key}")
         claim = Claim(
             wanted.key,
             wanted.usb_id,
@@ -203,11 +215,8 @@ class Attacher:
         return usage_ended(claim, self._clock.monotonic(), unlisted)
 
     async def probe(self, key: DeviceKey, descriptor: Descriptor) -> str:
-        """Reads a device's serial number once for all nodes. As Pipeline.probe; ClaimBusy if it is in use here."""
-        async with self._work.mutex(key.id):
-            if self._book.get(key.id) is not None:
-                raise ClaimBusy(f"{key} is in use on this node")
-            return await self._pipeline.probe(key, descriptor)
+        """See Seeker.probe."""
+        return await self._keeper.seeker.probe(key, descriptor)
 
 
 def _same_allocate(before: Claim, now: Claim) -> bool:

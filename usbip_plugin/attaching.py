@@ -65,7 +65,8 @@ class Progress:
 class Pipeline:
     """Works on the claims of a book. on_step(name, seconds) is told how long each step took.
 
-    note_port(key, port) is called when a port is taken; it must return at once.
+    note_port(key, port) is called when a port is taken, note_serial(key, serial) when a device has told a serial number
+    that its lock does not; both must return at once.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Pipeline:
         *,
         book: ClaimBook,
         note_port: Callable[[DeviceKey, int], None],
+        note_serial: Callable[[DeviceKey, str], None],
         on_step: Callable[[str, float], None],
     ) -> None:
         self._me = means.me
@@ -85,6 +87,7 @@ class Pipeline:
         self._tracer = means.tracer
         self._book = book
         self._note_port = note_port
+        self._note_serial = note_serial
         self._on_step = on_step
 
     async def attach_new(self, claim: Claim, wanted: Wanted, deadline: float, progress: Progress) -> Attachment:
@@ -113,10 +116,30 @@ class Pipeline:
         raise AssertionError("the retry policy re-raises")
 
     async def reattach(self, device_id: str, deadline: float) -> Attachment:
-        """One try from Reattaching to Attached, under a new write of the lock (R1). Errors as attach_new, LockLost."""
+        """One try from Reattaching to Attached, at the claim's place, under a new write of the lock (R1).
+
+        Errors as attach_new; LockLost. At another place than its own both locks are written; LockHeld if the one there
+        is another node's.
+        """
         await self.detach(device_id)
         grant = await self._write_again(self._book[device_id])
+        claim = self._book[device_id]
+        if claim.moved_to is not None:
+            meta = LockMeta(str(claim.usb_id), traceparent=claim.traceparent, in_place_of=claim.id)
+            there = await self._locks.acquire(claim.moved_to, meta)
+            grant = replace(there, import_deadline=min(grant.import_deadline, there.import_deadline))
         return await self._attach(device_id, grant, deadline, Progress(""))
+
+    async def leave(self, device_id: str) -> None:
+        """Back to the claim's own place: what was attached from elsewhere is detached, the lock there released (R5).
+
+        Raises VhciError and LockUnavailable: then nothing has changed.
+        """
+        place = self._book[device_id].moved_to
+        if place is not None:
+            await self.detach(device_id)
+            await self._locks.release(place)
+            self._book.put(replace(self._book[device_id], moved_to=None))
 
     async def _write_again(self, claim: Claim) -> Grant:
         """R1 before a re-attach. A lock of an earlier boot of this node is taken as a new epoch (R3)."""
@@ -128,11 +151,11 @@ class Pipeline:
 
     async def _attach(self, device_id: str, grant: Grant, deadline: float, progress: Progress) -> Attachment:
         claim = self._book[device_id]
-        key = claim.key
+        key = claim.place
         progress.doing = f"importing {key.busid} from USB/IP server {key.server}"
         with self.span("import", key) as span:
             span.set_attributes({"server.address": key.server.host, "server.port": key.server.port})
-            imported = await self._import(key, grant, deadline)
+            imported = await self._import(claim, grant, deadline)
         try:
             if imported.descriptor.usb_id != claim.usb_id:
                 raise WrongDevice(key, claim.usb_id, imported.descriptor.usb_id)
@@ -147,17 +170,23 @@ class Pipeline:
         # until the device has enumerated nothing is known of it but its port
         self._book.put(replace(self._book[device_id], port=port, attachment=None))
         # the port goes onto the lock while the kernel enumerates, which takes far longer: it costs no time
-        self._note_port(key, port)
+        for noted in dict.fromkeys((claim.key, key)):
+            self._note_port(noted, port)
         progress.doing = f"waiting for {key} to enumerate on vhci port {port}"
         with self.span("device node", key) as span:
             attachment = await self._enumerate(device_id, imported.descriptor, port)
             span.set_attribute("usbip.nodes", [node.path for node in attachment.nodes])
-        self._check_still_ours(key)
-        self._book.move(replace(self._book[device_id], attachment=attachment), Event.ATTACHED)
+        self._check_still_ours(claim)
+        now = replace(self._book[device_id], attachment=attachment, serial=attachment.serial or claim.serial)
+        self._book.move(replace(now, hindrance=""), Event.ATTACHED)
+        lock = self._locks.locks.get(key.id)
+        if attachment.serial and lock is not None and lock.serial != attachment.serial:
+            self._note_serial(key, attachment.serial)
         return attachment
 
-    async def _import(self, key: DeviceKey, grant: Grant, deadline: float) -> Imported:
+    async def _import(self, claim: Claim, grant: Grant, deadline: float) -> Imported:
         """What it returns is to be used without another await in between: it was checked to be within R1 and R6."""
+        key = claim.place
         until = min(grant.import_deadline, deadline)
         async for attempt in retry.import_busy(self._clock, self._rng):
             with attempt:
@@ -165,7 +194,7 @@ class Pipeline:
                 left = max(0.0, until - self._clock.monotonic())
                 imported = await self._client.import_device(key, timeout=left)
                 try:
-                    self._check_still_ours(key)
+                    self._check_still_ours(claim)
                     self._check_window(key, grant)
                 except LockError:
                     imported.close()
@@ -176,9 +205,15 @@ class Pipeline:
     async def _enumerate(self, device_id: str, descriptor: Descriptor, port: int) -> Attachment:
         claim = self._book[device_id]
         try:
-            return await self._driver.enumerate(
-                claim.key, descriptor, port, children=claim.children, timeout=ENUMERATE_TIMEOUT
+            found = await self._driver.enumerate(
+                claim.place,
+                descriptor,
+                port,
+                children=claim.children,
+                serial=claim.serial,
+                timeout=ENUMERATE_TIMEOUT,
             )
+            return replace(found, key=claim.key)
         except AttachStuck:
             self._book.put(replace(self._book[device_id], port=None))
             if self._book[device_id].state is State.ATTACHING:
@@ -190,12 +225,18 @@ class Pipeline:
         if not self._locks.rules.may_import(grant.import_deadline, self._clock.monotonic()):
             raise LockUnavailable(str(key), "the import window after the lock write passed (rule R1)")
 
-    def _check_still_ours(self, key: DeviceKey) -> None:
+    def _check_still_ours(self, claim: Claim) -> None:
         """R6 once more, before and after the device is touched: what the watch has said meanwhile."""
-        lock = self._locks.locks.get(key.id)
-        holder = lock.holder if lock is not None else ""
-        if holder != self._me.node:
-            raise LockLost(str(key), holder)
+        if not self.is_mine(claim.id):
+            raise LockLost(str(claim.key), self._holder(claim.id))
+        if not self.is_mine(claim.place.id):
+            if holder := self._holder(claim.place.id):
+                raise LockHeld(str(claim.place), holder)
+            raise LockUnavailable(str(claim.place), "it was released meanwhile")
+
+    def _holder(self, device_id: str) -> str:
+        lock = self._locks.locks.get(device_id)
+        return lock.holder if lock is not None else ""
 
     # letting go
 
@@ -205,22 +246,22 @@ class Pipeline:
         Raises VhciError.
         """
         claim = self._book[device_id]
-        if claim.port is None and not self.is_mine(device_id):
+        if claim.port is None and not self.is_mine(claim.place.id):
             return
         ports = await self._driver.ports()
         # a port without a number in the claim can only be one that a cancelled attach left behind
         if claim.port is None:
-            left = own_port(claim.key, ports, None)
+            left = own_port(claim.place, ports, None)
             stands = left is not None
             number = left.number if left is not None else None
         else:
             number = claim.port
             stands = await self.stands(claim, ports) or await self._never_enumerated(claim, ports)
         if number is not None and stands:
-            with self.span("detach", claim.key):
+            with self.span("detach", claim.place):
                 await self._driver.detach(number, timeout=DETACH_TIMEOUT)
         else:  # it fell free, perhaps unseen
-            await self._driver.forget(claim.key)
+            await self._driver.forget(claim.place)
         self._book.put(replace(self._book[device_id], port=None))
 
     async def stands(self, claim: Claim, ports: Sequence[PortState]) -> bool:
@@ -229,24 +270,23 @@ class Pipeline:
         The record alone does not say so: another process (or, in kind, another node on the same kernel) may have taken
         a port that fell free. The USB node tells, because the kernel numbers devices anew at each enumeration.
         """
-        if claim.port is None or claim.attachment is None or own_port(claim.key, ports, claim.port) is None:
+        if claim.port is None or claim.attachment is None or own_port(claim.place, ports, claim.port) is None:
             return False
-        now = await self._driver.inspect(claim.key, claim.port)
+        now = await self._driver.inspect(claim.place, claim.port)
         return now is not None and now.nodes[:1] == claim.attachment.nodes[:1]
 
     async def _never_enumerated(self, claim: Claim, ports: Sequence[PortState]) -> bool:
         """True if the port bears our record and nothing that enumerated."""
-        port = next((p for p in ports if p.number == claim.port and p.record == claim.key), None)
+        port = next((p for p in ports if p.number == claim.port and p.record == claim.place), None)
         if port is None or claim.port is None:
             return False
         if port.status is PortStatus.ERROR or claim.attachment is None:
             return True
-        return await self._driver.inspect(claim.key, claim.port) is None
+        return await self._driver.inspect(claim.place, claim.port) is None
 
     def is_mine(self, device_id: str) -> bool:
         """True if the lock, as last seen, names this node."""
-        lock = self._locks.locks.get(device_id)
-        return lock is not None and lock.holder == self._me.node
+        return self._holder(device_id) == self._me.node
 
     # serial numbers
 
@@ -258,7 +298,8 @@ class Pipeline:
         with self.span("probe", key):
             grant = await self._locks.acquire(key, LockMeta(usb_id=str(descriptor.usb_id)))
             try:
-                imported = await self._import(key, grant, self._clock.monotonic() + PROBE_TIMEOUT)
+                claim = Claim(key, descriptor.usb_id)
+                imported = await self._import(claim, grant, self._clock.monotonic() + PROBE_TIMEOUT)
                 identity = await self._client.probe(imported, timeout=PROBE_TIMEOUT)
                 serial = identity.serial or ""
                 await self._locks.annotate(key, serial=serial)

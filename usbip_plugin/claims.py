@@ -101,6 +101,10 @@ class Claim:
     attachment is the last one seen, whether it still stands is what the state says; traceparent is the Allocate's, so
     that all that follows joins its trace; absent counts the polls in a row that did not list the device, the first of
     them begun at absent_since.
+
+    serial: as the device told it to this kernel, None if it never did. moved_to: where its server lists the device now,
+    None while that is its own bus id; set from before the lock there is taken until it is released. hindrance: why a
+    lost device is not attached again, "" if there is nothing to say.
     """
 
     key: DeviceKey
@@ -115,10 +119,18 @@ class Claim:
     pod: PodRef | None = None
     absent: int = 0
     absent_since: float = 0.0
+    serial: str | None = None
+    moved_to: DeviceKey | None = None
+    hindrance: str = ""
 
     @property
     def id(self) -> str:
         return self.key.id
+
+    @property
+    def place(self) -> DeviceKey:
+        """Where the device is imported from: what servers, kernel and port records know it by."""
+        return self.moved_to or self.key
 
 
 class IllegalTransition(AssertionError):
@@ -144,6 +156,7 @@ class ClaimBook:
 
     def __init__(self, on_change: Callable[[str], None]) -> None:
         self._claims: dict[str, Claim] = {}
+        self._moved: dict[str, str] = {}
         self._on_change = on_change
         self.view: Mapping[str, Claim] = MappingProxyType(self._claims)
 
@@ -153,19 +166,36 @@ class ClaimBook:
     def __getitem__(self, device_id: str) -> Claim:
         return self._claims[device_id]
 
+    def moved_here(self, device_id: str) -> Claim | None:
+        """The claim on another device that is imported from this one's place."""
+        return self._claims.get(self._moved.get(device_id, ""))
+
+    def concerns(self, device_id: str) -> bool:
+        """Whether there is a claim on this device, or one that is imported from its place."""
+        return device_id in self._claims or device_id in self._moved
+
     def put(self, claim: Claim) -> None:
         """Notes what is newly known of a claim, without a change of state."""
+        self._forget_place(claim.id)
         self._claims[claim.id] = claim
+        if claim.moved_to is not None:
+            self._moved[claim.moved_to.id] = claim.id
         self._on_change(claim.id)
 
     def move(self, claim: Claim, event: Event) -> None:
         """The claim, after the event, takes the place of what was known; a claim that becomes Free is forgotten."""
         after = step(claim, event)
         if after.state is State.FREE:
+            self._forget_place(claim.id)
             self._claims.pop(claim.id, None)
             self._on_change(claim.id)
         else:
             self.put(after)
+
+    def _forget_place(self, device_id: str) -> None:
+        before = self._claims.get(device_id)
+        if before is not None and before.moved_to is not None:
+            self._moved.pop(before.moved_to.id, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,14 +281,14 @@ def after_reattach(before: Attachment | None, after: Attachment, on_loss: OnLoss
     return AfterReattach.STALE
 
 
-def own_port(claim_key: DeviceKey, ports: Sequence[PortState], number: int | None) -> PortState | None:
-    """The port that carries this device by its record, in use or stuck; number narrows it where it is known.
+def own_port(place: DeviceKey, ports: Sequence[PortState], number: int | None) -> PortState | None:
+    """The port that carries the device of this place by its record, in use or stuck; number narrows it, if it is known.
 
     A port without our record is not ours, whatever stands on it: in kind several nodes share one kernel, and people
     attach devices by hand.
     """
     for port in ports:
-        if port.record == claim_key and number in (None, port.number) and port.status is not PortStatus.NULL:
+        if port.record == place and number in (None, port.number) and port.status is not PortStatus.NULL:
             return port
     return None
 
@@ -271,11 +301,16 @@ class Adoption(enum.Enum):
     RELEASE = "no attachment, nobody uses it"
 
 
-def decide_adoption(lock: Lock, me: NodeIdentity, *, attached: bool, used: bool | None) -> Adoption:
+def decide_adoption(
+    lock: Lock, me: NodeIdentity, *, attached: bool, used: bool | None, orphan: bool = False
+) -> Adoption:
     """For a lock whose holder is this node. used is None when pod-resources could not be read: then nothing is let go.
 
-    An attachment made under another boot id is gone with the old kernel, whatever the port records say.
+    An attachment made under another boot id is gone with the old kernel, whatever the port records say. orphan: the
+    lock was taken in place of a device that is not to be had from here, or is not this node's any more.
     """
+    if orphan:
+        return Adoption.RELEASE
     if attached and lock.boot_id == me.boot_id:
         return Adoption.ADOPT
     return Adoption.RELEASE if used is False else Adoption.REATTACH

@@ -10,6 +10,7 @@ PluginError
 |   +-- DeviceUnknown           import refused: status 4, not exported
 |   +-- ImportRefused           import refused with any other status
 |   +-- WrongDevice             another vendor:product than promised
+|   +-- WrongSerial             another serial number than that of the device looked for
 +-- VhciError                   this node's kernel
 |   +-- DriverMissing           vhci_hcd is not loaded, or its sysfs is not there
 |   |   +-- SimulatedKernelMissing  its stand-in on development clusters does not answer
@@ -118,6 +119,17 @@ class WrongDevice(UsbipError):
     def __init__(self, key: DeviceKey, promised: UsbId, found: UsbId) -> None:
         self.key, self.promised, self.found = key, promised, found
         super().__init__(key.server, f"{key.busid} was promised as {promised} and turned out to be {found}")
+
+
+class WrongSerial(UsbipError):
+    """Behind the busid stands another device of the same kind. found: "" if it tells no serial number.
+
+    devid: see Descriptor.
+    """
+
+    def __init__(self, key: DeviceKey, promised: str, found: str, devid: int) -> None:
+        self.key, self.promised, self.found, self.devid = key, promised, found, devid
+        super().__init__(key.server, f"{key.busid} is not {promised}: its serial number is {found or 'none'}")
 
 
 class VhciError(PluginError):

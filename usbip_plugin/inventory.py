@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from usbip_plugin.claims import Claim, State, serves
 from usbip_plugin.config import Config, DeviceSelector, Match, ResourceConfig, matches
@@ -82,7 +82,8 @@ class Api:
 class Facts:
     """Everything that decides what is advertised. Mappings by device ID, servers by key.
 
-    released: devices let go by their holder within the last RESET_GRACE seconds.
+    released: devices let go by their holder within the last RESET_GRACE seconds. moved_here(device_id): the claim on
+    another device that is attached from this one's place.
     """
 
     me: str
@@ -94,6 +95,7 @@ class Facts:
     driver: Driver = field(default_factory=Driver)
     api: Api = field(default_factory=Api)
     released: frozenset[str] = frozenset()
+    moved_here: Callable[[str], Claim | None] = lambda _device_id: None
 
 
 def key_of(lock: Lock) -> DeviceKey | None:
@@ -228,6 +230,15 @@ def next_probes(
     return tuple(chosen)
 
 
+def configured(config: Config, key: DeviceKey, descriptor: Descriptor, serial: str) -> bool:
+    """Whether some resource offers such a device at this place. Its class is left out: it may not be listed yet."""
+    return any(
+        device.target == key.server and matches(replace(device.selector, class_=None), descriptor, serial) is Match.YES
+        for resource in config.resources
+        for device in resource.devices
+    )
+
+
 def _selector_for(
     resource: ResourceConfig, key: DeviceKey, descriptor: Descriptor, serial: str | None
 ) -> DeviceSelector | None:
@@ -247,6 +258,8 @@ def health(facts: Facts, seen: Seen, resource: str) -> Health:
             # the kubelet counts each resource by itself, and would give it to a second pod
             return Health(Reason.OTHER_RESOURCE, f"a {claim.usb_id} of {claim.resource or 'unknown'}")
         return _claim_health(claim, facts)
+    if (moved := facts.moved_here(device_id)) is not None:
+        return Health(Reason.IN_PLACE_OF, f"it is what was {moved.key}" + (f", pod {moved.pod}" if moved.pod else ""))
     lock = facts.locks.get(device_id)
     standing = facts.standings.get(device_id, Standing.FREE)
     if standing is Standing.HELD and lock is not None:
@@ -276,9 +289,11 @@ def _claim_health(claim: Claim, facts: Facts) -> Health:
             # it can be had again only when its lock has been released, and that may take a while
             return Health(Reason.API_UNREACHABLE, facts.api.error)
         case State.ATTACHED:
-            return Health(Reason.ATTACHED, f"port {claim.port}" + (f", pod {claim.pod}" if claim.pod else ""))
+            where = f", listed as {claim.place.busid} now" if claim.moved_to is not None else ""
+            return Health(Reason.ATTACHED, f"port {claim.port}{where}" + (f", pod {claim.pod}" if claim.pod else ""))
         case State.REATTACHING:
-            return Health(Reason.LOST, f"connection to {claim.key.server} lost")
+            hindrance = f"; {claim.hindrance}" if claim.hindrance else ""
+            return Health(Reason.LOST, f"connection to {claim.key.server} lost{hindrance}")
         case State.LOST:
             return Health(Reason.LOCK_LOST, _held_by(lock) if lock is not None and lock.holder else "")
         case _:

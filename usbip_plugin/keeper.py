@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from opentelemetry.trace import Span
 
@@ -23,14 +24,28 @@ from usbip_plugin.claims import (
     own_port,
 )
 from usbip_plugin.config import OnLoss
-from usbip_plugin.errors import KubeError, LockError, LockLost, UsbipError, VhciError
+from usbip_plugin.errors import (
+    DeviceBusy,
+    ImportRefused,
+    KubeError,
+    LockError,
+    LockHeld,
+    LockLost,
+    PluginError,
+    UsbipError,
+    VhciError,
+    WrongDevice,
+    WrongSerial,
+)
 from usbip_plugin.inventory import key_of, parse_usb_id
 from usbip_plugin.locks.manager import LockChange
 from usbip_plugin.model import Attachment, DeviceKey, Lock, PodRef, UsbId
 from usbip_plugin.notices import Notice, What
 from usbip_plugin.observe.tracing import context_from
+from usbip_plugin.seeker import Configured, Seeker
 from usbip_plugin.usbip.poller import ServerView
 from usbip_plugin.vhci.driver import PortState
+from usbip_plugin.whereabouts import Ambiguous, Found
 from usbip_plugin.work import DeviceWork, record_error
 
 log = logging.getLogger(__name__)
@@ -48,6 +63,7 @@ class Keeper:
     """See the module. `run` must be running.
 
     on_notice is told what people should hear of; on_loss(claim) says what its resource wants, evict(pod) does it.
+    configured: which devices may be looked at in search of a lost one.
     """
 
     def __init__(
@@ -57,8 +73,10 @@ class Keeper:
         on_notice: Callable[[Notice], None],
         on_loss: Callable[[Claim], OnLoss],
         evict: Callable[[PodRef], None],
+        configured: Configured,
     ) -> None:
         self._work = work
+        self.seeker = Seeker(means, work, configured, self._look_everywhere)
         self._me = means.me
         self._driver = means.driver
         self._locks = means.locks
@@ -86,12 +104,19 @@ class Keeper:
             stir.set()
 
     def server_changed(self, view: ServerView) -> None:
-        """A server that lists a lost device again is asked for it at once."""
-        listed = {device.busid for device in view.devices}
+        """A server that lists a lost device again, or one of its kind, is asked for it at once."""
+        self.seeker.server_changed(view)
+        busids, kinds = {device.busid for device in view.devices}, {device.usb_id for device in view.devices}
         for device_id in self._stirs:
             claim = self._work.book.get(device_id)
-            if claim is not None and claim.key.server == view.server and claim.key.busid in listed:
+            if claim is None or claim.key.server != view.server:
+                continue
+            if claim.place.busid in busids or claim.usb_id in kinds:
                 self.look_again(device_id)
+
+    def _look_everywhere(self) -> None:
+        for device_id in self._stirs:
+            self.look_again(device_id)
 
     # what the previous process left
 
@@ -112,14 +137,25 @@ class Keeper:
             if key is None or self._work.mutex(lock.device_id).locked():
                 continue  # at work on it already
             async with self._work.mutex(lock.device_id):
-                if self._work.book.get(lock.device_id) is None and self._work.pipeline.is_mine(lock.device_id):
+                if self._work.book.concerns(lock.device_id) or not self._work.pipeline.is_mine(lock.device_id):
+                    continue
+                if lock.in_place_of is None or self._is_orphan(lock.in_place_of):
                     await self._adopt_one(key, lock, ports, used, complete=complete)
+
+    def _is_orphan(self, in_place_of: str) -> bool:
+        """Whether a lock in place of this device will not be taken over together with that one's own."""
+        own = self._locks.locks.get(in_place_of)
+        adopted = self._work.book.get(in_place_of) is not None
+        return adopted or own is None or own.holder != self._me.node or key_of(own) is None
 
     async def _adopt_one(
         self, key: DeviceKey, lock: Lock, ports: Sequence[PortState], users: Mapping[str, User], *, complete: bool
     ) -> None:
-        port = own_port(key, ports, lock.port) if lock.boot_id == self._me.boot_id else None
-        attachment = await self._driver.inspect(key, port.number) if port is not None else None
+        there = next((other for other in self._locks.mine() if other.in_place_of == key.id and key_of(other)), None)
+        moved_to, at = (key_of(there), there) if there is not None else (None, lock)
+        place = moved_to or key
+        port = own_port(place, ports, at.port) if lock.boot_id == at.boot_id == self._me.boot_id else None
+        attachment = await self._driver.inspect(place, port.number) if port is not None else None
         usb_id = parse_usb_id(lock.usb_id) or (attachment.usb_id if attachment is not None else UsbId(0, 0))
         if attachment is not None and attachment.usb_id != usb_id:
             attachment, port = None, None  # a stale record: what stands there is somebody else's
@@ -130,15 +166,18 @@ class Keeper:
             usb_id,
             resource=user.resource if user is not None else None,
             port=port.number if port is not None else None,
-            attachment=attachment,
+            attachment=replace(attachment, key=key) if attachment is not None else None,
             traceparent=lock.traceparent,
             allocated_at=self._clock.monotonic(),
             pod=lock.pod,
+            serial=(attachment.serial if attachment is not None else None) or lock.serial,
+            moved_to=moved_to,
         )
-        match decide_adoption(lock, self._me, attached=attachment is not None, used=used):
+        orphan = lock.in_place_of is not None
+        match decide_adoption(lock, self._me, attached=attachment is not None, used=used, orphan=orphan):
             case Adoption.ADOPT:
                 self._work.book.move(claim, Event.ADOPTED)
-                log.info("adopted", extra={"device": str(key), "port": claim.port})
+                log.info("adopted", extra={"device": str(key), "port": claim.port, "place": str(place)})
             case Adoption.REATTACH:
                 self._work.book.move(claim, Event.ORPHANED)
                 self._work.spawn(self._reattach(key.id), f"re-attach {key}")
@@ -201,7 +240,7 @@ class Keeper:
                 return False
             try:
                 async with self._clock.timeout(REATTACH_TIMEOUT):
-                    after = await self._work.pipeline.reattach(device_id, self._clock.monotonic() + REATTACH_TIMEOUT)
+                    after = await self._attach(device_id, self._clock.monotonic() + REATTACH_TIMEOUT)
             except LockLost as error:
                 record_error(span, error)
                 if self._work.book[device_id].state is State.REATTACHING:
@@ -212,8 +251,69 @@ class Keeper:
                 span.record_exception(error)
                 log.debug("re-attach failed, will retry", extra={"device": str(claim.key), "cause": str(error)})
                 return True
+        self._tell_move(claim)
         self._reattached(claim, after, span)
         return False
+
+    async def _attach(self, device_id: str, deadline: float) -> Attachment:
+        """From the claim's place or, if the device is not there, from where its server lists it now."""
+        claim = self._work.book[device_id]
+        cause: PluginError | None = self.seeker.wrong_at_home(claim)
+        if cause is None:
+            try:
+                return await self._attach_from_place(device_id, deadline)
+            except DeviceBusy:
+                raise
+            except (ImportRefused, WrongDevice, WrongSerial) as error:
+                if claim.moved_to is not None:
+                    self.look_again(device_id)  # its own place comes next, at once
+                    raise
+                cause = error
+        place = self._seek(device_id, cause)
+        if place is None or self._work.mutex(place.id).locked():
+            raise cause
+        # from here on a lock on that place is this claim's, whatever becomes of who takes it
+        self._work.book.put(replace(self._work.book[device_id], moved_to=place))
+        return await self._attach_from_place(device_id, deadline)
+
+    async def _attach_from_place(self, device_id: str, deadline: float) -> Attachment:
+        place = self._work.book[device_id].place
+        try:
+            return await self._work.pipeline.reattach(device_id, deadline)
+        except DeviceBusy:
+            raise
+        except (ImportRefused, WrongDevice, WrongSerial, LockHeld) as error:
+            self.seeker.not_there(place, error)
+            if self._work.book[device_id].moved_to is not None:
+                if isinstance(error, WrongSerial):
+                    await self._work.write_serial(place, error.found)
+                await self._work.pipeline.leave(device_id)
+            raise
+
+    def _seek(self, device_id: str, cause: PluginError) -> DeviceKey | None:
+        """Where the device is instead; what keeps it from being attached is noted, and told once."""
+        claim = self._work.book[device_id]
+        verdict = self.seeker.find(claim)
+        hindrance = str(cause) if isinstance(cause, WrongDevice | WrongSerial) else ""
+        if isinstance(verdict, Ambiguous):
+            busids = " and ".join(key.busid for key in verdict.keys)
+            hindrance = f"{busids} both have its serial number {claim.serial}, so neither is taken for it"
+        if hindrance != claim.hindrance:
+            self._work.book.put(replace(claim, hindrance=hindrance))
+            if hindrance:
+                log.warning("not re-attached", extra={"device": str(claim.key), "cause": hindrance})
+                self._on_notice(Notice(What.NOT_REATTACHED, claim.key, hindrance, claim.pod))
+        return verdict.key if isinstance(verdict, Found) else None
+
+    def _tell_move(self, before: Claim) -> None:
+        claim = self._work.book.get(before.id)
+        if claim is None or claim.moved_to == before.moved_to:
+            return
+        log.info("followed", extra={"device": str(claim.key), "place": str(claim.place)})
+        text = f"its server lists it as {claim.place.busid} now; it is attached from there"
+        self._on_notice(Notice(What.MOVED, claim.key, text, claim.pod))
+        if claim.moved_to is not None and claim.pod is not None:
+            self._work.spawn(self._work.note_pod(claim.moved_to, claim.pod), f"note pod {claim.pod}")
 
     def _reattached(self, claim: Claim, after: Attachment, span: Span) -> None:
         verdict = after_reattach(claim.attachment, after, self._on_loss(claim), claim.pod)
@@ -226,11 +326,12 @@ class Keeper:
 
     def _lock_changed(self, change: LockChange) -> None:
         """R6: the watch shows another holder of a device that is attached here."""
-        claim = self._work.book.get(change.device_id)
-        if claim is None or claim.state not in (State.ATTACHED, State.REATTACHING):
-            return
         holder = change.new.holder if change.new is not None else ""
         if holder == self._me.node:
+            return
+        self._place_lost(change.device_id, holder)
+        claim = self._work.book.get(change.device_id)
+        if claim is None or claim.state not in (State.ATTACHED, State.REATTACHING):
             return
         # also when the Lease was deleted or emptied by hand: without a lock naming this node nothing may stay attached
         self._work.book.move(claim, Event.LOCK_LOST)
@@ -239,3 +340,14 @@ class Keeper:
         self._on_notice(Notice(What.LOCK_LOST, claim.key, text + "; it is detached here", claim.pod))
         self.look_again(change.device_id)
         self._work.spawn(self._work.finish_locked(change.device_id), f"withdraw {claim.key}")
+
+    def _place_lost(self, device_id: str, holder: str) -> None:
+        """R6 for a place that a device was followed to: the claim stays, the attachment does not."""
+        claim = self._work.book.moved_here(device_id)
+        if claim is None or claim.state is not State.ATTACHED:
+            return
+        self._work.book.move(claim, Event.PORT_LOST)
+        log.error("lock lost", extra={"device": str(claim.key), "place": str(claim.place), "holder": holder})
+        text = f"the lock of {claim.place} names {holder or 'nobody'} now; it is detached here"
+        self._on_notice(Notice(What.LOST, claim.key, text, claim.pod))
+        self._work.spawn(self._reattach(claim.id), f"re-attach {claim.key}")

@@ -147,7 +147,8 @@ class Lock:
     """A lock Lease as read. Times are wall clock, for people only; no decision uses them.
 
     holder is "" when released; epoch is leaseTransitions; duration is leaseDurationSeconds, an hour at most. serial is
-    None while nobody has asked the device, "" if it has none.
+    None while nobody has asked the device, "" if it has none. in_place_of: the ID of the device that is attached from
+    here, because its server lists it under this bus id now.
     """
 
     device_id: str
@@ -165,6 +166,7 @@ class Lock:
     port: int | None = None
     pod: PodRef | None = None
     traceparent: str | None = None
+    in_place_of: str | None = None
 
 
 class Reason(enum.Enum):
@@ -174,6 +176,7 @@ class Reason(enum.Enum):
     ATTACHED = "attached here"
     IN_PROGRESS = "being allocated here"
     OTHER_RESOURCE = "in use here as another resource"
+    IN_PLACE_OF = "in use here in place of the bus id it had before"
     HOLDER_EXPIRED = "its holder is gone; may be taken over"
     HELD_ELSEWHERE = "held by another node"
     LOST = "attachment lost, re-attaching"

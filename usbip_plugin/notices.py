@@ -14,6 +14,8 @@ class What(enum.Enum):
 
     LOST = (WARNING, "DeviceLost", "Reattach")
     REATTACHED = (NORMAL, "DeviceReattached", "Reattach")
+    MOVED = (NORMAL, "DeviceMoved", "Reattach")
+    NOT_REATTACHED = (WARNING, "DeviceNotReattached", "Reattach")
     LOCK_LOST = (WARNING, "DeviceLockLost", "Withdraw")
 
 

@@ -69,7 +69,7 @@ class UsageWatcher:
             self._wake.set()
 
     def _unclaimed(self) -> bool:
-        return any(lock.device_id not in self._attacher.claims for lock in self._locks.mine())
+        return any(not self._attacher.concerns(lock.device_id) for lock in self._locks.mine())
 
     async def users(self) -> dict[str, User] | None:
         """By device ID, for the pods that are not over; None if the kubelet does not say."""

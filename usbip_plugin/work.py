@@ -42,7 +42,9 @@ class DeviceWork:
         self._rng = means.rng
         self._tracer = means.tracer
         self.book = ClaimBook(on_change)
-        self.pipeline = Pipeline(means, book=self.book, note_port=self._note_port, on_step=on_step)
+        self.pipeline = Pipeline(
+            means, book=self.book, note_port=self._note_port, note_serial=self._note_serial, on_step=on_step
+        )
         self._mutexes: dict[str, asyncio.Lock] = {}
         self._tasks: asyncio.TaskGroup | None = None
         self._running = asyncio.Event()
@@ -95,6 +97,7 @@ class DeviceWork:
             while True:
                 try:
                     await self.pipeline.detach(device_id)
+                    await self.pipeline.leave(device_id)
                     if self.book[device_id].state is State.RELEASING:
                         await self._locks.release(claim.key)
                     break
@@ -139,6 +142,16 @@ class DeviceWork:
         except (LockError, KubeError) as error:
             # for people and for adoption; the port record says the same, so the attachment does not depend on it
             log.warning("port not noted on the lock", extra={"device": str(key), "port": port, "cause": str(error)})
+
+    def _note_serial(self, key: DeviceKey, serial: str) -> None:
+        self.spawn(self.write_serial(key, serial), f"note serial number of {key}")
+
+    async def write_serial(self, key: DeviceKey, serial: str) -> None:
+        """What the device has told onto its lock, which is this node's; a failure is logged and changes nothing."""
+        try:
+            await self._locks.annotate(key, serial=serial)
+        except (LockError, KubeError) as error:
+            log.warning("serial number not noted on the lock", extra={"device": str(key), "cause": str(error)})
 
 
 def record_error(span: Span, error: BaseException) -> None:

@@ -27,11 +27,15 @@ from usbip_plugin.model import DeviceKey, NodeIdentity
 
 @dataclass(frozen=True, slots=True)
 class LockMeta:
-    """What the holder writes about a device besides its own name. serial None leaves a known one standing."""
+    """What the holder writes about a device besides its own name. serial None leaves a known one standing.
+
+    in_place_of: the ID of the device that is to be attached from here; None if it is for this very one.
+    """
 
     usb_id: str | None = None
     serial: str | None = None
     traceparent: str | None = None
+    in_place_of: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +154,8 @@ def decide_release(lease: Lease | None, write: Write) -> Decision:
     """
     if lease is None or lease.holder != write.me.node:
         return Denied(lease)
-    gone = {record.BOOT_ID: None, record.PORT: None, record.POD: None, record.WRITE_ID: write.write_id}
-    notes = record.with_notes(lease.annotations, gone)
+    gone = dict.fromkeys((record.BOOT_ID, record.PORT, record.POD, record.IN_PLACE_OF))
+    notes = record.with_notes(lease.annotations, {**gone, record.WRITE_ID: write.write_id})
     return Replace(replace(lease, holder="", renew_time=write.at, annotations=notes))
 
 
@@ -250,7 +254,7 @@ def _stamped(lease: Lease, write: Write, changes: Mapping[str, str | None]) -> L
 
 
 def _meta_notes(lease: Lease, key: DeviceKey, meta: LockMeta) -> dict[str, str | None]:
-    notes: dict[str, str | None] = dict(record.device_notes(key))
+    notes: dict[str, str | None] = {**record.device_notes(key), record.IN_PLACE_OF: meta.in_place_of}
     if meta.usb_id is not None:
         notes[record.USB_ID] = meta.usb_id
         if lease.annotations.get(record.USB_ID, meta.usb_id) != meta.usb_id:

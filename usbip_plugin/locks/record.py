@@ -26,8 +26,9 @@ BOOT_ID = DOMAIN + "boot-id"
 PORT = DOMAIN + "vhci-port"
 POD = DOMAIN + "pod"
 TRACEPARENT = DOMAIN + "traceparent"
+IN_PLACE_OF = DOMAIN + "in-place-of"
 WRITE_ID = DOMAIN + "write-id"
-OWN = frozenset({LABEL, SERVER, BUSID, USB_ID, SERIAL, BOOT_ID, PORT, POD, TRACEPARENT, WRITE_ID})
+OWN = frozenset({LABEL, SERVER, BUSID, USB_ID, SERIAL, BOOT_ID, PORT, POD, TRACEPARENT, IN_PLACE_OF, WRITE_ID})
 
 # The longest a holder may ask others to wait for it (seconds); more is a mistake or malice.
 MAX_DURATION_S = 3600.0
@@ -75,6 +76,7 @@ def lock_of(lease: Lease) -> Lock:
         port=port_of(notes.get(PORT)),
         pod=pod_of(notes.get(POD)),
         traceparent=_match(_TRACEPARENT, notes.get(TRACEPARENT)),
+        in_place_of=_match(_DEVICE_ID, notes.get(IN_PLACE_OF)),
     )
 
 

@@ -87,6 +87,11 @@ class Cluster:
         lease = self.backend.leases.get(key.id)
         return lock_of(lease).pod if lease is not None else None
 
+    def serial_of(self, key: DeviceKey) -> str | None:
+        """Of what is plugged in there now, "" if it has none; None if nothing is."""
+        table = self.servers[key.server].table
+        return table.device(key.busid)[0].serial if table.plugged(key.busid) else None
+
     async def settle(self, condition: Callable[[], bool], seconds: float) -> bool:
         """True as soon as the condition holds, looked at every 20 ms of virtual time; False after so many seconds."""
         loop = asyncio.get_running_loop()

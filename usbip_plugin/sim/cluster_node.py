@@ -52,7 +52,11 @@ class ClusterNode:
         self.host = Process(loop, name)
         self.net = Host(name, self.host, clock.rate)
         self.kernel = SimulatedKernel(
-            clock, enumeration_delay=ENUMERATION_DELAY, resolve=self.net.sockets.resolve, ports_per_hub=8
+            clock,
+            enumeration_delay=ENUMERATION_DELAY,
+            resolve=self.net.sockets.resolve,
+            ports_per_hub=8,
+            serial_of=cluster.serial_of,
         )
         self.pods = ClusterKubelet(Process(loop, f"{name} kubelet", self.host))
         self.known_pods = AdmittedPods(self.kubelet)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -10,6 +11,8 @@ from usbip_plugin.clock import Clock
 from usbip_plugin.model import Descriptor, UsbId
 from usbip_plugin.sim.usbdevice import VirtualDevice
 from usbip_plugin.usbip import protocol
+
+_DEVNUMS = 127
 
 
 class Importer(Protocol):
@@ -24,6 +27,7 @@ class Importer(Protocol):
 class _Export:
     device: VirtualDevice
     configured: bool
+    plugged_before: int
     importers: list[Importer] = field(default_factory=list)
     free_at: float = float("-inf")
     said: UsbId | None = None
@@ -34,6 +38,8 @@ class ExportTable:
     """A device in use is hidden and refused with status 2, an unknown one with status 4; after its importer has gone it
     stays hidden and busy for reset_time seconds.
 
+    A device that is plugged in again has another device number.
+
     violations: what must never happen, as sentences; empty unless exclusive was set to False, which makes the table
     export a device as often as it is asked for. granted counts imports with status 0, refused all others.
     """
@@ -41,6 +47,7 @@ class ExportTable:
     def __init__(self, devices: Iterable[VirtualDevice], clock: Clock, reset_time: float) -> None:
         self._clock, self._reset_time = clock, reset_time
         self._exports: dict[str, _Export] = {}
+        self._plugged: Counter[str] = Counter()
         self.exclusive = True
         self.violations: list[str] = []
         self.granted = 0
@@ -50,7 +57,7 @@ class ExportTable:
 
     def devlist(self) -> tuple[Descriptor, ...]:
         exports = self._exports.values()
-        return tuple(export.device.descriptor(export.configured) for export in exports if self._free(export))
+        return tuple(_descriptor(export) for export in exports if self._free(export))
 
     def import_device(self, busid: str, importer: Importer) -> protocol.ImportReply:
         export = self._exports.get(busid)
@@ -61,7 +68,7 @@ class ExportTable:
         self.granted += 1
         if len(export.importers) > 1:
             self.violations.append(f"{busid} is exported to {len(export.importers)} importers at once")
-        said = replace(export.device.descriptor(export.configured), interfaces=())
+        said = replace(_descriptor(export), interfaces=())
         return protocol.ImportReply(protocol.ST_OK, replace(said, usb_id=export.said or said.usb_id))
 
     def release(self, importer: Importer) -> None:
@@ -96,7 +103,8 @@ class ExportTable:
         """ValueError if the bus id is taken."""
         if device.busid in self._exports:
             raise ValueError(f"{device.busid} is plugged in already")
-        self._exports[device.busid] = _Export(device, device.configured)
+        self._exports[device.busid] = _Export(device, device.configured, self._plugged[device.busid])
+        self._plugged[device.busid] += 1
 
     def unplug(self, busid: str) -> None:
         """Ends the importer's connection. KeyError if there is no such device."""
@@ -119,3 +127,8 @@ class ExportTable:
 
     def _may(self, export: _Export) -> bool:
         return self._free(export) or not self.exclusive
+
+
+def _descriptor(export: _Export) -> Descriptor:
+    said = export.device.descriptor(export.configured)
+    return replace(said, devnum=1 + (said.devnum - 1 + export.plugged_before) % _DEVNUMS)

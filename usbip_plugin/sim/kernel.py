@@ -8,7 +8,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from usbip_plugin.errors import AttachRefused, AttachStuck, DetachFailed, DriverMissing, PortsExhausted, WrongDevice
+from usbip_plugin.errors import (
+    AttachRefused,
+    AttachStuck,
+    DetachFailed,
+    DriverMissing,
+    PortsExhausted,
+    WrongDevice,
+    WrongSerial,
+)
 from usbip_plugin.model import Attachment, Descriptor, DeviceKey
 from usbip_plugin.sim.ports import SimulatedKernel
 from usbip_plugin.vhci.driver import ABANDON_S, DriverReport, PortState
@@ -77,6 +85,7 @@ class SimulatedVhci:
             raise AttachRefused(
                 f"the kernel refused to attach {key} to port {port.number}: {error.strerror}"
             ) from error
+        occupant.serial = self._kernel.serial_of(key)
         self._known[port.number] = occupant.number
         self._records[port.number] = key
         self._marks[port.number] = occupant.number
@@ -89,6 +98,7 @@ class SimulatedVhci:
         port: int,
         *,
         children: tuple[str, ...] | None = None,  # noqa: ARG002 (here they are there from the start)
+        serial: str | None = None,
         timeout: float,
     ) -> Attachment:
         try:
@@ -103,6 +113,9 @@ class SimulatedVhci:
         if occupant is not None and occupant.usb_id != descriptor.usb_id:
             await self.detach(port, timeout=ABANDON_S)
             raise WrongDevice(key, descriptor.usb_id, occupant.usb_id)
+        if occupant is not None and None not in (serial, occupant.serial) and occupant.serial != serial:
+            await self.detach(port, timeout=ABANDON_S)
+            raise WrongSerial(key, serial or "", occupant.serial or "", descriptor.devid)
         if occupant is not None:
             occupant.authorized = True
         attachment = self._kernel.attachment(key, port)

@@ -32,7 +32,10 @@ _NODES = {  # kind: (path prefix, major, block device)
 
 @dataclass(slots=True)
 class Occupant:
-    """What stands on a port. appears_at: kernel clock, from when on the device is enumerated (infinity: never)."""
+    """What stands on a port. appears_at: kernel clock, from when on the device is enumerated (infinity: never).
+
+    serial: None where the simulation does not know it; then whatever is expected is believed.
+    """
 
     number: int
     descriptor: Descriptor | None
@@ -40,6 +43,7 @@ class Occupant:
     appears_at: float
     devnum: int
     authorized: bool = False
+    serial: str | None = None
     children: dict[str, int] = field(default_factory=dict)  # kind: index of its node
     let_go: Callable[[], None] = lambda: None
 
@@ -55,8 +59,12 @@ class SimulatedKernel:
         ports_per_hub: int = 8,
         enumeration_delay: float = 0.0,
         resolve: Callable[[int], MemorySocket | None] = lambda _token: None,
+        serial_of: Callable[[DeviceKey], str | None] | None = None,
     ) -> None:
-        """resolve finds the MemorySocket behind a negative fd (SocketTable.resolve); delays are in seconds."""
+        """resolve finds the MemorySocket behind a negative fd (SocketTable.resolve); delays are in seconds.
+
+        serial_of: the serial number a device is to tell when it is attached; what `serials` says by default.
+        """
         self.clock = clock
         self.enumeration_delay = enumeration_delay
         self.loaded = True
@@ -65,6 +73,7 @@ class SimulatedKernel:
         self.records: dict[str, dict[int, DeviceKey]] = {}  # of each node; kind's nodes have each their own /run
         self.marks: dict[str, dict[int, int]] = {}  # of each record: the number of the occupant it is of
         self.serials: dict[DeviceKey, str] = {}
+        self.serial_of = serial_of or self.serials.get
         self.child_kinds: dict[UsbId, tuple[str, ...]] = {}  # child nodes that devices of this id bring
         self._per_hub = ports_per_hub
         self._controllers = controllers
@@ -169,7 +178,7 @@ class SimulatedKernel:
         path = f"/dev/bus/usb/{bus:03d}/{occupant.devnum:03d}"
         own = DeviceNode(path, "usb", False, _USB_MAJOR, (bus - 1) * _DEVICES_PER_BUS + occupant.devnum - 1)
         children = sorted(_child(kind, index) for kind, index in occupant.children.items())
-        return Attachment(key, number, row.local_busid, occupant.usb_id, self.serials.get(key), (own, *children))
+        return Attachment(key, number, row.local_busid, occupant.usb_id, occupant.serial or None, (own, *children))
 
     def _occupy(self, port: Port, descriptor: Descriptor | None, usb_id: UsbId) -> Occupant:
         bus = _bus(port.controller, port.hub)

@@ -57,6 +57,7 @@ class RemoteVhci:
         port: int,
         *,
         children: tuple[str, ...] | None = None,  # noqa: ARG002 (its devices have none)
+        serial: str | None = None,  # noqa: ARG002 (nor does it read them)
         timeout: float,
     ) -> Attachment:
         request = {"key": wire.key_out(key), "descriptor": wire.descriptor_out(descriptor), "port": port}

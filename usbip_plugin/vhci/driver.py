@@ -72,6 +72,7 @@ class VhciDriver(Protocol):
         port: int,
         *,
         children: tuple[str, ...] | None = None,
+        serial: str | None = None,
         timeout: float,
     ) -> Attachment:
         """Wait until the device on this port is there, is the one promised, and is authorised; collect its nodes.
@@ -79,9 +80,11 @@ class VhciDriver(Protocol):
         Child nodes: children None waits up to CHILD_WAIT_S for what the interface classes promise; a tuple of kinds
         waits up to ASKED_CHILD_WAIT_S for one of them; an empty tuple does not wait. Children that do not come are no
         error, and timeout (seconds) bounds the waiting as a whole.
-        AttachStuck (not there in time, or the connection ended) and WrongDevice (other vendor:product than
-        descriptor.usb_id) after the port has been detached again, which may take up to ABANDON_S more; DetachFailed
-        if that fails. If cancelled, the port stays as it is: the caller detaches.
+        serial: the device must tell this serial number; None: any or none will do.
+        AttachStuck (not there in time, or the connection ended), WrongDevice (other vendor:product than
+        descriptor.usb_id) and WrongSerial after the port has been detached again, which may take up to ABANDON_S more;
+        DetachFailed if that fails. A wrong device is never authorised. If cancelled, the port stays as it is: the
+        caller detaches.
         """
         ...
 

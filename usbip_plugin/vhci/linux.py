@@ -22,6 +22,7 @@ from usbip_plugin.errors import (
     PortsExhausted,
     VhciError,
     WrongDevice,
+    WrongSerial,
 )
 from usbip_plugin.model import Attachment, Descriptor, DeviceKey, DeviceNode
 from usbip_plugin.vhci import nodes
@@ -175,13 +176,14 @@ class SysfsVhci:
         port: int,
         *,
         children: tuple[str, ...] | None = None,
+        serial: str | None = None,
         timeout: float,
     ) -> Attachment:
         deadline = self._clock.monotonic() + timeout
         try:
             async with self._clock.timeout(timeout):
-                device, facts = await self._verified(key, descriptor, port, timeout)
-        except (AttachStuck, WrongDevice, DriverNotWritable):
+                device, facts = await self._verified(key, descriptor, port, serial, timeout)
+        except (AttachStuck, WrongDevice, WrongSerial, DriverNotWritable):
             await self.detach(port, timeout=ABANDON_S)
             raise
         except TimeoutError:
@@ -194,13 +196,15 @@ class SysfsVhci:
         return Attachment(key, port, device.name, facts.usb_id, facts.serial, found)
 
     async def _verified(
-        self, key: DeviceKey, descriptor: Descriptor, port: int, timeout: float
+        self, key: DeviceKey, descriptor: Descriptor, port: int, serial: str | None, timeout: float
     ) -> tuple[Path, nodes.DeviceFacts]:
         device, facts = await self._bell.until(lambda: self._appeared(port), self._clock, timeout=timeout)
         if self._guard is not None:
             self._guard.release(port)
         if facts.usb_id != descriptor.usb_id:
             raise WrongDevice(key, descriptor.usb_id, facts.usb_id)
+        if serial is not None and facts.serial != serial:
+            raise WrongSerial(key, serial, facts.serial or "", descriptor.devid)
         try:
             # Also when it is authorised already: the write takes the device lock, so that when it returns the
             # interfaces have been probed.

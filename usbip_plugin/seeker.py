@@ -1,0 +1,150 @@
+"""Finds a lost device under another bus id of its server: asks the devices of its kind for their serial numbers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+
+from usbip_plugin.attaching import Means
+from usbip_plugin.claims import Claim
+from usbip_plugin.errors import ClaimBusy, PluginError, UsbipError, WrongSerial
+from usbip_plugin.model import Descriptor, DeviceKey, ServerKey
+from usbip_plugin.usbip.poller import ServerState, ServerView
+from usbip_plugin.whereabouts import Ask, Nowhere, Reading, Sighting, Verdict, decide
+from usbip_plugin.work import DeviceWork
+
+log = logging.getLogger(__name__)
+
+READING_LASTS = 300.0
+"""Seconds a serial number counts that was read from a device which its server has listed as the same ever since."""
+GIVEN_UP = 3.0
+"""Seconds a device is left alone that could not be read, or not be attached from there."""
+READS_AT_ONCE = 4
+HIDDEN = 2.0
+"""Seconds a device counts as listed after it was read: its server hides it for its own reset, and is asked again then."""
+
+Configured = Callable[[DeviceKey, Descriptor, str], bool]
+"""Whether some resource may offer this device, if this is its serial number."""
+
+
+class Seeker:
+    """What is known of serial numbers on this node. All methods belong to one event loop.
+
+    on_known() is called, synchronously, when a serial number that was asked for is known, or known not to be had.
+    """
+
+    def __init__(self, means: Means, work: DeviceWork, configured: Configured, on_known: Callable[[], None]) -> None:
+        self._me = means.me
+        self._locks = means.locks
+        self._clock = means.clock
+        self._work = work
+        self._configured = configured
+        self._on_known = on_known
+        self._views: dict[ServerKey, ServerView] = {}
+        self._readings: dict[str, Reading] = {}
+        self._asked: dict[str, Sighting] = {}
+        self._hidden: dict[str, tuple[Sighting, float]] = {}
+
+    def server_changed(self, view: ServerView) -> None:
+        self._views[view.server] = view
+
+    def find(self, claim: Claim) -> Verdict:
+        """Where the claim's device is if not at its own place. Begins to read what has to be read for that.
+
+        Nowhere unless its serial number is known and the server answers and lists no such device at its own place.
+        """
+        if not claim.serial or self._listed_at_home(claim):
+            return Nowhere()
+        verdict = decide(claim.serial, self._sightings(claim, claim.serial))
+        if isinstance(verdict, Ask):
+            for sighting in verdict.sightings:
+                if sighting.key.id not in self._asked and len(self._asked) < READS_AT_ONCE:
+                    self._asked[sighting.key.id] = sighting
+                    self._work.spawn(self._ask(sighting), f"read serial number of {sighting.key}")
+        return verdict
+
+    def wrong_at_home(self, claim: Claim) -> WrongSerial | None:
+        """What an attempt to attach the claim's device from its own place would end with, if that is known."""
+        listed = self._listed(claim.key)
+        if listed is None or not claim.serial or claim.moved_to is not None:
+            return None
+        reading = self._reading(claim.key, listed)
+        if reading is None or reading.devid is None or reading.serial == claim.serial:
+            return None
+        return WrongSerial(claim.key, claim.serial, reading.serial, listed.devid)
+
+    def not_there(self, place: DeviceKey, error: PluginError) -> None:
+        """An attempt to attach a device from this place ended so: it is given up for a while."""
+        if isinstance(error, WrongSerial):
+            self._note(place, Reading(error.devid, error.found, self._clock.monotonic() + READING_LASTS))
+        else:
+            self._give_up(place)
+
+    async def probe(self, key: DeviceKey, descriptor: Descriptor) -> str:
+        """Reads a device's serial number once for all nodes. As Pipeline.probe; ClaimBusy if it is in use here."""
+        async with self._work.mutex(key.id):
+            if self._work.book.concerns(key.id):
+                raise ClaimBusy(f"{key} is in use on this node")
+            serial = await self._work.pipeline.probe(key, descriptor)
+        self._note(key, Reading(descriptor.devid, serial, self._clock.monotonic() + READING_LASTS))
+        return serial
+
+    async def _ask(self, sighting: Sighting) -> None:
+        try:
+            await self.probe(sighting.key, sighting.descriptor)
+        except PluginError as error:
+            level = logging.INFO if isinstance(error, UsbipError) else logging.DEBUG
+            log.log(level, "serial number not read", extra={"device": str(sighting.key), "cause": str(error)})
+            self._give_up(sighting.key)
+        finally:
+            del self._asked[sighting.key.id]
+        self._hidden[sighting.key.id] = sighting, self._clock.monotonic() + HIDDEN
+        self._on_known()
+
+    def _sightings(self, claim: Claim, serial: str) -> Iterator[Sighting]:
+        view = self._views.get(claim.key.server)
+        if view is None or view.state is not ServerState.REACHABLE:
+            return
+        listed = {DeviceKey(view.server, descriptor.busid): descriptor for descriptor in view.devices}
+        for key, descriptor in {**self._out_of_sight(view.server), **listed}.items():
+            lock = self._locks.locks.get(key.id)
+            if (
+                descriptor.usb_id != claim.usb_id
+                or key == claim.key
+                or self._work.book.concerns(key.id)
+                or (lock is not None and lock.holder not in ("", self._me.node))
+                or not self._configured(key, descriptor, serial)
+            ):
+                continue
+            reading = self._reading(key, descriptor)
+            if reading is not None:
+                yield Sighting(key, descriptor, reading.serial, sure=True)
+            else:
+                yield Sighting(key, descriptor, lock.serial if lock is not None else None, sure=False)
+
+    def _out_of_sight(self, server: ServerKey) -> dict[DeviceKey, Descriptor]:
+        """Devices that are not listed only because this node reads, or has just read, their serial numbers."""
+        now = self._clock.monotonic()
+        self._hidden = {i: (seen, until) for i, (seen, until) in self._hidden.items() if now < until}
+        seen = [*self._asked.values(), *(sighting for sighting, _until in self._hidden.values())]
+        return {sighting.key: sighting.descriptor for sighting in seen if sighting.key.server == server}
+
+    def _listed_at_home(self, claim: Claim) -> bool:
+        listed = self._listed(claim.key)
+        return listed is not None and listed.usb_id == claim.usb_id and self.wrong_at_home(claim) is None
+
+    def _listed(self, key: DeviceKey) -> Descriptor | None:
+        view = self._views.get(key.server)
+        return next((d for d in view.devices if d.busid == key.busid), None) if view is not None else None
+
+    def _reading(self, key: DeviceKey, descriptor: Descriptor) -> Reading | None:
+        reading = self._readings.get(key.id)
+        return reading if reading is not None and reading.holds(descriptor, self._clock.monotonic()) else None
+
+    def _give_up(self, key: DeviceKey) -> None:
+        self._note(key, Reading(None, "", self._clock.monotonic() + GIVEN_UP))
+
+    def _note(self, key: DeviceKey, reading: Reading) -> None:
+        now = self._clock.monotonic()
+        self._readings = {i: known for i, known in self._readings.items() if now < known.until}
+        self._readings[key.id] = reading
