@@ -88,6 +88,8 @@ class Chaos:
         """Those that end as soon as they are admitted."""
         self.admissions: dict[asyncio.Task[None], PodRef] = {}
         self.errors: list[ApiErrors] = []
+        self.moved: dict[DeviceKey, DeviceKey] = {}
+        """Where devices are that were plugged in elsewhere."""
         self.ended_badly: list[str] = []
         self.calm = False
         self._ends: dict[Key, tuple[float, Callable[[], None]]] = {}
@@ -417,6 +419,7 @@ class Chaos:
 
     def do_drop(self, action: Action, _node: ClusterNode) -> bool:
         device = self._device(action)
+        device = self.moved.get(device, device)
         server = self.cluster.servers[device.server]
         if not server.importers(device.busid):
             return False
@@ -433,15 +436,17 @@ class Chaos:
         return True
 
     def do_replug_elsewhere(self, action: Action, _node: ClusterNode) -> bool:
-        """Into another port of the server: another bus id, so another device."""
+        """Into another port of the server: another bus id, the same serial number."""
         device = self._device(action)
         moved = DeviceKey(device.server, f"9-{device.busid.replace('-', '.')}")
 
         def out() -> None:
             self._put(device, None)
             self._put(moved, self._first(device))
+            self.moved[device] = moved
 
         def back() -> None:
+            del self.moved[device]
             self._put(moved, None)
             self._restore(device)
 

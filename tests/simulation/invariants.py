@@ -42,6 +42,15 @@ DEAD_PORT_S = DEAD_PEER_S + 5.0
 """A port whose connection is dead at its server."""
 
 
+def served(cluster: Cluster, node: ClusterNode) -> frozenset[str]:
+    """IDs of the devices that the node's kernel has, as its pods know them: from wherever they are imported."""
+    found = set()
+    for key in node.attached():
+        lease = cluster.backend.leases.get(key.id)
+        found.add((lease.annotations.get(record.IN_PLACE_OF) if lease is not None else None) or key.id)
+    return frozenset(found)
+
+
 class Violation(AssertionError):
     """name: of the invariant."""
 
@@ -189,6 +198,20 @@ class Watch:
         device, _ = self.cluster.servers[key.server].table.device(key.busid)
         return claim is None or claim.usb_id == device.usb_id
 
+    def _followable(self, node: ClusterNode, key: DeviceKey, place: DeviceKey | None) -> bool:
+        """It is plugged in elsewhere, and the node may have it from there."""
+        agent = node.agent
+        claim = agent.attacher.claims.get(key.id) if agent is not None else None
+        return (
+            agent is not None
+            and claim is not None
+            and place is not None
+            and claim.serial is not None
+            and self.cluster.holder(place) in ("", node.name)
+            and place.id not in agent.attacher.claims
+            and self.reachable(node, place)
+        )
+
     def _for_long(self, bad: bool, now: float, seconds: float, *key: object) -> bool:
         """Whether something is bad, and has been so at each look for so long."""
         if not bad:
@@ -207,7 +230,7 @@ class Watch:
         quiet = self.quiet(node)
         for device_id, lease in self.cluster.backend.leases.items():
             if record.is_lock_name(device_id) and lease.holder == node.name:
-                bad = quiet and device_id not in agent.attacher.claims
+                bad = quiet and not agent.attacher.concerns(device_id)
                 if self._for_long(bad, now, UNCLAIMED_LOCK_S / node.clock.rate, "lock", node.name, device_id):
                     raise Violation("no lock without a claim", f"{node.name} holds {self._keys.get(device_id)}")
 
@@ -227,7 +250,7 @@ class Watch:
         if agent is None or process is None or process.halted:
             return
         health = agent.advertiser.health()
-        attached = {key.id for key in node.attached()}
+        attached = served(self.cluster, node)
         for device_id, known in health.items():
             bad = known.reason is Reason.ATTACHED and device_id not in attached
             if self._for_long(bad, now, STALE_HEALTH_S / node.clock.rate, "health", node.name, device_id):
@@ -243,7 +266,7 @@ class Watch:
         if agent is None:
             return
         quiet = self.quiet(node)
-        attached = {key.id for key in node.attached()}
+        attached = served(self.cluster, node)
         health = agent.advertiser.health()
         for entry in node.kubelet.held():
             known = node.kubelet.health(entry.resource)
@@ -261,8 +284,10 @@ class Watch:
                     quiet
                     and device_id not in attached
                     and self.cluster.holder(key) in ("", node.name)
-                    and self.reachable(node, key)
-                    and self._as_claimed(node, key)
+                    and (
+                        (self.reachable(node, key) and self._as_claimed(node, key))
+                        or self._followable(node, key, self.chaos.moved.get(key))
+                    )
                 )
                 if self._for_long(idle, now, UNATTACHED_POD_S / node.clock.rate, "idle", node.name, device_id):
                     claim = agent.attacher.claims.get(device_id)

@@ -90,7 +90,7 @@ WEIGHTS = {
     "server_freeze": 2,
     "drop": 3,
     "replug": 2,
-    "replug_elsewhere": 1,
+    "replug_elsewhere": 4,
     "unbind": 2,
     "swap": 1,
     "kubelet_restart": 2,

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from chaos import Chaos
 from cluster_rig import DONGLE, dongle, resource, stick
 from counting import CountedRules, observer
-from invariants import Violation, Watch
+from invariants import Violation, Watch, served
 from plan import Plan, Settings
 
 from usbip_plugin.agent import Observer
@@ -259,7 +259,7 @@ def _unserved(c: Cluster) -> str:
     """Pods whose device is not attached, though nothing says why. "" if there are none."""
     found = []
     for node in c.nodes.values():
-        attached = {key.id for key in node.attached()}
+        attached = served(c, node)
         health = node.agent.advertiser.health() if node.agent is not None else {}
         for entry in node.kubelet.held():
             for device_id in entry.device_ids:

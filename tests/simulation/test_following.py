@@ -124,6 +124,7 @@ async def test_two_devices_with_its_serial_number_are_none() -> None:
         lab.unplug("1-1")
         lab.plug(stick("1-2", "SAME"))
         lab.plug(stick("1-3", "SAME"))
+        await becomes(c, node, old, healthy=False)
         assert not await c.settle(lambda: bool(node.attached()), 60)
         assert reason(node, old) is Reason.LOST
         assert "1-2 and 1-3 both have its serial number SAME" in node.agent.advertiser.health()[old.id].detail  # type: ignore[union-attr]
