@@ -126,7 +126,7 @@ class Pipeline:
         claim = self._book[device_id]
         if claim.moved_to is not None:
             meta = LockMeta(str(claim.usb_id), traceparent=claim.traceparent, in_place_of=claim.id)
-            there = await self._locks.acquire(claim.moved_to, meta)
+            there = await self._locks.acquire(claim.moved_to, meta, claimed=True)
             grant = replace(there, import_deadline=min(grant.import_deadline, there.import_deadline))
         return await self._attach(device_id, grant, deadline, Progress(""))
 
@@ -146,7 +146,7 @@ class Pipeline:
         lock = self._locks.locks.get(claim.id)
         if lock is not None and lock.holder == self._me.node and lock.boot_id != self._me.boot_id:
             meta = LockMeta(usb_id=str(claim.usb_id), traceparent=claim.traceparent)
-            return await self._locks.acquire(claim.key, meta)
+            return await self._locks.acquire(claim.key, meta, claimed=True)
         return await self._locks.renew(claim.key)
 
     async def _attach(self, device_id: str, grant: Grant, deadline: float, progress: Progress) -> Attachment:

@@ -167,11 +167,12 @@ class LockManager:
         self._api_subscribers.append(callback)
         return lambda: self._api_subscribers.remove(callback)
 
-    async def acquire(self, key: DeviceKey, meta: LockMeta | None = None) -> Grant:
+    async def acquire(self, key: DeviceKey, meta: LockMeta | None = None, *, claimed: bool = False) -> Grant:
         """Take the lock, or write it once more if it is held by this boot of this node already (R2, R3, R4).
 
         LockHeld if another node has it. LockUnavailable if the API server does not answer or forbids it. If it is
-        cancelled or unavailable and the write happens after all, the lock is released again by run().
+        cancelled or unavailable and the write happens after all, the lock is released again by run();
+        not so if it is claimed: then the caller answers for it whatever comes of this.
         """
         use_meta = meta or LockMeta()
 
@@ -188,12 +189,15 @@ class LockManager:
         with self._tracer.start_as_current_span("lock.acquire", attributes=attributes(key)) as span:
             async with self._device_lock(key.id):
                 effort = Effort()
+                if claimed:
+                    self._abandoned.pop(key.id, None)
                 self._taking += 1
                 try:
                     outcome = await self._writer.drive(key, decide, effort)
                     grant = await self._timely(key, outcome)
                 except BaseException:
-                    self._abandon(key, effort)
+                    if not claimed:
+                        self._abandon(key, effort)
                     raise
                 finally:
                     self._taking -= 1

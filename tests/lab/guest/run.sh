@@ -31,7 +31,8 @@ run=$(mktemp -d "${TMPDIR:-/var/tmp}/usbip-guest.XXXXXX")
 trap '[ -z "${KEEP:-}" ] || cp -r "$run/." "$KEEP"; rm -rf "$run"' EXIT
 
 # Two identical serial converters joined by a null-modem cable, a disk at high speed, a disk at SuperSpeed, a keyboard.
-# They stand on the guest's own controllers; the tests export them with usbipd and import them over loopback.
+# They stand on the guest's own controllers; the tests export them with usbipd and import them over loopback. QEMU's
+# monitor is at the virtio port "monitor", for tests that pull a device out and plug it in elsewhere.
 usb_devices() {
   local disk
   for disk in hs ss; do
@@ -41,9 +42,11 @@ usb_devices() {
   extra+=(
     -device qemu-xhci,id=x0,p2=8,p3=8 -device qemu-xhci,id=x1,p2=8,p3=0
     -chardev "socket,id=cable0,path=$run/cable,server=on,wait=off" -chardev "socket,id=cable1,path=$run/cable"
-    -device usb-serial,bus=x0.0,chardev=cable0,serial=SERIAL1,always-plugged=on
-    -device usb-serial,bus=x0.0,chardev=cable1,serial=SERIAL2,always-plugged=on
+    -device usb-serial,id=converter0,bus=x0.0,chardev=cable0,serial=SERIAL1,always-plugged=on
+    -device usb-serial,id=converter1,bus=x0.0,chardev=cable1,serial=SERIAL2,always-plugged=on
     -device usb-kbd,bus=x0.0,serial=KEYBOARD
+    -chardev "socket,id=monitor0,path=$run/monitor,server=on,wait=off" -mon chardev=monitor0,mode=control
+    -chardev "socket,id=monitor1,path=$run/monitor" -device virtserialport,chardev=monitor1,name=monitor,nr=1
     -drive "if=none,id=hs,format=raw,file=$run/disk-hs.img" -device usb-storage,bus=x1.0,drive=hs,serial=DISKHS
     -drive "if=none,id=ss,format=raw,file=$run/disk-ss.img" -device usb-storage,bus=x0.0,drive=ss,serial=DISKSS
   )
@@ -69,7 +72,7 @@ timeout -k 5 "$limit" qemu-system-x86_64 \
   -append "console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=reliable" \
   -serial "file:$run/console" \
   -device virtio-serial-pci -add-fd fd=3,set=1 -chardev file,id=out,path=/dev/fdset/1,append=on \
-  -device virtserialport,chardev=out,name=output \
+  -device virtserialport,chardev=out,name=output,nr=9 \
   -virtfs local,path=/,mount_tag=host,security_model=none,readonly=on,multidevs=remap \
   -virtfs "local,path=$run,mount_tag=vmrun,security_model=none" \
   -nic "$network" "${extra[@]}" 3>&1 </dev/null || emulation=$?
