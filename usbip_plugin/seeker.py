@@ -21,7 +21,7 @@ GIVEN_UP = 3.0
 """Seconds a device is left alone that could not be read, or not be attached from there."""
 READS_AT_ONCE = 4
 HIDDEN = 2.0
-"""Seconds a device counts as listed after it was read: its server hides it for its own reset, and is asked again then."""
+"""Seconds a device counts as listed after it was read: until its reset is over and its server was asked again."""
 
 Configured = Callable[[DeviceKey, Descriptor, str], bool]
 """Whether some resource may offer this device, if this is its serial number."""

@@ -22,6 +22,7 @@ from usbip_plugin.errors import (
     DriverNotWritable,
     PortsExhausted,
     VhciError,
+    WrongSerial,
 )
 from usbip_plugin.model import Attachment, DeviceKey
 from usbip_plugin.vhci import access
@@ -190,6 +191,35 @@ class TestEnumeration:
         await driver.enumerate(imported.key, imported.descriptor, port, children=(), timeout=LIMIT_S)
         assert (device / "authorized").read_text() == "1\n"
         imported.close()
+
+    @pytest.mark.parametrize("told", ["B456", None])
+    async def test_a_device_with_another_serial_number_is_detached_and_never_authorised(
+        self, rig: FakeSysfsRig, told: str | None
+    ) -> None:
+        driver, imported = rig.plugin(), await rig.import_twin(0)
+        if told is not None:
+            rig.sysfs.serials[TWINS[0].devid] = told
+        port = await driver.attach(imported.key, imported.descriptor, imported.fileno())
+        imported.close()
+        with pytest.raises(WrongSerial) as raised:
+            await driver.enumerate(imported.key, imported.descriptor, port, children=(), serial="A123", timeout=LIMIT_S)
+        assert (raised.value.promised, raised.value.found, raised.value.devid) == (
+            "A123",
+            told or "",
+            TWINS[0].devid,
+        )
+        assert (await state(driver, port)).status is PortStatus.NULL
+        assert not [path for path, _text in rig.sysfs.written if path.endswith("/authorized")]
+
+    async def test_a_device_with_the_serial_number_looked_for_is_the_one(self, rig: FakeSysfsRig) -> None:
+        driver, imported = rig.plugin(), await rig.import_twin(0)
+        rig.sysfs.serials[TWINS[0].devid] = "A123"
+        port = await driver.attach(imported.key, imported.descriptor, imported.fileno())
+        imported.close()
+        found = await driver.enumerate(
+            imported.key, imported.descriptor, port, children=(), serial="A123", timeout=LIMIT_S
+        )
+        assert found.serial == "A123"
 
     async def test_the_hub_is_as_before_once_the_device_has_appeared(self, rig: FakeSysfsRig) -> None:
         driver = rig.plugin()

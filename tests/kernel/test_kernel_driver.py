@@ -17,7 +17,7 @@ from kernel_rig import DISK, DISK_SUPER, KEYBOARD, LIMIT_S, TWINS, Connection, K
 from usbipd import RealUsbipd, eventually
 from vhci_contract import VhciContract, attached, state
 
-from usbip_plugin.errors import DeviceBusy, WrongDevice
+from usbip_plugin.errors import DeviceBusy, WrongDevice, WrongSerial
 from usbip_plugin.model import Attachment, DeviceNode, UsbId
 from usbip_plugin.vhci.linux import SysfsVhci
 from usbip_plugin.vhci.sysfs import PortStatus
@@ -147,6 +147,24 @@ class TestDevices:
         ours = [event for event in seen if event.concerns_vhci]
         assert any(event.action == "remove" and event.fields.get("DEVTYPE") == "usb_device" for event in ours)
         assert not [event for event in ours if event.fields.get("DEVTYPE") == "usb_interface"]
+
+    async def test_a_twin_is_told_by_its_serial_number_before_a_driver_sees_it(self, rig: KernelRig) -> None:
+        driver = rig.plugin()
+        for looked_for in TWINS:
+            imported = await rig.import_serial(TWINS[0])
+            port = await driver.attach(imported.key, imported.descriptor, imported.fileno())
+            imported.close()
+            if looked_for == TWINS[0]:
+                found = await driver.enumerate(
+                    imported.key, imported.descriptor, port, serial=looked_for, timeout=LIMIT_S
+                )
+                assert found.serial == looked_for
+                await driver.detach(port, timeout=LIMIT_S)
+            else:
+                with pytest.raises(WrongSerial) as raised:
+                    await driver.enumerate(imported.key, imported.descriptor, port, serial=looked_for, timeout=LIMIT_S)
+                assert raised.value.found == TWINS[0]
+                assert port not in {p.number for p in await driver.ports() if p.status is not PortStatus.NULL}
 
 
 class TestOtherPeople:

@@ -533,7 +533,13 @@ async def node(client: TcpUsbipClient) -> AsyncIterator[tuple[Pipeline, ClaimBoo
     kernel = SimulatedKernel(clock)
     book = ClaimBook(lambda _id: None)
     means = Means(me, client, SimulatedVhci(kernel), locks, clock, rng, NoOpTracer())
-    pipeline = Pipeline(means, book=book, note_port=lambda _key, _port: None, note_serial=lambda _key, _serial: None, on_step=lambda _name, _seconds: None)
+    pipeline = Pipeline(
+        means,
+        book=book,
+        note_port=lambda _key, _port: None,
+        note_serial=lambda _key, _serial: None,
+        on_step=lambda _name, _seconds: None,
+    )
     running = asyncio.create_task(locks.run())
     try:
         await locks.ready.wait()

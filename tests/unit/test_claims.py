@@ -233,6 +233,33 @@ def test_adoption(boot: str, attached: bool, used: bool | None, what: Adoption) 
     assert decide_adoption(lock(boot), ME, attached=attached, used=used) is what
 
 
+def test_a_lock_in_place_of_a_device_that_is_not_ours_is_let_go_whatever_stands_there() -> None:
+    for used in (True, False, None):
+        assert decide_adoption(lock("boot-1"), ME, attached=True, used=used, orphan=True) is Adoption.RELEASE
+
+
+def test_a_book_knows_which_claim_stands_at_a_place() -> None:
+    book = ClaimBook(lambda _device_id: None)
+    here = claim(State.REATTACHING)
+    book.put(here)
+    assert here.place == KEY
+    assert book.moved_here(OTHER.id) is None
+    assert not book.concerns(OTHER.id)
+    book.put(replace(here, moved_to=OTHER))
+    assert book[KEY.id].place == OTHER
+    assert book.moved_here(OTHER.id) is book[KEY.id]
+    assert book.concerns(OTHER.id)
+    assert book.get(OTHER.id) is None, "it is no claim on that device"
+    book.put(here)
+    assert not book.concerns(OTHER.id)
+    book.put(replace(here, moved_to=OTHER))
+    book.move(book[KEY.id], Event.POD_GONE)
+    assert book.concerns(OTHER.id)
+    book.move(book[KEY.id], Event.RELEASED)
+    assert not book.concerns(OTHER.id)
+    assert not book.view
+
+
 def attachment(*nodes: DeviceNode) -> Attachment:
     return Attachment(KEY, 0, "3-1", UsbId(0x0951, 0x1666), None, nodes)
 

@@ -16,6 +16,7 @@ from usbip_plugin.inventory import (
     Facts,
     Members,
     advertise,
+    configured,
     importable,
     key_of,
     learn,
@@ -182,6 +183,41 @@ def test_one_device_may_be_offered_by_two_resources() -> None:
     assert held["stick"][0].health.reason is Reason.ATTACHED
     assert held["any"][0].health == Health(Reason.OTHER_RESOURCE, "a 0951:1666 of stick")
     assert not held["any"][0].health.healthy, "the kubelet would give it to a second pod"
+
+
+def test_a_device_followed_to_another_busid_is_healthy_and_the_busid_is_not() -> None:
+    place = DeviceKey(LAB, "1-2")
+    moved = Claim(KEY, STICK, State.ATTACHED, resource="stick", port=3, moved_to=place)
+    now = facts(
+        servers={LAB: view(listed("1-2"))},
+        claims={KEY.id: moved},
+        moved_here=lambda device_id: moved if device_id == place.id else None,
+    )
+    known = {d.key.busid: d.health for d in advertise(learn({}, now), now)["stick"]}
+    assert known["1-1"] == Health(Reason.ATTACHED, "port 3, listed as 1-2 now")
+    assert known["1-2"] == Health(Reason.IN_PLACE_OF, "it is what was lab:3240/1-1")
+    assert not known["1-2"].healthy
+
+
+def test_what_keeps_a_lost_device_from_coming_back_is_said() -> None:
+    lost = Claim(KEY, STICK, State.REATTACHING, resource="stick", hindrance="because")
+    now = facts(claims={KEY.id: lost})
+    assert advertise(learn({}, now), now)["stick"][0].health == Health(
+        Reason.LOST, "connection to lab:3240 lost; because"
+    )
+
+
+def test_a_lost_device_is_looked_for_only_where_the_configuration_names_it() -> None:
+    selector = Selector(bus_id="1-*", serial="RED", class_=8)
+    config = Config((ResourceConfig("stick", (DeviceSelector(LAB, selector),)),))
+
+    def allowed(server: ServerKey, busid: str, serial: str) -> bool:
+        return configured(config, DeviceKey(server, busid), listed(busid), serial)
+
+    assert allowed(LAB, "1-9", "RED"), "its class may not be listed yet"
+    assert not allowed(LAB, "2-1", "RED")
+    assert not allowed(LAB, "1-9", "BLUE")
+    assert not allowed(ServerKey("attic", 3240), "1-9", "RED")
 
 
 def test_a_serial_number_is_wanted_only_while_it_is_unknown() -> None:

@@ -355,6 +355,34 @@ async def test_a_write_that_lands_after_its_sender_gave_up_is_undone() -> None:
 
 
 @virtual
+async def test_a_claimed_lock_is_its_claims_whenever_the_write_lands() -> None:
+    async with world() as w:
+        a = await w.node("a")
+        a.fate = once("create", Fate(request=30.0))
+        with pytest.raises(TimeoutError):
+            async with a.clock.timeout(1):
+                await a.manager.acquire(KEY, claimed=True)
+        await a.clock.sleep(100)
+        assert w.backend.leases[KEY.id].holder == "a"
+
+
+@virtual
+async def test_a_lock_given_up_and_claimed_before_its_write_lands_is_not_undone() -> None:
+    async with world() as w:
+        a = await w.node("a")
+        a.fate = once("create", Fate(response=3.0))
+        with pytest.raises(TimeoutError):
+            async with a.clock.timeout(1):
+                await a.manager.acquire(KEY)
+        a.fate = once("update", Fate(response=3.0))
+        with pytest.raises(TimeoutError):
+            async with a.clock.timeout(1):
+                await a.manager.acquire(KEY, claimed=True)
+        await a.clock.sleep(100)
+        assert w.backend.leases[KEY.id].holder == "a"
+
+
+@virtual
 async def test_a_lock_regained_after_giving_up_is_kept() -> None:
     async with world() as w:
         a = await w.node("a")

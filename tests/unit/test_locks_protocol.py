@@ -237,3 +237,27 @@ def test_session_names_are_valid_and_distinct_for_any_node_name() -> None:
 def test_a_lock_name_is_told_from_a_session_name(node: str, busid: str) -> None:
     assert not record.is_lock_name(record.session_name(node))
     assert record.is_lock_name(DeviceKey(ServerKey("h"), busid).id)
+
+
+def test_whose_place_it_is_stands_with_the_holder_and_goes_with_it() -> None:
+    other = DeviceKey(ServerKey("10.0.0.1"), "1-2").id
+    meta = replace(META, in_place_of=other)
+    taken = protocol.decide_acquire(None, KEY, meta, write(ME), None, importable=False)
+    assert isinstance(taken, Create)
+    assert record.lock_of(taken.lease).in_place_of == other
+    renewed = protocol.decide_amend(taken.lease, write(ME), {record.PORT: "4"})
+    assert isinstance(renewed, Replace)
+    assert record.lock_of(renewed.lease).in_place_of == other
+    freed = protocol.decide_release(renewed.lease, write(ME))
+    assert isinstance(freed, Replace)
+    assert record.lock_of(freed.lease).in_place_of is None
+    for me in (ME, REBOOTED):
+        itself = protocol.decide_acquire(renewed.lease, KEY, META, write(me), None, importable=False)
+        assert isinstance(itself, Replace)
+        assert record.lock_of(itself.lease).in_place_of is None, "taken for itself"
+
+
+@pytest.mark.parametrize("text", ["", "1-1", "usbip-node-a", "usbip-" + "A" * 20, "x" * 5000])
+def test_a_place_of_something_else_than_a_device_is_no_place(text: str) -> None:
+    lease = replace(held(ME), annotations={record.IN_PLACE_OF: text})
+    assert record.lock_of(lease).in_place_of is None

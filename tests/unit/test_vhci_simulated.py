@@ -7,7 +7,15 @@ import asyncio
 import pytest
 
 from usbip_plugin.clock import SystemClock
-from usbip_plugin.errors import AttachRefused, AttachStuck, DetachFailed, DriverMissing, PortsExhausted, WrongDevice
+from usbip_plugin.errors import (
+    AttachRefused,
+    AttachStuck,
+    DetachFailed,
+    DriverMissing,
+    PortsExhausted,
+    WrongDevice,
+    WrongSerial,
+)
 from usbip_plugin.model import Attachment, Descriptor, DeviceKey, ServerKey, UsbId
 from usbip_plugin.sim.kernel import SimulatedKernel, SimulatedVhci
 from usbip_plugin.sim.socket import MemorySocket, SocketTable
@@ -164,6 +172,18 @@ class TestKernel:
         with pytest.raises(AttachStuck):
             await driver.enumerate(KEY, DESCRIPTOR, port, timeout=1)
         assert len(table) == 0
+
+    async def test_another_serial_number_than_expected(self, kernel: SimulatedKernel, table: SocketTable) -> None:
+        kernel.serials[KEY] = "A1"
+        driver, sock = SimulatedVhci(kernel), table.open()
+        for serial in ("A1", "B2"):
+            port = await driver.attach(KEY, DESCRIPTOR, sock.fileno())
+            if serial == "B2":
+                with pytest.raises(WrongSerial, match="its serial number is A1"):
+                    await driver.enumerate(KEY, DESCRIPTOR, port, serial=serial, timeout=1)
+                assert (await driver.ports())[port].status is PortStatus.NULL
+            else:
+                await driver.enumerate(KEY, DESCRIPTOR, port, serial=serial, timeout=1)
 
     async def test_listeners_hear_of_a_lost_connection(self, kernel: SimulatedKernel, table: SocketTable) -> None:
         driver, sock = SimulatedVhci(kernel), table.open()

@@ -1,0 +1,82 @@
+"""QEMU's monitor as the guest has it: pulls a USB device out of the guest's own controller, plugs it in elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import time
+from pathlib import Path
+from typing import Any
+
+from usbipd import RealUsbipd, eventually
+
+PORTS = Path("/sys/class/virtio-ports")
+NAME = "monitor"
+ANSWER_S = 10.0
+FREE_PORT = "7"
+"""Of the controller of the serial converters; see usb_devices in run.sh, which gives out ports from 1."""
+
+
+class Monitor:
+    """Speaks QMP over a virtio port. Only for the guest; to be closed."""
+
+    def __init__(self) -> None:
+        name = next(port.parent.name for port in PORTS.glob("*/name") if port.read_text().strip() == NAME)
+        self._fd = os.open(f"/dev/{name}", os.O_RDWR | os.O_NONBLOCK)
+        self._received = b""
+        self._ids = 0
+        self._said("qmp_capabilities")  # an error if an earlier test has said so, and then as good
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def unplug(self, usbipd: RealUsbipd, number: int, serial: str) -> None:
+        """Serial converter number (0 or 1). Returns when the guest's kernel has seen it."""
+        self.execute("device_del", id=f"converter{number}")
+        eventually(lambda: serial not in usbipd.busids(), f"{serial} is unplugged")
+
+    def plug(self, usbipd: RealUsbipd, number: int, serial: str, port: str = FREE_PORT) -> str:
+        """Its bus id, bound to usbip-host."""
+        # QEMU lets go of the cable a moment after the device is gone
+        eventually(lambda: self._plugged(number, serial, port), f"{serial} is plugged in")
+        busid = usbipd.busid(serial)
+        usbipd.bind(busid)
+        return busid
+
+    def _plugged(self, number: int, serial: str, port: str) -> bool:
+        answer = self._said(
+            "device_add",
+            driver="usb-serial",
+            id=f"converter{number}",
+            bus="x0.0",
+            port=port,
+            chardev=f"cable{number}",
+            serial=serial,
+            **{"always-plugged": True},
+        )
+        assert "return" in answer or "is in use" in answer["error"]["desc"], answer
+        return "return" in answer
+
+    def execute(self, command: str, **arguments: object) -> None:
+        """AssertionError if QEMU refuses."""
+        answer = self._said(command, **arguments)
+        assert "return" in answer, answer
+
+    def _said(self, command: str, **arguments: object) -> dict[str, Any]:
+        self._ids += 1
+        number = f"{os.getpid()}-{self._ids}"
+        request = {"execute": command, "id": number, **({"arguments": arguments} if arguments else {})}
+        os.write(self._fd, json.dumps(request).encode() + b"\n")
+        end = time.monotonic() + ANSWER_S
+        while True:
+            line, newline, rest = self._received.partition(b"\n")
+            if newline:
+                self._received = rest
+                message: dict[str, Any] = json.loads(line)
+                if message.get("id") == number:
+                    return message
+            else:
+                ready, _, _ = select.select([self._fd], [], [], max(0.0, end - time.monotonic()))
+                assert ready, f"no answer to {command} within {ANSWER_S:g} s"
+                self._received += os.read(self._fd, 4096)
