@@ -1,4 +1,4 @@
-"""The agent on a node whose port table is full. The last of its kind: what fills the table may stall hubs for seconds."""
+"""The agent on a node whose port table is full. The last of its kind: what fills it may stall hubs for seconds."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from kernel_rig import LIMIT_S, TWINS, KernelRig
 from usbip_plugin.model import DeviceKey, PodRef, Reason, UsbId
 from usbip_plugin.sim.server import VirtualServer
 from usbip_plugin.sim.usbdevice import HIGH_SPEED, SUPER_SPEED, VirtualDevice
-from usbip_plugin.vhci.linux import write_sysfs
+from usbip_plugin.vhci.access import write_sysfs
 from usbip_plugin.vhci.sysfs import PortStatus, format_attach
 
 PORTS = 240
@@ -65,6 +65,11 @@ async def all_ports_taken(rig: KernelRig) -> AsyncIterator[None]:
         await server.stop()
 
 
+def controllers() -> int:
+    """How many there are: each has a status file."""
+    return len(list(Path("/sys").glob(STATUS_FILES)))
+
+
 def rows_by_number() -> dict[int, list[str]]:
     """The fields of each row in use: hub, port, status, speed, device, socket, local bus id."""
     return {int(fields[1]): fields for fields in (row.split() for row in busy_rows())}
@@ -76,7 +81,7 @@ async def test_with_all_ports_of_all_controllers_in_use_every_device_says_so_unt
     async with all_ports_taken(rig):
         rows = rows_by_number()
         assert sorted(rows) == list(range(PORTS))
-        assert len(list(Path("/sys").glob(STATUS_FILES))) == 8
+        assert controllers() == 8
         seen = {
             port.number: [port.hub, port.status, port.speed, port.devid, port.local_busid]
             for port in await rig.plugin().ports()
