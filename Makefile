@@ -21,7 +21,7 @@ PYTHONS := $(PYTHON) python3.13 python3.12 python3.11 python3.14 python3
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test model sim test-apiserver test-kernel test-kills test-deploy image test-image e2e test-kubelet test-outage soak test-node test-all \
+.PHONY: help demo test model sim test-apiserver test-kernel test-kills soak-kernel test-deploy image test-image e2e test-kubelet test-outage soak test-node test-all \
 	bench bench-kernel fuzz lint format proto clean
 
 help: ## this list
@@ -47,6 +47,9 @@ test-kernel: $(VENV)/.test ## driver tests against a real vhci_hcd in a QEMU gue
 
 test-kills: $(VENV)/.test ## the plugin killed KILLS times (200) at random moments, on the real kernel; half an hour
 	tests/lab/guest/run.sh -u -t $(KILLS_SECONDS) '$(PYTEST) -s -p no:cacheprovider tests/kernel/test_kernel_agent_kills.py --kills $(KILLS) $(ARGS)'
+
+soak-kernel: $(VENV)/.test ## devices attached and detached on the real kernel for MINUTES (30): nothing leaks
+	tests/lab/guest/run.sh -u -t $$(( $(MINUTES) * 60 + $(GUEST_SECONDS) )) '$(PYTEST) -s -p no:cacheprovider tests/kernel/test_kernel_agent_kills.py -k for_long --soak-seconds $$(( $(MINUTES) * 60 )) $(ARGS)'
 
 test-deploy: $(VENV)/.test ## the manifests and the chart: rendered, compared, tried on a real kube-apiserver
 	$(PYTEST) tests/deploy $(ARGS)

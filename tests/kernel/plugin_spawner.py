@@ -45,14 +45,14 @@ class Spawner:
         await self._process.communicate()
 
     @contextlib.asynccontextmanager
-    async def plugin(self) -> AsyncIterator[None]:
-        """A plugin that has just begun; SIGKILL at the end of the block. AssertionError if it ended by itself."""
+    async def plugin(self) -> AsyncIterator[int]:
+        """A plugin that has just begun, by its pid; SIGKILL at the end. AssertionError if it ended by itself."""
         assert self._process is not None
         assert self._process.stdin is not None
         self._process.stdin.write(b"start\n")
         pid = int(await self._line(END_S))
         try:
-            yield
+            yield pid
         finally:
             os.kill(pid, signal.SIGKILL)  # it is a zombie at least: its parent has been told nothing yet
             self._process.stdin.write(b"reap\n")

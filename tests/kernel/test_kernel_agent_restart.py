@@ -68,15 +68,15 @@ class Node:
         self.spawner = Spawner((self.config, directory, self.leases))
 
     @contextlib.asynccontextmanager
-    async def plugin(self) -> AsyncIterator[None]:
-        """A plugin process, from when the kubelet knows all devices as Healthy; killed at the end of the block."""
+    async def plugin(self) -> AsyncIterator[int]:
+        """A plugin process, by its pid, from when the kubelet knows all devices as Healthy; killed at the end."""
         begun = len(self.kubelet.seen.lists)
-        async with self.spawner.plugin():
+        async with self.spawner.plugin() as pid:
             async with asyncio.timeout(PATIENCE_S):
                 for resource, keys in ((SERIAL, self.twins), (DISKS, (self.disk,))):
                     await self.kubelet.wait_for(f"{DOMAIN}/{resource}", {key.id: True for key in keys}.__eq__)
             self.first_lists = dict(reversed(self.kubelet.seen.lists[begun:]))
-            yield
+            yield pid
 
     async def allocate_again(self) -> list[pb.ContainerAllocateResponse]:
         """What the kubelet asks for the next container of the same pod."""
