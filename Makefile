@@ -8,6 +8,9 @@ GUEST_SECONDS := 900
 # how often `make test-kills` kills, and how long it may take
 KILLS := 200
 KILLS_SECONDS := 5400
+# how long `make soak` and `make test-outage` last
+MINUTES := 30
+OUTAGE_SECONDS := 300
 # how many plans `make sim` plays
 SEEDS := 50
 # how long each fuzz target runs
@@ -18,7 +21,7 @@ PYTHONS := $(PYTHON) python3.13 python3.12 python3.11 python3.14 python3
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test model sim test-apiserver test-kernel test-kills test-deploy image test-image e2e test-kubelet test-node test-all \
+.PHONY: help demo test model sim test-apiserver test-kernel test-kills soak-kernel test-deploy image test-image e2e test-kubelet test-outage soak test-node test-all \
 	bench bench-kernel fuzz lint format proto clean
 
 help: ## this list
@@ -45,6 +48,9 @@ test-kernel: $(VENV)/.test ## driver tests against a real vhci_hcd in a QEMU gue
 test-kills: $(VENV)/.test ## the plugin killed KILLS times (200) at random moments, on the real kernel; half an hour
 	tests/lab/guest/run.sh -u -t $(KILLS_SECONDS) '$(PYTEST) -s -p no:cacheprovider tests/kernel/test_kernel_agent_kills.py --kills $(KILLS) $(ARGS)'
 
+soak-kernel: $(VENV)/.test ## devices attached and detached on the real kernel for MINUTES (30): nothing leaks
+	tests/lab/guest/run.sh -u -t $$(( $(MINUTES) * 60 + $(GUEST_SECONDS) )) '$(PYTEST) -s -p no:cacheprovider tests/kernel/test_kernel_agent_kills.py -k for_long --soak-seconds $$(( $(MINUTES) * 60 )) $(ARGS)'
+
 test-deploy: $(VENV)/.test ## the manifests and the chart: rendered, compared, tried on a real kube-apiserver
 	$(PYTEST) tests/deploy $(ARGS)
 
@@ -61,6 +67,12 @@ e2e: $(VENV)/.test ## the end-to-end suite on a kind cluster of its own; KEEP=1 
 
 test-kubelet: $(VENV)/.test ## the same on two kubelets with containerd, side by side on this machine (Debian, root)
 	PYTHON=$(BIN)/python tests/lab/cluster/e2e.sh $(ARGS)
+
+test-outage: $(VENV)/.test ## the API server away for OUTAGE_SECONDS (300) while pods use devices; on the same kubelets
+	PYTHON=$(BIN)/python tests/lab/cluster/e2e.sh -k api_outage --outage-seconds $(OUTAGE_SECONDS) $(ARGS)
+
+soak: $(VENV)/.test ## pods coming and going, plugins and kubelets restarting, for MINUTES (30): nothing leaks
+	PYTHON=$(BIN)/python tests/lab/cluster/e2e.sh -s -k soak --soak-minutes $(MINUTES) $(ARGS)
 
 test-node: $(VENV)/.test ## the DaemonSet on a kubelet with a real vhci_hcd, in the QEMU guest (Debian, root)
 	PYTHON=$(BIN)/python tests/lab/cluster/guest.sh $(ARGS)

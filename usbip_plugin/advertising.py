@@ -178,7 +178,7 @@ class Advertiser:
         """Something changed; what is advertised is worked out anew before the event loop turns again."""
         if not self._scheduled and self._tasks is not None:
             self._scheduled = True
-            asyncio.get_running_loop().call_soon(self._evaluate)
+            asyncio.get_running_loop().call_soon(self._evaluate_if_due)
 
     def server_changed(self, _view: ServerView) -> None:
         """For the poller: a server's list or state changed."""
@@ -274,7 +274,7 @@ class Advertiser:
         with self._tracer.start_as_current_span("withdraw", context=context, kind=SpanKind.CONSUMER) as span:
             span.set_attribute("usbip.device.id", change.device_id)
             span.set_attribute("usbip.holder", lock.holder)
-            self._evaluate()
+            self._evaluate_if_due()
             await self._wait_sent(change.device_id, span)
 
     async def _wait_sent(self, device_id: str, span: Span) -> None:
@@ -323,6 +323,11 @@ class Advertiser:
             api=Api(gone, api.error or ""),
             released=frozenset(self._released),
         )
+
+    def _evaluate_if_due(self) -> None:
+        """Unless what was to be looked at has been looked at meanwhile."""
+        if self._scheduled:
+            self._evaluate()
 
     def _evaluate(self) -> None:
         self._scheduled = False

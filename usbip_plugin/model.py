@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import enum
+import functools
 import hashlib
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -26,6 +27,13 @@ class ServerKey:
         return f"{host}:{self.port}"
 
 
+# Asked for again at every change of anything: of 500 devices in turn, hashing alone was seconds of processor time.
+@functools.lru_cache(maxsize=2048)
+def _device_id(host: str, port: int, busid: str) -> str:
+    digest = base64.b32encode(hashlib.sha256(f"{host}:{port}/{busid}".encode()).digest()).decode("ascii")
+    return DEVICE_ID_PREFIX + digest[:_ID_CHARACTERS].lower()
+
+
 @dataclass(frozen=True, order=True, slots=True)
 class DeviceKey:
     """The identity of a device: the same on every node.
@@ -38,10 +46,7 @@ class DeviceKey:
     id: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        # worked out once: it is asked for at every change of anything
-        text = f"{self.server.host}:{self.server.port}/{self.busid}"
-        digest = base64.b32encode(hashlib.sha256(text.encode()).digest()).decode("ascii")
-        object.__setattr__(self, "id", DEVICE_ID_PREFIX + digest[:_ID_CHARACTERS].lower())
+        object.__setattr__(self, "id", _device_id(self.server.host, self.server.port, self.busid))
 
     def __str__(self) -> str:
         return f"{self.server}/{self.busid}"

@@ -71,6 +71,7 @@ class Cluster:
     port: int
     etcd_port: int
     api: subprocess.Popen[bytes]
+    _old: subprocess.Popen[bytes] | None = None
 
     @property
     def server(self) -> str:
@@ -103,9 +104,28 @@ class Cluster:
 
     def forget(self) -> None:
         """etcd forgets every version but the newest of each key, and the API server, restarted, its watch cache."""
+        self.compact()
+        self.restart_api()
+
+    def compact(self) -> None:
+        """etcd forgets every version but the newest of each key; the API server's watch cache stays."""
         status = self._etcd("kv/range", {"key": "AA=="})
         self._etcd("kv/compaction", {"revision": status["header"]["revision"], "physical": True})
-        self.restart_api()
+
+    def move_api(self) -> None:
+        """A second API server on the same etcd and another port, which knows no history, takes the place of this one.
+
+        This one runs on until end_old_api().
+        """
+        port = free_port()
+        self._old, self.api = self.api, start_api(self.directory, self.bin, port, self.etcd_port)
+        self.port = port
+
+    def end_old_api(self) -> None:
+        """In order: its watches end as if their time was over."""
+        if self._old is not None:
+            _end(self._old)
+            self._old = None
 
     def restart_api(self) -> None:
         """As after a crash: open watches are not ended in order."""
@@ -147,6 +167,7 @@ def running(directory: Path) -> Iterator[Cluster]:
         try:
             yield cluster
         finally:
+            cluster.end_old_api()
             _end(cluster.api)
     finally:
         _end(etcd)
@@ -171,6 +192,8 @@ def start_api(directory: Path, found: Path, port: int, etcd_port: int) -> subpro
         "--bind-address=127.0.0.1",
         f"--secure-port={port}",
         "--shutdown-delay-duration=0s",
+        # a server that is told to end ends its watches in order
+        "--shutdown-watch-termination-grace-period=5s",
         f"--audit-policy-file={directory / 'audit.yaml'}",
         f"--audit-log-path={directory / AUDIT_LOG}",
     )

@@ -11,10 +11,13 @@ END_S = 5.0
 
 
 class Proxy:
-    """cut() resets all connections; while refusing, new ones are closed at once; while silent, bytes go nowhere."""
+    """cut() resets all connections; while refusing, new ones are closed at once; while silent, bytes go nowhere.
+
+    target: the port that new connections go to.
+    """
 
     def __init__(self, target_port: int) -> None:
-        self._target = target_port
+        self.target = target_port
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self.refusing = False
@@ -34,7 +37,7 @@ class Proxy:
         try:
             if self.refusing:
                 return
-            far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._target)
+            far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self.target)
             self._writers.add(far_writer)
             try:
                 await asyncio.gather(self._pump(reader, far_writer), self._pump(far_reader, writer))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 
 import pytest
-from agents_rig import RESOURCE, Rig, agents
+from agents_rig import PATIENCE_S, RESOURCE, Rig, agents
 from api_process import Cluster
 from node_tokens import NodeTokens
 from tcp_proxy import Proxy, proxy_to
@@ -123,3 +124,46 @@ async def test_a_restart_of_the_api_server_changes_nothing(cluster: Cluster, tok
         a.end(pod)
         await b.until(RESOURCE, lambda devices: devices == {held.id: True})
         await rig.until(lambda: rig.holders(held) == ["", ""])
+
+
+async def test_a_watch_that_meets_compacted_history_is_begun_anew_and_nothing_is_missed(
+    cluster: Cluster, tokens: NodeTokens, admin: KubeClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As when a control plane is replaced: the next API server has no event that the watches could go on from."""
+    caplog.set_level(logging.DEBUG, "usbip_plugin.locks.follow")
+
+    def began_anew() -> int:
+        return caplog.text.count("lock watch too old, listing anew")
+
+    async with proxy_to(cluster.port) as proxy:
+        through = dict.fromkeys("ab", f"https://127.0.0.1:{proxy.port}")
+        async with agents(cluster, tokens, devices=2, through=through) as rig:
+            held, free = rig.keys
+            a, b = rig.nodes
+            got = await rig.allocate(a, held)
+            assert got.response is not None, got.error
+            await b.until(RESOURCE, lambda devices: devices == {held.id: False, free.id: True})
+            # history that no lock is part of: the watches are not told of it
+            for _ in range(3):
+                body = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"generateName": "history-"}}
+                path = "/api/v1/namespaces/default/configmaps"
+                await admin.request("create", path, resource="configmaps", body=body)
+            await asyncio.to_thread(cluster.compact)
+            assert began_anew() == 0
+            await asyncio.to_thread(cluster.move_api)
+            proxy.target = cluster.port
+            await asyncio.to_thread(cluster.end_old_api)
+            async with asyncio.timeout(PATIENCE_S):
+                while began_anew() < len(rig.nodes):  # noqa: ASYNC110 (a log has no event)
+                    await asyncio.sleep(0.1)
+            assert rig.attached(a, held)
+            assert rig.holders(held) == [a.name, a.name]
+            other = await rig.allocate(b, free)
+            assert other.response is not None, other.error
+            await a.until(RESOURCE, lambda devices: devices == {held.id: True, free.id: False})
+            for node, key in ((a, held), (b, free)):
+                await rig.end_pod(node, key)
+            for node in rig.nodes:
+                await node.until(RESOURCE, lambda devices: devices == {held.id: True, free.id: True})
+            assert rig.server.table.granted == 2
+            assert rig.server.violations == []

@@ -47,6 +47,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--lab-state", type=Path, help="with --nodes lab: the directory given to up.sh")
     group.addoption("--rounds", type=int, default=20, help="of the contested handover")
+    group.addoption("--outage-seconds", type=float, default=2 * LOCK_DURATION + 3, help="without the API server")
+    group.addoption("--soak-minutes", type=float, default=1.5, help="of pods that come and go")
+    group.addoption("--soak-seed", type=int, default=1, help="which pods these are")
     group.addoption("--keep", action="store_true", help="leave the plugin installed")
 
 

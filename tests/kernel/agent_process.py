@@ -1,4 +1,4 @@
-"""agent_process.py CONFIG DIRECTORY LEASES: one node's agent as a process that can be killed.
+"""agent_process.py CONFIG DIRECTORY LEASES: one node's agent as processes that can be killed; see plugin_spawner.
 
 CONFIG: a configuration file. DIRECTORY: the kubelet's, as agent_rig lays it out. LEASES: see lease_socket.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 from agent_rig import DOMAIN, NODE, plugin_directory, pod_resources_socket, real_driver
 from lease_socket import SocketLeases
 from opentelemetry.trace import NoOpTracer
+from plugin_spawner import serve
 
 from usbip_plugin.agent import Agent, Outside
 from usbip_plugin.clock import SystemClock
@@ -60,6 +61,6 @@ async def main(config: Path, directory: Path, leases: Path) -> None:
         await Agent(outside, load_config(config).config, domain=DOMAIN).run()
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and serve():
     set_up_logging("info", sys.stderr, json_lines=False)
     asyncio.run(main(*(Path(argument) for argument in sys.argv[1:4])))

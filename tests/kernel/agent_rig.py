@@ -40,7 +40,7 @@ POD = PodRef("default", "user")
 SERIAL, DISKS, FAST, KEYS = "serial", "disk", "fast", "keyboard"
 SERIAL_OF = {DISKS: DISK, FAST: DISK_SUPER, KEYS: KEYBOARD}
 FTDI = Selector(vendor=0x0403, product=0x6001)
-PATIENCE_S = 30.0  # for what must happen; the guest is emulated and slow
+PATIENCE_S = 120.0  # for what must happen; the guest is emulated, and slow on a busy machine
 STATUS_FILES = "devices/platform/vhci_hcd.0/status*"
 FREE = "004"
 USED = "006"

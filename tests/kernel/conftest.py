@@ -22,6 +22,7 @@ from usbipd import RealUsbipd  # noqa: E402
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("kernel")
     group.addoption("--kills", default="5", help="how often the plugin is killed at a random moment")
+    group.addoption("--soak-seconds", default="15", help="for how long devices are attached and detached")
     group.addoption("--kills-seed", default="1", help="which moments these are")
 
 

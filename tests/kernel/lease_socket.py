@@ -130,7 +130,10 @@ async def served(store: LeaseStore, path: Path) -> AsyncIterator[None]:
 
 
 async def _serve(store: LeaseStore, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    request = json.loads(await reader.readline())
+    line = await reader.readline()
+    if not line:
+        return  # killed before it could ask
+    request = json.loads(line)
     with contextlib.suppress(ConnectionError):
         try:
             if request["do"] == "watch":

@@ -1,4 +1,7 @@
-"""SIGKILL of the plugin at random moments of Allocate and release. --kills N of them; --kills-seed S repeats a run."""
+"""A plugin under load: killed at random moments of Allocate and release, and left to run.
+
+--kills N says how often, --kills-seed S repeats a run; --soak-seconds N says how long it is left to run.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import contextlib
 import random
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 from agent_rig import DISKS, DOMAIN, NODE, SERIAL, busy_rows, nodes_of, until_lease
@@ -21,6 +25,10 @@ LONGEST_LIFE_S = 4.0
 LEAST_WORK = 2
 REFUSED_S = 0.1
 RESOURCES = (SERIAL, DISKS)
+RECORDS = Path("/run/vhci_hcd")
+WARM_UP_S = 20.0
+MORE_FDS, MORE_THREADS, MORE_KIB = 2, 4, 3072
+"""A connection may be open; pools of threads fill as they are needed; Python keeps what its busiest moment took."""
 
 
 @dataclass(slots=True)
@@ -31,11 +39,12 @@ class Load:
     rng: random.Random
     running: dict[PodRef, str] = field(default_factory=dict)
     fates: Counter[str] = field(default_factory=Counter)
+    over: bool = False
     _count: int = 0
 
     async def run(self) -> None:
-        """Until cancelled, which may be in the middle of an admission."""
-        while True:
+        """Until over is set, or until cancelled, which may be in the middle of an admission."""
+        while not self.over:
             for name in self.rng.sample(RESOURCES, len(RESOURCES)):
                 await self.step(name)
 
@@ -95,11 +104,60 @@ async def test_a_plugin_killed_at_any_moment_loses_and_leaks_nothing(
                 await task
             kept(node, load)
         async with node.plugin():
-            for pod in list(load.running):
-                node.kubelet.end(pod)
-            for key in (*node.twins, node.disk):
-                if key.id in node.backend.leases:
-                    await until_lease(node.backend, key, lambda lease: lease is not None and lease.holder == "")
-            assert busy_rows() == ()
+            await all_released(node, load)
     print(f"{kills} kills, seed {seed}: {dict(load.fates)}")
     assert load.fates["admitted"] >= min(kills, LEAST_WORK)
+
+
+def held_by(pid: int) -> dict[str, int]:
+    """What a process has of the node: file descriptors, threads, KiB of memory."""
+    proc = Path(f"/proc/{pid}")
+    status = dict(line.split(":", 1) for line in (proc / "status").read_text().splitlines())
+    return {
+        "fds": len(list((proc / "fd").iterdir())),
+        "threads": int(status["Threads"]),
+        "KiB": int(status["VmRSS"].split()[0]),
+    }
+
+
+def records() -> list[str]:
+    """The files that say what stands on which port."""
+    return sorted(path.name for path in RECORDS.glob("port*"))
+
+
+async def all_released(node: Node, load: Load) -> None:
+    """The pods of the load end, and everything they had is let go."""
+    for pod in list(load.running):
+        node.kubelet.end(pod)
+    load.running.clear()
+    for key in (*node.twins, node.disk):
+        if key.id in node.backend.leases:
+            await until_lease(node.backend, key, lambda lease: lease is not None and lease.holder == "")
+    assert busy_rows() == ()
+    assert records() == []
+
+
+async def test_attaching_and_detaching_for_long_leaks_nothing(rig: KernelRig, request: pytest.FixtureRequest) -> None:
+    seconds = float(request.config.getoption("--soak-seconds"))
+    async with a_node(rig) as node, node.plugin() as pid:
+        load = Load(node, random.Random(1))
+
+        async def loaded(limit: float) -> None:
+            task = asyncio.create_task(load.run())
+            await asyncio.wait([task], timeout=limit)
+            if task.done():
+                task.result()
+            load.over = True  # the admission under way is finished
+            await task
+            load.over = False
+            await all_released(node, load)
+
+        await loaded(min(WARM_UP_S, seconds))
+        before = held_by(pid)
+        await loaded(seconds)
+        after = held_by(pid)
+        print(f"{seconds:g} s: {dict(load.fates)}, before {before}, after {after}")
+        assert load.fates["admitted"] >= LEAST_WORK
+        assert after["fds"] <= before["fds"] + MORE_FDS
+        assert after["threads"] <= before["threads"] + MORE_THREADS
+        assert after["KiB"] <= before["KiB"] + MORE_KIB

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import sys
 import tempfile
 from collections.abc import AsyncIterator
 from functools import partial
@@ -32,6 +31,7 @@ from agent_rig import (
 )
 from kernel_rig import KernelRig
 from lease_socket import served
+from plugin_spawner import Spawner
 from usbipd import eventually
 
 from usbip_plugin.clock import SystemClock
@@ -42,7 +42,6 @@ from usbip_plugin.model import DeviceKey
 from usbip_plugin.sim.device_manager import AdmissionError
 from usbip_plugin.sim.kubelet import FakeKubelet
 
-HERE = Path(__file__).parent
 HUBS = "devices/platform/vhci_hcd.*/usb*/authorized_default"
 OPEN = "1\n"
 CONFIG = """\
@@ -66,25 +65,18 @@ class Node:
         self.config.write_text(CONFIG.format(key=disk.server, disk=disk.busid))
         plugin_directory(directory).mkdir()
         self.kubelet = FakeKubelet(plugin_directory(directory), pod_resources_socket(directory))
+        self.spawner = Spawner((self.config, directory, self.leases))
 
     @contextlib.asynccontextmanager
-    async def plugin(self) -> AsyncIterator[None]:
-        """A plugin process, from when the kubelet knows all devices as Healthy; killed at the end of the block."""
+    async def plugin(self) -> AsyncIterator[int]:
+        """A plugin process, by its pid, from when the kubelet knows all devices as Healthy; killed at the end."""
         begun = len(self.kubelet.seen.lists)
-        arguments = (HERE / "agent_process.py", self.config, self.directory, self.leases)
-        environment = {**os.environ, "PYTHONPATH": str(HERE.parent.parent)}
-        process = await asyncio.create_subprocess_exec(sys.executable, *arguments, env=environment)
-        try:
+        async with self.spawner.plugin() as pid:
             async with asyncio.timeout(PATIENCE_S):
                 for resource, keys in ((SERIAL, self.twins), (DISKS, (self.disk,))):
                     await self.kubelet.wait_for(f"{DOMAIN}/{resource}", {key.id: True for key in keys}.__eq__)
             self.first_lists = dict(reversed(self.kubelet.seen.lists[begun:]))
-            yield
-            assert process.returncode is None
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
+            yield pid
 
     async def allocate_again(self) -> list[pb.ContainerAllocateResponse]:
         """What the kubelet asks for the next container of the same pod."""
@@ -96,7 +88,7 @@ class Node:
 async def a_node(rig: KernelRig) -> AsyncIterator[Node]:
     with tempfile.TemporaryDirectory(prefix="usbip-") as directory:
         node = Node(Path(directory), keys_of(rig.usbipd, SERIAL), keys_of(rig.usbipd, DISKS)[0])
-        async with node.kubelet, served(MemoryLeases(node.backend, SystemClock()), node.leases):
+        async with node.kubelet, served(MemoryLeases(node.backend, SystemClock()), node.leases), node.spawner:
             yield node
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
+import subprocess
 from collections.abc import Iterator
 
 import pytest
 from agent_rig import (
     DISKS,
+    KEYS,
     POD,
     SERIAL,
     advertised,
@@ -26,6 +29,7 @@ from agent_rig import (
     signal_usbipd,
     tty_of,
     until_health,
+    until_pod_noted,
     until_reason,
     until_released,
 )
@@ -33,7 +37,7 @@ from kernel_rig import KernelRig
 from silent_proxy import SilentProxy
 from usbipd import RealUsbipd
 
-from usbip_plugin.model import DeviceKey, Reason
+from usbip_plugin.model import DeviceKey, Reason, ServerKey
 
 SHORT_TIMEOUT_S = 4.0
 """allocateTimeout where an Allocate must run into it."""
@@ -106,6 +110,48 @@ async def test_a_frozen_server_delays_nobody_else(rig: KernelRig, second_usbipd:
         await until_released(world, twin)
         await until_health(node, {twin.id: True})
         assert (await allocate(node, SERIAL, twin)).devices
+
+
+@contextlib.contextmanager
+def frozen_host(server: ServerKey) -> Iterator[None]:
+    """Nothing comes to the server and nothing from it, not even what its kernel would answer."""
+    for module in ("nf_tables", "nft_compat", "xt_tcpudp"):
+        subprocess.run(["modprobe", module], check=True)
+    rules = [
+        ["INPUT", "-i", "lo", "-p", "tcp", f"--{end}", str(server.port), "-j", "DROP"] for end in ("dport", "sport")
+    ]
+    for rule in rules:
+        subprocess.run(["iptables", "-I", *rule], check=True)
+    try:
+        yield
+    finally:
+        for rule in rules:
+            subprocess.run(["iptables", "-D", *rule], check=True)
+
+
+async def test_a_frozen_host_is_found_out_by_keepalive_and_its_device_stays_locked(
+    rig: KernelRig, second_usbipd: RealUsbipd
+) -> None:
+    usbipd = rig.usbipd
+    (disk,), (keyboard,) = keys_of(second_usbipd, DISKS), keys_of(usbipd, KEYS)
+    config = config_of(usbipd, KEYS, DISKS, servers={DISKS: second_usbipd.key})
+    async with agent_with(config, keyboard, disk) as world:
+        node = on(world)
+        await node.admit(POD, {KEYS: 1})
+        await until_pod_noted(world.backend, keyboard)
+        epoch = world.backend.leases[keyboard.id].transitions
+        with frozen_host(usbipd.key):
+            await until_reason(node, keyboard, Reason.LOST)
+            assert busy_rows() == ()
+            assert (await allocate(node, DISKS, disk)).devices
+        # the host has heard nothing of all that, and usbipd sets no keepalive: to it the old connection stands
+        await until_reason(node, keyboard, Reason.LOST)
+        assert not usbipd.is_free(keyboard.busid)
+        usbipd.drop(keyboard.busid)
+        await until_health(node, {keyboard.id: True})
+        lock = world.backend.leases[keyboard.id]
+        assert (lock.holder, lock.transitions) == (node.name, epoch), "the same lock all along"
+        await end(world, POD, keyboard)
 
 
 async def test_a_silent_connection_ends_within_the_timeout(rig: KernelRig) -> None:

@@ -1,23 +1,114 @@
-"""The agent on a node whose port table is full. The last of its kind: what fills the table stalls hubs for seconds."""
+"""The agent on a node whose port table is full. The last of its kind: what fills it may stall hubs for seconds."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
 from agent_rig import (
     DISKS,
+    FAST,
+    POD,
+    STATUS_FILES,
     agent_with,
     attach_by_hand,
     busy_rows,
     config_of,
+    end,
     keys_of,
+    nodes_of,
     on,
     refusal,
     until_health,
     until_reason,
     until_released,
+    used,
 )
-from kernel_rig import TWINS, KernelRig
+from kernel_rig import LIMIT_S, TWINS, KernelRig
 
-from usbip_plugin.model import Reason
+from usbip_plugin.model import DeviceKey, PodRef, Reason, UsbId
+from usbip_plugin.sim.server import VirtualServer
+from usbip_plugin.sim.usbdevice import HIGH_SPEED, SUPER_SPEED, VirtualDevice
+from usbip_plugin.vhci.access import write_sysfs
+from usbip_plugin.vhci.sysfs import PortStatus, format_attach
+
+PORTS = 240
+"""Of the guest's kernel: 8 controllers of 15 high-speed and 15 SuperSpeed ports."""
+CONTROLLER = Path("/sys/devices/platform/vhci_hcd.0")
+SPEED = {"hs": HIGH_SPEED, "ss": SUPER_SPEED}
+ENUMERATED_S = 240.0
+STICK = UsbId(0x0951, 0x1666)
+OTHER_POD = PodRef("default", "other")
+
+
+@contextlib.asynccontextmanager
+async def all_ports_taken(rig: KernelRig) -> AsyncIterator[None]:
+    """A virtual device on every free port of every controller, attached past the plugin and enumerated."""
+    free = [port for port in await rig.plugin().ports() if port.status is PortStatus.NULL]
+    sticks = {port.number: VirtualDevice(f"9-{port.number}", STICK, speed=SPEED[port.hub]) for port in free}
+    server = VirtualServer(sticks.values(), reset_time=0)
+    await server.start()
+    try:
+        for number, stick in sticks.items():
+            imported = await rig.client.import_device(DeviceKey(server.key, stick.busid), timeout=LIMIT_S)
+            text = format_attach(number, imported.sock.fileno(), imported.descriptor.devid, stick.speed)
+            await asyncio.to_thread(write_sysfs, CONTROLLER / "attach", text)
+            imported.close()
+        async with asyncio.timeout(ENUMERATED_S):
+            while len(used()) < PORTS:  # noqa: ASYNC110 (a uevent comes before the row says so)
+                await asyncio.sleep(0.5)
+        yield
+        await rig.clean()
+    finally:
+        await server.stop()
+
+
+def controllers() -> int:
+    """How many there are: each has a status file."""
+    return len(list(Path("/sys").glob(STATUS_FILES)))
+
+
+def rows_by_number() -> dict[int, list[str]]:
+    """The fields of each row in use: hub, port, status, speed, device, socket, local bus id."""
+    return {int(fields[1]): fields for fields in (row.split() for row in busy_rows())}
+
+
+async def test_with_all_ports_of_all_controllers_in_use_every_device_says_so_until_one_is_free(rig: KernelRig) -> None:
+    usbipd = rig.usbipd
+    disk, fast = keys_of(usbipd, DISKS)[0], keys_of(usbipd, FAST)[0]
+    async with all_ports_taken(rig):
+        rows = rows_by_number()
+        assert sorted(rows) == list(range(PORTS))
+        assert controllers() == 8
+        seen = {
+            port.number: [port.hub, port.status, port.speed, port.devid, port.local_busid]
+            for port in await rig.plugin().ports()
+        }
+        assert seen == {n: [r[0], PortStatus.USED, int(r[3]), int(r[4], 16), r[6]] for n, r in rows.items()}
+        assert {r[0]: int(r[3]) for r in rows.values()} == SPEED
+        assert len({r[6] for r in rows.values()}) == PORTS, "each is another device"
+        async with agent_with(config_of(usbipd, DISKS, FAST)) as world:
+            node = on(world)
+            for resource, key, hub in ((DISKS, disk, "hs"), (FAST, fast, "ss")):
+                await until_reason(node, key, Reason.NO_PORT)
+                assert f"all {PORTS // 2} {hub} ports of vhci_hcd are in use" in await refusal(node, resource, key)
+                await until_released(world, key)
+            assert rows_by_number() == rows
+            for resource, key, hub, pod in ((DISKS, disk, "hs", POD), (FAST, fast, "ss", OTHER_POD)):
+                # somewhere in the middle
+                freed = [number for number, fields in rows.items() if fields[0] == hub][50]
+                usbipd.usbip("detach", "-p", str(freed))
+                await until_health(node, {key.id: True})
+                assert nodes_of((await node.admit(pod, {resource: 1}))["app", node.resource(resource)])
+                now = rows_by_number()
+                assert now.pop(freed)[0] == hub
+                del rows[freed]
+                assert {n: fields for n, fields in now.items() if n in rows} == rows
+            await end(world, POD, disk)
+            await end(world, OTHER_POD, fast)
+            assert rows_by_number() == rows
 
 
 async def test_a_full_port_table_is_said_and_ends_when_a_port_is_free(rig: KernelRig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Mapping
 
@@ -22,6 +23,7 @@ class Metrics:
         label = ("resource",)
         self._available = self._gauge("usbip_device_plugin_available_devices", "Devices offered as healthy.", label)
         self._attached = self._gauge("usbip_device_plugin_attached_devices", "Devices attached to this node.", label)
+        self._gauge("usbip_device_plugin_tasks", "asyncio tasks of the process.", ()).set_function(_tasks)
         self._allocations = self._counter(
             "usbip_device_plugin_allocations", "Containers that were given their devices.", label
         )
@@ -86,3 +88,11 @@ class Metrics:
     def _counter(self, name: str, text: str, labels: tuple[str, ...]) -> Counter:
         """Exported with the suffix _total."""
         return Counter(name, text, labels, registry=self.registry)
+
+
+def _tasks() -> int:
+    """0 where no loop runs."""
+    try:
+        return len(asyncio.all_tasks())
+    except RuntimeError:
+        return 0

@@ -1,7 +1,7 @@
-"""Virtual USB devices: enough of USB 2.0 chapter 9 that a real vhci_hcd enumerates them.
+"""Virtual USB devices: enough of USB 2.0 chapter 9 that a real vhci_hcd enumerates them, of high speed or SuperSpeed.
 
-Two kinds, both of vendor class unless told otherwise. A stick has an identity and no endpoints. An echo sends back on
-bulk endpoint 0x81 what came in on 0x01.
+Two kinds, both of vendor class unless told otherwise. A stick has an identity and no endpoints. An echo, of high speed
+only, sends back on bulk endpoint 0x81 what came in on 0x01.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from usbip_plugin.usbip import urb
 from usbip_plugin.usbip.protocol import Decoding, ProtocolViolation
 
 VENDOR_CLASS = InterfaceClass(0xFF, 0, 0)
-HIGH_SPEED = 3
+HIGH_SPEED, SUPER_SPEED = 3, 5
 _LANGUAGE = 0x0409
 _BULK_BYTES = 512
-_BCD_USB = 0x0200
+_BCD_USB, _BCD_USB_SUPER = 0x0200, 0x0300
+_MAX_PACKET_0, _MAX_PACKET_0_SUPER = 64, 9
+"""Of endpoint 0: in bytes, and for SuperSpeed as a power of two."""
 _BCD_DEVICE = 0x0100
 _MANUFACTURER, _PRODUCT, _SERIAL = 1, 2, 3
 _GET_STATUS, _CLEAR_FEATURE, _SET_FEATURE, _GET_DESCRIPTOR, _GET_CONFIGURATION, _SET_CONFIGURATION = 0, 1, 3, 6, 8, 9
@@ -72,7 +74,9 @@ class VirtualDevice:
         if kind == 1:
             ids = struct.pack("<HHH", real.vendor, real.product, _BCD_DEVICE)
             serial = _SERIAL if self.serial else 0
-            head = struct.pack("<BBHBBBB", 18, 1, _BCD_USB, 0, 0, 0, 64)
+            fast = self.speed >= SUPER_SPEED
+            version, packet = (_BCD_USB_SUPER, _MAX_PACKET_0_SUPER) if fast else (_BCD_USB, _MAX_PACKET_0)
+            head = struct.pack("<BBHBBBB", 18, 1, version, 0, 0, 0, packet)
             return head + ids + bytes([_MANUFACTURER, _PRODUCT, serial, 1])
         if kind == 2 and index == 0:
             bulk = b"".join(struct.pack("<BBBBHB", 7, 5, address, 2, _BULK_BYTES, 0) for address in (0x81, 0x01))

@@ -60,5 +60,5 @@ if [ -e /sys/class/net/usbiplab0 ]; then
   ip link delete usbiplab0
 fi
 awk -v at="$state/" 'index($2, at) == 1 {print $2}' /proc/self/mounts | sort -r | while read -r mounted; do umount -l "$mounted"; done
-rm -rf "$state"/etcd "$state"/certs "$state"/*.pid "$state"/*.token "$state"/tokens.csv "$state"/sa.key "$state"/*.kubeconfig \
+rm -rf "$state"/etcd "$state"/certs "$state"/*.{pid,command} "$state"/*.token "$state"/tokens.csv "$state"/sa.key "$state"/*.kubeconfig \
   "$state"/node-*/{kubelet,containerd,containerd.run,containerd.sock*,certs,cdi,vhci,devbus,netns,ipam,*.pid,kubeconfig}

@@ -42,22 +42,33 @@ control_plane() {
     --token-auth-file="$STATE/tokens.csv" --authorization-mode=Node,RBAC --enable-admission-plugins=NodeRestriction \
     --cert-dir="$STATE/certs" --service-cluster-ip-range=10.96.0.0/16 --bind-address="$address" --secure-port="$port" \
     --allow-privileged --kubelet-preferred-address-types=InternalIP
-  for _ in $(seq "$READY_TENTHS"); do
-    "$BIN/kubectl" --kubeconfig "$STATE/admin.kubeconfig" get --raw /readyz >/dev/null 2>&1 && break
-    sleep .1
-  done
-  "$BIN/kubectl" --kubeconfig "$STATE/admin.kubeconfig" get --raw /readyz >/dev/null
+  apiserver_ready
   _background scheduler kube-scheduler --kubeconfig "$STATE/scheduler.kubeconfig" --leader-elect=false --secure-port 0
   _background manager kube-controller-manager --kubeconfig "$STATE/manager.kubeconfig" --leader-elect=false --secure-port 0 \
     --service-account-private-key-file="$STATE/sa.key" --use-service-account-credentials \
     --root-ca-file="$STATE/certs/apiserver.crt"
 }
 
-_background() { # _background NAME COMMAND...
+apiserver_ready() {
+  for _ in $(seq "$READY_TENTHS"); do
+    "$BIN/kubectl" --kubeconfig "$STATE/admin.kubeconfig" get --raw /readyz >/dev/null 2>&1 && break
+    sleep .1
+  done
+  "$BIN/kubectl" --kubeconfig "$STATE/admin.kubeconfig" get --raw /readyz >/dev/null
+}
+
+_background() { # _background NAME COMMAND...: with NAME.command for `again`
   local name=$1
   shift
-  nohup "$BIN/$1" "${@:2}" >"$STATE/$name.log" 2>&1 </dev/null 9>&- &
-  echo $! >"$STATE/$name.pid"
+  printf '%q ' "$BIN/$1" "${@:2}" >"$STATE/$name.command"
+  again "$name"
+}
+
+again() { # again NAME: starts a part of the control plane as it was started before
+  local command
+  eval "command=($(cat "$STATE/$1.command"))"
+  nohup "${command[@]}" >>"$STATE/$1.log" 2>&1 </dev/null 9>&- &
+  echo $! >"$STATE/$1.pid"
 }
 
 # pause_image: STATE/pause.tar, what a pod's namespaces are held by

@@ -1,0 +1,111 @@
+"""The plugin's process on a node, looked at from outside of it and without the API server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import urllib.request
+from dataclasses import dataclass
+from typing import Any
+
+from kubectl import Kubectl
+from nodes import PLUGIN, Nodes
+
+PORT = 13240
+LIMIT_S = 30.0
+MIB = 2**20
+_TASKS = re.compile(r"^usbip_device_plugin_tasks (\S+)$", re.MULTILINE)
+_ATTACHED = re.compile(r"^usbip_device_plugin_attached_devices\{[^}]*\} (\S+)$", re.MULTILINE)
+# cgroup v1 has the memory controller in a tree of its own, v2 all in one
+_LOOK = """
+set -e
+awk '$1 == "Threads:" {print "threads", $2} $1 == "VmRSS:" {print "rss", $2 * 1024}' "/proc/$1/status"
+echo fds $(ls "/proc/$1/fd" | wc -l)
+group=$(sed -n 's/^[0-9]*:memory://p' "/proc/$1/cgroup")
+if [ -n "$group" ]; then
+  cd "/sys/fs/cgroup/memory$group"
+  echo current $(cat memory.usage_in_bytes); echo peak $(cat memory.max_usage_in_bytes)
+  echo limit $(cat memory.limit_in_bytes)
+  awk '$1 == "total_inactive_file" {print "inactive", $2}' memory.stat
+else
+  cd "/sys/fs/cgroup$(sed -n 's/^0:://p' "/proc/$1/cgroup")"
+  echo current $(cat memory.current); echo peak $(cat memory.peak || echo 0); echo limit $(cat memory.max)
+  awk '$1 == "inactive_file" {print "inactive", $2}' memory.stat
+fi
+"""
+
+
+class Pages:
+    """The plugin's HTTP pages on a node."""
+
+    def __init__(self, address: str) -> None:
+        self._base = f"http://{address}:{PORT}"
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    async def get(self, path: str) -> str:
+        """OSError when there is no answer within LIMIT_S."""
+
+        def ask() -> str:
+            with self._opener.open(self._base + path, timeout=LIMIT_S) as answer:
+                text: str = answer.read().decode()
+            return text
+
+        return await asyncio.to_thread(ask)
+
+    async def devices(self) -> list[dict[str, Any]]:
+        """The rows of /api/devices."""
+        rows: list[dict[str, Any]] = json.loads(await self.get("/api/devices"))
+        return rows
+
+    async def attached(self) -> int:
+        """How many devices are attached, over all resources."""
+        return int(sum(float(count) for count in _ATTACHED.findall(await self.get("/metrics"))))
+
+    async def tasks(self) -> int:
+        (count,) = _TASKS.findall(await self.get("/metrics"))
+        return int(float(count))
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a plugin has of the node. Memory in MiB: rss of the process; of its cgroup the working set, which is what
+    the kubelet goes by, the most there ever was, page cache included, and the limit.
+    """
+
+    pid: int
+    fds: int
+    threads: int
+    tasks: int
+    rss: float
+    working_set: float
+    peak: float
+    limit: float
+
+
+def addresses(kubectl: Kubectl) -> dict[str, str]:
+    """{node: its address}."""
+    return {
+        node["metadata"]["name"]: one["address"]
+        for node in kubectl.items("nodes")
+        for one in node["status"]["addresses"]
+        if one["type"] == "InternalIP"
+    }
+
+
+async def usage(nodes: Nodes, node: str, pages: Pages) -> Usage:
+    """Of the one plugin on the node. ValueError if it is not there, or not alone."""
+    tasks = await pages.tasks()
+    (pid,) = await asyncio.to_thread(nodes.pids, node, PLUGIN)
+    said = await asyncio.to_thread(nodes.run, node, "sh", "-c", _LOOK, "sh", str(pid))
+    found = {name: int(number) for name, number in (line.split() for line in said.splitlines())}
+    return Usage(
+        pid=pid,
+        fds=found["fds"],
+        threads=found["threads"],
+        tasks=tasks,
+        rss=found["rss"] / MIB,
+        working_set=(found["current"] - found["inactive"]) / MIB,
+        peak=found["peak"] / MIB,
+        limit=found["limit"] / MIB,
+    )

@@ -1,0 +1,120 @@
+"""Pods that come and go at random, and what disturbs them: see test_soak.py."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import random
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from cluster import ClusterView, Object, failed
+from conftest import COUNTS, Place
+from workloads import pod, pod_spec
+
+WORKERS = 4
+LONGEST_LIFE_S = 8.0
+DELETED = 0.3
+"""The share of pods that do not end by themselves but are deleted, at any moment from their creation on."""
+POD_LIMIT_S = 240.0
+"""For a pod to be placed, run and gone: longer than what a restarted plugin, or three pods before it, may take."""
+# exits with 1 if the device does not give what it should, before or after the wait
+_SCRIPT = """
+trap 'exit 0' TERM
+look() {{ for n in $(seq 0 {last}); do
+  eval "device=\\$USBIP_{name}_${{n}}_DEVICE"; [ "$(head -c 4 "$device" | wc -c)" -eq 4 ] || exit 1
+done; }}
+look; sleep {life} & wait $!; look
+"""
+REFUSED = ("UnexpectedAdmissionError", "OutOf")
+"""Reasons of a pod that a kubelet did not let in: no container of it ever ran."""
+
+
+@dataclass
+class Tally:
+    """How pods ended: ran, deleted, refused (with the kubelet's reason)."""
+
+    ends: Counter[str] = field(default_factory=Counter)
+    messages: Counter[str] = field(default_factory=Counter)
+    failed: list[str] = field(default_factory=list)
+    """Pods whose container failed: their device was not what it should be."""
+
+    @property
+    def total(self) -> int:
+        return self.ends.total()
+
+
+class Load:
+    """WORKERS pods at a time, each of a random resource, count, node and length of life."""
+
+    def __init__(self, cluster: ClusterView, image: str, place: Place, rng: random.Random) -> None:
+        self._cluster, self._image, self._rng = cluster, image, rng
+        self._places = (place.a, place.b, None)
+        self._count = 0
+        self.tally = Tally()
+
+    async def run(self, go_on: Callable[[], bool]) -> None:
+        """While go_on() holds; returns when the last pods are gone."""
+        async with asyncio.TaskGroup() as group:
+            for _ in range(WORKERS):
+                group.create_task(self._worker(go_on))
+
+    async def _worker(self, go_on: Callable[[], bool]) -> None:
+        while go_on():
+            self._count += 1
+            await self._one(f"soak-{self._count}")
+
+    async def _one(self, name: str) -> None:
+        rng = self._rng
+        resource = rng.choice(sorted(COUNTS))
+        count, life = rng.randint(1, COUNTS[resource]), rng.uniform(0, LONGEST_LIFE_S)
+        spec = pod_spec(self._image, resource, count, node=rng.choice(self._places))
+        spec["restartPolicy"] = "Never"
+        script = _SCRIPT.format(last=count - 1, name=resource.upper(), life=f"{life:.1f}")
+        spec["containers"][0]["command"] = ["sh", "-c", script]
+        deleted = rng.random() < DELETED
+        await self._cluster.create("pods", pod(name, spec))
+        if deleted:
+            await asyncio.sleep(rng.uniform(0, LONGEST_LIFE_S))
+            one = await self._cluster.get("pods", name)
+            end = self._judge(one) if failed(one) else "deleted"
+        else:
+            end = self._judge(await self._cluster.pod(name, _over, "over", limit=POD_LIMIT_S))
+        await self._cluster.delete("pods", name, grace=rng.choice((1, 5)))
+        await self._cluster.gone(name, limit=POD_LIMIT_S)
+        self.tally.ends[end] += 1
+
+    def _judge(self, one: Object) -> str:
+        status: dict[str, Any] = one["status"]
+        if status["phase"] == "Succeeded":
+            return "ran"
+        reason, message = str(status.get("reason", "")), str(status.get("message", ""))
+        if reason.startswith(REFUSED):
+            self.tally.messages[f"{reason}: {message[:160]}"] += 1
+            return "refused"
+        self.tally.failed.append(f"{one['metadata']['name']}: {reason} {message} {status.get('containerStatuses')}")
+        return "failed"
+
+
+def _over(one: Object) -> bool:
+    return one["status"].get("phase") in {"Succeeded", "Failed"}
+
+
+async def disturb(
+    what: Sequence[tuple[str, Callable[[], Awaitable[None]]]], every: float, rng: random.Random, stop: asyncio.Event
+) -> Counter[str]:
+    """These in turn, with a pause of about `every` seconds before each, until stop is set; one that has begun is
+    finished. How often each was done.
+    """
+    done: Counter[str] = Counter()
+    for name, action in itertools.cycle(what):
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(rng.uniform(0.5, 1.5) * every):
+                await stop.wait()
+            break
+        await action()
+        done[name] += 1
+    return done

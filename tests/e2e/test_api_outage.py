@@ -1,0 +1,170 @@
+"""The API server away for longer than any lock lasts, while pods use their devices (rule R7).
+
+--outage-seconds says for how long: a little more than twice the locks' duration by default, 300 for `make test-outage`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import grpc
+import grpc.aio
+import pytest
+from cluster import NAMESPACE, ClusterView, Object, holder, is_lock
+from conftest import SERVER_PORT, Place
+from kubectl import Kubectl
+from nodes import LabNodes, Nodes
+from plugin_process import Pages, addresses
+from test_restarts import identity, plugin_on
+from workloads import pod, pod_spec
+
+from usbip_plugin.kubelet import deviceplugin_pb2 as pb
+from usbip_plugin.kubelet.deviceplugin_pb2_grpc import DevicePluginStub
+from usbip_plugin.model import Reason
+
+WITHDRAWN_S = 60.0
+"""For the grace of 15 s, and what a watch takes to notice on a busy machine."""
+ALLOCATE_S = 30.0
+LOOK_S = 1.0
+ESTABLISHED = "01"
+# one line for each 4 bytes that the device gave
+READ_ON = """
+trap 'exit 0' TERM
+while n=$(head -c 4 "$USBIP_{name}_0_DEVICE" | wc -c) && [ "$n" -eq 4 ]; do echo "read $n"; sleep 1 & wait $!; done
+echo failed
+"""
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node that is asked directly: the API server may be away."""
+
+    name: str
+    lab: LabNodes
+    pages: Pages
+
+    def imports(self) -> frozenset[str]:
+        """The TCP connections from here to the USB/IP server that stand, by their local address."""
+        rows = [line.split() for line in self.lab.run(self.name, "cat", "/proc/net/tcp").splitlines()[1:]]
+        return frozenset(row[1] for row in rows if row[3] == ESTABLISHED and row[2].endswith(f":{SERVER_PORT:04X}"))
+
+    def readings(self, pod_name: str) -> int:
+        """How often the pod has read its device. It has not failed to."""
+        said = self.lab.pod_log(self.name, NAMESPACE, pod_name)
+        assert "failed" not in said
+        return sum(line.startswith("read") for line in said)
+
+    async def until_devices(self, so: Callable[[list[Mapping[str, object]]], bool], limit: float) -> None:
+        """TimeoutError if the plugin's devices are not so within limit seconds."""
+        async with asyncio.timeout(limit):
+            while not so([dict(row) for row in await self.pages.devices()]):  # noqa: ASYNC110 (a page has no event)
+                await asyncio.sleep(LOOK_S)
+
+    async def until_read_on(self, pod_name: str, more: int = 2) -> None:
+        """The pod goes on reading from now."""
+        before = self.readings(pod_name)
+        async with asyncio.timeout(WITHDRAWN_S):
+            while self.readings(pod_name) < before + more:  # noqa: ASYNC110 (nor has a file)
+                await asyncio.sleep(LOOK_S)
+
+    async def refusal(self, resource: str, device_id: str) -> str:
+        """The message of an Allocate that must fail, asked for as the kubelet would."""
+        (socket,) = self.lab.plugin_sockets(self.name, resource)
+        request = pb.AllocateRequest(container_requests=[pb.ContainerAllocateRequest(devices_ids=[device_id])])
+        async with grpc.aio.insecure_channel(f"unix:{socket}") as channel:
+            try:
+                answer = await DevicePluginStub(channel).Allocate(request, timeout=ALLOCATE_S)
+            except grpc.aio.AioRpcError as error:
+                return error.details() or ""
+        raise AssertionError(f"{device_id} was given away: {answer}")
+
+
+@pytest.fixture
+def lab(nodes: Nodes) -> Iterator[LabNodes]:
+    """The API server runs again after the test, whatever it came to."""
+    if not isinstance(nodes, LabNodes):
+        pytest.skip("stops the API server: --nodes lab")
+    try:
+        yield nodes
+    finally:
+        nodes.start_api_server()
+
+
+def reasons(rows: list[Mapping[str, object]]) -> dict[str, set[object]]:
+    """{resource without its domain: the reasons of its devices}."""
+    found: dict[str, set[object]] = {}
+    for row in rows:
+        found.setdefault(str(row["resource"]).partition("/")[2], set()).add(row["reason"])
+    return found
+
+
+async def test_without_the_api_server_pods_go_on_nothing_new_is_given_and_all_is_well_on_its_return(
+    cluster: ClusterView,
+    kubectl: Kubectl,
+    image: str,
+    place: Place,
+    lab: LabNodes,
+    pytestconfig: pytest.Config,
+) -> None:
+    seconds = float(pytestconfig.getoption("--outage-seconds"))
+    where = addresses(kubectl)
+    a, b = (Node(name, lab, Pages(where[name])) for name in (place.a, place.b))
+    for node, name, resource, count in ((a, "keeper", "solo", 1), (b, "other", "pair", 2)):
+        spec = pod_spec(image, resource, count, node=node.name)
+        spec["containers"][0]["command"] = ["sh", "-c", READ_ON.format(name=resource.upper())]
+        await cluster.create("pods", pod(name, spec))
+    before = [await identity(cluster, name, node.name) for node, name in ((a, "keeper"), (b, "other"))]
+    plugins = [(await plugin_on(cluster, node.name))["metadata"]["uid"] for node in (a, b)]
+    imports = (a.imports(), b.imports())
+    assert [len(one) for one in imports] == [1, 2]
+
+    began = asyncio.get_running_loop().time()
+    await asyncio.to_thread(lab.stop_api_server)
+    away, attached = Reason.API_UNREACHABLE.value, Reason.ATTACHED.value
+    await a.until_devices(
+        lambda rows: reasons(rows) == {"solo": {attached}, "pair": {away}, "jobs": {away}}, WITHDRAWN_S
+    )
+    await b.until_devices(
+        lambda rows: reasons(rows) == {"solo": {away}, "pair": {attached}, "jobs": {away}}, WITHDRAWN_S
+    )
+    (free, _) = [str(row["id"]) for row in await a.pages.devices() if str(row["resource"]).endswith("/jobs")]
+    for node in (a, b):
+        assert "cannot lock" in await node.refusal("jobs", free)
+    await asyncio.sleep(max(0.0, began + seconds - asyncio.get_running_loop().time()))  # the outage itself
+    for node, name in ((a, "keeper"), (b, "other")):
+        await node.until_read_on(name)
+    assert (a.imports(), b.imports()) == imports
+    sessions = await _sessions_after(cluster, lab)
+    assert sessions >= {place.a, place.b}
+
+    assert [await identity(cluster, name, node.name) for node, name in ((a, "keeper"), (b, "other"))] == before
+    assert [(await plugin_on(cluster, node.name))["metadata"]["uid"] for node in (a, b)] == plugins
+    for node, held, others in ((a, {"solo"}, {"pair"}), (b, {"pair"}, {"solo"})):
+        wanted = {name: {attached} for name in held} | {name: {Reason.HELD_ELSEWHERE.value} for name in others}
+        await node.until_devices(lambda rows, w=wanted: reasons(rows) == w | {"jobs": {Reason.FREE.value}}, WITHDRAWN_S)  # type: ignore[misc]
+    await cluster.create("pods", pod("new", pod_spec(image, "jobs", node=place.b)))
+    await cluster.running("new")
+    assert (a.imports(), len(b.imports() - imports[1])) == (imports[0], 1)
+    for node, name in ((a, "keeper"), (b, "other")):
+        await node.until_read_on(name)
+
+
+async def _sessions_after(cluster: ClusterView, lab: LabNodes) -> set[str]:
+    """The API server comes back; the nodes whose session has been renewed since."""
+    await asyncio.to_thread(lab.start_api_server)
+    seen: dict[str, str] = {}
+
+    def renewed(leases: Mapping[str, Object]) -> set[str] | None:
+        for lease in leases.values():
+            if not is_lock(lease) and holder(lease):
+                seen.setdefault(holder(lease), lease["metadata"]["resourceVersion"])
+        found = {
+            holder(lease)
+            for lease in leases.values()
+            if not is_lock(lease) and holder(lease) and lease["metadata"]["resourceVersion"] != seen[holder(lease)]
+        }
+        return found if found == set(seen) else None
+
+    return await cluster.until("leases", renewed, "every session renewed")

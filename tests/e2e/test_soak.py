@@ -1,0 +1,197 @@
+"""Pods that come and go for minutes, plugins and kubelets that restart meanwhile: nothing is lost, nothing leaks.
+
+--soak-minutes says how many; `make soak MINUTES=30` is the long form. The plugin on node a lives through all of it, the
+one on node b is killed and deleted now and then, and both kubelets are restarted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from cluster import PLUGIN_NAMESPACE, ClusterView, Object, is_lock
+from conftest import DEVICES, RESULTS, SERVER_PORT, Place
+from figures import Figures
+from kubectl import Kubectl
+from nodes import PLUGIN, Nodes
+from plugin_process import Pages, Usage, addresses, usage
+from soak_load import Load, disturb
+from test_restarts import plugin_on, restarted
+
+WARM_UP_PODS = 12
+LEAST_PODS = 20
+SAMPLE_S = 5.0
+IDLE_S = 15.0
+"""Quiet before the first measurement: what only seems to be needed is gone then."""
+SETTLE_S = 90.0
+"""For what ends by itself when nothing happens any more: idle connections, threads of a pool."""
+DISTURBANCES = 20
+SHORTEST_PAUSE_S = 20.0
+# Idle to idle, so that nothing depends on how busy the machine is.
+MORE_FDS = 4
+"""The API client keeps a few connections open, more or less of them from time to time."""
+MORE_THREADS = 4
+"""gRPC and asyncio fill their pools of threads as they are needed, and their pools are bounded."""
+MORE_TASKS = 2
+"""A poll may just be under way."""
+MORE_RSS_MIB = 4.0
+"""Python gives little back: what the busiest moment needed stays. A leak of 10 KiB for each of 400 pods is above it."""
+LIMIT_SHARE = 0.95
+
+
+async def settled(nodes: Nodes, node: str, pages: Pages, before: Usage) -> Usage:
+    """The plugin's usage when all is quiet: not above before, as soon as that is so, or after SETTLE_S."""
+    deadline = time.monotonic() + SETTLE_S
+    while _more(before, now := await usage(nodes, node, pages)) and time.monotonic() < deadline:  # noqa: ASYNC110 (/proc has no event)
+        await asyncio.sleep(SAMPLE_S)
+    return now
+
+
+def _more(before: Usage, now: Usage) -> dict[str, tuple[float, float]]:
+    """What is more than its bound allows: {name: (before, now)}."""
+    bounds = {"fds": MORE_FDS, "threads": MORE_THREADS, "tasks": MORE_TASKS, "rss": MORE_RSS_MIB}
+    old, new = asdict(before), asdict(now)
+    return {name: (old[name], new[name]) for name, more in bounds.items() if new[name] > old[name] + more}
+
+
+async def imports(nodes: Nodes, node: str) -> int:
+    """How many connections to the USB/IP server stand on the node, which is how many ports are in use."""
+    table = await asyncio.to_thread(nodes.run, node, "cat", "/proc/net/tcp")
+    rows = [line.split() for line in table.splitlines()[1:]]
+    return sum(row[3] == "01" and row[2].endswith(f":{SERVER_PORT:04X}") for row in rows)
+
+
+def by_tenths(samples: list[Usage]) -> dict[str, list[float]]:
+    """A tenth at a time: the medians of what was sampled under load."""
+    size = max(1, len(samples) // 10)
+    parts = [samples[at : at + size] for at in range(0, len(samples), size)]
+    return {
+        name: [round(statistics.median(getattr(one, name) for one in part), 1) for part in parts]
+        for name in ("fds", "threads", "tasks", "rss", "working_set")
+    }
+
+
+async def test_pods_coming_and_going_leak_nothing(
+    cluster: ClusterView,
+    kubectl: Kubectl,
+    nodes: Nodes,
+    image: str,
+    place: Place,
+    figures: Figures,
+    pytestconfig: pytest.Config,
+) -> None:
+    seconds = 60 * float(pytestconfig.getoption("--soak-minutes"))
+    rng = random.Random(int(pytestconfig.getoption("--soak-seed")))
+    where = addresses(kubectl)
+    pages = Pages(where[place.a])
+    load = Load(cluster, image, place, rng)
+
+    async def kubelet_a() -> None:
+        await asyncio.to_thread(nodes.restart_kubelet, place.a)
+
+    async def kubelet_b() -> None:
+        await asyncio.to_thread(nodes.restart_kubelet, place.b)
+
+    async def kill_b() -> None:
+        before = await plugin_on(cluster, place.b)
+        await asyncio.to_thread(nodes.kill, place.b, PLUGIN)
+        await restarted(cluster, before)
+
+    async def delete_b() -> None:
+        # a new pod: the kubelet starts the next one at once, however often the last was killed
+        old = (await plugin_on(cluster, place.b))["metadata"]["name"]
+        await asyncio.to_thread(kubectl, "delete", "pod", "-n", PLUGIN_NAMESPACE, old)
+        await cluster.settled()
+
+    disturbances = (
+        ("plugin b killed", kill_b),
+        ("kubelet a restarted", kubelet_a),
+        ("plugin b deleted", delete_b),
+        ("kubelet b restarted", kubelet_b),
+    )
+    samples: list[Usage] = []
+    stop = asyncio.Event()
+
+    async def sample() -> None:
+        while True:
+            samples.append(await usage(nodes, place.a, pages))
+            await asyncio.sleep(SAMPLE_S)
+
+    await load.run(lambda: load.tally.total < WARM_UP_PODS)
+    await cluster.unlocked()
+    await asyncio.sleep(IDLE_S)
+    before = await usage(nodes, place.a, pages)
+
+    until = time.monotonic() + seconds
+    async with asyncio.TaskGroup() as group:
+        sampling = group.create_task(sample())
+        pause = max(SHORTEST_PAUSE_S, seconds / DISTURBANCES)
+        disturbing = group.create_task(disturb(disturbances, pause, rng, stop))
+        await load.run(lambda: time.monotonic() < until)
+        stop.set()
+        done = await disturbing
+        sampling.cancel()
+
+    await cluster.unlocked()
+    await cluster.settled()
+    after = await settled(nodes, place.a, pages, before)
+    leases = await cluster.all("leases")
+    _report(load, before, after, samples, dict(done), figures, RESULTS.with_name("soak.json"))
+
+    assert load.tally.failed == []
+    assert load.tally.ends["ran"] >= LEAST_PODS
+    assert after.pid == before.pid, "the plugin on node a was to live through all of it"
+    assert _more(before, after) == {}
+    for node in (place.a, place.b):
+        assert await Pages(where[node]).attached() == 0
+        assert await imports(nodes, node) == 0
+    _only_the_known(leases, len({place.a, place.b, place.server}))
+    most = max(one.working_set for one in (*samples, after))
+    assert most <= LIMIT_SHARE * after.limit, f"{most:.1f} of {after.limit:.0f} MiB"
+
+
+def _only_the_known(leases: Mapping[str, Object], nodes: int) -> None:
+    """One lock for each device that was ever used, one session for each node, and no other."""
+    locks = [lease for lease in leases.values() if is_lock(lease)]
+    busids = sorted(lease["metadata"]["annotations"]["usbip.dev/busid"] for lease in locks)
+    assert busids == sorted(device.partition("=")[0] for device in DEVICES)
+    sessions = sorted(set(leases) - {lease["metadata"]["name"] for lease in locks})
+    assert all(name.startswith("usbip-node-") for name in sessions)
+    assert len(sessions) <= nodes
+
+
+def _report(
+    load: Load,
+    before: Usage,
+    after: Usage,
+    samples: list[Usage],
+    done: Mapping[str, int],
+    figures: Figures,
+    file: Path,
+) -> None:
+    tally = load.tally
+    everything = {
+        "pods": dict(tally.ends),
+        "refused because": dict(tally.messages),
+        "failed": tally.failed,
+        "disturbances": dict(done),
+        "idle before": asdict(before),
+        "idle after": asdict(after),
+        "under load, by tenths of the time": by_tenths(samples),
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
+    print(f"\nsoak: {json.dumps(everything, indent=1)}")
+    for name in ("fds", "threads", "tasks", "rss", "working_set"):
+        unit = ", MiB" if name in {"rss", "working_set"} else ""
+        for one in samples:
+            figures.add(f"soak: {name} under load{unit}", getattr(one, name))
+    figures.add("soak: pods that ran", tally.ends["ran"])
+    figures.add("soak: cgroup with page cache, peak, MiB", after.peak)

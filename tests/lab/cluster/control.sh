@@ -1,0 +1,31 @@
+#!/bin/bash
+# control.sh STATE_DIR VERB PART: handles a part of the control plane of up.sh: etcd, apiserver, scheduler, manager
+#   stop   SIGTERM, and waits for its end; nodes and their pods run on
+#   start  as it was started before; the API server answers when this returns
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+[ $# = 3 ] || { sed -n '2,4s/^# //p' "${BASH_SOURCE[0]}" >&2; exit 2; }
+STATE=$(realpath -e "$1") verb=$2 part=$3
+BIN=$("$here/build.sh" apiserver nodes | tail -1)
+STOP_TENTHS=600
+# shellcheck source=parts.sh
+. "$here/parts.sh"
+[ -s "$STATE/$part.command" ] || { echo "control.sh: no $part in $STATE" >&2; exit 2; }
+
+# a zombie has ended; who adopts the orphans of this machine may be slow to reap them
+runs() { [ -e "/proc/$1" ] && ! grep -qs '^State:[[:space:]]*Z' "/proc/$1/status"; }
+case $verb in
+  stop)
+    pid=$(cat "$STATE/$part.pid")
+    kill "$pid"
+    for _ in $(seq "$STOP_TENTHS"); do runs "$pid" || exit 0; sleep .1; done
+    echo "control.sh: $part does not end" >&2
+    exit 1
+    ;;
+  start)
+    ! runs "$(cat "$STATE/$part.pid")" || exit 0
+    again "$part"
+    [ "$part" != apiserver ] || apiserver_ready
+    ;;
+  *) echo "control.sh: there is no $verb" >&2; exit 2 ;;
+esac

@@ -1,0 +1,43 @@
+"""What a plugin does when much changes at the same moment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+from cluster_rig import all_healthy, becomes, key, server, spec, stick
+
+from usbip_plugin import inventory
+from usbip_plugin.inventory import Facts, Members
+from usbip_plugin.locks import record
+from usbip_plugin.locks.store import Lease
+from usbip_plugin.model import Advertised
+from usbip_plugin.sim.cluster import cluster
+from usbip_plugin.sim.steploop import stepped
+
+DEVICES = 60
+
+
+@stepped
+async def test_locks_that_are_taken_all_at_once_are_worked_out_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One evaluation of all devices for each lock is time with the square of their number: seconds for some hundred."""
+    lab = server("lab", *(stick(f"1-{n + 1}") for n in range(DEVICES)))
+    devices = [key(lab, f"1-{n + 1}") for n in range(DEVICES)]
+    evaluations = 0
+    advertise = inventory.advertise
+
+    def counted(members: Members, facts: Facts) -> Mapping[str, tuple[Advertised, ...]]:
+        nonlocal evaluations
+        evaluations += 1
+        return advertise(members, facts)
+
+    async with cluster(spec([lab], nodes=1)) as c:
+        await all_healthy(c, *devices)
+        monkeypatch.setattr(inventory, "advertise", counted)
+        for device in devices:
+            notes = record.device_notes(device)
+            lease = Lease(device.id, "node-z", 40, annotations=notes, labels=record.LOCK_LABELS)
+            c.backend.create(lease)
+        for device in devices:
+            await becomes(c, c["node-a"], device, healthy=False)
+        assert evaluations <= DEVICES // 4, evaluations
