@@ -16,11 +16,13 @@ from usbip_plugin.advertising import Advertiser, time_kept
 from usbip_plugin.allocation import Allocator
 from usbip_plugin.attacher import Attacher
 from usbip_plugin.attaching import Means
+from usbip_plugin.cdi_specs import CdiSpecs
 from usbip_plugin.claims import Claim
 from usbip_plugin.clock import Clock
-from usbip_plugin.config import Config, OnLoss
+from usbip_plugin.config import Config, OnLoss, ResourceConfig
 from usbip_plugin.errors import PluginError
 from usbip_plugin.kube import KubeClient
+from usbip_plugin.kubelet.cdi import SpecFiles
 from usbip_plugin.kubelet.eviction import Evictor
 from usbip_plugin.kubelet.node_status import NodeStatusPublisher
 from usbip_plugin.kubelet.pod_resources import PodResources
@@ -65,6 +67,7 @@ class Outside:
     driver: VhciDriver
     leases: LeaseStore
     pod_resources: PodResources
+    specs: SpecFiles
     kube: KubeClient | None
     registrar: Registrar
     clock: Clock
@@ -89,6 +92,7 @@ class Agent:
     ) -> None:
         out, observer = outside, observer or Observer()
         self._clock = out.clock
+        self._domain = domain
         self._evict_by = out.evict
         self.driver = out.driver
         self.poller = ServerPoller(out.client, out.clock, out.rng, self._server_changed)
@@ -102,8 +106,9 @@ class Agent:
             lock_rules,
             self.poller.lists,
         )
+        self.specs = CdiSpecs(out.specs, domain, self._resource_of)
         self.attacher = Attacher(
-            Means(out.me, out.client, out.driver, self.locks, out.clock, out.rng, out.tracer),
+            Means(out.me, out.client, out.driver, self.locks, self.specs, out.clock, out.rng, out.tracer),
             on_change=self._claim_changed,
             on_step=observer.on_step,
             on_notice=observer.on_notice,
@@ -136,6 +141,8 @@ class Agent:
         )
         self.allocator = Allocator(
             node=out.me.node,
+            domain=domain,
+            clock=out.clock,
             attacher=self.attacher,
             lookup=self.advertiser.lookup,
             health=self.advertiser.health,
@@ -200,6 +207,17 @@ class Agent:
         await self.usage.adopt()
         self.advertiser.ready()
         tasks.create_task(self.usage.run(), name="usage")
+        await self._sweep()
+
+    async def _sweep(self) -> None:
+        """CDI specs of nobody's; only when the locks have said what is this node's."""
+        await self.locks.ready.wait()
+        await self.usage.adopt()
+        self.specs.sweep(self.attacher.claims.values())
+
+    def _resource_of(self, name: str) -> ResourceConfig | None:
+        found = self.advertiser.lookup(f"{self._domain}/{name}")
+        return None if found is None else found[0]
 
     def _server_changed(self, view: ServerView) -> None:
         self.advertiser.server_changed(view)

@@ -3,93 +3,25 @@
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from itertools import chain
+from collections.abc import Awaitable, Callable, Mapping
 
 from opentelemetry.context import Context
 from opentelemetry.trace import SpanKind, StatusCode, Tracer
 
 from usbip_plugin.attacher import Attacher
 from usbip_plugin.attaching import Wanted
-from usbip_plugin.claims import State
+from usbip_plugin.clock import Clock
 from usbip_plugin.config import ResourceConfig
-from usbip_plugin.config.templates import render
-from usbip_plugin.errors import PluginError, UnknownDevice
+from usbip_plugin.containers import container_response
+from usbip_plugin.errors import NotAttached, PluginError, UnknownDevice
 from usbip_plugin.inventory import Seen, preferred
-from usbip_plugin.kubelet.device_plugin import ContainerResponse, DeviceSpec
-from usbip_plugin.model import Attachment, DeviceNode, Health
+from usbip_plugin.kubelet.device_plugin import ContainerResponse
+from usbip_plugin.model import Health
 
 log = logging.getLogger(__name__)
 
-_NOT_ENV = re.compile(r"[^A-Z0-9]")
-_PER_NODE_FIELDS = ("{kind}", "{name}")
-
-
-def environment(resource: str, index: int, attachment: Attachment, specs: Sequence[DeviceSpec]) -> dict[str, str]:
-    """USBIP_<RESOURCE>_<index>_{DEVICE,BUSID} and, where the device has them, _TTY and _SERIAL.
-
-    Paths are those in the container, as specs (of this attachment) put them; a node the container does not get is
-    left out.
-    """
-    prefix = f"USBIP_{_NOT_ENV.sub('_', resource.upper())}_{index}_"
-    inside = {spec.host_path: spec.container_path for spec in specs}
-    env = {prefix + "DEVICE": inside[attachment.nodes[0].path], prefix + "BUSID": attachment.key.busid}
-    tty = next((inside[n.path] for n in attachment.nodes if n.kind == "tty" and n.path in inside), None)
-    if tty is not None:
-        env[prefix + "TTY"] = tty
-    if attachment.serial:
-        env[prefix + "SERIAL"] = attachment.serial
-    return env
-
-
-def node_specs(resource: ResourceConfig, index: int, attachment: Attachment) -> tuple[DeviceSpec, ...]:
-    """The USB node and the children the resource wants, under the paths its containerPath gives.
-
-    A template that tells nodes apart ({kind}, {name}) names them all; any other names the one node people mean: the
-    first child, or the USB node of a device without children.
-    """
-    kinds = resource.children
-    usb, children = attachment.nodes[:1], attachment.nodes[1:]
-    wanted = usb + tuple(node for node in children if kinds is None or node.kind in kinds)
-    template = resource.container_path
-    if template is None:
-        return tuple(DeviceSpec(node.path, node.path) for node in wanted)
-    names_all = any(text in template for text in _PER_NODE_FIELDS)
-    main = wanted[1] if len(wanted) > 1 else wanted[0]
-    return tuple(
-        DeviceSpec(
-            node.path,
-            render(template, _fields(resource.name, index, attachment, node))
-            if names_all or node is main
-            else node.path,
-        )
-        for node in wanted
-    )
-
-
-def _fields(resource: str, index: int, attachment: Attachment, node: DeviceNode) -> dict[str, str]:
-    return {
-        "resource": resource,
-        "index": str(index),
-        "kind": node.kind,
-        "name": node.path.rpartition("/")[2],
-        "busid": attachment.key.busid,
-        "serial": attachment.serial or "",
-    }
-
-
-def container_response(resource: ResourceConfig, devices: Sequence[tuple[Seen, Attachment]]) -> ContainerResponse:
-    """What one container gets for its devices, in the order asked; extras of several devices only once."""
-    envs: dict[str, str] = {}
-    specs: dict[str, DeviceSpec] = {}
-    for index, (seen, attachment) in enumerate(devices):
-        nodes = node_specs(resource, index, attachment)
-        envs.update(environment(resource.name, index, attachment, nodes))
-        extras = (DeviceSpec(e.host_path, e.container_path, e.permissions) for e in seen.selector.extras)
-        for spec in chain(nodes, extras):
-            specs.setdefault(spec.container_path, spec)
-    return ContainerResponse(envs=envs, devices=tuple(specs.values()))
+PRE_START_WAIT = 25.0
+"""Seconds a PreStartContainer waits for devices that are being attached again. The kubelet gives it 30."""
 
 
 class Allocator:
@@ -103,6 +35,8 @@ class Allocator:
         self,
         *,
         node: str,
+        domain: str,
+        clock: Clock,
         attacher: Attacher,
         lookup: Callable[[str], tuple[ResourceConfig, Mapping[str, Seen]] | None],
         health: Callable[[], Mapping[str, Health]],
@@ -112,6 +46,8 @@ class Allocator:
         on_result: Callable[[str, PluginError | None], None],
     ) -> None:
         self._node = node
+        self._domain = domain
+        self._clock = clock
         self._attacher = attacher
         self._lookup = lookup
         self._health = health
@@ -147,11 +83,20 @@ class Allocator:
             raise UnknownDevice(f"resource {resource} is not in the configuration any more")
         config, offered = found
         seen = {device_id: _known(offered, resource, device_id) for ids in requests for device_id in ids}
-        wanted = [Wanted(s.key, s.usb_id, config.name, config.children, s.serial) for s in seen.values()]
+        # The kubelet asks in any order: sorted, the init container, the app and a PreStartContainer count alike.
+        containers = [sorted(ids) for ids in requests]
+        numbers = {i: {ids.index(i) for ids in containers if i in ids} if config.cdi else () for i in seen}
+        wanted = [
+            Wanted(s.key, s.usb_id, config.name, config.children, s.serial, tuple(sorted(numbers[i])))
+            for i, s in seen.items()
+        ]
         attached = await self._attacher.allocate(wanted, self._timeout())
-        by_id = {attachment.key.id: attachment for attachment in attached}
+        by_id = dict(zip(seen, attached, strict=True))
         with self._tracer.start_as_current_span("response"):
-            return tuple(container_response(config, [(seen[i], by_id[i]) for i in ids]) for ids in requests)
+            return tuple(
+                container_response(config, self._domain, [(seen[i].selector, by_id[i]) for i in ids])
+                for ids in containers
+            )
 
     def preferred(
         self,
@@ -164,11 +109,29 @@ class Allocator:
         return preferred(available, must, size, self._node, self._health())
 
     async def pre_start(self, resource: str, device_ids: tuple[str, ...]) -> None:
-        """Fails unless every device is attached here. The plugin does not ask for this call yet."""
-        for device_id in device_ids:
-            claim = self._attacher.claims.get(device_id)
-            if claim is None or claim.state is not State.ATTACHED:
-                raise UnknownDevice(f"{resource}: {device_id} is not attached to this node")
+        """See AllocateBackend. Waits up to PRE_START_WAIT for a device that is being attached again, else NotAttached.
+
+        VhciError and CdiError if it cannot be found out or made so that what the container gets is true.
+        """
+        found = self._lookup(resource)
+        by_cdi = found is not None and found[0].cdi
+        deadline = self._clock.monotonic() + PRE_START_WAIT
+        for number, device_id in enumerate(sorted(device_ids)):
+            try:
+                async with self._clock.timeout(max(0.0, deadline - self._clock.monotonic())):
+                    ready = await self._attacher.prepare(device_id, number if by_cdi else None)
+            except TimeoutError:
+                ready = False
+            if not ready:
+                raise NotAttached(self._why_not(resource, device_id))
+
+    def _why_not(self, resource: str, device_id: str) -> str:
+        claim = self._attacher.claims.get(device_id)
+        health = self._health().get(device_id)
+        text = f"{resource}: {claim.key if claim is not None else device_id} is not attached to node {self._node}"
+        if health is not None:
+            text += f": {health.reason.value}" + (f" ({health.detail})" if health.detail else "")
+        return text + "; the kubelet tries again"
 
 
 def _known(offered: Mapping[str, Seen], resource: str, device_id: str) -> Seen:

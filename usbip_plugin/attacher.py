@@ -71,6 +71,7 @@ class Attacher:
     ) -> None:
         self._me = means.me
         self._locks = means.locks
+        self._specs = means.specs
         self._clock = means.clock
         self._work = DeviceWork(means, on_change=on_change, on_step=on_step)
         self._keeper = Keeper(means, self._work, on_notice, on_loss, evict, configured)
@@ -110,8 +111,8 @@ class Attacher:
     async def allocate(self, wanted: Sequence[Wanted], timeout: float) -> tuple[Attachment, ...]:
         """Attaches all devices, in sorted order, or none; answers in the order asked, within timeout seconds.
 
-        The same device again returns the live attachment. Raises AllocateTimeout, ClaimBusy, LockError, UsbipError or
-        VhciError. Cancel-safe: what was begun runs to its end and is let go by the usual rules.
+        The same device again returns the live attachment. Raises AllocateTimeout, ClaimBusy, LockError, UsbipError,
+        VhciError or CdiError. Cancel-safe: what was begun runs to its end and is let go by the usual rules.
         """
         deadline = self._clock.monotonic() + timeout
         done: dict[str, Outcome] = {}
@@ -164,9 +165,12 @@ class Attacher:
                 raise ClaimBusy(f"{wanted.key} is {live.state.value} on this node; the next try may find it ready")
             if not serves(live, wanted.resource, wanted.usb_id):
                 raise ClaimBusy(f"{wanted.key} is in use on this node as a {live.usb_id} of {live.resource}")
-            self._book.put(replace(allocated(live, now), resource=wanted.resource))
+            attachment, numbers = live.attachment, tuple(sorted({*live.numbers, *wanted.numbers}))
+            live = replace(allocated(live, now), resource=wanted.resource, numbers=numbers)
+            self._specs.write(live, attachment)
+            self._book.put(live)
             trace.get_current_span().set_attribute("usbip.reused", value=True)
-            return Outcome(live.attachment, fresh=False)
+            return Outcome(attachment, fresh=False)
         if (other := self._book.moved_here(wanted.key.id)) is not None:
             raise ClaimBusy(f"{wanted.key} is in use on this node: it is what was {other.key}")
         claim = Claim(
@@ -176,8 +180,33 @@ class Attacher:
             children=wanted.children,
             traceparent=traceparent_of(trace.get_current_span()),
             allocated_at=now,
+            numbers=wanted.numbers,
         )
         return Outcome(await self._pipeline.attach_new(claim, wanted, deadline, progress), fresh=True)
+
+    async def prepare(self, device_id: str, number: int | None) -> bool:
+        """Before a container starts. True if the device is attached, and its spec, where one is to be, is true.
+
+        number: what the container knows it by, None if it was not handed out by CDI. Waits while the device is on its
+        way (back) here; the caller bounds that. Raises VhciError and CdiError. Cancel-safe.
+        """
+        await self._keeper.verify(device_id)
+        await self._work.changed.until(lambda: not self._coming(device_id))
+        claim = self._book.get(device_id)
+        if claim is None or claim.state is not State.ATTACHED or claim.attachment is None:
+            return False
+        if number is not None or claim.numbers:
+            numbers = {*claim.numbers} if number is None else {*claim.numbers, number}
+            after = replace(claim, numbers=tuple(sorted(numbers)))
+            self._specs.write(after, claim.attachment)
+            self._book.put(after)
+        return True
+
+    def _coming(self, device_id: str) -> bool:
+        claim = self._book.get(device_id)
+        if claim is None:  # not adopted yet, perhaps
+            return not self._locks.ready.is_set() or self._pipeline.is_mine(device_id)
+        return claim.state in (State.LOCKING, State.IMPORTING, State.ATTACHING, State.REATTACHING)
 
     # letting go
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from opentelemetry.trace import Span, Tracer
 
 from usbip_plugin import retry
+from usbip_plugin.cdi_specs import CdiSpecs
 from usbip_plugin.claims import Claim, ClaimBook, Event, State, own_port
 from usbip_plugin.clock import Clock
 from usbip_plugin.errors import AttachStuck, LockError, LockHeld, LockLost, LockUnavailable, WrongDevice
@@ -33,13 +34,14 @@ PROBE_TIMEOUT = 4.0
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """One device an Allocate asks for: what was promised to the kubelet under its ID."""
+    """One device an Allocate asks for: what was promised to the kubelet under its ID. numbers: see Claim."""
 
     key: DeviceKey
     usb_id: UsbId
     resource: str
     children: tuple[str, ...] | None = None
     serial: str | None = None
+    numbers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,7 @@ class Means:
     client: UsbipClient
     driver: VhciDriver
     locks: LockManager
+    specs: CdiSpecs
     clock: Clock
     rng: random.Random
     tracer: Tracer
@@ -82,6 +85,7 @@ class Pipeline:
         self._client = means.client
         self._driver = means.driver
         self._locks = means.locks
+        self._specs = means.specs
         self._clock = means.clock
         self._rng = means.rng
         self._tracer = means.tracer
@@ -93,8 +97,8 @@ class Pipeline:
     async def attach_new(self, claim: Claim, wanted: Wanted, deadline: float, progress: Progress) -> Attachment:
         """From Free to Attached. On an error the claim stays in the book in the state it had reached.
 
-        Only LockHeld leaves no claim: nothing was touched. Raises LockError, UsbipError and VhciError. deadline is on
-        the monotonic clock and bounds the import; the caller bounds the whole.
+        Only LockHeld leaves no claim: nothing was touched. Raises LockError, UsbipError, VhciError and CdiError.
+        deadline is on the monotonic clock and bounds the import; the caller bounds the whole.
         """
         self._book.move(claim, Event.ALLOCATE)
         progress.doing = "locking the device (API server)"
@@ -119,8 +123,12 @@ class Pipeline:
         """One try from Reattaching to Attached, at the claim's place, under a new write of the lock (R1).
 
         Errors as attach_new; LockLost. At another place than its own both locks are written; LockHeld if the one there
-        is another node's.
+        is another node's. What is attached already, because only its CDI spec could not be written, stays so: that
+        alone is tried again.
         """
+        claim = self._book[device_id]
+        if claim.numbers and claim.attachment is not None and await self.stands(claim, await self._driver.ports()):
+            return self._hand_out(device_id, claim.attachment)
         await self.detach(device_id)
         grant = await self._write_again(self._book[device_id])
         claim = self._book[device_id]
@@ -176,12 +184,21 @@ class Pipeline:
         with self.span("device node", key) as span:
             attachment = await self._enumerate(device_id, imported.descriptor, port)
             span.set_attribute("usbip.nodes", [node.path for node in attachment.nodes])
+        return self._hand_out(device_id, attachment)
+
+    def _hand_out(self, device_id: str, attachment: Attachment) -> Attachment:
+        """The last step: the spec is true before anybody is told that the device is there."""
+        claim = self._book[device_id]
         self._check_still_ours(claim)
-        now = replace(self._book[device_id], attachment=attachment, serial=attachment.serial or claim.serial)
-        self._book.move(replace(now, hindrance=""), Event.ATTACHED)
-        lock = self._locks.locks.get(key.id)
+        claim = replace(claim, attachment=attachment, serial=attachment.serial or claim.serial)
+        self._book.put(claim)
+        if claim.numbers:
+            with self.span("CDI spec", claim.key):
+                self._specs.write(claim, attachment)
+        self._book.move(replace(claim, hindrance=""), Event.ATTACHED)
+        lock = self._locks.locks.get(claim.place.id)
         if attachment.serial and lock is not None and lock.serial != attachment.serial:
-            self._note_serial(key, attachment.serial)
+            self._note_serial(claim.place, attachment.serial)
         return attachment
 
     async def _import(self, claim: Claim, grant: Grant, deadline: float) -> Imported:

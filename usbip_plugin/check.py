@@ -135,6 +135,22 @@ async def plugin_directory_check(directory: Path) -> list[Finding]:
     return [Finding(name, Status.OK, str(directory)), *await socket_check("kubelet", directory / "kubelet.sock")]
 
 
+async def cdi_directory_check(directory: Path) -> list[Finding]:
+    """Where CDI specs are written for the container runtime: there, writable, and with room for one more."""
+    name = "CDI directory"
+    mount = f"mount it from the host, writable: hostPath {directory}, type DirectoryOrCreate"
+    if not await asyncio.to_thread(directory.is_dir):
+        return [Finding(name, Status.FAIL, f"{directory} is not there", mount)]
+    if not os.access(directory, os.W_OK | os.X_OK):
+        read_only = os.statvfs(directory).f_flag & os.ST_RDONLY
+        why = "on a read-only mount" if read_only else "not writable"
+        return [Finding(name, Status.FAIL, f"{directory} is {why}", mount if read_only else "run as root")]
+    room = os.statvfs(directory)
+    if room.f_bavail == 0 or (room.f_files and room.f_favail == 0):
+        return [Finding(name, Status.FAIL, f"the file system of {directory} is full", "make room")]
+    return [Finding(name, Status.OK, str(directory))]
+
+
 async def socket_check(name: str, path: Path) -> list[Finding]:
     """A unix socket that somebody listens on."""
     try:

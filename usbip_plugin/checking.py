@@ -12,6 +12,7 @@ from usbip_plugin.check import (
     Status,
     admission_check,
     api_check,
+    cdi_directory_check,
     config_findings,
     driver_findings,
     exit_status,
@@ -39,6 +40,7 @@ async def check_node(options: Options, loaded: Loaded | ConfigError) -> tuple[st
     clock = SystemClock()
     config = Config(()) if isinstance(loaded, ConfigError) else loaded.config
     known = loaded if isinstance(loaded, ConfigError) else (loaded.config, loaded.warnings)
+    by_cdi = any(resource.cdi for resource in config.resources)
     driver = make_driver(options, clock)
     with contextlib.closing(TcpUsbipClient(clock)) as client:
 
@@ -71,6 +73,7 @@ async def check_node(options: Options, loaded: Loaded | ConfigError) -> tuple[st
             ("vhci_hcd", vhci),
             ("device-plugin directory", partial(plugin_directory_check, options.plugin_directory)),
             ("pod-resources", partial(socket_check, "pod-resources", options.pod_resources_socket)),
+            *((("CDI directory", partial(cdi_directory_check, options.cdi_directory)),) if by_cdi else ()),
             ("API server", api),
             *((f"server {s}", partial(server_check, s, config, devlist)) for s in sorted(config.servers())),
         ]

@@ -105,6 +105,7 @@ class Claim:
     serial: as the device told it to this kernel, None if it never did. moved_to: where its server lists the device now,
     None while that is its own bus id; set from before the lock there is taken until it is released. hindrance: why a
     lost device is not attached again, "" if there is nothing to say.
+    numbers: those its containers know the device by, where it is handed out by CDI.
     """
 
     key: DeviceKey
@@ -122,6 +123,7 @@ class Claim:
     serial: str | None = None
     moved_to: DeviceKey | None = None
     hindrance: str = ""
+    numbers: tuple[int, ...] = ()
 
     @property
     def id(self) -> str:
@@ -265,20 +267,27 @@ class AfterReattach(enum.Enum):
     """What a re-attach means for the pod."""
 
     GOES_ON = "attached again with the same device nodes"
-    STALE = "attached again with other device nodes: restart the container to use it"
+    STALE = "attached again with other device nodes: the pod has them only when it is created anew"
+    RENEWED = "attached again with other device nodes: a container has them when it is started the next time"
+    RESTART = "attached again with other device nodes: the container must end, and has them when it is started again"
     EVICT = "attached again with other device nodes: the pod is evicted"
 
 
-def after_reattach(before: Attachment | None, after: Attachment, on_loss: OnLoss, pod: PodRef | None) -> AfterReattach:
+def after_reattach(
+    before: Attachment | None, after: Attachment, on_loss: OnLoss, pod: PodRef | None, *, by_cdi: bool = False
+) -> AfterReattach:
     """Same paths and numbers: a pod that opens the device anew goes on. before is None where it is not known.
 
-    Only a pod known by its uid is evicted: a name may be another pod's by now.
+    Only a pod known by its uid is evicted: a name may be another pod's by now. by_cdi: its containers were given CDI
+    names, whose spec has the nodes of after by now; any other container keeps the paths of its Allocate.
     """
     if before is not None and before.nodes == after.nodes:
         return AfterReattach.GOES_ON
     if on_loss is OnLoss.EVICT and pod is not None and pod.uid is not None:
         return AfterReattach.EVICT
-    return AfterReattach.STALE
+    if not by_cdi:
+        return AfterReattach.STALE
+    return AfterReattach.RESTART if on_loss is OnLoss.RESTART else AfterReattach.RENEWED
 
 
 def own_port(place: DeviceKey, ports: Sequence[PortState], number: int | None) -> PortState | None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from usbip_plugin import __version__
 from usbip_plugin.config.schema import (
+    DEFAULT_CDI_DIRECTORY,
     DEFAULT_CONFIG_PATH,
     DEFAULT_DOMAIN,
     DEFAULT_LISTEN,
@@ -119,6 +120,13 @@ def _node_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("--plugin-directory", metavar="DIR", help=f"default {DEFAULT_PLUGIN_DIRECTORY}")
     command.add_argument("--pod-resources-socket", metavar="FILE", help=f"default {DEFAULT_POD_RESOURCES_SOCKET}")
     command.add_argument(
+        "--cdi-directory",
+        metavar="DIR",
+        type=Path,
+        default=Path(DEFAULT_CDI_DIRECTORY),
+        help="where the container runtime reads CDI specs (default %(default)s)",
+    )
+    command.add_argument(
         "--simulated-kernel",
         metavar="FILE",
         type=Path,
@@ -202,6 +210,7 @@ def _process_options(options: argparse.Namespace, settings: FileSettings) -> Opt
         listen=_first(getattr(options, "listen", None), settings.listen, DEFAULT_LISTEN),
         kubeconfig=options.kubeconfig,
         simulated_kernel=options.simulated_kernel,
+        cdi_directory=options.cdi_directory,
     )
 
 

@@ -15,10 +15,12 @@ PluginError
 |   +-- DriverMissing           vhci_hcd is not loaded, or its sysfs is not there
 |   |   +-- SimulatedKernelMissing  its stand-in on development clusters does not answer
 |   +-- DriverNotWritable       attach/detach cannot be written
+|   +-- RecordNotWritable       a port record cannot be written: disk full, read-only
 |   +-- PortsExhausted          no free port on the hub of that speed
 |   +-- AttachRefused           the kernel refused the attach write
 |   +-- AttachStuck             attached, but never enumerated
 |   +-- DetachFailed            the port did not become free
++-- CdiError                    a CDI spec cannot be written or removed: disk full, read-only
 +-- LockError                   the cluster-wide lock
 |   +-- LockHeld                another node holds it
 |   +-- LockLost                it was ours and is not any more
@@ -39,15 +41,33 @@ PluginError
     +-- UnknownDevice           an ID this node does not know
     +-- AllocateTimeout         allocateTimeout passed
     +-- ClaimBusy               the device is being released on this node
+    +-- NotAttached             a container starts, and its device is not attached to this node now
 """
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from usbip_plugin.model import DeviceKey, ServerKey, UsbId
+
+_CURES = {
+    errno.ENOSPC: "the file system is full: make room",
+    errno.EDQUOT: "the quota is used up: make room",
+    errno.EROFS: "it is read-only: mount it into the plugin's pod from the host, without readOnly",
+    errno.EACCES: "the plugin must run as root, with this directory mounted writable from the host",
+    errno.EPERM: "the plugin must run as root, with this directory mounted writable from the host",
+    errno.ENOENT: "mount its directory into the plugin's pod from the host",
+    errno.EEXIST: "what stands in the directory's place is a file: remove it",
+    errno.ENOTDIR: "what stands in the directory's place is a file: remove it",
+}
+
+
+def storage_cure(error: OSError) -> str:
+    """What to do about a file of this node that cannot be written."""
+    return _CURES.get(error.errno or 0, "look at this directory on the node")
 
 
 class PluginError(Exception):
@@ -160,6 +180,13 @@ class DriverNotWritable(VhciError):
         )
 
 
+class RecordNotWritable(VhciError):
+    """/run/vhci_hcd/portN, without which nobody would know whose port it is: nothing is attached."""
+
+    def __init__(self, path: str, error: OSError) -> None:
+        super().__init__(f"cannot write the port record {path}: {error.strerror or error}; {storage_cure(error)}")
+
+
 class PortsExhausted(VhciError):
     """Every port of the right hub (hs or ss) is in use."""
 
@@ -178,6 +205,13 @@ class AttachStuck(VhciError):
 
 class DetachFailed(VhciError):
     """The port did not become free in time."""
+
+
+class CdiError(PluginError):
+    """A CDI spec that cannot be written, or removed (doing)."""
+
+    def __init__(self, doing: str, path: str, error: OSError) -> None:
+        super().__init__(f"cannot {doing} the CDI spec {path}: {error.strerror or error}; {storage_cure(error)}")
 
 
 class LockError(PluginError):
@@ -288,3 +322,7 @@ class AllocateTimeout(AllocateError):
 
 class ClaimBusy(AllocateError):
     """The device is being let go on this node; the next try will find it free."""
+
+
+class NotAttached(AllocateError):
+    """A container is about to start, and a device of it is not attached to this node, or not yet again."""

@@ -25,6 +25,7 @@ from usbip_plugin.claims import (
 )
 from usbip_plugin.config import OnLoss
 from usbip_plugin.errors import (
+    CdiError,
     DeviceBusy,
     ImportRefused,
     KubeError,
@@ -32,6 +33,7 @@ from usbip_plugin.errors import (
     LockHeld,
     LockLost,
     PluginError,
+    RecordNotWritable,
     UsbipError,
     VhciError,
     WrongDevice,
@@ -80,6 +82,7 @@ class Keeper:
         self._me = means.me
         self._driver = means.driver
         self._locks = means.locks
+        self._specs = means.specs
         self._clock = means.clock
         self._rng = means.rng
         self._tracer = means.tracer
@@ -160,11 +163,13 @@ class Keeper:
         if attachment is not None and attachment.usb_id != usb_id:
             attachment, port = None, None  # a stale record: what stands there is somebody else's
         user = users.get(key.id)
+        handed = self._specs.recall(key.id, user.resource if user is not None else None)
         used = True if user is not None else False if complete else None
         claim = Claim(
             key,
             usb_id,
-            resource=user.resource if user is not None else None,
+            resource=user.resource if user is not None else handed.resource if handed is not None else None,
+            numbers=handed.numbers if handed is not None else (),
             port=port.number if port is not None else None,
             attachment=replace(attachment, key=key) if attachment is not None else None,
             traceparent=lock.traceparent,
@@ -176,8 +181,7 @@ class Keeper:
         orphan = lock.in_place_of is not None
         match decide_adoption(lock, self._me, attached=attachment is not None, used=used, orphan=orphan):
             case Adoption.ADOPT:
-                self._work.book.move(claim, Event.ADOPTED)
-                log.info("adopted", extra={"device": str(key), "port": claim.port, "place": str(place)})
+                self._adopt_attached(claim)
             case Adoption.REATTACH:
                 self._work.book.move(claim, Event.ORPHANED)
                 self._work.spawn(self._reattach(key.id), f"re-attach {key}")
@@ -185,7 +189,29 @@ class Keeper:
                 self._work.book.move(claim, Event.UNUSED)
                 self._work.spawn(self._work.finish_locked(key.id), f"release {key}")
 
+    def _adopt_attached(self, claim: Claim) -> None:
+        try:
+            if claim.attachment is not None:
+                self._specs.write(claim, claim.attachment)  # the predecessor may have died before it did
+        except CdiError as error:
+            log.warning("CDI spec not true", extra={"device": str(claim.key), "cause": str(error)})
+            self._work.book.move(claim, Event.ORPHANED)
+            self._work.spawn(self._reattach(claim.id), f"re-attach {claim.key}")
+        else:
+            self._work.book.move(claim, Event.ADOPTED)
+            log.info("adopted", extra={"device": str(claim.key), "port": claim.port, "place": str(claim.place)})
+
     # losing the port, losing the lock
+
+    async def verify(self, device_id: str) -> None:
+        """Looks now whether a device stands attached as its claim says, and which nodes it has. VhciError."""
+        await self._check_port(device_id, await self._driver.ports())
+        claim = self._work.book.get(device_id)
+        if claim is None or claim.state is not State.ATTACHED or claim.attachment is None or claim.port is None:
+            return
+        now = await self._driver.inspect(claim.place, claim.port)
+        if now is not None and self._work.book.get(device_id) == claim and _grew(claim.attachment, now):
+            self._work.book.put(replace(claim, attachment=replace(now, key=claim.key)))
 
     async def _watch_ports(self) -> None:
         while True:
@@ -220,10 +246,12 @@ class Keeper:
         waits = retry.backoff(self._rng, REATTACH_FIRST_WAIT, REATTACH_MAX_WAIT)
         stir = self._stirs[device_id] = asyncio.Event()
         claim = self._work.book[device_id]
+        # what the pod has; a try that attaches and then fails replaces it in the book
+        before = claim.attachment
         try:
             with self._tracer.start_as_current_span("re-attach", context=context_from(claim.traceparent)) as span:
                 span.set_attribute("usbip.device", str(claim.key))
-                while await self._reattach_once(device_id, span):
+                while await self._reattach_once(device_id, before, span):
                     with contextlib.suppress(TimeoutError):
                         async with self._clock.timeout(next(waits)):
                             await stir.wait()
@@ -232,7 +260,7 @@ class Keeper:
             if self._stirs.get(device_id) is stir:
                 del self._stirs[device_id]
 
-    async def _reattach_once(self, device_id: str, span: Span) -> bool:
+    async def _reattach_once(self, device_id: str, before: Attachment | None, span: Span) -> bool:
         """True if it should be tried again."""
         async with self._work.mutex(device_id):
             claim = self._work.book.get(device_id)
@@ -247,13 +275,23 @@ class Keeper:
                     self._work.book.move(self._work.book[device_id], Event.LOCK_LOST)
                 await self._work.finish(device_id)
                 return False
-            except (TimeoutError, LockError, KubeError, UsbipError, VhciError) as error:
+            except (TimeoutError, LockError, KubeError, UsbipError, VhciError, CdiError) as error:
                 span.record_exception(error)
                 log.debug("re-attach failed, will retry", extra={"device": str(claim.key), "cause": str(error)})
+                self._note_trouble(claim, error)
                 return True
         self._tell_move(claim)
-        self._reattached(claim, after, span)
+        self._reattached(claim, before, after, span)
         return False
+
+    def _note_trouble(self, claim: Claim, error: Exception) -> None:
+        """What only this node's operator can mend is the device's reason, and is told once."""
+        now = self._work.book.get(claim.id)
+        if not isinstance(error, CdiError | RecordNotWritable) or now is None or now.hindrance == str(error):
+            return
+        self._work.book.put(replace(now, hindrance=str(error)))
+        log.warning("not re-attached", extra={"device": str(claim.key), "cause": str(error)})
+        self._on_notice(Notice(What.NOT_REATTACHED, claim.key, str(error), claim.pod))
 
     async def _attach(self, device_id: str, deadline: float) -> Attachment:
         """From the claim's place or, if the device is not there, from where its server lists it now."""
@@ -315,12 +353,13 @@ class Keeper:
         if claim.moved_to is not None and claim.pod is not None:
             self._work.spawn(self._work.note_pod(claim.moved_to, claim.pod), f"note pod {claim.pod}")
 
-    def _reattached(self, claim: Claim, after: Attachment, span: Span) -> None:
-        verdict = after_reattach(claim.attachment, after, self._on_loss(claim), claim.pod)
+    def _reattached(self, claim: Claim, before: Attachment | None, after: Attachment, span: Span) -> None:
+        verdict = after_reattach(before, after, self._on_loss(claim), claim.pod, by_cdi=bool(claim.numbers))
         same = verdict is AfterReattach.GOES_ON
         span.set_attribute("usbip.same_nodes", same)
         log.info("re-attached", extra={"device": str(claim.key), "port": after.port, "same_nodes": same})
-        self._on_notice(Notice(What.REATTACHED, claim.key, verdict.value, claim.pod))
+        what = What.RESTART_NEEDED if verdict is AfterReattach.RESTART else What.REATTACHED
+        self._on_notice(Notice(what, claim.key, verdict.value, claim.pod))
         if verdict is AfterReattach.EVICT and claim.pod is not None:
             self._evict(claim.pod)
 
@@ -351,3 +390,8 @@ class Keeper:
         text = f"the lock of {claim.place} names {holder or 'nobody'} now; it is detached here"
         self._on_notice(Notice(What.LOST, claim.key, text, claim.pod))
         self._work.spawn(self._reattach(claim.id), f"re-attach {claim.key}")
+
+
+def _grew(before: Attachment, now: Attachment) -> bool:
+    """The same enumeration of the device with other child nodes: a driver came late, or another was bound."""
+    return now.nodes[:1] == before.nodes[:1] and now.nodes != before.nodes

@@ -16,6 +16,7 @@ class What(enum.Enum):
     REATTACHED = (NORMAL, "DeviceReattached", "Reattach")
     MOVED = (NORMAL, "DeviceMoved", "Reattach")
     NOT_REATTACHED = (WARNING, "DeviceNotReattached", "Reattach")
+    RESTART_NEEDED = (WARNING, "DeviceNodesChanged", "Restart")
     LOCK_LOST = (WARNING, "DeviceLockLost", "Withdraw")
 
 

@@ -16,8 +16,10 @@ from usbip_plugin.agent import Agent, Observer, Outside
 from usbip_plugin.clock import Clock, SystemClock
 from usbip_plugin.config import Config
 from usbip_plugin.config.reload import ConfigWatcher, Loaded
+from usbip_plugin.config.schema import DEFAULT_CDI_DIRECTORY
 from usbip_plugin.errors import ConfigError, PluginError
 from usbip_plugin.kube import KubeClient, connect
+from usbip_plugin.kubelet.cdi import CdiDirectory
 from usbip_plugin.kubelet.directory import PluginDirectory
 from usbip_plugin.kubelet.pod_resources import GrpcPodResources
 from usbip_plugin.locks.kubernetes import KubernetesLeases
@@ -55,6 +57,7 @@ class Options:
     kubeconfig: str | None = None
     sysfs: Path = Path("/sys")
     records: Path = Path("/run/vhci_hcd")
+    cdi_directory: Path = Path(DEFAULT_CDI_DIRECTORY)
     simulated_kernel: Path | None = None
 
 
@@ -123,6 +126,7 @@ class _Process:
                 driver=make_driver(options, clock),
                 leases=KubernetesLeases(kube, options.namespace),
                 pod_resources=pod_resources,
+                specs=CdiDirectory(options.cdi_directory, options.domain),
                 kube=kube,
                 registrar=SocketRegistrar(PluginDirectory(options.plugin_directory, clock), clock, rng),
                 clock=clock,

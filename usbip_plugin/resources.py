@@ -80,6 +80,7 @@ class ResourceSet:
         self._on_state = on_state
         self._plugins: dict[str, Plugin] = {}
         self._running: dict[str, asyncio.Task[None]] = {}
+        self._by_cdi: dict[str, bool] = {}
         self._changed = asyncio.Event()
 
     @property
@@ -101,21 +102,36 @@ class ResourceSet:
                 await self._changed.wait()
 
     def _sync(self, tasks: asyncio.TaskGroup) -> None:
-        wanted = {f"{self._domain}/{resource.name}" for resource in self._advertiser.config.resources}
-        for name in sorted(wanted - self._running.keys()):
-            server = DevicePluginServer(name, self._allocator)
-            plugin = self._registrar.plugin(server, self._state_changed)
-            self._plugins[name] = plugin
-            self._running[name] = tasks.create_task(plugin.run(), name=f"resource {name}")
-            self._advertiser.attach_server(server)
+        wanted = {f"{self._domain}/{r.name}": r.cdi for r in self._advertiser.config.resources}
+        for name, by_cdi in sorted(wanted.items()):
+            if self._by_cdi.get(name) != by_cdi:
+                self._start(name, by_cdi, tasks)
         claimed = {f"{self._domain}/{name}" for name in self._claimed()}
-        for name in sorted(self._running.keys() - wanted - claimed):
+        for name in sorted(self._running.keys() - wanted.keys() - claimed):
             self._advertiser.detach_server(name)
             self._running.pop(name).cancel()
-            del self._plugins[name]
+            del self._plugins[name], self._by_cdi[name]
+
+    def _start(self, name: str, by_cdi: bool, tasks: asyncio.TaskGroup) -> None:
+        """A kubelet asks for the options at registration: if they change, a new plugin takes the old one's place."""
+        server = DevicePluginServer(name, self._allocator, pre_start_required=by_cdi)
+        plugin = self._registrar.plugin(server, self._state_changed)
+        former = self._running.get(name)
+        if former is not None:
+            former.cancel()
+        self._plugins[name], self._by_cdi[name] = plugin, by_cdi
+        self._running[name] = tasks.create_task(_after(former, plugin), name=f"resource {name}")
+        self._advertiser.attach_server(server)
 
     def _state_changed(self, plugin: Plugin) -> None:
         if not plugin.registered:
             self._advertiser.kubelet_gone(plugin.resource)
         self._advertiser.look_again()
         self._on_state(plugin)
+
+
+async def _after(former: asyncio.Task[None] | None, plugin: Plugin) -> None:
+    """Both have the same socket path: the former one's socket is gone before the next one's is made."""
+    if former is not None:
+        await asyncio.wait([former])
+    await plugin.run()

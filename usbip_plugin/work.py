@@ -38,10 +38,18 @@ class DeviceWork:
         on_step: Callable[[str, float], None],
     ) -> None:
         self._locks = means.locks
+        self._specs = means.specs
         self._clock = means.clock
         self._rng = means.rng
         self._tracer = means.tracer
-        self.book = ClaimBook(on_change)
+        self.changed = Broadcast()
+        """Fires after every change of a claim."""
+
+        def changed(device_id: str) -> None:
+            on_change(device_id)
+            self.changed.fire()
+
+        self.book = ClaimBook(changed)
         self.pipeline = Pipeline(
             means, book=self.book, note_port=self._note_port, note_serial=self._note_serial, on_step=on_step
         )
@@ -98,6 +106,7 @@ class DeviceWork:
                 try:
                     await self.pipeline.detach(device_id)
                     await self.pipeline.leave(device_id)
+                    self._specs.remove(self.book[device_id])
                     if self.book[device_id].state is State.RELEASING:
                         await self._locks.release(claim.key)
                     break

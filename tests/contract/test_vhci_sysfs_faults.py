@@ -21,6 +21,7 @@ from usbip_plugin.errors import (
     DriverMissing,
     DriverNotWritable,
     PortsExhausted,
+    RecordNotWritable,
     VhciError,
     WrongSerial,
 )
@@ -125,7 +126,7 @@ class TestAttachWrite:
 
     async def test_records_that_cannot_be_written(self, rig: FakeSysfsRig) -> None:
         rig.records.write_text("a file where the directory should be")
-        with pytest.raises(DriverNotWritable):
+        with pytest.raises(RecordNotWritable, match=r"port record .*/port0: File exists; .* is a file: remove it"):
             await attach(rig, rig.plugin(authorize=False))
         assert not [path for path, _ in rig.sysfs.written if path.endswith("attach")]
 

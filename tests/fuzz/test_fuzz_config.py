@@ -193,7 +193,7 @@ RESOURCE = st.one_of(
     DEVICES,
     mapping(
         devices=DEVICES,
-        onLoss=st.sampled_from(["keep", "evict"]),
+        onLoss=st.sampled_from(["keep", "restart", "evict"]),
         cdi=st.booleans(),
         children=st.lists(st.sampled_from(["tty", "block"]), max_size=2),
         containerPath=st.sampled_from(["/dev/{resource}", "/dev/{serial}/{x}", "{"]),

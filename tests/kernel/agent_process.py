@@ -18,6 +18,7 @@ from plugin_spawner import serve
 from usbip_plugin.agent import Agent, Outside
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.config.reload import load_config
+from usbip_plugin.kubelet.cdi import CdiDirectory
 from usbip_plugin.kubelet.directory import PluginDirectory
 from usbip_plugin.kubelet.pod_resources import GrpcPodResources
 from usbip_plugin.model import NodeIdentity, PodRef
@@ -51,6 +52,7 @@ async def main(config: Path, directory: Path, leases: Path) -> None:
             driver=real_driver(),
             leases=SocketLeases(leases, clock),
             pod_resources=pod_resources,
+            specs=CdiDirectory(directory / "cdi", DOMAIN),
             kube=None,
             registrar=SocketRegistrar(PluginDirectory(plugin_directory(directory), clock), clock, rng),
             clock=clock,

@@ -19,6 +19,7 @@ from golden_files import golden
 from opentelemetry.trace import NoOpTracer
 
 from usbip_plugin.attaching import Means, Pipeline, Progress, Wanted
+from usbip_plugin.cdi_specs import CdiSpecs
 from usbip_plugin.claims import Claim, ClaimBook
 from usbip_plugin.errors import MalformedReply, ServerTimeout, ServerUnreachable, UsbipError, WrongDevice
 from usbip_plugin.locks.manager import LockManager, LockSettings
@@ -26,6 +27,7 @@ from usbip_plugin.locks.memory import MemoryBackend, MemoryLeases
 from usbip_plugin.model import DeviceKey, NodeIdentity, ServerKey, UsbId
 from usbip_plugin.sim.kernel import SimulatedKernel, SimulatedVhci
 from usbip_plugin.sim.loop import SimClock, virtual
+from usbip_plugin.sim.specs import MemorySpecs
 from usbip_plugin.sim.usbdevice import VirtualDevice
 from usbip_plugin.usbip import urb
 from usbip_plugin.usbip.client import TcpUsbipClient
@@ -532,7 +534,8 @@ async def node(client: TcpUsbipClient) -> AsyncIterator[tuple[Pipeline, ClaimBoo
     locks = LockManager(leases, me, clock, rng, LockSettings(), NoOpTracer())
     kernel = SimulatedKernel(clock)
     book = ClaimBook(lambda _id: None)
-    means = Means(me, client, SimulatedVhci(kernel), locks, clock, rng, NoOpTracer())
+    specs = CdiSpecs(MemorySpecs("usbip.dev"), "usbip.dev", lambda _name: None)
+    means = Means(me, client, SimulatedVhci(kernel), locks, specs, clock, rng, NoOpTracer())
     pipeline = Pipeline(
         means,
         book=book,

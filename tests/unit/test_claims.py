@@ -284,3 +284,20 @@ def test_a_pod_goes_on_with_the_same_nodes_only(
     before: Attachment | None, on_loss: OnLoss, pod: PodRef | None, verdict: AfterReattach
 ) -> None:
     assert after_reattach(before, attachment(USB, TTY), on_loss, pod) is verdict
+
+
+@pytest.mark.parametrize(
+    ("on_loss", "by_cdi", "verdict"),
+    [
+        (OnLoss.KEEP, False, AfterReattach.STALE),
+        (OnLoss.KEEP, True, AfterReattach.RENEWED),
+        (OnLoss.RESTART, True, AfterReattach.RESTART),
+        (OnLoss.RESTART, False, AfterReattach.STALE),  # allocated before a reload
+        (OnLoss.EVICT, True, AfterReattach.EVICT),
+    ],
+)
+def test_only_a_container_that_has_cdi_names_finds_the_new_nodes(
+    on_loss: OnLoss, by_cdi: bool, verdict: AfterReattach
+) -> None:
+    assert after_reattach(attachment(USB), attachment(USB, TTY), on_loss, POD, by_cdi=by_cdi) is verdict
+    assert after_reattach(attachment(USB), attachment(USB), on_loss, POD, by_cdi=by_cdi) is AfterReattach.GOES_ON

@@ -102,6 +102,15 @@ Resources:
     )
 
 
+def test_restart_needs_cdi() -> None:
+    text = "resources: {a: {devices: [{target: {host: h}}], onLoss: restart%s}}"
+    (resource,) = parse_config(text % ", cdi: true").config.resources
+    assert (resource.on_loss, resource.cdi) == (OnLoss.RESTART, True)
+    for without in ("", ", cdi: false"):
+        with pytest.raises(ConfigError, match=r"resources\.a\.onLoss.*restart needs cdi: true in the same resource"):
+            parse_config(text % without)
+
+
 def test_new_keys() -> None:
     parsed = parse_config("""
 resources:
@@ -119,9 +128,7 @@ publishNodeStatus: false
 log-level: debug
 plugin-directory: /plugins
 """)
-    (warning,) = parsed.warnings
-    assert "cdi" in warning
-    assert "not acted upon" in warning
+    assert parsed.warnings == ()
     config = parsed.config
     assert config.resources == (
         ResourceConfig(

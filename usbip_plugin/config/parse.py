@@ -17,7 +17,10 @@ from usbip_plugin.errors import ConfigError
 MAX_DEVICES = 1024
 """Entries over all resources; checking them for overlaps costs their square."""
 
-NOT_YET = "checked, but not acted upon in this version"
+RESTART_NEEDS_CDI = (
+    "restart needs cdi: true in the same resource: without it the kubelet starts a container again with the device "
+    "paths of its first start"
+)
 
 _FLAGS = ("domain", "plugin-directory", "pod-resources-socket", "log-level", "listen")
 _TOP = ("resources", "lock", "allocateTimeout", "publishNodeStatus", *_FLAGS)
@@ -123,8 +126,6 @@ def _resource(name: str, node: Node, problems: Problems) -> tuple[list[tuple[Dev
     if node.is_mapping:
         known = ("devices", "onLoss", "cdi", "children", "containerPath")
         fields = read_fields(node, problems, known, Unknown.ERROR, "a resource") or {}
-    if "cdi" in fields:
-        problems.warn(fields["cdi"], NOT_YET)
     entries: list[tuple[DeviceSelector, Node]] = []
     devices = fields.get("devices")
     if devices is None or not devices.is_sequence:
@@ -146,8 +147,8 @@ def _resource(name: str, node: Node, problems: Problems) -> tuple[list[tuple[Dev
         children=_children(fields.get("children"), problems),
         container_path=_container_path(fields.get("containerPath"), problems),
     )
-    if resource.on_loss is OnLoss.RESTART:
-        problems.warn(fields["onLoss"], NOT_YET)
+    if resource.on_loss is OnLoss.RESTART and not resource.cdi:
+        problems.error(fields["onLoss"], RESTART_NEEDS_CDI)
     return entries, resource
 
 

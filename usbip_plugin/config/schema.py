@@ -11,6 +11,7 @@ DEFAULT_CONFIG_PATH = "/etc/usbip-device-plugin/config.yaml"
 DEFAULT_DOMAIN = "usbip.dev"
 DEFAULT_PLUGIN_DIRECTORY = "/var/lib/kubelet/device-plugins"
 DEFAULT_POD_RESOURCES_SOCKET = "/var/lib/kubelet/pod-resources/kubelet.sock"
+DEFAULT_CDI_DIRECTORY = "/var/run/cdi"
 DEFAULT_LOG_LEVEL = "info"
 DEFAULT_LISTEN = ":8080"
 LOG_LEVELS = ("all", "debug", "info", "warn", "error", "none")
@@ -30,7 +31,7 @@ DEFAULT_EXTRA_PERMISSIONS = "rwm"
 
 
 class OnLoss(enum.Enum):
-    """What happens to a pod whose device came back under other device nodes, or not at all."""
+    """What happens to a pod whose device came back under other device nodes. RESTART needs cdi."""
 
     KEEP = "keep"
     RESTART = "restart"
@@ -89,7 +90,7 @@ class ResourceConfig:
     """A resource by its name without the domain. The first entry of devices that matches a device gives its extras.
 
     children: the kinds of device nodes a pod gets besides the USB node, None for whatever the device has.
-    container_path: a template as in templates.py, None for the path on the host.
+    container_path: a template as in templates.py, None for the path on the host. cdi: pods get the nodes by CDI name.
     """
 
     name: str

@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import tempfile
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from usbip_plugin.kubelet.device_plugin import DeviceSpec
 from usbip_plugin.model import DeviceNode
 
 CDI_VERSION = "0.6.0"
-CDI_DIRECTORY = Path("/var/run/cdi")
+MAX_SPEC_BYTES = 1 << 20
 _NOT_IN_CLASS = re.compile(r"[^A-Za-z0-9_-]")
+_RESOURCE = "resource"
+
+
+@dataclass(frozen=True, slots=True)
+class Injected:
+    """What a container gets of one device, each node under its own path and permissions."""
+
+    nodes: tuple[tuple[DeviceSpec, DeviceNode], ...]
+    envs: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class HandedOut:
+    """What a spec says of the Allocate it was written for. numbers: see device_name; sorted."""
+
+    resource: str
+    numbers: tuple[int, ...]
 
 
 def kind(domain: str, resource: str) -> str:
@@ -24,80 +43,155 @@ def kind(domain: str, resource: str) -> str:
     return f"{domain}/{class_}" if class_[:1].isalpha() else f"{domain}/r{class_}"
 
 
-def device_name(domain: str, resource: str, device_id: str) -> str:
-    """The fully qualified CDI name for ContainerResponse.cdi_devices."""
-    return f"{kind(domain, resource)}={device_id}"
+def device_name(domain: str, resource: str, device_id: str, number: int) -> str:
+    """The fully qualified CDI name for ContainerResponse.cdi_devices.
+
+    number: which of a container's devices it is. The init container and the app of one pod may count differently.
+    """
+    return f"{kind(domain, resource)}={device_id}-{number}"
 
 
-def spec(
-    domain: str,
-    resource: str,
-    device_id: str,
-    nodes: Iterable[tuple[DeviceSpec, DeviceNode | None]],
-    envs: Mapping[str, str],
-) -> dict[str, Any]:
-    """The spec for one device. A DeviceSpec with its DeviceNode carries type and numbers, without one (an extra) the
-    runtime reads them from the host path."""
-    edits: dict[str, Any] = {"deviceNodes": [_node(spec_, node) for spec_, node in nodes]}
-    if envs:
-        edits["env"] = [f"{name}={value}" for name, value in sorted(envs.items())]
-    return {
+def file_name(domain: str, resource: str, device_id: str) -> str:
+    """A spec's file: one for each resource and device."""
+    return f"{kind(domain, resource).replace('/', '-')}-{device_id}.json"
+
+
+def spec(domain: str, resource: str, device_id: str, containers: Mapping[int, Injected]) -> str:
+    """The spec for one device as JSON: a CDI device for each number its containers know it by."""
+    document = {
         "cdiVersion": CDI_VERSION,
         "kind": kind(domain, resource),
-        "devices": [{"name": device_id, "containerEdits": edits}],
+        "annotations": {f"{domain}/{_RESOURCE}": resource},
+        "devices": [
+            {"name": f"{device_id}-{number}", "containerEdits": _edits(injected)}
+            for number, injected in sorted(containers.items())
+        ],
     }
+    return json.dumps(document, indent=1, sort_keys=True)
 
 
-def _node(device: DeviceSpec, node: DeviceNode | None) -> dict[str, Any]:
-    entry: dict[str, Any] = {
+def _edits(injected: Injected) -> dict[str, Any]:
+    edits: dict[str, Any] = {"deviceNodes": [_node(spec_, node) for spec_, node in injected.nodes]}
+    if injected.envs:
+        edits["env"] = [f"{name}={value}" for name, value in sorted(injected.envs.items())]
+    return edits
+
+
+def _node(device: DeviceSpec, node: DeviceNode) -> dict[str, Any]:
+    return {
         "path": device.container_path,
         "hostPath": device.host_path,
         "permissions": device.permissions,
+        "type": "b" if node.block else "c",
+        "major": node.major,
+        "minor": node.minor,
     }
-    if node is not None:
-        entry |= {"type": "b" if node.block else "c", "major": node.major, "minor": node.minor}
-    return entry
+
+
+def read_spec(domain: str, device_id: str, text: str) -> HandedOut | None:
+    """What spec() was told, None for a text that it did not make for this device."""
+    try:
+        document = json.loads(text)
+        resource = document["annotations"][f"{domain}/{_RESOURCE}"]
+        names = [device["name"] for device in document["devices"]]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    number = re.compile(re.escape(device_id) + "-(0|[1-9][0-9]{0,5})")
+    found = [number.fullmatch(name) if isinstance(name, str) else None for name in names]
+    numbers = sorted({int(one[1]) for one in found if one is not None})
+    if not isinstance(resource, str) or document.get("kind") != kind(domain, resource) or not numbers:
+        return None
+    return HandedOut(resource, tuple(numbers))
+
+
+class SpecFiles(Protocol):
+    """The specs of one domain: one file for each resource and device. Files of others are left alone.
+
+    write and remove raise OSError. None waits longer than a small local file takes.
+    """
+
+    def file(self, resource: str, device_id: str) -> Path:
+        """Where it is, or would be."""
+        ...
+
+    def read(self, resource: str, device_id: str) -> str | None:
+        """None also for one that cannot be read."""
+        ...
+
+    def find(self, device_id: str) -> tuple[str, ...]:
+        """The specs of a device, whatever its resource, the one written last first."""
+        ...
+
+    def write(self, resource: str, device_id: str, text: str) -> None:
+        """Atomic: a runtime that looks meanwhile reads the old spec or the new one; so does one after a failure."""
+        ...
+
+    def remove(self, resource: str, device_id: str) -> None:
+        """No error if it is not there."""
+        ...
+
+    def sweep(self, keep: Collection[tuple[str, str]]) -> tuple[Path, ...]:
+        """Removes specs, and leftovers of a crash, except those of the (resource, device ID) in keep; what was removed.
+
+        One that cannot be removed stays.
+        """
+        ...
 
 
 class CdiDirectory:
-    """The specs of one domain in a CDI directory: one file per resource and device; files of others are left alone.
-
-    Every method may raise OSError; none blocks longer than a small local file takes.
-    """
+    """SpecFiles in a directory that the container runtime reads. Made with the first spec, if it is not there."""
 
     def __init__(self, path: Path, domain: str) -> None:
         self.path = path
         self.domain = domain
 
     def file(self, resource: str, device_id: str) -> Path:
-        return self.path / f"{kind(self.domain, resource).replace('/', '-')}-{device_id}.json"
+        return self.path / file_name(self.domain, resource, device_id)
 
-    def write(self, resource: str, device_id: str, content: Mapping[str, Any]) -> None:
-        """Atomic: a runtime that looks meanwhile reads the old spec or the new one. Makes the directory."""
+    def read(self, resource: str, device_id: str) -> str | None:
+        return _read(self.file(resource, device_id))
+
+    def find(self, device_id: str) -> tuple[str, ...]:
+        found = []
+        for path in self.path.glob(f"{self.domain}-*-{device_id}.json"):
+            with contextlib.suppress(OSError):
+                if (text := _read(path)) is not None:
+                    found.append((path.stat().st_mtime_ns, text))
+        return tuple(text for _, text in sorted(found, reverse=True))
+
+    def write(self, resource: str, device_id: str, text: str) -> None:
         self.path.mkdir(mode=0o755, parents=True, exist_ok=True)
         # Runtimes read *.json and *.yaml only, so a leftover of a crash is never taken for a spec.
         handle, temporary = tempfile.mkstemp(prefix=f".{self.domain}-", suffix=".tmp", dir=self.path)
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as out:
-                json.dump(content, out, indent=1, sort_keys=True)
+                out.write(text)
                 os.fchmod(out.fileno(), 0o644)
             Path(temporary).replace(self.file(resource, device_id))
         except OSError:
-            Path(temporary).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                Path(temporary).unlink(missing_ok=True)
             raise
 
     def remove(self, resource: str, device_id: str) -> None:
-        """No error if it is not there."""
         self.file(resource, device_id).unlink(missing_ok=True)
 
     def sweep(self, keep: Collection[tuple[str, str]]) -> tuple[Path, ...]:
-        """Removes this domain's specs, and leftovers of a crash, except those of the (resource, device ID) in keep.
-
-        Returns what was removed.
-        """
         kept = {self.file(resource, device_id) for resource, device_id in keep}
         ours = [*self.path.glob(f"{self.domain}-*-usbip-*.json"), *self.path.glob(f".{self.domain}-*.tmp")]
-        removed = tuple(sorted(path for path in ours if path not in kept))
-        for path in removed:
-            path.unlink(missing_ok=True)
-        return removed
+        removed = []
+        for path in sorted(path for path in ours if path not in kept):
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+                removed.append(path)
+        return tuple(removed)
+
+
+def _read(path: Path) -> str | None:
+    try:
+        # O_NONBLOCK: a pipe in the file's place must not hang the plugin
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(handle, encoding="utf-8", errors="replace") as file:
+            return file.read(MAX_SPEC_BYTES)
+    except OSError:
+        return None

@@ -17,6 +17,7 @@ from usbip_plugin.errors import (
     LockHeld,
     LockLost,
     LockUnavailable,
+    NotAttached,
     PluginError,
     PortsExhausted,
     ServerTimeout,
@@ -33,7 +34,7 @@ _CODES: tuple[tuple[tuple[type[PluginError], ...], grpc.StatusCode], ...] = (
     ((LockHeld, LockLost, DeviceBusy, ClaimBusy), grpc.StatusCode.FAILED_PRECONDITION),
     ((ServerTimeout, AllocateTimeout, AttachStuck), grpc.StatusCode.DEADLINE_EXCEEDED),
     (
-        (ServerUnreachable, LockUnavailable, KubeUnreachable, KubeThrottled, KubeServerError),
+        (ServerUnreachable, LockUnavailable, KubeUnreachable, KubeThrottled, KubeServerError, NotAttached),
         grpc.StatusCode.UNAVAILABLE,
     ),
     ((UnknownDevice, DeviceUnknown), grpc.StatusCode.NOT_FOUND),

@@ -24,6 +24,7 @@ from usbip_plugin.sim.loop import SimClock
 from usbip_plugin.sim.network import Host, MemoryConnector
 from usbip_plugin.sim.pods import AdmittedPods
 from usbip_plugin.sim.ports import SimulatedKernel
+from usbip_plugin.sim.specs import MemorySpecs
 from usbip_plugin.sim.steploop import Process, loop_of
 from usbip_plugin.usbip.client import TcpUsbipClient
 from usbip_plugin.vhci.driver import VhciDriver
@@ -60,6 +61,7 @@ class ClusterNode:
         )
         self.pods = ClusterKubelet(Process(loop, f"{name} kubelet", self.host))
         self.known_pods = AdmittedPods(self.kubelet)
+        self.specs = MemorySpecs(cluster.domain)
         self.evicted: list[PodRef] = []
         """The pods that were to be evicted, in order; ending them is up to the caller."""
         self.agent: Agent | None = None
@@ -104,6 +106,7 @@ class ClusterNode:
             driver=cluster.spec.driver(_ProcessVhci(self.kernel, self.name, process, self.net)),
             leases=leases,
             pod_resources=LocalPodResources(self.pods, self.clock),
+            specs=self.specs,
             kube=None,
             registrar=_LocalRegistrar(self.pods, process, self.clock),
             clock=self.clock,
@@ -186,6 +189,7 @@ class ClusterNode:
         """Agent, attachments and port records are gone; the boot id is a new one. Connections are closed properly."""
         self.kill()
         self.kernel.reboot()
+        self.specs.clear()
         self.boot += 1
 
     def lose_power(self) -> None:
@@ -193,6 +197,7 @@ class ClusterNode:
         self.kill()
         self._cluster.network.vanish(self.net)
         self.kernel.reboot()
+        self.specs.clear()
         self.boot += 1
 
     def kubelet_restart(self, *, down: bool) -> None:

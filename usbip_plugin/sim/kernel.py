@@ -6,6 +6,7 @@ A new SimulatedVhci on the same kernel and node is a restarted plugin.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable
 
 from usbip_plugin.errors import (
@@ -14,6 +15,7 @@ from usbip_plugin.errors import (
     DetachFailed,
     DriverMissing,
     PortsExhausted,
+    RecordNotWritable,
     WrongDevice,
     WrongSerial,
 )
@@ -79,6 +81,9 @@ class SimulatedVhci:
         if port is None:
             hub = hub_of(descriptor.speed)
             raise PortsExhausted(hub, sum(p.hub == hub for p in ports))
+        if self._kernel.records_failing is not None:
+            error = OSError(self._kernel.records_failing, os.strerror(self._kernel.records_failing))
+            raise RecordNotWritable(f"/run/vhci_hcd/port{port.number}", error)
         try:
             occupant = self._kernel.attach(port, descriptor, fd)
         except OSError as error:

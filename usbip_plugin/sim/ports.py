@@ -69,6 +69,7 @@ class SimulatedKernel:
         self.enumeration_delay = enumeration_delay
         self.loaded = True
         self.detaching_hangs = False
+        self.records_failing: int | None = None  # the errno of each write of a port record
         self.bell = Bell()
         self.records: dict[str, dict[int, DeviceKey]] = {}  # of each node; kind's nodes have each their own /run
         self.marks: dict[str, dict[int, int]] = {}  # of each record: the number of the occupant it is of

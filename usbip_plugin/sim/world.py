@@ -32,6 +32,7 @@ from usbip_plugin.sim.device_manager import Allocation, ContainerSpec
 from usbip_plugin.sim.kernel import SimulatedKernel, SimulatedVhci
 from usbip_plugin.sim.kubelet import FakeKubelet
 from usbip_plugin.sim.pods import AdmittedPods
+from usbip_plugin.sim.specs import MemorySpecs
 from usbip_plugin.usbip.client import TcpUsbipClient
 from usbip_plugin.vhci.driver import VhciDriver
 
@@ -78,6 +79,7 @@ class SimNode:
         self._pod_resources = directory / "pod-resources.sock"
         self.kubelet = FakeKubelet(self.plugin_directory, self._pod_resources)
         self.pods = AdmittedPods(self.kubelet)
+        self.specs = MemorySpecs(setup.domain)
         self._backend = backend
         self._leases: LeaseStore | None = None
         self._task: asyncio.Task[None] | None = None
@@ -109,6 +111,7 @@ class SimNode:
             driver=driver,
             leases=self._leases,
             pod_resources=pod_resources,
+            specs=self.specs,
             kube=setup.make_kube(self.name) if setup.make_kube is not None else None,
             registrar=SocketRegistrar(PluginDirectory(self.plugin_directory, setup.clock), setup.clock, rng),
             clock=setup.clock,
@@ -143,6 +146,7 @@ class SimNode:
         """The whole node goes: agent and kernel, and with the kernel every attachment."""
         await self.stop()
         self.kernel.reboot()
+        self.specs.clear()
         self.boot += 1
 
     def partition(self, *, cut: bool) -> None:

@@ -61,7 +61,7 @@ class VhciDriver(Protocol):
 
         The caller still owns fd and closes it, on success and on failure. The port's record is written before the
         kernel is asked and taken back if it refuses. A port that somebody else takes in between is replaced by another.
-        PortsExhausted, AttachRefused, DriverNotWritable. If cancelled, no port is left attached.
+        PortsExhausted, AttachRefused, DriverNotWritable, RecordNotWritable. If cancelled, no port is left attached.
         """
         ...
 

@@ -20,6 +20,7 @@ from usbip_plugin.errors import (
     DriverMissing,
     DriverNotWritable,
     PortsExhausted,
+    RecordNotWritable,
     VhciError,
     WrongDevice,
     WrongSerial,
@@ -161,7 +162,7 @@ class SysfsVhci:
         try:
             self._records.write(port, record)
         except OSError as error:
-            raise DriverNotWritable(f"the record of port {port}", error.strerror or str(error)) from error
+            raise RecordNotWritable(str(self._records.path(port)), error) from error
 
     def _forget(self, port: int, only: DeviceKey | None = None) -> None:
         self._occupants.pop(port, None)

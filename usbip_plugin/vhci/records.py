@@ -73,16 +73,23 @@ class Records:
 
     def read(self, port: int) -> Record | None:
         try:
-            with open(self._path(port), errors="replace", opener=_without_waiting) as file:
+            with open(self.path(port), errors="replace", opener=_without_waiting) as file:
                 return parse_record(file.read(MAX_RECORD + 1))
         except OSError:
             return None
 
     def write(self, port: int, record: Record) -> None:
-        """OSError if it cannot be written; ValueError as format_record."""
+        """Atomic: on a full disk there is the old record or none. OSError if it fails; ValueError as format_record."""
         text = format_record(record)
         self._directory.mkdir(mode=0o700, exist_ok=True)
-        self._path(port).write_text(text)
+        unfinished = self._directory / f".port{port:d}.tmp"
+        try:
+            unfinished.write_text(text)
+            unfinished.replace(self.path(port))
+        except OSError:
+            with contextlib.suppress(OSError):
+                unfinished.unlink(missing_ok=True)
+            raise
 
     def remove(self, port: int, only: DeviceKey | None = None) -> None:
         """Remove the record, or nothing if only is given and the record names another device. Never raises OSError."""
@@ -90,7 +97,7 @@ class Records:
         if only is not None and (record is None or record.key != only):
             return
         with contextlib.suppress(OSError):
-            self._path(port).unlink(missing_ok=True)
+            self.path(port).unlink(missing_ok=True)
 
     def ports(self) -> tuple[int, ...]:
         """The ports that have a record, whatever is in it, sorted."""
@@ -104,5 +111,6 @@ class Records:
         place = self._directory if self._directory.exists() else self._directory.parent
         return os.access(place, os.W_OK | os.X_OK)
 
-    def _path(self, port: int) -> Path:
+    def path(self, port: int) -> Path:
+        """Its file, there or not."""
         return self._directory / f"port{port:d}"

@@ -1,0 +1,100 @@
+"""The CDI directory of a simulated node, and what a container runtime makes of it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from usbip_plugin.kubelet.cdi import file_name
+
+PLACE = Path("/var/run/cdi")
+
+
+class UnresolvableDevice(Exception):
+    """The runtime does not create the container: nobody has a spec for a CDI name of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """What a runtime puts into a container. nodes: path in it -> (path on the host, major, minor)."""
+
+    nodes: Mapping[str, tuple[str, int, int]]
+    envs: Mapping[str, str]
+
+
+class MemorySpecs:
+    """SpecFiles in memory. failing: the errno of each write and removal, None while all is well."""
+
+    def __init__(self, domain: str) -> None:
+        self.domain = domain
+        self.failing: int | None = None
+        self._texts: dict[Path, str] = {}
+
+    @property
+    def texts(self) -> Mapping[Path, str]:
+        """By file, the one written last at the end."""
+        return self._texts
+
+    def clear(self) -> None:
+        """The node is booted: /run is empty."""
+        self._texts.clear()
+
+    def file(self, resource: str, device_id: str) -> Path:
+        return PLACE / file_name(self.domain, resource, device_id)
+
+    def read(self, resource: str, device_id: str) -> str | None:
+        return self._texts.get(self.file(resource, device_id))
+
+    def find(self, device_id: str) -> tuple[str, ...]:
+        found = [text for path, text in self._texts.items() if path.name.endswith(f"-{device_id}.json")]
+        return tuple(reversed(found))
+
+    def write(self, resource: str, device_id: str, text: str) -> None:
+        self._may_fail()
+        path = self.file(resource, device_id)
+        self._texts.pop(path, None)
+        self._texts[path] = text
+
+    def remove(self, resource: str, device_id: str) -> None:
+        self._may_fail()
+        self._texts.pop(self.file(resource, device_id), None)
+
+    def sweep(self, keep: Collection[tuple[str, str]]) -> tuple[Path, ...]:
+        if self.failing is not None:
+            return ()
+        kept = {self.file(resource, device_id) for resource, device_id in keep}
+        removed = tuple(sorted(path for path in self._texts if path not in kept))
+        for path in removed:
+            del self._texts[path]
+        return removed
+
+    def _may_fail(self) -> None:
+        if self.failing is not None:
+            raise OSError(self.failing, os.strerror(self.failing))
+
+    @staticmethod
+    def full() -> int:
+        """For failing: no space left."""
+        return errno.ENOSPC
+
+
+def resolve(texts: Collection[str], names: Collection[str]) -> Resolved:
+    """What a runtime injects for fully qualified CDI names, given all specs. UnresolvableDevice if one is not there."""
+    nodes: dict[str, tuple[str, int, int]] = {}
+    envs: dict[str, str] = {}
+    known = {
+        f"{spec['kind']}={device['name']}": device["containerEdits"]
+        for spec in map(json.loads, texts)
+        for device in spec["devices"]
+    }
+    for name in names:
+        if name not in known:
+            raise UnresolvableDevice(f"unresolvable CDI devices {name}")
+        for node in known[name]["deviceNodes"]:
+            nodes[node["path"]] = (node["hostPath"], node["major"], node["minor"])
+        envs.update(line.split("=", 1) for line in known[name].get("env", ()))
+    return Resolved(nodes, envs)
