@@ -115,11 +115,12 @@ class Allocator:
         """
         found = self._lookup(resource)
         by_cdi = found is not None and found[0].cdi
+        name = resource.removeprefix(f"{self._domain}/")
         deadline = self._clock.monotonic() + PRE_START_WAIT
         for number, device_id in enumerate(sorted(device_ids)):
             try:
                 async with self._clock.timeout(max(0.0, deadline - self._clock.monotonic())):
-                    ready = await self._attacher.prepare(device_id, number if by_cdi else None)
+                    ready = await self._attacher.prepare(device_id, name, number if by_cdi else None)
             except TimeoutError:
                 ready = False
             if not ready:

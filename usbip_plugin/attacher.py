@@ -184,22 +184,25 @@ class Attacher:
         )
         return Outcome(await self._pipeline.attach_new(claim, wanted, deadline, progress), fresh=True)
 
-    async def prepare(self, device_id: str, number: int | None) -> bool:
+    async def prepare(self, device_id: str, resource: str, number: int | None) -> bool:
         """Before a container starts. True if the device is attached, and its spec, where one is to be, is true.
 
-        number: what the container knows it by, None if it was not handed out by CDI. Waits while the device is on its
-        way (back) here; the caller bounds that. Raises VhciError and CdiError. Cancel-safe.
+        resource: by its name without the domain; number: what the container knows the device by, None if it was not
+        handed out by CDI. Waits while the device is on its way (back) here; the caller bounds that. Raises VhciError
+        and CdiError. Cancel-safe.
         """
         await self._keeper.verify(device_id)
         await self._work.changed.until(lambda: not self._coming(device_id))
         claim = self._book.get(device_id)
         if claim is None or claim.state is not State.ATTACHED or claim.attachment is None:
             return False
-        if number is not None or claim.numbers:
-            numbers = {*claim.numbers} if number is None else {*claim.numbers, number}
-            after = replace(claim, numbers=tuple(sorted(numbers)))
-            self._specs.write(after, claim.attachment)
-            self._book.put(after)
+        attachment = claim.attachment
+        if number is not None:
+            # after a reboot no spec tells what the container was given, and it starts before its kubelet lists it
+            numbers = tuple(sorted({*claim.numbers, number}))
+            claim = replace(claim, resource=claim.resource or resource, numbers=numbers)
+        self._specs.write(claim, attachment)
+        self._book.put(claim)
         return True
 
     def _coming(self, device_id: str) -> bool:

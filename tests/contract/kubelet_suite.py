@@ -16,14 +16,14 @@ from pathlib import Path
 import pytest
 
 from usbip_plugin.clock import SystemClock
-from usbip_plugin.errors import LockHeld, PluginError
+from usbip_plugin.errors import LockHeld, NotAttached, PluginError
 from usbip_plugin.kubelet.device_plugin import ContainerResponse, DevicePluginServer, DeviceSpec
 from usbip_plugin.kubelet.directory import PluginDirectory
 from usbip_plugin.kubelet.pod_resources import ContainerDevices, GrpcPodResources, PodResources
 from usbip_plugin.kubelet.registration import ResourcePlugin
 from usbip_plugin.model import Advertised, DeviceKey, Health, PodRef, Reason, ServerKey
 from usbip_plugin.sim.admission import Admission
-from usbip_plugin.sim.device_manager import AdmissionError, ContainerSpec
+from usbip_plugin.sim.device_manager import AdmissionError, ContainerSpec, EndpointError
 from usbip_plugin.sim.kubelet import FakeKubelet
 from usbip_plugin.sim.local_kubelet import LocalKubelet
 
@@ -301,6 +301,31 @@ class KubeletContract(Sockets):
             await h.kubelet.start_container(POD, "app")
             await h.kubelet.start_container(POD, "app")
             assert h.backend.started == [("a",), ("a",)]
+
+    async def test_a_container_is_not_started_if_pre_start_fails_and_the_next_try_is_asked_anew(
+        self, make: Make, short_tmp: Path
+    ) -> None:
+        async with make(short_tmp, pre_start=True) as h:
+            await h.publish(a=Reason.FREE)
+            await h.kubelet.admit(POD, {STORAGE: 1})
+            h.backend.refuse = NotAttached("a is being attached again")
+            with pytest.raises(EndpointError, match=r"UNAVAILABLE.*a is being attached again"):
+                await h.kubelet.start_container(POD, "app")
+            h.backend.refuse = None
+            held = await h.kubelet.start_container(POD, "app")
+            assert held[STORAGE].cdi_devices == ("usbip.dev/storage=a",), "what Allocate answered, without another one"
+            assert len(h.backend.allocated) == 1
+
+    async def test_without_its_plugin_a_container_that_wants_pre_start_is_not_started(
+        self, make: Make, short_tmp: Path
+    ) -> None:
+        async with make(short_tmp, pre_start=True) as h:
+            await h.publish(a=Reason.FREE)
+            await h.kubelet.admit(POD, {STORAGE: 1})
+            h.plugin.cancel()
+            await h.until(lambda: not h.kubelet.connected(STORAGE))
+            with pytest.raises(EndpointError, match="has been stopped"):
+                await h.kubelet.start_container(POD, "app")
 
     async def test_pre_start_is_not_called_when_not_required(self, make: Make, short_tmp: Path) -> None:
         async with make(short_tmp, pre_start=False) as h:

@@ -48,6 +48,7 @@ class Admission:
         self._active: dict[PodRef, tuple[ContainerSpec, ...]] = {}
         self._endpoints: dict[str, dict[Hashable, Endpoint]] = {}
         self._primary: dict[str, Endpoint] = {}
+        self._stopped: dict[str, Endpoint] = {}
 
     def connect(self, resource: str, place: Hashable, endpoint: Endpoint) -> None:
         """A registration. place: the plugin's socket path. ValueError, in the kubelet's words, if it is refused."""
@@ -71,7 +72,8 @@ class Admission:
         if by_place:
             self._primary[resource] = next(iter(by_place.values()))
         else:
-            del self._endpoints[resource], self._primary[resource]
+            del self._endpoints[resource]
+            self._stopped[resource] = self._primary.pop(resource)
             self.manager.disconnected(resource)
         self.changed.fire()
 
@@ -79,6 +81,7 @@ class Admission:
         """The kubelet ends: plugins and devices are forgotten, allocations are not."""
         self._endpoints.clear()
         self._primary.clear()
+        self._stopped.clear()
         self.manager.restart()
         self.changed.fire()
 
@@ -118,11 +121,15 @@ class Admission:
     async def start_container(self, pod: PodRef, container: str) -> dict[str, Allocation]:
         """A (re)start of a container: PreStartContainer where asked for, then the stored answers, by resource.
 
-        EndpointError if PreStartContainer fails; the kubelet would try again.
+        EndpointError if PreStartContainer fails, or its plugin is gone; the kubelet would try again. A kubelet that was
+        restarted does not know what a plugin asked for until it registers again, and starts the container without.
         """
         held = {key[2]: a for key, a in self.manager.checkpoint.items() if key[:2] == (pod, container)}
         for resource, allocation in held.items():
             endpoint = self._primary.get(resource)
+            stopped = self._stopped.get(resource)
+            if endpoint is None and stopped is not None and stopped.pre_start_required:
+                raise EndpointError("UNKNOWN", f"endpoint {resource} has been stopped")
             if endpoint is not None and endpoint.pre_start_required:
                 await endpoint.pre_start(sorted(allocation.device_ids))
         return held

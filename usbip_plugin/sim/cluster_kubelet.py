@@ -14,7 +14,7 @@ from usbip_plugin.kubelet.device_plugin import DevicePluginServer, DeviceStates
 from usbip_plugin.kubelet.pod_resources import LIST_TIMEOUT_S, ContainerDevices
 from usbip_plugin.model import PodRef
 from usbip_plugin.resources import Plugin
-from usbip_plugin.sim.device_manager import AdmissionError, EndpointError
+from usbip_plugin.sim.device_manager import AdmissionError, Allocation, EndpointError
 from usbip_plugin.sim.local_kubelet import LocalKubelet
 from usbip_plugin.sim.steploop import Process, loop_of
 
@@ -66,6 +66,18 @@ class ClusterKubelet:
         if error is not None:
             raise error
         return None
+
+    async def start_container(self, pod: PodRef) -> dict[str, Allocation]:
+        """The one container of a pod is (re)started, see Admission.start_container. EndpointError."""
+        task = self.process.create_task(self.kubelet.start_container(pod, "app"), f"start a container of {pod}")
+        self._admissions[task] = None
+        try:
+            await asyncio.wait([task])
+        finally:
+            self._admissions.pop(task, None)
+        if task.cancelled():
+            raise EndpointError("CANCELLED", "the kubelet was restarted")
+        return task.result()
 
     def stop(self) -> None:
         """Its calls are cancelled, its streams end, and it forgets what plugins told it."""

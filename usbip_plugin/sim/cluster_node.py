@@ -24,7 +24,7 @@ from usbip_plugin.sim.loop import SimClock
 from usbip_plugin.sim.network import Host, MemoryConnector
 from usbip_plugin.sim.pods import AdmittedPods
 from usbip_plugin.sim.ports import SimulatedKernel
-from usbip_plugin.sim.specs import MemorySpecs
+from usbip_plugin.sim.specs import MemorySpecs, Resolved, resolve
 from usbip_plugin.sim.steploop import Process, loop_of
 from usbip_plugin.usbip.client import TcpUsbipClient
 from usbip_plugin.vhci.driver import VhciDriver
@@ -267,6 +267,12 @@ class ClusterNode:
     async def admit(self, pod: PodRef, resource: str, count: int = 1) -> str | None:
         """Admits a pod; None if it runs, the kubelet's words if it failed."""
         return await self.pods.admit(pod, {self._cluster.full(resource): count})
+
+    async def start_container(self, pod: PodRef) -> Resolved:
+        """What its container gets by CDI when it is (re)started. EndpointError, UnresolvableDevice if it is not."""
+        answers = await self.pods.start_container(pod)
+        names = [name for answer in answers.values() for name in answer.cdi_devices]
+        return resolve(self.specs.texts.values(), names)
 
     def end(self, pod: PodRef) -> None:
         """The pod ends; the pod watch gives its hint, if the API server can be reached."""

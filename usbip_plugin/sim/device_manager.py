@@ -12,6 +12,9 @@ from typing import Protocol
 from usbip_plugin.kubelet.device_plugin import DeviceSpec
 from usbip_plugin.model import PodRef
 
+PRE_START_TIMEOUT_S = 30.0
+"""The only deadline a kubelet sets a plugin."""
+
 
 class AdmissionError(Exception):
     """The pod fails with UnexpectedAdmissionError and this message; it is not tried again."""

@@ -25,11 +25,10 @@ from usbip_plugin.kubelet.deviceplugin_pb2_grpc import DevicePluginStub, add_Reg
 from usbip_plugin.kubelet.pod_resources import ContainerDevices
 from usbip_plugin.kubelet.podresources_pb2_grpc import add_PodResourcesListerServicer_to_server
 from usbip_plugin.sim.admission import Admission
-from usbip_plugin.sim.device_manager import Allocation, EndpointError
+from usbip_plugin.sim.device_manager import PRE_START_TIMEOUT_S, Allocation, EndpointError
 
 KUBELET_SOCKET = "kubelet.sock"
 DIAL_TIMEOUT_S = 10.0
-PRE_START_TIMEOUT_S = 30.0
 SUPPORTED_VERSION = "v1beta1"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar
@@ -11,7 +12,7 @@ from usbip_plugin.kubelet.device_plugin import ContainerResponse, DevicePluginSe
 from usbip_plugin.kubelet.pod_resources import ContainerDevices
 from usbip_plugin.kubelet.status import status_code, status_details
 from usbip_plugin.sim.admission import Admission
-from usbip_plugin.sim.device_manager import Allocation, EndpointError
+from usbip_plugin.sim.device_manager import PRE_START_TIMEOUT_S, Allocation, EndpointError
 
 T = TypeVar("T")
 
@@ -71,7 +72,11 @@ class _LocalEndpoint:
 
     async def pre_start(self, ids: Sequence[str]) -> None:
         with _errors():
-            await self._transport(self._server.backend.pre_start(self._server.resource, tuple(ids)))
+            try:
+                async with asyncio.timeout(PRE_START_TIMEOUT_S):
+                    await self._transport(self._server.backend.pre_start(self._server.resource, tuple(ids)))
+            except TimeoutError:
+                raise EndpointError("DEADLINE_EXCEEDED", "context deadline exceeded") from None
 
 
 @contextlib.contextmanager
