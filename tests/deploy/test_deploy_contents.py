@@ -17,6 +17,7 @@ from usbip_plugin.config import (
     Config,
     parse_config,
 )
+from usbip_plugin.config.schema import DEFAULT_CDI_DIRECTORY
 from usbip_plugin.observe.health import Verdict, split_listen, standard_pages
 from usbip_plugin.process import Options
 
@@ -28,6 +29,7 @@ HOST_PATHS = {
         str(Path(DEFAULT_POD_RESOURCES_SOCKET).parent),
         "/sys/devices/platform",
         RECORDS,
+        DEFAULT_CDI_DIRECTORY,
     },
     "usbip-simulated-kernel": {RECORDS, "/dev"},
     "usbip-server": set(),

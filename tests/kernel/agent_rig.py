@@ -22,6 +22,7 @@ from usbip_plugin.agent import Agent
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.config import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.kubelet import deviceplugin_pb2 as pb
+from usbip_plugin.kubelet.cdi import CdiDirectory
 from usbip_plugin.kubelet.deviceplugin_pb2_grpc import DevicePluginStub
 from usbip_plugin.locks.memory import MemoryBackend
 from usbip_plugin.locks.record import lock_of
@@ -73,10 +74,17 @@ def real_driver(_node: str = NODE, _kernel: SimulatedKernel | None = None) -> Vh
 
 
 @contextlib.asynccontextmanager
-async def agent_with(config: Config, *healthy: DeviceKey) -> AsyncIterator[World]:
-    """A world of one node whose kernel is the real one, when these devices are Healthy; see on()."""
+async def agent_with(config: Config, *healthy: DeviceKey, cdi: Path | None = None) -> AsyncIterator[World]:
+    """A world of one node whose kernel is the real one, when these devices are Healthy; see on(). cdi: for its specs."""
     with tempfile.TemporaryDirectory(prefix="usbip-") as directory:
-        setup = Setup(config=config, clock=SystemClock(), domain=DOMAIN, make_driver=real_driver)
+        specs = CdiDirectory(cdi or Path(directory) / "cdi", DOMAIN)
+        setup = Setup(
+            config=config,
+            clock=SystemClock(),
+            domain=DOMAIN,
+            make_driver=real_driver,
+            make_specs=lambda _node: specs,
+        )
         async with running(Path(directory), (NODE,), setup) as world:
             await until_health(on(world), {key.id: True for key in healthy})
             yield world

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,10 +14,13 @@ import pytest
 
 from usbip_plugin import check
 from usbip_plugin.check import Finding, Permission, Status
+from usbip_plugin.checking import check_node
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.config import Config, DeviceSelector, ResourceConfig, Selector
+from usbip_plugin.config.reload import Loaded
 from usbip_plugin.errors import ConfigError, KubeForbidden, KubeUnreachable, ServerUnreachable
 from usbip_plugin.model import Descriptor, ServerKey, UsbId
+from usbip_plugin.process import Options
 from usbip_plugin.vhci.driver import DriverReport
 
 SERVER = ServerKey("lab")
@@ -249,3 +253,34 @@ async def test_the_admission_policy_is_tried_with_the_own_node_and_another() -> 
     assert elsewhere.status is Status.FAIL
     assert "node-a" in elsewhere.cure
     assert await check.admission_check(Policy("", by_policy=False), "n", "node-a") == []
+
+
+async def test_the_cdi_directory_is_looked_at_if_a_resource_wants_it(tmp_path: Path) -> None:
+    directory = tmp_path / "cdi"
+    (missing,) = await check.cdi_directory_check(directory)
+    assert missing.status is Status.FAIL
+    assert f"hostPath {directory}" in missing.cure
+    directory.mkdir()
+    assert statuses(await check.cdi_directory_check(directory)) == [Status.OK]
+    options = Options(
+        "node-a", "n", tmp_path / "config", "usbip.dev", tmp_path, tmp_path / "s", "", str(tmp_path / "k")
+    )
+    for by_cdi in (True, False):
+        config = Config((ResourceConfig("a", (), cdi=by_cdi),))
+        report, _ = await check_node(dataclasses.replace(options, cdi_directory=directory), Loaded(config, (), b""))
+        assert (f"ok    CDI directory: {directory}" in report) == by_cdi
+
+
+@pytest.mark.parametrize(("flags", "bavail", "words"), [(os.ST_RDONLY, 9, "read-only mount"), (0, 0, "is full")])
+async def test_a_cdi_directory_that_nothing_can_be_written_to(
+    flags: int, bavail: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    what = os.statvfs(tmp_path)
+    fields = list(what)
+    fields[4], fields[8] = bavail, flags
+    monkeypatch.setattr(os, "statvfs", lambda _path: os.statvfs_result(fields))
+    monkeypatch.setattr(os, "access", lambda _path, _mode: not flags)
+    (finding,) = await check.cdi_directory_check(tmp_path)
+    assert finding.status is Status.FAIL
+    assert words in finding.detail
+    assert finding.cure

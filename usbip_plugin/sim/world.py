@@ -21,6 +21,7 @@ from usbip_plugin.config import Config
 from usbip_plugin.errors import KubeUnreachable
 from usbip_plugin.kube import KubeClient
 from usbip_plugin.kubelet.broadcast import Broadcast
+from usbip_plugin.kubelet.cdi import SpecFiles
 from usbip_plugin.kubelet.directory import PluginDirectory
 from usbip_plugin.kubelet.pod_resources import GrpcPodResources
 from usbip_plugin.locks.manager import LockSettings
@@ -44,7 +45,8 @@ STOP_TIMEOUT = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What a world is made of. make_driver(node, kernel) and make_leases(node) replace doubles by the real thing.
+    """What a world is made of. make_driver(node, kernel), make_leases(node) and make_specs(node) replace doubles by the
+    real thing.
 
     make_kube(node) gives the agent an API server for what is not a Lease: Node status, and with kube_has_pods the pods,
     which are otherwise those of the fake kubelet.
@@ -59,6 +61,7 @@ class Setup:
     make_driver: Callable[[str, SimulatedKernel], VhciDriver] | None = None
     make_leases: Callable[[str], LeaseStore] | None = None
     make_kube: Callable[[str], KubeClient] | None = None
+    make_specs: Callable[[str], SpecFiles] | None = None
     kube_has_pods: bool = False
 
 
@@ -79,7 +82,7 @@ class SimNode:
         self._pod_resources = directory / "pod-resources.sock"
         self.kubelet = FakeKubelet(self.plugin_directory, self._pod_resources)
         self.pods = AdmittedPods(self.kubelet)
-        self.specs = MemorySpecs(setup.domain)
+        self.specs: SpecFiles = setup.make_specs(name) if setup.make_specs is not None else MemorySpecs(setup.domain)
         self._backend = backend
         self._leases: LeaseStore | None = None
         self._task: asyncio.Task[None] | None = None
@@ -146,7 +149,8 @@ class SimNode:
         """The whole node goes: agent and kernel, and with the kernel every attachment."""
         await self.stop()
         self.kernel.reboot()
-        self.specs.clear()
+        if isinstance(self.specs, MemorySpecs):
+            self.specs.clear()
         self.boot += 1
 
     def partition(self, *, cut: bool) -> None:
