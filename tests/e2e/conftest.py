@@ -25,14 +25,15 @@ LOGS = Path(os.environ.get("E2E_LOGS", ROOT / "build" / "e2e-logs"))
 RESULTS = Path(os.environ.get("E2E_RESULTS", ROOT / "build" / "e2e.json"))
 SERVER = "usbip-e2e-server"
 SERVER_PORT = 3240
-DEVICES = ("1-1=0951:1666,serial=E2E1", *(f"1-{port}=0403:6001,serial=E2E{port}" for port in (2, 3, 4, 5)))
+DEVICES = ("1-1=0951:1666,serial=E2E1", *(f"1-{port}=0403:6001,serial=E2E{port}" for port in (2, 3, 4, 5, 6)))
 LOCK_DURATION = 21
-COUNTS = {"solo": 1, "pair": 2, "jobs": 2}
+COUNTS = {"solo": 1, "pair": 2, "jobs": 2, "named": 1}
 CONFIG = """
 resources:
   solo: [{{target: {{host: {host}}}, selector: {{bus_id: "1-1"}}}}]
   pair: [{{target: {{host: {host}}}, selector: {{bus_id: "1-[23]"}}}}]
   jobs: [{{target: {{host: {host}}}, selector: {{bus_id: "1-[45]"}}}}]
+  named: {{devices: [{{target: {{host: {host}}}, selector: {{bus_id: "1-6"}}}}], cdi: true, onLoss: restart}}
 lock: {{duration: {duration}s}}
 """
 _FIGURES = pytest.StashKey[Figures]()

@@ -75,7 +75,10 @@ def real_driver(_node: str = NODE, _kernel: SimulatedKernel | None = None) -> Vh
 
 @contextlib.asynccontextmanager
 async def agent_with(config: Config, *healthy: DeviceKey, cdi: Path | None = None) -> AsyncIterator[World]:
-    """A world of one node whose kernel is the real one, when these devices are Healthy; see on(). cdi: for its specs."""
+    """A world of one node whose kernel is the real one, when these devices are Healthy; see on().
+
+    cdi: where its CDI specs are.
+    """
     with tempfile.TemporaryDirectory(prefix="usbip-") as directory:
         specs = CdiDirectory(cdi or Path(directory) / "cdi", DOMAIN)
         setup = Setup(

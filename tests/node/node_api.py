@@ -25,6 +25,7 @@ _COLLECTIONS = {
     "ConfigMap": "/api/v1/namespaces/{namespace}/configmaps",
     "Pod": "/api/v1/namespaces/{namespace}/pods",
     "Node": "/api/v1/nodes",
+    "Event": "/apis/events.k8s.io/v1/namespaces/{namespace}/events",
     "Lease": "/apis/coordination.k8s.io/v1/namespaces/{namespace}/leases",
     "DaemonSet": "/apis/apps/v1/namespaces/{namespace}/daemonsets",
     "Role": "/apis/rbac.authorization.k8s.io/v1/namespaces/{namespace}/roles",

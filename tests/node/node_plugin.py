@@ -17,15 +17,21 @@ ADDRESS = "10.0.2.15"  # the node's own; reached from its pods, too
 RESOURCE = "usbip.dev/serial"
 
 
-def manifests(name: str, busid: str) -> list[Object]:
-    """base or modules as kustomize gives it, with the image that is here and a configuration of one device."""
+def manifests(name: str, busid: str, **keys: object) -> list[Object]:
+    """base or modules as kustomize gives it, with the image that is here and a configuration of one device.
+
+    keys: more of its resource, such as cdi=True. Other keys are another pod template: the plugin is replaced.
+    """
     documents: list[Object] = list(yaml.safe_load_all((Path(os.environ["NODE_STATE"]) / f"{name}.yaml").read_text()))
-    config = {"resources": {"serial": [{"target": {"host": ADDRESS}, "selector": {"bus_id": busid}}]}}
+    resource = {"devices": [{"target": {"host": ADDRESS}, "selector": {"bus_id": busid}}], **keys}
+    config = {"resources": {"serial": resource}}
     for document in documents:
         if document["kind"] == "ConfigMap":
             document["data"] = {"config.yaml": yaml.safe_dump(config)}
         if document["kind"] == "DaemonSet":
-            spec = document["spec"]["template"]["spec"]
+            template = document["spec"]["template"]
+            template["metadata"].setdefault("annotations", {})["test/keys"] = str(sorted(keys))
+            spec = template["spec"]
             for container in (*spec["containers"], *spec.get("initContainers", ())):
                 container["image"] = IMAGE
     return documents

@@ -19,8 +19,10 @@ EXEC_S = 120.0
 _numbers = itertools.count()
 
 
-def pod_of(name: str, script: str, *arguments: str, resources: dict[str, str] | None = None) -> Object:
-    """A pod of one container that runs a Python script."""
+def pod_of(
+    name: str, script: str, *arguments: str, resources: dict[str, str] | None = None, restart: str = "Never"
+) -> Object:
+    """A pod of one container that runs a Python script. restart: its restartPolicy."""
     container: Object = {
         "name": "main",
         "image": IMAGE,
@@ -34,7 +36,7 @@ def pod_of(name: str, script: str, *arguments: str, resources: dict[str, str] | 
         "metadata": {"name": name, "namespace": NAMESPACE},
         "spec": {
             "containers": [container],
-            "restartPolicy": "Never",
+            "restartPolicy": restart,
             "terminationGracePeriodSeconds": 1,
             "automountServiceAccountToken": False,
         },

@@ -60,7 +60,9 @@ def run_check(
     api: Api, base: Plugin, name: str, change: Callable[[Object], None], *, token: bool = True
 ) -> tuple[int, str]:
     """Exit status and output of `usbip-plugin check` in a pod like the plugin's own, but for the change."""
-    pod = check_pod(daemon_set(manifests("base", base.busid)), name)
+    documents = manifests("base", base.busid, cdi=True)
+    api.apply(next(document for document in documents if document["kind"] == "ConfigMap"))
+    pod = check_pod(daemon_set(documents), name)
     (container,) = pod["spec"]["containers"]
     change(container)
     pod["spec"]["automountServiceAccountToken"] = token

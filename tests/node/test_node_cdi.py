@@ -1,0 +1,83 @@
+"""A device by CDI name, on a real kernel, kubelet and containerd: a container started again has the new nodes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from agent_rig import busy_rows
+from node_api import Api, until
+from node_echo import POD_SCRIPT, answer, far_end
+from node_plugin import RESOURCE, Plugin, manifests
+from node_pods import NAMESPACE, Container, pod_of
+from usbipd import RealUsbipd
+
+CDI = Path("/var/run/cdi")
+
+
+@pytest.fixture
+def by_cdi(base: Plugin) -> Plugin:
+    base.install(manifests("base", base.busid, cdi=True, onLoss="restart"))
+    return base
+
+
+@pytest.fixture
+def reader(api: Api, by_cdi: Plugin) -> Iterator[Container]:
+    """A pod whose program ends when its device does, and that is started again then."""
+    api.create(pod_of("reader", POD_SCRIPT, resources={RESOURCE: "1"}, restart="Always"))
+    container = Container(api, NAMESPACE, "reader", "main")
+    try:
+        container.until_running()
+        yield container
+    finally:
+        api.delete("Pod", NAMESPACE, "reader")
+
+
+def opened(container: Container) -> list[str]:
+    """The ttys that the program has opened, one for each start."""
+    return [line.split()[1] for line in container.log().splitlines() if line.startswith("opened ")]
+
+
+def device_of(container: Container) -> str:
+    environment = dict(line.split("=", 1) for line in container.run("env").splitlines() if "=" in line)
+    return environment["USBIP_SERIAL_0_DEVICE"]
+
+
+def allocates(plugin: Plugin) -> int:
+    return sum(json.loads(line).get("message") == "allocated" for line in plugin.container().log().splitlines())
+
+
+def test_a_program_that_ends_with_its_device_goes_on_under_its_new_nodes(
+    api: Api, by_cdi: Plugin, reader: Container, usbipd: RealUsbipd, far_busid: str
+) -> None:
+    (first,) = until(lambda: opened(reader) or None, "the pod has opened its tty")
+    before = device_of(reader)
+    (spec,) = CDI.glob("usbip.dev-serial-*.json")
+    with far_end(far_busid) as fd:
+        assert answer(fd, b"before") == b"BEFORE"
+        # as long as somebody has the old tty open, its number is not given out again
+        held = os.open(first, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
+        try:
+            usbipd.unbind(by_cdi.busid)
+            until(lambda: not busy_rows(), "the port has fallen free")
+            usbipd.bind(by_cdi.busid)
+            until(lambda: len(opened(reader)) > 1, "the container was started again")
+        finally:
+            os.close(held)
+        second = opened(reader)[-1]
+        assert second != first
+        assert answer(fd, b"after") == b"AFTER"
+    assert reader.status()["restartCount"] >= 1
+    assert device_of(reader) != before
+    assert second in spec.read_text(encoding="utf-8")
+    assert allocates(by_cdi) == 1, "the kubelet asks for a device once"
+    assert len(busy_rows()) == 1
+    reasons = [event["reason"] for event in api.all("Event", NAMESPACE)]
+    assert "DeviceNodesChanged" in reasons
+
+    api.delete("Pod", NAMESPACE, "reader")
+    until(lambda: not spec.exists(), "the spec is removed")
+    until(lambda: by_cdi.holder() == "", "the lock is released")
