@@ -213,7 +213,7 @@ class Agent:
         """CDI specs of nobody's; only when the locks have said what is this node's."""
         await self.locks.ready.wait()
         await self.usage.adopt()
-        self.specs.sweep(self.attacher.claims.values())
+        self.specs.sweep({*self.attacher.claims, *(lock.device_id for lock in self.locks.mine())})
 
     def _resource_of(self, name: str) -> ResourceConfig | None:
         found = self.advertiser.lookup(f"{self._domain}/{name}")

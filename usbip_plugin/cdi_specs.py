@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 
 from usbip_plugin.claims import Claim
 from usbip_plugin.config import ResourceConfig
@@ -48,7 +48,7 @@ class CdiSpecs:
         if not claim.numbers or claim.resource is None:
             return
         try:
-            self._files.remove(claim.resource, claim.id)
+            self._files.remove(claim.id)
         except OSError as error:
             problem = CdiError("remove", str(self._files.file(claim.resource, claim.id)), error)
             log.warning("spec left behind", extra={"device": str(claim.key), "cause": str(problem)})
@@ -61,9 +61,8 @@ class CdiSpecs:
                 return found
         return None
 
-    def sweep(self, claims: Iterable[Claim]) -> None:
-        """Removes specs of none of these claims. To be called when all that is this node's has been adopted."""
-        keep = {(claim.resource, claim.id) for claim in claims if claim.resource is not None}
+    def sweep(self, keep: Collection[str]) -> None:
+        """Removes the specs of all but these devices. To be called when all that is this node's is known."""
         removed = self._files.sweep(keep)
         if removed:
             log.info("removed CDI specs that nobody uses", extra={"files": [str(path) for path in removed]})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -10,11 +11,14 @@ from collections.abc import Callable, Sequence
 from cluster_rig import dongle, stick
 from plan import Action
 
+from usbip_plugin.claims import State
 from usbip_plugin.errors import KubeConflict, KubeGone, KubeServerError, KubeThrottled
 from usbip_plugin.locks.memory import FINE, RESOURCE, Fate, Lost, Operation
 from usbip_plugin.model import DeviceKey, PodRef
 from usbip_plugin.sim.cluster import Cluster, ClusterNode
+from usbip_plugin.sim.device_manager import EndpointError
 from usbip_plugin.sim.server import VirtualServer
+from usbip_plugin.sim.specs import Resolved, UnresolvableDevice
 from usbip_plugin.sim.steploop import Process, loop_of
 from usbip_plugin.sim.usbdevice import VirtualDevice
 
@@ -91,6 +95,8 @@ class Chaos:
         self.moved: dict[DeviceKey, DeviceKey] = {}
         """Where devices are that were plugged in elsewhere."""
         self.ended_badly: list[str] = []
+        self.failing_disks: set[str] = set()
+        """Of these nodes: a spec that could not be removed stays until the next start."""
         self.calm = False
         self._ends: dict[Key, tuple[float, Callable[[], None]]] = {}
         self._ending: set[Process] = set()
@@ -235,6 +241,61 @@ class Chaos:
         else:
             return False
         return True
+
+    def do_restart_container(self, action: Action, _node: ClusterNode) -> bool:
+        """The container of a running pod ends, and its kubelet starts it again, if it can."""
+        if not self.pods:
+            return False
+        name = sorted(self.pods)[action.pick % len(self.pods)]
+        node = self.pods[name]
+        if not node.pods.up.is_set():
+            return False
+
+        async def run() -> None:
+            try:
+                got = await node.start_container(name)
+            except (EndpointError, UnresolvableDevice) as error:
+                self.note(f"container of {name} not started: {error}")
+                self.fired["container not started"] += 1
+            else:
+                self.fired["container started"] += 1
+                self._look(name, node, got)
+
+        task = asyncio.create_task(run(), name=f"container of {name}")
+        self.admissions[task] = name
+        task.add_done_callback(self._admission_over)
+        return True
+
+    def _look(self, name: PodRef, node: ClusterNode, got: Resolved) -> None:
+        """What a container was given is what its kernel has, as far as its plugin says that the device is there."""
+        if node.agent is None or node.host.halted:
+            return
+        held = {i for entry in node.kubelet.held() if (entry.pod.name == name.name) for i in entry.device_ids}
+        claims = [node.agent.attacher.claims.get(device_id) for device_id in held]
+        for claim in claims:
+            if claim is None or claim.state is not State.ATTACHED or claim.attachment is None:
+                continue
+            paths = {one.path for one in claim.attachment.nodes}
+            if claim.numbers and not paths <= set(got.nodes):
+                self.ended_badly.append(f"container of {name} has {sorted(got.nodes)}, and {claim.key} is {paths}")
+
+    def do_specs_fail(self, action: Action, node: ClusterNode) -> bool:
+        self.failing_disks.add(node.name)
+        code = (errno.ENOSPC, errno.EROFS)[action.pick % 2]
+        return self.during(
+            action,
+            ("specs fail", node.name),
+            lambda: setattr(node.specs, "failing", code),
+            lambda: setattr(node.specs, "failing", None),
+        )
+
+    def do_records_fail(self, action: Action, node: ClusterNode) -> bool:
+        return self.during(
+            action,
+            ("records fail", node.name),
+            lambda: setattr(node.kernel, "records_failing", errno.ENOSPC),
+            lambda: setattr(node.kernel, "records_failing", None),
+        )
 
     # processes and nodes
 

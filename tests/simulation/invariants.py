@@ -14,14 +14,17 @@ from dataclasses import dataclass
 from chaos import Chaos
 from plan import Settings
 
+from usbip_plugin.allocation import PRE_START_WAIT
 from usbip_plugin.claims import ALLOCATION_GRACE, State
 from usbip_plugin.inventory import API_GRACE
+from usbip_plugin.kubelet.cdi import device_name
 from usbip_plugin.locks import record
 from usbip_plugin.locks.memory import WATCH_IDLE_S
 from usbip_plugin.locks.store import Lease
 from usbip_plugin.model import DeviceKey, Reason
 from usbip_plugin.sim.cluster import Cluster, ClusterNode
 from usbip_plugin.sim.network import DEAD_PEER_S
+from usbip_plugin.sim.specs import UnresolvableDevice, resolve
 from usbip_plugin.sim.steploop import loop_of
 
 LOOK_S = 0.25
@@ -148,6 +151,7 @@ class Watch:
                 raise Violation("agents work", f"{node.name} died of {error!r}") from error
             self._locks_without_claims(node, now)
             self._claims_without_pods(node, now)
+            self._specs(node)
             self._healths(node, now)
             self._pods(node, now)
         self._ports(now)
@@ -156,11 +160,12 @@ class Watch:
         process = node.process
         if process is None:
             return
-        bound = self.cluster.spec.config.allocate_timeout + ALLOCATE_SLACK_S
         for call in node.pods.calls:
+            seconds = PRE_START_WAIT if call.name == "pre_start" else self.cluster.spec.config.allocate_timeout
+            bound = seconds + ALLOCATE_SLACK_S
             ran = (now - call.began - (process.halted_time() - call.halted)) * node.clock.rate
             if ran > bound + LOOK_S and call.process is process:
-                raise Violation("an Allocate ends in time", f"{node.name} {call.resource}: {ran:.2f} s")
+                raise Violation("an Allocate ends in time", f"{node.name} {call.name} {call.resource}: {ran:.2f} s")
 
     def quiet(self, node: ClusterNode) -> bool:
         """Nothing stands in the way of the agent: kubelet and API server answer."""
@@ -188,6 +193,7 @@ class Watch:
             and not link.slow
             and server.table.plugged(key.busid)
             and not any(self.chaos.active(what, key) for what in ("moved", "unbound", "swapped"))
+            and not any(self.chaos.active(what, node.name) for what in ("specs fail", "records fail"))
             and not self.chaos.active("ports full", node.name)
             and (server.importers(key.busid) == 0 or key in node.attached())
         )
@@ -244,6 +250,22 @@ class Watch:
             bad = quiet and claim.id not in used
             if self._for_long(bad, now, UNUSED_CLAIM_S / node.clock.rate, "claim", node.name, claim.id):
                 raise Violation("no claim without a pod", f"{node.name}: {claim.key} is {claim.state.value}")
+
+    def _specs(self, node: ClusterNode) -> None:
+        """What is attached by CDI has a spec that names its nodes."""
+        if node.agent is None:
+            return
+        for claim in node.agent.attacher.claims.values():
+            if claim.state is not State.ATTACHED or not claim.numbers or claim.attachment is None:
+                continue
+            texts = node.specs.find(claim.id)
+            names = [device_name(self.cluster.domain, str(claim.resource), claim.id, n) for n in claim.numbers]
+            try:
+                found = set(resolve(texts, names).nodes)
+            except UnresolvableDevice as error:
+                raise Violation("a spec is true", f"{node.name}: {claim.key}: {error}") from error
+            if found != {one.path for one in claim.attachment.nodes}:
+                raise Violation("a spec is true", f"{node.name}: {claim.key}: {found}, not {claim.attachment.nodes}")
 
     def _healths(self, node: ClusterNode, now: float) -> None:
         agent, process = node.agent, node.process

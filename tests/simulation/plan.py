@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from usbip_plugin.claims import ALLOCATION_GRACE
 from usbip_plugin.locks.manager import LockSettings
@@ -34,6 +34,7 @@ class Settings:
     overlapping: bool
     serials: bool
     latency: float
+    cdi: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +104,9 @@ WEIGHTS = {
 }
 """How often each kind of action is drawn."""
 
+BY_CDI = {"restart_container": 6, "specs_fail": 45, "records_fail": 90}
+"""Where devices are handed out by CDI: one more action in so many."""
+
 AT_STEP = ("kill", "terminate", "freeze_agent", "freeze_node", "end_youngest", "link_cut", "api_silent", "power_loss")
 """What happens at some step of an agent, and not only between two actions; half of them together with an Allocate."""
 
@@ -138,7 +142,9 @@ def draw_lasts(rng: random.Random) -> float:
 def draw(seed: int, length: int = ACTIONS) -> Plan:
     """The plan of a seed. The same seed is the same plan, whatever happens when it is played."""
     rng = random.Random(seed)
-    settings = draw_settings(rng)
+    # drawn apart: what came before these stays what it was
+    more = random.Random(f"cdi {seed}")
+    settings = replace(draw_settings(rng), cdi=more.random() < 0.5)
     kinds, weights = list(WEIGHTS), list(WEIGHTS.values())
     actions: list[Action] = []
     at = ALLOCATION_GRACE
@@ -150,6 +156,10 @@ def draw(seed: int, length: int = ACTIONS) -> Plan:
             actions.append(_action(rng, at, rng.choice(["admit", "admit", "race"]), node))
             at += rng.choice([0.0, 0.0, 0.002, 0.3])
         actions.append(_action(rng, at, kind, node))
+    for kind, share in BY_CDI.items() if settings.cdi else ():
+        for _ in range(length // share):
+            place = more.randrange(len(actions))
+            actions.insert(place, _action(more, actions[place].at, kind, more.randrange(60)))
     return Plan(seed, settings, tuple(actions))
 
 

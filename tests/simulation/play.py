@@ -14,7 +14,7 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from chaos import Chaos
 from cluster_rig import DONGLE, dongle, resource, stick
@@ -189,9 +189,9 @@ class _Play:
         for pod, node in sorted(chaos.pods.items()):
             node.end(pod)
         chaos.pods.clear()
-        await self._reach("nothing is left", CONVERGE_S, lambda: _left(c))
-        await self._new_pods(c)
-        await self._reach("nothing is left", CONVERGE_S, lambda: _left(c))
+        await self._reach("nothing is left", CONVERGE_S, lambda: _left(c, chaos))
+        await self._new_pods(c, chaos)
+        await self._reach("nothing is left", CONVERGE_S, lambda: _left(c, chaos))
         await self._tasks(c)
 
     async def _until(self, at: float) -> None:
@@ -214,7 +214,7 @@ class _Play:
                 server.halt()
                 server.running = True
 
-    async def _new_pods(self, c: Cluster) -> None:
+    async def _new_pods(self, c: Cluster, chaos: Chaos) -> None:
         """Every node can have a device."""
         for node in c.nodes.values():
             pod = PodRef("default", f"last-{node.name}")
@@ -225,7 +225,7 @@ class _Play:
                 await asyncio.sleep(1)
             await asyncio.sleep(1)
             node.end(pod)
-            await self._reach("nothing is left", CONVERGE_S, lambda: _left(c))
+            await self._reach("nothing is left", CONVERGE_S, lambda: _left(c, chaos))
 
     async def _tasks(self, c: Cluster) -> None:
         """An agent that has been through all this has the tasks of one that has just begun."""
@@ -246,6 +246,7 @@ def _config(servers: list[VirtualServer], settings: Settings) -> Config:
         resources.append(resource("any", servers[:1]))
     if settings.serials:
         resources.append(ResourceConfig("serial", (DeviceSelector(last.key, Selector(serial="S-1-1")),)))
+    resources = [replace(one, cdi=settings.cdi) for one in resources]
     return Config(tuple(resources), allocate_timeout=settings.allocate_timeout)
 
 
@@ -270,7 +271,7 @@ def _unserved(c: Cluster) -> str:
     return "; ".join(found)
 
 
-def _left(c: Cluster) -> str:
+def _left(c: Cluster, chaos: Chaos) -> str:
     """What there is that should not be when no pod is left. "" if there is nothing."""
     found = [f"{key} is locked by {c.holder(key)}" for key in _devices(c) if c.holder(key)]
     found += [f"{lease.name} is held by {lease.holder}" for lease in c.backend.leases.values() if _odd(c, lease.name)]
@@ -280,6 +281,7 @@ def _left(c: Cluster) -> str:
     for node in c.nodes.values():
         found += [f"{node.name} has {key}" for key in node.attached()]
         found += [f"{node.name}: record of port {number}" for number in node.kernel.records.get(node.name, ())]
+        found += [f"{node.name}: spec {path.name}" for path in node.specs.texts if node.name not in chaos.failing_disks]
         found += [f"{node.name}: claim on {claim}" for claim in (node.agent.attacher.claims if node.agent else ())]
         if node.sockets:
             found.append(f"{node.name}: {node.sockets} sockets")

@@ -116,17 +116,22 @@ def test_what_is_written_last_is_read_and_found_first(files: SpecFiles) -> None:
 
 def test_a_removed_spec_is_gone_and_may_be_removed_again(files: SpecFiles) -> None:
     files.write("storage", ID, "x")
-    files.remove("storage", ID)
-    files.remove("storage", ID)
+    files.write("disk", ID, "y")
+    files.write("storage", ID[:-1] + "b", "of another device")
+    files.remove(ID)
+    files.remove(ID)
     assert files.read("storage", ID) is None
+    assert files.read("storage", ID[:-1] + "b") is not None
     assert files.find(ID) == ()
 
 
 def test_a_sweep_leaves_what_is_to_be_kept(files: SpecFiles) -> None:
+    other = ID[:-1] + "b"
     files.write("storage", ID, "kept")
-    files.write("disk", ID, "swept")
-    assert files.sweep({("storage", ID)}) == (files.file("disk", ID),)
+    files.write("disk", other, "swept")
+    assert files.sweep({ID}) == (files.file("disk", other),)
     assert files.find(ID) == ("kept",)
+    assert files.find(other) == ()
 
 
 def test_write_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -166,7 +171,7 @@ def test_sweep_removes_ours_that_nobody_needs_and_no_others(tmp_path: Path) -> N
     (tmp_path / ".usbip.dev-crashed.tmp").touch()
     for foreign in ("nvidia.json", "usbip.dev-notes.txt", "vendor.com-storage-usbip-x.json"):
         (tmp_path / foreign).touch()
-    removed = cdi.sweep({("storage", ID)})
+    removed = cdi.sweep({ID})
     assert {path.name for path in removed} == {f"usbip.dev-storage-{other}.json", ".usbip.dev-crashed.tmp"}
     assert {path.name for path in tmp_path.iterdir()} == {
         f"usbip.dev-storage-{ID}.json",

@@ -126,12 +126,12 @@ class SpecFiles(Protocol):
         """Atomic: a runtime that looks meanwhile reads the old spec or the new one; so does one after a failure."""
         ...
 
-    def remove(self, resource: str, device_id: str) -> None:
-        """No error if it is not there."""
+    def remove(self, device_id: str) -> None:
+        """The specs of a device, whatever its resource. No error if there is none."""
         ...
 
-    def sweep(self, keep: Collection[tuple[str, str]]) -> tuple[Path, ...]:
-        """Removes specs, and leftovers of a crash, except those of the (resource, device ID) in keep; what was removed.
+    def sweep(self, keep: Collection[str]) -> tuple[Path, ...]:
+        """Removes specs, and leftovers of a crash, except those of the device IDs in keep; what was removed.
 
         One that cannot be removed stays.
         """
@@ -153,7 +153,7 @@ class CdiDirectory:
 
     def find(self, device_id: str) -> tuple[str, ...]:
         found = []
-        for path in self.path.glob(f"{self.domain}-*-{device_id}.json"):
+        for path in self._of(device_id):
             with contextlib.suppress(OSError):
                 if (text := _read(path)) is not None:
                     found.append((path.stat().st_mtime_ns, text))
@@ -173,11 +173,15 @@ class CdiDirectory:
                 Path(temporary).unlink(missing_ok=True)
             raise
 
-    def remove(self, resource: str, device_id: str) -> None:
-        self.file(resource, device_id).unlink(missing_ok=True)
+    def remove(self, device_id: str) -> None:
+        for path in self._of(device_id):
+            path.unlink(missing_ok=True)
 
-    def sweep(self, keep: Collection[tuple[str, str]]) -> tuple[Path, ...]:
-        kept = {self.file(resource, device_id) for resource, device_id in keep}
+    def _of(self, device_id: str) -> list[Path]:
+        return list(self.path.glob(f"{self.domain}-*-{device_id}.json"))
+
+    def sweep(self, keep: Collection[str]) -> tuple[Path, ...]:
+        kept = {path for device_id in keep for path in self._of(device_id)}
         ours = [*self.path.glob(f"{self.domain}-*-usbip-*.json"), *self.path.glob(f".{self.domain}-*.tmp")]
         removed = []
         for path in sorted(path for path in ours if path not in kept):

@@ -26,8 +26,12 @@ REGISTER_AGAIN_S = 0.2
 
 @dataclass(eq=False, slots=True)
 class Call:
-    """A call of the kubelet that a plugin works on. began: loop time; halted: process.halted_time() then."""
+    """A call of the kubelet that a plugin works on. began: loop time; halted: process.halted_time() then.
 
+    name: of the backend's coroutine, such as "pre_start".
+    """
+
+    name: str
     resource: str
     process: Process
     began: float
@@ -169,7 +173,14 @@ class _Stream:
             coro.close()
             raise EndpointError("UNAVAILABLE", "the plugin's socket is closed")
         answer: asyncio.Future[Any] = loop_of().create_future()
-        call = Call(self._server.resource, self._process, loop_of().time(), self._process.halted_time())
+        process, name = self._process, getattr(coro, "__name__", "")
+        call = Call(name, self._server.resource, process, loop_of().time(), process.halted_time())
+            getattr(coro, "__name__", ""),
+            self._server.resource,
+            self._process,
+            loop_of().time(),
+            self._process.halted_time(),
+        )
 
         def done(task: asyncio.Task[Any]) -> None:
             if answer.done():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from collections.abc import Collection, Mapping
@@ -50,8 +49,10 @@ class MemorySpecs:
         return self._texts.get(self.file(resource, device_id))
 
     def find(self, device_id: str) -> tuple[str, ...]:
-        found = [text for path, text in self._texts.items() if path.name.endswith(f"-{device_id}.json")]
-        return tuple(reversed(found))
+        return tuple(self._texts[path] for path in reversed(self._of(device_id)))
+
+    def _of(self, device_id: str) -> list[Path]:
+        return [path for path in self._texts if path.name.endswith(f"-{device_id}.json")]
 
     def write(self, resource: str, device_id: str, text: str) -> None:
         self._may_fail()
@@ -59,14 +60,15 @@ class MemorySpecs:
         self._texts.pop(path, None)
         self._texts[path] = text
 
-    def remove(self, resource: str, device_id: str) -> None:
+    def remove(self, device_id: str) -> None:
         self._may_fail()
-        self._texts.pop(self.file(resource, device_id), None)
+        for path in self._of(device_id):
+            del self._texts[path]
 
-    def sweep(self, keep: Collection[tuple[str, str]]) -> tuple[Path, ...]:
+    def sweep(self, keep: Collection[str]) -> tuple[Path, ...]:
         if self.failing is not None:
             return ()
-        kept = {self.file(resource, device_id) for resource, device_id in keep}
+        kept = {path for device_id in keep for path in self._of(device_id)}
         removed = tuple(sorted(path for path in self._texts if path not in kept))
         for path in removed:
             del self._texts[path]
@@ -75,11 +77,6 @@ class MemorySpecs:
     def _may_fail(self) -> None:
         if self.failing is not None:
             raise OSError(self.failing, os.strerror(self.failing))
-
-    @staticmethod
-    def full() -> int:
-        """For failing: no space left."""
-        return errno.ENOSPC
 
 
 def resolve(texts: Collection[str], names: Collection[str]) -> Resolved:
