@@ -204,14 +204,16 @@ class Keeper:
     # losing the port, losing the lock
 
     async def verify(self, device_id: str) -> None:
-        """Looks now whether a device stands attached as its claim says, and which nodes it has. VhciError."""
+        """Looks now whether a device stands attached as its claim says, and which nodes it has. VhciError, CdiError."""
         await self._check_port(device_id, await self._driver.ports())
         claim = self._work.book.get(device_id)
         if claim is None or claim.state is not State.ATTACHED or claim.attachment is None or claim.port is None:
             return
         now = await self._driver.inspect(claim.place, claim.port)
         if now is not None and self._work.book.get(device_id) == claim and _grew(claim.attachment, now):
-            self._work.book.put(replace(claim, attachment=replace(now, key=claim.key)))
+            now = replace(now, key=claim.key)
+            self._specs.write(claim, now)
+            self._work.book.put(replace(claim, attachment=now))
 
     async def _watch_ports(self) -> None:
         while True:

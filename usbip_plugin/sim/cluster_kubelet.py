@@ -175,12 +175,6 @@ class _Stream:
         answer: asyncio.Future[Any] = loop_of().create_future()
         process, name = self._process, getattr(coro, "__name__", "")
         call = Call(name, self._server.resource, process, loop_of().time(), process.halted_time())
-            getattr(coro, "__name__", ""),
-            self._server.resource,
-            self._process,
-            loop_of().time(),
-            self._process.halted_time(),
-        )
 
         def done(task: asyncio.Task[Any]) -> None:
             if answer.done():
