@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -13,6 +15,7 @@ from cluster_rig import STICK, all_healthy, becomes, key, pod, resource, server,
 from usbip_plugin.agent import Observer
 from usbip_plugin.allocation import PRE_START_WAIT
 from usbip_plugin.claims import AfterReattach
+from usbip_plugin.clock import SystemClock
 from usbip_plugin.config import Config, OnLoss, ResourceConfig
 from usbip_plugin.model import Advertised, DeviceKey, Reason
 from usbip_plugin.notices import Notice, What
@@ -21,6 +24,7 @@ from usbip_plugin.sim.device_manager import PRE_START_TIMEOUT_S, EndpointError
 from usbip_plugin.sim.server import VirtualServer
 from usbip_plugin.sim.specs import Resolved, UnresolvableDevice, resolve
 from usbip_plugin.sim.steploop import stepped
+from usbip_plugin.sim.world import Setup, running
 
 SPEC = "/var/run/cdi/usbip.dev-stick-"
 RECORD_FAILS = "cannot write the port record /run/vhci_hcd/port"
@@ -486,3 +490,22 @@ async def test_a_reload_changes_what_the_next_pods_get_and_asks_the_kubelet_for_
         assert not first.cdi_devices
         node.specs.clear()
         assert (await node.start_container(pod("q"))).nodes, "PreStartContainer is called now"
+
+
+async def test_on_sockets_the_new_registration_has_the_new_options() -> None:
+    """Both plugins have the same socket path, one after the other."""
+    with tempfile.TemporaryDirectory(prefix="k") as directory:
+        setup = Setup(Config((ResourceConfig("stick", ()),)), SystemClock(), domain="usbip.dev")
+        async with running(Path(directory), ("node-a",), setup) as world, asyncio.timeout(30):
+            node = world["node-a"]
+            name, kubelet = node.resource("stick"), node.kubelet
+            for by_cdi in (True, False, True):
+                await kubelet.changed.until(lambda want=not by_cdi: kubelet.asks_before_start(name) is want)  # type: ignore[misc]
+                await kubelet.changed.until(lambda: kubelet.connected(name))
+                assert node.agent is not None
+                node.agent.reconfigure(Config((ResourceConfig("stick", (), cdi=by_cdi),)))
+                await kubelet.changed.until(
+                    lambda want=by_cdi: kubelet.connected(name) and kubelet.asks_before_start(name) is want  # type: ignore[misc]
+                )
+            sockets = list(node.plugin_directory.glob("usbip-stick*.sock"))
+            assert len(sockets) == 1

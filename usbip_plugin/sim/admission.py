@@ -89,6 +89,11 @@ class Admission:
         """A plugin for the resource is connected now."""
         return resource in self._primary
 
+    def asks_before_start(self, resource: str) -> bool:
+        """Whether the plugin that is connected asked for PreStartContainer."""
+        endpoint = self._primary.get(resource)
+        return endpoint is not None and endpoint.pre_start_required
+
     def health(self, resource: str) -> dict[str, bool]:
         """{ID: healthy} as the kubelet sees it now."""
         healthy, unhealthy = self.manager.healthy.get(resource, ()), self.manager.unhealthy.get(resource, ())
