@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTEST := $(BIN)/python -m pytest
 # longest time for the tests in the guest, which is emulated
-GUEST_SECONDS := 900
+GUEST_SECONDS := 1200
 # how often `make test-kills` kills, and how long it may take
 KILLS := 200
 KILLS_SECONDS := 5400

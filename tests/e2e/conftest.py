@@ -16,6 +16,7 @@ from cluster import LIMIT_S, NAMESPACE, PLUGIN_NAMESPACE, ClusterView
 from figures import Figures
 from kubectl import Kubectl, KubectlFailed, render
 from nodes import KindNodes, LabNodes, Nodes
+from plugin_process import SERVER_PORT
 from workloads import pod_spec
 
 from usbip_plugin.kube import connect
@@ -24,7 +25,6 @@ ROOT = Path(__file__).parents[2]
 LOGS = Path(os.environ.get("E2E_LOGS", ROOT / "build" / "e2e-logs"))
 RESULTS = Path(os.environ.get("E2E_RESULTS", ROOT / "build" / "e2e.json"))
 SERVER = "usbip-e2e-server"
-SERVER_PORT = 3240
 DEVICES = ("1-1=0951:1666,serial=E2E1", *(f"1-{port}=0403:6001,serial=E2E{port}" for port in (2, 3, 4, 5, 6)))
 LOCK_DURATION = 21
 COUNTS = {"solo": 1, "pair": 2, "jobs": 2, "named": 1}

@@ -13,6 +13,9 @@ from kubectl import Kubectl
 from nodes import PLUGIN, Nodes
 
 PORT = 13240
+SERVER_PORT = 3240
+ESTABLISHED = "01"
+POLL_S = 2.0
 LIMIT_S = 30.0
 MIB = 2**20
 _TASKS = re.compile(r"^usbip_device_plugin_tasks (\S+)$", re.MULTILINE)
@@ -109,3 +112,18 @@ async def usage(nodes: Nodes, node: str, pages: Pages) -> Usage:
         peak=found["peak"] / MIB,
         limit=found["limit"] / MIB,
     )
+
+
+async def imports(nodes: Nodes, node: str) -> frozenset[str]:
+    """The connections from the node to the USB/IP server that stand, by their local address: the ports in use.
+
+    A poll of the server's list is a connection, too, for some milliseconds: what counts is there twice.
+    """
+    looks = []
+    for pause in (POLL_S, 0.0):
+        table = await asyncio.to_thread(nodes.run, node, "cat", "/proc/net/tcp")
+        rows = [line.split() for line in table.splitlines()[1:]]
+        to_server = f":{SERVER_PORT:04X}"
+        looks.append({row[1] for row in rows if row[3] == ESTABLISHED and row[2].endswith(to_server)})
+        await asyncio.sleep(pause)
+    return frozenset(set.intersection(*looks))

@@ -24,9 +24,7 @@ POD_LIMIT_S = 240.0
 # exits with 1 if the device does not give what it should, before or after the wait
 _SCRIPT = """
 trap 'exit 0' TERM
-look() {{ for n in $(seq 0 {last}); do
-  eval "device=\\$USBIP_{name}_${{n}}_DEVICE"; [ "$(head -c 4 "$device" | wc -c)" -eq 4 ] || exit 1
-done; }}
+look() {{ for device in {devices}; do [ "$(head -c 4 "$device" | wc -c)" -eq 4 ] || exit 1; done; }}
 look; sleep {life} & wait $!; look
 """
 REFUSED = ("UnexpectedAdmissionError", "OutOf")
@@ -73,7 +71,8 @@ class Load:
         count, life = rng.randint(1, COUNTS[resource]), rng.uniform(0, LONGEST_LIFE_S)
         spec = pod_spec(self._image, resource, count, node=rng.choice(self._places))
         spec["restartPolicy"] = "Never"
-        script = _SCRIPT.format(last=count - 1, name=resource.upper(), life=f"{life:.1f}")
+        devices = " ".join(f'"$USBIP_{resource.upper()}_{n}_DEVICE"' for n in range(count))
+        script = _SCRIPT.format(devices=devices, life=f"{life:.1f}")
         spec["containers"][0]["command"] = ["sh", "-c", script]
         deleted = rng.random() < DELETED
         await self._cluster.create("pods", pod(name, spec))

@@ -6,17 +6,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 import grpc.aio
 import pytest
-from cluster import NAMESPACE, ClusterView, Object, holder, is_lock
-from conftest import SERVER_PORT, Place
+from cluster import NAMESPACE, ClusterView, Object, Waited, holder, is_lock
+from conftest import Place
 from kubectl import Kubectl
 from nodes import LabNodes, Nodes
-from plugin_process import Pages, addresses
+from plugin_process import Pages, addresses, imports
 from test_restarts import identity, plugin_on
 from workloads import pod, pod_spec
 
@@ -28,7 +30,6 @@ WITHDRAWN_S = 60.0
 """For the grace of 15 s, and what a watch takes to notice on a busy machine."""
 ALLOCATE_S = 30.0
 LOOK_S = 1.0
-ESTABLISHED = "01"
 # one line for each 4 bytes that the device gave
 READ_ON = """
 trap 'exit 0' TERM
@@ -45,10 +46,8 @@ class Node:
     lab: LabNodes
     pages: Pages
 
-    def imports(self) -> frozenset[str]:
-        """The TCP connections from here to the USB/IP server that stand, by their local address."""
-        rows = [line.split() for line in self.lab.run(self.name, "cat", "/proc/net/tcp").splitlines()[1:]]
-        return frozenset(row[1] for row in rows if row[3] == ESTABLISHED and row[2].endswith(f":{SERVER_PORT:04X}"))
+    async def imports(self) -> frozenset[str]:
+        return await imports(self.lab, self.name)
 
     def readings(self, pod_name: str) -> int:
         """How often the pod has read its device. It has not failed to."""
@@ -56,11 +55,16 @@ class Node:
         assert "failed" not in said
         return sum(line.startswith("read") for line in said)
 
-    async def until_devices(self, so: Callable[[list[Mapping[str, object]]], bool], limit: float) -> None:
-        """TimeoutError if the plugin's devices are not so within limit seconds."""
-        async with asyncio.timeout(limit):
-            while not so([dict(row) for row in await self.pages.devices()]):  # noqa: ASYNC110 (a page has no event)
-                await asyncio.sleep(LOOK_S)
+    async def until_reasons(self, wanted: dict[str, set[str]]) -> None:
+        """Until the plugin says these of its devices, by resource. Waited after WITHDRAWN_S."""
+        found: dict[str, set[str]] = {}
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(WITHDRAWN_S):
+                while found != wanted:
+                    found = reasons(await self.pages.devices())
+                    await asyncio.sleep(LOOK_S)  # a page has no event
+        if found != wanted:
+            raise Waited(f"{self.name} says {found}, not {wanted}")
 
     async def until_read_on(self, pod_name: str, more: int = 2) -> None:
         """The pod goes on reading from now."""
@@ -92,12 +96,17 @@ def lab(nodes: Nodes) -> Iterator[LabNodes]:
         nodes.start_api_server()
 
 
-def reasons(rows: list[Mapping[str, object]]) -> dict[str, set[object]]:
+def reasons(rows: list[dict[str, Any]]) -> dict[str, set[str]]:
     """{resource without its domain: the reasons of its devices}."""
-    found: dict[str, set[object]] = {}
+    found: dict[str, set[str]] = {}
     for row in rows:
-        found.setdefault(str(row["resource"]).partition("/")[2], set()).add(row["reason"])
+        found.setdefault(str(row["resource"]).partition("/")[2], set()).add(str(row["reason"]))
     return found
+
+
+def _others_held(mine: str) -> dict[str, set[str]]:
+    """What a node says of solo and pair that has one of them, while another node has the other."""
+    return {name: {(Reason.ATTACHED if name == mine else Reason.HELD_ELSEWHERE).value} for name in ("solo", "pair")}
 
 
 async def test_without_the_api_server_pods_go_on_nothing_new_is_given_and_all_is_well_on_its_return(
@@ -117,36 +126,31 @@ async def test_without_the_api_server_pods_go_on_nothing_new_is_given_and_all_is
         await cluster.create("pods", pod(name, spec))
     before = [await identity(cluster, name, node.name) for node, name in ((a, "keeper"), (b, "other"))]
     plugins = [(await plugin_on(cluster, node.name))["metadata"]["uid"] for node in (a, b)]
-    imports = (a.imports(), b.imports())
-    assert [len(one) for one in imports] == [1, 2]
+    standing = [await node.imports() for node in (a, b)]
+    assert [len(one) for one in standing] == [1, 2]
 
     began = asyncio.get_running_loop().time()
     await asyncio.to_thread(lab.stop_api_server)
-    away, attached = Reason.API_UNREACHABLE.value, Reason.ATTACHED.value
-    await a.until_devices(
-        lambda rows: reasons(rows) == {"solo": {attached}, "pair": {away}, "jobs": {away}}, WITHDRAWN_S
-    )
-    await b.until_devices(
-        lambda rows: reasons(rows) == {"solo": {away}, "pair": {attached}, "jobs": {away}}, WITHDRAWN_S
-    )
+    for node, held in ((a, "solo"), (b, "pair")):
+        await node.until_reasons(_others_held(held) | {"jobs": {Reason.API_UNREACHABLE.value}})
     (free, _) = [str(row["id"]) for row in await a.pages.devices() if str(row["resource"]).endswith("/jobs")]
     for node in (a, b):
         assert "cannot lock" in await node.refusal("jobs", free)
     await asyncio.sleep(max(0.0, began + seconds - asyncio.get_running_loop().time()))  # the outage itself
     for node, name in ((a, "keeper"), (b, "other")):
         await node.until_read_on(name)
-    assert (a.imports(), b.imports()) == imports
+    assert [await node.imports() for node in (a, b)] == standing
     sessions = await _sessions_after(cluster, lab)
     assert sessions >= {place.a, place.b}
 
     assert [await identity(cluster, name, node.name) for node, name in ((a, "keeper"), (b, "other"))] == before
     assert [(await plugin_on(cluster, node.name))["metadata"]["uid"] for node in (a, b)] == plugins
-    for node, held, others in ((a, {"solo"}, {"pair"}), (b, {"pair"}, {"solo"})):
-        wanted = {name: {attached} for name in held} | {name: {Reason.HELD_ELSEWHERE.value} for name in others}
-        await node.until_devices(lambda rows, w=wanted: reasons(rows) == w | {"jobs": {Reason.FREE.value}}, WITHDRAWN_S)  # type: ignore[misc]
+    for node, held in ((a, "solo"), (b, "pair")):
+        await node.until_reasons(_others_held(held) | {"jobs": {Reason.FREE.value}})
     await cluster.create("pods", pod("new", pod_spec(image, "jobs", node=place.b)))
     await cluster.running("new")
-    assert (a.imports(), len(b.imports() - imports[1])) == (imports[0], 1)
+    assert await a.imports() == standing[0]
+    assert await b.imports() > standing[1]
     for node, name in ((a, "keeper"), (b, "other")):
         await node.until_read_on(name)
 

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import pytest
 from cluster import PLUGIN_NAMESPACE, ClusterView, Object, is_lock
-from conftest import DEVICES, RESULTS, SERVER_PORT, Place
+from conftest import DEVICES, RESULTS, Place
 from figures import Figures
 from kubectl import Kubectl
 from nodes import PLUGIN, Nodes
-from plugin_process import Pages, Usage, addresses, usage
+from plugin_process import Pages, Usage, addresses, imports, usage
 from soak_load import Load, disturb
 from test_restarts import plugin_on, restarted
 
@@ -59,13 +59,6 @@ def _more(before: Usage, now: Usage) -> dict[str, tuple[float, float]]:
     bounds = {"fds": MORE_FDS, "threads": MORE_THREADS, "tasks": MORE_TASKS, "rss": MORE_RSS_MIB}
     old, new = asdict(before), asdict(now)
     return {name: (old[name], new[name]) for name, more in bounds.items() if new[name] > old[name] + more}
-
-
-async def imports(nodes: Nodes, node: str) -> int:
-    """How many connections to the USB/IP server stand on the node, which is how many ports are in use."""
-    table = await asyncio.to_thread(nodes.run, node, "cat", "/proc/net/tcp")
-    rows = [line.split() for line in table.splitlines()[1:]]
-    return sum(row[3] == "01" and row[2].endswith(f":{SERVER_PORT:04X}") for row in rows)
 
 
 def by_tenths(samples: list[Usage]) -> dict[str, list[float]]:
@@ -151,7 +144,7 @@ async def test_pods_coming_and_going_leak_nothing(
     assert _more(before, after) == {}
     for node in (place.a, place.b):
         assert await Pages(where[node]).attached() == 0
-        assert await imports(nodes, node) == 0
+        assert await imports(nodes, node) == frozenset()
     _only_the_known(leases, len({place.a, place.b, place.server}))
     most = max(one.working_set for one in (*samples, after))
     assert most <= LIMIT_SHARE * after.limit, f"{most:.1f} of {after.limit:.0f} MiB"

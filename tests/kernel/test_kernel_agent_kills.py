@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +21,8 @@ from test_kernel_agent_restart import Node, a_node
 from usbip_plugin.model import PodRef
 from usbip_plugin.sim.device_manager import AdmissionError
 
-LONGEST_LIFE_S = 4.0
-"""An admission takes about 1 s in the guest, and a release half of that: longer lives meet them all."""
+LONGEST_LIFE = 4.0
+"""In admissions: a release takes half as long as one, so such lives meet all moments of both."""
 LEAST_WORK = 2
 REFUSED_S = 0.1
 RESOURCES = (SERIAL, DISKS)
@@ -57,6 +58,10 @@ class Load:
             self.fates["ended"] += 1
             await asyncio.sleep(self.rng.uniform(0, 0.5))
             return
+        await self.admit(name)
+
+    async def admit(self, name: str) -> None:
+        """A new pod that wants one of this resource."""
         self._count += 1
         pod = PodRef("default", f"pod-{self._count}")
         try:
@@ -92,10 +97,16 @@ async def test_a_plugin_killed_at_any_moment_loses_and_leaks_nothing(
     rng = random.Random(seed)
     async with a_node(rig) as node:
         load = Load(node, rng)
+        async with node.plugin():
+            # how long one takes depends on the machine, and on what else it does
+            begin = time.monotonic()
+            await load.admit(RESOURCES[0])
+            assert load.fates["admitted"] == 1
+            longest = LONGEST_LIFE * (time.monotonic() - begin)
         for _ in range(kills):
             async with node.plugin():
                 task = asyncio.create_task(load.run())
-                await asyncio.wait([task], timeout=rng.uniform(0, LONGEST_LIFE_S))
+                await asyncio.wait([task], timeout=rng.uniform(0, longest))
                 if task.done():
                     task.result()
             # the plugin is dead; whoever was being admitted is refused by that
@@ -106,7 +117,7 @@ async def test_a_plugin_killed_at_any_moment_loses_and_leaks_nothing(
         async with node.plugin():
             await all_released(node, load)
     print(f"{kills} kills, seed {seed}: {dict(load.fates)}")
-    assert load.fates["admitted"] >= min(kills, LEAST_WORK)
+    assert load.fates["admitted"] >= LEAST_WORK
 
 
 def held_by(pid: int) -> dict[str, int]:

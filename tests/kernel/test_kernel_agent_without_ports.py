@@ -92,6 +92,7 @@ async def test_with_all_ports_of_all_controllers_in_use_every_device_says_so_unt
         async with agent_with(config_of(usbipd, DISKS, FAST)) as world:
             node = on(world)
             for resource, key, hub in ((DISKS, disk, "hs"), (FAST, fast, "ss")):
+                await node.until(resource, {key.id: False}.__eq__)
                 await until_reason(node, key, Reason.NO_PORT)
                 assert f"all {PORTS // 2} {hub} ports of vhci_hcd are in use" in await refusal(node, resource, key)
                 await until_released(world, key)

@@ -67,7 +67,10 @@ async def test_the_standard_pages() -> None:
         async with http.get("/api/devices") as answer:
             assert await answer.json() == [{"id": "usbip-a"}]
         async with http.get("/metrics") as answer:
-            assert "usbip_device_plugin_config_reload_failed" in await answer.text()
+            text = await answer.text()
+            assert "usbip_device_plugin_config_reload_failed" in text
+            tasks = float(text.split("\nusbip_device_plugin_tasks ")[1].split()[0])
+            assert tasks >= 2, "this one, and the one that answers"
         async with http.get("/") as answer:
             assert answer.content_type == "text/html"
         async with http.post("/healthz") as answer:

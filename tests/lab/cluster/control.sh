@@ -1,13 +1,13 @@
 #!/bin/bash
 # control.sh STATE_DIR VERB PART: handles a part of the control plane of up.sh: etcd, apiserver, scheduler, manager
-#   stop   SIGTERM, and waits for its end; nodes and their pods run on
+#   stop   SIGTERM, and SIGKILL for what has not ended in 5 s; nodes and their pods run on
 #   start  as it was started before; the API server answers when this returns
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 [ $# = 3 ] || { sed -n '2,4s/^# //p' "${BASH_SOURCE[0]}" >&2; exit 2; }
 STATE=$(realpath -e "$1") verb=$2 part=$3
 BIN=$("$here/build.sh" apiserver nodes | tail -1)
-STOP_TENTHS=600
+STOP_TENTHS=50 KILL_TENTHS=100
 # shellcheck source=parts.sh
 . "$here/parts.sh"
 [ -s "$STATE/$part.command" ] || { echo "control.sh: no $part in $STATE" >&2; exit 2; }
@@ -19,6 +19,8 @@ case $verb in
     pid=$(cat "$STATE/$part.pid")
     kill "$pid"
     for _ in $(seq "$STOP_TENTHS"); do runs "$pid" || exit 0; sleep .1; done
+    kill -KILL "$pid"
+    for _ in $(seq "$KILL_TENTHS"); do runs "$pid" || exit 0; sleep .1; done
     echo "control.sh: $part does not end" >&2
     exit 1
     ;;
