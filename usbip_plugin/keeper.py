@@ -175,7 +175,7 @@ class Keeper:
             traceparent=lock.traceparent,
             allocated_at=self._clock.monotonic(),
             pod=lock.pod,
-            serial=(attachment.serial if attachment is not None else None) or lock.serial,
+            serial=(attachment.serial if attachment is not None else None) or lock.serial or None,
             moved_to=moved_to,
         )
         orphan = lock.in_place_of is not None

@@ -31,6 +31,7 @@ async def held_devices(store: LeaseStore) -> list[Row]:
             "since": lock.acquired_at.isoformat(timespec="seconds") if lock.holder and lock.acquired_at else None,
             "epoch": lock.epoch,
             "id": lock.device_id,
+            "in_place_of": lock.in_place_of if lock.holder else None,
         }
         for lock in locks
     ]

@@ -153,14 +153,24 @@ class DeviceWork:
             log.warning("port not noted on the lock", extra={"device": str(key), "port": port, "cause": str(error)})
 
     def _note_serial(self, key: DeviceKey, serial: str) -> None:
-        self.spawn(self.write_serial(key, serial), f"note serial number of {key}")
+        self.spawn(self._keep_writing_serial(key, serial), f"note serial number of {key}")
 
-    async def write_serial(self, key: DeviceKey, serial: str) -> None:
-        """What the device has told onto its lock, which is this node's; a failure is logged and changes nothing."""
+    async def _keep_writing_serial(self, key: DeviceKey, serial: str) -> None:
+        """A successor that finds the device lost knows it by this: until it is written, or nobody here has the device."""
+        waits = retry.backoff(self._rng, RELEASE_FIRST_WAIT, RELEASE_MAX_WAIT)
+        while not await self.write_serial(key, serial) and self.book.concerns(key.id):
+            await self._until_api_returns(next(waits))
+
+    async def write_serial(self, key: DeviceKey, serial: str) -> bool:
+        """What the device has told onto its lock, which is this node's. False, and logged, if it may be tried again."""
         try:
             await self._locks.annotate(key, serial=serial)
+        except LockLost:
+            return True
         except (LockError, KubeError) as error:
             log.warning("serial number not noted on the lock", extra={"device": str(key), "cause": str(error)})
+            return False
+        return True
 
 
 def record_error(span: Span, error: BaseException) -> None:

@@ -101,7 +101,8 @@ async def test_a_pods_end_frees_both_places() -> None:
         assert await c.settle(lambda: node.attached() == {new} and claim_of(node) is not None, POLLED)
         await becomes(c, node, old, healthy=True)
         node.end(pod("p"))
-        assert await c.settle(lambda: c.holder(old) == c.holder(new) == "", 5)
+        await until_step(lambda: c.holder(old) == "")
+        assert c.holder(new) == "", "let go before the claim is forgotten"
         assert node.attached() == frozenset()
         assert not node.kernel.records["node-a"]
         assert record.IN_PLACE_OF not in c.backend.leases[new.id].annotations
@@ -461,3 +462,72 @@ async def test_a_dead_nodes_place_is_taken_over_as_what_it_is() -> None:
         assert not await c.settle(lambda: bool(node.attached()), 60)
         assert c.holder(new) == "node-b"
         assert not lab.violations
+
+
+@stepped
+async def test_a_server_that_comes_back_with_other_busids_for_all_its_devices() -> None:
+    """As after a reboot, when the hubs were found in another order: what was 1-1 is 2-1 now, and the other way round."""
+    lab = server("lab", stick("1-1", "RED"), stick("2-1", "BLUE"))
+    red, blue = key(lab, "1-1"), key(lab, "2-1")
+    async with cluster(spec([lab])) as c:
+        await all_healthy(c, red, blue)
+        assert await c["node-a"].admit(pod("p"), "stick") is None
+        (held,) = c["node-a"].attached()
+        other = blue if held == red else red
+        await lab.stop()
+        await becomes(c, c["node-a"], held, healthy=False, within=30)
+        lab.unplug("1-1")
+        lab.unplug("2-1")
+        lab.plug(stick("1-1", "BLUE"))
+        lab.plug(stick("2-1", "RED"))
+        await lab.start()
+        await becomes(c, c["node-a"], held, healthy=True, within=60)  # of which a poll of a dead server takes up to 36
+        assert c["node-a"].attached() == {other}, "where its serial number is now"
+        await becomes(c, c["node-b"], other, healthy=False)
+
+
+@stepped
+async def test_two_held_devices_that_change_places_go_to_no_wrong_pod() -> None:
+    lab = server("lab", stick("1-1", "RED"), stick("1-2", "BLUE"))
+    red, blue = key(lab, "1-1"), key(lab, "1-2")
+    async with cluster(spec([lab])) as c:
+        await all_healthy(c, red, blue)
+        assert await c["node-a"].admit(pod("p"), "stick", 1) is None
+        assert await c["node-b"].admit(pod("q"), "stick", 1) is None
+        (first,) = c["node-a"].attached()
+        (second,) = c["node-b"].attached()
+        lab.unplug("1-1")
+        lab.unplug("1-2")
+        lab.plug(stick("1-1", "BLUE"))
+        lab.plug(stick("1-2", "RED"))
+        assert await c.settle(lambda: not c["node-a"].attached() | c["node-b"].attached(), 5)
+        assert not await c.settle(lambda: health(c, c["node-a"])[first.id] or health(c, c["node-b"])[second.id], 60)
+        c["node-b"].end(pod("q"))
+        await becomes(c, c["node-a"], first, healthy=True, within=20)
+        assert c["node-a"].attached() == {second}
+        assert not lab.violations
+
+
+@pytest.mark.parametrize("steps", [40, 80, 120, 160, 200, 240, 280, 320])
+def test_killed_at_any_step_nothing_is_left_when_the_pod_has_ended(steps: int) -> None:
+    async def play() -> None:
+        lab = server("lab", stick("1-1", "RED"))
+        old, new = key(lab, "1-1"), key(lab, "1-2")
+        async with cluster(spec([lab])) as c:
+            node = c["node-a"]
+            await taken(c, lab, node)
+            move(lab, stick("1-1", "RED"), "1-2")
+            process = node.process
+            assert process is not None
+            process.after_steps(steps, node.kill)
+            assert await c.settle(lambda: node.process is None, 60)
+            node.start()
+            assert await c.settle(lambda: node.attached() == {new}, 30)
+            await becomes(c, node, old, healthy=True, within=10)
+            node.end(pod("p"))
+            assert await c.settle(lambda: c.holder(old) == c.holder(new) == "", ALLOCATION_GRACE + 10)
+            assert not node.attached()
+            assert not node.kernel.records["node-a"]
+            assert not lab.violations
+
+    stepped(play)()

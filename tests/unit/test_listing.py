@@ -11,7 +11,8 @@ from usbip_plugin.model import DeviceKey, ServerKey
 
 HELD, FREE = DeviceKey(ServerKey("lab", 3240), "1-1"), DeviceKey(ServerKey("attic", 3240), "1-2")
 NOTES = {"usbip.dev/server": "lab:3240", "usbip.dev/busid": "1-1", "usbip.dev/usb-id": "0951:1666"}
-POD = {"usbip.dev/pod": "default/reader/uid-1", "usbip.dev/vhci-port": "3"}
+ELSEWHERE = DeviceKey(ServerKey("lab", 3240), "1-9")
+POD = {"usbip.dev/pod": "default/reader/uid-1", "usbip.dev/vhci-port": "3", "usbip.dev/in-place-of": ELSEWHERE.id}
 
 
 def store() -> MemoryLeases:
@@ -32,6 +33,7 @@ async def test_a_row_for_each_lock_and_none_for_sessions() -> None:
         "node-a",
         "default/reader",
     )
+    assert (held["in_place_of"], free["in_place_of"]) == (ELSEWHERE.id, None)
     assert (held["port"], held["epoch"], held["since"]) == (3, 7, "2026-05-04T03:02:01+00:00")
     assert (free["device"], free["state"], free["holder"], free["pod"], free["port"]) == (
         "attic:3240/1-2",
