@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Protocol
 
 from opentelemetry.trace import Span, SpanKind, Tracer
@@ -76,7 +76,9 @@ class Advertiser:
         clock: Clock,
         tracer: Tracer,
         on_advertised: Publish,
+        on_withdrawn: Callable[[float], None],
     ) -> None:
+        """on_withdrawn: seconds from seeing that another node took a device until a listening kubelet was told."""
         self._me = me
         self._config = config
         self._domain = domain
@@ -88,6 +90,7 @@ class Advertiser:
         self._clock = clock
         self._tracer = tracer
         self._on_advertised = on_advertised
+        self._on_withdrawn = on_withdrawn
         self._former: dict[str, ResourceConfig] = {}
         self._servers: dict[str, DevicePluginServer] = {}
         self._members: Members = {}
@@ -112,6 +115,11 @@ class Advertiser:
     @property
     def config(self) -> Config:
         return self._config
+
+    @property
+    def ports(self) -> Driver:
+        """The driver and its ports, as last read."""
+        return self._ports
 
     def health(self) -> Mapping[str, Health]:
         """By device ID. Of a device that several resources offer, as the one that can have it."""
@@ -239,7 +247,8 @@ class Advertiser:
         except VhciError as error:
             return Driver(str(error), 0, 0)
         free = [port.hub for port in ports if port.status is PortStatus.NULL]
-        return Driver(None, free.count("hs"), free.count("ss"))
+        used = [port.hub for port in ports if port.status is not PortStatus.NULL]
+        return Driver(None, free.count("hs"), free.count("ss"), used.count("hs"), used.count("ss"))
 
     async def _watch_api(self) -> None:
         """An API server that stays away becomes a reason when the grace is over, without anything else happening."""
@@ -260,13 +269,13 @@ class Advertiser:
         old = change.old.holder if change.old is not None else ""
         new = change.new.holder if change.new is not None else ""
         if old != new and new not in ("", self._me.node) and self._offered(change.device_id):
-            self._spawn(self._withdraw(change))
+            self._spawn(self._withdraw(change, self._clock.monotonic()))
         elif old != new and new == "" and change.new is not None:
             self._released[change.device_id] = self._clock.monotonic()
             self._spawn(self._after_release(change))
         self.look_again()
 
-    async def _withdraw(self, change: LockChange) -> None:
+    async def _withdraw(self, change: LockChange, seen_at: float) -> None:
         """Another node took a device: this joins its trace, up to the moment the kubelet has been told."""
         lock = change.new
         assert lock is not None  # noqa: S101 - the caller looked
@@ -275,14 +284,16 @@ class Advertiser:
             span.set_attribute("usbip.device.id", change.device_id)
             span.set_attribute("usbip.holder", lock.holder)
             self._evaluate_if_due()
-            await self._wait_sent(change.device_id, span)
+            await self._wait_sent(change.device_id, span, seen_at)
 
-    async def _wait_sent(self, device_id: str, span: Span) -> None:
+    async def _wait_sent(self, device_id: str, span: Span, seen_at: float) -> None:
         for server in [s for name, s in self._servers.items() if self._offers(name, device_id)]:
             with contextlib.suppress(TimeoutError):
                 async with self._clock.timeout(SENT_TIMEOUT):
                     await server.wait_sent()
                     span.add_event("ListAndWatch sent", {"usbip.resource": server.resource})
+            if server.open_streams:
+                self._on_withdrawn(self._clock.monotonic() - seen_at)
 
     async def _after_release(self, change: LockChange) -> None:
         """A device was let go: its server is asked at once and when the reset is over; then its list counts again."""

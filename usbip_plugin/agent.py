@@ -21,13 +21,14 @@ from usbip_plugin.claims import Claim
 from usbip_plugin.clock import Clock
 from usbip_plugin.config import Config, OnLoss, ResourceConfig
 from usbip_plugin.errors import PluginError
+from usbip_plugin.keeper import Reattach
 from usbip_plugin.kube import KubeClient
 from usbip_plugin.kubelet.cdi import SpecFiles
 from usbip_plugin.kubelet.eviction import Evictor
 from usbip_plugin.kubelet.node_status import NodeStatusPublisher
 from usbip_plugin.kubelet.pod_resources import PodResources
 from usbip_plugin.kubelet.pods import OwnPods, PodPhase, PodView
-from usbip_plugin.locks.manager import LockManager, LockSettings
+from usbip_plugin.locks.manager import Acquired, LockManager, LockSettings
 from usbip_plugin.locks.protocol import Rules
 from usbip_plugin.locks.store import LeaseStore
 from usbip_plugin.model import Advertised, Descriptor, DeviceKey, NodeIdentity, PodRef
@@ -49,10 +50,13 @@ class Observer:
     """Where figures go: metrics in production, nothing by default."""
 
     on_step: Callable[[str, float], None] = lambda _step, _seconds: None
-    on_result: Callable[[str, PluginError | None], None] = lambda _resource, _error: None
+    on_result: Callable[[str, PluginError | None, float], None] = lambda _resource, _error, _seconds: None
     on_advertised: Callable[[str, tuple[Advertised, ...]], None] = lambda _resource, _devices: None
     on_plugin: Callable[[Plugin], None] = lambda _plugin: None
     on_notice: Callable[[Notice], None] = lambda _notice: None
+    on_acquire: Callable[[Acquired, float], None] = lambda _result, _seconds: None
+    on_withdrawn: Callable[[float], None] = lambda _seconds: None
+    on_reattach: Callable[[Reattach], None] = lambda _result: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +109,7 @@ class Agent:
             out.tracer,
             lock_rules,
             self.poller.lists,
+            observer.on_acquire,
         )
         self.specs = CdiSpecs(out.specs, domain, self._resource_of)
         self.attacher = Attacher(
@@ -112,6 +117,7 @@ class Agent:
             on_change=self._claim_changed,
             on_step=observer.on_step,
             on_notice=observer.on_notice,
+            on_reattach=observer.on_reattach,
             on_loss=self._on_loss,
             evict=self._evict,
             configured=self._configured,
@@ -138,6 +144,7 @@ class Agent:
             clock=out.clock,
             tracer=out.tracer,
             on_advertised=observer.on_advertised,
+            on_withdrawn=observer.on_withdrawn,
         )
         self.allocator = Allocator(
             node=out.me.node,

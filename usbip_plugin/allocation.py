@@ -29,6 +29,7 @@ class Allocator:
 
     lookup(resource) gives the configuration of a resource by its full name and the devices it offers; health() what is
     advertised now, by ID; after_denial(resource) is awaited before a failed Allocate answers (design: publish first).
+    on_result(resource, error, seconds) is told what each came to, and how long that took.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class Allocator:
         timeout: Callable[[], float],
         after_denial: Callable[[str], Awaitable[None]],
         tracer: Tracer,
-        on_result: Callable[[str, PluginError | None], None],
+        on_result: Callable[[str, PluginError | None, float], None],
     ) -> None:
         self._node = node
         self._domain = domain
@@ -58,6 +59,7 @@ class Allocator:
 
     async def allocate_all(self, resource: str, requests: tuple[tuple[str, ...], ...]) -> tuple[ContainerResponse, ...]:
         """See AllocateBackend. Ends within allocateTimeout, whatever servers and API server do."""
+        began = self._clock.monotonic()
         # the kubelet puts no trace context on its calls: this is the root
         with self._tracer.start_as_current_span(
             "Allocate", context=Context(), kind=SpanKind.SERVER, record_exception=False, set_status_on_exception=False
@@ -70,10 +72,10 @@ class Allocator:
                 span.record_exception(error)
                 span.set_status(StatusCode.ERROR, str(error))
                 log.warning("Allocate failed", extra={"resource": resource, "cause": str(error)})
-                self._on_result(resource, error)
+                self._on_result(resource, error, self._clock.monotonic() - began)
                 await self._after_denial(resource)
                 raise
-            self._on_result(resource, None)
+            self._on_result(resource, None, self._clock.monotonic() - began)
             log.info("allocated", extra={"resource": resource, "devices": [i for ids in requests for i in ids]})
             return responses
 

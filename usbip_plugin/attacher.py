@@ -33,7 +33,7 @@ from usbip_plugin.errors import (
     ClaimBusy,
     PluginError,
 )
-from usbip_plugin.keeper import Keeper
+from usbip_plugin.keeper import Keeper, Reattach
 from usbip_plugin.model import Attachment, Descriptor, DeviceKey, PodRef
 from usbip_plugin.notices import Notice
 from usbip_plugin.observe.tracing import traceparent_of
@@ -65,6 +65,7 @@ class Attacher:
         on_change: Callable[[str], None],
         on_step: Callable[[str, float], None],
         on_notice: Callable[[Notice], None],
+        on_reattach: Callable[[Reattach], None],
         on_loss: Callable[[Claim], OnLoss],
         evict: Callable[[PodRef], None],
         configured: Configured,
@@ -74,7 +75,7 @@ class Attacher:
         self._specs = means.specs
         self._clock = means.clock
         self._work = DeviceWork(means, on_change=on_change, on_step=on_step)
-        self._keeper = Keeper(means, self._work, on_notice, on_loss, evict, configured)
+        self._keeper = Keeper(means, self._work, on_notice, on_reattach, on_loss, evict, configured)
         self._book, self._pipeline = self._work.book, self._work.pipeline
 
     @property

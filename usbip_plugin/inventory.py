@@ -63,11 +63,13 @@ Members = Mapping[str, Mapping[str, Seen]]
 
 @dataclass(frozen=True, slots=True)
 class Driver:
-    """This node's vhci_hcd. error is None while it can attach; free ports by hub."""
+    """This node's vhci_hcd. error is None while it can attach; free and used ports by hub."""
 
     error: str | None = None
     free_hs: int = 1
     free_ss: int = 1
+    used_hs: int = 0
+    used_ss: int = 0
 
 
 @dataclass(frozen=True, slots=True)

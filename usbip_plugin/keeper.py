@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import enum
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -61,11 +62,19 @@ PORT_CHECK_INTERVAL = 15.0
 """Seconds between looks at the ports when no uevent says to look: uevents can be dropped under memory pressure."""
 
 
+class Reattach(enum.Enum):
+    """What one try to attach a lost device again came to."""
+
+    SAME_NODES = "same_nodes"
+    OTHER_NODES = "other_nodes"
+    FAILED = "failed"
+
+
 class Keeper:
     """See the module. `run` must be running.
 
-    on_notice is told what people should hear of; on_loss(claim) says what its resource wants, evict(pod) does it.
-    configured: which devices may be looked at in search of a lost one.
+    on_notice is told what people should hear of, on_reattach of each try; on_loss(claim) says what its resource wants,
+    evict(pod) does it. configured: which devices may be looked at in search of a lost one.
     """
 
     def __init__(
@@ -73,6 +82,7 @@ class Keeper:
         means: Means,
         work: DeviceWork,
         on_notice: Callable[[Notice], None],
+        on_reattach: Callable[[Reattach], None],
         on_loss: Callable[[Claim], OnLoss],
         evict: Callable[[PodRef], None],
         configured: Configured,
@@ -87,6 +97,7 @@ class Keeper:
         self._rng = means.rng
         self._tracer = means.tracer
         self._on_notice = on_notice
+        self._on_reattach = on_reattach
         self._on_loss = on_loss
         self._evict = evict
         self._ports_event = asyncio.Event()
@@ -272,12 +283,14 @@ class Keeper:
                 async with self._clock.timeout(REATTACH_TIMEOUT):
                     after = await self._attach(device_id, self._clock.monotonic() + REATTACH_TIMEOUT)
             except LockLost as error:
+                self._on_reattach(Reattach.FAILED)
                 record_error(span, error)
                 if self._work.book[device_id].state is State.REATTACHING:
                     self._work.book.move(self._work.book[device_id], Event.LOCK_LOST)
                 await self._work.finish(device_id)
                 return False
             except (TimeoutError, LockError, KubeError, UsbipError, VhciError, CdiError) as error:
+                self._on_reattach(Reattach.FAILED)
                 span.record_exception(error)
                 log.debug("re-attach failed, will retry", extra={"device": str(claim.key), "cause": str(error)})
                 self._note_trouble(claim, error)
@@ -358,6 +371,7 @@ class Keeper:
     def _reattached(self, claim: Claim, before: Attachment | None, after: Attachment, span: Span) -> None:
         verdict = after_reattach(before, after, self._on_loss(claim), claim.pod, by_cdi=bool(claim.numbers))
         same = verdict is AfterReattach.GOES_ON
+        self._on_reattach(Reattach.SAME_NODES if same else Reattach.OTHER_NODES)
         span.set_attribute("usbip.same_nodes", same)
         log.info("re-attached", extra={"device": str(claim.key), "port": after.port, "same_nodes": same})
         what = What.RESTART_NEEDED if verdict is AfterReattach.RESTART else What.REATTACHED

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import socket
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +80,12 @@ class KubeClient:
         reload_token: Callable[[], Awaitable[str | None]],
         clock: Clock,
         token_period: float | None = None,
+        on_error: Callable[[KubeError], None] | None = None,
     ) -> None:
-        """reload_token reads the credentials anew and returns the Authorization header; token_period in seconds."""
+        """reload_token reads the credentials anew and returns the Authorization header; token_period in seconds.
+
+        on_error is told of every error that a request ends with, and must not raise.
+        """
         self._host: str = str(configuration.host).rstrip("/")
         self._rest = RESTClientObject(configuration)
         self._authorization: str | None = configuration.api_key.get("BearerToken")
@@ -89,6 +93,7 @@ class KubeClient:
         self._token_period = token_period
         self._token_read = clock.monotonic()
         self._clock = clock
+        self._on_error = on_error
 
     async def close(self) -> None:
         """Close every connection. Requests in flight fail with KubeUnreachable."""
@@ -110,12 +115,12 @@ class KubeClient:
         verb and resource as RBAC names them ("update", "leases.coordination.k8s.io"); timeout in seconds for the whole.
         Raises the KubeError family. A cancelled or unanswered write may still be carried out.
         """
-        with _translated(verb, resource):
+        with self._told(), _translated(verb, resource):
             async with self._clock.timeout(timeout):
                 response = await self._send(verb, path, resource, params, body, content_type, timeout)
                 async with response:
                     data = await _read_bounded(response, verb, resource)
-        return _decode(data, verb, resource)
+            return _decode(data, verb, resource)
 
     async def list(
         self, path: str, *, resource: str, params: Params | None = None, timeout: float = REQUEST_TIMEOUT_S
@@ -154,13 +159,22 @@ class KubeClient:
             "timeoutSeconds": str(max(1, int(timeout))),
             **(params or {}),
         }
-        with _translated("watch", resource):
+        with self._told(), _translated("watch", resource):
             async with self._clock.timeout(REQUEST_TIMEOUT_S):
                 response = await self._send("watch", path, resource, query, None, "application/json", None)
             async with response:
                 _keep_alive(response)
                 async for line in _lines(response.content.iter_any(), resource):
                     yield _event(line, resource)
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except KubeError as error:
+            if self._on_error is not None:
+                self._on_error(error)
+            raise
 
     async def _send(
         self,
@@ -214,23 +228,27 @@ async def connect(
     kubeconfig: str | None = None,
     *,
     clock: Clock | None = None,
+    on_error: Callable[[KubeError], None] | None = None,
     environ: Mapping[str, str] = os.environ,
     service_account: Path = _SERVICE_ACCOUNT,
 ) -> KubeClient:
     """A client for: kubeconfig if given, else $KUBECONFIG, else the pod's ServiceAccount, else ~/.kube/config.
 
-    Nothing is sent yet. ConfigError when no usable configuration is found. Close the client in the end.
+    Nothing is sent yet. ConfigError when no usable configuration is found. Close the client in the end. on_error: see
+    KubeClient.
     """
     path = kubeconfig or environ.get("KUBECONFIG")
     if path is None and "KUBERNETES_SERVICE_HOST" not in environ:
         path = "~/.kube/config"
     use_clock = clock or SystemClock()
     if path is not None:
-        return await _from_kubeconfig(path, use_clock)
-    return _from_service_account(environ, service_account, use_clock)
+        return await _from_kubeconfig(path, use_clock, on_error)
+    return _from_service_account(environ, service_account, use_clock, on_error)
 
 
-def _from_service_account(environ: Mapping[str, str], directory: Path, clock: Clock) -> KubeClient:
+def _from_service_account(
+    environ: Mapping[str, str], directory: Path, clock: Clock, on_error: Callable[[KubeError], None] | None
+) -> KubeClient:
     token, authority = directory / "token", directory / "ca.crt"
     configuration = Configuration()
     try:
@@ -245,7 +263,7 @@ def _from_service_account(environ: Mapping[str, str], directory: Path, clock: Cl
     async def reload_token() -> str | None:
         return _token_header(token)
 
-    return KubeClient(configuration, reload_token, clock, TOKEN_PERIOD_S)
+    return KubeClient(configuration, reload_token, clock, TOKEN_PERIOD_S, on_error)
 
 
 def _token_header(path: Path) -> str:
@@ -256,7 +274,7 @@ def _token_header(path: Path) -> str:
     return "Bearer " + token
 
 
-async def _from_kubeconfig(path: str, clock: Clock) -> KubeClient:
+async def _from_kubeconfig(path: str, clock: Clock, on_error: Callable[[KubeError], None] | None) -> KubeClient:
     from kubernetes_asyncio.config.kube_config import load_kube_config  # noqa: PLC0415 - 3 MiB no pod needs
 
     async def load() -> Configuration:
@@ -282,7 +300,7 @@ async def _from_kubeconfig(path: str, clock: Clock) -> KubeClient:
             raise OSError(msg) from error
         return header
 
-    return KubeClient(configuration, reload_token, clock)
+    return KubeClient(configuration, reload_token, clock, on_error=on_error)
 
 
 def _any_file(path: str) -> bool:

@@ -6,30 +6,30 @@ import asyncio
 import logging
 import random
 import signal
-from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from usbip_plugin import __version__
-from usbip_plugin.agent import Agent, Observer, Outside
+from usbip_plugin.agent import Agent, Outside
 from usbip_plugin.clock import Clock, SystemClock
 from usbip_plugin.config import Config
 from usbip_plugin.config.reload import ConfigWatcher, Loaded
 from usbip_plugin.config.schema import DEFAULT_CDI_DIRECTORY
 from usbip_plugin.errors import ConfigError, PluginError
+from usbip_plugin.figures import Figures, Losses
 from usbip_plugin.kube import KubeClient, connect
 from usbip_plugin.kubelet.cdi import CdiDirectory
 from usbip_plugin.kubelet.directory import PluginDirectory
 from usbip_plugin.kubelet.pod_resources import GrpcPodResources
 from usbip_plugin.locks.kubernetes import KubernetesLeases
-from usbip_plugin.model import Advertised, NodeIdentity
+from usbip_plugin.model import NodeIdentity
 from usbip_plugin.notices import Notice, event_of
 from usbip_plugin.observe.events import EventRecorder
 from usbip_plugin.observe.health import Heartbeats, HttpServer, Verdict, standard_pages
 from usbip_plugin.observe.metrics import Metrics
 from usbip_plugin.observe.tracing import Tracing
-from usbip_plugin.resources import Plugin, SocketRegistrar
+from usbip_plugin.resources import SocketRegistrar
 from usbip_plugin.usbip.client import TcpUsbipClient
 from usbip_plugin.vhci.driver import VhciDriver
 from usbip_plugin.vhci.linux import SysfsVhci
@@ -86,12 +86,13 @@ async def run(options: Options, loaded: Loaded) -> None:
     Raises ConfigError if there is no way to the API server, OSError if the HTTP address is taken.
     """
     clock = SystemClock()
-    kube = await connect(options.kubeconfig, clock=clock)
+    figures = Figures(metrics := Metrics(), clock, domain=options.domain, node=options.node)
+    kube = await connect(options.kubeconfig, clock=clock, on_error=figures.api_error)
     tracing = Tracing(options.node, version=__version__)
     client = TcpUsbipClient(clock)
     try:
         async with GrpcPodResources(options.pod_resources_socket, options.domain) as pod_resources:
-            process = _Process(options, loaded, clock, kube, client, pod_resources, tracing)
+            process = _Process(options, loaded, clock, kube, client, pod_resources, tracing, metrics, figures)
             await process.run()
     finally:
         client.close()
@@ -109,13 +110,16 @@ class _Process:
         client: TcpUsbipClient,
         pod_resources: GrpcPodResources,
         tracing: Tracing,
+        metrics: Metrics,
+        figures: Figures,
     ) -> None:
         rng = random.Random()  # noqa: S311 - jitter only
         self._options = options
         self._domain = options.domain
         self._clock = clock
         self._loaded = loaded
-        self._metrics = Metrics()
+        self._metrics = metrics
+        self._figures = figures
         self._beats = Heartbeats(clock)
         me = NodeIdentity(options.node, boot_id())
         self._events = EventRecorder(kube, me, clock, rng)
@@ -135,14 +139,9 @@ class _Process:
             ),
             loaded.config,
             domain=options.domain,
-            observer=Observer(
-                on_step=self._metrics.step,
-                on_result=self._allocated,
-                on_advertised=self._advertised,
-                on_plugin=self._plugin_changed,
-                on_notice=self._notice,
-            ),
+            observer=replace(figures.observer, on_notice=self._notice),
         )
+        figures.follow(self.agent, Losses(events_dropped=lambda: self._events.dropped))
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -187,33 +186,19 @@ class _Process:
             lines.append(f"locks not read: {self.agent.locks.api.error or 'waiting'}")
         return Verdict(ok=False, lines=tuple(lines))
 
-    def _allocated(self, resource: str, error: PluginError | None) -> None:
-        if error is None:
-            self._metrics.allocated(resource)
-
-    def _advertised(self, resource: str, devices: tuple[Advertised, ...]) -> None:
-        if not devices and all(known.name != resource for known in self.agent.advertiser.config.resources):
-            self._metrics.forget(f"{self._domain}/{resource}")
-            return
-        reasons = Counter(device.health.reason for device in devices)
-        self._metrics.devices(f"{self._domain}/{resource}", reasons)
-
-    def _plugin_changed(self, plugin: Plugin) -> None:
-        if plugin.registered and plugin.registrations > 1:
-            self._metrics.restarted(plugin.resource)
-
     def _notice(self, notice: Notice) -> None:
+        self._figures.notice(notice)
         self._events.record(event_of(notice), notice.pod)
 
     def _reconfigure(self, config: Config, warnings: tuple[str, ...]) -> None:
         for warning in warnings:
             log.warning("configuration", extra={"problem": warning})
-        self._metrics.config_reload(failed=False)
+        self._figures.config_reloaded()
         self.agent.reconfigure(config)
         log.info("configuration reloaded", extra={"resources": [resource.name for resource in config.resources]})
 
     def _config_failed(self, error: ConfigError) -> None:
-        self._metrics.config_reload(failed=True)
+        self._figures.config_failed()
         for problem in error.problems:
             log.error("configuration not usable, the last good one stays", extra={"problem": problem})
 

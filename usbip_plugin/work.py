@@ -42,6 +42,7 @@ class DeviceWork:
         self._clock = means.clock
         self._rng = means.rng
         self._tracer = means.tracer
+        self._on_step = on_step
         self.changed = Broadcast()
         """Fires after every change of a claim."""
 
@@ -99,6 +100,7 @@ class DeviceWork:
     async def finish(self, device_id: str) -> None:
         """Detach, then (R5) release the lock, again and again until both are done. The claim is Releasing or Lost."""
         claim = self.book[device_id]
+        began = self._clock.monotonic()
         waits = retry.backoff(self._rng, RELEASE_FIRST_WAIT, RELEASE_MAX_WAIT)
         with self._tracer.start_as_current_span("release", context=context_from(claim.traceparent)) as span:
             span.set_attribute("usbip.device", str(claim.key))
@@ -117,6 +119,7 @@ class DeviceWork:
                     log.warning("release failed, will retry", extra={"device": str(claim.key), "cause": str(error)})
                     await self._until_api_returns(next(waits))
             self.book.move(self.book[device_id], Event.RELEASED)
+        self._on_step("release", self._clock.monotonic() - began)
         log.info("released", extra={"device": str(claim.key), "pod": str(claim.pod) if claim.pod else None})
 
     async def _until_api_returns(self, seconds: float) -> None:

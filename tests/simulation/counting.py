@@ -95,7 +95,7 @@ class CountedRules:
 def observer(node: str, counts: Counter[str], note: Callable[[str], None]) -> Observer:
     """What an agent tells, counted, and what is worth it in the timeline."""
 
-    def on_result(_resource: str, error: PluginError | None) -> None:
+    def on_result(_resource: str, error: PluginError | None, _seconds: float) -> None:
         counts[f"Allocate: {type(error).__name__ if error is not None else 'attached'}"] += 1
         if isinstance(error, LockUnavailable):
             counts["R7 API server away, Allocate refused"] += 1

@@ -147,7 +147,8 @@ def samples(metrics: Metrics) -> dict[tuple[str, str], float]:
 def test_the_names_of_the_go_program_with_the_label_resource() -> None:
     metrics = Metrics()
     metrics.devices(RESOURCE, {Reason.FREE: 2, Reason.ATTACHED: 1, Reason.HELD_ELSEWHERE: 4})
-    metrics.allocated(RESOURCE, 2)
+    metrics.allocated(RESOURCE)
+    metrics.allocated(RESOURCE)
     metrics.restarted(RESOURCE)
     found = samples(metrics)
     assert found["usbip_device_plugin_available_devices", RESOURCE] == 3
@@ -176,8 +177,21 @@ def test_a_forgotten_resource_has_no_gauges_and_keeps_its_counters() -> None:
 def test_two_nodes_in_one_process_have_their_own_metrics() -> None:
     one, other = Metrics(), Metrics()
     one.step("lock", 0.02)
-    one.config_reload(failed=True)
+    one.config_reload_failed()
     assert samples(one)["usbip_device_plugin_step_seconds_count", "lock"] == 1
     assert samples(one)["usbip_device_plugin_config_reload_failed", ""] == 1
     assert ("usbip_device_plugin_step_seconds_count", "lock") not in samples(other)
     assert samples(other)["usbip_device_plugin_config_reload_failed", ""] == 0
+
+
+def test_a_good_reload_ends_a_failed_one() -> None:
+    metrics = Metrics()
+    metrics.config_loaded(100.0)
+    metrics.config_reload_failed()
+    assert samples(metrics)["usbip_device_plugin_config_last_reload_success_timestamp_seconds", ""] == 100
+    metrics.config_reloaded(200.0)
+    found = samples(metrics)
+    assert found["usbip_device_plugin_config_reload_failed", ""] == 0
+    assert found["usbip_device_plugin_config_last_reload_success_timestamp_seconds", ""] == 200
+    assert found["usbip_device_plugin_config_reloads_total", "failure"] == 1
+    assert found["usbip_device_plugin_config_reloads_total", "success"] == 1

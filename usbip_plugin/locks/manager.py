@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 import logging
 import random
 import weakref
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from opentelemetry.trace import Tracer
@@ -32,6 +33,7 @@ IMPORT_WINDOW_S = 10.0
 ORPHAN_RETRY_S = 5.0
 
 __all__ = [
+    "Acquired",
     "ApiState",
     "Grant",
     "LockChange",
@@ -62,6 +64,14 @@ class Grant:
     import_deadline: float
 
 
+class Acquired(enum.Enum):
+    """What an acquire() came to. FAILED: nobody knows, or it was given up."""
+
+    TAKEN = "taken"
+    HELD = "held"
+    FAILED = "failed"
+
+
 class Unset(enum.Enum):
     """For an argument that is not given, where None means to clear."""
 
@@ -80,6 +90,8 @@ class LockManager:
     is_listed(key) asks the device's server, right before a takeover, whether it lists the device as free (R4). What
     set_importable said last may be as old as this process was stopped or starved, and the device attached since.
     Without is_listed, set_importable is believed.
+
+    on_acquire(result, seconds) is told of each acquire().
     """
 
     def __init__(
@@ -92,10 +104,12 @@ class LockManager:
         tracer: Tracer,
         rules: Rules | None = None,
         is_listed: Callable[[DeviceKey], Awaitable[bool]] | None = None,
+        on_acquire: Callable[[Acquired, float], None] = lambda _result, _seconds: None,
     ) -> None:
         self._me, self._clock, self._rng, self._settings, self._tracer = me, clock, rng, settings, tracer
         self._rules = rules or Rules()
         self._is_listed = is_listed
+        self._on_acquire = on_acquire
         self._subscribers: list[Callable[[LockChange], None]] = []
         self._api_subscribers: list[Callable[[ApiState], None]] = []
         self._contact = Contact(clock, self._api_changed)
@@ -122,6 +136,10 @@ class LockManager:
             group.create_task(self._session.run(), name="lock-session")
             group.create_task(self._expiry.run(), name="lock-expiry")
             group.create_task(self._release_orphans(), name="lock-orphans")
+
+    @property
+    def settings(self) -> LockSettings:
+        return self._settings
 
     @property
     def rules(self) -> Rules:
@@ -186,7 +204,7 @@ class LockManager:
                     importable = await self._is_listed(key)
             return self._rules.decide_acquire(lease, key, use_meta, write, observation, importable)
 
-        with self._tracer.start_as_current_span("lock.acquire", attributes=attributes(key)) as span:
+        with self._timed(), self._tracer.start_as_current_span("lock.acquire", attributes=attributes(key)) as span:
             async with self._device_lock(key.id):
                 effort = Effort()
                 if claimed:
@@ -205,6 +223,18 @@ class LockManager:
                 self._abandoned.pop(key.id, None)
             span.set_attribute("usbip.lock.epoch", grant.epoch)
             return grant
+
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        began, result = self._clock.monotonic(), Acquired.FAILED
+        try:
+            yield
+            result = Acquired.TAKEN
+        except LockHeld:
+            result = Acquired.HELD
+            raise
+        finally:
+            self._on_acquire(result, self._clock.monotonic() - began)
 
     async def renew(self, key: DeviceKey) -> Grant:
         """R1 before a re-attach: write the lock again. LockLost if it is not this boot's any more; LockUnavailable."""

@@ -1,49 +1,126 @@
-"""Prometheus metrics in a registry of their own. The first four have the names and labels of the Go program."""
+"""Prometheus metrics in a registry of their own: what is counted as it happens.
+
+The first four have the names and labels of the Go program. docs/metrics.md has them all.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.registry import Collector
 
 from usbip_plugin.model import Reason
 
+PREFIX = "usbip_device_plugin_"
 STEP_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+ALLOCATE_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 3, 5, 7.5, 10, 15, 30, 60)
+"""allocateTimeout may be up to a minute."""
+WITHDRAWAL_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 
 
 class Metrics:
-    """Everything /metrics shows. The label resource is the full name, domain included."""
+    """Everything /metrics shows. The label resource is the full name, domain included.
+
+    Labels have few values that are known beforehand, or come from the configuration: never devices, pods or free text.
+    What is a state of something else is not kept here but read when it is asked for: see add().
+    """
 
     def __init__(self) -> None:
+        # a second series for each counter, which nobody reads; the library has no other switch
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         label = ("resource",)
-        self._available = self._gauge("usbip_device_plugin_available_devices", "Devices offered as healthy.", label)
-        self._attached = self._gauge("usbip_device_plugin_attached_devices", "Devices attached to this node.", label)
-        self._gauge("usbip_device_plugin_tasks", "asyncio tasks of the process.", ()).set_function(_tasks)
-        self._allocations = self._counter(
-            "usbip_device_plugin_allocations", "Containers that were given their devices.", label
-        )
+        self._available = self._gauge("available_devices", "Devices offered as healthy.", label)
+        self._attached = self._gauge("attached_devices", "Devices attached to this node.", label)
+        self._allocations = self._counter("allocations", "Allocates that were answered with devices.", label)
         # The Go program names it device_plugin_restarts_total and exports it with the prefix.
         restarts = "Times the plugin of a resource was served and registered anew."
-        self._restarts = self._counter("usbip_device_plugin_restarts", restarts, label)
-        self._restarts_unprefixed = self._counter("device_plugin_restarts", restarts, label)
+        self._restarts = self._counter("restarts", restarts, label)
+        self._restarts_unprefixed = Counter("device_plugin_restarts", restarts, label, registry=self.registry)
         self._by_reason = self._gauge(
-            "usbip_device_plugin_devices", "Devices by the reason they are advertised as they are.", (*label, "reason")
+            "devices", "Devices by the reason they are advertised as they are.", (*label, "reason")
         )
-        self._steps = Histogram(
-            "usbip_device_plugin_step_seconds",
-            "Time taken by one step of Allocate or release.",
-            ("step",),
-            buckets=STEP_BUCKETS_S,
-            registry=self.registry,
+        self._steps = self._histogram("step_seconds", "Time taken by one step of Allocate or release.", ("step",))
+        self._allocates = self._histogram(
+            "allocate_seconds", "Time from an Allocate to its outcome.", ("result",), ALLOCATE_BUCKETS_S
         )
+        self._denials = self._counter(
+            "allocate_denials", "Allocates refused because another node holds the device.", label
+        )
+        self._failures = self._counter(
+            "allocate_failures", "Allocates that failed for another reason.", (*label, "reason")
+        )
+        self._withdrawals = self._histogram(
+            "withdrawal_seconds",
+            "Time from seeing that another node took a device to the kubelet having been told.",
+            (),
+            WITHDRAWAL_BUCKETS_S,
+        )
+        self._acquires = self._histogram(
+            "lock_acquire_seconds", "Time taken to get, or be refused, the lock of a device.", ("result",)
+        )
+        self._transitions = self._counter(
+            "lock_transitions", "Locks that this node took, took over, released or lost.", ("transition",)
+        )
+        self._losses = self._counter("attachments_lost", "Attachments that ended without this node's doing.", ())
+        self._reattaches = self._counter("reattaches", "Tries to attach a lost device again.", ("result",))
+        self._registrations = self._counter(
+            "kubelet_registrations", "Registrations that the kubelet accepted and listens to.", label
+        )
+        self._api_errors = self._counter("api_errors", "Requests to the API server that failed.", ("verb", "reason"))
+        self._reloads = self._counter("config_reloads", "Changes of the configuration file.", ("result",))
         self._reload_failed = self._gauge(
-            "usbip_device_plugin_config_reload_failed", "1 while the configuration file cannot be used.", ()
+            "config_reload_failed", "1 while the configuration file cannot be used, else 0.", ()
         )
+        self._reloaded_at = self._gauge(
+            "config_last_reload_success_timestamp_seconds",
+            "When the configuration in force was loaded, since the Unix epoch.",
+            (),
+        )
+
+    def add(self, collector: Collector) -> None:
+        """What is read at each scrape."""
+        self.registry.register(collector)
+
+    def expect(
+        self, *, results: Iterable[str], acquires: Iterable[str], transitions: Iterable[str], reattaches: Iterable[str]
+    ) -> None:
+        """The values that labels will have. A counter that exists at 0 can be rated from its first increment."""
+        for result in results:
+            self._allocates.labels(result)
+        for result in acquires:
+            self._acquires.labels(result)
+        for transition in transitions:
+            self._transitions.labels(transition)
+        for result in reattaches:
+            self._reattaches.labels(result)
+        for result in ("success", "failure"):
+            self._reloads.labels(result)
+
+    def expect_resource(self, resource: str, failures: Iterable[str]) -> None:
+        """The counters of a resource exist from now on. failures: the reasons an Allocate may fail for."""
+        for counter in (
+            self._allocations,
+            self._restarts,
+            self._restarts_unprefixed,
+            self._denials,
+            self._registrations,
+        ):
+            counter.labels(resource)
+        for reason in failures:
+            self._failures.labels(resource, reason)
 
     def devices(self, resource: str, reasons: Mapping[Reason, int]) -> None:
         """The devices of a resource, counted by reason; sets the gauges."""
@@ -51,24 +128,6 @@ class Metrics:
         self._attached.labels(resource).set(reasons.get(Reason.ATTACHED, 0))
         for reason in Reason:
             self._by_reason.labels(resource, reason.name.lower()).set(reasons.get(reason, 0))
-        # a counter that exists at 0 can be rated from its first increment
-        self._allocations.labels(resource)
-        self._restarts.labels(resource)
-        self._restarts_unprefixed.labels(resource)
-
-    def allocated(self, resource: str, containers: int = 1) -> None:
-        self._allocations.labels(resource).inc(containers)
-
-    def restarted(self, resource: str) -> None:
-        self._restarts.labels(resource).inc()
-        self._restarts_unprefixed.labels(resource).inc()
-
-    def step(self, name: str, seconds: float) -> None:
-        """name: one of few, such as lock, import, attach; never a device or a pod."""
-        self._steps.labels(name).observe(seconds)
-
-    def config_reload(self, *, failed: bool) -> None:
-        self._reload_failed.set(1 if failed else 0)
 
     def forget(self, resource: str) -> None:
         """The resource is not configured any more. Its counters stay, as counters must."""
@@ -78,21 +137,73 @@ class Metrics:
             for reason in Reason:
                 self._by_reason.remove(resource, reason.name.lower())
 
+    def allocated(self, resource: str) -> None:
+        self._allocations.labels(resource).inc()
+
+    def allocate(self, result: str, seconds: float) -> None:
+        self._allocates.labels(result).observe(seconds)
+
+    def denied(self, resource: str) -> None:
+        self._denials.labels(resource).inc()
+
+    def failed(self, resource: str, reason: str) -> None:
+        """reason: one of few; never an error's text."""
+        self._failures.labels(resource, reason).inc()
+
+    def restarted(self, resource: str) -> None:
+        self._restarts.labels(resource).inc()
+        self._restarts_unprefixed.labels(resource).inc()
+
+    def registered(self, resource: str) -> None:
+        self._registrations.labels(resource).inc()
+
+    def step(self, name: str, seconds: float) -> None:
+        """name: one of few, such as lock, import, attach; never a device or a pod."""
+        self._steps.labels(name).observe(seconds)
+
+    def withdrawn(self, seconds: float) -> None:
+        self._withdrawals.observe(seconds)
+
+    def acquired(self, result: str, seconds: float) -> None:
+        self._acquires.labels(result).observe(seconds)
+
+    def transition(self, name: str) -> None:
+        self._transitions.labels(name).inc()
+
+    def attachment_lost(self) -> None:
+        self._losses.inc()
+
+    def reattach(self, result: str) -> None:
+        self._reattaches.labels(result).inc()
+
+    def api_error(self, verb: str, reason: str) -> None:
+        self._api_errors.labels(verb, reason).inc()
+
+    def config_loaded(self, at: float) -> None:
+        """At start. at: seconds since the epoch."""
+        self._reload_failed.set(0)
+        self._reloaded_at.set(at)
+
+    def config_reloaded(self, at: float) -> None:
+        self._reloads.labels("success").inc()
+        self.config_loaded(at)
+
+    def config_reload_failed(self) -> None:
+        self._reloads.labels("failure").inc()
+        self._reload_failed.set(1)
+
     def render(self) -> tuple[bytes, str]:
         """The exposition text and its content type."""
         return generate_latest(self.registry), CONTENT_TYPE_LATEST
 
     def _gauge(self, name: str, text: str, labels: tuple[str, ...]) -> Gauge:
-        return Gauge(name, text, labels, registry=self.registry)
+        return Gauge(PREFIX + name, text, labels, registry=self.registry)
 
     def _counter(self, name: str, text: str, labels: tuple[str, ...]) -> Counter:
         """Exported with the suffix _total."""
-        return Counter(name, text, labels, registry=self.registry)
+        return Counter(PREFIX + name, text, labels, registry=self.registry)
 
-
-def _tasks() -> int:
-    """0 where no loop runs."""
-    try:
-        return len(asyncio.all_tasks())
-    except RuntimeError:
-        return 0
+    def _histogram(
+        self, name: str, text: str, labels: tuple[str, ...], buckets: tuple[float, ...] = STEP_BUCKETS_S
+    ) -> Histogram:
+        return Histogram(PREFIX + name, text, labels, buckets=buckets, registry=self.registry)

@@ -4,11 +4,12 @@
 #   nodes       the rest of a control plane, kubelet, kubectl, containerd, runc, CNI plugins
 #   kind        kind, kubeadm, kube-proxy, coredns
 #   helm        helm
+#   promtool    promtool
 # Kept in the cache ($USBIP_PLUGIN_CACHE, default ~/.cache/usbip-plugin), built from Go modules if they are not there:
 # Go >= 1.26 and, for runc, libseccomp-dev and pkg-config; about 12 minutes for all groups on 2 cores from an empty module
 # cache. apiserver alone may come from $KUBEBUILDER_ASSETS instead.
 set -euo pipefail
-K8S=1.37.2 ETCD=3.7.3 CONTAINERD=2.4.2 RUNC=1.5.2 CNI=1.9.1 KIND=0.33.0 COREDNS=1.14.6 HELM=3.22.0
+K8S=1.37.2 ETCD=3.7.3 CONTAINERD=2.4.2 RUNC=1.5.2 CNI=1.9.1 KIND=0.33.0 COREDNS=1.14.6 HELM=3.22.0 PROMETHEUS=0.316.0
 [ $# -gt 0 ] || set -- apiserver
 if [ "$*" = apiserver ] && [ -n "${KUBEBUILDER_ASSETS:-}" ]; then
   for c in kube-apiserver etcd; do
@@ -109,6 +110,11 @@ for group; do
       module=helm.sh/helm/v3 v=helm.sh/helm/v3/pkg/chartutil
       command_of helm "$module@v$HELM" "$module/cmd/helm" \
         -ldflags "-s -w -X $v.k8sVersionMajor=1 -X $v.k8sVersionMinor=$(cut -d. -f2 <<<"$K8S")"
+      ;;
+    promtool)
+      # without the clients of thirty clouds, which it neither downloads then
+      GOFLAGS=-tags=remove_all_sd command_of promtool "github.com/prometheus/prometheus@v$PROMETHEUS" \
+        github.com/prometheus/prometheus/cmd/promtool "${plain[@]}"
       ;;
     *) echo "no such group: $group" >&2; exit 2 ;;
   esac

@@ -1,0 +1,240 @@
+"""What happens on a node, as figures: from what an agent tells and what can be asked of it, to metrics."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from usbip_plugin import __version__
+from usbip_plugin.agent import Agent, Observer
+from usbip_plugin.claims import State
+from usbip_plugin.clock import Clock
+from usbip_plugin.errors import (
+    AllocateTimeout,
+    AttachRefused,
+    AttachStuck,
+    ClaimBusy,
+    DetachFailed,
+    DeviceBusy,
+    DeviceUnknown,
+    DriverMissing,
+    DriverNotWritable,
+    ImportRefused,
+    KubeConflict,
+    KubeError,
+    KubeForbidden,
+    KubeGone,
+    KubeNotFound,
+    KubeServerError,
+    KubeThrottled,
+    KubeUnauthorized,
+    KubeUnreachable,
+    LockHeld,
+    LockLost,
+    LockUnavailable,
+    MalformedReply,
+    PluginError,
+    PortsExhausted,
+    ServerTimeout,
+    ServerUnreachable,
+    UnknownDevice,
+    WrongDevice,
+)
+from usbip_plugin.keeper import Reattach
+from usbip_plugin.locks.manager import Acquired, LockChange
+from usbip_plugin.model import Advertised
+from usbip_plugin.notices import Notice, What
+from usbip_plugin.observe.metrics import Metrics
+from usbip_plugin.observe.readings import NodeCollector, Reading
+from usbip_plugin.resources import Plugin
+from usbip_plugin.usbip.poller import ServerState
+
+OTHER = "other"
+ALLOCATE_FAILURES: Mapping[type[PluginError], str] = MappingProxyType(
+    {
+        LockLost: "lock_lost",
+        LockUnavailable: "lock_unavailable",
+        ServerUnreachable: "server_unreachable",
+        ServerTimeout: "server_timeout",
+        MalformedReply: "malformed_reply",
+        DeviceBusy: "device_busy",
+        DeviceUnknown: "not_exported",
+        ImportRefused: "import_refused",
+        WrongDevice: "wrong_device",
+        DriverMissing: "no_driver",
+        DriverNotWritable: "driver_not_writable",
+        PortsExhausted: "no_port",
+        AttachRefused: "attach_refused",
+        AttachStuck: "attach_stuck",
+        DetachFailed: "detach_failed",
+        UnknownDevice: "unknown_device",
+        AllocateTimeout: "timeout",
+        ClaimBusy: "claim_busy",
+    }
+)
+API_ERRORS: Mapping[type[PluginError], str] = MappingProxyType(
+    {
+        KubeUnreachable: "unreachable",
+        KubeUnauthorized: "unauthorized",
+        KubeForbidden: "forbidden",
+        KubeNotFound: "not_found",
+        KubeConflict: "conflict",
+        KubeGone: "gone",
+        KubeThrottled: "throttled",
+        KubeServerError: "server_error",
+    }
+)
+RESULTS = ("allocated", "denied", "failed")
+TRANSITIONS = ("taken", "taken_over", "released", "lost")
+
+
+def reason_of(error: PluginError, reasons: Mapping[type[PluginError], str]) -> str:
+    """The label for an error: that of its class, or of the nearest base that has one; OTHER if none has."""
+    return next((reasons[kind] for kind in type(error).__mro__ if kind in reasons), OTHER)
+
+
+def transition(change: LockChange, me: str, *, in_use: bool) -> str | None:
+    """What a change of a lock means for this node, one of TRANSITIONS; None if it is other nodes' business.
+
+    in_use: a pod's device is attached here under this lock, or was until a moment ago; nobody here lets it go.
+    """
+    before = change.old.holder if change.old is not None else ""
+    after = change.new.holder if change.new is not None else ""
+    if after == me:
+        epoch = change.old.epoch if change.old is not None else None
+        if before == me and change.new is not None and epoch == change.new.epoch:
+            return None
+        return "taken_over" if before not in ("", me) else "taken"
+    if before != me:
+        return None
+    return "released" if change.new is not None and after == "" and not in_use else "lost"
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """What others count: Events, exports and spans that came to nothing since the process began."""
+
+    events_dropped: Callable[[], int] = lambda: 0
+    trace_export_failures: Callable[[], int] = lambda: 0
+    trace_spans_dropped: Callable[[], int] = lambda: 0
+
+
+class Figures:
+    """Of one agent: give it `observer`, then call follow(). domain: of the resource names; node: its name."""
+
+    def __init__(self, metrics: Metrics, clock: Clock, *, domain: str, node: str) -> None:
+        self._metrics = metrics
+        self._clock = clock
+        self._domain = domain
+        self._node = node
+        self._agent: Agent | None = None
+        self._registrations: Counter[str] = Counter()
+        metrics.expect(
+            results=RESULTS,
+            acquires=[result.value for result in Acquired],
+            transitions=TRANSITIONS,
+            reattaches=[result.value for result in Reattach],
+        )
+        metrics.config_loaded(clock.now().timestamp())
+
+    @property
+    def observer(self) -> Observer:
+        """Notices are counted only; who makes Events of them calls notice() besides."""
+        metrics = self._metrics
+        return Observer(
+            on_step=metrics.step,
+            on_result=self._allocated,
+            on_advertised=self._advertised,
+            on_plugin=self._plugin_changed,
+            on_notice=self.notice,
+            on_acquire=lambda result, seconds: metrics.acquired(result.value, seconds),
+            on_withdrawn=metrics.withdrawn,
+            on_reattach=lambda result: metrics.reattach(result.value),
+        )
+
+    def follow(self, agent: Agent, losses: Losses | None = None) -> None:
+        """From now on /metrics has the state of this agent, too. Once."""
+        self._agent = agent
+        counted = losses or Losses()
+        self._metrics.add(NodeCollector(lambda: self._read(agent, counted)))
+        agent.locks.subscribe(self._lock_changed)
+
+    def notice(self, notice: Notice) -> None:
+        if notice.what is What.LOST:
+            self._metrics.attachment_lost()
+
+    def api_error(self, error: KubeError) -> None:
+        """For kube.connect."""
+        self._metrics.api_error(error.verb, reason_of(error, API_ERRORS))
+
+    def config_reloaded(self) -> None:
+        self._metrics.config_reloaded(self._clock.now().timestamp())
+
+    def config_failed(self) -> None:
+        self._metrics.config_reload_failed()
+
+    def _allocated(self, resource: str, error: PluginError | None, seconds: float) -> None:
+        if error is None:
+            self._metrics.allocated(resource)
+        elif isinstance(error, LockHeld):
+            self._metrics.denied(resource)
+        else:
+            self._metrics.failed(resource, reason_of(error, ALLOCATE_FAILURES))
+        result = "allocated" if error is None else "denied" if isinstance(error, LockHeld) else "failed"
+        self._metrics.allocate(result, seconds)
+
+    def _advertised(self, resource: str, devices: tuple[Advertised, ...]) -> None:
+        agent = self._agent
+        full = f"{self._domain}/{resource}"
+        if not devices and agent is not None and all(r.name != resource for r in agent.advertiser.config.resources):
+            self._metrics.forget(full)
+            return
+        self._metrics.devices(full, Counter(device.health.reason for device in devices))
+
+    def _plugin_changed(self, plugin: Plugin) -> None:
+        resource = plugin.resource
+        self._metrics.expect_resource(resource, (*ALLOCATE_FAILURES.values(), OTHER))
+        if plugin.registered:
+            self._metrics.registered(resource)
+            if plugin.registrations > 1:
+                self._metrics.restarted(resource)
+
+    def _lock_changed(self, change: LockChange) -> None:
+        agent = self._agent
+        if agent is None or not agent.locks.ready.is_set():
+            return  # the first list: what the predecessor took
+        claim = agent.attacher.claims.get(change.device_id)
+        in_use = claim is not None and claim.state in (State.ATTACHED, State.REATTACHING, State.LOST)
+        name = transition(change, self._node, in_use=in_use)
+        if name is not None:
+            self._metrics.transition(name)
+
+    def _read(self, agent: Agent, losses: Losses) -> Reading:
+        views = {str(s): v for s, v in agent.poller.views.items() if v.state is not ServerState.PENDING}
+        driver = agent.advertiser.ports
+        loaded = driver.error is None
+        claims = Counter(claim.state for claim in agent.attacher.claims.values())
+        held = len(agent.locks.mine())
+        beat = agent.locks.heartbeat_at
+        return Reading(
+            version=__version__,
+            ready=agent.ready,
+            registered={name: plugin.registered for name, plugin in agent.resources.plugins.items()},
+            servers={name: view.state is ServerState.REACHABLE for name, view in views.items()},
+            listed={name: len(view.devices) for name, view in views.items()},
+            driver_loaded=loaded,
+            ports_used={"hs": driver.used_hs, "ss": driver.used_ss} if loaded else {},
+            ports_free={"hs": driver.free_hs, "ss": driver.free_ss} if loaded else {},
+            claims={state.value.lower(): claims[state] for state in State if state is not State.FREE},
+            locks_held=held,
+            lock_duration=agent.locks.settings.duration,
+            session_age=self._clock.monotonic() - beat if held and beat is not None else None,
+            api_reachable=agent.locks.api.reachable,
+            tasks=len(asyncio.all_tasks()),
+            events_dropped=losses.events_dropped(),
+            trace_export_failures=losses.trace_export_failures(),
+            trace_spans_dropped=losses.trace_spans_dropped(),
+        )
