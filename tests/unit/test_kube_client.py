@@ -23,6 +23,7 @@ from usbip_plugin.errors import (
     KubeServerError,
     KubeThrottled,
     KubeUnauthorized,
+    KubeUnreachable,
 )
 
 IMPORTED = """
@@ -141,3 +142,23 @@ async def test_an_unusable_kubeconfig_is_a_configuration_error(tmp_path: Path, t
 async def test_no_kubeconfig_is_a_configuration_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such file"):
         await kube.connect(environ={"KUBECONFIG": str(tmp_path / "absent")})
+
+
+async def test_each_error_is_told_once_besides_being_raised(tmp_path: Path, unused_tcp_port: int) -> None:
+    config = tmp_path / "config"
+    config.write_text(
+        "{apiVersion: v1, kind: Config, current-context: c, contexts: [{name: c, context: {cluster: c, user: u}}],"
+        f" clusters: [{{name: c, cluster: {{server: 'http://127.0.0.1:{unused_tcp_port}'}}}}],"
+        " users: [{name: u, user: {token: t}}]}"
+    )
+    told: list[KubeError] = []
+    client = await kube.connect(str(config), on_error=told.append)
+    try:
+        with pytest.raises(KubeUnreachable):
+            await client.list("/api/v1/pods", resource="pods")
+        with pytest.raises(KubeUnreachable):
+            async for _ in client.watch("/api/v1/pods", resource="pods"):
+                pass
+    finally:
+        await client.close()
+    assert [(error.verb, error.resource) for error in told] == [("list", "pods"), ("watch", "pods")]

@@ -1,0 +1,58 @@
+"""A cluster whose nodes have metrics, and what these say."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
+
+from prometheus_client.metrics_core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+
+from usbip_plugin.agent import Observer
+from usbip_plugin.figures import Figures, Losses
+from usbip_plugin.observe.metrics import Metrics
+from usbip_plugin.sim.cluster import Cluster, ClusterSpec, cluster
+from usbip_plugin.sim.loop import SimClock
+
+DOMAIN = Cluster.domain
+OFFSET = 1000.0
+"""Of the clock of a node, as Cluster has it."""
+PREFIX = "usbip_device_plugin_"
+
+
+class Measured:
+    """The metrics of each node."""
+
+    def __init__(self) -> None:
+        self.metrics: dict[str, Metrics] = {}
+        self.figures: dict[str, Figures] = {}
+
+    def observer(self, node: str) -> Observer:
+        clock = SimClock(asyncio.get_running_loop(), 1.0, OFFSET)
+        self.metrics[node] = Metrics()
+        self.figures[node] = Figures(self.metrics[node], clock, domain=DOMAIN, node=node)
+        return self.figures[node].observer
+
+    def families(self, node: str) -> Iterator[Metric]:
+        yield from text_string_to_metric_families(self.metrics[node].render()[0].decode())
+
+    def value(self, node: str, name: str, **labels: str) -> float | None:
+        """Of one sample, its name without the prefix; None if there is none."""
+        for family in self.families(node):
+            for sample in family.samples:
+                if sample.name == PREFIX + name and sample.labels == labels:
+                    return sample.value
+        return None
+
+
+@contextlib.asynccontextmanager
+async def measured(spec: ClusterSpec) -> AsyncIterator[tuple[Cluster, Measured]]:
+    """As cluster(), with metrics of the agents it starts with."""
+    rig = Measured()
+    async with cluster(replace(spec, observer=rig.observer)) as c:
+        for name, node in c.nodes.items():
+            assert node.agent is not None
+            rig.figures[name].follow(node.agent, Losses(events_dropped=lambda: 3))
+        yield c, rig

@@ -1,0 +1,314 @@
+"""What happens to devices is seen in the metrics of each node, and docs/metrics.md tells of every one of them."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from cluster_rig import LOCKS, all_healthy, becomes, key, pod, server, spec, stick
+from figures_rig import Measured, measured
+
+from usbip_plugin.config import Config
+from usbip_plugin.errors import KubeConflict
+from usbip_plugin.model import DeviceKey
+from usbip_plugin.sim.cluster import Cluster
+from usbip_plugin.sim.server import VirtualServer
+from usbip_plugin.sim.steploop import stepped
+
+STICK = "usbip.dev/stick"
+A, B = "node-a", "node-b"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "metrics.md"
+
+
+async def ask(c: Cluster, node: str, device: DeviceKey) -> None:
+    """An Allocate of a kubelet that has not heard yet; its outcome is of no interest."""
+    agent = c[node].agent
+    assert agent is not None
+    await asyncio.gather(agent.allocator.allocate_all(STICK, ((device.id,),)), return_exceptions=True)
+
+
+@stepped
+async def test_an_allocate_by_its_result_here_and_its_withdrawal_there() -> None:
+    lab = server("lab", stick("1-1"))
+    device = key(lab, "1-1")
+    async with measured(spec([lab])) as (c, m):
+        await all_healthy(c, device)
+        assert m.value(A, "allocations_total", resource=STICK) == 0, "there before it is needed"
+        assert m.value(A, "locks_held") == 0
+        await c[A].admit(pod("p"), "stick")
+        await becomes(c, c[B], device, healthy=False)
+        assert m.value(A, "allocations_total", resource=STICK) == 1
+        assert m.value(A, "allocate_seconds_count", result="allocated") == 1
+        took = m.value(A, "allocate_seconds_sum", result="allocated")
+        assert took is not None
+        assert 0.3 < took < 1, "it enumerates in 0.3 s"
+        assert m.value(A, "lock_acquire_seconds_count", result="taken") == 1
+        assert m.value(A, "lock_transitions_total", transition="taken") == 1
+        assert m.value(A, "locks_held") == 1
+        assert m.value(A, "claims", state="attached") == 1
+        assert m.value(A, "withdrawal_seconds_count") == 0, "one's own lock withdraws nothing"
+        assert m.value(B, "withdrawal_seconds_count") == 1
+        assert m.value(B, "lock_transitions_total", transition="taken") == 0
+        await ask(c, B, device)
+        assert m.value(B, "allocate_denials_total", resource=STICK) == 1
+        assert m.value(B, "allocate_seconds_count", result="denied") == 1
+        assert m.value(B, "lock_acquire_seconds_count", result="held") == 1
+        failures = [s.value for f in m.families(B) if f.name.endswith("allocate_failures") for s in f.samples]
+        assert failures
+        assert not any(failures), "a denial is no failure"
+
+
+@stepped
+async def test_a_release_is_a_step_and_a_transition() -> None:
+    lab = server("lab", stick("1-1"))
+    device = key(lab, "1-1")
+    async with measured(spec([lab])) as (c, m):
+        await all_healthy(c, device)
+        await c[A].admit(pod("p"), "stick")
+        assert await c.settle(lambda: c.pod_of(device) == pod("p"), 5)
+        c[A].end(pod("p"))
+        await becomes(c, c[B], device, healthy=True)
+        assert m.value(A, "step_seconds_count", step="release") == 1
+        assert m.value(A, "lock_transitions_total", transition="released") == 1
+        assert m.value(A, "lock_transitions_total", transition="lost") == 0
+        assert m.value(A, "session_age_seconds") is None, "no lock, no heartbeat"
+
+
+@stepped
+async def test_a_failed_allocate_has_a_reason() -> None:
+    lab = server("lab", stick("1-1"))
+    device = key(lab, "1-1")
+    async with measured(spec([lab])) as (c, m):
+        await all_healthy(c, device)
+        await lab.stop()
+        await ask(c, A, device)
+        assert m.value(A, "allocate_failures_total", resource=STICK, reason="server_unreachable") == 1
+        assert m.value(A, "allocate_seconds_count", result="failed") == 1
+        await becomes(c, c[A], device, healthy=False)
+        assert m.value(A, "server_reachable", server="lab:3240") == 0
+        await ask(c, A, replace(device, busid="9-9"))
+        assert m.value(A, "allocate_failures_total", resource=STICK, reason="unknown_device") == 1
+
+
+@stepped
+async def test_servers_and_ports_are_read_as_they_are() -> None:
+    lab, away = server("lab", stick("1-1"), stick("1-2")), server("away")
+    async with measured(spec([lab, away])) as (c, m):
+        assert m.value(A, "server_reachable", server="lab:3240") is None, "not asked yet"
+        await all_healthy(c, key(lab, "1-1"), key(lab, "1-2"))
+        assert m.value(A, "server_reachable", server="lab:3240") == 1
+        assert m.value(A, "server_devices", server="lab:3240") == 2
+        assert m.value(A, "vhci_driver_loaded") == 1
+        assert (m.value(A, "vhci_ports_used", hub="hs"), m.value(A, "vhci_ports_free", hub="hs")) == (0, 8)
+        await c[A].admit(pod("p"), "stick")
+        assert await c.settle(lambda: m.value(A, "vhci_ports_used", hub="hs") == 1, 5)
+        assert m.value(A, "vhci_ports_free", hub="hs") == 7
+        assert m.value(A, "vhci_ports_free", hub="ss") == 8
+        agent = c[A].agent
+        assert agent is not None
+        agent.reconfigure(Config(()))
+        assert m.value(A, "server_reachable", server="lab:3240") is None, "not configured any more"
+
+
+@stepped
+async def test_a_lost_attachment_and_each_try_to_get_it_back() -> None:
+    lab = server("lab", stick("1-1"))
+    device = key(lab, "1-1")
+    async with measured(spec([lab])) as (c, m):
+        await all_healthy(c, device)
+        await c[A].admit(pod("p"), "stick")
+        lab.unplug("1-1")
+        await becomes(c, c[A], device, healthy=False)
+        assert m.value(A, "attachments_lost_total") == 1
+        assert m.value(A, "devices", resource=STICK, reason="lost") == 1
+        assert await c.settle(lambda: (m.value(A, "reattaches_total", result="failed") or 0) >= 1, 10)
+        lab.plug(stick("1-1"))
+        await becomes(c, c[A], device, healthy=True, within=10)
+        assert m.value(A, "reattaches_total", result="other_nodes") == 1
+        assert m.value(A, "reattaches_total", result="same_nodes") == 0
+
+
+@stepped
+async def test_a_lock_taken_away_or_emptied_is_lost() -> None:
+    lab = server("lab", stick("1-1"), stick("1-2"))
+    one, two = key(lab, "1-1"), key(lab, "1-2")
+    async with measured(spec([lab])) as (c, m):
+        await all_healthy(c, one, two)
+        for name in ("p", "q"):
+            await c[A].admit(pod(name), "stick")
+        assert m.value(A, "locks_held") == 2
+        lease = c.backend.leases[one.id]
+        c.backend.replace(replace(lease, holder="node-z", transitions=lease.transitions + 1))
+        assert await c.settle(lambda: m.value(A, "lock_transitions_total", transition="lost") == 1, 5)
+        c.backend.replace(replace(c.backend.leases[two.id], holder=""))
+        assert await c.settle(lambda: m.value(A, "lock_transitions_total", transition="lost") == 2, 5)
+        assert m.value(A, "lock_transitions_total", transition="released") == 0
+
+
+@stepped
+async def test_a_takeover_is_told_from_a_first_taking() -> None:
+    lab = server("lab", stick("1-1"))
+    device = key(lab, "1-1")
+    async with measured(spec([lab])) as (c, m):
+        await all_healthy(c, device)
+        await c[A].admit(pod("p"), "stick")
+        await becomes(c, c[B], device, healthy=False)
+        c[A].reboot()
+        await becomes(c, c[B], device, healthy=True, within=3 * LOCKS.duration)
+        await c[B].admit(pod("q"), "stick")
+        assert m.value(B, "lock_transitions_total", transition="taken_over") == 1
+        assert m.value(B, "lock_transitions_total", transition="taken") == 0
+
+
+@stepped
+async def test_what_the_predecessor_took_is_not_counted_again() -> None:
+    lab = server("lab", stick("1-1"))
+    device = key(lab, "1-1")
+    async with measured(spec([lab])) as (c, m):
+        await all_healthy(c, device)
+        await c[A].admit(pod("p"), "stick")
+        await c[A].stop()
+        c[A].start()
+        agent = c[A].agent
+        assert agent is not None
+        m.figures[A].follow(agent)
+        await becomes(c, c[A], device, healthy=True)
+        assert m.value(A, "locks_held") == 1
+        assert m.value(A, "lock_transitions_total", transition="taken") == 0
+
+
+@stepped
+async def test_without_the_api_server_the_session_ages() -> None:
+    lab = server("lab", stick("1-1"))
+    device = key(lab, "1-1")
+    async with measured(spec([lab])) as (c, m):
+        await all_healthy(c, device)
+        await c[A].admit(pod("p"), "stick")
+        assert m.value(A, "api_reachable") == 1
+        assert m.value(A, "lock_duration_seconds") == LOCKS.duration
+        await asyncio.sleep(3 * LOCKS.duration)
+        age = m.value(A, "session_age_seconds")
+        assert age is not None
+        assert age <= LOCKS.duration / 4 + 1, "heartbeats go on"
+        c[A].partition(cut=True)
+        await asyncio.sleep(2 * LOCKS.duration)
+        assert m.value(A, "api_reachable") == 0
+        age = m.value(A, "session_age_seconds")
+        assert age is not None
+        assert age >= 2 * LOCKS.duration
+
+
+@stepped
+async def test_registrations_are_counted_and_a_node_is_ready_with_them() -> None:
+    lab = server("lab", stick("1-1"))
+    async with measured(spec([lab])) as (c, m):
+        assert m.value(A, "ready") == 0
+        await all_healthy(c, key(lab, "1-1"))
+        assert m.value(A, "ready") == 1
+        assert m.value(A, "registered", resource=STICK) == 1
+        assert m.value(A, "kubelet_registrations_total", resource=STICK) == 1
+        assert m.value(A, "restarts_total", resource=STICK) == 0
+        c[A].kubelet_restart(down=True)
+        assert await c.settle(lambda: m.value(A, "registered", resource=STICK) == 0, 5)
+        assert m.value(A, "ready") == 0
+        c[A].kubelet_restart(down=False)
+        assert await c.settle(lambda: m.value(A, "registered", resource=STICK) == 1, 15)
+        assert m.value(A, "kubelet_registrations_total", resource=STICK) == 2
+        assert m.value(A, "restarts_total", resource=STICK) == 1
+
+
+async def live(c: Cluster, m: Measured, lab: VirtualServer) -> None:
+    """Enough of a life for every metric to have its labels; node-a holds a device in the end."""
+    device, other = key(lab, "1-1"), key(lab, "1-2")
+    await all_healthy(c, device, other)
+    await c[A].admit(pod("p"), "stick")
+    held = device if c.holder(device) else other
+    await becomes(c, c[B], held, healthy=False)
+    await ask(c, B, held)
+    lab.drop(held.busid)
+    await becomes(c, c[A], held, healthy=False)
+    await becomes(c, c[A], held, healthy=True)
+    m.figures[A].config_failed()
+    m.figures[A].api_error(KubeConflict("update", "leases.coordination.k8s.io", "it changed"))
+
+
+@stepped
+async def test_the_document_has_every_metric_with_its_type_and_labels_and_no_other() -> None:
+    lab = server("lab", stick("1-1"), stick("1-2"))
+    async with measured(spec([lab])) as (c, m):
+        await live(c, m, lab)
+        exposed: dict[str, tuple[str, frozenset[str]]] = {}
+        for family in m.families(A):
+            name = family.name + ("_total" if family.type == "counter" else "")
+            labels = {label for sample in family.samples for label in sample.labels} - {"le"}
+            assert family.samples, f"{name} has no sample after all this"
+            assert family.documentation
+            exposed[name] = (family.type, frozenset(labels))
+    table = re.compile(r"^\| `(\w+)` \| (\w+) \|\s*([^|]*?)\s*\| [^|]+ \|$", re.MULTILINE)
+    rows = table.findall(DOCUMENT.read_text(encoding="utf-8"))
+    assert len({name for name, _, _ in rows}) == len(rows)
+    documented = {name: (kind, frozenset(re.findall(r"`(\w+)`", labels))) for name, kind, labels in rows}
+    if sys.platform != "linux":  # the library has them from /proc
+        documented = {name: row for name, row in documented.items() if not name.startswith("process_")}
+    assert documented == exposed
+
+
+@stepped
+async def test_labels_are_few_and_name_no_device_and_no_pod() -> None:
+    lab = server("lab", stick("1-1"), stick("1-2"))
+    async with measured(spec([lab])) as (c, m):
+        await live(c, m, lab)
+        text = m.metrics[A].render()[0].decode()
+        for private in (key(lab, "1-1").id, "1-1", "1-2", "uid-of-p"):
+            assert private not in text
+        sizes = []
+        for _ in range(2):
+            held = next(device for device in (key(lab, "1-1"), key(lab, "1-2")) if c.holder(device))
+            assert await c.settle(lambda held=held: c.pod_of(held) == pod("p"), 5)  # type: ignore[misc]
+            c[A].end(pod("p"))
+            await becomes(c, c[B], held, healthy=True)
+            sizes.append(sum(len(family.samples) for family in m.families(A)))
+            await live(c, m, lab)
+        assert sizes[0] == sizes[1], "a second life adds no series"
+
+
+def listed(after: str) -> set[str]:
+    """The values of a label, as the paragraph of the document names them that begins so."""
+    (paragraph,) = re.findall(
+        rf"^- {after}[^:]*:(.*?)(?=^- |^$)", DOCUMENT.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
+    return set(re.findall(r"`(\w+)`", paragraph))
+
+
+@pytest.mark.parametrize(
+    ("after", "name", "label"),
+    [
+        ("`reason` of `devices`", "devices", "reason"),
+        ("`reason` of `allocate_failures_total`", "allocate_failures", "reason"),
+        ("`result` of `allocate_seconds`", "allocate_seconds", "result"),
+        ("`result` of `lock_acquire_seconds`", "lock_acquire_seconds", "result"),
+        ("`transition`", "lock_transitions", "transition"),
+        ("`result` of `reattaches_total`", "reattaches", "result"),
+        ("`result` of `config_reloads_total`", "config_reloads", "result"),
+        ("`state`", "claims", "state"),
+    ],
+)
+def test_the_document_has_every_value_of_a_label(after: str, name: str, label: str) -> None:
+    async def play() -> set[str]:
+        lab = server("lab", stick("1-1"), stick("1-2"))
+        async with measured(spec([lab])) as (c, m):
+            await live(c, m, lab)
+            families = [family for family in m.families(A) if family.name == f"usbip_device_plugin_{name}"]
+            return {sample.labels[label] for family in families for sample in family.samples}
+
+    found: list[set[str]] = []
+
+    async def noted() -> None:
+        found.append(await play())
+
+    stepped(noted)()
+    assert found == [listed(after)]

@@ -1,0 +1,72 @@
+"""From errors and changes of locks to the values of labels."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+
+import pytest
+
+from usbip_plugin import errors
+from usbip_plugin.errors import ConfigError, KubeError, KubeletError, LockHeld, PluginError
+from usbip_plugin.figures import ALLOCATE_FAILURES, API_ERRORS, OTHER, reason_of, transition
+from usbip_plugin.locks.manager import LockChange
+from usbip_plugin.model import Lock
+
+ME = "node-a"
+
+
+def lock(holder: str, epoch: int = 1) -> Lock:
+    return Lock("usbip-x", holder, epoch, 40.0, "1")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "in_use", "expected"),
+    [
+        (None, lock(ME), False, "taken"),
+        (lock(""), lock(ME, 2), False, "taken"),
+        (lock("node-b"), lock(ME, 2), False, "taken_over"),
+        (lock(ME), lock(ME, 2), False, "taken"),
+        (lock(ME), lock(ME), True, None),
+        (lock(ME), lock(""), False, "released"),
+        (lock(ME), lock(""), True, "lost"),
+        (lock(ME), None, False, "lost"),
+        (lock(ME), lock("node-b", 2), False, "lost"),
+        (lock("node-b"), lock(""), False, None),
+        (lock("node-b"), lock("node-c", 2), False, None),
+        (None, lock("node-b"), False, None),
+        (lock("node-b"), None, False, None),
+    ],
+)
+def test_a_change_of_a_lock_is_what_it_means_for_this_node(
+    old: Lock | None, new: Lock | None, in_use: bool, expected: str | None
+) -> None:
+    change = LockChange("usbip-x", old, new)
+    assert transition(change, ME, in_use=in_use) == expected
+
+
+def test_an_annotation_is_no_transition() -> None:
+    assert transition(LockChange("usbip-x", lock(ME), replace(lock(ME), port=3)), ME, in_use=True) is None
+
+
+def leaves(base: type[PluginError]) -> set[type[PluginError]]:
+    return {
+        kind
+        for _, kind in inspect.getmembers(errors, inspect.isclass)
+        if issubclass(kind, base) and not kind.__subclasses__()
+    }
+
+
+def test_every_error_that_can_fail_an_allocate_has_a_reason() -> None:
+    elsewhere = leaves(ConfigError) | leaves(KubeletError) | leaves(KubeError) | {LockHeld}
+    for kind in leaves(PluginError) - elsewhere:
+        assert reason_of(kind.__new__(kind), ALLOCATE_FAILURES) != OTHER, kind
+
+
+def test_every_error_of_the_api_server_has_a_reason() -> None:
+    for kind in leaves(KubeError):
+        assert reason_of(kind.__new__(kind), API_ERRORS) != OTHER, kind
+
+
+def test_a_base_without_a_reason_of_its_own_is_other() -> None:
+    assert reason_of(errors.VhciError("odd"), ALLOCATE_FAILURES) == OTHER
