@@ -20,7 +20,7 @@ KUBERNETES = "1.37"
 """Version that `helm template` is told it renders for; without a cluster it does not know."""
 RENDER_S = 60.0
 
-VARIANTS = ("base", "evict", "kind", "modules", "tracing")
+VARIANTS = ("base", "evict", "kind", "modules", "monitoring", "tracing")
 """Each a directory for kustomize, and for Helm the default values or ci/NAME-values.yaml."""
 
 Object = dict[str, Any]
@@ -33,12 +33,24 @@ def find_tool(name: str, group: str) -> Path:
     found = shutil.which(name)
     if found:
         return Path(found)
-    cache = Path(os.environ.get("USBIP_PLUGIN_CACHE") or Path.home() / ".cache" / "usbip-plugin")
-    built = cache / "k8s" / "bin" / name
+    built = _cache() / "bin" / name
     if os.access(built, os.X_OK):
         return built
     msg = f"{name} is neither on PATH nor at {built}; install it, or build it: tests/lab/cluster/build.sh {group}"
     raise LookupError(msg)
+
+
+def find_crd(name: str) -> Path:
+    """A resource definition of the Prometheus operator. LookupError that says how to get it."""
+    file = _cache() / "crds" / f"{name}.yaml"
+    if not file.exists():
+        msg = f"{file} is missing; fetch it: tests/lab/cluster/build.sh promtool"
+        raise LookupError(msg)
+    return file
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("USBIP_PLUGIN_CACHE") or Path.home() / ".cache" / "usbip-plugin") / "k8s"
 
 
 def kustomize_directory(variant: str) -> Path:

@@ -17,6 +17,7 @@ from rendering import (
     Object,
     Tools,
     chart_values,
+    find_crd,
     kustomize_directory,
     pod_template,
     run,
@@ -39,6 +40,14 @@ def kubectl(tools: Tools, kubeconfig: Path) -> Kubectl:
 
 
 @pytest.fixture(scope="session")
+def operator_kinds(kubectl: Kubectl) -> None:
+    """The API server knows the kinds of the Prometheus operator, with their schemas."""
+    for name in ("podmonitors", "prometheusrules"):
+        kubectl("apply", "--server-side", "-f", find_crd(name))
+        kubectl("wait", "--for=condition=Established", f"crd/{name}.monitoring.coreos.com", f"--timeout={APPLY_S:g}s")
+
+
+@pytest.fixture(scope="session")
 def installed(kubectl: Kubectl) -> str:
     """What the one command of the README says."""
     said = kubectl("apply", "-k", DEPLOY)
@@ -55,7 +64,7 @@ def test_one_command_installs(installed: str, tools: Tools, kubectl: Kubectl) ->
     assert [line for line in again if not line.endswith(" unchanged")] == [], "what the API server fills in or drops"
 
 
-@pytest.mark.usefixtures("installed")
+@pytest.mark.usefixtures("installed", "operator_kinds")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_api_server_takes_all_of_it(tools: Tools, kubectl: Kubectl, variant: str) -> None:
     for objects in (tools.kustomize(kustomize_directory(variant)), tools.chart(*chart_values(variant))):
@@ -92,6 +101,17 @@ def test_an_unknown_field_would_be_seen(tools: Tools, kubectl: Kubectl) -> None:
     daemon["spec"]["template"]["spec"]["hostNetwrok"] = True
     with pytest.raises(AssertionError, match=r"unknown field.*hostNetwrok"):
         kubectl("apply", "--dry-run=server", "-f", "-", objects=objects)
+
+
+@pytest.mark.usefixtures("installed", "operator_kinds")
+def test_an_unknown_field_of_an_alert_would_be_seen(tools: Tools, kubectl: Kubectl) -> None:
+    objects = tools.kustomize(kustomize_directory("monitoring"))
+    rule = yaml.safe_load(
+        yaml.safe_dump(objects["monitoring.coreos.com/v1", "PrometheusRule", NAMESPACE, "usbip-plugin"])
+    )
+    rule["spec"]["groups"][0]["rules"][0]["expression"] = "1"
+    with pytest.raises(AssertionError, match=r"unknown field.*expression"):
+        kubectl("apply", "--dry-run=server", "-f", "-", objects=[rule])
 
 
 @pytest.mark.usefixtures("installed")

@@ -61,7 +61,7 @@ def test_helm_and_kustomize_install_the_same(tools: Tools, variant: str) -> None
 
 def test_components_go_together(tools: Tools, tmp_path: Path) -> None:
     components = sorted(path.parent for path in DEPLOY.glob("components/*/kustomization.yaml"))
-    assert components
+    components.append(DEPLOY / "monitoring")
     # kustomize takes directories by relative paths only
     own = {
         "resources": [os.path.relpath(DEPLOY / "base", tmp_path)],
@@ -69,7 +69,11 @@ def test_components_go_together(tools: Tools, tmp_path: Path) -> None:
         "images": [{"name": "usbip-plugin", "newTag": "e2e"}],
     }
     (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(own), encoding="utf-8")
-    values = [argument for variant in ("evict", "modules", "tracing", "kind") for argument in chart_values(variant)]
+    values = [
+        argument
+        for variant in ("evict", "modules", "monitoring", "tracing", "kind")
+        for argument in chart_values(variant)
+    ]
     assert_same(tools.kustomize(tmp_path), tools.chart(*values))
 
 
@@ -105,6 +109,21 @@ def test_the_charts_copy_of_the_admission_policy_is_the_one_of_rbac() -> None:
     copied = CHART / "files" / ADMISSION
     same = copied.read_bytes() == (RBAC / ADMISSION).read_bytes()
     assert same, f"cp rbac/{ADMISSION} {copied.relative_to(ROOT)}"
+
+
+@pytest.mark.parametrize("name", ["rules.yaml", "dashboard.json"])
+def test_the_charts_copies_of_rules_and_dashboard_are_those_of_monitoring(name: str) -> None:
+    copied = CHART / "files" / name
+    same = copied.read_bytes() == (DEPLOY / "monitoring" / name).read_bytes()
+    assert same, f"cp deploy/monitoring/{name} {copied.relative_to(ROOT)}"
+
+
+def test_alerts_may_name_another_place_for_their_runbook(tools: Tools) -> None:
+    objects = tools.chart("--set", "monitoring.enabled=true,monitoring.runbook=https://wiki.example/usbip")
+    rule = objects["monitoring.coreos.com/v1", "PrometheusRule", NAMESPACE, "usbip-plugin"]
+    places = [rule["annotations"]["runbook_url"] for group in rule["spec"]["groups"] for rule in group["rules"]]
+    assert "https://wiki.example/usbip#usbiplocklost" in places
+    assert all(place.startswith("https://wiki.example/usbip#") for place in places)
 
 
 def test_the_admission_policy_can_be_left_out(tools: Tools) -> None:

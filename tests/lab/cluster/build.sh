@@ -4,12 +4,12 @@
 #   nodes       the rest of a control plane, kubelet, kubectl, containerd, runc, CNI plugins
 #   kind        kind, kubeadm, kube-proxy, coredns
 #   helm        helm
-#   promtool    promtool
+#   promtool    promtool, and the resource definitions of the Prometheus operator in ../crds
 # Kept in the cache ($USBIP_PLUGIN_CACHE, default ~/.cache/usbip-plugin), built from Go modules if they are not there:
 # Go >= 1.26 and, for runc, libseccomp-dev and pkg-config; about 12 minutes for all groups on 2 cores from an empty module
 # cache. apiserver alone may come from $KUBEBUILDER_ASSETS instead.
 set -euo pipefail
-K8S=1.37.2 ETCD=3.7.3 CONTAINERD=2.4.2 RUNC=1.5.2 CNI=1.9.1 KIND=0.33.0 COREDNS=1.14.6 HELM=3.22.0 PROMETHEUS=0.316.0
+K8S=1.37.2 ETCD=3.7.3 CONTAINERD=2.4.2 RUNC=1.5.2 CNI=1.9.1 KIND=0.33.0 COREDNS=1.14.6 HELM=3.22.0 PROMETHEUS=0.316.0 OPERATOR=0.85.0
 [ $# -gt 0 ] || set -- apiserver
 if [ "$*" = apiserver ] && [ -n "${KUBEBUILDER_ASSETS:-}" ]; then
   for c in kube-apiserver etcd; do
@@ -79,6 +79,19 @@ command_of() {
   build "$1" "$at" "$3" "${@:4}"
 }
 
+# operator_crds NAME...
+operator_crds() {
+  local name from
+  for name; do
+    [ -e "$dir/crds/$name.yaml" ] && continue
+    need_go "$name.yaml"
+    from=$(go mod download -json "github.com/prometheus-operator/prometheus-operator@v$OPERATOR" | sed -n 's/^\t"Dir": "\(.*\)",$/\1/p')
+    mkdir -p "$dir/crds"
+    cp "$from/example/prometheus-operator-crd/monitoring.coreos.com_$name.yaml" "$work/$name.yaml"
+    mv "$work/$name.yaml" "$dir/crds/$name.yaml"
+  done
+}
+
 plain=(-ldflags "-s -w")
 for group; do
   case $group in
@@ -115,6 +128,7 @@ for group; do
       # without the clients of thirty clouds, which it neither downloads then
       GOFLAGS=-tags=remove_all_sd command_of promtool "github.com/prometheus/prometheus@v$PROMETHEUS" \
         github.com/prometheus/prometheus/cmd/promtool "${plain[@]}"
+      operator_crds podmonitors prometheusrules
       ;;
     *) echo "no such group: $group" >&2; exit 2 ;;
   esac

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -66,6 +68,12 @@ def test_every_error_that_can_fail_an_allocate_has_a_reason() -> None:
 def test_every_error_of_the_api_server_has_a_reason() -> None:
     for kind in leaves(KubeError):
         assert reason_of(kind.__new__(kind), API_ERRORS) != OTHER, kind
+
+
+def test_the_document_has_every_reason_of_an_api_error() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    listed = text.split("- `reason` of `api_errors_total`:")[1].split(";")[0]
+    assert set(re.findall(r"`(\w+)`", listed)) == {*API_ERRORS.values(), OTHER}
 
 
 def test_a_base_without_a_reason_of_its_own_is_other() -> None:

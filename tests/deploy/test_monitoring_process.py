@@ -1,0 +1,95 @@
+"""promtool on what a real process serves, and on what the documents show."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import sys
+import tempfile
+import urllib.request
+from asyncio.subprocess import DEVNULL
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from rendering import ROOT, find_tool, run
+
+from usbip_plugin.model import UsbId
+from usbip_plugin.sim.kubelet import FakeKubelet
+from usbip_plugin.sim.server import VirtualServer
+from usbip_plugin.sim.usbdevice import VirtualDevice
+
+PATIENCE_S = 20.0
+NODE = "node-m"
+STICK = UsbId(0x0951, 0x1666)
+
+
+@pytest.fixture(scope="module")
+def promtool() -> Path:
+    return find_tool("promtool", "promtool")
+
+
+@contextlib.asynccontextmanager
+async def plugin(kubeconfig: Path, port: int) -> AsyncIterator[FakeKubelet]:
+    """`usbip-plugin run` with a kubelet and a server, by whose end it has begun to offer a device."""
+    with tempfile.TemporaryDirectory(prefix="usbip-") as name:
+        home = Path(name)
+        (home / "plugins").mkdir()
+        server = VirtualServer([VirtualDevice("1-1", STICK, configured=True)])
+        await server.start()
+        config = home / "config.yaml"
+        target = f"{{host: {server.key.host}, port: {server.key.port}}}"
+        config.write_text(
+            f"resources: {{stick: [{{target: {target}, selector: {{bus_id: 1-1}}}}]}}\n", encoding="utf-8"
+        )
+        async with FakeKubelet(home / "plugins", home / "pods.sock") as kubelet:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "usbip_plugin", "run"),
+                *("--kubeconfig", str(kubeconfig), "--namespace", "default", "--node-name", NODE),
+                *("--config", str(config), "--plugin-directory", str(home / "plugins")),
+                *("--pod-resources-socket", str(home / "pods.sock"), "--listen", f"127.0.0.1:{port}"),
+                stdin=DEVNULL,
+                stdout=DEVNULL,
+            )
+            try:
+                async with asyncio.timeout(PATIENCE_S):
+                    await kubelet.wait_for("usbip.dev/stick", lambda devices: len(devices) == 1)
+                yield kubelet
+            finally:
+                process.terminate()
+                await process.wait()
+                await server.stop()
+
+
+async def test_promtool_has_nothing_to_say_of_a_real_process(
+    promtool: Path, kubeconfig: Path, unused_tcp_port: int
+) -> None:
+    def ask() -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{unused_tcp_port}/metrics", timeout=PATIENCE_S) as answer:
+            assert answer.headers["Content-Type"].startswith("text/plain")
+            return str(answer.read().decode())
+
+    async with plugin(kubeconfig, unused_tcp_port):
+        text = await asyncio.to_thread(ask)
+    assert 'usbip_device_plugin_registered{resource="usbip.dev/stick"} 1.0' in text
+    assert "usbip_device_plugin_api_reachable 1.0" in text
+    assert "_created" not in text, "half of all series, for nobody"
+    # it says to standard output what it finds, and ends with 3
+    done = run([promtool, "check", "metrics", "--lint=all"], stdin=text)
+    assert done.stdout + done.stderr == ""
+
+
+def test_promtool_would_say_something(promtool: Path) -> None:
+    done = run([promtool, "check", "metrics"], stdin="# TYPE a_minutes counter\na_minutes 1\n", check=False)
+    assert done.returncode == 3
+    assert "a_minutes" in done.stdout + done.stderr
+
+
+def test_the_scrape_configuration_shown_is_a_good_one(promtool: Path, tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"```yaml\n(rule_files.*?)```", text, re.DOTALL)
+    (tmp_path / "rules.yaml").write_bytes((ROOT / "deploy" / "monitoring" / "rules.yaml").read_bytes())
+    (tmp_path / "prometheus.yaml").write_text(shown, encoding="utf-8")
+    said = run([promtool, "check", "config", tmp_path / "prometheus.yaml"]).stdout
+    assert re.search(r"SUCCESS: \d+ rules found", said)
