@@ -42,6 +42,7 @@ from usbip_plugin.errors import (
     ServerUnreachable,
     UnknownDevice,
     WrongDevice,
+    WrongSerial,
 )
 from usbip_plugin.keeper import Reattach
 from usbip_plugin.locks.manager import Acquired, LockChange
@@ -64,6 +65,7 @@ ALLOCATE_FAILURES: Mapping[type[PluginError], str] = MappingProxyType(
         DeviceUnknown: "not_exported",
         ImportRefused: "import_refused",
         WrongDevice: "wrong_device",
+        WrongSerial: "wrong_serial",
         DriverMissing: "no_driver",
         DriverNotWritable: "driver_not_writable",
         PortsExhausted: "no_port",
