@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import re
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from usbip_plugin.sim.usbdevice import VirtualDevice
 PATIENCE_S = 20.0
 NODE = "node-m"
 STICK = UsbId(0x0951, 0x1666)
+VARIABLES = {"node": ".*", "resource": ".*", "__rate_interval": "5m"}
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +86,17 @@ def test_promtool_would_say_something(promtool: Path) -> None:
     done = run([promtool, "check", "metrics"], stdin="# TYPE a_minutes counter\na_minutes 1\n", check=False)
     assert done.returncode == 3
     assert "a_minutes" in done.stdout + done.stderr
+
+
+def test_what_the_dashboard_asks_can_be_answered(promtool: Path, tmp_path: Path) -> None:
+    panels = json.loads((ROOT / "deploy" / "monitoring" / "dashboard.json").read_text(encoding="utf-8"))["panels"]
+    asked = [target["expr"] for panel in panels for target in panel.get("targets", ())]
+    assert asked
+    filled = [re.sub(r"\$(\w+)", lambda found: VARIABLES[found[1]], expression) for expression in asked]
+    rules = [{"record": f"panel:{number}", "expr": expression} for number, expression in enumerate(filled)]
+    file = tmp_path / "dashboard.yaml"
+    file.write_text(json.dumps({"groups": [{"name": "dashboard", "rules": rules}]}), encoding="utf-8")
+    assert f"SUCCESS: {len(asked)} rules found" in run([promtool, "check", "rules", file]).stdout
 
 
 def test_the_scrape_configuration_shown_is_a_good_one(promtool: Path, tmp_path: Path) -> None:
