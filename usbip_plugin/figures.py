@@ -137,7 +137,6 @@ class Figures:
         self._domain = domain
         self._node = node
         self._agent: Agent | None = None
-        self._registrations: Counter[str] = Counter()
         metrics.expect(
             results=RESULTS,
             acquires=[result.value for result in Acquired],

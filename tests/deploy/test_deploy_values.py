@@ -118,6 +118,26 @@ def test_labels_and_annotations_go_to_the_pods(tools: Tools) -> None:
     assert objects[PLUGIN]["spec"]["selector"] == {"matchLabels": {"app.kubernetes.io/name": "usbip-plugin"}}
 
 
+def test_labels_that_an_operator_selects_by_go_to_its_objects(tools: Tools) -> None:
+    objects = tools.chart("--set", "monitoring.enabled=true,monitoring.labels.release=stack,monitoring.interval=1m")
+    for kind in ("PodMonitor", "PrometheusRule"):
+        found = objects["monitoring.coreos.com/v1", kind, NAMESPACE, "usbip-plugin"]
+        assert found["metadata"]["labels"]["release"] == "stack", kind
+    (endpoint,) = objects["monitoring.coreos.com/v1", "PodMonitor", NAMESPACE, "usbip-plugin"]["spec"][
+        "podMetricsEndpoints"
+    ]
+    assert endpoint["interval"] == "1m"
+
+
+def test_the_pod_monitor_finds_the_plugins_port(tools: Tools) -> None:
+    objects = tools.chart("--set", "monitoring.enabled=true")
+    template = objects[PLUGIN]["spec"]["template"]
+    monitor = objects["monitoring.coreos.com/v1", "PodMonitor", NAMESPACE, "usbip-plugin"]["spec"]
+    assert monitor["selector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
+    (endpoint,) = monitor["podMetricsEndpoints"]
+    assert endpoint["port"] in {port["name"] for port in template["spec"]["containers"][0]["ports"]}
+
+
 def test_other_variables_of_tracing(tools: Tools) -> None:
     flags = ("--set", "tracing.environment.OTEL_TRACES_SAMPLER_ARG=0.5")
     (container,) = pod_spec(tools, *flags)["containers"]
