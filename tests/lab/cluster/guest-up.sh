@@ -19,6 +19,8 @@ if [ -e /sys/module/apparmor/parameters/enabled ] && [ -x "$GUEST_TOOLS/sbin/app
   mount -t securityfs securityfs /sys/kernel/security
   ln -sf "$GUEST_TOOLS/sbin/apparmor_parser" /sbin/apparmor_parser
   cp -rn "$GUEST_TOOLS/etc/apparmor.d" "$GUEST_TOOLS/etc/apparmor" /etc/
+  # parser.conf names it, and without it no profile is loaded
+  cp -rn "$GUEST_TOOLS/usr/share/apparmor-features" /usr/share/
 fi
 
 # The API server's ClusterIP is answered outside; there is no kube-proxy, and no way out of the machine for any other.
