@@ -27,6 +27,7 @@ from usbip_plugin.kubelet.broadcast import Broadcast
 from usbip_plugin.kubelet.deviceplugin_pb2_grpc import DevicePluginStub
 from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.locks.manager import LockSettings
+from usbip_plugin.locks.store import LeaseStore
 from usbip_plugin.model import DeviceKey, Lock, PodRef, UsbId
 from usbip_plugin.observe.tracing import RecentSpans, SpanRecord, Tracing
 from usbip_plugin.sim.server import VirtualServer
@@ -162,9 +163,10 @@ async def agents(
     lock_settings: LockSettings | None = None,
     through: Mapping[str, str] | None = None,
     node_api: bool = False,
+    store: Callable[[KubeClient, str], LeaseStore] = KubernetesLeases,
 ) -> AsyncIterator[Rig]:
     """Both agents with all devices offered, each with its own node's token. through: letter -> another address of the
-    API server.
+    API server. store: what the Leases are reached by.
 
     node_api: the agents also have the API server for Node status and pods. Node names are new each time.
     """
@@ -190,7 +192,7 @@ async def agents(
             clock=SystemClock(),
             lock_settings=lock_settings,
             make_tracer=lambda node: tracings[node].tracer,
-            make_leases=lambda node: KubernetesLeases(clients[node], NAMESPACE),
+            make_leases=lambda node: store(clients[node], NAMESPACE),
             make_kube=(lambda node: clients[node]) if node_api else None,
         )
         world = await stack.enter_async_context(running(directory, names, setup))

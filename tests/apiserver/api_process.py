@@ -122,7 +122,7 @@ class Cluster:
         self.port = port
 
     def end_old_api(self) -> None:
-        """In order: its watches end as if their time was over."""
+        """Nothing happens if there is none."""
         if self._old is not None:
             _end(self._old)
             self._old = None
@@ -192,8 +192,6 @@ def start_api(directory: Path, found: Path, port: int, etcd_port: int) -> subpro
         "--bind-address=127.0.0.1",
         f"--secure-port={port}",
         "--shutdown-delay-duration=0s",
-        # a server that is told to end ends its watches in order
-        "--shutdown-watch-termination-grace-period=5s",
         f"--audit-policy-file={directory / 'audit.yaml'}",
         f"--audit-log-path={directory / AUDIT_LOG}",
     )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+from collections.abc import AsyncGenerator, Callable, Mapping
 
 import pytest
 from agents_rig import PATIENCE_S, RESOURCE, Rig, agents
@@ -13,7 +15,9 @@ from tcp_proxy import Proxy, proxy_to
 
 from usbip_plugin import advertising, inventory
 from usbip_plugin.kube import KubeClient
+from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.locks.manager import LockSettings
+from usbip_plugin.locks.store import LeaseChange, LeaseStore
 from usbip_plugin.model import PodRef, Reason
 from usbip_plugin.sim.world import SimNode
 
@@ -126,36 +130,90 @@ async def test_a_restart_of_the_api_server_changes_nothing(cluster: Cluster, tok
         await rig.until(lambda: rig.holders(held) == ["", ""])
 
 
+class Pause:
+    """begin() ends every watch in order, as a server does when its time is over; the next ones wait for end()."""
+
+    def __init__(self) -> None:
+        self.begun, self.over = asyncio.Event(), asyncio.Event()
+        self.waiting = 0
+        self.end()
+
+    def begin(self) -> None:
+        self.over.clear()
+        self.begun.set()
+
+    def end(self) -> None:
+        self.begun.clear()
+        self.over.set()
+
+
+class PausingLeases(KubernetesLeases):
+    """With watches that pause."""
+
+    def __init__(self, client: KubeClient, namespace: str, pause: Pause) -> None:
+        super().__init__(client, namespace)
+        self._pause = pause
+
+    async def watch(self, labels: Mapping[str, str], resource_version: str) -> AsyncGenerator[LeaseChange, None]:
+        self._pause.waiting += 1
+        await self._pause.over.wait()
+        self._pause.waiting -= 1
+        paused = asyncio.ensure_future(self._pause.begun.wait())
+        async with contextlib.aclosing(super().watch(labels, resource_version)) as changes:
+            following = asyncio.ensure_future(anext(changes, None))
+            try:
+                while await asyncio.wait((following, paused), return_when=asyncio.FIRST_COMPLETED):
+                    if not following.done() or (change := following.result()) is None:
+                        return
+                    yield change
+                    following = asyncio.ensure_future(anext(changes, None))
+            finally:
+                for task in (following, paused):
+                    task.cancel()
+                await asyncio.gather(following, paused, return_exceptions=True)
+
+
 async def test_a_watch_that_meets_compacted_history_is_begun_anew_and_nothing_is_missed(
     cluster: Cluster, tokens: NodeTokens, admin: KubeClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As when a control plane is replaced: the next API server has no event that the watches could go on from."""
     caplog.set_level(logging.DEBUG, "usbip_plugin.locks.follow")
+    pause = Pause()
+
+    async def until(so: Callable[[], bool]) -> None:
+        async with asyncio.timeout(PATIENCE_S):
+            while not so():  # noqa: ASYNC110 (neither a log nor a counter has an event)
+                await asyncio.sleep(0.1)
 
     def began_anew() -> int:
         return caplog.text.count("lock watch too old, listing anew")
 
     async with proxy_to(cluster.port) as proxy:
         through = dict.fromkeys("ab", f"https://127.0.0.1:{proxy.port}")
-        async with agents(cluster, tokens, devices=2, through=through) as rig:
+
+        def store(client: KubeClient, namespace: str) -> LeaseStore:
+            return PausingLeases(client, namespace, pause)
+
+        async with agents(cluster, tokens, devices=2, through=through, store=store) as rig:
             held, free = rig.keys
             a, b = rig.nodes
             got = await rig.allocate(a, held)
             assert got.response is not None, got.error
             await b.until(RESOURCE, lambda devices: devices == {held.id: False, free.id: True})
-            # history that no lock is part of: the watches are not told of it
-            for _ in range(3):
-                body = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"generateName": "history-"}}
-                path = "/api/v1/namespaces/default/configmaps"
-                await admin.request("create", path, resource="configmaps", body=body)
+            pause.begin()
+            await until(lambda: pause.waiting == len(rig.nodes))
+            # history that no lock is part of
+            body = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"generateName": "history-"}}
+            path = "/api/v1/namespaces/default/configmaps"
+            await admin.request("create", path, resource="configmaps", body=body)
             await asyncio.to_thread(cluster.compact)
-            assert began_anew() == 0
             await asyncio.to_thread(cluster.move_api)
             proxy.target = cluster.port
+            proxy.cut()
+            assert began_anew() == 0
+            pause.end()
+            await until(lambda: began_anew() == len(rig.nodes))
             await asyncio.to_thread(cluster.end_old_api)
-            async with asyncio.timeout(PATIENCE_S):
-                while began_anew() < len(rig.nodes):  # noqa: ASYNC110 (a log has no event)
-                    await asyncio.sleep(0.1)
             assert rig.attached(a, held)
             assert rig.holders(held) == [a.name, a.name]
             other = await rig.allocate(b, free)

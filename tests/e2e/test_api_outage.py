@@ -28,6 +28,8 @@ from usbip_plugin.model import Reason
 
 WITHDRAWN_S = 60.0
 """For the grace of 15 s, and what a watch takes to notice on a busy machine."""
+RETURN_S = 240.0
+"""For Kubernetes itself: nodes that were silent are tainted, and whoever lifts that looks again every half minute."""
 ALLOCATE_S = 30.0
 LOOK_S = 1.0
 # one line for each 4 bytes that the device gave
@@ -148,7 +150,7 @@ async def test_without_the_api_server_pods_go_on_nothing_new_is_given_and_all_is
     for node, held in ((a, "solo"), (b, "pair")):
         await node.until_reasons(_others_held(held) | {"jobs": {Reason.FREE.value}})
     await cluster.create("pods", pod("new", pod_spec(image, "jobs", node=place.b)))
-    await cluster.running("new")
+    await cluster.running("new", limit=RETURN_S)
     assert await a.imports() == standing[0]
     assert await b.imports() > standing[1]
     for node, name in ((a, "keeper"), (b, "other")):
