@@ -243,7 +243,8 @@ async def test_words_can_be_told_from_their_ground(rig: Watched, chromium: Brows
 CONTRAST = """(() => {
   const parse = text => (text.match(/[0-9.]+/g) || []).map(Number);
   const light = ([r, g, b]) => [r, g, b].map(v => v / 255)
-    .map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4).reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
+    .map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
   const ground = e => { for (; e; e = e.parentElement) { const c = parse(getComputedStyle(e).backgroundColor);
     if (c.length && (c.length < 4 || c[3] > 0)) return c; } return [255, 255, 255]; };
   let worst = {ratio: 99};

@@ -172,7 +172,8 @@ def _devices(status: Status) -> Markup:
 
 def _device(row: DeviceRow, status: Status) -> tuple[str, Sequence[Markup]]:
     # a selector that names just these ids says nothing new
-    implied = row.usb_id is not None and row.selector == "vendor {}, product {}".format(*row.usb_id.split(":"))
+    vendor, _, product = (row.usb_id or "").partition(":")
+    implied = row.selector == f"vendor {vendor}, product {product}"
     about = " · ".join(part for part in (row.usb_id, row.serial, None if implied else row.selector) if part)
     told = row.reason in SAID_ELSEWHERE or not row.detail
     why = join(row.reason, None if told else tag("small", row.detail))
