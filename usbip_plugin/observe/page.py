@@ -14,7 +14,7 @@ from usbip_plugin.observe.markup import NOTHING, Content, Markup, join, tag
 from usbip_plugin.observe.status import DeviceRow, RegistrationRow, ServerRow, Status
 from usbip_plugin.observe.trace_tree import duration
 from usbip_plugin.observe.tracing import SpanRecord
-from usbip_plugin.observe.waterfall import WIDTH, Bar, Waterfall, lay_out, summary
+from usbip_plugin.observe.waterfall import WIDTH, Bar, Summary, Waterfall, lay_out, summary
 
 TEMPLATE = "page.html"
 MAIN, TITLE = "<!-- main -->", "<!-- title -->"
@@ -61,7 +61,10 @@ def _digest(text: str) -> str:
 
 
 class Page:
-    """Renders a Status and the last traces. Quick: some milliseconds for hundreds of rows."""
+    """Renders a Status and the last traces, in some milliseconds: a trace that has no new span is not drawn anew."""
+
+    def __init__(self) -> None:
+        self._drawn: dict[tuple[str, int, str | None, bool], Markup] = {}
 
     @cached_property
     def _template(self) -> Template:
@@ -83,7 +86,7 @@ class Page:
             _banners(status),
             _tiles(status),
             _section("devices", "Devices", _devices(status)),
-            _section("traces", "Last traces", _traces(traces, {row.id: row.device for row in status.devices})),
+            _section("traces", "Last traces", self._traces(traces, {row.id: row.device for row in status.devices})),
             tag(
                 "div",
                 _section("servers", "USB/IP servers", _servers(status.servers)),
@@ -94,6 +97,19 @@ class Page:
                 id="parts",
             ),
         )
+
+    def _traces(self, traces: Sequence[Sequence[SpanRecord]], names: Mapping[str, str]) -> Markup:
+        shown = [spans for spans in reversed(traces) if spans][:MAX_TRACES]
+        if not shown:
+            none = "Nothing has happened yet. Each Allocate, with all that follows of it, is one trace."
+            return tag("p", none, _class="muted empty")
+        before, self._drawn = self._drawn, {}
+        for index, spans in enumerate(shown):
+            about = summary(spans)
+            device = names.get(about.device, about.device) if about.device is not None else None
+            key = (about.trace_id, len(spans), device, index == 0)
+            self._drawn[key] = before.get(key) or _trace(spans, about, device, opened=index == 0)
+        return tag("div", *self._drawn.values(), _class="traces")
 
 
 def _header(status: Status) -> Markup:
@@ -256,19 +272,11 @@ def _config(status: Status) -> Markup:
     )
 
 
-def _traces(traces: Sequence[Sequence[SpanRecord]], names: Mapping[str, str]) -> Markup:
-    shown = [spans for spans in reversed(traces) if spans][:MAX_TRACES]
-    if not shown:
-        return tag("p", "Nothing has happened yet. Each Allocate and each release is one trace.", _class="muted empty")
-    return tag("div", *(_trace(spans, names, opened=index == 0) for index, spans in enumerate(shown)), _class="traces")
-
-
-def _trace(spans: Sequence[SpanRecord], names: Mapping[str, str], *, opened: bool) -> Markup:
-    about = summary(spans)
+def _trace(spans: Sequence[SpanRecord], about: Summary, device: str | None, *, opened: bool) -> Markup:
     fall = lay_out(spans)
     line = (
         _pill("good" if about.error is None else "bad" if about.failed else "warn", about.name),
-        tag("span", names.get(about.device, about.device), _class="mono what") if about.device else None,
+        tag("span", device, _class="mono what") if device else None,
         tag("span", ", ".join(node for node in about.nodes if node), _class="muted"),
         tag("span", duration(about.seconds), _class="num"),
         tag("time", f"{about.start:%H:%M:%S}", datetime=about.start.isoformat(), _class="muted num"),
