@@ -10,7 +10,7 @@ from pathlib import Path
 import browser
 from page_rig import busy_day, watched
 
-WIDTH, HEIGHT = 1200, 1000
+WIDTH, HEIGHT = 1200, 960
 
 
 async def main(target: Path, *looks: str) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from usbip_plugin.observe.tracing import SpanRecord
 
-DEVICE_ATTRIBUTES = ("usbip.device", "usbip.device.id")
-"""Where a span says which device it is about, the better one first."""
 WIDTH = 1000
 """Of the time axis, in units of the drawing."""
 GAP_WIDTH = 28
@@ -89,7 +87,6 @@ def summary(spans: Sequence[SpanRecord]) -> Summary:
     root = next((span for span in ordered if span.parent_id not in known), first)
     begin, end = first.start_ns, max(span.end_ns for span in ordered)
     errors = [span.error or span.name + " failed" for span in ordered if span.error is not None]
-    about = [span.attributes[name] for name in DEVICE_ATTRIBUTES for span in ordered if name in span.attributes]
     return Summary(
         trace_id=first.trace_id,
         name=root.name,
@@ -97,10 +94,19 @@ def summary(spans: Sequence[SpanRecord]) -> Summary:
         seconds=max(0, end - begin) / 1e9,
         spans=len(ordered),
         nodes=_nodes(ordered),
-        device=about[0] if about else None,
+        device=next((name for name in _devices(ordered)), None),
         error=errors[0] if errors else None,
         failed=root.error is not None,
     )
+
+
+def _devices(spans: Sequence[SpanRecord]) -> Iterator[str]:
+    """What they say of the device they are about, the best first: SERVER/BUSID before its id."""
+    for span in spans:
+        if {"usbip.server", "usbip.busid"} <= span.attributes.keys():
+            yield f"{span.attributes['usbip.server']}/{span.attributes['usbip.busid']}"
+    for name in ("usbip.device", "usbip.device.id"):
+        yield from (span.attributes[name] for span in spans if name in span.attributes)
 
 
 def span_json(span: SpanRecord) -> dict[str, Any]:
