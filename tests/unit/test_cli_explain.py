@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from cli_facts import FREE, HELD, KEY, LISTED, NOW, UNLISTED, UNREACHABLE, known
+from cli_facts import FREE, HELD, HELD_NOTES, KEY, LISTED, NOW, UNLISTED, UNREACHABLE, known
 
 from usbip_plugin.cli.asking import plugin_word, pod_word
 from usbip_plugin.cli.explaining import Facts, PluginWord, PodWord, age, explain, render
@@ -41,6 +41,10 @@ def test_the_verdict(facts: Facts, available: bool, verdict: str) -> None:
     [
         (FREE, ["no holder; it has had 5 so far", "lists it as free", "offered as usbip.dev/stick (vendor 0951)"]),
         (replace(FREE, known=None), ["nobody has ever used it"]),
+        (
+            replace(HELD, known=known("node-a", notes=HELD_NOTES | {"usbip.dev/in-place-of": "usbip-" + "a" * 20})),
+            ["held for the device usbip-aaaa"],
+        ),
         (
             HELD,
             [

@@ -100,7 +100,7 @@ class Explanation:
 def explain(facts: Facts) -> Explanation:
     """The verdict first, then what it rests on, then what to do."""
     available, verdict = _verdict(facts)
-    because = (*_lock(facts), *_holder(facts), *_server(facts), *_offers(facts))
+    because = (*_lock(facts), *_place(facts), *_holder(facts), *_server(facts), *_offers(facts))
     return Explanation(facts.device, facts.device_id, available, verdict, because, tuple(_next(facts)))
 
 
@@ -138,6 +138,12 @@ def _lock(facts: Facts) -> Iterator[str]:
         yield text + f"; there it is attached to vhci port {lock.port}."
     else:
         yield text + "; it names no vhci port: the device is being attached or let go."
+
+
+def _place(facts: Facts) -> Iterator[str]:
+    place = facts.known.lock.in_place_of if facts.known is not None and facts.holder else None
+    if place is not None:
+        yield f"It is held for the device {place}, which its server listed under this bus id after it was lost."
 
 
 def _holder(facts: Facts) -> Iterator[str]:
