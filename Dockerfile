@@ -58,7 +58,7 @@ RUN set -eu; \
     python3 -m pip wheel --quiet --no-deps --wheel-dir own ./source; \
     python3 -m pip install --quiet --no-compile --no-deps --no-index --target project/lib own/*.whl; \
     mv project/lib/bin project/bin; \
-    sed -i '1s|.*|#!/usr/bin/env python3|' project/bin/usbip-plugin; \
+    sed -i '1s|.*|#!/usr/bin/env python3|' project/bin/*; \
     python3 -m compileall -q -j 0 -o 2 --invalidation-mode unchecked-hash -s /build/project -p /opt/usbip-plugin /build/project/lib; \
     version=$(sed -n 's/^Version: //p' project/lib/usbip_plugin-*.dist-info/METADATA); \
     [ "$VERSION" = "$version" ] || { echo "VERSION: $VERSION is given, but the project has $version" >&2; exit 1; }; \

@@ -21,7 +21,7 @@ PYTHONS := $(PYTHON) python3.13 python3.12 python3.11 python3.14 python3
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test model sim test-apiserver test-kernel test-kills soak-kernel test-deploy image test-image e2e test-kubelet test-outage soak test-node test-all \
+.PHONY: help demo test model sim test-page screenshot docs test-apiserver test-kernel test-kills soak-kernel test-deploy image test-image e2e test-kubelet test-outage soak test-node test-all \
 	bench bench-kernel fuzz lint format proto clean
 
 help: ## this list
@@ -38,6 +38,15 @@ model: $(VENV)/.test ## every state of the lock protocol for two and three nodes
 
 sim: $(VENV)/.test ## whole clusters under drawn faults in virtual time: SEEDS of them, with a count of each fault
 	$(BIN)/python tests/simulation/sim.py --seeds $(SEEDS) $(ARGS)
+
+test-page: $(VENV)/.test ## the status page in a real browser (Chromium)
+	$(PYTEST) tests/page $(ARGS)
+
+screenshot: $(VENV)/.test ## docs/status-page.png: the status page of a node on which much has happened (Chromium)
+	$(BIN)/python tests/page/screenshot.py docs/status-page.png $(ARGS)
+
+docs: $(VENV)/.runtime ## write docs/cli.md and the reference in docs/configuration.md from the code
+	$(BIN)/python docs/generate.py
 
 test-apiserver: $(VENV)/.test ## lock tests against a real kube-apiserver and etcd (built once from Go modules)
 	$(PYTEST) tests/apiserver $(ARGS)
@@ -78,7 +87,7 @@ test-node: $(VENV)/.test ## the DaemonSet on a kubelet with a real vhci_hcd, in 
 	PYTHON=$(BIN)/python tests/lab/cluster/guest.sh $(ARGS)
 
 # from the quick to the slow
-test-all: lint test test-deploy test-apiserver test-kernel test-image test-node test-kubelet e2e ## everything above, and lint
+test-all: lint test test-page test-deploy test-apiserver test-kernel test-image test-node test-kubelet e2e ## everything above, and lint
 
 bench: $(VENV)/.test ## timings and memory, to the screen and bench.json
 	$(BIN)/python tests/bench/bench.py $(ARGS)
@@ -93,12 +102,13 @@ fuzz: $(VENV)/.fuzz ## every decoder under atheris, SECONDS each (10); what it f
 lint: $(VENV)/.test ## ruff, formatting, mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --exclude '^tests/(apiserver|deploy|e2e|image|kernel|node)/' usbip_plugin tests
+	$(BIN)/mypy --exclude '^tests/(apiserver|deploy|e2e|image|kernel|node|page)/' usbip_plugin tests docs
 	$(BIN)/mypy tests/apiserver tests/contract
 	$(BIN)/mypy tests/deploy
 	$(BIN)/mypy tests/e2e
 	$(BIN)/mypy tests/image
 	$(BIN)/mypy tests/kernel tests/contract
+	$(BIN)/mypy tests/page
 	$(BIN)/mypy tests/node tests/kernel/usbipd.py tests/kernel/agent_rig.py
 
 format: $(VENV)/.test ## let ruff format and fix what it can

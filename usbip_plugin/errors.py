@@ -38,10 +38,14 @@ PluginError
 |   +-- RegistrationFailed
 |   +-- PodResourcesUnavailable
 +-- AllocateError               what Allocate answers; wraps the cause
-    +-- UnknownDevice           an ID this node does not know
-    +-- AllocateTimeout         allocateTimeout passed
-    +-- ClaimBusy               the device is being released on this node
-    +-- NotAttached             a container starts, and its device is not attached to this node now
+|   +-- UnknownDevice           an ID this node does not know
+|   +-- AllocateTimeout         allocateTimeout passed
+|   +-- ClaimBusy               the device is being released on this node
+|   +-- NotAttached             a container starts, and its device is not attached to this node now
++-- CommandError                what a person asked of the command line
+    +-- NoSuchDevice            no device is called that
+    +-- AmbiguousDevice         several are
+    +-- ReleaseRefused          it would break something, or nobody confirmed it
 """
 
 from __future__ import annotations
@@ -326,3 +330,27 @@ class ClaimBusy(AllocateError):
 
 class NotAttached(AllocateError):
     """A container is about to start, and a device of it is not attached to this node, or not yet again."""
+
+
+class CommandError(PluginError):
+    """Something a person asked of the command line cannot be done as asked."""
+
+
+class NoSuchDevice(CommandError):
+    """No device that is known is called that. known: how many there are."""
+
+    def __init__(self, name: str, known: int) -> None:
+        cure = "`devices` lists them" if known else "no device has been locked yet"
+        super().__init__(f"no device is called {name!r}, nor begins so; {known} are known, {cure}")
+
+
+class AmbiguousDevice(CommandError):
+    """Several devices are called that. matches: one line for each."""
+
+    def __init__(self, name: str, matches: Sequence[str]) -> None:
+        self.matches = tuple(matches)
+        super().__init__("\n".join([f"{name!r} is {len(matches)} devices; which one?", *matches]))
+
+
+class ReleaseRefused(CommandError):
+    """A release that was not carried out. Nothing was written."""

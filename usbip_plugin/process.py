@@ -28,8 +28,11 @@ from usbip_plugin.notices import Notice, event_of
 from usbip_plugin.observe.events import EventRecorder
 from usbip_plugin.observe.health import Heartbeats, HttpServer, Verdict, standard_pages
 from usbip_plugin.observe.metrics import Metrics
+from usbip_plugin.observe.site import Site
+from usbip_plugin.observe.status import Status
 from usbip_plugin.observe.tracing import Tracing
 from usbip_plugin.resources import SocketRegistrar
+from usbip_plugin.status import config_failed, config_loaded, status_of
 from usbip_plugin.usbip.client import TcpUsbipClient
 from usbip_plugin.vhci.driver import VhciDriver
 from usbip_plugin.vhci.linux import SysfsVhci
@@ -120,6 +123,9 @@ class _Process:
         self._loaded = loaded
         self._metrics = metrics
         self._figures = figures
+        self._recent = tracing.recent
+        self._config_report = config_loaded(options.config, loaded.config, loaded.warnings, clock.now())
+        self._started = clock.monotonic()
         self._beats = Heartbeats(clock)
         me = NodeIdentity(options.node, boot_id())
         self._events = EventRecorder(kube, me, clock, rng)
@@ -159,13 +165,10 @@ class _Process:
                 tasks.create_task(self._beat(), name="heartbeat"),
             ]
             if self._options.listen:
-                pages = standard_pages(
-                    alive=self._beats.verdict,
-                    ready=self._ready,
-                    metrics=self._metrics.render,
-                    devices=lambda: device_rows(self.agent, self._domain),
-                )
-                running.append(tasks.create_task(HttpServer(self._options.listen, pages).run(), name="HTTP"))
+                pages = standard_pages(alive=self._beats.verdict, ready=self._ready, metrics=self._metrics.render)
+                site = Site(self._status, self._recent)
+                server = HttpServer(self._options.listen, {**pages, **site.pages()}, site.below())
+                running.append(tasks.create_task(server.run(), name="HTTP"))
             log.info("running", extra={"version": __version__, "node": self._options.node})
             await stop.wait()
             log.info("stopping; attachments and locks stay for the next process")
@@ -186,6 +189,18 @@ class _Process:
             lines.append(f"locks not read: {self.agent.locks.api.error or 'waiting'}")
         return Verdict(ok=False, lines=tuple(lines))
 
+    def _status(self) -> Status:
+        return status_of(
+            self.agent,
+            node=self._options.node,
+            domain=self._domain,
+            clock=self._clock,
+            started=self._started,
+            config=self._config_report,
+            ready=self._ready(),
+            alive=self._beats.verdict(),
+        )
+
     def _notice(self, notice: Notice) -> None:
         self._figures.notice(notice)
         self._events.record(event_of(notice), notice.pod)
@@ -194,36 +209,15 @@ class _Process:
         for warning in warnings:
             log.warning("configuration", extra={"problem": warning})
         self._figures.config_reloaded()
+        self._config_report = config_loaded(self._options.config, config, warnings, self._clock.now())
         self.agent.reconfigure(config)
         log.info("configuration reloaded", extra={"resources": [resource.name for resource in config.resources]})
 
     def _config_failed(self, error: ConfigError) -> None:
         self._figures.config_failed()
+        self._config_report = config_failed(self._config_report, error, self._clock.now())
         for problem in error.problems:
             log.error("configuration not usable, the last good one stays", extra={"problem": problem})
-
-
-def device_rows(agent: Agent, domain: str) -> list[dict[str, object]]:
-    """Every device this node offers, for /api/devices: resource, device, id, state, reason, holder, pod, since."""
-    rows: list[dict[str, object]] = []
-    for resource, devices in sorted(agent.advertiser.advertised.items()):
-        for device in devices:
-            lock = agent.locks.locks.get(device.id)
-            held = lock is not None and bool(lock.holder)
-            rows.append(
-                {
-                    "resource": f"{domain}/{resource}",
-                    "device": str(device.key),
-                    "id": device.id,
-                    "healthy": device.health.healthy,
-                    "reason": device.health.reason.value,
-                    "detail": device.health.detail,
-                    "holder": lock.holder if lock is not None and held else None,
-                    "pod": str(lock.pod) if lock is not None and held and lock.pod is not None else None,
-                    "since": lock.acquired_at.isoformat() if lock is not None and held and lock.acquired_at else None,
-                }
-            )
-    return rows
 
 
 def run_blocking(options: Options, loaded: Loaded, warnings: Iterable[str]) -> int:

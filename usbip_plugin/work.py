@@ -159,7 +159,7 @@ class DeviceWork:
         self.spawn(self._keep_writing_serial(key, serial), f"note serial number of {key}")
 
     async def _keep_writing_serial(self, key: DeviceKey, serial: str) -> None:
-        """A successor that finds the device lost knows it by this: until it is written, or nobody here has the device."""
+        """A successor that finds the device lost knows it by this: until written, or nobody here has the device."""
         waits = retry.backoff(self._rng, RELEASE_FIRST_WAIT, RELEASE_MAX_WAIT)
         while not await self.write_serial(key, serial) and self.book.concerns(key.id):
             await self._until_api_returns(next(waits))

@@ -75,9 +75,7 @@ def test_the_command_lines_are_of_this_program(tools: Tools, host_ip: str, capsy
 
 def test_probes_ask_for_pages_that_are_served(tools: Tools) -> None:
     container = plugin_container(tools)
-    pages = standard_pages(
-        alive=lambda: Verdict(ok=True), ready=lambda: Verdict(ok=True), metrics=lambda: (b"", ""), devices=list
-    )
+    pages = standard_pages(alive=lambda: Verdict(ok=True), ready=lambda: Verdict(ok=True), metrics=lambda: (b"", ""))
     asked = {kind: container[kind]["httpGet"] for kind in ("startupProbe", "livenessProbe", "readinessProbe")}
     assert all(probe["path"] in pages and probe["port"] == "http" for probe in asked.values())
     assert asked["readinessProbe"]["path"] == "/readyz"

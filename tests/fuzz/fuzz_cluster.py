@@ -12,8 +12,9 @@ from typing import Any
 from fuzz_target import Target, drive, fit_to_raise, fit_to_show
 from google.protobuf.message import DecodeError
 
-from usbip_plugin import inventory, kube, listing
+from usbip_plugin import inventory, kube
 from usbip_plugin.claims import decide_adoption
+from usbip_plugin.cli import listing, output
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.errors import KubeError, KubeThrottled, LockHeld, PluginError, UnknownDevice
 from usbip_plugin.kubelet import deviceplugin_pb2, podresources_pb2
@@ -106,8 +107,9 @@ class _OneLease:
 
 def shown_to_people(lease: Lease) -> None:
     """`usbip-plugin devices`, as a table and as JSON."""
-    rows = drive(listing.held_devices(_OneLease(lease)))  # type: ignore[arg-type] # it only lists
-    for line in listing.table(rows).splitlines():
+    known = drive(listing.known_devices(_OneLease(lease)))  # type: ignore[arg-type] # it only lists
+    rows = listing.rows(known, datetime(2026, 1, 1, tzinfo=UTC))
+    for line in output.table(rows, listing.WIDE).splitlines():
         fit_to_show(line, 2048)
     assert len(json.dumps(rows)) <= 8192
 

@@ -8,6 +8,7 @@ import json
 import logging
 import random
 from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -20,9 +21,10 @@ from opentelemetry.trace import NoOpTracer
 from raw_api import RawApi
 
 from usbip_plugin import inventory
+from usbip_plugin.cli.listing import WIDE, known_devices, rows
+from usbip_plugin.cli.output import table
 from usbip_plugin.config import Config, DeviceSelector
 from usbip_plugin.errors import KubeServerError, LockHeld, LockUnavailable
-from usbip_plugin.listing import held_devices, table
 from usbip_plugin.locks import kubernetes, record
 from usbip_plugin.locks.kubernetes import KubernetesLeases, decode, encode
 from usbip_plugin.locks.manager import LockManager, LockSettings, Standing
@@ -303,7 +305,8 @@ async def shown(manager: LockManager, api: RawApi) -> None:
     event = event_body(ME, event_of(notice), known.pod, "name", "2030-01-01T00:00:00.000000Z")
     assert len(event["note"].encode()) <= 1024
     assert len(json.dumps(event)) <= 8192
-    text = table(await held_devices(KubernetesLeases(api, "ns")))  # type: ignore[arg-type]
+    devices = await known_devices(KubernetesLeases(api, "ns"))  # type: ignore[arg-type]
+    text = table(rows(devices, datetime(2030, 1, 1, tzinfo=UTC)), WIDE)
     for line in text.splitlines():
         fit_to_show(line, 2048)
 
@@ -359,7 +362,7 @@ async def test_a_lease_that_is_no_lock_is_not_listed_as_a_device() -> None:
     api = RawApi()
     seed = changed({"name": "somebody-elses"})
     api.put(seed)
-    assert await held_devices(KubernetesLeases(api, "ns")) == []  # type: ignore[arg-type]
+    assert await known_devices(KubernetesLeases(api, "ns")) == ()  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

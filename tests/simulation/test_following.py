@@ -466,7 +466,7 @@ async def test_a_dead_nodes_place_is_taken_over_as_what_it_is() -> None:
 
 @stepped
 async def test_a_server_that_comes_back_with_other_busids_for_all_its_devices() -> None:
-    """As after a reboot, when the hubs were found in another order: what was 1-1 is 2-1 now, and the other way round."""
+    """As after a reboot, when hubs were found in another order: what was 1-1 is 2-1 now, and the other way round."""
     lab = server("lab", stick("1-1", "RED"), stick("2-1", "BLUE"))
     red, blue = key(lab, "1-1"), key(lab, "2-1")
     async with cluster(spec([lab])) as c:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 
 import aiohttp
 import pytest
@@ -36,8 +36,10 @@ class ManualClock:
 
 
 @contextlib.asynccontextmanager
-async def serving(pages: Mapping[str, Page]) -> AsyncIterator[str]:
-    server = HttpServer("127.0.0.1:0", pages)
+async def serving(
+    pages: Mapping[str, Page], below: Mapping[str, Callable[[str], Answer]] | None = None
+) -> AsyncIterator[str]:
+    server = HttpServer("127.0.0.1:0", pages, below)
     async with asyncio.timeout(PATIENCE_S):
         task = asyncio.create_task(server.run())
         await server.started.wait()
@@ -56,16 +58,19 @@ async def test_the_standard_pages() -> None:
         alive=lambda: verdicts["alive"],
         ready=lambda: verdicts["ready"],
         metrics=metrics.render,
-        devices=lambda: [{"id": "usbip-a"}],
     )
-    async with serving({**pages, "/": lambda: Answer(b"<p>", "text/html")}) as url, aiohttp.ClientSession(url) as http:
+    pages["/"] = lambda: Answer(b"<p>", "text/html", headers={"Content-Security-Policy": "default-src 'none'"})
+    below = {"/api/traces/": lambda rest: Answer(rest.encode())}
+    async with serving(pages, below) as url, aiohttp.ClientSession(url) as http:
         for path in ("/healthz", "/health"):
             async with http.get(path) as answer:
                 assert (answer.status, await answer.text()) == (200, "ok\n")
         async with http.get("/readyz") as answer:
             assert (answer.status, await answer.text()) == (503, "usbip.dev/storage is not registered\n")
-        async with http.get("/api/devices") as answer:
-            assert await answer.json() == [{"id": "usbip-a"}]
+        async with http.get("/api/traces/a/b%20c") as answer:
+            assert await answer.text() == "a/b c"
+        async with http.get("/api/traces") as answer:
+            assert answer.status == 404
         async with http.get("/metrics") as answer:
             text = await answer.text()
             assert "usbip_device_plugin_config_reload_failed" in text
@@ -73,6 +78,9 @@ async def test_the_standard_pages() -> None:
             assert tasks >= 2, "this one, and the one that answers"
         async with http.get("/") as answer:
             assert answer.content_type == "text/html"
+            assert answer.headers["Content-Security-Policy"] == "default-src 'none'"
+            assert answer.headers["X-Content-Type-Options"] == "nosniff"
+            assert answer.headers["Cache-Control"] == "no-store"
         async with http.post("/healthz") as answer:
             assert (answer.status, answer.headers["Allow"]) == (405, "GET, HEAD")
         async with http.head("/healthz") as answer:

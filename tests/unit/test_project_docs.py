@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from usbip_plugin.check import permissions_needed
 from usbip_plugin.claims import TRANSITIONS
 from usbip_plugin.cli import parser
 from usbip_plugin.config import parse_config, schema
+from usbip_plugin.config.reference import KNOWN, keys
 from usbip_plugin.observe.metrics import Metrics
 from usbip_plugin.observe.readings import NodeCollector, Reading
 
@@ -61,6 +64,63 @@ def test_the_defaults_in_the_documents_are_those_of_the_code() -> None:
         ("listen", schema.DEFAULT_LISTEN),
     ):
         assert f"| `--{flag}` | `{default}`" in text
+
+
+def generator() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs/generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_what_is_generated_is_what_make_docs_would_write() -> None:
+    for path, text in generator().wanted().items():
+        assert path.read_text(encoding="utf-8") == text, f"{path}: make docs"
+
+
+def test_every_flag_in_the_documents_is_in_the_help() -> None:
+    text = (ROOT / "docs/cli.md").read_text(encoding="utf-8")
+    for name, command in generator()._commands(parser()):
+        section = re.search(rf"### {name}( DEVICE| SHELL)?\n(.*?)(\n### |\Z)", text, re.DOTALL)
+        assert section is not None, name
+        described = set(re.findall(r"^\| (?:`-\w`, )?`(--[a-z-]+)`", section[2], re.MULTILINE))
+        assert described or name == "completion"
+        assert described <= set(re.findall(r"--[a-z-]+", command.format_help())), name
+
+
+def test_the_reference_has_every_key_of_the_parser_and_no_other() -> None:
+    expected = {prefix + key for prefix, known in KNOWN.items() for key in known}
+    assert {key.path for key in keys()} == expected | {"resources.NAME"}
+    assert len(keys()) == len(expected) + 1
+
+
+def test_the_defaults_of_the_reference_are_taken_by_the_parser_and_change_nothing() -> None:
+    base = "resources: {a: {devices: [{target: {host: h}, selector: {vendor: '0951'}}]%s}}\n%s"
+    plain = parse_config(base % ("", "")).config
+    for key in keys():
+        if not key.default.startswith("`"):
+            continue
+        value = key.default.strip("`")
+        match key.path.split("."):
+            case ["resources", "NAME", name]:
+                text = base % (f", {name}: {value}", "")
+            case ["lock", name]:
+                text = base % ("", f"lock: {{{name}: {value}}}")
+            case [name]:
+                text = base % ("", f"{name}: {value}")
+            case [*_, "port"]:
+                text = (base % ("", "")).replace("host: h", f"host: h, port: {value}")
+            case _:
+                continue
+        assert parse_config(text).config == plain, key.path
+
+
+def test_the_screenshot_is_a_picture_and_small() -> None:
+    picture = (ROOT / "docs/status-page.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert len(picture) < 150 * 1024
 
 
 def test_every_command_is_in_the_readme() -> None:

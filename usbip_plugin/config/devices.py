@@ -13,10 +13,15 @@ from usbip_plugin.model import DEFAULT_USBIP_PORT, ServerKey
 
 MAX_OVERLAP_WARNINGS = 20
 
+DEVICE_KEYS = ("target", "selector", "extras")
+TARGET_KEYS = ("host", "port")
+SELECTOR_KEYS = ("vendor", "product", "bus_id", "serial", "class")
+EXTRA_KEYS = ("hostPath", "containerPath", "permissions")
+
 
 def read_device(node: Node, problems: Problems) -> DeviceSelector | None:
     """One entry, or None with errors in problems."""
-    fields = read_fields(node, problems, ("target", "selector", "extras"), Unknown.WARN, "a device")
+    fields = read_fields(node, problems, DEVICE_KEYS, Unknown.WARN, "a device")
     if fields is None:
         return None
     if "target" not in fields:
@@ -57,7 +62,7 @@ def report_overlaps(entries: Sequence[tuple[str, DeviceSelector, Node]], problem
 
 
 def _target(node: Node, problems: Problems) -> ServerKey | None:
-    fields = read_fields(node, problems, ("host", "port"), Unknown.WARN, "a server")
+    fields = read_fields(node, problems, TARGET_KEYS, Unknown.WARN, "a server")
     if fields is None:
         return None
     if "host" not in fields:
@@ -69,8 +74,7 @@ def _target(node: Node, problems: Problems) -> ServerKey | None:
 
 
 def _selector(node: Node, problems: Problems) -> Selector:
-    known = ("vendor", "product", "bus_id", "serial", "class")
-    fields = read_fields(node, problems, known, Unknown.WARN_UNLESS_TYPO, "a selector")
+    fields = read_fields(node, problems, SELECTOR_KEYS, Unknown.WARN_UNLESS_TYPO, "a selector")
     if fields is None:
         return Selector()
     selector = Selector(
@@ -110,7 +114,7 @@ def _extras(node: Node, problems: Problems) -> tuple[Extra, ...]:
         return ()
     extras = []
     for item in node.items():
-        fields = read_fields(item, problems, ("hostPath", "containerPath", "permissions"), Unknown.WARN, "an extra")
+        fields = read_fields(item, problems, EXTRA_KEYS, Unknown.WARN, "an extra")
         if fields is None:
             continue
         if "hostPath" not in fields:

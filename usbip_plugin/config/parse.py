@@ -23,7 +23,9 @@ RESTART_NEEDS_CDI = (
 )
 
 _FLAGS = ("domain", "plugin-directory", "pod-resources-socket", "log-level", "listen")
-_TOP = ("resources", "lock", "allocateTimeout", "publishNodeStatus", *_FLAGS)
+TOP_KEYS = ("resources", "lock", "allocateTimeout", "publishNodeStatus", *_FLAGS)
+RESOURCE_KEYS = ("devices", "onLoss", "cdi", "children", "containerPath")
+LOCK_KEYS = ("duration",)
 _T = TypeVar("_T")
 
 
@@ -41,7 +43,7 @@ def parse_config(text: str, source: str = "config.yaml") -> Parsed:
     if root is None or root.empty:
         raise ConfigError(source, [f"{source}: empty; resources: is missing, resources: {{}} for none"])
     problems = Problems(source)
-    top = read_fields(root, problems, _TOP, Unknown.WARN, "the configuration") or {}
+    top = read_fields(root, problems, TOP_KEYS, Unknown.WARN, "the configuration") or {}
     if "resources" in top:
         resources = _resources(top["resources"], problems)
     else:
@@ -75,7 +77,7 @@ def _optional(fields: Mapping[str, Node], key: str, default: _T, read: Callable[
 def _lock(node: Node | None, problems: Problems) -> LockConfig:
     if node is None:
         return LockConfig()
-    fields = read_fields(node, problems, ("duration",), Unknown.ERROR, "the lock's settings") or {}
+    fields = read_fields(node, problems, LOCK_KEYS, Unknown.ERROR, "the lock's settings") or {}
     duration = _optional(
         fields,
         "duration",
@@ -124,8 +126,7 @@ def _resource(name: str, node: Node, problems: Problems) -> tuple[list[tuple[Dev
     """Both forms: the list of the Go program, and the mapping with `devices` that has more keys."""
     fields: Mapping[str, Node] = {"devices": node}
     if node.is_mapping:
-        known = ("devices", "onLoss", "cdi", "children", "containerPath")
-        fields = read_fields(node, problems, known, Unknown.ERROR, "a resource") or {}
+        fields = read_fields(node, problems, RESOURCE_KEYS, Unknown.ERROR, "a resource") or {}
     entries: list[tuple[DeviceSelector, Node]] = []
     devices = fields.get("devices")
     if devices is None or not devices.is_sequence:

@@ -156,6 +156,11 @@ class LockManager:
         return self._contact.state
 
     @property
+    def duration(self) -> float:
+        """Seconds without a sign of life after which others may take this node's locks."""
+        return self._settings.duration
+
+    @property
     def heartbeat_at(self) -> float | None:
         """When the last heartbeat that succeeded was sent (monotonic), None if this process has sent none."""
         return self._session.written_at

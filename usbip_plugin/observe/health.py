@@ -1,11 +1,10 @@
-"""The HTTP side: /healthz, /readyz, /metrics, /api/devices, and whatever other pages are given."""
+"""The HTTP side: /healthz, /readyz, /metrics, and whatever other pages are given."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 # not aiohttp.web: its router brings file responses and the system's table of MIME types, 1 MiB for fixed pages
 from aiohttp.web_request import BaseRequest
@@ -19,6 +18,7 @@ SHUTDOWN_S = 0.5
 JSON = "application/json"
 TEXT = "text/plain; charset=utf-8"
 METHODS = ("GET", "HEAD")
+HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,7 @@ class Answer:
     body: bytes
     content_type: str = TEXT
     status: int = 200
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,17 +85,11 @@ def metrics_page(render: Callable[[], tuple[bytes, str]]) -> Page:
     return lambda: Answer(*render())
 
 
-def json_page(value: Callable[[], object]) -> Page:
-    """value: returns what json can write."""
-    return lambda: Answer(json.dumps(value(), indent=1).encode() + b"\n", JSON)
-
-
 def standard_pages(
     *,
     alive: Callable[[], Verdict],
     ready: Callable[[], Verdict],
     metrics: Callable[[], tuple[bytes, str]],
-    devices: Callable[[], object],
 ) -> dict[str, Page]:
     """Pages by path. /health is the Go program's path for /healthz."""
     health = verdict_page(alive)
@@ -103,7 +98,6 @@ def standard_pages(
         "/health": health,
         "/readyz": verdict_page(ready),
         "/metrics": metrics_page(metrics),
-        "/api/devices": json_page(devices),
     }
 
 
@@ -120,11 +114,17 @@ def split_listen(listen: str) -> tuple[str | None, int]:
 
 
 class HttpServer:
-    """Serves pages (by path) at listen (as split_listen takes it; port 0 picks a free one)."""
+    """Serves pages (by path) at listen (as split_listen takes it; port 0 picks a free one).
 
-    def __init__(self, listen: str, pages: Mapping[str, Page]) -> None:
+    below: by the beginning of the path, which ends in "/"; called with what follows.
+    """
+
+    def __init__(
+        self, listen: str, pages: Mapping[str, Page], below: Mapping[str, Callable[[str], Answer]] | None = None
+    ) -> None:
         self._host, self._port = split_listen(listen)
         self._pages = dict(pages)
+        self._below = dict(below or {})
         self.started = asyncio.Event()
         self.port = 0
 
@@ -146,7 +146,7 @@ class HttpServer:
             await server.shutdown(SHUTDOWN_S)
 
     async def _answer(self, request: BaseRequest) -> Response:
-        page = self._pages.get(request.path)
+        page = self._find(request.path)
         if page is None:
             return Response(text="no such page\n", status=404)
         if request.method not in METHODS:
@@ -155,5 +155,13 @@ class HttpServer:
         return Response(
             body=answer.body,
             status=answer.status,
-            headers={"Content-Type": answer.content_type, "Cache-Control": "no-store"},
+            headers={"Content-Type": answer.content_type, **HEADERS, **answer.headers},
         )
+
+    def _find(self, path: str) -> Page | None:
+        if (page := self._pages.get(path)) is not None:
+            return page
+        for beginning, below in self._below.items():
+            if path.startswith(beginning):
+                return lambda: below(path.removeprefix(beginning))
+        return None

@@ -81,6 +81,7 @@ class ServerPoller:
         self._client, self._clock, self._rng, self._on_change = client, clock, rng, on_change
         self._interval, self._timeout = interval, timeout
         self._views: dict[ServerKey, ServerView] = {}
+        self._answered: dict[ServerKey, float] = {}
         self._pokes: dict[ServerKey, asyncio.Event] = {}
         self._servers_changed = asyncio.Event()
 
@@ -89,9 +90,15 @@ class ServerPoller:
         """A live read-only view: one entry for each server set."""
         return MappingProxyType(self._views)
 
+    @property
+    def answered(self) -> Mapping[ServerKey, float]:
+        """When each server last answered a poll (monotonic); those that have not are not in it."""
+        return MappingProxyType(self._answered)
+
     def set_servers(self, servers: frozenset[ServerKey]) -> None:
         """Poll exactly these from now on; may be called at any time. Views of those that stay are kept."""
         self._views = {server: self._views.get(server, ServerView(server)) for server in sorted(servers)}
+        self._answered = {server: at for server, at in self._answered.items() if server in servers}
         self._servers_changed.set()
 
     def poke(self, server: ServerKey) -> None:
@@ -147,6 +154,8 @@ class ServerPoller:
         if old is None:
             return  # taken out while it was asked
         new = self._views[server] = change(old)
+        if new.state is ServerState.REACHABLE:
+            self._answered[server] = self._clock.monotonic()
         if not differs(old, new):
             return
         if new.state is not old.state:

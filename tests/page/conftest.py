@@ -1,0 +1,23 @@
+"""One browser for all tests here; a world of its own for each."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import browser
+import pytest
+from browser import Browser
+from page_rig import Watched, watched
+
+
+@pytest.fixture
+async def chromium(tmp_path: Path) -> AsyncIterator[Browser]:
+    async with browser.running(tmp_path) as made:
+        yield made
+
+
+@pytest.fixture
+async def rig() -> AsyncIterator[Watched]:
+    async with watched() as made:
+        yield made

@@ -1,0 +1,33 @@
+"""Writes the page of a busy node as a picture: python tests/page/screenshot.py FILE [phone|dark]"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import tempfile
+from pathlib import Path
+
+import browser
+from page_rig import busy_day, watched
+
+WIDTH, HEIGHT = 1200, 960
+
+
+async def main(target: Path, *looks: str) -> None:
+    with tempfile.TemporaryDirectory(prefix="page-") as directory:
+        async with watched() as rig, browser.running(Path(directory)) as chromium:
+            await busy_day(rig)
+            if "broken" in looks:
+                rig.break_config()
+            tab = await chromium.tab()
+            phone = "phone" in looks
+            await tab.size(390 if phone else WIDTH, 1600 if phone else HEIGHT, phone=phone)
+            await tab.dark(on="dark" in looks)
+            await tab.open(rig.url)
+            picture = await tab.screenshot(whole="whole" in looks)
+            assert not tab.messages, tab.messages
+            await asyncio.to_thread(target.write_bytes, picture)
+
+
+if __name__ == "__main__":
+    asyncio.run(main(Path(sys.argv[1]), *sys.argv[2:]))

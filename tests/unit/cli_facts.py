@@ -1,0 +1,50 @@
+"""What explain and release are given, as it was found out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+from usbip_plugin.cli.explaining import Facts, Offer, PluginWord, PodWord, ServerSays, ServerWord
+from usbip_plugin.cli.listing import Known
+from usbip_plugin.locks.record import LOCK_LABELS, SESSION_LABELS, lock_of
+from usbip_plugin.locks.store import Lease
+from usbip_plugin.model import DeviceKey, ServerKey
+
+KEY = DeviceKey(ServerKey("lab", 3240), "1-1")
+TAKEN = datetime(2026, 5, 4, 3, 2, 1, tzinfo=UTC)
+NOW = TAKEN + timedelta(hours=3)
+NOTES = {"usbip.dev/server": "lab:3240", "usbip.dev/busid": "1-1", "usbip.dev/usb-id": "0951:1666"}
+HELD_NOTES = NOTES | {"usbip.dev/pod": "ns/reader/uid-1", "usbip.dev/vhci-port": "3", "usbip.dev/boot-id": "b"}
+LISTED = ServerWord(ServerSays.LISTED, usb_id="0951:1666")
+UNLISTED = ServerWord(ServerSays.UNLISTED)
+UNREACHABLE = ServerWord(ServerSays.UNREACHABLE, error="USB/IP server lab:3240: connection refused")
+
+
+def known(
+    holder: str = "", *, heard: float | None = 3, written: float = 3600, notes: dict[str, str] | None = None
+) -> Known:
+    """heard: seconds since the session was renewed, None for no session; written: since the lock was."""
+    annotations = notes if notes is not None else HELD_NOTES if holder else NOTES
+    renewed = NOW - timedelta(seconds=written)
+    lease = Lease(KEY.id, holder, 40, TAKEN, renewed, 5, annotations, LOCK_LABELS, resource_version="7")
+    session = None
+    if holder and heard is not None:
+        beat = NOW - timedelta(seconds=heard)
+        session = Lease(f"usbip-node-{holder}", holder, 40, TAKEN, beat, labels=SESSION_LABELS)
+    return Known(lease, lock_of(lease), session)
+
+
+FREE = Facts(
+    device_id=KEY.id,
+    key=KEY,
+    known=known(),
+    offers=(Offer("usbip.dev/stick", "vendor 0951"),),
+    config_source="ConfigMap usbip-system/usbip-plugin",
+    server=LISTED,
+    pod=PodWord.UNKNOWN,
+    plugin=PluginWord.UNKNOWN,
+    namespace="usbip-system",
+    now=NOW,
+)
+HELD = replace(FREE, known=known("node-a"), server=UNLISTED, pod=PodWord.LIVES, plugin=PluginWord.READY)

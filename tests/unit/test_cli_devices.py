@@ -1,0 +1,142 @@
+"""`usbip-plugin devices`: what the Leases say, in each form."""
+
+from __future__ import annotations
+
+import io
+import json
+from datetime import UTC, datetime, timedelta
+
+import pytest
+import yaml
+
+from usbip_plugin.cli import output
+from usbip_plugin.cli.listing import COLUMNS, WIDE, known_devices, rows
+from usbip_plugin.cli.output import show_devices, table, wants_colour
+from usbip_plugin.clock import SystemClock
+from usbip_plugin.locks.memory import MemoryBackend, MemoryLeases
+from usbip_plugin.locks.record import LOCK_LABELS, SESSION_LABELS
+from usbip_plugin.locks.store import Lease
+from usbip_plugin.model import DeviceKey, ServerKey
+
+HELD, FREE, SILENT = (
+    DeviceKey(ServerKey(host, 3240), busid) for host, busid in (("lab", "1-1"), ("attic", "1-2"), ("z", "2-1"))
+)
+TAKEN = datetime(2026, 5, 4, 3, 2, 1, tzinfo=UTC)
+NOW = TAKEN + timedelta(hours=1)
+ELSEWHERE = DeviceKey(ServerKey("lab", 3240), "1-9")
+POD = {"usbip.dev/pod": "default/reader/uid-1", "usbip.dev/vhci-port": "3", "usbip.dev/in-place-of": ELSEWHERE.id}
+
+
+def notes(key: DeviceKey) -> dict[str, str]:
+    return {"usbip.dev/server": str(key.server), "usbip.dev/busid": key.busid, "usbip.dev/usb-id": "0951:1666"}
+
+
+def store() -> MemoryLeases:
+    backend = MemoryBackend()
+    for key, holder, epoch in ((HELD, "node-a", 7), (FREE, "", 2), (SILENT, "node-b", 1)):
+        backend.create(Lease(key.id, holder, 40, TAKEN, TAKEN, epoch, annotations=notes(key) | POD, labels=LOCK_LABELS))
+    for node, beat in (("node-a", NOW - timedelta(seconds=5)), ("node-b", NOW - timedelta(seconds=41))):
+        backend.create(Lease(f"usbip-node-{node}", node, 40, TAKEN, beat, labels=SESSION_LABELS))
+    return MemoryLeases(backend, SystemClock())
+
+
+async def shown(form: str) -> str:
+    out = io.StringIO()
+    show_devices(rows(await known_devices(store()), NOW), form, out)
+    return out.getvalue()
+
+
+async def test_a_row_for_each_lock_and_none_for_sessions() -> None:
+    free, held, silent = rows(await known_devices(store()), NOW)
+    assert held == {
+        "device": "lab:3240/1-1",
+        "id": HELD.id,
+        "server": "lab:3240",
+        "busid": "1-1",
+        "usb_id": "0951:1666",
+        "serial": None,
+        "state": "held",
+        "holder": "node-a",
+        "pod": "default/reader",
+        "port": 3,
+        "since": "2026-05-04T03:02:01Z",
+        "last_sign": "2026-05-04T04:01:56Z",
+        "epoch": 7,
+        "reason": "in use",
+        "in_place_of": ELSEWHERE.id,
+    }
+    assert (free["device"], free["state"], free["reason"]) == ("attic:3240/1-2", "free", "nobody holds it")
+    assert [free[key] for key in ("holder", "pod", "port", "since", "last_sign", "in_place_of")] == [None] * 6
+    assert silent["state"] == "silent"
+    assert silent["reason"] == "holder silent since 2026-05-04T04:01:20Z; may be taken over"
+    assert free["epoch"] == 2
+
+
+async def test_the_table_names_holder_and_pod_and_lines_up() -> None:
+    head, free, held, _silent = (await shown("table")).splitlines()
+    assert head.split() == ["DEVICE", "STATE", "HOLDER", "POD", "SINCE", "EPOCH", "REASON"]
+    assert free.split()[:5] == ["attic:3240/1-2", "free", "-", "-", "-"]
+    assert held[head.index("POD") :].startswith("default/reader")
+
+
+async def test_wide_has_more_columns_and_the_same_rows() -> None:
+    head, _free, held, _silent = (await shown("wide")).splitlines()
+    assert head.split()[len(COLUMNS) :] == ["ID", "USB-ID", "SERIAL", "PORT"]
+    assert held.split()[-4:] == [HELD.id, "0951:1666", "-", "3"]
+
+
+async def test_json_and_yaml_say_the_same_and_name_gives_ids() -> None:
+    whole = rows(await known_devices(store()), NOW)
+    assert json.loads(await shown("json")) == yaml.safe_load(await shown("yaml")) == whole
+    assert (await shown("name")).split() == [row["id"] for row in whole]
+
+
+def test_nothing_locked_yet_is_a_sentence_for_people_and_nothing_for_programs() -> None:
+    assert "no device has been locked" in table([])
+    for form, text in (("json", "[]\n"), ("yaml", "[]\n"), ("name", "")):
+        out = io.StringIO()
+        show_devices([], form, out)
+        assert out.getvalue() == text
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("stream", "environ", "wanted"),
+    [
+        (Terminal(), {"TERM": "xterm"}, True),
+        (Terminal(), {"TERM": "xterm", "NO_COLOR": "1"}, False),
+        (Terminal(), {"TERM": "xterm", "NO_COLOR": ""}, True),
+        (Terminal(), {"TERM": "dumb"}, False),
+        (Terminal(), {}, False),
+        (io.StringIO(), {"TERM": "xterm"}, False),
+    ],
+)
+def test_colour_is_for_terminals_that_want_it(stream: io.StringIO, environ: dict[str, str], wanted: bool) -> None:
+    assert wants_colour(stream, environ) is wanted
+
+
+@pytest.mark.parametrize("rich", [True, False])
+async def test_a_terminal_gets_colour_with_and_without_rich(monkeypatch: pytest.MonkeyPatch, rich: bool) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if not rich:
+        monkeypatch.setattr(output, "find_spec", lambda _name: None)
+    monkeypatch.setenv("COLUMNS", "200")
+    out = Terminal()
+    devices = rows(await known_devices(store()), NOW)
+    show_devices(devices, "table", out)
+    text = out.getvalue()
+    assert "\x1b[32m" in text, "free is green"
+    assert all(str(row["device"]) in text for row in devices)
+
+
+def test_colour_does_not_shift_columns() -> None:
+    devices = [dict.fromkeys(WIDE, "x") | {"state": state} for state in ("free", "held", "other")]
+    plain, painted = table(devices), table(devices, colour=True)
+    for code in ("\x1b[32m", "\x1b[33m", "\x1b[0m"):
+        painted = painted.replace(code, "")
+    assert painted == plain

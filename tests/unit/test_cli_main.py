@@ -1,0 +1,119 @@
+"""The command line around its commands: exit status, help, completion."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from usbip_plugin.cli import main, parser
+from usbip_plugin.cli.completion import candidates, script
+from usbip_plugin.cli.exits import MEANING, Exit
+
+KUBECONFIG = """
+apiVersion: v1
+kind: Config
+clusters: [{name: c, cluster: {server: "http://127.0.0.1:%d"}}]
+users: [{name: u, user: {token: t}}]
+contexts: [{name: x, context: {cluster: c, user: u}}]
+current-context: x
+"""
+
+
+def devices(_options: argparse.Namespace) -> list[tuple[str, str]]:
+    return [("usbip-abc", "lab:3240/1-1"), ("usbip-xyz", "lab:3240/1-2")]
+
+
+def words(*typed: str) -> list[str]:
+    return [word for word, _text in candidates(typed, devices)]
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        (("re",), ["release"]),
+        (("devices", "-o", ""), ["table", "wide", "json", "yaml", "name"]),
+        (("devices", "--output", "j"), ["json"]),
+        (("devices", "--kub"), ["--kubeconfig"]),
+        (("devices", "--kubeconfig", ""), []),  # files, which the shell knows
+        (("devices", ""), []),
+        (("explain", ""), ["usbip-abc", "usbip-xyz"]),
+        (("-h", "explain", "usbip-x"), ["usbip-xyz"]),
+        (("release", "--namespace", "ns", ""), ["usbip-abc", "usbip-xyz"]),
+        (("release", "usbip-abc", ""), []),
+        (("release", "usbip-abc", "--f"), ["--force"]),
+        (("completion", ""), ["bash", "zsh", "fish"]),
+        (("simulate", ""), ["kernel", "server"]),
+        (("simulate", "server", "--log-level", "d"), ["debug"]),
+        (("nonsense", "x", ""), ["devices", "explain", "release", "check", "run", "completion", "demo", "simulate"]),
+    ],
+)
+def test_what_is_offered_for_the_last_word(typed: tuple[str, ...], offered: list[str]) -> None:
+    assert words(*typed) == offered
+
+
+def test_the_flags_given_reach_the_question_for_devices() -> None:
+    seen: list[argparse.Namespace] = []
+    candidates(("explain", "--kubeconfig", "f", "-n", "ns", ""), lambda options: seen.append(options) or [])  # type: ignore[func-returns-value]
+    assert (seen[0].kubeconfig, seen[0].namespace) == ("f", "ns")
+
+
+def bash(line: str, tmp_path: Path) -> list[str]:
+    """What bash itself offers at the end of a line."""
+    tool = tmp_path / "usbip-plugin"
+    tool.write_text(f'#!/bin/sh\nexec {sys.executable} -m usbip_plugin "$@"\n')
+    tool.chmod(0o755)
+    code = f"""
+        source <(usbip-plugin completion bash)
+        COMP_WORDS=({line}); COMP_CWORD=$(( ${{#COMP_WORDS[@]}} - 1 ))
+        _usbip_plugin
+        printf '%s\\n' "${{COMPREPLY[@]}}"
+    """
+    environ = {"PATH": f"{tmp_path}:/usr/bin:/bin", "HOME": str(tmp_path), "KUBECONFIG": "/nonexistent"}
+    done = subprocess.run(["bash", "-c", code], check=True, capture_output=True, text=True, env=environ)
+    assert done.stderr == ""
+    return done.stdout.split()
+
+
+def test_bash_completes_commands_flags_and_values(tmp_path: Path) -> None:
+    assert bash("usbip-plugin ex", tmp_path) == ["explain"]
+    assert bash("usbip-plugin devices -o y", tmp_path) == ["yaml"]
+    assert bash("usbip-plugin release --for", tmp_path) == ["--force"]
+    assert bash("usbip-plugin explain usb", tmp_path) == [], "no cluster to ask, and nothing said about it"
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_script_for_each_shell(shell: str) -> None:
+    text = script(shell)
+    assert "usbip-plugin __complete" in text
+    assert "{" not in text.replace("{", "", text.count("}")), "every placeholder is filled in"
+
+
+def test_usage_errors_are_2() -> None:
+    for arguments in ([], ["nonsense"], ["explain"], ["devices", "-o", "xml"], ["release", "x", "--maybe"]):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == Exit.USAGE
+
+
+def test_no_kubeconfig_is_2_and_no_api_server_is_3(
+    tmp_path: Path, unused_tcp_port: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["devices", "--kubeconfig", str(tmp_path / "none")]) == Exit.USAGE
+    config = tmp_path / "kubeconfig"
+    config.write_text(KUBECONFIG % unused_tcp_port)
+    for command in (["devices"], ["explain", "x"], ["release", "x"]):
+        assert main([*command, "--kubeconfig", str(config)]) == Exit.API
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "list leases.coordination.k8s.io" in err
+
+
+def test_the_help_says_what_every_exit_status_means() -> None:
+    text = " ".join(parser().format_help().split())
+    for number, meaning in MEANING.items():
+        assert f"{number:d} {meaning}" in text
+    assert set(MEANING) == set(Exit)

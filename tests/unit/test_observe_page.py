@@ -1,0 +1,261 @@
+"""The status page as HTML, and the same as JSON."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+
+from usbip_plugin.observe.markup import Markup, join, tag, text
+from usbip_plugin.observe.page import MAX_BARS, MAX_ROWS, MAX_TRACES, Page
+from usbip_plugin.observe.site import Site
+from usbip_plugin.observe.status import ConfigReport, DeviceRow, LocksReport, RegistrationRow, ServerRow, Status
+from usbip_plugin.observe.tracing import (
+    MAX_SPANS_PER_TRACE,
+    MAX_TEXT_CHARACTERS,
+    RECENT_TRACES,
+    RecentSpans,
+    SpanRecord,
+)
+
+AT = "2026-05-04T03:02:01+00:00"
+DEVICE = DeviceRow(
+    resource="usbip.dev/stick",
+    device="lab:3240/1-1",
+    id="usbip-a",
+    healthy=True,
+    reason="free",
+    detail="",
+    holder=None,
+    pod=None,
+    since=None,
+    server="lab:3240",
+    busid="1-1",
+    usb_id="0951:1666",
+    serial="A1",
+    selector="bus_id 1-*",
+    state="Free",
+    here=False,
+    epoch=None,
+    port=None,
+)
+HELD = replace(
+    DEVICE,
+    id="usbip-b",
+    healthy=False,
+    reason="held by another node",
+    detail="held by node b",
+    holder="b",
+    pod="ns/p",
+    since=AT,
+)
+MINE = replace(DEVICE, id="usbip-c", reason="attached here", holder="a", state="Attached", here=True, epoch=3, port=7)
+STATUS = Status(
+    node="a",
+    version="1",
+    now=AT,
+    uptime=3.0,
+    not_ready=(),
+    not_alive=(),
+    devices=(DEVICE, HELD, MINE),
+    servers=(ServerRow("lab:3240", "reachable", True, 1, 2.0, 0, None),),
+    registrations=(RegistrationRow("usbip.dev/stick", True, 1, None),),
+    locks=LocksReport(True, True, 5.0, None, 1, 3, 4.0, 40.0),
+    config=ConfigReport("/etc/config.yaml", AT, 1),
+)
+
+
+def span(number: int, parent: int | None = None, trace: int = 1, **changes: Any) -> SpanRecord:
+    made = SpanRecord(
+        f"step {number}", "a", f"{trace:032x}", f"{number:016x}", None if parent is None else f"{parent:016x}", 0, 10
+    )
+    return replace(made, **changes)
+
+
+class Reader(HTMLParser):
+    """Text, and every element with its attributes."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.text, self.elements = "", list[tuple[str, dict[str, str | None]]]()
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def shown(status: Status, *traces: list[SpanRecord]) -> Reader:
+    return Reader(Page().main(status, traces))
+
+
+def test_what_a_value_says_is_text_whatever_it_is() -> None:
+    assert tag("b", "<i>", tag("i", 1), None, title="\"<>&'") == (
+        '<b title="&quot;&lt;&gt;&amp;&#x27;">&lt;i&gt;<i>1</i></b>'
+    )
+    assert join("&", Markup("<hr>")) == "&amp;<hr>"
+    assert text("\u202e\x00\n") == "???"
+
+
+def test_every_device_with_what_is_known_of_it() -> None:
+    said = shown(STATUS).text
+    for words in (
+        "lab:3240/1-1",
+        "0951:1666 · A1 · bus_id 1-*",
+        "Available",
+        "held by another node",
+        "pod ns/p",
+        "Attached",
+    ):
+        assert words in said
+    assert "held by node b" not in said, "the columns say it already"
+    assert "3 devices" not in said
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"devices": ()}, "No device is known yet."),
+        ({"servers": ()}, "The configuration names no server."),
+        ({"registrations": ()}, "Nothing to register."),
+        ({"not_ready": ("locks not read: waiting",)}, "locks not read: waiting"),
+        ({"not_alive": ("event loop: no sign of life",)}, "event loop: no sign of life"),
+        ({"servers": (ServerRow("lab:1", "unreachable", False, 0, None, 3, "refused"),)}, "refused"),
+        ({"servers": (ServerRow("lab:1", "unreachable", False, 0, None, 3, "refused"),)}, "never"),
+        ({"registrations": (RegistrationRow("r", False, 0, "no kubelet"),)}, "no kubelet"),
+        ({"locks": replace(STATUS.locks, reachable=False, error="timeout")}, "The API server does not answer, for 5 s"),
+        ({"locks": replace(STATUS.locks, held=0, heartbeat=None)}, "none needed"),
+        ({"config": replace(STATUS.config, warnings=("odd",))}, "odd"),
+        ({"config": replace(STATUS.config, problems=("config.yaml:3: bad",), failed=AT)}, "config.yaml:3: bad"),
+        ({"config": replace(STATUS.config, problems=("bad",), failed=AT)}, "the one loaded at 03:02:01 UTC stays"),
+    ],
+)
+def test_what_is_not_well_is_said(changed: dict[str, Any], said: str) -> None:
+    assert said in shown(replace(STATUS, **changed)).text
+    assert said not in shown(STATUS).text
+
+
+def test_a_trace_is_a_bar_for_each_span() -> None:
+    bad = span(2, 1, start_ns=4, end_ns=9, error="no route", attributes={"usbip.device": "usbip-a"})
+    reader = shown(STATUS, [bad, span(1)])
+    bars = [attrs for name, attrs in reader.elements if name == "rect"]
+    assert [bar["class"] for bar in bars] == ["n0", "failed"]
+    assert "no route" in reader.text
+    assert "lab:3240/1-1" in reader.text.partition("Last traces")[2], "a device is named, not only its id"
+    assert "Nothing has happened yet" in shown(STATUS).text
+
+
+def test_the_page_is_bounded_and_says_where_the_rest_is() -> None:
+    many = replace(STATUS, devices=tuple(replace(DEVICE, id=f"usbip-{i}") for i in range(MAX_ROWS + 2)))
+    long = [span(i, 0, attributes={"k": "<" * MAX_TEXT_CHARACTERS}) for i in range(MAX_SPANS_PER_TRACE)]
+    traces = [[replace(one, trace_id=f"{i:032x}") for one in long] for i in range(RECENT_TRACES)]
+    reader = shown(many, *traces)
+    rows = [attrs["data-key"] for name, attrs in reader.elements if name == "tr" and "data-key" in attrs]
+    assert sum((key or "").startswith("usbip.dev/stick-usbip-") for key in rows) == MAX_ROWS
+    assert "and 2 more: /api/devices" in reader.text
+    details = [attrs for name, attrs in reader.elements if name == "details"]
+    assert len(details) == MAX_TRACES
+    assert details[0]["id"] == f"t{RECENT_TRACES - 1:032x}", "the newest first"
+    assert sum(name == "rect" for name, _ in reader.elements) == MAX_TRACES * MAX_BARS
+    assert f"and {MAX_SPANS_PER_TRACE - MAX_BARS} more: /api/traces/" in reader.text
+    assert len(Page().whole(many, traces)) < 5_000_000
+
+
+HOSTILE = [
+    "<script>x</script>",
+    '"><img src=x onerror=x>',
+    "' onfocus='x",
+    "</title><script>",
+    "<!-- main -->",
+    "a:b:c",
+    "",
+]
+
+
+@pytest.mark.parametrize("bad", HOSTILE)
+def test_hostile_text_makes_no_element_and_no_attribute(bad: str) -> None:
+    def poison(row: Any) -> Any:
+        texts = {name: bad for name, kind in row.__annotations__.items() if kind in ("str", "str | None")}
+        return replace(row, **texts)
+
+    status = replace(
+        poison(STATUS),
+        devices=(poison(MINE), poison(HELD)),
+        servers=(poison(STATUS.servers[0]),),
+        registrations=(replace(poison(STATUS.registrations[0]), registered=False),),
+        locks=replace(poison(STATUS.locks), reachable=False),
+        config=replace(poison(STATUS.config), problems=(bad,), warnings=(bad,)),
+        not_ready=(bad,),
+    )
+    trace = [span(1, name=bad, node=bad, error=bad, attributes={bad: bad, "usbip.device": bad})]
+    whole = Page().whole(status, [trace]).decode()
+    calm = (
+        Page()
+        .whole(replace(STATUS, config=replace(STATUS.config, problems=("x",), warnings=("x",))), [[span(1, error="x")]])
+        .decode()
+    )
+    elements = {name for name, _ in Reader(whole).elements}
+    assert elements <= {name for name, _ in Reader(calm).elements} | {"small", "ul", "li"}
+    attributes = {key for _, attrs in Reader(whole).elements for key in attrs}
+    assert not {key for key in attributes if key.startswith("on")} | {"src", "style", "autofocus"} & attributes
+    assert whole.count("<script>") == 1
+
+
+def test_the_policy_names_the_one_script_and_the_one_style() -> None:
+    page = Page()
+    html = page.whole(STATUS, []).decode()
+    for name in ("script", "style"):
+        (part,) = re.findall(f"<{name}>(.*?)</{name}>", html, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()
+        assert f"{name}-src 'sha256-{digest}'" in page.policy
+    assert "default-src 'none'" in page.policy
+    assert "unsafe" not in page.policy
+    assert not re.findall(r"""(?:src|href|action)=["'](?!/|data:,)""", html), "it asks nobody else for anything"
+
+
+def test_json_has_the_same() -> None:
+    recent = RecentSpans()
+    recent._traces["1".zfill(32)] = [span(1, attributes={"usbip.device": "lab:3240/1-1"}), span(2, 1, error="broke")]
+    recent._traces["2".zfill(32)] = [span(3, trace=2)]
+    site = Site(lambda: STATUS, recent)
+    pages, (trace,) = site.pages(), site.below().values()
+    status = json.loads(pages["/api/status"]().body)
+    assert status["devices"] == json.loads(pages["/api/devices"]().body)
+    assert {"resource", "device", "id", "healthy", "reason", "detail", "holder", "pod", "since"} < set(
+        status["devices"][0]
+    )
+    assert (status["node"], status["locks"]["duration"], status["servers"][0]["answered"]) == ("a", 40.0, 2.0)
+    newest, oldest = json.loads(pages["/api/traces"]().body)
+    assert newest["trace_id"] == "2".zfill(32)
+    assert (oldest["name"], oldest["device"], oldest["error"], oldest["failed"], oldest["span_count"]) == (
+        *("step 1", "lab:3240/1-1", "broke", False, 2),
+    )
+    whole = json.loads(trace("1".zfill(32)).body)
+    assert [one["name"] for one in whole["spans"]] == ["step 1", "step 2"]
+    assert whole["spans"][1]["parent_id"] == f"{1:016x}"
+    for unknown in ("", "x", "3".zfill(32), "../devices"):
+        assert trace(unknown).status == 404
+
+
+def test_the_fragment_cannot_run_anything_by_itself() -> None:
+    answer = Site(lambda: STATUS, RecentSpans()).pages()["/api/page"]()
+    assert "sandbox" in answer.headers["Content-Security-Policy"]
+
+
+def test_nobody_pays_for_a_page_that_is_not_looked_at() -> None:
+    code = (
+        "import sys; from usbip_plugin.observe.site import Site; import usbip_plugin.process;"
+        "print('usbip_plugin.observe.page' in sys.modules or 'usbip_plugin.observe.waterfall' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "False"

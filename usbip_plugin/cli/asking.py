@@ -1,0 +1,252 @@
+"""What can be found out about a device from where a person sits: Leases, configuration, servers, pods.
+
+Only the Leases must be readable. What else cannot be asked is left out, and said so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from usbip_plugin.cli.explaining import Facts, Offer, PluginWord, PodWord, ServerSays, ServerWord
+from usbip_plugin.cli.listing import Known, known_devices
+from usbip_plugin.cli.naming import Candidate, resolve
+from usbip_plugin.clock import Clock
+from usbip_plugin.config.matching import Match, matches
+from usbip_plugin.config.parse import parse_config
+from usbip_plugin.config.reload import load_config
+from usbip_plugin.config.schema import DEFAULT_CONFIG_PATH, DEFAULT_DOMAIN, Config
+from usbip_plugin.errors import ConfigError, KubeError, KubeNotFound, NoSuchDevice, UsbipError
+from usbip_plugin.inventory import key_of, parse_usb_id
+from usbip_plugin.locks.store import LeaseStore
+from usbip_plugin.model import DEFAULT_USBIP_PORT, Descriptor, DeviceKey, Lock, PodRef, ServerKey
+from usbip_plugin.observe.events import KubeRequests
+from usbip_plugin.usbip.protocol import valid_busid
+
+DEVLIST_TIMEOUT_S = 3.0
+"""For each server; all are asked side by side."""
+REQUEST_TIMEOUT_S = 5.0
+PLUGIN_LABEL = "app.kubernetes.io/name=usbip-plugin"
+_NODE = re.compile("[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
+_SERVER_BUSID = re.compile(r"(?P<host>\[[0-9A-Fa-f:.%]+\]|[^/:\[\]]+)(?::(?P<port>[0-9]{1,5}))?/(?P<busid>[^/]+)")
+
+
+class DevlistClient(Protocol):
+    async def devlist(self, server: ServerKey, *, timeout: float) -> tuple[Descriptor, ...]:
+        """As of usbip.client.UsbipClient."""
+        ...
+
+
+@dataclass(slots=True)
+class Enquiry:
+    """One person's question. answers: what each server listed, or why it did not; filled as they are asked."""
+
+    store: LeaseStore
+    kube: KubeRequests
+    client: DevlistClient
+    clock: Clock
+    namespace: str
+    domain: str
+    config: Config | None
+    source: str
+    known: tuple[Known, ...] = ()
+    answers: dict[ServerKey, tuple[Descriptor, ...] | str] = field(default_factory=dict)
+
+    async def about(self, name: str) -> Facts:
+        """Everything about the device of that name. KubeError if the Leases cannot be read; NoSuchDevice and so on."""
+        self.known = await known_devices(self.store)
+        if self.config is not None:
+            await self._ask(self.config.servers())
+        keys = self._keys()
+        try:
+            chosen = resolve(name, self._candidates(keys)).id
+        except NoSuchDevice:
+            key = named_key(name)
+            if key is None:
+                raise
+            keys[key.id], chosen = key, key.id
+        key = keys.get(chosen)
+        known = next((one for one in self.known if one.lock.device_id == chosen), None)
+        if key is not None and key.server not in self.answers:
+            await self._ask(frozenset({key.server}))
+        lock = known.lock if known is not None else None
+        pod = lock.pod if lock is not None and lock.holder else None
+        return Facts(
+            device_id=chosen,
+            key=key,
+            known=known,
+            offers=self._offers(key, lock) if key is not None else None,
+            config_source=self.source,
+            server=self._word(key),
+            pod=await self._pod(pod) if pod is not None else PodWord.UNKNOWN,
+            plugin=await self._plugin(lock.holder) if lock is not None and lock.holder else PluginWord.UNKNOWN,
+            namespace=self.namespace,
+            now=self.clock.now(),
+        )
+
+    async def _ask(self, servers: frozenset[ServerKey]) -> None:
+        async def ask(server: ServerKey) -> None:
+            try:
+                self.answers[server] = await self.client.devlist(server, timeout=DEVLIST_TIMEOUT_S)
+            except UsbipError as error:
+                self.answers[server] = str(error)
+
+        async with asyncio.TaskGroup() as tasks:
+            for server in sorted(servers):
+                tasks.create_task(ask(server))
+
+    def _keys(self) -> dict[str, DeviceKey]:
+        """Devices that are locked, were, or are listed now and selected by the configuration."""
+        keys = {key.id: key for known in self.known if (key := key_of(known.lock)) is not None}
+        for server, listed in self.answers.items():
+            for descriptor in listed if not isinstance(listed, str) else ():
+                key = DeviceKey(server, descriptor.busid)
+                if self._offers(key, None):
+                    keys.setdefault(key.id, key)
+        return keys
+
+    def _candidates(self, keys: Mapping[str, DeviceKey]) -> list[Candidate]:
+        locks = {known.lock.device_id: known.lock for known in self.known}
+        found = []
+        for device_id in sorted({*keys, *locks}):
+            key, lock = keys.get(device_id), locks.get(device_id)
+            offers = self._offers(key, lock) if key is not None else None
+            found.append(
+                Candidate(
+                    device_id,
+                    device=str(key) if key is not None else None,
+                    busid=key.busid if key is not None else None,
+                    serial=lock.serial if lock is not None else None,
+                    resources=tuple(offer.resource for offer in offers or ()),
+                )
+            )
+        return found
+
+    def _offers(self, key: DeviceKey, lock: Lock | None) -> tuple[Offer, ...] | None:
+        """The resources that select the device; None where there is no configuration to ask."""
+        if self.config is None:
+            return None
+        listed = self._listed(key)
+        if listed is None and lock is not None and lock.usb_id is not None:
+            listed = descriptor_of(key.busid, lock.usb_id)
+        serial = lock.serial if lock is not None else None
+        found: dict[str, Offer] = {}
+        for resource in self.config.resources:
+            for entry in resource.devices:
+                if entry.target != key.server or listed is None:
+                    continue
+                if matches(entry.selector, listed, serial) is not Match.NO:
+                    found.setdefault(resource.name, Offer(f"{self.domain}/{resource.name}", str(entry.selector)))
+        return tuple(found.values())
+
+    def _listed(self, key: DeviceKey) -> Descriptor | None:
+        listed = self.answers.get(key.server, "")
+        return None if isinstance(listed, str) else next((d for d in listed if d.busid == key.busid), None)
+
+    def _word(self, key: DeviceKey | None) -> ServerWord:
+        if key is None or key.server not in self.answers:
+            return ServerWord(ServerSays.NOT_ASKED)
+        answer = self.answers[key.server]
+        if isinstance(answer, str):
+            return ServerWord(ServerSays.UNREACHABLE, error=answer)
+        listed = self._listed(key)
+        if listed is None:
+            return ServerWord(ServerSays.UNLISTED)
+        return ServerWord(ServerSays.LISTED, usb_id=str(listed.usb_id))
+
+    async def _pod(self, pod: PodRef) -> PodWord:
+        path = f"/api/v1/namespaces/{pod.namespace}/pods/{pod.name}"
+        try:
+            found = await self.kube.request("get", path, resource="pods", timeout=REQUEST_TIMEOUT_S)
+        except KubeNotFound:
+            return PodWord.GONE
+        except KubeError:
+            return PodWord.UNKNOWN
+        return pod_word(found, pod)
+
+    async def _plugin(self, node: str) -> PluginWord:
+        if not _NODE.fullmatch(node):
+            return PluginWord.UNKNOWN
+        params = {"labelSelector": PLUGIN_LABEL, "fieldSelector": f"spec.nodeName={node}"}
+        path = f"/api/v1/namespaces/{self.namespace}/pods"
+        try:
+            found = await self.kube.request("list", path, resource="pods", params=params, timeout=REQUEST_TIMEOUT_S)
+        except KubeError:
+            return PluginWord.UNKNOWN
+        return plugin_word(found)
+
+
+def pod_word(found: Mapping[str, Any], pod: PodRef) -> PodWord:
+    """What the API server's answer says of the pod that a lock names."""
+    metadata, status = _mapping(found.get("metadata")), _mapping(found.get("status"))
+    if pod.uid is not None and metadata.get("uid") not in (None, pod.uid):
+        return PodWord.GONE
+    if status.get("phase") in ("Succeeded", "Failed"):
+        return PodWord.ENDED
+    return PodWord.ENDING if metadata.get("deletionTimestamp") else PodWord.LIVES
+
+
+def plugin_word(found: Mapping[str, Any]) -> PluginWord:
+    """Of a list of the plugin's pods on one node."""
+    items = found.get("items")
+    pods = [item for item in items if isinstance(item, dict)] if isinstance(items, list) else []
+    for pod in pods:
+        conditions = _mapping(pod.get("status")).get("conditions")
+        for condition in conditions if isinstance(conditions, list) else ():
+            if _mapping(condition).get("type") == "Ready" and _mapping(condition).get("status") == "True":
+                return PluginWord.READY
+    return PluginWord.NOT_READY if pods else PluginWord.NONE
+
+
+def named_key(name: str) -> DeviceKey | None:
+    """The device that "server/busid" or "server:port/busid" names; None for any other text."""
+    match = _SERVER_BUSID.fullmatch(name)
+    if match is None or not valid_busid(match["busid"]):
+        return None
+    port = int(match["port"] or DEFAULT_USBIP_PORT)
+    return DeviceKey(ServerKey(match["host"].strip("[]"), port), match["busid"]) if 0 < port < 65536 else None
+
+
+def descriptor_of(busid: str, usb_id: str) -> Descriptor:
+    """A device of which only the ids are known."""
+    ids = parse_usb_id(usb_id)
+    assert ids is not None  # noqa: S101 - record.lock_of checked it
+    return Descriptor(busid, "", 0, 0, 0, ids, 0, 0, 0, 0, 0, 0, 0)
+
+
+async def find_config(options: argparse.Namespace, kube: KubeRequests, namespace: str) -> tuple[Config | None, str]:
+    """The configuration and where it is from; None and why there is none. ConfigError for a --config that is bad."""
+    if options.config is not None:
+        return (await asyncio.to_thread(load_config, options.config)).config, str(options.config)
+    usual = Path(DEFAULT_CONFIG_PATH)
+    if await asyncio.to_thread(usual.is_file):
+        with contextlib.suppress(ConfigError):
+            return (await asyncio.to_thread(load_config, usual)).config, str(usual)
+    name = f"ConfigMap {namespace}/{options.config_map}"
+    if not _NODE.fullmatch(options.config_map):
+        return None, f"{name} cannot be read: no such name is possible"
+    path = f"/api/v1/namespaces/{namespace}/configmaps/{options.config_map}"
+    try:
+        found = await kube.request("get", path, resource="configmaps", timeout=REQUEST_TIMEOUT_S)
+        text = _mapping(found.get("data")).get("config.yaml")
+        if not isinstance(text, str):
+            return None, f"{name} has no config.yaml"
+        return parse_config(text, name).config, name
+    except KubeError as error:
+        return None, f"{name} cannot be read: {error}"
+    except ConfigError as error:
+        return None, f"{name} cannot be used: {error.problems[0]}"
+
+
+def domain_of(given: str | None, config: Config | None) -> str:
+    return given or (config.settings.domain if config is not None else None) or DEFAULT_DOMAIN
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}

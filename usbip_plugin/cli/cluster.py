@@ -1,0 +1,111 @@
+"""The commands that look at the whole cluster: devices, explain, release."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import sys
+from collections.abc import AsyncIterator
+
+from usbip_plugin.cli.asking import Enquiry, domain_of, find_config
+from usbip_plugin.cli.exits import Exit
+from usbip_plugin.cli.explaining import Facts, render
+from usbip_plugin.cli.explaining import explain as explanation_of
+from usbip_plugin.cli.listing import Known, known_devices, rows
+from usbip_plugin.cli.node import namespace_of
+from usbip_plugin.cli.output import paint, show_devices, structured, wants_colour
+from usbip_plugin.cli.releasing import plan
+from usbip_plugin.cli.releasing import release as carry_out
+from usbip_plugin.clock import SystemClock
+from usbip_plugin.errors import ReleaseRefused
+from usbip_plugin.kube import connect
+from usbip_plugin.locks.kubernetes import KubernetesLeases
+from usbip_plugin.locks.store import LeaseStore
+from usbip_plugin.usbip.client import TcpUsbipClient
+
+
+async def read_devices(options: argparse.Namespace) -> tuple[Known, ...]:
+    """Every device by its lock. KubeError, ConfigError."""
+    kube = await connect(options.kubeconfig)
+    try:
+        return await known_devices(KubernetesLeases(kube, namespace_of(options.namespace)))
+    finally:
+        await kube.close()
+
+
+async def devices(options: argparse.Namespace) -> int:
+    """`usbip-plugin devices`."""
+    show_devices(rows(await read_devices(options), SystemClock().now()), options.output)
+    return Exit.DONE
+
+
+async def explain(options: argparse.Namespace) -> int:
+    """`usbip-plugin explain DEVICE`."""
+    async with _facts(options) as (facts, _store):
+        found = explanation_of(facts)
+    if options.output == "text":
+        on = wants_colour(sys.stdout)
+        _say(render(found, ("\x1b[1m", "\x1b[0m") if on else ("", "")))
+    else:
+        _say(
+            structured(
+                dataclasses.asdict(found) | {"because": list(found.because), "next": list(found.next)}, options.output
+            )
+        )
+    return Exit.DONE if found.available else Exit.PROBLEM
+
+
+async def release(options: argparse.Namespace) -> int:
+    """`usbip-plugin release DEVICE`. ReleaseRefused if it is not to be."""
+    async with _facts(options) as (facts, store):
+        if not facts.holder or facts.known is None:
+            _say(f"{facts.device} has no holder; there is nothing to release.")
+            return Exit.DONE
+        intended = plan(facts)
+        for sentence in intended.sentences:
+            _say(sentence)
+        if intended.refusal and not options.force:
+            cure = "end its pod, or give --force"
+            raise ReleaseRefused(f"not released: {intended.refusal}; {cure}")
+        if intended.refusal:
+            _say(paint(f"Forced although {intended.refusal}.", "no", on=wants_colour(sys.stdout)))
+        if options.dry_run:
+            _say("A dry run: nothing was written.")
+            return Exit.DONE
+        if not options.yes and not await _confirmed(facts):
+            raise ReleaseRefused("not released: not confirmed")
+        await carry_out(store, facts.known, SystemClock().now())
+        _say(f"Released. {facts.device} is free for whoever asks first.")
+    return Exit.DONE
+
+
+async def _confirmed(facts: Facts) -> bool:
+    if not sys.stdin.isatty():
+        raise ReleaseRefused("not released: nobody can be asked, standard input is no terminal; give --yes")
+    question = f"Take {facts.device} from node {facts.holder}? [y/N] "
+    # to stderr, as kubectl does: standard output is for what is read by programs
+    print(question, end="", file=sys.stderr, flush=True)  # noqa: T201
+    answer = await asyncio.to_thread(sys.stdin.readline)
+    return answer.strip().lower() in ("y", "yes")
+
+
+@contextlib.asynccontextmanager
+async def _facts(options: argparse.Namespace) -> AsyncIterator[tuple[Facts, LeaseStore]]:
+    clock = SystemClock()
+    namespace = namespace_of(options.namespace)
+    kube = await connect(options.kubeconfig)
+    try:
+        store = KubernetesLeases(kube, namespace)
+        config, source = await find_config(options, kube, namespace)
+        with contextlib.closing(TcpUsbipClient(clock)) as client:
+            domain = domain_of(options.domain, config)
+            enquiry = Enquiry(store, kube, client, clock, namespace, domain, config, source)
+            yield await enquiry.about(options.device), store
+    finally:
+        await kube.close()
+
+
+def _say(text: str) -> None:
+    print(text)  # noqa: T201 - the command line's own voice

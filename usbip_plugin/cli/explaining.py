@@ -1,0 +1,261 @@
+"""Why a device can or cannot be had, in sentences. Pure."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+
+from usbip_plugin.cli.listing import Known, last_sign, silent, stamp
+from usbip_plugin.model import DeviceKey
+
+
+class ServerSays(enum.Enum):
+    """Of the device, asked directly. usbipd hides devices in use from its list."""
+
+    LISTED = "listed"
+    UNLISTED = "not listed"
+    UNREACHABLE = "unreachable"
+    NOT_ASKED = "not asked"
+
+
+@dataclass(frozen=True, slots=True)
+class ServerWord:
+    """usb_id: of what is listed under the bus id; error: why there was no answer."""
+
+    says: ServerSays
+    usb_id: str | None = None
+    error: str = ""
+
+
+class PodWord(enum.Enum):
+    """Of the pod that a lock names. UNKNOWN: none is named, or it may not be asked for."""
+
+    UNKNOWN = "not known"
+    GONE = "gone"
+    ENDED = "ended"
+    ENDING = "being deleted"
+    LIVES = "there"
+
+
+class PluginWord(enum.Enum):
+    """Of the plugin on the holder's node."""
+
+    UNKNOWN = "not known"
+    NONE = "there is none"
+    NOT_READY = "not ready"
+    READY = "ready"
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A resource, by its full name, and the selector by which it takes the device."""
+
+    resource: str
+    selector: str
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What was found out. key is None for a lock that does not say its device; offers is None without a configuration,
+    and config_source then says why there is none."""
+
+    device_id: str
+    key: DeviceKey | None
+    known: Known | None
+    offers: tuple[Offer, ...] | None
+    config_source: str
+    server: ServerWord
+    pod: PodWord
+    plugin: PluginWord
+    namespace: str
+    now: datetime
+
+    @property
+    def device(self) -> str:
+        return str(self.key) if self.key is not None else self.device_id
+
+    @property
+    def holder(self) -> str:
+        return self.known.lock.holder if self.known is not None else ""
+
+    @property
+    def silent(self) -> bool:
+        return self.known is not None and silent(self.known, self.now)
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """available: a pod that asks for it now would get it, as far as can be seen from here."""
+
+    device: str
+    device_id: str
+    available: bool
+    verdict: str
+    because: tuple[str, ...]
+    next: tuple[str, ...]
+
+
+def explain(facts: Facts) -> Explanation:
+    """The verdict first, then what it rests on, then what to do."""
+    available, verdict = _verdict(facts)
+    because = (*_lock(facts), *_place(facts), *_holder(facts), *_server(facts), *_offers(facts))
+    return Explanation(facts.device, facts.device_id, available, verdict, because, tuple(_next(facts)))
+
+
+def _verdict(facts: Facts) -> tuple[bool, str]:
+    device, says = facts.device, facts.server.says
+    if facts.holder and not facts.silent:
+        pod = facts.known.lock.pod if facts.known is not None else None
+        return False, f"{device} is in use on node {facts.holder}" + (f", by pod {pod}." if pod is not None else ".")
+    if facts.key is None:
+        return False, f"{device} cannot be had: its lock does not say which device it is for."
+    if says is ServerSays.UNREACHABLE:
+        return False, f"{device} cannot be had as far as can be seen from here: its server does not answer."
+    if says is ServerSays.UNLISTED:
+        return False, f"{device} cannot be had: its server does not offer it."
+    if facts.offers == ():
+        return False, f"{device} cannot be asked for: no resource of the configuration selects it."
+    if facts.holder:
+        return True, f"{device} may be taken over: node {facts.holder}, which holds it, is silent."
+    return True, f"{device} is free."
+
+
+def _lock(facts: Facts) -> Iterator[str]:
+    if facts.known is None:
+        yield "It has no lock: nobody has ever used it."
+        return
+    lock = facts.known.lock
+    if not lock.holder:
+        yield f"Its lock has no holder; it has had {lock.epoch} so far."
+        return
+    text = f"Its lock names node {lock.holder}"
+    if lock.acquired_at is not None:
+        text += f" since {stamp(lock.acquired_at)} ({ago(facts.now, lock.acquired_at)})"
+    text += f", as holder number {lock.epoch}"
+    if lock.port is not None:
+        yield text + f"; there it is attached to vhci port {lock.port}."
+    else:
+        yield text + "; it names no vhci port: the device is being attached or let go."
+
+
+def _place(facts: Facts) -> Iterator[str]:
+    place = facts.known.lock.in_place_of if facts.known is not None and facts.holder else None
+    if place is not None:
+        yield f"It is held for the device {place}, which its server listed under this bus id after it was lost."
+
+
+def _holder(facts: Facts) -> Iterator[str]:
+    if facts.known is None or not facts.holder:
+        return
+    sign = last_sign(facts.known)
+    heard = f"{stamp(sign)} ({ago(facts.now, sign)})" if sign is not None else "never"
+    if facts.silent:
+        yield f"The holder is silent: its last sign of life was {heard}, longer ago than its lock lasts."
+    else:
+        yield f"The holder lives: its last sign was {heard}."
+    pod = facts.known.lock.pod
+    if pod is not None and facts.pod is not PodWord.UNKNOWN:
+        yield f"Pod {pod} is {facts.pod.value}."
+    elif pod is None:
+        yield "The lock names no pod (yet)."
+    if facts.plugin in (PluginWord.NONE, PluginWord.NOT_READY):
+        yield f"The plugin on node {facts.holder}: {facts.plugin.value}."
+
+
+def _server(facts: Facts) -> Iterator[str]:
+    word, key = facts.server, facts.key
+    if key is None or word.says is ServerSays.NOT_ASKED:
+        yield "Its server was not asked: the lock does not say which it is."
+        return
+    match word.says:
+        case ServerSays.UNREACHABLE:
+            yield f"Asked from here, {word.error}."
+        case ServerSays.UNLISTED if facts.holder:
+            yield f"Server {key.server} does not list it, as is right for a device in use."
+        case ServerSays.UNLISTED:
+            yield (
+                f"Server {key.server} answers and does not list {key.busid}: unplugged, not bound, or in use by "
+                "somebody outside of this cluster."
+            )
+        case _ if facts.holder:
+            yield f"Server {key.server} lists it as free to import, so it is attached nowhere now."
+        case _:
+            yield f"Server {key.server} lists it as free to import."
+    promised = facts.known.lock.usb_id if facts.known is not None else None
+    if word.usb_id is not None and promised is not None and word.usb_id != promised:
+        yield f"What the server lists under this bus id is {word.usb_id}; the lock was for {promised}."
+
+
+def _offers(facts: Facts) -> Iterator[str]:
+    if facts.offers is None:
+        if facts.key is not None:
+            yield f"Which resources select it is not known: {facts.config_source}."
+        return
+    for offer in facts.offers:
+        yield f"It is offered as {offer.resource} ({offer.selector})."
+    if not facts.offers and facts.server.says is ServerSays.LISTED:
+        yield f"No resource of {facts.config_source} selects it."
+
+
+def _next(facts: Facts) -> Iterator[str]:
+    lock = facts.known.lock if facts.known is not None else None
+    if facts.holder and lock is not None and not facts.silent:
+        yield from _next_held(facts)
+        return
+    says = facts.server.says
+    if says is ServerSays.UNREACHABLE:
+        yield "Nodes may reach the server although this machine does not: see the status page of one, or its log."
+        yield "On the server: is usbipd running (systemctl status usbipd), and is the port open?"
+    elif says is ServerSays.UNLISTED and facts.holder:
+        port = lock.port if lock is not None and lock.port is not None else "PORT"
+        yield f"If node {facts.holder} lives, without its plugin, on that node: usbip port; usbip detach -p {port}"
+        yield "If it is gone and the server has not noticed, on the server: usbip unbind -b BUSID; usbip bind -b BUSID"
+    elif says is ServerSays.UNLISTED and facts.key is not None:
+        yield f"On the server: usbip list -l shows what is plugged in; usbip bind -b {facts.key.busid} exports it."
+    elif facts.offers == ():
+        yield "Add a selector for it to the configuration; docs/configuration.md shows how."
+    elif facts.offers:
+        yield f"A pod gets it with resources.limits: {{{facts.offers[0].resource}: 1}}"
+
+
+def _next_held(facts: Facts) -> Iterator[str]:
+    assert facts.known is not None  # noqa: S101 - the caller looked
+    pod = facts.known.lock.pod
+    name = facts.key.busid if facts.key is not None else facts.device_id
+    match facts.pod:
+        case PodWord.LIVES if pod is not None:
+            yield f"It comes free when that pod ends: kubectl -n {pod.namespace} delete pod {pod.name}"
+        case PodWord.ENDING:
+            yield "Wait: it comes free within seconds after the pod's containers have ended."
+        case PodWord.GONE | PodWord.ENDED:
+            yield "The pod no longer needs it: the plugin on that node lets it go within half a minute."
+    if facts.plugin in (PluginWord.NONE, PluginWord.NOT_READY):
+        look = f"kubectl -n {facts.namespace} get pods --field-selector spec.nodeName={facts.holder}"
+        yield f"Without its plugin the node lets nothing go: {look}"
+    elif facts.pod in (PodWord.GONE, PodWord.ENDED):
+        yield f"If it does not, its log says why: kubectl -n {facts.namespace} logs daemonset/usbip-plugin"
+    yield f"To take it from its holder all the same: release {name} --force (the pod loses it at once)"
+
+
+def ago(now: datetime, then: datetime) -> str:
+    """ "3 min ago"; a moment that is yet to come, by this machine's clock, is "just now"."""
+    return f"{age(max(0.0, (now - then).total_seconds()))} ago" if now > then else "just now"
+
+
+def age(seconds: float) -> str:
+    """The largest unit that fits, rounded down: "42 s", "3 min", "5 h", "2 d"."""
+    for limit, unit, divisor in ((120, "s", 1), (7200, "min", 60), (172_800, "h", 3600)):
+        if seconds < limit:
+            return f"{int(seconds // divisor)} {unit}"
+    return f"{int(seconds // 86_400)} d"
+
+
+def render(found: Explanation, bold: tuple[str, str] = ("", "")) -> str:
+    """For people. bold: what begins and ends the verdict on this terminal."""
+    lines = [f"{bold[0]}{found.verdict}{bold[1]}", f"  id {found.device_id}"]
+    lines += [f"  {sentence}" for sentence in found.because]
+    if found.next:
+        lines += ["", "What to do:", *(f"  {sentence}" for sentence in found.next)]
+    return "\n".join(lines)

@@ -1,0 +1,107 @@
+"""From arguments to an exit status."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import sys
+from collections.abc import Sequence
+
+from usbip_plugin.cli.completion import COMPLETE, PROG, complete, script
+from usbip_plugin.cli.exits import Exit
+from usbip_plugin.cli.parser import parser
+from usbip_plugin.errors import (
+    AmbiguousDevice,
+    ConfigError,
+    KubeUnauthorized,
+    KubeUnreachable,
+    NoSuchDevice,
+    PluginError,
+    ReleaseRefused,
+)
+
+KUBECTL = "kubectl usbip"
+
+
+def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
+    """Parses, runs, answers the exit status. Problems go to stderr."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == [COMPLETE]:
+        return complete(words[1:])
+    options = parser(prog).parse_args(words)
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # else gRPC writes to stderr whenever a kubelet restarts
+    try:
+        return _run(options)
+    except ConfigError as error:
+        print(error, file=sys.stderr)  # noqa: T201 - the command line's own voice
+        return Exit.USAGE
+    except PluginError as error:
+        print(f"{prog}: {error}", file=sys.stderr)  # noqa: T201
+        return _status(error)
+    except BrokenPipeError:
+        # whoever read the output has seen enough; what is still buffered must not complain at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return Exit.DONE
+    except KeyboardInterrupt:
+        return 130
+
+
+def kubectl() -> int:
+    """The same as `kubectl usbip`: kubectl finds it as kubectl-usbip in the PATH."""
+    return main(prog=KUBECTL)
+
+
+def _status(error: PluginError) -> Exit:
+    match error:
+        case KubeUnreachable() | KubeUnauthorized():
+            return Exit.API
+        case NoSuchDevice() | AmbiguousDevice():
+            return Exit.NO_DEVICE
+        case ReleaseRefused():
+            return Exit.REFUSED
+        case _:
+            return Exit.PROBLEM
+
+
+def _run(options: argparse.Namespace) -> int:
+    # imported where they are used: a run on a node has none of the commands for people in memory, and they none of it
+    match options.command:
+        case "run":
+            from usbip_plugin.cli.node import run  # noqa: PLC0415
+
+            return run(options)
+        case "check":
+            from usbip_plugin.cli.node import check  # noqa: PLC0415
+
+            return check(options)
+        case "devices" | "explain" | "release":
+            from usbip_plugin.cli import cluster  # noqa: PLC0415
+
+            command = {"devices": cluster.devices, "explain": cluster.explain, "release": cluster.release}
+            return asyncio.run(command[options.command](options))
+        case "completion":
+            print(script(options.shell))  # noqa: T201
+            return Exit.DONE
+        case "simulate":
+            return _simulate(options)
+        case _:
+            return _demo(options)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from usbip_plugin.observe.logs import set_up_logging  # noqa: PLC0415
+    from usbip_plugin.sim import demo  # noqa: PLC0415
+
+    set_up_logging("none", sys.stderr)
+    return Exit.DONE if asyncio.run(demo.run(print, real_kernel=options.real_kernel)) else Exit.PROBLEM
+
+
+def _simulate(options: argparse.Namespace) -> int:
+    from usbip_plugin.observe.logs import set_up_logging  # noqa: PLC0415
+    from usbip_plugin.sim import commands  # noqa: PLC0415
+
+    set_up_logging(options.log_level, sys.stdout, json_lines=True)
+    if options.simulated == "kernel":
+        return commands.kernel(options.socket, options.device_directory, options.controllers)
+    return commands.server(options.listen, options.device, options.devices_file)

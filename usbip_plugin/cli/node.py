@@ -1,0 +1,101 @@
+"""The commands that run on a node: run and check."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from usbip_plugin.cli.parser import DEFAULT_NAMESPACE
+from usbip_plugin.config.schema import (
+    DEFAULT_DOMAIN,
+    DEFAULT_LISTEN,
+    DEFAULT_LOG_LEVEL,
+    DEFAULT_PLUGIN_DIRECTORY,
+    DEFAULT_POD_RESOURCES_SOCKET,
+    FileSettings,
+)
+from usbip_plugin.errors import ConfigError
+
+if TYPE_CHECKING:
+    from usbip_plugin.process import Options
+
+SERVICE_ACCOUNT_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+
+
+def namespace_of(given: str | None) -> str:
+    """The namespace of the Leases: as given, else POD_NAMESPACE, else the ServiceAccount's, else the default."""
+    if given:
+        return given
+    if os.environ.get("POD_NAMESPACE"):
+        return os.environ["POD_NAMESPACE"]
+    try:
+        return SERVICE_ACCOUNT_NAMESPACE.read_text(encoding="ascii").strip() or DEFAULT_NAMESPACE
+    except OSError:
+        return DEFAULT_NAMESPACE
+
+
+def _first(*values: str | None) -> str:
+    """The flag, else the file's setting, else the default, which is never None."""
+    return next(value for value in values if value is not None)
+
+
+def run(options: argparse.Namespace) -> int:
+    """`usbip-plugin run`, until SIGTERM."""
+    # imported here: the commands for people and --help need none of it
+    from usbip_plugin import _narrow  # noqa: PLC0415
+
+    _narrow.install()  # before the imports below bring protobuf
+    from usbip_plugin.config.reload import load_config  # noqa: PLC0415
+    from usbip_plugin.observe.logs import set_up_logging  # noqa: PLC0415
+    from usbip_plugin.process import run_blocking  # noqa: PLC0415
+
+    if not options.node_name:
+        cure = "give the node's name, or set NODE_NAME (downward API: spec.nodeName)"
+        raise ConfigError("command line", [f"--node-name: {cure}"])
+    loaded = load_config(options.config)
+    settings = loaded.config.settings
+    level = _first(options.log_level, settings.log_level, DEFAULT_LOG_LEVEL)
+    set_up_logging(level, sys.stdout, json_lines=options.log_format == "json")
+    return run_blocking(_process_options(options, settings), loaded, loaded.warnings)
+
+
+def check(options: argparse.Namespace) -> int:
+    """`usbip-plugin check`."""
+    from usbip_plugin.checking import check_node  # noqa: PLC0415
+    from usbip_plugin.config.reload import Loaded, load_config  # noqa: PLC0415
+    from usbip_plugin.observe.logs import set_up_logging  # noqa: PLC0415
+
+    set_up_logging("none", sys.stderr)  # the report says it all
+    loaded: Loaded | ConfigError
+    try:
+        loaded = load_config(options.config)
+    except ConfigError as error:
+        loaded = error
+    settings = FileSettings() if isinstance(loaded, ConfigError) else loaded.config.settings
+    report, status = asyncio.run(check_node(_process_options(options, settings), loaded))
+    print(report)  # noqa: T201 - the command line's own voice
+    return status
+
+
+def _process_options(options: argparse.Namespace, settings: FileSettings) -> Options:
+    from usbip_plugin.process import Options  # noqa: PLC0415
+
+    return Options(
+        node=options.node_name or platform.node(),
+        namespace=namespace_of(options.namespace),
+        config=options.config,
+        domain=_first(options.domain, settings.domain, DEFAULT_DOMAIN),
+        plugin_directory=Path(_first(options.plugin_directory, settings.plugin_directory, DEFAULT_PLUGIN_DIRECTORY)),
+        pod_resources_socket=Path(
+            _first(options.pod_resources_socket, settings.pod_resources_socket, DEFAULT_POD_RESOURCES_SOCKET)
+        ),
+        listen=_first(getattr(options, "listen", None), settings.listen, DEFAULT_LISTEN),
+        kubeconfig=options.kubeconfig,
+        simulated_kernel=options.simulated_kernel,
+        cdi_directory=options.cdi_directory,
+    )

@@ -1,0 +1,210 @@
+"""Traces as JSON and as rows of a waterfall. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from usbip_plugin.observe.tracing import SpanRecord
+
+WIDTH = 1000
+"""Of the time axis, in units of the drawing."""
+GAP_WIDTH = 28
+"""What is drawn for a time in which nothing happened: hours between Allocate and release."""
+GAP_SHARE = 0.5
+"""A pause is a gap if it is longer than this part of all the time in which something happened."""
+LEAST_SHARE = 0.25
+"""A phase is drawn as if it took at least this part of the longest one, so that a quick Allocate stays readable."""
+LEAST_WIDTH = 4
+MAX_DEPTH = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """One span: x and width within 0..WIDTH; after: seconds from the begin of the trace; node: index into the nodes."""
+
+    span: SpanRecord
+    depth: int
+    x: float
+    width: float
+    after: float
+    node: int
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """A time cut short: where it is drawn, and how long it was in truth (seconds)."""
+
+    x: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Waterfall:
+    """A trace laid out, spans below their parents in order of begin."""
+
+    bars: tuple[Bar, ...]
+    gaps: tuple[Gap, ...]
+    nodes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """A trace in a line. seconds: from the first begin to the last end; error: the first one, None if none failed;
+    failed: the root itself did."""
+
+    trace_id: str
+    name: str
+    start: datetime
+    seconds: float
+    spans: int
+    nodes: tuple[str, ...]
+    device: str | None
+    error: str | None
+    failed: bool
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "trace_id": self.trace_id,
+            "name": self.name,
+            "start": self.start.isoformat(timespec="milliseconds"),
+            "seconds": self.seconds,
+            "span_count": self.spans,
+            "nodes": list(self.nodes),
+            "device": self.device,
+            "error": self.error,
+            "failed": self.failed,
+        }
+
+
+def summary(spans: Sequence[SpanRecord]) -> Summary:
+    """Of one trace, with at least one span."""
+    ordered = _ordered(spans)
+    first = ordered[0]
+    known = {span.span_id for span in ordered}
+    root = next((span for span in ordered if span.parent_id not in known), first)
+    begin, end = first.start_ns, max(span.end_ns for span in ordered)
+    errors = [span.error or span.name + " failed" for span in ordered if span.error is not None]
+    return Summary(
+        trace_id=first.trace_id,
+        name=root.name,
+        start=datetime.fromtimestamp(begin / 1e9, UTC),
+        seconds=max(0, end - begin) / 1e9,
+        spans=len(ordered),
+        nodes=_nodes(ordered),
+        device=next((name for name in _devices(ordered)), None),
+        error=errors[0] if errors else None,
+        failed=root.error is not None,
+    )
+
+
+def _devices(spans: Sequence[SpanRecord]) -> Iterator[str]:
+    """What they say of the device they are about, the best first: SERVER/BUSID before its id."""
+    for span in spans:
+        if {"usbip.server", "usbip.busid"} <= span.attributes.keys():
+            yield f"{span.attributes['usbip.server']}/{span.attributes['usbip.busid']}"
+    for name in ("usbip.device", "usbip.device.id"):
+        yield from (span.attributes[name] for span in spans if name in span.attributes)
+
+
+def span_json(span: SpanRecord) -> dict[str, Any]:
+    return {
+        "name": span.name,
+        "node": span.node,
+        "span_id": span.span_id,
+        "parent_id": span.parent_id,
+        "start": datetime.fromtimestamp(span.start_ns / 1e9, UTC).isoformat(timespec="microseconds"),
+        "seconds": span.seconds,
+        "attributes": dict(span.attributes),
+        "error": span.error,
+        "links": list(span.links),
+    }
+
+
+def lay_out(spans: Sequence[SpanRecord]) -> Waterfall:
+    """Every span of one trace as a bar. A span whose parent is not among them stands at the top."""
+    ordered = _ordered(spans)
+    nodes = _nodes(ordered)
+    scale = Scale.over((span.start_ns, span.end_ns) for span in ordered)
+    bars = []
+    for span, depth in _by_tree(ordered):
+        x, end = scale.x(span.start_ns), scale.x(max(span.start_ns, span.end_ns))
+        width = max(LEAST_WIDTH, end - x)
+        after = (span.start_ns - ordered[0].start_ns) / 1e9
+        bars.append(Bar(span, min(depth, MAX_DEPTH), min(x, WIDTH - width), width, after, nodes.index(span.node)))
+    return Waterfall(tuple(bars), scale.gaps, nodes)
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """From a time to a place: linear within each phase, and phases side by side with what lies between cut short."""
+
+    phases: tuple[tuple[int, int, float, float], ...]
+    """begin and end in nanoseconds, begin and end in units."""
+    gaps: tuple[Gap, ...]
+
+    @classmethod
+    def over(cls, intervals: Iterable[tuple[int, int]]) -> Scale:
+        """The axis on which all of these fit; at least one interval."""
+        busy = _merged(intervals, 0)
+        total = sum(end - begin for begin, end in busy)
+        merged = _merged(busy, int(total * GAP_SHARE))
+        longest = max(*(end - begin for begin, end in merged), 1)
+        weights = [max(end - begin, longest * LEAST_SHARE) for begin, end in merged]
+        room = WIDTH - GAP_WIDTH * (len(merged) - 1)
+        if room < WIDTH / 2:  # very many phases
+            whole = (merged[0][0], merged[-1][1])
+            return cls(((*whole, 0.0, float(WIDTH)),), ())
+        phases, gaps, x = [], [], 0.0
+        for index, ((begin, end), weight) in enumerate(zip(merged, weights, strict=True)):
+            if index:
+                gaps.append(Gap(x, (begin - merged[index - 1][1]) / 1e9))
+                x += GAP_WIDTH
+            width = room * weight / sum(weights)
+            phases.append((begin, end, x, x + width))
+            x += width
+        return cls(tuple(phases), tuple(gaps))
+
+    def x(self, at: int) -> float:
+        for begin, end, left, right in self.phases:
+            if at <= end:
+                return left + (right - left) * max(0, at - begin) / max(end - begin, 1)
+        return float(WIDTH)
+
+
+def _merged(intervals: Iterable[tuple[int, int]], pause: int) -> list[tuple[int, int]]:
+    """Intervals in order, those joined that overlap or are no more than a pause apart."""
+    merged: list[tuple[int, int]] = []
+    for begin, end in sorted((begin, max(begin, end)) for begin, end in intervals):
+        if merged and begin - merged[-1][1] <= pause:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
+        else:
+            merged.append((begin, end))
+    return merged
+
+
+def _ordered(spans: Sequence[SpanRecord]) -> list[SpanRecord]:
+    return sorted({span.span_id: span for span in spans}.values(), key=lambda span: (span.start_ns, span.span_id))
+
+
+def _nodes(spans: Iterable[SpanRecord]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(span.node for span in spans))
+
+
+def _by_tree(ordered: Sequence[SpanRecord]) -> list[tuple[SpanRecord, int]]:
+    known = {span.span_id for span in ordered}
+    children: dict[str | None, list[SpanRecord]] = {}
+    for span in ordered:
+        parent = span.parent_id if span.parent_id in known and span.parent_id != span.span_id else None
+        children.setdefault(parent, []).append(span)
+    found: list[tuple[SpanRecord, int]] = []
+    stack = [(span, 0) for span in reversed(children.get(None, []))]
+    while stack:
+        span, depth = stack.pop()
+        found.append((span, depth))
+        stack.extend((child, depth + 1) for child in reversed(children.pop(span.span_id, [])))
+    seen = {span.span_id for span, _depth in found}
+    # spans that are each other's ancestors: nobody sound writes them, and none is to be lost
+    return found + [(span, 0) for span in ordered if span.span_id not in seen]

@@ -1,0 +1,135 @@
+"""One node's state as its status page shows it, read from the running agent. Changes nothing."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+
+from usbip_plugin import __version__
+from usbip_plugin.agent import Agent
+from usbip_plugin.claims import State
+from usbip_plugin.clock import Clock
+from usbip_plugin.config import Config
+from usbip_plugin.errors import ConfigError
+from usbip_plugin.model import Advertised
+from usbip_plugin.observe.health import Verdict
+from usbip_plugin.observe.status import (
+    ConfigReport,
+    DeviceRow,
+    LocksReport,
+    RegistrationRow,
+    ServerRow,
+    Status,
+    moment,
+)
+from usbip_plugin.usbip.poller import ServerState
+
+
+def status_of(
+    agent: Agent,
+    *,
+    node: str,
+    domain: str,
+    clock: Clock,
+    started: float,
+    config: ConfigReport,
+    ready: Verdict,
+    alive: Verdict,
+) -> Status:
+    """Everything as it is now. started: on the clock's monotonic()."""
+    now = clock.monotonic()
+    return Status(
+        node=node,
+        version=__version__,
+        now=moment(clock.now()),
+        uptime=now - started,
+        not_ready=() if ready.ok else ready.lines or ("not ready",),
+        not_alive=() if alive.ok else alive.lines or ("not alive",),
+        devices=device_rows(agent, domain),
+        servers=_servers(agent, now),
+        registrations=tuple(
+            RegistrationRow(name, plugin.registered, plugin.registrations, plugin.error)
+            for name, plugin in sorted(agent.resources.plugins.items())
+        ),
+        locks=_locks(agent, now),
+        config=config,
+    )
+
+
+def device_rows(agent: Agent, domain: str) -> tuple[DeviceRow, ...]:
+    """Every device this node offers, by resource; one of several resources has a row for each."""
+    return tuple(
+        _device(agent, f"{domain}/{resource}", device)
+        for resource, devices in sorted(agent.advertiser.advertised.items())
+        for device in sorted(devices, key=lambda one: one.key)
+    )
+
+
+def _device(agent: Agent, resource: str, device: Advertised) -> DeviceRow:
+    lock = agent.locks.locks.get(device.id)
+    held = lock if lock is not None and lock.holder else None
+    claim = agent.attacher.claims.get(device.id)
+    offered = agent.advertiser.lookup(resource)
+    seen = offered[1].get(device.id) if offered is not None else None
+    return DeviceRow(
+        resource=resource,
+        device=str(device.key),
+        id=device.id,
+        healthy=device.health.healthy,
+        reason=device.health.reason.value,
+        detail=device.health.detail,
+        holder=held.holder if held is not None else None,
+        pod=str(held.pod) if held is not None and held.pod is not None else None,
+        since=held.acquired_at.isoformat() if held is not None and held.acquired_at is not None else None,
+        server=str(device.key.server),
+        busid=device.key.busid,
+        usb_id=str(seen.usb_id) if seen is not None else None,
+        serial=(seen.serial if seen is not None else None) or None,
+        selector=str(seen.selector.selector) if seen is not None else "",
+        state=(claim.state if claim is not None else State.FREE).value,
+        here=claim is not None,
+        epoch=lock.epoch if lock is not None else None,
+        port=claim.port if claim is not None else held.port if held is not None else None,
+    )
+
+
+def _servers(agent: Agent, now: float) -> tuple[ServerRow, ...]:
+    answered = agent.poller.answered
+    return tuple(
+        ServerRow(
+            server=str(server),
+            state=view.state.value,
+            reachable=view.state is ServerState.REACHABLE,
+            devices=len(view.devices),
+            answered=now - answered[server] if server in answered else None,
+            failures=view.failures,
+            error=view.error,
+        )
+        for server, view in sorted(agent.poller.views.items())
+    )
+
+
+def _locks(agent: Agent, now: float) -> LocksReport:
+    locks, api = agent.locks, agent.locks.api
+    return LocksReport(
+        read=locks.ready.is_set(),
+        reachable=api.reachable,
+        reachable_for=now - api.since,
+        error=api.error,
+        held=len(locks.mine()),
+        known=len(locks.locks),
+        heartbeat=now - locks.heartbeat_at if locks.heartbeat_at is not None else None,
+        duration=locks.duration,
+    )
+
+
+def config_loaded(path: Path, config: Config, warnings: tuple[str, ...], now: datetime) -> ConfigReport:
+    """The file was read and is in force."""
+    return ConfigReport(str(path), moment(now), len(config.resources), warnings)
+
+
+def config_failed(before: ConfigReport, error: ConfigError, now: datetime) -> ConfigReport:
+    """The file has become unusable: what was loaded before stays in force."""
+    return ConfigReport(
+        before.path, before.loaded, before.resources, before.warnings, error.problems, before.failed or moment(now)
+    )
