@@ -72,10 +72,7 @@ async def test_the_standard_pages() -> None:
         async with http.get("/api/traces") as answer:
             assert answer.status == 404
         async with http.get("/metrics") as answer:
-            text = await answer.text()
-            assert "usbip_device_plugin_config_reload_failed" in text
-            tasks = float(text.split("\nusbip_device_plugin_tasks ")[1].split()[0])
-            assert tasks >= 2, "this one, and the one that answers"
+            assert "usbip_device_plugin_config_reload_failed" in await answer.text()
         async with http.get("/") as answer:
             assert answer.content_type == "text/html"
             assert answer.headers["Content-Security-Policy"] == "default-src 'none'"
