@@ -24,7 +24,7 @@ from usbip_plugin.kubelet.directory import PluginDirectory
 from usbip_plugin.kubelet.pod_resources import GrpcPodResources
 from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.model import NodeIdentity
-from usbip_plugin.notices import Notice, event_of
+from usbip_plugin.notices import Notice, events_of
 from usbip_plugin.observe.events import EventRecorder
 from usbip_plugin.observe.health import Heartbeats, HttpServer, Verdict, standard_pages
 from usbip_plugin.observe.metrics import Metrics
@@ -203,7 +203,8 @@ class _Process:
 
     def _notice(self, notice: Notice) -> None:
         self._figures.notice(notice)
-        self._events.record(event_of(notice), notice.pod)
+        for text, pod in events_of(notice):
+            self._events.record(text, pod)
 
     def _reconfigure(self, config: Config, warnings: tuple[str, ...]) -> None:
         for warning in warnings:
