@@ -129,7 +129,8 @@ class DeviceWork:
                     tries.failed(error)
                     log.warning("release failed, will retry", extra={"device": str(claim.key), "cause": str(error)})
                     await self._until_api_returns(next(waits))
-            release.set_attribute("usbip.lock.lost", self.book[device_id].state is State.LOST)
+            if self.book[device_id].state is State.LOST:
+                release.set_attribute("usbip.lock.lost", value=True)
             self.book.move(self.book[device_id], Event.RELEASED)
             log.info("released", extra={"device": str(claim.key), "pod": str(claim.pod) if claim.pod else None})
         self._on_step("release", self._clock.monotonic() - began)
