@@ -6,6 +6,7 @@ before it is bounded, and an outage is two lines of the log.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Mapping, Sequence
@@ -36,8 +37,11 @@ class OtlpExport(BatchSpanProcessor):
         self._size = _number(environ, QUEUE_VARIABLE, QUEUE_LENGTH)
         batch = min(self._size, _number(environ, BATCH_VARIABLE, BATCH_LENGTH))
         self._hearing = _Hearing()
-        self._counting = _Counting(exporter or OTLPSpanExporter(), self._hearing)
-        super().__init__(self._counting, max_queue_size=self._size, max_export_batch_size=batch)
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._hearing.end)
+            self._counting = _Counting(exporter or OTLPSpanExporter(), self._hearing)
+            super().__init__(self._counting, max_queue_size=self._size, max_export_batch_size=batch)
+            undo.pop_all()
 
     @property
     def failures(self) -> int:
@@ -82,7 +86,7 @@ class _Counting(SpanExporter):
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         with self._lock:
             self._waiting = max(0, self._waiting - len(spans))
-        self._hearing.last = ""
+        self._hearing.listen()
         try:
             result = self._inner.export(spans)
         except Exception as error:  # noqa: BLE001 - a library's; whatever it is, these spans are lost and no more
@@ -116,29 +120,41 @@ class _Counting(SpanExporter):
             log.info("traces are exported again", extra={"spans_dropped": lost})
 
 
-class _Hearing(logging.Filter):
+class _Hearing(logging.Handler):
     """Keeps the libraries' own lines about export out of the log: one for each batch and retry, some with headers.
 
     last: the newest of them, which says why an export failed.
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(logging.WARNING)
         self.last = ""
-        self._loggers = [logging.getLogger(name) for name in (*_EXPORT_LOGGERS, _HEADER_LOGGER)]
-        for logger in self._loggers:
-            logger.addFilter(self)
+        self._thread: int | None = None
+        names = (*_EXPORT_LOGGERS, _HEADER_LOGGER)
+        # the SDK's filters would keep the cause of a second outage within 20 s from this handler, too
+        self._loggers = [(logger, list(logger.filters)) for logger in map(logging.getLogger, names)]
+        for logger, filters in self._loggers:
+            logger.addHandler(self)
+            logger.propagate = False
+            for filter_ in filters:
+                logger.removeFilter(filter_)
 
-    def filter(self, record: logging.LogRecord) -> bool:
+    def listen(self) -> None:
+        """An export begins, in this thread."""
+        self.last, self._thread = "", threading.get_ident()
+
+    def emit(self, record: logging.LogRecord) -> None:
         if record.name == _HEADER_LOGGER:
             log.warning("an entry of OTEL_EXPORTER_OTLP_HEADERS is not name=value, and is left out")
-        elif record.levelno >= logging.WARNING:
+        elif record.thread == self._thread:
             self.last = record.getMessage()
-        return False
 
     def end(self) -> None:
-        for logger in self._loggers:
-            logger.removeFilter(self)
+        for logger, filters in self._loggers:
+            logger.removeHandler(self)
+            logger.propagate = not any(isinstance(other, _Hearing) for other in logger.handlers)
+            for filter_ in filters:
+                logger.addFilter(filter_)
 
 
 def _number(environ: Mapping[str, str], variable: str, default: int) -> int:
