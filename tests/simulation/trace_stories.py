@@ -133,9 +133,7 @@ async def robbed(story: Story) -> None:
         assert await a.admit(pod("p"), "stick") is None
         lease = c.backend.leases[device.id]
         notes = {**lease.annotations, "usbip.dev/traceparent": TAKER}
-        c.backend.replace(
-            replace(lease, holder="node-b", transitions=lease.transitions + 1, annotations=notes)
-        )
+        c.backend.replace(replace(lease, holder="node-b", transitions=lease.transitions + 1, annotations=notes))
         await becomes(c, a, device, healthy=False)
         assert await c.settle(lambda: a.attached() == frozenset(), 5)
 
