@@ -311,7 +311,7 @@ class Keeper:
                 log.debug("re-attach failed, will retry", extra={"device": str(claim.key), "cause": str(error)})
                 self._note_trouble(claim, error)
                 return True
-        self._tell_move(claim)
+        self._tell_move(claim, whole)
         self._reattached(claim, before, after, whole)
         return False
 
@@ -374,10 +374,11 @@ class Keeper:
                 self._on_notice(Notice(What.NOT_REATTACHED, claim.key, hindrance, claim.pod))
         return verdict.key if isinstance(verdict, Found) else None
 
-    def _tell_move(self, before: Claim) -> None:
+    def _tell_move(self, before: Claim, whole: Span) -> None:
         claim = self._work.book.get(before.id)
         if claim is None or claim.moved_to == before.moved_to:
             return
+        whole.set_attribute("usbip.moved_to", claim.place.busid)
         log.info("followed", extra={"device": str(claim.key), "place": str(claim.place)})
         text = f"its server lists it as {claim.place.busid} now; it is attached from there"
         self._on_notice(Notice(What.MOVED, claim.key, text, claim.pod))

@@ -163,6 +163,21 @@ async def unplugged(story: Story) -> None:
         await becomes(c, a, device, healthy=True, within=60)
 
 
+async def followed(story: Story) -> None:
+    """The device is plugged in elsewhere while its pod runs."""
+    lab = server("lab", stick("1-1", "RED"))
+    device = key(lab, "1-1")
+    async with cluster(story.traced(spec([lab], nodes=1))) as c:
+        a = c["node-a"]
+        await all_healthy(c, device)
+        assert await a.admit(pod("p"), "stick") is None
+        await pod_known(c, "node-a", "p")
+        lab.unplug("1-1")
+        await becomes(c, a, device, healthy=False)
+        lab.plug(stick("1-2", "RED"))
+        await becomes(c, a, device, healthy=True, within=60)
+
+
 async def probed(story: Story) -> None:
     """A serial number is read before anything is given out."""
     lab = server("lab", stick("1-1", "RED"))
@@ -172,4 +187,4 @@ async def probed(story: Story) -> None:
 
 
 TAKER = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-STORIES = (life, restarted, taken_over, robbed, raced, unplugged, probed)
+STORIES = (life, restarted, taken_over, robbed, raced, unplugged, followed, probed)
