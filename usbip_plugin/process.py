@@ -208,7 +208,7 @@ class _Process:
 
     def _reconfigure(self, config: Config, warnings: tuple[str, ...]) -> None:
         for warning in warnings:
-            log.warning("configuration", extra={"problem": warning})
+            log.warning("configuration warning", extra={"problem": warning})
         self._figures.config_reloaded()
         self._config_report = config_loaded(self._options.config, config, warnings, self._clock.now())
         self.agent.reconfigure(config)
@@ -224,7 +224,7 @@ class _Process:
 def run_blocking(options: Options, loaded: Loaded, warnings: Iterable[str]) -> int:
     """run() from a synchronous command line. 0 after a signal; 1 with a message if it could not run."""
     for warning in warnings:
-        log.warning("configuration", extra={"problem": warning})
+        log.warning("configuration warning", extra={"problem": warning})
     failed: list[BaseException] = []
     try:
         asyncio.run(run(options, loaded))

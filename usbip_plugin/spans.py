@@ -113,9 +113,11 @@ class Tries:
         with contextlib.nullcontext() if self._count <= TRACED_TRIES or promising else untraced():
             yield
 
-    def failed(self, error: BaseException) -> None:
-        """This try failed and another may follow: the span itself has not failed."""
+    def failed(self, error: BaseException) -> bool:
+        """This try failed and another may follow: the span itself has not failed. False if the last failed alike."""
         kind = (type(error), str(error))
-        if kind != self._last:
-            self._span.record_exception(error)
+        if kind == self._last:
+            return False
+        self._span.record_exception(error)
         self._last = kind
+        return True

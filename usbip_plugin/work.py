@@ -126,8 +126,9 @@ class DeviceWork:
                 except LockLost:
                     self.book.move(self.book[device_id], Event.LOCK_LOST)
                 except (VhciError, LockError, KubeError) as error:
-                    tries.failed(error)
-                    log.warning("release failed, will retry", extra={"device": str(claim.key), "cause": str(error)})
+                    if tries.failed(error):
+                        extra = {"device": str(claim.key), "cause": str(error)}
+                        log.warning("release failed, will retry", extra=extra)
                     await self._until_api_returns(next(waits))
             if self.book[device_id].state is State.LOST:
                 release.set_attribute("usbip.lock.lost", value=True)

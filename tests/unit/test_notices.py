@@ -9,7 +9,7 @@ import pytest
 
 from usbip_plugin.errors import ClaimBusy, LockHeld, ServerUnreachable
 from usbip_plugin.model import DeviceKey, PodRef, ServerKey
-from usbip_plugin.notices import About, Notice, What, evicted, events_of, refused
+from usbip_plugin.notices import About, Notice, What, events_of, evicted, refused
 from usbip_plugin.observe.events import EventText
 
 KEY = DeviceKey(ServerKey("lab", 3240), "1-1")

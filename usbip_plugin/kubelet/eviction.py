@@ -87,11 +87,11 @@ class Evictor:
                 try:
                     await self._request(pod)
                 except KubeForbidden as error:
-                    log.warning("not allowed to evict", extra={"pod": str(pod), "error": str(error)})
+                    log.warning("not allowed to evict", extra={"pod": str(pod), "cause": str(error)})
                     wait = FORBIDDEN_WAIT_S
                 except KubeError as error:
                     # 429 is what a PodDisruptionBudget answers
-                    log.warning("not evicted yet", extra={"pod": str(pod), "error": str(error)})
+                    log.warning("not evicted yet", extra={"pod": str(pod), "cause": str(error)})
                 else:
                     return
                 await self._clock.sleep(wait)

@@ -366,7 +366,7 @@ class LockManager:
                     try:
                         await self._writer.drive(key, self._decide_release)
                     except LockUnavailable as error:
-                        logger.warning("orphaned lock not released", extra={"device": str(key), "error": str(error)})
+                        logger.warning("orphaned lock not released", extra={"device": str(key), "cause": str(error)})
                         self._orphaned.set()
                     else:
                         del self._abandoned[device_id]

@@ -132,12 +132,12 @@ class _Hearing(logging.Handler):
         self._thread: int | None = None
         names = (*_EXPORT_LOGGERS, _HEADER_LOGGER)
         # the SDK's filters would keep the cause of a second outage within 20 s from this handler, too
-        self._loggers = [(logger, list(logger.filters)) for logger in map(logging.getLogger, names)]
-        for logger, filters in self._loggers:
-            logger.addHandler(self)
-            logger.propagate = False
+        self._loggers = [(library, list(library.filters)) for library in map(logging.getLogger, names)]
+        for library, filters in self._loggers:
+            library.addHandler(self)
+            library.propagate = False
             for filter_ in filters:
-                logger.removeFilter(filter_)
+                library.removeFilter(filter_)
 
     def listen(self) -> None:
         """An export begins, in this thread."""
@@ -150,11 +150,11 @@ class _Hearing(logging.Handler):
             self.last = record.getMessage()
 
     def end(self) -> None:
-        for logger, filters in self._loggers:
-            logger.removeHandler(self)
-            logger.propagate = not any(isinstance(other, _Hearing) for other in logger.handlers)
+        for library, filters in self._loggers:
+            library.removeHandler(self)
+            library.propagate = not any(isinstance(other, _Hearing) for other in library.handlers)
             for filter_ in filters:
-                logger.addFilter(filter_)
+                library.addFilter(filter_)
 
 
 def _number(environ: Mapping[str, str], variable: str, default: int) -> int:

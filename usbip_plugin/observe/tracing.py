@@ -33,7 +33,7 @@ from opentelemetry.trace import (
 )
 from opentelemetry.util.types import Attributes
 
-from usbip_plugin.observe.secrets import redacted
+from usbip_plugin.redaction import redacted
 from usbip_plugin.spans import is_untraced
 
 if TYPE_CHECKING:
