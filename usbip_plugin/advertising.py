@@ -12,7 +12,8 @@ import logging
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Protocol
 
-from opentelemetry.trace import Span, SpanKind, Tracer
+from opentelemetry.trace import SpanKind, Tracer
+from opentelemetry.util.types import AttributeValue
 
 from usbip_plugin import inventory
 from usbip_plugin.attacher import Attacher
@@ -25,13 +26,15 @@ from usbip_plugin.kubelet.device_plugin import DevicePluginServer
 from usbip_plugin.kubelet.node_status import NodeStatusPublisher, allocatable
 from usbip_plugin.locks.manager import LockChange, LockManager
 from usbip_plugin.model import Advertised, Descriptor, DeviceKey, Health, NodeIdentity, ServerKey
-from usbip_plugin.observe.tracing import context_from
+from usbip_plugin.observe.tracing import remote_parent, within
+from usbip_plugin.spans import device_attributes, failed, span, untraced
 from usbip_plugin.usbip.poller import ServerPoller, ServerView
 from usbip_plugin.vhci.driver import VhciDriver
 from usbip_plugin.vhci.sysfs import PortStatus
 
 log = logging.getLogger(__name__)
 
+RPC: Mapping[str, AttributeValue] = {"rpc.system.name": "grpc", "rpc.method": "v1beta1.DevicePlugin/ListAndWatch"}
 SENT_TIMEOUT = 1.0
 """Seconds a withdrawal's span waits at most for the kubelet to be told."""
 KEPT_SHARE, KEPT_MAX_S = 0.1, 1.0
@@ -100,6 +103,7 @@ class Advertiser:
         self._api_event = asyncio.Event()
         self._probes: dict[str, ServerKey] = {}
         self._probed_last: dict[ServerKey, str] = {}
+        self._probe_failures: dict[str, str] = {}
         self._released: dict[str, float] = {}
         self._scheduled = False
         self._ready = False
@@ -279,21 +283,27 @@ class Advertiser:
         """Another node took a device: this joins its trace, up to the moment the kubelet has been told."""
         lock = change.new
         assert lock is not None  # noqa: S101 - the caller looked
-        context = context_from(lock.traceparent)
-        with self._tracer.start_as_current_span("withdraw", context=context, kind=SpanKind.CONSUMER) as span:
-            span.set_attribute("usbip.device.id", change.device_id)
-            span.set_attribute("usbip.holder", lock.holder)
+        key = inventory.key_of(lock)
+        attributes = device_attributes(key) if key is not None else {}
+        attributes["usbip.device.id"] = change.device_id
+        attributes.update({"usbip.lock.holder": lock.holder, "usbip.lock.epoch": lock.epoch})
+        context = remote_parent(lock.traceparent)
+        with span(self._tracer, "withdraw", attributes, context=context, kind=SpanKind.CONSUMER):
             self._evaluate_if_due()
-            await self._wait_sent(change.device_id, span, seen_at)
+            for server in [s for name, s in self._servers.items() if self._offers(name, change.device_id)]:
+                await self._sent(server)
+                if server.open_streams:
+                    self._on_withdrawn(self._clock.monotonic() - seen_at)
 
-    async def _wait_sent(self, device_id: str, span: Span, seen_at: float) -> None:
-        for server in [s for name, s in self._servers.items() if self._offers(name, device_id)]:
-            with contextlib.suppress(TimeoutError):
+    async def _sent(self, server: DevicePluginServer) -> None:
+        """The part of a withdrawal that is the kubelet's: it ends when the new list is written to its stream."""
+        attributes = {**RPC, "usbip.resource": server.resource, "usbip.streams": server.open_streams}
+        with span(self._tracer, "ListAndWatch", attributes, kind=SpanKind.PRODUCER) as sent:
+            try:
                 async with self._clock.timeout(SENT_TIMEOUT):
                     await server.wait_sent()
-                    span.add_event("ListAndWatch sent", {"usbip.resource": server.resource})
-            if server.open_streams:
-                self._on_withdrawn(self._clock.monotonic() - seen_at)
+            except TimeoutError as error:
+                failed(sent, error)
 
     async def _after_release(self, change: LockChange) -> None:
         """A device was let go: its server is asked at once and when the reset is over; then its list counts again."""
@@ -308,9 +318,14 @@ class Advertiser:
 
     async def _probe(self, key: DeviceKey, descriptor: Descriptor) -> None:
         try:
-            await self._attacher.probe(key, descriptor)
+            # tried every few seconds for as long as it takes: only the first failure of a kind is told
+            with untraced() if key.id in self._probe_failures else contextlib.nullcontext():
+                await self._attacher.probe(key, descriptor)
+            self._probe_failures.pop(key.id, None)
         except PluginError as error:
-            log.info("serial number not read yet", extra={"device": str(key), "cause": str(error)})
+            if self._probe_failures.get(key.id) != str(error):
+                self._probe_failures[key.id] = str(error)
+                log.warning("serial number not read yet", extra={"device": str(key), "cause": str(error)})
             await self._clock.sleep(PROBE_RETRY)
         finally:
             self._probes.pop(key.id, None)
@@ -349,7 +364,7 @@ class Advertiser:
         before, self._advertised = self._advertised, inventory.advertise(self._members, facts)
         for name, devices in self._advertised.items():
             if devices != before.get(name):
-                _log_changes(name, before.get(name, ()), devices)
+                self._log_changes(name, before.get(name, ()), devices)
                 self._on_advertised(name, devices)
         for name in before.keys() - self._advertised.keys():
             self._on_advertised(name, ())
@@ -390,18 +405,21 @@ class Advertiser:
             log.debug("not begun, stopping")
         work.close()
 
-
-def _log_changes(resource: str, before: tuple[Advertised, ...], after: tuple[Advertised, ...]) -> None:
-    known: Mapping[str, Advertised] = {device.id: device for device in before}
-    for device in after:
-        old = known.get(device.id)
-        if old is None or old.health.reason is not device.health.reason:
-            log.info(
-                "healthy" if device.health.healthy else "unhealthy",
-                extra={
-                    "resource": resource,
-                    "device": str(device.key),
-                    "reason": device.health.reason.value,
-                    "detail": device.health.detail,
-                },
-            )
+    def _log_changes(self, resource: str, before: tuple[Advertised, ...], after: tuple[Advertised, ...]) -> None:
+        known: Mapping[str, Advertised] = {device.id: device for device in before}
+        for device in after:
+            old, lock = known.get(device.id), self._locks.locks.get(device.id)
+            if old is not None and old.health.reason is device.health.reason:
+                continue
+            extra = {
+                "resource": resource,
+                "device": str(device.key),
+                "reason": device.health.reason.value,
+                "detail": device.health.detail,
+            }
+            # this may have been called on account of another device: each line belongs to the trace of its own
+            with within(lock.traceparent if lock is not None else None):
+                if device.health.healthy:
+                    log.info("healthy", extra=extra)
+                else:
+                    log.info("unhealthy", extra=extra)

@@ -32,7 +32,7 @@ from usbip_plugin.locks.manager import Acquired, LockManager, LockSettings
 from usbip_plugin.locks.protocol import Rules
 from usbip_plugin.locks.store import LeaseStore
 from usbip_plugin.model import Advertised, Descriptor, DeviceKey, NodeIdentity, PodRef
-from usbip_plugin.notices import Notice
+from usbip_plugin.notices import Notice, evicted
 from usbip_plugin.resources import Plugin, Registrar, ResourceSet
 from usbip_plugin.usage import UsageWatcher
 from usbip_plugin.usbip.client import UsbipClient
@@ -95,6 +95,7 @@ class Agent:
         observer: Observer | None = None,
     ) -> None:
         out, observer = outside, observer or Observer()
+        self._on_notice = observer.on_notice
         self._clock = out.clock
         self._domain = domain
         self._evict_by = out.evict
@@ -123,7 +124,7 @@ class Agent:
             configured=self._configured,
         )
         self.evictor = (
-            Evictor(out.kube, out.clock, out.rng, self._uses_device)
+            Evictor(out.kube, out.clock, out.rng, self._uses_device, self._evicted)
             if out.kube is not None and out.evict is None
             else None
         )
@@ -157,6 +158,7 @@ class Agent:
             after_denial=self.advertiser.denied,
             tracer=out.tracer,
             on_result=observer.on_result,
+            on_notice=observer.on_notice,
         )
         self.own_pods = (
             OwnPods(out.kube, out.me.node, out.clock, out.rng, self._pod_ending)
@@ -249,6 +251,9 @@ class Agent:
 
     def _uses_device(self, pod: PodRef) -> bool:
         return any(claim.pod == pod for claim in self.attacher.claims.values())
+
+    def _evicted(self, pod: PodRef) -> None:
+        self._on_notice(evicted(pod, [claim.key for claim in self.attacher.claims.values() if claim.pod == pod]))
 
     def _pod_ending(self, _pod: PodRef, _phase: PodPhase) -> None:
         self.usage.hint()

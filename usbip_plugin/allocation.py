@@ -6,7 +6,8 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping
 
 from opentelemetry.context import Context
-from opentelemetry.trace import SpanKind, StatusCode, Tracer
+from opentelemetry.trace import SpanKind, Tracer
+from opentelemetry.util.types import AttributeValue
 
 from usbip_plugin.attacher import Attacher
 from usbip_plugin.attaching import Wanted
@@ -16,10 +17,14 @@ from usbip_plugin.containers import container_response
 from usbip_plugin.errors import NotAttached, PluginError, UnknownDevice
 from usbip_plugin.inventory import Seen, preferred
 from usbip_plugin.kubelet.device_plugin import ContainerResponse
+from usbip_plugin.kubelet.status import status_code
 from usbip_plugin.model import Health
+from usbip_plugin.notices import Notice, refused
+from usbip_plugin.spans import span
 
 log = logging.getLogger(__name__)
 
+RPC: Mapping[str, AttributeValue] = {"rpc.system.name": "grpc", "rpc.method": "v1beta1.DevicePlugin/Allocate"}
 PRE_START_WAIT = 25.0
 """Seconds a PreStartContainer waits for devices that are being attached again. The kubelet gives it 30."""
 
@@ -45,6 +50,7 @@ class Allocator:
         after_denial: Callable[[str], Awaitable[None]],
         tracer: Tracer,
         on_result: Callable[[str, PluginError | None, float], None],
+        on_notice: Callable[[Notice], None],
     ) -> None:
         self._node = node
         self._domain = domain
@@ -56,27 +62,27 @@ class Allocator:
         self._after_denial = after_denial
         self._tracer = tracer
         self._on_result = on_result
+        self._on_notice = on_notice
 
     async def allocate_all(self, resource: str, requests: tuple[tuple[str, ...], ...]) -> tuple[ContainerResponse, ...]:
         """See AllocateBackend. Ends within allocateTimeout, whatever servers and API server do."""
         began = self._clock.monotonic()
         # the kubelet puts no trace context on its calls: this is the root
-        with self._tracer.start_as_current_span(
-            "Allocate", context=Context(), kind=SpanKind.SERVER, record_exception=False, set_status_on_exception=False
-        ) as span:
-            span.set_attribute("usbip.resource", resource)
-            span.set_attribute("usbip.device.ids", [device_id for ids in requests for device_id in ids])
+        ids = [device_id for asked in requests for device_id in asked]
+        attributes = {**RPC, "usbip.resource": resource, "usbip.device.ids": ids}
+        with span(self._tracer, "Allocate", attributes, context=Context(), kind=SpanKind.SERVER) as root:
             try:
                 responses = await self._allocate(resource, requests)
             except PluginError as error:
-                span.record_exception(error)
-                span.set_status(StatusCode.ERROR, str(error))
+                root.set_attribute("rpc.response.status_code", status_code(error).name)
                 log.warning("Allocate failed", extra={"resource": resource, "cause": str(error)})
                 self._on_result(resource, error, self._clock.monotonic() - began)
+                self._on_notice(refused(resource, error))
                 await self._after_denial(resource)
                 raise
+            root.set_attribute("rpc.response.status_code", "OK")
             self._on_result(resource, None, self._clock.monotonic() - began)
-            log.info("allocated", extra={"resource": resource, "devices": [i for ids in requests for i in ids]})
+            log.info("allocated", extra={"resource": resource, "devices": ids})
             return responses
 
     async def _allocate(self, resource: str, requests: tuple[tuple[str, ...], ...]) -> tuple[ContainerResponse, ...]:
@@ -94,7 +100,7 @@ class Allocator:
         ]
         attached = await self._attacher.allocate(wanted, self._timeout())
         by_id = dict(zip(seen, attached, strict=True))
-        with self._tracer.start_as_current_span("response"):
+        with span(self._tracer, "response"):
             return tuple(
                 container_response(config, self._domain, [(seen[i].selector, by_id[i]) for i in ids])
                 for ids in containers

@@ -24,6 +24,7 @@ from usbip_plugin.claims import (
     User,
     allocated,
     observe_usage,
+    same_pod,
     serves,
     usage_ended,
 )
@@ -34,9 +35,9 @@ from usbip_plugin.errors import (
     PluginError,
 )
 from usbip_plugin.keeper import Keeper, Reattach
-from usbip_plugin.model import Attachment, Descriptor, DeviceKey, PodRef
-from usbip_plugin.notices import Notice
-from usbip_plugin.observe.tracing import traceparent_of
+from usbip_plugin.model import Attachment, Descriptor, DeviceKey, Lock, PodRef
+from usbip_plugin.notices import Notice, attached, taken_over
+from usbip_plugin.observe.tracing import links_to, traceparent_of
 from usbip_plugin.seeker import Configured
 from usbip_plugin.usbip.poller import ServerView
 from usbip_plugin.work import DeviceWork
@@ -74,7 +75,8 @@ class Attacher:
         self._locks = means.locks
         self._specs = means.specs
         self._clock = means.clock
-        self._work = DeviceWork(means, on_change=on_change, on_step=on_step)
+        self._on_notice = on_notice
+        self._work = DeviceWork(means, on_change=on_change, on_step=on_step, on_takeover=self._taken_over)
         self._keeper = Keeper(means, self._work, on_notice, on_reattach, on_loss, evict, configured)
         self._book, self._pipeline = self._work.book, self._work.pipeline
 
@@ -170,7 +172,10 @@ class Attacher:
             live = replace(allocated(live, now), resource=wanted.resource, numbers=numbers)
             self._specs.write(live, attachment)
             self._book.put(live)
-            trace.get_current_span().set_attribute("usbip.reused", value=True)
+            allocate = trace.get_current_span()
+            allocate.set_attribute("usbip.reused", value=True)
+            for link in links_to(live.traceparent):
+                allocate.add_link(link.context)
             return Outcome(attachment, fresh=False)
         if (other := self._book.moved_here(wanted.key.id)) is not None:
             raise ClaimBusy(f"{wanted.key} is in use on this node: it is what was {other.key}")
@@ -212,6 +217,10 @@ class Attacher:
             return not self._locks.ready.is_set() or self._pipeline.is_mine(device_id)
         return claim.state in (State.LOCKING, State.IMPORTING, State.ATTACHING, State.REATTACHING)
 
+    def _taken_over(self, key: DeviceKey, former: Lock) -> None:
+        log.warning("taken over", extra={"device": str(key), "former_holder": former.holder})
+        self._on_notice(taken_over(key, former, self._me.node))
+
     # letting go
 
     async def _undo(self, device_id: str) -> None:
@@ -240,6 +249,9 @@ class Attacher:
                 self._book.put(after)
             if after.pod is not None and after.pod != claim.pod:
                 self._work.spawn(self._work.note_pod(claim.key, after.pod), f"note pod {after.pod}")
+                # without its uid an Event does not show where people look for it: then it waits for that
+                if after.pod.uid is not None and not (claim.pod and claim.pod.uid and same_pod(claim.pod, after.pod)):
+                    self._on_notice(attached(claim.key, claim.attachment, claim.port, after.pod))
             if unused(after):
                 self._keeper.look_again(device_id)
                 self._work.spawn(self._work.let_go(device_id, unused), f"release {claim.key}")

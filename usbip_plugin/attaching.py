@@ -11,7 +11,8 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from opentelemetry.trace import Span, Tracer
+from opentelemetry import trace
+from opentelemetry.trace import Span, SpanKind, Tracer
 
 from usbip_plugin import retry
 from usbip_plugin.cdi_specs import CdiSpecs
@@ -19,7 +20,9 @@ from usbip_plugin.claims import Claim, ClaimBook, Event, State, own_port
 from usbip_plugin.clock import Clock
 from usbip_plugin.errors import AttachStuck, LockError, LockHeld, LockLost, LockUnavailable, WrongDevice
 from usbip_plugin.locks.manager import Grant, LockManager, LockMeta
-from usbip_plugin.model import Attachment, Descriptor, DeviceKey, NodeIdentity, UsbId
+from usbip_plugin.model import Attachment, Descriptor, DeviceKey, Lock, NodeIdentity, UsbId
+from usbip_plugin.observe.tracing import span_context_from
+from usbip_plugin.spans import device_attributes, span
 from usbip_plugin.usbip.client import Imported, UsbipClient
 from usbip_plugin.vhci.driver import PortState, VhciDriver
 from usbip_plugin.vhci.sysfs import PortStatus
@@ -69,7 +72,7 @@ class Pipeline:
     """Works on the claims of a book. on_step(name, seconds) is told how long each step took.
 
     note_port(key, port) is called when a port is taken, note_serial(key, serial) when a device has told a serial number
-    that its lock does not; both must return at once.
+    that its lock does not, on_takeover(key, former) when another node's lock was; all must return at once.
     """
 
     def __init__(
@@ -80,6 +83,7 @@ class Pipeline:
         note_port: Callable[[DeviceKey, int], None],
         note_serial: Callable[[DeviceKey, str], None],
         on_step: Callable[[str, float], None],
+        on_takeover: Callable[[DeviceKey, Lock], None],
     ) -> None:
         self._me = means.me
         self._client = means.client
@@ -93,6 +97,7 @@ class Pipeline:
         self._note_port = note_port
         self._note_serial = note_serial
         self._on_step = on_step
+        self._on_takeover = on_takeover
 
     async def attach_new(self, claim: Claim, wanted: Wanted, deadline: float, progress: Progress) -> Attachment:
         """From Free to Attached. On an error the claim stays in the book in the state it had reached.
@@ -102,14 +107,16 @@ class Pipeline:
         """
         self._book.move(claim, Event.ALLOCATE)
         progress.doing = "locking the device (API server)"
-        with self.span("lock", claim.key) as span:
+        with self.span("lock", claim.key):
             meta = LockMeta(usb_id=str(wanted.usb_id), serial=wanted.serial, traceparent=claim.traceparent)
             try:
                 grant = await self._locks.acquire(claim.key, meta)
             except LockHeld:
                 self._book.move(self._book[claim.id], Event.DENIED)
                 raise
-            span.set_attribute("usbip.lock.epoch", grant.epoch)
+        if grant.former is not None:
+            _mark_takeover(trace.get_current_span(), grant.former)
+            self._on_takeover(claim.key, grant.former)
         self._book.move(self._book[claim.id], Event.LOCKED)
         async for attempt in retry.attach_stuck(self._clock):
             with attempt:
@@ -161,8 +168,9 @@ class Pipeline:
         claim = self._book[device_id]
         key = claim.place
         progress.doing = f"importing {key.busid} from USB/IP server {key.server}"
-        with self.span("import", key) as span:
-            span.set_attributes({"server.address": key.server.host, "server.port": key.server.port})
+        with self.span("import", key, SpanKind.CLIENT) as step:
+            step.set_attributes({"server.address": key.server.host, "server.port": key.server.port})
+            step.set_attributes({"network.transport": "tcp", "network.protocol.name": "usbip"})
             imported = await self._import(claim, grant, deadline)
         try:
             if imported.descriptor.usb_id != claim.usb_id:
@@ -170,9 +178,9 @@ class Pipeline:
             if claim.state is State.IMPORTING:
                 self._book.move(self._book[device_id], Event.IMPORTED)
             progress.doing = f"attaching {key} to vhci_hcd"
-            with self.span("attach", key) as span:
+            with self.span("attach", key) as step:
                 port = await self._driver.attach(key, imported.descriptor, imported.sock.fileno())
-                span.set_attribute("usbip.vhci.port", port)
+                step.set_attribute("usbip.vhci.port", port)
         finally:
             imported.close()
         # until the device has enumerated nothing is known of it but its port
@@ -181,9 +189,9 @@ class Pipeline:
         for noted in dict.fromkeys((claim.key, key)):
             self._note_port(noted, port)
         progress.doing = f"waiting for {key} to enumerate on vhci port {port}"
-        with self.span("device node", key) as span:
+        with self.span("device node", key) as step:
             attachment = await self._enumerate(device_id, imported.descriptor, port)
-            span.set_attribute("usbip.nodes", [node.path for node in attachment.nodes])
+            step.set_attribute("usbip.nodes", [node.path for node in attachment.nodes])
         return self._hand_out(device_id, attachment)
 
     def _hand_out(self, device_id: str, attachment: Attachment) -> Attachment:
@@ -325,10 +333,17 @@ class Pipeline:
         return serial
 
     @contextlib.contextmanager
-    def span(self, name: str, key: DeviceKey) -> Iterator[Span]:
+    def span(self, name: str, key: DeviceKey, kind: SpanKind = SpanKind.INTERNAL) -> Iterator[Span]:
         """A span of the current trace with the attributes all of ours have; its time goes to on_step too."""
         began = self._clock.monotonic()
-        with self._tracer.start_as_current_span(name) as span:
-            span.set_attribute("usbip.device", str(key))
-            yield span
+        with span(self._tracer, name, device_attributes(key), kind=kind) as step:
+            yield step
         self._on_step(name, self._clock.monotonic() - began)
+
+
+def _mark_takeover(allocate: Span, former: Lock) -> None:
+    """The trace of the new holder says whom it took the device from, and links to what that one did with it."""
+    allocate.set_attribute("usbip.lock.former_holder", former.holder)
+    linked = span_context_from(former.traceparent)
+    if linked is not None:
+        allocate.add_link(linked)

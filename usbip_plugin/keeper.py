@@ -44,12 +44,13 @@ from usbip_plugin.inventory import key_of, parse_usb_id
 from usbip_plugin.locks.manager import LockChange
 from usbip_plugin.model import Attachment, DeviceKey, Lock, PodRef, UsbId
 from usbip_plugin.notices import Notice, What
-from usbip_plugin.observe.tracing import context_from
+from usbip_plugin.observe.tracing import remote_parent, within
 from usbip_plugin.seeker import Configured, Seeker
+from usbip_plugin.spans import Tries, device_attributes, failed, pod_attributes, span
 from usbip_plugin.usbip.poller import ServerView
 from usbip_plugin.vhci.driver import PortState
 from usbip_plugin.whereabouts import Ambiguous, Found
-from usbip_plugin.work import DeviceWork, record_error
+from usbip_plugin.work import DeviceWork
 
 log = logging.getLogger(__name__)
 
@@ -190,7 +191,14 @@ class Keeper:
             moved_to=moved_to,
         )
         orphan = lock.in_place_of is not None
-        match decide_adoption(lock, self._me, attached=attachment is not None, used=used, orphan=orphan):
+        verdict = decide_adoption(lock, self._me, attached=attachment is not None, used=used, orphan=orphan)
+        attributes = device_attributes(key) | pod_attributes(lock.pod) | {"usbip.adoption": verdict.name.lower()}
+        with span(self._tracer, "adopt", attributes, context=remote_parent(claim.traceparent)):
+            self._adopt_as(claim, verdict)
+
+    def _adopt_as(self, claim: Claim, verdict: Adoption) -> None:
+        key = claim.key
+        match verdict:
             case Adoption.ADOPT:
                 self._adopt_attached(claim)
             case Adoption.REATTACH:
@@ -250,7 +258,8 @@ class Keeper:
             return
         # the state moves here and now, so that the withdrawal does not wait for the mutex
         self._work.book.move(now, Event.PORT_LOST)
-        log.warning("attachment lost", extra={"device": str(claim.key), "port": claim.port})
+        with within(claim.traceparent):
+            log.warning("attachment lost", extra={"device": str(claim.key), "port": claim.port})
         self._on_notice(Notice(What.LOST, claim.key, f"vhci port {claim.port} fell free, re-attaching", claim.pod))
         self._work.spawn(self._reattach(device_id), f"re-attach {claim.key}")
 
@@ -262,41 +271,48 @@ class Keeper:
         # what the pod has; a try that attaches and then fails replaces it in the book
         before = claim.attachment
         try:
-            with self._tracer.start_as_current_span("re-attach", context=context_from(claim.traceparent)) as span:
-                span.set_attribute("usbip.device", str(claim.key))
-                while await self._reattach_once(device_id, before, span):
+            attributes, context = (
+                device_attributes(claim.key) | pod_attributes(claim.pod),
+                remote_parent(claim.traceparent),
+            )
+            with span(self._tracer, "re-attach", attributes, context=context) as whole:
+                tries = Tries(whole)
+                while await self._reattach_once(device_id, before, whole, tries, promising=stir.is_set()):
+                    stir.clear()
                     with contextlib.suppress(TimeoutError):
                         async with self._clock.timeout(next(waits)):
                             await stir.wait()
-                    stir.clear()
         finally:
             if self._stirs.get(device_id) is stir:
                 del self._stirs[device_id]
 
-    async def _reattach_once(self, device_id: str, before: Attachment | None, span: Span) -> bool:
+    async def _reattach_once(
+        self, device_id: str, before: Attachment | None, whole: Span, tries: Tries, *, promising: bool
+    ) -> bool:
         """True if it should be tried again."""
         async with self._work.mutex(device_id):
             claim = self._work.book.get(device_id)
             if claim is None or claim.state is not State.REATTACHING:
                 return False
             try:
-                async with self._clock.timeout(REATTACH_TIMEOUT):
-                    after = await self._attach(device_id, self._clock.monotonic() + REATTACH_TIMEOUT)
+                with tries.one(promising=promising):
+                    async with self._clock.timeout(REATTACH_TIMEOUT):
+                        after = await self._attach(device_id, self._clock.monotonic() + REATTACH_TIMEOUT)
             except LockLost as error:
                 self._on_reattach(Reattach.FAILED)
-                record_error(span, error)
+                failed(whole, error)
                 if self._work.book[device_id].state is State.REATTACHING:
                     self._work.book.move(self._work.book[device_id], Event.LOCK_LOST)
                 await self._work.finish(device_id)
                 return False
             except (TimeoutError, LockError, KubeError, UsbipError, VhciError, CdiError) as error:
                 self._on_reattach(Reattach.FAILED)
-                span.record_exception(error)
+                tries.failed(error)
                 log.debug("re-attach failed, will retry", extra={"device": str(claim.key), "cause": str(error)})
                 self._note_trouble(claim, error)
                 return True
-        self._tell_move(claim)
-        self._reattached(claim, before, after, span)
+        self._tell_move(claim, whole)
+        self._reattached(claim, before, after, whole)
         return False
 
     def _note_trouble(self, claim: Claim, error: Exception) -> None:
@@ -358,23 +374,25 @@ class Keeper:
                 self._on_notice(Notice(What.NOT_REATTACHED, claim.key, hindrance, claim.pod))
         return verdict.key if isinstance(verdict, Found) else None
 
-    def _tell_move(self, before: Claim) -> None:
+    def _tell_move(self, before: Claim, whole: Span) -> None:
         claim = self._work.book.get(before.id)
         if claim is None or claim.moved_to == before.moved_to:
             return
+        whole.set_attribute("usbip.moved_to", claim.place.busid)
         log.info("followed", extra={"device": str(claim.key), "place": str(claim.place)})
         text = f"its server lists it as {claim.place.busid} now; it is attached from there"
         self._on_notice(Notice(What.MOVED, claim.key, text, claim.pod))
         if claim.moved_to is not None and claim.pod is not None:
             self._work.spawn(self._work.note_pod(claim.moved_to, claim.pod), f"note pod {claim.pod}")
 
-    def _reattached(self, claim: Claim, before: Attachment | None, after: Attachment, span: Span) -> None:
+    def _reattached(self, claim: Claim, before: Attachment | None, after: Attachment, whole: Span) -> None:
         verdict = after_reattach(before, after, self._on_loss(claim), claim.pod, by_cdi=bool(claim.numbers))
         same = verdict is AfterReattach.GOES_ON
         self._on_reattach(Reattach.SAME_NODES if same else Reattach.OTHER_NODES)
-        span.set_attribute("usbip.same_nodes", same)
+        whole.set_attribute("usbip.same_nodes", same)
         log.info("re-attached", extra={"device": str(claim.key), "port": after.port, "same_nodes": same})
-        what = What.RESTART_NEEDED if verdict is AfterReattach.RESTART else What.REATTACHED
+        what = What.RESTART_NEEDED if verdict is AfterReattach.RESTART else What.NODES_CHANGED
+        what = What.REATTACHED if same else what
         self._on_notice(Notice(what, claim.key, verdict.value, claim.pod))
         if verdict is AfterReattach.EVICT and claim.pod is not None:
             self._evict(claim.pod)
@@ -390,7 +408,8 @@ class Keeper:
             return
         # also when the Lease was deleted or emptied by hand: without a lock naming this node nothing may stay attached
         self._work.book.move(claim, Event.LOCK_LOST)
-        log.error("lock lost", extra={"device": str(claim.key), "holder": holder})
+        with within(claim.traceparent):
+            log.error("lock lost", extra={"device": str(claim.key), "holder": holder})
         text = f"node {holder} holds it now" if holder else "its lock no longer names this node"
         self._on_notice(Notice(What.LOCK_LOST, claim.key, text + "; it is detached here", claim.pod))
         self.look_again(change.device_id)

@@ -31,6 +31,7 @@ from usbip_plugin.errors import (
     KubeUnauthorized,
     KubeUnreachable,
 )
+from usbip_plugin.redaction import redacted
 
 _narrow.install()
 
@@ -378,7 +379,7 @@ async def _refusal(response: aiohttp.ClientResponse, verb: str, resource: str) -
     try:
         status = json.loads(data)
     except (ValueError, RecursionError):
-        status = {"message": data[:MAX_MESSAGE].decode("utf-8", "replace")}
+        status = {"message": data[: 8 * MAX_MESSAGE].decode("utf-8", "replace")}
     return error_of(
         response.status, status if isinstance(status, dict) else {}, verb, resource, response.headers.get("Retry-After")
     )
@@ -387,7 +388,8 @@ async def _refusal(response: aiohttp.ClientResponse, verb: str, resource: str) -
 def error_of(code: int, status: Mapping[str, Any], verb: str, resource: str, retry_after: str | None) -> KubeError:
     """The error for an HTTP code and the Status object that came with it."""
     said = next((text for key in ("message", "reason") if isinstance(text := status.get(key), str) and text), "")
-    message = _printable(said[:MAX_MESSAGE]) or f"HTTP {code}"
+    # whoever answers may have quoted the request, the token in its header included
+    message = redacted(_printable(said))[:MAX_MESSAGE] or f"HTTP {code}"
     if code == 429:
         seconds = float(retry_after) if retry_after and _SECONDS.fullmatch(retry_after) else None
         return KubeThrottled(verb, resource, seconds)

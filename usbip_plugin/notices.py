@@ -1,36 +1,82 @@
-"""What happens to a device that people should hear of, and how it reads as a Kubernetes Event."""
+"""What happens to a device that people should hear of, and the Kubernetes Events it becomes (docs/events.md)."""
 
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from usbip_plugin.model import DeviceKey, PodRef
+from usbip_plugin.errors import LockHeld, PluginError
+from usbip_plugin.model import Attachment, DeviceKey, Lock, PodRef
 from usbip_plugin.observe.events import NORMAL, WARNING, EventText
 
 
-class What(enum.Enum):
-    """(type, reason, action) of the Event."""
+class About(enum.Enum):
+    """What an Event is recorded on."""
 
-    LOST = (WARNING, "DeviceLost", "Reattach")
-    REATTACHED = (NORMAL, "DeviceReattached", "Reattach")
-    MOVED = (NORMAL, "DeviceMoved", "Reattach")
-    NOT_REATTACHED = (WARNING, "DeviceNotReattached", "Reattach")
-    RESTART_NEEDED = (WARNING, "DeviceNodesChanged", "Restart")
-    LOCK_LOST = (WARNING, "DeviceLockLost", "Withdraw")
+    POD = "the pod, or this node while the pod is not known"
+    NODE = "this node"
+    BOTH = "the pod, if it is known, and this node"
+
+
+class What(enum.Enum):
+    """(type, reason, action, object) of the Event."""
+
+    ATTACHED = (NORMAL, "DeviceAttached", "Attach", About.POD)
+    LOST = (WARNING, "DeviceLost", "Reattach", About.POD)
+    REATTACHED = (NORMAL, "DeviceReattached", "Reattach", About.POD)
+    NODES_CHANGED = (WARNING, "DeviceNodesChanged", "Reattach", About.POD)
+    MOVED = (NORMAL, "DeviceMoved", "Reattach", About.POD)
+    NOT_REATTACHED = (WARNING, "DeviceNotReattached", "Reattach", About.POD)
+    RESTART_NEEDED = (WARNING, "DeviceNodesChanged", "Restart", About.POD)
+    EVICTED = (WARNING, "DevicePodEvicted", "Evict", About.POD)
+    DENIED = (WARNING, "DeviceDenied", "Allocate", About.NODE)
+    FAILED = (WARNING, "DeviceAllocateFailed", "Allocate", About.NODE)
+    TAKEN_OVER = (WARNING, "DeviceTakenOver", "TakeOver", About.BOTH)
+    LOCK_LOST = (WARNING, "DeviceLockLost", "Withdraw", About.BOTH)
 
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """One happening. pod is None while nobody knows whose it is; text is one sentence."""
+    """One happening; text is one sentence. pod is None while nobody knows whose it is, key where it may be several."""
 
     what: What
-    key: DeviceKey
+    key: DeviceKey | None
     text: str
     pod: PodRef | None = None
 
 
-def event_of(notice: Notice) -> EventText:
-    """The Event's own words."""
-    kind, reason, action = notice.what.value
-    return EventText(type=kind, reason=reason, action=action, note=f"{notice.key}: {notice.text}")
+def attached(key: DeviceKey, attachment: Attachment | None, port: int | None, pod: PodRef) -> Notice:
+    """Said when the pod becomes known: an Allocate does not name it."""
+    node = f" as {attachment.nodes[0].path}" if attachment is not None and attachment.nodes else ""
+    return Notice(What.ATTACHED, key, f"attached on vhci port {port}{node}", pod)
+
+
+def refused(resource: str, error: PluginError) -> Notice:
+    """A failed Allocate, with the words that its pod has from the kubelet: who holds the device, or what failed."""
+    return Notice(What.DENIED if isinstance(error, LockHeld) else What.FAILED, None, f"{resource}: {error}")
+
+
+def taken_over(key: DeviceKey, former: Lock, node: str) -> Notice:
+    """pod: the one that had the device on the node that fell silent."""
+    text = f"node {node} took it over from node {former.holder}, whose lock had expired"
+    return Notice(What.TAKEN_OVER, key, text, former.pod)
+
+
+def evicted(pod: PodRef, keys: Iterable[DeviceKey]) -> Notice:
+    """The API server accepted the eviction."""
+    devices = ", ".join(map(str, sorted(keys))) or "its device"
+    return Notice(What.EVICTED, None, f"evicted, because {devices} came back under other device nodes", pod)
+
+
+def events_of(notice: Notice) -> tuple[tuple[EventText, PodRef | None], ...]:
+    """The Events to record: each about the pod, or about this node where that is None. A node's names the pod."""
+    kind, reason, action, about = notice.what.value
+    note = f"{notice.key}: {notice.text}" if notice.key is not None else notice.text
+    found: list[tuple[EventText, PodRef | None]] = []
+    if notice.pod is not None and about is not About.NODE:
+        found.append((EventText(kind, reason, action, note), notice.pod))
+    if about is not About.POD or not found:
+        whose = f" (pod {notice.pod})" if notice.pod is not None else ""
+        found.append((EventText(kind, reason, action, note + whose), None))
+    return tuple(found)

@@ -24,7 +24,7 @@ from usbip_plugin.kubelet.directory import PluginDirectory
 from usbip_plugin.kubelet.pod_resources import GrpcPodResources
 from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.model import NodeIdentity
-from usbip_plugin.notices import Notice, event_of
+from usbip_plugin.notices import Notice, events_of
 from usbip_plugin.observe.events import EventRecorder
 from usbip_plugin.observe.health import Heartbeats, HttpServer, Verdict, standard_pages
 from usbip_plugin.observe.metrics import Metrics
@@ -203,11 +203,12 @@ class _Process:
 
     def _notice(self, notice: Notice) -> None:
         self._figures.notice(notice)
-        self._events.record(event_of(notice), notice.pod)
+        for text, pod in events_of(notice):
+            self._events.record(text, pod)
 
     def _reconfigure(self, config: Config, warnings: tuple[str, ...]) -> None:
         for warning in warnings:
-            log.warning("configuration", extra={"problem": warning})
+            log.warning("configuration warning", extra={"problem": warning})
         self._figures.config_reloaded()
         self._config_report = config_loaded(self._options.config, config, warnings, self._clock.now())
         self.agent.reconfigure(config)
@@ -223,7 +224,7 @@ class _Process:
 def run_blocking(options: Options, loaded: Loaded, warnings: Iterable[str]) -> int:
     """run() from a synchronous command line. 0 after a signal; 1 with a message if it could not run."""
     for warning in warnings:
-        log.warning("configuration", extra={"problem": warning})
+        log.warning("configuration warning", extra={"problem": warning})
     failed: list[BaseException] = []
     try:
         asyncio.run(run(options, loaded))

@@ -43,6 +43,7 @@ class Seeker:
         self._views: dict[ServerKey, ServerView] = {}
         self._readings: dict[str, Reading] = {}
         self._asked: dict[str, Sighting] = {}
+        self._unread: dict[str, str] = {}
         self._hidden: dict[str, tuple[Sighting, float]] = {}
 
     def server_changed(self, view: ServerView) -> None:
@@ -93,8 +94,10 @@ class Seeker:
         try:
             await self.probe(sighting.key, sighting.descriptor)
         except PluginError as error:
-            level = logging.INFO if isinstance(error, UsbipError) else logging.DEBUG
-            log.log(level, "serial number not read", extra={"device": str(sighting.key), "cause": str(error)})
+            # read again every few seconds for as long as a device is looked for: the same failure is told once
+            if isinstance(error, UsbipError) and self._unread.get(sighting.key.id) != str(error):
+                self._unread[sighting.key.id] = str(error)
+                log.info("serial number not read", extra={"device": str(sighting.key), "cause": str(error)})
             self._give_up(sighting.key)
         finally:
             del self._asked[sighting.key.id]

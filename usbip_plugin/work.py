@@ -7,15 +7,16 @@ import contextlib
 import logging
 from collections.abc import Callable, Coroutine
 
-from opentelemetry.trace import Span, StatusCode
+from opentelemetry.trace import Link
 
 from usbip_plugin import retry
 from usbip_plugin.attaching import Means, Pipeline
 from usbip_plugin.claims import Claim, ClaimBook, Event, State
 from usbip_plugin.errors import ClaimBusy, KubeError, LockError, LockLost, VhciError
 from usbip_plugin.kubelet.broadcast import Broadcast
-from usbip_plugin.model import DeviceKey, PodRef
-from usbip_plugin.observe.tracing import context_from
+from usbip_plugin.model import DeviceKey, Lock, PodRef
+from usbip_plugin.observe.tracing import links_to, remote_parent
+from usbip_plugin.spans import Tries, device_attributes, failed, pod_attributes, span
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,9 @@ class DeviceWork:
         *,
         on_change: Callable[[str], None],
         on_step: Callable[[str, float], None],
+        on_takeover: Callable[[DeviceKey, Lock], None],
     ) -> None:
+        self._me = means.me
         self._locks = means.locks
         self._specs = means.specs
         self._clock = means.clock
@@ -52,7 +55,12 @@ class DeviceWork:
 
         self.book = ClaimBook(changed)
         self.pipeline = Pipeline(
-            means, book=self.book, note_port=self._note_port, note_serial=self._note_serial, on_step=on_step
+            means,
+            book=self.book,
+            note_port=self._note_port,
+            note_serial=self._note_serial,
+            on_step=on_step,
+            on_takeover=on_takeover,
         )
         self._mutexes: dict[str, asyncio.Lock] = {}
         self._tasks: asyncio.TaskGroup | None = None
@@ -102,25 +110,36 @@ class DeviceWork:
         claim = self.book[device_id]
         began = self._clock.monotonic()
         waits = retry.backoff(self._rng, RELEASE_FIRST_WAIT, RELEASE_MAX_WAIT)
-        with self._tracer.start_as_current_span("release", context=context_from(claim.traceparent)) as span:
-            span.set_attribute("usbip.device", str(claim.key))
+        attributes = device_attributes(claim.key) | pod_attributes(claim.pod)
+        context, links = remote_parent(claim.traceparent), self._new_holder(claim)
+        with span(self._tracer, "release", attributes, context=context, links=links) as release:
+            tries = Tries(release)
             while True:
                 try:
-                    await self.pipeline.detach(device_id)
-                    await self.pipeline.leave(device_id)
-                    self._specs.remove(self.book[device_id])
-                    if self.book[device_id].state is State.RELEASING:
-                        await self._locks.release(claim.key)
+                    with tries.one():
+                        await self.pipeline.detach(device_id)
+                        await self.pipeline.leave(device_id)
+                        self._specs.remove(self.book[device_id])
+                        if self.book[device_id].state is State.RELEASING:
+                            await self._locks.release(claim.key)
                     break
                 except LockLost:
                     self.book.move(self.book[device_id], Event.LOCK_LOST)
                 except (VhciError, LockError, KubeError) as error:
-                    span.record_exception(error)
-                    log.warning("release failed, will retry", extra={"device": str(claim.key), "cause": str(error)})
+                    if tries.failed(error):
+                        extra = {"device": str(claim.key), "cause": str(error)}
+                        log.warning("release failed, will retry", extra=extra)
                     await self._until_api_returns(next(waits))
+            if self.book[device_id].state is State.LOST:
+                release.set_attribute("usbip.lock.lost", value=True)
             self.book.move(self.book[device_id], Event.RELEASED)
+            log.info("released", extra={"device": str(claim.key), "pod": str(claim.pod) if claim.pod else None})
         self._on_step("release", self._clock.monotonic() - began)
-        log.info("released", extra={"device": str(claim.key), "pod": str(claim.pod) if claim.pod else None})
+
+    def _new_holder(self, claim: Claim) -> list[Link]:
+        """To the trace of the node that has the lock now, if it is not this one."""
+        lock = self._locks.locks.get(claim.id)
+        return links_to(lock.traceparent) if lock is not None and lock.holder not in ("", self._me.node) else []
 
     async def _until_api_returns(self, seconds: float) -> None:
         """At most so long; all of it if the API server is there, and so not what it fails of."""
@@ -140,10 +159,15 @@ class DeviceWork:
 
     async def note_pod(self, key: DeviceKey, pod: PodRef) -> None:
         """The pod onto the lock, for people; a failure is logged and changes nothing."""
-        try:
-            await self._locks.annotate(key, pod=pod)
-        except (LockError, KubeError) as error:
-            log.warning("pod not noted on the lock", extra={"device": str(key), "pod": str(pod), "cause": str(error)})
+        claim = self.book.get(key.id)
+        context = remote_parent(claim.traceparent if claim is not None else None)
+        with span(self._tracer, "pod", device_attributes(key) | pod_attributes(pod), context=context) as noted:
+            try:
+                await self._locks.annotate(key, pod=pod)
+            except (LockError, KubeError) as error:
+                failed(noted, error)
+                extra = {"device": str(key), "pod": str(pod), "cause": str(error)}
+                log.warning("pod not noted on the lock", extra=extra)
 
     def _note_port(self, key: DeviceKey, port: int) -> None:
         self.spawn(self._write_port(key, port), f"note port {port}")
@@ -174,9 +198,3 @@ class DeviceWork:
             log.warning("serial number not noted on the lock", extra={"device": str(key), "cause": str(error)})
             return False
         return True
-
-
-def record_error(span: Span, error: BaseException) -> None:
-    """The error as the span's event and status."""
-    span.record_exception(error)
-    span.set_status(StatusCode.ERROR, str(error))

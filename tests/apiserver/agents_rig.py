@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import tempfile
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -18,9 +19,10 @@ import grpc.aio
 from api_process import Cluster
 from node_tokens import NAMESPACE, NodeTokens
 
+from usbip_plugin.agent import Observer
 from usbip_plugin.claims import ABSENT_POLLS, State, Unlisted, User
 from usbip_plugin.clock import SystemClock
-from usbip_plugin.config import Config, DeviceSelector, ResourceConfig, Selector
+from usbip_plugin.config import Config, DeviceSelector, OnLoss, ResourceConfig, Selector
 from usbip_plugin.kube import KubeClient, connect
 from usbip_plugin.kubelet import deviceplugin_pb2 as pb
 from usbip_plugin.kubelet.broadcast import Broadcast
@@ -28,7 +30,9 @@ from usbip_plugin.kubelet.deviceplugin_pb2_grpc import DevicePluginStub
 from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.locks.manager import LockSettings
 from usbip_plugin.locks.store import LeaseStore
-from usbip_plugin.model import DeviceKey, Lock, PodRef, UsbId
+from usbip_plugin.model import DeviceKey, Lock, NodeIdentity, PodRef, UsbId
+from usbip_plugin.notices import Notice, events_of
+from usbip_plugin.observe.events import EventRecorder
 from usbip_plugin.observe.tracing import RecentSpans, SpanRecord, Tracing
 from usbip_plugin.sim.server import VirtualServer
 from usbip_plugin.sim.usbdevice import VirtualDevice
@@ -154,6 +158,11 @@ class Rig(Nodes):
         self.server, self.spans = server, spans
 
 
+async def _ended(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.wait([task])
+
+
 @contextlib.asynccontextmanager
 async def agents(
     cluster: Cluster,
@@ -164,11 +173,16 @@ async def agents(
     through: Mapping[str, str] | None = None,
     node_api: bool = False,
     store: Callable[[KubeClient, str], LeaseStore] = KubernetesLeases,
+    pods: bool = False,
+    events: bool = False,
+    on_loss: OnLoss = OnLoss.KEEP,
+    environ: Mapping[str, str] | None = None,
 ) -> AsyncIterator[Rig]:
     """Both agents with all devices offered, each with its own node's token. through: letter -> another address of the
     API server. store: what the Leases are reached by.
 
-    node_api: the agents also have the API server for Node status and pods. Node names are new each time.
+    node_api: the agents also have the API server for Node status, evictions and with pods for their pods. events: what
+    they notice is recorded there. environ: for tracing. Node names are new each time.
     """
     names = [f"n{uuid.uuid4().hex[:6]}-{letter}" for letter in "ab"]
     spans = WatchedSpans()
@@ -179,7 +193,7 @@ async def agents(
         for letter, name in zip("ab", names, strict=True):
             clients[name] = await connect(cluster.kubeconfig(await tokens.of(name), (through or {}).get(letter)))
             stack.push_async_callback(clients[name].close)
-            tracings[name] = Tracing(name, version="test", environ={}, recent=spans)
+            tracings[name] = Tracing(name, version="test", environ=environ or {}, recent=spans)
             stack.callback(tracings[name].shutdown)
         server = VirtualServer(
             [VirtualDevice(f"1-{i + 1}", DONGLE, serial=f"S{i}", configured=True) for i in range(devices)], reset_time=0
@@ -187,13 +201,30 @@ async def agents(
         await server.start()
         stack.push_async_callback(server.stop)
         selector = DeviceSelector(server.key, Selector(vendor=DONGLE.vendor, product=DONGLE.product))
+        recorders = {
+            name: EventRecorder(clients[name], NodeIdentity(name, "boot"), SystemClock(), random.Random(name))
+            for name in names
+            if events
+        }
+        for recorder in recorders.values():
+            stack.push_async_callback(_ended, asyncio.create_task(recorder.run()))
+
+        def observer(node: str) -> Observer:
+            def noticed(notice: Notice) -> None:
+                for text, pod in events_of(notice):
+                    recorders[node].record(text, pod)
+
+            return Observer(on_notice=noticed) if events else Observer()
+
         setup = Setup(
-            config=Config((ResourceConfig(RESOURCE, (selector,)),)),
+            config=Config((ResourceConfig(RESOURCE, (selector,), on_loss=on_loss),)),
             clock=SystemClock(),
             lock_settings=lock_settings,
             make_tracer=lambda node: tracings[node].tracer,
             make_leases=lambda node: store(clients[node], NAMESPACE),
             make_kube=(lambda node: clients[node]) if node_api else None,
+            make_observer=observer,
+            kube_has_pods=pods,
         )
         world = await stack.enter_async_context(running(directory, names, setup))
         keys = [DeviceKey(server.key, f"1-{i + 1}") for i in range(devices)]

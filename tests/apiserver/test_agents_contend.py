@@ -14,7 +14,6 @@ from node_tokens import NodeTokens
 from usbip_plugin.kube import KubeClient
 from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.locks.record import LOCK_LABELS
-from usbip_plugin.model import PodRef
 
 ROUNDS = int(os.environ.get("USBIP_CONTEND_ROUNDS", "1000"))
 PUBLISH_ROUNDS = 10
@@ -48,25 +47,6 @@ async def test_one_of_two_allocates_wins_each_round(cluster: Cluster, tokens: No
         assert [lease.holder for lease in ours] == [""]
         assert sum(wins.values()) == ROUNDS
         assert not any(node.agent.attacher.claims for node in rig.nodes if node.agent is not None)
-
-
-async def test_the_withdrawal_joins_the_trace_of_the_allocate(cluster: Cluster, tokens: NodeTokens) -> None:
-    async with agents(cluster, tokens) as rig:
-        (key,), (a, b) = rig.keys, rig.nodes
-        pod = PodRef("default", "reader")
-        await a.admit(pod, {RESOURCE: 1})
-        await b.until(RESOURCE, lambda devices: devices == {key.id: False})
-        trace = await rig.spans.trace_with(("Allocate", a.name), ("lock", a.name), ("withdraw", b.name))
-        spans = {span.name: span for span in trace}
-        assert len({span.trace_id for span in trace}) == 1
-        assert spans["Allocate"].parent_id is None
-        # the lock carries the root's traceparent, so the other node's span hangs below it
-        assert spans["withdraw"].parent_id == spans["Allocate"].span_id
-        assert spans["withdraw"].attributes["usbip.holder"] == a.name
-        a.end(pod)
-        await b.until(RESOURCE, lambda devices: devices == {key.id: True})
-        released = await rig.spans.trace_with(("Allocate", a.name), ("release", a.name))
-        assert released[0].trace_id == trace[0].trace_id
 
 
 async def test_a_lost_allocate_answers_after_its_node_says_zero(

@@ -72,7 +72,7 @@ async def test_the_plugin_evicts_a_pod_and_no_other_of_its_name(admin: KubeClien
         await ask(account, PodRef(pod.namespace, pod.name, "5c0e4aee-0000-4000-8000-000000000000"))
     assert await exists(admin, pod)
 
-    evictor = Evictor(account, SystemClock(), random.Random(1), lambda _pod: True)
+    evictor = Evictor(account, SystemClock(), random.Random(1), lambda _pod: True, lambda _pod: None)
     task = asyncio.create_task(evictor.run())
     try:
         evictor.evict(pod)

@@ -13,15 +13,16 @@ import urllib.error
 import urllib.request
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from api_process import ADMIN_TOKEN, Cluster
+from api_process import ADMIN_TOKEN, Cluster, free_port
 from node_tokens import ACCOUNT, NAMESPACE, NodeTokens
+from otlp_receiver import receiving
 
 from usbip_plugin.kube import KubeClient
-from usbip_plugin.model import DeviceKey, ServerKey, UsbId
+from usbip_plugin.model import DeviceKey, PodRef, ServerKey, UsbId
 from usbip_plugin.sim.kubelet import FakeKubelet
 from usbip_plugin.sim.server import VirtualServer
 from usbip_plugin.sim.usbdevice import VirtualDevice
@@ -117,6 +118,12 @@ class Running:
     config: Path
     address: str
     device: DeviceKey
+    read: list[str] = field(default_factory=list)
+
+    async def offered(self) -> None:
+        """The kubelet has the device, Healthy."""
+        async with asyncio.timeout(PATIENCE_S):
+            await self.kubelet.wait_for("usbip.dev/stick", lambda devices: devices.get(self.device.id) is True)
 
     async def get(self, path: str) -> tuple[int, str]:
         """(status, body) of one of its pages."""
@@ -130,16 +137,38 @@ class Running:
 
         return await asyncio.to_thread(ask)
 
-    async def line(self, text: str) -> None:
-        """Reads the log until a line has this text."""
+    async def line(self, text: str) -> str:
+        """Reads the log until a line has this text. Every line read is kept in `read`."""
         assert self.process.stdout is not None
         async with asyncio.timeout(PATIENCE_S):
-            while text not in (await self.process.stdout.readline()).decode():
+            while True:
+                self.read.append((await self.process.stdout.readline()).decode())
+                if text in self.read[-1]:
+                    return self.read[-1]
                 assert not self.process.stdout.at_eof(), f"the log ended without {text!r}"
 
 
 @contextlib.asynccontextmanager
-async def plugin(kubeconfig: str, port: int) -> AsyncIterator[Running]:
+async def kernel(socket: Path) -> AsyncIterator[str]:
+    """The stand-in for vhci_hcd as a process; the path of its socket."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "usbip_plugin", "simulate", "kernel", "--socket", str(socket)), stdout=PIPE
+    )
+    try:
+        assert process.stdout is not None
+        async with asyncio.timeout(PATIENCE_S):
+            assert b"simulated kernel" in await process.stdout.readline()
+        yield str(socket)
+    finally:
+        process.kill()
+        await process.communicate()
+
+
+@contextlib.asynccontextmanager
+async def plugin(
+    kubeconfig: str, port: int, *flags: str, simulated: bool = False, **environ: str
+) -> AsyncIterator[Running]:
+    """flags: more of them; simulated: on the stand-in for vhci_hcd; environ: variables set on top."""
     with tempfile.TemporaryDirectory(prefix="usbip-") as name:
         home = Path(name)
         (home / "plugins").mkdir()
@@ -147,15 +176,19 @@ async def plugin(kubeconfig: str, port: int) -> AsyncIterator[Running]:
         await server.start()
         config = home / "config.yaml"
         config.write_text(text_of(server.key, "stick"))
-        async with FakeKubelet(home / "plugins", home / "pods.sock") as kubelet:
+        async with contextlib.AsyncExitStack() as stack:
+            kubelet = await stack.enter_async_context(FakeKubelet(home / "plugins", home / "pods.sock"))
+            if simulated:
+                flags += ("--simulated-kernel", await stack.enter_async_context(kernel(home / "kernel.sock")))
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "usbip_plugin", "run"),
                 *("--kubeconfig", kubeconfig, "--namespace", NAMESPACE, "--node-name", "node-p"),
                 *("--config", str(config), "--plugin-directory", str(home / "plugins")),
                 *("--pod-resources-socket", str(home / "pods.sock"), "--listen", f"127.0.0.1:{port}"),
+                *flags,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=PIPE,
-                env=os.environ | {"PYTHONUNBUFFERED": "1"},
+                env=os.environ | {"PYTHONUNBUFFERED": "1"} | environ,
             )
             try:
                 device = DeviceKey(server.key, "1-1")
@@ -204,3 +237,81 @@ async def test_the_process_registers_answers_reloads_and_ends_on_sigterm(
         async with asyncio.timeout(END_S):
             assert await p.process.wait() == 0
         assert not list((p.config.parent / "plugins").glob("usbip-*.sock")), "its sockets are gone"
+
+
+async def test_the_process_exports_its_traces_and_its_log_names_them(
+    cluster: Cluster, tokens: NodeTokens, unused_tcp_port: int
+) -> None:
+    with receiving() as receiver:
+        variables = {
+            "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.endpoint,
+            "OTEL_RESOURCE_ATTRIBUTES": "k8s.cluster.name=lab",
+        }
+        config = cluster.kubeconfig(await tokens.of("node-p"))
+        async with plugin(config, unused_tcp_port, simulated=True, **variables) as p:
+            await p.offered()
+            pod = PodRef("default", "reader")
+            await p.kubelet.admit(pod, {"usbip.dev/stick": 1})
+            line = json.loads(await p.line('"allocated"'))
+            p.kubelet.end(pod)
+            released = json.loads(await p.line('"released"'))
+            p.process.send_signal(signal.SIGTERM)
+            async with asyncio.timeout(PATIENCE_S):
+                assert await p.process.wait() == 0
+        await asyncio.to_thread(receiver.until, lambda: bool(receiver.named("release")))
+    (allocate,) = receiver.named("Allocate")
+    assert allocate.node == "node-p"
+    assert allocate.resource["k8s.cluster.name"] == "lab"
+    assert (line["trace_id"], line["span_id"]) == (allocate.trace_id, allocate.span.span_id.hex())
+    assert released["trace_id"] == allocate.trace_id
+    assert {received.span.name for received in receiver.spans if received.trace_id == allocate.trace_id} >= {
+        *("Allocate", "lock", "lock.acquire", "lock.write", "import", "attach", "device node", "response"),
+        *("release", "detach", "lock.release"),
+    }
+
+
+async def test_a_collector_that_is_not_there_is_one_line_in_the_log(
+    cluster: Cluster, tokens: NodeTokens, unused_tcp_port: int
+) -> None:
+    variables = {
+        "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{free_port()}",
+        "OTEL_EXPORTER_OTLP_TIMEOUT": "0.3",
+        "OTEL_BSP_SCHEDULE_DELAY": "50",
+    }
+    config = cluster.kubeconfig(await tokens.of("node-p"))
+    async with plugin(config, unused_tcp_port, simulated=True, **variables) as p:
+        await p.offered()
+        for number in range(3):
+            pod = PodRef("default", f"reader-{number}")
+            await p.kubelet.admit(pod, {"usbip.dev/stick": 1})
+            if number == 0:
+                await p.line("traces cannot be exported")
+            p.kubelet.end(pod)
+            await p.line('"released"')
+            await p.offered()
+        p.process.send_signal(signal.SIGTERM)
+        async with asyncio.timeout(END_S):
+            assert await p.process.wait() == 0
+        await p.line("stopping")
+    assert sum("export" in line.lower() or "opentelemetry" in line for line in p.read) == 1, p.read
+
+
+@pytest.mark.parametrize("form", ["json", "text"])
+async def test_whatever_goes_wrong_no_token_is_logged(
+    cluster: Cluster, tokens: NodeTokens, unused_tcp_port: int, form: str
+) -> None:
+    """Everything that any package logs, from a life with a token that stops being good in the middle of it."""
+    token = await tokens.of("node-p")
+    config = Path(cluster.kubeconfig(token))
+    flags = ("--log-level", "all", "--log-format", form)
+    async with plugin(str(config), unused_tcp_port, *flags, simulated=True) as p:
+        await p.offered()
+        pod = PodRef("default", "reader")
+        await p.kubelet.admit(pod, {"usbip.dev/stick": 1})
+        await p.line("allocated")
+        cluster.restart_api()
+        p.kubelet.end(pod)
+        await p.line("released")
+        p.process.send_signal(signal.SIGTERM)
+        await p.line("stopping")
+    assert not [line for line in p.read if token in line or token.split(".")[1] in line]

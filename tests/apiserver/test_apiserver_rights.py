@@ -28,7 +28,7 @@ from usbip_plugin.errors import KubeConflict
 from usbip_plugin.kube import KubeClient, connect
 from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.model import NodeIdentity, PodRef
-from usbip_plugin.notices import event_of
+from usbip_plugin.notices import Notice, events_of
 from usbip_plugin.observe.events import EventRecorder
 from usbip_plugin.sim.server import VirtualServer
 from usbip_plugin.sim.usbdevice import VirtualDevice
@@ -176,9 +176,12 @@ async def living(cluster: Cluster, admin: KubeClient, name: str, token: str) -> 
         )
         node = World(directory, [name], setup)[name]
         events = EventRecorder(client, NodeIdentity(name, "boot"), SystemClock(), random.Random(name))
-        node.observer = dataclasses.replace(
-            node.observer, on_notice=lambda notice: events.record(event_of(notice), notice.pod)
-        )
+
+        def noticed(notice: Notice) -> None:
+            for text, pod in events_of(notice):
+                events.record(text, pod)
+
+        node.observer = dataclasses.replace(node.observer, on_notice=noticed)
         await stack.enter_async_context(node.kubelet)
         stack.push_async_callback(node.stop)
         writer = asyncio.create_task(events.run())

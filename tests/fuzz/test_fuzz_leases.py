@@ -31,7 +31,7 @@ from usbip_plugin.locks.manager import LockManager, LockSettings, Standing
 from usbip_plugin.locks.store import Lease
 from usbip_plugin.locks.view import newer
 from usbip_plugin.model import DeviceKey, Lock, NodeIdentity, ServerKey, UsbId
-from usbip_plugin.notices import Notice, What, event_of
+from usbip_plugin.notices import Notice, What, events_of
 from usbip_plugin.observe.events import event_body
 from usbip_plugin.observe.logs import JsonFormatter, TextFormatter
 from usbip_plugin.sim.loop import SimClock, virtual
@@ -302,9 +302,10 @@ async def shown(manager: LockManager, api: RawApi) -> None:
     fit_to_show(inventory.health(facts, device, "stick").detail, 1200)
     fit_to_show(known.holder, 256)
     notice = Notice(What.LOCK_LOST, KEY, f"node {known.holder} holds it now", known.pod)
-    event = event_body(ME, event_of(notice), known.pod, "name", "2030-01-01T00:00:00.000000Z")
-    assert len(event["note"].encode()) <= 1024
-    assert len(json.dumps(event)) <= 8192
+    for said, pod in events_of(notice):
+        event = event_body(ME, said, pod, "name", "2030-01-01T00:00:00.000000Z")
+        assert len(event["note"].encode()) <= 1024
+        assert len(json.dumps(event)) <= 8192
     devices = await known_devices(KubernetesLeases(api, "ns"))  # type: ignore[arg-type]
     text = table(rows(devices, datetime(2030, 1, 1, tzinfo=UTC)), WIDE)
     for line in text.splitlines():

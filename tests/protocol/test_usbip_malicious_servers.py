@@ -542,6 +542,7 @@ async def node(client: TcpUsbipClient) -> AsyncIterator[tuple[Pipeline, ClaimBoo
         note_port=lambda _key, _port: None,
         note_serial=lambda _key, _serial: None,
         on_step=lambda _name, _seconds: None,
+        on_takeover=lambda _key, _former: None,
     )
     running = asyncio.create_task(locks.run())
     try:

@@ -39,21 +39,23 @@ class Api:
         return {}
 
 
-async def evict(api: Api, *, times: int = 1, wanted_for: float = 3600.0) -> None:
-    """Runs an Evictor for an hour, which is told of the pod at its beginning."""
+async def evict(api: Api, *, times: int = 1, wanted_for: float = 3600.0) -> list[PodRef]:
+    """Runs an Evictor for an hour, which is told of the pod at its beginning. What it says was evicted."""
     loop = asyncio.get_running_loop()
-    evictor = Evictor(api, SimClock(loop), random.Random(1), lambda _pod: loop.time() < wanted_for)
+    told: list[PodRef] = []
+    evictor = Evictor(api, SimClock(loop), random.Random(1), lambda _pod: loop.time() < wanted_for, told.append)
     for _ in range(times):
         evictor.evict(POD)
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(3600):
             await evictor.run()
+    return told
 
 
 @virtual
 async def test_a_pod_is_evicted_once_and_by_its_uid() -> None:
     api = Api()
-    await evict(api, times=3)
+    assert await evict(api, times=3) == [POD]
     assert api.bodies == [
         {
             "apiVersion": "policy/v1",

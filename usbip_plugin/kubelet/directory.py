@@ -84,7 +84,7 @@ class PluginDirectory:
                 if not warned:
                     log.warning(
                         "cannot watch the kubelet's directory, polling it",
-                        extra={"directory": str(self.path), "error": str(error), "interval_s": POLL_S},
+                        extra={"directory": str(self.path), "cause": str(error), "interval_s": POLL_S},
                     )
                     warned = True
                 await self._clock.sleep(POLL_S)

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable
+from contextvars import Context, copy_context
 from typing import Any, Protocol
 from urllib.parse import quote
 
@@ -49,26 +50,34 @@ def eviction(pod: PodRef) -> dict[str, Any]:
 class Evictor:
     """Evicts the pods it is told of, each until it is accepted, the pod is gone, or it is not wanted any more.
 
-    wanted(pod) is asked before each try. Errors are logged and tried again, never raised.
+    wanted(pod) is asked before each try; on_evicted(pod) is told when one was accepted. Errors are logged and tried
+    again, never raised.
     """
 
-    def __init__(self, api: EvictionApi, clock: Clock, rng: random.Random, wanted: Callable[[PodRef], bool]) -> None:
-        self._api, self._clock, self._rng, self._wanted = api, clock, rng, wanted
-        self._asked: asyncio.Queue[PodRef] = asyncio.Queue()
+    def __init__(
+        self,
+        api: EvictionApi,
+        clock: Clock,
+        rng: random.Random,
+        wanted: Callable[[PodRef], bool],
+        on_evicted: Callable[[PodRef], None],
+    ) -> None:
+        self._api, self._clock, self._rng, self._wanted, self._on_evicted = api, clock, rng, wanted, on_evicted
+        self._asked: asyncio.Queue[tuple[PodRef, Context]] = asyncio.Queue()
         self._under_way: set[PodRef] = set()
 
     def evict(self, pod: PodRef) -> None:
-        """Asks for it, without waiting. Again while it is under way: nothing."""
+        """Asks for it, without waiting. Again while it is under way: nothing. What is logged of it is the caller's."""
         if pod not in self._under_way:
             self._under_way.add(pod)
-            self._asked.put_nowait(pod)
+            self._asked.put_nowait((pod, copy_context()))
 
     async def run(self) -> None:
         """Until cancelled; what is under way is forgotten then."""
         async with asyncio.TaskGroup() as tasks:
             while True:
-                pod = await self._asked.get()
-                tasks.create_task(self._evict(pod), name=f"evict {pod}")
+                pod, context = await self._asked.get()
+                tasks.create_task(self._evict(pod), name=f"evict {pod}", context=context)
 
     async def _evict(self, pod: PodRef) -> None:
         waits = backoff(self._rng, BACKOFF_FIRST_S, BACKOFF_MAX_S)
@@ -78,11 +87,11 @@ class Evictor:
                 try:
                     await self._request(pod)
                 except KubeForbidden as error:
-                    log.warning("not allowed to evict", extra={"pod": str(pod), "error": str(error)})
+                    log.warning("not allowed to evict", extra={"pod": str(pod), "cause": str(error)})
                     wait = FORBIDDEN_WAIT_S
                 except KubeError as error:
                     # 429 is what a PodDisruptionBudget answers
-                    log.warning("not evicted yet", extra={"pod": str(pod), "error": str(error)})
+                    log.warning("not evicted yet", extra={"pod": str(pod), "cause": str(error)})
                 else:
                     return
                 await self._clock.sleep(wait)
@@ -97,3 +106,4 @@ class Evictor:
             log.info("gone before it was evicted", extra={"pod": str(pod)})
         else:
             log.info("evicted", extra={"pod": str(pod)})
+            self._on_evicted(pod)

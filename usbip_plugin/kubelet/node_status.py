@@ -144,7 +144,7 @@ class NodeStatusPublisher:
         if str(error) != self.last_error:
             log.warning(
                 "cannot publish allocatable on the node; the scheduler learns of it with the kubelet's next sync",
-                extra={"error": str(error)},
+                extra={"cause": str(error)},
             )
         self.last_error = str(error)
         self._changed.fire()

@@ -137,6 +137,7 @@ class OwnPods:
         self._rng = rng
         self._callback = callback
         self._pods: dict[PodKey, PodState] = {}
+        self._complained = False
         self.synced = False
 
     def find(self, namespace: str, name: str) -> PodRef | None:
@@ -176,9 +177,10 @@ class OwnPods:
             except KubeGone:
                 version = None
             except KubeError as error:
-                self.synced = False
                 version = None
-                log.warning("own-node pod watch failed, trying again", extra={"error": str(error)})
+                if self.synced or not self._complained:
+                    log.warning("own-node pod watch failed, trying again", extra={"cause": str(error)})
+                self.synced, self._complained = False, True
             if self._clock.monotonic() - started >= STABLE_S:
                 waits = backoff(self._rng, BACKOFF_FIRST_S, BACKOFF_MAX_S)
             else:

@@ -231,12 +231,14 @@ class ResourcePlugin:
         if (state, error) == (self.state, self.error):
             return
         self.state, self.error = state, error
-        extra = {"resource": self.resource, "state": state.value}
+        extra = {"resource": self.resource, "cause": error}
         if state is State.FAILED:
-            log.warning("registration with the kubelet failed", extra={**extra, "error": error})
-        elif state in {State.WAITING, State.REGISTERED}:
-            log.info("kubelet: %s", state.value, extra=extra)
+            log.warning("registration with the kubelet failed", extra=extra)
+        elif state is State.WAITING:
+            log.info("waiting for the kubelet: its registration socket is missing", extra={"resource": self.resource})
+        elif state is State.REGISTERED:
+            log.info("registered with the kubelet", extra={"resource": self.resource})
         elif error:
-            log.info("registering again", extra={**extra, "reason": error})
+            log.info("registering again", extra=extra)
         if self._on_state is not None:
             self._on_state(self)

@@ -31,6 +31,7 @@ class Contact:
         self._clock, self._on_change = clock, on_change
         self._watch_up = False
         self._watch_error: str | None = None
+        self._watch_failure: type[KubeError] | None = None
         self._call_error: str | None = None
         self.state = ApiState(reachable=False, since=clock.monotonic(), error=None)
 
@@ -39,13 +40,13 @@ class Contact:
         return self._call_error is not None
 
     def watch_up(self) -> None:
-        self._watch_up, self._watch_error = True, None
+        self._watch_up, self._watch_error, self._watch_failure = True, None, None
         self._tell()
 
     def watch_down(self, error: KubeError) -> bool:
-        """Whether this is news."""
-        news = self._watch_up or self._watch_error != str(error)
-        self._watch_up, self._watch_error = False, str(error)
+        """Whether this is news: the first failure, or one of another kind than the last."""
+        news = self._watch_failure is not type(error)
+        self._watch_up, self._watch_error, self._watch_failure = False, str(error), type(error)
         self._tell()
         return news
 

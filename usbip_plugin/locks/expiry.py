@@ -100,7 +100,7 @@ class ExpiryWatch:
                 session = await self._store.get(record.session_name(holder))
             except KubeError as error:
                 # Nothing is concluded from it: only a confirmed observation can expire.
-                logger.debug("session not readable", extra={"holder": record.holder_text(holder), "error": str(error)})
+                logger.debug("session not readable", extra={"holder": record.holder_text(holder), "cause": str(error)})
                 return False
             for lease in leases:
                 self._note(lease, session, asked_at)

@@ -58,7 +58,7 @@ class Follower:
                 logger.debug("lock watch too old, listing anew")
             except KubeError as error:
                 if self._contact.watch_down(error):
-                    logger.warning("locks cannot be followed", extra={"error": str(error)})
+                    logger.warning("locks cannot be followed", extra={"cause": str(error)})
             if self._clock.monotonic() - started >= SETTLE_S:
                 waits = retry.backoff(self._rng, RETRY_FIRST_S, RETRY_MAX_S)
             await self._clock.sleep(next(waits))

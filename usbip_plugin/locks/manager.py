@@ -9,7 +9,7 @@ import logging
 import random
 import weakref
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from opentelemetry.trace import Tracer
 
@@ -23,8 +23,9 @@ from usbip_plugin.locks.protocol import Decision, Denied, LockMeta, Rules, Stand
 from usbip_plugin.locks.session import Session
 from usbip_plugin.locks.store import Lease, LeaseStore
 from usbip_plugin.locks.view import LockChange, LockView
-from usbip_plugin.locks.writer import Effort, Writer, Written, attributes
+from usbip_plugin.locks.writer import Effort, Writer, Written
 from usbip_plugin.model import DeviceKey, Lock, NodeIdentity, PodRef
+from usbip_plugin.spans import device_attributes, span
 
 logger = logging.getLogger(__name__)
 
@@ -57,11 +58,15 @@ class LockSettings:
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """Leave to import until import_deadline, which is on this node's Clock.monotonic() (R1)."""
+    """Leave to import until import_deadline, which is on this node's Clock.monotonic() (R1).
+
+    former: the lock as another node held it, if this took it over (R4).
+    """
 
     lock: Lock
     epoch: int
     import_deadline: float
+    former: Lock | None = None
 
 
 class Acquired(enum.Enum):
@@ -198,8 +203,10 @@ class LockManager:
         not so if it is claimed: then the caller answers for it whatever comes of this.
         """
         use_meta = meta or LockMeta()
+        former: Lock | None = None
 
         async def decide(lease: Lease | None, write: Write) -> Decision:
+            nonlocal former
             importable = self._expiry.importable(key.id)
             observation = self._expiry.observation(key.id)
             if lease is not None and observation is not None and protocol.may_take_over(lease, observation):
@@ -207,9 +214,12 @@ class LockManager:
                 # after the expiry: by then every import under an earlier write has come to its end
                 if importable and self._is_listed is not None:
                     importable = await self._is_listed(key)
-            return self._rules.decide_acquire(lease, key, use_meta, write, observation, importable)
+            decision = self._rules.decide_acquire(lease, key, use_meta, write, observation, importable)
+            taken = lease is not None and not isinstance(decision, Denied) and lease.holder not in ("", self._me.node)
+            former = record.lock_of(lease) if lease is not None and taken else None
+            return decision
 
-        with self._timed(), self._tracer.start_as_current_span("lock.acquire", attributes=attributes(key)) as span:
+        with self._timed(), span(self._tracer, "lock.acquire", device_attributes(key)) as acquiring:
             async with self._device_lock(key.id):
                 effort = Effort()
                 if claimed:
@@ -226,8 +236,8 @@ class LockManager:
                     self._taking -= 1
                     self._session_need()
                 self._abandoned.pop(key.id, None)
-            span.set_attribute("usbip.lock.epoch", grant.epoch)
-            return grant
+            acquiring.set_attribute("usbip.lock.epoch", grant.epoch)
+            return replace(grant, former=former)
 
     @contextlib.contextmanager
     def _timed(self) -> Iterator[None]:
@@ -270,7 +280,7 @@ class LockManager:
 
         R5 is the caller's: the local port is free again, or was never used.
         """
-        with self._tracer.start_as_current_span("lock.release", attributes=attributes(key)):
+        with span(self._tracer, "lock.release", device_attributes(key)):
             async with self._device_lock(key.id):
                 await self._writer.drive(key, self._decide_release)
 
@@ -356,7 +366,7 @@ class LockManager:
                     try:
                         await self._writer.drive(key, self._decide_release)
                     except LockUnavailable as error:
-                        logger.warning("orphaned lock not released", extra={"device": str(key), "error": str(error)})
+                        logger.warning("orphaned lock not released", extra={"device": str(key), "cause": str(error)})
                         self._orphaned.set()
                     else:
                         del self._abandoned[device_id]

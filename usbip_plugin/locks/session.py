@@ -38,6 +38,7 @@ class Session:
         self._duration, self._rules = duration, rules
         self._needed = asyncio.Event()
         self._known: Lease | None = None
+        self._failing = False
         self.written_at: float | None = None  # monotonic; None before the first heartbeat of this process
 
     def need(self, needed: bool) -> None:
@@ -60,9 +61,12 @@ class Session:
         while self._needed.is_set():
             try:
                 if await self._write():
+                    self._failing = False
                     return
             except KubeError as error:
-                logger.warning("session heartbeat failed", extra={"error": str(error)})
+                if not self._failing:
+                    logger.warning("session heartbeat failed", extra={"cause": str(error)})
+                self._failing = True
                 self._known = None
             await self._clock.sleep(next(waits))
 

@@ -6,7 +6,7 @@ import random
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
-from opentelemetry.trace import Tracer
+from opentelemetry.trace import SpanKind, Tracer
 
 from usbip_plugin import retry
 from usbip_plugin.clock import Clock
@@ -16,6 +16,7 @@ from usbip_plugin.locks.protocol import Create, Decision, Denied, Replace, Write
 from usbip_plugin.locks.store import Lease, LeaseStore
 from usbip_plugin.locks.view import LockView
 from usbip_plugin.model import DeviceKey, NodeIdentity
+from usbip_plugin.spans import device_attributes, span
 
 # How often one operation decides anew after its compare-and-swap failed.
 CONFLICT_ROUNDS = 5
@@ -46,11 +47,6 @@ class Effort:
 
 
 Decide = Callable[[Lease | None, Write], Awaitable[Decision]]
-
-
-def attributes(key: DeviceKey) -> dict[str, str]:
-    """What every span of a lock operation says."""
-    return {"usbip.device": key.id, "usbip.server": str(key.server), "usbip.busid": key.busid}
 
 
 class Writer:
@@ -113,7 +109,7 @@ class Writer:
     async def _write(self, key: DeviceKey, decision: Create | Replace, write: Write, effort: Effort) -> Written | None:
         """None after a conflict."""
         self._before_write()
-        with self._tracer.start_as_current_span("lock.write", attributes=attributes(key)) as span:
+        with span(self._tracer, "lock.write", device_attributes(key), kind=SpanKind.CLIENT) as written:
             # R1 counts from here, not from the answer: others may see the write as soon as it is sent.
             sent = effort.sent[write.write_id] = Written(decision.lease, self._clock.monotonic())
             try:
@@ -122,7 +118,7 @@ class Writer:
                 else:
                     lease = await self._store.replace(decision.lease)
             except KubeConflict:
-                span.set_attribute("usbip.lock.conflict", True)
+                written.set_attribute("usbip.lock.conflict", True)
                 return None
             except KubeNotFound:
                 if isinstance(decision, Create):

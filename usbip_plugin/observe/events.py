@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from usbip_plugin.clock import Clock
 from usbip_plugin.errors import KubeConflict, KubeError
 from usbip_plugin.model import NodeIdentity, PodRef
+from usbip_plugin.redaction import redacted
 from usbip_plugin.retry import api_write
 
 CONTROLLER = "usbip.dev/usbip-plugin"
@@ -91,6 +92,7 @@ def namespace_of(pod: PodRef | None) -> str:
 
 
 def _cut(note: str) -> str:
+    note = redacted(note)
     data = note.encode("utf-8", "replace")
     return note if len(data) <= MAX_NOTE_BYTES else data[:MAX_NOTE_BYTES].decode("utf-8", "ignore") + "..."
 

@@ -11,6 +11,8 @@ from typing import TextIO
 
 from opentelemetry import trace
 
+from usbip_plugin.redaction import redacted
+
 PACKAGE = "usbip_plugin"
 _OFF = logging.CRITICAL + 10
 LEVELS: Mapping[str, int] = {
@@ -55,7 +57,8 @@ def fields_of(record: logging.LogRecord) -> dict[str, object]:
     """ts, level, logger, msg, the record's extra fields, error, trace_id and span_id, in this order.
 
     Mappings are flattened: pod={"name": "a"} is pod.name=a. An extra field named like one of the others gets a
-    trailing underscore. error: an exception's traceback. Long texts and lists are cut.
+    trailing underscore. error: an exception's traceback. Long texts and lists are cut, what looks like a credential is
+    taken out.
     """
     fields: dict[str, object] = {
         "ts": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
@@ -89,6 +92,7 @@ def _flatten(key: str, value: object, into: dict[str, object]) -> None:
 
 
 def _cut(text: str, longest: int) -> str:
+    text = redacted(text)
     return text if len(text) <= longest else text[: longest - 1] + "…"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from usbip_plugin.observe.tracing import SpanRecord
 
@@ -11,7 +11,7 @@ def tree(spans: Iterable[SpanRecord]) -> str:
     """Spans of one or several traces as an indented tree, a line each: name, duration, node, attributes, error.
 
     Order is by start. A span whose parent is not among them stands at the top: it may not have ended, or be another
-    node's. No spans: "".
+    node's. Attributes that a line above says already are left out. No spans: "".
     """
     ordered = sorted({span.span_id: span for span in spans}.values(), key=lambda span: (span.start_ns, span.span_id))
     known = {span.span_id for span in ordered}
@@ -21,26 +21,33 @@ def tree(spans: Iterable[SpanRecord]) -> str:
         children.setdefault(parent, []).append(span)
     lines: list[str] = []
     for root in children.get(None, []):
-        _branch(root, children, "", "", lines)
+        _branch(root, children, "", "", lines, {})
     return "\n".join(lines)
 
 
 def _branch(
-    span: SpanRecord, children: dict[str | None, list[SpanRecord]], first: str, rest: str, lines: list[str]
+    span: SpanRecord,
+    children: dict[str | None, list[SpanRecord]],
+    first: str,
+    rest: str,
+    lines: list[str],
+    above: Mapping[str, str],
 ) -> None:
-    lines.append(first + line(span))
+    lines.append(first + line(span, above))
+    said = {**above, **span.attributes}
     below: Sequence[SpanRecord] = children.get(span.span_id, [])
     for index, child in enumerate(below):
         last = index == len(below) - 1
-        _branch(child, children, rest + ("└─ " if last else "├─ "), rest + ("   " if last else "│  "), lines)
+        _branch(child, children, rest + ("└─ " if last else "├─ "), rest + ("   " if last else "│  "), lines, said)
 
 
-def line(span: SpanRecord) -> str:
-    """One span: `lock.acquire 3.1 ms [node-a] epoch=2`."""
+def line(span: SpanRecord, above: Mapping[str, str] | None = None) -> str:
+    """One span: `lock.acquire 3.1 ms [node-a] epoch=2`, without the attributes that are the same above."""
+    known = above or {}
     parts = [span.name, duration(span.seconds)]
     if span.node:
         parts.append(f"[{span.node}]")
-    parts.extend(f"{key}={value}" for key, value in sorted(span.attributes.items()))
+    parts.extend(f"{key}={value}" for key, value in sorted(span.attributes.items()) if known.get(key) != value)
     parts.extend(f"link={trace_id[:8]}" for trace_id in span.links)
     if span.error is not None:
         parts.append(f"ERROR: {span.error}" if span.error else "ERROR")

@@ -2,38 +2,78 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
+from opentelemetry import context as otel_context
 from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
-from opentelemetry.sdk.trace.sampling import ALWAYS_ON
-from opentelemetry.trace import NonRecordingSpan, Span, SpanContext, StatusCode, TraceFlags, Tracer
+from opentelemetry.sdk.trace.sampling import ALWAYS_ON, Decision, Sampler, SamplingResult
+from opentelemetry.sdk.version import __version__ as sdk_version
+from opentelemetry.trace import (
+    Link,
+    NonRecordingSpan,
+    NoOpTracer,
+    Span,
+    SpanContext,
+    SpanKind,
+    StatusCode,
+    TraceFlags,
+    Tracer,
+    TraceState,
+)
+from opentelemetry.util.types import Attributes
+
+from usbip_plugin.redaction import redacted
+from usbip_plugin.spans import is_untraced
+
+if TYPE_CHECKING:
+    from usbip_plugin.observe.otlp import OtlpExport
 
 SERVICE_NAME = "usbip-plugin"
 NODE_ATTRIBUTE = "k8s.node.name"
-ENDPOINT_VARIABLES = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+DISABLED_VARIABLE = "OTEL_SDK_DISABLED"
+ENDPOINT_VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+PROTOCOL_VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
+EXPORTER_VARIABLE = "OTEL_TRACES_EXPORTER"
 SAMPLER_VARIABLE = "OTEL_TRACES_SAMPLER"
 SHUTDOWN_S = 0.8
 """What is not exported within this time at the end is lost."""
 RECENT_TRACES = 64
 MAX_SPANS_PER_TRACE = 128
+MAX_EVENTS_PER_SPAN = 16
 MAX_TEXT_CHARACTERS = 256
+
+log = logging.getLogger(__name__)
 
 _TRACEPARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?", re.ASCII)
 _MAX_TRACEPARENT_CHARACTERS = 128
+_STACK = "exception.stacktrace"
+
+
+@dataclass(frozen=True, slots=True)
+class SpanEvent:
+    """Something that happened within a span, such as an exception. at_ns: nanoseconds since the epoch."""
+
+    name: str
+    at_ns: int
+    attributes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class SpanRecord:
     """A span that has ended. Times: nanoseconds since the epoch. error: the status description, "" if none was given,
-    None if the span did not fail. links: trace ids of other traces.
+    None if the span did not fail. links: trace ids of other traces. kind: internal, server, client, producer or
+    consumer. events: the last MAX_EVENTS_PER_SPAN, without stack traces.
     """
 
     name: str
@@ -46,6 +86,8 @@ class SpanRecord:
     attributes: Mapping[str, str] = field(default_factory=dict)
     error: str | None = None
     links: tuple[str, ...] = ()
+    kind: str = "internal"
+    events: tuple[SpanEvent, ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -53,9 +95,9 @@ class SpanRecord:
 
 
 class RecentSpans(SpanProcessor):
-    """Keeps the last traces, at most `traces` of them and MAX_SPANS_PER_TRACE spans of each. Thread-safe.
+    """Keeps the last traces, at most `traces` of them and MAX_SPANS_PER_TRACE spans of each: its first and its last.
 
-    One may be given to the providers of several nodes; a trace then holds the spans of all of them.
+    Thread-safe. One may be given to the providers of several nodes; a trace then holds the spans of all of them.
     """
 
     def __init__(self, traces: int = RECENT_TRACES) -> None:
@@ -68,8 +110,9 @@ class RecentSpans(SpanProcessor):
         with self._lock:
             spans = self._traces.setdefault(record.trace_id, [])
             self._traces.move_to_end(record.trace_id)
-            if len(spans) < MAX_SPANS_PER_TRACE:
-                spans.append(record)
+            spans.append(record)
+            if len(spans) > MAX_SPANS_PER_TRACE:
+                del spans[MAX_SPANS_PER_TRACE // 2]  # how it began and how it stands tell more than the middle
             if len(self._traces) > self._limit:
                 self._traces.popitem(last=False)
 
@@ -90,35 +133,82 @@ class RecentSpans(SpanProcessor):
             return tuple(self._traces.get(trace_id, ()))
 
 
+class _Recorded(Sampler):
+    """What the given sampler drops is recorded all the same, for RecentSpans, and not exported."""
+
+    def __init__(self, inner: Sampler) -> None:
+        self._inner = inner
+
+    def should_sample(
+        self,
+        parent_context: Context | None,
+        trace_id: int,
+        name: str,
+        kind: SpanKind | None = None,
+        attributes: Attributes = None,
+        links: Sequence[Link] | None = None,
+        trace_state: TraceState | None = None,
+    ) -> SamplingResult:
+        if is_untraced(parent_context):
+            return SamplingResult(Decision.DROP)
+        result = self._inner.should_sample(parent_context, trace_id, name, kind, attributes, links, trace_state)
+        if result.decision is Decision.DROP:
+            return SamplingResult(Decision.RECORD_ONLY, result.attributes, result.trace_state)
+        return result
+
+    def get_description(self) -> str:
+        return f"Recorded{{{self._inner.get_description()}}}"
+
+
 class Tracing:
-    """The tracer of one node. recent: shared with other nodes if given."""
+    """The tracer of one node. recent: shared with other nodes if given.
+
+    Follows the OTEL_ variables of the OpenTelemetry specification. One that makes no sense is logged, and switches off
+    what it is about; nothing here ever stops the plugin.
+    """
 
     def __init__(
         self, node: str, *, version: str, environ: Mapping[str, str] | None = None, recent: RecentSpans | None = None
     ) -> None:
+        """environ stands for os.environ in what is decided here; the SDK itself reads os.environ."""
         environ = os.environ if environ is None else environ
-        own = Resource({"service.name": SERVICE_NAME, "service.version": version, NODE_ATTRIBUTE: node})
         self.recent = RecentSpans() if recent is None else recent
-        self._provider = TracerProvider(
-            # the SDK reads the variable itself; left alone, every trace is kept, whatever a caller's flags say
-            sampler=None if environ.get(SAMPLER_VARIABLE) else ALWAYS_ON,
-            resource=own.merge(OTELResourceDetector().detect()),
-            shutdown_on_exit=False,
-        )
+        self._export: OtlpExport | None = None
+        self._provider: TracerProvider | None = None
+        self.tracer: Tracer = NoOpTracer()
+        if environ.get(DISABLED_VARIABLE, "").strip().lower() == "true":
+            return
+        try:
+            self._provider = _provider(node, version, environ)
+        except ValueError as error:
+            log.error("tracing is off: a setting cannot be used", extra={"cause": str(error)})  # noqa: TRY400 - its text says it
+            return
         self._provider.add_span_processor(self.recent)
-        self.exporting = any(environ.get(variable) for variable in ENDPOINT_VARIABLES)
-        if self.exporting:
-            # imported only here: the exporter costs memory
-            from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter  # noqa: PLC0415
-            from opentelemetry.sdk.trace.export import BatchSpanProcessor  # noqa: PLC0415
+        if _wants_export(environ):
+            self._export = _export(environ)
+        if self._export is not None:
+            self._provider.add_span_processor(self._export)
+        self.tracer = self._provider.get_tracer(SERVICE_NAME, version)
 
-            self._exporter = OTLPSpanExporter()
-            self._provider.add_span_processor(BatchSpanProcessor(self._exporter))
-        self.tracer: Tracer = self._provider.get_tracer(SERVICE_NAME, version)
+    @property
+    def exporting(self) -> bool:
+        return self._export is not None
+
+    @property
+    def export_failures(self) -> int:
+        """Batches of spans that no collector took."""
+        return self._export.failures if self._export is not None else 0
+
+    @property
+    def spans_dropped(self) -> int:
+        """Spans that were to be exported and are lost: with those batches, or because the queue was full."""
+        return self._export.dropped if self._export is not None else 0
 
     def shutdown(self) -> None:
         """Exports what is left, blocking for at most SHUTDOWN_S even if the endpoint is dead. Call it last."""
-        if not self.exporting:
+        if self._provider is None:
+            return
+        if self._export is None:
             self._provider.shutdown()
             return
         # a daemon thread: the SDK waits for up to 30 s, and nothing lets it be told otherwise
@@ -126,7 +216,55 @@ class Tracing:
         worker.start()
         worker.join(SHUTDOWN_S)
         if worker.is_alive():
-            self._exporter.shutdown(timeout_millis=0)  # breaks off the export that runs
+            self._export.break_off()
+
+
+def _provider(node: str, version: str, environ: Mapping[str, str]) -> TracerProvider:
+    own = Resource(
+        {
+            "service.name": SERVICE_NAME,
+            "service.version": version,
+            "service.instance.id": node,
+            NODE_ATTRIBUTE: node,
+            "telemetry.sdk.name": "opentelemetry",
+            "telemetry.sdk.language": "python",
+            "telemetry.sdk.version": sdk_version,
+        }
+    )
+    provider = TracerProvider(
+        # the SDK reads the variable itself; left alone, every trace is kept, whatever a caller's flags say
+        sampler=None if environ.get(SAMPLER_VARIABLE) else ALWAYS_ON,
+        resource=own.merge(OTELResourceDetector().detect()),
+        shutdown_on_exit=False,
+    )
+    provider.sampler = _Recorded(provider.sampler)
+    return provider
+
+
+def _wants_export(environ: Mapping[str, str]) -> bool:
+    """Whether the variables ask for export by OTLP over gRPC; says so where they ask for what there is not."""
+    if not any(environ.get(variable) for variable in ENDPOINT_VARIABLES):
+        return False
+    exporter = environ.get(EXPORTER_VARIABLE, "").strip().lower() or "otlp"
+    protocol = next((text for name in PROTOCOL_VARIABLES if (text := environ.get(name, "").strip().lower())), "grpc")
+    if exporter == "none":
+        return False
+    if exporter != "otlp":
+        log.error("traces are not exported: the one exporter is otlp", extra={EXPORTER_VARIABLE: exporter})
+    elif protocol != "grpc":
+        log.error("traces are not exported: the one protocol is grpc", extra={"protocol": protocol})
+    return exporter == "otlp" and protocol == "grpc"
+
+
+def _export(environ: Mapping[str, str]) -> OtlpExport | None:
+    # imported only here: the exporter costs memory
+    from usbip_plugin.observe.otlp import OtlpExport  # noqa: PLC0415
+
+    try:
+        return OtlpExport(environ)
+    except Exception as error:  # noqa: BLE001 - a library reads the user's variables; no mistake there may stop the plugin
+        log.error("traces are not exported: a setting cannot be used", extra={"cause": str(error)})  # noqa: TRY400
+        return None
 
 
 def traceparent_of(span: Span) -> str | None:
@@ -144,6 +282,27 @@ def context_from(traceparent: str | None) -> Context | None:
     """
     context = span_context_from(traceparent)
     return None if context is None else trace.set_span_in_context(NonRecordingSpan(context), Context())
+
+
+def remote_parent(traceparent: str | None) -> Context:
+    """The same for a span that is to begin a trace of its own where there is no sound traceparent."""
+    return context_from(traceparent) or Context()
+
+
+def links_to(traceparent: str | None) -> list[Link]:
+    """A link to the span a traceparent names, none if it is not sound."""
+    context = span_context_from(traceparent)
+    return [] if context is None else [Link(context)]
+
+
+@contextlib.contextmanager
+def within(traceparent: str | None) -> Iterator[None]:
+    """What is logged in the block belongs to the trace that traceparent names, to none if it is not sound."""
+    token = otel_context.attach(remote_parent(traceparent))
+    try:
+        yield
+    finally:
+        otel_context.detach(token)
 
 
 def span_context_from(traceparent: str | None) -> SpanContext | None:
@@ -173,10 +332,19 @@ def _record(span: ReadableSpan) -> SpanRecord:
         parent_id=f"{span.parent.span_id:016x}" if span.parent else None,
         start_ns=span.start_time or 0,
         end_ns=span.end_time or span.start_time or 0,
-        attributes={key: _short(value) for key, value in (span.attributes or {}).items()},
+        attributes=_texts(span.attributes),
         error=error,
         links=tuple(_link_ids(span)),
+        kind=span.kind.name.lower(),
+        events=tuple(
+            SpanEvent(_short(event.name), event.timestamp, _texts(event.attributes, without=_STACK))
+            for event in span.events[-MAX_EVENTS_PER_SPAN:]
+        ),
     )
+
+
+def _texts(attributes: Attributes, without: str = "") -> dict[str, str]:
+    return {key: _short(value) for key, value in (attributes or {}).items() if key != without}
 
 
 def _link_ids(span: ReadableSpan) -> Sequence[str]:
@@ -184,5 +352,5 @@ def _link_ids(span: ReadableSpan) -> Sequence[str]:
 
 
 def _short(value: object) -> str:
-    text = str(value)
+    text = redacted(", ".join(map(str, value)) if isinstance(value, tuple) else str(value))
     return text if len(text) <= MAX_TEXT_CHARACTERS else text[: MAX_TEXT_CHARACTERS - 1] + "…"

@@ -11,6 +11,8 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
+from opentelemetry.trace import NoOpTracer, Tracer
+
 from usbip_plugin.agent import Observer
 from usbip_plugin.config import Config
 from usbip_plugin.locks.manager import LockSettings
@@ -50,6 +52,7 @@ class ClusterSpec:
     latency: Callable[[], float] = lambda: 0.001
     driver: Callable[[VhciDriver], VhciDriver] = unchanged
     observer: Callable[[str], Observer] = lambda _node: Observer()
+    tracer: Callable[[str], Tracer] = lambda _node: NoOpTracer()
 
 
 class Cluster:

@@ -8,8 +8,6 @@ import random
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from opentelemetry.trace import NoOpTracer
-
 from usbip_plugin.agent import Agent, Outside
 from usbip_plugin.claims import State
 from usbip_plugin.errors import DetachFailed, KubeUnreachable
@@ -111,7 +109,7 @@ class ClusterNode:
             registrar=_LocalRegistrar(self.pods, process, self.clock),
             clock=self.clock,
             rng=rng,
-            tracer=NoOpTracer(),
+            tracer=cluster.spec.tracer(self.name),
             pods=self.known_pods,
             evict=self.evicted.append,
         )

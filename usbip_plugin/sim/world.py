@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import random
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from opentelemetry.trace import NoOpTracer, Tracer
@@ -58,6 +58,7 @@ class Setup:
     domain: str = "usbip.dev"
     lock_settings: LockSettings | None = None
     make_tracer: Callable[[str], Tracer] = lambda _node: NoOpTracer()
+    make_observer: Callable[[str], Observer] = lambda _node: Observer()
     make_driver: Callable[[str, SimulatedKernel], VhciDriver] | None = None
     make_leases: Callable[[str], LeaseStore] | None = None
     make_kube: Callable[[str], KubeClient] | None = None
@@ -75,7 +76,9 @@ class SimNode:
         self.kernel = SimulatedKernel(setup.clock)
         self.advertised = Broadcast()
         """Fires whenever what the agent advertises, or why, has changed."""
-        self.observer = Observer(on_advertised=lambda _resource, _devices: self.advertised.fire())
+        self.observer = replace(
+            setup.make_observer(name), on_advertised=lambda _resource, _devices: self.advertised.fire()
+        )
         self._setup = setup
         self.plugin_directory = directory / "device-plugins"
         self.plugin_directory.mkdir(parents=True)

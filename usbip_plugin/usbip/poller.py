@@ -159,8 +159,10 @@ class ServerPoller:
         if not differs(old, new):
             return
         if new.state is not old.state:
-            fields = {"server": str(server), "devices": len(new.devices), "error": new.error}
-            log.log(logging.INFO if new.error is None else logging.WARNING, "server %s", new.state.value, extra=fields)
+            if new.error is None:
+                log.info("server answers", extra={"server": str(server), "devices": len(new.devices)})
+            else:
+                log.warning("server does not answer", extra={"server": str(server), "cause": new.error})
         self._on_change(new)
 
     async def _poked(self, poke: asyncio.Event, wait: float) -> bool:

@@ -76,7 +76,7 @@ class HubGuard:
                 self._write(hub / "authorized_default", _CLOSED)
         except OSError as error:
             self._marker_gone(hub)
-            log.warning("cannot keep new devices unauthorised", extra={"hub": str(hub), "error": str(error)})
+            log.warning("cannot keep new devices unauthorised", extra={"hub": str(hub), "cause": str(error)})
 
     def release(self, port: int) -> None:
         """Once the device has appeared, or will not. Idempotent."""
@@ -100,7 +100,7 @@ class HubGuard:
             before = _value(self._marker(hub))
             self._write(hub / "authorized_default", before)
         except OSError as error:
-            log.warning("cannot restore authorized_default", extra={"hub": str(hub), "error": str(error)})
+            log.warning("cannot restore authorized_default", extra={"hub": str(hub), "cause": str(error)})
         self._marker_gone(hub)
 
     def _marker(self, hub: Path) -> Path:

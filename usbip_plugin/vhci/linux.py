@@ -155,7 +155,7 @@ class SysfsVhci:
         try:
             self._blocking_write(self._detach_file, format_detach(port))
         except OSError as error:
-            log.warning("cannot undo an attach", extra={"port": port, "error": str(error)})
+            log.warning("cannot undo an attach", extra={"port": port, "cause": str(error)})
 
     def _write_record(self, port: int, record: Record) -> None:
         self._recorded.add(port)

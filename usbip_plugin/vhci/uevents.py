@@ -78,7 +78,7 @@ class NetlinkUevents:
             sock = _open()
         except OSError as error:
             log.warning(
-                "no uevents, polling instead", extra={"error": error.strerror or str(error), "interval_s": POLL_S}
+                "no uevents, polling instead", extra={"cause": error.strerror or str(error), "interval_s": POLL_S}
             )
             await self._poll(deliver)
             return
@@ -90,7 +90,7 @@ class NetlinkUevents:
                 deliver(None)  # what happened before the socket was open
                 await failed
             except OSError as error:
-                log.warning("uevents ended, polling instead", extra={"error": error.strerror or str(error)})
+                log.warning("uevents ended, polling instead", extra={"cause": error.strerror or str(error)})
             finally:
                 loop.remove_reader(sock)
         await self._poll(deliver)

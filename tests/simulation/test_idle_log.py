@@ -1,0 +1,116 @@
+"""What is logged of a cluster's life: nothing while nothing happens, and each line with the trace it belongs to."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import logging
+from collections.abc import Iterator
+
+import pytest
+from cluster_rig import DONGLE, all_healthy, becomes, dongle, key, pod, resource, server, spec, stick
+from trace_stories import Story, life, pod_known, told
+
+from usbip_plugin.observe.logs import set_up_logging
+from usbip_plugin.sim.cluster import cluster
+
+HOUR = 3600.0
+AS_THE_GO_PROGRAM = "info"
+
+
+class Written(io.StringIO):
+    """A stream that a test reads as it goes."""
+
+    def lines(self) -> list[dict[str, object]]:
+        """Those since the last call."""
+        found = [json.loads(line) for line in self.getvalue().splitlines()]
+        self.seek(0)
+        self.truncate()
+        return found
+
+
+@pytest.fixture
+def written() -> Iterator[Written]:
+    """All that the process would write at the default level."""
+    root, package = logging.getLogger(), logging.getLogger("usbip_plugin")
+    levels = (root.level, package.level)
+    stream = Written()
+    handler = set_up_logging(AS_THE_GO_PROGRAM, stream)
+    yield stream
+    root.removeHandler(handler)
+    root.setLevel(levels[0])
+    package.setLevel(levels[1])
+
+
+def test_an_idle_hour_writes_nothing(written: Written) -> None:
+    """Three nodes, a device that is held, one that is free, one that is unplugged while a pod has it."""
+
+    async def hour(story: Story) -> None:
+        lab = server("lab", stick("1-1"), stick("1-2"), dongle("2-1"))
+        resources = resource("stick", [lab]), resource("dongle", [lab], DONGLE)
+        async with cluster(story.traced(spec([lab], *resources, nodes=3))) as c:
+            a, lost = c["node-a"], key(lab, "2-1")
+            await all_healthy(c, key(lab, "1-1"), key(lab, "1-2"))
+            await all_healthy(c, lost, name="dongle")
+            assert await a.admit(pod("p"), "stick") is None
+            assert await a.admit(pod("q"), "dongle") is None
+            await pod_known(c, "node-a", "p")
+            for name in ("node-b", "node-c"):
+                await becomes(c, c[name], lost, healthy=False)
+            lab.unplug(lost.busid)
+            await becomes(c, a, lost, healthy=False)
+            await asyncio.sleep(60)
+            assert len(written.lines()) > 10, "until now there was something to tell"
+            await asyncio.sleep(HOUR)
+            assert written.lines() == []
+
+    told(hour)
+
+
+def test_a_server_that_is_away_is_told_once(written: Written) -> None:
+    async def hour(story: Story) -> None:
+        lab = server("lab", stick("1-1"))
+        async with cluster(story.traced(spec([lab], nodes=1))) as c:
+            await all_healthy(c, key(lab, "1-1"))
+            assert await c["node-a"].admit(pod("p"), "stick") is None
+            await lab.stop()
+            await asyncio.sleep(60)
+            texts = [line["msg"] for line in written.lines()]
+            assert texts.count("server does not answer") == 1
+            await asyncio.sleep(HOUR)
+            assert written.lines() == []
+
+    told(hour)
+
+
+def test_an_api_server_that_is_away_is_told_once_by_each_who_asks_it(written: Written) -> None:
+    async def hour(story: Story) -> None:
+        lab = server("lab", stick("1-1"), stick("1-2"))
+        async with cluster(story.traced(spec([lab], nodes=1))) as c:
+            a = c["node-a"]
+            await all_healthy(c, key(lab, "1-1"), key(lab, "1-2"))
+            assert await a.admit(pod("p"), "stick") is None
+            await pod_known(c, "node-a", "p")
+            written.lines()
+            a.partition(cut=True)
+            await asyncio.sleep(120)
+            texts = [str(line["msg"]) for line in written.lines() if line["level"] == "warn"]
+            assert sorted(texts) == ["locks cannot be followed", "session heartbeat failed"]
+            await asyncio.sleep(HOUR)
+            assert written.lines() == []
+
+    told(hour)
+
+
+def test_every_line_about_a_device_in_use_bears_the_trace_of_its_life(written: Written) -> None:
+    story = told(life)
+    (trace,) = {span.trace_id for span in story.spans}
+    lines = written.lines()
+    of_life = ("allocated", "attachment lost", "re-attached", "released", "unhealthy")
+    assert {line["msg"] for line in lines} >= set(of_life)
+    assert {line.get("trace_id") for line in lines if line["msg"] in of_life} == {trace}
+    spans = {span.span_id: span.name for span in story.spans}
+    named = {str(line["msg"]): spans.get(str(line.get("span_id"))) for line in lines}
+    assert (named["allocated"], named["re-attached"], named["released"]) == ("Allocate", "re-attach", "release")
+    assert all("trace_id" not in line for line in lines if line["msg"] == "server answers")

@@ -1,0 +1,190 @@
+"""A device's lives as traces: clusters in virtual time whose agents are traced, and what they have recorded."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
+from typing import Any
+
+from cluster_rig import LOCKS, all_healthy, becomes, key, pod, server, spec, stick
+
+from usbip_plugin.config import DeviceSelector, ResourceConfig, Selector
+from usbip_plugin.observe.tracing import RecentSpans, SpanRecord, Tracing
+from usbip_plugin.sim.cluster import Cluster, ClusterSpec, cluster
+from usbip_plugin.sim.steploop import stepped
+
+MANY = 4096
+
+
+class Story:
+    """What one cluster recorded. Traces in the order they began."""
+
+    def __init__(self) -> None:
+        self.recent = RecentSpans(traces=MANY)
+        self._tracings: dict[str, Tracing] = {}
+
+    def traced(self, wanted: ClusterSpec) -> ClusterSpec:
+        """The same cluster with tracers that write into this story."""
+
+        def tracing(node: str) -> Tracing:
+            if node not in self._tracings:
+                self._tracings[node] = Tracing(node, version="test", environ={}, recent=self.recent)
+            return self._tracings[node]
+
+        return replace(wanted, tracer=lambda node: tracing(node).tracer)
+
+    @property
+    def spans(self) -> list[SpanRecord]:
+        found = [span for trace in self.recent.traces() for span in trace]
+        return sorted(found, key=lambda span: (span.start_ns, span.span_id))
+
+    def named(self, name: str, node: str | None = None) -> list[SpanRecord]:
+        return [span for span in self.spans if span.name == name and node in (None, span.node)]
+
+    def one(self, name: str, node: str | None = None) -> SpanRecord:
+        (found,) = self.named(name, node)
+        return found
+
+    def path(self, span: SpanRecord) -> str:
+        """Names from the root down to the span, as far as they were recorded."""
+        by_id = {known.span_id: known for known in self.spans}
+        names = [span.name]
+        while span.parent_id in by_id:
+            span = by_id[span.parent_id]
+            names.append(span.name)
+        return "/".join(reversed(names))
+
+
+def told(play: Callable[[Story], Coroutine[Any, Any, None]]) -> Story:
+    """Plays a story through in virtual time."""
+    story = Story()
+    stepped(lambda: play(story))()
+    return story
+
+
+async def pod_known(c: Cluster, node: str, name: str) -> None:
+    assert await c.settle(lambda: any(c.pod_of(k) == pod(name) for k in c[node].attached()), 5)
+
+
+async def life(story: Story) -> None:
+    """Allocate on node-a, which node-b loses; the connection breaks and comes back; the pod ends."""
+    lab = server("lab", stick("1-1"))
+    device = key(lab, "1-1")
+    async with cluster(story.traced(spec([lab]))) as c:
+        a, b = c["node-a"], c["node-b"]
+        await all_healthy(c, device)
+        assert await a.admit(pod("p"), "stick") is None
+        await becomes(c, b, device, healthy=False)
+        assert b.agent is not None
+        assert await b.admit(pod("q"), "stick") is not None
+        await pod_known(c, "node-a", "p")
+        lab.drop("1-1")
+        await becomes(c, a, device, healthy=False)
+        await becomes(c, a, device, healthy=True)
+        a.end(pod("p"))
+        await becomes(c, b, device, healthy=True)
+
+
+async def restarted(story: Story) -> None:
+    """The plugin of node-a is another process when the pod ends; before that the pod's container is made again."""
+    lab = server("lab", stick("1-1"))
+    device = key(lab, "1-1")
+    async with cluster(story.traced(spec([lab]))) as c:
+        a = c["node-a"]
+        await all_healthy(c, device)
+        assert await a.admit(pod("p"), "stick") is None
+        await pod_known(c, "node-a", "p")
+        await a.stop()
+        a.start()
+        await becomes(c, a, device, healthy=True)
+        assert a.agent is not None
+        assert await c.settle(lambda: a.agent is not None and device.id in a.agent.attacher.claims, 5)
+        await a.agent.allocator.allocate_all(c.full("stick"), ((device.id,),))
+        await asyncio.sleep(10)  # long enough for the pod to be seen again
+        a.end(pod("p"))
+        assert await c.settle(lambda: c.holder(device) == "", 5)
+
+
+async def taken_over(story: Story) -> None:
+    """node-a dies with the device, node-b takes it over, node-a comes back."""
+    lab = server("lab", stick("1-1"))
+    device = key(lab, "1-1")
+    async with cluster(story.traced(spec([lab], nodes=3))) as c:
+        a, b = c["node-a"], c["node-b"]
+        await all_healthy(c, device)
+        assert await a.admit(pod("p"), "stick") is None
+        await pod_known(c, "node-a", "p")
+        await becomes(c, b, device, healthy=False)
+        a.reboot()
+        await becomes(c, b, device, healthy=True, within=3 * LOCKS.duration)
+        assert await b.admit(pod("q"), "stick") is None
+        a.start()
+        await becomes(c, a, device, healthy=False)
+
+
+async def robbed(story: Story) -> None:
+    """node-b's name comes to stand in the lock of a device that node-a has attached."""
+    lab = server("lab", stick("1-1"))
+    device = key(lab, "1-1")
+    async with cluster(story.traced(spec([lab]))) as c:
+        a = c["node-a"]
+        await all_healthy(c, device)
+        assert await a.admit(pod("p"), "stick") is None
+        lease = c.backend.leases[device.id]
+        notes = {**lease.annotations, "usbip.dev/traceparent": TAKER}
+        c.backend.replace(replace(lease, holder="node-b", transitions=lease.transitions + 1, annotations=notes))
+        await becomes(c, a, device, healthy=False)
+        assert await c.settle(lambda: a.attached() == frozenset(), 5)
+
+
+async def raced(story: Story) -> None:
+    """Both nodes want the device at the same moment."""
+    lab = server("lab", stick("1-1"))
+    async with cluster(story.traced(spec([lab]))) as c:
+        await all_healthy(c, key(lab, "1-1"))
+        answers = await asyncio.gather(*(node.admit(pod(node.name), "stick") for node in c.nodes.values()))
+        assert sum(answer is None for answer in answers) == 1
+
+
+async def unplugged(story: Story) -> None:
+    """The device is away for an hour while its pod runs; then it comes back."""
+    lab = server("lab", stick("1-1"))
+    device = key(lab, "1-1")
+    async with cluster(story.traced(spec([lab]))) as c:
+        a = c["node-a"]
+        await all_healthy(c, device)
+        assert await a.admit(pod("p"), "stick") is None
+        await pod_known(c, "node-a", "p")
+        lab.unplug("1-1")
+        await becomes(c, a, device, healthy=False)
+        await asyncio.sleep(3600)
+        lab.plug(stick("1-1"))
+        await becomes(c, a, device, healthy=True, within=60)
+
+
+async def followed(story: Story) -> None:
+    """The device is plugged in elsewhere while its pod runs."""
+    lab = server("lab", stick("1-1", "RED"))
+    device = key(lab, "1-1")
+    async with cluster(story.traced(spec([lab], nodes=1))) as c:
+        a = c["node-a"]
+        await all_healthy(c, device)
+        assert await a.admit(pod("p"), "stick") is None
+        await pod_known(c, "node-a", "p")
+        lab.unplug("1-1")
+        await becomes(c, a, device, healthy=False)
+        lab.plug(stick("1-2", "RED"))
+        await becomes(c, a, device, healthy=True, within=60)
+
+
+async def probed(story: Story) -> None:
+    """A serial number is read before anything is given out."""
+    lab = server("lab", stick("1-1", "RED"))
+    wanted = ResourceConfig("stick", (DeviceSelector(lab.key, Selector(serial="RED")),))
+    async with cluster(story.traced(spec([lab], wanted, nodes=1))) as c:
+        await all_healthy(c, key(lab, "1-1"))
+
+
+TAKER = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+STORIES = (life, restarted, taken_over, robbed, raced, unplugged, followed, probed)
