@@ -9,7 +9,7 @@ from usbip_plugin.claims import Claim
 from usbip_plugin.config import ResourceConfig
 from usbip_plugin.containers import injected
 from usbip_plugin.errors import CdiError
-from usbip_plugin.kubelet.cdi import HandedOut, SpecFiles, read_spec, spec
+from usbip_plugin.kubelet.cdi import HandedOut, SpecFiles, names_nodes, read_spec, spec
 from usbip_plugin.model import Attachment
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,12 @@ class CdiSpecs:
         """
         if not claim.numbers or claim.resource is None:
             return
-        resource = self._resource_of(claim.resource) or ResourceConfig(claim.resource, (), cdi=True)
+        resource = self._resource_of(claim.resource)
+        if resource is None:
+            # taken out of the configuration, and the plugin started anew: what the pod was given stays while it is true
+            if self._still_true(claim, attachment):
+                return
+            resource = ResourceConfig(claim.resource, (), cdi=True)
         containers = {number: injected(resource, number, attachment) for number in claim.numbers}
         text = spec(self._domain, claim.resource, claim.id, containers)
         if self._files.read(claim.resource, claim.id) == text:
@@ -42,6 +47,16 @@ class CdiSpecs:
             self._files.write(claim.resource, claim.id, text)
         except OSError as error:
             raise CdiError("write", str(self._files.file(claim.resource, claim.id)), error) from error
+
+    def _still_true(self, claim: Claim, attachment: Attachment) -> bool:
+        text = self._files.read(str(claim.resource), claim.id)
+        known = read_spec(self._domain, claim.id, text) if text is not None else None
+        return (
+            text is not None
+            and known is not None
+            and known.numbers == claim.numbers
+            and names_nodes(text, attachment.nodes)
+        )
 
     def remove(self, claim: Claim) -> None:
         """Its pod is gone. A spec that cannot be removed is told of, and stays until the next start."""

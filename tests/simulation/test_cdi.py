@@ -453,6 +453,31 @@ def test_a_full_disk_at_a_reattach_is_told_once_and_the_device_is_back_when_ther
 
 
 @stepped
+async def test_a_new_process_on_a_full_disk_offers_the_device_when_its_spec_is_true() -> None:
+    lab = server("lab", stick("1-1"))
+    device = key(lab, "1-1")
+    notices: list[Notice] = []
+    async with cluster(told(lab, notices)) as c:
+        node = c["node-a"]
+        await with_pod(c, node, device)
+        (stale,) = node.specs.find(device.id)
+        lab.drop("1-1")
+        await becomes(c, node, device, healthy=False)
+        await becomes(c, node, device, healthy=True)
+        nodes = true(node, device)
+        node.specs.write("stick", device.id, stale)
+        node.specs.failing = errno.ENOSPC
+        await restarted(c, node)
+        assert await c.settle(lambda: any(n.what is What.NOT_REATTACHED for n in notices), 10)
+        assert not node.kubelet.health(c.full("stick"))[device.id]
+        with pytest.raises(EndpointError, match="cannot write the CDI spec"):
+            await node.start_container(pod("p"))
+        node.specs.failing = None
+        await becomes(c, node, device, healthy=True, within=10)
+        assert written(node, device) == nodes == true(node, device), "attached all the while"
+
+
+@stepped
 async def test_a_release_does_not_wait_for_a_spec_that_cannot_be_removed() -> None:
     lab = server("lab", stick("1-1"))
     device = key(lab, "1-1")

@@ -9,7 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from usbip_plugin.kubelet.cdi import CdiDirectory, HandedOut, Injected, SpecFiles, device_name, kind, read_spec, spec
+from usbip_plugin.kubelet.cdi import (
+    CdiDirectory,
+    HandedOut,
+    Injected,
+    SpecFiles,
+    device_name,
+    kind,
+    names_nodes,
+    read_spec,
+    spec,
+)
 from usbip_plugin.kubelet.device_plugin import DeviceSpec
 from usbip_plugin.model import DeviceNode
 from usbip_plugin.sim.specs import MemorySpecs
@@ -83,6 +93,7 @@ json_values = st.recursive(
 @given(st.text(max_size=200) | json_values.map(json.dumps))
 def test_what_is_no_spec_of_ours_says_nothing(text: str) -> None:
     assert read_spec(DOMAIN, ID, text) is None
+    assert not names_nodes(text, [TTY])
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"annotations": "' + "x" * 50_000])

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -102,6 +102,18 @@ def read_spec(domain: str, device_id: str, text: str) -> HandedOut | None:
     if not isinstance(resource, str) or document.get("kind") != kind(domain, resource) or not numbers:
         return None
     return HandedOut(resource, tuple(numbers))
+
+
+def names_nodes(text: str, nodes: Sequence[DeviceNode]) -> bool:
+    """Whether each device of a spec has the first of these nodes, and none that is not among them."""
+    known = {(node.path, node.major, node.minor) for node in nodes}
+    try:
+        edits = [device["containerEdits"]["deviceNodes"] for device in json.loads(text)["devices"]]
+        named = [{(one["hostPath"], one["major"], one["minor"]) for one in edit} for edit in edits]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
+    usb = (nodes[0].path, nodes[0].major, nodes[0].minor)
+    return bool(named) and all(usb in found and found <= known for found in named)
 
 
 class SpecFiles(Protocol):
