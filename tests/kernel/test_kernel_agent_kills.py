@@ -24,6 +24,8 @@ from usbip_plugin.sim.device_manager import AdmissionError
 LONGEST_LIFE = 4.0
 """In admissions: a release takes half as long as one, so such lives meet all moments of both."""
 LEAST_WORK = 2
+PROGRESS = 20
+"""Kills between two lines that say how far it is."""
 REFUSED_S = 0.1
 RESOURCES = (SERIAL, DISKS)
 RECORDS = Path("/run/vhci_hcd")
@@ -103,7 +105,7 @@ async def test_a_plugin_killed_at_any_moment_loses_and_leaks_nothing(
             await load.admit(RESOURCES[0])
             assert load.fates["admitted"] == 1
             longest = LONGEST_LIFE * (time.monotonic() - begin)
-        for _ in range(kills):
+        for number in range(1, kills + 1):
             async with node.plugin():
                 task = asyncio.create_task(load.run())
                 await asyncio.wait([task], timeout=rng.uniform(0, longest))
@@ -114,6 +116,8 @@ async def test_a_plugin_killed_at_any_moment_loses_and_leaks_nothing(
             with contextlib.suppress(asyncio.CancelledError, AdmissionError):
                 await task
             kept(node, load)
+            if number % PROGRESS == 0:
+                print(f"{number} kills: {dict(load.fates)}", flush=True)
         async with node.plugin():
             await all_released(node, load)
     print(f"{kills} kills, seed {seed}: {dict(load.fates)}")
