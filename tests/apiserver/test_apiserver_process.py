@@ -224,10 +224,22 @@ async def test_the_process_registers_answers_reloads_and_ends_on_sigterm(
         await p.line("configuration not usable, the last good one stays")
         assert "usbip_device_plugin_config_reload_failed 1.0" in (await p.get("/metrics"))[1]
         assert p.kubelet.health("usbip.dev/stick").keys() == {p.device.id}
+        config = json.loads((await p.get("/api/status"))[1])["config"]
+        assert "config.yaml:2: not valid YAML" in config["problems"][0]
+        status, page = await p.get("/")
+        assert (status, "config.yaml:2: not valid YAML" in page) == (200, True)
+        assert "the one loaded at" in page
 
         p.config.write_text(good.replace("stick:", "dongle:"))
         async with asyncio.timeout(PATIENCE_S):
             await p.kubelet.wait_for("usbip.dev/dongle", lambda devices: p.device.id in devices)
+
+        status = json.loads((await p.get("/api/status"))[1])
+        assert (status["node"], status["config"]["problems"]) == ("node-p", [])
+        assert [row["resource"] for row in status["registrations"] if row["registered"]] == ["usbip.dev/dongle"]
+        assert status["locks"]["reachable"]
+        assert (await p.get("/api/traces/none"))[0] == 404
+        assert "cannot be used" not in (await p.get("/"))[1]
 
         assert 'available_devices{resource="usbip.dev/stick"}' not in (await p.get("/metrics"))[1], (
             "it is not ours any more"

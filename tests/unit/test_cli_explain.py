@@ -54,7 +54,7 @@ def test_the_verdict(facts: Facts, available: bool, verdict: str) -> None:
                 "Pod ns/reader is there",
                 "does not list it, as is right",
                 "kubectl -n ns delete pod reader",
-                "release 1-1 --force",
+                "usbip-plugin release lab:3240/1-1 --force",
             ],
         ),
         (replace(HELD, pod=PodWord.GONE), ["Pod ns/reader is gone", "within half a minute", "logs daemonset"]),

@@ -223,7 +223,6 @@ def _next(facts: Facts) -> Iterator[str]:
 def _next_held(facts: Facts) -> Iterator[str]:
     assert facts.known is not None  # noqa: S101 - the caller looked
     pod = facts.known.lock.pod
-    name = facts.key.busid if facts.key is not None else facts.device_id
     match facts.pod:
         case PodWord.LIVES if pod is not None:
             yield f"It comes free when that pod ends: kubectl -n {pod.namespace} delete pod {pod.name}"
@@ -236,7 +235,7 @@ def _next_held(facts: Facts) -> Iterator[str]:
         yield f"Without its plugin the node lets nothing go: {look}"
     elif facts.pod in (PodWord.GONE, PodWord.ENDED):
         yield f"If it does not, its log says why: kubectl -n {facts.namespace} logs daemonset/usbip-plugin"
-    yield f"To take it from its holder all the same: release {name} --force (the pod loses it at once)"
+    yield f"To take it from its holder all the same: usbip-plugin release {facts.device} --force"
 
 
 def ago(now: datetime, then: datetime) -> str:
