@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from usbip_plugin import errors
-from usbip_plugin.errors import ConfigError, KubeError, KubeletError, LockHeld, NotAttached, PluginError
+from usbip_plugin.errors import CommandError, ConfigError, KubeError, KubeletError, LockHeld, NotAttached, PluginError
 from usbip_plugin.figures import ALLOCATE_FAILURES, API_ERRORS, OTHER, reason_of, transition
 from usbip_plugin.locks.manager import LockChange
 from usbip_plugin.model import Lock
@@ -60,7 +60,7 @@ def leaves(base: type[PluginError]) -> set[type[PluginError]]:
 
 
 def test_every_error_that_can_fail_an_allocate_has_a_reason() -> None:
-    elsewhere = leaves(ConfigError) | leaves(KubeletError) | leaves(KubeError) | {LockHeld, NotAttached}
+    elsewhere = {LockHeld, NotAttached}.union(*map(leaves, (CommandError, ConfigError, KubeletError, KubeError)))
     for kind in leaves(PluginError) - elsewhere:
         assert reason_of(kind.__new__(kind), ALLOCATE_FAILURES) != OTHER, kind
 
