@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -238,7 +237,6 @@ class Figures:
             lock_duration=agent.locks.settings.duration,
             session_age=self._clock.monotonic() - beat if held and beat is not None else None,
             api_reachable=agent.locks.api.reachable,
-            tasks=len(asyncio.all_tasks()),
             events_dropped=losses.events_dropped(),
             trace_export_failures=losses.trace_export_failures(),
             trace_spans_dropped=losses.trace_spans_dropped(),

@@ -60,8 +60,7 @@ def leaves(base: type[PluginError]) -> set[type[PluginError]]:
 
 
 def test_every_error_that_can_fail_an_allocate_has_a_reason() -> None:
-    elsewhere = leaves(ConfigError) | leaves(KubeletError) | leaves(KubeError) | leaves(CommandError)
-    elsewhere |= {LockHeld, NotAttached}
+    elsewhere = {LockHeld, NotAttached}.union(*map(leaves, (CommandError, ConfigError, KubeletError, KubeError)))
     for kind in leaves(PluginError) - elsewhere:
         assert reason_of(kind.__new__(kind), ALLOCATE_FAILURES) != OTHER, kind
 

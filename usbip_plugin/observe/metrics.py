@@ -5,6 +5,7 @@ The first four have the names and labels of the Go program. docs/metrics.md has 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Iterable, Mapping
 
@@ -44,6 +45,7 @@ class Metrics:
         label = ("resource",)
         self._available = self._gauge("available_devices", "Devices offered as healthy.", label)
         self._attached = self._gauge("attached_devices", "Devices attached to this node.", label)
+        self._gauge("tasks", "Tasks of the event loop.", ()).set_function(_tasks)
         self._allocations = self._counter("allocations", "Allocates that were answered with devices.", label)
         # The Go program names it device_plugin_restarts_total and exports it with the prefix.
         restarts = "Times the plugin of a resource was served and registered anew."
@@ -207,3 +209,11 @@ class Metrics:
         self, name: str, text: str, labels: tuple[str, ...], buckets: tuple[float, ...] = STEP_BUCKETS_S
     ) -> Histogram:
         return Histogram(PREFIX + name, text, labels, buckets=buckets, registry=self.registry)
+
+
+def _tasks() -> int:
+    """0 where no loop runs."""
+    try:
+        return len(asyncio.all_tasks())
+    except RuntimeError:
+        return 0

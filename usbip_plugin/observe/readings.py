@@ -37,7 +37,6 @@ class Reading:
     lock_duration: float = 0.0
     session_age: float | None = None
     api_reachable: bool = False
-    tasks: int = 0
     events_dropped: int = 0
     trace_export_failures: int = 0
     trace_spans_dropped: int = 0
@@ -79,7 +78,6 @@ class NodeCollector(Collector):
             {} if now.session_age is None else {(): now.session_age},
         )
         yield _one("api_reachable", "1 if the API server answers and the locks are watched.", now.api_reachable)
-        yield _one("tasks", "Tasks of the event loop.", now.tasks)
         yield _count("events_dropped", "Kubernetes Events that were not recorded.", now.events_dropped)
         yield _count("trace_export_failures", "Exports of spans that failed.", now.trace_export_failures)
         yield _count("trace_spans_dropped", "Spans that were not exported.", now.trace_spans_dropped)
