@@ -49,7 +49,7 @@ from usbip_plugin.seeker import Configured, Seeker
 from usbip_plugin.spans import Tries, device_attributes, failed, pod_attributes, span
 from usbip_plugin.usbip.poller import ServerView
 from usbip_plugin.vhci.driver import PortState
-from usbip_plugin.whereabouts import Ambiguous, Found
+from usbip_plugin.whereabouts import Ambiguous, Ask, Found
 from usbip_plugin.work import DeviceWork
 
 log = logging.getLogger(__name__)
@@ -363,6 +363,8 @@ class Keeper:
         """Where the device is instead; what keeps it from being attached is noted, and told once."""
         claim = self._work.book[device_id]
         verdict = self.seeker.find(claim)
+        if isinstance(verdict, Ask):
+            return None  # it is tried again as soon as that is known
         hindrance = str(cause) if isinstance(cause, WrongDevice | WrongSerial) else ""
         if isinstance(verdict, Ambiguous):
             busids = " and ".join(key.busid for key in verdict.keys)
