@@ -81,4 +81,4 @@ def decide(serial: str, sightings: Iterable[Sighting]) -> Verdict:
         return Ask(tuple(ask))
     if len(same) == 1:
         return Found(same[0].key)
-    return Ambiguous(tuple(sighting.key for sighting in same)) if same else Nowhere()
+    return Ambiguous(tuple(sorted(sighting.key for sighting in same))) if same else Nowhere()

@@ -36,7 +36,7 @@ def busids(verdict: Verdict) -> tuple[str, ...]:
         ((seen("1-2", "BLUE"), seen("1-3", "RED")), Found, ("1-3",)),
         ((seen("1-2", "BLUE"),), Nowhere, ()),
         ((seen("1-2", ""),), Nowhere, ()),
-        ((seen("1-2", "RED"), seen("1-3", "RED")), Ambiguous, ("1-2", "1-3")),
+        ((seen("1-3", "RED"), seen("1-2", "RED")), Ambiguous, ("1-2", "1-3")),
         ((seen("1-2", None, sure=False),), Ask, ("1-2",)),
         ((seen("1-2", "RED"), seen("1-3", None, sure=False)), Ask, ("1-3",)),
     ],
