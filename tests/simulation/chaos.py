@@ -33,8 +33,15 @@ API_FAULTS = (
     "late request",
     "late answer",
 )
+EVENT_FAULTS = ("410", "late event")
+"""What happens to watches and their events."""
 LATE = (0.0, 8.0)
 """Seconds; calls time out after 5."""
+
+
+def at_step(kind: str) -> str:
+    """Under which an action is counted again that came at a chosen step of an agent."""
+    return f"{kind}, at a step"
 
 
 Key = tuple[object, ...]
@@ -135,6 +142,8 @@ class Chaos:
     def _now(self, action: Action, node: ClusterNode) -> None:
         if not self.calm and getattr(self, f"do_{action.kind}")(action, node):
             self.fired[action.kind] += 1
+            if action.steps:
+                self.fired[at_step(action.kind)] += 1
 
     def end_all(self) -> None:
         """Whatever lasts ends now."""
@@ -382,6 +391,15 @@ class Chaos:
             action, ("silent", node.name), lambda: node.silence(silent=True), lambda: node.silence(silent=False)
         )
 
+    def do_api_mute(self, action: Action, node: ClusterNode) -> bool:
+        """What the node writes is written, and it hears nothing of it."""
+        return self.during(
+            action,
+            ("mute", node.name),
+            lambda: node.silence(silent=True, lost=Lost.RESPONSE),
+            lambda: node.silence(silent=False),
+        )
+
     def do_api_down(self, action: Action, _node: ClusterNode) -> bool:
         """The API server is gone, for up to five minutes."""
         longer = Action(action.at, action.kind, action.node, action.pick, action.lasts * 2, action.steps)
@@ -443,6 +461,23 @@ class Chaos:
             lambda: setattr(link, "slow", seconds),
             lambda: setattr(link, "slow", 0.0),
         )
+
+    def do_isolate(self, action: Action, node: ClusterNode) -> bool:
+        """Cut off from the API server and from every server, without a word."""
+        network = self.cluster.network
+
+        def cut() -> None:
+            node.silence(silent=True)
+            for server in self.servers:
+                network.link(node.name, server.key).cut()
+
+        def mend() -> None:
+            node.silence(silent=self.active("silent", node.name))
+            for server in self.servers:
+                if not self.active("cut", node.name, server.key):
+                    network.link(node.name, server.key).mend()
+
+        return self.during(action, ("isolated", node.name), cut, mend)
 
     def do_server_crash(self, action: Action, _node: ClusterNode) -> bool:
         """Daemon and exports: every connection is reset."""
