@@ -140,7 +140,11 @@ class Chaos:
             node.process.after_steps(action.steps, lambda: self._now(action, node))
 
     def _now(self, action: Action, node: ClusterNode) -> None:
-        if not self.calm and getattr(self, f"do_{action.kind}")(action, node):
+        if self.calm:
+            return
+        if action.steps:
+            self.note(str(action))
+        if getattr(self, f"do_{action.kind}")(action, node):
             self.fired[action.kind] += 1
             if action.steps:
                 self.fired[at_step(action.kind)] += 1
@@ -311,7 +315,7 @@ class Chaos:
     def do_kill(self, action: Action, node: ClusterNode) -> bool:
         if node.process is None:
             return False
-        self.note(f"kill {node.name}, {action.steps} steps later")
+        self.note(f"kill {node.name}")
         node.kill()
         self._start_later(node, action.lasts)
         return True
@@ -320,7 +324,7 @@ class Chaos:
         process = node.process
         if process is None or process in self._ending:
             return False
-        self.note(f"terminate {node.name}, {action.steps} steps later")
+        self.note(f"terminate {node.name}")
         self._ending.add(process)
         halted = process.halted_time()
 
