@@ -274,7 +274,7 @@ class Pipeline:
         Raises VhciError.
         """
         claim = self._book[device_id]
-        if claim.port is None and not self.is_mine(claim.place.id):
+        if claim.port is None and claim.state is not State.LOST and not self.is_mine(claim.place.id):
             return
         ports = await self._driver.ports()
         # a port without a number in the claim can only be one that a cancelled attach left behind

@@ -164,6 +164,18 @@ class Keeper:
                 if orphaned or now.holder != self._me.node:
                     await self._adopt_one(key, lock, ports, used, complete=complete)
 
+        if deprived:
+            await self._forget_what_ended(ports)
+
+    async def _forget_what_ended(self, ports: Sequence[PortState]) -> None:
+        """Port records of attachments that ended when nobody here knew of them, their locks being others' by now."""
+        for lock in tuple(self._locks.locks.values()):
+            key = key_of(lock)
+            if key is None or lock.holder == self._me.node or self._work.book.concerns(lock.device_id):
+                continue
+            if own_port(key, ports, None) is None and not self._work.mutex(lock.device_id).locked():
+                await self._driver.forget(key)
+
     def _is_orphan(self, in_place_of: str) -> bool:
         """Whether a lock in place of this device will not be taken over together with that one's own."""
         own = self._locks.locks.get(in_place_of)
@@ -300,7 +312,10 @@ class Keeper:
         finally:
             if self._stirs.get(device_id) is stir:
                 del self._stirs[device_id]
-        self._regain(device_id)
+        after = self._work.book.get(device_id)
+        if after is not None and after.state is State.LOST:
+            await self._clock.sleep(REATTACH_FIRST_WAIT)
+            self._regain(device_id)
 
     async def _reattach_once(
         self, device_id: str, before: Attachment | None, whole: Span, tries: Tries, *, promising: bool

@@ -54,7 +54,7 @@ class UsageWatcher:
         self._hinted_until = 0.0
         self._complained = False
         self._begun = False
-        """A list of all pods has been seen: what an earlier process left is known."""
+        """All locks and a list of all pods have been seen: what an earlier process left is known."""
 
     def hint(self) -> None:
         """A pod of this node has ended, or is about to: look now and closely for a while."""
@@ -113,7 +113,8 @@ class UsageWatcher:
             unlisted = self._unlisted(users)
             complete = unlisted.certain and not unlisted.pods
         deprived = not self._begun
-        self._begun = self._begun or complete or (users is not None and self._pods is None)
+        all_known = complete or (users is not None and self._pods is None)
+        self._begun = self._begun or (all_known and self._locks.ready.is_set())
         await self._attacher.adopt(users or {}, complete=complete, deprived=deprived)
 
     async def adopt(self) -> None:

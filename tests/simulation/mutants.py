@@ -144,9 +144,14 @@ def amended_by_anybody(lease: Lease | None, write: Write, changes: Mapping[str, 
 
 @contextlib.contextmanager
 def losing_nothing() -> Iterator[None]:
-    """Neither the watch's word that a lock is lost counts, nor a look at it before and after an import."""
+    """Neither the watch's word that a lock is lost counts, nor a look at it before a write and an import, and after."""
+
+    async def write_again(self: Pipeline, claim: Claim) -> Grant:
+        return await self._locks.renew(claim.key)
+
     with (
         patch.object(Keeper, "_lock_changed", lambda _self, _change: None),
+        patch.object(Pipeline, "_write_again", write_again),
         patch.object(Pipeline, "_check_still_ours", lambda _self, _key: None),
     ):
         yield

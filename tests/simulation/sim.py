@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import shlex
 import sys
 import time
 from collections import Counter
@@ -96,7 +97,7 @@ def many(first: int, seeds: int, steps: int | None, jobs: int) -> int:
     sum_up(total)
     missing = never(total.counts) if steps is not None else []
     if missing:
-        print(f"never happened: {', '.join(missing)}")
+        print(f"never happened: {'; '.join(missing)}")
     return int(bool(missing))
 
 
@@ -144,7 +145,7 @@ def report(option: str, name: str, plan: Plan) -> int:
 
 def command(option: str, name: str, only: str) -> str:
     """To be given where this one was."""
-    return f"{os.path.relpath(sys.executable)} {os.path.relpath(__file__)} {option} {name} --only {only}"
+    return f"{os.path.relpath(sys.executable)} {os.path.relpath(__file__)} {option} {name} --only {shlex.quote(only)}"
 
 
 if __name__ == "__main__":

@@ -556,7 +556,8 @@ async def test_a_pod_that_ends_without_its_lost_device_leaves_the_new_holder_alo
         a, b = await away_and_taken_over(c, device)
         a.end(pod("p"))
         assert await c.settle(lambda: reason(a, device) is Reason.HELD_ELSEWHERE, 10)
-        assert (c.holder(device), b.attached()) == ("node-b", {device})
+        assert c.holder(device) == "node-b"
+        assert b.attached() == {device}
 
 
 @pytest.mark.parametrize("freed", [False, True], ids=["still held", "free again"])
@@ -583,6 +584,28 @@ def test_a_pod_that_lost_its_device_while_its_node_was_down_is_found_by_the_next
             await becomes(c, a, device, healthy=True)
 
     stepped(play)()
+
+
+@stepped
+async def test_an_attachment_that_ended_when_its_lock_was_not_known_leaves_no_port_record() -> None:
+    """A plugin that starts without the API server knows of no lock, and so of no device of its own."""
+    lab = server("lab", stick("1-1"), keepalive=True)
+    device = key(lab, "1-1")
+    async with cluster(spec([lab])) as c:
+        a, b = c["node-a"], c["node-b"]
+        await all_healthy(c, device)
+        assert await a.admit(pod("p"), "stick") is None
+        a.silence(silent=True)
+        c.network.link("node-a", lab.key).cut()
+        await a.stop()
+        a.start()
+        a.end(pod("p"))
+        await becomes(c, b, device, healthy=True, within=3 * LOCKS.duration)
+        assert await b.admit(pod("q"), "stick") is None
+        assert a.kernel.records["node-a"]
+        a.silence(silent=False)
+        c.network.link("node-a", lab.key).mend()
+        assert await c.settle(lambda: not a.kernel.records["node-a"], 15)
 
 
 @stepped

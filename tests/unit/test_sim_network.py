@@ -72,6 +72,18 @@ async def test_an_import_takes_two_round_trips() -> None:
 
 
 @stepped
+async def test_a_server_that_ends_a_connection_and_is_cut_off_at_once_is_found_dead_by_keepalive() -> None:
+    lab = Lab()
+    imported = await lab.take(lab.a)
+    lab.server.halt()
+    lab.a.link.cut()
+    assert lab.network.connections
+    await lab.sleep(DEAD_PEER_S * 1.5)
+    assert not lab.network.connections
+    imported.close()
+
+
+@stepped
 async def test_an_import_counts_as_under_way_from_its_request_on() -> None:
     lab = Lab()
     asking = asyncio.ensure_future(lab.take(lab.a))
