@@ -316,3 +316,26 @@ async def test_a_slow_link_delivers_late_and_in_order() -> None:
     await lab.sleep(LATENCY * 2)
     assert lab.importers == 0
     assert await listing == ()
+
+
+@pytest.mark.parametrize("step", range(1, 9))
+def test_a_client_that_was_stopped_past_its_time_asks_for_nothing_any_more(step: int) -> None:
+    """Rule R1 bounds an import by its timeout; a process that wakes up must not look at its timers too late."""
+
+    async def play() -> None:
+        lab = Lab()
+        node = lab.a
+        taking = node.process.create_task(lab.take(node), "take")
+        node.process.after_steps(step, node.process.freeze)
+        await lab.sleep(3 * TIMEOUT)
+        before = lab.server.table.granted + lab.server.table.refused
+        node.process.thaw()
+        (outcome,) = await asyncio.gather(taking, return_exceptions=True)
+        await lab.sleep(TIMEOUT)
+        assert lab.server.table.granted + lab.server.table.refused == before
+        if isinstance(outcome, Imported):
+            outcome.close()
+        else:
+            assert isinstance(outcome, UsbipError)
+
+    stepped(play)()
