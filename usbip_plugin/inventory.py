@@ -302,7 +302,8 @@ def _claim_health(claim: Claim, facts: Facts) -> Health:
             hindrance = f"; {claim.hindrance}" if claim.hindrance else ""
             return Health(Reason.LOST, f"connection to {claim.key.server} lost{hindrance}")
         case State.LOST:
-            return Health(Reason.LOCK_LOST, _held_by(lock) if lock is not None and lock.holder else "")
+            by_hand = "released by hand; end its pod" if lock is not None and lock.by_hand else ""
+            return Health(Reason.LOCK_LOST, _held_by(lock) if lock is not None and lock.holder else by_hand)
         case _:
             return Health(Reason.IN_PROGRESS, claim.state.value)
 

@@ -461,11 +461,14 @@ class Keeper:
         self._regain(device_id)
 
     def _regain(self, device_id: str) -> None:
-        """A device that was lost with its lock is attached again when the lock is free, if its pod is still there."""
+        """A device that was lost with its lock is attached again when the lock is free, if its pod is still there.
+
+        Not if a person has released it: that is to stay so.
+        """
         claim, lock = self._work.book.get(device_id), self._locks.locks.get(device_id)
         if claim is None or claim.state is not State.LOST or self._work.mutex(device_id).locked():
             return
-        if lock is None or lock.holder in ("", self._me.node):
+        if lock is None or (lock.holder in ("", self._me.node) and not lock.by_hand):
             self._work.book.move(claim, Event.LOCK_FREE)
             self._work.spawn(self._reattach(device_id), f"re-attach {claim.key}")
 

@@ -24,6 +24,7 @@ PAIR = Settings(
     allocate_timeout=10.0,
     overlapping=False,
     serials=False,
+    cdi=False,
     latency=0.001,
 )
 """Two nodes that want one device of a server that would export it twice: nothing but the lock stands in between."""

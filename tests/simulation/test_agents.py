@@ -623,6 +623,26 @@ async def test_a_lease_deleted_by_hand_costs_a_pod_its_device_for_a_moment_only(
 
 
 @stepped
+async def test_a_lock_released_by_hand_is_not_taken_back_for_the_pod_that_had_it() -> None:
+    lab = server("lab", stick("1-1"))
+    device = key(lab, "1-1")
+    async with cluster(spec([lab])) as c:
+        a, b = c["node-a"], c["node-b"]
+        await all_healthy(c, device)
+        await a.admit(pod("p"), "stick")
+        lease = c.backend.leases[device.id]
+        c.backend.replace(replace(lease, holder="", annotations={**lease.annotations, record.WRITE_ID: record.BY_HAND}))
+        await becomes(c, a, device, healthy=False)
+        await becomes(c, b, device, healthy=True)
+        assert not await c.settle(lambda: bool(a.attached()), 60)
+        await a.stop()
+        a.start()
+        assert not await c.settle(lambda: bool(a.attached()), 60), "nor by the next process"
+        assert reason(a, device) is Reason.LOCK_LOST
+        assert await b.admit(pod("q"), "stick") is None
+
+
+@stepped
 async def test_a_pod_that_lost_its_device_to_another_is_evicted_if_its_resource_wants_that() -> None:
     lab = server("lab", stick("1-1"), keepalive=True)
     device = key(lab, "1-1")

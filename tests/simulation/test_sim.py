@@ -9,7 +9,7 @@ from collections import Counter
 import figures
 import pytest
 import sim
-from moments import parse
+from moments import FAULTS, parse
 from mutants import silence_is_a_yes
 from plan import draw
 from play import play
@@ -53,6 +53,6 @@ def test_with_a_number_of_steps_what_never_happened_is_a_failure(capsys: pytest.
 
 def test_every_kind_of_action_and_every_rule_is_wanted() -> None:
     wanted = {name for names in figures.WANTED.values() for name in names}
-    assert {*sim.FAULTS, "R1 window over", "API 409", "clocks nearly a factor of two apart"} <= wanted
+    assert {*FAULTS, "R1 window over", "API 409", "clocks nearly a factor of two apart"} <= wanted
     assert figures.never(Counter(dict.fromkeys(wanted, 1))) == []
     assert figures.never(Counter(dict.fromkeys(wanted - {"kill"}, 1))) == ["kill"]
