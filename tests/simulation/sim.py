@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from figures import never, table
+from fired import never, table
 from moments import FAULTS, WORK, moments, parse
 from plan import Plan, draw
 from play import Result, play

@@ -6,7 +6,7 @@ import re
 import shlex
 from collections import Counter
 
-import figures
+import fired
 import pytest
 import sim
 from moments import FAULTS, parse
@@ -48,11 +48,11 @@ def test_with_a_number_of_steps_what_never_happened_is_a_failure(capsys: pytest.
     missing = told[-1].removeprefix("never happened: ").split("; ")
     played = play(draw(0)).counts
     assert "R4 expired, taken over" in missing or played["R4 expired, taken over"]
-    assert figures.never(played) == figures.never(Counter({name: 1 for name in played if played[name]}))
+    assert fired.never(played) == fired.never(Counter({name: 1 for name in played if played[name]}))
 
 
 def test_every_kind_of_action_and_every_rule_is_wanted() -> None:
-    wanted = {name for names in figures.WANTED.values() for name in names}
+    wanted = {name for names in fired.WANTED.values() for name in names}
     assert {*FAULTS, "R1 window over", "API 409", "clocks nearly a factor of two apart"} <= wanted
-    assert figures.never(Counter(dict.fromkeys(wanted, 1))) == []
-    assert figures.never(Counter(dict.fromkeys(wanted - {"kill"}, 1))) == ["kill"]
+    assert fired.never(Counter(dict.fromkeys(wanted, 1))) == []
+    assert fired.never(Counter(dict.fromkeys(wanted - {"kill"}, 1))) == ["kill"]
