@@ -11,8 +11,9 @@ KILLS_SECONDS := 5400
 # how long `make soak` and `make test-outage` last
 MINUTES := 30
 OUTAGE_SECONDS := 300
-# how many plans `make sim` plays
+# how many plans `make sim` plays; with STEPS, as many as have so many steps
 SEEDS := 50
+STEPS :=
 # how long each fuzz target runs
 SECONDS := 10
 
@@ -21,7 +22,8 @@ PYTHONS := $(PYTHON) python3.13 python3.12 python3.11 python3.14 python3
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test model sim test-page screenshot docs test-apiserver test-kernel test-kills soak-kernel test-deploy image test-image e2e test-kubelet test-outage soak test-node test-all \
+.PHONY: help demo test model sim sim-moments test-page screenshot docs test-apiserver test-kernel test-kills soak-kernel test-deploy \
+	image test-image e2e test-kubelet test-outage soak test-node test-all \
 	bench bench-kernel fuzz lint format proto clean
 
 help: ## this list
@@ -36,8 +38,11 @@ test: $(VENV)/.test ## unit, contract, protocol, fuzz, model and simulation test
 model: $(VENV)/.test ## every state of the lock protocol for two and three nodes, within larger bounds than make test
 	$(BIN)/python tests/model/lock_runs.py
 
-sim: $(VENV)/.test ## whole clusters under drawn faults in virtual time: SEEDS of them, with a count of each fault
-	$(BIN)/python tests/simulation/sim.py --seeds $(SEEDS) $(ARGS)
+sim: $(VENV)/.test ## whole clusters under drawn faults in virtual time: SEEDS of them, or STEPS steps, with all counts
+	$(BIN)/python tests/simulation/sim.py $(if $(STEPS),--steps $(STEPS),--seeds $(SEEDS)) $(ARGS)
+
+sim-moments: $(VENV)/.test ## the same with one fault at each single step of an Allocate, a release, a re-attach, a takeover
+	$(BIN)/python tests/simulation/sim.py --moments $(ARGS)
 
 test-page: $(VENV)/.test ## the status page in a real browser (Chromium)
 	$(PYTEST) tests/page $(ARGS)

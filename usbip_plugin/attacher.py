@@ -17,6 +17,7 @@ from opentelemetry import trace
 
 from usbip_plugin.attaching import Means, Progress, Wanted
 from usbip_plugin.claims import (
+    IN_USE,
     Claim,
     Event,
     State,
@@ -101,9 +102,9 @@ class Attacher:
         """Returns once `run` takes work."""
         await self._work.started()
 
-    async def adopt(self, used: Mapping[str, User], *, complete: bool) -> None:
+    async def adopt(self, used: Mapping[str, User], *, complete: bool, deprived: bool) -> None:
         """See Keeper.adopt."""
-        await self._keeper.adopt(used, complete=complete)
+        await self._keeper.adopt(used, complete=complete, deprived=deprived)
 
     def server_changed(self, view: ServerView) -> None:
         """For the poller. See Keeper.server_changed."""
@@ -242,7 +243,7 @@ class Attacher:
         """
         unused = partial(self._unused, unlisted=unlisted)
         for device_id, claim in list(self._book.view.items()):
-            if claim.state not in (State.ATTACHED, State.REATTACHING):
+            if claim.state not in IN_USE:
                 continue
             after = observe_usage(claim, users.get(device_id), listed_at)
             if after != claim:

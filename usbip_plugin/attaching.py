@@ -129,9 +129,9 @@ class Pipeline:
     async def reattach(self, device_id: str, deadline: float) -> Attachment:
         """One try from Reattaching to Attached, at the claim's place, under a new write of the lock (R1).
 
-        Errors as attach_new; LockLost. At another place than its own both locks are written; LockHeld if the one there
-        is another node's. What is attached already, because only its CDI spec could not be written, stays so: that
-        alone is tried again.
+        Errors as attach_new; LockLost if its lock is somebody else's. At another place than its own both locks are
+        written; LockHeld if the one there is another node's. What is attached already, because only its CDI spec could
+        not be written, stays so: that alone is tried again.
         """
         claim = self._book[device_id]
         if claim.numbers and claim.attachment is not None and await self.stands(claim, await self._driver.ports()):
@@ -157,12 +157,15 @@ class Pipeline:
             self._book.put(replace(self._book[device_id], moved_to=None))
 
     async def _write_again(self, claim: Claim) -> Grant:
-        """R1 before a re-attach. A lock of an earlier boot of this node is taken as a new epoch (R3)."""
+        """R1 before a re-attach. A lock that is not this boot's any more is taken as by an Allocate (R2, R3, R4)."""
         lock = self._locks.locks.get(claim.id)
-        if lock is not None and lock.holder == self._me.node and lock.boot_id != self._me.boot_id:
-            meta = LockMeta(usb_id=str(claim.usb_id), traceparent=claim.traceparent)
+        if lock is not None and lock.holder == self._me.node and lock.boot_id == self._me.boot_id:
+            return await self._locks.renew(claim.key)
+        meta = LockMeta(usb_id=str(claim.usb_id), traceparent=claim.traceparent)
+        try:
             return await self._locks.acquire(claim.key, meta, claimed=True)
-        return await self._locks.renew(claim.key)
+        except LockHeld as held:
+            raise LockLost(str(claim.key), held.holder) from held
 
     async def _attach(self, device_id: str, grant: Grant, deadline: float, progress: Progress) -> Attachment:
         claim = self._book[device_id]
@@ -271,7 +274,7 @@ class Pipeline:
         Raises VhciError.
         """
         claim = self._book[device_id]
-        if claim.port is None and not self.is_mine(claim.place.id):
+        if claim.port is None and claim.state is not State.LOST and not self.is_mine(claim.place.id):
             return
         ports = await self._driver.ports()
         # a port without a number in the claim can only be one that a cancelled attach left behind

@@ -61,6 +61,8 @@ class Event(enum.Enum):
     PORT_LOST = "port lost"
     POD_GONE = "pod gone"
     LOCK_LOST = "lock lost"
+    LOCK_FREE = "lock free again, pod still there"
+    DEPRIVED = "a pod has it, its lock is not this node's"
     RELEASED = "released"
 
 
@@ -70,6 +72,7 @@ TRANSITIONS: Mapping[tuple[State, Event], State] = MappingProxyType(
         (State.FREE, Event.ADOPTED): State.ATTACHED,
         (State.FREE, Event.ORPHANED): State.REATTACHING,
         (State.FREE, Event.UNUSED): State.RELEASING,
+        (State.FREE, Event.DEPRIVED): State.LOST,
         (State.LOCKING, Event.LOCKED): State.IMPORTING,
         (State.LOCKING, Event.DENIED): State.FREE,
         (State.LOCKING, Event.FAILED): State.RELEASING,
@@ -88,6 +91,8 @@ TRANSITIONS: Mapping[tuple[State, Event], State] = MappingProxyType(
         (State.REATTACHING, Event.LOCK_LOST): State.LOST,
         (State.RELEASING, Event.LOCK_LOST): State.LOST,
         (State.RELEASING, Event.RELEASED): State.FREE,
+        (State.LOST, Event.LOCK_FREE): State.REATTACHING,
+        (State.LOST, Event.POD_GONE): State.RELEASING,
         (State.LOST, Event.RELEASED): State.FREE,
     }
 )
@@ -133,6 +138,10 @@ class Claim:
     def place(self) -> DeviceKey:
         """Where the device is imported from: what servers, kernel and port records know it by."""
         return self.moved_to or self.key
+
+
+IN_USE = (State.ATTACHED, State.REATTACHING, State.LOST)
+"""States in which a pod has the device, or is to have it again."""
 
 
 class IllegalTransition(AssertionError):
@@ -250,7 +259,7 @@ def usage_ended(claim: Claim, now: float, unlisted: Unlisted) -> bool:
     A list without the pod counts only if the API server does not say that it lives; and where that is not known for
     certain, only after UNCONFIRMED_ABSENCE.
     """
-    if claim.state not in (State.ATTACHED, State.REATTACHING) or claim.absent < ABSENT_POLLS:
+    if claim.state not in IN_USE or claim.absent < ABSENT_POLLS:
         return False
     pod = claim.pod
     if pod is None:

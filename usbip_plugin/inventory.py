@@ -166,6 +166,11 @@ def learn(before: Members, facts: Facts) -> Members:
                 mine[key.id] = Seen(key, descriptor.usb_id, selector, descriptor if listed else None, serial)
             elif serial is not None:
                 mine[key.id] = Seen(key, known.usb_id, selector, known.descriptor, serial)
+        for claim in facts.claims.values():
+            if claim.resource == resource.name and claim.id not in mine and resource.devices:
+                # its pod has it by this resource, whatever is said of the device by now, and may be older than us
+                here = (selector for selector in resource.devices if selector.target == claim.key.server)
+                mine[claim.id] = Seen(claim.key, claim.usb_id, next(here, resource.devices[0]))
         for device_id in _too_old(mine, {key.id for key, _, _ in candidates}):
             del mine[device_id]
         found[resource.name] = mine
@@ -297,7 +302,8 @@ def _claim_health(claim: Claim, facts: Facts) -> Health:
             hindrance = f"; {claim.hindrance}" if claim.hindrance else ""
             return Health(Reason.LOST, f"connection to {claim.key.server} lost{hindrance}")
         case State.LOST:
-            return Health(Reason.LOCK_LOST, _held_by(lock) if lock is not None and lock.holder else "")
+            by_hand = "released by hand; end its pod" if lock is not None and lock.by_hand else ""
+            return Health(Reason.LOCK_LOST, _held_by(lock) if lock is not None and lock.holder else by_hand)
         case _:
             return Health(Reason.IN_PROGRESS, claim.state.value)
 

@@ -135,10 +135,11 @@ class Keeper:
 
     # what the previous process left
 
-    async def adopt(self, used: Mapping[str, User], *, complete: bool) -> None:
+    async def adopt(self, used: Mapping[str, User], *, complete: bool, deprived: bool) -> None:
         """Takes over what locks and ports say is this node's.
 
         used: by device ID, as far as is known. complete: nobody else uses a device here; else nothing is let go.
+        deprived: also looks for pods whose devices have lost their locks, under an earlier process.
 
         Idempotent; to be called when the locks are known, and again whenever the API server is back.
         """
@@ -147,15 +148,33 @@ class Keeper:
         except VhciError as error:
             log.warning("cannot read vhci ports", extra={"cause": str(error)})
             ports = ()
-        for lock in self._locks.mine():
+        found = list(self._locks.mine())
+        if deprived:
+            locks = self._locks.locks
+            found += [locks[i] for i in sorted(used) if i in locks and locks[i].holder != self._me.node]
+        for lock in found:
             key = key_of(lock)
             if key is None or self._work.mutex(lock.device_id).locked():
                 continue  # at work on it already
             async with self._work.mutex(lock.device_id):
-                if self._work.book.concerns(lock.device_id) or not self._work.pipeline.is_mine(lock.device_id):
+                now = self._locks.locks.get(lock.device_id)
+                if now is None or self._work.book.concerns(lock.device_id) or now.holder != lock.holder:
                     continue
-                if lock.in_place_of is None or self._is_orphan(lock.in_place_of):
+                orphaned = lock.in_place_of is None or self._is_orphan(lock.in_place_of)
+                if orphaned or now.holder != self._me.node:
                     await self._adopt_one(key, lock, ports, used, complete=complete)
+
+        if deprived:
+            await self._forget_what_ended(ports)
+
+    async def _forget_what_ended(self, ports: Sequence[PortState]) -> None:
+        """Port records of attachments that ended when nobody here knew of them, their locks being others' by now."""
+        for lock in tuple(self._locks.locks.values()):
+            key = key_of(lock)
+            if key is None or lock.holder == self._me.node or self._work.book.concerns(lock.device_id):
+                continue
+            if own_port(key, ports, None) is None and not self._work.mutex(lock.device_id).locked():
+                await self._driver.forget(key)
 
     def _is_orphan(self, in_place_of: str) -> bool:
         """Whether a lock in place of this device will not be taken over together with that one's own."""
@@ -166,10 +185,13 @@ class Keeper:
     async def _adopt_one(
         self, key: DeviceKey, lock: Lock, ports: Sequence[PortState], users: Mapping[str, User], *, complete: bool
     ) -> None:
-        there = next((other for other in self._locks.mine() if other.in_place_of == key.id and key_of(other)), None)
+        mine = lock.holder == self._me.node
+        others = self._locks.mine() if mine else ()
+        there = next((other for other in others if other.in_place_of == key.id and key_of(other)), None)
         moved_to, at = (key_of(there), there) if there is not None else (None, lock)
         place = moved_to or key
-        port = own_port(place, ports, at.port) if lock.boot_id == at.boot_id == self._me.boot_id else None
+        alive = not mine or lock.boot_id == at.boot_id == self._me.boot_id
+        port = own_port(place, ports, at.port if mine else None) if alive else None
         attachment = await self._driver.inspect(place, port.number) if port is not None else None
         usb_id = parse_usb_id(lock.usb_id) or (attachment.usb_id if attachment is not None else UsbId(0, 0))
         if attachment is not None and attachment.usb_id != usb_id:
@@ -186,10 +208,15 @@ class Keeper:
             attachment=replace(attachment, key=key) if attachment is not None else None,
             traceparent=lock.traceparent,
             allocated_at=self._clock.monotonic(),
-            pod=lock.pod,
+            pod=lock.pod if mine else user.pod if user is not None else None,
             serial=(attachment.serial if attachment is not None else None) or lock.serial or None,
             moved_to=moved_to,
         )
+        if not mine:
+            self._work.book.move(claim, Event.DEPRIVED)
+            log.error("lock lost", extra={"device": str(key), "holder": lock.holder})
+            self._work.spawn(self._withdraw(key.id), f"withdraw {key}")
+            return
         orphan = lock.in_place_of is not None
         verdict = decide_adoption(lock, self._me, attached=attachment is not None, used=used, orphan=orphan)
         attributes = device_attributes(key) | pod_attributes(lock.pod) | {"usbip.adoption": verdict.name.lower()}
@@ -206,7 +233,7 @@ class Keeper:
                 self._work.spawn(self._reattach(key.id), f"re-attach {key}")
             case Adoption.RELEASE:
                 self._work.book.move(claim, Event.UNUSED)
-                self._work.spawn(self._work.finish_locked(key.id), f"release {key}")
+                self._work.spawn(self._work.finish_locked(key.id, State.RELEASING), f"release {key}")
 
     def _adopt_attached(self, claim: Claim) -> None:
         try:
@@ -285,6 +312,10 @@ class Keeper:
         finally:
             if self._stirs.get(device_id) is stir:
                 del self._stirs[device_id]
+        after = self._work.book.get(device_id)
+        if after is not None and after.state is State.LOST:
+            await self._clock.sleep(REATTACH_FIRST_WAIT)
+            self._regain(device_id)
 
     async def _reattach_once(
         self, device_id: str, before: Attachment | None, whole: Span, tries: Tries, *, promising: bool
@@ -303,7 +334,7 @@ class Keeper:
                 failed(whole, error)
                 if self._work.book[device_id].state is State.REATTACHING:
                     self._work.book.move(self._work.book[device_id], Event.LOCK_LOST)
-                await self._work.finish(device_id)
+                await self._work.finish(device_id, keep=True)
                 return False
             except (TimeoutError, LockError, KubeError, UsbipError, VhciError, CdiError) as error:
                 self._on_reattach(Reattach.FAILED)
@@ -398,9 +429,16 @@ class Keeper:
         self._on_notice(Notice(what, claim.key, verdict.value, claim.pod))
         if verdict is AfterReattach.EVICT and claim.pod is not None:
             self._evict(claim.pod)
+        lock = self._locks.locks.get(claim.id)
+        if claim.pod is not None and lock is not None and lock.pod is None:  # it was taken anew
+            self._work.spawn(self._work.note_pod(claim.key, claim.pod), f"note pod {claim.pod}")
 
     def _lock_changed(self, change: LockChange) -> None:
-        """R6: the watch shows another holder of a device that is attached here."""
+        """R6: the watch shows another holder of a device that is attached here. Or that a lost lock is free again."""
+        claim = self._work.book.get(change.device_id)
+        if claim is not None and claim.state is State.LOST:
+            self._regain(change.device_id)
+            return
         holder = change.new.holder if change.new is not None else ""
         if holder == self._me.node:
             return
@@ -413,9 +451,28 @@ class Keeper:
         with within(claim.traceparent):
             log.error("lock lost", extra={"device": str(claim.key), "holder": holder})
         text = f"node {holder} holds it now" if holder else "its lock no longer names this node"
-        self._on_notice(Notice(What.LOCK_LOST, claim.key, text + "; it is detached here", claim.pod))
+        if change.old is not None and change.old.holder == self._me.node:
+            self._on_notice(Notice(What.LOCK_LOST, claim.key, text + "; it is detached here", claim.pod))
+            if self._on_loss(claim) is OnLoss.EVICT and claim.pod is not None and claim.pod.uid is not None:
+                self._evict(claim.pod)
         self.look_again(change.device_id)
-        self._work.spawn(self._work.finish_locked(change.device_id), f"withdraw {claim.key}")
+        self._work.spawn(self._withdraw(change.device_id), f"withdraw {claim.key}")
+
+    async def _withdraw(self, device_id: str) -> None:
+        await self._work.finish_locked(device_id, State.LOST)
+        self._regain(device_id)
+
+    def _regain(self, device_id: str) -> None:
+        """A device that was lost with its lock is attached again when the lock is free, if its pod is still there.
+
+        Not if a person has released it: that is to stay so.
+        """
+        claim, lock = self._work.book.get(device_id), self._locks.locks.get(device_id)
+        if claim is None or claim.state is not State.LOST or self._work.mutex(device_id).locked():
+            return
+        if lock is None or (lock.holder in ("", self._me.node) and not lock.by_hand):
+            self._work.book.move(claim, Event.LOCK_FREE)
+            self._work.spawn(self._reattach(device_id), f"re-attach {claim.key}")
 
     def _place_lost(self, device_id: str, holder: str) -> None:
         """R6 for a place that a device was followed to: the claim stays, the attachment does not."""

@@ -153,7 +153,7 @@ class Lock:
 
     holder is "" when released; epoch is leaseTransitions; duration is leaseDurationSeconds, an hour at most. serial is
     None while nobody has asked the device, "" if it has none. in_place_of: the ID of the device that is attached from
-    here, because its server lists it under this bus id now.
+    here, because its server lists it under this bus id now. by_hand: its last write was a release by a person.
     """
 
     device_id: str
@@ -172,6 +172,7 @@ class Lock:
     pod: PodRef | None = None
     traceparent: str | None = None
     in_place_of: str | None = None
+    by_hand: bool = False
 
 
 class Reason(enum.Enum):

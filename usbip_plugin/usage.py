@@ -53,6 +53,8 @@ class UsageWatcher:
         self._wake = asyncio.Event()
         self._hinted_until = 0.0
         self._complained = False
+        self._begun = False
+        """All locks and a list of all pods have been seen: what an earlier process left is known."""
 
     def hint(self) -> None:
         """A pod of this node has ended, or is about to: look now and closely for a while."""
@@ -110,24 +112,26 @@ class UsageWatcher:
         if users is not None:
             unlisted = self._unlisted(users)
             complete = unlisted.certain and not unlisted.pods
-        await self._attacher.adopt(users or {}, complete=complete)
+        deprived = not self._begun
+        all_known = complete or (users is not None and self._pods is None)
+        self._begun = self._begun or (all_known and self._locks.ready.is_set())
+        await self._attacher.adopt(users or {}, complete=complete, deprived=deprived)
 
     async def adopt(self) -> None:
         """Takes over what a previous process left; needs the locks to be known. Idempotent."""
-        if self._unclaimed():
-            await self._adopt(await self.users())
+        await self._adopt(await self.users())
 
     async def run(self) -> None:
         """Until cancelled."""
         unsubscribe = self._locks.subscribe(self._lock_changed)
         try:
             while True:
-                if not self._attacher.claims and not self._unclaimed():
+                if self._begun and not self._attacher.claims and not self._unclaimed():
                     await self._wake.wait()
                 self._wake.clear()
                 listed_at = self._clock.monotonic()
                 users = await self.users()
-                if self._unclaimed():
+                if not self._begun or self._unclaimed():
                     await self._adopt(users)
                 if users is not None:
                     self._attacher.usage(users, listed_at, self._unlisted(users))

@@ -11,7 +11,7 @@ from opentelemetry.trace import Link
 
 from usbip_plugin import retry
 from usbip_plugin.attaching import Means, Pipeline
-from usbip_plugin.claims import Claim, ClaimBook, Event, State
+from usbip_plugin.claims import IN_USE, Claim, ClaimBook, Event, State
 from usbip_plugin.errors import ClaimBusy, KubeError, LockError, LockLost, VhciError
 from usbip_plugin.kubelet.broadcast import Broadcast
 from usbip_plugin.model import DeviceKey, Lock, PodRef
@@ -101,12 +101,15 @@ class DeviceWork:
         """Ends a claim unless, by the time its mutex is had, it is no longer so that it should end."""
         async with self.mutex(device_id):
             claim = self.book.get(device_id)
-            if claim is not None and claim.state in (State.ATTACHED, State.REATTACHING) and still(claim):
+            if claim is not None and claim.state in IN_USE and still(claim):
                 self.book.move(claim, Event.POD_GONE)
                 await self.finish(device_id)
 
-    async def finish(self, device_id: str) -> None:
-        """Detach, then (R5) release the lock, again and again until both are done. The claim is Releasing or Lost."""
+    async def finish(self, device_id: str, *, keep: bool = False) -> None:
+        """Detach, then (R5) release the lock, again and again until both are done. The claim is Releasing or Lost.
+
+        keep: a Lost claim stays, for the pod that has lost its device.
+        """
         claim = self.book[device_id]
         began = self._clock.monotonic()
         waits = retry.backoff(self._rng, RELEASE_FIRST_WAIT, RELEASE_MAX_WAIT)
@@ -132,6 +135,8 @@ class DeviceWork:
                     await self._until_api_returns(next(waits))
             if self.book[device_id].state is State.LOST:
                 release.set_attribute("usbip.lock.lost", value=True)
+                if keep:
+                    return
             self.book.move(self.book[device_id], Event.RELEASED)
             log.info("released", extra={"device": str(claim.key), "pod": str(claim.pod) if claim.pod else None})
         self._on_step("release", self._clock.monotonic() - began)
@@ -150,12 +155,12 @@ class DeviceWork:
             async with self._clock.timeout(seconds):
                 await self._api.until(lambda: self._locks.api.reachable)
 
-    async def finish_locked(self, device_id: str) -> None:
-        """finish() of a claim that is Releasing or Lost, when its mutex can be had."""
+    async def finish_locked(self, device_id: str, state: State) -> None:
+        """finish() of a claim, when its mutex can be had and it is in this state then; a Lost one is kept."""
         async with self.mutex(device_id):
             claim = self.book.get(device_id)
-            if claim is not None and claim.state in (State.RELEASING, State.LOST):
-                await self.finish(device_id)
+            if claim is not None and claim.state is state:
+                await self.finish(device_id, keep=state is State.LOST)
 
     async def note_pod(self, key: DeviceKey, pod: PodRef) -> None:
         """The pod onto the lock, for people; a failure is logged and changes nothing."""

@@ -33,8 +33,15 @@ API_FAULTS = (
     "late request",
     "late answer",
 )
+EVENT_FAULTS = ("410", "late event")
+"""What happens to watches and their events."""
 LATE = (0.0, 8.0)
 """Seconds; calls time out after 5."""
+
+
+def at_step(kind: str) -> str:
+    """Under which an action is counted again that came at a chosen step of an agent."""
+    return f"{kind}, at a step"
 
 
 Key = tuple[object, ...]
@@ -133,8 +140,14 @@ class Chaos:
             node.process.after_steps(action.steps, lambda: self._now(action, node))
 
     def _now(self, action: Action, node: ClusterNode) -> None:
-        if not self.calm and getattr(self, f"do_{action.kind}")(action, node):
+        if self.calm:
+            return
+        if action.steps:
+            self.note(str(action))
+        if getattr(self, f"do_{action.kind}")(action, node):
             self.fired[action.kind] += 1
+            if action.steps:
+                self.fired[at_step(action.kind)] += 1
 
     def end_all(self) -> None:
         """Whatever lasts ends now."""
@@ -302,7 +315,7 @@ class Chaos:
     def do_kill(self, action: Action, node: ClusterNode) -> bool:
         if node.process is None:
             return False
-        self.note(f"kill {node.name}, {action.steps} steps later")
+        self.note(f"kill {node.name}")
         node.kill()
         self._start_later(node, action.lasts)
         return True
@@ -311,7 +324,7 @@ class Chaos:
         process = node.process
         if process is None or process in self._ending:
             return False
-        self.note(f"terminate {node.name}, {action.steps} steps later")
+        self.note(f"terminate {node.name}")
         self._ending.add(process)
         halted = process.halted_time()
 
@@ -382,6 +395,15 @@ class Chaos:
             action, ("silent", node.name), lambda: node.silence(silent=True), lambda: node.silence(silent=False)
         )
 
+    def do_api_mute(self, action: Action, node: ClusterNode) -> bool:
+        """What the node writes is written, and it hears nothing of it."""
+        return self.during(
+            action,
+            ("mute", node.name),
+            lambda: node.silence(silent=True, lost=Lost.RESPONSE),
+            lambda: node.silence(silent=False),
+        )
+
     def do_api_down(self, action: Action, _node: ClusterNode) -> bool:
         """The API server is gone, for up to five minutes."""
         longer = Action(action.at, action.kind, action.node, action.pick, action.lasts * 2, action.steps)
@@ -443,6 +465,23 @@ class Chaos:
             lambda: setattr(link, "slow", seconds),
             lambda: setattr(link, "slow", 0.0),
         )
+
+    def do_isolate(self, action: Action, node: ClusterNode) -> bool:
+        """Cut off from the API server and from every server, without a word."""
+        network = self.cluster.network
+
+        def cut() -> None:
+            node.silence(silent=True)
+            for server in self.servers:
+                network.link(node.name, server.key).cut()
+
+        def mend() -> None:
+            node.silence(silent=self.active("silent", node.name))
+            for server in self.servers:
+                if not self.active("cut", node.name, server.key):
+                    network.link(node.name, server.key).mend()
+
+        return self.during(action, ("isolated", node.name), cut, mend)
 
     def do_server_crash(self, action: Action, _node: ClusterNode) -> bool:
         """Daemon and exports: every connection is reset."""

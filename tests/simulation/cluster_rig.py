@@ -20,8 +20,9 @@ SETTLE = 5.0
 """Virtual seconds in which anything that needs no timeout must have happened."""
 
 
-def server(host: str, *devices: VirtualDevice) -> VirtualServer:
-    return VirtualServer(devices, host, 3240, clock=SimClock(asyncio.get_running_loop()), listen=False)
+def server(host: str, *devices: VirtualDevice, keepalive: bool = False) -> VirtualServer:
+    clock = SimClock(asyncio.get_running_loop())
+    return VirtualServer(devices, host, 3240, clock=clock, listen=False, keepalive=keepalive)
 
 
 def stick(busid: str, serial: str = "") -> VirtualDevice:

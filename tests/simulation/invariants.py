@@ -2,8 +2,8 @@
 
 At once: after each step of the loop that changed an import, an attachment or a lock. Nothing else can break what is
 checked there, so that is as good as after every step.
-Within a time: what may be otherwise only for so long, looked at every quarter of a second of virtual time. Such a time
-runs only while nothing stands in the node's way; the bounds stand below.
+Within a time: what may be otherwise only for so long, looked at every quarter of a second of virtual time, or as often
+as anything happens at all. Such a time runs only while nothing stands in the node's way; the bounds stand below.
 """
 
 from __future__ import annotations
@@ -64,8 +64,10 @@ class Violation(AssertionError):
 
 @dataclass(slots=True)
 class _Bad:
+    """since when and until when something was bad."""
+
     since: float
-    seen: float
+    until: float
 
 
 class Watch:
@@ -75,7 +77,8 @@ class Watch:
         self.cluster, self.chaos, self.settings, self.note = cluster, chaos, settings, note
         self.dirty = True
         self.checks = 0
-        self._looked = 0.0
+        self.looks = 0
+        self._until = 0.0
         self._bad: dict[tuple[object, ...], _Bad] = {}
         self._keys = {key.id: key for key in self._all_keys()}
         self._failed_write: Violation | None = None
@@ -98,10 +101,13 @@ class Watch:
         if self.dirty:
             self.dirty = False
             self.at_once()
-        now = loop_of().time()
-        if now - self._looked >= LOOK_S:
-            self._looked = now
-            self.in_time(now)
+
+    def before_jump(self, time: float) -> None:
+        """All stays as it is from now until then. Raises Violation."""
+        if time - self._until >= LOOK_S:
+            self._until = time
+            self.looks += 1
+            self.in_time(loop_of().time())
 
     # at once
 
@@ -219,15 +225,15 @@ class Watch:
         )
 
     def _for_long(self, bad: bool, now: float, seconds: float, *key: object) -> bool:
-        """Whether something is bad, and has been so at each look for so long."""
+        """Whether something is bad, and has been so at each look for so long, by the time it may change."""
         if not bad:
             self._bad.pop(key, None)
             return False
         found = self._bad.get(key)
-        if found is None or now - found.seen > 4 * LOOK_S:
+        if found is None or now - found.until > 4 * LOOK_S:
             found = self._bad[key] = _Bad(now, now)
-        found.seen = now
-        return now - found.since > seconds
+        found.until = self._until
+        return found.until - found.since > seconds
 
     def _locks_without_claims(self, node: ClusterNode, now: float) -> None:
         agent = node.agent

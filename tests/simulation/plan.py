@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from usbip_plugin.claims import ALLOCATION_GRACE
@@ -78,6 +79,7 @@ WEIGHTS = {
     "api_errors": 6,
     "api_refused": 2,
     "api_silent": 3,
+    "api_mute": 2,
     "api_down": 2,
     "watch_cut": 2,
     "watch_stall": 2,
@@ -85,6 +87,7 @@ WEIGHTS = {
     "compact": 1,
     "link_cut": 4,
     "link_slow": 2,
+    "isolate": 3,
     "server_crash": 2,
     "server_daemon": 1,
     "server_power": 2,
@@ -107,8 +110,42 @@ WEIGHTS = {
 BY_CDI = {"restart_container": 6, "specs_fail": 45, "records_fail": 90}
 """Where devices are handed out by CDI: one more action in so many."""
 
-AT_STEP = ("kill", "terminate", "freeze_agent", "freeze_node", "end_youngest", "link_cut", "api_silent", "power_loss")
+AT_STEP = (
+    "kill",
+    "terminate",
+    "freeze_agent",
+    "freeze_node",
+    "power_loss",
+    "reboot",
+    "end_youngest",
+    "api_silent",
+    "api_mute",
+    "link_cut",
+    "link_slow",
+    "isolate",
+    "server_freeze",
+    "drop",
+)
 """What happens at some step of an agent, and not only between two actions; half of them together with an Allocate."""
+SILENCES = ("freeze_agent", "freeze_node", "power_loss", "api_silent", "api_mute", "isolate")
+"""What may keep a node silent for longer than its locks last. Sometimes all nodes ask for its devices then."""
+
+
+CONDITIONS: Mapping[str, Callable[[Settings], bool]] = {
+    "a clock slower than 0.75": lambda s: min(s.rates) < 0.75,
+    "a clock faster than 1.4": lambda s: max(s.rates) > 1.4,
+    "clocks nearly a factor of two apart": lambda s: max(s.rates) / min(s.rates) > 1.9,
+    "an import window of nearly half the duration": lambda s: s.locks.import_window / s.locks.duration > 0.4,
+    "servers that export a device twice": lambda s: not s.fenced,
+    "a server that finds dead clients": lambda s: any(s.keepalive),
+    "a server that never finds dead clients": lambda s: not all(s.keepalive),
+    "five nodes": lambda s: s.nodes == 5,
+    "three servers": lambda s: len(s.devices) == 3,
+    "a device of two resources": lambda s: s.overlapping,
+    "serial numbers read": lambda s: s.serials,
+    "devices handed out by CDI": lambda s: s.cdi,
+}
+"""What the settings of a plan may have in them."""
 
 
 def draw_settings(rng: random.Random) -> Settings:
@@ -156,11 +193,14 @@ def draw(seed: int, length: int = ACTIONS) -> Plan:
             actions.append(_action(rng, at, rng.choice(["admit", "admit", "race"]), node))
             at += rng.choice([0.0, 0.0, 0.002, 0.3])
         actions.append(_action(rng, at, kind, node))
+        if kind in SILENCES and rng.random() < 0.4:
+            late = at + settings.locks.duration * rng.uniform(1.1, 2.5) / min(settings.rates)
+            actions.append(_action(rng, late, "race", node))
     for kind, share in BY_CDI.items() if settings.cdi else ():
         for _ in range(length // share):
             place = more.randrange(len(actions))
             actions.insert(place, _action(more, actions[place].at, kind, more.randrange(60)))
-    return Plan(seed, settings, tuple(actions))
+    return Plan(seed, settings, tuple(sorted(actions, key=lambda action: action.at)))
 
 
 def _action(rng: random.Random, at: float, kind: str, node: int) -> Action:

@@ -15,12 +15,13 @@ import random
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
+from typing import ParamSpec
 
 from chaos import Chaos
 from cluster_rig import DONGLE, dongle, resource, stick
 from counting import CountedRules, observer
 from invariants import Violation, Watch, served
-from plan import Plan, Settings
+from plan import CONDITIONS, Plan, Settings
 
 from usbip_plugin.agent import Observer
 from usbip_plugin.claims import ALLOCATION_GRACE
@@ -34,6 +35,8 @@ from usbip_plugin.sim.loop import SimClock
 from usbip_plugin.sim.server import VirtualServer
 from usbip_plugin.sim.steploop import StepLoop, loop_of, run
 from usbip_plugin.vhci.driver import VhciDriver
+
+P = ParamSpec("P")
 
 FAULTS_END_S = 5.0
 """Seconds after the last action until every fault is ended."""
@@ -56,11 +59,15 @@ class Wrong:
 
 @dataclass(slots=True)
 class Result:
-    """counts: of faults, rules and outcomes. timeline: what happened, one line each."""
+    """checks: how often what must hold at once was looked at; looks: what must hold within a time.
+
+    counts: of faults, rules and outcomes. timeline: what happened, one line each.
+    """
 
     seed: int
     steps: int = 0
     checks: int = 0
+    looks: int = 0
     seconds: float = 0.0
     counts: Counter[str] = field(default_factory=Counter)
     timeline: list[str] = field(default_factory=list)
@@ -70,6 +77,7 @@ class Result:
 def play(plan: Plan, only: Collection[int] | None = None, wrong: Wrong | None = None) -> Result:
     """only: indices of the actions to carry out, None for all."""
     result = Result(plan.seed)
+    result.counts.update(name for name, given in CONDITIONS.items() if given(plan.settings))
     wrong = wrong or Wrong()
     logging.disable(logging.CRITICAL)
     collecting = gc.isenabled()
@@ -110,12 +118,13 @@ class _Play:
             chaos = Chaos(c, self.note)
             made.append(chaos)
             self._watch = Watch(c, chaos, settings, self.note)
-            self._loop.after_step = self._after_step
+            self._loop.after_step = self._looking(self._watch.after_step)
+            self._loop.before_jump = self._looking(self._watch.before_jump)
             story = asyncio.create_task(self._story(c, chaos, only), name="story")
             try:
                 await asyncio.wait({story, self._violated}, return_when=asyncio.FIRST_COMPLETED)
             finally:
-                self._loop.after_step = None
+                self._loop.after_step = self._loop.before_jump = None
                 self._count(chaos)
             if self._violated.done():
                 story.cancel()
@@ -123,22 +132,25 @@ class _Play:
                 self._violated.result()
             story.result()
 
-    def _after_step(self) -> None:
-        if self._watch is None:
-            return
-        try:
-            self._watch.after_step()
-        except Violation as violation:
-            self._loop.after_step = None
-            self._result.steps, self._result.seconds = self._loop.steps, self._loop.time()
-            self._violated.set_exception(violation)
+    def _looking(self, look: Callable[P, None]) -> Callable[P, None]:
+        """look, but the first violation that it finds ends the run."""
+
+        def looking(*args: P.args, **kwargs: P.kwargs) -> None:
+            try:
+                look(*args, **kwargs)
+            except Violation as violation:
+                self._loop.after_step = self._loop.before_jump = None
+                self._result.steps, self._result.seconds = self._loop.steps, self._loop.time()
+                self._violated.set_exception(violation)
+
+        return looking
 
     def _count(self, chaos: Chaos) -> None:
         if not self._violated.done():
             self._result.steps, self._result.seconds = self._loop.steps, self._loop.time()
         self._result.counts.update(chaos.fired)
         if self._watch is not None:
-            self._result.checks = self._watch.checks
+            self._result.checks, self._result.looks = self._watch.checks, self._watch.looks
 
     def _spec(self, settings: Settings, made: list[Chaos]) -> ClusterSpec:
         counts = self._result.counts

@@ -27,8 +27,8 @@ from usbip_plugin.errors import ClaimBusy
 from usbip_plugin.inventory import API_GRACE
 from usbip_plugin.locks import record
 from usbip_plugin.locks.protocol import Rules
-from usbip_plugin.model import Reason
-from usbip_plugin.sim.cluster import cluster
+from usbip_plugin.model import DeviceKey, Reason
+from usbip_plugin.sim.cluster import Cluster, ClusterNode, cluster
 from usbip_plugin.sim.steploop import stepped
 from usbip_plugin.sim.usbdevice import VirtualDevice
 
@@ -512,6 +512,144 @@ async def test_a_lock_taken_away_is_withdrawn_and_detached() -> None:
         assert await c.settle(lambda: node.attached() == frozenset(), 5)
         assert await c.settle(lambda: lab.importers("1-1") == 0, 1)
         assert c.holder(device) == "node-z", "somebody else's lock is left alone"
+
+
+async def away_and_taken_over(c: Cluster, device: DeviceKey) -> tuple[ClusterNode, ClusterNode]:
+    """node-a has lost the device of its pod p to pod q of node-b, for which it was cut off for long enough."""
+    a, b = c["node-a"], c["node-b"]
+    await all_healthy(c, device)
+    assert await a.admit(pod("p"), "stick") is None
+    assert await c.settle(lambda: c.pod_of(device) == pod("p"), 5)
+    a.silence(silent=True)
+    link = c.network.link("node-a", device.server)
+    link.cut()
+    await becomes(c, b, device, healthy=True, within=3 * LOCKS.duration)
+    assert await b.admit(pod("q"), "stick") is None
+    link.mend()
+    a.silence(silent=False)
+    await becomes(c, a, device, healthy=False, within=15)
+    assert await c.settle(lambda: reason(a, device) is Reason.LOCK_LOST, 15)
+    return a, b
+
+
+@stepped
+async def test_a_pod_that_lost_its_device_has_it_reported_until_it_is_free_and_then_back() -> None:
+    lab = server("lab", stick("1-1"), keepalive=True)
+    device = key(lab, "1-1")
+    async with cluster(spec([lab])) as c:
+        a, b = await away_and_taken_over(c, device)
+        assert not await c.settle(lambda: reason(a, device) is not Reason.LOCK_LOST, 60)
+        b.end(pod("q"))
+        await becomes(c, a, device, healthy=True, within=10)
+        assert a.attached() == {device}
+        assert c.holder(device) == "node-a"
+        assert await c.settle(lambda: c.pod_of(device) == pod("p"), 5)
+        a.end(pod("p"))
+        assert await c.settle(lambda: c.holder(device) == "", 5)
+
+
+@stepped
+async def test_a_pod_that_ends_without_its_lost_device_leaves_the_new_holder_alone() -> None:
+    lab = server("lab", stick("1-1"), keepalive=True)
+    device = key(lab, "1-1")
+    async with cluster(spec([lab])) as c:
+        a, b = await away_and_taken_over(c, device)
+        a.end(pod("p"))
+        assert await c.settle(lambda: reason(a, device) is Reason.HELD_ELSEWHERE, 10)
+        assert c.holder(device) == "node-b"
+        assert b.attached() == {device}
+
+
+@pytest.mark.parametrize("freed", [False, True], ids=["still held", "free again"])
+def test_a_pod_that_lost_its_device_while_its_node_was_down_is_found_by_the_next_process(freed: bool) -> None:
+    async def play() -> None:
+        lab = server("lab", stick("1-1"), keepalive=True)
+        device = key(lab, "1-1")
+        async with cluster(spec([lab])) as c:
+            a, b = c["node-a"], c["node-b"]
+            await all_healthy(c, device)
+            assert await a.admit(pod("p"), "stick") is None
+            a.lose_power()
+            await becomes(c, b, device, healthy=True, within=3 * LOCKS.duration)
+            assert await b.admit(pod("q"), "stick") is None
+            assert await c.settle(lambda: c.pod_of(device) == pod("q"), 5)
+            if freed:
+                b.end(pod("q"))
+                assert await c.settle(lambda: c.holder(device) == "", 10)
+            a.start()
+            if not freed:
+                assert await c.settle(lambda: reason(a, device) is Reason.LOCK_LOST, 5)
+                b.end(pod("q"))
+            assert await c.settle(lambda: a.attached() == {device}, 10)
+            await becomes(c, a, device, healthy=True)
+
+    stepped(play)()
+
+
+@stepped
+async def test_an_attachment_that_ended_when_its_lock_was_not_known_leaves_no_port_record() -> None:
+    """A plugin that starts without the API server knows of no lock, and so of no device of its own."""
+    lab = server("lab", stick("1-1"), keepalive=True)
+    device = key(lab, "1-1")
+    async with cluster(spec([lab])) as c:
+        a, b = c["node-a"], c["node-b"]
+        await all_healthy(c, device)
+        assert await a.admit(pod("p"), "stick") is None
+        a.silence(silent=True)
+        c.network.link("node-a", lab.key).cut()
+        await a.stop()
+        a.start()
+        a.end(pod("p"))
+        await becomes(c, b, device, healthy=True, within=3 * LOCKS.duration)
+        assert await b.admit(pod("q"), "stick") is None
+        assert a.kernel.records["node-a"]
+        a.silence(silent=False)
+        c.network.link("node-a", lab.key).mend()
+        assert await c.settle(lambda: not a.kernel.records["node-a"], 15)
+
+
+@stepped
+async def test_a_lease_deleted_by_hand_costs_a_pod_its_device_for_a_moment_only() -> None:
+    lab = server("lab", stick("1-1"))
+    device = key(lab, "1-1")
+    async with cluster(spec([lab])) as c:
+        node = c["node-a"]
+        await all_healthy(c, device)
+        await node.admit(pod("p"), "stick")
+        c.backend.delete(device.id, c.backend.leases[device.id].resource_version)
+        assert await c.settle(lambda: not node.attached(), 5)
+        assert await c.settle(lambda: node.attached() == {device}, 5)
+        assert c.holder(device) == "node-a"
+
+
+@stepped
+async def test_a_lock_released_by_hand_is_not_taken_back_for_the_pod_that_had_it() -> None:
+    lab = server("lab", stick("1-1"))
+    device = key(lab, "1-1")
+    async with cluster(spec([lab])) as c:
+        a, b = c["node-a"], c["node-b"]
+        await all_healthy(c, device)
+        await a.admit(pod("p"), "stick")
+        lease = c.backend.leases[device.id]
+        c.backend.replace(replace(lease, holder="", annotations={**lease.annotations, record.WRITE_ID: record.BY_HAND}))
+        await becomes(c, a, device, healthy=False)
+        await becomes(c, b, device, healthy=True)
+        assert not await c.settle(lambda: bool(a.attached()), 60)
+        await a.stop()
+        a.start()
+        assert not await c.settle(lambda: bool(a.attached()), 60), "nor by the next process"
+        assert reason(a, device) is Reason.LOCK_LOST
+        assert await b.admit(pod("q"), "stick") is None
+
+
+@stepped
+async def test_a_pod_that_lost_its_device_to_another_is_evicted_if_its_resource_wants_that() -> None:
+    lab = server("lab", stick("1-1"), keepalive=True)
+    device = key(lab, "1-1")
+    wanting = replace(resource("stick", [lab]), on_loss=OnLoss.EVICT)
+    async with cluster(spec([lab], wanting)) as c:
+        a, _b = await away_and_taken_over(c, device)
+        assert a.evicted == [pod("p")]
 
 
 @stepped

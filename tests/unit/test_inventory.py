@@ -135,6 +135,14 @@ def test_only_a_new_configuration_drops_a_device_and_not_while_it_is_claimed() -
     assert set(learn(KNOWN, facts(config=empty, **claim(State.ATTACHED)))["stick"]) == {KEY.id}
 
 
+def test_a_device_that_a_pod_has_is_in_the_list_of_its_resource_whatever_it_is_by_now() -> None:
+    """As after a restart, with something else under its bus id: the kubelet forgets a device that is missing."""
+    swapped = Claim(KEY, OTHER, state=State.REATTACHING, resource="stick")
+    now = facts(servers={LAB: view(listed(usb_id=OTHER))}, claims={KEY.id: swapped})
+    (device,) = advertise(learn({}, now), now)["stick"]
+    assert (device.id, device.health.reason) == (KEY.id, Reason.LOST)
+
+
 def others(poll: int, count: int = 256) -> ServerView:
     """A server that lists other devices each time it is asked."""
     return view(*(listed(f"{poll}-{n}") for n in range(count)))

@@ -72,6 +72,18 @@ async def test_an_import_takes_two_round_trips() -> None:
 
 
 @stepped
+async def test_a_server_that_ends_a_connection_and_is_cut_off_at_once_is_found_dead_by_keepalive() -> None:
+    lab = Lab()
+    imported = await lab.take(lab.a)
+    lab.server.halt()
+    lab.a.link.cut()
+    assert lab.network.connections
+    await lab.sleep(DEAD_PEER_S * 1.5)
+    assert not lab.network.connections
+    imported.close()
+
+
+@stepped
 async def test_an_import_counts_as_under_way_from_its_request_on() -> None:
     lab = Lab()
     asking = asyncio.ensure_future(lab.take(lab.a))
@@ -304,3 +316,26 @@ async def test_a_slow_link_delivers_late_and_in_order() -> None:
     await lab.sleep(LATENCY * 2)
     assert lab.importers == 0
     assert await listing == ()
+
+
+@pytest.mark.parametrize("step", range(1, 9))
+def test_a_client_that_was_stopped_past_its_time_asks_for_nothing_any_more(step: int) -> None:
+    """Rule R1 bounds an import by its timeout; a process that wakes up must not look at its timers too late."""
+
+    async def play() -> None:
+        lab = Lab()
+        node = lab.a
+        taking = node.process.create_task(lab.take(node), "take")
+        node.process.after_steps(step, node.process.freeze)
+        await lab.sleep(3 * TIMEOUT)
+        before = lab.server.table.granted + lab.server.table.refused
+        node.process.thaw()
+        (outcome,) = await asyncio.gather(taking, return_exceptions=True)
+        await lab.sleep(TIMEOUT)
+        assert lab.server.table.granted + lab.server.table.refused == before
+        if isinstance(outcome, Imported):
+            outcome.close()
+        else:
+            assert isinstance(outcome, UsbipError)
+
+    stepped(play)()

@@ -11,11 +11,9 @@ from usbip_plugin.cli.listing import Known, last_sign, stamp
 from usbip_plugin.config.schema import IMPORT_WINDOW_S
 from usbip_plugin.errors import KubeConflict, KubeForbidden, KubeNotFound, ReleaseRefused
 from usbip_plugin.locks.protocol import Replace, Write, decide_release
+from usbip_plugin.locks.record import BY_HAND
 from usbip_plugin.locks.store import LeaseStore
 from usbip_plugin.model import NodeIdentity
-
-WRITE_ID = "released-by-hand"
-"""In place of the mark by which a plugin knows its own writes again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +76,7 @@ async def release(store: LeaseStore, known: Known, now: datetime) -> None:
     """
     if not known.lease.holder:
         raise ReleaseRefused(f"{known.lock.device_id} is not held")
-    write = Write(NodeIdentity(known.lease.holder, ""), now, WRITE_ID, float(known.lease.duration_seconds or 0))
+    write = Write(NodeIdentity(known.lease.holder, ""), now, BY_HAND, float(known.lease.duration_seconds or 0))
     decision = decide_release(known.lease, write)
     assert isinstance(decision, Replace)  # noqa: S101 - it is decided in the holder's own name
     try:

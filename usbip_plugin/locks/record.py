@@ -28,6 +28,8 @@ POD = DOMAIN + "pod"
 TRACEPARENT = DOMAIN + "traceparent"
 IN_PLACE_OF = DOMAIN + "in-place-of"
 WRITE_ID = DOMAIN + "write-id"
+BY_HAND = "released-by-hand"
+"""Instead of the mark by which a plugin knows its own write again: a person has emptied the lock."""
 OWN = frozenset({LABEL, SERVER, BUSID, USB_ID, SERIAL, BOOT_ID, PORT, POD, TRACEPARENT, IN_PLACE_OF, WRITE_ID})
 
 # The longest a holder may ask others to wait for it (seconds); more is a mistake or malice.
@@ -77,6 +79,7 @@ def lock_of(lease: Lease) -> Lock:
         pod=pod_of(notes.get(POD)),
         traceparent=_match(_TRACEPARENT, notes.get(TRACEPARENT)),
         in_place_of=_match(_DEVICE_ID, notes.get(IN_PLACE_OF)),
+        by_hand=not lease.holder and notes.get(WRITE_ID) == BY_HAND,
     )
 
 

@@ -71,6 +71,7 @@ class ClusterNode:
         self._task: asyncio.Task[None] | None = None
         self._partitioned = False
         self._silent = False
+        self._lost = Lost.REQUEST
 
     @property
     def kubelet(self) -> LocalKubelet:
@@ -222,9 +223,9 @@ class ClusterNode:
         else:
             self.silence(silent=False)
 
-    def silence(self, *, silent: bool) -> None:
-        """The same without a word: packets are lost, open watches stay open and say nothing."""
-        self._silent = silent
+    def silence(self, *, silent: bool, lost: Lost = Lost.REQUEST) -> None:
+        """The same without a word: requests are lost, or only their answers; open watches stay open and say nothing."""
+        self._silent, self._lost = silent, lost
         if silent:
             self.known_pods.hold(synced=not self._partitioned)
         elif not self._partitioned:
@@ -239,7 +240,7 @@ class ClusterNode:
         if self._partitioned:
             return Fate(refused=KubeUnreachable(operation.verb, RESOURCE, "connection refused"))
         if self._silent and operation.verb != "event":
-            return Fate(lost=Lost.REQUEST)
+            return Fate(lost=self._lost)
         return self._cluster.spec.faults(self.name, operation)
 
     # what is so

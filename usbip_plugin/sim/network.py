@@ -470,6 +470,8 @@ class TcpConnection(Connection):
         self._node_watchdog = None
         if self.link.passable and not self.server_up:
             self._peer_left(ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"))
+        else:
+            self.look_again()  # the way is cut by now: nobody answers
 
     def _watch_node(self) -> None:
         """The server's keepalive, where it has one. A node that is there but knows nothing answers with a RST."""

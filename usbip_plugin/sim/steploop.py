@@ -172,7 +172,8 @@ class _Task(asyncio.Task[Any]):
 class StepLoop(MemoryStreams, asyncio.BaseEventLoop):
     """Virtual time that stands still while anything is ready, then jumps to the next timer. No sockets, no threads.
 
-    after_step is called after each step. unhandled collects what callbacks and tasks raised that nobody looked at.
+    after_step is called after each step, before_jump(time) before time jumps there: until then all stays as it is.
+    unhandled collects what callbacks and tasks raised that nobody looked at.
     """
 
     _ready: collections.deque[asyncio.Handle]
@@ -187,6 +188,7 @@ class StepLoop(MemoryStreams, asyncio.BaseEventLoop):
         self._made = 0
         self.steps = 0
         self.after_step: Callable[[], None] | None = None
+        self.before_jump: Callable[[float], None] | None = None
         self.unhandled: list[dict[str, Any]] = []
         self.processes: list[Process] = []
         self.set_task_factory(self._make_task)
@@ -247,8 +249,11 @@ class StepLoop(MemoryStreams, asyncio.BaseEventLoop):
         if not self._ready and not self._stopping:
             if not timers:
                 raise Deadlock("virtual loop: nothing is ready and no timer is set")
-            if timers[0].when() > self._now:
-                self._now = timers[0].when()
+            when = timers[0].when()
+            if when > self._now and self.before_jump is not None:
+                self.before_jump(when)
+            if when > self._now and not self._ready:
+                self._now = when
                 self._at_this_time = 0
         while timers and timers[0].when() <= self._now:
             timer = heapq.heappop(timers)
@@ -281,7 +286,7 @@ def run(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
         try:
             return await main()
         finally:
-            loop.after_step = None
+            loop.after_step = loop.before_jump = None
             for process in loop.processes:
                 process.release()
 

@@ -144,12 +144,15 @@ class TcpUsbipClient:
     ) -> tuple[T, socket.socket]:
         connect_timeout = min(self._connect_timeout, timeout)
         stage, limit = "connect", connect_timeout
+        until = self._clock.monotonic() + timeout
         sock: socket.socket | None = None
         try:
             async with self._clock.timeout(timeout):
                 async with self._clock.timeout(connect_timeout):
                     sock = await self._connector.connect(server)
                 stage, limit = doing, timeout
+                # a process that was stopped meanwhile comes here before its timers are looked at
+                _check_time(self._clock.monotonic(), until)
                 conversation = _Conversation(server, sock, doing)
                 await conversation.send(asked)
                 return await conversation.decode(reply), sock
@@ -159,6 +162,11 @@ class TcpUsbipClient:
         except BaseException:
             _close(sock)
             raise
+
+
+def _check_time(now: float, until: float) -> None:
+    if now >= until:
+        raise TimeoutError
 
 
 def refusal(key: DeviceKey, status: int) -> ImportRefused:

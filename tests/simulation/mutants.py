@@ -1,0 +1,315 @@
+"""Each rule of the lock switched off in whole agents, with stories in which that shows, and the promise then broken."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from unittest.mock import patch
+
+from plan import Plan
+from play import Wrong
+from shapes import B, act, shape, wait
+
+from usbip_plugin import inventory
+from usbip_plugin.attaching import Pipeline
+from usbip_plugin.claims import Claim, State
+from usbip_plugin.errors import KubeUnreachable
+from usbip_plugin.keeper import Keeper
+from usbip_plugin.locks import protocol, record
+from usbip_plugin.locks.contact import ApiState
+from usbip_plugin.locks.manager import Grant, LockSettings
+from usbip_plugin.locks.memory import MemoryBackend
+from usbip_plugin.locks.protocol import Create, Decision, Denied, LockMeta, Observation, Replace, Rules, Write
+from usbip_plugin.locks.store import Lease
+from usbip_plugin.locks.writer import Effort, Writer, Written
+from usbip_plugin.model import DeviceKey
+from usbip_plugin.usbip.poller import ServerPoller
+from usbip_plugin.work import DeviceWork
+
+TWO_IMPORTS = "one import, by the nodes' account"
+NOT_LOCKED = "a lock for each import"
+SAME_EPOCH = "an epoch for each holder"
+NOT_BACK = "a pod's device is attached again"
+NOT_TOLD = "a pod's device is attached or reported"
+OFFERED = "nothing is offered without the API server"
+
+# R1
+
+
+async def without_a_write(self: Pipeline, claim: Claim) -> Grant:
+    """Instead of Pipeline._write_again."""
+    lock = self._locks.locks[claim.id]
+    return Grant(lock, lock.epoch, math.inf)
+
+
+def for_ever(_sent_at: float, _window: float) -> float:
+    return math.inf
+
+
+# R2
+
+
+def last_one_wins(self: MemoryBackend, lease: Lease) -> Lease:
+    """Instead of MemoryBackend.replace: no compare-and-swap. The epoch rises nevertheless."""
+    before = self.leases[lease.name]
+    if lease.holder not in ("", before.holder):
+        lease = replace(lease, transitions=before.transitions + 1)
+    return replace_in_store(self, replace(lease, resource_version=before.resource_version))
+
+
+replace_in_store = MemoryBackend.replace
+create_in_store = MemoryBackend.create
+
+
+def or_replace(self: MemoryBackend, lease: Lease) -> Lease:
+    """Instead of MemoryBackend.create."""
+    return last_one_wins(self, lease) if lease.name in self.leases else create_in_store(self, lease)
+
+
+@contextlib.contextmanager
+def without_compare_and_swap() -> Iterator[None]:
+    with patch.object(MemoryBackend, "replace", last_one_wins), patch.object(MemoryBackend, "create", or_replace):
+        yield
+
+
+def whoever_holds_it(
+    lease: Lease | None, key: DeviceKey, meta: LockMeta, write: Write, _seen: Observation | None, _listed: bool
+) -> Decision:
+    free = replace(lease, holder="") if lease is not None else None
+    return protocol.decide_acquire(free, key, meta, write, None, False)
+
+
+# R3
+
+
+def any_boot_is_mine(
+    lease: Lease | None, key: DeviceKey, meta: LockMeta, write: Write, seen: Observation | None, listed: bool
+) -> Decision:
+    if lease is not None and lease.holder == write.me.node:
+        lease = replace(lease, annotations={**lease.annotations, record.BOOT_ID: write.me.boot_id})
+    return protocol.decide_acquire(lease, key, meta, write, seen, listed)
+
+
+def no_boot_but_this_is_mine(
+    lease: Lease | None, key: DeviceKey, meta: LockMeta, write: Write, seen: Observation | None, listed: bool
+) -> Decision:
+    if lease is not None and lease.holder == write.me.node and not protocol.is_mine(lease, write.me):
+        return Denied(lease)
+    return protocol.decide_acquire(lease, key, meta, write, seen, listed)
+
+
+# R4
+
+
+def at_once(
+    before: Observation | None, lock: Lease, session: Lease | None, asked: float, answered: float, duration: float
+) -> Observation:
+    return replace(protocol.observe(before, lock, session, asked, answered, duration), duration=0.0)
+
+
+async def as_it_was_listed(self: ServerPoller, key: DeviceKey) -> bool:
+    """Instead of ServerPoller.lists: not asked anew."""
+    return any(device.busid == key.busid for device in self.views[key.server].devices)
+
+
+# R5
+
+
+async def release_first(self: DeviceWork, device_id: str) -> None:
+    """Before DeviceWork.finish."""
+    claim = self.book[device_id]
+    if claim.state is State.RELEASING:
+        await self._locks.release(claim.key)
+    await finish(self, device_id)
+
+
+finish = DeviceWork.finish
+
+
+# R6
+
+
+def amended_by_anybody(lease: Lease | None, write: Write, changes: Mapping[str, str | None]) -> Decision:
+    if lease is None:
+        return protocol.decide_amend(lease, write, changes)
+    mine = {**lease.annotations, record.BOOT_ID: write.me.boot_id}
+    decision = protocol.decide_amend(replace(lease, holder=write.me.node, annotations=mine), write, changes)
+    assert isinstance(decision, Replace)
+    notes = {**decision.lease.annotations, record.BOOT_ID: lease.annotations.get(record.BOOT_ID, "")}
+    return Replace(replace(decision.lease, holder=lease.holder, annotations=notes))
+
+
+@contextlib.contextmanager
+def losing_nothing() -> Iterator[None]:
+    """Neither the watch's word that a lock is lost counts, nor a look at it before a write and an import, and after."""
+
+    async def write_again(self: Pipeline, claim: Claim) -> Grant:
+        return await self._locks.renew(claim.key)
+
+    with (
+        patch.object(Keeper, "_lock_changed", lambda _self, _change: None),
+        patch.object(Pipeline, "_write_again", write_again),
+        patch.object(Pipeline, "_check_still_ours", lambda _self, _key: None),
+    ):
+        yield
+
+
+# R7
+
+
+async def detaching_without_api(
+    self: DeviceWork, main: Callable[[], object], *, run: Callable[..., object] = DeviceWork.run
+) -> None:
+    """Around DeviceWork.run."""
+
+    def changed(state: ApiState) -> None:
+        for device_id in () if state.reachable else tuple(self.book.view):
+            self.spawn(self.let_go(device_id, lambda _claim: True), "let go")
+
+    unsubscribe = self._locks.subscribe_api(changed)
+    try:
+        await run(self, main)  # type: ignore[misc]
+    finally:
+        unsubscribe()
+
+
+async def silence_is_a_yes(
+    self: Writer, key: DeviceKey, decision: Create | Replace, write: Write, effort: Effort
+) -> Written | None:
+    """Around Writer._write."""
+    try:
+        return await write_lock(self, key, decision, write, effort)
+    except KubeUnreachable:
+        self._view.put(replace(decision.lease, resource_version="1000000"))
+        return Written(decision.lease, self._clock.monotonic())
+
+
+write_lock = Writer._write
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """plans: in one of them at least the promise is broken, and in none of them with the rule."""
+
+    rule: str
+    what: str
+    promise: str
+    plans: tuple[Plan, ...]
+    rules: Rules = field(default_factory=Rules)
+    patched: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
+
+    @property
+    def wrong(self) -> Wrong:
+        return Wrong(rules=self.rules, patched=self.patched)
+
+    def __str__(self) -> str:
+        return f"{self.rule}-{self.what}"
+
+
+CUT_OFF = shape(
+    act(0, "admit"),
+    act(4, "api_silent", lasts=120),
+    act(4, "link_cut", lasts=80),
+    act(60, "admit", B),
+)
+"""A hears nothing of anybody until B has its device, and then of the server first."""
+AWAY = shape(act(0, "admit"), act(4, "isolate", lasts=70), act(60, "admit", B))
+"""A comes back when B has its device."""
+IN_FLIGHT = tuple(
+    shape(
+        act(0, "admit"),
+        act(cut, "link_cut", lasts=30),
+        act(cut, "api_silent", lasts=30),
+        *(act(at, "admit", B) for at in (6.0, 6.4, 6.8)),
+        locks=LockSettings(5.0, 2.0),
+        latency=0.2,
+    )
+    for cut in (0.4, 0.5, 0.6)
+)
+"""What A asks of the server is under way for longer than its lock lasts."""
+RACE = shape(act(0, "watch_stall", lasts=60), act(0, "watch_stall", B, lasts=60), act(0, "race"))
+"""Both want the device, and hear of each other by their writes only."""
+REBOOT = shape(act(0, "admit"), act(4, "reboot", lasts=5), wait(80))
+SLOWLY = shape(
+    act(0, "link_slow", lasts=30, pick=10),
+    act(0, "admit"),
+    *(act(at, "admit", B) for at in (1.0, 1.5, 2.0, 2.5, 3.0)),
+)
+"""It takes A a while to import what it has locked."""
+STARVED = shape(
+    act(0, "admit"),
+    act(1, "link_slow", lasts=60, pick=10),
+    act(1, "admit"),
+    act(2, "api_silent", lasts=60),
+    act(3.9, "freeze_agent", B, lasts=30),
+    act(10, "link_slow", B, lasts=50, pick=10),
+    *(act(at, "admit", B) for at in (34.2, 34.6, 35.0)),
+    devices=((2, 0),),
+)
+"""A is silent, but has both devices; B has slept since before it had the second, and learns late that it has."""
+END = shape(act(0, "admit"), act(4, "end"))
+API_GONE = shape(act(0, "admit"), act(4, "api_refused", lasts=140), wait(180), devices=((2, 0),))
+UNANSWERED = shape(act(0, "api_silent", lasts=30), act(0.1, "admit"))
+
+MUTANTS = (
+    Mutant(
+        "R1",
+        "attached again without a write",
+        TWO_IMPORTS,
+        (CUT_OFF,),
+        patched=lambda: patch.object(Pipeline, "_write_again", without_a_write),
+    ),
+    Mutant("R1", "no window", NOT_LOCKED, IN_FLIGHT, Rules(import_deadline=for_ever)),
+    Mutant(
+        "R2",
+        "no compare-and-swap",
+        NOT_LOCKED,
+        (RACE,),
+        patched=without_compare_and_swap,
+    ),
+    Mutant("R2", "taken from whoever holds it", NOT_LOCKED, (RACE,), Rules(decide_acquire=whoever_holds_it)),
+    Mutant("R3", "any boot is mine", SAME_EPOCH, (REBOOT,), Rules(decide_acquire=any_boot_is_mine)),
+    Mutant("R3", "an earlier boot is not mine", NOT_BACK, (REBOOT,), Rules(decide_acquire=no_boot_but_this_is_mine)),
+    Mutant("R4", "expired at once", TWO_IMPORTS, (SLOWLY,), Rules(observe=at_once)),
+    Mutant(
+        "R4",
+        "an old list trusted",
+        NOT_LOCKED,
+        (STARVED,),
+        patched=lambda: patch.object(ServerPoller, "lists", as_it_was_listed),
+    ),
+    Mutant(
+        "R5",
+        "released before it is detached",
+        NOT_LOCKED,
+        (END,),
+        patched=lambda: patch.object(DeviceWork, "finish", release_first),
+    ),
+    Mutant(
+        "R6", "a loss is nothing", TWO_IMPORTS, (AWAY,), Rules(decide_amend=amended_by_anybody), patched=losing_nothing
+    ),
+    Mutant(
+        "R7",
+        "detached without the API server",
+        NOT_TOLD,
+        (API_GONE,),
+        patched=lambda: patch.object(DeviceWork, "run", detaching_without_api),
+    ),
+    Mutant(
+        "R7",
+        "offered without the API server",
+        OFFERED,
+        (API_GONE,),
+        patched=lambda: patch.object(inventory, "API_GRACE", math.inf),
+    ),
+    Mutant(
+        "R7",
+        "silence is a yes",
+        NOT_LOCKED,
+        (UNANSWERED,),
+        patched=lambda: patch.object(Writer, "_write", silence_is_a_yes),
+    ),
+)

@@ -1,0 +1,32 @@
+"""Many independent pieces of work on several processes, with the answers in the order of the questions."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from typing import TypeVar
+
+Q = TypeVar("Q")
+T = TypeVar("T")
+
+
+def in_order(work: Callable[[Q], T], questions: Iterable[Q], jobs: int) -> Iterator[T]:
+    """work(question) of each. Only a few are begun beyond what was taken; those are thrown away at the end."""
+    if jobs == 1:
+        yield from map(work, questions)
+        return
+    # spawn: alike on every platform and Python
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        begun: deque[Future[T]] = deque()
+        try:
+            for question in questions:
+                begun.append(pool.submit(work, question))
+                if len(begun) > 2 * jobs:
+                    yield begun.popleft().result()
+            while begun:
+                yield begun.popleft().result()
+        finally:
+            for future in begun:
+                future.cancel()

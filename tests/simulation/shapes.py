@@ -1,0 +1,44 @@
+"""Plans made by hand of the ordinary kinds of action, for what a drawn one seldom comes to."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from plan import Action, Plan, Settings
+
+from usbip_plugin.locks.manager import LockSettings
+
+BEGIN = 16.0
+"""Loop seconds when a cluster is ready and its first lists are out."""
+A, B = 0, 1
+"""Nodes."""
+
+PAIR = Settings(
+    nodes=2,
+    devices=((1, 0),),
+    keepalive=(True,),
+    fenced=False,
+    rates=(1.0, 1.0),
+    offsets=(0.0, 7e5),
+    locks=LockSettings(20.0, 9.0),
+    allocate_timeout=10.0,
+    overlapping=False,
+    serials=False,
+    cdi=False,
+    latency=0.001,
+)
+"""Two nodes that want one device of a server that would export it twice: nothing but the lock stands in between."""
+
+
+def act(at: float, kind: str, node: int = A, *, lasts: float = 0.0, steps: int = 0, pick: int = 0) -> Action:
+    """at: seconds after BEGIN."""
+    return Action(BEGIN + at, kind, node, pick, lasts, steps)
+
+
+def wait(at: float) -> Action:
+    """Nothing happens until then, and faults do not end before."""
+    return act(at, "compact")
+
+
+def shape(*actions: Action, seed: int = 0, base: Settings = PAIR, **settings: object) -> Plan:
+    return Plan(seed, replace(base, **settings), actions)  # type: ignore[arg-type]  # any field of Settings

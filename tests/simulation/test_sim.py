@@ -1,0 +1,58 @@
+"""The command that plays: what it counts, when it fails, and how a plan that broke a promise is seen again."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections import Counter
+
+import fired
+import pytest
+import sim
+from moments import FAULTS, parse
+from mutants import silence_is_a_yes
+from plan import draw
+from play import play
+
+from usbip_plugin.locks.writer import Writer
+
+
+def test_a_broken_promise_is_told_as_its_shortest_story_with_a_command_that_repeats_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Writer, "_write", silence_is_a_yes)
+    name = "allocate/api_mute/1"
+    assert sim.report("--moment", name, parse(name).plan) == 1
+    told = capsys.readouterr().out.splitlines()
+    assert "VIOLATED: a lock for each import" in told[-2]
+    assert told[-1].startswith(f"3 of 4 actions of {name}. Again: ")
+    _python, script, *arguments = shlex.split(told[-1].partition("Again: ")[2])
+    assert script.endswith("tests/simulation/sim.py")
+    assert sim.main(arguments) == 1
+    assert capsys.readouterr().out.splitlines() == told[:-1]
+
+
+def test_on_several_processes_the_same_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    told = []
+    for jobs in "1", "2":
+        assert sim.main(["--seeds", "2", "--jobs", jobs]) == 0
+        told.append([line for line in capsys.readouterr().out.splitlines() if not line.startswith("seeds")])
+    assert told[0] == told[1]
+    assert re.fullmatch(r"\d+ steps of 2 plans: no promise broken", told[0][-1])
+
+
+def test_with_a_number_of_steps_what_never_happened_is_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
+    assert sim.main(["--steps", "1", "--jobs", "1"]) == 1
+    told = capsys.readouterr().out.splitlines()
+    assert told[-1].startswith("never happened: ")
+    missing = told[-1].removeprefix("never happened: ").split("; ")
+    played = play(draw(0)).counts
+    assert "R4 expired, taken over" in missing or played["R4 expired, taken over"]
+    assert fired.never(played) == fired.never(Counter({name: 1 for name in played if played[name]}))
+
+
+def test_every_kind_of_action_and_every_rule_is_wanted() -> None:
+    wanted = {name for names in fired.WANTED.values() for name in names}
+    assert {*FAULTS, "R1 window over", "API 409", "clocks nearly a factor of two apart"} <= wanted
+    assert fired.never(Counter(dict.fromkeys(wanted, 1))) == []
+    assert fired.never(Counter(dict.fromkeys(wanted - {"kill"}, 1))) == ["kill"]
