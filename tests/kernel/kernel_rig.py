@@ -23,6 +23,8 @@ TWINS = ("SERIAL1", "SERIAL2")
 DISK, DISK_SUPER, KEYBOARD = "DISKHS", "DISKSS", "KEYBOARD"
 ALL = (*TWINS, DISK, DISK_SUPER, KEYBOARD)
 LIMIT_S = 10.0
+CLEAN_S = 90.0
+"""For hundreds of ports at once, in a guest that is emulated."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ class KernelRig:
         """Detach whatever stands on any port."""
         driver = self.plugin()
         taken = [port.number for port in await driver.ports() if port.status is not PortStatus.NULL]
-        await asyncio.gather(*(driver.detach(number, timeout=LIMIT_S) for number in taken))
+        await asyncio.gather(*(driver.detach(number, timeout=CLEAN_S) for number in taken))
         if self._silent:
             await asyncio.sleep(STALL_S)  # the next test's plugins do not know of the stalled hub; see vhci/stalls.py
         for end in self._silent:

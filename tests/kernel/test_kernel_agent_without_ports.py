@@ -92,7 +92,7 @@ async def test_with_all_ports_of_all_controllers_in_use_every_device_says_so_unt
         async with agent_with(config_of(usbipd, DISKS, FAST)) as world:
             node = on(world)
             for resource, key, hub in ((DISKS, disk, "hs"), (FAST, fast, "ss")):
-                await node.until(resource, {key.id: False}.__eq__)
+                await until_health(node, {key.id: False})
                 await until_reason(node, key, Reason.NO_PORT)
                 assert f"all {PORTS // 2} {hub} ports of vhci_hcd are in use" in await refusal(node, resource, key)
                 await until_released(world, key)
@@ -121,7 +121,7 @@ async def test_a_full_port_table_is_said_and_ends_when_a_port_is_free(rig: Kerne
     full = busy_rows()
     async with agent_with(config_of(usbipd, DISKS)) as world:
         node = on(world)
-        await node.until(DISKS, lambda known: known == {disk.id: False})
+        await until_health(node, {disk.id: False})
         await until_reason(node, disk, Reason.NO_PORT)
         message = await refusal(node, DISKS, disk)
         assert f"all {len(full)} hs ports of vhci_hcd are in use" in message
