@@ -302,7 +302,8 @@ async def test_a_collector_that_is_not_there_is_one_line_in_the_log(
             p.kubelet.end(pod)
             await p.line('"released"')
             await p.offered()
-        counted = dict(re.findall(r"^usbip_device_plugin_trace_(\w+)_total (\S+)", (await p.get("/metrics"))[1], re.M))
+        _status, page = await p.get("/metrics")
+        counted = dict(re.findall(r"^usbip_device_plugin_trace_(\w+)_total (\S+)", page, re.MULTILINE))
         assert float(counted["export_failures"]) >= 1
         assert float(counted["spans_dropped"]) >= 10, "at least one whole Allocate"
         p.process.send_signal(signal.SIGTERM)
