@@ -424,8 +424,8 @@ class Keeper:
         self._on_reattach(Reattach.SAME_NODES if same else Reattach.OTHER_NODES)
         whole.set_attribute("usbip.same_nodes", same)
         log.info("re-attached", extra={"device": str(claim.key), "port": after.port, "same_nodes": same})
-        what = What.RESTART_NEEDED if verdict is AfterReattach.RESTART else What.NODES_CHANGED
-        what = What.REATTACHED if same else what
+        known = {AfterReattach.GOES_ON: What.REATTACHED, AfterReattach.RESTART: What.RESTART_NEEDED}
+        what = known.get(verdict, What.NODES_CHANGED)
         self._on_notice(Notice(what, claim.key, verdict.value, claim.pod))
         if verdict is AfterReattach.EVICT and claim.pod is not None:
             self._evict(claim.pod)

@@ -147,7 +147,12 @@ class _Process:
             domain=options.domain,
             observer=replace(figures.observer, on_notice=self._notice),
         )
-        figures.follow(self.agent, Losses(events_dropped=lambda: self._events.dropped))
+        losses = Losses(
+            events_dropped=lambda: self._events.dropped,
+            trace_export_failures=lambda: tracing.export_failures,
+            trace_spans_dropped=lambda: tracing.spans_dropped,
+        )
+        figures.follow(self.agent, losses)
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()

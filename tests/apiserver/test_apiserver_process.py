@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -301,6 +302,10 @@ async def test_a_collector_that_is_not_there_is_one_line_in_the_log(
             p.kubelet.end(pod)
             await p.line('"released"')
             await p.offered()
+        _status, page = await p.get("/metrics")
+        counted = dict(re.findall(r"^usbip_device_plugin_trace_(\w+)_total (\S+)", page, re.MULTILINE))
+        assert float(counted["export_failures"]) >= 1
+        assert float(counted["spans_dropped"]) >= 10, "at least one whole Allocate"
         p.process.send_signal(signal.SIGTERM)
         async with asyncio.timeout(END_S):
             assert await p.process.wait() == 0

@@ -109,8 +109,8 @@ def test_after_a_reattach_a_restarted_container_has_the_new_nodes_without_anothe
             assert node.evicted == ([pod("p")] if on_loss is OnLoss.EVICT else [])
             what, verdict = {
                 OnLoss.RESTART: (What.RESTART_NEEDED, AfterReattach.RESTART),
-                OnLoss.KEEP: (What.REATTACHED, AfterReattach.RENEWED),
-                OnLoss.EVICT: (What.REATTACHED, AfterReattach.EVICT),
+                OnLoss.KEEP: (What.NODES_CHANGED, AfterReattach.RENEWED),
+                OnLoss.EVICT: (What.NODES_CHANGED, AfterReattach.EVICT),
             }[on_loss]
             assert Notice(what, device, verdict.value, pod("p")) in notices
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from typing import Any
 
-from cluster_rig import LOCKS, all_healthy, becomes, key, pod, server, spec, stick
+from cluster_rig import LOCKS, all_healthy, becomes, key, pod, resource, server, spec, stick
 
 from usbip_plugin.config import DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.observe.tracing import RecentSpans, SpanRecord, Tracing
@@ -178,6 +178,15 @@ async def followed(story: Story) -> None:
         await becomes(c, a, device, healthy=True, within=60)
 
 
+async def by_cdi(story: Story) -> None:
+    """The pod gets its device by a CDI name."""
+    lab = server("lab", stick("1-1"))
+    device = key(lab, "1-1")
+    async with cluster(story.traced(spec([lab], replace(resource("stick", [lab]), cdi=True), nodes=1))) as c:
+        await all_healthy(c, device)
+        assert await c["node-a"].admit(pod("p"), "stick") is None
+
+
 async def probed(story: Story) -> None:
     """A serial number is read before anything is given out."""
     lab = server("lab", stick("1-1", "RED"))
@@ -187,4 +196,4 @@ async def probed(story: Story) -> None:
 
 
 TAKER = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-STORIES = (life, restarted, taken_over, robbed, raced, unplugged, followed, probed)
+STORIES = (life, restarted, taken_over, robbed, raced, unplugged, followed, by_cdi, probed)
