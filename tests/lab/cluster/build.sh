@@ -6,7 +6,7 @@
 #   helm        helm
 #   promtool    promtool, and the resource definitions of the Prometheus operator in ../crds
 # Kept in the cache ($USBIP_PLUGIN_CACHE, default ~/.cache/usbip-plugin), built from Go modules if they are not there:
-# Go >= 1.26 and, for runc, libseccomp-dev and pkg-config; about 12 minutes for all groups on 2 cores from an empty module
+# Go >= 1.26 and, for runc, libseccomp-dev and pkg-config; about 14 minutes for all groups on 2 cores from an empty module
 # cache. apiserver alone may come from $KUBEBUILDER_ASSETS instead.
 set -euo pipefail
 K8S=1.37.2 ETCD=3.7.3 CONTAINERD=2.4.2 RUNC=1.5.2 CNI=1.9.1 KIND=0.33.0 COREDNS=1.14.6 HELM=3.22.0 PROMETHEUS=0.316.0 OPERATOR=0.85.0
