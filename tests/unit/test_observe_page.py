@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from usbip_plugin.observe.markup import Markup, join, tag, text
-from usbip_plugin.observe.page import MAX_BARS, MAX_ROWS, MAX_TRACES, Page
+from usbip_plugin.observe.page import MAX_ROWS, MAX_TRACES, Page
+from usbip_plugin.observe.page_traces import MAX_BARS
 from usbip_plugin.observe.site import Site
 from usbip_plugin.observe.status import ConfigReport, DeviceRow, LocksReport, RegistrationRow, ServerRow, Status
 from usbip_plugin.observe.tracing import (

@@ -10,22 +10,18 @@ from functools import cached_property
 from importlib import resources
 
 from usbip_plugin.model import Reason
-from usbip_plugin.observe.markup import NOTHING, Content, Markup, join, tag
+from usbip_plugin.observe.markup import NOTHING, Markup, join, tag
+from usbip_plugin.observe.page_parts import age, facts, more, pill, section, table
+from usbip_plugin.observe.page_traces import draw_trace
 from usbip_plugin.observe.status import DeviceRow, RegistrationRow, ServerRow, Status
-from usbip_plugin.observe.trace_tree import duration
 from usbip_plugin.observe.tracing import SpanRecord
-from usbip_plugin.observe.waterfall import WIDTH, Bar, Summary, Waterfall, lay_out, summary
+from usbip_plugin.observe.waterfall import summary
 
 TEMPLATE = "page.html"
 MAIN, TITLE = "<!-- main -->", "<!-- title -->"
 MAX_ROWS = 500
 """Of devices; /api/devices has all."""
 MAX_TRACES = 20
-MAX_BARS = 60
-"""Of one trace; /api/traces/ID has all."""
-COLOURS = 6
-"""Of nodes in a waterfall, in turn."""
-BAR_HEIGHT = 14
 SAID_ELSEWHERE = frozenset({Reason.HELD_ELSEWHERE.value, Reason.ATTACHED.value})
 """Reasons whose detail is in the other columns."""
 
@@ -85,14 +81,14 @@ class Page:
             _header(status),
             _banners(status),
             _tiles(status),
-            _section("devices", "Devices", _devices(status)),
-            _section("traces", "Last traces", self._traces(traces, {row.id: row.device for row in status.devices})),
+            section("devices", "Devices", _devices(status)),
+            section("traces", "Last traces", self._traces(traces, {row.id: row.device for row in status.devices})),
             tag(
                 "div",
-                _section("servers", "USB/IP servers", _servers(status.servers)),
-                _section("kubelet", "Kubelet", _registrations(status.registrations)),
-                _section("locks", "Locks", _locks(status)),
-                _section("config", "Configuration", _config(status)),
+                section("servers", "USB/IP servers", _servers(status.servers)),
+                section("kubelet", "Kubelet", _registrations(status.registrations)),
+                section("locks", "Locks", _locks(status)),
+                section("config", "Configuration", _config(status)),
                 _class="grid",
                 id="parts",
             ),
@@ -108,14 +104,14 @@ class Page:
             about = summary(spans)
             device = names.get(about.device, about.device) if about.device is not None else None
             key = (about.trace_id, len(spans), device, index == 0)
-            self._drawn[key] = before.get(key) or _trace(spans, about, device, opened=index == 0)
+            self._drawn[key] = before.get(key) or draw_trace(spans, about, device, opened=index == 0)
         return tag("div", *self._drawn.values(), _class="traces")
 
 
 def _header(status: Status) -> Markup:
     badges = (
-        _pill("good", "alive") if not status.not_alive else _pill("bad", "stuck"),
-        _pill("good", "ready") if not status.not_ready else _pill("warn", "not ready"),
+        pill("good", "alive") if not status.not_alive else pill("bad", "stuck"),
+        pill("good", "ready") if not status.not_ready else pill("warn", "not ready"),
     )
     return tag(
         "header",
@@ -124,7 +120,7 @@ def _header(status: Status) -> Markup:
         tag(
             "p",
             "up ",
-            _age(status.uptime),
+            age(status.uptime),
             " · as of ",
             tag("time", status.now[11:19], datetime=status.now),
             " UTC",
@@ -143,7 +139,7 @@ def _banners(status: Status) -> Markup:
         )
         found.append(_banner("bad", title, status.config.problems))
     if not status.locks.reachable and status.locks.read:
-        title = f"The API server does not answer, for {_age(status.locks.reachable_for)}; what is attached stays"
+        title = f"The API server does not answer, for {age(status.locks.reachable_for)}; what is attached stays"
         found.append(_banner("bad", title, [status.locks.error or ""]))
     if status.not_alive:
         found.append(_banner("bad", "A loop of the plugin does not turn", status.not_alive))
@@ -183,7 +179,7 @@ def _devices(status: Status) -> Markup:
         return tag("p", "No device is known yet.", _class="muted empty")
     head = ("Device", "Resource", "State", "Why", "Held by", "Since (UTC)", "Epoch", "Port")
     rows = [_device(row, status) for row in status.devices[:MAX_ROWS]]
-    return join(_table("Devices this node offers", head, rows), _more(len(status.devices) - MAX_ROWS, "/api/devices"))
+    return join(table("Devices this node offers", head, rows), more(len(status.devices) - MAX_ROWS, "/api/devices"))
 
 
 def _device(row: DeviceRow, status: Status) -> tuple[str, Sequence[Markup]]:
@@ -210,8 +206,8 @@ def _device(row: DeviceRow, status: Status) -> tuple[str, Sequence[Markup]]:
 
 def _state(row: DeviceRow) -> Markup:
     if row.here:
-        return _pill("accent" if row.healthy else "bad", row.state)
-    return _pill("good", "Available") if row.healthy else _pill("warn" if row.holder else "bad", "Unavailable")
+        return pill("accent" if row.healthy else "bad", row.state)
+    return pill("good", "Available") if row.healthy else pill("warn" if row.holder else "bad", "Unavailable")
 
 
 def _servers(servers: Sequence[ServerRow]) -> Markup:
@@ -221,15 +217,15 @@ def _servers(servers: Sequence[ServerRow]) -> Markup:
     for row in servers:
         kind = "good" if row.reachable else "warn" if row.error is None else "bad"
         why = tag("small", row.error, _class="bad") if row.error else None
-        answered = f"{_age(row.answered)} ago" if row.answered is not None else "never"
+        answered = f"{age(row.answered)} ago" if row.answered is not None else "never"
         cells = (
             join(tag("span", row.server, _class="mono"), why),
-            _pill(kind, row.state),
+            pill(kind, row.state),
             join(row.devices),
             join(answered),
         )
         rows.append((row.server, cells))
-    return _table("USB/IP servers", ("Server", "State", "Lists", "Last answer"), rows)
+    return table("USB/IP servers", ("Server", "State", "Lists", "Last answer"), rows)
 
 
 def _registrations(registrations: Sequence[RegistrationRow]) -> Markup:
@@ -237,21 +233,21 @@ def _registrations(registrations: Sequence[RegistrationRow]) -> Markup:
         return tag("p", "Nothing to register.", _class="muted empty")
     rows = []
     for row in registrations:
-        pill = _pill("good", "registered") if row.registered else _pill("warn", "not registered")
+        state = pill("good", "registered") if row.registered else pill("warn", "not registered")
         why = tag("small", row.error, _class="bad") if row.error and not row.registered else None
-        rows.append((row.resource, (join(row.resource, why), pill, join(row.registrations))))
-    return _table("Registrations with the kubelet", ("Resource", "State", "Times"), rows)
+        rows.append((row.resource, (join(row.resource, why), state, join(row.registrations))))
+    return table("Registrations with the kubelet", ("Resource", "State", "Times"), rows)
 
 
 def _locks(status: Status) -> Markup:
     locks = status.locks
-    age = f" for {_age(locks.reachable_for)}"
-    answer = _pill("good", f"answers{age}") if locks.reachable else _pill("bad", f"no answer{age}")
+    since = f" for {age(locks.reachable_for)}"
+    answer = pill("good", f"answers{since}") if locks.reachable else pill("bad", f"no answer{since}")
     if locks.heartbeat is not None:
-        session = f"written {_age(locks.heartbeat)} ago"
+        session = f"written {age(locks.heartbeat)} ago"
     else:
         session = "none yet" if locks.held else "none needed: nothing is held here"
-    return _facts(
+    return facts(
         ("API server", answer),
         ("Locks", join("read" if locks.read else "not read yet", f", {locks.known} known, {locks.held} held here")),
         ("Session", join(session)),
@@ -264,117 +260,9 @@ def _config(status: Status) -> Markup:
     config = status.config
     warnings = tag("ul", *(tag("li", line) for line in config.warnings)) if config.warnings else None
     count = f"{config.resources} resource{'' if config.resources == 1 else 's'}"
-    return _facts(
+    return facts(
         ("File", tag("span", config.path, _class="mono")),
         ("Loaded", join(count, " at ", tag("time", config.loaded[11:19], datetime=config.loaded), " UTC")),
-        ("The file now", _pill("bad", "not usable, see above") if config.problems else _pill("good", "in use")),
+        ("The file now", pill("bad", "not usable, see above") if config.problems else pill("good", "in use")),
         ("Warnings", warnings),
     )
-
-
-def _trace(spans: Sequence[SpanRecord], about: Summary, device: str | None, *, opened: bool) -> Markup:
-    fall = lay_out(spans)
-    line = (
-        _pill("good" if about.error is None else "bad" if about.failed else "warn", about.name),
-        tag("span", device, _class="mono what") if device else None,
-        tag("span", ", ".join(node for node in about.nodes if node), _class="muted"),
-        tag("span", duration(about.seconds), _class="num"),
-        tag("time", f"{about.start:%H:%M:%S}", datetime=about.start.isoformat(), _class="muted num"),
-    )
-    legend = [
-        tag("li", tag("span", _class=f"key n{index % COLOURS}"), node)
-        for index, node in enumerate(fall.nodes)
-        if node and len(fall.nodes) > 1
-    ]
-    more = _more(len(fall.bars) - MAX_BARS, f"/api/traces/{about.trace_id}")
-    return tag(
-        "details",
-        tag("summary", *line),
-        tag("p", about.error, _class="bad why") if about.error else None,
-        tag("ul", *legend, _class="legend") if legend else None,
-        tag("ol", *(_bar(bar, fall) for bar in fall.bars[:MAX_BARS]), _class="fall"),
-        more,
-        id=f"t{about.trace_id}",
-        open=opened,
-    )
-
-
-def _bar(bar: Bar, fall: Waterfall) -> Markup:
-    span = bar.span
-    failed = span.error is not None
-    notes = [f"{key}={value}" for key, value in sorted(span.attributes.items())]
-    label = f"begins after {duration(bar.after)}, takes {duration(span.seconds)}"
-    drawing = tag(
-        "svg",
-        *(tag("rect", x=f"{gap.x:.0f}", width=28, y=0, height=BAR_HEIGHT, _class="gap") for gap in fall.gaps),
-        tag(
-            "rect",
-            x=f"{bar.x:.1f}",
-            width=f"{bar.width:.1f}",
-            y=1,
-            height=BAR_HEIGHT - 2,
-            rx=2,
-            _class="failed" if failed else f"n{bar.node % COLOURS}",
-        ),
-        viewBox=f"0 0 {WIDTH} {BAR_HEIGHT}",
-        preserveAspectRatio="none",
-        role="img",
-        aria_label=label,
-    )
-    return tag(
-        "li",
-        tag("span", span.name, _class=f"name d{bar.depth}", title=f"{span.name} on {span.node}" if span.node else None),
-        drawing,
-        tag("span", duration(span.seconds), _class="num"),
-        tag("small", " · ".join(notes), _class="notes") if notes else None,
-        tag("small", span.error or "failed", _class="bad notes") if failed else None,
-    )
-
-
-def _section(name: str, title: str, content: Markup) -> Markup:
-    return tag("section", tag("h2", title, id=f"h-{name}"), content, id=name, aria_labelledby=f"h-{name}")
-
-
-def _table(caption: str, head: Sequence[str], rows: Iterable[tuple[str, Sequence[Markup]]]) -> Markup:
-    """rows: a key that stays the row's own, and its cells. Roles are said, for narrow screens show no table."""
-    columns = [tag("th", name, scope="col", role="columnheader") for name in head]
-    body = [
-        tag(
-            "tr",
-            *(
-                tag("td", cell, role="cell", data_label=name, _class=None if cell else "none")
-                for name, cell in zip(head, cells, strict=True)
-            ),
-            role="row",
-            data_key=key,
-        )
-        for key, cells in rows
-    ]
-    return tag(
-        "table",
-        tag("caption", caption),
-        tag("thead", tag("tr", *columns, role="row"), role="rowgroup"),
-        tag("tbody", *body, role="rowgroup"),
-        role="table",
-    )
-
-
-def _facts(*pairs: tuple[str, Content]) -> Markup:
-    found = [tag("div", tag("dt", name), tag("dd", value)) for name, value in pairs if value is not None]
-    return tag("dl", *found, _class="facts")
-
-
-def _pill(kind: str, words: str) -> Markup:
-    return tag("span", words, _class=f"pill {kind}")
-
-
-def _more(count: int, path: str) -> Markup:
-    return tag("p", f"and {count} more: ", tag("a", path, href=path), _class="muted") if count > 0 else NOTHING
-
-
-def _age(seconds: float) -> str:
-    """The largest unit that fits, rounded down: "42 s", "3 min", "5 h", "2 d"."""
-    for limit, unit, divisor in ((120, "s", 1), (7200, "min", 60), (172_800, "h", 3600)):
-        if seconds < limit:
-            return f"{int(max(0.0, seconds) // divisor)} {unit}"
-    return f"{int(seconds // 86_400)} d"
