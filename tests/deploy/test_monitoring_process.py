@@ -5,17 +5,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import re
 import sys
 import tempfile
 import urllib.request
 from asyncio.subprocess import DEVNULL
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
+import grpc
+import grpc.aio
 import pytest
 from rendering import ROOT, find_tool, run
 
+from usbip_plugin.kubelet import deviceplugin_pb2 as pb
+from usbip_plugin.kubelet.deviceplugin_pb2_grpc import DevicePluginStub
 from usbip_plugin.model import UsbId
 from usbip_plugin.sim.kubelet import FakeKubelet
 from usbip_plugin.sim.server import VirtualServer
@@ -33,8 +38,8 @@ def promtool() -> Path:
 
 
 @contextlib.asynccontextmanager
-async def plugin(kubeconfig: Path, port: int) -> AsyncIterator[FakeKubelet]:
-    """`usbip-plugin run` with a kubelet and a server, by whose end it has begun to offer a device."""
+async def plugin(kubeconfig: Path, port: int, **environment: str) -> AsyncIterator[Path]:
+    """`usbip-plugin run` with a kubelet and a server, once it offers a device. The directory of its sockets."""
     with tempfile.TemporaryDirectory(prefix="usbip-") as name:
         home = Path(name)
         (home / "plugins").mkdir()
@@ -53,33 +58,53 @@ async def plugin(kubeconfig: Path, port: int) -> AsyncIterator[FakeKubelet]:
                 *("--pod-resources-socket", str(home / "pods.sock"), "--listen", f"127.0.0.1:{port}"),
                 stdin=DEVNULL,
                 stdout=DEVNULL,
+                env=os.environ | environment,
             )
             try:
                 async with asyncio.timeout(PATIENCE_S):
                     await kubelet.wait_for("usbip.dev/stick", lambda devices: len(devices) == 1)
-                yield kubelet
+                yield home / "plugins"
             finally:
                 process.terminate()
                 await process.wait()
                 await server.stop()
 
 
+def metrics(port: int) -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE_S) as answer:
+        assert answer.headers["Content-Type"].startswith("text/plain")
+        return str(answer.read().decode())
+
+
 async def test_promtool_has_nothing_to_say_of_a_real_process(
     promtool: Path, kubeconfig: Path, unused_tcp_port: int
 ) -> None:
-    def ask() -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{unused_tcp_port}/metrics", timeout=PATIENCE_S) as answer:
-            assert answer.headers["Content-Type"].startswith("text/plain")
-            return str(answer.read().decode())
-
     async with plugin(kubeconfig, unused_tcp_port):
-        text = await asyncio.to_thread(ask)
+        text = await asyncio.to_thread(metrics, unused_tcp_port)
     assert 'usbip_device_plugin_registered{resource="usbip.dev/stick"} 1.0' in text
     assert "usbip_device_plugin_api_reachable 1.0" in text
     assert "_created" not in text, "half of all series, for nobody"
     # it says to standard output what it finds, and ends with 3
     done = run([promtool, "check", "metrics", "--lint=all"], stdin=text)
     assert done.stdout + done.stderr == ""
+
+
+async def test_a_collector_that_is_not_there_is_counted(
+    kubeconfig: Path, unused_tcp_port_factory: Callable[[], int]
+) -> None:
+    port, nobody = unused_tcp_port_factory(), unused_tcp_port_factory()
+    endpoint = {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{nobody}", "OTEL_EXPORTER_OTLP_TIMEOUT": "1"}
+    async with plugin(kubeconfig, port, **endpoint, OTEL_BSP_SCHEDULE_DELAY="100") as sockets:
+        (socket,) = sockets.glob("usbip-*.sock")
+        async with grpc.aio.insecure_channel(f"unix:{socket}") as channel:
+            asked = pb.AllocateRequest(container_requests=[pb.ContainerAllocateRequest(devices_ids=["no such device"])])
+            with pytest.raises(grpc.aio.AioRpcError):  # and is a trace all the same
+                await DevicePluginStub(channel).Allocate(asked)
+        async with asyncio.timeout(PATIENCE_S):
+            text = ""
+            while not re.search(r"^usbip_device_plugin_trace_spans_dropped_total [1-9]", text, re.MULTILINE):
+                text = await asyncio.to_thread(metrics, port)
+    assert re.search(r"^usbip_device_plugin_trace_export_failures_total [1-9]", text, re.MULTILINE)
 
 
 def test_promtool_would_say_something(promtool: Path) -> None:

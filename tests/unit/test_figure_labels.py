@@ -16,6 +16,7 @@ from usbip_plugin.locks.manager import LockChange
 from usbip_plugin.model import Lock
 
 ME = "node-a"
+ROOT = Path(__file__).parents[2]
 
 
 def lock(holder: str, epoch: int = 1) -> Lock:
@@ -71,9 +72,18 @@ def test_every_error_of_the_api_server_has_a_reason() -> None:
 
 
 def test_the_document_has_every_reason_of_an_api_error() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
     listed = text.split("- `reason` of `api_errors_total`:")[1].split(";")[0]
     assert set(re.findall(r"`(\w+)`", listed)) == {*API_ERRORS.values(), OTHER}
+
+
+def test_the_document_has_every_step() -> None:
+    text = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8").split("- `step`:")[1].split("\n- ")[0]
+    code = "".join(
+        (ROOT / "usbip_plugin" / name).read_text(encoding="utf-8")
+        for name in ("attaching.py", "work.py", "attacher.py")
+    )
+    assert set(re.findall(r"`([^`]+)`", text)) == set(re.findall(r'(?:self\.span|_on_step)\("([^"]+)"', code))
 
 
 def test_a_base_without_a_reason_of_its_own_is_other() -> None:

@@ -79,8 +79,8 @@ class NodeCollector(Collector):
         )
         yield _one("api_reachable", "1 if the API server answers and the locks are watched.", now.api_reachable)
         yield _count("events_dropped", "Kubernetes Events that were not recorded.", now.events_dropped)
-        yield _count("trace_export_failures", "Exports of spans that failed.", now.trace_export_failures)
-        yield _count("trace_spans_dropped", "Spans that were not exported.", now.trace_spans_dropped)
+        yield _count("trace_export_failures", "Batches of spans that no collector took.", now.trace_export_failures)
+        yield _count("trace_spans_dropped", "Spans that were to be exported and are lost.", now.trace_spans_dropped)
 
 
 def _by(values: Mapping[str, float]) -> Labelled:
