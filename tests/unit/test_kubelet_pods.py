@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from usbip_plugin.errors import KubeGone, KubeUnreachable
+from usbip_plugin.errors import KubeForbidden, KubeGone, KubeUnreachable
 from usbip_plugin.kubelet.pods import OwnPods, PodPhase, PodState, read_pod
 from usbip_plugin.model import PodRef
 from usbip_plugin.sim.loop import SimClock, virtual
@@ -187,3 +187,15 @@ def test_a_strange_pod_spec_wants_nothing(spec: object) -> None:
     found = read_pod(pod(phase="Pending") | {"spec": spec})
     assert found is not None
     assert found[1].resources == frozenset()
+
+
+@virtual
+async def test_a_watch_that_is_refused_again_and_again_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    refused = KubeForbidden("watch", "pods", "no")
+    api = Api(*[[refused] for _ in range(50)])
+    pods = OwnPods(api, "node-a", SimClock(asyncio.get_running_loop()), random.Random(1), lambda _pod, _phase: None)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(120):
+            await pods.run()
+    assert len(api.watches) > 5
+    assert len([record for record in caplog.records if "own-node pod watch failed" in record.getMessage()]) == 1

@@ -137,7 +137,7 @@ class OwnPods:
         self._rng = rng
         self._callback = callback
         self._pods: dict[PodKey, PodState] = {}
-        self._complained = False
+        self._complaint = ""
         self.synced = False
 
     def find(self, namespace: str, name: str) -> PodRef | None:
@@ -177,10 +177,12 @@ class OwnPods:
             except KubeGone:
                 version = None
             except KubeError as error:
+                self.synced = False
                 version = None
-                if self.synced or not self._complained:
+                # the same again soon is no news
+                if self._clock.monotonic() - started >= STABLE_S or self._complaint != str(error):
                     log.warning("own-node pod watch failed, trying again", extra={"cause": str(error)})
-                self.synced, self._complained = False, True
+                self._complaint = str(error)
             if self._clock.monotonic() - started >= STABLE_S:
                 waits = backoff(self._rng, BACKOFF_FIRST_S, BACKOFF_MAX_S)
             else:
