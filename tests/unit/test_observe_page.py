@@ -156,6 +156,19 @@ def test_a_trace_is_a_bar_for_each_span() -> None:
     assert "Nothing has happened yet" in shown(STATUS).text
 
 
+def test_what_all_spans_say_of_the_one_device_is_said_once() -> None:
+    def about(number: int, device: str) -> SpanRecord:
+        return span(
+            number, attributes={"usbip.device.id": device, "usbip.busid": "9-9", "usbip.server": "lab:1", "k": "v"}
+        )
+
+    one = shown(STATUS, [about(1, "usbip-a"), about(2, "usbip-a")]).text
+    assert "usbip.busid" not in one
+    assert "k=v" in one
+    two = shown(STATUS, [about(1, "usbip-a"), about(2, "usbip-b")]).text
+    assert "usbip.device.id=usbip-b" in two
+
+
 def test_the_page_is_bounded_and_says_where_the_rest_is() -> None:
     many = replace(STATUS, devices=tuple(replace(DEVICE, id=f"usbip-{i}") for i in range(MAX_ROWS + 2)))
     long = [span(i, 0, attributes={"k": "<" * MAX_TEXT_CHARACTERS}) for i in range(MAX_SPANS_PER_TRACE)]

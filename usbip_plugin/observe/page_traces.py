@@ -15,11 +15,15 @@ MAX_BARS = 60
 COLOURS = 6
 """Of nodes in a waterfall, in turn."""
 BAR_HEIGHT = 14
+ABOUT_THE_DEVICE = frozenset({"usbip.device.id", "usbip.device", "usbip.server", "usbip.busid"})
+"""Attributes that say the same in every span of a trace that is about one device; its first line has it."""
 
 
 def draw_trace(spans: Sequence[SpanRecord], about: Summary, device: str | None, *, opened: bool) -> Markup:
     """A trace that can be opened. device: by its name, if it is known."""
     fall = lay_out(spans)
+    devices = {span.attributes["usbip.device.id"] for span in spans if "usbip.device.id" in span.attributes}
+    hidden = ABOUT_THE_DEVICE if device and len(devices) <= 1 else frozenset()
     line = (
         pill("good" if about.error is None else "bad" if about.failed else "warn", about.name),
         tag("span", device, _class="mono what") if device else None,
@@ -38,17 +42,17 @@ def draw_trace(spans: Sequence[SpanRecord], about: Summary, device: str | None, 
         tag("summary", *line),
         tag("p", about.error, _class="bad why") if about.error else None,
         tag("ul", *legend, _class="legend") if legend else None,
-        tag("ol", *(_bar(bar, fall) for bar in fall.bars[:MAX_BARS]), _class="fall"),
+        tag("ol", *(_bar(bar, fall, hidden) for bar in fall.bars[:MAX_BARS]), _class="fall"),
         rest,
         id=f"t{about.trace_id}",
         open=opened,
     )
 
 
-def _bar(bar: Bar, fall: Waterfall) -> Markup:
+def _bar(bar: Bar, fall: Waterfall, hidden: frozenset[str]) -> Markup:
     span = bar.span
     failed = span.error is not None
-    notes = [f"{key}={value}" for key, value in sorted(span.attributes.items())]
+    notes = [f"{key}={value}" for key, value in sorted(span.attributes.items()) if key not in hidden]
     label = f"begins after {duration(bar.after)}, takes {duration(span.seconds)}"
     drawing = tag(
         "svg",
