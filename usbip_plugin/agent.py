@@ -21,7 +21,6 @@ from usbip_plugin.claims import Claim
 from usbip_plugin.clock import Clock
 from usbip_plugin.config import Config, OnLoss, ResourceConfig
 from usbip_plugin.errors import PluginError
-from usbip_plugin.keeper import Reattach
 from usbip_plugin.kube import KubeClient
 from usbip_plugin.kubelet.cdi import SpecFiles
 from usbip_plugin.kubelet.eviction import Evictor
@@ -33,6 +32,7 @@ from usbip_plugin.locks.protocol import Rules
 from usbip_plugin.locks.store import LeaseStore
 from usbip_plugin.model import Advertised, Descriptor, DeviceKey, NodeIdentity, PodRef
 from usbip_plugin.notices import Notice, evicted
+from usbip_plugin.reattaching import Reattach, Wishes
 from usbip_plugin.resources import Plugin, Registrar, ResourceSet
 from usbip_plugin.usage import UsageWatcher
 from usbip_plugin.usbip.client import UsbipClient
@@ -117,11 +117,13 @@ class Agent:
             Means(out.me, out.client, out.driver, self.locks, self.specs, out.clock, out.rng, out.tracer),
             on_change=self._claim_changed,
             on_step=observer.on_step,
-            on_notice=observer.on_notice,
-            on_reattach=observer.on_reattach,
-            on_loss=self._on_loss,
-            evict=self._evict,
-            configured=self._configured,
+            wishes=Wishes(
+                on_notice=observer.on_notice,
+                on_reattach=observer.on_reattach,
+                on_loss=self._on_loss,
+                evict=self._evict,
+                configured=self._configured,
+            ),
         )
         self.evictor = (
             Evictor(out.kube, out.clock, out.rng, self._uses_device, self._evicted)

@@ -29,17 +29,16 @@ from usbip_plugin.claims import (
     serves,
     usage_ended,
 )
-from usbip_plugin.config import OnLoss
 from usbip_plugin.errors import (
     AllocateTimeout,
     ClaimBusy,
     PluginError,
 )
-from usbip_plugin.keeper import Keeper, Reattach
-from usbip_plugin.model import Attachment, Descriptor, DeviceKey, Lock, PodRef
-from usbip_plugin.notices import Notice, attached, taken_over
+from usbip_plugin.keeper import Keeper
+from usbip_plugin.model import Attachment, Descriptor, DeviceKey, Lock
+from usbip_plugin.notices import attached, taken_over
 from usbip_plugin.observe.tracing import links_to, traceparent_of
-from usbip_plugin.seeker import Configured
+from usbip_plugin.reattaching import Wishes
 from usbip_plugin.usbip.poller import ServerView
 from usbip_plugin.work import DeviceWork
 
@@ -57,7 +56,7 @@ class Outcome:
 class Attacher:
     """The claims of one node. `run` must be running; all methods belong to its event loop.
 
-    on_change(device_id) is called, synchronously, after every change of a claim. The other callbacks: see Keeper.
+    on_change(device_id) is called, synchronously, after every change of a claim.
     """
 
     def __init__(
@@ -66,19 +65,15 @@ class Attacher:
         *,
         on_change: Callable[[str], None],
         on_step: Callable[[str, float], None],
-        on_notice: Callable[[Notice], None],
-        on_reattach: Callable[[Reattach], None],
-        on_loss: Callable[[Claim], OnLoss],
-        evict: Callable[[PodRef], None],
-        configured: Configured,
+        wishes: Wishes,
     ) -> None:
         self._me = means.me
         self._locks = means.locks
         self._specs = means.specs
         self._clock = means.clock
-        self._on_notice = on_notice
+        self._on_notice = wishes.on_notice
         self._work = DeviceWork(means, on_change=on_change, on_step=on_step, on_takeover=self._taken_over)
-        self._keeper = Keeper(means, self._work, on_notice, on_reattach, on_loss, evict, configured)
+        self._keeper = Keeper(means, self._work, wishes)
         self._book, self._pipeline = self._work.book, self._work.pipeline
 
     @property
@@ -103,12 +98,12 @@ class Attacher:
         await self._work.started()
 
     async def adopt(self, used: Mapping[str, User], *, complete: bool, deprived: bool) -> None:
-        """See Keeper.adopt."""
-        await self._keeper.adopt(used, complete=complete, deprived=deprived)
+        """See Adopter.adopt."""
+        await self._keeper.adopter.adopt(used, complete=complete, deprived=deprived)
 
     def server_changed(self, view: ServerView) -> None:
-        """For the poller. See Keeper.server_changed."""
-        self._keeper.server_changed(view)
+        """For the poller. See Reattacher.server_changed."""
+        self._keeper.reattacher.server_changed(view)
 
     # Allocate
 
@@ -254,7 +249,7 @@ class Attacher:
                 if after.pod.uid is not None and not (claim.pod and claim.pod.uid and same_pod(claim.pod, after.pod)):
                     self._on_notice(attached(claim.key, claim.attachment, claim.port, after.pod))
             if unused(after):
-                self._keeper.look_again(device_id)
+                self._keeper.reattacher.look_again(device_id)
                 self._work.spawn(self._work.let_go(device_id, unused), f"release {claim.key}")
 
     def _unused(self, claim: Claim, *, unlisted: Unlisted) -> bool:
@@ -262,7 +257,7 @@ class Attacher:
 
     async def probe(self, key: DeviceKey, descriptor: Descriptor) -> str:
         """See Seeker.probe."""
-        return await self._keeper.seeker.probe(key, descriptor)
+        return await self._keeper.reattacher.seeker.probe(key, descriptor)
 
 
 def _same_allocate(before: Claim, now: Claim) -> bool:

@@ -1,0 +1,150 @@
+"""What the previous process left: locks that name this node, and what stands on the ports, become claims again."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from usbip_plugin.attaching import Means
+from usbip_plugin.claims import Adoption, Claim, Event, State, User, decide_adoption, own_port
+from usbip_plugin.errors import CdiError, VhciError
+from usbip_plugin.inventory import key_of, parse_usb_id
+from usbip_plugin.model import DeviceKey, Lock, UsbId
+from usbip_plugin.observe.tracing import remote_parent
+from usbip_plugin.spans import device_attributes, pod_attributes, span
+from usbip_plugin.vhci.driver import PortState
+from usbip_plugin.work import DeviceWork
+
+log = logging.getLogger(__name__)
+
+
+class Adopter:
+    """Puts a predecessor's devices into the book of claims.
+
+    reattach(device_id) and withdraw(device_id) begin what a claim needs that has become Reattaching, or Lost.
+    """
+
+    def __init__(
+        self, means: Means, work: DeviceWork, *, reattach: Callable[[str], None], withdraw: Callable[[str], None]
+    ) -> None:
+        self._work = work
+        self._me = means.me
+        self._driver = means.driver
+        self._locks = means.locks
+        self._specs = means.specs
+        self._clock = means.clock
+        self._tracer = means.tracer
+        self._reattach = reattach
+        self._withdraw = withdraw
+
+    async def adopt(self, used: Mapping[str, User], *, complete: bool, deprived: bool) -> None:
+        """Takes over what locks and ports say is this node's.
+
+        used: by device ID, as far as is known. complete: nobody else uses a device here; else nothing is let go.
+        deprived: also looks for pods whose devices have lost their locks, under an earlier process.
+
+        Idempotent; to be called when the locks are known, and again whenever the API server is back.
+        """
+        try:
+            ports = await self._driver.ports()
+        except VhciError as error:
+            log.warning("cannot read vhci ports", extra={"cause": str(error)})
+            ports = ()
+        found = list(self._locks.mine())
+        if deprived:
+            locks = self._locks.locks
+            found += [locks[i] for i in sorted(used) if i in locks and locks[i].holder != self._me.node]
+        for lock in found:
+            key = key_of(lock)
+            if key is None or self._work.mutex(lock.device_id).locked():
+                continue  # at work on it already
+            async with self._work.mutex(lock.device_id):
+                now = self._locks.locks.get(lock.device_id)
+                if now is None or self._work.book.concerns(lock.device_id) or now.holder != lock.holder:
+                    continue
+                orphaned = lock.in_place_of is None or self._is_orphan(lock.in_place_of)
+                if orphaned or now.holder != self._me.node:
+                    await self._adopt_one(key, lock, ports, used, complete=complete)
+        if deprived:
+            await self._forget_what_ended(ports)
+
+    async def _forget_what_ended(self, ports: Sequence[PortState]) -> None:
+        """Port records of attachments that ended when nobody here knew of them, their locks being others' by now."""
+        for lock in tuple(self._locks.locks.values()):
+            key = key_of(lock)
+            if key is None or lock.holder == self._me.node or self._work.book.concerns(lock.device_id):
+                continue
+            if own_port(key, ports, None) is None and not self._work.mutex(lock.device_id).locked():
+                await self._driver.forget(key)
+
+    def _is_orphan(self, in_place_of: str) -> bool:
+        """Whether a lock in place of this device will not be taken over together with that one's own."""
+        own = self._locks.locks.get(in_place_of)
+        adopted = self._work.book.get(in_place_of) is not None
+        return adopted or own is None or own.holder != self._me.node or key_of(own) is None
+
+    async def _adopt_one(
+        self, key: DeviceKey, lock: Lock, ports: Sequence[PortState], users: Mapping[str, User], *, complete: bool
+    ) -> None:
+        mine = lock.holder == self._me.node
+        others = self._locks.mine() if mine else ()
+        there = next((other for other in others if other.in_place_of == key.id and key_of(other)), None)
+        moved_to, at = (key_of(there), there) if there is not None else (None, lock)
+        place = moved_to or key
+        alive = not mine or lock.boot_id == at.boot_id == self._me.boot_id
+        port = own_port(place, ports, at.port if mine else None) if alive else None
+        attachment = await self._driver.inspect(place, port.number) if port is not None else None
+        usb_id = parse_usb_id(lock.usb_id) or (attachment.usb_id if attachment is not None else UsbId(0, 0))
+        if attachment is not None and attachment.usb_id != usb_id:
+            attachment, port = None, None  # a stale record: what stands there is somebody else's
+        user = users.get(key.id)
+        handed = self._specs.recall(key.id, user.resource if user is not None else None)
+        used = True if user is not None else False if complete else None
+        claim = Claim(
+            key,
+            usb_id,
+            resource=user.resource if user is not None else handed.resource if handed is not None else None,
+            numbers=handed.numbers if handed is not None else (),
+            port=port.number if port is not None else None,
+            attachment=replace(attachment, key=key) if attachment is not None else None,
+            traceparent=lock.traceparent,
+            allocated_at=self._clock.monotonic(),
+            pod=lock.pod if mine else user.pod if user is not None else None,
+            serial=(attachment.serial if attachment is not None else None) or lock.serial or None,
+            moved_to=moved_to,
+        )
+        if not mine:
+            self._work.book.move(claim, Event.DEPRIVED)
+            log.error("lock lost", extra={"device": str(key), "holder": lock.holder})
+            self._withdraw(key.id)
+            return
+        orphan = lock.in_place_of is not None
+        verdict = decide_adoption(lock, self._me, attached=attachment is not None, used=used, orphan=orphan)
+        attributes = device_attributes(key) | pod_attributes(lock.pod) | {"usbip.adoption": verdict.name.lower()}
+        with span(self._tracer, "adopt", attributes, context=remote_parent(claim.traceparent)):
+            self._adopt_as(claim, verdict)
+
+    def _adopt_as(self, claim: Claim, verdict: Adoption) -> None:
+        key = claim.key
+        match verdict:
+            case Adoption.ADOPT:
+                self._adopt_attached(claim)
+            case Adoption.REATTACH:
+                self._work.book.move(claim, Event.ORPHANED)
+                self._reattach(key.id)
+            case Adoption.RELEASE:
+                self._work.book.move(claim, Event.UNUSED)
+                self._work.spawn(self._work.finish_locked(key.id, State.RELEASING), f"release {key}")
+
+    def _adopt_attached(self, claim: Claim) -> None:
+        try:
+            if claim.attachment is not None:
+                self._specs.write(claim, claim.attachment)  # the predecessor may have died before it did
+        except CdiError as error:
+            log.warning("CDI spec not true", extra={"device": str(claim.key), "cause": str(error)})
+            self._work.book.move(claim, Event.ORPHANED)
+            self._reattach(claim.id)
+        else:
+            self._work.book.move(claim, Event.ADOPTED)
+            log.info("adopted", extra={"device": str(claim.key), "port": claim.port, "place": str(claim.place)})
