@@ -191,8 +191,8 @@ def test_a_strange_pod_spec_wants_nothing(spec: object) -> None:
 
 @virtual
 async def test_a_watch_that_is_refused_again_and_again_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
-    refused = KubeForbidden("watch", "pods", "no")
-    api = Api(*[[refused] for _ in range(50)])
+    refused: list[dict[str, Any] | Exception] = [KubeForbidden("watch", "pods", "no")]
+    api = Api(*[refused] * 50)
     pods = OwnPods(api, "node-a", SimClock(asyncio.get_running_loop()), random.Random(1), lambda _pod, _phase: None)
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(120):
