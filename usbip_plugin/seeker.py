@@ -15,7 +15,7 @@ from usbip_plugin.work import DeviceWork
 
 log = logging.getLogger(__name__)
 
-READING_LASTS = 300.0
+READING_LASTS = 3600.0
 """Seconds a serial number counts that was read from a device which its server has listed as the same ever since."""
 GIVEN_UP = 3.0
 """Seconds a device is left alone that could not be read, or not be attached from there."""
@@ -41,13 +41,24 @@ class Seeker:
         self._configured = configured
         self._on_known = on_known
         self._views: dict[ServerKey, ServerView] = {}
-        self._readings: dict[str, Reading] = {}
+        self._readings: dict[DeviceKey, Reading] = {}
         self._asked: dict[str, Sighting] = {}
         self._unread: dict[str, str] = {}
         self._hidden: dict[str, tuple[Sighting, float]] = {}
 
     def server_changed(self, view: ServerView) -> None:
+        """For the poller. What was read of a device is forgotten with the first list that does not have it."""
         self._views[view.server] = view
+        if view.state is not ServerState.REACHABLE:
+            return
+        present = {DeviceKey(view.server, device.busid) for device in view.devices} | set(
+            self._out_of_sight(view.server)
+        )
+        self._readings = {
+            key: reading
+            for key, reading in self._readings.items()
+            if key.server != view.server or key in present or reading.devid is None
+        }
 
     def find(self, claim: Claim) -> Verdict:
         """Where the claim's device is if not at its own place. Begins to read what has to be read for that.
@@ -141,7 +152,7 @@ class Seeker:
         return next((d for d in view.devices if d.busid == key.busid), None) if view is not None else None
 
     def _reading(self, key: DeviceKey, descriptor: Descriptor) -> Reading | None:
-        reading = self._readings.get(key.id)
+        reading = self._readings.get(key)
         return reading if reading is not None and reading.holds(descriptor, self._clock.monotonic()) else None
 
     def _give_up(self, key: DeviceKey) -> None:
@@ -150,4 +161,4 @@ class Seeker:
     def _note(self, key: DeviceKey, reading: Reading) -> None:
         now = self._clock.monotonic()
         self._readings = {i: known for i, known in self._readings.items() if now < known.until}
-        self._readings[key.id] = reading
+        self._readings[key] = reading

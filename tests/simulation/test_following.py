@@ -200,6 +200,26 @@ async def test_a_serial_number_of_an_earlier_device_hides_nothing() -> None:
 
 
 @stepped
+async def test_while_a_device_stays_away_a_free_one_of_its_kind_is_read_once() -> None:
+    """Reading takes it from every node for a moment, so it is not done again as long as its server lists it."""
+    lab = server("lab", stick("1-1", "RED"))
+    twin = key(lab, "1-2")
+    async with cluster(spec([lab])) as c:
+        await taken(c, lab, c["node-a"])
+        lab.plug(stick("1-2", "BLUE"))
+        lab.unplug("1-1")
+        assert await c.settle(lambda: twin.id in c.backend.leases and c.holder(twin) == "", POLLED)
+        epoch = c.backend.leases[twin.id].transitions
+        await asyncio.sleep(3000)
+        assert c.backend.leases[twin.id].transitions == epoch
+        # another device that is plugged in there is read
+        lab.unplug("1-2")
+        await becomes(c, c["node-b"], twin, healthy=False, within=POLLED)
+        lab.plug(stick("1-2", "RED"))
+        assert await c.settle(lambda: c["node-a"].attached() == {twin}, POLLED)
+
+
+@stepped
 async def test_another_device_of_its_kind_under_its_own_busid_is_not_taken_for_it() -> None:
     lab = server("lab", stick("1-1", "RED"))
     old = key(lab, "1-1")
