@@ -92,9 +92,10 @@ class LabNodes:
         """Returns when it is ready. One that runs is left alone."""
         _run(str(LAB / "control.sh"), str(self.state), "start", "apiserver", limit=STOP_S)
 
-    def plugin_sockets(self, node: str, resource: str) -> list[Path]:
-        """The sockets of the plugin for a resource, as this machine sees them."""
-        return sorted((self.state / node / "kubelet" / "device-plugins").glob(f"usbip-{resource}*.sock"))
+    def plugin_socket(self, node: str, resource: str) -> Path:
+        """The socket of the plugin for a resource, as this machine sees it: the newest, a killed one leaves its own."""
+        sockets = (self.state / node / "kubelet" / "device-plugins").glob(f"usbip-{resource}*.sock")
+        return max(sockets, key=lambda path: path.stat().st_mtime_ns)
 
     def pod_log(self, node: str, namespace: str, pod: str) -> list[str]:
         """What the containers of a pod have said, from the files the node keeps: no API server is asked."""

@@ -77,7 +77,7 @@ class Node:
 
     async def refusal(self, resource: str, device_id: str) -> str:
         """The message of an Allocate that must fail, asked for as the kubelet would."""
-        (socket,) = self.lab.plugin_sockets(self.name, resource)
+        socket = self.lab.plugin_socket(self.name, resource)
         request = pb.AllocateRequest(container_requests=[pb.ContainerAllocateRequest(devices_ids=[device_id])])
         async with grpc.aio.insecure_channel(f"unix:{socket}") as channel:
             try:
