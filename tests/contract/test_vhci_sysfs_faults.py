@@ -469,3 +469,30 @@ async def test_the_report_names_what_is_wrong(rig: FakeSysfsRig, monkeypatch: py
     assert (report.attach_writable, report.records_writable, report.uevents) == (False, False, False)
     assert len(report.problems) == 3
     assert "detach: Permission denied" in report.problems[0]
+
+
+async def test_the_next_device_on_a_port_keeps_its_record_when_the_detach_of_the_last_is_done(
+    rig: FakeSysfsRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it a plugin that is killed then does not know the attachment for its own, and leaves it for ever."""
+    driver = rig.plugin()
+    last = await attached(driver, await rig.import_twin(0))
+    free, heard = rig.sysfs.free, rig.sysfs.heard
+    told: list[int] = []
+    monkeypatch.setattr(rig.sysfs, "free", told.append)  # a kernel takes some milliseconds
+    detaching = asyncio.create_task(driver.detach(last.port, timeout=LIMIT_S))
+    async with asyncio.timeout(LIMIT_S):
+        while not told:  # noqa: ASYNC110 (a thread's doing)
+            await asyncio.sleep(0.001)
+    monkeypatch.setattr(rig.sysfs, "free", free)
+    monkeypatch.setattr(rig.sysfs, "heard", lambda _event: None)  # and its uevents come after the status
+    free(last.port)
+    imported = await rig.import_twin(1)
+    next_port = await driver.attach(imported.key, imported.descriptor, imported.fileno())
+    imported.close()
+    assert next_port == last.port
+    monkeypatch.setattr(rig.sysfs, "heard", heard)
+    heard(None)
+    await detaching
+    assert (await state(driver, next_port)).record == imported.key
+    assert (await state(rig.plugin(), next_port)).record == imported.key

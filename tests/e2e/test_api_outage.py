@@ -58,12 +58,12 @@ class Node:
         return sum(line.startswith("read") for line in said)
 
     async def until_reasons(self, wanted: dict[str, set[str]]) -> None:
-        """Until the plugin says these of its devices, by resource. Waited after WITHDRAWN_S."""
+        """Until the plugin says these of the devices of these resources. Waited after WITHDRAWN_S."""
         found: dict[str, set[str]] = {}
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(WITHDRAWN_S):
                 while found != wanted:
-                    found = reasons(await self.pages.devices())
+                    found = {name: why for name, why in reasons(await self.pages.devices()).items() if name in wanted}
                     await asyncio.sleep(LOOK_S)  # a page has no event
         if found != wanted:
             raise Waited(f"{self.name} says {found}, not {wanted}")

@@ -9,6 +9,7 @@ import fcntl
 import functools
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -76,7 +77,7 @@ class SysfsVhci:
         self._stirred = asyncio.Event()
         self._occupants: dict[int, tuple[int, int]] = {}
         self._free: dict[int, PortState] = {}
-        self._recorded: set[int] = set()
+        self._recorded: Counter[int] = Counter()  # how often each port was taken
 
     async def ports(self) -> tuple[PortState, ...]:
         return tuple(self._free_state(p) if p.status is PortStatus.NULL else self._state(p) for p in self._table.all())
@@ -158,7 +159,8 @@ class SysfsVhci:
             log.warning("cannot undo an attach", extra={"port": port, "cause": str(error)})
 
     def _write_record(self, port: int, record: Record) -> None:
-        self._recorded.add(port)
+        self._recorded[port] += 1
+        self._occupants.pop(port, None)
         try:
             self._records.write(port, record)
         except OSError as error:
@@ -258,12 +260,14 @@ class SysfsVhci:
         return known is not None and port.occupant is not None and port.occupant != known
 
     async def detach(self, port: int, *, timeout: float) -> None:
+        taken = self._recorded[port]
         try:
             async with self._clock.timeout(timeout):
                 await self._detach(port, timeout)
         except TimeoutError:
             raise DetachFailed(f"port {port} was not free after {timeout:g} s") from None
-        self._forget(port)
+        if self._recorded[port] == taken:  # else the record is already that of the next device on this port
+            self._forget(port)
 
     async def forget(self, key: DeviceKey) -> None:
         for port in self._records.ports():
