@@ -24,6 +24,8 @@ from usbip_plugin.sim.device_manager import AdmissionError
 LONGEST_LIFE = 4.0
 """In admissions: a release takes half as long as one, so such lives meet all moments of both."""
 LEAST_WORK = 2
+MOST_TRIES = 10
+"""For the first admission: a guest that is slow for a moment does not make it within allocateTimeout."""
 PROGRESS = 20
 """Kills between two lines that say how far it is."""
 REFUSED_S = 0.1
@@ -101,10 +103,13 @@ async def test_a_plugin_killed_at_any_moment_loses_and_leaks_nothing(
         load = Load(node, rng)
         async with node.plugin():
             # how long one takes depends on the machine, and on what else it does
-            begin = time.monotonic()
-            await load.admit(RESOURCES[0])
+            for _ in range(MOST_TRIES):
+                begin = time.monotonic()
+                await load.admit(RESOURCES[0])
+                longest = LONGEST_LIFE * (time.monotonic() - begin)
+                if load.fates["admitted"]:
+                    break
             assert load.fates["admitted"] == 1
-            longest = LONGEST_LIFE * (time.monotonic() - begin)
         for number in range(1, kills + 1):
             async with node.plugin():
                 task = asyncio.create_task(load.run())
