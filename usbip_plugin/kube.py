@@ -389,7 +389,7 @@ def error_of(code: int, status: Mapping[str, Any], verb: str, resource: str, ret
     """The error for an HTTP code and the Status object that came with it."""
     said = next((text for key in ("message", "reason") if isinstance(text := status.get(key), str) and text), "")
     # whoever answers may have quoted the request, the token in its header included
-    message = redacted(_printable(said))[:MAX_MESSAGE] or f"HTTP {code}"
+    message = redacted(_printable(said), MAX_MESSAGE)[:MAX_MESSAGE] or f"HTTP {code}"
     if code == 429:
         seconds = float(retry_after) if retry_after and _SECONDS.fullmatch(retry_after) else None
         return KubeThrottled(verb, resource, seconds)

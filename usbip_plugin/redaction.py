@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 
 REDACTED = "[redacted]"
+MARGIN = 4096
+"""Characters looked at beyond those that are wanted, so that a credential that begins among these is known as one."""
 
 _VALUE = r"[^\s\"',;}\]]{8,}"
 _RULES: tuple[tuple[re.Pattern[str], str], ...] = (
@@ -18,7 +20,7 @@ _RULES: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"\beyJ[\w-]{8,}\.[\w-]{8,}(?:\.[\w-]*)?"), REDACTED),
     (
         re.compile(
-            r"\b((?:[\w-]*(?:token|password|passwd|secret|api[_-]?key)|authorization|client-key-data)"
+            r"\b((?:[\w-]{0,64}(?:token|password|passwd|secret|api[_-]?key)|authorization|client-key-data)"
             rf"[\"']?\s*[:=]\s*[\"']?){_VALUE}",
             re.IGNORECASE,
         ),
@@ -33,8 +35,13 @@ _HINT = re.compile(
 """In every text that a rule can change. Nearly none has it, and each attribute of each span is looked at."""
 
 
-def redacted(text: str) -> str:
-    """The text with private keys, bearer tokens, JSON Web Tokens, passwords and users in URLs taken out."""
+def redacted(text: str, wanted: int) -> str:
+    """The text with private keys, bearer tokens, JSON Web Tokens, passwords and users in URLs taken out.
+
+    wanted: how many characters of it the caller will show. What is far beyond is left out unseen: texts come from
+    elsewhere, and may be megabytes.
+    """
+    text = text[: wanted + MARGIN]
     if _HINT.search(text) is None:
         return text
     for pattern, replacement in _RULES:

@@ -21,7 +21,7 @@ from usbip_plugin.model import NodeIdentity
 from usbip_plugin.observe.events import NORMAL, EventText, event_body
 from usbip_plugin.observe.logs import JsonFormatter, TextFormatter
 from usbip_plugin.observe.tracing import Tracing
-from usbip_plugin.redaction import REDACTED, redacted
+from usbip_plugin.redaction import MARGIN, REDACTED, redacted
 from usbip_plugin.spans import span
 
 TOKEN = "s3cr3t-" + "".join(random.Random(1).choices("abcdefgh", k=24))
@@ -44,16 +44,16 @@ PEM = "-----BEGIN RSA PRIVATE KEY-----\nMIIEowIBAAKCAQEA\nabc\n-----END RSA PRIV
     ],
 )
 def test_what_looks_like_a_credential_is_taken_out_and_the_rest_stays(text: str) -> None:
-    shown = redacted(text)
+    shown = redacted(text, 1000)
     assert TOKEN not in shown
     assert REDACTED in shown
     assert shown[:4] == text[:4]
 
 
 def test_tokens_and_keys_are_known_by_their_form() -> None:
-    assert redacted(f"a {JWT} b") == f"a {REDACTED} b"
-    assert redacted(f"a {PEM} b") == f"a {REDACTED} b"
-    assert redacted(f"a {PEM[:40]}") == f"a {REDACTED}"
+    assert redacted(f"a {JWT} b", 100) == f"a {REDACTED} b"
+    assert redacted(f"a {PEM} b", 100) == f"a {REDACTED} b"
+    assert redacted(f"a {PEM[:40]}", 100) == f"a {REDACTED}"
 
 
 @pytest.mark.parametrize(
@@ -66,12 +66,12 @@ def test_tokens_and_keys_are_known_by_their_form() -> None:
     ],
 )
 def test_what_is_none_stays(text: str) -> None:
-    assert redacted(text) == text
+    assert redacted(text, 1000) == text
 
 
 @given(st.text())
 def test_any_text_is_tolerated_and_nothing_is_left_to_redact_twice(text: str) -> None:
-    assert redacted(redacted(text)) == redacted(text)
+    assert redacted(redacted(text, 100), 100) == redacted(text, 100)
 
 
 def shown(error: BaseException) -> str:
@@ -172,3 +172,9 @@ async def test_an_api_server_or_proxy_that_echoes_the_token_is_not_quoted(
     assert TOKEN not in str(caught.value), "it goes to the kubelet and to a collector, too"
     assert TOKEN not in shown(caught.value)
     assert TOKEN not in caplog.text
+
+
+def test_a_credential_that_begins_among_what_is_wanted_is_known_and_the_rest_is_left_out() -> None:
+    shown = redacted("x" * 90 + f" token: {'t' * 2000} " + "y" * (1 << 20), 100)
+    assert "tt" not in shown
+    assert len(shown) < 100 + MARGIN + len(REDACTED)

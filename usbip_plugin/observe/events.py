@@ -92,7 +92,7 @@ def namespace_of(pod: PodRef | None) -> str:
 
 
 def _cut(note: str) -> str:
-    note = redacted(note)
+    note = redacted(note, MAX_NOTE_BYTES)
     data = note.encode("utf-8", "replace")
     return note if len(data) <= MAX_NOTE_BYTES else data[:MAX_NOTE_BYTES].decode("utf-8", "ignore") + "..."
 

@@ -92,7 +92,7 @@ def _flatten(key: str, value: object, into: dict[str, object]) -> None:
 
 
 def _cut(text: str, longest: int) -> str:
-    text = redacted(text)
+    text = redacted(text, longest)
     return text if len(text) <= longest else text[: longest - 1] + "…"
 
 

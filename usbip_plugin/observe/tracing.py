@@ -352,5 +352,6 @@ def _link_ids(span: ReadableSpan) -> Sequence[str]:
 
 
 def _short(value: object) -> str:
-    text = redacted(", ".join(map(str, value)) if isinstance(value, tuple) else str(value))
+    shown = ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    text = redacted(shown, MAX_TEXT_CHARACTERS)
     return text if len(text) <= MAX_TEXT_CHARACTERS else text[: MAX_TEXT_CHARACTERS - 1] + "…"
