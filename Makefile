@@ -24,7 +24,7 @@ PYTHONS := $(PYTHON) python3.13 python3.12 python3.11 python3.14 python3
 .DELETE_ON_ERROR:
 .PHONY: help demo test model sim sim-moments test-page screenshot docs test-apiserver test-kernel test-kills soak-kernel test-deploy \
 	image test-image e2e test-kubelet test-outage soak test-node test-all \
-	bench bench-kernel fuzz lint format proto clean
+	bench bench-scale plots bench-kernel fuzz lint format proto clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -97,6 +97,12 @@ test-all: lint test test-page test-deploy test-apiserver test-kernel test-image 
 bench: $(VENV)/.test ## timings and memory, to the screen and bench.json
 	$(BIN)/python tests/bench/bench.py $(ARGS)
 
+bench-scale: $(VENV)/.test ## many agents on one kube-apiserver and etcd, counts against the model; to the screen and bench-scale.json
+	$(BIN)/python tests/bench/bench_scale.py $(ARGS)
+
+plots: $(VENV)/.test ## docs/performance/*.svg from bench-scale.json
+	$(BIN)/python tests/bench/scale_plot.py bench-scale.json docs/performance
+
 bench-kernel: $(VENV)/.test ## Allocate on a real kernel against the kernel's own time, in the QEMU guest
 	tests/lab/guest/run.sh -u -t $(GUEST_SECONDS) '$(BIN)/python tests/bench/bench.py --kernel $(ARGS)'
 
@@ -124,7 +130,7 @@ proto: $(VENV)/.test ## write the gRPC stubs anew from proto/
 	PYTHON=$(BIN)/python proto/generate.sh
 
 clean: ## remove .venv, caches and build output
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis bench.json
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis bench.json bench-scale.json
 	find usbip_plugin tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Debian splits venv from Python: without python3-venv the environment is made without pip, and pip, if there is one, or

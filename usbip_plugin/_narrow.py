@@ -1,8 +1,8 @@
 """Import parts of libraries without the rest: all of kubernetes_asyncio is 1,259 modules and 58 MiB, of no use here.
 
-install() makes the package __init__ files of kubernetes_asyncio lazy. A name that one of them would have imported is
-imported when it is first asked for (PEP 562), from where that file's own import lines say it comes. Libraries that are
-imported by others but not called in a run (LAZY) are loaded on first use. It works for what is imported after it.
+install() makes the package __init__ files of PACKAGES lazy. A name that one of them would have imported is imported
+when it is first asked for (PEP 562), from where that file's own import lines say it comes. Modules that are imported by
+others but not called in a run (LAZY) are loaded on first use. It works for what is imported after it.
 
 no_default_roots() keeps aiohttp from loading the system's root certificates, 2 MiB and 50 ms, when it is imported.
 """
@@ -16,16 +16,28 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-PACKAGE = "kubernetes_asyncio"
+if TYPE_CHECKING:
+    from importlib.abc import Loader, MetaPathFinder
+else:  # nothing of them is inherited; in Python 3.11 they bring importlib.resources, tempfile and more
+    Loader = MetaPathFinder = object
+
+PACKAGES = (
+    "kubernetes_asyncio",
+    "prometheus_client",  # the exposition alone brings http.server, wsgiref and urllib.request, 1 MiB
+)
 LAZY = (
+    "attr.converters",  # of aiohttp, which makes one class with attr, 0.3 MiB with the next two
+    "attr.filters",
+    "attr.validators",
+    "bz2",  # of shutil, for archives, with lzma 0.2 MiB
     "google.protobuf.internal.python_message",  # messages without protobuf's C extension, 11 modules, 0.7 MiB
     "idna",  # of yarl, for host names that are not ASCII, 0.2 MiB
+    "lzma",
     "urllib3",  # of kubernetes_asyncio, for one function
 )
 
@@ -37,7 +49,10 @@ def origins(source: str, package: str) -> dict[str, tuple[str, str | None]]:
         if isinstance(node, ast.ImportFrom) and node.module != "__future__":
             base = package.rsplit(".", node.level - 1)[0] if node.level else ""
             module = ".".join(part for part in (base, node.module) if part)
-            found.update({alias.asname or alias.name: (module, alias.name) for alias in node.names})
+            if module == package:  # from . import: its own modules
+                found.update({alias.asname or alias.name: (f"{module}.{alias.name}", None) for alias in node.names})
+            else:
+                found.update({alias.asname or alias.name: (module, alias.name) for alias in node.names})
         elif isinstance(node, ast.Import):
             found.update({alias.asname: (alias.name, None) for alias in node.names if alias.asname})
     return found
@@ -68,6 +83,9 @@ def constants(source: str) -> dict[str, Any]:
 class _LazyPackage(Loader):
     """Executes a package by giving it a __getattr__ instead of running its file."""
 
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        """As any other module."""
+
     def exec_module(self, module: ModuleType) -> None:
         name, file = module.__name__, str(module.__file__)
 
@@ -91,10 +109,13 @@ class _LazyPackage(Loader):
 
 
 class _Finder(MetaPathFinder):
+    def __init__(self, packages: frozenset[str]) -> None:
+        self._packages = packages
+
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname.partition(".")[0] == PACKAGE:
+        if fullname.partition(".")[0] in self._packages:
             spec = PathFinder.find_spec(fullname, path, target)
             if spec is not None and spec.submodule_search_locations is not None and spec.origin is not None:
                 spec.loader = _LazyPackage()
@@ -108,9 +129,9 @@ class _Finder(MetaPathFinder):
 
 
 def install() -> None:
-    """Make later imports narrow. Does nothing if kubernetes_asyncio is imported already, or the second time."""
-    if PACKAGE not in sys.modules and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+    """Make later imports narrow. It does not change packages that are imported already, and nothing the second time."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder(frozenset(PACKAGES) - sys.modules.keys()))
 
 
 @contextlib.contextmanager

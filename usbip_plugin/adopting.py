@@ -9,7 +9,7 @@ from dataclasses import replace
 from usbip_plugin.attaching import Means
 from usbip_plugin.claims import Adoption, Claim, Event, State, User, decide_adoption, own_port
 from usbip_plugin.errors import CdiError, VhciError
-from usbip_plugin.inventory import key_of, parse_usb_id
+from usbip_plugin.inventory.annotations import key_of, parse_usb_id
 from usbip_plugin.model import DeviceKey, Lock, UsbId
 from usbip_plugin.observe.tracing import remote_parent
 from usbip_plugin.spans import device_attributes, pod_attributes, span
@@ -105,9 +105,10 @@ class Adopter:
             key,
             usb_id,
             resource=user.resource if user is not None else handed.resource if handed is not None else None,
-            numbers=handed.numbers if handed is not None else (),
+            numbers=handed.numbers if handed is not None else None,
             port=port.number if port is not None else None,
             attachment=replace(attachment, key=key) if attachment is not None else None,
+            given=replace(attachment, key=key) if attachment is not None else None,
             traceparent=lock.traceparent,
             allocated_at=self._clock.monotonic(),
             pod=lock.pod if mine else user.pod if user is not None else None,

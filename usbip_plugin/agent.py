@@ -6,21 +6,22 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from opentelemetry.trace import Tracer
 
-from usbip_plugin import inventory
-from usbip_plugin.advertising import Advertiser, time_kept
+from usbip_plugin.advertising import Advertiser
 from usbip_plugin.allocation import Allocator
 from usbip_plugin.attacher import Attacher
 from usbip_plugin.attaching import Means
 from usbip_plugin.cdi_specs import CdiSpecs
-from usbip_plugin.claims import Claim
+from usbip_plugin.claims import Claim, State
 from usbip_plugin.clock import Clock
-from usbip_plugin.config import Config, OnLoss, ResourceConfig
+from usbip_plugin.config import Config, ResourceConfig
 from usbip_plugin.errors import PluginError
+from usbip_plugin.fleet import FleetCount
+from usbip_plugin.inventory.search import may_be, places
 from usbip_plugin.kube import KubeClient
 from usbip_plugin.kubelet.cdi import SpecFiles
 from usbip_plugin.kubelet.eviction import Evictor
@@ -34,6 +35,7 @@ from usbip_plugin.model import Advertised, Descriptor, DeviceKey, NodeIdentity, 
 from usbip_plugin.notices import Notice, evicted
 from usbip_plugin.reattaching import Reattach, Wishes
 from usbip_plugin.resources import Plugin, Registrar, ResourceSet
+from usbip_plugin.telling import LOOKING_SHARE, Telling, time_kept
 from usbip_plugin.usage import UsageWatcher
 from usbip_plugin.usbip.client import UsbipClient
 from usbip_plugin.usbip.poller import ServerPoller, ServerView
@@ -51,6 +53,7 @@ class Observer:
 
     on_step: Callable[[str, float], None] = lambda _step, _seconds: None
     on_result: Callable[[str, PluginError | None, float], None] = lambda _resource, _error, _seconds: None
+    on_pre_start_failed: Callable[[str, PluginError], None] = lambda _resource, _error: None
     on_advertised: Callable[[str, tuple[Advertised, ...]], None] = lambda _resource, _devices: None
     on_plugin: Callable[[Plugin], None] = lambda _plugin: None
     on_notice: Callable[[Notice], None] = lambda _notice: None
@@ -63,7 +66,8 @@ class Observer:
 class Outside:
     """Everything of the outside world that a node's agent works with; real in production, doubles in sim/.
 
-    pods: what is known of the node's pods if it is not to be asked of kube; evict: the same for evictions.
+    pods: what is known of the node's pods if it is not to be asked of kube; evict: the same for evictions. count_nodes:
+    how many nodes run the plugin, KubeError if that is not known; None for this one only.
     """
 
     me: NodeIdentity
@@ -79,6 +83,7 @@ class Outside:
     tracer: Tracer
     pods: PodView | None = None
     evict: Callable[[PodRef], None] | None = None
+    count_nodes: Callable[[], Awaitable[int]] | None = None
 
 
 class Agent:
@@ -100,7 +105,8 @@ class Agent:
         self._domain = domain
         self._evict_by = out.evict
         self.driver = out.driver
-        self.poller = ServerPoller(out.client, out.clock, out.rng, self._server_changed)
+        self.fleet = FleetCount(out.count_nodes, out.clock, out.rng) if out.count_nodes is not None else None
+        self.poller = ServerPoller(out.client, out.clock, out.rng, self._server_changed, fleet=self.fleet)
         self.locks = LockManager(
             out.leases,
             out.me,
@@ -120,9 +126,9 @@ class Agent:
             wishes=Wishes(
                 on_notice=observer.on_notice,
                 on_reattach=observer.on_reattach,
-                on_loss=self._on_loss,
+                resource_of=self._wanted_by,
                 evict=self._evict,
-                configured=self._configured,
+                may_be=self._may_be,
             ),
         )
         self.evictor = (
@@ -131,9 +137,17 @@ class Agent:
             else None
         )
         self.node_status = (
-            NodeStatusPublisher(out.kube, out.me.node, out.clock, out.rng)
+            NodeStatusPublisher(out.kube, out.me.node, out.clock, out.rng, nodes=self._nodes)
             if out.kube is not None and config.publish_node_status
             else None
+        )
+        self.telling = Telling(
+            domain=domain,
+            node_status=self.node_status,
+            clock=out.clock,
+            tracer=out.tracer,
+            on_advertised=observer.on_advertised,
+            on_withdrawn=observer.on_withdrawn,
         )
         self.advertiser = Advertiser(
             me=out.me,
@@ -143,11 +157,8 @@ class Agent:
             locks=self.locks,
             poller=self.poller,
             driver=out.driver,
-            node_status=self.node_status,
+            telling=self.telling,
             clock=out.clock,
-            tracer=out.tracer,
-            on_advertised=observer.on_advertised,
-            on_withdrawn=observer.on_withdrawn,
         )
         self.allocator = Allocator(
             node=out.me.node,
@@ -157,9 +168,10 @@ class Agent:
             lookup=self.advertiser.lookup,
             health=self.advertiser.health,
             timeout=lambda: self.advertiser.config.allocate_timeout - time_kept(self.advertiser.config),
-            after_denial=self.advertiser.denied,
+            after_denial=self._after_denial,
             tracer=out.tracer,
             on_result=observer.on_result,
+            on_pre_start_failed=observer.on_pre_start_failed,
             on_notice=observer.on_notice,
         )
         self.own_pods = (
@@ -179,11 +191,11 @@ class Agent:
             domain=domain,
             allocator=self.allocator,
             advertiser=self.advertiser,
+            telling=self.telling,
             registrar=out.registrar,
-            claimed=self.advertiser.claimed,
+            clock=out.clock,
             on_state=observer.on_plugin,
         )
-        self.poller.set_servers(config.servers())
 
     @property
     def ready(self) -> bool:
@@ -193,7 +205,7 @@ class Agent:
         return self.locks.ready.is_set() and started and all(plugin.registered for plugin in plugins)
 
     def reconfigure(self, config: Config) -> None:
-        """A live reload. Lock duration and node status publishing keep the values of the start."""
+        """A live reload, see docs/configuration.md. What Config.start_only names stays as it was."""
         self.advertiser.reconfigure(config)
         self.resources.look_again()
 
@@ -202,7 +214,7 @@ class Agent:
         async with asyncio.TaskGroup() as tasks:
             for part in (self.driver, self.locks, self.poller, self.attacher, self.advertiser):
                 tasks.create_task(part.run(), name=type(part).__name__)
-            for optional in (self.node_status, self.own_pods, self.evictor):
+            for optional in (self.fleet, self.node_status, self.own_pods, self.evictor):
                 if optional is not None:
                     tasks.create_task(optional.run(), name=type(optional).__name__)
             tasks.create_task(self.resources.run(), name="resources")
@@ -217,6 +229,7 @@ class Agent:
         await self.attacher.started()
         await self.usage.adopt()
         self.advertiser.ready()
+        self.resources.look_again()
         tasks.create_task(self.usage.run(), name="usage")
         await self._sweep()
 
@@ -230,20 +243,30 @@ class Agent:
         found = self.advertiser.lookup(f"{self._domain}/{name}")
         return None if found is None else found[0]
 
+    async def _after_denial(self, resource: str) -> None:
+        # the pod fails with this answer: until then its kubelet shows what else it has been given
+        await self.usage.glance(LOOKING_SHARE * time_kept(self.advertiser.config))
+        await self.advertiser.denied(resource)
+
     def _server_changed(self, view: ServerView) -> None:
         self.advertiser.server_changed(view)
         self.attacher.server_changed(view)
 
+    def _nodes(self) -> int:
+        return self.fleet.nodes if self.fleet is not None else 1
+
     def _claim_changed(self, device_id: str) -> None:
+        lost = [claim for claim in self.attacher.claims.values() if claim.state is State.REATTACHING]
+        self.poller.hurry(places(self.advertiser.config, lost))
         self.advertiser.look_again(device_id)
         self.usage.claims_changed()
         self.resources.look_again()
 
-    def _on_loss(self, claim: Claim) -> OnLoss:
-        return self.advertiser.on_loss(claim)
+    def _wanted_by(self, claim: Claim) -> ResourceConfig:
+        return self.advertiser.resource_of(claim)
 
-    def _configured(self, key: DeviceKey, descriptor: Descriptor, serial: str) -> bool:
-        return inventory.configured(self.advertiser.config, key, descriptor, serial)
+    def _may_be(self, claim: Claim, key: DeviceKey, descriptor: Descriptor) -> bool:
+        return may_be(self.advertiser.config, claim, key, descriptor)
 
     def _evict(self, pod: PodRef) -> None:
         if self._evict_by is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from opentelemetry.context import Context
 from opentelemetry.trace import SpanKind, Tracer
@@ -13,12 +13,14 @@ from usbip_plugin.attacher import Attacher
 from usbip_plugin.attaching import Wanted
 from usbip_plugin.clock import Clock
 from usbip_plugin.config import ResourceConfig
-from usbip_plugin.containers import container_response
+from usbip_plugin.containers import check_paths, container_response, refuse_shared_paths
 from usbip_plugin.errors import NotAttached, PluginError, UnknownDevice
-from usbip_plugin.inventory import Seen, preferred
+from usbip_plugin.inventory.annotations import listed_as
+from usbip_plugin.inventory.facts import Seen
+from usbip_plugin.inventory.preference import preferred
 from usbip_plugin.kubelet.device_plugin import ContainerResponse
 from usbip_plugin.kubelet.status import status_code
-from usbip_plugin.model import Health
+from usbip_plugin.model import Attachment, Health
 from usbip_plugin.notices import Notice, refused
 from usbip_plugin.spans import span
 
@@ -34,7 +36,8 @@ class Allocator:
 
     lookup(resource) gives the configuration of a resource by its full name and the devices it offers; health() what is
     advertised now, by ID; after_denial(resource) is awaited before a failed Allocate answers (design: publish first).
-    on_result(resource, error, seconds) is told what each came to, and how long that took.
+    on_result(resource, error, seconds) is told what each came to, and how long that took; on_pre_start_failed of each
+    PreStartContainer that fails.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class Allocator:
         after_denial: Callable[[str], Awaitable[None]],
         tracer: Tracer,
         on_result: Callable[[str, PluginError | None, float], None],
+        on_pre_start_failed: Callable[[str, PluginError], None],
         on_notice: Callable[[Notice], None],
     ) -> None:
         self._node = node
@@ -62,6 +66,7 @@ class Allocator:
         self._after_denial = after_denial
         self._tracer = tracer
         self._on_result = on_result
+        self._on_pre_start_failed = on_pre_start_failed
         self._on_notice = on_notice
 
     async def allocate_all(self, resource: str, requests: tuple[tuple[str, ...], ...]) -> tuple[ContainerResponse, ...]:
@@ -90,15 +95,31 @@ class Allocator:
         if found is None:
             raise UnknownDevice(f"resource {resource} is not in the configuration any more")
         config, offered = found
-        seen = {device_id: _known(offered, resource, device_id) for ids in requests for device_id in ids}
+        seen = {device_id: self._known(offered, resource, device_id) for ids in requests for device_id in ids}
         # The kubelet asks in any order: sorted, the init container, the app and a PreStartContainer count alike.
         containers = [sorted(ids) for ids in requests]
         numbers = {i: {ids.index(i) for ids in containers if i in ids} if config.cdi else () for i in seen}
         wanted = [
-            Wanted(s.key, s.usb_id, config.name, config.children, s.serial, tuple(sorted(numbers[i])))
+            Wanted(
+                s.key,
+                s.usb_id,
+                config.name,
+                children=config.children,
+                children_timeout=config.children_timeout,
+                serial=s.selector.selector.serial,
+                numbers=tuple(sorted(numbers[i])),
+                told=listed_as(s),
+            )
             for i, s in seen.items()
         ]
-        attached = await self._attacher.allocate(wanted, self._timeout())
+        refuse_shared_paths(config, max(map(len, containers), default=0))
+
+        def accept(attached: Sequence[Attachment]) -> None:
+            by_id = dict(zip(seen, attached, strict=True))
+            for ids in containers:
+                check_paths(config, [by_id[i] for i in ids])
+
+        attached = await self._attacher.allocate(wanted, self._timeout(), accept)
         by_id = dict(zip(seen, attached, strict=True))
         with span(self._tracer, "response"):
             return tuple(
@@ -106,21 +127,41 @@ class Allocator:
                 for ids in containers
             )
 
+    def _known(self, offered: Mapping[str, Seen], resource: str, device_id: str) -> Seen:
+        seen = offered.get(device_id)
+        if seen is None:
+            raise UnknownDevice(f"{resource} has no device {device_id} on this node")
+        claim = self._attacher.claims.get(device_id)
+        # One that was seen with a pod is asked for by another: what an init container passes on is not listed.
+        if not seen.configured and (claim is None or claim.pod is not None):
+            self._attacher.handed_back(device_id)
+            raise UnknownDevice(f"{resource} does not have {seen.key} any more: the configuration has changed")
+        return seen
+
     def preferred(
         self,
-        resource: str,  # noqa: ARG002 - IDs are unique over all resources
+        resource: str,
         available: tuple[str, ...],
         must: tuple[str, ...],
         size: int,
     ) -> tuple[str, ...]:
-        """See AllocateBackend and inventory.preferred."""
-        return preferred(available, must, size, self._node, self._health())
+        """See AllocateBackend and inventory.preference."""
+        _, offered = self._lookup(resource) or (None, {})
+        unwanted = {device_id for device_id, seen in offered.items() if not seen.configured}
+        return preferred(available, must, size, self._node, self._health(), unwanted)
 
     async def pre_start(self, resource: str, device_ids: tuple[str, ...]) -> None:
         """See AllocateBackend. Waits up to PRE_START_WAIT for a device that is being attached again, else NotAttached.
 
         VhciError and CdiError if it cannot be found out or made so that what the container gets is true.
         """
+        try:
+            await self._pre_start(resource, device_ids)
+        except PluginError as error:
+            self._on_pre_start_failed(resource, error)
+            raise
+
+    async def _pre_start(self, resource: str, device_ids: tuple[str, ...]) -> None:
         found = self._lookup(resource)
         by_cdi = found is not None and found[0].cdi
         name = resource.removeprefix(f"{self._domain}/")
@@ -141,10 +182,3 @@ class Allocator:
         if health is not None:
             text += f": {health.reason.value}" + (f" ({health.detail})" if health.detail else "")
         return text + "; the kubelet tries again"
-
-
-def _known(offered: Mapping[str, Seen], resource: str, device_id: str) -> Seen:
-    seen = offered.get(device_id)
-    if seen is None:
-        raise UnknownDevice(f"{resource} has no device {device_id} on this node")
-    return seen

@@ -35,8 +35,8 @@ from usbip_plugin.errors import (
     PluginError,
 )
 from usbip_plugin.keeper import Keeper
-from usbip_plugin.model import Attachment, Descriptor, DeviceKey, Lock
-from usbip_plugin.notices import attached, taken_over
+from usbip_plugin.model import Attachment, Descriptor, DeviceKey, Identity, Lock, PodRef
+from usbip_plugin.notices import attached, network, taken_over
 from usbip_plugin.observe.tracing import links_to, traceparent_of
 from usbip_plugin.reattaching import Wishes
 from usbip_plugin.usbip.poller import ServerView
@@ -107,11 +107,14 @@ class Attacher:
 
     # Allocate
 
-    async def allocate(self, wanted: Sequence[Wanted], timeout: float) -> tuple[Attachment, ...]:
+    async def allocate(
+        self, wanted: Sequence[Wanted], timeout: float, accept: Callable[[Sequence[Attachment]], None]
+    ) -> tuple[Attachment, ...]:
         """Attaches all devices, in sorted order, or none; answers in the order asked, within timeout seconds.
 
-        The same device again returns the live attachment. Raises AllocateTimeout, ClaimBusy, LockError, UsbipError,
-        VhciError or CdiError. Cancel-safe: what was begun runs to its end and is let go by the usual rules.
+        The same device again returns the live attachment. accept, called with the answer, may raise a PluginError:
+        then none is attached. Raises that, AllocateTimeout, ClaimBusy, LockError, UsbipError, VhciError or CdiError.
+        Cancel-safe: what was begun runs to its end and is let go by the usual rules.
         """
         deadline = self._clock.monotonic() + timeout
         done: dict[str, Outcome] = {}
@@ -119,12 +122,29 @@ class Attacher:
             for item in sorted(wanted, key=lambda w: w.key):
                 if item.key.id not in done:
                     done[item.key.id] = await self._one(item, deadline, timeout)
+            answer = tuple(self._as_it_stands(item, done) for item in wanted)
+            accept(answer)
         except BaseException:
             for device_id, outcome in done.items():
                 if outcome.fresh and (claim := self._book.get(device_id)) is not None:
                     self._work.spawn(self._work.let_go(device_id, partial(_same_allocate, claim)), f"undo {claim.key}")
             raise
-        return tuple(done[item.key.id].attachment for item in wanted)
+        return answer
+
+    def _as_it_stands(self, wanted: Wanted, done: Mapping[str, Outcome]) -> Attachment:
+        """A device of several, when the last is attached: the first may have been lost, or is back under other nodes.
+
+        From now on the kubelet lists it: the grace begins.
+        """
+        if len(done) == 1:
+            return done[wanted.key.id].attachment
+        claim = self._book.get(wanted.key.id)
+        if claim is None or claim.state is not State.ATTACHED or claim.attachment is None:
+            state = claim.state.value if claim is not None else State.FREE.value
+            others = ", ".join(sorted(str(outcome.attachment.key) for i, outcome in done.items() if i != wanted.key.id))
+            raise ClaimBusy(f"{wanted.key} was lost while {others} was attached, and is {state}; try again")
+        self._book.put(replace(claim, allocated_at=self._clock.monotonic(), absent=0, given=claim.attachment))
+        return claim.attachment
 
     async def _one(self, wanted: Wanted, deadline: float, timeout: float) -> Outcome:
         answer: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
@@ -164,8 +184,8 @@ class Attacher:
                 raise ClaimBusy(f"{wanted.key} is {live.state.value} on this node; the next try may find it ready")
             if not serves(live, wanted.resource, wanted.usb_id):
                 raise ClaimBusy(f"{wanted.key} is in use on this node as a {live.usb_id} of {live.resource}")
-            attachment, numbers = live.attachment, tuple(sorted({*live.numbers, *wanted.numbers}))
-            live = replace(allocated(live, now), resource=wanted.resource, numbers=numbers)
+            attachment, numbers = live.attachment, tuple(sorted({*(live.numbers or ()), *wanted.numbers}))
+            live = replace(allocated(live, now), resource=wanted.resource, numbers=numbers, given=attachment)
             self._specs.write(live, attachment)
             self._book.put(live)
             allocate = trace.get_current_span()
@@ -180,8 +200,10 @@ class Attacher:
             wanted.usb_id,
             resource=wanted.resource,
             children=wanted.children,
+            children_timeout=wanted.children_timeout,
             traceparent=traceparent_of(trace.get_current_span()),
             allocated_at=now,
+            serial=wanted.serial,
             numbers=wanted.numbers,
         )
         return Outcome(await self._pipeline.attach_new(claim, wanted, deadline, progress), fresh=True)
@@ -199,10 +221,10 @@ class Attacher:
         if claim is None or claim.state is not State.ATTACHED or claim.attachment is None:
             return False
         attachment = claim.attachment
-        if number is not None:
+        if number is not None and claim.numbers != ():
             # after a reboot no spec tells what the container was given, and it starts before its kubelet lists it
-            numbers = tuple(sorted({*claim.numbers, number}))
-            claim = replace(claim, resource=claim.resource or resource, numbers=numbers)
+            numbers = tuple(sorted({*(claim.numbers or ()), number}))
+            claim = replace(claim, resource=claim.resource or resource, numbers=numbers, given=attachment)
         self._specs.write(claim, attachment)
         self._book.put(claim)
         return True
@@ -238,24 +260,44 @@ class Attacher:
         """
         unused = partial(self._unused, unlisted=unlisted)
         for device_id, claim in list(self._book.view.items()):
-            if claim.state not in IN_USE:
-                continue
-            after = observe_usage(claim, users.get(device_id), listed_at)
-            if after != claim:
-                self._book.put(after)
-            if after.pod is not None and after.pod != claim.pod:
-                self._work.spawn(self._work.note_pod(claim.key, after.pod), f"note pod {after.pod}")
-                # without its uid an Event does not show where people look for it: then it waits for that
-                if after.pod.uid is not None and not (claim.pod and claim.pod.uid and same_pod(claim.pod, after.pod)):
-                    self._on_notice(attached(claim.key, claim.attachment, claim.port, after.pod))
-            if unused(after):
+            if claim.state in IN_USE and unused(self._observe(claim, users, listed_at)):
                 self._keeper.reattacher.look_again(device_id)
                 self._work.spawn(self._work.let_go(device_id, unused), f"release {claim.key}")
+
+    def glance(self, users: Mapping[str, User], listed_at: float) -> None:
+        """The same of a look out of turn: notes pods, and no absences."""
+        for claim in list(self._book.view.values()):
+            if claim.state in IN_USE and claim.id in users:
+                self._observe(claim, users, listed_at)
+
+    def handed_back(self, device_id: str) -> None:
+        """Its kubelet offers the device to another pod, which does not get it."""
+        claim = self._book.get(device_id)
+        if claim is not None and claim.state in IN_USE:
+            self._book.put(replace(claim, handed_back=True))
+
+    def _observe(self, claim: Claim, users: Mapping[str, User], listed_at: float) -> Claim:
+        after = observe_usage(claim, users.get(claim.id), listed_at)
+        if after != claim:
+            self._book.put(after)
+        if after.pod is not None and after.pod != claim.pod:
+            self._work.spawn(self._work.note_pod(claim.key, after.pod), f"note pod {after.pod}")
+            # without its uid an Event does not show where people look for it: then it waits for that
+            if after.pod.uid is not None and not (claim.pod and claim.pod.uid and same_pod(claim.pod, after.pod)):
+                self._on_notice(attached(claim.key, claim.attachment, claim.port, after.pod))
+                self._tell_network(claim, after.pod)
+        return after
+
+    def _tell_network(self, claim: Claim, pod: PodRef) -> None:
+        """What the device has that no container gets."""
+        if claim.attachment is not None and (names := claim.attachment.net):
+            log.info("network interface stays on the node", extra={"device": str(claim.key), "interfaces": list(names)})
+            self._on_notice(network(claim.key, names, pod))
 
     def _unused(self, claim: Claim, *, unlisted: Unlisted) -> bool:
         return usage_ended(claim, self._clock.monotonic(), unlisted)
 
-    async def probe(self, key: DeviceKey, descriptor: Descriptor) -> str:
+    async def probe(self, key: DeviceKey, descriptor: Descriptor) -> Identity:
         """See Seeker.probe."""
         return await self._keeper.reattacher.seeker.probe(key, descriptor)
 

@@ -7,6 +7,7 @@ attacher.py's business. Each step is a span and moves the claim in the book.
 from __future__ import annotations
 
 import contextlib
+import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,33 +19,54 @@ from usbip_plugin import retry
 from usbip_plugin.cdi_specs import CdiSpecs
 from usbip_plugin.claims import Claim, ClaimBook, Event, State, own_port
 from usbip_plugin.clock import Clock
-from usbip_plugin.errors import AttachStuck, LockError, LockHeld, LockLost, LockUnavailable, WrongDevice
+from usbip_plugin.config.schema import DEFAULT_CHILDREN_TIMEOUT_S
+from usbip_plugin.errors import (
+    AttachStuck,
+    KubeError,
+    LockError,
+    LockHeld,
+    LockLost,
+    LockUnavailable,
+    NodesMissing,
+    WrongDevice,
+    WrongSerial,
+)
 from usbip_plugin.locks.manager import Grant, LockManager, LockMeta
-from usbip_plugin.model import Attachment, Descriptor, DeviceKey, Lock, NodeIdentity, UsbId
+from usbip_plugin.model import Attachment, Descriptor, DeviceKey, Identity, Lock, NodeIdentity, UsbId
 from usbip_plugin.observe.tracing import span_context_from
 from usbip_plugin.spans import device_attributes, span
 from usbip_plugin.usbip.client import Imported, UsbipClient
 from usbip_plugin.vhci.driver import PortState, VhciDriver
-from usbip_plugin.vhci.sysfs import PortStatus
+from usbip_plugin.vhci.promises import missing
+
+log = logging.getLogger(__name__)
 
 ENUMERATE_TIMEOUT = 6.0
-"""Seconds from the attach write until the device must have enumerated. A disk takes 1.3 s."""
+"""Seconds from the attach write until the device must have enumerated, with its child nodes. A disk takes 1.3 s.
+
+A childrenTimeout beyond the default adds to it.
+"""
 DETACH_TIMEOUT = 5.0
 """Seconds a port may take to become free after a detach write; measured 13-29 ms."""
 PROBE_TIMEOUT = 4.0
-"""Seconds for reading one serial number."""
+"""Seconds for asking one device who it is."""
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """One device an Allocate asks for: what was promised to the kubelet under its ID. numbers: see Claim."""
+    """One device an Allocate asks for: what was promised to the kubelet under its ID. children, numbers: see Claim.
+
+    serial: None if it was not selected by that. told: what is known of it from its server's list, for its lock.
+    """
 
     key: DeviceKey
     usb_id: UsbId
     resource: str
     children: tuple[str, ...] | None = None
+    children_timeout: float = DEFAULT_CHILDREN_TIMEOUT_S
     serial: str | None = None
     numbers: tuple[int, ...] = ()
+    told: Identity | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +93,9 @@ class Progress:
 class Pipeline:
     """Works on the claims of a book. on_step(name, seconds) is told how long each step took.
 
-    note_port(key, port) is called when a port is taken, note_serial(key, serial) when a device has told a serial number
-    that its lock does not, on_takeover(key, former) when another node's lock was; all must return at once.
+    note_port(key, port) is called when a port is taken, note_told(key, told) when a device has told a serial number
+    that its lock does not have, or has of another, on_takeover(key, former) when another node's lock was; all must
+    return at once.
     """
 
     def __init__(
@@ -81,7 +104,7 @@ class Pipeline:
         *,
         book: ClaimBook,
         note_port: Callable[[DeviceKey, int], None],
-        note_serial: Callable[[DeviceKey, str], None],
+        note_told: Callable[[DeviceKey, Identity], None],
         on_step: Callable[[str, float], None],
         on_takeover: Callable[[DeviceKey, Lock], None],
     ) -> None:
@@ -95,20 +118,21 @@ class Pipeline:
         self._tracer = means.tracer
         self._book = book
         self._note_port = note_port
-        self._note_serial = note_serial
+        self._note_told = note_told
         self._on_step = on_step
         self._on_takeover = on_takeover
 
     async def attach_new(self, claim: Claim, wanted: Wanted, deadline: float, progress: Progress) -> Attachment:
         """From Free to Attached. On an error the claim stays in the book in the state it had reached.
 
-        Only LockHeld leaves no claim: nothing was touched. Raises LockError, UsbipError, VhciError and CdiError.
+        Only LockHeld leaves no claim: nothing was touched. Raises LockError, UsbipError, VhciError and CdiError. After
+        WrongSerial the lock says what was found, before anybody else can have it.
         deadline is on the monotonic clock and bounds the import; the caller bounds the whole.
         """
         self._book.move(claim, Event.ALLOCATE)
         progress.doing = "locking the device (API server)"
         with self.span("lock", claim.key):
-            meta = LockMeta(usb_id=str(wanted.usb_id), serial=wanted.serial, traceparent=claim.traceparent)
+            meta = LockMeta(usb_id=str(wanted.usb_id), told=wanted.told, traceparent=claim.traceparent)
             try:
                 grant = await self._locks.acquire(claim.key, meta)
             except LockHeld:
@@ -123,7 +147,11 @@ class Pipeline:
                 if attempt.retry_state.attempt_number > 1:
                     # the failed try may have used up the import window of the first write: R1 asks for a new one
                     grant = await self._locks.renew(claim.key)
-                return await self._attach(claim.id, grant, deadline, progress)
+                try:
+                    return await self._attach(claim.id, grant, deadline, progress)
+                except WrongSerial as wrong:
+                    await self.write_told(claim.key, Identity(wrong.devid, wrong.found))
+                    raise
         raise AssertionError("the retry policy re-raises")
 
     async def reattach(self, device_id: str, deadline: float) -> Attachment:
@@ -134,8 +162,8 @@ class Pipeline:
         not be written, stays so: that alone is tried again.
         """
         claim = self._book[device_id]
-        if claim.numbers and claim.attachment is not None and await self.stands(claim, await self._driver.ports()):
-            return self._hand_out(device_id, claim.attachment)
+        if claim.numbers and (now := await self.standing(claim, await self._driver.ports())) is not None:
+            return self._hand_out(device_id, now)
         await self.detach(device_id)
         grant = await self._write_again(self._book[device_id])
         claim = self._book[device_id]
@@ -191,25 +219,44 @@ class Pipeline:
         # the port goes onto the lock while the kernel enumerates, which takes far longer: it costs no time
         for noted in dict.fromkeys((claim.key, key)):
             self._note_port(noted, port)
-        progress.doing = f"waiting for {key} to enumerate on vhci port {port}"
+        nodes = f", with {', '.join(claim.children)} nodes" if claim.children else ""
+        progress.doing = f"waiting for {key} to enumerate on vhci port {port}{nodes}"
         with self.span("device node", key) as step:
             attachment = await self._enumerate(device_id, imported.descriptor, port)
             step.set_attribute("usbip.nodes", [node.path for node in attachment.nodes])
+        self._compare_told(claim.place, attachment, imported.descriptor.devid)
         return self._hand_out(device_id, attachment)
+
+    def _compare_told(self, place: DeviceKey, attachment: Attachment, devid: int) -> None:
+        """What the kernel has read, if the lock does not say so already."""
+        lock = self._locks.locks.get(place.id)
+        if lock is None or attachment.serial is None:
+            return
+        if (lock.serial, lock.read_from) != (attachment.serial, devid):
+            self._note_told(place, Identity(devid, attachment.serial))
+
+    async def write_told(self, key: DeviceKey, told: Identity) -> bool:
+        """What a device has told onto its lock, which is this node's. False, and logged, if it may be tried again."""
+        try:
+            await self._locks.annotate(key, told=told)
+        except LockLost:
+            return True
+        except (LockError, KubeError) as error:
+            log.warning("serial number not noted on the lock", extra={"device": str(key), "cause": str(error)})
+            return False
+        return True
 
     def _hand_out(self, device_id: str, attachment: Attachment) -> Attachment:
         """The last step: the spec is true before anybody is told that the device is there."""
         claim = self._book[device_id]
         self._check_still_ours(claim)
-        claim = replace(claim, attachment=attachment, serial=attachment.serial or claim.serial)
+        given = claim.given or attachment
+        claim = replace(claim, attachment=attachment, given=given, serial=attachment.serial or claim.serial)
         self._book.put(claim)
         if claim.numbers:
             with self.span("CDI spec", claim.key):
                 self._specs.write(claim, attachment)
         self._book.move(replace(claim, hindrance=""), Event.ATTACHED)
-        lock = self._locks.locks.get(claim.place.id)
-        if attachment.serial and lock is not None and lock.serial != attachment.serial:
-            self._note_serial(claim.place, attachment.serial)
         return attachment
 
     async def _import(self, claim: Claim, grant: Grant, deadline: float) -> Imported:
@@ -238,15 +285,19 @@ class Pipeline:
                 descriptor,
                 port,
                 children=claim.children,
+                children_timeout=claim.children_timeout,
                 serial=claim.serial,
-                timeout=ENUMERATE_TIMEOUT,
+                timeout=ENUMERATE_TIMEOUT + claim.more_time,
             )
-            return replace(found, key=claim.key)
         except AttachStuck:
             self._book.put(replace(self._book[device_id], port=None))
             if self._book[device_id].state is State.ATTACHING:
                 self._book.move(self._book[device_id], Event.STUCK)
             raise
+        if lacking := missing(claim.children, found.nodes):
+            kinds = sorted({node.kind for node in found.nodes[1:]})
+            raise NodesMissing(claim.place, lacking, kinds, claim.children_timeout)
+        return replace(found, key=claim.key)
 
     def _check_window(self, key: DeviceKey, grant: Grant) -> None:
         """R1: no import, and no use of what was imported, after the window."""
@@ -277,51 +328,39 @@ class Pipeline:
         if claim.port is None and claim.state is not State.LOST and not self.is_mine(claim.place.id):
             return
         ports = await self._driver.ports()
-        # a port without a number in the claim can only be one that a cancelled attach left behind
-        if claim.port is None:
-            left = own_port(claim.place, ports, None)
-            stands = left is not None
-            number = left.number if left is not None else None
-        else:
-            number = claim.port
-            stands = await self.stands(claim, ports) or await self._never_enumerated(claim, ports)
-        if number is not None and stands:
+        # a port without a number in the claim can only be one that a cancelled attach left behind. Whatever the device
+        # on it calls itself by now: the driver knows the connection, and leaves that of somebody else alone
+        own = own_port(claim.place, ports, claim.port)
+        if own is not None:
             with self.span("detach", claim.place):
-                await self._driver.detach(number, timeout=DETACH_TIMEOUT)
+                await self._driver.detach(own.number, timeout=DETACH_TIMEOUT)
         else:  # it fell free, perhaps unseen
             await self._driver.forget(claim.place)
         self._book.put(replace(self._book[device_id], port=None))
 
-    async def stands(self, claim: Claim, ports: Sequence[PortState]) -> bool:
-        """True while the claim's port carries the very attachment that was made.
+    async def standing(self, claim: Claim, ports: Sequence[PortState]) -> Attachment | None:
+        """The attachment as it is now, perhaps with other child nodes, while its port carries what was attached.
 
-        The record alone does not say so: another process (or, in kind, another node on the same kernel) may have taken
-        a port that fell free. The USB node tells, because the kernel numbers devices anew at each enumeration.
+        The port alone does not say so: what stands there may have left the bus and come back as something else. The USB
+        node tells, because the kernel numbers devices anew at each enumeration.
         """
         if claim.port is None or claim.attachment is None or own_port(claim.place, ports, claim.port) is None:
-            return False
+            return None
         now = await self._driver.inspect(claim.place, claim.port)
-        return now is not None and now.nodes[:1] == claim.attachment.nodes[:1]
-
-    async def _never_enumerated(self, claim: Claim, ports: Sequence[PortState]) -> bool:
-        """True if the port bears our record and nothing that enumerated."""
-        port = next((p for p in ports if p.number == claim.port and p.record == claim.place), None)
-        if port is None or claim.port is None:
-            return False
-        if port.status is PortStatus.ERROR or claim.attachment is None:
-            return True
-        return await self._driver.inspect(claim.place, claim.port) is None
+        if now is None or (now.nodes[0], now.usb_id) != (claim.attachment.nodes[0], claim.attachment.usb_id):
+            return None
+        return replace(now, key=claim.key)
 
     def is_mine(self, device_id: str) -> bool:
         """True if the lock, as last seen, names this node."""
         return self._holder(device_id) == self._me.node
 
-    # serial numbers
+    # who it is
 
-    async def probe(self, key: DeviceKey, descriptor: Descriptor) -> str:
-        """Reads the serial number once for all nodes: under the lock (R1), in user space, kept on the Lease.
+    async def probe(self, key: DeviceKey, descriptor: Descriptor) -> Identity:
+        """Asks for serial number and interfaces, once for all nodes: under the lock (R1), in user space.
 
-        "" if the device has none. Raises LockHeld, LockUnavailable, LockLost or UsbipError. The lock is released.
+        Kept on the Lease. Raises LockHeld, LockUnavailable, LockLost or UsbipError. The lock is released.
         """
         with self.span("probe", key):
             grant = await self._locks.acquire(key, LockMeta(usb_id=str(descriptor.usb_id)))
@@ -329,11 +368,11 @@ class Pipeline:
                 claim = Claim(key, descriptor.usb_id)
                 imported = await self._import(claim, grant, self._clock.monotonic() + PROBE_TIMEOUT)
                 identity = await self._client.probe(imported, timeout=PROBE_TIMEOUT)
-                serial = identity.serial or ""
-                await self._locks.annotate(key, serial=serial)
+                told = Identity(imported.descriptor.devid, identity.serial or "", identity.interfaces)
+                await self._locks.annotate(key, told=told)
             finally:
                 await self._locks.release(key)
-        return serial
+        return told
 
     @contextlib.contextmanager
     def span(self, name: str, key: DeviceKey, kind: SpanKind = SpanKind.INTERNAL) -> Iterator[Span]:

@@ -178,7 +178,7 @@ async def server_check(
         for entry in resource.devices:
             if entry.target != server:
                 continue
-            hits = [d.busid for d in devices if matches(entry.selector, d, None) is not Match.NO]
+            hits = [d.busid for d in devices if matches(entry.selector, d) is not Match.NO]
             if not hits:
                 unmatched.append(f"{resource.name}: nothing listed matches {entry.selector}")
             for busid in hits:

@@ -7,11 +7,13 @@ One transition table says what may follow what; nothing else in the project hold
 from __future__ import annotations
 
 import enum
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from usbip_plugin.config import OnLoss
+from usbip_plugin.config.schema import DEFAULT_CHILDREN_TIMEOUT_S
 from usbip_plugin.model import Attachment, DeviceKey, Lock, NodeIdentity, PodRef, UsbId
 from usbip_plugin.vhci.driver import PortState
 from usbip_plugin.vhci.sysfs import PortStatus
@@ -110,7 +112,10 @@ class Claim:
     serial: as the device told it to this kernel, None if it never did. moved_to: where its server lists the device now,
     None while that is its own bus id; set from before the lock there is taken until it is released. hindrance: why a
     lost device is not attached again, "" if there is nothing to say.
-    numbers: those its containers know the device by, where it is handed out by CDI.
+    numbers: those its containers know the device by, where it is handed out by CDI; None if that is not known, after an
+    adoption. children, children_timeout: see ResourceConfig; as the configuration had them when it was attached last.
+    given: the attachment whose nodes its containers were given last, by an Allocate or, with CDI, at a start; as far as
+    this process knows. handed_back: the kubelet has offered the device to another pod, so that its own has ended.
     """
 
     key: DeviceKey
@@ -118,6 +123,7 @@ class Claim:
     state: State = State.FREE
     resource: str | None = None
     children: tuple[str, ...] | None = None
+    children_timeout: float = DEFAULT_CHILDREN_TIMEOUT_S
     port: int | None = None
     attachment: Attachment | None = None
     traceparent: str | None = None
@@ -128,7 +134,9 @@ class Claim:
     serial: str | None = None
     moved_to: DeviceKey | None = None
     hindrance: str = ""
-    numbers: tuple[int, ...] = ()
+    numbers: tuple[int, ...] | None = ()
+    given: Attachment | None = None
+    handed_back: bool = False
 
     @property
     def id(self) -> str:
@@ -138,6 +146,16 @@ class Claim:
     def place(self) -> DeviceKey:
         """Where the device is imported from: what servers, kernel and port records know it by."""
         return self.moved_to or self.key
+
+    @property
+    def more_time(self) -> float:
+        """Seconds that an attach may take beyond its usual time, because its children may."""
+        return max(0.0, self.children_timeout - DEFAULT_CHILDREN_TIMEOUT_S)
+
+
+def place_of(claim: Claim) -> str:
+    """Where it is imported from, for people: the bus id, and the server if that is another than its own."""
+    return claim.place.busid if claim.place.server == claim.key.server else str(claim.place)
 
 
 IN_USE = (State.ATTACHED, State.REATTACHING, State.LOST)
@@ -159,7 +177,7 @@ def step(claim: Claim, event: Event) -> Claim:
 
 def allocated(claim: Claim, now: float) -> Claim:
     """An Allocate has just asked for the device (again): who uses it is to be seen anew."""
-    return replace(claim, allocated_at=now, pod=None, absent=0)
+    return replace(claim, allocated_at=now, pod=None, absent=0, handed_back=False)
 
 
 class ClaimBook:
@@ -222,7 +240,7 @@ def observe_usage(claim: Claim, user: User | None, listed_at: float) -> Claim:
     if user is not None:
         known = claim.pod is not None and user.pod.uid is None and same_pod(user.pod, claim.pod)
         pod = claim.pod if known else user.pod
-        return replace(claim, pod=pod, resource=claim.resource or user.resource, absent=0)
+        return replace(claim, pod=pod, resource=claim.resource or user.resource, absent=0, handed_back=False)
     if listed_at <= claim.allocated_at:
         return claim
     since = claim.absent_since if claim.absent else listed_at
@@ -234,11 +252,29 @@ class Unlisted:
     """What the API server says beyond one list of pod-resources.
 
     pods: those that have not ended, want our devices, and are not in the list. They run init containers, or the kubelet
-    does not know them yet, or again. certain: the API server's word is fresh.
+    does not know them yet, or again. resources: those (without the domain) of which some pod that has not ended may
+    have a device that is not in the list, be it an init container's. certain: the API server's word is fresh.
     """
 
     pods: frozenset[PodRef] = frozenset()
+    resources: frozenset[str] = frozenset()
     certain: bool = False
+
+
+def not_in_list(users: Mapping[str, User], wanting: Mapping[PodRef, Mapping[str, int]], *, certain: bool) -> Unlisted:
+    """users: one list of pod-resources, by device ID; wanting: see PodView."""
+    listed = Counter((user.pod.namespace, user.pod.name, user.resource) for user in users.values())
+    pods = {(namespace, name) for namespace, name, _ in listed}
+    return Unlisted(
+        frozenset(pod for pod in wanting if (pod.namespace, pod.name) not in pods),
+        frozenset(
+            resource
+            for pod, counts in wanting.items()
+            for resource, count in counts.items()
+            if count > listed[pod.namespace, pod.name, resource]
+        ),
+        certain,
+    )
 
 
 def same_pod(one: PodRef, other: PodRef) -> bool:
@@ -263,7 +299,8 @@ def usage_ended(claim: Claim, now: float, unlisted: Unlisted) -> bool:
         return False
     pod = claim.pod
     if pod is None:
-        gone = not unlisted.pods and now - claim.allocated_at > ALLOCATION_GRACE
+        somebodys = bool(unlisted.resources) if claim.resource is None else claim.resource in unlisted.resources
+        gone = not somebodys and now - claim.allocated_at > ALLOCATION_GRACE
         certain = unlisted.certain
     else:
         gone = not any(same_pod(pod, other) for other in unlisted.pods)
@@ -276,6 +313,7 @@ class AfterReattach(enum.Enum):
     """What a re-attach means for the pod."""
 
     GOES_ON = "attached again with the same device nodes"
+    CHILDREN_GO_ON = "attached again with the same device nodes, but for its USB node"
     STALE = "attached again with other device nodes: the pod has them only when it is created anew"
     RENEWED = "attached again with other device nodes: a container has them when it is started the next time"
     RESTART = "attached again with other device nodes: the container must end, and has them when it is started again"
@@ -283,15 +321,27 @@ class AfterReattach(enum.Enum):
 
 
 def after_reattach(
-    before: Attachment | None, after: Attachment, on_loss: OnLoss, pod: PodRef | None, *, by_cdi: bool = False
+    before: Attachment | None,
+    after: Attachment,
+    on_loss: OnLoss,
+    pod: PodRef | None,
+    *,
+    by_cdi: bool = False,
+    children: tuple[str, ...] | None = None,
 ) -> AfterReattach:
     """Same paths and numbers: a pod that opens the device anew goes on. before is None where it is not known.
 
+    The kernel numbers a USB node anew at each attach. children: the kinds of child nodes that the resource names; where
+    it names some, they are what the pod uses, and it goes on with these alone.
     Only a pod known by its uid is evicted: a name may be another pod's by now. by_cdi: its containers were given CDI
     names, whose spec has the nodes of after by now; any other container keeps the paths of its Allocate.
     """
     if before is not None and before.nodes == after.nodes:
         return AfterReattach.GOES_ON
+    if before is not None and children:
+        had, has = (tuple(node for node in one.nodes if node.kind in children) for one in (before, after))
+        if had and had == has:
+            return AfterReattach.CHILDREN_GO_ON
     if on_loss is OnLoss.EVICT and pod is not None and pod.uid is not None:
         return AfterReattach.EVICT
     if not by_cdi:

@@ -3,79 +3,149 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import chain
 
 from usbip_plugin.config import DeviceSelector, ResourceConfig
-from usbip_plugin.config.templates import render
-from usbip_plugin.kubelet.cdi import Injected, device_name
+from usbip_plugin.config.schema import CHILD_KINDS
+from usbip_plugin.config.templates import Names, names, render, tells_devices_apart
+from usbip_plugin.errors import PathTaken
+from usbip_plugin.kubelet.cdi import Injected, NodeOwner, device_name
 from usbip_plugin.kubelet.device_plugin import ContainerResponse, DeviceSpec
 from usbip_plugin.model import Attachment, DeviceNode
+from usbip_plugin.vhci.promises import wants
 
 _NOT_ENV = re.compile(r"[^A-Z0-9]")
-_PER_NODE_FIELDS = ("{kind}", "{name}")
+_ENV_OF_KIND = {"video4linux": "VIDEO"}
+_READ_ONLY = "r"
+_READ_WRITE = "rw"
 
 
-def environment(resource: str, index: int, attachment: Attachment, specs: Sequence[DeviceSpec]) -> dict[str, str]:
-    """USBIP_<RESOURCE>_<index>_{DEVICE,BUSID} and, where the device has them, _TTY and _SERIAL.
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A device node under its paths in a container, the first of which is the one the environment names."""
 
-    Paths are those in the container, as specs (of this attachment) put them; a node the container does not get is
-    left out.
+    node: DeviceNode
+    paths: tuple[str, ...]
+
+
+def place(resource: ResourceConfig, index: int, attachment: Attachment) -> tuple[Placed, ...]:
+    """The USB node and the children the resource wants, under the paths its containerPath and byId give.
+
+    index: which of a container's devices it is. A template names the nodes that templates.names says; for the node
+    people mean that is the first child by the order of children, and a disk's partitions after it, or the USB node of a
+    device without children. A node that no template names has its path on the host.
     """
-    prefix = f"USBIP_{_NOT_ENV.sub('_', resource.upper())}_{index}_"
-    inside = {spec.host_path: spec.container_path for spec in specs}
-    env = {prefix + "DEVICE": inside[attachment.nodes[0].path], prefix + "BUSID": attachment.key.busid}
-    tty = next((inside[n.path] for n in attachment.nodes if n.kind == "tty" and n.path in inside), None)
-    if tty is not None:
-        env[prefix + "TTY"] = tty
-    if attachment.serial:
-        env[prefix + "SERIAL"] = attachment.serial
-    return env
-
-
-def node_specs(resource: ResourceConfig, index: int, attachment: Attachment) -> tuple[DeviceSpec, ...]:
-    """The USB node and the children the resource wants, under the paths its containerPath gives.
-
-    A template that tells nodes apart ({kind}, {name}) names them all; any other names the one node people mean: the
-    first child, or the USB node of a device without children.
-    """
-    kinds = resource.children
     usb, children = attachment.nodes[:1], attachment.nodes[1:]
-    wanted = usb + tuple(node for node in children if kinds is None or node.kind in kinds)
-    template = resource.container_path
-    if template is None:
-        return tuple(DeviceSpec(node.path, node.path) for node in wanted)
-    names_all = any(text in template for text in _PER_NODE_FIELDS)
-    main = wanted[1] if len(wanted) > 1 else wanted[0]
-    return tuple(
-        DeviceSpec(
-            node.path,
-            render(template, _fields(resource.name, index, attachment, node))
-            if names_all or node is main
-            else node.path,
-        )
-        for node in wanted
-    )
+    wanted = tuple(node for node in children if wants(resource.children, node))
+    main = min(wanted, key=lambda node: _rank(resource.children, node), default=usb[0])
+    placed: list[Placed] = []
+    linked: set[str] = set()
+    numbers: Counter[str] = Counter()
+    for node in (*usb, *wanted):
+        fields = _fields(resource.name, index, attachment, node, numbers[node.kind])
+        numbers[node.kind] += 1
+        found = (_path(template, fields, node, main) for template in resource.container_paths)
+        paths = [path for path in dict.fromkeys(found) if path is not None] or [node.path]
+        if resource.by_id and node.by_id and node.by_id not in linked:  # udev, too, gives a name to one node
+            linked.add(node.by_id)
+            paths += [node.by_id] if node.by_id not in paths else []
+        placed.append(Placed(node, tuple(paths)))
+    return tuple(placed)
 
 
-def _fields(resource: str, index: int, attachment: Attachment, node: DeviceNode) -> dict[str, str]:
+def _rank(kinds: tuple[str, ...] | None, node: DeviceNode) -> int:
+    order = CHILD_KINDS if kinds is None else kinds
+    return order.index(node.kind) if node.kind in order else len(order)
+
+
+def _path(template: str, fields: dict[str, str], node: DeviceNode, main: DeviceNode) -> str | None:
+    """Where the template puts the node; None if it does not name it."""
+    match names(template):
+        case Names.EVERY:
+            named = True
+        case Names.CHILDREN:
+            named = node.kind != "usb"
+        case Names.MAIN:
+            named = node == main
+            if node.partition and main.block and node.path.startswith(main.path):
+                disk = render(template, fields)
+                return f"{disk}{'p' if disk[-1].isdecimal() else ''}{node.partition}"
+    return render(template, fields) if named else None
+
+
+def _fields(resource: str, index: int, attachment: Attachment, node: DeviceNode, number: int) -> dict[str, str]:
     return {
         "resource": resource,
         "index": str(index),
         "kind": node.kind,
         "name": node.path.rpartition("/")[2],
+        "number": str(number),
+        "interface": "" if node.interface is None else f"{node.interface:02x}",
         "busid": attachment.key.busid,
         "serial": attachment.serial or "",
+        "vendor": f"{attachment.usb_id.vendor:04x}",
+        "product": f"{attachment.usb_id.product:04x}",
+        "manufacturer": attachment.manufacturer or "",
+        "model": attachment.model or "",
     }
+
+
+def environment(resource: str, index: int, attachment: Attachment, placed: Sequence[Placed]) -> dict[str, str]:
+    """USBIP_<RESOURCE>_<index>_{DEVICE,BUSID,VENDOR,PRODUCT}, _SERIAL if it has one, and its nodes by their kinds.
+
+    The first node of a kind is _TTY, _HIDRAW and so on, the others are _TTY_1, _TTY_2. Paths are those in the
+    container; a node the container does not get is left out.
+    """
+    prefix = f"USBIP_{_NOT_ENV.sub('_', resource.upper())}_{index}_"
+    env = {
+        prefix + "DEVICE": placed[0].paths[0],
+        prefix + "BUSID": attachment.key.busid,
+        prefix + "VENDOR": f"{attachment.usb_id.vendor:04x}",
+        prefix + "PRODUCT": f"{attachment.usb_id.product:04x}",
+    }
+    if attachment.serial:
+        env[prefix + "SERIAL"] = attachment.serial
+    numbers: Counter[str] = Counter()
+    for one in placed[1:]:
+        name = _ENV_OF_KIND.get(one.node.kind, one.node.kind.upper())
+        number = numbers[name]
+        numbers[name] += 1
+        env[prefix + name + (f"_{number}" if number else "")] = one.paths[0]
+    return env
+
+
+def _specs(resource: ResourceConfig, placed: Sequence[Placed]) -> tuple[tuple[DeviceSpec, DeviceNode], ...]:
+    permissions = _READ_ONLY if resource.read_only else _READ_WRITE
+    return tuple((DeviceSpec(one.node.path, path, permissions), one.node) for one in placed for path in one.paths)
 
 
 def injected(resource: ResourceConfig, number: int, attachment: Attachment) -> Injected:
     """For the CDI spec: what a container gets of its device of this number."""
-    specs = node_specs(resource, number, attachment)
-    by_path = {node.path: node for node in attachment.nodes}
-    return Injected(
-        tuple((spec, by_path[spec.host_path]) for spec in specs), environment(resource.name, number, attachment, specs)
-    )
+    placed = place(resource, number, attachment)
+    wanted = resource.permissions
+    owner = NodeOwner() if wanted is None else NodeOwner(wanted.mode, wanted.user, wanted.group)
+    return Injected(_specs(resource, placed), environment(resource.name, number, attachment, placed), owner)
+
+
+def refuse_shared_paths(resource: ResourceConfig, devices: int) -> None:
+    """PathTaken if so many devices of one container are certain to have a path twice, whatever they are."""
+    template = next((t for t in resource.container_paths if not tells_devices_apart(t)), None)
+    if template is not None and devices > 1:
+        raise PathTaken(f"{resource.name}: containerPath {template} is the same for {devices} devices of one container")
+
+
+def check_paths(resource: ResourceConfig, attachments: Sequence[Attachment]) -> None:
+    """PathTaken if a container with these devices, in their order, would have two nodes under one path."""
+    taken: dict[str, DeviceNode] = {}
+    for index, attachment in enumerate(attachments):
+        for one in place(resource, index, attachment):
+            for path in one.paths:
+                other = taken.setdefault(path, one.node)
+                if other != one.node:
+                    raise PathTaken(f"{resource.name}: {other.path} and {one.node.path} are both to be {path}")
 
 
 def container_response(
@@ -88,15 +158,16 @@ def container_response(
     """
     envs: dict[str, str] = {}
     specs: dict[str, DeviceSpec] = {}
-    names: list[str] = []
+    cdi_names: list[str] = []
     for index, (selector, attachment) in enumerate(devices):
         nodes: tuple[DeviceSpec, ...] = ()
         if resource.cdi:
-            names.append(device_name(domain, resource.name, attachment.key.id, index))
+            cdi_names.append(device_name(domain, resource.name, attachment.key.id, index))
         else:
-            nodes = node_specs(resource, index, attachment)
-            envs.update(environment(resource.name, index, attachment, nodes))
+            placed = place(resource, index, attachment)
+            nodes = tuple(spec for spec, _ in _specs(resource, placed))
+            envs.update(environment(resource.name, index, attachment, placed))
         extras = (DeviceSpec(e.host_path, e.container_path, e.permissions) for e in selector.extras)
         for spec in chain(nodes, extras):
             specs.setdefault(spec.container_path, spec)
-    return ContainerResponse(envs=envs, devices=tuple(specs.values()), cdi_devices=tuple(names))
+    return ContainerResponse(envs=envs, devices=tuple(specs.values()), cdi_devices=tuple(cdi_names))

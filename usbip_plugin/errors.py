@@ -19,6 +19,7 @@ PluginError
 |   +-- PortsExhausted          no free port on the hub of that speed
 |   +-- AttachRefused           the kernel refused the attach write
 |   +-- AttachStuck             attached, but never enumerated
+|   +-- NodesMissing            attached, but child nodes that the configuration promises did not come
 |   +-- DetachFailed            the port did not become free
 +-- CdiError                    a CDI spec cannot be written or removed: disk full, read-only
 +-- LockError                   the cluster-wide lock
@@ -42,6 +43,7 @@ PluginError
 |   +-- AllocateTimeout         allocateTimeout passed
 |   +-- ClaimBusy               the device is being released on this node
 |   +-- NotAttached             a container starts, and its device is not attached to this node now
+|   +-- PathTaken               two device nodes would have one path in the container
 +-- CommandError                what a person asked of the command line
     +-- NoSuchDevice            no device is called that
     +-- AmbiguousDevice         several are
@@ -207,6 +209,31 @@ class AttachStuck(VhciError):
     """The port was taken and the device did not enumerate in time; the port is free again. Worth one more try."""
 
 
+_DRIVERS = {
+    "tty": "cdc-acm, or that of the converter: ftdi_sio, cp210x, ch341, pl2303",
+    "video4linux": "uvcvideo",
+    "block": "usb-storage or uas, and sd_mod",
+    "printer": "usblp",
+    "hidraw": "usbhid",
+    "input": "usbhid and evdev",
+    "sound": "snd-usb-audio",
+}
+
+
+class NodesMissing(VhciError):
+    """kinds: those of `children`, of none of which a node came within so many seconds. It was undone."""
+
+    def __init__(self, key: DeviceKey, kinds: Sequence[str], found: Sequence[str], seconds: float) -> None:
+        self.kinds = tuple(kinds)
+        drivers = "; ".join(f"{kind}: {_DRIVERS[kind]}" for kind in kinds if kind in _DRIVERS)
+        super().__init__(
+            f"{key}: no {' or '.join(kinds)} node within {seconds:g} s, which the resource's children promise; it "
+            f"has {', '.join(found) or 'none'}. Is its driver loaded on this node"
+            + (f" ({drivers})" if drivers else "")
+            + "? Else mend children, or raise childrenTimeout"
+        )
+
+
 class DetachFailed(VhciError):
     """The port did not become free in time."""
 
@@ -326,6 +353,16 @@ class AllocateTimeout(AllocateError):
 
 class ClaimBusy(AllocateError):
     """The device is being let go on this node; the next try will find it free."""
+
+
+class PathTaken(AllocateError):
+    """Two device nodes would have the same path in a container. what: which, and where."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"{what}: use {{index}}, {{serial}} or {{busid}} in containerPath to tell devices apart, {{kind}} and "
+            "{number} to tell nodes apart; leave byId out for devices without a serial number of their own"
+        )
 
 
 class NotAttached(AllocateError):

@@ -36,6 +36,9 @@ from usbip_plugin.errors import (
     LockLost,
     LockUnavailable,
     MalformedReply,
+    NodesMissing,
+    NotAttached,
+    PathTaken,
     PluginError,
     PortsExhausted,
     RecordNotWritable,
@@ -72,12 +75,22 @@ ALLOCATE_FAILURES: Mapping[type[PluginError], str] = MappingProxyType(
         PortsExhausted: "no_port",
         AttachRefused: "attach_refused",
         AttachStuck: "attach_stuck",
+        NodesMissing: "nodes_missing",
         DetachFailed: "detach_failed",
         RecordNotWritable: "record_not_writable",
         CdiError: "cdi_not_writable",
         UnknownDevice: "unknown_device",
         AllocateTimeout: "timeout",
         ClaimBusy: "claim_busy",
+        PathTaken: "path_taken",
+    }
+)
+PRE_START_FAILURES: Mapping[type[PluginError], str] = MappingProxyType(
+    {
+        NotAttached: "not_attached",
+        DriverMissing: "no_driver",
+        DriverNotWritable: "driver_not_writable",
+        CdiError: "cdi_not_writable",
     }
 )
 API_ERRORS: Mapping[type[PluginError], str] = MappingProxyType(
@@ -106,16 +119,14 @@ def transition(change: LockChange, me: str, *, in_use: bool) -> str | None:
 
     in_use: a pod's device is attached here under this lock, or was until a moment ago; nobody here lets it go.
     """
-    before = change.old.holder if change.old is not None else ""
-    after = change.new.holder if change.new is not None else ""
-    if after == me:
+    if change.holder == me:
         epoch = change.old.epoch if change.old is not None else None
-        if before == me and change.new is not None and epoch == change.new.epoch:
+        if change.former == me and change.new is not None and epoch == change.new.epoch:
             return None
-        return "taken_over" if before not in ("", me) else "taken"
-    if before != me:
+        return "taken_over" if change.former not in ("", me) else "taken"
+    if change.former != me:
         return None
-    return "released" if change.new is not None and after == "" and not in_use else "lost"
+    return "released" if change.new is not None and change.holder == "" and not in_use else "lost"
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +162,7 @@ class Figures:
         return Observer(
             on_step=metrics.step,
             on_result=self._allocated,
+            on_pre_start_failed=self._pre_start_failed,
             on_advertised=self._advertised,
             on_plugin=self._plugin_changed,
             on_notice=self.notice,
@@ -190,17 +202,24 @@ class Figures:
         result = "allocated" if error is None else "denied" if isinstance(error, LockHeld) else "failed"
         self._metrics.allocate(result, seconds)
 
+    def _pre_start_failed(self, resource: str, error: PluginError) -> None:
+        self._metrics.pre_start_failed(resource, reason_of(error, PRE_START_FAILURES))
+
     def _advertised(self, resource: str, devices: tuple[Advertised, ...]) -> None:
         agent = self._agent
         full = f"{self._domain}/{resource}"
         if not devices and agent is not None and all(r.name != resource for r in agent.advertiser.config.resources):
             self._metrics.forget(full)
             return
-        self._metrics.devices(full, Counter(device.health.reason for device in devices))
+        self._metrics.devices(full, devices)
 
     def _plugin_changed(self, plugin: Plugin) -> None:
-        resource = plugin.resource
-        self._metrics.expect_resource(resource, (*ALLOCATE_FAILURES.values(), OTHER))
+        resource, agent = plugin.resource, self._agent
+        if agent is not None and resource not in agent.resources.plugins:
+            self._metrics.forget(resource)
+            return
+        failures, pre_starts = (*ALLOCATE_FAILURES.values(), OTHER), (*PRE_START_FAILURES.values(), OTHER)
+        self._metrics.expect_resource(resource, failures, pre_starts)
         if plugin.registered:
             self._metrics.registered(resource)
             if plugin.registrations > 1:

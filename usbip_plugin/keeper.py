@@ -10,15 +10,16 @@ from dataclasses import replace
 
 from usbip_plugin.adopting import Adopter
 from usbip_plugin.attaching import Means
-from usbip_plugin.claims import Event, State
+from usbip_plugin.claims import Claim, Event, State, own_port
 from usbip_plugin.config import OnLoss
-from usbip_plugin.errors import VhciError
+from usbip_plugin.errors import CdiError, VhciError
 from usbip_plugin.locks.manager import LockChange
 from usbip_plugin.model import Attachment
-from usbip_plugin.notices import Notice, What
+from usbip_plugin.notices import Notice, What, late_nodes
 from usbip_plugin.observe.tracing import within
 from usbip_plugin.reattaching import REATTACH_FIRST_WAIT, Reattacher, Wishes
 from usbip_plugin.vhci.driver import PortState
+from usbip_plugin.vhci.promises import wants
 from usbip_plugin.work import DeviceWork
 
 log = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ class Keeper:
         self._specs = means.specs
         self._clock = means.clock
         self._on_notice = wishes.on_notice
-        self._on_loss = wishes.on_loss
+        self._resource_of = wishes.resource_of
         self._evict = wishes.evict
         self._ports_event = asyncio.Event()
 
@@ -55,13 +56,9 @@ class Keeper:
 
     async def verify(self, device_id: str) -> None:
         """Looks now whether a device stands attached as its claim says, and which nodes it has. VhciError, CdiError."""
-        await self._check_port(device_id, await self._driver.ports())
+        now = await self._check_port(device_id, await self._driver.ports())
         claim = self._work.book.get(device_id)
-        if claim is None or claim.state is not State.ATTACHED or claim.attachment is None or claim.port is None:
-            return
-        now = await self._driver.inspect(claim.place, claim.port)
-        if now is not None and self._work.book.get(device_id) == claim and _grew(claim.attachment, now):
-            now = replace(now, key=claim.key)
+        if now is not None and claim is not None and claim.attachment is not None and claim.attachment != now:
             self._specs.write(claim, now)
             self._work.book.put(replace(claim, attachment=now))
 
@@ -80,19 +77,49 @@ class Keeper:
             except VhciError as error:
                 log.warning("cannot read vhci ports", extra={"cause": str(error)})
 
-    async def _check_port(self, device_id: str, ports: Sequence[PortState]) -> None:
+    async def _check_port(self, device_id: str, ports: Sequence[PortState]) -> Attachment | None:
+        """Begins a re-attach if the device does not stand attached as its claim says; else the attachment as it is."""
         claim = self._work.book.get(device_id)
-        if claim is None or claim.state is not State.ATTACHED or await self._work.pipeline.stands(claim, ports):
-            return
+        if claim is None or claim.state is not State.ATTACHED:
+            return None
+        standing = await self._work.pipeline.standing(claim, ports)
         now = self._work.book.get(device_id)
         if now is None or now.state is not State.ATTACHED or now.attachment != claim.attachment:
-            return
+            return None
+        if standing is not None:
+            self._take_late_nodes(now, standing)
+            return standing
         # the state moves here and now, so that the withdrawal does not wait for the mutex
         self._work.book.move(now, Event.PORT_LOST)
         with within(claim.traceparent):
             log.warning("attachment lost", extra={"device": str(claim.key), "port": claim.port})
-        self._on_notice(Notice(What.LOST, claim.key, f"vhci port {claim.port} fell free, re-attaching", claim.pod))
+        on_port = own_port(claim.place, ports, claim.port)
+        why = "fell free" if on_port is None else "has it no more as it was: it has left the bus"
+        self._on_notice(Notice(What.LOST, claim.key, f"vhci port {claim.port} {why}, re-attaching", claim.pod))
+        self.reattacher.seeker.lost(device_id)
         self._begin_reattach(device_id)
+        return None
+
+    def _take_late_nodes(self, claim: Claim, now: Attachment) -> None:
+        """Child nodes that came after the Allocate: in the spec, for the next start of a container; and told of.
+
+        Nodes that go are left in the spec until a container starts: a program that takes an interface from its kernel
+        driver gives it back when it ends.
+        """
+        before = claim.attachment
+        late = [node for node in now.nodes if before is not None and node not in before.nodes]
+        wanted = [node.path for node in late if wants(self._resource_of(claim).children, node)]
+        if before is None or not late:
+            return
+        try:
+            self._specs.write(claim, now)
+        except CdiError as error:
+            log.warning("CDI spec not true", extra={"device": str(claim.key), "cause": str(error)})
+            return
+        self._work.book.put(replace(claim, attachment=now))
+        if wanted:
+            log.warning("device nodes came late", extra={"device": str(claim.key), "nodes": wanted})
+            self._on_notice(late_nodes(claim.key, wanted, claim.pod, by_cdi=bool(claim.numbers)))
 
     def _lock_changed(self, change: LockChange) -> None:
         """R6: the watch shows another holder of a device that is attached here. Or that a lost lock is free again."""
@@ -114,7 +141,7 @@ class Keeper:
         text = f"node {holder} holds it now" if holder else "its lock no longer names this node"
         if change.old is not None and change.old.holder == self._me.node:
             self._on_notice(Notice(What.LOCK_LOST, claim.key, text + "; it is detached here", claim.pod))
-            if self._on_loss(claim) is OnLoss.EVICT and claim.pod is not None and claim.pod.uid is not None:
+            if self._resource_of(claim).on_loss is OnLoss.EVICT and claim.pod is not None and claim.pod.uid is not None:
                 self._evict(claim.pod)
         self.reattacher.look_again(change.device_id)
         self._begin_withdrawal(change.device_id)
@@ -158,8 +185,3 @@ class Keeper:
         text = f"the lock of {claim.place} names {holder or 'nobody'} now; it is detached here"
         self._on_notice(Notice(What.LOST, claim.key, text, claim.pod))
         self._begin_reattach(claim.id)
-
-
-def _grew(before: Attachment, now: Attachment) -> bool:
-    """The same enumeration of the device with other child nodes: a driver came late, or another was bound."""
-    return now.nodes[:1] == before.nodes[:1] and now.nodes != before.nodes

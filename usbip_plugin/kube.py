@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
-import re
+import random
 import socket
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +20,11 @@ from usbip_plugin import _narrow
 from usbip_plugin.clock import Clock, SystemClock
 from usbip_plugin.errors import (
     ConfigError,
-    KubeConflict,
     KubeError,
-    KubeForbidden,
-    KubeGone,
-    KubeNotFound,
     KubeServerError,
-    KubeThrottled,
-    KubeUnauthorized,
     KubeUnreachable,
 )
-from usbip_plugin.redaction import redacted
+from usbip_plugin.kube_answers import decoded, event_of, lines, refusal, whole
 
 _narrow.install()
 
@@ -46,18 +39,14 @@ REQUEST_TIMEOUT_S = 5.0
 # The API server sends a bookmark about every 60 s on an idle watch.
 WATCH_IDLE_S = 90.0
 WATCH_SERVER_TIMEOUT_S = 300
+WATCH_SPREAD = 2.0
 # A token file is read again this often; the kubelet rotates it long before the token expires.
 TOKEN_PERIOD_S = 60.0
 LIST_PAGE = 500
 MAX_PAGES = 200
-# etcd refuses objects beyond 1.5 MiB, so no honest watch event is longer.
-MAX_EVENT_BYTES = 4 << 20
-MAX_BODY_BYTES = 64 << 20
-MAX_MESSAGE = 500
 # A peer that vanished without a word is noticed on an idle watch after 10 + 3 * 5 s.
 KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_COUNT = 10, 5, 3
 
-_SECONDS = re.compile("[0-9]{1,6}")
 _SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _HTTP_METHODS = {
     "get": "GET",
@@ -82,6 +71,7 @@ class KubeClient:
         clock: Clock,
         token_period: float | None = None,
         on_error: Callable[[KubeError], None] | None = None,
+        rng: random.Random | None = None,
     ) -> None:
         """reload_token reads the credentials anew and returns the Authorization header; token_period in seconds.
 
@@ -95,6 +85,7 @@ class KubeClient:
         self._token_read = clock.monotonic()
         self._clock = clock
         self._on_error = on_error
+        self._rng = rng or random.Random()  # noqa: S311 - jitter only
 
     async def close(self) -> None:
         """Close every connection. Requests in flight fail with KubeUnreachable."""
@@ -120,8 +111,8 @@ class KubeClient:
             async with self._clock.timeout(timeout):
                 response = await self._send(verb, path, resource, params, body, content_type, timeout)
                 async with response:
-                    data = await _read_bounded(response, verb, resource)
-            return _decode(data, verb, resource)
+                    data = await whole(response.content.iter_any(), verb, resource)
+            return decoded(data, verb, resource)
 
     async def list(
         self, path: str, *, resource: str, params: Params | None = None, timeout: float = REQUEST_TIMEOUT_S
@@ -150,14 +141,15 @@ class KubeClient:
     ) -> AsyncGenerator[dict[str, Any], None]:
         """Raw watch events {"type", "object"} as they come, bookmarks included.
 
-        Ends when the server ends it, which it is asked to do after timeout seconds. KubeGone when the
+        Ends when the server ends it, which it is asked to do after timeout to twice timeout seconds: watches that were
+        opened together are not opened again together. KubeGone when the
         resourceVersion is too old; KubeUnreachable when the connection breaks or is silent for WATCH_IDLE_S.
         Who leaves it early closes it (contextlib.aclosing).
         """
         query = {
             "watch": "true",
             "allowWatchBookmarks": "true",
-            "timeoutSeconds": str(max(1, int(timeout))),
+            "timeoutSeconds": str(max(1, int(timeout * self._rng.uniform(1, WATCH_SPREAD)))),
             **(params or {}),
         }
         with self._told(), _translated("watch", resource):
@@ -165,8 +157,8 @@ class KubeClient:
                 response = await self._send("watch", path, resource, query, None, "application/json", None)
             async with response:
                 _keep_alive(response)
-                async for line in _lines(response.content.iter_any(), resource):
-                    yield _event(line, resource)
+                async for line in lines(response.content.iter_any(), resource):
+                    yield event_of(line, resource)
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
@@ -196,7 +188,8 @@ class KubeClient:
             response = await self._send_once(verb, path, params, body, content_type, timeout)
         if not 200 <= response.status <= 299:
             async with response:
-                raise await _refusal(response, verb, resource)
+                data = await whole(response.content.iter_any(), verb, resource)
+                raise refusal(response.status, data, verb, resource, response.headers.get("Retry-After"))
         return response
 
     async def _send_once(
@@ -322,94 +315,6 @@ def _translated(verb: str, resource: str) -> Any:
         if "closed" not in str(error):
             raise
         raise KubeUnreachable(verb, resource, "the client is closed") from error
-
-
-async def _read_bounded(response: aiohttp.ClientResponse, verb: str, resource: str) -> bytes:
-    parts: list[bytes] = []
-    size = 0
-    async for part in response.content.iter_any():
-        size += len(part)
-        if size > MAX_BODY_BYTES:
-            raise KubeServerError(verb, resource, f"the answer is longer than {MAX_BODY_BYTES} bytes")
-        parts.append(part)
-    return b"".join(parts)
-
-
-async def _lines(parts: AsyncIterable[bytes], resource: str) -> AsyncIterator[bytes]:
-    """Lines as soon as each is complete."""
-    begun: list[bytes] = []  # of a line whose end has not come yet
-    size = 0
-    async for part in parts:
-        first, *complete = part.split(b"\n")
-        begun.append(first)
-        size += len(first)
-        if size > MAX_EVENT_BYTES:
-            raise KubeServerError("watch", resource, f"an event longer than {MAX_EVENT_BYTES} bytes")
-        if complete:
-            *complete, rest = (b"".join(begun), *complete)
-            begun, size = [rest], len(rest)
-        for line in complete:
-            if line.strip():
-                yield line
-
-
-def _decode(data: bytes, verb: str, resource: str) -> dict[str, Any]:
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise KubeServerError(verb, resource, f"the answer is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise KubeServerError(verb, resource, "the answer is not a JSON object")
-    return value
-
-
-def _event(line: bytes, resource: str) -> dict[str, Any]:
-    event = _decode(line, "watch", resource)
-    if not isinstance(event.get("type"), str) or not isinstance(event.get("object"), dict):
-        raise KubeServerError("watch", resource, "an event without type and object")
-    if event["type"] == "ERROR":
-        status = event["object"]
-        code = status.get("code")
-        raise error_of(code if isinstance(code, int) else 500, status, "watch", resource, None)
-    return event
-
-
-async def _refusal(response: aiohttp.ClientResponse, verb: str, resource: str) -> KubeError:
-    data = (await _read_bounded(response, verb, resource))[: 1 << 20]
-    try:
-        status = json.loads(data)
-    except (ValueError, RecursionError):
-        status = {"message": data[: 8 * MAX_MESSAGE].decode("utf-8", "replace")}
-    return error_of(
-        response.status, status if isinstance(status, dict) else {}, verb, resource, response.headers.get("Retry-After")
-    )
-
-
-def error_of(code: int, status: Mapping[str, Any], verb: str, resource: str, retry_after: str | None) -> KubeError:
-    """The error for an HTTP code and the Status object that came with it."""
-    said = next((text for key in ("message", "reason") if isinstance(text := status.get(key), str) and text), "")
-    # whoever answers may have quoted the request, the token in its header included
-    message = redacted(_printable(said), MAX_MESSAGE)[:MAX_MESSAGE] or f"HTTP {code}"
-    if code == 429:
-        seconds = float(retry_after) if retry_after and _SECONDS.fullmatch(retry_after) else None
-        return KubeThrottled(verb, resource, seconds)
-    kinds: dict[int, Callable[[str, str, str], KubeError]] = {
-        401: KubeUnauthorized,
-        403: KubeForbidden,
-        404: KubeNotFound,
-        409: KubeConflict,
-        410: KubeGone,
-    }
-    if code in kinds:
-        return kinds[code](verb, resource, message)
-    if code >= 500:
-        return KubeServerError(verb, resource, f"{message} (HTTP {code})")
-    return KubeError(verb, resource, f"{message} (HTTP {code})")
-
-
-def _printable(text: str) -> str:
-    """On one line; it may quote what others wrote into an object."""
-    return "".join(char if char.isprintable() else "?" for char in " ".join(text.split()))
 
 
 def _keep_alive(response: aiohttp.ClientResponse) -> None:

@@ -101,15 +101,38 @@ class Descriptor:
         return self.busnum << 16 | self.devnum
 
 
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What a device itself has told beyond DEVLIST, and which one it was: another may stand under its bus id by now.
+
+    devid: of that device, see Descriptor; None where that is not known. serial and interfaces: None while nobody has
+    asked for them, "" and () if it has none.
+    """
+
+    devid: int | None = None
+    serial: str | None = None
+    interfaces: tuple[InterfaceClass, ...] | None = None
+
+
+UNTOLD = Identity()
+
+
 @dataclass(frozen=True, order=True, slots=True)
 class DeviceNode:
-    """A device node of an attached device. kind: usb, tty, hidraw, input, video4linux, sound, block, usbmisc."""
+    """A device node of an attached device. kind: usb, or one of config.schema.CHILD_KINDS.
+
+    interface: the bInterfaceNumber of the USB interface it belongs to, None for the device's own node. partition: its
+    number on its disk, 0 for anything else. by_id: the path that udev's rules give it besides, "" for none.
+    """
 
     path: str
     kind: str
     block: bool
     major: int
     minor: int
+    interface: int | None = None
+    partition: int = 0
+    by_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +140,8 @@ class Attachment:
     """A device attached to a port of this node's vhci_hcd, enumerated and authorised.
 
     local_busid is the name under /sys/bus/usb/devices; nodes has the USB node first, then its children by path.
+    serial, manufacturer, model: the device's own words, printable and bounded; None where it has none. net: network
+    interfaces it has brought to this node, which are no device nodes and stay there.
     """
 
     key: DeviceKey
@@ -125,6 +150,9 @@ class Attachment:
     usb_id: UsbId
     serial: str | None
     nodes: tuple[DeviceNode, ...]
+    manufacturer: str | None = None
+    model: str | None = None
+    net: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -151,9 +179,9 @@ class NodeIdentity:
 class Lock:
     """A lock Lease as read. Times are wall clock, for people only; no decision uses them.
 
-    holder is "" when released; epoch is leaseTransitions; duration is leaseDurationSeconds, an hour at most. serial is
-    None while nobody has asked the device, "" if it has none. in_place_of: the ID of the device that is attached from
-    here, because its server lists it under this bus id now. by_hand: its last write was a release by a person.
+    holder is "" when released; epoch is leaseTransitions; duration is leaseDurationSeconds, an hour at most. serial,
+    interfaces and read_from are those of an Identity, see identity. in_place_of: the ID of the device that is attached
+    from here, because it is plugged in here now. by_hand: its last write was a release by a person.
     """
 
     device_id: str
@@ -173,6 +201,13 @@ class Lock:
     traceparent: str | None = None
     in_place_of: str | None = None
     by_hand: bool = False
+    interfaces: tuple[InterfaceClass, ...] | None = None
+    read_from: int | None = None
+
+    @property
+    def identity(self) -> Identity:
+        """What the device told when it was asked last."""
+        return Identity(self.read_from, self.serial, self.interfaces)
 
 
 class Reason(enum.Enum):
@@ -183,6 +218,7 @@ class Reason(enum.Enum):
     IN_PROGRESS = "being allocated here"
     OTHER_RESOURCE = "in use here as another resource"
     IN_PLACE_OF = "in use here in place of the bus id it had before"
+    NOT_CONFIGURED = "taken out of the configuration"
     HOLDER_EXPIRED = "its holder is gone; may be taken over"
     HELD_ELSEWHERE = "held by another node"
     LOST = "attachment lost, re-attaching"
@@ -190,6 +226,9 @@ class Reason(enum.Enum):
     SERVER_UNREACHABLE = "server unreachable"
     NOT_LISTED = "not exported by its server"
     LISTED_WRONG = "the server lists another device under this bus id"
+    NOT_READ = "plugged in anew, and not read yet"
+    MOVED = "under another bus id or server now"
+    AMBIGUOUS = "several devices tell its serial number"
     API_UNREACHABLE = "API server unreachable"
     NO_DRIVER = "vhci_hcd is not loaded on this node"
     NO_PORT = "no free vhci port on this node"
@@ -200,7 +239,8 @@ class Reason(enum.Enum):
         return self in _HEALTHY
 
 
-_HEALTHY = frozenset({Reason.FREE, Reason.ATTACHED, Reason.IN_PROGRESS, Reason.HOLDER_EXPIRED})
+# a tuple: to look for a member of an enum in a set, Python code computes its hash
+_HEALTHY = (Reason.FREE, Reason.ATTACHED, Reason.IN_PROGRESS, Reason.HOLDER_EXPIRED)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from usbip_plugin.errors import LockHeld, PluginError
@@ -26,6 +26,8 @@ class What(enum.Enum):
     LOST = (WARNING, "DeviceLost", "Reattach", About.POD)
     REATTACHED = (NORMAL, "DeviceReattached", "Reattach", About.POD)
     NODES_CHANGED = (WARNING, "DeviceNodesChanged", "Reattach", About.POD)
+    NODES_LATE = (WARNING, "DeviceNodesLate", "Attach", About.POD)
+    NETWORK = (WARNING, "DeviceNetworkInterface", "Attach", About.POD)
     MOVED = (NORMAL, "DeviceMoved", "Reattach", About.POD)
     NOT_REATTACHED = (WARNING, "DeviceNotReattached", "Reattach", About.POD)
     RESTART_NEEDED = (WARNING, "DeviceNodesChanged", "Restart", About.POD)
@@ -50,6 +52,19 @@ def attached(key: DeviceKey, attachment: Attachment | None, port: int | None, po
     """Said when the pod becomes known: an Allocate does not name it."""
     node = f" as {attachment.nodes[0].path}" if attachment is not None and attachment.nodes else ""
     return Notice(What.ATTACHED, key, f"attached on vhci port {port}{node}", pod)
+
+
+def late_nodes(key: DeviceKey, paths: Sequence[str], pod: PodRef | None, *, by_cdi: bool) -> Notice:
+    """Device nodes that came when the Allocate had been answered."""
+    cure = "a container has them when it is started again" if by_cdi else "a pod has them only when it is created anew"
+    hint = "name their kinds in children, so that an Allocate waits for them"
+    return Notice(What.NODES_LATE, key, f"{', '.join(paths)} came after the Allocate: {cure}; {hint}", pod)
+
+
+def network(key: DeviceKey, names: Sequence[str], pod: PodRef) -> Notice:
+    """What a device has that no container gets."""
+    text = f"its network interface {', '.join(names)} stays on the node: it is no device node"
+    return Notice(What.NETWORK, key, text, pod)
 
 
 def refused(resource: str, error: PluginError) -> Notice:

@@ -8,6 +8,7 @@ import random
 import signal
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from usbip_plugin import __version__
@@ -18,6 +19,7 @@ from usbip_plugin.config.reload import ConfigWatcher, Loaded
 from usbip_plugin.config.schema import DEFAULT_CDI_DIRECTORY
 from usbip_plugin.errors import ConfigError, PluginError
 from usbip_plugin.figures import Figures, Losses
+from usbip_plugin.fleet import count_pods
 from usbip_plugin.kube import KubeClient, connect
 from usbip_plugin.kubelet.cdi import CdiDirectory
 from usbip_plugin.kubelet.directory import PluginDirectory
@@ -32,6 +34,7 @@ from usbip_plugin.observe.site import Site
 from usbip_plugin.observe.status import Status
 from usbip_plugin.observe.tracing import Tracing
 from usbip_plugin.resources import SocketRegistrar
+from usbip_plugin.settling import settle, small_tls_buffers
 from usbip_plugin.status import config_failed, config_loaded, status_of
 from usbip_plugin.usbip.client import TcpUsbipClient
 from usbip_plugin.vhci.driver import VhciDriver
@@ -44,6 +47,8 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 BEAT_INTERVAL = 2.0
 BEAT_WITHIN = 10.0
 """Seconds: the event loop says that it turns, and may be late, before /healthz answers 503."""
+START_OVER_S = 10.0
+"""By then a start has registered and waits. If not, what it still needs is loaded a second time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +126,7 @@ class _Process:
         self._domain = options.domain
         self._clock = clock
         self._loaded = loaded
+        self._start_only = loaded.config.start_only()
         self._metrics = metrics
         self._figures = figures
         self._recent = tracing.recent
@@ -142,6 +148,7 @@ class _Process:
                 clock=clock,
                 rng=rng,
                 tracer=tracing.tracer,
+                count_nodes=partial(count_pods, kube, options.namespace),
             ),
             loaded.config,
             domain=options.domain,
@@ -168,6 +175,7 @@ class _Process:
                 tasks.create_task(watcher.run(), name="configuration"),
                 tasks.create_task(self._events.run(), name="events"),
                 tasks.create_task(self._beat(), name="heartbeat"),
+                tasks.create_task(self._settle(), name="settling"),
             ]
             if self._options.listen:
                 pages = standard_pages(alive=self._beats.verdict, ready=self._ready, metrics=self._metrics.render)
@@ -184,6 +192,13 @@ class _Process:
         while True:
             self._beats.beat("event loop", BEAT_WITHIN)
             await self._clock.sleep(BEAT_INTERVAL)
+
+    async def _settle(self) -> None:
+        await self._clock.sleep(START_OVER_S)
+        try:
+            settle()
+        except OSError as error:
+            log.debug("the code of the start stays in memory", extra={"cause": str(error)})
 
     def _ready(self) -> Verdict:
         if self.agent.ready:
@@ -216,8 +231,16 @@ class _Process:
             log.warning("configuration warning", extra={"problem": warning})
         self._figures.config_reloaded()
         self._config_report = config_loaded(self._options.config, config, warnings, self._clock.now())
+        self._warn_of_start_only(config)
         self.agent.reconfigure(config)
         log.info("configuration reloaded", extra={"resources": [resource.name for resource in config.resources]})
+
+    def _warn_of_start_only(self, config: Config) -> None:
+        before, self._start_only = self._start_only, config.start_only()
+        for name, value in self._start_only.items():
+            if before[name] != value:
+                extra = {"setting": name, "in_force": self._loaded.config.start_only()[name], "in_file": value}
+                log.warning("read at start only: restart the plugin", extra=extra)
 
     def _config_failed(self, error: ConfigError) -> None:
         self._figures.config_failed()
@@ -230,6 +253,7 @@ def run_blocking(options: Options, loaded: Loaded, warnings: Iterable[str]) -> i
     """run() from a synchronous command line. 0 after a signal; 1 with a message if it could not run."""
     for warning in warnings:
         log.warning("configuration warning", extra={"problem": warning})
+    small_tls_buffers()
     failed: list[BaseException] = []
     try:
         asyncio.run(run(options, loaded))

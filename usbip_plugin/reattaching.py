@@ -13,8 +13,8 @@ from opentelemetry.trace import Span
 
 from usbip_plugin import retry
 from usbip_plugin.attaching import Means
-from usbip_plugin.claims import AfterReattach, Claim, Event, State, after_reattach
-from usbip_plugin.config import OnLoss
+from usbip_plugin.claims import AfterReattach, Claim, Event, State, after_reattach, place_of
+from usbip_plugin.config import ResourceConfig
 from usbip_plugin.errors import (
     CdiError,
     DeviceBusy,
@@ -23,17 +23,20 @@ from usbip_plugin.errors import (
     LockError,
     LockHeld,
     LockLost,
+    NodesMissing,
     PluginError,
     RecordNotWritable,
+    ServerTimeout,
+    ServerUnreachable,
     UsbipError,
     VhciError,
     WrongDevice,
     WrongSerial,
 )
-from usbip_plugin.model import Attachment, DeviceKey, PodRef
+from usbip_plugin.model import Attachment, DeviceKey, Identity, PodRef
 from usbip_plugin.notices import Notice, What
 from usbip_plugin.observe.tracing import remote_parent
-from usbip_plugin.seeker import Configured, Seeker
+from usbip_plugin.seeker import MayBe, Seeker
 from usbip_plugin.spans import Tries, device_attributes, failed, pod_attributes, span
 from usbip_plugin.usbip.poller import ServerView
 from usbip_plugin.whereabouts import Ambiguous, Ask, Found
@@ -45,7 +48,7 @@ REATTACH_FIRST_WAIT = 0.2
 REATTACH_MAX_WAIT = 3.5
 """Seconds between tries to attach a lost device again; with jitter and the attach, 5 s after its server is back."""
 REATTACH_TIMEOUT = 10.0
-"""Seconds one such try may take."""
+"""Seconds one such try may take; a childrenTimeout beyond the default adds to it."""
 
 
 class Reattach(enum.Enum):
@@ -60,15 +63,15 @@ class Reattach(enum.Enum):
 class Wishes:
     """What the rest of the agent is told of lost devices, and asked about them.
 
-    on_notice is told what people should hear of, on_reattach of each try; on_loss(claim) says what its resource wants,
-    evict(pod) does it. configured: which devices may be looked at in search of a lost one.
+    on_notice is told what people should hear of, on_reattach of each try; resource_of(claim) says what its resource
+    wants, evict(pod) does it. may_be: which devices may be looked at in search of a lost one.
     """
 
     on_notice: Callable[[Notice], None]
     on_reattach: Callable[[Reattach], None]
-    on_loss: Callable[[Claim], OnLoss]
+    resource_of: Callable[[Claim], ResourceConfig]
     evict: Callable[[PodRef], None]
-    configured: Configured
+    may_be: MayBe
 
 
 class Reattacher:
@@ -76,14 +79,14 @@ class Reattacher:
 
     def __init__(self, means: Means, work: DeviceWork, wishes: Wishes) -> None:
         self._work = work
-        self.seeker = Seeker(means, work, wishes.configured, self._look_everywhere)
+        self.seeker = Seeker(means, work, wishes.may_be, self._look_everywhere)
         self._locks = means.locks
         self._clock = means.clock
         self._rng = means.rng
         self._tracer = means.tracer
         self._on_notice = wishes.on_notice
         self._on_reattach = wishes.on_reattach
-        self._on_loss = wishes.on_loss
+        self._resource_of = wishes.resource_of
         self._evict = wishes.evict
         self._stirs: dict[str, asyncio.Event] = {}
 
@@ -95,12 +98,9 @@ class Reattacher:
     def server_changed(self, view: ServerView) -> None:
         """A server that lists a lost device again, or one of its kind, is asked for it at once."""
         self.seeker.server_changed(view)
-        busids, kinds = {device.busid for device in view.devices}, {device.usb_id for device in view.devices}
         for device_id in self._stirs:
             claim = self._work.book.get(device_id)
-            if claim is None or claim.key.server != view.server:
-                continue
-            if claim.place.busid in busids or claim.usb_id in kinds:
+            if claim is not None and self.seeker.may_be_listed(claim, view.server):
                 self.look_again(device_id)
 
     def _look_everywhere(self) -> None:
@@ -112,8 +112,7 @@ class Reattacher:
         waits = retry.backoff(self._rng, REATTACH_FIRST_WAIT, REATTACH_MAX_WAIT)
         stir = self._stirs[device_id] = asyncio.Event()
         claim = self._work.book[device_id]
-        # what the pod has; a try that attaches and then fails replaces it in the book
-        before = claim.attachment
+        before = claim.given
         try:
             attributes, context = (
                 device_attributes(claim.key) | pod_attributes(claim.pod),
@@ -138,10 +137,15 @@ class Reattacher:
             claim = self._work.book.get(device_id)
             if claim is None or claim.state is not State.REATTACHING:
                 return False
+            wanted = self._resource_of(claim)
+            if (wanted.children, wanted.children_timeout) != (claim.children, claim.children_timeout):
+                claim = replace(claim, children=wanted.children, children_timeout=wanted.children_timeout)
+                self._work.book.put(claim)
             try:
                 with tries.one(promising=promising):
-                    async with self._clock.timeout(REATTACH_TIMEOUT):
-                        after = await self._attach(device_id, self._clock.monotonic() + REATTACH_TIMEOUT)
+                    limit = REATTACH_TIMEOUT + claim.more_time
+                    async with self._clock.timeout(limit):
+                        after = await self._attach(device_id, self._clock.monotonic() + limit)
             except LockLost as error:
                 self._on_reattach(Reattach.FAILED)
                 failed(whole, error)
@@ -162,7 +166,9 @@ class Reattacher:
     def _note_trouble(self, claim: Claim, error: Exception) -> None:
         """What only this node's operator can mend is the device's reason, and is told once."""
         now = self._work.book.get(claim.id)
-        if not isinstance(error, CdiError | RecordNotWritable) or now is None or now.hindrance == str(error):
+        if not isinstance(error, CdiError | RecordNotWritable | NodesMissing):
+            return
+        if now is None or now.hindrance == str(error):
             return
         self._work.book.put(replace(now, hindrance=str(error)))
         log.warning("not re-attached", extra={"device": str(claim.key), "cause": str(error)})
@@ -171,8 +177,9 @@ class Reattacher:
     async def _attach(self, device_id: str, deadline: float) -> Attachment:
         """From the claim's place or, if the device is not there, from where its server lists it now."""
         claim = self._work.book[device_id]
-        cause: PluginError | None = self.seeker.wrong_at_home(claim)
-        if cause is None:
+        cause: PluginError | None = self.seeker.wrong_at_home(claim) or self.seeker.home_is_away(claim)
+        place = self._seek(device_id, cause) if cause is not None else None
+        if cause is None or (place is None and not isinstance(cause, WrongSerial)):
             try:
                 return await self._attach_from_place(device_id, deadline)
             except DeviceBusy:
@@ -182,7 +189,7 @@ class Reattacher:
                     self.look_again(device_id)  # its own place comes next, at once
                     raise
                 cause = error
-        place = self._seek(device_id, cause)
+            place = self._seek(device_id, cause)
         if place is None or self._work.mutex(place.id).locked():
             raise cause
         # from here on a lock on that place is this claim's, whatever becomes of who takes it
@@ -190,16 +197,22 @@ class Reattacher:
         return await self._attach_from_place(device_id, deadline)
 
     async def _attach_from_place(self, device_id: str, deadline: float) -> Attachment:
-        place = self._work.book[device_id].place
+        claim = self._work.book[device_id]
+        place = claim.place
         try:
             return await self._work.pipeline.reattach(device_id, deadline)
         except DeviceBusy:
+            raise
+        except (ServerUnreachable, ServerTimeout) as error:
+            if place.server != claim.key.server:  # it may be home again, or elsewhere
+                self.seeker.not_there(place, error)
+                await self._work.pipeline.leave(device_id)
             raise
         except (ImportRefused, WrongDevice, WrongSerial, LockHeld) as error:
             self.seeker.not_there(place, error)
             if self._work.book[device_id].moved_to is not None:
                 if isinstance(error, WrongSerial):
-                    await self._work.write_serial(place, error.found)
+                    await self._work.pipeline.write_told(place, Identity(error.devid, error.found))
                 await self._work.pipeline.leave(device_id)
             raise
 
@@ -211,8 +224,8 @@ class Reattacher:
             return None  # it is tried again as soon as that is known
         hindrance = str(cause) if isinstance(cause, WrongDevice | WrongSerial) else ""
         if isinstance(verdict, Ambiguous):
-            busids = " and ".join(key.busid for key in verdict.keys)
-            hindrance = f"{busids} both have its serial number {claim.serial}, so neither is taken for it"
+            places = " and ".join(place_of(replace(claim, moved_to=key)) for key in verdict.keys)
+            hindrance = f"{places} both have its serial number {claim.serial}, so neither is taken for it"
         if hindrance != claim.hindrance:
             self._work.book.put(replace(claim, hindrance=hindrance))
             if hindrance:
@@ -224,21 +237,24 @@ class Reattacher:
         claim = self._work.book.get(before.id)
         if claim is None or claim.moved_to == before.moved_to:
             return
-        whole.set_attribute("usbip.moved_to", claim.place.busid)
+        whole.set_attribute("usbip.moved_to", place_of(claim))
         log.info("followed", extra={"device": str(claim.key), "place": str(claim.place)})
-        text = f"its server lists it as {claim.place.busid} now; it is attached from there"
+        here = claim.place.server == claim.key.server
+        where = f"its server lists it as {claim.place.busid} now" if here else f"it is plugged in at {claim.place} now"
+        text = f"{where}; it is attached from there"
         self._on_notice(Notice(What.MOVED, claim.key, text, claim.pod))
         if claim.moved_to is not None and claim.pod is not None:
             self._work.spawn(self._work.note_pod(claim.moved_to, claim.pod), f"note pod {claim.pod}")
 
     def _reattached(self, claim: Claim, before: Attachment | None, after: Attachment, whole: Span) -> None:
-        verdict = after_reattach(before, after, self._on_loss(claim), claim.pod, by_cdi=bool(claim.numbers))
-        same = verdict is AfterReattach.GOES_ON
+        wants, by_cdi = self._resource_of(claim), bool(claim.numbers)
+        verdict = after_reattach(before, after, wants.on_loss, claim.pod, by_cdi=by_cdi, children=wants.children)
+        same = verdict in (AfterReattach.GOES_ON, AfterReattach.CHILDREN_GO_ON)
         self._on_reattach(Reattach.SAME_NODES if same else Reattach.OTHER_NODES)
         whole.set_attribute("usbip.same_nodes", same)
         log.info("re-attached", extra={"device": str(claim.key), "port": after.port, "same_nodes": same})
-        known = {AfterReattach.GOES_ON: What.REATTACHED, AfterReattach.RESTART: What.RESTART_NEEDED}
-        what = known.get(verdict, What.NODES_CHANGED)
+        changed = What.RESTART_NEEDED if verdict is AfterReattach.RESTART else What.NODES_CHANGED
+        what = What.REATTACHED if same else changed
         self._on_notice(Notice(what, claim.key, verdict.value, claim.pod))
         if verdict is AfterReattach.EVICT and claim.pod is not None:
             self._evict(claim.pod)

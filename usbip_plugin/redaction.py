@@ -29,10 +29,9 @@ _RULES: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"(://)[^/\s@]+@"), rf"\1{REDACTED}@"),
 )
 
-_HINT = re.compile(
-    r"-BEGIN |bearer|basic|eyJ|token|passw|secret|api.?key|authorization|client-key-data|://", re.IGNORECASE
-)
-"""In every text that a rule can change. Nearly none has it, and each attribute of each span is looked at."""
+_HINTS = ("-begin ", "bearer", "basic", "eyj", "token", "passw", "secret", "api", "authorization", "client-key-", "://")
+"""One of them, in whatever case, is in every text that a rule can change. Nearly none has it, and each field of each
+line of the log is looked at."""
 
 
 def redacted(text: str, wanted: int) -> str:
@@ -42,8 +41,16 @@ def redacted(text: str, wanted: int) -> str:
     elsewhere, and may be megabytes.
     """
     text = text[: wanted + MARGIN]
-    if _HINT.search(text) is None:
+    # where case does not count, letters beyond ASCII stand for some of ASCII: those texts are not told so soon
+    if text.isascii() and _has_none(text.lower()):
         return text
     for pattern, replacement in _RULES:
         text = pattern.sub(replacement, text)
     return text
+
+
+def _has_none(text: str) -> bool:
+    for hint in _HINTS:  # noqa: SIM110 - any() takes twice as long, and most of what is done here is this
+        if hint in text:
+            return False
+    return True

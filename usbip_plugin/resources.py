@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 from usbip_plugin.advertising import Advertiser
 from usbip_plugin.allocation import Allocator
 from usbip_plugin.clock import Clock
+from usbip_plugin.kubelet.broadcast import Broadcast
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer
 from usbip_plugin.kubelet.directory import PluginDirectory
+from usbip_plugin.kubelet.leftovers import sweep
 from usbip_plugin.kubelet.registration import ResourcePlugin
+from usbip_plugin.telling import Telling
+
+REPLACED_WITHIN = 10.0
+"""Seconds a plugin waits at most for the registration of the one that takes its place."""
 
 
 class Plugin(Protocol):
@@ -53,14 +61,24 @@ class SocketRegistrar:
         self._rng = rng
 
     async def run(self) -> None:
-        await self._directory.run()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._directory.run(), name="kubelet's directory")
+            tasks.create_task(sweep(self._directory.path, self._clock), name="sockets left behind")
 
     def plugin(self, server: DevicePluginServer, on_state: Callable[[Plugin], None]) -> Plugin:
         return ResourcePlugin(server, self._directory, self._clock, self._rng, on_state)
 
 
+@dataclass(frozen=True, slots=True)
+class _Running:
+    server: DevicePluginServer
+    plugin: Plugin
+    task: asyncio.Task[None]
+    by_cdi: bool
+
+
 class ResourceSet:
-    """Starts and ends device plugins. One taken out of the configuration stays while a device of it is claimed."""
+    """Starts and ends device plugins. One taken out of the configuration stays while a pod has a device of it."""
 
     def __init__(
         self,
@@ -68,20 +86,23 @@ class ResourceSet:
         domain: str,
         allocator: Allocator,
         advertiser: Advertiser,
+        telling: Telling,
         registrar: Registrar,
-        claimed: Callable[[], frozenset[str]],
+        clock: Clock,
         on_state: Callable[[Plugin], None],
     ) -> None:
         self._domain = domain
         self._allocator = allocator
         self._advertiser = advertiser
+        self._telling = telling
         self._registrar = registrar
-        self._claimed = claimed
+        self._clock = clock
         self._on_state = on_state
         self._plugins: dict[str, Plugin] = {}
-        self._running: dict[str, asyncio.Task[None]] = {}
-        self._by_cdi: dict[str, bool] = {}
+        self._running: dict[str, _Running] = {}
+        self._ending: dict[str, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
+        self._registered = Broadcast()
 
     @property
     def plugins(self) -> Mapping[str, Plugin]:
@@ -102,36 +123,60 @@ class ResourceSet:
                 await self._changed.wait()
 
     def _sync(self, tasks: asyncio.TaskGroup) -> None:
-        wanted = {f"{self._domain}/{r.name}": r.cdi for r in self._advertiser.config.resources}
+        wanted = {f"{self._domain}/{name}": by_cdi for name, by_cdi in self._advertiser.offered().items()}
         for name, by_cdi in sorted(wanted.items()):
-            if self._by_cdi.get(name) != by_cdi:
+            running = self._running.get(name)
+            if running is None or running.by_cdi != by_cdi:
                 self._start(name, by_cdi, tasks)
-        claimed = {f"{self._domain}/{name}" for name in self._claimed()}
-        for name in sorted(self._running.keys() - wanted.keys() - claimed):
-            self._advertiser.detach_server(name)
-            self._running.pop(name).cancel()
-            del self._plugins[name], self._by_cdi[name]
+        # before what a previous process left is known, nobody can say that no pod has a device of it
+        for name in sorted(self._running.keys() - wanted.keys()) if self._telling.begun else ():
+            ending = self._running.pop(name)
+            del self._plugins[name]
+            self._ending[name] = tasks.create_task(self._end(ending), name=f"end of resource {name}")
 
     def _start(self, name: str, by_cdi: bool, tasks: asyncio.TaskGroup) -> None:
         """A kubelet asks for the options at registration: if they change, a new plugin takes the old one's place."""
         server = DevicePluginServer(name, self._allocator, pre_start_required=by_cdi)
         plugin = self._registrar.plugin(server, self._state_changed)
         former = self._running.get(name)
-        if former is not None:
-            former.cancel()
-        self._plugins[name], self._by_cdi[name] = plugin, by_cdi
-        self._running[name] = tasks.create_task(_after(former, plugin), name=f"resource {name}")
-        self._advertiser.attach_server(server)
+        task = tasks.create_task(self._run(plugin, former), name=f"resource {name}")
+        self._plugins[name] = plugin
+        self._running[name] = _Running(server, plugin, task, by_cdi)
+        self._telling.attach(server)
+
+    async def _run(self, plugin: Plugin, former: _Running | None) -> None:
+        if (ending := self._ending.get(plugin.resource)) is not None:
+            await asyncio.wait([ending])
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(plugin.run(), name=f"plugin of {plugin.resource}")
+            if former is None:
+                return
+            # the kubelet has the new one before it loses the old one: to it the resource is never gone
+            try:
+                with contextlib.suppress(TimeoutError):
+                    async with self._clock.timeout(REPLACED_WITHIN):
+                        await self._registered.until(lambda: plugin.registered or former.task.done())
+            finally:
+                former.task.cancel()
+
+    async def _end(self, ending: _Running) -> None:
+        """The kubelet is told that there are no devices any more: it keeps counting those of a plugin that is gone, for
+        five minutes."""
+        try:
+            await self._telling.detach(ending.server)
+        finally:
+            ending.task.cancel()
+            await asyncio.wait([ending.task])
+            if self._ending.get(ending.server.resource) is asyncio.current_task():
+                del self._ending[ending.server.resource]
+            self._on_state(ending.plugin)
 
     def _state_changed(self, plugin: Plugin) -> None:
+        self._registered.fire()
+        running = self._running.get(plugin.resource)
+        if running is not None and running.plugin is not plugin:
+            return  # one that was replaced, or is about to be
         if not plugin.registered:
-            self._advertiser.kubelet_gone(plugin.resource)
+            self._telling.kubelet_gone(plugin.resource)
         self._advertiser.look_again()
         self._on_state(plugin)
-
-
-async def _after(former: asyncio.Task[None] | None, plugin: Plugin) -> None:
-    """Both have the same socket path: the former one's socket is gone before the next one's is made."""
-    if former is not None:
-        await asyncio.wait([former])
-    await plugin.run()

@@ -1,4 +1,4 @@
-"""Finds a lost device under another bus id of its server: asks the devices of its kind for their serial numbers."""
+"""Finds a lost device under another bus id or server: asks the devices of its kind for their serial numbers."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 
 from usbip_plugin.attaching import Means
 from usbip_plugin.claims import Claim
-from usbip_plugin.errors import ClaimBusy, PluginError, UsbipError, WrongSerial
-from usbip_plugin.model import Descriptor, DeviceKey, ServerKey
-from usbip_plugin.usbip.poller import ServerState, ServerView
+from usbip_plugin.errors import ClaimBusy, PluginError, ServerUnreachable, UsbipError, WrongSerial
+from usbip_plugin.listings import Listings
+from usbip_plugin.model import Descriptor, DeviceKey, Identity, ServerKey
+from usbip_plugin.usbip.poller import ServerView
 from usbip_plugin.whereabouts import Ask, Nowhere, Reading, Sighting, Verdict, decide
 from usbip_plugin.work import DeviceWork
 
@@ -23,8 +24,11 @@ READS_AT_ONCE = 4
 HIDDEN = 2.0
 """Seconds a device counts as listed after it was read: until its reset is over and its server was asked again."""
 
-Configured = Callable[[DeviceKey, Descriptor, str], bool]
-"""Whether some resource may offer this device, if this is its serial number."""
+NOTICED = 15.0
+"""Seconds within which a loss is found out, also that of a frozen host: what came to another server since may be it."""
+
+MayBe = Callable[[Claim, DeviceKey, Descriptor], bool]
+"""Whether this device may be asked if it is the claim's."""
 
 
 class Seeker:
@@ -33,14 +37,15 @@ class Seeker:
     on_known() is called, synchronously, when a serial number that was asked for is known, or known not to be had.
     """
 
-    def __init__(self, means: Means, work: DeviceWork, configured: Configured, on_known: Callable[[], None]) -> None:
+    def __init__(self, means: Means, work: DeviceWork, may_be: MayBe, on_known: Callable[[], None]) -> None:
         self._me = means.me
         self._locks = means.locks
         self._clock = means.clock
         self._work = work
-        self._configured = configured
+        self._may_be = may_be
         self._on_known = on_known
-        self._views: dict[ServerKey, ServerView] = {}
+        self._listings = Listings(means.clock)
+        self._lost_at: dict[str, float] = {}
         self._readings: dict[DeviceKey, Reading] = {}
         self._asked: dict[str, Sighting] = {}
         self._unread: dict[str, str] = {}
@@ -48,26 +53,48 @@ class Seeker:
 
     def server_changed(self, view: ServerView) -> None:
         """For the poller. What was read of a device is forgotten with the first list that does not have it."""
-        self._views[view.server] = view
-        if view.state is not ServerState.REACHABLE:
+        self._listings.server_changed(view)
+        if not self._listings.reachable(view.server):
             return
-        present = {DeviceKey(view.server, device.busid) for device in view.devices} | set(
-            self._out_of_sight(view.server)
-        )
+        present = {*self._listings.of(view.server), *self._out_of_sight(view.server)}
         self._readings = {
             key: reading
             for key, reading in self._readings.items()
             if key.server != view.server or key in present or reading.devid is None
         }
 
+    def lost(self, device_id: str) -> None:
+        """The connection of an attached device has just been found broken."""
+        self._lost_at = {i: at for i, at in self._lost_at.items() if self._work.book.get(i) is not None}
+        self._lost_at[device_id] = self._clock.monotonic()
+
+    def may_be_listed(self, claim: Claim, server: ServerKey) -> bool:
+        """Whether this server lists something that is worth a try to attach the claim's device again."""
+        listed = self._listings.of(server)
+        if claim.place in listed:
+            return True
+        return any(
+            descriptor.usb_id == claim.usb_id
+            and (server == claim.key.server or (claim.serial is not None and self._may_be(claim, key, descriptor)))
+            for key, descriptor in listed.items()
+        )
+
+    def home_is_away(self, claim: Claim) -> ServerUnreachable | None:
+        """Why the claim's own server does not answer; None if it does, or the device has been followed already."""
+        error = self._listings.unreachable(claim.key.server)
+        if error is None or claim.moved_to is not None or not claim.serial:
+            return None
+        return ServerUnreachable(claim.key.server, error)
+
     def find(self, claim: Claim) -> Verdict:
         """Where the claim's device is if not at its own place. Begins to read what has to be read for that.
 
-        Nowhere unless its serial number is known and the server answers and lists no such device at its own place.
+        Nowhere unless its serial number is known, and if its own server lists such a device at its own place. Other
+        servers have it only if it came there since it was lost: two that tell one serial number are not one.
         """
         if not claim.serial or self._listed_at_home(claim):
             return Nowhere()
-        verdict = decide(claim.serial, self._sightings(claim, claim.serial))
+        verdict = decide(claim.serial, self._sightings(claim))
         if isinstance(verdict, Ask):
             for sighting in verdict.sightings:
                 if sighting.key.id not in self._asked and len(self._asked) < READS_AT_ONCE:
@@ -77,7 +104,7 @@ class Seeker:
 
     def wrong_at_home(self, claim: Claim) -> WrongSerial | None:
         """What an attempt to attach the claim's device from its own place would end with, if that is known."""
-        listed = self._listed(claim.key)
+        listed = self._listings.listed(claim.key)
         if listed is None or not claim.serial or claim.moved_to is not None:
             return None
         reading = self._reading(claim.key, listed)
@@ -92,14 +119,14 @@ class Seeker:
         else:
             self._give_up(place)
 
-    async def probe(self, key: DeviceKey, descriptor: Descriptor) -> str:
-        """Reads a device's serial number once for all nodes. As Pipeline.probe; ClaimBusy if it is in use here."""
+    async def probe(self, key: DeviceKey, descriptor: Descriptor) -> Identity:
+        """Asks a device who it is, once for all nodes. As Pipeline.probe; ClaimBusy if it is in use here."""
         async with self._work.mutex(key.id):
             if self._work.book.concerns(key.id):
                 raise ClaimBusy(f"{key} is in use on this node")
-            serial = await self._work.pipeline.probe(key, descriptor)
-        self._note(key, Reading(descriptor.devid, serial, self._clock.monotonic() + READING_LASTS))
-        return serial
+            told = await self._work.pipeline.probe(key, descriptor)
+        self._note(key, Reading(told.devid, told.serial or "", self._clock.monotonic() + READING_LASTS))
+        return told
 
     async def _ask(self, sighting: Sighting) -> None:
         try:
@@ -115,26 +142,34 @@ class Seeker:
         self._hidden[sighting.key.id] = sighting, self._clock.monotonic() + HIDDEN
         self._on_known()
 
-    def _sightings(self, claim: Claim, serial: str) -> Iterator[Sighting]:
-        view = self._views.get(claim.key.server)
-        if view is None or view.state is not ServerState.REACHABLE:
-            return
-        listed = {DeviceKey(view.server, descriptor.busid): descriptor for descriptor in view.devices}
-        for key, descriptor in {**self._out_of_sight(view.server), **listed}.items():
-            lock = self._locks.locks.get(key.id)
-            if (
-                descriptor.usb_id != claim.usb_id
-                or key == claim.key
-                or self._work.book.concerns(key.id)
-                or (lock is not None and lock.holder not in ("", self._me.node))
-                or not self._configured(key, descriptor, serial)
-            ):
+    def _sightings(self, claim: Claim) -> Iterator[Sighting]:
+        for server in self._listings.servers():
+            if not self._listings.reachable(server):
                 continue
-            reading = self._reading(key, descriptor)
-            if reading is not None:
-                yield Sighting(key, descriptor, reading.serial, sure=True)
-            else:
-                yield Sighting(key, descriptor, lock.serial if lock is not None else None, sure=False)
+            for key, descriptor in {**self._out_of_sight(server), **self._listings.of(server)}.items():
+                lock = self._locks.locks.get(key.id)
+                if (
+                    descriptor.usb_id != claim.usb_id
+                    or key == claim.key
+                    or self._work.book.concerns(key.id)
+                    or (lock is not None and lock.holder not in ("", self._me.node))
+                    or not self._may_be(claim, key, descriptor)
+                    or not self._may_have_come(claim, key)
+                ):
+                    continue
+                reading = self._reading(key, descriptor)
+                if reading is not None:
+                    yield Sighting(key, descriptor, reading.serial, sure=True)
+                else:
+                    yield Sighting(key, descriptor, lock.serial if lock is not None else None, sure=False)
+
+    def _may_have_come(self, claim: Claim, key: DeviceKey) -> bool:
+        if key.server == claim.key.server:
+            return True
+        lost_at, since = self._lost_at.get(claim.id), self._listings.since(key)
+        if lost_at is None:  # nobody here saw it lost; then that its own server does not have it must do
+            return self._listings.reachable(claim.key.server)
+        return since is not None and since > lost_at - NOTICED
 
     def _out_of_sight(self, server: ServerKey) -> dict[DeviceKey, Descriptor]:
         """Devices that are not listed only because this node reads, or has just read, their serial numbers."""
@@ -144,12 +179,8 @@ class Seeker:
         return {sighting.key: sighting.descriptor for sighting in seen if sighting.key.server == server}
 
     def _listed_at_home(self, claim: Claim) -> bool:
-        listed = self._listed(claim.key)
+        listed = self._listings.listed(claim.key)
         return listed is not None and listed.usb_id == claim.usb_id and self.wrong_at_home(claim) is None
-
-    def _listed(self, key: DeviceKey) -> Descriptor | None:
-        view = self._views.get(key.server)
-        return next((d for d in view.devices if d.busid == key.busid), None) if view is not None else None
 
     def _reading(self, key: DeviceKey, descriptor: Descriptor) -> Reading | None:
         reading = self._readings.get(key)

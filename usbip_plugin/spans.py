@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from opentelemetry import context as otel_context
 from opentelemetry.context import Context
-from opentelemetry.trace import Link, Span, SpanKind, StatusCode, Tracer
+from opentelemetry.trace import Link, Span, SpanKind, StatusCode, Tracer, set_span_in_context
 from opentelemetry.util.types import AttributeValue
 
 from usbip_plugin.model import DeviceKey, PodRef
@@ -51,24 +51,23 @@ def span(
 
     What leaves the block as an exception is the span's failure, see failed(); a cancellation is one, too.
     """
-    with tracer.start_as_current_span(
-        name,
-        context,
-        kind=kind,
-        attributes=attributes,
-        links=links,
-        record_exception=False,
-        set_status_on_exception=False,
-    ) as made:
-        try:
-            yield made
-        except asyncio.CancelledError:
-            made.set_attribute("error.type", "CancelledError")
-            made.set_status(StatusCode.ERROR, "cancelled")
-            raise
-        except Exception as error:
-            failed(made, error)
-            raise
+    # start_as_current_span does the same through two context managers more
+    made = tracer.start_span(
+        name, context, kind, attributes, links, record_exception=False, set_status_on_exception=False
+    )
+    token = otel_context.attach(set_span_in_context(made))
+    try:
+        yield made
+    except asyncio.CancelledError:
+        made.set_attribute("error.type", "CancelledError")
+        made.set_status(StatusCode.ERROR, "cancelled")
+        raise
+    except Exception as error:
+        failed(made, error)
+        raise
+    finally:
+        otel_context.detach(token)
+        made.end()
 
 
 def failed(of: Span, error: BaseException) -> None:

@@ -84,7 +84,7 @@ def _device(agent: Agent, resource: str, device: Advertised) -> DeviceRow:
         server=str(device.key.server),
         busid=device.key.busid,
         usb_id=str(seen.usb_id) if seen is not None else None,
-        serial=(seen.serial if seen is not None else None) or None,
+        serial=(seen.told.serial if seen is not None else None) or None,
         selector=str(seen.selector.selector) if seen is not None else "",
         state=(claim.state if claim is not None else State.FREE).value,
         here=claim is not None,

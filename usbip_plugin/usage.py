@@ -14,7 +14,7 @@ import logging
 from collections.abc import Mapping
 
 from usbip_plugin.attacher import Attacher
-from usbip_plugin.claims import Unlisted, User
+from usbip_plugin.claims import Unlisted, User, not_in_list
 from usbip_plugin.clock import Clock
 from usbip_plugin.errors import PodResourcesUnavailable
 from usbip_plugin.kubelet.pod_resources import PodResources
@@ -102,16 +102,14 @@ class UsageWatcher:
     def _unlisted(self, users: Mapping[str, User]) -> Unlisted:
         if self._pods is None:
             return Unlisted()
-        listed = {(user.pod.namespace, user.pod.name) for user in users.values()}
-        wanting = self._pods.wanting(self._domain)
-        return Unlisted(frozenset(pod for pod in wanting if (pod.namespace, pod.name) not in listed), self._pods.synced)
+        return not_in_list(users, self._pods.wanting(self._domain), certain=self._pods.synced)
 
     async def _adopt(self, users: Mapping[str, User] | None) -> None:
         """That nobody uses a device is taken from a list only if the API server knows of no pod that may."""
         complete = False
         if users is not None:
-            unlisted = self._unlisted(users)
-            complete = unlisted.certain and not unlisted.pods
+            beyond = self._unlisted(users)
+            complete = beyond.certain and not beyond.resources
         deprived = not self._begun
         all_known = complete or (users is not None and self._pods is None)
         self._begun = self._begun or (all_known and self._locks.ready.is_set())
@@ -120,6 +118,17 @@ class UsageWatcher:
     async def adopt(self) -> None:
         """Takes over what a previous process left; needs the locks to be known. Idempotent."""
         await self._adopt(await self.users())
+
+    async def glance(self, limit: float) -> None:
+        """A look out of turn, of limit seconds at most: whose the devices are by now. See Attacher.glance."""
+        if not self._attacher.claims:
+            return
+        with contextlib.suppress(TimeoutError):
+            async with self._clock.timeout(limit):
+                listed_at = self._clock.monotonic()
+                users = await self.users()
+                if users is not None:
+                    self._attacher.glance(users, listed_at)
 
     async def run(self) -> None:
         """Until cancelled."""

@@ -14,7 +14,7 @@ from usbip_plugin.attaching import Means, Pipeline
 from usbip_plugin.claims import IN_USE, Claim, ClaimBook, Event, State
 from usbip_plugin.errors import ClaimBusy, KubeError, LockError, LockLost, VhciError
 from usbip_plugin.kubelet.broadcast import Broadcast
-from usbip_plugin.model import DeviceKey, Lock, PodRef
+from usbip_plugin.model import DeviceKey, Identity, Lock, PodRef
 from usbip_plugin.observe.tracing import links_to, remote_parent
 from usbip_plugin.spans import Tries, device_attributes, failed, pod_attributes, span
 
@@ -58,7 +58,7 @@ class DeviceWork:
             means,
             book=self.book,
             note_port=self._note_port,
-            note_serial=self._note_serial,
+            note_told=self._note_told,
             on_step=on_step,
             on_takeover=on_takeover,
         )
@@ -184,22 +184,11 @@ class DeviceWork:
             # for people and for adoption; the port record says the same, so the attachment does not depend on it
             log.warning("port not noted on the lock", extra={"device": str(key), "port": port, "cause": str(error)})
 
-    def _note_serial(self, key: DeviceKey, serial: str) -> None:
-        self.spawn(self._keep_writing_serial(key, serial), f"note serial number of {key}")
+    def _note_told(self, key: DeviceKey, told: Identity) -> None:
+        self.spawn(self._keep_writing_told(key, told), f"note serial number of {key}")
 
-    async def _keep_writing_serial(self, key: DeviceKey, serial: str) -> None:
+    async def _keep_writing_told(self, key: DeviceKey, told: Identity) -> None:
         """A successor that finds the device lost knows it by this: until written, or nobody here has the device."""
         waits = retry.backoff(self._rng, RELEASE_FIRST_WAIT, RELEASE_MAX_WAIT)
-        while not await self.write_serial(key, serial) and self.book.concerns(key.id):
+        while not await self.pipeline.write_told(key, told) and self.book.concerns(key.id):
             await self._until_api_returns(next(waits))
-
-    async def write_serial(self, key: DeviceKey, serial: str) -> bool:
-        """What the device has told onto its lock, which is this node's. False, and logged, if it may be tried again."""
-        try:
-            await self._locks.annotate(key, serial=serial)
-        except LockLost:
-            return True
-        except (LockError, KubeError) as error:
-            log.warning("serial number not noted on the lock", extra={"device": str(key), "cause": str(error)})
-            return False
-        return True

@@ -113,6 +113,12 @@ class Nodes:
         except grpc.aio.AioRpcError as error:
             return Allocated(node, None, error.details() or "")
 
+    async def use(self, node: SimNode) -> PodRef:
+        """A pod with all devices, which the kubelet lists until it ends: one that none lists keeps them for 15 s."""
+        pod = PodRef("default", "user", "uid")
+        await node.admit(pod, {RESOURCE: len(self.keys)})
+        return pod
+
     async def race(self, key: DeviceKey) -> tuple[list[Allocated], list[Allocated]]:
         """All nodes at the same moment: (winners, losers)."""
         answers = await asyncio.gather(*(self.allocate(node, key) for node in self.nodes))

@@ -71,6 +71,7 @@ class Cluster:
     port: int
     etcd_port: int
     api: subprocess.Popen[bytes]
+    etcd_pid: int
     _old: subprocess.Popen[bytes] | None = None
 
     @property
@@ -163,7 +164,7 @@ def running(directory: Path) -> Iterator[Cluster]:
         f"--initial-cluster=default=http://127.0.0.1:{peer_port}",
     )
     try:
-        cluster = Cluster(directory, found, port, etcd_port, start_api(directory, found, port, etcd_port))
+        cluster = Cluster(directory, found, port, etcd_port, start_api(directory, found, port, etcd_port), etcd.pid)
         try:
             yield cluster
         finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,9 +17,11 @@ STRIPPED = ("-OO",)
 STOP_TIMEOUT_S = 10.0
 IN_MOUNTS = ("unshare", "--mount", "--propagation", "private", "sh", "-c")
 _MOUNT = """
+[ -z "$CGROUP" ] || echo $$ >"$CGROUP/cgroup.procs" || exit
 mount -t tmpfs none /run && mkdir -p /run/vhci_hcd /run/secrets/kubernetes.io || exit
 ln -s "$0" /run/secrets/kubernetes.io/serviceaccount
 [ -z "$PLATFORM" ] || mount --bind "$PLATFORM" /sys/devices/platform || exit
+: >"$BEGUN"
 exec "$@"
 """
 
@@ -34,7 +36,7 @@ class InPod:
     def __init__(self, directory: Path, cluster: Cluster, token: str, node: str, platform: Path | None = None) -> None:
         self.directory, self.listen = directory, f"127.0.0.1:{free_port()}"
         self.plugins, self.pod_resources = directory / "plugins", directory / "pod-resources.sock"
-        self.config = directory / "config.yaml"
+        self.config, self._begun = directory / "config.yaml", directory / "begun"
         self.plugins.mkdir()
         account = directory / "account"
         account.mkdir()
@@ -42,7 +44,8 @@ class InPod:
         (account / "ca.crt").write_bytes(cluster.ca.read_bytes())
         plain = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "OTEL_"))}
         self._environment = {**plain, "PYTHONPYCACHEPREFIX": str(directory / "bytecode"), "NODE_NAME": node}
-        self._environment["PLATFORM"] = "" if platform is None else str(platform)
+        self._environment |= {"PLATFORM": "" if platform is None else str(platform), "CGROUP": ""}
+        self._environment["BEGUN"] = str(self._begun)
         mounts = (*IN_MOUNTS, _MOUNT, str(account))
         done = subprocess.run([*mounts, "true"], env=self._environment, capture_output=True, check=False)
         self.allowed = done.returncode == 0
@@ -53,15 +56,26 @@ class InPod:
             self._environment |= {"KUBERNETES_SERVICE_HOST": "127.0.0.1", "KUBERNETES_SERVICE_PORT": str(cluster.port)}
             self._environment.pop("KUBECONFIG", None)
 
+    def begun_ns(self) -> int:
+        """When Python was executed, in nanoseconds since the epoch: its mounts were made before."""
+        return self._begun.stat().st_mtime_ns
+
     @contextmanager
-    def process(self, flags: Sequence[str], log: int) -> Iterator[subprocess.Popen[bytes]]:
-        """A plugin that runs until the end of the block. log: a file descriptor. flags: python's."""
+    def process(
+        self, flags: Sequence[str], log: int, arguments: Sequence[str] = (), environ: Mapping[str, str] | None = None
+    ) -> Iterator[subprocess.Popen[bytes]]:
+        """A plugin that runs until the end of the block. log: a file descriptor. flags: python's.
+
+        arguments: more for the plugin; environ: variables on top, of which CGROUP names a memory cgroup's directory.
+        """
         run = [
             *(*self._before, sys.executable, *flags, "-m", "usbip_plugin", "run"),
             *("--config", str(self.config), "--namespace", NAMESPACE, "--plugin-directory", str(self.plugins)),
-            *("--pod-resources-socket", str(self.pod_resources), "--listen", self.listen, *self._access),
+            *("--pod-resources-socket", str(self.pod_resources), "--listen", self.listen, *self._access, *arguments),
         ]
-        child = subprocess.Popen(run, env=self._environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        environment = {**self._environment, **(environ or {})}
+        self._begun.touch()
+        child = subprocess.Popen(run, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         try:
             yield child
         finally:
@@ -74,11 +88,29 @@ class InPod:
 
 
 def memory_mib(pid: int, field: str = "VmRSS") -> float:
-    """VmRSS is what it has in memory now, VmHWM the most it ever had."""
+    """VmRSS is what it has in memory now, RssAnon what of it is not from files, VmHWM the most it ever had."""
     for line in Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) / 1024
     raise RuntimeError(f"no {field}")
+
+
+def proportional_mib(pid: int) -> float:
+    """PSS: what others have mapped, too, counts by their number."""
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError("no Pss")
+
+
+def switches(pid: int) -> int:
+    """How often its threads waited: voluntary context switches since it began, of the threads there are now."""
+    found = 0
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        for line in (thread / "status").read_text(encoding="ascii").splitlines():
+            if line.startswith("voluntary_ctxt_switches:"):
+                found += int(line.split()[1])
+    return found
 
 
 def cpu_ms(pid: int) -> float:

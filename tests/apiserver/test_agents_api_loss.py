@@ -13,7 +13,8 @@ from api_process import Cluster
 from node_tokens import NodeTokens
 from tcp_proxy import Proxy, proxy_to
 
-from usbip_plugin import advertising, inventory
+from usbip_plugin import conditions
+from usbip_plugin.inventory import reasons
 from usbip_plugin.kube import KubeClient
 from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.locks.manager import LockSettings
@@ -28,7 +29,7 @@ GRACE_S = 1.0
 
 @pytest.fixture(autouse=True)
 def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (advertising, inventory):
+    for module in (conditions, reasons):
         monkeypatch.setattr(module, "API_GRACE", GRACE_S)
 
 

@@ -13,8 +13,8 @@ import pytest
 import yaml
 from agents_rig import PATIENCE_S, RESOURCE, Rig, agents
 from api_process import Cluster
-from conftest import collection
 from node_tokens import ACCOUNT, NAMESPACE, NodeTokens
+from plugin_rights import collection
 
 from usbip_plugin.config import OnLoss
 from usbip_plugin.kube import KubeClient

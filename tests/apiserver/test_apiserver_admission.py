@@ -15,13 +15,14 @@ from typing import Any
 
 import pytest
 from api_process import ADMIN_TOKEN, Cluster
-from conftest import EFFECT_S, collection, shipped
 from node_tokens import ACCOUNT, NAMESPACE, NodeTokens
+from plugin_rights import EFFECT_S, collection, shipped
 
 from usbip_plugin.errors import KubeConflict, KubeForbidden, KubeNotFound
 from usbip_plugin.kube import KubeClient, connect
 from usbip_plugin.locks.record import session_name
-from usbip_plugin.model import DeviceKey, ServerKey
+from usbip_plugin.model import DeviceKey, NodeIdentity, PodRef, ServerKey
+from usbip_plugin.observe.events import NORMAL, EventText, event_body, event_name, instance_of
 
 LEASES = f"/apis/coordination.k8s.io/v1/namespaces/{NAMESPACE}/leases"
 EVENTS = "/apis/events.k8s.io/v1/namespaces/default/events"
@@ -407,6 +408,53 @@ async def test_a_long_node_name_has_its_session_and_no_others(
             await admin.request("delete", f"{LEASES}/{name}", resource="leases")
     finally:
         await client.close()
+
+
+LONG_INSTANCE = "n" + "a" * 60 + "." + "b" * 20 + "." + "k" * 60
+"""A node's name of 143 characters: more than reportingInstance takes."""
+
+
+@pytest.mark.parametrize("node", [LONG_INSTANCE[-128:], LONG_INSTANCE[-129:], LONG_INSTANCE, LONG])
+async def test_a_node_with_a_long_name_tells_of_itself_and_its_pods(
+    cluster: Cluster, tokens: NodeTokens, node: str
+) -> None:
+    client = await connect(cluster.kubeconfig(await tokens.of(node)))
+    text = EventText(NORMAL, "Attached", "Attach", "as before")
+    try:
+        for pod in (None, PodRef("default", "p", "uid")):
+            name = event_name(pod.name if pod else node, uuid.uuid4().int % 2**64)
+            body = event_body(NodeIdentity(node, "boot"), text, pod, name, "2026-01-01T00:00:00.000000Z")
+            assert (await create(client, body, EVENTS))["reportingInstance"] == instance_of(node)
+    finally:
+        await client.close()
+
+
+async def test_a_node_with_a_long_name_speaks_as_no_other(cluster: Cluster, tokens: NodeTokens) -> None:
+    node = LONG_INSTANCE
+    own = instance_of(node)
+    others = {
+        "one that begins otherwise": instance_of("m" + node[1:]),
+        "one that ends otherwise": instance_of(node[:-1] + "l"),
+        "one whose name is as far as there is room": node[:128],
+        "one with a short name": "worker-1",
+        "no digest": own[:-1] + "g",
+        "nothing after the ends": own[:-16],
+        "more between the ends": own.replace("~", "~x~", 1)[:128],
+    }
+    client = await connect(cluster.kubeconfig(await tokens.of(node)))
+    try:
+        for what, instance in others.items():
+            with pytest.raises(KubeForbidden) as refused:
+                await create(client, event(node, reportingInstance=instance), EVENTS)
+            assert SOURCE in str(refused.value), what
+    finally:
+        await client.close()
+
+
+async def test_a_node_with_a_short_name_does_not_speak_as_one_with_a_long_name(scene: Scene) -> None:
+    with pytest.raises(KubeForbidden) as refused:
+        await create(scene.by_a, event(scene.a, reportingInstance=instance_of(scene.a + LONG)), EVENTS)
+    assert SOURCE in str(refused.value)
 
 
 class Mutants:

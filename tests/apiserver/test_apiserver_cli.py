@@ -95,9 +95,9 @@ async def test_explain_says_who_has_it_and_release_takes_it_away(
     assert "nobody has ever used it" in out
     assert f"offered as usbip.dev/{RESOURCE} (vendor 0951)" in out
 
-    assert (await rig.allocate(a, key)).error == ""
-    # the port is noted on the lock after the answer
-    await rig.until(lambda: (lock := rig.lock(a, key)) is not None and lock.port is not None)
+    user = await rig.use(a)
+    # port and pod are noted on the lock after the answer
+    await rig.until(lambda: (lock := rig.lock(a, key)) is not None and None not in (lock.port, lock.pod))
     held = await lease_of(admin, key)
     status, out, _err = await command(kubeconfig, "devices", "-o", "json")
     (row,) = [row for row in json.loads(out) if row["id"] == key.id]
@@ -129,7 +129,7 @@ async def test_explain_says_who_has_it_and_release_takes_it_away(
     await rig.server.until_released(key.busid)
     await b.until(RESOURCE, lambda devices: devices == {key.id: True})
     assert not rig.attached(a, key)
-    await rig.end_pod(a, key)
+    a.end(user)
     await a.until(RESOURCE, lambda devices: devices == {key.id: True})
     assert rig.used_ports() == 0
     assert (await rig.allocate(b, key)).error == ""
@@ -144,7 +144,7 @@ async def test_explain_says_who_has_it_and_release_takes_it_away(
 
 async def test_a_person_is_asked_on_a_terminal(rig: Rig, admin: KubeClient, kubeconfig: str) -> None:
     (key,), (a, _b) = rig.keys, rig.nodes
-    assert (await rig.allocate(a, key)).error == ""
+    await rig.use(a)
     for answer, expected, holder in (
         ("\n", Exit.REFUSED, a.name),
         ("no\n", Exit.REFUSED, a.name),
@@ -200,7 +200,7 @@ async def test_releases_in_the_middle_of_a_fight_leave_no_device_with_two(rig: R
 
 async def test_a_plugin_cannot_release_for_another_node(rig: Rig, cluster: Cluster, tokens: NodeTokens) -> None:
     (key,), (a, b) = rig.keys, rig.nodes
-    assert (await rig.allocate(a, key)).error == ""
+    await rig.use(a)
     other = cluster.kubeconfig(await tokens.of(b.name))
     status, _out, err = await command(other, "release", key.id, "--force", "--yes", "--namespace", NAMESPACE)
     assert status == Exit.REFUSED
@@ -217,7 +217,7 @@ async def test_the_config_map_is_found_and_pods_are_asked_for(
     body = {"metadata": {"name": "usbip-plugin"}, "data": {"config.yaml": text}}
     await admin.request("create", path, resource="configmaps", body=body)
     try:
-        assert (await rig.allocate(a, key)).error == ""
+        await rig.use(a)
         status, out, err = await command(kubeconfig, "explain", RESOURCE, "-o", "json")
         assert (status, err) == (Exit.PROBLEM, "")
         found = json.loads(out)
@@ -233,8 +233,7 @@ async def test_the_config_map_is_found_and_pods_are_asked_for(
 
 async def test_names_of_no_device_and_of_several(cluster: Cluster, tokens: NodeTokens, kubeconfig: str) -> None:
     async with agents(cluster, tokens, devices=2) as rig:
-        for key in rig.keys:
-            assert (await rig.allocate(rig.nodes[0], key)).error == ""
+        await rig.use(rig.nodes[0])
         server = str(rig.keys[0].server)
         status, out, err = await command(kubeconfig, "release", server, "--force", "--yes")
         assert (status, out) == (Exit.NO_DEVICE, "")
@@ -257,7 +256,7 @@ def kubectl(cluster: Cluster) -> str:
 
 async def test_kubectl_finds_it_as_a_plugin_and_completes_it(rig: Rig, cluster: Cluster, kubeconfig: str) -> None:
     (key,) = rig.keys
-    assert (await rig.allocate(rig.nodes[0], key)).error == ""
+    await rig.use(rig.nodes[0])
     real = kubectl(cluster)
     status, out, err = await command(kubeconfig, "usbip", "devices", "-o", "name", prog=(real,))
     assert (status, err) == (0, "")

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import collection
 from node_tokens import ACCOUNT, NAMESPACE
+from plugin_rights import collection
 
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.errors import KubeConflict, KubeForbidden, KubeNotFound

@@ -214,6 +214,7 @@ async def test_the_process_registers_answers_reloads_and_ends_on_sigterm(
     async with plugin(cluster.kubeconfig(await tokens.of("node-p")), unused_tcp_port) as p:
         async with asyncio.timeout(PATIENCE_S):
             await p.kubelet.wait_for("usbip.dev/stick", lambda devices: p.device.id in devices)
+        await p.line("registered with the kubelet")  # it hears so in its own time: the kubelet may have the list before
         assert (await p.get("/healthz"))[0] == 200
         assert (await p.get("/readyz"))[0] == 200
         (row,) = json.loads((await p.get("/api/devices"))[1])
@@ -231,10 +232,12 @@ async def test_the_process_registers_answers_reloads_and_ends_on_sigterm(
         assert (status, "config.yaml:2: not valid YAML" in page) == (200, True)
         assert "the one loaded at" in page
 
-        p.config.write_text(good.replace("stick:", "dongle:"))
+        p.config.write_text(good.replace("stick:", "dongle:") + "lock: {duration: 50s}\n")
+        told = json.loads(await p.line("read at start only: restart the plugin"))
+        assert (told["setting"], told["in_force"], told["in_file"]) == ("lock.duration", 40.0, 50.0)
         async with asyncio.timeout(PATIENCE_S):
             await p.kubelet.wait_for("usbip.dev/dongle", lambda devices: p.device.id in devices)
-
+        await p.line("registered with the kubelet")
         status = json.loads((await p.get("/api/status"))[1])
         assert (status["node"], status["config"]["problems"]) == ("node-p", [])
         assert [row["resource"] for row in status["registrations"] if row["registered"]] == ["usbip.dev/dongle"]
@@ -242,6 +245,10 @@ async def test_the_process_registers_answers_reloads_and_ends_on_sigterm(
         assert (await p.get("/api/traces/none"))[0] == 404
         assert "cannot be used" not in (await p.get("/"))[1]
 
+        async with asyncio.timeout(PATIENCE_S):
+            await p.kubelet.changed.until(lambda: not p.kubelet.connected("usbip.dev/stick"))
+        assert p.kubelet.health("usbip.dev/stick") == {}, "an empty list was the last"
+        assert 'resource="usbip.dev/stick"' not in (await p.get("/metrics"))[1]
         assert 'available_devices{resource="usbip.dev/stick"}' not in (await p.get("/metrics"))[1], (
             "it is not ours any more"
         )

@@ -18,8 +18,8 @@ from unittest import mock
 import pytest
 from agents_rig import DONGLE, RESOURCE
 from api_process import Cluster
-from conftest import collection, shipped
 from node_tokens import NAMESPACE, NodeTokens
+from plugin_rights import collection, shipped
 
 from usbip_plugin.check import permissions_needed
 from usbip_plugin.clock import SystemClock

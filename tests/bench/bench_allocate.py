@@ -18,7 +18,7 @@ from usbip_plugin.locks.store import LeaseStore
 from usbip_plugin.model import DeviceKey
 from usbip_plugin.sim.server import VirtualServer
 
-OVER_MS = 50.0
+OVER_MS = 30.0
 """What an Allocate may take beyond the kernel's own time."""
 ENUMERATION_S = 0.3
 """What a kernel takes from the attach write to the device node: measured 0.28-0.38 s."""

@@ -24,7 +24,9 @@ from usbip_plugin.sim.world import SimNode
 READY_TIMEOUT_S = 30.0
 TIMEOUT_S = 2.0
 """allocateTimeout while the API server does not answer."""
-WITHDRAWAL_TARGET_MS = 100.0
+WITHDRAWAL_TARGET_MS = 50.0
+WITHDRAWING = 10
+"""Nodes of which one takes a device and the others withdraw it."""
 
 
 async def make_namespace(kubeconfig: str) -> None:
@@ -69,11 +71,11 @@ async def _unhealthy(node: SimNode, key: DeviceKey) -> float:
 
 
 async def withdrawal(kubeconfig: str, count: int) -> list[Row]:
-    """From the sending of one node's lock write until another node's kubelet has the device Unhealthy.
+    """From the sending of one node's lock write until each other node's kubelet has the device Unhealthy.
 
-    Both nodes share one process with their kubelets, so the Allocate that goes on meanwhile is in the figures.
+    All nodes share one process with their kubelets, so each waits for the others, and for the Allocate that goes on.
     """
-    names = ("taker", "other")
+    names = ("taker", *(f"other{number}" for number in range(1, WITHDRAWING)))
     clients = {name: await connect(kubeconfig) for name in names}
     stores = {name: TimedLeases(client, NAMESPACE, name) for name, client in clients.items()}
     times = []
@@ -82,18 +84,21 @@ async def withdrawal(kubeconfig: str, count: int) -> list[Row]:
             place = Place(names, (server.key,), keys_of(server), leases=lambda node: stores[node])
             (key,) = place.keys
             async with nodes(place) as found:
-                taker, other = found.nodes
+                taker, *others = found.nodes
                 for _ in range(count):
                     stores[taker.name].taking_sent.clear()
-                    gone = asyncio.create_task(_unhealthy(other, key))
+                    gone = [asyncio.create_task(_unhealthy(other, key)) for other in others]
                     await timed_allocate(found, taker, key)
-                    times.append((await gone - stores[taker.name].taking_sent[key.id]) * 1e3)
+                    sent = stores[taker.name].taking_sent[key.id]
+                    times += [(at - sent) * 1e3 for at in await asyncio.gather(*gone)]
                     await found.end_pod(taker, key)
-                    await other.until(RESOURCE, lambda devices: devices == {key.id: True})
+                    for other in others:
+                        await other.until(RESOURCE, lambda devices: devices == {key.id: True})
     finally:
         for client in clients.values():
             await client.close()
-    return p50_p99("Unhealthy at another node's kubelet after the lock write (API server)", times, WITHDRAWAL_TARGET_MS)
+    name = f"Unhealthy at another node's kubelet after the lock write (API server, {WITHDRAWING} nodes)"
+    return p50_p99(name, times, WITHDRAWAL_TARGET_MS)
 
 
 async def unanswered(cluster: Cluster, token: str) -> list[Row]:

@@ -52,7 +52,7 @@ class TimedLeases(KubernetesLeases):
 class Place:
     """What a measurement is made on. leases(node): None for Leases in memory. driver(node): None for a simulation.
 
-    kube(node): for Node status and pods; None for neither.
+    kube(node): for Node status; None for none. pods: it has the pods, too.
     """
 
     names: tuple[str, ...]
@@ -61,6 +61,7 @@ class Place:
     leases: Callable[[str], LeaseStore] | None = None
     driver: Callable[[str, SimulatedKernel], VhciDriver] | None = None
     kube: Callable[[str], KubeClient] | None = None
+    pods: bool = False
     selector: Selector = Selector(vendor=DONGLE.vendor, product=DONGLE.product)  # noqa: RUF009 - frozen
     allocate_timeout: float = 10.0
     enumeration_delay: float = 0.0
@@ -78,6 +79,7 @@ async def nodes(place: Place) -> AsyncIterator[Nodes]:
         make_leases=place.leases,
         make_kube=place.kube,
         make_tracer=lambda _node: place.tracer,
+        kube_has_pods=place.pods,
     )
     async with contextlib.AsyncExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="u-")))

@@ -76,4 +76,4 @@ def document(rows: Sequence[Row], skipped: Sequence[Skipped]) -> dict[str, objec
 def line(row: Row) -> str:
     target = "" if row.target is None else f"<= {row.target:g}"
     verdict = {None: "", True: "yes", False: "NO"}[row.met]
-    return f"{row.name:<76} {row.value:>9.1f} {row.unit:<5} {target:>9} {verdict:<4} n={row.samples}"
+    return f"{row.name:<90} {row.value:>9.1f} {row.unit:<5} {target:>9} {verdict:<4} n={row.samples}"

@@ -16,14 +16,14 @@ from pathlib import Path
 import pytest
 
 from usbip_plugin.clock import SystemClock
-from usbip_plugin.errors import LockHeld, NotAttached, PluginError
+from usbip_plugin.errors import LockHeld, NotAttached, PluginError, UnknownDevice
 from usbip_plugin.kubelet.device_plugin import ContainerResponse, DevicePluginServer, DeviceSpec
 from usbip_plugin.kubelet.directory import PluginDirectory
 from usbip_plugin.kubelet.pod_resources import ContainerDevices, GrpcPodResources, PodResources
 from usbip_plugin.kubelet.registration import ResourcePlugin
 from usbip_plugin.model import Advertised, DeviceKey, Health, PodRef, Reason, ServerKey
 from usbip_plugin.sim.admission import Admission
-from usbip_plugin.sim.device_manager import AdmissionError, ContainerSpec, EndpointError
+from usbip_plugin.sim.device_manager import AdmissionError, ContainerSpec, EndpointError, KubeletPanic
 from usbip_plugin.sim.kubelet import FakeKubelet
 from usbip_plugin.sim.local_kubelet import LocalKubelet
 
@@ -47,6 +47,7 @@ class RecordingBackend:
 
     refuse: PluginError | None = None
     preference: tuple[str, ...] = ()
+    refuse_preference: PluginError | None = None
     gate: asyncio.Event = field(default_factory=asyncio.Event)
     entered: asyncio.Event = field(default_factory=asyncio.Event)
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)
@@ -78,6 +79,8 @@ class RecordingBackend:
 
     def preferred(self, resource: str, available: tuple[str, ...], must: tuple[str, ...], size: int) -> tuple[str, ...]:
         self.wishes.append((available, must, size))
+        if self.refuse_preference is not None:
+            raise self.refuse_preference
         return self.preference
 
     async def pre_start(self, resource: str, device_ids: tuple[str, ...]) -> None:
@@ -222,6 +225,56 @@ class KubeletContract(Sockets):
             got = await h.kubelet.admit(POD, {STORAGE: 1})
             assert got["app", STORAGE].device_ids == {"b"}
             assert h.backend.wishes == [(("a", "b"), (), 1)]
+
+    async def test_a_preference_is_asked_for_the_whole_container_and_has_what_it_has_already(
+        self, make: Make, short_tmp: Path
+    ) -> None:
+        """size counts what must be included; that is among the available ones, although it is allocated."""
+        async with make(short_tmp, pre_start=False) as h:
+            await h.publish(a=Reason.FREE, b=Reason.FREE, c=Reason.FREE, d=Reason.SERVER_UNREACHABLE)
+            h.backend.preference = ("c", "b", "a")
+            setup, app = ContainerSpec("setup", {STORAGE: 1}, init=True), ContainerSpec("app", {STORAGE: 2})
+            got = await h.kubelet.admit(POD, [setup, app])
+            assert h.backend.wishes == [(("a", "b", "c"), (), 1), (("a", "b", "c"), ("c",), 2)]
+            assert got["setup", STORAGE].device_ids == {"c"}
+            assert got["app", STORAGE].device_ids == {"b", "c"}
+
+    async def test_without_a_choice_nothing_is_asked(self, make: Make, short_tmp: Path) -> None:
+        async with make(short_tmp, pre_start=False) as h:
+            await h.publish(a=Reason.FREE)
+            both = [ContainerSpec("setup", {STORAGE: 1}, init=True), ContainerSpec("app", {STORAGE: 1})]
+            await h.kubelet.admit(POD, both)
+            assert len(h.backend.wishes) == 1, "the app has what the init container had"
+
+    async def test_a_refused_preference_fails_the_pod(self, make: Make, short_tmp: Path) -> None:
+        async with make(short_tmp, pre_start=False) as h:
+            await h.publish(a=Reason.FREE, b=Reason.FREE)
+            h.backend.refuse_preference = UnknownDevice("the kubelet wants what is not there")
+            with pytest.raises(AdmissionError, match=r"GetPreferredAllocation rpc failed.*NOT_FOUND.*is not there"):
+                await h.kubelet.admit(POD, {STORAGE: 1})
+            assert h.backend.allocated == []
+
+    async def test_a_sidecar_keeps_its_devices_and_is_listed(self, make: Make, short_tmp: Path) -> None:
+        async with make(short_tmp, pre_start=False) as h:
+            await h.publish(a=Reason.FREE, b=Reason.FREE)
+            sidecar = ContainerSpec("sidecar", {STORAGE: 1}, init=True, restartable=True)
+            got = await h.kubelet.admit(POD, [sidecar, ContainerSpec("app", {STORAGE: 1})])
+            assert got["sidecar", STORAGE].device_ids != got["app", STORAGE].device_ids
+            assert {entry.container for entry in await h.held()} == {"sidecar", "app"}
+
+    async def test_a_kubelet_that_is_answered_with_a_device_that_left_its_list_panics(
+        self, make: Make, short_tmp: Path
+    ) -> None:
+        async with make(short_tmp, pre_start=False) as h:
+            await h.publish(a=Reason.FREE)
+            h.backend.gate.clear()
+            async with asyncio.timeout(PATIENCE_S):
+                admission = asyncio.create_task(h.kubelet.admit(POD, {STORAGE: 1}))
+                await h.backend.entered.wait()
+                await h.publish()
+                h.backend.gate.set()
+                with pytest.raises(KubeletPanic, match="nil pointer dereference"):
+                    await admission
 
     async def test_a_refused_allocate_fails_the_pod_with_the_plugins_words(self, make: Make, short_tmp: Path) -> None:
         async with make(short_tmp, pre_start=False) as h:

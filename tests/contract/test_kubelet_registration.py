@@ -22,6 +22,7 @@ from usbip_plugin.kubelet.deviceplugin_pb2_grpc import DevicePluginStub
 from usbip_plugin.kubelet.directory import PluginDirectory, is_stale
 from usbip_plugin.kubelet.registration import STREAM_TIMEOUT_S, ResourcePlugin, State
 from usbip_plugin.model import Reason
+from usbip_plugin.resources import SocketRegistrar
 from usbip_plugin.sim.device_manager import AdmissionError
 from usbip_plugin.sim.kubelet import FakeKubelet
 
@@ -234,6 +235,37 @@ class TestRegistration(Sockets):
                         assert [path.name for path in kubelet._endpoints[STORAGE]] == [used.name]  # type: ignore[attr-defined]
                     assert stale.exists()
 
+    async def test_what_killed_plugins_left_is_removed_at_start_and_the_resource_is_registered_as_ever(
+        self, short_tmp: Path
+    ) -> None:
+        async with FakeKubelet(short_tmp) as kubelet:
+            left = [short_tmp / f"usbip-{name}.sock" for name in ("storage", "storage.2", "gone", "gone.11")]
+            others = short_tmp / "example.sock"
+            for path in (*left, others):
+                with socket.socket(socket.AF_UNIX) as killed:
+                    killed.bind(str(path))
+                    killed.listen()
+            clock, moved = SystemClock(), Broadcast()
+            registrar = SocketRegistrar(PluginDirectory(short_tmp, clock), clock, random.Random(1))
+            server = DevicePluginServer(STORAGE, RecordingBackend())
+            server.publish(advertised(a=Reason.FREE))
+            plugin = registrar.plugin(server, lambda _: moved.fire())
+            watch = PluginDirectory(short_tmp, clock)
+            async with tasks() as start:
+                start(watch.run())
+                start(registrar.run())
+                start(plugin.run())
+                async with asyncio.timeout(PATIENCE_S):
+                    await sees(kubelet, a=True)
+                    used = [path.name for path in kubelet._endpoints[STORAGE]]  # type: ignore[attr-defined]
+                    gone = [path for path in left if path.name not in used]
+                    assert len(gone) == len(left) - 1
+                    await watch.changed.until(lambda: not any(path.exists() for path in gone))
+                assert plugin.registered
+                assert plugin.registrations == 1, "its own socket was let be"
+                assert kubelet.connected(STORAGE)
+            assert others.exists()
+
     async def test_the_directory_may_come_later(self, short_tmp: Path) -> None:
         path = short_tmp / "device-plugins"
         async with node(path) as n:
@@ -276,6 +308,19 @@ class TestStreams(Sockets):
             assert await stream.code() is grpc.StatusCode.OK
         assert not path.exists()
         assert server.open_streams == 0
+
+    async def test_one_call_waits_whatever_methods_there_are(self, short_tmp: Path) -> None:
+        """Each that waits is 4 KiB, and each resource has a server."""
+        server = DevicePluginServer(STORAGE, RecordingBackend())
+        path = short_tmp / "s.sock"
+        async with (
+            asyncio.timeout(PATIENCE_S),
+            server.serving(path),
+            grpc.aio.insecure_channel(f"unix:{path}") as channel,
+        ):
+            assert await DevicePluginStub(channel).GetDevicePluginOptions(pb.Empty()) == server.options
+            names = [str(getattr(task.get_coro(), "__qualname__", "")) for task in asyncio.all_tasks()]
+            assert len([name for name in names if "_request_" in name]) == 1, names
 
     async def test_a_socket_that_cannot_be_made_is_a_registration_failure(self, short_tmp: Path) -> None:
         server = DevicePluginServer(STORAGE, RecordingBackend())

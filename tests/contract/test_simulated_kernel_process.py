@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import AsyncIterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 from vhci_contract import attached
 from vhci_rigs import SERVER, RemoteRig
 
-from usbip_plugin.errors import AttachRefused, SimulatedKernelMissing
+from usbip_plugin.errors import AttachRefused, SimulatedKernelMissing, WrongDevice
 from usbip_plugin.model import Attachment, DeviceKey, DeviceNode, UsbId
 from usbip_plugin.sim.device_nodes import DeviceNodes
 from usbip_plugin.sim.kernel_service import KernelService
+from usbip_plugin.sim.remote_kernel import RemoteVhci
+from usbip_plugin.sim.server import VirtualServer
+from usbip_plugin.sim.server_command import parse_device
+from usbip_plugin.sim.usbdevice import VirtualDevice
+from usbip_plugin.usbip.client import TcpUsbipClient
 from usbip_plugin.vhci.sysfs import PortStatus
 
 LIMIT_S = 10.0
@@ -102,6 +110,20 @@ async def test_a_new_process_is_a_kernel_that_has_booted(rig: RemoteRig) -> None
     assert not (await driver.check()).loaded
     await booted(rig)
     assert all(port.status is PortStatus.NULL for port in await driver.ports())
+
+
+async def test_a_device_has_the_child_nodes_that_are_asked_of_it(rig: RemoteRig) -> None:
+    await booted(rig)
+    driver, imported = rig.plugin(), await rig.import_twin(0)
+    port = await driver.attach(imported.key, imported.descriptor, imported.fileno())
+    imported.close()
+    attachment = await driver.enumerate(
+        imported.key, imported.descriptor, port, children=("tty", "printer"), timeout=LIMIT_S
+    )
+    assert [node.path for node in attachment.nodes[1:]] == ["/dev/ttyUSB0", "/dev/usb/lp0"]
+    assert attachment.nodes[1].by_id == "/dev/serial/by-id/usb-0403_6001-if00-port0"
+    assert await driver.inspect(imported.key, port) == attachment
+    assert (rig.devices / "ttyUSB0").exists()
 
 
 async def test_a_cancelled_attach_leaves_no_port(rig: RemoteRig) -> None:
@@ -194,3 +216,111 @@ def test_real_nodes_are_what_the_attachment_says(tmp_path: Path) -> None:
         assert opened.read(3) == b"\0\0\0"
     nodes.keep(())
     assert not path.exists()
+
+
+class Asked(RemoteRig):
+    """The same, whose kernel asks the devices of a virtual server who they are."""
+
+    def __init__(self, tmp_path: Path, group: asyncio.TaskGroup, *devices: VirtualDevice) -> None:
+        super().__init__(tmp_path, group, 0.0)
+        self.virtual = VirtualServer(devices)
+        self.client = TcpUsbipClient(self.clock)
+
+    async def boot_asking(self) -> None:
+        await self.virtual.start()
+        nodes = DeviceNodes(self.devices, self.path.parent / "nodes", partial(Path.touch, exist_ok=False), Path.is_file)
+        service = KernelService(self.kernel, self.path, nodes, asking=True)
+        self.tasks.append(self.group.create_task(service.run()))
+        await asyncio.sleep(0)
+
+    async def attached(self, driver: RemoteVhci, busid: str) -> Attachment:
+        imported = await self.client.import_device(DeviceKey(self.virtual.key, busid), timeout=LIMIT_S)
+        with contextlib.closing(imported):
+            port = await driver.attach(imported.key, imported.descriptor, imported.sock.fileno())
+        return await driver.enumerate(imported.key, imported.descriptor, port, timeout=LIMIT_S)
+
+    async def ended(self) -> None:
+        self.close()
+        self.client.close()
+        await self.virtual.stop()
+
+
+def device(text: str) -> VirtualDevice:
+    return replace(parse_device(text), configured=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "paths"),
+    [
+        ("1-1=10c4:ea60,serial=A", ["/dev/ttyUSB0"]),
+        ("1-1=2c99:0002,serial=A,class=0202+0a", ["/dev/ttyACM0"]),
+        ("1-1=064f:2af9,serial=A,class=03", ["/dev/hidraw0"]),
+        ("1-1=04d9:0024,serial=A,class=030101", ["/dev/hidraw0", "/dev/input/event0"]),
+        ("1-1=046d:082d,serial=A,class=0e01+0e02+01+0102", ["/dev/snd/controlC0", "/dev/video0", "/dev/video1"]),
+        ("1-1=18d1:4ee7,serial=A,class=ff4201", []),
+        ("1-1=04e6:5116,serial=A,class=0b", []),
+    ],
+)
+async def test_a_kernel_that_asks_makes_the_nodes_that_drivers_would(
+    tmp_path: Path, text: str, paths: list[str]
+) -> None:
+    async with asyncio.TaskGroup() as group:
+        rig = Asked(tmp_path, group, device(text))
+        await rig.boot_asking()
+        driver = rig.plugin()
+        found = await rig.attached(driver, "1-1")
+        assert found.serial == "A"
+        assert [node.path for node in found.nodes[1:]] == paths
+        links = [node.by_id for node in found.nodes if node.by_id]
+        assert len(set(links)) == len(links)
+        assert nodes_of(rig) == sorted(node.path.removeprefix("/dev/") for node in found.nodes)
+        assert await driver.inspect(found.key, found.port) == found
+        await driver.detach(found.port, timeout=LIMIT_S)
+        assert nodes_of(rig) == []
+        await rig.ended()
+
+
+async def test_a_path_that_another_kernel_has_is_passed_over_and_a_free_one_given_out_again(tmp_path: Path) -> None:
+    async with asyncio.TaskGroup() as group:
+        rig = Asked(tmp_path, group, device("1-1=10c4:ea60"), device("1-2=10c4:ea60"))
+        (rig.devices).mkdir()
+        (rig.devices / "ttyUSB0").touch()
+        await rig.boot_asking()
+        driver = rig.plugin()
+        first, second = await rig.attached(driver, "1-1"), await rig.attached(driver, "1-2")
+        assert [one.nodes[1].path for one in (first, second)] == ["/dev/ttyUSB1", "/dev/ttyUSB2"]
+        assert first.serial is None
+        await driver.detach(first.port, timeout=LIMIT_S)
+        assert "ttyUSB0" in nodes_of(rig)
+        assert "ttyUSB1" not in nodes_of(rig)
+        changed = asyncio.Event()
+        driver.subscribe(changed.set)
+        rig.virtual.drop("1-2")
+        async with asyncio.timeout(LIMIT_S):
+            while "ttyUSB2" in nodes_of(rig):
+                await changed.wait()
+                changed.clear()
+        await rig.ended()
+
+
+async def test_a_device_that_says_nothing_is_attached_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("usbip_plugin.sim.enumeration.ANSWER_S", 0.05)
+    async with asyncio.TaskGroup() as group:
+        rig = Asked(tmp_path, group)
+        await rig.boot_asking()
+        found = await attached(rig.plugin(), await rig.import_twin(0))
+        assert (found.serial, len(found.nodes)) == (None, 1)
+        await rig.ended()
+
+
+async def test_a_device_that_is_another_than_its_server_said_is_found_out(tmp_path: Path) -> None:
+    async with asyncio.TaskGroup() as group:
+        rig = Asked(tmp_path, group, device("1-1=10c4:ea60"))
+        await rig.boot_asking()
+        rig.virtual.lie("1-1", real=UsbId(0x0951, 0x1666))
+        with pytest.raises(WrongDevice):
+            await rig.attached(rig.plugin(), "1-1")
+        assert nodes_of(rig) == []
+        await rig.ended()

@@ -7,7 +7,8 @@ import pytest
 from usbip_suite import STICK, TWIN, SteppedClock, UsbipClientContract
 
 from usbip_plugin.clock import SystemClock
-from usbip_plugin.sim.network import Host, MemoryConnector, Network
+from usbip_plugin.sim.connector import MemoryConnector
+from usbip_plugin.sim.network import Host, Network
 from usbip_plugin.sim.server import VirtualServer
 from usbip_plugin.usbip.client import TcpUsbipClient, UsbipClient
 

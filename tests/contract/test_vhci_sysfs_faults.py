@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import shutil
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -23,12 +24,17 @@ from usbip_plugin.errors import (
     PortsExhausted,
     RecordNotWritable,
     VhciError,
+    WrongDevice,
     WrongSerial,
 )
-from usbip_plugin.model import Attachment, DeviceKey
+from usbip_plugin.kubelet.broadcast import Broadcast
+from usbip_plugin.model import Attachment, DeviceKey, UsbId
 from usbip_plugin.vhci import access
+from usbip_plugin.vhci.facts import DeviceFacts
 from usbip_plugin.vhci.linux import ATTACH_TRIES, SysfsVhci
+from usbip_plugin.vhci.nodes import Found, survey
 from usbip_plugin.vhci.sysfs import PortStatus
+from usbip_plugin.vhci.uevents import Uevent
 
 LIMIT_S = 10.0
 
@@ -302,13 +308,38 @@ class TestEnumeration:
         imported.close()
 
 
+class Looks:
+    """Counts how often an enumeration has looked for child nodes."""
+
+    def __init__(self) -> None:
+        self._changed = Broadcast()
+        self._number = 0
+
+    def survey(self, device: Path, facts: DeviceFacts) -> Found:
+        self._number += 1
+        self._changed.fire()
+        return survey(device, facts)
+
+    async def once_more(self, stir: Callable[[], None]) -> None:
+        """Until it has looked once after stir()."""
+        before = self._number
+        stir()
+        async with asyncio.timeout(LIMIT_S):
+            await self._changed.until(lambda: self._number > before)
+
+
 class TestChildren:
+    @pytest.fixture(autouse=True)
+    def looks(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.looked = Looks()
+        monkeypatch.setattr("usbip_plugin.vhci.children.survey", self.looked.survey)
+
     async def begin(self, rig: FakeSysfsRig, children: tuple[str, ...] | None, class_: int) -> asyncio.Task[Attachment]:
         """An enumeration that has got as far as waiting for children."""
         driver, imported = rig.plugin(), await rig.import_twin(0)
         port = await driver.attach(imported.key, imported.descriptor, imported.fileno())
         imported.close()
-        self.device = rig.sysfs.rows[port].device
+        self.port, self.device = port, rig.sysfs.rows[port].device
         self.interface = add_interface(self.device, 0, class_)
         enumeration = driver.enumerate(imported.key, imported.descriptor, port, children=children, timeout=LIMIT_S)
         changed = asyncio.Event()
@@ -320,19 +351,73 @@ class TestChildren:
                 changed.clear()
         return task
 
-    async def test_promised_nodes_are_waited_for(self, rig: FakeSysfsRig) -> None:
-        task = await self.begin(rig, None, class_=8)
-        assert not task.done()
-        add_node(self.interface / "host0/block/sda", "block", "sda", 8, 0)
-        attachment = await task
-        assert [node.kind for node in attachment.nodes] == ["usb", "block"]
+    async def still_waits(self, task: asyncio.Task[Attachment], rig: FakeSysfsRig) -> bool:
+        """After it has looked once more."""
+        await self.looked.once_more(lambda: self.uevent(rig, "change", self.device))
+        return not task.done()
 
-    async def test_nodes_asked_for_are_waited_for(self, rig: FakeSysfsRig) -> None:
-        task = await self.begin(rig, ("tty", "hidraw"), class_=0xFF)
-        assert not task.done()
-        add_node(self.interface / "ttyUSB0/tty/ttyUSB0", "tty", "ttyUSB0", 188, 0)
+    def uevent(self, rig: FakeSysfsRig, action: str, folder: Path, **fields: str) -> None:
+        rig.sysfs.heard(Uevent(action, "/" + str(folder.relative_to(rig.sysfs.root)), fields))
+
+    async def test_a_promised_disk_is_waited_for_until_its_partitions_have_been_read(self, rig: FakeSysfsRig) -> None:
+        task = await self.begin(rig, None, class_=8)
+        assert await self.still_waits(task, rig)
+        disk = add_node(self.interface / "host0/block/sda", "block", "sda", 8, 0)
+        assert await self.still_waits(task, rig)
+        add_node(disk / "sda1", "block", "sda1", 8, 1)
+        (disk / "sda1/partition").write_text("1\n")
+        assert await self.still_waits(task, rig)
+        self.uevent(rig, "add", disk, SUBSYSTEM="block", DEVTYPE="disk", MAJOR="8", MINOR="0")
         attachment = await task
-        assert [node.kind for node in attachment.nodes] == ["usb", "tty"]
+        assert [(node.path, node.partition) for node in attachment.nodes[1:]] == [("/dev/sda", 0), ("/dev/sda1", 1)]
+
+    async def test_a_disk_that_had_the_same_number_before_says_nothing_of_this_one(self, rig: FakeSysfsRig) -> None:
+        task = await self.begin(rig, ("block",), class_=8)
+        disk = add_node(self.interface / "host0/block/sda", "block", "sda", 8, 0)
+        earlier = {"SUBSYSTEM": "block", "DEVTYPE": "disk", "MAJOR": "8", "MINOR": "0"}
+        shutil.rmtree(disk)
+        for action in ("add", "remove"):
+            self.uevent(rig, action, disk, **earlier)
+        add_node(disk, "block", "sda", 8, 0)
+        assert await self.still_waits(task, rig)
+        self.uevent(rig, "add", disk, **earlier)
+        assert [node.kind for node in (await task).nodes] == ["usb", "block"]
+
+    async def test_one_of_the_kinds_asked_for_is_waited_for(self, rig: FakeSysfsRig) -> None:
+        task = await self.begin(rig, ("tty", "hidraw"), class_=0xFF)
+        assert await self.still_waits(task, rig)
+        add_node(self.interface / "x/sound/card1/controlC1", "sound", "snd/controlC1", 116, 1)
+        assert await self.still_waits(task, rig)
+        add_node(self.interface / "ttyUSB0/tty/ttyUSB0", "tty", "ttyUSB0", 188, 0)
+        assert [node.kind for node in (await task).nodes] == ["usb", "sound", "tty"]
+
+    async def test_children_that_do_not_come_in_time_are_no_error(self, rig: FakeSysfsRig) -> None:
+        driver, imported = rig.plugin(), await rig.import_twin(0)
+        port = await driver.attach(imported.key, imported.descriptor, imported.fileno())
+        imported.close()
+        attachment = await driver.enumerate(
+            imported.key, imported.descriptor, port, children=("tty",), children_timeout=0.1, timeout=LIMIT_S
+        )
+        assert [node.kind for node in attachment.nodes] == ["usb"]
+
+    async def test_a_device_that_enumerates_anew_is_verified_anew(self, rig: FakeSysfsRig) -> None:
+        task = await self.begin(rig, ("tty",), class_=0xFF)
+        rig.sysfs.enumerate_anew(self.port, TWINS[0].usb_id)
+        assert await self.still_waits(task, rig)
+        add_node(self.device / f"{self.device.name}:1.0/ttyUSB0/tty/ttyUSB0", "tty", "ttyUSB0", 188, 0)
+        self.uevent(rig, "bind", self.device)
+        attachment = await task
+        assert attachment.nodes[0].path.endswith("/003"), "the node of the second enumeration"
+        assert (self.device / "authorized").read_text() == "1\n"
+
+    async def test_a_device_that_turns_into_another_is_detached(self, rig: FakeSysfsRig) -> None:
+        task = await self.begin(rig, ("tty",), class_=0xFF)
+        other = UsbId(0x12D1, 0x1506)
+        rig.sysfs.enumerate_anew(self.port, other)
+        with pytest.raises(WrongDevice) as raised:
+            await task
+        assert (raised.value.promised, raised.value.found) == (TWINS[0].usb_id, other)
+        assert rig.sysfs.rows[self.port].status == 4
 
     async def test_where_nothing_is_promised_nothing_is_waited_for(self, rig: FakeSysfsRig) -> None:
         async with asyncio.timeout(1):

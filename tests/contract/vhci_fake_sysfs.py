@@ -7,7 +7,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from usbip_plugin.model import Descriptor, UsbId
@@ -149,6 +149,15 @@ class FakeSysfs:
         add_device(row.device, descriptor.usb_id, int(bus), devnum, authorized, self.serials.get(row.devid))
         self._uevent("add", row.device)
 
+    def enumerate_anew(self, port: int, usb_id: UsbId) -> None:
+        """The device leaves the bus and comes back over the same connection, as this one."""
+        with self._lock:
+            row = self.rows[port]
+            shutil.rmtree(row.device)
+            self._uevent("remove", row.device)
+            self.devices[row.devid] = replace(self.devices[row.devid], usb_id=usb_id)
+            self._enumerate(row)
+
     def _uevent(self, action: str, device: Path) -> None:
         self.heard(Uevent(action, "/" + str(device.relative_to(self.root)), {}))
 
@@ -191,13 +200,14 @@ def add_interface(device: Path, number: int, class_: int, subclass: int = 0) -> 
     """An interface of a device."""
     interface = device / f"{device.name}:1.{number}"
     interface.mkdir()
+    (interface / "bInterfaceNumber").write_text(f"{number:02x}\n")
     (interface / "bInterfaceClass").write_text(f"{class_:02x}\n")
     (interface / "bInterfaceSubClass").write_text(f"{subclass:02x}\n")
     return interface
 
 
 def add_node(folder: Path, subsystem: str, devname: str, major: int, minor: int) -> Path:
-    """A directory with a device node, such as .../ttyUSB0/tty/ttyUSB0."""
+    """A directory with a device node, such as .../ttyUSB0/tty/ttyUSB0. No uevent."""
     folder.mkdir(parents=True)
     (folder / "dev").write_text(f"{major}:{minor}\n")
     (folder / "uevent").write_text(f"MAJOR={major}\nMINOR={minor}\nDEVNAME={devname}\n")

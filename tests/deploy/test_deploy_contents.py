@@ -129,7 +129,10 @@ def test_the_test_server_has_what_its_configuration_wants(tools: Tools) -> None:
     for resource in parsed.config.resources:
         (device,) = resource.devices
         assert (device.target.host, device.target.port) == (f"usbip-server.{NAMESPACE}.svc", port["port"])
-        ids = f"{device.selector.vendor:04x}:{device.selector.product:04x}"
+        vendor, product = device.selector.vendor, device.selector.product
+        assert isinstance(vendor, int)
+        assert isinstance(product, int)
+        ids = f"{vendor:04x}:{product:04x}"
         assert sum(f"={ids}" in argument for argument in container["args"]) == 1
 
 

@@ -118,12 +118,24 @@ def test_the_charts_copies_of_rules_and_dashboard_are_those_of_monitoring(name: 
     assert same, f"cp deploy/monitoring/{name} {copied.relative_to(ROOT)}"
 
 
-def test_alerts_may_name_another_place_for_their_runbook(tools: Tools) -> None:
-    objects = tools.chart("--set", "monitoring.enabled=true,monitoring.runbook=https://wiki.example/usbip")
-    rule = objects["monitoring.coreos.com/v1", "PrometheusRule", NAMESPACE, "usbip-plugin"]
-    places = [rule["annotations"]["runbook_url"] for group in rule["spec"]["groups"] for rule in group["rules"]]
-    assert "https://wiki.example/usbip#usbiplocklost" in places
-    assert all(place.startswith("https://wiki.example/usbip#") for place in places)
+def annotations_of_alerts(tools: Tools, *flags: str) -> dict[str, dict[str, str]]:
+    objects = tools.chart("--set", "monitoring.enabled=true", *flags)
+    found = objects["monitoring.coreos.com/v1", "PrometheusRule", NAMESPACE, "usbip-plugin"]
+    return {rule["alert"]: rule["annotations"] for group in found["spec"]["groups"] for rule in group["rules"]}
+
+
+def test_alerts_have_a_link_to_their_runbook_where_it_has_an_address(tools: Tools) -> None:
+    linked = annotations_of_alerts(tools, "--set", "monitoring.runbook=https://wiki.example/usbip")
+    assert linked["UsbipLockLost"]["runbook_url"] == "https://wiki.example/usbip#usbiplocklost"
+    for alert, shown in linked.items():
+        assert shown["runbook_url"] == f"https://wiki.example/usbip#{alert.lower()}"
+        assert "runbook" not in shown
+
+
+def test_alerts_have_no_link_that_leads_nowhere(tools: Tools) -> None:
+    for alert, shown in annotations_of_alerts(tools).items():
+        assert "runbook_url" not in shown
+        assert shown["runbook"] == f"docs/operations.md#{alert.lower()}"
 
 
 def test_the_admission_policy_can_be_left_out(tools: Tools) -> None:

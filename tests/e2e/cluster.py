@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
 from typing import Any, TypeAlias, TypeVar
 
 from usbip_plugin.errors import KubeConflict, KubeGone, KubeNotFound, KubeUnreachable
@@ -25,6 +26,7 @@ _PATHS = {
     "leases": f"/apis/coordination.k8s.io/v1/namespaces/{PLUGIN_NAMESPACE}/leases",
     "deployments": f"/apis/apps/v1/namespaces/{NAMESPACE}/deployments",
     "jobs": f"/apis/batch/v1/namespaces/{NAMESPACE}/jobs",
+    "events": f"/apis/events.k8s.io/v1/namespaces/{NAMESPACE}/events",
     "daemonsets": f"/apis/apps/v1/namespaces/{PLUGIN_NAMESPACE}/daemonsets",
     "plugins": f"/api/v1/namespaces/{PLUGIN_NAMESPACE}/pods",
 }
@@ -162,11 +164,24 @@ class ClusterView:
 
         return await self.until("nodes", says, f"{count} of {full} allocatable on {node}", limit=limit)
 
+    async def told(self, pod: Object, wanted: AbstractSet[str], *, limit: float = LIMIT_S) -> set[str]:
+        """The reasons of all Events on this very pod, as soon as the wanted ones are among them.
+
+        A plugin does first and tells then, in the background.
+        """
+
+        def reasons(events: Mapping[str, Object]) -> set[str] | None:
+            found = {one["reason"] for one in events.values() if one["regarding"].get("uid") == pod["metadata"]["uid"]}
+            return found if wanted <= found else None
+
+        what = f"Events {', '.join(sorted(wanted))} on pod {pod['metadata']['name']}"
+        return await self.until("events", reasons, what, limit=limit)
+
     async def lock_of(self, node: str, *, limit: float = LIMIT_S) -> Object:
         """A lock Lease that names the node."""
 
         def held(leases: Mapping[str, Object]) -> Object | None:
-            return next((lease for lease in leases.values() if is_lock(lease) and holder(lease) == node), None)
+            return next(iter(locks_of(leases, node).values()), None)
 
         return await self.until("leases", held, f"a lock held by {node}", limit=limit)
 
@@ -199,6 +214,11 @@ def holder(lease: Object) -> str:
     return lease["spec"].get("holderIdentity") or ""
 
 
+def locks_of(leases: Mapping[str, Object], node: str) -> dict[str, Object]:
+    """The locks that name the node, by name."""
+    return {name: lease for name, lease in leases.items() if is_lock(lease) and holder(lease) == node}
+
+
 def is_ready(pod: Object) -> bool:
     statuses = pod["status"].get("containerStatuses") or []
     ready = bool(statuses) and all(status["ready"] for status in statuses)
@@ -218,6 +238,8 @@ def _short(collection: str, objects: Mapping[str, Object]) -> str:
         ]
     elif collection == "leases":
         parts = [f"{name} held by {holder(lease)!r}" for name, lease in objects.items()]
+    elif collection == "events":
+        parts = [f"{one['regarding'].get('name')} {one['reason']}: {one.get('note')}" for one in objects.values()]
     elif collection == "nodes":
         parts = [f"{name} {node['status'].get('allocatable')}" for name, node in objects.items()]
     else:

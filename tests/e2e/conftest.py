@@ -17,7 +17,7 @@ from figures import Figures
 from kubectl import Kubectl, KubectlFailed, render
 from nodes import KindNodes, LabNodes, Nodes
 from plugin_process import SERVER_PORT
-from workloads import pod_spec
+from workloads import pod_spec, usbip_server
 
 from usbip_plugin.kube import connect
 
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 LOGS = Path(os.environ.get("E2E_LOGS", ROOT / "build" / "e2e-logs"))
 RESULTS = Path(os.environ.get("E2E_RESULTS", ROOT / "build" / "e2e.json"))
 SERVER = "usbip-e2e-server"
-DEVICES = ("1-1=0951:1666,serial=E2E1", *(f"1-{port}=0403:6001,serial=E2E{port}" for port in (2, 3, 4, 5, 6)))
+DEVICES = ("1-1=0951:1666,serial=E2E1", *(f"1-{port}=1209:0001,serial=E2E{port}" for port in (2, 3, 4, 5, 6)))
 LOCK_DURATION = 21
 COUNTS = {"solo": 1, "pair": 2, "jobs": 2, "named": 1}
 CONFIG = """
@@ -124,34 +124,20 @@ def place(kubectl: Kubectl) -> Place:
 
 
 def _server(image: str, node: str) -> dict[str, Any]:
-    spec = {
-        "hostNetwork": True,
-        "automountServiceAccountToken": False,
-        "nodeSelector": {"kubernetes.io/hostname": node},
-        "tolerations": [{"operator": "Exists"}],
-        "terminationGracePeriodSeconds": 1,
-        "containers": [
-            {
-                "name": "server",
-                "image": image,
-                "imagePullPolicy": "IfNotPresent",
-                "args": ["simulate", "server", f"--listen=0.0.0.0:{SERVER_PORT}", "--devices-file=/devices/list"],
-                "volumeMounts": [{"name": "devices", "mountPath": "/devices"}],
-            }
-        ],
-        "initContainers": [
-            {
-                "name": "devices",
-                "image": image,
-                "imagePullPolicy": "IfNotPresent",
-                "command": ["sh", "-c", f"printf '%s\\n' {' '.join(DEVICES)} >/devices/list"],
-                "volumeMounts": [{"name": "devices", "mountPath": "/devices"}],
-            }
-        ],
-        "volumes": [{"name": "devices", "emptyDir": {}}],
+    ours = {
+        "image": image,
+        "imagePullPolicy": "IfNotPresent",
+        "volumeMounts": [{"name": "devices", "mountPath": "/devices"}],
     }
-    metadata = {"name": SERVER, "namespace": PLUGIN_NAMESPACE}
-    return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}
+    listen = f"--listen=0.0.0.0:{SERVER_PORT}"
+    fill = ["sh", "-c", f"printf '%s\\n' {' '.join(DEVICES)} >/devices/list"]
+    return usbip_server(
+        SERVER,
+        node,
+        {**ours, "args": ["simulate", "server", listen, "--devices-file=/devices/list"]},
+        initContainers=[{**ours, "name": "devices", "command": fill}],
+        volumes=[{"name": "devices", "emptyDir": {}}],
+    )
 
 
 def _plugin(image: str, address: str) -> list[dict[str, Any]]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from usbip_plugin.kubelet.directory import identify
+
 LIMIT_S = 60.0
 STOP_S = 120.0
 LAB = Path(__file__).parents[1] / "lab" / "cluster"
@@ -93,9 +95,10 @@ class LabNodes:
         _run(str(LAB / "control.sh"), str(self.state), "start", "apiserver", limit=STOP_S)
 
     def plugin_socket(self, node: str, resource: str) -> Path:
-        """The socket of the plugin for a resource, as this machine sees it: the newest, a killed one leaves its own."""
+        """The socket of the plugin for a resource, as this machine sees it: the newest, as a killed one's stays a
+        while."""
         sockets = (self.state / node / "kubelet" / "device-plugins").glob(f"usbip-{resource}*.sock")
-        return max(sockets, key=lambda path: path.stat().st_mtime_ns)
+        return max((found.modified_ns, path) for path in sockets if (found := identify(path)) is not None)[1]
 
     def pod_log(self, node: str, namespace: str, pod: str) -> list[str]:
         """What the containers of a pod have said, from the files the node keeps: no API server is asked."""

@@ -18,8 +18,9 @@ from cluster import NAMESPACE, ClusterView, Object, Waited, holder, is_lock
 from conftest import Place
 from kubectl import Kubectl
 from nodes import LabNodes, Nodes
+from plugin_pods import plugin_on
 from plugin_process import Pages, addresses, imports
-from test_restarts import identity, plugin_on
+from test_restarts import identity
 from workloads import pod, pod_spec
 
 from usbip_plugin.kubelet import deviceplugin_pb2 as pb

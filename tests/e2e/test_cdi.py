@@ -2,33 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from typing import Any
 
-from cluster import DOMAIN, NAMESPACE, PLUGIN_NAMESPACE, ClusterView, Object, is_ready
+from cluster import DOMAIN, PLUGIN_NAMESPACE, ClusterView, Object
 from conftest import DEVICES, Place, Server
-from kubectl import Kubectl, KubectlFailed
-from test_pods import read_device
-from test_restarts import plugin_on
+from containers import device_path, end_container, read_device, restart_container, started_again
+from kubectl import Kubectl
+from plugin_pods import plugin_on, replace_plugin
 from workloads import pod, pod_spec
-
-
-def device_of(kubectl: Kubectl, name: str) -> str:
-    """The USB node in the container that runs now, by its environment."""
-    return kubectl("exec", "-n", NAMESPACE, name, "--", "sh", "-c", 'echo "$USBIP_NAMED_0_DEVICE"').strip()
-
-
-def end_process(kubectl: Kubectl, name: str) -> None:
-    with contextlib.suppress(KubectlFailed):  # it takes this command along, or not
-        kubectl("exec", "-n", NAMESPACE, name, "--", "sh", "-c", "kill 1")
-
-
-async def started_again(cluster: ClusterView, name: str, times: int) -> None:
-    def again(one: Object) -> bool:
-        return is_ready(one) and one["status"]["containerStatuses"][0]["restartCount"] == times
-
-    await cluster.pod(name, again, f"started again for the {times}. time")
 
 
 async def specs(cluster: ClusterView, kubectl: Kubectl, node: str) -> list[str]:
@@ -59,16 +41,15 @@ async def test_a_container_started_again_has_the_nodes_of_the_reattached_device(
     await cluster.create("pods", pod("named", pod_spec(image, "named", node=place.a)))
     await cluster.running("named")
     read_device(kubectl, "named", "NAMED")
-    before = device_of(kubectl, "named")
+    before = device_path(kubectl, "named", "NAMED")
     assert before.startswith("/dev/bus/usb/")
     assert len(await specs(cluster, kubectl, place.a)) == 1
     assert await specs(cluster, kubectl, place.b) == [], "each node has its own"
 
     await lost_and_back(cluster, server, place.a)
-    end_process(kubectl, "named")
-    await started_again(cluster, "named", 1)
+    await restart_container(cluster, kubectl, "named")
     read_device(kubectl, "named", "NAMED")
-    assert device_of(kubectl, "named") != before
+    assert device_path(kubectl, "named", "NAMED") != before
     assert await allocations(cluster, kubectl, place.a) == asked + 1, "the kubelet asked once"
 
     await cluster.delete("pods", "named")
@@ -81,29 +62,15 @@ async def test_the_spec_outlives_the_plugins_pod_and_is_rewritten_by_its_success
 ) -> None:
     await cluster.create("pods", pod("named", pod_spec(image, "named", node=place.a)))
     await cluster.running("named")
-    before = device_of(kubectl, "named")
-    old = (await plugin_on(cluster, place.a))["metadata"]["name"]
-    kubectl("delete", "pod", "-n", PLUGIN_NAMESPACE, old)
-
-    def replaced(plugins: Mapping[str, Object]) -> bool:
-        return any(
-            name.startswith("usbip-plugin-")
-            and name != old
-            and one["spec"].get("nodeName") == place.a
-            and is_ready(one)
-            for name, one in plugins.items()
-        )
-
-    await cluster.until("plugins", replaced, "a new plugin on the node")
+    before = device_path(kubectl, "named", "NAMED")
+    await replace_plugin(cluster, kubectl, place.a)
     await cluster.allocatable(place.a, "named", 1)
-    end_process(kubectl, "named")
-    await started_again(cluster, "named", 1)
-    assert device_of(kubectl, "named") == before
+    await restart_container(cluster, kubectl, "named")
+    assert device_path(kubectl, "named", "NAMED") == before
     await lost_and_back(cluster, server, place.a)
-    end_process(kubectl, "named")
-    await started_again(cluster, "named", 2)
+    await restart_container(cluster, kubectl, "named", 2)
     read_device(kubectl, "named", "NAMED")
-    assert device_of(kubectl, "named") != before
+    assert device_path(kubectl, "named", "NAMED") != before
 
 
 async def test_a_device_that_is_away_keeps_the_container_from_starting_and_is_named(
@@ -113,7 +80,7 @@ async def test_a_device_that_is_away_keeps_the_container_from_starting_and_is_na
     await cluster.running("named")
     server.set_devices(DEVICES[:-1])
     await cluster.allocatable(place.a, "named", 0)
-    end_process(kubectl, "named")
+    end_container(kubectl, "named")
 
     def waiting(one: Object) -> str | None:
         state: Mapping[str, Any] = one["status"]["containerStatuses"][0]["state"].get("waiting", {})

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import re
 import time
 from collections.abc import Mapping
 from typing import Any
 
-from cluster import DOMAIN, LIMIT_S, NAMESPACE, PLUGIN_NAMESPACE, ClusterView, Object, failed, holder, is_lock, is_ready
+from cluster import DOMAIN, NAMESPACE, PLUGIN_NAMESPACE, ClusterView, Object, failed, holder, is_lock, is_ready
 from conftest import DEVICES, Place, Server
+from containers import read_device, restart_container
 from figures import Figures
-from kubectl import Kubectl, KubectlFailed
+from kubectl import Kubectl
 from workloads import deployment, pod, pod_spec
 
 FREE_ELSEWHERE_S = 5.0
-KUBELET_RETRY_S = 0.2
 COMPLETIONS = 20
 WORKING_SET = re.compile(
     rf'^container_memory_working_set_bytes{{container="plugin",namespace="{PLUGIN_NAMESPACE}",[^}}]*}} (\S+)',
@@ -30,23 +29,6 @@ def pending(one: Object) -> bool:
     return one["status"].get("phase") == "Pending" and any(
         condition["type"] == "PodScheduled" and condition["status"] == "False" for condition in conditions
     )
-
-
-def read_device(kubectl: Kubectl, name: str, resource: str = "SOLO", *, container: str = "main") -> None:
-    """Opens the device in the pod and reads from it, as soon as the node's kubelet answers. KubectlFailed."""
-    script = f'test -c "$USBIP_{resource}_0_DEVICE" && head -c 4 "$USBIP_{resource}_0_DEVICE" | wc -c'
-    deadline = time.monotonic() + LIMIT_S
-    while True:
-        try:
-            said = kubectl("exec", "-n", NAMESPACE, name, "-c", container, "--", "sh", "-c", script)
-        except KubectlFailed as error:
-            # a kubelet that has just been started does not listen, or know its pods yet; nothing tells when it does
-            if "unable to upgrade connection" not in str(error) or time.monotonic() > deadline:
-                raise
-            time.sleep(KUBELET_RETRY_S)
-        else:
-            assert said.strip() == "4"
-            return
 
 
 async def test_a_pod_gets_the_device_and_every_other_node_withdraws_it(
@@ -110,13 +92,7 @@ async def test_a_restarted_container_has_its_device_again(
     await cluster.create("pods", pod("restarter", pod_spec(image, "solo", node=place.a)))
     await cluster.running("restarter")
     before = await cluster.lock_of(place.a)
-    with contextlib.suppress(KubectlFailed):  # it takes this command along, or not
-        kubectl("exec", "-n", NAMESPACE, "restarter", "--", "sh", "-c", "kill 1")
-
-    def again(one: Object) -> bool:
-        return is_ready(one) and one["status"]["containerStatuses"][0]["restartCount"] == 1
-
-    await cluster.pod("restarter", again, "restarted")
+    await restart_container(cluster, kubectl, "restarter")
     read_device(kubectl, "restarter")
     after = await cluster.lock_of(place.a)
     assert after["spec"]["leaseTransitions"] == before["spec"]["leaseTransitions"]

@@ -8,12 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import pytest
-from cluster import DOMAIN, PLUGIN_NAMESPACE, ClusterView, Object, holder, is_lock, is_ready
+from cluster import DOMAIN, PLUGIN_NAMESPACE, ClusterView, Object, holder, is_lock, locks_of
 from conftest import LOCK_DURATION, Place
+from containers import read_device
 from figures import Figures
 from kubectl import Kubectl
 from nodes import KERNEL, PLUGIN, Nodes
-from test_pods import pending, read_device
+from plugin_pods import plugin_on, replace_plugin, restarted
+from test_pods import pending
 from workloads import pod, pod_spec
 
 TAKEOVER_S = 3 * LOCK_DURATION
@@ -39,15 +41,6 @@ async def identity(cluster: ClusterView, name: str, node: str) -> Identity:
     )
 
 
-async def plugin_on(cluster: ClusterView, node: str) -> Object:
-    plugins = await cluster.all("plugins")
-    return next(one for name, one in plugins.items() if _is_plugin(name) and one["spec"]["nodeName"] == node)
-
-
-def _is_plugin(name: str) -> bool:
-    return name.startswith("usbip-plugin-")
-
-
 async def attached_on(cluster: ClusterView, kubectl: Kubectl, node: str) -> float:
     """How many devices of the resource its plugin says are attached."""
     name = (await plugin_on(cluster, node))["metadata"]["name"]
@@ -55,18 +48,6 @@ async def attached_on(cluster: ClusterView, kubectl: Kubectl, node: str) -> floa
     sample = re.compile(rf'^usbip_device_plugin_attached_devices{{resource="{DOMAIN}/solo"}} (\S+)', re.MULTILINE)
     (count,) = sample.findall(metrics)
     return float(count)
-
-
-async def restarted(cluster: ClusterView, before: Object) -> None:
-    """The plugin's container has been started again, and is ready."""
-    name = before["metadata"]["name"]
-    count = before["status"]["containerStatuses"][0]["restartCount"]
-
-    def again(plugins: Mapping[str, Object]) -> bool:
-        one = plugins[name]
-        return is_ready(one) and one["status"]["containerStatuses"][0]["restartCount"] > count
-
-    await cluster.until("plugins", again, f"{name} restarted")
 
 
 @pytest.fixture
@@ -105,16 +86,7 @@ async def test_a_plugin_killed(
 
 
 async def test_a_plugin_pod_deleted(cluster: ClusterView, kubectl: Kubectl, place: Place, held: Identity) -> None:
-    old = (await plugin_on(cluster, place.a))["metadata"]["name"]
-    kubectl("delete", "pod", "-n", PLUGIN_NAMESPACE, old)
-
-    def replaced(plugins: Mapping[str, Object]) -> bool:
-        return any(
-            _is_plugin(name) and name != old and one["spec"].get("nodeName") == place.a and is_ready(one)
-            for name, one in plugins.items()
-        )
-
-    await cluster.until("plugins", replaced, "a new plugin on the node")
+    await replace_plugin(cluster, kubectl, place.a)
     await unharmed(cluster, kubectl, place, held)
 
 
@@ -209,7 +181,7 @@ async def test_a_node_that_dies_is_taken_over_after_the_duration_and_harms_nothi
                         changed[name] = (version, now)
 
         def heir(leases: Mapping[str, Object]) -> Object | None:
-            return next((one for one in leases.values() if is_lock(one) and holder(one) == place.a), None)
+            return next(iter(locks_of(leases, place.a).values()), None)
 
         lock = await cluster.until("leases", heir, "the lock taken over", seen=seen, limit=TAKEOVER_S)
         figures.add("node dead to its lock taken over, s", taken[0] - begin)

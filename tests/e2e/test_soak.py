@@ -16,14 +16,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from cluster import PLUGIN_NAMESPACE, ClusterView, Object, is_lock
+from cluster import ClusterView, Object, is_lock
 from conftest import DEVICES, RESULTS, Place
 from figures import Figures
 from kubectl import Kubectl
 from nodes import PLUGIN, Nodes
+from plugin_pods import plugin_on, replace_plugin, restarted
 from plugin_process import Pages, Usage, addresses, imports, usage
 from soak_load import Load, disturb
-from test_restarts import plugin_on, restarted
 
 WARM_UP_PODS = 12
 LEAST_PODS = 20
@@ -99,9 +99,7 @@ async def test_pods_coming_and_going_leak_nothing(
 
     async def delete_b() -> None:
         # a new pod: the kubelet starts the next one at once, however often the last was killed
-        old = (await plugin_on(cluster, place.b))["metadata"]["name"]
-        await asyncio.to_thread(kubectl, "delete", "pod", "-n", PLUGIN_NAMESPACE, old)
-        await cluster.settled()
+        await replace_plugin(cluster, kubectl, place.b)
 
     disturbances = (
         ("plugin b killed", kill_b),

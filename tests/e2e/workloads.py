@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cluster import DOMAIN, NAMESPACE
+from cluster import DOMAIN, NAMESPACE, PLUGIN_NAMESPACE
 
 WAIT_FOR_TERM = "trap 'exit 0' TERM; while :; do sleep 1 & wait $!; done"
 
@@ -34,6 +34,24 @@ def pod_spec(image: str, resource: str | None, count: int = 1, *, node: str | No
 
 def pod(name: str, spec: dict[str, Any]) -> dict[str, Any]:
     metadata = {"name": name, "namespace": NAMESPACE, "labels": {"app": name}}
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}
+
+
+def usbip_server(name: str, node: str, container: dict[str, Any], **more: object) -> dict[str, Any]:
+    """A pod beside the plugin's with a USB/IP server on the network of a node, even of one that is tainted.
+
+    container: without its name. more: of the pod's spec.
+    """
+    spec = {
+        "hostNetwork": True,
+        "automountServiceAccountToken": False,
+        "nodeSelector": {"kubernetes.io/hostname": node},
+        "tolerations": [{"operator": "Exists"}],
+        "terminationGracePeriodSeconds": 1,
+        "containers": [{"name": "server", **container}],
+        **more,
+    }
+    metadata = {"name": name, "namespace": PLUGIN_NAMESPACE}
     return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}
 
 

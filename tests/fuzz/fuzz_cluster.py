@@ -12,11 +12,12 @@ from typing import Any
 from fuzz_target import Target, drive, fit_to_raise, fit_to_show
 from google.protobuf.message import DecodeError
 
-from usbip_plugin import inventory, kube
+from usbip_plugin import kube_answers
 from usbip_plugin.claims import decide_adoption
 from usbip_plugin.cli import listing, output
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.errors import KubeError, KubeThrottled, LockHeld, PluginError, UnknownDevice
+from usbip_plugin.inventory.annotations import key_of
 from usbip_plugin.kubelet import deviceplugin_pb2, podresources_pb2
 from usbip_plugin.kubelet.device_plugin import MAX_CONTAINERS, MAX_DEVICES_PER_CONTAINER, check_ids
 from usbip_plugin.kubelet.pod_resources import of_domain
@@ -28,7 +29,7 @@ from usbip_plugin.locks.manager import _held
 from usbip_plugin.locks.protocol import Create, LockMeta, Replace, Write
 from usbip_plugin.locks.store import Lease, LeaseList
 from usbip_plugin.locks.view import LockView
-from usbip_plugin.model import DeviceKey, NodeIdentity, PodRef, ServerKey
+from usbip_plugin.model import DeviceKey, Identity, NodeIdentity, PodRef, ServerKey
 from usbip_plugin.observe.logs import JsonFormatter, TextFormatter
 from usbip_plugin.observe.tracing import context_from
 
@@ -66,11 +67,14 @@ def judged(lease: Lease) -> None:
     for text in (lock.holder, lock.server, lock.busid, lock.usb_id, lock.serial, lock.boot_id, lock.traceparent):
         fit_to_show(text, 256)
     fit_to_show(str(lock.pod), 600)
+    assert lock.interfaces is None or len(lock.interfaces) <= record.MAX_INTERFACES
+    assert lock.read_from is None or 0 <= lock.read_from < 1 << 32
+    assert record.interfaces_of(record.interfaces_text(lock.interfaces)) == lock.interfaces
     assert 0 <= lock.epoch < 1 << 31
     assert 0 <= lock.duration <= record.MAX_DURATION_S
     assert (lock.holder == ME.node) == (lease.holder == ME.node)
     assert (lock.holder == "") == (lease.holder == "")
-    key = inventory.key_of(lock)
+    key = key_of(lock)
     assert key is None or (key.id == lock.device_id and 0 < key.server.port < 1 << 16)
     context_from(lock.traceparent)
     decide_adoption(lock, ME, attached=True, used=None)
@@ -79,7 +83,7 @@ def judged(lease: Lease) -> None:
     assert isinstance(held, LockHeld)
     fit_to_raise(held, 1200)
     decisions = [
-        protocol.decide_acquire(lease, KEY, LockMeta(serial="S"), WRITE, None, True),
+        protocol.decide_acquire(lease, KEY, LockMeta(told=Identity(1 << 16 | 2, "S")), WRITE, None, True),
         protocol.decide_amend(lease, WRITE, {record.PORT: "1"}),
         protocol.decide_release(lease, WRITE),
         protocol.decide_session(lease, WRITE),
@@ -148,8 +152,8 @@ class _Stream:
             yield self._data[start : start + 100]
 
     async def watch(self, _path: str, **_options: Any) -> AsyncGenerator[dict[str, Any], None]:
-        async for line in kube._lines(self._parts(), "leases"):
-            yield kube._event(line, "leases")
+        async for line in kube_answers.lines(self._parts(), "leases"):
+            yield kube_answers.event_of(line, "leases")
 
 
 def watch(data: bytes) -> None:
@@ -187,7 +191,7 @@ def refusal(data: bytes) -> None:
     header, _, body = data[2:].partition(b"\0")
     status = from_json(body)
     retry_after = header.decode("utf-8", "surrogateescape")
-    error = kube.error_of(code, status if isinstance(status, dict) else {}, "get", "leases", retry_after)
+    error = kube_answers.error_of(code, status if isinstance(status, dict) else {}, "get", "leases", retry_after)
     fit_to_raise(error, 1024)
     if isinstance(error, KubeThrottled) and error.retry_after is not None:
         assert 0 <= error.retry_after < 1e9
@@ -196,7 +200,7 @@ def refusal(data: bytes) -> None:
 
 def answer(data: bytes) -> None:
     try:
-        assert isinstance(kube._decode(data, "get", "leases"), dict)
+        assert isinstance(kube_answers.decoded(data, "get", "leases"), dict)
     except KubeError as error:
         fit_to_raise(error)
 
@@ -255,6 +259,8 @@ def _lease_seed(**spec: Any) -> dict[str, Any]:
         record.BUSID: "1-2",
         record.USB_ID: "0951:1666",
         record.SERIAL: "S1",
+        record.INTERFACES: "080650,ff0000",
+        record.READ_FROM: "1:7",
         record.BOOT_ID: "boot-1",
         record.PORT: "3",
         record.POD: "default/p/8f2c",

@@ -25,11 +25,15 @@ FULL = """resources:
   modem:
     devices: &modems
       - target: {host: "[fd00::1]"}
-        selector: {bus_id: "1-*", serial: A1, class: "02"}
+        selector: {bus_id: ["1-*", "2-1"], serial: A1, class: "02", vendor: ["0951", "1050"], usb_ids: ["0951:1666"]}
     onLoss: evict
     cdi: true
     children: [tty, hidraw]
-    containerPath: /dev/{resource}/{index}-{serial}
+    childrenTimeout: 3s
+    containerPath: ["/dev/{resource}/{index}-{serial}", "/dev/{kind}{number}"]
+    byId: true
+    permissions: {mode: "0660", group: 20}
+    readOnly: true
   again: {devices: *modems}
 lock: {duration: 1m30s}
 allocateTimeout: 8
@@ -67,10 +71,16 @@ def usable(config: Config) -> None:
         fit_to_show(resource.name, 63)
         for entry in resource.devices:
             fit_to_show(str(entry.selector), 400)
-            matches(entry.selector, DEVICE, None)
-        if resource.container_path is not None:
-            path = render(resource.container_path, {"serial": "../../etc/passwd", "resource": resource.name})
+            matches(entry.selector, DEVICE)
+        for template in resource.container_paths:
+            path = render(template, {"serial": "../../etc/passwd", "model": "..", "resource": resource.name})
             assert ".." not in path.split("/")
+        wanted = resource.permissions
+        if wanted is not None:
+            assert resource.cdi
+            assert 0 <= (wanted.mode or 0) <= 0o777
+            assert 0 <= (wanted.user or 0) < 1 << 32
+        assert 0 <= resource.children_timeout <= schema.MAX_CHILDREN_TIMEOUT_S
 
 
 def _seeds() -> Iterable[bytes]:

@@ -12,6 +12,8 @@ from usbip_plugin.errors import VhciError
 from usbip_plugin.model import DeviceKey, ServerKey
 from usbip_plugin.vhci import hubs, nodes, sysfs, uevents
 from usbip_plugin.vhci.access import PortTable
+from usbip_plugin.vhci.facts import read_facts
+from usbip_plugin.vhci.promises import promises
 from usbip_plugin.vhci.records import MAX_RECORD, Record, Records, format_record, parse_record
 
 STATUS = """hub port sta spd dev      sockfd local_busid
@@ -101,15 +103,17 @@ def device_files(data: bytes, directory: Path) -> None:
     child = "3-1:1.0/tty/ttyACM0"
     names = ("idVendor", "idProduct", "devnum", "dev", "authorized", "serial", "uevent", f"{child}/uevent")
     interface = ("3-1:1.0/bInterfaceClass", "3-1:1.0/bInterfaceSubClass", f"{child}/dev")
+    strings = ("manufacturer", "product", "3-1:1.0/bInterfaceNumber", "3-1:1.0/port_number")
     device.mkdir()
-    _files(data, names + interface, device)
+    _files(data, names + interface + strings, device)
     (device / child).mkdir(parents=True, exist_ok=True)
     (device / child / "subsystem").symlink_to("/sys/class/tty")
-    facts = nodes.read_facts(device)
+    facts = read_facts(device)
     if facts is not None:
         fit_to_show(str(facts.usb_id), 9)
-        fit_to_show(facts.serial, 126)
-        assert facts.serial != ""
+        for text in (facts.serial, facts.manufacturer, facts.model):
+            assert text != ""
+            fit_to_show(text, 126)
         assert facts.devnum >= 0
     for node in nodes.collect(device):
         fit_to_show(node.path, 4096)
@@ -117,7 +121,13 @@ def device_files(data: bytes, directory: Path) -> None:
         assert ".." not in node.path.split("/")
         assert 0 <= node.major < 1 << 12
         assert 0 <= node.minor < 1 << 20
-    nodes.promised_kinds(device)
+        fit_to_show(node.by_id, 300)
+        if node.by_id:
+            assert node.by_id.startswith("/dev/serial/by-id/usb-")
+            assert node.by_id.count("/") == 4
+    for name in nodes.survey(device, facts).net if facts is not None else ():
+        fit_to_show(name, 15)
+    promises(device)
 
 
 def hub_files(data: bytes, directory: Path) -> None:
@@ -145,7 +155,7 @@ def hub_files(data: bytes, directory: Path) -> None:
 def _devices() -> Iterable[bytes]:
     own = "MAJOR=189\nMINOR=2\nDEVNAME=bus/usb/003/002\nDEVTYPE=usb_device\n"
     texts = ["0403\n", "6001\n", "2\n", "189:2\n", "1\n", "A1\n", own, "MAJOR=166\nMINOR=0\nDEVNAME=ttyACM0\n"]
-    yield "\0".join([*texts, "02\n", "02\n", "166:0\n"]).encode()
+    yield "\0".join([*texts, "02\n", "02\n", "166:0\n", "A/B\n", "..\n", "00\n", "0\n"]).encode()
 
 
 def _records() -> Iterable[bytes]:

@@ -14,9 +14,10 @@ import pytest
 from fuzz_cluster import grpc_detail
 from fuzz_target import fit_to_show
 
-from usbip_plugin import inventory, kube
+from usbip_plugin import kube, kube_answers
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.errors import KubeServerError, KubeThrottled, PluginError, PodResourcesUnavailable, ServerUnreachable
+from usbip_plugin.inventory.preference import preferred
 from usbip_plugin.kubelet import deviceplugin_pb2 as pb
 from usbip_plugin.kubelet.device_plugin import ContainerResponse, DevicePluginServer
 from usbip_plugin.kubelet.pod_resources import GrpcPodResources
@@ -32,7 +33,7 @@ from usbip_plugin.usbip.client import TcpUsbipClient
     [("3", 3.0), ("²", None), ("9" * 400, None), ("-1", None), ("Wed, 21 Oct 2030", None), ("", None)],
 )
 def test_a_time_to_wait_is_a_small_number_or_none(header: str, seconds: float | None) -> None:
-    error = kube.error_of(429, {}, "get", "leases", header)
+    error = kube_answers.error_of(429, {}, "get", "leases", header)
     assert isinstance(error, KubeThrottled)
     assert error.retry_after == seconds
 
@@ -41,7 +42,7 @@ def test_a_time_to_wait_is_a_small_number_or_none(header: str, seconds: float | 
     "message", ["a\x1b[2J\nb", "\ud800", "x" * 100_000, ["x"] * 100_000, {"a": {}}, 10**4000, None]
 )
 def test_a_refusal_says_what_can_be_printed_of_it(message: object) -> None:
-    text = str(kube.error_of(418, {"message": message}, "get", "leases", None))
+    text = str(kube_answers.error_of(418, {"message": message}, "get", "leases", None))
     assert len(text) < 1000
     assert text.isprintable()
     assert "HTTP 418" in text
@@ -50,11 +51,11 @@ def test_a_refusal_says_what_can_be_printed_of_it(message: object) -> None:
 def test_a_refusal_with_a_message_nested_to_the_limit_of_the_decoder_is_one() -> None:
     depth = 100_000
     with pytest.raises(KubeServerError):
-        kube._decode(b'{"message": ' + b"[" * depth + b"]" * depth + b"}", "get", "leases")
+        kube_answers.decoded(b'{"message": ' + b"[" * depth + b"]" * depth + b"}", "get", "leases")
     nested: object = []
     for _ in range(5000):
         nested = [nested]
-    assert "HTTP 500" in str(kube.error_of(500, {"message": nested}, "get", "leases", None))
+    assert "HTTP 500" in str(kube_answers.error_of(500, {"message": nested}, "get", "leases", None))
 
 
 class EndlessList(kube.KubeClient):
@@ -85,9 +86,9 @@ async def test_an_event_without_an_end_is_given_up_before_it_is_kept() -> None:
             yield b"x" * (1 << 16)
 
     with pytest.raises(KubeServerError, match="longer than"):
-        async for _ in kube._lines(endless(), "leases"):
+        async for _ in kube_answers.lines(endless(), "leases"):
             pass
-    assert sent <= kube.MAX_EVENT_BYTES + (1 << 16)
+    assert sent <= kube_answers.MAX_EVENT_BYTES + (1 << 16)
 
 
 def pod(**status: object) -> dict[str, object]:
@@ -175,7 +176,7 @@ class Backend:
         return tuple(ContainerResponse() for _ in requests)
 
     def preferred(self, resource: str, available: tuple[str, ...], must: tuple[str, ...], size: int) -> tuple[str, ...]:
-        return inventory.preferred(available, must, size, "node-a", {})
+        return preferred(available, must, size, "node-a", {})
 
     async def pre_start(self, resource: str, device_ids: tuple[str, ...]) -> None:
         self.asked.append(device_ids)

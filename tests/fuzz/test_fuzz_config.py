@@ -164,7 +164,19 @@ SCALARS = st.one_of(ODD, st.none(), st.booleans(), st.integers(), st.floats(), s
 KEYS = st.sampled_from(
     [
         *("target", "selector", "extras", "host", "port", "vendor", "product", "bus_id", "serial", "class", "hostPath"),
-        *("containerPath", "permissions", "devices", "onLoss", "cdi", "children", "duration", "<<", "Vendor", "vendro"),
+        *(
+            "usb_ids",
+            "containerPath",
+            "permissions",
+            "devices",
+            "onLoss",
+            "cdi",
+            "children",
+            "duration",
+            "<<",
+            "Vendor",
+        ),
+        "vendro",
     ]
 )
 
@@ -182,8 +194,15 @@ def mapping(**fields: st.SearchStrategy[object]) -> st.SearchStrategy[object]:
 
 HEX = st.one_of(st.integers(0, 0xFFFF).map(lambda n: f"{n:04x}"), st.integers(0, 0xFFFF), ODD)
 TARGET = mapping(host=st.sampled_from(["h", "10.0.0.1", "[fd00::1]"]), port=st.one_of(st.just(3240), st.integers()))
+HEXES = st.one_of(HEX, st.lists(HEX, max_size=4))
+BUS_ID = st.sampled_from(["1-1", "1-*", "?[!a"])
 SELECTOR = mapping(
-    vendor=HEX, product=HEX, bus_id=st.sampled_from(["1-1", "1-*", "?[!a"]), serial=SCALARS, **{"class": HEX}
+    vendor=HEXES,
+    product=HEXES,
+    usb_ids=st.lists(st.sampled_from(["0951:1666", "1050:0407", "0:1", "0951:166A"]), max_size=3),
+    bus_id=st.one_of(BUS_ID, st.lists(BUS_ID, max_size=3)),
+    serial=SCALARS,
+    **{"class": HEX},
 )
 EXTRAS = st.lists(
     almost(mapping(hostPath=st.just("/dev/fuse"), containerPath=SCALARS, permissions=st.just("rw"))), max_size=2

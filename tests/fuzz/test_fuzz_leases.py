@@ -20,11 +20,13 @@ from hypothesis import strategies as st
 from opentelemetry.trace import NoOpTracer
 from raw_api import RawApi
 
-from usbip_plugin import inventory
 from usbip_plugin.cli.listing import WIDE, known_devices, rows
 from usbip_plugin.cli.output import table
 from usbip_plugin.config import Config, DeviceSelector
 from usbip_plugin.errors import KubeServerError, LockHeld, LockUnavailable
+from usbip_plugin.inventory.annotations import key_of
+from usbip_plugin.inventory.facts import Facts, Seen
+from usbip_plugin.inventory.reasons import health
 from usbip_plugin.locks import kubernetes, record
 from usbip_plugin.locks.kubernetes import KubernetesLeases, decode, encode
 from usbip_plugin.locks.manager import LockManager, LockSettings, Standing
@@ -64,6 +66,8 @@ NOTES = st.sampled_from(
         record.BUSID,
         record.USB_ID,
         record.SERIAL,
+        record.INTERFACES,
+        record.READ_FROM,
         record.BOOT_ID,
         record.PORT,
         record.POD,
@@ -151,6 +155,13 @@ def test_own_notes_come_through_beside_one_that_was_blown_up() -> None:
     assert record.BUSID not in lease.annotations
 
 
+def test_all_locks_have_the_same_keys_in_memory() -> None:
+    one, other = (decode(json.loads(json.dumps(_lease_seed()))) for _ in range(2))
+    assert len(one.annotations) > 1
+    for notes, same in ((one.annotations, other.annotations), (one.labels, other.labels)):
+        assert [id(key) for key in notes] == [id(key) for key in same]
+
+
 @pytest.mark.parametrize("length", [254, 511, 512, 513, MEGABYTE])
 def test_a_cut_holder_is_nobodys_name(length: int) -> None:
     me = "n" * 253  # the longest name a node can have
@@ -185,13 +196,13 @@ def lock(server: str, busid: str = "1-2") -> Lock:
 
 @pytest.mark.parametrize("port", ["0", "65536", "70000", "9" * 20, "9" * 200])
 def test_a_lock_on_a_port_that_does_not_exist_is_about_no_device(port: str) -> None:
-    assert inventory.key_of(lock(f"10.0.0.1:{port}")) is None
-    assert inventory.key_of(lock("10.0.0.1:65535")) is not None
+    assert key_of(lock(f"10.0.0.1:{port}")) is None
+    assert key_of(lock("10.0.0.1:65535")) is not None
 
 
 @pytest.mark.parametrize("busid", ["..", "1 2", "1/2", "x" * 40])
 def test_a_lock_on_a_bus_id_that_does_not_exist_is_about_no_device(busid: str) -> None:
-    assert inventory.key_of(lock("10.0.0.1:3240", busid)) is None
+    assert key_of(lock("10.0.0.1:3240", busid)) is None
 
 
 # a manager
@@ -256,7 +267,7 @@ ODD_LEASES: dict[str, dict[str, Any]] = {
     ),
     "annotations of other types": changed(noted(server=[], busid=3, serial=None, pod={}, **{"vhci-port": 7})),
     "annotations of a megabyte": changed(
-        noted(server="s" * MEGABYTE, pod="p/" + "q" * MEGABYTE, serial="x" * MEGABYTE)
+        noted(server="s" * MEGABYTE, pod="p/" + "q" * MEGABYTE, serial="x" * MEGABYTE, interfaces="080650," * MEGABYTE)
     ),
     "annotations that are none": changed({"annotations": "text", "labels": []}),
     "a port beyond all numbers": changed(noted(server="10.0.0.1:" + "9" * 200, **{"vhci-port": "9" * 5000})),
@@ -297,9 +308,9 @@ async def shown(manager: LockManager, api: RawApi) -> None:
     """What the page, the kubelet and `usbip-plugin devices` would say."""
     known = manager.locks[KEY.id]
     judged(decode(api.objects[KEY.id]))
-    facts = inventory.Facts(ME.node, Config(()), {}, manager.locks, {KEY.id: manager.standing(KEY.id)}, {})
-    device = inventory.Seen(KEY, UsbId(1, 2), DeviceSelector(KEY.server))
-    fit_to_show(inventory.health(facts, device, "stick").detail, 1200)
+    facts = Facts(ME.node, Config(()), {}, manager.locks, {KEY.id: manager.standing(KEY.id)}, {})
+    device = Seen(KEY, UsbId(1, 2), DeviceSelector(KEY.server))
+    fit_to_show(health(facts, device, "stick").detail, 1200)
     fit_to_show(known.holder, 256)
     notice = Notice(What.LOCK_LOST, KEY, f"node {known.holder} holds it now", known.pod)
     for said, pod in events_of(notice):

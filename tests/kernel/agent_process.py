@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import random
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from agent_rig import DOMAIN, NODE, plugin_directory, pod_resources_socket, real_driver
@@ -39,8 +40,8 @@ class AgreeingApi:
     def ended(self, namespace: str, name: str) -> bool:
         return False
 
-    def wanting(self, domain: str) -> frozenset[PodRef]:
-        return frozenset()
+    def wanting(self, domain: str) -> Mapping[PodRef, Mapping[str, int]]:
+        return {}
 
 
 async def main(config: Path, directory: Path, leases: Path) -> None:

@@ -16,7 +16,7 @@ import tty
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
-LIMIT_S = 30.0
+LIMIT_S = 120.0  # as PATIENCE_S: the process alone may take half a minute to start
 BLOCK = 64 << 10
 TURN = 256 << 10
 PACE_S = 0.05  # between reads: an emulated processor has other work, too

@@ -8,9 +8,7 @@ import os
 import signal
 import stat
 import tempfile
-import termios
-import tty
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from pathlib import Path
 
 import grpc
@@ -18,16 +16,19 @@ import grpc.aio
 from kernel_rig import DISK, DISK_SUPER, KEYBOARD, TWINS
 from usbipd import RealUsbipd, eventually
 
-from usbip_plugin.agent import Agent
+from usbip_plugin.agent import Agent, Observer
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.config import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.kubelet import deviceplugin_pb2 as pb
+from usbip_plugin.kubelet.broadcast import Broadcast
 from usbip_plugin.kubelet.cdi import CdiDirectory
 from usbip_plugin.kubelet.deviceplugin_pb2_grpc import DevicePluginStub
+from usbip_plugin.kubelet.directory import identify
 from usbip_plugin.locks.memory import MemoryBackend
 from usbip_plugin.locks.record import lock_of
 from usbip_plugin.locks.store import Lease
-from usbip_plugin.model import Advertised, DeviceKey, PodRef, Reason, ServerKey
+from usbip_plugin.model import Advertised, Attachment, DeviceKey, PodRef, Reason, ServerKey
+from usbip_plugin.notices import Notice, What
 from usbip_plugin.sim.device_manager import Allocation
 from usbip_plugin.sim.kernel import SimulatedKernel
 from usbip_plugin.sim.world import Setup, SimNode, World, running
@@ -73,11 +74,36 @@ def real_driver(_node: str = NODE, _kernel: SimulatedKernel | None = None) -> Vh
     return SysfsVhci(clock, NetlinkUevents(clock))
 
 
+class Told:
+    """What people are told of."""
+
+    def __init__(self) -> None:
+        self._notices: list[Notice] = []
+        self._changed = Broadcast()
+
+    def hear(self, notice: Notice) -> None:
+        self._notices.append(notice)
+        self._changed.fire()
+
+    def of(self, what: What) -> list[str]:
+        """In which words."""
+        return [notice.text for notice in self._notices if notice.what is what]
+
+    async def until(self, what: What) -> str:
+        """Until they are, once."""
+        async with asyncio.timeout(PATIENCE_S):
+            await self._changed.until(lambda: bool(self.of(what)))
+        (text,) = self.of(what)
+        return text
+
+
 @contextlib.asynccontextmanager
-async def agent_with(config: Config, *healthy: DeviceKey, cdi: Path | None = None) -> AsyncIterator[World]:
+async def agent_with(
+    config: Config, *healthy: DeviceKey, cdi: Path | None = None, told: Told | None = None
+) -> AsyncIterator[World]:
     """A world of one node whose kernel is the real one, when these devices are Healthy; see on().
 
-    cdi: where its CDI specs are.
+    cdi: where its CDI specs are. told: hears what people are told of.
     """
     with tempfile.TemporaryDirectory(prefix="usbip-") as directory:
         specs = CdiDirectory(cdi or Path(directory) / "cdi", DOMAIN)
@@ -87,6 +113,7 @@ async def agent_with(config: Config, *healthy: DeviceKey, cdi: Path | None = Non
             domain=DOMAIN,
             make_driver=real_driver,
             make_specs=lambda _node: specs,
+            make_observer=lambda _node: Observer() if told is None else Observer(on_notice=told.hear),
         )
         async with running(Path(directory), (NODE,), setup) as world:
             await until_health(on(world), {key.id: True for key in healthy})
@@ -120,18 +147,21 @@ def advertised(node: SimNode, key: DeviceKey) -> Advertised:
     return found[0]
 
 
-def tty_of(node: SimNode, key: DeviceKey) -> str:
-    """Where the tty of an attached device is now."""
+def attachment_of(node: SimNode, key: DeviceKey) -> Attachment:
+    """Of a device that is attached."""
     attachment = agent(node).attacher.claims[key.id].attachment
     assert attachment is not None
-    return next(child.path for child in attachment.nodes if child.kind == "tty")
+    return attachment
+
+
+def tty_of(node: SimNode, key: DeviceKey) -> str:
+    """Where the tty of an attached device is now."""
+    return next(child.path for child in attachment_of(node, key).nodes if child.kind == "tty")
 
 
 def serial_of(node: SimNode, key: DeviceKey) -> str | None:
     """What an attached device itself says."""
-    attachment = agent(node).attacher.claims[key.id].attachment
-    assert attachment is not None
-    return attachment.serial
+    return attachment_of(node, key).serial
 
 
 async def until_reason(node: SimNode, key: DeviceKey, reason: Reason) -> Advertised:
@@ -164,8 +194,15 @@ async def allocate_at(directory: Path, resource: str, *ids: str) -> pb.Container
         return answer.container_responses[0]
 
 
+async def admitted(node: SimNode, resource: str, count: int = 1, *, pod: PodRef = POD) -> Allocation:
+    """What the one container of a pod has got of the resource. AdmissionError."""
+    return (await node.admit(pod, {resource: count}))["app", node.resource(resource)]
+
+
 def newest_socket(directory: Path, resource: str) -> Path:
-    return max(directory.glob(f"usbip-{resource}*.sock"), key=lambda path: path.stat().st_mtime_ns)
+    """A killed plugin's stays a while."""
+    sockets = directory.glob(f"usbip-{resource}*.sock")
+    return max((found.modified_ns, path) for path in sockets if (found := identify(path)) is not None)[1]
 
 
 async def refusal(node: SimNode, resource: str, key: DeviceKey) -> str:
@@ -254,17 +291,6 @@ def disk_of(allocation: Allocation) -> str:
     """The whole disk, not its partitions."""
     (path,) = [path for path in nodes_of(allocation) if Path(path).is_block_device()]
     return path
-
-
-@contextlib.contextmanager
-def raw_tty(path: str) -> Iterator[int]:
-    """A file descriptor of the tty, raw and non-blocking."""
-    fd = os.open(path, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
-    try:
-        tty.setraw(fd, termios.TCSANOW)
-        yield fd
-    finally:
-        os.close(fd)
 
 
 async def arrives(writer: int, reader: int, data: bytes) -> bytes:

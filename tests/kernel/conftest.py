@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -15,7 +16,8 @@ if CONTRACT not in sys.path:
     sys.path.append(CONTRACT)
 pytest.register_assert_rewrite("vhci_contract")
 
-from kernel_rig import ALL, KernelRig  # noqa: E402
+from kernel_rig import ALL, TWINS, KernelRig  # noqa: E402
+from qemu_monitor import Monitor  # noqa: E402
 from usbipd import RealUsbipd  # noqa: E402
 
 
@@ -56,3 +58,18 @@ async def rig(real_usbipd: RealUsbipd) -> AsyncIterator[KernelRig]:
         rig = KernelRig(real_usbipd, group)
         yield rig
         await rig.close()
+
+
+@pytest.fixture
+def monitor(real_usbipd: RealUsbipd) -> Iterator[Monitor]:
+    """Afterwards every converter is where it was."""
+    before = {serial: real_usbipd.busid(serial) for serial in TWINS}
+    with contextlib.closing(Monitor()) as found:
+        yield found
+        there = real_usbipd.busids()
+        away = [serial for serial in TWINS if there.get(serial) != before[serial]]
+        for serial in away:
+            if serial in there:
+                found.unplug(real_usbipd, TWINS.index(serial), serial)
+        for serial in away:
+            found.plug(real_usbipd, TWINS.index(serial), serial, before[serial].rpartition("-")[2])

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import random
 import socket
+import termios
+import tty
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from usbipd import RealUsbipd, eventually
@@ -25,6 +29,17 @@ ALL = (*TWINS, DISK, DISK_SUPER, KEYBOARD)
 LIMIT_S = 10.0
 CLEAN_S = 90.0
 """For hundreds of ports at once, in a guest that is emulated."""
+
+
+@contextlib.contextmanager
+def raw_tty(path: str) -> Iterator[int]:
+    """A file descriptor of the tty, raw and non-blocking."""
+    fd = os.open(path, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
+    try:
+        tty.setraw(fd, termios.TCSANOW)
+        yield fd
+    finally:
+        os.close(fd)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from agent_rig import (
     KEYS,
     POD,
     SERIAL,
+    admitted,
     agent_with,
     arrives,
     busy_rows,
@@ -22,11 +23,10 @@ from agent_rig import (
     keys_of,
     nodes_of,
     on,
-    raw_tty,
     row_hub,
     until_released,
 )
-from kernel_rig import TWINS, KernelRig
+from kernel_rig import TWINS, KernelRig, raw_tty
 
 from usbip_plugin.model import PodRef
 
@@ -37,7 +37,7 @@ async def test_identical_devices_go_to_different_pods_and_bytes_pass(rig: Kernel
     first, second = PodRef("default", "first"), PodRef("default", "second")
     async with agent_with(config_of(usbipd, SERIAL), *twins) as world:
         node = on(world)
-        got = [(await node.admit(pod, {SERIAL: 1}))["app", node.resource(SERIAL)] for pod in (first, second)]
+        got = [await admitted(node, SERIAL, pod=pod) for pod in (first, second)]
         for allocation in got:
             assert allocation.envs["USBIP_SERIAL_0_TTY"] in nodes_of(allocation)
         said = {a.envs["USBIP_SERIAL_0_BUSID"]: a.envs["USBIP_SERIAL_0_SERIAL"] for a in got}
@@ -67,7 +67,7 @@ async def test_a_disk_is_read_and_written_and_has_a_port_of_its_speed(
     backing = Path("/vmrun") / image
     async with agent_with(config_of(rig.usbipd, resource), *keys_of(rig.usbipd, resource)) as world:
         node = on(world)
-        path = disk_of((await node.admit(POD, {resource: 1}))["app", node.resource(resource)])
+        path = disk_of(await admitted(node, resource))
         assert row_hub(busy_rows()) == hub
         written = os.urandom(512)
         disk = os.open(path, os.O_RDWR)
@@ -85,7 +85,7 @@ async def test_a_disk_is_read_and_written_and_has_a_port_of_its_speed(
 async def test_a_keyboard_brings_its_event_and_raw_nodes(rig: KernelRig) -> None:
     async with agent_with(config_of(rig.usbipd, KEYS), *keys_of(rig.usbipd, KEYS)) as world:
         node = on(world)
-        paths = nodes_of((await node.admit(POD, {KEYS: 1}))["app", node.resource(KEYS)])
+        paths = nodes_of(await admitted(node, KEYS))
         kinds = {Path(path).name.rstrip("0123456789") for path in paths}
         assert {"hidraw", "event", ""} <= kinds, paths
         for path in paths:

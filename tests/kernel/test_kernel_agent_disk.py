@@ -19,6 +19,7 @@ from agent_rig import (
     agent,
     agent_with,
     allocate,
+    attachment_of,
     busy_rows,
     config_of,
     end,
@@ -134,9 +135,7 @@ async def test_a_full_disk_at_a_reattach_is_over_when_there_is_room(rig: KernelR
             assert paths_in(spec) == before, "the old one, whole"
             disk.make_room()
             await until_health(node, {held.id: True})
-            attachment = agent(node).attacher.claims[held.id].attachment
-            assert attachment is not None
-            assert paths_in(spec) == {n.path for n in attachment.nodes}
+            assert paths_in(spec) == {n.path for n in attachment_of(node, held).nodes}
             assert paths_in(spec) != before
             await end(world, POD, held)
             assert leftovers(disk.place) == set()

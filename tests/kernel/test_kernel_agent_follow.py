@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
-import pytest
 from agent_rig import (
     POD,
     SERIAL,
     advertised,
+    agent,
     agent_with,
     arrives,
     busy_rows,
@@ -17,30 +14,16 @@ from agent_rig import (
     end,
     keys_of,
     on,
-    raw_tty,
     serial_of,
     tty_of,
     until_health,
     until_pod_noted,
     until_reason,
 )
-from kernel_rig import TWINS, KernelRig
+from kernel_rig import TWINS, KernelRig, raw_tty
 from qemu_monitor import Monitor
-from usbipd import RealUsbipd
 
 from usbip_plugin.model import DeviceKey, Reason
-
-
-@pytest.fixture
-def monitor(real_usbipd: RealUsbipd) -> Iterator[Monitor]:
-    """Afterwards every converter is where it was."""
-    before = {serial: real_usbipd.busid(serial) for serial in TWINS}
-    with contextlib.closing(Monitor()) as found:
-        yield found
-        for number, serial in enumerate(TWINS):
-            if real_usbipd.busid(serial) != before[serial]:
-                found.unplug(real_usbipd, number, serial)
-                found.plug(real_usbipd, number, serial, before[serial].rpartition("-")[2])
 
 
 async def test_a_device_plugged_in_elsewhere_is_attached_from_there_and_works(rig: KernelRig, monitor: Monitor) -> None:
@@ -80,7 +63,7 @@ async def test_an_identical_device_that_is_free_is_not_taken_for_it(rig: KernelR
     async with agent_with(config_of(usbipd, SERIAL), *twins) as world:
         node = on(world)
         await node.admit(POD, {SERIAL: 1})
-        (held,) = node.agent.attacher.claims.values()  # type: ignore[union-attr]
+        (held,) = agent(node).attacher.claims.values()
         number = twins.index(held.key)
         other = twins[1 - number]
         await until_pod_noted(world.backend, held.key)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from agent_rig import (
     KEYS,
     POD,
     SERIAL,
+    admitted,
+    agent,
     agent_with,
     allocate,
     attach_by_hand,
@@ -37,8 +41,7 @@ async def test_what_others_attached_is_neither_adopted_nor_touched(rig: KernelRi
         node = on(world)
         await node.admit(POD, {SERIAL: 2})
         assert set(foreign) < set(busy_rows())
-        assert node.agent is not None
-        assert keyboard.id not in node.agent.attacher.claims
+        assert keyboard.id not in agent(node).attacher.claims
         assert keyboard.id not in world.backend.leases
         await end(world, POD, *twins)
         assert busy_rows() == foreign
@@ -55,7 +58,7 @@ async def test_an_identical_device_that_took_the_port_meanwhile_is_not_mistaken_
     twins = keys_of(usbipd, SERIAL)
     async with agent_with(config_of(usbipd, SERIAL), *twins) as world:
         node = on(world)
-        got = (await node.admit(POD, {SERIAL: 1}))["app", node.resource(SERIAL)]
+        got = await admitted(node, SERIAL)
         (ours,) = [key for key in twins if key.id in got.device_ids]
         (theirs,) = [key for key in twins if key != ours]
         await until_pod_noted(world.backend, ours)
@@ -78,15 +81,14 @@ async def test_a_device_in_use_by_another_client_is_refused_with_the_cause(rig: 
     twins = keys_of(rig.usbipd, SERIAL)
     async with agent_with(config_of(rig.usbipd, SERIAL), *twins) as world:
         node = on(world)
-        other = await rig.import_serial(TWINS[0])
-        message = await refusal(node, SERIAL, twins[0])
-        assert str(rig.usbipd.key) in message
-        assert twins[0].busid in message
-        assert "in use by another client" in message
-        await until_released(world, twins[0])
-        await until_reason(node, twins[0], Reason.NOT_LISTED)
-        assert nodes_of((await node.admit(POD, {SERIAL: 1}))["app", node.resource(SERIAL)])
-        assert world.backend.leases[twins[1].id].holder == node.name
-        other.close()
+        with contextlib.closing(await rig.import_serial(TWINS[0])):
+            message = await refusal(node, SERIAL, twins[0])
+            assert str(rig.usbipd.key) in message
+            assert twins[0].busid in message
+            assert "in use by another client" in message
+            await until_released(world, twins[0])
+            await until_reason(node, twins[0], Reason.NOT_LISTED)
+            assert nodes_of(await admitted(node, SERIAL))
+            assert world.backend.leases[twins[1].id].holder == node.name
         await until_health(node, {twins[0].id: True})
         assert (await allocate(node, SERIAL, twins[0])).devices

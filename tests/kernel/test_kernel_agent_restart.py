@@ -26,10 +26,9 @@ from agent_rig import (
     nodes_of,
     plugin_directory,
     pod_resources_socket,
-    raw_tty,
     until_lease,
 )
-from kernel_rig import KernelRig
+from kernel_rig import KernelRig, raw_tty
 from lease_socket import served
 from plugin_spawner import Spawner
 from usbipd import eventually

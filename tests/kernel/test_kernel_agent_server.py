@@ -14,6 +14,7 @@ from agent_rig import (
     KEYS,
     POD,
     SERIAL,
+    admitted,
     advertised,
     agent_with,
     allocate,
@@ -24,7 +25,6 @@ from agent_rig import (
     exist,
     keys_of,
     on,
-    raw_tty,
     refusal,
     signal_usbipd,
     tty_of,
@@ -33,7 +33,7 @@ from agent_rig import (
     until_reason,
     until_released,
 )
-from kernel_rig import KernelRig
+from kernel_rig import KernelRig, raw_tty
 from silent_proxy import SilentProxy
 from usbipd import RealUsbipd
 
@@ -57,7 +57,7 @@ async def test_a_dead_usbipd_takes_nothing_that_is_attached(rig: KernelRig) -> N
     twins, (disk,) = keys_of(usbipd, SERIAL), keys_of(usbipd, DISKS)
     async with agent_with(config_of(usbipd, SERIAL, DISKS), *twins, disk) as world:
         node = on(world)
-        allocation = (await node.admit(POD, {SERIAL: 2}))["app", node.resource(SERIAL)]
+        allocation = await admitted(node, SERIAL, 2)
         before = busy_rows()
         usbipd.kill()
         await until_reason(node, disk, Reason.SERVER_UNREACHABLE)

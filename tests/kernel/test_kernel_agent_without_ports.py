@@ -12,6 +12,7 @@ from agent_rig import (
     FAST,
     POD,
     STATUS_FILES,
+    admitted,
     agent_with,
     attach_by_hand,
     busy_rows,
@@ -102,7 +103,7 @@ async def test_with_all_ports_of_all_controllers_in_use_every_device_says_so_unt
                 freed = [number for number, fields in rows.items() if fields[0] == hub][50]
                 usbipd.usbip("detach", "-p", str(freed))
                 await until_health(node, {key.id: True})
-                assert nodes_of((await node.admit(pod, {resource: 1}))["app", node.resource(resource)])
+                assert nodes_of(await admitted(node, resource, pod=pod))
                 now = rows_by_number()
                 assert now.pop(freed)[0] == hub
                 del rows[freed]

@@ -6,14 +6,11 @@ import asyncio
 import contextlib
 import os
 import stat
-import termios
-import tty
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from kernel_rig import DISK, DISK_SUPER, KEYBOARD, LIMIT_S, TWINS, Connection, KernelRig
+from kernel_rig import DISK, DISK_SUPER, KEYBOARD, LIMIT_S, TWINS, Connection, KernelRig, raw_tty
 from usbipd import RealUsbipd, eventually
 from vhci_contract import VhciContract, attached, state
 
@@ -73,16 +70,6 @@ def both_have_ttys() -> bool:
     return len(list(Path("/sys/class/tty").glob("ttyUSB*"))) == len(TWINS)
 
 
-@contextlib.contextmanager
-def raw_tty(path: str) -> Iterator[int]:
-    fd = os.open(path, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
-    try:
-        tty.setraw(fd, termios.TCSANOW)
-        yield fd
-    finally:
-        os.close(fd)
-
-
 def passes_through(writer: int, reader: int, data: bytes) -> bool:
     """Whether bytes written into one end of the cable come out at the other."""
     received = b""
@@ -132,10 +119,17 @@ class TestDevices:
 
     async def test_an_unpromised_device_is_never_shown_to_a_driver(self, rig: KernelRig) -> None:
         driver = rig.plugin()
-        seen: list[Uevent] = []
+        ours: list[Uevent] = []
+        removed = asyncio.Event()
+
+        def hear(event: Uevent | None) -> None:
+            if event is not None and event.concerns_vhci:
+                ours.append(event)
+                if event.action == "remove" and event.fields.get("DEVTYPE") == "usb_device":
+                    removed.set()
+
         async with asyncio.TaskGroup() as group:
-            heard = NetlinkUevents(rig.clock).run(lambda event: seen.append(event) if event else None)
-            listening = group.create_task(heard)
+            listening = group.create_task(NetlinkUevents(rig.clock).run(hear))
             await asyncio.sleep(0)
             imported = await rig.import_serial(TWINS[0])
             port = await driver.attach(imported.key, imported.descriptor, imported.fileno())
@@ -143,9 +137,9 @@ class TestDevices:
             promised = replace(imported.descriptor, usb_id=UsbId(1, 2))
             with pytest.raises(WrongDevice):
                 await driver.enumerate(imported.key, promised, port, timeout=LIMIT_S)
+            async with asyncio.timeout(LIMIT_S):  # the port is free before the kernel tells that the device is gone
+                await removed.wait()
             listening.cancel()
-        ours = [event for event in seen if event.concerns_vhci]
-        assert any(event.action == "remove" and event.fields.get("DEVTYPE") == "usb_device" for event in ours)
         assert not [event for event in ours if event.fields.get("DEVTYPE") == "usb_interface"]
 
     async def test_a_twin_is_told_by_its_serial_number_before_a_driver_sees_it(self, rig: KernelRig) -> None:

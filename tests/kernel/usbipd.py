@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
@@ -21,7 +22,8 @@ SERVER_MODULES = (
 )
 PORT = 3240
 START_S = 10.0
-SETTLE_S = 5.0
+SETTLE_S = 60.0
+"""For what must happen: the guest is emulated, and slow on a busy machine."""
 STATUS_AVAILABLE = "1"  # SDEV_ST_AVAILABLE
 
 
@@ -95,8 +97,9 @@ class RealUsbipd:
         found: dict[str, str] = {}
         for device in DEVICES.glob("[0-9]*-*"):
             serial = device / "serial"
-            if ":" not in device.name and "vhci_hcd" not in str(device.resolve()) and serial.exists():
-                found[serial.read_text().strip()] = device.name
+            if ":" not in device.name and "vhci_hcd" not in str(device.resolve()):
+                with contextlib.suppress(OSError):  # it has none, or is being unplugged
+                    found[serial.read_text().strip()] = device.name
         return found
 
     def busid(self, serial: str) -> str:

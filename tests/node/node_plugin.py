@@ -30,7 +30,7 @@ def manifests(name: str, busid: str, **keys: object) -> list[Object]:
             document["data"] = {"config.yaml": yaml.safe_dump(config)}
         if document["kind"] == "DaemonSet":
             template = document["spec"]["template"]
-            template["metadata"].setdefault("annotations", {})["test/keys"] = str(sorted(keys))
+            template["metadata"].setdefault("annotations", {})["test/keys"] = str(sorted(keys.items()))
             spec = template["spec"]
             for container in (*spec["containers"], *spec.get("initContainers", ())):
                 container["image"] = IMAGE

@@ -20,9 +20,14 @@ _numbers = itertools.count()
 
 
 def pod_of(
-    name: str, script: str, *arguments: str, resources: dict[str, str] | None = None, restart: str = "Never"
+    name: str,
+    script: str,
+    *arguments: str,
+    resources: dict[str, str] | None = None,
+    restart: str = "Never",
+    security: Object | None = None,
 ) -> Object:
-    """A pod of one container that runs a Python script. restart: its restartPolicy."""
+    """A pod of one container that runs a Python script. restart: its restartPolicy; security: its securityContext."""
     container: Object = {
         "name": "main",
         "image": IMAGE,
@@ -39,6 +44,7 @@ def pod_of(
             "restartPolicy": restart,
             "terminationGracePeriodSeconds": 1,
             "automountServiceAccountToken": False,
+            "securityContext": security or {},
         },
     }
 
@@ -73,10 +79,20 @@ class Container:
         return _ctr("tasks", "exec", "--exec-id", f"test-{os.getpid()}-{next(_numbers)}", self.id(), *command)
 
     def log(self) -> str:
-        """What it has written so far, restarts included."""
-        files = sorted((RUN / "logs").glob(f"{self.namespace}_{self.pod}_*/{self.name}/*.log"))
+        """What it has written so far, restarts included. Not what a former pod of its name has."""
+        pod = self.api.get("Pod", self.namespace, self.pod)
+        assert pod is not None, f"no pod {self.pod}"
+        uid = pod["metadata"]["uid"]
+        files = sorted((RUN / "logs").glob(f"{self.namespace}_{self.pod}_{uid}/{self.name}/*.log"))
         lines = (line for file in files for line in file.read_text().splitlines())
         return "\n".join(line.split(" ", 3)[-1] for line in lines)  # "TIME STREAM F text"
+
+    def told(self) -> set[str]:
+        """The reasons of the Events on this very pod so far. A plugin does first and tells then, in the background."""
+        pod = self.api.get("Pod", self.namespace, self.pod)
+        assert pod is not None, f"no pod {self.pod}"
+        events = self.api.all("Event", self.namespace)
+        return {event["reason"] for event in events if event["regarding"].get("uid") == pod["metadata"]["uid"]}
 
     def until_running(self) -> None:
         def running() -> bool:
@@ -89,6 +105,15 @@ class Container:
             return "running" in status.get("state", {})
 
         until(running, f"{self.pod} runs")
+
+    def until_restarted(self) -> None:
+        """Until its kubelet says that it runs again; the log tells that sooner, while `id` is still the dead one's."""
+
+        def again() -> bool:
+            status = self.status()
+            return status.get("restartCount", 0) >= 1 and "running" in status.get("state", {})
+
+        until(again, f"{self.pod} runs again")
 
     def until_ended(self) -> int:
         """Its exit status."""

@@ -10,7 +10,7 @@ from browser import Browser, Tab
 from page_rig import CAMERA_1, DONGLE_1, PROBE_1, PROBE_2, Watched, busy_day
 
 from usbip_plugin.model import PodRef, Reason
-from usbip_plugin.observe.tracing import SpanRecord
+from usbip_plugin.observe.tracing import KeptSpan, SpanRecord
 
 SECTIONS = ("devices", "traces", "servers", "kubelet", "locks", "config")
 HOSTILE = (
@@ -170,11 +170,9 @@ def poisoned(rig: Watched, text: str) -> None:
         )
     ]
     for number, parent in ((1, None), (2, "1")):
-        rig.recent._traces[f"{number:032x}"] = [
-            SpanRecord(
-                text, text, f"{number:032x}", str(number), parent, 0, 10, {text: text, "usbip.device": text}, text
-            )
-        ]
+        attributes = {text: text, "usbip.device": text}
+        record = SpanRecord(text, text, f"{number:032x}", str(number), parent, 0, 10, attributes, text)
+        rig.recent._traces[f"{number:032x}"] = [KeptSpan(None, record)]
 
 
 async def test_what_devices_servers_and_leases_say_is_never_run(rig: Watched, chromium: Browser) -> None:

@@ -540,7 +540,7 @@ async def node(client: TcpUsbipClient) -> AsyncIterator[tuple[Pipeline, ClaimBoo
         means,
         book=book,
         note_port=lambda _key, _port: None,
-        note_serial=lambda _key, _serial: None,
+        note_told=lambda _key, _told: None,
         on_step=lambda _name, _seconds: None,
         on_takeover=lambda _key, _former: None,
     )

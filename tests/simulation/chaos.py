@@ -7,16 +7,18 @@ import errno
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from cluster_rig import dongle, stick
 from plan import Action
 
 from usbip_plugin.claims import State
+from usbip_plugin.config import Config
 from usbip_plugin.errors import KubeConflict, KubeGone, KubeServerError, KubeThrottled
 from usbip_plugin.locks.memory import FINE, RESOURCE, Fate, Lost, Operation
 from usbip_plugin.model import DeviceKey, PodRef
 from usbip_plugin.sim.cluster import Cluster, ClusterNode
-from usbip_plugin.sim.device_manager import EndpointError
+from usbip_plugin.sim.device_manager import ContainerSpec, EndpointError
 from usbip_plugin.sim.server import VirtualServer
 from usbip_plugin.sim.specs import Resolved, UnresolvableDevice
 from usbip_plugin.sim.steploop import Process, loop_of
@@ -42,6 +44,28 @@ LATE = (0.0, 8.0)
 def at_step(kind: str) -> str:
     """Under which an action is counted again that came at a chosen step of an agent."""
     return f"{kind}, at a step"
+
+
+def changed(config: Config, pick: int) -> Config:
+    """What somebody may make of it while pods run."""
+    resources = list(config.resources)
+    place = pick // 10 % len(resources)
+    one = resources[place]
+    match pick % 6:
+        case 0:
+            del resources[place]
+        case 1:
+            resources[place] = replace(one, name="renamed")
+        case 2:
+            resources[place] = replace(one, cdi=not one.cdi, children=())
+        case 3:
+            resources[place] = replace(one, devices=one.devices[1:])
+        case 4:
+            named = [replace(entry, selector=replace(entry.selector, bus_id="1-1")) for entry in one.devices]
+            resources[place] = replace(one, devices=tuple(named))
+        case _:
+            resources.clear()
+    return replace(config, resources=tuple(resources))
 
 
 Key = tuple[object, ...]
@@ -93,6 +117,7 @@ class Chaos:
         self.fired: Counter[str] = Counter()
         self.servers = list(cluster.servers.values())
         self.original = {server.key: list(server.table.devices()) for server in self.servers}
+        self.base = cluster.spec.config
         self.pods: dict[PodRef, ClusterNode] = {}
         """Those that run."""
         self.doomed: set[PodRef] = set()
@@ -189,29 +214,43 @@ class Chaos:
     # pods
 
     def do_admit(self, action: Action, node: ClusterNode) -> bool:
-        return self._admit(node, self._resource(action), 1)
+        return self._admit_one(node, self._resource(action), 1)
 
     def do_admit_several(self, action: Action, node: ClusterNode) -> bool:
-        return self._admit(node, self._resource(action), 2 + action.pick // 100 % 2)
+        return self._admit_one(node, self._resource(action), 2 + action.pick // 100 % 2)
+
+    def do_admit_mixed(self, action: Action, node: ClusterNode) -> bool:
+        """An init container, a sidecar and an app, of whatever resources there are."""
+        first, other = self._resource(action), self._resource(replace(action, pick=action.pick // 7))
+        if first is None or other is None:
+            return False
+        setup = ContainerSpec("setup", {first: 1 + action.pick % 2}, init=True)
+        sidecar = ContainerSpec("sidecar", {other: 1} if action.pick % 3 == 0 else {}, init=True, restartable=True)
+        app = ContainerSpec("app", dict.fromkeys((first, other), 1) if action.pick % 5 else {other: 1})
+        return self._admit(node, setup, sidecar, app)
 
     def do_race(self, action: Action, _node: ClusterNode) -> bool:
         """Every node wants it at once."""
-        asked = [self._admit(node, self._resource(action), 1) for node in self.cluster.nodes.values()]
+        asked = [self._admit_one(node, self._resource(action), 1) for node in self.cluster.nodes.values()]
         return any(asked)
 
-    def _resource(self, action: Action) -> str:
+    def _resource(self, action: Action) -> str | None:
         resources = self.cluster.spec.config.resources
-        return resources[action.pick % len(resources)].name
+        return resources[action.pick % len(resources)].name if resources else None
 
-    def _admit(self, node: ClusterNode, resource: str, count: int) -> bool:
+    def _admit_one(self, node: ClusterNode, resource: str | None, count: int) -> bool:
+        return resource is not None and self._admit(node, ContainerSpec("app", {resource: count}))
+
+    def _admit(self, node: ClusterNode, *containers: ContainerSpec) -> bool:
         if self.calm or not node.pods.up.is_set():
             return False
         self._count += 1
         name = PodRef("default", f"p{self._count}")
-        self.note(f"admit {name} on {node.name}: {count} {resource}")
+        wanted = "; ".join(", ".join(f"{n} {what}" for what, n in one.limits.items()) for one in containers)
+        self.note(f"admit {name} on {node.name}: {wanted}")
 
         async def run() -> None:
-            failure = await node.admit(name, resource, count)
+            failure = await node.admit_containers(name, *containers)
             if failure is None:
                 self.pods[name] = node
                 self.note(f"admitted {name}")
@@ -283,7 +322,10 @@ class Chaos:
         """What a container was given is what its kernel has, as far as its plugin says that the device is there."""
         if node.agent is None or node.host.halted:
             return
-        held = {i for entry in node.kubelet.held() if (entry.pod.name == name.name) for i in entry.device_ids}
+        entries = [entry for entry in node.kubelet.held() if entry.pod.name == name.name and entry.container == "app"]
+        answers = node.kubelet.manager.checkpoint
+        by_cdi = [entry for entry in entries if answers[name, "app", entry.resource].cdi_devices]
+        held = {i for entry in by_cdi for i in entry.device_ids}
         claims = [node.agent.attacher.claims.get(device_id) for device_id in held]
         for claim in claims:
             if claim is None or claim.state is not State.ATTACHED or claim.attachment is None:
@@ -309,6 +351,33 @@ class Chaos:
             lambda: setattr(node.kernel, "records_failing", errno.ENOSPC),
             lambda: setattr(node.kernel, "records_failing", None),
         )
+
+    # the configuration
+
+    def do_reload(self, action: Action, _node: ClusterNode) -> bool:
+        """Another file, which reaches the nodes one after the other; and the first one again."""
+        config = changed(self.base, action.pick)
+
+        def spread(config: Config) -> None:
+            self.cluster.spec.config = config
+            for number, node in enumerate(self.cluster.nodes.values()):
+                loop_of().call_later(number * action.pick % 7 / 2, self._reload, node, config)
+
+        if config == self.cluster.spec.config:
+            return False
+        if self.active("reload"):
+            self.note("reload while another one lasts")
+            spread(config)
+        return self.during(action, ("reload",), lambda: spread(config), lambda: spread(self.base)) or True
+
+    def _reload(self, node: ClusterNode, config: Config) -> None:
+        """In the agent's own time, if it runs then, and unless there is a newer file."""
+        if config is not self.cluster.spec.config or node.process is None:
+            return
+        agent = node.agent
+        if agent is not None:
+            self.note(f"reload on {node.name}: {', '.join(one.name for one in config.resources) or 'nothing'}")
+            node.process.call_soon(agent.reconfigure, config)
 
     # processes and nodes
 
@@ -563,6 +632,12 @@ class Chaos:
         first = self._first(device)
         other = (dongle if first.usb_id == stick("x").usb_id else stick)(device.busid, "SWAPPED")
         return self.during(action, ("swapped", device), lambda: self._put(device, other), lambda: self._restore(device))
+
+    def do_swap_twin(self, action: Action, _node: ClusterNode) -> bool:
+        """Another one of the same kind in the place of the device that is promised by its serial number."""
+        device = DeviceKey(self.servers[-1].key, "1-1")
+        twin = stick(device.busid, "TWIN")
+        return self.during(action, ("swapped", device), lambda: self._put(device, twin), lambda: self._restore(device))
 
     def _first(self, device: DeviceKey) -> VirtualDevice:
         return next(d for d in self.original[device.server] if d.busid == device.busid)

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 
 from chaos import API_FAULTS, EVENT_FAULTS, at_step
 from counting import RULES
-from plan import AT_STEP, BY_CDI, CONDITIONS, WEIGHTS
+from plan import AT_STEP, BY_CDI, BY_SERIAL, CONDITIONS, EVERYWHERE, WEIGHTS
 
 WANTED: Mapping[str, tuple[str, ...]] = {
-    "actions": (*WEIGHTS, *BY_CDI, *map(at_step, AT_STEP)),
+    "actions": (*WEIGHTS, *BY_CDI, *BY_SERIAL, *EVERYWHERE, *map(at_step, AT_STEP)),
     "answers of the API server": tuple(f"API {name}" for name in (*API_FAULTS, *EVENT_FAULTS)),
     "conditions, plans with them": tuple(CONDITIONS),
     "rules": RULES,

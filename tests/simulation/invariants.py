@@ -12,20 +12,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from chaos import Chaos
-from plan import Settings
+from plan import PROMISED, Settings
 
 from usbip_plugin.allocation import PRE_START_WAIT
 from usbip_plugin.claims import ALLOCATION_GRACE, State
-from usbip_plugin.inventory import API_GRACE
+from usbip_plugin.inventory.reasons import API_GRACE
 from usbip_plugin.kubelet.cdi import device_name
 from usbip_plugin.locks import record
 from usbip_plugin.locks.memory import WATCH_IDLE_S
 from usbip_plugin.locks.store import Lease
 from usbip_plugin.model import DeviceKey, Reason
 from usbip_plugin.sim.cluster import Cluster, ClusterNode
-from usbip_plugin.sim.network import DEAD_PEER_S
 from usbip_plugin.sim.specs import UnresolvableDevice, resolve
 from usbip_plugin.sim.steploop import loop_of
+from usbip_plugin.sim.tcp import DEAD_PEER_S
 
 LOOK_S = 0.25
 """Virtual seconds between two looks at what has a time."""
@@ -208,7 +208,7 @@ class Watch:
         """What is plugged in is what the pod was given."""
         claim = node.agent.attacher.claims.get(key.id) if node.agent is not None else None
         device, _ = self.cluster.servers[key.server].table.device(key.busid)
-        return claim is None or claim.usb_id == device.usb_id
+        return claim is None or (claim.usb_id == device.usb_id and claim.serial in (None, device.serial))
 
     def _followable(self, node: ClusterNode, key: DeviceKey, place: DeviceKey | None) -> bool:
         """It is plugged in elsewhere, and the node may have it from there."""
@@ -219,6 +219,7 @@ class Watch:
             and claim is not None
             and place is not None
             and claim.serial is not None
+            and not self.chaos.active("reload")  # only where the configuration names it
             and self.cluster.holder(place) in ("", node.name)
             and place.id not in agent.attacher.claims
             and self.reachable(node, place)
@@ -250,7 +251,7 @@ class Watch:
         agent = node.agent
         if agent is None:
             return
-        used = {i for entry in node.kubelet.held() for i in entry.device_ids}
+        used = node.kubelet.in_use()
         quiet = self.quiet(node)
         for claim in agent.attacher.claims.values():
             bad = quiet and claim.id not in used
@@ -299,6 +300,7 @@ class Watch:
         for entry in node.kubelet.held():
             known = node.kubelet.health(entry.resource)
             for device_id in entry.device_ids:
+                self._promised(node, entry.resource, device_id)
                 listed = quiet and node.kubelet.connected(entry.resource)
                 forgotten = listed and device_id not in known
                 what = f"{node.name}: {self._keys.get(device_id)} of {entry.pod}"
@@ -308,6 +310,11 @@ class Watch:
                 mute = listed and device_id not in attached and known.get(device_id, False)
                 if self._for_long(mute, now, STALE_HEALTH_S / node.clock.rate, "mute", node.name, device_id):
                     raise Violation("a pod's device is attached or reported", f"{what}: {health.get(device_id)}")
+                claim = agent.attacher.claims.get(device_id)
+                stands = claim is not None and claim.state is State.ATTACHED and not claim.absent
+                withdrawn = listed and device_id in attached and stands and not known.get(device_id, False)
+                if self._for_long(withdrawn, now, STALE_HEALTH_S / node.clock.rate, "withdrawn", node.name, device_id):
+                    raise Violation("what a pod has is Healthy", f"{what}: {health.get(device_id)}")
                 idle = (
                     quiet
                     and device_id not in attached
@@ -318,11 +325,19 @@ class Watch:
                     )
                 )
                 if self._for_long(idle, now, UNATTACHED_POD_S / node.clock.rate, "idle", node.name, device_id):
-                    claim = agent.attacher.claims.get(device_id)
                     state = claim.state if claim is not None else State.FREE
                     raise Violation(
                         "a pod's device is attached again", f"{what}: {state.value}, {health.get(device_id)}"
                     )
+
+    def _promised(self, node: ClusterNode, resource: str, device_id: str) -> None:
+        """Who asked by serial number has that device and no other."""
+        claim = node.agent.attacher.claims.get(device_id) if node.agent is not None else None
+        if resource != self.cluster.full("serial") or claim is None or claim.state is not State.ATTACHED:
+            return
+        told = claim.attachment.serial if claim.attachment is not None else None
+        if told != PROMISED:
+            raise Violation("a promised device is that one", f"{node.name}: {claim.key} is {told}, not {PROMISED}")
 
     def _ports(self, now: float) -> None:
         """Attachments whose connections are dead: only for as long as TCP needs to find out."""

@@ -13,10 +13,10 @@ from plan import Plan
 from play import Wrong
 from shapes import B, act, shape, wait
 
-from usbip_plugin import inventory
 from usbip_plugin.attaching import Pipeline
 from usbip_plugin.claims import Claim, State
 from usbip_plugin.errors import KubeUnreachable
+from usbip_plugin.inventory import reasons
 from usbip_plugin.keeper import Keeper
 from usbip_plugin.locks import protocol, record
 from usbip_plugin.locks.contact import ApiState
@@ -25,7 +25,7 @@ from usbip_plugin.locks.memory import MemoryBackend
 from usbip_plugin.locks.protocol import Create, Decision, Denied, LockMeta, Observation, Replace, Rules, Write
 from usbip_plugin.locks.store import Lease
 from usbip_plugin.locks.writer import Effort, Writer, Written
-from usbip_plugin.model import DeviceKey
+from usbip_plugin.model import Attachment, Descriptor, DeviceKey
 from usbip_plugin.usbip.poller import ServerPoller
 from usbip_plugin.work import DeviceWork
 
@@ -34,6 +34,7 @@ NOT_LOCKED = "a lock for each import"
 SAME_EPOCH = "an epoch for each holder"
 NOT_BACK = "a pod's device is attached again"
 NOT_TOLD = "a pod's device is attached or reported"
+ANOTHER = "a promised device is that one"
 OFFERED = "nothing is offered without the API server"
 
 # R1
@@ -190,6 +191,18 @@ async def silence_is_a_yes(
 write_lock = Writer._write
 
 
+# who it is
+
+
+enumerate_and_compare = Pipeline._enumerate
+
+
+async def any_serial_number_will_do(self: Pipeline, device_id: str, descriptor: Descriptor, port: int) -> Attachment:
+    """Instead of Pipeline._enumerate."""
+    self._book.put(replace(self._book[device_id], serial=None))
+    return await enumerate_and_compare(self, device_id, descriptor, port)
+
+
 @dataclass(frozen=True)
 class Mutant:
     """plans: in one of them at least the promise is broken, and in none of them with the rule."""
@@ -223,8 +236,8 @@ IN_FLIGHT = tuple(
         act(0, "admit"),
         act(cut, "link_cut", lasts=30),
         act(cut, "api_silent", lasts=30),
-        *(act(at, "admit", B) for at in (6.0, 6.4, 6.8)),
-        locks=LockSettings(5.0, 2.0),
+        *(act(at, "admit", B) for at in (4.4, 4.8, 5.2, 5.6, 6.0, 6.4, 6.8, 7.2, 7.6)),
+        locks=LockSettings(3.0, 1.4),
         latency=0.2,
     )
     for cut in (0.4, 0.5, 0.6)
@@ -234,11 +247,11 @@ RACE = shape(act(0, "watch_stall", lasts=60), act(0, "watch_stall", B, lasts=60)
 """Both want the device, and hear of each other by their writes only."""
 REBOOT = shape(act(0, "admit"), act(4, "reboot", lasts=5), wait(80))
 SLOWLY = shape(
-    act(0, "link_slow", lasts=30, pick=10),
-    act(0, "admit"),
-    *(act(at, "admit", B) for at in (1.0, 1.5, 2.0, 2.5, 3.0)),
+    act(1, "link_slow", lasts=30, pick=10),
+    act(1, "admit"),
+    *(act(1 + at, "admit", B) for at in (0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2, 2.5)),
 )
-"""It takes A a while to import what it has locked."""
+"""It takes A a while to import what it has locked, and B asks the server soon after A's write."""
 STARVED = shape(
     act(0, "admit"),
     act(1, "link_slow", lasts=60, pick=10),
@@ -252,6 +265,14 @@ STARVED = shape(
 """A is silent, but has both devices; B has slept since before it had the second, and learns late that it has."""
 END = shape(act(0, "admit"), act(4, "end"))
 API_GONE = shape(act(0, "admit"), act(4, "api_refused", lasts=140), wait(180), devices=((2, 0),))
+SWAPPED = shape(
+    act(0, "swap_twin", lasts=40),
+    act(0.1, "admit", pick=1),
+    act(0.1, "admit", B, pick=1),
+    act(45, "admit", pick=1),
+    serials=True,
+)
+"""Another stick is there before any server has been asked what it lists."""
 UNANSWERED = shape(act(0, "api_silent", lasts=30), act(0.1, "admit"))
 
 MUTANTS = (
@@ -303,7 +324,7 @@ MUTANTS = (
         "offered without the API server",
         OFFERED,
         (API_GONE,),
-        patched=lambda: patch.object(inventory, "API_GRACE", math.inf),
+        patched=lambda: patch.object(reasons, "API_GRACE", math.inf),
     ),
     Mutant(
         "R7",
@@ -313,3 +334,14 @@ MUTANTS = (
         patched=lambda: patch.object(Writer, "_write", silence_is_a_yes),
     ),
 )
+
+OTHERS = (
+    Mutant(
+        "identity",
+        "any serial number will do",
+        ANOTHER,
+        (SWAPPED,),
+        patched=lambda: patch.object(Pipeline, "_enumerate", any_serial_number_will_do),
+    ),
+)
+"""What is promised beyond the lock."""

@@ -110,6 +110,14 @@ WEIGHTS = {
 BY_CDI = {"restart_container": 6, "specs_fail": 45, "records_fail": 90}
 """Where devices are handed out by CDI: one more action in so many."""
 
+EVERYWHERE = {"reload": 15, "admit_mixed": 12}
+"""One more action in so many, half of the reloads with an Allocate."""
+
+BY_SERIAL = {"swap_twin": 30}
+"""The same where a resource promises a device by its serial number."""
+PROMISED = "S-1-1"
+"""That of the first stick of each server; the resource names it on the last."""
+
 AT_STEP = (
     "kill",
     "terminate",
@@ -125,6 +133,7 @@ AT_STEP = (
     "isolate",
     "server_freeze",
     "drop",
+    "reload",
 )
 """What happens at some step of an agent, and not only between two actions; half of them together with an Allocate."""
 SILENCES = ("freeze_agent", "freeze_node", "power_loss", "api_silent", "api_mute", "isolate")
@@ -196,10 +205,19 @@ def draw(seed: int, length: int = ACTIONS) -> Plan:
         if kind in SILENCES and rng.random() < 0.4:
             late = at + settings.locks.duration * rng.uniform(1.1, 2.5) / min(settings.rates)
             actions.append(_action(rng, late, "race", node))
-    for kind, share in BY_CDI.items() if settings.cdi else ():
+    again, others = random.Random(f"reload {seed}"), random.Random(f"serial {seed}")
+    for drawn, kinds_of, given in ((more, BY_CDI, settings.cdi), (others, BY_SERIAL, settings.serials)):
+        for kind, share in kinds_of.items() if given else ():
+            for _ in range(length // share):
+                place = drawn.randrange(len(actions))
+                actions.insert(place, _action(drawn, actions[place].at, kind, drawn.randrange(60)))
+    for kind, share in EVERYWHERE.items():
         for _ in range(length // share):
-            place = more.randrange(len(actions))
-            actions.insert(place, _action(more, actions[place].at, kind, more.randrange(60)))
+            place = again.randrange(len(actions))
+            at, node = actions[place].at, again.randrange(60)
+            actions.insert(place, _action(again, at, kind, node))
+            if kind == "reload" and again.random() < 0.5:
+                actions.insert(place, _action(again, at, "admit", node))
     return Plan(seed, settings, tuple(sorted(actions, key=lambda action: action.at)))
 
 

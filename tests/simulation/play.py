@@ -21,7 +21,7 @@ from chaos import Chaos
 from cluster_rig import DONGLE, dongle, resource, stick
 from counting import CountedRules, observer
 from invariants import Violation, Watch, served
-from plan import CONDITIONS, Plan, Settings
+from plan import CONDITIONS, PROMISED, Plan, Settings
 
 from usbip_plugin.agent import Observer
 from usbip_plugin.claims import ALLOCATION_GRACE
@@ -30,10 +30,10 @@ from usbip_plugin.locks.memory import FINE
 from usbip_plugin.locks.protocol import Rules
 from usbip_plugin.model import DeviceKey, PodRef, Reason
 from usbip_plugin.sim.cluster import Cluster, ClusterNode, ClusterSpec, cluster
-from usbip_plugin.sim.cluster_node import unchanged
 from usbip_plugin.sim.loop import SimClock
 from usbip_plugin.sim.server import VirtualServer
 from usbip_plugin.sim.steploop import StepLoop, loop_of, run
+from usbip_plugin.sim.surroundings import unchanged
 from usbip_plugin.vhci.driver import VhciDriver
 
 P = ParamSpec("P")
@@ -257,7 +257,7 @@ def _config(servers: list[VirtualServer], settings: Settings) -> Config:
     if settings.overlapping:
         resources.append(resource("any", servers[:1]))
     if settings.serials:
-        resources.append(ResourceConfig("serial", (DeviceSelector(last.key, Selector(serial="S-1-1")),)))
+        resources.append(ResourceConfig("serial", (DeviceSelector(last.key, Selector(serial=PROMISED)),)))
     resources = [replace(one, cdi=settings.cdi) for one in resources]
     return Config(tuple(resources), allocate_timeout=settings.allocate_timeout)
 
@@ -310,13 +310,13 @@ def _odd(c: Cluster, name: str) -> bool:
     return bool(lease.holder) and not name.startswith("usbip-node-") and name not in {key.id for key in _devices(c)}
 
 
-def _tasks(node: ClusterNode) -> tuple[str, ...]:
+def task_names(node: ClusterNode) -> tuple[str, ...]:
     """The tasks of a node's agent by name, sorted."""
     return tuple(sorted(task.get_name().rstrip("0123456789") for task in node.process.tasks())) if node.process else ()
 
 
 def _differing(c: Cluster) -> str:
     """How the others differ from the first node, which has just begun."""
-    counted = {node.name: Counter(_tasks(node)) for node in c.nodes.values()}
+    counted = {node.name: Counter(task_names(node)) for node in c.nodes.values()}
     fresh = next(iter(counted.values()))
     return "; ".join(f"{name}: +{t - fresh} -{fresh - t}" for name, t in counted.items() if t != fresh)

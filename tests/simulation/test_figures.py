@@ -3,19 +3,38 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import sys
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from cluster_rig import LOCKS, all_healthy, becomes, key, pod, server, spec, stick
+from cluster_rig import (
+    LOCKS,
+    admitted,
+    agent,
+    all_healthy,
+    allocate,
+    becomes,
+    key,
+    lost_and_back,
+    pod,
+    resource,
+    server,
+    spec,
+    steal,
+    stick,
+    taken,
+)
 from figures_rig import Measured, measured
 
 from usbip_plugin.config import Config
 from usbip_plugin.errors import KubeConflict
 from usbip_plugin.model import DeviceKey
 from usbip_plugin.sim.cluster import Cluster
+from usbip_plugin.sim.device_manager import EndpointError
 from usbip_plugin.sim.server import VirtualServer
 from usbip_plugin.sim.steploop import stepped
 
@@ -26,17 +45,22 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "metrics.md"
 
 async def ask(c: Cluster, node: str, device: DeviceKey) -> None:
     """An Allocate of a kubelet that has not heard yet; its outcome is of no interest."""
-    agent = c[node].agent
-    assert agent is not None
-    await asyncio.gather(agent.allocator.allocate_all(STICK, ((device.id,),)), return_exceptions=True)
+    await asyncio.gather(allocate(c, c[node], device), return_exceptions=True)
+
+
+@contextlib.asynccontextmanager
+async def measured_stick(*, cdi: bool = False) -> AsyncIterator[tuple[Cluster, Measured, VirtualServer, DeviceKey]]:
+    """Nodes that are measured offer the one stick of a server."""
+    lab = server("lab", stick("1-1"))
+    async with measured(spec([lab], replace(resource("stick", [lab]), cdi=cdi))) as (c, m):
+        device = key(lab, "1-1")
+        await all_healthy(c, device)
+        yield c, m, lab, device
 
 
 @stepped
 async def test_an_allocate_by_its_result_here_and_its_withdrawal_there() -> None:
-    lab = server("lab", stick("1-1"))
-    device = key(lab, "1-1")
-    async with measured(spec([lab])) as (c, m):
-        await all_healthy(c, device)
+    async with measured_stick() as (c, m, _lab, device):
         assert m.value(A, "allocations_total", resource=STICK) == 0, "there before it is needed"
         assert m.value(A, "locks_held") == 0
         await c[A].admit(pod("p"), "stick")
@@ -64,12 +88,8 @@ async def test_an_allocate_by_its_result_here_and_its_withdrawal_there() -> None
 
 @stepped
 async def test_a_release_is_a_step_and_a_transition() -> None:
-    lab = server("lab", stick("1-1"))
-    device = key(lab, "1-1")
-    async with measured(spec([lab])) as (c, m):
-        await all_healthy(c, device)
-        await c[A].admit(pod("p"), "stick")
-        assert await c.settle(lambda: c.pod_of(device) == pod("p"), 5)
+    async with measured_stick() as (c, m, _lab, device):
+        await taken(c, device)
         c[A].end(pod("p"))
         await becomes(c, c[B], device, healthy=True)
         assert m.value(A, "step_seconds_count", step="release") == 1
@@ -80,10 +100,7 @@ async def test_a_release_is_a_step_and_a_transition() -> None:
 
 @stepped
 async def test_a_failed_allocate_has_a_reason() -> None:
-    lab = server("lab", stick("1-1"))
-    device = key(lab, "1-1")
-    async with measured(spec([lab])) as (c, m):
-        await all_healthy(c, device)
+    async with measured_stick() as (c, m, lab, device):
         await lab.stop()
         await ask(c, A, device)
         assert m.value(A, "allocate_failures_total", resource=STICK, reason="server_unreachable") == 1
@@ -92,6 +109,44 @@ async def test_a_failed_allocate_has_a_reason() -> None:
         assert m.value(A, "server_reachable", server="lab:3240") == 0
         await ask(c, A, replace(device, busid="9-9"))
         assert m.value(A, "allocate_failures_total", resource=STICK, reason="unknown_device") == 1
+
+
+@stepped
+async def test_a_container_that_is_not_started_has_a_reason() -> None:
+    async with measured_stick(cdi=True) as (c, m, lab, device):
+        node = await admitted(c, device)
+        await node.start_container(pod("p"))
+        assert m.value(A, "pre_start_failures_total", resource=STICK, reason="not_attached") == 0
+        lab.unplug("1-1")
+        await becomes(c, node, device, healthy=False)
+        for count in (1, 2):
+            with pytest.raises(EndpointError):
+                await node.start_container(pod("p"))
+            assert m.value(A, "pre_start_failures_total", resource=STICK, reason="not_attached") == count
+
+
+@stepped
+async def test_a_resource_that_is_gone_has_no_series() -> None:
+    lab, attic = server("lab", stick("1-1")), server("attic", stick("1-1"))
+    device = key(lab, "1-1")
+    async with measured(spec([lab, attic], resource("stick", [lab]), resource("other", [attic]))) as (c, m):
+        node = await taken(c, device)
+
+        def series(resource: str) -> list[str]:
+            samples = [sample for family in m.families(A) for sample in family.samples]
+            return [sample.name for sample in samples if sample.labels.get("resource") == f"usbip.dev/{resource}"]
+
+        names = series("other")
+        assert names
+        agent(node).reconfigure(Config((resource("new", [attic]),)))
+        assert await c.settle(lambda: series("other") == [] and len(series("new")) == len(names), 5)
+        assert len(series("stick")) == len(names), "a pod has a device of it"
+        node.end(pod("p"))
+        assert await c.settle(lambda: series("stick") == [], 10)
+        agent(node).reconfigure(Config((resource("stick", [lab]),)))
+        assert await c.settle(lambda: m.value(A, "available_devices", resource=STICK) == 1, 5)
+        assert m.value(A, "allocations_total", resource=STICK) == 0
+        assert series("new") == []
 
 
 @stepped
@@ -108,19 +163,14 @@ async def test_servers_and_ports_are_read_as_they_are() -> None:
         assert await c.settle(lambda: m.value(A, "vhci_ports_used", hub="hs") == 1, 5)
         assert m.value(A, "vhci_ports_free", hub="hs") == 7
         assert m.value(A, "vhci_ports_free", hub="ss") == 8
-        agent = c[A].agent
-        assert agent is not None
-        agent.reconfigure(Config(()))
+        agent(c[A]).reconfigure(Config(()))
         assert m.value(A, "server_reachable", server="lab:3240") is None, "not configured any more"
 
 
 @stepped
 async def test_a_lost_attachment_and_each_try_to_get_it_back() -> None:
-    lab = server("lab", stick("1-1"))
-    device = key(lab, "1-1")
-    async with measured(spec([lab])) as (c, m):
-        await all_healthy(c, device)
-        await c[A].admit(pod("p"), "stick")
+    async with measured_stick() as (c, m, lab, device):
+        await admitted(c, device)
         lab.unplug("1-1")
         await becomes(c, c[A], device, healthy=False)
         assert m.value(A, "attachments_lost_total") == 1
@@ -141,8 +191,7 @@ async def test_a_lock_taken_away_or_emptied_is_lost() -> None:
         for name in ("p", "q"):
             await c[A].admit(pod(name), "stick")
         assert m.value(A, "locks_held") == 2
-        lease = c.backend.leases[one.id]
-        c.backend.replace(replace(lease, holder="node-z", transitions=lease.transitions + 1))
+        steal(c, one)
         assert await c.settle(lambda: m.value(A, "lock_transitions_total", transition="lost") == 1, 5)
         c.backend.replace(replace(c.backend.leases[two.id], holder=""))
         assert await c.settle(lambda: m.value(A, "lock_transitions_total", transition="lost") == 2, 5)
@@ -151,11 +200,8 @@ async def test_a_lock_taken_away_or_emptied_is_lost() -> None:
 
 @stepped
 async def test_a_takeover_is_told_from_a_first_taking() -> None:
-    lab = server("lab", stick("1-1"))
-    device = key(lab, "1-1")
-    async with measured(spec([lab])) as (c, m):
-        await all_healthy(c, device)
-        await c[A].admit(pod("p"), "stick")
+    async with measured_stick() as (c, m, _lab, device):
+        await admitted(c, device)
         await becomes(c, c[B], device, healthy=False)
         c[A].reboot()
         await becomes(c, c[B], device, healthy=True, within=3 * LOCKS.duration)
@@ -166,16 +212,11 @@ async def test_a_takeover_is_told_from_a_first_taking() -> None:
 
 @stepped
 async def test_what_the_predecessor_took_is_not_counted_again() -> None:
-    lab = server("lab", stick("1-1"))
-    device = key(lab, "1-1")
-    async with measured(spec([lab])) as (c, m):
-        await all_healthy(c, device)
-        await c[A].admit(pod("p"), "stick")
+    async with measured_stick() as (c, m, _lab, device):
+        await admitted(c, device)
         await c[A].stop()
         c[A].start()
-        agent = c[A].agent
-        assert agent is not None
-        m.figures[A].follow(agent)
+        m.figures[A].follow(agent(c[A]))
         await becomes(c, c[A], device, healthy=True)
         assert m.value(A, "locks_held") == 1
         assert m.value(A, "lock_transitions_total", transition="taken") == 0
@@ -183,11 +224,8 @@ async def test_what_the_predecessor_took_is_not_counted_again() -> None:
 
 @stepped
 async def test_without_the_api_server_the_session_ages() -> None:
-    lab = server("lab", stick("1-1"))
-    device = key(lab, "1-1")
-    async with measured(spec([lab])) as (c, m):
-        await all_healthy(c, device)
-        await c[A].admit(pod("p"), "stick")
+    async with measured_stick() as (c, m, _lab, device):
+        await admitted(c, device)
         assert m.value(A, "api_reachable") == 1
         assert m.value(A, "lock_duration_seconds") == LOCKS.duration
         await asyncio.sleep(3 * LOCKS.duration)
@@ -229,9 +267,7 @@ async def live(c: Cluster, m: Measured, lab: VirtualServer) -> None:
     held = device if c.holder(device) else other
     await becomes(c, c[B], held, healthy=False)
     await ask(c, B, held)
-    lab.drop(held.busid)
-    await becomes(c, c[A], held, healthy=False)
-    await becomes(c, c[A], held, healthy=True)
+    await lost_and_back(c, c[A], held)
     m.figures[A].config_failed()
     m.figures[A].api_error(KubeConflict("update", "leases.coordination.k8s.io", "it changed"))
 
@@ -289,6 +325,7 @@ def listed(after: str) -> set[str]:
     [
         ("`reason` of `devices`", "devices", "reason"),
         ("`reason` of `allocate_failures_total`", "allocate_failures", "reason"),
+        ("`reason` of `pre_start_failures_total`", "pre_start_failures", "reason"),
         ("`result` of `allocate_seconds`", "allocate_seconds", "result"),
         ("`result` of `lock_acquire_seconds`", "lock_acquire_seconds", "result"),
         ("`transition`", "lock_transitions", "transition"),

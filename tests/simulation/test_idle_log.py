@@ -9,7 +9,20 @@ import logging
 from collections.abc import Iterator
 
 import pytest
-from cluster_rig import DONGLE, all_healthy, becomes, dongle, key, pod, resource, server, spec, stick
+from cluster_rig import (
+    DONGLE,
+    admitted,
+    all_healthy,
+    becomes,
+    dongle,
+    key,
+    one_stick,
+    pod,
+    resource,
+    server,
+    spec,
+    stick,
+)
 from trace_stories import Story, life, pod_known, told
 
 from usbip_plugin.observe.logs import set_up_logging
@@ -70,10 +83,8 @@ def test_an_idle_hour_writes_nothing(written: Written) -> None:
 
 def test_a_server_that_is_away_is_told_once(written: Written) -> None:
     async def hour(story: Story) -> None:
-        lab = server("lab", stick("1-1"))
-        async with cluster(story.traced(spec([lab], nodes=1))) as c:
-            await all_healthy(c, key(lab, "1-1"))
-            assert await c["node-a"].admit(pod("p"), "stick") is None
+        async with one_stick(nodes=1, change=story.traced) as (c, lab, device):
+            await admitted(c, device)
             await lab.stop()
             await asyncio.sleep(60)
             texts = [line["msg"] for line in written.lines()]

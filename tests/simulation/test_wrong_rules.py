@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import pytest
-from mutants import MUTANTS, Mutant
+from mutants import MUTANTS, OTHERS, Mutant
 from play import play
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
+@pytest.mark.parametrize("mutant", [*MUTANTS, *OTHERS], ids=str)
 def test_an_agent_without_the_rule_breaks_a_promise(mutant: Mutant) -> None:
     found = [play(plan, wrong=mutant.wrong) for plan in mutant.plans]
     broken = {result.violation.name: result for result in found if result.violation is not None}
     assert set(broken) == {mutant.promise}, [result.timeline for result in found]
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
+@pytest.mark.parametrize("mutant", [*MUTANTS, *OTHERS], ids=str)
 def test_an_agent_with_all_rules_keeps_every_promise_in_the_same_story(mutant: Mutant) -> None:
     for plan in mutant.plans:
         result = play(plan)

@@ -8,6 +8,7 @@ import random
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
+import pytest
 from opentelemetry.trace import NoOpTracer
 
 from usbip_plugin.locks.manager import LockChange, LockManager, LockSettings
@@ -79,6 +80,23 @@ async def world() -> AsyncIterator[World]:
     finally:
         for node in made.nodes:
             await node.stop()
+
+
+@contextlib.asynccontextmanager
+async def held() -> AsyncIterator[tuple[World, Node, Node]]:
+    """Two nodes, a and b; a has the lock of KEY, and b has seen that."""
+    async with world() as made:
+        a, b = await made.node("a"), await made.node("b")
+        await a.manager.acquire(KEY)
+        await until(lambda: KEY.id in b.manager.locks, b)
+        yield made, a, b
+
+
+async def given_up(node: Node, *, claimed: bool = False) -> None:
+    """An acquire of KEY that its caller gives up after a second."""
+    with pytest.raises(TimeoutError):
+        async with node.clock.timeout(1):
+            await node.manager.acquire(KEY, claimed=claimed)
 
 
 async def until(condition: Callable[[], bool], node: Node, seconds: float = 600.0) -> None:

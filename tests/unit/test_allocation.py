@@ -37,6 +37,8 @@ def test_a_container_gets_the_usb_node_the_children_and_the_extras() -> None:
         "USBIP_METER_0_TTY": "/dev/ttyUSB0",
         "USBIP_METER_0_BUSID": "1-1",
         "USBIP_METER_0_SERIAL": "A1",
+        "USBIP_METER_0_VENDOR": "0403",
+        "USBIP_METER_0_PRODUCT": "6001",
     }
 
 
@@ -56,7 +58,7 @@ def test_only_the_children_asked_for_come_along(children: tuple[str, ...], paths
 
 
 def test_a_container_path_names_the_node_people_mean_in_devices_and_environment() -> None:
-    resource = ResourceConfig("meter", (), container_path="/dev/meter-{index}")
+    resource = ResourceConfig("meter", (), container_paths=("/dev/meter-{index}",))
     answer = container_response(resource, DOMAIN, [device("1-1", 2, tty(0)), device("1-2", 3, tty(1))])
     assert DeviceSpec("/dev/ttyUSB0", "/dev/meter-0") in answer.devices
     assert DeviceSpec("/dev/ttyUSB1", "/dev/meter-1") in answer.devices
@@ -64,7 +66,7 @@ def test_a_container_path_names_the_node_people_mean_in_devices_and_environment(
 
 
 def test_a_template_that_tells_nodes_apart_names_them_all() -> None:
-    resource = ResourceConfig("meter", (), container_path="/dev/meter-{index}-{kind}")
+    resource = ResourceConfig("meter", (), container_paths=("/dev/meter-{index}-{kind}",))
     answer = container_response(resource, DOMAIN, [device("1-1", 2, tty(0))])
     assert {s.container_path for s in answer.devices} == {"/dev/meter-0-usb", "/dev/meter-0-tty", "/dev/fuse"}
     assert answer.envs["USBIP_METER_0_DEVICE"] == "/dev/meter-0-usb"
@@ -80,7 +82,7 @@ def test_by_cdi_the_answer_has_names_and_extras_and_nothing_that_a_reattach_make
 
 
 def test_by_cdi_the_spec_has_the_same_nodes_and_environment_as_an_answer_without() -> None:
-    resource = ResourceConfig("meter", (), container_path="/dev/meter-{index}", children=("tty",))
+    resource = ResourceConfig("meter", (), container_paths=("/dev/meter-{index}",), children=("tty",))
     selector, attachment = device("1-1", 2, tty(0), serial="A1")
     plain = container_response(resource, DOMAIN, [device("1-9", 9), (selector, attachment)])
     made = injected(resource, 1, attachment)

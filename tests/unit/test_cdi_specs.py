@@ -17,7 +17,7 @@ from usbip_plugin.sim.specs import MemorySpecs, resolve
 DOMAIN = "usbip.dev"
 KEY = DeviceKey(ServerKey("lab"), "1-1")
 ID = UsbId(0x0403, 0x6001)
-METER = ResourceConfig("meter", (), cdi=True, container_path="/dev/meter-{index}")
+METER = ResourceConfig("meter", (), cdi=True, container_paths=("/dev/meter-{index}",))
 CLAIM = Claim(KEY, ID, State.ATTACHED, resource="meter", numbers=(0,))
 
 

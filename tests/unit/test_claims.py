@@ -20,6 +20,7 @@ from usbip_plugin.claims import (
     after_reattach,
     allocated,
     decide_adoption,
+    not_in_list,
     observe_usage,
     own_port,
     serves,
@@ -169,12 +170,25 @@ def test_an_allocate_in_flight_is_hidden_from_the_list_and_has_its_grace() -> No
 
 
 def test_a_pod_that_may_be_in_its_init_containers_keeps_a_claim_nobody_was_seen_with() -> None:
-    fresh = allocated(claim(), 100.0)
+    fresh = allocated(claim(resource="stick"), 100.0)
     absent = observe_usage(observe_usage(fresh, None, 101.0), None, 102.0)
-    somebody = Unlisted(frozenset({PodRef("default", "other", "uid-other")}), certain=True)
+    other = PodRef("default", "other", "uid-other")
+    somebody = not_in_list({}, {other: {"stick": 1}}, certain=True)
     assert not usage_ended(absent, 101.0 + ALLOCATION_GRACE, somebody)
+    with_another = not_in_list({}, {other: {"dongle": 1}}, certain=True)
+    assert usage_ended(absent, 101.0 + ALLOCATION_GRACE, with_another), "that one has nothing of this resource"
+    assert not usage_ended(replace(absent, resource=None), 101.0 + ALLOCATION_GRACE, with_another), "not known of which"
     seen = observe_usage(observe_usage(observe_usage(fresh, USER, 101.0), None, 102.0), None, 103.0)
     assert usage_ended(seen, 103.0, somebody), "a pod that was seen is gone whatever others do"
+
+
+def test_a_pod_that_is_listed_with_fewer_devices_than_it_has_may_have_one_more() -> None:
+    """Pod-resources does not list what an init container has, not even while it runs."""
+    users = {"a": USER, "b": User(POD, "dongle")}
+    both = {POD: {"stick": 2, "dongle": 1}}
+    assert not_in_list(users, both, certain=True) == Unlisted(frozenset(), frozenset({"stick"}), certain=True)
+    assert not_in_list(users, {POD: {"stick": 1, "dongle": 1}}, certain=True) == NOBODY
+    assert not_in_list({"b": User(POD, "dongle")}, both, certain=True).resources == {"stick"}
 
 
 def test_a_list_begun_before_the_allocate_says_nothing() -> None:
@@ -266,6 +280,7 @@ def attachment(*nodes: DeviceNode) -> Attachment:
 
 USB = DeviceNode("/dev/bus/usb/003/002", "usb", False, 189, 257)
 TTY = DeviceNode("/dev/ttyUSB0", "tty", False, 188, 0)
+HIDRAW = DeviceNode("/dev/hidraw0", "hidraw", False, 244, 0)
 
 
 @pytest.mark.parametrize(
@@ -301,3 +316,26 @@ def test_only_a_container_that_has_cdi_names_finds_the_new_nodes(
 ) -> None:
     assert after_reattach(attachment(USB), attachment(USB, TTY), on_loss, POD, by_cdi=by_cdi) is verdict
     assert after_reattach(attachment(USB), attachment(USB), on_loss, POD, by_cdi=by_cdi) is AfterReattach.GOES_ON
+
+
+@pytest.mark.parametrize(
+    ("children", "after", "verdict"),
+    [
+        (("tty",), (USB, TTY), AfterReattach.CHILDREN_GO_ON),
+        (("tty",), (USB, TTY, HIDRAW), AfterReattach.CHILDREN_GO_ON),
+        (("tty", "hidraw"), (USB, TTY, HIDRAW), AfterReattach.STALE),
+        (("tty",), (USB, replace(TTY, path="/dev/ttyUSB1", minor=1)), AfterReattach.STALE),
+        (("tty",), (USB,), AfterReattach.STALE),
+        (("hidraw",), (USB, TTY), AfterReattach.STALE),  # it never had one
+        ((), (USB, TTY), AfterReattach.STALE),
+        (None, (USB, TTY), AfterReattach.STALE),
+    ],
+)
+def test_child_nodes_that_the_resource_names_are_what_counts(
+    children: tuple[str, ...] | None, after: tuple[DeviceNode, ...], verdict: AfterReattach
+) -> None:
+    """The kernel numbers the USB node anew at each attach."""
+    before = attachment(replace(USB, path="/dev/bus/usb/003/001", minor=256), TTY)
+    assert after_reattach(before, attachment(*after), OnLoss.KEEP, POD, children=children) is verdict
+    evicted = AfterReattach.EVICT if verdict is AfterReattach.STALE else verdict
+    assert after_reattach(before, attachment(*after), OnLoss.EVICT, POD, children=children) is evicted

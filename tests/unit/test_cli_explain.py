@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from cli_facts import FREE, HELD, HELD_NOTES, KEY, LISTED, NOW, UNLISTED, UNREACHABLE, known
+from cli_facts import FREE, HELD, HELD_NOTES, KEY, LISTED, NOTES, NOW, UNLISTED, UNREACHABLE, known
 
 from usbip_plugin.cli.asking import plugin_word, pod_word
 from usbip_plugin.cli.explaining import Facts, PluginWord, PodWord, age, explain, render
 from usbip_plugin.model import PodRef
 
+TOLD = replace(FREE, known=known(notes=NOTES | {"usbip.dev/serial": "RED"}))
 GONE_NODE = replace(HELD, known=known("node-a", heard=500, written=500), pod=PodWord.GONE, plugin=PluginWord.NONE)
 
 
@@ -27,6 +28,8 @@ GONE_NODE = replace(HELD, known=known("node-a", heard=500, written=500), pod=Pod
         (replace(FREE, offers=None, config_source="no right to"), True, "is free."),
         (GONE_NODE, False, "its server does not offer it."),
         (replace(GONE_NODE, server=LISTED), True, "may be taken over: node node-a, which holds it, is silent."),
+        (replace(TOLD, twins=("lab:3240/1-2",)), False, "by its serial number: it is not the only one with it."),
+        (replace(HELD, twins=("lab:3240/1-2",)), False, "is in use on node node-a, by pod ns/reader."),
         (replace(GONE_NODE, key=None, server=LISTED), False, "its lock does not say which device it is for."),
     ],
 )
@@ -66,6 +69,11 @@ def test_the_verdict(facts: Facts, available: bool, verdict: str) -> None:
         (replace(FREE, server=UNLISTED), ["unplugged, not bound, or in use by somebody outside", "usbip bind -b 1-1"]),
         (replace(FREE, server=UNREACHABLE), ["connection refused", "is usbipd running"]),
         (replace(FREE, offers=None, config_source="X cannot be read"), ["not known: X cannot be read"]),
+        (
+            replace(TOLD, twins=("attic:3240/7-2", "lab:3240/1-2")),
+            ["serial number RED is also that of attic:3240/7-2 and lab:3240/1-2", "Tell them apart by bus_id"],
+        ),
+        (replace(TOLD, server=UNLISTED, twins=("attic:3240/7-2",)), ["serial number RED is attic:3240/7-2 now"]),
         (replace(FREE, offers=()), ["No resource of ConfigMap usbip-system/usbip-plugin selects it", "Add a selector"]),
         (replace(FREE, server=replace(LISTED, usb_id="1050:0407")), ["is 1050:0407; the lock was for 0951:1666"]),
     ],

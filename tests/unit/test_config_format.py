@@ -12,6 +12,7 @@ from usbip_plugin.config import (
     Extra,
     FileSettings,
     LockConfig,
+    NodePermissions,
     OnLoss,
     ResourceConfig,
     Selector,
@@ -19,7 +20,7 @@ from usbip_plugin.config import (
     parse_config,
 )
 from usbip_plugin.errors import ConfigError
-from usbip_plugin.model import ServerKey
+from usbip_plugin.model import ServerKey, UsbId
 
 GO_PUBLISHED_EXAMPLE = """
 resources:
@@ -41,7 +42,8 @@ resources:
 
 KEYS = (
     *("resources", "target", "host", "port", "selector", "vendor", "bus_id", "serial", "class", "extras", "hostPath"),
-    *("permissions", "devices", "children", "containerPath", "onLoss", "cdi", "a", "b", "<<"),
+    *("usb_ids", "permissions", "devices", "children", "containerPath", "onLoss", "cdi", "a", "b", "<<"),
+    *("childrenTimeout", "byId", "mode", "user", "group", "readOnly"),
 )
 
 
@@ -121,7 +123,11 @@ resources:
     onLoss: evict
     cdi: true
     children: [tty, hidraw]
-    containerPath: /dev/usb-{index}-{kind}
+    childrenTimeout: 2s
+    containerPath: ["/dev/usb-{index}-{kind}", "/dev/by-model/{manufacturer}-{model}-{number}"]
+    byId: true
+    permissions: {mode: "0660", user: 0, group: 20}
+    readOnly: true
 lock: {duration: 1m}
 allocateTimeout: 2.5
 publishNodeStatus: false
@@ -137,7 +143,11 @@ plugin-directory: /plugins
             on_loss=OnLoss.EVICT,
             cdi=True,
             children=("tty", "hidraw"),
-            container_path="/dev/usb-{index}-{kind}",
+            children_timeout=2.0,
+            container_paths=("/dev/usb-{index}-{kind}", "/dev/by-model/{manufacturer}-{model}-{number}"),
+            by_id=True,
+            permissions=NodePermissions(0o660, 0, 20),
+            read_only=True,
         ),
     )
     assert config.lock == LockConfig(60.0)
@@ -197,7 +207,9 @@ def test_an_unquoted_number_with_one_reading_is_taken_with_a_warning(
     assert f'"{value:04x}"' in parsed.warnings[0]
 
 
-@pytest.mark.parametrize("text", ['"12345"', '""', '"g"', "-1", "0x10000", "99999", "1.5", "[1]", '"0951 "', "true"])
+@pytest.mark.parametrize(
+    "text", ['"12345"', '""', '"g"', "-1", "0x10000", "99999", "1.5", "[]", "{a: 1}", '"0951 "', "true"]
+)
 def test_what_is_no_usb_id_is_refused(text: str) -> None:
     (problem,) = problems_of(one_selector(f"{{vendor: {text}}}"))
     assert problem.startswith("config.yaml:1: resources.a[0].selector.vendor: ")
@@ -214,6 +226,64 @@ def test_zero_and_empty_stand_for_any_as_in_the_go_program() -> None:
     parsed = parse_config(one_selector('{vendor: 0, product: 0x0000, bus_id: ""}'))
     assert parsed.config.resources[0].devices[0].selector == Selector()
     assert any("every device" in warning for warning in parsed.warnings)
+
+
+def selector_of(text: str) -> Selector:
+    parsed = parse_config(one_selector(text))
+    assert parsed.warnings == ()
+    return parsed.config.resources[0].devices[0].selector
+
+
+def test_a_selector_may_have_lists_and_a_list_of_one_is_its_value(yaml_loader: None) -> None:
+    lists = '{vendor: ["1050", "0951"], product: [0x1, 0xa], usb_ids: ["1050:0407", 0951:1666], bus_id: ["2-*", 1-1]}'
+    assert selector_of(lists) == Selector(
+        vendor=(0x0951, 0x1050),
+        product=(1, 0xA),
+        usb_ids=(UsbId(0x0951, 0x1666), UsbId(0x1050, 0x0407)),
+        bus_id=("1-1", "2-*"),
+    )
+    assert selector_of('{vendor: ["0951"], usb_ids: "1050:0407", bus_id: ["1-1"]}') == Selector(
+        vendor=0x0951, usb_ids=(UsbId(0x1050, 0x0407),), bus_id="1-1"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "words"),
+    [
+        ("{vendor: []}", "vendor", "empty list selects nothing"),
+        ("{usb_ids: []}", "usb_ids", "empty list selects nothing"),
+        ("{bus_id: []}", "bus_id", "empty list selects nothing"),
+        ('{vendor: ["0951", "951"]}', "vendor[1]", "in the list already"),
+        ('{usb_ids: ["0951:166a", "0951:166A"]}', "usb_ids[1]", "in the list already"),
+        ("{vendor: [0x1, 1666]}", "vendor[1]", "ambiguous"),
+        ("{product: [0x1, 0]}", "product[1]", "0 stands for any"),
+        ("{vendor: [0x1, ~]}", "vendor[1]", "no USB number"),
+        ("{vendor: [[0x1]]}", "vendor[0]", "no USB number"),
+        ('{usb_ids: ["0951"]}', "usb_ids[0]", '"0951:1666"'),
+        ('{usb_ids: ["951:1666"]}', "usb_ids[0]", '"0951:1666"'),
+        ('{bus_id: ["1-1", ""]}', "bus_id[1]", "no bus id"),
+        (f"{{vendor: [{', '.join(hex(n) for n in range(1, 66))}]}}", "vendor", "at most 64"),
+        ('{usb_id: ["0951:1666"]}', "usb_id", "did you mean usb_ids?"),
+    ],
+)
+def test_a_list_that_cannot_be_used_is_an_error_with_its_place_and_cure(text: str, place: str, words: str) -> None:
+    (problem,) = problems_of(one_selector(text))
+    assert problem.startswith(f"config.yaml:1: resources.a[0].selector.{place}: ")
+    assert words in problem
+
+
+def test_bus_ids_of_lists_count_like_entries() -> None:
+    """Each is compared with each."""
+    entry = "{target: {host: h%d}, selector: {bus_id: [" + ", ".join(f'"{n}-1"' for n in range(1, 65)) + "]}}"
+    text = "resources: {a: [%s]}"
+    assert parse_config(text % ", ".join(entry % n for n in range(16))).config.resources
+    (problem,) = problems_of(text % ", ".join(entry % n for n in range(17)))
+    assert "1088 devices; at most 1024 are allowed" in problem
+
+
+def test_a_selector_is_shown_shortly() -> None:
+    many = Selector(vendor=tuple(range(1, 65)), usb_ids=(UsbId(0x0951, 0x1666),), bus_id=("1-1", "1-2"))
+    assert str(many) == "vendor 0001 or 0002 or 0003 or 0004 or 60 more, usb_ids 0951:1666, bus_id 1-1 or 1-2"
 
 
 def test_an_unknown_key_of_the_old_format_is_ignored_with_a_warning() -> None:

@@ -82,6 +82,35 @@ async def test_a_bad_file_is_told_once_and_the_same_good_one_is_told_again(tmp_p
         assert heard.queue.empty()
 
 
+async def test_of_many_changes_in_a_row_the_last_is_told_and_the_same_once_more_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text("a"))
+    async with watching(path) as heard:
+        assert await heard.next() == ("a",)
+        for n in range(20):
+            path.write_text(text(f"n{n}"))
+            await asyncio.sleep(0)
+        path.write_text(text("last"))
+        told = [await heard.next()]
+        while told[-1] != ("last",):
+            told.append(await heard.next())
+        assert len(told) < 20, "what is saved in a burst is read when it is over"
+        path.write_text(text("last"))
+        path.with_name("new").write_text(text("last"))
+        path.with_name("new").replace(path)
+        path.write_text(text("b"))
+        assert await heard.next() == ("b",)
+
+
+def test_settings_that_are_read_at_start_only_are_known(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text("a"))
+    before = load_config(path).config.start_only()
+    path.write_text(text("b") + "lock: {duration: 50s}\nallocateTimeout: 20s\nlog-level: debug\n")
+    after = load_config(path).config.start_only()
+    assert {name for name in after if after[name] != before[name]} == {"lock.duration", "log-level"}
+
+
 async def test_what_was_loaded_at_start_is_not_told_again_but_a_change_before_the_start_is(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(text("a"))

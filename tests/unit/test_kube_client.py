@@ -1,28 +1,22 @@
-"""The API client without an API server: narrow imports, lines out of bytes, and which error a status becomes."""
+"""The API client without an API server: narrow imports, configuration, what is told and asked."""
 
 from __future__ import annotations
 
-import asyncio
+import random
 import subprocess
 import sys
-from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
+import aiohttp
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from kubernetes_asyncio.client.configuration import Configuration
 
 from usbip_plugin import _narrow, kube
+from usbip_plugin.clock import SystemClock
 from usbip_plugin.errors import (
     ConfigError,
-    KubeConflict,
     KubeError,
-    KubeForbidden,
-    KubeGone,
-    KubeNotFound,
-    KubeServerError,
-    KubeThrottled,
-    KubeUnauthorized,
     KubeUnreachable,
 )
 
@@ -61,76 +55,6 @@ def test_names_are_found_where_the_packages_own_lines_say() -> None:
     assert _narrow.constants(source) == {"__version__": "1"}
 
 
-@pytest.mark.parametrize(
-    ("code", "kind"),
-    [
-        (401, KubeUnauthorized),
-        (403, KubeForbidden),
-        (404, KubeNotFound),
-        (409, KubeConflict),
-        (410, KubeGone),
-        (422, KubeError),
-        (500, KubeServerError),
-        (503, KubeServerError),
-    ],
-)
-def test_a_status_becomes_its_error(code: int, kind: type[KubeError]) -> None:
-    error = kube.error_of(code, {"message": "because"}, "update", "leases.coordination.k8s.io", None)
-    assert type(error) is kind
-    assert (error.verb, error.resource) == ("update", "leases.coordination.k8s.io")
-    assert "because" in str(error)
-
-
-@pytest.mark.parametrize(("header", "seconds"), [("7", 7.0), (None, None), ("soon", None), ("", None)])
-def test_throttling_carries_its_wait(header: str | None, seconds: float | None) -> None:
-    error = kube.error_of(429, {}, "list", "pods", header)
-    assert isinstance(error, KubeThrottled)
-    assert error.retry_after == seconds
-
-
-async def in_parts(*parts: bytes) -> AsyncIterator[bytes]:
-    for part in parts:
-        yield part
-
-
-@given(st.lists(st.binary(max_size=20).map(lambda b: b.replace(b"\n", b"")), max_size=6), st.integers(1, 7))
-def test_lines_come_whole_however_the_bytes_come(lines: list[bytes], size: int) -> None:
-    data = b"".join(line + b"\n" for line in lines)
-    parts = [data[start : start + size] for start in range(0, len(data), size)]
-
-    async def collect() -> list[bytes]:
-        return [line async for line in kube._lines(in_parts(*parts), "pods")]
-
-    assert asyncio.run(collect()) == [line for line in lines if line.strip()]
-
-
-async def test_a_line_is_there_before_the_next_byte() -> None:
-    async def then_silence() -> AsyncIterator[bytes]:
-        yield b'{"type":"ADDED"}\n{"ty'
-        raise AssertionError
-
-    assert await anext(kube._lines(then_silence(), "pods")) == b'{"type":"ADDED"}'
-
-
-async def test_an_endless_line_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kube, "MAX_EVENT_BYTES", 10)
-    with pytest.raises(KubeServerError, match="longer than 10"):
-        await anext(kube._lines(in_parts(b"x" * 11), "pods"))
-
-
-@given(
-    st.binary(max_size=60) | st.sampled_from([b"[]", b"{}", b'{"type":1,"object":{}}', b'{"type":"ADDED","object":[]}'])
-)
-def test_an_event_that_is_none_is_a_server_error(line: bytes) -> None:
-    with pytest.raises(KubeServerError):
-        kube._event(line, "pods")
-
-
-def test_an_error_event_says_gone() -> None:
-    with pytest.raises(KubeGone):
-        kube._event(b'{"type":"ERROR","object":{"kind":"Status","code":410,"message":"too old"}}', "pods")
-
-
 @pytest.mark.parametrize("text", ["", "a: [", "kind: Config", "[]", "current-context: x\ncontexts: []\nclusters: []"])
 async def test_an_unusable_kubeconfig_is_a_configuration_error(tmp_path: Path, text: str) -> None:
     path = tmp_path / "config"
@@ -162,3 +86,24 @@ async def test_each_error_is_told_once_besides_being_raised(tmp_path: Path, unus
     finally:
         await client.close()
     assert [(error.verb, error.resource) for error in told] == [("list", "pods"), ("watch", "pods")]
+
+
+async def test_watches_that_are_opened_together_are_not_ended_together() -> None:
+    asked: list[int] = []
+
+    class Client(kube.KubeClient):
+        async def _send(self, verb: str, path: str, resource: str, params: Any, *rest: Any) -> aiohttp.ClientResponse:
+            asked.append(int(params["timeoutSeconds"]))
+            raise KubeUnreachable(verb, resource, "that will do")
+
+    async def no_token() -> None:
+        return None
+
+    for seed in range(40):
+        client = Client(Configuration(), no_token, SystemClock(), rng=random.Random(seed))
+        with pytest.raises(KubeUnreachable):
+            async for _ in client.watch("/api/v1/pods", resource="pods", timeout=300):
+                pass
+        await client.close()
+    assert all(300 <= seconds <= 600 for seconds in asked)
+    assert len(set(asked)) > 20

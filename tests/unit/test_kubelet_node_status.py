@@ -5,8 +5,13 @@ import random
 from typing import Any, Self
 
 from usbip_plugin.errors import KubeError, KubeForbidden, KubeUnreachable
-from usbip_plugin.kubelet.node_status import NodeStatusPublisher, allocatable, status_patch
-from usbip_plugin.model import Advertised, DeviceKey, Health, Reason, ServerKey
+from usbip_plugin.kubelet.broadcast import Broadcast
+from usbip_plugin.kubelet.node_status import (
+    KUBELET_SYNC_S,
+    NodeStatusPublisher,
+    spread,
+    status_patch,
+)
 from usbip_plugin.sim.loop import SimClock, virtual
 
 STORAGE, MODEM = "usbip.dev/storage", "usbip.dev/modem"
@@ -19,6 +24,7 @@ class Api:
     def __init__(self) -> None:
         self.allocatable: dict[str, str] = {"cpu": "4", STORAGE: "1"}
         self.patches: list[dict[str, Any]] = []
+        self.patched = Broadcast()
         self.errors: list[KubeError] = []
 
     async def request(
@@ -35,6 +41,7 @@ class Api:
         assert content_type == "application/merge-patch+json"
         await asyncio.sleep(PATCH_S)
         self.patches.append(body)
+        self.patched.fire()
         if self.errors:
             raise self.errors.pop(0)
         self.allocatable.update(body["status"]["allocatable"])
@@ -44,9 +51,10 @@ class Api:
 class Running:
     """A publisher whose worker runs for the length of the block."""
 
-    def __init__(self) -> None:
+    def __init__(self, nodes: int = 1, seed: int = 1) -> None:
         self.api = Api()
-        self.publisher = NodeStatusPublisher(self.api, "node-a", SimClock(asyncio.get_running_loop()), random.Random(1))
+        clock = SimClock(asyncio.get_running_loop())
+        self.publisher = NodeStatusPublisher(self.api, "node-a", clock, random.Random(seed), lambda: nodes)
 
     async def __aenter__(self) -> Self:
         self.task = asyncio.create_task(self.publisher.run())
@@ -60,12 +68,6 @@ class Running:
 
 def test_the_patch_names_our_resources_only_and_counts_are_quantities() -> None:
     assert status_patch({STORAGE: 0, MODEM: 12}) == {"status": {"allocatable": {MODEM: "12", STORAGE: "0"}}}
-
-
-def test_allocatable_counts_what_is_healthy_in_use_or_not() -> None:
-    key = DeviceKey(ServerKey("10.0.0.1"), "1-1")
-    reasons = [Reason.FREE, Reason.ATTACHED, Reason.HELD_ELSEWHERE, Reason.UNKNOWN]
-    assert allocatable(Advertised(r.name, key, Health(r)) for r in reasons) == 2
 
 
 @virtual
@@ -147,3 +149,102 @@ async def test_an_urgent_count_does_not_wait_out_a_backoff() -> None:
         await asyncio.sleep(20)
         r.api.errors.clear()
         assert await r.publisher.publish_now({STORAGE: 0}, 2 * PATCH_S)
+
+
+def test_lower_counts_are_written_sooner_than_higher_ones_and_all_before_the_kubelet_has() -> None:
+    assert spread(100, lower=True) < spread(100, lower=False) < KUBELET_SYNC_S
+    assert spread(2, lower=True) < 0.01, "a small cluster does not wait"
+    assert spread(10**6, lower=True) == spread(10**6, lower=False) == KUBELET_SYNC_S
+
+
+SOME, MANY, VERY_MANY = 100, 1000, 10_000
+"""Nodes that write all, only lower counts, nothing."""
+
+
+async def written_after(nodes: int, seed: int, before: int, after: int) -> float:
+    """Seconds from a change to its writing."""
+    async with Running(nodes, seed) as r:
+        assert await r.publisher.publish_now({STORAGE: before}, 1.0)
+        changed = asyncio.get_running_loop().time()
+        r.publisher.publish({STORAGE: after})
+        await r.api.patched.until(lambda: len(r.api.patches) == 2)
+        return asyncio.get_running_loop().time() - changed - PATCH_S
+
+
+@virtual
+async def test_nodes_take_turns() -> None:
+    for nodes, before, after in ((MANY, 1, 0), (SOME, 0, 1)):
+        within = spread(nodes, lower=after < before)
+        times = [await written_after(nodes, seed, before, after) for seed in range(40)]
+        assert max(times) <= within + 0.01
+        assert max(times) - min(times) > within / 2
+
+
+@virtual
+async def test_a_lower_count_after_a_higher_one_has_a_turn_of_its_own() -> None:
+    """All nodes hear of it at once, however long each has waited to write the higher one."""
+    times = []
+    for seed in range(40):
+        async with Running(MANY, seed) as r:
+            assert await r.publisher.publish_now({STORAGE: 1}, 1.0)
+            r.publisher.publish({STORAGE: 2})
+            await asyncio.sleep(5)
+            assert len(r.api.patches) == 1
+            changed = asyncio.get_running_loop().time()
+            r.publisher.publish({STORAGE: 0})
+            await r.api.patched.until(lambda: len(r.api.patches) == 2)
+            times.append(asyncio.get_running_loop().time() - changed - PATCH_S)
+    assert max(times) <= spread(MANY, lower=True) + 0.01
+    assert max(times) - min(times) > spread(MANY, lower=True) / 2
+
+
+@virtual
+async def test_a_lower_count_that_is_taken_back_before_its_turn_is_not_written() -> None:
+    async with Running(MANY, seed=4) as r:
+        assert await r.publisher.publish_now({STORAGE: 1}, 1.0)
+        for _ in range(10):
+            r.publisher.publish({STORAGE: 0})
+            await asyncio.sleep(0.01)
+            r.publisher.publish({STORAGE: 1})
+            await asyncio.sleep(30)
+        assert len(r.api.patches) <= 2
+
+
+@virtual
+async def test_a_higher_count_that_is_taken_back_is_written_because_the_kubelet_may_have_written_the_other() -> None:
+    async with Running(SOME, seed=3) as r:
+        assert await r.publisher.publish_now({STORAGE: 0}, 1.0)
+        r.publisher.publish({STORAGE: 1})
+        await asyncio.sleep(0.01)
+        assert len(r.api.patches) == 1
+        r.api.allocatable[STORAGE] = "1"  # the kubelet's own sync
+        r.publisher.publish({STORAGE: 0})
+        await asyncio.sleep(spread(SOME, lower=True) + 2 * PATCH_S)
+        assert r.api.allocatable[STORAGE] == "0"
+        assert len(r.api.patches) == 2
+        await asyncio.sleep(60)
+        assert len(r.api.patches) == 2
+
+
+@virtual
+async def test_what_the_kubelets_write_as_soon_is_left_to_them() -> None:
+    for nodes, patches in ((SOME, [1, 0, 1]), (MANY, [1, 0, 0]), (VERY_MANY, [1])):
+        async with Running(nodes, seed=2) as r:
+            assert await r.publisher.publish_now({STORAGE: 1}, 1.0)
+            for count in (0, 1, 0) if nodes == MANY else (0, 1):
+                r.publisher.publish({STORAGE: count})
+                await asyncio.sleep(3 * KUBELET_SYNC_S)
+            assert [int(p["status"]["allocatable"][STORAGE]) for p in r.api.patches] == patches
+
+
+@virtual
+async def test_what_an_allocate_waits_for_waits_for_no_turn() -> None:
+    async with Running(VERY_MANY) as r:
+        assert await r.publisher.publish_now({STORAGE: 1}, 2 * PATCH_S)
+        r.publisher.publish({STORAGE: 0})
+        await asyncio.sleep(0.001)
+        assert await r.publisher.publish_now({STORAGE: 0}, 2 * PATCH_S)
+        assert await r.publisher.publish_now({STORAGE: 0}, 2 * PATCH_S), "written already"
+        r.publisher.publish({STORAGE: 1})
+        await asyncio.sleep(1)
+        assert len(r.api.patches) == 2, "that one waits"

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from usbip_plugin.errors import KubeForbidden, KubeGone, KubeUnreachable
-from usbip_plugin.kubelet.pods import OwnPods, PodPhase, PodState, read_pod
+from usbip_plugin.kubelet.pods import MANY, OwnPods, PodPhase, PodState, read_pod
 from usbip_plugin.model import PodRef
 from usbip_plugin.sim.loop import SimClock, virtual
 
@@ -168,7 +168,7 @@ def test_only_uid_and_phase_are_kept() -> None:
         ("Succeeded", "containers", {}, False),
         ("Failed", "containers", {}, False),
         ("Pending", "initContainers", {}, True),
-        ("Running", "initContainers", {}, False),  # these have ended
+        ("Running", "initContainers", {}, True),  # these have ended, and are run again with a new sandbox
         ("Running", "initContainers", {"restartPolicy": "Always"}, True),  # a sidecar has not
         ("Succeeded", "initContainers", {"restartPolicy": "Always"}, False),
     ],
@@ -178,15 +178,46 @@ async def test_pods_that_use_devices_or_will_are_known(phase: str, kind: str, co
     limits = {"cpu": "1", "usbip.dev/stick": "1"}
     pods, _ = own_pods(Api())
     pods.apply(event("ADDED", pod(phase=phase) | {"spec": {kind: [container | {"resources": {"limits": limits}}]}}))
-    assert pods.wanting("usbip.dev") == (frozenset({A}) if wanted else frozenset())
-    assert pods.wanting("other.dev") == frozenset()
+    assert pods.wanting("usbip.dev") == ({A: {"stick": 1}} if wanted else {})
+    assert pods.wanting("other.dev") == {}
+
+
+def container(count: object, **more: str) -> dict[str, Any]:
+    return {"resources": {"limits": {"usbip.dev/stick": count}}, **more}
+
+
+@pytest.mark.parametrize(
+    ("init", "apps", "count"),
+    [
+        ([], ["1", "2"], 3),
+        (["1"], ["1"], 1),
+        (["2"], ["1"], 2),
+        (["1", "3"], [], 3),
+        (["1"], ["2", "1"], 3),
+        ([], ["1k"], MANY),
+        ([], [7], MANY),
+    ],
+)
+def test_an_init_container_passes_its_devices_on(init: list[str], apps: list[object], count: int) -> None:
+    """As the kubelet counts: what is in use at one time, at most."""
+    spec = {"initContainers": [container(n) for n in init], "containers": [container(n) for n in apps]}
+    found = read_pod(pod() | {"spec": spec})
+    assert found is not None
+    assert found[1].resources == {"usbip.dev/stick": count}
+
+
+def test_a_sidecar_keeps_its_devices() -> None:
+    init = [container("1", restartPolicy="Always"), container("2")]
+    found = read_pod(pod() | {"spec": {"initContainers": init, "containers": [container("1")]}})
+    assert found is not None
+    assert found[1].resources == {"usbip.dev/stick": 3}
 
 
 @pytest.mark.parametrize("spec", [None, [], {}, {"initContainers": 7}, {"containers": [7, {"resources": 7}]}])
 def test_a_strange_pod_spec_wants_nothing(spec: object) -> None:
     found = read_pod(pod(phase="Pending") | {"spec": spec})
     assert found is not None
-    assert found[1].resources == frozenset()
+    assert found[1].resources == {}
 
 
 @virtual

@@ -1,12 +1,19 @@
 """What one ListAndWatch stream is sent, without a socket."""
 
 import asyncio
+import functools
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from usbip_plugin.kubelet.device_plugin import ContainerResponse, DevicePluginServer, DeviceStates
+from usbip_plugin.kubelet.device_plugin import (
+    ContainerResponse,
+    DeviceList,
+    DevicePluginServer,
+    DeviceStates,
+    device_list,
+)
 from usbip_plugin.model import Advertised, DeviceKey, Health, Reason, ServerKey
 from usbip_plugin.sim.loop import run, virtual
 
@@ -22,11 +29,15 @@ class NoBackend:
         raise NotImplementedError
 
 
-def devices(*health: bool) -> tuple[Advertised, ...]:
+@functools.cache
+def device(number: int, healthy: bool) -> Advertised:
     key = DeviceKey(ServerKey("10.0.0.1"), "1-1")
-    return tuple(
-        Advertised(str(n), key, Health(Reason.FREE if h else Reason.HELD_ELSEWHERE)) for n, h in enumerate(health)
-    )
+    return Advertised(str(number), key, Health(Reason.FREE if healthy else Reason.HELD_ELSEWHERE))
+
+
+def devices(*health: bool) -> tuple[Advertised, ...]:
+    """The very same objects for the same devices, as the advertiser keeps them."""
+    return tuple(device(n, h) for n, h in enumerate(health))
 
 
 class Stream:
@@ -104,6 +115,33 @@ async def test_a_stream_that_breaks_takes_nothing_with_it() -> None:
     await asyncio.sleep(0.1)
     assert stream.sent == [(("0", True),)]
     await stream.end()
+
+
+def test_what_is_healthy_counts_in_use_or_not() -> None:
+    server, key = DevicePluginServer("usbip.dev/storage", NoBackend()), DeviceKey(ServerKey("10.0.0.1"), "1-1")
+    reasons = [Reason.FREE, Reason.ATTACHED, Reason.HELD_ELSEWHERE, Reason.UNKNOWN]
+    server.publish(tuple(Advertised(r.name, key, Health(r)) for r in reasons))
+    assert server.healthy == 2
+    server.publish(())
+    assert server.healthy == 0
+
+
+@given(st.lists(st.lists(st.tuples(st.integers(0, 2), st.booleans()), max_size=3), max_size=6))
+def test_a_list_changed_in_place_is_the_list_made_anew(script: list[list[tuple[int, bool]]]) -> None:
+    server, kept = DevicePluginServer("usbip.dev/storage", NoBackend()), DeviceList()
+
+    async def main() -> None:
+        stream = Stream(server, 0)
+        await asyncio.sleep(0)
+        for states in script:
+            server.publish(tuple(device(number, healthy) for number, healthy in states))
+            await server.wait_sent()
+            expected = tuple((str(number), healthy) for number, healthy in states)
+            assert stream.sent[-1] == expected
+            assert kept.told(stream.sent[-1]) == device_list(expected)
+        await stream.end()
+
+    run(main)
 
 
 steps = st.lists(st.tuples(st.sampled_from([0.0, 0.3, 1.0, 4.0]), st.lists(st.booleans(), max_size=2)), max_size=12)

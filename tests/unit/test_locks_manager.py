@@ -5,17 +5,20 @@ import dataclasses
 from collections.abc import Callable
 
 import pytest
-from lock_harness import KEY, OTHER, Node, World, unreachable, until, world
+from lock_harness import KEY, OTHER, Node, World, given_up, held, unreachable, until, world
 
 from usbip_plugin.errors import KubeForbidden, KubeServerError, LockHeld, LockLost, LockUnavailable
 from usbip_plugin.locks import record
+from usbip_plugin.locks.expiry import EXPIRED_BEATS
 from usbip_plugin.locks.manager import ApiState, LockMeta, LockSettings, Standing
 from usbip_plugin.locks.memory import FINE, Fate, Lost, Operation
-from usbip_plugin.model import PodRef
+from usbip_plugin.locks.session import BEAT_FRACTION
+from usbip_plugin.model import UNTOLD, Identity, InterfaceClass, PodRef
 from usbip_plugin.sim.loop import virtual
 
 POD = PodRef("default", "reader", "uid-1")
 RESOURCE = "leases.coordination.k8s.io"
+TOLD = Identity(1 << 16 | 7, "S1")
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
@@ -48,7 +51,7 @@ async def test_one_wins_and_the_other_is_told_who() -> None:
 async def test_everyone_sees_a_lock_taken_and_released() -> None:
     async with world() as w:
         a, b = await w.node("a"), await w.node("b")
-        await a.manager.acquire(KEY, LockMeta(usb_id="0951:1666", serial="S1", traceparent=TRACE))
+        await a.manager.acquire(KEY, LockMeta(usb_id="0951:1666", told=TOLD, traceparent=TRACE))
         await a.manager.annotate(KEY, port=3, pod=POD)
         await until(lambda: KEY.id in b.manager.locks and b.manager.locks[KEY.id].port == 3, b)
         seen = b.manager.locks[KEY.id]
@@ -58,10 +61,10 @@ async def test_everyone_sees_a_lock_taken_and_released() -> None:
         assert b.manager.standing(KEY.id) is Standing.HELD
         assert a.manager.standing(KEY.id) is Standing.MINE
         assert a.manager.mine() == (seen,)
-        with pytest.raises(LockHeld) as held:
+        with pytest.raises(LockHeld) as refused:
             await b.manager.acquire(KEY)
-        assert (held.value.holder, held.value.pod) == ("a", "default/reader")
-        assert held.value.since is not None
+        assert (refused.value.holder, refused.value.pod) == ("a", "default/reader")
+        assert refused.value.since is not None
         await a.manager.release(KEY)
         assert a.manager.mine() == ()
         await until(lambda: b.manager.standing(KEY.id) is Standing.FREE, b)
@@ -74,9 +77,7 @@ async def test_everyone_sees_a_lock_taken_and_released() -> None:
 
 @virtual
 async def test_changes_come_once_each_in_order() -> None:
-    async with world() as w:
-        a, b = await w.node("a"), await w.node("b")
-        await a.manager.acquire(KEY)
+    async with held() as (_w, a, b):
         await a.manager.annotate(KEY, port=1)
         await a.manager.release(KEY)
         await until(lambda: len(b.changes) == 3, b)
@@ -132,7 +133,7 @@ async def test_another_boot_is_a_new_epoch_and_forgets_the_attachment() -> None:
 async def test_release_never_clears_somebody_elses_lock() -> None:
     async with world() as w:
         a, b = await w.node("a"), await w.node("b")
-        await a.manager.acquire(KEY)
+        await a.manager.acquire(KEY)  # which b need not have heard of
         await b.manager.release(KEY)
         assert w.backend.leases[KEY.id].holder == "a"
         await a.manager.release(KEY)
@@ -144,9 +145,7 @@ async def test_release_never_clears_somebody_elses_lock() -> None:
 
 @virtual
 async def test_a_stolen_lock_is_lost() -> None:
-    async with world() as w:
-        a, b = await w.node("a"), await w.node("b")
-        await a.manager.acquire(KEY)
+    async with held() as (w, a, b):
         a.fate = unreachable
         a.store.cut()
         await expire(b)
@@ -168,10 +167,7 @@ async def expire(node: Node) -> None:
 
 @virtual
 async def test_a_dead_holders_lock_expires_after_its_duration_and_can_be_taken() -> None:
-    async with world() as w:
-        a, b = await w.node("a"), await w.node("b")
-        await a.manager.acquire(KEY)
-        await until(lambda: KEY.id in b.manager.locks, b)
+    async with held() as (_w, a, b):
         await a.stop()
         start = b.clock.monotonic()
         with pytest.raises(LockHeld):
@@ -184,10 +180,7 @@ async def test_a_dead_holders_lock_expires_after_its_duration_and_can_be_taken()
 
 @virtual
 async def test_a_lock_whose_device_is_not_importable_never_expires() -> None:
-    async with world() as w:
-        a, b = await w.node("a"), await w.node("b")
-        await a.manager.acquire(KEY)
-        await until(lambda: KEY.id in b.manager.locks, b)
+    async with held() as (_w, a, b):
         await a.stop()
         await b.clock.sleep(3600)
         assert b.manager.standing(KEY.id) is Standing.HELD
@@ -199,12 +192,34 @@ async def test_a_lock_whose_device_is_not_importable_never_expires() -> None:
 
 
 @virtual
-async def test_a_server_that_lists_the_device_no_more_is_asked_before_its_lock_is_taken() -> None:
-    """A node that was stopped for longer than the duration: its last list is older than the other's attachment."""
+async def test_one_device_becomes_importable_and_is_not_any_more_without_a_word_of_the_others() -> None:
     async with world() as w:
         a, b = await w.node("a"), await w.node("b")
         await a.manager.acquire(KEY)
-        await until(lambda: KEY.id in b.manager.locks, b)
+        await a.manager.acquire(OTHER)
+        await until(lambda: {KEY.id, OTHER.id} <= b.manager.locks.keys(), b)
+        await a.stop()
+        b.manager.set_importable(frozenset({OTHER.id}))
+        await until(lambda: b.manager.standing(OTHER.id) is Standing.EXPIRED, b)
+        assert b.manager.standing(KEY.id) is Standing.HELD
+        began = b.clock.monotonic()
+        b.manager.importable_changed(KEY.id, importable=True)
+        await until(lambda: b.manager.standing(KEY.id) is Standing.EXPIRED, b)
+        assert b.clock.monotonic() - began <= LockSettings().duration * 1.3, "it is observed from then on"
+        told: list[str] = []
+        b.manager.subscribe(lambda change: told.append(change.device_id))
+        b.manager.importable_changed(KEY.id, importable=False)
+        assert told == [KEY.id]
+        assert b.manager.standing(KEY.id) is Standing.HELD
+        assert b.manager.standing(OTHER.id) is Standing.EXPIRED
+        with pytest.raises(LockHeld):
+            await b.manager.acquire(KEY)
+
+
+@virtual
+async def test_a_server_that_lists_the_device_no_more_is_asked_before_its_lock_is_taken() -> None:
+    """A node that was stopped for longer than the duration: its last list is older than the other's attachment."""
+    async with held() as (w, a, b):
         await a.stop()
         await expire(b)
         b.listed = False
@@ -218,9 +233,7 @@ async def test_a_server_that_lists_the_device_no_more_is_asked_before_its_lock_i
 
 @virtual
 async def test_a_heartbeat_keeps_a_lock_for_ever() -> None:
-    async with world() as w:
-        a, b = await w.node("a"), await w.node("b")
-        await a.manager.acquire(KEY)
+    async with held() as (_w, _a, b):
         b.manager.set_importable(frozenset({KEY.id}))
         await b.clock.sleep(3600)
         assert b.manager.standing(KEY.id) is Standing.HELD
@@ -230,9 +243,7 @@ async def test_a_heartbeat_keeps_a_lock_for_ever() -> None:
 
 @virtual
 async def test_a_holder_that_comes_back_before_the_takeover_keeps_its_lock() -> None:
-    async with world() as w:
-        a, b = await w.node("a"), await w.node("b")
-        await a.manager.acquire(KEY)
+    async with held() as (_w, a, b):
         a.fate = unreachable
         await expire(b)
         a.fate = lambda _operation: FINE
@@ -242,10 +253,28 @@ async def test_a_holder_that_comes_back_before_the_takeover_keeps_its_lock() -> 
 
 
 @virtual
+async def test_a_session_is_read_a_few_times_until_a_lock_has_expired_and_seldom_afterwards() -> None:
+    async with held() as (_w, a, b):
+        await a.stop()
+        reads = 0
+
+        def count(operation: Operation) -> Fate:
+            nonlocal reads
+            reads += operation.verb == "get"
+            return FINE
+
+        b.fate = count
+        await expire(b)
+        assert reads <= 2 + 1 / BEAT_FRACTION
+        reads = 0
+        await b.clock.sleep(3600)
+        assert 1 <= reads <= 3600 / (EXPIRED_BEATS * LockSettings().duration) + 1
+        assert (await b.manager.acquire(KEY)).epoch == 2
+
+
+@virtual
 async def test_the_session_is_read_again_right_before_a_takeover() -> None:
-    async with world() as w:
-        a, b = await w.node("a"), await w.node("b")
-        await a.manager.acquire(KEY)
+    async with held() as (w, a, b):
         await a.clock.sleep(1)
         await a.stop()
         await expire(b)
@@ -259,9 +288,7 @@ async def test_the_session_is_read_again_right_before_a_takeover() -> None:
 
 @virtual
 async def test_a_node_that_holds_nothing_writes_nothing() -> None:
-    async with world() as w:
-        a, b = await w.node("a"), await w.node("b")
-        await a.manager.acquire(KEY)
+    async with held() as (_w, a, b):
         await b.clock.sleep(1000)
         assert b.writes() == []
         beats = [call for call in a.writes() if call.name == record.session_name("a")]
@@ -347,9 +374,7 @@ async def test_a_write_that_lands_after_its_sender_gave_up_is_undone() -> None:
     async with world() as w:
         a = await w.node("a")
         a.fate = once("create", Fate(request=30.0))
-        with pytest.raises(TimeoutError):
-            async with a.clock.timeout(1):
-                await a.manager.acquire(KEY)
+        await given_up(a)
         await until(lambda: KEY.id in a.manager.locks and a.manager.locks[KEY.id].holder == "", a)
         assert [change.new.holder for change in a.changes if change.new] == ["a", ""]
 
@@ -359,9 +384,7 @@ async def test_a_claimed_lock_is_its_claims_whenever_the_write_lands() -> None:
     async with world() as w:
         a = await w.node("a")
         a.fate = once("create", Fate(request=30.0))
-        with pytest.raises(TimeoutError):
-            async with a.clock.timeout(1):
-                await a.manager.acquire(KEY, claimed=True)
+        await given_up(a, claimed=True)
         await a.clock.sleep(100)
         assert w.backend.leases[KEY.id].holder == "a"
 
@@ -371,13 +394,9 @@ async def test_a_lock_given_up_and_claimed_before_its_write_lands_is_not_undone(
     async with world() as w:
         a = await w.node("a")
         a.fate = once("create", Fate(response=3.0))
-        with pytest.raises(TimeoutError):
-            async with a.clock.timeout(1):
-                await a.manager.acquire(KEY)
+        await given_up(a)
         a.fate = once("update", Fate(response=3.0))
-        with pytest.raises(TimeoutError):
-            async with a.clock.timeout(1):
-                await a.manager.acquire(KEY, claimed=True)
+        await given_up(a, claimed=True)
         await a.clock.sleep(100)
         assert w.backend.leases[KEY.id].holder == "a"
 
@@ -387,9 +406,7 @@ async def test_a_lock_regained_after_giving_up_is_kept() -> None:
     async with world() as w:
         a = await w.node("a")
         a.fate = once("create", Fate(response=3.0))
-        with pytest.raises(TimeoutError):
-            async with a.clock.timeout(1):
-                await a.manager.acquire(KEY)
+        await given_up(a)
         await a.manager.acquire(KEY)
         await a.clock.sleep(100)
         assert w.backend.leases[KEY.id].holder == "a"
@@ -401,9 +418,7 @@ async def test_a_cancelled_reentrant_acquire_does_not_give_the_lock_away() -> No
         a = await w.node("a")
         await a.manager.acquire(KEY)
         a.fate = once("update", Fate(request=2.0))
-        with pytest.raises(TimeoutError):
-            async with a.clock.timeout(1):
-                await a.manager.acquire(KEY)
+        await given_up(a)
         await a.clock.sleep(100)
         assert w.backend.leases[KEY.id].holder == "a"
 
@@ -418,9 +433,7 @@ async def test_a_predecessors_lock_found_by_a_conflict_is_not_given_away() -> No
         await first.manager.acquire(KEY)
         await first.stop()
         assert KEY.id not in late.manager.locks
-        with pytest.raises(TimeoutError):
-            async with late.clock.timeout(1):
-                await late.manager.acquire(KEY)
+        await given_up(late)
         late.fate = lambda _operation: FINE
         await late.clock.sleep(100)
         assert w.backend.leases[KEY.id].holder == "a"
@@ -475,10 +488,7 @@ async def test_a_failed_call_makes_an_open_watch_suspect() -> None:
 
 @virtual
 async def test_what_was_missed_during_a_partition_is_delivered_after_it() -> None:
-    async with world() as w:
-        a, b = await w.node("a"), await w.node("b")
-        await a.manager.acquire(KEY)
-        await until(lambda: KEY.id in b.manager.locks, b)
+    async with held() as (w, a, b):
         b.fate = unreachable
         b.store.cut()
         await a.manager.release(KEY)
@@ -493,10 +503,7 @@ async def test_what_was_missed_during_a_partition_is_delivered_after_it() -> Non
 
 @virtual
 async def test_a_deleted_lock_is_gone_for_everyone() -> None:
-    async with world() as w:
-        a, b = await w.node("a"), await w.node("b")
-        await a.manager.acquire(KEY)
-        await until(lambda: KEY.id in b.manager.locks, b)
+    async with held() as (w, a, b):
         w.backend.delete(KEY.id, w.backend.leases[KEY.id].resource_version)
         await until(lambda: KEY.id not in b.manager.locks, b)
         with pytest.raises(LockLost):
@@ -508,20 +515,36 @@ async def test_a_deleted_lock_is_gone_for_everyone() -> None:
 async def test_the_serial_of_another_device_under_the_same_bus_id_is_forgotten() -> None:
     async with world() as w:
         a = await w.node("a")
-        await a.manager.acquire(KEY, LockMeta(usb_id="0951:1666", serial="S1"))
+        await a.manager.acquire(KEY, LockMeta(usb_id="0951:1666", told=TOLD))
         await a.manager.release(KEY)
         grant = await a.manager.acquire(KEY, LockMeta(usb_id="1050:0407"))
-        assert (grant.lock.usb_id, grant.lock.serial) == ("1050:0407", None)
+        assert (grant.lock.usb_id, grant.lock.identity) == ("1050:0407", UNTOLD)
+
+
+@virtual
+async def test_what_a_device_has_told_is_of_that_one_only() -> None:
+    vendor = (InterfaceClass(0xFF, 0, 0),)
+    async with world() as w:
+        a = await w.node("a")
+        await a.manager.acquire(KEY, LockMeta(usb_id="0951:1666", told=TOLD))
+        lock = await a.manager.annotate(KEY, told=Identity(TOLD.devid, interfaces=vendor))
+        assert lock.identity == Identity(TOLD.devid, "S1", vendor), "the same one says more"
+        lock = await a.manager.annotate(KEY, told=Identity(TOLD.devid, "S2"))
+        assert lock.identity == Identity(TOLD.devid, "S2"), "another one, although its server gives it the same number"
+        lock = await a.manager.annotate(KEY, told=Identity(1 << 16 | 9, interfaces=vendor))
+        assert lock.identity == Identity(1 << 16 | 9, None, vendor), "another one"
+        await a.manager.release(KEY)
+        assert (await (await w.node("b")).manager.acquire(KEY)).lock.identity == lock.identity, "whoever holds it"
 
 
 @virtual
 async def test_annotations_of_none_are_cleared() -> None:
     async with world() as w:
         a = await w.node("a")
-        await a.manager.acquire(KEY, LockMeta(serial="S1"))
+        await a.manager.acquire(KEY, LockMeta(told=TOLD))
         await a.manager.annotate(KEY, port=4, pod=POD)
-        lock = await a.manager.annotate(KEY, port=None, serial=None)
-        assert (lock.port, lock.serial, lock.pod) == (None, None, POD)
+        lock = await a.manager.annotate(KEY, port=None)
+        assert (lock.port, lock.serial, lock.pod) == (None, "S1", POD)
 
 
 async def contend(w: World, nodes: list[Node], rounds: int) -> None:

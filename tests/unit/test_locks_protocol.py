@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from usbip_plugin.locks import protocol, record
 from usbip_plugin.locks.protocol import Create, Decision, Denied, LockMeta, Observation, Replace, Standing, Write
 from usbip_plugin.locks.store import Lease
-from usbip_plugin.model import DeviceKey, NodeIdentity, PodRef, ServerKey
+from usbip_plugin.model import DeviceKey, Identity, InterfaceClass, NodeIdentity, PodRef, ServerKey
 
 WHEN = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 KEY = DeviceKey(ServerKey("10.0.0.1"), "1-1")
@@ -193,13 +193,15 @@ def test_a_session_continues_in_one_boot_and_begins_anew_in_the_next() -> None:
     assert (third.lease.transitions, third.lease.acquire_time) == (2, later.at)
 
 
-texts = st.text(max_size=400) | st.sampled_from(["1", "-1", "99999", "1.5", "0951:1666", "a/b", "a/b/c", "a/b/c/d", ""])
+texts = st.text(max_size=400) | st.sampled_from(
+    ["1", "-1", "99999", "1.5", "0951:1666", "a/b", "a/b/c", "a/b/c/d", "1:7", "080650", ""]
+)
 
 
 @given(
     holder=texts,
     notes=st.dictionaries(
-        st.sampled_from([record.SERVER, record.BUSID, record.SERIAL, record.PORT, record.POD, record.TRACEPARENT]),
+        st.sampled_from(sorted(record.OWN - {record.LABEL, record.WRITE_ID})),
         texts,
     ),
     transitions=st.integers(),
@@ -213,6 +215,28 @@ def test_whatever_others_wrote_is_read_bounded_and_printable(
     assert 0 <= lock.epoch < 2**31
     for text in (lock.holder, lock.server, lock.busid, lock.serial, lock.traceparent, str(lock.pod)):
         assert text is None or (text.isprintable() and len(text) <= 600)
+
+
+@given(
+    interfaces=st.lists(st.builds(InterfaceClass, *[st.integers(0, 255)] * 3), max_size=40).map(tuple),
+    devid=st.integers(0, 2**32 - 1),
+    serial=st.sampled_from(["", "RED"]),
+)
+def test_what_a_device_told_is_read_as_written(interfaces: tuple[InterfaceClass, ...], devid: int, serial: str) -> None:
+    told = Identity(devid, serial, interfaces)
+    notes = record.with_notes({record.SERIAL: "OLD"}, record.identity_notes({record.SERIAL: "OLD"}, told))
+    read = record.lock_of(Lease("usbip-x", annotations=notes)).identity
+    assert read == replace(told, interfaces=interfaces[: record.MAX_INTERFACES])
+
+
+@pytest.mark.parametrize("text", ["1", "1:", ":1", "65536:1", "1:65536", "-1:2", "1:2:3", " 1:2"])
+def test_a_number_that_no_device_has_is_none(text: str) -> None:
+    assert record.read_from_of(text) is None
+
+
+@pytest.mark.parametrize("text", [",", "0806", "080650,", "08065G", "FF0000", ",".join(["080650"] * 33)])
+def test_interfaces_that_no_device_has_are_none(text: str) -> None:
+    assert record.interfaces_of(text) is None
 
 
 @given(holder=st.text(max_size=400))

@@ -100,8 +100,8 @@ def test_values_of_labels_that_are_asked_for_exist(where: str, expression: str) 
 def test_an_alert_says_what_where_and_what_to_do(rule: dict[str, Any]) -> None:
     assert rule["labels"].keys() == {"severity"}
     assert rule["labels"]["severity"] in {"critical", "warning", "info"}
-    assert rule["annotations"].keys() == {"summary", "description", "runbook_url"}
-    assert rule["annotations"]["runbook_url"] == f"docs/operations.md#{rule['alert'].lower()}"
+    assert rule["annotations"].keys() == {"summary", "description", "runbook"}
+    assert rule["annotations"]["runbook"] == f"docs/operations.md#{rule['alert'].lower()}"
     said = "".join(rule["annotations"].values())
     named = set(re.findall(r"\$labels\.(\w+)", said))
     last = grouped_by(rule["expr"]) - {"le"}

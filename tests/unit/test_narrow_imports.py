@@ -1,9 +1,12 @@
-"""What a run does not use is not in its memory."""
+"""What a run does not use is not in its memory, and no new release of a library brings it back unnoticed."""
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
+from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -16,32 +19,120 @@ assert main(["run", "--node-name", "n", "--config", "/nonexistent"]) == 2
 import usbip_plugin.process
 print(*sys.modules)
 """
+UNTOUCHED = """
+import sys
+from usbip_plugin.cli import main
+main(["run", "--node-name", "n", "--config", "/nonexistent"])
+import usbip_plugin.process
+from usbip_plugin import _narrow
+print(*(name for name in _narrow.LAZY if type(sys.modules[name]).__name__ == "_LazyModule"))
+"""
 USED_LATER = """
 from usbip_plugin import _narrow
 _narrow.install()
-import idna
+import attr, bz2, idna
 from google.protobuf.internal import python_message
 print(idna.encode("bücher").decode(), python_message.GeneratedProtocolMessageType.__name__)
+print(bz2.decompress(bz2.compress(b"squeezed")).decode(), attr.validators.in_([1]).options)
 """
+NAMES = """
+import sys, types
+{narrow}
+import {package}
+print(*sorted({package}.__all__))
+for name in sorted(sys.argv[1:]):
+    value = getattr({package}, name)
+    kind = value.__name__ if isinstance(value, types.ModuleType) else type(value)
+    print(name, kind, getattr(value, "__qualname__", ""))
+"""
+MOST = {
+    "aiohappyeyeballs": 5,
+    "aiohttp": 46,
+    "aiosignal": 1,
+    "asyncinotify": 2,
+    "attr": 13,
+    "frozenlist": 2,
+    "google": 23,
+    "grpc": 22,
+    "idna": 1,
+    "kubernetes_asyncio": 8,
+    "multidict": 4,
+    "opentelemetry": 40,
+    "prometheus_client": 12,
+    "propcache": 4,
+    "six": 4,
+    "tenacity": 11,
+    "typing_extensions": 1,
+    "urllib3": 1,
+    "yaml": 18,
+    "yarl": 8,
+}
+"""Modules of each package. A new release that has more is looked at: what does a run load, and can it be left out?"""
+OF_PYTHON = 230
+"""The same for the standard library, which differs between Python's versions."""
+NOT_INSTALLED_WITH_IT = ("__editable__", "_distutils_hack", "_virtualenv", "cython", "_cython", "grpc_tools")
 
 
-def _python(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+def _python(code: str, *arguments: str) -> str:
+    return subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True, text=True).stdout
 
 
 @pytest.mark.parametrize(
-    "unused", ["google.protobuf.text_format", "idna.core", "urllib3.connection", "aiohttp.web_app"]
+    "unused",
+    [
+        "aiohttp.web_app",
+        "difflib",
+        "google.protobuf.text_format",
+        "http.server",
+        "idna.core",
+        "importlib.metadata",
+        "importlib.resources",
+        "opentelemetry.exporter",
+        "opentelemetry.sdk.metrics",
+        "prometheus_client.exposition",
+        "urllib3.connection",
+        "usbip_plugin.observe.otlp",
+        "usbip_plugin.observe.page",
+        "usbip_plugin.sim",
+        "wsgiref",
+    ],
 )
 def test_a_run_does_not_load(unused: str, modules_of_a_run: frozenset[str]) -> None:
     assert unused not in modules_of_a_run
 
 
-def test_what_is_lazy_was_imported(modules_of_a_run: frozenset[str]) -> None:
-    assert modules_of_a_run.issuperset(_narrow.LAZY)
+def test_no_library_loads_more_than_it_did(modules_of_a_run: frozenset[str]) -> None:
+    found = Counter(name.partition(".")[0] for name in modules_of_a_run)
+    others = {name: count for name, count in found.items() if name not in sys.stdlib_module_names}
+    others = {name: count for name, count in others.items() if not name.startswith(NOT_INSTALLED_WITH_IT)}
+    del others["usbip_plugin"], others["__main__"]
+    more = {name: (count, MOST.get(name, 0)) for name, count in others.items() if count > MOST.get(name, 0)}
+    assert not more, f"modules that a run loads, and at most loaded before: {more}"
+    assert sum(count for name, count in found.items() if name in sys.stdlib_module_names) <= OF_PYTHON
+
+
+def test_what_is_lazy_was_imported_and_not_used() -> None:
+    assert _python(UNTOUCHED).split() == list(_narrow.LAZY)
 
 
 def test_what_is_lazy_works_when_it_is_used() -> None:
-    assert _python(USED_LATER).split() == ["xn--bcher-kva", "GeneratedProtocolMessageType"]
+    first, second = _python(USED_LATER).splitlines()
+    assert first.split() == ["xn--bcher-kva", "GeneratedProtocolMessageType"]
+    assert second == "squeezed (1,)"
+
+
+def test_a_narrow_package_has_the_names_it_has_otherwise() -> None:
+    spec = importlib.util.find_spec("prometheus_client")
+    assert spec is not None
+    assert spec.origin is not None
+    names = _narrow.origins(Path(spec.origin).read_text(encoding="utf-8"), "prometheus_client")
+    assert {"Counter", "generate_latest", "exposition", "REGISTRY"} <= names.keys()
+    whole, narrow = (
+        _python(NAMES.format(package="prometheus_client", narrow=line), *names).splitlines()
+        for line in ("", "from usbip_plugin import _narrow; _narrow.install()")
+    )
+    assert len(whole) == len(names) + 1
+    assert whole == narrow
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import re
 from collections.abc import AsyncIterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -15,6 +16,7 @@ from usbip_plugin.errors import KubeConflict, KubeForbidden, KubeUnreachable
 from usbip_plugin.model import NodeIdentity, PodRef
 from usbip_plugin.observe.events import (
     BURST,
+    MAX_INSTANCE,
     MAX_NOTE_BYTES,
     NORMAL,
     REFILL_S,
@@ -23,6 +25,8 @@ from usbip_plugin.observe.events import (
     EventRecorder,
     EventText,
     event_body,
+    event_name,
+    instance_of,
 )
 
 ME = NodeIdentity("node-a", "boot")
@@ -185,3 +189,48 @@ async def test_a_retry_that_meets_its_own_event_counts_as_recorded(caplog: pytes
 def test_a_note_is_cut_to_what_the_api_takes(note: str) -> None:
     body = event_body(ME, said(note), None, "n", "t")
     assert len(body["note"].encode("utf-8", "replace")) <= MAX_NOTE_BYTES + 3
+
+
+LONG = "node-1." + "rack." * 23 + "example.org"
+"""A node's name of 133 characters."""
+
+
+def test_a_nodes_name_is_who_reports_as_far_as_the_api_takes_it() -> None:
+    assert instance_of("node-a") == "node-a"
+    assert instance_of("n" * MAX_INSTANCE) == "n" * MAX_INSTANCE
+    for length in (MAX_INSTANCE + 1, len(LONG), 253):
+        assert len(instance_of("n" * length)) == MAX_INSTANCE
+
+
+def test_of_a_long_name_both_ends_are_seen_and_it_is_nobody_elses() -> None:
+    head, tail, digest = instance_of(LONG).split("~")
+    assert LONG.startswith(head)
+    assert LONG.endswith(tail)
+    assert len(head) == len(tail) == 55
+    alike = LONG[:60] + "x" + LONG[61:]
+    assert instance_of(alike).split("~")[:2] == [head, tail]
+    assert instance_of(alike).split("~")[2] != digest
+
+
+def test_the_whole_of_a_long_name_is_in_each_event() -> None:
+    me = NodeIdentity(LONG, "boot")
+    about_node = event_body(me, said("lost"), None, "n", "t")
+    assert (about_node["regarding"]["name"], about_node["note"]) == (LONG, "lost")
+    about_pod = event_body(me, said("lost"), POD, "n", "t")
+    assert about_pod["note"] == f"lost (node {LONG})"
+    assert event_body(ME, said("lost"), POD, "n", "t")["note"] == "lost", "reportingInstance says it"
+
+
+@pytest.mark.parametrize("note", ["x" * 5000, "€" * 2000])
+def test_a_long_note_leaves_room_for_the_nodes_name(note: str) -> None:
+    told = event_body(NodeIdentity(LONG, "boot"), said(note), POD, "n", "t")["note"]
+    assert told.endswith(f"... (node {LONG})")
+    assert len(told.encode()) <= MAX_NOTE_BYTES + 3
+
+
+@pytest.mark.parametrize("about", ["web-1", "a" * 199 + ".b", "a" * 198 + "-.b", "a" * 253])
+def test_an_events_name_is_one_of_a_kubernetes_object(about: str) -> None:
+    name = event_name(about, 5)
+    assert re.fullmatch(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*", name)
+    assert len(name) <= 253
+    assert name.endswith(".0000000000000005")

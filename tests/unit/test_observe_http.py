@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from usbip_plugin.model import Reason
+from usbip_plugin.model import Advertised, DeviceKey, Health, Reason, ServerKey
 from usbip_plugin.observe.health import (
     Answer,
     Heartbeats,
@@ -149,9 +149,14 @@ def samples(metrics: Metrics) -> dict[tuple[str, str], float]:
     }
 
 
+def advertised(*reasons: Reason) -> tuple[Advertised, ...]:
+    keys = [DeviceKey(ServerKey("lab"), f"1-{number}") for number, _ in enumerate(reasons, 1)]
+    return tuple(Advertised(key.id, key, Health(reason)) for key, reason in zip(keys, reasons, strict=True))
+
+
 def test_the_names_of_the_go_program_with_the_label_resource() -> None:
     metrics = Metrics()
-    metrics.devices(RESOURCE, {Reason.FREE: 2, Reason.ATTACHED: 1, Reason.HELD_ELSEWHERE: 4})
+    metrics.devices(RESOURCE, advertised(*[Reason.FREE] * 2, Reason.ATTACHED, *[Reason.HELD_ELSEWHERE] * 4))
     metrics.allocated(RESOURCE)
     metrics.allocated(RESOURCE)
     metrics.restarted(RESOURCE)
@@ -162,21 +167,21 @@ def test_the_names_of_the_go_program_with_the_label_resource() -> None:
     assert found["usbip_device_plugin_restarts_total", RESOURCE] == 1
     assert found["device_plugin_restarts_total", RESOURCE] == 1
     assert found["usbip_device_plugin_devices", f"held_elsewhere,{RESOURCE}"] == 4
-    metrics.devices(RESOURCE, {Reason.HELD_ELSEWHERE: 1})
+    metrics.devices(RESOURCE, advertised(Reason.HELD_ELSEWHERE))
     assert samples(metrics)["usbip_device_plugin_available_devices", RESOURCE] == 0
     assert samples(metrics)["usbip_device_plugin_devices", f"free,{RESOURCE}"] == 0
 
 
-def test_a_forgotten_resource_has_no_gauges_and_keeps_its_counters() -> None:
+def test_a_forgotten_resource_has_no_series() -> None:
     metrics = Metrics()
     metrics.forget("never/seen")
-    metrics.devices(RESOURCE, {Reason.FREE: 1})
+    metrics.devices(RESOURCE, advertised(Reason.FREE))
     metrics.allocated(RESOURCE)
     metrics.forget(RESOURCE)
     found = samples(metrics)
     assert ("usbip_device_plugin_available_devices", RESOURCE) not in found
     assert not [name for name in found if name[0] == "usbip_device_plugin_devices"]
-    assert found["usbip_device_plugin_allocations_total", RESOURCE] == 1
+    assert ("usbip_device_plugin_allocations_total", RESOURCE) not in found
 
 
 def test_two_nodes_in_one_process_have_their_own_metrics() -> None:

@@ -23,6 +23,7 @@ from usbip_plugin.observe.tracing import (
     MAX_SPANS_PER_TRACE,
     MAX_TEXT_CHARACTERS,
     RECENT_TRACES,
+    KeptSpan,
     RecentSpans,
     SpanRecord,
 )
@@ -239,8 +240,9 @@ def test_the_policy_names_the_one_script_and_the_one_style() -> None:
 
 def test_json_has_the_same() -> None:
     recent = RecentSpans()
-    recent._traces["1".zfill(32)] = [span(1, attributes={"usbip.device": "lab:3240/1-1"}), span(2, 1, error="broke")]
-    recent._traces["2".zfill(32)] = [span(3, trace=2)]
+    first = (span(1, attributes={"usbip.device": "lab:3240/1-1"}), span(2, 1, error="broke"))
+    recent._traces["1".zfill(32)] = [KeptSpan(None, one) for one in first]
+    recent._traces["2".zfill(32)] = [KeptSpan(None, span(3, trace=2))]
     site = Site(lambda: STATUS, recent)
     pages, (trace,) = site.pages(), site.below().values()
     status = json.loads(pages["/api/status"]().body)

@@ -10,10 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from opentelemetry import trace
+from opentelemetry.sdk.trace import ReadableSpan
 
 from usbip_plugin.observe.trace_tree import duration, tree
 from usbip_plugin.observe.tracing import (
     MAX_SPANS_PER_TRACE,
+    MAX_UNREAD_SPANS,
+    RECENT_SPANS,
+    RECENT_TRACES,
     RecentSpans,
     SpanRecord,
     Tracing,
@@ -21,6 +25,7 @@ from usbip_plugin.observe.tracing import (
     span_context_from,
     traceparent_of,
 )
+from usbip_plugin.spans import span
 
 NODE_A, NODE_B = "node-a", "node-b"
 
@@ -69,6 +74,49 @@ def test_only_the_last_traces_are_kept_and_of_each_a_bounded_number_of_spans() -
         for _ in range(MAX_SPANS_PER_TRACE + 5):
             tracer.start_span("child").end()
     assert len(recent.traces()[-1]) == MAX_SPANS_PER_TRACE
+
+
+def test_of_traces_with_many_spans_fewer_are_kept() -> None:
+    recent = RecentSpans()
+    tracer = tracing(recent=recent).tracer
+    for number in range(RECENT_TRACES):
+        with tracer.start_as_current_span(str(number)):
+            for _ in range(MAX_SPANS_PER_TRACE + 5):
+                tracer.start_span("child").end()
+    kept = recent.traces()
+    assert sum(map(len, kept)) == RECENT_SPANS
+    assert [spans[-1].name for spans in kept] == [str(n) for n in range(RECENT_TRACES - len(kept), RECENT_TRACES)]
+    for number in range(2 * RECENT_TRACES):
+        tracer.start_span(str(number)).end()
+    assert len(recent.traces()) == RECENT_TRACES
+
+
+def test_spans_that_are_read_late_are_the_same_and_in_the_same_places() -> None:
+    early, late = RecentSpans(), RecentSpans()
+    tracer = tracing(recent=early).tracer
+    tracer.span_processor.add_span_processor(late)  # type: ignore[attr-defined]
+    for number in range(3):
+        with tracer.start_as_current_span("root", attributes={"number": number}):
+            for child in range(MAX_UNREAD_SPANS // 2):
+                tracer.start_span("child", attributes={"child": child}).end()
+                early.traces()
+    assert late.traces() == early.traces() == late.traces()
+    assert [span.attributes["child"] for span in late.traces()[0][:3]] == ["0", "1", "2"]
+
+
+def test_no_more_spans_than_some_are_kept_whole() -> None:
+    recent = RecentSpans()
+    tracer = tracing(recent=recent).tracer
+    for _ in range(4):
+        with tracer.start_as_current_span("root"):
+            for _ in range(MAX_SPANS_PER_TRACE // 2):
+                tracer.start_span("child").end()
+    kept = [span for spans in recent._traces.values() for span in spans]
+    assert sum(isinstance(one.span, ReadableSpan) for one in kept) == MAX_UNREAD_SPANS
+    assert len(kept) > 2 * MAX_UNREAD_SPANS
+    with pytest.raises(ValueError, match="no"), span(tracer, "step"):
+        raise ValueError("no")
+    assert isinstance(list(recent._traces.values())[-1][0].record, SpanRecord), "it had a stack"
 
 
 def test_a_failed_span_shows_its_error() -> None:

@@ -144,7 +144,7 @@ def test_the_table_of_states_is_that_of_the_code() -> None:
 
 def test_the_metrics_named_in_the_documents_exist() -> None:
     exposed = Metrics()
-    exposed.devices("r", {})
+    exposed.devices("r", ())
     exposed.add(NodeCollector(lambda: Reading(version="1", ready=True)))
     text = exposed.render()[0].decode()
     for document in DOCUMENTS:

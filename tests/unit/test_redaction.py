@@ -21,7 +21,7 @@ from usbip_plugin.model import NodeIdentity
 from usbip_plugin.observe.events import NORMAL, EventText, event_body
 from usbip_plugin.observe.logs import JsonFormatter, TextFormatter
 from usbip_plugin.observe.tracing import Tracing
-from usbip_plugin.redaction import MARGIN, REDACTED, redacted
+from usbip_plugin.redaction import _RULES, MARGIN, REDACTED, redacted
 from usbip_plugin.spans import span
 
 TOKEN = "s3cr3t-" + "".join(random.Random(1).choices("abcdefgh", k=24))
@@ -72,6 +72,22 @@ def test_what_is_none_stays(text: str) -> None:
 @given(st.text())
 def test_any_text_is_tolerated_and_nothing_is_left_to_redact_twice(text: str) -> None:
     assert redacted(redacted(text, 100), 100) == redacted(text, 100)
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        *("bearer", "BASIC", "Token", "password", "passwd", "pa\u017f\u017fwd", "SECRET", "secret-TO\u212aEN"),
+        *("api-key", "apikey", "API_KEY", "authorization", "client-key-data"),
+    ],
+)
+@pytest.mark.parametrize("between", [" ", ": ", "='"])
+def test_no_text_that_a_rule_would_change_is_passed_over(word: str, between: str) -> None:
+    text = f"a {word}{between}12345678 b"
+    ruled = text
+    for pattern, replacement in _RULES:
+        ruled = pattern.sub(replacement, ruled)
+    assert redacted(text, 1000) == ruled
 
 
 def shown(error: BaseException) -> str:

@@ -8,10 +8,12 @@ import pytest
 
 from usbip_plugin.errors import DeviceBusy, ServerTimeout, ServerUnreachable, UsbipError
 from usbip_plugin.model import DeviceKey, UsbId
+from usbip_plugin.sim.connector import MemoryConnector
 from usbip_plugin.sim.loop import SimClock
-from usbip_plugin.sim.network import DEAD_PEER_S, ORPHAN_S, USER_TIMEOUT_S, Host, Link, MemoryConnector, Network
+from usbip_plugin.sim.network import Host, Link, Network
 from usbip_plugin.sim.server import RESET_TIME, VirtualServer
 from usbip_plugin.sim.steploop import Process, loop_of, stepped
+from usbip_plugin.sim.tcp import DEAD_PEER_S, ORPHAN_S, USER_TIMEOUT_S
 from usbip_plugin.sim.usbdevice import VirtualDevice
 from usbip_plugin.usbip.client import Imported, TcpUsbipClient
 
@@ -142,27 +144,24 @@ async def test_a_fin_is_given_up_after_a_while_and_the_server_holds_the_device_f
 
 
 @pytest.mark.parametrize("keepalive", [False, True])
-def test_an_idle_connection_finds_its_other_side_dead(keepalive: bool) -> None:
-    @stepped
-    async def check() -> None:
-        lab = Lab(keepalive=keepalive)
-        imported = await lab.take(lab.a)
-        ended: list[float] = []
-        sock = lab.a.host.sockets.resolve(imported.sock.fileno())
-        assert sock is not None
-        sock.on_close(lambda: ended.append(loop_of().time()))
-        cut_at = loop_of().time()
-        lab.a.link.cut()
-        await lab.sleep(DEAD_PEER_S + 0.1)
-        assert ended == [pytest.approx(cut_at + DEAD_PEER_S)]
-        assert lab.network.imports() == {}
-        assert lab.importers == (0 if keepalive else 1)
-        imported.close()
-        lab.a.link.mend()
-        await lab.sleep(3600)
-        assert lab.importers == (0 if keepalive else 1), "the RST was lost, and usbipd never asks"
-
-    check()
+@stepped
+async def test_an_idle_connection_finds_its_other_side_dead(keepalive: bool) -> None:
+    lab = Lab(keepalive=keepalive)
+    imported = await lab.take(lab.a)
+    ended: list[float] = []
+    sock = lab.a.host.sockets.resolve(imported.sock.fileno())
+    assert sock is not None
+    sock.on_close(lambda: ended.append(loop_of().time()))
+    cut_at = loop_of().time()
+    lab.a.link.cut()
+    await lab.sleep(DEAD_PEER_S + 0.1)
+    assert ended == [pytest.approx(cut_at + DEAD_PEER_S)]
+    assert lab.network.imports() == {}
+    assert lab.importers == (0 if keepalive else 1)
+    imported.close()
+    lab.a.link.mend()
+    await lab.sleep(3600)
+    assert lab.importers == (0 if keepalive else 1), "the RST was lost, and usbipd never asks"
 
 
 @stepped
@@ -319,23 +318,20 @@ async def test_a_slow_link_delivers_late_and_in_order() -> None:
 
 
 @pytest.mark.parametrize("step", range(1, 9))
-def test_a_client_that_was_stopped_past_its_time_asks_for_nothing_any_more(step: int) -> None:
+@stepped
+async def test_a_client_that_was_stopped_past_its_time_asks_for_nothing_any_more(step: int) -> None:
     """Rule R1 bounds an import by its timeout; a process that wakes up must not look at its timers too late."""
-
-    async def play() -> None:
-        lab = Lab()
-        node = lab.a
-        taking = node.process.create_task(lab.take(node), "take")
-        node.process.after_steps(step, node.process.freeze)
-        await lab.sleep(3 * TIMEOUT)
-        before = lab.server.table.granted + lab.server.table.refused
-        node.process.thaw()
-        (outcome,) = await asyncio.gather(taking, return_exceptions=True)
-        await lab.sleep(TIMEOUT)
-        assert lab.server.table.granted + lab.server.table.refused == before
-        if isinstance(outcome, Imported):
-            outcome.close()
-        else:
-            assert isinstance(outcome, UsbipError)
-
-    stepped(play)()
+    lab = Lab()
+    node = lab.a
+    taking = node.process.create_task(lab.take(node), "take")
+    node.process.after_steps(step, node.process.freeze)
+    await lab.sleep(3 * TIMEOUT)
+    before = lab.server.table.granted + lab.server.table.refused
+    node.process.thaw()
+    (outcome,) = await asyncio.gather(taking, return_exceptions=True)
+    await lab.sleep(TIMEOUT)
+    assert lab.server.table.granted + lab.server.table.refused == before
+    if isinstance(outcome, Imported):
+        outcome.close()
+    else:
+        assert isinstance(outcome, UsbipError)

@@ -15,12 +15,22 @@ from usbip_plugin.sim import server_command
 from usbip_plugin.sim.server import VirtualServer
 from usbip_plugin.sim.server_command import parse_device, parse_devices, parse_listen, read_devices, update
 from usbip_plugin.usbip.client import TcpUsbipClient
+from usbip_plugin.usbip.probe import parse_interfaces
 
 
 def test_a_device_with_everything() -> None:
     device = parse_device("1-1.4=0951:1666,serial=A1,class=08")
     assert (device.busid, device.usb_id, device.serial) == ("1-1.4", UsbId(0x0951, 0x1666), "A1")
     assert device.interface == InterfaceClass(8, 0, 0)
+
+
+def test_a_device_of_several_interfaces_with_a_name() -> None:
+    device = parse_device("1-1=046d:082d,class=0e01+0e0200+01,manufacturer=Logitech,product=HD Pro Webcam C920")
+    assert device.interface == InterfaceClass(0x0E, 1, 0)
+    assert device.more == (InterfaceClass(0x0E, 2, 0), InterfaceClass(1, 0, 0))
+    assert (device.manufacturer, device.product, device.serial) == ("Logitech", "HD Pro Webcam C920", "")
+    assert parse_interfaces(device.usb_descriptor(2, 0, device.usb_id) or b"") == (device.interface, *device.more)
+    assert device.descriptor(configured=True).interfaces == (device.interface, *device.more)
 
 
 @pytest.mark.parametrize(
@@ -31,7 +41,13 @@ def test_a_device_with_everything() -> None:
         (f"1-{'1.' * 20}1=0951:1666", "must look like 1-1"),
         ("1-1=951:1666", "'951:1666' must be vendor:product, four hexadecimal digits"),
         ("1-1=0951:1666,serial=", "'serial=' must be serial=TEXT"),
-        ("1-1=0951:1666,class=storage", "'class=storage' must be serial=TEXT or class=CC"),
+        (
+            "1-1=0951:1666,class=storage",
+            "'class=storage' must be serial=TEXT, manufacturer=TEXT, product=TEXT or",
+        ),
+        ("1-1=0951:1666,class=08+", "'class=08+' must be"),
+        ("1-1=0951:1666,class=08060", "'class=08060' must be"),
+        ("1-1=0951:1666,class=" + "+".join(["08"] * 33), "' must be"),
         ("1-1=0951:1666,colour=red", "'colour=red'"),
     ],
 )

@@ -10,20 +10,24 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 from usbip_plugin.model import Descriptor, DeviceKey, ServerKey, UsbId
+from usbip_plugin.sim.connector import MemoryConnector
 from usbip_plugin.sim.loop import SimClock, virtual
-from usbip_plugin.sim.network import Host, MemoryConnector, Network
+from usbip_plugin.sim.network import Host, Network
 from usbip_plugin.sim.server import VirtualServer
 from usbip_plugin.sim.usbdevice import VirtualDevice
 from usbip_plugin.usbip.client import Imported, TcpUsbipClient
 from usbip_plugin.usbip.poller import (
     FIRST_RETRY,
+    MAX_RATE,
     MAX_RETRY,
     POLL_INTERVAL,
     POLL_TIMEOUT,
     SECOND_LOOK,
+    Fleet,
     ServerPoller,
     ServerState,
     ServerView,
+    share,
 )
 from usbip_plugin.usbip.probe import DeviceIdentity
 
@@ -35,7 +39,7 @@ TWIN = VirtualDevice("1-2", UsbId(1, 1))
 class Lab:
     """Servers a, b, ..., one poller, and what it told, with the times of all polls."""
 
-    def __init__(self, servers: int = 1, seed: int = 0) -> None:
+    def __init__(self, servers: int = 1, seed: int = 0, fleet: Fleet | None = None) -> None:
         self.clock = SimClock(asyncio.get_running_loop())
         self.servers = [
             VirtualServer([TWIN, STICK], f"server-{n}", 3240, clock=self.clock, listen=False) for n in range(servers)
@@ -46,7 +50,7 @@ class Lab:
         self.node = TcpUsbipClient(self.clock, MemoryConnector(network, Host("node")))
         self.polls: dict[ServerKey, list[float]] = {key: [] for key in self.keys}
         self.told: list[ServerView] = []
-        self.poller = ServerPoller(self, self.clock, random.Random(seed), self.told.append)
+        self.poller = ServerPoller(self, self.clock, random.Random(seed), self.told.append, fleet=fleet)
         self.poller.set_servers(frozenset(self.keys))
 
     async def devlist(self, server: ServerKey, *, timeout: float) -> tuple[Descriptor, ...]:
@@ -196,7 +200,7 @@ async def test_a_poke_finds_a_released_device_although_it_is_hidden_at_first(lab
     imported.close()
     polls = len(lab.polls[lab.keys[0]])
     lab.poller.poke(lab.keys[0])
-    await lab.clock.sleep(SECOND_LOOK + 0.01)
+    await lab.clock.sleep(share(1) + SECOND_LOOK + 0.01)
     assert len(lab.polls[lab.keys[0]]) == polls + 2
     assert [device.busid for device in lab.poller.views[lab.keys[0]].devices] == ["1-1", "1-2"]
 
@@ -217,13 +221,15 @@ async def test_what_a_server_lists_now_is_asked_of_it_and_not_of_the_last_poll(l
 
 @in_lab(1)
 async def test_a_poke_during_a_poll_asks_once_more(lab: Lab) -> None:
-    await lab.clock.sleep(LATENCY / 2)
-    assert (len(lab.polls[lab.keys[0]]), lab.told) == (1, [])
+    polls = lab.polls[lab.keys[0]]
+    while not polls:
+        await lab.clock.sleep(LATENCY / 2)
+    assert (len(polls), lab.told) == (1, [])
     lab.servers[0].unplug("1-1")  # may or may not be in the answer that is on its way
     for _ in range(5):
         lab.poller.poke(lab.keys[0])
-    await lab.clock.sleep(LATENCY * 5)
-    assert len(lab.polls[lab.keys[0]]) == 2
+    await lab.clock.sleep(2 * share(1))
+    assert len(polls) == 2
     lab.poller.poke(ServerKey("nobody"))
 
 
@@ -272,3 +278,115 @@ async def test_nothing_is_told_of_a_server_taken_out_in_the_moment_of_its_answer
         await lab.clock.sleep(60)
     assert len(told) == 1
     assert lab.poller.views == {}
+
+
+class Many:
+    """A Fleet that is counted when counted is set."""
+
+    def __init__(self, nodes: int) -> None:
+        self.nodes = nodes
+        self.counted = asyncio.Event()
+        self.counted.set()
+
+    async def known(self) -> None:
+        await self.counted.wait()
+
+
+NODES = 400
+SHARE = NODES / MAX_RATE
+
+
+@virtual
+async def test_a_node_keeps_to_its_share_whatever_it_is_poked_for() -> None:
+    lab = Lab(fleet=Many(NODES))
+    (server,) = lab.keys
+    async with lab.running():
+        for second in range(1000):
+            if second % 7 < 3:
+                lab.poller.poke(server)
+            await lab.clock.sleep(1)
+    assert min(lab.gaps(server)) >= SHARE - 1e-6
+    assert len(lab.polls[server]) >= 1000 / (SHARE * 1.2 + 1)
+
+
+@virtual
+async def test_a_failing_server_is_not_asked_more_often_than_one_that_answers() -> None:
+    lab = Lab(fleet=Many(NODES))
+    async with lab.running():
+        await lab.servers[0].stop()
+        await lab.clock.sleep(1000)
+    assert min(lab.gaps(lab.keys[0])) >= SHARE - 1e-6
+
+
+@virtual
+async def test_what_all_nodes_hear_of_at_once_they_do_not_ask_at_once() -> None:
+    first: list[float] = []
+    poked: list[float] = []
+    for seed in range(60):
+        lab = Lab(seed=seed, fleet=Many(NODES))
+        began = lab.clock.monotonic()
+        async with lab.running():
+            await lab.clock.sleep(SHARE * 10)
+            polls = lab.polls[lab.keys[0]]
+            first.append(polls[0] - began)
+            before, now = len(polls), lab.clock.monotonic()
+            lab.poller.poke(lab.keys[0])
+            await lab.clock.sleep(SHARE * 2)
+            poked.append(polls[before] - now)
+    for times in (first, poked):
+        assert max(times) <= SHARE
+        assert max(times) - min(times) > SHARE / 2
+        buckets = [sum(n * SHARE / 6 <= time < (n + 1) * SHARE / 6 for time in times) for n in range(6)]
+        assert max(buckets) < 60 / 2
+
+
+@virtual
+async def test_nothing_is_asked_before_the_fleet_is_counted() -> None:
+    fleet = Many(1)
+    fleet.counted.clear()
+    lab = Lab(fleet=fleet)
+    async with lab.running():
+        await lab.clock.sleep(100)
+        assert not lab.polls[lab.keys[0]]
+        fleet.counted.set()
+        await lab.clock.sleep(1)
+        assert lab.poller.views[lab.keys[0]].state is ServerState.REACHABLE
+
+
+@virtual
+async def test_a_server_that_a_pod_waits_for_is_polled_as_in_a_small_fleet_and_from_now_on() -> None:
+    lab = Lab(servers=2, fleet=Many(NODES))
+    slow, quick = lab.keys
+    async with lab.running():
+        await lab.clock.sleep(SHARE * 3)
+        before, now = len(lab.polls[quick]), lab.clock.monotonic()
+        lab.poller.poke(quick)  # and waits for its turn
+        lab.poller.hurry(frozenset({quick}))
+        await lab.clock.sleep(SHARE)
+        assert lab.polls[quick][before] - now < LATENCY
+        assert len(lab.polls[quick]) - before >= SHARE / (POLL_INTERVAL * 1.2 + 1)
+        lab.poller.hurry(frozenset())
+        await lab.clock.sleep(POLL_INTERVAL * 2)
+        before = len(lab.polls[quick])
+        await lab.clock.sleep(SHARE * 5)
+        assert len(lab.polls[quick]) - before <= 6
+    assert min(lab.gaps(slow)) >= SHARE - 1e-6
+
+
+@in_lab(1)
+async def test_who_waits_for_a_poll_sent_later_is_not_content_with_one_under_way(lab: Lab) -> None:
+    (server,) = lab.keys
+    await lab.clock.sleep(10)
+    lab.servers[0].freeze()
+    polls = len(lab.polls[server])
+    while len(lab.polls[server]) == polls:
+        await lab.clock.sleep(0.1)
+    moment = lab.clock.monotonic() + 0.01
+    await lab.poller.asked_since(server, moment)
+    assert lab.polls[server][-1] >= moment
+    assert lab.poller.views[server].failures == 2, "one that failed will do"
+    waiting = asyncio.create_task(lab.poller.asked_since(server, moment + 1000))
+    await lab.clock.sleep(1)
+    lab.poller.set_servers(frozenset())
+    await lab.clock.sleep(0.1)
+    assert waiting.done()

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from usbip_plugin.model import DeviceNode, UsbId
-from usbip_plugin.vhci.nodes import MAX_NODES, collect, promised_kinds, read_facts
+from usbip_plugin.vhci.facts import MAX_STRING, read_facts
+from usbip_plugin.vhci.nodes import MAX_NODES, collect, survey
 
 ID = UsbId(0x0403, 0x6001)
 
@@ -24,9 +25,10 @@ def node(path: Path, subsystem: str, devname: str, major: int, minor: int) -> No
     (path / "subsystem").symlink_to(f"../../../../../class/{subsystem}")
 
 
-def usb_device(path: Path, busid: str = "4-1", devnum: int = 2) -> Path:
+def usb_device(path: Path, busid: str = "4-1", devnum: int = 2, **strings: str) -> Path:
     device = write(
         path / busid,
+        **strings,
         idVendor="0403",
         idProduct="6001",
         devnum=str(devnum),
@@ -41,6 +43,7 @@ def usb_device(path: Path, busid: str = "4-1", devnum: int = 2) -> Path:
 def interface(device: Path, number: int, class_: int, subclass: int = 0) -> Path:
     return write(
         device / f"{device.name}:1.{number}",
+        bInterfaceNumber=f"{number:02x}",
         bInterfaceClass=f"{class_:02x}",
         bInterfaceSubClass=f"{subclass:02x}",
     )
@@ -54,20 +57,43 @@ class TestCollect:
         device = usb_device(tmp_path)
         host = interface(device, 0, 8) / "host0/target0:0:0/0:0:0:0"
         node(host / "block/sda", "block", "sda", 8, 0)
-        node(host / "block/sda/sda1", "block", "sda1", 8, 1)
+        for partition in (1, 10):
+            node(host / f"block/sda/sda{partition}", "block", f"sda{partition}", 8, partition)
+            write(host / f"block/sda/sda{partition}", partition=str(partition))
         node(host / "bsg/0:0:0:0", "bsg", "bsg/0:0:0:0", 246, 0)
         hid = interface(device, 1, 3) / "0003:0627:0001.0002"
         node(hid / "hidraw/hidraw0", "hidraw", "hidraw0", 244, 0)
         node(hid / "input/input3/event1", "input", "input/event1", 13, 65)
         node(interface(device, 2, 255) / "ttyUSB0/tty/ttyUSB0", "tty", "ttyUSB0", 188, 0)
-        assert collect(device) == (
-            USB_NODE,
-            DeviceNode("/dev/hidraw0", "hidraw", False, 244, 0),
-            DeviceNode("/dev/input/event1", "input", False, 13, 65),
-            DeviceNode("/dev/sda", "block", True, 8, 0),
-            DeviceNode("/dev/sda1", "block", True, 8, 1),
-            DeviceNode("/dev/ttyUSB0", "tty", False, 188, 0),
-        )
+        assert [(n.path, n.kind, n.block, n.major, n.minor, n.interface, n.partition) for n in collect(device)] == [
+            ("/dev/bus/usb/004/002", "usb", False, 189, 385, None, 0),
+            ("/dev/hidraw0", "hidraw", False, 244, 0, 1, 0),
+            ("/dev/input/event1", "input", False, 13, 65, 1, 0),
+            ("/dev/sda", "block", True, 8, 0, 0, 0),
+            ("/dev/sda1", "block", True, 8, 1, 0, 1),
+            ("/dev/sda10", "block", True, 8, 10, 0, 10),
+            ("/dev/ttyUSB0", "tty", False, 188, 0, 2, 0),
+        ]
+
+    def test_a_printer_is_a_kind_of_its_own(self, tmp_path: Path) -> None:
+        device = usb_device(tmp_path)
+        node(interface(device, 0, 7) / "usbmisc/lp0", "usbmisc", "usb/lp0", 180, 0)
+        node(interface(device, 1, 255) / "usbmisc/cdc-wdm0", "usbmisc", "cdc-wdm0", 180, 176)
+        assert [(n.path, n.kind) for n in collect(device)[1:]] == [
+            ("/dev/cdc-wdm0", "usbmisc"),
+            ("/dev/usb/lp0", "printer"),
+        ]
+
+    def test_network_interfaces_are_told_and_are_no_nodes(self, tmp_path: Path) -> None:
+        device = usb_device(tmp_path)
+        folder = interface(device, 0, 2, 6) / "net"
+        for name in ("usb1", "enx0201"):
+            write(folder / name, address="02:01:00:00:00:00")
+            (folder / name / "subsystem").symlink_to("../../../../../class/net")
+        facts = read_facts(device)
+        assert facts is not None
+        found = survey(device, facts)
+        assert (found.nodes, found.net) == ((USB_NODE,), ("enx0201", "usb1"))
 
     def test_devices_behind_a_hub_are_not_ours(self, tmp_path: Path) -> None:
         hub = usb_device(tmp_path)
@@ -106,6 +132,12 @@ class TestFacts:
         assert facts is not None
         assert (facts.usb_id, facts.devnum, facts.authorized, facts.serial) == (ID, 2, False, "SERIAL1")
 
+    def test_strings_are_bounded_and_printable(self, tmp_path: Path) -> None:
+        device = usb_device(tmp_path, manufacturer="x" * 500, product="two\nlines", serial="\x1b[2J")
+        facts = read_facts(device)
+        assert facts is not None
+        assert (facts.manufacturer, facts.model, facts.serial) == ("x" * MAX_STRING, None, None)
+
     def test_no_serial_is_none(self, tmp_path: Path) -> None:
         facts = read_facts(usb_device(tmp_path))
         assert facts is not None
@@ -118,23 +150,71 @@ class TestFacts:
         assert read_facts(device) is None
 
 
-class TestPromises:
-    @pytest.mark.parametrize(
-        ("class_", "subclass", "kinds"),
-        [
-            (0x08, 6, {"block"}),
-            (0x03, 1, {"hidraw", "input"}),
-            (0x02, 2, {"tty"}),
-            (0x0E, 1, {"video4linux"}),
-        ],
-    )
-    def test_classes_that_promise_nodes(self, tmp_path: Path, class_: int, subclass: int, kinds: set[str]) -> None:
-        device = usb_device(tmp_path)
-        interface(device, 0, class_, subclass)
-        assert promised_kinds(device) == (frozenset(kinds),)
+class TestNames:
+    """As Debian's udev names the same devices."""
 
-    @pytest.mark.parametrize(("class_", "subclass"), [(0xFF, 0), (0x02, 6), (0x0A, 0)])
-    def test_classes_that_promise_none(self, tmp_path: Path, class_: int, subclass: int) -> None:
+    def by_id(self, device: Path) -> dict[str, str]:
+        return {n.path: n.by_id for n in collect(device)[1:]}
+
+    def test_a_converter(self, tmp_path: Path) -> None:
+        device = usb_device(tmp_path, manufacturer="FTDI", product="FT232R USB UART", serial="A50285BI")
+        tty = interface(device, 0, 255) / "ttyUSB0"
+        node(tty / "tty/ttyUSB0", "tty", "ttyUSB0", 188, 0)
+        write(tty, port_number="0")
+        assert self.by_id(device) == {"/dev/ttyUSB0": "/dev/serial/by-id/usb-FTDI_FT232R_USB_UART_A50285BI-if00-port0"}
+
+    def test_a_modem(self, tmp_path: Path) -> None:
+        device = usb_device(tmp_path, product="ConBee II ", manufacturer="dresden elektronik ingenieurtechnik GmbH")
+        node(interface(device, 2, 2, 2) / "tty/ttyACM0", "tty", "ttyACM0", 166, 0)
+        assert self.by_id(device) == {
+            "/dev/ttyACM0": "/dev/serial/by-id/usb-dresden_elektronik_ingenieurtechnik_GmbH_ConBee_II-if02"
+        }
+
+    def test_a_device_without_strings_goes_by_its_ids(self, tmp_path: Path) -> None:
         device = usb_device(tmp_path)
-        interface(device, 0, class_, subclass)
-        assert promised_kinds(device) == ()
+        node(interface(device, 0, 2, 2) / "tty/ttyACM0", "tty", "ttyACM0", 166, 0)
+        assert self.by_id(device) == {"/dev/ttyACM0": "/dev/serial/by-id/usb-0403_6001-if00"}
+
+    def test_a_disk_goes_by_what_its_scsi_device_says(self, tmp_path: Path) -> None:
+        device = usb_device(tmp_path, manufacturer="Kingston", product="DataTraveler", serial="001CC0EC34F1")
+        scsi = write(
+            interface(device, 0, 8, 6) / "host0/target0:0:0/0:0:0:0", vendor="Kingston", model="DT 101 G2       "
+        )
+        node(scsi / "block/sda", "block", "sda", 8, 0)
+        node(scsi / "block/sda/sda1", "block", "sda1", 8, 1)
+        write(scsi / "block/sda/sda1", partition="1")
+        assert self.by_id(device) == {
+            "/dev/sda": "/dev/disk/by-id/usb-Kingston_DT_101_G2_001CC0EC34F1-0:0",
+            "/dev/sda1": "/dev/disk/by-id/usb-Kingston_DT_101_G2_001CC0EC34F1-0:0-part1",
+        }
+
+    def test_a_keyboard_with_a_second_interface(self, tmp_path: Path) -> None:
+        device = usb_device(tmp_path, manufacturer="QEMU", product="QEMU USB Keyboard")
+        for number, key in ((0, "1000000000007 ff9f207ac14057ff febeffdfffefffff fffffffffffffffe"), (1, "10 0")):
+            hid = interface(device, number, 3) / f"0003:0627:0001.000{number}"
+            node(hid / f"hidraw/hidraw{number}", "hidraw", f"hidraw{number}", 244, number)
+            node(hid / f"input/input{number}/event{number}", "input", f"input/event{number}", 13, 64 + number)
+            write(hid / f"input/input{number}/capabilities", key=key, rel="0", abs="0", ev="120013")
+        name = "/dev/input/by-id/usb-QEMU_QEMU_USB_Keyboard"
+        assert self.by_id(device) == {
+            "/dev/hidraw0": f"{name}-hidraw",
+            "/dev/hidraw1": f"{name}-if01-hidraw",
+            "/dev/input/event0": f"{name}-event-kbd",
+            "/dev/input/event1": f"{name}-event-if01",
+        }
+
+    def test_a_webcam_with_a_microphone(self, tmp_path: Path) -> None:
+        device = usb_device(tmp_path, manufacturer="046d", product="HD Pro Webcam C920", serial="A1B2")
+        video = interface(device, 0, 14, 1)
+        for index in (0, 1):
+            node(video / f"video4linux/video{index}", "video4linux", f"video{index}", 81, index)
+            write(video / f"video4linux/video{index}", index=str(index))
+        sound = interface(device, 2, 1, 1) / "sound/card1"
+        node(sound / "controlC1", "sound", "snd/controlC1", 116, 8)
+        node(sound / "pcmC1D0c", "sound", "snd/pcmC1D0c", 116, 7)
+        assert self.by_id(device) == {
+            "/dev/snd/controlC1": "/dev/snd/by-id/usb-046d_HD_Pro_Webcam_C920_A1B2-02",
+            "/dev/snd/pcmC1D0c": "",
+            "/dev/video0": "/dev/v4l/by-id/usb-046d_HD_Pro_Webcam_C920_A1B2-video-index0",
+            "/dev/video1": "/dev/v4l/by-id/usb-046d_HD_Pro_Webcam_C920_A1B2-video-index1",
+        }

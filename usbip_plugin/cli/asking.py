@@ -23,9 +23,9 @@ from usbip_plugin.config.parse import parse_config
 from usbip_plugin.config.reload import load_config
 from usbip_plugin.config.schema import DEFAULT_CONFIG_PATH, DEFAULT_DOMAIN, Config
 from usbip_plugin.errors import ConfigError, KubeError, KubeNotFound, NoSuchDevice, UsbipError
-from usbip_plugin.inventory import key_of, parse_usb_id
+from usbip_plugin.inventory.annotations import key_of, parse_usb_id
 from usbip_plugin.locks.store import LeaseStore
-from usbip_plugin.model import DEFAULT_USBIP_PORT, Descriptor, DeviceKey, Lock, PodRef, ServerKey
+from usbip_plugin.model import DEFAULT_USBIP_PORT, UNTOLD, Descriptor, DeviceKey, Lock, PodRef, ServerKey
 from usbip_plugin.observe.events import KubeRequests
 from usbip_plugin.usbip.protocol import valid_busid
 
@@ -88,6 +88,7 @@ class Enquiry:
             plugin=await self._plugin(lock.holder) if lock is not None and lock.holder else PluginWord.UNKNOWN,
             namespace=self.namespace,
             now=self.clock.now(),
+            twins=self._twins(key, lock) if key is not None and lock is not None else (),
         )
 
     async def _ask(self, servers: frozenset[ServerKey]) -> None:
@@ -133,17 +134,37 @@ class Enquiry:
         if self.config is None:
             return None
         listed = self._listed(key)
+        told = lock.identity if lock is not None and (listed is None or listed.devid == lock.read_from) else UNTOLD
         if listed is None and lock is not None and lock.usb_id is not None:
             listed = descriptor_of(key.busid, lock.usb_id)
-        serial = lock.serial if lock is not None else None
         found: dict[str, Offer] = {}
         for resource in self.config.resources:
             for entry in resource.devices:
                 if entry.target != key.server or listed is None:
                     continue
-                if matches(entry.selector, listed, serial) is not Match.NO:
+                if matches(entry.selector, listed, told) is not Match.NO:
                     found.setdefault(resource.name, Offer(f"{self.domain}/{resource.name}", str(entry.selector)))
         return tuple(found.values())
+
+    def _twins(self, key: DeviceKey, lock: Lock) -> tuple[str, ...]:
+        """Devices that are listed, or held, as the one with the serial number that a resource promises of this one."""
+        promising = [
+            {entry.target for entry in resource.devices if entry.selector.serial == lock.serial}
+            for resource in (self.config.resources if self.config is not None and lock.serial else ())
+        ]
+        servers = {server for targets in promising if key.server in targets for server in targets}
+        found = []
+        for known in self.known:
+            other = known.lock
+            there = key_of(other)
+            if there is None or there == key or there.server not in servers or other.serial != lock.serial:
+                continue
+            listed = self._listed(there)
+            # one that is attached from elsewhere holds two locks
+            apart = not other.holder or (key.id != other.in_place_of and other.device_id != lock.in_place_of)
+            if apart and (other.holder or (listed is not None and listed.devid == other.read_from)):
+                found.append(str(there))
+        return tuple(sorted(found))
 
     def _listed(self, key: DeviceKey) -> Descriptor | None:
         listed = self.answers.get(key.server, "")

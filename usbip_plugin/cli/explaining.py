@@ -59,7 +59,8 @@ class Offer:
 @dataclass(frozen=True, slots=True)
 class Facts:
     """What was found out. key is None for a lock that does not say its device; offers is None without a configuration,
-    and config_source then says why there is none."""
+    and config_source then says why there is none. twins: other devices that are there and tell the serial number by
+    which a resource selects this one."""
 
     device_id: str
     key: DeviceKey | None
@@ -71,6 +72,7 @@ class Facts:
     plugin: PluginWord
     namespace: str
     now: datetime
+    twins: tuple[str, ...] = ()
 
     @property
     def device(self) -> str:
@@ -100,7 +102,7 @@ class Explanation:
 def explain(facts: Facts) -> Explanation:
     """The verdict first, then what it rests on, then what to do."""
     available, verdict = _verdict(facts)
-    because = (*_lock(facts), *_place(facts), *_holder(facts), *_server(facts), *_offers(facts))
+    because = (*_lock(facts), *_place(facts), *_holder(facts), *_server(facts), *_twins(facts), *_offers(facts))
     return Explanation(facts.device, facts.device_id, available, verdict, because, tuple(_next(facts)))
 
 
@@ -117,6 +119,8 @@ def _verdict(facts: Facts) -> tuple[bool, str]:
         return False, f"{device} cannot be had: its server does not offer it."
     if facts.offers == ():
         return False, f"{device} cannot be asked for: no resource of the configuration selects it."
+    if facts.twins:
+        return False, f"{device} cannot be had by its serial number: it is not the only one with it."
     if facts.holder:
         return True, f"{device} may be taken over: node {facts.holder}, which holds it, is silent."
     return True, f"{device} is free."
@@ -143,7 +147,7 @@ def _lock(facts: Facts) -> Iterator[str]:
 def _place(facts: Facts) -> Iterator[str]:
     place = facts.known.lock.in_place_of if facts.known is not None and facts.holder else None
     if place is not None:
-        yield f"It is held for the device {place}, which its server listed under this bus id after it was lost."
+        yield f"It is held for the device {place}, which was lost there and is plugged in here now."
 
 
 def _holder(facts: Facts) -> Iterator[str]:
@@ -188,6 +192,16 @@ def _server(facts: Facts) -> Iterator[str]:
         yield f"What the server lists under this bus id is {word.usb_id}; the lock was for {promised}."
 
 
+def _twins(facts: Facts) -> Iterator[str]:
+    if not facts.twins or facts.known is None or (facts.holder and not facts.silent):
+        return
+    serial, others = facts.known.lock.serial, " and ".join(facts.twins)
+    if facts.server.says is ServerSays.LISTED:
+        yield f"Its serial number {serial} is also that of {others}: no resource offers any of them by that number."
+    else:
+        yield f"The device with its serial number {serial} is {others} now."
+
+
 def _offers(facts: Facts) -> Iterator[str]:
     if facts.offers is None:
         if facts.key is not None:
@@ -214,6 +228,8 @@ def _next(facts: Facts) -> Iterator[str]:
         yield "If it is gone and the server has not noticed, on the server: usbip unbind -b BUSID; usbip bind -b BUSID"
     elif says is ServerSays.UNLISTED and facts.key is not None:
         yield f"On the server: usbip list -l shows what is plugged in; usbip bind -b {facts.key.busid} exports it."
+    elif facts.twins:
+        yield "Tell them apart by bus_id in the configuration; docs/configuration.md shows how."
     elif facts.offers == ():
         yield "Add a selector for it to the configuration; docs/configuration.md shows how."
     elif facts.offers:

@@ -47,12 +47,12 @@ def _first(*values: str | None) -> str:
 def run(options: argparse.Namespace) -> int:
     """`usbip-plugin run`, until SIGTERM."""
     # imported here: the commands for people and --help need none of it
-    from usbip_plugin import _narrow  # noqa: PLC0415
-
-    _narrow.install()  # before the imports below bring protobuf
     from usbip_plugin.config.reload import load_config  # noqa: PLC0415
-    from usbip_plugin.observe.logs import set_up_logging  # noqa: PLC0415
-    from usbip_plugin.process import run_blocking  # noqa: PLC0415
+    from usbip_plugin.settling import starting  # noqa: PLC0415
+
+    with starting():
+        from usbip_plugin.observe.logs import set_up_logging  # noqa: PLC0415
+        from usbip_plugin.process import run_blocking  # noqa: PLC0415
 
     if not options.node_name:
         cure = "give the node's name, or set NODE_NAME (downward API: spec.nodeName)"

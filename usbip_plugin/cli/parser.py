@@ -117,7 +117,7 @@ def _simulate_flags(stand_ins: argparse._SubParsersAction[argparse.ArgumentParse
         "client's host has gone.",
     )
     server.add_argument("--listen", metavar="ADDRESS:PORT", default="0.0.0.0:3240", help="default %(default)s")
-    form = "BUSID=VVVV:PPPP[,serial=TEXT][,class=CC]"
+    form = "BUSID=VVVV:PPPP[,serial=TEXT][,class=CC[SS[PP]][+...]][,manufacturer=TEXT][,product=TEXT]"
     server.add_argument("--device", metavar=form, action="append", default=[], help="may be given any number of times")
     server.add_argument(
         "--devices-file", metavar="FILE", type=Path, help="more devices, one a line; followed for changes"

@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 from usbip_plugin.config import scalars
 from usbip_plugin.config.document import Node, Problems
 from usbip_plugin.config.fields import Unknown, read_fields
 from usbip_plugin.config.matching import may_overlap
-from usbip_plugin.config.schema import DEFAULT_EXTRA_PERMISSIONS, DeviceSelector, Extra, Selector
+from usbip_plugin.config.schema import (
+    DEFAULT_EXTRA_PERMISSIONS,
+    MAX_SELECTOR_VALUES,
+    DeviceSelector,
+    Extra,
+    Selector,
+)
 from usbip_plugin.model import DEFAULT_USBIP_PORT, ServerKey
 
 MAX_OVERLAP_WARNINGS = 20
 
 DEVICE_KEYS = ("target", "selector", "extras")
 TARGET_KEYS = ("host", "port")
-SELECTOR_KEYS = ("vendor", "product", "bus_id", "serial", "class")
+SELECTOR_KEYS = ("vendor", "product", "usb_ids", "bus_id", "serial", "class")
 EXTRA_KEYS = ("hostPath", "containerPath", "permissions")
+
+
+class _Comparable(Protocol):
+    def __lt__(self, other: Any, /) -> bool: ...
+
+
+_T = TypeVar("_T", bound=_Comparable)
 
 
 def read_device(node: Node, problems: Problems) -> DeviceSelector | None:
@@ -78,9 +93,10 @@ def _selector(node: Node, problems: Problems) -> Selector:
     if fields is None:
         return Selector()
     selector = Selector(
-        vendor=_usb_id(fields.get("vendor"), problems),
-        product=_usb_id(fields.get("product"), problems),
-        bus_id=scalars.bus_id(fields["bus_id"], problems) if _given(fields.get("bus_id")) else None,
+        vendor=_usb_numbers(fields.get("vendor"), problems),
+        product=_usb_numbers(fields.get("product"), problems),
+        usb_ids=_values(fields.get("usb_ids"), problems, scalars.usb_id),
+        bus_id=_one_or_several(fields["bus_id"], problems, scalars.bus_id) if _given(fields.get("bus_id")) else None,
         serial=(
             scalars.text(fields["serial"], problems, longest=scalars.MAX_SERIAL_CHARACTERS)
             if "serial" in fields
@@ -98,11 +114,42 @@ def _given(node: Node | None) -> bool:
     return node is not None and node.scalar != ""
 
 
-def _usb_id(node: Node | None, problems: Problems) -> int | None:
+def _one_or_several(
+    node: Node | None, problems: Problems, read: Callable[[Node, Problems], _T | None]
+) -> _T | tuple[_T, ...] | None:
+    values = _values(node, problems, read)
+    return values if len(values) > 1 else next(iter(values), None)
+
+
+def _values(node: Node | None, problems: Problems, read: Callable[[Node, Problems], _T | None]) -> tuple[_T, ...]:
+    """A value, or the values of a list, sorted. A list that is empty, too long, or has a value twice is an error."""
     if node is None:
-        return None
-    value = scalars.usb_number(node, problems, digits=4)
-    if value == 0:
+        return ()
+    if not node.is_sequence:
+        value = read(node, problems)
+        return () if value is None else (value,)
+    found: dict[_T, Node] = {}
+    items = list(node.items())
+    if not items:
+        problems.error(node, "an empty list selects nothing; leave the key out for any, or name at least one")
+    elif len(items) > MAX_SELECTOR_VALUES:
+        problems.error(node, f"{len(items)} values; at most {MAX_SELECTOR_VALUES} are allowed, make it two entries")
+        return ()
+    for item in items:
+        value = read(item, problems)
+        if value is None:
+            continue
+        if value in found:
+            problems.error(item, f"{item.describe()} is in the list already (line {found[value].line}); remove one")
+        elif value == 0:
+            problems.error(item, "0 stands for any, which a list makes no sense of; leave it out, or the whole key")
+        found.setdefault(value, item)
+    return tuple(sorted(found))
+
+
+def _usb_numbers(node: Node | None, problems: Problems) -> int | tuple[int, ...] | None:
+    value = _one_or_several(node, problems, partial(scalars.usb_number, digits=4))
+    if value == 0 and node is not None and not node.is_sequence:
         problems.warn(node, "0 stands for any, as in the Go program; leave it out")
         return None
     return value

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import enum
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from usbip_plugin.config.document import Node, Problems, normal_key
 
@@ -44,7 +43,7 @@ def read_fields(
             continue
         # the search takes its time: it is left out where its answer would be neither shown nor acted upon
         looked_for = problems.room or unknown is Unknown.WARN_UNLESS_TYPO
-        close = difflib.get_close_matches(normal_key(written), canonical, n=1, cutoff=_CLOSE) if looked_for else []
+        close = _close(normal_key(written), canonical) if looked_for else []
         cure = f"did you mean {canonical[close[0]]}?" if close else f"known here: {', '.join(known)}"
         text = f"unknown key; {cure}"
         if unknown is Unknown.ERROR or (unknown is Unknown.WARN_UNLESS_TYPO and close):
@@ -52,3 +51,10 @@ def read_fields(
         else:
             problems.warn(value, f"ignored: {text}", hint=bool(close))
     return found
+
+
+def _close(key: str, known: Iterable[str]) -> list[str]:
+    """The known key it is taken for, if any."""
+    import difflib  # noqa: PLC0415 - a file without mistakes needs none of it
+
+    return difflib.get_close_matches(key, known, n=1, cutoff=_CLOSE)

@@ -6,16 +6,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from usbip_plugin.config import scalars, schema
+from usbip_plugin.config import container, scalars, schema
 from usbip_plugin.config.devices import read_device, report_overlaps
 from usbip_plugin.config.document import Node, Problems, read_document, shown
 from usbip_plugin.config.fields import Unknown, read_fields
 from usbip_plugin.config.schema import Config, DeviceSelector, FileSettings, LockConfig, OnLoss, ResourceConfig
-from usbip_plugin.config.templates import template_problem
 from usbip_plugin.errors import ConfigError
 
 MAX_DEVICES = 1024
-"""Entries over all resources; checking them for overlaps costs their square."""
+"""Entries over all resources, one with several bus ids counted for each; checking for overlaps costs their square."""
 
 RESTART_NEEDS_CDI = (
     "restart needs cdi: true in the same resource: without it the kubelet starts a container again with the device "
@@ -24,7 +23,7 @@ RESTART_NEEDS_CDI = (
 
 _FLAGS = ("domain", "plugin-directory", "pod-resources-socket", "log-level", "listen")
 TOP_KEYS = ("resources", "lock", "allocateTimeout", "publishNodeStatus", *_FLAGS)
-RESOURCE_KEYS = ("devices", "onLoss", "cdi", "children", "containerPath")
+RESOURCE_KEYS = ("devices", *container.KEYS, "onLoss", "cdi")
 LOCK_KEYS = ("duration",)
 _T = TypeVar("_T")
 
@@ -44,12 +43,6 @@ def parse_config(text: str, source: str = "config.yaml") -> Parsed:
         raise ConfigError(source, [f"{source}: empty; resources: is missing, resources: {{}} for none"])
     problems = Problems(source)
     top = read_fields(root, problems, TOP_KEYS, Unknown.WARN, "the configuration") or {}
-    if "resources" in top:
-        resources = _resources(top["resources"], problems)
-    else:
-        resources = ()
-        if root.is_mapping:
-            problems.error(root, "resources: missing; give at least one, or resources: {} for none")
     allocate_timeout = _optional(
         top,
         "allocateTimeout",
@@ -58,6 +51,12 @@ def parse_config(text: str, source: str = "config.yaml") -> Parsed:
             node, problems, least=schema.MIN_ALLOCATE_TIMEOUT_S, most=schema.MAX_ALLOCATE_TIMEOUT_S
         ),
     )
+    if "resources" in top:
+        resources = _resources(top["resources"], allocate_timeout, problems)
+    else:
+        resources = ()
+        if root.is_mapping:
+            problems.error(root, "resources: missing; give at least one, or resources: {} for none")
     config = Config(
         resources=resources,
         lock=_lock(top.get("lock"), problems),
@@ -102,7 +101,7 @@ def _settings(fields: Mapping[str, Node], problems: Problems) -> FileSettings:
     return FileSettings(**values)
 
 
-def _resources(node: Node, problems: Problems) -> tuple[ResourceConfig, ...]:
+def _resources(node: Node, allocate_timeout: float, problems: Problems) -> tuple[ResourceConfig, ...]:
     if not node.is_mapping:
         problems.error(node, f"{node.describe()} where a mapping from resource names to devices is wanted")
         return ()
@@ -110,19 +109,23 @@ def _resources(node: Node, problems: Problems) -> tuple[ResourceConfig, ...]:
     places: list[tuple[str, DeviceSelector, Node]] = []
     for written, value in node.pairs(problems, same=str.lower):
         name = scalars.resource_name(written, value, problems)
-        entries, resource = _resource(name or written, value, problems)
+        entries, resource = _resource(name or written, value, allocate_timeout, problems)
         places.extend((resource.name, device, place) for device, place in entries)
         resources.append(resource)
     if not resources:
         problems.warn(node, "no resource: the kubelet is offered nothing")
-    if len(places) > MAX_DEVICES:
-        problems.error(node, f"{len(places)} devices; at most {MAX_DEVICES} are allowed")
+    # each bus id of a list counts: they are compared with one another like entries
+    count = sum(max(1, len(schema.several(device.selector.bus_id))) for _, device, _ in places)
+    if count > MAX_DEVICES:
+        problems.error(node, f"{count} devices; at most {MAX_DEVICES} are allowed")
     else:
         report_overlaps(places, problems)
     return tuple(resources)
 
 
-def _resource(name: str, node: Node, problems: Problems) -> tuple[list[tuple[DeviceSelector, Node]], ResourceConfig]:
+def _resource(
+    name: str, node: Node, allocate_timeout: float, problems: Problems
+) -> tuple[list[tuple[DeviceSelector, Node]], ResourceConfig]:
     """Both forms: the list of the Go program, and the mapping with `devices` that has more keys."""
     fields: Mapping[str, Node] = {"devices": node}
     if node.is_mapping:
@@ -145,38 +148,15 @@ def _resource(name: str, node: Node, problems: Problems) -> tuple[list[tuple[Dev
         devices=tuple(device for device, _ in entries),
         on_loss=_optional(fields, "onLoss", OnLoss.KEEP, lambda value: scalars.choice(value, problems, OnLoss)),
         cdi=_optional(fields, "cdi", False, lambda value: scalars.boolean(value, problems)),
-        children=_children(fields.get("children"), problems),
-        container_path=_container_path(fields.get("containerPath"), problems),
+        children=container.children(fields.get("children"), problems),
+        children_timeout=container.children_timeout(fields, allocate_timeout, problems),
+        container_paths=container.container_paths(fields.get("containerPath"), problems),
+        by_id=_optional(fields, "byId", False, lambda value: scalars.boolean(value, problems)),
+        permissions=container.permissions(fields.get("permissions"), problems),
+        read_only=_optional(fields, "readOnly", False, lambda value: scalars.boolean(value, problems)),
     )
+    if resource.permissions is not None and not resource.cdi:
+        problems.error(fields["permissions"], container.PERMISSIONS_NEED_CDI)
     if resource.on_loss is OnLoss.RESTART and not resource.cdi:
         problems.error(fields["onLoss"], RESTART_NEEDS_CDI)
     return entries, resource
-
-
-def _children(node: Node | None, problems: Problems) -> tuple[str, ...] | None:
-    if node is None:
-        return None
-    if not node.is_sequence:
-        problems.error(node, f"{node.describe()} where a list is wanted, of {', '.join(schema.CHILD_KINDS)}")
-        return None
-    kinds: list[str] = []
-    for item in node.items():
-        kind = item.scalar
-        if kind not in schema.CHILD_KINDS:
-            problems.error(item, f"{item.describe()} is none of {', '.join(schema.CHILD_KINDS)}")
-        elif kind not in kinds:
-            kinds.append(kind)
-    return tuple(kinds)
-
-
-def _container_path(node: Node | None, problems: Problems) -> str | None:
-    if node is None:
-        return None
-    template = node.scalar
-    if template is not None and len(template) <= scalars.MAX_PATH_CHARACTERS:
-        problem = template_problem(template)
-    else:
-        problem = f"{node.describe()} is no path"
-    if problem is not None:
-        problems.error(node, problem)
-    return template

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from usbip_plugin.config import devices, parse, scalars, schema
+from usbip_plugin.config import container, devices, parse, scalars, schema, templates
 from usbip_plugin.config.schema import Config, Extra, LockConfig, OnLoss, ResourceConfig
 from usbip_plugin.model import DEFAULT_USBIP_PORT
 
@@ -25,6 +25,7 @@ KNOWN: Mapping[str, tuple[str, ...]] = {
     "": parse.TOP_KEYS,
     "lock.": parse.LOCK_KEYS,
     "resources.NAME.": parse.RESOURCE_KEYS,
+    "resources.NAME.permissions.": container.PERMISSION_KEYS,
     "resources.NAME.devices[].": devices.DEVICE_KEYS,
     "resources.NAME.devices[].target.": devices.TARGET_KEYS,
     "resources.NAME.devices[].selector.": devices.SELECTOR_KEYS,
@@ -53,6 +54,10 @@ def _default(of: type, name: str) -> str:
 
 def _duration(least: float, most: float) -> str:
     return f"duration, {seconds(least)} to {seconds(most)}"
+
+
+def _several(kind: str) -> str:
+    return f"{kind}; or a list of up to {schema.MAX_SELECTOR_VALUES}"
 
 
 def _one_of(values: tuple[str, ...]) -> str:
@@ -92,11 +97,17 @@ def keys() -> tuple[Key, ...]:
             "every device",
             "which devices of the server. Every key given must agree; every device that matches is offered",
         ),
-        Key(f"{entry}.selector.vendor", "4 hexadecimal digits, in quotes", "any", "USB vendor id"),
-        Key(f"{entry}.selector.product", "4 hexadecimal digits, in quotes", "any", "USB product id"),
+        Key(f"{entry}.selector.vendor", _several("4 hexadecimal digits, in quotes"), "any", "USB vendor id"),
+        Key(f"{entry}.selector.product", _several("4 hexadecimal digits, in quotes"), "any", "USB product id"),
+        Key(
+            f"{entry}.selector.usb_ids",
+            _several("`VENDOR:PRODUCT`, 4 hexadecimal digits each"),
+            "any",
+            'vendor and product as they belong together: `["0951:1666", "1050:0407"]`',
+        ),
         Key(
             f"{entry}.selector.bus_id",
-            f"text, up to {scalars.MAX_BUS_ID_GLOB} characters",
+            _several(f"text, up to {scalars.MAX_BUS_ID_GLOB} characters"),
             "any",
             'a bus id as `usbip list` shows it, or a glob: `"1-1.*"`, `"[12]-1"`',
         ),
@@ -126,14 +137,42 @@ def keys() -> tuple[Key, ...]:
             "resources.NAME.children",
             f"list, of {_one_of(schema.CHILD_KINDS)}",
             "what the device has",
-            "kinds of device nodes besides the USB node. `[]` for none",
+            "kinds of device nodes besides the USB node, `[]` for none. A node of one of them must come, or the "
+            "Allocate fails, see [below](#device-nodes)",
+        ),
+        Key(
+            "resources.NAME.childrenTimeout",
+            _duration(0, schema.MAX_CHILDREN_TIMEOUT_S) + ", shorter than `allocateTimeout`",
+            _default(ResourceConfig, "children_timeout"),
+            "how long what `children` lists is waited for",
         ),
         Key(
             "resources.NAME.containerPath",
-            "path with `{resource}`, `{index}`, `{kind}`, `{name}`, `{busid}`, `{serial}` in it",
+            f"path with fields in it ({_one_of(tuple(f'`{{{name}}}`' for name in templates.FIELDS))}), or a list of up "
+            f"to {container.MAX_TEMPLATES}",
             "the path on the host",
-            "where the nodes appear. With `{kind}` or `{name}` it names every node; otherwise it names the first "
-            "child, or the USB node of a device without children",
+            "where the nodes appear, see [below](#paths)",
+        ),
+        Key(
+            "resources.NAME.byId",
+            "true or false",
+            _default(ResourceConfig, "by_id"),
+            "the nodes appear under the names of udev, too, such as `/dev/serial/by-id/usb-...`, see [below](#paths)",
+        ),
+        Key(
+            "resources.NAME.permissions",
+            "mapping",
+            "what the runtime makes",
+            "of the device nodes in the container. Needs `cdi: true`, see [below](#containers-that-do-not-run-as-root)",
+        ),
+        Key("resources.NAME.permissions.mode", 'octal number with a 0 in front, `"0660"`', "as on the host", ""),
+        Key("resources.NAME.permissions.user", "numeric user id", "the container's", "names are each image's own"),
+        Key("resources.NAME.permissions.group", "numeric group id", "the container's", "20 is dialout in Debian"),
+        Key(
+            "resources.NAME.readOnly",
+            "true or false",
+            _default(ResourceConfig, "read_only"),
+            "the device nodes can be opened for reading only, whoever opens them",
         ),
         Key(
             "resources.NAME.onLoss",

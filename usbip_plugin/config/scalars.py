@@ -9,6 +9,7 @@ from enum import Enum
 from typing import TypeVar
 
 from usbip_plugin.config.document import Node, Problems, shown
+from usbip_plugin.model import UsbId
 
 MAX_PATH_CHARACTERS = 4096
 MAX_BUS_ID_GLOB = 64
@@ -32,6 +33,7 @@ CLASS_NAMES = {
 }
 
 _HEX = re.compile(r"(?:0[xX])?([0-9a-fA-F]{1,4})")
+_USB_ID = re.compile(r"([0-9a-fA-F]{4}):([0-9a-fA-F]{4})")
 MAX_NUMBER_CHARACTERS = 64
 """No number here needs more, and what reads numbers takes long over very many digits."""
 _GO_INTEGER = re.compile(
@@ -169,6 +171,15 @@ def text(node: Node, problems: Problems, *, longest: int) -> str | None:
         return value
     problems.error(node, f"{node.describe()} is not 1 to {longest} printable characters")
     return None
+
+
+def usb_id(node: Node, problems: Problems) -> UsbId | None:
+    """vendor:product as `lsusb` and `usbip list` show it."""
+    match = _USB_ID.fullmatch(node.scalar or "")
+    if match is None:
+        problems.error(node, f'{node.describe()} is no vendor:product; write both with 4 digits, "0951:1666"')
+        return None
+    return UsbId(int(match[1], 16), int(match[2], 16))
 
 
 def bus_id(node: Node, problems: Problems) -> str | None:

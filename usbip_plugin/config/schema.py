@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import TypeVar
 
-from usbip_plugin.model import ServerKey
+from usbip_plugin.model import ServerKey, UsbId
 
 DEFAULT_CONFIG_PATH = "/etc/usbip-device-plugin/config.yaml"
 DEFAULT_DOMAIN = "usbip.dev"
@@ -26,8 +27,22 @@ DEFAULT_ALLOCATE_TIMEOUT_S = 10.0
 MIN_ALLOCATE_TIMEOUT_S = 1.0
 MAX_ALLOCATE_TIMEOUT_S = 120.0
 
-CHILD_KINDS = ("tty", "hidraw", "input", "video4linux", "sound", "block", "usbmisc")
+CHILD_KINDS = ("tty", "video4linux", "block", "printer", "hidraw", "input", "sound", "usbmisc")
+"""Kinds of device nodes besides the USB node. The first that a device has is the one people mean by it."""
 DEFAULT_EXTRA_PERMISSIONS = "rwm"
+DEFAULT_CHILDREN_TIMEOUT_S = 5.0
+MAX_CHILDREN_TIMEOUT_S = 60.0
+MAX_SELECTOR_VALUES = 64
+"""Of one key of a selector."""
+_SHOWN_VALUES = 4
+_T = TypeVar("_T")
+
+
+def several(value: _T | tuple[_T, ...] | None) -> tuple[_T, ...]:
+    """The values of a selector's key, one or a list of them; none for None."""
+    if value is None:
+        return ()
+    return value if isinstance(value, tuple) else (value,)
 
 
 class OnLoss(enum.Enum):
@@ -42,29 +57,38 @@ class OnLoss(enum.Enum):
 class Selector:
     """A set of devices on one server: every field that is given must agree. No field given: every device.
 
-    vendor, product: 16 bits; bus_id: a glob over bus ids; serial: the exact serial number;
-    class_: a class code, 8 bits, of the device or of any of its interfaces.
+    vendor, product: 16 bits; usb_ids: pairs of both; bus_id: a glob over bus ids; serial: the exact serial number;
+    class_: a class code, 8 bits, of the device or of any of its interfaces. A field with several values agrees if one
+    of them does; several are sorted, and one stands alone.
     """
 
-    vendor: int | None = None
-    product: int | None = None
-    bus_id: str | None = None
+    vendor: int | tuple[int, ...] | None = None
+    product: int | tuple[int, ...] | None = None
+    usb_ids: tuple[UsbId, ...] = ()
+    bus_id: str | tuple[str, ...] | None = None
     serial: str | None = None
     class_: int | None = None
 
     def __str__(self) -> str:
         parts = []
         if self.vendor is not None:
-            parts.append(f"vendor {self.vendor:04x}")
+            parts.append("vendor " + _listed([f"{vendor:04x}" for vendor in several(self.vendor)]))
         if self.product is not None:
-            parts.append(f"product {self.product:04x}")
+            parts.append("product " + _listed([f"{product:04x}" for product in several(self.product)]))
+        if self.usb_ids:
+            parts.append("usb_ids " + _listed([str(usb_id) for usb_id in self.usb_ids]))
         if self.bus_id is not None:
-            parts.append(f"bus_id {self.bus_id}")
+            parts.append("bus_id " + _listed(list(several(self.bus_id))))
         if self.serial is not None:
             parts.append(f"serial {self.serial}")
         if self.class_ is not None:
             parts.append(f"class {self.class_:02x}")
         return ", ".join(parts) or "any device"
+
+
+def _listed(values: list[str]) -> str:
+    left = len(values) - _SHOWN_VALUES
+    return " or ".join(values[:_SHOWN_VALUES]) + (f" or {left} more" if left > 0 else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +110,22 @@ class DeviceSelector:
 
 
 @dataclass(frozen=True, slots=True)
+class NodePermissions:
+    """Of the device nodes in a container, None for what the runtime makes of it. user, group: numeric ids."""
+
+    mode: int | None = None
+    user: int | None = None
+    group: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ResourceConfig:
     """A resource by its name without the domain. The first entry of devices that matches a device gives its extras.
 
-    children: the kinds of device nodes a pod gets besides the USB node, None for whatever the device has.
-    container_path: a template as in templates.py, None for the path on the host. cdi: pods get the nodes by CDI name.
+    children: the kinds of device nodes a pod gets besides the USB node, of one of which a node must come within
+    children_timeout seconds; None for whatever the device has. container_paths: templates as in templates.py, none for
+    the path on the host. by_id: also under the names that udev gives. cdi: pods get the nodes by CDI name; permissions
+    need it.
     """
 
     name: str
@@ -98,7 +133,11 @@ class ResourceConfig:
     on_loss: OnLoss = OnLoss.KEEP
     cdi: bool = False
     children: tuple[str, ...] | None = None
-    container_path: str | None = None
+    children_timeout: float = DEFAULT_CHILDREN_TIMEOUT_S
+    container_paths: tuple[str, ...] = ()
+    by_id: bool = False
+    permissions: NodePermissions | None = None
+    read_only: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +168,20 @@ class Config:
     publish_node_status: bool = True
     settings: FileSettings = field(default_factory=FileSettings)
 
+    def start_only(self) -> dict[str, object]:
+        """What is read at start only, by its name in the file."""
+        settings = {field.name.replace("_", "-"): getattr(self.settings, field.name) for field in fields(self.settings)}
+        return {"lock.duration": self.lock.duration, "publishNodeStatus": self.publish_node_status, **settings}
+
     def servers(self) -> frozenset[ServerKey]:
         """Every server named anywhere."""
         return frozenset(entry.target for resource in self.resources for entry in resource.devices)
+
+    def asking(self, server: ServerKey) -> tuple[Selector, ...]:
+        """Of a server, the selectors that want to know of a device what only that can tell; see matching.matches."""
+        return tuple(
+            entry.selector
+            for resource in self.resources
+            for entry in resource.devices
+            if entry.target == server and (entry.selector.serial is not None or entry.selector.class_ is not None)
+        )

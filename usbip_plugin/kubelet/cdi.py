@@ -22,11 +22,23 @@ _RESOURCE = "resource"
 
 
 @dataclass(frozen=True, slots=True)
+class NodeOwner:
+    """Mode, user and group of the nodes in the container; None: what the runtime makes of it (containerd: the
+    container's user and group, and the mode of the host's node).
+    """
+
+    mode: int | None = None
+    user: int | None = None
+    group: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Injected:
     """What a container gets of one device, each node under its own path and permissions."""
 
     nodes: tuple[tuple[DeviceSpec, DeviceNode], ...]
     envs: Mapping[str, str]
+    owner: NodeOwner = NodeOwner()
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +83,14 @@ def spec(domain: str, resource: str, device_id: str, containers: Mapping[int, In
 
 
 def _edits(injected: Injected) -> dict[str, Any]:
-    edits: dict[str, Any] = {"deviceNodes": [_node(spec_, node) for spec_, node in injected.nodes]}
+    edits: dict[str, Any] = {"deviceNodes": [_node(spec_, node, injected.owner) for spec_, node in injected.nodes]}
     if injected.envs:
         edits["env"] = [f"{name}={value}" for name, value in sorted(injected.envs.items())]
     return edits
 
 
-def _node(device: DeviceSpec, node: DeviceNode) -> dict[str, Any]:
+def _node(device: DeviceSpec, node: DeviceNode, owner: NodeOwner) -> dict[str, Any]:
+    owned = {"fileMode": owner.mode, "uid": owner.user, "gid": owner.group}
     return {
         "path": device.container_path,
         "hostPath": device.host_path,
@@ -85,6 +98,7 @@ def _node(device: DeviceSpec, node: DeviceNode) -> dict[str, Any]:
         "type": "b" if node.block else "c",
         "major": node.major,
         "minor": node.minor,
+        **{name: value for name, value in owned.items() if value is not None},
     }
 
 

@@ -1,20 +1,22 @@
 """Publishes status.allocatable of our own resources on our own Node, without waiting for the kubelet's next sync.
 
 The kubelet writes the same number up to 10 s later; until then the scheduler would keep sending pods to fail here.
+
+One device that changes hands changes the count of every node. So the nodes take turns, and what cannot be written any
+sooner than the kubelets do it is left to them.
 """
 
 from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 from urllib.parse import quote
 
 from usbip_plugin.clock import Clock
 from usbip_plugin.errors import KubeError, KubeForbidden
 from usbip_plugin.kubelet.broadcast import Broadcast
-from usbip_plugin.model import Advertised
 from usbip_plugin.retry import backoff
 
 PATCH_TIMEOUT_S = 5.0
@@ -23,6 +25,11 @@ BACKOFF_MAX_S = 10.0
 # RBAC does not change often: the wait (seconds) after a 403.
 FORBIDDEN_WAIT_S = 60.0
 NODES_STATUS = "nodes/status"
+# Writes per second of all nodes together after one change. A count that is too high costs failed pods, so lower ones go
+# first; of higher ones a waiting pod needs only the first node's.
+LOWER_RATE, RAISE_RATE = 500.0, 20.0
+# By then a kubelet has written it by itself.
+KUBELET_SYNC_S = 10.0
 
 log = logging.getLogger(__name__)
 
@@ -42,30 +49,35 @@ class PatchApi(Protocol):
     ) -> dict[str, Any]: ...
 
 
-def allocatable(devices: Iterable[Advertised]) -> int:
-    """How many devices the kubelet will count as allocatable: the healthy ones, in use or not."""
-    return sum(device.health.healthy for device in devices)
-
-
 def status_patch(counts: Mapping[str, int]) -> dict[str, Any]:
     """The JSON merge patch for nodes/<node>/status that sets these resources (full names) and touches nothing else."""
     return {"status": {"allocatable": {name: str(count) for name, count in sorted(counts.items())}}}
 
 
+def spread(nodes: int, *, lower: bool) -> float:
+    """Seconds within which so many nodes write a change, each at a moment of its own; KUBELET_SYNC_S: none of them."""
+    return min(KUBELET_SYNC_S, nodes / (LOWER_RATE if lower else RAISE_RATE))
+
+
 class NodeStatusPublisher:
-    """Writes counts that changed, the latest only, one PATCH at a time.
+    """Writes counts that changed, the latest only, one PATCH at a time. nodes() says how many nodes do so.
 
     Give it a resource only when the kubelet has been sent that resource's list (DevicePluginServer.announced): before
     that the kubelet would refuse the pods the scheduler sends. Errors are logged and counted, never raised.
     """
 
-    def __init__(self, api: PatchApi, node: str, clock: Clock, rng: random.Random) -> None:
+    def __init__(
+        self, api: PatchApi, node: str, clock: Clock, rng: random.Random, nodes: Callable[[], int] = lambda: 1
+    ) -> None:
         self._api = api
+        self._nodes = nodes
         self._path = f"/api/v1/nodes/{quote(node, safe='')}/status"
         self._clock = clock
         self._rng = rng
         self._wanted: dict[str, int] = {}
         self._written: dict[str, int] = {}
+        self._offered: set[str] = set()
+        """Resources whose kubelet was told more than is written, and so may have written that."""
         self._changed = Broadcast()
         self._urgent = False
         self.errors = 0
@@ -74,7 +86,10 @@ class NodeStatusPublisher:
 
     def publish(self, counts: Mapping[str, int]) -> None:
         """The counts (by full resource name) to be written soon; resources not named keep what they had."""
+        if all(self._wanted.get(name) == count for name, count in counts.items()):
+            return
         self._wanted.update(counts)
+        self._offered.update(name for name, count in counts.items() if count > self._written.get(name, count))
         self._changed.fire()
 
     def forget(self, resource: str) -> None:
@@ -84,15 +99,17 @@ class NodeStatusPublisher:
         """
         self._wanted.pop(resource, None)
         self._written.pop(resource, None)
+        self._offered.discard(resource)
 
     async def publish_now(self, counts: Mapping[str, int], timeout: float) -> bool:
         """publish(), then waits until these counts or later ones are written, at most timeout seconds.
 
-        True if the Node says so now; False at once while writing is forbidden. Cuts a backoff short. Needs run() to be
-        running. Cancel-safe: the write goes on.
+        True if the Node says so now; False at once while writing is forbidden. Waits for no turn, and cuts a backoff
+        short. Needs run() to be running. Cancel-safe: the write goes on.
         """
-        self._urgent = True
         self.publish(counts)
+        self._urgent = self._urgent or not self._is_written(counts)
+        self._changed.fire()
         try:
             async with self._clock.timeout(timeout):
                 await self._changed.until(lambda: self.forbidden or self._is_written(counts))
@@ -105,6 +122,8 @@ class NodeStatusPublisher:
         waits = backoff(self._rng, BACKOFF_FIRST_S, BACKOFF_MAX_S)
         while True:
             await self._changed.until(lambda: bool(self._pending()))
+            if not await self._turn():
+                continue
             pending = self._pending()
             self._urgent = False
             try:
@@ -120,10 +139,50 @@ class NodeStatusPublisher:
                 self._failed(error)
                 await self._pause(FORBIDDEN_WAIT_S if self.forbidden else next(waits))
             else:
-                self._written.update({name: count for name, count in pending.items() if name in self._wanted})
+                self._known(pending)
                 self.last_error, self.forbidden = None, False
                 waits = backoff(self._rng, BACKOFF_FIRST_S, BACKOFF_MAX_S)
-                self._changed.fire()
+
+    async def _turn(self) -> bool:
+        """Waits for this node's turn, if it is not urgent. False if then there is nothing to write for it."""
+        began, part, was_lower = self._clock.monotonic(), self._rng.random(), False
+        while pending := self._pending():
+            if self._urgent:
+                return True
+            lower = self._lowers(pending)
+            if lower and not was_lower:
+                began = self._clock.monotonic()
+            was_lower = lower
+            within = spread(self._nodes(), lower=lower)
+            left_to_kubelet = within >= KUBELET_SYNC_S
+            left = began + (within if left_to_kubelet else part * within) - self._clock.monotonic()
+            if left > 0 and await self._anything_new(pending, left):
+                continue
+            if not left_to_kubelet:
+                return True
+            self._known(pending)
+        return False
+
+    async def _anything_new(self, pending: Mapping[str, int], seconds: float) -> bool:
+        """Waits so long for another count, or for one that is urgent."""
+        try:
+            async with self._clock.timeout(seconds):
+                await self._changed.until(lambda: self._urgent or self._pending() != pending)
+        except TimeoutError:
+            return False
+        return True
+
+    def _lowers(self, pending: Mapping[str, int]) -> bool:
+        return any(count < self._written.get(name, 0) or not self._rises(name) for name, count in pending.items())
+
+    def _rises(self, name: str) -> bool:
+        return self._wanted[name] > self._written.get(name, -1)
+
+    def _known(self, counts: Mapping[str, int]) -> None:
+        """The Node says so now."""
+        self._written.update({name: count for name, count in counts.items() if name in self._wanted})
+        self._offered -= {name for name, count in counts.items() if self._wanted.get(name) == count}
+        self._changed.fire()
 
     async def _pause(self, seconds: float) -> None:
         try:
@@ -133,10 +192,15 @@ class NodeStatusPublisher:
             return
 
     def _pending(self) -> dict[str, int]:
-        return {name: count for name, count in self._wanted.items() if self._written.get(name) != count}
+        """What is not written, or was taken back while the kubelet may have written it."""
+        return {
+            name: count
+            for name, count in self._wanted.items()
+            if self._written.get(name) != count or name in self._offered
+        }
 
     def _is_written(self, counts: Mapping[str, int]) -> bool:
-        return all(self._written.get(name) == self._wanted.get(name) for name in counts)
+        return not counts.keys() & self._pending().keys()
 
     def _failed(self, error: KubeError) -> None:
         self.errors += 1

@@ -10,8 +10,10 @@ import contextlib
 import enum
 import logging
 import random
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from usbip_plugin.clock import Clock
@@ -27,6 +29,8 @@ BACKOFF_FIRST_S = 0.5
 BACKOFF_MAX_S = 30.0
 # A watch that stood this long was a good one: the next follows at once.
 STABLE_S = 5.0
+MANY = 1 << 20
+"""For a count that cannot be read: more than a node has."""
 
 log = logging.getLogger(__name__)
 
@@ -53,14 +57,14 @@ class PodPhase(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class PodState:
-    """resources: the extended resources (names with a domain) that its containers have now, or will have.
+    """resources: how many of each extended resource (a name with a domain) its kubelet allocates for it, until it ends.
 
-    Those of ordinary init containers count only while the pod is Pending: afterwards these have ended.
+    What init containers have counts, also when they have ended: they are run again if the pod's sandbox is made anew.
     """
 
     uid: str
     phase: PodPhase
-    resources: frozenset[str] = frozenset()
+    resources: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
 
 
 PodCallback = Callable[[PodRef, PodPhase], None]
@@ -79,8 +83,11 @@ class PodView(Protocol):
         """True if the API says that this pod's containers have all ended. False for a pod it does not know."""
         ...
 
-    def wanting(self, domain: str) -> frozenset[PodRef]:
-        """The pods, with their uids, that have not ended and have resources of this domain, or will have."""
+    def wanting(self, domain: str) -> Mapping[PodRef, Mapping[str, int]]:
+        """The pods, with their uids, that have not ended and have resources of this domain, or will have.
+
+        With how many of each, by its name without the domain.
+        """
         ...
 
 
@@ -101,25 +108,42 @@ def read_pod(obj: object) -> tuple[PodKey, PodState] | None:
     ended = reached in ("Succeeded", "Failed")
     terminating = metadata.get("deletionTimestamp") is not None
     phase = PodPhase.ENDED if ended else PodPhase.TERMINATING if terminating else PodPhase.RUNNING
-    resources = (
-        frozenset[str]() if ended else frozenset(_extended_resources(obj.get("spec"), pending=reached == "Pending"))
-    )
-    return (namespace, name), PodState(uid, phase, resources)
+    spec = None if ended else obj.get("spec")
+    return (namespace, name), PodState(uid, phase, MappingProxyType(_allocated(spec)))
 
 
-def _extended_resources(spec: object, *, pending: bool) -> Iterator[str]:
-    """Names with a domain among the limits of the containers, and of the init containers that may still run."""
-    for kind in ("containers", "initContainers"):
-        containers = spec.get(kind) if isinstance(spec, dict) else None
-        for container in containers if isinstance(containers, list) else ():
-            if not isinstance(container, dict):
-                continue
-            if kind == "initContainers" and not pending and container.get("restartPolicy") != "Always":
-                continue
-            resources = container.get("resources")
-            limits = resources.get("limits") if isinstance(resources, dict) else None
-            if isinstance(limits, dict):
-                yield from (name for name in limits if isinstance(name, str) and "/" in name)
+def _allocated(spec: object) -> dict[str, int]:
+    """What the kubelet allocates of each extended resource: an init container that ends passes its devices on, so the
+    most that is in use at one time."""
+    total, most = Counter[str](), Counter[str]()
+    for kind in ("initContainers", "containers"):
+        for container in _containers(spec, kind):
+            limits = dict(_extended_resources(container))
+            if kind == "containers" or container.get("restartPolicy") == "Always":
+                total.update(limits)
+            else:
+                most |= total + Counter(limits)
+    return dict(most | total)
+
+
+def _containers(spec: object, kind: str) -> Iterator[dict[str, Any]]:
+    containers = spec.get(kind) if isinstance(spec, dict) else None
+    yield from (one for one in (containers if isinstance(containers, list) else ()) if isinstance(one, dict))
+
+
+def _extended_resources(container: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """Names with a domain among the limits, with their counts."""
+    resources = container.get("resources")
+    limits = resources.get("limits") if isinstance(resources, dict) else None
+    for name, count in limits.items() if isinstance(limits, dict) else ():
+        if isinstance(name, str) and "/" in name:
+            yield name, int(count) if isinstance(count, str) and count.isascii() and count.isdigit() else MANY
+
+
+def of_domain(resources: Mapping[str, int], domain: str) -> dict[str, int]:
+    """Those of a domain that are wanted at all, by their names without it."""
+    prefix = domain + "/"
+    return {name.removeprefix(prefix): n for name, n in resources.items() if name.startswith(prefix) and n > 0}
 
 
 class OwnPods:
@@ -147,14 +171,10 @@ class OwnPods:
             return None
         return PodRef(namespace, name, state.uid)
 
-    def wanting(self, domain: str) -> frozenset[PodRef]:
+    def wanting(self, domain: str) -> Mapping[PodRef, Mapping[str, int]]:
         """See PodView.wanting."""
-        prefix = domain + "/"
-        return frozenset(
-            PodRef(*key, state.uid)
-            for key, state in self._pods.items()
-            if any(name.startswith(prefix) for name in state.resources)
-        )
+        found = {PodRef(*key, state.uid): of_domain(state.resources, domain) for key, state in self._pods.items()}
+        return {pod: counts for pod, counts in found.items() if counts}
 
     def ended(self, namespace: str, name: str) -> bool:
         """See PodView.ended."""

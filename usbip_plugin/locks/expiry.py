@@ -18,6 +18,9 @@ logger = logging.getLogger(__name__)
 
 # Session reads in one round; the holders beyond it wait for a later round.
 MAX_READS = 64
+# Of the duration: how often the session behind an expired lock is read. It is read once more before a takeover, and a
+# holder that comes back and wants the device writes the lock; until then every node of the cluster reads it.
+EXPIRED_BEATS = 4.0
 # The least time between two rounds, so that a clock's rounding never makes them spin.
 MIN_ROUND_S = 0.05
 
@@ -40,16 +43,26 @@ class ExpiryWatch:
     ) -> None:
         self._store, self._view, self._node, self._clock = store, view, node, clock
         self._duration, self._rules, self._notify = duration, rules, notify
-        self._importable: frozenset[str] = frozenset()
+        self._importable: set[str] = set()
         self._observed: dict[str, Observation] = {}
         self._wake = asyncio.Event()
 
     def set_importable(self, device_ids: frozenset[str]) -> None:
         """The devices that servers list as free to import now. An observation of any other ends."""
-        self._importable = device_ids
+        self._importable = set(device_ids)
         for device_id in self._observed.keys() - device_ids:
             self._forget(device_id)
         self._look()
+
+    def importable_changed(self, device_id: str, *, importable: bool) -> None:
+        """The same where it has changed for this device alone."""
+        if importable:
+            self._importable.add(device_id)
+            self._wake_for(device_id)
+        else:
+            self._importable.discard(device_id)
+            if device_id in self._observed:
+                self._forget(device_id)
 
     def importable(self, device_id: str) -> bool:
         return device_id in self._importable
@@ -60,7 +73,7 @@ class ExpiryWatch:
     def lock_changed(self, device_id: str) -> None:
         """To be called when the view has another record of a lock."""
         self._observed.pop(device_id, None)
-        self._look()
+        self._wake_for(device_id)
 
     async def confirm(self, lease: Lease) -> Observation | None:
         """Reads the holder's session once more; what is then known of the lock. KubeError if it cannot be read."""
@@ -85,9 +98,21 @@ class ExpiryWatch:
         found: dict[str, list[Lease]] = {}
         leases = [lease for device_id in self._importable if (lease := self._view.lease(device_id)) is not None]
         for lease in sorted(leases, key=self._last_seen):
-            if not is_free(lease) and lease.holder != self._node:
+            if self._by_another(lease) and not self._read_lately(lease):
                 found.setdefault(lease.holder, []).append(lease)
         return found
+
+    def _by_another(self, lease: Lease) -> bool:
+        return not is_free(lease) and lease.holder != self._node
+
+    def _read_lately(self, lease: Lease) -> bool:
+        observation = self._observed.get(lease.name)
+        now = self._clock.monotonic()
+        return (
+            observation is not None
+            and expired(observation)
+            and now - observation.seen < EXPIRED_BEATS * self._duration - MIN_ROUND_S
+        )
 
     def _last_seen(self, lease: Lease) -> tuple[float, str]:
         observation = self._observed.get(lease.name)
@@ -116,18 +141,25 @@ class ExpiryWatch:
             self._notify(lease.name)
 
     def _next_round(self) -> float:
-        """Seconds: a quarter of the duration, or less when an observation comes of age before."""
+        """Seconds: a quarter of the duration, or less when an observation comes of age before; longer if all have."""
         now = self._clock.monotonic()
-        ages = [
+        waits = [
             observation.since + observation.duration - now
             for observation in self._observed.values()
             if not expired(observation)
         ]
-        return max(MIN_ROUND_S, min([self._duration * BEAT_FRACTION, *ages]))
+        most = EXPIRED_BEATS if self._observed and not waits else BEAT_FRACTION
+        return max(MIN_ROUND_S, min([self._duration * most, *waits]))
 
     def _look(self) -> None:
         """Begin a round now if a lock has come that nobody observes yet."""
-        if any(lease.name not in self._observed for leases in self._candidates().values() for lease in leases):
+        for device_id in self._importable:
+            self._wake_for(device_id)
+
+    def _wake_for(self, device_id: str) -> None:
+        lease = self._view.lease(device_id)
+        unobserved = device_id in self._importable and device_id not in self._observed
+        if unobserved and lease is not None and self._by_another(lease):
             self._wake.set()
 
     def _forget(self, device_id: str) -> None:

@@ -23,6 +23,8 @@ MAX_VERSION = 64
 MAX_HOLDER = 512
 MAX_NOTES = 16 * 1024
 MAX_OWN_NOTE = 1024
+_KEYS = {key: key for key in record.OWN}
+"""Each once: as texts of their own the keys of a lock are 1 KiB, and every node keeps every lock."""
 
 
 class KubernetesLeases:
@@ -140,10 +142,12 @@ def _short(value: Any, longest: int) -> str | None:
 
 def _strings(value: Any) -> Mapping[str, str]:
     """The texts of a mapping, as many as MAX_NOTES characters hold; this project's own first, whatever others add."""
-    texts = [(key, text) for key, text in _mapping(value).items() if isinstance(text, str)]
+    texts = {_KEYS.get(key, key): text for key, text in _mapping(value).items() if isinstance(text, str)}
+    if sum(map(len, texts)) + sum(map(len, texts.values())) <= MAX_NOTES:
+        return texts
     kept: dict[str, str] = {}
     room = MAX_NOTES
-    for key, text in sorted(texts, key=lambda item: item[0] not in record.OWN or len(item[1]) > MAX_OWN_NOTE):
+    for key, text in sorted(texts.items(), key=lambda item: item[0] not in record.OWN or len(item[1]) > MAX_OWN_NOTE):
         if len(key) + len(text) <= room:
             kept[key] = text
             room -= len(key) + len(text)

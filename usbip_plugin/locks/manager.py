@@ -24,7 +24,7 @@ from usbip_plugin.locks.session import Session
 from usbip_plugin.locks.store import Lease, LeaseStore
 from usbip_plugin.locks.view import LockChange, LockView
 from usbip_plugin.locks.writer import Effort, Writer, Written
-from usbip_plugin.model import DeviceKey, Lock, NodeIdentity, PodRef
+from usbip_plugin.model import DeviceKey, Identity, Lock, NodeIdentity, PodRef
 from usbip_plugin.spans import device_attributes, span
 
 logger = logging.getLogger(__name__)
@@ -182,6 +182,10 @@ class LockManager:
         """The devices that their servers list as free to import now. Only these are observed for expiry (R4)."""
         self._expiry.set_importable(device_ids)
 
+    def importable_changed(self, device_id: str, *, importable: bool) -> None:
+        """The same where it has changed for this device alone."""
+        self._expiry.importable_changed(device_id, importable=importable)
+
     def subscribe(self, callback: Callable[[LockChange], None]) -> Callable[[], None]:
         """callback is called at each change of a lock or its standing, in order, at once; it must be quick, not raise.
 
@@ -262,18 +266,19 @@ class LockManager:
         *,
         port: int | Unset | None = UNSET,
         pod: PodRef | Unset | None = UNSET,
-        serial: str | Unset | None = UNSET,
+        told: Identity | None = None,
     ) -> Lock:
-        """Write what is given onto the lock; None clears. LockLost, LockUnavailable."""
+        """Write what is given onto the lock; None clears port and pod. LockLost, LockUnavailable.
+
+        told: what the device has said of itself; of another device that stood there before nothing is kept.
+        """
         changes: dict[str, str | None] = {}
         if not isinstance(port, Unset):
             changes[record.PORT] = None if port is None else str(port)
         if not isinstance(pod, Unset):
             changes[record.POD] = record.pod_text(pod)
-        if not isinstance(serial, Unset):
-            changes[record.SERIAL] = serial
         async with self._device_lock(key.id):
-            return record.lock_of((await self._amend(key, changes)).lease)
+            return record.lock_of((await self._amend(key, changes, told)).lease)
 
     async def release(self, key: DeviceKey) -> None:
         """Clear the holder if it is this node; nothing happens otherwise. LockUnavailable.
@@ -284,9 +289,10 @@ class LockManager:
             async with self._device_lock(key.id):
                 await self._writer.drive(key, self._decide_release)
 
-    async def _amend(self, key: DeviceKey, changes: Mapping[str, str | None]) -> Written:
+    async def _amend(self, key: DeviceKey, changes: Mapping[str, str | None], told: Identity | None = None) -> Written:
         async def decide(lease: Lease | None, write: Write) -> Decision:
-            return self._rules.decide_amend(lease, write, changes)
+            known = lease.annotations if lease is not None else {}
+            return self._rules.decide_amend(lease, write, {**changes, **record.identity_notes(known, told)})
 
         outcome = await self._writer.drive(key, decide)
         if isinstance(outcome, Denied):

@@ -22,18 +22,19 @@ from datetime import datetime
 
 from usbip_plugin.locks import record
 from usbip_plugin.locks.store import Lease
-from usbip_plugin.model import DeviceKey, NodeIdentity
+from usbip_plugin.model import DeviceKey, Identity, NodeIdentity
 
 
 @dataclass(frozen=True, slots=True)
 class LockMeta:
-    """What the holder writes about a device besides its own name. serial None leaves a known one standing.
+    """What the holder writes about a device besides its own name.
 
+    told: what the device has said itself, laid over what is known of it.
     in_place_of: the ID of the device that is to be attached from here; None if it is for this very one.
     """
 
     usb_id: str | None = None
-    serial: str | None = None
+    told: Identity | None = None
     traceparent: str | None = None
     in_place_of: str | None = None
 
@@ -258,9 +259,9 @@ def _meta_notes(lease: Lease, key: DeviceKey, meta: LockMeta) -> dict[str, str |
     if meta.usb_id is not None:
         notes[record.USB_ID] = meta.usb_id
         if lease.annotations.get(record.USB_ID, meta.usb_id) != meta.usb_id:
-            notes[record.SERIAL] = None  # read from another device under the same bus id
-    if meta.serial is not None:
-        notes[record.SERIAL] = meta.serial
+            # read from another device under the same bus id
+            notes.update(dict.fromkeys((record.SERIAL, record.INTERFACES, record.READ_FROM)))
+    notes.update(record.identity_notes(record.with_notes(lease.annotations, notes), meta.told))
     if meta.traceparent is not None:
         notes[record.TRACEPARENT] = meta.traceparent
     return notes

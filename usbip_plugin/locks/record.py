@@ -11,7 +11,15 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from usbip_plugin.locks.store import Lease
-from usbip_plugin.model import DEVICE_ID_PREFIX, SESSION_PREFIX, DeviceKey, Lock, PodRef
+from usbip_plugin.model import (
+    DEVICE_ID_PREFIX,
+    SESSION_PREFIX,
+    DeviceKey,
+    Identity,
+    InterfaceClass,
+    Lock,
+    PodRef,
+)
 
 DOMAIN = "usbip.dev/"
 LABEL = DOMAIN + "lease"
@@ -22,6 +30,10 @@ SERVER = DOMAIN + "server"
 BUSID = DOMAIN + "busid"
 USB_ID = DOMAIN + "usb-id"
 SERIAL = DOMAIN + "serial"
+INTERFACES = DOMAIN + "interfaces"
+"""Class, subclass and protocol of each, as udev writes them: "080650,ff0000"."""
+READ_FROM = DOMAIN + "read-from"
+"""bus:device number of what told serial number and interfaces."""
 BOOT_ID = DOMAIN + "boot-id"
 PORT = DOMAIN + "vhci-port"
 POD = DOMAIN + "pod"
@@ -30,16 +42,24 @@ IN_PLACE_OF = DOMAIN + "in-place-of"
 WRITE_ID = DOMAIN + "write-id"
 BY_HAND = "released-by-hand"
 """Instead of the mark by which a plugin knows its own write again: a person has emptied the lock."""
-OWN = frozenset({LABEL, SERVER, BUSID, USB_ID, SERIAL, BOOT_ID, PORT, POD, TRACEPARENT, IN_PLACE_OF, WRITE_ID})
+OWN = frozenset(
+    {
+        *(LABEL, SERVER, BUSID, USB_ID, SERIAL, INTERFACES, READ_FROM),
+        *(BOOT_ID, PORT, POD, TRACEPARENT, IN_PLACE_OF, WRITE_ID),
+    }
+)
 
 # The longest a holder may ask others to wait for it (seconds); more is a mistake or malice.
 MAX_DURATION_S = 3600.0
 _MAX_TEXT = 256
 _MAX_NAME = 253
 _MAX_EPOCH = 2**31 - 1
+MAX_INTERFACES = 32
 
 _DEVICE_ID = re.compile(DEVICE_ID_PREFIX + "[a-z2-7]{20}")
 _USB_ID = re.compile("[0-9a-f]{4}:[0-9a-f]{4}")
+_INTERFACES = re.compile(f"([0-9a-f]{{6}}(,[0-9a-f]{{6}}){{0,{MAX_INTERFACES - 1}}})?")
+_READ_FROM = re.compile("([0-9]{1,5}):([0-9]{1,5})")
 _PORT = re.compile("[0-9]{1,4}")
 _TRACEPARENT = re.compile("[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 _DNS = re.compile("[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
@@ -80,6 +100,8 @@ def lock_of(lease: Lease) -> Lock:
         traceparent=_match(_TRACEPARENT, notes.get(TRACEPARENT)),
         in_place_of=_match(_DEVICE_ID, notes.get(IN_PLACE_OF)),
         by_hand=not lease.holder and notes.get(WRITE_ID) == BY_HAND,
+        interfaces=interfaces_of(notes.get(INTERFACES)),
+        read_from=read_from_of(notes.get(READ_FROM)),
     )
 
 
@@ -112,6 +134,39 @@ def pod_of(text: str | None) -> PodRef | None:
 
 def pod_text(pod: PodRef | None) -> str | None:
     return None if pod is None else str(pod) + (f"/{pod.uid}" if pod.uid else "")
+
+
+def interfaces_of(text: str | None) -> tuple[InterfaceClass, ...] | None:
+    found = _match(_INTERFACES, text)
+    if found is None:
+        return None
+    return tuple(InterfaceClass(*bytes.fromhex(part)) for part in found.split(",") if part)
+
+
+def interfaces_text(interfaces: tuple[InterfaceClass, ...] | None) -> str | None:
+    """Cut at MAX_INTERFACES, as many as USB allows."""
+    if interfaces is None:
+        return None
+    return ",".join(f"{i.class_:02x}{i.subclass:02x}{i.protocol:02x}" for i in interfaces[:MAX_INTERFACES])
+
+
+def read_from_of(text: str | None) -> int | None:
+    """A devid, see Descriptor."""
+    match = _READ_FROM.fullmatch(text or "")
+    bus, device = (int(match[1]), int(match[2])) if match else (1 << 16, 0)
+    return bus << 16 | device if bus < 1 << 16 and device < 1 << 16 else None
+
+
+def identity_notes(notes: Mapping[str, str], told: Identity | None) -> dict[str, str | None]:
+    """The annotations that say what a device has told, to be laid over these; of another device nothing is kept."""
+    if told is None or told.devid is None:
+        return {}
+    same = read_from_of(notes.get(READ_FROM)) == told.devid and (
+        told.serial is None or notes.get(SERIAL, told.serial) == told.serial
+    )
+    said = {SERIAL: told.serial, INTERFACES: interfaces_text(told.interfaces)}
+    found = {name: value for name, value in said.items() if value is not None or not same}
+    return {**found, READ_FROM: f"{told.devid >> 16}:{told.devid & 0xFFFF}"}
 
 
 def device_notes(key: DeviceKey) -> dict[str, str]:

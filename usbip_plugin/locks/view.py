@@ -19,6 +19,16 @@ class LockChange:
     old: Lock | None
     new: Lock | None
 
+    @property
+    def former(self) -> str:
+        """Who held it; "" for nobody."""
+        return self.old.holder if self.old is not None else ""
+
+    @property
+    def holder(self) -> str:
+        """Who holds it now; "" for nobody."""
+        return self.new.holder if self.new is not None else ""
+
 
 def newer(version: str, than: str) -> bool:
     """Whether a resourceVersion is later. Kubernetes promises integers since 1.35; anything else counts as later."""

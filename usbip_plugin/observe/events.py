@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import random
 from collections import OrderedDict
@@ -28,6 +29,10 @@ REFILL_S = 2.0
 """After a burst, one event per this many seconds."""
 MAX_NOTE_BYTES = 1000
 """The API takes 1024."""
+MAX_INSTANCE = 128
+"""Characters the API takes for who reports; a node's name has up to 253."""
+_INSTANCE_END = 55
+_MAX_ABOUT = 200
 _REMEMBERED = 256
 
 NORMAL = "Normal"
@@ -63,7 +68,11 @@ class EventText:
 
 
 def event_body(identity: NodeIdentity, text: EventText, pod: PodRef | None, name: str, when: str) -> dict[str, Any]:
-    """An events.k8s.io/v1 Event about the pod, or about the node if pod is None. when: RFC 3339 with microseconds."""
+    """An events.k8s.io/v1 Event about the pod, or about the node if pod is None. when: RFC 3339 with microseconds.
+
+    The node's whole name is in every one: of a node that is too long for reportingInstance, at the end of the note.
+    """
+    instance, told = instance_of(identity.node), ""
     if pod is None:
         # the uid of a Node event is the node's name: that is how the kubelet writes them and kubectl finds them
         regarding = {"kind": "Node", "apiVersion": "v1", "name": identity.node, "uid": identity.node}
@@ -71,6 +80,8 @@ def event_body(identity: NodeIdentity, text: EventText, pod: PodRef | None, name
         regarding = {"kind": "Pod", "apiVersion": "v1", "name": pod.name, "namespace": pod.namespace}
         if pod.uid:
             regarding["uid"] = pod.uid
+        if instance != identity.node:
+            told = f" (node {identity.node})"
     return {
         "apiVersion": "events.k8s.io/v1",
         "kind": "Event",
@@ -79,11 +90,28 @@ def event_body(identity: NodeIdentity, text: EventText, pod: PodRef | None, name
         "type": text.type,
         "reason": text.reason,
         "action": text.action,
-        "note": _cut(text.note),
+        "note": _cut(text.note, MAX_NOTE_BYTES - len(told)) + told,
         "regarding": regarding,
         "reportingController": CONTROLLER,
-        "reportingInstance": identity.node,
+        "reportingInstance": instance,
     }
+
+
+def instance_of(node: str) -> str:
+    """Who reports, in MAX_INSTANCE characters at most: the node, or both ends of its name and a digest.
+
+    The admission policy works the ends out again and has no digests (rbac/40-admission.yaml). "~" is in no node's name,
+    so that none is taken for another whose name is short.
+    """
+    if len(node) <= MAX_INSTANCE:
+        return node
+    digest = hashlib.sha256(node.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return f"{node[:_INSTANCE_END]}~{node[-_INSTANCE_END:]}~{digest}"
+
+
+def event_name(about: str, mark: int) -> str:
+    """A new Event's name: what it is about, as far as there is room, and a random mark of 64 bits."""
+    return f"{about[:_MAX_ABOUT].rstrip('.-')}.{mark:016x}"
 
 
 def namespace_of(pod: PodRef | None) -> str:
@@ -91,10 +119,10 @@ def namespace_of(pod: PodRef | None) -> str:
     return pod.namespace if pod else "default"
 
 
-def _cut(note: str) -> str:
-    note = redacted(note, MAX_NOTE_BYTES)
+def _cut(note: str, most: int) -> str:
+    note = redacted(note, most)
     data = note.encode("utf-8", "replace")
-    return note if len(data) <= MAX_NOTE_BYTES else data[:MAX_NOTE_BYTES].decode("utf-8", "ignore") + "..."
+    return note if len(data) <= most else data[:most].decode("utf-8", "ignore") + "..."
 
 
 class EventRecorder:
@@ -157,7 +185,7 @@ class EventRecorder:
             self._identity,
             text,
             pod,
-            f"{about[:200]}.{self._rng.getrandbits(64):016x}",
+            event_name(about, self._rng.getrandbits(64)),
             self._clock.now().strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
         )
         async for attempt in api_write(self._clock, self._rng):

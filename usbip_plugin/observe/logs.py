@@ -80,15 +80,17 @@ def fields_of(record: logging.LogRecord) -> dict[str, object]:
 
 
 def _flatten(key: str, value: object, into: dict[str, object]) -> None:
-    if isinstance(value, Mapping):
-        for name, inner in value.items():
-            _flatten(f"{key}.{name}", inner, into)
+    if isinstance(value, str):  # first, because most are texts, and what Mapping is takes long to find out
+        into[key] = _cut(value, MAX_TEXT)
+    elif value is None or isinstance(value, int | float):
+        into[key] = value
     elif isinstance(value, list | tuple | set | frozenset):
         into[key] = [_cut(str(item), MAX_ITEM) for item in islice(value, MAX_ITEMS)]
-    elif value is None or isinstance(value, float | bool):
-        into[key] = value
+    elif isinstance(value, Mapping):
+        for name, inner in value.items():
+            _flatten(f"{key}.{name}", inner, into)
     else:
-        into[key] = value if isinstance(value, int) else _cut(str(value), MAX_TEXT)
+        into[key] = _cut(str(value), MAX_TEXT)
 
 
 def _cut(text: str, longest: int) -> str:

@@ -1,27 +1,19 @@
 """Prometheus metrics in a registry of their own: what is counted as it happens.
 
-The first four have the names and labels of the Go program. docs/metrics.md has them all.
+Their names and labels are in docs/metrics.md; four of them are those of the Go program.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
-from prometheus_client import (
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    ProcessCollector,
-    disable_created_metrics,
-    generate_latest,
-)
-from prometheus_client.exposition import CONTENT_TYPE_LATEST
-from prometheus_client.registry import Collector
+from prometheus_client.metrics import Counter, Gauge, Histogram, disable_created_metrics
+from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.registry import Collector, CollectorRegistry
 
-from usbip_plugin.model import Reason
+from usbip_plugin.model import Advertised
+from usbip_plugin.observe.by_resource import ResourceCollector
 
 PREFIX = "usbip_device_plugin_"
 STEP_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
@@ -42,27 +34,12 @@ class Metrics:
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
-        label = ("resource",)
-        self._available = self._gauge("available_devices", "Devices offered as healthy.", label)
-        self._attached = self._gauge("attached_devices", "Devices attached to this node.", label)
+        self._resources = ResourceCollector(PREFIX)
+        self.registry.register(self._resources)
         self._gauge("tasks", "Tasks of the event loop.", ()).set_function(_tasks)
-        self._allocations = self._counter("allocations", "Allocates that were answered with devices.", label)
-        # The Go program names it device_plugin_restarts_total and exports it with the prefix.
-        restarts = "Times the plugin of a resource was served and registered anew."
-        self._restarts = self._counter("restarts", restarts, label)
-        self._restarts_unprefixed = Counter("device_plugin_restarts", restarts, label, registry=self.registry)
-        self._by_reason = self._gauge(
-            "devices", "Devices by the reason they are advertised as they are.", (*label, "reason")
-        )
         self._steps = self._histogram("step_seconds", "Time taken by one step of Allocate or release.", ("step",))
         self._allocates = self._histogram(
             "allocate_seconds", "Time from an Allocate to its outcome.", ("result",), ALLOCATE_BUCKETS_S
-        )
-        self._denials = self._counter(
-            "allocate_denials", "Allocates refused because another node holds the device.", label
-        )
-        self._failures = self._counter(
-            "allocate_failures", "Allocates that failed for another reason.", (*label, "reason")
         )
         self._withdrawals = self._histogram(
             "withdrawal_seconds",
@@ -78,9 +55,6 @@ class Metrics:
         )
         self._losses = self._counter("attachments_lost", "Attachments that ended without this node's doing.", ())
         self._reattaches = self._counter("reattaches", "Tries to attach a lost device again.", ("result",))
-        self._registrations = self._counter(
-            "kubelet_registrations", "Registrations that the kubelet accepted and listens to.", label
-        )
         self._api_errors = self._counter("api_errors", "Requests to the API server that failed.", ("verb", "reason"))
         self._reloads = self._counter("config_reloads", "Changes of the configuration file.", ("result",))
         self._reload_failed = self._gauge(
@@ -111,53 +85,44 @@ class Metrics:
         for result in ("success", "failure"):
             self._reloads.labels(result)
 
-    def expect_resource(self, resource: str, failures: Iterable[str]) -> None:
-        """The counters of a resource exist from now on. failures: the reasons an Allocate may fail for."""
-        for counter in (
-            self._allocations,
-            self._restarts,
-            self._restarts_unprefixed,
-            self._denials,
-            self._registrations,
-        ):
-            counter.labels(resource)
+    def expect_resource(self, resource: str, failures: Iterable[str], pre_starts: Iterable[str]) -> None:
+        """The counters of a resource exist from now on. failures, pre_starts: what they may fail for."""
+        counted = self._resources.of(resource)
         for reason in failures:
-            self._failures.labels(resource, reason)
+            counted.failures.setdefault(reason, 0)
+        for reason in pre_starts:
+            counted.pre_start_failures.setdefault(reason, 0)
 
-    def devices(self, resource: str, reasons: Mapping[Reason, int]) -> None:
-        """The devices of a resource, counted by reason; sets the gauges."""
-        self._available.labels(resource).set(sum(count for reason, count in reasons.items() if reason.healthy))
-        self._attached.labels(resource).set(reasons.get(Reason.ATTACHED, 0))
-        for reason in Reason:
-            self._by_reason.labels(resource, reason.name.lower()).set(reasons.get(reason, 0))
+    def devices(self, resource: str, devices: tuple[Advertised, ...]) -> None:
+        """The devices of a resource, for the gauges."""
+        self._resources.of(resource).devices = devices
 
     def forget(self, resource: str) -> None:
-        """The resource is not configured any more. Its counters stay, as counters must."""
-        with contextlib.suppress(KeyError):  # never counted
-            self._available.remove(resource)
-            self._attached.remove(resource)
-            for reason in Reason:
-                self._by_reason.remove(resource, reason.name.lower())
+        """The resource is not offered any more. If it is again one day, its counters begin at 0."""
+        self._resources.forget(resource)
 
     def allocated(self, resource: str) -> None:
-        self._allocations.labels(resource).inc()
+        self._resources.of(resource).allocations += 1
 
     def allocate(self, result: str, seconds: float) -> None:
         self._allocates.labels(result).observe(seconds)
 
     def denied(self, resource: str) -> None:
-        self._denials.labels(resource).inc()
+        self._resources.of(resource).denials += 1
 
     def failed(self, resource: str, reason: str) -> None:
         """reason: one of few; never an error's text."""
-        self._failures.labels(resource, reason).inc()
+        self._resources.of(resource).failures[reason] += 1
+
+    def pre_start_failed(self, resource: str, reason: str) -> None:
+        """reason: as for failed()."""
+        self._resources.of(resource).pre_start_failures[reason] += 1
 
     def restarted(self, resource: str) -> None:
-        self._restarts.labels(resource).inc()
-        self._restarts_unprefixed.labels(resource).inc()
+        self._resources.of(resource).restarts += 1
 
     def registered(self, resource: str) -> None:
-        self._registrations.labels(resource).inc()
+        self._resources.of(resource).registrations += 1
 
     def step(self, name: str, seconds: float) -> None:
         """name: one of few, such as lock, import, attach; never a device or a pod."""
@@ -196,6 +161,9 @@ class Metrics:
 
     def render(self) -> tuple[bytes, str]:
         """The exposition text and its content type."""
+        # imported here: it brings HTTP servers and clients, 1 MiB for who is not scraped
+        from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest  # noqa: PLC0415
+
         return generate_latest(self.registry), CONTENT_TYPE_LATEST
 
     def _gauge(self, name: str, text: str, labels: tuple[str, ...]) -> Gauge:

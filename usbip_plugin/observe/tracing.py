@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import re
 import threading
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -50,6 +51,10 @@ SHUTDOWN_S = 0.8
 """What is not exported within this time at the end is lost."""
 RECENT_TRACES = 64
 MAX_SPANS_PER_TRACE = 128
+RECENT_SPANS = 2048
+"""Of all traces together: 2 MiB. An Allocate's has about 8."""
+MAX_UNREAD_SPANS = 128
+"""Kept as they are until somebody reads them: 3 KB each, twice as much as what is shown of them."""
 MAX_EVENTS_PER_SPAN = 16
 MAX_TEXT_CHARACTERS = 256
 
@@ -94,27 +99,61 @@ class SpanRecord:
         return (self.end_ns - self.start_ns) / 1e9
 
 
+@dataclass(slots=True)
+class KeptSpan:
+    """A span that has ended: itself until somebody reads it, then what is shown of it."""
+
+    span: ReadableSpan | None
+    record: SpanRecord | None = None
+
+    def read(self) -> SpanRecord | None:
+        """None if it was forgotten before."""
+        if self.span is not None:
+            self.record, self.span = _record(self.span), None
+        return self.record
+
+    def forget(self) -> None:
+        """Nobody will read it."""
+        self.span = None
+
+
 class RecentSpans(SpanProcessor):
     """Keeps the last traces, at most `traces` of them and MAX_SPANS_PER_TRACE spans of each: its first and its last.
+    There are fewer traces where they have many spans: all together have RECENT_SPANS at most.
 
     Thread-safe. One may be given to the providers of several nodes; a trace then holds the spans of all of them.
     """
 
     def __init__(self, traces: int = RECENT_TRACES) -> None:
         self._limit = traces
-        self._traces: OrderedDict[str, list[SpanRecord]] = OrderedDict()
+        self._traces: OrderedDict[str, list[KeptSpan]] = OrderedDict()
+        self._spans = 0
+        self._unread: deque[KeptSpan] = deque()
         self._lock = threading.Lock()
 
     def on_end(self, span: ReadableSpan) -> None:
-        record = _record(span)
+        context = span.get_span_context()
+        trace_id = f"{context.trace_id if context else 0:032x}"
+        # most spans are of devices of other nodes, and forgotten before anybody reads them
+        kept = KeptSpan(None, _record(span)) if span.events else KeptSpan(span)  # an event may have a stack
         with self._lock:
-            spans = self._traces.setdefault(record.trace_id, [])
-            self._traces.move_to_end(record.trace_id)
-            spans.append(record)
+            spans = self._traces.setdefault(trace_id, [])
+            self._traces.move_to_end(trace_id)
+            spans.append(kept)
+            self._spans += 1
             if len(spans) > MAX_SPANS_PER_TRACE:
-                del spans[MAX_SPANS_PER_TRACE // 2]  # how it began and how it stands tell more than the middle
-            if len(self._traces) > self._limit:
-                self._traces.popitem(last=False)
+                # how it began and how it stands tell more than the middle
+                self._forget([spans.pop(MAX_SPANS_PER_TRACE // 2)])
+            while len(self._traces) > self._limit or self._spans > RECENT_SPANS:
+                self._forget(self._traces.popitem(last=False)[1])
+            self._unread.append(kept)
+            if len(self._unread) > MAX_UNREAD_SPANS:
+                self._unread.popleft().read()
+
+    def _forget(self, spans: Sequence[KeptSpan]) -> None:
+        self._spans -= len(spans)
+        for kept in spans:
+            kept.forget()
 
     def shutdown(self) -> None:
         """Nothing is lost: what was kept can still be read."""
@@ -125,12 +164,12 @@ class RecentSpans(SpanProcessor):
     def traces(self) -> tuple[tuple[SpanRecord, ...], ...]:
         """The traces kept, the one that was added to last at the end; spans in the order they ended."""
         with self._lock:
-            return tuple(tuple(spans) for spans in self._traces.values())
+            return tuple(map(_read, self._traces.values()))
 
     def trace(self, trace_id: str) -> tuple[SpanRecord, ...]:
         """Spans of one trace (32 hexadecimal digits), none if it is not kept."""
         with self._lock:
-            return tuple(self._traces.get(trace_id, ()))
+            return _read(self._traces.get(trace_id, ()))
 
 
 class _Recorded(Sampler):
@@ -309,6 +348,12 @@ def span_context_from(traceparent: str | None) -> SpanContext | None:
     """The same as a SpanContext, for links."""
     if not isinstance(traceparent, str) or len(traceparent) > _MAX_TRACEPARENT_CHARACTERS:
         return None
+    return _parsed(traceparent)
+
+
+# What changes about a device is a span and a line of the log in the same trace.
+@functools.lru_cache(maxsize=64)
+def _parsed(traceparent: str) -> SpanContext | None:
     match = _TRACEPARENT.fullmatch(traceparent)
     if match is None or match[1] == "ff" or (match[1] == "00" and match[5]):
         return None
@@ -316,6 +361,10 @@ def span_context_from(traceparent: str | None) -> SpanContext | None:
         int(match[2], 16), int(match[3], 16), is_remote=True, trace_flags=TraceFlags(int(match[4], 16))
     )
     return context if context.is_valid else None
+
+
+def _read(spans: Iterable[KeptSpan]) -> tuple[SpanRecord, ...]:
+    return tuple(record for kept in spans if (record := kept.read()) is not None)
 
 
 def _record(span: ReadableSpan) -> SpanRecord:

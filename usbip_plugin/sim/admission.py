@@ -89,6 +89,10 @@ class Admission:
         """A plugin for the resource is connected now."""
         return resource in self._primary
 
+    def plugins(self, resource: str) -> int:
+        """How many are connected for a resource: for a moment there may be two."""
+        return len(self._endpoints.get(resource, ()))
+
     def asks_before_start(self, resource: str) -> bool:
         """Whether the plugin that is connected asked for PreStartContainer."""
         endpoint = self._primary.get(resource)
@@ -150,16 +154,22 @@ class Admission:
         return dict(self._active)
 
     def held(self) -> tuple[ContainerDevices, ...]:
-        """What pod-resources lists: active pods. Not ordinary init containers, nor an Allocate in flight."""
+        """What pod-resources lists: active pods, also one that is being admitted. Not what init containers have that
+        end before the others start, nor an Allocate in flight."""
         if self.blind:
             return ()
         self.manager.release_except(self._active)
-        init = {(pod, c.name) for pod, containers in self._active.items() for c in containers if c.init}
+        init = {(pod, c.name) for pod, containers in self._active.items() for c in containers if c.passes_on}
         return tuple(
             ContainerDevices(PodRef(key[0].namespace, key[0].name), key[1], key[2], tuple(sorted(a.device_ids)))
             for key, a in self.manager.checkpoint.items()
             if key[:2] not in init
         )
+
+    def in_use(self) -> frozenset[str]:
+        """IDs of what pods have that are active, init containers included."""
+        self.manager.release_except(self._active)
+        return frozenset().union(*(allocation.device_ids for allocation in self.manager.checkpoint.values()))
 
     async def _admit(self, pod: PodRef, containers: tuple[ContainerSpec, ...]) -> None:
         reusable: dict[str, frozenset[str]] = {}
@@ -170,7 +180,7 @@ class Admission:
                 self.manager.release_except(self._active)
                 kept = reusable.get(resource, frozenset())
                 got = await self._allocate((pod, container.name, resource), needed, kept)
-                reusable[resource] = kept | got if container.init else kept - got
+                reusable[resource] = kept | got if container.passes_on else kept - got
 
     async def _allocate(self, key: AllocationKey, needed: int, reusable: frozenset[str]) -> frozenset[str]:
         resource = key[2]
@@ -178,10 +188,14 @@ class Admission:
         endpoint = self._primary.get(resource)
         if endpoint is None:
             raise AdmissionError(f"endpoint {resource} has been stopped")
+        preferred: Sequence[str] = ()
         try:
-            preferred: Sequence[str] = ()
             if missing and endpoint.preferred_available:
                 preferred = await endpoint.preferred(sorted(available | chosen), sorted(chosen), needed)
+        except EndpointError as error:
+            words = f"device plugin GetPreferredAllocation rpc failed with err: {error}"
+            raise AdmissionError(f"Allocate failed due to {words}, which is unexpected") from error
+        try:
             ids = self.manager.finish(key, chosen, available, missing, preferred)
             if ids:
                 self.seen.allocates.append((resource, ids))

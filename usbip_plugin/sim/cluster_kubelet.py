@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from usbip_plugin.kubelet.device_plugin import DevicePluginServer, DeviceStates
 from usbip_plugin.kubelet.pod_resources import LIST_TIMEOUT_S, ContainerDevices
 from usbip_plugin.model import PodRef
 from usbip_plugin.resources import Plugin
-from usbip_plugin.sim.device_manager import AdmissionError, Allocation, EndpointError
+from usbip_plugin.sim.device_manager import AdmissionError, Allocation, ContainerSpec, EndpointError
 from usbip_plugin.sim.local_kubelet import LocalKubelet
 from usbip_plugin.sim.steploop import Process, loop_of
 
@@ -52,11 +52,11 @@ class ClusterKubelet:
         self._streams: dict[_Stream, None] = {}
         self._admissions: dict[asyncio.Task[Any], None] = {}
 
-    async def admit(self, pod: PodRef, limits: dict[str, int]) -> str | None:
-        """None if the pod runs, else the kubelet's words; also if the kubelet is restarted meanwhile."""
+    async def admit(self, pod: PodRef, requests: Mapping[str, int] | Sequence[ContainerSpec]) -> str | None:
+        """None if the pod runs, else the kubelet's words; also if the kubelet is restarted meanwhile. See Admission."""
         if not self.up.is_set():
             return "the kubelet is down"
-        task = self.process.create_task(self.kubelet.admit(pod, limits), f"admit {pod}")
+        task = self.process.create_task(self.kubelet.admit(pod, requests), f"admit {pod}")
         self._admissions[task] = None
         try:
             await asyncio.wait([task])
@@ -71,9 +71,9 @@ class ClusterKubelet:
             raise error
         return None
 
-    async def start_container(self, pod: PodRef) -> dict[str, Allocation]:
-        """The one container of a pod is (re)started, see Admission.start_container. EndpointError."""
-        task = self.process.create_task(self.kubelet.start_container(pod, "app"), f"start a container of {pod}")
+    async def start_container(self, pod: PodRef, container: str = "app") -> dict[str, Allocation]:
+        """A container of a pod is (re)started, see Admission.start_container. EndpointError."""
+        task = self.process.create_task(self.kubelet.start_container(pod, container), f"start a container of {pod}")
         self._admissions[task] = None
         try:
             await asyncio.wait([task])

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import random
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
 from usbip_plugin.agent import Agent, Outside
 from usbip_plugin.claims import State
@@ -16,20 +16,19 @@ from usbip_plugin.locks.memory import RESOURCE, Fate, Lost, MemoryLeases, Operat
 from usbip_plugin.model import Descriptor, DeviceKey, NodeIdentity, PodRef
 from usbip_plugin.resources import Plugin
 from usbip_plugin.sim.cluster_kubelet import ClusterKubelet, LocalPodResources
+from usbip_plugin.sim.connector import MemoryConnector
+from usbip_plugin.sim.device_manager import Allocation, ContainerSpec
 from usbip_plugin.sim.kernel import SimulatedVhci
 from usbip_plugin.sim.local_kubelet import LocalKubelet
 from usbip_plugin.sim.loop import SimClock
-from usbip_plugin.sim.network import Host, MemoryConnector
+from usbip_plugin.sim.network import Host
 from usbip_plugin.sim.pods import AdmittedPods
 from usbip_plugin.sim.ports import SimulatedKernel
 from usbip_plugin.sim.specs import MemorySpecs, Resolved, resolve
 from usbip_plugin.sim.steploop import Process, loop_of
+from usbip_plugin.sim.surroundings import Surroundings
 from usbip_plugin.usbip.client import TcpUsbipClient
-from usbip_plugin.vhci.driver import VhciDriver
 from usbip_plugin.vhci.sysfs import PortStatus
-
-if TYPE_CHECKING:
-    from usbip_plugin.sim.cluster import Cluster
 
 ENUMERATION_DELAY = 0.3
 ATTACH_S = 0.003
@@ -43,7 +42,7 @@ STOP_S = 2.0
 class ClusterNode:
     """Its kernel and kubelet outlive its agent. host: freezes all of it; process: the agent's, None if none runs."""
 
-    def __init__(self, name: str, cluster: Cluster, clock: SimClock) -> None:
+    def __init__(self, name: str, cluster: Surroundings, clock: SimClock) -> None:
         self.name = name
         self.clock = clock
         self.boot = 1
@@ -113,6 +112,7 @@ class ClusterNode:
             tracer=cluster.spec.tracer(self.name),
             pods=self.known_pods,
             evict=self.evicted.append,
+            count_nodes=self._count_nodes,
         )
         self.agent = Agent(
             outside,
@@ -123,6 +123,11 @@ class ClusterNode:
             observer=cluster.spec.observer(self.name),
         )
         self._task = process.create_task(self.agent.run(), "agent")
+
+    async def _count_nodes(self) -> int:
+        if self.partitioned:
+            raise KubeUnreachable("list", "pods", "connection refused")
+        return self._cluster.spec.fleet or len(self._cluster.spec.names)
 
     async def stop(self) -> None:
         """As SIGTERM: the agent ends in order; attachments, locks and pods stay. Raises what it died of."""
@@ -267,9 +272,19 @@ class ClusterNode:
         """Admits a pod; None if it runs, the kubelet's words if it failed."""
         return await self.pods.admit(pod, {self._cluster.full(resource): count})
 
-    async def start_container(self, pod: PodRef) -> Resolved:
+    async def admit_containers(self, pod: PodRef, *containers: ContainerSpec) -> str | None:
+        """The same for a pod of several containers; limits by the resources' names without the domain."""
+        full = self._cluster.full
+        named = [replace(one, limits={full(name): n for name, n in one.limits.items()}) for one in containers]
+        return await self.pods.admit(pod, named)
+
+    def allocation(self, pod: PodRef, resource: str, container: str = "app") -> Allocation:
+        """What the kubelet has noted for a container."""
+        return self.kubelet.manager.checkpoint[pod, container, self._cluster.full(resource)]
+
+    async def start_container(self, pod: PodRef, container: str = "app") -> Resolved:
         """What its container gets by CDI when it is (re)started. EndpointError, UnresolvableDevice if it is not."""
-        answers = await self.pods.start_container(pod)
+        answers = await self.pods.start_container(pod, container)
         names = [name for answer in answers.values() for name in answer.cdi_devices]
         return resolve(self.specs.texts.values(), names)
 
@@ -332,8 +347,3 @@ class _LocalRegistrar:
 
     def plugin(self, server: DevicePluginServer, on_state: Callable[[Plugin], None]) -> Plugin:
         return self._pods.plugin(server, self._process, self._clock, on_state)
-
-
-def unchanged(driver: VhciDriver) -> VhciDriver:
-    """The driver as it is."""
-    return driver

@@ -24,7 +24,7 @@ def kernel(socket: Path, device_directory: Path | None, controllers: int) -> int
     """The exit status: 0 after a signal, 1 with a message if it could not run."""
     nodes = DeviceNodes(device_directory, socket.parent / JOURNAL) if device_directory is not None else None
     simulated = SimulatedKernel(SystemClock(), controllers=controllers, enumeration_delay=ENUMERATION_S)
-    service = KernelService(simulated, socket, nodes)
+    service = KernelService(simulated, socket, nodes, asking=True)
     listening = {"socket": str(socket), "ports": len(simulated.ports())}
     return _until_signal(service.run(listening=lambda: log.info("simulated kernel", extra=listening)))
 

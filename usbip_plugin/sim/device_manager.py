@@ -28,13 +28,27 @@ class EndpointError(Exception):
         super().__init__(f"rpc error: code = {code} desc = {details}")
 
 
+class KubeletPanic(Exception):
+    """A plugin has answered an Allocate of a device that its last list has not: a real kubelet ends there and then.
+
+    It looks up the topology of what was allocated (1.37, allocateContainerResources), and finds nothing.
+    """
+
+
 @dataclass(frozen=True, slots=True)
 class ContainerSpec:
-    """A container as far as devices go. limits: full resource name -> count."""
+    """A container as far as devices go. limits: full resource name -> count. restartable: an init container that
+    stays, as a sidecar."""
 
     name: str
     limits: Mapping[str, int]
     init: bool = False
+    restartable: bool = False
+
+    @property
+    def passes_on(self) -> bool:
+        """Whether it has ended before the next containers start, which are given its devices."""
+        return self.init and not self.restartable
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +165,10 @@ class DeviceManager:
         return result
 
     def insert(self, key: AllocationKey, allocation: Allocation) -> None:
-        """Allocate succeeded: into the checkpoint."""
+        """Allocate succeeded: into the checkpoint. KubeletPanic if the list does not have the device any more."""
+        listed = self.healthy.get(key[2], set()) | self.unhealthy.get(key[2], set())
+        if not allocation.device_ids <= listed:
+            raise KubeletPanic(f"nil pointer dereference: {key[2]} {sorted(allocation.device_ids - listed)}")
         self.checkpoint[key] = allocation
         self.recount()
 

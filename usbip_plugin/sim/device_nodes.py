@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 from usbip_plugin.model import Attachment, DeviceNode
@@ -63,10 +64,31 @@ class DeviceNodes:
         for path in missing:
             self._place(path).parent.mkdir(parents=True, exist_ok=True)
             self._make(self._place(path))
-        nodes = tuple(DeviceNode(node.path, node.kind, False, MAJOR, MINOR) for node in attachment.nodes)
+        nodes = tuple(dataclasses.replace(node, block=False, major=MAJOR, minor=MINOR) for node in attachment.nodes)
         return dataclasses.replace(attachment, nodes=nodes)
 
-    def keep(self, paths: tuple[str, ...]) -> None:
+    def make_one_of(self, nodes: Iterable[DeviceNode]) -> DeviceNode:
+        """Make the first whose path nobody has: other kernels may share this directory. OSError."""
+        for node in nodes:
+            place = self._place(node.path)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if node.path in self._paths:
+                continue
+            self._paths[node.path] = None
+            self._write()
+            try:
+                self._make(place)
+            except FileExistsError:
+                del self._paths[node.path]
+                self._write()
+            except OSError:
+                del self._paths[node.path]
+                raise
+            else:
+                return dataclasses.replace(node, block=False, major=MAJOR, minor=MINOR)
+        raise FileExistsError(errno.EEXIST, "all paths are taken", str(self._directory))
+
+    def keep(self, paths: Collection[str]) -> None:
         """Remove all nodes but these."""
         gone = [path for path in self._paths if path not in paths]
         for path in gone:

@@ -42,6 +42,8 @@ class ExportTable:
 
     violations: what must never happen, as sentences; empty unless exclusive was set to False, which makes the table
     export a device as often as it is asked for. granted counts imports with status 0, refused all others.
+    renumbers: a device has another number after each import. by_port: also one that is plugged in again has the same.
+    usbip-host does neither.
     """
 
     def __init__(self, devices: Iterable[VirtualDevice], clock: Clock, reset_time: float) -> None:
@@ -49,6 +51,8 @@ class ExportTable:
         self._exports: dict[str, _Export] = {}
         self._plugged: Counter[str] = Counter()
         self.exclusive = True
+        self.renumbers = False
+        self.by_port = False
         self.violations: list[str] = []
         self.granted = 0
         self.refused = 0
@@ -77,6 +81,7 @@ class ExportTable:
             if importer in export.importers:
                 export.importers.remove(importer)
                 export.free_at = self._clock.monotonic() + self._reset_time
+                export.plugged_before += int(self.renumbers)
 
     def devices(self) -> tuple[VirtualDevice, ...]:
         """Everything that is plugged in, free or not."""
@@ -103,7 +108,8 @@ class ExportTable:
         """ValueError if the bus id is taken."""
         if device.busid in self._exports:
             raise ValueError(f"{device.busid} is plugged in already")
-        self._exports[device.busid] = _Export(device, device.configured, self._plugged[device.busid])
+        before = 0 if self.by_port else self._plugged[device.busid]
+        self._exports[device.busid] = _Export(device, device.configured, before)
         self._plugged[device.busid] += 1
 
     def unplug(self, busid: str) -> None:

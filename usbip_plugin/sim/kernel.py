@@ -6,8 +6,9 @@ A new SimulatedVhci on the same kernel and node is a restarted plugin.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from usbip_plugin.errors import (
     AttachRefused,
@@ -21,7 +22,7 @@ from usbip_plugin.errors import (
 )
 from usbip_plugin.model import Attachment, Descriptor, DeviceKey
 from usbip_plugin.sim.ports import SimulatedKernel
-from usbip_plugin.vhci.driver import ABANDON_S, DriverReport, PortState
+from usbip_plugin.vhci.driver import ABANDON_S, ASKED_CHILD_WAIT_S, DriverReport, PortState
 from usbip_plugin.vhci.sysfs import Port, PortStatus, choose_port, hub_of
 
 __all__ = ["SimulatedKernel", "SimulatedVhci"]
@@ -102,10 +103,12 @@ class SimulatedVhci:
         descriptor: Descriptor,
         port: int,
         *,
-        children: tuple[str, ...] | None = None,  # noqa: ARG002 (here they are there from the start)
+        children: tuple[str, ...] | None = None,
+        children_timeout: float = ASKED_CHILD_WAIT_S,
         serial: str | None = None,
         timeout: float,
     ) -> Attachment:
+        deadline = self._kernel.clock.monotonic() + timeout
         try:
             await self._kernel.bell.until(lambda: self._appeared(port), self._kernel.clock, timeout=timeout)
         except TimeoutError:
@@ -114,19 +117,32 @@ class SimulatedVhci:
         except AttachStuck:
             await self.detach(port, timeout=ABANDON_S)
             raise
+        await self._check_id(key, descriptor, port)
         occupant = self._kernel.occupant(port)
-        if occupant is not None and occupant.usb_id != descriptor.usb_id:
-            await self.detach(port, timeout=ABANDON_S)
-            raise WrongDevice(key, descriptor.usb_id, occupant.usb_id)
         if occupant is not None and None not in (serial, occupant.serial) and occupant.serial != serial:
             await self.detach(port, timeout=ABANDON_S)
             raise WrongSerial(key, serial or "", occupant.serial or "", descriptor.devid)
         if occupant is not None:
             occupant.authorized = True
+            await self._bring(port, children or (), min(children_timeout, deadline - self._kernel.clock.monotonic()))
+            await self._check_id(key, descriptor, port)
         attachment = self._kernel.attachment(key, port)
         if attachment is None:
             raise AttachStuck(f"{key} on port {port} went away while it was probed")
         return attachment
+
+    async def _check_id(self, key: DeviceKey, descriptor: Descriptor, port: int) -> None:
+        occupant = self._kernel.occupant(port)
+        if occupant is not None and occupant.usb_id != descriptor.usb_id:
+            await self.detach(port, timeout=ABANDON_S)
+            raise WrongDevice(key, descriptor.usb_id, occupant.usb_id)
+
+    async def _bring(self, port: int, kinds: Sequence[str], limit: float) -> None:
+        """A simulated device has what is asked of it."""
+        with contextlib.suppress(TimeoutError):
+            await self._kernel.bell.until(
+                lambda: self._kernel.bring(port, kinds), self._kernel.clock, timeout=max(0.0, limit), recheck=limit + 1
+            )
 
     def _appeared(self, number: int) -> bool | None:
         status = self._ports()[number].status

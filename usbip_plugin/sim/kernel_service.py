@@ -11,14 +11,16 @@ import logging
 import os
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from usbip_plugin.errors import AttachRefused, VhciError, WrongDevice
-from usbip_plugin.model import Attachment
+from usbip_plugin.model import Attachment, Descriptor, DeviceKey
 from usbip_plugin.sim import kernel_wire as wire
 from usbip_plugin.sim.channel import Channel, Message
 from usbip_plugin.sim.device_nodes import DeviceNodes
+from usbip_plugin.sim.enumeration import drivers_children, enumerate_device
 from usbip_plugin.sim.kernel import SimulatedKernel, SimulatedVhci
 
 log = logging.getLogger(__name__)
@@ -35,11 +37,16 @@ _ON_A_PORT = ("enumerate", "inspect", "detach")
 
 
 class KernelService:
-    """One kernel for the drivers that connect to the socket at path. devices: None for nodes that do not exist."""
+    """One kernel for the drivers that connect to the socket at path. devices: None for nodes that do not exist.
 
-    def __init__(self, kernel: SimulatedKernel, path: Path, devices: DeviceNodes | None = None) -> None:
-        self._kernel, self._path, self._devices = kernel, path, devices
-        self._attached: dict[int, Attachment] = {}
+    asking: devices are asked who they are, and have the serial number and the child nodes that follow from it.
+    """
+
+    def __init__(
+        self, kernel: SimulatedKernel, path: Path, devices: DeviceNodes | None = None, *, asking: bool = False
+    ) -> None:
+        self._kernel, self._path, self._devices, self._asking = kernel, path, devices, asking
+        self._made: dict[int, tuple[int, set[str]]] = {}  # of a port: number of its occupant, paths of its nodes
 
     async def run(self, *, listening: Callable[[], None] = lambda: None) -> None:
         """Until cancelled; then every port falls free, as nothing outlives a kernel. OSError if it cannot listen."""
@@ -60,7 +67,6 @@ class KernelService:
                 for channel in channels:
                     channel.close()
                 self._kernel.reboot()
-                self._attached.clear()
                 self._look()
                 self._path.unlink(missing_ok=True)
 
@@ -68,28 +74,52 @@ class KernelService:
     def kernel(self) -> SimulatedKernel:
         return self._kernel
 
+    async def attach(self, driver: SimulatedVhci, key: DeviceKey, descriptor: Descriptor, fd: int) -> int:
+        """VhciDriver.attach, and what is learnt of the device."""
+        found = await enumerate_device(key, descriptor, fd, self._kernel.clock) if self._asking else None
+        port = await driver.attach(key, descriptor, fd)
+        occupant = self._kernel.occupant(port)
+        if found is None or occupant is None:
+            return port
+        occupant.asked, occupant.usb_id, occupant.serial = True, found.usb_id, found.serial
+        occupant.manufacturer, occupant.model = found.manufacturer, found.product
+        try:
+            for interface, name in drivers_children(found.usb_id, found.interfaces):
+                unused = self._kernel.unused(name)
+                node = self._devices.make_one_of(unused) if self._devices is not None else next(unused)
+                occupant.children.append(replace(node, interface=interface))
+                self._note(port, occupant.number, node.path)
+        except OSError as error:
+            self._kernel.free_port(port)
+            raise AttachRefused(f"no child node for {key}: {error}") from error
+        return port
+
     def provided(self, attachment: Attachment) -> Attachment:
         """The attachment as it is on this node, its nodes made. AttachRefused if they cannot be."""
-        if self._devices is None:
+        occupant = self._kernel.occupant(attachment.port)
+        if self._devices is None or occupant is None:
             return attachment
+        self._note(attachment.port, occupant.number, *(node.path for node in attachment.nodes))
         try:
-            made = self._devices.provide(attachment)
+            return self._devices.provide(attachment)
         except OSError as error:
             self._kernel.free_port(attachment.port)
             raise AttachRefused(f"no device node for {attachment.key}: {error}") from error
-        self._attached[attachment.port] = made
-        return made
+
+    def _note(self, port: int, occupant: int, *paths: str) -> None:
+        before = self._made.get(port)
+        if before is None or before[0] != occupant:
+            before = self._made[port] = (occupant, set())
+        before[1].update(paths)
 
     def _look(self) -> None:
-        """A port may have fallen free: its nodes go."""
-        gone = [port for port in self._attached if self._attached[port].local_busid != self._busid(port)]
-        for port in gone:
-            del self._attached[port]
+        """A port may have fallen free, or have another device: the nodes of the former go."""
+        for port, (number, _paths) in tuple(self._made.items()):
+            now = self._kernel.occupant(port)
+            if now is None or now.number != number:
+                del self._made[port]
         if self._devices is not None:
-            self._devices.keep(tuple(node.path for one in self._attached.values() for node in one.nodes))
-
-    def _busid(self, number: int) -> str | None:
-        return self._kernel.ports()[number].local_busid
+            self._devices.keep({path for _number, paths in self._made.values() for path in paths})
 
 
 class _Session:
@@ -152,12 +182,15 @@ class _Session:
             case "attach":
                 if fd is None:
                     raise AttachRefused("no socket came along")
-                return await driver.attach(wire.key_in(message["key"]), wire.descriptor_in(message["descriptor"]), fd)
+                key, descriptor = wire.key_in(message["key"]), wire.descriptor_in(message["descriptor"])
+                return await self._service.attach(driver, key, descriptor, fd)
             case "enumerate":
                 attachment = await driver.enumerate(
                     wire.key_in(message["key"]),
                     wire.descriptor_in(message["descriptor"]),
                     port,
+                    children=wire.kinds_in(message["children"]),
+                    children_timeout=wire.seconds_in(message["children_timeout"]),
                     timeout=timeout,
                 )
                 return wire.attachment_out(self._service.provided(attachment))

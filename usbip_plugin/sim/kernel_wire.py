@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, TypeVar
 
+from usbip_plugin.config.schema import CHILD_KINDS
 from usbip_plugin.errors import (
     AttachRefused,
     AttachStuck,
@@ -23,7 +24,7 @@ from usbip_plugin.vhci.sysfs import Hub, PortStatus
 
 T = TypeVar("T")
 
-VERSION = 2
+VERSION = 3
 MAX_TEXT = 8192
 MAX_ITEMS = 8192
 MAX_TIMEOUT_S = 3600.0
@@ -76,21 +77,40 @@ def attachment_out(attachment: Attachment | None) -> dict[str, Any] | None:
 
 def attachment_in(value: Any) -> Attachment:
     given = _fields(value)
-    serial = given["serial"]
     return Attachment(
         key_in(given["key"]),
         number_in(given["port"]),
         _text(given["local_busid"]),
         _usb_id(given["usb_id"]),
-        None if serial is None else _text(serial),
+        _text_or_none(given["serial"]),
         tuple(_node(node) for node in _items(given["nodes"])),
+        _text_or_none(given["manufacturer"]),
+        _text_or_none(given["model"]),
+        tuple(_text(name) for name in _items(given["net"])),
     )
 
 
 def _node(value: Any) -> DeviceNode:
     given = _fields(value)
-    numbers = (number_in(given["major"]), number_in(given["minor"]))
-    return DeviceNode(_text(given["path"]), _text(given["kind"]), _flag(given["block"]), *numbers)
+    interface = given["interface"]
+    return DeviceNode(
+        _text(given["path"]),
+        _text(given["kind"]),
+        _flag(given["block"]),
+        number_in(given["major"]),
+        number_in(given["minor"]),
+        None if interface is None else number_in(interface, most=0xFF),
+        number_in(given["partition"]),
+        _text(given["by_id"]),
+    )
+
+
+def kinds_in(value: Any) -> tuple[str, ...]:
+    """Kinds of child nodes."""
+    kinds = tuple(_text(kind) for kind in _items(value))
+    if not set(kinds) <= set(CHILD_KINDS):
+        raise ValueError("a kind of device nodes was expected")
+    return kinds
 
 
 def report_out(report: DriverReport) -> dict[str, Any]:
@@ -155,6 +175,10 @@ def _text(value: Any) -> str:
     if not isinstance(value, str) or len(value) > MAX_TEXT or not value.isprintable():
         raise ValueError("a printable text was expected")
     return value
+
+
+def _text_or_none(value: Any) -> str | None:
+    return None if value is None else _text(value)
 
 
 def _items(value: Any) -> list[Any]:

@@ -61,7 +61,8 @@ class _LocalEndpoint:
         async def call() -> Sequence[str]:
             return server.backend.preferred(server.resource, tuple(available), tuple(must), size)
 
-        answer: Sequence[str] = await self._transport(call())
+        with _errors():
+            answer: Sequence[str] = await self._transport(call())
         return answer
 
     async def allocate(self, ids: Sequence[str]) -> Allocation:

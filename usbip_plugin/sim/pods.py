@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from usbip_plugin.kubelet.pods import of_domain
 from usbip_plugin.model import PodRef
 from usbip_plugin.sim.admission import Admission
+from usbip_plugin.sim.device_manager import ContainerSpec
 
 
 class AdmittedPods:
@@ -13,7 +17,7 @@ class AdmittedPods:
 
     def __init__(self, kubelet: Admission) -> None:
         self._kubelet = kubelet
-        self._kept: dict[PodRef, frozenset[str]] | None = None
+        self._kept: dict[PodRef, Mapping[str, int]] | None = None
         self.synced = True
 
     def hold(self, *, synced: bool) -> None:
@@ -34,20 +38,27 @@ class AdmittedPods:
         """See PodView.ended. A pod that ended is not known any more."""
         return False
 
-    def wanting(self, domain: str) -> frozenset[PodRef]:
+    def wanting(self, domain: str) -> Mapping[PodRef, Mapping[str, int]]:
         """See PodView.wanting."""
-        prefix = domain + "/"
-        return frozenset(
-            pod for pod, resources in self._view().items() if any(name.startswith(prefix) for name in resources)
-        )
+        found = {pod: of_domain(resources, domain) for pod, resources in self._view().items()}
+        return {pod: counts for pod, counts in found.items() if counts}
 
-    def _view(self) -> dict[PodRef, frozenset[str]]:
+    def _view(self) -> dict[PodRef, Mapping[str, int]]:
         return self._now() if self._kept is None else self._kept
 
-    def _now(self) -> dict[PodRef, frozenset[str]]:
+    def _now(self) -> dict[PodRef, Mapping[str, int]]:
         return {
-            replace(pod, uid=pod.uid or f"uid-of-{pod.name}"): frozenset(
-                name for container in containers for name in container.limits
-            )
+            replace(pod, uid=pod.uid or f"uid-of-{pod.name}"): _allocated(containers)
             for pod, containers in self._kubelet.active().items()
         }
+
+
+def _allocated(containers: Sequence[ContainerSpec]) -> Mapping[str, int]:
+    """See PodState.resources."""
+    total, most = Counter[str](), Counter[str]()
+    for container in sorted(containers, key=lambda c: not c.init):
+        if container.passes_on:
+            most |= total + Counter(container.limits)
+        else:
+            total.update(container.limits)
+    return most | total

@@ -7,11 +7,12 @@ import contextlib
 import errno
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from usbip_plugin.clock import Clock
 from usbip_plugin.model import Attachment, Descriptor, DeviceKey, DeviceNode, UsbId
+from usbip_plugin.sim.children import every, linked
 from usbip_plugin.sim.socket import MemorySocket
 from usbip_plugin.vhci.sysfs import Hub, Port, PortStatus
 from usbip_plugin.vhci.waiting import Bell
@@ -19,22 +20,14 @@ from usbip_plugin.vhci.waiting import Bell
 FOREIGN_DEVID = 0xFFFF
 _USB_MAJOR = 189
 _DEVICES_PER_BUS = 128
-_NODES = {  # kind: (path prefix, major, block device)
-    "tty": ("/dev/ttyUSB", 188, False),
-    "hidraw": ("/dev/hidraw", 244, False),
-    "input": ("/dev/input/event", 13, False),
-    "video4linux": ("/dev/video", 81, False),
-    "block": ("/dev/sd", 8, True),
-    "sound": ("/dev/snd/pcmC", 116, False),
-    "usbmisc": ("/dev/usb/lp", 180, False),
-}
 
 
 @dataclass(slots=True)
 class Occupant:
     """What stands on a port. appears_at: kernel clock, from when on the device is enumerated (infinity: never).
 
-    serial: None where the simulation does not know it; then whatever is expected is believed.
+    serial: None where the simulation does not know it; then whatever is expected is believed. asked: the device has
+    said itself who it is, and its children are what follows from that.
     """
 
     number: int
@@ -44,7 +37,10 @@ class Occupant:
     devnum: int
     authorized: bool = False
     serial: str | None = None
-    children: dict[str, int] = field(default_factory=dict)  # kind: index of its node
+    manufacturer: str = ""
+    model: str = ""
+    asked: bool = False
+    children: list[DeviceNode] = field(default_factory=list)
     let_go: Callable[[], None] = lambda: None
 
 
@@ -75,13 +71,18 @@ class SimulatedKernel:
         self.marks: dict[str, dict[int, int]] = {}  # of each record: the number of the occupant it is of
         self.serials: dict[DeviceKey, str] = {}
         self.serial_of = serial_of or self.serials.get
-        self.child_kinds: dict[UsbId, tuple[str, ...]] = {}  # child nodes that devices of this id bring
+        self.child_kinds: dict[
+            UsbId, tuple[str, ...]
+        ] = {}  # child nodes that devices of this id bring, as in children.py
+        self.net: dict[UsbId, tuple[str, ...]] = {}  # network interfaces that devices of this id bring
+        self.driverless: set[str] = set()  # kinds for which no driver is loaded: who asks for them waits in vain
         self._per_hub = ports_per_hub
         self._controllers = controllers
         self._resolve = resolve
         self._occupants: dict[int, Occupant] = {}
         self._generation = 0
         self._devnums: dict[int, int] = {}
+        self._held: set[str] = set()
         self._stuck = 0
         self._refusals = 0
         self._impostors: list[UsbId] = []
@@ -108,6 +109,13 @@ class SimulatedKernel:
             self._occupy(port, None, UsbId(FOREIGN_DEVID, FOREIGN_DEVID))
         self.bell.ring()
         return tuple(port.number for port in taken)
+
+    def hold(self, path: str) -> None:
+        """Somebody keeps a child node open, whose device may go: its path is given to no other until let_go."""
+        self._held.add(path)
+
+    def let_go(self, path: str) -> None:
+        self._held.discard(path)
 
     def free_port(self, number: int) -> None:
         """Somebody detaches it, or its connection ends. Nothing if it is free."""
@@ -178,22 +186,49 @@ class SimulatedKernel:
         bus = _bus(row.controller, row.hub)
         path = f"/dev/bus/usb/{bus:03d}/{occupant.devnum:03d}"
         own = DeviceNode(path, "usb", False, _USB_MAJOR, (bus - 1) * _DEVICES_PER_BUS + occupant.devnum - 1)
-        children = sorted(_child(kind, index) for kind, index in occupant.children.items())
-        return Attachment(key, number, row.local_busid, occupant.usb_id, occupant.serial or None, (own, *children))
+        usb_id, serial = occupant.usb_id, occupant.serial or ""
+        nodes = (own, *linked(occupant.children, usb_id, occupant.manufacturer, occupant.model, serial))
+        texts = (occupant.manufacturer or None, occupant.model or None)
+        return Attachment(
+            key, number, row.local_busid, usb_id, serial or None, nodes, *texts, net=self.net.get(usb_id, ())
+        )
+
+    def bring(self, number: int, kinds: Sequence[str]) -> bool | None:
+        """What stands on the port has nodes of these kinds from now on; None while one of them has no driver.
+
+        A device that was asked who it is has what it has.
+        """
+        occupant = self._occupants.get(number)
+        if occupant is None:
+            return True
+        for kind in kinds:
+            if not occupant.asked and kind not in self.driverless and kind not in _kinds(occupant):
+                occupant.children.append(next(self.unused(kind)))
+        return True if _kinds(occupant) >= set(kinds) else None
+
+    def enumerate_anew(self, number: int, usb_id: UsbId | None = None) -> None:
+        """What stands on the port leaves the bus and comes back over the same connection, as something else perhaps."""
+        occupant, row = self._occupants[number], self.ports()[number]
+        bus = _bus(row.controller, row.hub)
+        self._devnums[bus] = occupant.devnum = self._devnums[bus] % (_DEVICES_PER_BUS - 1) + 1
+        occupant.usb_id = usb_id or occupant.usb_id
+        self.bell.ring()
+
+    def unused(self, name: str) -> Iterator[DeviceNode]:
+        """The child nodes of this name in children.py that no device here has, by index."""
+        used = self._held | {node.path for occupant in self._occupants.values() for node in occupant.children}
+        return (node for node in every(name) if node.path not in used)
 
     def _occupy(self, port: Port, descriptor: Descriptor | None, usb_id: UsbId) -> Occupant:
         bus = _bus(port.controller, port.hub)
         self._devnums[bus] = self._devnums.get(bus, 1) % (_DEVICES_PER_BUS - 1) + 1
         self._generation += 1
-        children = {kind: self._free_index(kind) for kind in self.child_kinds.get(usb_id, ())}
         appears_at = self.clock.monotonic() + (self.enumeration_delay if descriptor is not None else 0.0)
-        occupant = Occupant(self._generation, descriptor, usb_id, appears_at, self._devnums[bus], children=children)
+        occupant = Occupant(self._generation, descriptor, usb_id, appears_at, self._devnums[bus])
         self._occupants[port.number] = occupant
+        for name in self.child_kinds.get(usb_id, ()):
+            occupant.children.append(next(self.unused(name)))
         return occupant
-
-    def _free_index(self, kind: str) -> int:
-        used = {occupant.children.get(kind) for occupant in self._occupants.values()}
-        return next(index for index in range(len(used) + 1) if index not in used)
 
     def _refer(self, number: int, occupant: Occupant, fd: int) -> Callable[[], None]:
         def ended() -> None:
@@ -249,7 +284,5 @@ def _bus(controller: int, hub: Hub) -> int:
     return 3 + 2 * controller + (hub == "ss")
 
 
-def _child(kind: str, index: int) -> DeviceNode:
-    prefix, major, block = _NODES[kind]
-    name = chr(ord("a") + index) if kind == "block" else str(index)
-    return DeviceNode(prefix + name, kind, block, major, index * 16 if block else index)
+def _kinds(occupant: Occupant) -> set[str]:
+    return {node.kind for node in occupant.children}

@@ -18,7 +18,7 @@ from usbip_plugin.model import Attachment, Descriptor, DeviceKey
 from usbip_plugin.retry import backoff
 from usbip_plugin.sim import kernel_wire as wire
 from usbip_plugin.sim.channel import Channel, Message
-from usbip_plugin.vhci.driver import ABANDON_S, DriverReport, PortState
+from usbip_plugin.vhci.driver import ABANDON_S, ASKED_CHILD_WAIT_S, DriverReport, PortState
 from usbip_plugin.vhci.waiting import Bell
 
 T = TypeVar("T")
@@ -56,11 +56,13 @@ class RemoteVhci:
         descriptor: Descriptor,
         port: int,
         *,
-        children: tuple[str, ...] | None = None,  # noqa: ARG002 (its devices have none)
-        serial: str | None = None,  # noqa: ARG002 (nor does it read them)
+        children: tuple[str, ...] | None = None,
+        children_timeout: float = ASKED_CHILD_WAIT_S,
+        serial: str | None = None,  # noqa: ARG002 (it does not read them)
         timeout: float,
     ) -> Attachment:
         request = {"key": wire.key_out(key), "descriptor": wire.descriptor_out(descriptor), "port": port}
+        request |= {"children": list(children or ()), "children_timeout": children_timeout}
         return await self._call("enumerate", wire.attachment_in, request, timeout=timeout, extra=ABANDON_S)
 
     async def inspect(self, key: DeviceKey, port: int) -> Attachment | None:

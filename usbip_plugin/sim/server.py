@@ -1,6 +1,6 @@
 """A USB/IP server with virtual devices, true to usbipd's exclusivity, over real TCP; faults on demand.
 
-The same server answers without sockets too: see network.py.
+The same server answers without sockets too: see tcp.py.
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ from usbip_plugin.sim.usbdevice import VENDOR_CLASS, VirtualDevice
 
 log = logging.getLogger(__name__)
 
-DEVICE_FORM = "BUSID=VVVV:PPPP[,serial=TEXT][,class=CC]"
+DEVICE_FORM = "BUSID=VVVV:PPPP[,serial=TEXT][,class=CC[SS[PP]][+...]][,manufacturer=TEXT][,product=TEXT]"
+"""class: of each interface, with its subclass and protocol. A comma cannot be in a TEXT."""
 FOLLOW_INTERVAL = 0.5
 """Seconds between looks at the file of devices: a mounted ConfigMap changes by a symbolic link, elsewhere."""
 
@@ -24,7 +25,8 @@ _BUSID = re.compile(r"[0-9]+-[0-9]+(\.[0-9]+)*")
 _MAX_BUSID = 31
 _ID = re.compile(r"([0-9a-fA-F]{4}):([0-9a-fA-F]{4})")
 _PORT = re.compile(r"[0-9]{1,5}")
-_CLASS = re.compile(r"[0-9a-fA-F]{2}")
+_CLASS = re.compile(r"([0-9a-fA-F]{2}){1,3}")
+_MAX_INTERFACES = 32
 
 
 def parse_device(text: str, source: str = "--device") -> VirtualDevice:
@@ -42,17 +44,28 @@ def parse_device(text: str, source: str = "--device") -> VirtualDevice:
     numbers = _ID.fullmatch(identity)
     if numbers is None:
         raise wrong(f"{identity!r} must be vendor:product, four hexadecimal digits each, such as 0951:1666")
-    serial, interface = "", VENDOR_CLASS
+    texts = {"serial": "", "manufacturer": "usbip-plugin", "product": f"virtual device {busid}"}
+    interfaces = [VENDOR_CLASS]
     for option in options:
         name, _, value = option.partition("=")
-        if name == "serial" and value:
-            serial = value
-        elif name == "class" and _CLASS.fullmatch(value):
-            interface = InterfaceClass(int(value, 16), 0, 0)
+        classes = value.split("+")
+        if name in texts and value:
+            texts[name] = value
+        elif name == "class" and len(classes) <= _MAX_INTERFACES and all(map(_CLASS.fullmatch, classes)):
+            interfaces = [InterfaceClass(*bytes.fromhex(one.ljust(6, "0"))) for one in classes]
         else:
-            raise wrong(f"{option!r} must be serial=TEXT or class=CC, two hexadecimal digits")
+            cure = "or class=CC, two hexadecimal digits each for class, subclass and protocol, + between interfaces"
+            raise wrong(f"{option!r} must be {'=TEXT, '.join(texts)}=TEXT {cure}")
     usb_id = UsbId(int(numbers[1], 16), int(numbers[2], 16))
-    return VirtualDevice(busid, usb_id, serial, product=f"virtual device {busid}", interface=interface)
+    return VirtualDevice(
+        busid,
+        usb_id,
+        serial=texts["serial"],
+        manufacturer=texts["manufacturer"],
+        product=texts["product"],
+        interface=interfaces[0],
+        more=tuple(interfaces[1:]),
+    )
 
 
 def parse_devices(texts: Iterable[str], source: str = "--device") -> dict[str, VirtualDevice]:

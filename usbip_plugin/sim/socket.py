@@ -12,7 +12,7 @@ CLOSED = -1
 
 
 class Connection:
-    """What all references to one connection share. This one carries no data; see network.py for one that does."""
+    """What all references to one connection share. This one carries no data; see tcp.py for one that does."""
 
     def __init__(self) -> None:
         self.references = 0

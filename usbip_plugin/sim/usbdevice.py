@@ -34,7 +34,7 @@ MAX_ECHO_BYTES = 4 * urb.MAX_TRANSFER_BYTES
 
 @dataclass(frozen=True, slots=True)
 class VirtualDevice:
-    """What is plugged into a virtual server. serial "" means the device has none.
+    """What is plugged into a virtual server. serial "" means the device has none. more: interfaces after the first.
 
     configured: as usbip-host shows a device, it is False until the first importer has set a configuration, and until
     then DEVLIST carries no interfaces.
@@ -44,8 +44,10 @@ class VirtualDevice:
     usb_id: UsbId
     serial: str = ""
     product: str = "virtual device"
+    manufacturer: str = "usbip-plugin"
     echo: bool = False
     interface: InterfaceClass = VENDOR_CLASS
+    more: tuple[InterfaceClass, ...] = ()
     speed: int = HIGH_SPEED
     configured: bool = False
 
@@ -65,8 +67,8 @@ class VirtualDevice:
             device_protocol=0,
             configuration=int(configured),
             num_configurations=1,
-            num_interfaces=int(configured),
-            interfaces=(self.interface,) if configured else (),
+            num_interfaces=1 + len(self.more) if configured else 0,
+            interfaces=(self.interface, *self.more) if configured else (),
         )
 
     def usb_descriptor(self, kind: int, index: int, real: UsbId) -> bytes | None:
@@ -81,9 +83,11 @@ class VirtualDevice:
         if kind == 2 and index == 0:
             bulk = b"".join(struct.pack("<BBBBHB", 7, 5, address, 2, _BULK_BYTES, 0) for address in (0x81, 0x01))
             ends = bulk if self.echo else b""
-            i = self.interface
-            face = bytes([9, 4, 0, 0, 2 if self.echo else 0, i.class_, i.subclass, i.protocol, 0])
-            return struct.pack("<BBHBBBBB", 9, 2, 9 + len(face + ends), 1, 1, 0, 0x80, 50) + face + ends
+            faces = b""
+            for number, i in enumerate((self.interface, *self.more)):
+                faces += bytes([9, 4, number, 0, 0 if number or not ends else 2, i.class_, i.subclass, i.protocol, 0])
+                faces += b"" if number else ends
+            return struct.pack("<BBHBBBBB", 9, 2, 9 + len(faces), 1 + len(self.more), 1, 0, 0x80, 50) + faces
         if kind == 3:
             return self._string(index)
         return None
@@ -91,7 +95,7 @@ class VirtualDevice:
     def _string(self, index: int) -> bytes | None:
         if index == 0:
             return struct.pack("<BBH", 4, 3, _LANGUAGE)
-        text = {_MANUFACTURER: "usbip-plugin", _PRODUCT: self.product, _SERIAL: self.serial}.get(index)
+        text = {_MANUFACTURER: self.manufacturer, _PRODUCT: self.product, _SERIAL: self.serial}.get(index)
         if not text:
             return None
         body = text.encode("utf-16-le")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -48,6 +48,8 @@ class Setup:
     """What a world is made of. make_driver(node, kernel), make_leases(node) and make_specs(node) replace doubles by the
     real thing.
 
+    make_count(node) counts the nodes; without it there is one to each.
+
     make_kube(node) gives the agent an API server for what is not a Lease: Node status, and with kube_has_pods the pods,
     which are otherwise those of the fake kubelet.
     """
@@ -63,6 +65,7 @@ class Setup:
     make_leases: Callable[[str], LeaseStore] | None = None
     make_kube: Callable[[str], KubeClient] | None = None
     make_specs: Callable[[str], SpecFiles] | None = None
+    make_count: Callable[[str], Callable[[], Awaitable[int]]] | None = None
     kube_has_pods: bool = False
 
 
@@ -124,6 +127,7 @@ class SimNode:
             rng=rng,
             tracer=setup.make_tracer(self.name),
             pods=None if setup.kube_has_pods else self.pods,
+            count_nodes=setup.make_count(self.name) if setup.make_count is not None else None,
         )
         agent = Agent(
             outside, setup.config, domain=setup.domain, lock_settings=setup.lock_settings, observer=self.observer

@@ -1,15 +1,21 @@
-"""Asks every server again and again what it lists, side by side: a dead one delays no other."""
+"""Asks every server again and again what it lists, side by side: a dead one delays no other.
+
+All nodes ask the same servers, and a small server must bear them all: each node keeps to its share of MAX_RATE. The
+more nodes there are the more seldom each of them asks, and the sooner some node sees what is new.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import enum
 import logging
+import math
 import random
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
+from typing import Protocol
 
 from usbip_plugin.clock import Clock
 from usbip_plugin.errors import UsbipError
@@ -25,6 +31,8 @@ MAX_RETRY = 30.0
 # A device that was let go stays hidden while its server resets it, about 0.3 s.
 SECOND_LOOK = 0.5
 JITTER = (0.8, 1.2)
+# DEVLIST requests per second to one server, of all nodes together.
+MAX_RATE = 20.0
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +47,7 @@ class ServerState(enum.Enum):
 class ServerView:
     """What is known of one server. devices: the last good list by busid, kept while the server is unreachable.
 
-    error: why the last poll failed, None if it did not. failures: polls failed in a row.
+    error: why the last poll failed, None if it did not. failures: polls failed in a row. by_busid: the devices.
     """
 
     server: ServerKey
@@ -47,6 +55,10 @@ class ServerView:
     devices: tuple[Descriptor, ...] = ()
     error: str | None = None
     failures: int = 0
+    by_busid: Mapping[str, Descriptor] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "by_busid", {device.busid: device for device in self.devices})
 
 
 def listed(view: ServerView, devices: Iterable[Descriptor]) -> ServerView:
@@ -65,8 +77,37 @@ def differs(old: ServerView, new: ServerView) -> bool:
     return replace(old, failures=0) != replace(new, failures=0)
 
 
+def share(nodes: int) -> float:
+    """Seconds between two polls of one server by one node, so that all nodes together keep to MAX_RATE."""
+    return max(1, nodes) / MAX_RATE
+
+
+class Fleet(Protocol):
+    """All nodes that ask the same servers. nodes: how many there are, this one included, or are taken to be."""
+
+    @property
+    def nodes(self) -> int: ...
+
+    async def known(self) -> None:
+        """Returns when they have been counted, or that could not be done. Bounded in time; cancel-safe."""
+        ...
+
+
+class Alone:
+    """A Fleet of one node."""
+
+    nodes = 1
+
+    async def known(self) -> None:
+        """At once."""
+
+
 class ServerPoller:
-    """on_change is called, synchronously, with each view that differs from the one before; it may call back in here."""
+    """on_change is called, synchronously, with each view that differs from the one before; it may call back in here.
+
+    No server is polled more often than once in share(fleet.nodes) seconds, for whatever reason, but those that hurry()
+    names. That bounds the polls of a server by MAX_RATE and the number of its devices that pods have lost.
+    """
 
     def __init__(
         self,
@@ -75,14 +116,19 @@ class ServerPoller:
         rng: random.Random,
         on_change: Callable[[ServerView], None],
         *,
+        fleet: Fleet | None = None,
         interval: float = POLL_INTERVAL,
         timeout: float = POLL_TIMEOUT,
     ) -> None:
         self._client, self._clock, self._rng, self._on_change = client, clock, rng, on_change
+        self._fleet = fleet or Alone()
         self._interval, self._timeout = interval, timeout
         self._views: dict[ServerKey, ServerView] = {}
         self._answered: dict[ServerKey, float] = {}
+        self._asked: dict[ServerKey, float] = {}
+        self._polled = asyncio.Event()
         self._pokes: dict[ServerKey, asyncio.Event] = {}
+        self._hurried: frozenset[ServerKey] = frozenset()
         self._servers_changed = asyncio.Event()
 
     @property
@@ -99,13 +145,32 @@ class ServerPoller:
         """Poll exactly these from now on; may be called at any time. Views of those that stay are kept."""
         self._views = {server: self._views.get(server, ServerView(server)) for server in sorted(servers)}
         self._answered = {server: at for server, at in self._answered.items() if server in servers}
+        self._asked = {server: at for server, at in self._asked.items() if server in servers}
         self._servers_changed.set()
+        self._end_of_poll()
+
+    def hurry(self, servers: frozenset[ServerKey]) -> None:
+        """Poll exactly these at the interval of a small fleet from now on: a pod waits for a device of theirs."""
+        new, self._hurried = servers - self._hurried, servers
+        for server in sorted(new):
+            self.poke(server)
 
     def poke(self, server: ServerKey) -> None:
-        """Poll now, or again if a poll is under way, and once more half a second later. Unknown servers are ignored."""
+        """Poll as soon as this node's share allows, or again if a poll is under way. Unknown servers are ignored.
+
+        If that is at once, then once more half a second later: a device may be hidden until then.
+        """
         event = self._pokes.get(server)
         if event is not None:
             event.set()
+
+    async def asked_since(self, server: ServerKey, moment: float) -> None:
+        """Returns when a poll that was sent at this moment (monotonic) or later is over, whatever it came to.
+
+        Also when the server is not polled any more. Unbounded while run() does not run; cancel-safe.
+        """
+        while server in self._views and self._asked.get(server, moment - 1) < moment:
+            await self._polled.wait()
 
     async def lists(self, key: DeviceKey) -> bool:
         """Asks the server at once, besides all polls, whether it lists this device. False if it does not answer.
@@ -113,14 +178,19 @@ class ServerPoller:
         Cancel-safe. What views says stays as it is.
         """
         try:
-            devices = await self._client.devlist(key.server, timeout=self._timeout)
+            return await self.current(key) is not None
         except UsbipError as error:
             log.debug("not known whether a device is free", extra={"device": str(key), "cause": str(error)})
             return False
-        return any(device.busid == key.busid for device in devices)
+
+    async def current(self, key: DeviceKey) -> Descriptor | None:
+        """The same, and as what it lists the device. UsbipError if it does not answer."""
+        devices = await self._client.devlist(key.server, timeout=self._timeout)
+        return next((device for device in devices if device.busid == key.busid), None)
 
     async def run(self) -> None:
         """Poll until cancelled."""
+        await self._fleet.known()
         tasks: dict[ServerKey, asyncio.Task[None]] = {}
         async with asyncio.TaskGroup() as group:
             while True:
@@ -135,9 +205,10 @@ class ServerPoller:
 
     async def _poll(self, server: ServerKey, poke: asyncio.Event) -> None:
         waits = backoff(self._rng, FIRST_RETRY, MAX_RETRY)
-        poked = False
+        poked_at = await self._next(server, poke, -math.inf, self._spread(server))
         while True:
             poke.clear()  # before asking: what happens from here on may not be in the answer
+            asked_at = self._clock.monotonic()
             try:
                 devices = await self._client.devlist(server, timeout=self._timeout)
             except UsbipError as error:
@@ -147,7 +218,38 @@ class ServerPoller:
                 self._update(server, partial(listed, devices=devices))
                 waits = backoff(self._rng, FIRST_RETRY, MAX_RETRY)
                 wait = self._interval * self._rng.uniform(*JITTER)
-            poked = await self._poked(poke, min(wait, SECOND_LOOK) if poked else wait)
+            self._asked[server] = asked_at
+            self._end_of_poll()
+            if poked_at is not None and asked_at - poked_at < SECOND_LOOK:
+                wait = min(wait, SECOND_LOOK)
+            poked_at = await self._next(server, poke, asked_at, wait)
+
+    async def _next(self, server: ServerKey, poke: asyncio.Event, asked_at: float, wait: float) -> float | None:
+        """Until the next poll is due; when it was asked for, if it was."""
+        poked_at = None
+        due = self._clock.monotonic() + wait
+        while (left := max(due - self._clock.monotonic(), self._left(server, asked_at))) > 0:
+            if not await self._poked(poke, left):
+                break
+            poke.clear()
+            poked_at = self._clock.monotonic()
+            due = min(due, poked_at + self._spread(server))
+        return poked_at
+
+    def _left(self, server: ServerKey, asked_at: float) -> float:
+        """Seconds until this node may ask again."""
+        return self._share(server) - (self._clock.monotonic() - asked_at)
+
+    def _spread(self, server: ServerKey) -> float:
+        """Seconds, somewhere in this node's share: what all nodes hear of at once they do not ask at once."""
+        return self._share(server) * self._rng.random()
+
+    def _share(self, server: ServerKey) -> float:
+        return 0.0 if server in self._hurried else share(self._fleet.nodes)
+
+    def _end_of_poll(self) -> None:
+        event, self._polled = self._polled, asyncio.Event()
+        event.set()
 
     def _update(self, server: ServerKey, change: Callable[[ServerView], ServerView]) -> None:
         old = self._views.get(server)

@@ -9,8 +9,8 @@ from typing import Protocol
 from usbip_plugin.model import Attachment, Descriptor, DeviceKey
 from usbip_plugin.vhci.sysfs import Hub, PortStatus
 
-CHILD_WAIT_S = 2.0  # for children that the interface classes promise
-ASKED_CHILD_WAIT_S = 5.0  # for children that the configuration asks for
+CHILD_WAIT_S = 3.0  # for children that the interface classes promise
+ASKED_CHILD_WAIT_S = 5.0  # for children that the caller asks for
 ABANDON_S = 5.0  # for the detach that follows a failed enumeration
 
 
@@ -72,14 +72,16 @@ class VhciDriver(Protocol):
         port: int,
         *,
         children: tuple[str, ...] | None = None,
+        children_timeout: float = ASKED_CHILD_WAIT_S,
         serial: str | None = None,
         timeout: float,
     ) -> Attachment:
         """Wait until the device on this port is there, is the one promised, and is authorised; collect its nodes.
 
         Child nodes: children None waits up to CHILD_WAIT_S for what the interface classes promise; a tuple of kinds
-        waits up to ASKED_CHILD_WAIT_S for one of them; an empty tuple does not wait. Children that do not come are no
-        error, and timeout (seconds) bounds the waiting as a whole.
+        waits up to children_timeout seconds for each of them, and for all that the classes promise of them; an empty
+        tuple does not wait. Partitions come with their disk. Children that do not come are no error, and timeout
+        (seconds) bounds the waiting as a whole. A device that enumerates anew meanwhile is verified anew.
         serial: the device must tell this serial number; None: any or none will do.
         AttachStuck (not there in time, or the connection ended), WrongDevice (other vendor:product than
         descriptor.usb_id) and WrongSerial after the port has been detached again, which may take up to ABANDON_S more;

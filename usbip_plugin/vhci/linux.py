@@ -26,11 +26,13 @@ from usbip_plugin.errors import (
     WrongDevice,
     WrongSerial,
 )
-from usbip_plugin.model import Attachment, Descriptor, DeviceKey, DeviceNode
-from usbip_plugin.vhci import nodes
+from usbip_plugin.model import Attachment, Descriptor, DeviceKey
 from usbip_plugin.vhci.access import PortTable, Writer, explain, refusal, write_sysfs
+from usbip_plugin.vhci.children import Children
 from usbip_plugin.vhci.driver import ABANDON_S, ASKED_CHILD_WAIT_S, CHILD_WAIT_S, DriverReport, PortState
+from usbip_plugin.vhci.facts import DeviceFacts, read_facts
 from usbip_plugin.vhci.hubs import HubGuard, controller_dir, device_dir
+from usbip_plugin.vhci.nodes import Found, survey
 from usbip_plugin.vhci.records import Record, Records
 from usbip_plugin.vhci.stalls import SAME_PORT, Stalls
 from usbip_plugin.vhci.sysfs import Port, PortStatus, choose_port, format_attach, format_detach, hub_of
@@ -39,8 +41,8 @@ from usbip_plugin.vhci.waiting import Bell, settle
 
 log = logging.getLogger(__name__)
 
+END_S = 0.05  # of a time to wait, kept for saying what was found
 ATTACH_TRIES = 4  # ports to try when somebody else takes the chosen one in between
-CHILD_RECHECK_S = 0.25  # children have uevents; this is for a node without netlink
 _FD_BASE, _FD_SPAN = 100, 400
 
 
@@ -74,6 +76,7 @@ class SysfsVhci:
         self._writing = asyncio.Lock()
         self._stalls = Stalls(clock)
         self._bell = Bell()
+        self._children = Children(clock, self._bell)
         self._stirred = asyncio.Event()
         self._occupants: dict[int, tuple[int, int]] = {}
         self._free: dict[int, PortState] = {}
@@ -179,28 +182,30 @@ class SysfsVhci:
         port: int,
         *,
         children: tuple[str, ...] | None = None,
+        children_timeout: float = ASKED_CHILD_WAIT_S,
         serial: str | None = None,
         timeout: float,
     ) -> Attachment:
         deadline = self._clock.monotonic() + timeout
+        child_wait = CHILD_WAIT_S if children is None else children_timeout
         try:
             async with self._clock.timeout(timeout):
-                device, facts = await self._verified(key, descriptor, port, serial, timeout)
+                while True:
+                    device, facts = await self._verified(key, descriptor, port, serial, timeout)
+                    left = max(0.0, deadline - self._clock.monotonic() - END_S)
+                    found = await self._children.wait(device, facts, children, min(child_wait, left))
+                    if found.nodes:  # else it has gone, or enumerated anew: then it is verified anew
+                        return _attachment(key, port, device, facts, found)
         except (AttachStuck, WrongDevice, WrongSerial, DriverNotWritable):
             await self.detach(port, timeout=ABANDON_S)
             raise
         except TimeoutError:
             await self.detach(port, timeout=ABANDON_S)
             raise AttachStuck(f"{key} on port {port} did not enumerate within {timeout:g} s") from None
-        found = await self._children(device, children, max(0.0, deadline - self._clock.monotonic()))
-        if not found:
-            await self.detach(port, timeout=ABANDON_S)
-            raise AttachStuck(f"{key} on port {port} went away while it was probed")
-        return Attachment(key, port, device.name, facts.usb_id, facts.serial, found)
 
     async def _verified(
         self, key: DeviceKey, descriptor: Descriptor, port: int, serial: str | None, timeout: float
-    ) -> tuple[Path, nodes.DeviceFacts]:
+    ) -> tuple[Path, DeviceFacts]:
         device, facts = await self._bell.until(lambda: self._appeared(port), self._clock, timeout=timeout)
         if self._guard is not None:
             self._guard.release(port)
@@ -217,7 +222,7 @@ class SysfsVhci:
             raise explain(error, device / "authorized", stuck) from error
         return device, facts
 
-    def _appeared(self, number: int) -> tuple[Path, nodes.DeviceFacts] | None:
+    def _appeared(self, number: int) -> tuple[Path, DeviceFacts] | None:
         port = self._table.one(number)
         if port.status is PortStatus.NULL or self._foreign(port):
             self._stalls.mark(port)
@@ -227,33 +232,19 @@ class SysfsVhci:
         device = device_dir(self._sysfs, port)
         if port.status is not PortStatus.USED or port.local_busid is None or device is None:
             return None
-        facts = nodes.read_facts(device)
+        facts = read_facts(device)
         return None if facts is None else (device, facts)
-
-    async def _children(self, device: Path, asked: tuple[str, ...] | None, timeout: float) -> tuple[DeviceNode, ...]:
-        def complete() -> tuple[DeviceNode, ...] | None:
-            found = nodes.collect(device)
-            kinds = {node.kind for node in found}
-            wanted = nodes.promised_kinds(device) if asked is None else (frozenset(asked),) if asked else ()
-            return found if not found or all(kinds & one_of for one_of in wanted) else None
-
-        limit = min(timeout, CHILD_WAIT_S if asked is None else ASKED_CHILD_WAIT_S)
-        try:
-            return await self._bell.until(complete, self._clock, timeout=limit, recheck=CHILD_RECHECK_S)
-        except TimeoutError:
-            return nodes.collect(device)
 
     async def inspect(self, key: DeviceKey, port: int) -> Attachment | None:
         row = self._table.one(port)
         device = device_dir(self._sysfs, row)
         if row.occupant is None or row.local_busid is None or device is None or self._foreign(row):
             return None
-        facts = nodes.read_facts(device)
-        found = nodes.collect(device)
-        if facts is None or not facts.authorized or not found:
+        facts = read_facts(device)
+        if facts is None or not facts.authorized or not (found := survey(device, facts)).nodes:
             return None
         self._occupants[port] = row.occupant
-        return Attachment(key, port, device.name, facts.usb_id, facts.serial, found)
+        return _attachment(key, port, device, facts, found)
 
     def _foreign(self, port: Port) -> bool:
         known = self._occupants.get(port.number)
@@ -279,7 +270,7 @@ class SysfsVhci:
             if self._foreign(before):
                 return
             device = device_dir(self._sysfs, before)
-            old = None if device is None else nodes.read_facts(device)
+            old = None if device is None else read_facts(device)
             if before.status is not PortStatus.NULL:
                 await self._write_detach(number)
             if before.status is PortStatus.NOTASSIGNED:
@@ -292,7 +283,7 @@ class SysfsVhci:
             free = free or now.status is PortStatus.NULL or _replaced(before, now)
             if not free:
                 return None
-            left = None if device is None or old is None else nodes.read_facts(device)
+            left = None if device is None or old is None else read_facts(device)
             return None if left is not None and old is not None and left.devnum == old.devnum else True
 
         await self._bell.until(gone, self._clock, timeout=timeout)
@@ -328,6 +319,8 @@ class SysfsVhci:
                     self._records.remove(number)
 
     def _heard(self, event: Uevent | None) -> None:
+        if event is not None and event.concerns_vhci:
+            self._children.heard(event)
         if event is None or event.concerns_vhci:
             self._stirred.set()
             self._bell.ring()
@@ -360,6 +353,20 @@ class SysfsVhci:
             uevents=no_uevents is None,
             problems=tuple(problem for problem in problems if problem is not None),
         )
+
+
+def _attachment(key: DeviceKey, port: int, device: Path, facts: DeviceFacts, found: Found) -> Attachment:
+    return Attachment(
+        key,
+        port,
+        device.name,
+        facts.usb_id,
+        facts.serial,
+        found.nodes,
+        facts.manufacturer,
+        facts.model,
+        found.net,
+    )
 
 
 def _duplicate(fd: int, lowest: int) -> int:

@@ -87,5 +87,7 @@ done
 for i in $(seq "$NODES"); do
   for _ in $(seq "$READY_SECONDS"); do kubectl get node "node-$i" >/dev/null 2>&1 && break; sleep 1; done
   kubectl wait --for=condition=Ready "node/node-$i" "--timeout=${READY_SECONDS}s"
+  # until the controller manager has seen that, too, no pod goes there
+  for _ in $(seq "$READY_SECONDS"); do [ -n "$(kubectl get node "node-$i" -o "jsonpath={.spec.taints}")" ] || break; sleep 1; done
 done
 echo "export KUBECONFIG=$KUBECONFIG"

@@ -20,7 +20,8 @@ MODULES = (
     *("virtio_pci", "virtio_console", "9pnet_virtio", "9p", "overlay", "virtio_net", "virtio_blk"),
     *("xhci-pci", "usb-storage", "uas", "sd_mod", "usbhid", "hid-generic", "evdev", "usbserial", "ftdi_sio", "cdc-acm"),
     *("usbip-core", "usbip-host", "vhci-hcd", "usbip-vudc"),
-    *("dummy_hcd", "libcomposite", "usb_f_acm", "usb_f_mass_storage", "usb_f_hid"),
+    *("dummy_hcd", "libcomposite", "usb_f_acm", "usb_f_mass_storage", "usb_f_hid", "usb_f_printer", "usb_f_ecm"),
+    *("usblp", "cdc_ether", "snd-usb-audio"),
     *("loop", "veth", "bridge", "dummy", "ext4", "vfat", "fuse", "tls"),
     # libcrc32c asks for crc32c by its crypto alias, not as a dependency
     *("nf_tables", "nft_compat", "nft_chain_nat", "xt_nat", "xt_MASQUERADE", "xt_tcpudp", "crc32c_generic"),

@@ -30,7 +30,8 @@ image=${image:-$("$here/setup.sh")}
 run=$(mktemp -d "${TMPDIR:-/var/tmp}/usbip-guest.XXXXXX")
 trap '[ -z "${KEEP:-}" ] || cp -r "$run/." "$KEEP"; rm -rf "$run"' EXIT
 
-# Two identical serial converters joined by a null-modem cable, a disk at high speed, a disk at SuperSpeed, a keyboard.
+# Two identical serial converters joined by a null-modem cable, a disk at high speed, a disk at SuperSpeed, a keyboard,
+# a sound card.
 # They stand on the guest's own controllers; the tests export them with usbipd and import them over loopback. QEMU's
 # monitor is at the virtio port "monitor", for tests that pull a device out and plug it in elsewhere.
 usb_devices() {
@@ -45,6 +46,7 @@ usb_devices() {
     -device usb-serial,id=converter0,bus=x0.0,chardev=cable0,serial=SERIAL1,always-plugged=on
     -device usb-serial,id=converter1,bus=x0.0,chardev=cable1,serial=SERIAL2,always-plugged=on
     -device usb-kbd,bus=x0.0,serial=KEYBOARD
+    -audiodev none,id=quiet -device usb-audio,bus=x1.0,audiodev=quiet,serial=AUDIO
     -chardev "socket,id=monitor0,path=$run/monitor,server=on,wait=off" -mon chardev=monitor0,mode=control
     -chardev "socket,id=monitor1,path=$run/monitor" -device virtserialport,chardev=monitor1,name=monitor,nr=1
     -drive "if=none,id=hs,format=raw,file=$run/disk-hs.img" -device usb-storage,bus=x1.0,drive=hs,serial=DISKHS

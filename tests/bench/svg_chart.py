@@ -1,0 +1,115 @@
+"""A chart as SVG: points that were measured and lines that a model draws. Across is logarithmic, up as wished."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from xml.sax.saxutils import escape
+
+WIDTH, HEIGHT = 560, 340
+LEFT, RIGHT, TOP, BOTTOM = 64, 30, 34, 74
+COLOURS = ("#1f6feb", "#c2410c", "#15803d", "#7c3aed")
+_STYLE = (
+    "text{font:12px system-ui,sans-serif;fill:#1f2328}.title{font-size:14px;font-weight:600}"
+    ".grid{stroke:#d0d7de;stroke-width:1}"
+)
+
+
+@dataclass(frozen=True)
+class Series:
+    """points: (x, y), x above 0; y of 0 stands on the lower edge. line: drawn through, instead of dots."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    line: bool = False
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """ticks: where it has a number, the first and the last at its ends; start and end in pixels."""
+
+    ticks: Sequence[float]
+    start: float
+    end: float
+    log: bool
+
+    def place(self, value: float) -> float:
+        low, high = self.ticks[0], self.ticks[-1]
+        if self.log:
+            value, low, high = (math.log10(max(number, low)) for number in (value, low, high))
+        part = (value - low) / (high - low)
+        return self.start + min(1.0, max(0.0, part)) * (self.end - self.start)
+
+
+def _decades(values: Iterable[float], start: float, end: float) -> _Axis:
+    above = [value for value in values if value > 0] or [1.0]
+    low, high = math.floor(math.log10(min(above))), math.ceil(math.log10(max(above)))
+    return _Axis([10.0**n for n in range(low, max(high, low + 1) + 1)], start, end, log=True)
+
+
+def _even(values: Iterable[float], start: float, end: float) -> _Axis:
+    most = max(values, default=1.0) or 1.0
+    step: float = 10.0 ** math.floor(math.log10(most))
+    while most / step < 3:
+        step /= 2
+    return _Axis([n * step for n in range(math.ceil(most / step) + 1)], start, end, log=False)
+
+
+def chart(title: str, across: str, up: str, series: Sequence[Series], *, log: bool = True) -> str:
+    """The whole file. across and up: what is on the axes, with the unit. log: of up."""
+    points = [point for one in series for point in one.points]
+    x = _decades((x for x, _ in points), LEFT, WIDTH - RIGHT)
+    y = (_decades if log else _even)((y for _, y in points), HEIGHT - BOTTOM, TOP)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}">',
+        f"<title>{escape(title)}</title><style>{_STYLE}</style>",
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>',
+        _text(LEFT, 20, title, "title"),
+        *_grid(x, y),
+        _text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - BOTTOM + 34, across, anchor="middle"),
+        f'<g transform="rotate(-90 14 {(TOP + HEIGHT - BOTTOM) / 2:g})">',
+        _text(14, (TOP + HEIGHT - BOTTOM) / 2, up, anchor="middle"),
+        "</g>",
+    ]
+    legend = float(LEFT)
+    for one, colour in zip(series, COLOURS, strict=False):
+        parts += _marks(one, colour, x, y)
+        parts += _sample(one, colour, legend)
+        legend += 34 + 6.6 * len(one.name)
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _grid(x: _Axis, y: _Axis) -> Iterable[str]:
+    for tick in x.ticks:
+        at = x.place(tick)
+        yield f'<line class="grid" x1="{at:g}" x2="{at:g}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
+        yield _text(at, HEIGHT - BOTTOM + 16, f"{tick:,g}", anchor="middle")
+    for tick in y.ticks:
+        at = y.place(tick)
+        yield f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:g}" y2="{at:g}"/>'
+        yield _text(LEFT - 6, at + 4, f"{tick:,g}", anchor="end")
+
+
+def _marks(one: Series, colour: str, x: _Axis, y: _Axis) -> Iterable[str]:
+    places = [(x.place(a), y.place(b)) for a, b in one.points]
+    if one.line:
+        path = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
+        yield f'<polyline fill="none" stroke="{colour}" stroke-width="1.5" points="{path}"/>'
+        return
+    for a, b in places:
+        yield f'<circle cx="{a:.1f}" cy="{b:.1f}" r="4" fill="{colour}"/>'
+
+
+def _sample(one: Series, colour: str, at: float) -> Iterable[str]:
+    height = HEIGHT - 14
+    if one.line:
+        yield f'<line x1="{at:g}" x2="{at + 18:g}" y1="{height - 4}" y2="{height - 4}" stroke="{colour}"/>'
+    else:
+        yield f'<circle cx="{at + 9:g}" cy="{height - 4}" r="4" fill="{colour}"/>'
+    yield _text(at + 24, height, one.name)
+
+
+def _text(x: float, y: float, text: str, kind: str = "", anchor: str = "start") -> str:
+    css = f' class="{kind}"' if kind else ""
+    return f'<text{css} x="{x:g}" y="{y:g}" text-anchor="{anchor}">{escape(text)}</text>'

@@ -1,0 +1,72 @@
+"""GetPreferredAllocation over a socket, as the inventory answers it, and device lists without topology."""
+
+import tempfile
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+import grpc.aio
+import pytest
+from kubelet_suite import STORAGE, RecordingBackend
+
+from usbip_plugin.inventory.preference import preferred
+from usbip_plugin.kubelet import deviceplugin_pb2 as pb
+from usbip_plugin.kubelet.device_plugin import DevicePluginServer, device_list
+from usbip_plugin.kubelet.deviceplugin_pb2_grpc import DevicePluginStub
+from usbip_plugin.model import Health, Reason
+
+HEALTH = {device_id: Health(Reason.FREE) for device_id in "abcdef"}
+
+
+class Choosing(RecordingBackend):
+    def preferred(self, resource: str, available: tuple[str, ...], must: tuple[str, ...], size: int) -> tuple[str, ...]:
+        return preferred(available, must, size, "node-a", HEALTH)
+
+
+@pytest.fixture
+async def stub() -> AsyncIterator[DevicePluginStub]:
+    server = DevicePluginServer(STORAGE, Choosing())
+    with tempfile.TemporaryDirectory(prefix="k") as directory:
+        path = Path(directory) / "plugin.sock"
+        async with server.serving(path), grpc.aio.insecure_channel(f"unix:{path}") as channel:
+            yield DevicePluginStub(channel)
+
+
+async def asked(stub: DevicePluginStub, *wishes: tuple[str, str, int]) -> Sequence[set[str]]:
+    """Each wish: available, must include, size."""
+    request = pb.PreferredAllocationRequest()
+    for available, must, size in wishes:
+        request.container_requests.add(
+            available_deviceIDs=list(available), must_include_deviceIDs=list(must), allocation_size=size
+        )
+    answer = await stub.GetPreferredAllocation(request, timeout=10)
+    assert all(len(set(one.deviceIDs)) == len(one.deviceIDs) for one in answer.container_responses)
+    return [set(one.deviceIDs) for one in answer.container_responses]
+
+
+@pytest.mark.parametrize(("available", "must", "size"), [("abc", "", 1), ("abc", "b", 2), ("abc", "abc", 3)])
+async def test_the_answer_is_as_many_of_the_available_ones_as_were_asked_for(
+    stub: DevicePluginStub, available: str, must: str, size: int
+) -> None:
+    (chosen,) = await asked(stub, (available, must, size))
+    assert len(chosen) == size
+    assert {*must} <= chosen <= {*available}
+
+
+async def test_containers_of_one_call_share_no_device_if_there_are_enough(stub: DevicePluginStub) -> None:
+    one, two, three = await asked(stub, ("abcdef", "", 2), ("abcdef", "", 2), ("abcdef", "", 2))
+    assert one | two | three == {*"abcdef"}
+    first, second = await asked(stub, ("abc", "", 2), ("abc", "", 2))
+    assert len(first) == len(second) == 2, "not enough for both: each is answered as if it were alone"
+    first, second = await asked(stub, ("ab", "a", 1), ("ab", "a", 2))
+    assert (first, second) == ({"a"}, {"a", "b"}), "what has to be in it is"
+
+
+async def test_what_cannot_be_is_refused_in_words(stub: DevicePluginStub) -> None:
+    with pytest.raises(grpc.aio.AioRpcError, match="wants z out of devices it is not among") as refused:
+        await asked(stub, ("abc", "z", 2))
+    assert refused.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+def test_no_device_has_a_topology() -> None:
+    """With one the kubelet's topology manager would refuse pods for want of a NUMA node that no USB/IP device has."""
+    assert not any(device.HasField("topology") for device in device_list((("a", True), ("b", False))).devices)

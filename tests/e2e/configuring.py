@@ -1,0 +1,37 @@
+"""Another configuration for the plugins that run, without waiting for a minute."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Mapping
+
+import yaml
+from cluster import DOMAIN, PLUGIN_NAMESPACE
+from kubectl import Kubectl, KubectlFailed
+
+PLUGINS = ("-n", PLUGIN_NAMESPACE, "-l", "app.kubernetes.io/name=usbip-plugin")
+RELOADS = 12
+RELOAD_S = 5
+
+
+def configure(kubectl: Kubectl, nodes: Collection[str], text: str, counts: Mapping[str, int]) -> None:
+    """The plugins' configuration from now on, until the nodes show that many of each resource. KubectlFailed.
+
+    A kubelet updates a mounted ConfigMap when it next looks at the pod, about once a minute, and whenever the pod
+    changes: so it is changed, once more if the kubelet had not read the ConfigMap yet.
+    """
+    body = yaml.safe_dump({"data": {"config.yaml": text}})
+    kubectl("patch", "configmap", "usbip-plugin", "-n", PLUGIN_NAMESPACE, "--type=merge", f"--patch={body}")
+    for again in range(1, RELOADS + 1):
+        kubectl("annotate", "pods", *PLUGINS, "--overwrite", f"e2e/looked-at={time.time_ns()}")
+        try:
+            for resource, count in counts.items():
+                shown = (
+                    f"--for=jsonpath={{.status.allocatable.{DOMAIN.replace('.', chr(92) + '.')}/{resource}}}={count}"
+                )
+                kubectl("wait", *(f"node/{node}" for node in nodes), shown, f"--timeout={RELOAD_S}s")
+        except KubectlFailed:
+            if again == RELOADS:
+                raise
+        else:
+            return

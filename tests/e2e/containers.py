@@ -1,0 +1,54 @@
+"""What goes on in a pod's containers: a device is read, a container is started again."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+
+from cluster import LIMIT_S, NAMESPACE, ClusterView, Object, is_ready
+from kubectl import Kubectl, KubectlFailed
+
+KUBELET_RETRY_S = 0.2
+
+
+def read_device(kubectl: Kubectl, name: str, resource: str = "SOLO", *, container: str = "main") -> None:
+    """Opens the device in the pod and reads from it, as soon as the node's kubelet answers. KubectlFailed."""
+    script = f'test -c "$USBIP_{resource}_0_DEVICE" && head -c 4 "$USBIP_{resource}_0_DEVICE" | wc -c'
+    deadline = time.monotonic() + LIMIT_S
+    while True:
+        try:
+            said = kubectl("exec", "-n", NAMESPACE, name, "-c", container, "--", "sh", "-c", script)
+        except KubectlFailed as error:
+            # a kubelet that has just been started does not listen, or know its pods yet; nothing tells when it does
+            if "unable to upgrade connection" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(KUBELET_RETRY_S)
+        else:
+            assert said.strip() == "4"
+            return
+
+
+def device_path(kubectl: Kubectl, name: str, resource: str) -> str:
+    """The USB node in the container that runs now, by its environment."""
+    return kubectl("exec", "-n", NAMESPACE, name, "--", "sh", "-c", f'echo "$USBIP_{resource}_0_DEVICE"').strip()
+
+
+def end_container(kubectl: Kubectl, name: str) -> None:
+    """The first process of the pod's one container is told to end."""
+    with contextlib.suppress(KubectlFailed):  # it takes this command along, or not
+        kubectl("exec", "-n", NAMESPACE, name, "--", "sh", "-c", "kill 1")
+
+
+async def started_again(cluster: ClusterView, name: str, times: int) -> None:
+    """The pod is ready, and its container has been started so many times after the first."""
+
+    def again(one: Object) -> bool:
+        return is_ready(one) and one["status"]["containerStatuses"][0]["restartCount"] == times
+
+    await cluster.pod(name, again, f"started again for the {times}. time")
+
+
+async def restart_container(cluster: ClusterView, kubectl: Kubectl, name: str, times: int = 1) -> None:
+    """Its container ends and is started again, for the times. time."""
+    end_container(kubectl, name)
+    await started_again(cluster, name, times)

@@ -1,0 +1,44 @@
+"""The plugin's pods as the API server has them: which there is on a node, and that it has been started again."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+
+from cluster import PLUGIN_NAMESPACE, ClusterView, Object, is_ready
+from kubectl import Kubectl
+
+
+async def plugin_on(cluster: ClusterView, node: str) -> Object:
+    plugins = await cluster.all("plugins")
+    return next(one for name, one in plugins.items() if _is_plugin(name, one, node))
+
+
+async def restarted(cluster: ClusterView, before: Object) -> None:
+    """The plugin's container has been started again, and is ready."""
+    name = before["metadata"]["name"]
+    count = before["status"]["containerStatuses"][0]["restartCount"]
+
+    def again(plugins: Mapping[str, Object]) -> bool:
+        one = plugins[name]
+        return is_ready(one) and one["status"]["containerStatuses"][0]["restartCount"] > count
+
+    await cluster.until("plugins", again, f"{name} restarted")
+
+
+async def replace_plugin(cluster: ClusterView, kubectl: Kubectl, node: str) -> None:
+    """The plugin's pod on the node is deleted; returns when another is ready there.
+
+    The status of the DaemonSet would not do: it says for a moment what was so before.
+    """
+    old = (await plugin_on(cluster, node))["metadata"]["name"]
+    await asyncio.to_thread(kubectl, "delete", "pod", "-n", PLUGIN_NAMESPACE, old)
+
+    def replaced(plugins: Mapping[str, Object]) -> bool:
+        return any(name != old and _is_plugin(name, one, node) and is_ready(one) for name, one in plugins.items())
+
+    await cluster.until("plugins", replaced, f"a new plugin on {node}")
+
+
+def _is_plugin(name: str, pod: Object, node: str) -> bool:
+    return name.startswith("usbip-plugin-") and pod["spec"].get("nodeName") == node

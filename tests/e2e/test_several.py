@@ -1,0 +1,137 @@
+"""Pods of several containers with several devices, on real kubelets; and under a topology manager that aligns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+from cluster import DOMAIN, NAMESPACE, ClusterView, Object, failed, is_ready, locks_of
+from conftest import Place
+from containers import read_device
+from kubectl import Kubectl
+from nodes import LabNodes, Nodes
+from workloads import WAIT_FOR_TERM, deployment, pod, pod_spec
+
+READ = 'for path in $(env | sed -n "s/^USBIP_[A-Z]*_[0-9]_DEVICE=//p"); do head -c 4 "$path" >/dev/null || exit 1; done'
+
+
+def container(image: str, name: str, limits: Mapping[str, int], script: str = WAIT_FOR_TERM) -> dict[str, Any]:
+    full = {f"{DOMAIN}/{resource}": count for resource, count in limits.items()}
+    return {
+        "name": name,
+        "image": image,
+        "imagePullPolicy": "IfNotPresent",
+        "command": ["sh", "-c", script],
+        "resources": {"limits": full},
+    }
+
+
+async def held(cluster: ClusterView, node: str, count: int) -> set[str]:
+    """The bus ids of the locks that name the node, as soon as there are so many."""
+
+    def found(leases: Mapping[str, Object]) -> set[str] | None:
+        mine = locks_of(leases, node)
+        busids = {lease["metadata"]["annotations"]["usbip.dev/busid"] for lease in mine.values()}
+        return busids if len(busids) == count else None
+
+    return await cluster.until("leases", found, f"{count} locks of {node}")
+
+
+def environment(kubectl: Kubectl, name: str, of: str) -> dict[str, str]:
+    """What a container has of ours."""
+    text = kubectl("exec", "-n", NAMESPACE, name, "-c", of, "--", "sh", "-c", "env | grep ^USBIP_")
+    return dict(line.split("=", 1) for line in text.splitlines())
+
+
+async def test_init_containers_sidecars_and_two_resources_in_one_pod(
+    cluster: ClusterView, kubectl: Kubectl, image: str, place: Place
+) -> None:
+    """named is handed out by CDI, the others plainly."""
+    spec = pod_spec(image, None, node=place.a)
+    spec["initContainers"] = [
+        container(image, "setup", {"pair": 2}, READ),
+        container(image, "beside", {"jobs": 1}) | {"restartPolicy": "Always"},
+    ]
+    spec["containers"] = [
+        container(image, "main", {"solo": 1, "named": 1}),
+        container(image, "second", {"pair": 1, "jobs": 1}),
+    ]
+    await cluster.create("pods", pod("several", spec))
+    await cluster.running("several")
+    assert await held(cluster, place.a, 6) == {f"1-{port}" for port in range(1, 7)}
+    for of, resource in ("main", "SOLO"), ("main", "NAMED"), ("second", "PAIR"), ("second", "JOBS"), ("beside", "JOBS"):
+        read_device(kubectl, "several", resource, container=of)
+    beside, second = environment(kubectl, "several", "beside"), environment(kubectl, "several", "second")
+    assert beside["USBIP_JOBS_0_BUSID"] != second["USBIP_JOBS_0_BUSID"]
+    assert {name for name in second if name.endswith("_BUSID")} == {"USBIP_PAIR_0_BUSID", "USBIP_JOBS_0_BUSID"}
+    assert environment(kubectl, "several", "main").keys() >= {"USBIP_SOLO_0_DEVICE", "USBIP_NAMED_0_DEVICE"}
+    # the init container has ended, the others run: longer than any grace, all of it is the pod's
+    kubectl("exec", "-n", NAMESPACE, "several", "-c", "main", "--", "sleep", "20")
+    assert len(await held(cluster, place.a, 6)) == 6
+    await cluster.delete("pods", "several")
+    await cluster.unlocked()
+
+
+async def test_a_device_of_an_init_container_stays_while_that_runs(
+    cluster: ClusterView, image: str, place: Place
+) -> None:
+    """The kubelet lists the pod with the app's device only; the init container runs for longer than any grace."""
+    spec = pod_spec(image, "jobs", node=place.a)
+    spec["initContainers"] = [container(image, "setup", {"solo": 1, "pair": 2}, f"sleep 25; {READ}")]
+    await cluster.create("pods", pod("slow", spec))
+    assert await held(cluster, place.a, 4) >= {"1-1", "1-2", "1-3"}
+    await cluster.running("slow")
+    assert len(await held(cluster, place.a, 4)) == 4, "also when it has ended: it is run again with a new sandbox"
+    await cluster.delete("pods", "slow")
+    await cluster.unlocked()
+
+
+@pytest.fixture
+def aligning(nodes: Nodes, place: Place, kubectl: Kubectl) -> Iterator[str]:
+    """A node whose kubelet aligns what a pod gets to one NUMA node, and gives out whole processors."""
+    if not isinstance(nodes, LabNodes):
+        pytest.skip("changes a kubelet's configuration: --nodes lab")
+    file = nodes.state / place.a / "kubelet.yaml"
+    state = nodes.state / place.a / "kubelet" / "cpu_manager_state"
+    before = file.read_text(encoding="utf-8")
+    more = "topologyManagerPolicy: single-numa-node\ncpuManagerPolicy: static\nkubeReserved: {cpu: 100m}\n"
+    try:
+        nodes.stop_kubelet(place.a)
+        state.unlink(missing_ok=True)  # of another policy: the kubelet would not start
+        file.write_text(before + more, encoding="utf-8")
+        nodes.start_kubelet(place.a)
+        yield place.a
+    finally:
+        nodes.stop_kubelet(place.a)
+        state.unlink(missing_ok=True)
+        file.write_text(before, encoding="utf-8")
+        nodes.start_kubelet(place.a)
+
+
+async def test_a_topology_manager_refuses_no_pod_for_its_devices(
+    cluster: ClusterView, kubectl: Kubectl, image: str, aligning: str
+) -> None:
+    """They have no NUMA node, and say nothing of one: to the kubelet any will do."""
+    spec = pod_spec(image, None, node=aligning)
+    main = container(image, "main", {"pair": 2, "named": 1})
+    main["resources"]["limits"] |= {"cpu": "1", "memory": "64Mi"}  # a whole processor: guaranteed
+    # the plugin may not have registered yet with this kubelet, which then refuses a pod: the next one follows
+    await cluster.create("deployments", deployment("aligned", {**spec, "containers": [main]}, 1))
+    refused: set[str] = set()
+
+    def seen(pods: Mapping[str, Object]) -> None:
+        refused.update(str(one["status"].get("reason")) for one in pods.values() if failed(one))
+
+    def running(pods: Mapping[str, Object]) -> Object | None:
+        return next((one for one in pods.values() if is_ready(one)), None)
+
+    found = await cluster.until("pods", running, "a pod that runs", seen=seen)
+    assert refused <= {"UnexpectedAdmissionError"}, "none for its topology"
+    assert found["status"]["qosClass"] == "Guaranteed"
+    read_device(kubectl, found["metadata"]["name"], "NAMED")
+    config = kubectl("get", "--raw", f"/api/v1/nodes/{aligning}/proxy/configz")
+    assert '"topologyManagerPolicy":"single-numa-node"' in config
+    assert '"cpuManagerPolicy":"static"' in config
+    await cluster.delete("deployments", "aligned", grace=1)
+    await cluster.unlocked()

@@ -1,0 +1,243 @@
+"""Child nodes on the real kernel: every kind, partitions with their disk, drivers that come late or never."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import struct
+import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from agent_rig import (
+    PATIENCE_S,
+    POD,
+    SERIAL,
+    Told,
+    admitted,
+    advertised,
+    agent_with,
+    allocate,
+    attachment_of,
+    busy_rows,
+    config_of,
+    end,
+    keys_of,
+    nodes_of,
+    on,
+    refusal,
+    until_health,
+    until_pod_noted,
+    until_reason,
+    until_released,
+)
+from gadget import CLIENT_DRIVERS, LINUX_GADGET, gadget
+from kernel_rig import DISK, KernelRig
+from usbipd import RealUsbipd, eventually
+
+from usbip_plugin.config import Config, DeviceSelector, ResourceConfig, Selector
+from usbip_plugin.model import DeviceKey, Reason, UsbId
+from usbip_plugin.notices import What
+
+GADGET = "gadget"
+AUDIO = "AUDIO"
+SECTOR = 512
+OTHER_MODE = UsbId(0x1D6B, 0x0105)
+
+
+def select(usbipd: RealUsbipd, serial: str, **keys: object) -> tuple[Config, DeviceKey]:
+    """A resource of the one device, exported."""
+    busid = usbipd.busid(serial)
+    usbipd.bind(busid)
+    found = ResourceConfig(GADGET, (DeviceSelector(usbipd.key, Selector(bus_id=busid)),))
+    return Config((replace(found, **keys),)), DeviceKey(usbipd.key, busid)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def without_ftdi(rig: KernelRig) -> Iterator[None]:
+    """Every device of the driver is usbip-host's."""
+    subprocess.run(["rmmod", "ftdi_sio"], check=True)
+    yield
+    rig.usbipd.load_modules(("ftdi_sio",))
+
+
+async def test_a_device_of_many_functions_brings_all_its_nodes_with_the_first_answer(rig: KernelRig) -> None:
+    usbipd, told = rig.usbipd, Told()
+    usbipd.load_modules(CLIENT_DRIVERS)
+    with gadget(usbipd, "MANY", "acm", "printer", "ecm", "hid") as device:
+        device.plug()
+        config, key = select(
+            usbipd,
+            "MANY",
+            children=("tty", "printer", "hidraw", "input"),
+            children_timeout=60.0,
+            by_id=True,
+            container_paths=("/dev/many-{kind}-{number}",),
+        )
+        async with agent_with(replace(config, allocate_timeout=120.0), key, told=told) as world:
+            node = on(world)
+            got = await admitted(node, GADGET)
+            nodes_of(got)
+            env = {name.removeprefix("USBIP_GADGET_0_"): value for name, value in got.envs.items()}
+            assert {name: value for name, value in env.items() if value.startswith("/dev/many")} == {
+                "DEVICE": "/dev/many-usb-0",
+                "TTY": "/dev/many-tty-0",
+                "PRINTER": "/dev/many-printer-0",
+                "HIDRAW": "/dev/many-hidraw-0",
+                "INPUT": "/dev/many-input-0",
+            }
+            by_id = {d.container_path: Path(d.host_path).name for d in got.devices if "by-id" in d.container_path}
+            name = "usb-Ma_ker_Model_1_2_MANY"
+            assert {path: file.rstrip("0123456789") for path, file in by_id.items()} == {
+                f"/dev/serial/by-id/{name}-if00": "ttyACM",
+                f"/dev/input/by-id/{name}-if05-event-kbd": "event",
+                f"/dev/input/by-id/{name}-if05-hidraw": "hidraw",
+            }
+            await until_pod_noted(world.backend, key)
+            network = await told.until(What.NETWORK)
+            assert network.split()[3] in net_names()
+            assert not told.of(What.NODES_LATE)
+            await end(world, POD, key)
+
+
+@pytest.fixture
+def partitions(rig: KernelRig) -> Iterator[str]:
+    """The disk at high speed has two, while it is nobody's. Its serial number."""
+    backing = Path("/vmrun/disk-hs.img")
+    before = backing.read_bytes()[:SECTOR]
+    places = ((2048, 4096), (8192, 4096))
+    entries = b"".join(struct.pack("<B3sB3sII", 0, bytes(3), 0x83, bytes(3), *place) for place in places)
+    overwrite(backing, before[:446] + entries + bytes(32) + b"\x55\xaa")
+    yield DISK
+    overwrite(backing, before)
+
+
+def overwrite(path: Path, sector: bytes) -> None:
+    with path.open("r+b") as file:
+        file.write(sector)
+
+
+async def test_a_disk_comes_with_its_partitions(rig: KernelRig, partitions: str) -> None:
+    config, key = select(
+        rig.usbipd,
+        partitions,
+        children=("block",),
+        children_timeout=60.0,
+        by_id=True,
+        container_paths=("/dev/stick{index}",),
+    )
+    told = Told()
+    async with agent_with(replace(config, allocate_timeout=120.0), key, told=told) as world:
+        node = on(world)
+        got = await admitted(node, GADGET)
+        nodes_of(got)
+        places = {d.container_path: Path(d.host_path).name for d in got.devices if "/dev/bus" not in d.host_path}
+        disk, name = places["/dev/stick0"], "/dev/disk/by-id/usb-QEMU_QEMU_HARDDISK_DISKHS-0:0"
+        assert places == {
+            "/dev/stick0": disk,
+            "/dev/stick0p1": f"{disk}1",
+            "/dev/stick0p2": f"{disk}2",
+            name: disk,
+            f"{name}-part1": f"{disk}1",
+            f"{name}-part2": f"{disk}2",
+        }
+        assert got.envs["USBIP_GADGET_0_BLOCK_2"] == "/dev/stick0p2"
+        await end(world, POD, key)
+        assert not told.of(What.NODES_LATE)
+
+
+async def test_a_sound_card_brings_its_nodes(rig: KernelRig) -> None:
+    rig.usbipd.load_modules(("snd-usb-audio",))
+    config, key = select(rig.usbipd, AUDIO, children=("sound",), container_paths=("/dev/snd/mine",))
+    async with agent_with(config, key) as world:
+        got = await allocate(on(world), GADGET, key)
+        (control, pcm) = sorted(d.host_path for d in got.devices if d.host_path.startswith("/dev/snd/"))
+        assert control.startswith("/dev/snd/controlC")
+        assert pcm.startswith("/dev/snd/pcmC")
+        assert got.envs["USBIP_GADGET_0_SOUND"] == "/dev/snd/mine"
+        os.close(os.open(control, os.O_RDWR))
+
+
+async def test_a_driver_that_is_loaded_a_second_later_is_waited_for(rig: KernelRig, without_ftdi: None) -> None:
+    twin = keys_of(rig.usbipd, SERIAL)[0]
+    (resource,) = config_of(rig.usbipd, SERIAL).resources
+    config = Config((replace(resource, children=("tty",), children_timeout=60.0),), allocate_timeout=120.0)
+    async with agent_with(config, twin) as world:
+        asking = asyncio.create_task(allocate(on(world), SERIAL, twin))
+        await asyncio.to_thread(eventually, lambda: bool(authorized()), "attached and authorised", PATIENCE_S)
+        await asyncio.sleep(1)
+        assert not asking.done()
+        await asyncio.to_thread(rig.usbipd.load_modules, ("ftdi_sio",))
+        answer = await asking
+        os.close(os.open(answer.envs["USBIP_SERIAL_0_TTY"], os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK))
+
+
+def net_names() -> set[str]:
+    """Of the guest's network interfaces."""
+    return {path.name for path in Path("/sys/class/net").iterdir()}
+
+
+def authorized() -> list[Path]:
+    """Devices behind vhci that have been let in."""
+    found = Path("/sys/devices/platform").glob("vhci_hcd.0/usb*/*-*/authorized")
+    return [path for path in found if ":" not in path.parent.name and path.read_text().strip() == "1"]
+
+
+async def test_a_driver_that_is_not_there_fails_the_allocate_and_leaves_nothing(
+    rig: KernelRig, without_ftdi: None
+) -> None:
+    twin = keys_of(rig.usbipd, SERIAL)[0]
+    (resource,) = config_of(rig.usbipd, SERIAL).resources
+    config = Config((replace(resource, children=("tty",), children_timeout=1.0),))
+    async with agent_with(config, twin) as world:
+        message = await refusal(on(world), SERIAL, twin)
+        assert "no tty node within 1 s" in message
+        assert "ftdi_sio" in message
+        await until_released(world, twin)
+        assert busy_rows() == ()
+
+
+async def test_without_children_the_answer_is_what_there_is_and_the_late_node_is_told_of(
+    rig: KernelRig, without_ftdi: None, tmp_path: Path
+) -> None:
+    twin, told = keys_of(rig.usbipd, SERIAL)[0], Told()
+    (resource,) = config_of(rig.usbipd, SERIAL).resources
+    config = Config((replace(resource, cdi=True),))
+    async with agent_with(config, twin, cdi=tmp_path, told=told) as world:
+        node = on(world)
+        await allocate(node, SERIAL, twin)
+        spec = node.specs.file(SERIAL, twin.id)
+        assert "ttyUSB" not in spec.read_text()
+        await asyncio.to_thread(rig.usbipd.load_modules, ("ftdi_sio",))
+        await told.until(What.NODES_LATE)
+        (tty,) = [child.path for child in attachment_of(node, twin).nodes if child.kind == "tty"]
+        assert tty in spec.read_text()
+
+
+async def test_a_device_that_switches_to_another_mode_is_not_handed_out_as_what_it_was(rig: KernelRig) -> None:
+    usbipd, told = rig.usbipd, Told()
+    with gadget(usbipd, "MODEM", "acm") as device:
+        device.plug()
+        config, key = select(usbipd, "MODEM")
+        async with agent_with(config, key, told=told) as world:
+            node = on(world)
+            await node.admit(POD, {GADGET: 1})
+            await until_pod_noted(world.backend, key)
+            device.unplug()
+            await until_reason(node, key, Reason.LOST)
+            device.write("idProduct", f"0x{OTHER_MODE.product:04x}")
+            device.plug()
+            usbipd.bind(usbipd.busid("MODEM"))
+            text = await told.until(What.NOT_REATTACHED)
+            assert str(LINUX_GADGET) in text
+            assert str(OTHER_MODE) in text
+            assert busy_rows() == ()
+            assert not advertised(node, key).health.healthy
+            device.unplug()
+            device.write("idProduct", f"0x{LINUX_GADGET.product:04x}")
+            device.plug()
+            usbipd.bind(usbipd.busid("MODEM"))
+            await until_health(node, {key.id: True})
+            await end(world, POD, key)

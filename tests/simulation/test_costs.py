@@ -1,0 +1,82 @@
+"""What a node asks of the API server, counted exactly, and that it grows by nothing while it stands for a day."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections import Counter
+from typing import Any
+
+import pytest
+from cluster_rig import all_healthy, becomes, key, pod, server, spec, stick
+from trace_stories import Story, pod_known, told
+
+from usbip_plugin.locks.memory import MemoryLeases
+from usbip_plugin.sim.cluster import cluster
+
+DAY = 24 * 3600.0
+FIRST = 4 * 3600.0
+"""By then the double of the API server has as much history as it keeps."""
+WRITES = ("create", "update", "delete")
+HEARTBEAT = 10.0
+"""A quarter of the lock duration that cluster_rig has."""
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, str, str]]:
+    """(node, verb, "lock" or "session") of each request for Leases."""
+    counted: Counter[tuple[str, str, str]] = Counter()
+    inner = MemoryLeases._call
+
+    async def count(self: MemoryLeases, operation: str, name: str, act: Any) -> Any:
+        counted[self._node, operation, "session" if name.startswith("usbip-node-") else "lock"] += 1
+        return await inner(self, operation, name, act)
+
+    monkeypatch.setattr(MemoryLeases, "_call", count)
+    return counted
+
+
+def test_requests_of_an_allocate_and_its_release(calls: Counter[tuple[str, str, str]]) -> None:
+    async def life(story: Story) -> None:
+        lab = server("lab", stick("1-1"))
+        async with cluster(story.traced(spec([lab], nodes=2))) as c:
+            a, b, device = c["node-a"], c["node-b"], key(lab, "1-1")
+            await all_healthy(c, device)
+            for turn in range(2):
+                calls.clear()
+                assert await a.admit(pod(f"p{turn}"), "stick") is None
+                await pod_known(c, "node-a", f"p{turn}")
+                await becomes(c, b, device, healthy=False)
+                a.kubelet.end(pod(f"p{turn}"))
+                await all_healthy(c, device)
+            writes = {call[1:]: n for call, n in calls.items() if call[0] == "node-a" and call[1] in WRITES}
+            assert writes.pop(("update", "session"), 0) <= 1
+            # taken, port and pod noted, released
+            assert writes == {("update", "lock"): 4}
+            assert not [call for call in calls if call[0] == "node-b" and call[1] in WRITES]
+
+    told(life)
+
+
+def test_a_day_of_standing_still(calls: Counter[tuple[str, str, str]]) -> None:
+    """A node that has a device: it writes its heartbeat and nothing else, and has no more to remember."""
+
+    async def day(_story: Story) -> None:
+        lab = server("lab", stick("1-1"), stick("1-2"))
+        async with cluster(spec([lab], nodes=1)) as c:
+            await all_healthy(c, key(lab, "1-1"), key(lab, "1-2"))
+            assert await c["node-a"].admit(pod("p"), "stick") is None
+            await pod_known(c, "node-a", "p")
+            await asyncio.sleep(FIRST)
+            gc.collect()
+            before = len(gc.get_objects())
+            calls.clear()
+            await asyncio.sleep(DAY)
+            gc.collect()
+            after = len(gc.get_objects())
+            writes = {call: n for call, n in calls.items() if call[1] in WRITES}
+            assert writes.keys() == {("node-a", "update", "session")}
+            assert abs(writes["node-a", "update", "session"] - DAY / HEARTBEAT) < 50
+            assert abs(after - before) < 100, f"{before} objects, then {after}"
+
+    told(day)

@@ -1,0 +1,300 @@
+"""Which device is the one that was promised: by the serial number or class that it tells, wherever it is plugged in."""
+
+import asyncio
+import logging
+from dataclasses import replace
+
+import pytest
+from cluster_rig import (
+    DONGLE,
+    STICK,
+    all_healthy,
+    allocate,
+    becomes,
+    by_serial,
+    carry,
+    detail,
+    freed,
+    health,
+    key,
+    mislead,
+    pod,
+    reason,
+    server,
+    spec,
+    stick,
+)
+
+from usbip_plugin.config import DeviceSelector, ResourceConfig, Selector
+from usbip_plugin.errors import WrongSerial
+from usbip_plugin.locks import record
+from usbip_plugin.model import DeviceKey, InterfaceClass, Reason
+from usbip_plugin.probing import MAX_REREADS
+from usbip_plugin.sim.cluster import Cluster, cluster
+from usbip_plugin.sim.steploop import stepped
+from usbip_plugin.sim.usbdevice import VirtualDevice
+
+POLLED = 10.0
+"""Virtual seconds in which a server is asked what it lists, and a device who it is, by whichever node is first."""
+STORAGE = InterfaceClass(8, 6, 0x50)
+
+
+async def everywhere(c: Cluster, device: DeviceKey, why: Reason) -> None:
+    """Every node's kubelet has it as that reason says."""
+    for node in c.nodes.values():
+        assert await c.settle(lambda node=node: reason(node, device) is why, POLLED), reason(node, device)  # type: ignore[misc]
+        await becomes(c, node, device, healthy=why.healthy)
+
+
+@stepped
+async def test_a_free_device_that_is_plugged_in_elsewhere_is_offered_from_there_and_once() -> None:
+    lab = server("lab", stick("1-1", "RED"))
+    old, new = key(lab, "1-1"), key(lab, "1-2")
+    async with cluster(spec([lab], by_serial(lab), nodes=3)) as c:
+        await all_healthy(c, old)
+        asked = lab.table.granted
+        carry(lab, "1-1", lab, "1-2")
+        await everywhere(c, new, Reason.FREE)
+        await everywhere(c, old, Reason.MOVED)
+        assert all("RED is lab:3240/1-2 now" in detail(node, old) for node in c.nodes.values())
+        assert lab.table.granted == asked + 1, "read once for all nodes"
+        assert await c["node-b"].admit(pod("p"), "stick") is None
+        assert c["node-b"].attached() == {new}
+
+
+@stepped
+async def test_dongles_that_change_places_are_known_again_on_all_nodes() -> None:
+    lab = server("lab", stick("1-1", "RED"), stick("1-2", "BLUE"))
+    first, second = key(lab, "1-1"), key(lab, "1-2")
+    async with cluster(spec([lab], by_serial(lab), nodes=3)) as c:
+        await all_healthy(c, first)
+        asked = lab.table.granted
+        lab.unplug("1-1")
+        lab.unplug("1-2")
+        lab.plug(stick("1-1", "BLUE"))
+        lab.plug(stick("1-2", "RED"))
+        assert await c.settle(lambda: reason(c["node-a"], first) is Reason.NOT_READ, POLLED)
+        await everywhere(c, second, Reason.FREE)
+        await everywhere(c, first, Reason.MOVED)
+        assert lab.table.granted == asked + 2
+        assert not lab.violations
+
+
+@stepped
+async def test_a_server_that_numbers_its_devices_anew_is_asked_once_for_all_nodes() -> None:
+    devices = [stick(f"1-{n}", f"S{n}") for n in range(1, 9)]
+    lab = server("lab", *devices)
+    keys = [key(lab, device.busid) for device in devices]
+    serials = tuple(device.serial for device in devices)
+    async with cluster(spec([lab], by_serial(lab, serials=serials), nodes=4)) as c:
+        await all_healthy(c, *keys)
+        asked = lab.table.granted
+        await lab.stop()
+        for each in keys:
+            await everywhere(c, each, Reason.SERVER_UNREACHABLE)
+        for device in devices:
+            lab.unplug(device.busid)
+            lab.plug(device)
+        await lab.start()
+        assert await c.settle(lambda: all(health(c, c["node-a"])[k.id] for k in keys), 60)
+        await all_healthy(c, *keys)
+        assert lab.table.granted == asked + len(devices)
+
+
+@stepped
+async def test_a_server_that_numbers_anew_at_each_import_is_not_asked_for_ever() -> None:
+    lab = server("lab", stick("1-1", "RED"))
+    lab.table.renumbers = True
+    device = key(lab, "1-1")
+    async with cluster(spec([lab], by_serial(lab), nodes=3)) as c:
+        await asyncio.sleep(60)
+        await all_healthy(c, device)
+        asked = lab.table.granted
+        assert asked <= MAX_REREADS + 1
+        await asyncio.sleep(300)
+        assert lab.table.granted == asked
+        assert await c["node-a"].admit(pod("p"), "stick") is None
+        assert c["node-a"].attached() == {device}
+
+
+@stepped
+async def test_a_swapped_dongle_is_found_out_where_the_server_gives_it_the_same_number() -> None:
+    lab = server("lab", stick("1-1", "RED"))
+    lab.table.by_port = True
+    device = key(lab, "1-1")
+    async with cluster(spec([lab], by_serial(lab), nodes=3)) as c:
+        await all_healthy(c, device)
+        number = c.backend.leases[device.id].annotations[record.READ_FROM]
+        for serial, why in (("BLUE", Reason.LISTED_WRONG), ("RED", Reason.FREE)):
+            asked = lab.table.granted
+            lab.unplug("1-1")
+            await everywhere(c, device, Reason.NOT_LISTED)
+            lab.plug(stick("1-1", serial))
+            await everywhere(c, device, why)
+            assert c.backend.leases[device.id].annotations[record.READ_FROM] == number
+            assert lab.table.granted == asked + 1, "asked once for all nodes"
+        # and one that is used does not become suspect by that
+        assert await c["node-b"].admit(pod("p"), "stick") is None
+        c["node-b"].end(pod("p"))
+        assert await c.settle(lambda: c.holder(device) == "", 30)
+        asked = lab.table.granted
+        await everywhere(c, device, Reason.FREE)
+        await asyncio.sleep(60)
+        assert lab.table.granted == asked
+
+
+@stepped
+async def test_a_dongle_swapped_between_two_polls_is_found_out_by_the_allocate_and_back_when_it_is_put_back() -> None:
+    lab = server("lab", stick("1-1", "RED"))
+    lab.table.by_port = True
+    device = key(lab, "1-1")
+    async with cluster(spec([lab], by_serial(lab), nodes=3)) as c:
+        await all_healthy(c, device)
+        lab.unplug("1-1")
+        lab.plug(stick("1-1", "BLUE"))
+        node = c["node-a"]
+        with pytest.raises(WrongSerial):
+            await allocate(c, node, device)
+        await everywhere(c, device, Reason.LISTED_WRONG)
+        lab.unplug("1-1")
+        await everywhere(c, device, Reason.NOT_LISTED)
+        lab.plug(stick("1-1", "RED"))
+        await everywhere(c, device, Reason.FREE)
+        assert await node.admit(pod("p"), "stick") is None
+
+
+@stepped
+async def test_a_loose_cable_does_not_make_a_device_asked_again_and_again() -> None:
+    lab = server("lab", stick("1-1", "RED"))
+    device = key(lab, "1-1")
+    async with cluster(spec([lab], by_serial(lab), nodes=2)) as c:
+        await all_healthy(c, device)
+        asked = lab.table.granted
+        for _ in range(20):
+            lab.unplug("1-1")
+            await everywhere(c, device, Reason.NOT_LISTED)
+            lab.plug(stick("1-1", "RED"))
+            await asyncio.sleep(8)
+        assert lab.table.granted <= asked + MAX_REREADS
+        await everywhere(c, device, Reason.FREE)
+
+
+@stepped
+async def test_an_allocate_gives_nobody_a_device_with_another_serial_number_than_the_promised() -> None:
+    lab = server("lab", stick("1-1", "BLUE"))
+    device = key(lab, "1-1")
+    async with cluster(spec([lab], by_serial(lab), nodes=3)) as c:
+        assert await c.settle(lambda: device.id in c.backend.leases and c.holder(device) == "", POLLED)
+        mislead(c, device, "RED")
+        await all_healthy(c, device)
+        node = c["node-a"]
+        with pytest.raises(WrongSerial, match="1-1 is not RED: its serial number is BLUE"):
+            await allocate(c, node, device)
+        await freed(c, device)
+        assert not node.kernel.records["node-a"]
+        assert c.backend.leases[device.id].annotations[record.SERIAL] == "BLUE", "before anybody else could have it"
+        await everywhere(c, device, Reason.LISTED_WRONG)
+        assert "serial number BLUE now, not RED" in detail(c["node-b"], device)
+        granted = lab.table.granted
+        await asyncio.sleep(60)
+        assert lab.table.granted == granted
+
+
+@stepped
+async def test_an_allocate_by_vendor_and_product_takes_whatever_stands_there() -> None:
+    lab = server("lab", stick("1-1", "BLUE"))
+    device = key(lab, "1-1")
+    async with cluster(spec([lab], nodes=1)) as c:
+        await all_healthy(c, device)
+        for n, serial in enumerate(("BLUE", "RED")):
+            assert await c["node-a"].admit(pod(f"p{n}"), "stick") is None
+            assert await c.settle(lambda s=serial: c.backend.leases[device.id].annotations.get(record.SERIAL) == s, 5)  # type: ignore[misc]
+            c["node-a"].end(pod(f"p{n}"))
+            assert await c.settle(lambda: c.holder(device) == "", 30)
+            lab.unplug("1-1")
+            lab.plug(stick("1-1", "RED"))
+            await all_healthy(c, device)
+
+
+def bare(busid: str, interface: InterfaceClass = STORAGE) -> VirtualDevice:
+    """As usbip-host shows a device that nobody has configured since it was bound."""
+    return VirtualDevice(busid, STICK, interface=interface)
+
+
+@stepped
+async def test_a_device_that_was_never_configured_is_selected_by_the_class_it_tells() -> None:
+    lab = server("lab", bare("1-1"), bare("1-2", InterfaceClass(3, 0, 0)))
+    storage, hid = key(lab, "1-1"), key(lab, "1-2")
+    wanted = ResourceConfig("stick", (DeviceSelector(lab.key, Selector(class_=8)),))
+    async with cluster(spec([lab], wanted, nodes=3)) as c:
+        await all_healthy(c, storage)
+        assert await c.settle(lambda: hid.id in c.backend.leases and c.holder(hid) == "", POLLED)
+        assert all(hid.id not in health(c, node) for node in c.nodes.values())
+        assert lab.table.granted == 2, "each was asked once for all nodes"
+        assert c.backend.leases[storage.id].annotations[record.INTERFACES] == "080650"
+        await c["node-b"].stop()
+        assert await c["node-a"].admit(pod("p"), "stick") is None
+        assert c["node-a"].attached() == {storage}
+        c["node-b"].start()
+        assert await c.settle(lambda: reason(c["node-b"], storage) is Reason.HELD_ELSEWHERE, 5), "its server hides it"
+
+
+@stepped
+async def test_a_device_whose_server_lists_its_class_is_not_asked() -> None:
+    lab = server("lab", replace(bare("1-1"), configured=True))
+    wanted = ResourceConfig("stick", (DeviceSelector(lab.key, Selector(class_=8)),))
+    async with cluster(spec([lab], wanted)) as c:
+        await all_healthy(c, key(lab, "1-1"))
+        await asyncio.sleep(60)
+        assert lab.table.granted == 0
+        await c["node-b"].stop()
+        assert await c["node-a"].admit(pod("p"), "stick") is None
+        c["node-b"].start()
+        device = key(lab, "1-1")
+        assert await c.settle(lambda: reason(c["node-b"], device) is Reason.HELD_ELSEWHERE, 5), "its lock says so"
+
+
+@stepped
+async def test_of_clones_under_one_serial_number_none_is_offered_and_that_is_said_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    lab = server("lab", stick("1-1", "0123456789"), stick("1-2", "0123456789"))
+    one, other = key(lab, "1-1"), key(lab, "1-2")
+    with caplog.at_level(logging.WARNING):
+        async with cluster(spec([lab], by_serial(lab, serials=("0123456789",)), nodes=1)) as c:
+            node = c["node-a"]
+            await everywhere(c, one, Reason.AMBIGUOUS)
+            await everywhere(c, other, Reason.AMBIGUOUS)
+            assert "is also that of lab:3240/1-2" in detail(node, one)
+            assert await node.admit(pod("p"), "stick") is not None
+            await asyncio.sleep(30)
+            assert _said(caplog, "several devices tell one serial number, none of them is offered by it") == 1
+            lab.unplug("1-2")
+            await everywhere(c, one, Reason.FREE)
+            assert await node.admit(pod("q"), "stick") is None
+            lab.plug(stick("1-2", "0123456789"))
+            assert await c.settle(lambda: reason(node, other) is Reason.AMBIGUOUS, POLLED)
+            assert "(held by node node-a)" in detail(node, other)
+            assert reason(node, one) is Reason.ATTACHED, "who has one keeps it"
+
+
+def _said(caplog: pytest.LogCaptureFixture, words: str) -> int:
+    return sum(line.getMessage() == words for line in caplog.records)
+
+
+@stepped
+async def test_a_device_that_two_resources_offer_is_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    lab = server("lab", stick("1-1"))
+    both = [ResourceConfig(name, (DeviceSelector(lab.key, Selector(vendor=STICK.vendor)),)) for name in ("one", "two")]
+    apart = ResourceConfig("three", (DeviceSelector(lab.key, Selector(vendor=DONGLE.vendor)),))
+    with caplog.at_level(logging.WARNING):
+        async with cluster(spec([lab], *both, apart, nodes=1)) as c:
+            await all_healthy(c, key(lab, "1-1"), name="one")
+            lab.unplug("1-1")
+            await everywhere(c, key(lab, "1-1"), Reason.NOT_LISTED)
+            lab.plug(stick("1-1"))
+            await all_healthy(c, key(lab, "1-1"), name="two")
+    words = "offered as several resources, and in use as one of them only"
+    assert _said(caplog, words) == 1
+    (line,) = (line for line in caplog.records if line.getMessage() == words)
+    assert line.__dict__["resources"] == ["one", "two"]

@@ -1,0 +1,226 @@
+"""Device nodes in virtual time: those that are promised, come late, collide, or are another device's all at once."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+from cluster_rig import (
+    DONGLE,
+    STICK,
+    admitted,
+    all_healthy,
+    becomes,
+    key,
+    one_stick,
+    pod,
+    port_of,
+    reason,
+    resource,
+    server,
+    spec,
+    stick,
+    taken,
+)
+
+from usbip_plugin.config import ResourceConfig
+from usbip_plugin.model import DeviceKey, Reason
+from usbip_plugin.notices import Notice, What
+from usbip_plugin.sim.cluster import Cluster, ClusterNode, cluster
+from usbip_plugin.sim.server import VirtualServer
+from usbip_plugin.sim.specs import resolve
+from usbip_plugin.sim.steploop import stepped
+from usbip_plugin.sim.usbdevice import VirtualDevice
+from usbip_plugin.vhci.sysfs import PortStatus
+
+
+def asking(lab: VirtualServer, **keys: object) -> ResourceConfig:
+    return replace(resource("stick", [lab]), **keys)  # type: ignore[arg-type]
+
+
+def texts(notices: list[Notice], what: What) -> list[str]:
+    return [notice.text for notice in notices if notice.what is what]
+
+
+def all_free(node: ClusterNode) -> bool:
+    return all(port.status is PortStatus.NULL for port in node.driver.ports_now())
+
+
+async def nothing_left(c: Cluster, node: ClusterNode, *devices: DeviceKey) -> bool:
+    return await c.settle(lambda: all_free(node) and all(c.holder(device) == "" for device in devices), 5)
+
+
+@stepped
+async def test_a_kind_that_children_lists_and_that_does_not_come_fails_the_allocate_which_is_undone() -> None:
+    notices: list[Notice] = []
+    async with one_stick(nodes=1, told=notices, children=("tty",)) as (c, _lab, device):
+        node = c["node-a"]
+        node.kernel.driverless.add("tty")
+        said = await node.admit(pod("p"), "stick")
+        assert said is not None
+        assert "no tty node within 5 s, which the resource's children promise; it has none" in said
+        assert "cdc-acm" in said
+        assert "childrenTimeout" in said
+        assert await nothing_left(c, node, device)
+        assert texts(notices, What.FAILED)
+        node.kernel.driverless.clear()
+        await becomes(c, node, device, healthy=True)
+        assert await node.admit(pod("q"), "stick") is None
+
+
+@stepped
+async def test_a_kind_that_comes_in_time_is_in_the_answer() -> None:
+    async with one_stick(nodes=1, children=("tty",), children_timeout=8.0) as (c, _lab, _device):
+        node = c["node-a"]
+        node.kernel.driverless.add("tty")
+
+        def driver_loads() -> None:
+            node.kernel.driverless.clear()
+            node.kernel.bell.ring()
+
+        asyncio.get_running_loop().call_later(7.0, driver_loads)
+        assert await node.admit(pod("p"), "stick") is None
+        (answer,) = node.kubelet.manager.checkpoint.values()
+        assert answer.envs["USBIP_STICK_0_TTY"] == "/dev/ttyUSB0"
+
+
+@stepped
+async def test_at_a_reattach_a_kind_that_does_not_come_is_told_once_and_waited_for() -> None:
+    notices: list[Notice] = []
+    async with one_stick(nodes=1, told=notices, children=("tty",)) as (c, lab, device):
+        node = await admitted(c, device)
+        node.kernel.driverless.add("tty")
+        lab.drop("1-1")
+        await becomes(c, node, device, healthy=False)
+        assert not await c.settle(lambda: reason(node, device) is Reason.ATTACHED, 60)
+        (text,) = texts(notices, What.NOT_REATTACHED)
+        assert "no tty node" in text
+        node.kernel.driverless.clear()
+        await becomes(c, node, device, healthy=True, within=20)
+
+
+@stepped
+async def test_a_new_process_asks_for_what_the_configuration_lists_when_it_attaches_again() -> None:
+    notices: list[Notice] = []
+    async with one_stick(nodes=1, told=notices, children=("tty",)) as (c, lab, device):
+        node = await admitted(c, device)
+        node.kill()
+        node.start()
+        assert await c.settle(lambda: reason(node, device) is Reason.ATTACHED, 10)
+        lab.drop("1-1")
+        assert await c.settle(lambda: reason(node, device) is Reason.LOST, 10)
+        await becomes(c, node, device, healthy=True)
+        attachment = node.kernel.attachment(device, port_of(node, device))
+        assert attachment is not None
+        assert [child.kind for child in attachment.nodes] == ["usb", "tty"]
+
+
+@pytest.mark.parametrize("by_cdi", [True, False])
+@stepped
+async def test_a_node_that_comes_after_the_answer_is_told_of_and_put_into_the_spec(*, by_cdi: bool) -> None:
+    notices: list[Notice] = []
+    async with one_stick(nodes=1, told=notices, cdi=by_cdi) as (c, _lab, device):
+        node = await taken(c, device)
+        for _ in range(2):
+            node.kernel.bring(port_of(node, device), ("tty",))
+            node.kernel.bell.ring()
+            assert await c.settle(lambda: bool(texts(notices, What.NODES_LATE)), 5)
+        (text,) = texts(notices, What.NODES_LATE)
+        assert text.startswith("/dev/ttyUSB0 came after the Allocate: ")
+        assert ("when it is started again" in text) is by_cdi
+        if by_cdi:
+            found = resolve(node.specs.find(device.id), [f"usbip.dev/stick={device.id}-0"])
+            assert "/dev/ttyUSB0" in found.nodes
+            assert found.envs["USBIP_STICK_0_TTY"] == "/dev/ttyUSB0"
+        assert reason(node, device) is Reason.ATTACHED
+
+
+@stepped
+async def test_a_late_node_of_a_kind_that_nobody_asked_for_is_not_worth_a_word() -> None:
+    notices: list[Notice] = []
+    async with one_stick(nodes=1, told=notices, children=("tty",)) as (c, _lab, device):
+        node = await admitted(c, device)
+        node.kernel.bring(port_of(node, device), ("hidraw",))
+        node.kernel.bell.ring()
+        assert not await c.settle(lambda: bool(texts(notices, What.NODES_LATE)), 5)
+
+
+@stepped
+async def test_a_device_that_turns_into_another_over_its_connection_is_detached_and_not_handed_out() -> None:
+    notices: list[Notice] = []
+    async with one_stick(nodes=1, told=notices, cdi=True) as (c, _lab, device):
+        node = await admitted(c, device)
+        before = node.specs.find(device.id)
+        node.kernel.enumerate_anew(port_of(node, device), DONGLE)
+        await becomes(c, node, device, healthy=False)
+        (text,) = texts(notices, What.LOST)
+        assert "it has left the bus" in text
+        await becomes(c, node, device, healthy=True)
+        attachment = node.kernel.attachment(device, port_of(node, device))
+        assert attachment is not None
+        assert attachment.usb_id == STICK
+        assert node.specs.find(device.id) != before
+        assert len([p for p in node.driver.ports_now() if p.status is not PortStatus.NULL]) == 1, "no port leaks"
+
+
+@stepped
+async def test_a_device_that_its_server_lists_in_another_mode_stays_away_and_says_so() -> None:
+    notices: list[Notice] = []
+    async with one_stick(nodes=1, told=notices) as (c, lab, device):
+        node = await admitted(c, device)
+        lab.unplug("1-1")
+        lab.plug(VirtualDevice("1-1", DONGLE, serial="S-1-1", configured=True))
+        await becomes(c, node, device, healthy=False)
+        assert await c.settle(lambda: bool(texts(notices, What.NOT_REATTACHED)), 20)
+        (text,) = texts(notices, What.NOT_REATTACHED)
+        assert str(STICK) in text
+        assert str(DONGLE) in text
+        assert all_free(node)
+
+
+@stepped
+async def test_two_devices_under_one_path_are_refused_before_either_is_touched() -> None:
+    lab = server("lab", stick("1-1"), stick("1-2"))
+    devices = (key(lab, "1-1"), key(lab, "1-2"))
+    async with cluster(spec([lab], asking(lab, container_paths=("/dev/stick",)), nodes=1)) as c:
+        node = c["node-a"]
+        await all_healthy(c, *devices)
+        said = await node.admit(pod("p"), "stick", 2)
+        assert said is not None
+        assert "containerPath /dev/stick is the same for 2 devices of one container: use {index}" in said
+        assert lab.table.granted == 0
+        assert await node.admit(pod("q"), "stick") is None
+
+
+@stepped
+async def test_paths_that_only_the_devices_make_equal_undo_the_allocate() -> None:
+    lab = server("lab", stick("1-1", "SAME"), stick("1-2", "SAME"))
+    devices = (key(lab, "1-1"), key(lab, "1-2"))
+    async with cluster(spec([lab], asking(lab, container_paths=("/dev/{serial}",), cdi=True), nodes=1)) as c:
+        node = c["node-a"]
+        await all_healthy(c, *devices)
+        said = await node.admit(pod("p"), "stick", 2)
+        assert said is not None
+        assert "are both to be /dev/SAME" in said
+        assert await nothing_left(c, node, *devices)
+        assert not node.specs.texts
+
+
+@stepped
+async def test_a_network_interface_is_told_of_where_people_look() -> None:
+    notices: list[Notice] = []
+    async with one_stick(nodes=1, told=notices) as (c, _lab, device):
+        node = c["node-a"]
+        node.kernel.net[STICK] = ("enx020000000001",)
+        assert await node.admit(pod("p"), "stick") is None
+        assert await c.settle(lambda: bool(texts(notices, What.NETWORK)), 5)
+        assert (
+            Notice(
+                What.NETWORK,
+                device,
+                "its network interface enx020000000001 stays on the node: it is no device node",
+                pod("p"),
+            )
+            in notices
+        )

@@ -1,0 +1,452 @@
+"""A new configuration while pods have devices: none of them loses any, nobody new gets what is not offered any more."""
+
+import asyncio
+import tempfile
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from cluster_rig import (
+    DONGLE,
+    agent,
+    all_healthy,
+    allocate,
+    becomes,
+    dongle,
+    health,
+    key,
+    lost_and_back,
+    one_stick,
+    pod,
+    reason,
+    resource,
+    server,
+    spec,
+    stick,
+    taken,
+    two_sticks,
+)
+from play import task_names
+
+from usbip_plugin.claims import ALLOCATION_GRACE, AfterReattach
+from usbip_plugin.clock import SystemClock
+from usbip_plugin.config import Config, DeviceSelector, OnLoss, ResourceConfig, Selector
+from usbip_plugin.errors import AllocateTimeout, UnknownDevice
+from usbip_plugin.kubelet.device_plugin import DevicePluginServer, DeviceStates
+from usbip_plugin.model import DeviceKey, Reason
+from usbip_plugin.notices import Notice, What
+from usbip_plugin.sim.cluster import Cluster, ClusterNode, cluster
+from usbip_plugin.sim.server import VirtualServer
+from usbip_plugin.sim.steploop import loop_of, stepped
+from usbip_plugin.sim.world import Setup, running
+from usbip_plugin.telling import SENT_TIMEOUT
+
+NOBODY_S = 5.0
+"""Seconds from a pod's end in which its device is free."""
+
+
+def reload(c: Cluster, *resources: ResourceConfig, allocate_timeout: float = 10.0) -> None:
+    """The same new file on every node, also for processes that start from now on."""
+    c.spec.config = Config(resources, allocate_timeout=allocate_timeout)
+    for node in c.nodes.values():
+        if node.agent is not None:
+            node.agent.reconfigure(c.spec.config)
+
+
+def only(name: str, device: DeviceKey, **more: object) -> ResourceConfig:
+    """A resource of one bus id."""
+    return ResourceConfig(name, (DeviceSelector(device.server, Selector(bus_id=device.busid)),), **more)  # type: ignore[arg-type]
+
+
+async def ends(c: Cluster, node: ClusterNode, device: DeviceKey) -> None:
+    """Its pod ends, and it is free."""
+    node.end(pod("p"))
+    assert await c.settle(lambda: c.holder(device) == "" and not node.attached(), NOBODY_S)
+
+
+async def undisturbed(c: Cluster, node: ClusterNode, device: DeviceKey, name: str = "stick") -> None:
+    """For a while its kubelet has heard of it as Healthy only, and its import has stood."""
+    lists, imports = len(node.kubelet.seen.lists), c.servers[device.server].table.granted
+    await asyncio.sleep(2 * ALLOCATION_GRACE)
+    heard = [devices for full, devices in node.kubelet.seen.lists[lists:] if full == c.full(name)]
+    assert all(devices.get(device.id) for devices in heard)
+    assert health(c, node, name)[device.id]
+    assert node.attached() == {device}
+    assert c.holder(device) == node.name
+    assert c.servers[device.server].table.granted == imports
+
+
+@stepped
+async def test_a_resource_that_is_taken_out_keeps_what_a_pod_has_until_its_end_and_is_gone_then() -> None:
+    async with two_sticks() as (c, lab, _held, _other):
+        node = c["node-a"]
+        assert await node.admit(pod("p"), "stick") is None
+        (mine,) = node.attached()
+        reload(c, resource("dongle", [lab], DONGLE))
+        assert await c.settle(lambda: health(c, node) == {mine.id: True}, 1)
+        assert await c.settle(lambda: not c["node-b"].kubelet.connected(c.full("stick")), 2)
+        assert health(c, c["node-b"]) == {}, "an empty list before the plugin went: a kubelet counts its devices on"
+        await undisturbed(c, node, mine)
+        await ends(c, node, mine)
+        assert await c.settle(lambda: not node.kubelet.connected(c.full("stick")), 1 + SENT_TIMEOUT)
+        assert health(c, node) == {}
+        assert set(agent(node).resources.plugins) == {c.full("dongle")}
+        assert (
+            await node.admit(pod("q"), "stick")
+            == f"no healthy devices present; cannot allocate unhealthy devices {c.full('stick')}"
+        )
+
+
+@stepped
+async def test_a_resource_that_comes_back_while_its_plugin_ends_is_offered() -> None:
+    async with one_stick(nodes=1) as (c, lab, device):
+        node = c["node-a"]
+        node.pods.process.freeze()  # does not read the last list
+        reload(c)
+        await asyncio.sleep(SENT_TIMEOUT / 2)
+        reload(c, resource("stick", [lab]))
+        await asyncio.sleep(2 * SENT_TIMEOUT)
+        node.pods.process.thaw()
+        await all_healthy(c, device)
+        assert await c.settle(lambda: agent(node).ready, 5)
+        assert len(node.kubelet.seen.registrations) == 2
+
+
+@pytest.mark.parametrize("how", ["another selector", "another server", "another resource"])
+@stepped
+async def test_a_device_that_is_not_named_any_more_stays_with_its_pod_and_goes_to_nobody_else(how: str) -> None:
+    lab, attic = server("lab", stick("1-1"), stick("1-2")), server("attic", stick("1-1"))
+    held = key(lab, "1-1")
+    async with cluster(spec([lab, attic], only("stick", held))) as c:
+        node = await taken(c, held)
+        match how:
+            case "another selector":
+                reload(c, only("stick", key(lab, "1-2")))
+            case "another server":
+                reload(c, only("stick", key(attic, "1-1")))
+            case _:
+                reload(c, only("other", held))
+        await undisturbed(c, node, held)
+        assert await c.settle(lambda: held.id not in health(c, c["node-b"]), 5)
+        if how == "another resource":
+            assert await c.settle(lambda: health(c, node, "other") == {held.id: False}, 1)
+            assert "no healthy devices" in str(await node.admit(pod("q"), "other"))
+        await ends(c, node, held)
+        assert await c.settle(lambda: held.id not in health(c, node), 1)
+        assert await node.admit(pod("q"), "other" if how == "another resource" else "stick") is None
+        assert (held in node.attached()) is (how == "another resource")
+
+
+@pytest.mark.parametrize("gone", [True, False], ids=["resource gone", "device gone"])
+@stepped
+async def test_the_next_pod_is_refused_once_what_the_last_one_was_the_last_to_have(gone: bool) -> None:
+    """The kubelet offers the device as soon as the first pod's containers have ended."""
+    lab = server("lab", stick("1-1"), stick("1-2"))
+    held, other = key(lab, "1-1"), key(lab, "1-2")
+    async with cluster(spec([lab], only("stick", held))) as c:
+        node = await taken(c, held)
+        reload(c, *(() if gone else (only("stick", other),)))
+        if not gone:
+            await becomes(c, node, other, healthy=True)
+            with pytest.raises(UnknownDevice, match="any more: the configuration has changed"):
+                await allocate(c, node, held)
+            assert await c.settle(lambda: health(c, node)[held.id], 5), "its pod has it still"
+        else:
+            await undisturbed(c, node, held)
+        node.end(pod("p"))
+        if gone:
+            assert "any more: the configuration has changed" in str(await node.admit(pod("q"), "stick"))
+            assert await c.settle(lambda: health(c, node) == {held.id: False}, 0.02), "told before it failed"
+            assert "no healthy devices" in str(await node.admit(pod("r"), "stick"))
+        assert await c.settle(lambda: c.holder(held) == "" and held not in node.attached(), NOBODY_S)
+
+
+@stepped
+async def test_a_kubelet_that_starts_and_lists_no_pods_yet_is_told_nothing_else_of_what_is_taken_out() -> None:
+    """It looks at the health of what its pods have when it admits them again."""
+    async with one_stick(nodes=1) as (c, _lab, device):
+        node = await taken(c, device)
+        reload(c)
+        await undisturbed(c, node, device)
+        lists = len(node.kubelet.seen.lists)
+        node.kubelet_restart(down=True)
+        await asyncio.sleep(1)
+        node.kubelet_restart(down=False)
+        assert await c.settle(lambda: len(node.kubelet.seen.lists) > lists, 5)
+        await undisturbed(c, node, device)
+        assert all(devices == {device.id: True} for _full, devices in node.kubelet.seen.lists[lists:])
+        await ends(c, node, device)
+
+
+@stepped
+async def test_what_its_init_container_has_a_pod_that_is_being_admitted_gets_though_it_is_taken_out() -> None:
+    async with one_stick(nodes=1) as (c, _lab, device):
+        first = await allocate(c, c["node-a"], device)
+        reload(c)
+        await asyncio.sleep(0.1)
+        assert await allocate(c, c["node-a"], device) == first
+
+
+@pytest.mark.parametrize("moment", range(0, 800, 20))
+@stepped
+async def test_a_device_that_is_taken_out_while_it_is_being_allocated_stays_in_the_list_until_the_answer(
+    moment: int,
+) -> None:
+    """A kubelet looks up in its list what it was answered with, and crashes if it is not there."""
+    async with two_sticks(nodes=1) as (c, _lab, one, two):
+        node = c["node-a"]
+        asked = asyncio.create_task(node.admit(pod("p"), "stick", 2))
+        await asyncio.sleep(moment / 1000)  # both are there after 0.7 s
+        reload(c)
+        failure = await asked
+        if moment == 0:  # which comes before the Allocate
+            assert "not in the configuration any more" in str(failure)
+            assert not node.attached()
+            return
+        assert failure is None, "what was asked for before is given"
+        assert node.attached() == {one, two}
+        assert await c.settle(lambda: health(c, node) == {one.id: True, two.id: True}, 1)
+        node.end(pod("p"))
+        assert await c.settle(lambda: not node.attached() and not node.kubelet.connected(c.full("stick")), 20)
+
+
+@stepped
+async def test_a_device_whose_server_was_taken_out_comes_back_to_its_pod_after_a_loss() -> None:
+    lab, attic = server("lab", stick("1-1")), server("attic", stick("1-1"))
+    device, new = key(lab, "1-1"), key(attic, "1-1")
+    async with cluster(spec([lab, attic], resource("stick", [lab]))) as c:
+        node = await taken(c, device)
+        reload(c, resource("stick", [attic]))
+        await becomes(c, node, new, healthy=True)
+        lab.unplug("1-1")
+        await becomes(c, node, device, healthy=False)
+        assert reason(node, device) is Reason.LOST
+        await asyncio.sleep(60)
+        lab.plug(stick("1-1"))
+        await becomes(c, node, device, healthy=True, within=5)
+        assert node.attached() == {device}
+        asked = lab.connections
+        await asyncio.sleep(60)
+        assert lab.connections == asked, "it is not polled any more"
+        await ends(c, node, device)
+
+
+@stepped
+async def test_a_server_under_another_name_does_not_give_out_what_a_pod_has_under_the_old_one() -> None:
+    lab = server("lab", stick("1-1"))
+    alias = server("10.0.0.5")
+    alias.table = lab.table
+    old, new = key(lab, "1-1"), key(alias, "1-1")
+    async with cluster(spec([lab, alias], resource("stick", [lab]))) as c:
+        node = await taken(c, old)
+        reload(c, resource("stick", [alias]))
+        await undisturbed(c, node, old)
+        for one in c.nodes.values():
+            assert new.id not in health(c, one), "the server lists it under neither name"
+        with pytest.raises(UnknownDevice):
+            await allocate(c, c["node-b"], new)
+        await ends(c, node, old)
+        await all_healthy(c, new)
+        assert await c.settle(lambda: old.id not in health(c, node), 1)
+
+
+@stepped
+async def test_a_change_of_cdi_leaves_no_moment_without_a_plugin() -> None:
+    lab = server("lab", stick("1-1"), stick("1-2"))
+    plain = resource("stick", [lab])
+    async with cluster(spec([lab], plain, nodes=1)) as c:
+        node = c["node-a"]
+        await all_healthy(c, key(lab, "1-1"), key(lab, "1-2"))
+        gone: list[float] = []
+
+        def look() -> None:
+            if not node.kubelet.connected(c.full("stick")) or not any(health(c, node).values()):
+                gone.append(loop_of().time())
+
+        loop_of().after_step = look
+        for cdi in (True, False, True):
+            reload(c, replace(plain, cdi=cdi))
+            assert await c.settle(lambda want=cdi: node.kubelet.asks_before_start(c.full("stick")) is want, 5)  # type: ignore[misc]
+            assert await node.admit(pod(f"p-{cdi}"), "stick") is None
+            node.end(pod(f"p-{cdi}"))
+            await asyncio.sleep(NOBODY_S)
+        loop_of().after_step = None
+        assert gone == []
+        assert node.kubelet.seen.registrations == [c.full("stick")] * 4
+
+
+@stepped
+async def test_a_container_that_was_given_paths_gets_no_spec_by_a_change_to_cdi() -> None:
+    """Its kubelet asks before each start, as the resource is by CDI now; the answer of its Allocate stays."""
+    told: list[Notice] = []
+    async with one_stick(nodes=1, told=told) as (c, lab, device):
+        node = await taken(c, device)
+        reload(c, replace(resource("stick", [lab]), cdi=True))
+        assert await c.settle(lambda: node.kubelet.asks_before_start(c.full("stick")), 5)
+        assert not (await node.start_container(pod("p"))).nodes
+        assert not node.specs.texts
+        await lost_and_back(c, node, device)
+        (changed,) = [notice.text for notice in told if notice.what is What.NODES_CHANGED]
+        assert changed == AfterReattach.STALE.value
+
+
+@pytest.mark.parametrize("cdi", [False, True], ids=["plain", "by CDI"])
+@stepped
+async def test_a_new_container_path_counts_for_the_next_pod_and_by_cdi_for_the_next_start(cdi: bool) -> None:
+    async with one_stick(nodes=1, cdi=cdi, container_paths=("/dev/old",)) as (c, lab, device):
+        node = await taken(c, device)
+        stored = node.allocation(pod("p"), "stick")
+        reload(c, replace(resource("stick", [lab]), cdi=cdi, container_paths=("/dev/new",)))
+        await undisturbed(c, node, device)
+        assert node.allocation(pod("p"), "stick") == stored
+        if cdi:
+            assert list((await node.start_container(pod("p"))).nodes) == ["/dev/new"]
+        await ends(c, node, device)
+        await becomes(c, node, device, healthy=True)
+        assert await node.admit(pod("q"), "stick") is None
+        answer = node.allocation(pod("q"), "stick")
+        got = (await node.start_container(pod("q"))).nodes if cdi else [d.container_path for d in answer.devices]
+        assert list(got) == ["/dev/new"]
+
+
+@stepped
+async def test_a_new_on_loss_counts_for_pods_that_run() -> None:
+    async with one_stick(nodes=1) as (c, lab, device):
+        node = await taken(c, device)
+        reload(c, replace(resource("stick", [lab]), on_loss=OnLoss.EVICT))
+        await lost_and_back(c, node, device)
+        assert node.evicted == [pod("p")]
+
+
+@stepped
+async def test_a_new_allocate_timeout_counts_for_the_next_allocate() -> None:
+    async with one_stick(nodes=1) as (c, lab, device):
+        reload(c, resource("stick", [lab]), allocate_timeout=2.0)
+        lab.freeze()
+        began = loop_of().time()
+        with pytest.raises(AllocateTimeout):
+            await allocate(c, c["node-a"], device)
+        assert loop_of().time() - began <= 2.0
+
+
+@pytest.mark.parametrize("cdi", [False, True], ids=["plain", "by CDI"])
+@stepped
+async def test_a_new_process_registers_a_resource_that_is_gone_for_as_long_as_a_pod_has_a_device_of_it(
+    cdi: bool,
+) -> None:
+    """A kubelet that has lost the plugin of a resource starts no container again that wants it."""
+    async with one_stick(cdi=cdi) as (c, _lab, device):
+        node = await taken(c, device)
+        reload(c)
+        await node.stop()
+        lists = len(node.kubelet.seen.lists)
+        node.start()
+        assert await c.settle(lambda: node.kubelet.connected(c.full("stick")), 5)
+        assert await c.settle(lambda: len(node.kubelet.seen.lists) > lists, 1)
+        assert node.kubelet.seen.lists[lists:] == [(c.full("stick"), {device.id: True})]
+        assert node.kubelet.asks_before_start(c.full("stick")) is cdi
+        got = await node.start_container(pod("p"))
+        assert bool(got.nodes) is cdi
+        await undisturbed(c, node, device)
+        await ends(c, node, device)
+        assert await c.settle(lambda: not node.kubelet.connected(c.full("stick")), 1 + SENT_TIMEOUT)
+        assert not node.specs.texts
+        assert agent(node).ready
+
+
+@pytest.mark.parametrize("reads", [True, False])
+@stepped
+async def test_a_kubelet_that_reads_slowly_is_waited_for_but_not_for_ever(reads: bool) -> None:
+    async with cluster(spec([server("lab")], nodes=1)) as c:
+        plugin = agent(c["node-a"])
+        assert await c.settle(lambda: plugin.ready, 5)
+        slow, read = DevicePluginServer("usbip.dev/slow", plugin.allocator), asyncio.Event()
+
+        async def take(_state: DeviceStates) -> None:
+            await read.wait()
+
+        stream = asyncio.create_task(slow.follow(take))
+        plugin.telling.attach(slow)
+        ending = asyncio.create_task(plugin.telling.detach(slow))
+        await asyncio.sleep(SENT_TIMEOUT / 2)
+        assert not ending.done()
+        if reads:
+            read.set()
+        await asyncio.sleep(0.1 if reads else SENT_TIMEOUT)
+        assert ending.done()
+        stream.cancel()
+
+
+async def test_on_sockets_the_last_list_of_a_resource_is_empty() -> None:
+    with tempfile.TemporaryDirectory(prefix="k") as directory:
+        virtual = VirtualServer([stick("1-1")])
+        await virtual.start()
+        try:
+            setup = Setup(Config((resource("stick", [virtual]),)), SystemClock(), domain="usbip.dev")
+            async with running(Path(directory), ("node-a",), setup) as world, asyncio.timeout(30):
+                node = world["node-a"]
+                name, kubelet = node.resource("stick"), node.kubelet
+                await kubelet.wait_for(name, lambda now: any(now.values()))
+                assert node.agent is not None
+                node.agent.reconfigure(Config(()))
+                await kubelet.changed.until(lambda: not kubelet.connected(name))
+                assert kubelet.health(name) == {}
+        finally:
+            await virtual.stop()
+
+
+@stepped
+async def test_before_it_knows_what_pods_have_a_new_process_ends_no_resource() -> None:
+    async with one_stick() as (c, _lab, device):
+        node = await taken(c, device)
+        await node.stop()
+        node.partition(cut=True)
+        seen = len(node.kubelet.seen.lists)
+        node.start()
+        await asyncio.sleep(1)
+        reload(c)
+        await asyncio.sleep(1)
+        assert node.kubelet.connected(c.full("stick"))
+        node.partition(cut=False)
+        assert await c.settle(lambda: len(node.kubelet.seen.lists) > seen, 5)
+        assert node.kubelet.seen.lists[seen:] == [(c.full("stick"), {device.id: True})]
+        await undisturbed(c, node, device)
+
+
+@stepped
+async def test_many_reloads_in_a_row_disturb_no_pod_and_leave_nothing_behind() -> None:
+    lab, attic = server("lab", stick("1-1"), dongle("1-2")), server("attic", stick("1-1"))
+    device = key(lab, "1-1")
+    sticks, dongles = resource("stick", [lab]), resource("dongle", [lab], DONGLE)
+    versions = (
+        (dongles,),
+        (),
+        (replace(sticks, cdi=True), dongles),
+        (only("other", device), resource("dongle", [attic])),
+        *((sticks, resource(f"name-{i}", [attic])) for i in range(10)),
+        (sticks,),
+    )
+    async with cluster(spec([lab, attic], sticks)) as c:
+        node = await taken(c, device)
+        lists = len(node.kubelet.seen.lists)
+        for wait in (0.0, 0.001, 0.5, 3.0, 0.0):
+            for version in versions:
+                reload(c, *version)
+                await asyncio.sleep(wait)
+        heard = [devices for full, devices in node.kubelet.seen.lists[lists:] if full == c.full("stick")]
+        assert heard
+        assert all(devices.get(device.id) for devices in heard)
+        await undisturbed(c, node, device)
+        await ends(c, node, device)
+        await asyncio.sleep(60)
+        fresh = c["node-b"]
+        await fresh.stop()
+        fresh.start()
+        await asyncio.sleep(30)
+        assert task_names(node) == task_names(fresh)
+        assert node.sockets == 0
+        assert agent(node).ready
+        assert set(agent(node).resources.plugins) == {c.full("stick")}
+        assert set(agent(node).poller.views) == {lab.key}
+        assert Counter(node.kubelet.health(c.full("stick"))) == Counter({device.id: True})

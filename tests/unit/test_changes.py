@@ -1,0 +1,120 @@
+"""What a change of some locks comes to is the same as if everything had been worked out anew."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import replace
+
+import pytest
+
+from usbip_plugin import changes
+from usbip_plugin.claims import Claim, State
+from usbip_plugin.config import Config, DeviceSelector, ResourceConfig, Selector
+from usbip_plugin.inventory.facts import Facts, Members
+from usbip_plugin.inventory.lists import advertise
+from usbip_plugin.inventory.members import learn
+from usbip_plugin.locks.manager import Standing
+from usbip_plugin.model import Descriptor, DeviceKey, Lock, ServerKey, UsbId
+from usbip_plugin.usbip.poller import ServerState, ServerView
+
+SERVERS = (ServerKey("lab", 3240), ServerKey("pi", 3240))
+IDS = (UsbId(0x0951, 0x1666), UsbId(0x1050, 0x0407))
+KEYS = tuple(DeviceKey(server, f"1-{n}") for server in SERVERS for n in range(1, 7))
+HOLDERS = {"": Standing.FREE, "here": Standing.MINE, "there": Standing.HELD, "gone": Standing.EXPIRED}
+CONFIG = Config(
+    (
+        ResourceConfig("stick", tuple(DeviceSelector(server, Selector(vendor=0x0951)) for server in SERVERS)),
+        ResourceConfig("any", (DeviceSelector(SERVERS[0], Selector(bus_id="1-[1-4]")),)),
+        ResourceConfig("hid", (DeviceSelector(SERVERS[1], Selector(class_=3)),)),
+    )
+)
+BY_SERIAL = Config((ResourceConfig("one", (DeviceSelector(SERVERS[0], Selector(serial="S1")),)),))
+
+
+def descriptor(key: DeviceKey, rng: random.Random) -> Descriptor:
+    return Descriptor(key.busid, "/sys/x", 1, rng.randint(1, 2), 3, rng.choice(IDS), 0x100, 0, 0, 0, 1, 1, 1)
+
+
+def lock(key: DeviceKey, rng: random.Random, version: int) -> Lock:
+    told = str(rng.choice(IDS)) if rng.random() < 0.9 else None
+    server = str(key.server) if rng.random() < 0.95 else None
+    return Lock(key.id, rng.choice(list(HOLDERS)), 1, 40.0, str(version), server=server, busid=key.busid, usb_id=told)
+
+
+def world(rng: random.Random) -> Facts:
+    servers = {
+        server: ServerView(
+            server,
+            rng.choice(list(ServerState)),
+            tuple(descriptor(key, rng) for key in KEYS if key.server == server and rng.random() < 0.7),
+        )
+        for server in SERVERS
+    }
+    locks = {key.id: lock(key, rng, 1) for key in KEYS if rng.random() < 0.6}
+    claims = {
+        key.id: Claim(key, state=State.ATTACHED, usb_id=rng.choice(IDS), resource=rng.choice(("stick", "any", None)))
+        for key in KEYS
+        if rng.random() < 0.1
+    }
+    return with_locks(Facts("here", CONFIG, servers, {}, {}, claims), locks)
+
+
+def with_locks(facts: Facts, locks: Mapping[str, Lock]) -> Facts:
+    return replace(facts, locks=locks, standings={i: HOLDERS[lock.holder] for i, lock in locks.items()})
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_a_part_worked_out_is_the_whole_worked_out(seed: int) -> None:
+    rng = random.Random(seed)
+    facts = world(rng)
+    members = learn({}, facts)
+    lists = advertise(members, facts)
+    parts = 0
+    for version in range(2, 12):
+        changed = {key.id: lock(key, rng, version) for key in rng.sample(KEYS, rng.randint(1, 3))}
+        facts = with_locks(facts, {**facts.locks, **changed})
+        whole = learn(members, facts)
+        expected = advertise(whole, facts)
+        part = changes.only(facts, members, changed)
+        if part is None:
+            members, lists = whole, expected
+            continue
+        parts += 1
+        members, lists, told = changes.relearn(members, lists, part, changed)
+        assert lists == expected
+        assert {name: dict(devices) for name, devices in members.items()} == whole
+        assert {d.id for devices in told.values() for d in devices} <= changed.keys()
+    assert parts > 1
+
+
+def test_a_list_that_stays_is_the_very_same() -> None:
+    rng = random.Random(1)
+    facts = world(rng)
+    facts = replace(facts, claims={}, servers={server: ServerView(server) for server in SERVERS})
+    mine = Lock(KEYS[8].id, "", 1, 40.0, "2", server=str(KEYS[8].server), busid=KEYS[8].busid, usb_id=str(IDS[0]))
+    facts = with_locks(facts, {mine.device_id: mine})
+    members = learn({}, facts)
+    lists = advertise(members, facts)
+    taken = replace(mine, holder="there", resource_version="3")
+    facts = with_locks(facts, {mine.device_id: taken})
+    part = changes.only(facts, members, {mine.device_id})
+    assert part is not None
+    _, after, told = changes.relearn(members, lists, part, {mine.device_id})
+    assert after["stick"] != lists["stick"]
+    assert after["any"] is lists["any"]
+    assert [d.id for d in told["stick"]] == [mine.device_id]
+
+
+def test_everything_is_worked_out_where_others_may_be_concerned() -> None:
+    facts = world(random.Random(2))
+    key = KEYS[0]
+    good = Lock(key.id, "", 1, 40.0, "2", server=str(key.server), busid=key.busid, usb_id=str(IDS[0]))
+    facts = with_locks(facts, {key.id: good})
+    members: Members = {}
+    assert changes.only(facts, members, {key.id}) is not None
+    assert changes.only(with_locks(facts, {}), members, {key.id}) is None, "a lock that is gone"
+    assert changes.only(with_locks(facts, {key.id: replace(good, usb_id=None)}), members, {key.id}) is None
+    assert changes.only(with_locks(facts, {key.id: replace(good, busid=None)}), members, {key.id}) is None
+    assert changes.only(replace(facts, config=BY_SERIAL), members, {key.id}) is None
+    assert changes.only(facts, {"former": {}}, {key.id}) is None, "a resource that is not configured any more"

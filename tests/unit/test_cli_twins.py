@@ -1,0 +1,93 @@
+"""Which other devices `explain` finds that tell the serial number a resource promises."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import cast
+
+import pytest
+
+from usbip_plugin.cli.asking import Enquiry
+from usbip_plugin.clock import SystemClock
+from usbip_plugin.config import Config, DeviceSelector, ResourceConfig, Selector
+from usbip_plugin.locks import record
+from usbip_plugin.locks.store import Lease, LeaseList, LeaseStore
+from usbip_plugin.model import Descriptor, DeviceKey, ServerKey, UsbId
+from usbip_plugin.observe.events import KubeRequests
+
+LAB, ATTIC = ServerKey("lab", 3240), ServerKey("attic", 3240)
+OWN, THERE = DeviceKey(LAB, "1-1"), DeviceKey(ATTIC, "7-2")
+STICK = UsbId(0x0951, 0x1666)
+
+
+def listed(busid: str, devnum: int = 7) -> Descriptor:
+    return Descriptor(busid, "/sys/x", 1, devnum, 3, STICK, 0x100, 0, 0, 0, 1, 1, 1)
+
+
+def lease(key: DeviceKey, serial: str, holder: str = "", **notes: str) -> Lease:
+    said = {record.USB_ID: str(STICK), record.SERIAL: serial, record.READ_FROM: "1:7"}
+    more = {record.DOMAIN + name.replace("_", "-"): text for name, text in notes.items()}
+    return Lease(
+        key.id, holder, 40, annotations={**record.device_notes(key), **said, **more}, labels=record.LOCK_LABELS
+    )
+
+
+class Leases:
+    def __init__(self, *leases: Lease) -> None:
+        self._leases = leases
+
+    async def list(self, labels: object) -> LeaseList:
+        return LeaseList(self._leases if labels == record.LOCK_LABELS else (), "1")
+
+
+class Servers:
+    def __init__(self, **lists: tuple[Descriptor, ...]) -> None:
+        self._lists = lists
+
+    async def devlist(self, server: ServerKey, *, timeout: float) -> tuple[Descriptor, ...]:
+        del timeout
+        return self._lists.get(server.host, ())
+
+
+BOTH = {LAB: Selector(serial="RED"), ATTIC: Selector(serial="RED")}
+HERE = {"lab": (listed("1-1"),), "attic": (listed("7-2"),)}
+
+
+@pytest.mark.parametrize(
+    ("selectors", "there", "lists", "twins"),
+    [
+        (BOTH, lease(THERE, "RED"), HERE, (str(THERE),)),
+        (BOTH, lease(THERE, "BLUE"), HERE, ()),
+        (BOTH, lease(THERE, "RED"), {**HERE, "attic": (listed("7-2", 8),)}, ()),
+        (BOTH, lease(THERE, "RED"), {**HERE, "attic": ()}, ()),
+        (BOTH, lease(THERE, "RED", "node-b"), {**HERE, "attic": ()}, (str(THERE),)),
+        (BOTH, lease(THERE, "RED", "node-b", in_place_of=OWN.id), {**HERE, "attic": ()}, ()),
+        ({LAB: Selector(serial="RED"), ATTIC: Selector(vendor=1)}, lease(THERE, "RED"), HERE, ()),
+        ({LAB: Selector(vendor=STICK.vendor), ATTIC: Selector(serial="RED")}, lease(THERE, "RED"), HERE, ()),
+    ],
+    ids=[
+        "both listed",
+        "another number",
+        "another device by now",
+        "away",
+        "held",
+        "followed to",
+        "any",
+        "not promised",
+    ],
+)
+def test_a_twin_is_there_and_promised_by_the_same_resource(
+    selectors: dict[ServerKey, Selector], there: Lease, lists: dict[str, tuple[Descriptor, ...]], twins: tuple[str, ...]
+) -> None:
+    config = Config((ResourceConfig("stick", tuple(DeviceSelector(at, which) for at, which in selectors.items())),))
+    enquiry = Enquiry(
+        cast("LeaseStore", Leases(lease(OWN, "RED"), there)),
+        cast("KubeRequests", None),
+        Servers(**lists),
+        SystemClock(),
+        "ns",
+        "usbip.dev",
+        config,
+        "config.yaml",
+    )
+    assert asyncio.run(enquiry.about(OWN.id)).twins == twins

@@ -1,0 +1,129 @@
+"""The keys that say what a container gets: what is refused, and with which cure; and what templates become."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from usbip_plugin.config import NodePermissions, ResourceConfig, parse_config
+from usbip_plugin.config.templates import (
+    FIELDS,
+    MAX_VALUE,
+    Names,
+    names,
+    render,
+    tells_devices_apart,
+    template_problem,
+)
+from usbip_plugin.errors import ConfigError
+
+TEXT = "resources: {a: {devices: [{target: {host: h}, selector: {vendor: '0403'}}], %s}}"
+
+
+def resource(keys: str) -> ResourceConfig:
+    (found,) = parse_config(TEXT % keys).config.resources
+    return found
+
+
+@pytest.mark.parametrize(
+    ("keys", "place", "cure"),
+    [
+        ("children: [tty, net]", "children[1]", "a network interface is no device node"),
+        ("children: [ttys]", "children[0]", "none of tty, video4linux, block, printer"),
+        ("children: [tty], childrenTimeout: 10s", "childrenTimeout", "shorter than allocateTimeout, which is 10s"),
+        ("children: [tty], childrenTimeout: 2m", "childrenTimeout", "allowed is 0s to 60s"),
+        ("containerPath: [/dev/a, /dev/a]", "containerPath[1]", "is there already"),
+        ("containerPath: dev/a", "containerPath", "no absolute path"),
+        ("containerPath: [/dev/../a]", "containerPath[0]", "must not contain .."),
+        ("containerPath: '/dev/{seriel}'", "containerPath", "known are {resource}"),
+        ("containerPath: {a: b}", "containerPath", "no path"),
+        ("containerPath: [/1, /2, /3, /4, /5, /6, /7, /8, /9]", "containerPath", "at most 8"),
+        ("permissions: {mode: '0660'}", "permissions", "needs cdi: true in the same resource"),
+        ("permissions: {mode: '0660'}", "permissions", "securityContext.supplementalGroups"),
+        ("cdi: true, permissions: {group: dialout}", "permissions.group", "the group's numeric id"),
+        ("cdi: true, permissions: {user: root}", "permissions.user", "the user's numeric id"),
+        ("cdi: true, permissions: {mode: 660}", "permissions.mode", 'as "0660"'),
+        ("cdi: true, permissions: {mode: 01000}", "permissions.mode", 'as "0660"'),
+        ("cdi: true, permissions: {group: 4294967295}", "permissions.group", "numeric id"),
+        ("cdi: true, permissions: {groups: 20}", "permissions.groups", "did you mean group?"),
+        ("cdi: true, permissions: {}", "permissions", "give some of mode, user, group"),
+        ("cdi: true, permissions: 0660", "permissions", "a mapping with mode, user, group"),
+        ("readOnly: yes", "readOnly", "neither true nor false"),
+        ("byId: 1", "byId", "neither true nor false"),
+    ],
+)
+def test_what_is_refused_names_its_place_and_a_cure(keys: str, place: str, cure: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        parse_config(TEXT % keys)
+    (problem,) = raised.value.problems
+    assert f"resources.a.{place}: " in problem
+    assert cure in problem
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("{mode: '0660'}", NodePermissions(mode=0o660)),
+        ("{mode: 0660, user: 0, group: 20}", NodePermissions(0o660, 0, 20)),
+        ("{mode: 0o600}", NodePermissions(mode=0o600)),
+        ("{group: '4294967294'}", NodePermissions(group=4294967294)),
+    ],
+)
+def test_permissions(text: str, found: NodePermissions) -> None:
+    assert resource(f"cdi: true, permissions: {text}").permissions == found
+
+
+def test_one_path_is_a_list_of_one() -> None:
+    assert resource("containerPath: /dev/a").container_paths == ("/dev/a",)
+    assert resource("containerPath: [/dev/a, /dev/b]").container_paths == ("/dev/a", "/dev/b")
+    assert resource("cdi: true").container_paths == ()
+
+
+def test_a_time_without_children_is_told_of() -> None:
+    parsed = parse_config(TEXT % "childrenTimeout: 2s")
+    (warning,) = parsed.warnings
+    assert "without children nothing is waited for" in warning
+
+
+@pytest.mark.parametrize(
+    ("template", "which"),
+    [
+        ("/dev/meter", Names.MAIN),
+        ("/dev/meter-{index}-{serial}", Names.MAIN),
+        ("/dev/meter{number}", Names.CHILDREN),
+        ("/dev/meter-{interface}", Names.CHILDREN),
+        ("/dev/{kind}{number}", Names.EVERY),
+        ("/devices/{name}", Names.EVERY),
+    ],
+)
+def test_which_nodes_a_template_names(template: str, which: Names) -> None:
+    assert names(template) is which
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_only_some_fields_are_certain_to_tell_two_devices_apart(field: str) -> None:
+    assert tells_devices_apart(f"/dev/x-{{{field}}}") is (field in {"index", "name", "busid", "serial"})
+
+
+hostile = st.text(max_size=300) | st.text(alphabet="./\\\n\t é{}", max_size=300)
+
+
+@given(
+    st.sampled_from(["/dev/{model}", "/dev/.{serial}", "/dev/{manufacturer}{model}/x", "/{model}/{serial}"]), hostile
+)
+def test_what_a_device_calls_itself_does_not_choose_the_directory(template: str, value: str) -> None:
+    path = render(template, dict.fromkeys(FIELDS, value))
+    assert path.isascii()
+    assert path.isprintable()
+    assert path.count("/") == template.count("/")
+    assert not {"", ".", ".."} & set(path.split("/")[1:])
+    assert len(path) <= len(template) + 2 * MAX_VALUE
+
+
+@given(st.text(max_size=60))
+def test_a_template_that_is_accepted_stays_where_it_is(template: str) -> None:
+    if template_problem(template) is None:
+        path = render(template, dict.fromkeys(FIELDS, "../.."))
+        assert path.startswith("/")
+        assert ".." not in path.split("/")

@@ -1,0 +1,129 @@
+"""Counting the nodes that run the plugin: one small request now and then, and a safe guess without an answer."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+import pytest
+
+from usbip_plugin.errors import KubeForbidden, KubeUnreachable
+from usbip_plugin.fleet import COUNT_INTERVAL_S, COUNT_TIMEOUT_S, RETRY_MAX_S, UNCOUNTED, FleetCount, count_pods
+from usbip_plugin.sim.loop import SimClock, virtual
+
+
+class Api:
+    """Answers what is given."""
+
+    def __init__(self, answer: dict[str, Any]) -> None:
+        self.answer = answer
+        self.asked: list[tuple[str, str, Mapping[str, str]]] = []
+
+    async def request(
+        self, verb: str, path: str, *, resource: str, params: Mapping[str, str], timeout: float
+    ) -> dict[str, Any]:
+        self.asked.append((verb, path, params))
+        return self.answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "nodes"),
+    [
+        ({"items": [{}], "metadata": {"remainingItemCount": 199}}, 200),
+        ({"items": [{}], "metadata": {}}, 1),
+        ({"items": [], "metadata": {}}, 0),
+        ({"items": None, "metadata": None}, 0),
+        ({"items": [{}], "metadata": {"remainingItemCount": -7}}, 1),
+        ({"items": [{}], "metadata": {"remainingItemCount": "many"}}, 1),
+    ],
+)
+def test_a_list_of_one_says_how_many_there_are(answer: dict[str, Any], nodes: int) -> None:
+    api = Api(answer)
+    assert asyncio.run(count_pods(api, "usbip-system")) == nodes
+    assert api.asked == [("list", "/api/v1/namespaces/usbip-system/pods", {"limit": "1"})]
+
+
+class Counting:
+    """A fleet of `there`; None: no answer, an error: that."""
+
+    def __init__(self) -> None:
+        self.there: int | Exception | None = 7
+        self.counts = 0
+        self.fleet = FleetCount(self.count, SimClock(asyncio.get_running_loop()), random.Random(1))
+
+    async def count(self) -> int:
+        self.counts += 1
+        if self.there is None:
+            await asyncio.Event().wait()
+        if isinstance(self.there, Exception):
+            raise self.there
+        assert self.there is not None
+        return self.there
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        task = asyncio.create_task(self.fleet.run())
+        yield
+        task.cancel()
+        await asyncio.wait([task])
+
+
+@virtual
+async def test_it_is_counted_at_the_start_and_twice_an_hour() -> None:
+    c = Counting()
+    async with c.running():
+        await c.fleet.known()
+        assert (c.fleet.nodes, c.counts) == (7, 1)
+        c.there = 9
+        await asyncio.sleep(24 * 3600)
+        assert c.fleet.nodes == 9
+        assert 24 * 3600 / COUNT_INTERVAL_S / 1.2 - 1 <= c.counts <= 24 * 3600 / COUNT_INTERVAL_S / 0.8 + 1
+
+
+@virtual
+async def test_a_fleet_of_none_is_this_node() -> None:
+    c = Counting()
+    c.there = 0
+    async with c.running():
+        await c.fleet.known()
+        assert c.fleet.nodes == 1
+
+
+@virtual
+async def test_without_an_answer_nobody_waits_long_and_the_fleet_is_taken_to_be_large(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    c = Counting()
+    c.there = None
+    loop = asyncio.get_running_loop()
+    with caplog.at_level(logging.WARNING, "usbip_plugin.fleet"):
+        async with c.running():
+            await c.fleet.known()
+            assert loop.time() <= COUNT_TIMEOUT_S + 0.01
+            assert c.fleet.nodes == UNCOUNTED
+            await asyncio.sleep(600)
+    assert [record.getMessage() for record in caplog.records] == ["nodes not counted"]
+    async with c.running():
+        c.there = 3
+        await asyncio.sleep(COUNT_TIMEOUT_S + 3)
+        assert c.fleet.nodes == 3
+
+
+@virtual
+async def test_what_was_counted_stays_while_it_cannot_be_counted_again(caplog: pytest.LogCaptureFixture) -> None:
+    c = Counting()
+    async with c.running():
+        await c.fleet.known()
+        with caplog.at_level(logging.DEBUG, "usbip_plugin.fleet"):
+            for error in (KubeUnreachable("list", "pods", "refused"), KubeForbidden("list", "pods", "no")):
+                c.there = error
+                await asyncio.sleep(COUNT_INTERVAL_S * 2)
+                assert c.fleet.nodes == 7
+        assert not caplog.records, "an API server that is away is told by others"
+        c.there = 8
+        await asyncio.sleep(RETRY_MAX_S * 1.2)
+        assert c.fleet.nodes == 8

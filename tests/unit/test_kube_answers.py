@@ -1,0 +1,120 @@
+"""What the API server answers: lines out of bytes, events out of lines, and which error a refusal becomes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from usbip_plugin import kube_answers
+from usbip_plugin.errors import (
+    KubeConflict,
+    KubeError,
+    KubeForbidden,
+    KubeGone,
+    KubeNotFound,
+    KubeServerError,
+    KubeThrottled,
+    KubeUnauthorized,
+)
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        (401, KubeUnauthorized),
+        (403, KubeForbidden),
+        (404, KubeNotFound),
+        (409, KubeConflict),
+        (410, KubeGone),
+        (422, KubeError),
+        (500, KubeServerError),
+        (503, KubeServerError),
+    ],
+)
+def test_a_status_becomes_its_error(code: int, kind: type[KubeError]) -> None:
+    error = kube_answers.error_of(code, {"message": "because"}, "update", "leases.coordination.k8s.io", None)
+    assert type(error) is kind
+    assert (error.verb, error.resource) == ("update", "leases.coordination.k8s.io")
+    assert "because" in str(error)
+
+
+@pytest.mark.parametrize(("header", "seconds"), [("7", 7.0), (None, None), ("soon", None), ("", None)])
+def test_throttling_carries_its_wait(header: str | None, seconds: float | None) -> None:
+    error = kube_answers.error_of(429, {}, "list", "pods", header)
+    assert isinstance(error, KubeThrottled)
+    assert error.retry_after == seconds
+
+
+async def in_parts(*parts: bytes) -> AsyncIterator[bytes]:
+    for part in parts:
+        yield part
+
+
+@given(st.lists(st.binary(max_size=20).map(lambda b: b.replace(b"\n", b"")), max_size=6), st.integers(1, 7))
+def test_lines_come_whole_however_the_bytes_come(lines: list[bytes], size: int) -> None:
+    data = b"".join(line + b"\n" for line in lines)
+    parts = [data[start : start + size] for start in range(0, len(data), size)]
+
+    async def collect() -> list[bytes]:
+        return [line async for line in kube_answers.lines(in_parts(*parts), "pods")]
+
+    assert asyncio.run(collect()) == [line for line in lines if line.strip()]
+
+
+async def test_a_line_is_there_before_the_next_byte() -> None:
+    async def then_silence() -> AsyncIterator[bytes]:
+        yield b'{"type":"ADDED"}\n{"ty'
+        raise AssertionError
+
+    assert await anext(kube_answers.lines(then_silence(), "pods")) == b'{"type":"ADDED"}'
+
+
+async def test_an_endless_line_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kube_answers, "MAX_EVENT_BYTES", 10)
+    with pytest.raises(KubeServerError, match="longer than 10"):
+        await anext(kube_answers.lines(in_parts(b"x" * 11), "pods"))
+
+
+@given(
+    st.binary(max_size=60) | st.sampled_from([b"[]", b"{}", b'{"type":1,"object":{}}', b'{"type":"ADDED","object":[]}'])
+)
+def test_an_event_that_is_none_is_a_server_error(line: bytes) -> None:
+    with pytest.raises(KubeServerError):
+        kube_answers.event_of(line, "pods")
+
+
+def test_an_error_event_says_gone() -> None:
+    with pytest.raises(KubeGone):
+        kube_answers.event_of(b'{"type":"ERROR","object":{"kind":"Status","code":410,"message":"too old"}}', "pods")
+
+
+async def test_an_endless_answer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kube_answers, "MAX_BODY_BYTES", 10)
+    assert await kube_answers.whole(in_parts(b"x" * 5, b"y" * 5), "get", "pods") == b"xxxxxyyyyy"
+    with pytest.raises(KubeServerError, match="longer than 10"):
+        await kube_answers.whole(in_parts(b"x" * 5, b"y" * 6), "get", "pods")
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b'{"kind":"Status","message":"pods is forbidden"}', "pods is forbidden"),
+        (b"<html>Blocked by the proxy</html>", "Blocked by the proxy"),
+        (b"[1]", "HTTP 403"),
+        (b"", "HTTP 403"),
+    ],
+)
+def test_whoever_refuses_is_quoted(body: bytes, said: str) -> None:
+    error = kube_answers.refusal(403, body, "list", "pods", None)
+    assert isinstance(error, KubeForbidden)
+    assert said in str(error)
+
+
+def test_a_refusal_says_when_to_come_back() -> None:
+    error = kube_answers.refusal(429, b"{}", "list", "pods", "7")
+    assert isinstance(error, KubeThrottled)
+    assert error.retry_after == 7.0

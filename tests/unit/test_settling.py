@@ -1,0 +1,134 @@
+"""What only a start needs does not stay in memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from usbip_plugin import settling
+
+ANONYMOUS = "Size: 16 kB\nRss: 16 kB\nAnonymous: {} kB\nSwap: {} kB\nVmFlags: rd ex mr\n"
+UNTOUCHED, WRITTEN, SWAPPED = ANONYMOUS.format(0, 0), ANONYMOUS.format(8, 0), ANONYMOUS.format(0, 8)
+SMAPS = f"""\
+5581e0a00000-5581e0a01000 r--p 00000000 00:2e 51 /usr/bin/python3.13
+{UNTOUCHED}5581e0a01000-5581e0a05000 r-xp 00001000 00:2e 51 /usr/bin/python3.13
+{UNTOUCHED}7f2b4c000000-7f2b4c021000 rw-p 00000000 00:00 0
+{WRITTEN}7f2b50000000-7f2b50400000 r-xp 00200000 00:2e 77 /opt/with space/lib.so (deleted)
+{UNTOUCHED}7f2b51000000-7f2b51001000 r-xp 00000000 00:00 0 [vdso]
+{UNTOUCHED}7f2b52000000-7f2b52001000 rwxp 00000000 00:00 0
+{UNTOUCHED}7f2b53000000-7f2b53001000 rwxp 00000000 00:2e 78 /opt/rewritten.so
+{UNTOUCHED}7f2b54000000-7f2b54001000 r-xp 00000000 00:2e 79 /opt/relocated.so
+{WRITTEN}7f2b55000000-7f2b55001000 r--p 00000000 00:2e 79 /opt/relocated.so
+{WRITTEN}7f2b56000000-7f2b56001000 r--p 00000000 00:2e 79 /opt/swapped.so
+{SWAPPED}7f2b57000000-7f2b57001000 rw-p 00000000 00:2e 79 /opt/data.so
+{UNTOUCHED}"""
+SETTLED = """
+import grpc
+from usbip_plugin.settling import settle
+
+def resident():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssFile"))
+
+before = resident()
+settle()
+after = resident()
+import asyncio
+from usbip_plugin.kubelet import deviceplugin_pb2 as pb
+
+async def used():
+    server = grpc.aio.server()
+    await server.start()
+    await server.stop(None)
+
+asyncio.run(used())
+print(before, after, pb.Device(ID="usable still").SerializeToString().decode())
+"""
+HOLES = """
+from usbip_plugin.settling import settle
+
+def resident():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+many = [bytes(2000) for _ in range(20000)]
+last = many[-1]
+del many
+before = resident()
+settle()
+print(before - resident())
+"""
+TLS = """
+import asyncio, ssl, tracemalloc
+from usbip_plugin.settling import small_tls_buffers
+
+async def kept():
+    tracemalloc.start()
+    made = asyncio.sslproto.SSLProtocol(asyncio.get_running_loop(), asyncio.Protocol(), context, None)
+    size, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(made.get_buffer(-1)) > 16384
+    return size
+
+context = ssl.create_default_context()
+print(asyncio.run(kept()))
+small_tls_buffers()
+print(asyncio.run(kept()))
+"""
+GARBAGE = """
+import gc, weakref
+from usbip_plugin.settling import settle, starting
+
+class Ring:
+    def __init__(self):
+        self.ring = self
+
+with starting():
+    gone = weakref.ref(Ring())
+    print(gc.isenabled())
+print(gc.isenabled())
+gc.collect()
+print(gone() is not None)
+settle()
+print(gone() is not None)
+"""
+
+
+def test_only_what_is_as_in_its_file_is_let_go() -> None:
+    found = [(0x5581E0A00000, 0x1000), (0x5581E0A01000, 0x4000), (0x7F2B50000000, 0x400000)]
+    assert settling.file_ranges(SMAPS.splitlines()) == found
+    assert settling.file_ranges([]) == []
+
+
+def test_code_and_constants_leave_the_memory_and_work_all_the_same() -> None:
+    done = subprocess.run([sys.executable, "-c", SETTLED], check=True, capture_output=True, text=True)
+    before, after, *rest = done.stdout.split()
+    assert int(after) < int(before) / 2
+    assert " ".join(rest).endswith("usable still")
+
+
+def test_what_is_free_between_what_is_in_use_is_given_back() -> None:
+    done = subprocess.run([sys.executable, "-c", HOLES], check=True, capture_output=True, text=True)
+    assert int(done.stdout) > 20000
+
+
+def test_a_connection_over_tls_keeps_little() -> None:
+    done = subprocess.run([sys.executable, "-c", TLS], check=True, capture_output=True, text=True)
+    before, after = map(int, done.stdout.split())
+    assert after < 64 << 10
+    assert before > 256 << 10, "asyncio has become smaller: is it still needed?"
+
+
+def test_a_kernel_that_does_not_let_go_is_told_of(tmp_path: Path) -> None:
+    nowhere = tmp_path / "smaps"
+    nowhere.write_text(f"1000-2000 r-xp 00000000 00:2e 51 /nothing/is/mapped/there\n{UNTOUCHED}")
+    with pytest.raises(OSError, match="madvise"):
+        settling.drop_files(nowhere)
+
+
+def test_garbage_of_the_start_is_collected_when_it_is_over() -> None:
+    done = subprocess.run([sys.executable, "-c", GARBAGE], check=True, capture_output=True, text=True)
+    assert done.stdout.split() == ["False", "True", "True", "False"]

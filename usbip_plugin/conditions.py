@@ -1,0 +1,97 @@
+"""What on this node itself keeps every device from being had: no vhci ports, no API server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+
+from usbip_plugin.clock import Clock
+from usbip_plugin.errors import VhciError
+from usbip_plugin.inventory.facts import Api, Driver
+from usbip_plugin.inventory.reasons import API_GRACE
+from usbip_plugin.locks.manager import LockManager
+from usbip_plugin.vhci.driver import VhciDriver
+from usbip_plugin.vhci.sysfs import PortStatus
+
+PORTS_SETTLE = 0.1
+"""Seconds in which uevents are gathered before the free ports are counted: one device makes a dozen of them."""
+PORTS_INTERVAL = 30.0
+"""Seconds between looks at the free ports when no uevent says to look."""
+GRACE_MARGIN = 0.01
+"""Seconds after the end of the API grace at which it is looked at."""
+
+
+class Conditions:
+    """Of one node. look_again is called when they may have changed; `run` must be running."""
+
+    def __init__(self, driver: VhciDriver, locks: LockManager, clock: Clock, look_again: Callable[[], None]) -> None:
+        self._driver = driver
+        self._locks = locks
+        self._clock = clock
+        self._look_again = look_again
+        self._ports = Driver()
+        self._ports_event = asyncio.Event()
+        self._api_event = asyncio.Event()
+
+    @property
+    def ports(self) -> Driver:
+        """The driver and its ports, as last read."""
+        return self._ports
+
+    @property
+    def api(self) -> Api:
+        """The API server as it is now."""
+        api = self._locks.api
+        return Api(None if api.reachable else self._clock.monotonic() - api.since, api.error or "")
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        undo = [
+            self._locks.subscribe_api(lambda _state: self._api_event.set()),
+            self._driver.subscribe(self._ports_event.set),
+        ]
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._watch_ports(), name="free ports")
+                tasks.create_task(self._watch_api(), name="API grace")
+        finally:
+            for unsubscribe in undo:
+                unsubscribe()
+
+    async def _watch_ports(self) -> None:
+        while True:
+            if self._ports_event.is_set():
+                await self._clock.sleep(PORTS_SETTLE)
+            self._ports_event.clear()
+            before, self._ports = self._ports, await self._read_ports()
+            if self._ports != before:
+                self._look_again()
+            with contextlib.suppress(TimeoutError):
+                async with self._clock.timeout(PORTS_INTERVAL):
+                    await self._ports_event.wait()
+
+    async def _read_ports(self) -> Driver:
+        try:
+            ports = await self._driver.ports()
+        except VhciError as error:
+            return Driver(str(error), 0, 0)
+        free = [port.hub for port in ports if port.status is PortStatus.NULL]
+        used = [port.hub for port in ports if port.status is not PortStatus.NULL]
+        return Driver(None, free.count("hs"), free.count("ss"), used.count("hs"), used.count("ss"))
+
+    async def _watch_api(self) -> None:
+        """An API server that stays away becomes a reason when the grace is over, without anything else happening."""
+        while True:
+            self._api_event.clear()
+            self._look_again()
+            gone = self.api.unreachable_for
+            if gone is None:
+                await self._api_event.wait()
+                continue
+            left = API_GRACE - gone
+            # a moment past the end: a timer may fire a rounding error early, and would then be set again for nothing
+            wait = left + GRACE_MARGIN if left > 0 else PORTS_INTERVAL
+            with contextlib.suppress(TimeoutError):
+                async with self._clock.timeout(wait):
+                    await self._api_event.wait()

@@ -1,0 +1,82 @@
+"""What is known: all that decides what is advertised, and the devices that were learnt from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from usbip_plugin.claims import Claim
+from usbip_plugin.config import Config, DeviceSelector
+from usbip_plugin.locks.manager import Standing
+from usbip_plugin.model import UNTOLD, Descriptor, DeviceKey, Identity, Lock, ServerKey, UsbId
+from usbip_plugin.usbip.poller import ServerView
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A device a resource offers, as last seen. descriptor is None while only its lock is known.
+
+    configured: some selector of the resource names it. One that none names any more is offered to whoever has it only.
+    """
+
+    key: DeviceKey
+    usb_id: UsbId
+    selector: DeviceSelector
+    descriptor: Descriptor | None = None
+    told: Identity = UNTOLD
+    configured: bool = True
+
+
+Members = Mapping[str, Mapping[str, Seen]]
+"""resource name -> device ID -> Seen. Carried from one evaluation to the next."""
+
+
+@dataclass(frozen=True, slots=True)
+class Driver:
+    """This node's vhci_hcd. error is None while it can attach; free and used ports by hub."""
+
+    error: str | None = None
+    free_hs: int = 1
+    free_ss: int = 1
+    used_hs: int = 0
+    used_ss: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Api:
+    """The API server as the lock watch sees it. unreachable_for: seconds, None while it answers."""
+
+    unreachable_for: float | None = None
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """Everything that decides what is advertised. Mappings by device ID, servers by key.
+
+    released: devices let go by their holder, whose server has not been asked since its reset. moved_here(device_id):
+    the claim on another device that is attached from this one's place. restless: see probing.Rereads; suspect: see
+    probing.Suspects.
+    """
+
+    me: str
+    config: Config
+    servers: Mapping[ServerKey, ServerView]
+    locks: Mapping[str, Lock]
+    standings: Mapping[str, Standing]
+    claims: Mapping[str, Claim]
+    driver: Driver = field(default_factory=Driver)
+    api: Api = field(default_factory=Api)
+    released: frozenset[str] = frozenset()
+    moved_here: Callable[[str], Claim | None] = lambda _device_id: None
+    restless: frozenset[str] = frozenset()
+    suspect: frozenset[str] = frozenset()
+
+    def told(self, device_id: str, descriptor: Descriptor) -> Identity:
+        """What the device that is listed so has told: nothing, if what its lock says is of another."""
+        lock = self.locks.get(device_id)
+        if lock is None or device_id in self.suspect or lock.usb_id not in (None, str(descriptor.usb_id)):
+            return UNTOLD
+        if lock.read_from != descriptor.devid and device_id not in self.restless:
+            return UNTOLD
+        return lock.identity

@@ -1,0 +1,115 @@
+"""Why a device can or cannot be had on this node: the first reason that holds, nearest to this node first."""
+
+from __future__ import annotations
+
+from usbip_plugin.claims import Claim, State, place_of, serves
+from usbip_plugin.config import Match, matches
+from usbip_plugin.inventory.facts import Facts, Seen
+from usbip_plugin.locks.manager import Standing
+from usbip_plugin.model import Descriptor, Health, Lock, Reason
+from usbip_plugin.usbip.poller import ServerState
+
+API_GRACE = 15.0
+"""Seconds without the API server after which devices that this node does not hold become Unhealthy (rule R7)."""
+
+SUPER_SPEED = 5
+
+
+def health(facts: Facts, seen: Seen, resource: str) -> Health:
+    """Why the device can or cannot be had on this node as this resource. The first reason that holds, nearest to this
+    node first."""
+    device_id = seen.key.id
+    claim = facts.claims.get(device_id)
+    if claim is not None:
+        if not serves(claim, resource, seen.usb_id):
+            # the kubelet counts each resource by itself, and would give it to a second pod
+            return Health(Reason.OTHER_RESOURCE, f"a {claim.usb_id} of {claim.resource or 'unknown'}")
+        if not seen.configured and (claim.state is State.RELEASING or claim.handed_back):
+            return Health(Reason.NOT_CONFIGURED, "its pod has ended, and nobody new is to have it")
+        return _claim_health(claim, facts)
+    if not seen.configured:
+        return Health(Reason.NOT_CONFIGURED)
+    if (moved := facts.moved_here(device_id)) is not None:
+        return Health(Reason.IN_PLACE_OF, f"it is what was {moved.key}" + (f", pod {moved.pod}" if moved.pod else ""))
+    lock = facts.locks.get(device_id)
+    standing = facts.standings.get(device_id, Standing.FREE)
+    if standing is Standing.HELD and lock is not None:
+        return Health(Reason.HELD_ELSEWHERE, _held_by(lock))
+    if facts.api.unreachable_for is not None and facts.api.unreachable_for >= API_GRACE:
+        return Health(Reason.API_UNREACHABLE, facts.api.error)
+    if facts.driver.error is not None:
+        return Health(Reason.NO_DRIVER, facts.driver.error)
+    unlisted = absence(facts, seen)
+    resetting = device_id in facts.released and unlisted is not None and unlisted.reason is Reason.NOT_LISTED
+    if unlisted is not None and not resetting:
+        return unlisted
+    speed = seen.descriptor.speed if seen.descriptor is not None else 0
+    if (facts.driver.free_ss if speed >= SUPER_SPEED else facts.driver.free_hs) == 0:
+        return Health(Reason.NO_PORT, f"no free {'ss' if speed >= SUPER_SPEED else 'hs'} port")
+    if standing is Standing.EXPIRED and lock is not None:
+        return Health(Reason.HOLDER_EXPIRED, f"{_held_by(lock)}, silent for longer than the lock lasts")
+    return Health(Reason.FREE)
+
+
+def absence(facts: Facts, seen: Seen) -> Health | None:
+    """Why the device cannot be imported from its server now; None if that lists the promised device."""
+    server = seen.key.server
+    view = facts.servers.get(server)
+    if view is None or view.state is ServerState.PENDING:
+        return Health(Reason.UNKNOWN, f"{server} has not answered yet")
+    if view.state is ServerState.UNREACHABLE:
+        return Health(Reason.SERVER_UNREACHABLE, view.error or str(server))
+    listed = view.by_busid.get(seen.key.busid)
+    if listed is None:
+        return Health(Reason.NOT_LISTED, f"{server} does not list {seen.key.busid}: unplugged, not bound, or in use")
+    if listed.usb_id != seen.usb_id:
+        return Health(Reason.LISTED_WRONG, f"{seen.key} is now {listed.usb_id}, was {seen.usb_id}")
+    return _told_health(facts, seen, listed)
+
+
+def _claim_health(claim: Claim, facts: Facts) -> Health:
+    lock = facts.locks.get(claim.id)
+    match claim.state:
+        case State.RELEASING if lock is not None and lock.holder not in ("", facts.me):
+            return Health(Reason.HELD_ELSEWHERE, _held_by(lock))
+        case State.RELEASING if facts.api.unreachable_for is not None:
+            # it can be had again only when its lock has been released, and that may take a while
+            return Health(Reason.API_UNREACHABLE, facts.api.error)
+        case State.ATTACHED:
+            where = f", listed as {place_of(claim)} now" if claim.moved_to is not None else ""
+            return Health(Reason.ATTACHED, f"port {claim.port}{where}" + (f", pod {claim.pod}" if claim.pod else ""))
+        case State.REATTACHING:
+            hindrance = f"; {claim.hindrance}" if claim.hindrance else ""
+            return Health(Reason.LOST, f"connection to {claim.key.server} lost{hindrance}")
+        case State.LOST:
+            by_hand = "released by hand; end its pod" if lock is not None and lock.by_hand else ""
+            return Health(Reason.LOCK_LOST, _held_by(lock) if lock is not None and lock.holder else by_hand)
+        case _:
+            return Health(Reason.IN_PROGRESS, claim.state.value)
+
+
+def _told_health(facts: Facts, seen: Seen, listed: Descriptor) -> Health | None:
+    """None if what the device has told is what its selector wants, as far as that says anything about it."""
+    selector = seen.selector.selector
+    if selector.serial is None and selector.class_ is None:
+        return None
+    told = facts.told(seen.key.id, listed)
+    match matches(selector, listed, told):
+        case Match.NEEDS_PROBE:
+            return Health(Reason.NOT_READ, f"{seen.key} was plugged in anew, and may be another device")
+        case Match.NO if selector.serial is not None and told.serial != selector.serial:
+            number = f"serial number {told.serial}" if told.serial else "no serial number"
+            return Health(Reason.LISTED_WRONG, f"{seen.key} has {number} now, not {selector.serial}")
+        case Match.NO:
+            return Health(Reason.LISTED_WRONG, f"{seen.key} is now a device that {selector} does not name")
+        case Match.YES:
+            return None
+
+
+def _held_by(lock: Lock) -> str:
+    text = f"held by node {lock.holder}"
+    if lock.pod is not None:
+        text += f" for pod {lock.pod}"
+    if lock.acquired_at is not None:
+        text += f" since {lock.acquired_at:%Y-%m-%dT%H:%M:%SZ}"
+    return text

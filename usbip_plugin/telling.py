@@ -1,0 +1,191 @@
+"""Brings what is offered before the kubelet, the scheduler and the operator; only differences go out."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Protocol
+
+from opentelemetry.trace import SpanKind, Tracer
+from opentelemetry.util.types import AttributeValue
+
+from usbip_plugin.changes import differing
+from usbip_plugin.clock import Clock
+from usbip_plugin.config import Config
+from usbip_plugin.inventory.annotations import key_of
+from usbip_plugin.kubelet.device_plugin import DevicePluginServer
+from usbip_plugin.kubelet.node_status import NodeStatusPublisher
+from usbip_plugin.locks.manager import LockChange
+from usbip_plugin.model import Advertised, Lock
+from usbip_plugin.observe.tracing import remote_parent, within
+from usbip_plugin.spans import device_attributes, failed, span
+
+RPC: Mapping[str, AttributeValue] = {"rpc.system.name": "grpc", "rpc.method": "v1beta1.DevicePlugin/ListAndWatch"}
+SENT_TIMEOUT = 1.0
+"""Seconds a withdrawal's span waits at most for the kubelet to be told."""
+KEPT_SHARE, KEPT_MAX_S = 0.1, 1.0
+"""Of allocateTimeout, for what follows a failure: kubelet and Node are told, and the Allocate answers."""
+LOOKING_SHARE, TELLING_SHARE = 0.15, 0.8
+"""Of that, for a look at whose the devices are, and for the telling."""
+
+log = logging.getLogger(__name__)
+
+
+def time_kept(config: Config) -> float:
+    """Seconds of allocateTimeout that the work on devices leaves for Advertiser.denied and the answer."""
+    return min(KEPT_MAX_S, KEPT_SHARE * config.allocate_timeout)
+
+
+class Publish(Protocol):
+    """Told what one resource advertises whenever that changes; nothing, when it is not offered any more."""
+
+    def __call__(self, resource: str, devices: tuple[Advertised, ...], /) -> None: ...
+
+
+class Telling:
+    """What was told last, and to whom. domain: of the resource names; without node_status the Node is not told."""
+
+    def __init__(
+        self,
+        *,
+        domain: str,
+        node_status: NodeStatusPublisher | None,
+        clock: Clock,
+        tracer: Tracer,
+        on_advertised: Publish,
+        on_withdrawn: Callable[[float], None],
+    ) -> None:
+        """on_withdrawn: seconds from seeing that another node took a device until a listening kubelet was told."""
+        self._domain = domain
+        self._node_status = node_status
+        self._clock = clock
+        self._tracer = tracer
+        self._on_advertised = on_advertised
+        self._on_withdrawn = on_withdrawn
+        self._servers: dict[str, DevicePluginServer] = {}
+        self._lists: Mapping[str, tuple[Advertised, ...]] = {}
+        self._begun = False
+
+    @property
+    def lists(self) -> Mapping[str, tuple[Advertised, ...]]:
+        """By resource name without the domain."""
+        return self._lists
+
+    @property
+    def begun(self) -> bool:
+        """Since begin()."""
+        return self._begun
+
+    def begin(self) -> None:
+        """From the next list on they are complete enough for the kubelet and the Node."""
+        self._begun = True
+
+    def short(self, resource: str) -> str:
+        """A resource's name in the configuration."""
+        return resource.removeprefix(f"{self._domain}/")
+
+    def attach(self, server: DevicePluginServer) -> None:
+        """From now on this device-plugin server is told what its resource advertises."""
+        self._servers[server.resource] = server
+        self._publish(server)
+
+    async def detach(self, server: DevicePluginServer) -> None:
+        """Its resource is not offered any more: the last that kubelet and Node are told. Within 2 * SENT_TIMEOUT."""
+        with contextlib.suppress(TimeoutError):
+            async with self._clock.timeout(SENT_TIMEOUT):
+                await server.wait_sent()
+        if self._servers.get(server.resource) is not server:
+            return  # offered again meanwhile
+        if self._node_status is not None:
+            if server.announced:
+                await self._node_status.publish_now({server.resource: 0}, SENT_TIMEOUT)
+            self._node_status.forget(server.resource)
+        if self._servers.get(server.resource) is server:
+            del self._servers[server.resource]
+
+    def kubelet_gone(self, resource: str) -> None:
+        """The kubelet forgot this resource and writes 0 for it: nothing is published until it listens again."""
+        if self._node_status is not None:
+            self._node_status.forget(resource)
+
+    def tell(self, lists: Mapping[str, tuple[Advertised, ...]], locks: Mapping[str, Lock]) -> None:
+        """What is offered from now on. locks: whose traces the lines of the log belong to."""
+        before, self._lists = self._lists, lists
+        for name, devices in lists.items():
+            if devices is not before.get(name) and devices != before.get(name):
+                log_changes(name, differing(before.get(name, ()), devices), locks)
+                self._on_advertised(name, devices)
+        for name in before.keys() - lists.keys():
+            self._on_advertised(name, ())
+        for server in self._servers.values():
+            self._publish(server)
+
+    async def made_sure(self, resource: str, limit: float) -> None:
+        """Returns when kubelet and Node know what is offered of the resource now, or after limit seconds."""
+        server = self._servers.get(resource)
+        if server is None:
+            return
+        with contextlib.suppress(TimeoutError):
+            async with self._clock.timeout(limit):
+                await server.wait_sent()
+                if self._node_status is not None and server.announced:
+                    await self._node_status.publish_now({resource: server.healthy}, limit)
+
+    async def withdraw(self, change: LockChange, seen_at: float, offering: Callable[[], Collection[str]]) -> None:
+        """Another node took a device: this joins its trace, up to the moment the kubelet has been told.
+
+        offering: brings the lists up to date, and says which resources have the device, by their short names.
+        """
+        lock = change.new
+        assert lock is not None  # noqa: S101 - the caller looked
+        key = key_of(lock)
+        attributes = device_attributes(key) if key is not None else {}
+        attributes["usbip.device.id"] = change.device_id
+        attributes.update({"usbip.lock.holder": lock.holder, "usbip.lock.epoch": lock.epoch})
+        context = remote_parent(lock.traceparent)
+        with span(self._tracer, "withdraw", attributes, context=context, kind=SpanKind.CONSUMER):
+            names = offering()
+            for server in [server for name, server in self._servers.items() if self.short(name) in names]:
+                await self._sent(server)
+                if server.open_streams:
+                    self._on_withdrawn(self._clock.monotonic() - seen_at)
+
+    async def _sent(self, server: DevicePluginServer) -> None:
+        """The part of a withdrawal that is the kubelet's: it ends when the new list is written to its stream."""
+        attributes = {**RPC, "usbip.resource": server.resource, "usbip.streams": server.open_streams}
+        with span(self._tracer, "ListAndWatch", attributes, kind=SpanKind.PRODUCER) as sent:
+            try:
+                async with self._clock.timeout(SENT_TIMEOUT):
+                    await server.wait_sent()
+            except TimeoutError as error:
+                failed(sent, error)
+
+    def _publish(self, server: DevicePluginServer) -> None:
+        if not self._begun:
+            return
+        server.publish(self._lists.get(self.short(server.resource), ()))
+        if self._node_status is not None and server.announced:
+            self._node_status.publish({server.resource: server.healthy})
+
+
+def log_changes(
+    resource: str, changed: Iterable[tuple[Advertised | None, Advertised]], locks: Mapping[str, Lock]
+) -> None:
+    """A line for each device that can be had for another reason than before, or not. changed: as was and is."""
+    for old, device in changed:
+        if old is not None and old.health.reason is device.health.reason:
+            continue
+        lock = locks.get(device.id)
+        extra = {
+            "resource": resource,
+            "device": str(device.key),
+            "reason": device.health.reason.value,
+            "detail": device.health.detail,
+        }
+        # this may have been called on account of another device: each line belongs to the trace of its own
+        with within(lock.traceparent if lock is not None else None):
+            if device.health.healthy:
+                log.info("healthy", extra=extra)
+            else:
+                log.info("unhealthy", extra=extra)
