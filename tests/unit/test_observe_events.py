@@ -16,9 +16,12 @@ from usbip_plugin.errors import KubeConflict, KubeForbidden, KubeUnreachable
 from usbip_plugin.model import NodeIdentity, PodRef
 from usbip_plugin.observe.events import (
     BURST,
+    FOR_WARNINGS,
     MAX_INSTANCE,
     MAX_NOTE_BYTES,
     NORMAL,
+    OBJECT_BURST,
+    OBJECT_REFILL_S,
     REFILL_S,
     REPEAT_S,
     WARNING,
@@ -36,6 +39,14 @@ PATIENCE_S = 10  # a bound for a hanging test, not a measurement
 
 def said(note: str = "attached usbip-a") -> EventText:
     return EventText(NORMAL, "DeviceAttached", "Allocate", note)
+
+
+def lost(note: str = "lost usbip-a") -> EventText:
+    return EventText(WARNING, "DeviceLost", "Reattach", note)
+
+
+def pod(number: int) -> PodRef:
+    return PodRef("ns", f"web-{number}", f"uid-{number}")
 
 
 class HandClock:
@@ -148,14 +159,43 @@ async def test_a_flood_is_cut_and_recovers() -> None:
     api, clock = Api(), HandClock()
     async with recording(api, clock) as recorder:
         for number in range(BURST + 7):
-            recorder.record(said(str(number)))
+            recorder.record(lost(), pod(number))
         assert recorder.dropped == 7
         clock.seconds += REFILL_S
-        recorder.record(said("later"))
-        recorder.record(said("too many again"))
+        recorder.record(lost("later"), POD)
+        recorder.record(lost("too many again"), POD)
         assert recorder.dropped == 8
         notes = [(await api.next())[2]["note"] for _ in range(BURST + 1)]
         assert notes[-1] == "later"
+
+
+async def test_one_object_does_not_use_up_what_may_be_said_of_others() -> None:
+    api, clock = Api(), HandClock()
+    async with recording(api, clock) as recorder:
+        for number in range(OBJECT_BURST + 7):
+            recorder.record(lost(str(number)), POD)
+        assert recorder.dropped == 7
+        recorder.record(lost("another pod"), pod(2))
+        recorder.record(lost("the node"))
+        clock.seconds += OBJECT_REFILL_S
+        recorder.record(lost("later"), POD)
+        recorder.record(lost("too many again"), POD)
+        assert recorder.dropped == 8
+        notes = [(await api.next())[2]["note"] for _ in range(OBJECT_BURST + 3)]
+        assert notes[-3:] == ["another pod", "the node", "later"]
+
+
+async def test_what_goes_well_leaves_room_for_warnings() -> None:
+    api = Api()
+    async with recording(api, HandClock()) as recorder:
+        for number in range(BURST):
+            recorder.record(said(), pod(number))
+        assert recorder.dropped == FOR_WARNINGS
+        for number in range(FOR_WARNINGS):
+            recorder.record(lost(), pod(number))
+        assert recorder.dropped == FOR_WARNINGS
+        types = [(await api.next())[2]["type"] for _ in range(BURST)]
+        assert types == [NORMAL] * (BURST - FOR_WARNINGS) + [WARNING] * FOR_WARNINGS
 
 
 async def test_an_api_server_that_refuses_is_logged_and_the_next_event_goes_out(

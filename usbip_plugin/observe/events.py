@@ -9,7 +9,7 @@ import random
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from usbip_plugin.clock import Clock
 from usbip_plugin.errors import KubeConflict, KubeError
@@ -21,24 +21,40 @@ CONTROLLER = "usbip.dev/usbip-plugin"
 REQUEST_TIMEOUT_S = 5.0
 WHOLE_TIMEOUT_S = 10.0
 """For one event, retries included."""
-QUEUE_LENGTH = 64
 REPEAT_S = 300.0
 """The same thing about the same object is said again only after this time."""
-BURST = 25
+BURST = 250
 REFILL_S = 2.0
-"""After a burst, one event per this many seconds."""
+"""What one plugin says: so many at once (all devices of a node may be lost together), then one per REFILL_S seconds."""
+FOR_WARNINGS = 50
+"""Of BURST, what is kept for warnings: what goes well must not use up what tells that something does not."""
+OBJECT_BURST = 25
+OBJECT_REFILL_S = 10.0
+"""The same for each object: a pod whose device comes and goes does not silence the others."""
+QUEUE_LENGTH = 300
 MAX_NOTE_BYTES = 1000
 """The API takes 1024."""
 MAX_INSTANCE = 128
 """Characters the API takes for who reports; a node's name has up to 253."""
 _INSTANCE_END = 55
 _MAX_ABOUT = 200
-_REMEMBERED = 256
+_REMEMBERED = 512
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 NORMAL = "Normal"
 WARNING = "Warning"
 
 _log = logging.getLogger(__name__)
+
+
+def _remember(known: OrderedDict[K, V], key: K, value: V) -> None:
+    """What has not been touched for longest is forgotten."""
+    known[key] = value
+    known.move_to_end(key)
+    if len(known) > _REMEMBERED:
+        known.popitem(last=False)
 
 
 class KubeRequests(Protocol):
@@ -125,11 +141,25 @@ def _cut(note: str, most: int) -> str:
     return note if len(data) <= most else data[:most].decode("utf-8", "ignore") + "..."
 
 
+@dataclass(frozen=True, slots=True)
+class Allowance:
+    """How many events may be said at a moment (seconds, monotonic): most of them, and one more per refill seconds."""
+
+    left: float
+    at: float
+
+    def after(self, now: float, most: int, refill: float) -> Allowance:
+        return Allowance(min(most, self.left + (now - self.at) / refill), now)
+
+    def spent(self) -> Allowance:
+        return Allowance(self.left - 1, self.at)
+
+
 class EventRecorder:
     """Records events in the background. record() never blocks and never raises; run() writes them.
 
-    What comes too fast is dropped: the same again within REPEAT_S, more than BURST at once, more than QUEUE_LENGTH
-    waiting. dropped counts those and the ones the API server did not take.
+    What comes too fast is dropped: the same again within REPEAT_S, more than BURST at once or OBJECT_BURST about one
+    object, more than QUEUE_LENGTH waiting. dropped counts the latter and the ones the API server did not take.
     """
 
     def __init__(self, kube: KubeRequests, identity: NodeIdentity, clock: Clock, rng: random.Random) -> None:
@@ -139,8 +169,8 @@ class EventRecorder:
         self._rng = rng
         self._queue: asyncio.Queue[tuple[EventText, PodRef | None]] = asyncio.Queue(QUEUE_LENGTH)
         self._said: OrderedDict[tuple[EventText, PodRef | None], float] = OrderedDict()
-        self._tokens = float(BURST)
-        self._refilled = clock.monotonic()
+        self._all = Allowance(BURST, clock.monotonic())
+        self._about: OrderedDict[PodRef | None, Allowance] = OrderedDict()
         self.dropped = 0
 
     def record(self, text: EventText, pod: PodRef | None = None) -> None:
@@ -150,16 +180,15 @@ class EventRecorder:
         last = self._said.get(key)
         if last is not None and now - last < REPEAT_S:
             return
-        self._tokens = min(BURST, self._tokens + (now - self._refilled) / REFILL_S)
-        self._refilled = now
-        if self._tokens < 1 or self._queue.full():
+        in_all = self._all.after(now, BURST, REFILL_S)
+        about = self._about.get(pod, Allowance(OBJECT_BURST, now)).after(now, OBJECT_BURST, OBJECT_REFILL_S)
+        kept = 0 if text.type == WARNING else FOR_WARNINGS
+        if in_all.left < 1 + kept or about.left < 1 or self._queue.full():
             self.dropped += 1
             return
-        self._tokens -= 1
-        self._said[key] = now
-        self._said.move_to_end(key)
-        if len(self._said) > _REMEMBERED:
-            self._said.popitem(last=False)
+        self._all = in_all.spent()
+        _remember(self._about, pod, about.spent())
+        _remember(self._said, key, now)
         self._queue.put_nowait(key)
 
     async def run(self) -> None:
