@@ -125,6 +125,29 @@ class Container:
         return until(ended, f"{self.pod} ends") - 1
 
 
+def admitted(api: Api, body: Object) -> Container:
+    """The one container of a pod with a device, once its kubelet has taken the pod.
+
+    A kubelet that does not know the devices of a plugin that has just been replaced refuses it, whatever the Node's
+    status says. Such a pod is made again, as a ReplicaSet does.
+    """
+    name = body["metadata"]["name"]
+
+    def taken() -> bool:
+        pod = api.get("Pod", NAMESPACE, name)
+        if pod is None:
+            api.create(body)
+            return False
+        if pod["status"].get("reason") == "UnexpectedAdmissionError":
+            api.delete("Pod", NAMESPACE, name)
+            return False
+        return bool(pod["status"].get("containerStatuses"))
+
+    until(taken, f"pod {name} is admitted")
+    (container,) = body["spec"]["containers"]
+    return Container(api, NAMESPACE, name, container["name"])
+
+
 def _ctr(*arguments: str) -> str:
     command = ["ctr", "-a", str(RUN / "containerd.sock"), "-n", "k8s.io", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=EXEC_S, check=False)

@@ -12,7 +12,7 @@ from agent_rig import busy_rows
 from node_api import Api, until
 from node_echo import POD_SCRIPT, answer, far_end
 from node_plugin import RESOURCE, Plugin, manifests
-from node_pods import NAMESPACE, Container, pod_of
+from node_pods import NAMESPACE, Container, admitted, pod_of
 from usbipd import RealUsbipd
 
 CDI = Path("/var/run/cdi")
@@ -27,9 +27,8 @@ def by_cdi(base: Plugin) -> Plugin:
 @pytest.fixture
 def reader(api: Api, by_cdi: Plugin) -> Iterator[Container]:
     """A pod whose program ends when its device does, and that is started again then."""
-    api.create(pod_of("reader", POD_SCRIPT, resources={RESOURCE: "1"}, restart="Always"))
-    container = Container(api, NAMESPACE, "reader", "main")
     try:
+        container = admitted(api, pod_of("reader", POD_SCRIPT, resources={RESOURCE: "1"}, restart="Always"))
         container.until_running()
         yield container
     finally:

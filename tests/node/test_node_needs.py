@@ -9,7 +9,7 @@ import pytest
 from node_api import Api, Object, until
 from node_echo import POD_SCRIPT
 from node_plugin import RESOURCE, SYSTEM, Plugin, check_pod, daemon_set, manifests
-from node_pods import NAMESPACE, Container, pod_of
+from node_pods import NAMESPACE, Container, admitted, pod_of
 from usbipd import RealUsbipd
 
 NOBODY = 65534
@@ -103,9 +103,8 @@ def test_without_the_hosts_network_a_pod_loses_its_device_with_the_plugins_pod(a
     for port in spec["containers"][0]["ports"]:
         del port["hostPort"]
     base.install(documents)
-    api.create(pod_of("user", POD_SCRIPT, resources={RESOURCE: "1"}))
-    user = Container(api, NAMESPACE, "user", "main")
     try:
+        user = admitted(api, pod_of("user", POD_SCRIPT, resources={RESOURCE: "1"}))
         user.until_running()
         until(lambda: "opened" in user.log(), "the pod has opened its tty")
         api.delete("Pod", SYSTEM, base.pod()["metadata"]["name"])

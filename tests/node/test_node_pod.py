@@ -13,7 +13,7 @@ from agent_rig import busy_rows
 from node_api import Api, until
 from node_echo import POD_SCRIPT, answer, far_end
 from node_plugin import RESOURCE, SYSTEM, Plugin
-from node_pods import NAMESPACE, NODE, Container, pod_of
+from node_pods import NAMESPACE, NODE, Container, admitted, pod_of
 
 IDLE = "import signal; signal.pause()"
 # in a container: the node with these numbers made anew, beside whatever /dev there is, and opened
@@ -42,9 +42,8 @@ class Conversation:
 
 @pytest.fixture
 def talking(api: Api, plugin: Plugin, far_busid: str) -> Iterator[Conversation]:
-    api.create(pod_of("user", POD_SCRIPT, resources={RESOURCE: "1"}))
-    container = Container(api, NAMESPACE, "user", "main")
     try:
+        container = admitted(api, pod_of("user", POD_SCRIPT, resources={RESOURCE: "1"}))
         container.until_running()
 
         def opened() -> str | None:

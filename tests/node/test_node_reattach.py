@@ -12,7 +12,7 @@ from agent_rig import busy_rows
 from node_api import Api, until
 from node_echo import answer, far_end
 from node_plugin import RESOURCE, Plugin, manifests
-from node_pods import NAMESPACE, Container, pod_of
+from node_pods import NAMESPACE, Container, admitted, pod_of
 from usbipd import RealUsbipd
 
 # Opens its path anew whenever its file has ended, as a program does that is made to live with a cable being pulled.
@@ -62,27 +62,10 @@ def serial(base: Plugin, request: pytest.FixtureRequest) -> Plugin:
     return base
 
 
-def admitted(api: Api) -> None:
-    """The pod, made again where a kubelet that does not know the new plugin's devices yet has refused it."""
-
-    def phase() -> str | None:
-        pod = api.get("Pod", NAMESPACE, "echo")
-        if pod is None:
-            api.create(pod_of("echo", SCRIPT, resources={RESOURCE: "1"}, restart="Always"))
-        elif pod["status"].get("reason") == "UnexpectedAdmissionError":
-            api.delete("Pod", NAMESPACE, "echo")
-        elif pod["status"].get("phase") == "Running":
-            return "Running"
-        return None
-
-    until(phase, "the pod runs")
-
-
 @pytest.fixture
 def echo(api: Api, serial: Plugin) -> Iterator[Container]:
-    container = Container(api, NAMESPACE, "echo", "main")
     try:
-        admitted(api)
+        container = admitted(api, pod_of("echo", SCRIPT, resources={RESOURCE: "1"}, restart="Always"))
         until(partial(said, container, "opened"), "the program has opened its tty")
         yield container
     finally:

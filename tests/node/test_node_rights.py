@@ -15,7 +15,7 @@ import pytest
 from node_api import Api, Object, until
 from node_echo import POD_SCRIPT, answer, far_end
 from node_plugin import RESOURCE, Plugin, manifests
-from node_pods import NAMESPACE, Container, pod_of
+from node_pods import NAMESPACE, Container, admitted, pod_of
 
 USER, DIALOUT = 1000, 20
 NOT_ROOT = {"runAsNonRoot": True, "runAsUser": USER, "runAsGroup": USER}
@@ -71,9 +71,8 @@ def udev_rule(group: int, mode: int) -> Iterator[None]:
 def running(api: Api, script: str, security: Object | None = None) -> Iterator[Container]:
     """A pod with the device, of a name of its own: logs are found by it."""
     name = f"user-{next(_numbers)}"
-    api.create(pod_of(name, script, resources={RESOURCE: "1"}, security=security))
     try:
-        yield Container(api, NAMESPACE, name, "main")
+        yield admitted(api, pod_of(name, script, resources={RESOURCE: "1"}, security=security))
     finally:
         api.delete("Pod", NAMESPACE, name)
 
