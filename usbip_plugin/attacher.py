@@ -286,6 +286,7 @@ class Attacher:
             if after.pod.uid is not None and not (claim.pod and claim.pod.uid and same_pod(claim.pod, after.pod)):
                 self._on_notice(attached(claim.key, claim.attachment, claim.port, after.pod))
                 self._tell_network(claim, after.pod)
+                self._keeper.reattacher.pod_known(after)
         return after
 
     def _tell_network(self, claim: Claim, pod: PodRef) -> None:

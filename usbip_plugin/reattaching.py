@@ -103,6 +103,11 @@ class Reattacher:
             if claim is not None and self.seeker.may_be_listed(claim, view.server):
                 self.look_again(device_id)
 
+    def pod_known(self, claim: Claim) -> None:
+        """The claim's pod was not known until now: if its device has come back as another meanwhile, it is evicted."""
+        if claim.state is State.ATTACHED and claim.given is not None and claim.attachment is not None:
+            self._evict_if(self._verdict(claim, claim.given, claim.attachment), claim.pod)
+
     def _look_everywhere(self) -> None:
         for device_id in self._stirs:
             self.look_again(device_id)
@@ -247,8 +252,7 @@ class Reattacher:
             self._work.spawn(self._work.note_pod(claim.moved_to, claim.pod), f"note pod {claim.pod}")
 
     def _reattached(self, claim: Claim, before: Attachment | None, after: Attachment, whole: Span) -> None:
-        wants, by_cdi = self._resource_of(claim), bool(claim.numbers)
-        verdict = after_reattach(before, after, wants.on_loss, claim.pod, by_cdi=by_cdi, children=wants.children)
+        verdict = self._verdict(claim, before, after)
         same = verdict in (AfterReattach.GOES_ON, AfterReattach.CHILDREN_GO_ON)
         self._on_reattach(Reattach.SAME_NODES if same else Reattach.OTHER_NODES)
         whole.set_attribute("usbip.same_nodes", same)
@@ -256,8 +260,15 @@ class Reattacher:
         changed = What.RESTART_NEEDED if verdict is AfterReattach.RESTART else What.NODES_CHANGED
         what = What.REATTACHED if same else changed
         self._on_notice(Notice(what, claim.key, verdict.value, claim.pod))
-        if verdict is AfterReattach.EVICT and claim.pod is not None:
-            self._evict(claim.pod)
+        self._evict_if(verdict, claim.pod)
         lock = self._locks.locks.get(claim.id)
         if claim.pod is not None and lock is not None and lock.pod is None:  # it was taken anew
             self._work.spawn(self._work.note_pod(claim.key, claim.pod), f"note pod {claim.pod}")
+
+    def _verdict(self, claim: Claim, before: Attachment | None, after: Attachment) -> AfterReattach:
+        wants, by_cdi = self._resource_of(claim), bool(claim.numbers)
+        return after_reattach(before, after, wants.on_loss, claim.pod, by_cdi=by_cdi, children=wants.children)
+
+    def _evict_if(self, verdict: AfterReattach, pod: PodRef | None) -> None:
+        if verdict is AfterReattach.EVICT and pod is not None:
+            self._evict(pod)

@@ -291,6 +291,24 @@ async def test_a_pod_whose_device_came_back_as_another_is_evicted_if_its_resourc
         assert node.attached() == {device}, "until the pod is gone"
 
 
+@pytest.mark.parametrize("on_loss", [OnLoss.EVICT, OnLoss.KEEP], ids=str)
+@stepped
+async def test_a_pod_that_becomes_known_after_its_device_came_back_as_another_is_evicted_then(on_loss: OnLoss) -> None:
+    async with one_stick(on_loss=on_loss) as (c, lab, device):
+        node = await admitted(c, device)
+        node.kubelet_restart(down=True)  # nobody tells whose the device is
+        claims = agent(node).attacher.claims
+        given = claims[device.id].attachment
+        lab.drop("1-1")
+        assert await c.settle(lambda: claims[device.id].attachment not in (None, given), 60)
+        assert claims[device.id].pod is None
+        await asyncio.sleep(5)
+        assert node.evicted == []
+        node.kubelet_restart(down=False)
+        await knows_its_pod(c, node, device)
+        assert node.evicted == ([pod("p")] if on_loss is OnLoss.EVICT else [])
+
+
 @stepped
 async def test_an_attachment_that_was_lost_leaves_no_port_record() -> None:
     async with one_stick() as (c, lab, device):
