@@ -36,7 +36,7 @@ from usbip_plugin.errors import (
 )
 from usbip_plugin.keeper import Keeper
 from usbip_plugin.model import Attachment, Descriptor, DeviceKey, Identity, Lock, PodRef
-from usbip_plugin.notices import attached, network, taken_over
+from usbip_plugin.notices import Notice, What, attached, network, taken_over
 from usbip_plugin.observe.tracing import links_to, traceparent_of
 from usbip_plugin.reattaching import Wishes
 from usbip_plugin.usbip.poller import ServerView
@@ -284,10 +284,17 @@ class Attacher:
             self._work.spawn(self._work.note_pod(claim.key, after.pod), f"note pod {after.pod}")
             # without its uid an Event does not show where people look for it: then it waits for that
             if after.pod.uid is not None and not (claim.pod and claim.pod.uid and same_pod(claim.pod, after.pod)):
-                self._on_notice(attached(claim.key, claim.attachment, claim.port, after.pod))
-                self._tell_network(claim, after.pod)
-                self._keeper.reattacher.pod_known(after)
+                self._tell_new_pod(after, after.pod)
         return after
+
+    def _tell_new_pod(self, claim: Claim, pod: PodRef) -> None:
+        """What has become of its device so far: an Allocate does not name the pod."""
+        if claim.state is State.ATTACHED:
+            self._on_notice(attached(claim.key, claim.attachment, claim.port, pod))
+            self._tell_network(claim, pod)
+            self._keeper.reattacher.pod_known(claim)
+        elif claim.state is State.REATTACHING:
+            self._on_notice(Notice(What.LOST, claim.key, "lost before its pod was known, re-attaching", pod))
 
     def _tell_network(self, claim: Claim, pod: PodRef) -> None:
         """What the device has that no container gets."""

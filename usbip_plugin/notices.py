@@ -49,7 +49,7 @@ class Notice:
 
 
 def attached(key: DeviceKey, attachment: Attachment | None, port: int | None, pod: PodRef) -> Notice:
-    """Said when the pod becomes known: an Allocate does not name it."""
+    """Said when the pod becomes known."""
     node = f" as {attachment.nodes[0].path}" if attachment is not None and attachment.nodes else ""
     return Notice(What.ATTACHED, key, f"attached on vhci port {port}{node}", pod)
 

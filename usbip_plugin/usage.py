@@ -14,7 +14,7 @@ import logging
 from collections.abc import Mapping
 
 from usbip_plugin.attacher import Attacher
-from usbip_plugin.claims import Unlisted, User, not_in_list
+from usbip_plugin.claims import IN_USE, Unlisted, User, not_in_list
 from usbip_plugin.clock import Clock
 from usbip_plugin.errors import PodResourcesUnavailable
 from usbip_plugin.kubelet.pod_resources import PodResources
@@ -62,7 +62,7 @@ class UsageWatcher:
         self._wake.set()
 
     def claims_changed(self) -> None:
-        """There may be claims where there were none."""
+        """There may be claims where there were none, or one whose pod is not known."""
         if not self._wake.is_set() and self._attacher.claims:
             self._wake.set()
 
@@ -144,20 +144,21 @@ class UsageWatcher:
                     await self._adopt(users)
                 if users is not None:
                     self._attacher.usage(users, listed_at, self._unlisted(users))
+                closely = self._closely()
                 with contextlib.suppress(TimeoutError):
-                    async with self._clock.timeout(self._interval()):
-                        await self._until_hinted()
+                    async with self._clock.timeout(HINTED_INTERVAL if closely else POLL_INTERVAL):
+                        await self._until_hinted(closely=closely)
         finally:
             unsubscribe()
 
-    def _interval(self) -> float:
-        close = self._clock.monotonic() < self._hinted_until or any(
-            claim.absent or claim.pod is None for claim in self._attacher.claims.values()
+    def _closely(self) -> bool:
+        return self._clock.monotonic() < self._hinted_until or any(
+            claim.absent or claim.pod is None for claim in self._attacher.claims.values() if claim.state in IN_USE
         )
-        return HINTED_INTERVAL if close else POLL_INTERVAL
 
-    async def _until_hinted(self) -> None:
+    async def _until_hinted(self, *, closely: bool) -> None:
+        """By a hint or, if it is not looked closely yet, by a claim that asks for it."""
         before = self._hinted_until
-        while self._hinted_until == before:
+        while self._hinted_until == before and (closely or not self._closely()):
             self._wake.clear()
             await self._wake.wait()

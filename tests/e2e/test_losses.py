@@ -50,6 +50,7 @@ async def test_a_pod_goes_on_with_its_path_and_one_without_is_evicted_and_its_su
 
         pods[name] = await cluster.until("pods", ready, f"{name} ready")
         read_device(kubectl, pods[name]["metadata"]["name"], name.upper())
+        await cluster.told(pods[name], {"DeviceAttached"})  # from now on its plugin knows whose the device is
     kept, moved = pods["kept"], pods["moved"]
 
     losing.set_devices(DEVICES)

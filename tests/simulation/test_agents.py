@@ -40,6 +40,7 @@ from usbip_plugin.inventory.reasons import API_GRACE
 from usbip_plugin.locks import record
 from usbip_plugin.locks.protocol import Rules
 from usbip_plugin.model import DeviceKey, Reason
+from usbip_plugin.notices import Notice, What
 from usbip_plugin.sim.cluster import Cluster, ClusterNode, cluster
 from usbip_plugin.sim.steploop import stepped
 from usbip_plugin.sim.usbdevice import VirtualDevice
@@ -307,6 +308,35 @@ async def test_a_pod_that_becomes_known_after_its_device_came_back_as_another_is
         node.kubelet_restart(down=False)
         await knows_its_pod(c, node, device)
         assert node.evicted == ([pod("p")] if on_loss is OnLoss.EVICT else [])
+
+
+@stepped
+async def test_a_pod_that_becomes_known_while_its_device_is_away_is_told_of_that_alone() -> None:
+    told: list[Notice] = []
+    async with one_stick(told=told) as (c, lab, device):
+        node = await admitted(c, device)
+        node.kubelet_restart(down=True)
+        lab.unplug("1-1")
+        await asyncio.sleep(5)
+        assert {notice.what for notice in told if notice.pod is not None} == set()
+        node.kubelet_restart(down=False)
+        await knows_its_pod(c, node, device)
+        assert [notice.what for notice in told if notice.pod == pod("p")] == [What.LOST]
+        lab.plug(stick("1-1"))
+        assert await c.settle(lambda: told[-1].pod == pod("p") and told[-1].what is not What.LOST, 60)
+        assert told[-1].what in (What.REATTACHED, What.NODES_CHANGED)
+
+
+@stepped
+async def test_whose_a_device_is_is_known_soon_also_beside_others_that_are_known() -> None:
+    async with two_sticks() as (c, _lab, _one, _two):
+        node = c["node-a"]
+        assert await node.admit(pod("p"), "stick") is None
+        assert await c.settle(lambda: {one.pod for one in agent(node).attacher.claims.values()} == {pod("p")}, 5)
+        await asyncio.sleep(0.1)  # the next look is not at hand
+        assert await node.admit(pod("q"), "stick") is None
+        claims = agent(node).attacher.claims
+        assert await c.settle(lambda: {one.pod for one in claims.values()} == {pod("p"), pod("q")}, 1)
 
 
 @stepped
