@@ -115,6 +115,13 @@ class RealUsbipd:
         if self.is_bound(busid):
             self.usbip("unbind", "-b", busid)
 
+    def pull(self, busid: str) -> None:
+        """As unbind, but no other driver gets the device: to its importers, its plug was pulled. plug() ends that."""
+        (STUB / "unbind").write_text(busid)
+
+    def plug(self, busid: str) -> None:
+        (STUB / "bind").write_text(busid)
+
     def is_bound(self, busid: str) -> bool:
         return (STUB / busid).exists()
 
