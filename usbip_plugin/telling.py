@@ -17,7 +17,7 @@ from usbip_plugin.inventory.annotations import key_of
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer
 from usbip_plugin.kubelet.node_status import NodeStatusPublisher
 from usbip_plugin.locks.manager import LockChange
-from usbip_plugin.model import Advertised, Lock
+from usbip_plugin.model import Advertised, Lock, Reason
 from usbip_plugin.observe.tracing import remote_parent, within
 from usbip_plugin.spans import device_attributes, failed, span
 
@@ -28,6 +28,8 @@ KEPT_SHARE, KEPT_MAX_S = 0.1, 1.0
 """Of allocateTimeout, for what follows a failure: kubelet and Node are told, and the Allocate answers."""
 LOOKING_SHARE, TELLING_SHARE = 0.15, 0.8
 """Of that, for a look at whose the devices are, and for the telling."""
+
+_DAILY = frozenset({Reason.FREE, Reason.HELD_ELSEWHERE})
 
 log = logging.getLogger(__name__)
 
@@ -172,9 +174,16 @@ class Telling:
 def log_changes(
     resource: str, changed: Iterable[tuple[Advertised | None, Advertised]], locks: Mapping[str, Lock]
 ) -> None:
-    """A line for each device that can be had for another reason than before, or not. changed: as was and is."""
+    """A line for each device that can be had for another reason than before, or not. changed: as was and is.
+
+    What other nodes take and release all day, every node sees: with thousands of them that is not for each one's log.
+    """
+    debugging = log.isEnabledFor(logging.DEBUG)
     for old, device in changed:
         if old is not None and old.health.reason is device.health.reason:
+            continue
+        daily = old is not None and {old.health.reason, device.health.reason} <= _DAILY
+        if daily and not debugging:
             continue
         lock = locks.get(device.id)
         extra = {
@@ -185,7 +194,11 @@ def log_changes(
         }
         # this may have been called on account of another device: each line belongs to the trace of its own
         with within(lock.traceparent if lock is not None else None):
-            if device.health.healthy:
+            if daily and device.health.healthy:
+                log.debug("free again", extra=extra)
+            elif daily:
+                log.debug("taken by another node", extra=extra)
+            elif device.health.healthy:
                 log.info("healthy", extra=extra)
             else:
                 log.info("unhealthy", extra=extra)

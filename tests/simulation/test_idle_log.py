@@ -22,9 +22,11 @@ from cluster_rig import (
     server,
     spec,
     stick,
+    taken,
 )
 from trace_stories import Story, life, pod_known, told
 
+from usbip_plugin.model import Reason
 from usbip_plugin.observe.logs import set_up_logging
 from usbip_plugin.sim.cluster import cluster
 
@@ -79,6 +81,25 @@ def test_an_idle_hour_writes_nothing(written: Written) -> None:
             assert written.lines() == []
 
     told(hour)
+
+
+def test_what_another_node_takes_and_releases_is_no_line(written: Written) -> None:
+    """There may be thousands of nodes, and each sees every handover."""
+
+    async def handover(story: Story) -> None:
+        async with one_stick(nodes=3, change=story.traced) as (c, _lab, device):
+            node = await taken(c, device)
+            for name in ("node-b", "node-c"):
+                await becomes(c, c[name], device, healthy=False)
+            node.end(pod("p"))
+            for name in ("node-a", "node-b", "node-c"):
+                await becomes(c, c[name], device, healthy=True, within=20)
+            lines = written.lines()
+            assert [line for line in lines if line.get("reason") == Reason.HELD_ELSEWHERE.value] == []
+            (released,) = (n for n, line in enumerate(lines) if line["msg"] == "released")
+            assert len([line for line in lines[released:] if line["msg"] == "healthy"]) == 1, "on the node that had it"
+
+    told(handover)
 
 
 def test_a_server_that_is_away_is_told_once(written: Written) -> None:
