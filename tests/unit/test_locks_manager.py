@@ -413,6 +413,39 @@ async def test_a_lock_regained_after_giving_up_is_kept() -> None:
 
 
 @virtual
+async def test_a_lock_given_up_is_nobodys_to_adopt_while_it_cannot_be_released() -> None:
+    async with world() as w:
+        a = await given_up_and_unreachable(w)
+        assert a.manager.locks[KEY.id].holder == "a"
+        assert a.manager.mine() == ()
+        a.fate = lambda _operation: FINE
+        await until(lambda: a.manager.locks[KEY.id].holder == "", a)
+
+
+@virtual
+async def test_a_lock_given_up_and_renewed_since_is_kept() -> None:
+    """Found by the simulation: a claim had been made of it meanwhile, and its device attached."""
+    async with world() as w:
+        a = await given_up_and_unreachable(w)
+        a.fate = lambda _operation: FINE
+        await a.manager.renew(KEY)
+        assert [lock.device_id for lock in a.manager.mine()] == [KEY.id]
+        await a.clock.sleep(100)
+        assert w.backend.leases[KEY.id].holder == "a"
+
+
+async def given_up_and_unreachable(w: World) -> Node:
+    """A node whose write has landed after it had given up, and that cannot undo it: it only hears what happens."""
+    a = await w.node("a")
+    a.fate = lambda operation: FINE if operation.verb == "event" else once("create", Fate(request=3.0))(operation)
+    await given_up(a)
+    a.fate = lambda operation: FINE if operation.verb in ("watch", "event") else unreachable(operation)
+    await until(lambda: KEY.id in a.manager.locks, a)
+    await a.clock.sleep(1)
+    return a
+
+
+@virtual
 async def test_a_cancelled_reentrant_acquire_does_not_give_the_lock_away() -> None:
     async with world() as w:
         a = await w.node("a")

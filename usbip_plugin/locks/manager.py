@@ -171,8 +171,12 @@ class LockManager:
         return self._session.written_at
 
     def mine(self) -> tuple[Lock, ...]:
-        """Locks that name this node, in the order of their IDs; also those of an earlier boot."""
-        return tuple(self._view.locks[device_id] for device_id in sorted(self._mine))
+        """Locks that name this node, in the order of their IDs; also those of an earlier boot.
+
+        Not those that are being let go here, because who acquired them had given up when the write happened.
+        """
+        held = (device_id for device_id in sorted(self._mine) if self._orphan(device_id) is None)
+        return tuple(self._view.locks[device_id] for device_id in held)
 
     def standing(self, device_id: str) -> Standing:
         """How a lock stands for this node. EXPIRED only while the device is importable (see set_importable)."""
@@ -256,8 +260,12 @@ class LockManager:
             self._on_acquire(result, self._clock.monotonic() - began)
 
     async def renew(self, key: DeviceKey) -> Grant:
-        """R1 before a re-attach: write the lock again. LockLost if it is not this boot's any more; LockUnavailable."""
+        """R1 before a re-attach: write the lock again. LockLost if it is not this boot's any more; LockUnavailable.
+
+        Whatever comes of it, the caller answers for the lock from now on, as for a claimed one.
+        """
         async with self._device_lock(key.id):
+            self._abandoned.pop(key.id, None)
             return self._grant(await self._amend(key, {}))
 
     async def annotate(
@@ -350,7 +358,9 @@ class LockManager:
 
     def _orphan(self, device_id: str) -> DeviceKey | None:
         """The key, if the lock is held by a write whose sender had given up, so that nobody here knows of it."""
-        key, epoch = self._abandoned.get(device_id, (None, None))
+        if device_id not in self._abandoned:
+            return None
+        key, epoch = self._abandoned[device_id]
         lease = self._view.lease(device_id)
         held = lease is not None and protocol.is_mine(lease, self._me) and lease.transitions == epoch
         return key if held else None
