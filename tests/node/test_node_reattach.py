@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -72,46 +73,60 @@ def echo(api: Api, serial: Plugin) -> Iterator[Container]:
         api.delete("Pod", NAMESPACE, "echo")
 
 
-def restarted(usbipd: RealUsbipd, busid: str) -> float:
-    """usbipd and its connections end and begin, as when the server's machine is restarted; when it was back."""
+@dataclass(frozen=True)
+class Way:
+    """How a device goes away at its server, and comes back."""
+
+    name: str
+    go: Callable[[RealUsbipd, str], None]
+    come: Callable[[RealUsbipd, str], None]
+
+    def gone(self, usbipd: RealUsbipd, busid: str) -> None:
+        """Returns when the node has noticed."""
+        self.go(usbipd, busid)
+        until(lambda: not busy_rows(), "the port has fallen free")
+
+    def back(self, usbipd: RealUsbipd, busid: str) -> float:
+        """When it was back (monotonic)."""
+        self.come(usbipd, busid)
+        return time.monotonic()
+
+
+def killed(usbipd: RealUsbipd, busid: str) -> None:
+    """usbipd and its connections end, as when the server's machine is restarted."""
     usbipd.kill()
     usbipd.drop(busid)
-    until(lambda: not busy_rows(), "the port has fallen free")
-    usbipd.start()
-    return time.monotonic()
 
 
-def plugged_anew(usbipd: RealUsbipd, busid: str) -> float:
-    """The device is pulled out and put back in.
-
-    With an unbind this machine's own driver would have it meanwhile, under the very tty that the pod's program opens,
-    for it is one kernel. As long as that is open, the number is not given out again.
-    """
-    usbipd.pull(busid)
-    until(lambda: not busy_rows(), "the port has fallen free")
-    usbipd.plug(busid)
-    return time.monotonic()
+RESTARTED = Way("restarted", killed, lambda usbipd, _busid: usbipd.start())
+PLUGGED_ANEW = Way("plugged-anew", RealUsbipd.pull, RealUsbipd.plug)
+"""Pulled out and put back in. Not unbound: this machine's own driver would have it meanwhile, under the very tty that
+the pod's program opens, for it is one kernel; and as long as that is open, the number is not given out again."""
 
 
-@pytest.mark.parametrize("way", [restarted, plugged_anew])
+@pytest.mark.parametrize("way", [RESTARTED, PLUGGED_ANEW], ids=lambda way: way.name)
 def test_the_path_of_a_running_program_works_again_when_its_server_is_back(
     serial: Plugin,
     echo: Container,
     usbipd: RealUsbipd,
     far_busid: str,
-    way: Callable[[RealUsbipd, str], float],
+    way: Way,
 ) -> None:
+    """One that lets go of its dead file before its device is back: see below for one that does not."""
     (tty,) = {line[1] for line in said(echo, "opened") or ()}
     times: list[float] = []
     with far_end(far_busid) as fd:
         assert answer(fd, b"before") == b"BEFORE"
         for cycle in range(CYCLES):
-            back = way(usbipd, serial.busid)
+            lost = time.monotonic()
+            way.gone(usbipd, serial.busid)
+            until(partial(said, echo, "ended", lost), "the program has let go")
+            back = way.back(usbipd, serial.busid)
             opened = until(partial(said, echo, "opened", back), "the path works again")
             times.append(float(opened[0][-1]) - back)
             text = f"cycle {cycle}".encode()
             assert answer(fd, text) == text.upper()
-    show(way.__name__, echo, times)
+    show(way.name, echo, times)
     assert Path(tty).is_char_device()
     assert echo.status()["restartCount"] == 0
     until(lambda: "DeviceReattached" in echo.told(), "the pod is told")
@@ -131,13 +146,15 @@ def test_a_program_that_keeps_the_dead_file_is_told_and_has_its_path_back_when_i
 ) -> None:
     """The kernel gives the number of a tty that is still open to no other device."""
     echo.run("touch", "/tmp/hold")
-    restarted(usbipd, serial.busid)
+    RESTARTED.gone(usbipd, serial.busid)
+    RESTARTED.back(usbipd, serial.busid)
     until(lambda: "DeviceNodesChanged" in echo.told(), "the pod is told")
     echo.run("rm", "/tmp/hold")
     until(partial(said, echo, "away"), "the path is nobody's")
     assert "DeviceReattached" not in echo.told()
     with far_end(far_busid) as fd:
-        back = restarted(usbipd, serial.busid)
+        RESTARTED.gone(usbipd, serial.busid)
+        back = RESTARTED.back(usbipd, serial.busid)
         until(partial(said, echo, "opened", back), "the path works again")
         assert answer(fd, b"after") == b"AFTER"
     until(lambda: "DeviceReattached" in echo.told(), "the pod is told")
