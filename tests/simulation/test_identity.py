@@ -1,7 +1,9 @@
 """Which device is the one that was promised: by the serial number or class that it tells, wherever it is plugged in."""
 
 import asyncio
+import contextlib
 import logging
+from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import pytest
@@ -31,6 +33,7 @@ from usbip_plugin.locks import record
 from usbip_plugin.model import DeviceKey, InterfaceClass, Reason
 from usbip_plugin.probing import MAX_REREADS
 from usbip_plugin.sim.cluster import Cluster, cluster
+from usbip_plugin.sim.server import VirtualServer
 from usbip_plugin.sim.steploop import stepped
 from usbip_plugin.sim.usbdevice import VirtualDevice
 
@@ -44,6 +47,17 @@ async def everywhere(c: Cluster, device: DeviceKey, why: Reason) -> None:
     for node in c.nodes.values():
         assert await c.settle(lambda node=node: reason(node, device) is why, POLLED), reason(node, device)  # type: ignore[misc]
         await becomes(c, node, device, healthy=why.healthy)
+
+
+@contextlib.asynccontextmanager
+async def red_by_port() -> AsyncIterator[tuple[Cluster, VirtualServer, DeviceKey]]:
+    """Three nodes offer RED by its serial number; its server gives what is put in its place the same device number."""
+    lab = server("lab", stick("1-1", "RED"))
+    lab.table.by_port = True
+    device = key(lab, "1-1")
+    async with cluster(spec([lab], by_serial(lab), nodes=3)) as c:
+        await all_healthy(c, device)
+        yield c, lab, device
 
 
 @stepped
@@ -119,11 +133,7 @@ async def test_a_server_that_numbers_anew_at_each_import_is_not_asked_for_ever()
 
 @stepped
 async def test_a_swapped_dongle_is_found_out_where_the_server_gives_it_the_same_number() -> None:
-    lab = server("lab", stick("1-1", "RED"))
-    lab.table.by_port = True
-    device = key(lab, "1-1")
-    async with cluster(spec([lab], by_serial(lab), nodes=3)) as c:
-        await all_healthy(c, device)
+    async with red_by_port() as (c, lab, device):
         number = c.backend.leases[device.id].annotations[record.READ_FROM]
         for serial, why in (("BLUE", Reason.LISTED_WRONG), ("RED", Reason.FREE)):
             asked = lab.table.granted
@@ -145,11 +155,7 @@ async def test_a_swapped_dongle_is_found_out_where_the_server_gives_it_the_same_
 
 @stepped
 async def test_a_dongle_swapped_between_two_polls_is_found_out_by_the_allocate_and_back_when_it_is_put_back() -> None:
-    lab = server("lab", stick("1-1", "RED"))
-    lab.table.by_port = True
-    device = key(lab, "1-1")
-    async with cluster(spec([lab], by_serial(lab), nodes=3)) as c:
-        await all_healthy(c, device)
+    async with red_by_port() as (c, lab, device):
         lab.unplug("1-1")
         lab.plug(stick("1-1", "BLUE"))
         node = c["node-a"]

@@ -151,10 +151,6 @@ class Link:
     def passable(self) -> bool:
         return not self._cut and not self.network.dark(self._server)
 
-    @property
-    def is_cut(self) -> bool:
-        return self._cut
-
     def cut(self) -> None:
         """From now on every packet is lost, either way."""
         self._cut = True
