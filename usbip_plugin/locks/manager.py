@@ -175,8 +175,8 @@ class LockManager:
 
         Not those that are being let go here, because who acquired them had given up when the write happened.
         """
-        held = (device_id for device_id in sorted(self._mine) if self._orphan(device_id) is None)
-        return tuple(self._view.locks[device_id] for device_id in held)
+        let_go = {device_id for device_id in self._abandoned if self._orphan(device_id) is not None}
+        return tuple(self._view.locks[device_id] for device_id in sorted(self._mine - let_go))
 
     def standing(self, device_id: str) -> Standing:
         """How a lock stands for this node. EXPIRED only while the device is importable (see set_importable)."""
@@ -358,9 +358,7 @@ class LockManager:
 
     def _orphan(self, device_id: str) -> DeviceKey | None:
         """The key, if the lock is held by a write whose sender had given up, so that nobody here knows of it."""
-        if device_id not in self._abandoned:
-            return None
-        key, epoch = self._abandoned[device_id]
+        key, epoch = self._abandoned.get(device_id, (None, None))
         lease = self._view.lease(device_id)
         held = lease is not None and protocol.is_mine(lease, self._me) and lease.transitions == epoch
         return key if held else None
