@@ -285,6 +285,7 @@ class Attacher:
             # without its uid an Event does not show where people look for it: then it waits for that
             if after.pod.uid is not None and not (claim.pod and claim.pod.uid and same_pod(claim.pod, after.pod)):
                 self._tell_new_pod(after, after.pod)
+                self._keeper.reattacher.pod_known(after)
         return after
 
     def _tell_new_pod(self, claim: Claim, pod: PodRef) -> None:
@@ -292,7 +293,6 @@ class Attacher:
         if claim.state is State.ATTACHED:
             self._on_notice(attached(claim.key, claim.attachment, claim.port, pod))
             self._tell_network(claim, pod)
-            self._keeper.reattacher.pod_known(claim)
         elif claim.state is State.REATTACHING:
             self._on_notice(Notice(What.LOST, claim.key, "lost before its pod was known, re-attaching", pod))
 

@@ -104,8 +104,8 @@ class Reattacher:
                 self.look_again(device_id)
 
     def pod_known(self, claim: Claim) -> None:
-        """The claim is attached and its pod known as of now: evicted, if its device came back as another before."""
-        if claim.given is not None and claim.attachment is not None:
+        """The claim's pod is known as of now: evicted, if its device came back as another before."""
+        if claim.state is State.ATTACHED and claim.given is not None and claim.attachment is not None:
             self._evict_if(self._verdict(claim, claim.given, claim.attachment), claim.pod)
 
     def _look_everywhere(self) -> None:

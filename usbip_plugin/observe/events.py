@@ -159,7 +159,7 @@ class EventRecorder:
     """Records events in the background. record() never blocks and never raises; run() writes them.
 
     What comes too fast is dropped: the same again within REPEAT_S, more than BURST at once or OBJECT_BURST about one
-    object, more than QUEUE_LENGTH waiting. dropped counts the latter and the ones the API server did not take.
+    object, more than QUEUE_LENGTH waiting. dropped counts all but repetitions, and what the API server did not take.
     """
 
     def __init__(self, kube: KubeRequests, identity: NodeIdentity, clock: Clock, rng: random.Random) -> None:
