@@ -2,6 +2,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+INSTALL := $(PIP) install -c constraints.txt
 PYTEST := $(BIN)/python -m pytest
 # longest time for the tests in the guest, which is emulated
 GUEST_SECONDS := 1200
@@ -24,7 +25,7 @@ PYTHONS := $(PYTHON) python3.13 python3.12 python3.11 python3.14 python3
 .DELETE_ON_ERROR:
 .PHONY: help demo test model sim sim-moments test-page screenshot docs test-apiserver test-kernel test-kills soak-kernel test-deploy \
 	image test-image e2e test-kubelet test-outage soak test-node test-all \
-	bench bench-scale plots bench-kernel fuzz lint format proto clean
+	bench bench-scale plots bench-kernel fuzz lint format proto constraints clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -129,6 +130,11 @@ format: $(VENV)/.test ## let ruff format and fix what it can
 proto: $(VENV)/.test ## write the gRPC stubs anew from proto/
 	PYTHON=$(BIN)/python proto/generate.sh
 
+constraints: ## write constraints.txt anew: the newest versions that pyproject.toml lets in
+	@set -e; new=$$(mktemp -d); trap 'rm -rf "$$new"' EXIT; \
+	$(BIN)/python -m venv "$$new" >/dev/null && "$$new/bin/pip" --disable-pip-version-check --quiet install '.[cli,test,fuzz]'; \
+	{ grep '^#' constraints.txt; "$$new/bin/pip" freeze | grep -v '^usbip-plugin ' | LC_ALL=C sort -f; } >constraints.new; mv constraints.new constraints.txt
+
 clean: ## remove .venv, caches and build output
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis bench.json bench-scale.json
 	find usbip_plugin tests -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -150,17 +156,17 @@ $(VENV)/bin/python:
 	done; \
 	echo "no Python >= 3.11 found; name one with: make PYTHON=/path/to/python" >&2; exit 1
 
-$(VENV)/.runtime: pyproject.toml | $(VENV)/bin/python
+$(VENV)/.runtime: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "installing what the plugin needs"
-	@$(PIP) install -e .
+	@$(INSTALL) -e .
 	@touch $@
 
-$(VENV)/.test: pyproject.toml | $(VENV)/bin/python
+$(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "installing what the plugin and its tests need"
-	@$(PIP) install -e '.[cli,test]'
+	@$(INSTALL) -e '.[cli,test]'
 	@touch $(VENV)/.runtime $@
 
 $(VENV)/.fuzz: $(VENV)/.test
 	@echo "installing atheris"
-	@$(PIP) install -e '.[fuzz]'
+	@$(INSTALL) -e '.[fuzz]'
 	@touch $@
