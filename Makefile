@@ -17,6 +17,10 @@ SEEDS := 50
 STEPS :=
 # how long each fuzz target runs
 SECONDS := 10
+# of `make nightly`: which sixteenth
+SHARD :=
+# of `make affected`: the revision that a change is compared with
+BASE :=
 
 # PYTHON=/path/to/python chooses the interpreter; without it the first of these that runs and is new enough
 PYTHONS := $(PYTHON) python3.13 python3.12 python3.11 python3.14 python3
@@ -24,8 +28,8 @@ PYTHONS := $(PYTHON) python3.13 python3.12 python3.11 python3.14 python3
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test model sim sim-moments test-page screenshot docs test-apiserver test-kernel test-kills soak-kernel test-deploy \
-	image test-image e2e test-kubelet test-outage soak test-node test-all \
-	bench bench-scale plots bench-kernel fuzz lint format proto constraints clean
+	image test-image e2e test-kubelet test-outage soak test-node \
+	bench bench-scale plots bench-kernel fuzz lint format proto constraints check affected nightly flakes clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -72,10 +76,10 @@ test-deploy: $(VENV)/.test ## the manifests and the chart: rendered, compared, t
 image: $(VENV)/.runtime ## the container image, without a registry where none answers; ARGS: see tests/lab/image/build.sh --help
 	PYTHON=$(BIN)/python tests/lab/image/build.sh $(ARGS)
 
-test-image: $(VENV)/.test ## the container image: built, looked at, and run without capabilities (root)
-	@set -e; archive=$$(mktemp -d); trap 'rm -rf "$$archive"' EXIT; \
-	PYTHON=$(BIN)/python tests/lab/image/build.sh --output "$$archive/image.tar" $(ARGS); \
-	IMAGE_ARCHIVE="$$archive/image.tar" $(PYTEST) -s tests/image
+test-image: $(VENV)/.test ## the container image: built, looked at, and run without capabilities (root); IMAGE=TAR: not built
+	@set -e; archive=$$(mktemp -d); trap 'rm -rf "$$archive"' EXIT; image=$(IMAGE); \
+	[ -n "$$image" ] || { image=$$archive/image.tar; PYTHON=$(BIN)/python tests/lab/image/build.sh --output "$$image" $(ARGS); }; \
+	IMAGE_ARCHIVE="$$image" $(PYTEST) -s tests/image
 
 e2e: $(VENV)/.test ## the end-to-end suite on a kind cluster of its own; KEEP=1 leaves it there
 	PYTHON=$(BIN)/python tests/lab/kind/e2e.sh $(ARGS)
@@ -92,8 +96,18 @@ soak: $(VENV)/.test ## pods coming and going, plugins and kubelets restarting, f
 test-node: $(VENV)/.test ## the DaemonSet on a kubelet with a real vhci_hcd, in the QEMU guest (Debian, root)
 	PYTHON=$(BIN)/python tests/lab/cluster/guest.sh $(ARGS)
 
-# from the quick to the slow
-test-all: lint test test-page test-deploy test-apiserver test-kernel test-image test-node test-kubelet e2e ## everything above, and lint
+check: $(VENV)/.test ## lint, and what `make test` runs on two processes: before each commit
+	@$(MAKE) --no-print-directory lint
+	$(PYTEST) -n 2 --dist worksteal -q $(ARGS)
+
+affected: ## the targets that a change needs, cheapest first; BASE: the revision it is compared with
+	@python3 .ci/affected.py $(if $(BASE),--base $(BASE))
+
+nightly: ## the long forms of everything, figures too; SHARD=N/16: a sixteenth of it
+	SHARD=$(SHARD) bash .ci/nightly
+
+flakes: ## which tests failed on a tree on which they also passed, by the ledger of .ci/run and nightly
+	@python3 .ci/flakes.py $(or $(USBIP_PLUGIN_CACHE),$(HOME)/.cache/usbip-plugin)/ci/sections.tsv
 
 bench: $(VENV)/.test ## timings and memory, to the screen and bench.json
 	$(BIN)/python tests/bench/bench.py $(ARGS)
@@ -122,6 +136,7 @@ lint: $(VENV)/.test ## ruff, formatting, mypy --strict
 	$(BIN)/mypy tests/kernel tests/contract
 	$(BIN)/mypy tests/page
 	$(BIN)/mypy tests/node tests/kernel/usbipd.py tests/kernel/agent_rig.py
+	$(BIN)/mypy .ci/affected.py .ci/flakes.py
 
 format: $(VENV)/.test ## let ruff format and fix what it can
 	$(BIN)/ruff check --fix .

@@ -1,12 +1,35 @@
-"""What every tier has: the choice between the short and the long form of a test."""
+"""What every tier has: the choice between the short and the long form of a test, and runs in parts."""
 
 from __future__ import annotations
+
+import re
 
 import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--long", action="store_true", help="the long form of each test that has one, as make nightly does")
+    parser.addoption("--long", action="store_true", help="the long form of each test that has one")
+    parser.addoption("--part", default="1/1", metavar="K/N", help="only the Kth of N parts of the tests")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    kept, left_out = part_of(items, config.getoption("--part"))
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = kept
+
+
+def part_of(items: list[pytest.Item], part: str) -> tuple[list[pytest.Item], list[pytest.Item]]:
+    """Returns the items of the part `K/N` and all others, each in their order; raises UsageError for anything else.
+
+    Parts are contiguous, so that tests that share a set-up mostly stay together.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", part)
+    number, count = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 1 <= number <= count:
+        raise pytest.UsageError(f"--part {part}: expected K/N with 1 <= K <= N")
+    begin, end = len(items) * (number - 1) // count, len(items) * number // count
+    return items[begin:end], items[:begin] + items[end:]
 
 
 @pytest.fixture(scope="session")

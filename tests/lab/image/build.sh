@@ -80,6 +80,9 @@ if [ -n "$offline" ]; then
   arguments+=(--build-arg "BASE=localhost/usbip-plugin-base:$arch" --build-arg "BUILDER=localhost/usbip-plugin-base:$native" --build-arg PIP_NO_INDEX=1)
 fi
 
+# buildah takes a file with another time for another file, and would make each layer anew
+find "$work/context" -exec touch -h -d @0 {} +
+
 begin=$SECONDS
 case $builder in
   docker)

@@ -1,0 +1,185 @@
+"""What .ci/run and .ci/nightly run, together and each by itself, and the tools that read their results."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+CI = ROOT / ".ci"
+
+
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    # dataclasses look their module up
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def makefile() -> str:
+    return (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+def make_targets() -> set[str]:
+    return set(re.findall(r"^([a-z0-9-]+):.*##", makefile(), re.MULTILINE))
+
+
+def units(shard: str = "") -> list[str]:
+    environment = {**os.environ, "SHARD": shard}
+    listed = subprocess.run([CI / "nightly", "--list"], env=environment, capture_output=True, text=True, check=True)
+    return listed.stdout.splitlines()
+
+
+def sections_of_run() -> list[str]:
+    """The commands of the sections of .ci/run."""
+    text = (CI / "run").read_text(encoding="utf-8")
+    return re.findall(r"^ *section [\w-]+ (.+)$", text, re.MULTILINE)
+
+
+def targets_in(commands: list[str]) -> set[str]:
+    return {target for command in commands for target in re.findall(r"\bmake ([a-z][a-z0-9-]*)", command)}
+
+
+@pytest.mark.parametrize("name", ["run", "nightly", "sections.sh"])
+def test_the_scripts_are_sound(name: str) -> None:
+    subprocess.run(["bash", "-n", str(CI / name)], check=True)
+
+
+def test_the_scripts_run_targets_that_exist() -> None:
+    assert targets_in(sections_of_run()) | targets_in(units()) <= make_targets()
+
+
+def test_each_change_is_checked_by_what_the_readme_names_and_by_one_of_each_real_thing() -> None:
+    assert {"demo", "test", "lint", "sim", "image", "test-image", "test-deploy"} <= targets_in(sections_of_run())
+    assert {"test-apiserver", "test-kernel", "test-node", "test-kubelet"} <= targets_in(sections_of_run())
+    assert any("tests/lab/kind/tour.sh" in command for command in sections_of_run())
+
+
+def test_every_target_that_tests_something_is_in_one_of_the_two() -> None:
+    tests = {name for name in make_targets() if name.startswith(("test", "bench", "fuzz", "sim", "model", "e2e"))}
+    # long forms of units that are in the list: the same tests, for as long as one likes
+    longer = {"test-kills", "test-outage"}
+    assert tests - longer <= targets_in(sections_of_run()) | targets_in(units())
+
+
+def test_what_has_a_short_form_is_whole_in_the_nightly_list() -> None:
+    shortened = {target for command in sections_of_run() if "-m short" in command for target in targets_in([command])}
+    assert shortened
+    whole = [command for command in units() if "-m short" not in command]
+    assert shortened <= targets_in(whole)
+
+
+@pytest.mark.parametrize("target", ["test-kernel", "test-node", "test-kubelet", "e2e"])
+def test_the_parts_of_a_tier_are_all_there(target: str) -> None:
+    parts = [
+        match for command in units() if f"make {target} " in command for match in re.findall(r"(\d+)/(\d+)", command)
+    ]
+    count = int(parts[0][1])
+    assert parts == [(str(number), str(count)) for number in range(1, count + 1)]
+
+
+def test_sixteen_shards_are_the_whole_list() -> None:
+    shards = [units(f"{number}/16") for number in range(1, 17)]
+    assert sorted(unit for shard in shards for unit in shard) == sorted(units())
+    assert max(map(len, shards)) - min(map(len, shards)) <= 1
+
+
+def test_every_directory_of_tests_is_run() -> None:
+    run = re.search(r"testpaths = (\[.*\])", (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert run
+    scripts = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests/lab").rglob("*.sh"))
+    for directory in {path.parent for path in (ROOT / "tests").rglob("test_*.py")}:
+        name = str(directory.relative_to(ROOT))
+        assert name in run[1] + makefile() + scripts, f"{name} is run by no target"
+
+
+def test_a_change_wants_the_targets_whose_inputs_it_touches() -> None:
+    affected = load(CI / "affected.py").affected
+    assert affected([]) == []
+    assert affected(["docs/concepts.md"]) == ["check"]
+    assert affected(["usbip_plugin/vhci/linux.py"]) == ["check", "test-kernel", "test-node"]
+    assert affected(["deploy/base/daemonset.yaml", "tests/page/test_page.py"])[:3] == [
+        "check",
+        "test-page",
+        "test-deploy",
+    ]
+    assert set(affected(["pyproject.toml"])) >= {"check", "nightly", "test-kernel", "e2e"}
+
+
+def test_the_inputs_of_each_target_exist() -> None:
+    module = load(CI / "affected.py")
+    assert {"check", "nightly", *module.INPUTS} <= make_targets()
+    for path in {path for inputs in module.INPUTS.values() for path in inputs} | set(module.EVERYTHING):
+        assert (ROOT / path).exists(), path
+
+
+def line(tree: str, verdict: str, tests: str = "", section: str = "test") -> str:
+    return f"2026-01-01T00:00:00\t{tree}\t{section}\t{verdict}\t10\t9\t1.0\t1.00\t{tests}"
+
+
+def test_a_test_that_failed_where_it_also_passed_is_a_flake() -> None:
+    module = load(CI / "flakes.py")
+    ledger = [
+        line("a", "ok"),
+        line("a", "FAILED", "x.py::one,x.py::two"),
+        line("a", "FAILED", "x.py::one"),
+        line("b", "FAILED", "x.py::broken"),
+        line("c", "ok"),
+        line("d", "FAILED", section="other"),
+        line("d", "ok", section="other"),
+        "2026-01-01T00:00:00\tcut off",
+    ]
+    found = [(one.name, one.failures, one.runs) for one in module.flakes(module.parse(ledger))]
+    assert found == [("other", 1, 2), ("x.py::one", 2, 5), ("x.py::two", 1, 5)]
+
+
+def sections(script: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "USBIP_PLUGIN_CACHE": str(tmp_path)}
+    command = f". .ci/sections.sh; {script}\nfinish"
+    return subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_a_section_says_what_it_took_and_a_lane_ends_with_the_first_that_fails(tmp_path: Path) -> None:
+    ran = sections("{ section one 9 echo hello && section two 9 false && section three 9 true; }", tmp_path)
+    assert ran.returncode == 1
+    assert "one| hello" in ran.stdout
+    assert re.search(r"^one +ok +\d+ s +\d+ core-s  load [\d.]+$", ran.stdout, re.MULTILINE)
+    assert re.search(r"^two +FAILED ", ran.stdout, re.MULTILINE)
+    assert "three" not in ran.stdout
+    ledger = (tmp_path / "ci/sections.tsv").read_text(encoding="utf-8")
+    assert [entry.split("\t")[2:4] for entry in ledger.splitlines()] == [["one", "ok"], ["two", "FAILED"]]
+
+
+def test_a_failed_download_is_said_apart_from_a_failed_test(tmp_path: Path) -> None:
+    ran = sections("section download 9 bash -c 'attempt false' || true", tmp_path)
+    assert ran.returncode == 75
+    assert ran.stdout.count("| attempt ") == 3
+    assert re.search(r"^download +INFRASTRUCTURE ", ran.stdout, re.MULTILINE)
+
+
+def test_a_section_that_hangs_is_cut_off(tmp_path: Path) -> None:
+    ran = sections("section hang 0.2 sleep 60 || true", tmp_path)
+    assert ran.returncode == 1
+    assert "hang: no end within 0.2 s" in ran.stdout
+
+
+@pytest.mark.parametrize(
+    ("closing", "status"), [("3 passed, 1 skipped in 0.10s", 1), ("3 passed, 9 deselected in 0.10s", 0)]
+)
+def test_a_tier_that_skips_has_failed(tmp_path: Path, closing: str, status: int) -> None:
+    ran = sections(f"section tier 9 echo '==== {closing} ====' || true", tmp_path)
+    assert ran.returncode == status
+    assert "tests: 3 passed, 0 failed" in ran.stdout
