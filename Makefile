@@ -136,7 +136,7 @@ lint: $(VENV)/.test ## ruff, formatting, mypy --strict
 	$(BIN)/mypy tests/kernel tests/contract
 	$(BIN)/mypy tests/page
 	$(BIN)/mypy tests/node tests/kernel/usbipd.py tests/kernel/agent_rig.py
-	$(BIN)/mypy .ci/affected.py .ci/flakes.py
+	$(BIN)/mypy .ci/affected.py .ci/figures.py .ci/flakes.py
 
 format: $(VENV)/.test ## let ruff format and fix what it can
 	$(BIN)/ruff check --fix .

@@ -144,6 +144,15 @@ def test_a_test_that_failed_where_it_also_passed_is_a_flake() -> None:
     assert found == [("other", 1, 2), ("x.py::one", 2, 5), ("x.py::two", 1, 5)]
 
 
+def test_figures_are_compared_by_how_much_more_they_changed_than_the_machine() -> None:
+    module = load(CI / "figures.py")
+    kept = {"a": 10.0, "b": 20.0, "c": 30.0, "gone": 1.0}
+    median, ratios = module.compared({"a": 20.0, "b": 40.0, "c": 180.0, "new": 1.0}, kept)
+    assert median == 2.0
+    assert ratios == {"a": 1.0, "b": 1.0, "c": 3.0}
+    assert module.compared({"a": 1.0}, {}) == (1.0, {})
+
+
 def sections(script: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "USBIP_PLUGIN_CACHE": str(tmp_path)}
     command = f". .ci/sections.sh; {script}\nfinish"
