@@ -1,4 +1,4 @@
-"""figures.py NEW.json KEPT.json: compares the figures of a bench with those kept from the last one, then keeps the new ones.
+"""figures.py NEW.json KEPT.json: compares the figures of a bench with those of the last one, then keeps the new ones.
 
 Milliseconds of two machines say little. So each figure is divided by the kept one, and these ratios by their median,
 which is how much slower or faster this machine is: what stands out changed more than the machine did.
