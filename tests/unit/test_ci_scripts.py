@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import re
@@ -35,6 +36,7 @@ def make_targets() -> set[str]:
     return set(re.findall(r"^([a-z0-9-]+):.*##", makefile(), re.MULTILINE))
 
 
+@functools.cache
 def units(shard: str = "") -> list[str]:
     environment = {**os.environ, "SHARD": shard}
     listed = subprocess.run([CI / "nightly", "--list"], env=environment, capture_output=True, text=True, check=True)
@@ -170,6 +172,12 @@ def test_a_section_says_what_it_took_and_a_lane_ends_with_the_first_that_fails(t
     assert "three" not in ran.stdout
     ledger = (tmp_path / "ci/sections.tsv").read_text(encoding="utf-8")
     assert [entry.split("\t")[2:4] for entry in ledger.splitlines()] == [["one", "ok"], ["two", "FAILED"]]
+
+
+def test_a_lab_that_make_could_not_set_up_is_said_apart_too(tmp_path: Path) -> None:
+    (tmp_path / "Makefile").write_text("lab:\n\t@exit 75\n", encoding="utf-8")
+    ran = sections(f"section lab 9 make -f {tmp_path}/Makefile lab || true", tmp_path)
+    assert ran.returncode == 75
 
 
 def test_a_failed_download_is_said_apart_from_a_failed_test(tmp_path: Path) -> None:
