@@ -105,6 +105,7 @@ esac
 
 if [ -n "$output" ]; then
   # written beside, then moved: a reader sees the old one or the new one
+  mkdir -p "$(dirname "$output")"
   new=$output.new
   rm -f "$new"
   if [ "$builder" = docker ]; then "$docker" save --output "$new" "$image"
