@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import shutil
@@ -15,6 +16,7 @@ from vhci_contract import attached, state
 from vhci_fake_sysfs import add_interface, add_node
 from vhci_rigs import SERVER, TWINS, FakeSysfsRig
 
+from usbip_plugin.clock import SystemClock
 from usbip_plugin.errors import (
     AttachRefused,
     AttachStuck,
@@ -35,6 +37,7 @@ from usbip_plugin.vhci.linux import ATTACH_TRIES, SysfsVhci
 from usbip_plugin.vhci.nodes import Found, survey
 from usbip_plugin.vhci.sysfs import PortStatus
 from usbip_plugin.vhci.uevents import Uevent
+from usbip_plugin.vhci.waiting import RECHECK_S
 
 LIMIT_S = 10.0
 
@@ -135,6 +138,42 @@ class TestAttachWrite:
         with pytest.raises(RecordNotWritable, match=r"port record .*/port0: File exists; .* is a file: remove it"):
             await attach(rig, rig.plugin(authorize=False))
         assert not [path for path, _ in rig.sysfs.written if path.endswith("attach")]
+
+    async def test_a_record_that_cannot_be_written_leaves_the_connection_to_the_caller_alone(
+        self, rig: FakeSysfsRig
+    ) -> None:
+        rig.records.write_text("a file where the directory should be")
+        imported = await rig.import_twin(0)
+        with pytest.raises(RecordNotWritable):
+            await rig.plugin(authorize=False).attach(imported.key, imported.descriptor, imported.fileno())
+        imported.close()
+        assert await rig.is_free_on_server(imported.key), "no copy of the socket is left open"
+
+    async def test_a_port_names_the_new_device_as_soon_as_the_kernel_has_taken_it(self, rig: FakeSysfsRig) -> None:
+        """The port is ours before the attach write returns, although another device of ours was on it before."""
+        write, loop = rig.sysfs.write, asyncio.get_running_loop()
+        taken, may_return = asyncio.Event(), threading.Event()
+        may_return.set()
+
+        def slow_to_return(path: Path, text: str) -> None:
+            write(path, text)
+            if path.name == "attach":
+                loop.call_soon_threadsafe(taken.set)
+                assert may_return.wait(LIMIT_S)
+
+        rig.sysfs.write = slow_to_return  # type: ignore[method-assign]
+        driver = rig.plugin()
+        last = await attached(driver, await rig.import_twin(0))
+        rig.sysfs.free(last.port)
+        taken.clear()
+        may_return.clear()
+        attaching = asyncio.create_task(attach(rig, driver, 1))
+        async with asyncio.timeout(LIMIT_S):
+            await taken.wait()
+        during = await state(driver, last.port)
+        may_return.set()
+        assert await attaching == last.port
+        assert (during.status, during.record) == (PortStatus.USED, DeviceKey(SERVER, TWINS[1].busid))
 
     async def test_without_the_module(self, rig: FakeSysfsRig) -> None:
         gone = rig.sysfs.base.rename(rig.sysfs.base.with_name("gone"))
@@ -290,6 +329,19 @@ class TestEnumeration:
         imported.close()
         next_port = await attach(rig, driver)
         assert rig.sysfs.hub_dir(next_port).parent != rig.sysfs.hub_dir(port).parent, "the controller is stalled"
+
+    async def test_somebody_elses_device_of_the_same_model_on_the_port_is_not_taken_for_ours(
+        self, rig: FakeSysfsRig
+    ) -> None:
+        driver, imported = rig.plugin(), await rig.import_twin(0)
+        port = await driver.attach(imported.key, imported.descriptor, imported.fileno())
+        imported.close()
+        rig.sysfs.free(port)
+        theirs = await attached(rig.plugin(), await rig.import_twin(1))
+        assert (theirs.port, theirs.usb_id) == (port, imported.descriptor.usb_id)
+        with pytest.raises(AttachStuck, match="connection"):
+            await driver.enumerate(imported.key, imported.descriptor, port, children=(), timeout=LIMIT_S)
+        assert (await state(driver, port)).status is PortStatus.USED, "it stays attached"
 
     async def test_the_error_state_is_detached(self, rig: FakeSysfsRig) -> None:
         driver, imported = rig.plugin(), await rig.import_stuck()
@@ -556,28 +608,47 @@ async def test_the_report_names_what_is_wrong(rig: FakeSysfsRig, monkeypatch: py
     assert "detach: Permission denied" in report.problems[0]
 
 
+class StandingClock(SystemClock):
+    """A clock on which no timeout ever passes. It keeps which task has begun to wait, and for how many seconds."""
+
+    def __init__(self) -> None:
+        self.begun: set[tuple[asyncio.Task[object] | None, float]] = set()
+        self._changed = Broadcast()
+
+    def timeout(self, seconds: float) -> contextlib.AbstractAsyncContextManager[object]:
+        self.begun.add((asyncio.current_task(), seconds))
+        self._changed.fire()
+        return contextlib.nullcontext()
+
+    async def rechecks(self, task: asyncio.Task[None]) -> None:
+        """Returns when the task waits for an event after its first look at a port."""
+        async with asyncio.timeout(LIMIT_S):
+            await self._changed.until(lambda: (task, RECHECK_S) in self.begun)
+
+
 async def test_the_next_device_on_a_port_keeps_its_record_when_the_detach_of_the_last_is_done(
     rig: FakeSysfsRig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without it a plugin that is killed then does not know the attachment for its own, and leaves it for ever."""
-    driver = rig.plugin()
+    clock = StandingClock()
+    driver = rig.plugin(clock=clock)
     last = await attached(driver, await rig.import_twin(0))
     free, heard = rig.sysfs.free, rig.sysfs.heard
-    told: list[int] = []
-    monkeypatch.setattr(rig.sysfs, "free", told.append)  # a kernel takes some milliseconds
+    monkeypatch.setattr(rig.sysfs, "free", lambda _port: None)  # a kernel takes some milliseconds
     detaching = asyncio.create_task(driver.detach(last.port, timeout=LIMIT_S))
-    async with asyncio.timeout(LIMIT_S):
-        while not told:  # noqa: ASYNC110 (a thread's doing)
-            await asyncio.sleep(0.001)
+    await clock.rechecks(detaching)
     monkeypatch.setattr(rig.sysfs, "free", free)
     monkeypatch.setattr(rig.sysfs, "heard", lambda _event: None)  # and its uevents come after the status
     free(last.port)
     imported = await rig.import_twin(1)
+    assert not detaching.done()
     next_port = await driver.attach(imported.key, imported.descriptor, imported.fileno())
     imported.close()
     assert next_port == last.port
+    assert not detaching.done(), "it has not looked since the port became free"
     monkeypatch.setattr(rig.sysfs, "heard", heard)
     heard(None)
-    await detaching
+    async with asyncio.timeout(LIMIT_S):
+        await detaching
     assert (await state(driver, next_port)).record == imported.key
     assert (await state(rig.plugin(), next_port)).record == imported.key

@@ -12,7 +12,7 @@ from pathlib import Path
 from vhci_contract import Imported
 from vhci_fake_sysfs import FakeSysfs
 
-from usbip_plugin.clock import SystemClock
+from usbip_plugin.clock import Clock, SystemClock
 from usbip_plugin.model import Descriptor, DeviceKey, ServerKey, UsbId
 from usbip_plugin.sim.device_nodes import DeviceNodes
 from usbip_plugin.sim.kernel import SimulatedKernel, SimulatedVhci
@@ -208,9 +208,9 @@ class FakeSysfsRig(BaseRig):
         self.group = group
         self.tasks: list[asyncio.Task[None]] = []
 
-    def plugin(self, *, authorize: bool = True) -> SysfsVhci:
+    def plugin(self, *, authorize: bool = True, clock: Clock | None = None) -> SysfsVhci:
         driver = SysfsVhci(
-            SystemClock(),
+            clock or SystemClock(),
             self.uevents,
             sysfs=self.sysfs.root,
             records=self.records,
