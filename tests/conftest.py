@@ -1,10 +1,19 @@
-"""What every tier has: the choice between the short and the long form of a test, and runs in parts."""
+"""What every tier has: long and short forms of a test, runs in parts, how Hypothesis runs."""
 
 from __future__ import annotations
 
 import re
 
 import pytest
+from hypothesis import Phase, settings
+
+# Without a search for a smaller example, which takes Hypothesis up to five minutes: a red test is red at once. The
+# examples are the same each time, so the search can be made afterwards, for the one test that is red:
+# make test ARGS="--hypothesis-profile=shrink -k NAME"
+settings.register_profile("shrink", settings.get_profile("ci"))
+settings.register_profile(
+    "ci", settings.get_profile("ci"), phases=(Phase.explicit, Phase.reuse, Phase.generate, Phase.target)
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
