@@ -1,8 +1,11 @@
-"""What every tier has: long and short forms of a test, runs in parts, how Hypothesis runs."""
+"""What every tier has: long and short forms of a test, runs in parts, what a test needs
+from the machine, how Hypothesis runs."""
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Callable
 
 import pytest
 from hypothesis import Phase, settings
@@ -45,3 +48,19 @@ def part_of(items: list[pytest.Item], part: str) -> tuple[list[pytest.Item], lis
 def long_form(pytestconfig: pytest.Config) -> bool:
     """Whether a test with two forms is to take its long one: more rounds, a longer simulated time."""
     return bool(pytestconfig.getoption("--long"))
+
+
+@pytest.fixture(scope="session")
+def needs() -> Callable[[bool, str], None]:
+    """Checks what a test needs from the machine: needs(present, what).
+
+    Without it the test is skipped. Where the environment variable CI is true, it fails: there nobody reads of skips.
+    """
+
+    def check(present: bool, what: str) -> None:
+        if not present and os.environ.get("CI") == "true":
+            pytest.fail(f"needs {what}; with CI=true this is a failure")
+        if not present:
+            pytest.skip(f"needs {what}")
+
+    return check

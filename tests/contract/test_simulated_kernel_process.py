@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -205,8 +205,8 @@ def test_a_path_that_has_become_somebody_elses_is_left_alone(tmp_path: Path) -> 
     assert (devices / "bus/usb/003/002").exists()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="making device nodes needs CAP_MKNOD")
-def test_real_nodes_are_what_the_attachment_says(tmp_path: Path) -> None:
+def test_real_nodes_are_what_the_attachment_says(tmp_path: Path, needs: Callable[[bool, str], None]) -> None:
+    needs(os.geteuid() == 0, "root, to make device nodes")
     nodes = DeviceNodes(tmp_path / "dev", tmp_path / "nodes")
     made = nodes.provide(ATTACHMENT).nodes[0]
     path = tmp_path / "dev/bus/usb/003/002"

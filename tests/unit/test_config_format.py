@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -58,10 +60,11 @@ def one_selector(selector: str) -> str:
 
 
 @pytest.fixture(params=["SafeLoader", "CSafeLoader"])
-def yaml_loader(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def yaml_loader(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, needs: Callable[[bool, str], None]
+) -> None:
     """Both of PyYAML's parsers: the one in C is not on every machine and marks plain scalars differently."""
-    if not hasattr(yaml, request.param):
-        pytest.skip("PyYAML without libyaml")
+    needs(hasattr(yaml, request.param), "PyYAML with libyaml")
     monkeypatch.setattr(document, "_Loader", getattr(yaml, request.param))
 
 
