@@ -59,6 +59,14 @@ def one_selector(selector: str) -> str:
     return f"resources: {{a: [{{target: {{host: h}}, selector: {selector}}}]}}"
 
 
+def one_target(target: str) -> str:
+    return f"resources: {{a: [{{target: {target}, selector: {{vendor: 0x1}}}}]}}"
+
+
+def one_extra(extra: str) -> str:
+    return f"resources: {{a: [{{target: {{host: h}}, selector: {{vendor: 0x1}}, extras: [{extra}]}}]}}"
+
+
 @pytest.fixture(params=["SafeLoader", "CSafeLoader"])
 def yaml_loader(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, needs: Callable[[bool, str], None]
@@ -275,6 +283,92 @@ def test_a_list_that_cannot_be_used_is_an_error_with_its_place_and_cure(text: st
     assert words in problem
 
 
+@pytest.mark.parametrize(
+    ("text", "place", "words"),
+    [
+        (one_target("{host: h, port: 0}"), "resources.a[0].target.port", "1 to 65535"),
+        (one_target("{host: h, port: 65536}"), "resources.a[0].target.port", "1 to 65535"),
+        (one_target("{host: h, port: usbip}"), "resources.a[0].target.port", "1 to 65535"),
+        (one_target('{host: "lab:3240"}'), "resources.a[0].target.host", "give the port as target.port"),
+        (one_target("{host: lab pc}"), "resources.a[0].target.host", "no host name or address"),
+        (one_target("{host: %s}" % ("h" * 254)), "resources.a[0].target.host", "no host name or address"),
+        (one_extra("{hostPath: dev/a}"), "resources.a[0].extras[0].hostPath", "no absolute path"),
+        (one_extra('{hostPath: "/dev/\\n"}'), "resources.a[0].extras[0].hostPath", "no absolute path"),
+        (one_extra("{hostPath: /%s}" % ("d" * 4096)), "resources.a[0].extras[0].hostPath", "no absolute path"),
+        *(
+            (
+                one_extra(f"{{hostPath: /dev/a, permissions: {permissions}}}"),
+                "resources.a[0].extras[0].permissions",
+                "some of r, w and m",
+            )
+            for permissions in ("rr", "rwx", "rwmr", '""', "[r]")
+        ),
+        (one_selector("{class: hidd}"), "resources.a[0].selector.class", 'write "08" or one of audio, comm, cdc, hid'),
+        (one_selector("{class: [hid]}"), "resources.a[0].selector.class", "up to 2 hexadecimal digits"),
+        (one_selector('{vendor: "12345"}'), "resources.a[0].selector.vendor", "up to 4 hexadecimal digits"),
+        (one_selector('{serial: ""}'), "resources.a[0].selector.serial", "1 to 126 printable characters"),
+        (one_selector('{serial: "a\\tb"}'), "resources.a[0].selector.serial", "1 to 126 printable characters"),
+        (one_selector("{serial: %s}" % ("s" * 127)), "resources.a[0].selector.serial", "1 to 126 printable characters"),
+        ("resources: {a: {devices: [], onLoss: wait}}", "resources.a.onLoss", "none of keep, restart, evict"),
+        ("resources: {a/b: []}", "resources.a/b", "at most 63 letters, digits, '-', '_' and '.'"),
+        ("resources: {}\nlock: {duration: 40.5}", "lock.duration", "whole seconds"),
+        ("resources: {}\nlock: {duration: 20s}", "lock.duration", "21s to 3600s"),
+        ("resources: {}\nlock: {duration: 3601s}", "lock.duration", "21s to 3600s"),
+        ("resources: {}\nallocateTimeout: 0.5", "allocateTimeout", "1s to 120s"),
+        ("resources: {}\nallocateTimeout: soon", "allocateTimeout", "write seconds, as 40, or with a unit"),
+        ("resources: {}\npublishNodeStatus: yes", "publishNodeStatus", "neither true nor false"),
+        ("resources: {}\nlog-level: loud", "log-level", "none of all, debug, info, warn, error, none"),
+        ("resources: {}\nlisten: []", "listen", "printable characters"),
+    ],
+)
+def test_a_value_that_is_not_allowed_is_an_error_with_its_place_and_what_is_allowed(
+    text: str, place: str, words: str
+) -> None:
+    (problem,) = problems_of(text)
+    assert f": {place}: " in problem
+    assert words in problem
+
+
+@pytest.mark.parametrize(
+    ("extra", "key"),
+    [
+        ("{hostPath: /dev/../etc}", "hostPath"),
+        ("{hostPath: /.., containerPath: /dev/a}", "hostPath"),
+        ("{hostPath: /dev/a, containerPath: /dev/a/..}", "containerPath"),
+    ],
+)
+def test_the_path_of_an_extra_never_leads_out_of_the_directory_it_names(extra: str, key: str) -> None:
+    (problem,) = problems_of(one_extra(extra))
+    assert f": resources.a[0].extras[0].{key}: " in problem
+    assert "must not contain .." in problem
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        one_target("{host: h, port: 1}"),
+        one_target("{host: h, port: 65535}"),
+        one_target("{host: %s}" % ("h" * 253)),
+        one_target('{host: "::1"}'),
+        one_target('{host: "[::1]"}'),
+        one_extra("{hostPath: /..a, containerPath: /a..}"),
+        one_extra("{hostPath: /%s}" % ("d" * 4095)),
+        one_extra("{hostPath: /dev/a, permissions: r}"),
+        one_extra("{hostPath: /dev/a, permissions: mwr}"),
+        one_selector("{class: HID}"),
+        one_selector('{class: "ff"}'),
+        one_selector("{serial: %s}" % ("s" * 126)),
+        one_selector("{vendor: 0x1}") + "\nlock: {duration: 21}",
+        one_selector("{vendor: 0x1}") + "\nlock: {duration: 60m}",
+        one_selector("{vendor: 0x1}") + "\nallocateTimeout: 1s",
+        one_selector("{vendor: 0x1}") + "\nallocateTimeout: 1m60s",
+        *(one_selector("{vendor: 0x1}") + f"\nlog-level: {level}" for level in ("all", "warn", "none")),
+    ],
+)
+def test_a_value_on_the_edge_of_what_is_allowed_is_taken(text: str) -> None:
+    assert parse_config(text).warnings == ()
+
+
 def test_bus_ids_of_lists_count_like_entries() -> None:
     """Each is compared with each."""
     entry = "{target: {host: h%d}, selector: {bus_id: [" + ", ".join(f'"{n}-1"' for n in range(1, 65)) + "]}}"
@@ -362,6 +456,15 @@ def test_no_resource_at_all_may_be_said_and_is_told() -> None:
 )
 def test_a_hostile_file_is_refused_and_cheap(text: str, yaml_loader: None) -> None:
     assert problems_of(text)
+
+
+def test_lists_within_lists_are_read_down_to_the_deepest_level_allowed(yaml_loader: None) -> None:
+    def nested(levels: int) -> str:
+        return "resources: {}\nx: " + "[" * (levels - 1) + "]" * (levels - 1)  # the mapping itself is a level
+
+    (warning,) = [one for one in parse_config(nested(document.MAX_DEPTH)).warnings if ": x: " in one]
+    assert "unknown key" in warning
+    assert problems_of(nested(document.MAX_DEPTH + 1)) == ("config.yaml:2: nested deeper than 16 levels",)
 
 
 def test_merge_keys_are_resolved_and_own_keys_win() -> None:
