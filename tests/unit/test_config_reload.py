@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from usbip_plugin.clock import SystemClock
-from usbip_plugin.config import Config, ConfigWatcher, Loaded, load_config
+from usbip_plugin.config import Config, ConfigWatcher, Loaded, load_config, reload
+from usbip_plugin.config.reload import DEBOUNCE_S
 from usbip_plugin.errors import ConfigError
+from usbip_plugin.sim.loop import virtual
 
 PATIENCE_S = 10  # a bound for a hanging test, not a measurement
 
@@ -65,14 +67,41 @@ async def test_a_config_map_volume_swap_is_noticed(tmp_path: Path) -> None:
         assert await heard.next() == ("b",)
 
 
-async def test_a_bad_file_is_told_once_and_the_same_good_one_is_told_again(tmp_path: Path) -> None:
-    path = tmp_path / "config.yaml"
+class Reads:
+    """Counts how often the file is read."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._count = 0
+        self._read = reload._read
+        monkeypatch.setattr(reload, "_read", self._counted)
+
+    def _counted(self, path: Path) -> bytes:
+        self._count += 1
+        return self._read(path)
+
+    async def once_more(self) -> None:
+        """Returns when a change that has just been made has been read. Needs virtual time."""
+        before = self._count
+        await asyncio.sleep(2 * DEBOUNCE_S)
+        assert self._count == before + 1
+
+
+@virtual
+async def test_a_bad_file_is_told_once_and_the_same_good_one_is_told_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, reads = tmp_path / "config.yaml", Reads(monkeypatch)
     path.write_text(text("a"))
     async with watching(path) as heard:
         assert await heard.next() == ("a",)
         path.write_text("resources: 1")
         assert isinstance(await heard.next(), ConfigError)
-        path.write_text("resources: 1")  # the same mistake saved again
+        for _ in range(3):
+            path.write_text("resources: 1")  # the same mistake saved again
+            await reads.once_more()
+            assert heard.queue.empty()
+        path.write_text("resources: []")
+        assert isinstance(await heard.next(), ConfigError), "another mistake is told"
         path.unlink()
         gone = await heard.next()
         assert isinstance(gone, ConfigError)
@@ -82,7 +111,26 @@ async def test_a_bad_file_is_told_once_and_the_same_good_one_is_told_again(tmp_p
         assert heard.queue.empty()
 
 
-async def test_of_many_changes_in_a_row_the_last_is_told_and_the_same_once_more_is_not(tmp_path: Path) -> None:
+@virtual
+async def test_a_good_file_that_is_saved_again_without_a_change_is_not_told_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, reads = tmp_path / "config.yaml", Reads(monkeypatch)
+    path.write_text(text("a"))
+    async with watching(path) as heard:
+        assert await heard.next() == ("a",)
+        path.write_text(text("a"))
+        await reads.once_more()
+        path.with_name("new").write_text(text("a"))
+        path.with_name("new").replace(path)
+        await reads.once_more()
+        assert heard.queue.empty()
+        path.write_text(text("b"))
+        assert await heard.next() == ("b",)
+
+
+@virtual
+async def test_of_many_changes_in_a_row_the_last_is_told(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(text("a"))
     async with watching(path) as heard:
@@ -95,11 +143,6 @@ async def test_of_many_changes_in_a_row_the_last_is_told_and_the_same_once_more_
         while told[-1] != ("last",):
             told.append(await heard.next())
         assert len(told) < 20, "what is saved in a burst is read when it is over"
-        path.write_text(text("last"))
-        path.with_name("new").write_text(text("last"))
-        path.with_name("new").replace(path)
-        path.write_text(text("b"))
-        assert await heard.next() == ("b",)
 
 
 def test_settings_that_are_read_at_start_only_are_known(tmp_path: Path) -> None:
