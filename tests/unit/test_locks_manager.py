@@ -311,6 +311,18 @@ async def test_the_first_heartbeat_goes_out_beside_the_lock_write() -> None:
 
 
 @virtual
+async def test_the_session_is_written_before_the_first_lock_names_this_node() -> None:
+    async with world() as w:
+        a = await w.node("a")
+        a.fate = lambda operation: Fate(request=3.0) if operation.name == KEY.id else FINE
+        taking = asyncio.create_task(a.manager.acquire(KEY))
+        await a.clock.sleep(1)
+        assert KEY.id not in w.backend.leases
+        assert w.backend.leases[record.session_name("a")].holder == "a"
+        await taking
+
+
+@virtual
 async def test_a_restart_continues_the_session_and_a_reboot_begins_one() -> None:
     async with world() as w:
         name = record.session_name("a")
@@ -432,6 +444,23 @@ async def test_a_lock_given_up_and_renewed_since_is_kept() -> None:
         assert [lock.device_id for lock in a.manager.mine()] == [KEY.id]
         await a.clock.sleep(100)
         assert w.backend.leases[KEY.id].holder == "a"
+
+
+@virtual
+async def test_a_lock_of_a_later_epoch_than_the_one_given_up_is_kept() -> None:
+    """The write that was given up never arrived. Another process of this node has taken the lock since."""
+    async with world() as w:
+        late, other, successor = await w.node("a", seed=2), await w.node("b"), await w.node("a")
+        late.fate = once("create", Fate(lost=Lost.REQUEST))
+        await given_up(late)
+        await other.manager.acquire(KEY)
+        await other.manager.release(KEY)
+        await until(lambda: KEY.id in successor.manager.locks, successor)
+        await successor.manager.acquire(KEY)
+        await until(lambda: late.manager.locks[KEY.id].holder == "a", late)
+        await late.clock.sleep(100)
+        assert (w.backend.leases[KEY.id].holder, w.backend.leases[KEY.id].transitions) == ("a", 2)
+        assert [lock.device_id for lock in late.manager.mine()] == [KEY.id]
 
 
 async def given_up_and_unreachable(w: World) -> Node:
