@@ -61,6 +61,15 @@ async def test_containers_of_one_call_share_no_device_if_there_are_enough(stub: 
     assert (first, second) == ({"a"}, {"a", "b"}), "what has to be in it is"
 
 
+async def test_what_has_to_be_in_an_answer_is_in_it_although_an_earlier_container_has_it(
+    stub: DevicePluginStub,
+) -> None:
+    first, second = await asked(stub, ("abcd", "a", 1), ("abcd", "a", 2))
+    assert first == {"a"}
+    assert "a" in second
+    assert len(second) == 2
+
+
 async def test_what_cannot_be_is_refused_in_words(stub: DevicePluginStub) -> None:
     with pytest.raises(grpc.aio.AioRpcError, match="wants z out of devices it is not among") as refused:
         await asked(stub, ("abc", "z", 2))

@@ -17,7 +17,7 @@ from usbip_plugin.clock import SystemClock
 from usbip_plugin.errors import RegistrationFailed
 from usbip_plugin.kubelet import deviceplugin_pb2 as pb
 from usbip_plugin.kubelet.broadcast import Broadcast
-from usbip_plugin.kubelet.device_plugin import DevicePluginServer
+from usbip_plugin.kubelet.device_plugin import DevicePluginServer, DeviceStates
 from usbip_plugin.kubelet.deviceplugin_pb2_grpc import DevicePluginStub
 from usbip_plugin.kubelet.directory import PluginDirectory, is_stale
 from usbip_plugin.kubelet.registration import STREAM_TIMEOUT_S, ResourcePlugin, State
@@ -344,6 +344,31 @@ class TestStreams(Sockets):
             await server.wait_sent()
             assert (before, server.announced) == (False, True)
             assert [d.ID for d in (await stream.read()).devices] == ["a"]
+
+    async def test_a_list_sent_on_a_stream_that_is_ending_is_not_counted_for_the_next_kubelet(
+        self, short_tmp: Path
+    ) -> None:
+        server = DevicePluginServer(STORAGE, RecordingBackend())
+        sends: list[DeviceStates] = []
+        writing, written = asyncio.Event(), asyncio.Event()
+
+        async def send(state: DeviceStates) -> None:
+            sends.append(state)
+            if len(sends) == 2:
+                writing.set()
+                await written.wait()
+
+        async with asyncio.timeout(PATIENCE_S), tasks() as start:
+            async with server.serving(short_tmp / "s.sock"):
+                stream = start(server.follow(send))
+                server.publish(advertised(a=Reason.FREE))
+                await server.changed.until(lambda: server.announced)
+                server.publish(advertised(a=Reason.HELD_ELSEWHERE))
+                await writing.wait()
+            assert not stream.done(), "it is still writing the second list"
+            assert not server.announced
+            written.set()
+            await stream
 
     async def test_the_same_list_is_not_sent_twice(self, short_tmp: Path) -> None:
         async with FakeKubelet(short_tmp) as kubelet, node(short_tmp) as n:

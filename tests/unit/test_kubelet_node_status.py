@@ -7,6 +7,7 @@ from typing import Any, Self
 from usbip_plugin.errors import KubeError, KubeForbidden, KubeUnreachable
 from usbip_plugin.kubelet.broadcast import Broadcast
 from usbip_plugin.kubelet.node_status import (
+    FORBIDDEN_WAIT_S,
     KUBELET_SYNC_S,
     NodeStatusPublisher,
     spread,
@@ -142,6 +143,18 @@ async def test_forbidden_costs_an_allocate_nothing() -> None:
 
 
 @virtual
+async def test_after_a_403_nothing_is_written_for_a_minute_whatever_an_allocate_asks_for() -> None:
+    async with Running() as r:
+        r.api.errors = [KubeForbidden("patch", "nodes/status", "no")]
+        for count in range(50):
+            assert not await r.publisher.publish_now({STORAGE: count}, 1.0)
+            await asyncio.sleep(1)
+        assert len(r.api.patches) == 1
+        await asyncio.sleep(FORBIDDEN_WAIT_S - 49)
+        assert r.api.patches[1:] == [status_patch({STORAGE: 49})]
+
+
+@virtual
 async def test_an_urgent_count_does_not_wait_out_a_backoff() -> None:
     async with Running() as r:
         r.api.errors = [KubeUnreachable("patch", "nodes/status", "refused")] * 8
@@ -196,6 +209,21 @@ async def test_a_lower_count_after_a_higher_one_has_a_turn_of_its_own() -> None:
             times.append(asyncio.get_running_loop().time() - changed - PATCH_S)
     assert max(times) <= spread(MANY, lower=True) + 0.01
     assert max(times) - min(times) > spread(MANY, lower=True) / 2
+
+
+@virtual
+async def test_a_turn_for_a_lower_count_is_not_put_off_by_still_lower_ones() -> None:
+    for seed in range(10):
+        async with Running(MANY, seed) as r:
+            assert await r.publisher.publish_now({STORAGE: 1000}, 1.0)
+            changed = asyncio.get_running_loop().time()
+            for count in range(999, 0, -1):
+                r.publisher.publish({STORAGE: count})
+                await asyncio.sleep(0.01)
+                if len(r.api.patches) == 2:
+                    break
+            waited = asyncio.get_running_loop().time() - changed
+            assert waited <= spread(MANY, lower=True) + PATCH_S + 0.02
 
 
 @virtual
