@@ -76,6 +76,19 @@ def test_requests_survive_the_wire(busid: str) -> None:
     assert decode(request(), encode_devlist_request()) == (DevlistRequest(), b"")
 
 
+def test_the_largest_numbers_that_make_a_device_id_and_the_longest_path_survive_the_wire() -> None:
+    device, *_ = decode(devlist_reply(), golden("devlist_three"))[0].devices
+    largest = replace(device, busnum=0xFFFF, devnum=0xFFFF, path="/" + "é" * 127)
+    assert len(largest.path.encode()) == 255
+    assert decode(devlist_reply(), encode_devlist_reply([largest]))[0].devices == (largest,)
+
+
+def test_a_path_that_leaves_no_room_for_its_end_is_not_sent() -> None:
+    device, *_ = decode(devlist_reply(), golden("devlist_three"))[0].devices
+    with pytest.raises(ProtocolViolation, match="path of 256 bytes, more than 255"):
+        encode_devlist_reply([replace(device, path="/" * 256)])
+
+
 def bounded(decoding: Decoding[object], data: bytes) -> None:
     """Decode data; all that may come out is a result or ProtocolViolation."""
     try:
@@ -136,6 +149,7 @@ def test_interfaces_are_bounded_before_they_are_read() -> None:
         (0, b"/" * 256, "without an end"),
         (0, b"/sys\x1b[31m\0", "printed"),
         (288, b"\0\1\0\0", "do not fit"),
+        (292, b"\0\1\0\0", "do not fit"),
         (296, b"\0\0\0\0", "speed 0"),
         (296, b"\0\0\0\x07", "speed 7"),
     ],
