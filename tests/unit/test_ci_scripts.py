@@ -91,6 +91,20 @@ def test_the_parts_of_a_tier_are_all_there(target: str) -> None:
     assert parts == [(str(number), str(count)) for number in range(1, count + 1)]
 
 
+def test_the_parts_of_a_run_together_are_all_its_tests_in_order() -> None:
+    part_of = load(ROOT / "tests/conftest.py").part_of
+    for count in range(1, 13):
+        parts = [part_of(list(range(10)), f"{number}/{count}") for number in range(1, count + 1)]
+        assert [item for kept, _left_out in parts for item in kept] == list(range(10))
+        assert all(sorted(kept + left_out) == list(range(10)) for kept, left_out in parts)
+
+
+@pytest.mark.parametrize("part", ["0/2", "3/2", "1", "a/b", ""])
+def test_a_part_that_there_is_not_is_refused(part: str) -> None:
+    with pytest.raises(pytest.UsageError, match="K/N"):
+        load(ROOT / "tests/conftest.py").part_of([], part)
+
+
 def test_sixteen_shards_are_the_whole_list() -> None:
     shards = [units(f"{number}/16") for number in range(1, 17)]
     assert sorted(unit for shard in shards for unit in shard) == sorted(units())
