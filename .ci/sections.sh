@@ -6,7 +6,8 @@
 # did not come up.
 # shellcheck shell=bash
 set -o pipefail
-export DEBIAN_FRONTEND=noninteractive PYTHONUNBUFFERED=1
+# with CI=true, what a machine lacks fails a test instead of leaving it out
+export DEBIAN_FRONTEND=noninteractive PYTHONUNBUFFERED=1 CI=true
 CACHE=${USBIP_PLUGIN_CACHE:-$HOME/.cache/usbip-plugin}
 # a section that is ended has to end what it started: clusters, guests
 GRACE_SECONDS=90
