@@ -470,6 +470,20 @@ async def test_a_lock_taken_away_is_withdrawn_and_detached() -> None:
         assert c.holder(device) == "node-z", "somebody else's lock is left alone"
 
 
+@stepped
+async def test_a_lock_lost_while_its_device_enumerates_fails_the_allocate_and_leaves_nothing_attached() -> None:
+    async with one_stick() as (c, _lab, device):
+        node = c["node-a"]
+        asking = asyncio.create_task(node.admit(pod("p"), "stick"))
+        assert await c.settle(lambda: node.held_in(State.ATTACHING) == {device}, 1)
+        steal(c, device)
+        message = await asking
+        assert message is not None
+        assert f"lock of {device} lost: node node-z holds it now" in message
+        assert await c.settle(lambda: not node.attached(), 5)
+        assert c.holder(device) == "node-z", "somebody else's lock is left alone"
+
+
 async def away_and_taken_over(c: Cluster, device: DeviceKey) -> tuple[ClusterNode, ClusterNode]:
     """node-a has lost the device of its pod p to pod q of node-b, for which it was cut off for long enough."""
     a, b = c["node-a"], c["node-b"]
