@@ -161,6 +161,7 @@ async def test_a_lock_lost_after_the_kernel_has_the_device_keeps_it_from_the_con
     holder: str | None, step: str
 ) -> None:
     with rig() as r:
+        r.kernel.serials[KEY] = "S1"
         r.script.at(step, r.loses(KEY, holder))
         with pytest.raises(LockLost) as lost:
             await r.attach(numbers=(0,))
