@@ -37,6 +37,7 @@ from usbip_plugin.claims import ALLOCATION_GRACE, State
 from usbip_plugin.config import Config, OnLoss
 from usbip_plugin.errors import ClaimBusy
 from usbip_plugin.inventory.reasons import API_GRACE
+from usbip_plugin.keeper import PORT_CHECK_INTERVAL
 from usbip_plugin.locks import record
 from usbip_plugin.locks.protocol import Rules
 from usbip_plugin.model import DeviceKey, Reason
@@ -366,6 +367,42 @@ async def test_an_attachment_that_ends_before_it_can_be_adopted_leaves_no_port_r
         node.partition(cut=False)
         assert await c.settle(lambda: c.holder(device) == "", ALLOCATION_GRACE + 30)
         assert not node.kernel.records["node-a"]
+
+
+@stepped
+async def test_an_attachment_lost_while_the_ports_cannot_be_read_is_found_when_they_can() -> None:
+    async with one_stick() as (c, lab, device):
+        node = await taken(c, device)
+        node.kernel.loaded = False
+        lab.drop("1-1")
+        await asyncio.sleep(2 * PORT_CHECK_INTERVAL)
+        node.alive()
+        assert c.holder(device) == "node-a"
+        node.kernel.loaded = True
+        assert await c.settle(lambda: node.attached() == {device}, 2 * PORT_CHECK_INTERVAL)
+        await becomes(c, node, device, healthy=True)
+
+
+@pytest.mark.parametrize("lock", ["kept", "taken over"])
+@stepped
+async def test_a_plugin_that_starts_when_the_ports_cannot_be_read_lets_nothing_go_until_they_can(lock: str) -> None:
+    async with one_stick() as (c, lab, device):
+        node = await taken(c, device)
+        await node.stop()
+        node.kernel.loaded = False
+        if lock == "taken over":
+            steal(c, device)
+        node.start()
+        await asyncio.sleep(60)
+        node.alive()
+        assert c.holder(device) == ("node-a" if lock == "kept" else "node-z")
+        node.kernel.loaded = True
+        if lock == "kept":
+            await becomes(c, node, device, healthy=True, within=60)
+            assert node.attached() == {device}
+        else:
+            assert await c.settle(lambda: not node.attached(), 60)
+        assert lab.importers("1-1") == len(node.attached())
 
 
 @stepped

@@ -36,6 +36,7 @@ from usbip_plugin.allocation import PRE_START_WAIT
 from usbip_plugin.claims import AfterReattach
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.config import Config, OnLoss, ResourceConfig
+from usbip_plugin.keeper import PORT_CHECK_INTERVAL
 from usbip_plugin.model import Advertised, DeviceKey, Reason
 from usbip_plugin.notices import Notice, What
 from usbip_plugin.sim.cluster import Cluster, ClusterNode, cluster
@@ -244,6 +245,37 @@ async def test_a_child_node_that_came_late_is_in_the_container_that_starts_next(
         occupant.children.append(next(node.kernel.unused("hidraw")))
         after = await node.start_container(pod("p"))
         assert after.nodes.keys() - before.nodes.keys() == {"/dev/hidraw0"}
+
+
+@stepped
+async def test_a_child_node_that_has_gone_is_not_in_the_container_that_starts_next() -> None:
+    async with stick_by_cdi() as (c, _lab, device):
+        node, before = await with_pod(c, device)
+        occupant = node.kernel.occupant(port_of(node, device))
+        assert occupant is not None
+        occupant.children.clear()
+        after = await node.start_container(pod("p"))
+        assert before.nodes.keys() - after.nodes.keys() == {"/dev/ttyUSB0"}
+        assert after.nodes == true(node, device)
+
+
+@stepped
+async def test_a_late_child_node_that_no_spec_can_be_written_for_is_in_the_spec_as_soon_as_one_can() -> None:
+    notices: list[Notice] = []
+    async with stick_by_cdi(told=notices) as (c, _lab, device):
+        node, before = await with_pod(c, device)
+        occupant = node.kernel.occupant(port_of(node, device))
+        assert occupant is not None
+        node.specs.failing = errno.ENOSPC
+        occupant.children.append(next(node.kernel.unused("hidraw")))
+        node.kernel.bell.ring()
+        await asyncio.sleep(2 * PORT_CHECK_INTERVAL)
+        node.alive()
+        assert written(node, device) == before.nodes
+        assert What.NODES_LATE not in {notice.what for notice in notices}, "no container could have it"
+        node.specs.failing = None
+        assert await c.settle(lambda: written(node, device) == true(node, device), 2 * PORT_CHECK_INTERVAL)
+        assert [notice.what for notice in notices].count(What.NODES_LATE) == 1
 
 
 @stepped

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 from lock_harness import KEY, OTHER, Node, World, given_up, held, unreachable, until, world
 
-from usbip_plugin.errors import KubeForbidden, KubeServerError, LockHeld, LockLost, LockUnavailable
+from usbip_plugin.errors import KubeForbidden, KubeNotFound, KubeServerError, LockHeld, LockLost, LockUnavailable
 from usbip_plugin.locks import record
 from usbip_plugin.locks.expiry import EXPIRED_BEATS
 from usbip_plugin.locks.manager import ApiState, LockMeta, LockSettings, Standing
@@ -571,6 +571,30 @@ async def test_a_deleted_lock_is_gone_for_everyone() -> None:
         with pytest.raises(LockLost):
             await a.manager.renew(KEY)
         assert (await b.manager.acquire(KEY)).lock.holder == "b"
+
+
+@virtual
+async def test_a_lock_that_was_deleted_unseen_is_created_by_the_next_acquire() -> None:
+    async with held() as (w, a, b):
+        await a.manager.release(KEY)
+        await until(lambda: b.manager.standing(KEY.id) is Standing.FREE, b)
+        b.fate = lambda operation: Fate(response=60) if operation.verb == "event" else FINE
+        w.backend.delete(KEY.id, w.backend.leases[KEY.id].resource_version)
+        b.calls.clear()
+        grant = await b.manager.acquire(KEY)
+        assert [call.verb for call in b.calls if call.name == KEY.id] == ["update", "get", "create"]
+        assert (grant.lock.holder, grant.epoch) == ("b", 1)
+        assert w.backend.leases[KEY.id].holder == "b"
+
+
+@virtual
+async def test_without_its_namespace_a_lock_is_unavailable_at_once_and_says_why() -> None:
+    async with world() as w:
+        a = await w.node("a")
+        a.fate = once("create", Fate(refused=KubeNotFound("create", RESOURCE, 'namespaces "usbip" not found')))
+        with pytest.raises(LockUnavailable, match='namespaces "usbip" not found'):
+            await a.manager.acquire(KEY)
+        assert [call.verb for call in a.calls if call.name == KEY.id] == ["create"]
 
 
 @virtual

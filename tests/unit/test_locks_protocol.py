@@ -137,6 +137,13 @@ def test_r4_the_time_a_read_takes_never_counts_as_unchanged() -> None:
     assert protocol.expired(protocol.observe(again, lock, None, 70.0, 70.1, 40.0))
 
 
+def test_r4_an_answer_that_a_later_read_has_overtaken_takes_nothing_back() -> None:
+    lock = held(OTHER)
+    full = aged(lock, None, 40.0)
+    assert protocol.observe(full, lock, None, 139.9, 300.0, 40.0) == full
+    assert protocol.expired(full)
+
+
 @pytest.mark.parametrize(
     ("lock_says", "session_says", "own", "waited"),
     [(40, 40, 40.0, 40), (100, None, 40.0, 100), (40, 90, 40.0, 90), (1, 1, 40.0, 40), (None, None, 40.0, 40)],
