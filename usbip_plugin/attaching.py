@@ -185,7 +185,12 @@ class Pipeline:
             self._book.put(replace(self._book[device_id], moved_to=None))
 
     async def _write_again(self, claim: Claim) -> Grant:
-        """R1 before a re-attach. A lock that is not this boot's any more is taken as by an Allocate (R2, R3, R4)."""
+        """R1 before a re-attach. A lock that is not this boot's any more is taken as by an Allocate (R2, R3, R4).
+
+        LockLost if the claim has become Lost: whether its lock may be taken again is not decided here.
+        """
+        if claim.state is State.LOST:
+            raise LockLost(str(claim.key), self._holder(claim.id))
         lock = self._locks.locks.get(claim.id)
         if lock is not None and lock.holder == self._me.node and lock.boot_id == self._me.boot_id:
             return await self._locks.renew(claim.key)
@@ -306,7 +311,9 @@ class Pipeline:
 
     def _check_still_ours(self, claim: Claim) -> None:
         """R6 once more, before and after the device is touched: what the watch has said meanwhile."""
-        if not self.is_mine(claim.id):
+        now = self._book.get(claim.id)
+        # a lock that names this node again after somebody else had it was lost all the same
+        if not self.is_mine(claim.id) or (now is not None and now.state is State.LOST):
             raise LockLost(str(claim.key), self._holder(claim.id))
         if not self.is_mine(claim.place.id):
             if holder := self._holder(claim.place.id):

@@ -23,6 +23,7 @@ from cluster_rig import (
     noted,
     one_stick,
     pod,
+    port_of,
     reason,
     resource,
     server,
@@ -611,13 +612,18 @@ async def test_a_lease_deleted_by_hand_costs_a_pod_its_device_for_a_moment_only(
         assert c.holder(device) == "node-a"
 
 
+def release_by_hand(c: Cluster, device: DeviceKey) -> None:
+    """As `usbip-plugin release` does."""
+    lease = c.backend.leases[device.id]
+    c.backend.replace(replace(lease, holder="", annotations={**lease.annotations, record.WRITE_ID: record.BY_HAND}))
+
+
 @stepped
 async def test_a_lock_released_by_hand_is_not_taken_back_for_the_pod_that_had_it() -> None:
     async with one_stick() as (c, _lab, device):
         a, b = c["node-a"], c["node-b"]
         await admitted(c, device)
-        lease = c.backend.leases[device.id]
-        c.backend.replace(replace(lease, holder="", annotations={**lease.annotations, record.WRITE_ID: record.BY_HAND}))
+        release_by_hand(c, device)
         await becomes(c, a, device, healthy=False)
         await becomes(c, b, device, healthy=True)
         assert not await c.settle(lambda: bool(a.attached()), 60)
@@ -626,6 +632,46 @@ async def test_a_lock_released_by_hand_is_not_taken_back_for_the_pod_that_had_it
         assert not await c.settle(lambda: bool(a.attached()), 60), "nor by the next process"
         assert reason(a, device) is Reason.LOCK_LOST
         assert await b.admit(pod("q"), "stick") is None
+
+
+async def reattach_begins(c: Cluster, node: ClusterNode, device: DeviceKey) -> None:
+    """The device leaves the bus and comes back on the same port, which the re-attach detaches first."""
+    node.kernel.enumerate_anew(port_of(node, device))
+    await agent(node).attacher._work.changed.until(lambda: node.held_in(State.REATTACHING) == {device})
+    assert node.attached() == {device}
+
+
+@stepped
+async def test_a_lock_released_by_hand_while_its_device_is_detached_for_a_re_attach_is_not_taken_back() -> None:
+    async with one_stick() as (c, _lab, device):
+        node = await taken(c, device)
+        await reattach_begins(c, node, device)
+        release_by_hand(c, device)
+        await agent(node).attacher._work.changed.until(lambda: node.held_in(State.LOST) == {device})
+        assert node.attached() == {device}, "the detach goes on"
+        assert await c.settle(lambda: not node.attached(), 5)
+        await asyncio.sleep(60)
+        node.alive()
+        assert c.holder(device) == ""
+        assert not node.attached()
+
+
+@stepped
+async def test_a_lock_that_is_lost_and_back_while_its_device_enumerates_costs_another_attach_and_no_more() -> None:
+    """As after two edits by hand."""
+    async with one_stick() as (c, lab, device):
+        node = await taken(c, device)
+        lab.drop("1-1")
+        assert await c.settle(lambda: node.held_in(State.REATTACHING) == {device} and node.attached() == {device}, 5)
+        lease = c.backend.leases[device.id]
+        steal(c, device)
+        assert await c.settle(lambda: node.held_in(State.LOST) == {device}, 0.1)
+        c.backend.replace(replace(lease, resource_version=c.backend.leases[device.id].resource_version))
+        assert await c.settle(lambda: not node.attached(), 5)
+        await becomes(c, node, device, healthy=True)
+        node.alive()
+        assert node.attached() == {device}
+        assert c.holder(device) == "node-a"
 
 
 @stepped

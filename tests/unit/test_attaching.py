@@ -522,6 +522,43 @@ async def test_a_lock_that_another_node_holds_by_the_time_of_a_re_attach_is_lost
         assert IMPORT not in r.script.steps
 
 
+@losses
+@virtual
+async def test_a_claim_whose_lock_is_lost_while_it_is_detached_does_not_take_the_lock_again(holder: str | None) -> None:
+    """A lock that is free by then may have been released by a person, and is to stay so."""
+    with rig() as r:
+        await r.attach()
+        r.book.move(r.claim, Event.PORT_LOST)
+        r.script.at("detach 0", lambda: _lock_lost(r, holder))
+        r.script.steps.clear()
+        with pytest.raises(LockLost):
+            await r.reattach()
+        assert r.script.steps == ["ports", "detach 0"]
+        assert r.claim.state is State.LOST
+
+
+@pytest.mark.parametrize("step", [IMPORT, ENUMERATE])
+@virtual
+async def test_a_lock_that_is_lost_and_back_meanwhile_was_lost(step: str) -> None:
+    with rig() as r:
+        r.lost()
+
+        async def lost_and_back() -> None:
+            await _lock_lost(r, "node-b")
+            r.locks.hold(KEY)
+
+        r.script.at(step, lost_and_back)
+        with pytest.raises(LockLost):
+            await r.reattach()
+        assert r.claim.state is State.LOST
+
+
+async def _lock_lost(r: Rig, holder: str | None) -> None:
+    """The watch shows it, and the claim is Lost from that moment, as the keeper does it."""
+    r.locks.lose(KEY, holder)
+    r.book.move(r.claim, Event.LOCK_LOST)
+
+
 # letting go
 
 
