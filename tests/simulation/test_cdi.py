@@ -271,6 +271,8 @@ async def test_a_late_child_node_that_no_spec_can_be_written_for_is_in_the_spec_
         node.kernel.bell.ring()
         await asyncio.sleep(2 * PORT_CHECK_INTERVAL)
         node.alive()
+        with pytest.raises(EndpointError, match="cannot write the CDI spec"):
+            await node.start_container(pod("p"))
         assert written(node, device) == before.nodes
         assert What.NODES_LATE not in {notice.what for notice in notices}, "no container could have it"
         node.specs.failing = None
