@@ -1,0 +1,285 @@
+"""The API client over HTTPS, against a fake server: where credentials come from, certificates, pages, silence."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import AsyncIterator
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+from fake_api import CERTIFICATE, NAMESPACE, SILENT, TOKEN, FakeApi, client_of, serving
+
+from usbip_plugin.clock import SystemClock
+from usbip_plugin.errors import (
+    ConfigError,
+    KubeError,
+    KubeForbidden,
+    KubeNotFound,
+    KubeServerError,
+    KubeThrottled,
+    KubeUnauthorized,
+    KubeUnreachable,
+)
+from usbip_plugin.kube import KEEPALIVE_IDLE_S, TOKEN_PERIOD_S, KubeClient, connect
+
+PODS = f"/api/v1/namespaces/{NAMESPACE}/pods"
+NEWER = "a-newer-token"
+ESTABLISHED, KEEPALIVE = "01", "02"
+"""States of a connection and kinds of its timer in /proc/net/tcp."""
+TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
+
+
+class MovedClock(SystemClock):
+    """The system's clock, some seconds ahead."""
+
+    ahead = 0.0
+
+    def monotonic(self) -> float:
+        return super().monotonic() + self.ahead
+
+    def now(self) -> datetime:
+        raise AssertionError("nobody asks")
+
+
+@pytest.fixture
+async def api() -> AsyncIterator[FakeApi]:
+    async with serving() as api:
+        for number in range(5):
+            api.objects[f"{PODS}/p{number}"] = {"metadata": {"name": f"p{number}"}, "spec": {}}
+        yield api
+
+
+@pytest.fixture
+async def client(api: FakeApi, tmp_path: Path) -> AsyncIterator[KubeClient]:
+    async with client_of(api, tmp_path) as client:
+        yield client
+
+
+@pytest.fixture
+def mounted(tmp_path: Path) -> Path:
+    """A ServiceAccount as the kubelet mounts it."""
+    account = tmp_path / "serviceaccount"
+    account.mkdir()
+    (account / "token").write_text(TOKEN + "\n")
+    (account / "ca.crt").write_text(CERTIFICATE.read_text())
+    return account
+
+
+def timers_to(port: int) -> list[str]:
+    """The timer of each connection to a local port, as proc_net_tcp(5) has it: its kind and when it is due."""
+    rows = [row.split() for row in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return [row[5] for row in rows if row[2].endswith(f":{port:04X}") and row[3] == ESTABLISHED]
+
+
+@contextlib.asynccontextmanager
+async def pod_client(api: FakeApi, mounted: Path, clock: SystemClock | None = None) -> AsyncIterator[KubeClient]:
+    environ = {"KUBERNETES_SERVICE_HOST": "127.0.0.1", "KUBERNETES_SERVICE_PORT": str(api.port)}
+    client = await connect(environ=environ, service_account=mounted, clock=clock)
+    try:
+        yield client
+    finally:
+        await client.close()
+
+
+async def test_a_pod_uses_its_service_account_and_reads_a_rotated_token_when_the_old_one_is_refused(
+    api: FakeApi, mounted: Path
+) -> None:
+    async with pod_client(api, mounted) as client:
+        assert len((await client.list(PODS, resource="pods"))["items"]) == 5
+        assert api.unauthorized == 0
+        api.tokens = {NEWER}
+        with pytest.raises(KubeUnauthorized):
+            await client.list(PODS, resource="pods")
+        (mounted / "token").write_text(NEWER)
+        async with contextlib.aclosing(client.watch(PODS, resource="pods", params={"resourceVersion": "1"})) as events:
+            assert (await anext(events))["type"] == "BOOKMARK"
+        assert api.unauthorized == 3, "each refusal is followed by one more try"
+
+
+async def test_a_rotated_token_is_used_within_a_minute_also_while_the_old_one_is_good(
+    api: FakeApi, mounted: Path
+) -> None:
+    clock = MovedClock()
+    async with pod_client(api, mounted, clock) as client:
+        await client.list(PODS, resource="pods")
+        (mounted / "token").write_text(NEWER)
+        await client.list(PODS, resource="pods")
+        clock.ahead = TOKEN_PERIOD_S
+        api.tokens = {NEWER}
+        await client.list(PODS, resource="pods")
+        assert api.unauthorized == 0
+
+
+@pytest.mark.parametrize("token", ["", "two\nlines", "\x00", "täken"])
+async def test_a_token_file_that_holds_no_token_fails_the_request_and_not_the_plugin(
+    api: FakeApi, mounted: Path, token: str
+) -> None:
+    clock = MovedClock()
+    async with pod_client(api, mounted, clock) as client:
+        (mounted / "token").write_text(token)
+        clock.ahead = TOKEN_PERIOD_S
+        with pytest.raises((KubeUnreachable, KubeUnauthorized)):
+            await client.list(PODS, resource="pods")
+        (mounted / "token").write_text(TOKEN)
+        clock.ahead *= 2
+        assert await client.list(PODS, resource="pods")
+
+
+@pytest.mark.parametrize("name", ["token", "ca.crt"])
+async def test_a_pod_without_a_service_account_is_a_configuration_error(api: FakeApi, mounted: Path, name: str) -> None:
+    (mounted / name).unlink()
+    with pytest.raises(ConfigError, match=str(mounted)):
+        async with pod_client(api, mounted):
+            pass
+
+
+async def test_a_token_that_is_none_at_the_start_is_a_configuration_error(api: FakeApi, mounted: Path) -> None:
+    (mounted / "token").write_text("two\nlines")
+    with pytest.raises(ConfigError, match="not a token"):
+        async with pod_client(api, mounted):
+            pass
+
+
+async def test_a_kubeconfig_is_read_again_when_its_token_is_refused(
+    api: FakeApi, client: KubeClient, tmp_path: Path
+) -> None:
+    config = tmp_path / "kubeconfig"
+    api.tokens = {NEWER}
+    config.write_text("contexts: [")
+    with pytest.raises(KubeUnreachable, match="kubeconfig"):
+        await client.list(PODS, resource="pods")
+    config.write_text(api.kubeconfig(NEWER + "\n"))
+    assert await client.list(PODS, resource="pods")
+
+
+async def test_kubeconfigs_are_looked_for_in_the_order_that_kubectl_has(
+    api: FakeApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The flag, $KUBECONFIG, then the home directory."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"~/\.kube/config: 1 problem\nno such file"):
+        await connect(environ={})
+    places = {name: tmp_path / name for name in ("flag", "variable", ".kube/config")}
+    (tmp_path / ".kube").mkdir()
+    api.tokens = set(places)
+    for name, path in places.items():
+        path.write_text(api.kubeconfig(name))
+    for flag, environ, used in (
+        (str(places["flag"]), {"KUBECONFIG": str(places["variable"])}, "flag"),
+        (None, {"KUBECONFIG": str(places["variable"]), "KUBERNETES_SERVICE_HOST": "127.0.0.1"}, "variable"),
+        (None, {}, ".kube/config"),
+    ):
+        api.tokens = {used}
+        client = await connect(flag, environ=environ)
+        assert await client.list(PODS, resource="pods")
+        await client.close()
+    assert api.unauthorized == 0
+
+
+@pytest.mark.parametrize(("host", "trusted"), [("127.0.0.1", False), ("127.0.0.2", True)])
+async def test_a_server_whose_certificate_is_of_nobody_known_or_of_another_is_not_spoken_to(
+    tmp_path: Path, host: str, trusted: bool
+) -> None:
+    config = tmp_path / "kubeconfig"
+    async with serving(host) as api:
+        config.write_text(api.kubeconfig(trusting=trusted))
+        client = await connect(str(config))
+        with pytest.raises(KubeUnreachable, match="certificate verify failed"):
+            await client.list(PODS, resource="pods")
+        await client.close()
+        assert (api.asked, api.unauthorized) == ([], 0)
+
+
+async def test_a_list_comes_whole_over_several_pages(
+    api: FakeApi, client: KubeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("usbip_plugin.kube.LIST_PAGE", 2)
+    found = await client.list(PODS, resource="pods")
+    assert [pod["metadata"]["name"] for pod in found["items"]] == ["p0", "p1", "p2", "p3", "p4"]
+    assert [(asked.params["limit"], asked.params.get("continue")) for asked in api.asked] == [
+        ("2", None),
+        ("2", "2"),
+        ("2", "4"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [(403, KubeForbidden), (404, KubeNotFound), (429, KubeThrottled), (500, KubeServerError), (418, KubeError)],
+)
+async def test_a_refusal_is_the_error_of_its_status_with_what_the_server_says(
+    api: FakeApi, client: KubeClient, status: int, error: type[KubeError]
+) -> None:
+    api.refused["list pods"] = status
+    with pytest.raises(error, match="list pods") as caught:
+        await client.list(PODS, resource="pods")
+    assert type(caught.value) is error
+    if status != 429:
+        assert "pods is forbidden" in str(caught.value)
+
+
+async def test_a_server_that_says_nothing_is_unreachable_and_the_next_request_goes_through(
+    api: FakeApi, client: KubeClient
+) -> None:
+    api.refused["get pods"] = SILENT
+    with pytest.raises(KubeUnreachable, match="no answer in time"):
+        await client.request("get", f"{PODS}/p0", resource="pods", timeout=0.01)
+    api.refused.clear()
+    assert await client.request("get", f"{PODS}/p0", resource="pods")
+
+
+@pytest.mark.parametrize("answer", [{}, {"metadata": [], "items": []}, {"metadata": {}, "items": {"a": 1}}])
+async def test_an_answer_that_is_no_list_is_the_servers_fault(
+    api: FakeApi, client: KubeClient, answer: dict[str, object]
+) -> None:
+    api.objects[f"{PODS}/p0"] = answer
+    with pytest.raises(KubeServerError, match="not a list"):
+        await client.list(f"{PODS}/p0", resource="pods")
+
+
+async def test_a_request_of_a_client_that_is_closed_is_unreachable(api: FakeApi, client: KubeClient) -> None:
+    await client.close()
+    with pytest.raises(KubeUnreachable, match="client is closed"):
+        await client.list(PODS, resource="pods")
+    assert api.asked == []
+
+
+async def test_a_body_and_its_content_type_arrive(api: FakeApi, client: KubeClient) -> None:
+    body = {"status": {"allocatable": {"usbip.dev/stick": "1"}}}
+    answer = await client.request(
+        "patch",
+        "/api/v1/nodes/node-a/status",
+        resource="nodes/status",
+        body=body,
+        content_type="application/merge-patch+json",
+    )
+    assert answer == body
+    (asked,) = api.asked
+    assert (asked.right, asked.name, asked.content_type, asked.body) == (
+        "patch nodes/status",
+        "node-a",
+        "application/merge-patch+json",
+        body,
+    )
+
+
+async def test_a_watch_whose_connection_breaks_is_unreachable(api: FakeApi, client: KubeClient) -> None:
+    watch = client.watch(PODS, resource="pods", params={"resourceVersion": "1"})
+    async with contextlib.aclosing(watch) as events:
+        assert (await anext(events))["type"] == "BOOKMARK"
+        api.cut_watches()
+        with pytest.raises(KubeUnreachable):
+            await anext(events)
+
+
+async def test_an_idle_watch_is_kept_alive_by_the_kernel(api: FakeApi, client: KubeClient) -> None:
+    """A peer that vanished is noticed: the timer of the connection is due within ten seconds."""
+    watch = client.watch(PODS, resource="pods", params={"resourceVersion": "1"})
+    async with contextlib.aclosing(watch) as events:
+        await anext(events)
+        timers = timers_to(api.port)
+    assert len(timers) == 1
+    kind, left = timers[0].split(":")
+    assert (kind, int(left, 16) <= KEEPALIVE_IDLE_S * TICKS_PER_SECOND) == (KEEPALIVE, True)

@@ -1,0 +1,76 @@
+"""The LeaseStore contract on KubernetesLeases over HTTPS; the API server is a fake."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from fake_api import NAMESPACE, FakeApi, client_of, serving
+from lease_store_suite import WHEN, Compact, LeaseStoreContract
+
+from usbip_plugin.errors import KubeServerError
+from usbip_plugin.locks.kubernetes import KubernetesLeases
+from usbip_plugin.locks.record import LOCK_LABELS
+from usbip_plugin.locks.store import ChangeType, Lease
+
+
+@pytest.fixture
+async def api() -> AsyncIterator[FakeApi]:
+    async with serving() as api:
+        yield api
+
+
+@pytest.fixture
+async def store(api: FakeApi, tmp_path: Path) -> AsyncIterator[KubernetesLeases]:
+    async with client_of(api, tmp_path) as client:
+        yield KubernetesLeases(client, NAMESPACE)
+
+
+class TestKubernetesLeases(LeaseStoreContract):
+    @pytest.fixture
+    def compact(self, api: FakeApi) -> Compact:
+        async def forget() -> None:
+            api.leases[NAMESPACE].compact()
+
+        return forget
+
+
+@pytest.mark.parametrize("name", ["..", "../../pods", "a/b", "A", "", "a?x=y"])
+async def test_a_name_that_no_lease_can_have_is_not_asked_for(api: FakeApi, store: KubernetesLeases, name: str) -> None:
+    assert await store.get(name) is None
+    assert api.asked == []
+
+
+async def test_leases_of_another_namespace_are_not_seen(api: FakeApi, store: KubernetesLeases) -> None:
+    api.leases["elsewhere"].create(Lease("usbip-a", "node-a", 40, WHEN, WHEN, labels=LOCK_LABELS))
+    assert await store.get("usbip-a") is None
+    assert (await store.list(LOCK_LABELS)).items == ()
+    await store.create(Lease("usbip-b", labels=LOCK_LABELS))
+    assert set(api.leases[NAMESPACE].leases) == {"usbip-b"}
+
+
+async def test_a_watch_has_bookmarks_leaves_out_what_it_does_not_know_and_ends_when_the_server_ends_it(
+    api: FakeApi, store: KubernetesLeases
+) -> None:
+    lease = await store.create(Lease("usbip-a", labels=LOCK_LABELS))
+    async with contextlib.aclosing(store.watch(LOCK_LABELS, "1")) as changes:
+        seen = [await anext(changes), await anext(changes)]
+        assert [(change.type, change.lease) for change in seen] == [
+            (ChangeType.ADDED, lease),
+            (ChangeType.BOOKMARK, None),
+        ]
+        assert seen[1].resource_version == lease.resource_version
+        api.say({"type": "RENAMED", "object": {"metadata": {"resourceVersion": "7"}}})
+        api.end_watches()
+        assert [change.type async for change in changes if change.type is not ChangeType.BOOKMARK] == []
+
+
+async def test_an_answer_without_a_resource_version_is_the_servers_fault(api: FakeApi, store: KubernetesLeases) -> None:
+    lease = await store.create(Lease("usbip-a", labels=LOCK_LABELS))
+    async with contextlib.aclosing(store.watch(LOCK_LABELS, lease.resource_version)) as changes:
+        await anext(changes)
+        api.say({"type": "MODIFIED", "object": {"metadata": {"name": "usbip-a"}}})
+        with pytest.raises(KubeServerError, match="without resourceVersion"):
+            await anext(changes)
