@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import random
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from functools import partial
@@ -165,6 +166,17 @@ async def test_file_descriptors_do_not_leak(rig: RemoteRig) -> None:
         await driver.detach(attachment.port, timeout=LIMIT_S)
         rig.server.close()
     assert open_files() == before
+
+
+async def test_a_check_by_a_driver_that_does_not_run_ends_its_connection(rig: RemoteRig) -> None:
+    await booted(rig)
+    driver = RemoteVhci(rig.path, rig.clock, random.Random(1))
+    assert (await driver.check()).loaded
+    assert driver._channel is None
+    running = rig.plugin()
+    await running.ports()
+    assert (await running.check()).loaded
+    assert running._channel is not None
 
 
 async def test_a_node_that_cannot_be_made_is_refused_and_leaves_no_port(rig: RemoteRig) -> None:

@@ -37,6 +37,7 @@ class RemoteVhci:
         self._path, self._clock, self._rng = socket_path, clock, rng
         self._bell = Bell()
         self._channel: Channel | None = None
+        self._running = False
         self._lost = asyncio.Event()
         self._numbers = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[Message]] = {}
@@ -79,6 +80,7 @@ class RemoteVhci:
 
     async def run(self) -> None:
         waits = backoff(self._rng, RECONNECT_FIRST_S, RECONNECT_MAX_S)
+        self._running = True
         try:
             while True:
                 try:
@@ -92,6 +94,7 @@ class RemoteVhci:
                 log.warning("the simulated kernel has gone", extra={"socket": str(self._path)})
                 self._bell.ring()
         finally:
+            self._running = False
             self.close()
 
     def close(self) -> None:
@@ -105,6 +108,9 @@ class RemoteVhci:
             return await self._call("check", wire.report_in)
         except (DriverMissing, AttachRefused) as error:
             return DriverReport(loaded=False, problems=(str(error),))
+        finally:
+            if not self._running:  # `usbip-plugin check`: nobody else would end the connection
+                self.close()
 
     def _connected(self) -> Channel:
         if self._channel is None:
