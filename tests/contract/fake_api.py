@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,9 @@ _PATH = re.compile(
 )
 _VERBS = {"POST": "create", "PUT": "update", "PATCH": "patch", "DELETE": "delete"}
 _STATUS = {KubeNotFound: 404, KubeConflict: 409, KubeGone: 410}
+
+_Since = Callable[[int], tuple[list[dict[str, Any]], int]]
+"""The events after a resourceVersion, and the one that has been reached."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,8 @@ class FakeApi:
         self.unauthorized = 0
         self.port = 0
         self._changed = Broadcast()
-        self._watches: dict[asyncio.Task[Any], _Watch] = {}
+        self._watches: list[_Watch] = []
+        self._puts: list[tuple[str, dict[str, Any]]] = []
 
     @property
     def url(self) -> str:
@@ -100,24 +105,31 @@ class FakeApi:
         return {asked.right for asked in self.asked}
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        """Looks again after each request. Not bounded."""
+        """Looks again at each request, and when it has been carried out. Not bounded."""
         await self._changed.until(condition)
 
+    def put(self, path: str, found: dict[str, Any]) -> None:
+        """Somebody writes an object that is no Lease."""
+        kind = "MODIFIED" if path in self.objects else "ADDED"
+        self.objects[path] = found
+        self._puts.append((path, {"type": kind, "object": found}))
+        self._wake()
+
     def say(self, event: Mapping[str, Any]) -> None:
-        """An event of any kind over every open watch of Leases."""
-        for watch in self._watches.values():
+        """An event of any kind over every open watch."""
+        for watch in self._watches:
             watch.more.append(event)
-            watch.wake.set()
+        self._wake()
 
     def end_watches(self) -> None:
         """Every watch ends in good order, as after timeoutSeconds."""
-        for watch in self._watches.values():
+        for watch in self._watches:
             watch.ended = True
-            watch.wake.set()
+        self._wake()
 
     def cut_watches(self) -> None:
         """The connection of every watch breaks."""
-        for watch in self._watches.values():
+        for watch in self._watches:
             watch.transport.abort()
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
@@ -131,19 +143,27 @@ class FakeApi:
         if refused == SILENT:
             await asyncio.Event().wait()
         if refused is not None:
-            return _status(refused, f"{asked.resource} is forbidden: User u cannot {asked.right}")
+            return _status(refused, f"User u cannot {asked.right}")
         try:
             answer = self._leases if asked.resource == "leases" else self._others
             return await answer(request, asked)
         except KubeError as error:
             return _status(_STATUS[type(error)], str(error))
+        finally:
+            self._changed.fire()
 
     async def _leases(self, request: web.Request, asked: Asked) -> web.StreamResponse:
         backend = self.leases[asked.namespace]
+        backend.on_write = lambda _before, _after: self._wake()
         labels = dict(pair.split("=") for pair in asked.params.get("labelSelector", "").split(",") if pair)
         match asked.verb:
             case "watch":
-                return await self._watch(request, backend, labels, int(asked.params["resourceVersion"]))
+
+                def since(version: int) -> tuple[list[dict[str, Any]], int]:
+                    changes, seen = backend.since(version, labels)
+                    return [_event(change) for change in changes], seen
+
+                return await self._watch(request, int(asked.params["resourceVersion"]), since)
             case "list":
                 found = backend.list(labels)
                 items = [_object(lease, asked.namespace) for lease in found.items]
@@ -163,25 +183,21 @@ class FakeApi:
         stored = backend.create(lease) if asked.verb == "create" else backend.replace(lease)
         return web.json_response(_object(stored, asked.namespace), status=201 if asked.verb == "create" else 200)
 
-    async def _watch(
-        self, request: web.Request, backend: MemoryBackend, labels: Mapping[str, str], version: int
-    ) -> web.StreamResponse:
+    async def _watch(self, request: web.Request, version: int, since: _Since) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "application/json"})
         await response.prepare(request)
-        task = asyncio.current_task()
-        assert task is not None
         assert isinstance(request.transport, asyncio.Transport)
-        watch = self._watches[task] = _Watch(asyncio.Event(), request.transport)
-        backend.wake(watch.wake)
+        watch = _Watch(asyncio.Event(), request.transport)
+        self._watches.append(watch)
         try:
             while True:
                 watch.wake.clear()
                 try:
-                    changes, version = backend.since(version, labels)
+                    events, version = since(version)
                 except KubeGone as error:
                     await _send(response, {"type": "ERROR", "object": _failure(410, str(error))})
                     break
-                for event in [*map(_event, changes), *watch.more]:
+                for event in [*events, *watch.more]:
                     await _send(response, event)
                 watch.more.clear()
                 await _send(response, {"type": "BOOKMARK", "object": {"metadata": {"resourceVersion": str(version)}}})
@@ -189,8 +205,7 @@ class FakeApi:
                     break
                 await watch.wake.wait()
         finally:
-            backend.unwake(watch.wake)
-            del self._watches[task]
+            self._watches.remove(watch)
         return response
 
     async def _others(self, request: web.Request, asked: Asked) -> web.StreamResponse:
@@ -201,12 +216,20 @@ class FakeApi:
                 return _status(404, f"{request.path} not found") if found is None else web.json_response(found)
             case "list":
                 items = [found for path, found in self.objects.items() if _listed(asked, path, found)]
-                return _page(items, "1", asked.params)
+                return _page(items, str(len(self._puts)), asked.params)
             case "watch":
-                return await self._watch(request, MemoryBackend(), {}, 1)  # in which nothing happens
+                return await self._watch(request, int(asked.params["resourceVersion"]), partial(self._since, asked))
             case _ if asked.resource == "selfsubjectaccessreviews":
                 return web.json_response(asked.body | {"status": {"allowed": self._granted(asked.body)}}, status=201)
         return web.json_response(asked.body, status=201 if asked.verb == "create" else 200)
+
+    def _since(self, asked: Asked, version: int) -> tuple[list[dict[str, Any]], int]:
+        found = [event for path, event in self._puts[version:] if _listed(asked, path, event["object"])]
+        return found, len(self._puts)
+
+    def _wake(self) -> None:
+        for watch in self._watches:
+            watch.wake.set()
 
     def _granted(self, review: Mapping[str, Any]) -> bool:
         wanted = review["spec"]["resourceAttributes"]

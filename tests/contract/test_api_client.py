@@ -217,7 +217,7 @@ async def test_a_refusal_is_the_error_of_its_status_with_what_the_server_says(
         await client.list(PODS, resource="pods")
     assert type(caught.value) is error
     if status != 429:
-        assert "pods is forbidden" in str(caught.value)
+        assert "User u cannot list pods" in str(caught.value)
 
 
 async def test_a_server_that_says_nothing_is_unreachable_and_the_next_request_goes_through(

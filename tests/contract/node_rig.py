@@ -1,0 +1,191 @@
+"""What a plugin finds on its node, and `usbip-plugin run` in the midst of it, in one process and one event loop.
+
+The API server is a fake, the kernel and the kubelet are simulated behind their real sockets, and the USB/IP server is
+virtual.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from command_rig import LIMIT_S, Log, end_process
+from fake_api import NAMESPACE, FakeApi, serving
+
+from usbip_plugin import fleet, process
+from usbip_plugin.cli import main
+from usbip_plugin.clock import SystemClock
+from usbip_plugin.config.reload import Loaded
+from usbip_plugin.locks.memory import MemoryBackend
+from usbip_plugin.model import DeviceKey, ServerKey, UsbId
+from usbip_plugin.sim.kernel_service import KernelService
+from usbip_plugin.sim.kubelet import FakeKubelet
+from usbip_plugin.sim.ports import SimulatedKernel
+from usbip_plugin.sim.server import VirtualServer
+from usbip_plugin.sim.usbdevice import VirtualDevice
+
+STICK = UsbId(0x0951, 0x1666)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a node's files and servers are: known before anything runs. home: short, for the sockets in it."""
+
+    home: Path
+    server: ServerKey
+    page: int
+
+    @property
+    def config(self) -> Path:
+        return self.home / "config.yaml"
+
+    @property
+    def plugins(self) -> Path:
+        return self.home / "plugins"
+
+    @property
+    def cdi(self) -> Path:
+        return self.home / "cdi"
+
+    @property
+    def device(self) -> DeviceKey:
+        return DeviceKey(self.server, "1-1")
+
+    def configure(self, resource: str = "stick", *, fields: str = "", selector: str = 'vendor: "0951"') -> None:
+        """A configuration of one resource, which takes the device by the selector. fields: more of the resource's."""
+        host = f'"[{self.server.host}]"' if ":" in self.server.host else self.server.host
+        devices = f"[{{target: {{host: {host}, port: {self.server.port}}}, selector: {{{selector}}}}}]"
+        self.config.write_text(f"resources:\n  {resource}: {{devices: {devices}{fields}}}\n")
+
+    def flags(self) -> list[str]:
+        """Of `run` and of `check`."""
+        return [
+            *("--kubeconfig", str(self.home / "kubeconfig"), "--namespace", NAMESPACE, "--node-name", "node-a"),
+            *("--config", str(self.config), "--plugin-directory", str(self.plugins)),
+            *("--pod-resources-socket", str(self.home / "pods.sock"), "--cdi-directory", str(self.cdi)),
+            *("--simulated-kernel", str(self.home / "kernel.sock")),
+        ]
+
+
+@dataclass(frozen=True)
+class Node:
+    """All that is not the plugin, running."""
+
+    places: Places
+    api: FakeApi
+    server: VirtualServer
+    kubelet: FakeKubelet
+    kernel: SimulatedKernel
+    log: Log
+
+    @property
+    def leases(self) -> MemoryBackend:
+        return self.api.leases[NAMESPACE]
+
+    async def get(self, path: str) -> tuple[int, str]:
+        """(status, body) of a page of the plugin."""
+        url = f"http://127.0.0.1:{self.places.page}{path}"
+        async with aiohttp.ClientSession() as session, session.get(url) as answer:
+            return answer.status, await answer.text()
+
+    async def get_json(self, path: str) -> Any:
+        return json.loads((await self.get(path))[1])
+
+    def pod(self, name: str, phase: str = "Running") -> None:
+        """A pod of this node that wants a stick, as the API server has it from now on."""
+        self.api.put(
+            f"/api/v1/namespaces/default/pods/{name}",
+            {
+                "metadata": {"namespace": "default", "name": name, "uid": f"uid-of-{name}"},
+                "spec": {
+                    "nodeName": "node-a",
+                    "containers": [{"name": "app", "resources": {"limits": {"usbip.dev/stick": "1"}}}],
+                },
+                "status": {"phase": phase},
+            },
+        )
+
+    async def until(self, resource: str, devices: dict[str, bool]) -> None:
+        """The kubelet has just these devices of a resource, {ID: healthy}."""
+        async with asyncio.timeout(LIMIT_S):
+            await self.kubelet.wait_for(f"usbip.dev/{resource}", lambda known: known == devices)
+
+    async def until_asked(self, condition: Callable[[FakeApi], bool]) -> None:
+        """The API server was asked for what fulfils the condition."""
+        async with asyncio.timeout(LIMIT_S):
+            await self.api.until(lambda: condition(self.api))
+
+
+@contextlib.asynccontextmanager
+async def node(places: Places, log: Log) -> AsyncIterator[Node]:
+    places.plugins.mkdir(exist_ok=True)
+    kernel = SimulatedKernel(SystemClock(), enumeration_delay=0.0)
+    server = VirtualServer([VirtualDevice("1-1", STICK, serial="A1")], places.server.host, places.server.port)
+    async with contextlib.AsyncExitStack() as stack:
+        api = await stack.enter_async_context(serving())
+        (places.home / "kubeconfig").write_text(api.kubeconfig())
+        await server.start()
+        stack.push_async_callback(server.stop)
+        listening = asyncio.Event()
+        service = KernelService(kernel, places.home / "kernel.sock", asking=True)
+        task = asyncio.create_task(service.run(listening=listening.set))
+        stack.callback(task.cancel)
+        await listening.wait()
+        kubelet = await stack.enter_async_context(FakeKubelet(places.plugins, places.home / "pods.sock"))
+        yield Node(places, api, server, kubelet, kernel, log)
+
+
+Story = Callable[[Node], Awaitable[None]]
+
+
+def run(
+    monkeypatch: pytest.MonkeyPatch,
+    places: Places,
+    *stories: Story,
+    flags: Sequence[str] = (),
+    before: Callable[[Node], None] = lambda _node: None,
+    number: signal.Signals = signal.SIGTERM,
+) -> tuple[int, Log]:
+    """`usbip-plugin run` in the midst of a node: its exit status, and what it logged.
+
+    Each story has a process of its own, all on one node. It begins when that runs, and is followed by the signal.
+    before: what is done to the node before the first.
+    """
+    real, failures = process.run, list[Exception]()
+    with Log() as log:
+
+        async def told(story: Story, here: Node, count: int) -> None:
+            try:
+                await log.until("running", count)
+                try:
+                    await story(here)
+                finally:
+                    end_process(number)
+            except Exception as error:  # which the command may take for one of its own
+                failures.append(error)
+                raise
+
+        async def in_its_node(options: process.Options, loaded: Loaded) -> None:
+            async with node(places, log) as here:
+                before(here)
+                for count, story in enumerate(stories, 1):
+                    async with asyncio.TaskGroup() as tasks:
+                        tasks.create_task(told(story, here, count))
+                        await real(options, loaded)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(process, "run", in_its_node)
+            # on a machine with much else to do: a plugin that does not know how many there are polls servers seldom
+            patched.setattr(fleet, "COUNT_TIMEOUT_S", LIMIT_S)
+            status = main(["run", *places.flags(), "--listen", f"127.0.0.1:{places.page}", *flags])
+    for failure in failures:
+        raise failure
+    return status, log

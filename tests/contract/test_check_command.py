@@ -1,0 +1,127 @@
+"""`usbip-plugin check` on a whole node: what it asks of the API server, and that it changes nothing."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+from command_rig import Log, Terminal, undone
+from fake_api import NAMESPACE
+from node_rig import Node, Places, node
+
+from usbip_plugin.model import ServerKey
+
+
+@pytest.fixture
+async def here(unused_tcp_port: int) -> AsyncIterator[Node]:
+    with tempfile.TemporaryDirectory(prefix="usbip-") as home, Log() as log:
+        places = Places(Path(home), ServerKey("127.0.0.1", unused_tcp_port), 0)
+        places.configure(fields=", cdi: true, onLoss: evict")
+        places.cdi.mkdir()
+        async with node(places, log) as made:
+            made.api.speaks_for = "node-a"
+            yield made
+
+
+@pytest.fixture
+def terminal(here: Node, capsys: pytest.CaptureFixture[str]) -> Iterator[Terminal]:
+    with undone():
+        yield Terminal(capsys, here.places.flags())
+
+
+async def test_a_node_that_is_able_has_nine_good_findings_and_nothing_is_written(
+    here: Node, terminal: Terminal
+) -> None:
+    ran = await terminal.run("check")
+    assert (ran.status, ran.err) == (0, "")
+    home, server = here.places.home, here.places.server
+    assert ran.out.splitlines() == [
+        "ok    configuration: 1 resources, 1 selectors, 1 servers",
+        "ok    vhci_hcd: 16 ports; free: 8 of 8 high speed, 8 of 8 super speed",
+        f"ok    device-plugin directory: {home}/plugins",
+        f"ok    kubelet: answers at {home}/plugins/kubelet.sock",
+        f"ok    pod-resources: answers at {home}/pods.sock",
+        f"ok    CDI directory: {home}/cdi",
+        "ok    API server: answers; all 10 permissions are granted",
+        "ok    admission policy: this account writes in the name of node-a only",
+        f"ok    server {server}: lists 1 free devices",
+        "      1-1 0951:1666: stick",
+        "9 checks: 0 failed, 0 with warnings",
+    ]
+    assert here.leases.leases == {}
+    assert here.server.table.granted == 0
+    assert {asked.right for asked in here.api.asked} == {"create selfsubjectaccessreviews", "create leases"}
+    assert {asked.params.get("dryRun") for asked in here.api.asked if asked.resource == "leases"} == {"All"}
+    assert {asked.namespace for asked in here.api.asked if asked.resource == "leases"} == {NAMESPACE}
+
+
+@pytest.mark.parametrize(
+    ("right", "said"),
+    [
+        ("update leases", f"forbidden: update leases.coordination.k8s.io in {NAMESPACE}"),
+        ("patch nodes/status", "forbidden: patch nodes/status"),
+        ("create pods/eviction", "forbidden: create pods/eviction"),
+    ],
+)
+async def test_a_right_that_is_missing_is_named_and_the_status_is_1(
+    here: Node, terminal: Terminal, right: str, said: str
+) -> None:
+    here.api.refused[right] = 403
+    ran = await terminal.run("check")
+    assert (ran.status, f"FAIL  API server: {said}\n" in ran.out) == (1, True)
+    assert "9 checks: 1 failed, 0 with warnings" in ran.out
+
+
+async def test_rights_that_the_configuration_does_not_need_are_not_asked_for(here: Node, terminal: Terminal) -> None:
+    here.places.configure()
+    with here.places.config.open("a") as file:
+        file.write("publishNodeStatus: false\n")
+    here.api.refused |= {"patch nodes/status": 403, "create pods/eviction": 403}
+    here.places.cdi.rmdir()
+    ran = await terminal.run("check")
+    assert (ran.status, "all 8 permissions are granted" in ran.out, "CDI" in ran.out) == (0, True, False)
+
+
+async def test_who_may_write_in_the_name_of_others_is_warned_and_who_may_not_in_the_own_fails(
+    here: Node, terminal: Terminal
+) -> None:
+    here.api.speaks_for = ""
+    ran = await terminal.run("check")
+    assert (ran.status, "warn  admission policy: this account may write locks in any node's name" in ran.out) == (
+        0,
+        True,
+    )
+    here.api.speaks_for = "node-b"
+    ran = await terminal.run("check")
+    assert (ran.status, "FAIL  admission policy: " in ran.out) == (1, True)
+    assert "-> run as a pod on node node-a, or with its --node-name" in ran.out
+
+
+async def test_no_way_to_the_api_server_is_one_finding_and_the_others_stand(here: Node, terminal: Terminal) -> None:
+    kubeconfig = here.places.home / "kubeconfig"
+    kubeconfig.unlink()
+    ran = await terminal.run("check")
+    assert (ran.status, "FAIL  API server: no such file" in ran.out) == (1, True)
+    assert "8 checks: 1 failed, 0 with warnings" in ran.out
+    config = json.loads(here.api.kubeconfig())
+    config["clusters"][0]["cluster"]["server"] = "https://127.0.0.1:1"
+    kubeconfig.write_text(json.dumps(config))
+    ran = await terminal.run("check")
+    assert (ran.status, "FAIL  API server: API server: create selfsubject" in ran.out) == (1, True)
+
+
+async def test_a_configuration_that_is_of_no_use_is_a_finding_too(here: Node, terminal: Terminal) -> None:
+    here.places.config.write_text("resources: {stick: 3}\n")
+    ran = await terminal.run("check")
+    assert (ran.status, ran.out.startswith(f"FAIL  configuration: {here.places.config}:1: ")) == (1, True)
+    assert "ok    vhci_hcd: " in ran.out
+    assert f"server {here.places.server}" not in ran.out
+
+
+async def test_the_cdi_directory_is_that_of_the_flag(here: Node, terminal: Terminal) -> None:
+    here.places.cdi.rmdir()
+    ran = await terminal.run("check")
+    assert (ran.status, f"FAIL  CDI directory: {here.places.cdi} is not there" in ran.out) == (1, True)

@@ -1,0 +1,411 @@
+"""The commands for people, from arguments to exit status, against a fake API server and a virtual USB/IP server."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import sys
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+import yaml
+from command_rig import LIMIT_S, Terminal, undone
+from fake_api import NAMESPACE, FakeApi, serving
+
+from usbip_plugin.cli import kubectl, main
+from usbip_plugin.cli.completion import kubectl as kubectl_complete
+from usbip_plugin.cli.completion import script
+from usbip_plugin.cli.exits import Exit
+from usbip_plugin.cli.main import KUBECTL
+from usbip_plugin.cli.parser import DEFAULT_CONFIG_MAP
+from usbip_plugin.clock import SystemClock
+from usbip_plugin.locks.memory import MemoryBackend
+from usbip_plugin.locks.record import LOCK_LABELS, SESSION_LABELS, session_name
+from usbip_plugin.locks.store import Lease
+from usbip_plugin.model import DeviceKey, UsbId
+from usbip_plugin.sim.server import VirtualServer
+from usbip_plugin.sim.usbdevice import VirtualDevice
+from usbip_plugin.usbip.client import TcpUsbipClient
+
+STICK = UsbId(0x0951, 0x1666)
+LASTING_S = 3600
+"""How long a lock lasts: nobody falls silent while a test runs."""
+CONFIG_MAPS = f"/api/v1/namespaces/{NAMESPACE}/configmaps"
+
+
+@pytest.fixture(autouse=True)
+def process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """As a person has it: nothing in the environment, no configuration on this machine."""
+    for name in ("POD_NAMESPACE", "KUBECONFIG", "KUBERNETES_SERVICE_HOST"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("usbip_plugin.cli.asking.DEFAULT_CONFIG_PATH", str(tmp_path / "usual.yaml"))
+    monkeypatch.setattr("usbip_plugin.cli.node.SERVICE_ACCOUNT_NAMESPACE", tmp_path / "namespace")
+    with undone():
+        yield
+
+
+@dataclass
+class Cluster:
+    """A server with two sticks, of which node-a holds the first, for a pod."""
+
+    api: FakeApi
+    server: VirtualServer
+    kubeconfig: Path
+
+    @property
+    def held(self) -> DeviceKey:
+        return DeviceKey(self.server.key, "1-1")
+
+    @property
+    def free(self) -> DeviceKey:
+        return DeviceKey(self.server.key, "1-2")
+
+    @property
+    def leases(self) -> MemoryBackend:
+        return self.api.leases[NAMESPACE]
+
+    @property
+    def config(self) -> str:
+        target = f"{{host: {self.server.key.host}, port: {self.server.key.port}}}"
+        return f'resources: {{stick: [{{target: {target}, selector: {{vendor: "0951"}}}}]}}\n'
+
+    def lock(self, key: DeviceKey, holder: str = "", **notes: str) -> Lease:
+        now = datetime.now(UTC)
+        annotations = {"server": str(key.server), "busid": key.busid, "usb-id": "0951:1666"} | notes
+        return Lease(
+            key.id,
+            holder,
+            LASTING_S,
+            now - timedelta(hours=1),
+            now - timedelta(minutes=1),
+            4,
+            {f"usbip.dev/{name}": text for name, text in annotations.items()},
+            LOCK_LABELS,
+        )
+
+
+@pytest.fixture
+async def cluster(tmp_path: Path) -> AsyncIterator[Cluster]:
+    clock = SystemClock()
+    async with serving() as api:
+        server = VirtualServer([VirtualDevice(busid, STICK, configured=True) for busid in ("1-1", "1-2")])
+        await server.start()
+        kubeconfig = tmp_path / "kubeconfig"
+        kubeconfig.write_text(api.kubeconfig())
+        made = Cluster(api, server, kubeconfig)
+        made.leases.create(made.lock(made.held, "node-a", pod="default/reader/uid-1", **{"vhci-port": "3"}))
+        now = datetime.now(UTC)
+        made.leases.create(Lease(session_name("node-a"), "node-a", LASTING_S, now, now, labels=SESSION_LABELS))
+        with contextlib.closing(TcpUsbipClient(clock)) as client:
+            imported = await client.import_device(made.held, timeout=LIMIT_S)
+            with contextlib.closing(imported):
+                yield made
+        await server.stop()
+
+
+@pytest.fixture
+def terminal(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> Terminal:
+    return Terminal(capsys, ["--kubeconfig", str(cluster.kubeconfig)])
+
+
+async def test_devices_are_listed_in_each_form(cluster: Cluster, terminal: Terminal) -> None:
+    cluster.leases.create(cluster.lock(cluster.free))
+    ran = await terminal.run("devices", "-o", "json")
+    assert (ran.status, ran.err) == (Exit.DONE, "")
+    rows = {row["device"]: row for row in json.loads(ran.out)}
+    assert [rows[str(cluster.held)][column] for column in ("state", "holder", "pod", "port", "reason")] == [
+        *("held", "node-a", "default/reader", 3, "in use"),
+    ]
+    assert [rows[str(cluster.free)][column] for column in ("state", "holder", "pod")] == ["free", None, None]
+    assert yaml.safe_load((await terminal.run("devices", "-o", "yaml")).out) == list(rows.values())
+    assert set((await terminal.run("devices", "-o", "name")).out.split()) == {cluster.held.id, cluster.free.id}
+    table = (await terminal.run("devices")).out
+    assert table.split("\n")[0].split() == ["DEVICE", "STATE", "HOLDER", "POD", "SINCE", "EPOCH", "REASON"]
+    assert "\x1b" not in table
+
+
+async def test_the_namespace_is_that_of_the_flag_then_the_variable_then_the_pod(
+    cluster: Cluster, terminal: Terminal, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    async def asked(*flags: str) -> str:
+        cluster.api.asked.clear()
+        await terminal.run("devices", *flags)
+        (namespace,) = {one.namespace for one in cluster.api.asked}
+        return namespace
+
+    assert await asked() == "usbip-system"
+    (tmp_path / "namespace").write_text("of-the-pod\n")
+    assert await asked() == "of-the-pod"
+    (tmp_path / "namespace").write_text("\n")
+    assert await asked() == "usbip-system"
+    monkeypatch.setenv("POD_NAMESPACE", "of-the-variable")
+    assert await asked() == "of-the-variable"
+    assert await asked("--namespace", "of-the-flag") == "of-the-flag"
+
+
+async def test_explain_says_of_a_free_device_that_it_is_free_and_of_one_in_use_who_has_it(
+    cluster: Cluster, terminal: Terminal, tmp_path: Path
+) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(cluster.config)
+    ran = await terminal.run("explain", str(cluster.free), "--config", str(config))
+    assert (ran.status, ran.err) == (Exit.DONE, "")
+    assert ran.out.startswith(f"{cluster.free} is free.\n")
+    assert "It is offered as usbip.dev/stick (vendor 0951)." in ran.out
+    ran = await terminal.run("explain", cluster.held.id, "--config", str(config), "--domain", "example.org")
+    assert (ran.status, ran.err) == (Exit.PROBLEM, "")
+    assert f"{cluster.held} is in use on node node-a, by pod default/reader." in ran.out
+    assert "does not list it, as is right for a device in use" in ran.out
+    assert "It is offered as example.org/stick (vendor 0951)." in ran.out
+    text = await terminal.run("explain", cluster.held.id[:14], "--config", str(config), "-o", "json")
+    found = json.loads(text.out)
+    assert (text.status, found["device_id"], found["available"]) == (Exit.PROBLEM, cluster.held.id, False)
+    structured = await terminal.run("explain", cluster.held.id, "--config", str(config), "-o", "yaml")
+    assert yaml.safe_load(structured.out)["verdict"] == found["verdict"]
+
+
+async def test_explain_asks_for_the_pod_and_for_the_plugin_on_its_node(cluster: Cluster, terminal: Terminal) -> None:
+    ran = await terminal.run("explain", cluster.held.id)
+    assert "Pod default/reader is gone." in ran.out
+    assert "The plugin on node node-a: there is none." in ran.out
+    pods = cluster.api.objects
+    pods["/api/v1/namespaces/default/pods/reader"] = {
+        "metadata": {"name": "reader", "uid": "uid-1"},
+        "spec": {"nodeName": "node-a"},
+        "status": {"phase": "Running"},
+    }
+    plugin = {
+        "metadata": {"name": "usbip-plugin-x", "labels": {"app.kubernetes.io/name": "usbip-plugin"}},
+        "spec": {"nodeName": "node-a"},
+        "status": {"conditions": [{"type": "Ready", "status": "False"}]},
+    }
+    pods[f"/api/v1/namespaces/{NAMESPACE}/pods/usbip-plugin-x"] = plugin
+    ran = await terminal.run("explain", cluster.held.id)
+    assert "Pod default/reader is there." in ran.out
+    assert "The plugin on node node-a: not ready." in ran.out
+    plugin["status"] = {"conditions": [{"type": "Ready", "status": "True"}]}
+    assert "The plugin on node" not in (await terminal.run("explain", cluster.held.id)).out
+    plugin["spec"] = {"nodeName": "node-b"}
+    assert "The plugin on node node-a: there is none." in (await terminal.run("explain", cluster.held.id)).out
+
+
+async def test_what_may_not_be_asked_is_left_out_of_an_explanation(cluster: Cluster, terminal: Terminal) -> None:
+    cluster.api.refused |= {"get pods": 403, "list pods": 403, "get configmaps": 403}
+    await cluster.server.stop()
+    ran = await terminal.run("explain", cluster.held.id)
+    assert (ran.status, ran.err) == (Exit.PROBLEM, "")
+    assert "Pod default/reader" not in ran.out
+    assert "The plugin on node" not in ran.out
+    assert f"Which resources select it is not known: ConfigMap {NAMESPACE}/usbip-plugin cannot be read" in ran.out
+    assert f"Asked from here, USB/IP server {cluster.server.key}: " in ran.out
+
+
+async def test_the_configuration_is_that_of_the_config_map_of_the_flag(cluster: Cluster, terminal: Terminal) -> None:
+    other = cluster.config.replace("stick", "dongle")
+    for name, text in ((DEFAULT_CONFIG_MAP, cluster.config), ("another", other)):
+        cluster.api.objects[f"{CONFIG_MAPS}/{name}"] = {"data": {"config.yaml": text}}
+    assert "usbip.dev/stick" in (await terminal.run("explain", "1-2")).out
+    # a device that is known by its resource only is asked for of the servers that the configuration names
+    ran = await terminal.run("explain", "1-2", "--config-map", "another")
+    assert ran.status == Exit.DONE
+    assert "It is offered as usbip.dev/dongle (vendor 0951)." in ran.out
+    ran = await terminal.run("release", "1-2", "--config-map", "another")
+    assert (ran.status, "nothing to release" in ran.out) == (Exit.DONE, True)
+
+
+@pytest.mark.parametrize(
+    ("flag", "stored", "reason"),
+    [
+        ("absent", None, "cannot be read: API server: get configmaps"),
+        ("empty", {"data": {"other.yaml": ""}}, "has no config.yaml"),
+        ("empty", {}, "has no config.yaml"),
+        ("bad", {"data": {"config.yaml": "resources: ["}}, "cannot be used: "),
+        ("../secrets/x", None, "cannot be read: no such name is possible"),
+    ],
+)
+async def test_a_config_map_that_is_of_no_use_is_said_and_all_else_is_explained(
+    cluster: Cluster, terminal: Terminal, flag: str, stored: dict[str, object] | None, reason: str
+) -> None:
+    if stored is not None:
+        cluster.api.objects[f"{CONFIG_MAPS}/{flag}"] = stored
+    ran = await terminal.run("explain", cluster.held.id, "--config-map", flag)
+    assert (ran.status, ran.err) == (Exit.PROBLEM, "")
+    assert f"Which resources select it is not known: ConfigMap {NAMESPACE}/{flag} {reason}" in ran.out
+    assert f"{cluster.held} is in use on node node-a" in ran.out
+
+
+async def test_the_file_of_a_node_comes_before_the_config_map_unless_it_is_of_no_use(
+    cluster: Cluster, terminal: Terminal, tmp_path: Path
+) -> None:
+    usual = tmp_path / "usual.yaml"
+    cluster.api.objects[f"{CONFIG_MAPS}/{DEFAULT_CONFIG_MAP}"] = {
+        "data": {"config.yaml": cluster.config.replace("stick", "dongle")}
+    }
+    usual.write_text(cluster.config)
+    assert "usbip.dev/stick" in (await terminal.run("explain", "1-2")).out
+    usual.write_text("resources: [")
+    assert "usbip.dev/dongle" in (await terminal.run("explain", "1-2")).out
+    ran = await terminal.run("explain", "1-2", "--config", str(usual))
+    assert ran.status == Exit.USAGE, "but one that was asked for is"
+    assert "usual.yaml:2: not valid YAML" in ran.err
+
+
+async def test_a_device_in_use_is_released_by_force_and_confirmed_only(cluster: Cluster, terminal: Terminal) -> None:
+    before = cluster.leases.leases[cluster.held.id]
+    ran = await terminal.run("release", cluster.held.id, "--yes")
+    assert ran.status == Exit.REFUSED
+    assert f"{cluster.held} is held by node node-a since " in ran.out
+    assert "usbip-plugin: not released: it is attached: " in ran.err
+    assert "end its pod, or give --force" in ran.err
+    ran = await terminal.run("release", cluster.held.id, "--force", "--dry-run")
+    assert ran.status == Exit.DONE
+    assert "Forced although it is attached: " in ran.out
+    assert ran.out.endswith("A dry run: nothing was written.\n")
+    ran = await terminal.run("release", cluster.held.id, "--force")
+    assert ran.status == Exit.REFUSED
+    assert "standard input is no terminal; give --yes" in ran.err
+    assert cluster.leases.leases[cluster.held.id] == before, "nothing was written so far"
+    ran = await terminal.run("release", cluster.held.id, "--force", "--yes")
+    assert (ran.status, ran.err) == (Exit.DONE, "")
+    assert ran.out.endswith(f"Released. {cluster.held} is free for whoever asks first.\n")
+    after = cluster.leases.leases[cluster.held.id]
+    assert (after.holder, after.transitions) == ("", before.transitions)
+    ran = await terminal.run("release", cluster.held.id)
+    assert (ran.status, ran.out) == (Exit.DONE, f"{cluster.held} has no holder; there is nothing to release.\n")
+
+
+class Keyboard(io.StringIO):
+    """A terminal at which somebody types."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("typed", "status", "holder"),
+    [
+        ("\n", Exit.REFUSED, "node-a"),
+        ("no\n", Exit.REFUSED, "node-a"),
+        ("", Exit.REFUSED, "node-a"),
+        ("Y\n", Exit.DONE, ""),
+    ],
+)
+async def test_a_person_is_asked_on_a_terminal(
+    cluster: Cluster, terminal: Terminal, monkeypatch: pytest.MonkeyPatch, typed: str, status: Exit, holder: str
+) -> None:
+    monkeypatch.setattr("sys.stdin", Keyboard(typed))
+    ran = await terminal.run("release", cluster.held.id, "--force")
+    assert f"Take {cluster.held} from node node-a? [y/N] " in ran.err, "not where programs read"
+    assert (ran.status, cluster.leases.leases[cluster.held.id].holder) == (status, holder)
+
+
+async def test_a_device_that_its_server_lists_is_released_without_force(cluster: Cluster, terminal: Terminal) -> None:
+    cluster.leases.create(cluster.lock(cluster.free, "node-a"))
+    ran = await terminal.run("release", cluster.free.id, "--yes")
+    assert (ran.status, ran.err) == (Exit.DONE, "")
+    assert cluster.leases.leases[cluster.free.id].holder == ""
+
+
+@pytest.mark.parametrize(
+    ("refused", "status", "said"),
+    [
+        ({}, Exit.DONE, ""),
+        ({"list leases": 401}, Exit.API, "User u cannot list leases"),
+        ({"list leases": 403}, Exit.PROBLEM, "list leases.coordination.k8s.io: forbidden"),
+        ({"list leases": 500}, Exit.PROBLEM, "(HTTP 500)"),
+    ],
+)
+async def test_the_exit_status_says_whose_fault_it_is(
+    cluster: Cluster, terminal: Terminal, refused: dict[str, int], status: Exit, said: str
+) -> None:
+    cluster.api.refused |= refused
+    ran = await terminal.run("devices")
+    assert (ran.status, bool(ran.err)) == (status, bool(refused))
+    assert said in ran.err
+
+
+async def test_names_of_no_device_and_of_several_are_4_and_nothing_is_written(
+    cluster: Cluster, terminal: Terminal
+) -> None:
+    cluster.leases.create(cluster.lock(cluster.free, "node-a"))
+    ran = await terminal.run("explain", "no-such-device")
+    assert ran.status == Exit.NO_DEVICE
+    assert "no device is called 'no-such-device'" in ran.err
+    ran = await terminal.run("release", str(cluster.server.key), "--force", "--yes")
+    assert (ran.status, ran.out) == (Exit.NO_DEVICE, "")
+    assert cluster.held.id in ran.err
+    assert cluster.free.id in ran.err
+    assert {lease.holder for lease in cluster.leases.leases.values()} == {"node-a"}
+
+
+async def test_the_devices_of_the_cluster_complete_a_command(cluster: Cluster, terminal: Terminal) -> None:
+    flags = ("--kubeconfig", str(cluster.kubeconfig))
+    completing = Terminal(terminal.capsys)
+    ran = await completing.run("__complete", "explain", *flags, "")
+    assert ran.out == f"{cluster.held.id}\t{cluster.held}\n"
+    assert (await completing.run("__complete", "explain", *flags, "-n", "other", "")).out == ""
+    cluster.api.refused["list leases"] = 403
+    ran = await completing.run("__complete", "explain", *flags, "")
+    assert (ran.status, ran.out, ran.err) == (Exit.DONE, "", ""), "nothing may be said between candidates"
+
+
+def test_kubectl_runs_the_same_command_line_under_its_own_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["kubectl-usbip", "--help"])
+    with pytest.raises(SystemExit):
+        kubectl()
+    assert capsys.readouterr().out.startswith(f"usage: {KUBECTL} ")
+    monkeypatch.setattr("sys.argv", ["kubectl-usbip", "devices", "--kubeconfig", "/nonexistent"])
+    assert kubectl() == Exit.USAGE
+    monkeypatch.setattr("sys.argv", ["kubectl_complete-usbip", "expl"])
+    assert kubectl_complete() == 0
+    words, directive = capsys.readouterr().out.splitlines()
+    assert words.startswith("explain\t")
+    assert directive == ":4", "no file names"
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_prints_the_script_of_the_shell(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", shell]) == Exit.DONE
+    assert capsys.readouterr().out == script(shell) + "\n"
+
+
+@pytest.mark.parametrize(("went_well", "status"), [(True, Exit.DONE), (False, Exit.PROBLEM)])
+def test_the_demo_says_by_its_exit_status_how_it_went(
+    monkeypatch: pytest.MonkeyPatch, went_well: bool, status: Exit
+) -> None:
+    asked: list[bool] = []
+
+    async def run(say: object, *, real_kernel: bool) -> bool:
+        assert say is print
+        asked.append(real_kernel)
+        return went_well
+
+    monkeypatch.setattr("usbip_plugin.sim.demo.run", run)
+    assert main(["demo"]) == status
+    assert main(["demo", "--real-kernel"]) == status
+    assert asked == [False, True]
+
+
+def test_a_reader_that_has_seen_enough_and_an_interrupt_end_it_quietly(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w", buffering=1) as pipe, monkeypatch.context() as patched:
+        patched.setattr("sys.stdout", pipe)
+        assert main(["completion", "bash"]) == Exit.DONE
+        pipe.write("what is still buffered")
+
+    def interrupt(_shell: str) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["usbip_plugin.cli.main"], "script", interrupt)
+    assert main(["completion", "bash"]) == 130
+    assert capsys.readouterr().err == ""

@@ -1,0 +1,275 @@
+"""`usbip-plugin run` in this process: registration, pages, a pod, reloads, signals, and what the next process finds."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import socket
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from command_rig import LIMIT_S, undone
+from node_rig import Node, Places, run
+
+from usbip_plugin import process
+from usbip_plugin.cli import main
+from usbip_plugin.cli.exits import Exit
+from usbip_plugin.model import PodRef, ServerKey
+
+POD = PodRef("default", "reader")
+
+
+@pytest.fixture(autouse=True)
+def unchanged() -> Iterator[None]:
+    with undone():
+        yield
+
+
+@pytest.fixture
+def places(unused_tcp_port_factory: Callable[[], int]) -> Iterator[Places]:
+    with tempfile.TemporaryDirectory(prefix="usbip-") as home:
+        made = Places(Path(home), ServerKey("127.0.0.1", unused_tcp_port_factory()), unused_tcp_port_factory())
+        made.configure()
+        yield made
+
+
+async def offered(node: Node) -> None:
+    await node.until("stick", {node.places.device.id: True})
+    await node.log.until("registered with the kubelet")
+
+
+def test_a_process_registers_hands_out_a_device_and_leaves_it_attached_for_the_next(
+    monkeypatch: pytest.MonkeyPatch, places: Places
+) -> None:
+    device = places.device
+
+    async def first(node: Node) -> None:
+        await offered(node)
+        assert [await node.get(path) for path in ("/healthz", "/readyz")] == [(200, "ok\n")] * 2
+        (row,) = await node.get_json("/api/devices")
+        assert (row["device"], row["healthy"], row["state"], row["here"]) == (str(device), True, "Free", False)
+        node.pod(POD.name)
+        answer = await node.kubelet.admit(POD, {"usbip.dev/stick": 1})
+        (allocation,) = answer.values()
+        assert [spec.host_path for spec in allocation.devices] == ["/dev/bus/usb/003/002"]
+        # which is known to be the device's after the answer only
+        await node.until_asked(lambda _api: "usbip.dev/pod" in node.leases.leases[device.id].annotations)
+        lock = node.leases.leases[device.id]
+        assert (lock.holder, lock.annotations["usbip.dev/pod"]) == ("node-a", "default/reader/uid-of-reader")
+        await node.until_asked(lambda api: "create events" in api.rights())
+        (event,) = [asked.body for asked in node.api.asked if asked.right == "create events"]
+        assert (event["reason"], event["regarding"]["name"]) == ("DeviceAttached", "reader")
+        await node.until_asked(lambda api: "patch nodes/status" in api.rights())
+        patches = [asked for asked in node.api.asked if asked.right == "patch nodes/status"]
+        assert patches[-1].name == "node-a"
+        assert patches[-1].body == {"status": {"allocatable": {"usbip.dev/stick": "1"}}}
+        status = await node.get_json("/api/status")
+        (row,) = status["devices"]
+        assert [row[name] for name in ("holder", "pod", "state", "here", "port", "server", "selector", "usb_id")] == [
+            *("node-a", "default/reader", "Attached", True, 0, str(device.server), "vendor 0951", "0951:1666"),
+        ]
+        (server,) = status["servers"]
+        assert (server["server"], server["reachable"], server["error"]) == (str(device.server), True, None)
+        (registration,) = status["registrations"]
+        assert (registration["resource"], registration["registered"]) == ("usbip.dev/stick", True)
+        locks = status["locks"]
+        assert (locks["read"], locks["reachable"], locks["held"], locks["known"]) == (True, True, 1, 1)
+        assert locks["heartbeat"] >= 0
+        assert (status["node"], status["not_ready"], status["not_alive"]) == ("node-a", [], [])
+        assert str(device) in (await node.get("/"))[1]
+        (trace,) = [one for one in await node.get_json("/api/traces") if one["name"] == "Allocate"]
+        assert (await node.get(f"/api/traces/{trace['trace_id']}"))[0] == 200
+        assert 'usbip_device_plugin_available_devices{resource="usbip.dev/stick"}' in (await node.get("/metrics"))[1]
+
+    async def next_one(node: Node) -> None:
+        assert node.leases.leases[device.id].holder == "node-a"
+        await node.log.until("registered with the kubelet", 2)
+        (row,) = await node.get_json("/api/devices")
+        assert (row["state"], row["here"], row["port"], row["pod"]) == ("Attached", True, 0, "default/reader")
+        assert (node.server.table.granted, node.server.importers("1-1")) == (1, 1), "it was not imported anew"
+        node.pod(POD.name, "Succeeded")
+        node.kubelet.end(POD)
+        await node.log.until("released")
+        assert node.leases.leases[device.id].holder == ""
+
+    status, log = run(monkeypatch, places, first, next_one)
+    assert status == 0
+    assert len(log.having("stopping; attachments and locks stay for the next process")) == 2
+    assert not list(places.plugins.glob("usbip-*.sock")), "its sockets are gone"
+
+
+def test_a_file_that_is_edited_is_followed_and_what_is_read_at_start_only_is_said(
+    monkeypatch: pytest.MonkeyPatch, places: Places
+) -> None:
+    async def story(node: Node) -> None:
+        await offered(node)
+        places.config.write_text("resources: [")
+        await node.log.until("configuration not usable, the last good one stays")
+        config = (await node.get_json("/api/status"))["config"]
+        assert (config["path"], config["resources"]) == (str(places.config), 1)
+        assert config["problems"][0].startswith(f"{places.config}:2: not valid YAML")
+        assert config["failed"] is not None
+        assert "usbip_device_plugin_config_reload_failed 1.0" in (await node.get("/metrics"))[1]
+        assert node.kubelet.health("usbip.dev/stick") == {places.device.id: True}
+        assert "config.yaml:2: not valid YAML" in (await node.get("/"))[1]
+
+        places.configure("dongle", selector="")
+        places.config.write_text(places.config.read_text() + "lock: {duration: 50s}\n")
+        warning = await node.log.until("read at start only: restart the plugin")
+        assert vars(warning).items() >= {"setting": "lock.duration", "in_force": 40.0, "in_file": 50.0}.items()
+        problem = vars(await node.log.until("configuration warning"))["problem"]
+        assert "the resource takes every device of this server" in problem
+        reloaded = await node.log.until("configuration reloaded")
+        assert vars(reloaded)["resources"] == ["dongle"]
+        await node.until("dongle", {places.device.id: True})
+        config = (await node.get_json("/api/status"))["config"]
+        assert (config["problems"], config["failed"], config["warnings"]) == ([], None, [problem])
+        assert "usbip_device_plugin_config_reload_failed 0.0" in (await node.get("/metrics"))[1]
+        async with asyncio.timeout(LIMIT_S):
+            await node.kubelet.changed.until(lambda: not node.kubelet.connected("usbip.dev/stick"))
+
+    status, log = run(monkeypatch, places, story)
+    assert (status, len(log.having("configuration warning"))) == (0, 1)
+
+
+def test_a_plugin_that_cannot_read_the_locks_lives_and_is_not_ready(
+    monkeypatch: pytest.MonkeyPatch, places: Places
+) -> None:
+    def before(node: Node) -> None:
+        node.api.refused["list leases"] = 403
+
+    async def story(node: Node) -> None:
+        await node.until_asked(lambda api: [asked.right for asked in api.asked].count("list leases") >= 2)
+        assert (await node.get("/healthz")) == (200, "ok\n")
+        status, text = await node.get("/readyz")
+        assert (status, text.count("\n")) == (503, 1)
+        assert text.startswith("locks not read: API server: list leases.coordination.k8s.io: forbidden")
+        found = await node.get_json("/api/status")
+        assert (found["not_ready"], found["not_alive"]) == ([text.strip()], [])
+        assert (found["locks"]["read"], found["locks"]["reachable"]) == (False, False)
+        del node.api.refused["list leases"]
+        await node.until_asked(lambda api: "watch leases" in api.rights())
+        await offered(node)
+        assert (await node.get("/readyz")) == (200, "ok\n")
+
+    assert run(monkeypatch, places, story, before=before)[0] == 0
+
+
+def test_a_plugin_whose_kubelet_is_away_is_not_ready_until_it_is_back(
+    monkeypatch: pytest.MonkeyPatch, places: Places
+) -> None:
+    async def story(node: Node) -> None:
+        await offered(node)
+        await node.kubelet.stop()
+        again = await node.log.until("registering again")
+        assert vars(again)["cause"] == "the kubelet closed the ListAndWatch stream"
+        status, text = await node.get("/readyz")
+        assert (status, text.startswith("usbip.dev/stick: not registered: ")) == (503, True)
+        (row,) = (await node.get_json("/api/status"))["registrations"]
+        assert (row["resource"], row["registered"], row["registrations"]) == ("usbip.dev/stick", False, 1)
+        await node.kubelet.start()
+        await node.log.until("registered with the kubelet", 2)
+        assert (await node.get("/readyz")) == (200, "ok\n")
+
+    assert run(monkeypatch, places, story)[0] == 0
+
+
+def test_cdi_specs_go_where_the_flag_says_and_go_with_the_pod(monkeypatch: pytest.MonkeyPatch, places: Places) -> None:
+    places.configure(fields=", cdi: true")
+
+    async def story(node: Node) -> None:
+        await offered(node)
+        node.pod(POD.name)
+        answer = await node.kubelet.admit(POD, {"usbip.dev/stick": 1})
+        (allocation,) = answer.values()
+        (path,) = places.cdi.iterdir()
+        spec = json.loads(path.read_text())
+        assert (spec["kind"], allocation.devices) == ("usbip.dev/stick", ())
+        assert allocation.cdi_devices == tuple(f"usbip.dev/stick={device['name']}" for device in spec["devices"])
+        (nodes,) = (device["containerEdits"]["deviceNodes"] for device in spec["devices"])
+        assert [one["path"] for one in nodes] == ["/dev/bus/usb/003/002"]
+        await node.until_asked(lambda _api: "usbip.dev/pod" in node.leases.leases[places.device.id].annotations)
+        node.pod(POD.name, "Succeeded")
+        node.kubelet.end(POD)
+        await node.log.until("released")
+        assert list(places.cdi.iterdir()) == []
+
+    assert run(monkeypatch, places, story)[0] == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_without_an_address_there_is_no_page_and_either_signal_ends_it(
+    monkeypatch: pytest.MonkeyPatch, places: Places, capsys: pytest.CaptureFixture[str], number: signal.Signals
+) -> None:
+    def no_server(*_arguments: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(process, "HttpServer", no_server)
+    flags = ("--listen", "", "--log-format", "text", "--log-level", "info")
+    status, _log = run(monkeypatch, places, offered, flags=flags, number=number)
+    out, err = capsys.readouterr()
+    assert (status, err) == (0, "")
+    assert "warn  development only: a simulated kernel, no USB device is attached socket=" in out
+    assert "info  registered with the kubelet resource=usbip.dev/stick" in out
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_what_a_start_needed_is_let_go_when_it_is_over(
+    monkeypatch: pytest.MonkeyPatch, places: Places, works: bool
+) -> None:
+    settled: list[bool] = []
+
+    def settle() -> None:
+        settled.append(True)
+        if not works:
+            raise OSError(1, "not this kernel")
+
+    monkeypatch.setattr(process, "START_OVER_S", 0.0)
+    monkeypatch.setattr(process, "settle", settle)
+    status, log = run(monkeypatch, places, offered, flags=("--log-level", "debug"))
+    assert (status, settled) == (0, [True])
+    assert len(log.having("the code of the start stays in memory")) == (not works)
+
+
+def test_no_way_to_the_api_server_is_said_and_is_1(places: Places, capsys: pytest.CaptureFixture[str]) -> None:
+    places.configure(selector="")
+    assert main(["run", *places.flags(), "--kubeconfig", str(places.home / "absent")]) == 1
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["level"], line["msg"]) for line in found] == [
+        ("warn", "configuration warning"),
+        ("error", "cannot run"),
+    ]
+    assert "absent" in found[1]["cause"]
+
+
+def test_an_address_that_is_taken_is_said_and_is_1(
+    monkeypatch: pytest.MonkeyPatch, places: Places, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def story(_node: Node) -> None:
+        await asyncio.Event().wait()
+
+    with socket.create_server(("127.0.0.1", places.page)):
+        assert run(monkeypatch, places, story)[0] == 1
+    (line,) = [line for line in map(json.loads, capsys.readouterr().out.splitlines()) if line["msg"] == "cannot run"]
+    assert "address already in use" in line["cause"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "text", "problem"),
+    [
+        (("--node-name", ""), "resources: {}\n", "--node-name: give the node's name, or set NODE_NAME"),
+        ((), "resources: [\n", "config.yaml:2: not valid YAML"),
+        (("--config", "/nonexistent/config.yaml"), "", "/nonexistent/config.yaml: cannot be read: No such file"),
+    ],
+)
+def test_what_is_missing_or_wrong_at_the_start_is_2(
+    places: Places, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], text: str, problem: str
+) -> None:
+    places.config.write_text(text)
+    assert main(["run", *places.flags(), *flags]) == Exit.USAGE
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert problem in err
