@@ -9,8 +9,9 @@ import gc
 import logging
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Self
 
 import pytest
@@ -21,6 +22,19 @@ from usbip_plugin.observe.logs import PACKAGE
 
 LIMIT_S = 60.0
 """Real seconds after which what must happen counts as missing."""
+
+
+def has_ipv6() -> bool:
+    """Whether this machine's loopback has ::1, as the kernel lists it; nothing is tried, so nothing is passed over."""
+    try:
+        addresses = Path("/proc/net/if_inet6").read_text(encoding="ascii").split()
+    except FileNotFoundError:  # a kernel without IPv6
+        return False
+    return f"{1:032x}" in addresses
+
+
+NEEDS_IPV6 = pytest.mark.skipif(not has_ipv6(), reason="this machine has no ::1")
+LOOPBACKS = ("127.0.0.1", pytest.param("::1", marks=NEEDS_IPV6))
 
 
 @contextlib.contextmanager
@@ -98,3 +112,32 @@ def end_process(number: signal.Signals = signal.SIGTERM) -> None:
     """A signal to this process, where a command listens for it; elsewhere it would be the end of the tests."""
     assert signal.getsignal(number) not in (signal.SIG_DFL, signal.default_int_handler)
     os.kill(os.getpid(), number)
+
+
+def simulate(story: Callable[[logging.LogRecord], Awaitable[None]], message: str, *arguments: str) -> int:
+    """Runs `usbip-plugin simulate` to its end, which is SIGTERM after the story; its exit status.
+
+    The story takes place in the command's own event loop. It begins when the message is logged, with its record.
+    """
+    failures: list[Exception] = []
+
+    class Begin(Log):
+        def emit(self, record: logging.LogRecord) -> None:
+            super().emit(record)
+            if record.getMessage() == message:
+                self.task = asyncio.get_running_loop().create_task(told(record))
+
+    async def told(record: logging.LogRecord) -> None:
+        try:
+            async with asyncio.timeout(LIMIT_S):
+                await story(record)
+        except Exception as error:  # noqa: BLE001 - it is raised where the test is
+            failures.append(error)
+        finally:
+            end_process()
+
+    with Begin():
+        status = main(["simulate", *arguments])
+    for failure in failures:
+        raise failure
+    return status

@@ -61,8 +61,8 @@ class Places:
 
     def configure(self, resource: str = "stick", *, fields: str = "", selector: str = 'vendor: "0951"') -> None:
         """A configuration of one resource, which takes the device by the selector. fields: more of the resource's."""
-        host = f'"[{self.server.host}]"' if ":" in self.server.host else self.server.host
-        devices = f"[{{target: {{host: {host}, port: {self.server.port}}}, selector: {{{selector}}}}}]"
+        target = f'{{host: "{self.server.host}", port: {self.server.port}}}'
+        devices = f"[{{target: {target}, selector: {{{selector}}}}}]"
         self.config.write_text(f"resources:\n  {resource}: {{devices: {devices}{fields}}}\n")
 
     def flags(self) -> list[str]:

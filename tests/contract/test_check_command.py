@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
-from command_rig import Log, Terminal, undone
+from command_rig import LOOPBACKS, Log, Terminal, undone
 from fake_api import NAMESPACE
 from node_rig import Node, Places, node
 
@@ -16,9 +16,11 @@ from usbip_plugin.model import ServerKey
 
 
 @pytest.fixture
-async def here(unused_tcp_port: int) -> AsyncIterator[Node]:
+async def here(unused_tcp_port: int, request: pytest.FixtureRequest) -> AsyncIterator[Node]:
+    """The parameter is the host of the USB/IP server."""
+    server = ServerKey(getattr(request, "param", "127.0.0.1"), unused_tcp_port)
     with tempfile.TemporaryDirectory(prefix="usbip-") as home, Log() as log:
-        places = Places(Path(home), ServerKey("127.0.0.1", unused_tcp_port), 0)
+        places = Places(Path(home), server, 0)
         places.configure(fields=", cdi: true, onLoss: evict")
         places.cdi.mkdir()
         async with node(places, log) as made:
@@ -32,6 +34,7 @@ def terminal(here: Node, capsys: pytest.CaptureFixture[str]) -> Iterator[Termina
         yield Terminal(capsys, here.places.flags())
 
 
+@pytest.mark.parametrize("here", LOOPBACKS, indirect=True)
 async def test_a_node_that_is_able_has_nine_good_findings_and_nothing_is_written(
     here: Node, terminal: Terminal
 ) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from command_rig import LIMIT_S, Terminal, undone
+from command_rig import LIMIT_S, LOOPBACKS, Terminal, undone
 from fake_api import NAMESPACE, FakeApi, serving
 
 from usbip_plugin.cli import kubectl, main
@@ -71,7 +71,7 @@ class Cluster:
 
     @property
     def config(self) -> str:
-        target = f"{{host: {self.server.key.host}, port: {self.server.key.port}}}"
+        target = f'{{host: "{self.server.key.host}", port: {self.server.key.port}}}'
         return f'resources: {{stick: [{{target: {target}, selector: {{vendor: "0951"}}}}]}}\n'
 
     def lock(self, key: DeviceKey, holder: str = "", **notes: str) -> Lease:
@@ -90,10 +90,12 @@ class Cluster:
 
 
 @pytest.fixture
-async def cluster(tmp_path: Path) -> AsyncIterator[Cluster]:
+async def cluster(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Cluster]:
+    """The parameter is the host of the USB/IP server."""
+    host = getattr(request, "param", "127.0.0.1")
     clock = SystemClock()
     async with serving() as api:
-        server = VirtualServer([VirtualDevice(busid, STICK, configured=True) for busid in ("1-1", "1-2")])
+        server = VirtualServer([VirtualDevice(busid, STICK, configured=True) for busid in ("1-1", "1-2")], host)
         await server.start()
         kubeconfig = tmp_path / "kubeconfig"
         kubeconfig.write_text(api.kubeconfig())
@@ -113,6 +115,7 @@ def terminal(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> Terminal:
     return Terminal(capsys, ["--kubeconfig", str(cluster.kubeconfig)])
 
 
+@pytest.mark.parametrize("cluster", LOOPBACKS, indirect=True)
 async def test_devices_are_listed_in_each_form(cluster: Cluster, terminal: Terminal) -> None:
     cluster.leases.create(cluster.lock(cluster.free))
     ran = await terminal.run("devices", "-o", "json")
@@ -148,6 +151,7 @@ async def test_the_namespace_is_that_of_the_flag_then_the_variable_then_the_pod(
     assert await asked("--namespace", "of-the-flag") == "of-the-flag"
 
 
+@pytest.mark.parametrize("cluster", LOOPBACKS, indirect=True)
 async def test_explain_says_of_a_free_device_that_it_is_free_and_of_one_in_use_who_has_it(
     cluster: Cluster, terminal: Terminal, tmp_path: Path
 ) -> None:
@@ -192,6 +196,13 @@ async def test_explain_asks_for_the_pod_and_for_the_plugin_on_its_node(cluster: 
     assert "The plugin on node" not in (await terminal.run("explain", cluster.held.id)).out
     plugin["spec"] = {"nodeName": "node-b"}
     assert "The plugin on node node-a: there is none." in (await terminal.run("explain", cluster.held.id)).out
+
+
+async def test_a_device_that_nobody_knows_is_asked_for_at_its_server(cluster: Cluster, terminal: Terminal) -> None:
+    ran = await terminal.run("explain", f"{cluster.server.key}/9-9")
+    assert (ran.status, ran.err) == (Exit.PROBLEM, "")
+    assert "It has no lock: nobody has ever used it." in ran.out
+    assert f"Server {cluster.server.key} answers and does not list 9-9" in ran.out
 
 
 async def test_what_may_not_be_asked_is_left_out_of_an_explanation(cluster: Cluster, terminal: Terminal) -> None:

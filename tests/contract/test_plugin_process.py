@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from command_rig import LIMIT_S, undone
+from command_rig import LIMIT_S, LOOPBACKS, undone
 from node_rig import Node, Places, run
 
 from usbip_plugin import process
@@ -29,9 +29,11 @@ def unchanged() -> Iterator[None]:
 
 
 @pytest.fixture
-def places(unused_tcp_port_factory: Callable[[], int]) -> Iterator[Places]:
+def places(unused_tcp_port_factory: Callable[[], int], request: pytest.FixtureRequest) -> Iterator[Places]:
+    """The parameter is the host of the USB/IP server."""
+    server = ServerKey(getattr(request, "param", "127.0.0.1"), unused_tcp_port_factory())
     with tempfile.TemporaryDirectory(prefix="usbip-") as home:
-        made = Places(Path(home), ServerKey("127.0.0.1", unused_tcp_port_factory()), unused_tcp_port_factory())
+        made = Places(Path(home), server, unused_tcp_port_factory())
         made.configure()
         yield made
 
@@ -41,6 +43,7 @@ async def offered(node: Node) -> None:
     await node.log.until("registered with the kubelet")
 
 
+@pytest.mark.parametrize("places", LOOPBACKS, indirect=True)
 def test_a_process_registers_hands_out_a_device_and_leaves_it_attached_for_the_next(
     monkeypatch: pytest.MonkeyPatch, places: Places
 ) -> None:
@@ -59,6 +62,9 @@ def test_a_process_registers_hands_out_a_device_and_leaves_it_attached_for_the_n
         await node.until_asked(lambda _api: "usbip.dev/pod" in node.leases.leases[device.id].annotations)
         lock = node.leases.leases[device.id]
         assert (lock.holder, lock.annotations["usbip.dev/pod"]) == ("node-a", "default/reader/uid-of-reader")
+        host, port = device.server.host, device.server.port
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        assert (lock.annotations["usbip.dev/server"], lock.annotations["usbip.dev/busid"]) == (address, "1-1")
         await node.until_asked(lambda api: "create events" in api.rights())
         (event,) = [asked.body for asked in node.api.asked if asked.right == "create events"]
         assert (event["reason"], event["regarding"]["name"]) == ("DeviceAttached", "reader")
@@ -69,17 +75,17 @@ def test_a_process_registers_hands_out_a_device_and_leaves_it_attached_for_the_n
         status = await node.get_json("/api/status")
         (row,) = status["devices"]
         assert [row[name] for name in ("holder", "pod", "state", "here", "port", "server", "selector", "usb_id")] == [
-            *("node-a", "default/reader", "Attached", True, 0, str(device.server), "vendor 0951", "0951:1666"),
+            *("node-a", "default/reader", "Attached", True, 0, address, "vendor 0951", "0951:1666"),
         ]
         (server,) = status["servers"]
-        assert (server["server"], server["reachable"], server["error"]) == (str(device.server), True, None)
+        assert (server["server"], server["reachable"], server["error"]) == (address, True, None)
         (registration,) = status["registrations"]
         assert (registration["resource"], registration["registered"]) == ("usbip.dev/stick", True)
         locks = status["locks"]
         assert (locks["read"], locks["reachable"], locks["held"], locks["known"]) == (True, True, 1, 1)
         assert locks["heartbeat"] >= 0
         assert (status["node"], status["not_ready"], status["not_alive"]) == ("node-a", [], [])
-        assert str(device) in (await node.get("/"))[1]
+        assert f"{address}/1-1" in (await node.get("/"))[1]
         (trace,) = [one for one in await node.get_json("/api/traces") if one["name"] == "Allocate"]
         assert (await node.get(f"/api/traces/{trace['trace_id']}"))[0] == 200
         assert 'usbip_device_plugin_available_devices{resource="usbip.dev/stick"}' in (await node.get("/metrics"))[1]

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
+from command_rig import NEEDS_IPV6
 from usbip_suite import STICK, TWIN, SteppedClock, UsbipClientContract
 
 from usbip_plugin.clock import SystemClock
@@ -32,6 +33,16 @@ class TestTcp(UsbipClientContract):
         yield make
         for client in clients:
             client.close()
+
+
+@NEEDS_IPV6
+class TestTcpOverIPv6(TestTcp):
+    @pytest.fixture
+    async def server(self, clock: SteppedClock) -> AsyncIterator[VirtualServer]:
+        server = VirtualServer([STICK, TWIN], "::1", clock=clock)
+        await server.start()
+        yield server
+        await server.stop()
 
 
 class TestSimulatedNetwork(UsbipClientContract):

@@ -1,0 +1,45 @@
+"""What is noted of a device that is imported from a server at ::1, by SysfsVhci on a fake sysfs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from pathlib import Path
+
+from command_rig import LIMIT_S, NEEDS_IPV6
+from vhci_contract import state
+from vhci_rigs import FakeSysfsRig
+
+from usbip_plugin.clock import SystemClock
+from usbip_plugin.model import DeviceKey, UsbId
+from usbip_plugin.sim.server import VirtualServer
+from usbip_plugin.sim.usbdevice import VirtualDevice
+from usbip_plugin.usbip.client import TcpUsbipClient
+
+
+@NEEDS_IPV6
+async def test_the_record_of_a_port_names_an_ipv6_server_as_the_usbip_tool_does_and_is_understood(
+    tmp_path: Path,
+) -> None:
+    server = VirtualServer([VirtualDevice("1-1", UsbId(0x0951, 0x1666), configured=True)], "::1")
+    await server.start()
+    key = DeviceKey(server.key, "1-1")
+    assert str(key) == f"[::1]:{server.key.port}/1-1"
+    async with asyncio.TaskGroup() as group, contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(server.stop)
+        rig = FakeSysfsRig(tmp_path, group)
+        stack.callback(rig.close)
+        client = stack.enter_context(contextlib.closing(TcpUsbipClient(SystemClock())))
+        imported = await client.import_device(key, timeout=LIMIT_S)
+        rig.sysfs.devices[imported.descriptor.devid] = imported.descriptor
+        driver = rig.plugin()
+        with contextlib.closing(imported):
+            port = await driver.attach(key, imported.descriptor, imported.sock.fileno())
+        attachment = await driver.enumerate(key, imported.descriptor, port, children=(), timeout=LIMIT_S)
+        text = (rig.records / f"port{port}").read_text()
+        assert text.splitlines()[0] == f"::1 {server.key.port} 1-1"
+        successor = rig.plugin()
+        assert (await state(successor, port)).record == key
+        assert await successor.inspect(key, port) == attachment
+        await successor.detach(port, timeout=LIMIT_S)
+        assert not list(rig.records.iterdir())

@@ -1,0 +1,119 @@
+"""`usbip-plugin simulate` in this process: what its flags do, and that it ends at SIGTERM."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import random
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from command_rig import LIMIT_S, LOOPBACKS, simulate, undone
+
+from usbip_plugin.cli import main
+from usbip_plugin.cli.exits import Exit
+from usbip_plugin.clock import SystemClock
+from usbip_plugin.model import ServerKey
+from usbip_plugin.sim.commands import JOURNAL
+from usbip_plugin.sim.remote_kernel import RemoteVhci
+from usbip_plugin.usbip.client import TcpUsbipClient
+
+PORTS = 16
+
+
+@pytest.fixture(autouse=True)
+def unchanged() -> Iterator[None]:
+    with undone():
+        yield
+
+
+@pytest.fixture
+def home() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="usbip-") as name:
+        yield Path(name)
+
+
+@pytest.mark.parametrize(("flags", "controllers"), [((), 1), (("--controllers", "3"), 3)])
+def test_a_kernel_has_as_many_controllers_as_it_is_told(
+    home: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], controllers: int
+) -> None:
+    path = home / "made" / "kernel.sock"
+
+    async def story(record: logging.LogRecord) -> None:
+        assert vars(record)["ports"] == PORTS * controllers
+        with contextlib.closing(RemoteVhci(path, SystemClock(), random.Random(1))) as driver:
+            ports = await driver.ports()
+        assert [port.number for port in ports] == list(range(PORTS * controllers))
+        assert sum(port.hub == "ss" for port in ports) == PORTS * controllers // 2
+
+    assert simulate(story, "simulated kernel", "kernel", "--socket", str(path), *flags) == 0
+    assert not path.exists()
+    assert [json.loads(line)["msg"] for line in capsys.readouterr().out.splitlines()] == ["simulated kernel", "ended"]
+
+
+@pytest.mark.parametrize("number", ["0", "16", "-1", "1.5", "²", "many"])
+def test_a_number_of_controllers_that_no_kernel_has_is_refused(
+    home: Path, capsys: pytest.CaptureFixture[str], number: str
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["simulate", "kernel", "--socket", str(home / "kernel.sock"), "--controllers", number])
+    assert caught.value.code == Exit.USAGE
+    assert "must be a number from 1 to 15" in capsys.readouterr().err
+
+
+def test_a_kernel_looks_after_the_device_nodes_of_its_predecessor_and_after_nothing_else(home: Path) -> None:
+    """Where the journal is, and which directory stands for /dev. To make nodes needs CAP_MKNOD; this does not."""
+    devices, journal = home / "dev", home / JOURNAL
+    other = devices / "bus/usb/003/002"
+    other.parent.mkdir(parents=True)
+    other.write_text("somebody else's by now")
+    journal.write_text("/dev/bus/usb/003/002\n")
+
+    async def story(_record: logging.LogRecord) -> None:
+        assert journal.read_text() == ""
+
+    flags = ("--socket", str(home / "kernel.sock"), "--device-directory", str(devices))
+    assert simulate(story, "simulated kernel", "kernel", *flags) == 0
+    assert other.exists()
+
+
+def test_a_socket_that_another_kernel_listens_on_is_said_and_is_1(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = home / "kernel.sock"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as other:
+        other.bind(str(path))
+        other.listen()
+        assert main(["simulate", "kernel", "--socket", str(path)]) == 1
+        assert path.exists()
+    (line,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (line["level"], line["msg"]) == ("error", "cannot run")
+    assert f"another simulated kernel listens on {path}" in line["cause"]
+
+
+@pytest.mark.parametrize("host", LOOPBACKS)
+def test_a_server_has_the_devices_of_its_flags_and_of_its_file(home: Path, host: str) -> None:
+    file = home / "devices"
+    file.write_text("2-1=0403:6001\n")
+    address = f"[{host}]" if ":" in host else host
+
+    async def story(record: logging.LogRecord) -> None:
+        key, port = vars(record)["address"].rsplit(":", 1)
+        assert (key, vars(record)["devices"]) == (address, ["1-1", "1-2", "2-1"])
+        with contextlib.closing(TcpUsbipClient(SystemClock())) as client:
+            listed = await client.devlist(ServerKey(host, int(port)), timeout=LIMIT_S)
+        assert [(one.busid, str(one.usb_id)) for one in listed] == [
+            *(("1-1", "0951:1666"), ("1-2", "0951:1667"), ("2-1", "0403:6001")),
+        ]
+
+    devices = ("--device", "1-1=0951:1666,serial=A1", "--device", "1-2=0951:1667", "--devices-file", str(file))
+    assert simulate(story, "serving", "server", "--listen", f"{address}:0", *devices) == 0
+
+
+def test_devices_that_make_no_sense_are_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["simulate", "server", "--device", "1-1"]) == Exit.USAGE
+    assert "--device 1-1: must be BUSID=VVVV:PPPP" in capsys.readouterr().err
