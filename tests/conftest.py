@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import Phase, settings
@@ -64,3 +65,10 @@ def needs() -> Callable[[bool, str], None]:
             pytest.skip(f"needs {what}")
 
     return check
+
+
+@pytest.fixture(scope="session")
+def ipv6(needs: Callable[[bool, str], None]) -> None:
+    """Needs ::1 on this machine's loopback, as the kernel lists it."""
+    listed = Path("/proc/net/if_inet6")
+    needs(listed.exists() and f"{1:032x}" in listed.read_text(encoding="ascii").split(), "::1")

@@ -11,7 +11,6 @@ import os
 import signal
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Self
 
 import pytest
@@ -24,16 +23,7 @@ LIMIT_S = 60.0
 """Real seconds after which what must happen counts as missing."""
 
 
-def has_ipv6() -> bool:
-    """Whether this machine's loopback has ::1, as the kernel lists it; nothing is tried, so nothing is passed over."""
-    try:
-        addresses = Path("/proc/net/if_inet6").read_text(encoding="ascii").split()
-    except FileNotFoundError:  # a kernel without IPv6
-        return False
-    return f"{1:032x}" in addresses
-
-
-NEEDS_IPV6 = pytest.mark.skipif(not has_ipv6(), reason="this machine has no ::1")
+NEEDS_IPV6 = pytest.mark.usefixtures("ipv6")
 LOOPBACKS = ("127.0.0.1", pytest.param("::1", marks=NEEDS_IPV6))
 
 
