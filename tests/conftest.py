@@ -57,18 +57,18 @@ def needs() -> Callable[[bool, str], None]:
 
     Without it the test is skipped. Where the environment variable CI is true, it fails: there nobody reads of skips.
     """
-
-    def check(present: bool, what: str) -> None:
-        if not present and os.environ.get("CI") == "true":
-            pytest.fail(f"needs {what}; with CI=true this is a failure")
-        if not present:
-            pytest.skip(f"needs {what}")
-
-    return check
+    return check_needs
 
 
-@pytest.fixture(scope="session")
-def ipv6(needs: Callable[[bool, str], None]) -> None:
-    """Needs ::1 on this machine's loopback, as the kernel lists it."""
-    listed = Path("/proc/net/if_inet6")
-    needs(listed.exists() and f"{1:032x}" in listed.read_text(encoding="ascii").split(), "::1")
+def check_needs(present: bool, what: str) -> None:
+    if not present and os.environ.get("CI") == "true":
+        pytest.fail(f"needs {what}; with CI=true this is a failure")
+    if not present:
+        pytest.skip(f"needs {what}")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("ipv6"):
+        addresses = Path("/proc/net/if_inet6")
+        # as the kernel lists it
+        check_needs(addresses.exists() and f"{1:032x}" in addresses.read_text(encoding="ascii"), "::1")

@@ -23,7 +23,7 @@ LIMIT_S = 60.0
 """Real seconds after which what must happen counts as missing."""
 
 
-NEEDS_IPV6 = pytest.mark.usefixtures("ipv6")
+NEEDS_IPV6 = pytest.mark.ipv6
 LOOPBACKS = ("127.0.0.1", pytest.param("::1", marks=NEEDS_IPV6))
 
 
