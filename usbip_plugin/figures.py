@@ -256,6 +256,7 @@ class Figures:
             lock_duration=agent.locks.settings.duration,
             session_age=self._clock.monotonic() - beat if held and beat is not None else None,
             api_reachable=agent.locks.api.reachable,
+            pod_resources_polls=agent.usage.polls,
             events_dropped=losses.events_dropped(),
             trace_export_failures=losses.trace_export_failures(),
             trace_spans_dropped=losses.trace_spans_dropped(),

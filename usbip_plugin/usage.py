@@ -53,6 +53,8 @@ class UsageWatcher:
         self._wake = asyncio.Event()
         self._hinted_until = 0.0
         self._complained = False
+        self.polls = 0
+        """Lists of the kubelet that claims were compared with."""
         self._begun = False
         """All locks and a list of all pods have been seen: what an earlier process left is known."""
 
@@ -144,6 +146,7 @@ class UsageWatcher:
                     await self._adopt(users)
                 if users is not None:
                     self._attacher.usage(users, listed_at, self._unlisted(users))
+                    self.polls += 1
                 closely = self._closely()
                 with contextlib.suppress(TimeoutError):
                     async with self._clock.timeout(HINTED_INTERVAL if closely else POLL_INTERVAL):

@@ -259,6 +259,29 @@ async def test_registrations_are_counted_and_a_node_is_ready_with_them() -> None
         assert m.value(A, "restarts_total", resource=STICK) == 1
 
 
+@stepped
+async def test_lists_of_the_kubelet_are_counted_while_a_device_is_claimed_and_only_those_it_answered() -> None:
+    async with measured_stick() as (c, m, _lab, device):
+
+        def polls() -> float:
+            value = m.value(A, "pod_resources_polls_total")
+            assert value is not None
+            return value
+
+        before = polls()
+        await asyncio.sleep(60)
+        assert polls() == before, "nothing is claimed"
+        node = await admitted(c, device)
+        await asyncio.sleep(10)
+        claimed = polls()
+        assert claimed > before
+        node.kubelet_restart(down=True)
+        await asyncio.sleep(10)
+        assert polls() == claimed, "the kubelet does not answer"
+        node.kubelet_restart(down=False)
+        assert await c.settle(lambda: polls() > claimed, 15)
+
+
 async def live(c: Cluster, m: Measured, lab: VirtualServer) -> None:
     """Enough of a life for every metric to have its labels; node-a holds a device in the end."""
     device, other = key(lab, "1-1"), key(lab, "1-2")

@@ -37,6 +37,7 @@ class Reading:
     lock_duration: float = 0.0
     session_age: float | None = None
     api_reachable: bool = False
+    pod_resources_polls: int = 0
     events_dropped: int = 0
     trace_export_failures: int = 0
     trace_spans_dropped: int = 0
@@ -78,6 +79,9 @@ class NodeCollector(Collector):
             {} if now.session_age is None else {(): now.session_age},
         )
         yield _one("api_reachable", "1 if the API server answers and the locks are watched.", now.api_reachable)
+        yield _count(
+            "pod_resources_polls", "Lists of the kubelet that claims were compared with.", now.pod_resources_polls
+        )
         yield _count("events_dropped", "Kubernetes Events that were not recorded.", now.events_dropped)
         yield _count("trace_export_failures", "Batches of spans that no collector took.", now.trace_export_failures)
         yield _count("trace_spans_dropped", "Spans that were to be exported and are lost.", now.trace_spans_dropped)
