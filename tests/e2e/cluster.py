@@ -64,6 +64,12 @@ class ClusterView:
         except TimeoutError:
             raise Waited(f"{what}: not within {limit:g} s; there is {_short(collection, objects)}") from None
 
+    async def follow(self, collection: str, seen: Callable[[Mapping[str, Object]], None]) -> None:
+        """Calls seen with the objects by name, at first and at each change of one, until it is cancelled."""
+        while True:
+            with contextlib.suppress(KubeGone, KubeUnreachable):
+                await self._follow(collection, lambda _objects: None, {}, seen)
+
     async def _follow(
         self,
         collection: str,

@@ -16,7 +16,7 @@ from cluster import LIMIT_S, NAMESPACE, PLUGIN_NAMESPACE, ClusterView
 from figures import Figures
 from kubectl import Kubectl, KubectlFailed, render
 from nodes import KindNodes, LabNodes, Nodes
-from plugin_process import SERVER_PORT
+from plugin_process import SERVER, SERVER_PORT
 from workloads import pod_spec, usbip_server
 
 from usbip_plugin.kube import connect
@@ -24,9 +24,9 @@ from usbip_plugin.kube import connect
 ROOT = Path(__file__).parents[2]
 LOGS = Path(os.environ.get("E2E_LOGS", ROOT / "build" / "e2e-logs"))
 RESULTS = Path(os.environ.get("E2E_RESULTS", ROOT / "build" / "e2e.json"))
-SERVER = "usbip-e2e-server"
 DEVICES = ("1-1=0951:1666,serial=E2E1", *(f"1-{port}=1209:0001,serial=E2E{port}" for port in (2, 3, 4, 5, 6)))
-LOCK_DURATION = 21
+LOCK_DURATION = 40
+"""Seconds, as in production. Only the tests of a takeover and of an outage wait for it."""
 COUNTS = {"solo": 1, "pair": 2, "jobs": 2, "named": 1}
 CONFIG = """
 resources:

@@ -7,12 +7,19 @@ import time
 
 from cluster import LIMIT_S, NAMESPACE, ClusterView, Object, is_ready
 from kubectl import Kubectl, KubectlFailed
+from plugin_process import imports_at_server
 
 KUBELET_RETRY_S = 0.2
 
 
-def read_device(kubectl: Kubectl, name: str, resource: str = "SOLO", *, container: str = "main") -> None:
-    """Opens the device in the pod and reads from it, as soon as the node's kubelet answers. KubectlFailed."""
+def read_device(
+    kubectl: Kubectl, name: str, resource: str = "SOLO", *, container: str = "main", devices: int = 1
+) -> None:
+    """Opens the device in the pod and reads from it, as soon as the node's kubelet answers. KubectlFailed.
+
+    The simulated kernel's device nodes are copies of /dev/zero, and go on when their device is gone. So the server is
+    asked, too: from the pod's node so many devices, or more, are imported.
+    """
     script = f'test -c "$USBIP_{resource}_0_DEVICE" && head -c 4 "$USBIP_{resource}_0_DEVICE" | wc -c'
     deadline = time.monotonic() + LIMIT_S
     while True:
@@ -25,7 +32,10 @@ def read_device(kubectl: Kubectl, name: str, resource: str = "SOLO", *, containe
             time.sleep(KUBELET_RETRY_S)
         else:
             assert said.strip() == "4"
-            return
+            break
+    node = kubectl("get", "pod", "-n", NAMESPACE, name, "-o", "jsonpath={.status.hostIP}")
+    imported = imports_at_server(kubectl)
+    assert len(imported.get(node, ())) >= devices, f"{name} on {node} has no device: {imported}"
 
 
 def device_path(kubectl: Kubectl, name: str, resource: str) -> str:

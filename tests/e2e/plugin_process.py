@@ -5,25 +5,33 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import socket
 import urllib.request
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from cluster import PLUGIN_NAMESPACE
 from kubectl import Kubectl
 from nodes import PLUGIN, Nodes
 
 PORT = 13240
+SERVER = "usbip-e2e-server"
 SERVER_PORT = 3240
 ESTABLISHED = "01"
 POLL_S = 2.0
+LOOK_S = 0.5
 LIMIT_S = 30.0
 MIB = 2**20
 _TASKS = re.compile(r"^usbip_device_plugin_tasks (\S+)$", re.MULTILINE)
+_POLLS = re.compile(r"^usbip_device_plugin_pod_resources_polls_total (\S+)$", re.MULTILINE)
 _ATTACHED = re.compile(r"^usbip_device_plugin_attached_devices\{[^}]*\} (\S+)$", re.MULTILINE)
+# A poll of the server's list is a connection, too, for some milliseconds: it is in one of the tables only.
+_TWO_TABLES = "cat /proc/net/tcp; echo --; sleep 0.3; cat /proc/net/tcp"
 # cgroup v1 has the memory controller in a tree of its own, v2 all in one
 _LOOK = """
 set -e
-awk '$1 == "Threads:" {print "threads", $2} $1 == "VmRSS:" {print "rss", $2 * 1024}' "/proc/$1/status"
+awk '$1 == "Threads:" {print "threads", $2} $1 == "RssAnon:" {print "anon", $2 * 1024}' "/proc/$1/status"
 echo fds $(ls "/proc/$1/fd" | wc -l)
 group=$(sed -n 's/^[0-9]*:memory://p' "/proc/$1/cgroup")
 if [ -n "$group" ]; then
@@ -65,6 +73,21 @@ class Pages:
         """How many devices are attached, over all resources."""
         return int(sum(float(count) for count in _ATTACHED.findall(await self.get("/metrics"))))
 
+    async def polls(self) -> int:
+        """How often the plugin has compared what it has attached with what the kubelet lists."""
+        (count,) = _POLLS.findall(await self.get("/metrics"))
+        return int(float(count))
+
+    async def until_polls(self, count: int) -> None:
+        """Until the plugin has polled so often. TimeoutError after LIMIT_S without a poll."""
+        polls = -1
+        while polls < count:
+            async with asyncio.timeout(LIMIT_S):
+                before = polls
+                while polls == before:
+                    polls = await self.polls()
+                    await asyncio.sleep(LOOK_S)  # a page has no event
+
     async def tasks(self) -> int:
         (count,) = _TASKS.findall(await self.get("/metrics"))
         return int(float(count))
@@ -72,15 +95,16 @@ class Pages:
 
 @dataclass(frozen=True)
 class Usage:
-    """What a plugin has of the node. Memory in MiB: rss of the process; of its cgroup the working set, which is what
-    the kubelet goes by, the most there ever was, page cache included, and the limit.
+    """What a plugin has of the node. Memory in MiB: anon of the process is its own, without pages of files, which come
+    and go as the machine has room; of its cgroup the working set, which is what the kubelet goes by, the most there
+    ever was, page cache included, and the limit.
     """
 
     pid: int
     fds: int
     threads: int
     tasks: int
-    rss: float
+    anon: float
     working_set: float
     peak: float
     limit: float
@@ -107,7 +131,7 @@ async def usage(nodes: Nodes, node: str, pages: Pages) -> Usage:
         fds=found["fds"],
         threads=found["threads"],
         tasks=tasks,
-        rss=found["rss"] / MIB,
+        anon=found["anon"] / MIB,
         working_set=(found["current"] - found["inactive"]) / MIB,
         peak=found["peak"] / MIB,
         limit=found["limit"] / MIB,
@@ -127,3 +151,24 @@ async def imports(nodes: Nodes, node: str) -> frozenset[str]:
         looks.append({row[1] for row in rows if row[3] == ESTABLISHED and row[2].endswith(to_server)})
         await asyncio.sleep(pause)
     return frozenset(set.intersection(*looks))
+
+
+def imports_at_server(kubectl: Kubectl) -> Mapping[str, frozenset[str]]:
+    """The connections that stand at the USB/IP server, by the address of their node; each by the node's port.
+
+    The server's own node tells, through the API server. The import of a device is one connection, as long as it lasts.
+    """
+    said = kubectl("exec", "-n", PLUGIN_NAMESPACE, SERVER, "-c", "server", "--", "sh", "-c", _TWO_TABLES)
+    first, second = ({_client(row.split()) for row in table.splitlines()} for table in said.split("--\n"))
+    found: dict[str, set[str]] = {}
+    for address, port in (first & second) - {("", "")}:
+        found.setdefault(address, set()).add(port)
+    return {address: frozenset(ports) for address, ports in found.items()}
+
+
+def _client(row: list[str]) -> tuple[str, str]:
+    """Address and port of who is connected to the server, from a row of /proc/net/tcp; two empty ones if nobody."""
+    if len(row) < 4 or row[3] != ESTABLISHED or not row[1].endswith(f":{SERVER_PORT:04X}"):
+        return "", ""
+    address, _, port = row[2].partition(":")
+    return socket.inet_ntoa(bytes.fromhex(address)[::-1]), port

@@ -127,7 +127,7 @@ async def test_without_the_api_server_pods_go_on_nothing_new_is_given_and_all_is
         spec = pod_spec(image, resource, count, node=node.name)
         spec["containers"][0]["command"] = ["sh", "-c", READ_ON.format(name=resource.upper())]
         await cluster.create("pods", pod(name, spec))
-    before = [await identity(cluster, name, node.name) for node, name in ((a, "keeper"), (b, "other"))]
+    before = [await identity(cluster, kubectl, name, node.name) for node, name in ((a, "keeper"), (b, "other"))]
     plugins = [(await plugin_on(cluster, node.name))["metadata"]["uid"] for node in (a, b)]
     standing = [await node.imports() for node in (a, b)]
     assert [len(one) for one in standing] == [1, 2]
@@ -146,7 +146,7 @@ async def test_without_the_api_server_pods_go_on_nothing_new_is_given_and_all_is
     sessions = await _sessions_after(cluster, lab)
     assert sessions >= {place.a, place.b}
 
-    assert [await identity(cluster, name, node.name) for node, name in ((a, "keeper"), (b, "other"))] == before
+    assert [await identity(cluster, kubectl, name, node.name) for node, name in ((a, "keeper"), (b, "other"))] == before
     assert [(await plugin_on(cluster, node.name))["metadata"]["uid"] for node in (a, b)] == plugins
     for node, held in ((a, "solo"), (b, "pair")):
         await node.until_reasons(_others_held(held) | {"jobs": {Reason.FREE.value}})

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import pytest
 from cluster import DOMAIN, PLUGIN_NAMESPACE, ClusterView, Object
 from conftest import DEVICES, Place, Server
 from containers import device_path, end_container, read_device, restart_container, started_again
 from kubectl import Kubectl
 from plugin_pods import plugin_on, replace_plugin
+from plugin_process import imports_at_server
 from workloads import pod, pod_spec
 
 
@@ -34,6 +36,7 @@ async def allocations(cluster: ClusterView, kubectl: Kubectl, node: str) -> int:
     return sum('"allocated"' in line and f"{DOMAIN}/named" in line for line in log.splitlines())
 
 
+@pytest.mark.short
 async def test_a_container_started_again_has_the_nodes_of_the_reattached_device(
     cluster: ClusterView, kubectl: Kubectl, image: str, place: Place, server: Server
 ) -> None:
@@ -80,6 +83,7 @@ async def test_a_device_that_is_away_keeps_the_container_from_starting_and_is_na
     await cluster.running("named")
     server.set_devices(DEVICES[:-1])
     await cluster.allocatable(place.a, "named", 0)
+    assert imports_at_server(kubectl) == {}
     end_container(kubectl, "named")
 
     def waiting(one: Object) -> str | None:

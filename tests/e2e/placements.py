@@ -1,0 +1,162 @@
+"""Where pods were bound and how they ended, against what their nodes offered, in the order of the API server.
+
+Resource versions are compared as numbers, across pods and nodes. Clients must not do that: to them a version is opaque.
+In these tests it is sound. Every object is in one etcd, and its version is the revision of the write, which one counter
+numbers. Of two writes the one with the higher number came later, whatever a slow machine does to those who watch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+
+from cluster import DOMAIN, LIMIT_S, ClusterView, Object, Waited, failed
+
+ENDED = {"Succeeded", "Failed"}
+DENIED = "is held by"
+"""In the message of a pod whose Allocate failed since another node has the device."""
+
+
+@dataclass
+class Placement:
+    """One pod that asks for the resource. bound, ended: the resource versions of the writes that said so."""
+
+    name: str
+    wants: int
+    node: str = ""
+    bound: int | None = None
+    watched: bool = True
+    """Whether the binding itself was seen. Otherwise it is older than `bound`."""
+    ended: int | None = None
+    failure: str | None = None
+    """The message of a pod that failed."""
+
+
+class Placements:
+    """What has been written of a resource: its pods, and the counts that nodes offer."""
+
+    def __init__(self, resource: str) -> None:
+        self._resource = f"{DOMAIN}/{resource}"
+        self._pods: dict[str, Placement] = {}
+        self._versions: dict[str, int] = {}
+        """The newest version seen of each pod, by uid, and of each node, by name."""
+        self._offers: dict[str, list[tuple[int, int]]] = {}
+        """(resource version, count) of each node, in the order of the versions."""
+        self._changed = asyncio.Event()
+
+    def see_pods(self, pods: Mapping[str, Object]) -> None:
+        now = {one["metadata"]["uid"]: one for one in pods.values()}
+        for uid, one in now.items():
+            version = int(one["metadata"]["resourceVersion"])
+            if self._versions.get(uid) != version:
+                self._versions[uid] = version
+                self._see_pod(uid, one, version)
+        for uid in self._pods.keys() - now.keys():
+            # gone without having ended: at the latest after the last that was seen of it
+            self._pods[uid].ended = self._pods[uid].ended or self._versions[uid]
+        self._changed.set()
+
+    def _see_pod(self, uid: str, one: Object, version: int) -> None:
+        if uid not in self._pods:
+            wants = sum(
+                int(container.get("resources", {}).get("limits", {}).get(self._resource, 0))
+                for container in one["spec"]["containers"]
+            )
+            self._pods[uid] = Placement(one["metadata"]["name"], wants, watched="nodeName" not in one["spec"])
+        pod = self._pods[uid]
+        if not pod.node and (node := one["spec"].get("nodeName")):
+            pod.node, pod.bound = node, version
+        if pod.ended is None and one["status"].get("phase") in ENDED:
+            pod.ended = version
+            if failed(one):
+                pod.failure = str(one["status"].get("message", ""))
+
+    def see_nodes(self, nodes: Mapping[str, Object]) -> None:
+        for name, node in nodes.items():
+            version = int(node["metadata"]["resourceVersion"])
+            count = int(node["status"]["allocatable"].get(self._resource, 0))
+            offers = self._offers.setdefault(name, [])
+            self._versions[name] = version
+            if not offers or (offers[-1][0] < version and offers[-1][1] != count):
+                offers.append((version, count))
+        self._changed.set()
+
+    async def until_seen(self, versions: Mapping[str, int]) -> None:
+        """Until these versions, or later ones, have been seen. Waited after LIMIT_S."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LIMIT_S):
+                while missing := {key for key, version in versions.items() if self._versions.get(key, 0) < version}:
+                    self._changed.clear()
+                    await self._changed.wait()
+                return
+        raise Waited(f"not seen in time: {missing}")
+
+    def offered(self, node: str, version: int) -> int:
+        """What the Node's status said at a version."""
+        return next((count for at, count in reversed(self._offers.get(node, ())) if at <= version), 0)
+
+    def failures(self) -> list[Placement]:
+        return [pod for pod in self._pods.values() if pod.failure is not None]
+
+    def without_room(self) -> list[Placement]:
+        """Failed pods that were bound after their Node's status said that there is nothing for them.
+
+        The scheduler may know that status a moment later than it was written.
+        """
+        return [
+            pod
+            for pod in self.failures()
+            if pod.bound is not None and pod.watched and self._room(pod, pod.bound) < pod.wants
+        ]
+
+    def _room(self, pod: Placement, version: int) -> int:
+        taken = sum(
+            other.wants
+            for other in self._pods.values()
+            if other is not pod
+            and other.node == pod.node
+            and (other.bound or 0) < version
+            and (other.ended is None or other.ended > version)
+        )
+        return self.offered(pod.node, version) - taken
+
+    def denied_in_silence(self, devices: int) -> list[Placement]:
+        """Denied pods whose Node offered all devices of the resource, so many, from the binding to the failure.
+
+        A plugin writes the lower count before it answers the Allocate: the next pod is not bound there.
+        """
+        found = []
+        for pod in self.failures():
+            if pod.bound is None or pod.ended is None or DENIED not in (pod.failure or ""):
+                continue
+            between = [count for at, count in self._offers[pod.node] if pod.bound < at < pod.ended]
+            if min([self.offered(pod.node, pod.bound), *between]) >= devices:
+                found.append(pod)
+        return found
+
+
+@contextlib.asynccontextmanager
+async def followed(cluster: ClusterView, resource: str) -> AsyncIterator[Placements]:
+    """Pods and nodes are followed in the block."""
+    placements = Placements(resource)
+    async with asyncio.TaskGroup() as tasks:
+        followers = [
+            tasks.create_task(cluster.follow("pods", placements.see_pods)),
+            tasks.create_task(cluster.follow("nodes", placements.see_nodes)),
+        ]
+        await caught_up(cluster, placements)
+        try:
+            yield placements
+        finally:
+            for follower in followers:
+                follower.cancel()
+
+
+async def caught_up(cluster: ClusterView, placements: Placements) -> None:
+    """Until all that is written by now has been seen."""
+    pods, nodes = await cluster.all("pods"), await cluster.all("nodes")
+    versions = {one["metadata"]["uid"]: int(one["metadata"]["resourceVersion"]) for one in pods.values()}
+    versions |= {name: int(node["metadata"]["resourceVersion"]) for name, node in nodes.items()}
+    await placements.until_seen(versions)
