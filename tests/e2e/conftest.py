@@ -28,6 +28,8 @@ DEVICES = ("1-1=0951:1666,serial=E2E1", *(f"1-{port}=1209:0001,serial=E2E{port}"
 LOCK_DURATION = 40
 """Seconds, as in production. Only the tests of a takeover and of an outage wait for it."""
 COUNTS = {"solo": 1, "pair": 2, "jobs": 2, "named": 1}
+PROGRAMS = ("usbip-simulated-kernel", "usbip-plugin")
+"""The DaemonSets of the plugin's namespace."""
 CONFIG = """
 resources:
   solo: [{{target: {{host: {host}}}, selector: {{bus_id: "1-1"}}}}]
@@ -43,6 +45,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("e2e")
     group.addoption("--kubeconfig", default=os.environ.get("KUBECONFIG"), help="of the cluster; default $KUBECONFIG")
     group.addoption("--image", default="usbip-plugin:e2e", help="that the nodes have or can pull")
+    group.addoption("--old-image", help="another version of it that the nodes have, for the tests of an upgrade")
     group.addoption(
         "--nodes", choices=("kind", "lab", "none"), default="none", help="how nodes are stopped and started"
     )
@@ -157,23 +160,32 @@ def _plugin(image: str, address: str) -> list[dict[str, Any]]:
 @pytest.fixture(scope="session")
 def installed(kubectl: Kubectl, image: str, place: Place, request: pytest.FixtureRequest) -> Iterator[None]:
     """The plugin on every node, a USB/IP server, and the tests' namespace; removed in the end."""
-    objects = _plugin(image, place.address)
     if kubectl("get", "namespace", PLUGIN_NAMESPACE, "--ignore-not-found", "-o", "name"):
         pytest.exit(f"namespace {PLUGIN_NAMESPACE} is there already: these tests install the plugin themselves", 2)
     kubectl.apply([{"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}}])
     try:
-        kubectl.apply(objects)
-        kubectl.apply([_server(image, place.server)])
-        wait = ["-n", PLUGIN_NAMESPACE, f"--timeout={LIMIT_S:g}s"]
-        kubectl("wait", "--for=condition=Ready", f"pod/{SERVER}", *wait)
-        for name in ("usbip-simulated-kernel", "usbip-plugin"):
-            kubectl("rollout", "status", f"daemonset/{name}", *wait)
+        install(kubectl, image, place)
         yield
     finally:
         if not request.config.getoption("--keep"):
             with contextlib.suppress(KubectlFailed):
                 kubectl("delete", "namespace", NAMESPACE, "--wait=true")
-            kubectl("delete", "--ignore-not-found", "-f", "-", stdin=yaml.safe_dump_all(objects))
+            everything = yaml.safe_dump_all(_plugin(image, place.address))
+            kubectl("delete", "--ignore-not-found", "-f", "-", stdin=everything)
+
+
+def install(kubectl: Kubectl, image: str, place: Place) -> None:
+    """The plugin for all tests, and its server; returns when they are ready. KubectlFailed."""
+    kubectl.apply(_plugin(image, place.address))
+    start_server(kubectl, image, place)
+    for name in PROGRAMS:
+        kubectl("rollout", "status", f"daemonset/{name}", "-n", PLUGIN_NAMESPACE, f"--timeout={LIMIT_S:g}s")
+
+
+def start_server(kubectl: Kubectl, image: str, place: Place) -> None:
+    """The USB/IP server with DEVICES; returns when it is ready. KubectlFailed."""
+    kubectl.apply([_server(image, place.server)])
+    kubectl("wait", "--for=condition=Ready", f"pod/{SERVER}", "-n", PLUGIN_NAMESPACE, f"--timeout={LIMIT_S:g}s")
 
 
 @pytest.fixture

@@ -1,24 +1,25 @@
 #!/bin/bash
-# build.sh [--builder docker|buildah] [--arch amd64|arm64] [--base IMAGE] [--offline] [--output TAR] [NAME:TAG]
+# build.sh [--builder docker|buildah] [--arch amd64|arm64] [--base IMAGE] [--offline] [--output TAR]
+#          [--revision COMMIT] [NAME:TAG]
 # Builds the image of this checkout, usbip-plugin:VERSION unless named. Where no image registry answers, or with --offline,
 # the base is made from Debian packages (base.sh) and the wheels are fetched here (wheels.sh), so that the build itself
 # needs no network. --output writes an archive too, for `kind load image-archive`, `ctr images import`, `docker load`.
-# DOCKER names another docker command. A foreign architecture with docker needs BuildKit.
+# --revision takes the files of another commit. DOCKER names another docker command. A foreign architecture with docker
+# needs BuildKit.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$here/../../.." && pwd)
-version=$(sed -n 's/^__version__ = "\(.*\)"$/\1/p' "$root/usbip_plugin/__init__.py")
 native=$(uname -m | sed 's/^x86_64$/amd64/; s/^aarch64$/arm64/')
-builder='' arch=$native base='' offline='' output='' image=usbip-plugin:$version
+builder='' arch=$native base='' offline='' output='' revision='' image=usbip-plugin
 docker=${DOCKER:-docker}
 REGISTRY_SECONDS=5
 
 fail() { echo "build.sh: $1" >&2; exit "${2:-1}"; }
 while [ $# -gt 0 ]; do
   case $1 in
-    --builder | --arch | --base | --output) [ $# -gt 1 ] || fail "$1 wants a value" 2; declare "${1#--}=$2"; shift ;;
+    --builder | --arch | --base | --output | --revision) [ $# -gt 1 ] || fail "$1 wants a value" 2; declare "${1#--}=$2"; shift ;;
     --offline) offline=1 ;;
-    -h | --help) sed -n '2,6s/^# //p' "${BASH_SOURCE[0]}"; exit ;;
+    -h | --help) sed -n '2,8s/^# //p' "${BASH_SOURCE[0]}"; exit ;;
     -*) fail "there is no $1; see --help" 2 ;;
     *) image=$1 ;;
   esac
@@ -26,10 +27,6 @@ while [ $# -gt 0 ]; do
 done
 case $arch in amd64 | arm64) ;; *) fail "--arch $arch: amd64 and arm64 are built" 2 ;; esac
 [ -z "$base" ] || [ -z "$offline" ] || fail "--base and --offline exclude each other" 2
-[[ $image = *:* ]] || image=$image:$version
-# the name as the engines and containerd know it
-full=$image
-[[ $image = */* ]] || full=docker.io/library/$image
 
 if [ -z "$builder" ]; then
   if "$docker" version >/dev/null 2>&1; then builder=docker
@@ -54,7 +51,14 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 # exactly what .dockerignore lets through, so that nothing else of the checkout costs time
 mkdir "$work/context"
-cp -r "$root"/{Dockerfile,.dockerignore,pyproject.toml,README.md,LICENSE,usbip_plugin} "$work/context/"
+files=(Dockerfile .dockerignore pyproject.toml README.md LICENSE usbip_plugin)
+if [ -n "$revision" ]; then git -C "$root" archive "$revision" "${files[@]}" | tar -C "$work/context" -xf -
+else (cd "$root" && cp -r "${files[@]}" "$work/context/"); fi
+version=$(sed -n 's/^__version__ = "\(.*\)"$/\1/p' "$work/context/usbip_plugin/__init__.py")
+[[ $image = *:* ]] || image=$image:$version
+# the name as the engines and containerd know it
+full=$image
+[[ $image = */* ]] || full=docker.io/library/$image
 # Only BuildKit says which machine it builds on. buildah 1.28 takes the first stage's platform for the last one, too.
 sed -i "s|\${BUILDPLATFORM:-linux/amd64}|linux/$native|" "$work/context/Dockerfile"
 [ "$builder" = docker ] || sed -i "s|^FROM \${BASE}|FROM --platform=linux/$arch \${BASE}|" "$work/context/Dockerfile"
