@@ -15,6 +15,9 @@ NAMESPACE = "default"
 IMAGE = os.environ.get("NODE_IMAGE", "")
 RUN = Path("/run/node")
 EXEC_S = 120.0
+NOT_YET = ("no healthy devices present", "unregistered device", "has been stopped")
+"""What a kubelet says that has not heard anew of a resource's devices, or whose plugin's connection has just ended."""
+REFUSALS = 2
 
 _numbers = itertools.count()
 
@@ -129,9 +132,11 @@ def admitted(api: Api, body: Object) -> Container:
     """The one container of a pod with a device, once its kubelet has taken the pod.
 
     A kubelet that does not know the devices of a plugin that has just been replaced refuses it, whatever the Node's
-    status says. Such a pod is made again, as a ReplicaSet does.
+    status says. Such a pod is made again, as a ReplicaSet does, REFUSALS times at most. A pod whose Allocate failed, or
+    that is refused for another reason, is an error.
     """
     name = body["metadata"]["name"]
+    refusals: dict[str, str] = {}
 
     def taken() -> bool:
         pod = api.get("Pod", NAMESPACE, name)
@@ -139,11 +144,17 @@ def admitted(api: Api, body: Object) -> Container:
             api.create(body)
             return False
         if pod["status"].get("reason") == "UnexpectedAdmissionError":
+            message = str(pod["status"].get("message"))
+            refusals[pod["metadata"]["uid"]] = message
+            assert any(text in message for text in NOT_YET), message
+            assert len(refusals) <= REFUSALS, list(refusals.values())
             api.delete("Pod", NAMESPACE, name)
             return False
         return bool(pod["status"].get("containerStatuses"))
 
     until(taken, f"pod {name} is admitted")
+    if refusals:
+        print(f"pod {name} is admitted after {len(refusals)} refusals: {', '.join(refusals.values())}")
     (container,) = body["spec"]["containers"]
     return Container(api, NAMESPACE, name, container["name"])
 
