@@ -153,22 +153,23 @@ async def imports(nodes: Nodes, node: str) -> frozenset[str]:
     return frozenset(set.intersection(*looks))
 
 
-def imports_at_server(kubectl: Kubectl) -> Mapping[str, frozenset[str]]:
-    """The connections that stand at the USB/IP server, by the address of their node; each by the node's port.
+def imports_at_server(kubectl: Kubectl, server_port: int = SERVER_PORT) -> Mapping[str, frozenset[str]]:
+    """The connections that stand at a USB/IP server on the node of SERVER, by the address of the node that imports.
 
-    The server's own node tells, through the API server. The import of a device is one connection, as long as it lasts.
+    Each is named by its port there. The server's own node is asked, through the API server. The import of a device is
+    one connection, as long as it lasts.
     """
     said = kubectl("exec", "-n", PLUGIN_NAMESPACE, SERVER, "-c", "server", "--", "sh", "-c", _TWO_TABLES)
-    first, second = ({_client(row.split()) for row in table.splitlines()} for table in said.split("--\n"))
+    first, second = ({_client(row.split(), server_port) for row in table.splitlines()} for table in said.split("--\n"))
     found: dict[str, set[str]] = {}
     for address, port in (first & second) - {("", "")}:
         found.setdefault(address, set()).add(port)
     return {address: frozenset(ports) for address, ports in found.items()}
 
 
-def _client(row: list[str]) -> tuple[str, str]:
+def _client(row: list[str], server_port: int) -> tuple[str, str]:
     """Address and port of who is connected to the server, from a row of /proc/net/tcp; two empty ones if nobody."""
-    if len(row) < 4 or row[3] != ESTABLISHED or not row[1].endswith(f":{SERVER_PORT:04X}"):
+    if len(row) < 4 or row[3] != ESTABLISHED or not row[1].endswith(f":{server_port:04X}"):
         return "", ""
     address, _, port = row[2].partition(":")
     return socket.inet_ntoa(bytes.fromhex(address)[::-1]), port

@@ -12,9 +12,10 @@ import yaml
 from cluster import NAMESPACE, PLUGIN_NAMESPACE, ClusterView, Object, failed, is_ready
 from configuring import configure
 from conftest import CONFIG, LOCK_DURATION, Place
-from example_workloads import PHONES, STICK, configuration, server, workload
+from example_workloads import PHONES, SERVER_PORT, STICK, configuration, server, workload
 from figures import Figures
 from kubectl import Kubectl
+from plugin_process import imports_at_server
 
 FARM_S = 120.0
 BY_ID = f"/dev/serial/by-id/usb-ITead_Sonoff_Zigbee_3.0_USB_Dongle_Plus_{STICK}-if00-port0"
@@ -98,6 +99,11 @@ def of_app(pods: Mapping[str, Object], app: str) -> list[Object]:
     return [one for one in pods.values() if one["metadata"]["labels"].get(NAME) == app]
 
 
+def attached(kubectl: Kubectl) -> int:
+    """How many devices of the examples' server are imported: what a container reads goes on without its device."""
+    return sum(len(ports) for ports in imports_at_server(kubectl, SERVER_PORT).values())
+
+
 def found_in(kubectl: Kubectl, pod: Object, promise: Promise) -> tuple[dict[str, str], dict[str, str], set[str]]:
     """Variables, paths as ls shows them, and groups, as the container has them; each path can be opened and read."""
     script = "env; echo --; "
@@ -133,6 +139,7 @@ async def test_the_examples_run_side_by_side_and_find_what_their_readmes_say(
                 path: shown for path, shown in promise.paths.items() if shown is not None
             }, name
             assert promise.groups <= groups, name
+        assert attached(kubectl) == len(PROMISES)
         figures.add("five examples ready and looked at, s", time.monotonic() - begin)
     finally:
         kubectl("delete", "--ignore-not-found", "-f", "-", stdin=yaml.safe_dump_all(objects))
@@ -168,6 +175,7 @@ async def test_ten_pods_of_the_phone_farm_have_ten_phones_on_both_nodes(
             assert count == "1"
             serials.add(serial)
         assert serials == set(PHONES)
+        assert attached(kubectl) == len(PHONES)
     finally:
         kubectl("delete", "--ignore-not-found", "-f", "-", stdin=yaml.safe_dump_all(objects))
     await cluster.unlocked()

@@ -177,7 +177,10 @@ async def _next_heartbeat(cluster: ClusterView, node: str) -> str:
 async def test_a_node_that_dies_is_taken_over_after_the_duration_and_harms_nothing_when_it_is_back(
     cluster: ClusterView, kubectl: Kubectl, nodes: Nodes, image: str, place: Place, figures: Figures
 ) -> None:
-    """Kubelet, plugin and kernel of b are gone for good; a gets the device when b's lock has expired, not before."""
+    """Kubelet, plugin and kernel of b are gone for good; a gets the device when b's lock has expired, not before.
+
+    That takes the whole duration of production: the clock of a real plugin's process cannot be made to run faster.
+    """
     await cluster.create("pods", pod("lost", pod_spec(image, "solo", node=place.b)))
     await cluster.running("lost")
     before = await cluster.lock_of(place.b)
