@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import time
 
-from cluster import LIMIT_S, NAMESPACE, ClusterView, Object, is_ready
+from cluster import NAMESPACE, ClusterView, Object, is_ready
 from kubectl import Kubectl, KubectlFailed
 from plugin_process import imports_at_server
-
-KUBELET_RETRY_S = 0.2
 
 
 def read_device(
@@ -21,18 +18,7 @@ def read_device(
     asked, too: from the pod's node so many devices, or more, are imported.
     """
     script = f'test -c "$USBIP_{resource}_0_DEVICE" && head -c 4 "$USBIP_{resource}_0_DEVICE" | wc -c'
-    deadline = time.monotonic() + LIMIT_S
-    while True:
-        try:
-            said = kubectl("exec", "-n", NAMESPACE, name, "-c", container, "--", "sh", "-c", script)
-        except KubectlFailed as error:
-            # a kubelet that has just been started does not listen, or know its pods yet; nothing tells when it does
-            if "unable to upgrade connection" not in str(error) or time.monotonic() > deadline:
-                raise
-            time.sleep(KUBELET_RETRY_S)
-        else:
-            assert said.strip() == "4"
-            break
+    assert kubectl.in_container(NAMESPACE, name, container, script).strip() == "4"
     node = kubectl("get", "pod", "-n", NAMESPACE, name, "-o", "jsonpath={.status.hostIP}")
     imported = imports_at_server(kubectl)
     assert len(imported.get(node, ())) >= devices, f"{name} on {node} has no device: {imported}"

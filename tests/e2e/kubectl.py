@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import yaml
 
 LIMIT_S = 120.0
+ANSWERS_S = 60.0
+RETRY_S = 0.2
 
 
 class KubectlFailed(Exception):
@@ -30,6 +33,18 @@ class Kubectl:
         if done.returncode != 0:
             raise KubectlFailed(f"{' '.join(arguments)}: {done.stderr.strip()}")
         return done.stdout
+
+    def in_container(self, namespace: str, pod: str, container: str, script: str) -> str:
+        """The output of a shell script in a container, as soon as the kubelet of its node answers. KubectlFailed."""
+        deadline = time.monotonic() + ANSWERS_S
+        while True:
+            try:
+                return self("exec", "-n", namespace, pod, "-c", container, "--", "sh", "-c", script)
+            except KubectlFailed as error:
+                # a kubelet that has just been started does not listen, or know its pods yet; nothing tells when it does
+                if "unable to upgrade connection" not in str(error) or time.monotonic() > deadline:
+                    raise
+            time.sleep(RETRY_S)
 
     def apply(self, objects: list[dict[str, Any]]) -> None:
         self("apply", "-f", "-", stdin=yaml.safe_dump_all(objects))

@@ -159,7 +159,7 @@ def imports_at_server(kubectl: Kubectl, server_port: int = SERVER_PORT) -> Mappi
     Each is named by its port there. The server's own node is asked, through the API server. The import of a device is
     one connection, as long as it lasts.
     """
-    said = kubectl("exec", "-n", PLUGIN_NAMESPACE, SERVER, "-c", "server", "--", "sh", "-c", _TWO_TABLES)
+    said = kubectl.in_container(PLUGIN_NAMESPACE, SERVER, "server", _TWO_TABLES)
     first, second = ({_client(row.split(), server_port) for row in table.splitlines()} for table in said.split("--\n"))
     found: dict[str, set[str]] = {}
     for address, port in (first & second) - {("", "")}:
