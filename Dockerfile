@@ -27,8 +27,8 @@ RUN set -eu; stdlib=$(python3 -c 'import sysconfig; print(sysconfig.get_path("st
       -x '/(test|tests|idlelib|lib2to3|tkinter|turtledemo|ensurepip|distutils|pydoc_data|site-packages|dist-packages|config-[^/]*)/' "$stdlib"; \
     find "$stdlib" -name '*.opt-2.pyc' -not -path '*-packages/*' -print0 | tar --null -T - -cf - | tar -C bytecode -xf -
 
-# wheels/ may be absent; pyproject.toml alone decides about this layer
-COPY pyproject.toml wheels* ./wheels/
+# wheels/ may be absent; pyproject.toml and constraints.txt alone decide about this layer
+COPY pyproject.toml constraints.txt wheels* ./wheels/
 ARG TARGETARCH
 RUN set -eu; \
     if ! python3 -m pip --version >/dev/null 2>&1; then \
@@ -44,7 +44,7 @@ RUN set -eu; \
     for glibc in 17 24 26 27 28 31 34; do platforms="$platforms --platform manylinux_2_${glibc}_$machine"; done; \
     python3 -c 'import tomllib; print(*tomllib.load(open("wheels/pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' \
       >requirements.txt; \
-    python3 -m pip install --quiet --no-compile --only-binary=:all: $platforms --target lib -r requirements.txt; \
+    python3 -m pip install --quiet --no-compile --only-binary=:all: $platforms --target lib -c wheels/constraints.txt -r requirements.txt; \
     rm -rf lib/bin; \
     find lib -maxdepth 1 -type f -not -name '*.py' -not -name '*.so' -delete; \
     find lib -type d \( -name tests -o -name test -o -name testing \) -prune -exec rm -rf {} +; \

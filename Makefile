@@ -147,8 +147,8 @@ proto: $(VENV)/.test ## write the gRPC stubs anew from proto/
 
 constraints: ## write constraints.txt anew: the newest versions that pyproject.toml lets in
 	@set -e; new=$$(mktemp -d); trap 'rm -rf "$$new"' EXIT; \
-	$(BIN)/python -m venv "$$new" >/dev/null && "$$new/bin/pip" --disable-pip-version-check --quiet install '.[cli,test,fuzz]'; \
-	{ grep '^#' constraints.txt; "$$new/bin/pip" freeze | grep -v '^usbip-plugin ' | LC_ALL=C sort -f; } >constraints.new; mv constraints.new constraints.txt
+	$(BIN)/python -m venv "$$new" >/dev/null && "$$new/bin/pip" --disable-pip-version-check --quiet install --upgrade pip setuptools '.[cli,test,fuzz]'; \
+	{ grep '^#' constraints.txt; "$$new/bin/pip" freeze --all | grep -v '^usbip-plugin ' | LC_ALL=C sort -f; } >constraints.new; mv constraints.new constraints.txt
 
 clean: ## remove .venv, caches and build output
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis bench.json bench-scale.json

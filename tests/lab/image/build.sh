@@ -51,8 +51,11 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 # exactly what .dockerignore lets through, so that nothing else of the checkout costs time
 mkdir "$work/context"
-files=(Dockerfile .dockerignore pyproject.toml README.md LICENSE usbip_plugin)
-if [ -n "$revision" ]; then git -C "$root" archive "$revision" "${files[@]}" | tar -C "$work/context" -xf -
+files=(Dockerfile .dockerignore pyproject.toml constraints.txt README.md LICENSE usbip_plugin)
+if [ -n "$revision" ]; then
+  # a revision may not have all of them
+  mapfile -t files < <(git -C "$root" ls-tree --name-only "$revision" "${files[@]}")
+  git -C "$root" archive "$revision" "${files[@]}" | tar -C "$work/context" -xf -
 else (cd "$root" && cp -r "${files[@]}" "$work/context/"); fi
 version=$(sed -n 's/^__version__ = "\(.*\)"$/\1/p' "$work/context/usbip_plugin/__init__.py")
 [[ $image = *:* ]] || image=$image:$version

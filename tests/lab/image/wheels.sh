@@ -20,7 +20,8 @@ requirements=$("$python" -c '
 import sys, tomllib
 project = tomllib.load(open(sys.argv[1], "rb"))
 print(*project["build-system"]["requires"], *project["project"]["dependencies"], "pip", sep="\n")' "$root/pyproject.toml")
-directory=${USBIP_PLUGIN_CACHE:-$HOME/.cache/usbip-plugin}/image/wheels-$arch-$version-$(sha256sum <<<"$requirements" | cut -c1-12)
+constraints=$root/constraints.txt
+directory=${USBIP_PLUGIN_CACHE:-$HOME/.cache/usbip-plugin}/image/wheels-$arch-$version-$({ echo "$requirements"; cat "$constraints"; } | sha256sum | cut -c1-12)
 mkdir -p "${directory%/*}"
 exec 9>"$directory.lock"
 flock 9
@@ -30,7 +31,7 @@ if [ ! -e "$directory" ]; then
   new=$(mktemp -d "$directory.XXXXXX")
   trap 'rm -rf "$new"' EXIT
   "$python" -m pip --disable-pip-version-check download --quiet --only-binary=:all: "${platforms[@]}" \
-    --python-version "$version" --dest "$new" -r <(echo "$requirements") >&2
+    --python-version "$version" --dest "$new" -c "$constraints" -r <(echo "$requirements") >&2
   chmod 755 "$new"
   mv "$new" "$directory"
 fi
