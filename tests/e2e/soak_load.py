@@ -29,11 +29,13 @@ look; sleep {life} & wait $!; look
 """
 REFUSED = ("UnexpectedAdmissionError", "OutOf")
 """Reasons of a pod that a kubelet did not let in: no container of it ever ran."""
+INTERRUPTED = "context canceled"
+"""In the message of a container that was not started since its kubelet ended meanwhile. Its program never ran."""
 
 
 @dataclass
 class Tally:
-    """How pods ended: ran, deleted, refused (with the kubelet's reason)."""
+    """How pods ended: ran, deleted, refused (with the kubelet's reason), interrupted (by a restart of the kubelet)."""
 
     ends: Counter[str] = field(default_factory=Counter)
     messages: Counter[str] = field(default_factory=Counter)
@@ -94,6 +96,9 @@ class Load:
         if reason.startswith(REFUSED):
             self.tally.messages[f"{reason}: {message[:160]}"] += 1
             return "refused"
+        ended = [container.get("state", {}).get("terminated", {}) for container in status.get("containerStatuses", ())]
+        if any(state.get("reason") == "StartError" and INTERRUPTED in state.get("message", "") for state in ended):
+            return "interrupted"
         self.tally.failed.append(f"{one['metadata']['name']}: {reason} {message} {status.get('containerStatuses')}")
         return "failed"
 

@@ -21,7 +21,7 @@ from usbip_plugin.usage import HINTED_INTERVAL
 
 POLLS_PAST_GRACE = math.ceil(ALLOCATION_GRACE / HINTED_INTERVAL) + ABSENT_POLLS + 1
 """A device that no pod is known to have is looked for every HINTED_INTERVAL, not oftener. It would be free then."""
-NOT_YET = ("no healthy devices present", "unregistered device", "has been stopped")
+NOT_YET = ("no healthy devices present", "unregistered device", "has been stopped", "Available: 0")
 """What a kubelet says that has not heard anew of a resource's devices, or whose plugin's connection has just ended."""
 MOST_REFUSED = 2
 READ = 'for path in $(env | sed -n "s/^USBIP_[A-Z]*_[0-9]_DEVICE=//p"); do head -c 4 "$path" >/dev/null || exit 1; done'

@@ -15,7 +15,7 @@ NAMESPACE = "default"
 IMAGE = os.environ.get("NODE_IMAGE", "")
 RUN = Path("/run/node")
 EXEC_S = 120.0
-NOT_YET = ("no healthy devices present", "unregistered device", "has been stopped")
+NOT_YET = ("no healthy devices present", "unregistered device", "has been stopped", "Available: 0")
 """What a kubelet says that has not heard anew of a resource's devices, or whose plugin's connection has just ended."""
 REFUSALS = 2
 
