@@ -5,9 +5,10 @@
 #   kind        kind, kubeadm, kube-proxy, coredns
 #   helm        helm
 #   promtool    promtool, and the resource definitions of the Prometheus operator in ../crds
-# Kept in the cache ($USBIP_PLUGIN_CACHE, default ~/.cache/usbip-plugin), built from Go modules if they are not there:
-# Go >= 1.26 and, for runc, libseccomp-dev and pkg-config; about 14 minutes for all groups on 2 cores from an empty module
-# cache. apiserver alone may come from $KUBEBUILDER_ASSETS instead.
+# Kept in the cache ($USBIP_PLUGIN_CACHE, default ~/.cache/usbip-plugin). What is missing or has another version is built from
+# Go modules: Go >= 1.26 and, for runc, libseccomp-dev and pkg-config; about 14 minutes for all groups on 2 cores from an empty
+# module cache. Takes a lock only to build, one for each group. apiserver alone may come from $KUBEBUILDER_ASSETS instead.
+# Exit status 75: something cannot be downloaded (in three tries) or built. That says nothing about the project.
 set -euo pipefail
 K8S=1.37.2 ETCD=3.7.3 CONTAINERD=2.4.2 RUNC=1.5.2 CNI=1.9.1 KIND=0.33.0 COREDNS=1.14.6 HELM=3.22.0 PROMETHEUS=0.316.0 OPERATOR=0.85.0
 [ $# -gt 0 ] || set -- apiserver
@@ -19,35 +20,57 @@ if [ "$*" = apiserver ] && [ -n "${KUBEBUILDER_ASSETS:-}" ]; then
 fi
 dir=${USBIP_PLUGIN_CACHE:-$HOME/.cache/usbip-plugin}/k8s
 mkdir -p "$dir/bin"
-exec 9>"$dir/build.lock"
-flock 9
-work=$(mktemp -d "$dir/build.XXXXXX")
-trap 'rm -rf "$work"' EXIT
 export CGO_ENABLED=0
+building='' missing=() work=''
+trap '[ -z "$work" ] || rm -rf "$work"' EXIT
 
-have() { [ -x "$dir/bin/$1" ]; }
+fail() { echo "build.sh: $1" >&2; exit 75; }
+
+# have NAME MODULE VERSION: whether the binary is there and was built from that version, which Go records in each binary
+have() { [ -x "$dir/bin/$1" ] && LC_ALL=C grep -qaF "$(printf 'dep\t%s\tv%s\t' "$2" "$3")" "$dir/bin/$1"; }
 
 need_go() {
   command -v go >/dev/null && return
-  echo "go >= 1.26 is needed to build $1, or set KUBEBUILDER_ASSETS to a directory that has kube-apiserver and etcd" >&2
-  exit 1
+  fail "go >= 1.26 is needed to build $1, or set KUBEBUILDER_ASSETS to a directory that has kube-apiserver and etcd"
+}
+
+# thrice COMMAND...: downloads something, in up to three tries
+thrice() {
+  local try
+  for try in 1 2 3; do
+    "$@" >"$work/download.log" 2>&1 && return
+    [ "$try" = 3 ] || sleep "${try}0"
+  done
+  tail -n 20 "$work/download.log" >&2
+  fail "download failed three times: $*"
 }
 
 # build NAME MODULE-DIR PACKAGE [go build flags]
 build() {
-  (cd "$2" && go build -trimpath "${@:4}" -o "$work/$1.bin" "$3" >&2)
+  (cd "$2" && go build -trimpath "${@:4}" -o "$work/$1.bin" "$3" >&2) || fail "building $1 failed"
   mv "$work/$1.bin" "$dir/bin/$1"
 }
 
+# fetch_kubernetes NAME...
+fetch_kubernetes() (
+  cd "$work/k8s" || exit
+  # -e: test-only imports of staging modules do not resolve
+  go mod tidy -e || true
+  go list -deps "${@/#/k8s.io/kubernetes/cmd/}"
+)
+
 # kubernetes NAME...: commands of k8s.io/kubernetes, whose staging modules are wanted in their published versions
 kubernetes() {
-  local name gomod missing=()
-  for name; do have "$name" || missing+=("$name"); done
-  [ ${#missing[@]} -gt 0 ] || return 0
-  need_go "${missing[*]}"
-  echo "building ${missing[*]} $K8S" >&2
+  local name gomod wanted=()
+  for name; do have "$name" k8s.io/kubernetes "$K8S" || wanted+=("$name"); done
+  [ ${#wanted[@]} -gt 0 ] || return 0
+  missing+=("${wanted[@]}")
+  [ -n "$building" ] || return 0
+  need_go "${wanted[*]}"
+  echo "building ${wanted[*]} $K8S" >&2
   if [ ! -e "$work/k8s/go.mod" ]; then
     mkdir "$work/k8s"
+    thrice go mod download "k8s.io/kubernetes@v$K8S"
     gomod=$(go mod download -json "k8s.io/kubernetes@v$K8S" | sed -n 's/.*"GoMod": "\(.*\)".*/\1/p')
     { printf 'module cluster.test/k8s\n\ngo 1.26.0\n\nrequire k8s.io/kubernetes v%s\n\nreplace (\n' "$K8S"
       sed -n 's#^\s*\(k8s.io/[a-z-]*\) => ./staging.*#\t\1 => \1 v0.'"${K8S#1.}"'#p' "$gomod"; echo ')'; } >"$work/k8s/go.mod"
@@ -55,46 +78,52 @@ kubernetes() {
       for name in kube-apiserver kube-controller-manager kube-scheduler kube-proxy kubelet kubeadm kubectl; do
         printf 'import _ "k8s.io/kubernetes/cmd/%s"\n' "$name"
       done; } >"$work/k8s/tools.go"
-    # -e: test-only imports of staging modules do not resolve
-    (cd "$work/k8s" && go mod tidy -e >tidy.log 2>&1) || true
   fi
+  thrice fetch_kubernetes "${wanted[@]}"
   local v=k8s.io/component-base/version flags
   flags="-s -w -X $v.gitVersion=v$K8S -X $v.gitMajor=1 -X $v.gitMinor=$(cut -d. -f2 <<<"$K8S") -X $v.gitTreeState=clean"
-  for name in "${missing[@]}"; do
-    build "$name" "$work/k8s" "k8s.io/kubernetes/cmd/$name" -ldflags "$flags" || { tail "$work/k8s/tidy.log" >&2; exit 1; }
-  done
+  for name in "${wanted[@]}"; do build "$name" "$work/k8s" "k8s.io/kubernetes/cmd/$name" -ldflags "$flags"; done
 }
 
-# command NAME MODULE@VERSION PACKAGE [go build flags]: one command of any other module
+# fetch_command MODULE-DIR MODULE@VERSION PACKAGE
+fetch_command() (
+  mkdir -p "$1" && cd "$1" || exit
+  [ -e go.mod ] || go mod init cluster.test/tool || exit
+  go get "$2" && go get "$3"
+)
+
+# command_of NAME MODULE@VERSION PACKAGE [go build flags]: one command of any other module
 command_of() {
-  have "$1" && return
+  local module=${2%@*} version=${2##*@v}
+  ! have "$1" "$module" "$version" || return 0
+  missing+=("$1")
+  [ -n "$building" ] || return 0
   need_go "$1"
-  echo "building $1 ${2##*@v}" >&2
-  local at=$work/${2%@*}
-  if [ ! -e "$at/go.mod" ]; then
-    mkdir -p "$at"
-    (cd "$at" && go mod init cluster.test/tool && go get "$2") >&2 2>"$work/get.log" || { cat "$work/get.log" >&2; exit 1; }
-  fi
-  (cd "$at" && go get "$3" 2>"$work/get.log") || { cat "$work/get.log" >&2; exit 1; }
-  build "$1" "$at" "$3" "${@:4}"
+  echo "building $1 $version" >&2
+  thrice fetch_command "$work/$module" "$2" "$3"
+  build "$1" "$work/$module" "$3" "${@:4}"
 }
 
-# operator_crds NAME...
+# operator_crds NAME...: each of them says in an annotation which version it is from
 operator_crds() {
-  local name from
+  local name from module=github.com/prometheus-operator/prometheus-operator@v$OPERATOR
   for name; do
-    [ -e "$dir/crds/$name.yaml" ] && continue
+    ! grep -qsF "operator.prometheus.io/version: $OPERATOR" "$dir/crds/$name.yaml" || continue
+    missing+=("$name.yaml")
+    [ -n "$building" ] || continue
     need_go "$name.yaml"
-    from=$(go mod download -json "github.com/prometheus-operator/prometheus-operator@v$OPERATOR" | sed -n 's/^\t"Dir": "\(.*\)",$/\1/p')
+    thrice go mod download "$module"
+    from=$(go mod download -json "$module" | sed -n 's/^\t"Dir": "\(.*\)",$/\1/p')
     mkdir -p "$dir/crds"
     cp "$from/example/prometheus-operator-crd/monitoring.coreos.com_$name.yaml" "$work/$name.yaml"
     mv "$work/$name.yaml" "$dir/crds/$name.yaml"
   done
 }
 
-plain=(-ldflags "-s -w")
-for group; do
-  case $group in
+# group NAME: adds to missing what the group lacks, and builds that if building is set
+group() {
+  local module name v plain=(-ldflags "-s -w")
+  case $1 in
     apiserver)
       kubernetes kube-apiserver
       command_of etcd "go.etcd.io/etcd/server/v3@v$ETCD" go.etcd.io/etcd/server/v3 "${plain[@]}"
@@ -130,7 +159,19 @@ for group; do
         github.com/prometheus/prometheus/cmd/promtool "${plain[@]}"
       operator_crds podmonitors prometheusrules
       ;;
-    *) echo "no such group: $group" >&2; exit 2 ;;
+    *) echo "no such group: $1" >&2; exit 2 ;;
   esac
+}
+
+for wanted; do
+  building='' missing=()
+  group "$wanted"
+  [ ${#missing[@]} -gt 0 ] || continue
+  exec 9>"$dir/build-$wanted.lock"
+  flock 9
+  [ -n "$work" ] || work=$(mktemp -d "$dir/build.XXXXXX")
+  building=yes
+  group "$wanted" # looks again: it may have waited for another build
+  flock --unlock 9
 done
 echo "$dir/bin"

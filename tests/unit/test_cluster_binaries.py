@@ -1,0 +1,136 @@
+"""tests/lab/cluster/build.sh with a stand-in for Go: when it builds, when it waits, and how it fails."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+BUILD = Path(__file__).parents[1] / "lab" / "cluster" / "build.sh"
+VERSIONS = dict(re.findall(r"\b([A-Z0-9]+)=(\d+\.\d+\.\d+)", BUILD.read_text(encoding="utf-8")))
+MODULES = {
+    "kube-apiserver": f"k8s.io/kubernetes\tv{VERSIONS['K8S']}",
+    "etcd": f"go.etcd.io/etcd/server/v3\tv{VERSIONS['ETCD']}",
+    "helm": f"helm.sh/helm/v3\tv{VERSIONS['HELM']}",
+}
+INFRASTRUCTURE = 75
+PATIENCE_S = 20.0
+GO = """#!/bin/bash
+echo "$*" >>"$FAKE/calls"
+case "$1 $2" in
+  "mod download") [ "$3" != -json ] || printf '\\t"GoMod": "%s/published.mod",\\n' "$FAKE" ;;
+  "mod init") touch go.mod ;;
+  "get "*)
+    echo x >>"$FAKE/gets"
+    [ "$(wc -l <"$FAKE/gets")" -gt "$(cat "$FAKE/failing-gets")" ] || { echo "no route to the proxy"; exit 1; } ;;
+  "build "*)
+    [ ! -e "$FAKE/build-fails" ] || { echo "out of memory" >&2; exit 1; }
+    while [ "$1" != -o ]; do shift; done
+    name=$(basename "$2" .bin)
+    printf 'dep\\t%s\\th1:x' "$(cat "$FAKE/module-of-$name")" >"$2" && chmod +x "$2" ;;
+esac
+"""
+
+
+class Machine:
+    """A cache of binaries, and a Go that builds nothing. failing_gets: so many downloads fail before one succeeds."""
+
+    def __init__(self, home: Path) -> None:
+        self._home, self.cache = home, home / "cache" / "k8s"
+        self.bin = self.cache / "bin"
+        self.bin.mkdir(parents=True)
+        (home / "published.mod").touch()
+        for name, text in {"go": GO, "sleep": "#!/bin/sh\n"}.items():
+            (home / name).write_text(text, encoding="utf-8")
+            (home / name).chmod(0o755)
+        for name, module in MODULES.items():
+            (home / f"module-of-{name}").write_text(module, encoding="utf-8")
+        self.fails(gets=0)
+
+    def fails(self, *, gets: int = 0, build: bool = False) -> None:
+        (self._home / "failing-gets").write_text(f"{gets}\n", encoding="ascii")
+        if build:
+            (self._home / "build-fails").touch()
+
+    def has(self, name: str, module: str) -> None:
+        (self.bin / name).write_text(f"ELF\0\ndep\t{module}\th1:x", encoding="utf-8")
+        (self.bin / name).chmod(0o755)
+
+    @contextlib.contextmanager
+    def locked(self, *names: str) -> Iterator[None]:
+        """Somebody else is building."""
+        with contextlib.ExitStack() as stack:
+            for name in names:
+                fcntl.flock(stack.enter_context((self.cache / name).open("w")), fcntl.LOCK_EX)
+            yield
+
+    def build(self, *groups: str) -> subprocess.CompletedProcess[str]:
+        plain = {name: value for name, value in os.environ.items() if name != "KUBEBUILDER_ASSETS"}
+        environment = {**plain, "PATH": f"{self._home}:{os.environ['PATH']}", "FAKE": str(self._home)}
+        environment["USBIP_PLUGIN_CACHE"] = str(self.cache.parent)
+        return subprocess.run(
+            [BUILD, *groups], env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False
+        )
+
+    def calls(self) -> list[str]:
+        """What Go was asked for."""
+        calls = self._home / "calls"
+        return calls.read_text(encoding="utf-8").splitlines() if calls.exists() else []
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    return Machine(tmp_path)
+
+
+def test_binaries_that_are_there_need_neither_lock_nor_go(machine: Machine) -> None:
+    for name, module in MODULES.items():
+        machine.has(name, module)
+    with machine.locked("build.lock", "build-apiserver.lock", "build-helm.lock"):
+        done = machine.build("apiserver", "helm")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{machine.bin}\n", "")
+    assert machine.calls() == []
+
+
+def test_what_is_missing_is_built_while_another_group_is(machine: Machine) -> None:
+    with machine.locked("build.lock", "build-kind.lock"):
+        done = machine.build("apiserver", "helm")
+    assert (done.returncode, done.stdout) == (0, f"{machine.bin}\n"), done.stderr
+    assert sorted(path.name for path in machine.bin.iterdir()) == sorted(MODULES)
+    assert [path.name for path in machine.cache.glob("build.??????")] == [], "no working directory is left"
+    built = [call for call in machine.calls() if call.startswith("build")]
+    assert len(built) == len(MODULES)
+    assert machine.build("apiserver", "helm").returncode == 0
+    assert [call for call in machine.calls() if call.startswith("build")] == built, "it was there"
+
+
+def test_a_binary_of_another_version_is_built_anew(machine: Machine) -> None:
+    machine.has("kube-apiserver", MODULES["kube-apiserver"])
+    machine.has("etcd", f"go.etcd.io/etcd/server/v3\tv{VERSIONS['ETCD']}-rc.0")
+    assert machine.build("apiserver").returncode == 0
+    assert [Path(call.split()[-2]).name for call in machine.calls() if call.startswith("build")] == ["etcd.bin"]
+    assert MODULES["etcd"] in (machine.bin / "etcd").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("failures", "status"), [(2, 0), (3, INFRASTRUCTURE)])
+def test_a_download_has_three_tries(machine: Machine, failures: int, status: int) -> None:
+    machine.fails(gets=failures)
+    done = machine.build("helm")
+    assert done.returncode == status, done.stderr
+    assert (machine.bin / "helm").exists() is (status == 0)
+    assert ("download failed three times: " in done.stderr) is (status != 0)
+    assert ("no route to the proxy" in done.stderr) is (status != 0)
+
+
+def test_a_build_that_fails_is_told_apart_from_a_test(machine: Machine) -> None:
+    machine.fails(build=True)
+    done = machine.build("apiserver")
+    assert done.returncode == INFRASTRUCTURE
+    assert "out of memory" in done.stderr
+    assert "building kube-apiserver failed" in done.stderr
