@@ -199,6 +199,8 @@ class _Process:
             settle()
         except OSError as error:
             log.debug("the code of the start stays in memory", extra={"cause": str(error)})
+        else:
+            log.debug("memory of the start released")
 
     def _ready(self) -> Verdict:
         if self.agent.ready:

@@ -18,6 +18,7 @@ import grpc
 import grpc.aio
 from api_process import Cluster
 from node_tokens import NAMESPACE, NodeTokens
+from scaled_clock import ScaledClock
 
 from usbip_plugin.agent import Observer
 from usbip_plugin.claims import ABSENT_POLLS, State, Unlisted, User
@@ -28,7 +29,6 @@ from usbip_plugin.kubelet import deviceplugin_pb2 as pb
 from usbip_plugin.kubelet.broadcast import Broadcast
 from usbip_plugin.kubelet.deviceplugin_pb2_grpc import DevicePluginStub
 from usbip_plugin.locks.kubernetes import KubernetesLeases
-from usbip_plugin.locks.manager import LockSettings
 from usbip_plugin.locks.store import LeaseStore
 from usbip_plugin.model import DeviceKey, Lock, NodeIdentity, PodRef, UsbId
 from usbip_plugin.notices import Notice, events_of
@@ -159,9 +159,21 @@ class Nodes:
 class Rig(Nodes):
     """Two nodes and a server with some dongles. keys: the devices, in order of bus id."""
 
-    def __init__(self, world: World, server: VirtualServer, keys: Sequence[DeviceKey], spans: WatchedSpans) -> None:
+    def __init__(
+        self,
+        world: World,
+        server: VirtualServer,
+        keys: Sequence[DeviceKey],
+        spans: WatchedSpans,
+        clocks: Mapping[str, ScaledClock],
+    ) -> None:
         super().__init__(world, keys)
         self.server, self.spans = server, spans
+        self._clocks = clocks
+
+    def clock(self, node: SimNode) -> ScaledClock:
+        """The node's own clock, at real time until a test hurries it."""
+        return self._clocks[node.name]
 
 
 async def _ended(task: asyncio.Task[None]) -> None:
@@ -175,7 +187,6 @@ async def agents(
     tokens: NodeTokens,
     *,
     devices: int = 1,
-    lock_settings: LockSettings | None = None,
     through: Mapping[str, str] | None = None,
     node_api: bool = False,
     store: Callable[[KubeClient, str], LeaseStore] = KubernetesLeases,
@@ -191,6 +202,7 @@ async def agents(
     they notice is recorded there. environ: for tracing. Node names are new each time.
     """
     names = [f"n{uuid.uuid4().hex[:6]}-{letter}" for letter in "ab"]
+    clocks = {name: ScaledClock() for name in names}
     spans = WatchedSpans()
     async with contextlib.AsyncExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="u-")))
@@ -225,7 +237,7 @@ async def agents(
         setup = Setup(
             config=Config((ResourceConfig(RESOURCE, (selector,), on_loss=on_loss),)),
             clock=SystemClock(),
-            lock_settings=lock_settings,
+            make_clock=clocks.__getitem__,
             make_tracer=lambda node: tracings[node].tracer,
             make_leases=lambda node: store(clients[node], NAMESPACE),
             make_kube=(lambda node: clients[node]) if node_api else None,
@@ -234,6 +246,6 @@ async def agents(
         )
         world = await stack.enter_async_context(running(directory, names, setup))
         keys = [DeviceKey(server.key, f"1-{i + 1}") for i in range(devices)]
-        rig = Rig(world, server, keys, spans)
+        rig = Rig(world, server, keys, spans, clocks)
         await rig.connect(stack)
         yield rig

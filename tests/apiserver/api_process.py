@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 ADMIN_TOKEN = "admin-token"
 AUDIT_LOG = "audit.log"
@@ -51,7 +53,7 @@ subjectAltName = IP:127.0.0.1, DNS:localhost
 
 
 def binaries() -> Path:
-    """Where kube-apiserver and etcd are; built first if need be."""
+    """Where kube-apiserver and etcd are; built first if need be. CalledProcessError if that fails."""
     script = ROOT / "tests" / "lab" / "cluster" / "build.sh"
     return Path(subprocess.run([script], check=True, stdout=subprocess.PIPE, text=True).stdout.strip())
 
@@ -141,6 +143,17 @@ class Cluster:
         with urllib.request.urlopen(request, timeout=10) as answer:
             found: dict[str, dict[str, str]] = json.load(answer)
         return found
+
+
+@contextlib.contextmanager
+def running_for_tests(directory: Path) -> Iterator[Cluster]:
+    """As `running`, but binaries that cannot be built end the whole test session, with the exit status of build.sh."""
+    try:
+        binaries()
+    except subprocess.CalledProcessError as error:
+        pytest.exit(str(error), error.returncode)
+    with running(directory) as made:
+        yield made
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from api_process import ADMIN_TOKEN, ROOT, Cluster, running
+from api_process import ADMIN_TOKEN, ROOT, Cluster, running_for_tests
 from node_tokens import NodeTokens
 from plugin_rights import admission_works, apply_rbac
 
@@ -50,7 +50,7 @@ async def connections_end() -> AsyncIterator[None]:
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with running(tmp_path_factory.mktemp("cluster")) as made:
+    with running_for_tests(tmp_path_factory.mktemp("cluster")) as made:
         asyncio.run(apply_rbac(made))
         asyncio.run(admission_works(made))
         yield made

@@ -24,6 +24,15 @@ ln -s "$0" /run/secrets/kubernetes.io/serviceaccount
 : >"$BEGUN"
 exec "$@"
 """
+_BARE = """
+import sys
+from usbip_plugin.settling import settle, starting
+with starting():
+    import usbip_plugin.config.reload, usbip_plugin.observe.logs, usbip_plugin.process
+settle()
+print(flush=True)
+sys.stdin.read()
+"""
 
 
 class InPod:
@@ -85,6 +94,14 @@ class InPod:
             except subprocess.TimeoutExpired:
                 child.kill()
                 child.wait()
+
+    def bare_memory_mib(self, field: str = "RssAnon") -> float:
+        """memory_mib of a Python as in the image that has only imported what the plugin imports, and settled."""
+        run = (sys.executable, *STRIPPED, "-c", _BARE)
+        with subprocess.Popen(run, env=self._environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+            assert child.stdout is not None
+            child.stdout.readline()
+            return memory_mib(child.pid, field)
 
 
 def memory_mib(pid: int, field: str = "VmRSS") -> float:

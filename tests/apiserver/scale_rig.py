@@ -56,6 +56,11 @@ class ScaleRig:
         """Connections that the servers have had: polls, while nobody allocates."""
         return sum(server.connections for server in self.servers)
 
+    async def polled(self, count: int) -> None:
+        """Waits for so many more polls of all nodes together."""
+        before = self.polls()
+        await self.until(lambda: self.polls() - before >= count, f"{count} polls")
+
     async def until(self, condition: Callable[[], bool], what: str) -> None:
         """Looked at again and again: it is about all nodes at once."""
         ends = time.monotonic() + PATIENCE_S

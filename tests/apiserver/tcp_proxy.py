@@ -13,7 +13,7 @@ END_S = 5.0
 class Proxy:
     """cut() resets all connections; while refusing, new ones are closed at once; while silent, bytes go nowhere.
 
-    target: the port that new connections go to.
+    target: the port that new connections go to. held: how many connections have bytes that are kept back by silence.
     """
 
     def __init__(self, target_port: int) -> None:
@@ -24,6 +24,7 @@ class Proxy:
         self.flowing = asyncio.Event()
         self.flowing.set()
         self.port = 0
+        self.held = 0
 
     def cut(self) -> None:
         for writer in self._writers:
@@ -52,7 +53,11 @@ class Proxy:
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
             while data := await reader.read(65536):
-                await self.flowing.wait()
+                self.held += 1
+                try:
+                    await self.flowing.wait()
+                finally:
+                    self.held -= 1
                 writer.write(data)
                 await writer.drain()
         writer.transport.abort()

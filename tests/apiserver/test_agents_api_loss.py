@@ -13,8 +13,6 @@ from api_process import Cluster
 from node_tokens import NodeTokens
 from tcp_proxy import Proxy, proxy_to
 
-from usbip_plugin import conditions
-from usbip_plugin.inventory import reasons
 from usbip_plugin.kube import KubeClient
 from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.locks.manager import LockSettings
@@ -22,15 +20,9 @@ from usbip_plugin.locks.store import LeaseChange, LeaseStore
 from usbip_plugin.model import PodRef, Reason
 from usbip_plugin.sim.world import SimNode
 
+pytestmark = pytest.mark.short
+
 LEASES = "/apis/coordination.k8s.io/v1/namespaces/usbip-system/leases"
-SHORT = LockSettings(duration=3.0, import_window=1.0)
-GRACE_S = 1.0
-
-
-@pytest.fixture(autouse=True)
-def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (conditions, reasons):
-        monkeypatch.setattr(module, "API_GRACE", GRACE_S)
 
 
 async def _hold_first(rig: Rig) -> SimNode:
@@ -55,7 +47,6 @@ async def test_what_is_held_stays_and_nothing_new_is_given(cluster: Cluster, tok
             cluster,
             tokens,
             devices=2,
-            lock_settings=SHORT,
             through={"a": f"https://127.0.0.1:{proxy.port}"},
         ) as rig,
     ):
@@ -64,13 +55,15 @@ async def test_what_is_held_stays_and_nothing_new_is_given(cluster: Cluster, tok
         b = rig.nodes[1]
         assert a.agent is not None
         _lose(proxy)
-        await a.until(RESOURCE, lambda devices: devices == {held.id: True, free.id: False})
+        with rig.clock(a).hurried():
+            await a.until(RESOURCE, lambda devices: devices == {held.id: True, free.id: False})
         assert a.agent.advertiser.health()[free.id].reason is Reason.API_UNREACHABLE
         refused = await rig.allocate(a, free)
         assert refused.response is None
         assert "cannot lock" in refused.error
-        # the session has run out by now, and the server's own exclusivity keeps the device from being taken
-        await asyncio.sleep(SHORT.duration * 1.5)
+        # the session runs out for the other node, and the server's own exclusivity keeps the device from being taken
+        with rig.clock(b).hurried():
+            await rig.clock(b).sleep(LockSettings().duration * 1.5)
         taken = await rig.allocate(b, held)
         assert taken.response is None
         assert f"held by node {a.name}" in taken.error

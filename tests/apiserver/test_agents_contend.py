@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter
 from typing import Any
 
+import pytest
 from agents_rig import RESOURCE, agents
 from api_process import Cluster
 from node_tokens import NodeTokens
@@ -15,16 +15,21 @@ from usbip_plugin.kube import KubeClient
 from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.locks.record import LOCK_LABELS
 
-ROUNDS = int(os.environ.get("USBIP_CONTEND_ROUNDS", "1000"))
+pytestmark = pytest.mark.short
+
+ROUNDS, LONG_ROUNDS = 50, 1000
 PUBLISH_ROUNDS = 10
 
 
-async def test_one_of_two_allocates_wins_each_round(cluster: Cluster, tokens: NodeTokens, admin: KubeClient) -> None:
+async def test_one_of_two_allocates_wins_each_round(
+    cluster: Cluster, tokens: NodeTokens, admin: KubeClient, long_form: bool
+) -> None:
+    rounds = LONG_ROUNDS if long_form else ROUNDS
     wins: Counter[str] = Counter()
     async with agents(cluster, tokens) as rig:
         (key,) = rig.keys
         began = time.perf_counter()
-        for number in range(ROUNDS):
+        for number in range(rounds):
             winners, losers = await rig.race(key)
             assert [len(winners), len(losers)] == [1, 1], f"round {number}: {[loser.error for loser in losers]}"
             (winner,), (loser,) = winners, losers
@@ -35,17 +40,17 @@ async def test_one_of_two_allocates_wins_each_round(cluster: Cluster, tokens: No
             wins[winner.node.name] += 1
             await rig.end_pod(winner.node, key)
         seconds = time.perf_counter() - began
-        print(f"\n{ROUNDS} rounds in {seconds:.1f} s, {ROUNDS / seconds:.1f} per second, wins {dict(wins)}")
+        print(f"\n{rounds} rounds in {seconds:.1f} s, {rounds / seconds:.1f} per second, wins {dict(wins)}")
         print(f"imports granted {rig.server.table.granted}, refused {rig.server.table.refused}")
         await rig.server.until_released(key.busid)
         assert rig.used_ports() == 0
         assert rig.server.violations == []
         # every import was made by a winner: a loser never gets as far as the server
-        assert (rig.server.table.granted, rig.server.table.refused) == (ROUNDS, 0)
+        assert (rig.server.table.granted, rig.server.table.refused) == (rounds, 0)
         left = await KubernetesLeases(admin, "usbip-system").list(LOCK_LABELS)
         ours = [lease for lease in left.items if lease.name == key.id]
         assert [lease.holder for lease in ours] == [""]
-        assert sum(wins.values()) == ROUNDS
+        assert sum(wins.values()) == rounds
         assert not any(node.agent.attacher.claims for node in rig.nodes if node.agent is not None)
 
 

@@ -19,15 +19,15 @@ from plugin_rights import collection
 from usbip_plugin.config import OnLoss
 from usbip_plugin.kube import KubeClient
 from usbip_plugin.locks.kubernetes import KubernetesLeases
-from usbip_plugin.locks.manager import LockSettings
 from usbip_plugin.model import DeviceKey, PodRef
 from usbip_plugin.notices import Notice, What, events_of
 from usbip_plugin.observe.events import CONTROLLER
 from usbip_plugin.sim.world import SimNode
 
+pytestmark = pytest.mark.short
+
 ROOT = Path(__file__).parents[2]
 PODS = f"/api/v1/namespaces/{NAMESPACE}/pods"
-SHORT = LockSettings(duration=3.0, import_window=1.0)
 _POLL_S = 0.05
 
 
@@ -134,11 +134,12 @@ async def test_attached_denied_lost_and_evicted(
 async def test_taken_over_is_said_to_the_pod_that_had_it_and_on_the_node_that_took_it(
     cluster: Cluster, tokens: NodeTokens, admin: KubeClient
 ) -> None:
-    async with agents(cluster, tokens, node_api=True, pods=True, events=True, lock_settings=SHORT) as rig:
+    async with agents(cluster, tokens, node_api=True, pods=True, events=True) as rig:
         a, b = rig.nodes
         key, pod = await holding(rig, admin, a)
         await a.die()
-        await b.until(RESOURCE, lambda devices: devices == {key.id: True})
+        with rig.clock(b).hurried():
+            await b.until(RESOURCE, lambda devices: devices == {key.id: True})
         assert (await rig.allocate(b, key)).response is not None
         words = f"{key}: node {b.name} took it over from node {a.name}, whose lock had expired"
         said = await event(admin, b, "DeviceTakenOver", "Pod")

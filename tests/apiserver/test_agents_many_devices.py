@@ -28,6 +28,8 @@ from usbip_plugin.sim.kubelet import FakeKubelet
 from usbip_plugin.sim.server import VirtualServer
 from usbip_plugin.sim.usbdevice import VirtualDevice
 
+pytestmark = pytest.mark.short
+
 SERVERS, EACH = 5, 100
 RESOURCE = "usbip.dev/many"
 LIMIT_MIB = 64

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import scale_model as model
-from api_process import Cluster, running
+from api_process import Cluster, running_for_tests
 from plugin_rights import admission_works, apply_rbac
 from scale_api import WRITES, Meter, between
 from scale_rig import prepared
 
+from usbip_plugin.locks import record
+
+pytestmark = pytest.mark.short
+
 NODES, DEVICES, TENURES = 8, 6, 2
-IDLE_S = 5.0
+IDLE_POLLS = 2 * NODES
+"""Of the servers, by all nodes together, while nothing happens."""
 
 
 @pytest.fixture(scope="module")
 def quiet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """An API server in whose namespace nobody else has pods."""
-    with running(tmp_path_factory.mktemp("quiet")) as made:
+    with running_for_tests(tmp_path_factory.mktemp("quiet")) as made:
         asyncio.run(apply_rbac(made))
         asyncio.run(admission_works(made))
         yield made
@@ -36,23 +43,47 @@ async def test_a_fleet_costs_the_api_server_what_the_model_says(quiet: Cluster) 
             ready = meter.sample()
             started = between(before, ready).requests
             assert {key: started.get(key) for key in model.start_requests(fleet)} == model.start_requests(fleet)
-            await asyncio.sleep(IDLE_S)  # nothing happens, for so long
+            await rig.polled(IDLE_POLLS)  # nothing else happens
             idle = meter.sample()
             assert between(ready, idle).requests == {}
+            asked = len(quiet.audited())
             for node in rig.nodes[:TENURES]:
                 pod = await rig.take(node)
                 await rig.withdrawn(node)
                 await rig.end(node, pod)
                 await rig.offered()
             spent = between(idle, meter.sample())
-    writes = {kind: 0 for _, kind in spent.requests}
-    for (verb, kind), count in spent.requests.items():
-        writes[kind] += count if verb in WRITES else 0
-    beats = range(TENURES, 2 * TENURES + 1)
-    assert writes["leases"] - model.LOCK_WRITES * TENURES in beats, "besides the locks' their holders' sessions"
-    assert writes["events"] == TENURES
-    assert writes["nodes/status"] == model.tenure_patches(fleet) * TENURES
-    # each holder its own session, once; of the others only who asks the server between a lock's write and the import
-    assert TENURES <= spent.requests.get(("get", "leases"), 0) <= TENURES + NODES // 2
+            tenures = [Asked.of(event) for event in quiet.audited()[asked:] if event["verb"] != "watch"]
+    locks = {key.id for key in rig.keys}
+    sessions = {record.session_name(node.name): node.name for node in rig.nodes}
+    holders = {node.name for node in rig.nodes[:TENURES]}
+    writes = [one for one in tenures if one.verb in WRITES]
+    assert sum(one.what == "leases" and one.name in locks for one in writes) == model.LOCK_WRITES * TENURES
+    beats = [one.node for one in writes if one.what == "leases" and one.name not in locks]
+    assert set(beats) == holders, "besides the locks their holders' sessions"
+    assert len(beats) <= model.heartbeats(replace(fleet, holders=TENURES), spent.seconds)[1]
+    assert sum(one.what == "events" for one in writes) == TENURES
+    assert sum(one.what == "nodes/status" for one in writes) == model.tenure_patches(fleet) * TENURES
+    reads = [(one.node, sessions[one.name]) for one in tenures if (one.verb, one.what) == ("get", "leases")]
+    assert sorted(node for node, session in reads if node == session) == sorted(holders), "its own session, once"
+    others = [read for read in reads if read[0] != read[1]]
+    assert len(set(others)) == len(others), "who asks the server between a lock's write and the import, once"
     events = model.tenure_events(fleet) * TENURES
     assert events <= spent.events <= events + model.bookmarks(fleet, spent.seconds)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request of a node's plugin: a Lease by its name, which is "" in what creates one."""
+
+    node: str
+    verb: str
+    what: str
+    name: str
+
+    @classmethod
+    def of(cls, event: dict[str, Any]) -> Asked:
+        about = event["objectRef"]
+        what = "/".join(part for part in (about.get("resource"), about.get("subresource")) if part)
+        (node,) = event["user"]["extra"]["authentication.kubernetes.io/node-name"]
+        return cls(node, event["verb"], what, about.get("name", ""))

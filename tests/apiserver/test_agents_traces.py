@@ -11,11 +11,9 @@ from api_process import Cluster
 from node_tokens import NodeTokens
 from otlp_receiver import Received, Receiver, receiving
 
-from usbip_plugin.locks.manager import LockSettings
 from usbip_plugin.model import PodRef
 
-SHORT = LockSettings(duration=3.0, import_window=1.0)
-"""Seconds: a takeover that nobody has to wait 40 s for."""
+pytestmark = pytest.mark.short
 
 
 @pytest.fixture
@@ -77,13 +75,14 @@ async def test_a_takeover_is_a_trace_of_its_own_with_a_link_to_the_former_holder
     cluster: Cluster, tokens: NodeTokens, environ: Callable[[Receiver], dict[str, str]]
 ) -> None:
     with receiving() as receiver:
-        async with agents(cluster, tokens, environ=environ(receiver), lock_settings=SHORT) as rig:
+        async with agents(cluster, tokens, environ=environ(receiver)) as rig:
             (key,), (a, b) = rig.keys, rig.nodes
             await a.admit(PodRef("default", "reader"), {RESOURCE: 1})
             await b.until(RESOURCE, lambda devices: devices == {key.id: False})
             await rig.spans.trace_with(("pod", a.name))
             await a.die()
-            await b.until(RESOURCE, lambda devices: devices == {key.id: True})
+            with rig.clock(b).hurried():
+                await b.until(RESOURCE, lambda devices: devices == {key.id: True})
             await _takes_over(rig)
             spans = await have(receiver, ("Allocate", a.name), ("Allocate", b.name))
     (former,), (taker,) = spans["Allocate", a.name], spans["Allocate", b.name]

@@ -24,6 +24,8 @@ from usbip_plugin.locks.record import session_name
 from usbip_plugin.model import DeviceKey, NodeIdentity, PodRef, ServerKey
 from usbip_plugin.observe.events import NORMAL, EventText, event_body, event_name, instance_of
 
+pytestmark = pytest.mark.short
+
 LEASES = f"/apis/coordination.k8s.io/v1/namespaces/{NAMESPACE}/leases"
 EVENTS = "/apis/events.k8s.io/v1/namespaces/default/events"
 NODES = "/api/v1/nodes"

@@ -32,6 +32,8 @@ from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.locks.store import Lease
 from usbip_plugin.model import DeviceKey
 
+pytestmark = pytest.mark.short
+
 PATIENCE_S = 30.0
 FIGHTS = 25
 MOST_FIGHTS = 8 * FIGHTS

@@ -16,6 +16,8 @@ from tcp_proxy import proxy_to
 from usbip_plugin.errors import ConfigError, KubeNotFound, KubeUnauthorized, KubeUnreachable
 from usbip_plugin.kube import KubeClient, connect
 
+pytestmark = pytest.mark.short
+
 NAMESPACES = "/api/v1/namespaces"
 CONFIGMAPS = "/api/v1/namespaces/usbip-system/configmaps"
 

@@ -20,6 +20,8 @@ from usbip_plugin.kubelet import eviction
 from usbip_plugin.kubelet.eviction import Evictor
 from usbip_plugin.model import PodRef
 
+pytestmark = pytest.mark.short
+
 COMPONENT = Path(__file__).parents[2] / "deploy/components/evict/rbac.yaml"
 PODS = f"/api/v1/namespaces/{NAMESPACE}/pods"
 PATIENCE_S = 30.0

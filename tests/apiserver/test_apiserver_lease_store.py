@@ -10,6 +10,8 @@ from usbip_plugin.kube import KubeClient
 from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.locks.store import LeaseStore
 
+pytestmark = pytest.mark.short
+
 
 class TestKubernetesLeases(LeaseStoreContract):
     @pytest.fixture

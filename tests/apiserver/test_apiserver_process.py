@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import re
+import resource
 import signal
 import sys
 import tempfile
@@ -21,6 +22,7 @@ import pytest
 from api_process import ADMIN_TOKEN, Cluster, free_port
 from node_tokens import ACCOUNT, NAMESPACE, NodeTokens
 from otlp_receiver import receiving
+from tcp_proxy import proxy_to
 
 from usbip_plugin.kube import KubeClient
 from usbip_plugin.model import DeviceKey, PodRef, ServerKey, UsbId
@@ -28,9 +30,12 @@ from usbip_plugin.sim.kubelet import FakeKubelet
 from usbip_plugin.sim.server import VirtualServer
 from usbip_plugin.sim.usbdevice import VirtualDevice
 
+pytestmark = pytest.mark.short
+
 PATIENCE_S = 20.0
-END_S = 2.0
-"""What SIGTERM is promised to take at most."""
+"""Less than an hour, which is how long what an end must not wait for takes."""
+MOST_END = 20
+"""Core-seconds from SIGTERM to the exit, in those of an interpreter that begins and ends for nothing; it was 5."""
 STICK = UsbId(0x0951, 0x1666)
 
 
@@ -148,6 +153,37 @@ class Running:
                     return self.read[-1]
                 assert not self.process.stdout.at_eof(), f"the log ended without {text!r}"
 
+    async def end(self) -> None:
+        """SIGTERM. It exits with 0, and has neither computed for long nor waited for anything that lasts PATIENCE_S."""
+        before, lived = of_children(), lived_s(self.process.pid)
+        self.process.send_signal(signal.SIGTERM)
+        async with asyncio.timeout(PATIENCE_S):
+            assert await self.process.wait() == 0
+        took = of_children() - before - lived
+        bare = await bare_interpreter()
+        print(f"SIGTERM to exit: {took * 1e3:.0f} ms of processor time, a bare interpreter {bare * 1e3:.0f}")
+        assert took < MOST_END * bare
+
+
+def of_children() -> float:
+    """Core-seconds of all children that have been waited for."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def lived_s(pid: int) -> float:
+    """Core-seconds of a process so far, of threads that have ended, too."""
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+async def bare_interpreter() -> float:
+    """Core-seconds of a Python that does nothing."""
+    before = of_children()
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", "")
+    assert await process.wait() == 0
+    return of_children() - before
+
 
 @contextlib.asynccontextmanager
 async def kernel(socket: Path) -> AsyncIterator[str]:
@@ -253,9 +289,7 @@ async def test_the_process_registers_answers_reloads_and_ends_on_sigterm(
             "it is not ours any more"
         )
 
-        p.process.send_signal(signal.SIGTERM)
-        async with asyncio.timeout(END_S):
-            assert await p.process.wait() == 0
+        await p.end()
         assert not list((p.config.parent / "plugins").glob("usbip-*.sock")), "its sockets are gone"
 
 
@@ -275,9 +309,7 @@ async def test_the_process_exports_its_traces_and_its_log_names_them(
             line = json.loads(await p.line('"allocated"'))
             p.kubelet.end(pod)
             released = json.loads(await p.line('"released"'))
-            p.process.send_signal(signal.SIGTERM)
-            async with asyncio.timeout(PATIENCE_S):
-                assert await p.process.wait() == 0
+            await p.end()
         await asyncio.to_thread(receiver.until, lambda: bool(receiver.named("release")))
     (allocate,) = receiver.named("Allocate")
     assert allocate.node == "node-p"
@@ -313,11 +345,37 @@ async def test_a_collector_that_is_not_there_is_one_line_in_the_log(
         counted = dict(re.findall(r"^usbip_device_plugin_trace_(\w+)_total (\S+)", page, re.MULTILINE))
         assert float(counted["export_failures"]) >= 1
         assert float(counted["spans_dropped"]) >= 10, "at least one whole Allocate"
-        p.process.send_signal(signal.SIGTERM)
-        async with asyncio.timeout(END_S):
-            assert await p.process.wait() == 0
+        await p.end()
         await p.line("stopping")
     assert sum("export" in line.lower() or "opentelemetry" in line for line in p.read) == 1, p.read
+
+
+async def test_the_end_waits_for_neither_a_silent_collector_nor_a_silent_api_server(
+    cluster: Cluster, tokens: NodeTokens, unused_tcp_port: int
+) -> None:
+    with receiving() as receiver:
+        receiver.silent = True
+        variables = {
+            "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.endpoint,
+            "OTEL_EXPORTER_OTLP_TIMEOUT": "3600",
+            "OTEL_BSP_SCHEDULE_DELAY": "50",
+        }
+        async with proxy_to(cluster.port) as proxy:
+            config = cluster.kubeconfig(await tokens.of("node-p"), f"https://127.0.0.1:{proxy.port}")
+            async with plugin(config, unused_tcp_port, simulated=True, **variables) as p:
+                await p.offered()
+                pod = PodRef("default", "reader")
+                await p.kubelet.admit(pod, {"usbip.dev/stick": 1})
+                await p.line('"allocated"')
+                await asyncio.to_thread(receiver.until, lambda: receiver.asked > 0)
+                proxy.flowing.clear()
+                p.kubelet.end(pod)
+                async with asyncio.timeout(PATIENCE_S):
+                    while not proxy.held:  # noqa: ASYNC110 - for a request that is not answered
+                        await asyncio.sleep(0.05)
+                await p.end()
+                assert proxy.held
+                assert not receiver.spans
 
 
 @pytest.mark.parametrize("form", ["json", "text"])

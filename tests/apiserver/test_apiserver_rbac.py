@@ -11,6 +11,8 @@ from conftest import ACCOUNT_NODE
 from usbip_plugin.errors import KubeForbidden, KubeNotFound
 from usbip_plugin.kube import KubeClient
 
+pytestmark = pytest.mark.short
+
 LEASES = "leases.coordination.k8s.io"
 BASE = "/apis/coordination.k8s.io/v1/namespaces/{}/leases"
 OWN = BASE.format("usbip-system")

@@ -20,6 +20,7 @@ from agents_rig import DONGLE, RESOURCE
 from api_process import Cluster
 from node_tokens import NAMESPACE, NodeTokens
 from plugin_rights import collection, shipped
+from scaled_clock import ScaledClock
 
 from usbip_plugin.check import permissions_needed
 from usbip_plugin.clock import SystemClock
@@ -34,11 +35,13 @@ from usbip_plugin.sim.server import VirtualServer
 from usbip_plugin.sim.usbdevice import VirtualDevice
 from usbip_plugin.sim.world import Setup, SimNode, World
 
+pytestmark = pytest.mark.short
+
 LEASES = f"/apis/coordination.k8s.io/v1/namespaces/{NAMESPACE}/leases"
 DEPRIVED = "usbip-deprived"
 PATIENCE_S = 30.0
-STUCK_S = 1.0
-"""How long a life that lacks a right is watched after it got stuck. Longer finds more, shorter fails no honest one."""
+STUCK_S = 65.0
+"""How long a life that lacks a right is watched after it got stuck, on its node's clock: for each retry there is."""
 _POLL_S = 0.05
 
 Right = tuple[str, str, str]
@@ -71,8 +74,8 @@ MISSED: dict[Right, tuple[str, str]] = {
 class Life:
     """One node's life in steps; step is the one that is under way, "" after the last."""
 
-    def __init__(self, admin: KubeClient, node: SimNode) -> None:
-        self._admin, self._node = admin, node
+    def __init__(self, admin: KubeClient, node: SimNode, clock: ScaledClock) -> None:
+        self._admin, self._node, self.clock = admin, node, clock
         self.step = OFFERED
         self.task = asyncio.create_task(self._live(), name="life")
 
@@ -167,9 +170,11 @@ async def living(cluster: Cluster, admin: KubeClient, name: str, token: str) -> 
         await server.start()
         stack.push_async_callback(server.stop)
         selector = DeviceSelector(server.key, Selector(vendor=DONGLE.vendor, product=DONGLE.product))
+        clock = ScaledClock()
         setup = Setup(
             config=Config((ResourceConfig(RESOURCE, (selector,)),)),
             clock=SystemClock(),
+            make_clock=lambda _node: clock,
             make_leases=lambda _node: KubernetesLeases(client, NAMESPACE),
             make_kube=lambda _node: client,
             kube_has_pods=True,
@@ -187,7 +192,7 @@ async def living(cluster: Cluster, admin: KubeClient, name: str, token: str) -> 
         writer = asyncio.create_task(events.run())
         stack.push_async_callback(ended, writer)
         node.start()
-        life = Life(admin, node)
+        life = Life(admin, node, clock)
         stack.push_async_callback(ended, life.task)
         yield life
 
@@ -307,6 +312,7 @@ async def test_without_a_right_something_is_missed_and_the_log_says_what_to_gran
             while life.step != step or f"{refused}: forbidden" not in said(caplog, life):
                 assert life.step, f"the life went on to its end without the right to {refused}"
                 await asyncio.sleep(_POLL_S)
-        await asyncio.wait([life.task], timeout=STUCK_S)
+        with life.clock.hurried(STUCK_S):
+            await life.clock.sleep(STUCK_S)
         assert life.step == step
         assert not life.task.done() or life.task.exception() is not None

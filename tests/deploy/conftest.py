@@ -23,9 +23,9 @@ def tools() -> Tools:
 
 @pytest.fixture(scope="session")
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    from api_process import running
+    from api_process import running_for_tests
 
-    with running(tmp_path_factory.mktemp("api")) as made:
+    with running_for_tests(tmp_path_factory.mktemp("api")) as made:
         yield made
 
 

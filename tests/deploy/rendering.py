@@ -67,7 +67,7 @@ class Tools:
     def __init__(self, kubectl: Path, helm: Path) -> None:
         self.kubectl = kubectl
         self._helm = helm
-        self.kustomize = functools.cache(self._kustomize)
+        self.kustomize, self.chart = functools.cache(self._kustomize), functools.cache(self._chart)
 
     def _kustomize(self, directory: Path) -> Objects:
         return by_name(run([self.kubectl, "kustomize", directory]).stdout)
@@ -77,7 +77,7 @@ class Tools:
         command = ("template", "usbip-plugin", CHART, "--namespace", namespace, "--kube-version", KUBERNETES)
         return run([self._helm, *command, *arguments], check=False)
 
-    def chart(self, *arguments: str, namespace: str = NAMESPACE) -> Objects:
+    def _chart(self, *arguments: str, namespace: str = NAMESPACE) -> Objects:
         done = self.helm(*arguments, namespace=namespace)
         assert done.returncode == 0, done.stderr
         return by_name(done.stdout)

@@ -48,7 +48,8 @@ class Setup:
     """What a world is made of. make_driver(node, kernel), make_leases(node) and make_specs(node) replace doubles by the
     real thing.
 
-    make_count(node) counts the nodes; without it there is one to each.
+    make_count(node) counts the nodes; without it there is one to each. make_clock(node) gives a node a clock of
+    its own.
 
     make_kube(node) gives the agent an API server for what is not a Lease: Node status, and with kube_has_pods the pods,
     which are otherwise those of the fake kubelet.
@@ -66,6 +67,7 @@ class Setup:
     make_kube: Callable[[str], KubeClient] | None = None
     make_specs: Callable[[str], SpecFiles] | None = None
     make_count: Callable[[str], Callable[[], Awaitable[int]]] | None = None
+    make_clock: Callable[[str], Clock] | None = None
     kube_has_pods: bool = False
 
 
@@ -76,7 +78,8 @@ class SimNode:
         self.name = name
         self.boot = 1
         self.partitioned = False
-        self.kernel = SimulatedKernel(setup.clock)
+        self._clock = setup.make_clock(name) if setup.make_clock is not None else setup.clock
+        self.kernel = SimulatedKernel(self._clock)
         self.advertised = Broadcast()
         """Fires whenever what the agent advertises, or why, has changed."""
         self.observer = replace(
@@ -102,7 +105,7 @@ class SimNode:
         """A new agent process on this node."""
         setup = self._setup
         rng = random.Random(f"{setup.seed}/{self.name}/{self.boot}")  # noqa: S311 - jitter, and to be repeated
-        client = TcpUsbipClient(setup.clock)
+        client = TcpUsbipClient(self._clock)
         driver: VhciDriver = (
             setup.make_driver(self.name, self.kernel)
             if setup.make_driver is not None
@@ -111,7 +114,7 @@ class SimNode:
         self._leases = (
             setup.make_leases(self.name)
             if setup.make_leases is not None
-            else MemoryLeases(self._backend, setup.clock, self.name, self._fate)
+            else MemoryLeases(self._backend, self._clock, self.name, self._fate)
         )
         pod_resources = GrpcPodResources(self._pod_resources, setup.domain)
         outside = Outside(
@@ -122,8 +125,8 @@ class SimNode:
             pod_resources=pod_resources,
             specs=self.specs,
             kube=setup.make_kube(self.name) if setup.make_kube is not None else None,
-            registrar=SocketRegistrar(PluginDirectory(self.plugin_directory, setup.clock), setup.clock, rng),
-            clock=setup.clock,
+            registrar=SocketRegistrar(PluginDirectory(self.plugin_directory, self._clock), self._clock, rng),
+            clock=self._clock,
             rng=rng,
             tracer=setup.make_tracer(self.name),
             pods=None if setup.kube_has_pods else self.pods,
