@@ -17,22 +17,20 @@ from usbip_plugin.kube import KubeClient
 from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.locks.manager import LockSettings
 from usbip_plugin.locks.store import LeaseChange, LeaseStore
-from usbip_plugin.model import PodRef, Reason
-from usbip_plugin.sim.world import SimNode
+from usbip_plugin.model import DeviceKey, PodRef, Reason
 
 pytestmark = pytest.mark.short
 
 LEASES = "/apis/coordination.k8s.io/v1/namespaces/usbip-system/leases"
 
 
-async def _hold_first(rig: Rig) -> SimNode:
-    """A pod on the first node has the first device."""
+async def _hold_one(rig: Rig) -> DeviceKey:
+    """A pod on the first node has one of the devices."""
     a, b = rig.nodes
-    held = rig.keys[0]
-    winner = await rig.allocate(a, held)
-    assert winner.response is not None, winner.error
+    await a.admit(PodRef("default", "reader"), {RESOURCE: 1})
+    (held,) = (key for key in rig.keys if rig.attached(a, key))
     await b.until(RESOURCE, lambda devices: devices[held.id] is False)
-    return a
+    return held
 
 
 def _lose(proxy: Proxy) -> None:
@@ -50,9 +48,9 @@ async def test_what_is_held_stays_and_nothing_new_is_given(cluster: Cluster, tok
             through={"a": f"https://127.0.0.1:{proxy.port}"},
         ) as rig,
     ):
-        held, free = rig.keys
-        a = await _hold_first(rig)
-        b = rig.nodes[1]
+        a, b = rig.nodes
+        held = await _hold_one(rig)
+        (free,) = set(rig.keys) - {held}
         assert a.agent is not None
         _lose(proxy)
         with rig.clock(a).hurried():
@@ -90,8 +88,8 @@ async def test_a_lock_taken_away_meanwhile_is_found_out_on_return(
         proxy_to(cluster.port) as proxy,
         agents(cluster, tokens, through={"a": f"https://127.0.0.1:{proxy.port}"}) as rig,
     ):
-        (held,) = rig.keys
-        a = await _hold_first(rig)
+        a = rig.nodes[0]
+        held = await _hold_one(rig)
         _lose(proxy)
         lease = await admin.request("get", f"{LEASES}/{held.id}", resource="leases")
         lease["spec"]["holderIdentity"] = "somebody-else"

@@ -33,7 +33,7 @@ case "$1 $2" in
     [ ! -e "$FAKE/build-fails" ] || { echo "out of memory" >&2; exit 1; }
     while [ "$1" != -o ]; do shift; done
     name=$(basename "$2" .bin)
-    printf 'dep\\t%s\\th1:x' "$(cat "$FAKE/module-of-$name")" >"$2" && chmod +x "$2" ;;
+    printf 'mod\\t%s\\th1:x' "$(cat "$FAKE/module-of-$name")" >"$2" && chmod +x "$2" ;;
 esac
 """
 
@@ -59,7 +59,7 @@ class Machine:
             (self._home / "build-fails").touch()
 
     def has(self, name: str, module: str) -> None:
-        (self.bin / name).write_text(f"ELF\0\ndep\t{module}\th1:x", encoding="utf-8")
+        (self.bin / name).write_text(f"ELF\0\nmod\t{module}\th1:x", encoding="utf-8")
         (self.bin / name).chmod(0o755)
 
     @contextlib.contextmanager

@@ -27,7 +27,7 @@ trap '[ -z "$work" ] || rm -rf "$work"' EXIT
 fail() { echo "build.sh: $1" >&2; exit 75; }
 
 # have NAME MODULE VERSION: whether the binary is there and was built from that version, which Go records in each binary
-have() { [ -x "$dir/bin/$1" ] && LC_ALL=C grep -qaF "$(printf 'dep\t%s\tv%s\t' "$2" "$3")" "$dir/bin/$1"; }
+have() { [ -x "$dir/bin/$1" ] && LC_ALL=C grep -qaF "$(printf '\t%s\tv%s\t' "$2" "$3")" "$dir/bin/$1"; }
 
 need_go() {
   command -v go >/dev/null && return
