@@ -20,6 +20,7 @@ import pytest
 import yaml
 from agents_rig import RESOURCE, Rig, agents
 from api_process import ADMIN_TOKEN, Cluster
+from command_line import finished
 from node_tokens import NAMESPACE, NodeTokens
 
 from usbip_plugin.cli.exits import Exit
@@ -53,9 +54,7 @@ async def command(
         stderr=PIPE,
         env=os.environ | {"KUBECONFIG": kubeconfig, "PATH": f"{SCRIPTS}:{os.environ['PATH']}"},
     )
-    async with asyncio.timeout(PATIENCE_S):
-        out, err = await process.communicate()
-    return process.returncode or 0, out.decode(), err.decode()
+    return await finished(process, PATIENCE_S)
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 from api_process import ADMIN_TOKEN, Cluster, free_port
+from command_line import finished
 from node_tokens import ACCOUNT, NAMESPACE, NodeTokens
 from otlp_receiver import receiving
 from tcp_proxy import proxy_to
@@ -44,9 +45,7 @@ async def command(*arguments: str) -> tuple[int, str, str]:
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "usbip_plugin", *arguments, stdin=asyncio.subprocess.DEVNULL, stdout=PIPE, stderr=PIPE
     )
-    async with asyncio.timeout(PATIENCE_S):
-        out, err = await process.communicate()
-    return process.returncode or 0, out.decode(), err.decode()
+    return await finished(process, PATIENCE_S)
 
 
 @pytest.fixture
@@ -209,11 +208,12 @@ async def plugin(
     with tempfile.TemporaryDirectory(prefix="usbip-") as name:
         home = Path(name)
         (home / "plugins").mkdir()
-        server = VirtualServer([VirtualDevice("1-1", STICK, configured=True)])
-        await server.start()
         config = home / "config.yaml"
-        config.write_text(text_of(server.key, "stick"))
         async with contextlib.AsyncExitStack() as stack:
+            server = VirtualServer([VirtualDevice("1-1", STICK, configured=True)])
+            await server.start()
+            stack.push_async_callback(server.stop)
+            config.write_text(text_of(server.key, "stick"))
             kubelet = await stack.enter_async_context(FakeKubelet(home / "plugins", home / "pods.sock"))
             if simulated:
                 flags += ("--simulated-kernel", await stack.enter_async_context(kernel(home / "kernel.sock")))
@@ -234,7 +234,6 @@ async def plugin(
                 if process.returncode is None:
                     process.kill()
                 await process.communicate()
-                await server.stop()
 
 
 def text_of(server: ServerKey, resource: str) -> str:
@@ -333,7 +332,7 @@ async def test_a_collector_that_is_not_there_is_one_line_in_the_log(
     config = cluster.kubeconfig(await tokens.of("node-p"))
     async with plugin(config, unused_tcp_port, simulated=True, **variables) as p:
         await p.offered()
-        for number in range(3):
+        for number in range(2):
             pod = PodRef("default", f"reader-{number}")
             await p.kubelet.admit(pod, {"usbip.dev/stick": 1})
             if number == 0:

@@ -106,6 +106,10 @@ def test_what_is_missing_is_built_while_another_group_is(machine: Machine) -> No
     assert [path.name for path in machine.cache.glob("build.??????")] == [], "no working directory is left"
     built = [call for call in machine.calls() if call.startswith("build")]
     assert len(built) == len(MODULES)
+    asked = [call for call in machine.calls() if call.startswith("get")]
+    assert {call.rpartition("@v")[2] for call in asked} == {VERSIONS["ETCD"], VERSIONS["HELM"]}, (
+        "not the newest there is"
+    )
     assert machine.build("apiserver", "helm").returncode == 0
     assert [call for call in machine.calls() if call.startswith("build")] == built, "it was there"
 

@@ -85,11 +85,11 @@ kubernetes() {
   for name in "${wanted[@]}"; do build "$name" "$work/k8s" "k8s.io/kubernetes/cmd/$name" -ldflags "$flags"; done
 }
 
-# fetch_command MODULE-DIR MODULE@VERSION PACKAGE
+# fetch_command MODULE-DIR PACKAGE@VERSION; without the version it would be the newest one
 fetch_command() (
   mkdir -p "$1" && cd "$1" || exit
   [ -e go.mod ] || go mod init cluster.test/tool || exit
-  go get "$2" && go get "$3"
+  go get "$2"
 )
 
 # command_of NAME MODULE@VERSION PACKAGE [go build flags]: one command of any other module
@@ -100,7 +100,7 @@ command_of() {
   [ -n "$building" ] || return 0
   need_go "$1"
   echo "building $1 $version" >&2
-  thrice fetch_command "$work/$module" "$2" "$3"
+  thrice fetch_command "$work/$module" "$3@v$version"
   build "$1" "$work/$module" "$3" "${@:4}"
 }
 
