@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -14,7 +15,10 @@ from node_tokens import NAMESPACE
 
 STRIPPED = ("-OO",)
 """Python's flags in the image: no docstrings, which are 2 MiB. Its bytecode is compiled beforehand."""
+SETTLED = "memory of the start released"
+SETTLED_S = 60.0
 STOP_TIMEOUT_S = 10.0
+_POLL_S = 0.1
 IN_MOUNTS = ("unshare", "--mount", "--propagation", "private", "sh", "-c")
 _MOUNT = """
 [ -z "$CGROUP" ] || echo $$ >"$CGROUP/cgroup.procs" || exit
@@ -102,6 +106,13 @@ class InPod:
             assert child.stdout is not None
             child.stdout.readline()
             return memory_mib(child.pid, field)
+
+
+async def settled(log: Path) -> None:
+    """Waits until a plugin at level debug writes there that its start is over: what it needs for that is let go."""
+    async with asyncio.timeout(SETTLED_S):
+        while SETTLED not in await asyncio.to_thread(log.read_text, encoding="utf-8"):  # noqa: ASYNC110
+            await asyncio.sleep(_POLL_S)  # another process; it offers no event to wait for
 
 
 def memory_mib(pid: int, field: str = "VmRSS") -> float:
