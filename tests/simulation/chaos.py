@@ -15,8 +15,11 @@ from plan import Action
 from usbip_plugin.claims import State
 from usbip_plugin.config import Config
 from usbip_plugin.errors import KubeConflict, KubeGone, KubeServerError, KubeThrottled
+from usbip_plugin.inventory.annotations import key_of
 from usbip_plugin.locks.memory import FINE, RESOURCE, Fate, Lost, Operation
-from usbip_plugin.model import DeviceKey, PodRef
+from usbip_plugin.locks.protocol import LockMeta, Replace, Write, decide_acquire, decide_release
+from usbip_plugin.locks.record import BY_HAND, lock_of
+from usbip_plugin.model import DeviceKey, NodeIdentity, PodRef
 from usbip_plugin.sim.cluster import Cluster, ClusterNode
 from usbip_plugin.sim.device_manager import ContainerSpec, EndpointError
 from usbip_plugin.sim.server import VirtualServer
@@ -67,6 +70,9 @@ def changed(config: Config, pick: int) -> Config:
             resources.clear()
     return replace(config, resources=tuple(resources))
 
+
+STRANGER = "node-z"
+"""A node with a plugin that is none of the cluster's."""
 
 Key = tuple[object, ...]
 """What lasts, and of whom."""
@@ -124,6 +130,8 @@ class Chaos:
         """Those that end as soon as they are admitted."""
         self.admissions: dict[asyncio.Task[None], PodRef] = {}
         self.errors: list[ApiErrors] = []
+        self.robbed: dict[tuple[DeviceKey, str], float] = {}
+        """When (loop seconds) a node last lost the lock of a device without having had a say in it."""
         self.moved: dict[DeviceKey, DeviceKey] = {}
         """Where devices are that were plugged in elsewhere."""
         self.ended_badly: list[str] = []
@@ -516,6 +524,50 @@ class Chaos:
         self.note("compaction")
         self.cluster.backend.compact()
         return True
+
+    # the locks
+
+    def do_lock_released(self, action: Action, node: ClusterNode) -> bool:
+        """A person empties a lock that the node holds, as `usbip-plugin release --force` does."""
+        key = self._held(action, node)
+        if key is None:
+            return False
+        self.note(f"a person releases the lock of {key}")
+        self.robbed[key, node.name] = loop_of().time()
+        self._release(key, node.name, BY_HAND)
+        return True
+
+    def do_lock_taken(self, action: Action, node: ClusterNode) -> bool:
+        """A node that is none of the cluster writes its name into a lock that the node holds, and lets it go later."""
+        key = self._held(action, node)
+        if key is None:
+            return False
+
+        def take() -> None:
+            self.robbed[key, node.name] = loop_of().time()
+            lease = self.cluster.backend.leases[key.id]
+            write = self._write(STRANGER, "taken")
+            decision = decide_acquire(replace(lease, holder=""), key, LockMeta(), write, None, False)
+            assert isinstance(decision, Replace)
+            self.cluster.backend.replace(decision.lease)
+
+        return self.during(action, ("robbed", key), take, lambda: self._release(key, STRANGER, "let go"))
+
+    def _held(self, action: Action, node: ClusterNode) -> DeviceKey | None:
+        """A device whose lock names the node."""
+        locks = [lock_of(lease) for lease in self.cluster.backend.leases.values() if lease.holder == node.name]
+        held = [key for lock in locks if (key := key_of(lock)) is not None]
+        return held[action.pick % len(held)] if held else None
+
+    def _release(self, key: DeviceKey, holder: str, mark: str) -> None:
+        """Empties a lock in the holder's name, if it still has it."""
+        decision = decide_release(self.cluster.backend.leases.get(key.id), self._write(holder, mark))
+        if isinstance(decision, Replace):
+            self.cluster.backend.replace(decision.lease)
+
+    def _write(self, holder: str, mark: str) -> Write:
+        anybody = next(iter(self.cluster.nodes.values()))
+        return Write(NodeIdentity(holder, f"{holder}-boot"), anybody.clock.now(), mark, 0.0)
 
     # the network and the servers
 

@@ -43,6 +43,8 @@ API_AWAY_S = WATCH_IDLE_S + API_GRACE + 10.0
 """A device that is not this node's, Healthy without an API server. That one is silent, a watch has to find out."""
 DEAD_PORT_S = DEAD_PEER_S + 5.0
 """A port whose connection is dead at its server."""
+ROBBED_S = 20.0
+"""A device that is attached, or imported, by a node whose lock was taken away."""
 
 
 def served(cluster: Cluster, node: ClusterNode) -> frozenset[str]:
@@ -119,11 +121,13 @@ class Watch:
             # one that does not fence counts the half-open connection of a node that was cut off and attaches again
             if server.violations and self.settings.fenced:
                 raise Violation("one import, by the server's account", f"{server.key}: {server.violations}")
-        for key, nodes in self.cluster.network.imports().items():
+        for key, importers in self.cluster.network.imports().items():
+            holder = self.cluster.holder(key)
+            # a node that was robbed may find out first: see _robbed
+            nodes = [node for node in importers if node == holder or (key, node) not in self.chaos.robbed]
             if len(nodes) > 1:
                 raise Violation("one import, by the nodes' account", f"{key}: {nodes}")
-            holder = self.cluster.holder(key)
-            if holder != nodes[0]:
+            if nodes and holder != nodes[0]:
                 raise Violation("a lock for each import", f"{key}: imported by {nodes[0]}, locked by {holder!r}")
 
     def _written(self, before: Lease | None, after: Lease | None) -> None:
@@ -160,6 +164,7 @@ class Watch:
             self._specs(node)
             self._healths(node, now)
             self._pods(node, now)
+        self._robbed(now)
         self._ports(now)
 
     def _allocates(self, node: ClusterNode, now: float) -> None:
@@ -319,6 +324,7 @@ class Watch:
                     quiet
                     and device_id not in attached
                     and self.cluster.holder(key) in ("", node.name)
+                    and not self._released_by_hand(key)
                     and (
                         (self.reachable(node, key) and self._as_claimed(node, key))
                         or self._followable(node, key, self.chaos.moved.get(key))
@@ -330,6 +336,11 @@ class Watch:
                         "a pod's device is attached again", f"{what}: {state.value}, {health.get(device_id)}"
                     )
 
+    def _released_by_hand(self, key: DeviceKey) -> bool:
+        """A person has emptied the lock, and what it was for is not to be attached again by itself."""
+        lease = self.cluster.backend.leases.get(key.id)
+        return lease is not None and record.lock_of(lease).by_hand
+
     def _promised(self, node: ClusterNode, resource: str, device_id: str) -> None:
         """Who asked by serial number has that device and no other."""
         claim = node.agent.attacher.claims.get(device_id) if node.agent is not None else None
@@ -338,6 +349,22 @@ class Watch:
         told = claim.attachment.serial if claim.attachment is not None else None
         if told != PROMISED:
             raise Violation("a promised device is that one", f"{node.name}: {claim.key} is {told}, not {PROMISED}")
+
+    def _robbed(self, now: float) -> None:
+        """A node that was robbed of a lock lets go of the device. Until it has, it may import without a lock."""
+        live = self.cluster.network.imports()
+        for (key, name), since in list(self.chaos.robbed.items()):
+            node = self.cluster.nodes[name]
+            agent, importing = node.agent, name in live.get(key, ())
+            claim = agent.attacher.claims.get(key.id) if agent is not None else None
+            has_it = importing or (claim is not None and claim.state is State.ATTACHED)
+            bad = has_it and self.cluster.holder(key) != name and self.quiet(node)
+            if self._for_long(bad, now, ROBBED_S / node.clock.rate, "robbed", name, key):
+                raise Violation("a lock for each import", f"{key}: {name} was robbed of its lock and still has it")
+            # an import may begin, by what its node knows of the lock, until the window of the last write is over
+            late = now - since > self.settings.locks.import_window / node.clock.rate
+            if late and not importing and agent is not None and not agent.attacher.concerns(key.id):
+                del self.chaos.robbed[key, name]
 
     def _ports(self, now: float) -> None:
         """Attachments whose connections are dead: only for as long as TCP needs to find out."""

@@ -20,6 +20,8 @@ FAULTS: Mapping[str, float] = {
     "isolate": LONG,
     "api_mute": LONG,
     "end_youngest": 0.0,
+    "lock_released": 0.0,
+    "lock_taken": LONG,
 }
 """How long each lasts, or how long the agent is away."""
 LATER = 50.0

@@ -35,6 +35,8 @@ SAME_EPOCH = "an epoch for each holder"
 NOT_BACK = "a pod's device is attached again"
 NOT_TOLD = "a pod's device is attached or reported"
 ANOTHER = "a promised device is that one"
+NOT_ATTACHED = "attached is true"
+NOT_WORKING = "the simulation works"
 OFFERED = "nothing is offered without the API server"
 
 # R1
@@ -158,6 +160,23 @@ def losing_nothing() -> Iterator[None]:
         yield
 
 
+def whatever_became_of_it(_self: Pipeline, _claim: Claim) -> None:
+    """Instead of Pipeline._check_still_ours: the watch's word counts, but not before the device is handed out."""
+
+
+def whatever_became_of_the_place(self: Pipeline, claim: Claim) -> None:
+    """Instead of Pipeline._check_still_ours."""
+    check_still_ours(self, replace(claim, moved_to=None))
+
+
+def whatever_became_of_its_own(self: Pipeline, claim: Claim) -> None:
+    """Instead of Pipeline._check_still_ours."""
+    check_still_ours(self, replace(claim, key=claim.place, moved_to=None))
+
+
+check_still_ours = Pipeline._check_still_ours
+
+
 # R7
 
 
@@ -243,6 +262,15 @@ IN_FLIGHT = tuple(
     for cut in (0.4, 0.5, 0.6)
 )
 """What A asks of the server is under way for longer than its lock lasts."""
+ROBBED = tuple(
+    shape(act(0, "admit"), act(0.1, loss, lasts=70), wait(40)) for loss in ("lock_taken", "lock_released")
+)
+"""A loses the lock while the device enumerates, which takes 0.3 s."""
+ROBBED_ELSEWHERE = tuple(
+    shape(act(0, "admit"), act(4, "replug_elsewhere", lasts=90), act(4.2, "lock_taken", lasts=60, pick=lock), wait(40))
+    for lock in (0, 1)
+)
+"""A loses the lock of the device, or that of the place to which it is moved, while it enumerates there."""
 RACE = shape(act(0, "watch_stall", lasts=60), act(0, "watch_stall", B, lasts=60), act(0, "race"))
 """Both want the device, and hear of each other by their writes only."""
 REBOOT = shape(act(0, "admit"), act(4, "reboot", lasts=5), wait(80))
@@ -311,6 +339,27 @@ MUTANTS = (
     ),
     Mutant(
         "R6", "a loss is nothing", TWO_IMPORTS, (AWAY,), Rules(decide_amend=amended_by_anybody), patched=losing_nothing
+    ),
+    Mutant(
+        "R6",
+        "a loss before the device is handed out is nothing",
+        NOT_LOCKED,
+        ROBBED,
+        patched=lambda: patch.object(Pipeline, "_check_still_ours", whatever_became_of_it),
+    ),
+    Mutant(
+        "R6",
+        "the lock of the place may be lost",
+        NOT_ATTACHED,
+        ROBBED_ELSEWHERE,
+        patched=lambda: patch.object(Pipeline, "_check_still_ours", whatever_became_of_the_place),
+    ),
+    Mutant(
+        "R6",
+        "the device's own lock may be lost",
+        NOT_WORKING,
+        ROBBED_ELSEWHERE,
+        patched=lambda: patch.object(Pipeline, "_check_still_ours", whatever_became_of_its_own),
     ),
     Mutant(
         "R7",

@@ -110,8 +110,8 @@ WEIGHTS = {
 BY_CDI = {"restart_container": 6, "specs_fail": 45, "records_fail": 90}
 """Where devices are handed out by CDI: one more action in so many."""
 
-EVERYWHERE = {"reload": 15, "admit_mixed": 12}
-"""One more action in so many, half of the reloads with an Allocate."""
+EVERYWHERE = {"reload": 15, "admit_mixed": 12, "lock_released": 15, "lock_taken": 15, "node_forbidden": 45}
+"""One more action in so many. Half of those that can come at a step come with an Allocate."""
 
 BY_SERIAL = {"swap_twin": 30}
 """The same where a resource promises a device by its serial number."""
@@ -134,6 +134,8 @@ AT_STEP = (
     "server_freeze",
     "drop",
     "reload",
+    "lock_released",
+    "lock_taken",
 )
 """What happens at some step of an agent, and not only between two actions; half of them together with an Allocate."""
 SILENCES = ("freeze_agent", "freeze_node", "power_loss", "api_silent", "api_mute", "isolate")
@@ -216,7 +218,7 @@ def draw(seed: int, length: int = ACTIONS) -> Plan:
             place = again.randrange(len(actions))
             at, node = actions[place].at, again.randrange(60)
             actions.insert(place, _action(again, at, kind, node))
-            if kind == "reload" and again.random() < 0.5:
+            if kind in AT_STEP and again.random() < 0.5:
                 actions.insert(place, _action(again, at, "admit", node))
     return Plan(seed, settings, tuple(sorted(actions, key=lambda action: action.at)))
 

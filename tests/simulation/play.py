@@ -1,4 +1,4 @@
-"""Plays a plan, or a part of it, and says what came of it. The same plan and part give the same steps each time.
+"""Plays a plan and says what came of it. The same plan gives the same steps each time.
 
 A step is one callback that the event loop runs: a task of an agent or a kubelet resumed up to its next await, a timer
 that fires, or a delivery by the network, an API server or the driver of the faults. Invariants are looked at after each
@@ -13,7 +13,7 @@ import gc
 import logging
 import random
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import ParamSpec
 
@@ -74,8 +74,8 @@ class Result:
     violation: Violation | None = None
 
 
-def play(plan: Plan, only: Collection[int] | None = None, wrong: Wrong | None = None) -> Result:
-    """only: indices of the actions to carry out, None for all."""
+def play(plan: Plan, wrong: Wrong | None = None) -> Result:
+    """Returns what came of a plan. A broken promise, or anything that goes wrong, is the result's violation."""
     result = Result(plan.seed)
     result.counts.update(name for name, given in CONDITIONS.items() if given(plan.settings))
     wrong = wrong or Wrong()
@@ -84,7 +84,7 @@ def play(plan: Plan, only: Collection[int] | None = None, wrong: Wrong | None = 
     gc.disable()  # what it would find, and when, is no part of the plan
     try:
         with wrong.patched():
-            run(lambda: _Play(plan, result, wrong).main(only))
+            run(lambda: _Play(plan, result, wrong).main())
     except Violation as violation:
         result.violation = violation
     except Exception as error:  # noqa: BLE001 - whatever goes wrong is a finding, and has a timeline
@@ -110,7 +110,7 @@ class _Play:
     def note(self, text: str) -> None:
         self._result.timeline.append(f"{self._loop.time():10.3f} {self._loop.steps:7}  {text}")
 
-    async def main(self, only: Collection[int] | None) -> None:
+    async def main(self) -> None:
         """Raises the violation, if there is one."""
         settings = self._plan.settings
         made: list[Chaos] = []
@@ -120,7 +120,7 @@ class _Play:
             self._watch = Watch(c, chaos, settings, self.note)
             self._loop.after_step = self._looking(self._watch.after_step)
             self._loop.before_jump = self._looking(self._watch.before_jump)
-            story = asyncio.create_task(self._story(c, chaos, only), name="story")
+            story = asyncio.create_task(self._story(c, chaos), name="story")
             try:
                 await asyncio.wait({story, self._violated}, return_when=asyncio.FIRST_COMPLETED)
             finally:
@@ -185,11 +185,10 @@ class _Play:
         server.table.exclusive = settings.fenced
         return server
 
-    async def _story(self, c: Cluster, chaos: Chaos, only: Collection[int] | None) -> None:
-        for i, action in enumerate(self._plan.actions):
-            if only is None or i in only:
-                await self._until(action.at)
-                chaos.do(action)
+    async def _story(self, c: Cluster, chaos: Chaos) -> None:
+        for action in self._plan.actions:
+            await self._until(action.at)
+            chaos.do(action)
         await asyncio.sleep(FAULTS_END_S)
         self.note("every fault ends")
         chaos.end_all()

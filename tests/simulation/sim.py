@@ -2,7 +2,8 @@
 
 make sim SEEDS=100, or make sim STEPS=1000000, which fails, too, if any fault or any rule never fired.
 make sim-moments: one fault at each single step of an Allocate, a release, a re-attach and a takeover.
-One plan again: python tests/simulation/sim.py --seed 7 [--only 3,5,8], or --moment allocate/kill/17
+One plan with its timeline: python tests/simulation/sim.py --seed 7, or --moment allocate/kill/17, or --plan FILE
+Plans that nobody has played before: python tests/simulation/sim.py --steps 1000000 --first today
 """
 
 from __future__ import annotations
@@ -16,8 +17,12 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
 
+import kept_plans
 from fired import never, table
+from kept_plans import KeptPlan, text_of
 from moments import FAULTS, WORK, moments, parse
 from plan import Plan, draw
 from play import Result, play
@@ -26,6 +31,10 @@ from shrink import shrink
 
 TELL_EVERY = 500_000
 """Steps between two lines about how far it is."""
+BROKEN = Path(__file__).parents[2] / "build" / "broken-plans"
+"""Where the shortest plan of a broken promise is written. Git does not look there."""
+SEEDS_OF_A_DAY = 1000
+"""Seeds between that of one day and that of the next: more than one run plays."""
 
 
 @dataclass(slots=True)
@@ -64,29 +73,42 @@ def main(arguments: list[str]) -> int:
     what.add_argument("--seed", type=int, help="this drawn plan only, with its timeline")
     what.add_argument("--moments", action="store_true", help="a fault at each step of an agent's work")
     what.add_argument("--moment", type=parse, help="one of these only, with its timeline")
-    parser.add_argument("--first", type=int, default=0, help="the first seed (0)")
-    parser.add_argument("--only", help="the actions of the one plan to carry out, by index, with commas")
+    what.add_argument("--plan", type=Path, help="the plan of a file only, with its timeline")
+    parser.add_argument("--first", type=first_seed, default=0, help="the first seed (0), or today: another one each day")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (one for each core)")
+    parser.add_argument("--broken", type=Path, default=BROKEN, help="where a plan is written that breaks a promise")
     options = parser.parse_args(arguments)
-    if options.seed is not None or options.moment is not None:
-        plan = draw(options.seed) if options.seed is not None else options.moment.plan
-        only = [int(index) for index in options.only.split(",") if index] if options.only is not None else None
-        result = play(plan, only)
-        print("\n".join(result.timeline))
-        return int(result.violation is not None)
+    if options.plan is not None:
+        return tell(kept_plans.parse(options.plan.read_text()).plan)
+    if options.seed is not None:
+        return tell(draw(options.seed))
+    if options.moment is not None:
+        return tell(options.moment.plan)
     if options.moments:
-        return every_moment(options.jobs)
-    return many(options.first, options.seeds, options.steps, options.jobs)
+        return every_moment(options.jobs, options.broken)
+    return many(options.first, options.seeds, options.steps, options.jobs, options.broken)
 
 
-def many(first: int, seeds: int, steps: int | None, jobs: int) -> int:
-    """The same for the same first, seeds and steps, whatever jobs is."""
+def first_seed(text: str) -> int:
+    """Returns a seed given as a number, or that of the present day (UTC) for "today". Raises ValueError."""
+    return datetime.now(UTC).date().toordinal() * SEEDS_OF_A_DAY if text == "today" else int(text)
+
+
+def tell(plan: Plan) -> int:
+    """Plays one plan and prints its timeline. Returns 1 if it breaks a promise."""
+    result = play(plan)
+    print("\n".join(result.timeline))
+    return int(result.violation is not None)
+
+
+def many(first: int, seeds: int, steps: int | None, jobs: int, broken: Path) -> int:
+    """Plays drawn plans. Counts the same for the same first, seeds and steps, whatever jobs is."""
     total, began, told = Figures(), time.monotonic(), 0
     numbers: Iterable[int] = itertools.count(first) if steps is not None else range(first, first + seeds)
     for figures in in_order(one, numbers, jobs):
         total.add(figures)
         if total.broken is not None:
-            return report("--seed", total.broken, draw(int(total.broken)))
+            return report(f"seed-{total.broken}", draw(int(total.broken)), broken)
         if total.steps // TELL_EVERY > told:
             told = total.steps // TELL_EVERY
             print(f"{total.steps} steps, {total.plans} plans", flush=True)
@@ -108,13 +130,14 @@ def one(seed: int) -> Figures:
     return figures
 
 
-def every_moment(jobs: int) -> int:
+def every_moment(jobs: int, broken: Path) -> int:
+    """Plays every fault at every step of every work."""
     total, began = Figures(), time.monotonic()
     pairs = list(itertools.product(WORK, FAULTS))
     for pair, figures in zip(pairs, in_order(each_moment_of, pairs, jobs), strict=True):
         total.add(figures)
         if total.broken is not None:
-            return report("--moment", total.broken, parse(total.broken).plan)
+            return report(total.broken.replace("/", "-"), parse(total.broken).plan, broken)
         print(f"{figures.plans:5} moments  {pair[0]}: {pair[1]}", flush=True)
     print(f"{time.monotonic() - began:.0f} s on {jobs} processes")
     sum_up(total)
@@ -134,18 +157,25 @@ def sum_up(total: Figures) -> None:
     print(f"{total.steps} steps of {total.plans} plans: no promise broken")
 
 
-def report(option: str, name: str, plan: Plan) -> int:
-    """Tells the shortest story of a broken promise, and how to see it again."""
-    kept, least = shrink(plan, play(plan))
-    print("\n".join(least.timeline))
-    only = ",".join(map(str, kept))
-    print(f"{len(kept)} of {len(plan.actions)} actions of {name}. Again: {command(option, name, only)}")
+def report(name: str, plan: Plan, directory: Path) -> int:
+    """Tells the shortest story of a broken promise, and writes its plan to a file of that name."""
+    least, result = shrink(plan, play(plan))
+    assert result.violation is not None
+    text = text_of(KeptPlan(str(result.violation), result.violation.name, least))
+    path = directory / f"{name}.json"
+    directory.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    print("\n".join(result.timeline))
+    print(f"\n{len(least.actions)} of {len(plan.actions)} actions of {name}. Its plan, to be kept once it is understood:")
+    print(text)
+    print(f"Again: {command(path)}")
     return 1
 
 
-def command(option: str, name: str, only: str) -> str:
-    """To be given where this one was."""
-    return f"{os.path.relpath(sys.executable)} {os.path.relpath(__file__)} {option} {name} --only {shlex.quote(only)}"
+def command(path: Path) -> str:
+    """Returns the command that plays the plan of a file. It is good in the present directory."""
+    words = os.path.relpath(sys.executable), os.path.relpath(__file__), "--plan", os.path.relpath(path)
+    return shlex.join(words)
 
 
 if __name__ == "__main__":

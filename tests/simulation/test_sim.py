@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 import shlex
 from collections import Counter
+from pathlib import Path
 
 import fired
+import kept_plans
 import pytest
 import sim
 from moments import FAULTS, parse
@@ -17,19 +19,29 @@ from play import play
 from usbip_plugin.work import DeviceWork
 
 
-def test_a_broken_promise_is_told_as_its_shortest_story_with_a_command_that_repeats_it(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_broken_promise_is_told_as_its_shortest_story_with_a_plan_and_a_command_that_repeats_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(DeviceWork, "finish", release_first)
-    name = "allocate/kill/1"
-    assert sim.report("--moment", name, parse(name).plan) == 1
-    told = capsys.readouterr().out.splitlines()
-    assert "VIOLATED: a lock for each import" in told[-2]
-    assert told[-1].startswith(f"0 of 4 actions of {name}. Again: "), "the pods that end every story are enough"
-    _python, script, *arguments = shlex.split(told[-1].partition("Again: ")[2])
+    assert sim.report("allocate-kill-1", parse("allocate/kill/1").plan, tmp_path / "broken") == 1
+    told = capsys.readouterr().out
+    story, _, rest = told.partition("\n\n")
+    assert "VIOLATED: a lock for each import" in story.splitlines()[-1]
+    assert rest.startswith("0 of 4 actions of allocate-kill-1."), "the pods that end every story are enough"
+    kept = kept_plans.parse((tmp_path / "broken" / "allocate-kill-1.json").read_text())
+    assert (kept.broke, kept.plan.actions) == ("a lock for each import", ())
+    assert kept_plans.text_of(kept) in rest, "where only the log is left, the plan is there"
+    _python, script, *arguments = shlex.split(rest.partition("Again: ")[2])
     assert script.endswith("tests/simulation/sim.py")
     assert sim.main(arguments) == 1
-    assert capsys.readouterr().out.splitlines() == told[:-1]
+    assert capsys.readouterr().out.rstrip() == story
+
+
+def test_the_seeds_of_each_day_are_others() -> None:
+    today, most = sim.first_seed("today"), 1_000_000 // 10_000
+    assert sim.first_seed("17") == 17
+    assert today > most, "seeds that every run has"
+    assert sim.SEEDS_OF_A_DAY > most
 
 
 def test_on_several_processes_the_same_is_counted(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,63 @@
+"""Plans as files. What once broke a promise is kept under plans/ and played by every run of the tests.
+
+The plan is kept and not its seed, because any change of the code deals the seeds anew.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from plan import Action, Plan, Settings
+
+from usbip_plugin.locks.manager import LockSettings
+
+PLANS = Path(__file__).parent / "plans"
+
+
+@dataclass(frozen=True, slots=True)
+class KeptPlan:
+    """A plan that once broke a promise.
+
+    found: one sentence for people, which says what was wrong with the code. broke: the name of the promise.
+    """
+
+    found: str
+    broke: str
+    plan: Plan
+
+
+def text_of(kept: KeptPlan) -> str:
+    """Returns the file of a plan: JSON, with each action on a line of its own."""
+    head = {"found": kept.found, "broke": kept.broke, "seed": kept.plan.seed, "settings": asdict(kept.plan.settings)}
+    lines = [json.dumps(_action_fields(action)) for action in kept.plan.actions]
+    actions = ",\n".join(f"    {line}" for line in lines)
+    return json.dumps(head, indent=2).removesuffix("\n}") + f',\n  "actions": [\n{actions}\n  ]\n}}\n'
+
+
+def parse(text: str) -> KeptPlan:
+    """Returns what text_of wrote. Raises ValueError, KeyError or TypeError for a field that is missing or unknown."""
+    document = json.loads(text)
+    settings = document["settings"]
+    settings["locks"] = LockSettings(**settings["locks"])
+    settings["devices"] = tuple(map(tuple, settings["devices"]))
+    for name in ("keepalive", "rates", "offsets"):
+        settings[name] = tuple(settings[name])
+    actions = tuple(Action(**{**_UNSAID, **each}) for each in document["actions"])
+    return KeptPlan(document["found"], document["broke"], Plan(document["seed"], Settings(**settings), actions))
+
+
+def load(name: str) -> KeptPlan:
+    """Returns a plan of the directory plans/ by the name of its file, without the suffix."""
+    return parse((PLANS / f"{name}.json").read_text())
+
+
+_UNSAID: dict[str, Any] = {"node": 0, "pick": 0, "lasts": 0.0, "steps": 0}
+
+
+def _action_fields(action: Action) -> dict[str, Any]:
+    """What a file says of an action: all but the fields that have the value of one that is not given."""
+    said = {field.name: getattr(action, field.name) for field in fields(action)}
+    return {name: value for name, value in said.items() if name not in _UNSAID or value != _UNSAID[name]}
