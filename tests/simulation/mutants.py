@@ -36,7 +36,7 @@ NOT_BACK = "a pod's device is attached again"
 NOT_TOLD = "a pod's device is attached or reported"
 ANOTHER = "a promised device is that one"
 NOT_ATTACHED = "attached is true"
-NOT_WORKING = "the simulation works"
+NOT_WORKING = "agents work"
 OFFERED = "nothing is offered without the API server"
 
 # R1

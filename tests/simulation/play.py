@@ -88,8 +88,9 @@ def play(plan: Plan, wrong: Wrong | None = None) -> Result:
     except Violation as violation:
         result.violation = violation
     except Exception as error:  # noqa: BLE001 - whatever goes wrong is a finding, and has a timeline
-        result.violation = Violation("the simulation works", repr(error))
-        result.violation.__cause__ = error
+        if result.violation is None:  # else it is what followed: an agent that died says so when it is ended, too
+            result.violation = Violation("the simulation works", repr(error))
+            result.violation.__cause__ = error
     finally:
         if collecting:
             gc.enable()
@@ -141,6 +142,7 @@ class _Play:
             except Violation as violation:
                 self._loop.after_step = self._loop.before_jump = None
                 self._result.steps, self._result.seconds = self._loop.steps, self._loop.time()
+                self._result.violation = violation
                 self._violated.set_exception(violation)
 
         return looking
