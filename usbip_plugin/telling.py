@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import partial
 from typing import Protocol
 
 from opentelemetry.trace import SpanKind, Tracer
@@ -90,7 +91,13 @@ class Telling:
     def attach(self, server: DevicePluginServer) -> None:
         """From now on this device-plugin server is told what its resource advertises."""
         self._servers[server.resource] = server
+        server.on_announced = partial(self._announced, server)
         self._publish(server)
+
+    def _announced(self, server: DevicePluginServer) -> None:
+        """A kubelet that has begun to listen has the list: now the Node may say how many there are."""
+        if self._servers.get(server.resource) is server:
+            self._publish(server)
 
     async def detach(self, server: DevicePluginServer) -> None:
         """Its resource is not offered any more: the last that kubelet and Node are told. Within 2 * SENT_TIMEOUT."""

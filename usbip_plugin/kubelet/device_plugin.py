@@ -156,6 +156,8 @@ class DevicePluginServer:
         self.changed = Broadcast()
         self.healthy = 0
         """How many devices the kubelet will count as allocatable: the healthy ones as published, in use or not."""
+        self.on_announced: Callable[[], None] = lambda: None
+        """Called when a kubelet has been sent its first list."""
         self._state: DeviceStates = ()
         self._version = 0
         self._published: tuple[Advertised, ...] | None = None
@@ -232,8 +234,10 @@ class DevicePluginServer:
                     return
                 version, state = self._version, self._state
                 await send(state)
-                stream.sent = version
+                first, stream.sent = not stream.sent, version
                 self.changed.fire()
+                if first:
+                    self.on_announced()
         finally:
             self._streams.discard(stream)
             self.changed.fire()

@@ -1,0 +1,98 @@
+"""What the Node is told, and when: never before a kubelet has the list, and then without waiting for a change."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import Any
+
+from opentelemetry.trace import NoOpTracer
+
+from usbip_plugin.kubelet.device_plugin import AllocateBackend, DevicePluginServer, DeviceStates
+from usbip_plugin.kubelet.node_status import NodeStatusPublisher
+from usbip_plugin.model import Advertised, DeviceKey, Health, Reason, ServerKey
+from usbip_plugin.sim.loop import SimClock, virtual
+from usbip_plugin.telling import Telling
+
+STORAGE = "usbip.dev/storage"
+STICK = DeviceKey(ServerKey("lab", 3240), "1-1")
+LISTS = {"storage": (Advertised(STICK.id, STICK, Health(Reason.FREE)),)}
+
+
+class NobodyAsks(AllocateBackend):
+    """For servers that no kubelet calls."""
+
+
+class Node:
+    """A Telling with its publisher, and what the Node was told by it, in order."""
+
+    def __init__(self) -> None:
+        clock = SimClock(asyncio.get_running_loop())
+        self.patches: list[dict[str, str]] = []
+        self.status = NodeStatusPublisher(self, "node-a", clock, random.Random(1))
+        self.telling = Telling(
+            domain="usbip.dev",
+            node_status=self.status,
+            clock=clock,
+            tracer=NoOpTracer(),
+            on_advertised=lambda _resource, _devices: None,
+            on_withdrawn=lambda _seconds: None,
+        )
+
+    async def request(self, *_words: str, body: Any = None, **_more: Any) -> dict[str, Any]:
+        self.patches.append(body["status"]["allocatable"])
+        return {}
+
+    def offer(self) -> DevicePluginServer:
+        """A server whose list is complete, and that no kubelet listens to yet."""
+        server = DevicePluginServer(STORAGE, NobodyAsks())
+        self.telling.attach(server)
+        self.telling.begin()
+        self.telling.tell(LISTS, {})
+        return server
+
+
+class Kubelet:
+    """Takes lists as slowly as it likes: none before `reading` is set."""
+
+    def __init__(self) -> None:
+        self.reading = asyncio.Event()
+        self.lists: list[DeviceStates] = []
+
+    async def receive(self, state: DeviceStates) -> None:
+        await self.reading.wait()
+        self.lists.append(state)
+
+
+@virtual
+async def test_the_node_says_what_a_kubelet_was_told_as_soon_as_it_has_its_first_list() -> None:
+    """Also if nothing changes from then on: after a start, or after a restart of the kubelet."""
+    node = Node()
+    writing = asyncio.create_task(node.status.run())
+    server = node.offer()
+    for restarts in range(1, 3):
+        kubelet = Kubelet()
+        listening = asyncio.create_task(server.follow(kubelet.receive))
+        await asyncio.sleep(1)
+        assert len(node.patches) == restarts - 1, "the kubelet would refuse the pods that the scheduler sends"
+        kubelet.reading.set()
+        await asyncio.sleep(1)
+        assert len(kubelet.lists) == 1
+        assert node.patches == [{STORAGE: "1"}] * restarts
+        listening.cancel()
+        node.telling.kubelet_gone(STORAGE)
+    writing.cancel()
+
+
+@virtual
+async def test_a_server_that_was_replaced_does_not_tell_the_node() -> None:
+    node = Node()
+    writing = asyncio.create_task(node.status.run())
+    former, kubelet = node.offer(), Kubelet()
+    node.telling.attach(DevicePluginServer(STORAGE, NobodyAsks()))
+    listening = asyncio.create_task(former.follow(kubelet.receive))
+    kubelet.reading.set()
+    await asyncio.sleep(1)
+    assert (len(kubelet.lists), node.patches) == (1, [])
+    listening.cancel()
+    writing.cancel()
