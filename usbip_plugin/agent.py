@@ -25,7 +25,7 @@ from usbip_plugin.inventory.search import may_be, places
 from usbip_plugin.kube import KubeClient
 from usbip_plugin.kubelet.cdi import SpecFiles
 from usbip_plugin.kubelet.eviction import Evictor
-from usbip_plugin.kubelet.node_status import NodeStatusPublisher
+from usbip_plugin.kubelet.node_status import NodeStatusPublisher, PatchApi
 from usbip_plugin.kubelet.pod_resources import PodResources
 from usbip_plugin.kubelet.pods import OwnPods, PodPhase, PodView
 from usbip_plugin.locks.manager import Acquired, LockManager, LockSettings
@@ -66,8 +66,9 @@ class Observer:
 class Outside:
     """Everything of the outside world that a node's agent works with; real in production, doubles in sim/.
 
-    pods: what is known of the node's pods if it is not to be asked of kube; evict: the same for evictions. count_nodes:
-    how many nodes run the plugin, KubeError if that is not known; None for this one only.
+    pods: what is known of the node's pods if it is not to be asked of kube; evict: the same for evictions, node_object
+    for the status of the node. count_nodes: how many nodes run the plugin, KubeError if that is not known; None for
+    this one only.
     """
 
     me: NodeIdentity
@@ -83,6 +84,7 @@ class Outside:
     tracer: Tracer
     pods: PodView | None = None
     evict: Callable[[PodRef], None] | None = None
+    node_object: PatchApi | None = None
     count_nodes: Callable[[], Awaitable[int]] | None = None
 
 
@@ -136,9 +138,10 @@ class Agent:
             if out.kube is not None and out.evict is None
             else None
         )
+        node_object = out.node_object or out.kube
         self.node_status = (
-            NodeStatusPublisher(out.kube, out.me.node, out.clock, out.rng, nodes=self._nodes)
-            if out.kube is not None and config.publish_node_status
+            NodeStatusPublisher(node_object, out.me.node, out.clock, out.rng, nodes=self._nodes)
+            if node_object is not None and config.publish_node_status
             else None
         )
         self.telling = Telling(

@@ -14,14 +14,16 @@ from plan import Action
 
 from usbip_plugin.claims import State
 from usbip_plugin.config import Config
-from usbip_plugin.errors import KubeConflict, KubeGone, KubeServerError, KubeThrottled
+from usbip_plugin.errors import KubeConflict, KubeForbidden, KubeGone, KubeServerError, KubeThrottled
 from usbip_plugin.inventory.annotations import key_of
+from usbip_plugin.kubelet.node_status import NODES_STATUS
 from usbip_plugin.locks.memory import FINE, RESOURCE, Fate, Lost, Operation
 from usbip_plugin.locks.protocol import LockMeta, Replace, Write, decide_acquire, decide_release
 from usbip_plugin.locks.record import BY_HAND, lock_of
 from usbip_plugin.model import DeviceKey, NodeIdentity, PodRef
 from usbip_plugin.sim.cluster import Cluster, ClusterNode
 from usbip_plugin.sim.device_manager import ContainerSpec, EndpointError
+from usbip_plugin.sim.node_objects import PATCH
 from usbip_plugin.sim.server import VirtualServer
 from usbip_plugin.sim.specs import Resolved, UnresolvableDevice
 from usbip_plugin.sim.steploop import Process, loop_of
@@ -40,6 +42,8 @@ API_FAULTS = (
 )
 EVENT_FAULTS = ("410", "late event")
 """What happens to watches and their events."""
+NODE_FAULTS = ("403",)
+"""What happens to patches of a Node only."""
 LATE = (0.0, 8.0)
 """Seconds; calls time out after 5."""
 
@@ -100,7 +104,7 @@ class ApiErrors:
             return "410", Fate(refused=KubeGone(verb, RESOURCE, "too old"))
         if verb == "event":
             return "late event", Fate(response=rng.uniform(*LATE))
-        writes = verb in ("create", "update", "delete")
+        writes = verb in ("create", "update", "delete", PATCH)
         fates: dict[str, Fate] = {
             "409": Fate(refused=KubeConflict(verb, RESOURCE, "injected")) if writes else FINE,
             "409 after": Fate(broken=KubeConflict(verb, RESOURCE, "injected, after the write")) if writes else FINE,
@@ -147,6 +151,9 @@ class Chaos:
 
     def fate(self, node: str, operation: Operation) -> Fate:
         """See FaultPlan."""
+        if operation.verb == PATCH and self.active("forbidden", node):
+            self.fired["API 403"] += 1
+            return Fate(refused=KubeForbidden(PATCH, NODES_STATUS, "injected"))
         for errors in self.errors:
             found = errors.fate(node, operation)
             if found is not None:
@@ -524,6 +531,10 @@ class Chaos:
         self.note("compaction")
         self.cluster.backend.compact()
         return True
+
+    def do_node_forbidden(self, action: Action, node: ClusterNode) -> bool:
+        """The plugin may not write to its Node, as where an administrator has taken the right away."""
+        return self.during(action, ("forbidden", node.name), lambda: None, lambda: None)
 
     # the locks
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
-from chaos import API_FAULTS, EVENT_FAULTS, at_step
+from chaos import API_FAULTS, EVENT_FAULTS, NODE_FAULTS, at_step
 from counting import RULES
 from plan import AT_STEP, BY_CDI, BY_SERIAL, CONDITIONS, EVERYWHERE, WEIGHTS
 
 WANTED: Mapping[str, tuple[str, ...]] = {
     "actions": (*WEIGHTS, *BY_CDI, *BY_SERIAL, *EVERYWHERE, *map(at_step, AT_STEP)),
-    "answers of the API server": tuple(f"API {name}" for name in (*API_FAULTS, *EVENT_FAULTS)),
+    "answers of the API server": tuple(f"API {name}" for name in (*API_FAULTS, *EVENT_FAULTS, *NODE_FAULTS)),
     "conditions, plans with them": tuple(CONDITIONS),
     "rules": RULES,
 }

@@ -9,9 +9,11 @@ as anything happens at all. Such a time runs only while nothing stands in the no
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from functools import partial
 
 from chaos import Chaos
+from lasting import LOOK_S, Lasting, Violation
+from node_statuses import NodeStatuses
 from plan import PROMISED, Settings
 
 from usbip_plugin.allocation import PRE_START_WAIT
@@ -23,12 +25,11 @@ from usbip_plugin.locks.memory import WATCH_IDLE_S
 from usbip_plugin.locks.store import Lease
 from usbip_plugin.model import DeviceKey, Reason
 from usbip_plugin.sim.cluster import Cluster, ClusterNode
+from usbip_plugin.sim.cluster_kubelet import Call
 from usbip_plugin.sim.specs import UnresolvableDevice, resolve
 from usbip_plugin.sim.steploop import loop_of
 from usbip_plugin.sim.tcp import DEAD_PEER_S
 
-LOOK_S = 0.25
-"""Virtual seconds between two looks at what has a time."""
 ALLOCATE_SLACK_S = 0.5
 """An Allocate ends so long after allocateTimeout at the latest, by its node's clock."""
 UNCLAIMED_LOCK_S = 40.0
@@ -56,22 +57,6 @@ def served(cluster: Cluster, node: ClusterNode) -> frozenset[str]:
     return frozenset(found)
 
 
-class Violation(AssertionError):
-    """name: of the invariant."""
-
-    def __init__(self, name: str, detail: str) -> None:
-        self.name = name
-        super().__init__(f"{name}: {detail}")
-
-
-@dataclass(slots=True)
-class _Bad:
-    """since when and until when something was bad."""
-
-    since: float
-    until: float
-
-
 class Watch:
     """Looks at a cluster. `dirty` is set by whatever the first kind of invariants depends on."""
 
@@ -80,14 +65,16 @@ class Watch:
         self.dirty = True
         self.checks = 0
         self.looks = 0
-        self._until = 0.0
-        self._bad: dict[tuple[object, ...], _Bad] = {}
         self._keys = {key.id: key for key in self._all_keys()}
-        self._failed_write: Violation | None = None
+        self._failed: Violation | None = None
+        self._lasting = Lasting()
+        self._for_long = self._lasting.for_long
+        self._statuses = NodeStatuses(self._lasting)
         cluster.network.on_change = self.soil
         cluster.backend.on_write = self._written
         for node in cluster.nodes.values():
             node.kernel.bell.subscribe(self.soil)
+            node.pods.on_answer = partial(self._answered, node)
 
     def soil(self) -> None:
         self.dirty = True
@@ -106,17 +93,22 @@ class Watch:
 
     def before_jump(self, time: float) -> None:
         """All stays as it is from now until then. Raises Violation."""
-        if time - self._until >= LOOK_S:
-            self._until = time
+        if time - self._lasting.until >= LOOK_S:
+            self._lasting.until = time
             self.looks += 1
             self.in_time(loop_of().time())
 
     # at once
 
+    def _fail(self, name: str, detail: str) -> None:
+        """A violation found within a step; after_step raises it."""
+        self._failed = self._failed or Violation(name, detail)
+        self.dirty = True
+
     def at_once(self) -> None:
         self.checks += 1
-        if self._failed_write is not None:
-            raise self._failed_write
+        if self._failed is not None:
+            raise self._failed
         for server in self.cluster.servers.values():
             # one that does not fence counts the half-open connection of a node that was cut off and attaches again
             if server.violations and self.settings.fenced:
@@ -142,7 +134,11 @@ class Watch:
         if before is not None and after is not None:
             rises = after.transitions - before.transitions
             if rises != int(new[0] != "" and old != new):
-                self._failed_write = Violation("an epoch for each holder", f"{lease.name}: {old} -> {new}, +{rises}")
+                self._fail("an epoch for each holder", f"{lease.name}: {old} -> {new}, +{rises}")
+
+    def _answered(self, node: ClusterNode, call: Call, error: BaseException | None) -> None:
+        if (failure := self._statuses.answered(node, call, error)) is not None:
+            self._fail(*failure)
 
     # within a time
 
@@ -164,6 +160,7 @@ class Watch:
             self._specs(node)
             self._healths(node, now)
             self._pods(node, now)
+            self._statuses.look(node, now)
         self._robbed(now)
         self._ports(now)
 
@@ -229,17 +226,6 @@ class Watch:
             and place.id not in agent.attacher.claims
             and self.reachable(node, place)
         )
-
-    def _for_long(self, bad: bool, now: float, seconds: float, *key: object) -> bool:
-        """Whether something is bad, and has been so at each look for so long, by the time it may change."""
-        if not bad:
-            self._bad.pop(key, None)
-            return False
-        found = self._bad.get(key)
-        if found is None or now - found.until > 4 * LOOK_S:
-            found = self._bad[key] = _Bad(now, now)
-        found.until = self._until
-        return found.until - found.since > seconds
 
     def _locks_without_claims(self, node: ClusterNode, now: float) -> None:
         agent = node.agent

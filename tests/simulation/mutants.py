@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from unittest.mock import patch
 
+from node_statuses import KNOWN, SAID
 from plan import Plan
 from play import Wrong
 from shapes import B, act, shape, wait
@@ -18,6 +19,8 @@ from usbip_plugin.claims import Claim, State
 from usbip_plugin.errors import KubeUnreachable
 from usbip_plugin.inventory import reasons
 from usbip_plugin.keeper import Keeper
+from usbip_plugin.kubelet.device_plugin import DevicePluginServer
+from usbip_plugin.kubelet.node_status import NodeStatusPublisher
 from usbip_plugin.locks import protocol, record
 from usbip_plugin.locks.contact import ApiState
 from usbip_plugin.locks.manager import Grant, LockSettings
@@ -26,6 +29,7 @@ from usbip_plugin.locks.protocol import Create, Decision, Denied, LockMeta, Obse
 from usbip_plugin.locks.store import Lease
 from usbip_plugin.locks.writer import Effort, Writer, Written
 from usbip_plugin.model import Attachment, Descriptor, DeviceKey
+from usbip_plugin.telling import Telling
 from usbip_plugin.usbip.poller import ServerPoller
 from usbip_plugin.work import DeviceWork
 
@@ -222,6 +226,21 @@ async def any_serial_number_will_do(self: Pipeline, device_id: str, descriptor: 
     return await enumerate_and_compare(self, device_id, descriptor, port)
 
 
+# the Node
+
+
+async def answered_at_once(_self: Telling, _resource: str, _limit: float) -> None:
+    """Instead of Telling.made_sure."""
+
+
+async def forgotten(self: Telling, server: DevicePluginServer) -> None:
+    """Instead of Telling.detach: the kubelet is told, and the Node is not."""
+    await server.wait_sent()
+    assert self._node_status is not None
+    self._node_status.forget(server.resource)
+    del self._servers[server.resource]
+
+
 @dataclass(frozen=True)
 class Mutant:
     """plans: in one of them at least the promise is broken, and in none of them with the rule."""
@@ -262,9 +281,7 @@ IN_FLIGHT = tuple(
     for cut in (0.4, 0.5, 0.6)
 )
 """What A asks of the server is under way for longer than its lock lasts."""
-ROBBED = tuple(
-    shape(act(0, "admit"), act(0.1, loss, lasts=70), wait(40)) for loss in ("lock_taken", "lock_released")
-)
+ROBBED = tuple(shape(act(0, "admit"), act(0.1, loss, lasts=70), wait(40)) for loss in ("lock_taken", "lock_released"))
 """A loses the lock while the device enumerates, which takes 0.3 s."""
 ROBBED_ELSEWHERE = tuple(
     shape(act(0, "admit"), act(4, "replug_elsewhere", lasts=90), act(4.2, "lock_taken", lasts=60, pick=lock), wait(40))
@@ -301,6 +318,7 @@ SWAPPED = shape(
     serials=True,
 )
 """Another stick is there before any server has been asked what it lists."""
+TAKEN_OUT = shape(*(act(at, "reload", lasts=5) for at in (0, 12, 25)), wait(30))
 UNANSWERED = shape(act(0, "api_silent", lasts=30), act(0.1, "admit"))
 
 MUTANTS = (
@@ -391,6 +409,27 @@ OTHERS = (
         ANOTHER,
         (SWAPPED,),
         patched=lambda: patch.object(Pipeline, "_enumerate", any_serial_number_will_do),
+    ),
+    Mutant(
+        "Node status",
+        "nothing is written",
+        SAID,
+        (END,),
+        patched=lambda: patch.object(NodeStatusPublisher, "publish", lambda _self, _counts: None),
+    ),
+    Mutant(
+        "Node status",
+        "an Allocate fails before it is written",
+        KNOWN,
+        (RACE,),
+        patched=lambda: patch.object(Telling, "made_sure", answered_at_once),
+    ),
+    Mutant(
+        "Node status",
+        "a resource that was taken out is left as it was",
+        SAID,
+        (TAKEN_OUT,),
+        patched=lambda: patch.object(Telling, "detach", forgotten),
     ),
 )
 """What is promised beyond the lock."""

@@ -20,7 +20,8 @@ from typing import ParamSpec
 from chaos import Chaos
 from cluster_rig import DONGLE, dongle, resource, stick
 from counting import CountedRules, observer
-from invariants import Violation, Watch, served
+from invariants import Watch, served
+from lasting import Violation
 from plan import CONDITIONS, PROMISED, Plan, Settings
 
 from usbip_plugin.agent import Observer

@@ -74,7 +74,7 @@ def main(arguments: list[str]) -> int:
     what.add_argument("--moments", action="store_true", help="a fault at each step of an agent's work")
     what.add_argument("--moment", type=parse, help="one of these only, with its timeline")
     what.add_argument("--plan", type=Path, help="the plan of a file only, with its timeline")
-    parser.add_argument("--first", type=first_seed, default=0, help="the first seed (0), or today: another one each day")
+    parser.add_argument("--first", type=first_seed, default=0, help="the first seed (0), or today: another each day")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (one for each core)")
     parser.add_argument("--broken", type=Path, default=BROKEN, help="where a plan is written that breaks a promise")
     options = parser.parse_args(arguments)
@@ -166,7 +166,9 @@ def report(name: str, plan: Plan, directory: Path) -> int:
     directory.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     print("\n".join(result.timeline))
-    print(f"\n{len(least.actions)} of {len(plan.actions)} actions of {name}. Its plan, to be kept once it is understood:")
+    print(
+        f"\n{len(least.actions)} of {len(plan.actions)} actions of {name}. Its plan, to be kept once it is understood:"
+    )
     print(text)
     print(f"Again: {command(path)}")
     return 1

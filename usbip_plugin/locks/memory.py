@@ -314,42 +314,51 @@ class MemoryLeases:
 
     async def _call(self, verb: str, name: str, act: Callable[[], T]) -> T:
         fate = self._faults(Operation(self._node, verb, name))
-        if fate.refused is not None:
-            raise fate.refused
-        loop = asyncio.get_running_loop()
-        answer: asyncio.Future[T] = loop.create_future()
+        return await carry(verb, RESOURCE, act, fate, self._clock, self._network)
 
-        def arrive() -> None:
-            try:
-                result = act()
-            except KubeError as error:
-                reply(fail, fate.broken or error)
-            else:
-                if fate.broken is not None:
-                    reply(fail, fate.broken)
-                else:
-                    reply(succeed, result)
 
-        def reply(finish: Callable[[Any], None], value: Any) -> None:
-            if fate.lost is not Lost.RESPONSE:
-                loop.call_later(fate.response, finish, value, context=self._network)
+async def carry(verb: str, resource: str, act: Callable[[], T], fate: Fate, clock: Clock, network: Context) -> T:
+    """Sends one call to a simulated API server, which does act() when it arrives, and returns what that returned.
 
-        def succeed(result: T) -> None:
-            if not answer.done():
-                answer.set_result(result)
+    network: the context of no process, so that what was sent arrives even if its sender is frozen or dead. Raises what
+    fate says, the KubeError that act raises, or KubeUnreachable after CALL_TIMEOUT_S.
+    """
+    if fate.refused is not None:
+        raise fate.refused
+    loop = asyncio.get_running_loop()
+    answer: asyncio.Future[T] = loop.create_future()
 
-        def fail(error: KubeError) -> None:
-            if not answer.done():
-                answer.set_exception(error)
-
-        # Not a task of the caller's: what was sent arrives even when the sender is gone.
-        if fate.lost is not Lost.REQUEST:
-            loop.call_later(fate.request, arrive, context=self._network)
+    def arrive() -> None:
         try:
-            async with self._clock.timeout(CALL_TIMEOUT_S):
-                return await answer
-        except TimeoutError:
-            raise KubeUnreachable(verb, RESOURCE, "no answer in time") from None
+            result = act()
+        except KubeError as error:
+            reply(fail, fate.broken or error)
+        else:
+            if fate.broken is not None:
+                reply(fail, fate.broken)
+            else:
+                reply(succeed, result)
+
+    def reply(finish: Callable[[Any], None], value: Any) -> None:
+        if fate.lost is not Lost.RESPONSE:
+            loop.call_later(fate.response, finish, value, context=network)
+
+    def succeed(result: T) -> None:
+        if not answer.done():
+            answer.set_result(result)
+
+    def fail(error: KubeError) -> None:
+        if not answer.done():
+            answer.set_exception(error)
+
+    # Not a task of the caller's: what was sent arrives even when the sender is gone.
+    if fate.lost is not Lost.REQUEST:
+        loop.call_later(fate.request, arrive, context=network)
+    try:
+        async with clock.timeout(CALL_TIMEOUT_S):
+            return await answer
+    except TimeoutError:
+        raise KubeUnreachable(verb, resource, "no answer in time") from None
 
 
 def _intact(watcher: _Watcher) -> None:

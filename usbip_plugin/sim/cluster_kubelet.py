@@ -48,6 +48,8 @@ class ClusterKubelet:
         self.up.set()
         self.calls: list[Call] = []
         """What plugins work on now, or were at when they died."""
+        self.on_answer: Callable[[Call, BaseException | None], None] = lambda _call, _error: None
+        """Called when a plugin answers a call, with the error if it fails, before the kubelet has the answer."""
         self._starts = 0
         self._streams: dict[_Stream, None] = {}
         self._admissions: dict[asyncio.Task[Any], None] = {}
@@ -179,6 +181,8 @@ class _Stream:
         def done(task: asyncio.Task[Any]) -> None:
             if answer.done():
                 return
+            if not task.cancelled():
+                self._owner.on_answer(call, task.exception())
             error = EndpointError("CANCELLED", "the plugin gave it up") if task.cancelled() else task.exception()
             if error is None:
                 answer.set_result(task.result())

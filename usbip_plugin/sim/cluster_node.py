@@ -12,6 +12,7 @@ from usbip_plugin.agent import Agent, Outside
 from usbip_plugin.claims import State
 from usbip_plugin.errors import DetachFailed, KubeUnreachable
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer
+from usbip_plugin.kubelet.node_status import KUBELET_SYNC_S
 from usbip_plugin.locks.memory import RESOURCE, Fate, Lost, MemoryLeases, Operation
 from usbip_plugin.model import Descriptor, DeviceKey, NodeIdentity, PodRef
 from usbip_plugin.resources import Plugin
@@ -22,6 +23,7 @@ from usbip_plugin.sim.kernel import SimulatedVhci
 from usbip_plugin.sim.local_kubelet import LocalKubelet
 from usbip_plugin.sim.loop import SimClock
 from usbip_plugin.sim.network import Host
+from usbip_plugin.sim.node_objects import NodeConnection, NodeObject
 from usbip_plugin.sim.pods import AdmittedPods
 from usbip_plugin.sim.ports import SimulatedKernel
 from usbip_plugin.sim.specs import MemorySpecs, Resolved, resolve
@@ -40,7 +42,10 @@ STOP_S = 2.0
 
 
 class ClusterNode:
-    """Its kernel and kubelet outlive its agent. host: freezes all of it; process: the agent's, None if none runs."""
+    """Its kernel and kubelet outlive its agent. host: freezes all of it; process: the agent's, None if none runs.
+
+    object: its Node in the API server.
+    """
 
     def __init__(self, name: str, cluster: Surroundings, clock: SimClock) -> None:
         self.name = name
@@ -64,6 +69,9 @@ class ClusterNode:
         self.agent: Agent | None = None
         self.process: Process | None = None
         self.leases: MemoryLeases | None = None
+        self.object = NodeObject(name)
+        self.status_api: NodeConnection | None = None
+        """The agent's way to that, None if none runs."""
         self.driver = SimulatedVhci(self.kernel, name)
         """For who watches; the agent has its own."""
         self._cluster = cluster
@@ -71,6 +79,8 @@ class ClusterNode:
         self._partitioned = False
         self._silent = False
         self._lost = Lost.REQUEST
+        phase = random.Random(f"{cluster.seed}/{name}").random()  # noqa: S311 - to be repeated
+        self.pods.process.call_later(phase * KUBELET_SYNC_S, self._sync_status)
 
     @property
     def kubelet(self) -> LocalKubelet:
@@ -98,6 +108,7 @@ class ClusterNode:
         process.at_death(leases.gone)
         if self._silent:
             leases.stall()
+        self.status_api = NodeConnection(self.object, self.clock, self._fate)
         outside = Outside(
             me=NodeIdentity(self.name, f"{self.name}-boot-{self.boot}"),
             client=TcpUsbipClient(self.clock, connector),
@@ -112,6 +123,7 @@ class ClusterNode:
             tracer=cluster.spec.tracer(self.name),
             pods=self.known_pods,
             evict=self.evicted.append,
+            node_object=self.status_api,
             count_nodes=self._count_nodes,
         )
         self.agent = Agent(
@@ -161,6 +173,7 @@ class ClusterNode:
     def kill(self) -> None:
         """As SIGKILL: not one more step of the agent; the kernel closes its sockets."""
         process, self.process, self.agent, self._task = self.process, None, None, None
+        self.status_api = None
         if process is not None:
             process.kill()
 
@@ -210,6 +223,18 @@ class ClusterNode:
             self.pods.stop()
         else:
             self.pods.start()
+            self._write_status()
+
+    def _sync_status(self) -> None:
+        """The kubelet writes what it counts, whatever the plugin has written."""
+        self.pods.process.call_later(KUBELET_SYNC_S / self.clock.rate, self._sync_status)
+        if self.pods.up.is_set():
+            self._write_status()
+
+    def _write_status(self) -> None:
+        if not self.partitioned:
+            manager = self.kubelet.manager
+            self.object.write({resource: manager.allocatable(resource) for resource in manager.healthy})
 
     # the API server
 

@@ -1,0 +1,103 @@
+"""What must be so of the Nodes in the API server: each says how many devices its kubelet was told of.
+
+A scheduler believes the Node. What is said there is written by the plugin at once, and by the kubelet every 10 s.
+"""
+
+from __future__ import annotations
+
+from lasting import Lasting, Violation
+
+from usbip_plugin.agent import Agent
+from usbip_plugin.errors import LockHeld, PluginError
+from usbip_plugin.fleet import UNCOUNTED
+from usbip_plugin.inventory.annotations import key_of
+from usbip_plugin.kubelet.node_status import KUBELET_SYNC_S, spread
+from usbip_plugin.sim.cluster import ClusterNode
+from usbip_plugin.sim.cluster_kubelet import Call
+from usbip_plugin.sim.steploop import Process
+
+STATUS_S = 2.0
+"""A Node that says another number than its kubelet was told, besides the turn that its plugin waits for."""
+
+
+KNOWN = "the Node knows before an Allocate fails"
+SAID = "the Node says what its kubelet was told"
+
+
+class NodeStatuses:
+    """Looks at the Nodes of a cluster, for invariants.py."""
+
+    def __init__(self, lasting: Lasting) -> None:
+        self._lasting = lasting
+        self._offered: dict[Process, set[str]] = {}
+        """The resources that each process has offered so far, by their full names."""
+        self._agreed: set[tuple[Process, str]] = set()
+        """Where a process takes its turn among so many nodes as there are: it has counted them, and its Node has said
+        what the kubelet was told since that listened last. Until then the kubelet may be the first to write it."""
+
+    def answered(self, node: ClusterNode, call: Call, error: BaseException | None) -> tuple[str, str] | None:
+        """Returns name and detail of the promise that is broken if a plugin answers a call with this error.
+
+        Kubelet and Node know why before an Allocate fails. Else the scheduler sends the next pod to fail, too.
+        """
+        resource, agent = call.resource, node.agent
+        if call.name != "allocate_all" or not isinstance(error, PluginError) or agent is None:
+            return None
+        if not _publishes(node, resource) or call.process.halted_time() != call.halted:
+            return None  # stopped for longer than it would have waited for anybody
+        if isinstance(error, LockHeld):
+            held = [lock.device_id for lock in agent.locks.locks.values() if str(key_of(lock)) == error.device]
+            free = [i for i in held if node.kubelet.health(resource).get(i) and agent.locks.locks[i].holder]
+            if free:
+                return "a lost device is withdrawn", f"{node.name}: {error.device}"
+        said, told = _said_and_told(node, resource)
+        if said > told:
+            return KNOWN, f"{node.name} refuses {resource}, and says {said} where its kubelet has {told}"
+        return None
+
+    def look(self, node: ClusterNode, now: float) -> None:
+        """The Node says what the kubelet was told: of a resource that was taken out, that there is none. Violation."""
+        agent, process = node.agent, node.process
+        if agent is None or process is None:
+            return
+        offered = self._offered.setdefault(process, set())
+        offered.update(agent.resources.plugins)
+        for resource in sorted(offered):
+            said, told = _said_and_told(node, resource)
+            if resource in agent.resources.plugins and not node.kubelet.connected(resource):
+                self._agreed.discard((process, resource))
+            elif said == told and resource in agent.resources.plugins and _nodes(agent) < UNCOUNTED:
+                self._agreed.add((process, resource))
+            bad = said != told and _publishes(node, resource)
+            seconds = (STATUS_S + self._turn(agent, process, resource, lower=said > told)) / node.clock.rate
+            if self._lasting.for_long(bad, now, seconds, "status", node.name, resource):
+                raise Violation(SAID, f"{node.name}: {resource} {said}, not {told}")
+
+    def _turn(self, agent: Agent, process: Process, resource: str, *, lower: bool) -> float:
+        """Seconds that a process may take until it writes a count, or leaves it to its kubelet."""
+        gone = resource not in agent.resources.plugins
+        # one that was stopped may have given up to say that a resource is gone
+        if (process, resource) not in self._agreed or (gone and process.halted_time() > 0):
+            return KUBELET_SYNC_S
+        return 0.0 if gone else spread(_nodes(agent), lower=lower)
+
+
+def _nodes(agent: Agent) -> int:
+    return agent.fleet.nodes if agent.fleet is not None else UNCOUNTED
+
+
+def _said_and_told(node: ClusterNode, resource: str) -> tuple[int, int]:
+    """What the Node says of a resource, and what its kubelet was told."""
+    return node.object.allocatable.get(resource, 0), node.kubelet.manager.allocatable(resource)
+
+
+def _publishes(node: ClusterNode, resource: str) -> bool:
+    """Whether nothing keeps the plugin from having its Node say what its kubelet was told of a resource."""
+    agent, process, api = node.agent, node.process, node.status_api
+    if agent is None or agent.node_status is None or process is None or process.halted or api is None:
+        return False
+    if node.partitioned or api.hindered or agent.node_status.last_error is not None or not agent.telling.begun:
+        return False
+    plugin = agent.resources.plugins.get(resource)
+    listens = plugin is None or (plugin.registered and node.kubelet.connected(resource))
+    return listens and node.pods.up.is_set() and not node.pods.process.halted
