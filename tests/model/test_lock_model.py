@@ -8,6 +8,10 @@ from lock_mutants import MUTANTS, Mutant
 from lock_runs import QUICK
 from lock_search import search
 
+EVERY, SOME = 10**9, 12_000
+"""States that are searched for what is not there, in the long form and in the short one. What is there is found within
+half of the latter."""
+
 
 def name(mutant: Mutant) -> str:
     return f"{mutant.rule}-{mutant.what}"
@@ -60,10 +64,10 @@ def test_a_wrong_rule_is_found_out(mutant: Mutant) -> None:
 
 
 @pytest.mark.parametrize("mutant", [mutant for mutant in MUTANTS if mutant.safe], ids=name)
-def test_a_rule_that_keeps_another_promise_is_not_needed_for_this_one(mutant: Mutant) -> None:
-    result = search(mutant.model, frozenset({TWO_IMPORTS}))
+def test_a_rule_that_keeps_another_promise_is_not_needed_for_this_one(mutant: Mutant, long_form: bool) -> None:
+    result = search(mutant.model, frozenset({TWO_IMPORTS}), most=EVERY if long_form else SOME)
     assert result.found is None, str(result.found)
-    assert result.complete
+    assert result.complete or (result.states >= SOME and not long_form)
 
 
 def test_the_shortest_story_is_told() -> None:

@@ -30,11 +30,16 @@ class KeptPlan:
 
 
 def text_of(kept: KeptPlan) -> str:
-    """Returns the file of a plan: JSON, with each action on a line of its own."""
-    head = {"found": kept.found, "broke": kept.broke, "seed": kept.plan.seed, "settings": asdict(kept.plan.settings)}
-    lines = [json.dumps(_action_fields(action)) for action in kept.plan.actions]
-    actions = ",\n".join(f"    {line}" for line in lines)
-    return json.dumps(head, indent=2).removesuffix("\n}") + f',\n  "actions": [\n{actions}\n  ]\n}}\n'
+    """Returns the file of a plan: JSON, with each setting and each action on a line of its own."""
+    head = {"found": kept.found, "broke": kept.broke, "seed": kept.plan.seed}
+    said = ",\n".join(f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in head.items())
+    settings = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in asdict(kept.plan.settings).items()]
+    actions = [json.dumps(_action_fields(action)) for action in kept.plan.actions]
+    return f'{{\n{said},\n  "settings": {{\n{_lines(settings)}\n  }},\n  "actions": [\n{_lines(actions)}\n  ]\n}}\n'
+
+
+def _lines(parts: list[str]) -> str:
+    return ",\n".join(f"    {part}" for part in parts)
 
 
 def parse(text: str) -> KeptPlan:

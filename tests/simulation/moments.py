@@ -1,4 +1,5 @@
-"""One fault at each single step of a piece of an agent's work: an Allocate, a release, a re-attach, a takeover."""
+"""One fault at each single step of a piece of an agent's work: an Allocate, a release, a re-attach, a takeover, and
+while it has a device and next to nothing to do."""
 
 from __future__ import annotations
 
@@ -47,10 +48,12 @@ class Work:
 WORK: Mapping[str, Work] = {
     "allocate": Work((), act(0, "admit"), "admitted default/p1"),
     "release": Work((act(0, "admit"),), act(4, "end"), "node-a -> nobody"),
-    "re-attach": Work((act(0, "admit"),), act(4, "drop"), "REATTACHED"),
+    # its nodes are others, because the kernel numbers devices anew
+    "re-attach": Work((act(0, "admit"),), act(4, "drop"), "NODES_CHANGED"),
     "takeover": Work(
         (act(0, "admit", A), act(4, "power_loss", A, lasts=200)), act(40, "admit", B), "admitted default/p2"
     ),
+    "hold": Work((act(0, "admit"),), act(4, "compact"), "admit default/p2 on node-b: 1 stick"),
 }
 
 

@@ -5,6 +5,8 @@ A scheduler believes the Node. What is said there is written by the plugin at on
 
 from __future__ import annotations
 
+import math
+
 from lasting import Lasting, Violation
 
 from usbip_plugin.agent import Agent
@@ -34,6 +36,8 @@ class NodeStatuses:
         self._agreed: set[tuple[Process, str]] = set()
         """Where a process takes its turn among so many nodes as there are: it has counted them, and its Node has said
         what the kubelet was told since that listened last. Until then the kubelet may be the first to write it."""
+        self._hindered: dict[Process, float] = {}
+        """When (loop seconds) a process could not write to its Node the last time that was looked at."""
 
     def answered(self, node: ClusterNode, call: Call, error: BaseException | None) -> tuple[str, str] | None:
         """Returns name and detail of the promise that is broken if a plugin answers a call with this error.
@@ -68,8 +72,14 @@ class NodeStatuses:
                 self._agreed.discard((process, resource))
             elif said == told and resource in agent.resources.plugins and _nodes(agent) < UNCOUNTED:
                 self._agreed.add((process, resource))
-            bad = said != told and _publishes(node, resource)
-            seconds = (STATUS_S + self._turn(agent, process, resource, lower=said > told)) / node.clock.rate
+            free = _publishes(node, resource)
+            if not free:
+                self._hindered[process] = now
+            bad = said != told and free
+            # a lower count that is taken back before it is written is not written, and the kubelet may have done so
+            late = said < told and now - self._hindered.get(process, -math.inf) < KUBELET_SYNC_S / node.clock.rate
+            turn = KUBELET_SYNC_S if late else self._turn(agent, process, resource, lower=said > told)
+            seconds = (STATUS_S + turn) / node.clock.rate
             if self._lasting.for_long(bad, now, seconds, "status", node.name, resource):
                 raise Violation(SAID, f"{node.name}: {resource} {said}, not {told}")
 

@@ -95,7 +95,7 @@ def play(plan: Plan, wrong: Wrong | None = None) -> Result:
     finally:
         if collecting:
             gc.enable()
-            gc.collect()
+            gc.collect(0)  # all that was made meanwhile is young
         logging.disable(logging.NOTSET)
     if result.violation is not None:
         result.timeline.append(f"{result.seconds:10.3f} {result.steps:7}  VIOLATED: {result.violation}")

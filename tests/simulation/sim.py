@@ -15,7 +15,7 @@ import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,7 +24,7 @@ import kept_plans
 from fired import never, table
 from kept_plans import KeptPlan, text_of
 from moments import FAULTS, WORK, moments, parse
-from plan import Plan, draw
+from plan import ACTIONS, Plan, draw
 from play import Result, play
 from processes import in_order
 from shrink import shrink
@@ -75,18 +75,23 @@ def main(arguments: list[str]) -> int:
     what.add_argument("--moment", type=parse, help="one of these only, with its timeline")
     what.add_argument("--plan", type=Path, help="the plan of a file only, with its timeline")
     parser.add_argument("--first", type=first_seed, default=0, help="the first seed (0), or today: another each day")
+    parser.add_argument(
+        "--actions", type=int, default=ACTIONS, help=f"how many a drawn plan has ({ACTIONS}); some more"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (one for each core)")
     parser.add_argument("--broken", type=Path, default=BROKEN, help="where a plan is written that breaks a promise")
     options = parser.parse_args(arguments)
     if options.plan is not None:
         return tell(kept_plans.parse(options.plan.read_text()).plan)
     if options.seed is not None:
-        return tell(draw(options.seed))
+        return tell(draw(options.seed, options.actions))
     if options.moment is not None:
         return tell(options.moment.plan)
     if options.moments:
         return every_moment(options.jobs, options.broken)
-    return many(options.first, options.seeds, options.steps, options.jobs, options.broken)
+    last = options.first + options.seeds if options.steps is None else None
+    plans = Drawn(options.first, last, options.actions)
+    return many(plans, options.steps, options.jobs, options.broken)
 
 
 def first_seed(text: str) -> int:
@@ -101,21 +106,34 @@ def tell(plan: Plan) -> int:
     return int(result.violation is not None)
 
 
-def many(first: int, seeds: int, steps: int | None, jobs: int, broken: Path) -> int:
-    """Plays drawn plans. Counts the same for the same first, seeds and steps, whatever jobs is."""
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """Which plans are drawn: of all seeds from first until the one before last, or for ever. actions: of each plan."""
+
+    first: int
+    last: int | None
+    actions: int
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        seeds = itertools.count(self.first) if self.last is None else range(self.first, self.last)
+        return ((seed, self.actions) for seed in seeds)
+
+
+def many(plans: Drawn, steps: int | None, jobs: int, broken: Path) -> int:
+    """Plays drawn plans, or as many of them as have so many steps. Counts the same whatever jobs is."""
     total, began, told = Figures(), time.monotonic(), 0
-    numbers: Iterable[int] = itertools.count(first) if steps is not None else range(first, first + seeds)
-    for figures in in_order(one, numbers, jobs):
+    for figures in in_order(one, plans, jobs):
         total.add(figures)
         if total.broken is not None:
-            return report(f"seed-{total.broken}", draw(int(total.broken)), broken)
+            return report(f"seed-{total.broken}", draw(int(total.broken), plans.actions), broken)
         if total.steps // TELL_EVERY > told:
             told = total.steps // TELL_EVERY
             print(f"{total.steps} steps, {total.plans} plans", flush=True)
         if steps is not None and total.steps >= steps:
             break
     print("\n".join(table(total.counts)))
-    print(f"\nseeds {first} to {first + total.plans - 1}, {time.monotonic() - began:.0f} s on {jobs} processes")
+    seeds = f"seeds {plans.first} to {plans.first + total.plans - 1}"
+    print(f"\n{seeds}, {time.monotonic() - began:.0f} s on {jobs} processes")
     sum_up(total)
     missing = never(total.counts) if steps is not None else []
     if missing:
@@ -123,10 +141,10 @@ def many(first: int, seeds: int, steps: int | None, jobs: int, broken: Path) -> 
     return int(bool(missing))
 
 
-def one(seed: int) -> Figures:
-    """In a process of its own."""
+def one(drawn: tuple[int, int]) -> Figures:
+    """Plays the plan of a seed with so many actions, in a process of its own."""
     figures = Figures()
-    figures.result(str(seed), play(draw(seed)))
+    figures.result(str(drawn[0]), play(draw(*drawn)))
     return figures
 
 

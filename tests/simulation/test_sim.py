@@ -13,10 +13,16 @@ import pytest
 import sim
 from moments import FAULTS, parse
 from mutants import release_first
-from plan import draw
+from plan import ACTIONS, draw
 from play import play
 
 from usbip_plugin.work import DeviceWork
+
+
+@pytest.fixture
+def actions(long_form: bool) -> int:
+    """How many actions a plan has."""
+    return ACTIONS if long_form else 10
 
 
 def test_a_broken_promise_is_told_as_its_shortest_story_with_a_plan_and_a_command_that_repeats_it(
@@ -44,21 +50,23 @@ def test_the_seeds_of_each_day_are_others() -> None:
     assert most < sim.SEEDS_OF_A_DAY
 
 
-def test_on_several_processes_the_same_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
+def test_on_several_processes_the_same_is_counted(capsys: pytest.CaptureFixture[str], actions: int) -> None:
     told = []
     for jobs in "1", "2":
-        assert sim.main(["--seeds", "2", "--jobs", jobs]) == 0
+        assert sim.main(["--seeds", "2", "--actions", str(actions), "--jobs", jobs]) == 0
         told.append([line for line in capsys.readouterr().out.splitlines() if not line.startswith("seeds")])
     assert told[0] == told[1]
     assert re.fullmatch(r"\d+ steps of 2 plans: no promise broken", told[0][-1])
 
 
-def test_with_a_number_of_steps_what_never_happened_is_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
-    assert sim.main(["--steps", "1", "--jobs", "1"]) == 1
+def test_with_a_number_of_steps_what_never_happened_is_a_failure(
+    capsys: pytest.CaptureFixture[str], actions: int
+) -> None:
+    assert sim.main(["--steps", "1", "--actions", str(actions), "--jobs", "1"]) == 1
     told = capsys.readouterr().out.splitlines()
     assert told[-1].startswith("never happened: ")
     missing = told[-1].removeprefix("never happened: ").split("; ")
-    played = play(draw(0)).counts
+    played = play(draw(0, actions)).counts
     assert "R4 expired, taken over" in missing or played["R4 expired, taken over"]
     assert fired.never(played) == fired.never(Counter({name: 1 for name in played if played[name]}))
 

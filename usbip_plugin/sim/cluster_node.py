@@ -30,7 +30,6 @@ from usbip_plugin.sim.specs import MemorySpecs, Resolved, resolve
 from usbip_plugin.sim.steploop import Process, loop_of
 from usbip_plugin.sim.surroundings import Surroundings
 from usbip_plugin.usbip.client import TcpUsbipClient
-from usbip_plugin.vhci.sysfs import PortStatus
 
 ENUMERATION_DELAY = 0.3
 ATTACH_S = 0.003
@@ -277,13 +276,14 @@ class ClusterNode:
 
     def attached(self) -> frozenset[DeviceKey]:
         """The devices this node's kernel has now, whatever the agent thinks."""
-        found = [port for port in self.driver.ports_now() if port.status is not PortStatus.NULL]
-        return frozenset(port.record for port in found if port.record is not None and not self._strange(port.number))
-
-    def _strange(self, number: int) -> bool:
-        """What stands there did not come over the network: the record is an old one."""
-        occupant = self.kernel.occupant(number)
-        return occupant is None or occupant.descriptor is None
+        records, marks = self.kernel.records.get(self.name, {}), self.kernel.marks.get(self.name, {})
+        occupants = ((number, key, self.kernel.occupant(number)) for number, key in records.items())
+        # a record may be an old one, and what stands on its port may not have come over the network
+        return frozenset(
+            key
+            for number, key, occupant in occupants
+            if occupant is not None and occupant.number == marks.get(number) and occupant.descriptor is not None
+        )
 
     def held_in(self, *states: State) -> frozenset[DeviceKey]:
         """Devices with a claim in one of these states."""
