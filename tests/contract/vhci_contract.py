@@ -70,6 +70,7 @@ async def state(driver: VhciDriver, number: int) -> PortState:
 class VhciContract:
     """Inherit, and give a fixture `rig`."""
 
+    @pytest.mark.short
     async def test_an_attached_device_stands_on_its_port_with_its_record(self, rig: Rig) -> None:
         driver, imported = rig.plugin(), await rig.import_twin(0)
         attachment = await attached(driver, imported)
@@ -81,6 +82,7 @@ class VhciContract:
         assert attachment.nodes[0].kind == "usb"
         assert attachment.nodes[0].path.startswith("/dev/bus/usb/")
 
+    @pytest.mark.short
     async def test_the_server_has_it_free_again_after_detach_and_not_before(self, rig: Rig) -> None:
         driver, imported = rig.plugin(), await rig.import_twin(0)
         attachment = await attached(driver, imported)
@@ -88,6 +90,7 @@ class VhciContract:
         await driver.detach(attachment.port, timeout=LIMIT_S)
         assert await rig.is_free_on_server(imported.key)
 
+    @pytest.mark.short
     async def test_detach_leaves_nothing_and_may_be_repeated(self, rig: Rig) -> None:
         driver = rig.plugin()
         imported = await rig.import_twin(0)
@@ -98,6 +101,7 @@ class VhciContract:
             assert (port.status, port.record, port.local_busid) == (PortStatus.NULL, None, None)
             assert await driver.inspect(imported.key, attachment.port) is None
 
+    @pytest.mark.short
     async def test_a_restarted_plugin_finds_what_its_predecessor_left(self, rig: Rig) -> None:
         imported = await rig.import_twin(1)
         attachment = await attached(rig.plugin(), imported)
@@ -107,6 +111,7 @@ class VhciContract:
         await successor.detach(attachment.port, timeout=LIMIT_S)
         assert await rig.is_free_on_server(imported.key)
 
+    @pytest.mark.short
     async def test_twins_attached_at_once_are_told_apart(self, rig: Rig) -> None:
         driver = rig.plugin()
         imported = [await rig.import_twin(0), await rig.import_twin(1)]
@@ -118,12 +123,14 @@ class VhciContract:
             assert (await state(driver, attachment.port)).record == one.key
             assert await driver.inspect(one.key, attachment.port) == attachment
 
+    @pytest.mark.short
     async def test_a_superspeed_device_goes_to_an_ss_port(self, rig: Rig) -> None:
         driver = rig.plugin()
         attachment = await attached(driver, await rig.import_super())
         port = await state(driver, attachment.port)
         assert (port.hub, port.status) == ("ss", PortStatus.USED)
 
+    @pytest.mark.short
     async def test_another_device_than_promised_is_detached(self, rig: Rig) -> None:
         driver, imported = rig.plugin(), await rig.import_twin(0)
         promised = dataclasses.replace(imported.descriptor, usb_id=UsbId(0xDEAD, 0xBEEF))
@@ -156,6 +163,7 @@ class VhciContract:
         await driver.detach(port, timeout=LIMIT_S)
         assert (await state(driver, port)).status is PortStatus.NULL
 
+    @pytest.mark.short
     async def test_the_end_of_the_connection_is_noticed(self, rig: Rig) -> None:
         driver, imported = rig.plugin(), await rig.import_twin(0)
         attachment = await attached(driver, imported)
@@ -195,6 +203,7 @@ class VhciContract:
         assert (await state(successor, attachment.port)).status is not PortStatus.NULL
         assert (await state(successor, attachment.port)).record is None
 
+    @pytest.mark.short
     async def test_a_record_is_forgotten_for_the_device_it_names_and_for_no_other(self, rig: Rig) -> None:
         driver, imported, other = rig.plugin(), await rig.import_twin(0), await rig.import_twin(1)
         attachment = await attached(driver, imported)
@@ -205,6 +214,7 @@ class VhciContract:
         assert (await state(driver, attachment.port)).status is PortStatus.USED, "the attachment stays"
         other.close()
 
+    @pytest.mark.short
     async def test_somebody_elses_device_on_a_port_that_was_ours_is_left_alone(self, rig: Rig) -> None:
         driver, somebody, adopter = rig.plugin(), rig.plugin(), rig.plugin()
         lost = await rig.import_twin(0)
@@ -229,6 +239,7 @@ class VhciContract:
         imported.close()
         assert {port.hub for port in await driver.ports() if port.status is PortStatus.NULL} == {"ss"}
 
+    @pytest.mark.short
     async def test_the_report_counts_the_ports(self, rig: Rig) -> None:
         driver = rig.plugin()
         before = await driver.check()

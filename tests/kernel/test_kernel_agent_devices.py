@@ -31,6 +31,7 @@ from kernel_rig import TWINS, KernelRig, raw_tty
 from usbip_plugin.model import PodRef
 
 
+@pytest.mark.short
 async def test_identical_devices_go_to_different_pods_and_bytes_pass(rig: KernelRig) -> None:
     usbipd = rig.usbipd
     twins = keys_of(usbipd, SERIAL)

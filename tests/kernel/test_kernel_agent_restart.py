@@ -108,6 +108,7 @@ async def both_read(tty: Reader, writer: int, disk: Reader, text: str) -> None:
     await disk.still_reads_disk()
 
 
+@pytest.mark.short
 async def test_a_killed_plugin_takes_nothing_from_its_pod_and_its_successor_lets_go(rig: KernelRig) -> None:
     async with a_node(rig) as node, contextlib.AsyncExitStack() as pod:
         names = [f"{DOMAIN}/{SERIAL}", f"{DOMAIN}/{DISKS}"]

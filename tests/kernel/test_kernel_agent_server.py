@@ -52,6 +52,7 @@ def second_usbipd(real_usbipd: RealUsbipd) -> Iterator[RealUsbipd]:
     other.stop()
 
 
+@pytest.mark.short
 async def test_a_dead_usbipd_takes_nothing_that_is_attached(rig: KernelRig) -> None:
     usbipd = rig.usbipd
     twins, (disk,) = keys_of(usbipd, SERIAL), keys_of(usbipd, DISKS)
@@ -72,6 +73,7 @@ async def test_a_dead_usbipd_takes_nothing_that_is_attached(rig: KernelRig) -> N
         assert busy_rows() == ()
 
 
+@pytest.mark.short
 async def test_a_device_unbound_and_bound_again_comes_back_by_itself(rig: KernelRig) -> None:
     usbipd = rig.usbipd
     twins = keys_of(usbipd, SERIAL)

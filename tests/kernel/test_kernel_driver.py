@@ -86,6 +86,7 @@ def passes_through(writer: int, reader: int, data: bytes) -> bool:
 
 
 class TestDevices:
+    @pytest.mark.short
     async def test_bytes_pass_between_two_imported_serial_converters(self, rig: KernelRig) -> None:
         driver = rig.plugin()
         first, second = [await whole(driver, await rig.import_serial(serial)) for serial in TWINS]
@@ -117,6 +118,7 @@ class TestDevices:
         attachment = await whole(rig.plugin(), await rig.import_serial(TWINS[0]), children=("video4linux",))
         assert {node.kind for node in attachment.nodes} == {"usb", "tty"}
 
+    @pytest.mark.short
     async def test_an_unpromised_device_is_never_shown_to_a_driver(self, rig: KernelRig) -> None:
         driver = rig.plugin()
         ours: list[Uevent] = []

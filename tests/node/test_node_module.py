@@ -5,12 +5,14 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
+import pytest
 from node_api import Api
 from node_plugin import Plugin, daemon_set, manifests
 
 MODULE = Path("/sys/module/vhci_hcd")
 
 
+@pytest.mark.short
 def test_init_container_loads_the_module(api: Api, installation: Plugin) -> None:
     if MODULE.exists():
         api.delete("DaemonSet", "usbip-system", "usbip-plugin")

@@ -61,6 +61,7 @@ def status_of(pid: int) -> dict[str, str]:
     return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
 
+@pytest.mark.short
 def test_pod_talks_to_its_device(api: Api, plugin: Plugin, talking: Conversation) -> None:
     assert answer(talking.fd, b"both ways") == b"BOTH WAYS"
     environment = talking.container.run("env")
@@ -91,6 +92,7 @@ def test_after_the_pod_the_port_is_free_and_the_lock_released(api: Api, plugin: 
     until(plugin.offered, "the device is offered again")
 
 
+@pytest.mark.short
 def test_reader_does_not_notice_the_plugins_end(plugin: Plugin, talking: Conversation, api: Api) -> None:
     rows = busy_rows()
     restarts = plugin.container().status()["restartCount"]
@@ -114,6 +116,7 @@ def test_reader_does_not_notice_the_plugins_end(plugin: Plugin, talking: Convers
     assert "hung up" not in talking.container.log()
 
 
+@pytest.mark.short
 def test_plugin_is_confined(plugin: Plugin, talking: Conversation) -> None:
     """While it holds a device, so what it did, it did like this."""
     pid = plugin.container().pid()
