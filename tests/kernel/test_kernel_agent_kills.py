@@ -24,8 +24,6 @@ from usbip_plugin.sim.device_manager import AdmissionError
 LONGEST_LIFE = 4.0
 """In admissions: a release takes half as long as one, so such lives meet all moments of both."""
 LEAST_WORK = 2
-MOST_TRIES = 10
-"""For the first admission: a guest that is slow for a moment does not make it within allocateTimeout."""
 PROGRESS = 20
 """Kills between two lines that say how far it is."""
 REFUSED_S = 0.1
@@ -102,13 +100,9 @@ async def test_a_plugin_killed_at_any_moment_loses_and_leaks_nothing(
     async with a_node(rig) as node:
         load = Load(node, rng)
         async with node.plugin():
-            # how long one takes depends on the machine, and on what else it does
-            for _ in range(MOST_TRIES):
-                begin = time.monotonic()
-                await load.admit(RESOURCES[0])
-                longest = LONGEST_LIFE * (time.monotonic() - begin)
-                if load.fates["admitted"]:
-                    break
+            begin = time.monotonic()
+            await load.admit(RESOURCES[0])
+            longest = LONGEST_LIFE * (time.monotonic() - begin)
             assert load.fates["admitted"] == 1
         for number in range(1, kills + 1):
             async with node.plugin():
@@ -125,18 +119,22 @@ async def test_a_plugin_killed_at_any_moment_loses_and_leaks_nothing(
                 print(f"{number} kills: {dict(load.fates)}", flush=True)
         async with node.plugin():
             await all_released(node, load)
+            before = load.fates["admitted"]
+            for name in RESOURCES:
+                await load.admit(name)
+            assert load.fates["admitted"] == before + len(RESOURCES), "a device is not given out after the kills"
+            await all_released(node, load)
     print(f"{kills} kills, seed {seed}: {dict(load.fates)}")
-    assert load.fates["admitted"] >= LEAST_WORK
 
 
 def held_by(pid: int) -> dict[str, int]:
-    """What a process has of the node: file descriptors, threads, KiB of memory."""
+    """What a process has of the node: file descriptors, threads, KiB of memory of its own (not of files)."""
     proc = Path(f"/proc/{pid}")
     status = dict(line.split(":", 1) for line in (proc / "status").read_text().splitlines())
     return {
         "fds": len(list((proc / "fd").iterdir())),
         "threads": int(status["Threads"]),
-        "KiB": int(status["VmRSS"].split()[0]),
+        "KiB": int(status["RssAnon"].split()[0]),
     }
 
 

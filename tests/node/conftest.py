@@ -54,6 +54,17 @@ def installation(api: Api, usbipd: RealUsbipd) -> Plugin:
     return Plugin(api, usbipd.busid(OFFERED))
 
 
+@pytest.fixture(autouse=True)
+def restarts(installation: Plugin, capsys: pytest.CaptureFixture[str]) -> Iterator[None]:
+    """Says why the plugin was started again, whether or not the test has failed: a liveness probe may have ended it."""
+    before = set(installation.restarts())
+    yield
+    for line in installation.restarts():
+        if line not in before:
+            with capsys.disabled():
+                print(f"\n{line}")
+
+
 @pytest.fixture(scope="module")
 def base(installation: Plugin) -> Plugin:
     """deploy/ as it is shipped, ready. The module is loaded as a node's own configuration would do it."""

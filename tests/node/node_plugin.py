@@ -90,6 +90,19 @@ class Plugin:
     def container(self) -> Container:
         return Container(self.api, SYSTEM, self.pod()["metadata"]["name"], "plugin")
 
+    def restarts(self) -> list[str]:
+        """The containers of the plugin that were started again: how often, how they ended, and what Events say."""
+        told = []
+        for pod in self.api.all("Pod", SYSTEM, LABEL):
+            name = pod["metadata"]["name"]
+            events = [e for e in self.api.all("Event", SYSTEM) if e["regarding"].get("uid") == pod["metadata"]["uid"]]
+            for status in pod["status"].get("containerStatuses", ()):
+                if status["restartCount"]:
+                    times, last = status["restartCount"], status.get("lastState", {}).get("terminated")
+                    notes = [f"{event['reason']}: {event.get('note', '')}" for event in events]
+                    told.append(f"{name}/{status['name']} started again {times} times; ended: {last}; Events: {notes}")
+        return told
+
     def until_ready(self) -> None:
         """Until there is one pod, and it is ready."""
         until(self._rolled_out, "the plugin is ready")

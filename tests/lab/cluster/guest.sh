@@ -41,6 +41,9 @@ STATE=$state BIN=$bin
 # shellcheck source=parts.sh
 . "$here/parts.sh"
 mkdir "$state/guest"
+# The control plane's seconds are this machine's, the guest's are longer (see run.sh): a node that renews its Lease every
+# ten of its own seconds is not to be given up.
+MANAGER_ARGUMENTS=(--node-monitor-grace-period=10m)
 
 # What is outside is quick: the images, the manifests, the control plane.
 pause_image

@@ -2,6 +2,8 @@
 # shellcheck shell=bash
 PAUSE=localhost/pause:lab
 READY_TENTHS=900
+# more arguments of the controller manager
+MANAGER_ARGUMENTS=()
 
 # kubeconfig SERVER TOKEN: to standard output
 kubeconfig() {
@@ -46,7 +48,7 @@ control_plane() {
   _background scheduler kube-scheduler --kubeconfig "$STATE/scheduler.kubeconfig" --leader-elect=false --secure-port 0
   _background manager kube-controller-manager --kubeconfig "$STATE/manager.kubeconfig" --leader-elect=false --secure-port 0 \
     --service-account-private-key-file="$STATE/sa.key" --use-service-account-credentials \
-    --root-ca-file="$STATE/certs/apiserver.crt"
+    --root-ca-file="$STATE/certs/apiserver.crt" "${MANAGER_ARGUMENTS[@]}"
 }
 
 apiserver_ready() {

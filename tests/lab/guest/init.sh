@@ -69,6 +69,9 @@ $box mount --move . /
 HOME=/root PATH=/run/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
   $box chroot . /bin/bash /vmrun/command.sh </dev/null >"$output" 2>&1
 echo $? >vmrun/status
+# what was compiled here, although the machine could have done it before; see compile.sh
+$box find /upper/files -name "*.pyc" >vmrun/compiled
+$box cut -d" " -f1 /proc/uptime >vmrun/uptime
 $box dmesg >vmrun/dmesg
 $box sync
 $box poweroff -f

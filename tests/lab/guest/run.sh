@@ -1,20 +1,23 @@
 #!/bin/bash
-# run.sh [-u] [-N] [-w DIR]... [-m MB] [-t SECONDS] [-q 'QEMU ARGUMENTS'] [-k IMAGE] 'COMMAND'
+# run.sh [-u] [-N] [-r] [-w DIR]... [-m MB] [-t SECONDS] [-q 'QEMU ARGUMENTS'] [-k IMAGE] 'COMMAND'
 #
 # Boots a Debian kernel with vhci_hcd in QEMU (emulation: needs no /dev/kvm) on top of this machine's root file system,
 # runs the command as root with bash in the current directory, prints its output and exits with its exit status.
 # Nothing the guest writes reaches the machine, but below -w directories.
 #   -u  plug in the USB devices of usb_devices below      -w  share a directory read-write under the same path
 #   -N  a network in which this machine's 127.0.0.1 is 10.0.2.2
+#   -r  the guest's clock is this machine's; without it, it counts instructions (see below)
 #   -m  memory (1024)      -t  time limit (300)           -q  more QEMU arguments      -k  an image made by setup.sh
+# A test that takes longer than TEST_SECONDS (300, of the guest's own) ends the tests, with its name and its stacks.
 # In the guest, GUEST_TOOLS is the root of the `usbip` package, and /vmrun is a directory both sides see.
 # KEEP=DIR keeps console, dmesg and disk images there.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
-image= memory=1024 limit=300 usb= network=none shares=() extra=()
-while getopts uNw:m:t:q:k: option; do
+image= memory=1024 limit=300 usb= real= network=none shares=() extra=()
+while getopts uNrw:m:t:q:k: option; do
   case $option in
     u) usb=1 ;;
+    r) real=1 ;;
     N) network=user,model=virtio-net-pci,ipv6=off ;;
     w) shares+=("$(realpath "$OPTARG")") ;;
     m) memory=$OPTARG ;;
@@ -26,6 +29,7 @@ while getopts uNw:m:t:q:k: option; do
 done
 shift $((OPTIND - 1))
 image=${image:-$("$here/setup.sh")}
+"$here/compile.sh"
 
 run=$(mktemp -d "${TMPDIR:-/var/tmp}/usbip-guest.XXXXXX")
 trap '[ -z "${KEEP:-}" ] || cp -r "$run/." "$KEEP"; rm -rf "$run"' EXIT
@@ -57,6 +61,7 @@ usb_devices() {
 
 {
   printf 'export GUEST_TOOLS=%q PATH=%q:$PATH TMPDIR=/run/tmp\ncd %q\n' "$(dirname "$image")/tools" "$PATH" "$PWD"
+  printf 'export PYTEST_ADDOPTS=%q\n' "-v -o faulthandler_timeout=${TEST_SECONDS:-300} -o faulthandler_exit_on_timeout=true"
   printf '%s\n' "$*"
 } >"$run/command.sh"
 number=0
@@ -66,9 +71,12 @@ for folder in "${shares[@]}"; do
   number=$((number + 1))
 done
 
+# ICOUNT-COMMENT
+clock=(-accel tcg,thread=single,tb-size=256 -icount "shift=${ICOUNT:-0},align=off,sleep=on")
+[ -z "$real" ] || clock=(-accel tcg,thread=multi,tb-size=256)
 emulation=0
 timeout -k 5 "$limit" qemu-system-x86_64 \
-  -accel tcg,thread=multi,tb-size=256 -cpu max -smp 1 -m "$memory" \
+  "${clock[@]}" -cpu max -smp 1 -m "$memory" \
   -machine q35,usb=off -nodefaults -no-reboot -display none -monitor none \
   -kernel "$image/vmlinux" -initrd "$image/initrd.cpio" \
   -append "console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=reliable" \
@@ -77,11 +85,16 @@ timeout -k 5 "$limit" qemu-system-x86_64 \
   -device virtserialport,chardev=out,name=output,nr=9 \
   -virtfs local,path=/,mount_tag=host,security_model=none,readonly=on,multidevs=remap \
   -virtfs "local,path=$run,mount_tag=vmrun,security_model=none" \
-  -nic "$network" "${extra[@]}" 3>&1 </dev/null || emulation=$?
+  -nic "$network" "${extra[@]}" 3>&1 </dev/null &
+emulator=$!
+trap 'kill "$emulator"; exit 143' INT TERM
+wait "$emulator" || emulation=$?
 
 if ! [ -s "$run/status" ]; then
   echo "run.sh: the command did not end (QEMU: $emulation); console:" >&2
   tail -20 "$run/console" >&2
   exit 125
 fi
+echo "run.sh: $(cat "$run/uptime") s of the guest's time; compiled in the guest: $(wc -l <"$run/compiled") files"
+head -n 5 "$run/compiled"
 exit "$(cat "$run/status")"

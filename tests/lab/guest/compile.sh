@@ -1,0 +1,11 @@
+#!/bin/bash
+# compile.sh: writes the bytecode that the guest's tests read: of the package, of the tests, and of the asserts that pytest
+# rewrites in them. Compiled under emulation it takes ten times as long, at each boot: the guest keeps nothing.
+# PYTHON=... chooses the interpreter (.venv/bin/python), which has to be the guest's.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
+python=${PYTHON:-.venv/bin/python}
+unset PYTHONDONTWRITEBYTECODE
+"$python" -m compileall -q usbip_plugin tests
+# a collection is the one way to make pytest write its own; the fixtures that need the guest are not set up
+"$python" -m pytest -q -p no:cacheprovider --collect-only tests/kernel tests/node >/dev/null
