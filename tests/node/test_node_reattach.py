@@ -55,9 +55,9 @@ def said(container: Container, word: str, since: float = 0.0) -> list[list[str]]
     return [line for line in lines if line[:1] == [word] and float(line[-1]) >= since] or None
 
 
-@pytest.fixture(params=[False, True], ids=["device-specs", "cdi"])
+@pytest.fixture
 def serial(base: Plugin, request: pytest.FixtureRequest) -> Plugin:
-    """A resource that names what its pods use: the tty."""
+    """A resource that names what its pods use: the tty. The parameter says whether by CDI."""
     keys: dict[str, object] = {"cdi": True, "onLoss": "restart"} if request.param else {}
     base.install(manifests("base", base.busid, children=["tty"], **keys))
     return base
@@ -104,7 +104,16 @@ PLUGGED_ANEW = Way("plugged-anew", RealUsbipd.pull, RealUsbipd.plug)
 the pod's program opens, for it is one kernel; and as long as that is open, the number is not given out again."""
 
 
-@pytest.mark.parametrize("way", [RESTARTED, PLUGGED_ANEW], ids=lambda way: way.name)
+@pytest.mark.parametrize(
+    ("serial", "way"),
+    [
+        pytest.param(False, RESTARTED, id="restarted-device-specs", marks=pytest.mark.short),
+        pytest.param(False, PLUGGED_ANEW, id="plugged-anew-device-specs"),
+        pytest.param(True, RESTARTED, id="restarted-cdi"),
+        pytest.param(True, PLUGGED_ANEW, id="plugged-anew-cdi"),
+    ],
+    indirect=["serial"],
+)
 def test_the_path_of_a_running_program_works_again_when_its_server_is_back(
     serial: Plugin,
     echo: Container,
