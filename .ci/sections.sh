@@ -32,7 +32,7 @@ section() {
   { time timeout --kill-after="$GRACE_SECONDS" "$limit" "$@" 2>&1 | tee "$work/$name.log" | sed -u "s/^/$name| /"; } \
     2>"$work/$name.time" || status=$?
   # make has a status of its own for a recipe that failed
-  ! grep -qaE "^make: [*]{3} .* Error $INFRASTRUCTURE\$" "$work/$name.log" || status=$INFRASTRUCTURE
+  ! grep -qaE "^make([[][0-9]+])?: [*]{3} .* Error $INFRASTRUCTURE\$" "$work/$name.log" || status=$INFRASTRUCTURE
   read -r wall user system < <(tail -n 1 "$work/$name.time")
   core=$(awk "BEGIN { printf \"%.0f\", $user + $system }")
   load=$(cut -d' ' -f1 /proc/loadavg)
