@@ -22,12 +22,14 @@ from usbip_plugin.model import DeviceKey, PodRef, Reason
 pytestmark = pytest.mark.short
 
 LEASES = "/apis/coordination.k8s.io/v1/namespaces/usbip-system/leases"
+USER, OTHER = PodRef("default", "reader"), PodRef("default", "other")
+"""Pods that the kubelet lists until they end: a device that no listed pod has is given back after 15 s."""
 
 
 async def _hold_one(rig: Rig) -> DeviceKey:
-    """A pod on the first node has one of the devices."""
+    """USER, on the first node, has one of the devices."""
     a, b = rig.nodes
-    await a.admit(PodRef("default", "reader"), {RESOURCE: 1})
+    await a.admit(USER, {RESOURCE: 1})
     (held,) = (key for key in rig.keys if rig.attached(a, key))
     await b.until(RESOURCE, lambda devices: devices[held.id] is False)
     return held
@@ -68,12 +70,11 @@ async def test_what_is_held_stays_and_nothing_new_is_given(cluster: Cluster, tok
         assert rig.attached(a, held)
         assert rig.server.importers(held.busid) == 1
         # the other node is not touched by any of this
-        other = await rig.allocate(b, free)
-        assert other.response is not None, other.error
+        await b.admit(OTHER, {RESOURCE: 1})
         proxy.refusing = False
         await rig.until(lambda: rig.holders(free) == [b.name, b.name])
         # back in touch, it follows the other node's locks again
-        await rig.end_pod(b, free)
+        b.end(OTHER)
         await a.until(RESOURCE, lambda devices: devices == {held.id: True, free.id: True})
         assert rig.attached(a, held)
         assert rig.holders(held) == [a.name, a.name]
@@ -109,15 +110,14 @@ async def test_a_restart_of_the_api_server_changes_nothing(cluster: Cluster, tok
     async with agents(cluster, tokens) as rig:
         (held,) = rig.keys
         a, b = rig.nodes
-        pod = PodRef("default", "reader")
-        await a.admit(pod, {RESOURCE: 1})
+        await a.admit(USER, {RESOURCE: 1})
         await b.until(RESOURCE, lambda devices: devices == {held.id: False})
         await asyncio.to_thread(cluster.restart_api)
         await rig.until(lambda: all(node.agent is not None and node.agent.locks.api.reachable for node in rig.nodes))
         assert rig.attached(a, held)
         assert rig.holders(held) == [a.name, a.name]
         assert rig.server.table.granted == 1
-        a.end(pod)
+        a.end(USER)
         await b.until(RESOURCE, lambda devices: devices == {held.id: True})
         await rig.until(lambda: rig.holders(held) == ["", ""])
 
@@ -187,11 +187,9 @@ async def test_a_watch_that_meets_compacted_history_is_begun_anew_and_nothing_is
             return PausingLeases(client, namespace, pause)
 
         async with agents(cluster, tokens, devices=2, through=through, store=store) as rig:
-            held, free = rig.keys
             a, b = rig.nodes
-            got = await rig.allocate(a, held)
-            assert got.response is not None, got.error
-            await b.until(RESOURCE, lambda devices: devices == {held.id: False, free.id: True})
+            held = await _hold_one(rig)
+            (free,) = set(rig.keys) - {held}
             pause.begin()
             await until(lambda: pause.waiting == len(rig.nodes))
             # history that no lock is part of
@@ -208,11 +206,10 @@ async def test_a_watch_that_meets_compacted_history_is_begun_anew_and_nothing_is
             await asyncio.to_thread(cluster.end_old_api)
             assert rig.attached(a, held)
             assert rig.holders(held) == [a.name, a.name]
-            other = await rig.allocate(b, free)
-            assert other.response is not None, other.error
+            await b.admit(OTHER, {RESOURCE: 1})
             await a.until(RESOURCE, lambda devices: devices == {held.id: True, free.id: False})
-            for node, key in ((a, held), (b, free)):
-                await rig.end_pod(node, key)
+            a.end(USER)
+            b.end(OTHER)
             for node in rig.nodes:
                 await node.until(RESOURCE, lambda devices: devices == {held.id: True, free.id: True})
             assert rig.server.table.granted == 2
