@@ -122,6 +122,25 @@ class Placements:
         )
         return self.offered(pod.node, version) - taken
 
+    def repeated(self) -> list[Placement]:
+        """Failed pods on the node of one that had failed before they were bound, while the Node offered what it did.
+
+        A plugin has the lower count on its way when it, or the kubelet, refuses a pod. It is written before the next
+        pod has been made, placed and bound.
+        """
+        failures = [pod for pod in self.failures() if pod.bound is not None and pod.watched]
+        return [
+            pod
+            for pod in failures
+            if any(
+                other.node == pod.node
+                and (other.ended or 0) < (pod.bound or 0)
+                and not any((other.bound or 0) < at < (pod.bound or 0) for at, _count in self._offers[pod.node])
+                for other in failures
+                if other is not pod
+            )
+        ]
+
     def denied_in_silence(self, devices: int) -> list[Placement]:
         """Denied pods whose Node offered all devices of the resource, so many, from the binding to the failure.
 
@@ -141,17 +160,19 @@ class Placements:
 async def followed(cluster: ClusterView, resource: str) -> AsyncIterator[Placements]:
     """Pods and nodes are followed in the block."""
     placements = Placements(resource)
-    async with asyncio.TaskGroup() as tasks:
-        followers = [
-            tasks.create_task(cluster.follow("pods", placements.see_pods)),
-            tasks.create_task(cluster.follow("nodes", placements.see_nodes)),
-        ]
+    followers = [
+        asyncio.create_task(cluster.follow("pods", placements.see_pods)),
+        asyncio.create_task(cluster.follow("nodes", placements.see_nodes)),
+    ]
+    try:
         await caught_up(cluster, placements)
-        try:
-            yield placements
-        finally:
-            for follower in followers:
-                follower.cancel()
+        yield placements
+    finally:
+        for follower in followers:
+            follower.cancel()
+        for result in await asyncio.gather(*followers, return_exceptions=True):
+            if isinstance(result, Exception):
+                raise result
 
 
 async def caught_up(cluster: ClusterView, placements: Placements) -> None:

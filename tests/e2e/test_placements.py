@@ -86,6 +86,20 @@ def test_a_denial_of_which_the_node_said_nothing_before_is_named() -> None:
     assert story(*begin, refused).denied_in_silence(1) == []
 
 
+def test_a_second_failure_on_a_node_that_said_nothing_in_between_is_a_repeat() -> None:
+    begin = [
+        node("n", 1, 1),
+        pod("p", 2),
+        pod("p", 3, node="n"),
+        pod("p", 5, node="n", phase="Failed"),
+        pod("q", 6),
+    ]
+    bound, failure = pod("q", 9, node="n"), pod("q", 10, node="n", phase="Failed")
+    assert names(story(*begin, bound, failure).repeated()) == ["q"]
+    assert story(*begin, node("n", 7, 0), node("n", 8, 1), bound, failure).repeated() == []
+    assert story(*begin, pod("q", 4, node="n"), failure).repeated() == [], "bound before the first had failed"
+
+
 def test_a_pod_whose_binding_was_not_seen_does_not_count() -> None:
     placements = story(node("n", 1, 0), pod("p", 4, node="n"), pod("p", 5, node="n", phase="Failed", message=DENIAL))
     assert names(placements.failures()) == ["p"]
