@@ -63,7 +63,8 @@ class Places:
         """A configuration of one resource, which takes the device by the selector. fields: more of the resource's."""
         target = f'{{host: "{self.server.host}", port: {self.server.port}}}'
         devices = f"[{{target: {target}, selector: {{{selector}}}}}]"
-        self.config.write_text(f"resources:\n  {resource}: {{devices: {devices}{fields}}}\n")
+        patience = "allocateTimeout: 60s\n"  # for a machine that has much else to do
+        self.config.write_text(f"{patience}resources:\n  {resource}: {{devices: {devices}{fields}}}\n")
 
     def flags(self) -> list[str]:
         """Of `run` and of `check`."""
@@ -117,6 +118,16 @@ class Node:
         """The kubelet has just these devices of a resource, {ID: healthy}."""
         async with asyncio.timeout(LIMIT_S):
             await self.kubelet.wait_for(f"usbip.dev/{resource}", lambda known: known == devices)
+
+    async def until_allocatable(self, count: int) -> None:
+        """So many sticks are what was last written into the status of this node, and nothing else was."""
+        body = {"status": {"allocatable": {"usbip.dev/stick": str(count)}}}
+
+        def written(api: FakeApi) -> bool:
+            patches = [asked for asked in api.asked if asked.right == "patch nodes/status" and asked.name == "node-a"]
+            return bool(patches) and patches[-1].body == body
+
+        await self.until_asked(written)
 
     async def until_asked(self, condition: Callable[[FakeApi], bool]) -> None:
         """The API server was asked for what fulfils the condition."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import asyncio.sslproto
 import json
 import signal
 import socket
@@ -12,12 +13,14 @@ from pathlib import Path
 
 import pytest
 from command_rig import LIMIT_S, LOOPBACKS, undone
+from fake_api import NAMESPACE
 from node_rig import Node, Places, run
 
 from usbip_plugin import process
 from usbip_plugin.cli import main
 from usbip_plugin.cli.exits import Exit
 from usbip_plugin.model import PodRef, ServerKey
+from usbip_plugin.settling import TLS_BUFFER_BYTES
 
 POD = PodRef("default", "reader")
 
@@ -51,6 +54,7 @@ def test_a_process_registers_hands_out_a_device_and_leaves_it_attached_for_the_n
 
     async def first(node: Node) -> None:
         await offered(node)
+        assert asyncio.sslproto.SSLProtocol.max_size == TLS_BUFFER_BYTES, "connections have small buffers"
         assert [await node.get(path) for path in ("/healthz", "/readyz")] == [(200, "ok\n")] * 2
         (row,) = await node.get_json("/api/devices")
         assert (row["device"], row["healthy"], row["state"], row["here"]) == (str(device), True, "Free", False)
@@ -68,10 +72,11 @@ def test_a_process_registers_hands_out_a_device_and_leaves_it_attached_for_the_n
         await node.until_asked(lambda api: "create events" in api.rights())
         (event,) = [asked.body for asked in node.api.asked if asked.right == "create events"]
         assert (event["reason"], event["regarding"]["name"]) == ("DeviceAttached", "reader")
-        await node.until_asked(lambda api: "patch nodes/status" in api.rights())
-        patches = [asked for asked in node.api.asked if asked.right == "patch nodes/status"]
-        assert patches[-1].name == "node-a"
-        assert patches[-1].body == {"status": {"allocatable": {"usbip.dev/stick": "1"}}}
+        await node.until_allocatable(1)
+        counted = [asked for asked in node.api.asked if asked.params.get("limit") == "1"]
+        assert {(asked.right, asked.namespace) for asked in counted} == {("list pods", NAMESPACE)}, (
+            "how many nodes there are"
+        )
         status = await node.get_json("/api/status")
         (row,) = status["devices"]
         assert [row[name] for name in ("holder", "pod", "state", "here", "port", "server", "selector", "usb_id")] == [
@@ -179,6 +184,18 @@ def test_a_plugin_whose_kubelet_is_away_is_not_ready_until_it_is_back(
         await node.kubelet.start()
         await node.log.until("registered with the kubelet", 2)
         assert (await node.get("/readyz")) == (200, "ok\n")
+
+    assert run(monkeypatch, places, story)[0] == 0
+
+
+def test_a_plugin_whose_event_loop_is_late_is_not_alive(monkeypatch: pytest.MonkeyPatch, places: Places) -> None:
+    monkeypatch.setattr(process, "BEAT_WITHIN", -1.0)  # however soon the next sign of life comes
+
+    async def story(node: Node) -> None:
+        await offered(node)
+        status, text = await node.get("/healthz")
+        assert (status, text.startswith("event loop: no sign of life for ")) == (503, True)
+        assert [line[:10] for line in (await node.get_json("/api/status"))["not_alive"]] == ["event loop"]
 
     assert run(monkeypatch, places, story)[0] == 0
 

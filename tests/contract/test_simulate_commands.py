@@ -14,12 +14,15 @@ from pathlib import Path
 import pytest
 from command_rig import LIMIT_S, LOOPBACKS, simulate, undone
 
-from usbip_plugin.cli import main
+from usbip_plugin.cli import main, parser
 from usbip_plugin.cli.exits import Exit
 from usbip_plugin.clock import SystemClock
-from usbip_plugin.model import ServerKey
+from usbip_plugin.errors import AttachRefused
+from usbip_plugin.model import DeviceKey, ServerKey, UsbId
 from usbip_plugin.sim.commands import JOURNAL
 from usbip_plugin.sim.remote_kernel import RemoteVhci
+from usbip_plugin.sim.server import VirtualServer
+from usbip_plugin.sim.usbdevice import VirtualDevice
 from usbip_plugin.usbip.client import TcpUsbipClient
 
 PORTS = 16
@@ -56,29 +59,40 @@ def test_a_kernel_has_as_many_controllers_as_it_is_told(
 
 
 @pytest.mark.parametrize("number", ["0", "16", "-1", "1.5", "²", "many"])
-def test_a_number_of_controllers_that_no_kernel_has_is_refused(
-    home: Path, capsys: pytest.CaptureFixture[str], number: str
-) -> None:
+def test_a_number_of_controllers_that_no_kernel_has_is_refused(capsys: pytest.CaptureFixture[str], number: str) -> None:
     with pytest.raises(SystemExit) as caught:
-        main(["simulate", "kernel", "--socket", str(home / "kernel.sock"), "--controllers", number])
+        parser().parse_args(["simulate", "kernel", "--socket", "kernel.sock", "--controllers", number])
     assert caught.value.code == Exit.USAGE
     assert "must be a number from 1 to 15" in capsys.readouterr().err
 
 
-def test_a_kernel_looks_after_the_device_nodes_of_its_predecessor_and_after_nothing_else(home: Path) -> None:
-    """Where the journal is, and which directory stands for /dev. To make nodes needs CAP_MKNOD; this does not."""
-    devices, journal = home / "dev", home / JOURNAL
-    other = devices / "bus/usb/003/002"
-    other.parent.mkdir(parents=True)
+def test_a_kernel_makes_device_nodes_in_its_directory_and_leaves_alone_what_is_no_node_of_its_predecessor(
+    home: Path,
+) -> None:
+    path, devices, journal = home / "kernel.sock", home / "dev", home / JOURNAL
+    other = devices / "ttyUSB0"
+    devices.mkdir()
     other.write_text("somebody else's by now")
-    journal.write_text("/dev/bus/usb/003/002\n")
+    journal.write_text("/dev/ttyUSB0\n")
 
     async def story(_record: logging.LogRecord) -> None:
         assert journal.read_text() == ""
+        server = VirtualServer([VirtualDevice("1-1", UsbId(0x0951, 0x1666))])
+        await server.start()
+        async with contextlib.AsyncExitStack() as stack:
+            stack.push_async_callback(server.stop)
+            client = stack.enter_context(contextlib.closing(TcpUsbipClient(SystemClock())))
+            driver = stack.enter_context(contextlib.closing(RemoteVhci(path, SystemClock(), random.Random(1))))
+            imported = await client.import_device(DeviceKey(server.key, "1-1"), timeout=LIMIT_S)
+            with contextlib.closing(imported):
+                port = await driver.attach(imported.key, imported.descriptor, imported.sock.fileno())
+            with contextlib.suppress(AttachRefused):  # a node may be made with CAP_MKNOD only, its directory by anybody
+                await driver.enumerate(imported.key, imported.descriptor, port, timeout=LIMIT_S)
+            assert (devices / "bus/usb/003").is_dir()
 
-    flags = ("--socket", str(home / "kernel.sock"), "--device-directory", str(devices))
+    flags = ("--socket", str(path), "--device-directory", str(devices))
     assert simulate(story, "simulated kernel", "kernel", *flags) == 0
-    assert other.exists()
+    assert (journal.read_text(), other.exists()) == ("", True)
 
 
 def test_a_socket_that_another_kernel_listens_on_is_said_and_is_1(
