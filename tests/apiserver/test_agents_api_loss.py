@@ -18,19 +18,32 @@ from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.locks.manager import LockSettings
 from usbip_plugin.locks.store import LeaseChange, LeaseStore
 from usbip_plugin.model import DeviceKey, PodRef, Reason
+from usbip_plugin.sim.world import SimNode
 
 pytestmark = pytest.mark.short
 
 LEASES = "/apis/coordination.k8s.io/v1/namespaces/usbip-system/leases"
 USER, OTHER = PodRef("default", "reader"), PodRef("default", "other")
-"""Pods that the kubelet lists until they end: a device that no listed pod has is given back after 15 s."""
+"""Pods that the kubelet lists until they end. What no listed pod has is given back after 15 s."""
+
+
+async def _admit(rig: Rig, node: SimNode, pod: PodRef) -> DeviceKey:
+    """The device that the pod gets there. The plugin has seen the pod use it: otherwise its end shows after 15 s."""
+
+    def noted(key: DeviceKey) -> bool:
+        lock = rig.lock(node, key)
+        return lock is not None and lock.pod is not None and lock.pod.name == pod.name
+
+    await node.admit(pod, {RESOURCE: 1})
+    await rig.until(lambda: any(map(noted, rig.keys)))
+    (key,) = filter(noted, rig.keys)
+    return key
 
 
 async def _hold_one(rig: Rig) -> DeviceKey:
-    """USER, on the first node, has one of the devices."""
+    """USER, on the first node, has one of the devices, and the other node knows that."""
     a, b = rig.nodes
-    await a.admit(USER, {RESOURCE: 1})
-    (held,) = (key for key in rig.keys if rig.attached(a, key))
+    held = await _admit(rig, a, USER)
     await b.until(RESOURCE, lambda devices: devices[held.id] is False)
     return held
 
@@ -70,7 +83,7 @@ async def test_what_is_held_stays_and_nothing_new_is_given(cluster: Cluster, tok
         assert rig.attached(a, held)
         assert rig.server.importers(held.busid) == 1
         # the other node is not touched by any of this
-        await b.admit(OTHER, {RESOURCE: 1})
+        assert await _admit(rig, b, OTHER) == free
         proxy.refusing = False
         await rig.until(lambda: rig.holders(free) == [b.name, b.name])
         # back in touch, it follows the other node's locks again
@@ -110,8 +123,7 @@ async def test_a_restart_of_the_api_server_changes_nothing(cluster: Cluster, tok
     async with agents(cluster, tokens) as rig:
         (held,) = rig.keys
         a, b = rig.nodes
-        await a.admit(USER, {RESOURCE: 1})
-        await b.until(RESOURCE, lambda devices: devices == {held.id: False})
+        assert await _hold_one(rig) == held
         await asyncio.to_thread(cluster.restart_api)
         await rig.until(lambda: all(node.agent is not None and node.agent.locks.api.reachable for node in rig.nodes))
         assert rig.attached(a, held)
@@ -206,7 +218,7 @@ async def test_a_watch_that_meets_compacted_history_is_begun_anew_and_nothing_is
             await asyncio.to_thread(cluster.end_old_api)
             assert rig.attached(a, held)
             assert rig.holders(held) == [a.name, a.name]
-            await b.admit(OTHER, {RESOURCE: 1})
+            assert await _admit(rig, b, OTHER) == free
             await a.until(RESOURCE, lambda devices: devices == {held.id: True, free.id: False})
             a.end(USER)
             b.end(OTHER)
