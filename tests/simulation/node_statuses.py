@@ -14,6 +14,7 @@ from usbip_plugin.errors import LockHeld, PluginError
 from usbip_plugin.fleet import UNCOUNTED
 from usbip_plugin.inventory.annotations import key_of
 from usbip_plugin.kubelet.node_status import KUBELET_SYNC_S, spread
+from usbip_plugin.locks.protocol import Standing
 from usbip_plugin.sim.cluster import ClusterNode
 from usbip_plugin.sim.cluster_kubelet import Call
 from usbip_plugin.sim.steploop import Process
@@ -50,9 +51,10 @@ class NodeStatuses:
         if not _publishes(node, resource) or call.process.halted_time() != call.halted:
             return None  # stopped for longer than it would have waited for anybody
         if isinstance(error, LockHeld):
-            held = [lock.device_id for lock in agent.locks.locks.values() if str(key_of(lock)) == error.device]
-            free = [i for i in held if node.kubelet.health(resource).get(i) and agent.locks.locks[i].holder]
-            if free:
+            ids = [lock.device_id for lock in agent.locks.locks.values() if str(key_of(lock)) == error.device]
+            # one that has expired may be offered until the server is asked for its list the next time
+            held = [i for i in ids if agent.locks.standing(i) is Standing.HELD]
+            if any(node.kubelet.health(resource).get(i) for i in held):
                 return "a lost device is withdrawn", f"{node.name}: {error.device}"
         said, told = _said_and_told(node, resource)
         if said > told:
