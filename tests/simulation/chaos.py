@@ -28,6 +28,7 @@ from usbip_plugin.sim.server import VirtualServer
 from usbip_plugin.sim.specs import Resolved, UnresolvableDevice
 from usbip_plugin.sim.steploop import Process, loop_of
 from usbip_plugin.sim.usbdevice import VirtualDevice
+from usbip_plugin.vhci.sysfs import PortStatus
 
 API_FAULTS = (
     "409",
@@ -747,6 +748,16 @@ class Chaos:
         del action
         self.note(f"{node.name}: the next attach write fails")
         node.kernel.refuse_next()
+        return True
+
+    def do_enumerate_anew(self, action: Action, node: ClusterNode) -> bool:
+        """A device that the node has leaves the bus and comes back over the same connection, under other nodes."""
+        ports = [p for p in node.driver.ports_now() if p.record in node.attached() and p.status is PortStatus.USED]
+        if not ports:
+            return False
+        port = ports[action.pick % len(ports)]
+        self.note(f"{node.name}: {port.record} enumerates anew")
+        node.kernel.enumerate_anew(port.number)
         return True
 
     def do_ports_full(self, action: Action, node: ClusterNode) -> bool:

@@ -17,7 +17,7 @@ from node_statuses import NodeStatuses
 from plan import PROMISED, Settings
 
 from usbip_plugin.allocation import PRE_START_WAIT
-from usbip_plugin.claims import ALLOCATION_GRACE, State
+from usbip_plugin.claims import ALLOCATION_GRACE, IN_USE, State
 from usbip_plugin.inventory.reasons import API_GRACE
 from usbip_plugin.kubelet.cdi import device_name
 from usbip_plugin.locks import record
@@ -131,6 +131,11 @@ class Watch:
         new = (after.holder, after.annotations.get(record.BOOT_ID)) if after is not None else ("", None)
         if old != new:
             self.note(f"lock of {self._keys.get(lease.name, lease.name)}: {old[0] or 'nobody'} -> {new[0] or 'nobody'}")
+        if before is not None and record.lock_of(before).by_hand and new[0] in self.cluster.nodes:
+            agent = self.cluster.nodes[new[0]].agent
+            claim = agent.attacher.claims.get(lease.name) if agent is not None else None
+            if claim is not None and claim.state in IN_USE:
+                self._fail("what a person has released is not taken back", f"{claim.key} by {new[0]}")
         if before is not None and after is not None:
             rises = after.transitions - before.transitions
             if rises != int(new[0] != "" and old != new):

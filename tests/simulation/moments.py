@@ -1,5 +1,8 @@
-"""One fault at each single step of a piece of an agent's work: an Allocate, a release, a re-attach, a takeover, and
-while it has a device and next to nothing to do."""
+"""One fault at each single step of a piece of an agent's work.
+
+That is an Allocate, a release, a re-attach of a device whose connection was lost or that has left the bus, a takeover,
+and a while in which it has a device and next to nothing to do.
+"""
 
 from __future__ import annotations
 
@@ -48,8 +51,9 @@ class Work:
 WORK: Mapping[str, Work] = {
     "allocate": Work((), act(0, "admit"), "admitted default/p1"),
     "release": Work((act(0, "admit"),), act(4, "end"), "node-a -> nobody"),
-    # its nodes are others, because the kernel numbers devices anew
+    # its nodes are others then, because the kernel numbers devices anew
     "re-attach": Work((act(0, "admit"),), act(4, "drop"), "NODES_CHANGED"),
+    "enumeration": Work((act(0, "admit"),), act(4, "enumerate_anew"), "NODES_CHANGED"),
     "takeover": Work(
         (act(0, "admit", A), act(4, "power_loss", A, lasts=200)), act(40, "admit", B), "admitted default/p2"
     ),

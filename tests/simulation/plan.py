@@ -110,7 +110,14 @@ WEIGHTS = {
 BY_CDI = {"restart_container": 6, "specs_fail": 45, "records_fail": 90}
 """Where devices are handed out by CDI: one more action in so many."""
 
-EVERYWHERE = {"reload": 15, "admit_mixed": 12, "lock_released": 15, "lock_taken": 15, "node_forbidden": 45}
+EVERYWHERE = {
+    "reload": 15,
+    "admit_mixed": 12,
+    "lock_released": 15,
+    "lock_taken": 15,
+    "node_forbidden": 45,
+    "enumerate_anew": 15,
+}
 """One more action in so many. Half of those that can come at a step come with an Allocate."""
 
 BY_SERIAL = {"swap_twin": 30}
@@ -136,6 +143,7 @@ AT_STEP = (
     "reload",
     "lock_released",
     "lock_taken",
+    "enumerate_anew",
 )
 """What happens at some step of an agent, and not only between two actions; half of them together with an Allocate."""
 SILENCES = ("freeze_agent", "freeze_node", "power_loss", "api_silent", "api_mute", "isolate")
