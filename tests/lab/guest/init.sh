@@ -71,7 +71,7 @@ HOME=/root PATH=/run/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin
 echo $? >vmrun/status
 # what was compiled here, although the machine could have done it before; see compile.sh
 $box find /upper/files -name "*.pyc" >vmrun/compiled
-$box cut -d" " -f1 /proc/uptime >vmrun/uptime
+$box cat /proc/uptime >vmrun/uptime
 $box dmesg >vmrun/dmesg
 $box sync
 $box poweroff -f
