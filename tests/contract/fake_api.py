@@ -63,9 +63,10 @@ class Asked:
 
 
 class FakeApi:
-    """Made by serving(). tokens: who may ask at all. speaks_for: the node whose name a lock may bear, "" for any.
+    """Made by serving().
 
-    refused: HTTP status by right, such as {"list leases": 403}; access reviews say so too. objects: what is not a
+    tokens: who may ask at all; "" is for a request without one. speaks_for: the node whose name a lock may bear, "" for
+    any. refused: HTTP status by right, such as {"list leases": 403}; access reviews say so too. objects: what is not a
     Lease, by path. asked: every request that came with a good token.
     """
 
@@ -87,8 +88,9 @@ class FakeApi:
     def url(self) -> str:
         return f"https://{self.host}:{self.port}"
 
-    def kubeconfig(self, token: str = TOKEN, *, trusting: bool = True) -> str:
+    def kubeconfig(self, token: str | None = TOKEN, *, trusting: bool = True) -> str:
         """The text of a kubeconfig, which is JSON; trusting: names the authority of the server's certificate."""
+        user = {"token": token} if token is not None else {}
         authority = {"certificate-authority": str(CERTIFICATE)} if trusting else {}
         config = {
             "apiVersion": "v1",
@@ -96,7 +98,7 @@ class FakeApi:
             "current-context": "x",
             "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}],
             "clusters": [{"name": "c", "cluster": {"server": self.url, **authority}}],
-            "users": [{"name": "u", "user": {"token": token}}],
+            "users": [{"name": "u", "user": user}],
         }
         return json.dumps(config)
 

@@ -154,6 +154,19 @@ async def test_a_kubeconfig_is_read_again_when_its_token_is_refused(
     assert await client.list(PODS, resource="pods")
 
 
+async def test_a_kubeconfig_without_a_token_sends_none(api: FakeApi, tmp_path: Path) -> None:
+    """A client certificate, say, is in its place."""
+    config = tmp_path / "kubeconfig"
+    config.write_text(api.kubeconfig(None))
+    api.tokens = {""}
+    client = await connect(str(config))
+    assert await client.list(PODS, resource="pods")
+    api.tokens = {TOKEN}
+    with pytest.raises(KubeUnauthorized):
+        await client.list(PODS, resource="pods")
+    await client.close()
+
+
 async def test_kubeconfigs_are_looked_for_in_the_order_that_kubectl_has(
     api: FakeApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -205,6 +205,22 @@ async def test_a_device_that_nobody_knows_is_asked_for_at_its_server(cluster: Cl
     assert f"Server {cluster.server.key} answers and does not list 9-9" in ran.out
 
 
+async def test_a_lock_that_says_neither_its_device_nor_a_node_is_shown_as_it_is(
+    cluster: Cluster, terminal: Terminal
+) -> None:
+    name = cluster.free.id
+    now = datetime.now(UTC)
+    cluster.leases.create(Lease(name, "No Node", LASTING_S, now, now, labels=LOCK_LABELS))
+    ran = await terminal.run("explain", name)
+    assert (ran.status, ran.err) == (Exit.PROBLEM, "")
+    assert ran.out.startswith(f"{name} is in use on node No Node")
+    assert "Its server was not asked: the lock does not say which it is." in ran.out
+    assert "list pods" not in cluster.api.rights(), "nothing can run on a node that no node is called"
+    rows = json.loads((await terminal.run("devices", "-o", "json")).out)
+    (row,) = (row for row in rows if row["id"] == name)
+    assert (row["device"], row["holder"], row["reason"]) == (None, "No Node", "being allocated or let go")
+
+
 async def test_what_may_not_be_asked_is_left_out_of_an_explanation(cluster: Cluster, terminal: Terminal) -> None:
     cluster.api.refused |= {"get pods": 403, "list pods": 403, "get configmaps": 403}
     await cluster.server.stop()
@@ -288,6 +304,12 @@ async def test_a_device_in_use_is_released_by_force_and_confirmed_only(cluster: 
     assert (after.holder, after.transitions) == ("", before.transitions)
     ran = await terminal.run("release", cluster.held.id)
     assert (ran.status, ran.out) == (Exit.DONE, f"{cluster.held} has no holder; there is nothing to release.\n")
+
+
+async def test_a_missing_right_to_release_is_no_refusal_of_the_policy(cluster: Cluster, terminal: Terminal) -> None:
+    cluster.api.refused["update leases"] = 403
+    ran = await terminal.run("release", cluster.held.id, "--force", "--yes")
+    assert (ran.status, "update leases.coordination.k8s.io: forbidden" in ran.err) == (Exit.PROBLEM, True)
 
 
 class Keyboard(io.StringIO):

@@ -109,23 +109,36 @@ def test_a_socket_that_another_kernel_listens_on_is_said_and_is_1(
     assert f"another simulated kernel listens on {path}" in line["cause"]
 
 
+async def devices_of(record: logging.LogRecord) -> list[str]:
+    """What the server lists that has logged where it serves."""
+    host, port = vars(record)["address"].rsplit(":", 1)
+    with contextlib.closing(TcpUsbipClient(SystemClock())) as client:
+        listed = await client.devlist(ServerKey(host.strip("[]"), int(port)), timeout=LIMIT_S)
+    return [f"{one.busid}={one.usb_id}" for one in listed]
+
+
 @pytest.mark.parametrize("host", LOOPBACKS)
-def test_a_server_has_the_devices_of_its_flags_and_of_its_file(home: Path, host: str) -> None:
-    file = home / "devices"
-    file.write_text("2-1=0403:6001\n")
+def test_a_server_listens_where_it_is_told_and_has_the_devices_of_its_flags(host: str) -> None:
     address = f"[{host}]" if ":" in host else host
 
     async def story(record: logging.LogRecord) -> None:
-        key, port = vars(record)["address"].rsplit(":", 1)
-        assert (key, vars(record)["devices"]) == (address, ["1-1", "1-2", "2-1"])
-        with contextlib.closing(TcpUsbipClient(SystemClock())) as client:
-            listed = await client.devlist(ServerKey(host, int(port)), timeout=LIMIT_S)
-        assert [(one.busid, str(one.usb_id)) for one in listed] == [
-            *(("1-1", "0951:1666"), ("1-2", "0951:1667"), ("2-1", "0403:6001")),
-        ]
+        assert vars(record)["address"].rsplit(":", 1)[0] == address
+        assert vars(record)["devices"] == ["1-1", "1-2"]
+        assert await devices_of(record) == ["1-1=0951:1666", "1-2=0951:1667"]
 
-    devices = ("--device", "1-1=0951:1666,serial=A1", "--device", "1-2=0951:1667", "--devices-file", str(file))
+    devices = ("--device", "1-1=0951:1666,serial=A1", "--device", "1-2=0951:1667")
     assert simulate(story, "serving", "server", "--listen", f"{address}:0", *devices) == 0
+
+
+def test_the_devices_of_a_file_come_on_top_of_those_of_the_flags(home: Path) -> None:
+    file = home / "devices"
+    file.write_text("2-1=0403:6001\n")
+
+    async def story(record: logging.LogRecord) -> None:
+        assert await devices_of(record) == ["1-1=0951:1666", "2-1=0403:6001"]
+
+    flags = ("--listen", "127.0.0.1:0", "--device", "1-1=0951:1666", "--devices-file", str(file))
+    assert simulate(story, "serving", "server", *flags) == 0
 
 
 def test_devices_that_make_no_sense_are_2(capsys: pytest.CaptureFixture[str]) -> None:

@@ -255,6 +255,16 @@ async def test_the_admission_policy_is_tried_with_the_own_node_and_another() -> 
     assert await check.admission_check(Policy("", by_policy=False), "n", "node-a") == []
 
 
+async def test_a_device_plugin_directory_that_is_missing_or_not_writable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (missing,) = await check.plugin_directory_check(tmp_path / "absent")
+    assert (missing.status, "is not there" in missing.detail) == (Status.FAIL, True)
+    monkeypatch.setattr(os, "access", lambda _path, _mode: False)
+    (finding,) = await check.plugin_directory_check(tmp_path)
+    assert (finding.status, finding.detail, finding.cure) == (Status.FAIL, f"{tmp_path} is not writable", "run as root")
+
+
 async def test_the_cdi_directory_is_looked_at_if_a_resource_wants_it(tmp_path: Path) -> None:
     directory = tmp_path / "cdi"
     (missing,) = await check.cdi_directory_check(directory)

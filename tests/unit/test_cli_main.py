@@ -43,6 +43,7 @@ def words(*typed: str) -> list[str]:
         (("explain", ""), ["usbip-abc", "usbip-xyz"]),
         (("-h", "explain", "usbip-x"), ["usbip-xyz"]),
         (("release", "--namespace", "ns", ""), ["usbip-abc", "usbip-xyz"]),
+        (("explain", "--namespace=ns", ""), ["usbip-abc", "usbip-xyz"]),
         (("release", "usbip-abc", ""), []),
         (("release", "usbip-abc", "--f"), ["--force"]),
         (("completion", ""), ["bash", "zsh", "fish"]),

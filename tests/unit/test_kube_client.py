@@ -107,3 +107,8 @@ async def test_watches_that_are_opened_together_are_not_ended_together() -> None
         await client.close()
     assert all(300 <= seconds <= 600 for seconds in asked)
     assert len(set(asked)) > 20
+
+
+def test_a_mistake_of_our_own_is_not_taken_for_a_server_that_is_away() -> None:
+    with pytest.raises(RuntimeError, match="no running event loop"), kube._translated("get", "pods"):
+        raise RuntimeError("no running event loop")

@@ -121,16 +121,16 @@ def _commands(here: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParse
 
 
 def _helped_commands(here: argparse.ArgumentParser) -> list[tuple[str, str]]:
-    for action in here._actions:  # noqa: SLF001
-        if isinstance(action, argparse._SubParsersAction):  # noqa: SLF001
-            return [(choice.dest, choice.help or "") for choice in action._choices_actions]  # noqa: SLF001
-    return []
+    return [
+        (choice.dest, choice.help or "")
+        for action in here._actions  # noqa: SLF001
+        if isinstance(action, argparse._SubParsersAction)  # noqa: SLF001
+        for choice in action._choices_actions  # noqa: SLF001
+    ]
 
 
 def _taking_value(here: argparse.ArgumentParser, option: str) -> argparse.Action | None:
-    """The option's action, if the next word is its value."""
-    if "=" in option:
-        return None
+    """The option's action, if the next word is its value. "--option=VALUE" has it already, so it is none."""
     action = here._option_string_actions.get(option)  # noqa: SLF001
     return action if action is not None and action.nargs is None else None
 

@@ -118,11 +118,10 @@ async def serve(listen: str, devices: dict[str, VirtualDevice], file: Path | Non
     await server.start()
     log.info("serving", extra={"address": str(server.key), "devices": sorted(plugged)})
     try:
+        while file is None:
+            await asyncio.Event().wait()
         said = ""
         while True:
-            if file is None:
-                await asyncio.Event().wait()
-                continue
             await clock.sleep(FOLLOW_INTERVAL)
             try:
                 wanted = devices | read_devices(file)
