@@ -28,7 +28,7 @@ PYTHONS := $(PYTHON) python3.13 python3.12 python3.11 python3.14 python3
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test model sim sim-moments test-page screenshot docs test-apiserver test-kernel test-kills soak-kernel test-deploy \
-	image test-image e2e test-kubelet test-outage soak test-node \
+	image test-image e2e tour test-kubelet test-outage soak test-node \
 	bench bench-scale plots bench-kernel fuzz lint format proto constraints check affected nightly flakes clean
 
 help: ## this list
@@ -83,6 +83,9 @@ test-image: $(VENV)/.test ## the container image: built, looked at, and run with
 
 e2e: $(VENV)/.test ## the end-to-end suite on a kind cluster of its own; KEEP=1 leaves it there
 	PYTHON=$(BIN)/python tests/lab/kind/e2e.sh $(ARGS)
+
+tour: ## the README's five minutes with kind, its own commands, and a second pod that waits for the device (Docker, or root)
+	tests/lab/kind/tour.sh
 
 test-kubelet: $(VENV)/.test ## the same on two kubelets with containerd, side by side on this machine (Debian, root)
 	PYTHON=$(BIN)/python tests/lab/cluster/e2e.sh $(ARGS)
