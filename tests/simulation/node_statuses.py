@@ -34,9 +34,10 @@ class NodeStatuses:
         self._lasting = lasting
         self._offered: dict[Process, set[str]] = {}
         """The resources that each process has offered so far, by their full names."""
-        self._agreed: set[tuple[Process, str]] = set()
-        """Where a process takes its turn among so many nodes as there are: it has counted them, and its Node has said
-        what the kubelet was told since that listened last. Until then the kubelet may be the first to write it."""
+        self._agreed: dict[tuple[Process, str], int] = {}
+        """Where a process takes its turn among so many nodes as there are, with the hang-ups of its kubelet until then:
+        it has counted the nodes, and its Node has said what the kubelet was told. Until then, and once the kubelet has
+        hung up, that may be the first to write it."""
         self._hindered: dict[Process, float] = {}
         """When (loop seconds) a process could not write to its Node the last time that was looked at."""
 
@@ -71,25 +72,26 @@ class NodeStatuses:
         for resource in sorted(offered):
             said, told = _said_and_told(node, resource)
             if resource in agent.resources.plugins and not node.kubelet.connected(resource):
-                self._agreed.discard((process, resource))
+                self._agreed.pop((process, resource), None)
             elif said == told and resource in agent.resources.plugins and _nodes(agent) < UNCOUNTED:
-                self._agreed.add((process, resource))
+                self._agreed[process, resource] = node.pods.hang_ups
             free = _publishes(node, resource)
             if not free:
                 self._hindered[process] = now
             bad = said != told and free
             # a lower count that is taken back before it is written is not written, and the kubelet may have done so
             late = said < told and now - self._hindered.get(process, -math.inf) < KUBELET_SYNC_S / node.clock.rate
-            turn = KUBELET_SYNC_S if late else self._turn(agent, process, resource, lower=said > told)
+            turn = KUBELET_SYNC_S if late else self._turn(node, agent, process, resource, lower=said > told)
             seconds = (STATUS_S + turn) / node.clock.rate
             if self._lasting.for_long(bad, now, seconds, "status", node.name, resource):
                 raise Violation(SAID, f"{node.name}: {resource} {said}, not {told}")
 
-    def _turn(self, agent: Agent, process: Process, resource: str, *, lower: bool) -> float:
+    def _turn(self, node: ClusterNode, agent: Agent, process: Process, resource: str, *, lower: bool) -> float:
         """Seconds that a process may take until it writes a count, or leaves it to its kubelet."""
         gone = resource not in agent.resources.plugins
         # one that was stopped may have given up to say that a resource is gone
-        if (process, resource) not in self._agreed or (gone and process.halted_time() > 0):
+        agreed = self._agreed.get((process, resource)) == node.pods.hang_ups
+        if not agreed or (gone and process.halted_time() > 0):
             return KUBELET_SYNC_S
         return 0.0 if gone else spread(_nodes(agent), lower=lower)
 

@@ -50,6 +50,8 @@ class ClusterKubelet:
         """What plugins work on now, or were at when they died."""
         self.on_answer: Callable[[Call, BaseException | None], None] = lambda _call, _error: None
         """Called when a plugin answers a call, with the error if it fails, before the kubelet has the answer."""
+        self.hang_ups = 0
+        """How often it has ended all streams."""
         self._starts = 0
         self._streams: dict[_Stream, None] = {}
         self._admissions: dict[asyncio.Task[Any], None] = {}
@@ -91,8 +93,7 @@ class ClusterKubelet:
         self.up.clear()
         for task in self._admissions:
             task.cancel()
-        for stream in tuple(self._streams):
-            stream.end()
+        self.hang_up()
         self.kubelet.disconnect_all()
         self.kubelet.blind = True
         self._starts += 1
@@ -108,6 +109,7 @@ class ClusterKubelet:
 
     def hang_up(self) -> None:
         """Every ListAndWatch ends, though the kubelet lives; it does not call back by itself."""
+        self.hang_ups += 1
         for stream in tuple(self._streams):
             stream.end()
 
