@@ -154,7 +154,6 @@ async def test_500_devices_follow_servers_and_locks_within_the_memory_of_the_dae
         child = stack.enter_context(pod.process(STRIPPED, log.fileno(), ("--log-level", "debug")))
         measured = Measured(kubelet, keys, child.pid)
         await measured.until("500 devices registered", healthy=True)
-        await settled(directory / "second.log")
         listed = pb.ListAndWatchResponse(devices=[pb.Device(ID=key.id, health="Unhealthy") for key in keys])
         assert listed.ByteSize() < MESSAGE_BYTES / 100
 
@@ -165,6 +164,7 @@ async def test_500_devices_follow_servers_and_locks_within_the_memory_of_the_dae
             await server.start()
         await measured.until("and back", healthy=True)
 
+        await settled(directory / "second.log")
         other = await stack.enter_async_context(other_node(cluster, await tokens.of(f"{node}-other"), f"{node}-other"))
         await for_each(keys, other, lock=True)
         await measured.until("500 locked by another node", healthy=False)
