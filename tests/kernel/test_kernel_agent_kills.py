@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import faulthandler
 import random
 import time
 from collections import Counter
@@ -92,6 +93,13 @@ def kept(node: Node, load: Load) -> None:
     assert checkpoint <= {key.id for key in held}, "a running pod's device is not locked"
 
 
+@pytest.fixture
+def unlimited() -> None:
+    """Lifts the time limit of a single test, which run.sh sets: how long these take is an option."""
+    faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.mark.usefixtures("unlimited")
 async def test_a_plugin_killed_at_any_moment_loses_and_leaks_nothing(
     rig: KernelRig, request: pytest.FixtureRequest
 ) -> None:
@@ -155,6 +163,7 @@ async def all_released(node: Node, load: Load) -> None:
     assert records() == []
 
 
+@pytest.mark.usefixtures("unlimited")
 async def test_attaching_and_detaching_for_long_leaks_nothing(rig: KernelRig, request: pytest.FixtureRequest) -> None:
     seconds = float(request.config.getoption("--soak-seconds"))
     async with a_node(rig) as node, node.plugin() as pid:
