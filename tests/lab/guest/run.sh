@@ -71,11 +71,15 @@ for folder in "${shares[@]}"; do
   number=$((number + 1))
 done
 
-# The guest's clock counts executed instructions, one nanosecond each: a busy second of the guest lasts eight here, more
-# where the machine is busy, too, and its time limits with it. While the guest waits (sleep=on), its clock is this
-# machine's. The 18 short kernel tests, at nice 5 beside 10 to 15 other processes on two cores: 54.7 and 55.1 s of the
-# guest's time (15 of them busy), 129 to 137 s of processor, green; by this machine's clock 300 to 480 s, 125 to 146 s of
-# processor, red at 480 because 9 s of allocateTimeout had passed. So it costs nothing but the wall that it waits for.
+# The guest's clock counts executed instructions, one nanosecond each (shift=0): a busy second of the guest takes about
+# eight seconds of processor here, however long the machine takes to give them. So time limits in the guest do not depend
+# on the machine's load. While the guest waits (sleep=on), its clock runs with this machine's. Not shift=auto, which
+# follows the load; not sleep=off, which jumps over the time that the machine needs for 9p.
+# Measured with the 18 short kernel tests at nice 5, load 9 to 20 on two cores:
+#   counted, shift=0:  55 s of the guest's time (15 busy) in each run, 129-137 s of processor, green
+#   counted, shift=1:  73 s of the guest's time (31 busy), 136 s of processor, green
+#   this machine's (-r): 300-480 s of the guest's time, 125-146 s of processor; red at load 20: allocateTimeout passed
+# Counting costs no more processor time, and no more wall than the load.
 clock=(-accel tcg,thread=single,tb-size=256 -icount "shift=${ICOUNT:-0},align=off,sleep=on")
 [ -z "$real" ] || clock=(-accel tcg,thread=multi,tb-size=256)
 emulation=0
