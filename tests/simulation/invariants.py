@@ -23,7 +23,7 @@ from usbip_plugin.kubelet.cdi import device_name
 from usbip_plugin.locks import record
 from usbip_plugin.locks.memory import WATCH_IDLE_S
 from usbip_plugin.locks.store import Lease
-from usbip_plugin.model import DeviceKey, Reason
+from usbip_plugin.model import DeviceKey, PodRef, Reason
 from usbip_plugin.sim.cluster import Cluster, ClusterNode
 from usbip_plugin.sim.cluster_kubelet import Call
 from usbip_plugin.sim.specs import UnresolvableDevice, resolve
@@ -136,6 +136,8 @@ class Watch:
             claim = agent.attacher.claims.get(lease.name) if agent is not None else None
             if claim is not None and claim.state in IN_USE:
                 self._fail("what a person has released is not taken back", f"{claim.key} by {new[0]}")
+        if old[0] in self.cluster.nodes and not new[0] and (after is None or not record.lock_of(after).by_hand):
+            self._let_go(self.cluster.nodes[old[0]], lease.name)
         if before is not None and after is not None:
             rises = after.transitions - before.transitions
             if rises != int(new[0] != "" and old != new):
@@ -144,6 +146,14 @@ class Watch:
     def _answered(self, node: ClusterNode, call: Call, error: BaseException | None) -> None:
         if (failure := self._statuses.answered(node, call, error)) is not None:
             self._fail(*failure)
+
+    def _let_go(self, node: ClusterNode, device_id: str) -> None:
+        """A node releases a lock: not that of a device which a running pod has."""
+        for (pod, container, _), allocation in node.kubelet.manager.checkpoint.items():
+            if device_id in allocation.device_ids and self.chaos.pods.get(pod) is node:
+                self._fail(
+                    "a pod's device is not released", f"{node.name}: {self._keys.get(device_id)} of {pod} {container}"
+                )
 
     # within a time
 
@@ -293,9 +303,13 @@ class Watch:
         quiet = self.quiet(node)
         attached = served(self.cluster, node)
         health = agent.advertiser.health()
+        pods: dict[str, PodRef] = {}
         for entry in node.kubelet.held():
             known = node.kubelet.health(entry.resource)
             for device_id in entry.device_ids:
+                if pods.setdefault(device_id, entry.pod) != entry.pod:
+                    both = f"{entry.pod} and {pods[device_id]}"
+                    raise Violation("a device is one pod's", f"{node.name}: {self._keys.get(device_id)} of {both}")
                 self._promised(node, entry.resource, device_id)
                 listed = quiet and node.kubelet.connected(entry.resource)
                 forgotten = listed and device_id not in known

@@ -9,7 +9,6 @@ import math
 
 from lasting import Lasting, Violation
 
-from usbip_plugin.agent import Agent
 from usbip_plugin.errors import LockHeld, PluginError
 from usbip_plugin.fleet import UNCOUNTED
 from usbip_plugin.inventory.annotations import key_of
@@ -35,9 +34,10 @@ class NodeStatuses:
         self._offered: dict[Process, set[str]] = {}
         """The resources that each process has offered so far, by their full names."""
         self._agreed: dict[tuple[Process, str], int] = {}
-        """Where a process takes its turn among so many nodes as there are, with the hang-ups of its kubelet until then:
-        it has counted the nodes, and its Node has said what the kubelet was told. Until then, and once the kubelet has
-        hung up, that may be the first to write it."""
+        """Where a process knows what its Node says of a resource, because that has said what the kubelet was told; with
+        how often the kubelet had hung up until then. It knows nothing of it any more when that hangs up again."""
+        self._counted: dict[Process, float] = {}
+        """Since when (loop seconds) a process knows how many nodes there are."""
         self._hindered: dict[Process, float] = {}
         """When (loop seconds) a process could not write to its Node the last time that was looked at."""
 
@@ -49,7 +49,7 @@ class NodeStatuses:
         resource, agent = call.resource, node.agent
         if call.name != "allocate_all" or not isinstance(error, PluginError) or agent is None:
             return None
-        if not _publishes(node, resource) or call.process.halted_time() != call.halted:
+        if not (_can_write(node) and _listens(node, resource)) or call.process.halted_time() != call.halted:
             return None  # stopped for longer than it would have waited for anybody
         if isinstance(error, LockHeld):
             ids = [lock.device_id for lock in agent.locks.locks.values() if str(key_of(lock)) == error.device]
@@ -64,40 +64,38 @@ class NodeStatuses:
 
     def look(self, node: ClusterNode, now: float) -> None:
         """The Node says what the kubelet was told: of a resource that was taken out, that there is none. Violation."""
-        agent, process = node.agent, node.process
+        agent, process, rate = node.agent, node.process, node.clock.rate
         if agent is None or process is None:
             return
         offered = self._offered.setdefault(process, set())
         offered.update(agent.resources.plugins)
+        if agent.fleet is not None and agent.fleet.nodes < UNCOUNTED:
+            self._counted.setdefault(process, now)
+        if not _can_write(node):
+            self._hindered[process] = now
         for resource in sorted(offered):
             said, told = _said_and_told(node, resource)
-            if resource in agent.resources.plugins and not node.kubelet.connected(resource):
-                self._agreed.pop((process, resource), None)
-            elif said == told and resource in agent.resources.plugins and _nodes(agent) < UNCOUNTED:
+            if said == told and _listens(node, resource) and resource in agent.resources.plugins:
                 self._agreed[process, resource] = node.pods.hang_ups
-            free = _publishes(node, resource)
-            if not free:
-                self._hindered[process] = now
-            bad = said != told and free
-            # a lower count that is taken back before it is written is not written, and the kubelet may have done so
-            late = said < told and now - self._hindered.get(process, -math.inf) < KUBELET_SYNC_S / node.clock.rate
-            turn = KUBELET_SYNC_S if late else self._turn(node, agent, process, resource, lower=said > told)
-            seconds = (STATUS_S + turn) / node.clock.rate
+            bad = said != told and _can_write(node) and _listens(node, resource)
+            seconds = STATUS_S / rate + self._turn(node, process, resource, now, lower=said > told)
             if self._lasting.for_long(bad, now, seconds, "status", node.name, resource):
                 raise Violation(SAID, f"{node.name}: {resource} {said}, not {told}")
 
-    def _turn(self, node: ClusterNode, agent: Agent, process: Process, resource: str, *, lower: bool) -> float:
-        """Seconds that a process may take until it writes a count, or leaves it to its kubelet."""
-        gone = resource not in agent.resources.plugins
-        # one that was stopped may have given up to say that a resource is gone
+    def _turn(self, node: ClusterNode, process: Process, resource: str, now: float, *, lower: bool) -> float:
+        """Seconds of the loop that a process may take until it writes a count, or leaves it to its kubelet."""
+        agent, sync = node.agent, KUBELET_SYNC_S / node.clock.rate
         agreed = self._agreed.get((process, resource)) == node.pods.hang_ups
-        if not agreed or (gone and process.halted_time() > 0):
-            return KUBELET_SYNC_S
-        return 0.0 if gone else spread(_nodes(agent), lower=lower)
-
-
-def _nodes(agent: Agent) -> int:
-    return agent.fleet.nodes if agent.fleet is not None else UNCOUNTED
+        if agent is None or resource not in agent.resources.plugins:
+            # one that was stopped may have given up to say that a resource is gone
+            return sync if process.halted_time() > 0 or not agreed else 0.0
+        # a lower count that is taken back before it is written is not written, and the kubelet may have done so
+        if not lower and now - self._hindered.get(process, -math.inf) < sync:
+            return sync
+        # a turn that was begun when the nodes were not counted is waited for
+        counted = now - self._counted.get(process, math.inf) > sync
+        nodes = agent.fleet.nodes if agent.fleet is not None and counted else UNCOUNTED
+        return spread(nodes, lower=lower and agreed) / node.clock.rate
 
 
 def _said_and_told(node: ClusterNode, resource: str) -> tuple[int, int]:
@@ -105,13 +103,18 @@ def _said_and_told(node: ClusterNode, resource: str) -> tuple[int, int]:
     return node.object.allocatable.get(resource, 0), node.kubelet.manager.allocatable(resource)
 
 
-def _publishes(node: ClusterNode, resource: str) -> bool:
-    """Whether nothing keeps the plugin from having its Node say what its kubelet was told of a resource."""
+def _can_write(node: ClusterNode) -> bool:
+    """Whether nothing keeps the plugin from writing to its Node."""
     agent, process, api = node.agent, node.process, node.status_api
     if agent is None or agent.node_status is None or process is None or process.halted or api is None:
         return False
-    if node.partitioned or api.hindered or agent.node_status.last_error is not None or not agent.telling.begun:
+    return not node.partitioned and not api.hindered and agent.node_status.last_error is None
+
+
+def _listens(node: ClusterNode, resource: str) -> bool:
+    """Whether the kubelet is well and has the list of a resource, or of one that was taken out has what it had."""
+    agent = node.agent
+    if agent is None or not agent.telling.begun or not node.pods.up.is_set() or node.pods.process.halted:
         return False
     plugin = agent.resources.plugins.get(resource)
-    listens = plugin is None or (plugin.registered and node.kubelet.connected(resource))
-    return listens and node.pods.up.is_set() and not node.pods.process.halted
+    return plugin is None or (plugin.registered and node.kubelet.connected(resource))
