@@ -1,4 +1,4 @@
-"""The command line in this process: what a command prints and logs, and the process as it was before."""
+"""Runs commands in the test process: captures output and log, and restores what a command changes in its process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from usbip_plugin.kubelet.broadcast import Broadcast
 from usbip_plugin.observe.logs import PACKAGE
 
 LIMIT_S = 60.0
-"""Real seconds after which what must happen counts as missing."""
+"""Limits a wait for an event that must come, in real seconds. Only a hanging test reaches it."""
 
 
 NEEDS_IPV6 = pytest.mark.ipv6
@@ -28,8 +28,8 @@ LOOPBACKS = ("127.0.0.1", pytest.param("::1", marks=NEEDS_IPV6))
 
 
 @contextlib.contextmanager
-def undone() -> Iterator[None]:
-    """What a command sets in its process is set back: logging, environment, garbage collection, buffers of TLS."""
+def process_restored() -> Iterator[None]:
+    """Restores what a command changes in its process: logging, environment, garbage collection, TLS buffer size."""
     root, ours = logging.getLogger(), logging.getLogger(PACKAGE)
     levels, handlers = (root.level, ours.level), list(root.handlers)
     environ = dict(os.environ)
@@ -47,30 +47,43 @@ def undone() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Ran:
-    """One command that has ended."""
+class CommandResult:
+    """Exit status and output of a command."""
 
     status: int
     out: str
     err: str
 
 
+TIMEOUTS = (
+    "usbip_plugin.cli.asking.DEVLIST_TIMEOUT_S",
+    "usbip_plugin.cli.completion.TIMEOUT_S",
+    "usbip_plugin.check.CHECK_TIMEOUT_S",
+    "usbip_plugin.check.CONNECT_TIMEOUT_S",
+    "usbip_plugin.checking.DEVLIST_TIMEOUT",
+)
+"""Timeouts of commands, a few seconds each. No test is about them, and a busy machine exceeds them."""
+
+
 class Terminal:
-    """Runs commands that need no signals beside the test's own event loop."""
+    """Runs commands in a thread beside the test's event loop. For commands that handle no signals."""
 
     def __init__(self, capsys: pytest.CaptureFixture[str], always: Sequence[str] = ()) -> None:
-        """always: flags that follow each command."""
+        """always: flags to add to each command."""
         self.capsys, self._always = capsys, tuple(always)
 
-    async def run(self, *arguments: str) -> Ran:
-        async with asyncio.timeout(LIMIT_S):
-            status = await asyncio.to_thread(main, [*arguments, *self._always])
+    async def run(self, *arguments: str) -> CommandResult:
+        with pytest.MonkeyPatch.context() as patch:
+            for name in TIMEOUTS:
+                patch.setattr(name, LIMIT_S)
+            async with asyncio.timeout(LIMIT_S):
+                status = await asyncio.to_thread(main, [*arguments, *self._always])
         out, err = self.capsys.readouterr()
-        return Ran(status, out, err)
+        return CommandResult(status, out, err)
 
 
 class Log(logging.Handler):
-    """The package's records while it is entered, whatever else is logged to. For one event loop."""
+    """Collects the package's log records while entered. For one event loop."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,41 +105,41 @@ class Log(logging.Handler):
         return [record for record in self.records if record.getMessage() == message]
 
     async def until(self, message: str, number: int = 1) -> logging.LogRecord:
-        """The first record of that message, or the number-th."""
+        """Waits for the number-th record with this message."""
         async with asyncio.timeout(LIMIT_S):
             await self._changed.until(lambda: len(self.having(message)) >= number)
         return self.having(message)[number - 1]
 
 
 def end_process(number: signal.Signals = signal.SIGTERM) -> None:
-    """A signal to this process, where a command listens for it; elsewhere it would be the end of the tests."""
+    """Sends a signal to this process. Fails unless a command handles it, as it would end the tests."""
     assert signal.getsignal(number) not in (signal.SIG_DFL, signal.default_int_handler)
     os.kill(os.getpid(), number)
 
 
 def simulate(story: Callable[[logging.LogRecord], Awaitable[None]], message: str, *arguments: str) -> int:
-    """Runs `usbip-plugin simulate` to its end, which is SIGTERM after the story; its exit status.
+    """Runs `usbip-plugin simulate`, ends it with SIGTERM after the story, and returns its exit status.
 
-    The story takes place in the command's own event loop. It begins when the message is logged, with its record.
+    The story runs in the command's event loop. It starts when the message is logged, and gets that record.
     """
     failures: list[Exception] = []
 
-    class Begin(Log):
+    class StoryStarter(Log):
         def emit(self, record: logging.LogRecord) -> None:
             super().emit(record)
             if record.getMessage() == message:
-                self.task = asyncio.get_running_loop().create_task(told(record))
+                self.task = asyncio.get_running_loop().create_task(run_story(record))
 
-    async def told(record: logging.LogRecord) -> None:
+    async def run_story(record: logging.LogRecord) -> None:
         try:
             async with asyncio.timeout(LIMIT_S):
                 await story(record)
-        except Exception as error:  # noqa: BLE001 - it is raised where the test is
+        except Exception as error:  # noqa: BLE001 - raised again below
             failures.append(error)
         finally:
             end_process()
 
-    with Begin():
+    with StoryStarter():
         status = main(["simulate", *arguments])
     for failure in failures:
         raise failure

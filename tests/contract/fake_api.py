@@ -1,7 +1,7 @@
-"""An API server over HTTPS without Kubernetes: Leases with conflicts and watches, and a little of what else is asked.
+"""A fake API server over HTTPS: Leases with conflicts and watches, and the few other requests of the plugin.
 
-Leases are kept by a MemoryBackend for each namespace. Their fields are translated here by the names that
-coordination.k8s.io/v1 gives them, not by the client's own code: the server loses a field that the client misnames.
+A MemoryBackend for each namespace keeps the Leases. The server translates their fields by the names of
+coordination.k8s.io/v1, without the client's own code: a field that the client misnames is lost.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CERTIFICATE = Path(__file__).with_name("loopback.pem")
 TOKEN = "a-token-that-is-good"
 NAMESPACE = "usbip-system"
 SILENT = 0
-"""Instead of an HTTP status: the request is never answered."""
+"""Stands for an HTTP status in FakeApi.refused: the request gets no answer."""
 _TIME = "%Y-%m-%dT%H:%M:%S.%fZ"
 _PATH = re.compile(
     r"/api(?:s/(?P<group>[^/]+))?/v[^/]+(?:/namespaces/(?P<namespace>[^/]+))?"
@@ -41,12 +41,12 @@ _VERBS = {"POST": "create", "PUT": "update", "PATCH": "patch", "DELETE": "delete
 _STATUS = {KubeNotFound: 404, KubeConflict: 409, KubeGone: 410}
 
 _Since = Callable[[int], tuple[list[dict[str, Any]], int]]
-"""The events after a resourceVersion, and the one that has been reached."""
+"""Returns the watch events after a resourceVersion, and the resourceVersion of the last one."""
 
 
 @dataclass(frozen=True)
-class Asked:
-    """One request. verb and resource as RBAC names them, the resource without its group: "patch", "nodes/status"."""
+class ApiRequest:
+    """A request that had a good token. verb and resource are RBAC's, without the API group: "patch", "nodes/status"."""
 
     verb: str
     resource: str
@@ -58,26 +58,29 @@ class Asked:
 
     @property
     def right(self) -> str:
-        """What RBAC would be asked for: "patch nodes/status"."""
+        """The right that the request needs, such as "patch nodes/status"."""
         return f"{self.verb} {self.resource}"
 
 
 class FakeApi:
-    """Made by serving().
+    """A fake kube-apiserver. `serving()` starts one.
 
-    tokens: who may ask at all; "" is for a request without one. speaks_for: the node whose name a lock may bear, "" for
-    any. refused: HTTP status by right, such as {"list leases": 403}; access reviews say so too. objects: what is not a
-    Lease, by path. asked: every request that came with a good token.
+    tokens: the accepted bearer tokens; "" accepts a request without one.
+    confined_to: the node whose locks may be written, as the admission policy enforces it; "" for every node.
+    refused: the HTTP status for requests that need a right, such as {"list leases": 403}. Access reviews report these.
+    objects: everything but Leases, by path.
+    requests: all that came with an accepted token.
+    unauthorized: how many came without.
     """
 
     def __init__(self, host: str) -> None:
         self.host = host
         self.leases: defaultdict[str, MemoryBackend] = defaultdict(MemoryBackend)
         self.tokens = {TOKEN}
-        self.speaks_for = ""
+        self.confined_to = ""
         self.refused: dict[str, int] = {}
         self.objects: dict[str, dict[str, Any]] = {}
-        self.asked: list[Asked] = []
+        self.requests: list[ApiRequest] = []
         self.unauthorized = 0
         self.port = 0
         self._changed = Broadcast()
@@ -89,7 +92,7 @@ class FakeApi:
         return f"https://{self.host}:{self.port}"
 
     def kubeconfig(self, token: str | None = TOKEN, *, trusting: bool = True) -> str:
-        """The text of a kubeconfig, which is JSON; trusting: names the authority of the server's certificate."""
+        """Returns a kubeconfig as JSON, which names the authority of the server's certificate if trusting."""
         user = {"token": token} if token is not None else {}
         authority = {"certificate-authority": str(CERTIFICATE)} if trusting else {}
         config = {
@@ -102,35 +105,35 @@ class FakeApi:
         }
         return json.dumps(config)
 
-    def rights(self) -> set[str]:
-        """What was done so far."""
-        return {asked.right for asked in self.asked}
+    def rights_used(self) -> set[str]:
+        """Returns the rights that the requests needed so far."""
+        return {call.right for call in self.requests}
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        """Looks again at each request, and when it has been carried out. Not bounded."""
+        """Waits until the condition holds; checks it before and after each request. Has no timeout of its own."""
         await self._changed.until(condition)
 
     def put(self, path: str, found: dict[str, Any]) -> None:
-        """Somebody writes an object that is no Lease."""
+        """Writes an object that is not a Lease; open watches see it."""
         kind = "MODIFIED" if path in self.objects else "ADDED"
         self.objects[path] = found
         self._puts.append((path, {"type": kind, "object": found}))
         self._wake()
 
-    def say(self, event: Mapping[str, Any]) -> None:
-        """An event of any kind over every open watch."""
+    def send_event(self, event: Mapping[str, Any]) -> None:
+        """Sends any event over every open watch."""
         for watch in self._watches:
             watch.more.append(event)
         self._wake()
 
     def end_watches(self) -> None:
-        """Every watch ends in good order, as after timeoutSeconds."""
+        """Ends every watch as the API server does after timeoutSeconds."""
         for watch in self._watches:
             watch.ended = True
         self._wake()
 
-    def cut_watches(self) -> None:
-        """The connection of every watch breaks."""
+    def break_watches(self) -> None:
+        """Breaks the connection of every watch."""
         for watch in self._watches:
             watch.transport.abort()
 
@@ -138,52 +141,52 @@ class FakeApi:
         if request.headers.get("Authorization", "").removeprefix("Bearer ") not in self.tokens:
             self.unauthorized += 1
             return _status(401, "Unauthorized")
-        asked = await _asked(request)
-        self.asked.append(asked)
+        call = await _parsed(request)
+        self.requests.append(call)
         self._changed.fire()
-        refused = self.refused.get(asked.right)
+        refused = self.refused.get(call.right)
         if refused == SILENT:
             await asyncio.Event().wait()
         if refused is not None:
-            return _status(refused, f"User u cannot {asked.right}")
+            return _status(refused, f"User u cannot {call.right}")
         try:
-            answer = self._leases if asked.resource == "leases" else self._others
-            return await answer(request, asked)
+            answer = self._leases if call.resource == "leases" else self._others
+            return await answer(request, call)
         except KubeError as error:
             return _status(_STATUS[type(error)], str(error))
         finally:
             self._changed.fire()
 
-    async def _leases(self, request: web.Request, asked: Asked) -> web.StreamResponse:
-        backend = self.leases[asked.namespace]
+    async def _leases(self, request: web.Request, call: ApiRequest) -> web.StreamResponse:
+        backend = self.leases[call.namespace]
         backend.on_write = lambda _before, _after: self._wake()
-        labels = dict(pair.split("=") for pair in asked.params.get("labelSelector", "").split(",") if pair)
-        match asked.verb:
+        labels = dict(pair.split("=") for pair in call.params.get("labelSelector", "").split(",") if pair)
+        match call.verb:
             case "watch":
 
                 def since(version: int) -> tuple[list[dict[str, Any]], int]:
                     changes, seen = backend.since(version, labels)
                     return [_event(change) for change in changes], seen
 
-                return await self._watch(request, int(asked.params["resourceVersion"]), since)
+                return await self._watch(request, int(call.params["resourceVersion"]), since)
             case "list":
                 found = backend.list(labels)
-                items = [_object(lease, asked.namespace) for lease in found.items]
-                return _page(items, found.resource_version, asked.params)
+                items = [_object(lease, call.namespace) for lease in found.items]
+                return _page(items, found.resource_version, call.params)
             case "get":
-                if asked.name not in backend.leases:
-                    return _status(404, f'leases "{asked.name}" not found')
-                return web.json_response(_object(backend.leases[asked.name], asked.namespace))
+                if call.name not in backend.leases:
+                    return _status(404, f'leases "{call.name}" not found')
+                return web.json_response(_object(backend.leases[call.name], call.namespace))
             case "delete":
-                backend.delete(asked.name, asked.body["preconditions"]["resourceVersion"])
+                backend.delete(call.name, call.body["preconditions"]["resourceVersion"])
                 return _status(200, "deleted")
-        lease = _lease(asked.body)
-        if self.speaks_for and lease.holder not in ("", self.speaks_for):
+        lease = _lease(call.body)
+        if self.confined_to and lease.holder not in ("", self.confined_to):
             return _status(403, f"ValidatingAdmissionPolicy 'usbip-plugin' denied request: {lease.holder}")
-        if asked.params.get("dryRun") == "All":
-            return web.json_response(asked.body, status=201)
-        stored = backend.create(lease) if asked.verb == "create" else backend.replace(lease)
-        return web.json_response(_object(stored, asked.namespace), status=201 if asked.verb == "create" else 200)
+        if call.params.get("dryRun") == "All":
+            return web.json_response(call.body, status=201)
+        stored = backend.create(lease) if call.verb == "create" else backend.replace(lease)
+        return web.json_response(_object(stored, call.namespace), status=201 if call.verb == "create" else 200)
 
     async def _watch(self, request: web.Request, version: int, since: _Since) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "application/json"})
@@ -210,23 +213,23 @@ class FakeApi:
             self._watches.remove(watch)
         return response
 
-    async def _others(self, request: web.Request, asked: Asked) -> web.StreamResponse:
-        """Objects are read; writes are only noted, and answered with what was written."""
-        match asked.verb:
+    async def _others(self, request: web.Request, call: ApiRequest) -> web.StreamResponse:
+        """Reads objects. Writes change nothing and are answered with what was sent."""
+        match call.verb:
             case "get":
                 found = self.objects.get(request.path)
                 return _status(404, f"{request.path} not found") if found is None else web.json_response(found)
             case "list":
-                items = [found for path, found in self.objects.items() if _listed(asked, path, found)]
-                return _page(items, str(len(self._puts)), asked.params)
+                items = [found for path, found in self.objects.items() if _listed(call, path, found)]
+                return _page(items, str(len(self._puts)), call.params)
             case "watch":
-                return await self._watch(request, int(asked.params["resourceVersion"]), partial(self._since, asked))
-            case _ if asked.resource == "selfsubjectaccessreviews":
-                return web.json_response(asked.body | {"status": {"allowed": self._granted(asked.body)}}, status=201)
-        return web.json_response(asked.body, status=201 if asked.verb == "create" else 200)
+                return await self._watch(request, int(call.params["resourceVersion"]), partial(self._since, call))
+            case _ if call.resource == "selfsubjectaccessreviews":
+                return web.json_response(call.body | {"status": {"allowed": self._granted(call.body)}}, status=201)
+        return web.json_response(call.body, status=201 if call.verb == "create" else 200)
 
-    def _since(self, asked: Asked, version: int) -> tuple[list[dict[str, Any]], int]:
-        found = [event for path, event in self._puts[version:] if _listed(asked, path, event["object"])]
+    def _since(self, call: ApiRequest, version: int) -> tuple[list[dict[str, Any]], int]:
+        found = [event for path, event in self._puts[version:] if _listed(call, path, event["object"])]
         return found, len(self._puts)
 
     def _wake(self) -> None:
@@ -249,13 +252,13 @@ class _Watch:
 
 @contextlib.asynccontextmanager
 async def serving(host: str = "127.0.0.1") -> AsyncIterator[FakeApi]:
-    """A server on a free port. Its certificate is for 127.0.0.1."""
+    """Runs a server on a free port of the host. Its certificate is for 127.0.0.1."""
     api = FakeApi(host)
     tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     tls.load_cert_chain(CERTIFICATE)
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", api.handle)
-    # a watch ends with its client; shutdown_timeout is for requests that are never answered: 0 would be for ever
+    # cancellation ends a watch with its client; the timeout ends requests without an answer, and 0 would mean none
     runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.01)
     await runner.setup()
     try:
@@ -268,7 +271,7 @@ async def serving(host: str = "127.0.0.1") -> AsyncIterator[FakeApi]:
 
 @contextlib.asynccontextmanager
 async def client_of(api: FakeApi, directory: Path) -> AsyncIterator[KubeClient]:
-    """The production client, by a kubeconfig that is written to the directory."""
+    """Connects the production client through a kubeconfig in the directory."""
     config = directory / "kubeconfig"
     config.write_text(api.kubeconfig())
     client = await connect(str(config))
@@ -278,14 +281,14 @@ async def client_of(api: FakeApi, directory: Path) -> AsyncIterator[KubeClient]:
         await client.close()
 
 
-async def _asked(request: web.Request) -> Asked:
+async def _parsed(request: web.Request) -> ApiRequest:
     found = _PATH.fullmatch(request.path)
     assert found is not None, request.path
     verb = _VERBS.get(request.method)
     if verb is None:
         verb = "get" if found["name"] else "watch" if request.query.get("watch") == "true" else "list"
     text = await request.text()
-    return Asked(
+    return ApiRequest(
         verb,
         "/".join(part for part in (found["resource"], found["sub"]) if part),
         found["namespace"] or "",
@@ -309,7 +312,7 @@ async def _send(response: web.StreamResponse, event: Mapping[str, Any]) -> None:
 
 
 def _page(items: Sequence[Mapping[str, Any]], version: str, params: Mapping[str, str]) -> web.Response:
-    """limit and continue as the API has them; its tokens are opaque to a client, here a number."""
+    """Returns one page of a list. The continue token, which clients do not read, is the number of the next item."""
     first = int(params.get("continue") or 0)
     end = first + int(params.get("limit") or len(items))
     metadata: dict[str, Any] = {"resourceVersion": version}
@@ -318,15 +321,15 @@ def _page(items: Sequence[Mapping[str, Any]], version: str, params: Mapping[str,
     return web.json_response({"kind": "List", "metadata": metadata, "items": items[first:end]})
 
 
-def _listed(asked: Asked, path: str, found: Mapping[str, Any]) -> bool:
-    """Whether an object is of the collection, and on the node and under the labels that are asked for."""
+def _listed(call: ApiRequest, path: str, found: Mapping[str, Any]) -> bool:
+    """Whether an object is in the collection and matches its label and node selectors."""
     of = _PATH.fullmatch(path)
     assert of is not None, path
-    if of["resource"] != asked.resource or asked.namespace not in ("", of["namespace"]):
+    if of["resource"] != call.resource or call.namespace not in ("", of["namespace"]):
         return False
     labels = found["metadata"].get("labels", {})
-    wanted = [pair.split("=") for pair in asked.params.get("labelSelector", "").split(",") if pair]
-    node = asked.params.get("fieldSelector", "").removeprefix("spec.nodeName=")
+    wanted = [pair.split("=") for pair in call.params.get("labelSelector", "").split(",") if pair]
+    node = call.params.get("fieldSelector", "").removeprefix("spec.nodeName=")
     return all(labels.get(key) == value for key, value in wanted) and node in ("", found["spec"].get("nodeName"))
 
 
@@ -375,5 +378,5 @@ def _event(change: LeaseChange) -> dict[str, Any]:
 
 
 def _time(text: str | None) -> datetime | None:
-    """A MicroTime as the API server takes it, and no other."""
+    """Parses a MicroTime in the one form that the API server accepts."""
     return None if text is None else datetime.strptime(text, _TIME).replace(tzinfo=UTC)

@@ -1,7 +1,6 @@
-"""What a plugin finds on its node, and `usbip-plugin run` in the midst of it, in one process and one event loop.
+"""A node for the plugin and `usbip-plugin run` on it, in one process and one event loop.
 
-The API server is a fake, the kernel and the kubelet are simulated behind their real sockets, and the USB/IP server is
-virtual.
+The API server is a fake over HTTPS, kernel and kubelet are simulated behind unix sockets, the USB/IP server is virtual.
 """
 
 from __future__ import annotations
@@ -37,7 +36,10 @@ STICK = UsbId(0x0951, 0x1666)
 
 @dataclass(frozen=True)
 class Places:
-    """Where a node's files and servers are: known before anything runs. home: short, for the sockets in it."""
+    """Files and addresses of a node, which are known before anything runs.
+
+    home: a short path, since socket paths end at 107 bytes. page: the port of the status page.
+    """
 
     home: Path
     server: ServerKey
@@ -60,14 +62,14 @@ class Places:
         return DeviceKey(self.server, "1-1")
 
     def configure(self, resource: str = "stick", *, fields: str = "", selector: str = 'vendor: "0951"') -> None:
-        """A configuration of one resource, which takes the device by the selector. fields: more of the resource's."""
+        """Writes a configuration with one resource. selector: of the device. fields: further fields of the resource."""
         target = f'{{host: "{self.server.host}", port: {self.server.port}}}'
         devices = f"[{{target: {target}, selector: {{{selector}}}}}]"
-        patience = "allocateTimeout: 60s\n"  # for a machine that has much else to do
+        patience = "allocateTimeout: 60s\n"  # for a busy machine
         self.config.write_text(f"{patience}resources:\n  {resource}: {{devices: {devices}{fields}}}\n")
 
     def flags(self) -> list[str]:
-        """Of `run` and of `check`."""
+        """Returns the flags that `run` and `check` share."""
         return [
             *("--kubeconfig", str(self.home / "kubeconfig"), "--namespace", NAMESPACE, "--node-name", "node-a"),
             *("--config", str(self.config), "--plugin-directory", str(self.plugins)),
@@ -78,7 +80,7 @@ class Places:
 
 @dataclass(frozen=True)
 class Node:
-    """All that is not the plugin, running."""
+    """Everything around the plugin, running."""
 
     places: Places
     api: FakeApi
@@ -92,7 +94,7 @@ class Node:
         return self.api.leases[NAMESPACE]
 
     async def get(self, path: str) -> tuple[int, str]:
-        """(status, body) of a page of the plugin."""
+        """Returns status and body of a page of the plugin."""
         url = f"http://127.0.0.1:{self.places.page}{path}"
         async with aiohttp.ClientSession() as session, session.get(url) as answer:
             return answer.status, await answer.text()
@@ -101,7 +103,7 @@ class Node:
         return json.loads((await self.get(path))[1])
 
     def pod(self, name: str, phase: str = "Running") -> None:
-        """A pod of this node that wants a stick, as the API server has it from now on."""
+        """Writes to the API server a pod of this node that requests a stick."""
         self.api.put(
             f"/api/v1/namespaces/default/pods/{name}",
             {
@@ -115,22 +117,26 @@ class Node:
         )
 
     async def until(self, resource: str, devices: dict[str, bool]) -> None:
-        """The kubelet has just these devices of a resource, {ID: healthy}."""
+        """Waits until the kubelet has exactly these devices of a resource, {ID: healthy}."""
         async with asyncio.timeout(LIMIT_S):
             await self.kubelet.wait_for(f"usbip.dev/{resource}", lambda known: known == devices)
 
     async def until_allocatable(self, count: int) -> None:
-        """So many sticks are what was last written into the status of this node, and nothing else was."""
+        """Waits until the last write to the status of the Node has this count of sticks, and nothing else."""
         body = {"status": {"allocatable": {"usbip.dev/stick": str(count)}}}
 
         def written(api: FakeApi) -> bool:
-            patches = [asked for asked in api.asked if asked.right == "patch nodes/status" and asked.name == "node-a"]
+            patches = [
+                request
+                for request in api.requests
+                if request.right == "patch nodes/status" and request.name == "node-a"
+            ]
             return bool(patches) and patches[-1].body == body
 
-        await self.until_asked(written)
+        await self.until_api(written)
 
-    async def until_asked(self, condition: Callable[[FakeApi], bool]) -> None:
-        """The API server was asked for what fulfils the condition."""
+    async def until_api(self, condition: Callable[[FakeApi], bool]) -> None:
+        """Waits until the condition holds; see FakeApi.until."""
         async with asyncio.timeout(LIMIT_S):
             await self.api.until(lambda: condition(self.api))
 
@@ -165,36 +171,36 @@ def run(
     before: Callable[[Node], None] = lambda _node: None,
     number: signal.Signals = signal.SIGTERM,
 ) -> tuple[int, Log]:
-    """`usbip-plugin run` in the midst of a node: its exit status, and what it logged.
+    """Runs `usbip-plugin run` on a new node; returns the exit status and the log.
 
-    Each story has a process of its own, all on one node. It begins when that runs, and is followed by the signal.
-    before: what is done to the node before the first.
+    Each story is one life of the plugin, all on the same node: it starts when the plugin runs and ends with the signal.
+    before: prepares the node.
     """
     real, failures = process.run, list[Exception]()
     with Log() as log:
 
-        async def told(story: Story, here: Node, count: int) -> None:
+        async def run_story(story: Story, here: Node, count: int) -> None:
             try:
                 await log.until("running", count)
                 try:
                     await story(here)
                 finally:
                     end_process(number)
-            except Exception as error:  # which the command may take for one of its own
+            except Exception as error:  # the command takes an OSError for its own
                 failures.append(error)
                 raise
 
-        async def in_its_node(options: process.Options, loaded: Loaded) -> None:
+        async def run_in_node(options: process.Options, loaded: Loaded) -> None:
             async with node(places, log) as here:
                 before(here)
                 for count, story in enumerate(stories, 1):
                     async with asyncio.TaskGroup() as tasks:
-                        tasks.create_task(told(story, here, count))
+                        tasks.create_task(run_story(story, here, count))
                         await real(options, loaded)
 
         with monkeypatch.context() as patched:
-            patched.setattr(process, "run", in_its_node)
-            # on a machine with much else to do: a plugin that does not know how many there are polls servers seldom
+            patched.setattr(process, "run", run_in_node)
+            # on a busy machine the count times out, and an uncounted fleet polls its servers rarely
             patched.setattr(fleet, "COUNT_TIMEOUT_S", LIMIT_S)
             status = main(["run", *places.flags(), "--listen", f"127.0.0.1:{places.page}", *flags])
     for failure in failures:

@@ -1,4 +1,4 @@
-"""The API client over HTTPS, against a fake server: where credentials come from, certificates, pages, silence."""
+"""The API client over HTTPS against a fake server: credentials, certificates, pages, errors."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from usbip_plugin.kube import KEEPALIVE_IDLE_S, TOKEN_PERIOD_S, KubeClient, conn
 PODS = f"/api/v1/namespaces/{NAMESPACE}/pods"
 NEWER = "a-newer-token"
 ESTABLISHED, KEEPALIVE = "01", "02"
-"""States of a connection and kinds of its timer in /proc/net/tcp."""
+"""A connection state and a timer kind in /proc/net/tcp."""
 TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 
 
 class MovedClock(SystemClock):
-    """The system's clock, some seconds ahead."""
+    """The system clock, moved ahead by some seconds."""
 
     ahead = 0.0
 
@@ -40,7 +40,7 @@ class MovedClock(SystemClock):
         return super().monotonic() + self.ahead
 
     def now(self) -> datetime:
-        raise AssertionError("nobody asks")
+        raise AssertionError("not expected")
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ async def client(api: FakeApi, tmp_path: Path) -> AsyncIterator[KubeClient]:
 
 @pytest.fixture
 def mounted(tmp_path: Path) -> Path:
-    """A ServiceAccount as the kubelet mounts it."""
+    """A mounted ServiceAccount."""
     account = tmp_path / "serviceaccount"
     account.mkdir()
     (account / "token").write_text(TOKEN + "\n")
@@ -68,7 +68,7 @@ def mounted(tmp_path: Path) -> Path:
 
 
 def timers_to(port: int) -> list[str]:
-    """The timer of each connection to a local port, as proc_net_tcp(5) has it: its kind and when it is due."""
+    """Returns kind and remaining time of the timer of each connection to a local port, as /proc/net/tcp shows it."""
     rows = [row.split() for row in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     return [row[5] for row in rows if row[2].endswith(f":{port:04X}") and row[3] == ESTABLISHED]
 
@@ -83,9 +83,7 @@ async def pod_client(api: FakeApi, mounted: Path, clock: SystemClock | None = No
         await client.close()
 
 
-async def test_a_pod_uses_its_service_account_and_reads_a_rotated_token_when_the_old_one_is_refused(
-    api: FakeApi, mounted: Path
-) -> None:
+async def test_a_refused_service_account_token_is_read_again(api: FakeApi, mounted: Path) -> None:
     async with pod_client(api, mounted) as client:
         assert len((await client.list(PODS, resource="pods"))["items"]) == 5
         assert api.unauthorized == 0
@@ -95,12 +93,10 @@ async def test_a_pod_uses_its_service_account_and_reads_a_rotated_token_when_the
         (mounted / "token").write_text(NEWER)
         async with contextlib.aclosing(client.watch(PODS, resource="pods", params={"resourceVersion": "1"})) as events:
             assert (await anext(events))["type"] == "BOOKMARK"
-        assert api.unauthorized == 3, "each refusal is followed by one more try"
+        assert api.unauthorized == 3, "each request is tried twice"
 
 
-async def test_a_rotated_token_is_used_within_a_minute_also_while_the_old_one_is_good(
-    api: FakeApi, mounted: Path
-) -> None:
+async def test_a_service_account_token_is_read_again_every_minute(api: FakeApi, mounted: Path) -> None:
     clock = MovedClock()
     async with pod_client(api, mounted, clock) as client:
         await client.list(PODS, resource="pods")
@@ -113,9 +109,7 @@ async def test_a_rotated_token_is_used_within_a_minute_also_while_the_old_one_is
 
 
 @pytest.mark.parametrize("token", ["", "two\nlines", "\x00", "täken"])
-async def test_a_token_file_that_holds_no_token_fails_the_request_and_not_the_plugin(
-    api: FakeApi, mounted: Path, token: str
-) -> None:
+async def test_an_invalid_token_file_fails_the_request_only(api: FakeApi, mounted: Path, token: str) -> None:
     clock = MovedClock()
     async with pod_client(api, mounted, clock) as client:
         (mounted / "token").write_text(token)
@@ -135,7 +129,7 @@ async def test_a_pod_without_a_service_account_is_a_configuration_error(api: Fak
             pass
 
 
-async def test_a_token_that_is_none_at_the_start_is_a_configuration_error(api: FakeApi, mounted: Path) -> None:
+async def test_an_invalid_token_at_the_start_is_a_configuration_error(api: FakeApi, mounted: Path) -> None:
     (mounted / "token").write_text("two\nlines")
     with pytest.raises(ConfigError, match="not a token"):
         async with pod_client(api, mounted):
@@ -155,7 +149,6 @@ async def test_a_kubeconfig_is_read_again_when_its_token_is_refused(
 
 
 async def test_a_kubeconfig_without_a_token_sends_none(api: FakeApi, tmp_path: Path) -> None:
-    """A client certificate, say, is in its place."""
     config = tmp_path / "kubeconfig"
     config.write_text(api.kubeconfig(None))
     api.tokens = {""}
@@ -167,10 +160,9 @@ async def test_a_kubeconfig_without_a_token_sends_none(api: FakeApi, tmp_path: P
     await client.close()
 
 
-async def test_kubeconfigs_are_looked_for_in_the_order_that_kubectl_has(
+async def test_the_kubeconfig_comes_from_the_flag_then_the_variable_then_the_home_directory(
     api: FakeApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The flag, $KUBECONFIG, then the home directory."""
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(ConfigError, match=r"~/\.kube/config: 1 problem\nno such file"):
         await connect(environ={})
@@ -192,7 +184,7 @@ async def test_kubeconfigs_are_looked_for_in_the_order_that_kubectl_has(
 
 
 @pytest.mark.parametrize(("host", "trusted"), [("127.0.0.1", False), ("127.0.0.2", True)])
-async def test_a_server_whose_certificate_is_of_nobody_known_or_of_another_is_not_spoken_to(
+async def test_a_certificate_of_an_unknown_authority_or_another_host_is_refused(
     tmp_path: Path, host: str, trusted: bool
 ) -> None:
     config = tmp_path / "kubeconfig"
@@ -202,16 +194,14 @@ async def test_a_server_whose_certificate_is_of_nobody_known_or_of_another_is_no
         with pytest.raises(KubeUnreachable, match="certificate verify failed"):
             await client.list(PODS, resource="pods")
         await client.close()
-        assert (api.asked, api.unauthorized) == ([], 0)
+        assert (api.requests, api.unauthorized) == ([], 0)
 
 
-async def test_a_list_comes_whole_over_several_pages(
-    api: FakeApi, client: KubeClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_list_joins_its_pages(api: FakeApi, client: KubeClient, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("usbip_plugin.kube.LIST_PAGE", 2)
     found = await client.list(PODS, resource="pods")
     assert [pod["metadata"]["name"] for pod in found["items"]] == ["p0", "p1", "p2", "p3", "p4"]
-    assert [(asked.params["limit"], asked.params.get("continue")) for asked in api.asked] == [
+    assert [(request.params["limit"], request.params.get("continue")) for request in api.requests] == [
         ("2", None),
         ("2", "2"),
         ("2", "4"),
@@ -222,7 +212,7 @@ async def test_a_list_comes_whole_over_several_pages(
     ("status", "error"),
     [(403, KubeForbidden), (404, KubeNotFound), (429, KubeThrottled), (500, KubeServerError), (418, KubeError)],
 )
-async def test_a_refusal_is_the_error_of_its_status_with_what_the_server_says(
+async def test_each_http_status_raises_its_error_with_the_servers_message(
     api: FakeApi, client: KubeClient, status: int, error: type[KubeError]
 ) -> None:
     api.refused["list pods"] = status
@@ -233,9 +223,7 @@ async def test_a_refusal_is_the_error_of_its_status_with_what_the_server_says(
         assert "User u cannot list pods" in str(caught.value)
 
 
-async def test_a_server_that_says_nothing_is_unreachable_and_the_next_request_goes_through(
-    api: FakeApi, client: KubeClient
-) -> None:
+async def test_a_silent_server_is_unreachable_and_the_next_request_succeeds(api: FakeApi, client: KubeClient) -> None:
     api.refused["get pods"] = SILENT
     with pytest.raises(KubeUnreachable, match="no answer in time"):
         await client.request("get", f"{PODS}/p0", resource="pods", timeout=0.01)
@@ -244,7 +232,7 @@ async def test_a_server_that_says_nothing_is_unreachable_and_the_next_request_go
 
 
 @pytest.mark.parametrize("answer", [{}, {"metadata": [], "items": []}, {"metadata": {}, "items": {"a": 1}}])
-async def test_an_answer_that_is_no_list_is_the_servers_fault(
+async def test_an_answer_that_is_not_a_list_is_a_server_error(
     api: FakeApi, client: KubeClient, answer: dict[str, object]
 ) -> None:
     api.objects[f"{PODS}/p0"] = answer
@@ -252,11 +240,11 @@ async def test_an_answer_that_is_no_list_is_the_servers_fault(
         await client.list(f"{PODS}/p0", resource="pods")
 
 
-async def test_a_request_of_a_client_that_is_closed_is_unreachable(api: FakeApi, client: KubeClient) -> None:
+async def test_a_request_through_a_closed_client_is_unreachable(api: FakeApi, client: KubeClient) -> None:
     await client.close()
     with pytest.raises(KubeUnreachable, match="client is closed"):
         await client.list(PODS, resource="pods")
-    assert api.asked == []
+    assert api.requests == []
 
 
 async def test_a_body_and_its_content_type_arrive(api: FakeApi, client: KubeClient) -> None:
@@ -269,8 +257,8 @@ async def test_a_body_and_its_content_type_arrive(api: FakeApi, client: KubeClie
         content_type="application/merge-patch+json",
     )
     assert answer == body
-    (asked,) = api.asked
-    assert (asked.right, asked.name, asked.content_type, asked.body) == (
+    (request,) = api.requests
+    assert (request.right, request.name, request.content_type, request.body) == (
         "patch nodes/status",
         "node-a",
         "application/merge-patch+json",
@@ -278,17 +266,16 @@ async def test_a_body_and_its_content_type_arrive(api: FakeApi, client: KubeClie
     )
 
 
-async def test_a_watch_whose_connection_breaks_is_unreachable(api: FakeApi, client: KubeClient) -> None:
+async def test_a_watch_with_a_broken_connection_is_unreachable(api: FakeApi, client: KubeClient) -> None:
     watch = client.watch(PODS, resource="pods", params={"resourceVersion": "1"})
     async with contextlib.aclosing(watch) as events:
         assert (await anext(events))["type"] == "BOOKMARK"
-        api.cut_watches()
+        api.break_watches()
         with pytest.raises(KubeUnreachable):
             await anext(events)
 
 
-async def test_an_idle_watch_is_kept_alive_by_the_kernel(api: FakeApi, client: KubeClient) -> None:
-    """A peer that vanished is noticed: the timer of the connection is due within ten seconds."""
+async def test_a_watch_has_tcp_keepalive(api: FakeApi, client: KubeClient) -> None:
     watch = client.watch(PODS, resource="pods", params={"resourceVersion": "1"})
     async with contextlib.aclosing(watch) as events:
         await anext(events)

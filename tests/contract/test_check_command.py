@@ -1,4 +1,4 @@
-"""`usbip-plugin check` on a whole node: what it asks of the API server, and that it changes nothing."""
+"""`usbip-plugin check` on a complete node, with a fake API server."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
-from command_rig import LOOPBACKS, Log, Terminal, undone
+from command_rig import LOOPBACKS, Log, Terminal, process_restored
 from fake_api import NAMESPACE
 from node_rig import Node, Places, node
 
@@ -17,27 +17,25 @@ from usbip_plugin.model import ServerKey
 
 @pytest.fixture
 async def here(unused_tcp_port: int, request: pytest.FixtureRequest) -> AsyncIterator[Node]:
-    """The parameter is the host of the USB/IP server."""
+    """Takes the host of the USB/IP server as its parameter."""
     server = ServerKey(getattr(request, "param", "127.0.0.1"), unused_tcp_port)
     with tempfile.TemporaryDirectory(prefix="usbip-") as home, Log() as log:
         places = Places(Path(home), server, 0)
         places.configure(fields=", cdi: true, onLoss: evict")
         places.cdi.mkdir()
         async with node(places, log) as made:
-            made.api.speaks_for = "node-a"
+            made.api.confined_to = "node-a"
             yield made
 
 
 @pytest.fixture
 def terminal(here: Node, capsys: pytest.CaptureFixture[str]) -> Iterator[Terminal]:
-    with undone():
+    with process_restored():
         yield Terminal(capsys, here.places.flags())
 
 
 @pytest.mark.parametrize("here", LOOPBACKS, indirect=True)
-async def test_a_node_that_is_able_has_nine_good_findings_and_nothing_is_written(
-    here: Node, terminal: Terminal
-) -> None:
+async def test_a_good_node_passes_every_check_and_nothing_is_written(here: Node, terminal: Terminal) -> None:
     ran = await terminal.run("check")
     assert (ran.status, ran.err) == (0, "")
     home, server = here.places.home, here.places.server
@@ -56,9 +54,9 @@ async def test_a_node_that_is_able_has_nine_good_findings_and_nothing_is_written
     ]
     assert here.leases.leases == {}
     assert here.server.table.granted == 0
-    assert {asked.right for asked in here.api.asked} == {"create selfsubjectaccessreviews", "create leases"}
-    assert {asked.params.get("dryRun") for asked in here.api.asked if asked.resource == "leases"} == {"All"}
-    assert {asked.namespace for asked in here.api.asked if asked.resource == "leases"} == {NAMESPACE}
+    assert {request.right for request in here.api.requests} == {"create selfsubjectaccessreviews", "create leases"}
+    assert {request.params.get("dryRun") for request in here.api.requests if request.resource == "leases"} == {"All"}
+    assert {request.namespace for request in here.api.requests if request.resource == "leases"} == {NAMESPACE}
 
 
 @pytest.mark.parametrize(
@@ -69,16 +67,14 @@ async def test_a_node_that_is_able_has_nine_good_findings_and_nothing_is_written
         ("create pods/eviction", "forbidden: create pods/eviction"),
     ],
 )
-async def test_a_right_that_is_missing_is_named_and_the_status_is_1(
-    here: Node, terminal: Terminal, right: str, said: str
-) -> None:
+async def test_a_missing_right_is_named_and_fails(here: Node, terminal: Terminal, right: str, said: str) -> None:
     here.api.refused[right] = 403
     ran = await terminal.run("check")
     assert (ran.status, f"FAIL  API server: {said}\n" in ran.out) == (1, True)
     assert "9 checks: 1 failed, 0 with warnings" in ran.out
 
 
-async def test_rights_that_the_configuration_does_not_need_are_not_asked_for(here: Node, terminal: Terminal) -> None:
+async def test_rights_that_the_configuration_does_not_need_are_not_checked(here: Node, terminal: Terminal) -> None:
     here.places.configure()
     with here.places.config.open("a") as file:
         file.write("publishNodeStatus: false\n")
@@ -88,22 +84,20 @@ async def test_rights_that_the_configuration_does_not_need_are_not_asked_for(her
     assert (ran.status, "all 8 permissions are granted" in ran.out, "CDI" in ran.out) == (0, True, False)
 
 
-async def test_who_may_write_in_the_name_of_others_is_warned_and_who_may_not_in_the_own_fails(
-    here: Node, terminal: Terminal
-) -> None:
-    here.api.speaks_for = ""
+async def test_writing_for_other_nodes_warns_and_not_for_this_node_fails(here: Node, terminal: Terminal) -> None:
+    here.api.confined_to = ""
     ran = await terminal.run("check")
     assert (ran.status, "warn  admission policy: this account may write locks in any node's name" in ran.out) == (
         0,
         True,
     )
-    here.api.speaks_for = "node-b"
+    here.api.confined_to = "node-b"
     ran = await terminal.run("check")
     assert (ran.status, "FAIL  admission policy: " in ran.out) == (1, True)
     assert "-> run as a pod on node node-a, or with its --node-name" in ran.out
 
 
-async def test_no_way_to_the_api_server_is_one_finding_and_the_others_stand(here: Node, terminal: Terminal) -> None:
+async def test_an_unusable_api_server_is_one_finding_among_the_others(here: Node, terminal: Terminal) -> None:
     kubeconfig = here.places.home / "kubeconfig"
     kubeconfig.unlink()
     ran = await terminal.run("check")
@@ -116,7 +110,7 @@ async def test_no_way_to_the_api_server_is_one_finding_and_the_others_stand(here
     assert (ran.status, "FAIL  API server: API server: create selfsubject" in ran.out) == (1, True)
 
 
-async def test_a_configuration_that_is_of_no_use_is_a_finding_too(here: Node, terminal: Terminal) -> None:
+async def test_an_invalid_configuration_is_a_finding(here: Node, terminal: Terminal) -> None:
     here.places.config.write_text("resources: {stick: 3}\n")
     ran = await terminal.run("check")
     assert (ran.status, ran.out.startswith(f"FAIL  configuration: {here.places.config}:1: ")) == (1, True)
@@ -124,7 +118,7 @@ async def test_a_configuration_that_is_of_no_use_is_a_finding_too(here: Node, te
     assert f"server {here.places.server}" not in ran.out
 
 
-async def test_the_cdi_directory_is_that_of_the_flag(here: Node, terminal: Terminal) -> None:
+async def test_cdi_directory_names_the_directory_to_check(here: Node, terminal: Terminal) -> None:
     here.places.cdi.rmdir()
     ran = await terminal.run("check")
     assert (ran.status, f"FAIL  CDI directory: {here.places.cdi} is not there" in ran.out) == (1, True)

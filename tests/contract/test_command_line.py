@@ -1,4 +1,4 @@
-"""The commands for people, from arguments to exit status, against a fake API server and a virtual USB/IP server."""
+"""The commands for people, from arguments to exit status. The API server is a fake, the USB/IP server is virtual."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from command_rig import LIMIT_S, LOOPBACKS, Terminal, undone
+from command_rig import LIMIT_S, LOOPBACKS, Terminal, process_restored
 from fake_api import NAMESPACE, FakeApi, serving
 
 from usbip_plugin.cli import kubectl, main
@@ -34,24 +34,24 @@ from usbip_plugin.usbip.client import TcpUsbipClient
 
 STICK = UsbId(0x0951, 0x1666)
 LASTING_S = 3600
-"""How long a lock lasts: nobody falls silent while a test runs."""
+"""Seconds a lock lasts: no holder falls silent during a test."""
 CONFIG_MAPS = f"/api/v1/namespaces/{NAMESPACE}/configmaps"
 
 
 @pytest.fixture(autouse=True)
 def process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """As a person has it: nothing in the environment, no configuration on this machine."""
+    """Gives commands an empty environment and a machine without a configuration."""
     for name in ("POD_NAMESPACE", "KUBECONFIG", "KUBERNETES_SERVICE_HOST"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("usbip_plugin.cli.asking.DEFAULT_CONFIG_PATH", str(tmp_path / "usual.yaml"))
     monkeypatch.setattr("usbip_plugin.cli.node.SERVICE_ACCOUNT_NAMESPACE", tmp_path / "namespace")
-    with undone():
+    with process_restored():
         yield
 
 
 @dataclass
 class Cluster:
-    """A server with two sticks, of which node-a holds the first, for a pod."""
+    """A server with two sticks. node-a has imported the first one for a pod."""
 
     api: FakeApi
     server: VirtualServer
@@ -91,7 +91,7 @@ class Cluster:
 
 @pytest.fixture
 async def cluster(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Cluster]:
-    """The parameter is the host of the USB/IP server."""
+    """Takes the host of the USB/IP server as its parameter."""
     host = getattr(request, "param", "127.0.0.1")
     clock = SystemClock()
     async with serving() as api:
@@ -116,7 +116,7 @@ def terminal(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> Terminal:
 
 
 @pytest.mark.parametrize("cluster", LOOPBACKS, indirect=True)
-async def test_devices_are_listed_in_each_form(cluster: Cluster, terminal: Terminal) -> None:
+async def test_devices_prints_every_output_format(cluster: Cluster, terminal: Terminal) -> None:
     cluster.leases.create(cluster.lock(cluster.free))
     ran = await terminal.run("devices", "-o", "json")
     assert (ran.status, ran.err) == (Exit.DONE, "")
@@ -132,13 +132,13 @@ async def test_devices_are_listed_in_each_form(cluster: Cluster, terminal: Termi
     assert "\x1b" not in table
 
 
-async def test_the_namespace_is_that_of_the_flag_then_the_variable_then_the_pod(
+async def test_the_namespace_comes_from_the_flag_then_the_variable_then_the_pod(
     cluster: Cluster, terminal: Terminal, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     async def asked(*flags: str) -> str:
-        cluster.api.asked.clear()
+        cluster.api.requests.clear()
         await terminal.run("devices", *flags)
-        (namespace,) = {one.namespace for one in cluster.api.asked}
+        (namespace,) = {one.namespace for one in cluster.api.requests}
         return namespace
 
     assert await asked() == "usbip-system"
@@ -152,7 +152,7 @@ async def test_the_namespace_is_that_of_the_flag_then_the_variable_then_the_pod(
 
 
 @pytest.mark.parametrize("cluster", LOOPBACKS, indirect=True)
-async def test_explain_says_of_a_free_device_that_it_is_free_and_of_one_in_use_who_has_it(
+async def test_explain_says_whether_a_device_is_free_or_who_holds_it(
     cluster: Cluster, terminal: Terminal, tmp_path: Path
 ) -> None:
     config = tmp_path / "config.yaml"
@@ -173,7 +173,7 @@ async def test_explain_says_of_a_free_device_that_it_is_free_and_of_one_in_use_w
     assert yaml.safe_load(structured.out)["verdict"] == found["verdict"]
 
 
-async def test_explain_asks_for_the_pod_and_for_the_plugin_on_its_node(cluster: Cluster, terminal: Terminal) -> None:
+async def test_explain_looks_up_the_pod_and_the_plugin_on_its_node(cluster: Cluster, terminal: Terminal) -> None:
     ran = await terminal.run("explain", cluster.held.id)
     assert "Pod default/reader is gone." in ran.out
     assert "The plugin on node node-a: there is none." in ran.out
@@ -198,16 +198,14 @@ async def test_explain_asks_for_the_pod_and_for_the_plugin_on_its_node(cluster: 
     assert "The plugin on node node-a: there is none." in (await terminal.run("explain", cluster.held.id)).out
 
 
-async def test_a_device_that_nobody_knows_is_asked_for_at_its_server(cluster: Cluster, terminal: Terminal) -> None:
+async def test_explain_asks_the_server_about_an_unknown_device(cluster: Cluster, terminal: Terminal) -> None:
     ran = await terminal.run("explain", f"{cluster.server.key}/9-9")
     assert (ran.status, ran.err) == (Exit.PROBLEM, "")
     assert "It has no lock: nobody has ever used it." in ran.out
     assert f"Server {cluster.server.key} answers and does not list 9-9" in ran.out
 
 
-async def test_a_lock_that_says_neither_its_device_nor_a_node_is_shown_as_it_is(
-    cluster: Cluster, terminal: Terminal
-) -> None:
+async def test_a_lock_without_device_and_valid_holder_is_shown_as_it_is(cluster: Cluster, terminal: Terminal) -> None:
     name = cluster.free.id
     now = datetime.now(UTC)
     cluster.leases.create(Lease(name, "No Node", LASTING_S, now, now, labels=LOCK_LABELS))
@@ -215,13 +213,13 @@ async def test_a_lock_that_says_neither_its_device_nor_a_node_is_shown_as_it_is(
     assert (ran.status, ran.err) == (Exit.PROBLEM, "")
     assert ran.out.startswith(f"{name} is in use on node No Node")
     assert "Its server was not asked: the lock does not say which it is." in ran.out
-    assert "list pods" not in cluster.api.rights(), "nothing can run on a node that no node is called"
+    assert "list pods" not in cluster.api.rights_used(), "an invalid node name is not looked up"
     rows = json.loads((await terminal.run("devices", "-o", "json")).out)
     (row,) = (row for row in rows if row["id"] == name)
     assert (row["device"], row["holder"], row["reason"]) == (None, "No Node", "being allocated or let go")
 
 
-async def test_what_may_not_be_asked_is_left_out_of_an_explanation(cluster: Cluster, terminal: Terminal) -> None:
+async def test_explain_leaves_out_what_it_may_not_read(cluster: Cluster, terminal: Terminal) -> None:
     cluster.api.refused |= {"get pods": 403, "list pods": 403, "get configmaps": 403}
     await cluster.server.stop()
     ran = await terminal.run("explain", cluster.held.id)
@@ -232,12 +230,11 @@ async def test_what_may_not_be_asked_is_left_out_of_an_explanation(cluster: Clus
     assert f"Asked from here, USB/IP server {cluster.server.key}: " in ran.out
 
 
-async def test_the_configuration_is_that_of_the_config_map_of_the_flag(cluster: Cluster, terminal: Terminal) -> None:
+async def test_config_map_names_the_config_map_to_read(cluster: Cluster, terminal: Terminal) -> None:
     other = cluster.config.replace("stick", "dongle")
     for name, text in ((DEFAULT_CONFIG_MAP, cluster.config), ("another", other)):
         cluster.api.objects[f"{CONFIG_MAPS}/{name}"] = {"data": {"config.yaml": text}}
     assert "usbip.dev/stick" in (await terminal.run("explain", "1-2")).out
-    # a device that is known by its resource only is asked for of the servers that the configuration names
     ran = await terminal.run("explain", "1-2", "--config-map", "another")
     assert ran.status == Exit.DONE
     assert "It is offered as usbip.dev/dongle (vendor 0951)." in ran.out
@@ -255,7 +252,7 @@ async def test_the_configuration_is_that_of_the_config_map_of_the_flag(cluster: 
         ("../secrets/x", None, "cannot be read: no such name is possible"),
     ],
 )
-async def test_a_config_map_that_is_of_no_use_is_said_and_all_else_is_explained(
+async def test_explain_names_an_unusable_config_map_and_explains_the_rest(
     cluster: Cluster, terminal: Terminal, flag: str, stored: dict[str, object] | None, reason: str
 ) -> None:
     if stored is not None:
@@ -266,7 +263,7 @@ async def test_a_config_map_that_is_of_no_use_is_said_and_all_else_is_explained(
     assert f"{cluster.held} is in use on node node-a" in ran.out
 
 
-async def test_the_file_of_a_node_comes_before_the_config_map_unless_it_is_of_no_use(
+async def test_a_usable_file_on_the_node_wins_over_the_config_map(
     cluster: Cluster, terminal: Terminal, tmp_path: Path
 ) -> None:
     usual = tmp_path / "usual.yaml"
@@ -278,11 +275,11 @@ async def test_the_file_of_a_node_comes_before_the_config_map_unless_it_is_of_no
     usual.write_text("resources: [")
     assert "usbip.dev/dongle" in (await terminal.run("explain", "1-2")).out
     ran = await terminal.run("explain", "1-2", "--config", str(usual))
-    assert ran.status == Exit.USAGE, "but one that was asked for is"
+    assert ran.status == Exit.USAGE, "an explicit file is not replaced"
     assert "usual.yaml:2: not valid YAML" in ran.err
 
 
-async def test_a_device_in_use_is_released_by_force_and_confirmed_only(cluster: Cluster, terminal: Terminal) -> None:
+async def test_release_of_a_device_in_use_needs_force_and_confirmation(cluster: Cluster, terminal: Terminal) -> None:
     before = cluster.leases.leases[cluster.held.id]
     ran = await terminal.run("release", cluster.held.id, "--yes")
     assert ran.status == Exit.REFUSED
@@ -296,7 +293,7 @@ async def test_a_device_in_use_is_released_by_force_and_confirmed_only(cluster: 
     ran = await terminal.run("release", cluster.held.id, "--force")
     assert ran.status == Exit.REFUSED
     assert "standard input is no terminal; give --yes" in ran.err
-    assert cluster.leases.leases[cluster.held.id] == before, "nothing was written so far"
+    assert cluster.leases.leases[cluster.held.id] == before, "nothing is written so far"
     ran = await terminal.run("release", cluster.held.id, "--force", "--yes")
     assert (ran.status, ran.err) == (Exit.DONE, "")
     assert ran.out.endswith(f"Released. {cluster.held} is free for whoever asks first.\n")
@@ -306,14 +303,14 @@ async def test_a_device_in_use_is_released_by_force_and_confirmed_only(cluster: 
     assert (ran.status, ran.out) == (Exit.DONE, f"{cluster.held} has no holder; there is nothing to release.\n")
 
 
-async def test_a_missing_right_to_release_is_no_refusal_of_the_policy(cluster: Cluster, terminal: Terminal) -> None:
+async def test_release_without_the_right_fails_with_the_missing_right(cluster: Cluster, terminal: Terminal) -> None:
     cluster.api.refused["update leases"] = 403
     ran = await terminal.run("release", cluster.held.id, "--force", "--yes")
     assert (ran.status, "update leases.coordination.k8s.io: forbidden" in ran.err) == (Exit.PROBLEM, True)
 
 
 class Keyboard(io.StringIO):
-    """A terminal at which somebody types."""
+    """Standard input that is a terminal."""
 
     def isatty(self) -> bool:
         return True
@@ -328,16 +325,16 @@ class Keyboard(io.StringIO):
         ("Y\n", Exit.DONE, ""),
     ],
 )
-async def test_a_person_is_asked_on_a_terminal(
+async def test_release_asks_on_a_terminal(
     cluster: Cluster, terminal: Terminal, monkeypatch: pytest.MonkeyPatch, typed: str, status: Exit, holder: str
 ) -> None:
     monkeypatch.setattr("sys.stdin", Keyboard(typed))
     ran = await terminal.run("release", cluster.held.id, "--force")
-    assert f"Take {cluster.held} from node node-a? [y/N] " in ran.err, "not where programs read"
+    assert f"Take {cluster.held} from node node-a? [y/N] " in ran.err, "standard output is for programs"
     assert (ran.status, cluster.leases.leases[cluster.held.id].holder) == (status, holder)
 
 
-async def test_a_device_that_its_server_lists_is_released_without_force(cluster: Cluster, terminal: Terminal) -> None:
+async def test_release_of_a_device_listed_as_free_needs_no_force(cluster: Cluster, terminal: Terminal) -> None:
     cluster.leases.create(cluster.lock(cluster.free, "node-a"))
     ran = await terminal.run("release", cluster.free.id, "--yes")
     assert (ran.status, ran.err) == (Exit.DONE, "")
@@ -353,7 +350,7 @@ async def test_a_device_that_its_server_lists_is_released_without_force(cluster:
         ({"list leases": 500}, Exit.PROBLEM, "(HTTP 500)"),
     ],
 )
-async def test_the_exit_status_says_whose_fault_it_is(
+async def test_the_exit_status_tells_api_errors_apart(
     cluster: Cluster, terminal: Terminal, refused: dict[str, int], status: Exit, said: str
 ) -> None:
     cluster.api.refused |= refused
@@ -362,9 +359,7 @@ async def test_the_exit_status_says_whose_fault_it_is(
     assert said in ran.err
 
 
-async def test_names_of_no_device_and_of_several_are_4_and_nothing_is_written(
-    cluster: Cluster, terminal: Terminal
-) -> None:
+async def test_unknown_and_ambiguous_names_exit_with_4_and_write_nothing(cluster: Cluster, terminal: Terminal) -> None:
     cluster.leases.create(cluster.lock(cluster.free, "node-a"))
     ran = await terminal.run("explain", "no-such-device")
     assert ran.status == Exit.NO_DEVICE
@@ -376,7 +371,7 @@ async def test_names_of_no_device_and_of_several_are_4_and_nothing_is_written(
     assert {lease.holder for lease in cluster.leases.leases.values()} == {"node-a"}
 
 
-async def test_the_devices_of_the_cluster_complete_a_command(cluster: Cluster, terminal: Terminal) -> None:
+async def test_completion_offers_the_devices_of_the_cluster(cluster: Cluster, terminal: Terminal) -> None:
     flags = ("--kubeconfig", str(cluster.kubeconfig))
     completing = Terminal(terminal.capsys)
     ran = await completing.run("__complete", "explain", *flags, "")
@@ -384,10 +379,10 @@ async def test_the_devices_of_the_cluster_complete_a_command(cluster: Cluster, t
     assert (await completing.run("__complete", "explain", *flags, "-n", "other", "")).out == ""
     cluster.api.refused["list leases"] = 403
     ran = await completing.run("__complete", "explain", *flags, "")
-    assert (ran.status, ran.out, ran.err) == (Exit.DONE, "", ""), "nothing may be said between candidates"
+    assert (ran.status, ran.out, ran.err) == (Exit.DONE, "", ""), "completion prints candidates only"
 
 
-def test_kubectl_runs_the_same_command_line_under_its_own_name(
+def test_kubectl_plugin_runs_the_same_command_line_under_its_own_name(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", ["kubectl-usbip", "--help"])
@@ -404,15 +399,13 @@ def test_kubectl_runs_the_same_command_line_under_its_own_name(
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_prints_the_script_of_the_shell(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_completion_prints_the_script_for_each_shell(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["completion", shell]) == Exit.DONE
     assert capsys.readouterr().out == script(shell) + "\n"
 
 
 @pytest.mark.parametrize(("went_well", "status"), [(True, Exit.DONE), (False, Exit.PROBLEM)])
-def test_the_demo_says_by_its_exit_status_how_it_went(
-    monkeypatch: pytest.MonkeyPatch, went_well: bool, status: Exit
-) -> None:
+def test_demo_exits_with_its_outcome(monkeypatch: pytest.MonkeyPatch, went_well: bool, status: Exit) -> None:
     asked: list[bool] = []
 
     async def run(say: object, *, real_kernel: bool) -> bool:
@@ -426,7 +419,7 @@ def test_the_demo_says_by_its_exit_status_how_it_went(
     assert asked == [False, True]
 
 
-def test_a_reader_that_has_seen_enough_and_an_interrupt_end_it_quietly(
+def test_a_closed_pipe_and_an_interrupt_end_it_quietly(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     reader, writer = os.pipe()

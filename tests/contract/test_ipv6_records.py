@@ -1,4 +1,4 @@
-"""What is noted of a device that is imported from a server at ::1, by SysfsVhci on a fake sysfs."""
+"""Port records of devices from a server at ::1, by SysfsVhci on a fake sysfs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from usbip_plugin.usbip.client import TcpUsbipClient
 
 
 @NEEDS_IPV6
-async def test_the_record_of_a_port_names_an_ipv6_server_as_the_usbip_tool_does_and_is_understood(
+async def test_a_port_record_holds_an_ipv6_server_in_the_usbip_tools_format(
     tmp_path: Path,
 ) -> None:
     server = VirtualServer([VirtualDevice("1-1", UsbId(0x0951, 0x1666), configured=True)], "::1")

@@ -1,4 +1,4 @@
-"""The LeaseStore contract on KubernetesLeases over HTTPS; the API server is a fake."""
+"""The LeaseStore contract on KubernetesLeases over HTTPS, with a fake API server."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ class TestKubernetesLeases(LeaseStoreContract):
 
 
 @pytest.mark.parametrize("name", ["..", "../../pods", "a/b", "A", "", "a?x=y"])
-async def test_a_name_that_no_lease_can_have_is_not_asked_for(api: FakeApi, store: KubernetesLeases, name: str) -> None:
+async def test_an_invalid_name_is_not_requested(api: FakeApi, store: KubernetesLeases, name: str) -> None:
     assert await store.get(name) is None
-    assert api.asked == []
+    assert api.requests == []
 
 
 async def test_leases_of_another_namespace_are_not_seen(api: FakeApi, store: KubernetesLeases) -> None:
@@ -51,7 +51,7 @@ async def test_leases_of_another_namespace_are_not_seen(api: FakeApi, store: Kub
     assert set(api.leases[NAMESPACE].leases) == {"usbip-b"}
 
 
-async def test_a_watch_has_bookmarks_leaves_out_what_it_does_not_know_and_ends_when_the_server_ends_it(
+async def test_a_watch_yields_bookmarks_skips_unknown_types_and_ends_with_the_server(
     api: FakeApi, store: KubernetesLeases
 ) -> None:
     lease = await store.create(Lease("usbip-a", labels=LOCK_LABELS))
@@ -62,15 +62,15 @@ async def test_a_watch_has_bookmarks_leaves_out_what_it_does_not_know_and_ends_w
             (ChangeType.BOOKMARK, None),
         ]
         assert seen[1].resource_version == lease.resource_version
-        api.say({"type": "RENAMED", "object": {"metadata": {"resourceVersion": "7"}}})
+        api.send_event({"type": "RENAMED", "object": {"metadata": {"resourceVersion": "7"}}})
         api.end_watches()
         assert [change.type async for change in changes if change.type is not ChangeType.BOOKMARK] == []
 
 
-async def test_an_answer_without_a_resource_version_is_the_servers_fault(api: FakeApi, store: KubernetesLeases) -> None:
+async def test_an_answer_without_a_resource_version_is_a_server_error(api: FakeApi, store: KubernetesLeases) -> None:
     lease = await store.create(Lease("usbip-a", labels=LOCK_LABELS))
     async with contextlib.aclosing(store.watch(LOCK_LABELS, lease.resource_version)) as changes:
         await anext(changes)
-        api.say({"type": "MODIFIED", "object": {"metadata": {"name": "usbip-a"}}})
+        api.send_event({"type": "MODIFIED", "object": {"metadata": {"name": "usbip-a"}}})
         with pytest.raises(KubeServerError, match="without resourceVersion"):
             await anext(changes)

@@ -1,4 +1,4 @@
-"""`usbip-plugin run` in this process: registration, pages, a pod, reloads, signals, and what the next process finds."""
+"""`usbip-plugin run` in the test process: registration, pages, Allocate, reload, signals, adoption by a successor."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from command_rig import LIMIT_S, LOOPBACKS, undone
+from command_rig import LIMIT_S, LOOPBACKS, process_restored
 from fake_api import NAMESPACE
 from node_rig import Node, Places, run
 
@@ -26,14 +26,14 @@ POD = PodRef("default", "reader")
 
 
 @pytest.fixture(autouse=True)
-def unchanged() -> Iterator[None]:
-    with undone():
+def restored() -> Iterator[None]:
+    with process_restored():
         yield
 
 
 @pytest.fixture
 def places(unused_tcp_port_factory: Callable[[], int], request: pytest.FixtureRequest) -> Iterator[Places]:
-    """The parameter is the host of the USB/IP server."""
+    """Takes the host of the USB/IP server as its parameter."""
     server = ServerKey(getattr(request, "param", "127.0.0.1"), unused_tcp_port_factory())
     with tempfile.TemporaryDirectory(prefix="usbip-") as home:
         made = Places(Path(home), server, unused_tcp_port_factory())
@@ -47,14 +47,14 @@ async def offered(node: Node) -> None:
 
 
 @pytest.mark.parametrize("places", LOOPBACKS, indirect=True)
-def test_a_process_registers_hands_out_a_device_and_leaves_it_attached_for_the_next(
+def test_a_process_allocates_a_device_and_leaves_it_attached_for_its_successor(
     monkeypatch: pytest.MonkeyPatch, places: Places
 ) -> None:
     device = places.device
 
     async def first(node: Node) -> None:
         await offered(node)
-        assert asyncio.sslproto.SSLProtocol.max_size == TLS_BUFFER_BYTES, "connections have small buffers"
+        assert asyncio.sslproto.SSLProtocol.max_size == TLS_BUFFER_BYTES, "TLS buffers are small"
         assert [await node.get(path) for path in ("/healthz", "/readyz")] == [(200, "ok\n")] * 2
         (row,) = await node.get_json("/api/devices")
         assert (row["device"], row["healthy"], row["state"], row["here"]) == (str(device), True, "Free", False)
@@ -62,20 +62,20 @@ def test_a_process_registers_hands_out_a_device_and_leaves_it_attached_for_the_n
         answer = await node.kubelet.admit(POD, {"usbip.dev/stick": 1})
         (allocation,) = answer.values()
         assert [spec.host_path for spec in allocation.devices] == ["/dev/bus/usb/003/002"]
-        # which is known to be the device's after the answer only
-        await node.until_asked(lambda _api: "usbip.dev/pod" in node.leases.leases[device.id].annotations)
+        # the lock names the pod only after the kubelet lists it
+        await node.until_api(lambda _api: "usbip.dev/pod" in node.leases.leases[device.id].annotations)
         lock = node.leases.leases[device.id]
         assert (lock.holder, lock.annotations["usbip.dev/pod"]) == ("node-a", "default/reader/uid-of-reader")
         host, port = device.server.host, device.server.port
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         assert (lock.annotations["usbip.dev/server"], lock.annotations["usbip.dev/busid"]) == (address, "1-1")
-        await node.until_asked(lambda api: "create events" in api.rights())
-        (event,) = [asked.body for asked in node.api.asked if asked.right == "create events"]
+        await node.until_api(lambda api: "create events" in api.rights_used())
+        (event,) = [request.body for request in node.api.requests if request.right == "create events"]
         assert (event["reason"], event["regarding"]["name"]) == ("DeviceAttached", "reader")
         await node.until_allocatable(1)
-        counted = [asked for asked in node.api.asked if asked.params.get("limit") == "1"]
-        assert {(asked.right, asked.namespace) for asked in counted} == {("list pods", NAMESPACE)}, (
-            "how many nodes there are"
+        counted = [request for request in node.api.requests if request.params.get("limit") == "1"]
+        assert {(request.right, request.namespace) for request in counted} == {("list pods", NAMESPACE)}, (
+            "nodes are counted"
         )
         status = await node.get_json("/api/status")
         (row,) = status["devices"]
@@ -97,10 +97,11 @@ def test_a_process_registers_hands_out_a_device_and_leaves_it_attached_for_the_n
 
     async def next_one(node: Node) -> None:
         assert node.leases.leases[device.id].holder == "node-a"
-        await node.log.until("registered with the kubelet", 2)
+        await node.log.until("adopted")
+        await node.until("stick", {device.id: True})
         (row,) = await node.get_json("/api/devices")
         assert (row["state"], row["here"], row["port"], row["pod"]) == ("Attached", True, 0, "default/reader")
-        assert (node.server.table.granted, node.server.importers("1-1")) == (1, 1), "it was not imported anew"
+        assert (node.server.table.granted, node.server.importers("1-1")) == (1, 1), "it is not imported again"
         node.pod(POD.name, "Succeeded")
         node.kubelet.end(POD)
         await node.log.until("released")
@@ -109,10 +110,10 @@ def test_a_process_registers_hands_out_a_device_and_leaves_it_attached_for_the_n
     status, log = run(monkeypatch, places, first, next_one)
     assert status == 0
     assert len(log.having("stopping; attachments and locks stay for the next process")) == 2
-    assert not list(places.plugins.glob("usbip-*.sock")), "its sockets are gone"
+    assert not list(places.plugins.glob("usbip-*.sock")), "sockets are removed"
 
 
-def test_a_file_that_is_edited_is_followed_and_what_is_read_at_start_only_is_said(
+def test_a_changed_configuration_is_reloaded_and_start_only_settings_are_reported(
     monkeypatch: pytest.MonkeyPatch, places: Places
 ) -> None:
     async def story(node: Node) -> None:
@@ -146,14 +147,15 @@ def test_a_file_that_is_edited_is_followed_and_what_is_read_at_start_only_is_sai
     assert (status, len(log.having("configuration warning"))) == (0, 1)
 
 
-def test_a_plugin_that_cannot_read_the_locks_lives_and_is_not_ready(
+def test_without_readable_locks_the_plugin_is_alive_and_not_ready(
     monkeypatch: pytest.MonkeyPatch, places: Places
 ) -> None:
     def before(node: Node) -> None:
         node.api.refused["list leases"] = 403
 
     async def story(node: Node) -> None:
-        await node.until_asked(lambda api: [asked.right for asked in api.asked].count("list leases") >= 2)
+        await node.until_api(lambda api: [request.right for request in api.requests].count("list leases") >= 2)
+        await node.log.until("registered with the kubelet")
         assert (await node.get("/healthz")) == (200, "ok\n")
         status, text = await node.get("/readyz")
         assert (status, text.count("\n")) == (503, 1)
@@ -162,16 +164,14 @@ def test_a_plugin_that_cannot_read_the_locks_lives_and_is_not_ready(
         assert (found["not_ready"], found["not_alive"]) == ([text.strip()], [])
         assert (found["locks"]["read"], found["locks"]["reachable"]) == (False, False)
         del node.api.refused["list leases"]
-        await node.until_asked(lambda api: "watch leases" in api.rights())
-        await offered(node)
+        await node.until_api(lambda api: "watch leases" in api.rights_used())
+        await node.until("stick", {places.device.id: True})
         assert (await node.get("/readyz")) == (200, "ok\n")
 
     assert run(monkeypatch, places, story, before=before)[0] == 0
 
 
-def test_a_plugin_whose_kubelet_is_away_is_not_ready_until_it_is_back(
-    monkeypatch: pytest.MonkeyPatch, places: Places
-) -> None:
+def test_the_plugin_is_not_ready_while_its_kubelet_is_away(monkeypatch: pytest.MonkeyPatch, places: Places) -> None:
     async def story(node: Node) -> None:
         await offered(node)
         await node.kubelet.stop()
@@ -188,8 +188,8 @@ def test_a_plugin_whose_kubelet_is_away_is_not_ready_until_it_is_back(
     assert run(monkeypatch, places, story)[0] == 0
 
 
-def test_a_plugin_whose_event_loop_is_late_is_not_alive(monkeypatch: pytest.MonkeyPatch, places: Places) -> None:
-    monkeypatch.setattr(process, "BEAT_WITHIN", -1.0)  # however soon the next sign of life comes
+def test_a_late_event_loop_is_not_alive(monkeypatch: pytest.MonkeyPatch, places: Places) -> None:
+    monkeypatch.setattr(process, "BEAT_WITHIN", -1.0)  # every beat is too late
 
     async def story(node: Node) -> None:
         await offered(node)
@@ -200,7 +200,7 @@ def test_a_plugin_whose_event_loop_is_late_is_not_alive(monkeypatch: pytest.Monk
     assert run(monkeypatch, places, story)[0] == 0
 
 
-def test_cdi_specs_go_where_the_flag_says_and_go_with_the_pod(monkeypatch: pytest.MonkeyPatch, places: Places) -> None:
+def test_cdi_directory_is_where_specs_are_written_and_removed(monkeypatch: pytest.MonkeyPatch, places: Places) -> None:
     places.configure(fields=", cdi: true")
 
     async def story(node: Node) -> None:
@@ -214,7 +214,7 @@ def test_cdi_specs_go_where_the_flag_says_and_go_with_the_pod(monkeypatch: pytes
         assert allocation.cdi_devices == tuple(f"usbip.dev/stick={device['name']}" for device in spec["devices"])
         (nodes,) = (device["containerEdits"]["deviceNodes"] for device in spec["devices"])
         assert [one["path"] for one in nodes] == ["/dev/bus/usb/003/002"]
-        await node.until_asked(lambda _api: "usbip.dev/pod" in node.leases.leases[places.device.id].annotations)
+        await node.until_api(lambda _api: "usbip.dev/pod" in node.leases.leases[places.device.id].annotations)
         node.pod(POD.name, "Succeeded")
         node.kubelet.end(POD)
         await node.log.until("released")
@@ -224,7 +224,7 @@ def test_cdi_specs_go_where_the_flag_says_and_go_with_the_pod(monkeypatch: pytes
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_without_an_address_there_is_no_page_and_either_signal_ends_it(
+def test_an_empty_address_starts_no_http_server_and_either_signal_ends_the_process(
     monkeypatch: pytest.MonkeyPatch, places: Places, capsys: pytest.CaptureFixture[str], number: signal.Signals
 ) -> None:
     def no_server(*_arguments: object) -> None:
@@ -240,9 +240,7 @@ def test_without_an_address_there_is_no_page_and_either_signal_ends_it(
 
 
 @pytest.mark.parametrize("works", [True, False])
-def test_what_a_start_needed_is_let_go_when_it_is_over(
-    monkeypatch: pytest.MonkeyPatch, places: Places, works: bool
-) -> None:
+def test_the_process_settles_after_its_start(monkeypatch: pytest.MonkeyPatch, places: Places, works: bool) -> None:
     settled: list[bool] = []
 
     def settle() -> None:
@@ -257,7 +255,7 @@ def test_what_a_start_needed_is_let_go_when_it_is_over(
     assert len(log.having("the code of the start stays in memory")) == (not works)
 
 
-def test_no_way_to_the_api_server_is_said_and_is_1(places: Places, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_kubeconfig_is_logged_and_exits_with_1(places: Places, capsys: pytest.CaptureFixture[str]) -> None:
     places.configure(selector="")
     assert main(["run", *places.flags(), "--kubeconfig", str(places.home / "absent")]) == 1
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -268,7 +266,7 @@ def test_no_way_to_the_api_server_is_said_and_is_1(places: Places, capsys: pytes
     assert "absent" in found[1]["cause"]
 
 
-def test_an_address_that_is_taken_is_said_and_is_1(
+def test_an_address_in_use_is_logged_and_exits_with_1(
     monkeypatch: pytest.MonkeyPatch, places: Places, capsys: pytest.CaptureFixture[str]
 ) -> None:
     async def story(_node: Node) -> None:
@@ -288,7 +286,7 @@ def test_an_address_that_is_taken_is_said_and_is_1(
         (("--config", "/nonexistent/config.yaml"), "", "/nonexistent/config.yaml: cannot be read: No such file"),
     ],
 )
-def test_what_is_missing_or_wrong_at_the_start_is_2(
+def test_a_wrong_command_line_or_configuration_exits_with_2(
     places: Places, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], text: str, problem: str
 ) -> None:
     places.config.write_text(text)

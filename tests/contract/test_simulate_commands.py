@@ -1,4 +1,4 @@
-"""`usbip-plugin simulate` in this process: what its flags do, and that it ends at SIGTERM."""
+"""`usbip-plugin simulate` in the test process: its flags, its errors, and its end at SIGTERM."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from command_rig import LIMIT_S, LOOPBACKS, simulate, undone
+from command_rig import LIMIT_S, LOOPBACKS, process_restored, simulate
 
 from usbip_plugin.cli import main, parser
 from usbip_plugin.cli.exits import Exit
@@ -29,8 +29,8 @@ PORTS = 16
 
 
 @pytest.fixture(autouse=True)
-def unchanged() -> Iterator[None]:
-    with undone():
+def restored() -> Iterator[None]:
+    with process_restored():
         yield
 
 
@@ -41,7 +41,7 @@ def home() -> Iterator[Path]:
 
 
 @pytest.mark.parametrize(("flags", "controllers"), [((), 1), (("--controllers", "3"), 3)])
-def test_a_kernel_has_as_many_controllers_as_it_is_told(
+def test_controllers_sets_the_number_of_controllers(
     home: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], controllers: int
 ) -> None:
     path = home / "made" / "kernel.sock"
@@ -59,20 +59,20 @@ def test_a_kernel_has_as_many_controllers_as_it_is_told(
 
 
 @pytest.mark.parametrize("number", ["0", "16", "-1", "1.5", "²", "many"])
-def test_a_number_of_controllers_that_no_kernel_has_is_refused(capsys: pytest.CaptureFixture[str], number: str) -> None:
+def test_controllers_must_be_from_1_to_15(capsys: pytest.CaptureFixture[str], number: str) -> None:
     with pytest.raises(SystemExit) as caught:
         parser().parse_args(["simulate", "kernel", "--socket", "kernel.sock", "--controllers", number])
     assert caught.value.code == Exit.USAGE
     assert "must be a number from 1 to 15" in capsys.readouterr().err
 
 
-def test_a_kernel_makes_device_nodes_in_its_directory_and_leaves_alone_what_is_no_node_of_its_predecessor(
+def test_device_directory_is_where_nodes_are_made_and_foreign_files_stay(
     home: Path,
 ) -> None:
     path, devices, journal = home / "kernel.sock", home / "dev", home / JOURNAL
     other = devices / "ttyUSB0"
     devices.mkdir()
-    other.write_text("somebody else's by now")
+    other.write_text("not a device node")
     journal.write_text("/dev/ttyUSB0\n")
 
     async def story(_record: logging.LogRecord) -> None:
@@ -86,7 +86,7 @@ def test_a_kernel_makes_device_nodes_in_its_directory_and_leaves_alone_what_is_n
             imported = await client.import_device(DeviceKey(server.key, "1-1"), timeout=LIMIT_S)
             with contextlib.closing(imported):
                 port = await driver.attach(imported.key, imported.descriptor, imported.sock.fileno())
-            with contextlib.suppress(AttachRefused):  # a node may be made with CAP_MKNOD only, its directory by anybody
+            with contextlib.suppress(AttachRefused):  # only the node itself needs CAP_MKNOD, its directory does not
                 await driver.enumerate(imported.key, imported.descriptor, port, timeout=LIMIT_S)
             assert (devices / "bus/usb/003").is_dir()
 
@@ -95,9 +95,7 @@ def test_a_kernel_makes_device_nodes_in_its_directory_and_leaves_alone_what_is_n
     assert (journal.read_text(), other.exists()) == ("", True)
 
 
-def test_a_socket_that_another_kernel_listens_on_is_said_and_is_1(
-    home: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_socket_in_use_is_logged_and_exits_with_1(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = home / "kernel.sock"
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as other:
         other.bind(str(path))
@@ -110,7 +108,7 @@ def test_a_socket_that_another_kernel_listens_on_is_said_and_is_1(
 
 
 async def devices_of(record: logging.LogRecord) -> list[str]:
-    """What the server lists that has logged where it serves."""
+    """Returns the devices that a server lists, given its log record "serving"."""
     host, port = vars(record)["address"].rsplit(":", 1)
     with contextlib.closing(TcpUsbipClient(SystemClock())) as client:
         listed = await client.devlist(ServerKey(host.strip("[]"), int(port)), timeout=LIMIT_S)
@@ -118,7 +116,7 @@ async def devices_of(record: logging.LogRecord) -> list[str]:
 
 
 @pytest.mark.parametrize("host", LOOPBACKS)
-def test_a_server_listens_where_it_is_told_and_has_the_devices_of_its_flags(host: str) -> None:
+def test_a_server_listens_at_its_address_with_the_devices_of_its_flags(host: str) -> None:
     address = f"[{host}]" if ":" in host else host
 
     async def story(record: logging.LogRecord) -> None:
@@ -130,7 +128,7 @@ def test_a_server_listens_where_it_is_told_and_has_the_devices_of_its_flags(host
     assert simulate(story, "serving", "server", "--listen", f"{address}:0", *devices) == 0
 
 
-def test_the_devices_of_a_file_come_on_top_of_those_of_the_flags(home: Path) -> None:
+def test_a_server_adds_the_devices_of_its_file(home: Path) -> None:
     file = home / "devices"
     file.write_text("2-1=0403:6001\n")
 
@@ -141,6 +139,6 @@ def test_the_devices_of_a_file_come_on_top_of_those_of_the_flags(home: Path) -> 
     assert simulate(story, "serving", "server", *flags) == 0
 
 
-def test_devices_that_make_no_sense_are_2(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_device_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["simulate", "server", "--device", "1-1"]) == Exit.USAGE
     assert "--device 1-1: must be BUSID=VVVV:PPPP" in capsys.readouterr().err
