@@ -86,11 +86,12 @@ class NodeStatuses:
         """Seconds of the loop that a process may take until it writes a count, or leaves it to its kubelet."""
         agent, sync = node.agent, KUBELET_SYNC_S / node.clock.rate
         agreed = self._agreed.get((process, resource)) == node.pods.hang_ups
+        hindered = now - self._hindered.get(process, -math.inf) < sync + STATUS_S / node.clock.rate
         if agent is None or resource not in agent.resources.plugins:
-            # one that was stopped may have given up to say that a resource is gone
-            return sync if process.halted_time() > 0 or not agreed else 0.0
+            # one that was stopped, or could not write, may have given up to say that a resource is gone
+            return sync if process.halted_time() > 0 or hindered or not agreed else 0.0
         # a lower count that is taken back before it is written is not written, and the kubelet may have done so
-        if not lower and now - self._hindered.get(process, -math.inf) < sync:
+        if not lower and hindered:
             return sync
         # a turn that was begun when the nodes were not counted is waited for
         counted = now - self._counted.get(process, math.inf) > sync
