@@ -30,6 +30,7 @@ from agent_rig import (
     signal_usbipd,
     tty_of,
     until_health,
+    until_lease,
     until_pod_noted,
     until_reason,
     until_released,
@@ -104,6 +105,8 @@ async def test_a_frozen_server_delays_nobody_else(rig: KernelRig, second_usbipd:
         signal_usbipd(usbipd, signal.SIGSTOP)
         try:
             stuck = asyncio.create_task(allocate(node, SERIAL, twin))
+            # an import follows the lock
+            await until_lease(world.backend, twin, lambda lease: lease is not None and lease.holder == node.name)
             answer = await allocate(node, DISKS, disk)
             assert exist(device.host_path for device in answer.devices)
             assert not stuck.done(), "the disk had to wait for the frozen server"
