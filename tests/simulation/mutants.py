@@ -37,7 +37,7 @@ TWO_IMPORTS = "one import, by the nodes' account"
 NOT_LOCKED = "a lock for each import"
 SAME_EPOCH = "an epoch for each holder"
 NOT_BACK = "a pod's device is attached again"
-NOT_TOLD = "a pod's device is attached or reported"
+RELEASED = "a pod's device is not released"
 ANOTHER = "a promised device is that one"
 NOT_ATTACHED = "attached is true"
 NOT_WORKING = "agents work"
@@ -382,7 +382,7 @@ MUTANTS = (
     Mutant(
         "R7",
         "detached without the API server",
-        NOT_TOLD,
+        RELEASED,
         (API_GONE,),
         patched=lambda: patch.object(DeviceWork, "run", detaching_without_api),
     ),

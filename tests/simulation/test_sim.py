@@ -59,10 +59,12 @@ def test_on_several_processes_the_same_is_counted(capsys: pytest.CaptureFixture[
     assert re.fullmatch(r"\d+ steps of 2 plans: no promise broken", told[0][-1])
 
 
-def test_with_a_number_of_steps_what_never_happened_is_a_failure(
-    capsys: pytest.CaptureFixture[str], actions: int
+@pytest.mark.parametrize(("all_happens", "status"), [(1, 1), (sim.ALL_HAPPENS, 0)])
+def test_what_never_happened_is_named_and_after_many_steps_a_failure(
+    capsys: pytest.CaptureFixture[str], actions: int, monkeypatch: pytest.MonkeyPatch, all_happens: int, status: int
 ) -> None:
-    assert sim.main(["--steps", "1", "--actions", str(actions), "--jobs", "1"]) == 1
+    monkeypatch.setattr(sim, "ALL_HAPPENS", all_happens)
+    assert sim.main(["--steps", "1", "--actions", str(actions), "--jobs", "1"]) == status
     told = capsys.readouterr().out.splitlines()
     assert told[-1].startswith("never happened: ")
     missing = told[-1].removeprefix("never happened: ").split("; ")
