@@ -86,6 +86,18 @@ async def registrations(kubelet: FakeKubelet, count: int) -> None:
         await kubelet.changed.until(lambda: len(kubelet.seen.registrations) >= count and kubelet.connected(STORAGE))
 
 
+class FleetingKubelet(FakeKubelet):
+    """Ends the first ListAndWatch stream before it answers the registration that it belongs to."""
+
+    async def dial(self, resource: str, path: Path) -> None:
+        await super().dial(resource, path)
+        if not self.seen.registrations[1:]:
+            await self.wait_for(resource, bool)
+            (listener,) = self._listeners
+            listener.cancel()
+            await asyncio.wait([listener])
+
+
 class TestRegistration(Sockets):
     async def test_it_needs_nothing_to_be_known_of_any_device(self, short_tmp: Path) -> None:
         """Registering waits for no server; until something is published nothing is said, not even "no devices"."""
@@ -165,6 +177,14 @@ class TestRegistration(Sockets):
             await sees(kubelet, a=True)
             for task in tuple(kubelet._listeners):
                 task.cancel()
+            await registrations(kubelet, 2)
+            await sees(kubelet, a=True)
+
+    async def test_a_stream_that_ends_before_the_registration_is_answered_is_followed_by_another(
+        self, short_tmp: Path
+    ) -> None:
+        async with FleetingKubelet(short_tmp) as kubelet, node(short_tmp) as n:
+            n.server.publish(advertised(a=Reason.FREE))
             await registrations(kubelet, 2)
             await sees(kubelet, a=True)
 

@@ -162,6 +162,8 @@ class DevicePluginServer:
         self._version = 0
         self._published: tuple[Advertised, ...] | None = None
         self._streams: set[_Stream] = set()
+        self.streams_opened = 0
+        """ListAndWatch streams so far, those that have ended included. `changed` fires when it changes."""
 
     def publish(self, devices: tuple[Advertised, ...]) -> None:
         """From now on this is the truth: every open ListAndWatch is woken at once, a new one begins with it.
@@ -226,6 +228,7 @@ class DevicePluginServer:
         """
         stream = _Stream()
         self._streams.add(stream)
+        self.streams_opened += 1
         self.changed.fire()
         try:
             while True:

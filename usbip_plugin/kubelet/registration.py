@@ -163,6 +163,7 @@ class ResourcePlugin:
             await stack.enter_async_context(self.server.serving(path))
             self._set(State.REGISTERING, self.error)
             mine = identify(path)
+            opened = self.server.streams_opened
             await register(
                 self._directory.kubelet_socket,
                 pb.RegisterRequest(
@@ -172,20 +173,25 @@ class ResourcePlugin:
                     options=self.server.options,
                 ),
             )
-            await self._until_listening(path, kubelet, mine)
+            await self._until_listening(path, kubelet, mine, opened)
             self.registrations += 1
             self._set(State.REGISTERED)
             cause = await self._until_over(path, kubelet, mine)
         self._set(State.REGISTERING, cause)
 
-    async def _until_listening(self, path: Path, kubelet: SocketIdentity, mine: SocketIdentity | None) -> None:
-        """Returns when the stream is open. RegistrationFailed, too, if the kubelet that said yes ended before that."""
+    async def _until_listening(
+        self, path: Path, kubelet: SocketIdentity, mine: SocketIdentity | None, opened: int
+    ) -> None:
+        """Waits for a stream after the first `opened` ones, which may have ended again by the time this looks.
+
+        Raises RegistrationFailed if the kubelet that accepted the registration ends before it opens one.
+        """
         cause: str | None = None
 
         def decided() -> bool:
             nonlocal cause
             cause = self._why_over(path, kubelet, mine, streams=1)
-            return self.server.open_streams > 0 or cause is not None
+            return self.server.streams_opened > opened or cause is not None
 
         try:
             async with self._clock.timeout(STREAM_TIMEOUT_S):
