@@ -75,8 +75,8 @@ done
 # eight seconds of processor here, however long the machine takes to give them. So time limits in the guest do not depend
 # on the machine's load. While the guest waits (sleep=on), its clock runs with this machine's. Not shift=auto, which
 # follows the load; not sleep=off, which jumps over the time that the machine needs for 9p.
-# Measured with the 18 short kernel tests at nice 5, load 9 to 20 on two cores:
-#   counted, shift=0:  55 s of the guest's time (15 busy) in each run, 129-137 s of processor, green
+# Measured with the 18 short kernel tests at nice 5, load 6 to 21 on two cores:
+#   counted, shift=0:  53-56 s of the guest's time (15 busy) in five runs, 91-137 s of processor, green
 #   counted, shift=1:  73 s of the guest's time (31 busy), 136 s of processor, green
 #   this machine's (-r): 300-480 s of the guest's time, 125-146 s of processor; red at load 20: allocateTimeout passed
 # Counting costs no more processor time, and no more wall than the load.
