@@ -68,7 +68,7 @@ test-kills: $(VENV)/.test ## the plugin killed KILLS times (200) at random momen
 	tests/lab/guest/run.sh -u -t $(KILLS_SECONDS) '$(PYTEST) -s -p no:cacheprovider tests/kernel/test_kernel_agent_kills.py --kills $(KILLS) $(ARGS)'
 
 soak-kernel: $(VENV)/.test ## devices attached and detached on the real kernel for MINUTES (30): nothing leaks
-	tests/lab/guest/run.sh -u -t $$(( $(MINUTES) * 60 + $(GUEST_SECONDS) )) '$(PYTEST) -s -p no:cacheprovider tests/kernel/test_kernel_agent_kills.py -k for_long --soak-seconds $$(( $(MINUTES) * 60 )) $(ARGS)'
+	tests/lab/guest/run.sh -r -u -t $$(( $(MINUTES) * 60 + $(GUEST_SECONDS) )) '$(PYTEST) -s -p no:cacheprovider tests/kernel/test_kernel_agent_kills.py -k for_long --soak-seconds $$(( $(MINUTES) * 60 )) $(ARGS)'
 
 test-deploy: $(VENV)/.test ## the manifests and the chart: rendered, compared, tried on a real kube-apiserver
 	$(PYTEST) tests/deploy $(ARGS)
@@ -122,7 +122,7 @@ plots: $(VENV)/.test ## docs/performance/*.svg from bench-scale.json
 	$(BIN)/python tests/bench/scale_plot.py bench-scale.json docs/performance
 
 bench-kernel: $(VENV)/.test ## Allocate on a real kernel against the kernel's own time, in the QEMU guest
-	tests/lab/guest/run.sh -u -t $(GUEST_SECONDS) '$(BIN)/python tests/bench/bench.py --kernel $(ARGS)'
+	tests/lab/guest/run.sh -r -u -t $(GUEST_SECONDS) '$(BIN)/python tests/bench/bench.py --kernel $(ARGS)'
 
 fuzz: $(VENV)/.fuzz ## every decoder under atheris, SECONDS each (10); what it finds is in build/fuzz (Linux, x86_64)
 	$(BIN)/python tests/fuzz/fuzz.py --seconds $(SECONDS) $(ARGS)

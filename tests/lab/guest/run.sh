@@ -79,7 +79,7 @@ done
 #   counted, shift=0:  53-56 s of the guest's time (15 busy) in five runs, 91-137 s of processor, green
 #   counted, shift=1:  73 s of the guest's time (31 busy), 136 s of processor, green
 #   this machine's (-r): 300-480 s of the guest's time, 125-146 s of processor; red at load 20: allocateTimeout passed
-# Counting costs no more processor time, and no more wall than the load.
+# Counting costs no more processor time.
 clock=(-accel tcg,thread=single,tb-size=256 -icount "shift=${ICOUNT:-0},align=off,sleep=on")
 [ -z "$real" ] || clock=(-accel tcg,thread=multi,tb-size=256)
 emulation=0
