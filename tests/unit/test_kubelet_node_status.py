@@ -4,6 +4,8 @@ import asyncio
 import random
 from typing import Any, Self
 
+import pytest
+
 from usbip_plugin.errors import KubeError, KubeForbidden, KubeUnreachable
 from usbip_plugin.kubelet.broadcast import Broadcast
 from usbip_plugin.kubelet.node_status import (
@@ -252,6 +254,22 @@ async def test_a_higher_count_that_is_taken_back_is_written_because_the_kubelet_
         assert len(r.api.patches) == 2
         await asyncio.sleep(60)
         assert len(r.api.patches) == 2
+
+
+@virtual
+@pytest.mark.parametrize("known", [True, False])
+async def test_a_count_below_what_the_kubelet_was_told_is_a_lower_one_whatever_was_written_before(known: bool) -> None:
+    """The kubelet may have written the higher one, which is left to it among so many nodes."""
+    async with Running(MANY, seed=3) as r:
+        if known:
+            assert await r.publisher.publish_now({STORAGE: 0}, 1.0)
+        before = len(r.api.patches)
+        r.publisher.publish({STORAGE: 2})
+        await asyncio.sleep(5)
+        assert len(r.api.patches) == before
+        r.publisher.publish({STORAGE: 1})
+        await asyncio.sleep(spread(MANY, lower=True) + 2 * PATCH_S)
+        assert r.api.patches[before:] == [status_patch({STORAGE: 1})]
 
 
 @virtual

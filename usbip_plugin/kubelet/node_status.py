@@ -76,8 +76,11 @@ class NodeStatusPublisher:
         self._rng = rng
         self._wanted: dict[str, int] = {}
         self._written: dict[str, int] = {}
-        self._offered: set[str] = set()
-        """Resources whose kubelet was told more than is written, and so may have written that."""
+        self._told: dict[str, int] = {}
+        """The most that the kubelet was told of each resource since the Node last said the latest count.
+
+        It may have written that.
+        """
         self._changed = Broadcast()
         self._urgent = False
         self.errors = 0
@@ -89,7 +92,7 @@ class NodeStatusPublisher:
         if all(self._wanted.get(name) == count for name, count in counts.items()):
             return
         self._wanted.update(counts)
-        self._offered.update(name for name, count in counts.items() if count > self._written.get(name, count))
+        self._told.update({name: max(count, self._told.get(name, count)) for name, count in counts.items()})
         self._changed.fire()
 
     def forget(self, resource: str) -> None:
@@ -99,7 +102,7 @@ class NodeStatusPublisher:
         """
         self._wanted.pop(resource, None)
         self._written.pop(resource, None)
-        self._offered.discard(resource)
+        self._told.pop(resource, None)
 
     async def publish_now(self, counts: Mapping[str, int], timeout: float) -> bool:
         """publish(), then waits until these counts or later ones are written, at most timeout seconds.
@@ -173,15 +176,13 @@ class NodeStatusPublisher:
         return True
 
     def _lowers(self, pending: Mapping[str, int]) -> bool:
-        return any(count < self._written.get(name, 0) or not self._rises(name) for name, count in pending.items())
-
-    def _rises(self, name: str) -> bool:
-        return self._wanted[name] > self._written.get(name, -1)
+        """Whether the Node may say more than one of these counts."""
+        return any(count < max(self._written.get(name, 0), self._told[name]) for name, count in pending.items())
 
     def _known(self, counts: Mapping[str, int]) -> None:
         """The Node says so now."""
         self._written.update({name: count for name, count in counts.items() if name in self._wanted})
-        self._offered -= {name for name, count in counts.items() if self._wanted.get(name) == count}
+        self._told.update({name: count for name, count in counts.items() if self._wanted.get(name) == count})
         self._changed.fire()
 
     async def _pause(self, seconds: float) -> None:
@@ -196,7 +197,7 @@ class NodeStatusPublisher:
         return {
             name: count
             for name, count in self._wanted.items()
-            if self._written.get(name) != count or name in self._offered
+            if self._written.get(name) != count or self._told[name] > count
         }
 
     def _is_written(self, counts: Mapping[str, int]) -> bool:
