@@ -42,7 +42,8 @@ class Adopter:
         """Takes over what locks and ports say is this node's.
 
         used: by device ID, as far as is known. complete: nobody else uses a device here; else nothing is let go.
-        deprived: also looks for pods whose devices have lost their locks, under an earlier process.
+        deprived: also looks for devices that have lost their locks under an earlier process, where a pod has one or it
+        is still attached.
 
         Idempotent; to be called when the locks are known, and again whenever the API server is back.
         """
@@ -54,7 +55,9 @@ class Adopter:
         found = list(self._locks.mine())
         if deprived:
             locks = self._locks.locks
-            found += [locks[i] for i in sorted(used) if i in locks and locks[i].holder != self._me.node]
+            # what a person has attached with the usbip tool is let be
+            left = {port.record.id for port in ports if port.record is not None and port.by_plugin}
+            found += [locks[i] for i in sorted(used.keys() | left) if i in locks and locks[i].holder != self._me.node]
         for lock in found:
             key = key_of(lock)
             if key is None or self._work.mutex(lock.device_id).locked():

@@ -123,6 +123,14 @@ class TestAttachWrite:
         assert (rig.sysfs.hub_dir(0) / "authorized_default").read_text() == "1\n"
         assert (await state(driver, 0)).status is PortStatus.NULL
 
+    async def test_a_record_that_the_usbip_tool_wrote_is_not_taken_for_a_plugins(self, rig: FakeSysfsRig) -> None:
+        port = (await attached(rig.plugin(), await rig.import_twin(1))).port
+        path = rig.records / f"port{port}"
+        before = await state(rig.plugin(), port)
+        path.write_text(path.read_text().splitlines(keepends=True)[0])
+        after = await state(rig.plugin(), port)
+        assert (after.record, before.by_plugin, after.by_plugin) == (before.record, True, False)
+
     async def test_a_record_of_somebody_else_survives_our_refusal(self, rig: FakeSysfsRig) -> None:
         def somebody_is_quicker(port: int) -> None:
             if port == 0:

@@ -106,7 +106,8 @@ class VhciContract:
         imported = await rig.import_twin(1)
         attachment = await attached(rig.plugin(), imported)
         successor = rig.plugin()
-        assert (await state(successor, attachment.port)).record == imported.key
+        found = await state(successor, attachment.port)
+        assert (found.record, found.by_plugin) == (imported.key, True)
         assert await successor.inspect(imported.key, attachment.port) == attachment
         await successor.detach(attachment.port, timeout=LIMIT_S)
         assert await rig.is_free_on_server(imported.key)

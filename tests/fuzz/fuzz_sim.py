@@ -136,7 +136,7 @@ def _requested() -> Iterable[bytes]:
 
 
 def _answered() -> Iterable[bytes]:
-    port = PortState(0, "hs", PortStatus.USED, 3, 65538, "3-1", KEY)
+    port = PortState(0, "hs", PortStatus.USED, 3, 65538, "3-1", KEY, by_plugin=True)
     errors: list[VhciError | WrongDevice] = [
         WrongDevice(KEY, UsbId(1, 2), UsbId(3, 4)),
         SimulatedKernelMissing("/x", "gone"),

@@ -192,6 +192,13 @@ def steal(cluster: Cluster, device: DeviceKey) -> None:
     cluster.backend.replace(replace(lease, holder="node-z", transitions=lease.transitions + 1))
 
 
+def release_by_hand(cluster: Cluster, device: DeviceKey) -> None:
+    """A person empties the device's lock, as `usbip-plugin release` does."""
+    lease = cluster.backend.leases[device.id]
+    notes = {**lease.annotations, record.WRITE_ID: record.BY_HAND}
+    cluster.backend.replace(replace(lease, holder="", annotations=notes))
+
+
 def mislead(cluster: Cluster, device: DeviceKey, serial: str) -> None:
     """A wrong serial number on the lock, as if the server had given another device the number of the one before it."""
     lease = cluster.backend.leases[device.id]

@@ -7,6 +7,7 @@ import pytest
 from cluster_rig import (
     DONGLE,
     LOCKS,
+    SETTLE,
     STICK,
     admitted,
     agent,
@@ -25,6 +26,7 @@ from cluster_rig import (
     pod,
     port_of,
     reason,
+    release_by_hand,
     resource,
     server,
     spec,
@@ -672,6 +674,23 @@ async def test_a_lock_that_is_lost_and_back_while_its_device_enumerates_costs_an
         node.alive()
         assert node.attached() == {device}
         assert c.holder(device) == "node-a"
+
+
+@stepped
+@pytest.mark.parametrize("released", [True, False])
+async def test_what_is_attached_without_lock_and_pod_after_the_plugin_was_down_is_detached(released: bool) -> None:
+    """Its lock was released by hand or taken, and its pod has ended, while nobody here could see it."""
+    async with one_stick() as (c, lab, device):
+        a, b = c["node-a"], c["node-b"]
+        await admitted(c, device)
+        a.kill()
+        (release_by_hand if released else steal)(c, device)
+        a.end(pod("p"))
+        a.start()
+        assert await c.settle(lambda: not a.attached() and not lab.importers(device.busid), SETTLE)
+        assert await c.settle(lambda: not a.held_in(State.LOST), 60), "nobody waits for it"
+        assert c.holder(device) == ("" if released else "node-z")
+        assert not released or await b.admit(pod("q"), "stick") is None
 
 
 @stepped

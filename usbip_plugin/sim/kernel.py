@@ -74,7 +74,10 @@ class SimulatedVhci:
     def _state(self, port: Port) -> PortState:
         ours = not self._stale(port.number) and not self._foreign(port.number)
         record = self._records.get(port.number) if ours else None
-        return PortState(port.number, port.hub, port.status, port.speed, port.devid, port.local_busid, record)
+        by_plugin = record is not None
+        return PortState(
+            port.number, port.hub, port.status, port.speed, port.devid, port.local_busid, record, by_plugin
+        )
 
     async def attach(self, key: DeviceKey, descriptor: Descriptor, fd: int) -> int:
         ports = self._ports()

@@ -56,15 +56,17 @@ def descriptor_in(value: Any) -> Descriptor:
 
 def port_out(port: PortState) -> list[Any]:
     record = None if port.record is None else key_out(port.record)
-    return [port.number, port.hub, port.status.value, port.speed, port.devid, port.local_busid, record]
+    numbers = [port.number, port.hub, port.status.value, port.speed, port.devid]
+    return [*numbers, port.local_busid, record, port.by_plugin]
 
 
 def port_in(value: Any) -> PortState:
-    number, hub, status, speed, devid, busid, record = _items(value)
+    number, hub, status, speed, devid, busid, record, by_plugin = _items(value)
     key = None if record is None else key_in(record)
     local_busid = None if busid is None else _text(busid)
-    numbers = (number_in(number), number_in(status), number_in(speed), number_in(devid))
-    return PortState(numbers[0], _HUBS[_text(hub)], PortStatus(numbers[1]), numbers[2], numbers[3], local_busid, key)
+    place, status = number_in(number), PortStatus(number_in(status))
+    numbers = number_in(speed), number_in(devid)
+    return PortState(place, _HUBS[_text(hub)], status, *numbers, local_busid, key, _flag(by_plugin))
 
 
 def ports_in(value: Any) -> tuple[PortState, ...]:

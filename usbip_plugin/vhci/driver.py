@@ -18,7 +18,7 @@ ABANDON_S = 5.0  # for the detach that follows a failed enumeration
 class PortState:
     """A port and whose it is. record is what this node wrote (or the usbip tool), None for a free port.
 
-    The other fields are those of vhci.sysfs.Port.
+    by_plugin: whether a plugin of this node wrote it, and not the tool. The other fields are those of vhci.sysfs.Port.
     """
 
     number: int
@@ -28,6 +28,7 @@ class PortState:
     devid: int = 0
     local_busid: str | None = None
     record: DeviceKey | None = None
+    by_plugin: bool = False
 
 
 @dataclass(frozen=True, slots=True)

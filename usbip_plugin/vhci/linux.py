@@ -95,8 +95,10 @@ class SysfsVhci:
     def _state(self, port: Port) -> PortState:
         ours = port.status is not PortStatus.NULL and not self._foreign(port)
         record = self._records.read(port.number) if ours else None
-        key = record.key if record is not None and record.fits(port.occupant) else None
-        return PortState(port.number, port.hub, port.status, port.speed, port.devid, port.local_busid, key)
+        fits = record is not None and record.fits(port.occupant)
+        key = record.key if record is not None and fits else None
+        by_plugin = record is not None and fits and record.occupant is not None
+        return PortState(port.number, port.hub, port.status, port.speed, port.devid, port.local_busid, key, by_plugin)
 
     async def attach(self, key: DeviceKey, descriptor: Descriptor, fd: int) -> int:
         hub = hub_of(descriptor.speed)
