@@ -20,9 +20,11 @@ from usbip_plugin.kubelet.device_plugin import DevicePluginServer
 from usbip_plugin.kubelet.node_status import NodeStatusPublisher
 from usbip_plugin.locks.manager import Grant, LockManager
 from usbip_plugin.model import DeviceKey, Lock
+from usbip_plugin.sim.kernel import SimulatedVhci
 from usbip_plugin.telling import Telling
 from usbip_plugin.usage import UsageWatcher
 from usbip_plugin.usbip import client
+from usbip_plugin.vhci.driver import PortState
 from usbip_plugin.work import DeviceWork
 
 
@@ -97,6 +99,11 @@ def spawn_in_any_case(self: DeviceWork, work: Coroutine[object, object, None], n
         raise
 
 
+async def records_of_the_tool(self: SimulatedVhci) -> tuple[PortState, ...]:
+    """Replaces the driver's ports: what an earlier process attached cannot be told from what a person has attached."""
+    return tuple(replace(port, by_plugin=False) for port in self.ports_now())
+
+
 def attach_silently(self: Telling, server: DevicePluginServer) -> None:
     """Replaces Telling.attach: that the first list was sent is not noticed."""
     self._servers[server.resource] = server
@@ -117,6 +124,7 @@ PAST: Mapping[str, Callable[[], AbstractContextManager[object]]] = {
     "an-import-of-a-stopped-process": lambda: patch.object(client, "_check_time", lambda *_times: None),
     "a-kubelet-that-lists-no-pods": lambda: patch.object(UsageWatcher, "_unlisted", lambda *_users: Unlisted()),
     "an-allocate-while-the-plugin-ends": lambda: patch.object(DeviceWork, "spawn", spawn_in_any_case),
+    "an-attachment-without-lock-and-pod": lambda: patch.object(SimulatedVhci, "ports", records_of_the_tool),
     "a-lower-count-that-is-left-to-the-kubelet": lambda: patch.object(
         NodeStatusPublisher, "_lowers", below_what_was_written
     ),
