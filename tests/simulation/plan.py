@@ -120,6 +120,11 @@ EVERYWHERE = {
 }
 """One more action in so many. Half of those that can come at a step come with an Allocate."""
 
+STOPPED_IMPORTS = 30
+"""One more Allocate in so many actions whose agent is stopped between its write of the lock and its import."""
+IMPORTING = (10, 45)
+"""The first and the last step of an agent in which it may be between the two."""
+
 BY_SERIAL = {"swap_twin": 30}
 """The same where a resource promises a device by its serial number."""
 PROMISED = "S-1-1"
@@ -228,6 +233,13 @@ def draw(seed: int, length: int = ACTIONS) -> Plan:
             actions.insert(place, _action(again, at, kind, node))
             if kind in AT_STEP and again.random() < 0.5:
                 actions.insert(place, _action(again, at, "admit", node))
+    stops = random.Random(f"import {seed}")
+    for _ in range(length // STOPPED_IMPORTS):
+        place = stops.randrange(len(actions))
+        at, node = actions[place].at, stops.randrange(60)
+        lasts = round(settings.locks.import_window * stops.uniform(0.8, 4) / min(settings.rates), 3)
+        stop = Action(at, "freeze_agent", node, 0, lasts, stops.randint(*IMPORTING))
+        actions[place:place] = _action(stops, at, "admit", node), stop
     return Plan(seed, settings, tuple(sorted(actions, key=lambda action: action.at)))
 
 

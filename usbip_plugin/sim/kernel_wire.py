@@ -24,7 +24,7 @@ from usbip_plugin.vhci.sysfs import Hub, PortStatus
 
 T = TypeVar("T")
 
-VERSION = 3
+VERSION = 4
 MAX_TEXT = 8192
 MAX_ITEMS = 8192
 MAX_TIMEOUT_S = 3600.0
