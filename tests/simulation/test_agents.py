@@ -614,12 +614,6 @@ async def test_a_lease_deleted_by_hand_costs_a_pod_its_device_for_a_moment_only(
         assert c.holder(device) == "node-a"
 
 
-def release_by_hand(c: Cluster, device: DeviceKey) -> None:
-    """As `usbip-plugin release` does."""
-    lease = c.backend.leases[device.id]
-    c.backend.replace(replace(lease, holder="", annotations={**lease.annotations, record.WRITE_ID: record.BY_HAND}))
-
-
 @stepped
 async def test_a_lock_released_by_hand_is_not_taken_back_for_the_pod_that_had_it() -> None:
     async with one_stick() as (c, _lab, device):
