@@ -12,6 +12,7 @@ import tempfile
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -114,10 +115,18 @@ class Nodes:
             return Allocated(node, None, error.details() or "")
 
     async def use(self, node: SimNode) -> PodRef:
-        """A pod with all devices, which the kubelet lists until it ends: one that none lists keeps them for 15 s."""
+        """A pod with all devices, which the kubelet lists until it ends: one that none lists keeps them for 15 s.
+
+        Port and pod are noted on the locks, which is after the answer: what is read of a lock from here on stays so.
+        """
         pod = PodRef("default", "user", "uid")
         await node.admit(pod, {RESOURCE: len(self.keys)})
+        await self.until(lambda: all(map(partial(self._noted, node), self.keys)))
         return pod
+
+    def _noted(self, node: SimNode, key: DeviceKey) -> bool:
+        lock = self.lock(node, key)
+        return lock is not None and None not in (lock.port, lock.pod)
 
     async def race(self, key: DeviceKey) -> tuple[list[Allocated], list[Allocated]]:
         """All nodes at the same moment: (winners, losers)."""
