@@ -170,14 +170,14 @@ def test_figures_are_compared_by_how_much_more_they_changed_than_the_machine() -
 
 def sections(script: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "USBIP_PLUGIN_CACHE": str(tmp_path)}
-    command = f". .ci/sections.sh; {script}\nfinish"
+    command = f"set -euo pipefail; . .ci/sections.sh; {script}\nfinish"
     return subprocess.run(
         ["bash", "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
 
 
 def test_a_section_says_what_it_took_and_a_lane_ends_with_the_first_that_fails(tmp_path: Path) -> None:
-    ran = sections("{ section one 9 echo hello && section two 9 false && section three 9 true; }", tmp_path)
+    ran = sections("section one 9 echo hello && section two 9 false && section three 9 true || true", tmp_path)
     assert ran.returncode == 1
     assert "one| hello" in ran.stdout
     assert re.search(r"^one +ok +\d+ s +\d+ core-s  load [\d.]+$", ran.stdout, re.MULTILINE)
@@ -191,6 +191,12 @@ def test_a_lab_that_make_could_not_set_up_is_said_apart_too(tmp_path: Path) -> N
     (tmp_path / "Makefile").write_text("lab:\n\t@exit 75\n", encoding="utf-8")
     ran = sections(f"section lab 9 make -f {tmp_path}/Makefile lab || true", tmp_path)
     assert ran.returncode == 75
+
+
+def test_a_run_in_which_all_is_well_ends_well(tmp_path: Path) -> None:
+    ran = sections("section one 9 echo hello\nsection two 9 true", tmp_path)
+    assert ran.returncode == 0
+    assert "tests: 0 passed, 0 failed" in ran.stdout
 
 
 def test_a_failed_download_is_said_apart_from_a_failed_test(tmp_path: Path) -> None:
