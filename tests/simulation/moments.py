@@ -36,11 +36,15 @@ CALM = LATER + LONG
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """before: what leads up to it. begin: how it begins, on the node that does it. done: the line that ends it."""
+    """before: what leads up to it. begin: how it begins, on the node that does it. done: the line that ends it.
+
+    every: only each so many-th step is worth a moment, where most of them are alike.
+    """
 
     before: tuple[Action, ...]
     begin: Action
     done: str
+    every: int = 1
 
     def plan(self, fault: str, step: int) -> Plan:
         at, node = self.begin.at - act(0, "").at, self.begin.node
@@ -57,7 +61,7 @@ WORK: Mapping[str, Work] = {
     "takeover": Work(
         (act(0, "admit", A), act(4, "power_loss", A, lasts=200)), act(40, "admit", B), "admitted default/p2"
     ),
-    "hold": Work((act(0, "admit"),), act(4, "compact"), "admit default/p2 on node-b: 1 stick"),
+    "hold": Work((act(0, "admit"),), act(4, "compact"), "admit default/p2 on node-b: 1 stick", every=9),
 }
 
 
@@ -92,7 +96,7 @@ def moments(work: str, fault: str, stride: int = 1, wrong: Wrong | None = None) 
         yield moment, result
         if result.violation is not None or _after(moment, result):
             return
-        step += stride
+        step += stride * WORK[work].every
 
 
 def _after(moment: Moment, result: Result) -> bool:

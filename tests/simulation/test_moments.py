@@ -7,16 +7,13 @@ from moments import WORK, moments
 
 STRIDE, SHORT_STRIDE = 17, 29
 """Steps from one moment to the next, in the long form and in the short one."""
-SELDOM = 9
-"""So many times as long are they where an agent has next to nothing to do."""
 
 
 @pytest.mark.parametrize("fault", ["kill", "freeze_agent", "lock_released", "lock_taken"])
 @pytest.mark.parametrize("work", WORK)
 def test_no_promise_is_broken_by_a_fault_in_the_middle_of(work: str, fault: str, long_form: bool) -> None:
-    stride = (STRIDE if long_form else SHORT_STRIDE) * (SELDOM if work == "hold" else 1)
     played = 0
-    for moment, result in moments(work, fault, stride):
+    for moment, result in moments(work, fault, STRIDE if long_form else SHORT_STRIDE):
         assert result.violation is None, f"{moment}\n" + "\n".join(result.timeline)
         played += 1
     assert played > 1, "the work is longer than that"
