@@ -27,6 +27,7 @@ from usbip_plugin.clock import SystemClock
 from usbip_plugin.config import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.errors import KubeConflict, KubeError
 from usbip_plugin.kube import KubeClient, connect
+from usbip_plugin.locks import record
 from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.model import NodeIdentity, PodRef
 from usbip_plugin.notices import Notice, events_of
@@ -139,12 +140,16 @@ class Life:
             await asyncio.sleep(_POLL_S)
 
     async def _take_away(self, device_id: str) -> None:
+        """Takes the lock when the plugin has noted port and pod on it: a later write would show it the loss."""
         while True:
             lease = await self._admin.request("get", f"{LEASES}/{device_id}", resource="leases")
-            lease["spec"]["holderIdentity"] = "somebody-else"
-            with contextlib.suppress(KubeConflict):  # the plugin still writes the port and the pod
-                await self._admin.request("update", f"{LEASES}/{device_id}", resource="leases", body=lease)
-                return
+            notes = lease["metadata"]["annotations"]
+            if notes.get(record.PORT) and notes.get(record.POD):
+                break
+            if any(error.verb == "update" for error in self._refusals):  # nothing is noted without that right
+                break
+        lease["spec"]["holderIdentity"] = "somebody-else"
+        await self._admin.request("update", f"{LEASES}/{device_id}", resource="leases", body=lease)
 
     async def _until_told(self) -> None:
         path = "/apis/events.k8s.io/v1/events"
