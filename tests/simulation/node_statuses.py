@@ -109,7 +109,9 @@ def _can_write(node: ClusterNode) -> bool:
     agent, process, api = node.agent, node.process, node.status_api
     if agent is None or agent.node_status is None or process is None or process.halted or api is None:
         return False
-    return not node.partitioned and not api.hindered and agent.node_status.last_error is None
+    # a patch of before may arrive last: then only the kubelet puts it right
+    hindered = node.partitioned or node.object.overtaken or api.hindered
+    return not hindered and agent.node_status.last_error is None
 
 
 def _listens(node: ClusterNode, resource: str) -> bool:

@@ -108,6 +108,7 @@ class ClusterNode:
         if self._silent:
             leases.stall()
         self.status_api = NodeConnection(self.object, self.clock, self._fate)
+        process.at_death(self.status_api.gone)
         outside = Outside(
             me=NodeIdentity(self.name, f"{self.name}-boot-{self.boot}"),
             client=TcpUsbipClient(self.clock, connector),
@@ -233,7 +234,7 @@ class ClusterNode:
     def _write_status(self) -> None:
         if not self.partitioned:
             manager = self.kubelet.manager
-            self.object.write({resource: manager.allocatable(resource) for resource in manager.healthy})
+            self.object.sync({resource: manager.allocatable(resource) for resource in manager.healthy})
 
     # the API server
 

@@ -21,10 +21,18 @@ class NodeObject:
         self.name = name
         self.allocatable: dict[str, int] = {}
         """By full resource name."""
+        self.overtaken = False
+        """What it says may be of a patch that arrived after its sender had given it up, and perhaps sent another."""
 
-    def write(self, counts: Mapping[str, int]) -> None:
+    def write(self, counts: Mapping[str, int], *, overtaken: bool = False) -> None:
         """Lays these counts over what is there."""
         self.allocatable.update(counts)
+        self.overtaken = self.overtaken or overtaken
+
+    def sync(self, counts: Mapping[str, int]) -> None:
+        """The kubelet writes what it counts of all resources."""
+        self.write(counts)
+        self.overtaken = False
 
 
 class NodeConnection:
@@ -35,6 +43,11 @@ class NodeConnection:
         self._network = Context()
         self.hindered = 0
         """Calls under way whose fate is any other than to be carried out and answered at once."""
+        self._gone = False
+
+    def gone(self) -> None:
+        """The process is dead: nobody waits for its calls any more."""
+        self._gone = True
 
     async def request(
         self,
@@ -52,10 +65,15 @@ class NodeConnection:
             raise ValueError(f"not a patch of the status of {self._node.name}: {verb} {path} {resource} {body}")
         counts = {name: int(count) for name, count in body["status"]["allocatable"].items()}
         fate = self._faults(Operation(self._node.name, verb, self._node.name))
-        hindered = int(fate is not FINE)
+        hindered, given_up = int(fate is not FINE), False
+
+        def arrive() -> None:
+            self._node.write(counts, overtaken=given_up or self._gone)
+
         self.hindered += hindered
         try:
-            await carry(verb, resource, lambda: self._node.write(counts), fate, self._clock, self._network)
+            await carry(verb, resource, arrive, fate, self._clock, self._network)
         finally:
             self.hindered -= hindered
+            given_up = True
         return {}
