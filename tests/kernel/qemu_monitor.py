@@ -9,10 +9,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from usbipd import SETTLE_S, RealUsbipd, eventually
+from usbipd import RealUsbipd, eventually
 
 PORTS = Path("/sys/class/virtio-ports")
 NAME = "monitor"
+ANSWER_S = 10.0
 FREE_PORT = "7"
 """Of the controller of the serial converters; see usb_devices in run.sh, which gives out ports from 1."""
 
@@ -67,7 +68,7 @@ class Monitor:
         number = f"{os.getpid()}-{self._ids}"
         request = {"execute": command, "id": number, **({"arguments": arguments} if arguments else {})}
         os.write(self._fd, json.dumps(request).encode() + b"\n")
-        end = time.monotonic() + SETTLE_S
+        end = time.monotonic() + ANSWER_S
         while True:
             line, newline, rest = self._received.partition(b"\n")
             if newline:
@@ -77,5 +78,5 @@ class Monitor:
                     return message
             else:
                 ready, _, _ = select.select([self._fd], [], [], max(0.0, end - time.monotonic()))
-                assert ready, f"no answer to {command} within {SETTLE_S:g} s"
+                assert ready, f"no answer to {command} within {ANSWER_S:g} s"
                 self._received += os.read(self._fd, 4096)
