@@ -6,9 +6,9 @@ import functools
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from idle_backend import IdleBackend
 
 from usbip_plugin.kubelet.device_plugin import (
-    ContainerResponse,
     DeviceList,
     DevicePluginServer,
     DeviceStates,
@@ -16,17 +16,6 @@ from usbip_plugin.kubelet.device_plugin import (
 )
 from usbip_plugin.model import Advertised, DeviceKey, Health, Reason, ServerKey
 from usbip_plugin.sim.loop import run, virtual
-
-
-class NoBackend:
-    async def allocate_all(self, resource: str, requests: tuple[tuple[str, ...], ...]) -> tuple[ContainerResponse, ...]:
-        raise NotImplementedError
-
-    def preferred(self, resource: str, available: tuple[str, ...], must: tuple[str, ...], size: int) -> tuple[str, ...]:
-        raise NotImplementedError
-
-    async def pre_start(self, resource: str, device_ids: tuple[str, ...]) -> None:
-        raise NotImplementedError
 
 
 @functools.cache
@@ -59,7 +48,7 @@ class Stream:
 
 @virtual
 async def test_no_devices_at_all_is_something_to_say() -> None:
-    server = DevicePluginServer("usbip.dev/storage", NoBackend())
+    server = DevicePluginServer("usbip.dev/storage", IdleBackend())
     stream = Stream(server, 0)
     await asyncio.sleep(1)
     assert stream.sent == []
@@ -71,7 +60,7 @@ async def test_no_devices_at_all_is_something_to_say() -> None:
 
 @virtual
 async def test_what_is_published_during_a_write_is_sent_after_it() -> None:
-    server = DevicePluginServer("usbip.dev/storage", NoBackend())
+    server = DevicePluginServer("usbip.dev/storage", IdleBackend())
     server.publish(devices(True))
     stream = Stream(server, 1)
     await asyncio.sleep(0.5)
@@ -83,7 +72,7 @@ async def test_what_is_published_during_a_write_is_sent_after_it() -> None:
 
 @virtual
 async def test_wait_sent_waits_for_the_slowest_stream_and_not_for_one_that_is_gone() -> None:
-    server = DevicePluginServer("usbip.dev/storage", NoBackend())
+    server = DevicePluginServer("usbip.dev/storage", IdleBackend())
     quick, slow = Stream(server, 0.1), Stream(server, 5)
     await asyncio.sleep(0)
     server.publish(devices(True))
@@ -102,7 +91,7 @@ async def test_wait_sent_waits_for_the_slowest_stream_and_not_for_one_that_is_go
 
 @virtual
 async def test_a_stream_that_breaks_takes_nothing_with_it() -> None:
-    server = DevicePluginServer("usbip.dev/storage", NoBackend())
+    server = DevicePluginServer("usbip.dev/storage", IdleBackend())
     server.publish(devices(True))
 
     async def broken(_state: DeviceStates) -> None:
@@ -118,7 +107,7 @@ async def test_a_stream_that_breaks_takes_nothing_with_it() -> None:
 
 
 def test_what_is_healthy_counts_in_use_or_not() -> None:
-    server, key = DevicePluginServer("usbip.dev/storage", NoBackend()), DeviceKey(ServerKey("10.0.0.1"), "1-1")
+    server, key = DevicePluginServer("usbip.dev/storage", IdleBackend()), DeviceKey(ServerKey("10.0.0.1"), "1-1")
     reasons = [Reason.FREE, Reason.ATTACHED, Reason.HELD_ELSEWHERE, Reason.UNKNOWN]
     server.publish(tuple(Advertised(r.name, key, Health(r)) for r in reasons))
     assert server.healthy == 2
@@ -128,7 +117,7 @@ def test_what_is_healthy_counts_in_use_or_not() -> None:
 
 @given(st.lists(st.lists(st.tuples(st.integers(0, 2), st.booleans()), max_size=3), max_size=6))
 def test_a_list_changed_in_place_is_the_list_made_anew(script: list[list[tuple[int, bool]]]) -> None:
-    server, kept = DevicePluginServer("usbip.dev/storage", NoBackend()), DeviceList()
+    server, kept = DevicePluginServer("usbip.dev/storage", IdleBackend()), DeviceList()
 
     async def main() -> None:
         stream = Stream(server, 0)
@@ -152,7 +141,7 @@ def test_every_stream_ends_up_with_the_last_state_and_never_goes_back(
     script: list[tuple[float, list[bool]]], pace: float
 ) -> None:
     async def main() -> None:
-        server = DevicePluginServer("usbip.dev/storage", NoBackend())
+        server = DevicePluginServer("usbip.dev/storage", IdleBackend())
         streams = [Stream(server, pace)]
         published: list[DeviceStates] = []
         for pause, health in script:

@@ -6,9 +6,10 @@ import asyncio
 import random
 from typing import Any
 
+from idle_backend import IdleBackend
 from opentelemetry.trace import NoOpTracer
 
-from usbip_plugin.kubelet.device_plugin import ContainerResponse, DevicePluginServer, DeviceStates
+from usbip_plugin.kubelet.device_plugin import DevicePluginServer, DeviceStates
 from usbip_plugin.kubelet.node_status import NodeStatusPublisher
 from usbip_plugin.model import Advertised, DeviceKey, Health, Reason, ServerKey
 from usbip_plugin.sim.loop import SimClock, virtual
@@ -17,19 +18,6 @@ from usbip_plugin.telling import Telling
 STORAGE = "usbip.dev/storage"
 STICK = DeviceKey(ServerKey("lab", 3240), "1-1")
 LISTS = {"storage": (Advertised(STICK.id, STICK, Health(Reason.FREE)),)}
-
-
-class NoBackend:
-    """For servers that no kubelet calls."""
-
-    async def allocate_all(self, resource: str, requests: tuple[tuple[str, ...], ...]) -> tuple[ContainerResponse, ...]:
-        raise NotImplementedError
-
-    def preferred(self, resource: str, available: tuple[str, ...], must: tuple[str, ...], size: int) -> tuple[str, ...]:
-        raise NotImplementedError
-
-    async def pre_start(self, resource: str, device_ids: tuple[str, ...]) -> None:
-        raise NotImplementedError
 
 
 class Node:
@@ -54,7 +42,7 @@ class Node:
 
     def offer(self) -> DevicePluginServer:
         """A server whose list is complete, and that no kubelet listens to yet."""
-        server = DevicePluginServer(STORAGE, NoBackend())
+        server = DevicePluginServer(STORAGE, IdleBackend())
         self.telling.attach(server)
         self.telling.begin()
         self.telling.tell(LISTS, {})
@@ -98,7 +86,7 @@ async def test_a_server_that_was_replaced_does_not_tell_the_node() -> None:
     node = Node()
     writing = asyncio.create_task(node.status.run())
     former, kubelet = node.offer(), Kubelet()
-    node.telling.attach(DevicePluginServer(STORAGE, NoBackend()))
+    node.telling.attach(DevicePluginServer(STORAGE, IdleBackend()))
     listening = asyncio.create_task(former.follow(kubelet.receive))
     kubelet.reading.set()
     await asyncio.sleep(1)

@@ -1,0 +1,18 @@
+"""The backend of a device plugin server that no kubelet calls."""
+
+from __future__ import annotations
+
+from usbip_plugin.kubelet.device_plugin import ContainerResponse
+
+
+class IdleBackend:
+    """Fails every call, so that a test in which a kubelet calls after all is red."""
+
+    async def allocate_all(self, resource: str, requests: tuple[tuple[str, ...], ...]) -> tuple[ContainerResponse, ...]:
+        raise NotImplementedError
+
+    def preferred(self, resource: str, available: tuple[str, ...], must: tuple[str, ...], size: int) -> tuple[str, ...]:
+        raise NotImplementedError
+
+    async def pre_start(self, resource: str, device_ids: tuple[str, ...]) -> None:
+        raise NotImplementedError
