@@ -15,7 +15,10 @@ LOCKS = ("usbip_plugin/locks/", "usbip_plugin/claims.py")
 ATTACH = tuple(
     f"usbip_plugin/{name}.py" for name in ("attaching", "attacher", "adopting", "keeper", "reattaching", "work")
 )
-INVENTORY = ("usbip_plugin/inventory/", "usbip_plugin/advertising.py", "usbip_plugin/telling.py")
+USES = tuple(
+    f"usbip_plugin/{name}.py"
+    for name in ("advertising", "allocation", "cdi_specs", "containers", "notices", "resources", "telling", "usage")
+)
 KERNEL = ("usbip_plugin/vhci/", "usbip_plugin/usbip/", *ATTACH)
 KUBE = (
     "usbip_plugin/kube.py",
@@ -30,14 +33,15 @@ IMAGE = ("Dockerfile", ".dockerignore", "tests/lab/image/")
 
 # What each target is about, as beginnings of paths, cheapest target first. `check` is wanted for every change.
 INPUTS: dict[str, tuple[str, ...]] = {
-    "sim": (*LOCKS, *ATTACH, *INVENTORY, "usbip_plugin/usbip/", "usbip_plugin/sim/", "tests/simulation/"),
+    # it plays whole agents
+    "sim": ("usbip_plugin/", "tests/simulation/"),
     "test-page": ("usbip_plugin/observe/", "tests/page/"),
     "test-deploy": ("deploy/", "rbac/", "examples/", "tests/deploy/"),
     "test-apiserver": (*LOCKS, *KUBE, *PROCESS, "tests/apiserver/", "tests/lab/cluster/build.sh"),
     "test-kernel": (*KERNEL, "tests/kernel/", "tests/contract/", "tests/lab/guest/"),
     "test-image": (*IMAGE, "tests/image/"),
     "test-node": (*KERNEL, *IMAGE, "deploy/", "tests/node/", "tests/kernel/", "tests/lab/"),
-    "test-kubelet": (*KUBE, *PROCESS, *IMAGE, *ATTACH, "usbip_plugin/sim/", "tests/e2e/", "tests/lab/cluster/"),
+    "test-kubelet": (*KUBE, *PROCESS, *IMAGE, *ATTACH, *USES, "usbip_plugin/sim/", "tests/e2e/", "tests/lab/cluster/"),
     "e2e": (*IMAGE, "deploy/", "kind-config.yaml", "tests/e2e/", "tests/lab/kind/"),
     "bench": ("tests/bench/",),
 }

@@ -12,7 +12,7 @@ CACHE=${USBIP_PLUGIN_CACHE:-$HOME/.cache/usbip-plugin}
 # a section that is ended has to end what it started: clusters, guests
 GRACE_SECONDS=90
 INFRASTRUCTURE=75
-# the work of `calibrate` takes so many processor seconds on the machine that the limits and ci budgets were chosen on
+# processor seconds that `calibrate` takes on the machine on which the limits were chosen
 CALIBRATION_NOMINAL=1.00
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -31,8 +31,10 @@ section() {
   say "=== $name: $*"
   { time timeout --kill-after="$GRACE_SECONDS" "$limit" "$@" 2>&1 | tee "$work/$name.log" | sed -u "s/^/$name| /"; } \
     2>"$work/$name.time" || status=$?
-  # make has a status of its own for a recipe that failed
-  ! grep -qaE "^make([[][0-9]+])?: [*]{3} .* Error $INFRASTRUCTURE\$" "$work/$name.log" || status=$INFRASTRUCTURE
+  # make exits with 2 whatever the status of the recipe that failed
+  if [ "$status" != 0 ] && grep -qaE "^make([[][0-9]+])?: [*]{3} .* Error $INFRASTRUCTURE\$" "$work/$name.log"; then
+    status=$INFRASTRUCTURE
+  fi
   read -r wall user system < <(tail -n 1 "$work/$name.time")
   core=$(awk "BEGIN { printf \"%.0f\", $user + $system }")
   load=$(cut -d' ' -f1 /proc/loadavg)

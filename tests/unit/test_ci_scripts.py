@@ -90,6 +90,14 @@ def test_the_parts_of_a_tier_are_all_there(target: str) -> None:
     assert parts == [(str(number), str(count)) for number in range(1, count + 1)]
 
 
+@pytest.mark.parametrize("shard", ["0/16", "17/16", "3", "a/b", "1/0"])
+def test_a_shard_that_there_is_not_is_refused(shard: str) -> None:
+    environment = {**os.environ, "SHARD": shard}
+    listed = subprocess.run([CI / "nightly", "--list"], env=environment, capture_output=True, text=True, check=False)
+    assert (listed.returncode, listed.stdout) == (2, "")
+    assert f"SHARD={shard}: expected N/M" in listed.stderr
+
+
 def test_the_parts_of_a_run_together_are_all_its_tests_in_order() -> None:
     part_of = load(ROOT / "tests/conftest.py").part_of
     for count in range(1, 13):
@@ -123,7 +131,8 @@ def test_a_change_wants_the_targets_whose_inputs_it_touches() -> None:
     affected = load(CI / "affected.py").affected
     assert affected([]) == []
     assert affected(["docs/concepts.md"]) == ["check"]
-    assert affected(["usbip_plugin/vhci/linux.py"]) == ["check", "test-kernel", "test-node"]
+    assert affected(["usbip_plugin/vhci/linux.py"]) == ["check", "sim", "test-kernel", "test-node"]
+    assert affected(["usbip_plugin/usage.py"]) == ["check", "sim", "test-kubelet"]
     assert affected(["deploy/base/daemonset.yaml", "tests/page/test_page.py"])[:3] == [
         "check",
         "test-page",
@@ -197,6 +206,11 @@ def test_a_run_in_which_all_is_well_ends_well(tmp_path: Path) -> None:
     ran = sections("section one 9 echo hello\nsection two 9 true", tmp_path)
     assert ran.returncode == 0
     assert "tests: 0 passed, 0 failed" in ran.stdout
+
+
+def test_words_about_a_lab_in_a_section_that_passed_change_nothing(tmp_path: Path) -> None:
+    ran = sections("section one 9 echo 'make: *** [Makefile:1: lab] Error 75'", tmp_path)
+    assert ran.returncode == 0
 
 
 def test_a_failed_download_is_said_apart_from_a_failed_test(tmp_path: Path) -> None:
