@@ -1,5 +1,4 @@
-"""What every tier has: long and short forms of a test, runs in parts, what a test needs
-from the machine, how Hypothesis runs."""
+"""Options and fixtures of every tier: long forms, runs in parts, what a test needs from the machine, Hypothesis."""
 
 from __future__ import annotations
 
@@ -47,15 +46,15 @@ def part_of(items: list[pytest.Item], part: str) -> tuple[list[pytest.Item], lis
 
 @pytest.fixture(scope="session")
 def long_form(pytestconfig: pytest.Config) -> bool:
-    """Whether a test with two forms is to take its long one: more rounds, a longer simulated time."""
+    """Returns whether a test with two forms takes its long one: more rounds, or a longer simulated time."""
     return bool(pytestconfig.getoption("--long"))
 
 
 @pytest.fixture(scope="session")
 def needs() -> Callable[[bool, str], None]:
-    """Checks what a test needs from the machine: needs(present, what).
+    """Returns a check of what a test needs from the machine, called as needs(present, what).
 
-    Without it the test is skipped. Where the environment variable CI is true, it fails: there nobody reads of skips.
+    A test whose need is absent is skipped. With CI=true in the environment it fails, because nobody reads skips there.
     """
     return check_needs
 

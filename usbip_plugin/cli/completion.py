@@ -130,7 +130,7 @@ def _helped_commands(here: argparse.ArgumentParser) -> list[tuple[str, str]]:
 
 
 def _taking_value(here: argparse.ArgumentParser, option: str) -> argparse.Action | None:
-    """The option's action, if the next word is its value. "--option=VALUE" has it already, so it is none."""
+    """Returns the option's action if the next word is its value, else None: also for "--option=VALUE"."""
     action = here._option_string_actions.get(option)  # noqa: SLF001
     return action if action is not None and action.nargs is None else None
 
