@@ -53,6 +53,7 @@ RUN set -eu; \
 
 COPY pyproject.toml README.md LICENSE ./source/
 COPY usbip_plugin ./source/usbip_plugin
+COPY usbip_sim ./source/usbip_sim
 ARG VERSION=0.1.0
 RUN set -eu; \
     python3 -m pip wheel --quiet --no-deps --wheel-dir own ./source; \

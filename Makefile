@@ -128,10 +128,11 @@ fuzz: $(VENV)/.fuzz ## every decoder under atheris, SECONDS each (10); what it f
 	$(BIN)/python tests/fuzz/fuzz.py --seconds $(SECONDS) $(ARGS)
 
 # mypy knows one module called conftest at a time
-lint: $(VENV)/.test ## ruff, formatting, mypy --strict
+lint: $(VENV)/.test ## ruff, formatting, the direction of imports, mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --exclude '^tests/(apiserver|deploy|e2e|image|kernel|node|page)/' usbip_plugin tests docs
+	$(BIN)/lint-imports
+	$(BIN)/mypy --exclude '^tests/(apiserver|deploy|e2e|image|kernel|node|page)/' usbip_plugin usbip_sim tests docs
 	$(BIN)/mypy tests/apiserver tests/contract
 	$(BIN)/mypy tests/deploy
 	$(BIN)/mypy tests/e2e
@@ -155,7 +156,7 @@ constraints: ## write constraints.txt anew: the newest versions that pyproject.t
 
 clean: ## remove .venv, caches and build output
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis bench.json bench-scale.json
-	find usbip_plugin tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find usbip_plugin usbip_sim tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Debian splits venv from Python: without python3-venv the environment is made without pip, and pip, if there is one, or
 # virtualenv fills it.

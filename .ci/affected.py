@@ -41,7 +41,7 @@ INPUTS: dict[str, tuple[str, ...]] = {
     "test-kernel": (*KERNEL, "tests/kernel/", "tests/contract/", "tests/lab/guest/"),
     "test-image": (*IMAGE, "tests/image/"),
     "test-node": (*KERNEL, *IMAGE, "deploy/", "tests/node/", "tests/kernel/", "tests/lab/"),
-    "test-kubelet": (*KUBE, *PROCESS, *IMAGE, *ATTACH, *USES, "usbip_plugin/sim/", "tests/e2e/", "tests/lab/cluster/"),
+    "test-kubelet": (*KUBE, *PROCESS, *IMAGE, *ATTACH, *USES, "usbip_sim/", "tests/e2e/", "tests/lab/cluster/"),
     "e2e": (*IMAGE, "deploy/", "kind-config.yaml", "tests/e2e/", "tests/lab/kind/"),
     "bench": ("tests/bench/",),
 }

@@ -28,20 +28,20 @@ from usbip_plugin.config import Config, OnLoss
 from usbip_plugin.config.reload import Loaded
 from usbip_plugin.errors import ConfigError
 from usbip_plugin.kube import connect
-from usbip_plugin.process import Options, make_driver
+from usbip_plugin.process import MakeDriver, Options
 from usbip_plugin.usbip.client import TcpUsbipClient
 
 DEVLIST_TIMEOUT = 5.0
 """Seconds one server may take to list its devices."""
 
 
-async def check_node(options: Options, loaded: Loaded | ConfigError) -> tuple[str, int]:
+async def check_node(options: Options, loaded: Loaded | ConfigError, make_driver: MakeDriver) -> tuple[str, int]:
     """The report for people and the exit status: 0 if nothing fails. Changes nothing."""
     clock = SystemClock()
     config = Config(()) if isinstance(loaded, ConfigError) else loaded.config
     known = loaded if isinstance(loaded, ConfigError) else (loaded.config, loaded.warnings)
     by_cdi = any(resource.cdi for resource in config.resources)
-    driver = make_driver(options, clock)
+    driver = make_driver(clock)
     with contextlib.closing(TcpUsbipClient(clock)) as client:
 
         async def vhci() -> Sequence[Finding]:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import random
 import signal
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -38,8 +38,6 @@ from usbip_plugin.settling import settle, small_tls_buffers
 from usbip_plugin.status import config_failed, config_loaded, status_of
 from usbip_plugin.usbip.client import TcpUsbipClient
 from usbip_plugin.vhci.driver import VhciDriver
-from usbip_plugin.vhci.linux import SysfsVhci
-from usbip_plugin.vhci.uevents import NetlinkUevents
 
 log = logging.getLogger(__name__)
 
@@ -63,24 +61,11 @@ class Options:
     pod_resources_socket: Path
     listen: str
     kubeconfig: str | None = None
-    sysfs: Path = Path("/sys")
-    records: Path = Path("/run/vhci_hcd")
     cdi_directory: Path = Path(DEFAULT_CDI_DIRECTORY)
-    simulated_kernel: Path | None = None
 
 
-def make_driver(options: Options, clock: Clock) -> VhciDriver:
-    """The driver of this node's vhci_hcd; with simulated_kernel, of the stand-in that listens there."""
-    if options.simulated_kernel is not None:
-        # imported here: production has none of it in memory
-        from usbip_plugin.sim.remote_kernel import RemoteVhci  # noqa: PLC0415
-
-        log.warning(
-            "development only: a simulated kernel, no USB device is attached",
-            extra={"socket": options.simulated_kernel},
-        )
-        return RemoteVhci(options.simulated_kernel, clock, random.Random())  # noqa: S311 - jitter only
-    return SysfsVhci(clock, NetlinkUevents(clock), sysfs=options.sysfs, records=options.records)
+MakeDriver = Callable[[Clock], VhciDriver]
+"""Makes the driver of this node's vhci_hcd, which is given a fresh clock."""
 
 
 def boot_id(path: Path = BOOT_ID) -> str:
@@ -88,7 +73,7 @@ def boot_id(path: Path = BOOT_ID) -> str:
     return path.read_text(encoding="ascii").strip()
 
 
-async def run(options: Options, loaded: Loaded) -> None:
+async def run(options: Options, loaded: Loaded, make_driver: MakeDriver) -> None:
     """Runs until SIGTERM or SIGINT, then ends within 2 s and leaves attachments and locks for the next process.
 
     Raises ConfigError if there is no way to the API server, OSError if the HTTP address is taken.
@@ -100,7 +85,9 @@ async def run(options: Options, loaded: Loaded) -> None:
     client = TcpUsbipClient(clock)
     try:
         async with GrpcPodResources(options.pod_resources_socket, options.domain) as pod_resources:
-            process = _Process(options, loaded, clock, kube, client, pod_resources, tracing, metrics, figures)
+            process = _Process(
+                options, loaded, clock, make_driver(clock), kube, client, pod_resources, tracing, metrics, figures
+            )
             await process.run()
     finally:
         client.close()
@@ -114,6 +101,7 @@ class _Process:
         options: Options,
         loaded: Loaded,
         clock: Clock,
+        driver: VhciDriver,
         kube: KubeClient,
         client: TcpUsbipClient,
         pod_resources: GrpcPodResources,
@@ -139,7 +127,7 @@ class _Process:
             Outside(
                 me=me,
                 client=client,
-                driver=make_driver(options, clock),
+                driver=driver,
                 leases=KubernetesLeases(kube, options.namespace),
                 pod_resources=pod_resources,
                 specs=CdiDirectory(options.cdi_directory, options.domain),
@@ -251,14 +239,14 @@ class _Process:
             log.error("configuration not usable, the last good one stays", extra={"problem": problem})
 
 
-def run_blocking(options: Options, loaded: Loaded, warnings: Iterable[str]) -> int:
+def run_blocking(options: Options, loaded: Loaded, warnings: Iterable[str], make_driver: MakeDriver) -> int:
     """run() from a synchronous command line. 0 after a signal; 1 with a message if it could not run."""
     for warning in warnings:
         log.warning("configuration warning", extra={"problem": warning})
     small_tls_buffers()
     failed: list[BaseException] = []
     try:
-        asyncio.run(run(options, loaded))
+        asyncio.run(run(options, loaded, make_driver))
     except* (PluginError, OSError) as errors:
         failed.extend(_leaves(errors))
     for error in failed:

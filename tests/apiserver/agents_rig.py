@@ -35,10 +35,10 @@ from usbip_plugin.model import DeviceKey, Lock, NodeIdentity, PodRef, UsbId
 from usbip_plugin.notices import Notice, events_of
 from usbip_plugin.observe.events import EventRecorder
 from usbip_plugin.observe.tracing import RecentSpans, SpanRecord, Tracing
-from usbip_plugin.sim.server import VirtualServer
-from usbip_plugin.sim.usbdevice import VirtualDevice
-from usbip_plugin.sim.world import Setup, SimNode, World, running
 from usbip_plugin.vhci.sysfs import PortStatus
+from usbip_sim.server.server import VirtualServer
+from usbip_sim.server.usbdevice import VirtualDevice
+from usbip_sim.world import Setup, SimNode, World, running
 
 PATIENCE_S = 30.0
 DONGLE = UsbId(0x0951, 0x1666)

@@ -32,7 +32,7 @@ _BARE = """
 import sys
 from usbip_plugin.settling import settle, starting
 with starting():
-    import usbip_plugin.config.reload, usbip_plugin.observe.logs, usbip_plugin.process
+    import usbip_plugin.config.reload, usbip_plugin.observe.logs, usbip_plugin.process, usbip_plugin.vhci.linux
 settle()
 print(flush=True)
 sys.stdin.read()

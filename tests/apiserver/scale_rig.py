@@ -29,9 +29,9 @@ from usbip_plugin.locks.store import Lease
 from usbip_plugin.model import DeviceKey, NodeIdentity, PodRef
 from usbip_plugin.notices import Notice, events_of
 from usbip_plugin.observe.events import EventRecorder
-from usbip_plugin.sim.server import VirtualServer
-from usbip_plugin.sim.usbdevice import VirtualDevice
-from usbip_plugin.sim.world import Setup, SimNode, World, running
+from usbip_sim.server.server import VirtualServer
+from usbip_sim.server.usbdevice import VirtualDevice
+from usbip_sim.world import Setup, SimNode, World, running
 
 PODS = f"/api/v1/namespaces/{NAMESPACE}/pods"
 EACH = 100

@@ -18,7 +18,7 @@ from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.locks.manager import LockSettings
 from usbip_plugin.locks.store import LeaseChange, LeaseStore
 from usbip_plugin.model import DeviceKey, PodRef, Reason
-from usbip_plugin.sim.world import SimNode
+from usbip_sim.world import SimNode
 
 pytestmark = pytest.mark.short
 

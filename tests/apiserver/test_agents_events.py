@@ -22,7 +22,7 @@ from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.model import DeviceKey, PodRef
 from usbip_plugin.notices import Notice, What, events_of
 from usbip_plugin.observe.events import CONTROLLER
-from usbip_plugin.sim.world import SimNode
+from usbip_sim.world import SimNode
 
 pytestmark = pytest.mark.short
 

@@ -24,9 +24,9 @@ from usbip_plugin.kubelet import deviceplugin_pb2 as pb
 from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.locks.manager import LockManager, LockSettings
 from usbip_plugin.model import DeviceKey, NodeIdentity
-from usbip_plugin.sim.kubelet import FakeKubelet
-from usbip_plugin.sim.server import VirtualServer
-from usbip_plugin.sim.usbdevice import VirtualDevice
+from usbip_sim.kubelet.kubelet import FakeKubelet
+from usbip_sim.server.server import VirtualServer
+from usbip_sim.server.usbdevice import VirtualDevice
 
 pytestmark = pytest.mark.short
 

@@ -19,9 +19,9 @@ from node_tokens import NAMESPACE, NodeTokens
 from plugin_in_pod import STRIPPED, InPod, memory_mib, settled, switches
 
 from usbip_plugin.kube import KubeClient
-from usbip_plugin.sim.kubelet import FakeKubelet
-from usbip_plugin.sim.server import VirtualServer
-from usbip_plugin.sim.usbdevice import VirtualDevice
+from usbip_sim.kubelet.kubelet import FakeKubelet
+from usbip_sim.server.server import VirtualServer
+from usbip_sim.server.usbdevice import VirtualDevice
 
 LEASES = f"/apis/coordination.k8s.io/v1/namespaces/{NAMESPACE}/leases"
 RESOURCES = 5
@@ -39,7 +39,7 @@ UNUSED = (
     "aiohttp.web_app",
     "http.server",
     "opentelemetry.exporter",
-    "usbip_plugin.sim.",
+    "usbip_sim.",
 )
 _POLL_S = 0.1
 

@@ -27,9 +27,9 @@ from tcp_proxy import proxy_to
 
 from usbip_plugin.kube import KubeClient
 from usbip_plugin.model import DeviceKey, PodRef, ServerKey, UsbId
-from usbip_plugin.sim.kubelet import FakeKubelet
-from usbip_plugin.sim.server import VirtualServer
-from usbip_plugin.sim.usbdevice import VirtualDevice
+from usbip_sim.kubelet.kubelet import FakeKubelet
+from usbip_sim.server.server import VirtualServer
+from usbip_sim.server.usbdevice import VirtualDevice
 
 pytestmark = pytest.mark.short
 

@@ -16,7 +16,7 @@ from usbip_plugin.kube import connect
 from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.locks.store import LeaseStore
 from usbip_plugin.model import DeviceKey
-from usbip_plugin.sim.server import VirtualServer
+from usbip_sim.server.server import VirtualServer
 
 OVER_MS = 30.0
 """What an Allocate may take beyond the kernel's own time."""

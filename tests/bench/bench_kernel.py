@@ -12,10 +12,10 @@ from usbip_plugin.clock import SystemClock
 from usbip_plugin.config import Selector
 from usbip_plugin.model import DeviceKey
 from usbip_plugin.observe.tracing import RecentSpans, Tracing
-from usbip_plugin.sim.kernel import SimulatedKernel
 from usbip_plugin.vhci.driver import VhciDriver
 from usbip_plugin.vhci.linux import SysfsVhci
 from usbip_plugin.vhci.uevents import NetlinkUevents
+from usbip_sim.kernel.ports import SimulatedKernel
 
 SERIAL = "SERIAL1"
 OVER_EMULATED_MS = 300.0

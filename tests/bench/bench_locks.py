@@ -19,7 +19,7 @@ from usbip_plugin.kube import connect
 from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.locks.manager import LockManager, LockSettings
 from usbip_plugin.model import DeviceKey, NodeIdentity, ServerKey
-from usbip_plugin.sim.world import SimNode
+from usbip_sim.world import SimNode
 
 READY_TIMEOUT_S = 30.0
 TIMEOUT_S = 2.0

@@ -19,11 +19,11 @@ from plugin_in_pod import STRIPPED, InPod, memory_mib, proportional_mib
 
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.model import PodRef
-from usbip_plugin.sim.kernel_service import KernelService
-from usbip_plugin.sim.kubelet import FakeKubelet
-from usbip_plugin.sim.ports import SimulatedKernel
-from usbip_plugin.sim.server import VirtualServer
-from usbip_plugin.sim.usbdevice import VirtualDevice
+from usbip_sim.kernel.ports import SimulatedKernel
+from usbip_sim.kernel.service import KernelService
+from usbip_sim.kubelet.kubelet import FakeKubelet
+from usbip_sim.server.server import VirtualServer
+from usbip_sim.server.usbdevice import VirtualDevice
 
 IDLE_MIB, EXPORTING_MIB, LIMIT_MIB = 50.0, 58.0, 64.0
 SETTLE_S = 13.0

@@ -18,11 +18,11 @@ from usbip_plugin.kube import KubeClient
 from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.locks.store import Lease, LeaseStore
 from usbip_plugin.model import DeviceKey, ServerKey
-from usbip_plugin.sim.kernel import SimulatedKernel
-from usbip_plugin.sim.server import VirtualServer
-from usbip_plugin.sim.usbdevice import VirtualDevice
-from usbip_plugin.sim.world import Setup, SimNode, running
 from usbip_plugin.vhci.driver import VhciDriver
+from usbip_sim.kernel.ports import SimulatedKernel
+from usbip_sim.server.server import VirtualServer
+from usbip_sim.server.usbdevice import VirtualDevice
+from usbip_sim.world import Setup, SimNode, running
 
 NAMESPACE = "usbip-system"
 

@@ -22,7 +22,7 @@ from usbip_plugin.locks import record
 from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.locks.store import Lease
 from usbip_plugin.model import DeviceKey, ServerKey
-from usbip_plugin.sim.kubelet import FakeKubelet
+from usbip_sim.kubelet.kubelet import FakeKubelet
 
 RESOURCES = 5
 START_TARGET_MS = 350.0

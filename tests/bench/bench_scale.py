@@ -36,8 +36,8 @@ from plugin_rights import admission_works, apply_rbac  # noqa: E402
 from scale_api import WRITES, Meter, Sample, Span, between  # noqa: E402
 from scale_rig import ScaleRig, prepared  # noqa: E402
 
-from usbip_plugin.sim.device_manager import AdmissionError  # noqa: E402
-from usbip_plugin.sim.world import SimNode  # noqa: E402
+from usbip_sim.kubelet.device_manager import AdmissionError  # noqa: E402
+from usbip_sim.world import SimNode  # noqa: E402
 
 FULL = ((10, 100), (50, 100), (100, 100), (200, 100), (10, 10), (10, 500), (10, 2000))
 SHORT = ((10, 10), (40, 10))

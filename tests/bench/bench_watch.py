@@ -36,11 +36,12 @@ from usbip_plugin.observe.logs import set_up_logging
 from usbip_plugin.observe.metrics import Metrics
 from usbip_plugin.observe.tracing import Tracing
 from usbip_plugin.resources import Plugin
-from usbip_plugin.sim.kernel import SimulatedKernel, SimulatedVhci
-from usbip_plugin.sim.server import VirtualServer
-from usbip_plugin.sim.specs import MemorySpecs
-from usbip_plugin.sim.usbdevice import VirtualDevice
 from usbip_plugin.usbip.client import TcpUsbipClient
+from usbip_sim.kernel.driver import SimulatedVhci
+from usbip_sim.kernel.ports import SimulatedKernel
+from usbip_sim.kubelet.specs import MemorySpecs
+from usbip_sim.server.server import VirtualServer
+from usbip_sim.server.usbdevice import VirtualDevice
 
 SERVERS, EACH = 5, 100
 EVENTS = 10_000

@@ -22,10 +22,10 @@ from usbip_plugin.kubelet.directory import PluginDirectory
 from usbip_plugin.kubelet.pod_resources import ContainerDevices, GrpcPodResources, PodResources
 from usbip_plugin.kubelet.registration import ResourcePlugin
 from usbip_plugin.model import Advertised, DeviceKey, Health, PodRef, Reason, ServerKey
-from usbip_plugin.sim.admission import Admission
-from usbip_plugin.sim.device_manager import AdmissionError, ContainerSpec, EndpointError, KubeletPanic
-from usbip_plugin.sim.kubelet import FakeKubelet
-from usbip_plugin.sim.local_kubelet import LocalKubelet
+from usbip_sim.kubelet.admission import Admission
+from usbip_sim.kubelet.device_manager import AdmissionError, ContainerSpec, EndpointError, KubeletPanic
+from usbip_sim.kubelet.kubelet import FakeKubelet
+from usbip_sim.virtual.local_kubelet import LocalKubelet
 
 DOMAIN = "usbip.dev"
 STORAGE = "usbip.dev/storage"

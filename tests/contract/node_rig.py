@@ -23,13 +23,13 @@ from usbip_plugin import fleet, process
 from usbip_plugin.cli import main
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.config.reload import Loaded
-from usbip_plugin.locks.memory import MemoryBackend
 from usbip_plugin.model import DeviceKey, ServerKey, UsbId
-from usbip_plugin.sim.kernel_service import KernelService
-from usbip_plugin.sim.kubelet import FakeKubelet
-from usbip_plugin.sim.ports import SimulatedKernel
-from usbip_plugin.sim.server import VirtualServer
-from usbip_plugin.sim.usbdevice import VirtualDevice
+from usbip_sim.kernel.ports import SimulatedKernel
+from usbip_sim.kernel.service import KernelService
+from usbip_sim.kubelet.kubelet import FakeKubelet
+from usbip_sim.leases import MemoryBackend
+from usbip_sim.server.server import VirtualServer
+from usbip_sim.server.usbdevice import VirtualDevice
 
 STICK = UsbId(0x0951, 0x1666)
 
@@ -190,13 +190,13 @@ def run(
                 failures.append(error)
                 raise
 
-        async def run_in_node(options: process.Options, loaded: Loaded) -> None:
+        async def run_in_node(options: process.Options, loaded: Loaded, make_driver: process.MakeDriver) -> None:
             async with node(places, log) as here:
                 before(here)
                 for count, story in enumerate(stories, 1):
                     async with asyncio.TaskGroup() as tasks:
                         tasks.create_task(run_story(story, here, count))
-                        await real(options, loaded)
+                        await real(options, loaded, make_driver)
 
         with monkeypatch.context() as patched:
             patched.setattr(process, "run", run_in_node)

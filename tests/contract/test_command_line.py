@@ -24,13 +24,13 @@ from usbip_plugin.cli.exits import Exit
 from usbip_plugin.cli.main import KUBECTL
 from usbip_plugin.cli.parser import DEFAULT_CONFIG_MAP
 from usbip_plugin.clock import SystemClock
-from usbip_plugin.locks.memory import MemoryBackend
 from usbip_plugin.locks.record import LOCK_LABELS, SESSION_LABELS, session_name
 from usbip_plugin.locks.store import Lease
 from usbip_plugin.model import DeviceKey, UsbId
-from usbip_plugin.sim.server import VirtualServer
-from usbip_plugin.sim.usbdevice import VirtualDevice
 from usbip_plugin.usbip.client import TcpUsbipClient
+from usbip_sim.leases import MemoryBackend
+from usbip_sim.server.server import VirtualServer
+from usbip_sim.server.usbdevice import VirtualDevice
 
 STICK = UsbId(0x0951, 0x1666)
 LASTING_S = 3600
@@ -413,7 +413,7 @@ def test_demo_exits_with_its_outcome(monkeypatch: pytest.MonkeyPatch, went_well:
         asked.append(real_kernel)
         return went_well
 
-    monkeypatch.setattr("usbip_plugin.sim.demo.run", run)
+    monkeypatch.setattr("usbip_sim.demo.run", run)
     assert main(["demo"]) == status
     assert main(["demo", "--real-kernel"]) == status
     assert asked == [False, True]

@@ -12,9 +12,9 @@ from vhci_rigs import FakeSysfsRig
 
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.model import DeviceKey, UsbId
-from usbip_plugin.sim.server import VirtualServer
-from usbip_plugin.sim.usbdevice import VirtualDevice
 from usbip_plugin.usbip.client import TcpUsbipClient
+from usbip_sim.server.server import VirtualServer
+from usbip_sim.server.usbdevice import VirtualDevice
 
 
 @NEEDS_IPV6

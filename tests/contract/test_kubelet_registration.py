@@ -23,8 +23,8 @@ from usbip_plugin.kubelet.directory import PluginDirectory, is_stale
 from usbip_plugin.kubelet.registration import STREAM_TIMEOUT_S, ResourcePlugin, State
 from usbip_plugin.model import Reason
 from usbip_plugin.resources import SocketRegistrar
-from usbip_plugin.sim.device_manager import AdmissionError
-from usbip_plugin.sim.kubelet import FakeKubelet
+from usbip_sim.kubelet.device_manager import AdmissionError
+from usbip_sim.kubelet.kubelet import FakeKubelet
 
 ETHERNET = "usbip.dev/ethernet"
 

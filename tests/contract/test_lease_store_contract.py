@@ -4,8 +4,8 @@ import pytest
 from lease_store_suite import Compact, LeaseStoreContract
 
 from usbip_plugin.clock import SystemClock
-from usbip_plugin.locks.memory import MemoryBackend, MemoryLeases
 from usbip_plugin.locks.store import LeaseStore
+from usbip_sim.leases import MemoryBackend, MemoryLeases
 
 
 class TestMemoryLeases(LeaseStoreContract):

@@ -19,11 +19,11 @@ from usbip_plugin.cli.exits import Exit
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.errors import AttachRefused
 from usbip_plugin.model import DeviceKey, ServerKey, UsbId
-from usbip_plugin.sim.commands import JOURNAL
-from usbip_plugin.sim.remote_kernel import RemoteVhci
-from usbip_plugin.sim.server import VirtualServer
-from usbip_plugin.sim.usbdevice import VirtualDevice
 from usbip_plugin.usbip.client import TcpUsbipClient
+from usbip_sim.commands import JOURNAL
+from usbip_sim.kernel.remote import RemoteVhci
+from usbip_sim.server.server import VirtualServer
+from usbip_sim.server.usbdevice import VirtualDevice
 
 PORTS = 16
 

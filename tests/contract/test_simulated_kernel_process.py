@@ -17,14 +17,14 @@ from vhci_rigs import SERVER, RemoteRig
 
 from usbip_plugin.errors import AttachRefused, SimulatedKernelMissing, WrongDevice
 from usbip_plugin.model import Attachment, DeviceKey, DeviceNode, UsbId
-from usbip_plugin.sim.device_nodes import DeviceNodes
-from usbip_plugin.sim.kernel_service import KernelService
-from usbip_plugin.sim.remote_kernel import RemoteVhci
-from usbip_plugin.sim.server import VirtualServer
-from usbip_plugin.sim.server_command import parse_device
-from usbip_plugin.sim.usbdevice import VirtualDevice
 from usbip_plugin.usbip.client import TcpUsbipClient
 from usbip_plugin.vhci.sysfs import PortStatus
+from usbip_sim.kernel.device_nodes import DeviceNodes
+from usbip_sim.kernel.remote import RemoteVhci
+from usbip_sim.kernel.service import KernelService
+from usbip_sim.server.command import parse_device
+from usbip_sim.server.server import VirtualServer
+from usbip_sim.server.usbdevice import VirtualDevice
 
 LIMIT_S = 10.0
 NODE = DeviceNode("/dev/bus/usb/003/002", "usb", False, 189, 1)
@@ -150,8 +150,8 @@ async def test_a_service_that_hangs_is_not_waited_for(rig: RemoteRig, monkeypatc
     await booted(rig)
     driver = rig.plugin()
     await driver.ports()
-    monkeypatch.setattr("usbip_plugin.sim.remote_kernel.ANSWER_S", 0.05)
-    monkeypatch.setattr("usbip_plugin.sim.kernel_service._Session._answer", lambda *_args: asyncio.Event().wait())
+    monkeypatch.setattr("usbip_sim.kernel.remote.ANSWER_S", 0.05)
+    monkeypatch.setattr("usbip_sim.kernel.service._Session._answer", lambda *_args: asyncio.Event().wait())
     with pytest.raises(SimulatedKernelMissing, match="no answer to ports"):
         await driver.ports()
 
@@ -318,7 +318,7 @@ async def test_a_path_that_another_kernel_has_is_passed_over_and_a_free_one_give
 async def test_a_device_that_says_nothing_is_attached_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("usbip_plugin.sim.enumeration.ANSWER_S", 0.05)
+    monkeypatch.setattr("usbip_sim.kernel.enumeration.ANSWER_S", 0.05)
     async with asyncio.TaskGroup() as group:
         rig = Asked(tmp_path, group)
         await rig.boot_asking()

@@ -8,10 +8,10 @@ from command_rig import NEEDS_IPV6
 from usbip_suite import STICK, TWIN, SteppedClock, UsbipClientContract
 
 from usbip_plugin.clock import SystemClock
-from usbip_plugin.sim.connector import MemoryConnector
-from usbip_plugin.sim.network import Host, Network
-from usbip_plugin.sim.server import VirtualServer
 from usbip_plugin.usbip.client import TcpUsbipClient, UsbipClient
+from usbip_sim.server.server import VirtualServer
+from usbip_sim.virtual.connector import MemoryConnector
+from usbip_sim.virtual.network import Host, Network
 
 
 class TestTcp(UsbipClientContract):

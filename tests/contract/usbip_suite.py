@@ -19,9 +19,9 @@ from usbip_plugin.errors import (
     WrongDevice,
 )
 from usbip_plugin.model import DeviceKey, InterfaceClass, ServerKey, UsbId
-from usbip_plugin.sim.server import RESET_TIME, VirtualServer
-from usbip_plugin.sim.usbdevice import VENDOR_CLASS, VirtualDevice
 from usbip_plugin.usbip.client import Imported, UsbipClient
+from usbip_sim.server.server import RESET_TIME, VirtualServer
+from usbip_sim.server.usbdevice import VENDOR_CLASS, VirtualDevice
 
 # Seconds within which what must come has come.
 PATIENCE = 10.0

@@ -14,14 +14,15 @@ from vhci_fake_sysfs import FakeSysfs
 
 from usbip_plugin.clock import Clock, SystemClock
 from usbip_plugin.model import Descriptor, DeviceKey, ServerKey, UsbId
-from usbip_plugin.sim.device_nodes import DeviceNodes
-from usbip_plugin.sim.kernel import SimulatedKernel, SimulatedVhci
-from usbip_plugin.sim.kernel_service import KernelService
-from usbip_plugin.sim.remote_kernel import RemoteVhci
-from usbip_plugin.sim.socket import MemorySocket, SocketTable
 from usbip_plugin.vhci.driver import VhciDriver
 from usbip_plugin.vhci.linux import SysfsVhci
 from usbip_plugin.vhci.uevents import Uevent
+from usbip_sim.kernel.device_nodes import DeviceNodes
+from usbip_sim.kernel.driver import SimulatedVhci
+from usbip_sim.kernel.ports import SimulatedKernel
+from usbip_sim.kernel.remote import RemoteVhci
+from usbip_sim.kernel.service import KernelService
+from usbip_sim.sockets import MemorySocket, SocketTable
 
 SERVER = ServerKey("192.0.2.1")
 STICK = UsbId(0x0403, 0x6001)

@@ -22,9 +22,9 @@ from rendering import ROOT, find_tool, run
 from usbip_plugin.kubelet import deviceplugin_pb2 as pb
 from usbip_plugin.kubelet.deviceplugin_pb2_grpc import DevicePluginStub
 from usbip_plugin.model import UsbId
-from usbip_plugin.sim.kubelet import FakeKubelet
-from usbip_plugin.sim.server import VirtualServer
-from usbip_plugin.sim.usbdevice import VirtualDevice
+from usbip_sim.kubelet.kubelet import FakeKubelet
+from usbip_sim.server.server import VirtualServer
+from usbip_sim.server.usbdevice import VirtualDevice
 
 PATIENCE_S = 20.0
 NODE = "node-m"

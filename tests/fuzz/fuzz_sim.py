@@ -16,15 +16,15 @@ from fuzz_target import Target, fit_to_raise, fit_to_show
 
 from usbip_plugin.errors import SimulatedKernelMissing, VhciError, WrongDevice
 from usbip_plugin.model import Attachment, DeviceKey, DeviceNode, ServerKey, UsbId
-from usbip_plugin.sim import kernel_wire as wire
-from usbip_plugin.sim.channel import MAX_MESSAGE, Channel
-from usbip_plugin.sim.kernel import SimulatedKernel
-from usbip_plugin.sim.kernel_service import KernelService, _Session
-from usbip_plugin.sim.loop import SimClock, run
-from usbip_plugin.sim.remote_kernel import RemoteVhci
-from usbip_plugin.sim.usbdevice import VirtualDevice
 from usbip_plugin.vhci.driver import DriverReport, PortState
 from usbip_plugin.vhci.sysfs import PortStatus
+from usbip_sim.kernel import wire
+from usbip_sim.kernel.channel import MAX_MESSAGE, Channel
+from usbip_sim.kernel.ports import SimulatedKernel
+from usbip_sim.kernel.remote import RemoteVhci
+from usbip_sim.kernel.service import KernelService, _Session
+from usbip_sim.server.usbdevice import VirtualDevice
+from usbip_sim.virtual.loop import SimClock, run
 
 KEY = DeviceKey(ServerKey("10.0.0.1"), "1-1")
 DESCRIPTOR = VirtualDevice("1-1", UsbId(1, 2)).descriptor(configured=False)

@@ -10,11 +10,11 @@ from fuzz_target import Target, drive, fit_to_raise, fit_to_show, golden
 
 from usbip_plugin.errors import ServerUnreachable, UsbipError
 from usbip_plugin.model import Descriptor, DeviceKey, ServerKey, UsbId
-from usbip_plugin.sim.server import VirtualServer, _Connection
-from usbip_plugin.sim.usbdevice import VirtualDevice
 from usbip_plugin.usbip import probe, protocol, urb
 from usbip_plugin.usbip.client import refusal
 from usbip_plugin.usbip.protocol import ProtocolViolation, decode
+from usbip_sim.server.server import VirtualServer, _Connection
+from usbip_sim.server.usbdevice import VirtualDevice
 
 KEY = DeviceKey(ServerKey("10.0.0.1"), "1-2")
 STORAGE = UsbId(0x46F4, 0x0001)

@@ -36,7 +36,7 @@ from usbip_plugin.model import DeviceKey, Lock, NodeIdentity, ServerKey, UsbId
 from usbip_plugin.notices import Notice, What, events_of
 from usbip_plugin.observe.events import event_body
 from usbip_plugin.observe.logs import JsonFormatter, TextFormatter
-from usbip_plugin.sim.loop import SimClock, virtual
+from usbip_sim.virtual.loop import SimClock, virtual
 
 KEY = DeviceKey(ServerKey("10.0.0.1"), "1-2")
 OTHER = DeviceKey(ServerKey("10.0.0.1"), "1-3")

@@ -12,12 +12,12 @@ from fuzz_sim import DESCRIPTOR, KEY, kernel_answers, kernel_requests
 
 from usbip_plugin.errors import ConfigError
 from usbip_plugin.model import UsbId
-from usbip_plugin.sim import kernel_wire as wire
-from usbip_plugin.sim.server import VirtualServer
-from usbip_plugin.sim.server_command import parse_listen
-from usbip_plugin.sim.usbdevice import MAX_ECHO_BYTES, MAX_WAITING, Transfers, VirtualDevice
 from usbip_plugin.usbip import protocol, urb
 from usbip_plugin.usbip.protocol import ProtocolViolation
+from usbip_sim.kernel import wire
+from usbip_sim.server.command import parse_listen
+from usbip_sim.server.server import VirtualServer
+from usbip_sim.server.usbdevice import MAX_ECHO_BYTES, MAX_WAITING, Transfers, VirtualDevice
 
 ECHO = VirtualDevice("1-1", UsbId(1, 2), echo=True, configured=True)
 PATIENCE = 20.0

@@ -24,17 +24,17 @@ from usbip_plugin.kubelet.broadcast import Broadcast
 from usbip_plugin.kubelet.cdi import CdiDirectory
 from usbip_plugin.kubelet.deviceplugin_pb2_grpc import DevicePluginStub
 from usbip_plugin.kubelet.directory import identify
-from usbip_plugin.locks.memory import MemoryBackend
 from usbip_plugin.locks.record import lock_of
 from usbip_plugin.locks.store import Lease
 from usbip_plugin.model import Advertised, Attachment, DeviceKey, PodRef, Reason, ServerKey
 from usbip_plugin.notices import Notice, What
-from usbip_plugin.sim.device_manager import Allocation
-from usbip_plugin.sim.kernel import SimulatedKernel
-from usbip_plugin.sim.world import Setup, SimNode, World, running
 from usbip_plugin.vhci.driver import VhciDriver
 from usbip_plugin.vhci.linux import SysfsVhci
 from usbip_plugin.vhci.uevents import NetlinkUevents
+from usbip_sim.kernel.ports import SimulatedKernel
+from usbip_sim.kubelet.device_manager import Allocation
+from usbip_sim.leases import MemoryBackend
+from usbip_sim.world import Setup, SimNode, World, running
 
 NODE = "node-a"
 DOMAIN = "usbip.dev"

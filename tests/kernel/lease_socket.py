@@ -24,8 +24,8 @@ from usbip_plugin.errors import (
     KubeServerError,
     KubeUnreachable,
 )
-from usbip_plugin.locks.memory import RESOURCE
 from usbip_plugin.locks.store import ChangeType, Lease, LeaseChange, LeaseList, LeaseStore
+from usbip_sim.leases import RESOURCE
 
 CALL_TIMEOUT_S = 10.0
 LINE_BYTES = 1 << 20

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from kernel_rig import KernelRig
 
-from usbip_plugin.sim import demo
+from usbip_sim import demo
 
 
 @pytest.mark.short

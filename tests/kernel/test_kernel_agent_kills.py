@@ -20,7 +20,7 @@ from kernel_rig import KernelRig
 from test_kernel_agent_restart import Node, a_node
 
 from usbip_plugin.model import PodRef
-from usbip_plugin.sim.device_manager import AdmissionError
+from usbip_sim.kubelet.device_manager import AdmissionError
 
 LONGEST_LIFE = 4.0
 """In admissions: a release takes half as long as one, so such lives meet all moments of both."""

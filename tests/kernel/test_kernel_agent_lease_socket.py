@@ -10,8 +10,8 @@ from lease_store_suite import Compact, LeaseStoreContract
 
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.errors import KubeUnreachable
-from usbip_plugin.locks.memory import MemoryBackend, MemoryLeases
 from usbip_plugin.locks.store import LeaseStore
+from usbip_sim.leases import MemoryBackend, MemoryLeases
 
 
 @pytest.fixture

@@ -35,11 +35,11 @@ from usbipd import eventually
 
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.kubelet import deviceplugin_pb2 as pb
-from usbip_plugin.locks.memory import MemoryBackend, MemoryLeases
 from usbip_plugin.locks.store import Lease
 from usbip_plugin.model import DeviceKey
-from usbip_plugin.sim.device_manager import AdmissionError
-from usbip_plugin.sim.kubelet import FakeKubelet
+from usbip_sim.kubelet.device_manager import AdmissionError
+from usbip_sim.kubelet.kubelet import FakeKubelet
+from usbip_sim.leases import MemoryBackend, MemoryLeases
 
 HUBS = "devices/platform/vhci_hcd.*/usb*/authorized_default"
 OPEN = "1\n"

@@ -30,10 +30,10 @@ from agent_rig import (
 from kernel_rig import LIMIT_S, TWINS, KernelRig
 
 from usbip_plugin.model import DeviceKey, PodRef, Reason, UsbId
-from usbip_plugin.sim.server import VirtualServer
-from usbip_plugin.sim.usbdevice import HIGH_SPEED, SUPER_SPEED, VirtualDevice
 from usbip_plugin.vhci.access import write_sysfs
 from usbip_plugin.vhci.sysfs import PortStatus, format_attach
+from usbip_sim.server.server import VirtualServer
+from usbip_sim.server.usbdevice import HIGH_SPEED, SUPER_SPEED, VirtualDevice
 
 PORTS = 240
 """Of the guest's kernel: 8 controllers of 15 high-speed and 15 SuperSpeed ports."""

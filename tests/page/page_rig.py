@@ -25,12 +25,12 @@ from usbip_plugin.observe.metrics import Metrics
 from usbip_plugin.observe.site import Site
 from usbip_plugin.observe.status import Status
 from usbip_plugin.observe.tracing import RecentSpans, Tracing
-from usbip_plugin.sim.server import VirtualServer
-from usbip_plugin.sim.usbdevice import VirtualDevice
-from usbip_plugin.sim.world import Setup, SimNode, World, running
 from usbip_plugin.status import config_failed, config_loaded, status_of
 from usbip_plugin.usbip.client import TcpUsbipClient
 from usbip_plugin.usbip.connect import Connector
+from usbip_sim.server.server import VirtualServer
+from usbip_sim.server.usbdevice import VirtualDevice
+from usbip_sim.world import Setup, SimNode, World, running
 
 PATIENCE_S = 30.0
 DONGLE, PROBE, SCANNER, CAMERA = (
@@ -157,7 +157,7 @@ async def watched() -> AsyncIterator[Watched]:
     setup = Setup(config=CONFIG, clock=SystemClock(), make_tracer=lambda node: tracings[node].tracer)
     async with contextlib.AsyncExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="u-")))
-        stack.enter_context(mock.patch("usbip_plugin.sim.world.TcpUsbipClient", client))
+        stack.enter_context(mock.patch("usbip_sim.world.TcpUsbipClient", client))
         for server in servers.values():
             await server.start()
             stack.push_async_callback(server.stop)

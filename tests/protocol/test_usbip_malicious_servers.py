@@ -23,18 +23,19 @@ from usbip_plugin.cdi_specs import CdiSpecs
 from usbip_plugin.claims import Claim, ClaimBook
 from usbip_plugin.errors import MalformedReply, ServerTimeout, ServerUnreachable, UsbipError, WrongDevice
 from usbip_plugin.locks.manager import LockManager, LockSettings
-from usbip_plugin.locks.memory import MemoryBackend, MemoryLeases
 from usbip_plugin.model import DeviceKey, NodeIdentity, ServerKey, UsbId
-from usbip_plugin.sim.kernel import SimulatedKernel, SimulatedVhci
-from usbip_plugin.sim.loop import SimClock, virtual
-from usbip_plugin.sim.specs import MemorySpecs
-from usbip_plugin.sim.usbdevice import VirtualDevice
 from usbip_plugin.usbip import urb
 from usbip_plugin.usbip.client import TcpUsbipClient
 from usbip_plugin.usbip.connect import Connector
 from usbip_plugin.usbip.probe import DeviceIdentity
 from usbip_plugin.usbip.protocol import ImportReply, encode_devlist_reply, encode_import_reply
 from usbip_plugin.vhci.sysfs import PortStatus
+from usbip_sim.kernel.driver import SimulatedVhci
+from usbip_sim.kernel.ports import SimulatedKernel
+from usbip_sim.kubelet.specs import MemorySpecs
+from usbip_sim.leases import MemoryBackend, MemoryLeases
+from usbip_sim.server.usbdevice import VirtualDevice
+from usbip_sim.virtual.loop import SimClock, virtual
 
 SERVER = ServerKey("10.0.0.1")
 KEY = DeviceKey(SERVER, "1-1")

@@ -17,18 +17,19 @@ from usbip_plugin.config import Config
 from usbip_plugin.errors import KubeConflict, KubeForbidden, KubeGone, KubeServerError, KubeThrottled
 from usbip_plugin.inventory.annotations import key_of
 from usbip_plugin.kubelet.node_status import NODES_STATUS
-from usbip_plugin.locks.memory import FINE, RESOURCE, Fate, Lost, Operation
 from usbip_plugin.locks.protocol import LockMeta, Replace, Write, decide_acquire, decide_release
 from usbip_plugin.locks.record import BY_HAND, lock_of
 from usbip_plugin.model import DeviceKey, NodeIdentity, PodRef
-from usbip_plugin.sim.cluster import Cluster, ClusterNode
-from usbip_plugin.sim.device_manager import ContainerSpec, EndpointError
-from usbip_plugin.sim.node_objects import PATCH
-from usbip_plugin.sim.server import VirtualServer
-from usbip_plugin.sim.specs import Resolved, UnresolvableDevice
-from usbip_plugin.sim.steploop import Process, loop_of
-from usbip_plugin.sim.usbdevice import VirtualDevice
 from usbip_plugin.vhci.sysfs import PortStatus
+from usbip_sim.kubelet.device_manager import ContainerSpec, EndpointError
+from usbip_sim.kubelet.specs import Resolved, UnresolvableDevice
+from usbip_sim.leases import FINE, RESOURCE, Fate, Lost, Operation
+from usbip_sim.server.server import VirtualServer
+from usbip_sim.server.usbdevice import VirtualDevice
+from usbip_sim.virtual.cluster import Cluster
+from usbip_sim.virtual.cluster_node import ClusterNode
+from usbip_sim.virtual.node_objects import PATCH
+from usbip_sim.virtual.steploop import Process, loop_of
 
 API_FAULTS = (
     "409",

@@ -14,10 +14,12 @@ from usbip_plugin.locks import record
 from usbip_plugin.locks.manager import LockSettings
 from usbip_plugin.model import DeviceKey, Health, PodRef, Reason, UsbId
 from usbip_plugin.notices import Notice
-from usbip_plugin.sim.cluster import Cluster, ClusterNode, ClusterSpec, cluster
-from usbip_plugin.sim.loop import SimClock
-from usbip_plugin.sim.server import VirtualServer
-from usbip_plugin.sim.usbdevice import VirtualDevice
+from usbip_sim.server.server import VirtualServer
+from usbip_sim.server.usbdevice import VirtualDevice
+from usbip_sim.virtual.cluster import Cluster, cluster
+from usbip_sim.virtual.cluster_node import ClusterNode
+from usbip_sim.virtual.loop import SimClock
+from usbip_sim.virtual.surroundings import ClusterSpec
 
 STICK = UsbId(0x0951, 0x1666)
 DONGLE = UsbId(0x1050, 0x0407)

@@ -13,8 +13,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from usbip_plugin.agent import Observer
 from usbip_plugin.figures import Figures, Losses
 from usbip_plugin.observe.metrics import Metrics
-from usbip_plugin.sim.cluster import Cluster, ClusterSpec, cluster
-from usbip_plugin.sim.loop import SimClock
+from usbip_sim.virtual.cluster import Cluster, cluster
+from usbip_sim.virtual.loop import SimClock
+from usbip_sim.virtual.surroundings import ClusterSpec
 
 DOMAIN = Cluster.domain
 OFFSET = 1000.0

@@ -21,14 +21,15 @@ from usbip_plugin.claims import ALLOCATION_GRACE, IN_USE, State
 from usbip_plugin.inventory.reasons import API_GRACE
 from usbip_plugin.kubelet.cdi import device_name
 from usbip_plugin.locks import record
-from usbip_plugin.locks.memory import WATCH_IDLE_S
 from usbip_plugin.locks.store import Lease
 from usbip_plugin.model import DeviceKey, PodRef, Reason
-from usbip_plugin.sim.cluster import Cluster, ClusterNode
-from usbip_plugin.sim.cluster_kubelet import Call
-from usbip_plugin.sim.specs import UnresolvableDevice, resolve
-from usbip_plugin.sim.steploop import loop_of
-from usbip_plugin.sim.tcp import DEAD_PEER_S
+from usbip_sim.kubelet.specs import UnresolvableDevice, resolve
+from usbip_sim.leases import WATCH_IDLE_S
+from usbip_sim.virtual.cluster import Cluster
+from usbip_sim.virtual.cluster_kubelet import Call
+from usbip_sim.virtual.cluster_node import ClusterNode
+from usbip_sim.virtual.steploop import loop_of
+from usbip_sim.virtual.tcp import DEAD_PEER_S
 
 ALLOCATE_SLACK_S = 0.5
 """An Allocate ends so long after allocateTimeout at the latest, by its node's clock."""

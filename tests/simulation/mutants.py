@@ -24,7 +24,6 @@ from usbip_plugin.kubelet.node_status import NodeStatusPublisher
 from usbip_plugin.locks import protocol, record
 from usbip_plugin.locks.contact import ApiState
 from usbip_plugin.locks.manager import Grant, LockSettings
-from usbip_plugin.locks.memory import MemoryBackend
 from usbip_plugin.locks.protocol import Create, Decision, Denied, LockMeta, Observation, Replace, Rules, Write
 from usbip_plugin.locks.store import Lease
 from usbip_plugin.locks.writer import Effort, Writer, Written
@@ -32,6 +31,7 @@ from usbip_plugin.model import Attachment, Descriptor, DeviceKey
 from usbip_plugin.telling import Telling
 from usbip_plugin.usbip.poller import ServerPoller
 from usbip_plugin.work import DeviceWork
+from usbip_sim.leases import MemoryBackend
 
 TWO_IMPORTS = "one import, by the nodes' account"
 NOT_LOCKED = "a lock for each import"

@@ -14,9 +14,9 @@ from usbip_plugin.fleet import UNCOUNTED
 from usbip_plugin.inventory.annotations import key_of
 from usbip_plugin.kubelet.node_status import KUBELET_SYNC_S, spread
 from usbip_plugin.locks.protocol import Standing
-from usbip_plugin.sim.cluster import ClusterNode
-from usbip_plugin.sim.cluster_kubelet import Call
-from usbip_plugin.sim.steploop import Process
+from usbip_sim.virtual.cluster_kubelet import Call
+from usbip_sim.virtual.cluster_node import ClusterNode
+from usbip_sim.virtual.steploop import Process
 
 STATUS_S = 2.0
 """A Node that says another number than its kubelet was told, besides the turn that its plugin waits for."""

@@ -20,12 +20,12 @@ from usbip_plugin.kubelet.device_plugin import DevicePluginServer
 from usbip_plugin.kubelet.node_status import NodeStatusPublisher
 from usbip_plugin.locks.manager import Grant, LockManager
 from usbip_plugin.model import DeviceKey, Lock
-from usbip_plugin.sim.kernel import SimulatedVhci
 from usbip_plugin.telling import Telling
 from usbip_plugin.usage import UsageWatcher
 from usbip_plugin.usbip import client
 from usbip_plugin.vhci.driver import PortState
 from usbip_plugin.work import DeviceWork
+from usbip_sim.kernel.driver import SimulatedVhci
 
 
 def all_that_name_this_node(self: LockManager) -> tuple[Lock, ...]:

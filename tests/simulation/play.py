@@ -27,15 +27,16 @@ from plan import CONDITIONS, PROMISED, Plan, Settings
 from usbip_plugin.agent import Observer
 from usbip_plugin.claims import ALLOCATION_GRACE
 from usbip_plugin.config import Config, DeviceSelector, ResourceConfig, Selector
-from usbip_plugin.locks.memory import FINE
 from usbip_plugin.locks.protocol import Rules
 from usbip_plugin.model import DeviceKey, PodRef, Reason
-from usbip_plugin.sim.cluster import Cluster, ClusterNode, ClusterSpec, cluster
-from usbip_plugin.sim.loop import SimClock
-from usbip_plugin.sim.server import VirtualServer
-from usbip_plugin.sim.steploop import StepLoop, loop_of, run
-from usbip_plugin.sim.surroundings import unchanged
 from usbip_plugin.vhci.driver import VhciDriver
+from usbip_sim.leases import FINE
+from usbip_sim.server.server import VirtualServer
+from usbip_sim.virtual.cluster import Cluster, cluster
+from usbip_sim.virtual.cluster_node import ClusterNode
+from usbip_sim.virtual.loop import SimClock
+from usbip_sim.virtual.steploop import StepLoop, loop_of, run
+from usbip_sim.virtual.surroundings import ClusterSpec, unchanged
 
 P = ParamSpec("P")
 

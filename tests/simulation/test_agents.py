@@ -45,9 +45,10 @@ from usbip_plugin.locks import record
 from usbip_plugin.locks.protocol import Rules
 from usbip_plugin.model import DeviceKey, Reason
 from usbip_plugin.notices import Notice, What
-from usbip_plugin.sim.cluster import Cluster, ClusterNode, cluster
-from usbip_plugin.sim.steploop import stepped
-from usbip_plugin.sim.usbdevice import VirtualDevice
+from usbip_sim.server.usbdevice import VirtualDevice
+from usbip_sim.virtual.cluster import Cluster, cluster
+from usbip_sim.virtual.cluster_node import ClusterNode
+from usbip_sim.virtual.steploop import stepped
 
 
 @stepped

@@ -13,8 +13,8 @@ from usbip_plugin.inventory.lists import advertise
 from usbip_plugin.locks import record
 from usbip_plugin.locks.store import Lease
 from usbip_plugin.model import Advertised
-from usbip_plugin.sim.cluster import cluster
-from usbip_plugin.sim.steploop import stepped
+from usbip_sim.virtual.cluster import cluster
+from usbip_sim.virtual.steploop import stepped
 
 DEVICES = 60
 

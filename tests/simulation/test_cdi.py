@@ -39,12 +39,13 @@ from usbip_plugin.config import Config, OnLoss, ResourceConfig
 from usbip_plugin.keeper import PORT_CHECK_INTERVAL
 from usbip_plugin.model import Advertised, DeviceKey, Reason
 from usbip_plugin.notices import Notice, What
-from usbip_plugin.sim.cluster import Cluster, ClusterNode, cluster
-from usbip_plugin.sim.device_manager import PRE_START_TIMEOUT_S, EndpointError
-from usbip_plugin.sim.server import VirtualServer
-from usbip_plugin.sim.specs import Resolved, UnresolvableDevice, resolve
-from usbip_plugin.sim.steploop import stepped
-from usbip_plugin.sim.world import Setup, running
+from usbip_sim.kubelet.device_manager import PRE_START_TIMEOUT_S, EndpointError
+from usbip_sim.kubelet.specs import Resolved, UnresolvableDevice, resolve
+from usbip_sim.server.server import VirtualServer
+from usbip_sim.virtual.cluster import Cluster, cluster
+from usbip_sim.virtual.cluster_node import ClusterNode
+from usbip_sim.virtual.steploop import stepped
+from usbip_sim.world import Setup, running
 
 SPEC = "/var/run/cdi/usbip.dev-stick-"
 RECORD_FAILS = "cannot write the port record /run/vhci_hcd/port"

@@ -11,8 +11,8 @@ import pytest
 from cluster_rig import all_healthy, becomes, key, pod, server, spec, stick
 from trace_stories import Story, pod_known, told
 
-from usbip_plugin.locks.memory import MemoryLeases
-from usbip_plugin.sim.cluster import cluster
+from usbip_sim.leases import MemoryLeases
+from usbip_sim.virtual.cluster import cluster
 
 DAY, SHORT_DAY = 24 * 3600.0, 4 * 3600.0
 """Seconds of standing still, in the long form and in the short one."""

@@ -1,6 +1,6 @@
 """The demo is a test: real gRPC on unix sockets, USB/IP over TCP, every promise checked."""
 
-from usbip_plugin.sim import demo
+from usbip_sim import demo
 
 
 async def test_every_promise_of_the_demo_holds() -> None:

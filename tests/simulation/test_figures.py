@@ -33,10 +33,10 @@ from figures_rig import Measured, measured
 from usbip_plugin.config import Config
 from usbip_plugin.errors import KubeConflict
 from usbip_plugin.model import DeviceKey
-from usbip_plugin.sim.cluster import Cluster
-from usbip_plugin.sim.device_manager import EndpointError
-from usbip_plugin.sim.server import VirtualServer
-from usbip_plugin.sim.steploop import stepped
+from usbip_sim.kubelet.device_manager import EndpointError
+from usbip_sim.server.server import VirtualServer
+from usbip_sim.virtual.cluster import Cluster
+from usbip_sim.virtual.steploop import stepped
 
 STICK = "usbip.dev/stick"
 A, B = "node-a", "node-b"

@@ -37,10 +37,11 @@ from usbip_plugin.errors import ClaimBusy
 from usbip_plugin.locks import record
 from usbip_plugin.model import DeviceKey, Reason, ServerKey
 from usbip_plugin.notices import Notice, What
-from usbip_plugin.sim.cluster import Cluster, ClusterNode, cluster
-from usbip_plugin.sim.server import VirtualServer
-from usbip_plugin.sim.steploop import loop_of, stepped
-from usbip_plugin.sim.usbdevice import VirtualDevice
+from usbip_sim.server.server import VirtualServer
+from usbip_sim.server.usbdevice import VirtualDevice
+from usbip_sim.virtual.cluster import Cluster, cluster
+from usbip_sim.virtual.cluster_node import ClusterNode
+from usbip_sim.virtual.steploop import loop_of, stepped
 
 SOON = 5.0
 """Virtual seconds after a poll has listed the device."""

@@ -30,9 +30,9 @@ from usbip_plugin.config import DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.locks import record
 from usbip_plugin.model import DeviceKey, Reason, ServerKey
 from usbip_plugin.notices import Notice, What
-from usbip_plugin.sim.cluster import Cluster, cluster
-from usbip_plugin.sim.server import VirtualServer
-from usbip_plugin.sim.steploop import stepped
+from usbip_sim.server.server import VirtualServer
+from usbip_sim.virtual.cluster import Cluster, cluster
+from usbip_sim.virtual.steploop import stepped
 
 FOUND = 10.0
 """Virtual seconds until a server has been asked what it lists, the device who it is, and it is attached."""

@@ -32,10 +32,10 @@ from usbip_plugin.errors import WrongSerial
 from usbip_plugin.locks import record
 from usbip_plugin.model import DeviceKey, InterfaceClass, Reason
 from usbip_plugin.probing import MAX_REREADS
-from usbip_plugin.sim.cluster import Cluster, cluster
-from usbip_plugin.sim.server import VirtualServer
-from usbip_plugin.sim.steploop import stepped
-from usbip_plugin.sim.usbdevice import VirtualDevice
+from usbip_sim.server.server import VirtualServer
+from usbip_sim.server.usbdevice import VirtualDevice
+from usbip_sim.virtual.cluster import Cluster, cluster
+from usbip_sim.virtual.steploop import stepped
 
 POLLED = 10.0
 """Virtual seconds in which a server is asked what it lists, and a device who it is, by whichever node is first."""

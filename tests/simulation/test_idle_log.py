@@ -28,7 +28,7 @@ from trace_stories import Story, life, pod_known, told
 
 from usbip_plugin.model import Reason
 from usbip_plugin.observe.logs import set_up_logging
-from usbip_plugin.sim.cluster import cluster
+from usbip_sim.virtual.cluster import cluster
 
 HOUR, SHORT_HOUR = 3600.0, 900.0
 """Seconds in which nothing is to be written, in the long form and in the short one."""

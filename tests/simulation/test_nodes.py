@@ -27,12 +27,13 @@ from cluster_rig import (
 from usbip_plugin.config import ResourceConfig
 from usbip_plugin.model import DeviceKey, Reason
 from usbip_plugin.notices import Notice, What
-from usbip_plugin.sim.cluster import Cluster, ClusterNode, cluster
-from usbip_plugin.sim.server import VirtualServer
-from usbip_plugin.sim.specs import resolve
-from usbip_plugin.sim.steploop import stepped
-from usbip_plugin.sim.usbdevice import VirtualDevice
 from usbip_plugin.vhci.sysfs import PortStatus
+from usbip_sim.kubelet.specs import resolve
+from usbip_sim.server.server import VirtualServer
+from usbip_sim.server.usbdevice import VirtualDevice
+from usbip_sim.virtual.cluster import Cluster, cluster
+from usbip_sim.virtual.cluster_node import ClusterNode
+from usbip_sim.virtual.steploop import stepped
 
 
 def asking(lab: VirtualServer, **keys: object) -> ResourceConfig:

@@ -36,11 +36,12 @@ from usbip_plugin.errors import AllocateTimeout, UnknownDevice
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer, DeviceStates
 from usbip_plugin.model import DeviceKey, Reason
 from usbip_plugin.notices import Notice, What
-from usbip_plugin.sim.cluster import Cluster, ClusterNode, cluster
-from usbip_plugin.sim.server import VirtualServer
-from usbip_plugin.sim.steploop import loop_of, stepped
-from usbip_plugin.sim.world import Setup, running
 from usbip_plugin.telling import SENT_TIMEOUT
+from usbip_sim.server.server import VirtualServer
+from usbip_sim.virtual.cluster import Cluster, cluster
+from usbip_sim.virtual.cluster_node import ClusterNode
+from usbip_sim.virtual.steploop import loop_of, stepped
+from usbip_sim.world import Setup, running
 
 NOBODY_S = 5.0
 """Seconds from a pod's end in which its device is free."""

@@ -9,11 +9,12 @@ from dataclasses import replace
 import pytest
 from cluster_rig import LOCKS, all_healthy, becomes, health, key, pod, server, spec, stick
 
-from usbip_plugin.locks.memory import FINE, Fate, Operation
-from usbip_plugin.sim.cluster import Cluster, ClusterSpec, cluster
-from usbip_plugin.sim.server import VirtualServer
-from usbip_plugin.sim.steploop import stepped
 from usbip_plugin.usbip.poller import JITTER, MAX_RATE, POLL_INTERVAL, POLL_TIMEOUT, share
+from usbip_sim.leases import FINE, Fate, Operation
+from usbip_sim.server.server import VirtualServer
+from usbip_sim.virtual.cluster import Cluster, cluster
+from usbip_sim.virtual.steploop import stepped
+from usbip_sim.virtual.surroundings import ClusterSpec
 
 MINUTE, WHILE = 60.0, 1200.0
 LOCK_WRITES = 4

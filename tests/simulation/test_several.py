@@ -28,10 +28,11 @@ from cluster_rig import (
 from usbip_plugin.claims import ALLOCATION_GRACE, State
 from usbip_plugin.config import DeviceSelector, Extra, ResourceConfig, Selector
 from usbip_plugin.model import DeviceKey
-from usbip_plugin.sim.cluster import Cluster, ClusterNode, cluster
-from usbip_plugin.sim.device_manager import ContainerSpec
-from usbip_plugin.sim.server import VirtualServer
-from usbip_plugin.sim.steploop import stepped
+from usbip_sim.kubelet.device_manager import ContainerSpec
+from usbip_sim.server.server import VirtualServer
+from usbip_sim.virtual.cluster import Cluster, cluster
+from usbip_sim.virtual.cluster_node import ClusterNode
+from usbip_sim.virtual.steploop import stepped
 
 LONG = 10 * ALLOCATION_GRACE
 """Longer than any grace."""

@@ -27,8 +27,9 @@ from cluster_rig import (
 )
 
 from usbip_plugin.observe.tracing import RecentSpans, SpanRecord, Tracing
-from usbip_plugin.sim.cluster import Cluster, ClusterSpec, cluster
-from usbip_plugin.sim.steploop import stepped
+from usbip_sim.virtual.cluster import Cluster, cluster
+from usbip_sim.virtual.steploop import stepped
+from usbip_sim.virtual.surroundings import ClusterSpec
 
 MANY = 4096
 

@@ -19,14 +19,15 @@ from usbip_plugin.config import ResourceConfig
 from usbip_plugin.locks.manager import IMPORT_WINDOW_S, Grant, LockManager, LockMeta
 from usbip_plugin.locks.protocol import Rules
 from usbip_plugin.model import Attachment, Descriptor, DeviceKey, Identity, Lock, NodeIdentity, ServerKey, UsbId
-from usbip_plugin.sim.kernel import SimulatedKernel, SimulatedVhci
-from usbip_plugin.sim.loop import SimClock
-from usbip_plugin.sim.socket import SocketTable
-from usbip_plugin.sim.specs import MemorySpecs
 from usbip_plugin.usbip.client import Imported
 from usbip_plugin.usbip.probe import DeviceIdentity
 from usbip_plugin.vhci.driver import ASKED_CHILD_WAIT_S, PortState
 from usbip_plugin.vhci.sysfs import PortStatus
+from usbip_sim.kernel.driver import SimulatedVhci
+from usbip_sim.kernel.ports import SimulatedKernel
+from usbip_sim.kubelet.specs import MemorySpecs
+from usbip_sim.sockets import SocketTable
+from usbip_sim.virtual.loop import SimClock
 
 LAB = ServerKey("lab")
 KEY, OTHER = DeviceKey(LAB, "1-1"), DeviceKey(LAB, "1-2")

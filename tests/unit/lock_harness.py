@@ -12,9 +12,9 @@ import pytest
 from opentelemetry.trace import NoOpTracer
 
 from usbip_plugin.locks.manager import LockChange, LockManager, LockSettings
-from usbip_plugin.locks.memory import FINE, Fate, MemoryBackend, MemoryLeases, Operation
 from usbip_plugin.model import DeviceKey, NodeIdentity, ServerKey
-from usbip_plugin.sim.loop import SimClock
+from usbip_sim.leases import FINE, Fate, MemoryBackend, MemoryLeases, Operation
+from usbip_sim.virtual.loop import SimClock
 
 KEY = DeviceKey(ServerKey("10.0.0.1"), "1-1")
 OTHER = DeviceKey(ServerKey("10.0.0.1"), "1-2")

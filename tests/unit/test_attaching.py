@@ -31,9 +31,9 @@ from usbip_plugin.errors import (
 )
 from usbip_plugin.locks.manager import IMPORT_WINDOW_S
 from usbip_plugin.model import Identity
-from usbip_plugin.sim.loop import virtual
 from usbip_plugin.vhci.driver import PortState
 from usbip_plugin.vhci.sysfs import PortStatus
+from usbip_sim.virtual.loop import virtual
 
 ACQUIRED, RENEWED = "acquire 1-1", "renew 1-1"
 IMPORT, ATTACH, ENUMERATE = "import 1-1", "attach 1-1", "enumerate 1-1"

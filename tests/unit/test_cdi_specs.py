@@ -12,7 +12,7 @@ from usbip_plugin.config import ResourceConfig
 from usbip_plugin.errors import CdiError
 from usbip_plugin.kubelet.cdi import HandedOut
 from usbip_plugin.model import Attachment, DeviceKey, DeviceNode, ServerKey, UsbId
-from usbip_plugin.sim.specs import MemorySpecs, resolve
+from usbip_sim.kubelet.specs import MemorySpecs, resolve
 
 DOMAIN = "usbip.dev"
 KEY = DeviceKey(ServerKey("lab"), "1-1")

@@ -22,6 +22,8 @@ from usbip_plugin.errors import ConfigError, KubeForbidden, KubeUnreachable, Ser
 from usbip_plugin.model import Descriptor, ServerKey, UsbId
 from usbip_plugin.process import Options
 from usbip_plugin.vhci.driver import DriverReport
+from usbip_plugin.vhci.linux import SysfsVhci
+from usbip_plugin.vhci.uevents import NetlinkUevents
 
 SERVER = ServerKey("lab")
 READY = DriverReport(
@@ -277,7 +279,11 @@ async def test_the_cdi_directory_is_looked_at_if_a_resource_wants_it(tmp_path: P
     )
     for by_cdi in (True, False):
         config = Config((ResourceConfig("a", (), cdi=by_cdi),))
-        report, _ = await check_node(dataclasses.replace(options, cdi_directory=directory), Loaded(config, (), b""))
+        report, _ = await check_node(
+            dataclasses.replace(options, cdi_directory=directory),
+            Loaded(config, (), b""),
+            lambda clock: SysfsVhci(clock, NetlinkUevents(clock)),
+        )
         assert (f"ok    CDI directory: {directory}" in report) == by_cdi
 
 

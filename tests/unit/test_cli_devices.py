@@ -13,10 +13,10 @@ from usbip_plugin.cli import output
 from usbip_plugin.cli.listing import COLUMNS, WIDE, known_devices, rows
 from usbip_plugin.cli.output import show_devices, table, wants_colour
 from usbip_plugin.clock import SystemClock
-from usbip_plugin.locks.memory import MemoryBackend, MemoryLeases
 from usbip_plugin.locks.record import LOCK_LABELS, SESSION_LABELS
 from usbip_plugin.locks.store import Lease
 from usbip_plugin.model import DeviceKey, ServerKey
+from usbip_sim.leases import MemoryBackend, MemoryLeases
 
 HELD, FREE, SILENT = (
     DeviceKey(ServerKey(host, 3240), busid) for host, busid in (("lab", "1-1"), ("attic", "1-2"), ("z", "2-1"))

@@ -12,8 +12,8 @@ from usbip_plugin.cli.listing import Known, known_devices
 from usbip_plugin.cli.releasing import plan, release
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.errors import KubeForbidden, ReleaseRefused
-from usbip_plugin.locks.memory import MemoryBackend, MemoryLeases
 from usbip_plugin.locks.store import Lease
+from usbip_sim.leases import MemoryBackend, MemoryLeases
 
 NO_PORT = {name: text for name, text in HELD_NOTES.items() if name != "usbip.dev/vhci-port"}
 

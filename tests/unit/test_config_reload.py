@@ -14,7 +14,7 @@ from usbip_plugin.clock import SystemClock
 from usbip_plugin.config import Config, ConfigWatcher, Loaded, load_config, reload
 from usbip_plugin.config.reload import DEBOUNCE_S
 from usbip_plugin.errors import ConfigError
-from usbip_plugin.sim.loop import virtual
+from usbip_sim.virtual.loop import virtual
 
 PATIENCE_S = 10  # a bound for a hanging test, not a measurement
 

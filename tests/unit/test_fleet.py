@@ -13,7 +13,7 @@ import pytest
 
 from usbip_plugin.errors import KubeForbidden, KubeUnreachable
 from usbip_plugin.fleet import COUNT_INTERVAL_S, COUNT_TIMEOUT_S, RETRY_MAX_S, UNCOUNTED, FleetCount, count_pods
-from usbip_plugin.sim.loop import SimClock, virtual
+from usbip_sim.virtual.loop import SimClock, virtual
 
 
 class Api:

@@ -22,7 +22,7 @@ from usbip_plugin.kubelet.cdi import (
 )
 from usbip_plugin.kubelet.device_plugin import DeviceSpec
 from usbip_plugin.model import DeviceNode
-from usbip_plugin.sim.specs import MemorySpecs
+from usbip_sim.kubelet.specs import MemorySpecs
 
 DOMAIN = "usbip.dev"
 ID = "usbip-" + "a" * 20

@@ -16,7 +16,7 @@ from usbip_plugin.errors import (
 )
 from usbip_plugin.kubelet.eviction import BACKOFF_MAX_S, FORBIDDEN_WAIT_S, Evictor
 from usbip_plugin.model import PodRef
-from usbip_plugin.sim.loop import SimClock, virtual
+from usbip_sim.virtual.loop import SimClock, virtual
 
 POD = PodRef("lab", "scanner", "uid-1")
 PATH = "/api/v1/namespaces/lab/pods/scanner/eviction"

@@ -15,7 +15,7 @@ from usbip_plugin.kubelet.node_status import (
     spread,
     status_patch,
 )
-from usbip_plugin.sim.loop import SimClock, virtual
+from usbip_sim.virtual.loop import SimClock, virtual
 
 STORAGE, MODEM = "usbip.dev/storage", "usbip.dev/modem"
 PATCH_S = 0.02

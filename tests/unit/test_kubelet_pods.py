@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from usbip_plugin.errors import KubeForbidden, KubeGone, KubeUnreachable
 from usbip_plugin.kubelet.pods import MANY, OwnPods, PodPhase, PodState, read_pod
 from usbip_plugin.model import PodRef
-from usbip_plugin.sim.loop import SimClock, virtual
+from usbip_sim.virtual.loop import SimClock, virtual
 
 A = PodRef("default", "a", "uid-a")
 

@@ -15,7 +15,7 @@ from usbip_plugin.kubelet.device_plugin import (
     device_list,
 )
 from usbip_plugin.model import Advertised, DeviceKey, Health, Reason, ServerKey
-from usbip_plugin.sim.loop import run, virtual
+from usbip_sim.virtual.loop import run, virtual
 
 
 @functools.cache

@@ -4,8 +4,8 @@ import asyncio
 
 from usbip_plugin.listings import ABSENCE, Listings
 from usbip_plugin.model import Descriptor, DeviceKey, ServerKey, UsbId
-from usbip_plugin.sim.loop import SimClock, virtual
 from usbip_plugin.usbip.poller import ServerState, ServerView, failed
+from usbip_sim.virtual.loop import SimClock, virtual
 
 LAB = ServerKey("lab", 3240)
 KEY = DeviceKey(LAB, "1-1")

@@ -11,10 +11,10 @@ from usbip_plugin.errors import KubeForbidden, KubeNotFound, KubeServerError, Lo
 from usbip_plugin.locks import record
 from usbip_plugin.locks.expiry import EXPIRED_BEATS
 from usbip_plugin.locks.manager import ApiState, LockMeta, LockSettings, Standing
-from usbip_plugin.locks.memory import FINE, Fate, Lost, Operation
 from usbip_plugin.locks.session import BEAT_FRACTION
 from usbip_plugin.model import UNTOLD, Identity, InterfaceClass, PodRef
-from usbip_plugin.sim.loop import virtual
+from usbip_sim.leases import FINE, Fate, Lost, Operation
+from usbip_sim.virtual.loop import virtual
 
 POD = PodRef("default", "reader", "uid-1")
 RESOURCE = "leases.coordination.k8s.io"

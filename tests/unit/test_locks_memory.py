@@ -6,9 +6,9 @@ from collections.abc import Callable
 import pytest
 
 from usbip_plugin.errors import KubeServerError, KubeUnreachable
-from usbip_plugin.locks.memory import FINE, WATCH_IDLE_S, Fate, Lost, MemoryBackend, MemoryLeases, Operation
 from usbip_plugin.locks.store import ChangeType, Lease
-from usbip_plugin.sim.loop import SimClock, virtual
+from usbip_sim.leases import FINE, WATCH_IDLE_S, Fate, Lost, MemoryBackend, MemoryLeases, Operation
+from usbip_sim.virtual.loop import SimClock, virtual
 
 
 def store(backend: MemoryBackend, fate: Callable[[Operation], Fate] = lambda _o: FINE) -> MemoryLeases:

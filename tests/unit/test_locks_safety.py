@@ -13,11 +13,11 @@ from opentelemetry.trace import NoOpTracer
 from usbip_plugin.errors import KubeUnreachable, LockError
 from usbip_plugin.locks import protocol
 from usbip_plugin.locks.manager import LockManager, LockSettings
-from usbip_plugin.locks.memory import FINE, Fate, Lost, MemoryBackend, MemoryLeases, Operation
 from usbip_plugin.locks.protocol import Observation, Rules
 from usbip_plugin.locks.store import Lease
 from usbip_plugin.model import DeviceKey, NodeIdentity, ServerKey
-from usbip_plugin.sim.loop import SimClock, run
+from usbip_sim.leases import FINE, Fate, Lost, MemoryBackend, MemoryLeases, Operation
+from usbip_sim.virtual.loop import SimClock, run
 
 KEY = DeviceKey(ServerKey("10.0.0.1"), "1-1")
 SETTINGS = LockSettings(duration=40.0, import_window=19.0)

@@ -5,11 +5,11 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from usbip_plugin.locks.memory import MemoryBackend
 from usbip_plugin.locks.record import LOCK_LABELS
 from usbip_plugin.locks.store import ChangeType, Lease, LeaseChange, LeaseList
 from usbip_plugin.locks.view import LockChange, LockView, newer
 from usbip_plugin.model import DeviceKey, ServerKey
+from usbip_sim.leases import MemoryBackend
 
 ID = DeviceKey(ServerKey("10.0.0.1"), "1-1").id
 

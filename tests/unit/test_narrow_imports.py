@@ -117,7 +117,7 @@ def _python(code: str, *arguments: str) -> str:
         "urllib3.connection",
         "usbip_plugin.observe.otlp",
         "usbip_plugin.observe.page",
-        "usbip_plugin.sim",
+        "usbip_sim",
         "wsgiref",
         "xml",
     ],

@@ -7,8 +7,8 @@ import time
 import pytest
 
 from usbip_plugin.clock import Clock
-from usbip_plugin.sim import loop as sim_loop
-from usbip_plugin.sim.loop import Deadlock, SimClock, virtual
+from usbip_sim.virtual import loop as sim_loop
+from usbip_sim.virtual.loop import Deadlock, SimClock, virtual
 
 
 @virtual

@@ -11,11 +11,11 @@ import pytest
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.errors import ConfigError
 from usbip_plugin.model import InterfaceClass, ServerKey, UsbId
-from usbip_plugin.sim import server_command
-from usbip_plugin.sim.server import VirtualServer
-from usbip_plugin.sim.server_command import parse_device, parse_devices, parse_listen, read_devices, update
 from usbip_plugin.usbip.client import TcpUsbipClient
 from usbip_plugin.usbip.probe import parse_interfaces
+from usbip_sim.server import command
+from usbip_sim.server.command import parse_device, parse_devices, parse_listen, read_devices, update
+from usbip_sim.server.server import VirtualServer
 
 
 def test_a_device_with_everything() -> None:
@@ -101,7 +101,7 @@ async def test_a_file_is_followed_and_a_bad_one_changes_nothing(tmp_path: Path) 
 
     class Clock(SystemClock):
         async def sleep(self, seconds: float) -> None:
-            assert seconds == server_command.FOLLOW_INTERVAL
+            assert seconds == command.FOLLOW_INTERVAL
             looked.set()
             await asyncio.sleep(0)
 
@@ -117,9 +117,9 @@ async def test_a_file_is_followed_and_a_bad_one_changes_nothing(tmp_path: Path) 
             server_port.append(self.key.port)
 
     with pytest.MonkeyPatch.context() as patch, contextlib.closing(TcpUsbipClient(SystemClock())) as client:
-        patch.setattr(server_command, "VirtualServer", Known)
+        patch.setattr(command, "VirtualServer", Known)
         async with asyncio.timeout(20):
-            serving = asyncio.ensure_future(server_command.serve("127.0.0.1:0", {}, file, Clock()))
+            serving = asyncio.ensure_future(command.serve("127.0.0.1:0", {}, file, Clock()))
             await looked.wait()
             assert await listed(client) == ["1-1"]
             for text, wanted in (("nonsense\n", ["1-1"]), ("1-2=0403:6001\n", ["1-2"]), ("", [])):

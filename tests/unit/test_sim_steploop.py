@@ -8,9 +8,9 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 
-from usbip_plugin.sim import steploop
-from usbip_plugin.sim.loop import Deadlock
-from usbip_plugin.sim.steploop import BusyLoop, Process, StepLoop, loop_of, run, stepped
+from usbip_sim.virtual import steploop
+from usbip_sim.virtual.loop import Deadlock
+from usbip_sim.virtual.steploop import BusyLoop, Process, StepLoop, loop_of, run, stepped
 
 
 @stepped

@@ -12,8 +12,8 @@ from opentelemetry.trace import NoOpTracer
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer, DeviceStates
 from usbip_plugin.kubelet.node_status import NodeStatusPublisher
 from usbip_plugin.model import Advertised, DeviceKey, Health, Reason, ServerKey
-from usbip_plugin.sim.loop import SimClock, virtual
 from usbip_plugin.telling import Telling
+from usbip_sim.virtual.loop import SimClock, virtual
 
 STORAGE = "usbip.dev/storage"
 STICK = DeviceKey(ServerKey("lab", 3240), "1-1")

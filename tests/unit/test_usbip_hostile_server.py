@@ -22,10 +22,10 @@ from usbip_plugin.errors import (
     UsbipError,
 )
 from usbip_plugin.model import DeviceKey, ServerKey, UsbId
-from usbip_plugin.sim.usbdevice import VirtualDevice
 from usbip_plugin.usbip import connect, urb
 from usbip_plugin.usbip.client import Imported, TcpUsbipClient, refusal
 from usbip_plugin.usbip.protocol import ImportReply, encode_devlist_reply, encode_import_reply
+from usbip_sim.server.usbdevice import VirtualDevice
 
 # Seconds within which what must come has come, and seconds given to what never will.
 PATIENCE = 10.0

@@ -10,11 +10,6 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 from usbip_plugin.model import Descriptor, DeviceKey, ServerKey, UsbId
-from usbip_plugin.sim.connector import MemoryConnector
-from usbip_plugin.sim.loop import SimClock, virtual
-from usbip_plugin.sim.network import Host, Network
-from usbip_plugin.sim.server import VirtualServer
-from usbip_plugin.sim.usbdevice import VirtualDevice
 from usbip_plugin.usbip.client import Imported, TcpUsbipClient
 from usbip_plugin.usbip.poller import (
     FIRST_RETRY,
@@ -30,6 +25,11 @@ from usbip_plugin.usbip.poller import (
     share,
 )
 from usbip_plugin.usbip.probe import DeviceIdentity
+from usbip_sim.server.server import VirtualServer
+from usbip_sim.server.usbdevice import VirtualDevice
+from usbip_sim.virtual.connector import MemoryConnector
+from usbip_sim.virtual.loop import SimClock, virtual
+from usbip_sim.virtual.network import Host, Network
 
 LATENCY = 0.001
 STICK = VirtualDevice("1-1", UsbId(1, 1))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from usbip_plugin.model import UsbId
-from usbip_plugin.sim.usbdevice import STALL, Transfers, VirtualDevice
 from usbip_plugin.usbip import urb
 from usbip_plugin.usbip.protocol import ProtocolViolation
+from usbip_sim.server.usbdevice import STALL, Transfers, VirtualDevice
 
 STICK = VirtualDevice("1-1", UsbId(0x1209, 0x0001), serial="S1")
 ECHO = VirtualDevice("1-2", UsbId(0x1209, 0x0002), echo=True)

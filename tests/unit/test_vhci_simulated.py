@@ -17,9 +17,10 @@ from usbip_plugin.errors import (
     WrongSerial,
 )
 from usbip_plugin.model import Attachment, Descriptor, DeviceKey, ServerKey, UsbId
-from usbip_plugin.sim.kernel import SimulatedKernel, SimulatedVhci
-from usbip_plugin.sim.socket import MemorySocket, SocketTable
 from usbip_plugin.vhci.sysfs import PortStatus
+from usbip_sim.kernel.driver import SimulatedVhci
+from usbip_sim.kernel.ports import SimulatedKernel
+from usbip_sim.sockets import MemorySocket, SocketTable
 
 STICK = UsbId(0x0403, 0x6001)
 KEY = DeviceKey(ServerKey("192.0.2.1"), "1-1")

@@ -7,10 +7,10 @@ import asyncio
 import pytest
 
 from usbip_plugin.clock import SystemClock
-from usbip_plugin.sim.loop import VirtualLoop
 from usbip_plugin.vhci.stalls import SAME_CONTROLLER, SAME_PORT, STALL_S, Stalls
 from usbip_plugin.vhci.sysfs import Port, PortStatus
 from usbip_plugin.vhci.waiting import RECHECK_S, RESYNC_S, SETTLE_S, Bell, settle
+from usbip_sim.virtual.loop import VirtualLoop
 
 
 class LoopClock(SystemClock):

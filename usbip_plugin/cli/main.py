@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -91,17 +92,20 @@ def _run(options: argparse.Namespace) -> int:
 
 def _demo(options: argparse.Namespace) -> int:
     from usbip_plugin.observe.logs import set_up_logging  # noqa: PLC0415
-    from usbip_plugin.sim import demo  # noqa: PLC0415
 
     set_up_logging("none", sys.stderr)
+    demo = importlib.import_module("usbip_sim.demo")
     return Exit.DONE if asyncio.run(demo.run(print, real_kernel=options.real_kernel)) else Exit.PROBLEM
 
 
 def _simulate(options: argparse.Namespace) -> int:
     from usbip_plugin.observe.logs import set_up_logging  # noqa: PLC0415
-    from usbip_plugin.sim import commands  # noqa: PLC0415
 
     set_up_logging(options.log_level, sys.stdout, json_lines=True)
+    commands = importlib.import_module("usbip_sim.commands")
+    status: int
     if options.simulated == "kernel":
-        return commands.kernel(options.socket, options.device_directory, options.controllers)
-    return commands.server(options.listen, options.device, options.devices_file)
+        status = commands.kernel(options.socket, options.device_directory, options.controllers)
+    else:
+        status = commands.server(options.listen, options.device, options.devices_file)
+    return status

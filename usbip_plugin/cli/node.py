@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib
+import logging
 import os
 import platform
+import random
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +25,11 @@ from usbip_plugin.config.schema import (
 from usbip_plugin.errors import ConfigError
 
 if TYPE_CHECKING:
-    from usbip_plugin.process import Options
+    from usbip_plugin.clock import Clock
+    from usbip_plugin.process import MakeDriver, Options
+    from usbip_plugin.vhci.driver import VhciDriver
+
+log = logging.getLogger(__name__)
 
 SERVICE_ACCOUNT_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
@@ -54,6 +61,8 @@ def run(options: argparse.Namespace) -> int:
         from usbip_plugin.observe.logs import set_up_logging  # noqa: PLC0415
         from usbip_plugin.process import run_blocking  # noqa: PLC0415
 
+        make_driver = _driver_of(options)
+
     if not options.node_name:
         cure = "give the node's name, or set NODE_NAME (downward API: spec.nodeName)"
         raise ConfigError("command line", [f"--node-name: {cure}"])
@@ -61,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
     settings = loaded.config.settings
     level = _first(options.log_level, settings.log_level, DEFAULT_LOG_LEVEL)
     set_up_logging(level, sys.stdout, json_lines=options.log_format == "json")
-    return run_blocking(_process_options(options, settings), loaded, loaded.warnings)
+    return run_blocking(_process_options(options, settings), loaded, loaded.warnings, make_driver)
 
 
 def check(options: argparse.Namespace) -> int:
@@ -77,9 +86,30 @@ def check(options: argparse.Namespace) -> int:
     except ConfigError as error:
         loaded = error
     settings = FileSettings() if isinstance(loaded, ConfigError) else loaded.config.settings
-    report, status = asyncio.run(check_node(_process_options(options, settings), loaded))
+    report, status = asyncio.run(check_node(_process_options(options, settings), loaded, _driver_of(options)))
     print(report)  # noqa: T201 - the command line's own voice
     return status
+
+
+def _driver_of(options: argparse.Namespace) -> MakeDriver:
+    """Returns what makes the driver of the vhci_hcd here or, with --simulated-kernel, of the kernel at that socket."""
+    if options.simulated_kernel is None:
+        from usbip_plugin.vhci.linux import SysfsVhci  # noqa: PLC0415
+        from usbip_plugin.vhci.uevents import NetlinkUevents  # noqa: PLC0415
+
+        return lambda clock: SysfsVhci(clock, NetlinkUevents(clock))
+
+    def simulated(clock: Clock) -> VhciDriver:
+        log.warning(
+            "development only: a simulated kernel, no USB device is attached",
+            extra={"socket": options.simulated_kernel},
+        )
+        # by name: nothing of the product imports its doubles
+        double = importlib.import_module("usbip_sim.kernel.remote")
+        driver: VhciDriver = double.RemoteVhci(options.simulated_kernel, clock, random.Random())  # noqa: S311 - jitter
+        return driver
+
+    return simulated
 
 
 def _process_options(options: argparse.Namespace, settings: FileSettings) -> Options:
@@ -96,6 +126,5 @@ def _process_options(options: argparse.Namespace, settings: FileSettings) -> Opt
         ),
         listen=_first(getattr(options, "listen", None), settings.listen, DEFAULT_LISTEN),
         kubeconfig=options.kubeconfig,
-        simulated_kernel=options.simulated_kernel,
         cdi_directory=options.cdi_directory,
     )

@@ -14,6 +14,7 @@ from opentelemetry import trace
 from usbip_plugin.redaction import redacted
 
 PACKAGE = "usbip_plugin"
+PACKAGES = (PACKAGE, "usbip_sim")
 _OFF = logging.CRITICAL + 10
 LEVELS: Mapping[str, int] = {
     "all": logging.NOTSET + 1,
@@ -34,7 +35,7 @@ _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", 
 
 
 def set_up_logging(level: str, stream: TextIO, *, json_lines: bool = True) -> logging.Handler:
-    """Sends the package's records from `level` (a key of LEVELS) up, and other packages' from warn up, to stream.
+    """Sends the project's records from `level` (a key of LEVELS) up, and other packages' from warn up, to stream.
 
     Replaces what an earlier call set up. Returns the handler. ValueError for an unknown level.
     """
@@ -49,7 +50,8 @@ def set_up_logging(level: str, stream: TextIO, *, json_lines: bool = True) -> lo
         root.removeHandler(old)
     root.addHandler(handler)
     root.setLevel(number if level in {"all", "none"} else max(number, logging.WARNING))
-    logging.getLogger(PACKAGE).setLevel(number)
+    for package in PACKAGES:
+        logging.getLogger(package).setLevel(number)
     return handler
 
 

@@ -1,4 +1,4 @@
-"""The interface to vhci_hcd: ports, attach, enumerate, detach. Implemented by vhci/linux.py and sim/kernel.py."""
+"""The interface to vhci_hcd: ports, attach, enumerate, detach. Implemented by vhci/linux.py and usbip_sim/kernel/driver.py."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 # e2e.sh [PYTEST ARGUMENT...]: tests/e2e on a cluster of up.sh, which is made for it and ended after it. With KEEP=1 the
 # cluster stays. IMAGE=TAR takes an image that is built already, OLD_IMAGE=TAR one of another version for the tests of an
 # upgrade, named usbip-plugin:e2e-old (tests/lab/image/build.sh --revision makes one; the simulated kernel must understand
-# it: VERSION of usbip_plugin/sim/kernel_wire.py); without it they have one image under two names.
+# it: VERSION of usbip_sim/kernel/wire.py); without it they have one image under two names.
 # Logs of a failure: E2E_LOGS, default build/e2e-logs.
 # Exit status 75: there is no cluster to test on, after two tries; that says nothing about the tests.
 set -euo pipefail

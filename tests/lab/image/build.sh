@@ -51,7 +51,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 # exactly what .dockerignore lets through, so that nothing else of the checkout costs time
 mkdir "$work/context"
-files=(Dockerfile .dockerignore pyproject.toml constraints.txt README.md LICENSE usbip_plugin)
+files=(Dockerfile .dockerignore pyproject.toml constraints.txt README.md LICENSE usbip_plugin usbip_sim)
 if [ -n "$revision" ]; then
   # a revision may not have all of them
   mapfile -t files < <(git -C "$root" ls-tree --name-only "$revision" "${files[@]}")

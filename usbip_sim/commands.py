@@ -1,0 +1,54 @@
+"""`usbip-plugin simulate ...` as processes: they end at SIGTERM or SIGINT."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Coroutine, Sequence
+from pathlib import Path
+
+from usbip_plugin.clock import SystemClock
+from usbip_sim.kernel.device_nodes import DeviceNodes
+from usbip_sim.kernel.ports import SimulatedKernel
+from usbip_sim.kernel.service import ENUMERATION_S, KernelService
+from usbip_sim.server.command import parse_devices, serve
+
+log = logging.getLogger(__name__)
+
+
+JOURNAL = "simulated-nodes"
+"""Beside the socket: which device nodes there are."""
+
+
+def kernel(socket: Path, device_directory: Path | None, controllers: int) -> int:
+    """The exit status: 0 after a signal, 1 with a message if it could not run."""
+    nodes = DeviceNodes(device_directory, socket.parent / JOURNAL) if device_directory is not None else None
+    simulated = SimulatedKernel(SystemClock(), controllers=controllers, enumeration_delay=ENUMERATION_S)
+    service = KernelService(simulated, socket, nodes, asking=True)
+    listening = {"socket": str(socket), "ports": len(simulated.ports())}
+    return _until_signal(service.run(listening=lambda: log.info("simulated kernel", extra=listening)))
+
+
+def server(listen: str, devices: Sequence[str], file: Path | None) -> int:
+    """The same. ConfigError for devices that make no sense."""
+    return _until_signal(serve(listen, parse_devices(devices), file, SystemClock()))
+
+
+def _until_signal(work: Coroutine[None, None, None]) -> int:
+    async def run() -> None:
+        task = asyncio.ensure_future(work)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, task.cancel)
+        try:
+            await task
+        except asyncio.CancelledError:
+            log.info("ended")
+
+    try:
+        asyncio.run(run())
+    except OSError as error:
+        log.critical("cannot run", extra={"cause": str(error)})
+        return 1
+    return 0

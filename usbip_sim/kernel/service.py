@@ -1,0 +1,232 @@
+"""`usbip-plugin simulate kernel`: a simulated vhci_hcd as a process that outlives the plugin, as a kernel does.
+
+For clusters whose kernel has none. A new process is a kernel that has booted: every port is free.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from usbip_plugin.errors import AttachRefused, VhciError, WrongDevice
+from usbip_plugin.model import Attachment, Descriptor, DeviceKey
+from usbip_sim.kernel import wire
+from usbip_sim.kernel.channel import Channel, Message
+from usbip_sim.kernel.device_nodes import DeviceNodes
+from usbip_sim.kernel.driver import SimulatedVhci
+from usbip_sim.kernel.enumeration import drivers_children, enumerate_device
+from usbip_sim.kernel.ports import SimulatedKernel
+
+log = logging.getLogger(__name__)
+
+
+ENUMERATION_S = 0.3
+"""Seconds from attach to enumerated: what a real kernel was seen to take."""
+_BACKLOG = 16
+MAX_CALLS = 256
+"""Of one driver at a time."""
+
+
+_TIMED = ("enumerate", "detach")
+_ON_A_PORT = ("enumerate", "inspect", "detach")
+
+
+class KernelService:
+    """One kernel for the drivers that connect to the socket at path. devices: None for nodes that do not exist.
+
+    asking: devices are asked who they are, and have the serial number and the child nodes that follow from it.
+    """
+
+    def __init__(
+        self, kernel: SimulatedKernel, path: Path, devices: DeviceNodes | None = None, *, asking: bool = False
+    ) -> None:
+        self._kernel, self._path, self._devices, self._asking = kernel, path, devices, asking
+        self._made: dict[int, tuple[int, set[str]]] = {}  # of a port: number of its occupant, paths of its nodes
+
+    async def run(self, *, listening: Callable[[], None] = lambda: None) -> None:
+        """Until cancelled; then every port falls free, as nothing outlives a kernel. OSError if it cannot listen."""
+        if self._devices is not None:
+            self._devices.sweep()
+        loop = asyncio.get_running_loop()
+        with contextlib.closing(_listen(self._path)) as listener:
+            unsubscribe = self._kernel.bell.subscribe(self._look)
+            channels: set[Channel] = set()
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    listening()
+                    while True:
+                        sock, _address = await loop.sock_accept(listener)
+                        _Session(self, sock, channels, tasks)
+            finally:
+                unsubscribe()
+                for channel in channels:
+                    channel.close()
+                self._kernel.reboot()
+                self._look()
+                self._path.unlink(missing_ok=True)
+
+    @property
+    def kernel(self) -> SimulatedKernel:
+        return self._kernel
+
+    async def attach(self, driver: SimulatedVhci, key: DeviceKey, descriptor: Descriptor, fd: int) -> int:
+        """VhciDriver.attach, and what is learnt of the device."""
+        found = await enumerate_device(key, descriptor, fd, self._kernel.clock) if self._asking else None
+        port = await driver.attach(key, descriptor, fd)
+        occupant = self._kernel.occupant(port)
+        if found is None or occupant is None:
+            return port
+        occupant.asked, occupant.usb_id, occupant.serial = True, found.usb_id, found.serial
+        occupant.manufacturer, occupant.model = found.manufacturer, found.product
+        try:
+            for interface, name in drivers_children(found.usb_id, found.interfaces):
+                unused = self._kernel.unused(name)
+                node = self._devices.make_one_of(unused) if self._devices is not None else next(unused)
+                occupant.children.append(replace(node, interface=interface))
+                self._note(port, occupant.number, node.path)
+        except OSError as error:
+            self._kernel.free_port(port)
+            raise AttachRefused(f"no child node for {key}: {error}") from error
+        return port
+
+    def provided(self, attachment: Attachment) -> Attachment:
+        """The attachment as it is on this node, its nodes made. AttachRefused if they cannot be."""
+        occupant = self._kernel.occupant(attachment.port)
+        if self._devices is None or occupant is None:
+            return attachment
+        self._note(attachment.port, occupant.number, *(node.path for node in attachment.nodes))
+        try:
+            return self._devices.provide(attachment)
+        except OSError as error:
+            self._kernel.free_port(attachment.port)
+            raise AttachRefused(f"no device node for {attachment.key}: {error}") from error
+
+    def _note(self, port: int, occupant: int, *paths: str) -> None:
+        before = self._made.get(port)
+        if before is None or before[0] != occupant:
+            before = self._made[port] = (occupant, set())
+        before[1].update(paths)
+
+    def _look(self) -> None:
+        """A port may have fallen free, or have another device: the nodes of the former go."""
+        for port, (number, _paths) in tuple(self._made.items()):
+            now = self._kernel.occupant(port)
+            if now is None or now.number != number:
+                del self._made[port]
+        if self._devices is not None:
+            self._devices.keep({path for _number, paths in self._made.values() for path in paths})
+
+
+class _Session:
+    """One connected driver."""
+
+    def __init__(
+        self, service: KernelService, sock: socket.socket, channels: set[Channel], tasks: asyncio.TaskGroup
+    ) -> None:
+        self._service = service
+        self._tasks = tasks
+        self._driver = SimulatedVhci(service.kernel)
+        self._calls: dict[int, asyncio.Task[None]] = {}
+        self._channels = channels
+        self._channel = Channel(sock, self._received, self._ended)
+        channels.add(self._channel)
+        self._unsubscribe = self._driver.subscribe(lambda: self._channel.send({"changed": True}))
+
+    def _ended(self) -> None:
+        self._unsubscribe()
+        self._channels.discard(self._channel)
+        for call in self._calls.values():
+            call.cancel()
+
+    def _received(self, message: Message, fd: int | None) -> None:
+        number = message.get("id")
+        if "cancel" in message:
+            cancelled = message["cancel"]
+            if isinstance(cancelled, int) and (call := self._calls.get(cancelled)):
+                call.cancel()
+        elif isinstance(number, int) and number not in self._calls and len(self._calls) < MAX_CALLS:
+            task = self._tasks.create_task(self._answer(number, message, fd))
+            self._calls[number] = task
+            task.add_done_callback(lambda _task: self._calls.pop(number, None))
+            return
+        if fd is not None:
+            os.close(fd)
+
+    async def _answer(self, number: int, message: Message, fd: int | None) -> None:
+        try:
+            if message.get("version") != wire.VERSION:
+                raise AttachRefused(f"the simulated kernel speaks version {wire.VERSION}: restart it")
+            self._channel.send({"id": number, "result": await self._call(message, fd)})
+        except (VhciError, WrongDevice) as error:
+            self._channel.send({"id": number, "error": wire.error_out(error)})
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            log.warning("a request that makes no sense", extra={"cause": repr(error)})
+            self._channel.send({"id": number, "error": {"name": "", "text": f"not understood: {error!r}"}})
+        finally:
+            if fd is not None:
+                os.close(fd)
+
+    async def _call(self, message: Message, fd: int | None) -> Any:
+        driver = self._driver
+        call = message["call"]
+        timeout = wire.seconds_in(message["timeout"]) if call in _TIMED else 0.0
+        port = wire.number_in(message["port"]) if call in _ON_A_PORT else 0
+        match call:
+            case "ports":
+                return [wire.port_out(port) for port in await driver.ports()]
+            case "attach":
+                if fd is None:
+                    raise AttachRefused("no socket came along")
+                key, descriptor = wire.key_in(message["key"]), wire.descriptor_in(message["descriptor"])
+                return await self._service.attach(driver, key, descriptor, fd)
+            case "enumerate":
+                attachment = await driver.enumerate(
+                    wire.key_in(message["key"]),
+                    wire.descriptor_in(message["descriptor"]),
+                    port,
+                    children=wire.kinds_in(message["children"]),
+                    children_timeout=wire.seconds_in(message["children_timeout"]),
+                    timeout=timeout,
+                )
+                return wire.attachment_out(self._service.provided(attachment))
+            case "inspect":
+                found = await driver.inspect(wire.key_in(message["key"]), port)
+                return wire.attachment_out(None if found is None else self._service.provided(found))
+            case "detach":
+                return await driver.detach(port, timeout=timeout)
+            case "forget":
+                return await driver.forget(wire.key_in(message["key"]))
+            case "check":
+                return wire.report_out(await driver.check())
+            case other:
+                raise ValueError(other)
+
+
+def _listen(path: Path) -> socket.socket:
+    """Takes the place of a socket that nobody listens on any more. OSError if somebody does."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        sock.setblocking(False)
+        with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)) as probe:
+            try:
+                probe.connect(str(path))
+            except FileNotFoundError:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            except ConnectionRefusedError:
+                path.unlink()
+            else:
+                raise FileExistsError(f"another simulated kernel listens on {path}")
+        sock.bind(str(path))
+        path.chmod(0o600)
+        sock.listen(_BACKLOG)
+    except OSError:
+        sock.close()
+        raise
+    return sock

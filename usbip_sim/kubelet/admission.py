@@ -1,0 +1,207 @@
+"""A kubelet's admission of pods that want devices: everything of the simulated kubelet that needs no socket."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from usbip_plugin.kubelet.broadcast import Broadcast
+from usbip_plugin.kubelet.pod_resources import ContainerDevices
+from usbip_plugin.model import PodRef
+from usbip_sim.kubelet.device_manager import (
+    AdmissionError,
+    Allocation,
+    AllocationKey,
+    ContainerSpec,
+    DeviceManager,
+    Endpoint,
+    EndpointError,
+)
+
+
+@dataclass(slots=True)
+class Seen:
+    """What a test may want to look at afterwards."""
+
+    registrations: list[str] = field(default_factory=list)
+    """Resource names, one for each registration that was accepted."""
+    lists: list[tuple[str, dict[str, bool]]] = field(default_factory=list)
+    """(resource, {ID: healthy}), every ListAndWatch message in order."""
+    allocates: list[tuple[str, frozenset[str]]] = field(default_factory=list)
+    """(resource, IDs) of every Allocate call."""
+
+
+class Admission:
+    """Plugins connect, list their devices, and pods are admitted one at a time with what is healthy and free.
+
+    manager.checkpoint survives a restart. `changed` fires after every change. blind: it has just started, and does not
+    know its pods yet, so it lists none; a real one takes about a second.
+    """
+
+    def __init__(self) -> None:
+        self.manager = DeviceManager()
+        self.seen = Seen()
+        self.changed = Broadcast()
+        self.blind = False
+        self._one_at_a_time = asyncio.Lock()
+        self._active: dict[PodRef, tuple[ContainerSpec, ...]] = {}
+        self._endpoints: dict[str, dict[Hashable, Endpoint]] = {}
+        self._primary: dict[str, Endpoint] = {}
+        self._stopped: dict[str, Endpoint] = {}
+
+    def connect(self, resource: str, place: Hashable, endpoint: Endpoint) -> None:
+        """A registration. place: the plugin's socket path. ValueError, in the kubelet's words, if it is refused."""
+        by_place = self._endpoints.setdefault(resource, {})
+        if place in by_place:
+            raise ValueError(f"device plugin already connected: {place}")
+        by_place[place] = self._primary[resource] = endpoint
+        self.seen.registrations.append(resource)
+
+    def listed(self, resource: str, devices: Mapping[str, bool]) -> None:
+        """A ListAndWatch message: {ID: healthy}."""
+        self.seen.lists.append((resource, dict(devices)))
+        self.manager.listed(resource, devices.items())
+        self.changed.fire()
+
+    def disconnect(self, resource: str, place: Hashable) -> None:
+        """The end of a ListAndWatch. With the last plugin of a resource all its devices become unhealthy."""
+        by_place = self._endpoints.get(resource, {})
+        if by_place.pop(place, None) is None:
+            return
+        if by_place:
+            self._primary[resource] = next(iter(by_place.values()))
+        else:
+            del self._endpoints[resource]
+            self._stopped[resource] = self._primary.pop(resource)
+            self.manager.disconnected(resource)
+        self.changed.fire()
+
+    def disconnect_all(self) -> None:
+        """The kubelet ends: plugins and devices are forgotten, allocations are not."""
+        self._endpoints.clear()
+        self._primary.clear()
+        self._stopped.clear()
+        self.manager.restart()
+        self.changed.fire()
+
+    def connected(self, resource: str) -> bool:
+        """A plugin for the resource is connected now."""
+        return resource in self._primary
+
+    def plugins(self, resource: str) -> int:
+        """How many are connected for a resource: for a moment there may be two."""
+        return len(self._endpoints.get(resource, ()))
+
+    def asks_before_start(self, resource: str) -> bool:
+        """Whether the plugin that is connected asked for PreStartContainer."""
+        endpoint = self._primary.get(resource)
+        return endpoint is not None and endpoint.pre_start_required
+
+    def health(self, resource: str) -> dict[str, bool]:
+        """{ID: healthy} as the kubelet sees it now."""
+        healthy, unhealthy = self.manager.healthy.get(resource, ()), self.manager.unhealthy.get(resource, ())
+        return dict.fromkeys(unhealthy, False) | dict.fromkeys(healthy, True)
+
+    async def wait_for(self, resource: str, predicate: Callable[[dict[str, bool]], bool]) -> dict[str, bool]:
+        """Returns health(resource) once a plugin is connected and predicate holds of it. The caller bounds it."""
+        await self.changed.until(lambda: self.connected(resource) and predicate(self.health(resource)))
+        return self.health(resource)
+
+    async def admit(
+        self, pod: PodRef, requests: Mapping[str, int] | Sequence[ContainerSpec]
+    ) -> dict[tuple[str, str], Allocation]:
+        """Admits a pod and returns {(container, resource): allocation}.
+
+        requests: the containers, or the limits of a single one named "app". AdmissionError if the pod fails; what its
+        earlier containers got is freed with the next admission or list().
+        """
+        containers = (ContainerSpec("app", requests),) if isinstance(requests, Mapping) else tuple(requests)
+        async with self._one_at_a_time:
+            self._active[pod] = containers
+            try:
+                await self._admit(pod, containers)
+            except BaseException:
+                del self._active[pod]
+                raise
+        self.changed.fire()
+        return {key[1:]: allocation for key, allocation in self.manager.checkpoint.items() if key[0] == pod}
+
+    async def start_container(self, pod: PodRef, container: str) -> dict[str, Allocation]:
+        """A (re)start of a container: PreStartContainer where asked for, then the stored answers, by resource.
+
+        EndpointError if PreStartContainer fails, or its plugin is gone; the kubelet would try again. A kubelet that was
+        restarted does not know what a plugin asked for until it registers again, and starts the container without.
+        """
+        held = {key[2]: a for key, a in self.manager.checkpoint.items() if key[:2] == (pod, container)}
+        for resource, allocation in held.items():
+            endpoint = self._primary.get(resource)
+            stopped = self._stopped.get(resource)
+            if endpoint is None and stopped is not None and stopped.pre_start_required:
+                raise EndpointError("UNKNOWN", f"endpoint {resource} has been stopped")
+            if endpoint is not None and endpoint.pre_start_required:
+                await endpoint.pre_start(sorted(allocation.device_ids))
+        return held
+
+    def end(self, pod: PodRef) -> None:
+        """The pod is finished: no longer listed, its devices free for the next."""
+        self._active.pop(pod, None)
+        self.manager.release_except(self._active)
+        self.changed.fire()
+
+    def active(self) -> Mapping[PodRef, Sequence[ContainerSpec]]:
+        """The pods that are admitted, or are being admitted, and have not ended."""
+        return dict(self._active)
+
+    def held(self) -> tuple[ContainerDevices, ...]:
+        """What pod-resources lists: active pods, also one that is being admitted. Not what init containers have that
+        end before the others start, nor an Allocate in flight."""
+        if self.blind:
+            return ()
+        self.manager.release_except(self._active)
+        init = {(pod, c.name) for pod, containers in self._active.items() for c in containers if c.passes_on}
+        return tuple(
+            ContainerDevices(PodRef(key[0].namespace, key[0].name), key[1], key[2], tuple(sorted(a.device_ids)))
+            for key, a in self.manager.checkpoint.items()
+            if key[:2] not in init
+        )
+
+    def in_use(self) -> frozenset[str]:
+        """IDs of what pods have that are active, init containers included."""
+        self.manager.release_except(self._active)
+        return frozenset().union(*(allocation.device_ids for allocation in self.manager.checkpoint.values()))
+
+    async def _admit(self, pod: PodRef, containers: tuple[ContainerSpec, ...]) -> None:
+        reusable: dict[str, frozenset[str]] = {}
+        for container in sorted(containers, key=lambda c: not c.init):
+            for resource, needed in container.limits.items():
+                if not self.manager.knows(resource):
+                    continue
+                self.manager.release_except(self._active)
+                kept = reusable.get(resource, frozenset())
+                got = await self._allocate((pod, container.name, resource), needed, kept)
+                reusable[resource] = kept | got if container.passes_on else kept - got
+
+    async def _allocate(self, key: AllocationKey, needed: int, reusable: frozenset[str]) -> frozenset[str]:
+        resource = key[2]
+        chosen, available, missing = self.manager.start(key, needed, reusable)
+        endpoint = self._primary.get(resource)
+        if endpoint is None:
+            raise AdmissionError(f"endpoint {resource} has been stopped")
+        preferred: Sequence[str] = ()
+        try:
+            if missing and endpoint.preferred_available:
+                preferred = await endpoint.preferred(sorted(available | chosen), sorted(chosen), needed)
+        except EndpointError as error:
+            words = f"device plugin GetPreferredAllocation rpc failed with err: {error}"
+            raise AdmissionError(f"Allocate failed due to {words}, which is unexpected") from error
+        try:
+            ids = self.manager.finish(key, chosen, available, missing, preferred)
+            if ids:
+                self.seen.allocates.append((resource, ids))
+                self.manager.insert(key, await endpoint.allocate(sorted(ids)))
+        except EndpointError as error:
+            raise AdmissionError(f"Allocate failed due to {error}, which is unexpected") from error
+        finally:
+            self.manager.recount()
+        return ids

@@ -1,0 +1,230 @@
+"""A simulated kubelet on real unix sockets: the other side of the device-plugin and pod-resources APIs.
+
+Behaves as Kubernetes 1.37 does: one admission at a time, no deadline on Allocate, allocations remembered over a
+restart, sockets in its directory wiped at start.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import stat
+from collections.abc import Awaitable, Sequence
+from itertools import groupby
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+import grpc.aio
+
+from usbip_plugin.kubelet import deviceplugin_pb2 as pb
+from usbip_plugin.kubelet import podresources_pb2 as podpb
+from usbip_plugin.kubelet.device_plugin import DeviceSpec
+from usbip_plugin.kubelet.deviceplugin_pb2_grpc import DevicePluginStub, add_RegistrationServicer_to_server
+from usbip_plugin.kubelet.pod_resources import ContainerDevices
+from usbip_plugin.kubelet.podresources_pb2_grpc import add_PodResourcesListerServicer_to_server
+from usbip_sim.kubelet.admission import Admission
+from usbip_sim.kubelet.device_manager import PRE_START_TIMEOUT_S, Allocation, EndpointError
+
+KUBELET_SOCKET = "kubelet.sock"
+DIAL_TIMEOUT_S = 10.0
+SUPPORTED_VERSION = "v1beta1"
+
+
+class FakeKubelet(Admission):
+    """Use as an async context manager, entered and left by one task; stop(), start() and restart() inside of it.
+
+    directory: the device-plugins directory, which must exist. pod_resources: path of the second socket, None for none.
+    """
+
+    def __init__(self, directory: Path, pod_resources: Path | None = None) -> None:
+        super().__init__()
+        self.directory = directory
+        self._pod_resources = pod_resources
+        self._servers: list[grpc.aio.Server] = []
+        self._listeners: set[asyncio.Task[None]] = set()
+        self._tasks = asyncio.TaskGroup()
+
+    async def __aenter__(self) -> Self:
+        await self._tasks.__aenter__()
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+        await self._tasks.__aexit__(None, None, None)
+
+    async def start(self) -> None:
+        """Removes every socket from the directory, then serves kubelet.sock and pod-resources."""
+        for path in self.directory.iterdir():
+            if stat.S_ISSOCK(path.lstat().st_mode):
+                path.unlink()
+        registration = grpc.aio.server()
+        add_RegistrationServicer_to_server(_Registration(self), registration)
+        registration.add_insecure_port(f"unix:{self.directory / KUBELET_SOCKET}")
+        self._servers.append(registration)
+        if self._pod_resources is not None:
+            lister = grpc.aio.server()
+            add_PodResourcesListerServicer_to_server(_PodResources(self), lister)
+            lister.add_insecure_port(f"unix:{self._pod_resources}")
+            self._servers.append(lister)
+        for server in self._servers:
+            await server.start()
+
+    async def stop(self) -> None:
+        """The kubelet ends: its connections break, the plugins' sockets stay where they are."""
+        # First of all no more registrations: a plugin whose stream ends comes back at once.
+        for server in self._servers:
+            await server.stop(None)
+        self._servers.clear()
+        listeners = tuple(self._listeners)
+        self.disconnect_all()
+        for task in listeners:
+            task.cancel()
+        if listeners:
+            await asyncio.wait(listeners)
+
+    async def restart(self) -> None:
+        """stop() and start(). Devices are forgotten until plugins register again."""
+        await self.stop()
+        await self.start()
+
+    async def dial(self, resource: str, path: Path) -> None:
+        """What the kubelet does within Register. ValueError or EndpointError if the plugin is refused."""
+        endpoint = _GrpcEndpoint(path)
+        try:
+            await endpoint.ask_options()
+            self.connect(resource, path, endpoint)
+        except (ValueError, EndpointError, asyncio.CancelledError):
+            await endpoint.channel.close(None)
+            raise
+        task = self._tasks.create_task(self._listen(resource, path, endpoint))
+        self._listeners.add(task)
+        task.add_done_callback(self._listeners.discard)
+
+    async def _listen(self, resource: str, path: Path, endpoint: _GrpcEndpoint) -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            stack.push_async_callback(endpoint.channel.close, None)
+            stack.callback(self.disconnect, resource, path)
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                async for message in endpoint.stub.ListAndWatch(pb.Empty()):
+                    self.listed(resource, {device.ID: device.health == "Healthy" for device in message.devices})
+
+
+class _GrpcEndpoint:
+    def __init__(self, path: Path) -> None:
+        # A pool of its own, as each dial of the kubelet is a new connection.
+        options = (("grpc.use_local_subchannel_pool", 1),)
+        self.channel = grpc.aio.insecure_channel(f"unix:{path}", options=options)
+        self.stub = DevicePluginStub(self.channel)
+        self.preferred_available = False
+        self.pre_start_required = False
+
+    async def ask_options(self) -> None:
+        options = await _call(self.stub.GetDevicePluginOptions(pb.Empty(), timeout=DIAL_TIMEOUT_S, wait_for_ready=True))
+        self.preferred_available = options.get_preferred_allocation_available
+        self.pre_start_required = options.pre_start_required
+
+    async def preferred(self, available: Sequence[str], must: Sequence[str], size: int) -> Sequence[str]:
+        wish = pb.ContainerPreferredAllocationRequest(
+            available_deviceIDs=available, must_include_deviceIDs=must, allocation_size=size
+        )
+        answer = await _call(self.stub.GetPreferredAllocation(pb.PreferredAllocationRequest(container_requests=[wish])))
+        return tuple(answer.container_responses[0].deviceIDs) if answer.container_responses else ()
+
+    async def allocate(self, ids: Sequence[str]) -> Allocation:
+        request = pb.AllocateRequest(container_requests=[pb.ContainerAllocateRequest(devices_ids=ids)])
+        answer = await _call(self.stub.Allocate(request))
+        if not answer.container_responses:
+            raise EndpointError("INTERNAL", "no containers return in allocation response")
+        container = answer.container_responses[0]
+        return Allocation(
+            frozenset(ids),
+            dict(container.envs),
+            tuple(DeviceSpec(d.host_path, d.container_path, d.permissions) for d in container.devices),
+            tuple(d.name for d in container.cdi_devices),
+        )
+
+    async def pre_start(self, ids: Sequence[str]) -> None:
+        await _call(
+            self.stub.PreStartContainer(pb.PreStartContainerRequest(devices_ids=ids), timeout=PRE_START_TIMEOUT_S)
+        )
+
+
+async def _call(call: Awaitable[Any]) -> Any:
+    try:
+        return await call
+    except grpc.aio.AioRpcError as error:
+        raise EndpointError(error.code().name, error.details() or "") from error
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        # The channel was closed under the call, which grpc.aio reports as a cancellation.
+        raise EndpointError("CANCELLED", "grpc: the client connection is closing") from None
+
+
+class _Registration:
+    def __init__(self, kubelet: FakeKubelet) -> None:
+        self._kubelet = kubelet
+
+    async def Register(  # noqa: N802
+        self, request: pb.RegisterRequest, context: grpc.aio.ServicerContext[pb.RegisterRequest, pb.Empty]
+    ) -> pb.Empty:
+        if request.version != SUPPORTED_VERSION:
+            await context.abort(grpc.StatusCode.UNKNOWN, f"unsupported plugin API version {request.version!r}")
+        if "/" not in request.resource_name:
+            await context.abort(grpc.StatusCode.UNKNOWN, f"invalid resource name {request.resource_name!r}")
+        try:
+            await self._kubelet.dial(request.resource_name, self._kubelet.directory / request.endpoint)
+        except (ValueError, EndpointError) as error:
+            await context.abort(grpc.StatusCode.UNKNOWN, str(error))
+        return pb.Empty()
+
+
+class _PodResources:
+    def __init__(self, kubelet: FakeKubelet) -> None:
+        self._kubelet = kubelet
+
+    async def List(  # noqa: N802
+        self,
+        _request: podpb.ListPodResourcesRequest,
+        _context: grpc.aio.ServicerContext[podpb.ListPodResourcesRequest, podpb.ListPodResourcesResponse],
+    ) -> podpb.ListPodResourcesResponse:
+        return _listed(self._kubelet.held())
+
+    async def GetAllocatableResources(  # noqa: N802
+        self,
+        _request: podpb.AllocatableResourcesRequest,
+        _context: grpc.aio.ServicerContext[podpb.AllocatableResourcesRequest, podpb.AllocatableResourcesResponse],
+    ) -> podpb.AllocatableResourcesResponse:
+        healthy = {name: ids for name, ids in self._kubelet.manager.healthy.items() if ids}
+        return podpb.AllocatableResourcesResponse(
+            devices=[
+                podpb.ContainerDevices(resource_name=name, device_ids=sorted(ids)) for name, ids in healthy.items()
+            ]
+        )
+
+    async def Get(  # noqa: N802
+        self,
+        request: podpb.GetPodResourcesRequest,
+        context: grpc.aio.ServicerContext[podpb.GetPodResourcesRequest, podpb.GetPodResourcesResponse],
+    ) -> podpb.GetPodResourcesResponse:
+        wanted = (request.pod_namespace, request.pod_name)
+        pods = {(pod.namespace, pod.name): pod for pod in _listed(self._kubelet.held()).pod_resources}
+        if wanted not in pods:
+            await context.abort(grpc.StatusCode.UNKNOWN, f"pod {wanted[1]} in namespace {wanted[0]} not found")
+        return podpb.GetPodResourcesResponse(pod_resources=pods[wanted])
+
+
+def _listed(entries: Sequence[ContainerDevices]) -> podpb.ListPodResourcesResponse:
+    answer = podpb.ListPodResourcesResponse()
+    for pod, of_pod in groupby(sorted(entries, key=lambda e: (e.pod, e.container)), key=lambda e: e.pod):
+        listed = answer.pod_resources.add(name=pod.name, namespace=pod.namespace)
+        for container, of_container in groupby(of_pod, key=lambda e: e.container):
+            devices = [podpb.ContainerDevices(resource_name=e.resource, device_ids=e.device_ids) for e in of_container]
+            listed.containers.add(name=container, devices=devices)
+    return answer

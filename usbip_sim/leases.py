@@ -1,0 +1,367 @@
+"""LeaseStore in memory, for demo, simulation and tests: the same conflicts and watches, and faults on demand."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextvars import Context
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from usbip_plugin.clock import Clock
+from usbip_plugin.errors import KubeConflict, KubeError, KubeGone, KubeNotFound, KubeUnreachable
+from usbip_plugin.locks.store import ChangeType, Lease, LeaseChange, LeaseList
+
+T = TypeVar("T")
+
+
+RESOURCE = "leases.coordination.k8s.io"
+CALL_TIMEOUT_S = 5.0
+WATCH_TIMEOUT_S = 300.0
+WATCH_IDLE_S = 90.0
+BOOKMARK_S = 60.0
+HISTORY_LENGTH = 1000
+
+
+class Lost(enum.Enum):
+    """What the network swallows. A client learns of either only by its timeout."""
+
+    NOTHING = "nothing"
+    REQUEST = "request"
+    RESPONSE = "response"
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """What is about to be done. verb as RBAC names it, or "event" for the delivery of watch events; name "" if many."""
+
+    node: str
+    verb: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Fate:
+    """What happens to one call. request and response are delays in seconds of the loop.
+
+    A request that is delayed past the client's timeout, or whose client was cancelled, is still carried out when it
+    arrives, as in life. refused: raised before anything happens. broken: raised after it, instead of the answer.
+    """
+
+    request: float = 0.0
+    response: float = 0.0
+    lost: Lost = Lost.NOTHING
+    refused: KubeError | None = None
+    broken: KubeError | None = None
+
+
+FINE = Fate()
+Faults = Callable[[Operation], Fate]
+
+
+@dataclass(frozen=True, slots=True)
+class _Past:
+    version: int
+    type: ChangeType
+    lease: Lease
+    before: Lease | None
+
+
+class MemoryBackend:
+    """The one shared state behind the MemoryLeases of all nodes: an API server with its etcd."""
+
+    def __init__(self, history: int = HISTORY_LENGTH) -> None:
+        self._leases: dict[str, Lease] = {}
+        self._version = 1
+        self._compacted = 0
+        self._history: list[_Past] = []
+        self._length = history
+        self._wakes: dict[asyncio.Event, None] = {}
+        self._uids = 0
+        self.on_write: Callable[[Lease | None, Lease | None], None] = lambda _before, _after: None
+        """Called with a Lease as it was and is, None where there is none, within each write that changes something."""
+
+    @property
+    def leases(self) -> Mapping[str, Lease]:
+        return self._leases
+
+    @property
+    def version(self) -> str:
+        return str(self._version)
+
+    def compact(self) -> None:
+        """Forget all history: a watch from an older resourceVersion gets KubeGone."""
+        self._compacted = self._version
+        self._history.clear()
+        self._notify()
+
+    def create(self, lease: Lease) -> Lease:
+        if lease.name in self._leases:
+            raise KubeConflict("create", RESOURCE, f'"{lease.name}" already exists')
+        self._uids += 1
+        return self._store(ChangeType.ADDED, replace(lease, uid=f"uid-{self._uids}"), None)
+
+    def replace(self, lease: Lease) -> Lease:
+        current = self._current("update", lease.name, lease.resource_version)
+        return self._store(ChangeType.MODIFIED, replace(lease, uid=current.uid), current)
+
+    def delete(self, name: str, resource_version: str) -> None:
+        current = self._current("delete", name, resource_version)
+        self._store(ChangeType.DELETED, current, current)
+
+    def list(self, labels: Mapping[str, str]) -> LeaseList:
+        found = tuple(lease for _, lease in sorted(self._leases.items()) if _bears(lease, labels))
+        return LeaseList(found, str(self._version))
+
+    def last(self, count: int, labels: Mapping[str, str]) -> tuple[LeaseChange, ...]:
+        """The last so many changes once more."""
+        seen = (_seen(past, labels) for past in self._history[-count:])
+        return tuple(change for change in seen if change is not None)
+
+    def since(self, version: int, labels: Mapping[str, str]) -> tuple[tuple[LeaseChange, ...], int]:
+        """What a watcher with these labels sees after version, and the version it has then seen."""
+        if version < self._compacted:
+            raise KubeGone("watch", RESOURCE, f"too old resource version: {version} ({self._compacted})")
+        seen = (_seen(past, labels) for past in self._history if past.version > version)
+        return tuple(change for change in seen if change is not None), self._version
+
+    def wake(self, event: asyncio.Event) -> None:
+        """Set event at each change, until unwake."""
+        self._wakes[event] = None
+
+    def unwake(self, event: asyncio.Event) -> None:
+        self._wakes.pop(event, None)
+
+    def _current(self, verb: str, name: str, resource_version: str) -> Lease:
+        current = self._leases.get(name)
+        if current is None:
+            raise KubeNotFound(verb, RESOURCE, f'"{name}" not found')
+        if current.resource_version != resource_version:
+            raise KubeConflict(verb, RESOURCE, f'"{name}" has been modified')
+        return current
+
+    def _store(self, kind: ChangeType, lease: Lease, before: Lease | None) -> Lease:
+        if kind is ChangeType.MODIFIED and before is not None and lease == before:
+            return before  # as the API server: a write that changes nothing makes no new version
+        self._version += 1
+        stored = replace(
+            lease,
+            resource_version=str(self._version),
+            annotations=dict(lease.annotations),
+            labels=dict(lease.labels),
+        )
+        if kind is ChangeType.DELETED:
+            del self._leases[lease.name]
+        else:
+            self._leases[lease.name] = stored
+        self._history.append(_Past(self._version, kind, stored, before))
+        if len(self._history) > self._length:
+            self._compacted = self._history.pop(0).version
+        self.on_write(before, None if kind is ChangeType.DELETED else stored)
+        self._notify()
+        return stored
+
+    def _notify(self) -> None:
+        for event in self._wakes:
+            event.set()
+
+
+def _bears(lease: Lease, labels: Mapping[str, str]) -> bool:
+    return all(lease.labels.get(key) == value for key, value in labels.items())
+
+
+def _seen(past: _Past, labels: Mapping[str, str]) -> LeaseChange | None:
+    """A change through a label selector: what begins to match is ADDED, what ceases to match is DELETED."""
+    now = _bears(past.lease, labels)
+    before = past.before is not None and _bears(past.before, labels)
+    if past.type is ChangeType.DELETED:
+        kind = ChangeType.DELETED if before else None
+    elif now:
+        kind = ChangeType.MODIFIED if before else ChangeType.ADDED
+    else:
+        kind = ChangeType.DELETED if before else None
+    version = str(past.version)
+    return None if kind is None else LeaseChange(kind, version, replace(past.lease, resource_version=version))
+
+
+@dataclass(eq=False, slots=True)
+class _Watcher:
+    event: asyncio.Event
+    broken: bool = False
+    replay: int = 0
+
+
+class MemoryLeases:
+    """One node's connection to a MemoryBackend. See LeaseStore.
+
+    faults decides the fate of each call; cut() breaks the open watches, as a dropped connection does.
+    """
+
+    def __init__(
+        self, backend: MemoryBackend, clock: Clock, node: str = "", faults: Faults = lambda _operation: FINE
+    ) -> None:
+        self._backend, self._clock, self._node, self._faults = backend, clock, node, faults
+        self._watchers: dict[_Watcher, None] = {}
+        self._network = Context()  # of no process: what was sent arrives, even if its sender is frozen or dead
+        self._flowing = asyncio.Event()
+        self._flowing.set()
+
+    def cut(self) -> None:
+        """Every open watch of this node ends with KubeUnreachable now, also one that has stalled."""
+        self.resume()
+        for watcher in self._watchers:
+            watcher.broken = True
+            watcher.event.set()
+
+    def stall(self) -> None:
+        """From now on open watches say nothing, until resume(), or until they have said nothing for WATCH_IDLE_S."""
+        self._flowing.clear()
+
+    @property
+    def stalled(self) -> bool:
+        return not self._flowing.is_set()
+
+    def resume(self) -> None:
+        """What was to be said meanwhile is said now."""
+        self._flowing.set()
+
+    def replay(self, count: int) -> None:
+        """The last so many changes come once more over every open watch, now."""
+        for watcher in self._watchers:
+            watcher.replay = count
+            watcher.event.set()
+
+    def gone(self) -> None:
+        """The process is dead: its watches are no more."""
+        for watcher in self._watchers:
+            self._backend.unwake(watcher.event)
+
+    async def get(self, name: str) -> Lease | None:
+        return await self._call("get", name, lambda: self._backend.leases.get(name))
+
+    async def list(self, labels: Mapping[str, str]) -> LeaseList:
+        return await self._call("list", "", lambda: self._backend.list(labels))
+
+    async def create(self, lease: Lease) -> Lease:
+        return await self._call("create", lease.name, lambda: self._backend.create(lease))
+
+    async def replace(self, lease: Lease) -> Lease:
+        return await self._call("update", lease.name, lambda: self._backend.replace(lease))
+
+    async def delete(self, name: str, resource_version: str) -> None:
+        await self._call("delete", name, lambda: self._backend.delete(name, resource_version))
+
+    async def watch(self, labels: Mapping[str, str], resource_version: str) -> AsyncGenerator[LeaseChange, None]:
+        await self._call("watch", "", lambda: None)
+        version, end = int(resource_version), self._clock.monotonic() + WATCH_TIMEOUT_S
+        heard = self._clock.monotonic()
+        watcher = _Watcher(asyncio.Event())
+        self._watchers[watcher] = None
+        self._backend.wake(watcher.event)
+        try:
+            while True:
+                watcher.event.clear()
+                changes, version = self._backend.since(version, labels)
+                if watcher.replay:
+                    count, watcher.replay = watcher.replay, 0
+                    changes = (*self._backend.last(count, labels), *changes)
+                if changes:
+                    await self._deliver(watcher, heard)
+                    heard = self._clock.monotonic()
+                for change in changes:
+                    _intact(watcher)
+                    yield change
+                _intact(watcher)
+                if not changes and not await self._woken(watcher):
+                    await self._flow(watcher, heard)
+                    _intact(watcher)
+                    heard = self._clock.monotonic()
+                    yield LeaseChange(ChangeType.BOOKMARK, str(version), None)
+                    if self._clock.monotonic() >= end:
+                        return
+        finally:
+            self._watchers.pop(watcher, None)
+            self._backend.unwake(watcher.event)
+
+    async def _woken(self, watcher: _Watcher) -> bool:
+        try:
+            async with self._clock.timeout(BOOKMARK_S):
+                await watcher.event.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def _deliver(self, watcher: _Watcher, heard: float) -> None:
+        """The way of watch events to the client. A lost one is a connection gone silent."""
+        fate = self._faults(Operation(self._node, "event", ""))
+        if fate.response:
+            await asyncio.sleep(fate.response)
+        if fate.lost is not Lost.NOTHING:
+            await self._clock.sleep(heard + WATCH_IDLE_S - self._clock.monotonic())
+            watcher.broken = True
+        error = fate.refused or fate.broken
+        if error is not None:
+            raise error
+        await self._flow(watcher, heard)
+
+    async def _flow(self, watcher: _Watcher, heard: float) -> None:
+        """Returns when the connection is not silent, or has been for so long that the client gives it up."""
+        try:
+            async with self._clock.timeout(heard + WATCH_IDLE_S - self._clock.monotonic()):
+                await self._flowing.wait()
+        except TimeoutError:
+            watcher.broken = True
+
+    async def _call(self, verb: str, name: str, act: Callable[[], T]) -> T:
+        fate = self._faults(Operation(self._node, verb, name))
+        return await carry(verb, RESOURCE, act, fate, self._clock, self._network)
+
+
+async def carry(verb: str, resource: str, act: Callable[[], T], fate: Fate, clock: Clock, network: Context) -> T:
+    """Sends one call to a simulated API server, which does act() when it arrives, and returns what that returned.
+
+    network: the context of no process, so that what was sent arrives even if its sender is frozen or dead. Raises what
+    fate says, the KubeError that act raises, or KubeUnreachable after CALL_TIMEOUT_S.
+    """
+    if fate.refused is not None:
+        raise fate.refused
+    loop = asyncio.get_running_loop()
+    answer: asyncio.Future[T] = loop.create_future()
+
+    def arrive() -> None:
+        try:
+            result = act()
+        except KubeError as error:
+            reply(fail, fate.broken or error)
+        else:
+            if fate.broken is not None:
+                reply(fail, fate.broken)
+            else:
+                reply(succeed, result)
+
+    def reply(finish: Callable[[Any], None], value: Any) -> None:
+        if fate.lost is not Lost.RESPONSE:
+            loop.call_later(fate.response, finish, value, context=network)
+
+    def succeed(result: T) -> None:
+        if not answer.done():
+            answer.set_result(result)
+
+    def fail(error: KubeError) -> None:
+        if not answer.done():
+            answer.set_exception(error)
+
+    # Not a task of the caller's: what was sent arrives even when the sender is gone.
+    if fate.lost is not Lost.REQUEST:
+        loop.call_later(fate.request, arrive, context=network)
+    try:
+        async with clock.timeout(CALL_TIMEOUT_S):
+            return await answer
+    except TimeoutError:
+        raise KubeUnreachable(verb, resource, "no answer in time") from None
+
+
+def _intact(watcher: _Watcher) -> None:
+    if watcher.broken:
+        raise KubeUnreachable("watch", RESOURCE, "the connection was cut")

@@ -1,0 +1,138 @@
+"""`usbip-plugin simulate server`: a USB/IP server with virtual devices, for clusters to try the plugin on."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from usbip_plugin.clock import Clock
+from usbip_plugin.errors import ConfigError
+from usbip_plugin.model import InterfaceClass, UsbId
+from usbip_sim.server.server import VirtualServer
+from usbip_sim.server.usbdevice import VENDOR_CLASS, VirtualDevice
+
+log = logging.getLogger(__name__)
+
+
+DEVICE_FORM = "BUSID=VVVV:PPPP[,serial=TEXT][,class=CC[SS[PP]][+...]][,manufacturer=TEXT][,product=TEXT]"
+"""class: of each interface, with its subclass and protocol. A comma cannot be in a TEXT."""
+FOLLOW_INTERVAL = 0.5
+"""Seconds between looks at the file of devices: a mounted ConfigMap changes by a symbolic link, elsewhere."""
+
+_BUSID = re.compile(r"[0-9]+-[0-9]+(\.[0-9]+)*")
+_MAX_BUSID = 31
+_ID = re.compile(r"([0-9a-fA-F]{4}):([0-9a-fA-F]{4})")
+_PORT = re.compile(r"[0-9]{1,5}")
+_CLASS = re.compile(r"([0-9a-fA-F]{2}){1,3}")
+_MAX_INTERFACES = 32
+
+
+def parse_device(text: str, source: str = "--device") -> VirtualDevice:
+    """A device from DEVICE_FORM. ConfigError names source, the part that is wrong and what it should be."""
+
+    def wrong(problem: str) -> ConfigError:
+        return ConfigError("command line", [f"{source} {text}: {problem}"])
+
+    head, *options = text.split(",")
+    busid, equals, identity = head.partition("=")
+    if not equals:
+        raise wrong(f"must be {DEVICE_FORM}, such as 1-1=0951:1666,serial=A1")
+    if not _BUSID.fullmatch(busid) or len(busid) > _MAX_BUSID:
+        raise wrong(f"bus id {busid!r} must look like 1-1 or 1-1.4")
+    numbers = _ID.fullmatch(identity)
+    if numbers is None:
+        raise wrong(f"{identity!r} must be vendor:product, four hexadecimal digits each, such as 0951:1666")
+    texts = {"serial": "", "manufacturer": "usbip-plugin", "product": f"virtual device {busid}"}
+    interfaces = [VENDOR_CLASS]
+    for option in options:
+        name, _, value = option.partition("=")
+        classes = value.split("+")
+        if name in texts and value:
+            texts[name] = value
+        elif name == "class" and len(classes) <= _MAX_INTERFACES and all(map(_CLASS.fullmatch, classes)):
+            interfaces = [InterfaceClass(*bytes.fromhex(one.ljust(6, "0"))) for one in classes]
+        else:
+            cure = "or class=CC, two hexadecimal digits each for class, subclass and protocol, + between interfaces"
+            raise wrong(f"{option!r} must be {'=TEXT, '.join(texts)}=TEXT {cure}")
+    usb_id = UsbId(int(numbers[1], 16), int(numbers[2], 16))
+    return VirtualDevice(
+        busid,
+        usb_id,
+        serial=texts["serial"],
+        manufacturer=texts["manufacturer"],
+        product=texts["product"],
+        interface=interfaces[0],
+        more=tuple(interfaces[1:]),
+    )
+
+
+def parse_devices(texts: Iterable[str], source: str = "--device") -> dict[str, VirtualDevice]:
+    """By bus id. ConfigError for a bus id given twice, too."""
+    devices: dict[str, VirtualDevice] = {}
+    for text in texts:
+        device = parse_device(text, source)
+        if device.busid in devices:
+            raise ConfigError("command line", [f"{source} {text}: bus id {device.busid} is given twice"])
+        devices[device.busid] = device
+    return devices
+
+
+def read_devices(file: Path) -> dict[str, VirtualDevice]:
+    """One device a line; empty lines and those that begin with # say nothing. ConfigError."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(str(file), [f"{file}: cannot be read: {error}"]) from error
+    return parse_devices((line.strip() for line in lines if line.strip() and not line.startswith("#")), str(file))
+
+
+def parse_listen(text: str) -> tuple[str, int]:
+    """Host and port of ADDRESS:PORT; an IPv6 address in brackets. ConfigError."""
+    host, colon, port = text.rpartition(":")
+    if not colon or not _PORT.fullmatch(port) or int(port) > 0xFFFF:
+        raise ConfigError("command line", [f"--listen {text}: must be ADDRESS:PORT, such as 0.0.0.0:3240"])
+    return host.strip("[]") or "0.0.0.0", int(port)  # noqa: S104 - as asked for
+
+
+def update(server: VirtualServer, plugged: dict[str, VirtualDevice], wanted: dict[str, VirtualDevice]) -> None:
+    """Unplug what is not wanted any more or has changed, plug what is new."""
+    for busid in [busid for busid, device in plugged.items() if wanted.get(busid) != device]:
+        server.unplug(busid)
+        log.info("unplugged", extra={"busid": busid})
+    for busid, device in wanted.items():
+        if plugged.get(busid) != device:
+            server.plug(device)
+            log.info("plugged", extra={"busid": busid, "usb_id": str(device.usb_id)})
+
+
+async def serve(listen: str, devices: dict[str, VirtualDevice], file: Path | None, clock: Clock) -> None:
+    """Until cancelled. With a file its devices come on top, and it is followed; a bad one changes nothing.
+
+    ConfigError at the start, OSError if it cannot listen.
+    """
+    host, port = parse_listen(listen)
+    plugged = devices if file is None else devices | read_devices(file)
+    server = VirtualServer(plugged.values(), host, port, clock=clock, keepalive=True)
+    await server.start()
+    log.info("serving", extra={"address": str(server.key), "devices": sorted(plugged)})
+    try:
+        while file is None:
+            await asyncio.Event().wait()
+        said = ""
+        while True:
+            await clock.sleep(FOLLOW_INTERVAL)
+            try:
+                wanted = devices | read_devices(file)
+            except ConfigError as error:
+                if str(error) != said:
+                    log.error("devices stay as they are", extra={"problem": str(error)})  # noqa: TRY400 - its text says it
+                said = str(error)
+                continue
+            said = ""
+            update(server, plugged, wanted)
+            plugged = wanted
+    finally:
+        await server.stop()

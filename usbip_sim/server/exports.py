@@ -1,0 +1,140 @@
+"""Who has what on a USB/IP server: the rules of usbipd and usbip-host, without a network."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from usbip_plugin.clock import Clock
+from usbip_plugin.model import Descriptor, UsbId
+from usbip_plugin.usbip import protocol
+from usbip_sim.server.usbdevice import VirtualDevice
+
+_DEVNUMS = 127
+
+
+class Importer(Protocol):
+    """A connection that may hold a device."""
+
+    def end(self) -> None:
+        """The server ends the connection."""
+        ...
+
+
+@dataclass(slots=True)
+class _Export:
+    device: VirtualDevice
+    configured: bool
+    plugged_before: int
+    importers: list[Importer] = field(default_factory=list)
+    free_at: float = float("-inf")
+    said: UsbId | None = None
+    real: UsbId | None = None
+
+
+class ExportTable:
+    """A device in use is hidden and refused with status 2, an unknown one with status 4; after its importer has gone it
+    stays hidden and busy for reset_time seconds.
+
+    A device that is plugged in again has another device number.
+
+    violations: what must never happen, as sentences; empty unless exclusive was set to False, which makes the table
+    export a device as often as it is asked for. granted counts imports with status 0, refused all others.
+    renumbers: a device has another number after each import. by_port: also one that is plugged in again has the same.
+    usbip-host does neither.
+    """
+
+    def __init__(self, devices: Iterable[VirtualDevice], clock: Clock, reset_time: float) -> None:
+        self._clock, self._reset_time = clock, reset_time
+        self._exports: dict[str, _Export] = {}
+        self._plugged: Counter[str] = Counter()
+        self.exclusive = True
+        self.renumbers = False
+        self.by_port = False
+        self.violations: list[str] = []
+        self.granted = 0
+        self.refused = 0
+        for device in devices:
+            self.plug(device)
+
+    def devlist(self) -> tuple[Descriptor, ...]:
+        exports = self._exports.values()
+        return tuple(_descriptor(export) for export in exports if self._free(export))
+
+    def import_device(self, busid: str, importer: Importer) -> protocol.ImportReply:
+        export = self._exports.get(busid)
+        if export is None or not self._may(export):
+            self.refused += 1
+            return protocol.ImportReply(protocol.ST_NODEV if export is None else protocol.ST_DEV_BUSY, None)
+        export.importers.append(importer)
+        self.granted += 1
+        if len(export.importers) > 1:
+            self.violations.append(f"{busid} is exported to {len(export.importers)} importers at once")
+        said = replace(_descriptor(export), interfaces=())
+        return protocol.ImportReply(protocol.ST_OK, replace(said, usb_id=export.said or said.usb_id))
+
+    def release(self, importer: Importer) -> None:
+        """The importer's connection has ended. Nothing happens if it held no device."""
+        for export in self._exports.values():
+            if importer in export.importers:
+                export.importers.remove(importer)
+                export.free_at = self._clock.monotonic() + self._reset_time
+                export.plugged_before += int(self.renumbers)
+
+    def devices(self) -> tuple[VirtualDevice, ...]:
+        """Everything that is plugged in, free or not."""
+        return tuple(export.device for export in self._exports.values())
+
+    def plugged(self, busid: str) -> bool:
+        return busid in self._exports
+
+    def device(self, busid: str) -> tuple[VirtualDevice, UsbId]:
+        """A plugged device, and what its device descriptor says it is. KeyError if there is none."""
+        export = self._exports[busid]
+        return export.device, export.real or export.device.usb_id
+
+    def configure(self, busid: str, configuration: int) -> None:
+        """An importer has set a configuration, which stays after it has gone."""
+        if busid in self._exports:
+            self._exports[busid].configured = configuration > 0
+
+    def importers(self, busid: str) -> int:
+        export = self._exports.get(busid)
+        return len(export.importers) if export else 0
+
+    def plug(self, device: VirtualDevice) -> None:
+        """ValueError if the bus id is taken."""
+        if device.busid in self._exports:
+            raise ValueError(f"{device.busid} is plugged in already")
+        before = 0 if self.by_port else self._plugged[device.busid]
+        self._exports[device.busid] = _Export(device, device.configured, before)
+        self._plugged[device.busid] += 1
+
+    def unplug(self, busid: str) -> None:
+        """Ends the importer's connection. KeyError if there is no such device."""
+        export = self._exports.pop(busid)
+        for importer in tuple(export.importers):
+            importer.end()
+
+    def drop(self, busid: str) -> None:
+        """End the importer's connection; the device stays. KeyError if there is no such device."""
+        for importer in tuple(self._exports[busid].importers):
+            importer.end()
+
+    def lie(self, busid: str, said: UsbId | None, real: UsbId | None) -> None:
+        """From now on IMPORT replies say `said`, and the device itself says `real`; None: the truth."""
+        export = self._exports[busid]
+        export.said, export.real = said, real
+
+    def _free(self, export: _Export) -> bool:
+        return not export.importers and self._clock.monotonic() >= export.free_at
+
+    def _may(self, export: _Export) -> bool:
+        return self._free(export) or not self.exclusive
+
+
+def _descriptor(export: _Export) -> Descriptor:
+    said = export.device.descriptor(export.configured)
+    return replace(said, devnum=1 + (said.devnum - 1 + export.plugged_before) % _DEVNUMS)

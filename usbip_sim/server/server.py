@@ -1,0 +1,226 @@
+"""A USB/IP server with virtual devices, true to usbipd's exclusivity, over real TCP; faults on demand.
+
+The same server answers without sockets too: see tcp.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterable
+
+from usbip_plugin.clock import Clock, SystemClock
+from usbip_plugin.model import ServerKey, UsbId
+from usbip_plugin.usbip import protocol
+from usbip_plugin.usbip.connect import set_options
+from usbip_sim.server.exports import ExportTable, Importer
+from usbip_sim.server.usbdevice import Transfers, VirtualDevice
+
+RESET_TIME = 0.3  # seconds, as usbip-host was seen to need
+_CLOSE_TIMEOUT = 5.0
+
+
+class VirtualServer:
+    """host and port as in its key; port 0 lets the system choose at the first start and is kept from then on.
+
+    listen False: no TCP, for the simulated network only; then port must be given. connections counts all ever made.
+    keepalive: find out by itself that a client's host has gone. usbipd does not.
+    """
+
+    def __init__(
+        self,
+        devices: Iterable[VirtualDevice] = (),
+        host: str = "127.0.0.1",
+        port: int = 0,
+        *,
+        clock: Clock | None = None,
+        reset_time: float = RESET_TIME,
+        listen: bool = True,
+        keepalive: bool = False,
+    ) -> None:
+        self._clock = clock or SystemClock()
+        self._host, self._port, self._listen = host, port, listen
+        self.keepalive = keepalive
+        self.table = ExportTable(devices, self._clock, reset_time)
+        self.connections = 0
+        self.running = False
+        self._thawed = asyncio.Event()
+        self._thawed.set()
+        self._listener: asyncio.Server | None = None
+        self._open: dict[Importer, None] = {}
+        self._one_closed = asyncio.Event()
+
+    @property
+    def key(self) -> ServerKey:
+        return ServerKey(self._host, self._port)
+
+    @property
+    def frozen(self) -> bool:
+        return not self._thawed.is_set()
+
+    @property
+    def violations(self) -> list[str]:
+        return self.table.violations
+
+    async def start(self) -> None:
+        """Begin to answer, on the same port as before. Nothing happens if it is running."""
+        if self._listen and self._listener is None:
+            loop = asyncio.get_running_loop()
+            self._listener = await loop.create_server(lambda: _Connection(self), self._host, self._port)
+            self._port = self._listener.sockets[0].getsockname()[1]
+        self.running = True
+
+    async def stop(self, *, keep_imports: bool = False) -> None:
+        """End every connection; new ones are refused. keep_imports: only the daemon dies, the kernels go on."""
+        self.halt(keep_imports=keep_imports)
+        if keep_imports:
+            return
+        async with self._clock.timeout(_CLOSE_TIMEOUT):
+            while self._open:
+                await self._next_close()
+
+    def halt(self, *, keep_imports: bool = False) -> None:
+        """The same, without waiting until every connection has ended."""
+        self.running = False
+        self.thaw()
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+        if not keep_imports:
+            for connection in tuple(self._open):
+                connection.end()
+
+    def freeze(self) -> None:
+        """From now on connections are accepted and nothing is answered, nor is the end of a connection noticed."""
+        self._thawed.clear()
+        self._pause_or_resume()
+
+    def thaw(self) -> None:
+        self._thawed.set()
+        self._pause_or_resume()
+
+    async def answering(self) -> None:
+        """Returns as soon as it is not frozen. Cancel-safe."""
+        await self._thawed.wait()
+
+    def plug(self, device: VirtualDevice) -> None:
+        self.table.plug(device)
+
+    def unplug(self, busid: str) -> None:
+        self.table.unplug(busid)
+
+    def drop(self, busid: str) -> None:
+        self.table.drop(busid)
+
+    def lie(self, busid: str, said: UsbId | None = None, real: UsbId | None = None) -> None:
+        """See ExportTable.lie."""
+        self.table.lie(busid, said, real)
+
+    def importers(self, busid: str) -> int:
+        return self.table.importers(busid)
+
+    async def until_released(self, busid: str) -> None:
+        """Returns when the device has no importer; its reset may still be under way. Cancel-safe, not bounded."""
+        while self.importers(busid):
+            await self._next_close()
+
+    def accept(self) -> asyncio.Protocol:
+        """The server's side of a connection that comes in another way than over TCP."""
+        return _Connection(self)
+
+    def opened(self, connection: Importer) -> None:
+        """Called by a connection when it begins."""
+        self.connections += 1
+        self._open[connection] = None
+
+    def closed(self, connection: Importer) -> None:
+        """Called by a connection when it has ended: its device becomes free."""
+        self.table.release(connection)
+        self._open.pop(connection, None)
+        self._one_closed.set()
+
+    async def _next_close(self) -> None:
+        self._one_closed.clear()
+        await self._one_closed.wait()
+
+    def _pause_or_resume(self) -> None:
+        for connection in self._open:
+            if isinstance(connection, _Connection):
+                connection.pause(self.frozen)
+
+
+class _Connection(asyncio.Protocol):
+    """One TCP connection, driven by what arrives: no task of its own."""
+
+    def __init__(self, server: VirtualServer) -> None:
+        self._server = server
+        self._transport: asyncio.Transport | None = None
+        self._received = bytearray()
+        self._steps = self._serve()
+        self._need = next(self._steps)
+        self._unread = False  # the client does not take what is written to it
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        if not isinstance(transport, asyncio.Transport):
+            raise TypeError("a stream transport is needed")
+        self._transport = transport
+        sock = transport.get_extra_info("socket")
+        if self._server.keepalive and sock is not None:
+            with contextlib.suppress(OSError):  # it has ended already
+                set_options(sock)
+        self._server.opened(self)
+        # soon, not now: before CPython 3.11.4 the transport begins to read after this call whatever was said in it
+        asyncio.get_running_loop().call_soon(lambda: self.pause(self._server.frozen))
+
+    def data_received(self, data: bytes) -> None:
+        self._received += data
+        while len(self._received) >= self._need:
+            piece = bytes(self._received[: self._need])
+            del self._received[: self._need]
+            try:
+                self._need = self._steps.send(piece)
+            except (StopIteration, protocol.ProtocolViolation):
+                if self._transport is not None:
+                    self._transport.close()
+                return
+
+    def pause_writing(self) -> None:
+        """A client that does not read is not read from: nothing piles up here."""
+        self._unread = True
+        self.pause(self._server.frozen)
+
+    def resume_writing(self) -> None:
+        self._unread = False
+        self.pause(self._server.frozen)
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 (asyncio's interface)
+        self._transport = None
+        self._server.closed(self)
+
+    def end(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
+    def pause(self, paused: bool) -> None:
+        if self._transport is None or self._transport.is_closing():
+            return
+        if paused or self._unread:
+            self._transport.pause_reading()
+        else:
+            self._transport.resume_reading()
+
+    def _write(self, data: bytes) -> None:
+        if self._transport is not None:
+            self._transport.write(data)
+
+    def _serve(self) -> protocol.Decoding[None]:
+        table = self._server.table
+        request = yield from protocol.request()
+        if isinstance(request, protocol.DevlistRequest):
+            self._write(protocol.encode_devlist_reply(table.devlist()))
+            return
+        reply = table.import_device(request.busid, self)
+        self._write(protocol.encode_import_reply(reply))
+        if reply.descriptor is not None:
+            device, real = table.device(request.busid)
+            yield from Transfers(device, real, self._write, lambda value: table.configure(device.busid, value)).run()

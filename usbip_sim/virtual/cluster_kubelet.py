@@ -1,0 +1,288 @@
+"""The kubelet of a simulated node, and the sockets between it and the agent: both may freeze or die at any time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from usbip_plugin.clock import Clock
+from usbip_plugin.errors import PodResourcesUnavailable
+from usbip_plugin.kubelet.device_plugin import DevicePluginServer, DeviceStates
+from usbip_plugin.kubelet.pod_resources import LIST_TIMEOUT_S, ContainerDevices
+from usbip_plugin.model import PodRef
+from usbip_plugin.resources import Plugin
+from usbip_sim.kubelet.device_manager import AdmissionError, Allocation, ContainerSpec, EndpointError
+from usbip_sim.virtual.local_kubelet import LocalKubelet
+from usbip_sim.virtual.steploop import Process, loop_of
+
+BLIND_S = 3.0
+"""How long a kubelet that has started answers pod-resources without knowing its pods: a real one for about a second."""
+REGISTER_AGAIN_S = 0.2
+"""Seconds before a plugin whose stream has ended registers again."""
+
+
+@dataclass(eq=False, slots=True)
+class Call:
+    """A call of the kubelet that a plugin works on. began: loop time; halted: process.halted_time() then.
+
+    name: of the backend's coroutine, such as "pre_start".
+    """
+
+    name: str
+    resource: str
+    process: Process
+    began: float
+    halted: float
+
+
+class ClusterKubelet:
+    """One kubelet. process: freezes it. Its checkpoint and the pods outlive a restart, as on disk and in the API."""
+
+    def __init__(self, process: Process) -> None:
+        self.kubelet = LocalKubelet()
+        self.process = process
+        self.up = asyncio.Event()
+        self.up.set()
+        self.calls: list[Call] = []
+        """What plugins work on now, or were at when they died."""
+        self.on_answer: Callable[[Call, BaseException | None], None] = lambda _call, _error: None
+        """Called when a plugin answers a call, with the error if it fails, before the kubelet has the answer."""
+        self.hang_ups = 0
+        """How often it has ended all streams."""
+        self._starts = 0
+        self._streams: dict[_Stream, None] = {}
+        self._admissions: dict[asyncio.Task[Any], None] = {}
+
+    async def admit(self, pod: PodRef, requests: Mapping[str, int] | Sequence[ContainerSpec]) -> str | None:
+        """None if the pod runs, else the kubelet's words; also if the kubelet is restarted meanwhile. See Admission."""
+        if not self.up.is_set():
+            return "the kubelet is down"
+        task = self.process.create_task(self.kubelet.admit(pod, requests), f"admit {pod}")
+        self._admissions[task] = None
+        try:
+            await asyncio.wait([task])
+        finally:
+            self._admissions.pop(task, None)
+        if task.cancelled():
+            return "the kubelet was restarted"
+        error = task.exception()
+        if isinstance(error, AdmissionError):
+            return str(error)
+        if error is not None:
+            raise error
+        return None
+
+    async def start_container(self, pod: PodRef, container: str = "app") -> dict[str, Allocation]:
+        """A container of a pod is (re)started, see Admission.start_container. EndpointError."""
+        task = self.process.create_task(self.kubelet.start_container(pod, container), f"start a container of {pod}")
+        self._admissions[task] = None
+        try:
+            await asyncio.wait([task])
+        finally:
+            self._admissions.pop(task, None)
+        if task.cancelled():
+            raise EndpointError("CANCELLED", "the kubelet was restarted")
+        return task.result()
+
+    def stop(self) -> None:
+        """Its calls are cancelled, its streams end, and it forgets what plugins told it."""
+        self.process.thaw()
+        self.up.clear()
+        for task in self._admissions:
+            task.cancel()
+        self.hang_up()
+        self.kubelet.disconnect_all()
+        self.kubelet.blind = True
+        self._starts += 1
+
+    def start(self) -> None:
+        """Back; it lists no pods until it has heard of them."""
+        self.up.set()
+        loop_of().call_later(BLIND_S, self._see, self._starts)
+
+    def _see(self, start: int) -> None:
+        if start == self._starts:
+            self.kubelet.blind = False
+
+    def hang_up(self) -> None:
+        """Every ListAndWatch ends, though the kubelet lives; it does not call back by itself."""
+        self.hang_ups += 1
+        for stream in tuple(self._streams):
+            stream.end()
+
+    def plugin(
+        self, server: DevicePluginServer, process: Process, clock: Clock, on_state: Callable[[Plugin], None]
+    ) -> Plugin:
+        """A resource of the agent that runs as process."""
+        return _LocalPlugin(self, server, process, clock, on_state)
+
+    def open(self, stream: _Stream) -> None:
+        self._streams[stream] = None
+
+    def closed(self, stream: _Stream) -> None:
+        self._streams.pop(stream, None)
+
+
+class _Stream:
+    """One registration with its ListAndWatch. Whatever goes one way arrives in order, if the receiver lives."""
+
+    def __init__(self, owner: ClusterKubelet, server: DevicePluginServer, process: Process) -> None:
+        self.over = asyncio.Event()
+        self.opened: asyncio.Future[None] = loop_of().create_future()
+        self._owner, self._server, self._process = owner, server, process
+        self._connected = False
+        self._forget = process.at_death(self.close)
+        owner.open(self)
+        owner.process.call_soon(self._register)
+
+    async def receive(self, state: DeviceStates) -> None:
+        """Sent; the kubelet reads it when it comes to it."""
+        self._owner.process.call_soon(self._listed, state)
+
+    def end(self) -> None:
+        """The kubelet's side ends it."""
+        self.over.set()
+        self._disconnect()
+
+    def close(self) -> None:
+        """The plugin's side ends it."""
+        self._forget()
+        self.over.set()
+        self._owner.process.call_soon(self._disconnect)
+
+    def _register(self) -> None:
+        if self.over.is_set():
+            return
+        self._owner.kubelet.register(self._server, self._call)
+        self._connected = True
+        if not self.opened.done():
+            self.opened.set_result(None)
+
+    def _listed(self, state: DeviceStates) -> None:
+        if self._connected:
+            self._owner.kubelet.listed(self._server.resource, dict(state))
+
+    def _disconnect(self) -> None:
+        self._owner.closed(self)
+        if self._connected:
+            self._connected = False
+            self._owner.kubelet.disconnect(self._server.resource, self._server)
+
+    async def _call(self, coro: Coroutine[Any, Any, Any]) -> Any:
+        """A call of the kubelet, as a task of the plugin's process."""
+        if self._process.dead or not self._connected:
+            coro.close()
+            raise EndpointError("UNAVAILABLE", "the plugin's socket is closed")
+        answer: asyncio.Future[Any] = loop_of().create_future()
+        process, name = self._process, getattr(coro, "__name__", "")
+        call = Call(name, self._server.resource, process, loop_of().time(), process.halted_time())
+
+        def done(task: asyncio.Task[Any]) -> None:
+            if answer.done():
+                return
+            if not task.cancelled():
+                self._owner.on_answer(call, task.exception())
+            error = EndpointError("CANCELLED", "the plugin gave it up") if task.cancelled() else task.exception()
+            if error is None:
+                answer.set_result(task.result())
+            else:
+                answer.set_exception(error)
+
+        def died() -> None:
+            if not answer.done():
+                answer.set_exception(EndpointError("UNAVAILABLE", "the plugin's process has ended"))
+
+        self._owner.calls.append(call)
+        task = self._process.create_task(coro, "call of the kubelet")
+        task.add_done_callback(lambda _task: self._owner.calls.remove(call), context=self._process.context)
+        task.add_done_callback(done)
+        forget = self._process.at_death(lambda: self._owner.process.call_soon(died))
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            self._process.call_soon(task.cancel)
+            raise
+        finally:
+            forget()
+
+
+class _LocalPlugin:
+    """See Plugin."""
+
+    def __init__(
+        self,
+        owner: ClusterKubelet,
+        server: DevicePluginServer,
+        process: Process,
+        clock: Clock,
+        on_state: Callable[[Plugin], None],
+    ) -> None:
+        self._owner, self._server, self._process, self._clock = owner, server, process, clock
+        self._on_state = on_state
+        self.error: str | None = None
+        self.registrations = 0
+        self.registered = False
+
+    @property
+    def resource(self) -> str:
+        return self._server.resource
+
+    async def run(self) -> None:
+        while True:
+            await self._owner.up.wait()
+            stream = _Stream(self._owner, self._server, self._process)
+            try:
+                await self._until_over(stream)
+            finally:
+                self.registered = False
+                stream.close()
+            self._on_state(self)
+            await self._clock.sleep(REGISTER_AGAIN_S)
+
+    async def _until_over(self, stream: _Stream) -> None:
+        over = asyncio.create_task(stream.over.wait(), name=f"stream of {self.resource}")
+        follow: asyncio.Task[None] | None = None
+        try:
+            first: set[asyncio.Future[Any]] = {over, stream.opened}
+            await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
+            if stream.opened.done():
+                self.registrations += 1
+                self.registered = True
+                self._on_state(self)
+                follow = asyncio.create_task(self._server.follow(stream.receive), name=f"follow {self.resource}")
+                await asyncio.wait({over, follow}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            tasks = [task for task in (over, follow) if task is not None]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class LocalPodResources:
+    """The agent's way to pod-resources of its node's kubelet."""
+
+    def __init__(self, owner: ClusterKubelet, clock: Clock) -> None:
+        self._owner, self._clock = owner, clock
+
+    async def list(self) -> tuple[ContainerDevices, ...]:
+        """See PodResources.list."""
+        if not self._owner.up.is_set():
+            raise PodResourcesUnavailable("the kubelet is down")
+        answer: asyncio.Future[tuple[ContainerDevices, ...]] = loop_of().create_future()
+
+        def held() -> None:
+            if answer.done():
+                return
+            if self._owner.up.is_set():
+                answer.set_result(self._owner.kubelet.held())
+            else:
+                answer.set_exception(PodResourcesUnavailable("the kubelet is down"))
+
+        self._owner.process.call_soon(held)
+        with contextlib.suppress(TimeoutError):
+            async with self._clock.timeout(LIST_TIMEOUT_S):
+                return await answer
+        raise PodResourcesUnavailable(f"no answer within {LIST_TIMEOUT_S:g} s")

@@ -1,0 +1,375 @@
+"""One node of a simulated cluster: a kernel and a kubelet, which outlive its agents, and one agent at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Callable
+from dataclasses import replace
+
+from usbip_plugin.agent import Agent, Outside
+from usbip_plugin.claims import State
+from usbip_plugin.errors import DetachFailed, KubeUnreachable
+from usbip_plugin.kubelet.device_plugin import DevicePluginServer
+from usbip_plugin.kubelet.node_status import KUBELET_SYNC_S
+from usbip_plugin.model import Descriptor, DeviceKey, NodeIdentity, PodRef
+from usbip_plugin.resources import Plugin
+from usbip_plugin.usbip.client import TcpUsbipClient
+from usbip_sim.kernel.driver import SimulatedVhci
+from usbip_sim.kernel.ports import SimulatedKernel
+from usbip_sim.kubelet.device_manager import Allocation, ContainerSpec
+from usbip_sim.kubelet.pods import AdmittedPods
+from usbip_sim.kubelet.specs import MemorySpecs, Resolved, resolve
+from usbip_sim.leases import RESOURCE, Fate, Lost, MemoryLeases, Operation
+from usbip_sim.virtual.cluster_kubelet import ClusterKubelet, LocalPodResources
+from usbip_sim.virtual.connector import MemoryConnector
+from usbip_sim.virtual.local_kubelet import LocalKubelet
+from usbip_sim.virtual.loop import SimClock
+from usbip_sim.virtual.network import Host
+from usbip_sim.virtual.node_objects import NodeConnection, NodeObject
+from usbip_sim.virtual.steploop import Process, loop_of
+from usbip_sim.virtual.surroundings import Surroundings
+
+ENUMERATION_DELAY = 0.3
+ATTACH_S = 0.003
+"""Seconds of an attach write."""
+DETACH_S = 0.02
+"""Seconds from a detach write until the port is free."""
+STOP_S = 2.0
+"""Seconds in which an agent that is told to end has closed its sockets; what is left of it then is killed."""
+
+
+class ClusterNode:
+    """Its kernel and kubelet outlive its agent. host: freezes all of it; process: the agent's, None if none runs.
+
+    object: its Node in the API server.
+    """
+
+    def __init__(self, name: str, cluster: Surroundings, clock: SimClock) -> None:
+        self.name = name
+        self.clock = clock
+        self.boot = 1
+        loop = loop_of()
+        self.host = Process(loop, name)
+        self.net = Host(name, self.host, clock.rate)
+        self.kernel = SimulatedKernel(
+            clock,
+            enumeration_delay=ENUMERATION_DELAY,
+            resolve=self.net.sockets.resolve,
+            ports_per_hub=8,
+            serial_of=cluster.serial_of,
+        )
+        self.pods = ClusterKubelet(Process(loop, f"{name} kubelet", self.host))
+        self.known_pods = AdmittedPods(self.kubelet)
+        self.specs = MemorySpecs(cluster.domain)
+        self.evicted: list[PodRef] = []
+        """The pods that were to be evicted, in order; ending them is up to the caller."""
+        self.agent: Agent | None = None
+        self.process: Process | None = None
+        self.leases: MemoryLeases | None = None
+        self.object = NodeObject(name)
+        self.status_api: NodeConnection | None = None
+        """The agent's way to that, None if none runs."""
+        self.driver = SimulatedVhci(self.kernel, name)
+        """For who watches; the agent has its own."""
+        self._cluster = cluster
+        self._task: asyncio.Task[None] | None = None
+        self._partitioned = False
+        self._silent = False
+        self._lost = Lost.REQUEST
+        phase = random.Random(f"{cluster.seed}/{name}").random()  # noqa: S311 - to be repeated
+        self.pods.process.call_later(phase * KUBELET_SYNC_S, self._sync_status)
+
+    @property
+    def kubelet(self) -> LocalKubelet:
+        return self.pods.kubelet
+
+    @property
+    def sockets(self) -> int:
+        """References that somebody on this node has not closed."""
+        return len(self.net.sockets)
+
+    # the agent
+
+    def start(self) -> None:
+        """A new agent process, unless one runs."""
+        if self.process is not None:
+            return
+        cluster, loop = self._cluster, loop_of()
+        number = cluster.starts
+        cluster.starts += 1
+        rng = random.Random(f"{cluster.seed}/{self.name}/{self.boot}/{number}")  # noqa: S311 - to be repeated
+        process = self.process = Process(loop, f"{self.name} agent {number}", self.host)
+        connector = MemoryConnector(cluster.network, self.net)
+        process.at_death(connector.killed)
+        leases = self.leases = MemoryLeases(cluster.backend, self.clock, self.name, self._fate)
+        process.at_death(leases.gone)
+        if self._silent:
+            leases.stall()
+        self.status_api = NodeConnection(self.object, self.clock, self._fate)
+        process.at_death(self.status_api.gone)
+        outside = Outside(
+            me=NodeIdentity(self.name, f"{self.name}-boot-{self.boot}"),
+            client=TcpUsbipClient(self.clock, connector),
+            driver=cluster.spec.driver(_ProcessVhci(self.kernel, self.name, process, self.net)),
+            leases=leases,
+            pod_resources=LocalPodResources(self.pods, self.clock),
+            specs=self.specs,
+            kube=None,
+            registrar=_LocalRegistrar(self.pods, process, self.clock),
+            clock=self.clock,
+            rng=rng,
+            tracer=cluster.spec.tracer(self.name),
+            pods=self.known_pods,
+            evict=self.evicted.append,
+            node_object=self.status_api,
+            count_nodes=self._count_nodes,
+        )
+        self.agent = Agent(
+            outside,
+            cluster.spec.config,
+            domain=cluster.domain,
+            lock_settings=cluster.spec.lock_settings,
+            lock_rules=cluster.spec.rules,
+            observer=cluster.spec.observer(self.name),
+        )
+        self._task = process.create_task(self.agent.run(), "agent")
+
+    async def _count_nodes(self) -> int:
+        if self.partitioned:
+            raise KubeUnreachable("list", "pods", "connection refused")
+        return self._cluster.spec.fleet or len(self._cluster.spec.names)
+
+    async def stop(self) -> None:
+        """As SIGTERM: the agent ends in order; attachments, locks and pods stay. Raises what it died of."""
+        task, process = self._task, self.process
+        if task is None or process is None:
+            return
+        task.cancel()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(STOP_S):
+                await asyncio.wait([task])
+        if self.process is process:
+            self.kill()
+        if task.done() and not task.cancelled():
+            task.result()
+
+    def terminate(self, over: Callable[[bool], None]) -> None:
+        """stop() without waiting: over(whether it ended by itself) is called STOP_S of its seconds later."""
+        task, process = self._task, self.process
+        if task is None or process is None:
+            return
+        task.cancel()
+
+        def end() -> None:
+            if self.process is process:
+                ended = task.done()
+                self.kill()
+                over(ended)
+
+        loop_of().call_later(STOP_S / self.clock.rate, end)
+
+    def kill(self) -> None:
+        """As SIGKILL: not one more step of the agent; the kernel closes its sockets."""
+        process, self.process, self.agent, self._task = self.process, None, None, None
+        self.status_api = None
+        if process is not None:
+            process.kill()
+
+    def alive(self) -> None:
+        """Raises what the agent died of, if it did."""
+        if self._task is not None and self._task.done() and not self._task.cancelled():
+            self._task.result()
+
+    def freeze(self) -> None:
+        """The agent's process is stopped, as by SIGSTOP. Kernel and kubelet go on."""
+        if self.process is not None:
+            self.process.freeze()
+
+    def thaw(self) -> None:
+        if self.process is not None:
+            self.process.thaw()
+
+    # the node
+
+    def freeze_host(self) -> None:
+        """The whole node stands still: nothing of it answers, its timers are due when it comes back."""
+        self.host.freeze()
+        self._cluster.network.look_again(self.net)
+
+    def thaw_host(self) -> None:
+        self.host.thaw()
+        self._cluster.network.look_again(self.net)
+
+    def reboot(self) -> None:
+        """Agent, attachments and port records are gone; the boot id is a new one. Connections are closed properly."""
+        self.kill()
+        self.kernel.reboot()
+        self.specs.clear()
+        self.boot += 1
+
+    def lose_power(self) -> None:
+        """The same, and nobody is told."""
+        self.kill()
+        self._cluster.network.vanish(self.net)
+        self.kernel.reboot()
+        self.specs.clear()
+        self.boot += 1
+
+    def kubelet_restart(self, *, down: bool) -> None:
+        """While it is down nothing is registered and pod-resources does not answer."""
+        if down:
+            self.pods.stop()
+        else:
+            self.pods.start()
+            self._write_status()
+
+    def _sync_status(self) -> None:
+        """The kubelet writes what it counts, whatever the plugin has written."""
+        self.pods.process.call_later(KUBELET_SYNC_S / self.clock.rate, self._sync_status)
+        if self.pods.up.is_set():
+            self._write_status()
+
+    def _write_status(self) -> None:
+        if not self.partitioned:
+            manager = self.kubelet.manager
+            self.object.sync({resource: manager.allocatable(resource) for resource in manager.healthy})
+
+    # the API server
+
+    @property
+    def partitioned(self) -> bool:
+        """Its calls fail, at once or by their timeouts."""
+        return self._partitioned or self._silent
+
+    def partition(self, *, cut: bool) -> None:
+        """Between this node and the API server: connections are refused, open ones break; or all is well again."""
+        self._partitioned = cut
+        if cut and self.leases is not None:
+            self.leases.cut()
+        if cut:
+            self.known_pods.hold(synced=False)
+        else:
+            self.silence(silent=False)
+
+    def silence(self, *, silent: bool, lost: Lost = Lost.REQUEST) -> None:
+        """The same without a word: requests are lost, or only their answers; open watches stay open and say nothing."""
+        self._silent, self._lost = silent, lost
+        if silent:
+            self.known_pods.hold(synced=not self._partitioned)
+        elif not self._partitioned:
+            self.known_pods.resume()
+        if self.leases is not None:
+            if silent:
+                self.leases.stall()
+            else:
+                self.leases.resume()
+
+    def _fate(self, operation: Operation) -> Fate:
+        if self._partitioned:
+            return Fate(refused=KubeUnreachable(operation.verb, RESOURCE, "connection refused"))
+        if self._silent and operation.verb != "event":
+            return Fate(lost=self._lost)
+        return self._cluster.spec.faults(self.name, operation)
+
+    # what is so
+
+    def attached(self) -> frozenset[DeviceKey]:
+        """The devices this node's kernel has now, whatever the agent thinks."""
+        records, marks = self.kernel.records.get(self.name, {}), self.kernel.marks.get(self.name, {})
+        occupants = ((number, key, self.kernel.occupant(number)) for number, key in records.items())
+        # a record may be an old one, and what stands on its port may not have come over the network
+        return frozenset(
+            key
+            for number, key, occupant in occupants
+            if occupant is not None and occupant.number == marks.get(number) and occupant.descriptor is not None
+        )
+
+    def held_in(self, *states: State) -> frozenset[DeviceKey]:
+        """Devices with a claim in one of these states."""
+        if self.agent is None:
+            return frozenset()
+        return frozenset(claim.key for claim in self.agent.attacher.claims.values() if claim.state in states)
+
+    # pods
+
+    async def admit(self, pod: PodRef, resource: str, count: int = 1) -> str | None:
+        """Admits a pod; None if it runs, the kubelet's words if it failed."""
+        return await self.pods.admit(pod, {self._cluster.full(resource): count})
+
+    async def admit_containers(self, pod: PodRef, *containers: ContainerSpec) -> str | None:
+        """The same for a pod of several containers; limits by the resources' names without the domain."""
+        full = self._cluster.full
+        named = [replace(one, limits={full(name): n for name, n in one.limits.items()}) for one in containers]
+        return await self.pods.admit(pod, named)
+
+    def allocation(self, pod: PodRef, resource: str, container: str = "app") -> Allocation:
+        """What the kubelet has noted for a container."""
+        return self.kubelet.manager.checkpoint[pod, container, self._cluster.full(resource)]
+
+    async def start_container(self, pod: PodRef, container: str = "app") -> Resolved:
+        """What its container gets by CDI when it is (re)started. EndpointError, UnresolvableDevice if it is not."""
+        answers = await self.pods.start_container(pod, container)
+        names = [name for answer in answers.values() for name in answer.cdi_devices]
+        return resolve(self.specs.texts.values(), names)
+
+    def end(self, pod: PodRef) -> None:
+        """The pod ends; the pod watch gives its hint, if the API server can be reached."""
+        self.kubelet.end(pod)
+        if self.agent is not None and self.process is not None and not self.partitioned:
+            self.process.call_soon(self.agent.usage.hint)
+
+
+class _ProcessVhci(SimulatedVhci):
+    """The driver as one process has it: it takes its time, and with the process its listening ends."""
+
+    def __init__(self, kernel: SimulatedKernel, node: str, process: Process, host: Host) -> None:
+        super().__init__(kernel, node)
+        self._kernel_of_node, self._process, self._host = kernel, process, host
+
+    async def attach(self, key: DeviceKey, descriptor: Descriptor, fd: int) -> int:
+        number = await super().attach(key, descriptor, fd)
+        try:
+            await self._kernel_of_node.clock.sleep(ATTACH_S)  # the kernel has it, and the process does not know yet
+        except BaseException:
+            await super().detach(number, timeout=0)
+            raise
+        return number
+
+    async def detach(self, port: int, *, timeout: float) -> None:
+        kernel = self._kernel_of_node
+        occupant = kernel.occupant(port)
+        if occupant is not None and not kernel.detaching_hangs and not self._foreign(port):
+
+            def done() -> bool | None:
+                return kernel.occupant(port) is not occupant or None
+
+            # what is written is done, whatever becomes of who wrote it
+            self._host.later(DETACH_S, lambda: None if done() else kernel.free_port(port))
+            try:
+                await kernel.bell.until(done, kernel.clock, timeout=timeout)
+            except TimeoutError:
+                raise DetachFailed(f"port {port} was not free after {timeout:g} s") from None
+        await super().detach(port, timeout=timeout)
+
+    def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]:
+        unsubscribe = super().subscribe(callback)
+        forget = self._process.at_death(unsubscribe)
+
+        def both() -> None:
+            forget()
+            unsubscribe()
+
+        return both
+
+
+class _LocalRegistrar:
+    def __init__(self, pods: ClusterKubelet, process: Process, clock: SimClock) -> None:
+        self._pods, self._process, self._clock = pods, process, clock
+
+    async def run(self) -> None:
+        """Nothing to follow: the kubelet says when it is up."""
+
+    def plugin(self, server: DevicePluginServer, on_state: Callable[[Plugin], None]) -> Plugin:
+        return self._pods.plugin(server, self._process, self._clock, on_state)

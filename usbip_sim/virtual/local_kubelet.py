@@ -1,0 +1,93 @@
+"""A simulated kubelet without sockets: plugins run in the same process, so that it works in virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from typing import Any, TypeVar
+
+from usbip_plugin.errors import PluginError
+from usbip_plugin.kubelet.device_plugin import ContainerResponse, DevicePluginServer, DeviceStates
+from usbip_plugin.kubelet.pod_resources import ContainerDevices
+from usbip_plugin.kubelet.status import status_code, status_details
+from usbip_sim.kubelet.admission import Admission
+from usbip_sim.kubelet.device_manager import PRE_START_TIMEOUT_S, Allocation, EndpointError
+
+T = TypeVar("T")
+
+
+Transport = Callable[[Coroutine[Any, Any, Any]], Awaitable[Any]]
+"""How a call of the kubelet reaches the plugin: makes a task of it there, say. EndpointError if it does not."""
+
+
+async def directly(call: Coroutine[Any, Any, T]) -> T:
+    """In the kubelet's own task."""
+    return await call
+
+
+class LocalKubelet(Admission):
+    """Without sockets: plugins run in this process. Works on a virtual clock. Is a PodResources itself."""
+
+    async def plug_in(self, server: DevicePluginServer) -> None:
+        """Registers the resource and listens to it until cancelled."""
+        self.register(server)
+
+        async def receive(state: DeviceStates) -> None:
+            self.listed(server.resource, dict(state))
+
+        try:
+            await server.follow(receive)
+        finally:
+            self.disconnect(server.resource, server)
+
+    def register(self, server: DevicePluginServer, transport: Transport = directly) -> None:
+        """A registration; the caller delivers the plugin's lists, and disconnects it."""
+        self.connect(server.resource, server, _LocalEndpoint(server, transport))
+
+    async def list(self) -> tuple[ContainerDevices, ...]:
+        """See PodResources.list."""
+        return self.held()
+
+
+class _LocalEndpoint:
+    def __init__(self, server: DevicePluginServer, transport: Transport) -> None:
+        self._server, self._transport = server, transport
+        self.preferred_available = server.options.get_preferred_allocation_available
+        self.pre_start_required = server.options.pre_start_required
+
+    async def preferred(self, available: Sequence[str], must: Sequence[str], size: int) -> Sequence[str]:
+        server = self._server
+
+        async def call() -> Sequence[str]:
+            return server.backend.preferred(server.resource, tuple(available), tuple(must), size)
+
+        with _errors():
+            answer: Sequence[str] = await self._transport(call())
+        return answer
+
+    async def allocate(self, ids: Sequence[str]) -> Allocation:
+        backend = self._server.backend
+        with _errors():
+            (answer,) = await self._transport(backend.allocate_all(self._server.resource, (tuple(ids),)))
+        return _allocation(ids, answer)
+
+    async def pre_start(self, ids: Sequence[str]) -> None:
+        with _errors():
+            try:
+                async with asyncio.timeout(PRE_START_TIMEOUT_S):
+                    await self._transport(self._server.backend.pre_start(self._server.resource, tuple(ids)))
+            except TimeoutError:
+                raise EndpointError("DEADLINE_EXCEEDED", "context deadline exceeded") from None
+
+
+@contextlib.contextmanager
+def _errors() -> Iterator[None]:
+    try:
+        yield
+    except PluginError as error:
+        raise EndpointError(status_code(error).name, status_details(error)) from error
+
+
+def _allocation(ids: Sequence[str], answer: ContainerResponse) -> Allocation:
+    return Allocation(frozenset(ids), dict(answer.envs), answer.devices, answer.cdi_devices)

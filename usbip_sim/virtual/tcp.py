@@ -1,0 +1,336 @@
+"""A TCP connection between a node and a USB/IP server, on the links of network.py: what is lost is sent again.
+
+What TCP does when something goes wrong is modelled as Linux does it, because the plugin relies on it: keepalive and
+user timeout on the node's side, no keepalive on usbipd's, a FIN that is repeated for a while and then given up, a RST
+that is not, a connection of which the other side knows nothing any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections import deque
+from collections.abc import Callable
+
+from usbip_plugin.usbip.connect import KEEPALIVE_COUNT, KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, USER_TIMEOUT_MS
+from usbip_sim.server.server import VirtualServer
+from usbip_sim.sockets import Connection
+from usbip_sim.virtual.network import Host, Link, Way
+
+DEAD_PEER_S = float(KEEPALIVE_IDLE_S + KEEPALIVE_INTERVAL_S * KEEPALIVE_COUNT)
+"""Seconds after which an idle connection finds its other side dead."""
+USER_TIMEOUT_S = USER_TIMEOUT_MS / 1000
+"""Seconds for which sent data may stay unacknowledged."""
+ORPHAN_S = USER_TIMEOUT_S
+"""Seconds for which the FIN of a connection that nobody has open any more is repeated."""
+
+_IMPORT_REQUEST = b"\x80\x03"
+
+
+class TcpConnection(Connection):
+    """Between a process on a node, or its kernel, and a server. Made by MemoryConnector.
+
+    node_up, server_up: whether each side's TCP knows of it. Methods named after what happens are the network's.
+    """
+
+    def __init__(self, host: Host, link: Link, server: VirtualServer) -> None:
+        super().__init__()
+        self.host, self.link, self.server = host, link, server
+        self.node_up = True
+        self.server_up = False
+        self._network = link.network
+        self._network.connections[self] = None
+        self._to_server, self._to_node = Way(link), Way(link)
+        self._protocol: asyncio.Protocol | None = None
+        self._transport = _ServerTransport(self)
+        self._held: deque[bytes | None] = deque()
+        self._paused = False
+        self._inbox = bytearray()
+        self._error: OSError | None = None
+        self._readers: list[asyncio.Future[None]] = []
+        self._sent = False
+        self._unacknowledged = 0
+        self._timeout: asyncio.TimerHandle | None = None
+        self._node_watchdog: asyncio.TimerHandle | None = None
+        self._server_watchdog: asyncio.TimerHandle | None = None
+        self._import: str | None = None
+        self._was_accepted = False
+        self._orphaned = False
+
+    @property
+    def live_import(self) -> str | None:
+        """The bus id of an IMPORT by it that may still be under way, or stands."""
+        lost = self._was_accepted and not self.server_up
+        return None if lost or not self.node_up or self.references == 0 else self._import
+
+    # the node's side
+
+    def dial(self, answer: asyncio.Future[None]) -> None:
+        """A SYN. answer: when the server has accepted it, or ConnectionRefusedError."""
+        self._to_server.send(lambda: self._syn_arrived(answer))
+
+    def _dialled(self, answer: asyncio.Future[None], error: OSError | None) -> None:
+        if answer.done():
+            return
+        if error is None:
+            answer.set_result(None)
+            self.look_again()
+        else:
+            answer.set_exception(error)
+
+    async def receive(self, size: int) -> bytes:
+        while not self._inbox and not self.ended:
+            reader: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._readers.append(reader)
+            try:
+                await reader
+            finally:
+                if reader in self._readers:
+                    self._readers.remove(reader)
+        if self._error is not None:
+            raise self._error
+        data = bytes(self._inbox[:size])
+        del self._inbox[:size]
+        return data
+
+    def peek(self, size: int) -> bytes:
+        if self._error is not None:
+            raise self._error
+        if not self._inbox and not self.ended:
+            raise BlockingIOError(errno.EAGAIN, "nothing has come")
+        return bytes(self._inbox[:size])
+
+    async def send(self, data: bytes) -> None:
+        if self._error is not None:
+            raise self._error
+        if self.ended:
+            raise BrokenPipeError(errno.EPIPE, "the other side has closed")
+        if data[2:4] == _IMPORT_REQUEST:
+            self._import = data[8:40].rstrip(b"\0").decode("ascii", "replace")
+            self._network.on_change()
+        self._unacknowledged += 1
+        if self._timeout is None:
+            self._timeout = self.host.later(USER_TIMEOUT_S, self._unanswered)
+        self._to_server.send(lambda: self._arrived(data))
+
+    def released(self) -> None:
+        """Every reference on the node is closed: a FIN, and what was sent before it, if it gets through in time."""
+        if not self.node_up:
+            return
+        if self.server_up or (self.link.passable and not self._was_accepted):
+            self._to_server.send(self._fin_arrived)
+        elif not self._was_accepted:
+            self._to_server.drop()
+        self._leave_node(None)
+        self.look_again()
+
+    def node_vanishes(self) -> None:
+        """The node is without power."""
+        self._leave_node(OSError(errno.ECONNABORTED, "no power"))
+        self._to_server.drop()
+        self.look_again()
+
+    def _unanswered(self) -> None:
+        """The node's timers say that the other side is dead: a RST, which gets through now or never."""
+        self._timeout = self._node_watchdog = None
+        if not self.node_up:
+            return
+        self._leave_node(TimeoutError(errno.ETIMEDOUT, "Connection timed out"))
+        self._to_server.drop()
+        if self.link.passable:
+            self._to_server.send(lambda: self._lose_server(ConnectionResetError(errno.ECONNRESET, "reset")))
+        self.look_again()
+
+    def _leave_node(self, error: OSError | None, *, by_peer: bool = False) -> None:
+        self.node_up = False
+        for timer in (self._timeout, self._node_watchdog):
+            if timer is not None:
+                timer.cancel()
+        self._timeout = self._node_watchdog = None
+        self._error = self._error or error
+        if by_peer or error is not None:
+            self.peer_end()
+        else:
+            self.end()
+        self._wake()
+        self._network.on_change()
+        self._forget()
+
+    def _wake(self) -> None:
+        readers, self._readers = self._readers, []
+        for reader in readers:
+            if not reader.done():
+                reader.set_result(None)
+
+    def _on_node(self, action: Callable[[], None]) -> None:
+        """What has arrived at the node; a frozen one sees to it later."""
+        if self.host.process is None:
+            action()
+        elif not self.host.process.dead:
+            self.host.process.call_soon(action)
+
+    def _data_came(self, data: bytes) -> None:
+        if self.node_up:
+            self._inbox += data
+            self._wake()
+        elif self.link.passable:  # nobody here: a RST
+            self._to_server.send(lambda: self._lose_server(ConnectionResetError(errno.ECONNRESET, "reset")))
+
+    def _peer_left(self, error: OSError | None) -> None:
+        if self.node_up:
+            self._leave_node(error, by_peer=True)
+
+    # the server's side
+
+    def _syn_arrived(self, answer: asyncio.Future[None]) -> None:
+        error: OSError | None = None
+        self._was_accepted = True
+        if self.server.running:
+            self.server_up = True
+            self._protocol = self.server.accept()
+            self._protocol.connection_made(self._transport)
+        else:
+            error = ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
+        self._to_node.send(lambda: self._on_node(lambda: self._dialled(answer, error)))
+
+    def server_write(self, data: bytes) -> None:
+        if self.server_up:
+            self._to_node.send(lambda: self._on_node(lambda: self._data_came(data)))
+
+    def server_close(self, error: OSError | None = None) -> None:
+        """The server ends it, with a FIN or, if there is an error to tell the node, with a RST."""
+        if self.server_up:
+            self._lose_server(None)
+            self._to_node.send(lambda: self._on_node(lambda: self._peer_left(error)))
+
+    def server_vanishes(self) -> None:
+        """The server's host is without power."""
+        self._to_node.drop()
+        self._lose_server(None)
+
+    def pause(self, paused: bool) -> None:
+        self._paused = paused
+        if not paused:
+            self._network.call_soon(self._feed)
+
+    def _arrived(self, data: bytes) -> None:
+        self._unacknowledged -= 1
+        if self._timeout is not None:
+            self._timeout.cancel()
+            self._timeout = self.host.later(USER_TIMEOUT_S, self._unanswered) if self._unacknowledged else None
+        if self.server_up:
+            self._held.append(data)
+            self._feed()
+        elif self._was_accepted:
+            self._refuse()
+
+    def _refuse(self) -> None:
+        """Nobody knows of this connection here: a RST."""
+        error = ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+        self._to_node.send(lambda: self._on_node(lambda: self._peer_left(error)))
+
+    def _fin_arrived(self) -> None:
+        if self.server_up:
+            self._held.append(None)
+            self._feed()
+
+    def _feed(self) -> None:
+        while self._held and not self._paused and self.server_up and self._protocol is not None:
+            data = self._held.popleft()
+            if data is None:
+                self._lose_server(None)
+            else:
+                self._protocol.data_received(data)
+
+    def _lose_server(self, error: OSError | None) -> None:
+        if not self.server_up:
+            return
+        self.server_up = False
+        if self._server_watchdog is not None:
+            self._server_watchdog.cancel()
+        protocol, self._protocol = self._protocol, None
+        if protocol is not None:
+            protocol.connection_lost(error)
+        self._network.on_change()
+        self.look_again()
+        self._forget()
+
+    def _server_timed_out(self) -> None:
+        self._server_watchdog = None
+        self._to_node.drop()
+        self._lose_server(TimeoutError(errno.ETIMEDOUT, "Connection timed out"))
+
+    # both
+
+    def look_again(self) -> None:
+        """A link, a host or a side has changed: does anybody's keepalive now run out, or stop running out?"""
+        if self.node_up and self._was_accepted:
+            self._watch_server()
+        if self.server_up and self.server.keepalive:
+            self._watch_node()
+        if not self.node_up and not self._to_server.idle and not self.link.passable and not self._orphaned:
+            self._orphaned = True
+            self.host.later(ORPHAN_S, self._to_server.drop)
+
+    def _watch_server(self) -> None:
+        """The node's keepalive."""
+        unheard = not self.link.passable
+        reset = not unheard and not self.server_up and self._to_node.idle
+        if self._node_watchdog is not None and not unheard:
+            self._node_watchdog.cancel()
+            self._node_watchdog = None
+        if unheard and self._node_watchdog is None:
+            self._node_watchdog = self.host.later(DEAD_PEER_S, self._unanswered)
+        elif reset:
+            self._node_watchdog = self.host.later(KEEPALIVE_IDLE_S, self._probed)
+
+    def _probed(self) -> None:
+        """A keepalive probe is answered by a host that does not know of the connection."""
+        self._node_watchdog = None
+        if self.link.passable and not self.server_up:
+            self._peer_left(ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"))
+        else:
+            self.look_again()  # the way is cut by now: nobody answers
+
+    def _watch_node(self) -> None:
+        """The server's keepalive, where it has one. A node that is there but knows nothing answers with a RST."""
+        unheard = not self.link.passable or self.host.halted or not self.node_up
+        if not unheard and self._server_watchdog is not None:
+            self._server_watchdog.cancel()
+            self._server_watchdog = None
+        elif unheard and self._server_watchdog is None:
+            self._server_watchdog = self._network.call_later(DEAD_PEER_S, self._server_timed_out)
+
+    def _forget(self) -> None:
+        """When neither side knows of it."""
+        if not self.node_up and not self.server_up and (self._was_accepted or self._to_server.idle):
+            self._network.connections.pop(self, None)
+
+
+class _ServerTransport(asyncio.Transport):
+    """What the server's protocol writes to."""
+
+    def __init__(self, connection: TcpConnection) -> None:
+        super().__init__({"peername": (connection.host.name, 0)})
+        self._connection = connection
+        self._closing = False
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self._connection.server_write(bytes(data))
+
+    def close(self) -> None:
+        self._closing = True
+        self._connection.server_close()
+
+    def abort(self) -> None:
+        self._closing = True
+        self._connection.server_close(ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"))
+
+    def is_closing(self) -> bool:
+        return self._closing
+
+    def pause_reading(self) -> None:
+        self._connection.pause(paused=True)
+
+    def resume_reading(self) -> None:
+        self._connection.pause(paused=False)
