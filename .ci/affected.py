@@ -21,7 +21,7 @@ USES = tuple(
 )
 KERNEL = ("usbip_plugin/vhci/", "usbip_plugin/usbip/", *ATTACH)
 KUBE = (
-    "usbip_plugin/kube.py",
+    "usbip_plugin/kube/client.py",
     "usbip_plugin/kubelet/",
     "usbip_plugin/observe/",
     "usbip_plugin/cli/",

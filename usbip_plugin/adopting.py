@@ -11,8 +11,8 @@ from usbip_plugin.claims import Adoption, Claim, Event, State, User, decide_adop
 from usbip_plugin.errors import CdiError, VhciError
 from usbip_plugin.inventory.annotations import key_of, parse_usb_id
 from usbip_plugin.model import DeviceKey, Lock, UsbId
+from usbip_plugin.observe.spans import device_attributes, pod_attributes, span
 from usbip_plugin.observe.tracing import remote_parent
-from usbip_plugin.spans import device_attributes, pod_attributes, span
 from usbip_plugin.vhci.driver import PortState
 from usbip_plugin.work import DeviceWork
 

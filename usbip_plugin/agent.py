@@ -20,14 +20,14 @@ from usbip_plugin.claims import Claim, State
 from usbip_plugin.clock import Clock
 from usbip_plugin.config import Config, ResourceConfig
 from usbip_plugin.errors import PluginError
-from usbip_plugin.fleet import FleetCount
 from usbip_plugin.inventory.search import may_be, places
-from usbip_plugin.kube import KubeClient
+from usbip_plugin.kube.client import KubeClient
+from usbip_plugin.kube.eviction import Evictor
+from usbip_plugin.kube.fleet import FleetCount
+from usbip_plugin.kube.node_status import NodeStatusPublisher, PatchApi
+from usbip_plugin.kube.pods import OwnPods, PodPhase, PodView
 from usbip_plugin.kubelet.cdi import SpecFiles
-from usbip_plugin.kubelet.eviction import Evictor
-from usbip_plugin.kubelet.node_status import NodeStatusPublisher, PatchApi
 from usbip_plugin.kubelet.pod_resources import PodResources
-from usbip_plugin.kubelet.pods import OwnPods, PodPhase, PodView
 from usbip_plugin.locks.manager import Acquired, LockManager, LockSettings
 from usbip_plugin.locks.protocol import Rules
 from usbip_plugin.locks.store import LeaseStore

@@ -22,7 +22,7 @@ from usbip_plugin.kubelet.device_plugin import ContainerResponse
 from usbip_plugin.kubelet.status import status_code
 from usbip_plugin.model import Attachment, Health
 from usbip_plugin.notices import Notice, refused
-from usbip_plugin.spans import span
+from usbip_plugin.observe.spans import span
 
 log = logging.getLogger(__name__)
 

@@ -33,8 +33,8 @@ from usbip_plugin.errors import (
 )
 from usbip_plugin.locks.manager import Grant, LockManager, LockMeta
 from usbip_plugin.model import Attachment, Descriptor, DeviceKey, Identity, Lock, NodeIdentity, UsbId
+from usbip_plugin.observe.spans import device_attributes, span
 from usbip_plugin.observe.tracing import span_context_from
-from usbip_plugin.spans import device_attributes, span
 from usbip_plugin.usbip.client import Imported, UsbipClient
 from usbip_plugin.vhci.driver import PortState, VhciDriver
 from usbip_plugin.vhci.promises import missing

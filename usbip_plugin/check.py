@@ -18,9 +18,9 @@ from typing import Any
 from usbip_plugin.clock import Clock
 from usbip_plugin.config import Config, Match, matches
 from usbip_plugin.errors import ConfigError, KubeForbidden, PluginError
+from usbip_plugin.kube.events import KubeRequests
 from usbip_plugin.locks.record import LOCK_LABELS
 from usbip_plugin.model import DEVICE_ID_PREFIX, Descriptor, ServerKey
-from usbip_plugin.observe.events import KubeRequests
 from usbip_plugin.vhci.driver import DriverReport
 
 CHECK_TIMEOUT_S = 8.0

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import time
 from datetime import UTC, datetime
 from typing import Protocol
+
+from tenacity import RetryCallState
+from tenacity.wait import wait_base
 
 
 class Clock(Protocol):
@@ -43,3 +47,13 @@ class SystemClock:
 
     def timeout(self, seconds: float) -> contextlib.AbstractAsyncContextManager[object]:
         return asyncio.timeout(seconds)
+
+
+class Jitter(wait_base):
+    """Up to so many seconds more, from this rng: tenacity's own jitter comes from the module random."""
+
+    def __init__(self, rng: random.Random, most: float) -> None:
+        self._rng, self._most = rng, most
+
+    def __call__(self, retry_state: RetryCallState) -> float:  # noqa: ARG002 (tenacity's interface)
+        return self._rng.uniform(0, self._most)

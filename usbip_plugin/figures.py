@@ -51,8 +51,7 @@ from usbip_plugin.errors import (
 from usbip_plugin.locks.manager import Acquired, LockChange
 from usbip_plugin.model import Advertised
 from usbip_plugin.notices import Notice, What
-from usbip_plugin.observe.metrics import Metrics
-from usbip_plugin.observe.readings import NodeCollector, Reading
+from usbip_plugin.observe.metrics import Metrics, NodeCollector, Reading
 from usbip_plugin.reattaching import Reattach
 from usbip_plugin.resources import Plugin
 from usbip_plugin.usbip.poller import ServerState

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from usbip_plugin.errors import LockHeld, PluginError
+from usbip_plugin.kube.events import NORMAL, WARNING, EventText
 from usbip_plugin.model import Attachment, DeviceKey, Lock, PodRef
-from usbip_plugin.observe.events import NORMAL, WARNING, EventText
 
 
 class About(enum.Enum):

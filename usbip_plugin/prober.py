@@ -13,8 +13,8 @@ from usbip_plugin.handovers import Spawn
 from usbip_plugin.inventory.facts import Facts
 from usbip_plugin.locks.manager import LockChange
 from usbip_plugin.model import Descriptor, DeviceKey, Lock, ServerKey
+from usbip_plugin.observe.spans import untraced
 from usbip_plugin.probing import Rereads, Suspects, next_probes, probe_delay, wanted, wanting_probe
-from usbip_plugin.spans import untraced
 from usbip_plugin.usbip.poller import ServerPoller, ServerView
 
 PROBE_AGAIN = 1.0

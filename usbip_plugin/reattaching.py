@@ -35,9 +35,9 @@ from usbip_plugin.errors import (
 )
 from usbip_plugin.model import Attachment, DeviceKey, Identity, PodRef
 from usbip_plugin.notices import Notice, What
+from usbip_plugin.observe.spans import Tries, device_attributes, failed, pod_attributes, span
 from usbip_plugin.observe.tracing import remote_parent
 from usbip_plugin.seeker import MayBe, Seeker
-from usbip_plugin.spans import Tries, device_attributes, failed, pod_attributes, span
 from usbip_plugin.usbip.poller import ServerView
 from usbip_plugin.whereabouts import Ambiguous, Ask, Found
 from usbip_plugin.work import DeviceWork

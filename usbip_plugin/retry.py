@@ -9,40 +9,15 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt, wait_exponential
-from tenacity.wait import wait_base
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
-from usbip_plugin.clock import Clock
-from usbip_plugin.errors import AttachStuck, DeviceBusy, KubeServerError, KubeThrottled, KubeUnreachable
+from usbip_plugin.clock import Clock, Jitter
+from usbip_plugin.errors import AttachStuck, DeviceBusy
 
-API_WRITE_ATTEMPTS = 4
-API_WRITE_FIRST_WAIT = 0.05
-API_WRITE_MAX_WAIT = 1.0
 ATTACH_ATTEMPTS = 2
 BUSY_ATTEMPTS = 4
 BUSY_FIRST_WAIT = 0.1
 BUSY_MAX_WAIT = 0.4
-
-
-class _Jitter(wait_base):
-    """Up to so many seconds more, from this rng: tenacity's own jitter comes from the module random."""
-
-    def __init__(self, rng: random.Random, most: float) -> None:
-        self._rng, self._most = rng, most
-
-    def __call__(self, retry_state: RetryCallState) -> float:  # noqa: ARG002 (tenacity's interface)
-        return self._rng.uniform(0, self._most)
-
-
-def api_write(clock: Clock, rng: random.Random) -> AsyncRetrying:
-    """A single API write: unreachable, 429 and 5xx again, at most 4 times. The caller bounds the whole in time."""
-    return AsyncRetrying(
-        retry=retry_if_exception_type((KubeUnreachable, KubeThrottled, KubeServerError)),
-        stop=stop_after_attempt(API_WRITE_ATTEMPTS),
-        wait=wait_exponential(API_WRITE_FIRST_WAIT, API_WRITE_MAX_WAIT) + _Jitter(rng, API_WRITE_FIRST_WAIT),
-        sleep=clock.sleep,
-        reraise=True,
-    )
 
 
 def import_busy(clock: Clock, rng: random.Random) -> AsyncRetrying:
@@ -50,7 +25,7 @@ def import_busy(clock: Clock, rng: random.Random) -> AsyncRetrying:
     return AsyncRetrying(
         retry=retry_if_exception_type(DeviceBusy),
         stop=stop_after_attempt(BUSY_ATTEMPTS),
-        wait=wait_exponential(BUSY_FIRST_WAIT, BUSY_MAX_WAIT) + _Jitter(rng, BUSY_FIRST_WAIT),
+        wait=wait_exponential(BUSY_FIRST_WAIT, BUSY_MAX_WAIT) + Jitter(rng, BUSY_FIRST_WAIT),
         sleep=clock.sleep,
         reraise=True,
     )

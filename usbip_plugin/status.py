@@ -12,7 +12,7 @@ from usbip_plugin.clock import Clock
 from usbip_plugin.config import Config
 from usbip_plugin.errors import ConfigError
 from usbip_plugin.model import Advertised
-from usbip_plugin.observe.health import Verdict
+from usbip_plugin.observe.http import Verdict
 from usbip_plugin.observe.status import (
     ConfigReport,
     DeviceRow,

@@ -15,12 +15,12 @@ from usbip_plugin.changes import differing
 from usbip_plugin.clock import Clock
 from usbip_plugin.config import Config
 from usbip_plugin.inventory.annotations import key_of
+from usbip_plugin.kube.node_status import NodeStatusPublisher
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer
-from usbip_plugin.kubelet.node_status import NodeStatusPublisher
 from usbip_plugin.locks.manager import LockChange
 from usbip_plugin.model import Advertised, Lock, Reason
+from usbip_plugin.observe.spans import device_attributes, failed, span
 from usbip_plugin.observe.tracing import remote_parent, within
-from usbip_plugin.spans import device_attributes, failed, span
 
 RPC: Mapping[str, AttributeValue] = {"rpc.system.name": "grpc", "rpc.method": "v1beta1.DevicePlugin/ListAndWatch"}
 SENT_TIMEOUT = 1.0

@@ -17,8 +17,8 @@ from usbip_plugin.attacher import Attacher
 from usbip_plugin.claims import IN_USE, Unlisted, User, not_in_list
 from usbip_plugin.clock import Clock
 from usbip_plugin.errors import PodResourcesUnavailable
+from usbip_plugin.kube.pods import PodView
 from usbip_plugin.kubelet.pod_resources import PodResources
-from usbip_plugin.kubelet.pods import PodView
 from usbip_plugin.locks.manager import LockChange, LockManager
 from usbip_plugin.model import PodRef
 

@@ -15,8 +15,8 @@ from usbip_plugin.claims import IN_USE, Claim, ClaimBook, Event, State
 from usbip_plugin.errors import ClaimBusy, KubeError, LockError, LockLost, VhciError
 from usbip_plugin.kubelet.broadcast import Broadcast
 from usbip_plugin.model import DeviceKey, Identity, Lock, PodRef
+from usbip_plugin.observe.spans import Tries, device_attributes, failed, pod_attributes, span
 from usbip_plugin.observe.tracing import links_to, remote_parent
-from usbip_plugin.spans import Tries, device_attributes, failed, pod_attributes, span
 
 log = logging.getLogger(__name__)
 

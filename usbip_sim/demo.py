@@ -24,7 +24,6 @@ from usbip_plugin.kubelet import deviceplugin_pb2 as pb
 from usbip_plugin.kubelet.deviceplugin_pb2_grpc import DevicePluginStub
 from usbip_plugin.locks.manager import LockSettings
 from usbip_plugin.model import DeviceKey, PodRef, UsbId
-from usbip_plugin.observe.trace_tree import tree
 from usbip_plugin.observe.tracing import RecentSpans, SpanRecord, Tracing
 from usbip_plugin.vhci.driver import VhciDriver
 from usbip_plugin.vhci.linux import SysfsVhci
@@ -32,6 +31,7 @@ from usbip_plugin.vhci.uevents import NetlinkUevents
 from usbip_sim.kernel.ports import SimulatedKernel
 from usbip_sim.server.server import VirtualServer
 from usbip_sim.server.usbdevice import VirtualDevice
+from usbip_sim.trace_tree import tree
 from usbip_sim.world import Setup, SimNode, World, running
 
 BUSID = "1-1.2"

@@ -19,7 +19,7 @@ from usbip_plugin.agent import Agent, Observer, Outside
 from usbip_plugin.clock import Clock
 from usbip_plugin.config.schema import Config
 from usbip_plugin.errors import KubeUnreachable
-from usbip_plugin.kube import KubeClient
+from usbip_plugin.kube.client import KubeClient
 from usbip_plugin.kubelet.broadcast import Broadcast
 from usbip_plugin.kubelet.cdi import SpecFiles
 from usbip_plugin.kubelet.directory import PluginDirectory

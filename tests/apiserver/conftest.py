@@ -14,7 +14,7 @@ from api_process import ADMIN_TOKEN, ROOT, Cluster, running_for_tests
 from node_tokens import NodeTokens
 from plugin_rights import admission_works, apply_rbac
 
-from usbip_plugin.kube import KubeClient, connect
+from usbip_plugin.kube.client import KubeClient, connect
 
 sys.path.insert(0, str(ROOT / "tests" / "contract"))
 

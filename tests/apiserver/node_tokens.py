@@ -6,7 +6,7 @@ from typing import Any
 
 from api_process import ADMIN_TOKEN, Cluster
 
-from usbip_plugin.kube import KubeClient, connect
+from usbip_plugin.kube.client import KubeClient, connect
 
 NAMESPACE = "usbip-system"
 ACCOUNT = "usbip-plugin"

@@ -10,7 +10,7 @@ from api_process import ADMIN_TOKEN, ROOT, Cluster
 from node_tokens import NAMESPACE, NodeTokens
 
 from usbip_plugin.errors import KubeConflict, KubeForbidden
-from usbip_plugin.kube import connect
+from usbip_plugin.kube.client import connect
 
 EFFECT_S = 30.0
 """How long a new admission policy may take to be enforced."""

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from usbip_plugin.fleet import COUNT_INTERVAL_S
-from usbip_plugin.kube import LIST_PAGE, WATCH_SERVER_TIMEOUT_S, WATCH_SPREAD
-from usbip_plugin.kubelet.node_status import KUBELET_SYNC_S, spread
-from usbip_plugin.kubelet.pods import WATCH_TIMEOUT_S
+from usbip_plugin.kube.client import LIST_PAGE, WATCH_SERVER_TIMEOUT_S, WATCH_SPREAD
+from usbip_plugin.kube.fleet import COUNT_INTERVAL_S
+from usbip_plugin.kube.node_status import KUBELET_SYNC_S, spread
+from usbip_plugin.kube.pods import WATCH_TIMEOUT_S
 from usbip_plugin.locks.manager import DURATION_S
 from usbip_plugin.locks.session import BEAT_FRACTION
 from usbip_plugin.usbip.poller import POLL_INTERVAL, share

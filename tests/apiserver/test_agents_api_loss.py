@@ -13,7 +13,7 @@ from api_process import Cluster
 from node_tokens import NodeTokens
 from tcp_proxy import Proxy, proxy_to
 
-from usbip_plugin.kube import KubeClient
+from usbip_plugin.kube.client import KubeClient
 from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.locks.manager import LockSettings
 from usbip_plugin.locks.store import LeaseChange, LeaseStore

@@ -11,7 +11,7 @@ from agents_rig import RESOURCE, agents
 from api_process import Cluster
 from node_tokens import NodeTokens
 
-from usbip_plugin.kube import KubeClient
+from usbip_plugin.kube.client import KubeClient
 from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.locks.record import LOCK_LABELS
 

@@ -19,7 +19,7 @@ from opentelemetry.trace import NoOpTracer
 from plugin_in_pod import STRIPPED, InPod, cpu_ms, memory_mib, settled
 
 from usbip_plugin.clock import SystemClock
-from usbip_plugin.kube import KubeClient, connect
+from usbip_plugin.kube.client import KubeClient, connect
 from usbip_plugin.kubelet import deviceplugin_pb2 as pb
 from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.locks.manager import LockManager, LockSettings

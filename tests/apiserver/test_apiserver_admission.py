@@ -19,10 +19,10 @@ from node_tokens import ACCOUNT, NAMESPACE, NodeTokens
 from plugin_rights import EFFECT_S, collection, shipped
 
 from usbip_plugin.errors import KubeConflict, KubeForbidden, KubeNotFound
-from usbip_plugin.kube import KubeClient, connect
+from usbip_plugin.kube.client import KubeClient, connect
+from usbip_plugin.kube.events import NORMAL, EventText, event_body, event_name, instance_of
 from usbip_plugin.locks.record import session_name
 from usbip_plugin.model import DeviceKey, NodeIdentity, PodRef, ServerKey
-from usbip_plugin.observe.events import NORMAL, EventText, event_body, event_name, instance_of
 
 pytestmark = pytest.mark.short
 

@@ -28,7 +28,7 @@ from usbip_plugin.cli.listing import known_devices
 from usbip_plugin.cli.releasing import release
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.errors import ReleaseRefused
-from usbip_plugin.kube import KubeClient
+from usbip_plugin.kube.client import KubeClient
 from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.locks.store import Lease
 from usbip_plugin.model import DeviceKey

@@ -14,7 +14,7 @@ from api_process import ADMIN_TOKEN, Cluster
 from tcp_proxy import proxy_to
 
 from usbip_plugin.errors import ConfigError, KubeNotFound, KubeUnauthorized, KubeUnreachable
-from usbip_plugin.kube import KubeClient, connect
+from usbip_plugin.kube.client import KubeClient, connect
 
 pytestmark = pytest.mark.short
 
@@ -76,7 +76,7 @@ async def test_the_servers_certificate_is_verified(cluster: Cluster, tmp_path: P
 
 async def test_a_list_comes_whole_over_several_pages(admin: KubeClient, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = await admin.list(NAMESPACES, resource="namespaces")
-    monkeypatch.setattr("usbip_plugin.kube.LIST_PAGE", 1)
+    monkeypatch.setattr("usbip_plugin.kube.client.LIST_PAGE", 1)
     paged = await admin.list(NAMESPACES, resource="namespaces")
     assert len(whole["items"]) >= 4
     assert [item["metadata"]["uid"] for item in paged["items"]] == [item["metadata"]["uid"] for item in whole["items"]]

@@ -15,9 +15,9 @@ from plugin_rights import collection
 
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.errors import KubeConflict, KubeForbidden, KubeNotFound
-from usbip_plugin.kube import KubeClient
-from usbip_plugin.kubelet import eviction
-from usbip_plugin.kubelet.eviction import Evictor
+from usbip_plugin.kube import eviction
+from usbip_plugin.kube.client import KubeClient
+from usbip_plugin.kube.eviction import Evictor
 from usbip_plugin.model import PodRef
 
 pytestmark = pytest.mark.short

@@ -18,7 +18,7 @@ from api_process import Cluster
 from node_tokens import NAMESPACE, NodeTokens
 from plugin_in_pod import STRIPPED, InPod, memory_mib, settled, switches
 
-from usbip_plugin.kube import KubeClient
+from usbip_plugin.kube.client import KubeClient
 from usbip_sim.kubelet.kubelet import FakeKubelet
 from usbip_sim.server.server import VirtualServer
 from usbip_sim.server.usbdevice import VirtualDevice

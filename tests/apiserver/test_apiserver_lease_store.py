@@ -6,7 +6,7 @@ import pytest
 from api_process import Cluster
 from lease_store_suite import Compact, LeaseStoreContract
 
-from usbip_plugin.kube import KubeClient
+from usbip_plugin.kube.client import KubeClient
 from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.locks.store import LeaseStore
 

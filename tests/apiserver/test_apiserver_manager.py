@@ -17,7 +17,7 @@ from scaled_clock import ScaledClock
 from tcp_proxy import proxy_to
 
 from usbip_plugin.errors import LockHeld, LockUnavailable
-from usbip_plugin.kube import connect
+from usbip_plugin.kube.client import connect
 from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.locks.manager import LockManager, LockSettings, Standing
 from usbip_plugin.locks.view import LockChange

@@ -25,7 +25,7 @@ from node_tokens import ACCOUNT, NAMESPACE, NodeTokens
 from otlp_receiver import receiving
 from tcp_proxy import proxy_to
 
-from usbip_plugin.kube import KubeClient
+from usbip_plugin.kube.client import KubeClient
 from usbip_plugin.model import DeviceKey, PodRef, ServerKey, UsbId
 from usbip_sim.kubelet.kubelet import FakeKubelet
 from usbip_sim.server.server import VirtualServer

@@ -9,7 +9,7 @@ import pytest
 from conftest import ACCOUNT_NODE
 
 from usbip_plugin.errors import KubeForbidden, KubeNotFound
-from usbip_plugin.kube import KubeClient
+from usbip_plugin.kube.client import KubeClient
 
 pytestmark = pytest.mark.short
 

@@ -26,12 +26,12 @@ from usbip_plugin.check import permissions_needed
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.config import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.errors import KubeConflict, KubeError
-from usbip_plugin.kube import KubeClient, connect
+from usbip_plugin.kube.client import KubeClient, connect
+from usbip_plugin.kube.events import EventRecorder
 from usbip_plugin.locks import record
 from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.model import NodeIdentity, PodRef
 from usbip_plugin.notices import Notice, events_of
-from usbip_plugin.observe.events import EventRecorder
 from usbip_sim.server.server import VirtualServer
 from usbip_sim.server.usbdevice import VirtualDevice
 from usbip_sim.world import Setup, SimNode, World

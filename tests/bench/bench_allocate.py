@@ -12,7 +12,7 @@ from agents_rig import Nodes
 from bench_nodes import NAMESPACE, Place, allocate_times, keys_of, nodes, timed_allocate, virtual_server
 from bench_rows import Row, p50_p99, percentile
 
-from usbip_plugin.kube import connect
+from usbip_plugin.kube.client import connect
 from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.locks.store import LeaseStore
 from usbip_plugin.model import DeviceKey

@@ -15,7 +15,7 @@ from opentelemetry.trace import NoOpTracer
 from tcp_proxy import proxy_to
 
 from usbip_plugin.clock import SystemClock
-from usbip_plugin.kube import connect
+from usbip_plugin.kube.client import connect
 from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.locks.manager import LockManager, LockSettings
 from usbip_plugin.model import DeviceKey, NodeIdentity, ServerKey

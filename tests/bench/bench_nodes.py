@@ -14,7 +14,7 @@ from opentelemetry.trace import NoOpTracer, Tracer
 
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.config import Config, DeviceSelector, ResourceConfig, Selector
-from usbip_plugin.kube import KubeClient
+from usbip_plugin.kube.client import KubeClient
 from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.locks.store import Lease, LeaseStore
 from usbip_plugin.model import DeviceKey, ServerKey

@@ -17,7 +17,7 @@ from bench_nodes import NAMESPACE, virtual_server
 from bench_rows import Row
 from plugin_in_pod import STRIPPED, InPod, cpu_ms, switches
 
-from usbip_plugin.kube import connect
+from usbip_plugin.kube.client import connect
 from usbip_plugin.locks import record
 from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.locks.store import Lease

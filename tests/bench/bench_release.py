@@ -10,7 +10,7 @@ from api_process import Cluster
 from bench_nodes import NAMESPACE, Place, TimedLeases, keys_of, nodes, virtual_server
 from bench_rows import Row, p50_p99
 
-from usbip_plugin.kube import KubeClient, connect
+from usbip_plugin.kube.client import KubeClient, connect
 from usbip_plugin.locks import record
 from usbip_plugin.locks.store import Lease
 from usbip_plugin.model import PodRef

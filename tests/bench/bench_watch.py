@@ -21,12 +21,12 @@ from agents_rig import DONGLE
 from bench_nodes import NAMESPACE
 from bench_rows import Row
 
-from usbip_plugin import kube_answers
 from usbip_plugin.agent import Agent, Outside
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.config import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.errors import KubeNotFound
 from usbip_plugin.figures import Figures, Losses
+from usbip_plugin.kube import responses
 from usbip_plugin.kubelet.device_plugin import DeviceList, DevicePluginServer, DeviceStates
 from usbip_plugin.kubelet.pod_resources import ContainerDevices
 from usbip_plugin.locks import record
@@ -70,7 +70,7 @@ class Lines:
     async def watch(self, _path: str, **_rest: object) -> AsyncIterator[dict[str, Any]]:
         while True:
             for line in await self._lines.get():
-                yield kube_answers.event_of(line, RESOURCE)
+                yield responses.event_of(line, RESOURCE)
 
     def say(self, lines: Sequence[bytes]) -> None:
         self._lines.put_nowait(lines)

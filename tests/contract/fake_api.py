@@ -22,7 +22,7 @@ from typing import Any
 from aiohttp import web
 
 from usbip_plugin.errors import KubeConflict, KubeError, KubeGone, KubeNotFound
-from usbip_plugin.kube import KubeClient, connect
+from usbip_plugin.kube.client import KubeClient, connect
 from usbip_plugin.kubelet.broadcast import Broadcast
 from usbip_plugin.locks.store import Lease, LeaseChange
 from usbip_sim.leases import MemoryBackend

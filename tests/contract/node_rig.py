@@ -19,10 +19,11 @@ import pytest
 from command_rig import LIMIT_S, Log, end_process
 from fake_api import NAMESPACE, FakeApi, serving
 
-from usbip_plugin import fleet, process
+from usbip_plugin import process
 from usbip_plugin.cli import main
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.config.reload import Loaded
+from usbip_plugin.kube import fleet
 from usbip_plugin.model import DeviceKey, ServerKey, UsbId
 from usbip_sim.kernel.ports import SimulatedKernel
 from usbip_sim.kernel.service import KernelService

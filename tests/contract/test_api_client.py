@@ -22,7 +22,7 @@ from usbip_plugin.errors import (
     KubeUnauthorized,
     KubeUnreachable,
 )
-from usbip_plugin.kube import KEEPALIVE_IDLE_S, TOKEN_PERIOD_S, KubeClient, connect
+from usbip_plugin.kube.client import KEEPALIVE_IDLE_S, TOKEN_PERIOD_S, KubeClient, connect
 
 PODS = f"/api/v1/namespaces/{NAMESPACE}/pods"
 NEWER = "a-newer-token"
@@ -198,7 +198,7 @@ async def test_a_certificate_of_an_unknown_authority_or_another_host_is_refused(
 
 
 async def test_a_list_joins_its_pages(api: FakeApi, client: KubeClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("usbip_plugin.kube.LIST_PAGE", 2)
+    monkeypatch.setattr("usbip_plugin.kube.client.LIST_PAGE", 2)
     found = await client.list(PODS, resource="pods")
     assert [pod["metadata"]["name"] for pod in found["items"]] == ["p0", "p1", "p2", "p3", "p4"]
     assert [(request.params["limit"], request.params.get("continue")) for request in api.requests] == [

@@ -15,8 +15,8 @@ from opentelemetry.trace import SpanKind
 from otlp_receiver import PATIENCE_S, Receiver, receiving
 
 from usbip_plugin.errors import LockHeld
+from usbip_plugin.observe.spans import span
 from usbip_plugin.observe.tracing import Tracing, context_from, traceparent_of
-from usbip_plugin.spans import span
 
 UNSAMPLED = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00"
 Start = Callable[..., Tracing]

@@ -18,7 +18,7 @@ from usbip_plugin.config import (
     parse_config,
 )
 from usbip_plugin.config.schema import DEFAULT_CDI_DIRECTORY
-from usbip_plugin.observe.health import Verdict, split_listen, standard_pages
+from usbip_plugin.observe.http import Verdict, split_listen, standard_pages
 from usbip_plugin.process import Options
 
 RECORDS = str(next(field.default for field in dataclasses.fields(Options) if field.name == "records"))

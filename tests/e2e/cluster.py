@@ -9,7 +9,7 @@ from collections.abc import Set as AbstractSet
 from typing import Any, TypeAlias, TypeVar
 
 from usbip_plugin.errors import KubeConflict, KubeGone, KubeNotFound, KubeUnreachable
-from usbip_plugin.kube import KubeClient
+from usbip_plugin.kube.client import KubeClient
 
 NAMESPACE = "usbip-e2e"
 PLUGIN_NAMESPACE = "usbip-system"

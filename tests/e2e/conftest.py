@@ -19,7 +19,7 @@ from nodes import KindNodes, LabNodes, Nodes
 from plugin_process import SERVER, SERVER_PORT
 from workloads import pod_spec, usbip_server
 
-from usbip_plugin.kube import connect
+from usbip_plugin.kube.client import connect
 
 ROOT = Path(__file__).parents[2]
 LOGS = Path(os.environ.get("E2E_LOGS", ROOT / "build" / "e2e-logs"))

@@ -23,7 +23,7 @@ from plugin_process import imports_at_server
 from test_restarts import identity, same
 from workloads import pod, pod_spec
 
-from usbip_plugin.kube import connect
+from usbip_plugin.kube.client import connect
 
 HELM_S = 150.0
 ROLLOUT_S = 120

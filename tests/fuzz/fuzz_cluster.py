@@ -12,16 +12,16 @@ from typing import Any
 from fuzz_target import Target, drive, fit_to_raise, fit_to_show
 from google.protobuf.message import DecodeError
 
-from usbip_plugin import kube_answers
 from usbip_plugin.claims import decide_adoption
 from usbip_plugin.cli import listing, output
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.errors import KubeError, KubeThrottled, LockHeld, PluginError, UnknownDevice
 from usbip_plugin.inventory.annotations import key_of
+from usbip_plugin.kube import responses
+from usbip_plugin.kube.pods import OwnPods
 from usbip_plugin.kubelet import deviceplugin_pb2, podresources_pb2
 from usbip_plugin.kubelet.device_plugin import MAX_CONTAINERS, MAX_DEVICES_PER_CONTAINER, check_ids
 from usbip_plugin.kubelet.pod_resources import of_domain
-from usbip_plugin.kubelet.pods import OwnPods
 from usbip_plugin.kubelet.status import status_details
 from usbip_plugin.locks import protocol, record
 from usbip_plugin.locks.kubernetes import KubernetesLeases, decode, encode
@@ -152,8 +152,8 @@ class _Stream:
             yield self._data[start : start + 100]
 
     async def watch(self, _path: str, **_options: Any) -> AsyncGenerator[dict[str, Any], None]:
-        async for line in kube_answers.lines(self._parts(), "leases"):
-            yield kube_answers.event_of(line, "leases")
+        async for line in responses.lines(self._parts(), "leases"):
+            yield responses.event_of(line, "leases")
 
 
 def watch(data: bytes) -> None:
@@ -191,7 +191,7 @@ def refusal(data: bytes) -> None:
     header, _, body = data[2:].partition(b"\0")
     status = from_json(body)
     retry_after = header.decode("utf-8", "surrogateescape")
-    error = kube_answers.error_of(code, status if isinstance(status, dict) else {}, "get", "leases", retry_after)
+    error = responses.error_of(code, status if isinstance(status, dict) else {}, "get", "leases", retry_after)
     fit_to_raise(error, 1024)
     if isinstance(error, KubeThrottled) and error.retry_after is not None:
         assert 0 <= error.retry_after < 1e9
@@ -200,7 +200,7 @@ def refusal(data: bytes) -> None:
 
 def answer(data: bytes) -> None:
     try:
-        assert isinstance(kube_answers.decoded(data, "get", "leases"), dict)
+        assert isinstance(responses.decoded(data, "get", "leases"), dict)
     except KubeError as error:
         fit_to_raise(error)
 

@@ -14,14 +14,15 @@ import pytest
 from fuzz_cluster import grpc_detail
 from fuzz_target import fit_to_show
 
-from usbip_plugin import kube, kube_answers
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.errors import KubeServerError, KubeThrottled, PluginError, PodResourcesUnavailable, ServerUnreachable
 from usbip_plugin.inventory.preference import preferred
+from usbip_plugin.kube import client as kube_client
+from usbip_plugin.kube import responses
+from usbip_plugin.kube.pods import OwnPods, PodPhase, read_pod
 from usbip_plugin.kubelet import deviceplugin_pb2 as pb
 from usbip_plugin.kubelet.device_plugin import ContainerResponse, DevicePluginServer
 from usbip_plugin.kubelet.pod_resources import GrpcPodResources
-from usbip_plugin.kubelet.pods import OwnPods, PodPhase, read_pod
 from usbip_plugin.kubelet.status import MAX_DETAIL_CHARACTERS, status_details
 from usbip_plugin.model import ServerKey
 from usbip_plugin.observe.logs import JsonFormatter, TextFormatter
@@ -33,7 +34,7 @@ from usbip_plugin.usbip.client import TcpUsbipClient
     [("3", 3.0), ("²", None), ("9" * 400, None), ("-1", None), ("Wed, 21 Oct 2030", None), ("", None)],
 )
 def test_a_time_to_wait_is_a_small_number_or_none(header: str, seconds: float | None) -> None:
-    error = kube_answers.error_of(429, {}, "get", "leases", header)
+    error = responses.error_of(429, {}, "get", "leases", header)
     assert isinstance(error, KubeThrottled)
     assert error.retry_after == seconds
 
@@ -42,7 +43,7 @@ def test_a_time_to_wait_is_a_small_number_or_none(header: str, seconds: float | 
     "message", ["a\x1b[2J\nb", "\ud800", "x" * 100_000, ["x"] * 100_000, {"a": {}}, 10**4000, None]
 )
 def test_a_refusal_says_what_can_be_printed_of_it(message: object) -> None:
-    text = str(kube_answers.error_of(418, {"message": message}, "get", "leases", None))
+    text = str(responses.error_of(418, {"message": message}, "get", "leases", None))
     assert len(text) < 1000
     assert text.isprintable()
     assert "HTTP 418" in text
@@ -51,14 +52,14 @@ def test_a_refusal_says_what_can_be_printed_of_it(message: object) -> None:
 def test_a_refusal_with_a_message_nested_to_the_limit_of_the_decoder_is_one() -> None:
     depth = 100_000
     with pytest.raises(KubeServerError):
-        kube_answers.decoded(b'{"message": ' + b"[" * depth + b"]" * depth + b"}", "get", "leases")
+        responses.decoded(b'{"message": ' + b"[" * depth + b"]" * depth + b"}", "get", "leases")
     nested: object = []
     for _ in range(5000):
         nested = [nested]
-    assert "HTTP 500" in str(kube_answers.error_of(500, {"message": nested}, "get", "leases", None))
+    assert "HTTP 500" in str(responses.error_of(500, {"message": nested}, "get", "leases", None))
 
 
-class EndlessList(kube.KubeClient):
+class EndlessList(kube_client.KubeClient):
     """An API server that always has one more page."""
 
     def __init__(self) -> None:
@@ -73,7 +74,7 @@ async def test_a_list_without_an_end_is_given_up() -> None:
     client = EndlessList()
     with pytest.raises(KubeServerError, match="pages"):
         await client.list("/x", resource="leases")
-    assert client.pages == kube.MAX_PAGES
+    assert client.pages == kube_client.MAX_PAGES
 
 
 async def test_an_event_without_an_end_is_given_up_before_it_is_kept() -> None:
@@ -86,9 +87,9 @@ async def test_an_event_without_an_end_is_given_up_before_it_is_kept() -> None:
             yield b"x" * (1 << 16)
 
     with pytest.raises(KubeServerError, match="longer than"):
-        async for _ in kube_answers.lines(endless(), "leases"):
+        async for _ in responses.lines(endless(), "leases"):
             pass
-    assert sent <= kube_answers.MAX_EVENT_BYTES + (1 << 16)
+    assert sent <= responses.MAX_EVENT_BYTES + (1 << 16)
 
 
 def pod(**status: object) -> dict[str, object]:
@@ -162,7 +163,7 @@ def test_a_log_record_of_megabytes_is_a_line_of_kilobytes() -> None:
 def test_a_token_that_does_not_fit_into_a_header_is_a_file_that_cannot_be_read(tmp_path: Path, token: bytes) -> None:
     (tmp_path / "token").write_bytes(token)
     with pytest.raises(OSError, match="not a token"):
-        kube._token_header(tmp_path / "token")
+        kube_client._token_header(tmp_path / "token")
 
 
 class Backend:

@@ -27,6 +27,7 @@ from usbip_plugin.errors import KubeServerError, LockHeld, LockUnavailable
 from usbip_plugin.inventory.annotations import key_of
 from usbip_plugin.inventory.facts import Facts, Seen
 from usbip_plugin.inventory.reasons import health
+from usbip_plugin.kube.events import event_body
 from usbip_plugin.locks import kubernetes, record
 from usbip_plugin.locks.kubernetes import KubernetesLeases, decode, encode
 from usbip_plugin.locks.manager import LockManager, LockSettings, Standing
@@ -34,7 +35,6 @@ from usbip_plugin.locks.store import Lease
 from usbip_plugin.locks.view import newer
 from usbip_plugin.model import DeviceKey, Lock, NodeIdentity, ServerKey, UsbId
 from usbip_plugin.notices import Notice, What, events_of
-from usbip_plugin.observe.events import event_body
 from usbip_plugin.observe.logs import JsonFormatter, TextFormatter
 from usbip_sim.virtual.loop import SimClock, virtual
 

@@ -33,8 +33,8 @@ COMPILERS = ("cc", "gcc", "g++", "clang", "tcc", "rustc", "go", "make", "ld")
 # run in the image: imports every module of the plugin, then says which modules did not come from current bytecode
 STALE_MODULES = """
 import importlib, importlib.util, pkgutil, sys
-from usbip_plugin import _narrow
-_narrow.install()
+from usbip_plugin.kube import lazy_imports
+lazy_imports.install()
 import usbip_plugin
 for module in pkgutil.walk_packages(usbip_plugin.__path__, "usbip_plugin."):
     if not module.name.endswith("__main__"):

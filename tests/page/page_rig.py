@@ -20,9 +20,8 @@ from usbip_plugin.errors import ConfigError, ServerUnreachable
 from usbip_plugin.kubelet import deviceplugin_pb2 as pb
 from usbip_plugin.kubelet.deviceplugin_pb2_grpc import DevicePluginStub
 from usbip_plugin.model import DeviceKey, PodRef, Reason, ServerKey, UsbId
-from usbip_plugin.observe.health import HttpServer, Verdict, standard_pages
+from usbip_plugin.observe.http import HttpServer, Site, Verdict, standard_pages
 from usbip_plugin.observe.metrics import Metrics
-from usbip_plugin.observe.site import Site
 from usbip_plugin.observe.status import Status
 from usbip_plugin.observe.tracing import RecentSpans, Tracing
 from usbip_plugin.status import config_failed, config_loaded, status_of

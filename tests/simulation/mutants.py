@@ -19,8 +19,8 @@ from usbip_plugin.claims import Claim, State
 from usbip_plugin.errors import KubeUnreachable
 from usbip_plugin.inventory import reasons
 from usbip_plugin.keeper import Keeper
+from usbip_plugin.kube.node_status import NodeStatusPublisher
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer
-from usbip_plugin.kubelet.node_status import NodeStatusPublisher
 from usbip_plugin.locks import protocol, record
 from usbip_plugin.locks.contact import ApiState
 from usbip_plugin.locks.manager import Grant, LockSettings

@@ -16,8 +16,8 @@ from usbip_plugin import attacher
 from usbip_plugin.attaching import Pipeline
 from usbip_plugin.claims import Claim, State, Unlisted
 from usbip_plugin.inventory import reasons
+from usbip_plugin.kube.node_status import NodeStatusPublisher
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer
-from usbip_plugin.kubelet.node_status import NodeStatusPublisher
 from usbip_plugin.locks.manager import Grant, LockManager
 from usbip_plugin.model import DeviceKey, Lock
 from usbip_plugin.telling import Telling

@@ -21,9 +21,9 @@ from trace_stories import (
     unplugged,
 )
 
-from usbip_plugin.observe.trace_tree import tree
+from usbip_plugin.observe.spans import TRACED_TRIES
 from usbip_plugin.observe.tracing import MAX_SPANS_PER_TRACE
-from usbip_plugin.spans import TRACED_TRIES
+from usbip_sim.trace_tree import tree
 
 DOC = Path(__file__).parents[2] / "docs" / "tracing.md"
 ERROR_TYPE = "error.type"

@@ -10,10 +10,10 @@ import pytest
 from usbip_plugin.cli.asking import Enquiry
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.config import Config, DeviceSelector, ResourceConfig, Selector
+from usbip_plugin.kube.events import KubeRequests
 from usbip_plugin.locks import record
 from usbip_plugin.locks.store import Lease, LeaseList, LeaseStore
 from usbip_plugin.model import Descriptor, DeviceKey, ServerKey, UsbId
-from usbip_plugin.observe.events import KubeRequests
 
 LAB, ATTIC = ServerKey("lab", 3240), ServerKey("attic", 3240)
 OWN, THERE = DeviceKey(LAB, "1-1"), DeviceKey(ATTIC, "7-2")

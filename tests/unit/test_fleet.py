@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from usbip_plugin.errors import KubeForbidden, KubeUnreachable
-from usbip_plugin.fleet import COUNT_INTERVAL_S, COUNT_TIMEOUT_S, RETRY_MAX_S, UNCOUNTED, FleetCount, count_pods
+from usbip_plugin.kube.fleet import COUNT_INTERVAL_S, COUNT_TIMEOUT_S, RETRY_MAX_S, UNCOUNTED, FleetCount, count_pods
 from usbip_sim.virtual.loop import SimClock, virtual
 
 
@@ -100,7 +100,7 @@ async def test_without_an_answer_nobody_waits_long_and_the_fleet_is_taken_to_be_
     c = Counting()
     c.there = None
     loop = asyncio.get_running_loop()
-    with caplog.at_level(logging.WARNING, "usbip_plugin.fleet"):
+    with caplog.at_level(logging.WARNING, "usbip_plugin.kube.fleet"):
         async with c.running():
             await c.fleet.known()
             assert loop.time() <= COUNT_TIMEOUT_S + 0.01
@@ -118,7 +118,7 @@ async def test_what_was_counted_stays_while_it_cannot_be_counted_again(caplog: p
     c = Counting()
     async with c.running():
         await c.fleet.known()
-        with caplog.at_level(logging.DEBUG, "usbip_plugin.fleet"):
+        with caplog.at_level(logging.DEBUG, "usbip_plugin.kube.fleet"):
             for error in (KubeUnreachable("list", "pods", "refused"), KubeForbidden("list", "pods", "no")):
                 c.there = error
                 await asyncio.sleep(COUNT_INTERVAL_S * 2)

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from usbip_plugin import kube_answers
 from usbip_plugin.errors import (
     KubeConflict,
     KubeError,
@@ -20,6 +19,7 @@ from usbip_plugin.errors import (
     KubeThrottled,
     KubeUnauthorized,
 )
+from usbip_plugin.kube import responses
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ from usbip_plugin.errors import (
     ],
 )
 def test_a_status_becomes_its_error(code: int, kind: type[KubeError]) -> None:
-    error = kube_answers.error_of(code, {"message": "because"}, "update", "leases.coordination.k8s.io", None)
+    error = responses.error_of(code, {"message": "because"}, "update", "leases.coordination.k8s.io", None)
     assert type(error) is kind
     assert (error.verb, error.resource) == ("update", "leases.coordination.k8s.io")
     assert "because" in str(error)
@@ -44,7 +44,7 @@ def test_a_status_becomes_its_error(code: int, kind: type[KubeError]) -> None:
 
 @pytest.mark.parametrize(("header", "seconds"), [("7", 7.0), (None, None), ("soon", None), ("", None)])
 def test_throttling_carries_its_wait(header: str | None, seconds: float | None) -> None:
-    error = kube_answers.error_of(429, {}, "list", "pods", header)
+    error = responses.error_of(429, {}, "list", "pods", header)
     assert isinstance(error, KubeThrottled)
     assert error.retry_after == seconds
 
@@ -60,7 +60,7 @@ def test_lines_come_whole_however_the_bytes_come(lines: list[bytes], size: int) 
     parts = [data[start : start + size] for start in range(0, len(data), size)]
 
     async def collect() -> list[bytes]:
-        return [line async for line in kube_answers.lines(in_parts(*parts), "pods")]
+        return [line async for line in responses.lines(in_parts(*parts), "pods")]
 
     assert asyncio.run(collect()) == [line for line in lines if line.strip()]
 
@@ -70,13 +70,13 @@ async def test_a_line_is_there_before_the_next_byte() -> None:
         yield b'{"type":"ADDED"}\n{"ty'
         raise AssertionError
 
-    assert await anext(kube_answers.lines(then_silence(), "pods")) == b'{"type":"ADDED"}'
+    assert await anext(responses.lines(then_silence(), "pods")) == b'{"type":"ADDED"}'
 
 
 async def test_an_endless_line_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kube_answers, "MAX_EVENT_BYTES", 10)
+    monkeypatch.setattr(responses, "MAX_EVENT_BYTES", 10)
     with pytest.raises(KubeServerError, match="longer than 10"):
-        await anext(kube_answers.lines(in_parts(b"x" * 11), "pods"))
+        await anext(responses.lines(in_parts(b"x" * 11), "pods"))
 
 
 @given(
@@ -84,19 +84,19 @@ async def test_an_endless_line_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
 )
 def test_an_event_that_is_none_is_a_server_error(line: bytes) -> None:
     with pytest.raises(KubeServerError):
-        kube_answers.event_of(line, "pods")
+        responses.event_of(line, "pods")
 
 
 def test_an_error_event_says_gone() -> None:
     with pytest.raises(KubeGone):
-        kube_answers.event_of(b'{"type":"ERROR","object":{"kind":"Status","code":410,"message":"too old"}}', "pods")
+        responses.event_of(b'{"type":"ERROR","object":{"kind":"Status","code":410,"message":"too old"}}', "pods")
 
 
 async def test_an_endless_answer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kube_answers, "MAX_BODY_BYTES", 10)
-    assert await kube_answers.whole(in_parts(b"x" * 5, b"y" * 5), "get", "pods") == b"xxxxxyyyyy"
+    monkeypatch.setattr(responses, "MAX_BODY_BYTES", 10)
+    assert await responses.whole(in_parts(b"x" * 5, b"y" * 5), "get", "pods") == b"xxxxxyyyyy"
     with pytest.raises(KubeServerError, match="longer than 10"):
-        await kube_answers.whole(in_parts(b"x" * 5, b"y" * 6), "get", "pods")
+        await responses.whole(in_parts(b"x" * 5, b"y" * 6), "get", "pods")
 
 
 @pytest.mark.parametrize(
@@ -109,12 +109,12 @@ async def test_an_endless_answer_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     ],
 )
 def test_whoever_refuses_is_quoted(body: bytes, said: str) -> None:
-    error = kube_answers.refusal(403, body, "list", "pods", None)
+    error = responses.refusal(403, body, "list", "pods", None)
     assert isinstance(error, KubeForbidden)
     assert said in str(error)
 
 
 def test_a_refusal_says_when_to_come_back() -> None:
-    error = kube_answers.refusal(429, b"{}", "list", "pods", "7")
+    error = responses.refusal(429, b"{}", "list", "pods", "7")
     assert isinstance(error, KubeThrottled)
     assert error.retry_after == 7.0

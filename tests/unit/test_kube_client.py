@@ -12,17 +12,18 @@ import aiohttp
 import pytest
 from kubernetes_asyncio.client.configuration import Configuration
 
-from usbip_plugin import _narrow, kube
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.errors import (
     ConfigError,
     KubeError,
     KubeUnreachable,
 )
+from usbip_plugin.kube import client as kube_client
+from usbip_plugin.kube import lazy_imports
 
 IMPORTED = """
 import sys
-import usbip_plugin.kube
+import usbip_plugin.kube.client
 loaded = [name for name in sys.modules if name.startswith("kubernetes_asyncio")]
 print(len(loaded), "urllib3.connection" in sys.modules)
 import kubernetes_asyncio
@@ -46,13 +47,13 @@ def test_a_dozen_modules_of_the_library_are_loaded_and_the_rest_is_there_on_dema
 
 def test_names_are_found_where_the_packages_own_lines_say() -> None:
     source = "import a.b as c\nimport d\nfrom .e import f as g, h\nfrom x.y import z\n__version__ = '1'\nw = f()\n"
-    assert _narrow.origins(source, "p.q") == {
+    assert lazy_imports.origins(source, "p.q") == {
         "c": ("a.b", None),
         "g": ("p.q.e", "f"),
         "h": ("p.q.e", "h"),
         "z": ("x.y", "z"),
     }
-    assert _narrow.constants(source) == {"__version__": "1"}
+    assert lazy_imports.constants(source) == {"__version__": "1"}
 
 
 @pytest.mark.parametrize("text", ["", "a: [", "kind: Config", "[]", "current-context: x\ncontexts: []\nclusters: []"])
@@ -60,12 +61,12 @@ async def test_an_unusable_kubeconfig_is_a_configuration_error(tmp_path: Path, t
     path = tmp_path / "config"
     path.write_text(text)
     with pytest.raises(ConfigError, match="config"):
-        await kube.connect(str(path))
+        await kube_client.connect(str(path))
 
 
 async def test_no_kubeconfig_is_a_configuration_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such file"):
-        await kube.connect(environ={"KUBECONFIG": str(tmp_path / "absent")})
+        await kube_client.connect(environ={"KUBECONFIG": str(tmp_path / "absent")})
 
 
 async def test_each_error_is_told_once_besides_being_raised(tmp_path: Path, unused_tcp_port: int) -> None:
@@ -76,7 +77,7 @@ async def test_each_error_is_told_once_besides_being_raised(tmp_path: Path, unus
         " users: [{name: u, user: {token: t}}]}"
     )
     told: list[KubeError] = []
-    client = await kube.connect(str(config), on_error=told.append)
+    client = await kube_client.connect(str(config), on_error=told.append)
     try:
         with pytest.raises(KubeUnreachable):
             await client.list("/api/v1/pods", resource="pods")
@@ -91,7 +92,7 @@ async def test_each_error_is_told_once_besides_being_raised(tmp_path: Path, unus
 async def test_watches_that_are_opened_together_are_not_ended_together() -> None:
     asked: list[int] = []
 
-    class Client(kube.KubeClient):
+    class Client(kube_client.KubeClient):
         async def _send(self, verb: str, path: str, resource: str, params: Any, *rest: Any) -> aiohttp.ClientResponse:
             asked.append(int(params["timeoutSeconds"]))
             raise KubeUnreachable(verb, resource, "that will do")
@@ -110,5 +111,5 @@ async def test_watches_that_are_opened_together_are_not_ended_together() -> None
 
 
 def test_a_mistake_of_our_own_is_not_taken_for_a_server_that_is_away() -> None:
-    with pytest.raises(RuntimeError, match="no running event loop"), kube._translated("get", "pods"):
+    with pytest.raises(RuntimeError, match="no running event loop"), kube_client._translated("get", "pods"):
         raise RuntimeError("no running event loop")

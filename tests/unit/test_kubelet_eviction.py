@@ -14,7 +14,7 @@ from usbip_plugin.errors import (
     KubeThrottled,
     KubeUnreachable,
 )
-from usbip_plugin.kubelet.eviction import BACKOFF_MAX_S, FORBIDDEN_WAIT_S, Evictor
+from usbip_plugin.kube.eviction import BACKOFF_MAX_S, FORBIDDEN_WAIT_S, Evictor
 from usbip_plugin.model import PodRef
 from usbip_sim.virtual.loop import SimClock, virtual
 

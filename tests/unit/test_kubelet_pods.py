@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from usbip_plugin.errors import KubeForbidden, KubeGone, KubeUnreachable
-from usbip_plugin.kubelet.pods import MANY, OwnPods, PodPhase, PodState, read_pod
+from usbip_plugin.kube.pods import MANY, OwnPods, PodPhase, PodState, read_pod
 from usbip_plugin.model import PodRef
 from usbip_sim.virtual.loop import SimClock, virtual
 

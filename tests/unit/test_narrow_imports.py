@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from usbip_plugin import _narrow
+from usbip_plugin.kube import lazy_imports
 
 RUN = """
 import sys
@@ -23,12 +23,12 @@ import sys
 from usbip_plugin.cli import main
 main(["run", "--node-name", "n", "--config", "/nonexistent"])
 import usbip_plugin.process
-from usbip_plugin import _narrow
-print(*(name for name in _narrow.LAZY if type(sys.modules[name]).__name__ == "_LazyModule"))
+from usbip_plugin.kube import lazy_imports
+print(*(name for name in lazy_imports.LAZY if type(sys.modules[name]).__name__ == "_LazyModule"))
 """
 USED_LATER = """
-from usbip_plugin import _narrow
-_narrow.install()
+from usbip_plugin.kube import lazy_imports
+lazy_imports.install()
 import attr, bz2, idna
 from google.protobuf.internal import python_message
 print(idna.encode("bücher").decode(), python_message.GeneratedProtocolMessageType.__name__)
@@ -133,7 +133,7 @@ def test_a_run_loads_no_library_besides_those_it_needs(modules_of_a_run: frozens
 
 
 def test_what_is_lazy_was_imported_and_not_used() -> None:
-    assert _python(UNTOUCHED).split() == list(_narrow.LAZY)
+    assert _python(UNTOUCHED).split() == list(lazy_imports.LAZY)
 
 
 def test_what_is_lazy_works_when_it_is_used() -> None:
@@ -146,11 +146,11 @@ def test_a_narrow_package_has_the_names_it_has_otherwise() -> None:
     spec = importlib.util.find_spec("prometheus_client")
     assert spec is not None
     assert spec.origin is not None
-    names = _narrow.origins(Path(spec.origin).read_text(encoding="utf-8"), "prometheus_client")
+    names = lazy_imports.origins(Path(spec.origin).read_text(encoding="utf-8"), "prometheus_client")
     assert {"Counter", "generate_latest", "exposition", "REGISTRY"} <= names.keys()
     whole, narrow = (
         _python(NAMES.format(package="prometheus_client", narrow=line), *names).splitlines()
-        for line in ("", "from usbip_plugin import _narrow; _narrow.install()")
+        for line in ("", "from usbip_plugin.kube import lazy_imports; lazy_imports.install()")
     )
     assert len(whole) == len(names) + 1
     assert whole == narrow

@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 
 from usbip_plugin.errors import KubeConflict, KubeForbidden, KubeUnreachable
-from usbip_plugin.model import NodeIdentity, PodRef
-from usbip_plugin.observe.events import (
+from usbip_plugin.kube.events import (
     BURST,
     FOR_WARNINGS,
     MAX_INSTANCE,
@@ -31,6 +30,7 @@ from usbip_plugin.observe.events import (
     event_name,
     instance_of,
 )
+from usbip_plugin.model import NodeIdentity, PodRef
 
 ME = NodeIdentity("node-a", "boot")
 POD = PodRef("ns", "web-1", "uid-1")

@@ -11,15 +11,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from usbip_plugin.model import Advertised, DeviceKey, Health, Reason, ServerKey
-from usbip_plugin.observe.health import (
-    Answer,
-    Heartbeats,
-    HttpServer,
-    Page,
-    Verdict,
-    split_listen,
-    standard_pages,
-)
+from usbip_plugin.observe.http import Answer, Heartbeats, HttpServer, PageHandler, Verdict, split_listen, standard_pages
 from usbip_plugin.observe.metrics import Metrics
 
 PATIENCE_S = 10  # a bound for a hanging test, not a measurement
@@ -37,7 +29,7 @@ class ManualClock:
 
 @contextlib.asynccontextmanager
 async def serving(
-    pages: Mapping[str, Page], below: Mapping[str, Callable[[str], Answer]] | None = None
+    pages: Mapping[str, PageHandler], below: Mapping[str, Callable[[str], Answer]] | None = None
 ) -> AsyncIterator[str]:
     server = HttpServer("127.0.0.1:0", pages, below)
     async with asyncio.timeout(PATIENCE_S):

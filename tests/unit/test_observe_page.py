@@ -14,10 +14,9 @@ from typing import Any
 
 import pytest
 
-from usbip_plugin.observe.markup import Markup, join, tag, text
-from usbip_plugin.observe.page import MAX_ROWS, MAX_TRACES, Page
-from usbip_plugin.observe.page_traces import MAX_BARS
-from usbip_plugin.observe.site import Site
+from usbip_plugin.observe.html import Markup, join, tag, text
+from usbip_plugin.observe.http import Site
+from usbip_plugin.observe.page import MAX_BARS, MAX_ROWS, MAX_TRACES, Page
 from usbip_plugin.observe.status import ConfigReport, DeviceRow, LocksReport, RegistrationRow, ServerRow, Status
 from usbip_plugin.observe.tracing import (
     MAX_SPANS_PER_TRACE,
@@ -270,8 +269,8 @@ def test_the_fragment_cannot_run_anything_by_itself() -> None:
 
 def test_nobody_pays_for_a_page_that_is_not_looked_at() -> None:
     code = (
-        "import sys; from usbip_plugin.observe.site import Site; import usbip_plugin.process;"
-        "print('usbip_plugin.observe.page' in sys.modules or 'usbip_plugin.observe.waterfall' in sys.modules)"
+        "import sys; from usbip_plugin.observe.http import Site; import usbip_plugin.process;"
+        "print('usbip_plugin.observe.page' in sys.modules or 'usbip_plugin.observe.traces' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "False"

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan
 
-from usbip_plugin.observe.trace_tree import duration, tree
+from usbip_plugin.observe.spans import span
+from usbip_plugin.observe.traces import duration
 from usbip_plugin.observe.tracing import (
     MAX_SPANS_PER_TRACE,
     MAX_UNREAD_SPANS,
@@ -25,7 +26,7 @@ from usbip_plugin.observe.tracing import (
     span_context_from,
     traceparent_of,
 )
-from usbip_plugin.spans import span
+from usbip_sim.trace_tree import tree
 
 NODE_A, NODE_B = "node-a", "node-b"
 

@@ -7,8 +7,8 @@ import itertools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from usbip_plugin.observe.traces import LEAST_WIDTH, MAX_DEPTH, WIDTH, lay_out, summary
 from usbip_plugin.observe.tracing import SpanRecord
-from usbip_plugin.observe.waterfall import LEAST_WIDTH, MAX_DEPTH, WIDTH, lay_out, summary
 
 MS = 1_000_000
 S = 1000 * MS

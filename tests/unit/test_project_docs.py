@@ -17,8 +17,7 @@ from usbip_plugin.claims import TRANSITIONS
 from usbip_plugin.cli import parser
 from usbip_plugin.config import parse_config, schema
 from usbip_plugin.config.reference import KNOWN, keys
-from usbip_plugin.observe.metrics import Metrics
-from usbip_plugin.observe.readings import NodeCollector, Reading
+from usbip_plugin.observe.metrics import Metrics, NodeCollector, Reading
 
 ROOT = Path(__file__).parent.parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]

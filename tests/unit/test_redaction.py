@@ -16,13 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from usbip_plugin.errors import PluginError
-from usbip_plugin.kube import connect
+from usbip_plugin.kube.client import connect
+from usbip_plugin.kube.events import NORMAL, EventText, event_body
 from usbip_plugin.model import NodeIdentity
-from usbip_plugin.observe.events import NORMAL, EventText, event_body
 from usbip_plugin.observe.logs import JsonFormatter, TextFormatter
+from usbip_plugin.observe.redaction import _RULES, MARGIN, REDACTED, redacted
+from usbip_plugin.observe.spans import span
 from usbip_plugin.observe.tracing import Tracing
-from usbip_plugin.redaction import _RULES, MARGIN, REDACTED, redacted
-from usbip_plugin.spans import span
 
 TOKEN = "s3cr3t-" + "".join(random.Random(1).choices("abcdefgh", k=24))
 ENCODED = base64.b64encode(TOKEN.encode()).decode()

@@ -10,6 +10,7 @@ import pytest
 
 from usbip_plugin import retry
 from usbip_plugin.errors import DeviceBusy, KubeUnreachable
+from usbip_plugin.kube import client
 from usbip_plugin.model import DeviceKey, ServerKey
 
 
@@ -35,7 +36,7 @@ class NotedClock:
 async def waits_of_a_write(seed: int) -> list[float]:
     clock = NotedClock()
     with contextlib.suppress(KubeUnreachable):
-        async for attempt in retry.api_write(clock, random.Random(seed)):
+        async for attempt in client.api_write(clock, random.Random(seed)):
             with attempt:
                 raise KubeUnreachable("update", "leases", "gone")
     return clock.slept
@@ -51,7 +52,7 @@ async def waits_of_an_import(seed: int) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("waits_of", "tries"), [(waits_of_a_write, retry.API_WRITE_ATTEMPTS), (waits_of_an_import, retry.BUSY_ATTEMPTS)]
+    ("waits_of", "tries"), [(waits_of_a_write, client.API_WRITE_ATTEMPTS), (waits_of_an_import, retry.BUSY_ATTEMPTS)]
 )
 async def test_the_same_seed_waits_the_same(waits_of: object, tries: int) -> None:
     assert callable(waits_of)

@@ -24,9 +24,9 @@ from usbip_plugin.config.reload import load_config
 from usbip_plugin.config.schema import DEFAULT_CONFIG_PATH, DEFAULT_DOMAIN, Config
 from usbip_plugin.errors import ConfigError, KubeError, KubeNotFound, NoSuchDevice, UsbipError
 from usbip_plugin.inventory.annotations import key_of, parse_usb_id
+from usbip_plugin.kube.events import KubeRequests
 from usbip_plugin.locks.store import LeaseStore
 from usbip_plugin.model import DEFAULT_USBIP_PORT, UNTOLD, Descriptor, DeviceKey, Lock, PodRef, ServerKey
-from usbip_plugin.observe.events import KubeRequests
 from usbip_plugin.usbip.protocol import valid_busid
 
 DEVLIST_TIMEOUT_S = 3.0

@@ -20,7 +20,7 @@ from usbip_plugin.cli.releasing import plan
 from usbip_plugin.cli.releasing import release as carry_out
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.errors import ReleaseRefused
-from usbip_plugin.kube import connect
+from usbip_plugin.kube.client import connect
 from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.locks.store import LeaseStore
 from usbip_plugin.usbip.client import TcpUsbipClient

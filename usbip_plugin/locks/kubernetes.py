@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from usbip_plugin.errors import KubeNotFound, KubeServerError
-from usbip_plugin.kube import KubeClient
+from usbip_plugin.kube.client import KubeClient
 from usbip_plugin.locks import record
 from usbip_plugin.locks.store import ChangeType, Lease, LeaseChange, LeaseList
 

@@ -25,7 +25,7 @@ from usbip_plugin.locks.store import Lease, LeaseStore
 from usbip_plugin.locks.view import LockChange, LockView
 from usbip_plugin.locks.writer import Effort, Writer, Written
 from usbip_plugin.model import DeviceKey, Identity, Lock, NodeIdentity, PodRef
-from usbip_plugin.spans import device_attributes, span
+from usbip_plugin.observe.spans import device_attributes, span
 
 logger = logging.getLogger(__name__)
 

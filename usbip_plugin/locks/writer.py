@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 
 from opentelemetry.trace import SpanKind, Tracer
 
-from usbip_plugin import retry
 from usbip_plugin.clock import Clock
 from usbip_plugin.errors import KubeConflict, KubeError, KubeNotFound, LockUnavailable
+from usbip_plugin.kube import client
 from usbip_plugin.locks import protocol, record
 from usbip_plugin.locks.protocol import Create, Decision, Denied, Replace, Write
 from usbip_plugin.locks.store import Lease, LeaseStore
 from usbip_plugin.locks.view import LockView
 from usbip_plugin.model import DeviceKey, NodeIdentity
-from usbip_plugin.spans import device_attributes, span
+from usbip_plugin.observe.spans import device_attributes, span
 
 # How often one operation decides anew after its compare-and-swap failed.
 CONFLICT_ROUNDS = 5
@@ -77,7 +77,7 @@ class Writer:
         """
         use_effort = effort or Effort()
         try:
-            async for attempt in retry.api_write(self._clock, self._rng):
+            async for attempt in client.api_write(self._clock, self._rng):
                 with attempt:
                     again = attempt.retry_state.attempt_number > 1
                     return await self._rounds(key, decide, use_effort, again=again)

@@ -11,7 +11,7 @@ from typing import TextIO
 
 from opentelemetry import trace
 
-from usbip_plugin.redaction import redacted
+from usbip_plugin.observe.redaction import redacted
 
 PACKAGE = "usbip_plugin"
 PACKAGES = (PACKAGE, "usbip_sim")

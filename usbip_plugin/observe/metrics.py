@@ -1,19 +1,220 @@
-"""Prometheus metrics in a registry of their own: what is counted as it happens.
-
-Their names and labels are in docs/metrics.md; four of them are those of the Go program.
-"""
+"""The metrics of the plugin, and how they are kept small: what prometheus_client shows of them at each scrape."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+import collections
+import platform
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
 from prometheus_client.metrics import Counter, Gauge, Histogram, disable_created_metrics
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector, CollectorRegistry
 
-from usbip_plugin.model import Advertised
-from usbip_plugin.observe.by_resource import ResourceCollector
+from usbip_plugin.model import Advertised, Reason
+
+Labelled = Mapping[tuple[str, ...], float]
+"""A value for each set of label values."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """The state of one node. Durations in seconds; counts since the process began.
+
+    registered: by resource. servers: by host:port, whether it answers; those not asked yet are left out. listed: the
+    devices each of these lists. ports_used, ports_free: by hub, hs or ss; empty where the driver is not loaded. claims:
+    by state. session_age: since the last heartbeat that succeeded, None while the node holds no lock or has sent none.
+    """
+
+    version: str
+    ready: bool
+    registered: Mapping[str, bool] = field(default_factory=dict)
+    servers: Mapping[str, bool] = field(default_factory=dict)
+    listed: Mapping[str, int] = field(default_factory=dict)
+    driver_loaded: bool = False
+    ports_used: Mapping[str, int] = field(default_factory=dict)
+    ports_free: Mapping[str, int] = field(default_factory=dict)
+    claims: Mapping[str, int] = field(default_factory=dict)
+    locks_held: int = 0
+    lock_duration: float = 0.0
+    session_age: float | None = None
+    api_reachable: bool = False
+    pod_resources_polls: int = 0
+    events_dropped: int = 0
+    trace_export_failures: int = 0
+    trace_spans_dropped: int = 0
+
+
+class NodeCollector(Collector):
+    """read is called once for each scrape, in the thread that renders; it must be quick and not raise."""
+
+    def __init__(self, read: Callable[[], Reading]) -> None:
+        self._read = read
+
+    def collect(self) -> Iterable[Metric]:
+        now = self._read()
+        yield _gauge(
+            "build_info",
+            "Always 1; the labels say what runs.",
+            ("version", "python"),
+            {(now.version, platform.python_version()): 1},
+        )
+        yield _one("ready", "1 if /readyz says so: locks read, every resource registered.", now.ready)
+        yield _gauge("registered", "1 if the kubelet listens to the resource.", ("resource",), _by(now.registered))
+        yield _gauge("server_reachable", "1 if the USB/IP server answers.", ("server",), _by(now.servers))
+        yield _gauge(
+            "server_devices",
+            "Devices that the USB/IP server listed when it last answered.",
+            ("server",),
+            _by(now.listed),
+        )
+        yield _one("vhci_driver_loaded", "1 if vhci_hcd is loaded and can be read.", now.driver_loaded)
+        yield _gauge("vhci_ports_used", "Ports of vhci_hcd in use, by whomever.", ("hub",), _by(now.ports_used))
+        yield _gauge("vhci_ports_free", "Free ports of vhci_hcd.", ("hub",), _by(now.ports_free))
+        yield _gauge("claims", "Devices this node does something with.", ("state",), _by(now.claims))
+        yield _one("locks_held", "Locks that name this node.", now.locks_held)
+        yield _one("lock_duration_seconds", "Silence after which a lock may be taken over.", now.lock_duration)
+        yield _gauge(
+            "session_age_seconds",
+            "Time since the last heartbeat that the API server took, while a lock is held.",
+            (),
+            {} if now.session_age is None else {(): now.session_age},
+        )
+        yield _one("api_reachable", "1 if the API server answers and the locks are watched.", now.api_reachable)
+        yield _count(
+            "pod_resources_polls", "Lists of the kubelet that claims were compared with.", now.pod_resources_polls
+        )
+        yield _count("events_dropped", "Kubernetes Events that were not recorded.", now.events_dropped)
+        yield _count("trace_export_failures", "Batches of spans that no collector took.", now.trace_export_failures)
+        yield _count("trace_spans_dropped", "Spans that were to be exported and are lost.", now.trace_spans_dropped)
+
+
+def _by(values: Mapping[str, float]) -> Labelled:
+    return {(label,): value for label, value in values.items()}
+
+
+def _gauge(name: str, text: str, labels: tuple[str, ...], values: Labelled) -> Metric:
+    family = GaugeMetricFamily(PREFIX + name, text, labels=labels)
+    for label_values, value in values.items():
+        family.add_metric(label_values, value)
+    return family
+
+
+def _one(name: str, text: str, value: float) -> Metric:
+    return _gauge(name, text, (), {(): value})
+
+
+def _count(name: str, text: str, value: int) -> Metric:
+    """Exported with the suffix _total."""
+    return CounterMetricFamily(PREFIX + name, text, value=value)
+
+
+LABEL = "resource"
+
+
+@dataclass(slots=True)
+class OfResource:
+    """What is counted of one resource.
+
+    devices: as they are advertised, None before the first list. They are counted when somebody asks.
+    failures, pre_start_failures: by reason, one of few; never an error's text.
+    """
+
+    devices: tuple[Advertised, ...] | None = None
+    allocations: int = 0
+    restarts: int = 0
+    denials: int = 0
+    registrations: int = 0
+    failures: collections.Counter[str] = field(default_factory=collections.Counter)
+    pre_start_failures: collections.Counter[str] = field(default_factory=collections.Counter)
+
+
+class ResourceCollector(Collector):
+    """prefix: of the names, but for that of the Go program. In one thread."""
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
+        self._resources: dict[str, OfResource] = {}
+
+    def of(self, resource: str) -> OfResource:
+        """To count in. From now on the resource has series."""
+        found = self._resources.get(resource)
+        if found is None:
+            found = self._resources[resource] = OfResource()
+        return found
+
+    def forget(self, resource: str) -> None:
+        """Its series end. If it comes again one day, its counters begin at 0."""
+        self._resources.pop(resource, None)
+
+    def collect(self) -> Iterable[Metric]:
+        devices = {
+            resource: collections.Counter(device.health.reason for device in of.devices)
+            for resource, of in self._resources.items()
+            if of.devices is not None
+        }
+        yield self._gauge(
+            "available_devices",
+            "Devices offered as healthy.",
+            {resource: sum(n for reason, n in by.items() if reason.healthy) for resource, by in devices.items()},
+        )
+        yield self._gauge(
+            "attached_devices",
+            "Devices attached to this node.",
+            {resource: by[Reason.ATTACHED] for resource, by in devices.items()},
+        )
+        yield self._count("allocations", "Allocates that were answered with devices.", lambda of: of.allocations)
+        # The Go program names it device_plugin_restarts_total and exports it with the prefix.
+        text = "Times the plugin of a resource was served and registered anew."
+        yield self._count("restarts", text, lambda of: of.restarts)
+        yield self._count("device_plugin_restarts", text, lambda of: of.restarts, prefix="")
+        by_reason = GaugeMetricFamily(
+            f"{self._prefix}devices",
+            "Devices by the reason they are advertised as they are.",
+            labels=(LABEL, "reason"),
+        )
+        for resource, by in devices.items():
+            for reason in Reason:
+                by_reason.add_metric((resource, reason.name.lower()), by[reason])
+        yield by_reason
+        yield self._count(
+            "allocate_denials", "Allocates refused because another node holds the device.", lambda of: of.denials
+        )
+        yield self._failed("allocate_failures", "Allocates that failed for another reason.", lambda of: of.failures)
+        yield self._failed(
+            "pre_start_failures",
+            "PreStartContainer calls that failed: containers that were not started.",
+            lambda of: of.pre_start_failures,
+        )
+        yield self._count(
+            "kubelet_registrations",
+            "Registrations that the kubelet accepted and listens to.",
+            lambda of: of.registrations,
+        )
+
+    def _gauge(self, name: str, text: str, values: Mapping[str, int]) -> Metric:
+        family = GaugeMetricFamily(self._prefix + name, text, labels=(LABEL,))
+        for resource, value in values.items():
+            family.add_metric((resource,), value)
+        return family
+
+    def _count(self, name: str, text: str, value: Callable[[OfResource], int], prefix: str | None = None) -> Metric:
+        """Exported with the suffix _total."""
+        family = CounterMetricFamily((self._prefix if prefix is None else prefix) + name, text, labels=(LABEL,))
+        for resource, of in self._resources.items():
+            family.add_metric((resource,), value(of))
+        return family
+
+    def _failed(self, name: str, text: str, values: Callable[[OfResource], Mapping[str, int]]) -> Metric:
+        """The same by reason."""
+        family = CounterMetricFamily(self._prefix + name, text, labels=(LABEL, "reason"))
+        for resource, of in self._resources.items():
+            for reason, value in values(of).items():
+                family.add_metric((resource, reason), value)
+        return family
+
 
 PREFIX = "usbip_device_plugin_"
 STEP_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)

@@ -34,8 +34,8 @@ from opentelemetry.trace import (
 )
 from opentelemetry.util.types import Attributes
 
-from usbip_plugin.redaction import redacted
-from usbip_plugin.spans import is_untraced
+from usbip_plugin.observe.redaction import redacted
+from usbip_plugin.observe.spans import is_untraced
 
 if TYPE_CHECKING:
     from usbip_plugin.observe.otlp import OtlpExport

@@ -1,4 +1,7 @@
-"""The interface to vhci_hcd: ports, attach, enumerate, detach. Implemented by vhci/linux.py and usbip_sim/kernel/driver.py."""
+"""The interface to vhci_hcd: ports, attach, enumerate, detach. Implemented by vhci/linux.py.
+
+Its double is usbip_sim/kernel/driver.py.
+"""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from usbip_plugin.kubelet.pods import of_domain
+from usbip_plugin.kube.pods import of_domain
 from usbip_plugin.model import PodRef
 from usbip_sim.kubelet.admission import Admission
 from usbip_sim.kubelet.device_manager import ContainerSpec

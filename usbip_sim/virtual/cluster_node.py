@@ -11,8 +11,8 @@ from dataclasses import replace
 from usbip_plugin.agent import Agent, Outside
 from usbip_plugin.claims import State
 from usbip_plugin.errors import DetachFailed, KubeUnreachable
+from usbip_plugin.kube.node_status import KUBELET_SYNC_S
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer
-from usbip_plugin.kubelet.node_status import KUBELET_SYNC_S
 from usbip_plugin.model import Descriptor, DeviceKey, NodeIdentity, PodRef
 from usbip_plugin.resources import Plugin
 from usbip_plugin.usbip.client import TcpUsbipClient

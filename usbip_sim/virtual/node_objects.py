@@ -7,7 +7,7 @@ from contextvars import Context
 from typing import Any
 
 from usbip_plugin.clock import Clock
-from usbip_plugin.kubelet.node_status import NODES_STATUS
+from usbip_plugin.kube.node_status import NODES_STATUS
 from usbip_sim.leases import FINE, Faults, Operation, carry
 
 PATCH = "patch"

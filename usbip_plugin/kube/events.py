@@ -13,9 +13,9 @@ from typing import Any, Protocol, TypeVar
 
 from usbip_plugin.clock import Clock
 from usbip_plugin.errors import KubeConflict, KubeError
+from usbip_plugin.kube.client import api_write
 from usbip_plugin.model import NodeIdentity, PodRef
-from usbip_plugin.redaction import redacted
-from usbip_plugin.retry import api_write
+from usbip_plugin.observe.redaction import redacted
 
 CONTROLLER = "usbip.dev/usbip-plugin"
 REQUEST_TIMEOUT_S = 5.0

@@ -208,3 +208,8 @@ def _by_tree(ordered: Sequence[SpanRecord]) -> list[tuple[SpanRecord, int]]:
     seen = {span.span_id for span, _depth in found}
     # spans that are each other's ancestors: nobody sound writes them, and none is to be lost
     return found + [(span, 0) for span in ordered if span.span_id not in seen]
+
+
+def duration(seconds: float) -> str:
+    """Milliseconds below one second, else seconds: "12.3 ms", "1.25 s"."""
+    return f"{seconds * 1000:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"

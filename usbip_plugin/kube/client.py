@@ -1,6 +1,6 @@
 """The one way to the API server: configuration, request, list and watch, as plain dicts.
 
-Only the configuration loaders and the HTTP client of kubernetes_asyncio are used (see _narrow.py).
+Only the configuration loaders and the HTTP client of kubernetes_asyncio are used (see lazy_imports.py).
 """
 
 from __future__ import annotations
@@ -15,20 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
-from usbip_plugin import _narrow
-from usbip_plugin.clock import Clock, SystemClock
-from usbip_plugin.errors import (
-    ConfigError,
-    KubeError,
-    KubeServerError,
-    KubeUnreachable,
-)
-from usbip_plugin.kube_answers import decoded, event_of, lines, refusal, whole
+from usbip_plugin.clock import Clock, Jitter, SystemClock
+from usbip_plugin.errors import ConfigError, KubeError, KubeServerError, KubeThrottled, KubeUnreachable
+from usbip_plugin.kube import lazy_imports
+from usbip_plugin.kube.responses import decoded, event_of, lines, refusal, whole
 
-_narrow.install()
+lazy_imports.install()
 
-with _narrow.no_default_roots():
+with lazy_imports.no_default_roots():
     import aiohttp
 from kubernetes_asyncio.client.configuration import Configuration  # noqa: E402
 from kubernetes_asyncio.client.rest import RESTClientObject  # noqa: E402
@@ -326,3 +322,19 @@ def _keep_alive(response: aiohttp.ClientResponse) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_COUNT)
+
+
+API_WRITE_ATTEMPTS = 4
+API_WRITE_FIRST_WAIT = 0.05
+API_WRITE_MAX_WAIT = 1.0
+
+
+def api_write(clock: Clock, rng: random.Random) -> AsyncRetrying:
+    """A single API write: unreachable, 429 and 5xx again, at most 4 times. The caller bounds the whole in time."""
+    return AsyncRetrying(
+        retry=retry_if_exception_type((KubeUnreachable, KubeThrottled, KubeServerError)),
+        stop=stop_after_attempt(API_WRITE_ATTEMPTS),
+        wait=wait_exponential(API_WRITE_FIRST_WAIT, API_WRITE_MAX_WAIT) + Jitter(rng, API_WRITE_FIRST_WAIT),
+        sleep=clock.sleep,
+        reraise=True,
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from usbip_plugin.observe.traces import duration
 from usbip_plugin.observe.tracing import SpanRecord
 
 
@@ -52,8 +53,3 @@ def line(span: SpanRecord, above: Mapping[str, str] | None = None) -> str:
     if span.error is not None:
         parts.append(f"ERROR: {span.error}" if span.error else "ERROR")
     return "".join(character if character.isprintable() else "?" for character in " ".join(parts))
-
-
-def duration(seconds: float) -> str:
-    """Milliseconds below one second, else seconds: "12.3 ms", "1.25 s"."""
-    return f"{seconds * 1000:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"

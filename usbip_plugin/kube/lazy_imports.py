@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 else:  # nothing of them is inherited; in Python 3.11 they bring importlib.resources, tempfile and more
     Loader = MetaPathFinder = object
 
+
 PACKAGES = (
     "kubernetes_asyncio",
     "prometheus_client",  # the exposition alone brings http.server, wsgiref and urllib.request, 1 MiB

@@ -15,6 +15,9 @@ from usbip_plugin.errors import KubeConflict, KubeError, KubeForbidden, KubeNotF
 from usbip_plugin.model import PodRef
 from usbip_plugin.retry import backoff
 
+log = logging.getLogger(__name__)
+
+
 # The API server itself tries for 10 s before it says that the uid is another.
 REQUEST_TIMEOUT_S = 15.0
 BACKOFF_FIRST_S = 1.0
@@ -23,8 +26,6 @@ BACKOFF_MAX_S = 30.0
 # RBAC does not change often: the wait (seconds) after a 403.
 FORBIDDEN_WAIT_S = 60.0
 EVICTIONS = "pods/eviction"
-
-log = logging.getLogger(__name__)
 
 
 class EvictionApi(Protocol):

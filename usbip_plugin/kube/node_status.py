@@ -19,6 +19,9 @@ from usbip_plugin.errors import KubeError, KubeForbidden
 from usbip_plugin.kubelet.broadcast import Broadcast
 from usbip_plugin.retry import backoff
 
+log = logging.getLogger(__name__)
+
+
 PATCH_TIMEOUT_S = 5.0
 BACKOFF_FIRST_S = 0.2
 BACKOFF_MAX_S = 10.0
@@ -30,8 +33,6 @@ NODES_STATUS = "nodes/status"
 LOWER_RATE, RAISE_RATE = 500.0, 20.0
 # By then a kubelet has written it by itself.
 KUBELET_SYNC_S = 10.0
-
-log = logging.getLogger(__name__)
 
 
 class PatchApi(Protocol):

@@ -16,6 +16,9 @@ from usbip_plugin.clock import Clock
 from usbip_plugin.errors import KubeError
 from usbip_plugin.retry import backoff
 
+log = logging.getLogger(__name__)
+
+
 COUNT_INTERVAL_S = 1800.0
 COUNT_TIMEOUT_S = 2.0
 """Also what the first poll of the servers waits for it at most."""
@@ -23,8 +26,6 @@ RETRY_FIRST_S, RETRY_MAX_S = 1.0, 60.0
 JITTER = (0.8, 1.2)
 UNCOUNTED = 600
 """What the fleet is taken to be while it could not be counted: with that no server is flooded."""
-
-log = logging.getLogger(__name__)
 
 
 class ListApi(Protocol):

@@ -1,17 +1,25 @@
-"""The HTTP side: /healthz, /readyz, /metrics, and whatever other pages are given."""
+"""The HTTP pages: server, liveness, readiness, metrics; the status page is loaded when it is first asked for."""
 
 from __future__ import annotations
 
 import asyncio
+import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-# not aiohttp.web: its router brings file responses and the system's table of MIME types, 1 MiB for fixed pages
 from aiohttp.web_request import BaseRequest
 from aiohttp.web_response import Response
 from aiohttp.web_server import Server
 
 from usbip_plugin.clock import Clock
+from usbip_plugin.observe.status import Status
+from usbip_plugin.observe.tracing import RecentSpans
+
+if TYPE_CHECKING:
+    from usbip_plugin.observe.page import Page
+
 
 SHUTDOWN_S = 0.5
 """What requests under way get when the server stops."""
@@ -39,7 +47,7 @@ class Verdict:
     lines: tuple[str, ...] = ()
 
 
-Page = Callable[[], Answer]
+PageHandler = Callable[[], Answer]
 """Called in the event loop for every request; quick and without errors."""
 
 
@@ -68,7 +76,7 @@ class Heartbeats:
         return Verdict(not late, late)
 
 
-def verdict_page(verdict: Callable[[], Verdict]) -> Page:
+def verdict_page(verdict: Callable[[], Verdict]) -> PageHandler:
     """200 "ok" or 503 with the reasons."""
 
     def page() -> Answer:
@@ -80,7 +88,7 @@ def verdict_page(verdict: Callable[[], Verdict]) -> Page:
     return page
 
 
-def metrics_page(render: Callable[[], tuple[bytes, str]]) -> Page:
+def metrics_page(render: Callable[[], tuple[bytes, str]]) -> PageHandler:
     """render: Metrics.render."""
     return lambda: Answer(*render())
 
@@ -90,7 +98,7 @@ def standard_pages(
     alive: Callable[[], Verdict],
     ready: Callable[[], Verdict],
     metrics: Callable[[], tuple[bytes, str]],
-) -> dict[str, Page]:
+) -> dict[str, PageHandler]:
     """Pages by path. /health is the Go program's path for /healthz."""
     health = verdict_page(alive)
     return {
@@ -120,7 +128,7 @@ class HttpServer:
     """
 
     def __init__(
-        self, listen: str, pages: Mapping[str, Page], below: Mapping[str, Callable[[str], Answer]] | None = None
+        self, listen: str, pages: Mapping[str, PageHandler], below: Mapping[str, Callable[[str], Answer]] | None = None
     ) -> None:
         self._host, self._port = split_listen(listen)
         self._pages = dict(pages)
@@ -158,10 +166,72 @@ class HttpServer:
             headers={"Content-Type": answer.content_type, **HEADERS, **answer.headers},
         )
 
-    def _find(self, path: str) -> Page | None:
+    def _find(self, path: str) -> PageHandler | None:
         if (page := self._pages.get(path)) is not None:
             return page
         for beginning, below in self._below.items():
             if path.startswith(beginning):
                 return lambda: below(path.removeprefix(beginning))
         return None
+
+
+HTML = "text/html; charset=utf-8"
+TRACES = "/api/traces"
+_TRACE_ID = re.compile("[0-9a-f]{32}")
+
+
+class Site:
+    """status: the node as it is now. recent: the last traces, RECENT_TRACES at most, and so is what is answered."""
+
+    def __init__(self, status: Callable[[], Status], recent: RecentSpans) -> None:
+        self._status, self._recent = status, recent
+        self._made: Page | None = None
+
+    def pages(self) -> dict[str, PageHandler]:
+        """By path."""
+        return {
+            "/": self._whole,
+            "/api/page": self._main,
+            "/api/status": lambda: _json(self._status().as_json()),
+            "/api/devices": lambda: _json(self._status().as_json()["devices"]),
+            TRACES: self._traces,
+        }
+
+    def below(self) -> Mapping[str, Callable[[str], Answer]]:
+        """By the beginning of the path; called with the rest."""
+        return {f"{TRACES}/": self._trace}
+
+    @property
+    def _page(self) -> Page:
+        if self._made is None:
+            # imported here: most nodes are never looked at
+            from usbip_plugin.observe.page import Page  # noqa: PLC0415
+
+            self._made = Page()
+        return self._made
+
+    def _whole(self) -> Answer:
+        body = self._page.whole(self._status(), self._recent.traces())
+        return Answer(body, HTML, headers={"Content-Security-Policy": self._page.policy})
+
+    def _main(self) -> Answer:
+        body = self._page.main(self._status(), self._recent.traces()).encode()
+        # opened by itself it must not run what a device may have written into it
+        return Answer(body, HTML, headers={"Content-Security-Policy": "default-src 'none'; sandbox"})
+
+    def _traces(self) -> Answer:
+        from usbip_plugin.observe.traces import summary  # noqa: PLC0415 - as the page
+
+        return _json([summary(spans).as_json() for spans in reversed(self._recent.traces()) if spans])
+
+    def _trace(self, trace_id: str) -> Answer:
+        from usbip_plugin.observe.traces import span_json, summary  # noqa: PLC0415
+
+        spans = self._recent.trace(trace_id) if _TRACE_ID.fullmatch(trace_id) else ()
+        if not spans:
+            return Answer(b"no such trace is kept; /api/traces lists those that are\n", status=404)
+        return _json({**summary(spans).as_json(), "spans": [span_json(span) for span in spans]})
+
+
+def _json(value: object) -> Answer:
+    return Answer(json.dumps(value, indent=1).encode() + b"\n", JSON)

@@ -21,6 +21,9 @@ from usbip_plugin.errors import KubeError, KubeGone
 from usbip_plugin.model import PodRef
 from usbip_plugin.retry import backoff
 
+log = logging.getLogger(__name__)
+
+
 PODS_PATH = "/api/v1/pods"
 PODS = "pods"
 LIST_TIMEOUT_S = 10.0
@@ -31,8 +34,6 @@ BACKOFF_MAX_S = 30.0
 STABLE_S = 5.0
 MANY = 1 << 20
 """For a count that cannot be read: more than a node has."""
-
-log = logging.getLogger(__name__)
 
 PodKey = tuple[str, str]
 

@@ -17,7 +17,7 @@ from usbip_plugin.errors import (
     KubeThrottled,
     KubeUnauthorized,
 )
-from usbip_plugin.redaction import redacted
+from usbip_plugin.observe.redaction import redacted
 
 # etcd refuses objects beyond 1.5 MiB, so no honest watch event is longer.
 MAX_EVENT_BYTES = 4 << 20
