@@ -1,7 +1,7 @@
-"""The steps between a free device and one in a container: lock, import, attach, device nodes; and back again.
+"""Every retry policy of the project, as tenacity objects, in one place.
 
-One call works on one device and is made under that device's mutex; who calls, when, and what happens after a failure is
-attacher.py's business. Each step is a span and moves the claim in the book.
+A policy is made anew for each use, takes its sleep from the Clock and its jitter from the node's rng, and never
+retries what cannot get better by itself (403, bad configuration, a device held by another node).
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from dataclasses import dataclass, replace
 
 from opentelemetry import trace
 from opentelemetry.trace import Span, SpanKind, Tracer
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
-from usbip_plugin import retry
 from usbip_plugin.cdi_specs import CdiSpecs
 from usbip_plugin.claims import Claim, ClaimBook, Event, State, own_port
-from usbip_plugin.clock import Clock
+from usbip_plugin.clock import Clock, Jitter
 from usbip_plugin.config.schema import DEFAULT_CHILDREN_TIMEOUT_S
 from usbip_plugin.errors import (
     AttachStuck,
+    DeviceBusy,
     KubeError,
     LockError,
     LockHeld,
@@ -31,7 +32,8 @@ from usbip_plugin.errors import (
     WrongDevice,
     WrongSerial,
 )
-from usbip_plugin.locks.manager import Grant, LockManager, LockMeta
+from usbip_plugin.locks.manager import Grant, LockManager
+from usbip_plugin.locks.protocol import LockMeta
 from usbip_plugin.model import Attachment, Descriptor, DeviceKey, Identity, Lock, NodeIdentity, UsbId
 from usbip_plugin.observe.spans import device_attributes, span
 from usbip_plugin.observe.tracing import span_context_from
@@ -40,6 +42,34 @@ from usbip_plugin.vhci.driver import PortState, VhciDriver
 from usbip_plugin.vhci.promises import missing
 
 log = logging.getLogger(__name__)
+
+
+ATTACH_ATTEMPTS = 2
+BUSY_ATTEMPTS = 4
+BUSY_FIRST_WAIT = 0.1
+BUSY_MAX_WAIT = 0.4
+
+
+def import_busy(clock: Clock, rng: random.Random) -> AsyncRetrying:
+    """Import of a device whose lock is ours: a stub resetting after its last client answers busy for about 0.3 s."""
+    return AsyncRetrying(
+        retry=retry_if_exception_type(DeviceBusy),
+        stop=stop_after_attempt(BUSY_ATTEMPTS),
+        wait=wait_exponential(BUSY_FIRST_WAIT, BUSY_MAX_WAIT) + Jitter(rng, BUSY_FIRST_WAIT),
+        sleep=clock.sleep,
+        reraise=True,
+    )
+
+
+def attach_stuck(clock: Clock) -> AsyncRetrying:
+    """Import and attach once more after a port that stuck in status 005."""
+    return AsyncRetrying(
+        retry=retry_if_exception_type(AttachStuck),
+        stop=stop_after_attempt(ATTACH_ATTEMPTS),
+        sleep=clock.sleep,
+        reraise=True,
+    )
+
 
 ENUMERATE_TIMEOUT = 6.0
 """Seconds from the attach write until the device must have enumerated, with its child nodes. A disk takes 1.3 s.
@@ -142,7 +172,7 @@ class Pipeline:
             _mark_takeover(trace.get_current_span(), grant.former)
             self._on_takeover(claim.key, grant.former)
         self._book.move(self._book[claim.id], Event.LOCKED)
-        async for attempt in retry.attach_stuck(self._clock):
+        async for attempt in attach_stuck(self._clock):
             with attempt:
                 if attempt.retry_state.attempt_number > 1:
                     # the failed try may have used up the import window of the first write: R1 asks for a new one
@@ -268,7 +298,7 @@ class Pipeline:
         """What it returns is to be used without another await in between: it was checked to be within R1 and R6."""
         key = claim.place
         until = min(grant.import_deadline, deadline)
-        async for attempt in retry.import_busy(self._clock, self._rng):
+        async for attempt in import_busy(self._clock, self._rng):
             with attempt:
                 self._check_window(key, grant)
                 left = max(0.0, until - self._clock.monotonic())

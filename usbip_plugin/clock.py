@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import random
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Protocol
 
@@ -57,3 +58,11 @@ class Jitter(wait_base):
 
     def __call__(self, retry_state: RetryCallState) -> float:  # noqa: ARG002 (tenacity's interface)
         return self._rng.uniform(0, self._most)
+
+
+def backoff(rng: random.Random, first: float, maximum: float, factor: float = 2.0) -> Iterator[float]:
+    """Endless waits (seconds) for loops that never give up: exponential up to maximum, each with +-20 % jitter."""
+    wait = first
+    while True:
+        yield wait * rng.uniform(0.8, 1.2)
+        wait = min(wait * factor, maximum)

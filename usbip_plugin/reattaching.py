@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from opentelemetry.trace import Span
 
-from usbip_plugin import retry
+from usbip_plugin import clock
 from usbip_plugin.attaching import Means
 from usbip_plugin.claims import AfterReattach, Claim, Event, State, after_reattach, place_of
 from usbip_plugin.config import ResourceConfig
@@ -114,7 +114,7 @@ class Reattacher:
 
     async def reattach(self, device_id: str) -> None:
         """Until the device is attached again, its pod is gone, or its lock is. The claim is Reattaching."""
-        waits = retry.backoff(self._rng, REATTACH_FIRST_WAIT, REATTACH_MAX_WAIT)
+        waits = clock.backoff(self._rng, REATTACH_FIRST_WAIT, REATTACH_MAX_WAIT)
         stir = self._stirs[device_id] = asyncio.Event()
         claim = self._work.book[device_id]
         before = claim.given

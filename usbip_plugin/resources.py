@@ -12,11 +12,11 @@ from typing import Protocol
 from usbip_plugin.advertising import Advertiser
 from usbip_plugin.allocation import Allocator
 from usbip_plugin.clock import Clock
-from usbip_plugin.kubelet.broadcast import Broadcast
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer
 from usbip_plugin.kubelet.directory import PluginDirectory
 from usbip_plugin.kubelet.leftovers import sweep
 from usbip_plugin.kubelet.registration import ResourcePlugin
+from usbip_plugin.sync import Broadcast
 from usbip_plugin.telling import Telling
 
 REPLACED_WITHIN = 10.0

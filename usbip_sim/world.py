@@ -20,7 +20,6 @@ from usbip_plugin.clock import Clock
 from usbip_plugin.config.schema import Config
 from usbip_plugin.errors import KubeUnreachable
 from usbip_plugin.kube.client import KubeClient
-from usbip_plugin.kubelet.broadcast import Broadcast
 from usbip_plugin.kubelet.cdi import SpecFiles
 from usbip_plugin.kubelet.directory import PluginDirectory
 from usbip_plugin.kubelet.pod_resources import GrpcPodResources
@@ -28,6 +27,7 @@ from usbip_plugin.locks.manager import LockSettings
 from usbip_plugin.locks.store import LeaseStore
 from usbip_plugin.model import NodeIdentity, PodRef
 from usbip_plugin.resources import SocketRegistrar
+from usbip_plugin.sync import Broadcast
 from usbip_plugin.usbip.client import TcpUsbipClient
 from usbip_plugin.vhci.driver import VhciDriver
 from usbip_sim.kernel.driver import SimulatedVhci

@@ -28,13 +28,13 @@ from usbip_plugin.config import Config, DeviceSelector, OnLoss, ResourceConfig, 
 from usbip_plugin.kube.client import KubeClient, connect
 from usbip_plugin.kube.events import EventRecorder
 from usbip_plugin.kubelet import deviceplugin_pb2 as pb
-from usbip_plugin.kubelet.broadcast import Broadcast
 from usbip_plugin.kubelet.deviceplugin_pb2_grpc import DevicePluginStub
 from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.locks.store import LeaseStore
 from usbip_plugin.model import DeviceKey, Lock, NodeIdentity, PodRef, UsbId
 from usbip_plugin.notices import Notice, events_of
 from usbip_plugin.observe.tracing import RecentSpans, SpanRecord, Tracing
+from usbip_plugin.sync import Broadcast
 from usbip_plugin.vhci.sysfs import PortStatus
 from usbip_sim.server.server import VirtualServer
 from usbip_sim.server.usbdevice import VirtualDevice

@@ -16,8 +16,8 @@ from typing import Self
 import pytest
 
 from usbip_plugin.cli import main
-from usbip_plugin.kubelet.broadcast import Broadcast
 from usbip_plugin.observe.logs import PACKAGE
+from usbip_plugin.sync import Broadcast
 
 LIMIT_S = 60.0
 """Limits a wait for an event that must come, in real seconds. Only a hanging test reaches it."""

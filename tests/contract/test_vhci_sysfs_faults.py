@@ -29,15 +29,14 @@ from usbip_plugin.errors import (
     WrongDevice,
     WrongSerial,
 )
-from usbip_plugin.kubelet.broadcast import Broadcast
 from usbip_plugin.model import Attachment, DeviceKey, UsbId
+from usbip_plugin.sync import RECHECK_S, Broadcast
 from usbip_plugin.vhci import access
 from usbip_plugin.vhci.facts import DeviceFacts
 from usbip_plugin.vhci.linux import ATTACH_TRIES, SysfsVhci
 from usbip_plugin.vhci.nodes import Found, survey
 from usbip_plugin.vhci.sysfs import PortStatus
 from usbip_plugin.vhci.uevents import Uevent
-from usbip_plugin.vhci.waiting import RECHECK_S
 
 LIMIT_S = 10.0
 

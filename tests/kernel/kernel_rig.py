@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 from usbipd import RealUsbipd, eventually
 
+from usbip_plugin.attaching import import_busy
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.model import Descriptor, DeviceKey, ServerKey, UsbId
-from usbip_plugin.retry import import_busy
 from usbip_plugin.usbip.client import Imported, TcpUsbipClient
 from usbip_plugin.vhci.linux import SysfsVhci
 from usbip_plugin.vhci.stalls import STALL_S

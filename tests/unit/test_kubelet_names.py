@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from usbip_plugin.kubelet.broadcast import Broadcast
 from usbip_plugin.kubelet.directory import MAX_SOCKET_PATH_BYTES, SocketIdentity, identify, is_stale
 from usbip_plugin.kubelet.registration import endpoint_name, why_over
+from usbip_plugin.sync import Broadcast
 
 KUBELET_DIRECTORY = Path("/var/lib/kubelet/device-plugins")
 ONE, TWO = SocketIdentity(1, 2, 3), SocketIdentity(1, 2, 4)

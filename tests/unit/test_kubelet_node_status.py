@@ -8,7 +8,7 @@ import pytest
 
 from usbip_plugin.errors import KubeError, KubeForbidden, KubeUnreachable
 from usbip_plugin.kube.node_status import FORBIDDEN_WAIT_S, KUBELET_SYNC_S, NodeStatusPublisher, spread, status_patch
-from usbip_plugin.kubelet.broadcast import Broadcast
+from usbip_plugin.sync import Broadcast
 from usbip_sim.virtual.loop import SimClock, virtual
 
 STORAGE, MODEM = "usbip.dev/storage", "usbip.dev/modem"

@@ -7,9 +7,10 @@ import asyncio
 import pytest
 
 from usbip_plugin.clock import SystemClock
+from usbip_plugin.sync import RECHECK_S, Bell
 from usbip_plugin.vhci.stalls import SAME_CONTROLLER, SAME_PORT, STALL_S, Stalls
 from usbip_plugin.vhci.sysfs import Port, PortStatus
-from usbip_plugin.vhci.waiting import RECHECK_S, RESYNC_S, SETTLE_S, Bell, settle
+from usbip_plugin.vhci.waiting import RESYNC_S, SETTLE_S, settle
 from usbip_sim.virtual.loop import VirtualLoop
 
 

@@ -10,10 +10,9 @@ from contextvars import Context, copy_context
 from typing import Any, Protocol
 from urllib.parse import quote
 
-from usbip_plugin.clock import Clock
+from usbip_plugin.clock import Clock, backoff
 from usbip_plugin.errors import KubeConflict, KubeError, KubeForbidden, KubeNotFound
 from usbip_plugin.model import PodRef
-from usbip_plugin.retry import backoff
 
 log = logging.getLogger(__name__)
 

@@ -12,9 +12,8 @@ import random
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol
 
-from usbip_plugin.clock import Clock
+from usbip_plugin.clock import Clock, backoff
 from usbip_plugin.errors import KubeError
-from usbip_plugin.retry import backoff
 
 log = logging.getLogger(__name__)
 

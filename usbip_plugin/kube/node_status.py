@@ -14,10 +14,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 from urllib.parse import quote
 
-from usbip_plugin.clock import Clock
+from usbip_plugin.clock import Clock, backoff
 from usbip_plugin.errors import KubeError, KubeForbidden
-from usbip_plugin.kubelet.broadcast import Broadcast
-from usbip_plugin.retry import backoff
+from usbip_plugin.sync import Broadcast
 
 log = logging.getLogger(__name__)
 

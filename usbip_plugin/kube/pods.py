@@ -16,10 +16,9 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Protocol
 
-from usbip_plugin.clock import Clock
+from usbip_plugin.clock import Clock, backoff
 from usbip_plugin.errors import KubeError, KubeGone
 from usbip_plugin.model import PodRef
-from usbip_plugin.retry import backoff
 
 log = logging.getLogger(__name__)
 

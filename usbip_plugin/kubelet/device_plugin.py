@@ -14,11 +14,11 @@ import grpc.aio
 
 from usbip_plugin.errors import PluginError, RegistrationFailed, UnknownDevice
 from usbip_plugin.kubelet import deviceplugin_pb2 as pb
-from usbip_plugin.kubelet.broadcast import Broadcast
 from usbip_plugin.kubelet.deviceplugin_pb2_grpc import add_DevicePluginServicer_to_server
 from usbip_plugin.kubelet.status import status_code, status_details
 from usbip_plugin.model import Advertised
 from usbip_plugin.sequences import changed_places
+from usbip_plugin.sync import Broadcast
 
 HEALTHY = "Healthy"
 UNHEALTHY = "Unhealthy"

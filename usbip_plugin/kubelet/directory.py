@@ -11,7 +11,7 @@ from typing import NamedTuple
 from asyncinotify import Inotify, Mask
 
 from usbip_plugin.clock import Clock
-from usbip_plugin.kubelet.broadcast import Broadcast
+from usbip_plugin.sync import Broadcast
 
 KUBELET_SOCKET = "kubelet.sock"
 # Everybody looks at the directory again this often (seconds), should the file system deliver no events for it.

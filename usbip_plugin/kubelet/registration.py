@@ -13,13 +13,12 @@ from pathlib import Path
 import grpc
 import grpc.aio
 
-from usbip_plugin.clock import Clock
+from usbip_plugin.clock import Clock, backoff
 from usbip_plugin.errors import RegistrationFailed
 from usbip_plugin.kubelet import deviceplugin_pb2 as pb
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer
 from usbip_plugin.kubelet.deviceplugin_pb2_grpc import RegistrationStub
 from usbip_plugin.kubelet.directory import MAX_SOCKET_PATH_BYTES, PluginDirectory, SocketIdentity, identify, is_stale
-from usbip_plugin.retry import backoff
 
 API_VERSION = "v1beta1"
 # The kubelet dials back within Register and gives that 10 s.

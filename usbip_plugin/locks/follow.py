@@ -6,7 +6,7 @@ import asyncio
 import logging
 import random
 
-from usbip_plugin import retry
+from usbip_plugin import clock as usbip_plugin_clock
 from usbip_plugin.clock import Clock
 from usbip_plugin.errors import KubeError, KubeGone, KubeServerError
 from usbip_plugin.locks import record
@@ -47,7 +47,7 @@ class Follower:
 
     async def run(self) -> None:
         """Until cancelled."""
-        waits = retry.backoff(self._rng, RETRY_FIRST_S, RETRY_MAX_S)
+        waits = usbip_plugin_clock.backoff(self._rng, RETRY_FIRST_S, RETRY_MAX_S)
         while True:
             started = self._clock.monotonic()
             try:
@@ -60,7 +60,7 @@ class Follower:
                 if self._contact.watch_down(error):
                     logger.warning("locks cannot be followed", extra={"cause": str(error)})
             if self._clock.monotonic() - started >= SETTLE_S:
-                waits = retry.backoff(self._rng, RETRY_FIRST_S, RETRY_MAX_S)
+                waits = usbip_plugin_clock.backoff(self._rng, RETRY_FIRST_S, RETRY_MAX_S)
             await self._clock.sleep(next(waits))
 
     async def _list_and_watch(self) -> None:

@@ -7,7 +7,7 @@ import logging
 import random
 from collections.abc import Callable
 
-from usbip_plugin import retry
+from usbip_plugin import clock as usbip_plugin_clock
 from usbip_plugin.clock import Clock
 from usbip_plugin.errors import KubeConflict, KubeError, KubeNotFound
 from usbip_plugin.locks import record
@@ -57,7 +57,7 @@ class Session:
 
     async def _beat(self) -> None:
         """One heartbeat, tried until it is written or no longer needed."""
-        waits = retry.backoff(self._rng, RETRY_FIRST_S, self._duration * RETRY_FRACTION)
+        waits = usbip_plugin_clock.backoff(self._rng, RETRY_FIRST_S, self._duration * RETRY_FRACTION)
         while self._needed.is_set():
             try:
                 if await self._write():

@@ -17,10 +17,9 @@ from functools import partial
 from types import MappingProxyType
 from typing import Protocol
 
-from usbip_plugin.clock import Clock
+from usbip_plugin.clock import Clock, backoff
 from usbip_plugin.errors import UsbipError
 from usbip_plugin.model import Descriptor, DeviceKey, ServerKey
-from usbip_plugin.retry import backoff
 from usbip_plugin.usbip.client import UsbipClient
 
 # Seconds.

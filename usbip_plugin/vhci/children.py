@@ -6,11 +6,11 @@ from pathlib import Path
 
 from usbip_plugin.clock import Clock
 from usbip_plugin.model import DeviceNode
+from usbip_plugin.sync import Bell
 from usbip_plugin.vhci.facts import DeviceFacts, read_facts
 from usbip_plugin.vhci.nodes import Found, survey
 from usbip_plugin.vhci.promises import complete, promises
 from usbip_plugin.vhci.uevents import Uevent
-from usbip_plugin.vhci.waiting import Bell
 
 CHILD_RECHECK_S = 0.25  # children have uevents; this is for a node without netlink
 

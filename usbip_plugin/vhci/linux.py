@@ -27,6 +27,7 @@ from usbip_plugin.errors import (
     WrongSerial,
 )
 from usbip_plugin.model import Attachment, Descriptor, DeviceKey
+from usbip_plugin.sync import Bell
 from usbip_plugin.vhci.access import PortTable, Writer, explain, refusal, write_sysfs
 from usbip_plugin.vhci.children import Children
 from usbip_plugin.vhci.driver import ABANDON_S, ASKED_CHILD_WAIT_S, CHILD_WAIT_S, DriverReport, PortState
@@ -37,7 +38,7 @@ from usbip_plugin.vhci.records import Record, Records
 from usbip_plugin.vhci.stalls import SAME_PORT, Stalls
 from usbip_plugin.vhci.sysfs import Port, PortStatus, choose_port, format_attach, format_detach, hub_of
 from usbip_plugin.vhci.uevents import Uevent, UeventSource
-from usbip_plugin.vhci.waiting import Bell, settle
+from usbip_plugin.vhci.waiting import settle
 
 log = logging.getLogger(__name__)
 

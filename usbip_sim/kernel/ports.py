@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 from usbip_plugin.clock import Clock
 from usbip_plugin.model import Attachment, Descriptor, DeviceKey, DeviceNode, UsbId
+from usbip_plugin.sync import Bell
 from usbip_plugin.vhci.sysfs import Hub, Port, PortStatus
-from usbip_plugin.vhci.waiting import Bell
 from usbip_sim.kernel.children import every, linked
 from usbip_sim.sockets import MemorySocket
 

@@ -12,12 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from usbip_plugin.clock import Clock
+from usbip_plugin.clock import Clock, backoff
 from usbip_plugin.errors import AttachRefused, DriverMissing, SimulatedKernelMissing
 from usbip_plugin.model import Attachment, Descriptor, DeviceKey
-from usbip_plugin.retry import backoff
+from usbip_plugin.sync import Bell
 from usbip_plugin.vhci.driver import ABANDON_S, ASKED_CHILD_WAIT_S, DriverReport, PortState
-from usbip_plugin.vhci.waiting import Bell
 from usbip_sim.kernel import wire
 from usbip_sim.kernel.channel import Channel, Message
 

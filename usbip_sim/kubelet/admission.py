@@ -6,9 +6,9 @@ import asyncio
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from usbip_plugin.kubelet.broadcast import Broadcast
 from usbip_plugin.kubelet.pod_resources import ContainerDevices
 from usbip_plugin.model import PodRef
+from usbip_plugin.sync import Broadcast
 from usbip_sim.kubelet.device_manager import (
     AdmissionError,
     Allocation,
