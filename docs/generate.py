@@ -12,8 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from usbip_plugin.cli.exits import MEANING
-from usbip_plugin.cli.parser import parser
+from usbip_plugin.cli.parser import MEANING, parser
 from usbip_plugin.config.reference import keys
 
 DOCS = Path(__file__).parent

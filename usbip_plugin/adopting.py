@@ -9,7 +9,7 @@ from dataclasses import replace
 from usbip_plugin.attaching import Means
 from usbip_plugin.claims import Adoption, Claim, Event, State, User, decide_adoption, own_port
 from usbip_plugin.errors import CdiError, VhciError
-from usbip_plugin.inventory.annotations import key_of, parse_usb_id
+from usbip_plugin.locks.record import key_of, parse_usb_id
 from usbip_plugin.model import DeviceKey, Lock, UsbId
 from usbip_plugin.observe.spans import device_attributes, pod_attributes, span
 from usbip_plugin.observe.tracing import remote_parent

@@ -15,12 +15,13 @@ from usbip_plugin.attacher import Attacher
 from usbip_plugin.claims import Claim
 from usbip_plugin.clock import Clock
 from usbip_plugin.conditions import Conditions
-from usbip_plugin.config import Config, ResourceConfig
+from usbip_plugin.config.schema import Config, ResourceConfig
 from usbip_plugin.handovers import Handovers
 from usbip_plugin.inventory.facts import Driver, Facts, Members, Seen
 from usbip_plugin.inventory.lists import advertise
 from usbip_plugin.inventory.members import held_as, learn
-from usbip_plugin.locks.manager import LockChange, LockManager
+from usbip_plugin.locks.manager import LockManager
+from usbip_plugin.locks.watch import LockChange
 from usbip_plugin.model import Advertised, Health, NodeIdentity
 from usbip_plugin.oddities import Oddities
 from usbip_plugin.prober import Prober

@@ -18,7 +18,7 @@ from usbip_plugin.attaching import Means
 from usbip_plugin.cdi_specs import CdiSpecs
 from usbip_plugin.claims import Claim, State
 from usbip_plugin.clock import Clock
-from usbip_plugin.config import Config, ResourceConfig
+from usbip_plugin.config.schema import Config, ResourceConfig
 from usbip_plugin.errors import PluginError
 from usbip_plugin.inventory.search import may_be, places
 from usbip_plugin.kube.client import KubeClient
@@ -30,7 +30,7 @@ from usbip_plugin.kubelet.cdi import SpecFiles
 from usbip_plugin.kubelet.pod_resources import PodResources
 from usbip_plugin.locks.manager import Acquired, LockManager, LockSettings
 from usbip_plugin.locks.protocol import Rules
-from usbip_plugin.locks.store import LeaseStore
+from usbip_plugin.locks.record import LeaseStore
 from usbip_plugin.model import Advertised, Descriptor, DeviceKey, NodeIdentity, PodRef
 from usbip_plugin.notices import Notice, evicted
 from usbip_plugin.reattaching import Reattach, Wishes

@@ -1,4 +1,4 @@
-"""What an Allocate answers: from the kubelet's request to attached devices, and to what the container gets."""
+"""What a lock's annotations say of its device, and what a device's own lock is to say of it."""
 
 from __future__ import annotations
 
@@ -12,19 +12,27 @@ from opentelemetry.util.types import AttributeValue
 from usbip_plugin.attacher import Attacher
 from usbip_plugin.attaching import Wanted
 from usbip_plugin.clock import Clock
-from usbip_plugin.config import ResourceConfig
+from usbip_plugin.config.schema import ResourceConfig
 from usbip_plugin.containers import check_paths, container_response, refuse_shared_paths
 from usbip_plugin.errors import NotAttached, PluginError, UnknownDevice
-from usbip_plugin.inventory.annotations import listed_as
 from usbip_plugin.inventory.facts import Seen
 from usbip_plugin.inventory.preference import preferred
 from usbip_plugin.kubelet.device_plugin import ContainerResponse
 from usbip_plugin.kubelet.status import status_code
-from usbip_plugin.model import Attachment, Health
+from usbip_plugin.model import Attachment, Health, Identity
 from usbip_plugin.notices import Notice, refused
 from usbip_plugin.observe.spans import span
 
 log = logging.getLogger(__name__)
+
+
+def listed_as(seen: Seen) -> Identity | None:
+    """What its server's list says of who it is: for its lock, by which it is known while it is not listed."""
+    descriptor = seen.descriptor
+    if descriptor is None or not descriptor.interfaces:
+        return None
+    return Identity(descriptor.devid, interfaces=descriptor.interfaces)
+
 
 RPC: Mapping[str, AttributeValue] = {"rpc.system.name": "grpc", "rpc.method": "v1beta1.DevicePlugin/Allocate"}
 PRE_START_WAIT = 25.0

@@ -38,8 +38,8 @@ from usbip_plugin.model import Attachment, Descriptor, DeviceKey, Identity, Lock
 from usbip_plugin.observe.spans import device_attributes, span
 from usbip_plugin.observe.tracing import span_context_from
 from usbip_plugin.usbip.client import Imported, UsbipClient
+from usbip_plugin.vhci.children import missing
 from usbip_plugin.vhci.driver import PortState, VhciDriver
-from usbip_plugin.vhci.promises import missing
 
 log = logging.getLogger(__name__)
 

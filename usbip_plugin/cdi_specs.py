@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Collection
 
 from usbip_plugin.claims import Claim
-from usbip_plugin.config import ResourceConfig
+from usbip_plugin.config.schema import ResourceConfig
 from usbip_plugin.containers import injected
 from usbip_plugin.errors import CdiError
 from usbip_plugin.kubelet.cdi import HandedOut, SpecFiles, names_nodes, read_spec, spec

@@ -10,10 +10,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from operator import attrgetter
 
-from usbip_plugin.inventory.annotations import key_of, parse_usb_id
 from usbip_plugin.inventory.facts import Facts, Members, Seen
 from usbip_plugin.inventory.lists import advertise
 from usbip_plugin.inventory.members import learn
+from usbip_plugin.locks.record import key_of, parse_usb_id
 from usbip_plugin.model import Advertised, ServerKey
 from usbip_plugin.sequences import changed_places
 from usbip_plugin.usbip.poller import ServerView

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from usbip_plugin.clock import Clock
-from usbip_plugin.config import Config, Match, matches
+from usbip_plugin.config.schema import Config
+from usbip_plugin.config.selectors import Match, matches
 from usbip_plugin.errors import ConfigError, KubeForbidden, PluginError
 from usbip_plugin.kube.events import KubeRequests
 from usbip_plugin.locks.record import LOCK_LABELS

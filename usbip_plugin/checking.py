@@ -24,8 +24,8 @@ from usbip_plugin.check import (
     socket_check,
 )
 from usbip_plugin.clock import SystemClock
-from usbip_plugin.config import Config, OnLoss
 from usbip_plugin.config.reload import Loaded
+from usbip_plugin.config.schema import Config, OnLoss
 from usbip_plugin.errors import ConfigError
 from usbip_plugin.kube.client import connect
 from usbip_plugin.process import MakeDriver, Options

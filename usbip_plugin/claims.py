@@ -12,8 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from usbip_plugin.config import OnLoss
-from usbip_plugin.config.schema import DEFAULT_CHILDREN_TIMEOUT_S
+from usbip_plugin.config.schema import DEFAULT_CHILDREN_TIMEOUT_S, OnLoss
 from usbip_plugin.model import Attachment, DeviceKey, Lock, NodeIdentity, PodRef, UsbId
 from usbip_plugin.vhci.driver import PortState
 from usbip_plugin.vhci.sysfs import PortStatus

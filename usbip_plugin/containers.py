@@ -8,14 +8,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-from usbip_plugin.config import DeviceSelector, ResourceConfig
-from usbip_plugin.config.schema import CHILD_KINDS
-from usbip_plugin.config.templates import Names, names, render, tells_devices_apart
+from usbip_plugin.config.schema import (
+    CHILD_KINDS,
+    DeviceSelector,
+    Names,
+    ResourceConfig,
+    names,
+    render,
+    tells_devices_apart,
+)
 from usbip_plugin.errors import PathTaken
 from usbip_plugin.kubelet.cdi import Injected, NodeOwner, device_name
 from usbip_plugin.kubelet.device_plugin import ContainerResponse, DeviceSpec
 from usbip_plugin.model import Attachment, DeviceNode
-from usbip_plugin.vhci.promises import wants
+from usbip_plugin.vhci.children import wants
 
 _NOT_ENV = re.compile(r"[^A-Z0-9]")
 _ENV_OF_KIND = {"video4linux": "VIDEO"}

@@ -48,7 +48,8 @@ from usbip_plugin.errors import (
     WrongDevice,
     WrongSerial,
 )
-from usbip_plugin.locks.manager import Acquired, LockChange
+from usbip_plugin.locks.manager import Acquired
+from usbip_plugin.locks.watch import LockChange
 from usbip_plugin.model import Advertised
 from usbip_plugin.notices import Notice, What
 from usbip_plugin.observe.metrics import Metrics, NodeCollector, Reading

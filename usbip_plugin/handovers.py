@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Coroutine
 
 from usbip_plugin.clock import Clock
-from usbip_plugin.inventory.annotations import key_of
 from usbip_plugin.inventory.members import importable
-from usbip_plugin.locks.manager import LockChange, LockManager
+from usbip_plugin.locks.manager import LockManager
+from usbip_plugin.locks.record import key_of
+from usbip_plugin.locks.watch import LockChange
 from usbip_plugin.model import ServerKey
 from usbip_plugin.usbip.poller import SECOND_LOOK, ServerPoller
 

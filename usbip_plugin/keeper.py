@@ -11,15 +11,15 @@ from dataclasses import replace
 from usbip_plugin.adopting import Adopter
 from usbip_plugin.attaching import Means
 from usbip_plugin.claims import Claim, Event, State, own_port
-from usbip_plugin.config import OnLoss
+from usbip_plugin.config.schema import OnLoss
 from usbip_plugin.errors import CdiError, VhciError
-from usbip_plugin.locks.manager import LockChange
+from usbip_plugin.locks.watch import LockChange
 from usbip_plugin.model import Attachment
 from usbip_plugin.notices import Notice, What, late_nodes
 from usbip_plugin.observe.tracing import within
 from usbip_plugin.reattaching import REATTACH_FIRST_WAIT, Reattacher, Wishes
+from usbip_plugin.vhci.children import wants
 from usbip_plugin.vhci.driver import PortState
-from usbip_plugin.vhci.promises import wants
 from usbip_plugin.work import DeviceWork
 
 log = logging.getLogger(__name__)

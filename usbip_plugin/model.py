@@ -6,6 +6,7 @@ import base64
 import enum
 import functools
 import hashlib
+import re
 from dataclasses import dataclass, field
 from datetime import datetime
 
@@ -262,3 +263,12 @@ class Advertised:
     id: str
     key: DeviceKey
     health: Health
+
+
+# Safe as a file name and in a sysfs write: no slash, no space, not "." or "..", shorter than the field.
+_BUSID = re.compile(r"[0-9A-Za-z][0-9A-Za-z.-]{0,30}", re.ASCII)
+
+
+def valid_busid(text: str) -> bool:
+    """Whether a bus id fits the wire and is safe as a file name."""
+    return _BUSID.fullmatch(text) is not None

@@ -11,7 +11,7 @@ from usbip_plugin.clock import Clock
 from usbip_plugin.errors import PluginError
 from usbip_plugin.handovers import Spawn
 from usbip_plugin.inventory.facts import Facts
-from usbip_plugin.locks.manager import LockChange
+from usbip_plugin.locks.watch import LockChange
 from usbip_plugin.model import Descriptor, DeviceKey, Lock, ServerKey
 from usbip_plugin.observe.spans import untraced
 from usbip_plugin.probing import Rereads, Suspects, next_probes, probe_delay, wanted, wanting_probe

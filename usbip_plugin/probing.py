@@ -11,10 +11,10 @@ import hashlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 
-from usbip_plugin.config import Match, matches
-from usbip_plugin.inventory.annotations import key_of
+from usbip_plugin.config.selectors import Match, matches
 from usbip_plugin.inventory.facts import Facts
 from usbip_plugin.locks.manager import Standing
+from usbip_plugin.locks.record import key_of
 from usbip_plugin.model import UNTOLD, Descriptor, DeviceKey, Lock, ServerKey
 from usbip_plugin.usbip.poller import ServerState, ServerView
 

@@ -14,9 +14,8 @@ from pathlib import Path
 from usbip_plugin import __version__
 from usbip_plugin.agent import Agent, Outside
 from usbip_plugin.clock import Clock, SystemClock
-from usbip_plugin.config import Config
 from usbip_plugin.config.reload import ConfigWatcher, Loaded
-from usbip_plugin.config.schema import DEFAULT_CDI_DIRECTORY
+from usbip_plugin.config.schema import DEFAULT_CDI_DIRECTORY, Config
 from usbip_plugin.errors import ConfigError, PluginError
 from usbip_plugin.figures import Figures, Losses
 from usbip_plugin.kube.client import KubeClient, connect

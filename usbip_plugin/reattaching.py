@@ -14,7 +14,7 @@ from opentelemetry.trace import Span
 from usbip_plugin import clock
 from usbip_plugin.attaching import Means
 from usbip_plugin.claims import AfterReattach, Claim, Event, State, after_reattach, place_of
-from usbip_plugin.config import ResourceConfig
+from usbip_plugin.config.schema import ResourceConfig
 from usbip_plugin.errors import (
     CdiError,
     DeviceBusy,

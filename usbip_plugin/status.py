@@ -9,7 +9,7 @@ from usbip_plugin import __version__
 from usbip_plugin.agent import Agent
 from usbip_plugin.claims import State
 from usbip_plugin.clock import Clock
-from usbip_plugin.config import Config
+from usbip_plugin.config.schema import Config
 from usbip_plugin.errors import ConfigError
 from usbip_plugin.model import Advertised
 from usbip_plugin.observe.http import Verdict

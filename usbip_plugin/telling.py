@@ -13,11 +13,11 @@ from opentelemetry.util.types import AttributeValue
 
 from usbip_plugin.changes import differing
 from usbip_plugin.clock import Clock
-from usbip_plugin.config import Config
-from usbip_plugin.inventory.annotations import key_of
+from usbip_plugin.config.schema import Config
 from usbip_plugin.kube.node_status import NodeStatusPublisher
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer
-from usbip_plugin.locks.manager import LockChange
+from usbip_plugin.locks.record import key_of
+from usbip_plugin.locks.watch import LockChange
 from usbip_plugin.model import Advertised, Lock, Reason
 from usbip_plugin.observe.spans import device_attributes, failed, span
 from usbip_plugin.observe.tracing import remote_parent, within

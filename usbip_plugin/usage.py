@@ -19,7 +19,8 @@ from usbip_plugin.clock import Clock
 from usbip_plugin.errors import PodResourcesUnavailable
 from usbip_plugin.kube.pods import PodView
 from usbip_plugin.kubelet.pod_resources import PodResources
-from usbip_plugin.locks.manager import LockChange, LockManager
+from usbip_plugin.locks.manager import LockManager
+from usbip_plugin.locks.watch import LockChange
 from usbip_plugin.model import PodRef
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from usbip_plugin.clock import Clock
 from usbip_plugin.errors import KubeConflict, KubeError, KubeGone, KubeNotFound, KubeUnreachable
-from usbip_plugin.locks.store import ChangeType, Lease, LeaseChange, LeaseList
+from usbip_plugin.locks.record import ChangeType, Lease, LeaseChange, LeaseList
 
 T = TypeVar("T")
 

@@ -24,7 +24,7 @@ from usbip_plugin.kubelet.cdi import SpecFiles
 from usbip_plugin.kubelet.directory import PluginDirectory
 from usbip_plugin.kubelet.pod_resources import GrpcPodResources
 from usbip_plugin.locks.manager import LockSettings
-from usbip_plugin.locks.store import LeaseStore
+from usbip_plugin.locks.record import LeaseStore
 from usbip_plugin.model import NodeIdentity, PodRef
 from usbip_plugin.resources import SocketRegistrar
 from usbip_plugin.sync import Broadcast

@@ -24,13 +24,13 @@ from scaled_clock import ScaledClock
 from usbip_plugin.agent import Observer
 from usbip_plugin.claims import ABSENT_POLLS, State, Unlisted, User
 from usbip_plugin.clock import SystemClock
-from usbip_plugin.config import Config, DeviceSelector, OnLoss, ResourceConfig, Selector
+from usbip_plugin.config.schema import Config, DeviceSelector, OnLoss, ResourceConfig, Selector
 from usbip_plugin.kube.client import KubeClient, connect
 from usbip_plugin.kube.events import EventRecorder
 from usbip_plugin.kubelet import deviceplugin_pb2 as pb
 from usbip_plugin.kubelet.deviceplugin_pb2_grpc import DevicePluginStub
 from usbip_plugin.locks.kubernetes import KubernetesLeases
-from usbip_plugin.locks.store import LeaseStore
+from usbip_plugin.locks.record import LeaseStore
 from usbip_plugin.model import DeviceKey, Lock, NodeIdentity, PodRef, UsbId
 from usbip_plugin.notices import Notice, events_of
 from usbip_plugin.observe.tracing import RecentSpans, SpanRecord, Tracing

@@ -20,13 +20,13 @@ from node_tokens import ACCOUNT, NAMESPACE, NodeTokens
 
 from usbip_plugin.agent import Observer
 from usbip_plugin.clock import SystemClock
-from usbip_plugin.config import Config, DeviceSelector, ResourceConfig, Selector
+from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.kube.client import KubeClient, connect
 from usbip_plugin.kube.events import EventRecorder
 from usbip_plugin.kube.fleet import count_pods
 from usbip_plugin.locks import record
 from usbip_plugin.locks.kubernetes import KubernetesLeases
-from usbip_plugin.locks.store import Lease
+from usbip_plugin.locks.record import Lease
 from usbip_plugin.model import DeviceKey, NodeIdentity, PodRef
 from usbip_plugin.notices import Notice, events_of
 from usbip_sim.server.server import VirtualServer

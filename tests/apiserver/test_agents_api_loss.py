@@ -16,7 +16,7 @@ from tcp_proxy import Proxy, proxy_to
 from usbip_plugin.kube.client import KubeClient
 from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.locks.manager import LockSettings
-from usbip_plugin.locks.store import LeaseChange, LeaseStore
+from usbip_plugin.locks.record import LeaseChange, LeaseStore
 from usbip_plugin.model import DeviceKey, PodRef, Reason
 from usbip_sim.world import SimNode
 
@@ -181,7 +181,7 @@ async def test_a_watch_that_meets_compacted_history_is_begun_anew_and_nothing_is
     cluster: Cluster, tokens: NodeTokens, admin: KubeClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As when a control plane is replaced: the next API server has no event that the watches could go on from."""
-    caplog.set_level(logging.DEBUG, "usbip_plugin.locks.follow")
+    caplog.set_level(logging.DEBUG, "usbip_plugin.locks.watch")
     pause = Pause()
 
     async def until(so: Callable[[], bool]) -> None:

@@ -16,7 +16,7 @@ from api_process import Cluster
 from node_tokens import ACCOUNT, NAMESPACE, NodeTokens
 from plugin_rights import collection
 
-from usbip_plugin.config import OnLoss
+from usbip_plugin.config.schema import OnLoss
 from usbip_plugin.kube.client import KubeClient
 from usbip_plugin.kube.events import CONTROLLER
 from usbip_plugin.locks.kubernetes import KubernetesLeases

@@ -23,14 +23,14 @@ from api_process import ADMIN_TOKEN, Cluster
 from command_line import finished
 from node_tokens import NAMESPACE, NodeTokens
 
-from usbip_plugin.cli.exits import Exit
-from usbip_plugin.cli.listing import known_devices
-from usbip_plugin.cli.releasing import release
+from usbip_plugin.cli.devices import known_devices
+from usbip_plugin.cli.parser import Exit
+from usbip_plugin.cli.release import release
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.errors import ReleaseRefused
 from usbip_plugin.kube.client import KubeClient
 from usbip_plugin.locks.kubernetes import KubernetesLeases
-from usbip_plugin.locks.store import Lease
+from usbip_plugin.locks.record import Lease
 from usbip_plugin.model import DeviceKey
 
 pytestmark = pytest.mark.short

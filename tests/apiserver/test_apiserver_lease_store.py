@@ -8,7 +8,7 @@ from lease_store_suite import Compact, LeaseStoreContract
 
 from usbip_plugin.kube.client import KubeClient
 from usbip_plugin.locks.kubernetes import KubernetesLeases
-from usbip_plugin.locks.store import LeaseStore
+from usbip_plugin.locks.record import LeaseStore
 
 pytestmark = pytest.mark.short
 

@@ -20,7 +20,7 @@ from usbip_plugin.errors import LockHeld, LockUnavailable
 from usbip_plugin.kube.client import connect
 from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.locks.manager import LockManager, LockSettings, Standing
-from usbip_plugin.locks.view import LockChange
+from usbip_plugin.locks.watch import LockChange
 from usbip_plugin.model import DeviceKey, NodeIdentity, ServerKey
 
 pytestmark = pytest.mark.short

@@ -24,7 +24,7 @@ from scaled_clock import ScaledClock
 
 from usbip_plugin.check import permissions_needed
 from usbip_plugin.clock import SystemClock
-from usbip_plugin.config import Config, DeviceSelector, ResourceConfig, Selector
+from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.errors import KubeConflict, KubeError
 from usbip_plugin.kube.client import KubeClient, connect
 from usbip_plugin.kube.events import EventRecorder

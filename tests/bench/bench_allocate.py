@@ -14,7 +14,7 @@ from bench_rows import Row, p50_p99, percentile
 
 from usbip_plugin.kube.client import connect
 from usbip_plugin.locks.kubernetes import KubernetesLeases
-from usbip_plugin.locks.store import LeaseStore
+from usbip_plugin.locks.record import LeaseStore
 from usbip_plugin.model import DeviceKey
 from usbip_sim.server.server import VirtualServer
 

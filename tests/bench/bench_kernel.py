@@ -9,7 +9,7 @@ from kernel_timing import CHILDREN, once
 from usbipd import RealUsbipd, eventually
 
 from usbip_plugin.clock import SystemClock
-from usbip_plugin.config import Selector
+from usbip_plugin.config.schema import Selector
 from usbip_plugin.model import DeviceKey
 from usbip_plugin.observe.tracing import RecentSpans, Tracing
 from usbip_plugin.vhci.driver import VhciDriver

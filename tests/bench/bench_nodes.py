@@ -13,10 +13,10 @@ from agents_rig import DONGLE, RESOURCE, Nodes
 from opentelemetry.trace import NoOpTracer, Tracer
 
 from usbip_plugin.clock import SystemClock
-from usbip_plugin.config import Config, DeviceSelector, ResourceConfig, Selector
+from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.kube.client import KubeClient
 from usbip_plugin.locks.kubernetes import KubernetesLeases
-from usbip_plugin.locks.store import Lease, LeaseStore
+from usbip_plugin.locks.record import Lease, LeaseStore
 from usbip_plugin.model import DeviceKey, ServerKey
 from usbip_plugin.vhci.driver import VhciDriver
 from usbip_sim.kernel.ports import SimulatedKernel

@@ -20,7 +20,7 @@ from plugin_in_pod import STRIPPED, InPod, cpu_ms, switches
 from usbip_plugin.kube.client import connect
 from usbip_plugin.locks import record
 from usbip_plugin.locks.kubernetes import KubernetesLeases
-from usbip_plugin.locks.store import Lease
+from usbip_plugin.locks.record import Lease
 from usbip_plugin.model import DeviceKey, ServerKey
 from usbip_sim.kubelet.kubelet import FakeKubelet
 

@@ -12,7 +12,7 @@ from bench_rows import Row, p50_p99
 
 from usbip_plugin.kube.client import KubeClient, connect
 from usbip_plugin.locks import record
-from usbip_plugin.locks.store import Lease
+from usbip_plugin.locks.record import Lease
 from usbip_plugin.model import PodRef
 
 TARGET_MS = 3000.0

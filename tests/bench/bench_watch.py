@@ -23,7 +23,7 @@ from bench_rows import Row
 
 from usbip_plugin.agent import Agent, Outside
 from usbip_plugin.clock import SystemClock
-from usbip_plugin.config import Config, DeviceSelector, ResourceConfig, Selector
+from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.errors import KubeNotFound
 from usbip_plugin.figures import Figures, Losses
 from usbip_plugin.kube import responses

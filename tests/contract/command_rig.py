@@ -15,7 +15,7 @@ from typing import Self
 
 import pytest
 
-from usbip_plugin.cli import main
+from usbip_plugin.cli.main import main
 from usbip_plugin.observe.logs import PACKAGE
 from usbip_plugin.sync import Broadcast
 
@@ -56,7 +56,7 @@ class CommandResult:
 
 
 TIMEOUTS = (
-    "usbip_plugin.cli.asking.DEVLIST_TIMEOUT_S",
+    "usbip_plugin.cli.lookup.DEVLIST_TIMEOUT_S",
     "usbip_plugin.cli.completion.TIMEOUT_S",
     "usbip_plugin.check.CHECK_TIMEOUT_S",
     "usbip_plugin.check.CONNECT_TIMEOUT_S",

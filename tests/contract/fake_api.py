@@ -23,7 +23,7 @@ from aiohttp import web
 
 from usbip_plugin.errors import KubeConflict, KubeError, KubeGone, KubeNotFound
 from usbip_plugin.kube.client import KubeClient, connect
-from usbip_plugin.locks.store import Lease, LeaseChange
+from usbip_plugin.locks.record import Lease, LeaseChange
 from usbip_plugin.sync import Broadcast
 from usbip_sim.leases import MemoryBackend
 

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 import pytest
 
 from usbip_plugin.errors import KubeConflict, KubeGone, KubeNotFound
-from usbip_plugin.locks.store import ChangeType, Lease, LeaseChange, LeaseStore
+from usbip_plugin.locks.record import ChangeType, Lease, LeaseChange, LeaseStore
 
 # Real seconds after which an event that must come counts as missing.
 PATIENCE_S = 10.0

@@ -20,7 +20,7 @@ from command_rig import LIMIT_S, Log, end_process
 from fake_api import NAMESPACE, FakeApi, serving
 
 from usbip_plugin import process
-from usbip_plugin.cli import main
+from usbip_plugin.cli.main import main
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.config.reload import Loaded
 from usbip_plugin.kube import fleet

@@ -17,15 +17,12 @@ import yaml
 from command_rig import LIMIT_S, LOOPBACKS, Terminal, process_restored
 from fake_api import NAMESPACE, FakeApi, serving
 
-from usbip_plugin.cli import kubectl, main
 from usbip_plugin.cli.completion import kubectl as kubectl_complete
 from usbip_plugin.cli.completion import script
-from usbip_plugin.cli.exits import Exit
-from usbip_plugin.cli.main import KUBECTL
-from usbip_plugin.cli.parser import DEFAULT_CONFIG_MAP
+from usbip_plugin.cli.main import KUBECTL, kubectl, main
+from usbip_plugin.cli.parser import DEFAULT_CONFIG_MAP, Exit
 from usbip_plugin.clock import SystemClock
-from usbip_plugin.locks.record import LOCK_LABELS, SESSION_LABELS, session_name
-from usbip_plugin.locks.store import Lease
+from usbip_plugin.locks.record import LOCK_LABELS, SESSION_LABELS, Lease, session_name
 from usbip_plugin.model import DeviceKey, UsbId
 from usbip_plugin.usbip.client import TcpUsbipClient
 from usbip_sim.leases import MemoryBackend
@@ -43,8 +40,8 @@ def process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Gives commands an empty environment and a machine without a configuration."""
     for name in ("POD_NAMESPACE", "KUBECONFIG", "KUBERNETES_SERVICE_HOST"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("usbip_plugin.cli.asking.DEFAULT_CONFIG_PATH", str(tmp_path / "usual.yaml"))
-    monkeypatch.setattr("usbip_plugin.cli.node.SERVICE_ACCOUNT_NAMESPACE", tmp_path / "namespace")
+    monkeypatch.setattr("usbip_plugin.cli.lookup.DEFAULT_CONFIG_PATH", str(tmp_path / "usual.yaml"))
+    monkeypatch.setattr("usbip_plugin.cli.node_commands.SERVICE_ACCOUNT_NAMESPACE", tmp_path / "namespace")
     with process_restored():
         yield
 

@@ -12,8 +12,7 @@ from lease_store_suite import WHEN, Compact, LeaseStoreContract
 
 from usbip_plugin.errors import KubeServerError
 from usbip_plugin.locks.kubernetes import KubernetesLeases
-from usbip_plugin.locks.record import LOCK_LABELS
-from usbip_plugin.locks.store import ChangeType, Lease
+from usbip_plugin.locks.record import LOCK_LABELS, ChangeType, Lease
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import pytest
 from lease_store_suite import Compact, LeaseStoreContract
 
 from usbip_plugin.clock import SystemClock
-from usbip_plugin.locks.store import LeaseStore
+from usbip_plugin.locks.record import LeaseStore
 from usbip_sim.leases import MemoryBackend, MemoryLeases
 
 

@@ -17,8 +17,8 @@ from fake_api import NAMESPACE
 from node_rig import Node, Places, run
 
 from usbip_plugin import process
-from usbip_plugin.cli import main
-from usbip_plugin.cli.exits import Exit
+from usbip_plugin.cli.main import main
+from usbip_plugin.cli.parser import Exit
 from usbip_plugin.model import PodRef, ServerKey
 from usbip_plugin.settling import TLS_BUFFER_BYTES
 

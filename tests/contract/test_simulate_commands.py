@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from command_rig import LIMIT_S, LOOPBACKS, process_restored, simulate
 
-from usbip_plugin.cli import main, parser
-from usbip_plugin.cli.exits import Exit
+from usbip_plugin.cli.main import main
+from usbip_plugin.cli.parser import Exit, parser
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.errors import AttachRefused
 from usbip_plugin.model import DeviceKey, ServerKey, UsbId

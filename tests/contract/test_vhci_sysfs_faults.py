@@ -31,10 +31,9 @@ from usbip_plugin.errors import (
 )
 from usbip_plugin.model import Attachment, DeviceKey, UsbId
 from usbip_plugin.sync import RECHECK_S, Broadcast
-from usbip_plugin.vhci import access
-from usbip_plugin.vhci.facts import DeviceFacts
+from usbip_plugin.vhci import sysfs
+from usbip_plugin.vhci.devices import DeviceFacts, Found, survey
 from usbip_plugin.vhci.linux import ATTACH_TRIES, SysfsVhci
-from usbip_plugin.vhci.nodes import Found, survey
 from usbip_plugin.vhci.sysfs import PortStatus
 from usbip_plugin.vhci.uevents import Uevent
 
@@ -216,7 +215,7 @@ class TestAttachWrite:
     async def test_a_write_that_hangs_is_given_up_and_undone_when_it_ends(
         self, rig: FakeSysfsRig, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(access, "WRITE_S", 0.05)
+        monkeypatch.setattr(sysfs, "WRITE_S", 0.05)
         go_on, undone = threading.Event(), asyncio.Event()
         loop = asyncio.get_running_loop()
 

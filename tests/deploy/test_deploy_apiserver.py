@@ -23,7 +23,7 @@ from rendering import (
     run,
 )
 
-from usbip_plugin.cli import parser
+from usbip_plugin.cli.parser import parser
 
 APPLY_S = 120.0
 Kubectl = Callable[..., str]

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 from rendering import DEPLOY, NAMESPACE, VARIANTS, Object, Tools, containers, kustomize_directory, pod_template
 
-from usbip_plugin.cli import parser
-from usbip_plugin.config import (
+from usbip_plugin.cli.parser import parser
+from usbip_plugin.config.parse import parse_config
+from usbip_plugin.config.schema import (
+    DEFAULT_CDI_DIRECTORY,
     DEFAULT_CONFIG_PATH,
     DEFAULT_PLUGIN_DIRECTORY,
     DEFAULT_POD_RESOURCES_SOCKET,
     Config,
-    parse_config,
 )
-from usbip_plugin.config.schema import DEFAULT_CDI_DIRECTORY
 from usbip_plugin.observe.http import Verdict, split_listen, standard_pages
 from usbip_plugin.process import Options
 

@@ -13,10 +13,9 @@ from fuzz_target import Target, drive, fit_to_raise, fit_to_show
 from google.protobuf.message import DecodeError
 
 from usbip_plugin.claims import decide_adoption
-from usbip_plugin.cli import listing, output
+from usbip_plugin.cli import devices
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.errors import KubeError, KubeThrottled, LockHeld, PluginError, UnknownDevice
-from usbip_plugin.inventory.annotations import key_of
 from usbip_plugin.kube import responses
 from usbip_plugin.kube.pods import OwnPods
 from usbip_plugin.kubelet import deviceplugin_pb2, podresources_pb2
@@ -27,8 +26,8 @@ from usbip_plugin.locks import protocol, record
 from usbip_plugin.locks.kubernetes import KubernetesLeases, decode, encode
 from usbip_plugin.locks.manager import _held
 from usbip_plugin.locks.protocol import Create, LockMeta, Replace, Write
-from usbip_plugin.locks.store import Lease, LeaseList
-from usbip_plugin.locks.view import LockView
+from usbip_plugin.locks.record import Lease, LeaseList, key_of
+from usbip_plugin.locks.watch import LockView
 from usbip_plugin.model import DeviceKey, Identity, NodeIdentity, PodRef, ServerKey
 from usbip_plugin.observe.logs import JsonFormatter, TextFormatter
 from usbip_plugin.observe.tracing import context_from
@@ -111,9 +110,9 @@ class _OneLease:
 
 def shown_to_people(lease: Lease) -> None:
     """`usbip-plugin devices`, as a table and as JSON."""
-    known = drive(listing.known_devices(_OneLease(lease)))  # type: ignore[arg-type] # it only lists
-    rows = listing.rows(known, datetime(2026, 1, 1, tzinfo=UTC))
-    for line in output.table(rows, listing.WIDE).splitlines():
+    known = drive(devices.known_devices(_OneLease(lease)))  # type: ignore[arg-type] # it only lists
+    rows = devices.rows(known, datetime(2026, 1, 1, tzinfo=UTC))
+    for line in devices.table(rows, devices.WIDE).splitlines():
         fit_to_show(line, 2048)
     assert len(json.dumps(rows)) <= 8192
 

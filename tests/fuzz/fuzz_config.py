@@ -7,10 +7,11 @@ from pathlib import Path
 
 from fuzz_target import Target, fit_to_raise, fit_to_show
 
-from usbip_plugin.config import Config, matches, schema
+from usbip_plugin.config import schema
 from usbip_plugin.config.document import MAX_PROBLEMS
 from usbip_plugin.config.reload import _parse
-from usbip_plugin.config.templates import render
+from usbip_plugin.config.schema import Config, render
+from usbip_plugin.config.selectors import matches
 from usbip_plugin.errors import ConfigError
 from usbip_plugin.model import Descriptor, UsbId
 

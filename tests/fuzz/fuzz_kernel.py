@@ -10,11 +10,11 @@ from fuzz_target import Target, fit_to_raise, fit_to_show
 
 from usbip_plugin.errors import VhciError
 from usbip_plugin.model import DeviceKey, ServerKey
-from usbip_plugin.vhci import hubs, nodes, sysfs, uevents
-from usbip_plugin.vhci.access import PortTable
-from usbip_plugin.vhci.facts import read_facts
-from usbip_plugin.vhci.promises import promises
+from usbip_plugin.vhci import devices, hubs, sysfs, uevents
+from usbip_plugin.vhci.children import promises
+from usbip_plugin.vhci.devices import read_facts
 from usbip_plugin.vhci.records import MAX_RECORD, Record, Records, format_record, parse_record
+from usbip_plugin.vhci.sysfs import PortTable
 
 STATUS = """hub port sta spd dev      sockfd local_busid
 hs  0000 006 003 00010002 000103 3-1
@@ -115,7 +115,7 @@ def device_files(data: bytes, directory: Path) -> None:
             assert text != ""
             fit_to_show(text, 126)
         assert facts.devnum >= 0
-    for node in nodes.collect(device):
+    for node in devices.collect(device):
         fit_to_show(node.path, 4096)
         assert node.path.startswith("/dev/")
         assert ".." not in node.path.split("/")
@@ -125,7 +125,7 @@ def device_files(data: bytes, directory: Path) -> None:
         if node.by_id:
             assert node.by_id.startswith("/dev/serial/by-id/usb-")
             assert node.by_id.count("/") == 4
-    for name in nodes.survey(device, facts).net if facts is not None else ():
+    for name in devices.survey(device, facts).net if facts is not None else ():
         fit_to_show(name, 15)
     promises(device)
 
@@ -146,7 +146,7 @@ def hub_files(data: bytes, directory: Path) -> None:
     guard.restore_leftovers()
     for kind in ("hs", "ss"):
         port = sysfs.Port(0, "ss" if kind == "ss" else "hs", sysfs.PortStatus.NULL, root_port=1)
-        hubs.device_dir(directory, port)
+        sysfs.device_dir(directory, port)
         guard.hold(port)
         guard.release(0)
     assert set(written) <= {"-1", "0", "1", "2"}

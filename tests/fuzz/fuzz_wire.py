@@ -8,11 +8,12 @@ from dataclasses import replace
 
 from fuzz_target import Target, drive, fit_to_raise, fit_to_show, golden
 
+from usbip_plugin import model
 from usbip_plugin.errors import ServerUnreachable, UsbipError
 from usbip_plugin.model import Descriptor, DeviceKey, ServerKey, UsbId
-from usbip_plugin.usbip import probe, protocol, urb
+from usbip_plugin.usbip import identify, wire
 from usbip_plugin.usbip.client import refusal
-from usbip_plugin.usbip.protocol import ProtocolViolation, decode
+from usbip_plugin.usbip.wire import ProtocolViolation, decode
 from usbip_sim.server.server import VirtualServer, _Connection
 from usbip_sim.server.usbdevice import VirtualDevice
 
@@ -23,10 +24,10 @@ MAX_TRANSFERS = 5
 
 
 def sane(device: Descriptor) -> None:
-    assert protocol.valid_busid(device.busid)
-    assert device.speed in protocol.SPEEDS
+    assert model.valid_busid(device.busid)
+    assert device.speed in wire.SPEEDS
     assert 0 <= device.devid < 1 << 32
-    assert len(device.interfaces) <= protocol.MAX_INTERFACES
+    assert len(device.interfaces) <= wire.MAX_INTERFACES
     fit_to_show(device.path, 255)
     fit_to_show(str(device.usb_id), 9)
 
@@ -38,24 +39,24 @@ def encodable(device: Descriptor) -> bool:
 
 def devlist_reply(data: bytes) -> None:
     try:
-        reply, _ = decode(protocol.devlist_reply(), data)
+        reply, _ = decode(wire.devlist_reply(), data)
     except ProtocolViolation as violation:
         fit_to_raise(violation)
         return
-    assert len(reply.devices) + len(reply.skipped) <= protocol.MAX_DEVICES
+    assert len(reply.devices) + len(reply.skipped) <= wire.MAX_DEVICES
     assert len({device.busid for device in reply.devices}) == len(reply.devices)
     for device in reply.devices:
         sane(device)
     for reason in reply.skipped:
         fit_to_show(reason, 200)
     kept = tuple(filter(encodable, reply.devices))
-    again = decode(protocol.devlist_reply(), protocol.encode_devlist_reply(kept))
-    assert again == (protocol.DevlistReply(kept), b"")
+    again = decode(wire.devlist_reply(), wire.encode_devlist_reply(kept))
+    assert again == (wire.DevlistReply(kept), b"")
 
 
 def import_reply(data: bytes) -> None:
     try:
-        reply, _ = decode(protocol.import_reply(KEY.busid), data)
+        reply, _ = decode(wire.import_reply(KEY.busid), data)
     except ProtocolViolation as violation:
         fit_to_raise(violation)
         return
@@ -66,40 +67,40 @@ def import_reply(data: bytes) -> None:
     sane(reply.descriptor)
     assert reply.descriptor.busid == KEY.busid
     if encodable(reply.descriptor):
-        assert decode(protocol.import_reply(KEY.busid), protocol.encode_import_reply(reply)) == (reply, b"")
+        assert decode(wire.import_reply(KEY.busid), wire.encode_import_reply(reply)) == (reply, b"")
 
 
 def request(data: bytes) -> None:
     try:
-        asked, _ = decode(protocol.request(), data)
+        asked, _ = decode(wire.request(), data)
     except ProtocolViolation as violation:
         fit_to_raise(violation)
         return
-    if isinstance(asked, protocol.ImportRequest):
-        assert decode(protocol.request(), protocol.encode_import_request(asked.busid)) == (asked, b"")
+    if isinstance(asked, wire.ImportRequest):
+        assert decode(wire.request(), wire.encode_import_request(asked.busid)) == (asked, b"")
 
 
 def transfer_header(data: bytes) -> None:
-    header = data[: urb.HEADER_BYTES].ljust(urb.HEADER_BYTES, b"\0")
+    header = data[: wire.HEADER_BYTES].ljust(wire.HEADER_BYTES, b"\0")
     try:
-        answer = urb.decode_return(header)
+        answer = wire.decode_return(header)
     except ProtocolViolation as violation:
         fit_to_raise(violation)
     else:
-        assert urb.decode_return(urb.encode_return(answer)) == answer
+        assert wire.decode_return(wire.encode_return(answer)) == answer
     try:
-        command = urb.decode_command(header)
+        command = wire.decode_command(header)
     except ProtocolViolation as violation:
         fit_to_raise(violation)
     else:
-        assert urb.decode_command(urb.encode_command(command)) == command
+        assert wire.decode_command(wire.encode_command(command)) == command
 
 
 def _identify(read: Callable[[int], bytes], sent: Callable[[bytes], None]) -> None:
     """Ask a device who it is, with what read gives for the server's answers."""
 
     async def receive(size: int) -> bytes:
-        assert 0 < size <= probe.MAX_CONFIG_BYTES
+        assert 0 < size <= identify.MAX_CONFIG_BYTES
         return read(size)
 
     commands = 0
@@ -110,9 +111,9 @@ def _identify(read: Callable[[int], bytes], sent: Callable[[bytes], None]) -> No
         assert commands <= MAX_TRANSFERS
         sent(command)
 
-    pipe = probe.ControlPipe(KEY, 1, receive, send)
+    pipe = identify.ControlPipe(KEY, 1, receive, send)
     try:
-        identity = drive(probe.read_identity(KEY, STORAGE, pipe))
+        identity = drive(identify.read_identity(KEY, STORAGE, pipe))
     except UsbipError as error:
         fit_to_raise(error)
         return
@@ -142,12 +143,12 @@ def descriptors(data: bytes) -> None:
     answers = bytearray()
 
     def sent(command: bytes) -> None:
-        asked = urb.decode_command(command)
-        assert isinstance(asked, urb.Submit)
+        asked = wire.decode_command(command)
+        assert isinstance(asked, wire.Submit)
         length = left.pop(0) if left else 0
         body = bytes(left[:length])[: asked.length]
         del left[:length]
-        answers.extend(urb.encode_return(urb.SubmitReturn(asked.seqnum, 0, len(body))) + body)
+        answers.extend(wire.encode_return(wire.SubmitReturn(asked.seqnum, 0, len(body))) + body)
 
     def read(size: int) -> bytes:
         piece = bytes(answers[:size])
@@ -158,10 +159,10 @@ def descriptors(data: bytes) -> None:
 
 
 def one_descriptor(data: bytes) -> None:
-    text = probe.parse_string(data)
+    text = identify.parse_string(data)
     fit_to_show(text, 126)
     assert text is None or text == text.strip() != ""
-    assert len(probe.parse_interfaces(data)) <= min(256, len(data) // 9)
+    assert len(identify.parse_interfaces(data)) <= min(256, len(data) // 9)
 
 
 class _Nowhere(asyncio.Transport):
@@ -208,14 +209,14 @@ def virtual_server(data: bytes) -> None:
 
 def _commands() -> Iterable[bytes]:
     """Imports followed by transfers, as a kernel sends them."""
-    ask = protocol.encode_import_request(DEVICE.busid)
+    ask = wire.encode_import_request(DEVICE.busid)
     setups = [bytes([0x80, 6, index, kind, 0, 0, 255, 0]) for kind, index in ((1, 0), (2, 0), (3, 0), (3, 3))]
-    submits = [urb.encode_command(urb.Submit(i, 1, True, 0, 255, setup)) for i, setup in enumerate(setups)]
+    submits = [wire.encode_command(wire.Submit(i, 1, True, 0, 255, setup)) for i, setup in enumerate(setups)]
     yield ask + b"".join(submits)
-    out = urb.encode_command(urb.Submit(9, 1, False, 1, 5)) + b"hello"
-    back = urb.encode_command(urb.Submit(10, 1, True, 1, 64))
-    yield ask + out + back + back + urb.encode_command(urb.Unlink(12, 10))
-    yield protocol.encode_devlist_request()
+    out = wire.encode_command(wire.Submit(9, 1, False, 1, 5)) + b"hello"
+    back = wire.encode_command(wire.Submit(10, 1, True, 1, 64))
+    yield ask + out + back + back + wire.encode_command(wire.Unlink(12, 10))
+    yield wire.encode_devlist_request()
 
 
 def _answers() -> Iterable[bytes]:
@@ -224,27 +225,27 @@ def _answers() -> Iterable[bytes]:
     parts += [golden("urb_string_serial_storage"), golden("urb_config_storage"), golden("urb_config_storage")]
     numbered = []
     for number, part in enumerate(parts, 1):
-        answer = urb.decode_return(part[: urb.HEADER_BYTES])
-        body = part[urb.HEADER_BYTES :][: 9 if number == 4 else None]
-        assert isinstance(answer, urb.SubmitReturn)
-        numbered.append(urb.encode_return(replace(answer, seqnum=number, actual_length=len(body))) + body)
+        answer = wire.decode_return(part[: wire.HEADER_BYTES])
+        body = part[wire.HEADER_BYTES :][: 9 if number == 4 else None]
+        assert isinstance(answer, wire.SubmitReturn)
+        numbered.append(wire.encode_return(replace(answer, seqnum=number, actual_length=len(body))) + body)
     yield b"".join(numbered)
-    yield b"".join(numbered[:1]) + urb.encode_return(urb.SubmitReturn(2, -urb.EPIPE, 0)) * 3
-    yield urb.encode_return(urb.UnlinkReturn(1, -urb.ECONNRESET))
+    yield b"".join(numbered[:1]) + wire.encode_return(wire.SubmitReturn(2, -wire.EPIPE, 0)) * 3
+    yield wire.encode_return(wire.UnlinkReturn(1, -wire.ECONNRESET))
 
 
 def _bodies() -> Iterable[bytes]:
     names = ("urb_device_descriptor_storage", "urb_string_langs_storage", "urb_string_serial_storage")
-    bodies = [golden(name)[urb.HEADER_BYTES :] for name in names]
-    config = golden("urb_config_storage")[urb.HEADER_BYTES :]
+    bodies = [golden(name)[wire.HEADER_BYTES :] for name in names]
+    config = golden("urb_config_storage")[wire.HEADER_BYTES :]
     yield b"".join(bytes([len(body)]) + body for body in (*bodies, config[:9], config))
     unpaired = b"\x06\x03\x00\xd8A\x00"
     yield b"".join(bytes([len(body)]) + body for body in (bodies[0], bodies[1], unpaired, config[:9], config))
 
 
 def _strings() -> Iterable[bytes]:
-    yield golden("urb_string_serial_storage")[urb.HEADER_BYTES :]
-    yield golden("urb_config_kbd")[urb.HEADER_BYTES :]
+    yield golden("urb_string_serial_storage")[wire.HEADER_BYTES :]
+    yield golden("urb_config_kbd")[wire.HEADER_BYTES :]
     yield b"\x06\x03\x00\xd8A\x00"
 
 
@@ -260,7 +261,7 @@ TARGETS = (
         lambda: (golden(name) for name in ("import_ok_kbd", "import_busy", "import_unknown")),
         longest=400,
     ),
-    Target("request", request, lambda: (protocol.encode_devlist_request(), protocol.encode_import_request("1-2")), 64),
+    Target("request", request, lambda: (wire.encode_devlist_request(), wire.encode_import_request("1-2")), 64),
     Target("transfer-header", transfer_header, lambda: (part[:48] for part in (*_answers(), *_commands())), 48),
     Target("probe-conversation", conversation, _answers, 1024),
     Target("probe-descriptors", descriptors, _bodies, 1024),

@@ -13,8 +13,9 @@ from fuzz_config import configuration
 from hypothesis import given
 from hypothesis import strategies as st
 
-from usbip_plugin.config import load_config, parse_config
 from usbip_plugin.config.document import MAX_FILE_BYTES, MAX_PROBLEMS
+from usbip_plugin.config.parse import parse_config
+from usbip_plugin.config.reload import load_config
 from usbip_plugin.errors import ConfigError
 
 MIB = 1 << 20

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from usbip_plugin.model import DeviceKey, ServerKey
-from usbip_plugin.vhci import nodes, sysfs
-from usbip_plugin.vhci.facts import read_facts
+from usbip_plugin.vhci import devices, sysfs
+from usbip_plugin.vhci.devices import read_facts
 from usbip_plugin.vhci.hubs import HubGuard
 from usbip_plugin.vhci.records import MAX_RECORD, Record, Records, format_record, parse_record
 
@@ -148,7 +148,7 @@ def test_numbers_that_no_kernel_writes_are_no_device(tmp_path: Path, files: dict
 )
 def test_a_node_that_no_kernel_makes_is_none(tmp_path: Path, uevent: str) -> None:
     (tmp_path / "uevent").write_text(uevent)
-    assert nodes.collect(tmp_path) == ()
+    assert devices.collect(tmp_path) == ()
 
 
 TEXTS = st.one_of(

@@ -20,19 +20,17 @@ from hypothesis import strategies as st
 from opentelemetry.trace import NoOpTracer
 from raw_api import RawApi
 
-from usbip_plugin.cli.listing import WIDE, known_devices, rows
-from usbip_plugin.cli.output import table
-from usbip_plugin.config import Config, DeviceSelector
+from usbip_plugin.cli.devices import WIDE, known_devices, rows, table
+from usbip_plugin.config.schema import Config, DeviceSelector
 from usbip_plugin.errors import KubeServerError, LockHeld, LockUnavailable
-from usbip_plugin.inventory.annotations import key_of
 from usbip_plugin.inventory.facts import Facts, Seen
 from usbip_plugin.inventory.reasons import health
 from usbip_plugin.kube.events import event_body
 from usbip_plugin.locks import kubernetes, record
 from usbip_plugin.locks.kubernetes import KubernetesLeases, decode, encode
 from usbip_plugin.locks.manager import LockManager, LockSettings, Standing
-from usbip_plugin.locks.store import Lease
-from usbip_plugin.locks.view import newer
+from usbip_plugin.locks.record import Lease, key_of
+from usbip_plugin.locks.watch import newer
 from usbip_plugin.model import DeviceKey, Lock, NodeIdentity, ServerKey, UsbId
 from usbip_plugin.notices import Notice, What, events_of
 from usbip_plugin.observe.logs import JsonFormatter, TextFormatter

@@ -12,8 +12,8 @@ from fuzz_sim import DESCRIPTOR, KEY, kernel_answers, kernel_requests
 
 from usbip_plugin.errors import ConfigError
 from usbip_plugin.model import UsbId
-from usbip_plugin.usbip import protocol, urb
-from usbip_plugin.usbip.protocol import ProtocolViolation
+from usbip_plugin.usbip import wire as usbip_wire
+from usbip_plugin.usbip.wire import ProtocolViolation
 from usbip_sim.kernel import wire
 from usbip_sim.server.command import parse_listen
 from usbip_sim.server.server import VirtualServer
@@ -90,7 +90,7 @@ def test_a_driver_takes_nonsense_from_the_simulated_kernel_for_an_error(answer: 
     kernel_answers(json.dumps(answer).encode())
 
 
-def transfers() -> tuple[protocol.Decoding[None], bytearray]:
+def transfers() -> tuple[usbip_wire.Decoding[None], bytearray]:
     written = bytearray()
     steps = Transfers(ECHO, ECHO.usb_id, written.extend, lambda _value: None).run()
     next(steps)
@@ -100,18 +100,18 @@ def transfers() -> tuple[protocol.Decoding[None], bytearray]:
 def test_reads_that_nobody_answers_are_bounded() -> None:
     steps, _ = transfers()
     for number in range(MAX_WAITING):
-        steps.send(urb.encode_command(urb.Submit(number, 1, True, 1, 64)))
+        steps.send(usbip_wire.encode_command(usbip_wire.Submit(number, 1, True, 1, 64)))
     with pytest.raises(ProtocolViolation, match="under way"):
-        steps.send(urb.encode_command(urb.Submit(MAX_WAITING, 1, True, 1, 64)))
+        steps.send(usbip_wire.encode_command(usbip_wire.Submit(MAX_WAITING, 1, True, 1, 64)))
 
 
 def test_writes_that_nobody_reads_are_bounded() -> None:
     steps, _ = transfers()
-    most = urb.encode_command(urb.Submit(1, 1, False, 1, urb.MAX_TRANSFER_BYTES))
-    for _ in range(MAX_ECHO_BYTES // urb.MAX_TRANSFER_BYTES):
+    most = usbip_wire.encode_command(usbip_wire.Submit(1, 1, False, 1, usbip_wire.MAX_TRANSFER_BYTES))
+    for _ in range(MAX_ECHO_BYTES // usbip_wire.MAX_TRANSFER_BYTES):
         steps.send(most)
-        steps.send(bytes(urb.MAX_TRANSFER_BYTES))
-    steps.send(urb.encode_command(urb.Submit(2, 1, False, 1, 1)))
+        steps.send(bytes(usbip_wire.MAX_TRANSFER_BYTES))
+    steps.send(usbip_wire.encode_command(usbip_wire.Submit(2, 1, False, 1, 1)))
     with pytest.raises(ProtocolViolation, match="under way"):
         steps.send(b"!")
 
@@ -120,8 +120,8 @@ async def test_a_client_that_asks_without_reading_is_not_read_from() -> None:
     server = VirtualServer([ECHO])
     await server.start()
     reader, writer = await asyncio.open_connection(server.key.host, server.key.port)
-    writer.write(protocol.encode_import_request("1-1"))
-    command = urb.encode_command(urb.Submit(1, 1, True, 0, 255, bytes([0x80, 6, 0, 1, 0, 0, 255, 0])))
+    writer.write(usbip_wire.encode_import_request("1-1"))
+    command = usbip_wire.encode_command(usbip_wire.Submit(1, 1, True, 0, 255, bytes([0x80, 6, 0, 1, 0, 0, 255, 0])))
     (connection,) = server._open or [None]
     while connection is None:
         await asyncio.sleep(0)

@@ -19,8 +19,7 @@ from usbip_plugin.clock import SystemClock
 from usbip_plugin.model import Descriptor, DeviceKey, ServerKey, UsbId
 from usbip_plugin.usbip.client import Imported, TcpUsbipClient
 from usbip_plugin.vhci.linux import SysfsVhci
-from usbip_plugin.vhci.stalls import STALL_S
-from usbip_plugin.vhci.sysfs import PortStatus
+from usbip_plugin.vhci.sysfs import STALL_S, PortStatus
 from usbip_plugin.vhci.uevents import NetlinkUevents
 
 TWINS = ("SERIAL1", "SERIAL2")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from usbipd import DEVICES, RealUsbipd, eventually
 
-from usbip_plugin.usbip.protocol import encode_import_request
+from usbip_plugin.usbip.wire import encode_import_request
 
 BASE = Path("/sys/devices/platform/vhci_hcd.0")
 CHILDREN = {"SERIAL1": "*/*/tty/*/dev", "KEYBOARD": "*/*/hidraw/*/dev", "DISKHS": "*/host*/target*/*/block/*/dev"}

@@ -24,7 +24,7 @@ from usbip_plugin.errors import (
     KubeServerError,
     KubeUnreachable,
 )
-from usbip_plugin.locks.store import ChangeType, Lease, LeaseChange, LeaseList, LeaseStore
+from usbip_plugin.locks.record import ChangeType, Lease, LeaseChange, LeaseList, LeaseStore
 from usbip_sim.leases import RESOURCE
 
 CALL_TIMEOUT_S = 10.0

@@ -33,7 +33,7 @@ from agent_rig import (
 from kernel_rig import KernelRig
 from usbipd import RealUsbipd
 
-from usbip_plugin.config import Config, OnLoss
+from usbip_plugin.config.schema import Config, OnLoss
 from usbip_plugin.model import DeviceKey, Reason
 
 RECORDS = Path("/run/vhci_hcd")

@@ -24,7 +24,7 @@ from kernel_rig import DISK, TWINS, KernelRig
 from qemu_monitor import Monitor
 from usbipd import RealUsbipd
 
-from usbip_plugin.config import Config, DeviceSelector, ResourceConfig, Selector
+from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.locks import record
 from usbip_plugin.locks.record import lock_of
 from usbip_plugin.model import DeviceKey, Reason

@@ -35,7 +35,7 @@ from usbipd import eventually
 
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.kubelet import deviceplugin_pb2 as pb
-from usbip_plugin.locks.store import Lease
+from usbip_plugin.locks.record import Lease
 from usbip_plugin.model import DeviceKey
 from usbip_sim.kubelet.device_manager import AdmissionError
 from usbip_sim.kubelet.kubelet import FakeKubelet

@@ -30,8 +30,7 @@ from agent_rig import (
 from kernel_rig import LIMIT_S, TWINS, KernelRig
 
 from usbip_plugin.model import DeviceKey, PodRef, Reason, UsbId
-from usbip_plugin.vhci.access import write_sysfs
-from usbip_plugin.vhci.sysfs import PortStatus, format_attach
+from usbip_plugin.vhci.sysfs import PortStatus, format_attach, write_sysfs
 from usbip_sim.server.server import VirtualServer
 from usbip_sim.server.usbdevice import HIGH_SPEED, SUPER_SPEED, VirtualDevice
 

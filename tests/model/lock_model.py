@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from usbip_plugin.locks import protocol, record
 from usbip_plugin.locks.protocol import Create, Decision, Denied, LockMeta, Observation, Rules, Standing, Write
-from usbip_plugin.locks.store import Lease
+from usbip_plugin.locks.record import Lease
 from usbip_plugin.model import DeviceKey, NodeIdentity, ServerKey
 
 KEY = DeviceKey(ServerKey("10.0.0.1"), "1-1")

@@ -19,7 +19,7 @@ from lock_model import (
 
 from usbip_plugin.locks import protocol, record
 from usbip_plugin.locks.protocol import Decision, LockMeta, Observation, Replace, Rules, Write
-from usbip_plugin.locks.store import Lease
+from usbip_plugin.locks.record import Lease
 from usbip_plugin.model import DeviceKey
 
 UNEVEN = ((15.0, 7.0), (6.0, 2.5))

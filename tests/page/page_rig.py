@@ -15,7 +15,7 @@ import grpc.aio
 
 from usbip_plugin import __version__
 from usbip_plugin.clock import Clock, SystemClock
-from usbip_plugin.config import Config, DeviceSelector, ResourceConfig, Selector
+from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.errors import ConfigError, ServerUnreachable
 from usbip_plugin.kubelet import deviceplugin_pb2 as pb
 from usbip_plugin.kubelet.deviceplugin_pb2_grpc import DevicePluginStub
@@ -25,8 +25,7 @@ from usbip_plugin.observe.metrics import Metrics
 from usbip_plugin.observe.status import Status
 from usbip_plugin.observe.tracing import RecentSpans, Tracing
 from usbip_plugin.status import config_failed, config_loaded, status_of
-from usbip_plugin.usbip.client import TcpUsbipClient
-from usbip_plugin.usbip.connect import Connector
+from usbip_plugin.usbip.client import Connector, TcpUsbipClient
 from usbip_sim.server.server import VirtualServer
 from usbip_sim.server.usbdevice import VirtualDevice
 from usbip_sim.world import Setup, SimNode, World, running

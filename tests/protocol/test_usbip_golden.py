@@ -4,8 +4,8 @@ import pytest
 from golden_files import golden
 
 from usbip_plugin.model import InterfaceClass, UsbId
-from usbip_plugin.usbip import probe, urb
-from usbip_plugin.usbip.protocol import (
+from usbip_plugin.usbip import identify, wire
+from usbip_plugin.usbip.wire import (
     ImportReply,
     decode,
     devlist_reply,
@@ -90,17 +90,17 @@ def test_a_refusal_is_eight_bytes(name: str, status: int) -> None:
 )
 def test_answers_to_transfers(name: str, seqnum: int, length: int) -> None:
     raw = golden(name)
-    header, data = raw[: urb.HEADER_BYTES], raw[urb.HEADER_BYTES :]
-    answer = urb.decode_return(header)
-    assert answer == urb.SubmitReturn(seqnum, 0, length)
+    header, data = raw[: wire.HEADER_BYTES], raw[wire.HEADER_BYTES :]
+    answer = wire.decode_return(header)
+    assert answer == wire.SubmitReturn(seqnum, 0, length)
     assert len(data) == length
-    assert urb.encode_return(answer) == header
+    assert wire.encode_return(answer) == header
 
 
 def test_descriptors() -> None:
-    string = golden("urb_string_serial_storage")[urb.HEADER_BYTES :]
-    assert probe.parse_string(string) == "STOR-0001"
-    assert probe.parse_string(golden("urb_string_serial_serial")[urb.HEADER_BYTES :]) == "QEMU USB BAUM BRAILLE"
-    storage = golden("urb_config_storage")[urb.HEADER_BYTES :]
-    assert probe.parse_interfaces(storage) == (InterfaceClass(8, 6, 0x50),)
-    assert probe.parse_interfaces(golden("urb_config_kbd")[urb.HEADER_BYTES :]) == (InterfaceClass(3, 1, 1),)
+    string = golden("urb_string_serial_storage")[wire.HEADER_BYTES :]
+    assert identify.parse_string(string) == "STOR-0001"
+    assert identify.parse_string(golden("urb_string_serial_serial")[wire.HEADER_BYTES :]) == "QEMU USB BAUM BRAILLE"
+    storage = golden("urb_config_storage")[wire.HEADER_BYTES :]
+    assert identify.parse_interfaces(storage) == (InterfaceClass(8, 6, 0x50),)
+    assert identify.parse_interfaces(golden("urb_config_kbd")[wire.HEADER_BYTES :]) == (InterfaceClass(3, 1, 1),)

@@ -9,9 +9,9 @@ from golden_files import golden
 from hypothesis import given
 from hypothesis import strategies as st
 
-from usbip_plugin.model import Descriptor, InterfaceClass, UsbId
-from usbip_plugin.usbip import probe, urb
-from usbip_plugin.usbip.protocol import (
+from usbip_plugin.model import Descriptor, InterfaceClass, UsbId, valid_busid
+from usbip_plugin.usbip import identify, wire
+from usbip_plugin.usbip.wire import (
     MAX_DEVICES,
     MAX_INTERFACES,
     Decoding,
@@ -28,7 +28,6 @@ from usbip_plugin.usbip.protocol import (
     encode_import_request,
     import_reply,
     request,
-    valid_busid,
 )
 
 U8 = st.integers(0, 0xFF)
@@ -203,26 +202,26 @@ def test_a_valid_busid_is_safe_as_a_file_name(text: str) -> None:
 
 @given(st.binary(min_size=48, max_size=48))
 def test_noise_as_a_transfer_header(header: bytes) -> None:
-    for decoder in (urb.decode_command, urb.decode_return):
+    for decoder in (wire.decode_command, wire.decode_return):
         try:
             decoded = decoder(header)
         except ProtocolViolation:
             continue
-        if isinstance(decoded, urb.Submit):
-            assert 0 <= decoded.length <= urb.MAX_TRANSFER_BYTES
-        if isinstance(decoded, urb.SubmitReturn):
-            assert 0 <= decoded.actual_length <= urb.MAX_TRANSFER_BYTES
+        if isinstance(decoded, wire.Submit):
+            assert 0 <= decoded.length <= wire.MAX_TRANSFER_BYTES
+        if isinstance(decoded, wire.SubmitReturn):
+            assert 0 <= decoded.actual_length <= wire.MAX_TRANSFER_BYTES
 
 
 U32 = st.integers(0, 0xFFFFFFFF)
 I32 = st.integers(-(1 << 31), (1 << 31) - 1)
-LENGTHS = st.integers(0, urb.MAX_TRANSFER_BYTES)
+LENGTHS = st.integers(0, wire.MAX_TRANSFER_BYTES)
 
 
 @given(
     st.one_of(
         st.builds(
-            urb.Submit,
+            wire.Submit,
             U32,
             U32,
             st.booleans(),
@@ -232,23 +231,23 @@ LENGTHS = st.integers(0, urb.MAX_TRANSFER_BYTES)
             U32,
             I32,
         ),
-        st.builds(urb.Unlink, U32, U32),
+        st.builds(wire.Unlink, U32, U32),
     )
 )
-def test_commands_survive_the_wire(command: urb.Submit | urb.Unlink) -> None:
-    assert urb.decode_command(urb.encode_command(command)) == command
+def test_commands_survive_the_wire(command: wire.Submit | wire.Unlink) -> None:
+    assert wire.decode_command(wire.encode_command(command)) == command
 
 
-@given(st.one_of(st.builds(urb.SubmitReturn, U32, I32, LENGTHS), st.builds(urb.UnlinkReturn, U32, I32)))
-def test_answers_survive_the_wire(answer: urb.SubmitReturn | urb.UnlinkReturn) -> None:
-    assert urb.decode_return(urb.encode_return(answer)) == answer
+@given(st.one_of(st.builds(wire.SubmitReturn, U32, I32, LENGTHS), st.builds(wire.UnlinkReturn, U32, I32)))
+def test_answers_survive_the_wire(answer: wire.SubmitReturn | wire.UnlinkReturn) -> None:
+    assert wire.decode_return(wire.encode_return(answer)) == answer
 
 
 @given(st.binary(max_size=300))
 def test_descriptors_of_a_hostile_device(data: bytes) -> None:
-    text = probe.parse_string(data)
+    text = identify.parse_string(data)
     assert text is None or (text.isprintable() and text == text.strip())
-    assert len(probe.parse_interfaces(data)) <= len(data) // 9
+    assert len(identify.parse_interfaces(data)) <= len(data) // 9
 
 
 @pytest.mark.parametrize(
@@ -257,4 +256,4 @@ def test_descriptors_of_a_hostile_device(data: bytes) -> None:
 )
 def test_serial_numbers_are_printable_or_none(text: str, expected: str | None) -> None:
     body = text.encode("utf-16-le")
-    assert probe.parse_string(bytes([2 + len(body), 3]) + body) == expected
+    assert identify.parse_string(bytes([2 + len(body), 3]) + body) == expected

@@ -24,11 +24,10 @@ from usbip_plugin.claims import Claim, ClaimBook
 from usbip_plugin.errors import MalformedReply, ServerTimeout, ServerUnreachable, UsbipError, WrongDevice
 from usbip_plugin.locks.manager import LockManager, LockSettings
 from usbip_plugin.model import DeviceKey, NodeIdentity, ServerKey, UsbId
-from usbip_plugin.usbip import urb
-from usbip_plugin.usbip.client import TcpUsbipClient
-from usbip_plugin.usbip.connect import Connector
-from usbip_plugin.usbip.probe import DeviceIdentity
-from usbip_plugin.usbip.protocol import ImportReply, encode_devlist_reply, encode_import_reply
+from usbip_plugin.usbip import wire
+from usbip_plugin.usbip.client import Connector, TcpUsbipClient
+from usbip_plugin.usbip.identify import DeviceIdentity
+from usbip_plugin.usbip.wire import ImportReply, encode_devlist_reply, encode_import_reply
 from usbip_plugin.vhci.sysfs import PortStatus
 from usbip_sim.kernel.driver import SimulatedVhci
 from usbip_sim.kernel.ports import SimulatedKernel
@@ -171,12 +170,12 @@ async def test_slow_bytes_are_bounded_by_the_timeout_of_the_whole(call: str, sec
 @pytest.mark.parametrize("seconds", [0.5, 1.0])
 @virtual
 async def test_a_device_that_answers_a_probe_in_slow_bytes_is_given_up(seconds: float) -> None:
-    answer = urb.encode_return(urb.SubmitReturn(1, 0, 18)) + bytes(18)
+    answer = wire.encode_return(wire.SubmitReturn(1, 0, 18)) + bytes(18)
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await requested(reader)
         writer.write(IMPORT)
-        await reader.readexactly(urb.HEADER_BYTES)
+        await reader.readexactly(wire.HEADER_BYTES)
         await drip(writer, answer, seconds)
 
     async with against(handle) as asked:
@@ -357,20 +356,20 @@ async def test_a_flood_behind_an_import_never_reaches_the_kernel() -> None:
 # devices
 
 
-DEVICE = golden("urb_device_descriptor_storage")[urb.HEADER_BYTES :]
-LANGUAGES = golden("urb_string_langs_storage")[urb.HEADER_BYTES :]
-SERIAL = golden("urb_string_serial_storage")[urb.HEADER_BYTES :]
-CONFIG = golden("urb_config_storage")[urb.HEADER_BYTES :]
+DEVICE = golden("urb_device_descriptor_storage")[wire.HEADER_BYTES :]
+LANGUAGES = golden("urb_string_langs_storage")[wire.HEADER_BYTES :]
+SERIAL = golden("urb_string_serial_storage")[wire.HEADER_BYTES :]
+CONFIG = golden("urb_config_storage")[wire.HEADER_BYTES :]
 HONEST = (DEVICE, LANGUAGES, SERIAL, CONFIG[:9], CONFIG)
 STORAGE = UsbId(0x46F4, 0x0001)
 STORAGE_IMPORT = encode_import_reply(ImportReply(0, replace(DESCRIPTOR, usb_id=STORAGE)))
 
-Answer = Callable[[int, urb.Submit], bytes]
+Answer = Callable[[int, wire.Submit], bytes]
 
 
-def honest(step: int, asked: urb.Submit) -> bytes:
+def honest(step: int, asked: wire.Submit) -> bytes:
     body = HONEST[step][: asked.length]
-    return urb.encode_return(urb.SubmitReturn(asked.seqnum, 0, len(body))) + body
+    return wire.encode_return(wire.SubmitReturn(asked.seqnum, 0, len(body))) + body
 
 
 def device(answer: Answer) -> Handler:
@@ -380,15 +379,15 @@ def device(answer: Answer) -> Handler:
         await requested(reader)
         writer.write(STORAGE_IMPORT)
         for step in range(5):
-            command = urb.decode_command(await reader.readexactly(urb.HEADER_BYTES))
-            assert isinstance(command, urb.Submit)
+            command = wire.decode_command(await reader.readexactly(wire.HEADER_BYTES))
+            assert isinstance(command, wire.Submit)
             writer.write(answer(step, command))
         assert not await reader.read(1), "a sixth transfer"
 
     return handle
 
 
-def one_wrong(wrong: int, answer: Callable[[urb.Submit], bytes]) -> Answer:
+def one_wrong(wrong: int, answer: Callable[[wire.Submit], bytes]) -> Answer:
     return lambda step, asked: answer(asked) if step == wrong else honest(step, asked)
 
 
@@ -399,26 +398,26 @@ async def test_an_honest_device_is_read_in_five_transfers() -> None:
         assert (identity.usb_id, identity.serial, len(identity.interfaces)) == (STORAGE, "STOR-0001", 1)
 
 
-WRONG_ANSWERS: dict[str, Callable[[urb.Submit], bytes]] = {
-    "the next number": lambda asked: urb.encode_return(urb.SubmitReturn(asked.seqnum + 1, 0, 0)),
-    "the last number": lambda asked: urb.encode_return(urb.SubmitReturn(asked.seqnum - 1, 0, 0)),
-    "an unlink": lambda asked: urb.encode_return(urb.UnlinkReturn(asked.seqnum, 0)),
+WRONG_ANSWERS: dict[str, Callable[[wire.Submit], bytes]] = {
+    "the next number": lambda asked: wire.encode_return(wire.SubmitReturn(asked.seqnum + 1, 0, 0)),
+    "the last number": lambda asked: wire.encode_return(wire.SubmitReturn(asked.seqnum - 1, 0, 0)),
+    "an unlink": lambda asked: wire.encode_return(wire.UnlinkReturn(asked.seqnum, 0)),
     "an unlink first": lambda asked: (
-        urb.encode_return(urb.UnlinkReturn(asked.seqnum, -urb.ECONNRESET))
-        + urb.encode_return(urb.SubmitReturn(asked.seqnum, 0, 0))
+        wire.encode_return(wire.UnlinkReturn(asked.seqnum, -wire.ECONNRESET))
+        + wire.encode_return(wire.SubmitReturn(asked.seqnum, 0, 0))
     ),
-    "a command": lambda asked: urb.encode_command(urb.Submit(asked.seqnum, 0, True, 0, 18)),
-    "more than asked": lambda asked: urb.encode_return(urb.SubmitReturn(asked.seqnum, 0, asked.length + 1)),
-    "more than any transfer": lambda asked: urb.encode_return(urb.SubmitReturn(asked.seqnum, 0, 0x7FFFFFFF)),
-    "a negative length": lambda asked: urb.encode_return(urb.SubmitReturn(asked.seqnum, 0, -1)),
-    "a length with a stall": lambda asked: urb.encode_return(urb.SubmitReturn(asked.seqnum, -urb.EPIPE, 1 << 20)),
+    "a command": lambda asked: wire.encode_command(wire.Submit(asked.seqnum, 0, True, 0, 18)),
+    "more than asked": lambda asked: wire.encode_return(wire.SubmitReturn(asked.seqnum, 0, asked.length + 1)),
+    "more than any transfer": lambda asked: wire.encode_return(wire.SubmitReturn(asked.seqnum, 0, 0x7FFFFFFF)),
+    "a negative length": lambda asked: wire.encode_return(wire.SubmitReturn(asked.seqnum, 0, -1)),
+    "a length with a stall": lambda asked: wire.encode_return(wire.SubmitReturn(asked.seqnum, -wire.EPIPE, 1 << 20)),
 }
 
 
 @pytest.mark.parametrize("step", range(5))
 @pytest.mark.parametrize("answer", WRONG_ANSWERS.values(), ids=list(WRONG_ANSWERS))
 @virtual
-async def test_an_answer_to_another_transfer_ends_the_probe(step: int, answer: Callable[[urb.Submit], bytes]) -> None:
+async def test_an_answer_to_another_transfer_ends_the_probe(step: int, answer: Callable[[wire.Submit], bytes]) -> None:
     async with against(device(one_wrong(step, answer))) as asked:
         with pytest.raises(MalformedReply, match="1-1"):
             await asked.probe()
@@ -429,7 +428,7 @@ async def test_an_answer_to_another_transfer_ends_the_probe(step: int, answer: C
 @pytest.mark.parametrize("step", range(5))
 @virtual
 async def test_a_transfer_that_failed_ends_the_probe(step: int, status: int) -> None:
-    failed = one_wrong(step, lambda asked: urb.encode_return(urb.SubmitReturn(asked.seqnum, status, 0)))
+    failed = one_wrong(step, lambda asked: wire.encode_return(wire.SubmitReturn(asked.seqnum, status, 0)))
     async with against(device(failed)) as asked:
         with pytest.raises(UsbipError, match=f"failed with {status}"):
             await asked.probe()
@@ -439,8 +438,8 @@ async def test_a_transfer_that_failed_ends_the_probe(step: int, status: int) -> 
 async def test_answers_out_of_order_end_the_probe() -> None:
     """The answers to transfers one and two, the second first: there is only ever one under way."""
 
-    def swapped(_step: int, asked: urb.Submit) -> bytes:
-        second = urb.encode_return(urb.SubmitReturn(asked.seqnum + 1, 0, len(LANGUAGES))) + LANGUAGES
+    def swapped(_step: int, asked: wire.Submit) -> bytes:
+        second = wire.encode_return(wire.SubmitReturn(asked.seqnum + 1, 0, len(LANGUAGES))) + LANGUAGES
         return second + honest(0, asked)
 
     async with against(device(swapped)) as asked:
@@ -493,8 +492,8 @@ TEXT = "S-1".encode("utf-16-le")
 async def test_string_descriptors_of_any_form_are_a_serial_number_or_none(
     descriptor: bytes, serial: str | None
 ) -> None:
-    def answer(asked: urb.Submit) -> bytes:
-        return urb.encode_return(urb.SubmitReturn(asked.seqnum, 0, len(descriptor))) + descriptor
+    def answer(asked: wire.Submit) -> bytes:
+        return wire.encode_return(wire.SubmitReturn(asked.seqnum, 0, len(descriptor))) + descriptor
 
     async with against(device(one_wrong(2, answer))) as asked:
         assert (await asked.probe()).serial == serial
@@ -503,8 +502,8 @@ async def test_string_descriptors_of_any_form_are_a_serial_number_or_none(
 @pytest.mark.parametrize("languages", [b"", b"\x02\x03", b"\x04\x03\xff", b"\xff\x03\xff\xff", b"\0" * 255])
 @virtual
 async def test_a_list_of_languages_of_any_form_leads_to_a_serial_number(languages: bytes) -> None:
-    def answer(asked: urb.Submit) -> bytes:
-        return urb.encode_return(urb.SubmitReturn(asked.seqnum, 0, len(languages))) + languages
+    def answer(asked: wire.Submit) -> bytes:
+        return wire.encode_return(wire.SubmitReturn(asked.seqnum, 0, len(languages))) + languages
 
     async with against(device(one_wrong(1, answer))) as asked:
         assert (await asked.probe()).serial == "STOR-0001"
@@ -513,12 +512,12 @@ async def test_a_list_of_languages_of_any_form_leads_to_a_serial_number(language
 @pytest.mark.parametrize("total", [0, 1, 8, 4097, 65535])
 @virtual
 async def test_a_configuration_of_any_announced_length_is_asked_for_within_bounds(total: int) -> None:
-    def answer(step: int, asked: urb.Submit) -> bytes:
+    def answer(step: int, asked: wire.Submit) -> bytes:
         assert asked.length <= 4096
         if step < 3:
             return honest(step, asked)
         body = (CONFIG[:2] + struct.pack("<H", total) + CONFIG[4:]).ljust(4096, b"\x02")[: asked.length]
-        return urb.encode_return(urb.SubmitReturn(asked.seqnum, 0, len(body))) + body
+        return wire.encode_return(wire.SubmitReturn(asked.seqnum, 0, len(body))) + body
 
     async with against(device(answer)) as asked:
         assert len((await asked.probe()).interfaces) <= 1

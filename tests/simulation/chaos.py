@@ -13,12 +13,11 @@ from cluster_rig import dongle, stick
 from plan import Action
 
 from usbip_plugin.claims import State
-from usbip_plugin.config import Config
+from usbip_plugin.config.schema import Config
 from usbip_plugin.errors import KubeConflict, KubeForbidden, KubeGone, KubeServerError, KubeThrottled
-from usbip_plugin.inventory.annotations import key_of
 from usbip_plugin.kube.node_status import NODES_STATUS
 from usbip_plugin.locks.protocol import LockMeta, Replace, Write, decide_acquire, decide_release
-from usbip_plugin.locks.record import BY_HAND, lock_of
+from usbip_plugin.locks.record import BY_HAND, key_of, lock_of
 from usbip_plugin.model import DeviceKey, NodeIdentity, PodRef
 from usbip_plugin.vhci.sysfs import PortStatus
 from usbip_sim.kubelet.device_manager import ContainerSpec, EndpointError

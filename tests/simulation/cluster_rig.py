@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 
 from usbip_plugin.agent import Agent, Observer
-from usbip_plugin.config import Config, DeviceSelector, ResourceConfig, Selector
+from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.kubelet.device_plugin import ContainerResponse
 from usbip_plugin.locks import record
 from usbip_plugin.locks.manager import LockSettings

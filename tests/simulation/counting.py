@@ -9,7 +9,7 @@ from usbip_plugin.agent import Observer
 from usbip_plugin.errors import LockUnavailable, PluginError
 from usbip_plugin.locks import protocol
 from usbip_plugin.locks.protocol import Decision, Denied, LockMeta, Observation, Rules, Write
-from usbip_plugin.locks.store import Lease
+from usbip_plugin.locks.record import Lease
 from usbip_plugin.model import Advertised, DeviceKey, Reason
 from usbip_plugin.notices import Notice, What
 

@@ -21,7 +21,7 @@ from usbip_plugin.claims import ALLOCATION_GRACE, IN_USE, State
 from usbip_plugin.inventory.reasons import API_GRACE
 from usbip_plugin.kubelet.cdi import device_name
 from usbip_plugin.locks import record
-from usbip_plugin.locks.store import Lease
+from usbip_plugin.locks.record import Lease
 from usbip_plugin.model import DeviceKey, PodRef, Reason
 from usbip_sim.kubelet.specs import UnresolvableDevice, resolve
 from usbip_sim.leases import WATCH_IDLE_S

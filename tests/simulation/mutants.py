@@ -22,10 +22,10 @@ from usbip_plugin.keeper import Keeper
 from usbip_plugin.kube.node_status import NodeStatusPublisher
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer
 from usbip_plugin.locks import protocol, record
-from usbip_plugin.locks.contact import ApiState
 from usbip_plugin.locks.manager import Grant, LockSettings
 from usbip_plugin.locks.protocol import Create, Decision, Denied, LockMeta, Observation, Replace, Rules, Write
-from usbip_plugin.locks.store import Lease
+from usbip_plugin.locks.record import Lease
+from usbip_plugin.locks.watch import ApiState
 from usbip_plugin.locks.writer import Effort, Writer, Written
 from usbip_plugin.model import Attachment, Descriptor, DeviceKey
 from usbip_plugin.telling import Telling

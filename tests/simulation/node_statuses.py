@@ -10,10 +10,10 @@ import math
 from lasting import Lasting, Violation
 
 from usbip_plugin.errors import LockHeld, PluginError
-from usbip_plugin.inventory.annotations import key_of
 from usbip_plugin.kube.fleet import UNCOUNTED
 from usbip_plugin.kube.node_status import KUBELET_SYNC_S, spread
 from usbip_plugin.locks.protocol import Standing
+from usbip_plugin.locks.record import key_of
 from usbip_sim.virtual.cluster_kubelet import Call
 from usbip_sim.virtual.cluster_node import ClusterNode
 from usbip_sim.virtual.steploop import Process

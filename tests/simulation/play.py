@@ -26,7 +26,7 @@ from plan import CONDITIONS, PROMISED, Plan, Settings
 
 from usbip_plugin.agent import Observer
 from usbip_plugin.claims import ALLOCATION_GRACE
-from usbip_plugin.config import Config, DeviceSelector, ResourceConfig, Selector
+from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.locks.protocol import Rules
 from usbip_plugin.model import DeviceKey, PodRef, Reason
 from usbip_plugin.vhci.driver import VhciDriver

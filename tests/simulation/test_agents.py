@@ -37,7 +37,7 @@ from cluster_rig import (
 )
 
 from usbip_plugin.claims import ALLOCATION_GRACE, State
-from usbip_plugin.config import Config, OnLoss
+from usbip_plugin.config.schema import Config, OnLoss
 from usbip_plugin.errors import ClaimBusy
 from usbip_plugin.inventory.reasons import API_GRACE
 from usbip_plugin.keeper import PORT_CHECK_INTERVAL

@@ -11,7 +11,7 @@ from usbip_plugin import advertising
 from usbip_plugin.inventory.facts import Facts, Members
 from usbip_plugin.inventory.lists import advertise
 from usbip_plugin.locks import record
-from usbip_plugin.locks.store import Lease
+from usbip_plugin.locks.record import Lease
 from usbip_plugin.model import Advertised
 from usbip_sim.virtual.cluster import cluster
 from usbip_sim.virtual.steploop import stepped

@@ -35,7 +35,7 @@ from usbip_plugin.agent import Observer
 from usbip_plugin.allocation import PRE_START_WAIT
 from usbip_plugin.claims import AfterReattach
 from usbip_plugin.clock import SystemClock
-from usbip_plugin.config import Config, OnLoss, ResourceConfig
+from usbip_plugin.config.schema import Config, OnLoss, ResourceConfig
 from usbip_plugin.keeper import PORT_CHECK_INTERVAL
 from usbip_plugin.model import Advertised, DeviceKey, Reason
 from usbip_plugin.notices import Notice, What

@@ -30,7 +30,7 @@ from cluster_rig import (
 )
 from figures_rig import Measured, measured
 
-from usbip_plugin.config import Config
+from usbip_plugin.config.schema import Config
 from usbip_plugin.errors import KubeConflict
 from usbip_plugin.model import DeviceKey
 from usbip_sim.kubelet.device_manager import EndpointError

@@ -26,7 +26,7 @@ from cluster_rig import (
 )
 
 from usbip_plugin.claims import ALLOCATION_GRACE, State
-from usbip_plugin.config import DeviceSelector, ResourceConfig, Selector
+from usbip_plugin.config.schema import DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.locks import record
 from usbip_plugin.model import DeviceKey, Reason, ServerKey
 from usbip_plugin.notices import Notice, What

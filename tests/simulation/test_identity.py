@@ -27,7 +27,7 @@ from cluster_rig import (
     stick,
 )
 
-from usbip_plugin.config import DeviceSelector, ResourceConfig, Selector
+from usbip_plugin.config.schema import DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.errors import WrongSerial
 from usbip_plugin.locks import record
 from usbip_plugin.model import DeviceKey, InterfaceClass, Reason

@@ -24,7 +24,7 @@ from cluster_rig import (
     taken,
 )
 
-from usbip_plugin.config import ResourceConfig
+from usbip_plugin.config.schema import ResourceConfig
 from usbip_plugin.model import DeviceKey, Reason
 from usbip_plugin.notices import Notice, What
 from usbip_plugin.vhci.sysfs import PortStatus

@@ -31,7 +31,7 @@ from play import task_names
 
 from usbip_plugin.claims import ALLOCATION_GRACE, AfterReattach
 from usbip_plugin.clock import SystemClock
-from usbip_plugin.config import Config, DeviceSelector, OnLoss, ResourceConfig, Selector
+from usbip_plugin.config.schema import Config, DeviceSelector, OnLoss, ResourceConfig, Selector
 from usbip_plugin.errors import AllocateTimeout, UnknownDevice
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer, DeviceStates
 from usbip_plugin.model import DeviceKey, Reason

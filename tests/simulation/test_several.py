@@ -26,7 +26,7 @@ from cluster_rig import (
 )
 
 from usbip_plugin.claims import ALLOCATION_GRACE, State
-from usbip_plugin.config import DeviceSelector, Extra, ResourceConfig, Selector
+from usbip_plugin.config.schema import DeviceSelector, Extra, ResourceConfig, Selector
 from usbip_plugin.model import DeviceKey
 from usbip_sim.kubelet.device_manager import ContainerSpec
 from usbip_sim.server.server import VirtualServer

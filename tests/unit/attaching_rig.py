@@ -15,12 +15,12 @@ from opentelemetry.trace import NoOpTracer
 from usbip_plugin.attaching import Means, Pipeline, Progress, Wanted
 from usbip_plugin.cdi_specs import CdiSpecs
 from usbip_plugin.claims import Claim, ClaimBook, State
-from usbip_plugin.config import ResourceConfig
+from usbip_plugin.config.schema import ResourceConfig
 from usbip_plugin.locks.manager import IMPORT_WINDOW_S, Grant, LockManager, LockMeta
 from usbip_plugin.locks.protocol import Rules
 from usbip_plugin.model import Attachment, Descriptor, DeviceKey, Identity, Lock, NodeIdentity, ServerKey, UsbId
 from usbip_plugin.usbip.client import Imported
-from usbip_plugin.usbip.probe import DeviceIdentity
+from usbip_plugin.usbip.identify import DeviceIdentity
 from usbip_plugin.vhci.driver import ASKED_CHILD_WAIT_S, PortState
 from usbip_plugin.vhci.sysfs import PortStatus
 from usbip_sim.kernel.driver import SimulatedVhci

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
-from usbip_plugin.cli.explaining import Facts, Offer, PluginWord, PodWord, ServerSays, ServerWord
-from usbip_plugin.cli.listing import Known
-from usbip_plugin.locks.record import LOCK_LABELS, SESSION_LABELS, lock_of
-from usbip_plugin.locks.store import Lease
+from usbip_plugin.cli.devices import Known
+from usbip_plugin.cli.explain import Facts, Offer, PluginWord, PodWord, ServerSays, ServerWord
+from usbip_plugin.locks.record import LOCK_LABELS, SESSION_LABELS, Lease, lock_of
 from usbip_plugin.model import DeviceKey, ServerKey
 
 KEY = DeviceKey(ServerKey("lab", 3240), "1-1")

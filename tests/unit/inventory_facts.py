@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from usbip_plugin.claims import Claim, State
-from usbip_plugin.config import Config, DeviceSelector, ResourceConfig, Selector
+from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.inventory.facts import Facts, Members
 from usbip_plugin.inventory.members import learn
 from usbip_plugin.locks.manager import Standing

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 import pytest
 from opentelemetry.trace import NoOpTracer
 
-from usbip_plugin.locks.manager import LockChange, LockManager, LockSettings
+from usbip_plugin.locks.manager import LockManager, LockSettings
+from usbip_plugin.locks.watch import LockChange
 from usbip_plugin.model import DeviceKey, NodeIdentity, ServerKey
 from usbip_sim.leases import FINE, Fate, MemoryBackend, MemoryLeases, Operation
 from usbip_sim.virtual.loop import SimClock

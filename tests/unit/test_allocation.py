@@ -2,7 +2,7 @@
 
 import pytest
 
-from usbip_plugin.config import DeviceSelector, Extra, ResourceConfig
+from usbip_plugin.config.schema import DeviceSelector, Extra, ResourceConfig
 from usbip_plugin.containers import container_response, injected
 from usbip_plugin.kubelet.device_plugin import DeviceSpec
 from usbip_plugin.model import Attachment, DeviceKey, DeviceNode, ServerKey, UsbId

@@ -10,7 +10,7 @@ import pytest
 
 from usbip_plugin import changes
 from usbip_plugin.claims import Claim, State
-from usbip_plugin.config import Config, DeviceSelector, ResourceConfig, Selector
+from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.inventory.facts import Facts, Members
 from usbip_plugin.inventory.lists import advertise
 from usbip_plugin.inventory.members import learn

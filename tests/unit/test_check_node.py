@@ -16,8 +16,8 @@ from usbip_plugin import check
 from usbip_plugin.check import Finding, Permission, Status
 from usbip_plugin.checking import check_node
 from usbip_plugin.clock import SystemClock
-from usbip_plugin.config import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.config.reload import Loaded
+from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.errors import ConfigError, KubeForbidden, KubeUnreachable, ServerUnreachable
 from usbip_plugin.model import Descriptor, ServerKey, UsbId
 from usbip_plugin.process import Options

@@ -27,7 +27,7 @@ from usbip_plugin.claims import (
     step,
     usage_ended,
 )
-from usbip_plugin.config import OnLoss
+from usbip_plugin.config.schema import OnLoss
 from usbip_plugin.model import Attachment, DeviceKey, DeviceNode, Lock, NodeIdentity, PodRef, ServerKey, UsbId
 from usbip_plugin.vhci.driver import PortState
 from usbip_plugin.vhci.sysfs import PortStatus

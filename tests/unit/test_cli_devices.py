@@ -9,12 +9,10 @@ from datetime import UTC, datetime, timedelta
 import pytest
 import yaml
 
-from usbip_plugin.cli import output
-from usbip_plugin.cli.listing import COLUMNS, WIDE, known_devices, rows
-from usbip_plugin.cli.output import show_devices, table, wants_colour
+from usbip_plugin.cli import devices as cli_devices
+from usbip_plugin.cli.devices import COLUMNS, WIDE, known_devices, rows, show_devices, table, wants_colour
 from usbip_plugin.clock import SystemClock
-from usbip_plugin.locks.record import LOCK_LABELS, SESSION_LABELS
-from usbip_plugin.locks.store import Lease
+from usbip_plugin.locks.record import LOCK_LABELS, SESSION_LABELS, Lease
 from usbip_plugin.model import DeviceKey, ServerKey
 from usbip_sim.leases import MemoryBackend, MemoryLeases
 
@@ -124,7 +122,7 @@ async def test_a_terminal_gets_colour_with_and_without_rich(monkeypatch: pytest.
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
     if not rich:
-        monkeypatch.setattr(output, "find_spec", lambda _name: None)
+        monkeypatch.setattr(cli_devices, "find_spec", lambda _name: None)
     monkeypatch.setenv("COLUMNS", "200")
     out = Terminal()
     devices = rows(await known_devices(store()), NOW)

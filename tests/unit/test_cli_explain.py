@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 from cli_facts import FREE, HELD, HELD_NOTES, KEY, LISTED, NOTES, NOW, UNLISTED, UNREACHABLE, known
 
-from usbip_plugin.cli.asking import plugin_word, pod_word
-from usbip_plugin.cli.explaining import Facts, PluginWord, PodWord, age, explain, render
+from usbip_plugin.cli.explain import Facts, PluginWord, PodWord, age, explain, render
+from usbip_plugin.cli.lookup import plugin_word, pod_word
 from usbip_plugin.model import PodRef
 
 TOLD = replace(FREE, known=known(notes=NOTES | {"usbip.dev/serial": "RED"}))

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from usbip_plugin.cli import main, parser
 from usbip_plugin.cli.completion import candidates, script
-from usbip_plugin.cli.exits import MEANING, Exit
+from usbip_plugin.cli.main import main
+from usbip_plugin.cli.parser import MEANING, Exit, parser
 
 KUBECONFIG = """
 apiVersion: v1

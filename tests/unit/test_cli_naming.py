@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from usbip_plugin.cli.asking import named_key
-from usbip_plugin.cli.naming import Candidate, resolve
+from usbip_plugin.cli.lookup import Candidate, named_key, resolve
 from usbip_plugin.errors import AmbiguousDevice, NoSuchDevice
 from usbip_plugin.model import DeviceKey, ServerKey
 

@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 from cli_facts import FREE, HELD, HELD_NOTES, KEY, LISTED, NOW, UNLISTED, UNREACHABLE, known
 
-from usbip_plugin.cli.explaining import Facts, PodWord
-from usbip_plugin.cli.listing import Known, known_devices
-from usbip_plugin.cli.releasing import plan, release
+from usbip_plugin.cli.devices import Known, known_devices
+from usbip_plugin.cli.explain import Facts, PodWord
+from usbip_plugin.cli.release import plan, release
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.errors import KubeForbidden, ReleaseRefused
-from usbip_plugin.locks.store import Lease
+from usbip_plugin.locks.record import Lease
 from usbip_sim.leases import MemoryBackend, MemoryLeases
 
 NO_PORT = {name: text for name, text in HELD_NOTES.items() if name != "usbip.dev/vhci-port"}

@@ -7,12 +7,12 @@ from typing import cast
 
 import pytest
 
-from usbip_plugin.cli.asking import Enquiry
+from usbip_plugin.cli.lookup import Enquiry
 from usbip_plugin.clock import SystemClock
-from usbip_plugin.config import Config, DeviceSelector, ResourceConfig, Selector
+from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.kube.events import KubeRequests
 from usbip_plugin.locks import record
-from usbip_plugin.locks.store import Lease, LeaseList, LeaseStore
+from usbip_plugin.locks.record import Lease, LeaseList, LeaseStore
 from usbip_plugin.model import Descriptor, DeviceKey, ServerKey, UsbId
 
 LAB, ATTIC = ServerKey("lab", 3240), ServerKey("attic", 3240)

@@ -6,11 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from usbip_plugin.config import NodePermissions, ResourceConfig, parse_config
-from usbip_plugin.config.templates import (
+from usbip_plugin.config.parse import parse_config
+from usbip_plugin.config.schema import (
     FIELDS,
     MAX_VALUE,
     Names,
+    NodePermissions,
+    ResourceConfig,
     names,
     render,
     tells_devices_apart,

@@ -9,7 +9,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from usbip_plugin.config import (
+from usbip_plugin.config import document
+from usbip_plugin.config.parse import parse_config
+from usbip_plugin.config.schema import (
     DeviceSelector,
     Extra,
     FileSettings,
@@ -18,8 +20,6 @@ from usbip_plugin.config import (
     OnLoss,
     ResourceConfig,
     Selector,
-    document,
-    parse_config,
 )
 from usbip_plugin.errors import ConfigError
 from usbip_plugin.model import ServerKey, UsbId

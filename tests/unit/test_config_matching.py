@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from usbip_plugin.config import Match, Selector, matches, may_overlap
-from usbip_plugin.config.templates import render, template_problem
+from usbip_plugin.config.schema import Selector, render, template_problem
+from usbip_plugin.config.selectors import Match, matches, may_overlap
 from usbip_plugin.model import Descriptor, Identity, InterfaceClass, UsbId
 
 STICK = Descriptor(

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from usbip_plugin.clock import SystemClock
-from usbip_plugin.config import Config, ConfigWatcher, Loaded, load_config, reload
-from usbip_plugin.config.reload import DEBOUNCE_S
+from usbip_plugin.config import reload
+from usbip_plugin.config.reload import DEBOUNCE_S, ConfigWatcher, Loaded, load_config
+from usbip_plugin.config.schema import Config
 from usbip_plugin.errors import ConfigError
 from usbip_sim.virtual.loop import virtual
 

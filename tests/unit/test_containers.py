@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from usbip_plugin.config import DeviceSelector, NodePermissions, ResourceConfig
+from usbip_plugin.config.schema import DeviceSelector, NodePermissions, ResourceConfig
 from usbip_plugin.containers import (
     check_paths,
     container_response,

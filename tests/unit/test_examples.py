@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from usbip_plugin.config import OnLoss, ResourceConfig, parse_config
-from usbip_plugin.config.schema import DEFAULT_DOMAIN
+from usbip_plugin.config.parse import parse_config
+from usbip_plugin.config.schema import DEFAULT_DOMAIN, OnLoss, ResourceConfig
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from inventory_facts import KEY, lock
 
-from usbip_plugin.inventory.annotations import key_of, parse_usb_id
+from usbip_plugin.locks.record import key_of, parse_usb_id
 from usbip_plugin.model import DeviceKey, Lock, ServerKey
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from inventory_facts import DEVID, KEY, KNOWN, LAB, OTHER, STICK, claim, facts, held, listed, lock, view
 
 from usbip_plugin.claims import Claim, State
-from usbip_plugin.config import Config, DeviceSelector, ResourceConfig, Selector
+from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.inventory.facts import Members
 from usbip_plugin.inventory.lists import advertise
 from usbip_plugin.inventory.members import MAX_VANISHED, importable, learn

@@ -24,7 +24,7 @@ from inventory_facts import (
 )
 
 from usbip_plugin.claims import Claim, State
-from usbip_plugin.config import Config, DeviceSelector, ResourceConfig, Selector
+from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.inventory.facts import Api, Driver, Facts
 from usbip_plugin.inventory.lists import advertise
 from usbip_plugin.inventory.members import learn

@@ -9,9 +9,9 @@ from lock_harness import KEY, OTHER, Node, World, given_up, held, unreachable, u
 
 from usbip_plugin.errors import KubeForbidden, KubeNotFound, KubeServerError, LockHeld, LockLost, LockUnavailable
 from usbip_plugin.locks import record
-from usbip_plugin.locks.expiry import EXPIRED_BEATS
-from usbip_plugin.locks.manager import ApiState, LockMeta, LockSettings, Standing
-from usbip_plugin.locks.session import BEAT_FRACTION
+from usbip_plugin.locks.manager import LockMeta, LockSettings, Standing
+from usbip_plugin.locks.session import BEAT_FRACTION, EXPIRED_BEATS
+from usbip_plugin.locks.watch import ApiState
 from usbip_plugin.model import UNTOLD, Identity, InterfaceClass, PodRef
 from usbip_sim.leases import FINE, Fate, Lost, Operation
 from usbip_sim.virtual.loop import virtual

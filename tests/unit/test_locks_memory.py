@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from usbip_plugin.errors import KubeServerError, KubeUnreachable
-from usbip_plugin.locks.store import ChangeType, Lease
+from usbip_plugin.locks.record import ChangeType, Lease
 from usbip_sim.leases import FINE, WATCH_IDLE_S, Fate, Lost, MemoryBackend, MemoryLeases, Operation
 from usbip_sim.virtual.loop import SimClock, virtual
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from usbip_plugin.locks import protocol, record
 from usbip_plugin.locks.protocol import Create, Decision, Denied, LockMeta, Observation, Replace, Standing, Write
-from usbip_plugin.locks.store import Lease
+from usbip_plugin.locks.record import Lease
 from usbip_plugin.model import DeviceKey, Identity, InterfaceClass, NodeIdentity, PodRef, ServerKey
 
 WHEN = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)

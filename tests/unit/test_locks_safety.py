@@ -14,7 +14,7 @@ from usbip_plugin.errors import KubeUnreachable, LockError
 from usbip_plugin.locks import protocol
 from usbip_plugin.locks.manager import LockManager, LockSettings
 from usbip_plugin.locks.protocol import Observation, Rules
-from usbip_plugin.locks.store import Lease
+from usbip_plugin.locks.record import Lease
 from usbip_plugin.model import DeviceKey, NodeIdentity, ServerKey
 from usbip_sim.leases import FINE, Fate, Lost, MemoryBackend, MemoryLeases, Operation
 from usbip_sim.virtual.loop import SimClock, run

@@ -5,9 +5,8 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from usbip_plugin.locks.record import LOCK_LABELS
-from usbip_plugin.locks.store import ChangeType, Lease, LeaseChange, LeaseList
-from usbip_plugin.locks.view import LockChange, LockView, newer
+from usbip_plugin.locks.record import LOCK_LABELS, ChangeType, Lease, LeaseChange, LeaseList
+from usbip_plugin.locks.watch import LockChange, LockView, newer
 from usbip_plugin.model import DeviceKey, ServerKey
 from usbip_sim.leases import MemoryBackend
 

@@ -13,14 +13,14 @@ from usbip_plugin.kube import lazy_imports
 
 RUN = """
 import sys
-from usbip_plugin.cli import main
+from usbip_plugin.cli.main import main
 assert main(["run", "--node-name", "n", "--config", "/nonexistent"]) == 2
 import usbip_plugin.process
 print(*sys.modules)
 """
 UNTOUCHED = """
 import sys
-from usbip_plugin.cli import main
+from usbip_plugin.cli.main import main
 main(["run", "--node-name", "n", "--config", "/nonexistent"])
 import usbip_plugin.process
 from usbip_plugin.kube import lazy_imports

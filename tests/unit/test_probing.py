@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from usbip_plugin.claims import Claim, State
-from usbip_plugin.config import Config, DeviceSelector, ResourceConfig, Selector
+from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.inventory.facts import Facts
 from usbip_plugin.locks.manager import Standing
 from usbip_plugin.model import Descriptor, DeviceKey, InterfaceClass, Lock, ServerKey, UsbId

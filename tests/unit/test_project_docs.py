@@ -14,8 +14,9 @@ import yaml
 
 from usbip_plugin.check import permissions_needed
 from usbip_plugin.claims import TRANSITIONS
-from usbip_plugin.cli import parser
-from usbip_plugin.config import parse_config, schema
+from usbip_plugin.cli.parser import parser
+from usbip_plugin.config import schema
+from usbip_plugin.config.parse import parse_config
 from usbip_plugin.config.reference import KNOWN, keys
 from usbip_plugin.observe.metrics import Metrics, NodeCollector, Reading
 

@@ -12,7 +12,7 @@ from usbip_plugin.clock import SystemClock
 from usbip_plugin.errors import ConfigError
 from usbip_plugin.model import InterfaceClass, ServerKey, UsbId
 from usbip_plugin.usbip.client import TcpUsbipClient
-from usbip_plugin.usbip.probe import parse_interfaces
+from usbip_plugin.usbip.identify import parse_interfaces
 from usbip_sim.server import command
 from usbip_sim.server.command import parse_device, parse_devices, parse_listen, read_devices, update
 from usbip_sim.server.server import VirtualServer

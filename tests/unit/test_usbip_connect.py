@@ -11,7 +11,7 @@ import pytest
 
 from usbip_plugin.errors import ServerUnreachable
 from usbip_plugin.model import ServerKey
-from usbip_plugin.usbip.connect import Addresses, Connector
+from usbip_plugin.usbip.client import Addresses, Connector
 
 # Seconds within which what must come has come, and seconds given to what never will.
 PATIENCE = 10.0

@@ -22,9 +22,10 @@ from usbip_plugin.errors import (
     UsbipError,
 )
 from usbip_plugin.model import DeviceKey, ServerKey, UsbId
-from usbip_plugin.usbip import connect, urb
+from usbip_plugin.usbip import client as usbip_client
+from usbip_plugin.usbip import wire
 from usbip_plugin.usbip.client import Imported, TcpUsbipClient, refusal
-from usbip_plugin.usbip.protocol import ImportReply, encode_devlist_reply, encode_import_reply
+from usbip_plugin.usbip.wire import ImportReply, encode_devlist_reply, encode_import_reply
 from usbip_sim.server.usbdevice import VirtualDevice
 
 # Seconds within which what must come has come, and seconds given to what never will.
@@ -221,12 +222,12 @@ REAL = VirtualDevice("1-1", UsbId(1, 2)).usb_descriptor(1, 0, UsbId(1, 2)) or b"
     ("answer", "reason"),
     [
         (bytes(48), "neither RET_SUBMIT nor RET_UNLINK"),
-        (urb.encode_return(urb.SubmitReturn(7, 0, 18)) + REAL, "another transfer"),
-        (urb.encode_return(urb.SubmitReturn(1, 0, 19)) + REAL + b"!", "another transfer"),
-        (urb.encode_return(urb.UnlinkReturn(1, 0)), "another transfer"),
-        (urb.encode_return(urb.SubmitReturn(1, -urb.EPIPE, 0)), "no device descriptor"),
-        (urb.encode_return(urb.SubmitReturn(1, -71, 0)), "failed with -71"),
-        (urb.encode_return(urb.SubmitReturn(1, 0, 2)) + REAL[:2], "no device descriptor"),
+        (wire.encode_return(wire.SubmitReturn(7, 0, 18)) + REAL, "another transfer"),
+        (wire.encode_return(wire.SubmitReturn(1, 0, 19)) + REAL + b"!", "another transfer"),
+        (wire.encode_return(wire.UnlinkReturn(1, 0)), "another transfer"),
+        (wire.encode_return(wire.SubmitReturn(1, -wire.EPIPE, 0)), "no device descriptor"),
+        (wire.encode_return(wire.SubmitReturn(1, -71, 0)), "failed with -71"),
+        (wire.encode_return(wire.SubmitReturn(1, 0, 2)) + REAL[:2], "no device descriptor"),
     ],
 )
 async def test_a_device_that_answers_nonsense_is_an_error_and_let_go(
@@ -235,8 +236,8 @@ async def test_a_device_that_answers_nonsense_is_an_error_and_let_go(
     async def device(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readexactly(40)
         writer.write(GOOD_IMPORT)
-        command = urb.decode_command(await reader.readexactly(urb.HEADER_BYTES))
-        assert isinstance(command, urb.Submit)
+        command = wire.decode_command(await reader.readexactly(wire.HEADER_BYTES))
+        assert isinstance(command, wire.Submit)
         assert command.devid == DEVICE.devid
         writer.write(answer)
 
@@ -257,7 +258,7 @@ async def test_an_imported_socket_notices_a_dead_server_by_itself(client: TcpUsb
             assert read(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 2
             assert read(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL) == 2
             assert read(socket.IPPROTO_TCP, socket.TCP_KEEPCNT) == 3
-            assert read(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == connect.USER_TIMEOUT_MS == 8000
+            assert read(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == usbip_client.USER_TIMEOUT_MS == 8000
         imported.close()
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from usbip_plugin.model import Descriptor, DeviceKey, ServerKey, UsbId
 from usbip_plugin.usbip.client import Imported, TcpUsbipClient
+from usbip_plugin.usbip.identify import DeviceIdentity
 from usbip_plugin.usbip.poller import (
     FIRST_RETRY,
     MAX_RATE,
@@ -24,7 +25,6 @@ from usbip_plugin.usbip.poller import (
     ServerView,
     share,
 )
-from usbip_plugin.usbip.probe import DeviceIdentity
 from usbip_sim.server.server import VirtualServer
 from usbip_sim.server.usbdevice import VirtualDevice
 from usbip_sim.virtual.connector import MemoryConnector

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from usbip_plugin.model import UsbId
-from usbip_plugin.usbip import urb
-from usbip_plugin.usbip.protocol import ProtocolViolation
+from usbip_plugin.usbip import wire
+from usbip_plugin.usbip.wire import ProtocolViolation
 from usbip_sim.server.usbdevice import STALL, Transfers, VirtualDevice
 
 STICK = VirtualDevice("1-1", UsbId(0x1209, 0x0001), serial="S1")
@@ -23,26 +23,26 @@ class Importer:
         next(self._steps)
         self._seqnum = 0
 
-    def command(self, command: urb.Submit | urb.Unlink, data: bytes = b"") -> None:
-        self._steps.send(urb.encode_command(command))
+    def command(self, command: wire.Submit | wire.Unlink, data: bytes = b"") -> None:
+        self._steps.send(wire.encode_command(command))
         if data:
             self._steps.send(data)
 
     def submit(self, endpoint: int, *, length: int = 0, data: bytes = b"", setup: bytes = bytes(8)) -> int:
         self._seqnum += 1
-        self.command(urb.Submit(self._seqnum, 0, not data, endpoint, length or len(data), setup), data)
+        self.command(wire.Submit(self._seqnum, 0, not data, endpoint, length or len(data), setup), data)
         return self._seqnum
 
-    def answers(self) -> list[tuple[urb.SubmitReturn | urb.UnlinkReturn, bytes]]:
+    def answers(self) -> list[tuple[wire.SubmitReturn | wire.UnlinkReturn, bytes]]:
         """What came back since the last time: header and data."""
         answers, self._answers[:] = list(self._answers), []
-        return [(urb.decode_return(raw[: urb.HEADER_BYTES]), raw[urb.HEADER_BYTES :]) for raw in answers]
+        return [(wire.decode_return(raw[: wire.HEADER_BYTES]), raw[wire.HEADER_BYTES :]) for raw in answers]
 
     def control(self, setup: str, length: int) -> tuple[int, bytes]:
         """Status and data of one control transfer towards the host."""
         self.submit(0, length=length, setup=bytes.fromhex(setup))
         ((answer, data),) = self.answers()
-        assert isinstance(answer, urb.SubmitReturn)
+        assert isinstance(answer, wire.SubmitReturn)
         assert answer.actual_length == len(data)
         return answer.status, data
 
@@ -90,33 +90,33 @@ def test_an_echo_answers_readers_in_order_with_what_was_written() -> None:
     assert importer.answers() == []
     written = importer.submit(1, data=b"abcdef")
     assert importer.answers() == [
-        (urb.SubmitReturn(written, 0, 6), b""),
-        (urb.SubmitReturn(first, 0, 3), b"abc"),
-        (urb.SubmitReturn(second, 0, 3), b"def"),
+        (wire.SubmitReturn(written, 0, 6), b""),
+        (wire.SubmitReturn(first, 0, 3), b"abc"),
+        (wire.SubmitReturn(second, 0, 3), b"def"),
     ]
 
 
 def test_an_unlinked_reader_gets_nothing_and_loses_nothing() -> None:
     importer = Importer(ECHO)
     gone, kept = importer.submit(1, length=64), importer.submit(1, length=64)
-    importer.command(urb.Unlink(100, gone))
-    assert importer.answers() == [(urb.UnlinkReturn(100, -urb.ECONNRESET), b"")]
-    importer.command(urb.Unlink(101, gone))
-    assert importer.answers() == [(urb.UnlinkReturn(101, 0), b"")]
+    importer.command(wire.Unlink(100, gone))
+    assert importer.answers() == [(wire.UnlinkReturn(100, -wire.ECONNRESET), b"")]
+    importer.command(wire.Unlink(101, gone))
+    assert importer.answers() == [(wire.UnlinkReturn(101, 0), b"")]
     written = importer.submit(1, data=b"abc")
-    assert importer.answers() == [(urb.SubmitReturn(written, 0, 3), b""), (urb.SubmitReturn(kept, 0, 3), b"abc")]
+    assert importer.answers() == [(wire.SubmitReturn(written, 0, 3), b""), (wire.SubmitReturn(kept, 0, 3), b"abc")]
 
 
 def test_a_stick_has_no_other_endpoint() -> None:
     importer = Importer(STICK)
     number = importer.submit(1, length=64)
-    assert importer.answers() == [(urb.SubmitReturn(number, STALL, 0), b"")]
+    assert importer.answers() == [(wire.SubmitReturn(number, STALL, 0), b"")]
 
 
 def test_an_importer_that_does_not_speak_usbip_is_dropped() -> None:
     importer = Importer(STICK)
     with pytest.raises(ProtocolViolation):
-        importer.submit(1, length=urb.MAX_TRANSFER_BYTES + 1)
+        importer.submit(1, length=wire.MAX_TRANSFER_BYTES + 1)
 
 
 def test_a_device_is_not_configured_before_first_use_and_shows_no_interfaces() -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from usbip_plugin.vhci import by_id
+from usbip_plugin.vhci import devices
 
 hostile = st.text(max_size=126) | st.text(alphabet="./\\\n\t \0é\u202e%{}", max_size=126)
 
@@ -15,14 +15,14 @@ hostile = st.text(max_size=126) | st.text(alphabet="./\\\n\t \0é\u202e%{}", max
 def test_whatever_a_device_calls_itself_its_link_is_one_file_in_its_directory(
     vendor: str, model: str, serial: str, interface: int, port: int | None
 ) -> None:
-    name = by_id.serial_name(vendor, model, serial)
+    name = devices.serial_name(vendor, model, serial)
     for link, folder in (
-        (by_id.serial_link(name, interface, port), "/dev/serial/by-id/"),
-        (by_id.hidraw_link(name, interface), "/dev/input/by-id/"),
-        (by_id.disk_link(name, 3), "/dev/disk/by-id/"),
-        (by_id.video_link(name, 0), "/dev/v4l/by-id/"),
-        (by_id.sound_link(name, interface), "/dev/snd/by-id/"),
-        (by_id.input_link(name, interface, "event3", "kbd"), "/dev/input/by-id/"),
+        (devices.serial_link(name, interface, port), "/dev/serial/by-id/"),
+        (devices.hidraw_link(name, interface), "/dev/input/by-id/"),
+        (devices.disk_link(name, 3), "/dev/disk/by-id/"),
+        (devices.video_link(name, 0), "/dev/v4l/by-id/"),
+        (devices.sound_link(name, interface), "/dev/snd/by-id/"),
+        (devices.input_link(name, interface, "event3", "kbd"), "/dev/input/by-id/"),
     ):
         if link:
             assert link.startswith(folder + "usb-")
@@ -30,7 +30,7 @@ def test_whatever_a_device_calls_itself_its_link_is_one_file_in_its_directory(
             assert "/" not in file
             assert file.isprintable()
             assert not any(c.isspace() for c in file)
-            assert len(file.encode()) <= by_id.MAX_NAME
+            assert len(file.encode()) <= devices.MAX_NAME
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_whatever_a_device_calls_itself_its_link_is_one_file_in_its_directory(
     ],
 )
 def test_strings_become_names_as_udev_makes_them(vendor: str, model: str, serial: str, name: str) -> None:
-    assert by_id.serial_name(vendor, model, serial) == name
+    assert devices.serial_name(vendor, model, serial) == name
 
 
 @pytest.mark.parametrize(
@@ -60,8 +60,8 @@ def test_strings_become_names_as_udev_makes_them(vendor: str, model: str, serial
     ],
 )
 def test_what_an_input_device_is(key: str, rel: str, abs_: str, what: str) -> None:
-    assert by_id.input_class({"key": key, "rel": rel, "abs": abs_}) == what
+    assert devices.input_class({"key": key, "rel": rel, "abs": abs_}) == what
 
 
 def test_a_name_that_is_too_long_for_a_file_is_none() -> None:
-    assert by_id.serial_link("é" * 200, 0, 0) == ""
+    assert devices.serial_link("é" * 200, 0, 0) == ""

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from usbip_plugin.model import DeviceNode, UsbId
-from usbip_plugin.vhci.facts import MAX_STRING, read_facts
-from usbip_plugin.vhci.nodes import MAX_NODES, collect, survey
+from usbip_plugin.vhci.devices import MAX_NODES, MAX_STRING, collect, read_facts, survey
 
 ID = UsbId(0x0403, 0x6001)
 

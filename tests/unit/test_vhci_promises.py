@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from usbip_plugin.model import DeviceNode
-from usbip_plugin.vhci.promises import Promise, complete, missing, promises, wants
+from usbip_plugin.vhci.children import Promise, complete, missing, promises, wants
 
 
 def interface(device: Path, number: int, class_: int, subclass: int) -> None:

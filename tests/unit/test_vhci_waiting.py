@@ -8,9 +8,8 @@ import pytest
 
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.sync import RECHECK_S, Bell
-from usbip_plugin.vhci.stalls import SAME_CONTROLLER, SAME_PORT, STALL_S, Stalls
-from usbip_plugin.vhci.sysfs import Port, PortStatus
-from usbip_plugin.vhci.waiting import RESYNC_S, SETTLE_S, settle
+from usbip_plugin.vhci.sysfs import SAME_CONTROLLER, SAME_PORT, STALL_S, Port, PortStatus, Stalls
+from usbip_plugin.vhci.uevents import RESYNC_S, SETTLE_S, settle
 from usbip_sim.virtual.loop import VirtualLoop
 
 

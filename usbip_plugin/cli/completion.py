@@ -159,7 +159,7 @@ def _positional(
 
 def _devices(options: argparse.Namespace) -> Candidates:
     """The devices of the cluster; none where it cannot be asked in time."""
-    from usbip_plugin.cli.cluster import read_devices  # noqa: PLC0415 - most completions need no API server
+    from usbip_plugin.cli.cluster_commands import read_devices  # noqa: PLC0415 - most completions need no API server
 
     async def ask() -> Candidates:
         async with asyncio.timeout(TIMEOUT_S):

@@ -9,10 +9,13 @@ import os
 import sys
 from collections.abc import Sequence
 
-from usbip_plugin.cli.completion import COMPLETE, PROG, complete, script
-from usbip_plugin.cli.exits import Exit
-from usbip_plugin.cli.parser import parser
-from usbip_plugin.errors import (
+from usbip_plugin.kube import lazy_imports
+
+lazy_imports.install()  # before anything brings the libraries
+
+from usbip_plugin.cli.completion import COMPLETE, PROG, complete, script  # noqa: E402
+from usbip_plugin.cli.parser import Exit, parser  # noqa: E402
+from usbip_plugin.errors import (  # noqa: E402
     AmbiguousDevice,
     ConfigError,
     KubeUnauthorized,
@@ -69,17 +72,21 @@ def _run(options: argparse.Namespace) -> int:
     # imported where they are used: a run on a node has none of the commands for people in memory, and they none of it
     match options.command:
         case "run":
-            from usbip_plugin.cli.node import run  # noqa: PLC0415
+            from usbip_plugin.cli.node_commands import run  # noqa: PLC0415
 
             return run(options)
         case "check":
-            from usbip_plugin.cli.node import check  # noqa: PLC0415
+            from usbip_plugin.cli.node_commands import check  # noqa: PLC0415
 
             return check(options)
         case "devices" | "explain" | "release":
-            from usbip_plugin.cli import cluster  # noqa: PLC0415
+            from usbip_plugin.cli import cluster_commands  # noqa: PLC0415
 
-            command = {"devices": cluster.devices, "explain": cluster.explain, "release": cluster.release}
+            command = {
+                "devices": cluster_commands.devices,
+                "explain": cluster_commands.explain,
+                "release": cluster_commands.release,
+            }
             return asyncio.run(command[options.command](options))
         case "completion":
             print(script(options.shell))  # noqa: T201

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from usbip_plugin.config import container, devices, parse, scalars, schema, templates
+from usbip_plugin.config import parse, scalars, schema, selectors
 from usbip_plugin.config.schema import Config, Extra, LockConfig, OnLoss, ResourceConfig
 from usbip_plugin.model import DEFAULT_USBIP_PORT
 
@@ -25,11 +25,11 @@ KNOWN: Mapping[str, tuple[str, ...]] = {
     "": parse.TOP_KEYS,
     "lock.": parse.LOCK_KEYS,
     "resources.NAME.": parse.RESOURCE_KEYS,
-    "resources.NAME.permissions.": container.PERMISSION_KEYS,
-    "resources.NAME.devices[].": devices.DEVICE_KEYS,
-    "resources.NAME.devices[].target.": devices.TARGET_KEYS,
-    "resources.NAME.devices[].selector.": devices.SELECTOR_KEYS,
-    "resources.NAME.devices[].extras[].": devices.EXTRA_KEYS,
+    "resources.NAME.permissions.": parse.PERMISSION_KEYS,
+    "resources.NAME.devices[].": selectors.DEVICE_KEYS,
+    "resources.NAME.devices[].target.": selectors.TARGET_KEYS,
+    "resources.NAME.devices[].selector.": selectors.SELECTOR_KEYS,
+    "resources.NAME.devices[].extras[].": selectors.EXTRA_KEYS,
 }
 """The keys that the parser takes, by the path of their mapping."""
 
@@ -148,8 +148,8 @@ def keys() -> tuple[Key, ...]:
         ),
         Key(
             "resources.NAME.containerPath",
-            f"path with fields in it ({_one_of(tuple(f'`{{{name}}}`' for name in templates.FIELDS))}), or a list of up "
-            f"to {container.MAX_TEMPLATES}",
+            f"path with fields in it ({_one_of(tuple(f'`{{{name}}}`' for name in schema.FIELDS))}), or a list of up "
+            f"to {parse.MAX_TEMPLATES}",
             "the path on the host",
             "where the nodes appear, see [below](#paths)",
         ),

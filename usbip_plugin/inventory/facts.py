@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from usbip_plugin.claims import Claim
-from usbip_plugin.config import Config, DeviceSelector
+from usbip_plugin.config.schema import Config, DeviceSelector
 from usbip_plugin.locks.manager import Standing
 from usbip_plugin.model import UNTOLD, Descriptor, DeviceKey, Identity, Lock, ServerKey, UsbId
 from usbip_plugin.usbip.poller import ServerView

@@ -12,9 +12,10 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 
 from usbip_plugin.claims import Claim
-from usbip_plugin.config import Config, DeviceSelector, Match, ResourceConfig, matches
-from usbip_plugin.inventory.annotations import key_of, parse_usb_id
+from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig
+from usbip_plugin.config.selectors import Match, matches
 from usbip_plugin.inventory.facts import Facts, Members, Seen
+from usbip_plugin.locks.record import key_of, parse_usb_id
 from usbip_plugin.model import UNTOLD, Descriptor, DeviceKey, Identity, ServerKey, UsbId
 from usbip_plugin.usbip.poller import ServerState, ServerView
 

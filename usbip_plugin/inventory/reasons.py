@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from usbip_plugin.claims import Claim, State, place_of, serves
-from usbip_plugin.config import Match, matches
+from usbip_plugin.config.selectors import Match, matches
 from usbip_plugin.inventory.facts import Facts, Seen
 from usbip_plugin.locks.manager import Standing
 from usbip_plugin.model import Descriptor, Health, Lock, Reason

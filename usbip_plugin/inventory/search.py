@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from usbip_plugin.claims import Claim
-from usbip_plugin.config import Config, Match, Selector, matches
+from usbip_plugin.config.schema import Config, Selector
+from usbip_plugin.config.selectors import Match, matches
 from usbip_plugin.model import Descriptor, DeviceKey, Identity, ServerKey
 
 

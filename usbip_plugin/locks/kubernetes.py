@@ -11,7 +11,7 @@ from typing import Any
 from usbip_plugin.errors import KubeNotFound, KubeServerError
 from usbip_plugin.kube.client import KubeClient
 from usbip_plugin.locks import record
-from usbip_plugin.locks.store import ChangeType, Lease, LeaseChange, LeaseList
+from usbip_plugin.locks.record import ChangeType, Lease, LeaseChange, LeaseList
 
 RESOURCE = "leases.coordination.k8s.io"
 _MAX_INT = 2**31 - 1

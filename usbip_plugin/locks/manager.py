@@ -16,13 +16,10 @@ from opentelemetry.trace import Tracer
 from usbip_plugin.clock import Clock
 from usbip_plugin.errors import LockError, LockHeld, LockLost, LockUnavailable
 from usbip_plugin.locks import protocol, record
-from usbip_plugin.locks.contact import ApiState, Contact, WatchedStore
-from usbip_plugin.locks.expiry import ExpiryWatch
-from usbip_plugin.locks.follow import Follower
 from usbip_plugin.locks.protocol import Decision, Denied, LockMeta, Rules, Standing, Write
-from usbip_plugin.locks.session import Session
-from usbip_plugin.locks.store import Lease, LeaseStore
-from usbip_plugin.locks.view import LockChange, LockView
+from usbip_plugin.locks.record import Lease, LeaseStore
+from usbip_plugin.locks.session import ExpiryWatch, Session
+from usbip_plugin.locks.watch import ApiState, Contact, Follower, LockChange, LockView, WatchedStore
 from usbip_plugin.locks.writer import Effort, Writer, Written
 from usbip_plugin.model import DeviceKey, Identity, Lock, NodeIdentity, PodRef
 from usbip_plugin.observe.spans import device_attributes, span

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 
 from usbip_plugin.locks import record
-from usbip_plugin.locks.store import Lease
+from usbip_plugin.locks.record import Lease
 from usbip_plugin.model import DeviceKey, Identity, NodeIdentity
 
 

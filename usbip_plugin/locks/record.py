@@ -1,16 +1,17 @@
-"""Between the Lease as it stands in the API and the Lock the plugin speaks of.
-
-Leases can be written by others: whatever they hold is bounded and checked here, and what does not read right is None.
-"""
+"""A Lease as the record of a lock or a session: the object and its store, and what its fields and annotations say."""
 
 from __future__ import annotations
 
+import enum
+import functools
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
 from types import MappingProxyType
+from typing import Protocol
 
-from usbip_plugin.locks.store import Lease
 from usbip_plugin.model import (
     DEVICE_ID_PREFIX,
     SESSION_PREFIX,
@@ -19,7 +20,78 @@ from usbip_plugin.model import (
     InterfaceClass,
     Lock,
     PodRef,
+    ServerKey,
+    UsbId,
+    valid_busid,
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A coordination.k8s.io/v1 Lease. resource_version is "" for one that was not read from a store."""
+
+    name: str
+    holder: str = ""
+    duration_seconds: int | None = None
+    acquire_time: datetime | None = None
+    renew_time: datetime | None = None
+    transitions: int = 0
+    annotations: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+    resource_version: str = ""
+    uid: str = ""
+
+
+class ChangeType(enum.Enum):
+    ADDED = "ADDED"
+    MODIFIED = "MODIFIED"
+    DELETED = "DELETED"
+    BOOKMARK = "BOOKMARK"
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseChange:
+    """One watch event. For a BOOKMARK only resource_version counts and lease is None."""
+
+    type: ChangeType
+    resource_version: str
+    lease: Lease | None
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseList:
+    items: tuple[Lease, ...]
+    resource_version: str
+
+
+class LeaseStore(Protocol):
+    """Leases of one namespace. Raises the KubeError family; every call is bounded in time by the store.
+
+    KubeUnreachable from a write says nothing about whether it happened: re-read and compare.
+    """
+
+    async def get(self, name: str) -> Lease | None: ...
+
+    async def list(self, labels: Mapping[str, str]) -> LeaseList:
+        """Leases that bear all these labels."""
+        ...
+
+    async def create(self, lease: Lease) -> Lease:
+        """KubeConflict if the name exists."""
+        ...
+
+    async def replace(self, lease: Lease) -> Lease:
+        """Compare-and-swap on lease.resource_version: KubeConflict if it is not current, KubeNotFound if it is gone."""
+        ...
+
+    async def delete(self, name: str, resource_version: str) -> None:
+        """Compare-and-delete: KubeConflict if changed since, KubeNotFound if gone."""
+        ...
+
+    def watch(self, labels: Mapping[str, str], resource_version: str) -> AsyncIterator[LeaseChange]:
+        """Changes after resource_version. Ends when the server ends it; KubeGone when it must be listed anew."""
+        ...
+
 
 DOMAIN = "usbip.dev/"
 LABEL = DOMAIN + "lease"
@@ -186,3 +258,36 @@ def _text(text: str | None) -> str | None:
 
 def _match(pattern: re.Pattern[str], text: str | None) -> str | None:
     return text if text is not None and pattern.fullmatch(text) else None
+
+
+MAX_TCP_PORT = 65535
+_TCP_PORT = re.compile("[0-9]{1,5}")
+
+
+def key_of(lock: Lock) -> DeviceKey | None:
+    """The device a lock is about, None if its annotations do not say so or do not hash to its own name."""
+    if not lock.server or not lock.busid:
+        return None
+    key = _place(lock.server, lock.busid)
+    return key if key is not None and key.id == lock.device_id else None
+
+
+# Asked for several times at each change of a lock, always of the same devices.
+@functools.lru_cache(maxsize=2048)
+def _place(server: str, busid: str) -> DeviceKey | None:
+    host, _, port = server.rpartition(":")
+    if not host or not _TCP_PORT.fullmatch(port) or not 0 < int(port) <= MAX_TCP_PORT or not valid_busid(busid):
+        return None  # nobody could connect to that
+    return DeviceKey(ServerKey(host.removeprefix("[").removesuffix("]"), int(port)), busid)
+
+
+@functools.lru_cache(maxsize=256)
+def parse_usb_id(text: str | None) -> UsbId | None:
+    """ "0951:1666" as the lock's annotation has it; None for anything else."""
+    vendor, _, product = (text or "").partition(":")
+    if len(vendor) != 4 or len(product) != 4:
+        return None
+    try:
+        return UsbId(int(vendor, 16), int(product, 16))
+    except ValueError:
+        return None

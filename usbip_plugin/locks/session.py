@@ -1,4 +1,4 @@
-"""This node's session Lease: a heartbeat while it holds a lock, and not one write otherwise."""
+"""This node's session: its heartbeat, and the observation of the sessions of others until they expire."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from usbip_plugin import clock as usbip_plugin_clock
 from usbip_plugin.clock import Clock
 from usbip_plugin.errors import KubeConflict, KubeError, KubeNotFound
 from usbip_plugin.locks import record
-from usbip_plugin.locks.protocol import Create, Denied, Rules, Write
-from usbip_plugin.locks.store import Lease, LeaseStore
+from usbip_plugin.locks.protocol import Create, Denied, Observation, Rules, Write, expired, is_free
+from usbip_plugin.locks.record import Lease, LeaseStore
+from usbip_plugin.locks.watch import LockView
 
 logger = logging.getLogger(__name__)
+
 
 RETRY_FIRST_S = 0.5
 # Of the duration: how often the session is written, and the longest wait after a failed write.
@@ -89,3 +91,155 @@ class Session:
             return False
         self.written_at = sent_at
         return True
+
+
+# Session reads in one round; the holders beyond it wait for a later round.
+MAX_READS = 64
+# Of the duration: how often the session behind an expired lock is read. It is read once more before a takeover, and a
+# holder that comes back and wants the device writes the lock; until then every node of the cluster reads it.
+EXPIRED_BEATS = 4.0
+# The least time between two rounds, so that a clock's rounding never makes them spin.
+MIN_ROUND_S = 0.05
+
+
+class ExpiryWatch:
+    """Observes each lock that another node holds on an importable device.
+
+    notify(device_id) is called when a lock's expiry changes either way.
+    """
+
+    def __init__(
+        self,
+        store: LeaseStore,
+        view: LockView,
+        node: str,
+        clock: Clock,
+        duration: float,
+        rules: Rules,
+        notify: Callable[[str], None],
+    ) -> None:
+        self._store, self._view, self._node, self._clock = store, view, node, clock
+        self._duration, self._rules, self._notify = duration, rules, notify
+        self._importable: set[str] = set()
+        self._observed: dict[str, Observation] = {}
+        self._wake = asyncio.Event()
+
+    def set_importable(self, device_ids: frozenset[str]) -> None:
+        """The devices that servers list as free to import now. An observation of any other ends."""
+        self._importable = set(device_ids)
+        for device_id in self._observed.keys() - device_ids:
+            self._forget(device_id)
+        self._look()
+
+    def importable_changed(self, device_id: str, *, importable: bool) -> None:
+        """The same where it has changed for this device alone."""
+        if importable:
+            self._importable.add(device_id)
+            self._wake_for(device_id)
+        else:
+            self._importable.discard(device_id)
+            if device_id in self._observed:
+                self._forget(device_id)
+
+    def importable(self, device_id: str) -> bool:
+        return device_id in self._importable
+
+    def observation(self, device_id: str) -> Observation | None:
+        return self._observed.get(device_id)
+
+    def lock_changed(self, device_id: str) -> None:
+        """To be called when the view has another record of a lock."""
+        self._observed.pop(device_id, None)
+        self._wake_for(device_id)
+
+    async def confirm(self, lease: Lease) -> Observation | None:
+        """Reads the holder's session once more; what is then known of the lock. KubeError if it cannot be read."""
+        asked_at = self._clock.monotonic()
+        session = await self._store.get(record.session_name(lease.holder))
+        self._note(lease, session, asked_at)
+        return self._observed.get(lease.name)
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            self._wake.clear()
+            wait = self._next_round() if await self._round() else self._duration * BEAT_FRACTION
+            try:
+                async with self._clock.timeout(wait):
+                    await self._wake.wait()
+            except TimeoutError:
+                continue
+
+    def _candidates(self) -> dict[str, list[Lease]]:
+        """Locks to observe, by holder; those longest unread first."""
+        found: dict[str, list[Lease]] = {}
+        leases = [lease for device_id in self._importable if (lease := self._view.lease(device_id)) is not None]
+        for lease in sorted(leases, key=self._last_seen):
+            if self._by_another(lease) and not self._read_lately(lease):
+                found.setdefault(lease.holder, []).append(lease)
+        return found
+
+    def _by_another(self, lease: Lease) -> bool:
+        return not is_free(lease) and lease.holder != self._node
+
+    def _read_lately(self, lease: Lease) -> bool:
+        observation = self._observed.get(lease.name)
+        now = self._clock.monotonic()
+        return (
+            observation is not None
+            and expired(observation)
+            and now - observation.seen < EXPIRED_BEATS * self._duration - MIN_ROUND_S
+        )
+
+    def _last_seen(self, lease: Lease) -> tuple[float, str]:
+        observation = self._observed.get(lease.name)
+        return (observation.seen if observation is not None else -1.0, lease.name)
+
+    async def _round(self) -> bool:
+        for holder, leases in list(self._candidates().items())[:MAX_READS]:
+            asked_at = self._clock.monotonic()
+            try:
+                session = await self._store.get(record.session_name(holder))
+            except KubeError as error:
+                # Nothing is concluded from it: only a confirmed observation can expire.
+                logger.debug("session not readable", extra={"holder": record.holder_text(holder), "cause": str(error)})
+                return False
+            for lease in leases:
+                self._note(lease, session, asked_at)
+        return True
+
+    def _note(self, lease: Lease, session: Lease | None, asked_at: float) -> None:
+        if lease.name not in self._importable or self._view.lease(lease.name) != lease:
+            return  # changed while the session was read
+        before = self._observed.get(lease.name)
+        after = self._rules.observe(before, lease, session, asked_at, self._clock.monotonic(), self._duration)
+        self._observed[lease.name] = after
+        if expired(after) != (before is not None and expired(before)):
+            self._notify(lease.name)
+
+    def _next_round(self) -> float:
+        """Seconds: a quarter of the duration, or less when an observation comes of age before; longer if all have."""
+        now = self._clock.monotonic()
+        waits = [
+            observation.since + observation.duration - now
+            for observation in self._observed.values()
+            if not expired(observation)
+        ]
+        most = EXPIRED_BEATS if self._observed and not waits else BEAT_FRACTION
+        return max(MIN_ROUND_S, min([self._duration * most, *waits]))
+
+    def _look(self) -> None:
+        """Begin a round now if a lock has come that nobody observes yet."""
+        for device_id in self._importable:
+            self._wake_for(device_id)
+
+    def _wake_for(self, device_id: str) -> None:
+        lease = self._view.lease(device_id)
+        unobserved = device_id in self._importable and device_id not in self._observed
+        if unobserved and lease is not None and self._by_another(lease):
+            self._wake.set()
+
+    def _forget(self, device_id: str) -> None:
+        observation = self._observed.pop(device_id)
+        if expired(observation):
+            self._notify(device_id)

@@ -13,8 +13,8 @@ from usbip_plugin.errors import KubeConflict, KubeError, KubeNotFound, LockUnava
 from usbip_plugin.kube import client
 from usbip_plugin.locks import protocol, record
 from usbip_plugin.locks.protocol import Create, Decision, Denied, Replace, Write
-from usbip_plugin.locks.store import Lease, LeaseStore
-from usbip_plugin.locks.view import LockView
+from usbip_plugin.locks.record import Lease, LeaseStore
+from usbip_plugin.locks.watch import LockView
 from usbip_plugin.model import DeviceKey, NodeIdentity
 from usbip_plugin.observe.spans import device_attributes, span
 

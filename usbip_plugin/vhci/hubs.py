@@ -15,39 +15,13 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from usbip_plugin.vhci.sysfs import Hub, Port
+from usbip_plugin.vhci.sysfs import Port, root_hub
 
 log = logging.getLogger(__name__)
 
-HIGH_SPEED_MBPS = 480
 _MARKER = "authorized_default."
 _CLOSED = "0"
 _VALUES = frozenset({"-1", "0", "1", "2"})  # what authorized_default may say
-
-
-def controller_dir(sysfs: Path, controller: int) -> Path:
-    return sysfs / "devices/platform" / f"vhci_hcd.{controller:d}"
-
-
-def root_hub(sysfs: Path, controller: int, hub: Hub) -> Path | None:
-    """Directory of the hs or ss root hub (".../usb4") of one controller, None if it is not there."""
-    for candidate in sorted(controller_dir(sysfs, controller).glob("usb[0-9]*")):
-        try:
-            fast = float((candidate / "speed").read_text()) > HIGH_SPEED_MBPS
-        except (OSError, ValueError):
-            continue
-        if fast == (hub == "ss"):
-            return candidate
-    return None
-
-
-def device_dir(sysfs: Path, port: Port) -> Path | None:
-    """Where the device on this port is in sysfs, or would be; None if the hub is not there."""
-    if port.local_busid is not None:
-        bus = port.local_busid.partition("-")[0]
-        return controller_dir(sysfs, port.controller) / f"usb{bus}" / port.local_busid
-    hub = root_hub(sysfs, port.controller, port.hub)
-    return None if hub is None else hub / f"{hub.name.removeprefix('usb')}-{port.root_port:d}"
 
 
 class HubGuard:

@@ -28,17 +28,29 @@ from usbip_plugin.errors import (
 )
 from usbip_plugin.model import Attachment, Descriptor, DeviceKey
 from usbip_plugin.sync import Bell
-from usbip_plugin.vhci.access import PortTable, Writer, explain, refusal, write_sysfs
 from usbip_plugin.vhci.children import Children
+from usbip_plugin.vhci.devices import DeviceFacts, Found, read_facts, survey
 from usbip_plugin.vhci.driver import ABANDON_S, ASKED_CHILD_WAIT_S, CHILD_WAIT_S, DriverReport, PortState
-from usbip_plugin.vhci.facts import DeviceFacts, read_facts
-from usbip_plugin.vhci.hubs import HubGuard, controller_dir, device_dir
-from usbip_plugin.vhci.nodes import Found, survey
+from usbip_plugin.vhci.hubs import HubGuard
 from usbip_plugin.vhci.records import Record, Records
-from usbip_plugin.vhci.stalls import SAME_PORT, Stalls
-from usbip_plugin.vhci.sysfs import Port, PortStatus, choose_port, format_attach, format_detach, hub_of
-from usbip_plugin.vhci.uevents import Uevent, UeventSource
-from usbip_plugin.vhci.waiting import settle
+from usbip_plugin.vhci.sysfs import (
+    SAME_PORT,
+    Port,
+    PortStatus,
+    PortTable,
+    Stalls,
+    Writer,
+    choose_port,
+    controller_dir,
+    device_dir,
+    explain,
+    format_attach,
+    format_detach,
+    hub_of,
+    refusal,
+    write_sysfs,
+)
+from usbip_plugin.vhci.uevents import Uevent, UeventSource, settle
 
 log = logging.getLogger(__name__)
 

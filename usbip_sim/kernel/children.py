@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from usbip_plugin.model import DeviceNode, UsbId
-from usbip_plugin.vhci import by_id
+from usbip_plugin.vhci import devices
 
 CHILDREN = {  # name: (kind, path with the index in it, major, block device)
     "tty": ("tty", "/dev/ttyUSB{}", 188, False),
@@ -37,18 +37,18 @@ def linked(
 
     They are given in the order they were made; a text is "" where the device has none.
     """
-    name = by_id.serial_name(manufacturer or f"{usb_id.vendor:04x}", model or f"{usb_id.product:04x}", serial)
+    name = devices.serial_name(manufacturer or f"{usb_id.vendor:04x}", model or f"{usb_id.product:04x}", serial)
     videos = [node.path for node in nodes if node.kind == "video4linux"]
 
     def link(node: DeviceNode) -> str:
         interface = node.interface or 0
         match node.kind:
             case "tty":
-                return by_id.serial_link(name, interface, None if "ACM" in node.path else 0)
+                return devices.serial_link(name, interface, None if "ACM" in node.path else 0)
             case "hidraw":
-                return by_id.hidraw_link(name, interface)
+                return devices.hidraw_link(name, interface)
             case "video4linux":
-                return by_id.video_link(name, videos.index(node.path))
+                return devices.video_link(name, videos.index(node.path))
             case _:
                 return ""
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from usbip_plugin.clock import Clock
 from usbip_plugin.errors import UsbipError
 from usbip_plugin.model import Descriptor, DeviceKey, InterfaceClass, UsbId
-from usbip_plugin.usbip.probe import ControlPipe, parse_interfaces, parse_string
+from usbip_plugin.usbip.identify import ControlPipe, parse_interfaces, parse_string
 
 ANSWER_S = 5.0
 """Seconds for all the answers of a device. A kernel waits so long for each (USB_CTRL_GET_TIMEOUT)."""

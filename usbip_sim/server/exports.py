@@ -9,7 +9,7 @@ from typing import Protocol
 
 from usbip_plugin.clock import Clock
 from usbip_plugin.model import Descriptor, UsbId
-from usbip_plugin.usbip import protocol
+from usbip_plugin.usbip import wire
 from usbip_sim.server.usbdevice import VirtualDevice
 
 _DEVNUMS = 127
@@ -63,17 +63,17 @@ class ExportTable:
         exports = self._exports.values()
         return tuple(_descriptor(export) for export in exports if self._free(export))
 
-    def import_device(self, busid: str, importer: Importer) -> protocol.ImportReply:
+    def import_device(self, busid: str, importer: Importer) -> wire.ImportReply:
         export = self._exports.get(busid)
         if export is None or not self._may(export):
             self.refused += 1
-            return protocol.ImportReply(protocol.ST_NODEV if export is None else protocol.ST_DEV_BUSY, None)
+            return wire.ImportReply(wire.ST_NODEV if export is None else wire.ST_DEV_BUSY, None)
         export.importers.append(importer)
         self.granted += 1
         if len(export.importers) > 1:
             self.violations.append(f"{busid} is exported to {len(export.importers)} importers at once")
         said = replace(_descriptor(export), interfaces=())
-        return protocol.ImportReply(protocol.ST_OK, replace(said, usb_id=export.said or said.usb_id))
+        return wire.ImportReply(wire.ST_OK, replace(said, usb_id=export.said or said.usb_id))
 
     def release(self, importer: Importer) -> None:
         """The importer's connection has ended. Nothing happens if it held no device."""

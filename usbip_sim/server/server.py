@@ -11,8 +11,8 @@ from collections.abc import Iterable
 
 from usbip_plugin.clock import Clock, SystemClock
 from usbip_plugin.model import ServerKey, UsbId
-from usbip_plugin.usbip import protocol
-from usbip_plugin.usbip.connect import set_options
+from usbip_plugin.usbip import wire
+from usbip_plugin.usbip.client import set_options
 from usbip_sim.server.exports import ExportTable, Importer
 from usbip_sim.server.usbdevice import Transfers, VirtualDevice
 
@@ -179,7 +179,7 @@ class _Connection(asyncio.Protocol):
             del self._received[: self._need]
             try:
                 self._need = self._steps.send(piece)
-            except (StopIteration, protocol.ProtocolViolation):
+            except (StopIteration, wire.ProtocolViolation):
                 if self._transport is not None:
                     self._transport.close()
                 return
@@ -213,14 +213,14 @@ class _Connection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.write(data)
 
-    def _serve(self) -> protocol.Decoding[None]:
+    def _serve(self) -> wire.Decoding[None]:
         table = self._server.table
-        request = yield from protocol.request()
-        if isinstance(request, protocol.DevlistRequest):
-            self._write(protocol.encode_devlist_reply(table.devlist()))
+        request = yield from wire.request()
+        if isinstance(request, wire.DevlistRequest):
+            self._write(wire.encode_devlist_reply(table.devlist()))
             return
         reply = table.import_device(request.busid, self)
-        self._write(protocol.encode_import_reply(reply))
+        self._write(wire.encode_import_reply(reply))
         if reply.descriptor is not None:
             device, real = table.device(request.busid)
             yield from Transfers(device, real, self._write, lambda value: table.configure(device.busid, value)).run()

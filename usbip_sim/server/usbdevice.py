@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from usbip_plugin.model import Descriptor, InterfaceClass, UsbId
-from usbip_plugin.usbip import urb
-from usbip_plugin.usbip.protocol import Decoding, ProtocolViolation
+from usbip_plugin.usbip import wire
+from usbip_plugin.usbip.wire import Decoding, ProtocolViolation
 
 VENDOR_CLASS = InterfaceClass(0xFF, 0, 0)
 HIGH_SPEED, SUPER_SPEED = 3, 5
@@ -27,9 +27,9 @@ _MANUFACTURER, _PRODUCT, _SERIAL = 1, 2, 3
 _GET_STATUS, _CLEAR_FEATURE, _SET_FEATURE, _GET_DESCRIPTOR, _GET_CONFIGURATION, _SET_CONFIGURATION = 0, 1, 3, 6, 8, 9
 _SET_INTERFACE = 11
 _SILENT_OK = frozenset({_CLEAR_FEATURE, _SET_FEATURE, _SET_INTERFACE})
-STALL = -urb.EPIPE
+STALL = -wire.EPIPE
 MAX_WAITING = 256
-MAX_ECHO_BYTES = 4 * urb.MAX_TRANSFER_BYTES
+MAX_ECHO_BYTES = 4 * wire.MAX_TRANSFER_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,15 +111,15 @@ class Transfers:
         self._device, self._real, self._write, self._on_configure = device, real, write, on_configure
         self._configuration = int(device.configured)
         self._echo = bytearray()
-        self._waiting: list[urb.Submit] = []
+        self._waiting: list[wire.Submit] = []
 
     def run(self) -> Decoding[None]:
         """Serve one command after the other, for ever. ProtocolViolation when the importer does not speak USB/IP, and
         when it has more than MAX_WAITING reads or MAX_ECHO_BYTES of writes under way.
         """
         while True:
-            command = urb.decode_command((yield urb.HEADER_BYTES))
-            if isinstance(command, urb.Unlink):
+            command = wire.decode_command((yield wire.HEADER_BYTES))
+            if isinstance(command, wire.Unlink):
                 self._unlink(command)
                 continue
             data = (yield command.length) if command.length and not command.incoming else b""
@@ -130,11 +130,11 @@ class Transfers:
             else:
                 self._answer(command, STALL, b"")
 
-    def _answer(self, command: urb.Submit, status: int, data: bytes) -> None:
+    def _answer(self, command: wire.Submit, status: int, data: bytes) -> None:
         length = command.length if not command.incoming and status == 0 else len(data)
-        self._write(urb.encode_return(urb.SubmitReturn(command.seqnum, status, length)) + data)
+        self._write(wire.encode_return(wire.SubmitReturn(command.seqnum, status, length)) + data)
 
-    def _control(self, command: urb.Submit) -> None:
+    def _control(self, command: wire.Submit) -> None:
         data = self._standard_request(command.setup)
         if data is None:
             self._answer(command, STALL, b"")
@@ -157,7 +157,7 @@ class Transfers:
             return b""
         return b"" if request in _SILENT_OK else None
 
-    def _bulk(self, command: urb.Submit, data: bytes) -> None:
+    def _bulk(self, command: wire.Submit, data: bytes) -> None:
         if len(self._waiting) >= MAX_WAITING or len(self._echo) + len(data) > MAX_ECHO_BYTES:
             raise ProtocolViolation("more transfers under way than this device keeps")
         if command.incoming:
@@ -170,8 +170,8 @@ class Transfers:
             self._answer(reader, 0, bytes(self._echo[: reader.length]))
             del self._echo[: reader.length]
 
-    def _unlink(self, command: urb.Unlink) -> None:
+    def _unlink(self, command: wire.Unlink) -> None:
         before = len(self._waiting)
         self._waiting = [waiting for waiting in self._waiting if waiting.seqnum != command.victim]
         taken_back = len(self._waiting) < before
-        self._write(urb.encode_return(urb.UnlinkReturn(command.seqnum, -urb.ECONNRESET if taken_back else 0)))
+        self._write(wire.encode_return(wire.UnlinkReturn(command.seqnum, -wire.ECONNRESET if taken_back else 0)))

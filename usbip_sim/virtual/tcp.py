@@ -12,7 +12,7 @@ import errno
 from collections import deque
 from collections.abc import Callable
 
-from usbip_plugin.usbip.connect import KEEPALIVE_COUNT, KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, USER_TIMEOUT_MS
+from usbip_plugin.usbip.client import KEEPALIVE_COUNT, KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, USER_TIMEOUT_MS
 from usbip_sim.server.server import VirtualServer
 from usbip_sim.sockets import Connection
 from usbip_sim.virtual.network import Host, Link, Way

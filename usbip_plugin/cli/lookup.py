@@ -1,7 +1,4 @@
-"""What can be found out about a device from where a person sits: Leases, configuration, servers, pods.
-
-Only the Leases must be readable. What else cannot be asked is left out, and said so.
-"""
+"""What the commands ask of the API server and the USB/IP servers, and which device is meant by a name."""
 
 from __future__ import annotations
 
@@ -9,25 +6,75 @@ import argparse
 import asyncio
 import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from usbip_plugin.cli.explaining import Facts, Offer, PluginWord, PodWord, ServerSays, ServerWord
-from usbip_plugin.cli.listing import Known, known_devices
-from usbip_plugin.cli.naming import Candidate, resolve
+from usbip_plugin.cli.devices import Known, known_devices
+from usbip_plugin.cli.explain import Facts, Offer, PluginWord, PodWord, ServerSays, ServerWord
 from usbip_plugin.clock import Clock
-from usbip_plugin.config.matching import Match, matches
 from usbip_plugin.config.parse import parse_config
 from usbip_plugin.config.reload import load_config
 from usbip_plugin.config.schema import DEFAULT_CONFIG_PATH, DEFAULT_DOMAIN, Config
-from usbip_plugin.errors import ConfigError, KubeError, KubeNotFound, NoSuchDevice, UsbipError
-from usbip_plugin.inventory.annotations import key_of, parse_usb_id
+from usbip_plugin.config.selectors import Match, matches
+from usbip_plugin.errors import AmbiguousDevice, ConfigError, KubeError, KubeNotFound, NoSuchDevice, UsbipError
 from usbip_plugin.kube.events import KubeRequests
-from usbip_plugin.locks.store import LeaseStore
-from usbip_plugin.model import DEFAULT_USBIP_PORT, UNTOLD, Descriptor, DeviceKey, Lock, PodRef, ServerKey
-from usbip_plugin.usbip.protocol import valid_busid
+from usbip_plugin.locks.record import LeaseStore, key_of, parse_usb_id
+from usbip_plugin.model import DEFAULT_USBIP_PORT, UNTOLD, Descriptor, DeviceKey, Lock, PodRef, ServerKey, valid_busid
+
+MAX_SHOWN = 20
+"""Of the devices an ambiguous name fits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A device and what it may be called. device: SERVER/BUSID, None if its lock does not say it; resources: by full
+    name."""
+
+    id: str
+    device: str | None = None
+    busid: str | None = None
+    serial: str | None = None
+    resources: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        offered = f"  {', '.join(self.resources)}" if self.resources else ""
+        return f"{self.id}  {self.device or 'a lock that does not say which device'}{offered}"
+
+    def names(self) -> tuple[str, ...]:
+        """By all of which it can be called exactly."""
+        host = self.device.rpartition("/")[0].rpartition(":")[0] if self.device else ""
+        without_port = f"{host}/{self.busid}" if host else None
+        short = tuple(name.rpartition("/")[2] for name in self.resources)
+        given = (self.device, without_port, self.busid, self.serial, *self.resources, *short)
+        return (self.id, *(name for name in given if name))
+
+
+def resolve(name: str, candidates: Sequence[Candidate]) -> Candidate:
+    """The one device of that name: exactly, else the only one with a name that begins so.
+
+    NoSuchDevice, or AmbiguousDevice with the matches, also for a resource of several devices.
+    """
+    for fits in _matchers(name):
+        found = [candidate for candidate in candidates if any(fits(known) for known in candidate.names())]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise AmbiguousDevice(name, _lines(found))
+    raise NoSuchDevice(name, len(candidates))
+
+
+def _matchers(name: str) -> Iterable[Callable[[str], bool]]:
+    yield lambda known: known == name
+    if name:
+        yield lambda known: known.startswith(name)
+
+
+def _lines(found: Sequence[Candidate]) -> list[str]:
+    more = len(found) - MAX_SHOWN
+    return [f"  {candidate}" for candidate in found[:MAX_SHOWN]] + ([f"  and {more} more"] if more > 0 else [])
+
 
 DEVLIST_TIMEOUT_S = 3.0
 """For each server; all are asked side by side."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 
-from usbip_plugin.cli.listing import Known, last_sign, silent, stamp
+from usbip_plugin.cli.devices import Known, last_sign, silent, stamp
 from usbip_plugin.model import DeviceKey
 
 

@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from usbip_plugin.cli.explaining import Facts, PodWord, ServerSays, ago
-from usbip_plugin.cli.listing import Known, last_sign, stamp
+from usbip_plugin.cli.devices import Known, last_sign, stamp
+from usbip_plugin.cli.explain import Facts, PodWord, ServerSays, ago
 from usbip_plugin.config.schema import IMPORT_WINDOW_S
 from usbip_plugin.errors import KubeConflict, KubeForbidden, KubeNotFound, ReleaseRefused
 from usbip_plugin.locks.protocol import Replace, Write, decide_release
-from usbip_plugin.locks.record import BY_HAND
-from usbip_plugin.locks.store import LeaseStore
+from usbip_plugin.locks.record import BY_HAND, LeaseStore
 from usbip_plugin.model import NodeIdentity
 
 

@@ -9,20 +9,19 @@ import dataclasses
 import sys
 from collections.abc import AsyncIterator
 
-from usbip_plugin.cli.asking import Enquiry, domain_of, find_config
-from usbip_plugin.cli.exits import Exit
-from usbip_plugin.cli.explaining import Facts, render
-from usbip_plugin.cli.explaining import explain as explanation_of
-from usbip_plugin.cli.listing import Known, known_devices, rows
-from usbip_plugin.cli.node import namespace_of
-from usbip_plugin.cli.output import paint, show_devices, structured, wants_colour
-from usbip_plugin.cli.releasing import plan
-from usbip_plugin.cli.releasing import release as carry_out
+from usbip_plugin.cli.devices import Known, known_devices, paint, rows, show_devices, structured, wants_colour
+from usbip_plugin.cli.explain import Facts, render
+from usbip_plugin.cli.explain import explain as explanation_of
+from usbip_plugin.cli.lookup import Enquiry, domain_of, find_config
+from usbip_plugin.cli.node_commands import namespace_of
+from usbip_plugin.cli.parser import Exit
+from usbip_plugin.cli.release import plan
+from usbip_plugin.cli.release import release as carry_out
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.errors import ReleaseRefused
 from usbip_plugin.kube.client import connect
 from usbip_plugin.locks.kubernetes import KubernetesLeases
-from usbip_plugin.locks.store import LeaseStore
+from usbip_plugin.locks.record import LeaseStore
 from usbip_plugin.usbip.client import TcpUsbipClient
 
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from usbip_plugin.errors import MalformedReply, UsbipError, WrongDevice
 from usbip_plugin.model import DeviceKey, InterfaceClass, UsbId
-from usbip_plugin.usbip import urb
-from usbip_plugin.usbip.protocol import ProtocolViolation
+from usbip_plugin.usbip import wire
+from usbip_plugin.usbip.wire import ProtocolViolation
 
 DEVICE = 1
 CONFIG = 2
@@ -56,15 +56,15 @@ class ControlPipe:
         self._seqnum += 1
         setup = bytes([_DEVICE_TO_HOST, _GET_DESCRIPTOR, index, kind])
         setup += language.to_bytes(2, "little") + length.to_bytes(2, "little")
-        await self._send(urb.encode_command(urb.Submit(self._seqnum, self._devid, True, 0, length, setup)))
+        await self._send(wire.encode_command(wire.Submit(self._seqnum, self._devid, True, 0, length, setup)))
         try:
-            answer = urb.decode_return(await self._read(urb.HEADER_BYTES))
+            answer = wire.decode_return(await self._read(wire.HEADER_BYTES))
         except ProtocolViolation as violation:
             raise MalformedReply(self._key.server, f"{self._key.busid}: {violation}") from violation
-        if not isinstance(answer, urb.SubmitReturn) or answer.seqnum != self._seqnum or answer.actual_length > length:
+        if not isinstance(answer, wire.SubmitReturn) or answer.seqnum != self._seqnum or answer.actual_length > length:
             raise MalformedReply(self._key.server, f"{self._key.busid}: answer to another transfer than the one asked")
         data = await self._read(answer.actual_length) if answer.actual_length else b""
-        if answer.status == -urb.EPIPE:
+        if answer.status == -wire.EPIPE:
             return b""
         if answer.status != 0:
             raise UsbipError(self._key.server, f"{self._key.busid}: GET_DESCRIPTOR failed with {answer.status}")

@@ -1,0 +1,308 @@
+"""What the watch shows of all locks, and whether the API server can be reached."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TypeVar
+
+from usbip_plugin import clock as usbip_plugin_clock
+from usbip_plugin.clock import Clock
+from usbip_plugin.errors import KubeError, KubeGone, KubeServerError, KubeUnauthorized, KubeUnreachable
+from usbip_plugin.locks import record
+from usbip_plugin.locks.record import ChangeType, Lease, LeaseChange, LeaseList, LeaseStore
+from usbip_plugin.model import Lock
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+
+_DOWN = (KubeUnreachable, KubeServerError, KubeUnauthorized)
+
+
+@dataclass(frozen=True, slots=True)
+class ApiState:
+    """since: this node's monotonic clock, when reachable last changed. error: why it is not reachable."""
+
+    reachable: bool
+    since: float
+    error: str | None
+
+
+class Contact:
+    """Reachable when both the watch and the last single call are well. Begins as not reachable, without an error."""
+
+    def __init__(self, clock: Clock, on_change: Callable[[ApiState], None]) -> None:
+        self._clock, self._on_change = clock, on_change
+        self._watch_up = False
+        self._watch_error: str | None = None
+        self._watch_failure: type[KubeError] | None = None
+        self._call_error: str | None = None
+        self.state = ApiState(reachable=False, since=clock.monotonic(), error=None)
+
+    @property
+    def call_failed(self) -> bool:
+        return self._call_error is not None
+
+    def watch_up(self) -> None:
+        self._watch_up, self._watch_error, self._watch_failure = True, None, None
+        self._tell()
+
+    def watch_down(self, error: KubeError) -> bool:
+        """Whether this is news: the first failure, or one of another kind than the last."""
+        news = self._watch_failure is not type(error)
+        self._watch_up, self._watch_error, self._watch_failure = False, str(error), type(error)
+        self._tell()
+        return news
+
+    def call_ok(self) -> None:
+        self._call_error = None
+        self._tell()
+
+    def call_down(self, error: KubeError) -> None:
+        self._call_error = str(error)
+        self._tell()
+
+    def _tell(self) -> None:
+        reachable = self._watch_up and self._call_error is None
+        error = None if reachable else self._call_error or self._watch_error
+        if reachable != self.state.reachable:
+            self.state = ApiState(reachable, self._clock.monotonic(), error)
+        elif error != self.state.error:
+            self.state = ApiState(reachable, self.state.since, error)
+        else:
+            return
+        self._on_change(self.state)
+
+
+class WatchedStore:
+    """A LeaseStore that tells a Contact how each call went. Watches are told by who runs them."""
+
+    def __init__(self, store: LeaseStore, contact: Contact) -> None:
+        self._store, self._contact = store, contact
+
+    async def get(self, name: str) -> Lease | None:
+        return await self._told(self._store.get(name))
+
+    async def list(self, labels: Mapping[str, str]) -> LeaseList:
+        return await self._told(self._store.list(labels))
+
+    async def create(self, lease: Lease) -> Lease:
+        return await self._told(self._store.create(lease))
+
+    async def replace(self, lease: Lease) -> Lease:
+        return await self._told(self._store.replace(lease))
+
+    async def delete(self, name: str, resource_version: str) -> None:
+        await self._told(self._store.delete(name, resource_version))
+
+    def watch(self, labels: Mapping[str, str], resource_version: str) -> AsyncIterator[LeaseChange]:
+        return self._store.watch(labels, resource_version)
+
+    async def _told(self, call: Awaitable[T]) -> T:
+        try:
+            result = await call
+        except _DOWN as error:
+            self._contact.call_down(error)
+            raise
+        except KubeError:
+            self._contact.call_ok()  # an answer, if not the one wished for
+            raise
+        self._contact.call_ok()
+        return result
+
+
+@dataclass(frozen=True, slots=True)
+class LockChange:
+    """A lock as it was and is; None where there is no such Lease. Equal when only its standing changed (expiry)."""
+
+    device_id: str
+    old: Lock | None
+    new: Lock | None
+
+    @property
+    def former(self) -> str:
+        """Who held it; "" for nobody."""
+        return self.old.holder if self.old is not None else ""
+
+    @property
+    def holder(self) -> str:
+        """Who holds it now; "" for nobody."""
+        return self.new.holder if self.new is not None else ""
+
+
+def newer(version: str, than: str) -> bool:
+    """Whether a resourceVersion is later. Kubernetes promises integers since 1.35; anything else counts as later."""
+    if version.isascii() and than.isascii() and version.isdigit() and than.isdigit():
+        # as numbers, of whatever length: int() refuses more than 4300 digits
+        one, other = version.lstrip("0"), than.lstrip("0")
+        return (len(one), one) > (len(other), other)
+    return version != than
+
+
+class LockView:
+    """Own writes and watch events merged by resourceVersion: an older event never rolls back a newer record.
+
+    on_change is called once for each change of a record, in order, from within the call that brought it.
+    """
+
+    def __init__(self, on_change: Callable[[LockChange], None]) -> None:
+        self._on_change = on_change
+        self._leases: dict[str, Lease] = {}
+        self._locks: dict[str, Lock] = {}
+        self._gone: dict[str, str] = {}  # device id -> version of its deletion, since the last list
+        self._floor = "0"  # version of the last list or watch event
+
+    @property
+    def locks(self) -> Mapping[str, Lock]:
+        return MappingProxyType(self._locks)
+
+    def lease(self, device_id: str) -> Lease | None:
+        return self._leases.get(device_id)
+
+    def put(self, lease: Lease) -> None:
+        """A record as answered to a read or write of one's own, or as it came in an event."""
+        known = self._leases.get(lease.name)
+        if known is not None:
+            if newer(lease.resource_version, known.resource_version):
+                self._set(lease.name, lease)
+        elif newer(lease.resource_version, self._gone.get(lease.name, "0")):
+            self._set(lease.name, lease)
+
+    def missing(self, device_id: str, expected: str) -> None:
+        """A read found nothing, where the record of version expected had been known."""
+        known = self._leases.get(device_id)
+        if known is not None and known.resource_version == expected:
+            self._gone[device_id] = expected
+            self._set(device_id, None)
+
+    def apply(self, change: LeaseChange) -> None:
+        """One watch event."""
+        lease = change.lease
+        if lease is not None and record.is_lock_name(lease.name):
+            if change.type is ChangeType.DELETED:
+                self._delete(lease.name, change.resource_version)
+            else:
+                self.put(lease)
+        self._floor = change.resource_version
+
+    def reset(self, listing: LeaseList) -> None:
+        """A full list. What it lacks is gone, unless it was written after the list was made."""
+        restored = newer(self._floor, listing.resource_version)  # the API server was set back to a backup
+        listed = {lease.name: lease for lease in listing.items if record.is_lock_name(lease.name)}
+        for name, known in list(self._leases.items()):
+            if name not in listed and (restored or not newer(known.resource_version, listing.resource_version)):
+                self._set(name, None)
+        self._gone = {name: listing.resource_version for name in self._gone if name not in listed and not restored}
+        for name, lease in listed.items():
+            if restored and self._leases.get(name) != lease:
+                self._set(name, lease)
+            else:
+                self.put(lease)
+        self._floor = listing.resource_version
+
+    def _delete(self, name: str, version: str) -> None:
+        known = self._leases.get(name)
+        if known is None or newer(version, known.resource_version):
+            self._gone[name] = version
+            if known is not None:
+                self._set(name, None)
+
+    def _set(self, name: str, lease: Lease | None) -> None:
+        old = self._locks.get(name)
+        if lease is None:
+            del self._leases[name], self._locks[name]
+        else:
+            self._gone.pop(name, None)
+            self._leases[name], self._locks[name] = lease, record.lock_of(lease)
+        self._on_change(LockChange(name, old, self._locks.get(name)))
+
+
+RETRY_FIRST_S = 0.2
+RETRY_MAX_S = 5.0
+# A watch that has stood this long counts as established.
+SETTLE_S = 2.0
+
+
+class Follower:
+    """Keeps a LockView true. ready is set after the first list."""
+
+    def __init__(
+        self,
+        store: LeaseStore,
+        view: LockView,
+        contact: Contact,
+        clock: Clock,
+        rng: random.Random,
+        ready: asyncio.Event,
+    ) -> None:
+        self._store, self._view, self._contact = store, view, contact
+        self._clock, self._rng, self._ready = clock, rng, ready
+        self._scope: asyncio.Timeout | None = None
+        self._suspect = False  # the last watch broke as soon as it was opened, though the list had gone well
+
+    def verify(self) -> None:
+        """Another call failed: give up the open watch, which may be dead too, and list anew."""
+        if self._scope is not None:
+            self._scope.reschedule(asyncio.get_running_loop().time())
+            self._scope = None
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        waits = usbip_plugin_clock.backoff(self._rng, RETRY_FIRST_S, RETRY_MAX_S)
+        while True:
+            started = self._clock.monotonic()
+            try:
+                await self._list_and_watch()
+            except TimeoutError:
+                logger.debug("lock watch given up to verify the API server")
+            except KubeGone:
+                logger.debug("lock watch too old, listing anew")
+            except KubeError as error:
+                if self._contact.watch_down(error):
+                    logger.warning("locks cannot be followed", extra={"cause": str(error)})
+            if self._clock.monotonic() - started >= SETTLE_S:
+                waits = usbip_plugin_clock.backoff(self._rng, RETRY_FIRST_S, RETRY_MAX_S)
+            await self._clock.sleep(next(waits))
+
+    async def _list_and_watch(self) -> None:
+        listing = await self._store.list(record.LOCK_LABELS)
+        self._view.reset(listing)
+        self._ready.set()
+        if not self._suspect:
+            self._contact.watch_up()
+        version = listing.resource_version
+        while True:
+            opened = self._clock.monotonic()
+            settled = asyncio.get_running_loop().call_later(SETTLE_S, self._contact.watch_up)
+            self._suspect = True
+            try:
+                version = await self._watch(version)
+            finally:
+                settled.cancel()
+                self._suspect = self._suspect and self._clock.monotonic() - opened < SETTLE_S
+            if self._suspect:
+                raise KubeServerError("watch", "leases.coordination.k8s.io", "the watch ended as soon as it was opened")
+
+    async def _watch(self, version: str) -> str:
+        """Follow from version; the version reached when the server ended it. TimeoutError after verify()."""
+        stream = self._store.watch(record.LOCK_LABELS, version)
+        try:
+            async with asyncio.timeout(None) as self._scope:
+                async for change in stream:
+                    if self._suspect:
+                        self._suspect = False
+                        self._contact.watch_up()
+                    version = change.resource_version
+                    self._view.apply(change)
+        finally:
+            self._scope = None
+            close = getattr(stream, "aclose", None)
+            if close is not None:
+                await close()
+        return version
