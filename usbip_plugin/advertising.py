@@ -11,7 +11,7 @@ import logging
 from collections.abc import Collection, Coroutine, Mapping
 
 from usbip_plugin import changes
-from usbip_plugin.attacher import Attacher
+from usbip_plugin.attach.attacher import Attacher
 from usbip_plugin.claims import Claim
 from usbip_plugin.clock import Clock
 from usbip_plugin.conditions import Conditions

@@ -13,27 +13,26 @@ from opentelemetry.trace import Tracer
 
 from usbip_plugin.advertising import Advertiser
 from usbip_plugin.allocation import Allocator
-from usbip_plugin.attacher import Attacher
-from usbip_plugin.attaching import Means
-from usbip_plugin.cdi_specs import CdiSpecs
+from usbip_plugin.attach.attacher import Attacher
+from usbip_plugin.attach.cdi import CdiSpecs, SpecFiles
+from usbip_plugin.attach.events import Notice, evicted
+from usbip_plugin.attach.locate import may_be, places
+from usbip_plugin.attach.pipeline import Means
+from usbip_plugin.attach.reattach import Reattach, Wishes
 from usbip_plugin.claims import Claim, State
 from usbip_plugin.clock import Clock
 from usbip_plugin.config.schema import Config, ResourceConfig
 from usbip_plugin.errors import PluginError
-from usbip_plugin.inventory.search import may_be, places
 from usbip_plugin.kube.client import KubeClient
 from usbip_plugin.kube.eviction import Evictor
 from usbip_plugin.kube.fleet import FleetCount
 from usbip_plugin.kube.node_status import NodeStatusPublisher, PatchApi
 from usbip_plugin.kube.pods import OwnPods, PodPhase, PodView
-from usbip_plugin.kubelet.cdi import SpecFiles
 from usbip_plugin.kubelet.pod_resources import PodResources
 from usbip_plugin.locks.manager import Acquired, LockManager, LockSettings
 from usbip_plugin.locks.protocol import Rules
 from usbip_plugin.locks.record import LeaseStore
 from usbip_plugin.model import Advertised, Descriptor, DeviceKey, NodeIdentity, PodRef
-from usbip_plugin.notices import Notice, evicted
-from usbip_plugin.reattaching import Reattach, Wishes
 from usbip_plugin.resources import Plugin, Registrar, ResourceSet
 from usbip_plugin.telling import LOOKING_SHARE, Telling, time_kept
 from usbip_plugin.usage import UsageWatcher

@@ -1,29 +1,63 @@
-"""What a lock's annotations say of its device, and what a device's own lock is to say of it."""
+"""Allocate and PreStartContainer: from device IDs to devices, from attachments to what a container is given."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from itertools import chain
 
 from opentelemetry.context import Context
 from opentelemetry.trace import SpanKind, Tracer
 from opentelemetry.util.types import AttributeValue
 
-from usbip_plugin.attacher import Attacher
-from usbip_plugin.attaching import Wanted
+from usbip_plugin.attach.attacher import Attacher
+from usbip_plugin.attach.cdi import device_name
+from usbip_plugin.attach.containers import (
+    ContainerResponse,
+    DeviceSpec,
+    _specs,
+    check_paths,
+    environment,
+    place,
+    refuse_shared_paths,
+)
+from usbip_plugin.attach.events import Notice, refused
+from usbip_plugin.attach.pipeline import Wanted
 from usbip_plugin.clock import Clock
-from usbip_plugin.config.schema import ResourceConfig
-from usbip_plugin.containers import check_paths, container_response, refuse_shared_paths
+from usbip_plugin.config.schema import DeviceSelector, ResourceConfig
 from usbip_plugin.errors import NotAttached, PluginError, UnknownDevice
 from usbip_plugin.inventory.facts import Seen
 from usbip_plugin.inventory.preference import preferred
-from usbip_plugin.kubelet.device_plugin import ContainerResponse
 from usbip_plugin.kubelet.status import status_code
 from usbip_plugin.model import Attachment, Health, Identity
-from usbip_plugin.notices import Notice, refused
 from usbip_plugin.observe.spans import span
 
 log = logging.getLogger(__name__)
+
+
+def container_response(
+    resource: ResourceConfig, domain: str, devices: Sequence[tuple[DeviceSelector, Attachment]]
+) -> ContainerResponse:
+    """What one container gets for its devices, in the order asked; extras of several devices only once.
+
+    With CDI only the extras, and the names under which the spec has the rest: nothing in the answer, which the kubelet
+    keeps and uses again, depends on device nodes then.
+    """
+    envs: dict[str, str] = {}
+    specs: dict[str, DeviceSpec] = {}
+    cdi_names: list[str] = []
+    for index, (selector, attachment) in enumerate(devices):
+        nodes: tuple[DeviceSpec, ...] = ()
+        if resource.cdi:
+            cdi_names.append(device_name(domain, resource.name, attachment.key.id, index))
+        else:
+            placed = place(resource, index, attachment)
+            nodes = tuple(spec for spec, _ in _specs(resource, placed))
+            envs.update(environment(resource.name, index, attachment, placed))
+        extras = (DeviceSpec(e.host_path, e.container_path, e.permissions) for e in selector.extras)
+        for spec in chain(nodes, extras):
+            specs.setdefault(spec.container_path, spec)
+    return ContainerResponse(envs=envs, devices=tuple(specs.values()), cdi_devices=tuple(cdi_names))
 
 
 def listed_as(seen: Seen) -> Identity | None:

@@ -7,30 +7,12 @@ One transition table says what may follow what; nothing else in the project hold
 from __future__ import annotations
 
 import enum
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from usbip_plugin.config.schema import DEFAULT_CHILDREN_TIMEOUT_S, OnLoss
-from usbip_plugin.model import Attachment, DeviceKey, Lock, NodeIdentity, PodRef, UsbId
-from usbip_plugin.vhci.driver import PortState
-from usbip_plugin.vhci.sysfs import PortStatus
-
-ALLOCATION_GRACE = 15.0
-"""Seconds after an Allocate in which a pod that is not (yet) listed does not count as gone.
-
-The kubelet hides an Allocate in flight from pod-resources, and admission of the pod's other containers comes after it.
-"""
-
-ABSENT_POLLS = 2
-"""Polls of pod-resources in a row without the device before its claim ends."""
-
-UNCONFIRMED_ABSENCE = 15.0
-"""Seconds without the device in pod-resources before its claim ends where the API server does not confirm it.
-
-A kubelet that has just started lists no pods for about a second, while they run.
-"""
+from usbip_plugin.config.schema import DEFAULT_CHILDREN_TIMEOUT_S
+from usbip_plugin.model import Attachment, DeviceKey, PodRef, UsbId
 
 
 class State(enum.Enum):
@@ -234,48 +216,6 @@ class User:
     resource: str
 
 
-def observe_usage(claim: Claim, user: User | None, listed_at: float) -> Claim:
-    """What one poll of pod-resources, begun at listed_at, says of a claim; one older than the Allocate: nothing."""
-    if user is not None:
-        known = claim.pod is not None and user.pod.uid is None and same_pod(user.pod, claim.pod)
-        pod = claim.pod if known else user.pod
-        return replace(claim, pod=pod, resource=claim.resource or user.resource, absent=0, handed_back=False)
-    if listed_at <= claim.allocated_at:
-        return claim
-    since = claim.absent_since if claim.absent else listed_at
-    return replace(claim, absent=claim.absent + 1, absent_since=since)
-
-
-@dataclass(frozen=True, slots=True)
-class Unlisted:
-    """What the API server says beyond one list of pod-resources.
-
-    pods: those that have not ended, want our devices, and are not in the list. They run init containers, or the kubelet
-    does not know them yet, or again. resources: those (without the domain) of which some pod that has not ended may
-    have a device that is not in the list, be it an init container's. certain: the API server's word is fresh.
-    """
-
-    pods: frozenset[PodRef] = frozenset()
-    resources: frozenset[str] = frozenset()
-    certain: bool = False
-
-
-def not_in_list(users: Mapping[str, User], wanting: Mapping[PodRef, Mapping[str, int]], *, certain: bool) -> Unlisted:
-    """users: one list of pod-resources, by device ID; wanting: see PodView."""
-    listed = Counter((user.pod.namespace, user.pod.name, user.resource) for user in users.values())
-    pods = {(namespace, name) for namespace, name, _ in listed}
-    return Unlisted(
-        frozenset(pod for pod in wanting if (pod.namespace, pod.name) not in pods),
-        frozenset(
-            resource
-            for pod, counts in wanting.items()
-            for resource, count in counts.items()
-            if count > listed[pod.namespace, pod.name, resource]
-        ),
-        certain,
-    )
-
-
 def same_pod(one: PodRef, other: PodRef) -> bool:
     """By name, and by uid where both are known."""
     if (one.namespace, one.name) != (other.namespace, other.name):
@@ -286,98 +226,3 @@ def same_pod(one: PodRef, other: PodRef) -> bool:
 def serves(claim: Claim, resource: str, usb_id: UsbId) -> bool:
     """Whether the claim is one on this device as this resource; where the resource is not known, the ids tell."""
     return claim.usb_id == usb_id if claim.resource is None else claim.resource == resource
-
-
-def usage_ended(claim: Claim, now: float, unlisted: Unlisted) -> bool:
-    """True when the claim's pod is gone: seen and absent in two polls, or never seen and the grace is over.
-
-    A list without the pod counts only if the API server does not say that it lives; and where that is not known for
-    certain, only after UNCONFIRMED_ABSENCE.
-    """
-    if claim.state not in IN_USE or claim.absent < ABSENT_POLLS:
-        return False
-    pod = claim.pod
-    if pod is None:
-        somebodys = bool(unlisted.resources) if claim.resource is None else claim.resource in unlisted.resources
-        gone = not somebodys and now - claim.allocated_at > ALLOCATION_GRACE
-        certain = unlisted.certain
-    else:
-        gone = not any(same_pod(pod, other) for other in unlisted.pods)
-        # a pod without a uid is one that the API server has not told of
-        certain = unlisted.certain and pod.uid is not None
-    return gone and (certain or now - claim.absent_since >= UNCONFIRMED_ABSENCE)
-
-
-class AfterReattach(enum.Enum):
-    """What a re-attach means for the pod."""
-
-    GOES_ON = "attached again with the same device nodes"
-    CHILDREN_GO_ON = "attached again with the same device nodes, but for its USB node"
-    STALE = "attached again with other device nodes: the pod has them only when it is created anew"
-    RENEWED = "attached again with other device nodes: a container has them when it is started the next time"
-    RESTART = "attached again with other device nodes: the container must end, and has them when it is started again"
-    EVICT = "attached again with other device nodes: the pod is evicted"
-
-
-def after_reattach(
-    before: Attachment | None,
-    after: Attachment,
-    on_loss: OnLoss,
-    pod: PodRef | None,
-    *,
-    by_cdi: bool = False,
-    children: tuple[str, ...] | None = None,
-) -> AfterReattach:
-    """Same paths and numbers: a pod that opens the device anew goes on. before is None where it is not known.
-
-    The kernel numbers a USB node anew at each attach. children: the kinds of child nodes that the resource names; where
-    it names some, they are what the pod uses, and it goes on with these alone.
-    Only a pod known by its uid is evicted: a name may be another pod's by now. by_cdi: its containers were given CDI
-    names, whose spec has the nodes of after by now; any other container keeps the paths of its Allocate.
-    """
-    if before is not None and before.nodes == after.nodes:
-        return AfterReattach.GOES_ON
-    if before is not None and children:
-        had, has = (tuple(node for node in one.nodes if node.kind in children) for one in (before, after))
-        if had and had == has:
-            return AfterReattach.CHILDREN_GO_ON
-    if on_loss is OnLoss.EVICT and pod is not None and pod.uid is not None:
-        return AfterReattach.EVICT
-    if not by_cdi:
-        return AfterReattach.STALE
-    return AfterReattach.RESTART if on_loss is OnLoss.RESTART else AfterReattach.RENEWED
-
-
-def own_port(place: DeviceKey, ports: Sequence[PortState], number: int | None) -> PortState | None:
-    """The port that carries the device of this place by its record, in use or stuck; number narrows it, if it is known.
-
-    A port without our record is not ours, whatever stands on it: in kind several nodes share one kernel, and people
-    attach devices by hand.
-    """
-    for port in ports:
-        if port.record == place and number in (None, port.number) and port.status is not PortStatus.NULL:
-            return port
-    return None
-
-
-class Adoption(enum.Enum):
-    """What to do at start with a lock that names this node."""
-
-    ADOPT = "the port still carries it"
-    REATTACH = "no attachment, but a pod has it"
-    RELEASE = "no attachment, nobody uses it"
-
-
-def decide_adoption(
-    lock: Lock, me: NodeIdentity, *, attached: bool, used: bool | None, orphan: bool = False
-) -> Adoption:
-    """For a lock whose holder is this node. used is None when pod-resources could not be read: then nothing is let go.
-
-    An attachment made under another boot id is gone with the old kernel, whatever the port records say. orphan: the
-    lock was taken in place of a device that is not to be had from here, or is not this node's any more.
-    """
-    if orphan:
-        return Adoption.RELEASE
-    if attached and lock.boot_id == me.boot_id:
-        return Adoption.ADOPT
-    return Adoption.RELEASE if used is False else Adoption.REATTACH

@@ -9,6 +9,8 @@ from types import MappingProxyType
 
 from usbip_plugin import __version__
 from usbip_plugin.agent import Agent, Observer
+from usbip_plugin.attach.events import Notice, What
+from usbip_plugin.attach.reattach import Reattach
 from usbip_plugin.claims import State
 from usbip_plugin.clock import Clock
 from usbip_plugin.errors import (
@@ -51,9 +53,7 @@ from usbip_plugin.errors import (
 from usbip_plugin.locks.manager import Acquired
 from usbip_plugin.locks.watch import LockChange
 from usbip_plugin.model import Advertised
-from usbip_plugin.notices import Notice, What
 from usbip_plugin.observe.metrics import Metrics, NodeCollector, Reading
-from usbip_plugin.reattaching import Reattach
 from usbip_plugin.resources import Plugin
 from usbip_plugin.usbip.poller import ServerState
 

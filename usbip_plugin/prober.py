@@ -6,7 +6,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Collection, Mapping
 
-from usbip_plugin.attacher import Attacher
+from usbip_plugin.attach.attacher import Attacher
 from usbip_plugin.clock import Clock
 from usbip_plugin.errors import PluginError
 from usbip_plugin.handovers import Spawn

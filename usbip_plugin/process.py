@@ -13,6 +13,8 @@ from pathlib import Path
 
 from usbip_plugin import __version__
 from usbip_plugin.agent import Agent, Outside
+from usbip_plugin.attach.cdi import CdiDirectory
+from usbip_plugin.attach.events import Notice, events_of
 from usbip_plugin.clock import Clock, SystemClock
 from usbip_plugin.config.reload import ConfigWatcher, Loaded
 from usbip_plugin.config.schema import DEFAULT_CDI_DIRECTORY, Config
@@ -21,12 +23,10 @@ from usbip_plugin.figures import Figures, Losses
 from usbip_plugin.kube.client import KubeClient, connect
 from usbip_plugin.kube.events import EventRecorder
 from usbip_plugin.kube.fleet import count_pods
-from usbip_plugin.kubelet.cdi import CdiDirectory
 from usbip_plugin.kubelet.directory import PluginDirectory
 from usbip_plugin.kubelet.pod_resources import GrpcPodResources
 from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.model import NodeIdentity
-from usbip_plugin.notices import Notice, events_of
 from usbip_plugin.observe.http import Heartbeats, HttpServer, Site, Verdict, standard_pages
 from usbip_plugin.observe.metrics import Metrics
 from usbip_plugin.observe.status import Status

@@ -13,8 +13,9 @@ import contextlib
 import logging
 from collections.abc import Mapping
 
-from usbip_plugin.attacher import Attacher
-from usbip_plugin.claims import IN_USE, Unlisted, User, not_in_list
+from usbip_plugin.attach.attacher import Attacher
+from usbip_plugin.attach.release import Unlisted, not_in_list
+from usbip_plugin.claims import IN_USE, User
 from usbip_plugin.clock import Clock
 from usbip_plugin.errors import PodResourcesUnavailable
 from usbip_plugin.kube.pods import PodView

@@ -16,11 +16,11 @@ from pathlib import Path
 from opentelemetry.trace import NoOpTracer, Tracer
 
 from usbip_plugin.agent import Agent, Observer, Outside
+from usbip_plugin.attach.cdi import SpecFiles
 from usbip_plugin.clock import Clock
 from usbip_plugin.config.schema import Config
 from usbip_plugin.errors import KubeUnreachable
 from usbip_plugin.kube.client import KubeClient
-from usbip_plugin.kubelet.cdi import SpecFiles
 from usbip_plugin.kubelet.directory import PluginDirectory
 from usbip_plugin.kubelet.pod_resources import GrpcPodResources
 from usbip_plugin.locks.manager import LockSettings

@@ -16,12 +16,12 @@ from api_process import Cluster
 from node_tokens import ACCOUNT, NAMESPACE, NodeTokens
 from plugin_rights import collection
 
+from usbip_plugin.attach.events import Notice, What, events_of
 from usbip_plugin.config.schema import OnLoss
 from usbip_plugin.kube.client import KubeClient
 from usbip_plugin.kube.events import CONTROLLER
 from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.model import DeviceKey, PodRef
-from usbip_plugin.notices import Notice, What, events_of
 from usbip_sim.world import SimNode
 
 pytestmark = pytest.mark.short

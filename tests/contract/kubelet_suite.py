@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from usbip_plugin.attach.containers import ContainerResponse, DeviceSpec
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.errors import LockHeld, NotAttached, PluginError, UnknownDevice
-from usbip_plugin.kubelet.device_plugin import ContainerResponse, DevicePluginServer, DeviceSpec
+from usbip_plugin.kubelet.device_plugin import DevicePluginServer
 from usbip_plugin.kubelet.directory import PluginDirectory
 from usbip_plugin.kubelet.pod_resources import ContainerDevices, GrpcPodResources, PodResources
 from usbip_plugin.kubelet.registration import ResourcePlugin

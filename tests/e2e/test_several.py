@@ -16,7 +16,7 @@ from nodes import LabNodes, Nodes
 from plugin_process import Pages, addresses
 from workloads import WAIT_FOR_TERM, deployment, pod, pod_spec
 
-from usbip_plugin.claims import ABSENT_POLLS, ALLOCATION_GRACE
+from usbip_plugin.attach.release import ABSENT_POLLS, ALLOCATION_GRACE
 from usbip_plugin.usage import HINTED_INTERVAL
 
 POLLS_PAST_GRACE = math.ceil(ALLOCATION_GRACE / HINTED_INTERVAL) + ABSENT_POLLS + 1

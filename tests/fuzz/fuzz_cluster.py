@@ -12,7 +12,7 @@ from typing import Any
 from fuzz_target import Target, drive, fit_to_raise, fit_to_show
 from google.protobuf.message import DecodeError
 
-from usbip_plugin.claims import decide_adoption
+from usbip_plugin.attach.adopt import decide_adoption
 from usbip_plugin.cli import devices
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.errors import KubeError, KubeThrottled, LockHeld, PluginError, UnknownDevice

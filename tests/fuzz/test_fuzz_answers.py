@@ -14,6 +14,7 @@ import pytest
 from fuzz_cluster import grpc_detail
 from fuzz_target import fit_to_show
 
+from usbip_plugin.attach.containers import ContainerResponse
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.errors import KubeServerError, KubeThrottled, PluginError, PodResourcesUnavailable, ServerUnreachable
 from usbip_plugin.inventory.preference import preferred
@@ -21,7 +22,7 @@ from usbip_plugin.kube import client as kube_client
 from usbip_plugin.kube import responses
 from usbip_plugin.kube.pods import OwnPods, PodPhase, read_pod
 from usbip_plugin.kubelet import deviceplugin_pb2 as pb
-from usbip_plugin.kubelet.device_plugin import ContainerResponse, DevicePluginServer
+from usbip_plugin.kubelet.device_plugin import DevicePluginServer
 from usbip_plugin.kubelet.pod_resources import GrpcPodResources
 from usbip_plugin.kubelet.status import MAX_DETAIL_CHARACTERS, status_details
 from usbip_plugin.model import ServerKey

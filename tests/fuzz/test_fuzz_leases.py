@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from opentelemetry.trace import NoOpTracer
 from raw_api import RawApi
 
+from usbip_plugin.attach.events import Notice, What, events_of
 from usbip_plugin.cli.devices import WIDE, known_devices, rows, table
 from usbip_plugin.config.schema import Config, DeviceSelector
 from usbip_plugin.errors import KubeServerError, LockHeld, LockUnavailable
@@ -32,7 +33,6 @@ from usbip_plugin.locks.manager import LockManager, LockSettings, Standing
 from usbip_plugin.locks.record import Lease, key_of
 from usbip_plugin.locks.watch import newer
 from usbip_plugin.model import DeviceKey, Lock, NodeIdentity, ServerKey, UsbId
-from usbip_plugin.notices import Notice, What, events_of
 from usbip_plugin.observe.logs import JsonFormatter, TextFormatter
 from usbip_sim.virtual.loop import SimClock, virtual
 

@@ -17,9 +17,9 @@ from opentelemetry.trace import NoOpTracer
 from plugin_spawner import serve
 
 from usbip_plugin.agent import Agent, Outside
+from usbip_plugin.attach.cdi import CdiDirectory
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.config.reload import load_config
-from usbip_plugin.kubelet.cdi import CdiDirectory
 from usbip_plugin.kubelet.directory import PluginDirectory
 from usbip_plugin.kubelet.pod_resources import GrpcPodResources
 from usbip_plugin.model import NodeIdentity, PodRef

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from usbipd import RealUsbipd, eventually
 
-from usbip_plugin.attaching import import_busy
+from usbip_plugin.attach.pipeline import import_busy
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.model import Descriptor, DeviceKey, ServerKey, UsbId
 from usbip_plugin.usbip.client import Imported, TcpUsbipClient

@@ -37,9 +37,9 @@ from gadget import CLIENT_DRIVERS, LINUX_GADGET, gadget
 from kernel_rig import DISK, KernelRig
 from usbipd import RealUsbipd, eventually
 
+from usbip_plugin.attach.events import What
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.model import DeviceKey, Reason, UsbId
-from usbip_plugin.notices import What
 
 GADGET = "gadget"
 AUDIO = "AUDIO"

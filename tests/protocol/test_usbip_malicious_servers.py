@@ -18,8 +18,8 @@ import pytest
 from golden_files import golden
 from opentelemetry.trace import NoOpTracer
 
-from usbip_plugin.attaching import Means, Pipeline, Progress, Wanted
-from usbip_plugin.cdi_specs import CdiSpecs
+from usbip_plugin.attach.cdi import CdiSpecs
+from usbip_plugin.attach.pipeline import Means, Pipeline, Progress, Wanted
 from usbip_plugin.claims import Claim, ClaimBook
 from usbip_plugin.errors import MalformedReply, ServerTimeout, ServerUnreachable, UsbipError, WrongDevice
 from usbip_plugin.locks.manager import LockManager, LockSettings

@@ -14,11 +14,12 @@ from plan import Plan
 from play import Wrong
 from shapes import B, act, shape, wait
 
-from usbip_plugin.attaching import Pipeline
+from usbip_plugin.attach.monitor import Keeper
+from usbip_plugin.attach.pipeline import Pipeline
+from usbip_plugin.attach.tasks import DeviceWork
 from usbip_plugin.claims import Claim, State
 from usbip_plugin.errors import KubeUnreachable
 from usbip_plugin.inventory import reasons
-from usbip_plugin.keeper import Keeper
 from usbip_plugin.kube.node_status import NodeStatusPublisher
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer
 from usbip_plugin.locks import protocol, record
@@ -30,7 +31,6 @@ from usbip_plugin.locks.writer import Effort, Writer, Written
 from usbip_plugin.model import Attachment, Descriptor, DeviceKey
 from usbip_plugin.telling import Telling
 from usbip_plugin.usbip.poller import ServerPoller
-from usbip_plugin.work import DeviceWork
 from usbip_sim.leases import MemoryBackend
 
 TWO_IMPORTS = "one import, by the nodes' account"

@@ -12,9 +12,11 @@ from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
-from usbip_plugin import attacher
-from usbip_plugin.attaching import Pipeline
-from usbip_plugin.claims import Claim, State, Unlisted
+from usbip_plugin.attach import attacher
+from usbip_plugin.attach.pipeline import Pipeline
+from usbip_plugin.attach.release import Unlisted
+from usbip_plugin.attach.tasks import DeviceWork
+from usbip_plugin.claims import Claim, State
 from usbip_plugin.inventory import reasons
 from usbip_plugin.kube.node_status import NodeStatusPublisher
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer
@@ -24,7 +26,6 @@ from usbip_plugin.telling import Telling
 from usbip_plugin.usage import UsageWatcher
 from usbip_plugin.usbip import client
 from usbip_plugin.vhci.driver import PortState
-from usbip_plugin.work import DeviceWork
 from usbip_sim.kernel.driver import SimulatedVhci
 
 

@@ -25,7 +25,7 @@ from lasting import Violation
 from plan import CONDITIONS, PROMISED, Plan, Settings
 
 from usbip_plugin.agent import Observer
-from usbip_plugin.claims import ALLOCATION_GRACE
+from usbip_plugin.attach.release import ALLOCATION_GRACE
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.locks.protocol import Rules
 from usbip_plugin.model import DeviceKey, PodRef, Reason

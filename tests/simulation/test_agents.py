@@ -36,15 +36,16 @@ from cluster_rig import (
     two_sticks,
 )
 
-from usbip_plugin.claims import ALLOCATION_GRACE, State
+from usbip_plugin.attach.events import Notice, What
+from usbip_plugin.attach.monitor import PORT_CHECK_INTERVAL
+from usbip_plugin.attach.release import ALLOCATION_GRACE
+from usbip_plugin.claims import State
 from usbip_plugin.config.schema import Config, OnLoss
 from usbip_plugin.errors import ClaimBusy
 from usbip_plugin.inventory.reasons import API_GRACE
-from usbip_plugin.keeper import PORT_CHECK_INTERVAL
 from usbip_plugin.locks import record
 from usbip_plugin.locks.protocol import Rules
 from usbip_plugin.model import DeviceKey, Reason
-from usbip_plugin.notices import Notice, What
 from usbip_sim.server.usbdevice import VirtualDevice
 from usbip_sim.virtual.cluster import Cluster, cluster
 from usbip_sim.virtual.cluster_node import ClusterNode

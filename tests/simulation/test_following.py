@@ -31,12 +31,13 @@ from cluster_rig import (
     taken,
 )
 
-from usbip_plugin.claims import ALLOCATION_GRACE, State
+from usbip_plugin.attach.events import Notice, What
+from usbip_plugin.attach.release import ALLOCATION_GRACE
+from usbip_plugin.claims import State
 from usbip_plugin.config.schema import DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.errors import ClaimBusy
 from usbip_plugin.locks import record
 from usbip_plugin.model import DeviceKey, Reason, ServerKey
-from usbip_plugin.notices import Notice, What
 from usbip_sim.server.server import VirtualServer
 from usbip_sim.server.usbdevice import VirtualDevice
 from usbip_sim.virtual.cluster import Cluster, cluster

@@ -24,9 +24,9 @@ from cluster_rig import (
     taken,
 )
 
+from usbip_plugin.attach.events import Notice, What
 from usbip_plugin.config.schema import ResourceConfig
 from usbip_plugin.model import DeviceKey, Reason
-from usbip_plugin.notices import Notice, What
 from usbip_plugin.vhci.sysfs import PortStatus
 from usbip_sim.kubelet.specs import resolve
 from usbip_sim.server.server import VirtualServer

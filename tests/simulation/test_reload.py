@@ -29,13 +29,14 @@ from cluster_rig import (
 )
 from play import task_names
 
-from usbip_plugin.claims import ALLOCATION_GRACE, AfterReattach
+from usbip_plugin.attach.events import Notice, What
+from usbip_plugin.attach.reattach import AfterReattach
+from usbip_plugin.attach.release import ALLOCATION_GRACE
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.config.schema import Config, DeviceSelector, OnLoss, ResourceConfig, Selector
 from usbip_plugin.errors import AllocateTimeout, UnknownDevice
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer, DeviceStates
 from usbip_plugin.model import DeviceKey, Reason
-from usbip_plugin.notices import Notice, What
 from usbip_plugin.telling import SENT_TIMEOUT
 from usbip_sim.server.server import VirtualServer
 from usbip_sim.virtual.cluster import Cluster, cluster

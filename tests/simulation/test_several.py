@@ -25,7 +25,8 @@ from cluster_rig import (
     two_sticks,
 )
 
-from usbip_plugin.claims import ALLOCATION_GRACE, State
+from usbip_plugin.attach.release import ALLOCATION_GRACE
+from usbip_plugin.claims import State
 from usbip_plugin.config.schema import DeviceSelector, Extra, ResourceConfig, Selector
 from usbip_plugin.model import DeviceKey
 from usbip_sim.kubelet.device_manager import ContainerSpec

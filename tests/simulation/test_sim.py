@@ -16,7 +16,7 @@ from mutants import release_first
 from plan import ACTIONS, draw
 from play import play
 
-from usbip_plugin.work import DeviceWork
+from usbip_plugin.attach.tasks import DeviceWork
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from typing import cast
 
 from opentelemetry.trace import NoOpTracer
 
-from usbip_plugin.attaching import Means, Pipeline, Progress, Wanted
-from usbip_plugin.cdi_specs import CdiSpecs
+from usbip_plugin.attach.cdi import CdiSpecs
+from usbip_plugin.attach.pipeline import Means, Pipeline, Progress, Wanted
 from usbip_plugin.claims import Claim, ClaimBook, State
 from usbip_plugin.config.schema import ResourceConfig
 from usbip_plugin.locks.manager import IMPORT_WINDOW_S, Grant, LockManager, LockMeta

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from usbip_plugin.kubelet.device_plugin import ContainerResponse
+from usbip_plugin.attach.containers import ContainerResponse
 
 
 class IdleBackend:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from attaching_rig import DONGLE, KEY, ME, OTHER, STICK, Rig, described, rig
 
-from usbip_plugin.attaching import DETACH_TIMEOUT, ENUMERATE_TIMEOUT, PROBE_TIMEOUT
+from usbip_plugin.attach.pipeline import DETACH_TIMEOUT, ENUMERATE_TIMEOUT, PROBE_TIMEOUT
 from usbip_plugin.claims import Event, State
 from usbip_plugin.config.schema import DEFAULT_CHILDREN_TIMEOUT_S
 from usbip_plugin.errors import (

@@ -6,11 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from usbip_plugin.cdi_specs import CdiSpecs
+from usbip_plugin.attach.cdi import CdiSpecs, HandedOut
 from usbip_plugin.claims import Claim, State
 from usbip_plugin.config.schema import ResourceConfig
 from usbip_plugin.errors import CdiError
-from usbip_plugin.kubelet.cdi import HandedOut
 from usbip_plugin.model import Attachment, DeviceKey, DeviceNode, ServerKey, UsbId
 from usbip_sim.kubelet.specs import MemorySpecs, resolve
 

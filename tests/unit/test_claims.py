@@ -4,28 +4,28 @@ from dataclasses import replace
 
 import pytest
 
-from usbip_plugin.claims import (
+from usbip_plugin.attach.adopt import Adoption, decide_adoption
+from usbip_plugin.attach.pipeline import own_port
+from usbip_plugin.attach.reattach import AfterReattach, after_reattach
+from usbip_plugin.attach.release import (
     ALLOCATION_GRACE,
-    TRANSITIONS,
     UNCONFIRMED_ABSENCE,
-    Adoption,
-    AfterReattach,
+    Unlisted,
+    not_in_list,
+    observe_usage,
+    usage_ended,
+)
+from usbip_plugin.claims import (
+    TRANSITIONS,
     Claim,
     ClaimBook,
     Event,
     IllegalTransition,
     State,
-    Unlisted,
     User,
-    after_reattach,
     allocated,
-    decide_adoption,
-    not_in_list,
-    observe_usage,
-    own_port,
     serves,
     step,
-    usage_ended,
 )
 from usbip_plugin.config.schema import OnLoss
 from usbip_plugin.model import Attachment, DeviceKey, DeviceNode, Lock, NodeIdentity, PodRef, ServerKey, UsbId

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from inventory_facts import KEY, LAB, STICK, listed
 
+from usbip_plugin.attach.locate import may_be, places
 from usbip_plugin.claims import Claim, State
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
-from usbip_plugin.inventory.search import may_be, places
 from usbip_plugin.model import DeviceKey, ServerKey
 
 

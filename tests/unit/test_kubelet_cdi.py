@@ -9,18 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from usbip_plugin.kubelet.cdi import (
-    CdiDirectory,
-    HandedOut,
-    Injected,
-    SpecFiles,
-    device_name,
-    kind,
-    names_nodes,
-    read_spec,
-    spec,
-)
-from usbip_plugin.kubelet.device_plugin import DeviceSpec
+from usbip_plugin.attach.cdi import CdiDirectory, HandedOut, SpecFiles, device_name, kind, names_nodes, read_spec, spec
+from usbip_plugin.attach.containers import DeviceSpec, Injected
 from usbip_plugin.model import DeviceNode
 from usbip_sim.kubelet.specs import MemorySpecs
 

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from usbip_plugin.listings import ABSENCE, Listings
+from usbip_plugin.attach.locate import ABSENCE, Listings
 from usbip_plugin.model import Descriptor, DeviceKey, ServerKey, UsbId
 from usbip_plugin.usbip.poller import ServerState, ServerView, failed
 from usbip_sim.virtual.loop import SimClock, virtual

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from usbip_plugin.attach.events import About, Notice, What, events_of, evicted, refused
 from usbip_plugin.errors import ClaimBusy, LockHeld, ServerUnreachable
 from usbip_plugin.kube.events import EventText
 from usbip_plugin.model import DeviceKey, PodRef, ServerKey
-from usbip_plugin.notices import About, Notice, What, events_of, evicted, refused
 
 KEY = DeviceKey(ServerKey("lab", 3240), "1-1")
 POD = PodRef("ns", "p", "uid-1")

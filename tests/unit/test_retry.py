@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from usbip_plugin import attaching
+from usbip_plugin.attach import pipeline
 from usbip_plugin.errors import DeviceBusy, KubeUnreachable
 from usbip_plugin.kube import client
 from usbip_plugin.model import DeviceKey, ServerKey
@@ -45,7 +45,7 @@ async def waits_of_a_write(seed: int) -> list[float]:
 async def waits_of_an_import(seed: int) -> list[float]:
     clock = NotedClock()
     with contextlib.suppress(DeviceBusy):
-        async for attempt in attaching.import_busy(clock, random.Random(seed)):
+        async for attempt in pipeline.import_busy(clock, random.Random(seed)):
             with attempt:
                 raise DeviceBusy(DeviceKey(ServerKey("lab"), "1-1"))
     return clock.slept
@@ -53,7 +53,7 @@ async def waits_of_an_import(seed: int) -> list[float]:
 
 @pytest.mark.parametrize(
     ("waits_of", "tries"),
-    [(waits_of_a_write, client.API_WRITE_ATTEMPTS), (waits_of_an_import, attaching.BUSY_ATTEMPTS)],
+    [(waits_of_a_write, client.API_WRITE_ATTEMPTS), (waits_of_an_import, pipeline.BUSY_ATTEMPTS)],
 )
 async def test_the_same_seed_waits_the_same(waits_of: object, tries: int) -> None:
     assert callable(waits_of)

@@ -2,8 +2,8 @@
 
 import pytest
 
+from usbip_plugin.attach.locate import Ambiguous, Ask, Found, Nowhere, Reading, Sighting, Verdict, decide
 from usbip_plugin.model import Descriptor, DeviceKey, ServerKey, UsbId
-from usbip_plugin.whereabouts import Ambiguous, Ask, Found, Nowhere, Reading, Sighting, Verdict, decide
 
 LAB = ServerKey("lab", 3240)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -12,6 +12,7 @@ from typing import Any, NoReturn, Protocol
 import grpc
 import grpc.aio
 
+from usbip_plugin.attach.containers import ContainerResponse
 from usbip_plugin.errors import PluginError, RegistrationFailed, UnknownDevice
 from usbip_plugin.kubelet import deviceplugin_pb2 as pb
 from usbip_plugin.kubelet.deviceplugin_pb2_grpc import add_DevicePluginServicer_to_server
@@ -37,24 +38,6 @@ SERVER_OPTIONS = (
 
 DeviceStates = tuple[tuple[str, bool], ...]
 """(device ID, healthy), as the kubelet is told."""
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceSpec:
-    """A device node for the container. permissions: any of r, w, m."""
-
-    host_path: str
-    container_path: str
-    permissions: str = "rw"
-
-
-@dataclass(frozen=True, slots=True)
-class ContainerResponse:
-    """What one container gets. cdi_devices are fully qualified CDI names."""
-
-    envs: Mapping[str, str] = field(default_factory=dict)
-    devices: tuple[DeviceSpec, ...] = ()
-    cdi_devices: tuple[str, ...] = ()
 
 
 class AllocateBackend(Protocol):

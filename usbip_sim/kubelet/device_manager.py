@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from usbip_plugin.kubelet.device_plugin import DeviceSpec
+from usbip_plugin.attach.containers import DeviceSpec
 from usbip_plugin.model import PodRef
 
 PRE_START_TIMEOUT_S = 30.0

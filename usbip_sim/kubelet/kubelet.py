@@ -18,9 +18,9 @@ from typing import Any, Self
 import grpc
 import grpc.aio
 
+from usbip_plugin.attach.containers import DeviceSpec
 from usbip_plugin.kubelet import deviceplugin_pb2 as pb
 from usbip_plugin.kubelet import podresources_pb2 as podpb
-from usbip_plugin.kubelet.device_plugin import DeviceSpec
 from usbip_plugin.kubelet.deviceplugin_pb2_grpc import DevicePluginStub, add_RegistrationServicer_to_server
 from usbip_plugin.kubelet.pod_resources import ContainerDevices
 from usbip_plugin.kubelet.podresources_pb2_grpc import add_PodResourcesListerServicer_to_server

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from usbip_plugin.kubelet.cdi import file_name
+from usbip_plugin.attach.cdi import file_name
 
 PLACE = Path("/var/run/cdi")
 

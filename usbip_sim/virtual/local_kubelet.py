@@ -7,8 +7,9 @@ import contextlib
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar
 
+from usbip_plugin.attach.containers import ContainerResponse
 from usbip_plugin.errors import PluginError
-from usbip_plugin.kubelet.device_plugin import ContainerResponse, DevicePluginServer, DeviceStates
+from usbip_plugin.kubelet.device_plugin import DevicePluginServer, DeviceStates
 from usbip_plugin.kubelet.pod_resources import ContainerDevices
 from usbip_plugin.kubelet.status import status_code, status_details
 from usbip_sim.kubelet.admission import Admission

@@ -8,21 +8,22 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
-from usbip_plugin.adopting import Adopter
-from usbip_plugin.attaching import Means
-from usbip_plugin.claims import Claim, Event, State, own_port
+from usbip_plugin.attach.adopt import Adopter
+from usbip_plugin.attach.events import Notice, What, late_nodes
+from usbip_plugin.attach.pipeline import Means, own_port
+from usbip_plugin.attach.reattach import REATTACH_FIRST_WAIT, Reattacher, Wishes
+from usbip_plugin.attach.tasks import DeviceWork
+from usbip_plugin.claims import Claim, Event, State
 from usbip_plugin.config.schema import OnLoss
 from usbip_plugin.errors import CdiError, VhciError
 from usbip_plugin.locks.watch import LockChange
 from usbip_plugin.model import Attachment
-from usbip_plugin.notices import Notice, What, late_nodes
 from usbip_plugin.observe.tracing import within
-from usbip_plugin.reattaching import REATTACH_FIRST_WAIT, Reattacher, Wishes
 from usbip_plugin.vhci.children import wants
 from usbip_plugin.vhci.driver import PortState
-from usbip_plugin.work import DeviceWork
 
 log = logging.getLogger(__name__)
+
 
 PORT_CHECK_INTERVAL = 15.0
 """Seconds between looks at the ports when no uevent says to look: uevents can be dropped under memory pressure."""

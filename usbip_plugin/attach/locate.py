@@ -1,20 +1,199 @@
-"""Finds a lost device under another bus id or server: asks the devices of its kind for their serial numbers."""
+"""Where a lost device is: what servers list, whose serial numbers are known, and asking for the others."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 
-from usbip_plugin.attaching import Means
+from usbip_plugin.attach.pipeline import Means
+from usbip_plugin.attach.tasks import DeviceWork
 from usbip_plugin.claims import Claim
+from usbip_plugin.clock import Clock
+from usbip_plugin.config.schema import Config, Selector
+from usbip_plugin.config.selectors import Match, matches
 from usbip_plugin.errors import ClaimBusy, PluginError, ServerUnreachable, UsbipError, WrongSerial
-from usbip_plugin.listings import Listings
 from usbip_plugin.model import Descriptor, DeviceKey, Identity, ServerKey
-from usbip_plugin.usbip.poller import ServerView
-from usbip_plugin.whereabouts import Ask, Nowhere, Reading, Sighting, Verdict, decide
-from usbip_plugin.work import DeviceWork
+from usbip_plugin.usbip.poller import ServerState, ServerView
 
 log = logging.getLogger(__name__)
+
+
+def places(config: Config, claims: Iterable[Claim]) -> frozenset[ServerKey]:
+    """Where these claims' devices may be: their own servers, and those where a serial number may be looked for."""
+    found = set()
+    for claim in claims:
+        found.add(claim.key.server)
+        for resource in config.resources:
+            if claim.serial and claim.resource in (resource.name, None):
+                found.update(selector.target for selector in resource.devices)
+    return frozenset(found)
+
+
+def may_be(config: Config, claim: Claim, key: DeviceKey, descriptor: Descriptor) -> bool:
+    """Whether a listed device may be asked if it is the lost one of this claim: if the configuration names it there.
+
+    On the claim's own server that is whatever some resource would offer; on another, what the claim's resource selects
+    by this very serial number. Its class is left out: it may not be listed yet.
+    """
+    told = Identity(serial=claim.serial)
+
+    def names(resource: str, selector: Selector) -> bool:
+        here = key.server == claim.key.server
+        return here or (claim.resource in (None, resource) and selector.serial == claim.serial)
+
+    return claim.serial is not None and any(
+        device.target == key.server
+        and names(resource.name, device.selector)
+        and matches(replace(device.selector, class_=None), descriptor, told) is Match.YES
+        for resource in config.resources
+        for device in resource.devices
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A serial number as a device told it. devid: see Descriptor, None for whatever is listed there.
+
+    until: on the monotonic clock; not every server numbers devices anew.
+    """
+
+    devid: int | None
+    serial: str
+    until: float
+
+    def holds(self, descriptor: Descriptor, now: float) -> bool:
+        """Whether it is of the device that is listed so."""
+        return now < self.until and self.devid in (None, descriptor.devid)
+
+
+@dataclass(frozen=True, slots=True)
+class Sighting:
+    """A listed device of the same kind. serial: None if it is not known; sure: it was read from this very device."""
+
+    key: DeviceKey
+    descriptor: Descriptor
+    serial: str | None
+    sure: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    key: DeviceKey
+
+
+@dataclass(frozen=True, slots=True)
+class Ambiguous:
+    """Several devices tell this serial number."""
+
+    keys: tuple[DeviceKey, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """Nothing can be said before the serial numbers of these have been read."""
+
+    sightings: tuple[Sighting, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Nowhere:
+    """None of the listed devices is it."""
+
+
+Verdict = Found | Ambiguous | Ask | Nowhere
+
+
+def decide(serial: str, sightings: Iterable[Sighting]) -> Verdict:
+    """Which of these is the device with this serial number."""
+    seen = tuple(sightings)
+    same = [sighting for sighting in seen if sighting.serial == serial]
+    match len(same):
+        case 0:
+            ask = [sighting for sighting in seen if not sighting.sure]
+        case 1:
+            ask = [sighting for sighting in seen if sighting.serial is None]
+        case _:
+            ask = [sighting for sighting in same if not sighting.sure]
+    if ask:
+        return Ask(tuple(ask))
+    if len(same) == 1:
+        return Found(same[0].key)
+    return Ambiguous(tuple(sorted(sighting.key for sighting in same))) if same else Nowhere()
+
+
+ABSENCE = 10.0
+"""Seconds after which a device that is listed again has come anew: one in use is hidden, and reading takes less."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Stay:
+    """since, until: seconds, monotonic; until is when it was last known to be listed."""
+
+    devid: int
+    since: float
+    until: float
+
+
+class Listings:
+    """Of one node, as its poller tells. All methods belong to one event loop."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._views: dict[ServerKey, ServerView] = {}
+        self._stays: dict[DeviceKey, _Stay] = {}
+
+    def server_changed(self, view: ServerView) -> None:
+        """For the poller."""
+        now = self._clock.monotonic()
+        before = self._views.get(view.server)
+        self._views[view.server] = view
+        was_listed = set(_keys(before)) if before is not None else set()
+        stays = {
+            key: _Stay(stay.devid, stay.since, now) if key in was_listed else stay
+            for key, stay in self._stays.items()
+            if key in was_listed or now - stay.until < ABSENCE
+        }
+        for key, descriptor in _keys(view).items():
+            stay = stays.get(key)
+            known = stay is not None and stay.devid == descriptor.devid
+            stays[key] = _Stay(descriptor.devid, stay.since if stay is not None and known else now, now)
+        self._stays = stays
+
+    def reachable(self, server: ServerKey) -> bool:
+        """Whether it answered when it was asked last."""
+        view = self._views.get(server)
+        return view is not None and view.state is ServerState.REACHABLE
+
+    def unreachable(self, server: ServerKey) -> str | None:
+        """Why it did not."""
+        view = self._views.get(server)
+        return view.error if view is not None and view.state is ServerState.UNREACHABLE else None
+
+    def listed(self, key: DeviceKey) -> Descriptor | None:
+        """As its server lists it now; None also if that does not answer."""
+        view = self._views.get(key.server)
+        return _keys(view).get(key) if view is not None else None
+
+    def of(self, server: ServerKey) -> dict[DeviceKey, Descriptor]:
+        """Everything a server lists, nothing if it does not answer."""
+        view = self._views.get(server)
+        return _keys(view) if view is not None else {}
+
+    def servers(self) -> Iterator[ServerKey]:
+        yield from self._views
+
+    def since(self, key: DeviceKey) -> float | None:
+        """Since when (monotonic) its server lists this very device here; it may be hidden for a moment. None: never."""
+        stay = self._stays.get(key)
+        return stay.since if stay is not None else None
+
+
+def _keys(view: ServerView) -> dict[DeviceKey, Descriptor]:
+    if view.state is not ServerState.REACHABLE:
+        return {}
+    return {DeviceKey(view.server, descriptor.busid): descriptor for descriptor in view.devices}
+
 
 READING_LASTS = 3600.0
 """Seconds a serial number counts that was read from a device which its server has listed as the same ever since."""

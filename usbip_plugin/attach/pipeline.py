@@ -1,7 +1,7 @@
-"""Every retry policy of the project, as tenacity objects, in one place.
+"""From Allocate to release: the states of one device on this node, as pure functions.
 
-A policy is made anew for each use, takes its sleep from the Clock and its jitter from the node's rng, and never
-retries what cannot get better by itself (403, bad configuration, a device held by another node).
+One transition table says what may follow what; nothing else in the project holds a flag about a device's progress.
+`attacher.py` does the work and reports each result here as an Event.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from opentelemetry import trace
 from opentelemetry.trace import Span, SpanKind, Tracer
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
-from usbip_plugin.cdi_specs import CdiSpecs
-from usbip_plugin.claims import Claim, ClaimBook, Event, State, own_port
+from usbip_plugin.attach.cdi import CdiSpecs
+from usbip_plugin.claims import Claim, ClaimBook, Event, State
 from usbip_plugin.clock import Clock, Jitter
 from usbip_plugin.config.schema import DEFAULT_CHILDREN_TIMEOUT_S
 from usbip_plugin.errors import (
@@ -40,8 +40,21 @@ from usbip_plugin.observe.tracing import span_context_from
 from usbip_plugin.usbip.client import Imported, UsbipClient
 from usbip_plugin.vhci.children import missing
 from usbip_plugin.vhci.driver import PortState, VhciDriver
+from usbip_plugin.vhci.sysfs import PortStatus
 
 log = logging.getLogger(__name__)
+
+
+def own_port(place: DeviceKey, ports: Sequence[PortState], number: int | None) -> PortState | None:
+    """The port that carries the device of this place by its record, in use or stuck; number narrows it, if it is known.
+
+    A port without our record is not ours, whatever stands on it: in kind several nodes share one kernel, and people
+    attach devices by hand.
+    """
+    for port in ports:
+        if port.record == place and number in (None, port.number) and port.status is not PortStatus.NULL:
+            return port
+    return None
 
 
 ATTACH_ATTEMPTS = 2

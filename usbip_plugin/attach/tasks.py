@@ -10,7 +10,7 @@ from collections.abc import Callable, Coroutine
 from opentelemetry.trace import Link
 
 from usbip_plugin import clock
-from usbip_plugin.attaching import Means, Pipeline
+from usbip_plugin.attach.pipeline import Means, Pipeline
 from usbip_plugin.claims import IN_USE, Claim, ClaimBook, Event, State
 from usbip_plugin.errors import ClaimBusy, KubeError, LockError, LockLost, VhciError
 from usbip_plugin.model import DeviceKey, Identity, Lock, PodRef
@@ -19,6 +19,7 @@ from usbip_plugin.observe.tracing import links_to, remote_parent
 from usbip_plugin.sync import Broadcast
 
 log = logging.getLogger(__name__)
+
 
 RELEASE_FIRST_WAIT = 0.2
 RELEASE_MAX_WAIT = 5.0

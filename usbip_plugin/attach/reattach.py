@@ -1,4 +1,8 @@
-"""Attaches lost devices again, from where their servers list them now; and what that means for the pod."""
+"""From Allocate to release: the states of one device on this node, as pure functions.
+
+One transition table says what may follow what; nothing else in the project holds a flag about a device's progress.
+`attacher.py` does the work and reports each result here as an Event.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +16,12 @@ from dataclasses import dataclass, replace
 from opentelemetry.trace import Span
 
 from usbip_plugin import clock
-from usbip_plugin.attaching import Means
-from usbip_plugin.claims import AfterReattach, Claim, Event, State, after_reattach, place_of
-from usbip_plugin.config.schema import ResourceConfig
+from usbip_plugin.attach.events import Notice, What
+from usbip_plugin.attach.locate import Ambiguous, Ask, Found, MayBe, Seeker
+from usbip_plugin.attach.pipeline import Means
+from usbip_plugin.attach.tasks import DeviceWork
+from usbip_plugin.claims import Claim, Event, State, place_of
+from usbip_plugin.config.schema import OnLoss, ResourceConfig
 from usbip_plugin.errors import (
     CdiError,
     DeviceBusy,
@@ -34,15 +41,52 @@ from usbip_plugin.errors import (
     WrongSerial,
 )
 from usbip_plugin.model import Attachment, DeviceKey, Identity, PodRef
-from usbip_plugin.notices import Notice, What
 from usbip_plugin.observe.spans import Tries, device_attributes, failed, pod_attributes, span
 from usbip_plugin.observe.tracing import remote_parent
-from usbip_plugin.seeker import MayBe, Seeker
 from usbip_plugin.usbip.poller import ServerView
-from usbip_plugin.whereabouts import Ambiguous, Ask, Found
-from usbip_plugin.work import DeviceWork
 
 log = logging.getLogger(__name__)
+
+
+class AfterReattach(enum.Enum):
+    """What a re-attach means for the pod."""
+
+    GOES_ON = "attached again with the same device nodes"
+    CHILDREN_GO_ON = "attached again with the same device nodes, but for its USB node"
+    STALE = "attached again with other device nodes: the pod has them only when it is created anew"
+    RENEWED = "attached again with other device nodes: a container has them when it is started the next time"
+    RESTART = "attached again with other device nodes: the container must end, and has them when it is started again"
+    EVICT = "attached again with other device nodes: the pod is evicted"
+
+
+def after_reattach(
+    before: Attachment | None,
+    after: Attachment,
+    on_loss: OnLoss,
+    pod: PodRef | None,
+    *,
+    by_cdi: bool = False,
+    children: tuple[str, ...] | None = None,
+) -> AfterReattach:
+    """Same paths and numbers: a pod that opens the device anew goes on. before is None where it is not known.
+
+    The kernel numbers a USB node anew at each attach. children: the kinds of child nodes that the resource names; where
+    it names some, they are what the pod uses, and it goes on with these alone.
+    Only a pod known by its uid is evicted: a name may be another pod's by now. by_cdi: its containers were given CDI
+    names, whose spec has the nodes of after by now; any other container keeps the paths of its Allocate.
+    """
+    if before is not None and before.nodes == after.nodes:
+        return AfterReattach.GOES_ON
+    if before is not None and children:
+        had, has = (tuple(node for node in one.nodes if node.kind in children) for one in (before, after))
+        if had and had == has:
+            return AfterReattach.CHILDREN_GO_ON
+    if on_loss is OnLoss.EVICT and pod is not None and pod.uid is not None:
+        return AfterReattach.EVICT
+    if not by_cdi:
+        return AfterReattach.STALE
+    return AfterReattach.RESTART if on_loss is OnLoss.RESTART else AfterReattach.RENEWED
+
 
 REATTACH_FIRST_WAIT = 0.2
 REATTACH_MAX_WAIT = 3.5

@@ -15,32 +15,17 @@ from functools import partial
 
 from opentelemetry import trace
 
-from usbip_plugin.attaching import Means, Progress, Wanted
-from usbip_plugin.claims import (
-    IN_USE,
-    Claim,
-    Event,
-    State,
-    Unlisted,
-    User,
-    allocated,
-    observe_usage,
-    same_pod,
-    serves,
-    usage_ended,
-)
-from usbip_plugin.errors import (
-    AllocateTimeout,
-    ClaimBusy,
-    PluginError,
-)
-from usbip_plugin.keeper import Keeper
+from usbip_plugin.attach.events import Notice, What, attached, network, taken_over
+from usbip_plugin.attach.monitor import Keeper
+from usbip_plugin.attach.pipeline import Means, Progress, Wanted
+from usbip_plugin.attach.reattach import Wishes
+from usbip_plugin.attach.release import Unlisted, observe_usage, usage_ended
+from usbip_plugin.attach.tasks import DeviceWork
+from usbip_plugin.claims import IN_USE, Claim, Event, State, User, allocated, same_pod, serves
+from usbip_plugin.errors import AllocateTimeout, ClaimBusy, PluginError
 from usbip_plugin.model import Attachment, Descriptor, DeviceKey, Identity, Lock, PodRef
-from usbip_plugin.notices import Notice, What, attached, network, taken_over
 from usbip_plugin.observe.tracing import links_to, traceparent_of
-from usbip_plugin.reattaching import Wishes
 from usbip_plugin.usbip.poller import ServerView
-from usbip_plugin.work import DeviceWork
 
 log = logging.getLogger(__name__)
 

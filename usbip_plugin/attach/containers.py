@@ -4,24 +4,52 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import chain
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
-from usbip_plugin.config.schema import (
-    CHILD_KINDS,
-    DeviceSelector,
-    Names,
-    ResourceConfig,
-    names,
-    render,
-    tells_devices_apart,
-)
+from usbip_plugin.config.schema import CHILD_KINDS, Names, ResourceConfig, names, render, tells_devices_apart
 from usbip_plugin.errors import PathTaken
-from usbip_plugin.kubelet.cdi import Injected, NodeOwner, device_name
-from usbip_plugin.kubelet.device_plugin import ContainerResponse, DeviceSpec
 from usbip_plugin.model import Attachment, DeviceNode
 from usbip_plugin.vhci.children import wants
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSpec:
+    """A device node for the container. permissions: any of r, w, m."""
+
+    host_path: str
+    container_path: str
+    permissions: str = "rw"
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerResponse:
+    """What one container gets. cdi_devices are fully qualified CDI names."""
+
+    envs: Mapping[str, str] = field(default_factory=dict)
+    devices: tuple[DeviceSpec, ...] = ()
+    cdi_devices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class NodeOwner:
+    """Mode, user and group of the nodes in the container; None: what the runtime makes of it (containerd: the
+    container's user and group, and the mode of the host's node).
+    """
+
+    mode: int | None = None
+    user: int | None = None
+    group: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Injected:
+    """What a container gets of one device, each node under its own path and permissions."""
+
+    nodes: tuple[tuple[DeviceSpec, DeviceNode], ...]
+    envs: Mapping[str, str]
+    owner: NodeOwner = NodeOwner()
+
 
 _NOT_ENV = re.compile(r"[^A-Z0-9]")
 _ENV_OF_KIND = {"video4linux": "VIDEO"}
@@ -152,28 +180,3 @@ def check_paths(resource: ResourceConfig, attachments: Sequence[Attachment]) -> 
                 other = taken.setdefault(path, one.node)
                 if other != one.node:
                     raise PathTaken(f"{resource.name}: {other.path} and {one.node.path} are both to be {path}")
-
-
-def container_response(
-    resource: ResourceConfig, domain: str, devices: Sequence[tuple[DeviceSelector, Attachment]]
-) -> ContainerResponse:
-    """What one container gets for its devices, in the order asked; extras of several devices only once.
-
-    With CDI only the extras, and the names under which the spec has the rest: nothing in the answer, which the kubelet
-    keeps and uses again, depends on device nodes then.
-    """
-    envs: dict[str, str] = {}
-    specs: dict[str, DeviceSpec] = {}
-    cdi_names: list[str] = []
-    for index, (selector, attachment) in enumerate(devices):
-        nodes: tuple[DeviceSpec, ...] = ()
-        if resource.cdi:
-            cdi_names.append(device_name(domain, resource.name, attachment.key.id, index))
-        else:
-            placed = place(resource, index, attachment)
-            nodes = tuple(spec for spec, _ in _specs(resource, placed))
-            envs.update(environment(resource.name, index, attachment, placed))
-        extras = (DeviceSpec(e.host_path, e.container_path, e.permissions) for e in selector.extras)
-        for spec in chain(nodes, extras):
-            specs.setdefault(spec.container_path, spec)
-    return ContainerResponse(envs=envs, devices=tuple(specs.values()), cdi_devices=tuple(cdi_names))

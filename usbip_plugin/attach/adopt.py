@@ -1,22 +1,50 @@
-"""What the previous process left: locks that name this node, and what stands on the ports, become claims again."""
+"""From Allocate to release: the states of one device on this node, as pure functions.
+
+One transition table says what may follow what; nothing else in the project holds a flag about a device's progress.
+`attacher.py` does the work and reports each result here as an Event.
+"""
 
 from __future__ import annotations
 
+import enum
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from usbip_plugin.attaching import Means
-from usbip_plugin.claims import Adoption, Claim, Event, State, User, decide_adoption, own_port
+from usbip_plugin.attach.pipeline import Means, own_port
+from usbip_plugin.attach.tasks import DeviceWork
+from usbip_plugin.claims import Claim, Event, State, User
 from usbip_plugin.errors import CdiError, VhciError
 from usbip_plugin.locks.record import key_of, parse_usb_id
-from usbip_plugin.model import DeviceKey, Lock, UsbId
+from usbip_plugin.model import DeviceKey, Lock, NodeIdentity, UsbId
 from usbip_plugin.observe.spans import device_attributes, pod_attributes, span
 from usbip_plugin.observe.tracing import remote_parent
 from usbip_plugin.vhci.driver import PortState
-from usbip_plugin.work import DeviceWork
 
 log = logging.getLogger(__name__)
+
+
+class Adoption(enum.Enum):
+    """What to do at start with a lock that names this node."""
+
+    ADOPT = "the port still carries it"
+    REATTACH = "no attachment, but a pod has it"
+    RELEASE = "no attachment, nobody uses it"
+
+
+def decide_adoption(
+    lock: Lock, me: NodeIdentity, *, attached: bool, used: bool | None, orphan: bool = False
+) -> Adoption:
+    """For a lock whose holder is this node. used is None when pod-resources could not be read: then nothing is let go.
+
+    An attachment made under another boot id is gone with the old kernel, whatever the port records say. orphan: the
+    lock was taken in place of a device that is not to be had from here, or is not this node's any more.
+    """
+    if orphan:
+        return Adoption.RELEASE
+    if attached and lock.boot_id == me.boot_id:
+        return Adoption.ADOPT
+    return Adoption.RELEASE if used is False else Adoption.REATTACH
 
 
 class Adopter:
