@@ -12,36 +12,31 @@ import subprocess
 from collections.abc import Iterable
 
 LOCKS = ("usbip_plugin/locks/", "usbip_plugin/claims.py")
-ATTACH = tuple(
-    f"usbip_plugin/{name}.py" for name in ("attaching", "attacher", "adopting", "keeper", "reattaching", "work")
-)
-USES = tuple(
-    f"usbip_plugin/{name}.py"
-    for name in ("advertising", "allocation", "cdi_specs", "containers", "notices", "resources", "telling", "usage")
-)
-KERNEL = ("usbip_plugin/vhci/", "usbip_plugin/usbip/", *ATTACH)
-KUBE = (
-    "usbip_plugin/kube/client.py",
+DEVICES = ("usbip_plugin/attach/", "usbip_plugin/vhci/", "usbip_plugin/usbip/")
+# what the kubelet, the API server and people see of a node
+OUTSIDE = (
+    "usbip_plugin/kube/",
     "usbip_plugin/kubelet/",
+    "usbip_plugin/inventory/",
+    "usbip_plugin/node/",
     "usbip_plugin/observe/",
     "usbip_plugin/cli/",
     "deploy/",
     "rbac/",
 )
-PROCESS = ("usbip_plugin/agent.py", "usbip_plugin/process.py", "usbip_plugin/check.py", "usbip_plugin/settling.py")
 IMAGE = ("Dockerfile", ".dockerignore", "tests/lab/image/")
 
 # What each target is about, as beginnings of paths, cheapest target first. `check` is wanted for every change.
 INPUTS: dict[str, tuple[str, ...]] = {
     # it plays whole agents
-    "sim": ("usbip_plugin/", "tests/simulation/"),
+    "sim": ("usbip_plugin/", "usbip_sim/", "tests/simulation/"),
     "test-page": ("usbip_plugin/observe/", "tests/page/"),
     "test-deploy": ("deploy/", "rbac/", "examples/", "tests/deploy/"),
-    "test-apiserver": (*LOCKS, *KUBE, *PROCESS, "tests/apiserver/", "tests/lab/cluster/build.sh"),
-    "test-kernel": (*KERNEL, "tests/kernel/", "tests/contract/", "tests/lab/guest/"),
+    "test-apiserver": (*LOCKS, *OUTSIDE, "tests/apiserver/", "tests/lab/cluster/build.sh"),
+    "test-kernel": (*DEVICES, "tests/kernel/", "tests/contract/", "tests/lab/guest/"),
     "test-image": (*IMAGE, "tests/image/"),
-    "test-node": (*KERNEL, *IMAGE, "deploy/", "tests/node/", "tests/kernel/", "tests/lab/"),
-    "test-kubelet": (*KUBE, *PROCESS, *IMAGE, *ATTACH, *USES, "usbip_sim/", "tests/e2e/", "tests/lab/cluster/"),
+    "test-node": (*DEVICES, *IMAGE, "deploy/", "tests/node/", "tests/kernel/", "tests/lab/"),
+    "test-kubelet": (*OUTSIDE, *IMAGE, "usbip_plugin/attach/", "usbip_sim/", "tests/e2e/", "tests/lab/cluster/"),
     "e2e": (*IMAGE, "deploy/", "kind-config.yaml", "tests/e2e/", "tests/lab/kind/"),
     "bench": ("tests/bench/",),
 }

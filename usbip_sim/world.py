@@ -15,18 +15,18 @@ from pathlib import Path
 
 from opentelemetry.trace import NoOpTracer, Tracer
 
-from usbip_plugin.agent import Agent, Observer, Outside
 from usbip_plugin.attach.cdi import SpecFiles
 from usbip_plugin.clock import Clock
 from usbip_plugin.config.schema import Config
 from usbip_plugin.errors import KubeUnreachable
 from usbip_plugin.kube.client import KubeClient
-from usbip_plugin.kubelet.directory import PluginDirectory
+from usbip_plugin.kubelet.plugins import SocketRegistrar
 from usbip_plugin.kubelet.pod_resources import GrpcPodResources
+from usbip_plugin.kubelet.registration import PluginDirectory
 from usbip_plugin.locks.manager import LockSettings
 from usbip_plugin.locks.record import LeaseStore
 from usbip_plugin.model import NodeIdentity, PodRef
-from usbip_plugin.resources import SocketRegistrar
+from usbip_plugin.node.agent import Agent, Observer, Outside
 from usbip_plugin.sync import Broadcast
 from usbip_plugin.usbip.client import TcpUsbipClient
 from usbip_plugin.vhci.driver import VhciDriver

@@ -21,7 +21,6 @@ from api_process import Cluster
 from node_tokens import NAMESPACE, NodeTokens
 from scaled_clock import ScaledClock
 
-from usbip_plugin.agent import Observer
 from usbip_plugin.attach.events import Notice, events_of
 from usbip_plugin.attach.release import ABSENT_POLLS, Unlisted
 from usbip_plugin.claims import State, User
@@ -34,6 +33,7 @@ from usbip_plugin.kubelet.deviceplugin_pb2_grpc import DevicePluginStub
 from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.locks.record import LeaseStore
 from usbip_plugin.model import DeviceKey, Lock, NodeIdentity, PodRef, UsbId
+from usbip_plugin.node.agent import Observer
 from usbip_plugin.observe.tracing import RecentSpans, SpanRecord, Tracing
 from usbip_plugin.sync import Broadcast
 from usbip_plugin.vhci.sysfs import PortStatus

@@ -30,9 +30,9 @@ exec "$@"
 """
 _BARE = """
 import sys
-from usbip_plugin.settling import settle, starting
+from usbip_plugin.node.memory import settle, starting
 with starting():
-    import usbip_plugin.config.reload, usbip_plugin.observe.logs, usbip_plugin.process, usbip_plugin.vhci.linux
+    import usbip_plugin.config.reload, usbip_plugin.observe.logs, usbip_plugin.node.daemon, usbip_plugin.vhci.linux
 settle()
 print(flush=True)
 sys.stdin.read()

@@ -18,7 +18,6 @@ from agents_rig import DONGLE, RESOURCE
 from api_process import ADMIN_TOKEN, Cluster
 from node_tokens import ACCOUNT, NAMESPACE, NodeTokens
 
-from usbip_plugin.agent import Observer
 from usbip_plugin.attach.events import Notice, events_of
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
@@ -29,6 +28,7 @@ from usbip_plugin.locks import record
 from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.locks.record import Lease
 from usbip_plugin.model import DeviceKey, NodeIdentity, PodRef
+from usbip_plugin.node.agent import Observer
 from usbip_sim.server.server import VirtualServer
 from usbip_sim.server.usbdevice import VirtualDevice
 from usbip_sim.world import Setup, SimNode, World, running

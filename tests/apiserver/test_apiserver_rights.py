@@ -23,7 +23,6 @@ from plugin_rights import collection, shipped
 from scaled_clock import ScaledClock
 
 from usbip_plugin.attach.events import Notice, events_of
-from usbip_plugin.check import permissions_needed
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.errors import KubeConflict, KubeError
@@ -32,6 +31,7 @@ from usbip_plugin.kube.events import EventRecorder
 from usbip_plugin.locks import record
 from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.model import NodeIdentity, PodRef
+from usbip_plugin.node.check import permissions_needed
 from usbip_sim.server.server import VirtualServer
 from usbip_sim.server.usbdevice import VirtualDevice
 from usbip_sim.world import Setup, SimNode, World

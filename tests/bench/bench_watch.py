@@ -21,21 +21,21 @@ from agents_rig import DONGLE
 from bench_nodes import NAMESPACE
 from bench_rows import Row
 
-from usbip_plugin.agent import Agent, Outside
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.errors import KubeNotFound
-from usbip_plugin.figures import Figures, Losses
 from usbip_plugin.kube import responses
 from usbip_plugin.kubelet.device_plugin import DeviceList, DevicePluginServer, DeviceStates
+from usbip_plugin.kubelet.plugins import Plugin
 from usbip_plugin.kubelet.pod_resources import ContainerDevices
 from usbip_plugin.locks import record
 from usbip_plugin.locks.kubernetes import RESOURCE, KubernetesLeases
 from usbip_plugin.model import DeviceKey, NodeIdentity, Reason
+from usbip_plugin.node.agent import Agent, Outside
+from usbip_plugin.node.metrics import Figures, Losses
 from usbip_plugin.observe.logs import set_up_logging
 from usbip_plugin.observe.metrics import Metrics
 from usbip_plugin.observe.tracing import Tracing
-from usbip_plugin.resources import Plugin
 from usbip_plugin.usbip.client import TcpUsbipClient
 from usbip_sim.kernel.driver import SimulatedVhci
 from usbip_sim.kernel.ports import SimulatedKernel

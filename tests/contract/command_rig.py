@@ -58,9 +58,9 @@ class CommandResult:
 TIMEOUTS = (
     "usbip_plugin.cli.lookup.DEVLIST_TIMEOUT_S",
     "usbip_plugin.cli.completion.TIMEOUT_S",
-    "usbip_plugin.check.CHECK_TIMEOUT_S",
-    "usbip_plugin.check.CONNECT_TIMEOUT_S",
-    "usbip_plugin.checking.DEVLIST_TIMEOUT",
+    "usbip_plugin.node.check.CHECK_TIMEOUT_S",
+    "usbip_plugin.node.check.CONNECT_TIMEOUT_S",
+    "usbip_plugin.node.check.DEVLIST_TIMEOUT",
 )
 """Timeouts of commands, a few seconds each. No test is about them, and a busy machine exceeds them."""
 

@@ -19,9 +19,8 @@ from usbip_plugin.attach.containers import ContainerResponse, DeviceSpec
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.errors import LockHeld, NotAttached, PluginError, UnknownDevice
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer
-from usbip_plugin.kubelet.directory import PluginDirectory
 from usbip_plugin.kubelet.pod_resources import ContainerDevices, GrpcPodResources, PodResources
-from usbip_plugin.kubelet.registration import ResourcePlugin
+from usbip_plugin.kubelet.registration import PluginDirectory, ResourcePlugin
 from usbip_plugin.model import Advertised, DeviceKey, Health, PodRef, Reason, ServerKey
 from usbip_sim.kubelet.admission import Admission
 from usbip_sim.kubelet.device_manager import AdmissionError, ContainerSpec, EndpointError, KubeletPanic

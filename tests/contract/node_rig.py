@@ -19,12 +19,12 @@ import pytest
 from command_rig import LIMIT_S, Log, end_process
 from fake_api import NAMESPACE, FakeApi, serving
 
-from usbip_plugin import process
 from usbip_plugin.cli.main import main
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.config.reload import Loaded
 from usbip_plugin.kube import fleet
 from usbip_plugin.model import DeviceKey, ServerKey, UsbId
+from usbip_plugin.node import daemon
 from usbip_sim.kernel.ports import SimulatedKernel
 from usbip_sim.kernel.service import KernelService
 from usbip_sim.kubelet.kubelet import FakeKubelet
@@ -177,7 +177,7 @@ def run(
     Each story is one life of the plugin, all on the same node: it starts when the plugin runs and ends with the signal.
     before: prepares the node.
     """
-    real, failures = process.run, list[Exception]()
+    real, failures = daemon.run, list[Exception]()
     with Log() as log:
 
         async def run_story(story: Story, here: Node, count: int) -> None:
@@ -191,7 +191,7 @@ def run(
                 failures.append(error)
                 raise
 
-        async def run_in_node(options: process.Options, loaded: Loaded, make_driver: process.MakeDriver) -> None:
+        async def run_in_node(options: daemon.Options, loaded: Loaded, make_driver: daemon.MakeDriver) -> None:
             async with node(places, log) as here:
                 before(here)
                 for count, story in enumerate(stories, 1):
@@ -200,7 +200,7 @@ def run(
                         await real(options, loaded, make_driver)
 
         with monkeypatch.context() as patched:
-            patched.setattr(process, "run", run_in_node)
+            patched.setattr(daemon, "run", run_in_node)
             # on a busy machine the count times out, and an uncounted fleet polls its servers rarely
             patched.setattr(fleet, "COUNT_TIMEOUT_S", LIMIT_S)
             status = main(["run", *places.flags(), "--listen", f"127.0.0.1:{places.page}", *flags])

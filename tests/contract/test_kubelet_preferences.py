@@ -8,8 +8,8 @@ import grpc.aio
 import pytest
 from kubelet_suite import STORAGE, RecordingBackend
 
-from usbip_plugin.inventory.preference import preferred
 from usbip_plugin.kubelet import deviceplugin_pb2 as pb
+from usbip_plugin.kubelet.allocate import preferred
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer, device_list
 from usbip_plugin.kubelet.deviceplugin_pb2_grpc import DevicePluginStub
 from usbip_plugin.model import Health, Reason

@@ -18,10 +18,9 @@ from usbip_plugin.errors import RegistrationFailed
 from usbip_plugin.kubelet import deviceplugin_pb2 as pb
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer, DeviceStates
 from usbip_plugin.kubelet.deviceplugin_pb2_grpc import DevicePluginStub
-from usbip_plugin.kubelet.directory import PluginDirectory, is_stale
-from usbip_plugin.kubelet.registration import STREAM_TIMEOUT_S, ResourcePlugin, State
+from usbip_plugin.kubelet.plugins import SocketRegistrar
+from usbip_plugin.kubelet.registration import STREAM_TIMEOUT_S, PluginDirectory, ResourcePlugin, State, is_stale
 from usbip_plugin.model import Reason
-from usbip_plugin.resources import SocketRegistrar
 from usbip_plugin.sync import Broadcast
 from usbip_sim.kubelet.device_manager import AdmissionError
 from usbip_sim.kubelet.kubelet import FakeKubelet

@@ -16,11 +16,11 @@ from command_rig import LIMIT_S, LOOPBACKS, process_restored
 from fake_api import NAMESPACE
 from node_rig import Node, Places, run
 
-from usbip_plugin import process
 from usbip_plugin.cli.main import main
 from usbip_plugin.cli.parser import Exit
 from usbip_plugin.model import PodRef, ServerKey
-from usbip_plugin.settling import TLS_BUFFER_BYTES
+from usbip_plugin.node import daemon
+from usbip_plugin.node.memory import TLS_BUFFER_BYTES
 
 POD = PodRef("default", "reader")
 
@@ -189,7 +189,7 @@ def test_the_plugin_is_not_ready_while_its_kubelet_is_away(monkeypatch: pytest.M
 
 
 def test_a_late_event_loop_is_not_alive(monkeypatch: pytest.MonkeyPatch, places: Places) -> None:
-    monkeypatch.setattr(process, "BEAT_WITHIN", -1.0)  # every beat is too late
+    monkeypatch.setattr(daemon, "BEAT_WITHIN", -1.0)  # every beat is too late
 
     async def story(node: Node) -> None:
         await offered(node)
@@ -230,7 +230,7 @@ def test_an_empty_address_starts_no_http_server_and_either_signal_ends_the_proce
     def no_server(*_arguments: object) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(process, "HttpServer", no_server)
+    monkeypatch.setattr(daemon, "HttpServer", no_server)
     flags = ("--listen", "", "--log-format", "text", "--log-level", "info")
     status, _log = run(monkeypatch, places, offered, flags=flags, number=number)
     out, err = capsys.readouterr()
@@ -248,8 +248,8 @@ def test_the_process_settles_after_its_start(monkeypatch: pytest.MonkeyPatch, pl
         if not works:
             raise OSError(1, "not this kernel")
 
-    monkeypatch.setattr(process, "START_OVER_S", 0.0)
-    monkeypatch.setattr(process, "settle", settle)
+    monkeypatch.setattr(daemon, "START_OVER_S", 0.0)
+    monkeypatch.setattr(daemon, "settle", settle)
     status, log = run(monkeypatch, places, offered, flags=("--log-level", "debug"))
     assert (status, settled) == (0, [True])
     assert len(log.having("the code of the start stays in memory")) == (not works)

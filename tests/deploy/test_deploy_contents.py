@@ -18,8 +18,8 @@ from usbip_plugin.config.schema import (
     DEFAULT_POD_RESOURCES_SOCKET,
     Config,
 )
+from usbip_plugin.node.daemon import Options
 from usbip_plugin.observe.http import Verdict, split_listen, standard_pages
-from usbip_plugin.process import Options
 
 RECORDS = str(next(field.default for field in dataclasses.fields(Options) if field.name == "records"))
 PLUGIN = ("apps/v1", "DaemonSet", NAMESPACE, "usbip-plugin")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from usbip_plugin.kubelet.directory import identify
+from usbip_plugin.kubelet.registration import identify
 
 LIMIT_S = 60.0
 STOP_S = 120.0

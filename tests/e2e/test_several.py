@@ -17,7 +17,7 @@ from plugin_process import Pages, addresses
 from workloads import WAIT_FOR_TERM, deployment, pod, pod_spec
 
 from usbip_plugin.attach.release import ABSENT_POLLS, ALLOCATION_GRACE
-from usbip_plugin.usage import HINTED_INTERVAL
+from usbip_plugin.kubelet.pod_resources import HINTED_INTERVAL
 
 POLLS_PAST_GRACE = math.ceil(ALLOCATION_GRACE / HINTED_INTERVAL) + ABSENT_POLLS + 1
 """A device that no pod is known to have is looked for every HINTED_INTERVAL, not oftener. It would be free then."""

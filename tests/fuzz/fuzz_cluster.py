@@ -19,9 +19,8 @@ from usbip_plugin.errors import KubeError, KubeThrottled, LockHeld, PluginError,
 from usbip_plugin.kube import responses
 from usbip_plugin.kube.pods import OwnPods
 from usbip_plugin.kubelet import deviceplugin_pb2, podresources_pb2
-from usbip_plugin.kubelet.device_plugin import MAX_CONTAINERS, MAX_DEVICES_PER_CONTAINER, check_ids
+from usbip_plugin.kubelet.device_plugin import MAX_CONTAINERS, MAX_DEVICES_PER_CONTAINER, check_ids, status_details
 from usbip_plugin.kubelet.pod_resources import of_domain
-from usbip_plugin.kubelet.status import status_details
 from usbip_plugin.locks import protocol, record
 from usbip_plugin.locks.kubernetes import KubernetesLeases, decode, encode
 from usbip_plugin.locks.manager import _held

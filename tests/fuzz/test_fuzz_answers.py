@@ -17,14 +17,13 @@ from fuzz_target import fit_to_show
 from usbip_plugin.attach.containers import ContainerResponse
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.errors import KubeServerError, KubeThrottled, PluginError, PodResourcesUnavailable, ServerUnreachable
-from usbip_plugin.inventory.preference import preferred
 from usbip_plugin.kube import client as kube_client
 from usbip_plugin.kube import responses
 from usbip_plugin.kube.pods import OwnPods, PodPhase, read_pod
 from usbip_plugin.kubelet import deviceplugin_pb2 as pb
-from usbip_plugin.kubelet.device_plugin import DevicePluginServer
+from usbip_plugin.kubelet.allocate import preferred
+from usbip_plugin.kubelet.device_plugin import MAX_DETAIL_CHARACTERS, DevicePluginServer, status_details
 from usbip_plugin.kubelet.pod_resources import GrpcPodResources
-from usbip_plugin.kubelet.status import MAX_DETAIL_CHARACTERS, status_details
 from usbip_plugin.model import ServerKey
 from usbip_plugin.observe.logs import JsonFormatter, TextFormatter
 from usbip_plugin.usbip.client import TcpUsbipClient

@@ -25,7 +25,7 @@ from usbip_plugin.cli.devices import WIDE, known_devices, rows, table
 from usbip_plugin.config.schema import Config, DeviceSelector
 from usbip_plugin.errors import KubeServerError, LockHeld, LockUnavailable
 from usbip_plugin.inventory.facts import Facts, Seen
-from usbip_plugin.inventory.reasons import health
+from usbip_plugin.inventory.health import health
 from usbip_plugin.kube.events import event_body
 from usbip_plugin.locks import kubernetes, record
 from usbip_plugin.locks.kubernetes import KubernetesLeases, decode, encode

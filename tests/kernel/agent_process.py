@@ -16,16 +16,16 @@ from lease_socket import SocketLeases
 from opentelemetry.trace import NoOpTracer
 from plugin_spawner import serve
 
-from usbip_plugin.agent import Agent, Outside
 from usbip_plugin.attach.cdi import CdiDirectory
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.config.reload import load_config
-from usbip_plugin.kubelet.directory import PluginDirectory
+from usbip_plugin.kubelet.plugins import SocketRegistrar
 from usbip_plugin.kubelet.pod_resources import GrpcPodResources
+from usbip_plugin.kubelet.registration import PluginDirectory
 from usbip_plugin.model import NodeIdentity, PodRef
+from usbip_plugin.node.agent import Agent, Outside
+from usbip_plugin.node.daemon import boot_id
 from usbip_plugin.observe.logs import set_up_logging
-from usbip_plugin.process import boot_id
-from usbip_plugin.resources import SocketRegistrar
 from usbip_plugin.usbip.client import TcpUsbipClient
 
 

@@ -16,16 +16,16 @@ import grpc.aio
 from kernel_rig import DISK, DISK_SUPER, KEYBOARD, TWINS
 from usbipd import RealUsbipd, eventually
 
-from usbip_plugin.agent import Agent, Observer
 from usbip_plugin.attach.cdi import CdiDirectory
 from usbip_plugin.attach.events import Notice, What
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.kubelet import deviceplugin_pb2 as pb
 from usbip_plugin.kubelet.deviceplugin_pb2_grpc import DevicePluginStub
-from usbip_plugin.kubelet.directory import identify
+from usbip_plugin.kubelet.registration import identify
 from usbip_plugin.locks.record import Lease, lock_of
 from usbip_plugin.model import Advertised, Attachment, DeviceKey, PodRef, Reason, ServerKey
+from usbip_plugin.node.agent import Agent, Observer
 from usbip_plugin.sync import Broadcast
 from usbip_plugin.vhci.driver import VhciDriver
 from usbip_plugin.vhci.linux import SysfsVhci

@@ -20,11 +20,11 @@ from usbip_plugin.errors import ConfigError, ServerUnreachable
 from usbip_plugin.kubelet import deviceplugin_pb2 as pb
 from usbip_plugin.kubelet.deviceplugin_pb2_grpc import DevicePluginStub
 from usbip_plugin.model import DeviceKey, PodRef, Reason, ServerKey, UsbId
+from usbip_plugin.node.status import config_failed, config_loaded, status_of
 from usbip_plugin.observe.http import HttpServer, Site, Verdict, standard_pages
 from usbip_plugin.observe.metrics import Metrics
 from usbip_plugin.observe.status import Status
 from usbip_plugin.observe.tracing import RecentSpans, Tracing
-from usbip_plugin.status import config_failed, config_loaded, status_of
 from usbip_plugin.usbip.client import Connector, TcpUsbipClient
 from usbip_sim.server.server import VirtualServer
 from usbip_sim.server.usbdevice import VirtualDevice

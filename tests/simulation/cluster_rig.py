@@ -7,13 +7,13 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 
-from usbip_plugin.agent import Agent, Observer
 from usbip_plugin.attach.containers import ContainerResponse
 from usbip_plugin.attach.events import Notice
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.locks import record
 from usbip_plugin.locks.manager import LockSettings
 from usbip_plugin.model import DeviceKey, Health, PodRef, Reason, UsbId
+from usbip_plugin.node.agent import Agent, Observer
 from usbip_sim.server.server import VirtualServer
 from usbip_sim.server.usbdevice import VirtualDevice
 from usbip_sim.virtual.cluster import Cluster, cluster

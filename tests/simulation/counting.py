@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 
-from usbip_plugin.agent import Observer
 from usbip_plugin.attach.events import Notice, What
 from usbip_plugin.errors import LockUnavailable, PluginError
 from usbip_plugin.locks import protocol
 from usbip_plugin.locks.protocol import Decision, Denied, LockMeta, Observation, Rules, Write
 from usbip_plugin.locks.record import Lease
 from usbip_plugin.model import Advertised, DeviceKey, Reason
+from usbip_plugin.node.agent import Observer
 
 RULES = (
     "R1 leave to import",

@@ -10,8 +10,8 @@ from dataclasses import replace
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from usbip_plugin.agent import Observer
-from usbip_plugin.figures import Figures, Losses
+from usbip_plugin.node.agent import Observer
+from usbip_plugin.node.metrics import Figures, Losses
 from usbip_plugin.observe.metrics import Metrics
 from usbip_sim.virtual.cluster import Cluster, cluster
 from usbip_sim.virtual.loop import SimClock

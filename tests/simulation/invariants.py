@@ -16,11 +16,11 @@ from lasting import LOOK_S, Lasting, Violation
 from node_statuses import NodeStatuses
 from plan import PROMISED, Settings
 
-from usbip_plugin.allocation import PRE_START_WAIT
 from usbip_plugin.attach.cdi import device_name
 from usbip_plugin.attach.release import ALLOCATION_GRACE
 from usbip_plugin.claims import IN_USE, State
-from usbip_plugin.inventory.reasons import API_GRACE
+from usbip_plugin.inventory.health import API_GRACE
+from usbip_plugin.kubelet.allocate import PRE_START_WAIT
 from usbip_plugin.locks import record
 from usbip_plugin.locks.record import Lease
 from usbip_plugin.model import DeviceKey, PodRef, Reason

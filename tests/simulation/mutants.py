@@ -19,9 +19,10 @@ from usbip_plugin.attach.pipeline import Pipeline
 from usbip_plugin.attach.tasks import DeviceWork
 from usbip_plugin.claims import Claim, State
 from usbip_plugin.errors import KubeUnreachable
-from usbip_plugin.inventory import reasons
+from usbip_plugin.inventory import health
 from usbip_plugin.kube.node_status import NodeStatusPublisher
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer
+from usbip_plugin.kubelet.publish import Telling
 from usbip_plugin.locks import protocol, record
 from usbip_plugin.locks.manager import Grant, LockSettings
 from usbip_plugin.locks.protocol import Create, Decision, Denied, LockMeta, Observation, Replace, Rules, Write
@@ -29,7 +30,6 @@ from usbip_plugin.locks.record import Lease
 from usbip_plugin.locks.watch import ApiState
 from usbip_plugin.locks.writer import Effort, Writer, Written
 from usbip_plugin.model import Attachment, Descriptor, DeviceKey
-from usbip_plugin.telling import Telling
 from usbip_plugin.usbip.poller import ServerPoller
 from usbip_sim.leases import MemoryBackend
 
@@ -391,7 +391,7 @@ MUTANTS = (
         "offered without the API server",
         OFFERED,
         (API_GONE,),
-        patched=lambda: patch.object(reasons, "API_GRACE", math.inf),
+        patched=lambda: patch.object(health, "API_GRACE", math.inf),
     ),
     Mutant(
         "R7",

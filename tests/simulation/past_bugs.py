@@ -17,13 +17,13 @@ from usbip_plugin.attach.pipeline import Pipeline
 from usbip_plugin.attach.release import Unlisted
 from usbip_plugin.attach.tasks import DeviceWork
 from usbip_plugin.claims import Claim, State
-from usbip_plugin.inventory import reasons
+from usbip_plugin.inventory import health
 from usbip_plugin.kube.node_status import NodeStatusPublisher
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer
+from usbip_plugin.kubelet.pod_resources import UsageWatcher
+from usbip_plugin.kubelet.publish import Telling
 from usbip_plugin.locks.manager import Grant, LockManager
 from usbip_plugin.model import DeviceKey, Lock
-from usbip_plugin.telling import Telling
-from usbip_plugin.usage import UsageWatcher
 from usbip_plugin.usbip import client
 from usbip_plugin.vhci.driver import PortState
 from usbip_sim.kernel.driver import SimulatedVhci
@@ -61,7 +61,7 @@ async def finish_for_good(self: DeviceWork, device_id: str, *, keep: bool = Fals
 @contextlib.contextmanager
 def served_as_any_resource() -> Iterator[None]:
     with (
-        patch.object(reasons, "serves", lambda *_words: True),
+        patch.object(health, "serves", lambda *_words: True),
         patch.object(attacher, "serves", lambda *_words: True),
     ):
         yield

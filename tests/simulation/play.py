@@ -24,11 +24,11 @@ from invariants import Watch, served
 from lasting import Violation
 from plan import CONDITIONS, PROMISED, Plan, Settings
 
-from usbip_plugin.agent import Observer
 from usbip_plugin.attach.release import ALLOCATION_GRACE
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.locks.protocol import Rules
 from usbip_plugin.model import DeviceKey, PodRef, Reason
+from usbip_plugin.node.agent import Observer
 from usbip_plugin.vhci.driver import VhciDriver
 from usbip_sim.leases import FINE
 from usbip_sim.server.server import VirtualServer

@@ -42,7 +42,7 @@ from usbip_plugin.attach.release import ALLOCATION_GRACE
 from usbip_plugin.claims import State
 from usbip_plugin.config.schema import Config, OnLoss
 from usbip_plugin.errors import ClaimBusy
-from usbip_plugin.inventory.reasons import API_GRACE
+from usbip_plugin.inventory.health import API_GRACE
 from usbip_plugin.locks import record
 from usbip_plugin.locks.protocol import Rules
 from usbip_plugin.model import DeviceKey, Reason

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import pytest
 from cluster_rig import all_healthy, becomes, key, server, spec, stick
 
-from usbip_plugin import advertising
+from usbip_plugin.inventory import inventory
+from usbip_plugin.inventory.evaluate import advertise
 from usbip_plugin.inventory.facts import Facts, Members
-from usbip_plugin.inventory.lists import advertise
 from usbip_plugin.locks import record
 from usbip_plugin.locks.record import Lease
 from usbip_plugin.model import Advertised
@@ -33,7 +33,7 @@ async def test_locks_that_are_taken_all_at_once_are_worked_out_together(monkeypa
 
     async with cluster(spec([lab], nodes=1)) as c:
         await all_healthy(c, *devices)
-        monkeypatch.setattr(advertising, "advertise", counted)
+        monkeypatch.setattr(inventory, "advertise", counted)
         for device in devices:
             notes = record.device_notes(device)
             lease = Lease(device.id, "node-z", 40, annotations=notes, labels=record.LOCK_LABELS)

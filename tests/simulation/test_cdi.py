@@ -31,14 +31,14 @@ from cluster_rig import (
     two_sticks,
 )
 
-from usbip_plugin.agent import Observer
-from usbip_plugin.allocation import PRE_START_WAIT
 from usbip_plugin.attach.events import Notice, What
 from usbip_plugin.attach.monitor import PORT_CHECK_INTERVAL
 from usbip_plugin.attach.reattach import AfterReattach
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.config.schema import Config, OnLoss, ResourceConfig
+from usbip_plugin.kubelet.allocate import PRE_START_WAIT
 from usbip_plugin.model import Advertised, DeviceKey, Reason
+from usbip_plugin.node.agent import Observer
 from usbip_sim.kubelet.device_manager import PRE_START_TIMEOUT_S, EndpointError
 from usbip_sim.kubelet.specs import Resolved, UnresolvableDevice, resolve
 from usbip_sim.server.server import VirtualServer

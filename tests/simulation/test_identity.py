@@ -29,9 +29,9 @@ from cluster_rig import (
 
 from usbip_plugin.config.schema import DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.errors import WrongSerial
+from usbip_plugin.inventory.probe import MAX_REREADS
 from usbip_plugin.locks import record
 from usbip_plugin.model import DeviceKey, InterfaceClass, Reason
-from usbip_plugin.probing import MAX_REREADS
 from usbip_sim.server.server import VirtualServer
 from usbip_sim.server.usbdevice import VirtualDevice
 from usbip_sim.virtual.cluster import Cluster, cluster

@@ -36,8 +36,8 @@ from usbip_plugin.clock import SystemClock
 from usbip_plugin.config.schema import Config, DeviceSelector, OnLoss, ResourceConfig, Selector
 from usbip_plugin.errors import AllocateTimeout, UnknownDevice
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer, DeviceStates
+from usbip_plugin.kubelet.publish import SENT_TIMEOUT
 from usbip_plugin.model import DeviceKey, Reason
-from usbip_plugin.telling import SENT_TIMEOUT
 from usbip_sim.server.server import VirtualServer
 from usbip_sim.virtual.cluster import Cluster, cluster
 from usbip_sim.virtual.cluster_node import ClusterNode

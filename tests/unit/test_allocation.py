@@ -2,9 +2,9 @@
 
 import pytest
 
-from usbip_plugin.allocation import container_response
 from usbip_plugin.attach.containers import DeviceSpec, injected
 from usbip_plugin.config.schema import DeviceSelector, Extra, ResourceConfig
+from usbip_plugin.kubelet.allocate import container_response
 from usbip_plugin.model import Attachment, DeviceKey, DeviceNode, ServerKey, UsbId
 
 DOMAIN = "usbip.dev"

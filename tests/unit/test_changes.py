@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import pytest
 
-from usbip_plugin import changes
 from usbip_plugin.claims import Claim, State
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
+from usbip_plugin.inventory import evaluate
+from usbip_plugin.inventory.evaluate import advertise
 from usbip_plugin.inventory.facts import Facts, Members
-from usbip_plugin.inventory.lists import advertise
 from usbip_plugin.inventory.members import learn
 from usbip_plugin.locks.manager import Standing
 from usbip_plugin.model import Descriptor, DeviceKey, Lock, ServerKey, UsbId
@@ -76,12 +76,12 @@ def test_a_part_worked_out_is_the_whole_worked_out(seed: int) -> None:
         facts = with_locks(facts, {**facts.locks, **changed})
         whole = learn(members, facts)
         expected = advertise(whole, facts)
-        part = changes.only(facts, members, changed)
+        part = evaluate.only(facts, members, changed)
         if part is None:
             members, lists = whole, expected
             continue
         parts += 1
-        members, lists, told = changes.relearn(members, lists, part, changed)
+        members, lists, told = evaluate.relearn(members, lists, part, changed)
         assert lists == expected
         assert {name: dict(devices) for name, devices in members.items()} == whole
         assert {d.id for devices in told.values() for d in devices} <= changed.keys()
@@ -98,9 +98,9 @@ def test_a_list_that_stays_is_the_very_same() -> None:
     lists = advertise(members, facts)
     taken = replace(mine, holder="there", resource_version="3")
     facts = with_locks(facts, {mine.device_id: taken})
-    part = changes.only(facts, members, {mine.device_id})
+    part = evaluate.only(facts, members, {mine.device_id})
     assert part is not None
-    _, after, told = changes.relearn(members, lists, part, {mine.device_id})
+    _, after, told = evaluate.relearn(members, lists, part, {mine.device_id})
     assert after["stick"] != lists["stick"]
     assert after["any"] is lists["any"]
     assert [d.id for d in told["stick"]] == [mine.device_id]
@@ -112,9 +112,9 @@ def test_everything_is_worked_out_where_others_may_be_concerned() -> None:
     good = Lock(key.id, "", 1, 40.0, "2", server=str(key.server), busid=key.busid, usb_id=str(IDS[0]))
     facts = with_locks(facts, {key.id: good})
     members: Members = {}
-    assert changes.only(facts, members, {key.id}) is not None
-    assert changes.only(with_locks(facts, {}), members, {key.id}) is None, "a lock that is gone"
-    assert changes.only(with_locks(facts, {key.id: replace(good, usb_id=None)}), members, {key.id}) is None
-    assert changes.only(with_locks(facts, {key.id: replace(good, busid=None)}), members, {key.id}) is None
-    assert changes.only(replace(facts, config=BY_SERIAL), members, {key.id}) is None
-    assert changes.only(facts, {"former": {}}, {key.id}) is None, "a resource that is not configured any more"
+    assert evaluate.only(facts, members, {key.id}) is not None
+    assert evaluate.only(with_locks(facts, {}), members, {key.id}) is None, "a lock that is gone"
+    assert evaluate.only(with_locks(facts, {key.id: replace(good, usb_id=None)}), members, {key.id}) is None
+    assert evaluate.only(with_locks(facts, {key.id: replace(good, busid=None)}), members, {key.id}) is None
+    assert evaluate.only(replace(facts, config=BY_SERIAL), members, {key.id}) is None
+    assert evaluate.only(facts, {"former": {}}, {key.id}) is None, "a resource that is not configured any more"

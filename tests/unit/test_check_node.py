@@ -12,15 +12,14 @@ from typing import Any
 
 import pytest
 
-from usbip_plugin import check
-from usbip_plugin.check import Finding, Permission, Status
-from usbip_plugin.checking import check_node
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.config.reload import Loaded
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.errors import ConfigError, KubeForbidden, KubeUnreachable, ServerUnreachable
 from usbip_plugin.model import Descriptor, ServerKey, UsbId
-from usbip_plugin.process import Options
+from usbip_plugin.node import check
+from usbip_plugin.node.check import Finding, Permission, Status, check_node
+from usbip_plugin.node.daemon import Options
 from usbip_plugin.vhci.driver import DriverReport
 from usbip_plugin.vhci.linux import SysfsVhci
 from usbip_plugin.vhci.uevents import NetlinkUevents

@@ -132,7 +132,7 @@ def test_a_change_wants_the_targets_whose_inputs_it_touches() -> None:
     assert affected([]) == []
     assert affected(["docs/concepts.md"]) == ["check"]
     assert affected(["usbip_plugin/vhci/linux.py"]) == ["check", "sim", "test-kernel", "test-node"]
-    assert affected(["usbip_plugin/usage.py"]) == ["check", "sim", "test-kubelet"]
+    assert affected(["usbip_plugin/kubelet/pod_resources.py"]) == ["check", "sim", "test-apiserver", "test-kubelet"]
     assert affected(["deploy/base/daemonset.yaml", "tests/page/test_page.py"])[:3] == [
         "check",
         "test-page",

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from usbip_plugin.allocation import container_response
 from usbip_plugin.attach.cdi import spec
 from usbip_plugin.attach.containers import Injected, check_paths, environment, injected, place, refuse_shared_paths
 from usbip_plugin.config.schema import DeviceSelector, NodePermissions, ResourceConfig
 from usbip_plugin.errors import PathTaken
+from usbip_plugin.kubelet.allocate import container_response
 from usbip_plugin.model import Attachment, DeviceKey, DeviceNode, ServerKey, UsbId
 
 LAB = ServerKey("lab")

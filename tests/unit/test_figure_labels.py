@@ -11,9 +11,9 @@ import pytest
 
 from usbip_plugin import errors
 from usbip_plugin.errors import CommandError, ConfigError, KubeError, KubeletError, LockHeld, NotAttached, PluginError
-from usbip_plugin.figures import ALLOCATE_FAILURES, API_ERRORS, OTHER, reason_of, transition
 from usbip_plugin.locks.watch import LockChange
 from usbip_plugin.model import Lock
+from usbip_plugin.node.metrics import ALLOCATE_FAILURES, API_ERRORS, OTHER, reason_of, transition
 
 ME = "node-a"
 ROOT = Path(__file__).parents[2]

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from inventory_facts import DEVID, KEY, LAB, STICK, listed, red, view
 
-from usbip_plugin.inventory.bearers import Bearer, settled
-from usbip_plugin.inventory.lists import advertise
+from usbip_plugin.inventory.evaluate import advertise
+from usbip_plugin.inventory.health import Bearer, settled
 from usbip_plugin.inventory.members import learn
 from usbip_plugin.locks.manager import Standing
 from usbip_plugin.model import DeviceKey, Health, Lock, Reason

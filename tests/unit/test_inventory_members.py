@@ -8,8 +8,8 @@ from inventory_facts import DEVID, KEY, KNOWN, LAB, OTHER, STICK, claim, facts, 
 
 from usbip_plugin.claims import Claim, State
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
+from usbip_plugin.inventory.evaluate import advertise
 from usbip_plugin.inventory.facts import Members
-from usbip_plugin.inventory.lists import advertise
 from usbip_plugin.inventory.members import MAX_VANISHED, importable, learn
 from usbip_plugin.model import DeviceKey, InterfaceClass, Lock, Reason, ServerKey
 from usbip_plugin.usbip.poller import ServerState, ServerView

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from usbip_plugin.errors import UnknownDevice
-from usbip_plugin.inventory.preference import preferred
+from usbip_plugin.kubelet.allocate import preferred
 from usbip_plugin.model import Health, Reason
 
 

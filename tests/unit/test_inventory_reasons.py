@@ -25,10 +25,10 @@ from inventory_facts import (
 
 from usbip_plugin.claims import Claim, State
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
+from usbip_plugin.inventory.evaluate import advertise
 from usbip_plugin.inventory.facts import Api, Driver, Facts
-from usbip_plugin.inventory.lists import advertise
+from usbip_plugin.inventory.health import API_GRACE
 from usbip_plugin.inventory.members import learn
-from usbip_plugin.inventory.reasons import API_GRACE
 from usbip_plugin.locks.manager import Standing
 from usbip_plugin.model import DeviceKey, Health, Identity, Reason
 from usbip_plugin.usbip.poller import ServerState

@@ -14,9 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from usbip_plugin.clock import SystemClock
-from usbip_plugin.kubelet.directory import SocketIdentity
-from usbip_plugin.kubelet.leftovers import left_behind, named_by_us, sweep
-from usbip_plugin.kubelet.registration import endpoint_name
+from usbip_plugin.kubelet.registration import SocketIdentity, endpoint_name, left_behind, named_by_us, sweep
 
 ONE, TWO = SocketIdentity(1, 2, 3), SocketIdentity(1, 2, 4)
 

@@ -9,8 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from usbip_plugin.kubelet.directory import MAX_SOCKET_PATH_BYTES, SocketIdentity, identify, is_stale
-from usbip_plugin.kubelet.registration import endpoint_name, why_over
+from usbip_plugin.kubelet.registration import (
+    MAX_SOCKET_PATH_BYTES,
+    SocketIdentity,
+    endpoint_name,
+    identify,
+    is_stale,
+    why_over,
+)
 from usbip_plugin.sync import Broadcast
 
 KUBELET_DIRECTORY = Path("/var/lib/kubelet/device-plugins")

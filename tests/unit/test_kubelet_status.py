@@ -4,7 +4,7 @@ import grpc
 import pytest
 
 from usbip_plugin import errors as e
-from usbip_plugin.kubelet.status import MAX_DETAIL_CHARACTERS, status_code, status_details
+from usbip_plugin.kubelet.device_plugin import MAX_DETAIL_CHARACTERS, status_code, status_details
 from usbip_plugin.model import DeviceKey, ServerKey, UsbId
 
 SERVER = ServerKey("10.0.0.1")

@@ -15,14 +15,14 @@ RUN = """
 import sys
 from usbip_plugin.cli.main import main
 assert main(["run", "--node-name", "n", "--config", "/nonexistent"]) == 2
-import usbip_plugin.process
+import usbip_plugin.node.daemon
 print(*sys.modules)
 """
 UNTOUCHED = """
 import sys
 from usbip_plugin.cli.main import main
 main(["run", "--node-name", "n", "--config", "/nonexistent"])
-import usbip_plugin.process
+import usbip_plugin.node.daemon
 from usbip_plugin.kube import lazy_imports
 print(*(name for name in lazy_imports.LAZY if type(sys.modules[name]).__name__ == "_LazyModule"))
 """

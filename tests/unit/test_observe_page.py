@@ -269,7 +269,7 @@ def test_the_fragment_cannot_run_anything_by_itself() -> None:
 
 def test_nobody_pays_for_a_page_that_is_not_looked_at() -> None:
     code = (
-        "import sys; from usbip_plugin.observe.http import Site; import usbip_plugin.process;"
+        "import sys; from usbip_plugin.observe.http import Site; import usbip_plugin.node.daemon;"
         "print('usbip_plugin.observe.page' in sys.modules or 'usbip_plugin.observe.traces' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)

@@ -7,9 +7,7 @@ import pytest
 from usbip_plugin.claims import Claim, State
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.inventory.facts import Facts
-from usbip_plugin.locks.manager import Standing
-from usbip_plugin.model import Descriptor, DeviceKey, InterfaceClass, Lock, ServerKey, UsbId
-from usbip_plugin.probing import (
+from usbip_plugin.inventory.probe import (
     MAX_LOCKS,
     MAX_PROBES,
     MAX_REREADS,
@@ -21,6 +19,8 @@ from usbip_plugin.probing import (
     probe_delay,
     wanting_probe,
 )
+from usbip_plugin.locks.manager import Standing
+from usbip_plugin.model import Descriptor, DeviceKey, InterfaceClass, Lock, ServerKey, UsbId
 from usbip_plugin.usbip.poller import ServerState, ServerView
 
 LAB, ATTIC = ServerKey("lab", 3240), ServerKey("attic", 3240)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from usbip_plugin import settling
+from usbip_plugin.node import memory
 
 ANONYMOUS = "Size: 16 kB\nRss: 16 kB\nAnonymous: {} kB\nSwap: {} kB\nVmFlags: rd ex mr\n"
 UNTOUCHED, WRITTEN, SWAPPED = ANONYMOUS.format(0, 0), ANONYMOUS.format(8, 0), ANONYMOUS.format(0, 8)
@@ -27,7 +27,7 @@ SMAPS = f"""\
 {UNTOUCHED}"""
 SETTLED = """
 import grpc
-from usbip_plugin.settling import settle
+from usbip_plugin.node.memory import settle
 
 def resident():
     lines = open("/proc/self/status").read().splitlines()
@@ -48,7 +48,7 @@ asyncio.run(used())
 print(before, after, pb.Device(ID="usable still").SerializeToString().decode())
 """
 HOLES = """
-from usbip_plugin.settling import settle
+from usbip_plugin.node.memory import settle
 
 def resident():
     lines = open("/proc/self/status").read().splitlines()
@@ -63,7 +63,7 @@ print(before - resident())
 """
 TLS = """
 import asyncio, ssl, tracemalloc
-from usbip_plugin.settling import small_tls_buffers
+from usbip_plugin.node.memory import small_tls_buffers
 
 async def kept():
     tracemalloc.start()
@@ -80,7 +80,7 @@ print(asyncio.run(kept()))
 """
 GARBAGE = """
 import gc, weakref
-from usbip_plugin.settling import settle, starting
+from usbip_plugin.node.memory import settle, starting
 
 class Ring:
     def __init__(self):
@@ -99,8 +99,8 @@ print(gone() is not None)
 
 def test_only_what_is_as_in_its_file_is_let_go() -> None:
     found = [(0x5581E0A00000, 0x1000), (0x5581E0A01000, 0x4000), (0x7F2B50000000, 0x400000)]
-    assert settling.file_ranges(SMAPS.splitlines()) == found
-    assert settling.file_ranges([]) == []
+    assert memory.file_ranges(SMAPS.splitlines()) == found
+    assert memory.file_ranges([]) == []
 
 
 def test_code_and_constants_leave_the_memory_and_work_all_the_same() -> None:
@@ -126,7 +126,7 @@ def test_a_kernel_that_does_not_let_go_is_told_of(tmp_path: Path) -> None:
     nowhere = tmp_path / "smaps"
     nowhere.write_text(f"1000-2000 r-xp 00000000 00:2e 51 /nothing/is/mapped/there\n{UNTOUCHED}")
     with pytest.raises(OSError, match="madvise"):
-        settling.drop_files(nowhere)
+        memory.drop_files(nowhere)
 
 
 def test_garbage_of_the_start_is_collected_when_it_is_over() -> None:

@@ -11,8 +11,8 @@ from opentelemetry.trace import NoOpTracer
 
 from usbip_plugin.kube.node_status import NodeStatusPublisher
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer, DeviceStates
+from usbip_plugin.kubelet.publish import Telling
 from usbip_plugin.model import Advertised, DeviceKey, Health, Reason, ServerKey
-from usbip_plugin.telling import Telling
 from usbip_sim.virtual.loop import SimClock, virtual
 
 STORAGE = "usbip.dev/storage"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from usbip_plugin.figures import ALLOCATE_FAILURES, OTHER
 from usbip_plugin.model import Reason
+from usbip_plugin.node.metrics import ALLOCATE_FAILURES, OTHER
 
 DOCS = Path(__file__).parents[2] / "docs"
 TEXT = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")

@@ -1,8 +1,4 @@
-"""From Allocate to release: the states of one device on this node, as pure functions.
-
-One transition table says what may follow what; nothing else in the project holds a flag about a device's progress.
-`attacher.py` does the work and reports each result here as an Event.
-"""
+"""What the previous process left: locks that name this node, and what stands on the ports, become claims again."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""From Allocate to release: the states of one device on this node, as pure functions.
+"""The steps between a free device and one in a container: lock, import, attach, device nodes; and back again.
 
-One transition table says what may follow what; nothing else in the project holds a flag about a device's progress.
-`attacher.py` does the work and reports each result here as an Event.
+One call works on one device and is made under that device's mutex; who calls, when, and what happens after a failure is
+the caller's business. Each step is a span and moves the claim in the book.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""From Allocate to release: the states of one device on this node, as pure functions.
-
-One transition table says what may follow what; nothing else in the project holds a flag about a device's progress.
-`attacher.py` does the work and reports each result here as an Event.
-"""
+"""Attaches lost devices again, from where their servers list them now; and what that means for the pod."""
 
 from __future__ import annotations
 
@@ -15,12 +11,12 @@ from dataclasses import dataclass, replace
 
 from opentelemetry.trace import Span
 
-from usbip_plugin import clock
 from usbip_plugin.attach.events import Notice, What
 from usbip_plugin.attach.locate import Ambiguous, Ask, Found, MayBe, Seeker
 from usbip_plugin.attach.pipeline import Means
 from usbip_plugin.attach.tasks import DeviceWork
 from usbip_plugin.claims import Claim, Event, State, place_of
+from usbip_plugin.clock import backoff
 from usbip_plugin.config.schema import OnLoss, ResourceConfig
 from usbip_plugin.errors import (
     CdiError,
@@ -158,7 +154,7 @@ class Reattacher:
 
     async def reattach(self, device_id: str) -> None:
         """Until the device is attached again, its pod is gone, or its lock is. The claim is Reattaching."""
-        waits = clock.backoff(self._rng, REATTACH_FIRST_WAIT, REATTACH_MAX_WAIT)
+        waits = backoff(self._rng, REATTACH_FIRST_WAIT, REATTACH_MAX_WAIT)
         stir = self._stirs[device_id] = asyncio.Event()
         claim = self._work.book[device_id]
         before = claim.given

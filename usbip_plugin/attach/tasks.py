@@ -9,9 +9,9 @@ from collections.abc import Callable, Coroutine
 
 from opentelemetry.trace import Link
 
-from usbip_plugin import clock
 from usbip_plugin.attach.pipeline import Means, Pipeline
 from usbip_plugin.claims import IN_USE, Claim, ClaimBook, Event, State
+from usbip_plugin.clock import backoff
 from usbip_plugin.errors import ClaimBusy, KubeError, LockError, LockLost, VhciError
 from usbip_plugin.model import DeviceKey, Identity, Lock, PodRef
 from usbip_plugin.observe.spans import Tries, device_attributes, failed, pod_attributes, span
@@ -113,7 +113,7 @@ class DeviceWork:
         """
         claim = self.book[device_id]
         began = self._clock.monotonic()
-        waits = clock.backoff(self._rng, RELEASE_FIRST_WAIT, RELEASE_MAX_WAIT)
+        waits = backoff(self._rng, RELEASE_FIRST_WAIT, RELEASE_MAX_WAIT)
         attributes = device_attributes(claim.key) | pod_attributes(claim.pod)
         context, links = remote_parent(claim.traceparent), self._new_holder(claim)
         with span(self._tracer, "release", attributes, context=context, links=links) as release:
@@ -190,6 +190,6 @@ class DeviceWork:
 
     async def _keep_writing_told(self, key: DeviceKey, told: Identity) -> None:
         """A successor that finds the device lost knows it by this: until written, or nobody here has the device."""
-        waits = clock.backoff(self._rng, RELEASE_FIRST_WAIT, RELEASE_MAX_WAIT)
+        waits = backoff(self._rng, RELEASE_FIRST_WAIT, RELEASE_MAX_WAIT)
         while not await self.pipeline.write_told(key, told) and self.book.concerns(key.id):
             await self._until_api_returns(next(waits))

@@ -26,7 +26,7 @@ from usbip_plugin.errors import ConfigError
 
 if TYPE_CHECKING:
     from usbip_plugin.clock import Clock
-    from usbip_plugin.process import MakeDriver, Options
+    from usbip_plugin.node.daemon import MakeDriver, Options
     from usbip_plugin.vhci.driver import VhciDriver
 
 log = logging.getLogger(__name__)
@@ -56,11 +56,11 @@ def run(options: argparse.Namespace) -> int:
     """`usbip-plugin run`, until SIGTERM."""
     # imported here: the commands for people and --help need none of it
     from usbip_plugin.config.reload import load_config  # noqa: PLC0415
-    from usbip_plugin.settling import starting  # noqa: PLC0415
+    from usbip_plugin.node.memory import starting  # noqa: PLC0415
 
     with starting():
+        from usbip_plugin.node.daemon import run_blocking  # noqa: PLC0415
         from usbip_plugin.observe.logs import set_up_logging  # noqa: PLC0415
-        from usbip_plugin.process import run_blocking  # noqa: PLC0415
 
         make_driver = _driver_of(options)
 
@@ -76,8 +76,8 @@ def run(options: argparse.Namespace) -> int:
 
 def check(options: argparse.Namespace) -> int:
     """`usbip-plugin check`."""
-    from usbip_plugin.checking import check_node  # noqa: PLC0415
     from usbip_plugin.config.reload import Loaded, load_config  # noqa: PLC0415
+    from usbip_plugin.node.check import check_node  # noqa: PLC0415
     from usbip_plugin.observe.logs import set_up_logging  # noqa: PLC0415
 
     set_up_logging("none", sys.stderr)  # the report says it all
@@ -114,7 +114,7 @@ def _driver_of(options: argparse.Namespace) -> MakeDriver:
 
 
 def _process_options(options: argparse.Namespace, settings: FileSettings) -> Options:
-    from usbip_plugin.process import Options  # noqa: PLC0415
+    from usbip_plugin.node.daemon import Options  # noqa: PLC0415
 
     return Options(
         node=options.node_name or platform.node(),

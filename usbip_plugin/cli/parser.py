@@ -1,4 +1,4 @@
-"""What the command line's exit status says."""
+"""Every command, flag and exit status. Flags that the configuration file may set too have no default here."""
 
 from __future__ import annotations
 

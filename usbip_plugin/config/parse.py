@@ -1,4 +1,4 @@
-"""The keys of a resource that say what its containers get: which device nodes, where, and for whom."""
+"""YAML text to Config, with every problem of the file reported at once."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Everything that talks to the node's kubelet, or to the API server about this node."""
+"""The device-plugin side of the kubelet: registration, ListAndWatch, Allocate, pod-resources."""

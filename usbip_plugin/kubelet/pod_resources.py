@@ -1,7 +1,17 @@
-"""Which pod uses which device, as the kubelet says (kubelet API podresources/v1)."""
+"""Who uses which device: what the kubelet's pod-resources API says, and what follows from it.
+
+Neither that nor the API server is enough alone. The API server knows that a pod is gone before its containers are; a
+kubelet that has just started answers with a list without pods, while they run.
+
+And the other way round: locks that name this node while nothing here knows of them are adopted or let go.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -10,10 +20,20 @@ from typing import Protocol, Self
 import grpc
 import grpc.aio
 
+from usbip_plugin.attach.attacher import Attacher
+from usbip_plugin.attach.release import Unlisted, not_in_list
+from usbip_plugin.claims import IN_USE, User
+from usbip_plugin.clock import Clock
 from usbip_plugin.errors import PodResourcesUnavailable
+from usbip_plugin.kube.pods import PodView
 from usbip_plugin.kubelet import podresources_pb2 as pb
 from usbip_plugin.kubelet.podresources_pb2_grpc import PodResourcesListerStub
+from usbip_plugin.locks.manager import LockManager
+from usbip_plugin.locks.watch import LockChange
 from usbip_plugin.model import PodRef
+
+log = logging.getLogger(__name__)
+
 
 LIST_TIMEOUT_S = 5.0
 # A pod with a few devices is below 1 KiB: room for the largest nodes, and still a bound.
@@ -97,3 +117,146 @@ class GrpcPodResources:
         if response is None:  # gRPC's way to say that it cannot decode the answer
             raise PodResourcesUnavailable(f"pod-resources at {self._socket}: an answer that cannot be read")
         return of_domain(response, self._domain)
+
+
+POLL_INTERVAL = 2.0
+"""Seconds between polls of pod-resources while anything is claimed."""
+HINTED_INTERVAL = 0.4
+"""Seconds between polls after a hint that a pod has ended, or while a claim has no pod yet."""
+HINT_LASTS = 5.0
+"""Seconds a hint counts. The kubelet frees a pod's devices a moment after its status says that it ended."""
+
+
+class UsageWatcher:
+    """Polls pod-resources while, and only while, this node has claims. pods: None where no API server tells of pods."""
+
+    def __init__(
+        self,
+        pod_resources: PodResources,
+        attacher: Attacher,
+        locks: LockManager,
+        clock: Clock,
+        pods: PodView | None,
+        domain: str,
+    ) -> None:
+        self._pod_resources = pod_resources
+        self._attacher = attacher
+        self._locks = locks
+        self._clock = clock
+        self._pods = pods
+        self._domain = domain
+        self._wake = asyncio.Event()
+        self._hinted_until = 0.0
+        self._complained = False
+        self.polls = 0
+        """Lists of the kubelet that claims were compared with."""
+        self._begun = False
+        """All locks and a list of all pods have been seen: what an earlier process left is known."""
+
+    def hint(self) -> None:
+        """A pod of this node has ended, or is about to: look now and closely for a while."""
+        self._hinted_until = self._clock.monotonic() + HINT_LASTS
+        self._wake.set()
+
+    def claims_changed(self) -> None:
+        """There may be claims where there were none, or one whose pod is not known."""
+        if not self._wake.is_set() and self._attacher.claims:
+            self._wake.set()
+
+    def _lock_changed(self, change: LockChange) -> None:
+        if change.new is not None and self._unclaimed():
+            self._wake.set()
+
+    def _unclaimed(self) -> bool:
+        return any(not self._attacher.concerns(lock.device_id) for lock in self._locks.mine())
+
+    async def users(self) -> dict[str, User] | None:
+        """By device ID, for the pods that are not over; None if the kubelet does not say."""
+        try:
+            listed = await self._pod_resources.list()
+        except PodResourcesUnavailable as error:
+            if not self._complained:
+                log.warning("nothing is released meanwhile", extra={"cause": str(error)})
+            self._complained = True
+            return None
+        self._complained = False
+        # kubelets before 1.34 list pods that have ended, too
+        return {
+            device_id: User(self._known(entry.pod), entry.resource.rpartition("/")[2])
+            for entry in listed
+            if not self._ended(entry.pod)
+            for device_id in entry.device_ids
+        }
+
+    def _ended(self, pod: PodRef) -> bool:
+        return self._pods is not None and self._pods.ended(pod.namespace, pod.name)
+
+    def _known(self, pod: PodRef) -> PodRef:
+        """With its uid, if the API server has told of it."""
+        found = self._pods.find(pod.namespace, pod.name) if self._pods is not None else None
+        return found or pod
+
+    def _unlisted(self, users: Mapping[str, User]) -> Unlisted:
+        if self._pods is None:
+            return Unlisted()
+        return not_in_list(users, self._pods.wanting(self._domain), certain=self._pods.synced)
+
+    async def _adopt(self, users: Mapping[str, User] | None) -> None:
+        """That nobody uses a device is taken from a list only if the API server knows of no pod that may."""
+        complete = False
+        if users is not None:
+            beyond = self._unlisted(users)
+            complete = beyond.certain and not beyond.resources
+        deprived = not self._begun
+        all_known = complete or (users is not None and self._pods is None)
+        self._begun = self._begun or (all_known and self._locks.ready.is_set())
+        await self._attacher.adopt(users or {}, complete=complete, deprived=deprived)
+
+    async def adopt(self) -> None:
+        """Takes over what a previous process left; needs the locks to be known. Idempotent."""
+        await self._adopt(await self.users())
+
+    async def glance(self, limit: float) -> None:
+        """A look out of turn, of limit seconds at most: whose the devices are by now. See Attacher.glance."""
+        if not self._attacher.claims:
+            return
+        with contextlib.suppress(TimeoutError):
+            async with self._clock.timeout(limit):
+                listed_at = self._clock.monotonic()
+                users = await self.users()
+                if users is not None:
+                    self._attacher.glance(users, listed_at)
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        unsubscribe = self._locks.subscribe(self._lock_changed)
+        try:
+            while True:
+                if self._begun and not self._attacher.claims and not self._unclaimed():
+                    await self._wake.wait()
+                self._wake.clear()
+                listed_at = self._clock.monotonic()
+                users = await self.users()
+                if not self._begun or self._unclaimed():
+                    await self._adopt(users)
+                if users is not None:
+                    self._attacher.usage(users, listed_at, self._unlisted(users))
+                    self.polls += 1
+                closely = self._closely()
+                with contextlib.suppress(TimeoutError):
+                    async with self._clock.timeout(HINTED_INTERVAL if closely else POLL_INTERVAL):
+                        await self._until_hinted(closely=closely)
+        finally:
+            unsubscribe()
+
+    def _closely(self) -> bool:
+        return self._clock.monotonic() < self._hinted_until or any(
+            claim.absent or claim.pod is None for claim in self._attacher.claims.values() if claim.state in IN_USE
+        )
+
+    async def _until_hinted(self, *, closely: bool) -> None:
+        """By a hint or, if it is not looked closely yet, by a claim that asks for it."""
+        before = self._hinted_until
+        while self._hinted_until == before and (closely or not self._closely()):
+            self._wake.clear()
+            await self._wake.wait()

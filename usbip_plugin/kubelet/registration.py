@@ -1,4 +1,4 @@
-"""Registration of one resource with the kubelet, again after every kubelet restart."""
+"""A device plugin's registration with the kubelet, the kubelet's directory, and sockets left behind in it."""
 
 from __future__ import annotations
 
@@ -7,18 +7,163 @@ import enum
 import hashlib
 import logging
 import random
-from collections.abc import Callable
+import re
+import socket
+import stat
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import grpc
 import grpc.aio
+from asyncinotify import Inotify, Mask
 
 from usbip_plugin.clock import Clock, backoff
 from usbip_plugin.errors import RegistrationFailed
 from usbip_plugin.kubelet import deviceplugin_pb2 as pb
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer
 from usbip_plugin.kubelet.deviceplugin_pb2_grpc import RegistrationStub
-from usbip_plugin.kubelet.directory import MAX_SOCKET_PATH_BYTES, PluginDirectory, SocketIdentity, identify, is_stale
+from usbip_plugin.sync import Broadcast
+
+log = logging.getLogger(__name__)
+
+
+KUBELET_SOCKET = "kubelet.sock"
+# Everybody looks at the directory again this often (seconds), should the file system deliver no events for it.
+RECHECK_S = 10.0
+# The same without inotify (no instances left, or the directory is not there yet).
+POLL_S = 1.0
+# sun_path holds 108 bytes with the terminating zero.
+MAX_SOCKET_PATH_BYTES = 107
+
+
+class SocketIdentity(NamedTuple):
+    """Tells a socket from a later one of the same name. Inode numbers are used again at once, hence the time."""
+
+    device: int
+    inode: int
+    modified_ns: int
+
+
+def identify(path: Path) -> SocketIdentity | None:
+    """None if there is no socket at path."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return None
+    if not stat.S_ISSOCK(found.st_mode):
+        return None
+    return SocketIdentity(found.st_dev, found.st_ino, found.st_mtime_ns)
+
+
+def is_stale(path: Path) -> bool:
+    """True for a socket that nobody listens on any more. Does not block."""
+    if identify(path) is None:
+        return False
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            return True
+        except OSError:
+            return False
+    return False
+
+
+class PluginDirectory:
+    """`changed` fires whenever a file comes into or leaves the directory, at the latest every RECHECK_S."""
+
+    def __init__(self, path: Path, clock: Clock) -> None:
+        self.path = path
+        self.changed = Broadcast()
+        self._clock = clock
+
+    @property
+    def kubelet_socket(self) -> Path:
+        return self.path / KUBELET_SOCKET
+
+    def kubelet(self) -> SocketIdentity | None:
+        """The kubelet's registration socket as it is now; another identity is another run of the kubelet."""
+        return identify(self.kubelet_socket)
+
+    async def run(self) -> None:
+        """Watches until cancelled. Never fails: without inotify it polls, and says so."""
+        warned = False
+        while True:
+            try:
+                await self._watch()
+            except OSError as error:
+                if not warned:
+                    log.warning(
+                        "cannot watch the kubelet's directory, polling it",
+                        extra={"directory": str(self.path), "cause": str(error), "interval_s": POLL_S},
+                    )
+                    warned = True
+                await self._clock.sleep(POLL_S)
+            self.changed.fire()
+
+    async def _watch(self) -> None:
+        with Inotify() as inotify:
+            inotify.add_watch(
+                self.path,
+                Mask.CREATE | Mask.DELETE | Mask.MOVED_FROM | Mask.MOVED_TO | Mask.DELETE_SELF | Mask.ONLYDIR,
+            )
+            # A file may have come before the watch was there.
+            self.changed.fire()
+            while True:
+                try:
+                    async with self._clock.timeout(RECHECK_S):
+                        event = await inotify.get()
+                except TimeoutError:
+                    self.changed.fire()
+                    continue
+                self.changed.fire()
+                if event.mask & (Mask.DELETE_SELF | Mask.IGNORED):
+                    return
+
+
+LOOK_AGAIN_S = 1.0
+"""To the second look: a server that has bound its socket and does not yet listen looks like a dead one."""
+
+_OURS = re.compile(r"usbip-[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?\.sock")
+
+
+def named_by_us(name: str) -> bool:
+    """Whether registration.endpoint_name may have given this name, for whatever resource."""
+    return _OURS.fullmatch(name) is not None
+
+
+def left_behind(then: Mapping[str, SocketIdentity], now: Mapping[str, SocketIdentity]) -> tuple[str, ...]:
+    """The names to remove, of the sockets on which nobody listened then and nobody does now: the very same sockets."""
+    return tuple(sorted(name for name, found in now.items() if then.get(name) == found))
+
+
+def unheard(directory: Path) -> Mapping[str, SocketIdentity]:
+    """By name, the sockets of our naming on which nobody listens; others are not touched. OSError of the directory."""
+    ours = [path for path in directory.iterdir() if named_by_us(path.name)]
+    found = {path.name: identify(path) for path in ours if is_stale(path)}
+    return {name: identity for name, identity in found.items() if identity is not None}
+
+
+async def sweep(directory: Path, clock: Clock) -> None:
+    """Removes what was left behind, within LOOK_AGAIN_S. Never fails; what cannot be removed is told, and stays."""
+    try:
+        first = unheard(directory)
+        if not first:
+            return
+        await clock.sleep(LOOK_AGAIN_S)
+        for name in left_behind(first, unheard(directory)):
+            (directory / name).unlink(missing_ok=True)
+            log.info("removed the socket of a plugin that is gone", extra={"socket": str(directory / name)})
+    except FileNotFoundError:
+        return  # a kubelet that makes its directory leaves nothing in it
+    except OSError as error:
+        log.warning(
+            "cannot remove the sockets of a plugin that is gone",
+            extra={"directory": str(directory), "cause": str(error)},
+        )
+
 
 API_VERSION = "v1beta1"
 # The kubelet dials back within Register and gives that 10 s.
@@ -29,8 +174,6 @@ BACKOFF_FIRST_S = 0.1
 BACKOFF_MAX_S = 10.0
 # A registration that stood this long was a good one: the next failure starts from the first wait again.
 STABLE_S = 10.0
-
-log = logging.getLogger(__name__)
 
 
 class State(enum.Enum):

@@ -7,8 +7,7 @@ import logging
 import random
 from collections.abc import Callable
 
-from usbip_plugin import clock as usbip_plugin_clock
-from usbip_plugin.clock import Clock
+from usbip_plugin.clock import Clock, backoff
 from usbip_plugin.errors import KubeConflict, KubeError, KubeNotFound
 from usbip_plugin.locks import record
 from usbip_plugin.locks.protocol import Create, Denied, Observation, Rules, Write, expired, is_free
@@ -59,7 +58,7 @@ class Session:
 
     async def _beat(self) -> None:
         """One heartbeat, tried until it is written or no longer needed."""
-        waits = usbip_plugin_clock.backoff(self._rng, RETRY_FIRST_S, self._duration * RETRY_FRACTION)
+        waits = backoff(self._rng, RETRY_FIRST_S, self._duration * RETRY_FRACTION)
         while self._needed.is_set():
             try:
                 if await self._write():

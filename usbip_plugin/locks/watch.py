@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TypeVar
 
-from usbip_plugin import clock as usbip_plugin_clock
-from usbip_plugin.clock import Clock
+from usbip_plugin.clock import Clock, backoff
 from usbip_plugin.errors import KubeError, KubeGone, KubeServerError, KubeUnauthorized, KubeUnreachable
 from usbip_plugin.locks import record
 from usbip_plugin.locks.record import ChangeType, Lease, LeaseChange, LeaseList, LeaseStore
@@ -254,7 +253,7 @@ class Follower:
 
     async def run(self) -> None:
         """Until cancelled."""
-        waits = usbip_plugin_clock.backoff(self._rng, RETRY_FIRST_S, RETRY_MAX_S)
+        waits = backoff(self._rng, RETRY_FIRST_S, RETRY_MAX_S)
         while True:
             started = self._clock.monotonic()
             try:
@@ -267,7 +266,7 @@ class Follower:
                 if self._contact.watch_down(error):
                     logger.warning("locks cannot be followed", extra={"cause": str(error)})
             if self._clock.monotonic() - started >= SETTLE_S:
-                waits = usbip_plugin_clock.backoff(self._rng, RETRY_FIRST_S, RETRY_MAX_S)
+                waits = backoff(self._rng, RETRY_FIRST_S, RETRY_MAX_S)
             await self._clock.sleep(next(waits))
 
     async def _list_and_watch(self) -> None:

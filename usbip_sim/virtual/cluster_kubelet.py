@@ -11,9 +11,9 @@ from typing import Any
 from usbip_plugin.clock import Clock
 from usbip_plugin.errors import PodResourcesUnavailable
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer, DeviceStates
+from usbip_plugin.kubelet.plugins import Plugin
 from usbip_plugin.kubelet.pod_resources import LIST_TIMEOUT_S, ContainerDevices
 from usbip_plugin.model import PodRef
-from usbip_plugin.resources import Plugin
 from usbip_sim.kubelet.device_manager import AdmissionError, Allocation, ContainerSpec, EndpointError
 from usbip_sim.virtual.local_kubelet import LocalKubelet
 from usbip_sim.virtual.steploop import Process, loop_of

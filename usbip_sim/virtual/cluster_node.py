@@ -8,13 +8,13 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 
-from usbip_plugin.agent import Agent, Outside
 from usbip_plugin.claims import State
 from usbip_plugin.errors import DetachFailed, KubeUnreachable
 from usbip_plugin.kube.node_status import KUBELET_SYNC_S
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer
+from usbip_plugin.kubelet.plugins import Plugin
 from usbip_plugin.model import Descriptor, DeviceKey, NodeIdentity, PodRef
-from usbip_plugin.resources import Plugin
+from usbip_plugin.node.agent import Agent, Outside
 from usbip_plugin.usbip.client import TcpUsbipClient
 from usbip_sim.kernel.driver import SimulatedVhci
 from usbip_sim.kernel.ports import SimulatedKernel

@@ -9,9 +9,8 @@ from typing import Any, TypeVar
 
 from usbip_plugin.attach.containers import ContainerResponse
 from usbip_plugin.errors import PluginError
-from usbip_plugin.kubelet.device_plugin import DevicePluginServer, DeviceStates
+from usbip_plugin.kubelet.device_plugin import DevicePluginServer, DeviceStates, status_code, status_details
 from usbip_plugin.kubelet.pod_resources import ContainerDevices
-from usbip_plugin.kubelet.status import status_code, status_details
 from usbip_sim.kubelet.admission import Admission
 from usbip_sim.kubelet.device_manager import PRE_START_TIMEOUT_S, Allocation, EndpointError
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from opentelemetry.trace import NoOpTracer, Tracer
 
-from usbip_plugin.agent import Observer
 from usbip_plugin.config.schema import Config
 from usbip_plugin.locks.manager import LockSettings
 from usbip_plugin.locks.protocol import Rules
 from usbip_plugin.locks.record import lock_of
 from usbip_plugin.model import DeviceKey, PodRef, ServerKey
+from usbip_plugin.node.agent import Observer
 from usbip_plugin.vhci.driver import VhciDriver
 from usbip_sim.leases import FINE, Fate, MemoryBackend, Operation
 from usbip_sim.server.server import VirtualServer

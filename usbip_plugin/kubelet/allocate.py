@@ -1,9 +1,10 @@
-"""Allocate and PreStartContainer: from device IDs to devices, from attachments to what a container is given."""
+"""Answers to a kubelet that wants devices: GetPreferredAllocation, Allocate and PreStartContainer."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from itertools import chain
 
 from opentelemetry.context import Context
@@ -27,12 +28,45 @@ from usbip_plugin.clock import Clock
 from usbip_plugin.config.schema import DeviceSelector, ResourceConfig
 from usbip_plugin.errors import NotAttached, PluginError, UnknownDevice
 from usbip_plugin.inventory.facts import Seen
-from usbip_plugin.inventory.preference import preferred
-from usbip_plugin.kubelet.status import status_code
-from usbip_plugin.model import Attachment, Health, Identity
+from usbip_plugin.kubelet.device_plugin import status_code
+from usbip_plugin.model import Attachment, Health, Identity, Reason
 from usbip_plugin.observe.spans import span
 
 log = logging.getLogger(__name__)
+
+
+def preferred(
+    available: Iterable[str],
+    must: Iterable[str],
+    size: int,
+    node: str,
+    health_by_id: Mapping[str, Health],
+    unwanted: Collection[str] = (),
+) -> tuple[str, ...]:
+    """GetPreferredAllocation: the must-haves, then attached here, then healthy, in rendezvous order of (node, device).
+
+    Different nodes thus reach for different devices first, and contend less; which servers they come from does not
+    matter. unwanted: those that an Allocate would refuse, they come last. The answer has size devices, or all there
+    are. UnknownDevice for must-haves that are not available, or more than size: the kubelet then fails the pod.
+    """
+    chosen, offered = list(dict.fromkeys(must)), set(available)
+    if not offered.issuperset(chosen):
+        raise UnknownDevice(
+            f"the kubelet wants {', '.join(sorted({*chosen} - offered))} out of devices it is not among"
+        )
+    room = max(0, size) - len(chosen)
+    if room < 0:
+        raise UnknownDevice(f"the kubelet wants {size} devices and {len(chosen)} of them in any case")
+
+    def order(device_id: str) -> tuple[int, bytes]:
+        known = health_by_id.get(device_id)
+        rank = 2 if known is None or not known.healthy or device_id in unwanted else 1
+        if rank == 1 and known is not None and known.reason is Reason.ATTACHED:
+            rank = 0
+        return rank, hashlib.sha256(f"{node}/{device_id}".encode()).digest()
+
+    rest = sorted(offered.difference(chosen), key=order)
+    return tuple(chosen + rest[:room])
 
 
 def container_response(

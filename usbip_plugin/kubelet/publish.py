@@ -11,9 +11,9 @@ from typing import Protocol
 from opentelemetry.trace import SpanKind, Tracer
 from opentelemetry.util.types import AttributeValue
 
-from usbip_plugin.changes import differing
 from usbip_plugin.clock import Clock
 from usbip_plugin.config.schema import Config
+from usbip_plugin.inventory.evaluate import differing
 from usbip_plugin.kube.node_status import NodeStatusPublisher
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer
 from usbip_plugin.locks.record import key_of
@@ -21,6 +21,9 @@ from usbip_plugin.locks.watch import LockChange
 from usbip_plugin.model import Advertised, Lock, Reason
 from usbip_plugin.observe.spans import device_attributes, failed, span
 from usbip_plugin.observe.tracing import remote_parent, within
+
+log = logging.getLogger(__name__)
+
 
 RPC: Mapping[str, AttributeValue] = {"rpc.system.name": "grpc", "rpc.method": "v1beta1.DevicePlugin/ListAndWatch"}
 SENT_TIMEOUT = 1.0
@@ -31,8 +34,6 @@ LOOKING_SHARE, TELLING_SHARE = 0.15, 0.8
 """Of that, for a look at whose the devices are, and for the telling."""
 
 _DAILY = frozenset({Reason.FREE, Reason.HELD_ELSEWHERE})
-
-log = logging.getLogger(__name__)
 
 
 def time_kept(config: Config) -> float:

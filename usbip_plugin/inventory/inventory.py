@@ -10,22 +10,21 @@ import asyncio
 import logging
 from collections.abc import Collection, Coroutine, Mapping
 
-from usbip_plugin import changes
 from usbip_plugin.attach.attacher import Attacher
 from usbip_plugin.claims import Claim
 from usbip_plugin.clock import Clock
-from usbip_plugin.conditions import Conditions
 from usbip_plugin.config.schema import Config, ResourceConfig
-from usbip_plugin.handovers import Handovers
+from usbip_plugin.inventory import evaluate
+from usbip_plugin.inventory.conditions import Conditions
+from usbip_plugin.inventory.evaluate import Oddities, advertise
 from usbip_plugin.inventory.facts import Driver, Facts, Members, Seen
-from usbip_plugin.inventory.lists import advertise
+from usbip_plugin.inventory.handover import Handovers
 from usbip_plugin.inventory.members import held_as, learn
+from usbip_plugin.inventory.probe import Prober
+from usbip_plugin.kubelet.publish import TELLING_SHARE, Telling, time_kept
 from usbip_plugin.locks.manager import LockManager
 from usbip_plugin.locks.watch import LockChange
 from usbip_plugin.model import Advertised, Health, NodeIdentity
-from usbip_plugin.oddities import Oddities
-from usbip_plugin.prober import Prober
-from usbip_plugin.telling import TELLING_SHARE, Telling, time_kept
 from usbip_plugin.usbip.poller import ServerPoller, ServerView
 from usbip_plugin.vhci.driver import VhciDriver
 
@@ -247,9 +246,9 @@ class Advertiser:
         self._scheduled, self._due = False, set()
         if self._tasks is None:
             return
-        facts = changes.only(self.facts(due), self._members, due) if due is not None else None
+        facts = evaluate.only(self.facts(due), self._members, due) if due is not None else None
         if facts is not None and due is not None:
-            self._members, lists, told = changes.relearn(self._members, self.advertised, facts, due)
+            self._members, lists, told = evaluate.relearn(self._members, self.advertised, facts, due)
         else:
             facts = self.facts()
             self._members = learn(self._members, facts)

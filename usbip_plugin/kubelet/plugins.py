@@ -9,15 +9,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from usbip_plugin.advertising import Advertiser
-from usbip_plugin.allocation import Allocator
 from usbip_plugin.clock import Clock
+from usbip_plugin.inventory.inventory import Advertiser
+from usbip_plugin.kubelet.allocate import Allocator
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer
-from usbip_plugin.kubelet.directory import PluginDirectory
-from usbip_plugin.kubelet.leftovers import sweep
-from usbip_plugin.kubelet.registration import ResourcePlugin
+from usbip_plugin.kubelet.publish import Telling
+from usbip_plugin.kubelet.registration import PluginDirectory, ResourcePlugin, sweep
 from usbip_plugin.sync import Broadcast
-from usbip_plugin.telling import Telling
 
 REPLACED_WITHIN = 10.0
 """Seconds a plugin waits at most for the registration of the one that takes its place."""

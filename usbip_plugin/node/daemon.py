@@ -12,32 +12,33 @@ from functools import partial
 from pathlib import Path
 
 from usbip_plugin import __version__
-from usbip_plugin.agent import Agent, Outside
 from usbip_plugin.attach.cdi import CdiDirectory
 from usbip_plugin.attach.events import Notice, events_of
 from usbip_plugin.clock import Clock, SystemClock
 from usbip_plugin.config.reload import ConfigWatcher, Loaded
 from usbip_plugin.config.schema import DEFAULT_CDI_DIRECTORY, Config
 from usbip_plugin.errors import ConfigError, PluginError
-from usbip_plugin.figures import Figures, Losses
 from usbip_plugin.kube.client import KubeClient, connect
 from usbip_plugin.kube.events import EventRecorder
 from usbip_plugin.kube.fleet import count_pods
-from usbip_plugin.kubelet.directory import PluginDirectory
+from usbip_plugin.kubelet.plugins import SocketRegistrar
 from usbip_plugin.kubelet.pod_resources import GrpcPodResources
+from usbip_plugin.kubelet.registration import PluginDirectory
 from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.model import NodeIdentity
+from usbip_plugin.node.agent import Agent, Outside
+from usbip_plugin.node.memory import settle, small_tls_buffers
+from usbip_plugin.node.metrics import Figures, Losses
+from usbip_plugin.node.status import config_failed, config_loaded, status_of
 from usbip_plugin.observe.http import Heartbeats, HttpServer, Site, Verdict, standard_pages
 from usbip_plugin.observe.metrics import Metrics
 from usbip_plugin.observe.status import Status
 from usbip_plugin.observe.tracing import Tracing
-from usbip_plugin.resources import SocketRegistrar
-from usbip_plugin.settling import settle, small_tls_buffers
-from usbip_plugin.status import config_failed, config_loaded, status_of
 from usbip_plugin.usbip.client import TcpUsbipClient
 from usbip_plugin.vhci.driver import VhciDriver
 
 log = logging.getLogger(__name__)
+
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 BEAT_INTERVAL = 2.0

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from usbip_plugin import __version__
-from usbip_plugin.agent import Agent, Observer
 from usbip_plugin.attach.events import Notice, What
 from usbip_plugin.attach.reattach import Reattach
 from usbip_plugin.claims import State
@@ -50,11 +49,12 @@ from usbip_plugin.errors import (
     WrongDevice,
     WrongSerial,
 )
+from usbip_plugin.kubelet.plugins import Plugin
 from usbip_plugin.locks.manager import Acquired
 from usbip_plugin.locks.watch import LockChange
 from usbip_plugin.model import Advertised
+from usbip_plugin.node.agent import Agent, Observer
 from usbip_plugin.observe.metrics import Metrics, NodeCollector, Reading
-from usbip_plugin.resources import Plugin
 from usbip_plugin.usbip.poller import ServerState
 
 OTHER = "other"

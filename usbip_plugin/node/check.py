@@ -1,27 +1,30 @@
-"""`usbip-plugin check`: is this node able to run the plugin, and what to do if not.
-
-A check is an async callable that answers findings; the world comes in through its arguments. They run side by side.
-"""
+"""`usbip-plugin check`: the checks, what they find, and their report."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 import os
 import socket
 import stat
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from usbip_plugin.clock import Clock
-from usbip_plugin.config.schema import Config
+from usbip_plugin.clock import Clock, SystemClock
+from usbip_plugin.config.reload import Loaded
+from usbip_plugin.config.schema import Config, OnLoss
 from usbip_plugin.config.selectors import Match, matches
 from usbip_plugin.errors import ConfigError, KubeForbidden, PluginError
+from usbip_plugin.kube.client import connect
 from usbip_plugin.kube.events import KubeRequests
 from usbip_plugin.locks.record import LOCK_LABELS
 from usbip_plugin.model import DEVICE_ID_PREFIX, Descriptor, ServerKey
+from usbip_plugin.node.daemon import MakeDriver, Options
+from usbip_plugin.usbip.client import TcpUsbipClient
 from usbip_plugin.vhci.driver import DriverReport
 
 CHECK_TIMEOUT_S = 8.0
@@ -304,3 +307,53 @@ def _review(permission: Permission) -> dict[str, Any]:
         "kind": "SelfSubjectAccessReview",
         "spec": {"resourceAttributes": {key: value for key, value in attributes.items() if value}},
     }
+
+
+DEVLIST_TIMEOUT = 5.0
+"""Seconds one server may take to list its devices."""
+
+
+async def check_node(options: Options, loaded: Loaded | ConfigError, make_driver: MakeDriver) -> tuple[str, int]:
+    """The report for people and the exit status: 0 if nothing fails. Changes nothing."""
+    clock = SystemClock()
+    config = Config(()) if isinstance(loaded, ConfigError) else loaded.config
+    known = loaded if isinstance(loaded, ConfigError) else (loaded.config, loaded.warnings)
+    by_cdi = any(resource.cdi for resource in config.resources)
+    driver = make_driver(clock)
+    with contextlib.closing(TcpUsbipClient(clock)) as client:
+
+        async def vhci() -> Sequence[Finding]:
+            return driver_findings(await driver.check())
+
+        async def api() -> Sequence[Finding]:
+            try:
+                kube = await connect(options.kubeconfig, clock=clock)
+            except ConfigError as error:
+                return [Finding("API server", Status.FAIL, "\n".join(error.problems))]
+            try:
+                needed = permissions_needed(
+                    options.namespace,
+                    options.node,
+                    publish_node_status=config.publish_node_status,
+                    evict=any(resource.on_loss is OnLoss.EVICT for resource in config.resources),
+                )
+                granted = await api_check(kube, needed)
+                return [*granted, *await admission_check(kube, options.namespace, options.node)]
+            finally:
+                await kube.close()
+
+        async def configuration() -> Sequence[Finding]:
+            return config_findings(options.config, known)
+
+        devlist = partial(client.devlist, timeout=DEVLIST_TIMEOUT)
+        checks: list[tuple[str, Check]] = [
+            ("configuration", configuration),
+            ("vhci_hcd", vhci),
+            ("device-plugin directory", partial(plugin_directory_check, options.plugin_directory)),
+            ("pod-resources", partial(socket_check, "pod-resources", options.pod_resources_socket)),
+            *((("CDI directory", partial(cdi_directory_check, options.cdi_directory)),) if by_cdi else ()),
+            ("API server", api),
+            *((f"server {s}", partial(server_check, s, config, devlist)) for s in sorted(config.servers())),
+        ]
+        findings = await run_checks(checks, clock)
+    return render(findings), exit_status(findings)

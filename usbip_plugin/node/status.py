@@ -6,22 +6,14 @@ from datetime import datetime
 from pathlib import Path
 
 from usbip_plugin import __version__
-from usbip_plugin.agent import Agent
 from usbip_plugin.claims import State
 from usbip_plugin.clock import Clock
 from usbip_plugin.config.schema import Config
 from usbip_plugin.errors import ConfigError
 from usbip_plugin.model import Advertised
+from usbip_plugin.node.agent import Agent
 from usbip_plugin.observe.http import Verdict
-from usbip_plugin.observe.status import (
-    ConfigReport,
-    DeviceRow,
-    LocksReport,
-    RegistrationRow,
-    ServerRow,
-    Status,
-    moment,
-)
+from usbip_plugin.observe.status import ConfigReport, DeviceRow, LocksReport, RegistrationRow, ServerRow, Status, moment
 from usbip_plugin.usbip.poller import ServerState
 
 

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 from opentelemetry.trace import Tracer
 
-from usbip_plugin.advertising import Advertiser
-from usbip_plugin.allocation import Allocator
 from usbip_plugin.attach.attacher import Attacher
 from usbip_plugin.attach.cdi import CdiSpecs, SpecFiles
 from usbip_plugin.attach.events import Notice, evicted
@@ -23,24 +21,26 @@ from usbip_plugin.claims import Claim, State
 from usbip_plugin.clock import Clock
 from usbip_plugin.config.schema import Config, ResourceConfig
 from usbip_plugin.errors import PluginError
+from usbip_plugin.inventory.inventory import Advertiser
 from usbip_plugin.kube.client import KubeClient
 from usbip_plugin.kube.eviction import Evictor
 from usbip_plugin.kube.fleet import FleetCount
 from usbip_plugin.kube.node_status import NodeStatusPublisher, PatchApi
 from usbip_plugin.kube.pods import OwnPods, PodPhase, PodView
-from usbip_plugin.kubelet.pod_resources import PodResources
+from usbip_plugin.kubelet.allocate import Allocator
+from usbip_plugin.kubelet.plugins import Plugin, Registrar, ResourceSet
+from usbip_plugin.kubelet.pod_resources import PodResources, UsageWatcher
+from usbip_plugin.kubelet.publish import LOOKING_SHARE, Telling, time_kept
 from usbip_plugin.locks.manager import Acquired, LockManager, LockSettings
 from usbip_plugin.locks.protocol import Rules
 from usbip_plugin.locks.record import LeaseStore
 from usbip_plugin.model import Advertised, Descriptor, DeviceKey, NodeIdentity, PodRef
-from usbip_plugin.resources import Plugin, Registrar, ResourceSet
-from usbip_plugin.telling import LOOKING_SHARE, Telling, time_kept
-from usbip_plugin.usage import UsageWatcher
 from usbip_plugin.usbip.client import UsbipClient
 from usbip_plugin.usbip.poller import ServerPoller, ServerView
 from usbip_plugin.vhci.driver import VhciDriver
 
 log = logging.getLogger(__name__)
+
 
 LOCKS_WAIT = 5.0
 """Seconds the first lists to the kubelet wait for the locks to be read. After that they go out without."""

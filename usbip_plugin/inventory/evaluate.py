@@ -1,22 +1,50 @@
-"""What is advertised after some locks have changed: the same as inventory works out from everything, for a part of it.
-
-With hundreds of devices most events are about one lock, and every node sees every one of them. Pure functions.
-"""
+"""What each resource tells the kubelet: all of it, or the part that a change concerns; and what is odd about it."""
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_left
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from operator import attrgetter
+from itertools import compress
+from operator import attrgetter, is_not
 
 from usbip_plugin.inventory.facts import Facts, Members, Seen
-from usbip_plugin.inventory.lists import advertise
+from usbip_plugin.inventory.health import bearers, health, settled
 from usbip_plugin.inventory.members import learn
 from usbip_plugin.locks.record import key_of, parse_usb_id
-from usbip_plugin.model import Advertised, ServerKey
-from usbip_plugin.sequences import changed_places
+from usbip_plugin.model import Advertised, Health, Reason, ServerKey
 from usbip_plugin.usbip.poller import ServerView
+
+log = logging.getLogger(__name__)
+
+
+def changed_places(before: Sequence[object], after: Sequence[object]) -> Iterator[int]:
+    """The places at which two sequences of the same length have not the very same object.
+
+    Objects are not compared: whoever made `after` of `before` has kept those that did not change.
+    """
+    return compress(range(len(after)), map(is_not, before, after))
+
+
+def advertise(members: Members, facts: Facts) -> Mapping[str, tuple[Advertised, ...]]:
+    """What each resource tells the kubelet, by resource name, devices sorted by ID."""
+    return {
+        resource: tuple(
+            Advertised(i, devices[i].key, found) for i, found in sorted(_healths(resource, devices, facts).items())
+        )
+        for resource, devices in members.items()
+    }
+
+
+def _healths(resource: str, devices: Mapping[str, Seen], facts: Facts) -> Mapping[str, Health]:
+    found = {device_id: health(facts, seen, resource) for device_id, seen in devices.items()}
+    for serial, borne in bearers(devices, found, facts).items():
+        for device_id, seen in devices.items():
+            if seen.selector.selector.serial == serial:
+                found[device_id] = settled(found[device_id], seen.key, serial, borne)
+    return found
+
 
 Lists = Mapping[str, tuple[Advertised, ...]]
 """What each resource advertises, by its name; devices sorted by ID."""
@@ -110,3 +138,67 @@ def _merged(
             after[place : place + (known is not None)] = [now] if now is not None else []
             same = False
     return before if same else tuple(after)
+
+
+_SHOWN = 5
+_NOT_THERE = frozenset(
+    {
+        *(Reason.NOT_LISTED, Reason.LISTED_WRONG, Reason.NOT_READ, Reason.MOVED),
+        *(Reason.SERVER_UNREACHABLE, Reason.UNKNOWN),
+    }
+)
+
+
+class Oddities:
+    """Of one node. What has been said is not said again while it lasts."""
+
+    def __init__(self) -> None:
+        self._shared: frozenset[tuple[str, ...]] = frozenset()
+        self._ambiguous: frozenset[tuple[str, str]] = frozenset()
+
+    def look(self, members: Members, advertised: Mapping[str, tuple[Advertised, ...]]) -> None:
+        """At each evaluation."""
+        shared = shared_devices(advertised)
+        for resources in sorted(shared.keys() - self._shared):
+            devices = shared[resources]
+            extra = {"resources": list(resources), "devices": devices[:_SHOWN], "count": len(devices)}
+            log.warning("offered as several resources, and in use as one of them only", extra=extra)
+        # those that are not there for the moment have been told of, and come back
+        self._shared |= shared.keys()
+        ambiguous = ambiguous_devices(members, advertised)
+        for resource, serial in sorted(ambiguous.keys() - self._ambiguous):
+            devices = ambiguous[resource, serial]
+            extra = {"resource": resource, "serial": serial, "devices": devices[:_SHOWN], "count": len(devices)}
+            log.warning("several devices tell one serial number, none of them is offered by it", extra=extra)
+        self._ambiguous = frozenset(ambiguous)
+
+
+def shared_devices(advertised: Mapping[str, tuple[Advertised, ...]]) -> dict[tuple[str, ...], list[str]]:
+    """Devices that are there and that several resources offer, by the names of these."""
+    by_device: dict[str, list[str]] = {}
+    names: dict[str, str] = {}
+    if len(advertised) < 2:
+        return {}
+    for resource, devices in sorted(advertised.items()):
+        for device in devices:
+            if device.health.reason not in _NOT_THERE:
+                by_device.setdefault(device.id, []).append(resource)
+                names[device.id] = str(device.key)
+    found: dict[tuple[str, ...], list[str]] = {}
+    for device_id, resources in by_device.items():
+        if len(resources) > 1:
+            found.setdefault(tuple(resources), []).append(names[device_id])
+    return found
+
+
+def ambiguous_devices(
+    members: Members, advertised: Mapping[str, tuple[Advertised, ...]]
+) -> dict[tuple[str, str], list[str]]:
+    """Devices that are not offered because others tell their serial number, by resource and that."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for resource, devices in advertised.items():
+        for device in devices:
+            if device.health.reason is Reason.AMBIGUOUS:
+                serial = members[resource][device.id].selector.selector.serial or ""
+                found.setdefault((resource, serial), []).append(str(device.key))
+    return found

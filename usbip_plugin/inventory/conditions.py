@@ -9,7 +9,7 @@ from collections.abc import Callable
 from usbip_plugin.clock import Clock
 from usbip_plugin.errors import VhciError
 from usbip_plugin.inventory.facts import Api, Driver
-from usbip_plugin.inventory.reasons import API_GRACE
+from usbip_plugin.inventory.health import API_GRACE
 from usbip_plugin.locks.manager import LockManager
 from usbip_plugin.vhci.driver import VhciDriver
 from usbip_plugin.vhci.sysfs import PortStatus
