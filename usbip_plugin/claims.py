@@ -1,7 +1,7 @@
 """From Allocate to release: the states of one device on this node, as pure functions.
 
 One transition table says what may follow what; nothing else in the project holds a flag about a device's progress.
-`attacher.py` does the work and reports each result here as an Event.
+Whoever does the work, in attach/, reports each result here as an Event.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ import enum
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import Protocol
 
-from usbip_plugin.config.schema import DEFAULT_CHILDREN_TIMEOUT_S
+from usbip_plugin.config.schema import DEFAULT_CHILDREN_TIMEOUT_S, Config, ResourceConfig
 from usbip_plugin.model import Attachment, DeviceKey, PodRef, UsbId
+from usbip_plugin.sync import Broadcast
 
 
 class State(enum.Enum):
@@ -162,13 +164,21 @@ def allocated(claim: Claim, now: float) -> Claim:
 
 
 class ClaimBook:
-    """The claims of one node, by device ID. on_change(device_id) is called, synchronously, after every change."""
+    """The claims of one node, by device ID. All methods belong to one event loop."""
 
-    def __init__(self, on_change: Callable[[str], None]) -> None:
+    def __init__(self) -> None:
         self._claims: dict[str, Claim] = {}
         self._moved: dict[str, str] = {}
-        self._on_change = on_change
+        self._subscribers: list[Callable[[str], None]] = []
         self.view: Mapping[str, Claim] = MappingProxyType(self._claims)
+        """Live and read-only."""
+        self.changed = Broadcast()
+        """Fires after every change, when all subscribers have been called."""
+
+    def subscribe(self, callback: Callable[[str], None]) -> Callable[[], None]:
+        """Calls callback(device_id), synchronously, after every change of a claim. Returns the way to unsubscribe."""
+        self._subscribers.append(callback)
+        return lambda: self._subscribers.remove(callback)
 
     def get(self, device_id: str) -> Claim | None:
         return self._claims.get(device_id)
@@ -190,7 +200,7 @@ class ClaimBook:
         self._claims[claim.id] = claim
         if claim.moved_to is not None:
             self._moved[claim.moved_to.id] = claim.id
-        self._on_change(claim.id)
+        self._tell(claim.id)
 
     def move(self, claim: Claim, event: Event) -> None:
         """The claim, after the event, takes the place of what was known; a claim that becomes Free is forgotten."""
@@ -198,14 +208,36 @@ class ClaimBook:
         if after.state is State.FREE:
             self._forget_place(claim.id)
             self._claims.pop(claim.id, None)
-            self._on_change(claim.id)
+            self._tell(claim.id)
         else:
             self.put(after)
+
+    def _tell(self, device_id: str) -> None:
+        for callback in tuple(self._subscribers):
+            callback(device_id)
+        self.changed.fire()
 
     def _forget_place(self, device_id: str) -> None:
         before = self._claims.get(device_id)
         if before is not None and before.moved_to is not None:
             self._moved.pop(before.moved_to.id, None)
+
+
+class Resources(Protocol):
+    """The resources of the configuration, as far as devices in use depend on them."""
+
+    @property
+    def config(self) -> Config:
+        """The configuration in force."""
+        ...
+
+    def resource_named(self, name: str) -> ResourceConfig | None:
+        """Returns a resource by its name without the domain, also one that was taken out while a pod has its device."""
+        ...
+
+    def resource_of(self, claim: Claim) -> ResourceConfig:
+        """Returns the resource by which the claim was made; one with the defaults if there is none any more."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

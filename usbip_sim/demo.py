@@ -207,7 +207,7 @@ class _Demo:
         await on_a.health(healthy=True)
         again = await _raw_allocate(a, self._key.id)
         await _pod_found(a, self._key.id)
-        adopted = a.agent is not None and a.agent.attacher.claims[self._key.id].state is State.ATTACHED
+        adopted = a.agent is not None and a.agent.claims.view[self._key.id].state is State.ATTACHED
         self._report.check(
             "adopted: Healthy, attached, nothing was imported", holds=adopted, seen="lock, port and record agree"
         )
@@ -261,7 +261,7 @@ class _Demo:
         for node in world.nodes.values():
             if node.agent is None:
                 continue
-            for device in node.agent.advertiser.advertised.get(RESOURCE, ()):
+            for device in node.agent.inventory.advertised.get(RESOURCE, ()):
                 state = "Healthy" if device.health.healthy else "Unhealthy"
                 why = device.health.detail or device.health.reason.value
                 self._say(f"  {node.name:<8} {device.key!s:<28} {state:<10} {why}")
@@ -286,7 +286,7 @@ class _Demo:
         return lock.holder if lock is not None else "?"
 
     def _reason(self, node: SimNode) -> str:
-        health: Mapping[str, object] = node.agent.advertiser.health() if node.agent is not None else {}
+        health: Mapping[str, object] = node.agent.inventory.health() if node.agent is not None else {}
         known = health.get(self._key.id)
         return getattr(known, "detail", "") if known is not None else ""
 
@@ -294,7 +294,7 @@ class _Demo:
 async def _pod_found(node: SimNode, device_id: str) -> None:
     """Returns when the agent knows which pod has the device; what an Allocate was for is to be seen anew each time."""
     assert node.agent is not None  # noqa: S101 - the demo has just started it
-    claims = node.agent.attacher.claims
+    claims = node.agent.claims.view
     async with asyncio.timeout(STEP_TIMEOUT):
         await node.advertised.until(lambda: device_id in claims and claims[device_id].pod is not None)
 

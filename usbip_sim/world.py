@@ -26,7 +26,7 @@ from usbip_plugin.kubelet.registration import PluginDirectory
 from usbip_plugin.locks.manager import LockSettings
 from usbip_plugin.locks.record import LeaseStore
 from usbip_plugin.model import NodeIdentity, PodRef
-from usbip_plugin.node.agent import Agent, Observer, Outside
+from usbip_plugin.node.agent import Agent, AgentDependencies, Observer
 from usbip_plugin.sync import Broadcast
 from usbip_plugin.usbip.client import TcpUsbipClient
 from usbip_plugin.vhci.driver import VhciDriver
@@ -118,7 +118,7 @@ class SimNode:
             else MemoryLeases(self._backend, self._clock, self.name, self._fate)
         )
         pod_resources = GrpcPodResources(self._pod_resources, setup.domain)
-        outside = Outside(
+        outside = AgentDependencies(
             me=NodeIdentity(self.name, f"boot-{self.name}-{self.boot}"),
             client=client,
             driver=driver,

@@ -140,9 +140,9 @@ class Nodes:
         assert agent is not None
         clock = SystemClock()
         nobody = Unlisted(certain=True)
-        agent.attacher.usage({key.id: User(PodRef("default", "contender", "uid"), RESOURCE)}, clock.monotonic(), nobody)
+        agent.usage._usage({key.id: User(PodRef("default", "contender", "uid"), RESOURCE)}, clock.monotonic(), nobody)
         for _ in range(ABSENT_POLLS):
-            agent.attacher.usage({}, clock.monotonic(), nobody)
+            agent.usage._usage({}, clock.monotonic(), nobody)
         await self.until(lambda: not any(self.holders(key)))
 
     async def until(self, condition: Callable[[], bool]) -> None:
@@ -162,7 +162,7 @@ class Nodes:
         return sum(p.status is not PortStatus.NULL for node in self.nodes for p in node.kernel.ports())
 
     def attached(self, node: SimNode, key: DeviceKey) -> bool:
-        claim = node.agent.attacher.claims.get(key.id) if node.agent is not None else None
+        claim = node.agent.claims.view.get(key.id) if node.agent is not None else None
         return claim is not None and claim.state is State.ATTACHED
 
 

@@ -70,7 +70,7 @@ async def test_what_is_held_stays_and_nothing_new_is_given(cluster: Cluster, tok
         _lose(proxy)
         with rig.clock(a).hurried():
             await a.until(RESOURCE, lambda devices: devices == {held.id: True, free.id: False})
-        assert a.agent.advertiser.health()[free.id].reason is Reason.API_UNREACHABLE
+        assert a.agent.inventory.health()[free.id].reason is Reason.API_UNREACHABLE
         refused = await rig.allocate(a, free)
         assert refused.response is None
         assert "cannot lock" in refused.error

@@ -51,7 +51,7 @@ async def test_one_of_two_allocates_wins_each_round(
         ours = [lease for lease in left.items if lease.name == key.id]
         assert [lease.holder for lease in ours] == [""]
         assert sum(wins.values()) == rounds
-        assert not any(node.agent.attacher.claims for node in rig.nodes if node.agent is not None)
+        assert not any(node.agent.claims.view for node in rig.nodes if node.agent is not None)
 
 
 async def test_a_lost_allocate_answers_after_its_node_says_zero(

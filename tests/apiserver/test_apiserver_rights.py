@@ -105,7 +105,7 @@ class Life:
         second = await self._make_pod()
         await node.admit(second, {RESOURCE: 1})
         (held,) = agent.locks.mine()
-        await self._until(lambda: agent.attacher.claims[held.device_id].pod is not None)
+        await self._until(lambda: agent.claims.view[held.device_id].pod is not None)
         node.end(second)
         with self.clock.hurried():  # a pod that the plugin may not look up is over only after 15 s
             await self._until(lambda: agent.locks.locks[held.device_id].holder == "")

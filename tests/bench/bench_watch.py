@@ -31,7 +31,7 @@ from usbip_plugin.kubelet.pod_resources import ContainerDevices
 from usbip_plugin.locks import record
 from usbip_plugin.locks.kubernetes import RESOURCE, KubernetesLeases
 from usbip_plugin.model import DeviceKey, NodeIdentity, Reason
-from usbip_plugin.node.agent import Agent, Outside
+from usbip_plugin.node.agent import Agent, AgentDependencies
 from usbip_plugin.node.metrics import Figures, Losses
 from usbip_plugin.observe.logs import set_up_logging
 from usbip_plugin.observe.metrics import Metrics
@@ -161,7 +161,7 @@ async def watch() -> list[Row]:
         agent = await _agent(stack, config, lines)
         async with asyncio.timeout(PATIENCE_S):
             while (  # noqa: ASYNC110 - a bench
-                not agent.telling.begun or sum(len(d) for d in agent.advertiser.advertised.values()) < len(keys)
+                not agent.publisher.begun or sum(len(d) for d in agent.inventory.advertised.values()) < len(keys)
             ):
                 await asyncio.sleep(0.05)
         # a server hides what is in use, so that no expiry is observed (R4); these list all that they have
@@ -176,7 +176,7 @@ async def watch() -> list[Row]:
         half = len(said) // 2
         alone = await _cost(lines, [[line] for line in said[:half]])
         await asyncio.sleep(SETTLE_S)
-        held = sum(d.health.reason is Reason.HELD_ELSEWHERE for of in agent.advertiser.advertised.values() for d in of)
+        held = sum(d.health.reason is Reason.HELD_ELSEWHERE for of in agent.inventory.advertised.values() for d in of)
         together = await _cost(lines, [said[n : n + CHUNK] for n in range(half, len(said), CHUNK)])
         if held != len(keys) * (half // len(keys) % 2):
             raise RuntimeError(f"{held} of {len(keys)} devices are shown as held")
@@ -225,7 +225,7 @@ async def _agent(stack: contextlib.AsyncExitStack, config: Config, lines: Lines)
     kernel = SimulatedKernel(clock)
     kubelet = Kubelet()
     client = stack.enter_context(contextlib.closing(TcpUsbipClient(clock)))
-    outside = Outside(
+    outside = AgentDependencies(
         me=NodeIdentity("bench", "boot"),
         client=client,
         driver=SimulatedVhci(kernel),

@@ -23,7 +23,7 @@ from usbip_plugin.kubelet.plugins import SocketRegistrar
 from usbip_plugin.kubelet.pod_resources import GrpcPodResources
 from usbip_plugin.kubelet.registration import PluginDirectory
 from usbip_plugin.model import NodeIdentity, PodRef
-from usbip_plugin.node.agent import Agent, Outside
+from usbip_plugin.node.agent import Agent, AgentDependencies
 from usbip_plugin.node.daemon import boot_id
 from usbip_plugin.observe.logs import set_up_logging
 from usbip_plugin.usbip.client import TcpUsbipClient
@@ -47,7 +47,7 @@ class AgreeingApi:
 async def main(config: Path, directory: Path, leases: Path) -> None:
     clock, rng = SystemClock(), random.Random()
     async with GrpcPodResources(pod_resources_socket(directory), DOMAIN) as pod_resources:
-        outside = Outside(
+        outside = AgentDependencies(
             me=NodeIdentity(NODE, boot_id()),
             client=TcpUsbipClient(clock),
             driver=real_driver(),

@@ -125,7 +125,7 @@ def on(world: World) -> SimNode:
 
 async def until_health(node: SimNode, wanted: Mapping[str, bool]) -> None:
     """Until the kubelet has these devices so."""
-    names = [resource.name for resource in agent(node).advertiser.config.resources]
+    names = [resource.name for resource in agent(node).inventory.config.resources]
 
     def so() -> bool:
         known = {i: healthy for name in names for i, healthy in node.kubelet.health(node.resource(name)).items()}
@@ -142,13 +142,13 @@ def agent(node: SimNode) -> Agent:
 
 def advertised(node: SimNode, key: DeviceKey) -> Advertised:
     """The device as the agent offers it now."""
-    found = [d for devices in agent(node).advertiser.advertised.values() for d in devices if d.id == key.id]
+    found = [d for devices in agent(node).inventory.advertised.values() for d in devices if d.id == key.id]
     return found[0]
 
 
 def attachment_of(node: SimNode, key: DeviceKey) -> Attachment:
     """Of a device that is attached."""
-    attachment = agent(node).attacher.claims[key.id].attachment
+    attachment = agent(node).claims.view[key.id].attachment
     assert attachment is not None
     return attachment
 

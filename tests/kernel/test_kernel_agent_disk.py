@@ -122,7 +122,7 @@ async def test_a_full_disk_at_a_reattach_is_over_when_there_is_room(rig: KernelR
         async with agent_with(by_cdi(usbipd), twin, cdi=disk.place) as world:
             node = on(world)
             await node.admit(POD, {SERIAL: 1})
-            (held,) = (DeviceKey(usbipd.key, c.key.busid) for c in agent(node).attacher.claims.values())
+            (held,) = (DeviceKey(usbipd.key, c.key.busid) for c in agent(node).claims.view.values())
             spec = node.specs.file(SERIAL, held.id)
             before = paths_in(spec)
             disk.fill()

@@ -63,7 +63,7 @@ async def test_an_identical_device_that_is_free_is_not_taken_for_it(rig: KernelR
     async with agent_with(config_of(usbipd, SERIAL), *twins) as world:
         node = on(world)
         await node.admit(POD, {SERIAL: 1})
-        (held,) = agent(node).attacher.claims.values()
+        (held,) = agent(node).claims.view.values()
         number = twins.index(held.key)
         other = twins[1 - number]
         await until_pod_noted(world.backend, held.key)

@@ -41,7 +41,7 @@ async def test_what_others_attached_is_neither_adopted_nor_touched(rig: KernelRi
         node = on(world)
         await node.admit(POD, {SERIAL: 2})
         assert set(foreign) < set(busy_rows())
-        assert keyboard.id not in agent(node).attacher.claims
+        assert keyboard.id not in agent(node).claims.view
         assert keyboard.id not in world.backend.leases
         await end(world, POD, *twins)
         assert busy_rows() == foreign

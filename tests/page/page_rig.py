@@ -91,7 +91,7 @@ class Watched:
         """Waits until the node says one of these of the device."""
 
         def look() -> bool:
-            health = node.agent.advertiser.health().get(key.id) if node.agent is not None else None
+            health = node.agent.inventory.health().get(key.id) if node.agent is not None else None
             return health is not None and health.reason in reasons
 
         async with asyncio.timeout(PATIENCE_S):
@@ -101,7 +101,7 @@ class Watched:
     def claimed(node: SimNode, *keys: DeviceKey) -> DeviceKey:
         """Which of these the node has."""
         assert node.agent is not None
-        return next(key for key in keys if key.id in node.agent.attacher.claims)
+        return next(key for key in keys if key.id in node.agent.claims.view)
 
     async def denied(self, node: SimNode, resource: str, key: DeviceKey) -> str:
         """An Allocate of a kubelet that has not heard that the device is taken: the error."""

@@ -19,8 +19,11 @@ from golden_files import golden
 from opentelemetry.trace import NoOpTracer
 
 from usbip_plugin.attach.cdi import CdiSpecs
-from usbip_plugin.attach.pipeline import Means, Pipeline, Progress, Wanted
+from usbip_plugin.attach.pipeline import Pipeline, Progress, Wanted
+from usbip_plugin.attach.tasks import DeviceWork
 from usbip_plugin.claims import Claim, ClaimBook
+from usbip_plugin.config.schema import Config, ResourceConfig
+from usbip_plugin.context import NodeContext
 from usbip_plugin.errors import MalformedReply, ServerTimeout, ServerUnreachable, UsbipError, WrongDevice
 from usbip_plugin.locks.manager import LockManager, LockSettings
 from usbip_plugin.model import DeviceKey, NodeIdentity, ServerKey, UsbId
@@ -526,6 +529,18 @@ async def test_a_configuration_of_any_announced_length_is_asked_for_within_bound
 # the wrong device
 
 
+class NoResources:
+    """A configuration without resources."""
+
+    config = Config(())
+
+    def resource_named(self, _name: str) -> ResourceConfig | None:
+        return None
+
+    def resource_of(self, claim: Claim) -> ResourceConfig:
+        return ResourceConfig(claim.resource or "", ())
+
+
 @contextlib.asynccontextmanager
 async def node(client: TcpUsbipClient) -> AsyncIterator[tuple[Pipeline, ClaimBook, SimulatedKernel, LockManager]]:
     """What attaches devices on a node, with this client."""
@@ -533,21 +548,22 @@ async def node(client: TcpUsbipClient) -> AsyncIterator[tuple[Pipeline, ClaimBoo
     leases = MemoryLeases(MemoryBackend(), clock, me.node)
     locks = LockManager(leases, me, clock, rng, LockSettings(), NoOpTracer())
     kernel = SimulatedKernel(clock)
-    book = ClaimBook(lambda _id: None)
-    specs = CdiSpecs(MemorySpecs("usbip.dev"), "usbip.dev", lambda _name: None)
-    means = Means(me, client, SimulatedVhci(kernel), locks, specs, clock, rng, NoOpTracer())
+    context = NodeContext(me, clock, rng, NoOpTracer())
+    work = DeviceWork(context, ClaimBook(), locks)
     pipeline = Pipeline(
-        means,
-        book=book,
-        note_port=lambda _key, _port: None,
-        note_told=lambda _key, _told: None,
+        context,
+        client=client,
+        driver=SimulatedVhci(kernel),
+        locks=locks,
+        specs=CdiSpecs(MemorySpecs("usbip.dev"), "usbip.dev", NoResources()),
+        work=work,
+        events=lambda _notice: None,
         on_step=lambda _name, _seconds: None,
-        on_takeover=lambda _key, _former: None,
     )
-    running = asyncio.create_task(locks.run())
+    running = asyncio.create_task(work.run(locks.run()))
     try:
         await locks.ready.wait()
-        yield pipeline, book, kernel, locks
+        yield pipeline, work.book, kernel, locks
     finally:
         running.cancel()
         with contextlib.suppress(asyncio.CancelledError):

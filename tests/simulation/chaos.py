@@ -342,7 +342,7 @@ class Chaos:
         answers = node.kubelet.manager.checkpoint
         by_cdi = [entry for entry in entries if answers[name, "app", entry.resource].cdi_devices]
         held = {i for entry in by_cdi for i in entry.device_ids}
-        claims = [node.agent.attacher.claims.get(device_id) for device_id in held]
+        claims = [node.agent.claims.view.get(device_id) for device_id in held]
         for claim in claims:
             if claim is None or claim.state is not State.ATTACHED or claim.attachment is None:
                 continue

@@ -94,7 +94,7 @@ def detail(node: ClusterNode, device: DeviceKey) -> str:
 
 
 def _advertised(node: ClusterNode, device: DeviceKey) -> Health | None:
-    return node.agent.advertiser.health().get(device.id) if node.agent is not None else None
+    return node.agent.inventory.health().get(device.id) if node.agent is not None else None
 
 
 async def all_healthy(cluster: Cluster, *devices: DeviceKey, name: str = "stick") -> None:
@@ -141,7 +141,7 @@ async def noted(cluster: Cluster, device: DeviceKey, name: str) -> None:
 
 async def knows_its_pod(cluster: Cluster, node: ClusterNode, device: DeviceKey, name: str = "p") -> None:
     """Waits until the plugin process that runs on the node knows which pod has the device."""
-    claims = agent(node).attacher.claims
+    claims = agent(node).claims.view
     assert await cluster.settle(lambda: device.id in claims and claims[device.id].pod == pod(name), SETTLE)
 
 

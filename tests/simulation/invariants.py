@@ -135,7 +135,7 @@ class Watch:
             self.note(f"lock of {self._keys.get(lease.name, lease.name)}: {old[0] or 'nobody'} -> {new[0] or 'nobody'}")
         if before is not None and record.lock_of(before).by_hand and new[0] in self.cluster.nodes:
             agent = self.cluster.nodes[new[0]].agent
-            claim = agent.attacher.claims.get(lease.name) if agent is not None else None
+            claim = agent.claims.view.get(lease.name) if agent is not None else None
             if claim is not None and claim.state in IN_USE:
                 self._fail("what a person has released is not taken back", f"{claim.key} by {new[0]}")
         if old[0] in self.cluster.nodes and not new[0] and (after is None or not record.lock_of(after).by_hand):
@@ -225,14 +225,14 @@ class Watch:
 
     def _as_claimed(self, node: ClusterNode, key: DeviceKey) -> bool:
         """What is plugged in is what the pod was given."""
-        claim = node.agent.attacher.claims.get(key.id) if node.agent is not None else None
+        claim = node.agent.claims.view.get(key.id) if node.agent is not None else None
         device, _ = self.cluster.servers[key.server].table.device(key.busid)
         return claim is None or (claim.usb_id == device.usb_id and claim.serial in (None, device.serial))
 
     def _followable(self, node: ClusterNode, key: DeviceKey, place: DeviceKey | None) -> bool:
         """It is plugged in elsewhere, and the node may have it from there."""
         agent = node.agent
-        claim = agent.attacher.claims.get(key.id) if agent is not None else None
+        claim = agent.claims.view.get(key.id) if agent is not None else None
         return (
             agent is not None
             and claim is not None
@@ -240,7 +240,7 @@ class Watch:
             and claim.serial is not None
             and not self.chaos.active("reload")  # only where the configuration names it
             and self.cluster.holder(place) in ("", node.name)
-            and place.id not in agent.attacher.claims
+            and place.id not in agent.claims.view
             and self.reachable(node, place)
         )
 
@@ -251,7 +251,7 @@ class Watch:
         quiet = self.quiet(node)
         for device_id, lease in self.cluster.backend.leases.items():
             if record.is_lock_name(device_id) and lease.holder == node.name:
-                bad = quiet and not agent.attacher.concerns(device_id)
+                bad = quiet and not agent.claims.concerns(device_id)
                 if self._for_long(bad, now, UNCLAIMED_LOCK_S / node.clock.rate, "lock", node.name, device_id):
                     raise Violation("no lock without a claim", f"{node.name} holds {self._keys.get(device_id)}")
 
@@ -261,7 +261,7 @@ class Watch:
             return
         used = node.kubelet.in_use()
         quiet = self.quiet(node)
-        for claim in agent.attacher.claims.values():
+        for claim in agent.claims.view.values():
             bad = quiet and claim.id not in used
             if self._for_long(bad, now, UNUSED_CLAIM_S / node.clock.rate, "claim", node.name, claim.id):
                 raise Violation("no claim without a pod", f"{node.name}: {claim.key} is {claim.state.value}")
@@ -270,7 +270,7 @@ class Watch:
         """What is attached by CDI has a spec that names its nodes."""
         if node.agent is None:
             return
-        for claim in node.agent.attacher.claims.values():
+        for claim in node.agent.claims.view.values():
             if claim.state is not State.ATTACHED or not claim.numbers or claim.attachment is None:
                 continue
             texts = node.specs.find(claim.id)
@@ -286,13 +286,13 @@ class Watch:
         agent, process = node.agent, node.process
         if agent is None or process is None or process.halted:
             return
-        health = agent.advertiser.health()
+        health = agent.inventory.health()
         attached = served(self.cluster, node)
         for device_id, known in health.items():
             bad = known.reason is Reason.ATTACHED and device_id not in attached
             if self._for_long(bad, now, STALE_HEALTH_S / node.clock.rate, "health", node.name, device_id):
                 raise Violation("attached is true", f"{node.name}: {self._keys.get(device_id)}")
-            away = node.partitioned and known.healthy and device_id not in agent.attacher.claims
+            away = node.partitioned and known.healthy and device_id not in agent.claims.view
             if self._for_long(away, now, API_AWAY_S / node.clock.rate, "away", node.name, device_id):
                 raise Violation(
                     "nothing is offered without the API server", f"{node.name}: {self._keys.get(device_id)}"
@@ -304,7 +304,7 @@ class Watch:
             return
         quiet = self.quiet(node)
         attached = served(self.cluster, node)
-        health = agent.advertiser.health()
+        health = agent.inventory.health()
         pods: dict[str, PodRef] = {}
         for entry in node.kubelet.held():
             known = node.kubelet.health(entry.resource)
@@ -322,7 +322,7 @@ class Watch:
                 mute = listed and device_id not in attached and known.get(device_id, False)
                 if self._for_long(mute, now, STALE_HEALTH_S / node.clock.rate, "mute", node.name, device_id):
                     raise Violation("a pod's device is attached or reported", f"{what}: {health.get(device_id)}")
-                claim = agent.attacher.claims.get(device_id)
+                claim = agent.claims.view.get(device_id)
                 stands = claim is not None and claim.state is State.ATTACHED and not claim.absent
                 withdrawn = listed and device_id in attached and stands and not known.get(device_id, False)
                 if self._for_long(withdrawn, now, STALE_HEALTH_S / node.clock.rate, "withdrawn", node.name, device_id):
@@ -350,7 +350,7 @@ class Watch:
 
     def _promised(self, node: ClusterNode, resource: str, device_id: str) -> None:
         """Who asked by serial number has that device and no other."""
-        claim = node.agent.attacher.claims.get(device_id) if node.agent is not None else None
+        claim = node.agent.claims.view.get(device_id) if node.agent is not None else None
         if resource != self.cluster.full("serial") or claim is None or claim.state is not State.ATTACHED:
             return
         told = claim.attachment.serial if claim.attachment is not None else None
@@ -363,14 +363,14 @@ class Watch:
         for (key, name), since in list(self.chaos.robbed.items()):
             node = self.cluster.nodes[name]
             agent, importing = node.agent, name in live.get(key, ())
-            claim = agent.attacher.claims.get(key.id) if agent is not None else None
+            claim = agent.claims.view.get(key.id) if agent is not None else None
             has_it = importing or (claim is not None and claim.state is State.ATTACHED)
             bad = has_it and self.cluster.holder(key) != name and self.quiet(node)
             if self._for_long(bad, now, ROBBED_S / node.clock.rate, "robbed", name, key):
                 raise Violation("a lock for each import", f"{key}: {name} was robbed of its lock and still has it")
             # an import may begin, by what its node knows of the lock, until the window of the last write is over
             late = now - since > self.settings.locks.import_window / node.clock.rate
-            if late and not importing and agent is not None and not agent.attacher.concerns(key.id):
+            if late and not importing and agent is not None and not agent.claims.concerns(key.id):
                 del self.chaos.robbed[key, name]
 
     def _ports(self, now: float) -> None:

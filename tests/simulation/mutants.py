@@ -16,7 +16,7 @@ from shapes import B, act, shape, wait
 
 from usbip_plugin.attach.monitor import Keeper
 from usbip_plugin.attach.pipeline import Pipeline
-from usbip_plugin.attach.tasks import DeviceWork
+from usbip_plugin.attach.release import Releaser
 from usbip_plugin.claims import Claim, State
 from usbip_plugin.errors import KubeUnreachable
 from usbip_plugin.inventory import health
@@ -125,15 +125,15 @@ async def as_it_was_listed(self: ServerPoller, key: DeviceKey) -> bool:
 # R5
 
 
-async def release_first(self: DeviceWork, device_id: str) -> None:
-    """Before DeviceWork.finish."""
-    claim = self.book[device_id]
+async def release_first(self: Releaser, device_id: str) -> None:
+    """Before Releaser.finish."""
+    claim = self._book[device_id]
     if claim.state is State.RELEASING:
         await self._locks.release(claim.key)
     await finish(self, device_id)
 
 
-finish = DeviceWork.finish
+finish = Releaser.finish
 
 
 # R6
@@ -184,18 +184,16 @@ check_still_ours = Pipeline._check_still_ours
 # R7
 
 
-async def detaching_without_api(
-    self: DeviceWork, main: Callable[[], object], *, run: Callable[..., object] = DeviceWork.run
-) -> None:
-    """Around DeviceWork.run."""
+async def detaching_without_api(self: Keeper, *, run: Callable[..., object] = Keeper.run) -> None:
+    """Around Keeper.run."""
 
     def changed(state: ApiState) -> None:
-        for device_id in () if state.reachable else tuple(self.book.view):
-            self.spawn(self.let_go(device_id, lambda _claim: True), "let go")
+        for device_id in () if state.reachable else tuple(self._work.book.view):
+            self._work.spawn(self._releaser.let_go(device_id, lambda _claim: True), "let go")
 
     unsubscribe = self._locks.subscribe_api(changed)
     try:
-        await run(self, main)  # type: ignore[misc]
+        await run(self)  # type: ignore[misc]
     finally:
         unsubscribe()
 
@@ -353,7 +351,7 @@ MUTANTS = (
         "released before it is detached",
         NOT_LOCKED,
         (END,),
-        patched=lambda: patch.object(DeviceWork, "finish", release_first),
+        patched=lambda: patch.object(Releaser, "finish", release_first),
     ),
     Mutant(
         "R6", "a loss is nothing", TWO_IMPORTS, (AWAY,), Rules(decide_amend=amended_by_anybody), patched=losing_nothing
@@ -384,7 +382,7 @@ MUTANTS = (
         "detached without the API server",
         RELEASED,
         (API_GONE,),
-        patched=lambda: patch.object(DeviceWork, "run", detaching_without_api),
+        patched=lambda: patch.object(Keeper, "run", detaching_without_api),
     ),
     Mutant(
         "R7",

@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 from usbip_plugin.attach import attacher
 from usbip_plugin.attach.pipeline import Pipeline
-from usbip_plugin.attach.release import Unlisted
+from usbip_plugin.attach.release import Releaser, Unlisted
 from usbip_plugin.attach.tasks import DeviceWork
 from usbip_plugin.claims import Claim, State
 from usbip_plugin.inventory import health
@@ -49,11 +49,11 @@ def given_up_locks_adopted() -> Iterator[None]:
         yield
 
 
-finish = DeviceWork.finish
+finish = Releaser.finish
 
 
-async def finish_for_good(self: DeviceWork, device_id: str, *, keep: bool = False) -> None:
-    """Replaces DeviceWork.finish: a claim that was lost with its lock is forgotten, its pod or not."""
+async def finish_for_good(self: Releaser, device_id: str, *, keep: bool = False) -> None:
+    """Replaces Releaser.finish: a claim that was lost with its lock is forgotten, its pod or not."""
     del keep
     await finish(self, device_id)
 
@@ -120,7 +120,7 @@ def below_what_was_written(self: NodeStatusPublisher, pending: Mapping[str, int]
 PAST: Mapping[str, Callable[[], AbstractContextManager[object]]] = {
     "a-lock-given-up-is-adopted": given_up_locks_adopted,
     "a-released-lock-is-taken-back": re_attached_though_lost,
-    "a-pod-that-lost-its-device-is-forgotten": lambda: patch.object(DeviceWork, "finish", finish_for_good),
+    "a-pod-that-lost-its-device-is-forgotten": lambda: patch.object(Releaser, "finish", finish_for_good),
     "a-device-of-two-resources": served_as_any_resource,
     "an-import-of-a-stopped-process": lambda: patch.object(client, "_check_time", lambda *_times: None),
     "a-kubelet-that-lists-no-pods": lambda: patch.object(UsageWatcher, "_unlisted", lambda *_users: Unlisted()),

@@ -276,7 +276,7 @@ def _unserved(c: Cluster) -> str:
     found = []
     for node in c.nodes.values():
         attached = served(c, node)
-        health = node.agent.advertiser.health() if node.agent is not None else {}
+        health = node.agent.inventory.health() if node.agent is not None else {}
         for entry in node.kubelet.held():
             for device_id in entry.device_ids:
                 known = health.get(device_id)
@@ -297,7 +297,7 @@ def _left(c: Cluster, chaos: Chaos) -> str:
         found += [f"{node.name} has {key}" for key in node.attached()]
         found += [f"{node.name}: record of port {number}" for number in node.kernel.records.get(node.name, ())]
         found += [f"{node.name}: spec {path.name}" for path in node.specs.texts if node.name not in chaos.failing_disks]
-        found += [f"{node.name}: claim on {claim}" for claim in (node.agent.attacher.claims if node.agent else ())]
+        found += [f"{node.name}: claim on {claim}" for claim in (node.agent.claims.view if node.agent else ())]
         if node.sockets:
             found.append(f"{node.name}: {node.sockets} sockets")
         healthy = {

@@ -304,7 +304,7 @@ async def test_a_pod_that_becomes_known_after_its_device_came_back_as_another_is
     async with one_stick(on_loss=on_loss) as (c, lab, device):
         node = await admitted(c, device)
         node.kubelet_restart(down=True)  # nobody tells whose the device is
-        claims = agent(node).attacher.claims
+        claims = agent(node).claims.view
         given = claims[device.id].attachment
         lab.drop("1-1")
         assert await c.settle(lambda: claims[device.id].attachment not in (None, given), 60)
@@ -338,10 +338,10 @@ async def test_whose_a_device_is_is_known_soon_also_beside_others_that_are_known
     async with two_sticks() as (c, _lab, _one, _two):
         node = c["node-a"]
         assert await node.admit(pod("p"), "stick") is None
-        assert await c.settle(lambda: {one.pod for one in agent(node).attacher.claims.values()} == {pod("p")}, 5)
+        assert await c.settle(lambda: {one.pod for one in agent(node).claims.view.values()} == {pod("p")}, 5)
         await asyncio.sleep(0.1)  # the next look is not at hand
         assert await node.admit(pod("q"), "stick") is None
-        claims = agent(node).attacher.claims
+        claims = agent(node).claims.view
         assert await c.settle(lambda: {one.pod for one in claims.values()} == {pod("p"), pod("q")}, 1)
 
 
@@ -354,7 +354,7 @@ async def test_an_attachment_that_was_lost_leaves_no_port_record() -> None:
         await becomes(c, node, device, healthy=False)
         node.kernel.fill_ports("hs", leave=3)  # the port it had may be somebody else's when it is attached again
         await becomes(c, node, device, healthy=True)
-        assert set(node.kernel.records["node-a"]) == {agent(node).attacher.claims[device.id].port}
+        assert set(node.kernel.records["node-a"]) == {agent(node).claims.view[device.id].port}
         node.end(pod("p"))
         assert await c.settle(lambda: not node.kernel.records["node-a"], 30), port
 
@@ -635,7 +635,7 @@ async def test_a_lock_released_by_hand_is_not_taken_back_for_the_pod_that_had_it
 async def reattach_begins(c: Cluster, node: ClusterNode, device: DeviceKey) -> None:
     """The device leaves the bus and comes back on the same port, which the re-attach detaches first."""
     node.kernel.enumerate_anew(port_of(node, device))
-    await agent(node).attacher._work.changed.until(lambda: node.held_in(State.REATTACHING) == {device})
+    await agent(node).claims.changed.until(lambda: node.held_in(State.REATTACHING) == {device})
     assert node.attached() == {device}
 
 
@@ -645,7 +645,7 @@ async def test_a_lock_released_by_hand_while_its_device_is_detached_for_a_re_att
         node = await taken(c, device)
         await reattach_begins(c, node, device)
         release_by_hand(c, device)
-        await agent(node).attacher._work.changed.until(lambda: node.held_in(State.LOST) == {device})
+        await agent(node).claims.changed.until(lambda: node.held_in(State.LOST) == {device})
         assert node.attached() == {device}, "the detach goes on"
         assert await c.settle(lambda: not node.attached(), 5)
         await asyncio.sleep(60)

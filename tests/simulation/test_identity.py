@@ -29,7 +29,7 @@ from cluster_rig import (
 
 from usbip_plugin.config.schema import DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.errors import WrongSerial
-from usbip_plugin.inventory.probe import MAX_REREADS
+from usbip_plugin.inventory.handover import MAX_REREADS
 from usbip_plugin.locks import record
 from usbip_plugin.model import DeviceKey, InterfaceClass, Reason
 from usbip_sim.server.server import VirtualServer

@@ -369,8 +369,8 @@ async def test_a_kubelet_that_reads_slowly_is_waited_for_but_not_for_ever(reads:
             await read.wait()
 
         stream = asyncio.create_task(slow.follow(take))
-        plugin.telling.attach(slow)
-        ending = asyncio.create_task(plugin.telling.detach(slow))
+        plugin.publisher.attach(slow)
+        ending = asyncio.create_task(plugin.publisher.detach(slow))
         await asyncio.sleep(SENT_TIMEOUT / 2)
         assert not ending.done()
         if reads:

@@ -221,7 +221,7 @@ async def test_if_the_second_resource_cannot_be_had_the_first_is_soon_free_again
 
 def usb_node(node: ClusterNode, device: DeviceKey) -> str:
     """Where the device is on its node now."""
-    attachment = agent(node).attacher.claims[device.id].attachment
+    attachment = agent(node).claims.view[device.id].attachment
     assert attachment is not None
     return attachment.nodes[0].path
 

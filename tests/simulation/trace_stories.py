@@ -103,7 +103,7 @@ async def restarted(story: Story) -> None:
         await a.stop()
         a.start()
         await becomes(c, a, device, healthy=True)
-        assert await c.settle(lambda: device.id in agent(a).attacher.claims, 5)
+        assert await c.settle(lambda: device.id in agent(a).claims.view, 5)
         await allocate(c, a, device)
         await asyncio.sleep(10)  # long enough for the pod to be seen again
         a.end(pod("p"))

@@ -10,12 +10,16 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import cast
 
+from known_resources import KnownResources
 from opentelemetry.trace import NoOpTracer
 
 from usbip_plugin.attach.cdi import CdiSpecs
-from usbip_plugin.attach.pipeline import Means, Pipeline, Progress, Wanted
+from usbip_plugin.attach.events import Notice
+from usbip_plugin.attach.pipeline import Pipeline, Progress, Wanted
+from usbip_plugin.attach.tasks import DeviceWork
 from usbip_plugin.claims import Claim, ClaimBook, State
 from usbip_plugin.config.schema import ResourceConfig
+from usbip_plugin.context import NodeContext
 from usbip_plugin.locks.manager import IMPORT_WINDOW_S, Grant, LockManager, LockMeta
 from usbip_plugin.locks.protocol import Rules
 from usbip_plugin.model import Attachment, Descriptor, DeviceKey, Identity, Lock, NodeIdentity, ServerKey, UsbId
@@ -187,9 +191,24 @@ class ScriptedVhci(SimulatedVhci):
         await super().detach(port, timeout=timeout)
 
 
+class ScriptedWork(DeviceWork):
+    """Notes on the locks are steps of the script, `note port 0 of 1-1`; told: the identities that were to be noted."""
+
+    def __init__(self, context: NodeContext, locks: LockManager, script: Script) -> None:
+        super().__init__(context, ClaimBook(), locks)
+        self.told: list[tuple[DeviceKey, Identity]] = []
+        self._script = script
+
+    def note_port(self, key: DeviceKey, port: int) -> None:
+        self._script.steps.append(f"note port {port} of {key.busid}")
+
+    def note_told(self, key: DeviceKey, told: Identity) -> None:
+        self.told.append((key, told))
+
+
 @dataclass
 class Rig:
-    """The pipeline of node-a, what it works with, and what it reported: told, takeovers."""
+    """The pipeline of node-a, what it works with, and the events that it reported."""
 
     script: Script
     clock: SimClock
@@ -200,9 +219,8 @@ class Rig:
     specs: MemorySpecs
     sockets: SocketTable
     pipeline: Pipeline
-    book: ClaimBook
-    told: list[tuple[DeviceKey, Identity]]
-    takeovers: list[tuple[DeviceKey, Lock]]
+    work: ScriptedWork
+    events: list[Notice]
     progress: Progress = field(default_factory=lambda: Progress(""))
 
     async def attach(self, *, within: float = DEADLINE_S, **fields: object) -> Attachment:
@@ -221,6 +239,14 @@ class Rig:
         self.book.put(claim)
         for key in {claim.key, claim.place}:
             self.locks.hold(key)
+
+    @property
+    def book(self) -> ClaimBook:
+        return self.work.book
+
+    @property
+    def told(self) -> list[tuple[DeviceKey, Identity]]:
+        return self.work.told
 
     @property
     def claim(self) -> Claim:
@@ -263,21 +289,21 @@ def rig() -> Iterator[Rig]:
     kernel = SimulatedKernel(clock, resolve=sockets.resolve)
     driver = ScriptedVhci(kernel, script)
     files = MemorySpecs("usbip.dev")
-    specs = CdiSpecs(files, "usbip.dev", lambda name: ResourceConfig(name, (), cdi=True))
-    rng = random.Random(1)
-    means = Means(ME, client, driver, cast("LockManager", locks), specs, clock, rng, NoOpTracer())
-    book = ClaimBook(lambda _device_id: None)
-    told: list[tuple[DeviceKey, Identity]] = []
-    takeovers: list[tuple[DeviceKey, Lock]] = []
+    specs = CdiSpecs(files, "usbip.dev", KnownResources(ResourceConfig("stick", (), cdi=True)))
+    context = NodeContext(ME, clock, random.Random(1), NoOpTracer())
+    work = ScriptedWork(context, cast("LockManager", locks), script)
+    events: list[Notice] = []
     pipeline = Pipeline(
-        means,
-        book=book,
-        note_port=lambda key, port: script.steps.append(f"note port {port} of {key.busid}"),
-        note_told=lambda key, identity: told.append((key, identity)),
+        context,
+        client=client,
+        driver=driver,
+        locks=cast("LockManager", locks),
+        specs=specs,
+        work=work,
+        events=events.append,
         on_step=lambda _name, _seconds: None,
-        on_takeover=lambda key, former: takeovers.append((key, former)),
     )
-    made = Rig(script, clock, locks, client, kernel, driver, files, sockets, pipeline, book, told, takeovers)
+    made = Rig(script, clock, locks, client, kernel, driver, files, sockets, pipeline, work, events)
     yield made
     taken = [port for port in kernel.ports() if port.status is not PortStatus.NULL]
     assert len(sockets) == len(taken), "a socket was not closed"

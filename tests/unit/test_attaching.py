@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from attaching_rig import DONGLE, KEY, ME, OTHER, STICK, Rig, described, rig
 
+from usbip_plugin.attach.events import taken_over
 from usbip_plugin.attach.pipeline import DETACH_TIMEOUT, ENUMERATE_TIMEOUT, PROBE_TIMEOUT
 from usbip_plugin.claims import Event, State
 from usbip_plugin.config.schema import DEFAULT_CHILDREN_TIMEOUT_S
@@ -73,18 +74,18 @@ async def test_who_lost_the_device_to_a_takeover_is_reported_before_the_device_i
         former = r.locks.former = r.locks.hold(KEY, "node-b")
 
         async def reported() -> None:
-            assert r.takeovers == [(KEY, former)]
+            assert r.events == [taken_over(KEY, former, "node-a")]
 
         r.script.at(IMPORT, reported)
         await r.attach()
-        assert r.takeovers == [(KEY, former)]
+        assert r.events == [taken_over(KEY, former, "node-a")]
 
 
 @virtual
 async def test_a_lock_that_was_free_is_no_takeover() -> None:
     with rig() as r:
         await r.attach()
-        assert r.takeovers == []
+        assert r.events == []
 
 
 # any await
@@ -375,7 +376,7 @@ async def test_a_serial_number_is_worth_another_write_unless_it_is_written_or_th
         r.locks.hold(KEY)
         if error is not None:
             r.script.at("annotate 1-1", r.raises(error))
-        assert await r.pipeline.write_told(KEY, Identity(DEVID, "S1")) is settled
+        assert await r.work.write_told(KEY, Identity(DEVID, "S1")) is settled
         assert [record.message for record in caplog.records] == ["serial number not noted on the lock"] * logged
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from known_resources import KnownResources
 
 from usbip_plugin.attach.cdi import CdiSpecs, HandedOut
 from usbip_plugin.claims import Claim, State
@@ -33,8 +34,7 @@ def paths(files: MemorySpecs, number: int = 0) -> dict[str, str]:
 
 
 def specs(files: MemorySpecs, *resources: ResourceConfig) -> CdiSpecs:
-    known = {resource.name: resource for resource in resources}
-    return CdiSpecs(files, DOMAIN, known.get)
+    return CdiSpecs(files, DOMAIN, KnownResources(*resources))
 
 
 def test_a_spec_follows_the_attachment_under_the_same_path_in_the_container() -> None:

@@ -97,11 +97,15 @@ def test_an_arrow_that_is_not_in_the_table_is_a_bug_and_names_itself() -> None:
 
 def test_the_book_tells_of_every_change_and_forgets_what_is_free() -> None:
     told: list[str] = []
-    book = ClaimBook(told.append)
+    book = ClaimBook()
+    unsubscribe = book.subscribe(told.append)
     book.move(claim(State.FREE), Event.ALLOCATE)
     assert book[KEY.id].state is State.LOCKING
     book.move(book[KEY.id], Event.DENIED)
     assert book.get(KEY.id) is None
+    assert told == [KEY.id, KEY.id]
+    unsubscribe()
+    book.move(claim(State.FREE), Event.ALLOCATE)
     assert told == [KEY.id, KEY.id]
 
 
@@ -253,7 +257,7 @@ def test_a_lock_in_place_of_a_device_that_is_not_ours_is_let_go_whatever_stands_
 
 
 def test_a_book_knows_which_claim_stands_at_a_place() -> None:
-    book = ClaimBook(lambda _device_id: None)
+    book = ClaimBook()
     here = claim(State.REATTACHING)
     book.put(here)
     assert here.place == KEY

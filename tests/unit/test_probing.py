@@ -7,14 +7,11 @@ import pytest
 from usbip_plugin.claims import Claim, State
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.inventory.facts import Facts
+from usbip_plugin.inventory.handover import MAX_REREADS, REREAD_SPAN, Rereads, Suspects
 from usbip_plugin.inventory.probe import (
     MAX_LOCKS,
     MAX_PROBES,
-    MAX_REREADS,
     PROBE_SPREAD,
-    REREAD_SPAN,
-    Rereads,
-    Suspects,
     next_probes,
     probe_delay,
     wanting_probe,

@@ -4,20 +4,52 @@ from __future__ import annotations
 
 import asyncio
 import random
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 from idle_backend import IdleBackend
 from opentelemetry.trace import NoOpTracer
 
+from usbip_plugin.context import NodeContext
+from usbip_plugin.inventory.evaluate import Evaluation, Lists
+from usbip_plugin.inventory.facts import Facts
+from usbip_plugin.inventory.inventory import Advertiser
 from usbip_plugin.kube.node_status import NodeStatusPublisher
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer, DeviceStates
 from usbip_plugin.kubelet.publish import Telling
-from usbip_plugin.model import Advertised, DeviceKey, Health, Reason, ServerKey
+from usbip_plugin.locks.manager import LockManager
+from usbip_plugin.model import Advertised, DeviceKey, Health, Lock, NodeIdentity, Reason, ServerKey
 from usbip_sim.virtual.loop import SimClock, virtual
 
 STORAGE = "usbip.dev/storage"
 STICK = DeviceKey(ServerKey("lab", 3240), "1-1")
 LISTS = {"storage": (Advertised(STICK.id, STICK, Health(Reason.FREE)),)}
+
+
+class Offers:
+    """The inventory of a node that offers LISTS from its first evaluation on."""
+
+    def __init__(self) -> None:
+        self.advertised: Lists = {}
+        self._subscribers: list[Callable[[Evaluation], None]] = []
+
+    def subscribe(self, callback: Callable[[Evaluation], None]) -> None:
+        self._subscribers.append(callback)
+
+    def evaluate(self) -> None:
+        before, self.advertised = self.advertised, LISTS
+        for callback in self._subscribers:
+            callback(Evaluation(before, LISTS, cast("Facts", None)))
+
+
+class NoLocks:
+    """The locks of a node that sees none."""
+
+    def __init__(self) -> None:
+        self.locks: dict[str, Lock] = {}
+
+    def subscribe(self, _callback: object) -> None:
+        """Nothing changes."""
 
 
 class Node:
@@ -28,10 +60,11 @@ class Node:
         self.patches: list[dict[str, str]] = []
         self.status = NodeStatusPublisher(self, "node-a", clock, random.Random(1))
         self.telling = Telling(
+            NodeContext(NodeIdentity("node-a", "boot-1"), clock, random.Random(1), NoOpTracer()),
+            inventory=cast("Advertiser", Offers()),
+            locks=cast("LockManager", NoLocks()),
             domain="usbip.dev",
             node_status=self.status,
-            clock=clock,
-            tracer=NoOpTracer(),
             on_advertised=lambda _resource, _devices: None,
             on_withdrawn=lambda _seconds: None,
         )
@@ -45,7 +78,6 @@ class Node:
         server = DevicePluginServer(STORAGE, IdleBackend())
         self.telling.attach(server)
         self.telling.begin()
-        self.telling.tell(LISTS, {})
         return server
 
 

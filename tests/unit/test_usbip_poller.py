@@ -50,7 +50,8 @@ class Lab:
         self.node = TcpUsbipClient(self.clock, MemoryConnector(network, Host("node")))
         self.polls: dict[ServerKey, list[float]] = {key: [] for key in self.keys}
         self.told: list[ServerView] = []
-        self.poller = ServerPoller(self, self.clock, random.Random(seed), self.told.append, fleet=fleet)
+        self.poller = ServerPoller(self, self.clock, random.Random(seed), fleet=fleet)
+        self.poller.subscribe(self.told.append)
         self.poller.set_servers(frozenset(self.keys))
 
     async def devlist(self, server: ServerKey, *, timeout: float) -> tuple[Descriptor, ...]:
@@ -272,7 +273,8 @@ async def test_nothing_is_told_of_a_server_taken_out_in_the_moment_of_its_answer
         told.append(view)
         lab.poller.set_servers(frozenset())
 
-    lab.poller = ServerPoller(lab, lab.clock, random.Random(0), take_all_out)
+    lab.poller = ServerPoller(lab, lab.clock, random.Random(0))
+    lab.poller.subscribe(take_all_out)
     lab.poller.set_servers(frozenset(lab.keys))
     async with lab.running():
         await lab.clock.sleep(60)

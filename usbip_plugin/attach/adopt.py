@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import enum
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from usbip_plugin.attach.pipeline import Means, own_port
+from usbip_plugin.attach.cdi import CdiSpecs
+from usbip_plugin.attach.monitor import Keeper
+from usbip_plugin.attach.pipeline import own_port
+from usbip_plugin.attach.release import Releaser
 from usbip_plugin.attach.tasks import DeviceWork
 from usbip_plugin.claims import Claim, Event, State, User
+from usbip_plugin.context import NodeContext
 from usbip_plugin.errors import CdiError, VhciError
+from usbip_plugin.locks.manager import LockManager
 from usbip_plugin.locks.record import key_of, parse_usb_id
 from usbip_plugin.model import DeviceKey, Lock, NodeIdentity, UsbId
 from usbip_plugin.observe.spans import device_attributes, pod_attributes, span
 from usbip_plugin.observe.tracing import remote_parent
-from usbip_plugin.vhci.driver import PortState
+from usbip_plugin.vhci.driver import PortState, VhciDriver
 
 log = logging.getLogger(__name__)
 
@@ -44,23 +49,28 @@ def decide_adoption(
 
 
 class Adopter:
-    """Puts a predecessor's devices into the book of claims.
-
-    reattach(device_id) and withdraw(device_id) begin what a claim needs that has become Reattaching, or Lost.
-    """
+    """Puts a predecessor's devices into the book of claims."""
 
     def __init__(
-        self, means: Means, work: DeviceWork, *, reattach: Callable[[str], None], withdraw: Callable[[str], None]
+        self,
+        context: NodeContext,
+        *,
+        driver: VhciDriver,
+        locks: LockManager,
+        specs: CdiSpecs,
+        work: DeviceWork,
+        releaser: Releaser,
+        keeper: Keeper,
     ) -> None:
+        self._me = context.me
+        self._clock = context.clock
+        self._tracer = context.tracer
+        self._driver = driver
+        self._locks = locks
+        self._specs = specs
         self._work = work
-        self._me = means.me
-        self._driver = means.driver
-        self._locks = means.locks
-        self._specs = means.specs
-        self._clock = means.clock
-        self._tracer = means.tracer
-        self._reattach = reattach
-        self._withdraw = withdraw
+        self._releaser = releaser
+        self._keeper = keeper
 
     async def adopt(self, used: Mapping[str, User], *, complete: bool, deprived: bool) -> None:
         """Takes over what locks and ports say is this node's.
@@ -145,7 +155,7 @@ class Adopter:
         if not mine:
             self._work.book.move(claim, Event.DEPRIVED)
             log.error("lock lost", extra={"device": str(key), "holder": lock.holder})
-            self._withdraw(key.id)
+            self._keeper.begin_withdrawal(key.id)
             return
         orphan = lock.in_place_of is not None
         verdict = decide_adoption(lock, self._me, attached=attachment is not None, used=used, orphan=orphan)
@@ -160,10 +170,10 @@ class Adopter:
                 self._adopt_attached(claim)
             case Adoption.REATTACH:
                 self._work.book.move(claim, Event.ORPHANED)
-                self._reattach(key.id)
+                self._keeper.begin_reattach(key.id)
             case Adoption.RELEASE:
                 self._work.book.move(claim, Event.UNUSED)
-                self._work.spawn(self._work.finish_locked(key.id, State.RELEASING), f"release {key}")
+                self._work.spawn(self._releaser.finish_locked(key.id, State.RELEASING), f"release {key}")
 
     def _adopt_attached(self, claim: Claim) -> None:
         try:
@@ -172,7 +182,7 @@ class Adopter:
         except CdiError as error:
             log.warning("CDI spec not true", extra={"device": str(claim.key), "cause": str(error)})
             self._work.book.move(claim, Event.ORPHANED)
-            self._reattach(claim.id)
+            self._keeper.begin_reattach(claim.id)
         else:
             self._work.book.move(claim, Event.ADOPTED)
             log.info("adopted", extra={"device": str(claim.key), "port": claim.port, "place": str(claim.place)})

@@ -1,4 +1,4 @@
-"""Every device this node does something with: what an Allocate asks for, who uses it, and how it ends.
+"""Attaching what an Allocate asks for.
 
 Each device has its own mutex, so nothing here waits for another device but for the driver's short sysfs writes. Work
 on a device runs in tasks of one TaskGroup and outlives the caller that asked for it: an Allocate that gives up, or a
@@ -15,17 +15,16 @@ from functools import partial
 
 from opentelemetry import trace
 
-from usbip_plugin.attach.events import Notice, What, attached, network, taken_over
-from usbip_plugin.attach.monitor import Keeper
-from usbip_plugin.attach.pipeline import Means, Progress, Wanted
-from usbip_plugin.attach.reattach import Wishes
-from usbip_plugin.attach.release import Unlisted, observe_usage, usage_ended
+from usbip_plugin.attach.cdi import CdiSpecs
+from usbip_plugin.attach.pipeline import Pipeline, Progress, Wanted
+from usbip_plugin.attach.release import Releaser
 from usbip_plugin.attach.tasks import DeviceWork
-from usbip_plugin.claims import IN_USE, Claim, Event, State, User, allocated, same_pod, serves
+from usbip_plugin.claims import Claim, Event, State, allocated, serves
+from usbip_plugin.context import NodeContext
 from usbip_plugin.errors import AllocateTimeout, ClaimBusy, PluginError
-from usbip_plugin.model import Attachment, Descriptor, DeviceKey, Identity, Lock, PodRef
+from usbip_plugin.locks.manager import LockManager
+from usbip_plugin.model import Attachment
 from usbip_plugin.observe.tracing import links_to, traceparent_of
-from usbip_plugin.usbip.poller import ServerView
 
 log = logging.getLogger(__name__)
 
@@ -39,58 +38,26 @@ class Outcome:
 
 
 class Attacher:
-    """The claims of one node. `run` must be running; all methods belong to its event loop.
-
-    on_change(device_id) is called, synchronously, after every change of a claim.
-    """
+    """Attaches the devices of Allocates: all of one, or none. All methods belong to one event loop."""
 
     def __init__(
         self,
-        means: Means,
+        context: NodeContext,
         *,
-        on_change: Callable[[str], None],
-        on_step: Callable[[str, float], None],
-        wishes: Wishes,
+        locks: LockManager,
+        specs: CdiSpecs,
+        work: DeviceWork,
+        pipeline: Pipeline,
+        releaser: Releaser,
     ) -> None:
-        self._me = means.me
-        self._locks = means.locks
-        self._specs = means.specs
-        self._clock = means.clock
-        self._on_notice = wishes.on_notice
-        self._work = DeviceWork(means, on_change=on_change, on_step=on_step, on_takeover=self._taken_over)
-        self._keeper = Keeper(means, self._work, wishes)
-        self._book, self._pipeline = self._work.book, self._work.pipeline
-
-    @property
-    def claims(self) -> Mapping[str, Claim]:
-        """Every device this node is doing something with, by device ID. A live, read-only view."""
-        return self._book.view
-
-    def concerns(self, device_id: str) -> bool:
-        """Whether there is a claim on this device, or one on another that is attached from its place."""
-        return self._book.concerns(device_id)
-
-    def moved_here(self, device_id: str) -> Claim | None:
-        """The latter."""
-        return self._book.moved_here(device_id)
-
-    async def run(self) -> None:
-        """Owns all work on devices until cancelled. Cancellation leaves attachments and locks for the next process."""
-        await self._work.run(self._keeper.run())
-
-    async def started(self) -> None:
-        """Returns once `run` takes work."""
-        await self._work.started()
-
-    async def adopt(self, used: Mapping[str, User], *, complete: bool, deprived: bool) -> None:
-        """See Adopter.adopt."""
-        await self._keeper.adopter.adopt(used, complete=complete, deprived=deprived)
-
-    def server_changed(self, view: ServerView) -> None:
-        """For the poller. See Reattacher.server_changed."""
-        self._keeper.reattacher.server_changed(view)
-
-    # Allocate
+        self._me = context.me
+        self._clock = context.clock
+        self._locks = locks
+        self._specs = specs
+        self._work = work
+        self._book = work.book
+        self._pipeline = pipeline
+        self._releaser = releaser
 
     async def allocate(
         self, wanted: Sequence[Wanted], timeout: float, accept: Callable[[Sequence[Attachment]], None]
@@ -112,7 +79,9 @@ class Attacher:
         except BaseException:
             for device_id, outcome in done.items():
                 if outcome.fresh and (claim := self._book.get(device_id)) is not None:
-                    self._work.spawn(self._work.let_go(device_id, partial(_same_allocate, claim)), f"undo {claim.key}")
+                    self._work.spawn(
+                        self._releaser.let_go(device_id, partial(_same_allocate, claim)), f"undo {claim.key}"
+                    )
             raise
         return answer
 
@@ -193,39 +162,6 @@ class Attacher:
         )
         return Outcome(await self._pipeline.attach_new(claim, wanted, deadline, progress), fresh=True)
 
-    async def prepare(self, device_id: str, resource: str, number: int | None) -> bool:
-        """Before a container starts. True if the device is attached, and its spec, where one is to be, is true.
-
-        resource: by its name without the domain; number: what the container knows the device by, None if it was not
-        handed out by CDI. Waits while the device is on its way (back) here; the caller bounds that. Raises VhciError
-        and CdiError. Cancel-safe.
-        """
-        await self._keeper.verify(device_id)
-        await self._work.changed.until(lambda: not self._coming(device_id))
-        claim = self._book.get(device_id)
-        if claim is None or claim.state is not State.ATTACHED or claim.attachment is None:
-            return False
-        attachment = claim.attachment
-        if number is not None and claim.numbers != ():
-            # after a reboot no spec tells what the container was given, and it starts before its kubelet lists it
-            numbers = tuple(sorted({*(claim.numbers or ()), number}))
-            claim = replace(claim, resource=claim.resource or resource, numbers=numbers, given=attachment)
-        self._specs.write(claim, attachment)
-        self._book.put(claim)
-        return True
-
-    def _coming(self, device_id: str) -> bool:
-        claim = self._book.get(device_id)
-        if claim is None:  # not adopted yet, perhaps
-            return not self._locks.ready.is_set() or self._pipeline.is_mine(device_id)
-        return claim.state in (State.LOCKING, State.IMPORTING, State.ATTACHING, State.REATTACHING)
-
-    def _taken_over(self, key: DeviceKey, former: Lock) -> None:
-        log.warning("taken over", extra={"device": str(key), "former_holder": former.holder})
-        self._on_notice(taken_over(key, former, self._me.node))
-
-    # letting go
-
     async def _undo(self, device_id: str) -> None:
         """After a failed Allocate. The mutex is held; a claim in a settled state was not this Allocate's doing."""
         claim = self._book.get(device_id)
@@ -234,65 +170,7 @@ class Attacher:
         lock = self._locks.locks.get(device_id)
         taken = lock is not None and lock.holder not in ("", self._me.node)
         self._book.move(claim, Event.LOCK_LOST if taken and claim.state is not State.LOCKING else Event.FAILED)
-        await self._work.finish(device_id)
-
-    # usage, as pod-resources tells it
-
-    def usage(self, users: Mapping[str, User], listed_at: float, unlisted: Unlisted) -> None:
-        """One poll of pod-resources, begun at listed_at (seconds, monotonic): notes pods, ends claims nobody uses.
-
-        unlisted: see claims.usage_ended.
-        """
-        unused = partial(self._unused, unlisted=unlisted)
-        for device_id, claim in list(self._book.view.items()):
-            if claim.state in IN_USE and unused(self._observe(claim, users, listed_at)):
-                self._keeper.reattacher.look_again(device_id)
-                self._work.spawn(self._work.let_go(device_id, unused), f"release {claim.key}")
-
-    def glance(self, users: Mapping[str, User], listed_at: float) -> None:
-        """The same of a look out of turn: notes pods, and no absences."""
-        for claim in list(self._book.view.values()):
-            if claim.state in IN_USE and claim.id in users:
-                self._observe(claim, users, listed_at)
-
-    def handed_back(self, device_id: str) -> None:
-        """Its kubelet offers the device to another pod, which does not get it."""
-        claim = self._book.get(device_id)
-        if claim is not None and claim.state in IN_USE:
-            self._book.put(replace(claim, handed_back=True))
-
-    def _observe(self, claim: Claim, users: Mapping[str, User], listed_at: float) -> Claim:
-        after = observe_usage(claim, users.get(claim.id), listed_at)
-        if after != claim:
-            self._book.put(after)
-        if after.pod is not None and after.pod != claim.pod:
-            self._work.spawn(self._work.note_pod(claim.key, after.pod), f"note pod {after.pod}")
-            # without its uid an Event does not show where people look for it: then it waits for that
-            if after.pod.uid is not None and not (claim.pod and claim.pod.uid and same_pod(claim.pod, after.pod)):
-                self._tell_new_pod(after, after.pod)
-                self._keeper.reattacher.pod_known(after)
-        return after
-
-    def _tell_new_pod(self, claim: Claim, pod: PodRef) -> None:
-        """What has become of its device so far: an Allocate does not name the pod."""
-        if claim.state is State.ATTACHED:
-            self._on_notice(attached(claim.key, claim.attachment, claim.port, pod))
-            self._tell_network(claim, pod)
-        elif claim.state is State.REATTACHING:
-            self._on_notice(Notice(What.LOST, claim.key, "lost before its pod was known, re-attaching", pod))
-
-    def _tell_network(self, claim: Claim, pod: PodRef) -> None:
-        """What the device has that no container gets."""
-        if claim.attachment is not None and (names := claim.attachment.net):
-            log.info("network interface stays on the node", extra={"device": str(claim.key), "interfaces": list(names)})
-            self._on_notice(network(claim.key, names, pod))
-
-    def _unused(self, claim: Claim, *, unlisted: Unlisted) -> bool:
-        return usage_ended(claim, self._clock.monotonic(), unlisted)
-
-    async def probe(self, key: DeviceKey, descriptor: Descriptor) -> Identity:
-        """See Seeker.probe."""
-        return await self._keeper.reattacher.seeker.probe(key, descriptor)
+        await self._releaser.finish(device_id)
 
 
 def _same_allocate(before: Claim, now: Claim) -> bool:

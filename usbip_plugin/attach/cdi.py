@@ -8,13 +8,13 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from usbip_plugin.attach.containers import DeviceSpec, Injected, NodeOwner, injected
-from usbip_plugin.claims import Claim
+from usbip_plugin.claims import Claim, Resources
 from usbip_plugin.config.schema import ResourceConfig
 from usbip_plugin.errors import CdiError
 from usbip_plugin.model import Attachment, DeviceNode
@@ -215,15 +215,12 @@ def _read(path: Path) -> str | None:
 
 
 class CdiSpecs:
-    """The specs of one node, which outlive the process. Synchronous: small local files.
+    """The specs of one node, which outlive the process. Synchronous: small local files."""
 
-    resource_of(name) gives a resource's configuration by its name without the domain, None if it has none any more.
-    """
-
-    def __init__(self, files: SpecFiles, domain: str, resource_of: Callable[[str], ResourceConfig | None]) -> None:
+    def __init__(self, files: SpecFiles, domain: str, resources: Resources) -> None:
         self._files = files
         self._domain = domain
-        self._resource_of = resource_of
+        self._resources = resources
 
     def write(self, claim: Claim, attachment: Attachment) -> None:
         """After this the claim's spec names the nodes of the attachment. Nothing for a claim not handed out by CDI.
@@ -232,7 +229,7 @@ class CdiSpecs:
         """
         if not claim.numbers or claim.resource is None:
             return
-        resource = self._resource_of(claim.resource)
+        resource = self._resources.resource_named(claim.resource)
         if resource is None:
             # taken out of the configuration, and the plugin started anew: what the pod was given stays while it is true
             if self._still_true(claim, attachment):

@@ -151,7 +151,7 @@ def environment(resource: str, index: int, attachment: Attachment, placed: Seque
     return env
 
 
-def _specs(resource: ResourceConfig, placed: Sequence[Placed]) -> tuple[tuple[DeviceSpec, DeviceNode], ...]:
+def device_specs(resource: ResourceConfig, placed: Sequence[Placed]) -> tuple[tuple[DeviceSpec, DeviceNode], ...]:
     permissions = _READ_ONLY if resource.read_only else _READ_WRITE
     return tuple((DeviceSpec(one.node.path, path, permissions), one.node) for one in placed for path in one.paths)
 
@@ -161,7 +161,7 @@ def injected(resource: ResourceConfig, number: int, attachment: Attachment) -> I
     placed = place(resource, number, attachment)
     wanted = resource.permissions
     owner = NodeOwner() if wanted is None else NodeOwner(wanted.mode, wanted.user, wanted.group)
-    return Injected(_specs(resource, placed), environment(resource.name, number, attachment, placed), owner)
+    return Injected(device_specs(resource, placed), environment(resource.name, number, attachment, placed), owner)
 
 
 def refuse_shared_paths(resource: ResourceConfig, devices: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from usbip_plugin.errors import LockHeld, PluginError
 from usbip_plugin.kube.events import NORMAL, WARNING, EventText
@@ -46,6 +47,14 @@ class Notice:
     key: DeviceKey | None
     text: str
     pod: PodRef | None = None
+
+
+class EventSink(Protocol):
+    """Where the parts of a node report what happens to its devices."""
+
+    def __call__(self, notice: Notice, /) -> None:
+        """Records one happening. Returns at once and never raises."""
+        ...
 
 
 def attached(key: DeviceKey, attachment: Attachment | None, port: int | None, pod: PodRef) -> Notice:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from usbip_plugin.attach.pipeline import Means
+from usbip_plugin.attach.pipeline import Pipeline
 from usbip_plugin.attach.tasks import DeviceWork
-from usbip_plugin.claims import Claim
+from usbip_plugin.claims import Claim, Resources, State
 from usbip_plugin.clock import Clock
 from usbip_plugin.config.schema import Config, Selector
 from usbip_plugin.config.selectors import Match, matches
+from usbip_plugin.context import NodeContext
 from usbip_plugin.errors import ClaimBusy, PluginError, ServerUnreachable, UsbipError, WrongSerial
+from usbip_plugin.locks.manager import LockManager
 from usbip_plugin.model import Descriptor, DeviceKey, Identity, ServerKey
-from usbip_plugin.usbip.poller import ServerState, ServerView
+from usbip_plugin.sync import Bell
+from usbip_plugin.usbip.poller import ServerPoller, ServerState, ServerView
 
 log = logging.getLogger(__name__)
 
@@ -206,29 +209,40 @@ HIDDEN = 2.0
 NOTICED = 15.0
 """Seconds within which a loss is found out, also that of a frozen host: what came to another server since may be it."""
 
-MayBe = Callable[[Claim, DeviceKey, Descriptor], bool]
-"""Whether this device may be asked if it is the claim's."""
-
 
 class Seeker:
-    """What is known of serial numbers on this node. All methods belong to one event loop.
+    """What is known of serial numbers on this node. All methods belong to one event loop."""
 
-    on_known() is called, synchronously, when a serial number that was asked for is known, or known not to be had.
-    """
-
-    def __init__(self, means: Means, work: DeviceWork, may_be: MayBe, on_known: Callable[[], None]) -> None:
-        self._me = means.me
-        self._locks = means.locks
-        self._clock = means.clock
+    def __init__(
+        self,
+        context: NodeContext,
+        *,
+        locks: LockManager,
+        poller: ServerPoller,
+        resources: Resources,
+        work: DeviceWork,
+        pipeline: Pipeline,
+    ) -> None:
+        self._me = context.me
+        self._clock = context.clock
+        self._locks = locks
+        self._poller = poller
+        self._resources = resources
         self._work = work
-        self._may_be = may_be
-        self._on_known = on_known
-        self._listings = Listings(means.clock)
+        self._pipeline = pipeline
+        self.known = Bell()
+        """Rings when a serial number that was asked for is known, or known not to be had."""
+        self._listings = Listings(context.clock)
         self._lost_at: dict[str, float] = {}
         self._readings: dict[DeviceKey, Reading] = {}
         self._asked: dict[str, Sighting] = {}
         self._unread: dict[str, str] = {}
         self._hidden: dict[str, tuple[Sighting, float]] = {}
+        work.book.subscribe(self._claim_changed)
+
+    def _claim_changed(self, _device_id: str) -> None:
+        lost = [claim for claim in self._work.book.view.values() if claim.state is State.REATTACHING]
+        self._poller.hurry(places(self._resources.config, lost))
 
     def server_changed(self, view: ServerView) -> None:
         """For the poller. What was read of a device is forgotten with the first list that does not have it."""
@@ -254,7 +268,10 @@ class Seeker:
             return True
         return any(
             descriptor.usb_id == claim.usb_id
-            and (server == claim.key.server or (claim.serial is not None and self._may_be(claim, key, descriptor)))
+            and (
+                server == claim.key.server
+                or (claim.serial is not None and may_be(self._resources.config, claim, key, descriptor))
+            )
             for key, descriptor in listed.items()
         )
 
@@ -303,7 +320,7 @@ class Seeker:
         async with self._work.mutex(key.id):
             if self._work.book.concerns(key.id):
                 raise ClaimBusy(f"{key} is in use on this node")
-            told = await self._work.pipeline.probe(key, descriptor)
+            told = await self._pipeline.probe(key, descriptor)
         self._note(key, Reading(told.devid, told.serial or "", self._clock.monotonic() + READING_LASTS))
         return told
 
@@ -319,7 +336,7 @@ class Seeker:
         finally:
             del self._asked[sighting.key.id]
         self._hidden[sighting.key.id] = sighting, self._clock.monotonic() + HIDDEN
-        self._on_known()
+        self.known.ring()
 
     def _sightings(self, claim: Claim) -> Iterator[Sighting]:
         for server in self._listings.servers():
@@ -332,7 +349,7 @@ class Seeker:
                     or key == claim.key
                     or self._work.book.concerns(key.id)
                     or (lock is not None and lock.holder not in ("", self._me.node))
-                    or not self._may_be(claim, key, descriptor)
+                    or not may_be(self._resources.config, claim, key, descriptor)
                     or not self._may_have_come(claim, key)
                 ):
                     continue

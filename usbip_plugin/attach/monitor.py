@@ -5,22 +5,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from usbip_plugin.attach.adopt import Adopter
-from usbip_plugin.attach.events import Notice, What, late_nodes
-from usbip_plugin.attach.pipeline import Means, own_port
-from usbip_plugin.attach.reattach import REATTACH_FIRST_WAIT, Reattacher, Wishes
+from usbip_plugin.attach.cdi import CdiSpecs
+from usbip_plugin.attach.events import EventSink, Notice, What, late_nodes
+from usbip_plugin.attach.pipeline import Pipeline, own_port
+from usbip_plugin.attach.reattach import REATTACH_FIRST_WAIT, Reattacher
+from usbip_plugin.attach.release import Releaser
 from usbip_plugin.attach.tasks import DeviceWork
-from usbip_plugin.claims import Claim, Event, State
+from usbip_plugin.claims import Claim, Event, Resources, State
 from usbip_plugin.config.schema import OnLoss
+from usbip_plugin.context import NodeContext
 from usbip_plugin.errors import CdiError, VhciError
+from usbip_plugin.locks.manager import LockManager
 from usbip_plugin.locks.watch import LockChange
-from usbip_plugin.model import Attachment
+from usbip_plugin.model import Attachment, PodRef
 from usbip_plugin.observe.tracing import within
 from usbip_plugin.vhci.children import wants
-from usbip_plugin.vhci.driver import PortState
+from usbip_plugin.vhci.driver import PortState, VhciDriver
 
 log = logging.getLogger(__name__)
 
@@ -30,20 +33,39 @@ PORT_CHECK_INTERVAL = 15.0
 
 
 class Keeper:
-    """See the module. `run` must be running."""
+    """Watches ports and locks of attached devices, and begins a re-attach or a withdrawal when one is lost.
 
-    def __init__(self, means: Means, work: DeviceWork, wishes: Wishes) -> None:
+    Works only while `run()` runs.
+    """
+
+    def __init__(
+        self,
+        context: NodeContext,
+        *,
+        driver: VhciDriver,
+        locks: LockManager,
+        specs: CdiSpecs,
+        resources: Resources,
+        work: DeviceWork,
+        pipeline: Pipeline,
+        releaser: Releaser,
+        reattacher: Reattacher,
+        events: EventSink,
+        evict: Callable[[PodRef], None],
+    ) -> None:
+        """evict(pod) begins to evict a pod that has lost its device to another node."""
+        self._me = context.me
+        self._clock = context.clock
+        self._driver = driver
+        self._locks = locks
+        self._specs = specs
+        self._resources = resources
         self._work = work
-        self.reattacher = Reattacher(means, work, wishes)
-        self.adopter = Adopter(means, work, reattach=self._begin_reattach, withdraw=self._begin_withdrawal)
-        self._me = means.me
-        self._driver = means.driver
-        self._locks = means.locks
-        self._specs = means.specs
-        self._clock = means.clock
-        self._on_notice = wishes.on_notice
-        self._resource_of = wishes.resource_of
-        self._evict = wishes.evict
+        self._pipeline = pipeline
+        self._releaser = releaser
+        self._reattacher = reattacher
+        self._events = events
+        self._evict = evict
         self._ports_event = asyncio.Event()
 
     async def run(self) -> None:
@@ -62,6 +84,33 @@ class Keeper:
         if now is not None and claim is not None and claim.attachment is not None and claim.attachment != now:
             self._specs.write(claim, now)
             self._work.book.put(replace(claim, attachment=now))
+
+    async def prepare(self, device_id: str, resource: str, number: int | None) -> bool:
+        """Before a container starts. True if the device is attached, and its spec, where one is to be, is true.
+
+        resource: by its name without the domain; number: what the container knows the device by, None if it was not
+        handed out by CDI. Waits while the device is on its way (back) here; the caller bounds that. Raises VhciError
+        and CdiError. Cancel-safe.
+        """
+        await self.verify(device_id)
+        await self._work.book.changed.until(lambda: not self._coming(device_id))
+        claim = self._work.book.get(device_id)
+        if claim is None or claim.state is not State.ATTACHED or claim.attachment is None:
+            return False
+        attachment = claim.attachment
+        if number is not None and claim.numbers != ():
+            # after a reboot no spec tells what the container was given, and it starts before its kubelet lists it
+            numbers = tuple(sorted({*(claim.numbers or ()), number}))
+            claim = replace(claim, resource=claim.resource or resource, numbers=numbers, given=attachment)
+        self._specs.write(claim, attachment)
+        self._work.book.put(claim)
+        return True
+
+    def _coming(self, device_id: str) -> bool:
+        claim = self._work.book.get(device_id)
+        if claim is None:  # not adopted yet, perhaps
+            return not self._locks.ready.is_set() or self._pipeline.is_mine(device_id)
+        return claim.state in (State.LOCKING, State.IMPORTING, State.ATTACHING, State.REATTACHING)
 
     async def _watch_ports(self) -> None:
         while True:
@@ -83,7 +132,7 @@ class Keeper:
         claim = self._work.book.get(device_id)
         if claim is None or claim.state is not State.ATTACHED:
             return None
-        standing = await self._work.pipeline.standing(claim, ports)
+        standing = await self._pipeline.standing(claim, ports)
         now = self._work.book.get(device_id)
         if now is None or now.state is not State.ATTACHED or now.attachment != claim.attachment:
             return None
@@ -96,9 +145,9 @@ class Keeper:
             log.warning("attachment lost", extra={"device": str(claim.key), "port": claim.port})
         on_port = own_port(claim.place, ports, claim.port)
         why = "fell free" if on_port is None else "has it no more as it was: it has left the bus"
-        self._on_notice(Notice(What.LOST, claim.key, f"vhci port {claim.port} {why}, re-attaching", claim.pod))
-        self.reattacher.seeker.lost(device_id)
-        self._begin_reattach(device_id)
+        self._events(Notice(What.LOST, claim.key, f"vhci port {claim.port} {why}, re-attaching", claim.pod))
+        self._reattacher.seeker.lost(device_id)
+        self.begin_reattach(device_id)
         return None
 
     def _take_late_nodes(self, claim: Claim, now: Attachment) -> None:
@@ -109,7 +158,7 @@ class Keeper:
         """
         before = claim.attachment
         late = [node for node in now.nodes if before is not None and node not in before.nodes]
-        wanted = [node.path for node in late if wants(self._resource_of(claim).children, node)]
+        wanted = [node.path for node in late if wants(self._resources.resource_of(claim).children, node)]
         if before is None or not late:
             return
         try:
@@ -120,7 +169,7 @@ class Keeper:
         self._work.book.put(replace(claim, attachment=now))
         if wanted:
             log.warning("device nodes came late", extra={"device": str(claim.key), "nodes": wanted})
-            self._on_notice(late_nodes(claim.key, wanted, claim.pod, by_cdi=bool(claim.numbers)))
+            self._events(late_nodes(claim.key, wanted, claim.pod, by_cdi=bool(claim.numbers)))
 
     def _lock_changed(self, change: LockChange) -> None:
         """R6: the watch shows another holder of a device that is attached here. Or that a lost lock is free again."""
@@ -141,27 +190,33 @@ class Keeper:
             log.error("lock lost", extra={"device": str(claim.key), "holder": holder})
         text = f"node {holder} holds it now" if holder else "its lock no longer names this node"
         if change.old is not None and change.old.holder == self._me.node:
-            self._on_notice(Notice(What.LOCK_LOST, claim.key, text + "; it is detached here", claim.pod))
-            if self._resource_of(claim).on_loss is OnLoss.EVICT and claim.pod is not None and claim.pod.uid is not None:
+            self._events(Notice(What.LOCK_LOST, claim.key, text + "; it is detached here", claim.pod))
+            if (
+                self._resources.resource_of(claim).on_loss is OnLoss.EVICT
+                and claim.pod is not None
+                and claim.pod.uid is not None
+            ):
                 self._evict(claim.pod)
-        self.reattacher.look_again(change.device_id)
-        self._begin_withdrawal(change.device_id)
+        self._reattacher.look_again(change.device_id)
+        self.begin_withdrawal(change.device_id)
 
-    def _begin_reattach(self, device_id: str) -> None:
+    def begin_reattach(self, device_id: str) -> None:
+        """Begins to attach the device of a Reattaching claim again. Returns at once."""
         self._work.spawn(self._reattach(device_id), f"re-attach {self._work.book[device_id].key}")
 
     async def _reattach(self, device_id: str) -> None:
-        await self.reattacher.reattach(device_id)
+        await self._reattacher.reattach(device_id)
         after = self._work.book.get(device_id)
         if after is not None and after.state is State.LOST:
             await self._clock.sleep(REATTACH_FIRST_WAIT)
             self._regain(device_id)
 
-    def _begin_withdrawal(self, device_id: str) -> None:
+    def begin_withdrawal(self, device_id: str) -> None:
+        """Begins to detach the device of a Lost claim. Returns at once."""
         self._work.spawn(self._withdraw(device_id), f"withdraw {self._work.book[device_id].key}")
 
     async def _withdraw(self, device_id: str) -> None:
-        await self._work.finish_locked(device_id, State.LOST)
+        await self._releaser.finish_locked(device_id, State.LOST)
         self._regain(device_id)
 
     def _regain(self, device_id: str) -> None:
@@ -174,7 +229,7 @@ class Keeper:
             return
         if lock is None or (lock.holder in ("", self._me.node) and not lock.by_hand):
             self._work.book.move(claim, Event.LOCK_FREE)
-            self._begin_reattach(device_id)
+            self.begin_reattach(device_id)
 
     def _place_lost(self, device_id: str, holder: str) -> None:
         """R6 for a place that a device was followed to: the claim stays, the attachment does not."""
@@ -184,5 +239,5 @@ class Keeper:
         self._work.book.move(claim, Event.PORT_LOST)
         log.error("lock lost", extra={"device": str(claim.key), "place": str(claim.place), "holder": holder})
         text = f"the lock of {claim.place} names {holder or 'nobody'} now; it is detached here"
-        self._on_notice(Notice(What.LOST, claim.key, text, claim.pod))
-        self._begin_reattach(claim.id)
+        self._events(Notice(What.LOST, claim.key, text, claim.pod))
+        self.begin_reattach(claim.id)

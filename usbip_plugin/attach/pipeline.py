@@ -13,17 +13,19 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from opentelemetry import trace
-from opentelemetry.trace import Span, SpanKind, Tracer
+from opentelemetry.trace import Span, SpanKind
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
 from usbip_plugin.attach.cdi import CdiSpecs
-from usbip_plugin.claims import Claim, ClaimBook, Event, State
+from usbip_plugin.attach.events import EventSink, taken_over
+from usbip_plugin.attach.tasks import DeviceWork
+from usbip_plugin.claims import Claim, Event, State
 from usbip_plugin.clock import Clock, Jitter
 from usbip_plugin.config.schema import DEFAULT_CHILDREN_TIMEOUT_S
+from usbip_plugin.context import NodeContext
 from usbip_plugin.errors import (
     AttachStuck,
     DeviceBusy,
-    KubeError,
     LockError,
     LockHeld,
     LockLost,
@@ -34,7 +36,7 @@ from usbip_plugin.errors import (
 )
 from usbip_plugin.locks.manager import Grant, LockManager
 from usbip_plugin.locks.protocol import LockMeta
-from usbip_plugin.model import Attachment, Descriptor, DeviceKey, Identity, Lock, NodeIdentity, UsbId
+from usbip_plugin.model import Attachment, Descriptor, DeviceKey, Identity, Lock, UsbId
 from usbip_plugin.observe.spans import device_attributes, span
 from usbip_plugin.observe.tracing import span_context_from
 from usbip_plugin.usbip.client import Imported, UsbipClient
@@ -112,20 +114,6 @@ class Wanted:
     told: Identity | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Means:
-    """What work on the devices of one node is done with."""
-
-    me: NodeIdentity
-    client: UsbipClient
-    driver: VhciDriver
-    locks: LockManager
-    specs: CdiSpecs
-    clock: Clock
-    rng: random.Random
-    tracer: Tracer
-
-
 class Progress:
     """What a pipeline is busy with, in words, for the error of one that ran out of time."""
 
@@ -134,36 +122,32 @@ class Progress:
 
 
 class Pipeline:
-    """Works on the claims of a book. on_step(name, seconds) is told how long each step took.
-
-    note_port(key, port) is called when a port is taken, note_told(key, told) when a device has told a serial number
-    that its lock does not have, or has of another, on_takeover(key, former) when another node's lock was; all must
-    return at once.
-    """
+    """Works on the claims of a book. on_step(name, seconds) is told how long each step took."""
 
     def __init__(
         self,
-        means: Means,
+        context: NodeContext,
         *,
-        book: ClaimBook,
-        note_port: Callable[[DeviceKey, int], None],
-        note_told: Callable[[DeviceKey, Identity], None],
+        client: UsbipClient,
+        driver: VhciDriver,
+        locks: LockManager,
+        specs: CdiSpecs,
+        work: DeviceWork,
+        events: EventSink,
         on_step: Callable[[str, float], None],
-        on_takeover: Callable[[DeviceKey, Lock], None],
     ) -> None:
-        self._me = means.me
-        self._client = means.client
-        self._driver = means.driver
-        self._locks = means.locks
-        self._specs = means.specs
-        self._clock = means.clock
-        self._rng = means.rng
-        self._tracer = means.tracer
-        self._book = book
-        self._note_port = note_port
-        self._note_told = note_told
+        self._me = context.me
+        self._clock = context.clock
+        self._rng = context.rng
+        self._tracer = context.tracer
+        self._client = client
+        self._driver = driver
+        self._locks = locks
+        self._specs = specs
+        self._work = work
+        self._book = work.book
+        self._events = events
         self._on_step = on_step
-        self._on_takeover = on_takeover
 
     async def attach_new(self, claim: Claim, wanted: Wanted, deadline: float, progress: Progress) -> Attachment:
         """From Free to Attached. On an error the claim stays in the book in the state it had reached.
@@ -183,7 +167,8 @@ class Pipeline:
                 raise
         if grant.former is not None:
             _mark_takeover(trace.get_current_span(), grant.former)
-            self._on_takeover(claim.key, grant.former)
+            log.warning("taken over", extra={"device": str(claim.key), "former_holder": grant.former.holder})
+            self._events(taken_over(claim.key, grant.former, self._me.node))
         self._book.move(self._book[claim.id], Event.LOCKED)
         async for attempt in attach_stuck(self._clock):
             with attempt:
@@ -193,7 +178,7 @@ class Pipeline:
                 try:
                     return await self._attach(claim.id, grant, deadline, progress)
                 except WrongSerial as wrong:
-                    await self.write_told(claim.key, Identity(wrong.devid, wrong.found))
+                    await self._work.write_told(claim.key, Identity(wrong.devid, wrong.found))
                     raise
         raise AssertionError("the retry policy re-raises")
 
@@ -266,7 +251,7 @@ class Pipeline:
         self._book.put(replace(self._book[device_id], port=port, attachment=None))
         # the port goes onto the lock while the kernel enumerates, which takes far longer: it costs no time
         for noted in dict.fromkeys((claim.key, key)):
-            self._note_port(noted, port)
+            self._work.note_port(noted, port)
         nodes = f", with {', '.join(claim.children)} nodes" if claim.children else ""
         progress.doing = f"waiting for {key} to enumerate on vhci port {port}{nodes}"
         with self.span("device node", key) as step:
@@ -281,18 +266,7 @@ class Pipeline:
         if lock is None or attachment.serial is None:
             return
         if (lock.serial, lock.read_from) != (attachment.serial, devid):
-            self._note_told(place, Identity(devid, attachment.serial))
-
-    async def write_told(self, key: DeviceKey, told: Identity) -> bool:
-        """What a device has told onto its lock, which is this node's. False, and logged, if it may be tried again."""
-        try:
-            await self._locks.annotate(key, told=told)
-        except LockLost:
-            return True
-        except (LockError, KubeError) as error:
-            log.warning("serial number not noted on the lock", extra={"device": str(key), "cause": str(error)})
-            return False
-        return True
+            self._work.note_told(place, Identity(devid, attachment.serial))
 
     def _hand_out(self, device_id: str, attachment: Attachment) -> Attachment:
         """The last step: the spec is true before anybody is told that the device is there."""

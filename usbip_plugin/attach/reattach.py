@@ -7,17 +7,19 @@ import contextlib
 import enum
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from opentelemetry.trace import Span
 
-from usbip_plugin.attach.events import Notice, What
-from usbip_plugin.attach.locate import Ambiguous, Ask, Found, MayBe, Seeker
-from usbip_plugin.attach.pipeline import Means
+from usbip_plugin.attach.events import EventSink, Notice, What
+from usbip_plugin.attach.locate import Ambiguous, Ask, Found, Seeker
+from usbip_plugin.attach.pipeline import Pipeline
+from usbip_plugin.attach.release import Releaser
 from usbip_plugin.attach.tasks import DeviceWork
-from usbip_plugin.claims import Claim, Event, State, place_of
+from usbip_plugin.claims import Claim, Event, Resources, State, place_of
 from usbip_plugin.clock import backoff
-from usbip_plugin.config.schema import OnLoss, ResourceConfig
+from usbip_plugin.config.schema import OnLoss
+from usbip_plugin.context import NodeContext
 from usbip_plugin.errors import (
     CdiError,
     DeviceBusy,
@@ -36,10 +38,11 @@ from usbip_plugin.errors import (
     WrongDevice,
     WrongSerial,
 )
+from usbip_plugin.locks.manager import LockManager
 from usbip_plugin.model import Attachment, DeviceKey, Identity, PodRef
 from usbip_plugin.observe.spans import Tries, device_attributes, failed, pod_attributes, span
 from usbip_plugin.observe.tracing import remote_parent
-from usbip_plugin.usbip.poller import ServerView
+from usbip_plugin.usbip.poller import ServerPoller, ServerView
 
 log = logging.getLogger(__name__)
 
@@ -99,43 +102,47 @@ class Reattach(enum.Enum):
     FAILED = "failed"
 
 
-@dataclass(frozen=True, slots=True)
-class Wishes:
-    """What the rest of the agent is told of lost devices, and asked about them.
-
-    on_notice is told what people should hear of, on_reattach of each try; resource_of(claim) says what its resource
-    wants, evict(pod) does it. may_be: which devices may be looked at in search of a lost one.
-    """
-
-    on_notice: Callable[[Notice], None]
-    on_reattach: Callable[[Reattach], None]
-    resource_of: Callable[[Claim], ResourceConfig]
-    evict: Callable[[PodRef], None]
-    may_be: MayBe
-
-
 class Reattacher:
     """The tries that are under way. All methods belong to one event loop."""
 
-    def __init__(self, means: Means, work: DeviceWork, wishes: Wishes) -> None:
+    def __init__(
+        self,
+        context: NodeContext,
+        *,
+        locks: LockManager,
+        poller: ServerPoller,
+        resources: Resources,
+        work: DeviceWork,
+        pipeline: Pipeline,
+        releaser: Releaser,
+        seeker: Seeker,
+        events: EventSink,
+        evict: Callable[[PodRef], None],
+        on_reattach: Callable[[Reattach], None],
+    ) -> None:
+        """evict(pod) begins to evict a pod whose device came back as another; on_reattach is told of each try."""
+        self._clock = context.clock
+        self._rng = context.rng
+        self._tracer = context.tracer
+        self._locks = locks
+        self._resources = resources
         self._work = work
-        self.seeker = Seeker(means, work, wishes.may_be, self._look_everywhere)
-        self._locks = means.locks
-        self._clock = means.clock
-        self._rng = means.rng
-        self._tracer = means.tracer
-        self._on_notice = wishes.on_notice
-        self._on_reattach = wishes.on_reattach
-        self._resource_of = wishes.resource_of
-        self._evict = wishes.evict
+        self._pipeline = pipeline
+        self._releaser = releaser
+        self.seeker = seeker
+        self._events = events
+        self._evict = evict
+        self._on_reattach = on_reattach
         self._stirs: dict[str, asyncio.Event] = {}
+        seeker.known.subscribe(self._look_everywhere)
+        poller.subscribe(self._server_changed)
 
     def look_again(self, device_id: str) -> None:
         """A re-attach that waits for its next try makes it now, or ends if nobody wants the device any more."""
         if (stir := self._stirs.get(device_id)) is not None:
             stir.set()
 
-    def server_changed(self, view: ServerView) -> None:
+    def _server_changed(self, view: ServerView) -> None:
         """A server that lists a lost device again, or one of its kind, is asked for it at once."""
         self.seeker.server_changed(view)
         for device_id in self._stirs:
@@ -182,7 +189,7 @@ class Reattacher:
             claim = self._work.book.get(device_id)
             if claim is None or claim.state is not State.REATTACHING:
                 return False
-            wanted = self._resource_of(claim)
+            wanted = self._resources.resource_of(claim)
             if (wanted.children, wanted.children_timeout) != (claim.children, claim.children_timeout):
                 claim = replace(claim, children=wanted.children, children_timeout=wanted.children_timeout)
                 self._work.book.put(claim)
@@ -196,7 +203,7 @@ class Reattacher:
                 failed(whole, error)
                 if self._work.book[device_id].state is State.REATTACHING:
                     self._work.book.move(self._work.book[device_id], Event.LOCK_LOST)
-                await self._work.finish(device_id, keep=True)
+                await self._releaser.finish(device_id, keep=True)
                 return False
             except (TimeoutError, LockError, KubeError, UsbipError, VhciError, CdiError) as error:
                 self._on_reattach(Reattach.FAILED)
@@ -217,7 +224,7 @@ class Reattacher:
             return
         self._work.book.put(replace(now, hindrance=str(error)))
         log.warning("not re-attached", extra={"device": str(claim.key), "cause": str(error)})
-        self._on_notice(Notice(What.NOT_REATTACHED, claim.key, str(error), claim.pod))
+        self._events(Notice(What.NOT_REATTACHED, claim.key, str(error), claim.pod))
 
     async def _attach(self, device_id: str, deadline: float) -> Attachment:
         """From the claim's place or, if the device is not there, from where its server lists it now."""
@@ -245,20 +252,20 @@ class Reattacher:
         claim = self._work.book[device_id]
         place = claim.place
         try:
-            return await self._work.pipeline.reattach(device_id, deadline)
+            return await self._pipeline.reattach(device_id, deadline)
         except DeviceBusy:
             raise
         except (ServerUnreachable, ServerTimeout) as error:
             if place.server != claim.key.server:  # it may be home again, or elsewhere
                 self.seeker.not_there(place, error)
-                await self._work.pipeline.leave(device_id)
+                await self._pipeline.leave(device_id)
             raise
         except (ImportRefused, WrongDevice, WrongSerial, LockHeld) as error:
             self.seeker.not_there(place, error)
             if self._work.book[device_id].moved_to is not None:
                 if isinstance(error, WrongSerial):
-                    await self._work.pipeline.write_told(place, Identity(error.devid, error.found))
-                await self._work.pipeline.leave(device_id)
+                    await self._work.write_told(place, Identity(error.devid, error.found))
+                await self._pipeline.leave(device_id)
             raise
 
     def _seek(self, device_id: str, cause: PluginError) -> DeviceKey | None:
@@ -275,7 +282,7 @@ class Reattacher:
             self._work.book.put(replace(claim, hindrance=hindrance))
             if hindrance:
                 log.warning("not re-attached", extra={"device": str(claim.key), "cause": hindrance})
-                self._on_notice(Notice(What.NOT_REATTACHED, claim.key, hindrance, claim.pod))
+                self._events(Notice(What.NOT_REATTACHED, claim.key, hindrance, claim.pod))
         return verdict.key if isinstance(verdict, Found) else None
 
     def _tell_move(self, before: Claim, whole: Span) -> None:
@@ -287,7 +294,7 @@ class Reattacher:
         here = claim.place.server == claim.key.server
         where = f"its server lists it as {claim.place.busid} now" if here else f"it is plugged in at {claim.place} now"
         text = f"{where}; it is attached from there"
-        self._on_notice(Notice(What.MOVED, claim.key, text, claim.pod))
+        self._events(Notice(What.MOVED, claim.key, text, claim.pod))
         if claim.moved_to is not None and claim.pod is not None:
             self._work.spawn(self._work.note_pod(claim.moved_to, claim.pod), f"note pod {claim.pod}")
 
@@ -299,14 +306,14 @@ class Reattacher:
         log.info("re-attached", extra={"device": str(claim.key), "port": after.port, "same_nodes": same})
         changed = What.RESTART_NEEDED if verdict is AfterReattach.RESTART else What.NODES_CHANGED
         what = What.REATTACHED if same else changed
-        self._on_notice(Notice(what, claim.key, verdict.value, claim.pod))
+        self._events(Notice(what, claim.key, verdict.value, claim.pod))
         self._evict_if(verdict, claim.pod)
         lock = self._locks.locks.get(claim.id)
         if claim.pod is not None and lock is not None and lock.pod is None:  # it was taken anew
             self._work.spawn(self._work.note_pod(claim.key, claim.pod), f"note pod {claim.pod}")
 
     def _verdict(self, claim: Claim, before: Attachment | None, after: Attachment) -> AfterReattach:
-        wants, by_cdi = self._resource_of(claim), bool(claim.numbers)
+        wants, by_cdi = self._resources.resource_of(claim), bool(claim.numbers)
         return after_reattach(before, after, wants.on_loss, claim.pod, by_cdi=by_cdi, children=wants.children)
 
     def _evict_if(self, verdict: AfterReattach, pod: PodRef | None) -> None:

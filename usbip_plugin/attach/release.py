@@ -1,13 +1,27 @@
-"""When a device is let go: what pod-resources and the API server say of its pod, as pure rules."""
+"""When a device is let go, by what pod-resources and the API server say of its pod; and letting it go."""
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from usbip_plugin.claims import IN_USE, Claim, User, same_pod
+from opentelemetry.trace import Link
+
+from usbip_plugin.attach.cdi import CdiSpecs
+from usbip_plugin.attach.pipeline import Pipeline
+from usbip_plugin.attach.tasks import RELEASE_FIRST_WAIT, RELEASE_MAX_WAIT, DeviceWork
+from usbip_plugin.claims import IN_USE, Claim, Event, State, User, same_pod
+from usbip_plugin.clock import backoff
+from usbip_plugin.context import NodeContext
+from usbip_plugin.errors import KubeError, LockError, LockLost, VhciError
+from usbip_plugin.locks.manager import LockManager
 from usbip_plugin.model import PodRef
+from usbip_plugin.observe.spans import Tries, device_attributes, pod_attributes, span
+from usbip_plugin.observe.tracing import links_to, remote_parent
+
+log = logging.getLogger(__name__)
 
 ALLOCATION_GRACE = 15.0
 """Seconds after an Allocate in which a pod that is not (yet) listed does not count as gone.
@@ -85,3 +99,84 @@ def usage_ended(claim: Claim, now: float, unlisted: Unlisted) -> bool:
         # a pod without a uid is one that the API server has not told of
         certain = unlisted.certain and pod.uid is not None
     return gone and (certain or now - claim.absent_since >= UNCONFIRMED_ABSENCE)
+
+
+class Releaser:
+    """Ends claims: detaches their devices and releases the locks, until both are done."""
+
+    def __init__(
+        self,
+        context: NodeContext,
+        *,
+        locks: LockManager,
+        specs: CdiSpecs,
+        work: DeviceWork,
+        pipeline: Pipeline,
+        on_step: Callable[[str, float], None],
+    ) -> None:
+        self._me = context.me
+        self._clock = context.clock
+        self._rng = context.rng
+        self._tracer = context.tracer
+        self._locks = locks
+        self._specs = specs
+        self._work = work
+        self._book = work.book
+        self._pipeline = pipeline
+        self._on_step = on_step
+
+    async def let_go(self, device_id: str, still: Callable[[Claim], bool]) -> None:
+        """Ends a claim unless, by the time its mutex is had, it is no longer so that it should end."""
+        async with self._work.mutex(device_id):
+            claim = self._book.get(device_id)
+            if claim is not None and claim.state in IN_USE and still(claim):
+                self._book.move(claim, Event.POD_GONE)
+                await self.finish(device_id)
+
+    async def finish(self, device_id: str, *, keep: bool = False) -> None:
+        """Detach, then (R5) release the lock, again and again until both are done. The claim is Releasing or Lost.
+
+        keep: a Lost claim stays, for the pod that has lost its device.
+        """
+        claim = self._book[device_id]
+        began = self._clock.monotonic()
+        waits = backoff(self._rng, RELEASE_FIRST_WAIT, RELEASE_MAX_WAIT)
+        attributes = device_attributes(claim.key) | pod_attributes(claim.pod)
+        context, links = remote_parent(claim.traceparent), self._new_holder(claim)
+        with span(self._tracer, "release", attributes, context=context, links=links) as release:
+            tries = Tries(release)
+            while True:
+                try:
+                    with tries.one():
+                        await self._pipeline.detach(device_id)
+                        await self._pipeline.leave(device_id)
+                        self._specs.remove(self._book[device_id])
+                        if self._book[device_id].state is State.RELEASING:
+                            await self._locks.release(claim.key)
+                    break
+                except LockLost:
+                    self._book.move(self._book[device_id], Event.LOCK_LOST)
+                except (VhciError, LockError, KubeError) as error:
+                    if tries.failed(error):
+                        extra = {"device": str(claim.key), "cause": str(error)}
+                        log.warning("release failed, will retry", extra=extra)
+                    await self._work.until_api_returns(next(waits))
+            if self._book[device_id].state is State.LOST:
+                release.set_attribute("usbip.lock.lost", value=True)
+                if keep:
+                    return
+            self._book.move(self._book[device_id], Event.RELEASED)
+            log.info("released", extra={"device": str(claim.key), "pod": str(claim.pod) if claim.pod else None})
+        self._on_step("release", self._clock.monotonic() - began)
+
+    def _new_holder(self, claim: Claim) -> list[Link]:
+        """To the trace of the node that has the lock now, if it is not this one."""
+        lock = self._locks.locks.get(claim.id)
+        return links_to(lock.traceparent) if lock is not None and lock.holder not in ("", self._me.node) else []
+
+    async def finish_locked(self, device_id: str, state: State) -> None:
+        """finish() of a claim, when its mutex can be had and it is in this state then; a Lost one is kept."""
+        async with self._work.mutex(device_id):
+            claim = self._book.get(device_id)
+            if claim is not None and claim.state is state:
+                await self.finish(device_id, keep=state is State.LOST)

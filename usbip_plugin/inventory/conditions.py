@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable
 
-from usbip_plugin.clock import Clock
+from usbip_plugin.context import NodeContext
 from usbip_plugin.errors import VhciError
 from usbip_plugin.inventory.facts import Api, Driver
 from usbip_plugin.inventory.health import API_GRACE
@@ -25,10 +25,12 @@ GRACE_MARGIN = 0.01
 class Conditions:
     """Of one node. look_again is called when they may have changed; `run` must be running."""
 
-    def __init__(self, driver: VhciDriver, locks: LockManager, clock: Clock, look_again: Callable[[], None]) -> None:
+    def __init__(
+        self, context: NodeContext, *, driver: VhciDriver, locks: LockManager, look_again: Callable[[], None]
+    ) -> None:
+        self._clock = context.clock
         self._driver = driver
         self._locks = locks
-        self._clock = clock
         self._look_again = look_again
         self._ports = Driver()
         self._ports_event = asyncio.Event()

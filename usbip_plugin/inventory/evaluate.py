@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from bisect import bisect_left
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import compress
 from operator import attrgetter, is_not
 
@@ -18,6 +18,9 @@ from usbip_plugin.usbip.poller import ServerView
 
 log = logging.getLogger(__name__)
 
+Lists = Mapping[str, tuple[Advertised, ...]]
+"""What each resource advertises, by its name; devices sorted by ID."""
+
 
 def changed_places(before: Sequence[object], after: Sequence[object]) -> Iterator[int]:
     """The places at which two sequences of the same length have not the very same object.
@@ -25,6 +28,19 @@ def changed_places(before: Sequence[object], after: Sequence[object]) -> Iterato
     Objects are not compared: whoever made `after` of `before` has kept those that did not change.
     """
     return compress(range(len(after)), map(is_not, before, after))
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What is offered from now on, and before; by resource name without the domain, devices sorted by ID.
+
+    facts: what was evaluated, which is a part of all that is known where only a part has changed. A resource whose
+    devices and their health are as before has the very tuple it had.
+    """
+
+    before: Lists
+    lists: Lists
+    facts: Facts
 
 
 def advertise(members: Members, facts: Facts) -> Mapping[str, tuple[Advertised, ...]]:
@@ -44,10 +60,6 @@ def _healths(resource: str, devices: Mapping[str, Seen], facts: Facts) -> Mappin
             if seen.selector.selector.serial == serial:
                 found[device_id] = settled(found[device_id], seen.key, serial, borne)
     return found
-
-
-Lists = Mapping[str, tuple[Advertised, ...]]
-"""What each resource advertises, by its name; devices sorted by ID."""
 
 
 def only(facts: Facts, members: Members, device_ids: Collection[str]) -> Facts | None:

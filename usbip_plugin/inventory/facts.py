@@ -55,8 +55,8 @@ class Facts:
     """Everything that decides what is advertised. Mappings by device ID, servers by key.
 
     released: devices let go by their holder, whose server has not been asked since its reset. moved_here(device_id):
-    the claim on another device that is attached from this one's place. restless: see probing.Rereads; suspect: see
-    probing.Suspects.
+    the claim on another device that is attached from this one's place. restless: see handover.Rereads; suspect: see
+    handover.Suspects.
     """
 
     me: str

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import chain
 
 from opentelemetry.context import Context
-from opentelemetry.trace import SpanKind, Tracer
+from opentelemetry.trace import SpanKind
 from opentelemetry.util.types import AttributeValue
 
 from usbip_plugin.attach.attacher import Attacher
@@ -16,19 +16,24 @@ from usbip_plugin.attach.cdi import device_name
 from usbip_plugin.attach.containers import (
     ContainerResponse,
     DeviceSpec,
-    _specs,
     check_paths,
+    device_specs,
     environment,
     place,
     refuse_shared_paths,
 )
-from usbip_plugin.attach.events import Notice, refused
+from usbip_plugin.attach.events import EventSink, refused
+from usbip_plugin.attach.monitor import Keeper
 from usbip_plugin.attach.pipeline import Wanted
-from usbip_plugin.clock import Clock
+from usbip_plugin.claims import ClaimBook
 from usbip_plugin.config.schema import DeviceSelector, ResourceConfig
+from usbip_plugin.context import NodeContext
 from usbip_plugin.errors import NotAttached, PluginError, UnknownDevice
 from usbip_plugin.inventory.facts import Seen
+from usbip_plugin.inventory.inventory import Advertiser
 from usbip_plugin.kubelet.device_plugin import status_code
+from usbip_plugin.kubelet.pod_resources import UsageWatcher
+from usbip_plugin.kubelet.publish import LOOKING_SHARE, TELLING_SHARE, Telling, time_kept
 from usbip_plugin.model import Attachment, Health, Identity, Reason
 from usbip_plugin.observe.spans import span
 
@@ -86,7 +91,7 @@ def container_response(
             cdi_names.append(device_name(domain, resource.name, attachment.key.id, index))
         else:
             placed = place(resource, index, attachment)
-            nodes = tuple(spec for spec, _ in _specs(resource, placed))
+            nodes = tuple(spec for spec, _ in device_specs(resource, placed))
             envs.update(environment(resource.name, index, attachment, placed))
         extras = (DeviceSpec(e.host_path, e.container_path, e.permissions) for e in selector.extras)
         for spec in chain(nodes, extras):
@@ -108,42 +113,41 @@ PRE_START_WAIT = 25.0
 
 
 class Allocator:
-    """The AllocateBackend of one node.
-
-    lookup(resource) gives the configuration of a resource by its full name and the devices it offers; health() what is
-    advertised now, by ID; after_denial(resource) is awaited before a failed Allocate answers (design: publish first).
-    on_result(resource, error, seconds) is told what each came to, and how long that took; on_pre_start_failed of each
-    PreStartContainer that fails.
-    """
+    """The AllocateBackend of one node."""
 
     def __init__(
         self,
+        context: NodeContext,
         *,
-        node: str,
         domain: str,
-        clock: Clock,
         attacher: Attacher,
-        lookup: Callable[[str], tuple[ResourceConfig, Mapping[str, Seen]] | None],
-        health: Callable[[], Mapping[str, Health]],
-        timeout: Callable[[], float],
-        after_denial: Callable[[str], Awaitable[None]],
-        tracer: Tracer,
+        keeper: Keeper,
+        claims: ClaimBook,
+        inventory: Advertiser,
+        users: UsageWatcher,
+        publisher: Telling,
+        events: EventSink,
         on_result: Callable[[str, PluginError | None, float], None],
         on_pre_start_failed: Callable[[str, PluginError], None],
-        on_notice: Callable[[Notice], None],
     ) -> None:
-        self._node = node
+        """domain: of the resource names.
+
+        on_result(resource, error, seconds) is told how each Allocate ended, on_pre_start_failed(resource, error) of
+        each PreStartContainer that failed.
+        """
+        self._node = context.me.node
+        self._clock = context.clock
+        self._tracer = context.tracer
         self._domain = domain
-        self._clock = clock
         self._attacher = attacher
-        self._lookup = lookup
-        self._health = health
-        self._timeout = timeout
-        self._after_denial = after_denial
-        self._tracer = tracer
+        self._keeper = keeper
+        self._claims = claims
+        self._inventory = inventory
+        self._users = users
+        self._publisher = publisher
+        self._events = events
         self._on_result = on_result
         self._on_pre_start_failed = on_pre_start_failed
-        self._on_notice = on_notice
 
     async def allocate_all(self, resource: str, requests: tuple[tuple[str, ...], ...]) -> tuple[ContainerResponse, ...]:
         """See AllocateBackend. Ends within allocateTimeout, whatever servers and API server do."""
@@ -158,16 +162,27 @@ class Allocator:
                 root.set_attribute("rpc.response.status_code", status_code(error).name)
                 log.warning("Allocate failed", extra={"resource": resource, "cause": str(error)})
                 self._on_result(resource, error, self._clock.monotonic() - began)
-                self._on_notice(refused(resource, error))
-                await self._after_denial(resource)
+                self._events(refused(resource, error))
+                await self._publish_refusal(resource)
                 raise
             root.set_attribute("rpc.response.status_code", "OK")
             self._on_result(resource, None, self._clock.monotonic() - began)
             log.info("allocated", extra={"resource": resource, "devices": ids})
             return responses
 
+    async def _publish_refusal(self, resource: str) -> None:
+        """Kubelet and Node are to know what the Allocate failed of before it answers."""
+        kept = time_kept(self._inventory.config)
+        # the pod fails with this answer: until then its kubelet shows what else it has been given
+        await self._users.glance(LOOKING_SHARE * kept)
+        await self._publisher.made_sure(resource, TELLING_SHARE * kept)
+
+    def _short(self, resource: str) -> str:
+        """A resource's name in the configuration."""
+        return resource.removeprefix(f"{self._domain}/")
+
     async def _allocate(self, resource: str, requests: tuple[tuple[str, ...], ...]) -> tuple[ContainerResponse, ...]:
-        found = self._lookup(resource)
+        found = self._inventory.lookup(self._short(resource))
         if found is None:
             raise UnknownDevice(f"resource {resource} is not in the configuration any more")
         config, offered = found
@@ -195,7 +210,8 @@ class Allocator:
             for ids in containers:
                 check_paths(config, [by_id[i] for i in ids])
 
-        attached = await self._attacher.allocate(wanted, self._timeout(), accept)
+        timeout = self._inventory.config.allocate_timeout - time_kept(self._inventory.config)
+        attached = await self._attacher.allocate(wanted, timeout, accept)
         by_id = dict(zip(seen, attached, strict=True))
         with span(self._tracer, "response"):
             return tuple(
@@ -207,10 +223,10 @@ class Allocator:
         seen = offered.get(device_id)
         if seen is None:
             raise UnknownDevice(f"{resource} has no device {device_id} on this node")
-        claim = self._attacher.claims.get(device_id)
+        claim = self._claims.get(device_id)
         # One that was seen with a pod is asked for by another: what an init container passes on is not listed.
         if not seen.configured and (claim is None or claim.pod is not None):
-            self._attacher.handed_back(device_id)
+            self._users.handed_back(device_id)
             raise UnknownDevice(f"{resource} does not have {seen.key} any more: the configuration has changed")
         return seen
 
@@ -221,10 +237,10 @@ class Allocator:
         must: tuple[str, ...],
         size: int,
     ) -> tuple[str, ...]:
-        """See AllocateBackend and inventory.preference."""
-        _, offered = self._lookup(resource) or (None, {})
+        """See AllocateBackend and preferred()."""
+        _, offered = self._inventory.lookup(self._short(resource)) or (None, {})
         unwanted = {device_id for device_id, seen in offered.items() if not seen.configured}
-        return preferred(available, must, size, self._node, self._health(), unwanted)
+        return preferred(available, must, size, self._node, self._inventory.health(), unwanted)
 
     async def pre_start(self, resource: str, device_ids: tuple[str, ...]) -> None:
         """See AllocateBackend. Waits up to PRE_START_WAIT for a device that is being attached again, else NotAttached.
@@ -238,22 +254,22 @@ class Allocator:
             raise
 
     async def _pre_start(self, resource: str, device_ids: tuple[str, ...]) -> None:
-        found = self._lookup(resource)
+        found = self._inventory.lookup(self._short(resource))
         by_cdi = found is not None and found[0].cdi
-        name = resource.removeprefix(f"{self._domain}/")
+        name = self._short(resource)
         deadline = self._clock.monotonic() + PRE_START_WAIT
         for number, device_id in enumerate(sorted(device_ids)):
             try:
                 async with self._clock.timeout(max(0.0, deadline - self._clock.monotonic())):
-                    ready = await self._attacher.prepare(device_id, name, number if by_cdi else None)
+                    ready = await self._keeper.prepare(device_id, name, number if by_cdi else None)
             except TimeoutError:
                 ready = False
             if not ready:
                 raise NotAttached(self._why_not(resource, device_id))
 
     def _why_not(self, resource: str, device_id: str) -> str:
-        claim = self._attacher.claims.get(device_id)
-        health = self._health().get(device_id)
+        claim = self._claims.get(device_id)
+        health = self._inventory.health().get(device_id)
         text = f"{resource}: {claim.key if claim is not None else device_id} is not attached to node {self._node}"
         if health is not None:
             text += f": {health.reason.value}" + (f" ({health.detail})" if health.detail else "")

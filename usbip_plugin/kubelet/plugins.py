@@ -9,7 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from usbip_plugin.claims import ClaimBook
 from usbip_plugin.clock import Clock
+from usbip_plugin.context import NodeContext
 from usbip_plugin.inventory.inventory import Advertiser
 from usbip_plugin.kubelet.allocate import Allocator
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer
@@ -80,27 +82,29 @@ class ResourceSet:
 
     def __init__(
         self,
+        context: NodeContext,
         *,
         domain: str,
         allocator: Allocator,
-        advertiser: Advertiser,
-        telling: Telling,
+        claims: ClaimBook,
+        inventory: Advertiser,
+        publisher: Telling,
         registrar: Registrar,
-        clock: Clock,
         on_state: Callable[[Plugin], None],
     ) -> None:
+        self._clock = context.clock
         self._domain = domain
         self._allocator = allocator
-        self._advertiser = advertiser
-        self._telling = telling
+        self._inventory = inventory
+        self._publisher = publisher
         self._registrar = registrar
-        self._clock = clock
         self._on_state = on_state
         self._plugins: dict[str, Plugin] = {}
         self._running: dict[str, _Running] = {}
         self._ending: dict[str, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
         self._registered = Broadcast()
+        claims.subscribe(lambda _device_id: self.look_again())
 
     @property
     def plugins(self) -> Mapping[str, Plugin]:
@@ -121,13 +125,13 @@ class ResourceSet:
                 await self._changed.wait()
 
     def _sync(self, tasks: asyncio.TaskGroup) -> None:
-        wanted = {f"{self._domain}/{name}": by_cdi for name, by_cdi in self._advertiser.offered().items()}
+        wanted = {f"{self._domain}/{name}": by_cdi for name, by_cdi in self._inventory.offered().items()}
         for name, by_cdi in sorted(wanted.items()):
             running = self._running.get(name)
             if running is None or running.by_cdi != by_cdi:
                 self._start(name, by_cdi, tasks)
         # before what a previous process left is known, nobody can say that no pod has a device of it
-        for name in sorted(self._running.keys() - wanted.keys()) if self._telling.begun else ():
+        for name in sorted(self._running.keys() - wanted.keys()) if self._publisher.begun else ():
             ending = self._running.pop(name)
             del self._plugins[name]
             self._ending[name] = tasks.create_task(self._end(ending), name=f"end of resource {name}")
@@ -140,7 +144,7 @@ class ResourceSet:
         task = tasks.create_task(self._run(plugin, former), name=f"resource {name}")
         self._plugins[name] = plugin
         self._running[name] = _Running(server, plugin, task, by_cdi)
-        self._telling.attach(server)
+        self._publisher.attach(server)
 
     async def _run(self, plugin: Plugin, former: _Running | None) -> None:
         if (ending := self._ending.get(plugin.resource)) is not None:
@@ -161,7 +165,7 @@ class ResourceSet:
         """The kubelet is told that there are no devices any more: it keeps counting those of a plugin that is gone, for
         five minutes."""
         try:
-            await self._telling.detach(ending.server)
+            await self._publisher.detach(ending.server)
         finally:
             ending.task.cancel()
             await asyncio.wait([ending.task])
@@ -175,6 +179,6 @@ class ResourceSet:
         if running is not None and running.plugin is not plugin:
             return  # one that was replaced, or is about to be
         if not plugin.registered:
-            self._telling.kubelet_gone(plugin.resource)
-        self._advertiser.look_again()
+            self._publisher.kubelet_gone(plugin.resource)
+        self._inventory.look_again()
         self._on_state(plugin)

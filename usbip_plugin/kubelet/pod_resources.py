@@ -12,7 +12,8 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
@@ -20,10 +21,13 @@ from typing import Protocol, Self
 import grpc
 import grpc.aio
 
-from usbip_plugin.attach.attacher import Attacher
-from usbip_plugin.attach.release import Unlisted, not_in_list
-from usbip_plugin.claims import IN_USE, User
-from usbip_plugin.clock import Clock
+from usbip_plugin.attach.adopt import Adopter
+from usbip_plugin.attach.events import EventSink, Notice, What, attached, network
+from usbip_plugin.attach.reattach import Reattacher
+from usbip_plugin.attach.release import Releaser, Unlisted, not_in_list, observe_usage, usage_ended
+from usbip_plugin.attach.tasks import DeviceWork
+from usbip_plugin.claims import IN_USE, Claim, State, User, same_pod
+from usbip_plugin.context import NodeContext
 from usbip_plugin.errors import PodResourcesUnavailable
 from usbip_plugin.kube.pods import PodView
 from usbip_plugin.kubelet import podresources_pb2 as pb
@@ -128,22 +132,33 @@ HINT_LASTS = 5.0
 
 
 class UsageWatcher:
-    """Polls pod-resources while, and only while, this node has claims. pods: None where no API server tells of pods."""
+    """Polls pod-resources while, and only while, this node has claims: notes their pods, ends those nobody uses."""
 
     def __init__(
         self,
+        context: NodeContext,
+        *,
         pod_resources: PodResources,
-        attacher: Attacher,
-        locks: LockManager,
-        clock: Clock,
         pods: PodView | None,
+        locks: LockManager,
+        work: DeviceWork,
+        releaser: Releaser,
+        reattacher: Reattacher,
+        adopter: Adopter,
+        events: EventSink,
         domain: str,
     ) -> None:
+        """pods: None where no API server tells of pods."""
+        self._clock = context.clock
         self._pod_resources = pod_resources
-        self._attacher = attacher
-        self._locks = locks
-        self._clock = clock
         self._pods = pods
+        self._locks = locks
+        self._work = work
+        self._book = work.book
+        self._releaser = releaser
+        self._reattacher = reattacher
+        self._adopter = adopter
+        self._events = events
         self._domain = domain
         self._wake = asyncio.Event()
         self._hinted_until = 0.0
@@ -152,15 +167,16 @@ class UsageWatcher:
         """Lists of the kubelet that claims were compared with."""
         self._begun = False
         """All locks and a list of all pods have been seen: what an earlier process left is known."""
+        self._book.subscribe(self._claim_changed)
 
     def hint(self) -> None:
         """A pod of this node has ended, or is about to: look now and closely for a while."""
         self._hinted_until = self._clock.monotonic() + HINT_LASTS
         self._wake.set()
 
-    def claims_changed(self) -> None:
+    def _claim_changed(self, _device_id: str) -> None:
         """There may be claims where there were none, or one whose pod is not known."""
-        if not self._wake.is_set() and self._attacher.claims:
+        if not self._wake.is_set() and self._book.view:
             self._wake.set()
 
     def _lock_changed(self, change: LockChange) -> None:
@@ -168,7 +184,7 @@ class UsageWatcher:
             self._wake.set()
 
     def _unclaimed(self) -> bool:
-        return any(not self._attacher.concerns(lock.device_id) for lock in self._locks.mine())
+        return any(not self._book.concerns(lock.device_id) for lock in self._locks.mine())
 
     async def users(self) -> dict[str, User] | None:
         """By device ID, for the pods that are not over; None if the kubelet does not say."""
@@ -210,29 +226,29 @@ class UsageWatcher:
         deprived = not self._begun
         all_known = complete or (users is not None and self._pods is None)
         self._begun = self._begun or (all_known and self._locks.ready.is_set())
-        await self._attacher.adopt(users or {}, complete=complete, deprived=deprived)
+        await self._adopter.adopt(users or {}, complete=complete, deprived=deprived)
 
     async def adopt(self) -> None:
         """Takes over what a previous process left; needs the locks to be known. Idempotent."""
         await self._adopt(await self.users())
 
     async def glance(self, limit: float) -> None:
-        """A look out of turn, of limit seconds at most: whose the devices are by now. See Attacher.glance."""
-        if not self._attacher.claims:
+        """A look out of turn, of limit seconds at most: whose the devices are by now."""
+        if not self._book.view:
             return
         with contextlib.suppress(TimeoutError):
             async with self._clock.timeout(limit):
                 listed_at = self._clock.monotonic()
                 users = await self.users()
                 if users is not None:
-                    self._attacher.glance(users, listed_at)
+                    self._glance(users, listed_at)
 
     async def run(self) -> None:
         """Until cancelled."""
         unsubscribe = self._locks.subscribe(self._lock_changed)
         try:
             while True:
-                if self._begun and not self._attacher.claims and not self._unclaimed():
+                if self._begun and not self._book.view and not self._unclaimed():
                     await self._wake.wait()
                 self._wake.clear()
                 listed_at = self._clock.monotonic()
@@ -240,7 +256,7 @@ class UsageWatcher:
                 if not self._begun or self._unclaimed():
                     await self._adopt(users)
                 if users is not None:
-                    self._attacher.usage(users, listed_at, self._unlisted(users))
+                    self._usage(users, listed_at, self._unlisted(users))
                     self.polls += 1
                 closely = self._closely()
                 with contextlib.suppress(TimeoutError):
@@ -251,7 +267,7 @@ class UsageWatcher:
 
     def _closely(self) -> bool:
         return self._clock.monotonic() < self._hinted_until or any(
-            claim.absent or claim.pod is None for claim in self._attacher.claims.values() if claim.state in IN_USE
+            claim.absent or claim.pod is None for claim in self._book.view.values() if claim.state in IN_USE
         )
 
     async def _until_hinted(self, *, closely: bool) -> None:
@@ -260,3 +276,55 @@ class UsageWatcher:
         while self._hinted_until == before and (closely or not self._closely()):
             self._wake.clear()
             await self._wake.wait()
+
+    def _usage(self, users: Mapping[str, User], listed_at: float, unlisted: Unlisted) -> None:
+        """One poll of pod-resources, begun at listed_at (seconds, monotonic): notes pods, ends claims nobody uses.
+
+        unlisted: see release.usage_ended.
+        """
+        unused = partial(self._unused, unlisted=unlisted)
+        for device_id, claim in list(self._book.view.items()):
+            if claim.state in IN_USE and unused(self._observe(claim, users, listed_at)):
+                self._reattacher.look_again(device_id)
+                self._work.spawn(self._releaser.let_go(device_id, unused), f"release {claim.key}")
+
+    def _glance(self, users: Mapping[str, User], listed_at: float) -> None:
+        """As _usage, of a look out of turn: notes pods, and no absences."""
+        for claim in list(self._book.view.values()):
+            if claim.state in IN_USE and claim.id in users:
+                self._observe(claim, users, listed_at)
+
+    def handed_back(self, device_id: str) -> None:
+        """Its kubelet offers the device to another pod, which does not get it."""
+        claim = self._book.get(device_id)
+        if claim is not None and claim.state in IN_USE:
+            self._book.put(replace(claim, handed_back=True))
+
+    def _observe(self, claim: Claim, users: Mapping[str, User], listed_at: float) -> Claim:
+        after = observe_usage(claim, users.get(claim.id), listed_at)
+        if after != claim:
+            self._book.put(after)
+        if after.pod is not None and after.pod != claim.pod:
+            self._work.spawn(self._work.note_pod(claim.key, after.pod), f"note pod {after.pod}")
+            # without its uid an Event does not show where people look for it: then it waits for that
+            if after.pod.uid is not None and not (claim.pod and claim.pod.uid and same_pod(claim.pod, after.pod)):
+                self._tell_new_pod(after, after.pod)
+                self._reattacher.pod_known(after)
+        return after
+
+    def _tell_new_pod(self, claim: Claim, pod: PodRef) -> None:
+        """What has become of its device so far: an Allocate does not name the pod."""
+        if claim.state is State.ATTACHED:
+            self._events(attached(claim.key, claim.attachment, claim.port, pod))
+            self._tell_network(claim, pod)
+        elif claim.state is State.REATTACHING:
+            self._events(Notice(What.LOST, claim.key, "lost before its pod was known, re-attaching", pod))
+
+    def _tell_network(self, claim: Claim, pod: PodRef) -> None:
+        """What the device has that no container gets."""
+        if claim.attachment is not None and (names := claim.attachment.net):
+            log.info("network interface stays on the node", extra={"device": str(claim.key), "interfaces": list(names)})
+            self._events(network(claim.key, names, pod))
+
+    def _unused(self, claim: Claim, *, unlisted: Unlisted) -> bool:
+        return usage_ended(claim, self._clock.monotonic(), unlisted)

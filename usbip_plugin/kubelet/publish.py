@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Protocol
 
-from opentelemetry.trace import SpanKind, Tracer
+from opentelemetry.trace import SpanKind
 from opentelemetry.util.types import AttributeValue
 
-from usbip_plugin.clock import Clock
 from usbip_plugin.config.schema import Config
-from usbip_plugin.inventory.evaluate import differing
+from usbip_plugin.context import NodeContext
+from usbip_plugin.inventory.evaluate import Evaluation, differing
+from usbip_plugin.inventory.inventory import Advertiser
 from usbip_plugin.kube.node_status import NodeStatusPublisher
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer
+from usbip_plugin.locks.manager import LockManager
 from usbip_plugin.locks.record import key_of
 from usbip_plugin.locks.watch import LockChange
 from usbip_plugin.model import Advertised, Lock, Reason
@@ -37,7 +39,7 @@ _DAILY = frozenset({Reason.FREE, Reason.HELD_ELSEWHERE})
 
 
 def time_kept(config: Config) -> float:
-    """Seconds of allocateTimeout that the work on devices leaves for Advertiser.denied and the answer."""
+    """Seconds of allocateTimeout that the work on devices leaves for Telling.made_sure and the answer."""
     return min(KEPT_MAX_S, KEPT_SHARE * config.allocate_timeout)
 
 
@@ -48,33 +50,36 @@ class Publish(Protocol):
 
 
 class Telling:
-    """What was told last, and to whom. domain: of the resource names; without node_status the Node is not told."""
+    """Brings what an inventory offers before the kubelet and, with node_status, onto the Node."""
 
     def __init__(
         self,
+        context: NodeContext,
         *,
+        inventory: Advertiser,
+        locks: LockManager,
         domain: str,
         node_status: NodeStatusPublisher | None,
-        clock: Clock,
-        tracer: Tracer,
         on_advertised: Publish,
         on_withdrawn: Callable[[float], None],
     ) -> None:
-        """on_withdrawn: seconds from seeing that another node took a device until a listening kubelet was told."""
+        """domain: of the resource names.
+
+        on_withdrawn: seconds from seeing that another node took a device until a listening kubelet was told.
+        """
+        self._me = context.me
+        self._clock = context.clock
+        self._tracer = context.tracer
+        self._inventory = inventory
+        self._locks = locks
         self._domain = domain
         self._node_status = node_status
-        self._clock = clock
-        self._tracer = tracer
         self._on_advertised = on_advertised
         self._on_withdrawn = on_withdrawn
         self._servers: dict[str, DevicePluginServer] = {}
-        self._lists: Mapping[str, tuple[Advertised, ...]] = {}
         self._begun = False
-
-    @property
-    def lists(self) -> Mapping[str, tuple[Advertised, ...]]:
-        """By resource name without the domain."""
-        return self._lists
+        inventory.subscribe(self._evaluated)
+        locks.subscribe(self._lock_changed)
 
     @property
     def begun(self) -> bool:
@@ -82,10 +87,11 @@ class Telling:
         return self._begun
 
     def begin(self) -> None:
-        """From the next list on they are complete enough for the kubelet and the Node."""
+        """What a previous process left has been adopted: lists are complete enough for the kubelet and the Node."""
         self._begun = True
+        self._inventory.evaluate()
 
-    def short(self, resource: str) -> str:
+    def _short(self, resource: str) -> str:
         """A resource's name in the configuration."""
         return resource.removeprefix(f"{self._domain}/")
 
@@ -119,12 +125,11 @@ class Telling:
         if self._node_status is not None:
             self._node_status.forget(resource)
 
-    def tell(self, lists: Mapping[str, tuple[Advertised, ...]], locks: Mapping[str, Lock]) -> None:
-        """What is offered from now on. locks: whose traces the lines of the log belong to."""
-        before, self._lists = self._lists, lists
+    def _evaluated(self, evaluation: Evaluation) -> None:
+        before, lists = evaluation.before, evaluation.lists
         for name, devices in lists.items():
             if devices is not before.get(name) and devices != before.get(name):
-                log_changes(name, differing(before.get(name, ()), devices), locks)
+                log_changes(name, differing(before.get(name, ()), devices), self._locks.locks)
                 self._on_advertised(name, devices)
         for name in before.keys() - lists.keys():
             self._on_advertised(name, ())
@@ -132,7 +137,12 @@ class Telling:
             self._publish(server)
 
     async def made_sure(self, resource: str, limit: float) -> None:
-        """Returns when kubelet and Node know what is offered of the resource now, or after limit seconds."""
+        """Returns when kubelet and Node know what is offered of the resource now, or after limit seconds.
+
+        For a failed Allocate, before it answers. Otherwise the scheduler sends the replacement straight back here
+        (measured: up to 51 failed pods).
+        """
+        self._inventory.evaluate()
         server = self._servers.get(resource)
         if server is None:
             return
@@ -142,11 +152,13 @@ class Telling:
                 if self._node_status is not None and server.announced:
                     await self._node_status.publish_now({resource: server.healthy}, limit)
 
-    async def withdraw(self, change: LockChange, seen_at: float, offering: Callable[[], Collection[str]]) -> None:
-        """Another node took a device: this joins its trace, up to the moment the kubelet has been told.
+    def _lock_changed(self, change: LockChange) -> None:
+        taken = change.holder != change.former and change.holder not in ("", self._me.node)
+        if taken and self._inventory.offering(change.device_id):
+            self._inventory.spawn(self._withdraw(change, self._clock.monotonic()))
 
-        offering: brings the lists up to date, and says which resources have the device, by their short names.
-        """
+    async def _withdraw(self, change: LockChange, seen_at: float) -> None:
+        """Another node took a device: this joins its trace, up to the moment the kubelet has been told."""
         lock = change.new
         assert lock is not None  # noqa: S101 - the caller looked
         key = key_of(lock)
@@ -155,8 +167,9 @@ class Telling:
         attributes.update({"usbip.lock.holder": lock.holder, "usbip.lock.epoch": lock.epoch})
         context = remote_parent(lock.traceparent)
         with span(self._tracer, "withdraw", attributes, context=context, kind=SpanKind.CONSUMER):
-            names = offering()
-            for server in [server for name, server in self._servers.items() if self.short(name) in names]:
+            self._inventory.evaluate_if_due()
+            names = self._inventory.offering(change.device_id)
+            for server in [server for name, server in self._servers.items() if self._short(name) in names]:
                 await self._sent(server)
                 if server.open_streams:
                     self._on_withdrawn(self._clock.monotonic() - seen_at)
@@ -174,7 +187,7 @@ class Telling:
     def _publish(self, server: DevicePluginServer) -> None:
         if not self._begun:
             return
-        server.publish(self._lists.get(self.short(server.resource), ()))
+        server.publish(self._inventory.advertised.get(self._short(server.resource), ()))
         if self._node_status is not None and server.announced:
             self._node_status.publish({server.resource: server.healthy})
 

@@ -1,4 +1,4 @@
-"""The composition root: builds the parts of one node and runs them in one TaskGroup. No logic of its own."""
+"""The composition root: makes the parts of one node and runs them in one TaskGroup. No logic of its own."""
 
 from __future__ import annotations
 
@@ -11,17 +11,23 @@ from dataclasses import dataclass
 
 from opentelemetry.trace import Tracer
 
+from usbip_plugin.attach.adopt import Adopter
 from usbip_plugin.attach.attacher import Attacher
 from usbip_plugin.attach.cdi import CdiSpecs, SpecFiles
 from usbip_plugin.attach.events import Notice, evicted
-from usbip_plugin.attach.locate import may_be, places
-from usbip_plugin.attach.pipeline import Means
-from usbip_plugin.attach.reattach import Reattach, Wishes
-from usbip_plugin.claims import Claim, State
+from usbip_plugin.attach.locate import Seeker
+from usbip_plugin.attach.monitor import Keeper
+from usbip_plugin.attach.pipeline import Pipeline
+from usbip_plugin.attach.reattach import Reattach, Reattacher
+from usbip_plugin.attach.release import Releaser
+from usbip_plugin.attach.tasks import DeviceWork
+from usbip_plugin.claims import ClaimBook
 from usbip_plugin.clock import Clock
-from usbip_plugin.config.schema import Config, ResourceConfig
+from usbip_plugin.config.schema import Config
+from usbip_plugin.context import NodeContext
 from usbip_plugin.errors import PluginError
 from usbip_plugin.inventory.inventory import Advertiser
+from usbip_plugin.inventory.probe import Prober
 from usbip_plugin.kube.client import KubeClient
 from usbip_plugin.kube.eviction import Evictor
 from usbip_plugin.kube.fleet import FleetCount
@@ -30,13 +36,13 @@ from usbip_plugin.kube.pods import OwnPods, PodPhase, PodView
 from usbip_plugin.kubelet.allocate import Allocator
 from usbip_plugin.kubelet.plugins import Plugin, Registrar, ResourceSet
 from usbip_plugin.kubelet.pod_resources import PodResources, UsageWatcher
-from usbip_plugin.kubelet.publish import LOOKING_SHARE, Telling, time_kept
+from usbip_plugin.kubelet.publish import Telling
 from usbip_plugin.locks.manager import Acquired, LockManager, LockSettings
 from usbip_plugin.locks.protocol import Rules
 from usbip_plugin.locks.record import LeaseStore
-from usbip_plugin.model import Advertised, Descriptor, DeviceKey, NodeIdentity, PodRef
+from usbip_plugin.model import Advertised, NodeIdentity, PodRef
 from usbip_plugin.usbip.client import UsbipClient
-from usbip_plugin.usbip.poller import ServerPoller, ServerView
+from usbip_plugin.usbip.poller import ServerPoller
 from usbip_plugin.vhci.driver import VhciDriver
 
 log = logging.getLogger(__name__)
@@ -62,8 +68,8 @@ class Observer:
 
 
 @dataclass(frozen=True, slots=True)
-class Outside:
-    """Everything of the outside world that a node's agent works with; real in production, doubles in sim/.
+class AgentDependencies:
+    """Everything of the outside world that a node's agent works with; real in production, doubles in usbip_sim.
 
     pods: what is known of the node's pods if it is not to be asked of kube; evict: the same for evictions, node_object
     for the status of the node. count_nodes: how many nodes run the plugin, KubeError if that is not known; None for
@@ -88,11 +94,11 @@ class Outside:
 
 
 class Agent:
-    """One node. domain: of the resource names, such as usbip.dev."""
+    """One node: its parts, in the order in which they are made of one another. domain: of the resource names."""
 
     def __init__(
         self,
-        outside: Outside,
+        outside: AgentDependencies,
         config: Config,
         *,
         domain: str,
@@ -101,13 +107,13 @@ class Agent:
         observer: Observer | None = None,
     ) -> None:
         out, observer = outside, observer or Observer()
-        self._on_notice = observer.on_notice
+        context = NodeContext(out.me, out.clock, out.rng, out.tracer)
         self._clock = out.clock
-        self._domain = domain
-        self._evict_by = out.evict
+        self._on_notice = observer.on_notice
+        self.claims = ClaimBook()
         self.driver = out.driver
         self.fleet = FleetCount(out.count_nodes, out.clock, out.rng) if out.count_nodes is not None else None
-        self.poller = ServerPoller(out.client, out.clock, out.rng, self._server_changed, fleet=self.fleet)
+        self.poller = ServerPoller(out.client, out.clock, out.rng, fleet=self.fleet)
         self.locks = LockManager(
             out.leases,
             out.me,
@@ -119,83 +125,137 @@ class Agent:
             self.poller.lists,
             observer.on_acquire,
         )
-        self.specs = CdiSpecs(out.specs, domain, self._resource_of)
-        self.attacher = Attacher(
-            Means(out.me, out.client, out.driver, self.locks, self.specs, out.clock, out.rng, out.tracer),
-            on_change=self._claim_changed,
+        self.inventory = Advertiser(
+            context, config, claims=self.claims, locks=self.locks, poller=self.poller, driver=out.driver
+        )
+        # devices in use
+        self.specs = CdiSpecs(out.specs, domain, self.inventory)
+        self._work = DeviceWork(context, self.claims, self.locks)
+        pipeline = Pipeline(
+            context,
+            client=out.client,
+            driver=out.driver,
+            locks=self.locks,
+            specs=self.specs,
+            work=self._work,
+            events=observer.on_notice,
             on_step=observer.on_step,
-            wishes=Wishes(
-                on_notice=observer.on_notice,
-                on_reattach=observer.on_reattach,
-                resource_of=self._wanted_by,
-                evict=self._evict,
-                may_be=self._may_be,
-            ),
+        )
+        releaser = Releaser(
+            context,
+            locks=self.locks,
+            specs=self.specs,
+            work=self._work,
+            pipeline=pipeline,
+            on_step=observer.on_step,
+        )
+        seeker = Seeker(
+            context,
+            locks=self.locks,
+            poller=self.poller,
+            resources=self.inventory,
+            work=self._work,
+            pipeline=pipeline,
         )
         self.evictor = (
             Evictor(out.kube, out.clock, out.rng, self._uses_device, self._evicted)
             if out.kube is not None and out.evict is None
             else None
         )
+        evict = out.evict or (self.evictor.evict if self.evictor is not None else lambda _pod: None)
+        reattacher = Reattacher(
+            context,
+            locks=self.locks,
+            poller=self.poller,
+            resources=self.inventory,
+            work=self._work,
+            pipeline=pipeline,
+            releaser=releaser,
+            seeker=seeker,
+            events=observer.on_notice,
+            evict=evict,
+            on_reattach=observer.on_reattach,
+        )
+        self._keeper = Keeper(
+            context,
+            driver=out.driver,
+            locks=self.locks,
+            specs=self.specs,
+            resources=self.inventory,
+            work=self._work,
+            pipeline=pipeline,
+            releaser=releaser,
+            reattacher=reattacher,
+            events=observer.on_notice,
+            evict=evict,
+        )
+        adopter = Adopter(
+            context,
+            driver=out.driver,
+            locks=self.locks,
+            specs=self.specs,
+            work=self._work,
+            releaser=releaser,
+            keeper=self._keeper,
+        )
+        attacher = Attacher(
+            context, locks=self.locks, specs=self.specs, work=self._work, pipeline=pipeline, releaser=releaser
+        )
+        # the kubelet
         node_object = out.node_object or out.kube
         self.node_status = (
             NodeStatusPublisher(node_object, out.me.node, out.clock, out.rng, nodes=self._nodes)
             if node_object is not None and config.publish_node_status
             else None
         )
-        self.telling = Telling(
+        self.publisher = Telling(
+            context,
+            inventory=self.inventory,
+            locks=self.locks,
             domain=domain,
             node_status=self.node_status,
-            clock=out.clock,
-            tracer=out.tracer,
             on_advertised=observer.on_advertised,
             on_withdrawn=observer.on_withdrawn,
         )
-        self.advertiser = Advertiser(
-            me=out.me,
-            config=config,
-            domain=domain,
-            attacher=self.attacher,
-            locks=self.locks,
-            poller=self.poller,
-            driver=out.driver,
-            telling=self.telling,
-            clock=out.clock,
-        )
-        self.allocator = Allocator(
-            node=out.me.node,
-            domain=domain,
-            clock=out.clock,
-            attacher=self.attacher,
-            lookup=self.advertiser.lookup,
-            health=self.advertiser.health,
-            timeout=lambda: self.advertiser.config.allocate_timeout - time_kept(self.advertiser.config),
-            after_denial=self._after_denial,
-            tracer=out.tracer,
-            on_result=observer.on_result,
-            on_pre_start_failed=observer.on_pre_start_failed,
-            on_notice=observer.on_notice,
-        )
+        Prober(context, inventory=self.inventory, poller=self.poller, probe=seeker.probe)
         self.own_pods = (
             OwnPods(out.kube, out.me.node, out.clock, out.rng, self._pod_ending)
             if out.kube is not None and out.pods is None
             else None
         )
         self.usage = UsageWatcher(
-            out.pod_resources,
-            self.attacher,
-            self.locks,
-            out.clock,
-            out.pods or self.own_pods,
-            domain,
+            context,
+            pod_resources=out.pod_resources,
+            pods=out.pods or self.own_pods,
+            locks=self.locks,
+            work=self._work,
+            releaser=releaser,
+            reattacher=reattacher,
+            adopter=adopter,
+            events=observer.on_notice,
+            domain=domain,
+        )
+        self.allocator = Allocator(
+            context,
+            domain=domain,
+            attacher=attacher,
+            keeper=self._keeper,
+            claims=self.claims,
+            inventory=self.inventory,
+            users=self.usage,
+            publisher=self.publisher,
+            events=observer.on_notice,
+            on_result=observer.on_result,
+            on_pre_start_failed=observer.on_pre_start_failed,
         )
         self.resources = ResourceSet(
+            context,
             domain=domain,
             allocator=self.allocator,
-            advertiser=self.advertiser,
-            telling=self.telling,
+            claims=self.claims,
+            inventory=self.inventory,
+            publisher=self.publisher,
             registrar=out.registrar,
-            clock=out.clock,
             on_state=observer.on_plugin,
         )
 
@@ -203,19 +263,21 @@ class Agent:
     def ready(self) -> bool:
         """Every resource is registered with the kubelet, if there is one, and the locks have been read."""
         plugins = self.resources.plugins.values()
-        started = bool(plugins) or not self.advertiser.config.resources
+        started = bool(plugins) or not self.inventory.config.resources
         return self.locks.ready.is_set() and started and all(plugin.registered for plugin in plugins)
 
     def reconfigure(self, config: Config) -> None:
         """A live reload, see docs/configuration.md. What Config.start_only names stays as it was."""
-        self.advertiser.reconfigure(config)
+        self.inventory.reconfigure(config)
         self.resources.look_again()
 
     async def run(self) -> None:
         """Until cancelled. Then sockets are closed within 2 s, and attachments and locks stay for the next process."""
         async with asyncio.TaskGroup() as tasks:
-            for part in (self.driver, self.locks, self.poller, self.attacher, self.advertiser):
+            for part in (self.driver, self.locks, self.poller):
                 tasks.create_task(part.run(), name=type(part).__name__)
+            tasks.create_task(self._work.run(self._keeper.run()), name="Attacher")
+            tasks.create_task(self.inventory.run(), name="Advertiser")
             for optional in (self.fleet, self.node_status, self.own_pods, self.evictor):
                 if optional is not None:
                     tasks.create_task(optional.run(), name=type(optional).__name__)
@@ -228,9 +290,9 @@ class Agent:
                 await self.locks.ready.wait()
         if not self.locks.ready.is_set():
             log.warning("the locks could not be read yet", extra={"cause": self.locks.api.error})
-        await self.attacher.started()
+        await self._work.started()
         await self.usage.adopt()
-        self.advertiser.ready()
+        self.publisher.begin()
         self.resources.look_again()
         tasks.create_task(self.usage.run(), name="usage")
         await self._sweep()
@@ -239,48 +301,16 @@ class Agent:
         """CDI specs of nobody's; only when the locks have said what is this node's."""
         await self.locks.ready.wait()
         await self.usage.adopt()
-        self.specs.sweep({*self.attacher.claims, *(lock.device_id for lock in self.locks.mine())})
-
-    def _resource_of(self, name: str) -> ResourceConfig | None:
-        found = self.advertiser.lookup(f"{self._domain}/{name}")
-        return None if found is None else found[0]
-
-    async def _after_denial(self, resource: str) -> None:
-        # the pod fails with this answer: until then its kubelet shows what else it has been given
-        await self.usage.glance(LOOKING_SHARE * time_kept(self.advertiser.config))
-        await self.advertiser.denied(resource)
-
-    def _server_changed(self, view: ServerView) -> None:
-        self.advertiser.server_changed(view)
-        self.attacher.server_changed(view)
+        self.specs.sweep({*self.claims.view, *(lock.device_id for lock in self.locks.mine())})
 
     def _nodes(self) -> int:
         return self.fleet.nodes if self.fleet is not None else 1
 
-    def _claim_changed(self, device_id: str) -> None:
-        lost = [claim for claim in self.attacher.claims.values() if claim.state is State.REATTACHING]
-        self.poller.hurry(places(self.advertiser.config, lost))
-        self.advertiser.look_again(device_id)
-        self.usage.claims_changed()
-        self.resources.look_again()
-
-    def _wanted_by(self, claim: Claim) -> ResourceConfig:
-        return self.advertiser.resource_of(claim)
-
-    def _may_be(self, claim: Claim, key: DeviceKey, descriptor: Descriptor) -> bool:
-        return may_be(self.advertiser.config, claim, key, descriptor)
-
-    def _evict(self, pod: PodRef) -> None:
-        if self._evict_by is not None:
-            self._evict_by(pod)
-        elif self.evictor is not None:
-            self.evictor.evict(pod)
-
     def _uses_device(self, pod: PodRef) -> bool:
-        return any(claim.pod == pod for claim in self.attacher.claims.values())
+        return any(claim.pod == pod for claim in self.claims.view.values())
 
     def _evicted(self, pod: PodRef) -> None:
-        self._on_notice(evicted(pod, [claim.key for claim in self.attacher.claims.values() if claim.pod == pod]))
+        self._on_notice(evicted(pod, [claim.key for claim in self.claims.view.values() if claim.pod == pod]))
 
     def _pod_ending(self, _pod: PodRef, _phase: PodPhase) -> None:
         self.usage.hint()

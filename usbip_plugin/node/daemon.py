@@ -26,7 +26,7 @@ from usbip_plugin.kubelet.pod_resources import GrpcPodResources
 from usbip_plugin.kubelet.registration import PluginDirectory
 from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.model import NodeIdentity
-from usbip_plugin.node.agent import Agent, Outside
+from usbip_plugin.node.agent import Agent, AgentDependencies
 from usbip_plugin.node.memory import settle, small_tls_buffers
 from usbip_plugin.node.metrics import Figures, Losses
 from usbip_plugin.node.status import config_failed, config_loaded, status_of
@@ -123,7 +123,7 @@ class _Process:
         me = NodeIdentity(options.node, boot_id())
         self._events = EventRecorder(kube, me, clock, rng)
         self.agent = Agent(
-            Outside(
+            AgentDependencies(
                 me=me,
                 client=client,
                 driver=driver,

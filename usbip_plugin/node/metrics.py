@@ -208,7 +208,7 @@ class Figures:
     def _advertised(self, resource: str, devices: tuple[Advertised, ...]) -> None:
         agent = self._agent
         full = f"{self._domain}/{resource}"
-        if not devices and agent is not None and all(r.name != resource for r in agent.advertiser.config.resources):
+        if not devices and agent is not None and all(r.name != resource for r in agent.inventory.config.resources):
             self._metrics.forget(full)
             return
         self._metrics.devices(full, devices)
@@ -229,7 +229,7 @@ class Figures:
         agent = self._agent
         if agent is None or not agent.locks.ready.is_set():
             return  # the first list: what the predecessor took
-        claim = agent.attacher.claims.get(change.device_id)
+        claim = agent.claims.view.get(change.device_id)
         in_use = claim is not None and claim.state in (State.ATTACHED, State.REATTACHING, State.LOST)
         name = transition(change, self._node, in_use=in_use)
         if name is not None:
@@ -237,9 +237,9 @@ class Figures:
 
     def _read(self, agent: Agent, losses: Losses) -> Reading:
         views = {str(s): v for s, v in agent.poller.views.items() if v.state is not ServerState.PENDING}
-        driver = agent.advertiser.ports
+        driver = agent.inventory.ports
         loaded = driver.error is None
-        claims = Counter(claim.state for claim in agent.attacher.claims.values())
+        claims = Counter(claim.state for claim in agent.claims.view.values())
         held = len(agent.locks.mine())
         beat = agent.locks.heartbeat_at
         return Reading(

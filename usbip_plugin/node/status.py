@@ -52,7 +52,7 @@ def device_rows(agent: Agent, domain: str) -> tuple[DeviceRow, ...]:
     """Every device this node offers, by resource; one of several resources has a row for each."""
     return tuple(
         _device(agent, f"{domain}/{resource}", device)
-        for resource, devices in sorted(agent.advertiser.advertised.items())
+        for resource, devices in sorted(agent.inventory.advertised.items())
         for device in sorted(devices, key=lambda one: one.key)
     )
 
@@ -60,8 +60,8 @@ def device_rows(agent: Agent, domain: str) -> tuple[DeviceRow, ...]:
 def _device(agent: Agent, resource: str, device: Advertised) -> DeviceRow:
     lock = agent.locks.locks.get(device.id)
     held = lock if lock is not None and lock.holder else None
-    claim = agent.attacher.claims.get(device.id)
-    offered = agent.advertiser.lookup(resource)
+    claim = agent.claims.view.get(device.id)
+    offered = agent.inventory.lookup(resource)
     seen = offered[1].get(device.id) if offered is not None else None
     return DeviceRow(
         resource=resource,

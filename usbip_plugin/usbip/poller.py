@@ -102,7 +102,7 @@ class Alone:
 
 
 class ServerPoller:
-    """on_change is called, synchronously, with each view that differs from the one before; it may call back in here.
+    """Asks servers, again and again, what they list. All methods belong to one event loop; `run` must be running.
 
     No server is polled more often than once in share(fleet.nodes) seconds, for whatever reason, but those that hurry()
     names. That bounds the polls of a server by MAX_RATE and the number of its devices that pods have lost.
@@ -113,13 +113,13 @@ class ServerPoller:
         client: UsbipClient,
         clock: Clock,
         rng: random.Random,
-        on_change: Callable[[ServerView], None],
         *,
         fleet: Fleet | None = None,
         interval: float = POLL_INTERVAL,
         timeout: float = POLL_TIMEOUT,
     ) -> None:
-        self._client, self._clock, self._rng, self._on_change = client, clock, rng, on_change
+        self._client, self._clock, self._rng = client, clock, rng
+        self._subscribers: list[Callable[[ServerView], None]] = []
         self._fleet = fleet or Alone()
         self._interval, self._timeout = interval, timeout
         self._views: dict[ServerKey, ServerView] = {}
@@ -139,6 +139,14 @@ class ServerPoller:
     def answered(self) -> Mapping[ServerKey, float]:
         """When each server last answered a poll (monotonic); those that have not are not in it."""
         return MappingProxyType(self._answered)
+
+    def subscribe(self, callback: Callable[[ServerView], None]) -> Callable[[], None]:
+        """Calls callback, synchronously, with each view that differs from the one before; it may call back in here.
+
+        Returns the way to unsubscribe.
+        """
+        self._subscribers.append(callback)
+        return lambda: self._subscribers.remove(callback)
 
     def set_servers(self, servers: frozenset[ServerKey]) -> None:
         """Poll exactly these from now on; may be called at any time. Views of those that stay are kept."""
@@ -264,7 +272,8 @@ class ServerPoller:
                 log.info("server answers", extra={"server": str(server), "devices": len(new.devices)})
             else:
                 log.warning("server does not answer", extra={"server": str(server), "cause": new.error})
-        self._on_change(new)
+        for callback in tuple(self._subscribers):
+            callback(new)
 
     async def _poked(self, poke: asyncio.Event, wait: float) -> bool:
         try:

@@ -14,7 +14,7 @@ from usbip_plugin.kube.node_status import KUBELET_SYNC_S
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer
 from usbip_plugin.kubelet.plugins import Plugin
 from usbip_plugin.model import Descriptor, DeviceKey, NodeIdentity, PodRef
-from usbip_plugin.node.agent import Agent, Outside
+from usbip_plugin.node.agent import Agent, AgentDependencies
 from usbip_plugin.usbip.client import TcpUsbipClient
 from usbip_sim.kernel.driver import SimulatedVhci
 from usbip_sim.kernel.ports import SimulatedKernel
@@ -109,7 +109,7 @@ class ClusterNode:
             leases.stall()
         self.status_api = NodeConnection(self.object, self.clock, self._fate)
         process.at_death(self.status_api.gone)
-        outside = Outside(
+        outside = AgentDependencies(
             me=NodeIdentity(self.name, f"{self.name}-boot-{self.boot}"),
             client=TcpUsbipClient(self.clock, connector),
             driver=cluster.spec.driver(_ProcessVhci(self.kernel, self.name, process, self.net)),
@@ -290,7 +290,7 @@ class ClusterNode:
         """Devices with a claim in one of these states."""
         if self.agent is None:
             return frozenset()
-        return frozenset(claim.key for claim in self.agent.attacher.claims.values() if claim.state in states)
+        return frozenset(claim.key for claim in self.agent.claims.view.values() if claim.state in states)
 
     # pods
 
