@@ -180,9 +180,10 @@ class NodeIdentity:
 class Lock:
     """A lock Lease as read. Times are wall clock, for people only; no decision uses them.
 
-    holder is "" when released; epoch is leaseTransitions; duration is leaseDurationSeconds, an hour at most. serial,
-    interfaces and read_from are those of an Identity, see identity. in_place_of: the ID of the device that is attached
-    from here, because it is plugged in here now. by_hand: its last write was a release by a person.
+    holder is "" when released; epoch is leaseTransitions; duration is leaseDurationSeconds, an hour at most. server and
+    busid are what it says, for people; key is the device that this makes, None if the Lease is not named after that.
+    serial, interfaces and read_from are those of an Identity, see identity. in_place_of: the ID of the device
+    that is attached from here, because it is plugged in here now. by_hand: its last write was a release by a person.
     """
 
     device_id: str
@@ -194,7 +195,8 @@ class Lock:
     renewed_at: datetime | None = None
     server: str | None = None
     busid: str | None = None
-    usb_id: str | None = None
+    key: DeviceKey | None = None
+    usb_id: UsbId | None = None
     serial: str | None = None
     boot_id: str | None = None
     port: int | None = None

@@ -25,7 +25,7 @@ from usbip_plugin.locks import protocol, record
 from usbip_plugin.locks.kubernetes import KubernetesLeases, decode, encode
 from usbip_plugin.locks.manager import _held
 from usbip_plugin.locks.protocol import Create, LockMeta, Replace, Write
-from usbip_plugin.locks.record import Lease, LeaseList, key_of
+from usbip_plugin.locks.record import Lease, LeaseList
 from usbip_plugin.locks.watch import LockView
 from usbip_plugin.model import DeviceKey, Identity, NodeIdentity, PodRef, ServerKey
 from usbip_plugin.observe.logs import JsonFormatter, TextFormatter
@@ -62,7 +62,7 @@ def lease_object(value: Any) -> None:
 def judged(lease: Lease) -> None:
     """What the lock rules make of a record, whoever wrote it."""
     lock = record.lock_of(lease)
-    for text in (lock.holder, lock.server, lock.busid, lock.usb_id, lock.serial, lock.boot_id, lock.traceparent):
+    for text in (lock.holder, lock.server, lock.busid, str(lock.usb_id), lock.serial, lock.boot_id, lock.traceparent):
         fit_to_show(text, 256)
     fit_to_show(str(lock.pod), 600)
     assert lock.interfaces is None or len(lock.interfaces) <= record.MAX_INTERFACES
@@ -72,7 +72,7 @@ def judged(lease: Lease) -> None:
     assert 0 <= lock.duration <= record.MAX_DURATION_S
     assert (lock.holder == ME.node) == (lease.holder == ME.node)
     assert (lock.holder == "") == (lease.holder == "")
-    key = key_of(lock)
+    key = lock.key
     assert key is None or (key.id == lock.device_id and 0 < key.server.port < 1 << 16)
     context_from(lock.traceparent)
     decide_adoption(lock, ME, attached=True, used=None)

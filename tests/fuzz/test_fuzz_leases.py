@@ -30,7 +30,7 @@ from usbip_plugin.kube.events import event_body
 from usbip_plugin.locks import kubernetes, record
 from usbip_plugin.locks.kubernetes import KubernetesLeases, decode, encode
 from usbip_plugin.locks.manager import LockManager, LockSettings, Standing
-from usbip_plugin.locks.record import Lease, key_of
+from usbip_plugin.locks.record import Lease
 from usbip_plugin.locks.watch import newer
 from usbip_plugin.model import DeviceKey, Lock, NodeIdentity, ServerKey, UsbId
 from usbip_plugin.observe.logs import JsonFormatter, TextFormatter
@@ -189,18 +189,18 @@ def test_versions_of_any_length_compare() -> None:
 def lock(server: str, busid: str = "1-2") -> Lock:
     host, _, port = server.rpartition(":")
     device = DeviceKey(ServerKey(host, int(port)), busid)
-    return Lock(device.id, "node-a", 1, 40.0, "1", server=server, busid=busid)
+    return record.lock_of(Lease(name=device.id, annotations={record.SERVER: server, record.BUSID: busid}))
 
 
 @pytest.mark.parametrize("port", ["0", "65536", "70000", "9" * 20, "9" * 200])
 def test_a_lock_on_a_port_that_does_not_exist_is_about_no_device(port: str) -> None:
-    assert key_of(lock(f"10.0.0.1:{port}")) is None
-    assert key_of(lock("10.0.0.1:65535")) is not None
+    assert lock(f"10.0.0.1:{port}").key is None
+    assert lock("10.0.0.1:65535").key is not None
 
 
 @pytest.mark.parametrize("busid", ["..", "1 2", "1/2", "x" * 40])
 def test_a_lock_on_a_bus_id_that_does_not_exist_is_about_no_device(busid: str) -> None:
-    assert key_of(lock("10.0.0.1:3240", busid)) is None
+    assert lock("10.0.0.1:3240", busid).key is None
 
 
 # a manager

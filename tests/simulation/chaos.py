@@ -17,7 +17,7 @@ from usbip_plugin.config.schema import Config
 from usbip_plugin.errors import KubeConflict, KubeForbidden, KubeGone, KubeServerError, KubeThrottled
 from usbip_plugin.kube.node_status import NODES_STATUS
 from usbip_plugin.locks.protocol import LockMeta, Replace, Write, decide_acquire, decide_release
-from usbip_plugin.locks.record import BY_HAND, key_of, lock_of
+from usbip_plugin.locks.record import BY_HAND, lock_of
 from usbip_plugin.model import DeviceKey, NodeIdentity, PodRef
 from usbip_plugin.vhci.sysfs import PortStatus
 from usbip_sim.kubelet.device_manager import ContainerSpec, EndpointError
@@ -568,7 +568,7 @@ class Chaos:
     def _held(self, action: Action, node: ClusterNode) -> DeviceKey | None:
         """A device whose lock names the node."""
         locks = [lock_of(lease) for lease in self.cluster.backend.leases.values() if lease.holder == node.name]
-        held = [key for lock in locks if (key := key_of(lock)) is not None]
+        held = [key for lock in locks if (key := lock.key) is not None]
         return held[action.pick % len(held)] if held else None
 
     def _release(self, key: DeviceKey, holder: str, mark: str) -> None:

@@ -13,7 +13,6 @@ from usbip_plugin.errors import LockHeld, PluginError
 from usbip_plugin.kube.fleet import UNCOUNTED
 from usbip_plugin.kube.node_status import KUBELET_SYNC_S, spread
 from usbip_plugin.locks.protocol import Standing
-from usbip_plugin.locks.record import key_of
 from usbip_sim.virtual.cluster_kubelet import Call
 from usbip_sim.virtual.cluster_node import ClusterNode
 from usbip_sim.virtual.steploop import Process
@@ -52,7 +51,7 @@ class NodeStatuses:
         if not (_can_write(node) and _listens(node, resource)) or call.process.halted_time() != call.halted:
             return None  # stopped for longer than it would have waited for anybody
         if isinstance(error, LockHeld):
-            ids = [lock.device_id for lock in agent.locks.locks.values() if str(key_of(lock)) == error.device]
+            ids = [lock.device_id for lock in agent.locks.locks.values() if str(lock.key) == error.device]
             # one that has expired may be offered until the server is asked for its list the next time
             held = [i for i in ids if agent.locks.standing(i) is Standing.HELD]
             if any(node.kubelet.health(resource).get(i) for i in held):

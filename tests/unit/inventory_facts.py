@@ -42,7 +42,7 @@ def view(*devices: Descriptor, state: ServerState = ServerState.REACHABLE, error
 
 
 def lock(holder: str, **more: object) -> Lock:
-    return Lock(KEY.id, holder, 3, 40.0, "9", server=str(LAB), busid="1-1", usb_id=str(STICK), **more)  # type: ignore[arg-type]
+    return Lock(KEY.id, holder, 3, 40.0, "9", key=KEY, usb_id=STICK, **more)  # type: ignore[arg-type]
 
 
 def facts(**more: object) -> Facts:

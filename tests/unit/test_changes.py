@@ -37,9 +37,9 @@ def descriptor(key: DeviceKey, rng: random.Random) -> Descriptor:
 
 
 def lock(key: DeviceKey, rng: random.Random, version: int) -> Lock:
-    told = str(rng.choice(IDS)) if rng.random() < 0.9 else None
-    server = str(key.server) if rng.random() < 0.95 else None
-    return Lock(key.id, rng.choice(list(HOLDERS)), 1, 40.0, str(version), server=server, busid=key.busid, usb_id=told)
+    usb_id = rng.choice(IDS) if rng.random() < 0.9 else None
+    named = key if rng.random() < 0.95 else None
+    return Lock(key.id, rng.choice(list(HOLDERS)), 1, 40.0, str(version), key=named, usb_id=usb_id)
 
 
 def world(rng: random.Random) -> Facts:
@@ -92,7 +92,7 @@ def test_a_list_that_stays_is_the_very_same() -> None:
     rng = random.Random(1)
     facts = world(rng)
     facts = replace(facts, claims={}, servers={server: ServerView(server) for server in SERVERS})
-    mine = Lock(KEYS[8].id, "", 1, 40.0, "2", server=str(KEYS[8].server), busid=KEYS[8].busid, usb_id=str(IDS[0]))
+    mine = Lock(KEYS[8].id, "", 1, 40.0, "2", key=KEYS[8], usb_id=IDS[0])
     facts = with_locks(facts, {mine.device_id: mine})
     members = learn({}, facts)
     lists = advertise(members, facts)
@@ -109,12 +109,12 @@ def test_a_list_that_stays_is_the_very_same() -> None:
 def test_everything_is_worked_out_where_others_may_be_concerned() -> None:
     facts = world(random.Random(2))
     key = KEYS[0]
-    good = Lock(key.id, "", 1, 40.0, "2", server=str(key.server), busid=key.busid, usb_id=str(IDS[0]))
+    good = Lock(key.id, "", 1, 40.0, "2", key=key, usb_id=IDS[0])
     facts = with_locks(facts, {key.id: good})
     members: Members = {}
     assert evaluate.only(facts, members, {key.id}) is not None
     assert evaluate.only(with_locks(facts, {}), members, {key.id}) is None, "a lock that is gone"
     assert evaluate.only(with_locks(facts, {key.id: replace(good, usb_id=None)}), members, {key.id}) is None
-    assert evaluate.only(with_locks(facts, {key.id: replace(good, busid=None)}), members, {key.id}) is None
+    assert evaluate.only(with_locks(facts, {key.id: replace(good, key=None)}), members, {key.id}) is None
     assert evaluate.only(replace(facts, config=BY_SERIAL), members, {key.id}) is None
     assert evaluate.only(facts, {"former": {}}, {key.id}) is None, "a resource that is not configured any more"

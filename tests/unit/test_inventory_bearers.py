@@ -22,10 +22,7 @@ def two(
 
     of_holders: how a lock stands that has a holder.
     """
-    locks = {
-        key.id: Lock(key.id, "", 1, 40.0, "9", server=str(LAB), busid=key.busid, usb_id=str(STICK), read_from=DEVID)
-        for key in (KEY, PLACE)
-    }
+    locks = {key.id: Lock(key.id, "", 1, 40.0, "9", key=key, usb_id=STICK, read_from=DEVID) for key in (KEY, PLACE)}
     locks[KEY.id] = replace(locks[KEY.id], serial="RED", **first)  # type: ignore[arg-type]
     locks[PLACE.id] = replace(locks[PLACE.id], serial="RED", **second)  # type: ignore[arg-type]
     standings = {i: of_holders if one.holder else Standing.FREE for i, one in locks.items()}

@@ -59,7 +59,7 @@ def test_a_server_with_ever_new_devices_is_remembered_within_bounds() -> None:
 def test_what_is_locked_or_claimed_is_remembered_however_many_come_after_it() -> None:
     used = facts(**claim(State.ATTACHED))
     locked = DeviceKey(LAB, "9-9")
-    locks = {locked.id: Lock(locked.id, "node-b", 1, 40.0, "1", server=str(LAB), busid="9-9", usb_id=str(STICK))}
+    locks = {locked.id: Lock(locked.id, "node-b", 1, 40.0, "1", key=locked, usb_id=STICK)}
     members = learn(KNOWN, used)
     for poll in range(10):
         members = learn(members, replace(used, servers={LAB: others(poll)}, locks={**used.locks, **locks}))

@@ -163,7 +163,13 @@ def test_r4_nobody_is_waited_for_longer_than_an_hour() -> None:
 def test_r5_release_clears_the_holder_and_keeps_what_is_true_of_the_device() -> None:
     after = record.lock_of(released(ME))
     assert (after.holder, after.pod, after.port, after.boot_id) == ("", None, None, None)
-    assert (after.server, after.busid, after.usb_id, after.epoch) == (str(KEY.server), "1-1", "0951:1666", 1)
+    assert (after.key, after.server, after.busid, str(after.usb_id), after.epoch) == (
+        KEY,
+        str(KEY.server),
+        "1-1",
+        "0951:1666",
+        1,
+    )
 
 
 def test_r5_only_ones_own_lock_is_released() -> None:

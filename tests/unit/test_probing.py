@@ -40,7 +40,7 @@ def facts(selector: Selector, *devices: Descriptor, server: ServerKey = LAB, **m
 
 
 def known(**more: object) -> dict[str, Lock]:
-    lock = Lock(KEY.id, "", 1, 40.0, "9", server=str(LAB), busid="1-1", usb_id=str(STICK), read_from=DEVID)
+    lock = Lock(KEY.id, "", 1, 40.0, "9", key=KEY, usb_id=STICK, read_from=DEVID)
     return {KEY.id: replace(lock, **more)}  # type: ignore[arg-type]
 
 
@@ -92,7 +92,7 @@ def others(count: int = 256) -> list[Descriptor]:
 
 def test_a_server_with_ever_new_devices_does_not_fill_the_cluster_with_locks() -> None:
     full = [DeviceKey(LAB, f"9-{n}") for n in range(MAX_LOCKS)]
-    locks = {key.id: Lock(key.id, "", 1, 40.0, "1", server=str(LAB), busid=key.busid) for key in full}
+    locks = {key.id: Lock(key.id, "", 1, 40.0, "1", key=key) for key in full}
     one_left = dict(list(locks.items())[1:])
     assert len(keys(facts(RED, *others(), locks=one_left))) == 256
     assert keys(facts(RED, *others(), locks=locks)) == []

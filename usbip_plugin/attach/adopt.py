@@ -16,7 +16,6 @@ from usbip_plugin.claims import Claim, Event, State, User
 from usbip_plugin.context import NodeContext
 from usbip_plugin.errors import CdiError, VhciError
 from usbip_plugin.locks.manager import LockManager
-from usbip_plugin.locks.record import key_of, parse_usb_id
 from usbip_plugin.model import DeviceKey, Lock, NodeIdentity, UsbId
 from usbip_plugin.observe.spans import device_attributes, pod_attributes, span
 from usbip_plugin.observe.tracing import remote_parent
@@ -93,7 +92,7 @@ class Adopter:
             left = {port.record.id for port in ports if port.record is not None and port.by_plugin}
             found += [locks[i] for i in sorted(used.keys() | left) if i in locks and locks[i].holder != self._me.node]
         for lock in found:
-            key = key_of(lock)
+            key = lock.key
             if key is None or self._work.mutex(lock.device_id).locked():
                 continue  # at work on it already
             async with self._work.mutex(lock.device_id):
@@ -109,7 +108,7 @@ class Adopter:
     async def _forget_what_ended(self, ports: Sequence[PortState]) -> None:
         """Port records of attachments that ended when nobody here knew of them, their locks being others' by now."""
         for lock in tuple(self._locks.locks.values()):
-            key = key_of(lock)
+            key = lock.key
             if key is None or lock.holder == self._me.node or self._work.book.concerns(lock.device_id):
                 continue
             if own_port(key, ports, None) is None and not self._work.mutex(lock.device_id).locked():
@@ -119,20 +118,20 @@ class Adopter:
         """Whether a lock in place of this device will not be taken over together with that one's own."""
         own = self._locks.locks.get(in_place_of)
         adopted = self._work.book.get(in_place_of) is not None
-        return adopted or own is None or own.holder != self._me.node or key_of(own) is None
+        return adopted or own is None or own.holder != self._me.node or own.key is None
 
     async def _adopt_one(
         self, key: DeviceKey, lock: Lock, ports: Sequence[PortState], users: Mapping[str, User], *, complete: bool
     ) -> None:
         mine = lock.holder == self._me.node
         others = self._locks.mine() if mine else ()
-        there = next((other for other in others if other.in_place_of == key.id and key_of(other)), None)
-        moved_to, at = (key_of(there), there) if there is not None else (None, lock)
+        there = next((other for other in others if other.in_place_of == key.id and other.key), None)
+        moved_to, at = (there.key, there) if there is not None else (None, lock)
         place = moved_to or key
         alive = not mine or lock.boot_id == at.boot_id == self._me.boot_id
         port = own_port(place, ports, at.port if mine else None) if alive else None
         attachment = await self._driver.inspect(place, port.number) if port is not None else None
-        usb_id = parse_usb_id(lock.usb_id) or (attachment.usb_id if attachment is not None else UsbId(0, 0))
+        usb_id = lock.usb_id or (attachment.usb_id if attachment is not None else UsbId(0, 0))
         if attachment is not None and attachment.usb_id != usb_id:
             attachment, port = None, None  # a stale record: what stands there is somebody else's
         user = users.get(key.id)

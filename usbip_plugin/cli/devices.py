@@ -97,7 +97,7 @@ def row(known: Known, now: datetime) -> Row:
         "id": lock.device_id,
         "server": lock.server,
         "busid": lock.busid,
-        "usb_id": lock.usb_id,
+        "usb_id": str(lock.usb_id) if lock.usb_id is not None else None,
         "serial": lock.serial or None,
         "state": "free" if not lock.holder else "silent" if silent(known, now) else "held",
         "holder": lock.holder or None,

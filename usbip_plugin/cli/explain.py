@@ -187,7 +187,8 @@ def _server(facts: Facts) -> Iterator[str]:
             yield f"Server {key.server} lists it as free to import, so it is attached nowhere now."
         case _:
             yield f"Server {key.server} lists it as free to import."
-    promised = facts.known.lock.usb_id if facts.known is not None else None
+    lock = facts.known.lock if facts.known is not None else None
+    promised = str(lock.usb_id) if lock is not None and lock.usb_id is not None else None
     if word.usb_id is not None and promised is not None and word.usb_id != promised:
         yield f"What the server lists under this bus id is {word.usb_id}; the lock was for {promised}."
 

@@ -20,8 +20,18 @@ from usbip_plugin.config.schema import DEFAULT_CONFIG_PATH, DEFAULT_DOMAIN, Conf
 from usbip_plugin.config.selectors import Match, matches
 from usbip_plugin.errors import AmbiguousDevice, ConfigError, KubeError, KubeNotFound, NoSuchDevice, UsbipError
 from usbip_plugin.kube.events import KubeRequests
-from usbip_plugin.locks.record import LeaseStore, key_of, parse_usb_id
-from usbip_plugin.model import DEFAULT_USBIP_PORT, UNTOLD, Descriptor, DeviceKey, Lock, PodRef, ServerKey, valid_busid
+from usbip_plugin.locks.record import LeaseStore
+from usbip_plugin.model import (
+    DEFAULT_USBIP_PORT,
+    UNTOLD,
+    Descriptor,
+    DeviceKey,
+    Lock,
+    PodRef,
+    ServerKey,
+    UsbId,
+    valid_busid,
+)
 
 MAX_SHOWN = 20
 """Of the devices an ambiguous name fits."""
@@ -151,7 +161,7 @@ class Enquiry:
 
     def _keys(self) -> dict[str, DeviceKey]:
         """Devices that are locked, were, or are listed now and selected by the configuration."""
-        keys = {key.id: key for known in self.known if (key := key_of(known.lock)) is not None}
+        keys = {key.id: key for known in self.known if (key := known.lock.key) is not None}
         for server, listed in self.answers.items():
             for descriptor in listed if not isinstance(listed, str) else ():
                 key = DeviceKey(server, descriptor.busid)
@@ -203,7 +213,7 @@ class Enquiry:
         found = []
         for known in self.known:
             other = known.lock
-            there = key_of(other)
+            there = other.key
             if there is None or there == key or there.server not in servers or other.serial != lock.serial:
                 continue
             listed = self._listed(there)
@@ -281,11 +291,9 @@ def named_key(name: str) -> DeviceKey | None:
     return DeviceKey(ServerKey(match["host"].strip("[]"), port), match["busid"]) if 0 < port < 65536 else None
 
 
-def descriptor_of(busid: str, usb_id: str) -> Descriptor:
+def descriptor_of(busid: str, usb_id: UsbId) -> Descriptor:
     """A device of which only the ids are known."""
-    ids = parse_usb_id(usb_id)
-    assert ids is not None  # noqa: S101 - record.lock_of checked it
-    return Descriptor(busid, "", 0, 0, 0, ids, 0, 0, 0, 0, 0, 0, 0)
+    return Descriptor(busid, "", 0, 0, 0, usb_id, 0, 0, 0, 0, 0, 0, 0)
 
 
 async def find_config(options: argparse.Namespace, kube: KubeRequests, namespace: str) -> tuple[Config | None, str]:

@@ -12,7 +12,6 @@ from operator import attrgetter, is_not
 from usbip_plugin.inventory.facts import Facts, Members, Seen
 from usbip_plugin.inventory.health import bearers, health, settled
 from usbip_plugin.inventory.members import learn
-from usbip_plugin.locks.record import key_of, parse_usb_id
 from usbip_plugin.model import Advertised, Health, Reason, ServerKey
 from usbip_plugin.usbip.poller import ServerView
 
@@ -76,8 +75,8 @@ def only(facts: Facts, members: Members, device_ids: Collection[str]) -> Facts |
     busids: dict[ServerKey, set[str]] = {}
     for device_id in device_ids:
         lock = facts.locks.get(device_id)
-        key = key_of(lock) if lock is not None else None
-        if lock is None or key is None or parse_usb_id(lock.usb_id) is None:
+        key = lock.key if lock is not None else None
+        if lock is None or key is None or lock.usb_id is None:
             return None
         busids.setdefault(key.server, set()).add(key.busid)
     claims = {i: facts.claims[i] for i in device_ids if i in facts.claims}

@@ -75,7 +75,7 @@ class Facts:
     def told(self, device_id: str, descriptor: Descriptor) -> Identity:
         """What the device that is listed so has told: nothing, if what its lock says is of another."""
         lock = self.locks.get(device_id)
-        if lock is None or device_id in self.suspect or lock.usb_id not in (None, str(descriptor.usb_id)):
+        if lock is None or device_id in self.suspect or lock.usb_id not in (None, descriptor.usb_id):
             return UNTOLD
         if lock.read_from != descriptor.devid and device_id not in self.restless:
             return UNTOLD

@@ -11,7 +11,6 @@ from collections.abc import Callable, Collection, Coroutine, Mapping
 from usbip_plugin.context import NodeContext
 from usbip_plugin.inventory.members import importable
 from usbip_plugin.locks.manager import LockManager
-from usbip_plugin.locks.record import key_of
 from usbip_plugin.locks.watch import LockChange
 from usbip_plugin.model import UNTOLD, DeviceKey, Lock, ServerKey
 from usbip_plugin.usbip.poller import SECOND_LOOK, ServerPoller, ServerState, ServerView
@@ -76,7 +75,7 @@ class Handovers:
         if change.old != change.new and change.holder not in ("", self._me):
             self._doubt(change)
         elif change.former and not change.holder and change.new is not None:
-            key = key_of(change.new)
+            key = change.new.key
             server = key.server if key is not None else None
             if server is not None:
                 self._poller.poke(server)
@@ -88,7 +87,7 @@ class Handovers:
 
         Otherwise every node would read the holder's session each time a device is taken (R4).
         """
-        key = key_of(change.new) if change.new is not None else None
+        key = change.new.key if change.new is not None else None
         if key is None:
             return
         doubts = self._doubtful.setdefault(key.server, {})

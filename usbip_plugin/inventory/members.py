@@ -15,7 +15,6 @@ from usbip_plugin.claims import Claim
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig
 from usbip_plugin.config.selectors import Match, matches
 from usbip_plugin.inventory.facts import Facts, Members, Seen
-from usbip_plugin.locks.record import key_of, parse_usb_id
 from usbip_plugin.model import UNTOLD, Descriptor, DeviceKey, Identity, ServerKey, UsbId
 from usbip_plugin.usbip.poller import ServerState, ServerView
 
@@ -94,7 +93,7 @@ def _bare(busid: str, usb_id: UsbId) -> Descriptor:
 def _candidates(facts: Facts) -> Iterable[tuple[DeviceKey, Descriptor, bool]]:
     """(key, descriptor, listed now) of every device that can be seen anywhere, listed ones last so that they win."""
     for lock in facts.locks.values():
-        key, usb_id = key_of(lock), parse_usb_id(lock.usb_id)
+        key, usb_id = lock.key, lock.usb_id
         if key is not None and usb_id is not None:
             yield key, _bare(key.busid, usb_id), False
     for claim in facts.claims.values():

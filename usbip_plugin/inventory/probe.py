@@ -20,7 +20,6 @@ from usbip_plugin.inventory.evaluate import Evaluation
 from usbip_plugin.inventory.facts import Facts
 from usbip_plugin.inventory.inventory import Advertiser
 from usbip_plugin.locks.protocol import Standing
-from usbip_plugin.locks.record import key_of
 from usbip_plugin.model import Descriptor, DeviceKey, ServerKey
 from usbip_plugin.observe.spans import untraced
 from usbip_plugin.usbip.poller import ServerPoller, ServerState
@@ -58,7 +57,7 @@ def wanting_probe(facts: Facts) -> tuple[tuple[DeviceKey, Descriptor], ...]:
     asking = {server: view for server, view in facts.servers.items() if facts.config.asking(server)}
     if not asking:
         return ()
-    locked = Counter(key.server for lock in facts.locks.values() if (key := key_of(lock)) is not None)
+    locked = Counter(key.server for lock in facts.locks.values() if (key := lock.key) is not None)
     return tuple(
         (key, descriptor)
         for server, view in asking.items()

@@ -18,7 +18,6 @@ from usbip_plugin.inventory.inventory import Advertiser
 from usbip_plugin.kube.node_status import NodeStatusPublisher
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer
 from usbip_plugin.locks.manager import LockManager
-from usbip_plugin.locks.record import key_of
 from usbip_plugin.locks.watch import LockChange
 from usbip_plugin.model import Advertised, Lock, Reason
 from usbip_plugin.observe.spans import device_attributes, failed, span
@@ -161,7 +160,7 @@ class Telling:
         """Another node took a device: this joins its trace, up to the moment the kubelet has been told."""
         lock = change.new
         assert lock is not None  # noqa: S101 - the caller looked
-        key = key_of(lock)
+        key = lock.key
         attributes = device_attributes(key) if key is not None else {}
         attributes["usbip.device.id"] = change.device_id
         attributes.update({"usbip.lock.holder": lock.holder, "usbip.lock.epoch": lock.epoch})

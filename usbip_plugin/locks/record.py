@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import functools
 import hashlib
 import re
 from collections.abc import AsyncIterator, Mapping
@@ -129,6 +128,8 @@ _MAX_EPOCH = 2**31 - 1
 MAX_INTERFACES = 32
 
 _DEVICE_ID = re.compile(DEVICE_ID_PREFIX + "[a-z2-7]{20}")
+MAX_TCP_PORT = 65535
+_TCP_PORT = re.compile("[0-9]{1,5}")
 _USB_ID = re.compile("[0-9a-f]{4}:[0-9a-f]{4}")
 _INTERFACES = re.compile(f"([0-9a-f]{{6}}(,[0-9a-f]{{6}}){{0,{MAX_INTERFACES - 1}}})?")
 _READ_FROM = re.compile("([0-9]{1,5}):([0-9]{1,5})")
@@ -154,6 +155,7 @@ def session_name(node: str) -> str:
 def lock_of(lease: Lease) -> Lock:
     """What a lock Lease says, as far as it can be believed."""
     notes = lease.annotations
+    server, busid = _text(notes.get(SERVER)), _text(notes.get(BUSID))
     return Lock(
         device_id=lease.name,
         holder=holder_text(lease.holder),
@@ -162,9 +164,10 @@ def lock_of(lease: Lease) -> Lock:
         resource_version=lease.resource_version,
         acquired_at=lease.acquire_time,
         renewed_at=lease.renew_time,
-        server=_text(notes.get(SERVER)),
-        busid=_text(notes.get(BUSID)),
-        usb_id=_match(_USB_ID, notes.get(USB_ID)),
+        server=server,
+        busid=busid,
+        key=_key_of(lease.name, server, busid),
+        usb_id=_usb_id_of(notes.get(USB_ID)),
         serial="" if notes.get(SERIAL) == "" else _text(notes.get(SERIAL)),
         boot_id=_match(_UID, notes.get(BOOT_ID)),
         port=port_of(notes.get(PORT)),
@@ -260,34 +263,18 @@ def _match(pattern: re.Pattern[str], text: str | None) -> str | None:
     return text if text is not None and pattern.fullmatch(text) else None
 
 
-MAX_TCP_PORT = 65535
-_TCP_PORT = re.compile("[0-9]{1,5}")
-
-
-def key_of(lock: Lock) -> DeviceKey | None:
-    """The device a lock is about, None if its annotations do not say so or do not hash to its own name."""
-    if not lock.server or not lock.busid:
-        return None
-    key = _place(lock.server, lock.busid)
-    return key if key is not None and key.id == lock.device_id else None
-
-
-# Asked for several times at each change of a lock, always of the same devices.
-@functools.lru_cache(maxsize=2048)
-def _place(server: str, busid: str) -> DeviceKey | None:
-    host, _, port = server.rpartition(":")
-    if not host or not _TCP_PORT.fullmatch(port) or not 0 < int(port) <= MAX_TCP_PORT or not valid_busid(busid):
+def _key_of(device_id: str, server: str | None, busid: str | None) -> DeviceKey | None:
+    """The device that a lock is about, None if its annotations do not say so or do not hash to its own name."""
+    host, _, port = (server or "").rpartition(":")
+    if not host or not _TCP_PORT.fullmatch(port) or not 0 < int(port) <= MAX_TCP_PORT:
         return None  # nobody could connect to that
-    return DeviceKey(ServerKey(host.removeprefix("[").removesuffix("]"), int(port)), busid)
+    if busid is None or not valid_busid(busid):
+        return None
+    key = DeviceKey(ServerKey(host.removeprefix("[").removesuffix("]"), int(port)), busid)
+    return key if key.id == device_id else None
 
 
-@functools.lru_cache(maxsize=256)
-def parse_usb_id(text: str | None) -> UsbId | None:
-    """ "0951:1666" as the lock's annotation has it; None for anything else."""
-    vendor, _, product = (text or "").partition(":")
-    if len(vendor) != 4 or len(product) != 4:
-        return None
-    try:
-        return UsbId(int(vendor, 16), int(product, 16))
-    except ValueError:
-        return None
+def _usb_id_of(text: str | None) -> UsbId | None:
+    """ "0951:1666" as the annotation has it; None for anything else."""
+    found = _match(_USB_ID, text)
+    return None if found is None else UsbId(int(found[:4], 16), int(found[5:], 16))
