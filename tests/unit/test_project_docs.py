@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import yaml
+from reference import KNOWN, keys
 
 from usbip_plugin.claims import TRANSITIONS
 from usbip_plugin.cli.parser import parser
 from usbip_plugin.config import schema
 from usbip_plugin.config.parse import parse_config
-from usbip_plugin.config.reference import KNOWN, keys
 from usbip_plugin.node.check import permissions_needed
 from usbip_plugin.observe.metrics import Metrics, NodeCollector, Reading
 
