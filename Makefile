@@ -41,19 +41,19 @@ test: $(VENV)/.test ## unit, contract, protocol, fuzz, model and simulation test
 	$(PYTEST) $(ARGS)
 
 model: $(VENV)/.test ## every state of the lock protocol for two and three nodes, within larger bounds than make test
-	$(BIN)/python tests/model/lock_runs.py
+	$(BIN)/python -m tests.model.lock_runs
 
 sim: $(VENV)/.test ## whole clusters under drawn faults in virtual time: SEEDS of them, or STEPS steps, with all counts
-	$(BIN)/python tests/simulation/sim.py $(if $(STEPS),--steps $(STEPS),--seeds $(SEEDS)) $(ARGS)
+	$(BIN)/python -m tests.simulation.sim $(if $(STEPS),--steps $(STEPS),--seeds $(SEEDS)) $(ARGS)
 
 sim-moments: $(VENV)/.test ## the same with one fault at each single step of an Allocate, a release, a re-attach, a takeover
-	$(BIN)/python tests/simulation/sim.py --moments $(ARGS)
+	$(BIN)/python -m tests.simulation.sim --moments $(ARGS)
 
 test-page: $(VENV)/.test ## the status page in a real browser (Chromium)
 	$(PYTEST) tests/page $(ARGS)
 
 screenshot: $(VENV)/.test ## docs/status-page.png: the status page of a node on which much has happened (Chromium)
-	$(BIN)/python tests/page/screenshot.py docs/status-page.png $(ARGS)
+	$(BIN)/python -m tests.page.screenshot docs/status-page.png $(ARGS)
 
 docs: $(VENV)/.runtime ## write docs/cli.md and the reference in docs/configuration.md from the code
 	$(BIN)/python docs/generate.py
@@ -113,34 +113,25 @@ flakes: ## which tests failed on a tree on which they also passed, by the ledger
 	@python3 .ci/flakes.py $(or $(USBIP_PLUGIN_CACHE),$(HOME)/.cache/usbip-plugin)/ci/sections.tsv
 
 bench: $(VENV)/.test ## timings and memory, to the screen and bench.json
-	$(BIN)/python tests/bench/bench.py $(ARGS)
+	$(BIN)/python -m bench.bench $(ARGS)
 
 bench-scale: $(VENV)/.test ## many agents on one kube-apiserver and etcd, counts against the model; to the screen and bench-scale.json
-	$(BIN)/python tests/bench/bench_scale.py $(ARGS)
+	$(BIN)/python -m bench.bench_scale $(ARGS)
 
 plots: $(VENV)/.test ## docs/performance/*.svg from bench-scale.json
-	$(BIN)/python tests/bench/scale_plot.py bench-scale.json docs/performance
+	$(BIN)/python -m bench.scale_plot bench-scale.json docs/performance
 
 bench-kernel: $(VENV)/.test ## Allocate on a real kernel against the kernel's own time, in the QEMU guest
-	tests/lab/guest/run.sh -r -u -t $(GUEST_SECONDS) '$(BIN)/python tests/bench/bench.py --kernel $(ARGS)'
+	tests/lab/guest/run.sh -r -u -t $(GUEST_SECONDS) '$(BIN)/python -m bench.bench --kernel $(ARGS)'
 
 fuzz: $(VENV)/.fuzz ## every decoder under atheris, SECONDS each (10); what it finds is in build/fuzz (Linux, x86_64)
-	$(BIN)/python tests/fuzz/fuzz.py --seconds $(SECONDS) $(ARGS)
+	$(BIN)/python -m tests.fuzz.fuzz --seconds $(SECONDS) $(ARGS)
 
-# mypy knows one module called conftest at a time
 lint: $(VENV)/.test ## ruff, formatting, the direction of imports, mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
-	$(BIN)/mypy --exclude '^tests/(apiserver|deploy|e2e|image|kernel|node|page)/' usbip_plugin usbip_sim tests docs
-	$(BIN)/mypy tests/apiserver tests/contract
-	$(BIN)/mypy tests/deploy
-	$(BIN)/mypy tests/e2e
-	$(BIN)/mypy tests/image
-	$(BIN)/mypy tests/kernel tests/contract
-	$(BIN)/mypy tests/page
-	$(BIN)/mypy tests/node tests/kernel/usbipd.py tests/kernel/agent_rig.py
-	$(BIN)/mypy .ci/affected.py .ci/figures.py .ci/flakes.py
+	$(BIN)/mypy usbip_plugin usbip_sim tests bench docs .ci/affected.py .ci/figures.py .ci/flakes.py
 
 format: $(VENV)/.test ## let ruff format and fix what it can
 	$(BIN)/ruff check --fix .
@@ -156,7 +147,7 @@ constraints: ## write constraints.txt anew: the newest versions that pyproject.t
 
 clean: ## remove .venv, caches and build output
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis bench.json bench-scale.json
-	find usbip_plugin usbip_sim tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find usbip_plugin usbip_sim tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Debian splits venv from Python: without python3-venv the environment is made without pip, and pip, if there is one, or
 # virtualenv fills it.

@@ -31,14 +31,14 @@ INPUTS: dict[str, tuple[str, ...]] = {
     # it plays whole agents
     "sim": ("usbip_plugin/", "usbip_sim/", "tests/simulation/"),
     "test-page": ("usbip_plugin/observe/", "tests/page/"),
-    "test-deploy": ("deploy/", "rbac/", "examples/", "tests/deploy/"),
-    "test-apiserver": (*LOCKS, *OUTSIDE, "tests/apiserver/", "tests/lab/cluster/build.sh"),
-    "test-kernel": (*DEVICES, "tests/kernel/", "tests/contract/", "tests/lab/guest/"),
+    "test-deploy": ("deploy/", "rbac/", "examples/", "tests/deploy/", "tests/rigs/"),
+    "test-apiserver": (*LOCKS, *OUTSIDE, "tests/apiserver/", "tests/rigs/", "tests/lab/cluster/build.sh"),
+    "test-kernel": (*DEVICES, "tests/kernel/", "tests/rigs/", "tests/lab/guest/"),
     "test-image": (*IMAGE, "tests/image/"),
-    "test-node": (*DEVICES, *IMAGE, "deploy/", "tests/node/", "tests/kernel/", "tests/lab/"),
+    "test-node": (*DEVICES, *IMAGE, "deploy/", "tests/node/", "tests/rigs/", "tests/kernel/", "tests/lab/"),
     "test-kubelet": (*OUTSIDE, *IMAGE, "usbip_plugin/attach/", "usbip_sim/", "tests/e2e/", "tests/lab/cluster/"),
     "e2e": (*IMAGE, "deploy/", "kind-config.yaml", "tests/e2e/", "tests/lab/kind/"),
-    "bench": ("tests/bench/",),
+    "bench": ("bench/", "tests/rigs/"),
 }
 EVERYTHING = ("pyproject.toml", "constraints.txt", "Makefile", ".ci/", "tests/conftest.py", "proto/")
 

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from api_process import ADMIN_TOKEN, ROOT, Cluster, running_for_tests
-from node_tokens import NodeTokens
-from plugin_rights import admission_works, apply_rbac
 
+from tests.apiserver.node_tokens import NodeTokens
+from tests.rigs.api_process import ADMIN_TOKEN, Cluster, running_for_tests
+from tests.rigs.plugin_rights import admission_works, apply_rbac
 from usbip_plugin.kube.client import KubeClient, connect
-
-sys.path.insert(0, str(ROOT / "tests" / "contract"))
 
 ACCOUNT_NODE = "account-node"
 """The node that the pod of `account` is on."""

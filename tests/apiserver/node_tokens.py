@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from api_process import ADMIN_TOKEN, Cluster
-
+from tests.rigs.api_process import ADMIN_TOKEN, Cluster
 from usbip_plugin.kube.client import KubeClient, connect
 
 NAMESPACE = "usbip-system"

@@ -8,11 +8,11 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Mapping
 
 import pytest
-from agents_rig import PATIENCE_S, RESOURCE, Rig, agents
-from api_process import Cluster
-from node_tokens import NodeTokens
-from tcp_proxy import Proxy, proxy_to
 
+from tests.apiserver.node_tokens import NodeTokens
+from tests.rigs.agents_rig import PATIENCE_S, RESOURCE, Rig, agents
+from tests.rigs.api_process import Cluster
+from tests.rigs.tcp_proxy import Proxy, proxy_to
 from usbip_plugin.kube.client import KubeClient
 from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.locks.manager import LockSettings

@@ -7,10 +7,10 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from agents_rig import RESOURCE, agents
-from api_process import Cluster
-from node_tokens import NodeTokens
 
+from tests.apiserver.node_tokens import NodeTokens
+from tests.rigs.agents_rig import RESOURCE, agents
+from tests.rigs.api_process import Cluster
 from usbip_plugin.kube.client import KubeClient
 from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.locks.record import LOCK_LABELS

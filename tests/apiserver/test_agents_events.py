@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import yaml
-from agents_rig import PATIENCE_S, RESOURCE, Rig, agents
-from api_process import Cluster
-from node_tokens import ACCOUNT, NAMESPACE, NodeTokens
-from plugin_rights import collection
 
+from tests.apiserver.node_tokens import ACCOUNT, NAMESPACE, NodeTokens
+from tests.rigs.agents_rig import PATIENCE_S, RESOURCE, Rig, agents
+from tests.rigs.api_process import Cluster
+from tests.rigs.plugin_rights import collection
 from usbip_plugin.attach.events import Notice, What, events_of
 from usbip_plugin.config.schema import OnLoss
 from usbip_plugin.kube.client import KubeClient

@@ -12,12 +12,12 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from agents_rig import DONGLE
-from api_process import Cluster
-from node_tokens import NAMESPACE, NodeTokens
 from opentelemetry.trace import NoOpTracer
-from plugin_in_pod import STRIPPED, InPod, cpu_ms, memory_mib, settled
 
+from tests.apiserver.node_tokens import NAMESPACE, NodeTokens
+from tests.rigs.agents_rig import DONGLE
+from tests.rigs.api_process import Cluster
+from tests.rigs.plugin_in_pod import STRIPPED, InPod, cpu_ms, memory_mib, settled
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.kube.client import KubeClient, connect
 from usbip_plugin.kubelet import deviceplugin_pb2 as pb

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
-import scale_model as model
-from api_process import Cluster, running_for_tests
-from plugin_rights import admission_works, apply_rbac
-from scale_api import WRITES, Meter, between
-from scale_rig import prepared
 
+from tests.rigs import scale_model as model
+from tests.rigs.api_process import Cluster, running_for_tests
+from tests.rigs.plugin_rights import admission_works, apply_rbac
+from tests.rigs.scale_api import WRITES, Meter, between
+from tests.rigs.scale_rig import prepared
 from usbip_plugin.locks import record
 
 pytestmark = pytest.mark.short

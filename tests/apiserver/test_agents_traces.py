@@ -6,11 +6,11 @@ import asyncio
 from collections.abc import Callable
 
 import pytest
-from agents_rig import PATIENCE_S, RESOURCE, Rig, agents
-from api_process import Cluster
-from node_tokens import NodeTokens
-from otlp_receiver import Received, Receiver, receiving
 
+from tests.apiserver.node_tokens import NodeTokens
+from tests.rigs.agents_rig import PATIENCE_S, RESOURCE, Rig, agents
+from tests.rigs.api_process import Cluster
+from tests.rigs.otlp_receiver import Received, Receiver, receiving
 from usbip_plugin.model import PodRef
 
 pytestmark = pytest.mark.short

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from api_process import ADMIN_TOKEN, Cluster
-from node_tokens import ACCOUNT, NAMESPACE, NodeTokens
-from plugin_rights import EFFECT_S, collection, shipped
 
+from tests.apiserver.node_tokens import ACCOUNT, NAMESPACE, NodeTokens
+from tests.rigs.api_process import ADMIN_TOKEN, Cluster
+from tests.rigs.plugin_rights import EFFECT_S, collection, shipped
 from usbip_plugin.errors import KubeConflict, KubeForbidden, KubeNotFound
 from usbip_plugin.kube.client import KubeClient, connect
 from usbip_plugin.kube.events import NORMAL, EventText, event_body, event_name, instance_of

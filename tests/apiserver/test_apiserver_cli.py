@@ -18,11 +18,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from agents_rig import RESOURCE, Rig, agents
-from api_process import ADMIN_TOKEN, Cluster
-from command_line import finished
-from node_tokens import NAMESPACE, NodeTokens
 
+from tests.apiserver.command_line import finished
+from tests.apiserver.node_tokens import NAMESPACE, NodeTokens
+from tests.rigs.agents_rig import RESOURCE, Rig, agents
+from tests.rigs.api_process import ADMIN_TOKEN, Cluster
 from usbip_plugin.cli.devices import known_devices
 from usbip_plugin.cli.parser import Exit
 from usbip_plugin.cli.release import release

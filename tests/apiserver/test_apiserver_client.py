@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from api_process import ADMIN_TOKEN, Cluster
-from tcp_proxy import proxy_to
 
+from tests.rigs.api_process import ADMIN_TOKEN, Cluster
+from tests.rigs.tcp_proxy import proxy_to
 from usbip_plugin.errors import ConfigError, KubeNotFound, KubeUnauthorized, KubeUnreachable
 from usbip_plugin.kube.client import KubeClient, connect
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import yaml
-from node_tokens import ACCOUNT, NAMESPACE
-from plugin_rights import collection
 
+from tests.apiserver.node_tokens import ACCOUNT, NAMESPACE
+from tests.rigs.plugin_rights import collection
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.errors import KubeConflict, KubeForbidden, KubeNotFound
 from usbip_plugin.kube import eviction

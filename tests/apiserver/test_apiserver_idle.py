@@ -13,11 +13,11 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from agents_rig import DONGLE
-from api_process import Cluster
-from node_tokens import NAMESPACE, NodeTokens
-from plugin_in_pod import STRIPPED, InPod, memory_mib, settled, switches
 
+from tests.apiserver.node_tokens import NAMESPACE, NodeTokens
+from tests.rigs.agents_rig import DONGLE
+from tests.rigs.api_process import Cluster
+from tests.rigs.plugin_in_pod import STRIPPED, InPod, memory_mib, settled, switches
 from usbip_plugin.kube.client import KubeClient
 from usbip_sim.kubelet.kubelet import FakeKubelet
 from usbip_sim.server.server import VirtualServer

@@ -3,9 +3,9 @@
 import asyncio
 
 import pytest
-from api_process import Cluster
-from lease_store_suite import Compact, LeaseStoreContract
 
+from tests.rigs.api_process import Cluster
+from tests.rigs.lease_store_suite import Compact, LeaseStoreContract
 from usbip_plugin.kube.client import KubeClient
 from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.locks.record import LeaseStore

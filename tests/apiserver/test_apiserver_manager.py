@@ -10,12 +10,12 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 import pytest
-from api_process import Cluster
-from node_tokens import NodeTokens
 from opentelemetry.trace import NoOpTracer
-from scaled_clock import ScaledClock
-from tcp_proxy import proxy_to
 
+from tests.apiserver.node_tokens import NodeTokens
+from tests.apiserver.scaled_clock import ScaledClock
+from tests.rigs.api_process import Cluster
+from tests.rigs.tcp_proxy import proxy_to
 from usbip_plugin.errors import LockHeld, LockUnavailable
 from usbip_plugin.kube.client import connect
 from usbip_plugin.locks.kubernetes import KubernetesLeases

@@ -19,12 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from api_process import ADMIN_TOKEN, Cluster, free_port
-from command_line import finished
-from node_tokens import ACCOUNT, NAMESPACE, NodeTokens
-from otlp_receiver import receiving
-from tcp_proxy import proxy_to
 
+from tests.apiserver.command_line import finished
+from tests.apiserver.node_tokens import ACCOUNT, NAMESPACE, NodeTokens
+from tests.rigs.api_process import ADMIN_TOKEN, Cluster, free_port
+from tests.rigs.otlp_receiver import receiving
+from tests.rigs.tcp_proxy import proxy_to
 from usbip_plugin.kube.client import KubeClient
 from usbip_plugin.model import DeviceKey, PodRef, ServerKey, UsbId
 from usbip_sim.kubelet.kubelet import FakeKubelet

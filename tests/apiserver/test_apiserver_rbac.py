@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from conftest import ACCOUNT_NODE
 
+from tests.apiserver.conftest import ACCOUNT_NODE
 from usbip_plugin.errors import KubeForbidden, KubeNotFound
 from usbip_plugin.kube.client import KubeClient
 

@@ -16,12 +16,12 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from agents_rig import DONGLE, RESOURCE
-from api_process import Cluster
-from node_tokens import NAMESPACE, NodeTokens
-from plugin_rights import collection, shipped
-from scaled_clock import ScaledClock
 
+from tests.apiserver.node_tokens import NAMESPACE, NodeTokens
+from tests.apiserver.scaled_clock import ScaledClock
+from tests.rigs.agents_rig import DONGLE, RESOURCE
+from tests.rigs.api_process import Cluster
+from tests.rigs.plugin_rights import collection, shipped
 from usbip_plugin.attach.events import Notice, events_of
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from scaled_clock import ScaledClock
+
+from tests.apiserver.scaled_clock import ScaledClock
 
 pytestmark = pytest.mark.short
 

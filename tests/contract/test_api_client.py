@@ -9,8 +9,8 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from fake_api import CERTIFICATE, NAMESPACE, SILENT, TOKEN, FakeApi, client_of, serving
 
+from tests.rigs.fake_api import CERTIFICATE, NAMESPACE, SILENT, TOKEN, FakeApi, client_of, serving
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.errors import (
     ConfigError,

@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
-from command_rig import LOOPBACKS, Log, Terminal, process_restored
-from fake_api import NAMESPACE
-from node_rig import Node, Places, node
 
+from tests.rigs.command_rig import LOOPBACKS, Log, Terminal, process_restored
+from tests.rigs.fake_api import NAMESPACE
+from tests.rigs.node_rig import Node, Places, node
 from usbip_plugin.model import ServerKey
 
 

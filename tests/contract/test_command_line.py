@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from command_rig import LIMIT_S, LOOPBACKS, Terminal, process_restored
-from fake_api import NAMESPACE, FakeApi, serving
 
+from tests.rigs.command_rig import LIMIT_S, LOOPBACKS, Terminal, process_restored
+from tests.rigs.fake_api import NAMESPACE, FakeApi, serving
 from usbip_plugin.cli.completion import kubectl as kubectl_complete
 from usbip_plugin.cli.completion import script
 from usbip_plugin.cli.main import KUBECTL, kubectl, main

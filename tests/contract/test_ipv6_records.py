@@ -6,10 +6,9 @@ import asyncio
 import contextlib
 from pathlib import Path
 
-from command_rig import LIMIT_S, NEEDS_IPV6
-from vhci_contract import state
-from vhci_rigs import FakeSysfsRig
-
+from tests.rigs.command_rig import LIMIT_S, NEEDS_IPV6
+from tests.rigs.vhci_contract import state
+from tests.rigs.vhci_rigs import FakeSysfsRig
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.model import DeviceKey, UsbId
 from usbip_plugin.usbip.client import TcpUsbipClient

@@ -1,7 +1,8 @@
 """Each simulated kubelet with the real device-plugin server; the one on sockets through the real registration too."""
 
 import pytest
-from kubelet_suite import KubeletContract, Make, in_process, on_sockets
+
+from tests.contract.kubelet_suite import KubeletContract, Make, in_process, on_sockets
 
 
 class TestOnSockets(KubeletContract):

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import grpc.aio
 import pytest
-from kubelet_suite import STORAGE, RecordingBackend
 
+from tests.contract.kubelet_suite import STORAGE, RecordingBackend
 from usbip_plugin.kubelet import deviceplugin_pb2 as pb
 from usbip_plugin.kubelet.allocate import preferred
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer, device_list

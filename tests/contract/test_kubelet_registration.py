@@ -11,8 +11,8 @@ from pathlib import Path
 
 import grpc.aio
 import pytest
-from kubelet_suite import PATIENCE_S, POD, STORAGE, RecordingBackend, Sockets, advertised, tasks
 
+from tests.contract.kubelet_suite import PATIENCE_S, POD, STORAGE, RecordingBackend, Sockets, advertised, tasks
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.errors import RegistrationFailed
 from usbip_plugin.kubelet import deviceplugin_pb2 as pb

@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from fake_api import NAMESPACE, FakeApi, client_of, serving
-from lease_store_suite import WHEN, Compact, LeaseStoreContract
 
+from tests.rigs.fake_api import NAMESPACE, FakeApi, client_of, serving
+from tests.rigs.lease_store_suite import WHEN, Compact, LeaseStoreContract
 from usbip_plugin.errors import KubeServerError
 from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.locks.record import LOCK_LABELS, ChangeType, Lease

@@ -1,8 +1,8 @@
 """The LeaseStore contract on the store in memory."""
 
 import pytest
-from lease_store_suite import Compact, LeaseStoreContract
 
+from tests.rigs.lease_store_suite import Compact, LeaseStoreContract
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.locks.record import LeaseStore
 from usbip_sim.leases import MemoryBackend, MemoryLeases

@@ -12,8 +12,8 @@ import grpc
 import pytest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 from opentelemetry.trace import SpanKind
-from otlp_receiver import PATIENCE_S, Receiver, receiving
 
+from tests.rigs.otlp_receiver import PATIENCE_S, Receiver, receiving
 from usbip_plugin.errors import LockHeld
 from usbip_plugin.observe.spans import span
 from usbip_plugin.observe.tracing import Tracing, context_from, traceparent_of

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from command_rig import LIMIT_S, LOOPBACKS, process_restored
-from fake_api import NAMESPACE
-from node_rig import Node, Places, run
 
+from tests.rigs.command_rig import LIMIT_S, LOOPBACKS, process_restored
+from tests.rigs.fake_api import NAMESPACE
+from tests.rigs.node_rig import Node, Places, run
 from usbip_plugin.cli.main import main
 from usbip_plugin.cli.parser import Exit
 from usbip_plugin.model import PodRef, ServerKey

@@ -7,8 +7,9 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from vhci_contract import VhciContract
-from vhci_rigs import FakeSysfsRig, MemoryServer, RemoteRig, SimRig, SocketServer
+
+from tests.rigs.vhci_contract import VhciContract
+from tests.rigs.vhci_rigs import FakeSysfsRig, MemoryServer, RemoteRig, SimRig, SocketServer
 
 
 class TestSimulatedKernel(VhciContract):

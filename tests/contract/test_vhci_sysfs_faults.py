@@ -12,10 +12,10 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
-from vhci_contract import attached, state
-from vhci_fake_sysfs import add_interface, add_node
-from vhci_rigs import SERVER, TWINS, FakeSysfsRig
 
+from tests.rigs.vhci_contract import attached, state
+from tests.rigs.vhci_fake_sysfs import add_interface, add_node
+from tests.rigs.vhci_rigs import SERVER, TWINS, FakeSysfsRig
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.errors import (
     AttachRefused,

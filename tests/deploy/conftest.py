@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from rendering import ROOT, Tools, find_tool
 
-sys.path.insert(0, str(ROOT / "tests" / "apiserver"))
+from tests.deploy.rendering import Tools, find_tool
 
 if TYPE_CHECKING:
-    from api_process import Cluster
+    from tests.rigs.api_process import Cluster
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +21,7 @@ def tools() -> Tools:
 
 @pytest.fixture(scope="session")
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    from api_process import running_for_tests
+    from tests.rigs.api_process import running_for_tests
 
     with running_for_tests(tmp_path_factory.mktemp("api")) as made:
         yield made
@@ -32,6 +30,6 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 @pytest.fixture(scope="session")
 def kubeconfig(api: Cluster) -> Path:
     """Of somebody who may do everything."""
-    from api_process import ADMIN_TOKEN
+    from tests.rigs.api_process import ADMIN_TOKEN
 
     return Path(api.kubeconfig(ADMIN_TOKEN))

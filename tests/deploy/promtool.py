@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rendering import DEPLOY, run
+from tests.deploy.rendering import DEPLOY, run
 
 MONITORING = DEPLOY / "monitoring"
 RULES = MONITORING / "rules.yaml"

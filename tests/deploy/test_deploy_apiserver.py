@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from rendering import (
+
+from tests.deploy.rendering import (
     DEPLOY,
     NAMESPACE,
     VARIANTS,
@@ -22,7 +23,6 @@ from rendering import (
     pod_template,
     run,
 )
-
 from usbip_plugin.cli.parser import parser
 
 APPLY_S = 120.0

@@ -7,8 +7,17 @@ import re
 from pathlib import Path
 
 import pytest
-from rendering import DEPLOY, NAMESPACE, VARIANTS, Object, Tools, containers, kustomize_directory, pod_template
 
+from tests.deploy.rendering import (
+    DEPLOY,
+    NAMESPACE,
+    VARIANTS,
+    Object,
+    Tools,
+    containers,
+    kustomize_directory,
+    pod_template,
+)
 from usbip_plugin.cli.parser import parser
 from usbip_plugin.config.parse import parse_config
 from usbip_plugin.config.schema import (

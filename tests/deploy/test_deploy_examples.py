@@ -6,7 +6,8 @@ import json
 
 import pytest
 import yaml
-from rendering import NAMESPACE, ROOT, Object, Tools, run
+
+from tests.deploy.rendering import NAMESPACE, ROOT, Object, Tools, run
 
 EXAMPLES = ROOT / "examples"
 NAMES = sorted(path.name for path in EXAMPLES.iterdir() if path.is_dir())

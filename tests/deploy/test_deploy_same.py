@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from rendering import (
+
+from tests.deploy.rendering import (
     CHART,
     DEPLOY,
     NAMESPACE,
@@ -22,7 +23,6 @@ from rendering import (
     chart_values,
     kustomize_directory,
 )
-
 from usbip_plugin import __version__
 
 RBAC = ROOT / "rbac"

@@ -6,7 +6,8 @@ import json
 
 import pytest
 import yaml
-from rendering import CHART, NAMESPACE, Object, Tools
+
+from tests.deploy.rendering import CHART, NAMESPACE, Object, Tools
 
 PLUGIN = ("apps/v1", "DaemonSet", NAMESPACE, "usbip-plugin")
 

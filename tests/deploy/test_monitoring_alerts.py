@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from promtool import RULES, Case, evaluate
-from rendering import find_tool, run
+
+from tests.deploy.promtool import RULES, Case, evaluate
+from tests.deploy.rendering import find_tool, run
 
 P = "usbip_device_plugin_"
 ON_A, ON_B = '{node="a"}', '{node="b"}'

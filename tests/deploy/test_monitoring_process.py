@@ -17,8 +17,8 @@ from pathlib import Path
 import grpc
 import grpc.aio
 import pytest
-from rendering import ROOT, find_tool, run
 
+from tests.deploy.rendering import ROOT, find_tool, run
 from usbip_plugin.kubelet import deviceplugin_pb2 as pb
 from usbip_plugin.kubelet.deviceplugin_pb2_grpc import DevicePluginStub
 from usbip_plugin.model import UsbId

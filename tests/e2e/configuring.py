@@ -6,8 +6,9 @@ import time
 from collections.abc import Collection, Mapping
 
 import yaml
-from cluster import DOMAIN, PLUGIN_NAMESPACE
-from kubectl import Kubectl, KubectlFailed
+
+from tests.e2e.cluster import DOMAIN, PLUGIN_NAMESPACE
+from tests.e2e.kubectl import Kubectl, KubectlFailed
 
 PLUGINS = ("-n", PLUGIN_NAMESPACE, "-l", "app.kubernetes.io/name=usbip-plugin")
 RELOADS = 12

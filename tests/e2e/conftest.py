@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import yaml
-from cluster import LIMIT_S, NAMESPACE, PLUGIN_NAMESPACE, ClusterView
-from figures import Figures
-from kubectl import Kubectl, KubectlFailed, render
-from nodes import KindNodes, LabNodes, Nodes
-from plugin_process import SERVER, SERVER_PORT
-from workloads import pod_spec, usbip_server
 
+from tests.e2e.cluster import LIMIT_S, NAMESPACE, PLUGIN_NAMESPACE, ClusterView
+from tests.e2e.figures import Figures
+from tests.e2e.kubectl import Kubectl, KubectlFailed, render
+from tests.e2e.nodes import KindNodes, LabNodes, Nodes
+from tests.e2e.plugin_process import SERVER, SERVER_PORT
+from tests.e2e.workloads import pod_spec, usbip_server
 from usbip_plugin.kube.client import connect
 
 ROOT = Path(__file__).parents[2]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 
-from cluster import NAMESPACE, ClusterView, Object, is_ready
-from kubectl import Kubectl, KubectlFailed
-from plugin_process import imports_at_server
+from tests.e2e.cluster import NAMESPACE, ClusterView, Object, is_ready
+from tests.e2e.kubectl import Kubectl, KubectlFailed
+from tests.e2e.plugin_process import imports_at_server
 
 
 def read_device(

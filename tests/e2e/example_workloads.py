@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from cluster import NAMESPACE
-from workloads import WAIT_FOR_TERM, usbip_server
+
+from tests.e2e.cluster import NAMESPACE
+from tests.e2e.workloads import WAIT_FOR_TERM, usbip_server
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SERVER_PORT = 3241

@@ -12,7 +12,7 @@ import contextlib
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 
-from cluster import DOMAIN, LIMIT_S, ClusterView, Object, Waited, failed
+from tests.e2e.cluster import DOMAIN, LIMIT_S, ClusterView, Object, Waited, failed
 
 ENDED = {"Succeeded", "Failed"}
 DENIED = "is held by"

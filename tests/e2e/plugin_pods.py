@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 
-from cluster import PLUGIN_NAMESPACE, ClusterView, Object, is_ready
-from kubectl import Kubectl
+from tests.e2e.cluster import PLUGIN_NAMESPACE, ClusterView, Object, is_ready
+from tests.e2e.kubectl import Kubectl
 
 
 async def plugin_on(cluster: ClusterView, node: str) -> Object:

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cluster import PLUGIN_NAMESPACE
-from kubectl import Kubectl
-from nodes import PLUGIN, Nodes
+from tests.e2e.cluster import PLUGIN_NAMESPACE
+from tests.e2e.kubectl import Kubectl
+from tests.e2e.nodes import PLUGIN, Nodes
 
 PORT = 13240
 SERVER = "usbip-e2e-server"

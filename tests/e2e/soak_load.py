@@ -11,9 +11,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cluster import ClusterView, Object, failed
-from conftest import COUNTS, Place
-from workloads import pod, pod_spec
+from tests.e2e.cluster import ClusterView, Object, failed
+from tests.e2e.conftest import COUNTS, Place
+from tests.e2e.workloads import pod, pod_spec
 
 WORKERS = 4
 LONGEST_LIFE_S = 8.0

@@ -14,15 +14,15 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
-from cluster import NAMESPACE, ClusterView, Object, Waited, holder, is_lock
-from conftest import Place
-from kubectl import Kubectl
-from nodes import LabNodes, Nodes
-from plugin_pods import plugin_on
-from plugin_process import Pages, addresses, imports
-from test_restarts import identity
-from workloads import pod, pod_spec
 
+from tests.e2e.cluster import NAMESPACE, ClusterView, Object, Waited, holder, is_lock
+from tests.e2e.conftest import Place
+from tests.e2e.kubectl import Kubectl
+from tests.e2e.nodes import LabNodes, Nodes
+from tests.e2e.plugin_pods import plugin_on
+from tests.e2e.plugin_process import Pages, addresses, imports
+from tests.e2e.test_restarts import identity
+from tests.e2e.workloads import pod, pod_spec
 from usbip_plugin.kubelet import deviceplugin_pb2 as pb
 from usbip_plugin.kubelet.deviceplugin_pb2_grpc import DevicePluginStub
 from usbip_plugin.model import Reason

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from cluster import DOMAIN, PLUGIN_NAMESPACE, ClusterView, Object
-from conftest import DEVICES, Place, Server
-from containers import device_path, end_container, read_device, restart_container, started_again
-from kubectl import Kubectl
-from plugin_pods import plugin_on, replace_plugin
-from plugin_process import imports_at_server
-from workloads import pod, pod_spec
+
+from tests.e2e.cluster import DOMAIN, PLUGIN_NAMESPACE, ClusterView, Object
+from tests.e2e.conftest import DEVICES, Place, Server
+from tests.e2e.containers import device_path, end_container, read_device, restart_container, started_again
+from tests.e2e.kubectl import Kubectl
+from tests.e2e.plugin_pods import plugin_on, replace_plugin
+from tests.e2e.plugin_process import imports_at_server
+from tests.e2e.workloads import pod, pod_spec
 
 
 async def specs(cluster: ClusterView, kubectl: Kubectl, node: str) -> list[str]:

@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 
 import pytest
 import yaml
-from cluster import NAMESPACE, PLUGIN_NAMESPACE, ClusterView, Object, failed, is_ready
-from configuring import configure
-from conftest import CONFIG, LOCK_DURATION, Place
-from example_workloads import PHONES, SERVER_PORT, STICK, configuration, server, workload
-from figures import Figures
-from kubectl import Kubectl
-from plugin_process import imports_at_server
+
+from tests.e2e.cluster import NAMESPACE, PLUGIN_NAMESPACE, ClusterView, Object, failed, is_ready
+from tests.e2e.configuring import configure
+from tests.e2e.conftest import CONFIG, LOCK_DURATION, Place
+from tests.e2e.example_workloads import PHONES, SERVER_PORT, STICK, configuration, server, workload
+from tests.e2e.figures import Figures
+from tests.e2e.kubectl import Kubectl
+from tests.e2e.plugin_process import imports_at_server
 
 FARM_S = 120.0
 BY_ID = f"/dev/serial/by-id/usb-ITead_Sonoff_Zigbee_3.0_USB_Dongle_Plus_{STICK}-if00-port0"

@@ -14,15 +14,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cluster import LIMIT_S, NAMESPACE, PLUGIN_NAMESPACE, ClusterView, Object, holder, is_lock, locks_of
-from conftest import CONFIG, LOCK_DURATION, PROGRAMS, ROOT, Place, install, start_server
-from containers import read_device
-from kubectl import Kubectl, render
-from nodes import LabNodes, Nodes
-from plugin_process import imports_at_server
-from test_restarts import identity, same
-from workloads import pod, pod_spec
 
+from tests.e2e.cluster import LIMIT_S, NAMESPACE, PLUGIN_NAMESPACE, ClusterView, Object, holder, is_lock, locks_of
+from tests.e2e.conftest import CONFIG, LOCK_DURATION, PROGRAMS, ROOT, Place, install, start_server
+from tests.e2e.containers import read_device
+from tests.e2e.kubectl import Kubectl, render
+from tests.e2e.nodes import LabNodes, Nodes
+from tests.e2e.plugin_process import imports_at_server
+from tests.e2e.test_restarts import identity, same
+from tests.e2e.workloads import pod, pod_spec
 from usbip_plugin.kube.client import connect
 
 HELM_S = 150.0

@@ -7,12 +7,13 @@ from collections.abc import Iterator, Mapping
 
 import pytest
 import yaml
-from cluster import NAMESPACE, ClusterView, Object, is_ready
-from configuring import configure
-from conftest import CONFIG, DEVICES, LOCK_DURATION, ROOT, Place, Server
-from containers import read_device
-from kubectl import Kubectl
-from workloads import deployment, pod_spec
+
+from tests.e2e.cluster import NAMESPACE, ClusterView, Object, is_ready
+from tests.e2e.configuring import configure
+from tests.e2e.conftest import CONFIG, DEVICES, LOCK_DURATION, ROOT, Place, Server
+from tests.e2e.containers import read_device
+from tests.e2e.kubectl import Kubectl
+from tests.e2e.workloads import deployment, pod_spec
 
 EVICT = ROOT / "deploy" / "components" / "evict" / "rbac.yaml"
 LOST = ("2-1=10c4:ea60,serial=KEPT", "2-2=1209:0002,serial=MOVED")

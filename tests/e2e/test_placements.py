@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from placements import Placements
+
+from tests.e2e.placements import Placements
 
 Object = dict[str, Any]
 SOLO = "usbip.dev/solo"

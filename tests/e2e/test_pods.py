@@ -9,13 +9,24 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from cluster import DOMAIN, NAMESPACE, PLUGIN_NAMESPACE, ClusterView, Object, failed, holder, is_lock, is_ready
-from conftest import COUNTS, DEVICES, Place, Server
-from containers import read_device, restart_container
-from figures import Figures
-from kubectl import Kubectl
-from placements import Placements, caught_up, followed
-from workloads import deployment, pod, pod_spec
+
+from tests.e2e.cluster import (
+    DOMAIN,
+    NAMESPACE,
+    PLUGIN_NAMESPACE,
+    ClusterView,
+    Object,
+    failed,
+    holder,
+    is_lock,
+    is_ready,
+)
+from tests.e2e.conftest import COUNTS, DEVICES, Place, Server
+from tests.e2e.containers import read_device, restart_container
+from tests.e2e.figures import Figures
+from tests.e2e.kubectl import Kubectl
+from tests.e2e.placements import Placements, caught_up, followed
+from tests.e2e.workloads import deployment, pod, pod_spec
 
 COMPLETIONS = 20
 FAILED_IN_JOB = 2

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 import pytest
-from cluster import DOMAIN, ClusterView, Object, locks_of
-from configuring import configure
-from conftest import CONFIG, LOCK_DURATION, Place
-from containers import device_path, read_device, restart_container
-from kubectl import Kubectl
-from plugin_pods import replace_plugin
-from workloads import pod, pod_spec
+
+from tests.e2e.cluster import DOMAIN, ClusterView, Object, locks_of
+from tests.e2e.configuring import configure
+from tests.e2e.conftest import CONFIG, LOCK_DURATION, Place
+from tests.e2e.containers import device_path, read_device, restart_container
+from tests.e2e.kubectl import Kubectl
+from tests.e2e.plugin_pods import replace_plugin
+from tests.e2e.workloads import pod, pod_spec
 
 CHANGED = """
 resources:

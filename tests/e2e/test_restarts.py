@@ -9,16 +9,17 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 import pytest
-from cluster import DOMAIN, PLUGIN_NAMESPACE, ClusterView, Object, holder, locks_of
-from conftest import LOCK_DURATION, Place
-from containers import read_device
-from figures import Figures
-from kubectl import Kubectl
-from nodes import KERNEL, PLUGIN, Nodes
-from plugin_pods import plugin_on, replace_plugin, restarted
-from plugin_process import imports_at_server
-from test_pods import pending
-from workloads import pod, pod_spec
+
+from tests.e2e.cluster import DOMAIN, PLUGIN_NAMESPACE, ClusterView, Object, holder, locks_of
+from tests.e2e.conftest import LOCK_DURATION, Place
+from tests.e2e.containers import read_device
+from tests.e2e.figures import Figures
+from tests.e2e.kubectl import Kubectl
+from tests.e2e.nodes import KERNEL, PLUGIN, Nodes
+from tests.e2e.plugin_pods import plugin_on, replace_plugin, restarted
+from tests.e2e.plugin_process import imports_at_server
+from tests.e2e.test_pods import pending
+from tests.e2e.workloads import pod, pod_spec
 
 TAKEOVER_S = 3 * LOCK_DURATION
 

@@ -7,15 +7,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
-from cluster import DOMAIN, NAMESPACE, ClusterView, Object, failed, is_ready, locks_of
-from conftest import Place
-from containers import read_device
-from figures import Figures
-from kubectl import Kubectl
-from nodes import LabNodes, Nodes
-from plugin_process import Pages, addresses
-from workloads import WAIT_FOR_TERM, deployment, pod, pod_spec
 
+from tests.e2e.cluster import DOMAIN, NAMESPACE, ClusterView, Object, failed, is_ready, locks_of
+from tests.e2e.conftest import Place
+from tests.e2e.containers import read_device
+from tests.e2e.figures import Figures
+from tests.e2e.kubectl import Kubectl
+from tests.e2e.nodes import LabNodes, Nodes
+from tests.e2e.plugin_process import Pages, addresses
+from tests.e2e.workloads import WAIT_FOR_TERM, deployment, pod, pod_spec
 from usbip_plugin.attach.release import ABSENT_POLLS, ALLOCATION_GRACE
 from usbip_plugin.kubelet.pod_resources import HINTED_INTERVAL
 

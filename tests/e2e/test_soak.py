@@ -17,14 +17,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from cluster import ClusterView, Object, is_lock
-from conftest import DEVICES, RESULTS, Place
-from figures import Figures
-from kubectl import Kubectl
-from nodes import PLUGIN, Nodes
-from plugin_pods import plugin_on, replace_plugin, restarted
-from plugin_process import Pages, Usage, addresses, imports, usage
-from soak_load import Load, disturb
+
+from tests.e2e.cluster import ClusterView, Object, is_lock
+from tests.e2e.conftest import DEVICES, RESULTS, Place
+from tests.e2e.figures import Figures
+from tests.e2e.kubectl import Kubectl
+from tests.e2e.nodes import PLUGIN, Nodes
+from tests.e2e.plugin_pods import plugin_on, replace_plugin, restarted
+from tests.e2e.plugin_process import Pages, Usage, addresses, imports, usage
+from tests.e2e.soak_load import Load, disturb
 
 WARM_UP_PODS = 12
 LEAST_PODS = 20

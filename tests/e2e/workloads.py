@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cluster import DOMAIN, NAMESPACE, PLUGIN_NAMESPACE
+from tests.e2e.cluster import DOMAIN, NAMESPACE, PLUGIN_NAMESPACE
 
 WAIT_FOR_TERM = "trap 'exit 0' TERM; while :; do sleep 1 & wait $!; done"
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fuzz_target import Target
+    from tests.fuzz.fuzz_target import Target
 
 ROOT = Path(__file__).parent.parent.parent
 DONE, FOUND, CANNOT = 0, 1, 2
@@ -48,7 +48,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
 
 
 def find(names: Sequence[str]) -> list[Target]:
-    from fuzz_all import TARGETS
+    from tests.fuzz.fuzz_all import TARGETS
 
     unknown = [name for name in names if name not in TARGETS]
     if unknown:
@@ -92,7 +92,8 @@ def run_all(targets: Sequence[Target], directory: Path, seconds: int) -> int:
         began = time.monotonic()
         command = [
             sys.executable,
-            __file__,
+            "-m",
+            "tests.fuzz.fuzz",
             "--one",
             "--seconds",
             str(seconds),
@@ -135,5 +136,4 @@ def main(given: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     sys.exit(main())

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import fuzz_cluster
-import fuzz_config
-import fuzz_kernel
-import fuzz_sim
-import fuzz_wire
-from fuzz_target import Target
+from tests.fuzz import fuzz_cluster, fuzz_config, fuzz_kernel, fuzz_wire
+from tests.fuzz.fuzz_target import Target
+from tests.sim import fuzz_sim
 
 TARGETS: dict[str, Target] = {
     target.name: target

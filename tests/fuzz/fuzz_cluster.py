@@ -9,9 +9,9 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from fuzz_target import Target, drive, fit_to_raise, fit_to_show
 from google.protobuf.message import DecodeError
 
+from tests.fuzz.fuzz_target import Target, drive, fit_to_raise, fit_to_show
 from usbip_plugin.attach.adopt import decide_adoption
 from usbip_plugin.cli import devices
 from usbip_plugin.clock import SystemClock

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from fuzz_target import Target, fit_to_raise, fit_to_show
-
+from tests.fuzz.fuzz_target import Target, fit_to_raise, fit_to_show
 from usbip_plugin.config import schema
 from usbip_plugin.config.document import MAX_PROBLEMS
 from usbip_plugin.config.reload import _parse

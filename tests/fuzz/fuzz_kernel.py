@@ -6,8 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from fuzz_target import Target, fit_to_raise, fit_to_show
-
+from tests.fuzz.fuzz_target import Target, fit_to_raise, fit_to_show
 from usbip_plugin.errors import VhciError
 from usbip_plugin.model import DeviceKey, ServerKey
 from usbip_plugin.vhci import devices, hubs, sysfs, uevents

@@ -6,8 +6,7 @@ import asyncio
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from fuzz_target import Target, drive, fit_to_raise, fit_to_show, golden
-
+from tests.fuzz.fuzz_target import Target, drive, fit_to_raise, fit_to_show, golden
 from usbip_plugin import model
 from usbip_plugin.errors import ServerUnreachable, UsbipError
 from usbip_plugin.model import Descriptor, DeviceKey, ServerKey, UsbId

@@ -11,9 +11,9 @@ from typing import Any
 
 import grpc.aio
 import pytest
-from fuzz_cluster import grpc_detail
-from fuzz_target import fit_to_show
 
+from tests.fuzz.fuzz_cluster import grpc_detail
+from tests.fuzz.fuzz_target import fit_to_show
 from usbip_plugin.attach.containers import ContainerResponse
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.errors import KubeServerError, KubeThrottled, PluginError, PodResourcesUnavailable, ServerUnreachable

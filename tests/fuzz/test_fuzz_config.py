@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from brief import brief, no_hang
-from fuzz_config import configuration
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.fuzz.brief import brief, no_hang
+from tests.fuzz.fuzz_config import configuration
 from usbip_plugin.config.document import MAX_FILE_BYTES, MAX_PROBLEMS
 from usbip_plugin.config.parse import parse_config
 from usbip_plugin.config.reload import load_config

@@ -6,12 +6,12 @@ import os
 from pathlib import Path
 
 import pytest
-from brief import brief, no_hang
-from fuzz_kernel import STATUS, _files, device_files
-from fuzz_target import fit_to_raise
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.fuzz.brief import brief, no_hang
+from tests.fuzz.fuzz_kernel import STATUS, _files, device_files
+from tests.fuzz.fuzz_target import fit_to_raise
 from usbip_plugin.model import DeviceKey, ServerKey
 from usbip_plugin.vhci import devices, sysfs
 from usbip_plugin.vhci.devices import read_facts

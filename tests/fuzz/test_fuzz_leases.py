@@ -12,14 +12,14 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from brief import brief
-from fuzz_cluster import _lease_seed, judged, lease_object
-from fuzz_target import fit_to_raise, fit_to_show
 from hypothesis import given
 from hypothesis import strategies as st
 from opentelemetry.trace import NoOpTracer
-from raw_api import RawApi
 
+from tests.fuzz.brief import brief
+from tests.fuzz.fuzz_cluster import _lease_seed, judged, lease_object
+from tests.fuzz.fuzz_target import fit_to_raise, fit_to_show
+from tests.fuzz.raw_api import RawApi
 from usbip_plugin.attach.events import Notice, What, events_of
 from usbip_plugin.cli.devices import WIDE, known_devices, rows, table
 from usbip_plugin.config.schema import Config, DeviceSelector

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from brief import brief, no_hang
-from fuzz_all import TARGETS
-from fuzz_target import Target
 from hypothesis import given
 from hypothesis import strategies as st
+
+from tests.fuzz.brief import brief, no_hang
+from tests.fuzz.fuzz_all import TARGETS
+from tests.fuzz.fuzz_target import Target
 
 # What decoders trip over: ends of lines and texts, signs, numbers too long for int(), half a surrogate, brackets.
 TOKENS = [

@@ -11,11 +11,11 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from agent_rig import DOMAIN, NODE, plugin_directory, pod_resources_socket, real_driver
-from lease_socket import SocketLeases
 from opentelemetry.trace import NoOpTracer
-from plugin_spawner import serve
 
+from tests.kernel.lease_socket import SocketLeases
+from tests.kernel.plugin_spawner import serve
+from tests.rigs.agent_rig import DOMAIN, NODE, plugin_directory, pod_resources_socket, real_driver
 from usbip_plugin.attach.cdi import CdiDirectory
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.config.reload import load_config

@@ -5,20 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import sys
 from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
 
 import pytest
 
-CONTRACT = str(Path(__file__).parent.parent / "contract")
-if CONTRACT not in sys.path:
-    sys.path.append(CONTRACT)
-pytest.register_assert_rewrite("vhci_contract")
+pytest.register_assert_rewrite("tests.rigs.vhci_contract")
 
-from kernel_rig import ALL, TWINS, KernelRig  # noqa: E402
-from qemu_monitor import Monitor  # noqa: E402
-from usbipd import RealUsbipd  # noqa: E402
+from tests.kernel.kernel_rig import ALL, TWINS, KernelRig  # noqa: E402
+from tests.kernel.qemu_monitor import Monitor  # noqa: E402
+from tests.rigs.usbipd import RealUsbipd  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -7,8 +7,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from usbipd import RealUsbipd, eventually
-
+from tests.rigs.usbipd import RealUsbipd, eventually
 from usbip_plugin.model import UsbId
 
 MODULES = ("dummy_hcd", "libcomposite")

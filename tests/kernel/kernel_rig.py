@@ -12,8 +12,7 @@ import tty
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from usbipd import RealUsbipd, eventually
-
+from tests.rigs.usbipd import RealUsbipd, eventually
 from usbip_plugin.attach.pipeline import import_busy
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.model import Descriptor, DeviceKey, ServerKey, UsbId

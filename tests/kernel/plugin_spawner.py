@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Self
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 IMPORT_S = 180.0
 """For the imports; the guest is emulated, and the machine may be busy."""
 END_S = 60.0
@@ -28,9 +28,9 @@ class Spawner:
         self._process: asyncio.subprocess.Process | None = None
 
     async def __aenter__(self) -> Self:
-        environment = {**os.environ, "PYTHONPATH": str(HERE.parent.parent)}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, str(HERE / "agent_process.py"), *map(str, self._arguments)),
+            *(sys.executable, "-m", "tests.kernel.agent_process", *map(str, self._arguments)),
             env=environment,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,

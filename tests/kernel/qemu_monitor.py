@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from usbipd import RealUsbipd, eventually
+from tests.rigs.usbipd import RealUsbipd, eventually
 
 PORTS = Path("/sys/class/virtio-ports")
 NAME = "monitor"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from kernel_rig import KernelRig
 
+from tests.kernel.kernel_rig import KernelRig
 from usbip_sim import demo
 
 

@@ -6,7 +6,9 @@ import os
 from pathlib import Path
 
 import pytest
-from agent_rig import (
+
+from tests.kernel.kernel_rig import TWINS, KernelRig, raw_tty
+from tests.rigs.agent_rig import (
     DISKS,
     FAST,
     KEYS,
@@ -26,8 +28,6 @@ from agent_rig import (
     row_hub,
     until_released,
 )
-from kernel_rig import TWINS, KernelRig, raw_tty
-
 from usbip_plugin.model import PodRef
 
 

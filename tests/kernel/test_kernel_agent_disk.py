@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from agent_rig import (
+from tests.kernel.kernel_rig import KernelRig
+from tests.rigs.agent_rig import (
     PATIENCE_S,
     POD,
     SERIAL,
@@ -30,9 +31,7 @@ from agent_rig import (
     until_reason,
     until_released,
 )
-from kernel_rig import KernelRig
-from usbipd import RealUsbipd
-
+from tests.rigs.usbipd import RealUsbipd
 from usbip_plugin.config.schema import Config, OnLoss
 from usbip_plugin.model import DeviceKey, Reason
 

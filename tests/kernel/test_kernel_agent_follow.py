@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from agent_rig import (
+from tests.kernel.kernel_rig import TWINS, KernelRig, raw_tty
+from tests.kernel.qemu_monitor import Monitor
+from tests.rigs.agent_rig import (
     POD,
     SERIAL,
     advertised,
@@ -20,9 +22,6 @@ from agent_rig import (
     until_pod_noted,
     until_reason,
 )
-from kernel_rig import TWINS, KernelRig, raw_tty
-from qemu_monitor import Monitor
-
 from usbip_plugin.model import DeviceKey, Reason
 
 

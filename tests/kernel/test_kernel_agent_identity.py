@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from agent_rig import (
+from tests.kernel.kernel_rig import DISK, TWINS, KernelRig
+from tests.kernel.qemu_monitor import Monitor
+from tests.rigs.agent_rig import (
     POD,
     SERIAL,
     advertised,
@@ -20,10 +22,7 @@ from agent_rig import (
     until_reason,
     until_released,
 )
-from kernel_rig import DISK, TWINS, KernelRig
-from qemu_monitor import Monitor
-from usbipd import RealUsbipd
-
+from tests.rigs.usbipd import RealUsbipd
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.locks import record
 from usbip_plugin.locks.record import lock_of

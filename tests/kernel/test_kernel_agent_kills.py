@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from agent_rig import DISKS, DOMAIN, NODE, SERIAL, busy_rows, nodes_of, until_lease
-from kernel_rig import KernelRig
-from test_kernel_agent_restart import Node, a_node
 
+from tests.kernel.kernel_rig import KernelRig
+from tests.kernel.test_kernel_agent_restart import Node, a_node
+from tests.rigs.agent_rig import DISKS, DOMAIN, NODE, SERIAL, busy_rows, nodes_of, until_lease
 from usbip_plugin.model import PodRef
 from usbip_sim.kubelet.device_manager import AdmissionError
 

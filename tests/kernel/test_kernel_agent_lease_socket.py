@@ -5,9 +5,9 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from lease_socket import SocketLeases, served
-from lease_store_suite import Compact, LeaseStoreContract
 
+from tests.kernel.lease_socket import SocketLeases, served
+from tests.rigs.lease_store_suite import Compact, LeaseStoreContract
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.errors import KubeUnreachable
 from usbip_plugin.locks.record import LeaseStore

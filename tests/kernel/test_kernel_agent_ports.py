@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 
-from agent_rig import (
+from tests.kernel.kernel_rig import TWINS, KernelRig
+from tests.rigs.agent_rig import (
     KEYS,
     POD,
     SERIAL,
@@ -26,9 +27,7 @@ from agent_rig import (
     until_reason,
     until_released,
 )
-from kernel_rig import TWINS, KernelRig
-from usbipd import eventually
-
+from tests.rigs.usbipd import eventually
 from usbip_plugin.model import Reason
 
 

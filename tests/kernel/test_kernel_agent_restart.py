@@ -11,8 +11,12 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from agent_reader import Reader, reading
-from agent_rig import (
+
+from tests.kernel.agent_reader import Reader, reading
+from tests.kernel.kernel_rig import KernelRig, raw_tty
+from tests.kernel.lease_socket import served
+from tests.kernel.plugin_spawner import Spawner
+from tests.rigs.agent_rig import (
     DISKS,
     DOMAIN,
     NODE,
@@ -28,11 +32,7 @@ from agent_rig import (
     pod_resources_socket,
     until_lease,
 )
-from kernel_rig import KernelRig, raw_tty
-from lease_socket import served
-from plugin_spawner import Spawner
-from usbipd import eventually
-
+from tests.rigs.usbipd import eventually
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.kubelet import deviceplugin_pb2 as pb
 from usbip_plugin.locks.record import Lease

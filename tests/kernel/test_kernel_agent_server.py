@@ -9,7 +9,10 @@ import subprocess
 from collections.abc import Iterator
 
 import pytest
-from agent_rig import (
+
+from tests.kernel.kernel_rig import KernelRig, raw_tty
+from tests.kernel.silent_proxy import SilentProxy
+from tests.rigs.agent_rig import (
     DISKS,
     KEYS,
     PATIENCE_S,
@@ -35,10 +38,7 @@ from agent_rig import (
     until_reason,
     until_released,
 )
-from kernel_rig import KernelRig, raw_tty
-from silent_proxy import SilentProxy
-from usbipd import RealUsbipd
-
+from tests.rigs.usbipd import RealUsbipd
 from usbip_plugin.model import DeviceKey, Reason, ServerKey
 
 SHORT_TIMEOUT_S = 4.0

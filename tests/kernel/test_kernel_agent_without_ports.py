@@ -7,7 +7,8 @@ import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from agent_rig import (
+from tests.kernel.kernel_rig import LIMIT_S, TWINS, KernelRig
+from tests.rigs.agent_rig import (
     DISKS,
     FAST,
     POD,
@@ -27,8 +28,6 @@ from agent_rig import (
     until_released,
     used,
 )
-from kernel_rig import LIMIT_S, TWINS, KernelRig
-
 from usbip_plugin.model import DeviceKey, PodRef, Reason, UsbId
 from usbip_plugin.vhci.sysfs import PortStatus, format_attach, write_sysfs
 from usbip_sim.server.server import VirtualServer

@@ -11,7 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from agent_rig import (
+
+from tests.kernel.gadget import CLIENT_DRIVERS, LINUX_GADGET, gadget
+from tests.kernel.kernel_rig import DISK, KernelRig
+from tests.rigs.agent_rig import (
     PATIENCE_S,
     POD,
     SERIAL,
@@ -33,10 +36,7 @@ from agent_rig import (
     until_reason,
     until_released,
 )
-from gadget import CLIENT_DRIVERS, LINUX_GADGET, gadget
-from kernel_rig import DISK, KernelRig
-from usbipd import RealUsbipd, eventually
-
+from tests.rigs.usbipd import RealUsbipd, eventually
 from usbip_plugin.attach.events import What
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.model import DeviceKey, Reason, UsbId

@@ -10,10 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from kernel_rig import DISK, DISK_SUPER, KEYBOARD, LIMIT_S, TWINS, Connection, KernelRig, raw_tty
-from usbipd import RealUsbipd, eventually
-from vhci_contract import VhciContract, attached, state
 
+from tests.kernel.kernel_rig import DISK, DISK_SUPER, KEYBOARD, LIMIT_S, TWINS, Connection, KernelRig, raw_tty
+from tests.rigs.usbipd import RealUsbipd, eventually
+from tests.rigs.vhci_contract import VhciContract, attached, state
 from usbip_plugin.errors import DeviceBusy, WrongDevice, WrongSerial
 from usbip_plugin.model import Attachment, DeviceNode, UsbId
 from usbip_plugin.vhci.linux import SysfsVhci

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from lock_model import (
+from tests.model.lock_model import (
     KEEPS_LOST,
     NOT_NAMED,
     NOT_QUIET,
@@ -16,7 +16,6 @@ from lock_model import (
     Habits,
     Model,
 )
-
 from usbip_plugin.locks import protocol, record
 from usbip_plugin.locks.protocol import Decision, LockMeta, Observation, Replace, Rules, Write
 from usbip_plugin.locks.record import Lease

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 
-from lock_model import Bounds, Model
-from lock_search import search
+from tests.model.lock_model import Bounds, Model
+from tests.model.lock_search import search
 
 COARSE = (6.0, 2.5)
 # nearly half a duration, and clocks that make the most of it: the import may end just when the lock expires

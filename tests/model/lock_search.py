@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from lock_model import ME, PROMISES, TWO_IMPORTS, Beat, Hold, Model, Node, Seen, Target, Use
+from tests.model.lock_model import ME, PROMISES, TWO_IMPORTS, Beat, Hold, Model, Node, Seen, Target, Use
 
 BITS = 24
 MASK = (1 << BITS) - 1

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from lock_model import TWO_IMPORTS, Bounds, Habits, Model
-from lock_mutants import MUTANTS, Mutant
-from lock_runs import QUICK
-from lock_search import search
+
+from tests.model.lock_model import TWO_IMPORTS, Bounds, Habits, Model
+from tests.model.lock_mutants import MUTANTS, Mutant
+from tests.model.lock_runs import QUICK
+from tests.model.lock_search import search
 
 EVERY, SOME = 10**9, 12_000
 """States that are searched for what is not there, in the long form and in the short one. What is there is found within

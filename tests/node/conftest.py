@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-KERNEL = str(Path(__file__).parent.parent / "kernel")
-if KERNEL not in sys.path:
-    sys.path.append(KERNEL)
-
-from node_api import Api, until  # noqa: E402
-from node_plugin import Plugin, manifests  # noqa: E402
-from usbipd import SERVER_MODULES, RealUsbipd  # noqa: E402
+from tests.node.node_api import Api, until
+from tests.node.node_plugin import Plugin, manifests
+from tests.rigs.usbipd import SERVER_MODULES, RealUsbipd
 
 OFFERED, FAR_END = "SERIAL1", "SERIAL2"
 

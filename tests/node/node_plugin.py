@@ -7,8 +7,9 @@ import os
 from pathlib import Path
 
 import yaml
-from node_api import Api, Object, until
-from node_pods import IMAGE, NODE, Container
+
+from tests.node.node_api import Api, Object, until
+from tests.node.node_pods import IMAGE, NODE, Container
 
 SYSTEM = "usbip-system"
 NAME = "usbip-plugin"

@@ -8,7 +8,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from node_api import Api, Object, until
+from tests.node.node_api import Api, Object, until
 
 NODE = "guest"
 NAMESPACE = "default"

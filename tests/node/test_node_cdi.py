@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from agent_rig import busy_rows
-from node_api import Api, until
-from node_echo import POD_SCRIPT, answer, far_end
-from node_plugin import RESOURCE, Plugin, manifests
-from node_pods import NAMESPACE, Container, admitted, pod_of
-from usbipd import RealUsbipd
+
+from tests.node.node_api import Api, until
+from tests.node.node_echo import POD_SCRIPT, answer, far_end
+from tests.node.node_plugin import RESOURCE, Plugin, manifests
+from tests.node.node_pods import NAMESPACE, Container, admitted, pod_of
+from tests.rigs.agent_rig import busy_rows
+from tests.rigs.usbipd import RealUsbipd
 
 CDI = Path("/var/run/cdi")
 

@@ -6,8 +6,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from node_api import Api
-from node_plugin import Plugin, daemon_set, manifests
+
+from tests.node.node_api import Api
+from tests.node.node_plugin import Plugin, daemon_set, manifests
 
 MODULE = Path("/sys/module/vhci_hcd")
 

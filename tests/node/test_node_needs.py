@@ -6,11 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from node_api import Api, Object, until
-from node_echo import POD_SCRIPT
-from node_plugin import RESOURCE, SYSTEM, Plugin, check_pod, daemon_set, manifests
-from node_pods import NAMESPACE, Container, admitted, pod_of
-from usbipd import RealUsbipd
+
+from tests.node.node_api import Api, Object, until
+from tests.node.node_echo import POD_SCRIPT
+from tests.node.node_plugin import RESOURCE, SYSTEM, Plugin, check_pod, daemon_set, manifests
+from tests.node.node_pods import NAMESPACE, Container, admitted, pod_of
+from tests.rigs.usbipd import RealUsbipd
 
 NOBODY = 65534
 

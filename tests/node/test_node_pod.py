@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from agent_rig import busy_rows
-from node_api import Api, until
-from node_echo import POD_SCRIPT, answer, far_end
-from node_plugin import RESOURCE, SYSTEM, Plugin
-from node_pods import NAMESPACE, NODE, Container, admitted, pod_of
+
+from tests.node.node_api import Api, until
+from tests.node.node_echo import POD_SCRIPT, answer, far_end
+from tests.node.node_plugin import RESOURCE, SYSTEM, Plugin
+from tests.node.node_pods import NAMESPACE, NODE, Container, admitted, pod_of
+from tests.rigs.agent_rig import busy_rows
 
 IDLE = "import signal; signal.pause()"
 # in a container: the node with these numbers made anew, beside whatever /dev there is, and opened

@@ -9,12 +9,13 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from agent_rig import busy_rows
-from node_api import Api, until
-from node_echo import answer, far_end
-from node_plugin import RESOURCE, Plugin, manifests
-from node_pods import NAMESPACE, Container, admitted, pod_of
-from usbipd import RealUsbipd
+
+from tests.node.node_api import Api, until
+from tests.node.node_echo import answer, far_end
+from tests.node.node_plugin import RESOURCE, Plugin, manifests
+from tests.node.node_pods import NAMESPACE, Container, admitted, pod_of
+from tests.rigs.agent_rig import busy_rows
+from tests.rigs.usbipd import RealUsbipd
 
 # Opens its path anew whenever its file has ended, as a program does that is made to live with a cable being pulled.
 # With HOLD it keeps the ended file open for so long as /tmp/hold is there.

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from node_api import Api, Object, until
-from node_echo import POD_SCRIPT, answer, far_end
-from node_plugin import RESOURCE, Plugin, manifests
-from node_pods import NAMESPACE, Container, admitted, pod_of
+
+from tests.node.node_api import Api, Object, until
+from tests.node.node_echo import POD_SCRIPT, answer, far_end
+from tests.node.node_plugin import RESOURCE, Plugin, manifests
+from tests.node.node_pods import NAMESPACE, Container, admitted, pod_of
 
 USER, DIALOUT = 1000, 20
 NOT_ROOT = {"runAsNonRoot": True, "runAsUser": USER, "runAsGroup": USER}

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-import browser
 import pytest
-from browser import Browser
-from page_rig import Watched, watched
+
+from tests.page import browser
+from tests.page.browser import Browser
+from tests.page.page_rig import Watched, watched
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-import browser
-from page_rig import busy_day, watched
+from tests.page import browser
+from tests.page.page_rig import busy_day, watched
 
 WIDTH, HEIGHT = 1200, 960
 

@@ -6,9 +6,8 @@ import dataclasses
 import re
 from typing import Any
 
-from browser import Browser, Tab
-from page_rig import CAMERA_1, DONGLE_1, PROBE_1, PROBE_2, Watched, busy_day
-
+from tests.page.browser import Browser, Tab
+from tests.page.page_rig import CAMERA_1, DONGLE_1, PROBE_1, PROBE_2, Watched, busy_day
 from usbip_plugin.model import PodRef, Reason
 from usbip_plugin.observe.tracing import KeptSpan, SpanRecord
 

@@ -1,8 +1,8 @@
 """What a real usbipd sent is decoded to what it meant, and encoded again to the same bytes. See golden/README.md."""
 
 import pytest
-from golden_files import golden
 
+from tests.protocol.golden_files import golden
 from usbip_plugin.model import InterfaceClass, UsbId
 from usbip_plugin.usbip import identify, wire
 from usbip_plugin.usbip.wire import (

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from golden_files import golden
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.protocol.golden_files import golden
 from usbip_plugin.model import Descriptor, InterfaceClass, UsbId, valid_busid
 from usbip_plugin.usbip import identify, wire
 from usbip_plugin.usbip.wire import (

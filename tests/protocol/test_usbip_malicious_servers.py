@@ -15,14 +15,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field, replace
 
 import pytest
-from golden_files import golden
 from opentelemetry.trace import NoOpTracer
 
+from tests.protocol.golden_files import golden
+from tests.rigs.known_resources import KnownResources
 from usbip_plugin.attach.cdi import CdiSpecs
 from usbip_plugin.attach.pipeline import Pipeline, Progress, Wanted
 from usbip_plugin.attach.tasks import DeviceWork
 from usbip_plugin.claims import Claim, ClaimBook
-from usbip_plugin.config.schema import Config, ResourceConfig
 from usbip_plugin.context import NodeContext
 from usbip_plugin.errors import MalformedReply, ServerTimeout, ServerUnreachable, UsbipError, WrongDevice
 from usbip_plugin.locks.manager import LockManager, LockSettings
@@ -529,18 +529,6 @@ async def test_a_configuration_of_any_announced_length_is_asked_for_within_bound
 # the wrong device
 
 
-class NoResources:
-    """A configuration without resources."""
-
-    config = Config(())
-
-    def resource_named(self, _name: str) -> ResourceConfig | None:
-        return None
-
-    def resource_of(self, claim: Claim) -> ResourceConfig:
-        return ResourceConfig(claim.resource or "", ())
-
-
 @contextlib.asynccontextmanager
 async def node(client: TcpUsbipClient) -> AsyncIterator[tuple[Pipeline, ClaimBook, SimulatedKernel, LockManager]]:
     """What attaches devices on a node, with this client."""
@@ -555,7 +543,7 @@ async def node(client: TcpUsbipClient) -> AsyncIterator[tuple[Pipeline, ClaimBoo
         client=client,
         driver=SimulatedVhci(kernel),
         locks=locks,
-        specs=CdiSpecs(MemorySpecs("usbip.dev"), "usbip.dev", NoResources()),
+        specs=CdiSpecs(MemorySpecs("usbip.dev"), "usbip.dev", KnownResources()),
         work=work,
         events=lambda _notice: None,
         on_step=lambda _name, _seconds: None,

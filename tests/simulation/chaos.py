@@ -9,9 +9,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from cluster_rig import dongle, stick
-from plan import Action
-
+from tests.simulation.cluster_rig import dongle, stick
+from tests.simulation.plan import Action
 from usbip_plugin.claims import State
 from usbip_plugin.config.schema import Config
 from usbip_plugin.errors import KubeConflict, KubeForbidden, KubeGone, KubeServerError, KubeThrottled

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
-from chaos import API_FAULTS, EVENT_FAULTS, NODE_FAULTS, at_step
-from counting import RULES
-from plan import AT_STEP, BY_CDI, BY_SERIAL, CONDITIONS, EVERYWHERE, WEIGHTS
+from tests.simulation.chaos import API_FAULTS, EVENT_FAULTS, NODE_FAULTS, at_step
+from tests.simulation.counting import RULES
+from tests.simulation.plan import AT_STEP, BY_CDI, BY_SERIAL, CONDITIONS, EVERYWHERE, WEIGHTS
 
 WANTED: Mapping[str, tuple[str, ...]] = {
     "actions": (*WEIGHTS, *BY_CDI, *BY_SERIAL, *EVERYWHERE, *map(at_step, AT_STEP)),

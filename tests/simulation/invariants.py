@@ -11,11 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from chaos import Chaos
-from lasting import LOOK_S, Lasting, Violation
-from node_statuses import NodeStatuses
-from plan import PROMISED, Settings
-
+from tests.simulation.chaos import Chaos
+from tests.simulation.lasting import LOOK_S, Lasting, Violation
+from tests.simulation.node_statuses import NodeStatuses
+from tests.simulation.plan import PROMISED, Settings
 from usbip_plugin.attach.cdi import device_name
 from usbip_plugin.attach.release import ALLOCATION_GRACE
 from usbip_plugin.claims import IN_USE, State

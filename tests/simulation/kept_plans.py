@@ -10,8 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from plan import Action, Plan, Settings
-
+from tests.simulation.plan import Action, Plan, Settings
 from usbip_plugin.locks.manager import LockSettings
 
 PLANS = Path(__file__).parent / "plans"

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from plan import Action, Plan
-from play import Result, Wrong, play
-from shapes import A, B, act, shape, wait
+from tests.simulation.plan import Action, Plan
+from tests.simulation.play import Result, Wrong, play
+from tests.simulation.shapes import A, B, act, shape, wait
 
 LONG = 70.0
 """Seconds, more than three times as long as the locks of these stories last."""

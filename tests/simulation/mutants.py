@@ -9,11 +9,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from unittest.mock import patch
 
-from node_statuses import KNOWN, SAID
-from plan import Plan
-from play import Wrong
-from shapes import B, act, shape, wait
-
+from tests.simulation.node_statuses import KNOWN, SAID
+from tests.simulation.plan import Plan
+from tests.simulation.play import Wrong
+from tests.simulation.shapes import B, act, shape, wait
 from usbip_plugin.attach.monitor import Keeper
 from usbip_plugin.attach.pipeline import Pipeline
 from usbip_plugin.attach.release import Releaser

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import math
 
-from lasting import Lasting, Violation
-
+from tests.simulation.lasting import Lasting, Violation
 from usbip_plugin.errors import LockHeld, PluginError
 from usbip_plugin.kube.fleet import UNCOUNTED
 from usbip_plugin.kube.node_status import KUBELET_SYNC_S, spread

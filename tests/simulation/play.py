@@ -17,13 +17,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import ParamSpec
 
-from chaos import Chaos
-from cluster_rig import DONGLE, dongle, resource, stick
-from counting import CountedRules, observer
-from invariants import Watch, served
-from lasting import Violation
-from plan import CONDITIONS, PROMISED, Plan, Settings
-
+from tests.simulation.chaos import Chaos
+from tests.simulation.cluster_rig import DONGLE, dongle, resource, stick
+from tests.simulation.counting import CountedRules, observer
+from tests.simulation.invariants import Watch, served
+from tests.simulation.lasting import Violation
+from tests.simulation.plan import CONDITIONS, PROMISED, Plan, Settings
 from usbip_plugin.attach.release import ALLOCATION_GRACE
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.locks.protocol import Rules

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from plan import Action, Plan, Settings
-
+from tests.simulation.plan import Action, Plan, Settings
 from usbip_plugin.locks.manager import LockSettings
 
 BEGIN = 16.0

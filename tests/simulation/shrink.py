@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from plan import Action, Plan
-from play import Result, Wrong, play
+from tests.simulation.plan import Action, Plan
+from tests.simulation.play import Result, Wrong, play
 
 
 def shrink(plan: Plan, found: Result, wrong: Wrong | None = None) -> tuple[Plan, Result]:

@@ -3,8 +3,8 @@
 make sim SEEDS=100, or make sim STEPS=1000000, which fails, too, if any fault or any rule never fired.
 A run of fewer steps only names those.
 make sim-moments: one fault at each single step of an Allocate, a release, a re-attach and a takeover.
-One plan with its timeline: python tests/simulation/sim.py --seed 7, or --moment allocate/kill/17, or --plan FILE
-Plans that nobody has played before: python tests/simulation/sim.py --steps 1000000 --first today
+One plan with its timeline: python -m tests.simulation.sim --seed 7, or --moment allocate/kill/17, or --plan FILE
+Plans that nobody has played before: python -m tests.simulation.sim --steps 1000000 --first today
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-import kept_plans
-from fired import never, table
-from kept_plans import KeptPlan, text_of
-from moments import FAULTS, WORK, moments, parse
-from plan import ACTIONS, Plan, draw
-from play import Result, play
-from processes import in_order
-from shrink import shrink
+from tests.simulation import kept_plans
+from tests.simulation.fired import never, table
+from tests.simulation.kept_plans import KeptPlan, text_of
+from tests.simulation.moments import FAULTS, WORK, moments, parse
+from tests.simulation.plan import ACTIONS, Plan, draw
+from tests.simulation.play import Result, play
+from tests.simulation.processes import in_order
+from tests.simulation.shrink import shrink
 
 ALL_HAPPENS = 900_000
 """Steps in which every fault happens and every rule decides something, or the drawing is at fault: 46 plans or more."""
@@ -197,7 +197,7 @@ def report(name: str, plan: Plan, directory: Path) -> int:
 
 def command(path: Path) -> str:
     """Returns the command that plays the plan of a file. It is good in the present directory."""
-    words = os.path.relpath(sys.executable), os.path.relpath(__file__), "--plan", os.path.relpath(path)
+    words = os.path.relpath(sys.executable), "-m", "tests.simulation.sim", "--plan", os.path.relpath(path)
     return shlex.join(words)
 
 

@@ -4,7 +4,8 @@ import asyncio
 from dataclasses import replace
 
 import pytest
-from cluster_rig import (
+
+from tests.simulation.cluster_rig import (
     DONGLE,
     LOCKS,
     SETTLE,
@@ -35,7 +36,6 @@ from cluster_rig import (
     taken,
     two_sticks,
 )
-
 from usbip_plugin.attach.events import Notice, What
 from usbip_plugin.attach.monitor import PORT_CHECK_INTERVAL
 from usbip_plugin.attach.release import ALLOCATION_GRACE

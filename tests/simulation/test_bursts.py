@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import pytest
-from cluster_rig import all_healthy, becomes, key, server, spec, stick
 
+from tests.simulation.cluster_rig import all_healthy, becomes, key, server, spec, stick
 from usbip_plugin.inventory import inventory
 from usbip_plugin.inventory.evaluate import advertise
 from usbip_plugin.inventory.facts import Facts, Members

@@ -11,7 +11,8 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from cluster_rig import (
+
+from tests.simulation.cluster_rig import (
     STICK,
     agent,
     all_healthy,
@@ -30,7 +31,6 @@ from cluster_rig import (
     taken,
     two_sticks,
 )
-
 from usbip_plugin.attach.events import Notice, What
 from usbip_plugin.attach.monitor import PORT_CHECK_INTERVAL
 from usbip_plugin.attach.reattach import AfterReattach

@@ -8,9 +8,9 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from cluster_rig import all_healthy, becomes, key, pod, server, spec, stick
-from trace_stories import Story, pod_known, told
 
+from tests.simulation.cluster_rig import all_healthy, becomes, key, pod, server, spec, stick
+from tests.simulation.trace_stories import Story, pod_known, told
 from usbip_sim.leases import MemoryLeases
 from usbip_sim.virtual.cluster import cluster
 

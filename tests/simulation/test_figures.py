@@ -11,7 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from cluster_rig import (
+
+from tests.simulation.cluster_rig import (
     LOCKS,
     admitted,
     agent,
@@ -28,8 +29,7 @@ from cluster_rig import (
     stick,
     taken,
 )
-from figures_rig import Measured, measured
-
+from tests.simulation.figures_rig import Measured, measured
 from usbip_plugin.config.schema import Config
 from usbip_plugin.errors import KubeConflict
 from usbip_plugin.model import DeviceKey

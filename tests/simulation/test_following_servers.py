@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import TypeAlias
 
 import pytest
-from cluster_rig import (
+
+from tests.simulation.cluster_rig import (
     all_healthy,
     becomes,
     by_serial,
@@ -24,7 +25,6 @@ from cluster_rig import (
     stick,
     taken,
 )
-
 from usbip_plugin.attach.events import Notice, What
 from usbip_plugin.attach.release import ALLOCATION_GRACE
 from usbip_plugin.claims import State

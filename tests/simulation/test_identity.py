@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import pytest
-from cluster_rig import (
+
+from tests.simulation.cluster_rig import (
     DONGLE,
     STICK,
     all_healthy,
@@ -26,7 +27,6 @@ from cluster_rig import (
     spec,
     stick,
 )
-
 from usbip_plugin.config.schema import DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.errors import WrongSerial
 from usbip_plugin.inventory.handover import MAX_REREADS

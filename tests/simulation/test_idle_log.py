@@ -9,7 +9,8 @@ import logging
 from collections.abc import Iterator
 
 import pytest
-from cluster_rig import (
+
+from tests.simulation.cluster_rig import (
     DONGLE,
     admitted,
     all_healthy,
@@ -24,8 +25,7 @@ from cluster_rig import (
     stick,
     taken,
 )
-from trace_stories import Story, life, pod_known, told
-
+from tests.simulation.trace_stories import Story, life, pod_known, told
 from usbip_plugin.model import Reason
 from usbip_plugin.observe.logs import set_up_logging
 from usbip_sim.virtual.cluster import cluster

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
-from kept_plans import PLANS, KeptPlan, load, parse, text_of
-from past_bugs import PAST
-from plan import Plan, draw
-from play import Wrong, play
+
+from tests.simulation.kept_plans import PLANS, KeptPlan, load, parse, text_of
+from tests.simulation.past_bugs import PAST
+from tests.simulation.plan import Plan, draw
+from tests.simulation.play import Wrong, play
 
 NAMES = sorted(path.stem for path in PLANS.glob("*.json"))
 NEAR = 15

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from moments import WORK, moments
+
+from tests.simulation.moments import WORK, moments
 
 STRIDE, SHORT_STRIDE = 17, 29
 """Steps from one moment to the next, in the long form and in the short one."""

@@ -6,7 +6,8 @@ import asyncio
 from dataclasses import replace
 
 import pytest
-from cluster_rig import (
+
+from tests.simulation.cluster_rig import (
     DONGLE,
     STICK,
     admitted,
@@ -23,7 +24,6 @@ from cluster_rig import (
     stick,
     taken,
 )
-
 from usbip_plugin.attach.events import Notice, What
 from usbip_plugin.config.schema import ResourceConfig
 from usbip_plugin.model import DeviceKey, Reason

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from plan import ACTIONS, draw
-from play import play
+
+from tests.simulation.plan import ACTIONS, draw
+from tests.simulation.play import play
 
 SEEDS = range(4)
 SHORT = 45

@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from cluster_rig import (
+
+from tests.simulation.cluster_rig import (
     DONGLE,
     agent,
     all_healthy,
@@ -27,8 +28,7 @@ from cluster_rig import (
     taken,
     two_sticks,
 )
-from play import task_names
-
+from tests.simulation.play import task_names
 from usbip_plugin.attach.events import Notice, What
 from usbip_plugin.attach.reattach import AfterReattach
 from usbip_plugin.attach.release import ALLOCATION_GRACE

@@ -7,8 +7,8 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from cluster_rig import LOCKS, all_healthy, becomes, health, key, pod, server, spec, stick
 
+from tests.simulation.cluster_rig import LOCKS, all_healthy, becomes, health, key, pod, server, spec, stick
 from usbip_plugin.usbip.poller import JITTER, MAX_RATE, POLL_INTERVAL, POLL_TIMEOUT, share
 from usbip_sim.leases import FINE, Fate, Operation
 from usbip_sim.server.server import VirtualServer

@@ -6,7 +6,8 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import pytest
-from cluster_rig import (
+
+from tests.simulation.cluster_rig import (
     DONGLE,
     STICK,
     agent,
@@ -24,7 +25,6 @@ from cluster_rig import (
     stick,
     two_sticks,
 )
-
 from usbip_plugin.attach.release import ALLOCATION_GRACE
 from usbip_plugin.claims import State
 from usbip_plugin.config.schema import DeviceSelector, Extra, ResourceConfig, Selector

@@ -7,15 +7,13 @@ import shlex
 from collections import Counter
 from pathlib import Path
 
-import fired
-import kept_plans
 import pytest
-import sim
-from moments import FAULTS, parse
-from mutants import release_first
-from plan import ACTIONS, draw
-from play import play
 
+from tests.simulation import fired, kept_plans, sim
+from tests.simulation.moments import FAULTS, parse
+from tests.simulation.mutants import release_first
+from tests.simulation.plan import ACTIONS, draw
+from tests.simulation.play import play
 from usbip_plugin.attach.tasks import DeviceWork
 
 
@@ -37,8 +35,8 @@ def test_a_broken_promise_is_told_as_its_shortest_story_with_a_plan_and_a_comman
     kept = kept_plans.parse((tmp_path / "broken" / "allocate-kill-1.json").read_text())
     assert (kept.broke, kept.plan.actions) == ("a lock for each import", ())
     assert kept_plans.text_of(kept) in rest, "where only the log is left, the plan is there"
-    _python, script, *arguments = shlex.split(rest.partition("Again: ")[2])
-    assert script.endswith("tests/simulation/sim.py")
+    _python, _flag, module, *arguments = shlex.split(rest.partition("Again: ")[2])
+    assert module == "tests.simulation.sim"
     assert sim.main(arguments) == 1
     assert capsys.readouterr().out.rstrip() == story
 

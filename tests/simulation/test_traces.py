@@ -7,7 +7,8 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
-from trace_stories import (
+
+from tests.simulation.trace_stories import (
     STORIES,
     TAKER,
     Story,
@@ -20,7 +21,6 @@ from trace_stories import (
     told,
     unplugged,
 )
-
 from usbip_plugin.observe.spans import TRACED_TRIES
 from usbip_plugin.observe.tracing import MAX_SPANS_PER_TRACE
 from usbip_sim.trace_tree import tree

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from mutants import MUTANTS, OTHERS, Mutant
-from play import play
+
+from tests.simulation.mutants import MUTANTS, OTHERS, Mutant
+from tests.simulation.play import play
 
 
 @pytest.mark.parametrize("mutant", [*MUTANTS, *OTHERS], ids=str)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from typing import Any
 
-from cluster_rig import (
+from tests.simulation.cluster_rig import (
     LOCKS,
     admitted,
     agent,
@@ -25,7 +25,6 @@ from cluster_rig import (
     stick,
     taken,
 )
-
 from usbip_plugin.observe.tracing import RecentSpans, SpanRecord, Tracing
 from usbip_sim.virtual.cluster import Cluster, cluster
 from usbip_sim.virtual.steploop import stepped

@@ -1,0 +1,118 @@
+"""How long an Allocate takes, and what a server that does not answer does to the others."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import time
+from collections.abc import AsyncIterator, Callable
+
+from bench.bench_nodes import NAMESPACE, Place, allocate_times, keys_of, nodes, timed_allocate, virtual_server
+from bench.bench_rows import Row, p50_p99, percentile
+from tests.rigs.agents_rig import Nodes
+from usbip_plugin.kube.client import connect
+from usbip_plugin.locks.kubernetes import KubernetesLeases
+from usbip_plugin.locks.record import LeaseStore
+from usbip_plugin.model import DeviceKey
+from usbip_sim.server.server import VirtualServer
+
+OVER_MS = 30.0
+"""What an Allocate may take beyond the kernel's own time."""
+ENUMERATION_S = 0.3
+"""What a kernel takes from the attach write to the device node: measured 0.28-0.38 s."""
+TIMEOUT_S = 2.0
+"""allocateTimeout while servers do not answer."""
+DELAY_TARGET_MS = 50.0
+
+
+async def allocate(kubeconfig: str | None, count: int) -> list[Row]:
+    """Over the time a kernel takes, which the simulated one waits for exactly. kubeconfig None: Leases in memory."""
+    async with contextlib.AsyncExitStack() as stack:
+        leases: Callable[[str], LeaseStore] | None = None
+        if kubeconfig is not None:
+            client = await connect(kubeconfig)
+            stack.push_async_callback(client.close)
+            store = KubernetesLeases(client, NAMESPACE)
+            leases = lambda _node: store  # noqa: E731
+        server = await stack.enter_async_context(virtual_server())
+        place = Place(("solo",), (server.key,), keys_of(server), leases=leases, enumeration_delay=ENUMERATION_S)
+        async with nodes(place) as found:
+            times = await allocate_times(found, place.keys[0], count)
+    over = [took - ENUMERATION_S * 1e3 for took in times]
+    where = "memory" if kubeconfig is None else "API server"
+    return p50_p99(f"Allocate over the kernel's {ENUMERATION_S:g} s (simulated kernel, Leases: {where})", over, OVER_MS)
+
+
+async def unanswered(count: int) -> list[Row]:
+    """Allocate on one server while another is silent, closed, or drops SYNs; and Allocate to that other."""
+    rows: list[Row] = []
+    for name, broken in (("silent", _silent), ("closed", _closed), ("dropping SYNs", _dropping)):
+        async with virtual_server() as good, virtual_server() as bad:
+            place = Place(("solo",), (good.key, bad.key), keys_of(good, bad), allocate_timeout=TIMEOUT_S)
+            async with nodes(place) as found:
+                before = await allocate_times(found, place.keys[0], count)
+                async with broken(bad):
+                    during, ends = await _meanwhile(found, place.keys[0], place.keys[1])
+        delay = percentile(during, 99) - percentile(before, 50)
+        rows.append(
+            Row(f"Allocate delayed by a server {name} (p99 against p50)", delay, "ms", DELAY_TARGET_MS, len(during))
+        )
+        rows.append(Row(f"Allocate to a server {name} ends within", max(ends), "ms", TIMEOUT_S * 1e3, len(ends)))
+    return rows
+
+
+async def _meanwhile(found: Nodes, good: DeviceKey, bad: DeviceKey) -> tuple[list[float], list[float]]:
+    """Allocates to the good server for as long as the bad one keeps one busy: milliseconds of each kind."""
+    during: list[float] = []
+    ends: list[float] = []
+    stop = time.perf_counter() + TIMEOUT_S
+
+    async def keep_asking() -> None:
+        while not ends or time.perf_counter() < stop:
+            began = time.perf_counter()
+            answer = await found.allocate(found.nodes[0], bad)
+            ends.append((time.perf_counter() - began) * 1e3)
+            if answer.response is not None:
+                raise RuntimeError("a server that does not answer gave a device away")
+
+    asking = asyncio.create_task(keep_asking())
+    try:
+        while not asking.done():
+            during.append(await timed_allocate(found, found.nodes[0], good))
+            await found.end_pod(found.nodes[0], good)
+    finally:
+        await asking
+    return during, ends
+
+
+@contextlib.asynccontextmanager
+async def _silent(server: VirtualServer) -> AsyncIterator[None]:
+    server.freeze()
+    try:
+        yield
+    finally:
+        server.thaw()
+
+
+@contextlib.asynccontextmanager
+async def _closed(server: VirtualServer) -> AsyncIterator[None]:
+    await server.stop()
+    yield
+
+
+@contextlib.asynccontextmanager
+async def _dropping(server: VirtualServer) -> AsyncIterator[None]:
+    """The kernel drops a SYN for a listener whose backlog is full."""
+    await server.stop()
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket())
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((server.key.host, server.key.port))
+        listener.listen(0)
+        for _ in range(4):
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                filler.connect((server.key.host, server.key.port))
+        yield

@@ -1,0 +1,127 @@
+"""Nodes to measure on: production agents between doubles, or on this machine's vhci_hcd and a real usbipd."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from opentelemetry.trace import NoOpTracer, Tracer
+
+from tests.rigs.agents_rig import DONGLE, RESOURCE, Nodes
+from usbip_plugin.clock import SystemClock
+from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
+from usbip_plugin.kube.client import KubeClient
+from usbip_plugin.locks.kubernetes import KubernetesLeases
+from usbip_plugin.locks.record import Lease, LeaseStore
+from usbip_plugin.model import DeviceKey, ServerKey
+from usbip_plugin.vhci.driver import VhciDriver
+from usbip_sim.kernel.ports import SimulatedKernel
+from usbip_sim.server.server import VirtualServer
+from usbip_sim.server.usbdevice import VirtualDevice
+from usbip_sim.world import Setup, SimNode, running
+
+NAMESPACE = "usbip-system"
+
+
+class TimedLeases(KubernetesLeases):
+    """Notes when this node last sent a write that makes it a holder: time.perf_counter()."""
+
+    def __init__(self, client: KubeClient, namespace: str, node: str) -> None:
+        super().__init__(client, namespace)
+        self._node = node
+        self.taking_sent: dict[str, float] = {}
+
+    async def create(self, lease: Lease) -> Lease:
+        self._note(lease)
+        return await super().create(lease)
+
+    async def replace(self, lease: Lease) -> Lease:
+        self._note(lease)
+        return await super().replace(lease)
+
+    def _note(self, lease: Lease) -> None:
+        if lease.holder == self._node and lease.name not in self.taking_sent:
+            self.taking_sent[lease.name] = time.perf_counter()
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a measurement is made on. leases(node): None for Leases in memory. driver(node): None for a simulation.
+
+    kube(node): for Node status; None for none. pods: it has the pods, too.
+    """
+
+    names: tuple[str, ...]
+    servers: tuple[ServerKey, ...]
+    keys: tuple[DeviceKey, ...]
+    leases: Callable[[str], LeaseStore] | None = None
+    driver: Callable[[str, SimulatedKernel], VhciDriver] | None = None
+    kube: Callable[[str], KubeClient] | None = None
+    pods: bool = False
+    selector: Selector = Selector(vendor=DONGLE.vendor, product=DONGLE.product)  # noqa: RUF009 - frozen
+    allocate_timeout: float = 10.0
+    enumeration_delay: float = 0.0
+    tracer: Tracer = NoOpTracer()  # noqa: RUF009 - it has no state
+
+
+@contextlib.asynccontextmanager
+async def nodes(place: Place) -> AsyncIterator[Nodes]:
+    """All nodes of the place, with every device offered to every kubelet."""
+    selectors = tuple(DeviceSelector(server, place.selector) for server in place.servers)
+    setup = Setup(
+        config=Config((ResourceConfig(RESOURCE, selectors),), allocate_timeout=place.allocate_timeout),
+        clock=SystemClock(),
+        make_driver=place.driver,
+        make_leases=place.leases,
+        make_kube=place.kube,
+        make_tracer=lambda _node: place.tracer,
+        kube_has_pods=place.pods,
+    )
+    async with contextlib.AsyncExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="u-")))
+        world = await stack.enter_async_context(running(directory, place.names, setup))
+        found = Nodes(world, place.keys)
+        for node in found.nodes:
+            node.kernel.enumeration_delay = place.enumeration_delay
+        await found.connect(stack)
+        yield found
+
+
+@contextlib.asynccontextmanager
+async def virtual_server(devices: int = 1) -> AsyncIterator[VirtualServer]:
+    """A server whose devices are free at once when they are let go."""
+    server = VirtualServer([VirtualDevice(f"1-{i + 1}", DONGLE, configured=True) for i in range(devices)], reset_time=0)
+    await server.start()
+    try:
+        yield server
+    finally:
+        await server.stop()
+
+
+def keys_of(*servers: VirtualServer) -> tuple[DeviceKey, ...]:
+    return tuple(DeviceKey(server.key, "1-1") for server in servers)
+
+
+async def timed_allocate(found: Nodes, node: SimNode, key: DeviceKey) -> float:
+    """Milliseconds of one Allocate as the kubelet sees it. RuntimeError if it fails."""
+    began = time.perf_counter()
+    answer = await found.allocate(node, key)
+    took = time.perf_counter() - began
+    if answer.response is None:
+        raise RuntimeError(answer.error)
+    return took * 1e3
+
+
+async def allocate_times(found: Nodes, key: DeviceKey, count: int) -> list[float]:
+    """Allocate and release again and again; milliseconds of each Allocate. One more at first that does not count."""
+    times = []
+    for number in range(count + 1):
+        took = await timed_allocate(found, found.nodes[0], key)
+        if number:
+            times.append(took)
+        await found.end_pod(found.nodes[0], key)
+    return times

@@ -1,0 +1,316 @@
+"""One node's agent on the real kernel, below a fake kubelet on real sockets, and what the tests ask of both."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import stat
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from pathlib import Path
+
+import grpc
+import grpc.aio
+
+from tests.kernel.kernel_rig import DISK, DISK_SUPER, KEYBOARD, TWINS
+from tests.rigs.usbipd import RealUsbipd, eventually
+from usbip_plugin.attach.cdi import CdiDirectory
+from usbip_plugin.attach.events import Notice, What
+from usbip_plugin.clock import SystemClock
+from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
+from usbip_plugin.kubelet import deviceplugin_pb2 as pb
+from usbip_plugin.kubelet.deviceplugin_pb2_grpc import DevicePluginStub
+from usbip_plugin.kubelet.registration import identify
+from usbip_plugin.locks.record import Lease, lock_of
+from usbip_plugin.model import Advertised, Attachment, DeviceKey, PodRef, Reason, ServerKey
+from usbip_plugin.node.agent import Agent, Observer
+from usbip_plugin.sync import Broadcast
+from usbip_plugin.vhci.driver import VhciDriver
+from usbip_plugin.vhci.linux import SysfsVhci
+from usbip_plugin.vhci.uevents import NetlinkUevents
+from usbip_sim.kernel.ports import SimulatedKernel
+from usbip_sim.kubelet.device_manager import Allocation
+from usbip_sim.leases import MemoryBackend
+from usbip_sim.world import Setup, SimNode, World, running
+
+NODE = "node-a"
+DOMAIN = "usbip.dev"
+POD = PodRef("default", "user")
+SERIAL, DISKS, FAST, KEYS = "serial", "disk", "fast", "keyboard"
+SERIAL_OF = {DISKS: DISK, FAST: DISK_SUPER, KEYS: KEYBOARD}
+FTDI = Selector(vendor=0x0403, product=0x6001)
+PATIENCE_S = 120.0  # for what must happen; the guest is emulated, and slow on a busy machine
+STATUS_FILES = "devices/platform/vhci_hcd.0/status*"
+FREE = "004"
+USED = "006"
+
+
+def config_of(
+    usbipd: RealUsbipd,
+    *resources: str,
+    allocate_timeout: float = 10.0,
+    servers: Mapping[str, ServerKey] | None = None,
+) -> Config:
+    """The named resources: SERIAL is the two identical converters, the others are one device each."""
+
+    def one(name: str) -> ResourceConfig:
+        selector = FTDI if name == SERIAL else Selector(bus_id=usbipd.busid(SERIAL_OF[name]))
+        return ResourceConfig(name, (DeviceSelector((servers or {}).get(name, usbipd.key), selector),))
+
+    return Config(tuple(one(name) for name in resources), allocate_timeout=allocate_timeout)
+
+
+def keys_of(usbipd: RealUsbipd, resource: str) -> tuple[DeviceKey, ...]:
+    """The devices of a resource at usbipd's own address."""
+    serials = TWINS if resource == SERIAL else (SERIAL_OF[resource],)
+    return tuple(DeviceKey(usbipd.key, usbipd.busid(serial)) for serial in serials)
+
+
+def real_driver(_node: str = NODE, _kernel: SimulatedKernel | None = None) -> VhciDriver:
+    clock = SystemClock()
+    return SysfsVhci(clock, NetlinkUevents(clock))
+
+
+class Told:
+    """What people are told of."""
+
+    def __init__(self) -> None:
+        self._notices: list[Notice] = []
+        self._changed = Broadcast()
+
+    def hear(self, notice: Notice) -> None:
+        self._notices.append(notice)
+        self._changed.fire()
+
+    def of(self, what: What) -> list[str]:
+        """In which words."""
+        return [notice.text for notice in self._notices if notice.what is what]
+
+    async def until(self, what: What) -> str:
+        """Until they are, once."""
+        async with asyncio.timeout(PATIENCE_S):
+            await self._changed.until(lambda: bool(self.of(what)))
+        (text,) = self.of(what)
+        return text
+
+
+@contextlib.asynccontextmanager
+async def agent_with(
+    config: Config, *healthy: DeviceKey, cdi: Path | None = None, told: Told | None = None
+) -> AsyncIterator[World]:
+    """A world of one node whose kernel is the real one, when these devices are Healthy; see on().
+
+    cdi: where its CDI specs are. told: hears what people are told of.
+    """
+    with tempfile.TemporaryDirectory(prefix="usbip-") as directory:
+        specs = CdiDirectory(cdi or Path(directory) / "cdi", DOMAIN)
+        setup = Setup(
+            config=config,
+            clock=SystemClock(),
+            domain=DOMAIN,
+            make_driver=real_driver,
+            make_specs=lambda _node: specs,
+            make_observer=lambda _node: Observer() if told is None else Observer(on_notice=told.hear),
+        )
+        async with running(Path(directory), (NODE,), setup) as world:
+            await until_health(on(world), {key.id: True for key in healthy})
+            yield world
+
+
+def on(world: World) -> SimNode:
+    return world[NODE]
+
+
+async def until_health(node: SimNode, wanted: Mapping[str, bool]) -> None:
+    """Until the kubelet has these devices so."""
+    names = [resource.name for resource in agent(node).inventory.config.resources]
+
+    def so() -> bool:
+        known = {i: healthy for name in names for i, healthy in node.kubelet.health(node.resource(name)).items()}
+        return all(known.get(device_id) is healthy for device_id, healthy in wanted.items())
+
+    async with asyncio.timeout(PATIENCE_S):
+        await node.kubelet.changed.until(so)
+
+
+def agent(node: SimNode) -> Agent:
+    assert node.agent is not None
+    return node.agent
+
+
+def advertised(node: SimNode, key: DeviceKey) -> Advertised:
+    """The device as the agent offers it now."""
+    found = [d for devices in agent(node).inventory.advertised.values() for d in devices if d.id == key.id]
+    return found[0]
+
+
+def attachment_of(node: SimNode, key: DeviceKey) -> Attachment:
+    """Of a device that is attached."""
+    attachment = agent(node).claims.view[key.id].attachment
+    assert attachment is not None
+    return attachment
+
+
+def tty_of(node: SimNode, key: DeviceKey) -> str:
+    """Where the tty of an attached device is now."""
+    return next(child.path for child in attachment_of(node, key).nodes if child.kind == "tty")
+
+
+def serial_of(node: SimNode, key: DeviceKey) -> str | None:
+    """What an attached device itself says."""
+    return attachment_of(node, key).serial
+
+
+async def until_reason(node: SimNode, key: DeviceKey, reason: Reason) -> Advertised:
+    """Until the device is Unhealthy (to the kubelet too) for this reason."""
+    async with asyncio.timeout(PATIENCE_S):
+        await node.kubelet.changed.until(lambda: advertised(node, key).health.reason is reason)
+    await until_health(node, {key.id: reason.healthy})
+    return advertised(node, key)
+
+
+def plugin_directory(directory: Path) -> Path:
+    return directory / "device-plugins"
+
+
+def pod_resources_socket(directory: Path) -> Path:
+    return directory / "pod-resources.sock"
+
+
+async def allocate(node: SimNode, resource: str, *keys: DeviceKey) -> pb.ContainerAllocateResponse:
+    """Allocate straight at the plugin's socket, without a kubelet that would know better. grpc.aio.AioRpcError."""
+    return await allocate_at(node.plugin_directory, resource, *(key.id for key in keys))
+
+
+async def allocate_at(directory: Path, resource: str, *ids: str) -> pb.ContainerAllocateResponse:
+    """The same for a plugin with this directory."""
+    path = newest_socket(directory, resource)
+    async with grpc.aio.insecure_channel(f"unix:{path}", options=(("grpc.use_local_subchannel_pool", 1),)) as channel:
+        request = pb.AllocateRequest(container_requests=[pb.ContainerAllocateRequest(devices_ids=ids)])
+        answer: pb.AllocateResponse = await DevicePluginStub(channel).Allocate(request, timeout=PATIENCE_S)
+        return answer.container_responses[0]
+
+
+async def admitted(node: SimNode, resource: str, count: int = 1, *, pod: PodRef = POD) -> Allocation:
+    """What the one container of a pod has got of the resource. AdmissionError."""
+    return (await node.admit(pod, {resource: count}))["app", node.resource(resource)]
+
+
+def newest_socket(directory: Path, resource: str) -> Path:
+    """A killed plugin's stays a while."""
+    sockets = directory.glob(f"usbip-{resource}*.sock")
+    return max((found.modified_ns, path) for path in sockets if (found := identify(path)) is not None)[1]
+
+
+async def refusal(node: SimNode, resource: str, key: DeviceKey) -> str:
+    """The message of an Allocate that must fail."""
+    try:
+        answer = await allocate(node, resource, key)
+    except grpc.aio.AioRpcError as error:
+        return error.details() or ""
+    raise AssertionError(f"{key} was given away: {answer}")
+
+
+async def until_lease(backend: MemoryBackend, key: DeviceKey, so: Callable[[Lease | None], bool]) -> Lease | None:
+    """Until the device's lock is so."""
+    changed = asyncio.Event()
+    backend.wake(changed)
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            while not so(backend.leases.get(key.id)):
+                changed.clear()
+                await changed.wait()
+    finally:
+        backend.unwake(changed)
+    return backend.leases.get(key.id)
+
+
+async def until_released(world: World, *keys: DeviceKey) -> None:
+    for key in keys:
+        await until_lease(world.backend, key, lambda lease: lease is not None and lease.holder == "")
+
+
+async def until_pod_noted(backend: MemoryBackend, *keys: DeviceKey) -> None:
+    """Until the plugin has seen the pod that uses these devices; one that ends unseen keeps them for a grace."""
+    for key in keys:
+        await until_lease(backend, key, lambda lease: lease is not None and lock_of(lease).pod is not None)
+
+
+async def end(world: World, pod: PodRef, *keys: DeviceKey) -> None:
+    """The pod, whose devices these are, ends; returns when they are released."""
+    await until_pod_noted(world.backend, *keys)
+    on(world).end(pod)
+    await until_released(world, *keys)
+
+
+def busy_rows() -> tuple[str, ...]:
+    """The status rows of all ports in use, as the kernel writes them: with devid, socket and local busid."""
+    lines = [line for file in sorted(Path("/sys").glob(STATUS_FILES)) for line in file.read_text().splitlines()]
+    return tuple(line for line in lines if line.split()[0] in ("hs", "ss") and line.split()[2] != FREE)
+
+
+def signal_usbipd(usbipd: RealUsbipd, number: signal.Signals) -> None:
+    assert usbipd._process is not None
+    usbipd._process.send_signal(number)
+
+
+def row_hub(rows: tuple[str, ...]) -> str:
+    (row,) = rows
+    return row.split()[0]
+
+
+def attach_by_hand(usbipd: RealUsbipd, busid: str) -> None:
+    """With the usbip tool, and until the kernel has the device."""
+    before = len(used())
+    usbipd.usbip("attach", "-r", usbipd.key.host, "-b", busid)
+    eventually(lambda: len(used()) > before, "attached by hand")
+
+
+def used() -> tuple[str, ...]:
+    return tuple(row for row in busy_rows() if row.split()[2] == USED)
+
+
+def nodes_of(allocation: Allocation) -> dict[str, int]:
+    """{path: st_rdev} of every device node that the container gets. OSError for one that does not exist."""
+    assert allocation.devices
+    found = {device.host_path: Path(device.host_path).stat() for device in allocation.devices}
+    for path, status in found.items():
+        assert stat.S_ISCHR(status.st_mode) or stat.S_ISBLK(status.st_mode), path
+    return {path: status.st_rdev for path, status in found.items()}
+
+
+def exist(paths: Iterable[str]) -> bool:
+    """Every one of them."""
+    return all(Path(path).exists() for path in paths)
+
+
+def disk_of(allocation: Allocation) -> str:
+    """The whole disk, not its partitions."""
+    (path,) = [path for path in nodes_of(allocation) if Path(path).is_block_device()]
+    return path
+
+
+async def arrives(writer: int, reader: int, data: bytes) -> bytes:
+    """Writes into one end of the cable; what came out at the other, as many bytes as were written."""
+    loop, got = asyncio.get_running_loop(), bytearray()
+    done: asyncio.Future[None] = loop.create_future()
+
+    def read() -> None:
+        try:
+            got.extend(os.read(reader, 4096))
+        except OSError as error:
+            if not done.done():
+                done.set_exception(error)
+        if len(got) >= len(data) and not done.done():
+            done.set_result(None)
+
+    loop.add_reader(reader, read)
+    try:
+        os.write(writer, data)
+        async with asyncio.timeout(PATIENCE_S):
+            await done
+    finally:
+        loop.remove_reader(reader)
+    return bytes(got)

@@ -1,0 +1,72 @@
+"""The plugin's rights as they are shipped, on an API server: rbac/ applied and its admission policy in force."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import yaml
+
+from tests.apiserver.node_tokens import NAMESPACE, NodeTokens
+from tests.rigs.api_process import ADMIN_TOKEN, ROOT, Cluster
+from usbip_plugin.errors import KubeConflict, KubeForbidden
+from usbip_plugin.kube.client import connect
+
+EFFECT_S = 30.0
+"""How long a new admission policy may take to be enforced."""
+_POLL_S = 0.1
+_ADMISSION = "/apis/admissionregistration.k8s.io/v1"
+_RBAC = "/apis/rbac.authorization.k8s.io/v1"
+_COLLECTIONS = {
+    "Namespace": "/api/v1/namespaces",
+    "ServiceAccount": "/api/v1/namespaces/{namespace}/serviceaccounts",
+    "Role": _RBAC + "/namespaces/{namespace}/roles",
+    "RoleBinding": _RBAC + "/namespaces/{namespace}/rolebindings",
+    "ClusterRole": _RBAC + "/clusterroles",
+    "ClusterRoleBinding": _RBAC + "/clusterrolebindings",
+    "ValidatingAdmissionPolicy": _ADMISSION + "/validatingadmissionpolicies",
+    "ValidatingAdmissionPolicyBinding": _ADMISSION + "/validatingadmissionpolicybindings",
+}
+
+
+def shipped() -> list[dict[str, Any]]:
+    """Every object of rbac/, in the order of its files."""
+    files = sorted((ROOT / "rbac").glob("*.yaml"))
+    return [document for file in files for document in yaml.safe_load_all(file.read_text(encoding="utf-8"))]
+
+
+def collection(document: dict[str, Any]) -> str:
+    """The path under which an object of that kind is created."""
+    return _COLLECTIONS[document["kind"]].format(namespace=document["metadata"].get("namespace"))
+
+
+async def apply_rbac(cluster: Cluster) -> None:
+    client = await connect(cluster.kubeconfig(ADMIN_TOKEN))
+    try:
+        for document in shipped():
+            try:
+                await client.request(
+                    "create", collection(document), resource=document["kind"], body=document, timeout=30
+                )
+            except KubeConflict:
+                continue
+    finally:
+        await client.close()
+
+
+async def admission_works(cluster: Cluster) -> None:
+    """Returns when the policy refuses what it should, which is some time after it was created."""
+    client = await connect(cluster.kubeconfig(await NodeTokens(cluster).unbound()))
+    path = f"/apis/coordination.k8s.io/v1/namespaces/{NAMESPACE}/leases"
+    body = {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": {"name": "probe"}}
+    try:
+        async with asyncio.timeout(EFFECT_S):
+            while True:
+                try:
+                    await client.request("create", path, resource="leases", body=body, params={"dryRun": "All"})
+                except KubeForbidden as refusal:
+                    if "not bound to a node" in str(refusal):
+                        return
+                await asyncio.sleep(_POLL_S)  # the API server tells nobody when it begins to enforce a policy
+    finally:
+        await client.close()

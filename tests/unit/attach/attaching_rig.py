@@ -1,0 +1,309 @@
+"""The pipeline of one node with a scripted client, driver and lock manager, in virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import cast
+
+from opentelemetry.trace import NoOpTracer
+
+from tests.rigs.known_resources import KnownResources
+from usbip_plugin.attach.cdi import CdiSpecs
+from usbip_plugin.attach.events import Notice
+from usbip_plugin.attach.pipeline import Pipeline, Progress, Wanted
+from usbip_plugin.attach.tasks import DeviceWork
+from usbip_plugin.claims import Claim, ClaimBook, State
+from usbip_plugin.config.schema import ResourceConfig
+from usbip_plugin.context import NodeContext
+from usbip_plugin.locks.manager import IMPORT_WINDOW_S, Grant, LockManager, LockMeta
+from usbip_plugin.locks.protocol import Rules
+from usbip_plugin.model import Attachment, Descriptor, DeviceKey, Identity, Lock, NodeIdentity, ServerKey, UsbId
+from usbip_plugin.usbip.client import Imported
+from usbip_plugin.usbip.identify import DeviceIdentity
+from usbip_plugin.vhci.driver import ASKED_CHILD_WAIT_S, PortState
+from usbip_plugin.vhci.sysfs import PortStatus
+from usbip_sim.kernel.driver import SimulatedVhci
+from usbip_sim.kernel.ports import SimulatedKernel
+from usbip_sim.kubelet.specs import MemorySpecs
+from usbip_sim.sockets import SocketTable
+from usbip_sim.virtual.loop import SimClock
+
+LAB = ServerKey("lab")
+KEY, OTHER = DeviceKey(LAB, "1-1"), DeviceKey(LAB, "1-2")
+STICK, DONGLE = UsbId(0x0951, 0x1666), UsbId(0x1050, 0x0407)
+ME = NodeIdentity("node-a", "boot-1")
+DEADLINE_S = 60.0
+"""Seconds until the deadline of an attach, unless the test says another: beyond every import window."""
+
+Act = Callable[[], Awaitable[None]]
+
+
+def described(key: DeviceKey, usb_id: UsbId = STICK) -> Descriptor:
+    """What the server says about the device in its IMPORT reply."""
+    return Descriptor(key.busid, "/sys/x", 1, 2, 3, usb_id, 0x100, 0, 0, 0, 1, 1, 1)
+
+
+class Script:
+    """What happens while the pipeline waits. steps: every step the pipeline came to, in order."""
+
+    def __init__(self) -> None:
+        self.steps: list[str] = []
+        self._acts: defaultdict[str, list[Act]] = defaultdict(list)
+
+    def at(self, step: str, *acts: Act) -> None:
+        """Runs one act at each of the next arrivals at this step."""
+        self._acts[step] += acts
+
+    async def reach(self, step: str) -> None:
+        self.steps.append(step)
+        if self._acts[step]:
+            await self._acts[step].pop(0)()
+
+    def count(self, step: str) -> int:
+        """Returns how often the pipeline came to this step."""
+        return self.steps.count(step)
+
+
+class ScriptedLocks:
+    """A lock manager that grants every lock unless the script raises. Steps: `acquire 1-1`, `renew 1-1` and so on.
+
+    former: the holder before an acquire, for its Grant. told: what was written about devices, in order.
+    """
+
+    def __init__(self, clock: SimClock, script: Script) -> None:
+        self.rules = Rules()
+        self.locks: dict[str, Lock] = {}
+        self.former: Lock | None = None
+        self.told: list[tuple[DeviceKey, Identity]] = []
+        self._clock, self._script = clock, script
+
+    def hold(self, key: DeviceKey, holder: str = ME.node, boot_id: str = ME.boot_id) -> Lock:
+        """Somebody, this node by default, holds the lock from now on."""
+        before = self.locks.get(key.id)
+        lock = Lock(key.id, holder, before.epoch + 1 if before is not None else 1, 40.0, "1", boot_id=boot_id)
+        self.locks[key.id] = lock
+        return lock
+
+    def lose(self, key: DeviceKey, holder: str | None) -> None:
+        """The watch shows another holder, "" after a release; None: the Lease was deleted."""
+        if holder is None:
+            del self.locks[key.id]
+        else:
+            self.locks[key.id] = replace(self.locks[key.id], holder=holder)
+
+    async def acquire(self, key: DeviceKey, meta: LockMeta | None = None, *, claimed: bool = False) -> Grant:
+        return replace(await self._written("acquire", key), former=self.former)
+
+    async def renew(self, key: DeviceKey) -> Grant:
+        return await self._written("renew", key)
+
+    async def _written(self, verb: str, key: DeviceKey) -> Grant:
+        sent_at = self._clock.monotonic()
+        await self._script.reach(f"{verb} {key.busid}")
+        lock = self.hold(key)
+        return Grant(lock, lock.epoch, sent_at + IMPORT_WINDOW_S)
+
+    async def annotate(self, key: DeviceKey, *, told: Identity) -> Lock:
+        await self._script.reach(f"annotate {key.busid}")
+        self.told.append((key, told))
+        return self.locks[key.id]
+
+    async def release(self, key: DeviceKey) -> None:
+        await self._script.reach(f"release {key.busid}")
+        lock = self.locks.get(key.id)
+        if lock is not None and lock.holder == ME.node:
+            self.lose(key, "")
+
+
+class ScriptedClient:
+    """A USB/IP client whose every import succeeds unless the script raises. Steps: `import 1-1`, `probe 1-1`.
+
+    usb_id, serial: what the device says it is. limits: the timeout of each call, in order, in seconds.
+    """
+
+    def __init__(self, script: Script, sockets: SocketTable) -> None:
+        self.usb_id = STICK
+        self.serial: str | None = "S1"
+        self.limits: list[float] = []
+        self._script, self._sockets = script, sockets
+
+    async def devlist(self, server: ServerKey, *, timeout: float) -> tuple[Descriptor, ...]:
+        raise NotImplementedError
+
+    async def import_device(self, key: DeviceKey, *, timeout: float) -> Imported:
+        self.limits.append(timeout)
+        await self._script.reach(f"import {key.busid}")
+        return Imported(key, described(key, self.usb_id), self._sockets.open())
+
+    async def probe(self, imported: Imported, *, timeout: float) -> DeviceIdentity:
+        self.limits.append(timeout)
+        try:
+            await self._script.reach(f"probe {imported.key.busid}")
+            return DeviceIdentity(self.usb_id, self.serial, ())
+        finally:
+            imported.close()
+
+
+class ScriptedVhci(SimulatedVhci):
+    """A driver on a simulated kernel. Steps: `ports`, `attach 1-1`, `attached 1-1`, `enumerate 1-1`, `detach 0`.
+
+    `attached 1-1` comes when the kernel has the device and nobody was told yet.
+    """
+
+    def __init__(self, kernel: SimulatedKernel, script: Script) -> None:
+        super().__init__(kernel)
+        self.limits: list[float] = []
+        self._script = script
+
+    async def ports(self) -> tuple[PortState, ...]:
+        await self._script.reach("ports")
+        return await super().ports()
+
+    async def attach(self, key: DeviceKey, descriptor: Descriptor, fd: int) -> int:
+        await self._script.reach(f"attach {key.busid}")
+        port = await super().attach(key, descriptor, fd)
+        await self._script.reach(f"attached {key.busid}")
+        return port
+
+    async def enumerate(
+        self,
+        key: DeviceKey,
+        descriptor: Descriptor,
+        port: int,
+        *,
+        children: tuple[str, ...] | None = None,
+        children_timeout: float = ASKED_CHILD_WAIT_S,
+        serial: str | None = None,
+        timeout: float,
+    ) -> Attachment:
+        self.limits.append(timeout)
+        await self._script.reach(f"enumerate {key.busid}")
+        more = {"children": children, "children_timeout": children_timeout, "serial": serial, "timeout": timeout}
+        return await super().enumerate(key, descriptor, port, **more)  # type: ignore[arg-type]
+
+    async def detach(self, port: int, *, timeout: float) -> None:
+        await self._script.reach(f"detach {port}")
+        await super().detach(port, timeout=timeout)
+
+
+class ScriptedWork(DeviceWork):
+    """Notes on the locks are steps of the script, `note port 0 of 1-1`; told: the identities that were to be noted."""
+
+    def __init__(self, context: NodeContext, locks: LockManager, script: Script) -> None:
+        super().__init__(context, ClaimBook(), locks)
+        self.told: list[tuple[DeviceKey, Identity]] = []
+        self._script = script
+
+    def note_port(self, key: DeviceKey, port: int) -> None:
+        self._script.steps.append(f"note port {port} of {key.busid}")
+
+    def note_told(self, key: DeviceKey, told: Identity) -> None:
+        self.told.append((key, told))
+
+
+@dataclass
+class Rig:
+    """The pipeline of node-a, what it works with, and the events that it reported."""
+
+    script: Script
+    clock: SimClock
+    locks: ScriptedLocks
+    client: ScriptedClient
+    kernel: SimulatedKernel
+    driver: ScriptedVhci
+    specs: MemorySpecs
+    sockets: SocketTable
+    pipeline: Pipeline
+    work: ScriptedWork
+    events: list[Notice]
+    progress: Progress = field(default_factory=lambda: Progress(""))
+
+    async def attach(self, *, within: float = DEADLINE_S, **fields: object) -> Attachment:
+        """Attaches the device KEY for an Allocate. fields: of its claim; within: seconds until the deadline."""
+        claim = Claim(KEY, STICK, **{"resource": "stick", **fields})  # type: ignore[arg-type]
+        wanted = Wanted(KEY, STICK, "stick")
+        return await self.pipeline.attach_new(claim, wanted, self.clock.monotonic() + within, self.progress)
+
+    async def reattach(self) -> Attachment:
+        return await self.pipeline.reattach(KEY.id, self.clock.monotonic() + DEADLINE_S)
+
+    def lost(self, **fields: object) -> None:
+        """KEY was attached and is to be attached again; its lock, and that of its place, is this node's."""
+        fields = {"resource": "stick", "state": State.REATTACHING, **fields}
+        claim = Claim(KEY, STICK, **fields)  # type: ignore[arg-type]
+        self.book.put(claim)
+        for key in {claim.key, claim.place}:
+            self.locks.hold(key)
+
+    @property
+    def book(self) -> ClaimBook:
+        return self.work.book
+
+    @property
+    def told(self) -> list[tuple[DeviceKey, Identity]]:
+        return self.work.told
+
+    @property
+    def claim(self) -> Claim:
+        return self.book[KEY.id]
+
+    def free(self) -> bool:
+        """Whether nothing stands on any port of the kernel, and no port record is left."""
+        return {port.status for port in self.kernel.ports()} == {PortStatus.NULL} and not any(
+            self.kernel.records.values()
+        )
+
+    # acts
+
+    def raises(self, error: Exception) -> Act:
+        async def act() -> None:
+            raise error
+
+        return act
+
+    def takes(self, seconds: float, then: Act | None = None) -> Act:
+        async def act() -> None:
+            await self.clock.sleep(seconds)
+            if then is not None:
+                await then()
+
+        return act
+
+    def loses(self, key: DeviceKey, holder: str | None) -> Act:
+        async def act() -> None:
+            self.locks.lose(key, holder)
+
+        return act
+
+
+@contextlib.contextmanager
+def rig() -> Iterator[Rig]:
+    """At the end no reference to a connection may be left but those of the kernel."""
+    script, clock, sockets = Script(), SimClock(asyncio.get_running_loop()), SocketTable()
+    locks, client = ScriptedLocks(clock, script), ScriptedClient(script, sockets)
+    kernel = SimulatedKernel(clock, resolve=sockets.resolve)
+    driver = ScriptedVhci(kernel, script)
+    files = MemorySpecs("usbip.dev")
+    specs = CdiSpecs(files, "usbip.dev", KnownResources(ResourceConfig("stick", (), cdi=True)))
+    context = NodeContext(ME, clock, random.Random(1), NoOpTracer())
+    work = ScriptedWork(context, cast("LockManager", locks), script)
+    events: list[Notice] = []
+    pipeline = Pipeline(
+        context,
+        client=client,
+        driver=driver,
+        locks=cast("LockManager", locks),
+        specs=specs,
+        work=work,
+        events=events.append,
+        on_step=lambda _name, _seconds: None,
+    )
+    made = Rig(script, clock, locks, client, kernel, driver, files, sockets, pipeline, work, events)
+    yield made
+    taken = [port for port in kernel.ports() if port.status is not PortStatus.NULL]
+    assert len(sockets) == len(taken), "a socket was not closed"

@@ -1,0 +1,51 @@
+"""What is said to whom, and that docs/events.md explains each kind."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from usbip_plugin.attach.events import About, Notice, What, events_of, evicted, refused
+from usbip_plugin.errors import ClaimBusy, LockHeld, ServerUnreachable
+from usbip_plugin.kube.events import EventText
+from usbip_plugin.model import DeviceKey, PodRef, ServerKey
+
+KEY = DeviceKey(ServerKey("lab", 3240), "1-1")
+POD = PodRef("ns", "p", "uid-1")
+DOC = Path(__file__).parents[3] / "docs" / "events.md"
+
+
+def told(notice: Notice) -> dict[PodRef | None, str]:
+    return {pod: text.note for text, pod in events_of(notice)}
+
+
+@pytest.mark.parametrize("what", What)
+def test_each_kind_is_told_where_it_belongs(what: What) -> None:
+    about = what.value[3]
+    known, unknown = told(Notice(what, KEY, "words", POD)), told(Notice(what, KEY, "words"))
+    node, pod = (None, "lab:3240/1-1: words (pod ns/p)"), (POD, "lab:3240/1-1: words")
+    assert list(known.items()) == {About.POD: [pod], About.NODE: [node], About.BOTH: [pod, node]}[about]
+    assert unknown == {None: "lab:3240/1-1: words"}, "nobody to tell but the node"
+
+
+def test_a_refusal_says_what_the_pod_was_told_and_whether_somebody_has_the_device() -> None:
+    held = LockHeld(str(KEY), "node-b", "ns/other", "2030-01-01T00:00:00+00:00")
+    (denied, nobody), *_more = events_of(refused("usbip.dev/stick", held))
+    assert nobody is None
+    assert denied == EventText("Warning", "DeviceDenied", "Allocate", f"usbip.dev/stick: {held}")
+    for error in (ServerUnreachable(KEY.server, "refused"), ClaimBusy("busy")):
+        assert refused("r", error).what is What.FAILED
+
+
+def test_an_eviction_names_the_devices() -> None:
+    assert told(evicted(POD, [KEY])) == {POD: "evicted, because lab:3240/1-1 came back under other device nodes"}
+    assert "its device" in told(evicted(POD, []))[POD]
+
+
+def test_the_document_has_every_kind_with_its_type_and_object() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \| ([a-z, ]+?) \|", DOC.read_text(encoding="utf-8"), re.MULTILINE)
+    where = {About.POD: "pod", About.NODE: "node", About.BOTH: "pod, node"}
+    assert len(rows) == len(set(rows))
+    assert set(rows) == {(reason, kind, where[about]) for kind, reason, _action, about in (w.value for w in What)}

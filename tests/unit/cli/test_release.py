@@ -1,0 +1,102 @@
+"""`usbip-plugin release`: what it says, when it refuses, and its one write."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from tests.unit.cli.cli_facts import FREE, HELD, HELD_NOTES, KEY, LISTED, NOW, UNLISTED, UNREACHABLE, known
+from usbip_plugin.cli.devices import Known, known_devices
+from usbip_plugin.cli.explain import Facts, PodWord
+from usbip_plugin.cli.release import plan, release
+from usbip_plugin.clock import SystemClock
+from usbip_plugin.errors import KubeForbidden, ReleaseRefused
+from usbip_plugin.locks.record import Lease
+from usbip_sim.leases import MemoryBackend, MemoryLeases
+
+NO_PORT = {name: text for name, text in HELD_NOTES.items() if name != "usbip.dev/vhci-port"}
+
+
+@pytest.mark.parametrize(
+    ("facts", "refusal"),
+    [
+        (HELD, "it is attached: its server does not list it as free, and the lock names vhci port 3 of node node-a"),
+        (replace(HELD, known=known("node-a", heard=500)), "it is attached"),  # its kernel may live on
+        (replace(HELD, known=known("node-a", notes=NO_PORT)), "it is attached"),
+        (replace(HELD, server=UNREACHABLE), "it may be attached"),
+        (replace(HELD, server=LISTED), ""),
+        (replace(HELD, server=LISTED, known=known("node-a", written=3)), "an import may be under way"),
+    ],
+)
+def test_it_refuses_unless_the_device_is_certainly_not_attached(facts: Facts, refusal: str) -> None:
+    found = plan(facts).refusal
+    assert refusal in found
+    assert bool(refusal) is bool(found)
+
+
+def test_it_says_what_it_would_break() -> None:
+    text = "\n".join(plan(HELD).sentences)
+    assert "held by node node-a since 2026-05-04T03:02:01Z" in text
+    assert "The node lives (last sign: 3 s ago): it detaches the device" in text
+    assert "pod ns/reader loses the device while it runs" in text
+    assert "Its pod ns/reader is gone" in "\n".join(plan(replace(HELD, pod=PodWord.GONE)).sentences)
+    silent = plan(replace(HELD, known=known("node-a", heard=500, written=500))).sentences
+    assert "The node is silent (last sign: 8 min ago)" in "\n".join(silent)
+    assert "names no pod" in "\n".join(plan(replace(HELD, known=known("node-a", notes={}))).sentences)
+
+
+async def stored() -> tuple[MemoryLeases, Known]:
+    backend = MemoryBackend()
+    backend.create(known("node-a").lease)
+    store = MemoryLeases(backend, SystemClock())
+    (found,) = await known_devices(store)
+    return store, found
+
+
+async def test_the_lock_is_emptied_and_kept() -> None:
+    store, found = await stored()
+    await release(store, found, NOW)
+    after = await store.get(KEY.id)
+    assert after is not None
+    assert (after.holder, after.transitions, after.renew_time) == ("", 5, NOW)
+    left = set(after.annotations)
+    assert left >= {"usbip.dev/server", "usbip.dev/busid", "usbip.dev/usb-id"}
+    assert not left & {"usbip.dev/pod", "usbip.dev/vhci-port", "usbip.dev/boot-id"}
+
+
+async def test_a_lock_that_changed_since_it_was_shown_is_left_alone() -> None:
+    store, found = await stored()
+    current = await store.get(KEY.id)
+    assert current is not None
+    await store.replace(replace(current, holder="node-b"))
+    with pytest.raises(ReleaseRefused, match="changed since it was shown; nothing was written"):
+        await release(store, found, NOW)
+    after = await store.get(KEY.id)
+    assert after is not None
+    assert after.holder == "node-b"
+
+
+async def test_a_lock_that_was_deleted_is_not_made_anew() -> None:
+    store, found = await stored()
+    await store.delete(KEY.id, found.lease.resource_version)
+    with pytest.raises(ReleaseRefused, match="changed"):
+        await release(store, found, NOW)
+    assert await store.get(KEY.id) is None
+
+
+async def test_nothing_is_written_for_a_device_that_nobody_holds() -> None:
+    store, _found = await stored()
+    assert FREE.known is not None
+    with pytest.raises(ReleaseRefused, match="not held"):
+        await release(store, FREE.known, NOW)
+
+
+async def test_the_policy_that_confines_plugins_is_named_with_its_cure() -> None:
+    class Refusing:
+        async def replace(self, _lease: Lease) -> Lease:
+            raise KubeForbidden("update", "leases", "ValidatingAdmissionPolicy 'usbip-plugin' denied request")
+
+    with pytest.raises(ReleaseRefused, match="a kubeconfig of your own"):
+        await release(Refusing(), known("node-a"), NOW)  # type: ignore[arg-type]  # all it is asked for
+    assert UNLISTED != UNREACHABLE

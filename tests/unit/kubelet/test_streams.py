@@ -1,0 +1,164 @@
+"""What one ListAndWatch stream is sent, without a socket."""
+
+import asyncio
+import functools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.unit.kubelet.idle_backend import IdleBackend
+from usbip_plugin.kubelet.device_plugin import (
+    DeviceList,
+    DevicePluginServer,
+    DeviceStates,
+    device_list,
+)
+from usbip_plugin.model import Advertised, DeviceKey, Health, Reason, ServerKey
+from usbip_sim.virtual.loop import run, virtual
+
+
+@functools.cache
+def device(number: int, healthy: bool) -> Advertised:
+    key = DeviceKey(ServerKey("10.0.0.1"), "1-1")
+    return Advertised(str(number), key, Health(Reason.FREE if healthy else Reason.HELD_ELSEWHERE))
+
+
+def devices(*health: bool) -> tuple[Advertised, ...]:
+    """The very same objects for the same devices, as the advertiser keeps them."""
+    return tuple(device(n, h) for n, h in enumerate(health))
+
+
+class Stream:
+    """Follows a server; each send takes `pace` seconds."""
+
+    def __init__(self, server: DevicePluginServer, pace: float) -> None:
+        self.sent: list[DeviceStates] = []
+        self._pace = pace
+        self.task = asyncio.create_task(server.follow(self._send))
+
+    async def _send(self, state: DeviceStates) -> None:
+        await asyncio.sleep(self._pace)
+        self.sent.append(state)
+
+    async def end(self) -> None:
+        self.task.cancel()
+        await asyncio.wait([self.task])
+
+
+@virtual
+async def test_no_devices_at_all_is_something_to_say() -> None:
+    server = DevicePluginServer("usbip.dev/storage", IdleBackend())
+    stream = Stream(server, 0)
+    await asyncio.sleep(1)
+    assert stream.sent == []
+    server.publish(())
+    await server.wait_sent()
+    assert stream.sent == [()]
+    await stream.end()
+
+
+@virtual
+async def test_what_is_published_during_a_write_is_sent_after_it() -> None:
+    server = DevicePluginServer("usbip.dev/storage", IdleBackend())
+    server.publish(devices(True))
+    stream = Stream(server, 1)
+    await asyncio.sleep(0.5)
+    server.publish(devices(False))
+    await server.wait_sent()
+    assert stream.sent == [(("0", True),), (("0", False),)]
+    await stream.end()
+
+
+@virtual
+async def test_wait_sent_waits_for_the_slowest_stream_and_not_for_one_that_is_gone() -> None:
+    server = DevicePluginServer("usbip.dev/storage", IdleBackend())
+    quick, slow = Stream(server, 0.1), Stream(server, 5)
+    await asyncio.sleep(0)
+    server.publish(devices(True))
+    await server.wait_sent()
+    assert len(quick.sent) == len(slow.sent) == 1
+    server.publish(devices(False))
+    waiting = asyncio.create_task(server.wait_sent())
+    await asyncio.sleep(1)
+    assert not waiting.done()
+    await slow.end()
+    async with asyncio.timeout(0.1):
+        await waiting
+    assert server.open_streams == 1
+    await quick.end()
+
+
+@virtual
+async def test_a_stream_that_breaks_takes_nothing_with_it() -> None:
+    server = DevicePluginServer("usbip.dev/storage", IdleBackend())
+    server.publish(devices(True))
+
+    async def broken(_state: DeviceStates) -> None:
+        raise ConnectionError("gone")
+
+    with pytest.raises(ConnectionError):
+        await server.follow(broken)
+    assert server.open_streams == 0
+    stream = Stream(server, 0)
+    await asyncio.sleep(0.1)
+    assert stream.sent == [(("0", True),)]
+    await stream.end()
+
+
+def test_what_is_healthy_counts_in_use_or_not() -> None:
+    server, key = DevicePluginServer("usbip.dev/storage", IdleBackend()), DeviceKey(ServerKey("10.0.0.1"), "1-1")
+    reasons = [Reason.FREE, Reason.ATTACHED, Reason.HELD_ELSEWHERE, Reason.UNKNOWN]
+    server.publish(tuple(Advertised(r.name, key, Health(r)) for r in reasons))
+    assert server.healthy == 2
+    server.publish(())
+    assert server.healthy == 0
+
+
+@given(st.lists(st.lists(st.tuples(st.integers(0, 2), st.booleans()), max_size=3), max_size=6))
+def test_a_list_changed_in_place_is_the_list_made_anew(script: list[list[tuple[int, bool]]]) -> None:
+    server, kept = DevicePluginServer("usbip.dev/storage", IdleBackend()), DeviceList()
+
+    async def main() -> None:
+        stream = Stream(server, 0)
+        await asyncio.sleep(0)
+        for states in script:
+            server.publish(tuple(device(number, healthy) for number, healthy in states))
+            await server.wait_sent()
+            expected = tuple((str(number), healthy) for number, healthy in states)
+            assert stream.sent[-1] == expected
+            assert kept.told(stream.sent[-1]) == device_list(expected)
+        await stream.end()
+
+    run(main)
+
+
+steps = st.lists(st.tuples(st.sampled_from([0.0, 0.3, 1.0, 4.0]), st.lists(st.booleans(), max_size=2)), max_size=12)
+
+
+@given(steps, st.sampled_from([0.0, 0.5, 2.0]))
+def test_every_stream_ends_up_with_the_last_state_and_never_goes_back(
+    script: list[tuple[float, list[bool]]], pace: float
+) -> None:
+    async def main() -> None:
+        server = DevicePluginServer("usbip.dev/storage", IdleBackend())
+        streams = [Stream(server, pace)]
+        published: list[DeviceStates] = []
+        for pause, health in script:
+            server.publish(devices(*health))
+            state = tuple((str(n), h) for n, h in enumerate(health))
+            if not published or published[-1] != state:
+                published.append(state)
+            await asyncio.sleep(pause)
+            streams.append(Stream(server, pace))
+            await asyncio.sleep(0)
+        await server.wait_sent()
+        for stream in streams:
+            if published:
+                assert stream.sent[-1] == published[-1]
+            # What was sent is a subsequence of what was published.
+            rest = iter(published)
+            assert all(state in rest for state in stream.sent)
+            await stream.end()
+
+    run(main)
