@@ -64,8 +64,9 @@ def _healths(resource: str, devices: Mapping[str, Seen], facts: Facts) -> Mappin
 def only(facts: Facts, members: Members, device_ids: Collection[str]) -> Facts | None:
     """The facts about these devices, and the resources that have or may get one of them, and no others.
 
-    None if others may be concerned, too: one of them has no lock that says where it stands; some device is promised by
-    its serial number, which another may tell as well; or a resource of a former configuration still has devices.
+    None if others may be concerned, too: one of them has no lock or claim that says where it stands; one is attached
+    from another's place; some device is promised by its serial number, which another may tell as well; or a resource of
+    a former configuration still has devices.
     """
     resources = facts.config.resources
     if not members.keys() <= {resource.name for resource in resources}:
@@ -74,9 +75,11 @@ def only(facts: Facts, members: Members, device_ids: Collection[str]) -> Facts |
         return None
     busids: dict[ServerKey, set[str]] = {}
     for device_id in device_ids:
-        lock = facts.locks.get(device_id)
-        key = lock.key if lock is not None else None
-        if lock is None or key is None or lock.usb_id is None:
+        lock, claim = facts.locks.get(device_id), facts.claims.get(device_id)
+        key = lock.key if lock is not None else claim.key if claim is not None else None
+        if key is None or (lock is not None and lock.usb_id is None):
+            return None
+        if claim is not None and claim.moved_to is not None:
             return None
         busids.setdefault(key.server, set()).add(key.busid)
     claims = {i: facts.claims[i] for i in device_ids if i in facts.claims}
@@ -93,7 +96,7 @@ def only(facts: Facts, members: Members, device_ids: Collection[str]) -> Facts |
         facts,
         config=replace(facts.config, resources=tuple(mine)),
         servers={server: _part(view, busids[server]) for server, view in views.items()},
-        locks={i: facts.locks[i] for i in device_ids},
+        locks={i: facts.locks[i] for i in device_ids if i in facts.locks},
         standings={i: facts.standings[i] for i in device_ids if i in facts.standings},
         claims=claims,
     )
@@ -105,9 +108,9 @@ def _part(view: ServerView, busids: set[str]) -> ServerView:
 
 
 def relearn(members: Members, lists: Lists, part: Facts, device_ids: Collection[str]) -> tuple[Members, Lists, Lists]:
-    """The members and lists after a change of these devices' locks, and what the lists say of these; part: see only.
+    """The members and lists after a change of these devices' locks or claims, and what the lists say of these.
 
-    A resource whose list does not change keeps the very tuple it has.
+    part: what only() made of all facts. A resource whose list does not change keeps the very tuple it has.
     """
     concerned = {resource.name: members.get(resource.name, {}) for resource in part.config.resources}
     before = {name: {i: devices[i] for i in device_ids if i in devices} for name, devices in concerned.items()}

@@ -50,6 +50,7 @@ class Advertiser:
         self._lists: Lists = {}
         self._former: dict[str, ResourceConfig] = {}
         self._members: Members = {}
+        self._moved: set[str] = set()
         self._conditions = Conditions(context, driver=driver, locks=locks, look_again=self.look_again)
         self._handovers = Handovers(context, locks=locks, poller=poller, spawn=self.spawn, look_at=self._look_at)
         self._rereads = Rereads()
@@ -160,8 +161,17 @@ class Advertiser:
         self._due = None
         self._schedule()
 
-    def _claim_changed(self, _device_id: str) -> None:
-        self.look_again()
+    def _claim_changed(self, device_id: str) -> None:
+        """A claim concerns its own device only, unless that is, or was until now, attached from another's place."""
+        claim = self._claims.get(device_id)
+        if claim is not None and claim.moved_to is not None:
+            self._moved.add(device_id)
+            self.look_again()
+        elif device_id in self._moved:
+            self._moved.remove(device_id)
+            self.look_again()
+        else:
+            self._look_at(device_id)
 
     def _server_changed(self, view: ServerView) -> None:
         now = self._clock.monotonic()
@@ -201,7 +211,7 @@ class Advertiser:
         self._look_at(change.device_id)
 
     def _look_at(self, device_id: str) -> None:
-        """As look_again, where nothing but the lock of this device has changed."""
+        """As look_again, where nothing but the lock or the claim of this device has changed."""
         if self._due is not None:
             self._due.add(device_id)
         self._schedule()
@@ -221,7 +231,7 @@ class Advertiser:
         self._evaluate()
 
     def _evaluate(self, due: Collection[str] | None = None) -> None:
-        """due: the devices of which only the locks have changed; None for everything."""
+        """due: the devices of which only the locks and claims have changed; None for everything."""
         self._scheduled, self._due = False, set()
         if self._tasks is None:
             return
