@@ -11,8 +11,14 @@ import pytest
 
 from tests.simulation.cluster_rig import all_healthy, becomes, key, pod, server, spec, stick
 from tests.simulation.trace_stories import Story, pod_known, told
+from usbip_plugin.claims import State
+from usbip_plugin.inventory import evaluate
+from usbip_plugin.inventory.facts import Facts, Seen
+from usbip_plugin.inventory.health import health
+from usbip_plugin.model import Health
 from usbip_sim.leases import MemoryLeases
 from usbip_sim.virtual.cluster import cluster
+from usbip_sim.virtual.steploop import stepped
 
 DAY, SHORT_DAY = 24 * 3600.0, 4 * 3600.0
 """Seconds of standing still, in the long form and in the short one."""
@@ -85,3 +91,28 @@ def test_a_day_of_standing_still(calls: Counter[tuple[str, str, str]], long_form
             assert abs(after - before) < 100, f"{before} objects, then {after}"
 
     told(day)
+
+
+def test_an_allocate_works_out_its_own_device_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 500 devices all of them took 45 to 61 ms of processor time, in which nothing else ran."""
+    evaluated: list[str] = []
+
+    def counted(facts: Facts, seen: Seen, resource: str) -> Health:
+        evaluated.append(seen.key.id)
+        return health(facts, seen, resource)
+
+    monkeypatch.setattr(evaluate, "health", counted)
+
+    @stepped
+    async def life() -> None:
+        lab = server("lab", *(stick(f"1-{n}") for n in range(1, 61)))
+        device = key(lab, "1-1")
+        async with cluster(spec([lab], nodes=1)) as c:
+            await all_healthy(c, device)
+            evaluated.clear()
+            assert await c["node-a"].admit(pod("p"), "stick") is None
+            (allocated,) = c["node-a"].held_in(State.ATTACHED)
+            # changes of its claim and its lock: one evaluation each
+            assert evaluated == [allocated.id] * 8
+
+    life()

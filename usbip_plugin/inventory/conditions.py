@@ -67,7 +67,7 @@ class Conditions:
                 await self._clock.sleep(PORTS_SETTLE)
             self._ports_event.clear()
             before, self._ports = self._ports, await self._read_ports()
-            if self._ports != before:
+            if not self._ports.hinders_as(before):
                 self._look_again()
             with contextlib.suppress(TimeoutError):
                 async with self._clock.timeout(PORTS_INTERVAL):

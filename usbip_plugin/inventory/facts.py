@@ -41,6 +41,11 @@ class Driver:
     used_hs: int = 0
     used_ss: int = 0
 
+    def hinders_as(self, other: Driver) -> bool:
+        """Whether the same devices could be attached: how many ports are free matters for people only."""
+        mine, others = ((one.error, one.free_hs == 0, one.free_ss == 0) for one in (self, other))
+        return mine == others
+
 
 @dataclass(frozen=True, slots=True)
 class Api:
