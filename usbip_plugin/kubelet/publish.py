@@ -78,7 +78,6 @@ class Telling:
         self._servers: dict[str, DevicePluginServer] = {}
         self._begun = False
         inventory.subscribe(self._evaluated)
-        locks.subscribe(self._lock_changed)
 
     @property
     def begun(self) -> bool:
@@ -88,6 +87,8 @@ class Telling:
     def begin(self) -> None:
         """What a previous process left has been adopted: lists are complete enough for the kubelet and the Node."""
         self._begun = True
+        # not before: there is no list yet that a device could be withdrawn from
+        self._locks.subscribe(self._lock_changed)
         self._inventory.evaluate()
 
     def _short(self, resource: str) -> str:
