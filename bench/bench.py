@@ -66,6 +66,7 @@ def doubles(bench: Bench, counts: Counts) -> None:
 
     bench.measure(bench_allocate.allocate(None, counts.allocates))
     bench.measure(bench_allocate.unanswered(counts.unanswered))
+    bench.measure(bench_allocate.among_many(counts.allocates))
     bench.measure(bench_watch.watch())
 
 

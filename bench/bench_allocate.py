@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from unittest import mock
 
 from bench.bench_nodes import NAMESPACE, Place, allocate_times, keys_of, nodes, timed_allocate, virtual_server
 from bench.bench_rows import Row, p50_p99, percentile
@@ -24,6 +25,11 @@ ENUMERATION_S = 0.3
 TIMEOUT_S = 2.0
 """allocateTimeout while servers do not answer."""
 DELAY_TARGET_MS = 50.0
+MANY, SERVERS = 500, 5
+MANY_MS = 5.0
+"""Processor time that so many devices may cost an Allocate."""
+HELD_MS = 10.0
+"""For so long one callback may keep the event loop from all others."""
 
 
 async def allocate(kubeconfig: str | None, count: int) -> list[Row]:
@@ -60,6 +66,61 @@ async def unanswered(count: int) -> list[Row]:
         )
         rows.append(Row(f"Allocate to a server {name} ends within", max(ends), "ms", TIMEOUT_S * 1e3, len(ends)))
     return rows
+
+
+async def among_many(count: int) -> list[Row]:
+    """What 500 devices on offer cost an Allocate of one of them, and for how long they keep the event loop busy.
+
+    Doubles run on the same loop: their part is in the time with five devices, too, which is taken off.
+    """
+    few, _ = await _spent(1, count)
+    many, held = await _spent(MANY // SERVERS, count)
+    return [
+        Row(
+            f"Allocate among {MANY} devices, processor time beyond one among {SERVERS}",
+            many - few,
+            "ms",
+            MANY_MS,
+            count,
+        ),
+        Row(f"Allocate among {MANY} devices, the event loop held at most", held, "ms", HELD_MS, count),
+    ]
+
+
+async def _spent(each: int, count: int) -> tuple[float, float]:
+    """Median milliseconds of processor time of an Allocate, and the longest of one callback of the event loop."""
+    async with contextlib.AsyncExitStack() as stack:
+        servers = [await stack.enter_async_context(virtual_server(each)) for _ in range(SERVERS)]
+        keys = [DeviceKey(server.key, f"1-{n + 1}") for n in range(each) for server in servers]
+        place = Place(("solo",), tuple(server.key for server in servers), tuple(keys))
+        found = await stack.enter_async_context(nodes(place))
+        times: list[float] = []
+        longest = 0.0
+        with _callbacks() as callbacks:
+            for number in range(count):
+                key = place.keys[number % SERVERS]
+                callbacks.clear()
+                began = time.thread_time()
+                await timed_allocate(found, found.nodes[0], key)
+                times.append((time.thread_time() - began) * 1e3)
+                longest = max(longest, *callbacks)
+                await found.end_pod(found.nodes[0], key)
+        return percentile(times, 50), longest
+
+
+@contextlib.contextmanager
+def _callbacks() -> Iterator[list[float]]:
+    """Milliseconds of processor time of each callback of the event loop, in the list that is yielded."""
+    times: list[float] = []
+    run = asyncio.Handle._run
+
+    def timed(handle: asyncio.Handle) -> None:
+        began = time.thread_time()
+        run(handle)
+        times.append((time.thread_time() - began) * 1e3)
+
+    with mock.patch.object(asyncio.Handle, "_run", timed):
+        yield times
 
 
 async def _meanwhile(found: Nodes, good: DeviceKey, bad: DeviceKey) -> tuple[list[float], list[float]]:
