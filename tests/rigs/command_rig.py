@@ -9,6 +9,7 @@ import gc
 import logging
 import os
 import signal
+import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -16,7 +17,7 @@ from typing import Self
 import pytest
 
 from usbip_plugin.cli.main import main
-from usbip_plugin.observe.logs import PACKAGE
+from usbip_plugin.observe.logs import PACKAGES
 from usbip_plugin.sync import Broadcast
 
 LIMIT_S = 60.0
@@ -30,8 +31,8 @@ LOOPBACKS = ("127.0.0.1", pytest.param("::1", marks=NEEDS_IPV6))
 @contextlib.contextmanager
 def process_restored() -> Iterator[None]:
     """Restores what a command changes in its process: logging, environment, garbage collection, TLS buffer size."""
-    root, ours = logging.getLogger(), logging.getLogger(PACKAGE)
-    levels, handlers = (root.level, ours.level), list(root.handlers)
+    loggers = [logging.getLogger(), *map(logging.getLogger, PACKAGES)]
+    levels, handlers = [logger.level for logger in loggers], list(loggers[0].handlers)
     environ = dict(os.environ)
     size = asyncio.sslproto.SSLProtocol.max_size
     try:
@@ -41,9 +42,9 @@ def process_restored() -> Iterator[None]:
         gc.unfreeze()
         os.environ.clear()
         os.environ.update(environ)
-        root.handlers[:] = handlers
-        root.setLevel(levels[0])
-        ours.setLevel(levels[1])
+        loggers[0].handlers[:] = handlers
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Terminal:
 
 
 class Log(logging.Handler):
-    """Collects the package's log records while entered. For one event loop."""
+    """Collects the project's log records while entered. For one event loop."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,11 +96,13 @@ class Log(logging.Handler):
         self._changed.fire()
 
     def __enter__(self) -> Self:
-        logging.getLogger(PACKAGE).addHandler(self)
+        for package in PACKAGES:
+            logging.getLogger(package).addHandler(self)
         return self
 
     def __exit__(self, *_error: object) -> None:
-        logging.getLogger(PACKAGE).removeHandler(self)
+        for package in PACKAGES:
+            logging.getLogger(package).removeHandler(self)
 
     def having(self, message: str) -> list[logging.LogRecord]:
         return [record for record in self.records if record.getMessage() == message]
@@ -139,8 +142,14 @@ def simulate(story: Callable[[logging.LogRecord], Awaitable[None]], message: str
         finally:
             end_process()
 
-    with StoryStarter():
-        status = main(["simulate", *arguments])
+    limit = threading.Timer(LIMIT_S, end_process)
+    limit.start()
+    try:
+        with StoryStarter() as log:
+            status = main(["simulate", *arguments])
+    finally:
+        limit.cancel()
     for failure in failures:
         raise failure
+    assert status or log.having(message), "the command has not said that it runs"
     return status

@@ -27,7 +27,7 @@ from tests.simulation.cluster_rig import (
 )
 from tests.simulation.trace_stories import Story, life, pod_known, told
 from usbip_plugin.model import Reason
-from usbip_plugin.observe.logs import set_up_logging
+from usbip_plugin.observe.logs import PACKAGES, set_up_logging
 from usbip_sim.virtual.cluster import cluster
 
 HOUR, SHORT_HOUR = 3600.0, 900.0
@@ -54,14 +54,14 @@ def idle_s(long_form: bool) -> float:
 @pytest.fixture
 def written() -> Iterator[Written]:
     """All that the process would write at the default level."""
-    root, package = logging.getLogger(), logging.getLogger("usbip_plugin")
-    levels = (root.level, package.level)
+    root, packages = logging.getLogger(), [logging.getLogger(name) for name in PACKAGES]
+    levels = [logger.level for logger in (root, *packages)]
     stream = Written()
     handler = set_up_logging(AS_THE_GO_PROGRAM, stream)
     yield stream
     root.removeHandler(handler)
-    root.setLevel(levels[0])
-    package.setLevel(levels[1])
+    for logger, level in zip((root, *packages), levels, strict=True):
+        logger.setLevel(level)
 
 
 def test_an_idle_hour_writes_nothing(written: Written, idle_s: float) -> None:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from usbip_plugin.model import PodRef
-from usbip_plugin.observe.logs import LEVELS, JsonFormatter, TextFormatter, set_up_logging
+from usbip_plugin.observe.logs import LEVELS, PACKAGES, JsonFormatter, TextFormatter, set_up_logging
 from usbip_plugin.observe.tracing import Tracing
 
 LOG = logging.getLogger("usbip_plugin.test")
@@ -21,12 +21,12 @@ LOG = logging.getLogger("usbip_plugin.test")
 
 @pytest.fixture(autouse=True)
 def logging_as_before() -> Iterator[None]:
-    root, package = logging.getLogger(), logging.getLogger("usbip_plugin")
-    handlers, levels = root.handlers[:], (root.level, package.level)
+    loggers = [logging.getLogger(), *map(logging.getLogger, PACKAGES)]
+    handlers, levels = loggers[0].handlers[:], [logger.level for logger in loggers]
     yield
-    root.handlers[:] = handlers
-    root.setLevel(levels[0])
-    package.setLevel(levels[1])
+    loggers[0].handlers[:] = handlers
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 def written(stream: io.StringIO) -> list[dict[str, object]]:
