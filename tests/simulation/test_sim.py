@@ -14,7 +14,7 @@ from tests.simulation.moments import FAULTS, parse
 from tests.simulation.mutants import release_first
 from tests.simulation.plan import ACTIONS, draw
 from tests.simulation.play import play
-from usbip_plugin.attach.tasks import DeviceWork
+from usbip_plugin.attach.release import Releaser
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def actions(long_form: bool) -> int:
 def test_a_broken_promise_is_told_as_its_shortest_story_with_a_plan_and_a_command_that_repeats_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(DeviceWork, "finish", release_first)
+    monkeypatch.setattr(Releaser, "finish", release_first)
     assert sim.report("allocate-kill-1", parse("allocate/kill/1").plan, tmp_path / "broken") == 1
     told = capsys.readouterr().out
     story, _, rest = told.partition("\n\n")

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from types import ModuleType
 
@@ -119,12 +120,12 @@ def test_sixteen_shards_are_the_whole_list() -> None:
 
 
 def test_every_directory_of_tests_is_run() -> None:
-    run = re.search(r"testpaths = (\[.*\])", (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    assert run
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    run = settings["tool"]["pytest"]["ini_options"]["testpaths"]
     scripts = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests/lab").rglob("*.sh"))
     for directory in {path.parent for path in (ROOT / "tests").rglob("test_*.py")}:
-        name = str(directory.relative_to(ROOT))
-        assert name in run[1] + makefile() + scripts, f"{name} is run by no target"
+        top = "/".join(directory.relative_to(ROOT).parts[:2])
+        assert top in run or top in makefile() + scripts, f"{directory} is run by no target"
 
 
 def test_a_change_wants_the_targets_whose_inputs_it_touches() -> None:

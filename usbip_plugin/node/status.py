@@ -51,20 +51,20 @@ def status_of(
 def device_rows(agent: Agent, domain: str) -> tuple[DeviceRow, ...]:
     """Every device this node offers, by resource; one of several resources has a row for each."""
     return tuple(
-        _device(agent, f"{domain}/{resource}", device)
+        _device(agent, domain, resource, device)
         for resource, devices in sorted(agent.inventory.advertised.items())
         for device in sorted(devices, key=lambda one: one.key)
     )
 
 
-def _device(agent: Agent, resource: str, device: Advertised) -> DeviceRow:
+def _device(agent: Agent, domain: str, resource: str, device: Advertised) -> DeviceRow:
     lock = agent.locks.locks.get(device.id)
     held = lock if lock is not None and lock.holder else None
     claim = agent.claims.view.get(device.id)
     offered = agent.inventory.lookup(resource)
     seen = offered[1].get(device.id) if offered is not None else None
     return DeviceRow(
-        resource=resource,
+        resource=f"{domain}/{resource}",
         device=str(device.key),
         id=device.id,
         healthy=device.health.healthy,

@@ -80,8 +80,7 @@ def test_the_document_has_every_reason_of_an_api_error() -> None:
 def test_the_document_has_every_step() -> None:
     text = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8").split("- `step`:")[1].split("\n- ")[0]
     code = "".join(
-        (ROOT / "usbip_plugin" / name).read_text(encoding="utf-8")
-        for name in ("attaching.py", "work.py", "attacher.py")
+        (ROOT / "usbip_plugin" / "attach" / name).read_text(encoding="utf-8") for name in ("pipeline.py", "release.py")
     )
     assert set(re.findall(r"`([^`]+)`", text)) == set(re.findall(r'(?:self\.span|_on_step)\("([^"]+)"', code))
 
