@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from pathlib import Path
 
@@ -27,10 +26,11 @@ from usbip_plugin.config.schema import (
     DEFAULT_POD_RESOURCES_SOCKET,
     Config,
 )
-from usbip_plugin.node.daemon import Options
 from usbip_plugin.observe.http import Verdict, split_listen, standard_pages
+from usbip_plugin.vhci import linux
 
-RECORDS = str(next(field.default for field in dataclasses.fields(Options) if field.name == "records"))
+RECORDS = str(linux.RECORDS)
+
 PLUGIN = ("apps/v1", "DaemonSet", NAMESPACE, "usbip-plugin")
 HOST_PATHS = {
     "usbip-plugin": {

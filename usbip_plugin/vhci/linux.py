@@ -54,6 +54,9 @@ from usbip_plugin.vhci.uevents import Uevent, UeventSource, settle
 
 log = logging.getLogger(__name__)
 
+RECORDS = Path("/run/vhci_hcd")
+"""Where the `usbip` tool keeps its port records, and the plugin, too."""
+
 END_S = 0.05  # of a time to wait, kept for saying what was found
 ATTACH_TRIES = 4  # ports to try when somebody else takes the chosen one in between
 _FD_BASE, _FD_SPAN = 100, 400
@@ -72,7 +75,7 @@ class SysfsVhci:
         uevents: UeventSource,
         *,
         sysfs: Path = Path("/sys"),
-        records: Path = Path("/run/vhci_hcd"),
+        records: Path = RECORDS,
         authorize: bool = True,
         write: Callable[[Path, str], None] = write_sysfs,
     ) -> None:
