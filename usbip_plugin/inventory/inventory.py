@@ -47,6 +47,7 @@ class Advertiser:
         self._locks = locks
         self._poller = poller
         self._subscribers: list[Callable[[Evaluation], None]] = []
+        self._taken_subscribers: list[Callable[[LockChange, float], Coroutine[object, object, None]]] = []
         self._lists: Lists = {}
         self._former: dict[str, ResourceConfig] = {}
         self._members: Members = {}
@@ -66,6 +67,13 @@ class Advertiser:
     def subscribe(self, callback: Callable[[Evaluation], None]) -> None:
         """Calls callback, synchronously, after each evaluation, in the order of subscribing."""
         self._subscribers.append(callback)
+
+    def subscribe_taken(self, callback: Callable[[LockChange, float], Coroutine[object, object, None]]) -> None:
+        """Runs callback(change, seen_at) in a task when another node has taken a device that is offered here.
+
+        seen_at: seconds, monotonic. The evaluation that follows from it is due, and done once the task waits.
+        """
+        self._taken_subscribers.append(callback)
 
     # what others ask
 
@@ -208,6 +216,11 @@ class Advertiser:
         if None not in (known, told) and known != told:
             self._rereads.note(change.device_id, self._clock.monotonic())
         self._handovers.lock_changed(change)
+        taken = change.holder != change.former and change.holder not in ("", self._me.node)
+        if taken and self.offering(change.device_id):
+            now = self._clock.monotonic()
+            for callback in self._taken_subscribers:
+                self.spawn(callback(change, now))
         self._look_at(change.device_id)
 
     def _look_at(self, device_id: str) -> None:

@@ -66,7 +66,6 @@ class Telling:
 
         on_withdrawn: seconds from seeing that another node took a device until a listening kubelet was told.
         """
-        self._me = context.me
         self._clock = context.clock
         self._tracer = context.tracer
         self._inventory = inventory
@@ -78,6 +77,7 @@ class Telling:
         self._servers: dict[str, DevicePluginServer] = {}
         self._begun = False
         inventory.subscribe(self._evaluated)
+        inventory.subscribe_taken(self._withdraw)
 
     @property
     def begun(self) -> bool:
@@ -87,8 +87,6 @@ class Telling:
     def begin(self) -> None:
         """What a previous process left has been adopted: lists are complete enough for the kubelet and the Node."""
         self._begun = True
-        # not before: there is no list yet that a device could be withdrawn from
-        self._locks.subscribe(self._lock_changed)
         self._inventory.evaluate()
 
     def _short(self, resource: str) -> str:
@@ -151,11 +149,6 @@ class Telling:
                 await server.wait_sent()
                 if self._node_status is not None and server.announced:
                     await self._node_status.publish_now({resource: server.healthy}, limit)
-
-    def _lock_changed(self, change: LockChange) -> None:
-        taken = change.holder != change.former and change.holder not in ("", self._me.node)
-        if taken and self._inventory.offering(change.device_id):
-            self._inventory.spawn(self._withdraw(change, self._clock.monotonic()))
 
     async def _withdraw(self, change: LockChange, seen_at: float) -> None:
         """Another node took a device: this joins its trace, up to the moment the kubelet has been told."""

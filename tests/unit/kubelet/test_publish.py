@@ -36,6 +36,9 @@ class Offers:
     def subscribe(self, callback: Callable[[Evaluation], None]) -> None:
         self._subscribers.append(callback)
 
+    def subscribe_taken(self, _callback: object) -> None:
+        """Nobody takes a device."""
+
     def evaluate(self) -> None:
         before, self.advertised = self.advertised, LISTS
         for callback in self._subscribers:
@@ -47,9 +50,6 @@ class NoLocks:
 
     def __init__(self) -> None:
         self.locks: dict[str, Lock] = {}
-
-    def subscribe(self, _callback: object) -> None:
-        """Nothing changes."""
 
 
 class Node:
