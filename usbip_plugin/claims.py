@@ -17,7 +17,7 @@ from usbip_plugin.model import Attachment, DeviceKey, PodRef, UsbId
 from usbip_plugin.sync import Broadcast
 
 
-class State(enum.Enum):
+class ClaimState(enum.Enum):
     """Where a device stands on this node. FREE is the absence of a claim."""
 
     FREE = "Free"
@@ -30,7 +30,7 @@ class State(enum.Enum):
     LOST = "Lost"
 
 
-class Event(enum.Enum):
+class ClaimEvent(enum.Enum):
     """What can happen to a claim."""
 
     ALLOCATE = "Allocate"
@@ -51,34 +51,34 @@ class Event(enum.Enum):
     RELEASED = "released"
 
 
-TRANSITIONS: Mapping[tuple[State, Event], State] = MappingProxyType(
+TRANSITIONS: Mapping[tuple[ClaimState, ClaimEvent], ClaimState] = MappingProxyType(
     {
-        (State.FREE, Event.ALLOCATE): State.LOCKING,
-        (State.FREE, Event.ADOPTED): State.ATTACHED,
-        (State.FREE, Event.ORPHANED): State.REATTACHING,
-        (State.FREE, Event.UNUSED): State.RELEASING,
-        (State.FREE, Event.DEPRIVED): State.LOST,
-        (State.LOCKING, Event.LOCKED): State.IMPORTING,
-        (State.LOCKING, Event.DENIED): State.FREE,
-        (State.LOCKING, Event.FAILED): State.RELEASING,
-        (State.IMPORTING, Event.IMPORTED): State.ATTACHING,
-        (State.IMPORTING, Event.FAILED): State.RELEASING,
-        (State.IMPORTING, Event.LOCK_LOST): State.LOST,
-        (State.ATTACHING, Event.ATTACHED): State.ATTACHED,
-        (State.ATTACHING, Event.STUCK): State.IMPORTING,
-        (State.ATTACHING, Event.FAILED): State.RELEASING,
-        (State.ATTACHING, Event.LOCK_LOST): State.LOST,
-        (State.ATTACHED, Event.PORT_LOST): State.REATTACHING,
-        (State.ATTACHED, Event.POD_GONE): State.RELEASING,
-        (State.ATTACHED, Event.LOCK_LOST): State.LOST,
-        (State.REATTACHING, Event.ATTACHED): State.ATTACHED,
-        (State.REATTACHING, Event.POD_GONE): State.RELEASING,
-        (State.REATTACHING, Event.LOCK_LOST): State.LOST,
-        (State.RELEASING, Event.LOCK_LOST): State.LOST,
-        (State.RELEASING, Event.RELEASED): State.FREE,
-        (State.LOST, Event.LOCK_FREE): State.REATTACHING,
-        (State.LOST, Event.POD_GONE): State.RELEASING,
-        (State.LOST, Event.RELEASED): State.FREE,
+        (ClaimState.FREE, ClaimEvent.ALLOCATE): ClaimState.LOCKING,
+        (ClaimState.FREE, ClaimEvent.ADOPTED): ClaimState.ATTACHED,
+        (ClaimState.FREE, ClaimEvent.ORPHANED): ClaimState.REATTACHING,
+        (ClaimState.FREE, ClaimEvent.UNUSED): ClaimState.RELEASING,
+        (ClaimState.FREE, ClaimEvent.DEPRIVED): ClaimState.LOST,
+        (ClaimState.LOCKING, ClaimEvent.LOCKED): ClaimState.IMPORTING,
+        (ClaimState.LOCKING, ClaimEvent.DENIED): ClaimState.FREE,
+        (ClaimState.LOCKING, ClaimEvent.FAILED): ClaimState.RELEASING,
+        (ClaimState.IMPORTING, ClaimEvent.IMPORTED): ClaimState.ATTACHING,
+        (ClaimState.IMPORTING, ClaimEvent.FAILED): ClaimState.RELEASING,
+        (ClaimState.IMPORTING, ClaimEvent.LOCK_LOST): ClaimState.LOST,
+        (ClaimState.ATTACHING, ClaimEvent.ATTACHED): ClaimState.ATTACHED,
+        (ClaimState.ATTACHING, ClaimEvent.STUCK): ClaimState.IMPORTING,
+        (ClaimState.ATTACHING, ClaimEvent.FAILED): ClaimState.RELEASING,
+        (ClaimState.ATTACHING, ClaimEvent.LOCK_LOST): ClaimState.LOST,
+        (ClaimState.ATTACHED, ClaimEvent.PORT_LOST): ClaimState.REATTACHING,
+        (ClaimState.ATTACHED, ClaimEvent.POD_GONE): ClaimState.RELEASING,
+        (ClaimState.ATTACHED, ClaimEvent.LOCK_LOST): ClaimState.LOST,
+        (ClaimState.REATTACHING, ClaimEvent.ATTACHED): ClaimState.ATTACHED,
+        (ClaimState.REATTACHING, ClaimEvent.POD_GONE): ClaimState.RELEASING,
+        (ClaimState.REATTACHING, ClaimEvent.LOCK_LOST): ClaimState.LOST,
+        (ClaimState.RELEASING, ClaimEvent.LOCK_LOST): ClaimState.LOST,
+        (ClaimState.RELEASING, ClaimEvent.RELEASED): ClaimState.FREE,
+        (ClaimState.LOST, ClaimEvent.LOCK_FREE): ClaimState.REATTACHING,
+        (ClaimState.LOST, ClaimEvent.POD_GONE): ClaimState.RELEASING,
+        (ClaimState.LOST, ClaimEvent.RELEASED): ClaimState.FREE,
     }
 )
 
@@ -103,7 +103,7 @@ class Claim:
 
     key: DeviceKey
     usb_id: UsbId
-    state: State = State.FREE
+    state: ClaimState = ClaimState.FREE
     resource: str | None = None
     children: tuple[str, ...] | None = None
     children_timeout: float = DEFAULT_CHILDREN_TIMEOUT_S
@@ -141,7 +141,7 @@ def place_of(claim: Claim) -> str:
     return claim.place.busid if claim.place.server == claim.key.server else str(claim.place)
 
 
-IN_USE = (State.ATTACHED, State.REATTACHING, State.LOST)
+IN_USE = (ClaimState.ATTACHED, ClaimState.REATTACHING, ClaimState.LOST)
 """States in which a pod has the device, or is to have it again."""
 
 
@@ -149,7 +149,7 @@ class IllegalTransition(AssertionError):
     """An event that the table does not allow: a bug in this project, never the outside's doing."""
 
 
-def step(claim: Claim, event: Event) -> Claim:
+def step(claim: Claim, event: ClaimEvent) -> Claim:
     """The claim after the event. IllegalTransition if the table has no such arrow."""
     try:
         state = TRANSITIONS[claim.state, event]
@@ -202,10 +202,10 @@ class ClaimBook:
             self._moved[claim.moved_to.id] = claim.id
         self._tell(claim.id)
 
-    def move(self, claim: Claim, event: Event) -> None:
+    def move(self, claim: Claim, event: ClaimEvent) -> None:
         """The claim, after the event, takes the place of what was known; a claim that becomes Free is forgotten."""
         after = step(claim, event)
-        if after.state is State.FREE:
+        if after.state is ClaimState.FREE:
             self._forget_place(claim.id)
             self._claims.pop(claim.id, None)
             self._tell(claim.id)
@@ -241,7 +241,7 @@ class Resources(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class User:
+class DeviceUser:
     """Who has a device on this node, by pod-resources. resource: its name without the domain."""
 
     pod: PodRef

@@ -115,7 +115,7 @@ class Identity:
     interfaces: tuple[InterfaceClass, ...] | None = None
 
 
-UNTOLD = Identity()
+UNKNOWN_IDENTITY = Identity()
 
 
 @dataclass(frozen=True, order=True, slots=True)

@@ -17,7 +17,7 @@ import grpc
 import grpc.aio
 
 from usbip_plugin import __version__
-from usbip_plugin.claims import State
+from usbip_plugin.claims import ClaimState
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.kubelet import deviceplugin_pb2 as pb
@@ -207,7 +207,7 @@ class _Demo:
         await on_a.health(healthy=True)
         again = await _raw_allocate(a, self._key.id)
         await _pod_found(a, self._key.id)
-        adopted = a.agent is not None and a.agent.claims.view[self._key.id].state is State.ATTACHED
+        adopted = a.agent is not None and a.agent.claims.view[self._key.id].state is ClaimState.ATTACHED
         self._report.check(
             "adopted: Healthy, attached, nothing was imported", holds=adopted, seen="lock, port and record agree"
         )

@@ -23,7 +23,7 @@ from tests.apiserver.scaled_clock import ScaledClock
 from tests.rigs.api_process import Cluster
 from usbip_plugin.attach.events import Notice, events_of
 from usbip_plugin.attach.release import ABSENT_POLLS, Unlisted
-from usbip_plugin.claims import State, User
+from usbip_plugin.claims import ClaimState, DeviceUser
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.config.schema import Config, DeviceSelector, OnLoss, ResourceConfig, Selector
 from usbip_plugin.kube.client import KubeClient, connect
@@ -140,7 +140,9 @@ class Nodes:
         assert agent is not None
         clock = SystemClock()
         nobody = Unlisted(certain=True)
-        agent.usage._usage({key.id: User(PodRef("default", "contender", "uid"), RESOURCE)}, clock.monotonic(), nobody)
+        agent.usage._usage(
+            {key.id: DeviceUser(PodRef("default", "contender", "uid"), RESOURCE)}, clock.monotonic(), nobody
+        )
         for _ in range(ABSENT_POLLS):
             agent.usage._usage({}, clock.monotonic(), nobody)
         await self.until(lambda: not any(self.holders(key)))
@@ -163,7 +165,7 @@ class Nodes:
 
     def attached(self, node: SimNode, key: DeviceKey) -> bool:
         claim = node.agent.claims.view.get(key.id) if node.agent is not None else None
-        return claim is not None and claim.state is State.ATTACHED
+        return claim is not None and claim.state is ClaimState.ATTACHED
 
 
 class Rig(Nodes):

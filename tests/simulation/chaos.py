@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from tests.simulation.cluster_rig import dongle, stick
 from tests.simulation.plan import Action
-from usbip_plugin.claims import State
+from usbip_plugin.claims import ClaimState
 from usbip_plugin.config.schema import Config
 from usbip_plugin.errors import KubeConflict, KubeForbidden, KubeGone, KubeServerError, KubeThrottled
 from usbip_plugin.kube.node_status import NODES_STATUS
@@ -343,7 +343,7 @@ class Chaos:
         held = {i for entry in by_cdi for i in entry.device_ids}
         claims = [node.agent.claims.view.get(device_id) for device_id in held]
         for claim in claims:
-            if claim is None or claim.state is not State.ATTACHED or claim.attachment is None:
+            if claim is None or claim.state is not ClaimState.ATTACHED or claim.attachment is None:
                 continue
             paths = {one.path for one in claim.attachment.nodes}
             if claim.numbers and not paths <= set(got.nodes):

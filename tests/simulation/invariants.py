@@ -17,7 +17,7 @@ from tests.simulation.node_statuses import NodeStatuses
 from tests.simulation.plan import PROMISED, Settings
 from usbip_plugin.attach.cdi import device_name
 from usbip_plugin.attach.release import ALLOCATION_GRACE
-from usbip_plugin.claims import IN_USE, State
+from usbip_plugin.claims import IN_USE, ClaimState
 from usbip_plugin.inventory.health import API_GRACE
 from usbip_plugin.kubelet.allocate import PRE_START_WAIT
 from usbip_plugin.locks import record
@@ -270,7 +270,7 @@ class Watch:
         if node.agent is None:
             return
         for claim in node.agent.claims.view.values():
-            if claim.state is not State.ATTACHED or not claim.numbers or claim.attachment is None:
+            if claim.state is not ClaimState.ATTACHED or not claim.numbers or claim.attachment is None:
                 continue
             texts = node.specs.find(claim.id)
             names = [device_name(self.cluster.domain, str(claim.resource), claim.id, n) for n in claim.numbers]
@@ -322,7 +322,7 @@ class Watch:
                 if self._for_long(mute, now, STALE_HEALTH_S / node.clock.rate, "mute", node.name, device_id):
                     raise Violation("a pod's device is attached or reported", f"{what}: {health.get(device_id)}")
                 claim = agent.claims.view.get(device_id)
-                stands = claim is not None and claim.state is State.ATTACHED and not claim.absent
+                stands = claim is not None and claim.state is ClaimState.ATTACHED and not claim.absent
                 withdrawn = listed and device_id in attached and stands and not known.get(device_id, False)
                 if self._for_long(withdrawn, now, STALE_HEALTH_S / node.clock.rate, "withdrawn", node.name, device_id):
                     raise Violation("what a pod has is Healthy", f"{what}: {health.get(device_id)}")
@@ -337,7 +337,7 @@ class Watch:
                     )
                 )
                 if self._for_long(idle, now, UNATTACHED_POD_S / node.clock.rate, "idle", node.name, device_id):
-                    state = claim.state if claim is not None else State.FREE
+                    state = claim.state if claim is not None else ClaimState.FREE
                     raise Violation(
                         "a pod's device is attached again", f"{what}: {state.value}, {health.get(device_id)}"
                     )
@@ -350,7 +350,7 @@ class Watch:
     def _promised(self, node: ClusterNode, resource: str, device_id: str) -> None:
         """Who asked by serial number has that device and no other."""
         claim = node.agent.claims.view.get(device_id) if node.agent is not None else None
-        if resource != self.cluster.full("serial") or claim is None or claim.state is not State.ATTACHED:
+        if resource != self.cluster.full("serial") or claim is None or claim.state is not ClaimState.ATTACHED:
             return
         told = claim.attachment.serial if claim.attachment is not None else None
         if told != PROMISED:
@@ -363,7 +363,7 @@ class Watch:
             node = self.cluster.nodes[name]
             agent, importing = node.agent, name in live.get(key, ())
             claim = agent.claims.view.get(key.id) if agent is not None else None
-            has_it = importing or (claim is not None and claim.state is State.ATTACHED)
+            has_it = importing or (claim is not None and claim.state is ClaimState.ATTACHED)
             bad = has_it and self.cluster.holder(key) != name and self.quiet(node)
             if self._for_long(bad, now, ROBBED_S / node.clock.rate, "robbed", name, key):
                 raise Violation("a lock for each import", f"{key}: {name} was robbed of its lock and still has it")

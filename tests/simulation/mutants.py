@@ -16,7 +16,7 @@ from tests.simulation.shapes import B, act, shape, wait
 from usbip_plugin.attach.monitor import Keeper
 from usbip_plugin.attach.pipeline import Pipeline
 from usbip_plugin.attach.release import Releaser
-from usbip_plugin.claims import Claim, State
+from usbip_plugin.claims import Claim, ClaimState
 from usbip_plugin.errors import KubeUnreachable
 from usbip_plugin.inventory import health
 from usbip_plugin.kube.node_status import NodeStatusPublisher
@@ -127,7 +127,7 @@ async def as_it_was_listed(self: ServerPoller, key: DeviceKey) -> bool:
 async def release_first(self: Releaser, device_id: str) -> None:
     """Before Releaser.finish."""
     claim = self._book[device_id]
-    if claim.state is State.RELEASING:
+    if claim.state is ClaimState.RELEASING:
         await self._locks.release(claim.key)
     await finish(self, device_id)
 

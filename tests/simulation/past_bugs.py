@@ -16,7 +16,7 @@ from usbip_plugin.attach import attacher
 from usbip_plugin.attach.pipeline import Pipeline
 from usbip_plugin.attach.release import Releaser, Unlisted
 from usbip_plugin.attach.tasks import DeviceWork
-from usbip_plugin.claims import Claim, State
+from usbip_plugin.claims import Claim, ClaimState
 from usbip_plugin.inventory import health
 from usbip_plugin.kube.node_status import NodeStatusPublisher
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer
@@ -72,7 +72,7 @@ write_again, check_still_ours = Pipeline._write_again, Pipeline._check_still_our
 
 async def write_again_though_lost(self: Pipeline, claim: Claim) -> Grant:
     """Replaces Pipeline._write_again: a claim that was lost meanwhile is none."""
-    return await write_again(self, replace(claim, state=State.REATTACHING))
+    return await write_again(self, replace(claim, state=ClaimState.REATTACHING))
 
 
 def look_at_the_lock_only(self: Pipeline, claim: Claim) -> None:

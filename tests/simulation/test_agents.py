@@ -39,7 +39,7 @@ from tests.simulation.cluster_rig import (
 from usbip_plugin.attach.events import Notice, What
 from usbip_plugin.attach.monitor import PORT_CHECK_INTERVAL
 from usbip_plugin.attach.release import ALLOCATION_GRACE
-from usbip_plugin.claims import State
+from usbip_plugin.claims import ClaimState
 from usbip_plugin.config.schema import Config, OnLoss
 from usbip_plugin.errors import ClaimBusy
 from usbip_plugin.inventory.health import API_GRACE
@@ -231,7 +231,7 @@ async def test_a_restarted_plugin_adopts_what_is_attached_and_its_first_list_is_
         node.start()
         assert await c.settle(lambda: len(node.kubelet.seen.lists) > lists, 5)
         assert node.kubelet.seen.lists[lists][1][held.id] is True, "the very first list"
-        assert node.held_in(State.ATTACHED) == {held}
+        assert node.held_in(ClaimState.ATTACHED) == {held}
         assert (await allocate(c, node, held)).devices
         assert lab.importers(held.busid) == 1
         await knows_its_pod(c, node, held)
@@ -517,7 +517,7 @@ async def test_a_lock_lost_while_its_device_enumerates_fails_the_allocate_and_le
     async with one_stick() as (c, _lab, device):
         node = c["node-a"]
         asking = asyncio.create_task(node.admit(pod("p"), "stick"))
-        assert await c.settle(lambda: node.held_in(State.ATTACHING) == {device}, 1)
+        assert await c.settle(lambda: node.held_in(ClaimState.ATTACHING) == {device}, 1)
         steal(c, device)
         message = await asking
         assert message is not None
@@ -635,7 +635,7 @@ async def test_a_lock_released_by_hand_is_not_taken_back_for_the_pod_that_had_it
 async def reattach_begins(c: Cluster, node: ClusterNode, device: DeviceKey) -> None:
     """The device leaves the bus and comes back on the same port, which the re-attach detaches first."""
     node.kernel.enumerate_anew(port_of(node, device))
-    await agent(node).claims.changed.until(lambda: node.held_in(State.REATTACHING) == {device})
+    await agent(node).claims.changed.until(lambda: node.held_in(ClaimState.REATTACHING) == {device})
     assert node.attached() == {device}
 
 
@@ -645,7 +645,7 @@ async def test_a_lock_released_by_hand_while_its_device_is_detached_for_a_re_att
         node = await taken(c, device)
         await reattach_begins(c, node, device)
         release_by_hand(c, device)
-        await agent(node).claims.changed.until(lambda: node.held_in(State.LOST) == {device})
+        await agent(node).claims.changed.until(lambda: node.held_in(ClaimState.LOST) == {device})
         assert node.attached() == {device}, "the detach goes on"
         assert await c.settle(lambda: not node.attached(), 5)
         await asyncio.sleep(60)
@@ -660,10 +660,12 @@ async def test_a_lock_that_is_lost_and_back_while_its_device_enumerates_costs_an
     async with one_stick() as (c, lab, device):
         node = await taken(c, device)
         lab.drop("1-1")
-        assert await c.settle(lambda: node.held_in(State.REATTACHING) == {device} and node.attached() == {device}, 5)
+        assert await c.settle(
+            lambda: node.held_in(ClaimState.REATTACHING) == {device} and node.attached() == {device}, 5
+        )
         lease = c.backend.leases[device.id]
         steal(c, device)
-        assert await c.settle(lambda: node.held_in(State.LOST) == {device}, 0.1)
+        assert await c.settle(lambda: node.held_in(ClaimState.LOST) == {device}, 0.1)
         c.backend.replace(replace(lease, resource_version=c.backend.leases[device.id].resource_version))
         assert await c.settle(lambda: not node.attached(), 5)
         await becomes(c, node, device, healthy=True)
@@ -684,7 +686,7 @@ async def test_what_is_attached_without_lock_and_pod_after_the_plugin_was_down_i
         a.end(pod("p"))
         a.start()
         assert await c.settle(lambda: not a.attached() and not lab.importers(device.busid), SETTLE)
-        assert await c.settle(lambda: not a.held_in(State.LOST), 60), "nobody waits for it"
+        assert await c.settle(lambda: not a.held_in(ClaimState.LOST), 60), "nobody waits for it"
         assert c.holder(device) == ("" if released else "node-z")
         assert not released or await b.admit(pod("q"), "stick") is None
 

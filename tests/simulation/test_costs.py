@@ -11,7 +11,7 @@ import pytest
 
 from tests.simulation.cluster_rig import all_healthy, becomes, key, pod, server, spec, stick
 from tests.simulation.trace_stories import Story, pod_known, told
-from usbip_plugin.claims import State
+from usbip_plugin.claims import ClaimState
 from usbip_plugin.inventory import evaluate
 from usbip_plugin.inventory.facts import Facts, Seen
 from usbip_plugin.inventory.health import health
@@ -111,7 +111,7 @@ def test_an_allocate_works_out_its_own_device_and_no_other(monkeypatch: pytest.M
             await all_healthy(c, device)
             evaluated.clear()
             assert await c["node-a"].admit(pod("p"), "stick") is None
-            (allocated,) = c["node-a"].held_in(State.ATTACHED)
+            (allocated,) = c["node-a"].held_in(ClaimState.ATTACHED)
             # changes of its claim and its lock: one evaluation each
             assert evaluated == [allocated.id] * 8
 

@@ -33,7 +33,7 @@ from tests.simulation.cluster_rig import (
 )
 from usbip_plugin.attach.events import Notice, What
 from usbip_plugin.attach.release import ALLOCATION_GRACE
-from usbip_plugin.claims import State
+from usbip_plugin.claims import ClaimState
 from usbip_plugin.config.schema import DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.errors import ClaimBusy
 from usbip_plugin.locks import record
@@ -311,7 +311,7 @@ async def test_either_lock_taken_away_detaches(which: str) -> None:
         if which == "own":
             assert await c.settle(lambda: c.holder(PLACE) == "", 5)
             return
-        assert node.held_in(State.REATTACHING) == {HOME}
+        assert node.held_in(ClaimState.REATTACHING) == {HOME}
         lease = c.backend.leases[PLACE.id]
         c.backend.replace(replace(lease, holder=""))
         assert await c.settle(lambda: node.attached() == {PLACE}, POLLED)
@@ -326,7 +326,7 @@ async def test_a_restarted_plugin_adopts_a_device_where_it_was_followed_to() -> 
         node.start()
         assert await c.settle(lambda: len(node.kubelet.seen.lists) > seen, 5)
         assert node.kubelet.seen.lists[seen][1][HOME.id] is True, "the very first list"
-        assert node.held_in(State.ATTACHED) == {HOME}
+        assert node.held_in(ClaimState.ATTACHED) == {HOME}
         assert node.attached() == {PLACE}
         assert lab.table.granted == imports
         carry(lab, "1-2", lab, "1-3")

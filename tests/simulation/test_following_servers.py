@@ -27,7 +27,7 @@ from tests.simulation.cluster_rig import (
 )
 from usbip_plugin.attach.events import Notice, What
 from usbip_plugin.attach.release import ALLOCATION_GRACE
-from usbip_plugin.claims import State
+from usbip_plugin.claims import ClaimState
 from usbip_plugin.config.schema import DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.locks import record
 from usbip_plugin.model import DeviceKey, Reason, ServerKey
@@ -197,7 +197,7 @@ async def test_a_restarted_plugin_adopts_a_device_at_the_server_it_was_followed_
         imports = attic.table.granted
         await node.stop()
         node.start()
-        assert await c.settle(lambda: node.held_in(State.ATTACHED) == {HOME}, 5)
+        assert await c.settle(lambda: node.held_in(ClaimState.ATTACHED) == {HOME}, 5)
         assert attic.table.granted == imports
         carry(attic, "7-2", lab, "1-3")
         assert await c.settle(lambda: node.attached() == {key(lab, "1-3")}, FOUND)

@@ -26,7 +26,7 @@ from tests.simulation.cluster_rig import (
     two_sticks,
 )
 from usbip_plugin.attach.release import ALLOCATION_GRACE
-from usbip_plugin.claims import State
+from usbip_plugin.claims import ClaimState
 from usbip_plugin.config.schema import DeviceSelector, Extra, ResourceConfig, Selector
 from usbip_plugin.model import DeviceKey
 from usbip_sim.kubelet.device_manager import ContainerSpec
@@ -241,13 +241,13 @@ async def test_a_device_that_is_lost_while_the_next_is_attached_is_not_answered_
         await all_healthy(c, one, two)
         slow(c, node, then, 0.7)
         admission = asyncio.create_task(node.admit(pod("p"), "stick", 2))
-        assert await c.settle(lambda: one in node.held_in(State.ATTACHED), 5)
+        assert await c.settle(lambda: one in node.held_in(ClaimState.ATTACHED), 5)
         before = usb_node(node, one)
         if back:
             first.drop("1-1")
         else:
             first.unplug("1-1")
-        assert await c.settle(lambda: one in node.held_in(State.REATTACHING), 5)
+        assert await c.settle(lambda: one in node.held_in(ClaimState.REATTACHING), 5)
         failure = await admission
         if back:
             assert failure is None

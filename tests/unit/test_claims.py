@@ -19,10 +19,10 @@ from usbip_plugin.claims import (
     TRANSITIONS,
     Claim,
     ClaimBook,
-    Event,
+    ClaimEvent,
+    ClaimState,
+    DeviceUser,
     IllegalTransition,
-    State,
-    User,
     allocated,
     serves,
     step,
@@ -35,41 +35,41 @@ from usbip_plugin.vhci.sysfs import PortStatus
 KEY = DeviceKey(ServerKey("lab", 3240), "1-1.2")
 OTHER = DeviceKey(ServerKey("lab", 3240), "1-1.3")
 POD = PodRef("default", "reader", "uid")
-USER = User(POD, "stick")
+USER = DeviceUser(POD, "stick")
 NOBODY = Unlisted(certain=True)
 ME = NodeIdentity("node-a", "boot-1")
 
 
-def claim(state: State = State.ATTACHED, **more: object) -> Claim:
+def claim(state: ClaimState = ClaimState.ATTACHED, **more: object) -> Claim:
     return Claim(KEY, UsbId(0x0951, 0x1666), state=state, **more)  # type: ignore[arg-type]
 
 
-def walk(*events: Event) -> State:
-    now = claim(State.FREE)
+def walk(*events: ClaimEvent) -> ClaimState:
+    now = claim(ClaimState.FREE)
     for event in events:
         now = step(now, event)
     return now.state
 
 
 def test_an_allocate_goes_lock_import_attach() -> None:
-    assert walk(Event.ALLOCATE, Event.LOCKED, Event.IMPORTED, Event.ATTACHED) is State.ATTACHED
+    assert walk(ClaimEvent.ALLOCATE, ClaimEvent.LOCKED, ClaimEvent.IMPORTED, ClaimEvent.ATTACHED) is ClaimState.ATTACHED
 
 
 def test_a_denied_lock_leaves_nothing_to_undo() -> None:
-    assert walk(Event.ALLOCATE, Event.DENIED) is State.FREE
+    assert walk(ClaimEvent.ALLOCATE, ClaimEvent.DENIED) is ClaimState.FREE
 
 
-@pytest.mark.parametrize("reached", [(), (Event.LOCKED,), (Event.LOCKED, Event.IMPORTED)])
-def test_a_failure_at_any_step_is_undone_through_releasing(reached: tuple[Event, ...]) -> None:
-    assert walk(Event.ALLOCATE, *reached, Event.FAILED) is State.RELEASING
+@pytest.mark.parametrize("reached", [(), (ClaimEvent.LOCKED,), (ClaimEvent.LOCKED, ClaimEvent.IMPORTED)])
+def test_a_failure_at_any_step_is_undone_through_releasing(reached: tuple[ClaimEvent, ...]) -> None:
+    assert walk(ClaimEvent.ALLOCATE, *reached, ClaimEvent.FAILED) is ClaimState.RELEASING
 
 
 def test_a_stuck_attach_goes_back_to_importing() -> None:
-    assert walk(Event.ALLOCATE, Event.LOCKED, Event.IMPORTED, Event.STUCK) is State.IMPORTING
+    assert walk(ClaimEvent.ALLOCATE, ClaimEvent.LOCKED, ClaimEvent.IMPORTED, ClaimEvent.STUCK) is ClaimState.IMPORTING
 
 
-@pytest.mark.parametrize("state", [s for s in State if s is not State.FREE])
-def test_every_state_has_a_way_to_free(state: State) -> None:
+@pytest.mark.parametrize("state", [s for s in ClaimState if s is not ClaimState.FREE])
+def test_every_state_has_a_way_to_free(state: ClaimState) -> None:
     reached, frontier = {state}, [state]
     while frontier:
         now = frontier.pop()
@@ -77,35 +77,35 @@ def test_every_state_has_a_way_to_free(state: State) -> None:
             if source is now and target not in reached:
                 reached.add(target)
                 frontier.append(target)
-    assert State.FREE in reached
+    assert ClaimState.FREE in reached
 
 
-@pytest.mark.parametrize("state", list(State))
-def test_no_state_is_attached_without_the_lock_having_been_written(state: State) -> None:
+@pytest.mark.parametrize("state", list(ClaimState))
+def test_no_state_is_attached_without_the_lock_having_been_written(state: ClaimState) -> None:
     """Only Importing, Attaching, Reattaching and adoption lead to Attached, and only Locked leads to Importing."""
-    into_attached = {s for (s, _e), t in TRANSITIONS.items() if t is State.ATTACHED}
-    into_importing = {(s, e) for (s, e), t in TRANSITIONS.items() if t is State.IMPORTING}
-    assert into_attached == {State.FREE, State.ATTACHING, State.REATTACHING}
-    assert into_importing == {(State.LOCKING, Event.LOCKED), (State.ATTACHING, Event.STUCK)}
-    assert TRANSITIONS.get((state, Event.LOCKED)) in (None, State.IMPORTING)
+    into_attached = {s for (s, _e), t in TRANSITIONS.items() if t is ClaimState.ATTACHED}
+    into_importing = {(s, e) for (s, e), t in TRANSITIONS.items() if t is ClaimState.IMPORTING}
+    assert into_attached == {ClaimState.FREE, ClaimState.ATTACHING, ClaimState.REATTACHING}
+    assert into_importing == {(ClaimState.LOCKING, ClaimEvent.LOCKED), (ClaimState.ATTACHING, ClaimEvent.STUCK)}
+    assert TRANSITIONS.get((state, ClaimEvent.LOCKED)) in (None, ClaimState.IMPORTING)
 
 
 def test_an_arrow_that_is_not_in_the_table_is_a_bug_and_names_itself() -> None:
     with pytest.raises(IllegalTransition, match=r"lab:3240/1-1\.2: RELEASED in state Attached"):
-        step(claim(), Event.RELEASED)
+        step(claim(), ClaimEvent.RELEASED)
 
 
 def test_the_book_tells_of_every_change_and_forgets_what_is_free() -> None:
     told: list[str] = []
     book = ClaimBook()
     unsubscribe = book.subscribe(told.append)
-    book.move(claim(State.FREE), Event.ALLOCATE)
-    assert book[KEY.id].state is State.LOCKING
-    book.move(book[KEY.id], Event.DENIED)
+    book.move(claim(ClaimState.FREE), ClaimEvent.ALLOCATE)
+    assert book[KEY.id].state is ClaimState.LOCKING
+    book.move(book[KEY.id], ClaimEvent.DENIED)
     assert book.get(KEY.id) is None
     assert told == [KEY.id, KEY.id]
     unsubscribe()
-    book.move(claim(State.FREE), Event.ALLOCATE)
+    book.move(claim(ClaimState.FREE), ClaimEvent.ALLOCATE)
     assert told == [KEY.id, KEY.id]
 
 
@@ -118,7 +118,7 @@ def test_a_pod_seen_and_then_absent_twice_ends_the_claim() -> None:
 
 
 def absent_twice(pod: PodRef = POD) -> Claim:
-    return observe_usage(observe_usage(observe_usage(claim(), User(pod, "stick"), 11.0), None, 12.0), None, 13.0)
+    return observe_usage(observe_usage(observe_usage(claim(), DeviceUser(pod, "stick"), 11.0), None, 12.0), None, 13.0)
 
 
 def test_a_pod_that_the_api_server_says_lives_keeps_its_device_whatever_the_kubelet_lists() -> None:
@@ -137,15 +137,15 @@ def test_without_the_api_servers_word_an_absence_must_last(pod: PodRef, unlisted
     gone = absent_twice(pod)
     assert not usage_ended(gone, 11.9 + UNCONFIRMED_ABSENCE, unlisted)
     assert usage_ended(gone, 12.0 + UNCONFIRMED_ABSENCE, unlisted)
-    back = observe_usage(observe_usage(observe_usage(gone, User(pod, "stick"), 14.0), None, 20.0), None, 21.0)
+    back = observe_usage(observe_usage(observe_usage(gone, DeviceUser(pod, "stick"), 14.0), None, 20.0), None, 21.0)
     assert not usage_ended(back, 19.9 + UNCONFIRMED_ABSENCE, unlisted), "counted from its last absence"
 
 
 def test_a_uid_that_is_known_stays_known() -> None:
-    seen = observe_usage(observe_usage(claim(), USER, 11.0), User(PodRef(POD.namespace, POD.name), "stick"), 12.0)
+    seen = observe_usage(observe_usage(claim(), USER, 11.0), DeviceUser(PodRef(POD.namespace, POD.name), "stick"), 12.0)
     assert seen.pod == POD
     other = PodRef("default", "other")
-    assert observe_usage(seen, User(other, "stick"), 13.0).pod == other
+    assert observe_usage(seen, DeviceUser(other, "stick"), 13.0).pod == other
 
 
 def test_the_list_says_as_what_an_adopted_device_is_in_use() -> None:
@@ -188,11 +188,11 @@ def test_a_pod_that_may_be_in_its_init_containers_keeps_a_claim_nobody_was_seen_
 
 def test_a_pod_that_is_listed_with_fewer_devices_than_it_has_may_have_one_more() -> None:
     """Pod-resources does not list what an init container has, not even while it runs."""
-    users = {"a": USER, "b": User(POD, "dongle")}
+    users = {"a": USER, "b": DeviceUser(POD, "dongle")}
     both = {POD: {"stick": 2, "dongle": 1}}
     assert not_in_list(users, both, certain=True) == Unlisted(frozenset(), frozenset({"stick"}), certain=True)
     assert not_in_list(users, {POD: {"stick": 1, "dongle": 1}}, certain=True) == NOBODY
-    assert not_in_list({"b": User(POD, "dongle")}, both, certain=True).resources == {"stick"}
+    assert not_in_list({"b": DeviceUser(POD, "dongle")}, both, certain=True).resources == {"stick"}
 
 
 def test_a_list_begun_before_the_allocate_says_nothing() -> None:
@@ -206,8 +206,10 @@ def test_a_new_allocate_of_the_same_device_forgets_the_old_pod() -> None:
     assert (again.pod, again.absent) == (None, 0)
 
 
-@pytest.mark.parametrize("state", [State.LOCKING, State.IMPORTING, State.ATTACHING, State.RELEASING])
-def test_only_what_a_pod_has_or_had_ends_with_it(state: State) -> None:
+@pytest.mark.parametrize(
+    "state", [ClaimState.LOCKING, ClaimState.IMPORTING, ClaimState.ATTACHING, ClaimState.RELEASING]
+)
+def test_only_what_a_pod_has_or_had_ends_with_it(state: ClaimState) -> None:
     assert not usage_ended(claim(state, pod=POD, absent=9), 1000.0, NOBODY)
 
 
@@ -258,7 +260,7 @@ def test_a_lock_in_place_of_a_device_that_is_not_ours_is_let_go_whatever_stands_
 
 def test_a_book_knows_which_claim_stands_at_a_place() -> None:
     book = ClaimBook()
-    here = claim(State.REATTACHING)
+    here = claim(ClaimState.REATTACHING)
     book.put(here)
     assert here.place == KEY
     assert book.moved_here(OTHER.id) is None
@@ -271,9 +273,9 @@ def test_a_book_knows_which_claim_stands_at_a_place() -> None:
     book.put(here)
     assert not book.concerns(OTHER.id)
     book.put(replace(here, moved_to=OTHER))
-    book.move(book[KEY.id], Event.POD_GONE)
+    book.move(book[KEY.id], ClaimEvent.POD_GONE)
     assert book.concerns(OTHER.id)
-    book.move(book[KEY.id], Event.RELEASED)
+    book.move(book[KEY.id], ClaimEvent.RELEASED)
     assert not book.concerns(OTHER.id)
     assert not book.view
 

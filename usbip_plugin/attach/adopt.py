@@ -12,7 +12,7 @@ from usbip_plugin.attach.monitor import Keeper
 from usbip_plugin.attach.pipeline import own_port
 from usbip_plugin.attach.release import Releaser
 from usbip_plugin.attach.tasks import DeviceWork
-from usbip_plugin.claims import Claim, Event, State, User
+from usbip_plugin.claims import Claim, ClaimEvent, ClaimState, DeviceUser
 from usbip_plugin.context import NodeContext
 from usbip_plugin.errors import CdiError, VhciError
 from usbip_plugin.locks.manager import LockManager
@@ -71,7 +71,7 @@ class Adopter:
         self._releaser = releaser
         self._keeper = keeper
 
-    async def adopt(self, used: Mapping[str, User], *, complete: bool, deprived: bool) -> None:
+    async def adopt(self, used: Mapping[str, DeviceUser], *, complete: bool, deprived: bool) -> None:
         """Takes over what locks and ports say is this node's.
 
         used: by device ID, as far as is known. complete: nobody else uses a device here; else nothing is let go.
@@ -121,7 +121,7 @@ class Adopter:
         return adopted or own is None or own.holder != self._me.node or own.key is None
 
     async def _adopt_one(
-        self, key: DeviceKey, lock: Lock, ports: Sequence[PortState], users: Mapping[str, User], *, complete: bool
+        self, key: DeviceKey, lock: Lock, ports: Sequence[PortState], users: Mapping[str, DeviceUser], *, complete: bool
     ) -> None:
         mine = lock.holder == self._me.node
         others = self._locks.mine() if mine else ()
@@ -152,7 +152,7 @@ class Adopter:
             moved_to=moved_to,
         )
         if not mine:
-            self._work.book.move(claim, Event.DEPRIVED)
+            self._work.book.move(claim, ClaimEvent.DEPRIVED)
             log.error("lock lost", extra={"device": str(key), "holder": lock.holder})
             self._keeper.begin_withdrawal(key.id)
             return
@@ -168,11 +168,11 @@ class Adopter:
             case Adoption.ADOPT:
                 self._adopt_attached(claim)
             case Adoption.REATTACH:
-                self._work.book.move(claim, Event.ORPHANED)
+                self._work.book.move(claim, ClaimEvent.ORPHANED)
                 self._keeper.begin_reattach(key.id)
             case Adoption.RELEASE:
-                self._work.book.move(claim, Event.UNUSED)
-                self._work.spawn(self._releaser.finish_locked(key.id, State.RELEASING), f"release {key}")
+                self._work.book.move(claim, ClaimEvent.UNUSED)
+                self._work.spawn(self._releaser.finish_locked(key.id, ClaimState.RELEASING), f"release {key}")
 
     def _adopt_attached(self, claim: Claim) -> None:
         try:
@@ -180,8 +180,8 @@ class Adopter:
                 self._specs.write(claim, claim.attachment)  # the predecessor may have died before it did
         except CdiError as error:
             log.warning("CDI spec not true", extra={"device": str(claim.key), "cause": str(error)})
-            self._work.book.move(claim, Event.ORPHANED)
+            self._work.book.move(claim, ClaimEvent.ORPHANED)
             self._keeper.begin_reattach(claim.id)
         else:
-            self._work.book.move(claim, Event.ADOPTED)
+            self._work.book.move(claim, ClaimEvent.ADOPTED)
             log.info("adopted", extra={"device": str(claim.key), "port": claim.port, "place": str(claim.place)})

@@ -19,7 +19,7 @@ from usbip_plugin.attach.cdi import CdiSpecs
 from usbip_plugin.attach.pipeline import Pipeline, Progress, Wanted
 from usbip_plugin.attach.release import Releaser
 from usbip_plugin.attach.tasks import DeviceWork
-from usbip_plugin.claims import Claim, Event, State, allocated, serves
+from usbip_plugin.claims import Claim, ClaimEvent, ClaimState, allocated, serves
 from usbip_plugin.context import NodeContext
 from usbip_plugin.errors import AllocateTimeout, ClaimBusy, PluginError
 from usbip_plugin.locks.manager import LockManager
@@ -93,8 +93,8 @@ class Attacher:
         if len(done) == 1:
             return done[wanted.key.id].attachment
         claim = self._book.get(wanted.key.id)
-        if claim is None or claim.state is not State.ATTACHED or claim.attachment is None:
-            state = claim.state.value if claim is not None else State.FREE.value
+        if claim is None or claim.state is not ClaimState.ATTACHED or claim.attachment is None:
+            state = claim.state.value if claim is not None else ClaimState.FREE.value
             others = ", ".join(sorted(str(outcome.attachment.key) for i, outcome in done.items() if i != wanted.key.id))
             raise ClaimBusy(f"{wanted.key} was lost while {others} was attached, and is {state}; try again")
         self._book.put(replace(claim, allocated_at=self._clock.monotonic(), absent=0, given=claim.attachment))
@@ -134,7 +134,7 @@ class Attacher:
         now = self._clock.monotonic()
         live = self._book.get(wanted.key.id)
         if live is not None:
-            if live.state is not State.ATTACHED or live.attachment is None:
+            if live.state is not ClaimState.ATTACHED or live.attachment is None:
                 raise ClaimBusy(f"{wanted.key} is {live.state.value} on this node; the next try may find it ready")
             if not serves(live, wanted.resource, wanted.usb_id):
                 raise ClaimBusy(f"{wanted.key} is in use on this node as a {live.usb_id} of {live.resource}")
@@ -165,11 +165,13 @@ class Attacher:
     async def _undo(self, device_id: str) -> None:
         """After a failed Allocate. The mutex is held; a claim in a settled state was not this Allocate's doing."""
         claim = self._book.get(device_id)
-        if claim is None or claim.state not in (State.LOCKING, State.IMPORTING, State.ATTACHING):
+        if claim is None or claim.state not in (ClaimState.LOCKING, ClaimState.IMPORTING, ClaimState.ATTACHING):
             return
         lock = self._locks.locks.get(device_id)
         taken = lock is not None and lock.holder not in ("", self._me.node)
-        self._book.move(claim, Event.LOCK_LOST if taken and claim.state is not State.LOCKING else Event.FAILED)
+        self._book.move(
+            claim, ClaimEvent.LOCK_LOST if taken and claim.state is not ClaimState.LOCKING else ClaimEvent.FAILED
+        )
         await self._releaser.finish(device_id)
 
 

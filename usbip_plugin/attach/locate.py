@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from usbip_plugin.attach.pipeline import Pipeline
 from usbip_plugin.attach.tasks import DeviceWork
-from usbip_plugin.claims import Claim, Resources, State
+from usbip_plugin.claims import Claim, ClaimState, Resources
 from usbip_plugin.clock import Clock
 from usbip_plugin.config.schema import Config, Selector
 from usbip_plugin.config.selectors import Match, matches
@@ -241,7 +241,7 @@ class Seeker:
         work.book.subscribe(self._claim_changed)
 
     def _claim_changed(self, _device_id: str) -> None:
-        lost = [claim for claim in self._work.book.view.values() if claim.state is State.REATTACHING]
+        lost = [claim for claim in self._work.book.view.values() if claim.state is ClaimState.REATTACHING]
         self._poller.hurry(places(self._resources.config, lost))
 
     def server_changed(self, view: ServerView) -> None:

@@ -14,7 +14,7 @@ from usbip_plugin.attach.pipeline import Pipeline, own_port
 from usbip_plugin.attach.reattach import REATTACH_FIRST_WAIT, Reattacher
 from usbip_plugin.attach.release import Releaser
 from usbip_plugin.attach.tasks import DeviceWork
-from usbip_plugin.claims import Claim, Event, Resources, State
+from usbip_plugin.claims import Claim, ClaimEvent, ClaimState, Resources
 from usbip_plugin.config.schema import OnLoss
 from usbip_plugin.context import NodeContext
 from usbip_plugin.errors import CdiError, VhciError
@@ -95,7 +95,7 @@ class Keeper:
         await self.verify(device_id)
         await self._work.book.changed.until(lambda: not self._coming(device_id))
         claim = self._work.book.get(device_id)
-        if claim is None or claim.state is not State.ATTACHED or claim.attachment is None:
+        if claim is None or claim.state is not ClaimState.ATTACHED or claim.attachment is None:
             return False
         attachment = claim.attachment
         if number is not None and claim.numbers != ():
@@ -110,7 +110,7 @@ class Keeper:
         claim = self._work.book.get(device_id)
         if claim is None:  # not adopted yet, perhaps
             return not self._locks.ready.is_set() or self._pipeline.is_mine(device_id)
-        return claim.state in (State.LOCKING, State.IMPORTING, State.ATTACHING, State.REATTACHING)
+        return claim.state in (ClaimState.LOCKING, ClaimState.IMPORTING, ClaimState.ATTACHING, ClaimState.REATTACHING)
 
     async def _watch_ports(self) -> None:
         while True:
@@ -118,7 +118,7 @@ class Keeper:
                 async with self._clock.timeout(PORT_CHECK_INTERVAL):
                     await self._ports_event.wait()
             self._ports_event.clear()
-            if not any(claim.state is State.ATTACHED for claim in self._work.book.view.values()):
+            if not any(claim.state is ClaimState.ATTACHED for claim in self._work.book.view.values()):
                 continue
             try:
                 ports = await self._driver.ports()
@@ -130,17 +130,17 @@ class Keeper:
     async def _check_port(self, device_id: str, ports: Sequence[PortState]) -> Attachment | None:
         """Begins a re-attach if the device does not stand attached as its claim says; else the attachment as it is."""
         claim = self._work.book.get(device_id)
-        if claim is None or claim.state is not State.ATTACHED:
+        if claim is None or claim.state is not ClaimState.ATTACHED:
             return None
         standing = await self._pipeline.standing(claim, ports)
         now = self._work.book.get(device_id)
-        if now is None or now.state is not State.ATTACHED or now.attachment != claim.attachment:
+        if now is None or now.state is not ClaimState.ATTACHED or now.attachment != claim.attachment:
             return None
         if standing is not None:
             self._take_late_nodes(now, standing)
             return standing
         # the state moves here and now, so that the withdrawal does not wait for the mutex
-        self._work.book.move(now, Event.PORT_LOST)
+        self._work.book.move(now, ClaimEvent.PORT_LOST)
         with within(claim.traceparent):
             log.warning("attachment lost", extra={"device": str(claim.key), "port": claim.port})
         on_port = own_port(claim.place, ports, claim.port)
@@ -174,7 +174,7 @@ class Keeper:
     def _lock_changed(self, change: LockChange) -> None:
         """R6: the watch shows another holder of a device that is attached here. Or that a lost lock is free again."""
         claim = self._work.book.get(change.device_id)
-        if claim is not None and claim.state is State.LOST:
+        if claim is not None and claim.state is ClaimState.LOST:
             self._regain(change.device_id)
             return
         holder = change.new.holder if change.new is not None else ""
@@ -182,10 +182,10 @@ class Keeper:
             return
         self._place_lost(change.device_id, holder)
         claim = self._work.book.get(change.device_id)
-        if claim is None or claim.state not in (State.ATTACHED, State.REATTACHING):
+        if claim is None or claim.state not in (ClaimState.ATTACHED, ClaimState.REATTACHING):
             return
         # also when the Lease was deleted or emptied by hand: without a lock naming this node nothing may stay attached
-        self._work.book.move(claim, Event.LOCK_LOST)
+        self._work.book.move(claim, ClaimEvent.LOCK_LOST)
         with within(claim.traceparent):
             log.error("lock lost", extra={"device": str(claim.key), "holder": holder})
         text = f"node {holder} holds it now" if holder else "its lock no longer names this node"
@@ -207,7 +207,7 @@ class Keeper:
     async def _reattach(self, device_id: str) -> None:
         await self._reattacher.reattach(device_id)
         after = self._work.book.get(device_id)
-        if after is not None and after.state is State.LOST:
+        if after is not None and after.state is ClaimState.LOST:
             await self._clock.sleep(REATTACH_FIRST_WAIT)
             self._regain(device_id)
 
@@ -216,7 +216,7 @@ class Keeper:
         self._work.spawn(self._withdraw(device_id), f"withdraw {self._work.book[device_id].key}")
 
     async def _withdraw(self, device_id: str) -> None:
-        await self._releaser.finish_locked(device_id, State.LOST)
+        await self._releaser.finish_locked(device_id, ClaimState.LOST)
         self._regain(device_id)
 
     def _regain(self, device_id: str) -> None:
@@ -225,18 +225,18 @@ class Keeper:
         Not if a person has released it: that is to stay so.
         """
         claim, lock = self._work.book.get(device_id), self._locks.locks.get(device_id)
-        if claim is None or claim.state is not State.LOST or self._work.mutex(device_id).locked():
+        if claim is None or claim.state is not ClaimState.LOST or self._work.mutex(device_id).locked():
             return
         if lock is None or (lock.holder in ("", self._me.node) and not lock.by_hand):
-            self._work.book.move(claim, Event.LOCK_FREE)
+            self._work.book.move(claim, ClaimEvent.LOCK_FREE)
             self.begin_reattach(device_id)
 
     def _place_lost(self, device_id: str, holder: str) -> None:
         """R6 for a place that a device was followed to: the claim stays, the attachment does not."""
         claim = self._work.book.moved_here(device_id)
-        if claim is None or claim.state is not State.ATTACHED:
+        if claim is None or claim.state is not ClaimState.ATTACHED:
             return
-        self._work.book.move(claim, Event.PORT_LOST)
+        self._work.book.move(claim, ClaimEvent.PORT_LOST)
         log.error("lock lost", extra={"device": str(claim.key), "place": str(claim.place), "holder": holder})
         text = f"the lock of {claim.place} names {holder or 'nobody'} now; it is detached here"
         self._events(Notice(What.LOST, claim.key, text, claim.pod))

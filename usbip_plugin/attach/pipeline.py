@@ -19,7 +19,7 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt,
 from usbip_plugin.attach.cdi import CdiSpecs
 from usbip_plugin.attach.events import EventSink, taken_over
 from usbip_plugin.attach.tasks import DeviceWork
-from usbip_plugin.claims import Claim, Event, State
+from usbip_plugin.claims import Claim, ClaimEvent, ClaimState
 from usbip_plugin.clock import Clock, Jitter
 from usbip_plugin.config.schema import DEFAULT_CHILDREN_TIMEOUT_S
 from usbip_plugin.context import NodeContext
@@ -156,20 +156,20 @@ class Pipeline:
         WrongSerial the lock says what was found, before anybody else can have it.
         deadline is on the monotonic clock and bounds the import; the caller bounds the whole.
         """
-        self._book.move(claim, Event.ALLOCATE)
+        self._book.move(claim, ClaimEvent.ALLOCATE)
         progress.doing = "locking the device (API server)"
         with self.span("lock", claim.key):
             meta = LockMeta(usb_id=str(wanted.usb_id), told=wanted.told, traceparent=claim.traceparent)
             try:
                 grant = await self._locks.acquire(claim.key, meta)
             except LockHeld:
-                self._book.move(self._book[claim.id], Event.DENIED)
+                self._book.move(self._book[claim.id], ClaimEvent.DENIED)
                 raise
         if grant.former is not None:
             _mark_takeover(trace.get_current_span(), grant.former)
             log.warning("taken over", extra={"device": str(claim.key), "former_holder": grant.former.holder})
             self._events(taken_over(claim.key, grant.former, self._me.node))
-        self._book.move(self._book[claim.id], Event.LOCKED)
+        self._book.move(self._book[claim.id], ClaimEvent.LOCKED)
         async for attempt in attach_stuck(self._clock):
             with attempt:
                 if attempt.retry_state.attempt_number > 1:
@@ -217,7 +217,7 @@ class Pipeline:
 
         LockLost if the claim has become Lost: whether its lock may be taken again is not decided here.
         """
-        if claim.state is State.LOST:
+        if claim.state is ClaimState.LOST:
             raise LockLost(str(claim.key), self._holder(claim.id))
         lock = self._locks.locks.get(claim.id)
         if lock is not None and lock.holder == self._me.node and lock.boot_id == self._me.boot_id:
@@ -239,8 +239,8 @@ class Pipeline:
         try:
             if imported.descriptor.usb_id != claim.usb_id:
                 raise WrongDevice(key, claim.usb_id, imported.descriptor.usb_id)
-            if claim.state is State.IMPORTING:
-                self._book.move(self._book[device_id], Event.IMPORTED)
+            if claim.state is ClaimState.IMPORTING:
+                self._book.move(self._book[device_id], ClaimEvent.IMPORTED)
             progress.doing = f"attaching {key} to vhci_hcd"
             with self.span("attach", key) as step:
                 port = await self._driver.attach(key, imported.descriptor, imported.sock.fileno())
@@ -278,7 +278,7 @@ class Pipeline:
         if claim.numbers:
             with self.span("CDI spec", claim.key):
                 self._specs.write(claim, attachment)
-        self._book.move(replace(claim, hindrance=""), Event.ATTACHED)
+        self._book.move(replace(claim, hindrance=""), ClaimEvent.ATTACHED)
         return attachment
 
     async def _import(self, claim: Claim, grant: Grant, deadline: float) -> Imported:
@@ -313,8 +313,8 @@ class Pipeline:
             )
         except AttachStuck:
             self._book.put(replace(self._book[device_id], port=None))
-            if self._book[device_id].state is State.ATTACHING:
-                self._book.move(self._book[device_id], Event.STUCK)
+            if self._book[device_id].state is ClaimState.ATTACHING:
+                self._book.move(self._book[device_id], ClaimEvent.STUCK)
             raise
         if lacking := missing(claim.children, found.nodes):
             kinds = sorted({node.kind for node in found.nodes[1:]})
@@ -330,7 +330,7 @@ class Pipeline:
         """R6 once more, before and after the device is touched: what the watch has said meanwhile."""
         now = self._book.get(claim.id)
         # a lock that names this node again after somebody else had it was lost all the same
-        if not self.is_mine(claim.id) or (now is not None and now.state is State.LOST):
+        if not self.is_mine(claim.id) or (now is not None and now.state is ClaimState.LOST):
             raise LockLost(str(claim.key), self._holder(claim.id))
         if not self.is_mine(claim.place.id):
             if holder := self._holder(claim.place.id):
@@ -349,7 +349,7 @@ class Pipeline:
         Raises VhciError.
         """
         claim = self._book[device_id]
-        if claim.port is None and claim.state is not State.LOST and not self.is_mine(claim.place.id):
+        if claim.port is None and claim.state is not ClaimState.LOST and not self.is_mine(claim.place.id):
             return
         ports = await self._driver.ports()
         # a port without a number in the claim can only be one that a cancelled attach left behind. Whatever the device

@@ -16,7 +16,7 @@ from usbip_plugin.attach.locate import Ambiguous, Ask, Found, Seeker
 from usbip_plugin.attach.pipeline import Pipeline
 from usbip_plugin.attach.release import Releaser
 from usbip_plugin.attach.tasks import DeviceWork
-from usbip_plugin.claims import Claim, Event, Resources, State, place_of
+from usbip_plugin.claims import Claim, ClaimEvent, ClaimState, Resources, place_of
 from usbip_plugin.clock import backoff
 from usbip_plugin.config.schema import OnLoss
 from usbip_plugin.context import NodeContext
@@ -152,7 +152,7 @@ class Reattacher:
 
     def pod_known(self, claim: Claim) -> None:
         """The claim's pod is known as of now: evicted, if its device came back as another before."""
-        if claim.state is State.ATTACHED and claim.given is not None and claim.attachment is not None:
+        if claim.state is ClaimState.ATTACHED and claim.given is not None and claim.attachment is not None:
             self._evict_if(self._verdict(claim, claim.given, claim.attachment), claim.pod)
 
     def _look_everywhere(self) -> None:
@@ -187,7 +187,7 @@ class Reattacher:
         """True if it should be tried again."""
         async with self._work.mutex(device_id):
             claim = self._work.book.get(device_id)
-            if claim is None or claim.state is not State.REATTACHING:
+            if claim is None or claim.state is not ClaimState.REATTACHING:
                 return False
             wanted = self._resources.resource_of(claim)
             if (wanted.children, wanted.children_timeout) != (claim.children, claim.children_timeout):
@@ -201,8 +201,8 @@ class Reattacher:
             except LockLost as error:
                 self._on_reattach(Reattach.FAILED)
                 failed(whole, error)
-                if self._work.book[device_id].state is State.REATTACHING:
-                    self._work.book.move(self._work.book[device_id], Event.LOCK_LOST)
+                if self._work.book[device_id].state is ClaimState.REATTACHING:
+                    self._work.book.move(self._work.book[device_id], ClaimEvent.LOCK_LOST)
                 await self._releaser.finish(device_id, keep=True)
                 return False
             except (TimeoutError, LockError, KubeError, UsbipError, VhciError, CdiError) as error:

@@ -12,7 +12,7 @@ from opentelemetry.trace import Link
 from usbip_plugin.attach.cdi import CdiSpecs
 from usbip_plugin.attach.pipeline import Pipeline
 from usbip_plugin.attach.tasks import RELEASE_FIRST_WAIT, RELEASE_MAX_WAIT, DeviceWork
-from usbip_plugin.claims import IN_USE, Claim, Event, State, User, same_pod
+from usbip_plugin.claims import IN_USE, Claim, ClaimEvent, ClaimState, DeviceUser, same_pod
 from usbip_plugin.clock import backoff
 from usbip_plugin.context import NodeContext
 from usbip_plugin.errors import KubeError, LockError, LockLost, VhciError
@@ -39,7 +39,7 @@ A kubelet that has just started lists no pods for about a second, while they run
 """
 
 
-def observe_usage(claim: Claim, user: User | None, listed_at: float) -> Claim:
+def observe_usage(claim: Claim, user: DeviceUser | None, listed_at: float) -> Claim:
     """What one poll of pod-resources, begun at listed_at, says of a claim; one older than the Allocate: nothing."""
     if user is not None:
         known = claim.pod is not None and user.pod.uid is None and same_pod(user.pod, claim.pod)
@@ -65,7 +65,9 @@ class Unlisted:
     certain: bool = False
 
 
-def not_in_list(users: Mapping[str, User], wanting: Mapping[PodRef, Mapping[str, int]], *, certain: bool) -> Unlisted:
+def not_in_list(
+    users: Mapping[str, DeviceUser], wanting: Mapping[PodRef, Mapping[str, int]], *, certain: bool
+) -> Unlisted:
     """users: one list of pod-resources, by device ID; wanting: see PodView."""
     listed = Counter((user.pod.namespace, user.pod.name, user.resource) for user in users.values())
     pods = {(namespace, name) for namespace, name, _ in listed}
@@ -130,7 +132,7 @@ class Releaser:
         async with self._work.mutex(device_id):
             claim = self._book.get(device_id)
             if claim is not None and claim.state in IN_USE and still(claim):
-                self._book.move(claim, Event.POD_GONE)
+                self._book.move(claim, ClaimEvent.POD_GONE)
                 await self.finish(device_id)
 
     async def finish(self, device_id: str, *, keep: bool = False) -> None:
@@ -151,21 +153,21 @@ class Releaser:
                         await self._pipeline.detach(device_id)
                         await self._pipeline.leave(device_id)
                         self._specs.remove(self._book[device_id])
-                        if self._book[device_id].state is State.RELEASING:
+                        if self._book[device_id].state is ClaimState.RELEASING:
                             await self._locks.release(claim.key)
                     break
                 except LockLost:
-                    self._book.move(self._book[device_id], Event.LOCK_LOST)
+                    self._book.move(self._book[device_id], ClaimEvent.LOCK_LOST)
                 except (VhciError, LockError, KubeError) as error:
                     if tries.failed(error):
                         extra = {"device": str(claim.key), "cause": str(error)}
                         log.warning("release failed, will retry", extra=extra)
                     await self._work.until_api_returns(next(waits))
-            if self._book[device_id].state is State.LOST:
+            if self._book[device_id].state is ClaimState.LOST:
                 release.set_attribute("usbip.lock.lost", value=True)
                 if keep:
                     return
-            self._book.move(self._book[device_id], Event.RELEASED)
+            self._book.move(self._book[device_id], ClaimEvent.RELEASED)
             log.info("released", extra={"device": str(claim.key), "pod": str(claim.pod) if claim.pod else None})
         self._on_step("release", self._clock.monotonic() - began)
 
@@ -174,9 +176,9 @@ class Releaser:
         lock = self._locks.locks.get(claim.id)
         return links_to(lock.traceparent) if lock is not None and lock.holder not in ("", self._me.node) else []
 
-    async def finish_locked(self, device_id: str, state: State) -> None:
+    async def finish_locked(self, device_id: str, state: ClaimState) -> None:
         """finish() of a claim, when its mutex can be had and it is in this state then; a Lost one is kept."""
         async with self._work.mutex(device_id):
             claim = self._book.get(device_id)
             if claim is not None and claim.state is state:
-                await self.finish(device_id, keep=state is State.LOST)
+                await self.finish(device_id, keep=state is ClaimState.LOST)

@@ -23,7 +23,7 @@ from usbip_plugin.kube.events import KubeRequests
 from usbip_plugin.locks.record import LeaseStore
 from usbip_plugin.model import (
     DEFAULT_USBIP_PORT,
-    UNTOLD,
+    UNKNOWN_IDENTITY,
     Descriptor,
     DeviceKey,
     Lock,
@@ -191,7 +191,11 @@ class Enquiry:
         if self.config is None:
             return None
         listed = self._listed(key)
-        told = lock.identity if lock is not None and (listed is None or listed.devid == lock.read_from) else UNTOLD
+        told = (
+            lock.identity
+            if lock is not None and (listed is None or listed.devid == lock.read_from)
+            else UNKNOWN_IDENTITY
+        )
         if listed is None and lock is not None and lock.usb_id is not None:
             listed = descriptor_of(key.busid, lock.usb_id)
         found: dict[str, Offer] = {}

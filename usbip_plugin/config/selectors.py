@@ -18,7 +18,7 @@ from usbip_plugin.config.schema import (
     Selector,
     several,
 )
-from usbip_plugin.model import DEFAULT_USBIP_PORT, UNTOLD, Descriptor, Identity, ServerKey, UsbId
+from usbip_plugin.model import DEFAULT_USBIP_PORT, UNKNOWN_IDENTITY, Descriptor, Identity, ServerKey, UsbId
 
 _GLOB_CHARACTERS = frozenset("*?[")
 
@@ -31,7 +31,7 @@ class Match(enum.Enum):
     NEEDS_PROBE = "needs probe"
 
 
-def matches(selector: Selector, descriptor: Descriptor, told: Identity = UNTOLD) -> Match:
+def matches(selector: Selector, descriptor: Descriptor, told: Identity = UNKNOWN_IDENTITY) -> Match:
     """Whether the selector names this device, of which told is known besides.
 
     A class agrees with the device's class or with that of any interface. A DEVLIST entry has none of them for a device

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from usbip_plugin.claims import Claim
 from usbip_plugin.config.schema import Config, DeviceSelector
 from usbip_plugin.locks.manager import Standing
-from usbip_plugin.model import UNTOLD, Descriptor, DeviceKey, Identity, Lock, ServerKey, UsbId
+from usbip_plugin.model import UNKNOWN_IDENTITY, Descriptor, DeviceKey, Identity, Lock, ServerKey, UsbId
 from usbip_plugin.usbip.poller import ServerView
 
 
@@ -23,7 +23,7 @@ class Seen:
     usb_id: UsbId
     selector: DeviceSelector
     descriptor: Descriptor | None = None
-    told: Identity = UNTOLD
+    told: Identity = UNKNOWN_IDENTITY
     configured: bool = True
 
 
@@ -81,7 +81,7 @@ class Facts:
         """What the device that is listed so has told: nothing, if what its lock says is of another."""
         lock = self.locks.get(device_id)
         if lock is None or device_id in self.suspect or lock.usb_id not in (None, descriptor.usb_id):
-            return UNTOLD
+            return UNKNOWN_IDENTITY
         if lock.read_from != descriptor.devid and device_id not in self.restless:
-            return UNTOLD
+            return UNKNOWN_IDENTITY
         return lock.identity

@@ -12,7 +12,7 @@ from usbip_plugin.context import NodeContext
 from usbip_plugin.inventory.members import importable
 from usbip_plugin.locks.manager import LockManager
 from usbip_plugin.locks.watch import LockChange
-from usbip_plugin.model import UNTOLD, DeviceKey, Lock, ServerKey
+from usbip_plugin.model import UNKNOWN_IDENTITY, DeviceKey, Lock, ServerKey
 from usbip_plugin.usbip.poller import SECOND_LOOK, ServerPoller, ServerState, ServerView
 
 RESET_GRACE = 1.0
@@ -152,7 +152,7 @@ class Suspects:
         listed = frozenset(DeviceKey(view.server, descriptor.busid).id for descriptor in view.devices)
         for device_id in self._listed.get(view.server, frozenset()) - listed:
             lock = locks.get(device_id)
-            if lock is None or lock.holder or lock.identity == UNTOLD:
+            if lock is None or lock.holder or lock.identity == UNKNOWN_IDENTITY:
                 continue
             if device_id in released:
                 self._away[device_id] = view.server, lock.epoch, now

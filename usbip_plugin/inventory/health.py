@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from usbip_plugin.claims import Claim, State, place_of, serves
+from usbip_plugin.claims import Claim, ClaimState, place_of, serves
 from usbip_plugin.config.selectors import Match, matches
 from usbip_plugin.inventory.facts import Facts, Seen
 from usbip_plugin.locks.protocol import Standing
@@ -84,7 +84,7 @@ def health(facts: Facts, seen: Seen, resource: str) -> Health:
         if not serves(claim, resource, seen.usb_id):
             # the kubelet counts each resource by itself, and would give it to a second pod
             return Health(Reason.OTHER_RESOURCE, f"a {claim.usb_id} of {claim.resource or 'unknown'}")
-        if not seen.configured and (claim.state is State.RELEASING or claim.handed_back):
+        if not seen.configured and (claim.state is ClaimState.RELEASING or claim.handed_back):
             return Health(Reason.NOT_CONFIGURED, "its pod has ended, and nobody new is to have it")
         return _claim_health(claim, facts)
     if not seen.configured:
@@ -130,18 +130,18 @@ def absence(facts: Facts, seen: Seen) -> Health | None:
 def _claim_health(claim: Claim, facts: Facts) -> Health:
     lock = facts.locks.get(claim.id)
     match claim.state:
-        case State.RELEASING if lock is not None and lock.holder not in ("", facts.me):
+        case ClaimState.RELEASING if lock is not None and lock.holder not in ("", facts.me):
             return Health(Reason.HELD_ELSEWHERE, _held_by(lock))
-        case State.RELEASING if facts.api.unreachable_for is not None:
+        case ClaimState.RELEASING if facts.api.unreachable_for is not None:
             # it can be had again only when its lock has been released, and that may take a while
             return Health(Reason.API_UNREACHABLE, facts.api.error)
-        case State.ATTACHED:
+        case ClaimState.ATTACHED:
             where = f", listed as {place_of(claim)} now" if claim.moved_to is not None else ""
             return Health(Reason.ATTACHED, f"port {claim.port}{where}" + (f", pod {claim.pod}" if claim.pod else ""))
-        case State.REATTACHING:
+        case ClaimState.REATTACHING:
             hindrance = f"; {claim.hindrance}" if claim.hindrance else ""
             return Health(Reason.LOST, f"connection to {claim.key.server} lost{hindrance}")
-        case State.LOST:
+        case ClaimState.LOST:
             by_hand = "released by hand; end its pod" if lock is not None and lock.by_hand else ""
             return Health(Reason.LOCK_LOST, _held_by(lock) if lock is not None and lock.holder else by_hand)
         case _:

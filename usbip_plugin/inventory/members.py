@@ -15,7 +15,7 @@ from usbip_plugin.claims import Claim
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig
 from usbip_plugin.config.selectors import Match, matches
 from usbip_plugin.inventory.facts import Facts, Members, Seen
-from usbip_plugin.model import UNTOLD, Descriptor, DeviceKey, Identity, ServerKey, UsbId
+from usbip_plugin.model import UNKNOWN_IDENTITY, Descriptor, DeviceKey, Identity, ServerKey, UsbId
 from usbip_plugin.usbip.poller import ServerState, ServerView
 
 MAX_VANISHED = 256
@@ -42,7 +42,7 @@ def learn(before: Members, facts: Facts) -> Members:
                 mine[device_id] = replace(seen, configured=_may_name(resource, seen))
         for key, descriptor, listed in candidates:
             lock = facts.locks.get(key.id)
-            told = facts.told(key.id, descriptor) if listed else lock.identity if lock is not None else UNTOLD
+            told = facts.told(key.id, descriptor) if listed else lock.identity if lock is not None else UNKNOWN_IDENTITY
             selector = _selector_for(resource, key, descriptor, told)
             if selector is None:
                 continue

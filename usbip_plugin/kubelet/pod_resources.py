@@ -26,7 +26,7 @@ from usbip_plugin.attach.events import EventSink, Notice, What, attached, networ
 from usbip_plugin.attach.reattach import Reattacher
 from usbip_plugin.attach.release import Releaser, Unlisted, not_in_list, observe_usage, usage_ended
 from usbip_plugin.attach.tasks import DeviceWork
-from usbip_plugin.claims import IN_USE, Claim, State, User, same_pod
+from usbip_plugin.claims import IN_USE, Claim, ClaimState, DeviceUser, same_pod
 from usbip_plugin.context import NodeContext
 from usbip_plugin.errors import PodResourcesUnavailable
 from usbip_plugin.kube.pods import PodView
@@ -186,7 +186,7 @@ class UsageWatcher:
     def _unclaimed(self) -> bool:
         return any(not self._book.concerns(lock.device_id) for lock in self._locks.mine())
 
-    async def users(self) -> dict[str, User] | None:
+    async def users(self) -> dict[str, DeviceUser] | None:
         """By device ID, for the pods that are not over; None if the kubelet does not say."""
         try:
             listed = await self._pod_resources.list()
@@ -198,7 +198,7 @@ class UsageWatcher:
         self._complained = False
         # kubelets before 1.34 list pods that have ended, too
         return {
-            device_id: User(self._known(entry.pod), entry.resource.rpartition("/")[2])
+            device_id: DeviceUser(self._known(entry.pod), entry.resource.rpartition("/")[2])
             for entry in listed
             if not self._ended(entry.pod)
             for device_id in entry.device_ids
@@ -212,12 +212,12 @@ class UsageWatcher:
         found = self._pods.find(pod.namespace, pod.name) if self._pods is not None else None
         return found or pod
 
-    def _unlisted(self, users: Mapping[str, User]) -> Unlisted:
+    def _unlisted(self, users: Mapping[str, DeviceUser]) -> Unlisted:
         if self._pods is None:
             return Unlisted()
         return not_in_list(users, self._pods.wanting(self._domain), certain=self._pods.synced)
 
-    async def _adopt(self, users: Mapping[str, User] | None) -> None:
+    async def _adopt(self, users: Mapping[str, DeviceUser] | None) -> None:
         """That nobody uses a device is taken from a list only if the API server knows of no pod that may."""
         complete = False
         if users is not None:
@@ -277,7 +277,7 @@ class UsageWatcher:
             self._wake.clear()
             await self._wake.wait()
 
-    def _usage(self, users: Mapping[str, User], listed_at: float, unlisted: Unlisted) -> None:
+    def _usage(self, users: Mapping[str, DeviceUser], listed_at: float, unlisted: Unlisted) -> None:
         """One poll of pod-resources, begun at listed_at (seconds, monotonic): notes pods, ends claims nobody uses.
 
         unlisted: see release.usage_ended.
@@ -288,7 +288,7 @@ class UsageWatcher:
                 self._reattacher.look_again(device_id)
                 self._work.spawn(self._releaser.let_go(device_id, unused), f"release {claim.key}")
 
-    def _glance(self, users: Mapping[str, User], listed_at: float) -> None:
+    def _glance(self, users: Mapping[str, DeviceUser], listed_at: float) -> None:
         """As _usage, of a look out of turn: notes pods, and no absences."""
         for claim in list(self._book.view.values()):
             if claim.state in IN_USE and claim.id in users:
@@ -300,7 +300,7 @@ class UsageWatcher:
         if claim is not None and claim.state in IN_USE:
             self._book.put(replace(claim, handed_back=True))
 
-    def _observe(self, claim: Claim, users: Mapping[str, User], listed_at: float) -> Claim:
+    def _observe(self, claim: Claim, users: Mapping[str, DeviceUser], listed_at: float) -> Claim:
         after = observe_usage(claim, users.get(claim.id), listed_at)
         if after != claim:
             self._book.put(after)
@@ -314,10 +314,10 @@ class UsageWatcher:
 
     def _tell_new_pod(self, claim: Claim, pod: PodRef) -> None:
         """What has become of its device so far: an Allocate does not name the pod."""
-        if claim.state is State.ATTACHED:
+        if claim.state is ClaimState.ATTACHED:
             self._events(attached(claim.key, claim.attachment, claim.port, pod))
             self._tell_network(claim, pod)
-        elif claim.state is State.REATTACHING:
+        elif claim.state is ClaimState.REATTACHING:
             self._events(Notice(What.LOST, claim.key, "lost before its pod was known, re-attaching", pod))
 
     def _tell_network(self, claim: Claim, pod: PodRef) -> None:

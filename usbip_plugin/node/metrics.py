@@ -10,7 +10,7 @@ from types import MappingProxyType
 from usbip_plugin import __version__
 from usbip_plugin.attach.events import Notice, What
 from usbip_plugin.attach.reattach import Reattach
-from usbip_plugin.claims import State
+from usbip_plugin.claims import ClaimState
 from usbip_plugin.clock import Clock
 from usbip_plugin.errors import (
     AllocateTimeout,
@@ -230,7 +230,7 @@ class Figures:
         if agent is None or not agent.locks.ready.is_set():
             return  # the first list: what the predecessor took
         claim = agent.claims.view.get(change.device_id)
-        in_use = claim is not None and claim.state in (State.ATTACHED, State.REATTACHING, State.LOST)
+        in_use = claim is not None and claim.state in (ClaimState.ATTACHED, ClaimState.REATTACHING, ClaimState.LOST)
         name = transition(change, self._node, in_use=in_use)
         if name is not None:
             self._metrics.transition(name)
@@ -251,7 +251,7 @@ class Figures:
             driver_loaded=loaded,
             ports_used={"hs": driver.used_hs, "ss": driver.used_ss} if loaded else {},
             ports_free={"hs": driver.free_hs, "ss": driver.free_ss} if loaded else {},
-            claims={state.value.lower(): claims[state] for state in State if state is not State.FREE},
+            claims={state.value.lower(): claims[state] for state in ClaimState if state is not ClaimState.FREE},
             locks_held=held,
             lock_duration=agent.locks.settings.duration,
             session_age=self._clock.monotonic() - beat if held and beat is not None else None,

@@ -6,7 +6,7 @@ from datetime import datetime
 from pathlib import Path
 
 from usbip_plugin import __version__
-from usbip_plugin.claims import State
+from usbip_plugin.claims import ClaimState
 from usbip_plugin.clock import Clock
 from usbip_plugin.config.schema import Config
 from usbip_plugin.errors import ConfigError
@@ -78,7 +78,7 @@ def _device(agent: Agent, domain: str, resource: str, device: Advertised) -> Dev
         usb_id=str(seen.usb_id) if seen is not None else None,
         serial=(seen.told.serial if seen is not None else None) or None,
         selector=str(seen.selector.selector) if seen is not None else "",
-        state=(claim.state if claim is not None else State.FREE).value,
+        state=(claim.state if claim is not None else ClaimState.FREE).value,
         here=claim is not None,
         epoch=lock.epoch if lock is not None else None,
         port=claim.port if claim is not None else held.port if held is not None else None,

@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 
-from usbip_plugin.claims import State
+from usbip_plugin.claims import ClaimState
 from usbip_plugin.errors import DetachFailed, KubeUnreachable
 from usbip_plugin.kube.node_status import KUBELET_SYNC_S
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer
@@ -286,7 +286,7 @@ class ClusterNode:
             if occupant is not None and occupant.number == marks.get(number) and occupant.descriptor is not None
         )
 
-    def held_in(self, *states: State) -> frozenset[DeviceKey]:
+    def held_in(self, *states: ClaimState) -> frozenset[DeviceKey]:
         """Devices with a claim in one of these states."""
         if self.agent is None:
             return frozenset()

@@ -17,7 +17,7 @@ from usbip_plugin.attach.cdi import CdiSpecs
 from usbip_plugin.attach.events import Notice
 from usbip_plugin.attach.pipeline import Pipeline, Progress, Wanted
 from usbip_plugin.attach.tasks import DeviceWork
-from usbip_plugin.claims import Claim, ClaimBook, State
+from usbip_plugin.claims import Claim, ClaimBook, ClaimState
 from usbip_plugin.config.schema import ResourceConfig
 from usbip_plugin.context import NodeContext
 from usbip_plugin.locks.manager import IMPORT_WINDOW_S, Grant, LockManager, LockMeta
@@ -234,7 +234,7 @@ class Rig:
 
     def lost(self, **fields: object) -> None:
         """KEY was attached and is to be attached again; its lock, and that of its place, is this node's."""
-        fields = {"resource": "stick", "state": State.REATTACHING, **fields}
+        fields = {"resource": "stick", "state": ClaimState.REATTACHING, **fields}
         claim = Claim(KEY, STICK, **fields)  # type: ignore[arg-type]
         self.book.put(claim)
         for key in {claim.key, claim.place}:

@@ -8,7 +8,7 @@ import pytest
 
 from tests.rigs.known_resources import KnownResources
 from usbip_plugin.attach.cdi import CdiSpecs, HandedOut
-from usbip_plugin.claims import Claim, State
+from usbip_plugin.claims import Claim, ClaimState
 from usbip_plugin.config.schema import ResourceConfig
 from usbip_plugin.errors import CdiError
 from usbip_plugin.model import Attachment, DeviceKey, DeviceNode, ServerKey, UsbId
@@ -18,7 +18,7 @@ DOMAIN = "usbip.dev"
 KEY = DeviceKey(ServerKey("lab"), "1-1")
 ID = UsbId(0x0403, 0x6001)
 METER = ResourceConfig("meter", (), cdi=True, container_paths=("/dev/meter-{index}",))
-CLAIM = Claim(KEY, ID, State.ATTACHED, resource="meter", numbers=(0,))
+CLAIM = Claim(KEY, ID, ClaimState.ATTACHED, resource="meter", numbers=(0,))
 
 
 def attachment(number: int) -> Attachment:

@@ -10,7 +10,7 @@ import pytest
 from tests.unit.attach.attaching_rig import DONGLE, KEY, ME, OTHER, STICK, Rig, described, rig
 from usbip_plugin.attach.events import taken_over
 from usbip_plugin.attach.pipeline import DETACH_TIMEOUT, ENUMERATE_TIMEOUT, PROBE_TIMEOUT
-from usbip_plugin.claims import Event, State
+from usbip_plugin.claims import ClaimEvent, ClaimState
 from usbip_plugin.config.schema import DEFAULT_CHILDREN_TIMEOUT_S
 from usbip_plugin.errors import (
     AttachRefused,
@@ -63,7 +63,7 @@ async def test_a_lock_that_could_not_be_written_leaves_a_claim_for_which_the_ker
         r.script.at(ACQUIRED, r.raises(LockUnavailable(str(KEY), "no answer")))
         with pytest.raises(LockUnavailable):
             await r.attach()
-        assert r.claim.state is State.LOCKING
+        assert r.claim.state is ClaimState.LOCKING
         await r.pipeline.detach(KEY.id)
         assert r.script.steps == [ACQUIRED], "nothing was attached, and a missing driver must not delay the release"
 
@@ -120,15 +120,15 @@ async def test_an_attach_that_is_cut_off_says_what_it_waited_for_and_a_detach_le
 @pytest.mark.parametrize(
     ("step", "error", "state"),
     [
-        (IMPORT, DeviceUnknown(KEY), State.IMPORTING),
-        (IMPORT, ServerTimeout(KEY.server, "IMPORT 1-1", 3), State.IMPORTING),
-        (ATTACH, AttachRefused("no"), State.ATTACHING),
-        (ENUMERATE, DetachFailed("port 0 was not free"), State.ATTACHING),
+        (IMPORT, DeviceUnknown(KEY), ClaimState.IMPORTING),
+        (IMPORT, ServerTimeout(KEY.server, "IMPORT 1-1", 3), ClaimState.IMPORTING),
+        (ATTACH, AttachRefused("no"), ClaimState.ATTACHING),
+        (ENUMERATE, DetachFailed("port 0 was not free"), ClaimState.ATTACHING),
     ],
 )
 @virtual
 async def test_a_failure_that_a_second_try_does_not_mend_is_not_tried_again(
-    step: str, error: PluginError, state: State
+    step: str, error: PluginError, state: ClaimState
 ) -> None:
     with rig() as r:
         r.script.at(step, r.raises(error))
@@ -152,7 +152,7 @@ async def test_a_lock_lost_while_its_device_is_imported_keeps_the_device_from_th
             await r.attach()
         assert lost.value.holder == (holder or "")
         assert ATTACH not in r.script.steps
-        assert r.claim.state is State.IMPORTING
+        assert r.claim.state is ClaimState.IMPORTING
 
 
 @pytest.mark.parametrize("step", [ATTACH, ENUMERATE])
@@ -167,7 +167,7 @@ async def test_a_lock_lost_after_the_kernel_has_the_device_keeps_it_from_the_con
         with pytest.raises(LockLost) as lost:
             await r.attach(numbers=(0,))
         assert lost.value.holder == (holder or "")
-        assert r.claim.state is State.ATTACHING
+        assert r.claim.state is ClaimState.ATTACHING
         assert not r.specs.texts
         await r.pipeline.detach(KEY.id)
         assert r.free()
@@ -185,7 +185,7 @@ async def test_the_own_lock_of_a_device_that_is_attached_from_elsewhere_may_not_
         with pytest.raises(LockLost) as lost:
             await r.reattach()
         assert (lost.value.device, lost.value.holder) == (str(KEY), holder or "")
-        assert r.claim.state is State.REATTACHING
+        assert r.claim.state is ClaimState.REATTACHING
 
 
 @pytest.mark.parametrize("step", ["import 1-2", "enumerate 1-2"])
@@ -205,7 +205,7 @@ async def test_a_lost_lock_of_the_place_ends_the_attach_from_there_and_leaves_th
         else:
             assert isinstance(lost.value, LockUnavailable)
             assert str(lost.value) == f"cannot lock {OTHER}: it was released meanwhile"
-        assert r.claim.state is State.REATTACHING
+        assert r.claim.state is ClaimState.REATTACHING
         assert ("attach 1-2" in r.script.steps) == (step == "enumerate 1-2")
 
 
@@ -293,7 +293,7 @@ async def test_the_second_try_after_a_stuck_attach_has_a_lock_write_and_a_window
             *(RENEWED, *one),
         ]
         assert r.client.limits == [IMPORT_WINDOW_S, IMPORT_WINDOW_S]
-        assert (r.claim.state, r.claim.port) == (State.ATTACHED, attachment.port)
+        assert (r.claim.state, r.claim.port) == (ClaimState.ATTACHED, attachment.port)
 
 
 @virtual
@@ -314,7 +314,7 @@ async def test_a_device_that_sticks_twice_is_given_up_with_its_port_free() -> No
         with pytest.raises(AttachStuck):
             await r.attach()
         assert r.script.count(ATTACH) == 2
-        assert (r.claim.state, r.claim.port) == (State.IMPORTING, None)
+        assert (r.claim.state, r.claim.port) == (ClaimState.IMPORTING, None)
         assert r.free()
 
 
@@ -329,7 +329,7 @@ async def test_a_device_that_is_imported_as_another_kind_never_reaches_the_kerne
             await r.attach()
         assert (wrong.value.promised, wrong.value.found) == (STICK, DONGLE)
         assert ATTACH not in r.script.steps
-        assert r.claim.state is State.IMPORTING
+        assert r.claim.state is ClaimState.IMPORTING
 
 
 @virtual
@@ -338,7 +338,7 @@ async def test_a_device_that_enumerates_as_another_kind_is_not_handed_out() -> N
         r.kernel.impostor_next(DONGLE)
         with pytest.raises(WrongDevice):
             await r.attach()
-        assert r.claim.state is State.ATTACHING
+        assert r.claim.state is ClaimState.ATTACHING
         await r.pipeline.detach(KEY.id)
         assert r.free()
 
@@ -437,7 +437,7 @@ async def test_children_that_do_not_come_are_named_beside_the_kinds_that_came() 
         with pytest.raises(NodesMissing, match=r"no tty node within 2 s.*it has hidraw, sound\. ") as missing:
             await r.attach(children=("tty",), children_timeout=2.0)
         assert missing.value.kinds == ("tty",)
-        assert r.claim.state is State.ATTACHING
+        assert r.claim.state is ClaimState.ATTACHING
         await r.pipeline.detach(KEY.id)
         assert r.free()
 
@@ -460,11 +460,11 @@ async def test_a_device_whose_spec_cannot_be_written_is_not_handed_out_and_only_
         r.specs.failing = errno.ENOSPC
         with pytest.raises(CdiError):
             await r.reattach()
-        assert (r.claim.state, r.claim.port) == (State.REATTACHING, 0)
+        assert (r.claim.state, r.claim.port) == (ClaimState.REATTACHING, 0)
         r.specs.failing = None
         attachment = await r.reattach()
         assert r.script.count(IMPORT) == 1
-        assert r.claim.state is State.ATTACHED
+        assert r.claim.state is ClaimState.ATTACHED
         assert attachment.nodes[0].path in next(iter(r.specs.texts.values()))
 
 
@@ -481,7 +481,7 @@ async def test_a_device_that_still_stands_is_handed_out_again_only_under_its_loc
         with pytest.raises(LockLost):
             await r.reattach()
         assert not r.specs.texts
-        assert r.claim.state is State.REATTACHING
+        assert r.claim.state is ClaimState.REATTACHING
 
 
 # attaching again
@@ -491,7 +491,7 @@ async def test_a_device_that_still_stands_is_handed_out_again_only_under_its_loc
 async def test_a_device_is_attached_again_after_what_is_left_of_it_was_detached_and_its_lock_written() -> None:
     with rig() as r:
         first = await r.attach()
-        r.book.move(r.claim, Event.PORT_LOST)
+        r.book.move(r.claim, ClaimEvent.PORT_LOST)
         r.script.steps.clear()
         again = await r.reattach()
         assert r.script.steps[:6] == ["ports", "detach 0", RENEWED, IMPORT, ATTACH, "attached 1-1"]
@@ -529,13 +529,13 @@ async def test_a_claim_whose_lock_is_lost_while_it_is_detached_does_not_take_the
     """A lock that is free by then may have been released by a person, and is to stay so."""
     with rig() as r:
         await r.attach()
-        r.book.move(r.claim, Event.PORT_LOST)
+        r.book.move(r.claim, ClaimEvent.PORT_LOST)
         r.script.at("detach 0", lambda: _lock_lost(r, holder))
         r.script.steps.clear()
         with pytest.raises(LockLost):
             await r.reattach()
         assert r.script.steps == ["ports", "detach 0"]
-        assert r.claim.state is State.LOST
+        assert r.claim.state is ClaimState.LOST
 
 
 @pytest.mark.parametrize("step", [IMPORT, ENUMERATE])
@@ -551,13 +551,13 @@ async def test_a_lock_that_is_lost_and_back_meanwhile_was_lost(step: str) -> Non
         r.script.at(step, lost_and_back)
         with pytest.raises(LockLost):
             await r.reattach()
-        assert r.claim.state is State.LOST
+        assert r.claim.state is ClaimState.LOST
 
 
 async def _lock_lost(r: Rig, holder: str | None) -> None:
     """The watch shows it, and the claim is Lost from that moment, as the keeper does it."""
     r.locks.lose(KEY, holder)
-    r.book.move(r.claim, Event.LOCK_LOST)
+    r.book.move(r.claim, ClaimEvent.LOCK_LOST)
 
 
 # letting go
@@ -572,7 +572,7 @@ async def test_a_lost_claim_without_a_port_is_looked_for_on_the_ports() -> None:
             async with r.clock.timeout(5):
                 await r.attach()
         r.locks.lose(KEY, "node-b")
-        r.book.move(r.claim, Event.LOCK_LOST)
+        r.book.move(r.claim, ClaimEvent.LOCK_LOST)
         assert r.claim.port is None
         await r.pipeline.detach(KEY.id)
         assert r.free()

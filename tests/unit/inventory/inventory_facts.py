@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from usbip_plugin.claims import Claim, State
+from usbip_plugin.claims import Claim, ClaimState
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.inventory.facts import Facts, Members
 from usbip_plugin.inventory.members import learn
@@ -54,7 +54,7 @@ def held(by: str, standing: Standing = Standing.HELD) -> dict[str, object]:
     return {"locks": {KEY.id: lock(by)}, "standings": {KEY.id: standing}}
 
 
-def claim(state: State) -> dict[str, object]:
+def claim(state: ClaimState) -> dict[str, object]:
     return {
         "claims": {KEY.id: Claim(KEY, STICK, state=state, resource="stick", port=0)},
         **held("node-a", Standing.MINE),

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from usbip_plugin.claims import Claim, State
+from usbip_plugin.claims import Claim, ClaimState
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.inventory import evaluate
 from usbip_plugin.inventory.evaluate import advertise
@@ -50,7 +50,7 @@ def claim(key: DeviceKey, rng: random.Random) -> Claim | None:
     """What is newly known of a claim on the device: None if it has ended."""
     if rng.random() < 0.4:
         return None
-    state = rng.choice([state for state in State if state is not State.FREE])
+    state = rng.choice([state for state in ClaimState if state is not ClaimState.FREE])
     return Claim(key, state=state, usb_id=rng.choice(IDS), resource=rng.choice(RESOURCES))
 
 
@@ -65,7 +65,9 @@ def world(rng: random.Random) -> Facts:
     }
     locks = {key.id: lock(key, rng, 1) for key in KEYS if rng.random() < 0.6}
     claims = {
-        key.id: Claim(key, state=State.ATTACHED, usb_id=rng.choice(IDS), resource=rng.choice(("stick", "any", None)))
+        key.id: Claim(
+            key, state=ClaimState.ATTACHED, usb_id=rng.choice(IDS), resource=rng.choice(("stick", "any", None))
+        )
         for key in KEYS
         if rng.random() < 0.1
     }

@@ -23,7 +23,7 @@ from tests.unit.inventory.inventory_facts import (
     red,
     view,
 )
-from usbip_plugin.claims import Claim, State
+from usbip_plugin.claims import Claim, ClaimState
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.inventory.evaluate import advertise
 from usbip_plugin.inventory.facts import Api, Driver, Facts
@@ -44,12 +44,12 @@ def health_of(now: Facts) -> Health:
     ("now", "reason", "words"),
     [
         (facts(), Reason.FREE, ""),
-        (facts(**claim(State.ATTACHED)), Reason.ATTACHED, "port 0"),
-        (facts(**claim(State.IMPORTING)), Reason.IN_PROGRESS, "Importing"),
-        (facts(**claim(State.REATTACHING)), Reason.LOST, "lab:3240"),
-        (facts(**claim(State.RELEASING)), Reason.IN_PROGRESS, "Releasing"),
-        (facts(**claim(State.RELEASING), api=Api(1.0, "refused")), Reason.API_UNREACHABLE, "refused"),
-        (facts(**claim(State.LOST) | held("node-b")), Reason.LOCK_LOST, "node-b"),
+        (facts(**claim(ClaimState.ATTACHED)), Reason.ATTACHED, "port 0"),
+        (facts(**claim(ClaimState.IMPORTING)), Reason.IN_PROGRESS, "Importing"),
+        (facts(**claim(ClaimState.REATTACHING)), Reason.LOST, "lab:3240"),
+        (facts(**claim(ClaimState.RELEASING)), Reason.IN_PROGRESS, "Releasing"),
+        (facts(**claim(ClaimState.RELEASING), api=Api(1.0, "refused")), Reason.API_UNREACHABLE, "refused"),
+        (facts(**claim(ClaimState.LOST) | held("node-b")), Reason.LOCK_LOST, "node-b"),
         (facts(**held("node-b")), Reason.HELD_ELSEWHERE, "node-b"),
         (facts(**held("node-b", Standing.EXPIRED)), Reason.HOLDER_EXPIRED, "node-b"),
         (
@@ -63,7 +63,7 @@ def health_of(now: Facts) -> Health:
         (facts(servers={LAB: view(listed(usb_id=OTHER))}), Reason.LISTED_WRONG, "1050:0407"),
         (facts(servers={LAB: view()}, released=frozenset({KEY.id})), Reason.FREE, ""),
         (facts(servers={LAB: view(listed(usb_id=OTHER))}, released=frozenset({KEY.id})), Reason.LISTED_WRONG, "1050"),
-        (facts(**claim(State.RELEASING) | held("node-b")), Reason.HELD_ELSEWHERE, "node-b"),
+        (facts(**claim(ClaimState.RELEASING) | held("node-b")), Reason.HELD_ELSEWHERE, "node-b"),
         (facts(api=Api(API_GRACE, "gone")), Reason.API_UNREACHABLE, "gone"),
         (facts(api=Api(API_GRACE - 1, "gone")), Reason.FREE, ""),
         (facts(driver=Driver("not loaded", 0, 0)), Reason.NO_DRIVER, "not loaded"),
@@ -77,7 +77,9 @@ def test_every_reason(now: Facts, reason: Reason, words: str) -> None:
 
 
 def test_a_held_device_stays_healthy_without_api_server_and_without_usb_server() -> None:
-    now = facts(**claim(State.ATTACHED), api=Api(999.0, "gone"), servers={LAB: view(state=ServerState.UNREACHABLE)})
+    now = facts(
+        **claim(ClaimState.ATTACHED), api=Api(999.0, "gone"), servers={LAB: view(state=ServerState.UNREACHABLE)}
+    )
     assert health_of(now).healthy
 
 
@@ -93,7 +95,7 @@ def test_one_device_may_be_offered_by_two_resources() -> None:
     free = advertise(members, facts(config=both))
     assert free["stick"][0].health.healthy
     assert free["any"][0].health.healthy
-    held = advertise(members, facts(config=both, **claim(State.ATTACHED)))
+    held = advertise(members, facts(config=both, **claim(ClaimState.ATTACHED)))
     assert held["stick"][0].health.reason is Reason.ATTACHED
     assert held["any"][0].health == Health(Reason.OTHER_RESOURCE, "a 0951:1666 of stick")
     assert not held["any"][0].health.healthy, "the kubelet would give it to a second pod"
@@ -101,7 +103,7 @@ def test_one_device_may_be_offered_by_two_resources() -> None:
 
 def test_a_device_followed_to_another_busid_is_healthy_and_the_busid_is_not() -> None:
     place = DeviceKey(LAB, "1-2")
-    moved = Claim(KEY, STICK, State.ATTACHED, resource="stick", port=3, moved_to=place)
+    moved = Claim(KEY, STICK, ClaimState.ATTACHED, resource="stick", port=3, moved_to=place)
     now = facts(
         servers={LAB: view(listed("1-2"))},
         claims={KEY.id: moved},
@@ -114,7 +116,7 @@ def test_a_device_followed_to_another_busid_is_healthy_and_the_busid_is_not() ->
 
 
 def test_what_keeps_a_lost_device_from_coming_back_is_said() -> None:
-    lost = Claim(KEY, STICK, State.REATTACHING, resource="stick", hindrance="because")
+    lost = Claim(KEY, STICK, ClaimState.REATTACHING, resource="stick", hindrance="because")
     now = facts(claims={KEY.id: lost})
     assert advertise(learn({}, now), now)["stick"][0].health == Health(
         Reason.LOST, "connection to lab:3240 lost; because"

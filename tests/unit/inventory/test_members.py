@@ -18,7 +18,7 @@ from tests.unit.inventory.inventory_facts import (
     lock,
     view,
 )
-from usbip_plugin.claims import Claim, State
+from usbip_plugin.claims import Claim, ClaimState
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.inventory.evaluate import advertise
 from usbip_plugin.inventory.facts import Members
@@ -42,12 +42,12 @@ def test_a_device_seen_before_stays_when_nobody_tells_of_it() -> None:
 def test_only_a_new_configuration_drops_a_device_and_not_while_it_is_claimed() -> None:
     empty = Config(())
     assert learn(KNOWN, facts(config=empty)) == {}
-    assert set(learn(KNOWN, facts(config=empty, **claim(State.ATTACHED)))["stick"]) == {KEY.id}
+    assert set(learn(KNOWN, facts(config=empty, **claim(ClaimState.ATTACHED)))["stick"]) == {KEY.id}
 
 
 def test_a_device_that_a_pod_has_is_in_the_list_of_its_resource_whatever_it_is_by_now() -> None:
     """As after a restart, with something else under its bus id: the kubelet forgets a device that is missing."""
-    swapped = Claim(KEY, OTHER, state=State.REATTACHING, resource="stick")
+    swapped = Claim(KEY, OTHER, state=ClaimState.REATTACHING, resource="stick")
     now = facts(servers={LAB: view(listed(usb_id=OTHER))}, claims={KEY.id: swapped})
     (device,) = advertise(learn({}, now), now)["stick"]
     assert (device.id, device.health.reason) == (KEY.id, Reason.LOST)
@@ -69,7 +69,7 @@ def test_a_server_with_ever_new_devices_is_remembered_within_bounds() -> None:
 
 
 def test_what_is_locked_or_claimed_is_remembered_however_many_come_after_it() -> None:
-    used = facts(**claim(State.ATTACHED))
+    used = facts(**claim(ClaimState.ATTACHED))
     locked = DeviceKey(LAB, "9-9")
     locks = {locked.id: Lock(locked.id, "node-b", 1, 40.0, "1", key=locked, usb_id=STICK)}
     members = learn(KNOWN, used)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from usbip_plugin.claims import Claim, State
+from usbip_plugin.claims import Claim, ClaimState
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.inventory.facts import Facts
 from usbip_plugin.inventory.handover import MAX_REREADS, REREAD_SPAN, Rereads, Suspects
@@ -75,7 +75,7 @@ def test_who_has_it_is_not_asked() -> None:
     held = known(holder="node-b")
     assert keys(facts(RED, locks=held, standings={KEY.id: Standing.HELD})) == []
     assert keys(facts(RED, locks=held, standings={KEY.id: Standing.EXPIRED})) == [KEY], "its holder is gone"
-    claim = Claim(KEY, STICK, state=State.REATTACHING)
+    claim = Claim(KEY, STICK, state=ClaimState.REATTACHING)
     assert keys(facts(RED, claims={KEY.id: claim})) == []
     assert keys(facts(RED, moved_here=lambda _device_id: claim)) == []
 

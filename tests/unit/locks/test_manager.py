@@ -12,7 +12,7 @@ from usbip_plugin.locks import record
 from usbip_plugin.locks.manager import LockMeta, LockSettings, Standing
 from usbip_plugin.locks.session import BEAT_FRACTION, EXPIRED_BEATS
 from usbip_plugin.locks.watch import ApiState
-from usbip_plugin.model import UNTOLD, Identity, InterfaceClass, PodRef
+from usbip_plugin.model import UNKNOWN_IDENTITY, Identity, InterfaceClass, PodRef
 from usbip_sim.leases import FINE, Fate, Lost, Operation
 from usbip_sim.virtual.loop import virtual
 
@@ -604,7 +604,7 @@ async def test_the_serial_of_another_device_under_the_same_bus_id_is_forgotten()
         await a.manager.acquire(KEY, LockMeta(usb_id="0951:1666", told=TOLD))
         await a.manager.release(KEY)
         grant = await a.manager.acquire(KEY, LockMeta(usb_id="1050:0407"))
-        assert (str(grant.lock.usb_id), grant.lock.identity) == ("1050:0407", UNTOLD)
+        assert (str(grant.lock.usb_id), grant.lock.identity) == ("1050:0407", UNKNOWN_IDENTITY)
 
 
 @virtual
