@@ -19,7 +19,8 @@ from tests.rigs.tcp_proxy import proxy_to
 from usbip_plugin.errors import LockHeld, LockUnavailable
 from usbip_plugin.kube.client import connect
 from usbip_plugin.locks.kubernetes import KubernetesLeases
-from usbip_plugin.locks.manager import LockManager, LockSettings, Standing
+from usbip_plugin.locks.manager import LockManager, LockSettings
+from usbip_plugin.locks.protocol import LockStatus
 from usbip_plugin.locks.watch import LockChange
 from usbip_plugin.model import DeviceKey, NodeIdentity, ServerKey
 
@@ -102,7 +103,7 @@ async def test_another_node_sees_every_lock_come_and_go_in_order(
     keys = [fresh_key() for _ in range(LONG_TENURES if long_form else TENURES)]
     ids = {key.id for key in keys}
     async with node(cluster, tokens) as a, node(cluster, tokens) as b:
-        seen: list[tuple[str, Standing]] = []
+        seen: list[tuple[str, LockStatus]] = []
 
         def note(change: LockChange) -> None:
             if change.device_id in ids:
@@ -115,7 +116,7 @@ async def test_another_node_sees_every_lock_come_and_go_in_order(
             await a.manager.release(key)
         await until(b.manager, lambda: len(seen) >= 2 * len(keys))
         unsubscribe()
-        assert seen == [(key.id, standing) for standing in (Standing.HELD, Standing.FREE) for key in keys]
+        assert seen == [(key.id, standing) for standing in (LockStatus.HELD, LockStatus.FREE) for key in keys]
 
 
 async def test_a_cut_watch_resumes_without_missing_a_change(cluster: Cluster, tokens: NodeTokens) -> None:
@@ -124,18 +125,18 @@ async def test_a_cut_watch_resumes_without_missing_a_change(cluster: Cluster, to
         async with node(cluster, tokens) as a, node(cluster, tokens, server=slow) as b:
             first, second = fresh_key(), fresh_key()
             await a.manager.acquire(first)
-            await until(b.manager, lambda: b.manager.standing(first.id) is Standing.HELD)
+            await until(b.manager, lambda: b.manager.standing(first.id) is LockStatus.HELD)
             proxy.refusing = True
             proxy.cut()
             await until(b.manager, lambda: not b.manager.api.reachable)
             assert b.manager.api.error
             await a.manager.release(first)
             await a.manager.acquire(second)
-            assert b.manager.standing(first.id) is Standing.HELD
+            assert b.manager.standing(first.id) is LockStatus.HELD
             proxy.refusing = False
             await until(b.manager, lambda: b.manager.api.reachable)
-            await until(b.manager, lambda: b.manager.standing(first.id) is Standing.FREE)
-            await until(b.manager, lambda: b.manager.standing(second.id) is Standing.HELD)
+            await until(b.manager, lambda: b.manager.standing(first.id) is LockStatus.FREE)
+            await until(b.manager, lambda: b.manager.standing(second.id) is LockStatus.HELD)
 
 
 async def test_a_partitioned_node_gets_nothing(cluster: Cluster, tokens: NodeTokens) -> None:
@@ -157,13 +158,13 @@ async def test_after_compaction_and_restart_of_the_api_server_all_is_listed_anew
     async with node(cluster, tokens) as a, node(cluster, tokens) as b:
         gone, taken = fresh_key(), fresh_key()
         await a.manager.acquire(gone)
-        await until(b.manager, lambda: b.manager.standing(gone.id) is Standing.HELD)
+        await until(b.manager, lambda: b.manager.standing(gone.id) is LockStatus.HELD)
         await asyncio.to_thread(cluster.forget)
         await until(a.manager, lambda: a.manager.api.reachable)
         await a.manager.release(gone)
         await a.manager.acquire(taken)
-        await until(b.manager, lambda: b.manager.standing(gone.id) is Standing.FREE)
-        await until(b.manager, lambda: b.manager.standing(taken.id) is Standing.HELD)
+        await until(b.manager, lambda: b.manager.standing(gone.id) is LockStatus.FREE)
+        await until(b.manager, lambda: b.manager.standing(taken.id) is LockStatus.HELD)
         assert a.manager.mine()[0].device_id == taken.id
 
 
@@ -172,9 +173,9 @@ async def test_a_dead_nodes_lock_is_taken_over(cluster: Cluster, tokens: NodeTok
     async with node(cluster, tokens) as b:
         async with node(cluster, tokens) as a:
             await a.manager.acquire(key)
-            await until(b.manager, lambda: b.manager.standing(key.id) is Standing.HELD)
+            await until(b.manager, lambda: b.manager.standing(key.id) is LockStatus.HELD)
         b.manager.set_importable(frozenset({key.id}))
         with b.clock.hurried():
-            await until(b.manager, lambda: b.manager.standing(key.id) is Standing.EXPIRED)
+            await until(b.manager, lambda: b.manager.standing(key.id) is LockStatus.EXPIRED)
         grant = await b.manager.acquire(key)
         assert grant.epoch == 2

@@ -26,7 +26,7 @@ from usbip_plugin.locks.kubernetes import KubernetesLeases, decode, encode
 from usbip_plugin.locks.manager import _held
 from usbip_plugin.locks.protocol import Create, LockMeta, Replace, Write
 from usbip_plugin.locks.record import Lease, LeaseList
-from usbip_plugin.locks.watch import LockView
+from usbip_plugin.locks.watch import LockCache
 from usbip_plugin.model import DeviceKey, Identity, NodeIdentity, PodRef, ServerKey
 from usbip_plugin.observe.logs import JsonFormatter, TextFormatter
 from usbip_plugin.observe.tracing import context_from
@@ -93,7 +93,7 @@ def judged(lease: Lease) -> None:
             assert 0 <= written.transitions < 1 << 31
     seen = protocol.observe(None, lease, lease, 0.0, 1.0, 40.0)
     assert 40.0 <= seen.duration <= record.MAX_DURATION_S
-    protocol.standing(lease, ME, seen)
+    protocol.lock_status(lease, ME, seen)
     shown_to_people(lease)
 
 
@@ -122,7 +122,7 @@ def lease(data: bytes) -> None:
 
 def view(data: bytes) -> None:
     """Leases that differ in little but their versions, one a line, as events and as lists."""
-    known = LockView(lambda _change: None)
+    known = LockCache(lambda _change: None)
     leases = []
     for line in data.split(b"\n")[:16]:
         value = from_json(line)
@@ -155,7 +155,7 @@ class _Stream:
 
 
 def watch(data: bytes) -> None:
-    known = LockView(lambda _change: None)
+    known = LockCache(lambda _change: None)
 
     async def follow() -> None:
         async for change in KubernetesLeases(_Stream(data), "ns").watch({}, "1"):  # type: ignore[arg-type]

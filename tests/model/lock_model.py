@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from typing import NamedTuple
 
 from usbip_plugin.locks import protocol, record
-from usbip_plugin.locks.protocol import Create, Decision, Denied, LockMeta, Observation, Rules, Standing, Write
+from usbip_plugin.locks.protocol import Create, Decision, Denied, LockMeta, LockStatus, Observation, Rules, Write
 from usbip_plugin.locks.record import Lease
 from usbip_plugin.model import DeviceKey, NodeIdentity, ServerKey
 
@@ -501,8 +501,8 @@ class Model:
     def _check_standing(self, lease: Lease | None, decision: Decision, seen: Observation | None, listed: bool) -> None:
         """What is advertised and what is decided are one."""
         if self.rules.decide_acquire is protocol.decide_acquire:
-            standing = protocol.standing(lease, ME, seen if listed else None)
-            assert isinstance(decision, Denied) == (standing is Standing.HELD), (lease, seen)
+            standing = protocol.lock_status(lease, ME, seen if listed else None)
+            assert isinstance(decision, Denied) == (standing is LockStatus.HELD), (lease, seen)
 
     @staticmethod
     def words(target: Target) -> str:

@@ -27,7 +27,7 @@ from usbip_plugin.locks.manager import Grant, LockSettings
 from usbip_plugin.locks.protocol import Create, Decision, Denied, LockMeta, Observation, Replace, Rules, Write
 from usbip_plugin.locks.record import Lease
 from usbip_plugin.locks.watch import ApiState
-from usbip_plugin.locks.writer import Effort, Writer, Written
+from usbip_plugin.locks.writer import AcknowledgedWrite, WriteAttempts, Writer
 from usbip_plugin.model import Attachment, Descriptor, DeviceKey
 from usbip_plugin.usbip.poller import ServerPoller
 from usbip_sim.leases import MemoryBackend
@@ -198,14 +198,14 @@ async def detaching_without_api(self: Keeper, *, run: Callable[..., object] = Ke
 
 
 async def silence_is_a_yes(
-    self: Writer, key: DeviceKey, decision: Create | Replace, write: Write, effort: Effort
-) -> Written | None:
+    self: Writer, key: DeviceKey, decision: Create | Replace, write: Write, effort: WriteAttempts
+) -> AcknowledgedWrite | None:
     """Around Writer._write."""
     try:
         return await write_lock(self, key, decision, write, effort)
     except KubeUnreachable:
         self._view.put(replace(decision.lease, resource_version="1000000"))
-        return Written(decision.lease, self._clock.monotonic())
+        return AcknowledgedWrite(decision.lease, self._clock.monotonic())
 
 
 write_lock = Writer._write

@@ -11,7 +11,7 @@ from tests.simulation.lasting import Lasting, Violation
 from usbip_plugin.errors import LockHeld, PluginError
 from usbip_plugin.kube.fleet import UNCOUNTED
 from usbip_plugin.kube.node_status import KUBELET_SYNC_S, spread
-from usbip_plugin.locks.protocol import Standing
+from usbip_plugin.locks.protocol import LockStatus
 from usbip_sim.virtual.cluster_kubelet import Call
 from usbip_sim.virtual.cluster_node import ClusterNode
 from usbip_sim.virtual.steploop import Process
@@ -52,7 +52,7 @@ class NodeStatuses:
         if isinstance(error, LockHeld):
             ids = [lock.device_id for lock in agent.locks.locks.values() if str(lock.key) == error.device]
             # one that has expired may be offered until the server is asked for its list the next time
-            held = [i for i in ids if agent.locks.standing(i) is Standing.HELD]
+            held = [i for i in ids if agent.locks.standing(i) is LockStatus.HELD]
             if any(node.kubelet.health(resource).get(i) for i in held):
                 return "a lost device is withdrawn", f"{node.name}: {error.device}"
         said, told = _said_and_told(node, resource)

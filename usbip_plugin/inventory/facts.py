@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from usbip_plugin.claims import Claim
 from usbip_plugin.config.schema import Config, DeviceSelector
-from usbip_plugin.locks.manager import Standing
+from usbip_plugin.locks.protocol import LockStatus
 from usbip_plugin.model import UNKNOWN_IDENTITY, Descriptor, DeviceKey, Identity, Lock, ServerKey, UsbId
 from usbip_plugin.usbip.poller import ServerView
 
@@ -68,7 +68,7 @@ class Facts:
     config: Config
     servers: Mapping[ServerKey, ServerView]
     locks: Mapping[str, Lock]
-    standings: Mapping[str, Standing]
+    standings: Mapping[str, LockStatus]
     claims: Mapping[str, Claim]
     driver: Driver = field(default_factory=Driver)
     api: Api = field(default_factory=Api)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from usbip_plugin.claims import Claim, ClaimState, place_of, serves
 from usbip_plugin.config.selectors import Match, matches
 from usbip_plugin.inventory.facts import Facts, Seen
-from usbip_plugin.locks.protocol import Standing
+from usbip_plugin.locks.protocol import LockStatus
 from usbip_plugin.model import Descriptor, DeviceKey, Health, Lock, Reason
 from usbip_plugin.usbip.poller import ServerState
 
@@ -92,8 +92,8 @@ def health(facts: Facts, seen: Seen, resource: str) -> Health:
     if (moved := facts.moved_here(device_id)) is not None:
         return Health(Reason.IN_PLACE_OF, f"it is what was {moved.key}" + (f", pod {moved.pod}" if moved.pod else ""))
     lock = facts.locks.get(device_id)
-    standing = facts.standings.get(device_id, Standing.FREE)
-    if standing is Standing.HELD and lock is not None:
+    standing = facts.standings.get(device_id, LockStatus.FREE)
+    if standing is LockStatus.HELD and lock is not None:
         return Health(Reason.HELD_ELSEWHERE, _held_by(lock))
     if facts.api.unreachable_for is not None and facts.api.unreachable_for >= API_GRACE:
         return Health(Reason.API_UNREACHABLE, facts.api.error)
@@ -106,7 +106,7 @@ def health(facts: Facts, seen: Seen, resource: str) -> Health:
     speed = seen.descriptor.speed if seen.descriptor is not None else 0
     if (facts.driver.free_ss if speed >= SUPER_SPEED else facts.driver.free_hs) == 0:
         return Health(Reason.NO_PORT, f"no free {'ss' if speed >= SUPER_SPEED else 'hs'} port")
-    if standing is Standing.EXPIRED and lock is not None:
+    if standing is LockStatus.EXPIRED and lock is not None:
         return Health(Reason.HOLDER_EXPIRED, f"{_held_by(lock)}, silent for longer than the lock lasts")
     return Health(Reason.FREE)
 

@@ -19,7 +19,7 @@ from usbip_plugin.errors import PluginError
 from usbip_plugin.inventory.evaluate import Evaluation
 from usbip_plugin.inventory.facts import Facts
 from usbip_plugin.inventory.inventory import Advertiser
-from usbip_plugin.locks.protocol import Standing
+from usbip_plugin.locks.protocol import LockStatus
 from usbip_plugin.model import Descriptor, DeviceKey, ServerKey
 from usbip_plugin.observe.spans import untraced
 from usbip_plugin.usbip.poller import ServerPoller, ServerState
@@ -42,7 +42,7 @@ def wanted(facts: Facts, key: DeviceKey, descriptor: Descriptor) -> bool:
     told = facts.told(key.id, descriptor)
     if told.serial is not None and (descriptor.interfaces or told.interfaces) is not None:
         return False
-    if facts.standings.get(key.id, Standing.FREE) is Standing.HELD:
+    if facts.standings.get(key.id, LockStatus.FREE) is LockStatus.HELD:
         return False
     if key.id in facts.claims or facts.moved_here(key.id) is not None:
         return False

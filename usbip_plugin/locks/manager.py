@@ -16,11 +16,11 @@ from opentelemetry.trace import Tracer
 from usbip_plugin.clock import Clock
 from usbip_plugin.errors import LockError, LockHeld, LockLost, LockUnavailable
 from usbip_plugin.locks import protocol, record
-from usbip_plugin.locks.protocol import Decision, Denied, LockMeta, Rules, Standing, Write
+from usbip_plugin.locks.protocol import Decision, Denied, LockMeta, LockStatus, Rules, Write
 from usbip_plugin.locks.record import Lease, LeaseStore
 from usbip_plugin.locks.session import ExpiryWatch, Session
-from usbip_plugin.locks.watch import ApiState, Contact, Follower, LockChange, LockView, WatchedStore
-from usbip_plugin.locks.writer import Effort, Writer, Written
+from usbip_plugin.locks.watch import ApiReachability, ApiState, LockCache, LockChange, LockWatcher, WatchedStore
+from usbip_plugin.locks.writer import AcknowledgedWrite, WriteAttempts, Writer
 from usbip_plugin.model import DeviceKey, Identity, Lock, NodeIdentity, PodRef
 from usbip_plugin.observe.spans import device_attributes, span
 
@@ -114,16 +114,16 @@ class LockManager:
         self._on_acquire = on_acquire
         self._subscribers: list[Callable[[LockChange], None]] = []
         self._api_subscribers: list[Callable[[ApiState], None]] = []
-        self._contact = Contact(clock, self._api_changed)
+        self._contact = ApiReachability(clock, self._api_changed)
         self._store = WatchedStore(store, self._contact)
-        self._view = LockView(self._changed)
+        self._view = LockCache(self._changed)
         self._writer = Writer(self._store, self._view, me, clock, rng, settings.duration, tracer, self._session_need)
         self._session = Session(self._store, self._writer.new_write, clock, rng, settings.duration, self._rules)
         self._expiry = ExpiryWatch(
             self._store, self._view, me.node, clock, settings.duration, self._rules, self._standing_changed
         )
         self.ready = asyncio.Event()
-        self._follower = Follower(self._store, self._view, self._contact, clock, rng, self.ready)
+        self._follower = LockWatcher(self._store, self._view, self._contact, clock, rng, self.ready)
         self._device_locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
         self._mine: set[str] = set()
         self._taking = 0
@@ -175,9 +175,9 @@ class LockManager:
         let_go = {device_id for device_id in self._abandoned if self._orphan(device_id) is not None}
         return tuple(self._view.locks[device_id] for device_id in sorted(self._mine - let_go))
 
-    def standing(self, device_id: str) -> Standing:
+    def standing(self, device_id: str) -> LockStatus:
         """How a lock stands for this node. EXPIRED only while the device is importable (see set_importable)."""
-        return protocol.standing(self._view.lease(device_id), self._me, self._expiry.observation(device_id))
+        return protocol.lock_status(self._view.lease(device_id), self._me, self._expiry.observation(device_id))
 
     def set_importable(self, device_ids: frozenset[str]) -> None:
         """The devices that their servers list as free to import now. Only these are observed for expiry (R4)."""
@@ -226,7 +226,7 @@ class LockManager:
 
         with self._timed(), span(self._tracer, "lock.acquire", device_attributes(key)) as acquiring:
             async with self._device_lock(key.id):
-                effort = Effort()
+                effort = WriteAttempts()
                 if claimed:
                     self._abandoned.pop(key.id, None)
                 self._taking += 1
@@ -294,7 +294,9 @@ class LockManager:
             async with self._device_lock(key.id):
                 await self._writer.drive(key, self._decide_release)
 
-    async def _amend(self, key: DeviceKey, changes: Mapping[str, str | None], told: Identity | None = None) -> Written:
+    async def _amend(
+        self, key: DeviceKey, changes: Mapping[str, str | None], told: Identity | None = None
+    ) -> AcknowledgedWrite:
         async def decide(lease: Lease | None, write: Write) -> Decision:
             known = lease.annotations if lease is not None else {}
             return self._rules.decide_amend(lease, write, {**changes, **record.identity_notes(known, told)})
@@ -304,7 +306,7 @@ class LockManager:
             raise LockLost(str(key), record.holder_text(outcome.lease.holder) if outcome.lease is not None else "")
         return outcome
 
-    async def _timely(self, key: DeviceKey, outcome: Written | Denied) -> Grant:
+    async def _timely(self, key: DeviceKey, outcome: AcknowledgedWrite | Denied) -> Grant:
         """The grant; written once more if finding out about the write has eaten up half of the window."""
         if isinstance(outcome, Denied):
             raise _held(key, outcome.lease)
@@ -313,7 +315,7 @@ class LockManager:
             written = await self._amend(key, {})
         return self._grant(written)
 
-    def _grant(self, written: Written) -> Grant:
+    def _grant(self, written: AcknowledgedWrite) -> Grant:
         lock = record.lock_of(written.lease)
         deadline = self._rules.import_deadline(written.sent_at, self._settings.import_window)
         return Grant(lock, lock.epoch, deadline)
@@ -348,7 +350,7 @@ class LockManager:
         for callback in tuple(self._api_subscribers):
             callback(state)
 
-    def _abandon(self, key: DeviceKey, effort: Effort) -> None:
+    def _abandon(self, key: DeviceKey, effort: WriteAttempts) -> None:
         if effort.tenure is not None:
             self._abandoned[key.id] = (key, effort.tenure)
             self._check_orphan(key.id)

@@ -86,7 +86,7 @@ class Denied:
 Decision = Create | Replace | Denied
 
 
-class Standing(enum.Enum):
+class LockStatus(enum.Enum):
     FREE = "free"
     MINE = "mine"
     HELD = "held"
@@ -227,13 +227,13 @@ def may_take_over(lease: Lease, observation: Observation | None) -> bool:
     return observation is not None and observation.lock_version == lease.resource_version and expired(observation)
 
 
-def standing(lease: Lease | None, me: NodeIdentity, observation: Observation | None) -> Standing:
+def lock_status(lease: Lease | None, me: NodeIdentity, observation: Observation | None) -> LockStatus:
     """How a lock stands for this node. MINE also under an earlier boot, from which it can be taken at once (R3)."""
     if lease is None or is_free(lease):
-        return Standing.FREE
+        return LockStatus.FREE
     if lease.holder == me.node:
-        return Standing.MINE
-    return Standing.EXPIRED if may_take_over(lease, observation) else Standing.HELD
+        return LockStatus.MINE
+    return LockStatus.EXPIRED if may_take_over(lease, observation) else LockStatus.HELD
 
 
 def _taken(lease: Lease, key: DeviceKey, meta: LockMeta, write: Write) -> Lease:

@@ -12,7 +12,7 @@ from usbip_plugin.errors import KubeConflict, KubeError, KubeNotFound
 from usbip_plugin.locks import record
 from usbip_plugin.locks.protocol import Create, Denied, Observation, Rules, Write, expired, is_free
 from usbip_plugin.locks.record import Lease, LeaseStore
-from usbip_plugin.locks.watch import LockView
+from usbip_plugin.locks.watch import LockCache
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ class ExpiryWatch:
     def __init__(
         self,
         store: LeaseStore,
-        view: LockView,
+        view: LockCache,
         node: str,
         clock: Clock,
         duration: float,

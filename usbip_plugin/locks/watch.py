@@ -33,7 +33,7 @@ class ApiState:
     error: str | None
 
 
-class Contact:
+class ApiReachability:
     """Reachable when both the watch and the last single call are well. Begins as not reachable, without an error."""
 
     def __init__(self, clock: Clock, on_change: Callable[[ApiState], None]) -> None:
@@ -82,7 +82,7 @@ class Contact:
 class WatchedStore:
     """A LeaseStore that tells a Contact how each call went. Watches are told by who runs them."""
 
-    def __init__(self, store: LeaseStore, contact: Contact) -> None:
+    def __init__(self, store: LeaseStore, contact: ApiReachability) -> None:
         self._store, self._contact = store, contact
 
     async def get(self, name: str) -> Lease | None:
@@ -144,7 +144,7 @@ def newer(version: str, than: str) -> bool:
     return version != than
 
 
-class LockView:
+class LockCache:
     """Own writes and watch events merged by resourceVersion: an older event never rolls back a newer record.
 
     on_change is called once for each change of a record, in order, from within the call that brought it.
@@ -228,14 +228,14 @@ RETRY_MAX_S = 5.0
 SETTLE_S = 2.0
 
 
-class Follower:
+class LockWatcher:
     """Keeps a LockView true. ready is set after the first list."""
 
     def __init__(
         self,
         store: LeaseStore,
-        view: LockView,
-        contact: Contact,
+        view: LockCache,
+        contact: ApiReachability,
         clock: Clock,
         rng: random.Random,
         ready: asyncio.Event,

@@ -14,7 +14,7 @@ from usbip_plugin.kube import client
 from usbip_plugin.locks import protocol, record
 from usbip_plugin.locks.protocol import Create, Decision, Denied, Replace, Write
 from usbip_plugin.locks.record import Lease, LeaseStore
-from usbip_plugin.locks.watch import LockView
+from usbip_plugin.locks.watch import LockCache
 from usbip_plugin.model import DeviceKey, NodeIdentity
 from usbip_plugin.observe.spans import device_attributes, span
 
@@ -23,7 +23,7 @@ CONFLICT_ROUNDS = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class AcknowledgedWrite:
     """A record that is known to have been written, and when the write was sent (monotonic)."""
 
     lease: Lease
@@ -31,19 +31,19 @@ class Written:
 
 
 @dataclass(slots=True)
-class Effort:
+class WriteAttempts:
     """The writes of one operation, by write id: as sent, and when. tenure: the epoch it may have begun."""
 
-    sent: dict[str, Written] = field(default_factory=dict)
+    sent: dict[str, AcknowledgedWrite] = field(default_factory=dict)
     tenure: int | None = None
 
-    def landed(self, lease: Lease | None) -> Written | None:
+    def landed(self, lease: Lease | None) -> AcknowledgedWrite | None:
         """One of these writes, found again in a record that was read."""
         mark = lease.annotations.get(record.WRITE_ID) if lease is not None else None
         sent = self.sent.get(mark) if mark is not None else None
         if lease is None or sent is None or sent.lease.holder != lease.holder:
             return None
-        return Written(lease, sent.sent_at)
+        return AcknowledgedWrite(lease, sent.sent_at)
 
 
 Decide = Callable[[Lease | None, Write], Awaitable[Decision]]
@@ -55,7 +55,7 @@ class Writer:
     def __init__(
         self,
         store: LeaseStore,
-        view: LockView,
+        view: LockCache,
         me: NodeIdentity,
         clock: Clock,
         rng: random.Random,
@@ -69,13 +69,15 @@ class Writer:
     def new_write(self) -> Write:
         return Write(self._me, self._clock.now(), f"{self._rng.getrandbits(64):016x}", self._duration)
 
-    async def drive(self, key: DeviceKey, decide: Decide, effort: Effort | None = None) -> Written | Denied:
+    async def drive(
+        self, key: DeviceKey, decide: Decide, effort: WriteAttempts | None = None
+    ) -> AcknowledgedWrite | Denied:
         """Decide and write until a write is known to have happened, or a record just read forbids it.
 
         LockUnavailable if the API server does not answer, or refuses for another reason than a conflict. Cancel-safe in
         that effort then tells what may have been written.
         """
-        use_effort = effort or Effort()
+        use_effort = effort or WriteAttempts()
         try:
             async for attempt in client.api_write(self._clock, self._rng):
                 with attempt:
@@ -85,7 +87,9 @@ class Writer:
             raise LockUnavailable(str(key), str(error)) from error
         raise AssertionError  # a retry policy ends by returning or raising
 
-    async def _rounds(self, key: DeviceKey, decide: Decide, effort: Effort, *, again: bool) -> Written | Denied:
+    async def _rounds(
+        self, key: DeviceKey, decide: Decide, effort: WriteAttempts, *, again: bool
+    ) -> AcknowledgedWrite | Denied:
         """One attempt of _drive. Unless it is the first, it begins by reading what came of the one before."""
         fresh = again
         lease = await self._read(key.id) if again else self._view.lease(key.id)
@@ -106,12 +110,14 @@ class Writer:
             lease, fresh = await self._read(key.id), True
         raise KubeConflict("update", "leases.coordination.k8s.io", f'"{key.id}" kept changing')
 
-    async def _write(self, key: DeviceKey, decision: Create | Replace, write: Write, effort: Effort) -> Written | None:
+    async def _write(
+        self, key: DeviceKey, decision: Create | Replace, write: Write, effort: WriteAttempts
+    ) -> AcknowledgedWrite | None:
         """None after a conflict."""
         self._before_write()
         with span(self._tracer, "lock.write", device_attributes(key), kind=SpanKind.CLIENT) as written:
             # R1 counts from here, not from the answer: others may see the write as soon as it is sent.
-            sent = effort.sent[write.write_id] = Written(decision.lease, self._clock.monotonic())
+            sent = effort.sent[write.write_id] = AcknowledgedWrite(decision.lease, self._clock.monotonic())
             try:
                 if isinstance(decision, Create):
                     lease = await self._store.create(decision.lease)
@@ -125,7 +131,7 @@ class Writer:
                     raise  # the namespace is missing
                 return None
         self._view.put(lease)
-        return Written(lease, sent.sent_at)
+        return AcknowledgedWrite(lease, sent.sent_at)
 
     async def _read(self, device_id: str) -> Lease | None:
         known = self._view.lease(device_id)

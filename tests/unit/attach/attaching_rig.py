@@ -20,8 +20,8 @@ from usbip_plugin.attach.tasks import DeviceWork
 from usbip_plugin.claims import Claim, ClaimBook, ClaimState
 from usbip_plugin.config.schema import ResourceConfig
 from usbip_plugin.context import NodeContext
-from usbip_plugin.locks.manager import IMPORT_WINDOW_S, Grant, LockManager, LockMeta
-from usbip_plugin.locks.protocol import Rules
+from usbip_plugin.locks.manager import IMPORT_WINDOW_S, Grant, LockManager
+from usbip_plugin.locks.protocol import LockMeta, Rules
 from usbip_plugin.model import Attachment, Descriptor, DeviceKey, Identity, Lock, NodeIdentity, ServerKey, UsbId
 from usbip_plugin.usbip.client import Imported
 from usbip_plugin.usbip.identify import DeviceIdentity

@@ -8,7 +8,7 @@ from usbip_plugin.claims import Claim, ClaimState
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.inventory.facts import Facts, Members
 from usbip_plugin.inventory.members import learn
-from usbip_plugin.locks.manager import Standing
+from usbip_plugin.locks.protocol import LockStatus
 from usbip_plugin.model import Descriptor, DeviceKey, Lock, ServerKey, UsbId
 from usbip_plugin.usbip.poller import ServerState, ServerView
 
@@ -50,14 +50,14 @@ def facts(**more: object) -> Facts:
     return replace(base, **more)  # type: ignore[arg-type]
 
 
-def held(by: str, standing: Standing = Standing.HELD) -> dict[str, object]:
+def held(by: str, standing: LockStatus = LockStatus.HELD) -> dict[str, object]:
     return {"locks": {KEY.id: lock(by)}, "standings": {KEY.id: standing}}
 
 
 def claim(state: ClaimState) -> dict[str, object]:
     return {
         "claims": {KEY.id: Claim(KEY, STICK, state=state, resource="stick", port=0)},
-        **held("node-a", Standing.MINE),
+        **held("node-a", LockStatus.MINE),
     }
 
 

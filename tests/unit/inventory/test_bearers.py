@@ -8,14 +8,14 @@ from tests.unit.inventory.inventory_facts import DEVID, KEY, LAB, STICK, listed,
 from usbip_plugin.inventory.evaluate import advertise
 from usbip_plugin.inventory.health import Bearer, settled
 from usbip_plugin.inventory.members import learn
-from usbip_plugin.locks.manager import Standing
+from usbip_plugin.locks.protocol import LockStatus
 from usbip_plugin.model import DeviceKey, Health, Lock, Reason
 
 PLACE = DeviceKey(LAB, "1-2")
 
 
 def two(
-    first: dict[str, object], second: dict[str, object], *lists: str, of_holders: Standing = Standing.HELD
+    first: dict[str, object], second: dict[str, object], *lists: str, of_holders: LockStatus = LockStatus.HELD
 ) -> dict[str, Health]:
     """1-1 and 1-2 as the resource offers them, whose locks say so; of them, those are listed.
 
@@ -24,7 +24,7 @@ def two(
     locks = {key.id: Lock(key.id, "", 1, 40.0, "9", key=key, usb_id=STICK, read_from=DEVID) for key in (KEY, PLACE)}
     locks[KEY.id] = replace(locks[KEY.id], serial="RED", **first)  # type: ignore[arg-type]
     locks[PLACE.id] = replace(locks[PLACE.id], serial="RED", **second)  # type: ignore[arg-type]
-    standings = {i: of_holders if one.holder else Standing.FREE for i, one in locks.items()}
+    standings = {i: of_holders if one.holder else LockStatus.FREE for i, one in locks.items()}
     known = red(locks=locks, servers={LAB: view(listed("1-1"), listed("1-2"))})
     now = red(locks=locks, standings=standings, servers={LAB: view(*map(listed, lists))})
     members = learn(learn({}, replace(known, locks=known.locks)), now)
@@ -59,7 +59,7 @@ def test_a_device_followed_to_another_place_is_there_and_not_twice() -> None:
 
 
 def test_a_holder_that_is_gone_is_not_said_to_have_the_device() -> None:
-    found = two({"holder": "node-b"}, {}, "1-1", "1-2", of_holders=Standing.EXPIRED)
+    found = two({"holder": "node-b"}, {}, "1-1", "1-2", of_holders=LockStatus.EXPIRED)
     assert {health.reason for health in found.values()} == {Reason.AMBIGUOUS}
     assert "RED is also that of lab:3240/1-1;" in found["1-2"].detail
 
@@ -69,7 +69,7 @@ def test_a_device_listed_where_it_was_is_there_if_the_holder_that_followed_it_el
         {"holder": "node-b"},
         {"holder": "node-b", "in_place_of": KEY.id},
         *("1-1", "1-2"),
-        of_holders=Standing.EXPIRED,
+        of_holders=LockStatus.EXPIRED,
     )
     assert found["1-2"].reason is Reason.AMBIGUOUS
 

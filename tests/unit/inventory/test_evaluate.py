@@ -14,14 +14,14 @@ from usbip_plugin.inventory import evaluate
 from usbip_plugin.inventory.evaluate import advertise
 from usbip_plugin.inventory.facts import Facts, Members
 from usbip_plugin.inventory.members import learn
-from usbip_plugin.locks.manager import Standing
+from usbip_plugin.locks.protocol import LockStatus
 from usbip_plugin.model import Descriptor, DeviceKey, Lock, ServerKey, UsbId
 from usbip_plugin.usbip.poller import ServerState, ServerView
 
 SERVERS = (ServerKey("lab", 3240), ServerKey("pi", 3240))
 IDS = (UsbId(0x0951, 0x1666), UsbId(0x1050, 0x0407))
 KEYS = tuple(DeviceKey(server, f"1-{n}") for server in SERVERS for n in range(1, 7))
-HOLDERS = {"": Standing.FREE, "here": Standing.MINE, "there": Standing.HELD, "gone": Standing.EXPIRED}
+HOLDERS = {"": LockStatus.FREE, "here": LockStatus.MINE, "there": LockStatus.HELD, "gone": LockStatus.EXPIRED}
 CONFIG = Config(
     (
         ResourceConfig("stick", tuple(DeviceSelector(server, Selector(vendor=0x0951)) for server in SERVERS)),

@@ -29,7 +29,7 @@ from usbip_plugin.inventory.evaluate import advertise
 from usbip_plugin.inventory.facts import Api, Driver, Facts
 from usbip_plugin.inventory.health import API_GRACE
 from usbip_plugin.inventory.members import learn
-from usbip_plugin.locks.manager import Standing
+from usbip_plugin.locks.protocol import LockStatus
 from usbip_plugin.model import DeviceKey, Health, Identity, Reason
 from usbip_plugin.usbip.poller import ServerState
 
@@ -51,7 +51,7 @@ def health_of(now: Facts) -> Health:
         (facts(**claim(ClaimState.RELEASING), api=Api(1.0, "refused")), Reason.API_UNREACHABLE, "refused"),
         (facts(**claim(ClaimState.LOST) | held("node-b")), Reason.LOCK_LOST, "node-b"),
         (facts(**held("node-b")), Reason.HELD_ELSEWHERE, "node-b"),
-        (facts(**held("node-b", Standing.EXPIRED)), Reason.HOLDER_EXPIRED, "node-b"),
+        (facts(**held("node-b", LockStatus.EXPIRED)), Reason.HOLDER_EXPIRED, "node-b"),
         (
             facts(servers={LAB: view(state=ServerState.UNREACHABLE, error="refused")}),
             Reason.SERVER_UNREACHABLE,

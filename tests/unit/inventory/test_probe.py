@@ -16,7 +16,7 @@ from usbip_plugin.inventory.probe import (
     probe_delay,
     wanting_probe,
 )
-from usbip_plugin.locks.manager import Standing
+from usbip_plugin.locks.protocol import LockStatus
 from usbip_plugin.model import Descriptor, DeviceKey, InterfaceClass, Lock, ServerKey, UsbId
 from usbip_plugin.usbip.poller import ServerState, ServerView
 
@@ -73,8 +73,8 @@ def test_interfaces_are_wanted_of_a_device_that_nobody_has_configured() -> None:
 
 def test_who_has_it_is_not_asked() -> None:
     held = known(holder="node-b")
-    assert keys(facts(RED, locks=held, standings={KEY.id: Standing.HELD})) == []
-    assert keys(facts(RED, locks=held, standings={KEY.id: Standing.EXPIRED})) == [KEY], "its holder is gone"
+    assert keys(facts(RED, locks=held, standings={KEY.id: LockStatus.HELD})) == []
+    assert keys(facts(RED, locks=held, standings={KEY.id: LockStatus.EXPIRED})) == [KEY], "its holder is gone"
     claim = Claim(KEY, STICK, state=ClaimState.REATTACHING)
     assert keys(facts(RED, claims={KEY.id: claim})) == []
     assert keys(facts(RED, moved_here=lambda _device_id: claim)) == []

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from usbip_plugin.locks import protocol, record
-from usbip_plugin.locks.protocol import Create, Decision, Denied, LockMeta, Observation, Replace, Standing, Write
+from usbip_plugin.locks.protocol import Create, Decision, Denied, LockMeta, LockStatus, Observation, Replace, Write
 from usbip_plugin.locks.record import Lease
 from usbip_plugin.model import DeviceKey, Identity, InterfaceClass, NodeIdentity, PodRef, ServerKey
 
@@ -186,11 +186,11 @@ def test_r6_a_lock_of_anybody_else_is_lost(lease: Lease | None) -> None:
 
 def test_standing() -> None:
     lease = held(OTHER)
-    assert protocol.standing(None, ME, None) is Standing.FREE
-    assert protocol.standing(released(OTHER), ME, None) is Standing.FREE
-    assert protocol.standing(held(REBOOTED), ME, None) is Standing.MINE
-    assert protocol.standing(lease, ME, aged(lease, None, 39)) is Standing.HELD
-    assert protocol.standing(lease, ME, aged(lease, None, 40)) is Standing.EXPIRED
+    assert protocol.lock_status(None, ME, None) is LockStatus.FREE
+    assert protocol.lock_status(released(OTHER), ME, None) is LockStatus.FREE
+    assert protocol.lock_status(held(REBOOTED), ME, None) is LockStatus.MINE
+    assert protocol.lock_status(lease, ME, aged(lease, None, 39)) is LockStatus.HELD
+    assert protocol.lock_status(lease, ME, aged(lease, None, 40)) is LockStatus.EXPIRED
 
 
 def test_a_session_continues_in_one_boot_and_begins_anew_in_the_next() -> None:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from usbip_plugin.locks.record import LOCK_LABELS, ChangeType, Lease, LeaseChange, LeaseList
-from usbip_plugin.locks.watch import LockChange, LockView, newer
+from usbip_plugin.locks.watch import LockCache, LockChange, newer
 from usbip_plugin.model import DeviceKey, ServerKey
 from usbip_sim.leases import MemoryBackend
 
@@ -21,12 +21,12 @@ def event(version: int, holder: str = "a", kind: ChangeType = ChangeType.MODIFIE
     return LeaseChange(kind, str(version), lease(version, holder))
 
 
-def view() -> tuple[LockView, list[LockChange]]:
+def view() -> tuple[LockCache, list[LockChange]]:
     told: list[LockChange] = []
-    return LockView(told.append), told
+    return LockCache(told.append), told
 
 
-def holder(of: LockView) -> str | None:
+def holder(of: LockCache) -> str | None:
     return of.locks[ID].holder if ID in of.locks else None
 
 
