@@ -22,6 +22,9 @@ from usbip_plugin.errors import UsbipError
 from usbip_plugin.model import Descriptor, DeviceKey, ServerKey
 from usbip_plugin.usbip.client import UsbipClient
 
+log = logging.getLogger(__name__)
+
+
 # Seconds.
 POLL_INTERVAL = 3.0
 POLL_TIMEOUT = 3.0
@@ -32,8 +35,6 @@ SECOND_LOOK = 0.5
 JITTER = (0.8, 1.2)
 # DEVLIST requests per second to one server, of all nodes together.
 MAX_RATE = 20.0
-
-log = logging.getLogger(__name__)
 
 
 class ServerState(enum.Enum):
@@ -81,7 +82,7 @@ def share(nodes: int) -> float:
     return max(1, nodes) / MAX_RATE
 
 
-class Fleet(Protocol):
+class NodeCount(Protocol):
     """All nodes that ask the same servers. nodes: how many there are, this one included, or are taken to be."""
 
     @property
@@ -92,7 +93,7 @@ class Fleet(Protocol):
         ...
 
 
-class Alone:
+class SingleNode:
     """A Fleet of one node."""
 
     nodes = 1
@@ -114,13 +115,13 @@ class ServerPoller:
         clock: Clock,
         rng: random.Random,
         *,
-        fleet: Fleet | None = None,
+        fleet: NodeCount | None = None,
         interval: float = POLL_INTERVAL,
         timeout: float = POLL_TIMEOUT,
     ) -> None:
         self._client, self._clock, self._rng = client, clock, rng
         self._subscribers: list[Callable[[ServerView], None]] = []
-        self._fleet = fleet or Alone()
+        self._fleet = fleet or SingleNode()
         self._interval, self._timeout = interval, timeout
         self._views: dict[ServerKey, ServerView] = {}
         self._answered: dict[ServerKey, float] = {}

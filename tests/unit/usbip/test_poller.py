@@ -19,7 +19,7 @@ from usbip_plugin.usbip.poller import (
     POLL_INTERVAL,
     POLL_TIMEOUT,
     SECOND_LOOK,
-    Fleet,
+    NodeCount,
     ServerPoller,
     ServerState,
     ServerView,
@@ -39,7 +39,7 @@ TWIN = VirtualDevice("1-2", UsbId(1, 1))
 class Lab:
     """Servers a, b, ..., one poller, and what it told, with the times of all polls."""
 
-    def __init__(self, servers: int = 1, seed: int = 0, fleet: Fleet | None = None) -> None:
+    def __init__(self, servers: int = 1, seed: int = 0, fleet: NodeCount | None = None) -> None:
         self.clock = SimClock(asyncio.get_running_loop())
         self.servers = [
             VirtualServer([TWIN, STICK], f"server-{n}", 3240, clock=self.clock, listen=False) for n in range(servers)
