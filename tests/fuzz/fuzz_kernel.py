@@ -10,7 +10,7 @@ from tests.fuzz.fuzz_target import Target, fit_to_raise, fit_to_show
 from usbip_plugin.errors import VhciError
 from usbip_plugin.model import DeviceKey, ServerKey
 from usbip_plugin.vhci import devices, hubs, sysfs, uevents
-from usbip_plugin.vhci.children import promises
+from usbip_plugin.vhci.children import expected_nodes
 from usbip_plugin.vhci.devices import read_facts
 from usbip_plugin.vhci.records import MAX_RECORD, Record, Records, format_record, parse_record
 from usbip_plugin.vhci.sysfs import PortTable
@@ -124,9 +124,9 @@ def device_files(data: bytes, directory: Path) -> None:
         if node.by_id:
             assert node.by_id.startswith("/dev/serial/by-id/usb-")
             assert node.by_id.count("/") == 4
-    for name in devices.survey(device, facts).net if facts is not None else ():
+    for name in devices.read_nodes(device, facts).net if facts is not None else ():
         fit_to_show(name, 15)
-    promises(device)
+    expected_nodes(device)
 
 
 def hub_files(data: bytes, directory: Path) -> None:

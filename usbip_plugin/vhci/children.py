@@ -9,7 +9,7 @@ from pathlib import Path
 from usbip_plugin.clock import Clock
 from usbip_plugin.model import DeviceNode
 from usbip_plugin.sync import Bell
-from usbip_plugin.vhci.devices import DeviceFacts, Found, read_facts, survey, text
+from usbip_plugin.vhci.devices import DeviceFacts, DeviceNodes, read_facts, read_nodes, text
 from usbip_plugin.vhci.uevents import Uevent
 
 CLASS_AUDIO, CLASS_COMM, CLASS_HID, CLASS_PRINTER, CLASS_STORAGE, CLASS_VIDEO = 0x01, 0x02, 0x03, 0x07, 0x08, 0x0E
@@ -18,14 +18,14 @@ SUBCLASS_ACM = 0x02
 
 
 @dataclass(frozen=True, order=True, slots=True)
-class Promise:
+class ExpectedNode:
     """An interface that is to bring a node of one of these kinds."""
 
     interface: int
     kinds: frozenset[str]
 
 
-def promises(device: Path) -> tuple[Promise, ...]:
+def expected_nodes(device: Path) -> tuple[ExpectedNode, ...]:
     """Those of a device's interfaces, by their numbers."""
     found = []
     for interface in device.glob(f"{device.name}:*"):
@@ -37,7 +37,7 @@ def promises(device: Path) -> tuple[Promise, ...]:
         except (OSError, ValueError):
             continue
         if kinds := _kinds(class_, subclass):
-            found.append(Promise(number, kinds))
+            found.append(ExpectedNode(number, kinds))
     return tuple(sorted(found, key=lambda promise: promise.interface))
 
 
@@ -75,7 +75,7 @@ def missing(asked: tuple[str, ...] | None, nodes: Collection[DeviceNode]) -> tup
     return () if not asked or kinds_of(nodes) & set(asked) else tuple(asked)
 
 
-def complete(asked: tuple[str, ...] | None, promised: Collection[Promise], nodes: Collection[DeviceNode]) -> bool:
+def complete(asked: tuple[str, ...] | None, promised: Collection[ExpectedNode], nodes: Collection[DeviceNode]) -> bool:
     """Whether a kind asked for is there, and a node of each interface that promises one of those; if nothing is asked
     for, of each that promises any.
     """
@@ -111,16 +111,16 @@ class Children:
         elif event.action == "add":
             self._read.add(numbers)
 
-    async def wait(self, device: Path, facts: DeviceFacts, asked: tuple[str, ...] | None, limit: float) -> Found:
+    async def wait(self, device: Path, facts: DeviceFacts, asked: tuple[str, ...] | None, limit: float) -> DeviceNodes:
         """What the device has, as soon as all that is waited for is there (promises.complete), or after limit seconds.
 
         A disk's partitions are waited for with the disk. Empty once the device of these facts is gone, although
         another may stand in its place. Cancel-safe.
         """
 
-        def look() -> Found | None:
+        def look() -> DeviceNodes | None:
             found = self._survey(device, facts)
-            done = complete(asked, promises(device), found.nodes) and (
+            done = complete(asked, expected_nodes(device), found.nodes) and (
                 (asked is not None and "block" not in asked) or self._disks_read(found.nodes)
             )
             return found if done or not found.nodes else None
@@ -135,8 +135,8 @@ class Children:
         return all((disk.major, disk.minor) in self._read for disk in disks)
 
     @staticmethod
-    def _survey(device: Path, facts: DeviceFacts) -> Found:
-        found = survey(device, facts)
+    def _survey(device: Path, facts: DeviceFacts) -> DeviceNodes:
+        found = read_nodes(device, facts)
         now = read_facts(device)
         same = now is not None and (now.devnum, now.usb_id) == (facts.devnum, facts.usb_id)
-        return found if same else Found()
+        return found if same else DeviceNodes()

@@ -174,18 +174,18 @@ _SCSI_DEVICE = re.compile(r"[0-9]+:[0-9]+:([0-9]+):([0-9]+)")
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class DeviceNodes:
     """The USB node, then child nodes by path, none if the device is gone; and its network interfaces, by name."""
 
     nodes: tuple[DeviceNode, ...] = ()
     net: tuple[str, ...] = ()
 
 
-def survey(device: Path, facts: DeviceFacts) -> Found:
+def read_nodes(device: Path, facts: DeviceFacts) -> DeviceNodes:
     """What a device of these facts has by now. Other USB devices below it are left out."""
     own = _node(device, "usb")
     if own is None:
-        return Found()
+        return DeviceNodes()
     children: set[DeviceNode] = set()
     net: set[str] = set()
     for path, files in _below(device):
@@ -197,13 +197,13 @@ def survey(device: Path, facts: DeviceFacts) -> Found:
                 children.add(_described(child, path, device, facts))
         elif path.parent.name == "net" and _NET_NAME.fullmatch(path.name) and _subsystem(path) == "net":
             net.add(path.name)
-    return Found((own, *sorted(children, key=_natural)), tuple(sorted(net)))
+    return DeviceNodes((own, *sorted(children, key=_natural)), tuple(sorted(net)))
 
 
 def collect(device: Path) -> tuple[DeviceNode, ...]:
     """The nodes alone."""
     facts = read_facts(device)
-    return () if facts is None else survey(device, facts).nodes
+    return () if facts is None else read_nodes(device, facts).nodes
 
 
 def _below(device: Path) -> Iterator[tuple[Path, list[str]]]:

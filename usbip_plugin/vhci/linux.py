@@ -29,16 +29,16 @@ from usbip_plugin.errors import (
 from usbip_plugin.model import Attachment, Descriptor, DeviceKey
 from usbip_plugin.sync import Bell
 from usbip_plugin.vhci.children import Children
-from usbip_plugin.vhci.devices import DeviceFacts, Found, read_facts, survey
+from usbip_plugin.vhci.devices import DeviceFacts, DeviceNodes, read_facts, read_nodes
 from usbip_plugin.vhci.driver import ABANDON_S, ASKED_CHILD_WAIT_S, CHILD_WAIT_S, DriverReport, PortState
 from usbip_plugin.vhci.hubs import HubGuard
 from usbip_plugin.vhci.records import Record, Records
 from usbip_plugin.vhci.sysfs import (
     SAME_PORT,
     Port,
+    PortCooldown,
     PortStatus,
     PortTable,
-    Stalls,
     Writer,
     choose_port,
     controller_dir,
@@ -90,7 +90,7 @@ class SysfsVhci:
         self._blocking_write = write
         self._writer = Writer(clock, write)
         self._writing = asyncio.Lock()
-        self._stalls = Stalls(clock)
+        self._stalls = PortCooldown(clock)
         self._bell = Bell()
         self._children = Children(clock, self._bell)
         self._stirred = asyncio.Event()
@@ -259,7 +259,7 @@ class SysfsVhci:
         if row.occupant is None or row.local_busid is None or device is None or self._foreign(row):
             return None
         facts = read_facts(device)
-        if facts is None or not facts.authorized or not (found := survey(device, facts)).nodes:
+        if facts is None or not facts.authorized or not (found := read_nodes(device, facts)).nodes:
             return None
         self._occupants[port] = row.occupant
         return _attachment(key, port, device, facts, found)
@@ -373,7 +373,7 @@ class SysfsVhci:
         )
 
 
-def _attachment(key: DeviceKey, port: int, device: Path, facts: DeviceFacts, found: Found) -> Attachment:
+def _attachment(key: DeviceKey, port: int, device: Path, facts: DeviceFacts, found: DeviceNodes) -> Attachment:
     return Attachment(
         key,
         port,

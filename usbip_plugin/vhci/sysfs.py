@@ -283,7 +283,7 @@ STALL_S = 6.0
 SAME_PORT, SAME_CONTROLLER = 2, 1
 
 
-class Stalls:
+class PortCooldown:
     """Remembers detachments in status 005, per process: a successor finds out by one AttachStuck."""
 
     def __init__(self, clock: Clock) -> None:

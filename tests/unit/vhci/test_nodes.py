@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from usbip_plugin.model import DeviceNode, UsbId
-from usbip_plugin.vhci.devices import MAX_NODES, MAX_STRING, collect, read_facts, survey
+from usbip_plugin.vhci.devices import MAX_NODES, MAX_STRING, collect, read_facts, read_nodes
 
 ID = UsbId(0x0403, 0x6001)
 
@@ -91,7 +91,7 @@ class TestCollect:
             (folder / name / "subsystem").symlink_to("../../../../../class/net")
         facts = read_facts(device)
         assert facts is not None
-        found = survey(device, facts)
+        found = read_nodes(device, facts)
         assert (found.nodes, found.net) == ((USB_NODE,), ("enx0201", "usb1"))
 
     def test_devices_behind_a_hub_are_not_ours(self, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from usbip_plugin.model import DeviceNode
-from usbip_plugin.vhci.children import Promise, complete, missing, promises, wants
+from usbip_plugin.vhci.children import ExpectedNode, complete, expected_nodes, missing, wants
 
 
 def interface(device: Path, number: int, class_: int, subclass: int) -> None:
@@ -37,7 +37,7 @@ USB = node("usb", None)
 )
 def test_classes_that_promise_nodes(tmp_path: Path, class_: int, subclass: int, kinds: set[str]) -> None:
     interface(tmp_path / "4-1", 3, class_, subclass)
-    assert promises(tmp_path / "4-1") == (Promise(3, frozenset(kinds)),)
+    assert expected_nodes(tmp_path / "4-1") == (ExpectedNode(3, frozenset(kinds)),)
 
 
 @pytest.mark.parametrize(
@@ -45,11 +45,11 @@ def test_classes_that_promise_nodes(tmp_path: Path, class_: int, subclass: int, 
 )
 def test_classes_that_promise_none(tmp_path: Path, class_: int, subclass: int) -> None:
     interface(tmp_path / "4-1", 0, class_, subclass)
-    assert promises(tmp_path / "4-1") == ()
+    assert expected_nodes(tmp_path / "4-1") == ()
 
 
-TWO_HID = (Promise(0, frozenset({"hidraw", "input"})), Promise(1, frozenset({"hidraw", "input"})))
-DISK_AND_HID = (Promise(0, frozenset({"block"})), TWO_HID[1])
+TWO_HID = (ExpectedNode(0, frozenset({"hidraw", "input"})), ExpectedNode(1, frozenset({"hidraw", "input"})))
+DISK_AND_HID = (ExpectedNode(0, frozenset({"block"})), TWO_HID[1])
 
 
 def test_each_interface_brings_a_node_of_its_own() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.sync import RECHECK_S, Bell
-from usbip_plugin.vhci.sysfs import SAME_CONTROLLER, SAME_PORT, STALL_S, Port, PortStatus, Stalls
+from usbip_plugin.vhci.sysfs import SAME_CONTROLLER, SAME_PORT, STALL_S, Port, PortCooldown, PortStatus
 from usbip_plugin.vhci.uevents import RESYNC_S, SETTLE_S, settle
 from usbip_sim.virtual.loop import VirtualLoop
 
@@ -116,7 +116,7 @@ class TestSettle:
 class TestStalls:
     def test_the_port_and_its_controller_are_avoided_for_a_while(self) -> None:
         async def main() -> None:
-            stalls = Stalls(LoopClock())
+            stalls = PortCooldown(LoopClock())
             port = Port(3, "hs", PortStatus.NULL, controller=0)
             sibling = Port(15, "ss", PortStatus.NULL, controller=0)
             elsewhere = Port(30, "hs", PortStatus.NULL, controller=1)
