@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from usbip_plugin.kube import lazy_imports
 
-lazy_imports.install()  # before anything brings the libraries
+lazy_imports.make_imports_lazy()  # before anything brings the libraries
 
 from usbip_plugin.cli.completion import COMPLETE, PROG, complete, script  # noqa: E402
 from usbip_plugin.cli.parser import Exit, parser  # noqa: E402

@@ -22,7 +22,7 @@ from usbip_plugin.errors import ConfigError, KubeError, KubeServerError, KubeThr
 from usbip_plugin.kube import lazy_imports
 from usbip_plugin.kube.responses import decoded, event_of, lines, refusal, whole
 
-lazy_imports.install()
+lazy_imports.make_imports_lazy()
 
 with lazy_imports.no_default_roots():
     import aiohttp

@@ -129,7 +129,7 @@ class _Finder(MetaPathFinder):
         return None
 
 
-def install() -> None:
+def make_imports_lazy() -> None:
     """Make later imports narrow. It does not change packages that are imported already, and nothing the second time."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder(frozenset(PACKAGES) - sys.modules.keys()))
