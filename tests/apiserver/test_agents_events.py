@@ -16,7 +16,7 @@ from tests.apiserver.node_tokens import ACCOUNT, NAMESPACE, NodeTokens
 from tests.rigs.agents_rig import PATIENCE_S, RESOURCE, Rig, agents
 from tests.rigs.api_process import Cluster
 from tests.rigs.plugin_rights import collection
-from usbip_plugin.attach.events import Notice, What, events_of
+from usbip_plugin.attach.events import DeviceEvent, EventKind, events_of
 from usbip_plugin.config.schema import OnLoss
 from usbip_plugin.kube.client import KubeClient
 from usbip_plugin.kube.events import CONTROLLER
@@ -180,15 +180,15 @@ async def test_an_allocate_that_fails_otherwise_is_said_on_the_node(
         assert failed["note"].partition(": ")[2] in answer.error
 
 
-@pytest.mark.parametrize("what", What, ids=lambda what: what.name)
+@pytest.mark.parametrize("what", EventKind, ids=lambda what: what.name)
 async def test_the_api_takes_every_kind_under_the_shipped_policy(
-    cluster: Cluster, tokens: NodeTokens, admin: KubeClient, what: What
+    cluster: Cluster, tokens: NodeTokens, admin: KubeClient, what: EventKind
 ) -> None:
     """Those whose happening is hard to bring about here have at least a form that is accepted."""
     async with agents(cluster, tokens, events=True) as rig:
         (node, _other), (key,) = rig.nodes, rig.keys
         pod = await make_pod(admin, node)
-        notice = Notice(what, key, "words", pod)
+        notice = DeviceEvent(what, key, "words", pod)
         node.observer.on_notice(notice)
         for text, whom in events_of(notice):
             found = await event(admin, node, text.reason, "Pod" if whom is not None else "Node")

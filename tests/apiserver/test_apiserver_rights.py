@@ -22,7 +22,7 @@ from tests.apiserver.scaled_clock import ScaledClock
 from tests.rigs.agents_rig import DONGLE, RESOURCE
 from tests.rigs.api_process import Cluster
 from tests.rigs.plugin_rights import collection, shipped
-from usbip_plugin.attach.events import Notice, events_of
+from usbip_plugin.attach.events import DeviceEvent, events_of
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.errors import KubeConflict, KubeError
@@ -197,7 +197,7 @@ async def living(cluster: Cluster, admin: KubeClient, name: str, token: str) -> 
         node = World(directory, [name], setup)[name]
         events = EventRecorder(client, NodeIdentity(name, "boot"), SystemClock(), random.Random(name))
 
-        def noticed(notice: Notice) -> None:
+        def noticed(notice: DeviceEvent) -> None:
             for text, pod in events_of(notice):
                 events.record(text, pod)
 

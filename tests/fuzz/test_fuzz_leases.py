@@ -20,7 +20,7 @@ from tests.fuzz.brief import brief
 from tests.fuzz.fuzz_cluster import _lease_seed, judged, lease_object
 from tests.fuzz.fuzz_target import fit_to_raise, fit_to_show
 from tests.fuzz.raw_api import RawApi
-from usbip_plugin.attach.events import Notice, What, events_of
+from usbip_plugin.attach.events import DeviceEvent, EventKind, events_of
 from usbip_plugin.cli.devices import WIDE, known_devices, rows, table
 from usbip_plugin.config.schema import Config, DeviceSelector
 from usbip_plugin.errors import KubeServerError, LockHeld, LockUnavailable
@@ -311,7 +311,7 @@ async def shown(manager: LockManager, api: RawApi) -> None:
     device = Seen(KEY, UsbId(1, 2), DeviceSelector(KEY.server))
     fit_to_show(health(facts, device, "stick").detail, 1200)
     fit_to_show(known.holder, 256)
-    notice = Notice(What.LOCK_LOST, KEY, f"node {known.holder} holds it now", known.pod)
+    notice = DeviceEvent(EventKind.LOCK_LOST, KEY, f"node {known.holder} holds it now", known.pod)
     for said, pod in events_of(notice):
         event = event_body(ME, said, pod, "name", "2030-01-01T00:00:00.000000Z")
         assert len(event["note"].encode()) <= 1024

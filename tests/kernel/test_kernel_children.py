@@ -37,7 +37,7 @@ from tests.rigs.agent_rig import (
     until_released,
 )
 from tests.rigs.usbipd import RealUsbipd, eventually
-from usbip_plugin.attach.events import What
+from usbip_plugin.attach.events import EventKind
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.model import DeviceKey, Reason, UsbId
 
@@ -96,9 +96,9 @@ async def test_a_device_of_many_functions_brings_all_its_nodes_with_the_first_an
                 f"/dev/input/by-id/{name}-if05-hidraw": "hidraw",
             }
             await until_pod_noted(world.backend, key)
-            network = await told.until(What.NETWORK)
+            network = await told.until(EventKind.NETWORK)
             assert network.split()[3] in net_names()
-            assert not told.of(What.NODES_LATE)
+            assert not told.of(EventKind.NODES_LATE)
             await end(world, POD, key)
 
 
@@ -145,7 +145,7 @@ async def test_a_disk_comes_with_its_partitions(rig: KernelRig, partitions: str)
         }
         assert got.envs["USBIP_GADGET_0_BLOCK_2"] == "/dev/stick0p2"
         await end(world, POD, key)
-        assert not told.of(What.NODES_LATE)
+        assert not told.of(EventKind.NODES_LATE)
 
 
 async def test_a_sound_card_brings_its_nodes(rig: KernelRig) -> None:
@@ -211,7 +211,7 @@ async def test_without_children_the_answer_is_what_there_is_and_the_late_node_is
         spec = node.specs.file(SERIAL, twin.id)
         assert "ttyUSB" not in spec.read_text()
         await asyncio.to_thread(rig.usbipd.load_modules, ("ftdi_sio",))
-        await told.until(What.NODES_LATE)
+        await told.until(EventKind.NODES_LATE)
         (tty,) = [child.path for child in attachment_of(node, twin).nodes if child.kind == "tty"]
         assert tty in spec.read_text()
 
@@ -230,7 +230,7 @@ async def test_a_device_that_switches_to_another_mode_is_not_handed_out_as_what_
             device.write("idProduct", f"0x{OTHER_MODE.product:04x}")
             device.plug()
             usbipd.bind(usbipd.busid("MODEM"))
-            text = await told.until(What.NOT_REATTACHED)
+            text = await told.until(EventKind.NOT_REATTACHED)
             assert str(LINUX_GADGET) in text
             assert str(OTHER_MODE) in text
             assert busy_rows() == ()

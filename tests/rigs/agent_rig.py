@@ -17,7 +17,7 @@ import grpc.aio
 from tests.kernel.kernel_rig import DISK, DISK_SUPER, KEYBOARD, TWINS
 from tests.rigs.usbipd import RealUsbipd, eventually
 from usbip_plugin.attach.cdi import CdiDirectory
-from usbip_plugin.attach.events import Notice, What
+from usbip_plugin.attach.events import DeviceEvent, EventKind
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.kubelet import deviceplugin_pb2 as pb
@@ -77,18 +77,18 @@ class Told:
     """What people are told of."""
 
     def __init__(self) -> None:
-        self._notices: list[Notice] = []
+        self._notices: list[DeviceEvent] = []
         self._changed = Broadcast()
 
-    def hear(self, notice: Notice) -> None:
+    def hear(self, notice: DeviceEvent) -> None:
         self._notices.append(notice)
         self._changed.fire()
 
-    def of(self, what: What) -> list[str]:
+    def of(self, what: EventKind) -> list[str]:
         """In which words."""
         return [notice.text for notice in self._notices if notice.what is what]
 
-    async def until(self, what: What) -> str:
+    async def until(self, what: EventKind) -> str:
         """Until they are, once."""
         async with asyncio.timeout(PATIENCE_S):
             await self._changed.until(lambda: bool(self.of(what)))

@@ -21,7 +21,7 @@ import grpc.aio
 from tests.apiserver.node_tokens import NAMESPACE, NodeTokens
 from tests.apiserver.scaled_clock import ScaledClock
 from tests.rigs.api_process import Cluster
-from usbip_plugin.attach.events import Notice, events_of
+from usbip_plugin.attach.events import DeviceEvent, events_of
 from usbip_plugin.attach.release import ABSENT_POLLS, Unlisted
 from usbip_plugin.claims import ClaimState, DeviceUser
 from usbip_plugin.clock import SystemClock
@@ -240,7 +240,7 @@ async def agents(
             stack.push_async_callback(_ended, asyncio.create_task(recorder.run()))
 
         def observer(node: str) -> Observer:
-            def noticed(notice: Notice) -> None:
+            def noticed(notice: DeviceEvent) -> None:
                 for text, pod in events_of(notice):
                     recorders[node].record(text, pod)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from tests.apiserver.node_tokens import ACCOUNT, NAMESPACE, NodeTokens
 from tests.rigs.agents_rig import DONGLE, RESOURCE
 from tests.rigs.api_process import ADMIN_TOKEN, Cluster
-from usbip_plugin.attach.events import Notice, events_of
+from usbip_plugin.attach.events import DeviceEvent, events_of
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.kube.client import KubeClient, connect
@@ -185,7 +185,7 @@ async def _fleet(
             stack.push_async_callback(_ended, asyncio.create_task(recorders[name].run()))
 
         def observer(node: str) -> Observer:
-            def noticed(notice: Notice) -> None:
+            def noticed(notice: DeviceEvent) -> None:
                 for text, pod in events_of(notice):
                     recorders[node].record(text, pod)
 

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 
 from usbip_plugin.attach.containers import ContainerResponse
-from usbip_plugin.attach.events import Notice
+from usbip_plugin.attach.events import DeviceEvent
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.locks import record
 from usbip_plugin.locks.manager import LockSettings
@@ -207,7 +207,7 @@ def mislead(cluster: Cluster, device: DeviceKey, serial: str) -> None:
     cluster.backend.replace(replace(lease, annotations={**lease.annotations, record.SERIAL: serial}))
 
 
-def hearing(made: ClusterSpec, told: list[Notice]) -> ClusterSpec:
+def hearing(made: ClusterSpec, told: list[DeviceEvent]) -> ClusterSpec:
     """What people are told of is gathered."""
     return replace(made, observer=lambda _node: Observer(on_notice=told.append))
 
@@ -217,7 +217,7 @@ async def one_stick(
     *,
     nodes: int = 2,
     keepalive: bool = False,
-    told: list[Notice] | None = None,
+    told: list[DeviceEvent] | None = None,
     change: Callable[[ClusterSpec], ClusterSpec] = lambda made: made,
     **keys: object,
 ) -> AsyncIterator[tuple[Cluster, VirtualServer, DeviceKey]]:

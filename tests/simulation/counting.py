@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 
-from usbip_plugin.attach.events import Notice, What
+from usbip_plugin.attach.events import DeviceEvent, EventKind
 from usbip_plugin.errors import LockUnavailable, PluginError
 from usbip_plugin.locks import protocol
 from usbip_plugin.locks.protocol import Decision, Denied, LockMeta, Observation, Rules, Write
@@ -104,10 +104,10 @@ def observer(node: str, counts: Counter[str], note: Callable[[str], None]) -> Ob
         if any(device.health.reason is Reason.API_UNREACHABLE for device in devices):
             counts["R7 API server away, not offered"] += 1
 
-    def on_notice(notice: Notice) -> None:
+    def on_notice(notice: DeviceEvent) -> None:
         note(f"{node}: {notice.what.name} {notice.key}: {notice.text}")
         counts[f"notice: {notice.what.name}"] += 1
-        if notice.what is What.LOCK_LOST:
+        if notice.what is EventKind.LOCK_LOST:
             counts["R6 lost, seen by the watch"] += 1
 
     return Observer(on_result=on_result, on_advertised=on_advertised, on_notice=on_notice)

@@ -13,7 +13,7 @@ from tests.simulation.node_statuses import KNOWN, SAID
 from tests.simulation.plan import Plan
 from tests.simulation.play import Wrong
 from tests.simulation.shapes import B, act, shape, wait
-from usbip_plugin.attach.monitor import Keeper
+from usbip_plugin.attach.monitor import AttachmentMonitor
 from usbip_plugin.attach.pipeline import Pipeline
 from usbip_plugin.attach.release import Releaser
 from usbip_plugin.claims import Claim, ClaimState
@@ -156,7 +156,7 @@ def losing_nothing() -> Iterator[None]:
         return await self._locks.renew(claim.key)
 
     with (
-        patch.object(Keeper, "_lock_changed", lambda _self, _change: None),
+        patch.object(AttachmentMonitor, "_lock_changed", lambda _self, _change: None),
         patch.object(Pipeline, "_write_again", write_again),
         patch.object(Pipeline, "_check_still_ours", lambda _self, _key: None),
     ):
@@ -183,7 +183,7 @@ check_still_ours = Pipeline._check_still_ours
 # R7
 
 
-async def detaching_without_api(self: Keeper, *, run: Callable[..., object] = Keeper.run) -> None:
+async def detaching_without_api(self: AttachmentMonitor, *, run: Callable[..., object] = AttachmentMonitor.run) -> None:
     """Around Keeper.run."""
 
     def changed(state: ApiState) -> None:
@@ -381,7 +381,7 @@ MUTANTS = (
         "detached without the API server",
         RELEASED,
         (API_GONE,),
-        patched=lambda: patch.object(Keeper, "run", detaching_without_api),
+        patched=lambda: patch.object(AttachmentMonitor, "run", detaching_without_api),
     ),
     Mutant(
         "R7",

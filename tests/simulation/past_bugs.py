@@ -15,7 +15,7 @@ from unittest.mock import patch
 from usbip_plugin.attach import attacher
 from usbip_plugin.attach.pipeline import Pipeline
 from usbip_plugin.attach.release import Releaser, Unlisted
-from usbip_plugin.attach.tasks import DeviceWork
+from usbip_plugin.attach.tasks import DeviceTasks
 from usbip_plugin.claims import Claim, ClaimState
 from usbip_plugin.inventory import health
 from usbip_plugin.kube.node_status import NodeStatusPublisher
@@ -90,7 +90,7 @@ def re_attached_though_lost() -> Iterator[None]:
         yield
 
 
-def spawn_in_any_case(self: DeviceWork, work: Coroutine[object, object, None], name: str) -> Any:
+def spawn_in_any_case(self: DeviceTasks, work: Coroutine[object, object, None], name: str) -> Any:
     """Replaces DeviceWork.spawn: a plugin that is being stopped begins work, too."""
     try:
         assert self._tasks is not None
@@ -124,7 +124,7 @@ PAST: Mapping[str, Callable[[], AbstractContextManager[object]]] = {
     "a-device-of-two-resources": served_as_any_resource,
     "an-import-of-a-stopped-process": lambda: patch.object(client, "_check_time", lambda *_times: None),
     "a-kubelet-that-lists-no-pods": lambda: patch.object(UsageWatcher, "_unlisted", lambda *_users: Unlisted()),
-    "an-allocate-while-the-plugin-ends": lambda: patch.object(DeviceWork, "spawn", spawn_in_any_case),
+    "an-allocate-while-the-plugin-ends": lambda: patch.object(DeviceTasks, "spawn", spawn_in_any_case),
     "an-attachment-without-lock-and-pod": lambda: patch.object(SimulatedVhci, "ports", records_of_the_tool),
     "a-lower-count-that-is-left-to-the-kubelet": lambda: patch.object(
         NodeStatusPublisher, "_lowers", below_what_was_written

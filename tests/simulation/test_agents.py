@@ -36,7 +36,7 @@ from tests.simulation.cluster_rig import (
     taken,
     two_sticks,
 )
-from usbip_plugin.attach.events import Notice, What
+from usbip_plugin.attach.events import DeviceEvent, EventKind
 from usbip_plugin.attach.monitor import PORT_CHECK_INTERVAL
 from usbip_plugin.attach.release import ALLOCATION_GRACE
 from usbip_plugin.claims import ClaimState
@@ -318,7 +318,7 @@ async def test_a_pod_that_becomes_known_after_its_device_came_back_as_another_is
 
 @stepped
 async def test_a_pod_that_becomes_known_while_its_device_is_away_is_told_of_that_alone() -> None:
-    told: list[Notice] = []
+    told: list[DeviceEvent] = []
     async with one_stick(told=told) as (c, lab, device):
         node = await admitted(c, device)
         node.kubelet_restart(down=True)
@@ -327,10 +327,10 @@ async def test_a_pod_that_becomes_known_while_its_device_is_away_is_told_of_that
         assert {notice.what for notice in told if notice.pod is not None} == set()
         node.kubelet_restart(down=False)
         await knows_its_pod(c, node, device)
-        assert [notice.what for notice in told if notice.pod == pod("p")] == [What.LOST]
+        assert [notice.what for notice in told if notice.pod == pod("p")] == [EventKind.LOST]
         lab.plug(stick("1-1"))
-        assert await c.settle(lambda: told[-1].pod == pod("p") and told[-1].what is not What.LOST, 60)
-        assert told[-1].what in (What.REATTACHED, What.NODES_CHANGED)
+        assert await c.settle(lambda: told[-1].pod == pod("p") and told[-1].what is not EventKind.LOST, 60)
+        assert told[-1].what in (EventKind.REATTACHED, EventKind.NODES_CHANGED)
 
 
 @stepped

@@ -31,7 +31,7 @@ from tests.simulation.cluster_rig import (
     taken,
     two_sticks,
 )
-from usbip_plugin.attach.events import Notice, What
+from usbip_plugin.attach.events import DeviceEvent, EventKind
 from usbip_plugin.attach.monitor import PORT_CHECK_INTERVAL
 from usbip_plugin.attach.reattach import AfterReattach
 from usbip_plugin.clock import SystemClock
@@ -56,7 +56,7 @@ def by_cdi(lab: VirtualServer, on_loss: OnLoss = OnLoss.RESTART) -> ResourceConf
 
 
 def stick_by_cdi(
-    *, nodes: int = 2, told: list[Notice] | None = None, on_loss: OnLoss = OnLoss.RESTART
+    *, nodes: int = 2, told: list[DeviceEvent] | None = None, on_loss: OnLoss = OnLoss.RESTART
 ) -> contextlib.AbstractAsyncContextManager[tuple[Cluster, VirtualServer, DeviceKey]]:
     """As one_stick."""
     return one_stick(nodes=nodes, told=told, cdi=True, on_loss=on_loss)
@@ -110,7 +110,7 @@ async def test_a_container_gets_nodes_and_environment_by_name_and_the_answer_has
 async def test_after_a_reattach_a_restarted_container_has_the_new_nodes_without_another_allocate(
     on_loss: OnLoss,
 ) -> None:
-    notices: list[Notice] = []
+    notices: list[DeviceEvent] = []
     async with stick_by_cdi(told=notices, on_loss=on_loss) as (c, _lab, device):
         node, before = await with_pod(c, device)
         await lost_and_back(c, node, device)
@@ -121,18 +121,18 @@ async def test_after_a_reattach_a_restarted_container_has_the_new_nodes_without_
         assert len(node.kubelet.seen.allocates) == 1
         assert node.evicted == ([pod("p")] if on_loss is OnLoss.EVICT else [])
         what, verdict = {
-            OnLoss.RESTART: (What.RESTART_NEEDED, AfterReattach.RESTART),
-            OnLoss.KEEP: (What.NODES_CHANGED, AfterReattach.RENEWED),
-            OnLoss.EVICT: (What.NODES_CHANGED, AfterReattach.EVICT),
+            OnLoss.RESTART: (EventKind.RESTART_NEEDED, AfterReattach.RESTART),
+            OnLoss.KEEP: (EventKind.NODES_CHANGED, AfterReattach.RENEWED),
+            OnLoss.EVICT: (EventKind.NODES_CHANGED, AfterReattach.EVICT),
         }[on_loss]
-        assert Notice(what, device, verdict.value, pod("p")) in notices
+        assert DeviceEvent(what, device, verdict.value, pod("p")) in notices
 
 
 @pytest.mark.parametrize("restarted_before", [False, True])
 @stepped
 async def test_a_pod_of_a_resource_that_names_its_children_goes_on_with_them(restarted_before: bool) -> None:
     """Each time, however often, also with an agent that only found the attachment; nothing is done to the pod."""
-    notices: list[Notice] = []
+    notices: list[DeviceEvent] = []
     async with one_stick(told=notices, children=("tty",), on_loss=OnLoss.EVICT) as (c, _lab, device):
         node, _ = await with_pod(c, device)
         usb_nodes = {min(true(node, device))}
@@ -143,9 +143,9 @@ async def test_a_pod_of_a_resource_that_names_its_children_goes_on_with_them(res
             usb_nodes.add(min(true(node, device)))
         assert len(usb_nodes) == 4, "the kernel numbers it anew"
         assert node.evicted == []
-        said = Notice(What.REATTACHED, device, AfterReattach.CHILDREN_GO_ON.value, pod("p"))
+        said = DeviceEvent(EventKind.REATTACHED, device, AfterReattach.CHILDREN_GO_ON.value, pod("p"))
         assert notices.count(said) == 3
-        assert What.NODES_CHANGED not in {notice.what for notice in notices}
+        assert EventKind.NODES_CHANGED not in {notice.what for notice in notices}
 
 
 @stepped
@@ -215,26 +215,26 @@ async def test_a_spec_that_somebody_removed_is_there_again_when_the_container_st
 @stepped
 async def test_a_path_that_was_another_for_a_while_is_true_again(cdi: bool) -> None:
     """What counts is what the container was given when it started, not what stood in between."""
-    notices: list[Notice] = []
+    notices: list[DeviceEvent] = []
 
-    def said() -> list[What]:
-        about = (What.REATTACHED, What.NODES_CHANGED)
+    def said() -> list[EventKind]:
+        about = (EventKind.REATTACHED, EventKind.NODES_CHANGED)
         return [notice.what for notice in notices if notice.key == device and notice.what in about]
 
     async with one_stick(told=notices, children=("tty",), cdi=cdi) as (c, _lab, device):
         node, _ = await with_pod(c, device)
         node.kernel.hold("/dev/ttyUSB0")
         await lost_and_back(c, node, device)
-        assert said() == [What.NODES_CHANGED]
+        assert said() == [EventKind.NODES_CHANGED]
         node.kernel.let_go("/dev/ttyUSB0")
         await lost_and_back(c, node, device)
-        assert said() == [What.NODES_CHANGED, What.REATTACHED]
+        assert said() == [EventKind.NODES_CHANGED, EventKind.REATTACHED]
         node.kernel.hold("/dev/ttyUSB0")
         await lost_and_back(c, node, device)
         await node.start_container(pod("p"))
         await lost_and_back(c, node, device)
         # by CDI the container was started with what stood then; else it has what its pod was admitted with
-        assert said()[2:] == [What.NODES_CHANGED, What.REATTACHED if cdi else What.NODES_CHANGED]
+        assert said()[2:] == [EventKind.NODES_CHANGED, EventKind.REATTACHED if cdi else EventKind.NODES_CHANGED]
 
 
 @stepped
@@ -262,7 +262,7 @@ async def test_a_child_node_that_has_gone_is_not_in_the_container_that_starts_ne
 
 @stepped
 async def test_a_late_child_node_that_no_spec_can_be_written_for_is_in_the_spec_as_soon_as_one_can() -> None:
-    notices: list[Notice] = []
+    notices: list[DeviceEvent] = []
     async with stick_by_cdi(told=notices) as (c, _lab, device):
         node, before = await with_pod(c, device)
         occupant = node.kernel.occupant(port_of(node, device))
@@ -275,10 +275,10 @@ async def test_a_late_child_node_that_no_spec_can_be_written_for_is_in_the_spec_
         with pytest.raises(EndpointError, match="cannot write the CDI spec"):
             await node.start_container(pod("p"))
         assert written(node, device) == before.nodes
-        assert What.NODES_LATE not in {notice.what for notice in notices}, "no container could have it"
+        assert EventKind.NODES_LATE not in {notice.what for notice in notices}, "no container could have it"
         node.specs.failing = None
         assert await c.settle(lambda: written(node, device) == true(node, device), 2 * PORT_CHECK_INTERVAL)
-        assert [notice.what for notice in notices].count(What.NODES_LATE) == 1
+        assert [notice.what for notice in notices].count(EventKind.NODES_LATE) == 1
 
 
 @stepped
@@ -446,7 +446,7 @@ async def test_a_port_record_that_cannot_be_written_fails_the_allocate_and_leave
 @pytest.mark.parametrize("place", ["spec", "record"])
 @stepped
 async def test_a_full_disk_at_a_reattach_is_told_once_and_the_device_is_back_when_there_is_room(place: str) -> None:
-    notices: list[Notice] = []
+    notices: list[DeviceEvent] = []
     async with stick_by_cdi(told=notices) as (c, lab, device):
         node, _ = await with_pod(c, device)
 
@@ -459,10 +459,10 @@ async def test_a_full_disk_at_a_reattach_is_told_once_and_the_device_is_back_whe
         fail(errno.ENOSPC)
         lab.drop("1-1")
         await becomes(c, node, device, healthy=False)
-        assert await c.settle(lambda: any(n.what is What.NOT_REATTACHED for n in notices), 10)
+        assert await c.settle(lambda: any(n.what is EventKind.NOT_REATTACHED for n in notices), 10)
         imports = lab.connections
         await asyncio.sleep(60)
-        (notice,) = [n for n in notices if n.what is What.NOT_REATTACHED]
+        (notice,) = [n for n in notices if n.what is EventKind.NOT_REATTACHED]
         assert ("CDI spec" if place == "spec" else RECORD_FAILS) in notice.text
         assert notice.pod == pod("p")
         assert not node.kubelet.health(c.full("stick"))[device.id]
@@ -475,12 +475,12 @@ async def test_a_full_disk_at_a_reattach_is_told_once_and_the_device_is_back_whe
         fail(None)
         await becomes(c, node, device, healthy=True, within=10)
         assert (await node.start_container(pod("p"))).nodes == true(node, device)
-        assert [n.what for n in notices][-1] is What.RESTART_NEEDED
+        assert [n.what for n in notices][-1] is EventKind.RESTART_NEEDED
 
 
 @stepped
 async def test_a_new_process_on_a_full_disk_offers_the_device_when_its_spec_is_true() -> None:
-    notices: list[Notice] = []
+    notices: list[DeviceEvent] = []
     async with stick_by_cdi(told=notices) as (c, _lab, device):
         node, _ = await with_pod(c, device)
         (stale,) = node.specs.find(device.id)
@@ -489,7 +489,7 @@ async def test_a_new_process_on_a_full_disk_offers_the_device_when_its_spec_is_t
         node.specs.write("stick", device.id, stale)
         node.specs.failing = errno.ENOSPC
         await restarted(c, node)
-        assert await c.settle(lambda: any(n.what is What.NOT_REATTACHED for n in notices), 10)
+        assert await c.settle(lambda: any(n.what is EventKind.NOT_REATTACHED for n in notices), 10)
         assert not node.kubelet.health(c.full("stick"))[device.id]
         with pytest.raises(EndpointError, match="cannot write the CDI spec"):
             await node.start_container(pod("p"))

@@ -31,7 +31,7 @@ from tests.simulation.cluster_rig import (
     stick,
     taken,
 )
-from usbip_plugin.attach.events import Notice, What
+from usbip_plugin.attach.events import DeviceEvent, EventKind
 from usbip_plugin.attach.release import ALLOCATION_GRACE
 from usbip_plugin.claims import ClaimState
 from usbip_plugin.config.schema import DeviceSelector, ResourceConfig, Selector
@@ -55,7 +55,7 @@ Taken: TypeAlias = tuple[Cluster, VirtualServer, ClusterNode]
 
 
 @contextlib.asynccontextmanager
-async def red_taken(nodes: int = 2, told: list[Notice] | None = None) -> AsyncIterator[Taken]:
+async def red_taken(nodes: int = 2, told: list[DeviceEvent] | None = None) -> AsyncIterator[Taken]:
     """A pod of node-a has RED, the one device of the server lab. told: as hearing."""
     lab = server("lab", stick("1-1", "RED"))
     made = spec([lab], nodes=nodes)
@@ -138,7 +138,7 @@ async def test_a_pods_end_frees_both_places() -> None:
 @stepped
 async def test_two_devices_with_its_serial_number_are_none() -> None:
     lab = server("lab", stick("1-1", "SAME"))
-    told: list[Notice] = []
+    told: list[DeviceEvent] = []
     async with cluster(hearing(spec([lab], nodes=1), told)) as c:
         node = await taken(c, HOME)
         lab.unplug("1-1")
@@ -148,7 +148,7 @@ async def test_two_devices_with_its_serial_number_are_none() -> None:
         assert not await c.settle(lambda: bool(node.attached()), 60)
         assert reason(node, HOME) is Reason.LOST
         assert "1-2 and 1-3 both have its serial number SAME" in detail(node, HOME)
-        assert [n.text for n in told if n.what is What.NOT_REATTACHED] == [
+        assert [n.text for n in told if n.what is EventKind.NOT_REATTACHED] == [
             "1-2 and 1-3 both have its serial number SAME, so neither is taken for it"
         ], "told once"
         granted = lab.table.granted

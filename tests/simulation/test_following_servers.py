@@ -25,7 +25,7 @@ from tests.simulation.cluster_rig import (
     stick,
     taken,
 )
-from usbip_plugin.attach.events import Notice, What
+from usbip_plugin.attach.events import DeviceEvent, EventKind
 from usbip_plugin.attach.release import ALLOCATION_GRACE
 from usbip_plugin.claims import ClaimState
 from usbip_plugin.config.schema import DeviceSelector, ResourceConfig, Selector
@@ -45,7 +45,7 @@ Servers: TypeAlias = tuple[Cluster, VirtualServer, VirtualServer]
 
 
 @contextlib.asynccontextmanager
-async def red(nodes: int = 2, told: list[Notice] | None = None) -> AsyncIterator[Servers]:
+async def red(nodes: int = 2, told: list[DeviceEvent] | None = None) -> AsyncIterator[Servers]:
     """Two servers, of which lab has RED, as a resource names it at either. told: as hearing."""
     lab, attic = server("lab", stick("1-1", "RED")), server("attic")
     made = spec([lab, attic], by_serial(lab, attic), nodes=nodes)
@@ -81,7 +81,7 @@ async def test_a_free_device_is_offered_from_the_server_where_it_is_plugged_in_n
 
 @stepped
 async def test_a_device_that_a_pod_has_is_attached_from_the_server_where_it_is_now_and_both_places_are_freed() -> None:
-    told: list[Notice] = []
+    told: list[DeviceEvent] = []
     async with red(3, told=told) as (c, lab, attic):
         node = await taken(c, HOME)
         epoch = c.backend.leases[HOME.id].transitions
@@ -93,7 +93,7 @@ async def test_a_device_that_a_pod_has_is_attached_from_the_server_where_it_is_n
         assert (c.holder(HOME), c.holder(PLACE)) == ("node-a", "node-a")
         assert c.backend.leases[HOME.id].transitions == epoch, "the same claim under the same lock"
         assert c.backend.leases[PLACE.id].annotations[record.IN_PLACE_OF] == HOME.id
-        (moved,) = (notice for notice in told if notice.what is What.MOVED)
+        (moved,) = (notice for notice in told if notice.what is EventKind.MOVED)
         assert moved.text == "it is plugged in at attic:3240/7-2 now; it is attached from there"
         for other in (c["node-b"], c["node-c"]):
             await becomes(c, other, PLACE, healthy=False)

@@ -24,7 +24,7 @@ from tests.simulation.cluster_rig import (
     stick,
     taken,
 )
-from usbip_plugin.attach.events import Notice, What
+from usbip_plugin.attach.events import DeviceEvent, EventKind
 from usbip_plugin.config.schema import ResourceConfig
 from usbip_plugin.model import DeviceKey, Reason
 from usbip_plugin.vhci.sysfs import PortStatus
@@ -40,7 +40,7 @@ def asking(lab: VirtualServer, **keys: object) -> ResourceConfig:
     return replace(resource("stick", [lab]), **keys)  # type: ignore[arg-type]
 
 
-def texts(notices: list[Notice], what: What) -> list[str]:
+def texts(notices: list[DeviceEvent], what: EventKind) -> list[str]:
     return [notice.text for notice in notices if notice.what is what]
 
 
@@ -54,7 +54,7 @@ async def nothing_left(c: Cluster, node: ClusterNode, *devices: DeviceKey) -> bo
 
 @stepped
 async def test_a_kind_that_children_lists_and_that_does_not_come_fails_the_allocate_which_is_undone() -> None:
-    notices: list[Notice] = []
+    notices: list[DeviceEvent] = []
     async with one_stick(nodes=1, told=notices, children=("tty",)) as (c, _lab, device):
         node = c["node-a"]
         node.kernel.driverless.add("tty")
@@ -64,7 +64,7 @@ async def test_a_kind_that_children_lists_and_that_does_not_come_fails_the_alloc
         assert "cdc-acm" in said
         assert "childrenTimeout" in said
         assert await nothing_left(c, node, device)
-        assert texts(notices, What.FAILED)
+        assert texts(notices, EventKind.FAILED)
         node.kernel.driverless.clear()
         await becomes(c, node, device, healthy=True)
         assert await node.admit(pod("q"), "stick") is None
@@ -88,14 +88,14 @@ async def test_a_kind_that_comes_in_time_is_in_the_answer() -> None:
 
 @stepped
 async def test_at_a_reattach_a_kind_that_does_not_come_is_told_once_and_waited_for() -> None:
-    notices: list[Notice] = []
+    notices: list[DeviceEvent] = []
     async with one_stick(nodes=1, told=notices, children=("tty",)) as (c, lab, device):
         node = await admitted(c, device)
         node.kernel.driverless.add("tty")
         lab.drop("1-1")
         await becomes(c, node, device, healthy=False)
         assert not await c.settle(lambda: reason(node, device) is Reason.ATTACHED, 60)
-        (text,) = texts(notices, What.NOT_REATTACHED)
+        (text,) = texts(notices, EventKind.NOT_REATTACHED)
         assert "no tty node" in text
         node.kernel.driverless.clear()
         await becomes(c, node, device, healthy=True, within=20)
@@ -103,7 +103,7 @@ async def test_at_a_reattach_a_kind_that_does_not_come_is_told_once_and_waited_f
 
 @stepped
 async def test_a_new_process_asks_for_what_the_configuration_lists_when_it_attaches_again() -> None:
-    notices: list[Notice] = []
+    notices: list[DeviceEvent] = []
     async with one_stick(nodes=1, told=notices, children=("tty",)) as (c, lab, device):
         node = await admitted(c, device)
         node.kill()
@@ -120,14 +120,14 @@ async def test_a_new_process_asks_for_what_the_configuration_lists_when_it_attac
 @pytest.mark.parametrize("by_cdi", [True, False])
 @stepped
 async def test_a_node_that_comes_after_the_answer_is_told_of_and_put_into_the_spec(*, by_cdi: bool) -> None:
-    notices: list[Notice] = []
+    notices: list[DeviceEvent] = []
     async with one_stick(nodes=1, told=notices, cdi=by_cdi) as (c, _lab, device):
         node = await taken(c, device)
         for _ in range(2):
             node.kernel.bring(port_of(node, device), ("tty",))
             node.kernel.bell.ring()
-            assert await c.settle(lambda: bool(texts(notices, What.NODES_LATE)), 5)
-        (text,) = texts(notices, What.NODES_LATE)
+            assert await c.settle(lambda: bool(texts(notices, EventKind.NODES_LATE)), 5)
+        (text,) = texts(notices, EventKind.NODES_LATE)
         assert text.startswith("/dev/ttyUSB0 came after the Allocate: ")
         assert ("when it is started again" in text) is by_cdi
         if by_cdi:
@@ -139,23 +139,23 @@ async def test_a_node_that_comes_after_the_answer_is_told_of_and_put_into_the_sp
 
 @stepped
 async def test_a_late_node_of_a_kind_that_nobody_asked_for_is_not_worth_a_word() -> None:
-    notices: list[Notice] = []
+    notices: list[DeviceEvent] = []
     async with one_stick(nodes=1, told=notices, children=("tty",)) as (c, _lab, device):
         node = await admitted(c, device)
         node.kernel.bring(port_of(node, device), ("hidraw",))
         node.kernel.bell.ring()
-        assert not await c.settle(lambda: bool(texts(notices, What.NODES_LATE)), 5)
+        assert not await c.settle(lambda: bool(texts(notices, EventKind.NODES_LATE)), 5)
 
 
 @stepped
 async def test_a_device_that_turns_into_another_over_its_connection_is_detached_and_not_handed_out() -> None:
-    notices: list[Notice] = []
+    notices: list[DeviceEvent] = []
     async with one_stick(nodes=1, told=notices, cdi=True) as (c, _lab, device):
         node = await admitted(c, device)
         before = node.specs.find(device.id)
         node.kernel.enumerate_anew(port_of(node, device), DONGLE)
         await becomes(c, node, device, healthy=False)
-        (text,) = texts(notices, What.LOST)
+        (text,) = texts(notices, EventKind.LOST)
         assert "it has left the bus" in text
         await becomes(c, node, device, healthy=True)
         attachment = node.kernel.attachment(device, port_of(node, device))
@@ -167,14 +167,14 @@ async def test_a_device_that_turns_into_another_over_its_connection_is_detached_
 
 @stepped
 async def test_a_device_that_its_server_lists_in_another_mode_stays_away_and_says_so() -> None:
-    notices: list[Notice] = []
+    notices: list[DeviceEvent] = []
     async with one_stick(nodes=1, told=notices) as (c, lab, device):
         node = await admitted(c, device)
         lab.unplug("1-1")
         lab.plug(VirtualDevice("1-1", DONGLE, serial="S-1-1", configured=True))
         await becomes(c, node, device, healthy=False)
-        assert await c.settle(lambda: bool(texts(notices, What.NOT_REATTACHED)), 20)
-        (text,) = texts(notices, What.NOT_REATTACHED)
+        assert await c.settle(lambda: bool(texts(notices, EventKind.NOT_REATTACHED)), 20)
+        (text,) = texts(notices, EventKind.NOT_REATTACHED)
         assert str(STICK) in text
         assert str(DONGLE) in text
         assert all_free(node)
@@ -210,15 +210,15 @@ async def test_paths_that_only_the_devices_make_equal_undo_the_allocate() -> Non
 
 @stepped
 async def test_a_network_interface_is_told_of_where_people_look() -> None:
-    notices: list[Notice] = []
+    notices: list[DeviceEvent] = []
     async with one_stick(nodes=1, told=notices) as (c, _lab, device):
         node = c["node-a"]
         node.kernel.net[STICK] = ("enx020000000001",)
         assert await node.admit(pod("p"), "stick") is None
-        assert await c.settle(lambda: bool(texts(notices, What.NETWORK)), 5)
+        assert await c.settle(lambda: bool(texts(notices, EventKind.NETWORK)), 5)
         assert (
-            Notice(
-                What.NETWORK,
+            DeviceEvent(
+                EventKind.NETWORK,
                 device,
                 "its network interface enx020000000001 stays on the node: it is no device node",
                 pod("p"),

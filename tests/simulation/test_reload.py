@@ -29,7 +29,7 @@ from tests.simulation.cluster_rig import (
     two_sticks,
 )
 from tests.simulation.play import task_names
-from usbip_plugin.attach.events import Notice, What
+from usbip_plugin.attach.events import DeviceEvent, EventKind
 from usbip_plugin.attach.reattach import AfterReattach
 from usbip_plugin.attach.release import ALLOCATION_GRACE
 from usbip_plugin.clock import SystemClock
@@ -281,7 +281,7 @@ async def test_a_change_of_cdi_leaves_no_moment_without_a_plugin() -> None:
 @stepped
 async def test_a_container_that_was_given_paths_gets_no_spec_by_a_change_to_cdi() -> None:
     """Its kubelet asks before each start, as the resource is by CDI now; the answer of its Allocate stays."""
-    told: list[Notice] = []
+    told: list[DeviceEvent] = []
     async with one_stick(nodes=1, told=told) as (c, lab, device):
         node = await taken(c, device)
         reload(c, replace(resource("stick", [lab]), cdi=True))
@@ -289,7 +289,7 @@ async def test_a_container_that_was_given_paths_gets_no_spec_by_a_change_to_cdi(
         assert not (await node.start_container(pod("p"))).nodes
         assert not node.specs.texts
         await lost_and_back(c, node, device)
-        (changed,) = [notice.text for notice in told if notice.what is What.NODES_CHANGED]
+        (changed,) = [notice.text for notice in told if notice.what is EventKind.NODES_CHANGED]
         assert changed == AfterReattach.STALE.value
 
 

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from usbip_plugin.attach.cdi import CdiSpecs
-from usbip_plugin.attach.monitor import Keeper
+from usbip_plugin.attach.monitor import AttachmentMonitor
 from usbip_plugin.attach.pipeline import own_port
 from usbip_plugin.attach.release import Releaser
-from usbip_plugin.attach.tasks import DeviceWork
+from usbip_plugin.attach.tasks import DeviceTasks
 from usbip_plugin.claims import Claim, ClaimEvent, ClaimState, DeviceUser
 from usbip_plugin.context import NodeContext
 from usbip_plugin.errors import CdiError, VhciError
@@ -57,9 +57,9 @@ class Adopter:
         driver: VhciDriver,
         locks: LockManager,
         specs: CdiSpecs,
-        work: DeviceWork,
+        work: DeviceTasks,
         releaser: Releaser,
-        keeper: Keeper,
+        keeper: AttachmentMonitor,
     ) -> None:
         self._me = context.me
         self._clock = context.clock

@@ -16,9 +16,9 @@ from functools import partial
 from opentelemetry import trace
 
 from usbip_plugin.attach.cdi import CdiSpecs
-from usbip_plugin.attach.pipeline import Pipeline, Progress, Wanted
+from usbip_plugin.attach.pipeline import DeviceRequest, Pipeline, Progress
 from usbip_plugin.attach.release import Releaser
-from usbip_plugin.attach.tasks import DeviceWork
+from usbip_plugin.attach.tasks import DeviceTasks
 from usbip_plugin.claims import Claim, ClaimEvent, ClaimState, allocated, serves
 from usbip_plugin.context import NodeContext
 from usbip_plugin.errors import AllocateTimeout, ClaimBusy, PluginError
@@ -46,7 +46,7 @@ class Attacher:
         *,
         locks: LockManager,
         specs: CdiSpecs,
-        work: DeviceWork,
+        work: DeviceTasks,
         pipeline: Pipeline,
         releaser: Releaser,
     ) -> None:
@@ -60,7 +60,7 @@ class Attacher:
         self._releaser = releaser
 
     async def allocate(
-        self, wanted: Sequence[Wanted], timeout: float, accept: Callable[[Sequence[Attachment]], None]
+        self, wanted: Sequence[DeviceRequest], timeout: float, accept: Callable[[Sequence[Attachment]], None]
     ) -> tuple[Attachment, ...]:
         """Attaches all devices, in sorted order, or none; answers in the order asked, within timeout seconds.
 
@@ -85,7 +85,7 @@ class Attacher:
             raise
         return answer
 
-    def _as_it_stands(self, wanted: Wanted, done: Mapping[str, Outcome]) -> Attachment:
+    def _as_it_stands(self, wanted: DeviceRequest, done: Mapping[str, Outcome]) -> Attachment:
         """A device of several, when the last is attached: the first may have been lost, or is back under other nodes.
 
         From now on the kubelet lists it: the grace begins.
@@ -100,7 +100,7 @@ class Attacher:
         self._book.put(replace(claim, allocated_at=self._clock.monotonic(), absent=0, given=claim.attachment))
         return claim.attachment
 
-    async def _one(self, wanted: Wanted, deadline: float, timeout: float) -> Outcome:
+    async def _one(self, wanted: DeviceRequest, deadline: float, timeout: float) -> Outcome:
         answer: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         task = self._work.spawn(self._obtain(wanted, deadline, timeout, answer), f"allocate {wanted.key}")
         # of no effect once it is settled: only a cancelled task, that is, a plugin that ends, is done without
@@ -108,7 +108,9 @@ class Attacher:
         task.add_done_callback(lambda _task: _settle(answer, stopped))
         return await asyncio.shield(answer)
 
-    async def _obtain(self, wanted: Wanted, deadline: float, timeout: float, answer: asyncio.Future[Outcome]) -> None:
+    async def _obtain(
+        self, wanted: DeviceRequest, deadline: float, timeout: float, answer: asyncio.Future[Outcome]
+    ) -> None:
         """Owns one device of an Allocate: answers as soon as it is known how it ends, then undoes what is to be."""
         progress = Progress("waiting for earlier work on this device")
         mutex = self._work.mutex(wanted.key.id)
@@ -130,7 +132,7 @@ class Attacher:
             if held:
                 mutex.release()
 
-    async def _obtain_locked(self, wanted: Wanted, deadline: float, progress: Progress) -> Outcome:
+    async def _obtain_locked(self, wanted: DeviceRequest, deadline: float, progress: Progress) -> Outcome:
         now = self._clock.monotonic()
         live = self._book.get(wanted.key.id)
         if live is not None:

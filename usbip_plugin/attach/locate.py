@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from usbip_plugin.attach.pipeline import Pipeline
-from usbip_plugin.attach.tasks import DeviceWork
+from usbip_plugin.attach.tasks import DeviceTasks
 from usbip_plugin.claims import Claim, ClaimState, Resources
 from usbip_plugin.clock import Clock
 from usbip_plugin.config.schema import Config, Selector
@@ -55,7 +55,7 @@ def may_be(config: Config, claim: Claim, key: DeviceKey, descriptor: Descriptor)
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class SerialReading:
     """A serial number as a device told it. devid: see Descriptor, None for whatever is listed there.
 
     until: on the monotonic clock; not every server numbers devices anew.
@@ -71,7 +71,7 @@ class Reading:
 
 
 @dataclass(frozen=True, slots=True)
-class Sighting:
+class Candidate:
     """A listed device of the same kind. serial: None if it is not known; sure: it was read from this very device."""
 
     key: DeviceKey
@@ -81,7 +81,7 @@ class Sighting:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class LocatedAt:
     key: DeviceKey
 
 
@@ -93,21 +93,21 @@ class Ambiguous:
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class NeedsProbe:
     """Nothing can be said before the serial numbers of these have been read."""
 
-    sightings: tuple[Sighting, ...]
+    sightings: tuple[Candidate, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Nowhere:
+class NotFound:
     """None of the listed devices is it."""
 
 
-Verdict = Found | Ambiguous | Ask | Nowhere
+Verdict = LocatedAt | Ambiguous | NeedsProbe | NotFound
 
 
-def decide(serial: str, sightings: Iterable[Sighting]) -> Verdict:
+def decide(serial: str, sightings: Iterable[Candidate]) -> Verdict:
     """Which of these is the device with this serial number."""
     seen = tuple(sightings)
     same = [sighting for sighting in seen if sighting.serial == serial]
@@ -119,10 +119,10 @@ def decide(serial: str, sightings: Iterable[Sighting]) -> Verdict:
         case _:
             ask = [sighting for sighting in same if not sighting.sure]
     if ask:
-        return Ask(tuple(ask))
+        return NeedsProbe(tuple(ask))
     if len(same) == 1:
-        return Found(same[0].key)
-    return Ambiguous(tuple(sorted(sighting.key for sighting in same))) if same else Nowhere()
+        return LocatedAt(same[0].key)
+    return Ambiguous(tuple(sorted(sighting.key for sighting in same))) if same else NotFound()
 
 
 ABSENCE = 10.0
@@ -210,7 +210,7 @@ NOTICED = 15.0
 """Seconds within which a loss is found out, also that of a frozen host: what came to another server since may be it."""
 
 
-class Seeker:
+class DeviceLocator:
     """What is known of serial numbers on this node. All methods belong to one event loop."""
 
     def __init__(
@@ -220,7 +220,7 @@ class Seeker:
         locks: LockManager,
         poller: ServerPoller,
         resources: Resources,
-        work: DeviceWork,
+        work: DeviceTasks,
         pipeline: Pipeline,
     ) -> None:
         self._me = context.me
@@ -234,10 +234,10 @@ class Seeker:
         """Rings when a serial number that was asked for is known, or known not to be had."""
         self._listings = Listings(context.clock)
         self._lost_at: dict[str, float] = {}
-        self._readings: dict[DeviceKey, Reading] = {}
-        self._asked: dict[str, Sighting] = {}
+        self._readings: dict[DeviceKey, SerialReading] = {}
+        self._asked: dict[str, Candidate] = {}
         self._unread: dict[str, str] = {}
-        self._hidden: dict[str, tuple[Sighting, float]] = {}
+        self._hidden: dict[str, tuple[Candidate, float]] = {}
         work.book.subscribe(self._claim_changed)
 
     def _claim_changed(self, _device_id: str) -> None:
@@ -289,9 +289,9 @@ class Seeker:
         servers have it only if it came there since it was lost: two that tell one serial number are not one.
         """
         if not claim.serial or self._listed_at_home(claim):
-            return Nowhere()
+            return NotFound()
         verdict = decide(claim.serial, self._sightings(claim))
-        if isinstance(verdict, Ask):
+        if isinstance(verdict, NeedsProbe):
             for sighting in verdict.sightings:
                 if sighting.key.id not in self._asked and len(self._asked) < READS_AT_ONCE:
                     self._asked[sighting.key.id] = sighting
@@ -311,7 +311,7 @@ class Seeker:
     def not_there(self, place: DeviceKey, error: PluginError) -> None:
         """An attempt to attach a device from this place ended so: it is given up for a while."""
         if isinstance(error, WrongSerial):
-            self._note(place, Reading(error.devid, error.found, self._clock.monotonic() + READING_LASTS))
+            self._note(place, SerialReading(error.devid, error.found, self._clock.monotonic() + READING_LASTS))
         else:
             self._give_up(place)
 
@@ -321,10 +321,10 @@ class Seeker:
             if self._work.book.concerns(key.id):
                 raise ClaimBusy(f"{key} is in use on this node")
             told = await self._pipeline.probe(key, descriptor)
-        self._note(key, Reading(told.devid, told.serial or "", self._clock.monotonic() + READING_LASTS))
+        self._note(key, SerialReading(told.devid, told.serial or "", self._clock.monotonic() + READING_LASTS))
         return told
 
-    async def _ask(self, sighting: Sighting) -> None:
+    async def _ask(self, sighting: Candidate) -> None:
         try:
             await self.probe(sighting.key, sighting.descriptor)
         except PluginError as error:
@@ -338,7 +338,7 @@ class Seeker:
         self._hidden[sighting.key.id] = sighting, self._clock.monotonic() + HIDDEN
         self.known.ring()
 
-    def _sightings(self, claim: Claim) -> Iterator[Sighting]:
+    def _sightings(self, claim: Claim) -> Iterator[Candidate]:
         for server in self._listings.servers():
             if not self._listings.reachable(server):
                 continue
@@ -355,9 +355,9 @@ class Seeker:
                     continue
                 reading = self._reading(key, descriptor)
                 if reading is not None:
-                    yield Sighting(key, descriptor, reading.serial, sure=True)
+                    yield Candidate(key, descriptor, reading.serial, sure=True)
                 else:
-                    yield Sighting(key, descriptor, lock.serial if lock is not None else None, sure=False)
+                    yield Candidate(key, descriptor, lock.serial if lock is not None else None, sure=False)
 
     def _may_have_come(self, claim: Claim, key: DeviceKey) -> bool:
         if key.server == claim.key.server:
@@ -378,14 +378,14 @@ class Seeker:
         listed = self._listings.listed(claim.key)
         return listed is not None and listed.usb_id == claim.usb_id and self.wrong_at_home(claim) is None
 
-    def _reading(self, key: DeviceKey, descriptor: Descriptor) -> Reading | None:
+    def _reading(self, key: DeviceKey, descriptor: Descriptor) -> SerialReading | None:
         reading = self._readings.get(key)
         return reading if reading is not None and reading.holds(descriptor, self._clock.monotonic()) else None
 
     def _give_up(self, key: DeviceKey) -> None:
-        self._note(key, Reading(None, "", self._clock.monotonic() + GIVEN_UP))
+        self._note(key, SerialReading(None, "", self._clock.monotonic() + GIVEN_UP))
 
-    def _note(self, key: DeviceKey, reading: Reading) -> None:
+    def _note(self, key: DeviceKey, reading: SerialReading) -> None:
         now = self._clock.monotonic()
         self._readings = {i: known for i, known in self._readings.items() if now < known.until}
         self._readings[key] = reading

@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from usbip_plugin.attach.cdi import CdiSpecs
-from usbip_plugin.attach.events import EventSink, Notice, What, late_nodes
+from usbip_plugin.attach.events import DeviceEvent, EventKind, EventSink, late_nodes
 from usbip_plugin.attach.pipeline import Pipeline, own_port
 from usbip_plugin.attach.reattach import REATTACH_FIRST_WAIT, Reattacher
 from usbip_plugin.attach.release import Releaser
-from usbip_plugin.attach.tasks import DeviceWork
+from usbip_plugin.attach.tasks import DeviceTasks
 from usbip_plugin.claims import Claim, ClaimEvent, ClaimState, Resources
 from usbip_plugin.config.schema import OnLoss
 from usbip_plugin.context import NodeContext
@@ -32,7 +32,7 @@ PORT_CHECK_INTERVAL = 15.0
 """Seconds between looks at the ports when no uevent says to look: uevents can be dropped under memory pressure."""
 
 
-class Keeper:
+class AttachmentMonitor:
     """Watches ports and locks of attached devices, and begins a re-attach or a withdrawal when one is lost.
 
     Works only while `run()` runs.
@@ -46,7 +46,7 @@ class Keeper:
         locks: LockManager,
         specs: CdiSpecs,
         resources: Resources,
-        work: DeviceWork,
+        work: DeviceTasks,
         pipeline: Pipeline,
         releaser: Releaser,
         reattacher: Reattacher,
@@ -145,7 +145,7 @@ class Keeper:
             log.warning("attachment lost", extra={"device": str(claim.key), "port": claim.port})
         on_port = own_port(claim.place, ports, claim.port)
         why = "fell free" if on_port is None else "has it no more as it was: it has left the bus"
-        self._events(Notice(What.LOST, claim.key, f"vhci port {claim.port} {why}, re-attaching", claim.pod))
+        self._events(DeviceEvent(EventKind.LOST, claim.key, f"vhci port {claim.port} {why}, re-attaching", claim.pod))
         self._reattacher.seeker.lost(device_id)
         self.begin_reattach(device_id)
         return None
@@ -190,7 +190,7 @@ class Keeper:
             log.error("lock lost", extra={"device": str(claim.key), "holder": holder})
         text = f"node {holder} holds it now" if holder else "its lock no longer names this node"
         if change.old is not None and change.old.holder == self._me.node:
-            self._events(Notice(What.LOCK_LOST, claim.key, text + "; it is detached here", claim.pod))
+            self._events(DeviceEvent(EventKind.LOCK_LOST, claim.key, text + "; it is detached here", claim.pod))
             if (
                 self._resources.resource_of(claim).on_loss is OnLoss.EVICT
                 and claim.pod is not None
@@ -239,5 +239,5 @@ class Keeper:
         self._work.book.move(claim, ClaimEvent.PORT_LOST)
         log.error("lock lost", extra={"device": str(claim.key), "place": str(claim.place), "holder": holder})
         text = f"the lock of {claim.place} names {holder or 'nobody'} now; it is detached here"
-        self._events(Notice(What.LOST, claim.key, text, claim.pod))
+        self._events(DeviceEvent(EventKind.LOST, claim.key, text, claim.pod))
         self.begin_reattach(claim.id)

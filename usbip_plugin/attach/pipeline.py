@@ -18,7 +18,7 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt,
 
 from usbip_plugin.attach.cdi import CdiSpecs
 from usbip_plugin.attach.events import EventSink, taken_over
-from usbip_plugin.attach.tasks import DeviceWork
+from usbip_plugin.attach.tasks import DeviceTasks
 from usbip_plugin.claims import Claim, ClaimEvent, ClaimState
 from usbip_plugin.clock import Clock, Jitter
 from usbip_plugin.config.schema import DEFAULT_CHILDREN_TIMEOUT_S
@@ -98,7 +98,7 @@ PROBE_TIMEOUT = 4.0
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class DeviceRequest:
     """One device an Allocate asks for: what was promised to the kubelet under its ID. children, numbers: see Claim.
 
     serial: None if it was not selected by that. told: what is known of it from its server's list, for its lock.
@@ -132,7 +132,7 @@ class Pipeline:
         driver: VhciDriver,
         locks: LockManager,
         specs: CdiSpecs,
-        work: DeviceWork,
+        work: DeviceTasks,
         events: EventSink,
         on_step: Callable[[str, float], None],
     ) -> None:
@@ -149,7 +149,7 @@ class Pipeline:
         self._events = events
         self._on_step = on_step
 
-    async def attach_new(self, claim: Claim, wanted: Wanted, deadline: float, progress: Progress) -> Attachment:
+    async def attach_new(self, claim: Claim, wanted: DeviceRequest, deadline: float, progress: Progress) -> Attachment:
         """From Free to Attached. On an error the claim stays in the book in the state it had reached.
 
         Only LockHeld leaves no claim: nothing was touched. Raises LockError, UsbipError, VhciError and CdiError. After

@@ -11,11 +11,11 @@ from dataclasses import replace
 
 from opentelemetry.trace import Span
 
-from usbip_plugin.attach.events import EventSink, Notice, What
-from usbip_plugin.attach.locate import Ambiguous, Ask, Found, Seeker
+from usbip_plugin.attach.events import DeviceEvent, EventKind, EventSink
+from usbip_plugin.attach.locate import Ambiguous, DeviceLocator, LocatedAt, NeedsProbe
 from usbip_plugin.attach.pipeline import Pipeline
 from usbip_plugin.attach.release import Releaser
-from usbip_plugin.attach.tasks import DeviceWork
+from usbip_plugin.attach.tasks import DeviceTasks
 from usbip_plugin.claims import Claim, ClaimEvent, ClaimState, Resources, place_of
 from usbip_plugin.clock import backoff
 from usbip_plugin.config.schema import OnLoss
@@ -112,10 +112,10 @@ class Reattacher:
         locks: LockManager,
         poller: ServerPoller,
         resources: Resources,
-        work: DeviceWork,
+        work: DeviceTasks,
         pipeline: Pipeline,
         releaser: Releaser,
-        seeker: Seeker,
+        seeker: DeviceLocator,
         events: EventSink,
         evict: Callable[[PodRef], None],
         on_reattach: Callable[[Reattach], None],
@@ -224,7 +224,7 @@ class Reattacher:
             return
         self._work.book.put(replace(now, hindrance=str(error)))
         log.warning("not re-attached", extra={"device": str(claim.key), "cause": str(error)})
-        self._events(Notice(What.NOT_REATTACHED, claim.key, str(error), claim.pod))
+        self._events(DeviceEvent(EventKind.NOT_REATTACHED, claim.key, str(error), claim.pod))
 
     async def _attach(self, device_id: str, deadline: float) -> Attachment:
         """From the claim's place or, if the device is not there, from where its server lists it now."""
@@ -272,7 +272,7 @@ class Reattacher:
         """Where the device is instead; what keeps it from being attached is noted, and told once."""
         claim = self._work.book[device_id]
         verdict = self.seeker.find(claim)
-        if isinstance(verdict, Ask):
+        if isinstance(verdict, NeedsProbe):
             return None  # it is tried again as soon as that is known
         hindrance = str(cause) if isinstance(cause, WrongDevice | WrongSerial) else ""
         if isinstance(verdict, Ambiguous):
@@ -282,8 +282,8 @@ class Reattacher:
             self._work.book.put(replace(claim, hindrance=hindrance))
             if hindrance:
                 log.warning("not re-attached", extra={"device": str(claim.key), "cause": hindrance})
-                self._events(Notice(What.NOT_REATTACHED, claim.key, hindrance, claim.pod))
-        return verdict.key if isinstance(verdict, Found) else None
+                self._events(DeviceEvent(EventKind.NOT_REATTACHED, claim.key, hindrance, claim.pod))
+        return verdict.key if isinstance(verdict, LocatedAt) else None
 
     def _tell_move(self, before: Claim, whole: Span) -> None:
         claim = self._work.book.get(before.id)
@@ -294,7 +294,7 @@ class Reattacher:
         here = claim.place.server == claim.key.server
         where = f"its server lists it as {claim.place.busid} now" if here else f"it is plugged in at {claim.place} now"
         text = f"{where}; it is attached from there"
-        self._events(Notice(What.MOVED, claim.key, text, claim.pod))
+        self._events(DeviceEvent(EventKind.MOVED, claim.key, text, claim.pod))
         if claim.moved_to is not None and claim.pod is not None:
             self._work.spawn(self._work.note_pod(claim.moved_to, claim.pod), f"note pod {claim.pod}")
 
@@ -304,9 +304,9 @@ class Reattacher:
         self._on_reattach(Reattach.SAME_NODES if same else Reattach.OTHER_NODES)
         whole.set_attribute("usbip.same_nodes", same)
         log.info("re-attached", extra={"device": str(claim.key), "port": after.port, "same_nodes": same})
-        changed = What.RESTART_NEEDED if verdict is AfterReattach.RESTART else What.NODES_CHANGED
-        what = What.REATTACHED if same else changed
-        self._events(Notice(what, claim.key, verdict.value, claim.pod))
+        changed = EventKind.RESTART_NEEDED if verdict is AfterReattach.RESTART else EventKind.NODES_CHANGED
+        what = EventKind.REATTACHED if same else changed
+        self._events(DeviceEvent(what, claim.key, verdict.value, claim.pod))
         self._evict_if(verdict, claim.pod)
         lock = self._locks.locks.get(claim.id)
         if claim.pod is not None and lock is not None and lock.pod is None:  # it was taken anew

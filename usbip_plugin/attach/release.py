@@ -11,7 +11,7 @@ from opentelemetry.trace import Link
 
 from usbip_plugin.attach.cdi import CdiSpecs
 from usbip_plugin.attach.pipeline import Pipeline
-from usbip_plugin.attach.tasks import RELEASE_FIRST_WAIT, RELEASE_MAX_WAIT, DeviceWork
+from usbip_plugin.attach.tasks import RELEASE_FIRST_WAIT, RELEASE_MAX_WAIT, DeviceTasks
 from usbip_plugin.claims import IN_USE, Claim, ClaimEvent, ClaimState, DeviceUser, same_pod
 from usbip_plugin.clock import backoff
 from usbip_plugin.context import NodeContext
@@ -112,7 +112,7 @@ class Releaser:
         *,
         locks: LockManager,
         specs: CdiSpecs,
-        work: DeviceWork,
+        work: DeviceTasks,
         pipeline: Pipeline,
         on_step: Callable[[str, float], None],
     ) -> None:

@@ -25,7 +25,7 @@ RELEASE_MAX_WAIT = 5.0
 """Seconds between tries to let a device go while the kernel or the API server does not do its part."""
 
 
-class DeviceWork:
+class DeviceTasks:
     """The claims of one node, the tasks that work on them, and what they note on the locks.
 
     Work on a device is done under its mutex, in tasks that outlive the caller that asked for it. All methods belong to

@@ -23,8 +23,8 @@ from usbip_plugin.attach.containers import (
     refuse_shared_paths,
 )
 from usbip_plugin.attach.events import EventSink, refused
-from usbip_plugin.attach.monitor import Keeper
-from usbip_plugin.attach.pipeline import Wanted
+from usbip_plugin.attach.monitor import AttachmentMonitor
+from usbip_plugin.attach.pipeline import DeviceRequest
 from usbip_plugin.claims import ClaimBook
 from usbip_plugin.config.schema import DeviceSelector, ResourceConfig
 from usbip_plugin.context import NodeContext
@@ -121,7 +121,7 @@ class Allocator:
         *,
         domain: str,
         attacher: Attacher,
-        keeper: Keeper,
+        keeper: AttachmentMonitor,
         claims: ClaimBook,
         inventory: Advertiser,
         users: UsageWatcher,
@@ -191,7 +191,7 @@ class Allocator:
         containers = [sorted(ids) for ids in requests]
         numbers = {i: {ids.index(i) for ids in containers if i in ids} if config.cdi else () for i in seen}
         wanted = [
-            Wanted(
+            DeviceRequest(
                 s.key,
                 s.usb_id,
                 config.name,

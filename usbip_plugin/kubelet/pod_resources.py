@@ -22,10 +22,10 @@ import grpc
 import grpc.aio
 
 from usbip_plugin.attach.adopt import Adopter
-from usbip_plugin.attach.events import EventSink, Notice, What, attached, network
+from usbip_plugin.attach.events import DeviceEvent, EventKind, EventSink, attached, network
 from usbip_plugin.attach.reattach import Reattacher
 from usbip_plugin.attach.release import Releaser, Unlisted, not_in_list, observe_usage, usage_ended
-from usbip_plugin.attach.tasks import DeviceWork
+from usbip_plugin.attach.tasks import DeviceTasks
 from usbip_plugin.claims import IN_USE, Claim, ClaimState, DeviceUser, same_pod
 from usbip_plugin.context import NodeContext
 from usbip_plugin.errors import PodResourcesUnavailable
@@ -141,7 +141,7 @@ class UsageWatcher:
         pod_resources: PodResources,
         pods: PodView | None,
         locks: LockManager,
-        work: DeviceWork,
+        work: DeviceTasks,
         releaser: Releaser,
         reattacher: Reattacher,
         adopter: Adopter,
@@ -318,7 +318,7 @@ class UsageWatcher:
             self._events(attached(claim.key, claim.attachment, claim.port, pod))
             self._tell_network(claim, pod)
         elif claim.state is ClaimState.REATTACHING:
-            self._events(Notice(What.LOST, claim.key, "lost before its pod was known, re-attaching", pod))
+            self._events(DeviceEvent(EventKind.LOST, claim.key, "lost before its pod was known, re-attaching", pod))
 
     def _tell_network(self, claim: Claim, pod: PodRef) -> None:
         """What the device has that no container gets."""

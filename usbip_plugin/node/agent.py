@@ -14,13 +14,13 @@ from opentelemetry.trace import Tracer
 from usbip_plugin.attach.adopt import Adopter
 from usbip_plugin.attach.attacher import Attacher
 from usbip_plugin.attach.cdi import CdiSpecs, SpecFiles
-from usbip_plugin.attach.events import Notice, evicted
-from usbip_plugin.attach.locate import Seeker
-from usbip_plugin.attach.monitor import Keeper
+from usbip_plugin.attach.events import DeviceEvent, evicted
+from usbip_plugin.attach.locate import DeviceLocator
+from usbip_plugin.attach.monitor import AttachmentMonitor
 from usbip_plugin.attach.pipeline import Pipeline
 from usbip_plugin.attach.reattach import Reattach, Reattacher
 from usbip_plugin.attach.release import Releaser
-from usbip_plugin.attach.tasks import DeviceWork
+from usbip_plugin.attach.tasks import DeviceTasks
 from usbip_plugin.claims import ClaimBook
 from usbip_plugin.clock import Clock
 from usbip_plugin.config.schema import Config
@@ -61,7 +61,7 @@ class Observer:
     on_pre_start_failed: Callable[[str, PluginError], None] = lambda _resource, _error: None
     on_advertised: Callable[[str, tuple[Advertised, ...]], None] = lambda _resource, _devices: None
     on_plugin: Callable[[Plugin], None] = lambda _plugin: None
-    on_notice: Callable[[Notice], None] = lambda _notice: None
+    on_notice: Callable[[DeviceEvent], None] = lambda _notice: None
     on_acquire: Callable[[Acquired, float], None] = lambda _result, _seconds: None
     on_withdrawn: Callable[[float], None] = lambda _seconds: None
     on_reattach: Callable[[Reattach], None] = lambda _result: None
@@ -130,7 +130,7 @@ class Agent:
         )
         # devices in use
         self.specs = CdiSpecs(out.specs, domain, self.inventory)
-        self._work = DeviceWork(context, self.claims, self.locks)
+        self._work = DeviceTasks(context, self.claims, self.locks)
         pipeline = Pipeline(
             context,
             client=out.client,
@@ -149,7 +149,7 @@ class Agent:
             pipeline=pipeline,
             on_step=observer.on_step,
         )
-        seeker = Seeker(
+        seeker = DeviceLocator(
             context,
             locks=self.locks,
             poller=self.poller,
@@ -176,7 +176,7 @@ class Agent:
             evict=evict,
             on_reattach=observer.on_reattach,
         )
-        self._keeper = Keeper(
+        self._keeper = AttachmentMonitor(
             context,
             driver=out.driver,
             locks=self.locks,

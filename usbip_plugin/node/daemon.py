@@ -13,7 +13,7 @@ from pathlib import Path
 
 from usbip_plugin import __version__
 from usbip_plugin.attach.cdi import CdiDirectory
-from usbip_plugin.attach.events import Notice, events_of
+from usbip_plugin.attach.events import DeviceEvent, events_of
 from usbip_plugin.clock import Clock, SystemClock
 from usbip_plugin.config.reload import ConfigWatcher, Loaded
 from usbip_plugin.config.schema import DEFAULT_CDI_DIRECTORY, Config
@@ -210,7 +210,7 @@ class _Process:
             alive=self._beats.verdict(),
         )
 
-    def _notice(self, notice: Notice) -> None:
+    def _notice(self, notice: DeviceEvent) -> None:
         self._figures.notice(notice)
         for text, pod in events_of(notice):
             self._events.record(text, pod)

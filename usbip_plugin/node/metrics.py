@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from usbip_plugin import __version__
-from usbip_plugin.attach.events import Notice, What
+from usbip_plugin.attach.events import DeviceEvent, EventKind
 from usbip_plugin.attach.reattach import Reattach
 from usbip_plugin.claims import ClaimState
 from usbip_plugin.clock import Clock
@@ -178,8 +178,8 @@ class Figures:
         self._metrics.add(NodeCollector(lambda: self._read(agent, counted)))
         agent.locks.subscribe(self._lock_changed)
 
-    def notice(self, notice: Notice) -> None:
-        if notice.what is What.LOST:
+    def notice(self, notice: DeviceEvent) -> None:
+        if notice.what is EventKind.LOST:
             self._metrics.attachment_lost()
 
     def api_error(self, error: KubeError) -> None:

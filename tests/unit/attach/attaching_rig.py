@@ -14,9 +14,9 @@ from opentelemetry.trace import NoOpTracer
 
 from tests.rigs.known_resources import KnownResources
 from usbip_plugin.attach.cdi import CdiSpecs
-from usbip_plugin.attach.events import Notice
-from usbip_plugin.attach.pipeline import Pipeline, Progress, Wanted
-from usbip_plugin.attach.tasks import DeviceWork
+from usbip_plugin.attach.events import DeviceEvent
+from usbip_plugin.attach.pipeline import DeviceRequest, Pipeline, Progress
+from usbip_plugin.attach.tasks import DeviceTasks
 from usbip_plugin.claims import Claim, ClaimBook, ClaimState
 from usbip_plugin.config.schema import ResourceConfig
 from usbip_plugin.context import NodeContext
@@ -191,7 +191,7 @@ class ScriptedVhci(SimulatedVhci):
         await super().detach(port, timeout=timeout)
 
 
-class ScriptedWork(DeviceWork):
+class ScriptedWork(DeviceTasks):
     """Notes on the locks are steps of the script, `note port 0 of 1-1`; told: the identities that were to be noted."""
 
     def __init__(self, context: NodeContext, locks: LockManager, script: Script) -> None:
@@ -220,13 +220,13 @@ class Rig:
     sockets: SocketTable
     pipeline: Pipeline
     work: ScriptedWork
-    events: list[Notice]
+    events: list[DeviceEvent]
     progress: Progress = field(default_factory=lambda: Progress(""))
 
     async def attach(self, *, within: float = DEADLINE_S, **fields: object) -> Attachment:
         """Attaches the device KEY for an Allocate. fields: of its claim; within: seconds until the deadline."""
         claim = Claim(KEY, STICK, **{"resource": "stick", **fields})  # type: ignore[arg-type]
-        wanted = Wanted(KEY, STICK, "stick")
+        wanted = DeviceRequest(KEY, STICK, "stick")
         return await self.pipeline.attach_new(claim, wanted, self.clock.monotonic() + within, self.progress)
 
     async def reattach(self) -> Attachment:
@@ -292,7 +292,7 @@ def rig() -> Iterator[Rig]:
     specs = CdiSpecs(files, "usbip.dev", KnownResources(ResourceConfig("stick", (), cdi=True)))
     context = NodeContext(ME, clock, random.Random(1), NoOpTracer())
     work = ScriptedWork(context, cast("LockManager", locks), script)
-    events: list[Notice] = []
+    events: list[DeviceEvent] = []
     pipeline = Pipeline(
         context,
         client=client,

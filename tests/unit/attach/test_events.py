@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from usbip_plugin.attach.events import About, Notice, What, events_of, evicted, refused
+from usbip_plugin.attach.events import DeviceEvent, EventKind, Regarding, events_of, evicted, refused
 from usbip_plugin.errors import ClaimBusy, LockHeld, ServerUnreachable
 from usbip_plugin.kube.events import EventText
 from usbip_plugin.model import DeviceKey, PodRef, ServerKey
@@ -17,16 +17,16 @@ POD = PodRef("ns", "p", "uid-1")
 DOC = Path(__file__).parents[3] / "docs" / "events.md"
 
 
-def told(notice: Notice) -> dict[PodRef | None, str]:
+def told(notice: DeviceEvent) -> dict[PodRef | None, str]:
     return {pod: text.note for text, pod in events_of(notice)}
 
 
-@pytest.mark.parametrize("what", What)
-def test_each_kind_is_told_where_it_belongs(what: What) -> None:
+@pytest.mark.parametrize("what", EventKind)
+def test_each_kind_is_told_where_it_belongs(what: EventKind) -> None:
     about = what.value[3]
-    known, unknown = told(Notice(what, KEY, "words", POD)), told(Notice(what, KEY, "words"))
+    known, unknown = told(DeviceEvent(what, KEY, "words", POD)), told(DeviceEvent(what, KEY, "words"))
     node, pod = (None, "lab:3240/1-1: words (pod ns/p)"), (POD, "lab:3240/1-1: words")
-    assert list(known.items()) == {About.POD: [pod], About.NODE: [node], About.BOTH: [pod, node]}[about]
+    assert list(known.items()) == {Regarding.POD: [pod], Regarding.NODE: [node], Regarding.BOTH: [pod, node]}[about]
     assert unknown == {None: "lab:3240/1-1: words"}, "nobody to tell but the node"
 
 
@@ -36,7 +36,7 @@ def test_a_refusal_says_what_the_pod_was_told_and_whether_somebody_has_the_devic
     assert nobody is None
     assert denied == EventText("Warning", "DeviceDenied", "Allocate", f"usbip.dev/stick: {held}")
     for error in (ServerUnreachable(KEY.server, "refused"), ClaimBusy("busy")):
-        assert refused("r", error).what is What.FAILED
+        assert refused("r", error).what is EventKind.FAILED
 
 
 def test_an_eviction_names_the_devices() -> None:
@@ -46,6 +46,6 @@ def test_an_eviction_names_the_devices() -> None:
 
 def test_the_document_has_every_kind_with_its_type_and_object() -> None:
     rows = re.findall(r"^\| `(\w+)` \| (\w+) \| ([a-z, ]+?) \|", DOC.read_text(encoding="utf-8"), re.MULTILINE)
-    where = {About.POD: "pod", About.NODE: "node", About.BOTH: "pod, node"}
+    where = {Regarding.POD: "pod", Regarding.NODE: "node", Regarding.BOTH: "pod, node"}
     assert len(rows) == len(set(rows))
-    assert set(rows) == {(reason, kind, where[about]) for kind, reason, _action, about in (w.value for w in What)}
+    assert set(rows) == {(reason, kind, where[about]) for kind, reason, _action, about in (w.value for w in EventKind)}

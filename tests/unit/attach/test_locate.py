@@ -2,7 +2,16 @@
 
 import pytest
 
-from usbip_plugin.attach.locate import Ambiguous, Ask, Found, Nowhere, Reading, Sighting, Verdict, decide
+from usbip_plugin.attach.locate import (
+    Ambiguous,
+    Candidate,
+    LocatedAt,
+    NeedsProbe,
+    NotFound,
+    SerialReading,
+    Verdict,
+    decide,
+)
 from usbip_plugin.model import Descriptor, DeviceKey, ServerKey, UsbId
 
 LAB = ServerKey("lab", 3240)
@@ -12,37 +21,37 @@ def listed(busid: str = "1-2", devnum: int = 7) -> Descriptor:
     return Descriptor(busid, "/sys/x", 1, devnum, 3, UsbId(0x0951, 0x1666), 0x100, 0, 0, 0, 1, 1, 1)
 
 
-def seen(busid: str, serial: str | None, *, sure: bool = True) -> Sighting:
-    return Sighting(DeviceKey(LAB, busid), listed(busid), serial, sure)
+def seen(busid: str, serial: str | None, *, sure: bool = True) -> Candidate:
+    return Candidate(DeviceKey(LAB, busid), listed(busid), serial, sure)
 
 
 def busids(verdict: Verdict) -> tuple[str, ...]:
     match verdict:
-        case Found(key):
+        case LocatedAt(key):
             return (key.busid,)
         case Ambiguous(keys):
             return tuple(key.busid for key in keys)
-        case Ask(sightings):
+        case NeedsProbe(sightings):
             return tuple(sighting.key.busid for sighting in sightings)
-        case Nowhere():
+        case NotFound():
             return ()
 
 
 @pytest.mark.parametrize(
     ("sightings", "kind", "which"),
     [
-        ((), Nowhere, ()),
-        ((seen("1-2", "RED"),), Found, ("1-2",)),
-        ((seen("1-2", "BLUE"), seen("1-3", "RED")), Found, ("1-3",)),
-        ((seen("1-2", "BLUE"),), Nowhere, ()),
-        ((seen("1-2", ""),), Nowhere, ()),
+        ((), NotFound, ()),
+        ((seen("1-2", "RED"),), LocatedAt, ("1-2",)),
+        ((seen("1-2", "BLUE"), seen("1-3", "RED")), LocatedAt, ("1-3",)),
+        ((seen("1-2", "BLUE"),), NotFound, ()),
+        ((seen("1-2", ""),), NotFound, ()),
         ((seen("1-3", "RED"), seen("1-2", "RED")), Ambiguous, ("1-2", "1-3")),
-        ((seen("1-2", None, sure=False),), Ask, ("1-2",)),
-        ((seen("1-2", "RED"), seen("1-3", None, sure=False)), Ask, ("1-3",)),
+        ((seen("1-2", None, sure=False),), NeedsProbe, ("1-2",)),
+        ((seen("1-2", "RED"), seen("1-3", None, sure=False)), NeedsProbe, ("1-3",)),
     ],
 )
 def test_one_device_with_the_serial_number_is_it(
-    sightings: tuple[Sighting, ...], kind: type[Verdict], which: tuple[str, ...]
+    sightings: tuple[Candidate, ...], kind: type[Verdict], which: tuple[str, ...]
 ) -> None:
     verdict = decide("RED", sightings)
     assert isinstance(verdict, kind)
@@ -51,14 +60,14 @@ def test_one_device_with_the_serial_number_is_it(
 
 def test_what_a_lock_says_is_believed_if_it_says_yes_once() -> None:
     said = seen("1-2", "RED", sure=False), seen("1-3", "BLUE", sure=False)
-    assert decide("RED", said) == Found(DeviceKey(LAB, "1-2")), "it is compared once more when it is attached"
+    assert decide("RED", said) == LocatedAt(DeviceKey(LAB, "1-2")), "it is compared once more when it is attached"
 
 
 def test_what_locks_say_hides_nothing_and_makes_no_twins() -> None:
     said_no = seen("1-2", "BLUE", sure=False), seen("1-3", "GREEN")
     assert busids(decide("RED", said_no)) == ("1-2",), "asked, for another may stand there by now"
     twice = seen("1-2", "RED", sure=False), seen("1-3", "RED")
-    assert isinstance(decide("RED", twice), Ask)
+    assert isinstance(decide("RED", twice), NeedsProbe)
     assert busids(decide("RED", twice)) == ("1-2",)
 
 
@@ -67,4 +76,4 @@ def test_what_locks_say_hides_nothing_and_makes_no_twins() -> None:
     [(1 << 16 | 7, 7, 9.0, True), (1 << 16 | 7, 8, 9.0, False), (1 << 16 | 7, 7, 10.0, False), (None, 8, 9.0, True)],
 )
 def test_a_reading_is_of_the_device_listed_then(devid: int | None, devnum: int, now: float, holds: bool) -> None:
-    assert Reading(devid, "RED", 10.0).holds(listed(devnum=devnum), now) is holds
+    assert SerialReading(devid, "RED", 10.0).holds(listed(devnum=devnum), now) is holds
