@@ -24,7 +24,7 @@ from usbip_plugin.attach.events import DeviceEvent, EventKind, events_of
 from usbip_plugin.cli.devices import WIDE, known_devices, rows, table
 from usbip_plugin.config.schema import Config, DeviceSelector
 from usbip_plugin.errors import KubeServerError, LockHeld, LockUnavailable
-from usbip_plugin.inventory.facts import Facts, Seen
+from usbip_plugin.inventory.facts import OfferedDevice, Snapshot
 from usbip_plugin.inventory.health import health
 from usbip_plugin.kube.events import event_body
 from usbip_plugin.locks import kubernetes, record
@@ -307,8 +307,8 @@ async def shown(manager: LockManager, api: RawApi) -> None:
     """What the page, the kubelet and `usbip-plugin devices` would say."""
     known = manager.locks[KEY.id]
     judged(decode(api.objects[KEY.id]))
-    facts = Facts(ME.node, Config(()), {}, manager.locks, {KEY.id: manager.standing(KEY.id)}, {})
-    device = Seen(KEY, UsbId(1, 2), DeviceSelector(KEY.server))
+    facts = Snapshot(ME.node, Config(()), {}, manager.locks, {KEY.id: manager.standing(KEY.id)}, {})
+    device = OfferedDevice(KEY, UsbId(1, 2), DeviceSelector(KEY.server))
     fit_to_show(health(facts, device, "stick").detail, 1200)
     fit_to_show(known.holder, 256)
     notice = DeviceEvent(EventKind.LOCK_LOST, KEY, f"node {known.holder} holds it now", known.pod)

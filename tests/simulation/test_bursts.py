@@ -9,7 +9,7 @@ import pytest
 from tests.simulation.cluster_rig import all_healthy, becomes, key, server, spec, stick
 from usbip_plugin.inventory import inventory
 from usbip_plugin.inventory.evaluate import advertise
-from usbip_plugin.inventory.facts import Facts, Members
+from usbip_plugin.inventory.facts import OfferedDevices, Snapshot
 from usbip_plugin.locks import record
 from usbip_plugin.locks.record import Lease
 from usbip_plugin.model import Advertised
@@ -26,7 +26,7 @@ async def test_locks_that_are_taken_all_at_once_are_worked_out_together(monkeypa
     devices = [key(lab, f"1-{n + 1}") for n in range(DEVICES)]
     evaluations = 0
 
-    def counted(members: Members, facts: Facts) -> Mapping[str, tuple[Advertised, ...]]:
+    def counted(members: OfferedDevices, facts: Snapshot) -> Mapping[str, tuple[Advertised, ...]]:
         nonlocal evaluations
         evaluations += 1
         return advertise(members, facts)

@@ -13,7 +13,7 @@ from tests.simulation.cluster_rig import all_healthy, becomes, key, pod, server,
 from tests.simulation.trace_stories import Story, pod_known, told
 from usbip_plugin.claims import ClaimState
 from usbip_plugin.inventory import evaluate
-from usbip_plugin.inventory.facts import Facts, Seen
+from usbip_plugin.inventory.facts import OfferedDevice, Snapshot
 from usbip_plugin.inventory.health import health
 from usbip_plugin.model import Health
 from usbip_sim.leases import MemoryLeases
@@ -97,7 +97,7 @@ def test_an_allocate_works_out_its_own_device_and_no_other(monkeypatch: pytest.M
     """With 500 devices all of them took 45 to 61 ms of processor time, in which nothing else ran."""
     evaluated: list[str] = []
 
-    def counted(facts: Facts, seen: Seen, resource: str) -> Health:
+    def counted(facts: Snapshot, seen: OfferedDevice, resource: str) -> Health:
         evaluated.append(seen.key.id)
         return health(facts, seen, resource)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from usbip_plugin.context import NodeContext
 from usbip_plugin.errors import VhciError
-from usbip_plugin.inventory.facts import Api, Driver
+from usbip_plugin.inventory.facts import ApiStatus, PortSummary
 from usbip_plugin.inventory.health import API_GRACE
 from usbip_plugin.locks.manager import LockManager
 from usbip_plugin.vhci.driver import VhciDriver
@@ -32,20 +32,20 @@ class Conditions:
         self._driver = driver
         self._locks = locks
         self._look_again = look_again
-        self._ports = Driver()
+        self._ports = PortSummary()
         self._ports_event = asyncio.Event()
         self._api_event = asyncio.Event()
 
     @property
-    def ports(self) -> Driver:
+    def ports(self) -> PortSummary:
         """The driver and its ports, as last read."""
         return self._ports
 
     @property
-    def api(self) -> Api:
+    def api(self) -> ApiStatus:
         """The API server as it is now."""
         api = self._locks.api
-        return Api(None if api.reachable else self._clock.monotonic() - api.since, api.error or "")
+        return ApiStatus(None if api.reachable else self._clock.monotonic() - api.since, api.error or "")
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -73,14 +73,14 @@ class Conditions:
                 async with self._clock.timeout(PORTS_INTERVAL):
                     await self._ports_event.wait()
 
-    async def _read_ports(self) -> Driver:
+    async def _read_ports(self) -> PortSummary:
         try:
             ports = await self._driver.ports()
         except VhciError as error:
-            return Driver(str(error), 0, 0)
+            return PortSummary(str(error), 0, 0)
         free = [port.hub for port in ports if port.status is PortStatus.NULL]
         used = [port.hub for port in ports if port.status is not PortStatus.NULL]
-        return Driver(None, free.count("hs"), free.count("ss"), used.count("hs"), used.count("ss"))
+        return PortSummary(None, free.count("hs"), free.count("ss"), used.count("hs"), used.count("ss"))
 
     async def _watch_api(self) -> None:
         """An API server that stays away becomes a reason when the grace is over, without anything else happening."""

@@ -9,13 +9,14 @@ from dataclasses import dataclass, replace
 from itertools import compress
 from operator import attrgetter, is_not
 
-from usbip_plugin.inventory.facts import Facts, Members, Seen
-from usbip_plugin.inventory.health import bearers, health, settled
+from usbip_plugin.inventory.facts import OfferedDevice, OfferedDevices, Snapshot
+from usbip_plugin.inventory.health import health, resolve_ambiguity, serial_owners
 from usbip_plugin.inventory.members import learn
 from usbip_plugin.model import Advertised, Health, Reason, ServerKey
 from usbip_plugin.usbip.poller import ServerView
 
 log = logging.getLogger(__name__)
+
 
 Lists = Mapping[str, tuple[Advertised, ...]]
 """What each resource advertises, by its name; devices sorted by ID."""
@@ -39,10 +40,10 @@ class Evaluation:
 
     before: Lists
     lists: Lists
-    facts: Facts
+    facts: Snapshot
 
 
-def advertise(members: Members, facts: Facts) -> Mapping[str, tuple[Advertised, ...]]:
+def advertise(members: OfferedDevices, facts: Snapshot) -> Mapping[str, tuple[Advertised, ...]]:
     """What each resource tells the kubelet, by resource name, devices sorted by ID."""
     return {
         resource: tuple(
@@ -52,16 +53,16 @@ def advertise(members: Members, facts: Facts) -> Mapping[str, tuple[Advertised, 
     }
 
 
-def _healths(resource: str, devices: Mapping[str, Seen], facts: Facts) -> Mapping[str, Health]:
+def _healths(resource: str, devices: Mapping[str, OfferedDevice], facts: Snapshot) -> Mapping[str, Health]:
     found = {device_id: health(facts, seen, resource) for device_id, seen in devices.items()}
-    for serial, borne in bearers(devices, found, facts).items():
+    for serial, borne in serial_owners(devices, found, facts).items():
         for device_id, seen in devices.items():
             if seen.selector.selector.serial == serial:
-                found[device_id] = settled(found[device_id], seen.key, serial, borne)
+                found[device_id] = resolve_ambiguity(found[device_id], seen.key, serial, borne)
     return found
 
 
-def only(facts: Facts, members: Members, device_ids: Collection[str]) -> Facts | None:
+def only(facts: Snapshot, members: OfferedDevices, device_ids: Collection[str]) -> Snapshot | None:
     """The facts about these devices, and the resources that have or may get one of them, and no others.
 
     None if others may be concerned, too: one of them has no lock or claim that says where it stands; one is attached
@@ -107,7 +108,9 @@ def _part(view: ServerView, busids: set[str]) -> ServerView:
     return replace(view, devices=devices)
 
 
-def relearn(members: Members, lists: Lists, part: Facts, device_ids: Collection[str]) -> tuple[Members, Lists, Lists]:
+def relearn(
+    members: OfferedDevices, lists: Lists, part: Snapshot, device_ids: Collection[str]
+) -> tuple[OfferedDevices, Lists, Lists]:
     """The members and lists after a change of these devices' locks or claims, and what the lists say of these.
 
     part: what only() made of all facts. A resource whose list does not change keeps the very tuple it has.
@@ -116,7 +119,7 @@ def relearn(members: Members, lists: Lists, part: Facts, device_ids: Collection[
     before = {name: {i: devices[i] for i in device_ids if i in devices} for name, devices in concerned.items()}
     after = learn(before, part)
     told = advertise(after, part)
-    found: dict[str, Mapping[str, Seen]] = {**members}
+    found: dict[str, Mapping[str, OfferedDevice]] = {**members}
     for name, changed in after.items():
         devices = members.get(name, {})
         if name not in members or before.get(name, {}) != changed:
@@ -163,14 +166,14 @@ _NOT_THERE = frozenset(
 )
 
 
-class Oddities:
+class OverlapWarnings:
     """Of one node. What has been said is not said again while it lasts."""
 
     def __init__(self) -> None:
         self._shared: frozenset[tuple[str, ...]] = frozenset()
         self._ambiguous: frozenset[tuple[str, str]] = frozenset()
 
-    def look(self, members: Members, advertised: Mapping[str, tuple[Advertised, ...]]) -> None:
+    def look(self, members: OfferedDevices, advertised: Mapping[str, tuple[Advertised, ...]]) -> None:
         """At each evaluation."""
         shared = shared_devices(advertised)
         for resources in sorted(shared.keys() - self._shared):
@@ -206,7 +209,7 @@ def shared_devices(advertised: Mapping[str, tuple[Advertised, ...]]) -> dict[tup
 
 
 def ambiguous_devices(
-    members: Members, advertised: Mapping[str, tuple[Advertised, ...]]
+    members: OfferedDevices, advertised: Mapping[str, tuple[Advertised, ...]]
 ) -> dict[tuple[str, str], list[str]]:
     """Devices that are not offered because others tell their serial number, by resource and that."""
     found: dict[tuple[str, str], list[str]] = {}

@@ -13,7 +13,7 @@ from usbip_plugin.usbip.poller import ServerView
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class OfferedDevice:
     """A device a resource offers, as last seen. descriptor is None while only its lock is known.
 
     configured: some selector of the resource names it. One that none names any more is offered to whoever has it only.
@@ -27,12 +27,12 @@ class Seen:
     configured: bool = True
 
 
-Members = Mapping[str, Mapping[str, Seen]]
+OfferedDevices = Mapping[str, Mapping[str, OfferedDevice]]
 """resource name -> device ID -> Seen. Carried from one evaluation to the next."""
 
 
 @dataclass(frozen=True, slots=True)
-class Driver:
+class PortSummary:
     """This node's vhci_hcd. error is None while it can attach; free and used ports by hub."""
 
     error: str | None = None
@@ -41,14 +41,14 @@ class Driver:
     used_hs: int = 0
     used_ss: int = 0
 
-    def hinders_as(self, other: Driver) -> bool:
+    def hinders_as(self, other: PortSummary) -> bool:
         """Whether the same devices could be attached: how many ports are free matters for people only."""
         mine, others = ((one.error, one.free_hs == 0, one.free_ss == 0) for one in (self, other))
         return mine == others
 
 
 @dataclass(frozen=True, slots=True)
-class Api:
+class ApiStatus:
     """The API server as the lock watch sees it. unreachable_for: seconds, None while it answers."""
 
     unreachable_for: float | None = None
@@ -56,7 +56,7 @@ class Api:
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
+class Snapshot:
     """Everything that decides what is advertised. Mappings by device ID, servers by key.
 
     released: devices let go by their holder, whose server has not been asked since its reset. moved_here(device_id):
@@ -70,8 +70,8 @@ class Facts:
     locks: Mapping[str, Lock]
     standings: Mapping[str, LockStatus]
     claims: Mapping[str, Claim]
-    driver: Driver = field(default_factory=Driver)
-    api: Api = field(default_factory=Api)
+    driver: PortSummary = field(default_factory=PortSummary)
+    api: ApiStatus = field(default_factory=ApiStatus)
     released: frozenset[str] = frozenset()
     moved_here: Callable[[str], Claim | None] = lambda _device_id: None
     restless: frozenset[str] = frozenset()

@@ -35,7 +35,7 @@ Spawn = Callable[[Coroutine[object, object, None]], None]
 """Begins work that ends with whoever owns it."""
 
 
-class Handovers:
+class HandoverTracker:
     """Of all devices, for one node. look_at is called when a device's list counts again."""
 
     def __init__(
@@ -130,14 +130,14 @@ class Handovers:
                 self._look_at(device_id)
 
 
-class Suspects:
+class ReplacedDevices:
     """Devices that left their server's list while nobody used them: another may have come back in their place.
 
     Servers that number devices by port list it under the same number. It is asked again; whoever has held it since, to
     ask it or to use it, has written down what it told.
     """
 
-    def __init__(self, rereads: Rereads) -> None:
+    def __init__(self, rereads: ProbeLimiter) -> None:
         self._rereads = rereads
         self._listed: dict[ServerKey, frozenset[str]] = {}
         self._away: dict[str, tuple[ServerKey, int, float]] = {}
@@ -179,7 +179,7 @@ class Suspects:
         return frozenset(self._epochs)
 
 
-class Rereads:
+class ProbeLimiter:
     """Devices whose locks have said again and again that another one stands there. Times: seconds, monotonic."""
 
     def __init__(self) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from usbip_plugin.claims import Claim, ClaimState, place_of, serves
 from usbip_plugin.config.selectors import Match, matches
-from usbip_plugin.inventory.facts import Facts, Seen
+from usbip_plugin.inventory.facts import OfferedDevice, Snapshot
 from usbip_plugin.locks.protocol import LockStatus
 from usbip_plugin.model import Descriptor, DeviceKey, Health, Lock, Reason
 from usbip_plugin.usbip.poller import ServerState
@@ -19,7 +19,7 @@ _AWAY = frozenset({Reason.NOT_LISTED, Reason.LISTED_WRONG, Reason.SERVER_UNREACH
 
 
 @dataclass(frozen=True, order=True, slots=True)
-class Bearer:
+class SerialOwner:
     """A device that tells a serial number, or is held as the one that does. holder: "" if nobody holds it."""
 
     key: DeviceKey
@@ -29,10 +29,14 @@ class Bearer:
         return f"{self.key}" + (f" (held by node {self.holder})" if self.holder else "")
 
 
-def bearers(devices: Mapping[str, Seen], found: Mapping[str, Health], facts: Facts) -> Mapping[str, tuple[Bearer, ...]]:
+def serial_owners(
+    devices: Mapping[str, OfferedDevice], found: Mapping[str, Health], facts: Snapshot
+) -> Mapping[str, tuple[SerialOwner, ...]]:
     """Who has each of the serial numbers that a resource promises by more than one device. found: see health."""
     serials = [serial for seen in devices.values() if (serial := seen.selector.selector.serial) is not None]
-    borne: dict[str, list[Bearer]] = {serial: [] for serial, n in Counter(serials).items() if n > 1} if serials else {}
+    borne: dict[str, list[SerialOwner]] = (
+        {serial: [] for serial, n in Counter(serials).items() if n > 1} if serials else {}
+    )
     if not borne:
         return {}
     moved = {lock.in_place_of for lock in facts.locks.values() if lock.holder}
@@ -45,13 +49,13 @@ def bearers(devices: Mapping[str, Seen], found: Mapping[str, Health], facts: Fac
         if lock.holder and found[device_id].reason is not Reason.HOLDER_EXPIRED:
             # as long as it is held for a device that is attached from elsewhere, that is where it is
             if device_id not in moved:
-                borne[serial].append(Bearer(seen.key, lock.holder))
-        elif device_id in facts.released or absence(facts, seen) is None:
-            borne[serial].append(Bearer(seen.key))
+                borne[serial].append(SerialOwner(seen.key, lock.holder))
+        elif device_id in facts.released or import_obstacle(facts, seen) is None:
+            borne[serial].append(SerialOwner(seen.key))
     return {serial: tuple(who) for serial, who in borne.items()}
 
 
-def settled(health: Health, key: DeviceKey, serial: str, bearers: Collection[Bearer]) -> Health:
+def resolve_ambiguity(health: Health, key: DeviceKey, serial: str, bearers: Collection[SerialOwner]) -> Health:
     """The health of a device that is promised by its serial number, given who else bears it."""
     others = sorted(bearer for bearer in bearers if bearer.key != key)
     if not others:
@@ -64,7 +68,7 @@ def settled(health: Health, key: DeviceKey, serial: str, bearers: Collection[Bea
     return health
 
 
-def _listed(bearers: Sequence[Bearer]) -> str:
+def _listed(bearers: Sequence[SerialOwner]) -> str:
     more = len(bearers) - _SHOWN
     return " and ".join(map(str, bearers[:_SHOWN])) + (f" and {more} more" if more > 0 else "")
 
@@ -75,7 +79,7 @@ API_GRACE = 15.0
 SUPER_SPEED = 5
 
 
-def health(facts: Facts, seen: Seen, resource: str) -> Health:
+def health(facts: Snapshot, seen: OfferedDevice, resource: str) -> Health:
     """Why the device can or cannot be had on this node as this resource. The first reason that holds, nearest to this
     node first."""
     device_id = seen.key.id
@@ -99,7 +103,7 @@ def health(facts: Facts, seen: Seen, resource: str) -> Health:
         return Health(Reason.API_UNREACHABLE, facts.api.error)
     if facts.driver.error is not None:
         return Health(Reason.NO_DRIVER, facts.driver.error)
-    unlisted = absence(facts, seen)
+    unlisted = import_obstacle(facts, seen)
     resetting = device_id in facts.released and unlisted is not None and unlisted.reason is Reason.NOT_LISTED
     if unlisted is not None and not resetting:
         return unlisted
@@ -111,7 +115,7 @@ def health(facts: Facts, seen: Seen, resource: str) -> Health:
     return Health(Reason.FREE)
 
 
-def absence(facts: Facts, seen: Seen) -> Health | None:
+def import_obstacle(facts: Snapshot, seen: OfferedDevice) -> Health | None:
     """Why the device cannot be imported from its server now; None if that lists the promised device."""
     server = seen.key.server
     view = facts.servers.get(server)
@@ -127,7 +131,7 @@ def absence(facts: Facts, seen: Seen) -> Health | None:
     return _told_health(facts, seen, listed)
 
 
-def _claim_health(claim: Claim, facts: Facts) -> Health:
+def _claim_health(claim: Claim, facts: Snapshot) -> Health:
     lock = facts.locks.get(claim.id)
     match claim.state:
         case ClaimState.RELEASING if lock is not None and lock.holder not in ("", facts.me):
@@ -148,7 +152,7 @@ def _claim_health(claim: Claim, facts: Facts) -> Health:
             return Health(Reason.IN_PROGRESS, claim.state.value)
 
 
-def _told_health(facts: Facts, seen: Seen, listed: Descriptor) -> Health | None:
+def _told_health(facts: Snapshot, seen: OfferedDevice, listed: Descriptor) -> Health | None:
     """None if what the device has told is what its selector wants, as far as that says anything about it."""
     selector = seen.selector.selector
     if selector.serial is None and selector.class_ is None:

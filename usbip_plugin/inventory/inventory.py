@@ -14,9 +14,9 @@ from usbip_plugin.claims import Claim, ClaimBook
 from usbip_plugin.config.schema import Config, ResourceConfig
 from usbip_plugin.context import NodeContext
 from usbip_plugin.inventory.conditions import Conditions
-from usbip_plugin.inventory.evaluate import Evaluation, Lists, Oddities, advertise, only, relearn
-from usbip_plugin.inventory.facts import Driver, Facts, Members, Seen
-from usbip_plugin.inventory.handover import Handovers, Rereads, Suspects
+from usbip_plugin.inventory.evaluate import Evaluation, Lists, OverlapWarnings, advertise, only, relearn
+from usbip_plugin.inventory.facts import OfferedDevice, OfferedDevices, PortSummary, Snapshot
+from usbip_plugin.inventory.handover import HandoverTracker, ProbeLimiter, ReplacedDevices
 from usbip_plugin.inventory.members import held_as, learn
 from usbip_plugin.locks.manager import LockManager
 from usbip_plugin.locks.watch import LockChange
@@ -27,7 +27,7 @@ from usbip_plugin.vhci.driver import VhciDriver
 log = logging.getLogger(__name__)
 
 
-class Advertiser:
+class Inventory:
     """The one place that knows what this node offers. All methods belong to one event loop; `run` must be running."""
 
     def __init__(
@@ -50,13 +50,13 @@ class Advertiser:
         self._taken_subscribers: list[Callable[[LockChange, float], Coroutine[object, object, None]]] = []
         self._lists: Lists = {}
         self._former: dict[str, ResourceConfig] = {}
-        self._members: Members = {}
+        self._members: OfferedDevices = {}
         self._moved: set[str] = set()
         self._conditions = Conditions(context, driver=driver, locks=locks, look_again=self.look_again)
-        self._handovers = Handovers(context, locks=locks, poller=poller, spawn=self.spawn, look_at=self._look_at)
-        self._rereads = Rereads()
-        self._suspects = Suspects(self._rereads)
-        self._oddities = Oddities()
+        self._handovers = HandoverTracker(context, locks=locks, poller=poller, spawn=self.spawn, look_at=self._look_at)
+        self._rereads = ProbeLimiter()
+        self._suspects = ReplacedDevices(self._rereads)
+        self._oddities = OverlapWarnings()
         self._scheduled = False
         self._due: set[str] | None = None
         self._tasks: asyncio.TaskGroup | None = None
@@ -87,7 +87,7 @@ class Advertiser:
         return self._config
 
     @property
-    def ports(self) -> Driver:
+    def ports(self) -> PortSummary:
         """The driver and its ports, as last read."""
         return self._conditions.ports
 
@@ -114,7 +114,7 @@ class Advertiser:
                 held[name] = self._former[name].cdi if name in self._former else held.get(name, False)
         return held | {resource.name: resource.cdi for resource in self._config.resources}
 
-    def lookup(self, name: str) -> tuple[ResourceConfig, Mapping[str, Seen]] | None:
+    def lookup(self, name: str) -> tuple[ResourceConfig, Mapping[str, OfferedDevice]] | None:
         """A resource, by its name without the domain, and the devices it offers.
 
         None if it is, and was, not in the configuration.
@@ -135,12 +135,12 @@ class Advertiser:
         """The resources that have the device, by their names without the domain."""
         return [name for name, devices in self._members.items() if device_id in devices]
 
-    def facts(self, device_ids: Collection[str] | None = None) -> Facts:
+    def facts(self, device_ids: Collection[str] | None = None) -> Snapshot:
         """What is known now; with device_ids, of their locks and releases no others."""
         locks = self._locks.locks
         if device_ids is not None:
             locks = {i: locks[i] for i in device_ids if i in locks}
-        return Facts(
+        return Snapshot(
             me=self._me.node,
             config=self._config,
             servers=self._poller.views,

@@ -14,7 +14,7 @@ from dataclasses import replace
 from usbip_plugin.claims import Claim
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig
 from usbip_plugin.config.selectors import Match, matches
-from usbip_plugin.inventory.facts import Facts, Members, Seen
+from usbip_plugin.inventory.facts import OfferedDevice, OfferedDevices, Snapshot
 from usbip_plugin.model import UNKNOWN_IDENTITY, Descriptor, DeviceKey, Identity, ServerKey, UsbId
 from usbip_plugin.usbip.poller import ServerState, ServerView
 
@@ -25,12 +25,12 @@ A server that lists others each time it is asked would otherwise fill the node's
 """
 
 
-def learn(before: Members, facts: Facts) -> Members:
+def learn(before: OfferedDevices, facts: Snapshot) -> OfferedDevices:
     """The devices each resource offers now, given those it offered before."""
-    found: dict[str, dict[str, Seen]] = {}
+    found: dict[str, dict[str, OfferedDevice]] = {}
     candidates = list(_candidates(facts))
     for resource in facts.config.resources:
-        mine: dict[str, Seen] = {}
+        mine: dict[str, OfferedDevice] = {}
         old = before.get(resource.name, {})
         for device_id, seen in old.items():
             descriptor = seen.descriptor or _bare(seen.key.busid, seen.usb_id)
@@ -48,7 +48,7 @@ def learn(before: Members, facts: Facts) -> Members:
                 continue
             known = mine.get(key.id)
             if listed or known is None:
-                mine[key.id] = Seen(key, descriptor.usb_id, selector, descriptor if listed else None, told)
+                mine[key.id] = OfferedDevice(key, descriptor.usb_id, selector, descriptor if listed else None, told)
             elif told.serial is not None:
                 mine[key.id] = replace(known, selector=selector, told=told, configured=True)
         if len(mine) > MAX_VANISHED:
@@ -90,7 +90,7 @@ def _bare(busid: str, usb_id: UsbId) -> Descriptor:
     return Descriptor(busid, "", 0, 0, 0, usb_id, 0, 0, 0, 0, 0, 0, 0)
 
 
-def _candidates(facts: Facts) -> Iterable[tuple[DeviceKey, Descriptor, bool]]:
+def _candidates(facts: Snapshot) -> Iterable[tuple[DeviceKey, Descriptor, bool]]:
     """(key, descriptor, listed now) of every device that can be seen anywhere, listed ones last so that they win."""
     for lock in facts.locks.values():
         key, usb_id = lock.key, lock.usb_id
@@ -103,16 +103,16 @@ def _candidates(facts: Facts) -> Iterable[tuple[DeviceKey, Descriptor, bool]]:
             yield DeviceKey(server, descriptor.busid), descriptor, True
 
 
-def _by_claim(config: Config, claim: Claim) -> Seen:
+def _by_claim(config: Config, claim: Claim) -> OfferedDevice:
     resource = next((one for one in config.resources if one.name == claim.resource), None)
     entries = resource.devices if resource is not None else ()
     bare = DeviceSelector(claim.key.server)
     selector = next((entry for entry in entries if entry.target == claim.key.server), bare)
-    seen = Seen(claim.key, claim.usb_id, selector, told=Identity(serial=claim.serial))
+    seen = OfferedDevice(claim.key, claim.usb_id, selector, told=Identity(serial=claim.serial))
     return replace(seen, configured=resource is not None and _may_name(resource, seen))
 
 
-def _may_name(resource: ResourceConfig, seen: Seen) -> bool:
+def _may_name(resource: ResourceConfig, seen: OfferedDevice) -> bool:
     """Whether some selector of the resource names the device, as far as is known of it."""
     descriptor = seen.descriptor or _bare(seen.key.busid, seen.usb_id)
     return any(
@@ -121,7 +121,7 @@ def _may_name(resource: ResourceConfig, seen: Seen) -> bool:
     )
 
 
-def _too_old(mine: dict[str, Seen], present: Collection[str]) -> list[str]:
+def _too_old(mine: dict[str, OfferedDevice], present: Collection[str]) -> list[str]:
     """Those that are not present and beyond MAX_VANISHED of their server, counted from the one learnt last."""
     room: Counter[ServerKey] = Counter()
     gone: list[str] = []

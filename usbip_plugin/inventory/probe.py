@@ -17,8 +17,8 @@ from usbip_plugin.config.selectors import Match, matches
 from usbip_plugin.context import NodeContext
 from usbip_plugin.errors import PluginError
 from usbip_plugin.inventory.evaluate import Evaluation
-from usbip_plugin.inventory.facts import Facts
-from usbip_plugin.inventory.inventory import Advertiser
+from usbip_plugin.inventory.facts import Snapshot
+from usbip_plugin.inventory.inventory import Inventory
 from usbip_plugin.locks.protocol import LockStatus
 from usbip_plugin.model import Descriptor, DeviceKey, ServerKey
 from usbip_plugin.observe.spans import untraced
@@ -37,7 +37,7 @@ PROBE_SPREAD = 0.5
 """Seconds over which nodes spread their asking of one device. The first to write its lock is seen by the others."""
 
 
-def wanted(facts: Facts, key: DeviceKey, descriptor: Descriptor) -> bool:
+def wanted(facts: Snapshot, key: DeviceKey, descriptor: Descriptor) -> bool:
     """Whether some selector could take this listed device, if only it were known who it is, and it can be asked."""
     told = facts.told(key.id, descriptor)
     if told.serial is not None and (descriptor.interfaces or told.interfaces) is not None:
@@ -49,7 +49,7 @@ def wanted(facts: Facts, key: DeviceKey, descriptor: Descriptor) -> bool:
     return any(matches(selector, descriptor, told) is Match.NEEDS_PROBE for selector in facts.config.asking(key.server))
 
 
-def wanting_probe(facts: Facts) -> tuple[tuple[DeviceKey, Descriptor], ...]:
+def wanting_probe(facts: Snapshot) -> tuple[tuple[DeviceKey, Descriptor], ...]:
     """Every such device of the servers that answer.
 
     One that has no lock yet is left out where its server has MAX_LOCKS already.
@@ -112,7 +112,7 @@ Probe = Callable[[DeviceKey, Descriptor], Awaitable[object]]
 class Prober:
     """Asks the devices of an inventory who they are, after each evaluation those whose turn it is."""
 
-    def __init__(self, context: NodeContext, *, inventory: Advertiser, poller: ServerPoller, probe: Probe) -> None:
+    def __init__(self, context: NodeContext, *, inventory: Inventory, poller: ServerPoller, probe: Probe) -> None:
         self._me = context.me.node
         self._clock = context.clock
         self._inventory = inventory

@@ -29,8 +29,8 @@ from usbip_plugin.claims import ClaimBook
 from usbip_plugin.config.schema import DeviceSelector, ResourceConfig
 from usbip_plugin.context import NodeContext
 from usbip_plugin.errors import NotAttached, PluginError, UnknownDevice
-from usbip_plugin.inventory.facts import Seen
-from usbip_plugin.inventory.inventory import Advertiser
+from usbip_plugin.inventory.facts import OfferedDevice
+from usbip_plugin.inventory.inventory import Inventory
 from usbip_plugin.kubelet.device_plugin import status_code
 from usbip_plugin.kubelet.pod_resources import UsageWatcher
 from usbip_plugin.kubelet.publish import LOOKING_SHARE, TELLING_SHARE, Telling, time_kept
@@ -99,7 +99,7 @@ def container_response(
     return ContainerResponse(envs=envs, devices=tuple(specs.values()), cdi_devices=tuple(cdi_names))
 
 
-def listed_as(seen: Seen) -> Identity | None:
+def listed_as(seen: OfferedDevice) -> Identity | None:
     """What its server's list says of who it is: for its lock, by which it is known while it is not listed."""
     descriptor = seen.descriptor
     if descriptor is None or not descriptor.interfaces:
@@ -123,7 +123,7 @@ class Allocator:
         attacher: Attacher,
         keeper: AttachmentMonitor,
         claims: ClaimBook,
-        inventory: Advertiser,
+        inventory: Inventory,
         users: UsageWatcher,
         publisher: Telling,
         events: EventSink,
@@ -219,7 +219,7 @@ class Allocator:
                 for ids in containers
             )
 
-    def _known(self, offered: Mapping[str, Seen], resource: str, device_id: str) -> Seen:
+    def _known(self, offered: Mapping[str, OfferedDevice], resource: str, device_id: str) -> OfferedDevice:
         seen = offered.get(device_id)
         if seen is None:
             raise UnknownDevice(f"{resource} has no device {device_id} on this node")

@@ -12,7 +12,7 @@ from typing import Protocol
 from usbip_plugin.claims import ClaimBook
 from usbip_plugin.clock import Clock
 from usbip_plugin.context import NodeContext
-from usbip_plugin.inventory.inventory import Advertiser
+from usbip_plugin.inventory.inventory import Inventory
 from usbip_plugin.kubelet.allocate import Allocator
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer
 from usbip_plugin.kubelet.publish import Telling
@@ -87,7 +87,7 @@ class ResourceSet:
         domain: str,
         allocator: Allocator,
         claims: ClaimBook,
-        inventory: Advertiser,
+        inventory: Inventory,
         publisher: Telling,
         registrar: Registrar,
         on_state: Callable[[Plugin], None],

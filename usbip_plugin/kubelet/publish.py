@@ -14,7 +14,7 @@ from opentelemetry.util.types import AttributeValue
 from usbip_plugin.config.schema import Config
 from usbip_plugin.context import NodeContext
 from usbip_plugin.inventory.evaluate import Evaluation, differing
-from usbip_plugin.inventory.inventory import Advertiser
+from usbip_plugin.inventory.inventory import Inventory
 from usbip_plugin.kube.node_status import NodeStatusPublisher
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer
 from usbip_plugin.locks.manager import LockManager
@@ -55,7 +55,7 @@ class Telling:
         self,
         context: NodeContext,
         *,
-        inventory: Advertiser,
+        inventory: Inventory,
         locks: LockManager,
         domain: str,
         node_status: NodeStatusPublisher | None,

@@ -26,7 +26,7 @@ from usbip_plugin.clock import Clock
 from usbip_plugin.config.schema import Config
 from usbip_plugin.context import NodeContext
 from usbip_plugin.errors import PluginError
-from usbip_plugin.inventory.inventory import Advertiser
+from usbip_plugin.inventory.inventory import Inventory
 from usbip_plugin.inventory.probe import Prober
 from usbip_plugin.kube.client import KubeClient
 from usbip_plugin.kube.eviction import Evictor
@@ -125,7 +125,7 @@ class Agent:
             self.poller.lists,
             observer.on_acquire,
         )
-        self.inventory = Advertiser(
+        self.inventory = Inventory(
             context, config, claims=self.claims, locks=self.locks, poller=self.poller, driver=out.driver
         )
         # devices in use

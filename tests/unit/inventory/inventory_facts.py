@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from usbip_plugin.claims import Claim, ClaimState
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
-from usbip_plugin.inventory.facts import Facts, Members
+from usbip_plugin.inventory.facts import OfferedDevices, Snapshot
 from usbip_plugin.inventory.members import learn
 from usbip_plugin.locks.protocol import LockStatus
 from usbip_plugin.model import Descriptor, DeviceKey, Lock, ServerKey, UsbId
@@ -45,8 +45,8 @@ def lock(holder: str, **more: object) -> Lock:
     return Lock(KEY.id, holder, 3, 40.0, "9", key=KEY, usb_id=STICK, **more)  # type: ignore[arg-type]
 
 
-def facts(**more: object) -> Facts:
-    base = Facts("node-a", CONFIG, {LAB: view(listed())}, {}, {}, {})
+def facts(**more: object) -> Snapshot:
+    base = Snapshot("node-a", CONFIG, {LAB: view(listed())}, {}, {}, {})
     return replace(base, **more)  # type: ignore[arg-type]
 
 
@@ -61,9 +61,9 @@ def claim(state: ClaimState) -> dict[str, object]:
     }
 
 
-def red(**more: object) -> Facts:
+def red(**more: object) -> Snapshot:
     """The resource promises RED, and that is what 1-1 was when it was read."""
     return facts(**{"config": BY_SERIAL, "locks": {KEY.id: lock("", serial="RED", read_from=DEVID)}, **more})
 
 
-KNOWN: Members = learn({}, facts())
+KNOWN: OfferedDevices = learn({}, facts())

@@ -12,7 +12,7 @@ from usbip_plugin.claims import Claim, ClaimState
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.inventory import evaluate
 from usbip_plugin.inventory.evaluate import advertise
-from usbip_plugin.inventory.facts import Facts, Members
+from usbip_plugin.inventory.facts import OfferedDevices, Snapshot
 from usbip_plugin.inventory.members import learn
 from usbip_plugin.locks.protocol import LockStatus
 from usbip_plugin.model import Descriptor, DeviceKey, Lock, ServerKey, UsbId
@@ -54,7 +54,7 @@ def claim(key: DeviceKey, rng: random.Random) -> Claim | None:
     return Claim(key, state=state, usb_id=rng.choice(IDS), resource=rng.choice(RESOURCES))
 
 
-def world(rng: random.Random) -> Facts:
+def world(rng: random.Random) -> Snapshot:
     servers = {
         server: ServerView(
             server,
@@ -71,10 +71,10 @@ def world(rng: random.Random) -> Facts:
         for key in KEYS
         if rng.random() < 0.1
     }
-    return with_locks(Facts("here", CONFIG, servers, {}, {}, claims), locks)
+    return with_locks(Snapshot("here", CONFIG, servers, {}, {}, claims), locks)
 
 
-def with_locks(facts: Facts, locks: Mapping[str, Lock]) -> Facts:
+def with_locks(facts: Snapshot, locks: Mapping[str, Lock]) -> Snapshot:
     return replace(facts, locks=locks, standings={i: HOLDERS[lock.holder] for i, lock in locks.items()})
 
 
@@ -138,7 +138,7 @@ def test_everything_is_worked_out_where_others_may_be_concerned() -> None:
     key = KEYS[0]
     good = Lock(key.id, "", 1, 40.0, "2", key=key, usb_id=IDS[0])
     facts = with_locks(facts, {key.id: good})
-    members: Members = {}
+    members: OfferedDevices = {}
     assert evaluate.only(facts, members, {key.id}) is not None
     assert evaluate.only(with_locks(facts, {}), members, {key.id}) is None, "a lock that is gone"
     assert evaluate.only(with_locks(facts, {key.id: replace(good, usb_id=None)}), members, {key.id}) is None

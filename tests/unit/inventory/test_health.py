@@ -26,7 +26,7 @@ from tests.unit.inventory.inventory_facts import (
 from usbip_plugin.claims import Claim, ClaimState
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.inventory.evaluate import advertise
-from usbip_plugin.inventory.facts import Api, Driver, Facts
+from usbip_plugin.inventory.facts import ApiStatus, PortSummary, Snapshot
 from usbip_plugin.inventory.health import API_GRACE
 from usbip_plugin.inventory.members import learn
 from usbip_plugin.locks.protocol import LockStatus
@@ -34,7 +34,7 @@ from usbip_plugin.model import DeviceKey, Health, Identity, Reason
 from usbip_plugin.usbip.poller import ServerState
 
 
-def health_of(now: Facts) -> Health:
+def health_of(now: Snapshot) -> Health:
     (device,) = advertise(learn(KNOWN, now), now)["stick"]
     assert device.id == KEY.id
     return device.health
@@ -48,7 +48,7 @@ def health_of(now: Facts) -> Health:
         (facts(**claim(ClaimState.IMPORTING)), Reason.IN_PROGRESS, "Importing"),
         (facts(**claim(ClaimState.REATTACHING)), Reason.LOST, "lab:3240"),
         (facts(**claim(ClaimState.RELEASING)), Reason.IN_PROGRESS, "Releasing"),
-        (facts(**claim(ClaimState.RELEASING), api=Api(1.0, "refused")), Reason.API_UNREACHABLE, "refused"),
+        (facts(**claim(ClaimState.RELEASING), api=ApiStatus(1.0, "refused")), Reason.API_UNREACHABLE, "refused"),
         (facts(**claim(ClaimState.LOST) | held("node-b")), Reason.LOCK_LOST, "node-b"),
         (facts(**held("node-b")), Reason.HELD_ELSEWHERE, "node-b"),
         (facts(**held("node-b", LockStatus.EXPIRED)), Reason.HOLDER_EXPIRED, "node-b"),
@@ -64,13 +64,13 @@ def health_of(now: Facts) -> Health:
         (facts(servers={LAB: view()}, released=frozenset({KEY.id})), Reason.FREE, ""),
         (facts(servers={LAB: view(listed(usb_id=OTHER))}, released=frozenset({KEY.id})), Reason.LISTED_WRONG, "1050"),
         (facts(**claim(ClaimState.RELEASING) | held("node-b")), Reason.HELD_ELSEWHERE, "node-b"),
-        (facts(api=Api(API_GRACE, "gone")), Reason.API_UNREACHABLE, "gone"),
-        (facts(api=Api(API_GRACE - 1, "gone")), Reason.FREE, ""),
-        (facts(driver=Driver("not loaded", 0, 0)), Reason.NO_DRIVER, "not loaded"),
-        (facts(driver=Driver(None, 0, 8)), Reason.NO_PORT, "hs"),
+        (facts(api=ApiStatus(API_GRACE, "gone")), Reason.API_UNREACHABLE, "gone"),
+        (facts(api=ApiStatus(API_GRACE - 1, "gone")), Reason.FREE, ""),
+        (facts(driver=PortSummary("not loaded", 0, 0)), Reason.NO_DRIVER, "not loaded"),
+        (facts(driver=PortSummary(None, 0, 8)), Reason.NO_PORT, "hs"),
     ],
 )
-def test_every_reason(now: Facts, reason: Reason, words: str) -> None:
+def test_every_reason(now: Snapshot, reason: Reason, words: str) -> None:
     health = health_of(now)
     assert health.reason is reason
     assert words in health.detail
@@ -78,13 +78,13 @@ def test_every_reason(now: Facts, reason: Reason, words: str) -> None:
 
 def test_a_held_device_stays_healthy_without_api_server_and_without_usb_server() -> None:
     now = facts(
-        **claim(ClaimState.ATTACHED), api=Api(999.0, "gone"), servers={LAB: view(state=ServerState.UNREACHABLE)}
+        **claim(ClaimState.ATTACHED), api=ApiStatus(999.0, "gone"), servers={LAB: view(state=ServerState.UNREACHABLE)}
     )
     assert health_of(now).healthy
 
 
 def test_a_super_speed_device_needs_a_port_of_its_own_hub() -> None:
-    now = facts(servers={LAB: view(listed(speed=SUPER))}, driver=Driver(None, 8, 0))
+    now = facts(servers={LAB: view(listed(speed=SUPER))}, driver=PortSummary(None, 8, 0))
     assert health_of(now).reason is Reason.NO_PORT
 
 

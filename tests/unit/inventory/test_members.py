@@ -21,7 +21,7 @@ from tests.unit.inventory.inventory_facts import (
 from usbip_plugin.claims import Claim, ClaimState
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.inventory.evaluate import advertise
-from usbip_plugin.inventory.facts import Members
+from usbip_plugin.inventory.facts import OfferedDevices
 from usbip_plugin.inventory.members import MAX_VANISHED, importable, learn
 from usbip_plugin.model import DeviceKey, InterfaceClass, Lock, Reason, ServerKey
 from usbip_plugin.usbip.poller import ServerState, ServerView
@@ -59,7 +59,7 @@ def others(poll: int, count: int = 256) -> ServerView:
 
 
 def test_a_server_with_ever_new_devices_is_remembered_within_bounds() -> None:
-    members: Members = {}
+    members: OfferedDevices = {}
     for poll in range(20):
         now = facts(servers={LAB: others(poll)})
         members = learn(members, now)

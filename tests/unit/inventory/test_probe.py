@@ -6,8 +6,8 @@ import pytest
 
 from usbip_plugin.claims import Claim, ClaimState
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
-from usbip_plugin.inventory.facts import Facts
-from usbip_plugin.inventory.handover import MAX_REREADS, REREAD_SPAN, Rereads, Suspects
+from usbip_plugin.inventory.facts import Snapshot
+from usbip_plugin.inventory.handover import MAX_REREADS, REREAD_SPAN, ProbeLimiter, ReplacedDevices
 from usbip_plugin.inventory.probe import (
     MAX_LOCKS,
     MAX_PROBES,
@@ -33,10 +33,10 @@ def listed(busid: str = "1-1", devnum: int = 2, interfaces: tuple[InterfaceClass
 DEVID = listed().devid
 
 
-def facts(selector: Selector, *devices: Descriptor, server: ServerKey = LAB, **more: object) -> Facts:
+def facts(selector: Selector, *devices: Descriptor, server: ServerKey = LAB, **more: object) -> Snapshot:
     config = Config((ResourceConfig("stick", (DeviceSelector(server, selector),)),))
     view = ServerView(server, ServerState.REACHABLE, devices or (listed(),))
-    return replace(Facts("node-a", config, {server: view}, {}, {}, {}), **more)  # type: ignore[arg-type]
+    return replace(Snapshot("node-a", config, {server: view}, {}, {}, {}), **more)  # type: ignore[arg-type]
 
 
 def known(**more: object) -> dict[str, Lock]:
@@ -44,7 +44,7 @@ def known(**more: object) -> dict[str, Lock]:
     return {KEY.id: replace(lock, **more)}  # type: ignore[arg-type]
 
 
-def keys(now: Facts) -> list[DeviceKey]:
+def keys(now: Snapshot) -> list[DeviceKey]:
     return [key for key, _descriptor in wanting_probe(now)]
 
 
@@ -130,7 +130,7 @@ def test_nodes_begin_with_different_devices_and_at_different_times() -> None:
 
 
 def test_a_device_that_gets_a_new_number_each_time_is_not_asked_for_ever() -> None:
-    rereads = Rereads()
+    rereads = ProbeLimiter()
     for n in range(MAX_REREADS):
         assert rereads.restless(float(n)) == frozenset()
         rereads.note(KEY.id, float(n))
@@ -160,7 +160,7 @@ def polled(*busids: str) -> ServerView:
 def test_a_device_that_vanished_while_nobody_used_it_is_suspect_until_somebody_has_held_it(
     locks: dict[str, Lock], released: tuple[str, ...], suspect: bool
 ) -> None:
-    suspects = Suspects(Rereads())
+    suspects = ReplacedDevices(ProbeLimiter())
     suspects.server_changed(polled("1-1", "1-2"), locks, (), 0.0)
     assert suspects.now(locks) == frozenset()
     suspects.server_changed(replace(polled(), state=ServerState.UNREACHABLE), locks, released, 1.0)
@@ -175,7 +175,7 @@ def test_a_device_that_vanished_while_nobody_used_it_is_suspect_until_somebody_h
 
 
 def test_a_device_that_is_swapped_now_and_then_is_asked_each_time() -> None:
-    rereads = Rereads()
+    rereads = ProbeLimiter()
     for hour in range(20):
         rereads.note(KEY.id, hour * REREAD_SPAN)
         assert rereads.restless(hour * REREAD_SPAN) == frozenset()
