@@ -19,7 +19,13 @@ from usbip_plugin.kubelet import deviceplugin_pb2 as pb
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer, DeviceStates
 from usbip_plugin.kubelet.deviceplugin_pb2_grpc import DevicePluginStub
 from usbip_plugin.kubelet.plugins import SocketRegistrar
-from usbip_plugin.kubelet.registration import STREAM_TIMEOUT_S, PluginDirectory, ResourcePlugin, State, is_stale
+from usbip_plugin.kubelet.registration import (
+    STREAM_TIMEOUT_S,
+    PluginDirectory,
+    RegistrationState,
+    ResourcePlugin,
+    is_stale,
+)
 from usbip_plugin.model import Reason
 from usbip_plugin.sync import Broadcast
 from usbip_sim.kubelet.device_manager import AdmissionError
@@ -54,7 +60,7 @@ class Node:
     def server(self) -> DevicePluginServer:
         return self.plugins[STORAGE].server
 
-    async def reaches(self, state: State) -> None:
+    async def reaches(self, state: RegistrationState) -> None:
         async with asyncio.timeout(PATIENCE_S):
             await self.moved.until(lambda: self.plugins[STORAGE].state is state)
 
@@ -101,7 +107,7 @@ class TestRegistration(Sockets):
     async def test_it_needs_nothing_to_be_known_of_any_device(self, short_tmp: Path) -> None:
         """Registering waits for no server; until something is published nothing is said, not even "no devices"."""
         async with FakeKubelet(short_tmp) as kubelet, node(short_tmp) as n:
-            await n.reaches(State.REGISTERED)
+            await n.reaches(RegistrationState.REGISTERED)
             assert kubelet.connected(STORAGE)
             assert kubelet.seen.lists == []
             assert not n.server.announced
@@ -111,7 +117,7 @@ class TestRegistration(Sockets):
 
     async def test_the_first_list_of_a_late_kubelet_is_the_present_state(self, short_tmp: Path) -> None:
         async with node(short_tmp) as n:
-            await n.reaches(State.WAITING)
+            await n.reaches(RegistrationState.WAITING)
             n.server.publish(advertised(a=Reason.FREE))
             n.server.publish(advertised(a=Reason.HELD_ELSEWHERE))
             async with FakeKubelet(short_tmp) as kubelet:
@@ -214,7 +220,7 @@ class TestRegistration(Sockets):
                 n.tasks[STORAGE].cancel()
                 await asyncio.wait([n.tasks[STORAGE]])
                 await kubelet.changed.until(lambda: not kubelet.connected(STORAGE))
-            assert n.plugins[STORAGE].state is State.STOPPED
+            assert n.plugins[STORAGE].state is RegistrationState.STOPPED
             assert not any(entry.name.startswith("usbip-storage") for entry in os.scandir(short_tmp))
             assert n.plugins[ETHERNET].registered
 
@@ -288,7 +294,7 @@ class TestRegistration(Sockets):
     async def test_the_directory_may_come_later(self, short_tmp: Path) -> None:
         path = short_tmp / "device-plugins"
         async with node(path) as n:
-            await n.reaches(State.WAITING)
+            await n.reaches(RegistrationState.WAITING)
             path.mkdir()
             async with FakeKubelet(path) as kubelet:
                 n.server.publish(advertised(a=Reason.FREE))

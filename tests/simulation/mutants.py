@@ -21,7 +21,7 @@ from usbip_plugin.errors import KubeUnreachable
 from usbip_plugin.inventory import health
 from usbip_plugin.kube.node_status import NodeStatusPublisher
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer
-from usbip_plugin.kubelet.publish import Telling
+from usbip_plugin.kubelet.publish import KubeletPublisher
 from usbip_plugin.locks import protocol, record
 from usbip_plugin.locks.manager import Grant, LockSettings
 from usbip_plugin.locks.protocol import Create, Decision, Denied, LockMeta, Observation, Replace, Rules, Write
@@ -226,11 +226,11 @@ async def any_serial_number_will_do(self: Pipeline, device_id: str, descriptor: 
 # the Node
 
 
-async def answered_at_once(_self: Telling, _resource: str, _limit: float) -> None:
+async def answered_at_once(_self: KubeletPublisher, _resource: str, _limit: float) -> None:
     """Instead of Telling.made_sure."""
 
 
-async def forgotten(self: Telling, server: DevicePluginServer) -> None:
+async def forgotten(self: KubeletPublisher, server: DevicePluginServer) -> None:
     """Instead of Telling.detach: the kubelet is told, and the Node is not."""
     await server.wait_sent()
     assert self._node_status is not None
@@ -419,14 +419,14 @@ OTHERS = (
         "an Allocate fails before it is written",
         KNOWN,
         (RACE,),
-        patched=lambda: patch.object(Telling, "made_sure", answered_at_once),
+        patched=lambda: patch.object(KubeletPublisher, "made_sure", answered_at_once),
     ),
     Mutant(
         "Node status",
         "a resource that was taken out is left as it was",
         SAID,
         (TAKEN_OUT,),
-        patched=lambda: patch.object(Telling, "detach", forgotten),
+        patched=lambda: patch.object(KubeletPublisher, "detach", forgotten),
     ),
 )
 """What is promised beyond the lock."""

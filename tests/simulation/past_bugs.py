@@ -20,8 +20,8 @@ from usbip_plugin.claims import Claim, ClaimState
 from usbip_plugin.inventory import health
 from usbip_plugin.kube.node_status import NodeStatusPublisher
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer
-from usbip_plugin.kubelet.pod_resources import UsageWatcher
-from usbip_plugin.kubelet.publish import Telling
+from usbip_plugin.kubelet.pod_resources import PodResourcesWatcher
+from usbip_plugin.kubelet.publish import KubeletPublisher
 from usbip_plugin.locks.manager import Grant, LockManager
 from usbip_plugin.model import DeviceKey, Lock
 from usbip_plugin.usbip import client
@@ -105,7 +105,7 @@ async def records_of_the_tool(self: SimulatedVhci) -> tuple[PortState, ...]:
     return tuple(replace(port, by_plugin=False) for port in self.ports_now())
 
 
-def attach_silently(self: Telling, server: DevicePluginServer) -> None:
+def attach_silently(self: KubeletPublisher, server: DevicePluginServer) -> None:
     """Replaces Telling.attach: that the first list was sent is not noticed."""
     self._servers[server.resource] = server
     self._publish(server)
@@ -123,11 +123,11 @@ PAST: Mapping[str, Callable[[], AbstractContextManager[object]]] = {
     "a-pod-that-lost-its-device-is-forgotten": lambda: patch.object(Releaser, "finish", finish_for_good),
     "a-device-of-two-resources": served_as_any_resource,
     "an-import-of-a-stopped-process": lambda: patch.object(client, "_check_time", lambda *_times: None),
-    "a-kubelet-that-lists-no-pods": lambda: patch.object(UsageWatcher, "_unlisted", lambda *_users: Unlisted()),
+    "a-kubelet-that-lists-no-pods": lambda: patch.object(PodResourcesWatcher, "_unlisted", lambda *_users: Unlisted()),
     "an-allocate-while-the-plugin-ends": lambda: patch.object(DeviceTasks, "spawn", spawn_in_any_case),
     "an-attachment-without-lock-and-pod": lambda: patch.object(SimulatedVhci, "ports", records_of_the_tool),
     "a-lower-count-that-is-left-to-the-kubelet": lambda: patch.object(
         NodeStatusPublisher, "_lowers", below_what_was_written
     ),
-    "a-count-that-waits-for-a-change": lambda: patch.object(Telling, "attach", attach_silently),
+    "a-count-that-waits-for-a-change": lambda: patch.object(KubeletPublisher, "attach", attach_silently),
 }

@@ -32,8 +32,8 @@ from usbip_plugin.errors import NotAttached, PluginError, UnknownDevice
 from usbip_plugin.inventory.facts import OfferedDevice
 from usbip_plugin.inventory.inventory import Inventory
 from usbip_plugin.kubelet.device_plugin import status_code
-from usbip_plugin.kubelet.pod_resources import UsageWatcher
-from usbip_plugin.kubelet.publish import LOOKING_SHARE, TELLING_SHARE, Telling, time_kept
+from usbip_plugin.kubelet.pod_resources import PodResourcesWatcher
+from usbip_plugin.kubelet.publish import LOOKING_SHARE, TELLING_SHARE, KubeletPublisher, time_kept
 from usbip_plugin.model import Attachment, Health, Identity, Reason
 from usbip_plugin.observe.spans import span
 
@@ -124,8 +124,8 @@ class Allocator:
         keeper: AttachmentMonitor,
         claims: ClaimBook,
         inventory: Inventory,
-        users: UsageWatcher,
-        publisher: Telling,
+        users: PodResourcesWatcher,
+        publisher: KubeletPublisher,
         events: EventSink,
         on_result: Callable[[str, PluginError | None, float], None],
         on_pre_start_failed: Callable[[str, PluginError], None],

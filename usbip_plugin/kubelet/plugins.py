@@ -15,7 +15,7 @@ from usbip_plugin.context import NodeContext
 from usbip_plugin.inventory.inventory import Inventory
 from usbip_plugin.kubelet.allocate import Allocator
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer
-from usbip_plugin.kubelet.publish import Telling
+from usbip_plugin.kubelet.publish import KubeletPublisher
 from usbip_plugin.kubelet.registration import PluginDirectory, ResourcePlugin, sweep
 from usbip_plugin.sync import Broadcast
 
@@ -77,7 +77,7 @@ class _Running:
     by_cdi: bool
 
 
-class ResourceSet:
+class PluginSet:
     """Starts and ends device plugins. One taken out of the configuration stays while a pod has a device of it."""
 
     def __init__(
@@ -88,7 +88,7 @@ class ResourceSet:
         allocator: Allocator,
         claims: ClaimBook,
         inventory: Inventory,
-        publisher: Telling,
+        publisher: KubeletPublisher,
         registrar: Registrar,
         on_state: Callable[[Plugin], None],
     ) -> None:

@@ -131,7 +131,7 @@ HINT_LASTS = 5.0
 """Seconds a hint counts. The kubelet frees a pod's devices a moment after its status says that it ended."""
 
 
-class UsageWatcher:
+class PodResourcesWatcher:
     """Polls pod-resources while, and only while, this node has claims: notes their pods, ends those nobody uses."""
 
     def __init__(

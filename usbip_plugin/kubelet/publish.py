@@ -48,7 +48,7 @@ class Publish(Protocol):
     def __call__(self, resource: str, devices: tuple[Advertised, ...], /) -> None: ...
 
 
-class Telling:
+class KubeletPublisher:
     """Brings what an inventory offers before the kubelet and, with node_status, onto the Node."""
 
     def __init__(

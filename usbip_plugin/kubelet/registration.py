@@ -176,7 +176,7 @@ BACKOFF_MAX_S = 10.0
 STABLE_S = 10.0
 
 
-class State(enum.Enum):
+class RegistrationState(enum.Enum):
     """Of one resource. Only REGISTERED means that the kubelet listens to what is advertised."""
 
     STOPPED = "stopped"
@@ -248,7 +248,7 @@ class ResourcePlugin:
         on_state: Callable[[ResourcePlugin], None] | None = None,
     ) -> None:
         self.server = server
-        self.state = State.STOPPED
+        self.state = RegistrationState.STOPPED
         self.error: str | None = None
         self.registrations = 0
         self._directory = directory
@@ -264,7 +264,7 @@ class ResourcePlugin:
     @property
     def registered(self) -> bool:
         """The kubelet accepted the registration and has its ListAndWatch open."""
-        return self.state is State.REGISTERED
+        return self.state is RegistrationState.REGISTERED
 
     async def run(self) -> None:
         """Until cancelled; then the socket is closed and removed within half a second. Never fails."""
@@ -273,20 +273,20 @@ class ResourcePlugin:
             while True:
                 tried = self._directory.kubelet()
                 if tried is None:
-                    self._set(State.WAITING)
+                    self._set(RegistrationState.WAITING)
                     await self._directory.changed.until(lambda: self._directory.kubelet() is not None)
                     continue
                 started = self._clock.monotonic()
                 try:
                     await self._register_once(tried)
                 except (RegistrationFailed, OSError) as error:
-                    self._set(State.FAILED, str(error))
+                    self._set(RegistrationState.FAILED, str(error))
                 if self._clock.monotonic() - started >= STABLE_S:
                     waits = backoff(self._rng, BACKOFF_FIRST_S, BACKOFF_MAX_S)
                 if await self._new_kubelet_within(next(waits), tried):
                     waits = backoff(self._rng, BACKOFF_FIRST_S, BACKOFF_MAX_S)
         finally:
-            self._set(State.STOPPED)
+            self._set(RegistrationState.STOPPED)
 
     async def _new_kubelet_within(self, seconds: float, tried: SocketIdentity) -> bool:
         """The wait after a try, cut short by a new kubelet.sock: True if there is one."""
@@ -303,7 +303,7 @@ class ResourcePlugin:
         async with contextlib.AsyncExitStack() as stack:
             stack.enter_context(self._directory.changed.relayed_to(self.server.changed))
             await stack.enter_async_context(self.server.serving(path))
-            self._set(State.REGISTERING, self.error)
+            self._set(RegistrationState.REGISTERING, self.error)
             mine = identify(path)
             opened = self.server.streams_opened
             await register(
@@ -317,9 +317,9 @@ class ResourcePlugin:
             )
             await self._until_listening(path, kubelet, mine, opened)
             self.registrations += 1
-            self._set(State.REGISTERED)
+            self._set(RegistrationState.REGISTERED)
             cause = await self._until_over(path, kubelet, mine)
-        self._set(State.REGISTERING, cause)
+        self._set(RegistrationState.REGISTERING, cause)
 
     async def _until_listening(
         self, path: Path, kubelet: SocketIdentity, mine: SocketIdentity | None, opened: int
@@ -375,16 +375,16 @@ class ResourcePlugin:
             if identify(path) is None:
                 return path
 
-    def _set(self, state: State, error: str | None = None) -> None:
+    def _set(self, state: RegistrationState, error: str | None = None) -> None:
         if (state, error) == (self.state, self.error):
             return
         self.state, self.error = state, error
         extra = {"resource": self.resource, "cause": error}
-        if state is State.FAILED:
+        if state is RegistrationState.FAILED:
             log.warning("registration with the kubelet failed", extra=extra)
-        elif state is State.WAITING:
+        elif state is RegistrationState.WAITING:
             log.info("waiting for the kubelet: its registration socket is missing", extra={"resource": self.resource})
-        elif state is State.REGISTERED:
+        elif state is RegistrationState.REGISTERED:
             log.info("registered with the kubelet", extra={"resource": self.resource})
         elif error:
             log.info("registering again", extra=extra)

@@ -34,9 +34,9 @@ from usbip_plugin.kube.fleet import FleetCount
 from usbip_plugin.kube.node_status import NodeStatusPublisher, PatchApi
 from usbip_plugin.kube.pods import OwnPods, PodPhase, PodView
 from usbip_plugin.kubelet.allocate import Allocator
-from usbip_plugin.kubelet.plugins import Plugin, Registrar, ResourceSet
-from usbip_plugin.kubelet.pod_resources import PodResources, UsageWatcher
-from usbip_plugin.kubelet.publish import Telling
+from usbip_plugin.kubelet.plugins import Plugin, PluginSet, Registrar
+from usbip_plugin.kubelet.pod_resources import PodResources, PodResourcesWatcher
+from usbip_plugin.kubelet.publish import KubeletPublisher
 from usbip_plugin.locks.manager import Acquired, LockManager, LockSettings
 from usbip_plugin.locks.protocol import Rules
 from usbip_plugin.locks.record import LeaseStore
@@ -208,7 +208,7 @@ class Agent:
             if node_object is not None and config.publish_node_status
             else None
         )
-        self.publisher = Telling(
+        self.publisher = KubeletPublisher(
             context,
             inventory=self.inventory,
             locks=self.locks,
@@ -223,7 +223,7 @@ class Agent:
             if out.kube is not None and out.pods is None
             else None
         )
-        self.usage = UsageWatcher(
+        self.usage = PodResourcesWatcher(
             context,
             pod_resources=out.pod_resources,
             pods=out.pods or self.own_pods,
@@ -248,7 +248,7 @@ class Agent:
             on_result=observer.on_result,
             on_pre_start_failed=observer.on_pre_start_failed,
         )
-        self.resources = ResourceSet(
+        self.resources = PluginSet(
             context,
             domain=domain,
             allocator=self.allocator,

@@ -14,7 +14,7 @@ from usbip_plugin.context import NodeContext
 from usbip_plugin.inventory.evaluate import Evaluation, Lists
 from usbip_plugin.kube.node_status import NodeStatusPublisher
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer, DeviceStates
-from usbip_plugin.kubelet.publish import Telling
+from usbip_plugin.kubelet.publish import KubeletPublisher
 from usbip_plugin.locks.manager import LockManager
 from usbip_plugin.model import Advertised, DeviceKey, Health, Lock, NodeIdentity, Reason, ServerKey
 from usbip_sim.virtual.loop import SimClock, virtual
@@ -57,7 +57,7 @@ class Node:
         clock = SimClock(asyncio.get_running_loop())
         self.patches: list[dict[str, str]] = []
         self.status = NodeStatusPublisher(self, "node-a", clock, random.Random(1))
-        self.telling = Telling(
+        self.telling = KubeletPublisher(
             NodeContext(NodeIdentity("node-a", "boot-1"), clock, random.Random(1), NoOpTracer()),
             inventory=cast("Advertiser", Offers()),
             locks=cast("LockManager", NoLocks()),
