@@ -26,7 +26,7 @@ from usbip_plugin.kubelet.registration import PluginDirectory
 from usbip_plugin.locks.manager import LockSettings
 from usbip_plugin.locks.record import LeaseStore
 from usbip_plugin.model import NodeIdentity, PodRef
-from usbip_plugin.node.agent import Agent, AgentDependencies, Observer
+from usbip_plugin.node.agent import Agent, AgentDependencies, MetricHooks
 from usbip_plugin.sync import Broadcast
 from usbip_plugin.usbip.client import TcpUsbipClient
 from usbip_plugin.vhci.driver import VhciDriver
@@ -62,7 +62,7 @@ class Setup:
     domain: str = "usbip.dev"
     lock_settings: LockSettings | None = None
     make_tracer: Callable[[str], Tracer] = lambda _node: NoOpTracer()
-    make_observer: Callable[[str], Observer] = lambda _node: Observer()
+    make_observer: Callable[[str], MetricHooks] = lambda _node: MetricHooks()
     make_driver: Callable[[str, SimulatedKernel], VhciDriver] | None = None
     make_leases: Callable[[str], LeaseStore] | None = None
     make_kube: Callable[[str], KubeClient] | None = None

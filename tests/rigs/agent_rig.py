@@ -25,7 +25,7 @@ from usbip_plugin.kubelet.deviceplugin_pb2_grpc import DevicePluginStub
 from usbip_plugin.kubelet.registration import identify
 from usbip_plugin.locks.record import Lease, lock_of
 from usbip_plugin.model import Advertised, Attachment, DeviceKey, PodRef, Reason, ServerKey
-from usbip_plugin.node.agent import Agent, Observer
+from usbip_plugin.node.agent import Agent, MetricHooks
 from usbip_plugin.sync import Broadcast
 from usbip_plugin.vhci.driver import VhciDriver
 from usbip_plugin.vhci.linux import SysfsVhci
@@ -112,7 +112,7 @@ async def agent_with(
             domain=DOMAIN,
             make_driver=real_driver,
             make_specs=lambda _node: specs,
-            make_observer=lambda _node: Observer() if told is None else Observer(on_notice=told.hear),
+            make_observer=lambda _node: MetricHooks() if told is None else MetricHooks(on_notice=told.hear),
         )
         async with running(Path(directory), (NODE,), setup) as world:
             await until_health(on(world), {key.id: True for key in healthy})

@@ -33,7 +33,7 @@ from usbip_plugin.kubelet.deviceplugin_pb2_grpc import DevicePluginStub
 from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.locks.record import LeaseStore
 from usbip_plugin.model import DeviceKey, Lock, NodeIdentity, PodRef, UsbId
-from usbip_plugin.node.agent import Observer
+from usbip_plugin.node.agent import MetricHooks
 from usbip_plugin.observe.tracing import RecentSpans, SpanRecord, Tracing
 from usbip_plugin.sync import Broadcast
 from usbip_plugin.vhci.sysfs import PortStatus
@@ -239,12 +239,12 @@ async def agents(
         for recorder in recorders.values():
             stack.push_async_callback(_ended, asyncio.create_task(recorder.run()))
 
-        def observer(node: str) -> Observer:
+        def observer(node: str) -> MetricHooks:
             def noticed(notice: DeviceEvent) -> None:
                 for text, pod in events_of(notice):
                     recorders[node].record(text, pod)
 
-            return Observer(on_notice=noticed) if events else Observer()
+            return MetricHooks(on_notice=noticed) if events else MetricHooks()
 
         setup = Setup(
             config=Config((ResourceConfig(RESOURCE, (selector,), on_loss=on_loss),)),

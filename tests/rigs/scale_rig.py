@@ -27,7 +27,7 @@ from usbip_plugin.locks import record
 from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.locks.record import Lease
 from usbip_plugin.model import DeviceKey, NodeIdentity, PodRef
-from usbip_plugin.node.agent import Observer
+from usbip_plugin.node.agent import MetricHooks
 from usbip_sim.server.server import VirtualServer
 from usbip_sim.server.usbdevice import VirtualDevice
 from usbip_sim.world import Setup, SimNode, World, running
@@ -184,12 +184,12 @@ async def _fleet(
             recorders[name] = EventRecorder(clients[name], me, SystemClock(), random.Random(name))
             stack.push_async_callback(_ended, asyncio.create_task(recorders[name].run()))
 
-        def observer(node: str) -> Observer:
+        def observer(node: str) -> MetricHooks:
             def noticed(notice: DeviceEvent) -> None:
                 for text, pod in events_of(notice):
                     recorders[node].record(text, pod)
 
-            return Observer(on_notice=noticed)
+            return MetricHooks(on_notice=noticed)
 
         selectors = tuple(
             DeviceSelector(s.key, Selector(vendor=DONGLE.vendor, product=DONGLE.product)) for s in servers

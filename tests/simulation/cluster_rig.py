@@ -13,7 +13,7 @@ from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, S
 from usbip_plugin.locks import record
 from usbip_plugin.locks.manager import LockSettings
 from usbip_plugin.model import DeviceKey, Health, PodRef, Reason, UsbId
-from usbip_plugin.node.agent import Agent, Observer
+from usbip_plugin.node.agent import Agent, MetricHooks
 from usbip_sim.server.server import VirtualServer
 from usbip_sim.server.usbdevice import VirtualDevice
 from usbip_sim.virtual.cluster import Cluster, cluster
@@ -209,7 +209,7 @@ def mislead(cluster: Cluster, device: DeviceKey, serial: str) -> None:
 
 def hearing(made: ClusterSpec, told: list[DeviceEvent]) -> ClusterSpec:
     """What people are told of is gathered."""
-    return replace(made, observer=lambda _node: Observer(on_notice=told.append))
+    return replace(made, observer=lambda _node: MetricHooks(on_notice=told.append))
 
 
 @contextlib.asynccontextmanager

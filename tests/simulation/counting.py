@@ -11,7 +11,7 @@ from usbip_plugin.locks import protocol
 from usbip_plugin.locks.protocol import Decision, Denied, LockMeta, Observation, Rules, Write
 from usbip_plugin.locks.record import Lease
 from usbip_plugin.model import Advertised, DeviceKey, Reason
-from usbip_plugin.node.agent import Observer
+from usbip_plugin.node.agent import MetricHooks
 
 RULES = (
     "R1 leave to import",
@@ -92,7 +92,7 @@ class CountedRules:
         return allowed
 
 
-def observer(node: str, counts: Counter[str], note: Callable[[str], None]) -> Observer:
+def observer(node: str, counts: Counter[str], note: Callable[[str], None]) -> MetricHooks:
     """What an agent tells, counted, and what is worth it in the timeline."""
 
     def on_result(_resource: str, error: PluginError | None, _seconds: float) -> None:
@@ -110,4 +110,4 @@ def observer(node: str, counts: Counter[str], note: Callable[[str], None]) -> Ob
         if notice.what is EventKind.LOCK_LOST:
             counts["R6 lost, seen by the watch"] += 1
 
-    return Observer(on_result=on_result, on_advertised=on_advertised, on_notice=on_notice)
+    return MetricHooks(on_result=on_result, on_advertised=on_advertised, on_notice=on_notice)

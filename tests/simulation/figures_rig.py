@@ -10,8 +10,8 @@ from dataclasses import replace
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from usbip_plugin.node.agent import Observer
-from usbip_plugin.node.metrics import Figures, Losses
+from usbip_plugin.node.agent import MetricHooks
+from usbip_plugin.node.metrics import AgentMetrics, DropCounts
 from usbip_plugin.observe.metrics import Metrics
 from usbip_sim.virtual.cluster import Cluster, cluster
 from usbip_sim.virtual.loop import SimClock
@@ -28,12 +28,12 @@ class Measured:
 
     def __init__(self) -> None:
         self.metrics: dict[str, Metrics] = {}
-        self.figures: dict[str, Figures] = {}
+        self.figures: dict[str, AgentMetrics] = {}
 
-    def observer(self, node: str) -> Observer:
+    def observer(self, node: str) -> MetricHooks:
         clock = SimClock(asyncio.get_running_loop(), 1.0, OFFSET)
         self.metrics[node] = Metrics()
-        self.figures[node] = Figures(self.metrics[node], clock, domain=DOMAIN, node=node)
+        self.figures[node] = AgentMetrics(self.metrics[node], clock, domain=DOMAIN, node=node)
         return self.figures[node].observer
 
     def families(self, node: str) -> Iterator[Metric]:
@@ -55,5 +55,5 @@ async def measured(spec: ClusterSpec) -> AsyncIterator[tuple[Cluster, Measured]]
     async with cluster(replace(spec, observer=rig.observer)) as c:
         for name, node in c.nodes.items():
             assert node.agent is not None
-            rig.figures[name].follow(node.agent, Losses(events_dropped=lambda: 3))
+            rig.figures[name].follow(node.agent, DropCounts(events_dropped=lambda: 3))
         yield c, rig

@@ -27,7 +27,7 @@ from usbip_plugin.attach.release import ALLOCATION_GRACE
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.locks.protocol import Rules
 from usbip_plugin.model import DeviceKey, PodRef, Reason
-from usbip_plugin.node.agent import Observer
+from usbip_plugin.node.agent import MetricHooks
 from usbip_plugin.vhci.driver import VhciDriver
 from usbip_sim.leases import FINE
 from usbip_sim.server.server import VirtualServer
@@ -159,7 +159,7 @@ class _Play:
         counts = self._result.counts
         latency = random.Random(self._plan.seed)
 
-        def watched(node: str) -> Observer:
+        def watched(node: str) -> MetricHooks:
             return observer(node, counts, self.note)
 
         servers = [

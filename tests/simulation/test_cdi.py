@@ -38,7 +38,7 @@ from usbip_plugin.clock import SystemClock
 from usbip_plugin.config.schema import Config, OnLoss, ResourceConfig
 from usbip_plugin.kubelet.allocate import PRE_START_WAIT
 from usbip_plugin.model import Advertised, DeviceKey, Reason
-from usbip_plugin.node.agent import Observer
+from usbip_plugin.node.agent import MetricHooks
 from usbip_sim.kubelet.device_manager import PRE_START_TIMEOUT_S, EndpointError
 from usbip_sim.kubelet.specs import Resolved, UnresolvableDevice, resolve
 from usbip_sim.server.server import VirtualServer
@@ -161,7 +161,7 @@ async def test_the_spec_is_true_before_anybody_hears_that_the_device_is_back() -
             seen.append(resolve([text], [f"usbip.dev/stick={device.id}-0"]).nodes == true(nodes[0], device))
 
     made = spec([lab], by_cdi(lab), nodes=1)
-    async with cluster(replace(made, observer=lambda _node: Observer(on_advertised=advertised))) as c:
+    async with cluster(replace(made, observer=lambda _node: MetricHooks(on_advertised=advertised))) as c:
         node = c["node-a"]
         nodes.append(node)
         await with_pod(c, device)

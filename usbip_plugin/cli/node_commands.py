@@ -56,9 +56,9 @@ def run(options: argparse.Namespace) -> int:
     """`usbip-plugin run`, until SIGTERM."""
     # imported here: the commands for people and --help need none of it
     from usbip_plugin.config.reload import load_config  # noqa: PLC0415
-    from usbip_plugin.node.memory import starting  # noqa: PLC0415
+    from usbip_plugin.node.memory import gc_paused  # noqa: PLC0415
 
-    with starting():
+    with gc_paused():
         from usbip_plugin.node.daemon import run_blocking  # noqa: PLC0415
         from usbip_plugin.observe.logs import set_up_logging  # noqa: PLC0415
 

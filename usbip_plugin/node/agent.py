@@ -53,7 +53,7 @@ LOCKS_WAIT = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Observer:
+class MetricHooks:
     """Where figures go: metrics in production, nothing by default."""
 
     on_step: Callable[[str, float], None] = lambda _step, _seconds: None
@@ -104,9 +104,9 @@ class Agent:
         domain: str,
         lock_settings: LockSettings | None = None,
         lock_rules: Rules | None = None,
-        observer: Observer | None = None,
+        observer: MetricHooks | None = None,
     ) -> None:
-        out, observer = outside, observer or Observer()
+        out, observer = outside, observer or MetricHooks()
         context = NodeContext(out.me, out.clock, out.rng, out.tracer)
         self._clock = out.clock
         self._on_notice = observer.on_notice

@@ -27,8 +27,8 @@ from usbip_plugin.kubelet.registration import PluginDirectory
 from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.model import NodeIdentity
 from usbip_plugin.node.agent import Agent, AgentDependencies
-from usbip_plugin.node.memory import settle, small_tls_buffers
-from usbip_plugin.node.metrics import Figures, Losses
+from usbip_plugin.node.memory import small_tls_buffers, trim_after_start
+from usbip_plugin.node.metrics import AgentMetrics, DropCounts
 from usbip_plugin.node.status import config_failed, config_loaded, status_of
 from usbip_plugin.observe.http import Heartbeats, HttpServer, Site, Verdict, standard_pages
 from usbip_plugin.observe.metrics import Metrics
@@ -78,7 +78,7 @@ async def run(options: Options, loaded: Loaded, make_driver: MakeDriver) -> None
     Raises ConfigError if there is no way to the API server, OSError if the HTTP address is taken.
     """
     clock = SystemClock()
-    figures = Figures(metrics := Metrics(), clock, domain=options.domain, node=options.node)
+    figures = AgentMetrics(metrics := Metrics(), clock, domain=options.domain, node=options.node)
     kube = await connect(options.kubeconfig, clock=clock, on_error=figures.api_error)
     tracing = Tracing(options.node, version=__version__)
     client = TcpUsbipClient(clock)
@@ -106,7 +106,7 @@ class _Process:
         pod_resources: GrpcPodResources,
         tracing: Tracing,
         metrics: Metrics,
-        figures: Figures,
+        figures: AgentMetrics,
     ) -> None:
         rng = random.Random()  # noqa: S311 - jitter only
         self._options = options
@@ -141,7 +141,7 @@ class _Process:
             domain=options.domain,
             observer=replace(figures.observer, on_notice=self._notice),
         )
-        losses = Losses(
+        losses = DropCounts(
             events_dropped=lambda: self._events.dropped,
             trace_export_failures=lambda: tracing.export_failures,
             trace_spans_dropped=lambda: tracing.spans_dropped,
@@ -183,7 +183,7 @@ class _Process:
     async def _settle(self) -> None:
         await self._clock.sleep(START_OVER_S)
         try:
-            settle()
+            trim_after_start()
         except OSError as error:
             log.debug("the code of the start stays in memory", extra={"cause": str(error)})
         else:

@@ -38,7 +38,7 @@ def file_ranges(smaps: Iterable[str]) -> list[tuple[int, int]]:
     return found
 
 
-def drop_files(mappings: Path = MAPPINGS) -> None:
+def drop_clean_pages(mappings: Path = MAPPINGS) -> None:
     """Unmaps these pages, a third of the memory after a start; those that are used again come back by themselves.
 
     They stay in the page cache, so it takes a page fault, and no reading unless memory is short. Nothing can be lost:
@@ -73,7 +73,7 @@ def small_tls_buffers() -> None:
 
 
 @contextlib.contextmanager
-def starting() -> Iterator[None]:
+def gc_paused() -> Iterator[None]:
     """Around the imports: nothing is collected in the block, and what it leaves is not looked at until settle().
 
     A full collection takes 30 ms after them, and there were several in each start.
@@ -86,7 +86,7 @@ def starting() -> Iterator[None]:
         gc.enable()
 
 
-def settle() -> None:
+def trim_after_start() -> None:
     """Once, when the start is over; takes 50 ms. What is there then is never looked at again by a collection.
 
     OSError as drop_files, after everything else.
@@ -95,4 +95,4 @@ def settle() -> None:
     gc.collect()
     gc.freeze()
     trim()
-    drop_files()
+    drop_clean_pages()

@@ -53,7 +53,7 @@ from usbip_plugin.kubelet.plugins import Plugin
 from usbip_plugin.locks.manager import Acquired
 from usbip_plugin.locks.watch import LockChange
 from usbip_plugin.model import Advertised
-from usbip_plugin.node.agent import Agent, Observer
+from usbip_plugin.node.agent import Agent, MetricHooks
 from usbip_plugin.observe.metrics import Metrics, NodeCollector, Reading
 from usbip_plugin.usbip.poller import ServerState
 
@@ -130,7 +130,7 @@ def transition(change: LockChange, me: str, *, in_use: bool) -> str | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Losses:
+class DropCounts:
     """What others count: Events, exports and spans that came to nothing since the process began."""
 
     events_dropped: Callable[[], int] = lambda: 0
@@ -138,7 +138,7 @@ class Losses:
     trace_spans_dropped: Callable[[], int] = lambda: 0
 
 
-class Figures:
+class AgentMetrics:
     """Of one agent: give it `observer`, then call follow(). domain: of the resource names; node: its name."""
 
     def __init__(self, metrics: Metrics, clock: Clock, *, domain: str, node: str) -> None:
@@ -156,10 +156,10 @@ class Figures:
         metrics.config_loaded(clock.now().timestamp())
 
     @property
-    def observer(self) -> Observer:
+    def observer(self) -> MetricHooks:
         """Notices are counted only; who makes Events of them calls notice() besides."""
         metrics = self._metrics
-        return Observer(
+        return MetricHooks(
             on_step=metrics.step,
             on_result=self._allocated,
             on_pre_start_failed=self._pre_start_failed,
@@ -171,10 +171,10 @@ class Figures:
             on_reattach=lambda result: metrics.reattach(result.value),
         )
 
-    def follow(self, agent: Agent, losses: Losses | None = None) -> None:
+    def follow(self, agent: Agent, losses: DropCounts | None = None) -> None:
         """From now on /metrics has the state of this agent, too. Once."""
         self._agent = agent
-        counted = losses or Losses()
+        counted = losses or DropCounts()
         self._metrics.add(NodeCollector(lambda: self._read(agent, counted)))
         agent.locks.subscribe(self._lock_changed)
 
@@ -235,7 +235,7 @@ class Figures:
         if name is not None:
             self._metrics.transition(name)
 
-    def _read(self, agent: Agent, losses: Losses) -> Reading:
+    def _read(self, agent: Agent, losses: DropCounts) -> Reading:
         views = {str(s): v for s, v in agent.poller.views.items() if v.state is not ServerState.PENDING}
         driver = agent.inventory.ports
         loaded = driver.error is None

@@ -12,7 +12,7 @@ from usbip_plugin.locks.manager import LockSettings
 from usbip_plugin.locks.protocol import Rules
 from usbip_plugin.locks.record import lock_of
 from usbip_plugin.model import DeviceKey, PodRef, ServerKey
-from usbip_plugin.node.agent import Observer
+from usbip_plugin.node.agent import MetricHooks
 from usbip_plugin.vhci.driver import VhciDriver
 from usbip_sim.leases import FINE, Fate, MemoryBackend, Operation
 from usbip_sim.server.server import VirtualServer
@@ -46,7 +46,7 @@ class ClusterSpec:
     faults: FaultPlan = lambda _node, _operation: FINE
     latency: Callable[[], float] = lambda: 0.001
     driver: Callable[[VhciDriver], VhciDriver] = unchanged
-    observer: Callable[[str], Observer] = lambda _node: Observer()
+    observer: Callable[[str], MetricHooks] = lambda _node: MetricHooks()
     tracer: Callable[[str], Tracer] = lambda _node: NoOpTracer()
     fleet: int = 0
 

@@ -126,7 +126,7 @@ def test_a_kernel_that_does_not_let_go_is_told_of(tmp_path: Path) -> None:
     nowhere = tmp_path / "smaps"
     nowhere.write_text(f"1000-2000 r-xp 00000000 00:2e 51 /nothing/is/mapped/there\n{UNTOUCHED}")
     with pytest.raises(OSError, match="madvise"):
-        memory.drop_files(nowhere)
+        memory.drop_clean_pages(nowhere)
 
 
 def test_garbage_of_the_start_is_collected_when_it_is_over() -> None:
