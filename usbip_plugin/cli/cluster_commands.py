@@ -9,10 +9,10 @@ import dataclasses
 import sys
 from collections.abc import AsyncIterator
 
-from usbip_plugin.cli.devices import Known, known_devices, paint, rows, show_devices, structured, wants_colour
+from usbip_plugin.cli.devices import LockedDevice, known_devices, paint, rows, show_devices, structured, wants_colour
 from usbip_plugin.cli.explain import Facts, render
 from usbip_plugin.cli.explain import explain as explanation_of
-from usbip_plugin.cli.lookup import Enquiry, domain_of, find_config
+from usbip_plugin.cli.lookup import DeviceLookup, domain_of, find_config
 from usbip_plugin.cli.node_commands import namespace_of
 from usbip_plugin.cli.parser import Exit
 from usbip_plugin.cli.release import plan
@@ -25,7 +25,7 @@ from usbip_plugin.locks.record import LeaseStore
 from usbip_plugin.usbip.client import TcpUsbipClient
 
 
-async def read_devices(options: argparse.Namespace) -> tuple[Known, ...]:
+async def read_devices(options: argparse.Namespace) -> tuple[LockedDevice, ...]:
     """Every device by its lock. KubeError, ConfigError."""
     kube = await connect(options.kubeconfig)
     try:
@@ -100,7 +100,7 @@ async def _facts(options: argparse.Namespace) -> AsyncIterator[tuple[Facts, Leas
         config, source = await find_config(options, kube, namespace)
         with contextlib.closing(TcpUsbipClient(clock)) as client:
             domain = domain_of(options.domain, config)
-            enquiry = Enquiry(store, kube, client, clock, namespace, domain, config, source)
+            enquiry = DeviceLookup(store, kube, client, clock, namespace, domain, config, source)
             yield await enquiry.about(options.device), store
     finally:
         await kube.close()

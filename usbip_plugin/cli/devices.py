@@ -30,7 +30,7 @@ Row = Mapping[str, str | int | None]
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
+class LockedDevice:
     """A device by its lock, as read at one moment. session: of its holder, None if there is none."""
 
     lease: Lease
@@ -43,7 +43,7 @@ class Known:
         return f"{self.lock.server}/{self.lock.busid}" if self.lock.server and self.lock.busid else None
 
 
-async def known_devices(store: LeaseStore) -> tuple[Known, ...]:
+async def known_devices(store: LeaseStore) -> tuple[LockedDevice, ...]:
     """Every device that was ever locked, sorted by device. Raises the KubeError family.
 
     What others wrote into a lock is printable and short, see locks/record.py; a Lease under another name is no lock.
@@ -51,27 +51,27 @@ async def known_devices(store: LeaseStore) -> tuple[Known, ...]:
     locks = await store.list(LOCK_LABELS)
     sessions = {lease.name: lease for lease in (await store.list(SESSION_LABELS)).items}
     found = [
-        Known(lease, lock_of(lease), sessions.get(session_name(lease.holder)) if lease.holder else None)
+        LockedDevice(lease, lock_of(lease), sessions.get(session_name(lease.holder)) if lease.holder else None)
         for lease in locks.items
         if is_lock_name(lease.name)
     ]
     return tuple(sorted(found, key=lambda known: (str(known.device), known.lock.device_id)))
 
 
-def last_sign(known: Known) -> datetime | None:
+def last_sign(known: LockedDevice) -> datetime | None:
     """When the holder wrote last, by its own clock: the session, or the lock itself."""
     signs = [lease.renew_time for lease in (known.session, known.lease) if lease is not None and lease.renew_time]
     return max(signs, default=None)
 
 
-def silent(known: Known, now: datetime) -> bool:
+def silent(known: LockedDevice, now: datetime) -> bool:
     """Whether the holder's last sign is older than its lock lasts, as far as clocks agree. For people only."""
     sign = last_sign(known)
     asked = [lease.duration_seconds or 0 for lease in (known.session, known.lease) if lease is not None]
     return bool(known.lock.holder) and (sign is None or now - sign > timedelta(seconds=max(0, *asked)))
 
 
-def reason(known: Known, now: datetime) -> str:
+def reason(known: LockedDevice, now: datetime) -> str:
     """In words, from the Leases alone."""
     lock = known.lock
     if not lock.holder:
@@ -89,7 +89,7 @@ def stamp(moment: datetime) -> str:
     return f"{moment:%Y-%m-%dT%H:%M:%SZ}"
 
 
-def row(known: Known, now: datetime) -> Row:
+def row(known: LockedDevice, now: datetime) -> Row:
     lock = known.lock
     sign = last_sign(known) if lock.holder else None
     return {
@@ -111,7 +111,7 @@ def row(known: Known, now: datetime) -> Row:
     }
 
 
-def rows(devices: Sequence[Known], now: datetime) -> list[Row]:
+def rows(devices: Sequence[LockedDevice], now: datetime) -> list[Row]:
     return [row(known, now) for known in devices]
 
 

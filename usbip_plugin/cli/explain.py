@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 
-from usbip_plugin.cli.devices import Known, last_sign, silent, stamp
+from usbip_plugin.cli.devices import LockedDevice, last_sign, silent, stamp
 from usbip_plugin.model import DeviceKey
 
 
@@ -21,7 +21,7 @@ class ServerSays(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class ServerWord:
+class ServerAnswer:
     """usb_id: of what is listed under the bus id; error: why there was no answer."""
 
     says: ServerSays
@@ -29,7 +29,7 @@ class ServerWord:
     error: str = ""
 
 
-class PodWord(enum.Enum):
+class PodStatus(enum.Enum):
     """Of the pod that a lock names. UNKNOWN: none is named, or it may not be asked for."""
 
     UNKNOWN = "not known"
@@ -64,11 +64,11 @@ class Facts:
 
     device_id: str
     key: DeviceKey | None
-    known: Known | None
+    known: LockedDevice | None
     offers: tuple[Offer, ...] | None
     config_source: str
-    server: ServerWord
-    pod: PodWord
+    server: ServerAnswer
+    pod: PodStatus
     plugin: PluginWord
     namespace: str
     now: datetime
@@ -160,7 +160,7 @@ def _holder(facts: Facts) -> Iterator[str]:
     else:
         yield f"The holder lives: its last sign was {heard}."
     pod = facts.known.lock.pod
-    if pod is not None and facts.pod is not PodWord.UNKNOWN:
+    if pod is not None and facts.pod is not PodStatus.UNKNOWN:
         yield f"Pod {pod} is {facts.pod.value}."
     elif pod is None:
         yield "The lock names no pod (yet)."
@@ -241,16 +241,16 @@ def _next_held(facts: Facts) -> Iterator[str]:
     assert facts.known is not None  # noqa: S101 - the caller looked
     pod = facts.known.lock.pod
     match facts.pod:
-        case PodWord.LIVES if pod is not None:
+        case PodStatus.LIVES if pod is not None:
             yield f"It comes free when that pod ends: kubectl -n {pod.namespace} delete pod {pod.name}"
-        case PodWord.ENDING:
+        case PodStatus.ENDING:
             yield "Wait: it comes free within seconds after the pod's containers have ended."
-        case PodWord.GONE | PodWord.ENDED:
+        case PodStatus.GONE | PodStatus.ENDED:
             yield "The pod no longer needs it: the plugin on that node lets it go within half a minute."
     if facts.plugin in (PluginWord.NONE, PluginWord.NOT_READY):
         look = f"kubectl -n {facts.namespace} get pods --field-selector spec.nodeName={facts.holder}"
         yield f"Without its plugin the node lets nothing go: {look}"
-    elif facts.pod in (PodWord.GONE, PodWord.ENDED):
+    elif facts.pod in (PodStatus.GONE, PodStatus.ENDED):
         yield f"If it does not, its log says why: kubectl -n {facts.namespace} logs daemonset/usbip-plugin"
     yield f"To take it from its holder all the same: usbip-plugin release {facts.device} --force"
 

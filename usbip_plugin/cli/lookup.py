@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from usbip_plugin.cli.devices import Known, known_devices
-from usbip_plugin.cli.explain import Facts, Offer, PluginWord, PodWord, ServerSays, ServerWord
+from usbip_plugin.cli.devices import LockedDevice, known_devices
+from usbip_plugin.cli.explain import Facts, Offer, PluginWord, PodStatus, ServerAnswer, ServerSays
 from usbip_plugin.clock import Clock
 from usbip_plugin.config.parse import parse_config
 from usbip_plugin.config.reload import load_config
@@ -38,7 +38,7 @@ MAX_SHOWN = 20
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class NamedDevice:
     """A device and what it may be called. device: SERVER/BUSID, None if its lock does not say it; resources: by full
     name."""
 
@@ -61,7 +61,7 @@ class Candidate:
         return (self.id, *(name for name in given if name))
 
 
-def resolve(name: str, candidates: Sequence[Candidate]) -> Candidate:
+def resolve(name: str, candidates: Sequence[NamedDevice]) -> NamedDevice:
     """The one device of that name: exactly, else the only one with a name that begins so.
 
     NoSuchDevice, or AmbiguousDevice with the matches, also for a resource of several devices.
@@ -81,7 +81,7 @@ def _matchers(name: str) -> Iterable[Callable[[str], bool]]:
         yield lambda known: known.startswith(name)
 
 
-def _lines(found: Sequence[Candidate]) -> list[str]:
+def _lines(found: Sequence[NamedDevice]) -> list[str]:
     more = len(found) - MAX_SHOWN
     return [f"  {candidate}" for candidate in found[:MAX_SHOWN]] + ([f"  and {more} more"] if more > 0 else [])
 
@@ -101,7 +101,7 @@ class DevlistClient(Protocol):
 
 
 @dataclass(slots=True)
-class Enquiry:
+class DeviceLookup:
     """One person's question. answers: what each server listed, or why it did not; filled as they are asked."""
 
     store: LeaseStore
@@ -112,7 +112,7 @@ class Enquiry:
     domain: str
     config: Config | None
     source: str
-    known: tuple[Known, ...] = ()
+    known: tuple[LockedDevice, ...] = ()
     answers: dict[ServerKey, tuple[Descriptor, ...] | str] = field(default_factory=dict)
 
     async def about(self, name: str) -> Facts:
@@ -141,7 +141,7 @@ class Enquiry:
             offers=self._offers(key, lock) if key is not None else None,
             config_source=self.source,
             server=self._word(key),
-            pod=await self._pod(pod) if pod is not None else PodWord.UNKNOWN,
+            pod=await self._pod(pod) if pod is not None else PodStatus.UNKNOWN,
             plugin=await self._plugin(lock.holder) if lock is not None and lock.holder else PluginWord.UNKNOWN,
             namespace=self.namespace,
             now=self.clock.now(),
@@ -169,14 +169,14 @@ class Enquiry:
                     keys.setdefault(key.id, key)
         return keys
 
-    def _candidates(self, keys: Mapping[str, DeviceKey]) -> list[Candidate]:
+    def _candidates(self, keys: Mapping[str, DeviceKey]) -> list[NamedDevice]:
         locks = {known.lock.device_id: known.lock for known in self.known}
         found = []
         for device_id in sorted({*keys, *locks}):
             key, lock = keys.get(device_id), locks.get(device_id)
             offers = self._offers(key, lock) if key is not None else None
             found.append(
-                Candidate(
+                NamedDevice(
                     device_id,
                     device=str(key) if key is not None else None,
                     busid=key.busid if key is not None else None,
@@ -231,25 +231,25 @@ class Enquiry:
         listed = self.answers.get(key.server, "")
         return None if isinstance(listed, str) else next((d for d in listed if d.busid == key.busid), None)
 
-    def _word(self, key: DeviceKey | None) -> ServerWord:
+    def _word(self, key: DeviceKey | None) -> ServerAnswer:
         if key is None or key.server not in self.answers:
-            return ServerWord(ServerSays.NOT_ASKED)
+            return ServerAnswer(ServerSays.NOT_ASKED)
         answer = self.answers[key.server]
         if isinstance(answer, str):
-            return ServerWord(ServerSays.UNREACHABLE, error=answer)
+            return ServerAnswer(ServerSays.UNREACHABLE, error=answer)
         listed = self._listed(key)
         if listed is None:
-            return ServerWord(ServerSays.UNLISTED)
-        return ServerWord(ServerSays.LISTED, usb_id=str(listed.usb_id))
+            return ServerAnswer(ServerSays.UNLISTED)
+        return ServerAnswer(ServerSays.LISTED, usb_id=str(listed.usb_id))
 
-    async def _pod(self, pod: PodRef) -> PodWord:
+    async def _pod(self, pod: PodRef) -> PodStatus:
         path = f"/api/v1/namespaces/{pod.namespace}/pods/{pod.name}"
         try:
             found = await self.kube.request("get", path, resource="pods", timeout=REQUEST_TIMEOUT_S)
         except KubeNotFound:
-            return PodWord.GONE
+            return PodStatus.GONE
         except KubeError:
-            return PodWord.UNKNOWN
+            return PodStatus.UNKNOWN
         return pod_word(found, pod)
 
     async def _plugin(self, node: str) -> PluginWord:
@@ -264,14 +264,14 @@ class Enquiry:
         return plugin_word(found)
 
 
-def pod_word(found: Mapping[str, Any], pod: PodRef) -> PodWord:
+def pod_word(found: Mapping[str, Any], pod: PodRef) -> PodStatus:
     """What the API server's answer says of the pod that a lock names."""
     metadata, status = _mapping(found.get("metadata")), _mapping(found.get("status"))
     if pod.uid is not None and metadata.get("uid") not in (None, pod.uid):
-        return PodWord.GONE
+        return PodStatus.GONE
     if status.get("phase") in ("Succeeded", "Failed"):
-        return PodWord.ENDED
-    return PodWord.ENDING if metadata.get("deletionTimestamp") else PodWord.LIVES
+        return PodStatus.ENDED
+    return PodStatus.ENDING if metadata.get("deletionTimestamp") else PodStatus.LIVES
 
 
 def plugin_word(found: Mapping[str, Any]) -> PluginWord:

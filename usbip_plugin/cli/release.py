@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from usbip_plugin.cli.devices import Known, last_sign, stamp
-from usbip_plugin.cli.explain import Facts, PodWord, ServerSays, ago
+from usbip_plugin.cli.devices import LockedDevice, last_sign, stamp
+from usbip_plugin.cli.explain import Facts, PodStatus, ServerSays, ago
 from usbip_plugin.config.schema import IMPORT_WINDOW_S
 from usbip_plugin.errors import KubeConflict, KubeForbidden, KubeNotFound, ReleaseRefused
 from usbip_plugin.locks.protocol import Replace, Write, decide_release
@@ -40,7 +40,7 @@ def _sentences(facts: Facts) -> Iterator[str]:
     else:
         yield f"The node lives (last sign: {heard}): it detaches the device as soon as it sees the empty lock."
     pod = lock.pod
-    if pod is not None and facts.pod in (PodWord.GONE, PodWord.ENDED):
+    if pod is not None and facts.pod in (PodStatus.GONE, PodStatus.ENDED):
         yield f"Its pod {pod} is {facts.pod.value}."
     elif pod is not None:
         yield f"Its pod {pod} loses the device while it runs; open files answer with errors."
@@ -68,7 +68,7 @@ def _fresh(facts: Facts) -> bool:
     return renewed is not None and facts.now - renewed < timedelta(seconds=IMPORT_WINDOW_S)
 
 
-async def release(store: LeaseStore, known: Known, now: datetime) -> None:
+async def release(store: LeaseStore, known: LockedDevice, now: datetime) -> None:
     """Empties the lock, if it is still the very version that was shown; the record, its epoch included, is kept.
 
     ReleaseRefused if it has changed, or is no longer this holder's. KubeError.

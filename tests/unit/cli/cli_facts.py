@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
-from usbip_plugin.cli.devices import Known
-from usbip_plugin.cli.explain import Facts, Offer, PluginWord, PodWord, ServerSays, ServerWord
+from usbip_plugin.cli.devices import LockedDevice
+from usbip_plugin.cli.explain import Facts, Offer, PluginWord, PodStatus, ServerAnswer, ServerSays
 from usbip_plugin.locks.record import LOCK_LABELS, SESSION_LABELS, Lease, lock_of
 from usbip_plugin.model import DeviceKey, ServerKey
 
@@ -15,14 +15,14 @@ TAKEN = datetime(2026, 5, 4, 3, 2, 1, tzinfo=UTC)
 NOW = TAKEN + timedelta(hours=3)
 NOTES = {"usbip.dev/server": "lab:3240", "usbip.dev/busid": "1-1", "usbip.dev/usb-id": "0951:1666"}
 HELD_NOTES = NOTES | {"usbip.dev/pod": "ns/reader/uid-1", "usbip.dev/vhci-port": "3", "usbip.dev/boot-id": "b"}
-LISTED = ServerWord(ServerSays.LISTED, usb_id="0951:1666")
-UNLISTED = ServerWord(ServerSays.UNLISTED)
-UNREACHABLE = ServerWord(ServerSays.UNREACHABLE, error="USB/IP server lab:3240: connection refused")
+LISTED = ServerAnswer(ServerSays.LISTED, usb_id="0951:1666")
+UNLISTED = ServerAnswer(ServerSays.UNLISTED)
+UNREACHABLE = ServerAnswer(ServerSays.UNREACHABLE, error="USB/IP server lab:3240: connection refused")
 
 
 def known(
     holder: str = "", *, heard: float | None = 3, written: float = 3600, notes: dict[str, str] | None = None
-) -> Known:
+) -> LockedDevice:
     """heard: seconds since the session was renewed, None for no session; written: since the lock was."""
     annotations = notes if notes is not None else HELD_NOTES if holder else NOTES
     renewed = NOW - timedelta(seconds=written)
@@ -31,7 +31,7 @@ def known(
     if holder and heard is not None:
         beat = NOW - timedelta(seconds=heard)
         session = Lease(f"usbip-node-{holder}", holder, 40, TAKEN, beat, labels=SESSION_LABELS)
-    return Known(lease, lock_of(lease), session)
+    return LockedDevice(lease, lock_of(lease), session)
 
 
 FREE = Facts(
@@ -41,9 +41,9 @@ FREE = Facts(
     offers=(Offer("usbip.dev/stick", "vendor 0951"),),
     config_source="ConfigMap usbip-system/usbip-plugin",
     server=LISTED,
-    pod=PodWord.UNKNOWN,
+    pod=PodStatus.UNKNOWN,
     plugin=PluginWord.UNKNOWN,
     namespace="usbip-system",
     now=NOW,
 )
-HELD = replace(FREE, known=known("node-a"), server=UNLISTED, pod=PodWord.LIVES, plugin=PluginWord.READY)
+HELD = replace(FREE, known=known("node-a"), server=UNLISTED, pod=PodStatus.LIVES, plugin=PluginWord.READY)

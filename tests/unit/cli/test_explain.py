@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 
 from tests.unit.cli.cli_facts import FREE, HELD, HELD_NOTES, KEY, LISTED, NOTES, NOW, UNLISTED, UNREACHABLE, known
-from usbip_plugin.cli.explain import Facts, PluginWord, PodWord, age, explain, render
+from usbip_plugin.cli.explain import Facts, PluginWord, PodStatus, age, explain, render
 from usbip_plugin.cli.lookup import plugin_word, pod_word
 from usbip_plugin.model import PodRef
 
 TOLD = replace(FREE, known=known(notes=NOTES | {"usbip.dev/serial": "RED"}))
-GONE_NODE = replace(HELD, known=known("node-a", heard=500, written=500), pod=PodWord.GONE, plugin=PluginWord.NONE)
+GONE_NODE = replace(HELD, known=known("node-a", heard=500, written=500), pod=PodStatus.GONE, plugin=PluginWord.NONE)
 
 
 @pytest.mark.parametrize(
@@ -60,8 +60,8 @@ def test_the_verdict(facts: Facts, available: bool, verdict: str) -> None:
                 "usbip-plugin release lab:3240/1-1 --force",
             ],
         ),
-        (replace(HELD, pod=PodWord.GONE), ["Pod ns/reader is gone", "within half a minute", "logs daemonset"]),
-        (replace(HELD, pod=PodWord.ENDING), ["being deleted", "Wait: it comes free"]),
+        (replace(HELD, pod=PodStatus.GONE), ["Pod ns/reader is gone", "within half a minute", "logs daemonset"]),
+        (replace(HELD, pod=PodStatus.ENDING), ["being deleted", "Wait: it comes free"]),
         (replace(HELD, plugin=PluginWord.NONE), ["there is none", "lets nothing go", "spec.nodeName=node-a"]),
         (replace(HELD, server=LISTED), ["attached nowhere now"]),
         (replace(HELD, known=known("node-a", heard=None, written=10)), ["last sign was 2026-05-04T06:01:51Z"]),
@@ -92,15 +92,15 @@ def test_what_it_says_is_whole_sentences() -> None:
 @pytest.mark.parametrize(
     ("found", "word"),
     [
-        ({"metadata": {"uid": "u"}, "status": {"phase": "Running"}}, PodWord.LIVES),
-        ({"metadata": {"uid": "u", "deletionTimestamp": "t"}, "status": {"phase": "Running"}}, PodWord.ENDING),
-        ({"metadata": {"uid": "u"}, "status": {"phase": "Failed"}}, PodWord.ENDED),
-        ({"metadata": {"uid": "another"}, "status": {"phase": "Running"}}, PodWord.GONE),
-        ({}, PodWord.LIVES),
-        ({"metadata": None, "status": 3}, PodWord.LIVES),
+        ({"metadata": {"uid": "u"}, "status": {"phase": "Running"}}, PodStatus.LIVES),
+        ({"metadata": {"uid": "u", "deletionTimestamp": "t"}, "status": {"phase": "Running"}}, PodStatus.ENDING),
+        ({"metadata": {"uid": "u"}, "status": {"phase": "Failed"}}, PodStatus.ENDED),
+        ({"metadata": {"uid": "another"}, "status": {"phase": "Running"}}, PodStatus.GONE),
+        ({}, PodStatus.LIVES),
+        ({"metadata": None, "status": 3}, PodStatus.LIVES),
     ],
 )
-def test_what_the_api_server_says_of_the_pod(found: dict[str, object], word: PodWord) -> None:
+def test_what_the_api_server_says_of_the_pod(found: dict[str, object], word: PodStatus) -> None:
     assert pod_word(found, PodRef("ns", "reader", "u")) is word
 
 

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import pytest
 
-from usbip_plugin.cli.lookup import Candidate, named_key, resolve
+from usbip_plugin.cli.lookup import NamedDevice, named_key, resolve
 from usbip_plugin.errors import AmbiguousDevice, NoSuchDevice
 from usbip_plugin.model import DeviceKey, ServerKey
 
 
-def candidate(host: str, busid: str, *resources: str, serial: str | None = None) -> Candidate:
+def candidate(host: str, busid: str, *resources: str, serial: str | None = None) -> NamedDevice:
     key = DeviceKey(ServerKey(host), busid)
-    return Candidate(key.id, str(key), busid, serial, resources)
+    return NamedDevice(key.id, str(key), busid, serial, resources)
 
 
 STICK = candidate("lab", "1-1", "usbip.dev/stick", "usbip.dev/storage", serial="A1")
 OTHER = candidate("lab", "1-1.2", "usbip.dev/storage")
 FAR = candidate("attic", "1-1", "usbip.dev/scanner")
-ALL = (STICK, OTHER, FAR, Candidate("usbip-" + "a" * 20))
+ALL = (STICK, OTHER, FAR, NamedDevice("usbip-" + "a" * 20))
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ ALL = (STICK, OTHER, FAR, Candidate("usbip-" + "a" * 20))
         ("usbip-aaaa", ALL[3]),
     ],
 )
-def test_every_name_of_a_device_and_the_beginning_of_one(name: str, meant: Candidate) -> None:
+def test_every_name_of_a_device_and_the_beginning_of_one(name: str, meant: NamedDevice) -> None:
     assert resolve(name, ALL) is meant
 
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from tests.unit.cli.cli_facts import FREE, HELD, HELD_NOTES, KEY, LISTED, NOW, UNLISTED, UNREACHABLE, known
-from usbip_plugin.cli.devices import Known, known_devices
-from usbip_plugin.cli.explain import Facts, PodWord
+from usbip_plugin.cli.devices import LockedDevice, known_devices
+from usbip_plugin.cli.explain import Facts, PodStatus
 from usbip_plugin.cli.release import plan, release
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.errors import KubeForbidden, ReleaseRefused
@@ -40,13 +40,13 @@ def test_it_says_what_it_would_break() -> None:
     assert "held by node node-a since 2026-05-04T03:02:01Z" in text
     assert "The node lives (last sign: 3 s ago): it detaches the device" in text
     assert "pod ns/reader loses the device while it runs" in text
-    assert "Its pod ns/reader is gone" in "\n".join(plan(replace(HELD, pod=PodWord.GONE)).sentences)
+    assert "Its pod ns/reader is gone" in "\n".join(plan(replace(HELD, pod=PodStatus.GONE)).sentences)
     silent = plan(replace(HELD, known=known("node-a", heard=500, written=500))).sentences
     assert "The node is silent (last sign: 8 min ago)" in "\n".join(silent)
     assert "names no pod" in "\n".join(plan(replace(HELD, known=known("node-a", notes={}))).sentences)
 
 
-async def stored() -> tuple[MemoryLeases, Known]:
+async def stored() -> tuple[MemoryLeases, LockedDevice]:
     backend = MemoryBackend()
     backend.create(known("node-a").lease)
     store = MemoryLeases(backend, SystemClock())

@@ -7,7 +7,7 @@ from typing import cast
 
 import pytest
 
-from usbip_plugin.cli.lookup import Enquiry
+from usbip_plugin.cli.lookup import DeviceLookup
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.kube.events import KubeRequests
@@ -80,7 +80,7 @@ def test_a_twin_is_there_and_promised_by_the_same_resource(
     selectors: dict[ServerKey, Selector], there: Lease, lists: dict[str, tuple[Descriptor, ...]], twins: tuple[str, ...]
 ) -> None:
     config = Config((ResourceConfig("stick", tuple(DeviceSelector(at, which) for at, which in selectors.items())),))
-    enquiry = Enquiry(
+    enquiry = DeviceLookup(
         cast("LeaseStore", Leases(lease(OWN, "RED"), there)),
         cast("KubeRequests", None),
         Servers(**lists),
