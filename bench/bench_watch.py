@@ -31,7 +31,7 @@ from usbip_plugin.locks import record
 from usbip_plugin.locks.kubernetes import RESOURCE, KubernetesLeases
 from usbip_plugin.model import DeviceKey, NodeIdentity, Reason
 from usbip_plugin.node.agent import Agent, AgentDependencies
-from usbip_plugin.node.metrics import Figures, Losses
+from usbip_plugin.node.metrics import AgentMetrics, DropCounts
 from usbip_plugin.observe.logs import set_up_logging
 from usbip_plugin.observe.metrics import Metrics
 from usbip_plugin.observe.tracing import Tracing
@@ -237,9 +237,9 @@ async def _agent(stack: contextlib.AsyncExitStack, config: Config, lines: Lines)
         rng=rng,
         tracer=tracing.tracer,
     )
-    figures = Figures(Metrics(), clock, domain="usbip.dev", node="bench")
+    figures = AgentMetrics(Metrics(), clock, domain="usbip.dev", node="bench")
     agent = Agent(outside, config, domain="usbip.dev", observer=figures.observer)
-    figures.follow(agent, Losses(lambda: 0, lambda: 0, lambda: 0))
+    figures.follow(agent, DropCounts(lambda: 0, lambda: 0, lambda: 0))
     running = asyncio.create_task(agent.run())
     stack.push_async_callback(asyncio.wait, [running])
     stack.callback(running.cancel)

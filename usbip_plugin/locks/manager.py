@@ -30,17 +30,6 @@ DURATION_S = 40.0
 IMPORT_WINDOW_S = 10.0
 ORPHAN_RETRY_S = 5.0
 
-__all__ = [
-    "Acquired",
-    "ApiState",
-    "Grant",
-    "LockChange",
-    "LockManager",
-    "LockMeta",
-    "LockSettings",
-    "Standing",
-]
-
 
 @dataclass(frozen=True, slots=True)
 class LockSettings:

@@ -12,6 +12,8 @@ from opentelemetry.trace import NoOpTracer
 from tests.unit.kubelet.idle_backend import IdleBackend
 from usbip_plugin.context import NodeContext
 from usbip_plugin.inventory.evaluate import Evaluation, Lists
+from usbip_plugin.inventory.facts import Snapshot
+from usbip_plugin.inventory.inventory import Inventory
 from usbip_plugin.kube.node_status import NodeStatusPublisher
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer, DeviceStates
 from usbip_plugin.kubelet.publish import KubeletPublisher
@@ -40,7 +42,7 @@ class Offers:
     def evaluate(self) -> None:
         before, self.advertised = self.advertised, LISTS
         for callback in self._subscribers:
-            callback(Evaluation(before, LISTS, cast("Facts", None)))
+            callback(Evaluation(before, LISTS, cast("Snapshot", None)))
 
 
 class NoLocks:
@@ -59,7 +61,7 @@ class Node:
         self.status = NodeStatusPublisher(self, "node-a", clock, random.Random(1))
         self.telling = KubeletPublisher(
             NodeContext(NodeIdentity("node-a", "boot-1"), clock, random.Random(1), NoOpTracer()),
-            inventory=cast("Advertiser", Offers()),
+            inventory=cast("Inventory", Offers()),
             locks=cast("LockManager", NoLocks()),
             domain="usbip.dev",
             node_status=self.status,
