@@ -184,7 +184,7 @@ check_still_ours = Pipeline._check_still_ours
 
 
 async def detaching_without_api(self: AttachmentMonitor, *, run: Callable[..., object] = AttachmentMonitor.run) -> None:
-    """Around Keeper.run."""
+    """Around AttachmentMonitor.run."""
 
     def changed(state: ApiState) -> None:
         for device_id in () if state.reachable else tuple(self._work.book.view):
@@ -227,11 +227,11 @@ async def any_serial_number_will_do(self: Pipeline, device_id: str, descriptor: 
 
 
 async def answered_at_once(_self: KubeletPublisher, _resource: str, _limit: float) -> None:
-    """Instead of Telling.made_sure."""
+    """Instead of KubeletPublisher.made_sure."""
 
 
 async def forgotten(self: KubeletPublisher, server: DevicePluginServer) -> None:
-    """Instead of Telling.detach: the kubelet is told, and the Node is not."""
+    """Instead of KubeletPublisher.detach: the kubelet is told, and the Node is not."""
     await server.wait_sent()
     assert self._node_status is not None
     self._node_status.forget(server.resource)

@@ -91,7 +91,7 @@ def re_attached_though_lost() -> Iterator[None]:
 
 
 def spawn_in_any_case(self: DeviceTasks, work: Coroutine[object, object, None], name: str) -> Any:
-    """Replaces DeviceWork.spawn: a plugin that is being stopped begins work, too."""
+    """Replaces DeviceTasks.spawn: a plugin that is being stopped begins work, too."""
     try:
         assert self._tasks is not None
         return self._tasks.create_task(work, name=name)
@@ -106,7 +106,7 @@ async def records_of_the_tool(self: SimulatedVhci) -> tuple[PortState, ...]:
 
 
 def attach_silently(self: KubeletPublisher, server: DevicePluginServer) -> None:
-    """Replaces Telling.attach: that the first list was sent is not noticed."""
+    """Replaces KubeletPublisher.attach: that the first list was sent is not noticed."""
     self._servers[server.resource] = server
     self._publish(server)
 

@@ -60,8 +60,8 @@ class Snapshot:
     """Everything that decides what is advertised. Mappings by device ID, servers by key.
 
     released: devices let go by their holder, whose server has not been asked since its reset. moved_here(device_id):
-    the claim on another device that is attached from this one's place. restless: see handover.Rereads; suspect: see
-    handover.Suspects.
+    the claim on another device that is attached from this one's place. restless: see handover.ProbeLimiter; suspect:
+    see handover.ReplacedDevices.
     """
 
     me: str

@@ -38,7 +38,7 @@ _DAILY = frozenset({Reason.FREE, Reason.HELD_ELSEWHERE})
 
 
 def time_kept(config: Config) -> float:
-    """Seconds of allocateTimeout that the work on devices leaves for Telling.made_sure and the answer."""
+    """Seconds of allocateTimeout that the work on devices leaves for KubeletPublisher.made_sure and the answer."""
     return min(KEPT_MAX_S, KEPT_SHARE * config.allocate_timeout)
 
 

@@ -80,7 +80,7 @@ class ApiReachability:
 
 
 class WatchedStore:
-    """A LeaseStore that tells a Contact how each call went. Watches are told by who runs them."""
+    """A LeaseStore that tells an ApiReachability how each call went. Watches are told by who runs them."""
 
     def __init__(self, store: LeaseStore, contact: ApiReachability) -> None:
         self._store, self._contact = store, contact
@@ -229,7 +229,7 @@ SETTLE_S = 2.0
 
 
 class LockWatcher:
-    """Keeps a LockView true. ready is set after the first list."""
+    """Keeps a LockCache true. ready is set after the first list."""
 
     def __init__(
         self,

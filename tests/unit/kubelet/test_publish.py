@@ -53,7 +53,7 @@ class NoLocks:
 
 
 class Node:
-    """A Telling with its publisher, and what the Node was told by it, in order."""
+    """A KubeletPublisher with its publisher, and what the Node was told by it, in order."""
 
     def __init__(self) -> None:
         clock = SimClock(asyncio.get_running_loop())
