@@ -160,7 +160,7 @@ async def watch() -> list[Row]:
         agent = await _agent(stack, config, lines)
         async with asyncio.timeout(PATIENCE_S):
             while (  # noqa: ASYNC110 - a bench
-                not agent.publisher.begun or sum(len(d) for d in agent.inventory.advertised.values()) < len(keys)
+                not agent.publisher.publishing or sum(len(d) for d in agent.inventory.advertised.values()) < len(keys)
             ):
                 await asyncio.sleep(0.05)
         # a server hides what is in use, so that no expiry is observed (R4); these list all that they have
@@ -170,7 +170,7 @@ async def watch() -> list[Row]:
             None if importable else hidden(device_id, importable=False)
         )
         # nor does anybody ask the servers anew: they are in this process, and would be measured
-        agent.poller.poke = lambda server: None  # type: ignore[method-assign]
+        agent.poller.poll_soon = lambda server: None  # type: ignore[method-assign]
         said = events(keys)
         half = len(said) // 2
         alone = await _cost(lines, [[line] for line in said[:half]])

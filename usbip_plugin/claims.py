@@ -112,33 +112,33 @@ class Claim:
     traceparent: str | None = None
     allocated_at: float = 0.0
     pod: PodRef | None = None
-    absent: int = 0
-    absent_since: float = 0.0
+    missed_polls: int = 0
+    missing_since: float = 0.0
     serial: str | None = None
     moved_to: DeviceKey | None = None
-    hindrance: str = ""
-    numbers: tuple[int, ...] | None = ()
-    given: Attachment | None = None
-    handed_back: bool = False
+    blocked_by: str = ""
+    container_indexes: tuple[int, ...] | None = ()
+    allocated_as: Attachment | None = None
+    pod_ended: bool = False
 
     @property
     def id(self) -> str:
         return self.key.id
 
     @property
-    def place(self) -> DeviceKey:
+    def location(self) -> DeviceKey:
         """Where the device is imported from: what servers, kernel and port records know it by."""
         return self.moved_to or self.key
 
     @property
-    def more_time(self) -> float:
+    def extra_timeout(self) -> float:
         """Seconds that an attach may take beyond its usual time, because its children may."""
         return max(0.0, self.children_timeout - DEFAULT_CHILDREN_TIMEOUT_S)
 
 
 def place_of(claim: Claim) -> str:
     """Where it is imported from, for people: the bus id, and the server if that is another than its own."""
-    return claim.place.busid if claim.place.server == claim.key.server else str(claim.place)
+    return claim.location.busid if claim.location.server == claim.key.server else str(claim.location)
 
 
 IN_USE = (ClaimState.ATTACHED, ClaimState.REATTACHING, ClaimState.LOST)
@@ -160,7 +160,7 @@ def step(claim: Claim, event: ClaimEvent) -> Claim:
 
 def allocated(claim: Claim, now: float) -> Claim:
     """An Allocate has just asked for the device (again): who uses it is to be seen anew."""
-    return replace(claim, allocated_at=now, pod=None, absent=0, handed_back=False)
+    return replace(claim, allocated_at=now, pod=None, missed_polls=0, pod_ended=False)
 
 
 class ClaimBook:
@@ -190,7 +190,7 @@ class ClaimBook:
         """The claim on another device that is imported from this one's place."""
         return self._claims.get(self._moved.get(device_id, ""))
 
-    def concerns(self, device_id: str) -> bool:
+    def in_use(self, device_id: str) -> bool:
         """Whether there is a claim on this device, or one that is imported from its place."""
         return device_id in self._claims or device_id in self._moved
 

@@ -196,7 +196,7 @@ class SimNode:
         """The pod ends; the pod watch, which the world has no API server for, gives its hint."""
         self.kubelet.end(pod)
         if self.agent is not None:
-            self.agent.usage.hint()
+            self.agent.usage.pod_may_have_ended()
 
 
 class World:

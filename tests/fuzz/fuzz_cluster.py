@@ -81,7 +81,7 @@ def judged(lease: Lease) -> None:
     assert isinstance(held, LockHeld)
     fit_to_raise(held, 1200)
     decisions = [
-        protocol.decide_acquire(lease, KEY, LockMeta(told=Identity(1 << 16 | 2, "S")), WRITE, None, True),
+        protocol.decide_acquire(lease, KEY, LockMeta(identity=Identity(1 << 16 | 2, "S")), WRITE, None, True),
         protocol.decide_amend(lease, WRITE, {record.PORT: "1"}),
         protocol.decide_release(lease, WRITE),
         protocol.decide_session(lease, WRITE),

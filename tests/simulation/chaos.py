@@ -346,7 +346,7 @@ class Chaos:
             if claim is None or claim.state is not ClaimState.ATTACHED or claim.attachment is None:
                 continue
             paths = {one.path for one in claim.attachment.nodes}
-            if claim.numbers and not paths <= set(got.nodes):
+            if claim.container_indexes and not paths <= set(got.nodes):
                 self.ended_badly.append(f"container of {name} has {sorted(got.nodes)}, and {claim.key} is {paths}")
 
     def do_specs_fail(self, action: Action, node: ClusterNode) -> bool:

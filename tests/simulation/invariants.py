@@ -250,7 +250,7 @@ class Watch:
         quiet = self.quiet(node)
         for device_id, lease in self.cluster.backend.leases.items():
             if record.is_lock_name(device_id) and lease.holder == node.name:
-                bad = quiet and not agent.claims.concerns(device_id)
+                bad = quiet and not agent.claims.in_use(device_id)
                 if self._for_long(bad, now, UNCLAIMED_LOCK_S / node.clock.rate, "lock", node.name, device_id):
                     raise Violation("no lock without a claim", f"{node.name} holds {self._keys.get(device_id)}")
 
@@ -270,10 +270,12 @@ class Watch:
         if node.agent is None:
             return
         for claim in node.agent.claims.view.values():
-            if claim.state is not ClaimState.ATTACHED or not claim.numbers or claim.attachment is None:
+            if claim.state is not ClaimState.ATTACHED or not claim.container_indexes or claim.attachment is None:
                 continue
             texts = node.specs.find(claim.id)
-            names = [device_name(self.cluster.domain, str(claim.resource), claim.id, n) for n in claim.numbers]
+            names = [
+                device_name(self.cluster.domain, str(claim.resource), claim.id, n) for n in claim.container_indexes
+            ]
             try:
                 found = set(resolve(texts, names).nodes)
             except UnresolvableDevice as error:
@@ -322,7 +324,7 @@ class Watch:
                 if self._for_long(mute, now, STALE_HEALTH_S / node.clock.rate, "mute", node.name, device_id):
                     raise Violation("a pod's device is attached or reported", f"{what}: {health.get(device_id)}")
                 claim = agent.claims.view.get(device_id)
-                stands = claim is not None and claim.state is ClaimState.ATTACHED and not claim.absent
+                stands = claim is not None and claim.state is ClaimState.ATTACHED and not claim.missed_polls
                 withdrawn = listed and device_id in attached and stands and not known.get(device_id, False)
                 if self._for_long(withdrawn, now, STALE_HEALTH_S / node.clock.rate, "withdrawn", node.name, device_id):
                     raise Violation("what a pod has is Healthy", f"{what}: {health.get(device_id)}")
@@ -369,7 +371,7 @@ class Watch:
                 raise Violation("a lock for each import", f"{key}: {name} was robbed of its lock and still has it")
             # an import may begin, by what its node knows of the lock, until the window of the last write is over
             late = now - since > self.settings.locks.import_window / node.clock.rate
-            if late and not importing and agent is not None and not agent.claims.concerns(key.id):
+            if late and not importing and agent is not None and not agent.claims.in_use(key.id):
                 del self.chaos.robbed[key, name]
 
     def _ports(self, now: float) -> None:

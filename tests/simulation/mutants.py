@@ -117,7 +117,7 @@ def at_once(
 
 
 async def as_it_was_listed(self: ServerPoller, key: DeviceKey) -> bool:
-    """Instead of ServerPoller.lists: not asked anew."""
+    """Instead of ServerPoller.is_exported: not asked anew."""
     return any(device.busid == key.busid for device in self.views[key.server].devices)
 
 
@@ -125,14 +125,14 @@ async def as_it_was_listed(self: ServerPoller, key: DeviceKey) -> bool:
 
 
 async def release_first(self: Releaser, device_id: str) -> None:
-    """Before Releaser.finish."""
+    """Before Releaser.detach_and_release."""
     claim = self._book[device_id]
     if claim.state is ClaimState.RELEASING:
         await self._locks.release(claim.key)
     await finish(self, device_id)
 
 
-finish = Releaser.finish
+finish = Releaser.detach_and_release
 
 
 # R6
@@ -174,7 +174,7 @@ def whatever_became_of_the_place(self: Pipeline, claim: Claim) -> None:
 
 def whatever_became_of_its_own(self: Pipeline, claim: Claim) -> None:
     """Instead of Pipeline._check_still_ours."""
-    check_still_ours(self, replace(claim, key=claim.place, moved_to=None))
+    check_still_ours(self, replace(claim, key=claim.location, moved_to=None))
 
 
 check_still_ours = Pipeline._check_still_ours
@@ -188,7 +188,7 @@ async def detaching_without_api(self: AttachmentMonitor, *, run: Callable[..., o
 
     def changed(state: ApiState) -> None:
         for device_id in () if state.reachable else tuple(self._work.book.view):
-            self._work.spawn(self._releaser.let_go(device_id, lambda _claim: True), "let go")
+            self._work.spawn(self._releaser.release_if(device_id, lambda _claim: True), "let go")
 
     unsubscribe = self._locks.subscribe_api(changed)
     try:
@@ -227,7 +227,7 @@ async def any_serial_number_will_do(self: Pipeline, device_id: str, descriptor: 
 
 
 async def answered_at_once(_self: KubeletPublisher, _resource: str, _limit: float) -> None:
-    """Instead of KubeletPublisher.made_sure."""
+    """Instead of KubeletPublisher.flush."""
 
 
 async def forgotten(self: KubeletPublisher, server: DevicePluginServer) -> None:
@@ -343,14 +343,14 @@ MUTANTS = (
         "an old list trusted",
         NOT_LOCKED,
         (STARVED,),
-        patched=lambda: patch.object(ServerPoller, "lists", as_it_was_listed),
+        patched=lambda: patch.object(ServerPoller, "is_exported", as_it_was_listed),
     ),
     Mutant(
         "R5",
         "released before it is detached",
         NOT_LOCKED,
         (END,),
-        patched=lambda: patch.object(Releaser, "finish", release_first),
+        patched=lambda: patch.object(Releaser, "detach_and_release", release_first),
     ),
     Mutant(
         "R6", "a loss is nothing", TWO_IMPORTS, (AWAY,), Rules(decide_amend=amended_by_anybody), patched=losing_nothing
@@ -419,7 +419,7 @@ OTHERS = (
         "an Allocate fails before it is written",
         KNOWN,
         (RACE,),
-        patched=lambda: patch.object(KubeletPublisher, "made_sure", answered_at_once),
+        patched=lambda: patch.object(KubeletPublisher, "flush", answered_at_once),
     ),
     Mutant(
         "Node status",

@@ -115,7 +115,7 @@ def _can_write(node: ClusterNode) -> bool:
 def _listens(node: ClusterNode, resource: str) -> bool:
     """Whether the kubelet is well and has the list of a resource, or of one that was taken out has what it had."""
     agent = node.agent
-    if agent is None or not agent.publisher.begun or not node.pods.up.is_set() or node.pods.process.halted:
+    if agent is None or not agent.publisher.publishing or not node.pods.up.is_set() or node.pods.process.halted:
         return False
     plugin = agent.resources.plugins.get(resource)
     return plugin is None or (plugin.registered and node.kubelet.connected(resource))

@@ -49,11 +49,11 @@ def given_up_locks_adopted() -> Iterator[None]:
         yield
 
 
-finish = Releaser.finish
+finish = Releaser.detach_and_release
 
 
 async def finish_for_good(self: Releaser, device_id: str, *, keep: bool = False) -> None:
-    """Replaces Releaser.finish: a claim that was lost with its lock is forgotten, its pod or not."""
+    """Replaces Releaser.detach_and_release: a claim that was lost with its lock is forgotten, its pod or not."""
     del keep
     await finish(self, device_id)
 
@@ -77,7 +77,7 @@ async def write_again_though_lost(self: Pipeline, claim: Claim) -> Grant:
 
 def look_at_the_lock_only(self: Pipeline, claim: Claim) -> None:
     """Replaces Pipeline._check_still_ours: a claim that was lost meanwhile is none."""
-    if not self.is_mine(claim.id) or not self.is_mine(claim.place.id):
+    if not self.is_mine(claim.id) or not self.is_mine(claim.location.id):
         check_still_ours(self, claim)
 
 
@@ -120,7 +120,7 @@ def below_what_was_written(self: NodeStatusPublisher, pending: Mapping[str, int]
 PAST: Mapping[str, Callable[[], AbstractContextManager[object]]] = {
     "a-lock-given-up-is-adopted": given_up_locks_adopted,
     "a-released-lock-is-taken-back": re_attached_though_lost,
-    "a-pod-that-lost-its-device-is-forgotten": lambda: patch.object(Releaser, "finish", finish_for_good),
+    "a-pod-that-lost-its-device-is-forgotten": lambda: patch.object(Releaser, "detach_and_release", finish_for_good),
     "a-device-of-two-resources": served_as_any_resource,
     "an-import-of-a-stopped-process": lambda: patch.object(client, "_check_time", lambda *_times: None),
     "a-kubelet-that-lists-no-pods": lambda: patch.object(PodResourcesWatcher, "_unlisted", lambda *_users: Unlisted()),

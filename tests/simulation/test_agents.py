@@ -419,7 +419,7 @@ async def test_a_lost_device_is_re_attached_as_soon_as_its_server_lists_it_again
         await asyncio.sleep(60)  # by now the tries are REATTACH_MAX_WAIT apart
         tries = lab.connections
         lab.plug(stick("1-1"))
-        agent(node).poller.poke(lab.key)
+        agent(node).poller.poll_soon(lab.key)
         await becomes(c, node, device, healthy=True, within=0.5)
         assert lab.connections - tries <= 3, "a look at the list, and one import"
 

@@ -26,7 +26,7 @@ def actions(long_form: bool) -> int:
 def test_a_broken_promise_is_told_as_its_shortest_story_with_a_plan_and_a_command_that_repeats_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(Releaser, "finish", release_first)
+    monkeypatch.setattr(Releaser, "detach_and_release", release_first)
     assert sim.report("allocate-kill-1", parse("allocate/kill/1").plan, tmp_path / "broken") == 1
     told = capsys.readouterr().out
     story, _, rest = told.partition("\n\n")

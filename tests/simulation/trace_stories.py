@@ -147,7 +147,7 @@ async def unplugged(story: Story) -> None:
         await becomes(c, a, device, healthy=False)
         await asyncio.sleep(3600)
         lab.plug(stick("1-1"))
-        agent(a).poller.poke(lab.key)  # it is seen before the next try is due: that is what makes a try promising
+        agent(a).poller.poll_soon(lab.key)  # it is seen before the next try is due: that is what makes a try promising
         await becomes(c, a, device, healthy=True, within=60)
 
 

@@ -197,13 +197,13 @@ def test_a_pod_that_is_listed_with_fewer_devices_than_it_has_may_have_one_more()
 
 def test_a_list_begun_before_the_allocate_says_nothing() -> None:
     fresh = allocated(observe_usage(claim(), USER, 1.0), 100.0)
-    assert observe_usage(observe_usage(fresh, None, 99.0), None, 100.0).absent == 0
+    assert observe_usage(observe_usage(fresh, None, 99.0), None, 100.0).missed_polls == 0
 
 
 def test_a_new_allocate_of_the_same_device_forgets_the_old_pod() -> None:
     old = observe_usage(observe_usage(claim(), USER, 1.0), None, 2.0)
     again = allocated(old, 3.0)
-    assert (again.pod, again.absent) == (None, 0)
+    assert (again.pod, again.missed_polls) == (None, 0)
 
 
 @pytest.mark.parametrize(
@@ -262,21 +262,21 @@ def test_a_book_knows_which_claim_stands_at_a_place() -> None:
     book = ClaimBook()
     here = claim(ClaimState.REATTACHING)
     book.put(here)
-    assert here.place == KEY
+    assert here.location == KEY
     assert book.moved_here(OTHER.id) is None
-    assert not book.concerns(OTHER.id)
+    assert not book.in_use(OTHER.id)
     book.put(replace(here, moved_to=OTHER))
-    assert book[KEY.id].place == OTHER
+    assert book[KEY.id].location == OTHER
     assert book.moved_here(OTHER.id) is book[KEY.id]
-    assert book.concerns(OTHER.id)
+    assert book.in_use(OTHER.id)
     assert book.get(OTHER.id) is None, "it is no claim on that device"
     book.put(here)
-    assert not book.concerns(OTHER.id)
+    assert not book.in_use(OTHER.id)
     book.put(replace(here, moved_to=OTHER))
     book.move(book[KEY.id], ClaimEvent.POD_GONE)
-    assert book.concerns(OTHER.id)
+    assert book.in_use(OTHER.id)
     book.move(book[KEY.id], ClaimEvent.RELEASED)
-    assert not book.concerns(OTHER.id)
+    assert not book.in_use(OTHER.id)
     assert not book.view
 
 

@@ -97,7 +97,7 @@ class Adopter:
                 continue  # at work on it already
             async with self._work.mutex(lock.device_id):
                 now = self._locks.locks.get(lock.device_id)
-                if now is None or self._work.book.concerns(lock.device_id) or now.holder != lock.holder:
+                if now is None or self._work.book.in_use(lock.device_id) or now.holder != lock.holder:
                     continue
                 orphaned = lock.in_place_of is None or self._is_orphan(lock.in_place_of)
                 if orphaned or now.holder != self._me.node:
@@ -109,7 +109,7 @@ class Adopter:
         """Port records of attachments that ended when nobody here knew of them, their locks being others' by now."""
         for lock in tuple(self._locks.locks.values()):
             key = lock.key
-            if key is None or lock.holder == self._me.node or self._work.book.concerns(lock.device_id):
+            if key is None or lock.holder == self._me.node or self._work.book.in_use(lock.device_id):
                 continue
             if own_port(key, ports, None) is None and not self._work.mutex(lock.device_id).locked():
                 await self._driver.forget(key)
@@ -141,10 +141,10 @@ class Adopter:
             key,
             usb_id,
             resource=user.resource if user is not None else handed.resource if handed is not None else None,
-            numbers=handed.numbers if handed is not None else None,
+            container_indexes=handed.container_indexes if handed is not None else None,
             port=port.number if port is not None else None,
             attachment=replace(attachment, key=key) if attachment is not None else None,
-            given=replace(attachment, key=key) if attachment is not None else None,
+            allocated_as=replace(attachment, key=key) if attachment is not None else None,
             traceparent=lock.traceparent,
             allocated_at=self._clock.monotonic(),
             pod=lock.pod if mine else user.pod if user is not None else None,
@@ -184,4 +184,4 @@ class Adopter:
             self._keeper.begin_reattach(claim.id)
         else:
             self._work.book.move(claim, ClaimEvent.ADOPTED)
-            log.info("adopted", extra={"device": str(claim.key), "port": claim.port, "place": str(claim.place)})
+            log.info("adopted", extra={"device": str(claim.key), "port": claim.port, "place": str(claim.location)})

@@ -34,7 +34,7 @@ class Outcome:
     """What became of one device of an Allocate. fresh: attached by this very call, so to be undone if another fails."""
 
     attachment: Attachment
-    fresh: bool
+    newly_attached: bool
 
 
 class Attacher:
@@ -78,9 +78,9 @@ class Attacher:
             accept(answer)
         except BaseException:
             for device_id, outcome in done.items():
-                if outcome.fresh and (claim := self._book.get(device_id)) is not None:
+                if outcome.newly_attached and (claim := self._book.get(device_id)) is not None:
                     self._work.spawn(
-                        self._releaser.let_go(device_id, partial(_same_allocate, claim)), f"undo {claim.key}"
+                        self._releaser.release_if(device_id, partial(_same_allocate, claim)), f"undo {claim.key}"
                     )
             raise
         return answer
@@ -97,7 +97,9 @@ class Attacher:
             state = claim.state.value if claim is not None else ClaimState.FREE.value
             others = ", ".join(sorted(str(outcome.attachment.key) for i, outcome in done.items() if i != wanted.key.id))
             raise ClaimBusy(f"{wanted.key} was lost while {others} was attached, and is {state}; try again")
-        self._book.put(replace(claim, allocated_at=self._clock.monotonic(), absent=0, given=claim.attachment))
+        self._book.put(
+            replace(claim, allocated_at=self._clock.monotonic(), missed_polls=0, allocated_as=claim.attachment)
+        )
         return claim.attachment
 
     async def _one(self, wanted: DeviceRequest, deadline: float, timeout: float) -> Outcome:
@@ -140,15 +142,20 @@ class Attacher:
                 raise ClaimBusy(f"{wanted.key} is {live.state.value} on this node; the next try may find it ready")
             if not serves(live, wanted.resource, wanted.usb_id):
                 raise ClaimBusy(f"{wanted.key} is in use on this node as a {live.usb_id} of {live.resource}")
-            attachment, numbers = live.attachment, tuple(sorted({*(live.numbers or ()), *wanted.numbers}))
-            live = replace(allocated(live, now), resource=wanted.resource, numbers=numbers, given=attachment)
+            attachment, numbers = (
+                live.attachment,
+                tuple(sorted({*(live.container_indexes or ()), *wanted.container_indexes})),
+            )
+            live = replace(
+                allocated(live, now), resource=wanted.resource, container_indexes=numbers, allocated_as=attachment
+            )
             self._specs.write(live, attachment)
             self._book.put(live)
             allocate = trace.get_current_span()
             allocate.set_attribute("usbip.reused", value=True)
             for link in links_to(live.traceparent):
                 allocate.add_link(link.context)
-            return Outcome(attachment, fresh=False)
+            return Outcome(attachment, newly_attached=False)
         if (other := self._book.moved_here(wanted.key.id)) is not None:
             raise ClaimBusy(f"{wanted.key} is in use on this node: it is what was {other.key}")
         claim = Claim(
@@ -160,9 +167,9 @@ class Attacher:
             traceparent=traceparent_of(trace.get_current_span()),
             allocated_at=now,
             serial=wanted.serial,
-            numbers=wanted.numbers,
+            container_indexes=wanted.container_indexes,
         )
-        return Outcome(await self._pipeline.attach_new(claim, wanted, deadline, progress), fresh=True)
+        return Outcome(await self._pipeline.attach_new(claim, wanted, deadline, progress), newly_attached=True)
 
     async def _undo(self, device_id: str) -> None:
         """After a failed Allocate. The mutex is held; a claim in a settled state was not this Allocate's doing."""
@@ -174,7 +181,7 @@ class Attacher:
         self._book.move(
             claim, ClaimEvent.LOCK_LOST if taken and claim.state is not ClaimState.LOCKING else ClaimEvent.FAILED
         )
-        await self._releaser.finish(device_id)
+        await self._releaser.detach_and_release(device_id)
 
 
 def _same_allocate(before: Claim, now: Claim) -> bool:

@@ -33,7 +33,7 @@ class HandedOut:
     """What a spec says of the Allocate it was written for. numbers: see device_name; sorted."""
 
     resource: str
-    numbers: tuple[int, ...]
+    container_indexes: tuple[int, ...]
 
 
 def kind(domain: str, resource: str) -> str:
@@ -227,7 +227,7 @@ class CdiSpecs:
 
         CdiError: then the spec is as it was.
         """
-        if not claim.numbers or claim.resource is None:
+        if not claim.container_indexes or claim.resource is None:
             return
         resource = self._resources.resource_named(claim.resource)
         if resource is None:
@@ -235,7 +235,7 @@ class CdiSpecs:
             if self._still_true(claim, attachment):
                 return
             resource = ResourceConfig(claim.resource, (), cdi=True)
-        containers = {number: injected(resource, number, attachment) for number in claim.numbers}
+        containers = {number: injected(resource, number, attachment) for number in claim.container_indexes}
         text = spec(self._domain, claim.resource, claim.id, containers)
         if self._files.read(claim.resource, claim.id) == text:
             return
@@ -250,13 +250,13 @@ class CdiSpecs:
         return (
             text is not None
             and known is not None
-            and known.numbers == claim.numbers
+            and known.container_indexes == claim.container_indexes
             and names_nodes(text, attachment.nodes)
         )
 
     def remove(self, claim: Claim) -> None:
         """Its pod is gone. A spec that cannot be removed is told of, and stays until the next start."""
-        if not claim.numbers or claim.resource is None:
+        if not claim.container_indexes or claim.resource is None:
             return
         try:
             self._files.remove(claim.id)

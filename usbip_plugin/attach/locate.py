@@ -242,7 +242,7 @@ class DeviceLocator:
 
     def _claim_changed(self, _device_id: str) -> None:
         lost = [claim for claim in self._work.book.view.values() if claim.state is ClaimState.REATTACHING]
-        self._poller.hurry(places(self._resources.config, lost))
+        self._poller.poll_eagerly(places(self._resources.config, lost))
 
     def server_changed(self, view: ServerView) -> None:
         """For the poller. What was read of a device is forgotten with the first list that does not have it."""
@@ -264,7 +264,7 @@ class DeviceLocator:
     def may_be_listed(self, claim: Claim, server: ServerKey) -> bool:
         """Whether this server lists something that is worth a try to attach the claim's device again."""
         listed = self._listings.of(server)
-        if claim.place in listed:
+        if claim.location in listed:
             return True
         return any(
             descriptor.usb_id == claim.usb_id
@@ -318,7 +318,7 @@ class DeviceLocator:
     async def probe(self, key: DeviceKey, descriptor: Descriptor) -> Identity:
         """Asks a device who it is, once for all nodes. As Pipeline.probe; ClaimBusy if it is in use here."""
         async with self._work.mutex(key.id):
-            if self._work.book.concerns(key.id):
+            if self._work.book.in_use(key.id):
                 raise ClaimBusy(f"{key} is in use on this node")
             told = await self._pipeline.probe(key, descriptor)
         self._note(key, SerialReading(told.devid, told.serial or "", self._clock.monotonic() + READING_LASTS))
@@ -347,7 +347,7 @@ class DeviceLocator:
                 if (
                     descriptor.usb_id != claim.usb_id
                     or key == claim.key
-                    or self._work.book.concerns(key.id)
+                    or self._work.book.in_use(key.id)
                     or (lock is not None and lock.holder not in ("", self._me.node))
                     or not may_be(self._resources.config, claim, key, descriptor)
                     or not self._may_have_come(claim, key)

@@ -98,10 +98,12 @@ class AttachmentMonitor:
         if claim is None or claim.state is not ClaimState.ATTACHED or claim.attachment is None:
             return False
         attachment = claim.attachment
-        if number is not None and claim.numbers != ():
+        if number is not None and claim.container_indexes != ():
             # after a reboot no spec tells what the container was given, and it starts before its kubelet lists it
-            numbers = tuple(sorted({*(claim.numbers or ()), number}))
-            claim = replace(claim, resource=claim.resource or resource, numbers=numbers, given=attachment)
+            numbers = tuple(sorted({*(claim.container_indexes or ()), number}))
+            claim = replace(
+                claim, resource=claim.resource or resource, container_indexes=numbers, allocated_as=attachment
+            )
         self._specs.write(claim, attachment)
         self._work.book.put(claim)
         return True
@@ -132,7 +134,7 @@ class AttachmentMonitor:
         claim = self._work.book.get(device_id)
         if claim is None or claim.state is not ClaimState.ATTACHED:
             return None
-        standing = await self._pipeline.standing(claim, ports)
+        standing = await self._pipeline.current_attachment(claim, ports)
         now = self._work.book.get(device_id)
         if now is None or now.state is not ClaimState.ATTACHED or now.attachment != claim.attachment:
             return None
@@ -143,7 +145,7 @@ class AttachmentMonitor:
         self._work.book.move(now, ClaimEvent.PORT_LOST)
         with within(claim.traceparent):
             log.warning("attachment lost", extra={"device": str(claim.key), "port": claim.port})
-        on_port = own_port(claim.place, ports, claim.port)
+        on_port = own_port(claim.location, ports, claim.port)
         why = "fell free" if on_port is None else "has it no more as it was: it has left the bus"
         self._events(DeviceEvent(EventKind.LOST, claim.key, f"vhci port {claim.port} {why}, re-attaching", claim.pod))
         self._reattacher.seeker.lost(device_id)
@@ -169,7 +171,7 @@ class AttachmentMonitor:
         self._work.book.put(replace(claim, attachment=now))
         if wanted:
             log.warning("device nodes came late", extra={"device": str(claim.key), "nodes": wanted})
-            self._events(late_nodes(claim.key, wanted, claim.pod, by_cdi=bool(claim.numbers)))
+            self._events(late_nodes(claim.key, wanted, claim.pod, by_cdi=bool(claim.container_indexes)))
 
     def _lock_changed(self, change: LockChange) -> None:
         """R6: the watch shows another holder of a device that is attached here. Or that a lost lock is free again."""
@@ -237,7 +239,7 @@ class AttachmentMonitor:
         if claim is None or claim.state is not ClaimState.ATTACHED:
             return
         self._work.book.move(claim, ClaimEvent.PORT_LOST)
-        log.error("lock lost", extra={"device": str(claim.key), "place": str(claim.place), "holder": holder})
-        text = f"the lock of {claim.place} names {holder or 'nobody'} now; it is detached here"
+        log.error("lock lost", extra={"device": str(claim.key), "place": str(claim.location), "holder": holder})
+        text = f"the lock of {claim.location} names {holder or 'nobody'} now; it is detached here"
         self._events(DeviceEvent(EventKind.LOST, claim.key, text, claim.pod))
         self.begin_reattach(claim.id)

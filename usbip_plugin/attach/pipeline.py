@@ -110,8 +110,8 @@ class DeviceRequest:
     children: tuple[str, ...] | None = None
     children_timeout: float = DEFAULT_CHILDREN_TIMEOUT_S
     serial: str | None = None
-    numbers: tuple[int, ...] = ()
-    told: Identity | None = None
+    container_indexes: tuple[int, ...] = ()
+    identity: Identity | None = None
 
 
 class Progress:
@@ -159,7 +159,7 @@ class Pipeline:
         self._book.move(claim, ClaimEvent.ALLOCATE)
         progress.doing = "locking the device (API server)"
         with self.span("lock", claim.key):
-            meta = LockMeta(usb_id=str(wanted.usb_id), told=wanted.told, traceparent=claim.traceparent)
+            meta = LockMeta(usb_id=str(wanted.usb_id), identity=wanted.identity, traceparent=claim.traceparent)
             try:
                 grant = await self._locks.acquire(claim.key, meta)
             except LockHeld:
@@ -178,7 +178,7 @@ class Pipeline:
                 try:
                     return await self._attach(claim.id, grant, deadline, progress)
                 except WrongSerial as wrong:
-                    await self._work.write_told(claim.key, Identity(wrong.devid, wrong.found))
+                    await self._work.record_identity(claim.key, Identity(wrong.devid, wrong.found))
                     raise
         raise AssertionError("the retry policy re-raises")
 
@@ -190,7 +190,10 @@ class Pipeline:
         not be written, stays so: that alone is tried again.
         """
         claim = self._book[device_id]
-        if claim.numbers and (now := await self.standing(claim, await self._driver.ports())) is not None:
+        if (
+            claim.container_indexes
+            and (now := await self.current_attachment(claim, await self._driver.ports())) is not None
+        ):
             return self._hand_out(device_id, now)
         await self.detach(device_id)
         grant = await self._write_again(self._book[device_id])
@@ -201,7 +204,7 @@ class Pipeline:
             grant = replace(there, import_deadline=min(grant.import_deadline, there.import_deadline))
         return await self._attach(device_id, grant, deadline, Progress(""))
 
-    async def leave(self, device_id: str) -> None:
+    async def detach_from_location(self, device_id: str) -> None:
         """Back to the claim's own place: what was attached from elsewhere is detached, the lock there released (R5).
 
         Raises VhciError and LockUnavailable: then nothing has changed.
@@ -230,7 +233,7 @@ class Pipeline:
 
     async def _attach(self, device_id: str, grant: Grant, deadline: float, progress: Progress) -> Attachment:
         claim = self._book[device_id]
-        key = claim.place
+        key = claim.location
         progress.doing = f"importing {key.busid} from USB/IP server {key.server}"
         with self.span("import", key, SpanKind.CLIENT) as step:
             step.set_attributes({"server.address": key.server.host, "server.port": key.server.port})
@@ -257,7 +260,7 @@ class Pipeline:
         with self.span("device node", key) as step:
             attachment = await self._enumerate(device_id, imported.descriptor, port)
             step.set_attribute("usbip.nodes", [node.path for node in attachment.nodes])
-        self._compare_told(claim.place, attachment, imported.descriptor.devid)
+        self._compare_told(claim.location, attachment, imported.descriptor.devid)
         return self._hand_out(device_id, attachment)
 
     def _compare_told(self, place: DeviceKey, attachment: Attachment, devid: int) -> None:
@@ -266,24 +269,24 @@ class Pipeline:
         if lock is None or attachment.serial is None:
             return
         if (lock.serial, lock.read_from) != (attachment.serial, devid):
-            self._work.note_told(place, Identity(devid, attachment.serial))
+            self._work.note_identity(place, Identity(devid, attachment.serial))
 
     def _hand_out(self, device_id: str, attachment: Attachment) -> Attachment:
         """The last step: the spec is true before anybody is told that the device is there."""
         claim = self._book[device_id]
         self._check_still_ours(claim)
-        given = claim.given or attachment
-        claim = replace(claim, attachment=attachment, given=given, serial=attachment.serial or claim.serial)
+        given = claim.allocated_as or attachment
+        claim = replace(claim, attachment=attachment, allocated_as=given, serial=attachment.serial or claim.serial)
         self._book.put(claim)
-        if claim.numbers:
+        if claim.container_indexes:
             with self.span("CDI spec", claim.key):
                 self._specs.write(claim, attachment)
-        self._book.move(replace(claim, hindrance=""), ClaimEvent.ATTACHED)
+        self._book.move(replace(claim, blocked_by=""), ClaimEvent.ATTACHED)
         return attachment
 
     async def _import(self, claim: Claim, grant: Grant, deadline: float) -> Imported:
         """What it returns is to be used without another await in between: it was checked to be within R1 and R6."""
-        key = claim.place
+        key = claim.location
         until = min(grant.import_deadline, deadline)
         async for attempt in import_busy(self._clock, self._rng):
             with attempt:
@@ -303,13 +306,13 @@ class Pipeline:
         claim = self._book[device_id]
         try:
             found = await self._driver.enumerate(
-                claim.place,
+                claim.location,
                 descriptor,
                 port,
                 children=claim.children,
                 children_timeout=claim.children_timeout,
                 serial=claim.serial,
-                timeout=ENUMERATE_TIMEOUT + claim.more_time,
+                timeout=ENUMERATE_TIMEOUT + claim.extra_timeout,
             )
         except AttachStuck:
             self._book.put(replace(self._book[device_id], port=None))
@@ -318,7 +321,7 @@ class Pipeline:
             raise
         if lacking := missing(claim.children, found.nodes):
             kinds = sorted({node.kind for node in found.nodes[1:]})
-            raise NodesMissing(claim.place, lacking, kinds, claim.children_timeout)
+            raise NodesMissing(claim.location, lacking, kinds, claim.children_timeout)
         return replace(found, key=claim.key)
 
     def _check_window(self, key: DeviceKey, grant: Grant) -> None:
@@ -332,10 +335,10 @@ class Pipeline:
         # a lock that names this node again after somebody else had it was lost all the same
         if not self.is_mine(claim.id) or (now is not None and now.state is ClaimState.LOST):
             raise LockLost(str(claim.key), self._holder(claim.id))
-        if not self.is_mine(claim.place.id):
-            if holder := self._holder(claim.place.id):
-                raise LockHeld(str(claim.place), holder)
-            raise LockUnavailable(str(claim.place), "it was released meanwhile")
+        if not self.is_mine(claim.location.id):
+            if holder := self._holder(claim.location.id):
+                raise LockHeld(str(claim.location), holder)
+            raise LockUnavailable(str(claim.location), "it was released meanwhile")
 
     def _holder(self, device_id: str) -> str:
         lock = self._locks.locks.get(device_id)
@@ -349,28 +352,28 @@ class Pipeline:
         Raises VhciError.
         """
         claim = self._book[device_id]
-        if claim.port is None and claim.state is not ClaimState.LOST and not self.is_mine(claim.place.id):
+        if claim.port is None and claim.state is not ClaimState.LOST and not self.is_mine(claim.location.id):
             return
         ports = await self._driver.ports()
         # a port without a number in the claim can only be one that a cancelled attach left behind. Whatever the device
         # on it calls itself by now: the driver knows the connection, and leaves that of somebody else alone
-        own = own_port(claim.place, ports, claim.port)
+        own = own_port(claim.location, ports, claim.port)
         if own is not None:
-            with self.span("detach", claim.place):
+            with self.span("detach", claim.location):
                 await self._driver.detach(own.number, timeout=DETACH_TIMEOUT)
         else:  # it fell free, perhaps unseen
-            await self._driver.forget(claim.place)
+            await self._driver.forget(claim.location)
         self._book.put(replace(self._book[device_id], port=None))
 
-    async def standing(self, claim: Claim, ports: Sequence[PortState]) -> Attachment | None:
+    async def current_attachment(self, claim: Claim, ports: Sequence[PortState]) -> Attachment | None:
         """The attachment as it is now, perhaps with other child nodes, while its port carries what was attached.
 
         The port alone does not say so: what stands there may have left the bus and come back as something else. The USB
         node tells, because the kernel numbers devices anew at each enumeration.
         """
-        if claim.port is None or claim.attachment is None or own_port(claim.place, ports, claim.port) is None:
+        if claim.port is None or claim.attachment is None or own_port(claim.location, ports, claim.port) is None:
             return None
-        now = await self._driver.inspect(claim.place, claim.port)
+        now = await self._driver.inspect(claim.location, claim.port)
         if now is None or (now.nodes[0], now.usb_id) != (claim.attachment.nodes[0], claim.attachment.usb_id):
             return None
         return replace(now, key=claim.key)

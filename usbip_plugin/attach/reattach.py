@@ -152,8 +152,8 @@ class Reattacher:
 
     def pod_known(self, claim: Claim) -> None:
         """The claim's pod is known as of now: evicted, if its device came back as another before."""
-        if claim.state is ClaimState.ATTACHED and claim.given is not None and claim.attachment is not None:
-            self._evict_if(self._verdict(claim, claim.given, claim.attachment), claim.pod)
+        if claim.state is ClaimState.ATTACHED and claim.allocated_as is not None and claim.attachment is not None:
+            self._evict_if(self._verdict(claim, claim.allocated_as, claim.attachment), claim.pod)
 
     def _look_everywhere(self) -> None:
         for device_id in self._stirs:
@@ -164,7 +164,7 @@ class Reattacher:
         waits = backoff(self._rng, REATTACH_FIRST_WAIT, REATTACH_MAX_WAIT)
         stir = self._stirs[device_id] = asyncio.Event()
         claim = self._work.book[device_id]
-        before = claim.given
+        before = claim.allocated_as
         try:
             attributes, context = (
                 device_attributes(claim.key) | pod_attributes(claim.pod),
@@ -195,7 +195,7 @@ class Reattacher:
                 self._work.book.put(claim)
             try:
                 with tries.one(promising=promising):
-                    limit = REATTACH_TIMEOUT + claim.more_time
+                    limit = REATTACH_TIMEOUT + claim.extra_timeout
                     async with self._clock.timeout(limit):
                         after = await self._attach(device_id, self._clock.monotonic() + limit)
             except LockLost as error:
@@ -203,7 +203,7 @@ class Reattacher:
                 failed(whole, error)
                 if self._work.book[device_id].state is ClaimState.REATTACHING:
                     self._work.book.move(self._work.book[device_id], ClaimEvent.LOCK_LOST)
-                await self._releaser.finish(device_id, keep=True)
+                await self._releaser.detach_and_release(device_id, keep=True)
                 return False
             except (TimeoutError, LockError, KubeError, UsbipError, VhciError, CdiError) as error:
                 self._on_reattach(Reattach.FAILED)
@@ -220,9 +220,9 @@ class Reattacher:
         now = self._work.book.get(claim.id)
         if not isinstance(error, CdiError | RecordNotWritable | NodesMissing):
             return
-        if now is None or now.hindrance == str(error):
+        if now is None or now.blocked_by == str(error):
             return
-        self._work.book.put(replace(now, hindrance=str(error)))
+        self._work.book.put(replace(now, blocked_by=str(error)))
         log.warning("not re-attached", extra={"device": str(claim.key), "cause": str(error)})
         self._events(DeviceEvent(EventKind.NOT_REATTACHED, claim.key, str(error), claim.pod))
 
@@ -250,7 +250,7 @@ class Reattacher:
 
     async def _attach_from_place(self, device_id: str, deadline: float) -> Attachment:
         claim = self._work.book[device_id]
-        place = claim.place
+        place = claim.location
         try:
             return await self._pipeline.reattach(device_id, deadline)
         except DeviceBusy:
@@ -258,14 +258,14 @@ class Reattacher:
         except (ServerUnreachable, ServerTimeout) as error:
             if place.server != claim.key.server:  # it may be home again, or elsewhere
                 self.seeker.not_there(place, error)
-                await self._pipeline.leave(device_id)
+                await self._pipeline.detach_from_location(device_id)
             raise
         except (ImportRefused, WrongDevice, WrongSerial, LockHeld) as error:
             self.seeker.not_there(place, error)
             if self._work.book[device_id].moved_to is not None:
                 if isinstance(error, WrongSerial):
-                    await self._work.write_told(place, Identity(error.devid, error.found))
-                await self._pipeline.leave(device_id)
+                    await self._work.record_identity(place, Identity(error.devid, error.found))
+                await self._pipeline.detach_from_location(device_id)
             raise
 
     def _seek(self, device_id: str, cause: PluginError) -> DeviceKey | None:
@@ -278,8 +278,8 @@ class Reattacher:
         if isinstance(verdict, Ambiguous):
             places = " and ".join(place_of(replace(claim, moved_to=key)) for key in verdict.keys)
             hindrance = f"{places} both have its serial number {claim.serial}, so neither is taken for it"
-        if hindrance != claim.hindrance:
-            self._work.book.put(replace(claim, hindrance=hindrance))
+        if hindrance != claim.blocked_by:
+            self._work.book.put(replace(claim, blocked_by=hindrance))
             if hindrance:
                 log.warning("not re-attached", extra={"device": str(claim.key), "cause": hindrance})
                 self._events(DeviceEvent(EventKind.NOT_REATTACHED, claim.key, hindrance, claim.pod))
@@ -290,9 +290,13 @@ class Reattacher:
         if claim is None or claim.moved_to == before.moved_to:
             return
         whole.set_attribute("usbip.moved_to", place_of(claim))
-        log.info("followed", extra={"device": str(claim.key), "place": str(claim.place)})
-        here = claim.place.server == claim.key.server
-        where = f"its server lists it as {claim.place.busid} now" if here else f"it is plugged in at {claim.place} now"
+        log.info("followed", extra={"device": str(claim.key), "place": str(claim.location)})
+        here = claim.location.server == claim.key.server
+        where = (
+            f"its server lists it as {claim.location.busid} now"
+            if here
+            else f"it is plugged in at {claim.location} now"
+        )
         text = f"{where}; it is attached from there"
         self._events(DeviceEvent(EventKind.MOVED, claim.key, text, claim.pod))
         if claim.moved_to is not None and claim.pod is not None:
@@ -313,7 +317,7 @@ class Reattacher:
             self._work.spawn(self._work.note_pod(claim.key, claim.pod), f"note pod {claim.pod}")
 
     def _verdict(self, claim: Claim, before: Attachment | None, after: Attachment) -> AfterReattach:
-        wants, by_cdi = self._resources.resource_of(claim), bool(claim.numbers)
+        wants, by_cdi = self._resources.resource_of(claim), bool(claim.container_indexes)
         return after_reattach(before, after, wants.on_loss, claim.pod, by_cdi=by_cdi, children=wants.children)
 
     def _evict_if(self, verdict: AfterReattach, pod: PodRef | None) -> None:

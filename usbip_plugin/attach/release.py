@@ -44,11 +44,11 @@ def observe_usage(claim: Claim, user: DeviceUser | None, listed_at: float) -> Cl
     if user is not None:
         known = claim.pod is not None and user.pod.uid is None and same_pod(user.pod, claim.pod)
         pod = claim.pod if known else user.pod
-        return replace(claim, pod=pod, resource=claim.resource or user.resource, absent=0, handed_back=False)
+        return replace(claim, pod=pod, resource=claim.resource or user.resource, missed_polls=0, pod_ended=False)
     if listed_at <= claim.allocated_at:
         return claim
-    since = claim.absent_since if claim.absent else listed_at
-    return replace(claim, absent=claim.absent + 1, absent_since=since)
+    since = claim.missing_since if claim.missed_polls else listed_at
+    return replace(claim, missed_polls=claim.missed_polls + 1, missing_since=since)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ def usage_ended(claim: Claim, now: float, unlisted: Unlisted) -> bool:
     A list without the pod counts only if the API server does not say that it lives; and where that is not known for
     certain, only after UNCONFIRMED_ABSENCE.
     """
-    if claim.state not in IN_USE or claim.absent < ABSENT_POLLS:
+    if claim.state not in IN_USE or claim.missed_polls < ABSENT_POLLS:
         return False
     pod = claim.pod
     if pod is None:
@@ -100,7 +100,7 @@ def usage_ended(claim: Claim, now: float, unlisted: Unlisted) -> bool:
         gone = not any(same_pod(pod, other) for other in unlisted.pods)
         # a pod without a uid is one that the API server has not told of
         certain = unlisted.certain and pod.uid is not None
-    return gone and (certain or now - claim.absent_since >= UNCONFIRMED_ABSENCE)
+    return gone and (certain or now - claim.missing_since >= UNCONFIRMED_ABSENCE)
 
 
 class Releaser:
@@ -127,15 +127,15 @@ class Releaser:
         self._pipeline = pipeline
         self._on_step = on_step
 
-    async def let_go(self, device_id: str, still: Callable[[Claim], bool]) -> None:
+    async def release_if(self, device_id: str, still: Callable[[Claim], bool]) -> None:
         """Ends a claim unless, by the time its mutex is had, it is no longer so that it should end."""
         async with self._work.mutex(device_id):
             claim = self._book.get(device_id)
             if claim is not None and claim.state in IN_USE and still(claim):
                 self._book.move(claim, ClaimEvent.POD_GONE)
-                await self.finish(device_id)
+                await self.detach_and_release(device_id)
 
-    async def finish(self, device_id: str, *, keep: bool = False) -> None:
+    async def detach_and_release(self, device_id: str, *, keep: bool = False) -> None:
         """Detach, then (R5) release the lock, again and again until both are done. The claim is Releasing or Lost.
 
         keep: a Lost claim stays, for the pod that has lost its device.
@@ -151,7 +151,7 @@ class Releaser:
                 try:
                     with tries.one():
                         await self._pipeline.detach(device_id)
-                        await self._pipeline.leave(device_id)
+                        await self._pipeline.detach_from_location(device_id)
                         self._specs.remove(self._book[device_id])
                         if self._book[device_id].state is ClaimState.RELEASING:
                             await self._locks.release(claim.key)
@@ -181,4 +181,4 @@ class Releaser:
         async with self._work.mutex(device_id):
             claim = self._book.get(device_id)
             if claim is not None and claim.state is state:
-                await self.finish(device_id, keep=state is ClaimState.LOST)
+                await self.detach_and_release(device_id, keep=state is ClaimState.LOST)

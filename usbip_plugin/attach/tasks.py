@@ -96,17 +96,17 @@ class DeviceTasks:
             # for people and for adoption; the port record says the same, so the attachment does not depend on it
             log.warning("port not noted on the lock", extra={"device": str(key), "port": port, "cause": str(error)})
 
-    def note_told(self, key: DeviceKey, told: Identity) -> None:
+    def note_identity(self, key: DeviceKey, told: Identity) -> None:
         """Begins to note on the lock what its device has told. Returns at once."""
         self.spawn(self._keep_writing_told(key, told), f"note serial number of {key}")
 
     async def _keep_writing_told(self, key: DeviceKey, told: Identity) -> None:
         """A successor that finds the device lost knows it by this: until written, or nobody here has the device."""
         waits = backoff(self._rng, RELEASE_FIRST_WAIT, RELEASE_MAX_WAIT)
-        while not await self.write_told(key, told) and self.book.concerns(key.id):
+        while not await self.record_identity(key, told) and self.book.in_use(key.id):
             await self.until_api_returns(next(waits))
 
-    async def write_told(self, key: DeviceKey, told: Identity) -> bool:
+    async def record_identity(self, key: DeviceKey, told: Identity) -> bool:
         """What a device has told onto its lock, which is this node's. False, and logged, if it may be tried again."""
         try:
             await self._locks.annotate(key, told=told)

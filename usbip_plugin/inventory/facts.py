@@ -23,7 +23,7 @@ class OfferedDevice:
     usb_id: UsbId
     selector: DeviceSelector
     descriptor: Descriptor | None = None
-    told: Identity = UNKNOWN_IDENTITY
+    identity: Identity = UNKNOWN_IDENTITY
     configured: bool = True
 
 
@@ -74,14 +74,14 @@ class Snapshot:
     api: ApiStatus = field(default_factory=ApiStatus)
     released: frozenset[str] = frozenset()
     moved_here: Callable[[str], Claim | None] = lambda _device_id: None
-    restless: frozenset[str] = frozenset()
+    probe_limited: frozenset[str] = frozenset()
     suspect: frozenset[str] = frozenset()
 
-    def told(self, device_id: str, descriptor: Descriptor) -> Identity:
+    def identity_of(self, device_id: str, descriptor: Descriptor) -> Identity:
         """What the device that is listed so has told: nothing, if what its lock says is of another."""
         lock = self.locks.get(device_id)
         if lock is None or device_id in self.suspect or lock.usb_id not in (None, descriptor.usb_id):
             return UNKNOWN_IDENTITY
-        if lock.read_from != descriptor.devid and device_id not in self.restless:
+        if lock.read_from != descriptor.devid and device_id not in self.probe_limited:
             return UNKNOWN_IDENTITY
         return lock.identity

@@ -78,7 +78,7 @@ class HandoverTracker:
             key = change.new.key
             server = key.server if key is not None else None
             if server is not None:
-                self._poller.poke(server)
+                self._poller.poll_soon(server)
             if self._last(self._released.setdefault(server, {}), change.device_id):
                 self._spawn(self._after_releases(server))
 
@@ -108,7 +108,7 @@ class HandoverTracker:
         doubts = self._doubtful[server]
         while doubts:
             device_id, since = next(iter(doubts.items()))
-            await self._poller.asked_since(server, since)
+            await self._poller.polled_since(server, since)
             if doubts.get(device_id) == since:
                 del doubts[device_id]
                 if device_id in self._listed:
@@ -124,7 +124,7 @@ class HandoverTracker:
             if left > 0:
                 await self._clock.sleep(left)
             if server is not None:
-                await self._poller.asked_since(server, since + SECOND_LOOK)
+                await self._poller.polled_since(server, since + SECOND_LOOK)
             if released.get(device_id) == since:
                 del released[device_id]
                 self._look_at(device_id)
@@ -166,7 +166,7 @@ class ReplacedDevices:
         self._listed[view.server] = listed
 
     def _suspect(self, device_id: str, epoch: int, now: float) -> None:
-        if device_id not in self._rereads.restless(now):
+        if device_id not in self._rereads.probe_limited(now):
             self._rereads.note(device_id, now)
             self._epochs[device_id] = epoch
 
@@ -189,7 +189,7 @@ class ProbeLimiter:
         """The lock of the device has just got the number of another."""
         self._at[device_id] = (*self._recent(device_id, now), now)[-MAX_REREADS:]
 
-    def restless(self, now: float) -> frozenset[str]:
+    def probe_limited(self, now: float) -> frozenset[str]:
         """Those that are not to be asked again yet."""
         if not self._at:
             return frozenset()

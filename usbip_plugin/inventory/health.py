@@ -88,7 +88,7 @@ def health(facts: Snapshot, seen: OfferedDevice, resource: str) -> Health:
         if not serves(claim, resource, seen.usb_id):
             # the kubelet counts each resource by itself, and would give it to a second pod
             return Health(Reason.OTHER_RESOURCE, f"a {claim.usb_id} of {claim.resource or 'unknown'}")
-        if not seen.configured and (claim.state is ClaimState.RELEASING or claim.handed_back):
+        if not seen.configured and (claim.state is ClaimState.RELEASING or claim.pod_ended):
             return Health(Reason.NOT_CONFIGURED, "its pod has ended, and nobody new is to have it")
         return _claim_health(claim, facts)
     if not seen.configured:
@@ -143,7 +143,7 @@ def _claim_health(claim: Claim, facts: Snapshot) -> Health:
             where = f", listed as {place_of(claim)} now" if claim.moved_to is not None else ""
             return Health(Reason.ATTACHED, f"port {claim.port}{where}" + (f", pod {claim.pod}" if claim.pod else ""))
         case ClaimState.REATTACHING:
-            hindrance = f"; {claim.hindrance}" if claim.hindrance else ""
+            hindrance = f"; {claim.blocked_by}" if claim.blocked_by else ""
             return Health(Reason.LOST, f"connection to {claim.key.server} lost{hindrance}")
         case ClaimState.LOST:
             by_hand = "released by hand; end its pod" if lock is not None and lock.by_hand else ""
@@ -157,7 +157,7 @@ def _told_health(facts: Snapshot, seen: OfferedDevice, listed: Descriptor) -> He
     selector = seen.selector.selector
     if selector.serial is None and selector.class_ is None:
         return None
-    told = facts.told(seen.key.id, listed)
+    told = facts.identity_of(seen.key.id, listed)
     match matches(selector, listed, told):
         case Match.NEEDS_PROBE:
             return Health(Reason.NOT_READ, f"{seen.key} was plugged in anew, and may be another device")

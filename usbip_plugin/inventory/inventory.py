@@ -52,8 +52,10 @@ class Inventory:
         self._former: dict[str, ResourceConfig] = {}
         self._members: OfferedDevices = {}
         self._moved: set[str] = set()
-        self._conditions = Conditions(context, driver=driver, locks=locks, look_again=self.look_again)
-        self._handovers = HandoverTracker(context, locks=locks, poller=poller, spawn=self.spawn, look_at=self._look_at)
+        self._conditions = Conditions(context, driver=driver, locks=locks, look_again=self.invalidate)
+        self._handovers = HandoverTracker(
+            context, locks=locks, poller=poller, spawn=self.spawn, look_at=self._invalidate_device
+        )
         self._rereads = ProbeLimiter()
         self._suspects = ReplacedDevices(self._rereads)
         self._oddities = OverlapWarnings()
@@ -107,7 +109,9 @@ class Inventory:
         resource starts no container again that wants it.
         """
         claims = self._claims.view
-        held = {claim.resource: bool(claim.numbers) for claim in claims.values() if claim.resource is not None}
+        held = {
+            claim.resource: bool(claim.container_indexes) for claim in claims.values() if claim.resource is not None
+        }
         configured = {resource.name for resource in self._config.resources}
         for name, devices in self._members.items():
             if name not in configured and any(held_as(claims, i, name) for i in devices):
@@ -151,7 +155,7 @@ class Inventory:
             driver=self._conditions.ports,
             api=self._conditions.api,
             released=self._handovers.released(device_ids),
-            restless=self._rereads.restless(self._clock.monotonic()),
+            probe_limited=self._rereads.probe_limited(self._clock.monotonic()),
             suspect=self._suspects.now(self._locks.locks),
         )
 
@@ -162,9 +166,9 @@ class Inventory:
         self._former.update({resource.name: resource for resource in self._config.resources})
         self._config = config
         self._poller.set_servers(config.servers())
-        self.look_again()
+        self.invalidate()
 
-    def look_again(self) -> None:
+    def invalidate(self) -> None:
         """Something changed; what is advertised is worked out anew before the event loop turns again."""
         self._due = None
         self._schedule()
@@ -174,18 +178,18 @@ class Inventory:
         claim = self._claims.get(device_id)
         if claim is not None and claim.moved_to is not None:
             self._moved.add(device_id)
-            self.look_again()
+            self.invalidate()
         elif device_id in self._moved:
             self._moved.remove(device_id)
-            self.look_again()
+            self.invalidate()
         else:
-            self._look_at(device_id)
+            self._invalidate_device(device_id)
 
     def _server_changed(self, view: ServerView) -> None:
         now = self._clock.monotonic()
         self._suspects.server_changed(view, self._locks.locks, self._handovers.released(), now)
         self._handovers.servers_changed()
-        self.look_again()
+        self.invalidate()
 
     # work
 
@@ -196,7 +200,7 @@ class Inventory:
             async with asyncio.TaskGroup() as tasks:
                 self._tasks = tasks
                 tasks.create_task(self._conditions.run(), name="ports and API server")
-                self.look_again()
+                self.invalidate()
         finally:
             self._tasks = None
             unsubscribe()
@@ -221,9 +225,9 @@ class Inventory:
             now = self._clock.monotonic()
             for callback in self._taken_subscribers:
                 self.spawn(callback(change, now))
-        self._look_at(change.device_id)
+        self._invalidate_device(change.device_id)
 
-    def _look_at(self, device_id: str) -> None:
+    def _invalidate_device(self, device_id: str) -> None:
         """As look_again, where nothing but the lock or the claim of this device has changed."""
         if self._due is not None:
             self._due.add(device_id)

@@ -34,7 +34,7 @@ def learn(before: OfferedDevices, facts: Snapshot) -> OfferedDevices:
         old = before.get(resource.name, {})
         for device_id, seen in old.items():
             descriptor = seen.descriptor or _bare(seen.key.busid, seen.usb_id)
-            selector = _selector_for(resource, seen.key, descriptor, seen.told)
+            selector = _selector_for(resource, seen.key, descriptor, seen.identity)
             if selector is not None:
                 same = selector is seen.selector and seen.configured
                 mine[device_id] = seen if same else replace(seen, selector=selector, configured=True)
@@ -42,7 +42,13 @@ def learn(before: OfferedDevices, facts: Snapshot) -> OfferedDevices:
                 mine[device_id] = replace(seen, configured=_may_name(resource, seen))
         for key, descriptor, listed in candidates:
             lock = facts.locks.get(key.id)
-            told = facts.told(key.id, descriptor) if listed else lock.identity if lock is not None else UNKNOWN_IDENTITY
+            told = (
+                facts.identity_of(key.id, descriptor)
+                if listed
+                else lock.identity
+                if lock is not None
+                else UNKNOWN_IDENTITY
+            )
             selector = _selector_for(resource, key, descriptor, told)
             if selector is None:
                 continue
@@ -50,7 +56,7 @@ def learn(before: OfferedDevices, facts: Snapshot) -> OfferedDevices:
             if listed or known is None:
                 mine[key.id] = OfferedDevice(key, descriptor.usb_id, selector, descriptor if listed else None, told)
             elif told.serial is not None:
-                mine[key.id] = replace(known, selector=selector, told=told, configured=True)
+                mine[key.id] = replace(known, selector=selector, identity=told, configured=True)
         if len(mine) > MAX_VANISHED:
             for device_id in _too_old(mine, {key.id for key, _, _ in candidates}):
                 del mine[device_id]
@@ -108,7 +114,7 @@ def _by_claim(config: Config, claim: Claim) -> OfferedDevice:
     entries = resource.devices if resource is not None else ()
     bare = DeviceSelector(claim.key.server)
     selector = next((entry for entry in entries if entry.target == claim.key.server), bare)
-    seen = OfferedDevice(claim.key, claim.usb_id, selector, told=Identity(serial=claim.serial))
+    seen = OfferedDevice(claim.key, claim.usb_id, selector, identity=Identity(serial=claim.serial))
     return replace(seen, configured=resource is not None and _may_name(resource, seen))
 
 
@@ -116,7 +122,7 @@ def _may_name(resource: ResourceConfig, seen: OfferedDevice) -> bool:
     """Whether some selector of the resource names the device, as far as is known of it."""
     descriptor = seen.descriptor or _bare(seen.key.busid, seen.usb_id)
     return any(
-        entry.target == seen.key.server and matches(entry.selector, descriptor, seen.told) is not Match.NO
+        entry.target == seen.key.server and matches(entry.selector, descriptor, seen.identity) is not Match.NO
         for entry in resource.devices
     )
 

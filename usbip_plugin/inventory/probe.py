@@ -39,7 +39,7 @@ PROBE_SPREAD = 0.5
 
 def wanted(facts: Snapshot, key: DeviceKey, descriptor: Descriptor) -> bool:
     """Whether some selector could take this listed device, if only it were known who it is, and it can be asked."""
-    told = facts.told(key.id, descriptor)
+    told = facts.identity_of(key.id, descriptor)
     if told.serial is not None and (descriptor.interfaces or told.interfaces) is not None:
         return False
     if facts.standings.get(key.id, LockStatus.FREE) is LockStatus.HELD:
@@ -141,8 +141,8 @@ class Prober:
             # tried every few seconds for as long as it takes: only the first failure of a kind is told
             with untraced() if key.id in self._failures else contextlib.nullcontext():
                 # the list may be older than what another node has read of the device that is there now
-                if await self._poller.current(key) != descriptor:
-                    self._poller.poke(key.server)
+                if await self._poller.fetch(key) != descriptor:
+                    self._poller.poll_soon(key.server)
                     await self._clock.sleep(PROBE_AGAIN)
                     return
                 await self._ask(key, descriptor)
@@ -154,4 +154,4 @@ class Prober:
             await self._clock.sleep(PROBE_RETRY)
         finally:
             self._running.pop(key.id, None)
-            self._inventory.look_again()
+            self._inventory.invalidate()

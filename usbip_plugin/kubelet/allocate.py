@@ -174,8 +174,8 @@ class Allocator:
         """Kubelet and Node are to know what the Allocate failed of before it answers."""
         kept = time_kept(self._inventory.config)
         # the pod fails with this answer: until then its kubelet shows what else it has been given
-        await self._users.glance(LOOKING_SHARE * kept)
-        await self._publisher.made_sure(resource, TELLING_SHARE * kept)
+        await self._users.refresh_users(LOOKING_SHARE * kept)
+        await self._publisher.flush(resource, TELLING_SHARE * kept)
 
     def _short(self, resource: str) -> str:
         """A resource's name in the configuration."""
@@ -198,8 +198,8 @@ class Allocator:
                 children=config.children,
                 children_timeout=config.children_timeout,
                 serial=s.selector.selector.serial,
-                numbers=tuple(sorted(numbers[i])),
-                told=listed_as(s),
+                container_indexes=tuple(sorted(numbers[i])),
+                identity=listed_as(s),
             )
             for i, s in seen.items()
         ]
@@ -226,7 +226,7 @@ class Allocator:
         claim = self._claims.get(device_id)
         # One that was seen with a pod is asked for by another: what an init container passes on is not listed.
         if not seen.configured and (claim is None or claim.pod is not None):
-            self._users.handed_back(device_id)
+            self._users.pod_ended(device_id)
             raise UnknownDevice(f"{resource} does not have {seen.key} any more: the configuration has changed")
         return seen
 

@@ -131,7 +131,7 @@ class PluginSet:
             if running is None or running.by_cdi != by_cdi:
                 self._start(name, by_cdi, tasks)
         # before what a previous process left is known, nobody can say that no pod has a device of it
-        for name in sorted(self._running.keys() - wanted.keys()) if self._publisher.begun else ():
+        for name in sorted(self._running.keys() - wanted.keys()) if self._publisher.publishing else ():
             ending = self._running.pop(name)
             del self._plugins[name]
             self._ending[name] = tasks.create_task(self._end(ending), name=f"end of resource {name}")
@@ -180,5 +180,5 @@ class PluginSet:
             return  # one that was replaced, or is about to be
         if not plugin.registered:
             self._publisher.kubelet_gone(plugin.resource)
-        self._inventory.look_again()
+        self._inventory.invalidate()
         self._on_state(plugin)

@@ -169,7 +169,7 @@ class PodResourcesWatcher:
         """All locks and a list of all pods have been seen: what an earlier process left is known."""
         self._book.subscribe(self._claim_changed)
 
-    def hint(self) -> None:
+    def pod_may_have_ended(self) -> None:
         """A pod of this node has ended, or is about to: look now and closely for a while."""
         self._hinted_until = self._clock.monotonic() + HINT_LASTS
         self._wake.set()
@@ -184,7 +184,7 @@ class PodResourcesWatcher:
             self._wake.set()
 
     def _unclaimed(self) -> bool:
-        return any(not self._book.concerns(lock.device_id) for lock in self._locks.mine())
+        return any(not self._book.in_use(lock.device_id) for lock in self._locks.mine())
 
     async def users(self) -> dict[str, DeviceUser] | None:
         """By device ID, for the pods that are not over; None if the kubelet does not say."""
@@ -232,7 +232,7 @@ class PodResourcesWatcher:
         """Takes over what a previous process left; needs the locks to be known. Idempotent."""
         await self._adopt(await self.users())
 
-    async def glance(self, limit: float) -> None:
+    async def refresh_users(self, limit: float) -> None:
         """A look out of turn, of limit seconds at most: whose the devices are by now."""
         if not self._book.view:
             return
@@ -267,7 +267,7 @@ class PodResourcesWatcher:
 
     def _closely(self) -> bool:
         return self._clock.monotonic() < self._hinted_until or any(
-            claim.absent or claim.pod is None for claim in self._book.view.values() if claim.state in IN_USE
+            claim.missed_polls or claim.pod is None for claim in self._book.view.values() if claim.state in IN_USE
         )
 
     async def _until_hinted(self, *, closely: bool) -> None:
@@ -286,7 +286,7 @@ class PodResourcesWatcher:
         for device_id, claim in list(self._book.view.items()):
             if claim.state in IN_USE and unused(self._observe(claim, users, listed_at)):
                 self._reattacher.look_again(device_id)
-                self._work.spawn(self._releaser.let_go(device_id, unused), f"release {claim.key}")
+                self._work.spawn(self._releaser.release_if(device_id, unused), f"release {claim.key}")
 
     def _glance(self, users: Mapping[str, DeviceUser], listed_at: float) -> None:
         """As _usage, of a look out of turn: notes pods, and no absences."""
@@ -294,11 +294,11 @@ class PodResourcesWatcher:
             if claim.state in IN_USE and claim.id in users:
                 self._observe(claim, users, listed_at)
 
-    def handed_back(self, device_id: str) -> None:
+    def pod_ended(self, device_id: str) -> None:
         """Its kubelet offers the device to another pod, which does not get it."""
         claim = self._book.get(device_id)
         if claim is not None and claim.state in IN_USE:
-            self._book.put(replace(claim, handed_back=True))
+            self._book.put(replace(claim, pod_ended=True))
 
     def _observe(self, claim: Claim, users: Mapping[str, DeviceUser], listed_at: float) -> Claim:
         after = observe_usage(claim, users.get(claim.id), listed_at)

@@ -38,7 +38,7 @@ _DAILY = frozenset({Reason.FREE, Reason.HELD_ELSEWHERE})
 
 
 def time_kept(config: Config) -> float:
-    """Seconds of allocateTimeout that the work on devices leaves for KubeletPublisher.made_sure and the answer."""
+    """Seconds of allocateTimeout that the work on devices leaves for KubeletPublisher.flush and the answer."""
     return min(KEPT_MAX_S, KEPT_SHARE * config.allocate_timeout)
 
 
@@ -80,7 +80,7 @@ class KubeletPublisher:
         inventory.subscribe_taken(self._withdraw)
 
     @property
-    def begun(self) -> bool:
+    def publishing(self) -> bool:
         """Since begin()."""
         return self._begun
 
@@ -134,7 +134,7 @@ class KubeletPublisher:
         for server in self._servers.values():
             self._publish(server)
 
-    async def made_sure(self, resource: str, limit: float) -> None:
+    async def flush(self, resource: str, limit: float) -> None:
         """Returns when kubelet and Node know what is offered of the resource now, or after limit seconds.
 
         For a failed Allocate, before it answers. Otherwise the scheduler sends the replacement straight back here

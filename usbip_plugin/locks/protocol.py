@@ -34,7 +34,7 @@ class LockMeta:
     """
 
     usb_id: str | None = None
-    told: Identity | None = None
+    identity: Identity | None = None
     traceparent: str | None = None
     in_place_of: str | None = None
 
@@ -261,7 +261,7 @@ def _meta_notes(lease: Lease, key: DeviceKey, meta: LockMeta) -> dict[str, str |
         if lease.annotations.get(record.USB_ID, meta.usb_id) != meta.usb_id:
             # read from another device under the same bus id
             notes.update(dict.fromkeys((record.SERIAL, record.INTERFACES, record.READ_FROM)))
-    notes.update(record.identity_notes(record.with_notes(lease.annotations, notes), meta.told))
+    notes.update(record.identity_notes(record.with_notes(lease.annotations, notes), meta.identity))
     if meta.traceparent is not None:
         notes[record.TRACEPARENT] = meta.traceparent
     return notes

@@ -122,7 +122,7 @@ class Agent:
             lock_settings or LockSettings(duration=config.lock.duration),
             out.tracer,
             lock_rules,
-            self.poller.lists,
+            self.poller.is_exported,
             observer.on_acquire,
         )
         self.inventory = Inventory(
@@ -313,4 +313,4 @@ class Agent:
         self._on_notice(evicted(pod, [claim.key for claim in self.claims.view.values() if claim.pod == pod]))
 
     def _pod_ending(self, _pod: PodRef, _phase: PodPhase) -> None:
-        self.usage.hint()
+        self.usage.pod_may_have_ended()

@@ -76,7 +76,7 @@ def _device(agent: Agent, domain: str, resource: str, device: Advertised) -> Dev
         server=str(device.key.server),
         busid=device.key.busid,
         usb_id=str(seen.usb_id) if seen is not None else None,
-        serial=(seen.told.serial if seen is not None else None) or None,
+        serial=(seen.identity.serial if seen is not None else None) or None,
         selector=str(seen.selector.selector) if seen is not None else "",
         state=(claim.state if claim is not None else ClaimState.FREE).value,
         here=claim is not None,

@@ -157,13 +157,13 @@ class ServerPoller:
         self._servers_changed.set()
         self._end_of_poll()
 
-    def hurry(self, servers: frozenset[ServerKey]) -> None:
+    def poll_eagerly(self, servers: frozenset[ServerKey]) -> None:
         """Poll exactly these at the interval of a small fleet from now on: a pod waits for a device of theirs."""
         new, self._hurried = servers - self._hurried, servers
         for server in sorted(new):
-            self.poke(server)
+            self.poll_soon(server)
 
-    def poke(self, server: ServerKey) -> None:
+    def poll_soon(self, server: ServerKey) -> None:
         """Poll as soon as this node's share allows, or again if a poll is under way. Unknown servers are ignored.
 
         If that is at once, then once more half a second later: a device may be hidden until then.
@@ -172,7 +172,7 @@ class ServerPoller:
         if event is not None:
             event.set()
 
-    async def asked_since(self, server: ServerKey, moment: float) -> None:
+    async def polled_since(self, server: ServerKey, moment: float) -> None:
         """Returns when a poll that was sent at this moment (monotonic) or later is over, whatever it came to.
 
         Also when the server is not polled any more. Unbounded while run() does not run; cancel-safe.
@@ -180,18 +180,18 @@ class ServerPoller:
         while server in self._views and self._asked.get(server, moment - 1) < moment:
             await self._polled.wait()
 
-    async def lists(self, key: DeviceKey) -> bool:
+    async def is_exported(self, key: DeviceKey) -> bool:
         """Asks the server at once, besides all polls, whether it lists this device. False if it does not answer.
 
         Cancel-safe. What views says stays as it is.
         """
         try:
-            return await self.current(key) is not None
+            return await self.fetch(key) is not None
         except UsbipError as error:
             log.debug("not known whether a device is free", extra={"device": str(key), "cause": str(error)})
             return False
 
-    async def current(self, key: DeviceKey) -> Descriptor | None:
+    async def fetch(self, key: DeviceKey) -> Descriptor | None:
         """The same, and as what it lists the device. UsbipError if it does not answer."""
         devices = await self._client.devlist(key.server, timeout=self._timeout)
         return next((device for device in devices if device.busid == key.busid), None)

@@ -318,7 +318,7 @@ class ClusterNode:
         """The pod ends; the pod watch gives its hint, if the API server can be reached."""
         self.kubelet.end(pod)
         if self.agent is not None and self.process is not None and not self.partitioned:
-            self.process.call_soon(self.agent.usage.hint)
+            self.process.call_soon(self.agent.usage.pod_may_have_ended)
 
 
 class _ProcessVhci(SimulatedVhci):

@@ -202,7 +202,7 @@ class ScriptedWork(DeviceTasks):
     def note_port(self, key: DeviceKey, port: int) -> None:
         self._script.steps.append(f"note port {port} of {key.busid}")
 
-    def note_told(self, key: DeviceKey, told: Identity) -> None:
+    def note_identity(self, key: DeviceKey, told: Identity) -> None:
         self.told.append((key, told))
 
 
@@ -237,7 +237,7 @@ class Rig:
         fields = {"resource": "stick", "state": ClaimState.REATTACHING, **fields}
         claim = Claim(KEY, STICK, **fields)  # type: ignore[arg-type]
         self.book.put(claim)
-        for key in {claim.key, claim.place}:
+        for key in {claim.key, claim.location}:
             self.locks.hold(key)
 
     @property

@@ -18,7 +18,7 @@ DOMAIN = "usbip.dev"
 KEY = DeviceKey(ServerKey("lab"), "1-1")
 ID = UsbId(0x0403, 0x6001)
 METER = ResourceConfig("meter", (), cdi=True, container_paths=("/dev/meter-{index}",))
-CLAIM = Claim(KEY, ID, ClaimState.ATTACHED, resource="meter", numbers=(0,))
+CLAIM = Claim(KEY, ID, ClaimState.ATTACHED, resource="meter", container_indexes=(0,))
 
 
 def attachment(number: int) -> Attachment:
@@ -51,7 +51,7 @@ def test_without_its_configuration_a_spec_stays_while_it_is_true() -> None:
     specs(files, METER).write(CLAIM, attachment(1))
     specs(files).write(CLAIM, attachment(1))
     assert paths(files)["/dev/meter-0"] == "/dev/ttyUSB1"
-    specs(files).write(replace(CLAIM, numbers=(0, 1)), attachment(1))
+    specs(files).write(replace(CLAIM, container_indexes=(0, 1)), attachment(1))
     assert paths(files, 1), "another number is another name"
 
 
@@ -64,7 +64,7 @@ def test_without_its_configuration_a_spec_that_became_a_lie_is_written_with_the_
 
 def test_a_claim_that_was_not_handed_out_by_cdi_has_no_spec() -> None:
     files = MemorySpecs(DOMAIN)
-    specs(files, METER).write(replace(CLAIM, numbers=()), attachment(1))
+    specs(files, METER).write(replace(CLAIM, container_indexes=()), attachment(1))
     assert not files.texts
 
 

@@ -376,7 +376,7 @@ async def test_a_serial_number_is_worth_another_write_unless_it_is_written_or_th
         r.locks.hold(KEY)
         if error is not None:
             r.script.at("annotate 1-1", r.raises(error))
-        assert await r.work.write_told(KEY, Identity(DEVID, "S1")) is settled
+        assert await r.work.record_identity(KEY, Identity(DEVID, "S1")) is settled
         assert [record.message for record in caplog.records] == ["serial number not noted on the lock"] * logged
 
 
@@ -496,7 +496,7 @@ async def test_a_device_is_attached_again_after_what_is_left_of_it_was_detached_
         again = await r.reattach()
         assert r.script.steps[:6] == ["ports", "detach 0", RENEWED, IMPORT, ATTACH, "attached 1-1"]
         assert again.nodes != first.nodes
-        assert r.claim.given == first, "its containers still have that"
+        assert r.claim.allocated_as == first, "its containers still have that"
 
 
 @pytest.mark.parametrize(
@@ -611,18 +611,18 @@ async def test_the_lock_of_a_place_is_released_when_its_port_is_free_and_not_bef
         r.script.steps.clear()
         r.kernel.detaching_hangs = True
         with pytest.raises(DetachFailed):
-            await r.pipeline.leave(KEY.id)
+            await r.pipeline.detach_from_location(KEY.id)
         assert r.claim.moved_to == OTHER
         r.kernel.detaching_hangs = False
         r.script.at("release 1-2", r.raises(LockUnavailable(str(OTHER), "no answer")))
         with pytest.raises(LockUnavailable):
-            await r.pipeline.leave(KEY.id)
+            await r.pipeline.detach_from_location(KEY.id)
         assert r.claim.moved_to == OTHER
-        await r.pipeline.leave(KEY.id)
+        await r.pipeline.detach_from_location(KEY.id)
         assert r.script.steps == ["ports", "detach 0", "ports", "detach 0", "release 1-2", "ports", "release 1-2"]
         assert r.book[KEY.id].moved_to is None
         assert r.locks.locks[KEY.id].holder == ME.node
-        await r.pipeline.leave(KEY.id)
+        await r.pipeline.detach_from_location(KEY.id)
         assert r.script.count("release 1-2") == 2, "at its own place there is nothing to leave"
 
 
@@ -638,9 +638,9 @@ async def _stood(r: Rig) -> tuple[PortState, ...]:
 async def test_what_stands_as_it_was_attached_is_found_so_with_the_child_nodes_it_has_now() -> None:
     with rig() as r:
         ports = await _stood(r)
-        assert await r.pipeline.standing(r.claim, ports) == r.claim.attachment
+        assert await r.pipeline.current_attachment(r.claim, ports) == r.claim.attachment
         r.kernel.bring(0, ["hidraw"])
-        now = await r.pipeline.standing(r.claim, ports)
+        now = await r.pipeline.current_attachment(r.claim, ports)
         assert now is not None
         assert [node.kind for node in now.nodes] == ["usb", "hidraw"]
 
@@ -650,7 +650,7 @@ async def test_what_has_enumerated_anew_no_longer_stands_as_it_was_attached() ->
     with rig() as r:
         ports = await _stood(r)
         r.kernel.enumerate_anew(0)
-        assert await r.pipeline.standing(r.claim, ports) is None
+        assert await r.pipeline.current_attachment(r.claim, ports) is None
 
 
 @virtual
@@ -661,7 +661,7 @@ async def test_another_kind_of_device_under_the_same_node_is_not_what_was_attach
         occupant = r.kernel.occupant(0)
         assert occupant is not None
         occupant.usb_id = DONGLE
-        assert await r.pipeline.standing(r.claim, ports) is None
+        assert await r.pipeline.current_attachment(r.claim, ports) is None
 
 
 @virtual
@@ -670,10 +670,10 @@ async def test_what_is_not_on_its_port_by_the_port_records_does_not_stand() -> N
         ports = await _stood(r)
         free = tuple(replace(port, status=PortStatus.NULL) for port in ports)
         others = tuple(replace(port, record=OTHER) for port in ports)
-        assert await r.pipeline.standing(r.claim, free) is None
-        assert await r.pipeline.standing(r.claim, others) is None
-        assert await r.pipeline.standing(replace(r.claim, port=None), ports) is None
-        assert await r.pipeline.standing(replace(r.claim, attachment=None), ports) is None
+        assert await r.pipeline.current_attachment(r.claim, free) is None
+        assert await r.pipeline.current_attachment(r.claim, others) is None
+        assert await r.pipeline.current_attachment(replace(r.claim, port=None), ports) is None
+        assert await r.pipeline.current_attachment(replace(r.claim, attachment=None), ports) is None
 
 
 # reading serial numbers

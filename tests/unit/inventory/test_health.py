@@ -116,7 +116,7 @@ def test_a_device_followed_to_another_busid_is_healthy_and_the_busid_is_not() ->
 
 
 def test_what_keeps_a_lost_device_from_coming_back_is_said() -> None:
-    lost = Claim(KEY, STICK, ClaimState.REATTACHING, resource="stick", hindrance="because")
+    lost = Claim(KEY, STICK, ClaimState.REATTACHING, resource="stick", blocked_by="because")
     now = facts(claims={KEY.id: lost})
     assert advertise(learn({}, now), now)["stick"][0].health == Health(
         Reason.LOST, "connection to lab:3240 lost; because"
@@ -125,7 +125,7 @@ def test_what_keeps_a_lost_device_from_coming_back_is_said() -> None:
 
 def test_a_device_is_what_it_told_as_long_as_it_is_listed_as_the_same() -> None:
     known = learn({}, red())
-    assert known["stick"][KEY.id].told == Identity(DEVID, "RED")
+    assert known["stick"][KEY.id].identity == Identity(DEVID, "RED")
 
     def now(**more: object) -> Health:
         (device,) = advertise(learn(known, red(**more)), red(**more))["stick"]

@@ -132,14 +132,14 @@ def test_nodes_begin_with_different_devices_and_at_different_times() -> None:
 def test_a_device_that_gets_a_new_number_each_time_is_not_asked_for_ever() -> None:
     rereads = ProbeLimiter()
     for n in range(MAX_REREADS):
-        assert rereads.restless(float(n)) == frozenset()
+        assert rereads.probe_limited(float(n)) == frozenset()
         rereads.note(KEY.id, float(n))
-    assert rereads.restless(MAX_REREADS) == {KEY.id}
+    assert rereads.probe_limited(MAX_REREADS) == {KEY.id}
     now = facts(RED, listed(devnum=99), locks=known(serial="RED"))
     assert keys(now) == [KEY]
-    assert keys(replace(now, restless=rereads.restless(MAX_REREADS))) == []
-    assert keys(replace(now, restless=frozenset({KEY.id}), locks={})) == [KEY], "what was never read is"
-    assert rereads.restless(REREAD_SPAN) == frozenset(), "the first is long ago by now"
+    assert keys(replace(now, probe_limited=rereads.probe_limited(MAX_REREADS))) == []
+    assert keys(replace(now, probe_limited=frozenset({KEY.id}), locks={})) == [KEY], "what was never read is"
+    assert rereads.probe_limited(REREAD_SPAN) == frozenset(), "the first is long ago by now"
 
 
 def polled(*busids: str) -> ServerView:
@@ -178,4 +178,4 @@ def test_a_device_that_is_swapped_now_and_then_is_asked_each_time() -> None:
     rereads = ProbeLimiter()
     for hour in range(20):
         rereads.note(KEY.id, hour * REREAD_SPAN)
-        assert rereads.restless(hour * REREAD_SPAN) == frozenset()
+        assert rereads.probe_limited(hour * REREAD_SPAN) == frozenset()

@@ -52,7 +52,7 @@ async def test_one_wins_and_the_other_is_told_who() -> None:
 async def test_everyone_sees_a_lock_taken_and_released() -> None:
     async with world() as w:
         a, b = await w.node("a"), await w.node("b")
-        await a.manager.acquire(KEY, LockMeta(usb_id="0951:1666", told=TOLD, traceparent=TRACE))
+        await a.manager.acquire(KEY, LockMeta(usb_id="0951:1666", identity=TOLD, traceparent=TRACE))
         await a.manager.annotate(KEY, port=3, pod=POD)
         await until(lambda: KEY.id in b.manager.locks and b.manager.locks[KEY.id].port == 3, b)
         seen = b.manager.locks[KEY.id]
@@ -602,7 +602,7 @@ async def test_without_its_namespace_a_lock_is_unavailable_at_once_and_says_why(
 async def test_the_serial_of_another_device_under_the_same_bus_id_is_forgotten() -> None:
     async with world() as w:
         a = await w.node("a")
-        await a.manager.acquire(KEY, LockMeta(usb_id="0951:1666", told=TOLD))
+        await a.manager.acquire(KEY, LockMeta(usb_id="0951:1666", identity=TOLD))
         await a.manager.release(KEY)
         grant = await a.manager.acquire(KEY, LockMeta(usb_id="1050:0407"))
         assert (str(grant.lock.usb_id), grant.lock.identity) == ("1050:0407", UNKNOWN_IDENTITY)
@@ -613,7 +613,7 @@ async def test_what_a_device_has_told_is_of_that_one_only() -> None:
     vendor = (InterfaceClass(0xFF, 0, 0),)
     async with world() as w:
         a = await w.node("a")
-        await a.manager.acquire(KEY, LockMeta(usb_id="0951:1666", told=TOLD))
+        await a.manager.acquire(KEY, LockMeta(usb_id="0951:1666", identity=TOLD))
         lock = await a.manager.annotate(KEY, told=Identity(TOLD.devid, interfaces=vendor))
         assert lock.identity == Identity(TOLD.devid, "S1", vendor), "the same one says more"
         lock = await a.manager.annotate(KEY, told=Identity(TOLD.devid, "S2"))
@@ -628,7 +628,7 @@ async def test_what_a_device_has_told_is_of_that_one_only() -> None:
 async def test_annotations_of_none_are_cleared() -> None:
     async with world() as w:
         a = await w.node("a")
-        await a.manager.acquire(KEY, LockMeta(told=TOLD))
+        await a.manager.acquire(KEY, LockMeta(identity=TOLD))
         await a.manager.annotate(KEY, port=4, pod=POD)
         lock = await a.manager.annotate(KEY, port=None)
         assert (lock.port, lock.serial, lock.pod) == (None, "S1", POD)

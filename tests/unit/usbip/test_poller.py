@@ -184,7 +184,7 @@ async def test_the_first_retry_is_quick_each_time_a_server_fails(lab: Lab) -> No
         await lab.servers[0].stop()
         await lab.clock.sleep(300)
         await lab.servers[0].start()
-        lab.poller.poke(lab.keys[0])
+        lab.poller.poll_soon(lab.keys[0])
         await lab.clock.sleep(POLL_INTERVAL * 3)
         assert lab.poller.views[lab.keys[0]].state is ServerState.REACHABLE
     await lab.servers[0].stop()
@@ -200,7 +200,7 @@ async def test_a_poke_finds_a_released_device_although_it_is_hidden_at_first(lab
     assert [device.busid for device in lab.poller.views[lab.keys[0]].devices] == ["1-2"]
     imported.close()
     polls = len(lab.polls[lab.keys[0]])
-    lab.poller.poke(lab.keys[0])
+    lab.poller.poll_soon(lab.keys[0])
     await lab.clock.sleep(share(1) + SECOND_LOOK + 0.01)
     assert len(lab.polls[lab.keys[0]]) == polls + 2
     assert [device.busid for device in lab.poller.views[lab.keys[0]].devices] == ["1-1", "1-2"]
@@ -210,12 +210,12 @@ async def test_a_poke_finds_a_released_device_although_it_is_hidden_at_first(lab
 async def test_what_a_server_lists_now_is_asked_of_it_and_not_of_the_last_poll(lab: Lab) -> None:
     stick = DeviceKey(lab.keys[0], "1-1")
     await lab.clock.sleep(0.1)
-    assert await lab.poller.lists(stick)
+    assert await lab.poller.is_exported(stick)
     lab.servers[0].unplug("1-1")
-    assert not await lab.poller.lists(stick)
-    assert await lab.poller.lists(DeviceKey(lab.keys[0], "1-2"))
+    assert not await lab.poller.is_exported(stick)
+    assert await lab.poller.is_exported(DeviceKey(lab.keys[0], "1-2"))
     await lab.servers[0].stop()
-    assert not await lab.poller.lists(DeviceKey(lab.keys[0], "1-2"))
+    assert not await lab.poller.is_exported(DeviceKey(lab.keys[0], "1-2"))
     view = lab.poller.views[lab.keys[0]]
     assert (view.state, len(view.devices)) == (ServerState.REACHABLE, 2), "the views are those of the polls"
 
@@ -228,10 +228,10 @@ async def test_a_poke_during_a_poll_asks_once_more(lab: Lab) -> None:
     assert (len(polls), lab.told) == (1, [])
     lab.servers[0].unplug("1-1")  # may or may not be in the answer that is on its way
     for _ in range(5):
-        lab.poller.poke(lab.keys[0])
+        lab.poller.poll_soon(lab.keys[0])
     await lab.clock.sleep(2 * share(1))
     assert len(polls) == 2
-    lab.poller.poke(ServerKey("nobody"))
+    lab.poller.poll_soon(ServerKey("nobody"))
 
 
 @in_lab(3)
@@ -305,7 +305,7 @@ async def test_a_node_keeps_to_its_share_whatever_it_is_poked_for() -> None:
     async with lab.running():
         for second in range(1000):
             if second % 7 < 3:
-                lab.poller.poke(server)
+                lab.poller.poll_soon(server)
             await lab.clock.sleep(1)
     assert min(lab.gaps(server)) >= SHARE - 1e-6
     assert len(lab.polls[server]) >= 1000 / (SHARE * 1.2 + 1)
@@ -332,7 +332,7 @@ async def test_what_all_nodes_hear_of_at_once_they_do_not_ask_at_once() -> None:
             polls = lab.polls[lab.keys[0]]
             first.append(polls[0] - began)
             before, now = len(polls), lab.clock.monotonic()
-            lab.poller.poke(lab.keys[0])
+            lab.poller.poll_soon(lab.keys[0])
             await lab.clock.sleep(SHARE * 2)
             poked.append(polls[before] - now)
     for times in (first, poked):
@@ -362,12 +362,12 @@ async def test_a_server_that_a_pod_waits_for_is_polled_as_in_a_small_fleet_and_f
     async with lab.running():
         await lab.clock.sleep(SHARE * 3)
         before, now = len(lab.polls[quick]), lab.clock.monotonic()
-        lab.poller.poke(quick)  # and waits for its turn
-        lab.poller.hurry(frozenset({quick}))
+        lab.poller.poll_soon(quick)  # and waits for its turn
+        lab.poller.poll_eagerly(frozenset({quick}))
         await lab.clock.sleep(SHARE)
         assert lab.polls[quick][before] - now < LATENCY
         assert len(lab.polls[quick]) - before >= SHARE / (POLL_INTERVAL * 1.2 + 1)
-        lab.poller.hurry(frozenset())
+        lab.poller.poll_eagerly(frozenset())
         await lab.clock.sleep(POLL_INTERVAL * 2)
         before = len(lab.polls[quick])
         await lab.clock.sleep(SHARE * 5)
@@ -384,10 +384,10 @@ async def test_who_waits_for_a_poll_sent_later_is_not_content_with_one_under_way
     while len(lab.polls[server]) == polls:
         await lab.clock.sleep(0.1)
     moment = lab.clock.monotonic() + 0.01
-    await lab.poller.asked_since(server, moment)
+    await lab.poller.polled_since(server, moment)
     assert lab.polls[server][-1] >= moment
     assert lab.poller.views[server].failures == 2, "one that failed will do"
-    waiting = asyncio.create_task(lab.poller.asked_since(server, moment + 1000))
+    waiting = asyncio.create_task(lab.poller.polled_since(server, moment + 1000))
     await lab.clock.sleep(1)
     lab.poller.set_servers(frozenset())
     await lab.clock.sleep(0.1)
