@@ -228,7 +228,7 @@ class Inventory:
         self._invalidate_device(change.device_id)
 
     def _invalidate_device(self, device_id: str) -> None:
-        """As look_again, where nothing but the lock or the claim of this device has changed."""
+        """As invalidate, where nothing but the lock or the claim of this device has changed."""
         if self._due is not None:
             self._due.add(device_id)
         self._schedule()
