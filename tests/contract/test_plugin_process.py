@@ -249,7 +249,7 @@ def test_the_process_settles_after_its_start(monkeypatch: pytest.MonkeyPatch, pl
             raise OSError(1, "not this kernel")
 
     monkeypatch.setattr(daemon, "START_OVER_S", 0.0)
-    monkeypatch.setattr(daemon, "settle", settle)
+    monkeypatch.setattr(daemon, "trim_after_start", settle)
     status, log = run(monkeypatch, places, offered, flags=("--log-level", "debug"))
     assert (status, settled) == (0, [True])
     assert len(log.having("the code of the start stays in memory")) == (not works)

@@ -390,7 +390,7 @@ class TestChildren:
     @pytest.fixture(autouse=True)
     def looks(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.looked = Looks()
-        monkeypatch.setattr("usbip_plugin.vhci.children.survey", self.looked.survey)
+        monkeypatch.setattr("usbip_plugin.vhci.children.read_nodes", self.looked.survey)
 
     async def begin(self, rig: FakeSysfsRig, children: tuple[str, ...] | None, class_: int) -> asyncio.Task[Attachment]:
         """An enumeration that has got as far as waiting for children."""

@@ -34,7 +34,7 @@ COMPILERS = ("cc", "gcc", "g++", "clang", "tcc", "rustc", "go", "make", "ld")
 STALE_MODULES = """
 import importlib, importlib.util, pkgutil, sys
 from usbip_plugin.kube import lazy_imports
-lazy_imports.install()
+lazy_imports.make_imports_lazy()
 import usbip_plugin
 for module in pkgutil.walk_packages(usbip_plugin.__path__, "usbip_plugin."):
     if not module.name.endswith("__main__"):

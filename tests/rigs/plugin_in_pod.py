@@ -30,10 +30,10 @@ exec "$@"
 """
 _BARE = """
 import sys
-from usbip_plugin.node.memory import settle, starting
-with starting():
+from usbip_plugin.node.memory import gc_paused, trim_after_start
+with gc_paused():
     import usbip_plugin.config.reload, usbip_plugin.observe.logs, usbip_plugin.node.daemon, usbip_plugin.vhci.linux
-settle()
+trim_after_start()
 print(flush=True)
 sys.stdin.read()
 """

@@ -210,7 +210,7 @@ def test_a_new_allocate_of_the_same_device_forgets_the_old_pod() -> None:
     "state", [ClaimState.LOCKING, ClaimState.IMPORTING, ClaimState.ATTACHING, ClaimState.RELEASING]
 )
 def test_only_what_a_pod_has_or_had_ends_with_it(state: ClaimState) -> None:
-    assert not usage_ended(claim(state, pod=POD, absent=9), 1000.0, NOBODY)
+    assert not usage_ended(claim(state, pod=POD, missed_polls=9), 1000.0, NOBODY)
 
 
 def port(number: int, record: DeviceKey | None, status: PortStatus = PortStatus.USED) -> PortState:

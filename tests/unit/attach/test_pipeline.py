@@ -165,7 +165,7 @@ async def test_a_lock_lost_after_the_kernel_has_the_device_keeps_it_from_the_con
         r.kernel.serials[KEY] = "S1"
         r.script.at(step, r.loses(KEY, holder))
         with pytest.raises(LockLost) as lost:
-            await r.attach(numbers=(0,))
+            await r.attach(container_indexes=(0,))
         assert lost.value.holder == (holder or "")
         assert r.claim.state is ClaimState.ATTACHING
         assert not r.specs.texts
@@ -456,7 +456,7 @@ async def test_a_device_without_any_child_is_not_said_to_have_its_own_node() -> 
 @virtual
 async def test_a_device_whose_spec_cannot_be_written_is_not_handed_out_and_only_its_spec_is_tried_again() -> None:
     with rig() as r:
-        r.lost(numbers=(0,))
+        r.lost(container_indexes=(0,))
         r.specs.failing = errno.ENOSPC
         with pytest.raises(CdiError):
             await r.reattach()
@@ -472,7 +472,7 @@ async def test_a_device_whose_spec_cannot_be_written_is_not_handed_out_and_only_
 @virtual
 async def test_a_device_that_still_stands_is_handed_out_again_only_under_its_lock(holder: str | None) -> None:
     with rig() as r:
-        r.lost(numbers=(0,))
+        r.lost(container_indexes=(0,))
         r.specs.failing = errno.ENOSPC
         with pytest.raises(CdiError):
             await r.reattach()

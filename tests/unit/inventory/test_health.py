@@ -135,7 +135,7 @@ def test_a_device_is_what_it_told_as_long_as_it_is_listed_as_the_same() -> None:
     replugged = view(replace(listed(), devnum=9))
     assert now(servers={LAB: replugged}).reason is Reason.NOT_READ
     assert not now(servers={LAB: replugged}).healthy
-    assert now(servers={LAB: replugged}, restless=frozenset({KEY.id})).reason is Reason.FREE
+    assert now(servers={LAB: replugged}, probe_limited=frozenset({KEY.id})).reason is Reason.FREE
     blue = {KEY.id: lock("", serial="BLUE", read_from=replugged.devices[0].devid)}
     assert now(servers={LAB: replugged}, locks=blue) == Health(
         Reason.LISTED_WRONG, "lab:3240/1-1 has serial number BLUE now, not RED"

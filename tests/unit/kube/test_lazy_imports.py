@@ -28,7 +28,7 @@ print(*(name for name in lazy_imports.LAZY if type(sys.modules[name]).__name__ =
 """
 USED_LATER = """
 from usbip_plugin.kube import lazy_imports
-lazy_imports.install()
+lazy_imports.make_imports_lazy()
 import attr, bz2, idna
 from google.protobuf.internal import python_message
 print(idna.encode("bücher").decode(), python_message.GeneratedProtocolMessageType.__name__)
@@ -150,7 +150,7 @@ def test_a_narrow_package_has_the_names_it_has_otherwise() -> None:
     assert {"Counter", "generate_latest", "exposition", "REGISTRY"} <= names.keys()
     whole, narrow = (
         _python(NAMES.format(package="prometheus_client", narrow=line), *names).splitlines()
-        for line in ("", "from usbip_plugin.kube import lazy_imports; lazy_imports.install()")
+        for line in ("", "from usbip_plugin.kube import lazy_imports; lazy_imports.make_imports_lazy()")
     )
     assert len(whole) == len(names) + 1
     assert whole == narrow

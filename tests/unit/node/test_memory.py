@@ -27,14 +27,14 @@ SMAPS = f"""\
 {UNTOUCHED}"""
 SETTLED = """
 import grpc
-from usbip_plugin.node.memory import settle
+from usbip_plugin.node.memory import trim_after_start
 
 def resident():
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("RssFile"))
 
 before = resident()
-settle()
+trim_after_start()
 after = resident()
 import asyncio
 from usbip_plugin.kubelet import deviceplugin_pb2 as pb
@@ -48,7 +48,7 @@ asyncio.run(used())
 print(before, after, pb.Device(ID="usable still").SerializeToString().decode())
 """
 HOLES = """
-from usbip_plugin.node.memory import settle
+from usbip_plugin.node.memory import trim_after_start
 
 def resident():
     lines = open("/proc/self/status").read().splitlines()
@@ -58,7 +58,7 @@ many = [bytes(2000) for _ in range(20000)]
 last = many[-1]
 del many
 before = resident()
-settle()
+trim_after_start()
 print(before - resident())
 """
 TLS = """
@@ -80,19 +80,19 @@ print(asyncio.run(kept()))
 """
 GARBAGE = """
 import gc, weakref
-from usbip_plugin.node.memory import settle, starting
+from usbip_plugin.node.memory import trim_after_start, gc_paused
 
 class Ring:
     def __init__(self):
         self.ring = self
 
-with starting():
+with gc_paused():
     gone = weakref.ref(Ring())
     print(gc.isenabled())
 print(gc.isenabled())
 gc.collect()
 print(gone() is not None)
-settle()
+trim_after_start()
 print(gone() is not None)
 """
 
