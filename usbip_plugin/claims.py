@@ -1,7 +1,17 @@
-"""From Allocate to release: the states of one device on this node, as pure functions.
+"""The states of one device on this node, from Allocate to release, as pure functions.
 
-One transition table says what may follow what; nothing else in the project holds a flag about a device's progress.
-Whoever does the work, in attach/, reports each result here as an Event.
+TRANSITIONS is the one table of what may follow what; nothing else holds a flag about a device's progress. Whoever does
+the work, in attach/, reports each result as a ClaimEvent:
+
+    state         leaves to
+    Free          Locking (Allocate); by adoption Attached, Reattaching, Releasing or Lost
+    Locking       Importing; Free if another node has the lock; Releasing if the outcome is unknown
+    Importing     Attaching; Releasing after a failure; Lost
+    Attaching     Attached; Importing if the port stuck; Releasing after a failure; Lost
+    Attached      Reattaching when the port falls free; Releasing when the pod has ended; Lost
+    Reattaching   Attached; Releasing when the pod has ended; Lost
+    Releasing     Free; Lost
+    Lost          Reattaching when the lock is free again; Releasing when the pod has ended; Free
 """
 
 from __future__ import annotations
@@ -18,37 +28,61 @@ from usbip_plugin.sync import Broadcast
 
 
 class ClaimState(enum.Enum):
-    """Where a device stands on this node. FREE is the absence of a claim."""
+    """Where a device stands on this node."""
 
     FREE = "Free"
+    """There is no claim. Nothing of the device is locked, imported or attached here."""
     LOCKING = "Locking"
+    """An Allocate asked for the device. The write of its lock is under way; the device is untouched."""
     IMPORTING = "Importing"
+    """The lock names this node. The server is being asked for the device; no port of vhci_hcd is used."""
     ATTACHING = "Attaching"
+    """The server has handed the device over. The kernel enumerates it, or is about to."""
     ATTACHED = "Attached"
+    """The device is enumerated and authorised, and its pod has its device nodes or is about to get them."""
     REATTACHING = "Reattaching"
+    """The attachment broke while the pod has the device. The lock still names this node; attaching is tried again."""
     RELEASING = "Releasing"
+    """No pod has the device any more. It is being detached; then the lock is released."""
     LOST = "Lost"
+    """The lock does not name this node any more. The device is being detached, or is, and its pod may still run."""
 
 
 class ClaimEvent(enum.Enum):
     """What can happen to a claim."""
 
     ALLOCATE = "Allocate"
+    """A kubelet asks for the device, and there is no claim on it."""
     LOCKED = "lock written"
+    """The API server has accepted the write that names this node as holder."""
     DENIED = "lock not obtained"
+    """Another node holds the lock. Nothing was touched."""
     IMPORTED = "imported"
+    """The server exports the device to this node's connection."""
     ATTACHED = "attached"
+    """The device is enumerated, verified and authorised, and its CDI spec, if it has one, is written."""
     STUCK = "attach stuck, port freed"
+    """The device did not enumerate, and its port is free again. Import and attach are tried once more."""
     FAILED = "failed"
+    """A step of the Allocate failed. What was done is to be undone."""
     ADOPTED = "adopted from the previous process"
+    """The lock names this node, and the port carries the device as the previous process attached it."""
     ORPHANED = "lock found without attachment, pod still there"
+    """The lock names this node and a pod has the device, but it is not attached as it should be."""
     UNUSED = "lock found, nobody uses the device"
+    """The lock names this node, and no pod has the device."""
     PORT_LOST = "port lost"
+    """The port fell free or carries something else, without this node's doing."""
     POD_GONE = "pod gone"
+    """The pod that has the device has ended, or was never admitted."""
     LOCK_LOST = "lock lost"
+    """The lock names another holder, or nobody, without this node's doing."""
     LOCK_FREE = "lock free again, pod still there"
+    """A lost lock is free, and the pod that lost the device still runs."""
     DEPRIVED = "a pod has it, its lock is not this node's"
+    """Found at a start: a pod has the device, or it is attached, but the lock names another holder."""
     RELEASED = "released"
+    """The device is detached, and the lock does not name this node any more."""
 
 
 TRANSITIONS: Mapping[tuple[ClaimState, ClaimEvent], ClaimState] = MappingProxyType(
@@ -85,20 +119,22 @@ TRANSITIONS: Mapping[tuple[ClaimState, ClaimEvent], ClaimState] = MappingProxyTy
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """One device on this node. Times are seconds on the node's monotonic clock.
+    """One device on this node, as far as this process knows. Times are seconds on the node's monotonic clock.
 
-    resource is None while it is not known, after an adoption. port is set from the moment the kernel has the socket;
-    attachment is the last one seen, whether it still stands is what the state says; traceparent is the Allocate's, so
-    that all that follows joins its trace; absent counts the polls in a row that did not list the device, the first of
-    them begun at absent_since.
-
-    serial: as the device told it to this kernel, None if it never did. moved_to: where its server lists the device now,
-    None while that is its own bus id; set from before the lock there is taken until it is released. hindrance: why a
-    lost device is not attached again, "" if there is nothing to say.
-    numbers: those its containers know the device by, where it is handed out by CDI; None if that is not known, after an
-    adoption. children, children_timeout: see ResourceConfig; as the configuration had them when it was attached last.
-    given: the attachment whose nodes its containers were given last, by an Allocate or, with CDI, at a start; as far as
-    this process knows. handed_back: the kubelet has offered the device to another pod, so that its own has ended.
+    resource: the resource by which it was allocated, without the domain; None while unknown, after an adoption.
+    children, children_timeout: see ResourceConfig; as the configuration had them at the last attach.
+    port: the vhci port, from the moment the kernel has the socket.
+    attachment: the last one seen. The state says whether it still stands.
+    traceparent: the Allocate's, so that all that follows joins its trace.
+    allocated_at: when an Allocate asked for it last.
+    pod: the pod that has it, None while unknown.
+    missed_polls: polls of pod-resources in a row that did not list it; missing_since: when the first of them began.
+    serial: what the device told this kernel, None if it never did.
+    moved_to: where it is plugged in now, None for its own bus id. Set before the lock there is taken, until its release.
+    blocked_by: why a lost device is not attached again, "" for no reason to speak of.
+    container_indexes: the numbers by which its containers know it, with CDI; None while unknown, after an adoption.
+    allocated_as: the attachment whose nodes its containers got last, by an Allocate or, with CDI, at a start.
+    pod_ended: the kubelet has offered the device to another pod, so that its own has ended.
     """
 
     key: DeviceKey
@@ -127,17 +163,17 @@ class Claim:
 
     @property
     def location(self) -> DeviceKey:
-        """Where the device is imported from: what servers, kernel and port records know it by."""
+        """Returns where the device is imported from: what servers, the kernel and port records know it by."""
         return self.moved_to or self.key
 
     @property
     def extra_timeout(self) -> float:
-        """Seconds that an attach may take beyond its usual time, because its children may."""
+        """Returns by how many seconds childrenTimeout lets an attach take longer than usual."""
         return max(0.0, self.children_timeout - DEFAULT_CHILDREN_TIMEOUT_S)
 
 
 def place_of(claim: Claim) -> str:
-    """Where it is imported from, for people: the bus id, and the server if that is another than its own."""
+    """Returns for people where a device is imported from: the bus id, with the server if that is not its own."""
     return claim.location.busid if claim.location.server == claim.key.server else str(claim.location)
 
 
@@ -146,11 +182,11 @@ IN_USE = (ClaimState.ATTACHED, ClaimState.REATTACHING, ClaimState.LOST)
 
 
 class IllegalTransition(AssertionError):
-    """An event that the table does not allow: a bug in this project, never the outside's doing."""
+    """An event came in a state that the table does not allow it in: a bug of this project."""
 
 
 def step(claim: Claim, event: ClaimEvent) -> Claim:
-    """The claim after the event. IllegalTransition if the table has no such arrow."""
+    """Returns the claim after an event. Raises IllegalTransition if the table does not allow the event in its state."""
     try:
         state = TRANSITIONS[claim.state, event]
     except KeyError:
@@ -159,7 +195,7 @@ def step(claim: Claim, event: ClaimEvent) -> Claim:
 
 
 def allocated(claim: Claim, now: float) -> Claim:
-    """An Allocate has just asked for the device (again): who uses it is to be seen anew."""
+    """Returns the claim for which an Allocate has just asked, again perhaps: its pod is unknown until it is listed."""
     return replace(claim, allocated_at=now, pod=None, missed_polls=0, pod_ended=False)
 
 
@@ -187,15 +223,15 @@ class ClaimBook:
         return self._claims[device_id]
 
     def moved_here(self, device_id: str) -> Claim | None:
-        """The claim on another device that is imported from this one's place."""
+        """Returns the claim that is attached from this device's bus id although it is on another device, or None."""
         return self._claims.get(self._moved.get(device_id, ""))
 
     def in_use(self, device_id: str) -> bool:
-        """Whether there is a claim on this device, or one that is imported from its place."""
+        """Returns whether this device has a claim, or another's claim is attached from its bus id."""
         return device_id in self._claims or device_id in self._moved
 
     def put(self, claim: Claim) -> None:
-        """Notes what is newly known of a claim, without a change of state."""
+        """Replaces a claim by what is newly known of it. The state stays."""
         self._forget_place(claim.id)
         self._claims[claim.id] = claim
         if claim.moved_to is not None:
@@ -203,7 +239,7 @@ class ClaimBook:
         self._tell(claim.id)
 
     def move(self, claim: Claim, event: ClaimEvent) -> None:
-        """The claim, after the event, takes the place of what was known; a claim that becomes Free is forgotten."""
+        """Replaces a claim by what it is after an event, and forgets it if that is Free. Raises IllegalTransition."""
         after = step(claim, event)
         if after.state is ClaimState.FREE:
             self._forget_place(claim.id)
@@ -242,19 +278,19 @@ class Resources(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class DeviceUser:
-    """Who has a device on this node, by pod-resources. resource: its name without the domain."""
+    """A pod that has a device, as pod-resources lists it. resource: the resource's name without the domain."""
 
     pod: PodRef
     resource: str
 
 
 def same_pod(one: PodRef, other: PodRef) -> bool:
-    """By name, and by uid where both are known."""
+    """Returns whether both name one pod: by namespace and name, and by uid where both have one."""
     if (one.namespace, one.name) != (other.namespace, other.name):
         return False
     return one.uid is None or other.uid is None or one.uid == other.uid
 
 
 def serves(claim: Claim, resource: str, usb_id: UsbId) -> bool:
-    """Whether the claim is one on this device as this resource; where the resource is not known, the ids tell."""
+    """Returns whether a claim was made by this resource; where its resource is unknown, whether the USB ids match."""
     return claim.usb_id == usb_id if claim.resource is None else claim.resource == resource
