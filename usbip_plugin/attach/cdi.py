@@ -30,7 +30,7 @@ _RESOURCE = "resource"
 
 @dataclass(frozen=True, slots=True)
 class HandedOut:
-    """What a spec says of the Allocate it was written for. numbers: see device_name; sorted."""
+    """What a spec says of the Allocate it was written for. container_indexes: sorted, see device_name."""
 
     resource: str
     container_indexes: tuple[int, ...]

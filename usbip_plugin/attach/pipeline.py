@@ -99,9 +99,11 @@ PROBE_TIMEOUT = 4.0
 
 @dataclass(frozen=True, slots=True)
 class DeviceRequest:
-    """One device an Allocate asks for: what was promised to the kubelet under its ID. children, numbers: see Claim.
+    """One device that an Allocate asks for, as it was offered to the kubelet under its ID.
 
-    serial: None if it was not selected by that. told: what is known of it from its server's list, for its lock.
+    children, children_timeout, container_indexes: see Claim.
+    serial: the serial number by which it was selected, None if it was selected without.
+    identity: what its server's list says of it, for its lock.
     """
 
     key: DeviceKey

@@ -274,15 +274,15 @@ class Reattacher:
         verdict = self.seeker.find(claim)
         if isinstance(verdict, NeedsProbe):
             return None  # it is tried again as soon as that is known
-        hindrance = str(cause) if isinstance(cause, WrongDevice | WrongSerial) else ""
+        obstacle = str(cause) if isinstance(cause, WrongDevice | WrongSerial) else ""
         if isinstance(verdict, Ambiguous):
             places = " and ".join(place_of(replace(claim, moved_to=key)) for key in verdict.keys)
-            hindrance = f"{places} both have its serial number {claim.serial}, so neither is taken for it"
-        if hindrance != claim.blocked_by:
-            self._work.book.put(replace(claim, blocked_by=hindrance))
-            if hindrance:
-                log.warning("not re-attached", extra={"device": str(claim.key), "cause": hindrance})
-                self._events(DeviceEvent(EventKind.NOT_REATTACHED, claim.key, hindrance, claim.pod))
+            obstacle = f"{places} both have its serial number {claim.serial}, so neither is taken for it"
+        if obstacle != claim.blocked_by:
+            self._work.book.put(replace(claim, blocked_by=obstacle))
+            if obstacle:
+                log.warning("not re-attached", extra={"device": str(claim.key), "cause": obstacle})
+                self._events(DeviceEvent(EventKind.NOT_REATTACHED, claim.key, obstacle, claim.pod))
         return verdict.key if isinstance(verdict, LocatedAt) else None
 
     def _tell_move(self, before: Claim, whole: Span) -> None:

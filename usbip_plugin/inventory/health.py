@@ -143,8 +143,8 @@ def _claim_health(claim: Claim, facts: Snapshot) -> Health:
             where = f", listed as {place_of(claim)} now" if claim.moved_to is not None else ""
             return Health(Reason.ATTACHED, f"port {claim.port}{where}" + (f", pod {claim.pod}" if claim.pod else ""))
         case ClaimState.REATTACHING:
-            hindrance = f"; {claim.blocked_by}" if claim.blocked_by else ""
-            return Health(Reason.LOST, f"connection to {claim.key.server} lost{hindrance}")
+            why = f"; {claim.blocked_by}" if claim.blocked_by else ""
+            return Health(Reason.LOST, f"connection to {claim.key.server} lost{why}")
         case ClaimState.LOST:
             by_hand = "released by hand; end its pod" if lock is not None and lock.by_hand else ""
             return Health(Reason.LOCK_LOST, _held_by(lock) if lock is not None and lock.holder else by_hand)
