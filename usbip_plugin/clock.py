@@ -1,4 +1,4 @@
-"""Time comes in through a parameter, so that the simulation can turn it."""
+"""The clock, passed as a parameter so that the simulation can move time, and the waits between retries."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from tenacity.wait import wait_base
 
 
 class Clock(Protocol):
-    """What the plugin knows of time. Durations are seconds."""
+    """The source of time for all parts of the plugin. Durations are seconds."""
 
     def monotonic(self) -> float:
-        """Seconds on this node's own monotonic clock. All decisions are made on it."""
+        """Returns the seconds of this node's own monotonic clock. All decisions use this clock."""
         ...
 
     def now(self) -> datetime:
-        """Wall clock in UTC, only for what people read."""
+        """Returns the wall clock in UTC, only for what people read."""
         ...
 
     async def sleep(self, seconds: float) -> None:
-        """Cancel-safe."""
+        """Waits that many seconds. Cancel-safe."""
         ...
 
     def timeout(self, seconds: float) -> contextlib.AbstractAsyncContextManager[object]:
-        """Like asyncio.timeout: raises TimeoutError inside the block's owner when the time is up."""
+        """Limits the block to that many seconds, as asyncio.timeout does: TimeoutError leaves the block after them."""
         ...
 
 
 class SystemClock:
-    """The real one."""
+    """The clock of the operating system and the event loop."""
 
     def monotonic(self) -> float:
         return time.monotonic()
@@ -51,7 +51,7 @@ class SystemClock:
 
 
 class Jitter(wait_base):
-    """Up to so many seconds more, from this rng: tenacity's own jitter comes from the module random."""
+    """A tenacity wait of 0 to `most` seconds, drawn from rng. tenacity's own jitter uses the module random instead."""
 
     def __init__(self, rng: random.Random, most: float) -> None:
         self._rng, self._most = rng, most
@@ -61,7 +61,10 @@ class Jitter(wait_base):
 
 
 def backoff(rng: random.Random, first: float, maximum: float, factor: float = 2.0) -> Iterator[float]:
-    """Endless waits (seconds) for loops that never give up: exponential up to maximum, each with +-20 % jitter."""
+    """Yields endless waits (seconds) for loops that never give up: exponential up to maximum, each with +-20 % jitter.
+
+    The jitter is added last, so a wait can be up to 20 % longer than maximum.
+    """
     wait = first
     while True:
         yield wait * rng.uniform(0.8, 1.2)

@@ -1,4 +1,4 @@
-"""What all parts of one node's agent share: who the node is, its clock, its randomness and its tracer."""
+"""The values that all parts of one node's agent share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from usbip_plugin.model import NodeIdentity
 
 @dataclass(frozen=True, slots=True)
 class NodeContext:
-    """The identity of the node, and the clock, random numbers and tracer of everything that runs on it."""
+    """The identity of one node, and the clock, random numbers and tracer that all parts of its agent use."""
 
     me: NodeIdentity
     clock: Clock

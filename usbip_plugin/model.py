@@ -1,4 +1,4 @@
-"""The frozen dataclasses every part of the plugin speaks in. No I/O, no logic beyond derived names."""
+"""The frozen dataclasses that all parts of the plugin share. No I/O, and no logic beyond derived names."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ID_CHARACTERS = 20
 
 @dataclass(frozen=True, order=True, slots=True)
 class ServerKey:
-    """A USB/IP server, by the host exactly as configured (never resolved: it must read the same on every node)."""
+    """A USB/IP server. host is exactly as configured and never resolved: it must be the same text on every node."""
 
     host: str
     port: int = DEFAULT_USBIP_PORT
@@ -28,7 +28,7 @@ class ServerKey:
         return f"{host}:{self.port}"
 
 
-# Asked for again at every change of anything: of 500 devices in turn, hashing alone was seconds of processor time.
+# IDs are needed again at every change. With 500 devices, hashing alone took seconds of processor time.
 @functools.lru_cache(maxsize=2048)
 def _device_id(host: str, port: int, busid: str) -> str:
     digest = base64.b32encode(hashlib.sha256(f"{host}:{port}/{busid}".encode()).digest()).decode("ascii")
@@ -37,9 +37,9 @@ def _device_id(host: str, port: int, busid: str) -> str:
 
 @dataclass(frozen=True, order=True, slots=True)
 class DeviceKey:
-    """The identity of a device: the same on every node.
+    """The key of a device, the same on every node: its server and its bus id there.
 
-    id is the device ID towards the kubelet and the name of the lock Lease: 26 characters, a valid DNS label.
+    id: the device ID for the kubelet and the name of the lock's Lease: 26 characters, a valid DNS label.
     """
 
     server: ServerKey
@@ -55,7 +55,7 @@ class DeviceKey:
 
 @dataclass(frozen=True, order=True, slots=True)
 class UsbId:
-    """vendor:product, 16 bits each."""
+    """A USB vendor id and product id, 16 bits each."""
 
     vendor: int
     product: int
@@ -66,7 +66,7 @@ class UsbId:
 
 @dataclass(frozen=True, order=True, slots=True)
 class InterfaceClass:
-    """bInterfaceClass, bInterfaceSubClass, bInterfaceProtocol."""
+    """The class of a USB interface: bInterfaceClass, bInterfaceSubClass and bInterfaceProtocol."""
 
     class_: int
     subclass: int
@@ -75,10 +75,10 @@ class InterfaceClass:
 
 @dataclass(frozen=True, slots=True)
 class Descriptor:
-    """What a USB/IP server says about one device in a DEVLIST entry or an IMPORT reply.
+    """The description of one device in a DEVLIST entry or an IMPORT reply of a USB/IP server.
 
-    speed is the kernel's enum usb_device_speed (1 low, 2 full, 3 high, 4 wireless, 5 super, 6 super-plus).
-    interfaces is empty in an IMPORT reply, which does not carry them.
+    speed: the kernel's enum usb_device_speed (1 low, 2 full, 3 high, 4 wireless, 5 super, 6 super-plus).
+    interfaces: empty in an IMPORT reply, which does not carry them.
     """
 
     busid: str
@@ -98,7 +98,7 @@ class Descriptor:
 
     @property
     def devid(self) -> int:
-        """The number vhci_hcd wants: busnum << 16 | devnum."""
+        """Returns the number by which vhci_hcd attaches the device: busnum << 16 | devnum."""
         return self.busnum << 16 | self.devnum
 
 
@@ -120,10 +120,12 @@ UNKNOWN_IDENTITY = Identity()
 
 @dataclass(frozen=True, order=True, slots=True)
 class DeviceNode:
-    """A device node of an attached device. kind: usb, or one of config.schema.CHILD_KINDS.
+    """A device node of an attached device.
 
-    interface: the bInterfaceNumber of the USB interface it belongs to, None for the device's own node. partition: its
-    number on its disk, 0 for anything else. by_id: the path that udev's rules give it besides, "" for none.
+    kind: "usb", or one of config.schema.CHILD_KINDS.
+    interface: the bInterfaceNumber of the node's USB interface, None for the USB node of the device itself.
+    partition: the number of a partition on its disk, 0 for any other node.
+    by_id: the by-id path that udev's rules give the node besides, "" for none.
     """
 
     path: str
@@ -140,9 +142,10 @@ class DeviceNode:
 class Attachment:
     """A device attached to a port of this node's vhci_hcd, enumerated and authorised.
 
-    local_busid is the name under /sys/bus/usb/devices; nodes has the USB node first, then its children by path.
-    serial, manufacturer, model: the device's own words, printable and bounded; None where it has none. net: network
-    interfaces it has brought to this node, which are no device nodes and stay there.
+    local_busid: the device's name under /sys/bus/usb/devices.
+    serial, manufacturer, model: the device's own strings, printable and bounded; None where it has none.
+    nodes: first the USB node, then its children by path.
+    net: network interfaces of the device. They are not device nodes, so they stay in the node's network.
     """
 
     key: DeviceKey
@@ -158,7 +161,7 @@ class Attachment:
 
 @dataclass(frozen=True, order=True, slots=True)
 class PodRef:
-    """A pod, as the lock names it. uid is None where only pod-resources is known, which does not carry it."""
+    """A pod, as locks name it. uid is None where the pod is known only from pod-resources, which does not carry it."""
 
     namespace: str
     name: str
@@ -170,7 +173,7 @@ class PodRef:
 
 @dataclass(frozen=True, slots=True)
 class NodeIdentity:
-    """This node: its Kubernetes name and the kernel's boot id (/proc/sys/kernel/random/boot_id)."""
+    """The identity of this node: its Kubernetes name and the kernel's boot id (/proc/sys/kernel/random/boot_id)."""
 
     node: str
     boot_id: str
@@ -178,12 +181,16 @@ class NodeIdentity:
 
 @dataclass(frozen=True, slots=True)
 class Lock:
-    """A lock Lease as read. Times are wall clock, for people only; no decision uses them.
+    """The lock of one device, as its Lease was read. Times are wall clock, for people only; no decision uses them.
 
-    holder is "" when released; epoch is leaseTransitions; duration is leaseDurationSeconds, an hour at most. server and
-    busid are what it says, for people; key is the device that this makes, None if the Lease is not named after that.
-    serial, interfaces and read_from are those of an Identity, see identity. in_place_of: the ID of the device
-    that is attached from here, because it is plugged in here now. by_hand: its last write was a release by a person.
+    holder: the node that holds the lock, "" when it is released.
+    epoch: leaseTransitions of the Lease.
+    duration: leaseDurationSeconds, an hour at most.
+    server, busid: as the Lease names them, for people.
+    key: the device that server and busid name; None if the Lease does not have the name of that device.
+    serial, interfaces, read_from: the fields of `identity`.
+    in_place_of: the ID of another device, which is plugged in and attached under this bus id now.
+    by_hand: whether the last write was a release by a person.
     """
 
     device_id: str
@@ -209,12 +216,12 @@ class Lock:
 
     @property
     def identity(self) -> Identity:
-        """What the device told when it was asked last."""
+        """Returns what was read from the device itself when it was read last."""
         return Identity(self.read_from, self.serial, self.interfaces)
 
 
 class Reason(enum.Enum):
-    """Why a device is advertised as it is. One enum for kubelet, log, metric, page and command line."""
+    """The reason why a device is advertised as Healthy or not. Log, metrics, status page and messages share it."""
 
     FREE = "free"
     ATTACHED = "attached here"
@@ -242,13 +249,13 @@ class Reason(enum.Enum):
         return self in _HEALTHY
 
 
-# a tuple: to look for a member of an enum in a set, Python code computes its hash
+# a tuple, not a set: a set calls the __hash__ of an enum member, which is Python code and slow
 _HEALTHY = (Reason.FREE, Reason.ATTACHED, Reason.IN_PROGRESS, Reason.HOLDER_EXPIRED)
 
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """Healthy or not, and why. detail is a sentence for people: it names server, holder, pod, since when."""
+    """Whether a device is Healthy, and why. detail: text for people, with server, holder, pod and since when."""
 
     reason: Reason
     detail: str = ""
@@ -267,10 +274,10 @@ class Advertised:
     health: Health
 
 
-# Safe as a file name and in a sysfs write: no slash, no space, not "." or "..", shorter than the field.
+# Safe as a file name and in a sysfs write: no slash, no space, not "." or "..", shorter than the field on the wire.
 _BUSID = re.compile(r"[0-9A-Za-z][0-9A-Za-z.-]{0,30}", re.ASCII)
 
 
 def valid_busid(text: str) -> bool:
-    """Whether a bus id fits the wire and is safe as a file name."""
+    """Returns whether a bus id fits into its field on the wire and is safe as a file name."""
     return _BUSID.fullmatch(text) is not None

@@ -1,4 +1,4 @@
-"""Wake-ups: conditions over the state of one event loop, and calls to everybody who subscribed."""
+"""Wake-ups within one event loop: waiting for a condition, and callbacks for subscribers."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ T = TypeVar("T")
 
 
 class Broadcast:
-    """Waiters name a condition over state kept elsewhere; whoever changes that state calls fire().
+    """A wake-up for tasks that wait for a condition over state kept elsewhere.
 
-    For one event loop, without threads. No change can be missed: between looking at the condition and waiting, nothing
-    else runs.
+    Whoever changes that state must call fire(). All methods belong to one event loop and one thread. No change is
+    missed: nothing else runs between a check of the condition and the wait.
     """
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class Broadcast:
         self._relays: list[Broadcast] = []
 
     def fire(self) -> None:
-        """Every waiter looks at its condition again. Synchronous, never blocks."""
+        """Makes every waiter check its condition again. Synchronous, never blocks."""
         event, self._event = self._event, asyncio.Event()
         event.set()
         for other in self._relays:
@@ -32,7 +32,7 @@ class Broadcast:
 
     @contextlib.contextmanager
     def relayed_to(self, other: Broadcast) -> Iterator[None]:
-        """Within the block, fire() fires the other one too: for a condition over the state of both."""
+        """Makes fire() fire the other Broadcast too, within the block: for a condition over the state of both."""
         self._relays.append(other)
         try:
             yield
@@ -40,24 +40,27 @@ class Broadcast:
             self._relays.remove(other)
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        """Returns once condition() is true, at once if it is already. Without a bound of its own; cancel-safe."""
+        """Waits until condition() is true; returns at once if it already is. Has no timeout of its own. Cancel-safe."""
         while not condition():
             await self._event.wait()
 
 
-# A port that falls to null, and a socket end noticed in status 005, have no uevent: look again this often (seconds).
 RECHECK_S = 0.05
+"""Seconds between two checks without a ring.
+
+The kernel sends no uevent when a port becomes free (null), nor when it notices the end of a socket in status 005.
+"""
 
 
 class Bell:
-    """Calls everyone who subscribed. Callbacks run synchronously in the loop and must not raise."""
+    """A list of callbacks that ring() calls. They run synchronously in the event loop and must not raise."""
 
     def __init__(self) -> None:
         self._callbacks: dict[int, Callable[[], None]] = {}
         self._next = 0
 
     def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]:
-        """Returns the unsubscribe function, which may be called any number of times."""
+        """Adds a callback. Returns the function that removes it, which may be called any number of times."""
         number = self._next
         self._next += 1
         self._callbacks[number] = callback
@@ -74,9 +77,10 @@ class Bell:
     async def until(
         self, check: Callable[[], T | None], clock: Clock, *, timeout: float, recheck: float = RECHECK_S
     ) -> T:
-        """The first result of check that is not None: checked at once, at each ring, and every recheck seconds.
+        """Waits until check() returns something other than None, and returns it.
 
-        TimeoutError after timeout seconds. What check raises passes through. Cancel-safe.
+        Calls check() at once, at each ring, and every recheck seconds. Raises TimeoutError after timeout seconds.
+        Passes on what check() raises. Cancel-safe.
         """
         rung = asyncio.Event()
         unsubscribe = self.subscribe(rung.set)

@@ -1,4 +1,4 @@
-"""The composition root: makes the parts of one node and runs them in one TaskGroup. No logic of its own."""
+"""The composition root: makes the parts of one node's agent and runs them in one TaskGroup. It has no other logic."""
 
 from __future__ import annotations
 
@@ -49,12 +49,26 @@ log = logging.getLogger(__name__)
 
 
 LOCKS_WAIT = 5.0
-"""Seconds the first lists to the kubelet wait for the locks to be read. After that they go out without."""
+"""Seconds that the first device lists for the kubelet wait for the locks to be read.
+
+After that, the lists are published although the locks are not known.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class MetricHooks:
-    """Where figures go: metrics in production, nothing by default."""
+    """Callbacks that turn what happens in an agent into metrics. By default they do nothing.
+
+    on_step(step, seconds): a step of an attach or detach took so long.
+    on_result(resource, error, seconds): an Allocate ended; error is None if it succeeded.
+    on_pre_start_failed(resource, error): a PreStartContainer failed.
+    on_advertised(name, devices): a resource, named without the domain, advertises other devices; () if it is removed.
+    on_plugin(plugin): the registration of a resource with the kubelet changed, or the resource was removed.
+    on_notice(event): something happened to a device.
+    on_acquire(result, seconds): an attempt to take a lock ended.
+    on_withdrawn(seconds): a device that another node took was withdrawn from the kubelet, so long after it was seen.
+    on_reattach(result): an attempt to re-attach a device ended.
+    """
 
     on_step: Callable[[str, float], None] = lambda _step, _seconds: None
     on_result: Callable[[str, PluginError | None, float], None] = lambda _resource, _error, _seconds: None
@@ -69,11 +83,12 @@ class MetricHooks:
 
 @dataclass(frozen=True, slots=True)
 class AgentDependencies:
-    """Everything of the outside world that a node's agent works with; real in production, doubles in usbip_sim.
+    """Everything outside the process that a node's agent works with: real in production, doubles in usbip_sim.
 
-    pods: what is known of the node's pods if it is not to be asked of kube; evict: the same for evictions, node_object
-    for the status of the node. count_nodes: how many nodes run the plugin, KubeError if that is not known; None for
-    this one only.
+    pods: the pods of the node; None to watch them through kube.
+    evict: begins the eviction of a pod; None to evict through kube.
+    node_object: writes the status of the Node; None to write it through kube.
+    count_nodes: returns how many nodes run the plugin, raises KubeError if that is not known; None for one node.
     """
 
     me: NodeIdentity
@@ -94,7 +109,7 @@ class AgentDependencies:
 
 
 class Agent:
-    """One node: its parts, in the order in which they are made of one another. domain: of the resource names."""
+    """The agent of one node: all its parts, made in the order in which they depend on one another."""
 
     def __init__(
         self,
@@ -106,6 +121,7 @@ class Agent:
         lock_rules: Rules | None = None,
         observer: MetricHooks | None = None,
     ) -> None:
+        """Makes the parts of the agent. Nothing runs before run(). domain: the domain of the resource names."""
         out, observer = outside, observer or MetricHooks()
         context = NodeContext(out.me, out.clock, out.rng, out.tracer)
         self._clock = out.clock
@@ -261,18 +277,24 @@ class Agent:
 
     @property
     def ready(self) -> bool:
-        """Every resource is registered with the kubelet, if there is one, and the locks have been read."""
+        """Returns whether the locks have been read and every resource, if any, is registered with the kubelet."""
         plugins = self.resources.plugins.values()
         started = bool(plugins) or not self.inventory.config.resources
         return self.locks.ready.is_set() and started and all(plugin.registered for plugin in plugins)
 
     def reconfigure(self, config: Config) -> None:
-        """A live reload, see docs/configuration.md. What Config.start_only names stays as it was."""
+        """Puts a reloaded configuration in force, as docs/configuration.md describes.
+
+        The settings that Config.start_only() names stay as they were.
+        """
         self.inventory.reconfigure(config)
         self.resources.look_again()
 
     async def run(self) -> None:
-        """Until cancelled. Then sockets are closed within 2 s, and attachments and locks stay for the next process."""
+        """Runs until cancelled.
+
+        Then it closes its sockets within 2 s. Attachments and locks stay for the next process.
+        """
         async with asyncio.TaskGroup() as tasks:
             for part in (self.driver, self.locks, self.poller):
                 tasks.create_task(part.run(), name=type(part).__name__)
@@ -298,7 +320,7 @@ class Agent:
         await self._sweep()
 
     async def _sweep(self) -> None:
-        """CDI specs of nobody's; only when the locks have said what is this node's."""
+        """Removes CDI specs of devices that this node does not have. Waits for the locks, which name what it has."""
         await self.locks.ready.wait()
         await self.usage.adopt()
         self.specs.sweep({*self.claims.view, *(lock.device_id for lock in self.locks.mine())})

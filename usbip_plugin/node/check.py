@@ -1,4 +1,4 @@
-"""`usbip-plugin check`: the checks, what they find, and their report."""
+"""The checks of `usbip-plugin check`, their findings, and the report."""
 
 from __future__ import annotations
 
@@ -28,15 +28,20 @@ from usbip_plugin.usbip.client import TcpUsbipClient
 from usbip_plugin.vhci.driver import DriverReport
 
 CHECK_TIMEOUT_S = 8.0
-"""For each check; the whole takes about as long as the slowest."""
+"""Seconds that each check may take. Checks run side by side, so all take about as long as the slowest."""
 REQUEST_TIMEOUT_S = 5.0
+"""Seconds that one request to the API server may take."""
 CONNECT_TIMEOUT_S = 2.0
+"""Seconds that connecting to a unix socket on this node may take."""
 MAX_DEVICES_SHOWN = 20
-# A lock's name that no device has: all a's is no digest anybody will meet.
+"""Devices of one server that the report lists."""
+# The name of a lock that no device has: a digest of nothing but a's will not occur.
 PROBE_LOCK = DEVICE_ID_PREFIX + "a" * 20
 
 
 class Status(enum.Enum):
+    """The result of one finding. Only FAIL makes the command fail."""
+
     OK = "ok"
     WARN = "warn"
     FAIL = "FAIL"
@@ -44,7 +49,11 @@ class Status(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What one check found. cure: what to do, "" if nothing is to be done."""
+    """One result of a check.
+
+    detail: one or more lines; the report begins with the first.
+    cure: what to do, "" for nothing.
+    """
 
     name: str
     status: Status
@@ -53,11 +62,11 @@ class Finding:
 
 
 Check = Callable[[], Awaitable[Sequence[Finding]]]
-"""May raise PluginError or OSError instead, which becomes a FAIL."""
+"""Returns the findings of one check. A PluginError or OSError that it raises becomes a FAIL."""
 
 
 async def run_checks(checks: Sequence[tuple[str, Check]], clock: Clock) -> tuple[Finding, ...]:
-    """Runs the named checks side by side, each within CHECK_TIMEOUT_S, and gives their findings in the order given."""
+    """Runs the named checks side by side, each within CHECK_TIMEOUT_S. Returns the findings in the order of checks."""
 
     async def bounded(name: str, check: Check) -> Sequence[Finding]:
         try:
@@ -74,12 +83,12 @@ async def run_checks(checks: Sequence[tuple[str, Check]], clock: Clock) -> tuple
 
 
 def exit_status(findings: Sequence[Finding]) -> int:
-    """1 if something fails; warnings do not count."""
+    """Returns 1 if a finding is a FAIL, else 0. Warnings do not count."""
     return int(any(finding.status is Status.FAIL for finding in findings))
 
 
 def render(findings: Sequence[Finding]) -> str:
-    """A line for each finding, its cure indented below, and a summary."""
+    """Returns the report: each finding with its further lines and its cure indented below, then a summary line."""
     lines = []
     for finding in findings:
         first, *more = finding.detail.splitlines() or [""]
@@ -94,7 +103,7 @@ def render(findings: Sequence[Finding]) -> str:
 
 
 def config_findings(path: Path, loaded: tuple[Config, Sequence[str]] | ConfigError) -> list[Finding]:
-    """The configuration file: what load_config gave (config and warnings), or its error."""
+    """Checks the configuration file. loaded: the configuration and its warnings, or the error of load_config."""
     name = "configuration"
     if isinstance(loaded, ConfigError):
         return [Finding(name, Status.FAIL, "\n".join(loaded.problems), f"correct {path}")]
@@ -107,7 +116,7 @@ def config_findings(path: Path, loaded: tuple[Config, Sequence[str]] | ConfigErr
 
 
 def driver_findings(report: DriverReport) -> list[Finding]:
-    """vhci_hcd as the driver reports it."""
+    """Checks vhci_hcd: that it is loaded, has free ports, and can be written to."""
     name = "vhci_hcd"
     if not report.loaded:
         return [Finding(name, Status.FAIL, "\n".join(report.problems) or "not loaded", "modprobe vhci-hcd")]
@@ -122,14 +131,14 @@ def driver_findings(report: DriverReport) -> list[Finding]:
         findings = [Finding(name, Status.OK, detail)]
     usable = report.attach_writable and report.records_writable
     if report.problems or not usable:
-        # the sentences say themselves what to do
+        # each problem already contains its cure
         text = "\n".join(report.problems) or "attach or the port records cannot be written"
         findings.append(Finding("vhci_hcd access", Status.WARN if usable else Status.FAIL, text))
     return findings
 
 
 async def plugin_directory_check(directory: Path) -> list[Finding]:
-    """The kubelet's device-plugin directory: there, writable, and with a kubelet listening."""
+    """Checks that the kubelet's device-plugin directory exists and is writable, and that a kubelet listens there."""
     name = "device-plugin directory"
     if not await asyncio.to_thread(directory.is_dir):
         cure = "mount it from the host; it does not move with the kubelet's --root-dir"
@@ -140,7 +149,7 @@ async def plugin_directory_check(directory: Path) -> list[Finding]:
 
 
 async def cdi_directory_check(directory: Path) -> list[Finding]:
-    """Where CDI specs are written for the container runtime: there, writable, and with room for one more."""
+    """Checks that the directory of the CDI specs exists, is writable, and is not on a full file system."""
     name = "CDI directory"
     mount = f"mount it from the host, writable: hostPath {directory}, type DirectoryOrCreate"
     if not await asyncio.to_thread(directory.is_dir):
@@ -156,7 +165,7 @@ async def cdi_directory_check(directory: Path) -> list[Finding]:
 
 
 async def socket_check(name: str, path: Path) -> list[Finding]:
-    """A unix socket that somebody listens on."""
+    """Checks that path is a unix socket and a process listens on it."""
     try:
         if not stat.S_ISSOCK((await asyncio.to_thread(path.stat)).st_mode):
             return [Finding(name, Status.FAIL, f"{path} is no socket")]
@@ -174,7 +183,10 @@ async def socket_check(name: str, path: Path) -> list[Finding]:
 async def server_check(
     server: ServerKey, config: Config, devlist: Callable[[ServerKey], Awaitable[tuple[Descriptor, ...]]]
 ) -> list[Finding]:
-    """One USB/IP server: reachable, and what of its list the configuration takes. devlist raises UsbipError."""
+    """Checks that a USB/IP server answers and lists a device for each of its selectors in the configuration.
+
+    Raises the UsbipError of devlist if the server does not answer.
+    """
     devices = await devlist(server)
     taken: dict[str, list[str]] = {}
     unmatched = []
@@ -199,7 +211,10 @@ async def server_check(
 
 @dataclass(frozen=True, slots=True)
 class Permission:
-    """One thing the plugin does with the API. namespace None: everywhere, or a cluster-wide object."""
+    """One request that the plugin makes to the API server, as RBAC grants it.
+
+    namespace: None for all namespaces, or for a cluster-wide object.
+    """
 
     verb: str
     group: str
@@ -217,7 +232,11 @@ class Permission:
 def permissions_needed(
     namespace: str, node: str, *, publish_node_status: bool, evict: bool = False
 ) -> tuple[Permission, ...]:
-    """All that the plugin asks of the API server. namespace: of the Leases. evict: a resource has onLoss: evict."""
+    """Returns every permission that the plugin needs on the API server.
+
+    namespace: the namespace of the Leases.
+    evict: whether a resource has onLoss: evict.
+    """
     leases = tuple(
         Permission(verb, "coordination.k8s.io", "leases", namespace)
         for verb in ("get", "list", "watch", "create", "update")
@@ -233,7 +252,7 @@ def permissions_needed(
 
 
 async def api_check(kube: KubeRequests, permissions: Sequence[Permission]) -> list[Finding]:
-    """The API server answers, and grants each permission (SelfSubjectAccessReview)."""
+    """Checks that the API server answers and grants each permission (SelfSubjectAccessReview)."""
 
     async def allowed(permission: Permission) -> bool:
         answer = await kube.request(
@@ -258,12 +277,15 @@ async def api_check(kube: KubeRequests, permissions: Sequence[Permission]) -> li
 
 
 async def admission_check(kube: KubeRequests, namespace: str, node: str) -> list[Finding]:
-    """Whether this account can write in the name of this node, and in the name of others. Dry runs, nothing is kept."""
+    """Checks that this account may write locks in the name of this node and of no other.
+
+    Both writes are dry runs, so the API server keeps nothing.
+    """
     name = "admission policy"
     own, other = [await _refused(kube, namespace, holder) for holder in (node, f"not-{node}")]
     if own is not None:
         if not own.by_policy:
-            return []  # without the right to create, which api_check reports, nothing can be found out
+            return []  # the right to create is missing, which api_check reports; then the policy cannot be checked
         return [Finding(name, Status.FAIL, str(own), f"run as a pod on node {node}, or with its --node-name")]
     if other is None:
         cure = "for the plugin's ServiceAccount: kubectl apply -f rbac/40-admission.yaml, which must name it"
@@ -272,7 +294,7 @@ async def admission_check(kube: KubeRequests, namespace: str, node: str) -> list
 
 
 async def _refused(kube: KubeRequests, namespace: str, holder: str) -> KubeForbidden | None:
-    """The refusal of a lock in holder's name, None if it would be written."""
+    """Returns the refusal of a lock in holder's name, or None if the API server would write it. Writes nothing."""
     body = {
         "apiVersion": "coordination.k8s.io/v1",
         "kind": "Lease",
@@ -310,11 +332,14 @@ def _review(permission: Permission) -> dict[str, Any]:
 
 
 DEVLIST_TIMEOUT = 5.0
-"""Seconds one server may take to list its devices."""
+"""Seconds that one server may take to list its devices."""
 
 
 async def check_node(options: Options, loaded: Loaded | ConfigError, make_driver: MakeDriver) -> tuple[str, int]:
-    """The report for people and the exit status: 0 if nothing fails. Changes nothing."""
+    """Runs all checks of this node. Returns the report for people and the exit status, 0 if nothing fails.
+
+    Changes nothing.
+    """
     clock = SystemClock()
     config = Config(()) if isinstance(loaded, ConfigError) else loaded.config
     known = loaded if isinstance(loaded, ConfigError) else (loaded.config, loaded.warnings)

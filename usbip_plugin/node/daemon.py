@@ -1,4 +1,4 @@
-"""`usbip-plugin run`: one agent as a process, with its configuration file, HTTP pages and signals."""
+"""The process of `usbip-plugin run`: one agent, with its configuration file, HTTP pages and signals."""
 
 from __future__ import annotations
 
@@ -42,15 +42,26 @@ log = logging.getLogger(__name__)
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 BEAT_INTERVAL = 2.0
+"""Seconds between two heartbeats of the event loop."""
 BEAT_WITHIN = 10.0
-"""Seconds: the event loop says that it turns, and may be late, before /healthz answers 503."""
+"""Seconds without a heartbeat of the event loop after which /healthz answers 503."""
 START_OVER_S = 10.0
-"""By then a start has registered and waits. If not, what it still needs is loaded a second time."""
+"""Seconds after which the memory of the start is released. By then the plugin has registered and is idle.
+
+If the start takes longer, code that it still needs is loaded a second time.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the command line says. Paths as given; listen is "" for no HTTP at all."""
+    """The settings of one process, from the command line, the configuration file and the defaults.
+
+    node: the name of this node.
+    namespace: the namespace of the Leases.
+    domain: the domain of the resource names.
+    listen: the address of the HTTP server, "" for none.
+    kubeconfig: a file, None to find the API server as kube.client.connect does.
+    """
 
     node: str
     namespace: str
@@ -64,18 +75,18 @@ class Options:
 
 
 MakeDriver = Callable[[Clock], VhciDriver]
-"""Makes the driver of this node's vhci_hcd, which is given a fresh clock."""
+"""Makes the driver of this node's vhci_hcd, with the clock that the driver is to use."""
 
 
 def boot_id(path: Path = BOOT_ID) -> str:
-    """The kernel's boot id; another one after each boot. OSError if /proc is not there."""
+    """Returns the kernel's boot id, which differs after each boot. Raises OSError if /proc is not there."""
     return path.read_text(encoding="ascii").strip()
 
 
 async def run(options: Options, loaded: Loaded, make_driver: MakeDriver) -> None:
     """Runs until SIGTERM or SIGINT, then ends within 2 s and leaves attachments and locks for the next process.
 
-    Raises ConfigError if there is no way to the API server, OSError if the HTTP address is taken.
+    Raises ConfigError if it does not find how to reach the API server, OSError if the HTTP address is in use.
     """
     clock = SystemClock()
     figures = AgentMetrics(metrics := Metrics(), clock, domain=options.domain, node=options.node)
@@ -239,7 +250,10 @@ class _Process:
 
 
 def run_blocking(options: Options, loaded: Loaded, warnings: Iterable[str], make_driver: MakeDriver) -> int:
-    """run() from a synchronous command line. 0 after a signal; 1 with a message if it could not run."""
+    """Runs the plugin from a synchronous command line until a signal. Blocking.
+
+    Returns 0 after a signal, or 1 with a message if the plugin could not run.
+    """
     for warning in warnings:
         log.warning("configuration warning", extra={"problem": warning})
     small_tls_buffers()

@@ -1,4 +1,7 @@
-"""How a process starts and settles: garbage is collected when the start is over, and what only it needed is let go."""
+"""Saves memory and time at the start of a process.
+
+Garbage is collected once the start is over. Then memory that only the start needed is released.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,16 @@ from pathlib import Path
 
 MAPPINGS = Path("/proc/self/smaps")
 TLS_BUFFER_BYTES = 32 << 10
-"""Two records of TLS. A list of 10 MiB takes 300 reads more, 10 ms."""
+"""Bytes of the receive buffer of one TLS connection: two TLS records. A list of 10 MiB takes 300 more reads, 10 ms."""
 _READ_ONLY = frozenset({"r-xp", "r--p"})
 _MADV_DONTNEED = 4
 
 
 def file_ranges(smaps: Iterable[str]) -> list[tuple[int, int]]:
-    """(address, bytes) of the code and the constants that are mapped from files and are as they are in them.
+    """Returns (address, bytes) of each mapping of code or constants that is unchanged from its file.
 
-    smaps are the lines of /proc/PID/smaps, as proc(5) has it. A mapping with anonymous pages, in memory or swapped out,
-    was written to, by a relocation or a debugger: that is not in the file.
+    smaps: the lines of /proc/PID/smaps, see proc(5). A mapping with anonymous pages, in memory or swapped out, is left
+    out: a relocation or a debugger wrote to it, so its content is not in the file.
     """
     found: list[tuple[int, int]] = []
     mapped: tuple[int, int] | None = None
@@ -39,14 +42,15 @@ def file_ranges(smaps: Iterable[str]) -> list[tuple[int, int]]:
 
 
 def drop_clean_pages(mappings: Path = MAPPINGS) -> None:
-    """Unmaps these pages, a third of the memory after a start; those that are used again come back by themselves.
+    """Drops unchanged pages of code and constants from this process: a third of its memory after a start.
 
-    They stay in the page cache, so it takes a page fault, and no reading unless memory is short. Nothing can be lost:
-    see file_ranges. OSError if the kernel does not have it so; all works on.
+    A page that is used again comes back by a page fault. It is still in the page cache, so nothing is read from disk
+    unless memory is short. No content can be lost, because file_ranges() leaves out pages that were written to.
+    Raises OSError if the kernel refuses; the process works on.
     """
     madvise = ctypes.CDLL(None, use_errno=True).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    with mappings.open(encoding="utf-8", errors="surrogateescape") as lines:  # one at a time: all are a megabyte
+    with mappings.open(encoding="utf-8", errors="surrogateescape") as lines:  # line by line: the file has about 1 MB
         ranges = file_ranges(lines)
     for address, size in ranges:
         if madvise(address, size, _MADV_DONTNEED):
@@ -55,9 +59,9 @@ def drop_clean_pages(mappings: Path = MAPPINGS) -> None:
 
 
 def trim() -> None:
-    """Gives back what the allocator has free between what is in use: of a start with many resources a megabyte or more.
+    """Returns free memory of the C allocator to the kernel: a megabyte or more after a start with many resources.
 
-    Only glibc's has it.
+    Does nothing if the C library is not glibc, which alone has malloc_trim.
     """
     trimming = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trimming is not None:
@@ -65,18 +69,20 @@ def trim() -> None:
 
 
 def small_tls_buffers() -> None:
-    """asyncio's connections over TLS that are made from now on have 32 KiB each for what comes in, instead of 256.
+    """Reduces the receive buffer of asyncio's TLS connections made from now on from 256 KiB to TLS_BUFFER_BYTES each.
 
-    asyncio takes no size as an argument. A process has three such connections, for a while after many requests more.
+    asyncio does not take the size as an argument. A process has three such connections, and more for a while after
+    many requests.
     """
     asyncio.sslproto.SSLProtocol.max_size = TLS_BUFFER_BYTES
 
 
 @contextlib.contextmanager
 def gc_paused() -> Iterator[None]:
-    """Around the imports: nothing is collected in the block, and what it leaves is not looked at until settle().
+    """Pauses garbage collection within the block, which is to contain the imports.
 
-    A full collection takes 30 ms after them, and there were several in each start.
+    Objects made in the block are exempt from garbage collection until trim_after_start(). After the imports a full
+    collection takes 30 ms, and without this pause each start has several.
     """
     gc.disable()
     try:
@@ -87,9 +93,10 @@ def gc_paused() -> Iterator[None]:
 
 
 def trim_after_start() -> None:
-    """Once, when the start is over; takes 50 ms. What is there then is never looked at again by a collection.
+    """Releases the memory that only the start needed. To be called once, when the start is over; takes 50 ms.
 
-    OSError as drop_files, after everything else.
+    Objects that exist then are exempt from garbage collection for good. Raises OSError if the kernel does not let
+    drop_clean_pages() drop its pages; everything else has been done by then.
     """
     gc.unfreeze()
     gc.collect()

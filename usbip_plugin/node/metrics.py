@@ -1,4 +1,4 @@
-"""What happens on a node, as figures: from what an agent tells and what can be asked of it, to metrics."""
+"""The metrics of one node, from the callbacks of its agent (MetricHooks) and from the agent's state."""
 
 from __future__ import annotations
 
@@ -58,6 +58,7 @@ from usbip_plugin.observe.metrics import Metrics, NodeCollector, Reading
 from usbip_plugin.usbip.poller import ServerState
 
 OTHER = "other"
+"""The label of an error that has no label of its own."""
 ALLOCATE_FAILURES: Mapping[type[PluginError], str] = MappingProxyType(
     {
         LockLost: "lock_lost",
@@ -110,14 +111,16 @@ TRANSITIONS = ("taken", "taken_over", "released", "lost")
 
 
 def reason_of(error: PluginError, reasons: Mapping[type[PluginError], str]) -> str:
-    """The label for an error: that of its class, or of the nearest base that has one; OTHER if none has."""
+    """Returns the label for an error: that of its class or of the nearest base class that has one, else OTHER."""
     return next((reasons[kind] for kind in type(error).__mro__ if kind in reasons), OTHER)
 
 
 def transition(change: LockChange, me: str, *, in_use: bool) -> str | None:
-    """What a change of a lock means for this node, one of TRANSITIONS; None if it is other nodes' business.
+    """Returns the transition (one of TRANSITIONS) that a change of a lock means for this node.
 
-    in_use: a pod's device is attached here under this lock, or was until a moment ago; nobody here lets it go.
+    Returns None if the change concerns other nodes only, or if this node had the lock before, in the same epoch.
+    in_use: a pod's device is attached here under this lock, or was until a moment ago. This node does not release
+    such a lock, so a lock that loses its holder then counts as lost.
     """
     if change.holder == me:
         epoch = change.old.epoch if change.old is not None else None
@@ -131,7 +134,7 @@ def transition(change: LockChange, me: str, *, in_use: bool) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class DropCounts:
-    """What others count: Events, exports and spans that came to nothing since the process began."""
+    """Counters of dropped Events, failed trace exports and dropped spans, since the process began."""
 
     events_dropped: Callable[[], int] = lambda: 0
     trace_export_failures: Callable[[], int] = lambda: 0
@@ -139,7 +142,11 @@ class DropCounts:
 
 
 class AgentMetrics:
-    """Of one agent: give it `observer`, then call follow(). domain: of the resource names; node: its name."""
+    """The metrics of one agent. The agent is made with `observer`; then follow() adds the agent's state.
+
+    domain: the domain of the resource names.
+    node: the name of the agent's node.
+    """
 
     def __init__(self, metrics: Metrics, clock: Clock, *, domain: str, node: str) -> None:
         self._metrics = metrics
@@ -157,7 +164,10 @@ class AgentMetrics:
 
     @property
     def observer(self) -> MetricHooks:
-        """Notices are counted only; who makes Events of them calls notice() besides."""
+        """Returns the callbacks for an agent. Its on_notice only counts.
+
+        A caller that replaces on_notice, for instance to publish Events, must call notice() too.
+        """
         metrics = self._metrics
         return MetricHooks(
             on_step=metrics.step,
@@ -172,7 +182,7 @@ class AgentMetrics:
         )
 
     def follow(self, agent: Agent, losses: DropCounts | None = None) -> None:
-        """From now on /metrics has the state of this agent, too. Once."""
+        """Adds the state of this agent to the metrics from now on. Must be called only once."""
         self._agent = agent
         counted = losses or DropCounts()
         self._metrics.add(NodeCollector(lambda: self._read(agent, counted)))
@@ -183,7 +193,7 @@ class AgentMetrics:
             self._metrics.attachment_lost()
 
     def api_error(self, error: KubeError) -> None:
-        """For kube.connect."""
+        """Counts a failed API request: the on_error callback of kube.client.connect."""
         self._metrics.api_error(error.verb, reason_of(error, API_ERRORS))
 
     def config_reloaded(self) -> None:
@@ -228,7 +238,7 @@ class AgentMetrics:
     def _lock_changed(self, change: LockChange) -> None:
         agent = self._agent
         if agent is None or not agent.locks.ready.is_set():
-            return  # the first list: what the predecessor took
+            return  # the first list has the locks that the previous process took
         claim = agent.claims.view.get(change.device_id)
         in_use = claim is not None and claim.state in (ClaimState.ATTACHED, ClaimState.REATTACHING, ClaimState.LOST)
         name = transition(change, self._node, in_use=in_use)

@@ -1,4 +1,4 @@
-"""One node's state as its status page shows it, read from the running agent. Changes nothing."""
+"""The state of one node for its status page, read from the running agent. Nothing here changes the agent."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def status_of(
     ready: Verdict,
     alive: Verdict,
 ) -> Status:
-    """Everything as it is now. started: on the clock's monotonic()."""
+    """Returns the state of the node as it is now. started: when the process began, by clock.monotonic()."""
     now = clock.monotonic()
     return Status(
         node=node,
@@ -49,7 +49,7 @@ def status_of(
 
 
 def device_rows(agent: Agent, domain: str) -> tuple[DeviceRow, ...]:
-    """Every device this node offers, by resource; one of several resources has a row for each."""
+    """Returns a row for each device that this node offers, by resource. A device of several resources has several."""
     return tuple(
         _device(agent, domain, resource, device)
         for resource, devices in sorted(agent.inventory.advertised.items())
@@ -116,12 +116,15 @@ def _locks(agent: Agent, now: float) -> LocksReport:
 
 
 def config_loaded(path: Path, config: Config, warnings: tuple[str, ...], now: datetime) -> ConfigReport:
-    """The file was read and is in force."""
+    """Returns the report on a configuration file that was read and is in force. now: the wall clock."""
     return ConfigReport(str(path), moment(now), len(config.resources), warnings)
 
 
 def config_failed(before: ConfigReport, error: ConfigError, now: datetime) -> ConfigReport:
-    """The file has become unusable: what was loaded before stays in force."""
+    """Returns the report on a configuration file that has become unusable; the one loaded before stays in force.
+
+    The time of failure is that of the first failure since the last good load.
+    """
     return ConfigReport(
         before.path, before.loaded, before.resources, before.warnings, error.problems, before.failed or moment(now)
     )
