@@ -1,4 +1,4 @@
-"""The one error tree. Every message says what is wrong, where, and, where it can be known, what to do about it.
+"""The error tree of the project. Each message says what is wrong, where, and, if that is known, what to do about it.
 
 PluginError
 +-- ConfigError                 the configuration file; carries every problem of the file
@@ -9,8 +9,8 @@ PluginError
 |   +-- DeviceBusy              import refused: status 2, exported to another client
 |   +-- DeviceUnknown           import refused: status 4, not exported
 |   +-- ImportRefused           import refused with any other status
-|   +-- WrongDevice             another vendor:product than promised
-|   +-- WrongSerial             another serial number than that of the device looked for
+|   +-- WrongDevice             another vendor:product than expected
+|   +-- WrongSerial             another serial number than expected
 +-- VhciError                   this node's kernel
 |   +-- DriverMissing           vhci_hcd is not loaded, or its sysfs is not there
 |   |   +-- SimulatedKernelMissing  its stand-in on development clusters does not answer
@@ -19,13 +19,13 @@ PluginError
 |   +-- PortsExhausted          no free port on the hub of that speed
 |   +-- AttachRefused           the kernel refused the attach write
 |   +-- AttachStuck             attached, but never enumerated
-|   +-- NodesMissing            attached, but child nodes that the configuration promises did not come
+|   +-- NodesMissing            attached, but child nodes that the configuration expects did not appear
 |   +-- DetachFailed            the port did not become free
 +-- CdiError                    a CDI spec cannot be written or removed: disk full, read-only
 +-- LockError                   the cluster-wide lock
 |   +-- LockHeld                another node holds it
-|   +-- LockLost                it was ours and is not any more
-|   +-- LockUnavailable         the API server did not answer, so nobody knows
+|   +-- LockLost                this node held it and does not any more
+|   +-- LockUnavailable         the API server did not answer, so the holder is unknown
 +-- KubeError                   the API server
 |   +-- KubeUnreachable         no connection, or no answer in time
 |   +-- KubeUnauthorized        401
@@ -36,17 +36,17 @@ PluginError
 |   +-- KubeThrottled           429; carries retry_after
 |   +-- KubeServerError         5xx, or an answer that cannot be read
 +-- KubeletError                the kubelet
-|   +-- RegistrationFailed
-|   +-- PodResourcesUnavailable
+|   +-- RegistrationFailed      it did not accept the registration of a resource
+|   +-- PodResourcesUnavailable its pod-resources list cannot be read
 +-- AllocateError               what Allocate answers; wraps the cause
 |   +-- UnknownDevice           an ID this node does not know
 |   +-- AllocateTimeout         allocateTimeout passed
-|   +-- ClaimBusy               the device is being released on this node
+|   +-- ClaimBusy               the device is in use or being released on this node
 |   +-- NotAttached             a container starts, and its device is not attached to this node now
 |   +-- PathTaken               two device nodes would have one path in the container
-+-- CommandError                what a person asked of the command line
-    +-- NoSuchDevice            no device is called that
-    +-- AmbiguousDevice         several are
++-- CommandError                a command of a person cannot be carried out
+    +-- NoSuchDevice            no device has the given name
+    +-- AmbiguousDevice         several devices have the given name
     +-- ReleaseRefused          it would break something, or nobody confirmed it
 """
 
@@ -72,16 +72,16 @@ _CURES = {
 
 
 def storage_cure(error: OSError) -> str:
-    """What to do about a file of this node that cannot be written."""
+    """Returns what to do about a file on this node that cannot be written."""
     return _CURES.get(error.errno or 0, "look at this directory on the node")
 
 
 class PluginError(Exception):
-    """Base of everything this project raises on purpose."""
+    """The base class of all errors that this project raises on purpose."""
 
 
 class ConfigError(PluginError):
-    """A configuration that cannot be used. problems: one line each, each with its place in the file."""
+    """A configuration that cannot be used. problems: one line for each problem, with its place in the file."""
 
     def __init__(self, source: str, problems: Sequence[str]) -> None:
         self.source = source
@@ -91,7 +91,7 @@ class ConfigError(PluginError):
 
 
 class UsbipError(PluginError):
-    """Something about a USB/IP server. The message always begins with the server."""
+    """An error of a USB/IP server. The message always begins with the server."""
 
     def __init__(self, server: ServerKey, message: str) -> None:
         self.server = server
@@ -99,11 +99,11 @@ class UsbipError(PluginError):
 
 
 class ServerUnreachable(UsbipError):
-    """No connection: refused, reset, no route, no such host."""
+    """The server cannot be reached: connection refused, reset or closed, no route, no such host."""
 
 
 class ServerTimeout(UsbipError):
-    """No answer within the time allowed (seconds)."""
+    """The server did not answer within the time allowed (seconds)."""
 
     def __init__(self, server: ServerKey, doing: str, seconds: float) -> None:
         self.seconds = seconds
@@ -124,14 +124,14 @@ class ImportRefused(UsbipError):
 
 
 class DeviceBusy(ImportRefused):
-    """Status 2: exported to another client already."""
+    """The server answered IMPORT with status 2: the device is already exported to another client."""
 
     def __init__(self, key: DeviceKey) -> None:
         super().__init__(key, 2, f"{key.busid} is in use by another client (status 2)")
 
 
 class DeviceUnknown(ImportRefused):
-    """Status 4: no such busid, or not bound to usbip-host."""
+    """The server answered IMPORT with status 4: no device has this bus id, or it is not bound to usbip-host."""
 
     def __init__(self, key: DeviceKey) -> None:
         super().__init__(
@@ -140,7 +140,11 @@ class DeviceUnknown(ImportRefused):
 
 
 class WrongDevice(UsbipError):
-    """Behind the busid stands another device than the one promised."""
+    """The device under the bus id has another USB id (vendor:product) than expected.
+
+    promised: the USB id expected.
+    found: the USB id that the device has.
+    """
 
     def __init__(self, key: DeviceKey, promised: UsbId, found: UsbId) -> None:
         self.key, self.promised, self.found = key, promised, found
@@ -148,9 +152,11 @@ class WrongDevice(UsbipError):
 
 
 class WrongSerial(UsbipError):
-    """Behind the busid stands another device of the same kind. found: "" if it tells no serial number.
+    """The device under the bus id is another one of the same kind: its serial number is not the expected one.
 
-    devid: see Descriptor.
+    promised: the serial number expected.
+    found: the serial number that the device has, "" for none.
+    devid: the Descriptor.devid of the device.
     """
 
     def __init__(self, key: DeviceKey, promised: str, found: str, devid: int) -> None:
@@ -159,18 +165,18 @@ class WrongSerial(UsbipError):
 
 
 class VhciError(PluginError):
-    """This node's kernel or its sysfs."""
+    """An error of this node's kernel or its sysfs."""
 
 
 class DriverMissing(VhciError):
-    """vhci_hcd is not there."""
+    """vhci_hcd is not loaded on this node, or its sysfs directory is not there."""
 
     def __init__(self, path: str) -> None:
         super().__init__(f"vhci_hcd is not loaded: {path} does not exist; run on this node: modprobe vhci-hcd")
 
 
 class SimulatedKernelMissing(DriverMissing):
-    """The stand-in for vhci_hcd, which development clusters may have, does not answer."""
+    """The simulated kernel, which replaces vhci_hcd on development clusters, does not answer."""
 
     def __init__(self, path: str, cause: str) -> None:
         cure = f"run on this node: usbip-plugin simulate kernel --socket {path}"
@@ -178,7 +184,7 @@ class SimulatedKernelMissing(DriverMissing):
 
 
 class DriverNotWritable(VhciError):
-    """attach or detach cannot be written by this process."""
+    """This process cannot write to the files attach or detach of vhci_hcd."""
 
     def __init__(self, path: str, cause: str) -> None:
         super().__init__(
@@ -187,14 +193,17 @@ class DriverNotWritable(VhciError):
 
 
 class RecordNotWritable(VhciError):
-    """/run/vhci_hcd/portN, without which nobody would know whose port it is: nothing is attached."""
+    """The port record /run/vhci_hcd/portN cannot be written.
+
+    Nothing is attached then, because without the record the owner of the port would be unknown.
+    """
 
     def __init__(self, path: str, error: OSError) -> None:
         super().__init__(f"cannot write the port record {path}: {error.strerror or error}; {storage_cure(error)}")
 
 
 class PortsExhausted(VhciError):
-    """Every port of the right hub (hs or ss) is in use."""
+    """All vhci ports of the hub that the device needs (hs or ss) are in use."""
 
     def __init__(self, hub: str, total: int) -> None:
         self.hub, self.total = hub, total
@@ -202,11 +211,11 @@ class PortsExhausted(VhciError):
 
 
 class AttachRefused(VhciError):
-    """The kernel refused the write to attach."""
+    """The kernel refused the write to attach, or other programs took each port that was tried."""
 
 
 class AttachStuck(VhciError):
-    """The port was taken and the device did not enumerate in time; the port is free again. Worth one more try."""
+    """The device took a port and did not enumerate in time. The port is free again, and one more try is worthwhile."""
 
 
 _DRIVERS = {
@@ -221,7 +230,10 @@ _DRIVERS = {
 
 
 class NodesMissing(VhciError):
-    """kinds: those of `children`, of none of which a node came within so many seconds. It was undone."""
+    """A device was attached, and expected device nodes did not appear in time. The attach was undone.
+
+    kinds: the kinds of `children` of which no node appeared.
+    """
 
     def __init__(self, key: DeviceKey, kinds: Sequence[str], found: Sequence[str], seconds: float) -> None:
         self.kinds = tuple(kinds)
@@ -235,22 +247,26 @@ class NodesMissing(VhciError):
 
 
 class DetachFailed(VhciError):
-    """The port did not become free in time."""
+    """The port of a detached device did not become free in time."""
 
 
 class CdiError(PluginError):
-    """A CDI spec that cannot be written, or removed (doing)."""
+    """A CDI spec cannot be written or removed. doing: the verb, "write" or "remove"."""
 
     def __init__(self, doing: str, path: str, error: OSError) -> None:
         super().__init__(f"cannot {doing} the CDI spec {path}: {error.strerror or error}; {storage_cure(error)}")
 
 
 class LockError(PluginError):
-    """The cluster-wide lock of one device."""
+    """An error of the cluster-wide lock of one device."""
 
 
 class LockHeld(LockError):
-    """Another node holds the lock. since: RFC 3339 text, pod: namespace/name, each None if the lock does not say."""
+    """Another node holds the lock of the device.
+
+    pod: namespace/name of the holder's pod, None if the lock does not name it.
+    since: RFC 3339 text, None if the lock does not have it.
+    """
 
     def __init__(self, device: str, holder: str, pod: str | None = None, since: str | None = None) -> None:
         self.device, self.holder, self.pod, self.since = device, holder, pod, since
@@ -263,7 +279,7 @@ class LockHeld(LockError):
 
 
 class LockLost(LockError):
-    """The lock was this node's and now names somebody else (or nobody)."""
+    """This node held the lock, and now another node holds it, or nobody. holder: the node, "" for nobody."""
 
     def __init__(self, device: str, holder: str) -> None:
         self.device, self.holder = device, holder
@@ -287,15 +303,18 @@ class KubeError(PluginError):
 
 
 class KubeUnreachable(KubeError):
-    """No connection or no answer in time. The request may or may not have been carried out."""
+    """The API server did not answer in time, or there is no connection. The request may have been carried out or not."""
 
 
 class KubeUnauthorized(KubeError):
-    """401: the token is missing, wrong or expired."""
+    """The API server answered 401: the token is missing, wrong or expired."""
 
 
 class KubeForbidden(KubeError):
-    """403: the ServiceAccount lacks the verb on the resource, or an admission policy refused this very write."""
+    """The API server answered 403.
+
+    The ServiceAccount lacks the verb on the resource, or (by_policy) an admission policy refused this very write.
+    """
 
     def __init__(self, verb: str, resource: str, message: str) -> None:
         self.by_policy = "ValidatingAdmissionPolicy" in message
@@ -304,19 +323,22 @@ class KubeForbidden(KubeError):
 
 
 class KubeNotFound(KubeError):
-    """404."""
+    """The API server answered 404: the object does not exist."""
 
 
 class KubeConflict(KubeError):
-    """409: AlreadyExists on create, or a stale resourceVersion on replace. May be one's own retried write."""
+    """The API server answered 409: AlreadyExists on create, or a stale resourceVersion on replace.
+
+    The conflict may be with the caller's own write, if that was retried.
+    """
 
 
 class KubeGone(KubeError):
-    """410: the resourceVersion is compacted away; list anew."""
+    """The API server answered 410: the resourceVersion is compacted away. The caller must list again."""
 
 
 class KubeThrottled(KubeError):
-    """429. retry_after: seconds the server asked for, or None."""
+    """The API server answered 429: too many requests. retry_after: seconds to wait as the server asks, or None."""
 
     def __init__(self, verb: str, resource: str, retry_after: float | None) -> None:
         self.retry_after = retry_after
@@ -324,11 +346,11 @@ class KubeThrottled(KubeError):
 
 
 class KubeServerError(KubeError):
-    """5xx, or an answer that is not what the API promises."""
+    """The API server answered 5xx, or its answer does not follow the API."""
 
 
 class KubeletError(PluginError):
-    """The node's kubelet."""
+    """An error of the node's kubelet."""
 
 
 class RegistrationFailed(KubeletError):
@@ -336,11 +358,11 @@ class RegistrationFailed(KubeletError):
 
 
 class PodResourcesUnavailable(KubeletError):
-    """pod-resources could not be listed, so nobody knows which pods use what; nothing is released meanwhile."""
+    """pod-resources could not be listed. The pods that have devices are unknown, so nothing is released meanwhile."""
 
 
 class AllocateError(PluginError):
-    """An Allocate that was refused. The message goes to the pod's event: it names device, server or holder."""
+    """An Allocate was refused. The message is shown in the pod's event: it names the device, server or holder."""
 
 
 class UnknownDevice(AllocateError):
@@ -348,15 +370,15 @@ class UnknownDevice(AllocateError):
 
 
 class AllocateTimeout(AllocateError):
-    """allocateTimeout (seconds) passed; what had been done was undone."""
+    """An Allocate was not done within allocateTimeout (seconds). Its steps were undone."""
 
 
 class ClaimBusy(AllocateError):
-    """The device is being let go on this node; the next try will find it free."""
+    """The device is in use or being released on this node, or the plugin is being stopped. A later try may succeed."""
 
 
 class PathTaken(AllocateError):
-    """Two device nodes would have the same path in a container. what: which, and where."""
+    """Two device nodes would have the same path in a container. what: the nodes and the path."""
 
     def __init__(self, what: str) -> None:
         super().__init__(
@@ -366,15 +388,15 @@ class PathTaken(AllocateError):
 
 
 class NotAttached(AllocateError):
-    """A container is about to start, and a device of it is not attached to this node, or not yet again."""
+    """A container is about to start, and one of its devices is not attached to this node, or not yet re-attached."""
 
 
 class CommandError(PluginError):
-    """Something a person asked of the command line cannot be done as asked."""
+    """A command cannot be carried out as a person gave it."""
 
 
 class NoSuchDevice(CommandError):
-    """No device that is known is called that. known: how many there are."""
+    """No known device has the given name. known: how many devices are known."""
 
     def __init__(self, name: str, known: int) -> None:
         cure = "`devices` lists them" if known else "no device has been locked yet"
@@ -382,7 +404,7 @@ class NoSuchDevice(CommandError):
 
 
 class AmbiguousDevice(CommandError):
-    """Several devices are called that. matches: one line for each."""
+    """Several devices have the given name. matches: one line for each device."""
 
     def __init__(self, name: str, matches: Sequence[str]) -> None:
         self.matches = tuple(matches)
@@ -390,4 +412,4 @@ class AmbiguousDevice(CommandError):
 
 
 class ReleaseRefused(CommandError):
-    """A release that was not carried out. Nothing was written."""
+    """A release was not carried out. Nothing was written."""

@@ -104,10 +104,11 @@ class Descriptor:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What a device itself has told beyond DEVLIST, and which one it was: another may stand under its bus id by now.
+    """The serial number and the interfaces that were read from a device itself.
 
-    devid: of that device, see Descriptor; None where that is not known. serial and interfaces: None while nobody has
-    asked for them, "" and () if it has none.
+    devid: the Descriptor.devid of the device that was read, None if not known. Another device may have its bus id now.
+    serial: None while nobody has read it, "" if the device has none.
+    interfaces: None while nobody has read them, () if the device has none.
     """
 
     devid: int | None = None
@@ -116,6 +117,7 @@ class Identity:
 
 
 UNKNOWN_IDENTITY = Identity()
+"""The identity of a device of which nothing was read."""
 
 
 @dataclass(frozen=True, order=True, slots=True)
