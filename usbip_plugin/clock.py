@@ -30,7 +30,7 @@ class Clock(Protocol):
         ...
 
     def timeout(self, seconds: float) -> contextlib.AbstractAsyncContextManager[object]:
-        """Limits the block to that many seconds. Like asyncio.timeout, raises TimeoutError out of the block after them."""
+        """Limits the block to that many seconds. Then it raises TimeoutError out of the block, like asyncio.timeout."""
         ...
 
 

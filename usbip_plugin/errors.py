@@ -303,7 +303,7 @@ class KubeError(PluginError):
 
 
 class KubeUnreachable(KubeError):
-    """The API server did not answer in time, or there is no connection. The request may have been carried out or not."""
+    """The API server did not answer in time, or there is no connection. The request may have been carried out."""
 
 
 class KubeUnauthorized(KubeError):
@@ -370,7 +370,7 @@ class UnknownDevice(AllocateError):
 
 
 class AllocateTimeout(AllocateError):
-    """An Allocate was not done within allocateTimeout (seconds). Its steps were undone."""
+    """An Allocate was not done within allocateTimeout (seconds). Its steps are undone."""
 
 
 class ClaimBusy(AllocateError):

@@ -1,4 +1,4 @@
-"""The commands that look at the whole cluster: devices, explain, release."""
+"""The commands for the whole cluster: devices, explain, release."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from usbip_plugin.usbip.client import TcpUsbipClient
 
 
 async def read_devices(options: argparse.Namespace) -> tuple[LockedDevice, ...]:
-    """Every device by its lock. KubeError, ConfigError."""
+    """Returns every device that has a lock. Raises KubeError, or ConfigError if the kubeconfig cannot be used."""
     kube = await connect(options.kubeconfig)
     try:
         return await known_devices(KubernetesLeases(kube, namespace_of(options.namespace)))
@@ -35,13 +35,13 @@ async def read_devices(options: argparse.Namespace) -> tuple[LockedDevice, ...]:
 
 
 async def devices(options: argparse.Namespace) -> int:
-    """`usbip-plugin devices`."""
+    """Carries out `usbip-plugin devices`. Returns the exit status."""
     show_devices(rows(await read_devices(options), SystemClock().now()), options.output)
     return Exit.DONE
 
 
 async def explain(options: argparse.Namespace) -> int:
-    """`usbip-plugin explain DEVICE`."""
+    """Carries out `usbip-plugin explain DEVICE`. Returns the exit status."""
     async with _facts(options) as (facts, _store):
         found = explanation_of(facts)
     if options.output == "text":
@@ -57,7 +57,11 @@ async def explain(options: argparse.Namespace) -> int:
 
 
 async def release(options: argparse.Namespace) -> int:
-    """`usbip-plugin release DEVICE`. ReleaseRefused if it is not to be."""
+    """Carries out `usbip-plugin release DEVICE`. Returns the exit status.
+
+    Raises ReleaseRefused if the device may be attached and --force is not given, if the release is not confirmed, or
+    if the lock has changed meanwhile.
+    """
     async with _facts(options) as (facts, store):
         if not facts.holder or facts.known is None:
             _say(f"{facts.device} has no holder; there is nothing to release.")
@@ -84,7 +88,7 @@ async def _confirmed(facts: Facts) -> bool:
     if not sys.stdin.isatty():
         raise ReleaseRefused("not released: nobody can be asked, standard input is no terminal; give --yes")
     question = f"Take {facts.device} from node {facts.holder}? [y/N] "
-    # to stderr, as kubectl does: standard output is for what is read by programs
+    # to stderr, as kubectl does: standard output is for programs
     print(question, end="", file=sys.stderr, flush=True)  # noqa: T201
     answer = await asyncio.to_thread(sys.stdin.readline)
     return answer.strip().lower() in ("y", "yes")

@@ -1,7 +1,7 @@
-"""Completion of the command line in bash, zsh and fish: a small script each, which asks this program.
+"""Completion of the command line in bash, zsh and fish, by a small script for each shell that calls this program.
 
-`usbip-plugin __complete WORD...` answers what may stand in place of the last word, a line each, with a description
-after a tab. Nothing answered leaves it to the shell to complete file names.
+`usbip-plugin __complete WORD...` prints the candidates for the last word, one a line, each with a description after a
+tab. If it prints nothing, the shell completes file names.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from usbip_plugin.errors import PluginError
 PROG = "usbip-plugin"
 COMPLETE = "__complete"
 TIMEOUT_S = 2.0
-"""A shell that waits for the API server for longer is a nuisance."""
+"""Seconds that a completion waits for the API server. A shell that waits for longer is a nuisance."""
 FILES = frozenset({"FILE", "DIR"})
+"""Metavars of options whose values are paths: the shell completes them."""
 KUBECTL_NO_FILES = ":4"
-"""kubectl's mark (cobra's ShellCompDirectiveNoFileComp) after the candidates."""
+"""The last line for kubectl: it completes no file names (cobra's ShellCompDirectiveNoFileComp)."""
 
 Candidates = Iterable[tuple[str, str]]
-"""(word, description)."""
+"""Pairs of (word, description)."""
 
 _BASH = """\
 # bash completion for {prog}; load it with: source <({prog} completion bash)
@@ -67,27 +68,33 @@ complete -c {prog} -f -n 'test (count (__{name})) -gt 0' -a '(__{name})'
 
 
 def script(shell: str) -> str:
-    """What the shell is to read. `kubectl usbip` needs none: kubectl's own script asks kubectl_complete-usbip."""
+    """Returns the completion script for a shell.
+
+    `kubectl usbip` needs no script: kubectl's own script calls kubectl_complete-usbip.
+    """
     form = {"bash": _BASH, "zsh": _ZSH, "fish": _FISH}[shell]
     return form.format(prog=PROG, name=PROG.replace("-", "_")).rstrip("\n")
 
 
 def complete(words: Sequence[str]) -> int:
-    """Prints the candidates for the last of words, which begin after the program's name."""
+    """Prints the candidates for the last of words. words begin after the program's name. Returns the exit status."""
     for word, text in candidates(words, _devices):
         print(f"{word}\t{text}" if text else word)  # noqa: T201 - this is the answer
     return 0
 
 
 def kubectl() -> int:
-    """`kubectl_complete-usbip WORD...`, which kubectl runs for `kubectl usbip WORD...`."""
+    """Carries out `kubectl_complete-usbip WORD...`, which kubectl runs to complete `kubectl usbip WORD...`."""
     complete(sys.argv[1:])
     print(KUBECTL_NO_FILES)  # noqa: T201
     return 0
 
 
 def candidates(words: Sequence[str], devices: Callable[[argparse.Namespace], Candidates]) -> list[tuple[str, str]]:
-    """What the last of words may become. devices: called with the API flags given, where a device is wanted."""
+    """Returns the candidates for the last of words.
+
+    devices: called with the API flags in words where the last word is a device; returns the devices.
+    """
     *before, current = words or [""]
     here = parser()
     flags: dict[str, str] = {}
@@ -158,7 +165,7 @@ def _positional(
 
 
 def _devices(options: argparse.Namespace) -> Candidates:
-    """The devices of the cluster; none where it cannot be asked in time."""
+    """Returns the devices of the cluster, or none if the API server does not list them within TIMEOUT_S."""
     from usbip_plugin.cli.cluster_commands import read_devices  # noqa: PLC0415 - most completions need no API server
 
     async def ask() -> Candidates:
@@ -172,6 +179,6 @@ def _devices(options: argparse.Namespace) -> Candidates:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Nothing may be written between the candidates."""
+    """Discards what the block writes to stderr: nothing may be written between the candidates."""
     with Path(os.devnull).open("w", encoding="ascii") as nowhere, contextlib.redirect_stderr(nowhere):
         yield

@@ -1,4 +1,4 @@
-"""`usbip-plugin devices`: a row for each device, and the tables and documents that show rows."""
+"""The rows of `usbip-plugin devices`, one for each device, and their output as a table, JSON or YAML."""
 
 from __future__ import annotations
 
@@ -26,12 +26,17 @@ COLUMNS = ("device", "state", "holder", "pod", "since", "epoch", "reason")
 WIDE = (*COLUMNS, "id", "usb_id", "serial", "port")
 
 Row = Mapping[str, str | int | None]
-"""What `devices` shows of one device; the keys are stable."""
+"""The output of `devices` for one device, by key. The keys are stable."""
 
 
 @dataclass(frozen=True, slots=True)
 class LockedDevice:
-    """A device by its lock, as read at one moment. session: of its holder, None if there is none."""
+    """A device that has or had a lock, as its Leases were read.
+
+    lease: the Lease of the lock.
+    lock: the same Lease, parsed.
+    session: the session Lease of the holder, None if there is none.
+    """
 
     lease: Lease
     lock: Lock
@@ -39,14 +44,15 @@ class LockedDevice:
 
     @property
     def device(self) -> str | None:
-        """SERVER/BUSID, None for a lock that does not say."""
+        """Returns SERVER/BUSID, or None if the lock does not name them."""
         return f"{self.lock.server}/{self.lock.busid}" if self.lock.server and self.lock.busid else None
 
 
 async def known_devices(store: LeaseStore) -> tuple[LockedDevice, ...]:
-    """Every device that was ever locked, sorted by device. Raises the KubeError family.
+    """Returns every device that was ever locked, sorted by device. Raises KubeError if the Leases cannot be read.
 
-    What others wrote into a lock is printable and short, see locks/record.py; a Lease under another name is no lock.
+    All text from the locks is printable and short, whoever wrote it, see locks/record.py. Leases whose name is not
+    that of a lock are left out.
     """
     locks = await store.list(LOCK_LABELS)
     sessions = {lease.name: lease for lease in (await store.list(SESSION_LABELS)).items}
@@ -59,20 +65,24 @@ async def known_devices(store: LeaseStore) -> tuple[LockedDevice, ...]:
 
 
 def last_sign(known: LockedDevice) -> datetime | None:
-    """When the holder wrote last, by its own clock: the session, or the lock itself."""
+    """Returns when the holder last wrote its session or the lock, by the holder's clock. None if neither has a time."""
     signs = [lease.renew_time for lease in (known.session, known.lease) if lease is not None and lease.renew_time]
     return max(signs, default=None)
 
 
 def silent(known: LockedDevice, now: datetime) -> bool:
-    """Whether the holder's last sign is older than its lock lasts, as far as clocks agree. For people only."""
+    """Returns whether the lock has a holder that has not written for longer than the lock lasts, or never.
+
+    The lock lasts for the longer of the durations of its Lease and the holder's session. The result is for people
+    only: it is right only as far as the clocks of holder and reader agree.
+    """
     sign = last_sign(known)
     asked = [lease.duration_seconds or 0 for lease in (known.session, known.lease) if lease is not None]
     return bool(known.lock.holder) and (sign is None or now - sign > timedelta(seconds=max(0, *asked)))
 
 
 def reason(known: LockedDevice, now: datetime) -> str:
-    """In words, from the Leases alone."""
+    """Returns in words why the device is free or not, from its Leases alone."""
     lock = known.lock
     if not lock.holder:
         return "nobody holds it"
@@ -85,7 +95,7 @@ def reason(known: LockedDevice, now: datetime) -> str:
 
 
 def stamp(moment: datetime) -> str:
-    """As the API has it: 2026-05-04T03:02:01Z, in UTC."""
+    """Returns a moment in UTC as the Kubernetes API writes it: 2026-05-04T03:02:01Z."""
     return f"{moment:%Y-%m-%dT%H:%M:%SZ}"
 
 
@@ -116,12 +126,13 @@ def rows(devices: Sequence[LockedDevice], now: datetime) -> list[Row]:
 
 
 COLOURS = {"free": "32", "held": "33", "silent": "31", "yes": "32", "no": "31", "bold": "1", "dim": "2"}
-"""What is painted, and the number that a terminal wants (ECMA-48)."""
+"""The SGR parameter (ECMA-48) for each painted word or style."""
 STYLES = {"free": "green", "held": "yellow", "silent": "red"}
+"""The style of rich for each painted state."""
 
 
 def wants_colour(stream: TextIO, environ: Mapping[str, str] = os.environ) -> bool:
-    """On a terminal that can, unless NO_COLOR is set to anything (no-color.org)."""
+    """Returns whether the stream is a terminal with colours. NO_COLOR, set to anything, forbids them (no-color.org)."""
     return stream.isatty() and not environ.get("NO_COLOR") and environ.get("TERM", "dumb") != "dumb"
 
 
@@ -130,7 +141,7 @@ def paint(text: str, colour: str, *, on: bool) -> str:
 
 
 def structured(value: Any, form: str) -> str:
-    """JSON or YAML."""
+    """Returns a value as JSON or YAML text. form: "json" or "yaml"."""
     if form == "json":
         return json.dumps(value, indent=2)
     import yaml  # noqa: PLC0415 - only here
@@ -140,7 +151,7 @@ def structured(value: Any, form: str) -> str:
 
 
 def table(rows: Sequence[Row], columns: Sequence[str] = COLUMNS, *, colour: bool = False) -> str:
-    """Columns padded to their widest cell; a sentence where there is nothing to show."""
+    """Returns the table, with each column as wide as its widest cell, or a sentence if there are no rows."""
     if not rows:
         return "no device has been locked yet in this namespace"
     cells = [[_head(column) for column in columns]]
@@ -173,7 +184,7 @@ def show_devices(rows: Sequence[Row], form: str, out: TextIO | None = None) -> N
 
 
 def _rich_table(rows: Sequence[Row], columns: Sequence[str], out: TextIO) -> None:
-    """The same on a terminal, where the extra `cli` is installed: long cells are folded to its width."""
+    """Writes the table to a terminal with rich, which the extra `cli` installs. Folds long cells to its width."""
     from rich.console import Console  # noqa: PLC0415 - an extra
     from rich.table import Table  # noqa: PLC0415
     from rich.text import Text  # noqa: PLC0415

@@ -1,4 +1,4 @@
-"""Why a device can or cannot be had, in sentences. Pure."""
+"""Explains in sentences why a device is available or not. Pure."""
 
 from __future__ import annotations
 
@@ -12,17 +12,25 @@ from usbip_plugin.model import DeviceKey
 
 
 class ServerSays(enum.Enum):
-    """Of the device, asked directly. usbipd hides devices in use from its list."""
+    """What the USB/IP server of a device answers about the device when it is asked from here."""
 
     LISTED = "listed"
+    """The server lists the device as free to import."""
     UNLISTED = "not listed"
+    """The server does not list the device. usbipd leaves devices in use out of its list."""
     UNREACHABLE = "unreachable"
+    """The server did not answer, or its answer could not be read."""
     NOT_ASKED = "not asked"
+    """The server of the device is not known."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServerAnswer:
-    """usb_id: of what is listed under the bus id; error: why there was no answer."""
+    """The answer of a USB/IP server about one device.
+
+    usb_id: the USB id of the device that is listed under the bus id, None if none is.
+    error: why the server did not answer, "" if it did.
+    """
 
     says: ServerSays
     usb_id: str | None = None
@@ -30,27 +38,36 @@ class ServerAnswer:
 
 
 class PodStatus(enum.Enum):
-    """Of the pod that a lock names. UNKNOWN: none is named, or it may not be asked for."""
+    """The state of the pod that a lock names, by the API server."""
 
     UNKNOWN = "not known"
+    """The lock does not name a pod, or the pod could not be read."""
     GONE = "gone"
+    """The API server does not have the pod, or has another one of its name."""
     ENDED = "ended"
+    """The pod has succeeded or failed."""
     ENDING = "being deleted"
+    """The pod is being deleted; its containers may still run."""
     LIVES = "there"
+    """The pod has not ended and is not being deleted."""
 
 
 class PluginWord(enum.Enum):
-    """Of the plugin on the holder's node."""
+    """The state of the plugin's pods on the holder's node."""
 
     UNKNOWN = "not known"
+    """The lock has no holder, or the pods could not be listed."""
     NONE = "there is none"
+    """The node has no pod of the plugin."""
     NOT_READY = "not ready"
+    """The node has a pod of the plugin, and none is ready."""
     READY = "ready"
+    """A pod of the plugin on the node is ready."""
 
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """A resource, by its full name, and the selector by which it takes the device."""
+    """A resource that selects the device: its full name, and its selector."""
 
     resource: str
     selector: str
@@ -58,9 +75,19 @@ class Offer:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What was found out. key is None for a lock that does not say its device; offers is None without a configuration,
-    and config_source then says why there is none. twins: other devices that are there and tell the serial number by
-    which a resource selects this one."""
+    """Everything that was read about one device, from the API server, the USB/IP servers and the configuration.
+
+    key: the device; None if its lock does not name server and bus id.
+    known: the device's lock, None if it has none.
+    offers: the resources that select the device; None without a configuration or without a key.
+    config_source: where the configuration is from; why there is none if there is none.
+    server: the answer of the device's server.
+    pod: the state of the pod that the lock names.
+    plugin: the state of the plugin on the holder's node.
+    namespace: the namespace of the Leases and of the plugin's pods.
+    now: when this was read, by the wall clock of this machine.
+    twins: other devices that are listed or held with the serial number by which a resource selects this device.
+    """
 
     device_id: str
     key: DeviceKey | None
@@ -89,7 +116,12 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """available: a pod that asks for it now would get it, as far as can be seen from here."""
+    """The explanation why a device is available or not, in sentences.
+
+    available: whether a pod that asks for the device now would get it, as far as can be seen from here.
+    because: what the verdict rests on.
+    next: what to do.
+    """
 
     device: str
     device_id: str
@@ -100,7 +132,7 @@ class Explanation:
 
 
 def explain(facts: Facts) -> Explanation:
-    """The verdict first, then what it rests on, then what to do."""
+    """Returns the explanation: the verdict, what it rests on, and what to do."""
     available, verdict = _verdict(facts)
     because = (*_lock(facts), *_place(facts), *_holder(facts), *_server(facts), *_twins(facts), *_offers(facts))
     return Explanation(facts.device, facts.device_id, available, verdict, because, tuple(_next(facts)))
@@ -256,12 +288,12 @@ def _next_held(facts: Facts) -> Iterator[str]:
 
 
 def ago(now: datetime, then: datetime) -> str:
-    """ "3 min ago"; a moment that is yet to come, by this machine's clock, is "just now"."""
+    """Returns how long ago a moment was, such as "3 min ago"; "just now" if it is in the future by this clock."""
     return f"{age(max(0.0, (now - then).total_seconds()))} ago" if now > then else "just now"
 
 
 def age(seconds: float) -> str:
-    """The largest unit that fits, rounded down: "42 s", "3 min", "5 h", "2 d"."""
+    """Returns a number of seconds in the largest unit that fits, rounded down: "42 s", "3 min", "5 h", "2 d"."""
     for limit, unit, divisor in ((120, "s", 1), (7200, "min", 60), (172_800, "h", 3600)):
         if seconds < limit:
             return f"{int(seconds // divisor)} {unit}"
@@ -269,7 +301,7 @@ def age(seconds: float) -> str:
 
 
 def render(found: Explanation, bold: tuple[str, str] = ("", "")) -> str:
-    """For people. bold: what begins and ends the verdict on this terminal."""
+    """Returns the explanation as text. bold: the terminal's sequences before and after the verdict."""
     lines = [f"{bold[0]}{found.verdict}{bold[1]}", f"  id {found.device_id}"]
     lines += [f"  {sentence}" for sentence in found.because]
     if found.next:

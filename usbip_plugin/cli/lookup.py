@@ -1,4 +1,4 @@
-"""What the commands ask of the API server and the USB/IP servers, and which device is meant by a name."""
+"""Reads all about one device from the API server and the USB/IP servers, and finds the device that a name means."""
 
 from __future__ import annotations
 
@@ -34,13 +34,16 @@ from usbip_plugin.model import (
 )
 
 MAX_SHOWN = 20
-"""Of the devices an ambiguous name fits."""
+"""Devices that the error about an ambiguous name lists."""
 
 
 @dataclass(frozen=True, slots=True)
 class NamedDevice:
-    """A device and what it may be called. device: SERVER/BUSID, None if its lock does not say it; resources: by full
-    name."""
+    """A device and the names that it may be called by.
+
+    device: SERVER/BUSID, None if its lock does not name them.
+    resources: the full names of the resources that select it.
+    """
 
     id: str
     device: str | None = None
@@ -53,7 +56,7 @@ class NamedDevice:
         return f"{self.id}  {self.device or 'a lock that does not say which device'}{offered}"
 
     def names(self) -> tuple[str, ...]:
-        """By all of which it can be called exactly."""
+        """Returns all exact names of the device."""
         host = self.device.rpartition("/")[0].rpartition(":")[0] if self.device else ""
         without_port = f"{host}/{self.busid}" if host else None
         short = tuple(name.rpartition("/")[2] for name in self.resources)
@@ -62,9 +65,10 @@ class NamedDevice:
 
 
 def resolve(name: str, candidates: Sequence[NamedDevice]) -> NamedDevice:
-    """The one device of that name: exactly, else the only one with a name that begins so.
+    """Returns the only device with exactly that name, else the only device with a name that begins with it.
 
-    NoSuchDevice, or AmbiguousDevice with the matches, also for a resource of several devices.
+    Raises NoSuchDevice if no device matches. Raises AmbiguousDevice with the matches if several do, also if the name
+    is that of a resource with several devices.
     """
     for fits in _matchers(name):
         found = [candidate for candidate in candidates if any(fits(known) for known in candidate.names())]
@@ -87,22 +91,33 @@ def _lines(found: Sequence[NamedDevice]) -> list[str]:
 
 
 DEVLIST_TIMEOUT_S = 3.0
-"""For each server; all are asked side by side."""
+"""Seconds that each server may take to list its devices. All servers are asked side by side."""
 REQUEST_TIMEOUT_S = 5.0
+"""Seconds that one request to the API server may take."""
 PLUGIN_LABEL = "app.kubernetes.io/name=usbip-plugin"
 _NODE = re.compile("[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
 _SERVER_BUSID = re.compile(r"(?P<host>\[[0-9A-Fa-f:.%]+\]|[^/:\[\]]+)(?::(?P<port>[0-9]{1,5}))?/(?P<busid>[^/]+)")
 
 
 class DevlistClient(Protocol):
+    """The part of usbip.client.UsbipClient that lists devices."""
+
     async def devlist(self, server: ServerKey, *, timeout: float) -> tuple[Descriptor, ...]:
-        """As of usbip.client.UsbipClient."""
+        """Returns the devices that the server lists, within timeout seconds. Raises UsbipError."""
         ...
 
 
 @dataclass(slots=True)
 class DeviceLookup:
-    """One person's question. answers: what each server listed, or why it did not; filled as they are asked."""
+    """The look-up of one device for one command.
+
+    namespace: the namespace of the Leases and of the plugin's pods.
+    domain: the domain of the resource names.
+    config: the configuration, None if there is none.
+    source: where the configuration is from, or why there is none.
+    known: the devices that have or had a lock; filled by about().
+    answers: the devices that each server listed, or why it did not answer; filled as servers are asked.
+    """
 
     store: LeaseStore
     kube: KubeRequests
@@ -116,7 +131,11 @@ class DeviceLookup:
     answers: dict[ServerKey, tuple[Descriptor, ...] | str] = field(default_factory=dict)
 
     async def about(self, name: str) -> Facts:
-        """Everything about the device of that name. KubeError if the Leases cannot be read; NoSuchDevice and so on."""
+        """Returns everything about the device of that name.
+
+        Raises KubeError if the Leases cannot be read, NoSuchDevice or AmbiguousDevice if the name does not mean exactly
+        one device. A SERVER/BUSID is accepted even if no such device is known.
+        """
         self.known = await known_devices(self.store)
         if self.config is not None:
             await self._ask(self.config.servers())
@@ -160,7 +179,7 @@ class DeviceLookup:
                 tasks.create_task(ask(server))
 
     def _keys(self) -> dict[str, DeviceKey]:
-        """Devices that are locked, were, or are listed now and selected by the configuration."""
+        """Returns devices by ID: all that have or had a lock, and all that a server lists and a resource selects."""
         keys = {key.id: key for known in self.known if (key := known.lock.key) is not None}
         for server, listed in self.answers.items():
             for descriptor in listed if not isinstance(listed, str) else ():
@@ -187,7 +206,7 @@ class DeviceLookup:
         return found
 
     def _offers(self, key: DeviceKey, lock: Lock | None) -> tuple[Offer, ...] | None:
-        """The resources that select the device; None where there is no configuration to ask."""
+        """Returns the resources that select the device, or None if there is no configuration."""
         if self.config is None:
             return None
         listed = self._listed(key)
@@ -208,7 +227,7 @@ class DeviceLookup:
         return tuple(found.values())
 
     def _twins(self, key: DeviceKey, lock: Lock) -> tuple[str, ...]:
-        """Devices that are listed, or held, as the one with the serial number that a resource promises of this one."""
+        """Returns other devices that are listed or held with the serial number by which a resource selects this one."""
         promising = [
             {entry.target for entry in resource.devices if entry.selector.serial == lock.serial}
             for resource in (self.config.resources if self.config is not None and lock.serial else ())
@@ -221,7 +240,7 @@ class DeviceLookup:
             if there is None or there == key or there.server not in servers or other.serial != lock.serial:
                 continue
             listed = self._listed(there)
-            # one that is attached from elsewhere holds two locks
+            # a device that is attached from another bus id holds two locks: it is not a twin of itself
             apart = not other.holder or (key.id != other.in_place_of and other.device_id != lock.in_place_of)
             if apart and (other.holder or (listed is not None and listed.devid == other.read_from)):
                 found.append(str(there))
@@ -265,7 +284,7 @@ class DeviceLookup:
 
 
 def pod_word(found: Mapping[str, Any], pod: PodRef) -> PodStatus:
-    """What the API server's answer says of the pod that a lock names."""
+    """Returns the state of the pod that a lock names. found: the pod of that name, as the API server returned it."""
     metadata, status = _mapping(found.get("metadata")), _mapping(found.get("status"))
     if pod.uid is not None and metadata.get("uid") not in (None, pod.uid):
         return PodStatus.GONE
@@ -275,7 +294,7 @@ def pod_word(found: Mapping[str, Any], pod: PodRef) -> PodStatus:
 
 
 def plugin_word(found: Mapping[str, Any]) -> PluginWord:
-    """Of a list of the plugin's pods on one node."""
+    """Returns the state of the plugin on one node. found: the list of its pods there, as the API server returned it."""
     items = found.get("items")
     pods = [item for item in items if isinstance(item, dict)] if isinstance(items, list) else []
     for pod in pods:
@@ -287,7 +306,7 @@ def plugin_word(found: Mapping[str, Any]) -> PluginWord:
 
 
 def named_key(name: str) -> DeviceKey | None:
-    """The device that "server/busid" or "server:port/busid" names; None for any other text."""
+    """Returns the device that "server/busid" or "server:port/busid" names, or None for any other text."""
     match = _SERVER_BUSID.fullmatch(name)
     if match is None or not valid_busid(match["busid"]):
         return None
@@ -296,12 +315,16 @@ def named_key(name: str) -> DeviceKey | None:
 
 
 def descriptor_of(busid: str, usb_id: UsbId) -> Descriptor:
-    """A device of which only the ids are known."""
+    """Returns the descriptor of a device of which only the bus id and the USB id are known."""
     return Descriptor(busid, "", 0, 0, 0, usb_id, 0, 0, 0, 0, 0, 0, 0)
 
 
 async def find_config(options: argparse.Namespace, kube: KubeRequests, namespace: str) -> tuple[Config | None, str]:
-    """The configuration and where it is from; None and why there is none. ConfigError for a --config that is bad."""
+    """Returns the configuration and where it is from, or None and why there is none.
+
+    Reads the file of --config, else the default file if it is there and can be used, else the ConfigMap. Raises
+    ConfigError if the file of --config cannot be used.
+    """
     if options.config is not None:
         return (await asyncio.to_thread(load_config, options.config)).config, str(options.config)
     usual = Path(DEFAULT_CONFIG_PATH)

@@ -1,4 +1,4 @@
-"""From arguments to an exit status."""
+"""The entry points of the command line: from arguments to an exit status."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from usbip_plugin.kube import lazy_imports
 
-lazy_imports.make_imports_lazy()  # before anything brings the libraries
+lazy_imports.make_imports_lazy()  # before any other module imports the libraries
 
 from usbip_plugin.cli.completion import COMPLETE, PROG, complete, script  # noqa: E402
 from usbip_plugin.cli.parser import Exit, parser  # noqa: E402
@@ -29,7 +29,11 @@ KUBECTL = "kubectl usbip"
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
-    """Parses, runs, answers the exit status. Problems go to stderr."""
+    """Runs one command line and returns its exit status. Problems go to stderr.
+
+    arguments: without the program's name; None for those of the process.
+    prog: the program's name in help and errors.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == [COMPLETE]:
         return complete(words[1:])
@@ -44,7 +48,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
         print(f"{prog}: {error}", file=sys.stderr)  # noqa: T201
         return _status(error)
     except BrokenPipeError:
-        # whoever read the output has seen enough; what is still buffered must not complain at the end
+        # the reader closed the pipe; the flush of buffered output at the exit of the process must not fail on it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return Exit.DONE
     except KeyboardInterrupt:
@@ -52,7 +56,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
 
 
 def kubectl() -> int:
-    """The same as `kubectl usbip`: kubectl finds it as kubectl-usbip in the PATH."""
+    """Runs the command line as `kubectl usbip`. kubectl finds this entry point as kubectl-usbip in the PATH."""
     return main(prog=KUBECTL)
 
 
@@ -69,7 +73,7 @@ def _status(error: PluginError) -> Exit:
 
 
 def _run(options: argparse.Namespace) -> int:
-    # imported where they are used: a run on a node has none of the commands for people in memory, and they none of it
+    # imported where used: a `run` on a node does not load the commands for people, and they do not load the plugin
     match options.command:
         case "run":
             from usbip_plugin.cli.node_commands import run  # noqa: PLC0415

@@ -36,7 +36,7 @@ SERVICE_ACCOUNT_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/
 
 
 def namespace_of(given: str | None) -> str:
-    """The namespace of the Leases: as given, else POD_NAMESPACE, else the ServiceAccount's, else the default."""
+    """Returns the namespace of the Leases: given, else of POD_NAMESPACE, of the ServiceAccount, or the default."""
     if given:
         return given
     if os.environ.get("POD_NAMESPACE"):
@@ -48,13 +48,16 @@ def namespace_of(given: str | None) -> str:
 
 
 def _first(*values: str | None) -> str:
-    """The flag, else the file's setting, else the default, which is never None."""
+    """Returns the first value that is not None. Called with the flag, the file's setting and the default."""
     return next(value for value in values if value is not None)
 
 
 def run(options: argparse.Namespace) -> int:
-    """`usbip-plugin run`, until SIGTERM."""
-    # imported here: the commands for people and --help need none of it
+    """Carries out `usbip-plugin run`, until SIGTERM or SIGINT. Returns the exit status.
+
+    Raises ConfigError if the configuration cannot be used, or the node's name is not given.
+    """
+    # imported here: neither --help nor the commands for people need these modules
     from usbip_plugin.config.reload import load_config  # noqa: PLC0415
     from usbip_plugin.node.memory import gc_paused  # noqa: PLC0415
 
@@ -75,12 +78,12 @@ def run(options: argparse.Namespace) -> int:
 
 
 def check(options: argparse.Namespace) -> int:
-    """`usbip-plugin check`."""
+    """Carries out `usbip-plugin check`: prints the report and returns the exit status."""
     from usbip_plugin.config.reload import Loaded, load_config  # noqa: PLC0415
     from usbip_plugin.node.check import check_node  # noqa: PLC0415
     from usbip_plugin.observe.logs import set_up_logging  # noqa: PLC0415
 
-    set_up_logging("none", sys.stderr)  # the report says it all
+    set_up_logging("none", sys.stderr)  # the report has everything
     loaded: Loaded | ConfigError
     try:
         loaded = load_config(options.config)
@@ -93,7 +96,7 @@ def check(options: argparse.Namespace) -> int:
 
 
 def _driver_of(options: argparse.Namespace) -> MakeDriver:
-    """Returns what makes the driver of the vhci_hcd here or, with --simulated-kernel, of the kernel at that socket."""
+    """Returns the function that makes the driver: of the vhci_hcd here or, with --simulated-kernel, of that socket."""
     if options.simulated_kernel is None:
         from usbip_plugin.vhci.linux import SysfsVhci  # noqa: PLC0415
         from usbip_plugin.vhci.uevents import NetlinkUevents  # noqa: PLC0415
@@ -105,7 +108,7 @@ def _driver_of(options: argparse.Namespace) -> MakeDriver:
             "development only: a simulated kernel, no USB device is attached",
             extra={"socket": options.simulated_kernel},
         )
-        # by name: nothing of the product imports its doubles
+        # imported by name: the product does not depend on its doubles
         double = importlib.import_module("usbip_sim.kernel.remote")
         driver: VhciDriver = double.RemoteVhci(options.simulated_kernel, clock, random.Random())  # noqa: S311 - jitter
         return driver

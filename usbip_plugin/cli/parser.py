@@ -1,4 +1,4 @@
-"""Every command, flag and exit status. Flags that the configuration file may set too have no default here."""
+"""The commands, flags and exit statuses. Flags that the configuration file may set too have no default here."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from usbip_plugin.config.schema import (
 
 
 class Exit(enum.IntEnum):
-    """Stable: scripts rely on them."""
+    """The exit statuses, explained by MEANING. They are stable, because scripts rely on them."""
 
     DONE = 0
     PROBLEM = 1
@@ -49,6 +49,7 @@ MEANING: Mapping[Exit, str] = MappingProxyType(
 DEFAULT_NAMESPACE = "usbip-system"
 DEFAULT_CONFIG_MAP = "usbip-plugin"
 MAX_CONTROLLERS = 15
+"""Controllers of 16 ports that a simulated kernel may have."""
 SHELLS = ("bash", "zsh", "fish")
 FORMATS = ("table", "wide", "json", "yaml", "name")
 TEXT_FORMATS = ("text", "json", "yaml")
@@ -58,10 +59,11 @@ DEVICE_HELP = (
     "of one of them"
 )
 WIDTH = 100
+"""Characters in a line of the list of exit statuses in the help."""
 
 
 def parser(prog: str = "usbip-plugin") -> argparse.ArgumentParser:
-    """The whole command line. prog: what people call it, such as "kubectl usbip"."""
+    """Returns the parser of the whole command line. prog: the program's name, such as "kubectl usbip"."""
     top = argparse.ArgumentParser(
         prog=prog,
         description="USB/IP device plugin for Kubernetes, coordinated through Leases.",
@@ -168,7 +170,7 @@ def _api_flags(command: argparse.ArgumentParser) -> None:
 
 
 def _config_flags(command: argparse.ArgumentParser) -> None:
-    """Of commands that can do without the configuration, and look for it where it may be."""
+    """Adds the flags of commands that work without the configuration too, and look for it in its usual places."""
     command.add_argument(
         "--config",
         metavar="FILE",

@@ -1,4 +1,4 @@
-"""Taking a device from its holder: what that would break, and the one write that does it. Pure but for the write."""
+"""The release of a device by a person: what it would break, and the one write that does it. The rest is pure."""
 
 from __future__ import annotations
 
@@ -17,14 +17,18 @@ from usbip_plugin.model import NodeIdentity
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a release would do. refusal: why it is not done without force, "" if nothing speaks against it."""
+    """The consequences of a release.
+
+    sentences: what the release would do, for people.
+    refusal: why the release is not done without --force, "" if it is.
+    """
 
     sentences: tuple[str, ...]
     refusal: str
 
 
 def plan(facts: Facts) -> Plan:
-    """For a device that somebody holds."""
+    """Returns the consequences of releasing a device, which must have a holder."""
     return Plan(tuple(_sentences(facts)), _refusal(facts))
 
 
@@ -49,7 +53,10 @@ def _sentences(facts: Facts) -> Iterator[str]:
 
 
 def _refusal(facts: Facts) -> str:
-    """Whether the device may be attached: certain it is not only where its server lists it as free."""
+    """Returns why the device is or may be attached, "" if it is not.
+
+    The device is certainly not attached only if its server lists it as free and its lock was not written just now.
+    """
     assert facts.known is not None  # noqa: S101 - it is held
     port = facts.known.lock.port
     where = f"the lock names vhci port {port} of node {facts.holder}" if port is not None else "the lock names no port"
@@ -69,9 +76,11 @@ def _fresh(facts: Facts) -> bool:
 
 
 async def release(store: LeaseStore, known: LockedDevice, now: datetime) -> None:
-    """Empties the lock, if it is still the very version that was shown; the record, its epoch included, is kept.
+    """Empties the lock, if it still has the version that was shown. Keeps the record, its epoch included.
 
-    ReleaseRefused if it has changed, or is no longer this holder's. KubeError.
+    The write is a compare-and-swap on the resourceVersion that was shown. Raises ReleaseRefused if the lock has no
+    holder, if it has changed since then, or if an admission policy refuses the write. Raises KubeError if the write
+    fails otherwise.
     """
     if not known.lease.holder:
         raise ReleaseRefused(f"{known.lock.device_id} is not held")
