@@ -38,8 +38,8 @@ PluginError
 +-- KubeletError                the kubelet
 |   +-- RegistrationFailed      it did not accept the registration of a resource
 |   +-- PodResourcesUnavailable its pod-resources list cannot be read
-+-- AllocateError               what Allocate answers; wraps the cause
-|   +-- UnknownDevice           an ID this node does not know
++-- AllocateError               a refused Allocate or PreStartContainer; wraps the cause
+|   +-- UnknownDevice           an ID this node does not know, or does not offer any more
 |   +-- AllocateTimeout         allocateTimeout passed
 |   +-- ClaimBusy               the device is in use or being released on this node
 |   +-- NotAttached             a container starts, and its device is not attached to this node now
@@ -362,11 +362,14 @@ class PodResourcesUnavailable(KubeletError):
 
 
 class AllocateError(PluginError):
-    """An Allocate was refused. The message is shown in the pod's event: it names the device, server or holder."""
+    """An Allocate or PreStartContainer was refused.
+
+    The message is shown in the pod's event: it names the device, server or holder.
+    """
 
 
 class UnknownDevice(AllocateError):
-    """The kubelet asked for an ID this node does not know."""
+    """The kubelet asked for a device that this node does not know, does not offer any more, or cannot give out."""
 
 
 class AllocateTimeout(AllocateError):

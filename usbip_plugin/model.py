@@ -14,6 +14,7 @@ DEVICE_ID_PREFIX = "usbip-"
 SESSION_PREFIX = "usbip-node-"
 DEFAULT_USBIP_PORT = 3240
 _ID_CHARACTERS = 20
+"""Characters of the digest in a device ID: 100 bits in base32."""
 
 
 @dataclass(frozen=True, order=True, slots=True)

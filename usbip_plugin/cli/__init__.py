@@ -1,1 +1,1 @@
-"""The command line: parser.py has every command and flag, and what the exit status says."""
+"""The command line. parser.py has all commands, flags and exit statuses."""

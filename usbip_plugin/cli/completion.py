@@ -24,7 +24,7 @@ TIMEOUT_S = 2.0
 FILES = frozenset({"FILE", "DIR"})
 """Metavars of options whose values are paths: the shell completes them."""
 KUBECTL_NO_FILES = ":4"
-"""The last line for kubectl: it completes no file names (cobra's ShellCompDirectiveNoFileComp)."""
+"""The line after the candidates that stops kubectl from completing file names (cobra: ShellCompDirectiveNoFileComp)."""
 
 Candidates = Iterable[tuple[str, str]]
 """Pairs of (word, description)."""
@@ -93,7 +93,7 @@ def kubectl() -> int:
 def candidates(words: Sequence[str], devices: Callable[[argparse.Namespace], Candidates]) -> list[tuple[str, str]]:
     """Returns the candidates for the last of words.
 
-    devices: called with the API flags in words where the last word is a device; returns the devices.
+    devices: returns the devices; called with the API flags found in words, and only if the last word is a device.
     """
     *before, current = words or [""]
     here = parser()
@@ -137,7 +137,7 @@ def _helped_commands(here: argparse.ArgumentParser) -> list[tuple[str, str]]:
 
 
 def _taking_value(here: argparse.ArgumentParser, option: str) -> argparse.Action | None:
-    """Returns the option's action if the next word is its value, else None: also for "--option=VALUE"."""
+    """Returns the option's action if the next word is its value, else None. "--option=VALUE" gives None too."""
     action = here._option_string_actions.get(option)  # noqa: SLF001
     return action if action is not None and action.nargs is None else None
 

@@ -1,4 +1,4 @@
-"""Explains in sentences why a device is available or not. Pure."""
+"""The explanation, in sentences, why a device is available or not. Pure."""
 
 from __future__ import annotations
 

@@ -36,7 +36,10 @@ SERVICE_ACCOUNT_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/
 
 
 def namespace_of(given: str | None) -> str:
-    """Returns the namespace of the Leases: given, else of POD_NAMESPACE, of the ServiceAccount, or the default."""
+    """Returns the namespace of the Leases.
+
+    It is the first of these that is set: the given one, POD_NAMESPACE, the ServiceAccount's, the default.
+    """
     if given:
         return given
     if os.environ.get("POD_NAMESPACE"):
@@ -96,7 +99,10 @@ def check(options: argparse.Namespace) -> int:
 
 
 def _driver_of(options: argparse.Namespace) -> MakeDriver:
-    """Returns the function that makes the driver: of the vhci_hcd here or, with --simulated-kernel, of that socket."""
+    """Returns the function that makes the driver of vhci_hcd.
+
+    With --simulated-kernel, the function makes the driver of the simulated kernel at that socket instead.
+    """
     if options.simulated_kernel is None:
         from usbip_plugin.vhci.linux import SysfsVhci  # noqa: PLC0415
         from usbip_plugin.vhci.uevents import NetlinkUevents  # noqa: PLC0415

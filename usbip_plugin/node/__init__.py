@@ -1,1 +1,1 @@
-"""One node's agent as a process: composition, `run`, `check`, and what it reports."""
+"""The agent of one node as a process: composition, `run`, `check`, metrics and status page."""

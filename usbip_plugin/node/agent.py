@@ -59,14 +59,14 @@ After that, the lists are published although the locks are not known.
 class MetricHooks:
     """Callbacks that turn what happens in an agent into metrics. By default they do nothing.
 
-    on_step(step, seconds): a step of an attach or detach took so long.
+    on_step(step, seconds): a step of an attach or a release ended.
     on_result(resource, error, seconds): an Allocate ended; error is None if it succeeded.
     on_pre_start_failed(resource, error): a PreStartContainer failed.
     on_advertised(name, devices): a resource, named without the domain, advertises other devices; () if it is removed.
     on_plugin(plugin): the registration of a resource with the kubelet changed, or the resource was removed.
     on_notice(event): something happened to a device.
     on_acquire(result, seconds): an attempt to take a lock ended.
-    on_withdrawn(seconds): a device that another node took was withdrawn from the kubelet, so long after it was seen.
+    on_withdrawn(seconds): a device was withdrawn from the kubelet, so long after this node saw another node take it.
     on_reattach(result): an attempt to re-attach a device ended.
     """
 
@@ -320,7 +320,10 @@ class Agent:
         await self._sweep()
 
     async def _sweep(self) -> None:
-        """Removes CDI specs of devices that this node does not have. Waits for the locks, which name what it has."""
+        """Removes the CDI specs of devices that this node does not have.
+
+        Waits until the locks are read, because before that this node's devices are not all known.
+        """
         await self.locks.ready.wait()
         await self.usage.adopt()
         self.specs.sweep({*self.claims.view, *(lock.device_id for lock in self.locks.mine())})

@@ -86,6 +86,7 @@ ALLOCATE_FAILURES: Mapping[type[PluginError], str] = MappingProxyType(
         PathTaken: "path_taken",
     }
 )
+"""The label of each error that an Allocate can fail with."""
 PRE_START_FAILURES: Mapping[type[PluginError], str] = MappingProxyType(
     {
         NotAttached: "not_attached",
@@ -94,6 +95,7 @@ PRE_START_FAILURES: Mapping[type[PluginError], str] = MappingProxyType(
         CdiError: "cdi_not_writable",
     }
 )
+"""The label of each error that a PreStartContainer can fail with."""
 API_ERRORS: Mapping[type[PluginError], str] = MappingProxyType(
     {
         KubeUnreachable: "unreachable",
@@ -106,8 +108,11 @@ API_ERRORS: Mapping[type[PluginError], str] = MappingProxyType(
         KubeServerError: "server_error",
     }
 )
+"""The label of each error that a request to the API server can fail with."""
 RESULTS = ("allocated", "denied", "failed")
+"""The labels of the results of an Allocate. "denied": another node holds the lock."""
 TRANSITIONS = ("taken", "taken_over", "released", "lost")
+"""The labels of the transitions of a lock, as transition() returns them."""
 
 
 def reason_of(error: PluginError, reasons: Mapping[type[PluginError], str]) -> str:
