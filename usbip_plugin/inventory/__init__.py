@@ -1,1 +1,1 @@
-"""Devices on offer: which there are, Healthy or not and why, and asking devices for their serial numbers."""
+"""The devices that a node offers, the health of each with its reason, and the probes that read serial numbers."""

@@ -1,4 +1,4 @@
-"""What on this node itself keeps every device from being had: no vhci ports, no API server."""
+"""Conditions of a node that make every device unavailable: no free vhci port, API server unreachable."""
 
 from __future__ import annotations
 
@@ -15,15 +15,18 @@ from usbip_plugin.vhci.driver import VhciDriver
 from usbip_plugin.vhci.sysfs import PortStatus
 
 PORTS_SETTLE = 0.1
-"""Seconds in which uevents are gathered before the free ports are counted: one device makes a dozen of them."""
+"""Seconds for which uevents are collected before the free ports are counted: one device causes a dozen uevents."""
 PORTS_INTERVAL = 30.0
-"""Seconds between looks at the free ports when no uevent says to look."""
+"""Seconds between two counts of the free ports when no uevent arrives."""
 GRACE_MARGIN = 0.01
-"""Seconds after the end of the API grace at which it is looked at."""
+"""Seconds added to the wait for the end of API_GRACE, because a timer may fire a rounding error early."""
 
 
 class Conditions:
-    """Of one node. look_again is called when they may have changed; `run` must be running."""
+    """The vhci ports and the API server, as this node sees them. Stays up to date only while `run()` runs.
+
+    look_again: called when a condition that affects devices may have changed.
+    """
 
     def __init__(
         self, context: NodeContext, *, driver: VhciDriver, locks: LockManager, look_again: Callable[[], None]
@@ -38,17 +41,17 @@ class Conditions:
 
     @property
     def ports(self) -> PortSummary:
-        """The driver and its ports, as last read."""
+        """Returns the state of vhci_hcd and its ports, as last read."""
         return self._ports
 
     @property
     def api(self) -> ApiStatus:
-        """The API server as it is now."""
+        """Returns whether the API server is reachable now and, if not, for how long it has been unreachable."""
         api = self._locks.api
         return ApiStatus(None if api.reachable else self._clock.monotonic() - api.since, api.error or "")
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Follows the ports and the API server. Runs until cancelled."""
         undo = [
             self._locks.subscribe_api(lambda _state: self._api_event.set()),
             self._driver.subscribe(self._ports_event.set),
@@ -83,7 +86,10 @@ class Conditions:
         return PortSummary(None, free.count("hs"), free.count("ss"), used.count("hs"), used.count("ss"))
 
     async def _watch_api(self) -> None:
-        """An API server that stays away becomes a reason when the grace is over, without anything else happening."""
+        """Calls look_again at each change of the API server's reachability, and when API_GRACE ends.
+
+        The end of the grace makes devices unavailable although nothing else happens then.
+        """
         while True:
             self._api_event.clear()
             self._look_again()
@@ -92,7 +98,7 @@ class Conditions:
                 await self._api_event.wait()
                 continue
             left = API_GRACE - gone
-            # a moment past the end: a timer may fire a rounding error early, and would then be set again for nothing
+            # GRACE_MARGIN past the end: a timer that fires a rounding error early would have to be set again
             wait = left + GRACE_MARGIN if left > 0 else PORTS_INTERVAL
             with contextlib.suppress(TimeoutError):
                 async with self._clock.timeout(wait):

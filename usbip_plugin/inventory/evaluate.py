@@ -1,4 +1,4 @@
-"""What each resource tells the kubelet: all of it, or the part that a change concerns; and what is odd about it."""
+"""Evaluates what each resource advertises, all of it or the part that a change affects, and warns about overlaps."""
 
 from __future__ import annotations
 
@@ -19,23 +19,24 @@ log = logging.getLogger(__name__)
 
 
 Lists = Mapping[str, tuple[Advertised, ...]]
-"""What each resource advertises, by its name; devices sorted by ID."""
+"""Advertised devices by resource name (without the domain), sorted by device ID."""
 
 
 def changed_places(before: Sequence[object], after: Sequence[object]) -> Iterator[int]:
-    """The places at which two sequences of the same length have not the very same object.
+    """Yields the indexes at which two sequences of the same length have different objects.
 
-    Objects are not compared: whoever made `after` of `before` has kept those that did not change.
+    Compares objects by identity only: `after` must keep the objects of `before` that did not change.
     """
     return compress(range(len(after)), map(is_not, before, after))
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What is offered from now on, and before; by resource name without the domain, devices sorted by ID.
+    """Result of one evaluation: what each resource advertised before, and what it advertises from now on.
 
-    facts: what was evaluated, which is a part of all that is known where only a part has changed. A resource whose
-    devices and their health are as before has the very tuple it had.
+    before: the lists before this evaluation.
+    lists: the lists from now on. After a partial evaluation, an unchanged list is the same tuple as in `before`.
+    facts: the snapshot that was evaluated. It covers only a part of all devices if only a part has changed.
     """
 
     before: Lists
@@ -44,7 +45,7 @@ class Evaluation:
 
 
 def advertise(members: OfferedDevices, facts: Snapshot) -> Mapping[str, tuple[Advertised, ...]]:
-    """What each resource tells the kubelet, by resource name, devices sorted by ID."""
+    """Returns what each resource advertises to the kubelet, by resource name; devices sorted by ID."""
     return {
         resource: tuple(
             Advertised(i, devices[i].key, found) for i, found in sorted(_healths(resource, devices, facts).items())
@@ -63,11 +64,13 @@ def _healths(resource: str, devices: Mapping[str, OfferedDevice], facts: Snapsho
 
 
 def only(facts: Snapshot, members: OfferedDevices, device_ids: Collection[str]) -> Snapshot | None:
-    """The facts about these devices, and the resources that have or may get one of them, and no others.
+    """Returns a snapshot of these devices and of the resources that have or may get one of them, without all others.
 
-    None if others may be concerned, too: one of them has no lock or claim that says where it stands; one is attached
-    from another's place; some device is promised by its serial number, which another may tell as well; or a resource of
-    a former configuration still has devices.
+    Returns None if a change of these devices may affect other devices, too:
+    - a device has no lock or claim that names its server and bus id, or a lock without a USB ID;
+    - a device is attached from another device's bus id;
+    - a selector in the configuration has a serial number, which another device may have as well;
+    - a resource of a former configuration still has devices.
     """
     resources = facts.config.resources
     if not members.keys() <= {resource.name for resource in resources}:
@@ -111,9 +114,12 @@ def _part(view: ServerView, busids: set[str]) -> ServerView:
 def relearn(
     members: OfferedDevices, lists: Lists, part: Snapshot, device_ids: Collection[str]
 ) -> tuple[OfferedDevices, Lists, Lists]:
-    """The members and lists after a change of these devices' locks or claims, and what the lists say of these.
+    """Returns what the resources offer after a change of these devices' locks or claims.
 
-    part: what only() made of all facts. A resource whose list does not change keeps the very tuple it has.
+    The result is the offered devices, the lists of all resources, and the lists of these devices alone. A resource
+    whose list does not change keeps the same tuple.
+
+    part: the snapshot that only() returned for these devices.
     """
     concerned = {resource.name: members.get(resource.name, {}) for resource in part.config.resources}
     before = {name: {i: devices[i] for i in device_ids if i in devices} for name, devices in concerned.items()}
@@ -131,7 +137,7 @@ def relearn(
 def differing(
     before: tuple[Advertised, ...], after: tuple[Advertised, ...]
 ) -> list[tuple[Advertised | None, Advertised]]:
-    """The devices of a list that are not the very same as before, each with what it was."""
+    """Returns the devices of `after` that are not the same object as before, each as (old or None, new)."""
     if len(before) == len(after):
         places = [*changed_places(before, after)]
         if all(before[place].id == after[place].id for place in places):
@@ -158,6 +164,7 @@ def _merged(
 
 
 _SHOWN = 5
+"""Maximum number of devices that one warning names."""
 _NOT_THERE = frozenset(
     {
         *(Reason.NOT_LISTED, Reason.LISTED_WRONG, Reason.NOT_READ, Reason.MOVED),
@@ -167,20 +174,23 @@ _NOT_THERE = frozenset(
 
 
 class OverlapWarnings:
-    """Of one node. What has been said is not said again while it lasts."""
+    """Warns once about devices offered by several resources and about serial numbers that several devices share.
+
+    One instance serves one node.
+    """
 
     def __init__(self) -> None:
         self._shared: frozenset[tuple[str, ...]] = frozenset()
         self._ambiguous: frozenset[tuple[str, str]] = frozenset()
 
     def look(self, members: OfferedDevices, advertised: Mapping[str, tuple[Advertised, ...]]) -> None:
-        """At each evaluation."""
+        """Logs the overlaps that are new since the last call. To be called at each evaluation."""
         shared = shared_devices(advertised)
         for resources in sorted(shared.keys() - self._shared):
             devices = shared[resources]
             extra = {"resources": list(resources), "devices": devices[:_SHOWN], "count": len(devices)}
             log.warning("offered as several resources, and in use as one of them only", extra=extra)
-        # those that are not there for the moment have been told of, and come back
+        # shared devices that are away for the moment have been logged already, and come back
         self._shared |= shared.keys()
         ambiguous = ambiguous_devices(members, advertised)
         for resource, serial in sorted(ambiguous.keys() - self._ambiguous):
@@ -191,7 +201,7 @@ class OverlapWarnings:
 
 
 def shared_devices(advertised: Mapping[str, tuple[Advertised, ...]]) -> dict[tuple[str, ...], list[str]]:
-    """Devices that are there and that several resources offer, by the names of these."""
+    """Returns the devices that several resources offer, by the names of these resources. Leaves out absent devices."""
     by_device: dict[str, list[str]] = {}
     names: dict[str, str] = {}
     if len(advertised) < 2:
@@ -211,7 +221,7 @@ def shared_devices(advertised: Mapping[str, tuple[Advertised, ...]]) -> dict[tup
 def ambiguous_devices(
     members: OfferedDevices, advertised: Mapping[str, tuple[Advertised, ...]]
 ) -> dict[tuple[str, str], list[str]]:
-    """Devices that are not offered because others tell their serial number, by resource and that."""
+    """Returns the devices not offered because others have the same serial number, by (resource, serial number)."""
     found: dict[tuple[str, str], list[str]] = {}
     for resource, devices in advertised.items():
         for device in devices:

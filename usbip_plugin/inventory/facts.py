@@ -1,4 +1,4 @@
-"""What is known: all that decides what is advertised, and the devices that were learnt from it."""
+"""Snapshot of everything that decides what is advertised, and the devices that were learnt from it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from usbip_plugin.usbip.poller import ServerView
 
 @dataclass(frozen=True, slots=True)
 class OfferedDevice:
-    """A device a resource offers, as last seen. descriptor is None while only its lock is known.
+    """A device that a resource offers, as last seen.
 
-    configured: some selector of the resource names it. One that none names any more is offered to whoever has it only.
+    descriptor: None while the device is known only from its lock or claim.
+    configured: whether a selector of the resource matches the device. If none does, only its present pod may have it.
     """
 
     key: DeviceKey
@@ -28,12 +29,16 @@ class OfferedDevice:
 
 
 OfferedDevices = Mapping[str, Mapping[str, OfferedDevice]]
-"""resource name -> device ID -> Seen. Carried from one evaluation to the next."""
+"""Devices by resource name (without the domain), then by device ID. Carried from one evaluation to the next."""
 
 
 @dataclass(frozen=True, slots=True)
 class PortSummary:
-    """This node's vhci_hcd. error is None while it can attach; free and used ports by hub."""
+    """State of this node's vhci_hcd driver and the number of its ports.
+
+    error: why the driver cannot attach devices; None while it can.
+    free_hs, free_ss, used_hs, used_ss: free and used ports of the high-speed (hs) and SuperSpeed (ss) hubs.
+    """
 
     error: str | None = None
     free_hs: int = 1
@@ -42,14 +47,17 @@ class PortSummary:
     used_ss: int = 0
 
     def hinders_as(self, other: PortSummary) -> bool:
-        """Whether the same devices could be attached: how many ports are free matters for people only."""
+        """Returns whether the same devices can be attached in both states. Only people care how many ports are free."""
         mine, others = ((one.error, one.free_hs == 0, one.free_ss == 0) for one in (self, other))
         return mine == others
 
 
 @dataclass(frozen=True, slots=True)
 class ApiStatus:
-    """The API server as the lock watch sees it. unreachable_for: seconds, None while it answers."""
+    """Reachability of the API server, as the lock watch sees it.
+
+    unreachable_for: seconds; None while the API server answers.
+    """
 
     unreachable_for: float | None = None
     error: str = ""
@@ -57,11 +65,13 @@ class ApiStatus:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Everything that decides what is advertised. Mappings by device ID, servers by key.
+    """Everything that decides what is advertised. Mappings and sets are by device ID, `servers` is by server.
 
-    released: devices let go by their holder, whose server has not been asked since its reset. moved_here(device_id):
-    the claim on another device that is attached from this one's place. restless: see handover.ProbeLimiter; suspect:
-    see handover.ReplacedDevices.
+    me: the Kubernetes name of this node.
+    released: devices that their holder has released and whose server has not been polled since the device's reset.
+    moved_here(device_id): the claim that is attached from this device's bus id although it is on another device.
+    probe_limited: devices that handover.ProbeLimiter keeps from being probed again for now.
+    suspect: devices whose lock may have the identity of an earlier device, see handover.ReplacedDevices.
     """
 
     me: str
@@ -78,7 +88,11 @@ class Snapshot:
     suspect: frozenset[str] = frozenset()
 
     def identity_of(self, device_id: str, descriptor: Descriptor) -> Identity:
-        """What the device that is listed so has told: nothing, if what its lock says is of another."""
+        """Returns the identity that the lock has for the device that its server lists with this descriptor.
+
+        Returns UNKNOWN_IDENTITY if there is no lock, or if the lock's identity may belong to another device. Another
+        devid counts as another device, unless the device is in `probe_limited`.
+        """
         lock = self.locks.get(device_id)
         if lock is None or device_id in self.suspect or lock.usb_id not in (None, descriptor.usb_id):
             return UNKNOWN_IDENTITY

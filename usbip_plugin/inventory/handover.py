@@ -1,7 +1,7 @@
-"""What a server's list, and the identity on a lock, are worth when a device has changed hands or was unplugged.
+"""Decides when to trust a server's list, and the identity on a lock, after a device got a new holder or was unplugged.
 
-A list that was made before another node wrote the lock does not say whether the device is in use now; one that was made
-while the device is reset does not say that it is gone.
+A list from before another node wrote the lock does not show whether the device is in use now. A list from the time of
+the device's reset does not show that the device is gone.
 """
 
 from __future__ import annotations
@@ -16,27 +16,34 @@ from usbip_plugin.model import UNKNOWN_IDENTITY, DeviceKey, Lock, ServerKey
 from usbip_plugin.usbip.poller import SECOND_LOOK, ServerPoller, ServerState, ServerView
 
 RESET_GRACE = 1.0
-"""Seconds after a release, at least, in which a server that does not list the device says nothing.
+"""Minimum time in seconds after a release during which a server's list without the device is ignored.
 
-usbip-host resets a device for about 0.3 s and hides it meanwhile; an import then waits for it (pipeline.import_busy).
+usbip-host resets a released device for about 0.3 s and does not list it meanwhile. An import during the reset waits
+for its end (pipeline.import_busy).
 """
 
 RESET = 2.0
-"""Seconds in which a device that was let go is listed again by usbip-host, and its server asked again."""
+"""Maximum time in seconds from a release until usbip-host lists the device again and its server has been polled again.
+
+A device that comes back later than that may be another one.
+"""
 
 MAX_REREADS, REREAD_SPAN = 3, 600.0
-"""A device that has been asked so often within so many seconds is not asked again before these are over.
+"""Maximum number of repeated probes of one device (MAX_REREADS) within REREAD_SPAN seconds.
 
-A server that numbers a device anew at each import would have it asked for ever. Meanwhile what its lock says counts; an
-Allocate compares it with the device in any case.
+Without the limit, a device whose server numbers it anew at each import would be probed for ever. While the limit is
+reached, the identity on the lock counts. An Allocate compares that identity with the device in any case.
 """
 
 Spawn = Callable[[Coroutine[object, object, None]], None]
-"""Begins work that ends with whoever owns it."""
+"""Starts a coroutine in a task that ends when the task's owner ends."""
 
 
 class HandoverTracker:
-    """Of all devices, for one node. look_at is called when a device's list counts again."""
+    """Tracks the devices whose server's list cannot be trusted yet, because their lock was just written or released.
+
+    look_at(device_id): called when the server's list counts again for a released device.
+    """
 
     def __init__(
         self,
@@ -53,25 +60,28 @@ class HandoverTracker:
         self._poller = poller
         self._spawn = spawn
         self._look_at = look_at
-        # of each server, the devices by their IDs, the one first that has waited longest; None: of no known server
+        # by server, then by device ID: since when (monotonic), the longest wait first. None: no known server.
         self._released: dict[ServerKey | None, dict[str, float]] = {}
         self._doubtful: dict[ServerKey, dict[str, float]] = {}
         self._listed: frozenset[str] = frozenset()
 
     def released(self, device_ids: Collection[str] | None = None) -> frozenset[str]:
-        """Which of these devices, or of all, were let go, and their servers have not been asked since."""
+        """Returns which of these devices were released and not yet polled for since their reset.
+
+        device_ids: the devices in question; None for all.
+        """
         found = [devices.keys() for devices in self._released.values()]
         if device_ids is None:
             return frozenset().union(*found)
         return frozenset(i for i in device_ids if any(i in devices for devices in found))
 
     def servers_changed(self) -> None:
-        """For the poller: some server's list or state changed."""
+        """Updates the lock manager's importable devices. To be called when a server's list or state has changed."""
         self._listed = importable(self._poller.views)
         self._locks.set_importable(self._listed.difference(*self._doubtful.values()))
 
     def lock_changed(self, change: LockChange) -> None:
-        """For the lock manager."""
+        """Notes a device that another node has taken or written, or that its holder has released."""
         if change.old != change.new and change.holder not in ("", self._me):
             self._doubt(change)
         elif change.former and not change.holder and change.new is not None:
@@ -83,7 +93,7 @@ class HandoverTracker:
                 self._spawn(self._after_releases(server))
 
     def _doubt(self, change: LockChange) -> None:
-        """Another node has written a lock: what its server listed before says nothing of whether it is used now.
+        """Ignores what the server listed before another node wrote the lock: the device may be in use since then.
 
         Otherwise every node would read the holder's session each time a device is taken (R4).
         """
@@ -97,14 +107,14 @@ class HandoverTracker:
             self._spawn(self._listed_anew(key.server))
 
     def _last(self, waiting: dict[str, float], device_id: str) -> bool:
-        """Puts the device at the end, as of now. True if nothing was waiting: then nobody waits with it yet."""
+        """Puts the device at the end of `waiting`, as of now. Returns True if it was empty: no task serves it yet."""
         first = not waiting
         waiting.pop(device_id, None)
         waiting[device_id] = self._clock.monotonic()
         return first
 
     async def _listed_anew(self, server: ServerKey) -> None:
-        """Until no device of the server is in doubt."""
+        """Waits until the server has been polled since the last write of each lock. Ends when no device is left."""
         doubts = self._doubtful[server]
         while doubts:
             device_id, since = next(iter(doubts.items()))
@@ -115,8 +125,11 @@ class HandoverTracker:
                     self._locks.importable_changed(device_id, importable=True)
 
     async def _after_releases(self, server: ServerKey | None) -> None:
-        """A device was let go: its list counts again when its server was asked after the reset, which every node does
-        when its turn comes. Until then the lock is believed: a holder that lets a device go has detached it."""
+        """Waits, for each released device, until its server has been polled after the reset, then calls look_at.
+
+        Every node polls when its turn comes. Until then the lock is believed, because a holder detaches a device before
+        it releases the lock.
+        """
         released = self._released[server]
         while released:
             device_id, since = next(iter(released.items()))
@@ -131,10 +144,10 @@ class HandoverTracker:
 
 
 class ReplacedDevices:
-    """Devices that left their server's list while nobody used them: another may have come back in their place.
+    """Devices that left their server's list while they had no holder, so that another device may have replaced them.
 
-    Servers that number devices by port list it under the same number. It is asked again; whoever has held it since, to
-    ask it or to use it, has written down what it told.
+    A server that numbers devices by port lists the other device under the same devid. Such a device is probed again,
+    unless its lock has had a holder since: each holder, for a probe or for use, writes the identity to the lock.
     """
 
     def __init__(self, rereads: ProbeLimiter) -> None:
@@ -146,7 +159,11 @@ class ReplacedDevices:
     def server_changed(
         self, view: ServerView, locks: Mapping[str, Lock], released: Collection[str], now: float
     ) -> None:
-        """For the poller. released: devices that are not listed because they have just been let go. now: monotonic."""
+        """Compares a server's list with its previous one. To be called at each change of a server's view.
+
+        released: devices that are not listed because they have just been released.
+        now: seconds, monotonic.
+        """
         if view.state is not ServerState.REACHABLE:
             return
         listed = frozenset(DeviceKey(view.server, descriptor.busid).id for descriptor in view.devices)
@@ -161,7 +178,7 @@ class ReplacedDevices:
         for device_id, (server, epoch, since) in list(self._away.items()):
             if server == view.server and device_id in listed:
                 del self._away[device_id]
-                if now - since > RESET:  # it was gone for longer than that takes
+                if now - since > RESET:  # it was away for longer than a reset takes
                     self._suspect(device_id, epoch, now)
         self._listed[view.server] = listed
 
@@ -171,7 +188,7 @@ class ReplacedDevices:
             self._epochs[device_id] = epoch
 
     def now(self, locks: Mapping[str, Lock]) -> frozenset[str]:
-        """Those whose locks say what an earlier one told, perhaps."""
+        """Returns the IDs of the devices whose locks may have the identity of an earlier device."""
         if not self._away and not self._epochs:
             return frozenset()
         self._away = {i: away for i, away in self._away.items() if i in locks and locks[i].epoch == away[1]}
@@ -180,17 +197,20 @@ class ReplacedDevices:
 
 
 class ProbeLimiter:
-    """Devices whose locks have said again and again that another one stands there. Times: seconds, monotonic."""
+    """Limits how often a device is probed whose identity keeps changing, see MAX_REREADS.
+
+    Times are seconds on the monotonic clock.
+    """
 
     def __init__(self) -> None:
         self._at: dict[str, tuple[float, ...]] = {}
 
     def note(self, device_id: str, now: float) -> None:
-        """The lock of the device has just got the number of another."""
+        """Records that the device under this ID may just have become another one, as its lock or its absence shows."""
         self._at[device_id] = (*self._recent(device_id, now), now)[-MAX_REREADS:]
 
     def probe_limited(self, now: float) -> frozenset[str]:
-        """Those that are not to be asked again yet."""
+        """Returns the IDs of the devices that must not be probed again yet."""
         if not self._at:
             return frozenset()
         self._at = {device_id: recent for device_id in self._at if (recent := self._recent(device_id, now))}

@@ -1,4 +1,4 @@
-"""Why a device can or cannot be had, and who has a serial number that is promised. Pure."""
+"""Decides why a device is available or not, and which devices share a configured serial number. Pure functions."""
 
 from __future__ import annotations
 
@@ -14,13 +14,17 @@ from usbip_plugin.model import Descriptor, DeviceKey, Health, Lock, Reason
 from usbip_plugin.usbip.poller import ServerState
 
 _SHOWN = 3
+"""Maximum number of devices that one reason names."""
 _FREE = frozenset({Reason.FREE, Reason.HOLDER_EXPIRED})
 _AWAY = frozenset({Reason.NOT_LISTED, Reason.LISTED_WRONG, Reason.SERVER_UNREACHABLE})
 
 
 @dataclass(frozen=True, order=True, slots=True)
 class SerialOwner:
-    """A device that tells a serial number, or is held as the one that does. holder: "" if nobody holds it."""
+    """A device that has a serial number, or whose lock is held for the device with that serial number.
+
+    holder: the node that holds the lock; "" if no node does.
+    """
 
     key: DeviceKey
     holder: str = ""
@@ -32,7 +36,11 @@ class SerialOwner:
 def serial_owners(
     devices: Mapping[str, OfferedDevice], found: Mapping[str, Health], facts: Snapshot
 ) -> Mapping[str, tuple[SerialOwner, ...]]:
-    """Who has each of the serial numbers that a resource promises by more than one device. found: see health."""
+    """Returns the owners of each serial number by which a resource offers more than one device.
+
+    devices: the devices of one resource, by device ID.
+    found: the result of health() for each of them, by device ID.
+    """
     serials = [serial for seen in devices.values() if (serial := seen.selector.selector.serial) is not None]
     borne: dict[str, list[SerialOwner]] = (
         {serial: [] for serial, n in Counter(serials).items() if n > 1} if serials else {}
@@ -47,7 +55,7 @@ def serial_owners(
         if lock is None or lock.serial != serial:
             continue
         if lock.holder and found[device_id].reason is not Reason.HOLDER_EXPIRED:
-            # as long as it is held for a device that is attached from elsewhere, that is where it is
+            # a lock held for a device that is attached from another bus id: the device is there, not here
             if device_id not in moved:
                 borne[serial].append(SerialOwner(seen.key, lock.holder))
         elif device_id in facts.released or import_obstacle(facts, seen) is None:
@@ -56,7 +64,7 @@ def serial_owners(
 
 
 def resolve_ambiguity(health: Health, key: DeviceKey, serial: str, bearers: Collection[SerialOwner]) -> Health:
-    """The health of a device that is promised by its serial number, given who else bears it."""
+    """Returns the health of a device offered by its serial number, given all owners of that serial number."""
     others = sorted(bearer for bearer in bearers if bearer.key != key)
     if not others:
         return health
@@ -77,16 +85,19 @@ API_GRACE = 15.0
 """Seconds without the API server after which devices that this node does not hold become Unhealthy (rule R7)."""
 
 SUPER_SPEED = 5
+"""USB_SPEED_SUPER of the kernel (include/uapi/linux/usb/ch9.h). Such devices and faster ones need an ss port."""
 
 
 def health(facts: Snapshot, seen: OfferedDevice, resource: str) -> Health:
-    """Why the device can or cannot be had on this node as this resource. The first reason that holds, nearest to this
-    node first."""
+    """Returns why the device is available or unavailable on this node as this resource.
+
+    If several reasons hold, the one nearest to this node wins.
+    """
     device_id = seen.key.id
     claim = facts.claims.get(device_id)
     if claim is not None:
         if not serves(claim, resource, seen.usb_id):
-            # the kubelet counts each resource by itself, and would give it to a second pod
+            # the kubelet counts each resource by itself, and would give the device to a second pod
             return Health(Reason.OTHER_RESOURCE, f"a {claim.usb_id} of {claim.resource or 'unknown'}")
         if not seen.configured and (claim.state is ClaimState.RELEASING or claim.pod_ended):
             return Health(Reason.NOT_CONFIGURED, "its pod has ended, and nobody new is to have it")
@@ -116,7 +127,7 @@ def health(facts: Snapshot, seen: OfferedDevice, resource: str) -> Health:
 
 
 def import_obstacle(facts: Snapshot, seen: OfferedDevice) -> Health | None:
-    """Why the device cannot be imported from its server now; None if that lists the promised device."""
+    """Returns why the device cannot be imported from its server now, or None if the server lists the offered device."""
     server = seen.key.server
     view = facts.servers.get(server)
     if view is None or view.state is ServerState.PENDING:
@@ -137,7 +148,7 @@ def _claim_health(claim: Claim, facts: Snapshot) -> Health:
         case ClaimState.RELEASING if lock is not None and lock.holder not in ("", facts.me):
             return Health(Reason.HELD_ELSEWHERE, _held_by(lock))
         case ClaimState.RELEASING if facts.api.unreachable_for is not None:
-            # it can be had again only when its lock has been released, and that may take a while
+            # the device is available again only after its lock has been released, and that may take a while
             return Health(Reason.API_UNREACHABLE, facts.api.error)
         case ClaimState.ATTACHED:
             where = f", listed as {place_of(claim)} now" if claim.moved_to is not None else ""
@@ -153,7 +164,7 @@ def _claim_health(claim: Claim, facts: Snapshot) -> Health:
 
 
 def _told_health(facts: Snapshot, seen: OfferedDevice, listed: Descriptor) -> Health | None:
-    """None if what the device has told is what its selector wants, as far as that says anything about it."""
+    """Returns None if the device's identity matches its selector, or the selector has no serial number and no class."""
     selector = seen.selector.selector
     if selector.serial is None and selector.class_ is None:
         return None

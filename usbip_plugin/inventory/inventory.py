@@ -1,7 +1,7 @@
-"""Keeps up to date which devices this node offers, and why each can or cannot be had.
+"""Keeps up to date which devices this node offers, and why each is available or unavailable.
 
-Changes come from six sides: servers, locks, claims, ports, the API server, the configuration. Each only says "look
-again"; one evaluation per turn of the event loop answers all of them.
+Changes come from six sources: servers, locks, claims, ports, the API server and the configuration. Each source only
+invalidates what is advertised. One evaluation per turn of the event loop answers all of them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ log = logging.getLogger(__name__)
 
 
 class Inventory:
-    """The one place that knows what this node offers. All methods belong to one event loop; `run` must be running."""
+    """The devices that this node offers, by resource, each with its health.
+
+    All methods belong to one event loop. The inventory is evaluated only while `run()` runs.
+    """
 
     def __init__(
         self,
@@ -73,15 +76,16 @@ class Inventory:
     def subscribe_taken(self, callback: Callable[[LockChange, float], Coroutine[object, object, None]]) -> None:
         """Runs callback(change, seen_at) in a task when another node has taken a device that is offered here.
 
-        seen_at: seconds, monotonic. The evaluation that follows from it is due, and done once the task waits.
+        seen_at: seconds, monotonic. When the task starts, the evaluation that the change causes is due. It is done at
+        the latest when the task first waits.
         """
         self._taken_subscribers.append(callback)
 
-    # what others ask
+    # queries
 
     @property
     def advertised(self) -> Lists:
-        """By resource name without the domain, as last evaluated."""
+        """Returns what each resource advertises, by resource name without the domain, as last evaluated."""
         return self._lists
 
     @property
@@ -90,11 +94,14 @@ class Inventory:
 
     @property
     def ports(self) -> PortSummary:
-        """The driver and its ports, as last read."""
+        """Returns the state of vhci_hcd and its ports, as last read."""
         return self._conditions.ports
 
     def health(self) -> Mapping[str, Health]:
-        """By device ID. Of a device that several resources offer, as the one that can have it."""
+        """Returns the health of each device by device ID.
+
+        For a device that several resources offer, the health as a resource that can have it, if there is one.
+        """
         found: dict[str, Health] = {}
         for devices in self.advertised.values():
             for device in devices:
@@ -103,10 +110,10 @@ class Inventory:
         return found
 
     def offered(self) -> Mapping[str, bool]:
-        """The resources that have to be registered, by name without the domain, and whether they are handed out by CDI.
+        """Returns the resources to register, by name without the domain, and whether each is handed out by CDI.
 
-        Those of the configuration, and those of which a pod has a device: a kubelet that has lost the plugin of a
-        resource starts no container again that wants it.
+        These are the resources of the configuration, and those of which a pod has a device. A kubelet that has lost
+        the plugin of a resource does not restart containers that use the resource.
         """
         claims = self._claims.view
         held = {
@@ -119,28 +126,30 @@ class Inventory:
         return held | {resource.name: resource.cdi for resource in self._config.resources}
 
     def lookup(self, name: str) -> tuple[ResourceConfig, Mapping[str, OfferedDevice]] | None:
-        """A resource, by its name without the domain, and the devices it offers.
+        """Returns a resource, by its name without the domain, and the devices that it offers, by device ID.
 
-        None if it is, and was, not in the configuration.
+        Returns None if neither the present nor a former configuration (while devices of it are held) has the resource.
         """
         config = self.resource_named(name)
         return None if config is None else (config, self._members.get(name, {}))
 
     def resource_named(self, name: str) -> ResourceConfig | None:
-        """See claims.Resources."""
         return next((r for r in self._config.resources if r.name == name), self._former.get(name))
 
     def resource_of(self, claim: Claim) -> ResourceConfig:
-        """See claims.Resources. An adopted claim does not know its resource: it is the first that offers the device."""
+        """Returns the claim's resource. For an adopted claim without one, the first resource that offers the device."""
         name = claim.resource if claim.resource is not None else next(iter(self.offering(claim.id)), "")
         return self.resource_named(name) or ResourceConfig(name, ())
 
     def offering(self, device_id: str) -> list[str]:
-        """The resources that have the device, by their names without the domain."""
+        """Returns the names, without the domain, of the resources that offer the device."""
         return [name for name, devices in self._members.items() if device_id in devices]
 
     def facts(self, device_ids: Collection[str] | None = None) -> Snapshot:
-        """What is known now; with device_ids, of their locks and releases no others."""
+        """Returns a snapshot of what is known now.
+
+        device_ids: limits `locks`, `standings` and `released` to these devices; None for all.
+        """
         locks = self._locks.locks
         if device_ids is not None:
             locks = {i: locks[i] for i in device_ids if i in locks}
@@ -159,22 +168,25 @@ class Inventory:
             suspect=self._suspects.now(self._locks.locks),
         )
 
-    # what others tell
+    # changes
 
     def reconfigure(self, config: Config) -> None:
-        """A new configuration: held devices stay offered, as they were configured, until they are let go."""
+        """Applies a new configuration. Held devices stay offered, as they were configured, until they are released."""
         self._former.update({resource.name: resource for resource in self._config.resources})
         self._config = config
         self._poller.set_servers(config.servers())
         self.invalidate()
 
     def invalidate(self) -> None:
-        """Something changed; what is advertised is worked out anew before the event loop turns again."""
+        """Schedules an evaluation of everything for the next turn of the event loop."""
         self._due = None
         self._schedule()
 
     def _claim_changed(self, device_id: str) -> None:
-        """A claim concerns its own device only, unless that is, or was until now, attached from another's place."""
+        """Schedules an evaluation after a change of this device's claim.
+
+        A claim affects its own device only, unless the device is, or was until now, attached from another bus id.
+        """
         claim = self._claims.get(device_id)
         if claim is not None and claim.moved_to is not None:
             self._moved.add(device_id)
@@ -194,7 +206,7 @@ class Inventory:
     # work
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Evaluates the inventory after changes. Runs until cancelled."""
         unsubscribe = self._locks.subscribe(self._lock_changed)
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -206,12 +218,12 @@ class Inventory:
             unsubscribe()
 
     def spawn(self, work: Coroutine[object, object, None]) -> None:
-        """Runs work in a task that ends with run(). If that does not run, work is closed without having begun."""
+        """Runs work in a task that ends with run(). If run() does not run, closes work without starting it."""
         try:
             if self._tasks is not None:
                 self._tasks.create_task(work)
                 return
-        except RuntimeError:  # the plugin is being stopped, and the group takes no more
+        except RuntimeError:  # the plugin is stopping, and the task group accepts no more tasks
             log.debug("not begun, stopping")
         work.close()
 
@@ -228,7 +240,7 @@ class Inventory:
         self._invalidate_device(change.device_id)
 
     def _invalidate_device(self, device_id: str) -> None:
-        """As invalidate, where nothing but the lock or the claim of this device has changed."""
+        """Schedules an evaluation of this device, of which only the lock or the claim has changed."""
         if self._due is not None:
             self._due.add(device_id)
         self._schedule()
@@ -239,16 +251,19 @@ class Inventory:
             asyncio.get_running_loop().call_soon(self.evaluate_if_due)
 
     def evaluate_if_due(self) -> None:
-        """Works out what is advertised, unless nothing has changed since that was done."""
+        """Evaluates what is advertised at once, if anything has changed since the last evaluation."""
         if self._scheduled:
             self._evaluate(self._due)
 
     def evaluate(self) -> None:
-        """Works out what is advertised, all of it, here and now."""
+        """Evaluates everything that is advertised, at once."""
         self._evaluate()
 
     def _evaluate(self, due: Collection[str] | None = None) -> None:
-        """due: the devices of which only the locks and claims have changed; None for everything."""
+        """Evaluates what is advertised and calls the subscribers. Does nothing unless run() runs.
+
+        due: the devices of which only the locks and claims have changed; None to evaluate everything.
+        """
         self._scheduled, self._due = False, set()
         if self._tasks is None:
             return

@@ -1,7 +1,7 @@
-"""Which devices a resource offers: those listed by a server now, or locked now, or seen before.
+"""Decides which devices a resource offers: those that a server lists now, that have a lock or claim, or seen before.
 
-A device that vanishes becomes Unhealthy and is never dropped, because the kubelet would forget a running pod's device;
-only a new configuration drops it, and not while it is claimed on this node.
+A device that vanishes becomes Unhealthy and is not dropped, because the kubelet would forget a running pod's device.
+A new configuration drops it, but not while it is claimed on this node. MAX_VANISHED limits how many are kept.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from usbip_plugin.model import UNKNOWN_IDENTITY, Descriptor, DeviceKey, Identity
 from usbip_plugin.usbip.poller import ServerState, ServerView
 
 MAX_VANISHED = 256
-"""Devices of one server that a resource remembers although nobody lists, locks or claims them; the oldest go first.
+"""Maximum number of devices of one server that a resource keeps without a listing, a lock or a claim.
 
-A server that lists others each time it is asked would otherwise fill the node's memory, and the kubelet's.
+The devices that were learnt first are dropped first. Without the limit, a server that lists different devices at each
+poll would fill the memory of the node and of the kubelet.
 """
 
 
 def learn(before: OfferedDevices, facts: Snapshot) -> OfferedDevices:
-    """The devices each resource offers now, given those it offered before."""
+    """Returns the devices that each resource offers now, given those that it offered before."""
     found: dict[str, dict[str, OfferedDevice]] = {}
     candidates = list(_candidates(facts))
     for resource in facts.config.resources:
@@ -67,14 +68,15 @@ def learn(before: OfferedDevices, facts: Snapshot) -> OfferedDevices:
                 found.setdefault(name, {})[device_id] = replace(seen, configured=False)
     for claim in facts.claims.values():
         if claim.resource is not None and claim.id not in found.get(claim.resource, {}):
-            # Its pod has it by this resource, whatever is said of the device by now, and may be older than us. A
-            # kubelet that is answered with a device that its list has not crashes (1.37, allocateContainerResources).
+            # The pod has the device by this resource, whatever the configuration and servers say now, and may be older
+            # than this process. A kubelet crashes when an answer names a device that is not in its list (1.37,
+            # allocateContainerResources).
             found.setdefault(claim.resource, {})[claim.id] = _by_claim(facts.config, claim)
     return found
 
 
 def importable(servers: Mapping[ServerKey, ServerView]) -> frozenset[str]:
-    """IDs of the devices that a reachable server lists now: usbipd hides those in use."""
+    """Returns the IDs of the devices that a reachable server lists now. usbipd does not list devices in use."""
     return frozenset(
         DeviceKey(server, descriptor.busid).id
         for server, view in servers.items()
@@ -84,20 +86,23 @@ def importable(servers: Mapping[ServerKey, ServerView]) -> frozenset[str]:
 
 
 def held_as(claims: Mapping[str, Claim], device_id: str, resource: str) -> bool:
-    """Whether it is held as this resource. A claim that was adopted does not know by which resource it was made."""
+    """Returns whether the device has a claim that was, or may have been, made by this resource.
+
+    An adopted claim does not know its resource (None), and counts for every resource.
+    """
     claim = claims.get(device_id)
     return claim is not None and claim.resource in (resource, None)
 
 
-# Of every lock at each evaluation.
+# Cached because each evaluation calls it for every lock.
 @functools.lru_cache(maxsize=1024)
 def _bare(busid: str, usb_id: UsbId) -> Descriptor:
-    """What can be said of a device whose server does not list it now."""
+    """Returns a descriptor with only bus id and USB ID, for a device that its server does not list now."""
     return Descriptor(busid, "", 0, 0, 0, usb_id, 0, 0, 0, 0, 0, 0, 0)
 
 
 def _candidates(facts: Snapshot) -> Iterable[tuple[DeviceKey, Descriptor, bool]]:
-    """(key, descriptor, listed now) of every device that can be seen anywhere, listed ones last so that they win."""
+    """Yields (key, descriptor, listed now) for every known device. Listed devices come last, so that they win."""
     for lock in facts.locks.values():
         key, usb_id = lock.key, lock.usb_id
         if key is not None and usb_id is not None:
@@ -119,7 +124,7 @@ def _by_claim(config: Config, claim: Claim) -> OfferedDevice:
 
 
 def _may_name(resource: ResourceConfig, seen: OfferedDevice) -> bool:
-    """Whether some selector of the resource names the device, as far as is known of it."""
+    """Returns whether a selector of the resource matches the device, or may match it once its identity is known."""
     descriptor = seen.descriptor or _bare(seen.key.busid, seen.usb_id)
     return any(
         entry.target == seen.key.server and matches(entry.selector, descriptor, seen.identity) is not Match.NO
@@ -128,7 +133,7 @@ def _may_name(resource: ResourceConfig, seen: OfferedDevice) -> bool:
 
 
 def _too_old(mine: dict[str, OfferedDevice], present: Collection[str]) -> list[str]:
-    """Those that are not present and beyond MAX_VANISHED of their server, counted from the one learnt last."""
+    """Returns the absent devices beyond the MAX_VANISHED of each server that were learnt last."""
     room: Counter[ServerKey] = Counter()
     gone: list[str] = []
     for device_id, seen in reversed(mine.items()):

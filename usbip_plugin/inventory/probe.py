@@ -1,8 +1,9 @@
-"""Asking devices who they are: which, by whom and when, as pure functions, and the tasks that ask.
+"""Probes devices for their identity: decides (in pure functions) which node probes which device when, and probes it.
 
-DEVLIST carries no serial numbers, and no interfaces of a device that was never configured since it was bound. Whoever
-reads them takes the device's lock for a moment and leaves the answer there for all nodes. An answer is of one device: a
-server that lists another number under the bus id lists another device, or has numbered it anew, and it is asked again.
+DEVLIST has no serial numbers, and no interfaces of a device that was never configured since it was bound. A node that
+reads them takes the device's lock for a moment and writes the answer there for all nodes. An answer is valid for one
+devid only. If the server lists another devid under the bus id, the device has been replaced or numbered anew, and is
+probed again.
 """
 
 from __future__ import annotations
@@ -28,17 +29,17 @@ log = logging.getLogger(__name__)
 
 
 MAX_LOCKS = 512
-"""Of one server. With so many, a device that has none yet is not locked to be asked: Leases stay."""
+"""Number of locks of one server at which devices without a lock are no longer probed, because their Leases stay."""
 
 MAX_PROBES = 16
-"""Devices of one server that are asked at a time, those that wait for their next try included."""
+"""Maximum number of probes of one server at a time on this node, including those that wait for their next try."""
 
 PROBE_SPREAD = 0.5
-"""Seconds over which nodes spread their asking of one device. The first to write its lock is seen by the others."""
+"""Seconds over which the nodes spread their probes of one device, so that the others see the first node's lock."""
 
 
 def wanted(facts: Snapshot, key: DeviceKey, descriptor: Descriptor) -> bool:
-    """Whether some selector could take this listed device, if only it were known who it is, and it can be asked."""
+    """Returns whether a selector needs the identity of this listed device, and the device is free to be probed."""
     told = facts.identity_of(key.id, descriptor)
     if told.serial is not None and (descriptor.interfaces or told.interfaces) is not None:
         return False
@@ -50,9 +51,9 @@ def wanted(facts: Snapshot, key: DeviceKey, descriptor: Descriptor) -> bool:
 
 
 def wanting_probe(facts: Snapshot) -> tuple[tuple[DeviceKey, Descriptor], ...]:
-    """Every such device of the servers that answer.
+    """Returns the devices of reachable servers that need a probe, see wanted().
 
-    One that has no lock yet is left out where its server has MAX_LOCKS already.
+    Leaves out a device without a lock if its server has MAX_LOCKS locks already.
     """
     asking = {server: view for server, view in facts.servers.items() if facts.config.asking(server)}
     if not asking:
@@ -74,10 +75,12 @@ def next_probes(
     last: Mapping[ServerKey, str],
     node: str,
 ) -> tuple[tuple[DeviceKey, Descriptor], ...]:
-    """Which devices to begin to ask: MAX_PROBES of a server at a time, in turn after the one begun last.
+    """Returns the devices to probe next, at most MAX_PROBES of a server at a time, in turn after the last one.
 
-    running: by device ID, those under way; last: of each server, the ID begun last. Each node has an order of its own,
-    so that several share the work.
+    Each node has an order of its own, so that several nodes share the work.
+
+    running: the server of each device that is being probed, by device ID.
+    last: the ID of the device whose probe started last, by server.
     """
     room = Counter(running.values())
     begun = {server: _rank(node, device_id) for server, device_id in last.items()}
@@ -91,7 +94,7 @@ def next_probes(
 
 
 def probe_delay(node: str, device_id: str) -> float:
-    """Seconds for which this node leaves the device to others, from 0 to PROBE_SPREAD."""
+    """Returns for how many seconds this node leaves the device to other nodes, from 0 to PROBE_SPREAD."""
     return PROBE_SPREAD * _rank(node, device_id)[0] / 256
 
 
@@ -100,17 +103,17 @@ def _rank(node: str, device_id: str) -> bytes:
 
 
 PROBE_AGAIN = 1.0
-"""Seconds until the poller has asked a server whose list was found to be old."""
+"""Seconds to wait before another probe after a server's list was found to be old: time for the poller to ask again."""
 PROBE_RETRY = 10.0
-"""Seconds before a device that could not be asked who it is, is asked again."""
+"""Seconds to wait before another probe of a device after a failed one."""
 
 
 Probe = Callable[[DeviceKey, Descriptor], Awaitable[object]]
-"""Reads who a device is, under its lock, and leaves the answer there. Raises PluginError."""
+"""Reads the identity of a device under its lock and writes it to the lock. Raises PluginError."""
 
 
 class Prober:
-    """Asks the devices of an inventory who they are, after each evaluation those whose turn it is."""
+    """Probes the devices of an inventory. After each evaluation, starts the probes whose turn it is."""
 
     def __init__(self, context: NodeContext, *, inventory: Inventory, poller: ServerPoller, probe: Probe) -> None:
         self._me = context.me.node
@@ -124,7 +127,7 @@ class Prober:
         inventory.subscribe(self._evaluated)
 
     def _evaluated(self, evaluation: Evaluation) -> None:
-        """Without the API server, which has the locks, none is asked."""
+        """Starts the next probes. Starts none while the API server, which has the locks, is unreachable."""
         facts = evaluation.facts
         if facts.api.unreachable_for is not None:
             return
@@ -138,9 +141,9 @@ class Prober:
             await self._clock.sleep(probe_delay(self._me, key.id))
             if not wanted(self._inventory.facts(), key, descriptor):
                 return  # another node was first
-            # tried every few seconds for as long as it takes: only the first failure of a kind is told
+            # tried every PROBE_RETRY seconds for as long as needed: after a failure, further tries are not traced
             with untraced() if key.id in self._failures else contextlib.nullcontext():
-                # the list may be older than what another node has read of the device that is there now
+                # the list may be older than what another node has read from the device that is there now
                 if await self._poller.fetch(key) != descriptor:
                     self._poller.poll_soon(key.server)
                     await self._clock.sleep(PROBE_AGAIN)

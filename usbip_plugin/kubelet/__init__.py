@@ -1,1 +1,1 @@
-"""The device-plugin side of the kubelet: registration, ListAndWatch, Allocate, pod-resources."""
+"""Everything that talks to the kubelet: registration, ListAndWatch, Allocate and pod-resources."""

@@ -1,4 +1,4 @@
-"""Answers to a kubelet that wants devices: GetPreferredAllocation, Allocate and PreStartContainer."""
+"""Answers the kubelet's calls for devices: GetPreferredAllocation, Allocate and PreStartContainer."""
 
 from __future__ import annotations
 
@@ -48,11 +48,13 @@ def preferred(
     health_by_id: Mapping[str, Health],
     unwanted: Collection[str] = (),
 ) -> tuple[str, ...]:
-    """GetPreferredAllocation: the must-haves, then attached here, then healthy, in rendezvous order of (node, device).
+    """Returns the answer to GetPreferredAllocation: must-haves first, then devices attached here, then healthy ones.
 
-    Different nodes thus reach for different devices first, and contend less; which servers they come from does not
-    matter. unwanted: those that an Allocate would refuse, they come last. The answer has size devices, or all there
-    are. UnknownDevice for must-haves that are not available, or more than size: the kubelet then fails the pod.
+    Within each group, devices are in rendezvous order of (node, device). Different nodes thus prefer different devices,
+    and contend less. The servers that export the devices do not matter. The answer has size devices, or all if there
+    are fewer. Raises UnknownDevice if must-haves are not available or more than size: the kubelet then fails the pod.
+
+    unwanted: devices that an Allocate would refuse; they come last, with the unhealthy ones.
     """
     chosen, offered = list(dict.fromkeys(must)), set(available)
     if not offered.issuperset(chosen):
@@ -77,10 +79,10 @@ def preferred(
 def container_response(
     resource: ResourceConfig, domain: str, devices: Sequence[tuple[DeviceSelector, Attachment]]
 ) -> ContainerResponse:
-    """What one container gets for its devices, in the order asked; extras of several devices only once.
+    """Returns what one container gets for its devices, in the order requested; extras of several devices only once.
 
-    With CDI only the extras, and the names under which the spec has the rest: nothing in the answer, which the kubelet
-    keeps and uses again, depends on device nodes then.
+    With CDI, the answer has only the extras, and the names under which the CDI spec has the rest. The kubelet keeps
+    the answer and uses it again, so with CDI nothing in it depends on device nodes.
     """
     envs: dict[str, str] = {}
     specs: dict[str, DeviceSpec] = {}
@@ -100,7 +102,10 @@ def container_response(
 
 
 def listed_as(seen: OfferedDevice) -> Identity | None:
-    """What its server's list says of who it is: for its lock, by which it is known while it is not listed."""
+    """Returns the identity that the server's list gives for a device, or None if the list has no interfaces of it.
+
+    It is written to the lock, so that the device is known while its server does not list it.
+    """
     descriptor = seen.descriptor
     if descriptor is None or not descriptor.interfaces:
         return None
@@ -109,11 +114,11 @@ def listed_as(seen: OfferedDevice) -> Identity | None:
 
 RPC: Mapping[str, AttributeValue] = {"rpc.system.name": "grpc", "rpc.method": "v1beta1.DevicePlugin/Allocate"}
 PRE_START_WAIT = 25.0
-"""Seconds a PreStartContainer waits for devices that are being attached again. The kubelet gives it 30."""
+"""Maximum time in seconds that PreStartContainer waits for devices being re-attached. The kubelet waits 30 s."""
 
 
 class Allocator:
-    """The AllocateBackend of one node."""
+    """AllocateBackend of one node, which attaches the devices of its inventory."""
 
     def __init__(
         self,
@@ -130,10 +135,11 @@ class Allocator:
         on_result: Callable[[str, PluginError | None, float], None],
         on_pre_start_failed: Callable[[str, PluginError], None],
     ) -> None:
-        """domain: of the resource names.
+        """Keeps the collaborators.
 
-        on_result(resource, error, seconds) is told how each Allocate ended, on_pre_start_failed(resource, error) of
-        each PreStartContainer that failed.
+        domain: the domain of the resource names.
+        on_result(resource, error, seconds): called when an Allocate has ended; error is None if it succeeded.
+        on_pre_start_failed(resource, error): called when a PreStartContainer has failed.
         """
         self._node = context.me.node
         self._clock = context.clock
@@ -150,7 +156,7 @@ class Allocator:
         self._on_pre_start_failed = on_pre_start_failed
 
     async def allocate_all(self, resource: str, requests: tuple[tuple[str, ...], ...]) -> tuple[ContainerResponse, ...]:
-        """See AllocateBackend. Ends within allocateTimeout, whatever servers and API server do."""
+        """Attaches the devices of all requests. Ends within allocateTimeout, whatever servers and the API server do."""
         began = self._clock.monotonic()
         # the kubelet puts no trace context on its calls: this is the root
         ids = [device_id for asked in requests for device_id in asked]
@@ -171,14 +177,14 @@ class Allocator:
             return responses
 
     async def _publish_refusal(self, resource: str) -> None:
-        """Kubelet and Node are to know what the Allocate failed of before it answers."""
+        """Publishes the device states that made the Allocate fail. Takes at most time_kept() seconds."""
         kept = time_kept(self._inventory.config)
-        # the pod fails with this answer: until then its kubelet shows what else it has been given
+        # the pod fails with this answer: until then the kubelet lists the other devices that the pod has got
         await self._users.refresh_users(LOOKING_SHARE * kept)
         await self._publisher.flush(resource, TELLING_SHARE * kept)
 
     def _short(self, resource: str) -> str:
-        """A resource's name in the configuration."""
+        """Returns a resource's name in the configuration: without the domain."""
         return resource.removeprefix(f"{self._domain}/")
 
     async def _allocate(self, resource: str, requests: tuple[tuple[str, ...], ...]) -> tuple[ContainerResponse, ...]:
@@ -187,7 +193,7 @@ class Allocator:
             raise UnknownDevice(f"resource {resource} is not in the configuration any more")
         config, offered = found
         seen = {device_id: self._known(offered, resource, device_id) for ids in requests for device_id in ids}
-        # The kubelet asks in any order: sorted, the init container, the app and a PreStartContainer count alike.
+        # The kubelet asks in any order. Sorting gives init container, app and PreStartContainer the same indexes.
         containers = [sorted(ids) for ids in requests]
         numbers = {i: {ids.index(i) for ids in containers if i in ids} if config.cdi else () for i in seen}
         wanted = [
@@ -224,7 +230,8 @@ class Allocator:
         if seen is None:
             raise UnknownDevice(f"{resource} has no device {device_id} on this node")
         claim = self._claims.get(device_id)
-        # One that was seen with a pod is asked for by another: what an init container passes on is not listed.
+        # If the claim's pod is known, the request is another pod's: pod-resources does not list a device that an init
+        # container passes on to its pod's app container.
         if not seen.configured and (claim is None or claim.pod is not None):
             self._users.pod_ended(device_id)
             raise UnknownDevice(f"{resource} does not have {seen.key} any more: the configuration has changed")
@@ -237,15 +244,16 @@ class Allocator:
         must: tuple[str, ...],
         size: int,
     ) -> tuple[str, ...]:
-        """See AllocateBackend and preferred()."""
         _, offered = self._inventory.lookup(self._short(resource)) or (None, {})
         unwanted = {device_id for device_id, seen in offered.items() if not seen.configured}
         return preferred(available, must, size, self._node, self._inventory.health(), unwanted)
 
     async def pre_start(self, resource: str, device_ids: tuple[str, ...]) -> None:
-        """See AllocateBackend. Waits up to PRE_START_WAIT for a device that is being attached again, else NotAttached.
+        """Makes sure that the devices are attached before a container starts.
 
-        VhciError and CdiError if it cannot be found out or made so that what the container gets is true.
+        Waits up to PRE_START_WAIT for devices that are being re-attached. Raises NotAttached if a device is not
+        attached then. Raises VhciError if the attachment cannot be checked, and CdiError if its CDI spec cannot be
+        written.
         """
         try:
             await self._pre_start(resource, device_ids)

@@ -40,10 +40,13 @@ from usbip_plugin.kubelet.deviceplugin_pb2_grpc import add_DevicePluginServicer_
 from usbip_plugin.model import Advertised
 from usbip_plugin.sync import Broadcast
 
-# Details travel in an HTTP/2 header, which gRPC bounds at 8 KiB with everything else in it, and where each byte that is
-# not printable ASCII takes three.
 MAX_DETAIL_CHARACTERS = 1024
+"""Maximum length of an error's details, in characters."""
 MAX_HEADER_BYTES = 6 * 1024
+"""Maximum length of an error's details in the HTTP/2 header, in bytes.
+
+gRPC limits all headers together to 8 KiB. In a header each byte that is not printable ASCII takes three bytes.
+"""
 
 _CODES: tuple[tuple[tuple[type[PluginError], ...], grpc.StatusCode], ...] = (
     ((LockHeld, LockLost, DeviceBusy, ClaimBusy), grpc.StatusCode.FAILED_PRECONDITION),
@@ -58,10 +61,14 @@ _CODES: tuple[tuple[tuple[type[PluginError], ...], grpc.StatusCode], ...] = (
 
 
 def status_code(error: PluginError) -> grpc.StatusCode:
-    """FAILED_PRECONDITION: somebody has the device. UNAVAILABLE: server or API does not answer. DEADLINE_EXCEEDED: time
-    is up. NOT_FOUND: no such device. RESOURCE_EXHAUSTED: no port. INTERNAL: anything else.
+    """Returns the gRPC status code for an error. For a bare AllocateError, the code of the error it was raised from.
 
-    A bare AllocateError stands for the error it was raised from.
+    FAILED_PRECONDITION: the device is in use or busy, or another node has its lock.
+    UNAVAILABLE: a server, the API server or the lock is unavailable, or the device is not attached.
+    DEADLINE_EXCEEDED: the time is up.
+    NOT_FOUND: the device does not exist.
+    RESOURCE_EXHAUSTED: no vhci port is free.
+    INTERNAL: any other error.
     """
     for classes, code in _CODES:
         if isinstance(error, classes):
@@ -72,7 +79,10 @@ def status_code(error: PluginError) -> grpc.StatusCode:
 
 
 def status_details(error: PluginError) -> str:
-    """The error's message on one line, printable, at most MAX_DETAIL_CHARACTERS long and MAX_HEADER_BYTES encoded."""
+    """Returns the error's message on one line, printable.
+
+    It has at most MAX_DETAIL_CHARACTERS characters, and at most MAX_HEADER_BYTES bytes when encoded.
+    """
     words = " ".join(str(error).split()) or type(error).__name__
     text = "".join(char if char.isprintable() else "?" for char in words[: MAX_DETAIL_CHARACTERS + 1])
     if len(text) > MAX_DETAIL_CHARACTERS:
@@ -85,12 +95,18 @@ def status_details(error: PluginError) -> str:
 HEALTHY = "Healthy"
 UNHEALTHY = "Unhealthy"
 MAX_REQUEST_BYTES = 1 << 20
+"""Maximum size of one request in bytes."""
 MAX_CONTAINERS = 64
+"""Maximum number of containers in one Allocate request."""
 MAX_DEVICES_PER_CONTAINER = 1024
-# A kubelet has one ListAndWatch and one Allocate open, and a PreStartContainer per container that is starting.
+"""Maximum number of device IDs that one request names for one container."""
 MAX_CONCURRENT_RPCS = 256
-# Seconds an Allocate in flight may still take when the server goes down; streams are ended at once.
+"""Maximum number of open calls per socket.
+
+A kubelet has one ListAndWatch and one Allocate open, and a PreStartContainer for each container that is starting.
+"""
 STOP_GRACE_S = 0.3
+"""Seconds that an Allocate in flight may still take when the server stops. Streams end at once."""
 
 SERVER_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
@@ -98,26 +114,35 @@ SERVER_OPTIONS = (
 )
 
 DeviceStates = tuple[tuple[str, bool], ...]
-"""(device ID, healthy), as the kubelet is told."""
+"""Pairs of (device ID, healthy), as sent to the kubelet."""
 
 
 class AllocateBackend(Protocol):
-    """Who does the work. resource is the full name, as registered ("usbip.dev/storage").
+    """Backend that carries out the kubelet's calls for a DevicePluginServer.
 
-    Errors are PluginErrors; their message reaches the pod's event. The coroutines bound themselves in time: the kubelet
-    sets no deadline on Allocate and admits no other pod meanwhile. They are cancelled when the kubelet goes away.
+    resource: the full name, as registered ("usbip.dev/storage").
+
+    Errors are PluginErrors; their message reaches the pod's event. Implementations limit the time of each coroutine
+    themselves, because the kubelet sets no deadline on Allocate and admits no other pod meanwhile. The coroutines are
+    cancelled when the kubelet goes away.
     """
 
     async def allocate_all(self, resource: str, requests: tuple[tuple[str, ...], ...]) -> tuple[ContainerResponse, ...]:
-        """One response per request (the device IDs of one container), in order; all or nothing."""
+        """Allocates the devices of all requests or of none. Returns one response per request, in order.
+
+        requests: the device IDs of one container each.
+        """
         ...
 
     def preferred(self, resource: str, available: tuple[str, ...], must: tuple[str, ...], size: int) -> tuple[str, ...]:
-        """size IDs out of available, must included, best first; fewer if there are not so many. UnknownDevice."""
+        """Returns size IDs out of available, including all of must, best first; fewer if there are not enough.
+
+        Raises UnknownDevice if must does not fit into available or size.
+        """
         ...
 
     async def pre_start(self, resource: str, device_ids: tuple[str, ...]) -> None:
-        """Before each start of a container, if asked for. The kubelet waits 30 s."""
+        """Prepares devices before each start of a container, if the options require it. The kubelet waits 30 s."""
         ...
 
 
@@ -128,14 +153,17 @@ class _Stream:
 
 
 def device_list(devices: DeviceStates) -> pb.ListAndWatchResponse:
-    """(ID, healthy) pairs as the kubelet reads them. Without TopologyInfo: vhci_hcd belongs to no NUMA node."""
+    """Returns a ListAndWatch message for these devices, without TopologyInfo: vhci_hcd belongs to no NUMA node."""
     return pb.ListAndWatchResponse(
         devices=[pb.Device(ID=id_, health=HEALTHY if healthy else UNHEALTHY) for id_, healthy in devices]
     )
 
 
 class DeviceList:
-    """The same as device_list for one state after the other. A message is good until the next is asked for."""
+    """Builds the ListAndWatch messages of one stream, and changes only the devices that differ from the last message.
+
+    All calls return the same message object: each message is valid until the next call of told().
+    """
 
     def __init__(self) -> None:
         self._told: DeviceStates = ()
@@ -145,7 +173,7 @@ class DeviceList:
         if len(state) != len(self._told):
             self._message = device_list(state)
         else:
-            # of hundreds of devices few change at a time, and to make them all anew is most of what an event costs
+            # few of hundreds of devices change at a time, and building all anew would be most of the cost of an event
             for place in changed_places(self._told, state):
                 device, (device_id, healthy) = self._message.devices[place], state[place]
                 device.ID, device.health = device_id, HEALTHY if healthy else UNHEALTHY
@@ -154,7 +182,7 @@ class DeviceList:
 
 
 def _states(before: tuple[Advertised, ...], states: DeviceStates, now: tuple[Advertised, ...]) -> DeviceStates:
-    """The states of the devices now, given those before; what has not changed stays the very same."""
+    """Returns the states of the devices now, given those before. A state that has not changed stays the same object."""
     if len(before) != len(now):
         return tuple((device.id, device.health.healthy) for device in now)
     found = [*states]
@@ -175,7 +203,10 @@ def container_response(response: ContainerResponse) -> pb.ContainerAllocateRespo
 
 
 def check_ids(groups: Iterable[Iterable[str]]) -> tuple[tuple[str, ...], ...]:
-    """The device IDs of each container. UnknownDevice for an empty request or one past the bounds."""
+    """Returns the device IDs of each container. Raises UnknownDevice if a container has none, or a limit is exceeded.
+
+    The limits are MAX_CONTAINERS and MAX_DEVICES_PER_CONTAINER.
+    """
     result = tuple(tuple(ids) for ids in groups)
     if len(result) > MAX_CONTAINERS or any(not 0 < len(ids) <= MAX_DEVICES_PER_CONTAINER for ids in result):
         raise UnknownDevice(
@@ -185,10 +216,11 @@ def check_ids(groups: Iterable[Iterable[str]]) -> tuple[tuple[str, ...], ...]:
 
 
 class DevicePluginServer:
-    """What one resource tells the kubelet, and what it answers.
+    """Device-plugin gRPC server of one resource: sends the device list to the kubelet and answers its calls.
 
-    The object outlives kubelet restarts: serving() may be entered again and again, the advertised state stays. Before
-    the first publish() an open ListAndWatch says nothing, so a restarted plugin never shows running pods an empty list.
+    The object outlives kubelet restarts: serving() may be entered again and again, and the published state stays.
+    Before the first publish(), an open ListAndWatch sends no list. A restarted plugin thus never sends an empty list
+    while pods use its devices.
     """
 
     def __init__(self, resource: str, backend: AllocateBackend, *, pre_start_required: bool = False) -> None:
@@ -199,20 +231,21 @@ class DevicePluginServer:
         )
         self.changed = Broadcast()
         self.healthy = 0
-        """How many devices the kubelet will count as allocatable: the healthy ones as published, in use or not."""
+        """Number of devices that the kubelet will count as allocatable: the published healthy ones, in use or not."""
         self.on_announced: Callable[[], None] = lambda: None
-        """Called when a kubelet has been sent its first list."""
+        """Called when the first list of a ListAndWatch stream has been sent."""
         self._state: DeviceStates = ()
         self._version = 0
         self._published: tuple[Advertised, ...] | None = None
         self._streams: set[_Stream] = set()
         self.streams_opened = 0
-        """ListAndWatch streams so far, those that have ended included. `changed` fires when it changes."""
+        """Number of ListAndWatch streams opened so far, including ended ones. `changed` fires when it changes."""
 
     def publish(self, devices: tuple[Advertised, ...]) -> None:
-        """From now on this is the truth: every open ListAndWatch is woken at once, a new one begins with it.
+        """Sets the list that every open ListAndWatch sends next, and every new one sends first.
 
-        A slow stream may skip a state, but always ends up with the latest; a list equal to the last is not sent again.
+        Wakes the open streams at once. A slow stream may skip a list, but always sends the latest one. A list equal to
+        the last one is not sent again.
         """
         if devices is self._published:
             return
@@ -227,28 +260,28 @@ class DevicePluginServer:
 
     @property
     def open_streams(self) -> int:
-        """ListAndWatch streams open now. `changed` fires when it changes."""
+        """Returns the number of ListAndWatch streams that are open now. `changed` fires when it changes."""
         return sum(not stream.ending for stream in self._streams)
 
     @property
     def announced(self) -> bool:
-        """A kubelet that is listening now has been sent at least one list."""
+        """Returns whether a ListAndWatch that is open now has sent at least one list."""
         return any(stream.sent and not stream.ending for stream in self._streams)
 
     async def wait_sent(self) -> None:
-        """Returns when what was published so far is written to every stream open now; at once if none is.
+        """Waits until the list published last is written to every open stream. Returns at once if none is open.
 
-        The caller bounds it. Cancel-safe.
+        The caller limits the time. Cancel-safe.
         """
         version = self._version
         await self.changed.until(lambda: all(s.sent >= version or s.ending for s in self._streams))
 
     @contextlib.asynccontextmanager
     async def serving(self, path: Path) -> AsyncIterator[None]:
-        """Serves on the unix socket path for the length of the block, then removes the socket.
+        """Serves on the unix socket `path` until the block ends, then removes the socket.
 
-        At the end streams are ended at once and an Allocate in flight has STOP_GRACE_S before it is cancelled.
-        RegistrationFailed if the socket cannot be made.
+        When the block ends, streams end at once. An Allocate in flight has STOP_GRACE_S before it is cancelled.
+        Raises RegistrationFailed if the socket cannot be created.
         """
         server = grpc.aio.server(options=SERVER_OPTIONS, maximum_concurrent_rpcs=MAX_CONCURRENT_RPCS)
         add_DevicePluginServicer_to_server(_Servicer(self), _ByName(server))
@@ -266,9 +299,9 @@ class DevicePluginServer:
             await server.stop(STOP_GRACE_S)
 
     async def follow(self, send: Callable[[DeviceStates], Awaitable[None]]) -> None:
-        """One ListAndWatch: send is awaited with the state now, if there is one, and with each later one.
+        """Runs one ListAndWatch: awaits send with the published state, if there is one, and with each later state.
 
-        Returns when the server stops serving; otherwise runs until cancelled or send raises.
+        Returns when the server stops serving. Otherwise runs until cancelled or until send raises.
         """
         stream = _Stream()
         self._streams.add(stream)
@@ -291,9 +324,9 @@ class DevicePluginServer:
 
 
 class _ByName:
-    """Takes a servicer for a server that finds each call's method by its name.
+    """Adapter that adds a servicer to a gRPC server with generic handlers only, which find a method by its name.
 
-    A registered method is found sooner, but has a call of its own waiting from the start: 19 KiB for the five.
+    Registered methods are found faster, but each keeps a call of its own waiting from the start: 19 KiB for the five.
     """
 
     def __init__(self, server: grpc.aio.Server) -> None:
@@ -303,11 +336,11 @@ class _ByName:
         self._server.add_generic_rpc_handlers(handlers)
 
     def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None:
-        """Not registered."""
+        """Does nothing, so that no method is registered."""
 
 
 class _Servicer:
-    """The RPCs by their names in the interface."""
+    """RPCs of the DevicePlugin service, under their names in the kubelet API."""
 
     def __init__(self, owner: DevicePluginServer) -> None:
         self._owner = owner
@@ -344,7 +377,10 @@ class _Servicer:
         return response
 
     def _preferred(self, wish: pb.ContainerPreferredAllocationRequest, taken: Collection[str]) -> tuple[str, ...]:
-        """Containers of one call share no device, if there are enough. The kubelet asks for one at a time (1.37)."""
+        """Returns the preferred devices of one container. Leaves out those in `taken` if enough others are available.
+
+        The kubelet asks for one container at a time (1.37), although the API allows several in one call.
+        """
         available, must = tuple(wish.available_deviceIDs), tuple(wish.must_include_deviceIDs)
         elsewhere = {*taken} - {*must}
         others = tuple(one for one in available if one not in elsewhere)

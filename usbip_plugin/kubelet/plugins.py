@@ -1,4 +1,4 @@
-"""The resources of the configuration as device plugins: a server and a registration each, following a live reload."""
+"""Runs each resource of the configuration as a device plugin with a server and a registration; follows a reload."""
 
 from __future__ import annotations
 
@@ -20,11 +20,15 @@ from usbip_plugin.kubelet.registration import PluginDirectory, ResourcePlugin, s
 from usbip_plugin.sync import Broadcast
 
 REPLACED_WITHIN = 10.0
-"""Seconds a plugin waits at most for the registration of the one that takes its place."""
+"""Maximum time in seconds that a plugin keeps running while the plugin that replaces it is not registered yet."""
 
 
 class Plugin(Protocol):
-    """One resource's tie to a kubelet. error: why it is not registered, for people."""
+    """Device plugin of one resource: its server and its registration with the kubelet.
+
+    error: why the plugin is not registered, for people; None if there is no error.
+    registrations: how many registrations have succeeded so far.
+    """
 
     error: str | None
     registrations: int
@@ -41,19 +45,19 @@ class Plugin(Protocol):
 
 
 class Registrar(Protocol):
-    """The way to this node's kubelet."""
+    """Factory of plugins that register with this node's kubelet."""
 
     async def run(self) -> None:
         """Follows the kubelet until cancelled."""
         ...
 
     def plugin(self, server: DevicePluginServer, on_state: Callable[[Plugin], None]) -> Plugin:
-        """A plugin not yet running. on_state is called after each change of `registered`."""
+        """Returns a plugin that does not run yet. on_state is called after each change of `registered`."""
         ...
 
 
 class SocketRegistrar:
-    """The real one: gRPC on unix sockets in the kubelet's device-plugin directory."""
+    """Registrar that uses gRPC on unix sockets in the kubelet's device-plugin directory."""
 
     def __init__(self, directory: PluginDirectory, clock: Clock, rng: random.Random) -> None:
         self._directory = directory
@@ -78,7 +82,10 @@ class _Running:
 
 
 class PluginSet:
-    """Starts and ends device plugins. One taken out of the configuration stays while a pod has a device of it."""
+    """The running device plugins of this node, by resource.
+
+    The plugin of a resource that the configuration no longer has keeps running while a pod has a device of it.
+    """
 
     def __init__(
         self,
@@ -108,15 +115,15 @@ class PluginSet:
 
     @property
     def plugins(self) -> Mapping[str, Plugin]:
-        """By full resource name."""
+        """Returns the running plugins by full resource name."""
         return self._plugins
 
     def look_again(self) -> None:
-        """The configuration or the claims changed."""
+        """Wakes run() to start and end plugins. To be called when the configuration or the claims have changed."""
         self._changed.set()
 
     async def run(self) -> None:
-        """Until cancelled; then every server is closed and its socket removed."""
+        """Starts and ends plugins until cancelled. Then closes every server and removes its socket."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._registrar.run(), name="registrar")
             while True:
@@ -130,14 +137,17 @@ class PluginSet:
             running = self._running.get(name)
             if running is None or running.by_cdi != by_cdi:
                 self._start(name, by_cdi, tasks)
-        # before what a previous process left is known, nobody can say that no pod has a device of it
+        # until the claims that a previous process left are adopted, a pod may have a device of any resource
         for name in sorted(self._running.keys() - wanted.keys()) if self._publisher.publishing else ():
             ending = self._running.pop(name)
             del self._plugins[name]
             self._ending[name] = tasks.create_task(self._end(ending), name=f"end of resource {name}")
 
     def _start(self, name: str, by_cdi: bool, tasks: asyncio.TaskGroup) -> None:
-        """A kubelet asks for the options at registration: if they change, a new plugin takes the old one's place."""
+        """Starts the plugin of a resource, in place of a running one if there is one.
+
+        The kubelet reads a plugin's options at registration only, so a change of the options needs a new plugin.
+        """
         server = DevicePluginServer(name, self._allocator, pre_start_required=by_cdi)
         plugin = self._registrar.plugin(server, self._state_changed)
         former = self._running.get(name)
@@ -153,7 +163,7 @@ class PluginSet:
             tasks.create_task(plugin.run(), name=f"plugin of {plugin.resource}")
             if former is None:
                 return
-            # the kubelet has the new one before it loses the old one: to it the resource is never gone
+            # the kubelet gets the new plugin before it loses the old one: it never sees the resource without a plugin
             try:
                 with contextlib.suppress(TimeoutError):
                     async with self._clock.timeout(REPLACED_WITHIN):
@@ -162,8 +172,10 @@ class PluginSet:
                 former.task.cancel()
 
     async def _end(self, ending: _Running) -> None:
-        """The kubelet is told that there are no devices any more: it keeps counting those of a plugin that is gone, for
-        five minutes."""
+        """Publishes an empty list, then ends the plugin.
+
+        Without the empty list, the kubelet counts the devices of an ended plugin for five more minutes.
+        """
         try:
             await self._publisher.detach(ending.server)
         finally:
@@ -177,7 +189,7 @@ class PluginSet:
         self._registered.fire()
         running = self._running.get(plugin.resource)
         if running is not None and running.plugin is not plugin:
-            return  # one that was replaced, or is about to be
+            return  # this plugin was replaced, or is about to be
         if not plugin.registered:
             self._publisher.kubelet_gone(plugin.resource)
         self._inventory.invalidate()

@@ -1,9 +1,9 @@
-"""Who uses which device: what the kubelet's pod-resources API says, and what follows from it.
+"""Reads from the kubelet's pod-resources API which pod uses which device, and ends claims that no pod uses.
 
-Neither that nor the API server is enough alone. The API server knows that a pod is gone before its containers are; a
-kubelet that has just started answers with a list without pods, while they run.
+The plugin needs both pod-resources and the API server. The API server forgets a pod before its containers have ended. A
+kubelet that has just started answers with a list without pods while they run.
 
-And the other way round: locks that name this node while nothing here knows of them are adopted or let go.
+Locks that name this node without a claim here are adopted or released.
 """
 
 from __future__ import annotations
@@ -40,14 +40,20 @@ log = logging.getLogger(__name__)
 
 
 LIST_TIMEOUT_S = 5.0
-# A pod with a few devices is below 1 KiB: room for the largest nodes, and still a bound.
+"""Maximum duration of one List call, in seconds."""
 MAX_RESPONSE_BYTES = 16 << 20
+"""Maximum size of one List response in bytes. A pod with a few devices takes less than 1 KiB."""
 RECONNECT_MAX_MS = 1000
+"""Maximum wait in milliseconds before gRPC connects again to the kubelet's socket."""
 
 
 @dataclass(frozen=True, slots=True)
 class ContainerDevices:
-    """The devices of one resource that one container has. resource is the full name; pod carries no uid."""
+    """The devices of one resource that one container has.
+
+    pod: without a uid.
+    resource: the full name.
+    """
 
     pod: PodRef
     container: str
@@ -56,20 +62,23 @@ class ContainerDevices:
 
 
 class PodResources(Protocol):
-    """Who uses what on this node."""
+    """Source of which containers on this node have which devices."""
 
     async def list(self) -> tuple[ContainerDevices, ...]:
-        """What admitted, unfinished pods hold of our resources; PodResourcesUnavailable if nobody can say.
+        """Returns the devices of our resources that admitted, unfinished pods have.
 
-        Not in it: an Allocate in flight; what only an ordinary (not restartable) init container holds. In it, before
-        Kubernetes 1.34: pods that have ended and are not deleted yet.
+        Raises PodResourcesUnavailable if they cannot be listed. The list lacks an Allocate in flight, and devices that
+        only an ordinary (not restartable) init container has. Before Kubernetes 1.34, it includes pods that have ended
+        and are not deleted yet.
         """
         ...
 
 
 def of_domain(response: pb.ListPodResourcesResponse, domain: str) -> tuple[ContainerDevices, ...]:
-    """The entries for resources named <domain>/..., in the order of the response. One container and resource may have
-    several entries (the kubelet makes one per NUMA node)."""
+    """Returns the entries for resources named <domain>/..., in the order of the response.
+
+    One container and resource may have several entries, because the kubelet makes one per NUMA node.
+    """
     prefix = domain + "/"
     return tuple(
         ContainerDevices(
@@ -83,7 +92,10 @@ def of_domain(response: pb.ListPodResourcesResponse, domain: str) -> tuple[Conta
 
 
 class GrpcPodResources:
-    """The real one, over the kubelet's unix socket. Connects when first used, and again after a kubelet restart."""
+    """PodResources over the kubelet's unix socket.
+
+    Connects when first used, and again after a kubelet restart.
+    """
 
     def __init__(self, socket: Path, domain: str) -> None:
         self._socket = socket
@@ -109,7 +121,7 @@ class GrpcPodResources:
         await self._channel.close(None)
 
     async def list(self) -> tuple[ContainerDevices, ...]:
-        """See PodResources.list. Ends within LIST_TIMEOUT_S; cancel-safe."""
+        """Returns the devices that pods have. Ends within LIST_TIMEOUT_S; cancel-safe."""
         try:
             response: pb.ListPodResourcesResponse | None = await self._stub.List(
                 pb.ListPodResourcesRequest(), timeout=LIST_TIMEOUT_S
@@ -118,21 +130,24 @@ class GrpcPodResources:
             raise PodResourcesUnavailable(
                 f"pod-resources at {self._socket}: {error.code().name}: {error.details()}"
             ) from error
-        if response is None:  # gRPC's way to say that it cannot decode the answer
+        if response is None:  # gRPC returns None if it cannot decode the answer
             raise PodResourcesUnavailable(f"pod-resources at {self._socket}: an answer that cannot be read")
         return of_domain(response, self._domain)
 
 
 POLL_INTERVAL = 2.0
-"""Seconds between polls of pod-resources while anything is claimed."""
+"""Seconds between polls of pod-resources while this node has claims."""
 HINTED_INTERVAL = 0.4
 """Seconds between polls after a hint that a pod has ended, or while a claim has no pod yet."""
 HINT_LASTS = 5.0
-"""Seconds a hint counts. The kubelet frees a pod's devices a moment after its status says that it ended."""
+"""Seconds for which a hint counts. The kubelet frees a pod's devices a moment after the pod's status is final."""
 
 
 class PodResourcesWatcher:
-    """Polls pod-resources while, and only while, this node has claims: notes their pods, ends those nobody uses."""
+    """Polls pod-resources, records the pods of this node's claims, and ends claims that no pod uses.
+
+    Polls only while this node has claims, or locks without a claim, or until a previous process's claims are adopted.
+    """
 
     def __init__(
         self,
@@ -148,7 +163,11 @@ class PodResourcesWatcher:
         events: EventSink,
         domain: str,
     ) -> None:
-        """pods: None where no API server tells of pods."""
+        """Subscribes to the claims.
+
+        pods: this node's pods as the API server has them; None where there is no such source.
+        domain: the domain of the resource names.
+        """
         self._clock = context.clock
         self._pod_resources = pod_resources
         self._pods = pods
@@ -164,18 +183,21 @@ class PodResourcesWatcher:
         self._hinted_until = 0.0
         self._complained = False
         self.polls = 0
-        """Lists of the kubelet that claims were compared with."""
+        """Number of lists of the kubelet that claims have been compared with."""
         self._begun = False
-        """All locks and a list of all pods have been seen: what an earlier process left is known."""
+        """Whether all locks and a list of all pods have been seen, so that what an earlier process left is known."""
         self._book.subscribe(self._claim_changed)
 
     def pod_may_have_ended(self) -> None:
-        """A pod of this node has ended, or is about to: look now and closely for a while."""
+        """Polls now, and every HINTED_INTERVAL for HINT_LASTS seconds.
+
+        To be called when a pod of this node has ended or is about to end.
+        """
         self._hinted_until = self._clock.monotonic() + HINT_LASTS
         self._wake.set()
 
     def _claim_changed(self, _device_id: str) -> None:
-        """There may be claims where there were none, or one whose pod is not known."""
+        """Wakes run(): there may be claims now where there were none, or a claim whose pod is unknown."""
         if not self._wake.is_set() and self._book.view:
             self._wake.set()
 
@@ -187,7 +209,10 @@ class PodResourcesWatcher:
         return any(not self._book.in_use(lock.device_id) for lock in self._locks.mine())
 
     async def users(self) -> dict[str, DeviceUser] | None:
-        """By device ID, for the pods that are not over; None if the kubelet does not say."""
+        """Returns which pod has each device, by device ID, without pods that have ended.
+
+        Returns None if the kubelet cannot list them.
+        """
         try:
             listed = await self._pod_resources.list()
         except PodResourcesUnavailable as error:
@@ -208,7 +233,7 @@ class PodResourcesWatcher:
         return self._pods is not None and self._pods.ended(pod.namespace, pod.name)
 
     def _known(self, pod: PodRef) -> PodRef:
-        """With its uid, if the API server has told of it."""
+        """Returns the pod with its uid, if the API server's view has it."""
         found = self._pods.find(pod.namespace, pod.name) if self._pods is not None else None
         return found or pod
 
@@ -218,7 +243,10 @@ class PodResourcesWatcher:
         return not_in_list(users, self._pods.wanting(self._domain), certain=self._pods.synced)
 
     async def _adopt(self, users: Mapping[str, DeviceUser] | None) -> None:
-        """That nobody uses a device is taken from a list only if the API server knows of no pod that may."""
+        """Adopts the locks that name this node, given the users that the kubelet lists (None if unknown).
+
+        A device missing from the list counts as unused only if the API server knows of no pod that may use it.
+        """
         complete = False
         if users is not None:
             beyond = self._unlisted(users)
@@ -229,11 +257,14 @@ class PodResourcesWatcher:
         await self._adopter.adopt(users or {}, complete=complete, deprived=deprived)
 
     async def adopt(self) -> None:
-        """Takes over what a previous process left; needs the locks to be known. Idempotent."""
+        """Adopts what a previous process left. Call it once the locks are known. Idempotent."""
         await self._adopt(await self.users())
 
     async def refresh_users(self, limit: float) -> None:
-        """A look out of turn, of limit seconds at most: whose the devices are by now."""
+        """Records which pods have which devices, at most limit seconds long.
+
+        Unlike the polls of run(), never counts a device as missing.
+        """
         if not self._book.view:
             return
         with contextlib.suppress(TimeoutError):
@@ -244,7 +275,7 @@ class PodResourcesWatcher:
                     self._glance(users, listed_at)
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Polls pod-resources and adopts locks without a claim. Runs until cancelled."""
         unsubscribe = self._locks.subscribe(self._lock_changed)
         try:
             while True:
@@ -271,16 +302,18 @@ class PodResourcesWatcher:
         )
 
     async def _until_hinted(self, *, closely: bool) -> None:
-        """By a hint or, if it is not looked closely yet, by a claim that asks for it."""
+        """Waits for a hint or, if closely is False, also for a claim that needs polls at HINTED_INTERVAL."""
         before = self._hinted_until
         while self._hinted_until == before and (closely or not self._closely()):
             self._wake.clear()
             await self._wake.wait()
 
     def _usage(self, users: Mapping[str, DeviceUser], listed_at: float, unlisted: Unlisted) -> None:
-        """One poll of pod-resources, begun at listed_at (seconds, monotonic): notes pods, ends claims nobody uses.
+        """Applies one poll of pod-resources: records pods, and ends claims that no pod uses.
 
-        unlisted: see release.usage_ended.
+        users: the users that the poll listed, by device ID.
+        listed_at: when the poll began (seconds, monotonic).
+        unlisted: what the API server knows beyond that list, see release.usage_ended.
         """
         unused = partial(self._unused, unlisted=unlisted)
         for device_id, claim in list(self._book.view.items()):
@@ -289,13 +322,16 @@ class PodResourcesWatcher:
                 self._work.spawn(self._releaser.release_if(device_id, unused), f"release {claim.key}")
 
     def _glance(self, users: Mapping[str, DeviceUser], listed_at: float) -> None:
-        """As _usage, of a look out of turn: notes pods, and no absences."""
+        """Records the pods in a list that run() did not poll. Unlike _usage, never counts a device as missing."""
         for claim in list(self._book.view.values()):
             if claim.state in IN_USE and claim.id in users:
                 self._observe(claim, users, listed_at)
 
     def pod_ended(self, device_id: str) -> None:
-        """Its kubelet offers the device to another pod, which does not get it."""
+        """Records that the pod of this device has ended: the kubelet has offered the device to another pod.
+
+        That other pod does not get the device.
+        """
         claim = self._book.get(device_id)
         if claim is not None and claim.state in IN_USE:
             self._book.put(replace(claim, pod_ended=True))
@@ -306,14 +342,14 @@ class PodResourcesWatcher:
             self._book.put(after)
         if after.pod is not None and after.pod != claim.pod:
             self._work.spawn(self._work.note_pod(claim.key, after.pod), f"note pod {after.pod}")
-            # without its uid an Event does not show where people look for it: then it waits for that
+            # an Event without the pod's uid does not show where people look for it, so the Event waits for the uid
             if after.pod.uid is not None and not (claim.pod and claim.pod.uid and same_pod(claim.pod, after.pod)):
                 self._tell_new_pod(after, after.pod)
                 self._reattacher.pod_known(after)
         return after
 
     def _tell_new_pod(self, claim: Claim, pod: PodRef) -> None:
-        """What has become of its device so far: an Allocate does not name the pod."""
+        """Reports on a newly known pod what has happened to its device so far: an Allocate does not name the pod."""
         if claim.state is ClaimState.ATTACHED:
             self._events(attached(claim.key, claim.attachment, claim.port, pod))
             self._tell_network(claim, pod)
@@ -321,7 +357,7 @@ class PodResourcesWatcher:
             self._events(DeviceEvent(EventKind.LOST, claim.key, "lost before its pod was known, re-attaching", pod))
 
     def _tell_network(self, claim: Claim, pod: PodRef) -> None:
-        """What the device has that no container gets."""
+        """Reports the network interfaces of a device, which stay on the node: no container gets them."""
         if claim.attachment is not None and (names := claim.attachment.net):
             log.info("network interface stays on the node", extra={"device": str(claim.key), "interfaces": list(names)})
             self._events(network(claim.key, names, pod))

@@ -1,4 +1,4 @@
-"""Brings what is offered before the kubelet, the scheduler and the operator; only differences go out."""
+"""Publishes what the inventory offers to the kubelet, the Node and the log. Publishes differences only."""
 
 from __future__ import annotations
 
@@ -28,28 +28,34 @@ log = logging.getLogger(__name__)
 
 RPC: Mapping[str, AttributeValue] = {"rpc.system.name": "grpc", "rpc.method": "v1beta1.DevicePlugin/ListAndWatch"}
 SENT_TIMEOUT = 1.0
-"""Seconds a withdrawal's span waits at most for the kubelet to be told."""
+"""Maximum time in seconds to wait until the kubelet has been sent a list, or the Node has been written."""
 KEPT_SHARE, KEPT_MAX_S = 0.1, 1.0
-"""Of allocateTimeout, for what follows a failure: kubelet and Node are told, and the Allocate answers."""
+"""Share of allocateTimeout, and its maximum in seconds, reserved for what follows a failed Allocate.
+
+In that time the device states are published to kubelet and Node, and the Allocate answers.
+"""
 LOOKING_SHARE, TELLING_SHARE = 0.15, 0.8
-"""Of that, for a look at whose the devices are, and for the telling."""
+"""Shares of time_kept(): to read from pod-resources which pods have which devices, and to publish the states."""
 
 _DAILY = frozenset({Reason.FREE, Reason.HELD_ELSEWHERE})
 
 
 def time_kept(config: Config) -> float:
-    """Seconds of allocateTimeout that the work on devices leaves for KubeletPublisher.flush and the answer."""
+    """Returns how many seconds of allocateTimeout are reserved for what follows a failed Allocate.
+
+    That is reading pod-resources, KubeletPublisher.flush and the answer.
+    """
     return min(KEPT_MAX_S, KEPT_SHARE * config.allocate_timeout)
 
 
 class Publish(Protocol):
-    """Told what one resource advertises whenever that changes; nothing, when it is not offered any more."""
+    """Callback for each change of what one resource advertises. devices is empty once the resource is not offered."""
 
     def __call__(self, resource: str, devices: tuple[Advertised, ...], /) -> None: ...
 
 
 class KubeletPublisher:
-    """Brings what an inventory offers before the kubelet and, with node_status, onto the Node."""
+    """Publisher of what an inventory offers, to the kubelet and, if node_status is given, to the Node."""
 
     def __init__(
         self,
@@ -62,9 +68,13 @@ class KubeletPublisher:
         on_advertised: Publish,
         on_withdrawn: Callable[[float], None],
     ) -> None:
-        """domain: of the resource names.
+        """Subscribes to the inventory.
 
-        on_withdrawn: seconds from seeing that another node took a device until a listening kubelet was told.
+        domain: the domain of the resource names.
+        node_status: writes the number of devices to the Node; None to write nothing.
+        on_advertised: called when what a resource advertises has changed.
+        on_withdrawn: called with the seconds from seeing that another node took a device until a listening kubelet has
+            the new list.
         """
         self._clock = context.clock
         self._tracer = context.tracer
@@ -81,31 +91,37 @@ class KubeletPublisher:
 
     @property
     def publishing(self) -> bool:
-        """Since begin()."""
+        """Returns whether lists are published, which is so from begin() on."""
         return self._begun
 
     def begin(self) -> None:
-        """What a previous process left has been adopted: lists are complete enough for the kubelet and the Node."""
+        """Starts publishing to the kubelet and the Node.
+
+        To be called once the claims that a previous process left are adopted: until then, lists may be incomplete.
+        """
         self._begun = True
         self._inventory.evaluate()
 
     def _short(self, resource: str) -> str:
-        """A resource's name in the configuration."""
+        """Returns a resource's name in the configuration: without the domain."""
         return resource.removeprefix(f"{self._domain}/")
 
     def attach(self, server: DevicePluginServer) -> None:
-        """From now on this device-plugin server is told what its resource advertises."""
+        """Publishes to this device-plugin server what its resource advertises, now and after each change."""
         self._servers[server.resource] = server
         server.on_announced = partial(self._announced, server)
         self._publish(server)
 
     def _announced(self, server: DevicePluginServer) -> None:
-        """A kubelet that has begun to listen has the list: now the Node may say how many there are."""
+        """Publishes the number of devices to the Node, once a kubelet that opened a stream has got the list."""
         if self._servers.get(server.resource) is server:
             self._publish(server)
 
     async def detach(self, server: DevicePluginServer) -> None:
-        """Its resource is not offered any more: the last that kubelet and Node are told. Within 2 * SENT_TIMEOUT."""
+        """Publishes for the last time to a server whose resource is not offered any more, and forgets the server.
+
+        Waits until the kubelet has the last list, then writes 0 to the Node. Takes at most 2 * SENT_TIMEOUT seconds.
+        """
         with contextlib.suppress(TimeoutError):
             async with self._clock.timeout(SENT_TIMEOUT):
                 await server.wait_sent()
@@ -119,7 +135,10 @@ class KubeletPublisher:
             del self._servers[server.resource]
 
     def kubelet_gone(self, resource: str) -> None:
-        """The kubelet forgot this resource and writes 0 for it: nothing is published until it listens again."""
+        """Stops writing this resource to the Node until a kubelet listens again.
+
+        To be called when the kubelet has forgotten the resource; the kubelet then writes 0 to the Node itself.
+        """
         if self._node_status is not None:
             self._node_status.forget(resource)
 
@@ -135,10 +154,10 @@ class KubeletPublisher:
             self._publish(server)
 
     async def flush(self, resource: str, limit: float) -> None:
-        """Returns when kubelet and Node know what is offered of the resource now, or after limit seconds.
+        """Waits until kubelet and Node have what the resource offers now, at most limit seconds.
 
-        For a failed Allocate, before it answers. Otherwise the scheduler sends the replacement straight back here
-        (measured: up to 51 failed pods).
+        A failed Allocate awaits this before it answers. Otherwise the scheduler sends the replacement pod straight back
+        to this node (measured: up to 51 failed pods).
         """
         self._inventory.evaluate()
         server = self._servers.get(resource)
@@ -151,7 +170,7 @@ class KubeletPublisher:
                     await self._node_status.publish_now({resource: server.healthy}, limit)
 
     async def _withdraw(self, change: LockChange, seen_at: float) -> None:
-        """Another node took a device: this joins its trace, up to the moment the kubelet has been told."""
+        """Records, in the trace of the node that took a device, the time until the kubelet here has the new list."""
         lock = change.new
         assert lock is not None  # noqa: S101 - the caller looked
         key = lock.key
@@ -168,7 +187,10 @@ class KubeletPublisher:
                     self._on_withdrawn(self._clock.monotonic() - seen_at)
 
     async def _sent(self, server: DevicePluginServer) -> None:
-        """The part of a withdrawal that is the kubelet's: it ends when the new list is written to its stream."""
+        """Waits, in a span of its own, until the new list is written to the kubelet's streams.
+
+        Waits at most SENT_TIMEOUT seconds.
+        """
         attributes = {**RPC, "usbip.resource": server.resource, "usbip.streams": server.open_streams}
         with span(self._tracer, "ListAndWatch", attributes, kind=SpanKind.PRODUCER) as sent:
             try:
@@ -188,9 +210,12 @@ class KubeletPublisher:
 def log_changes(
     resource: str, changed: Iterable[tuple[Advertised | None, Advertised]], locks: Mapping[str, Lock]
 ) -> None:
-    """A line for each device that can be had for another reason than before, or not. changed: as was and is.
+    """Logs one line for each device whose health has another reason than before.
 
-    What other nodes take and release all day, every node sees: with thousands of them that is not for each one's log.
+    Every node sees all that other nodes take and release all day. With thousands of nodes, each node logs these changes
+    at debug level only.
+
+    changed: pairs of (before or None, now).
     """
     debugging = log.isEnabledFor(logging.DEBUG)
     for old, device in changed:
@@ -206,7 +231,7 @@ def log_changes(
             "reason": device.health.reason.value,
             "detail": device.health.detail,
         }
-        # this may have been called on account of another device: each line belongs to the trace of its own
+        # the change of another device may have caused this call: each line belongs to the trace of its own device
         with within(lock.traceparent if lock is not None else None):
             if daily and device.health.healthy:
                 log.debug("free again", extra=extra)

@@ -1,4 +1,4 @@
-"""A device plugin's registration with the kubelet, the kubelet's directory, and sockets left behind in it."""
+"""Registers device plugins with the kubelet, watches the kubelet's directory and removes stale sockets from it."""
 
 from __future__ import annotations
 
@@ -29,16 +29,19 @@ log = logging.getLogger(__name__)
 
 
 KUBELET_SOCKET = "kubelet.sock"
-# Everybody looks at the directory again this often (seconds), should the file system deliver no events for it.
 RECHECK_S = 10.0
-# The same without inotify (no instances left, or the directory is not there yet).
+"""Seconds after which the directory is checked without an event, in case its file system delivers none."""
 POLL_S = 1.0
-# sun_path holds 108 bytes with the terminating zero.
+"""Seconds between checks without inotify: no instances are left, or the directory does not exist yet."""
 MAX_SOCKET_PATH_BYTES = 107
+"""Maximum length of a unix socket's path in bytes: sun_path holds 108 with the terminating zero."""
 
 
 class SocketIdentity(NamedTuple):
-    """Tells a socket from a later one of the same name. Inode numbers are used again at once, hence the time."""
+    """Identity of a socket file, different from that of a later socket with the same name.
+
+    Includes the modification time, because file systems reuse inode numbers at once.
+    """
 
     device: int
     inode: int
@@ -46,7 +49,7 @@ class SocketIdentity(NamedTuple):
 
 
 def identify(path: Path) -> SocketIdentity | None:
-    """None if there is no socket at path."""
+    """Returns the identity of the socket at path, or None if there is no socket."""
     try:
         found = path.lstat()
     except OSError:
@@ -57,7 +60,7 @@ def identify(path: Path) -> SocketIdentity | None:
 
 
 def is_stale(path: Path) -> bool:
-    """True for a socket that nobody listens on any more. Does not block."""
+    """Returns whether path is a socket on which no process listens any more. Does not block."""
     if identify(path) is None:
         return False
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
@@ -72,7 +75,11 @@ def is_stale(path: Path) -> bool:
 
 
 class PluginDirectory:
-    """`changed` fires whenever a file comes into or leaves the directory, at the latest every RECHECK_S."""
+    """The kubelet's device-plugin directory, watched for files that appear or disappear.
+
+    `changed` fires at each such change, and at the latest after RECHECK_S. Without inotify it fires every POLL_S.
+    Nothing is watched unless `run()` runs.
+    """
 
     def __init__(self, path: Path, clock: Clock) -> None:
         self.path = path
@@ -84,11 +91,14 @@ class PluginDirectory:
         return self.path / KUBELET_SOCKET
 
     def kubelet(self) -> SocketIdentity | None:
-        """The kubelet's registration socket as it is now; another identity is another run of the kubelet."""
+        """Returns the identity of the kubelet's registration socket now, or None if there is none.
+
+        Another identity means another run of the kubelet.
+        """
         return identify(self.kubelet_socket)
 
     async def run(self) -> None:
-        """Watches until cancelled. Never fails: without inotify it polls, and says so."""
+        """Watches the directory until cancelled. Never fails: without inotify it polls, and logs that once."""
         warned = False
         while True:
             try:
@@ -109,7 +119,7 @@ class PluginDirectory:
                 self.path,
                 Mask.CREATE | Mask.DELETE | Mask.MOVED_FROM | Mask.MOVED_TO | Mask.DELETE_SELF | Mask.ONLYDIR,
             )
-            # A file may have come before the watch was there.
+            # A file may have appeared before the watch existed.
             self.changed.fire()
             while True:
                 try:
@@ -124,30 +134,36 @@ class PluginDirectory:
 
 
 LOOK_AGAIN_S = 1.0
-"""To the second look: a server that has bound its socket and does not yet listen looks like a dead one."""
+"""Seconds between two checks of a stale socket: a server that has bound it and does not listen yet looks stale."""
 
 _OURS = re.compile(r"usbip-[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?\.sock")
 
 
 def named_by_us(name: str) -> bool:
-    """Whether registration.endpoint_name may have given this name, for whatever resource."""
+    """Returns whether endpoint_name() may have made this file name, for any resource."""
     return _OURS.fullmatch(name) is not None
 
 
 def left_behind(then: Mapping[str, SocketIdentity], now: Mapping[str, SocketIdentity]) -> tuple[str, ...]:
-    """The names to remove, of the sockets on which nobody listened then and nobody does now: the very same sockets."""
+    """Returns the names of the sockets to remove: stale at both checks, and with the same identity."""
     return tuple(sorted(name for name, found in now.items() if then.get(name) == found))
 
 
 def unheard(directory: Path) -> Mapping[str, SocketIdentity]:
-    """By name, the sockets of our naming on which nobody listens; others are not touched. OSError of the directory."""
+    """Returns, by name, the stale sockets in the directory that are named as this project names them.
+
+    Leaves other sockets alone. Raises OSError if the directory cannot be read.
+    """
     ours = [path for path in directory.iterdir() if named_by_us(path.name)]
     found = {path.name: identify(path) for path in ours if is_stale(path)}
     return {name: identity for name, identity in found.items() if identity is not None}
 
 
 async def sweep(directory: Path, clock: Clock) -> None:
-    """Removes what was left behind, within LOOK_AGAIN_S. Never fails; what cannot be removed is told, and stays."""
+    """Removes sockets of earlier processes that are stale now and LOOK_AGAIN_S seconds later.
+
+    Never fails. A socket that cannot be removed is logged, and stays.
+    """
     try:
         first = unheard(directory)
         if not first:
@@ -157,7 +173,7 @@ async def sweep(directory: Path, clock: Clock) -> None:
             (directory / name).unlink(missing_ok=True)
             log.info("removed the socket of a plugin that is gone", extra={"socket": str(directory / name)})
     except FileNotFoundError:
-        return  # a kubelet that makes its directory leaves nothing in it
+        return  # a kubelet that creates its directory leaves no sockets in it
     except OSError as error:
         log.warning(
             "cannot remove the sockets of a plugin that is gone",
@@ -166,32 +182,39 @@ async def sweep(directory: Path, clock: Clock) -> None:
 
 
 API_VERSION = "v1beta1"
-# The kubelet dials back within Register and gives that 10 s.
 REGISTER_TIMEOUT_S = 15.0
-# From an accepted registration to the kubelet's ListAndWatch.
+"""Maximum duration of Register in seconds. The kubelet dials back before it answers, for at most 10 s."""
 STREAM_TIMEOUT_S = 10.0
+"""Maximum time in seconds from an accepted registration to the kubelet's ListAndWatch."""
 BACKOFF_FIRST_S = 0.1
+"""First wait in seconds after a failed registration."""
 BACKOFF_MAX_S = 10.0
-# A registration that stood this long was a good one: the next failure starts from the first wait again.
+"""Maximum wait in seconds between two registrations."""
 STABLE_S = 10.0
+"""Seconds after which a registration counts as good: the waits then start from BACKOFF_FIRST_S again."""
 
 
 class RegistrationState(enum.Enum):
-    """Of one resource. Only REGISTERED means that the kubelet listens to what is advertised."""
+    """State of one resource's registration. Only in REGISTERED does the kubelet listen to what is advertised."""
 
     STOPPED = "stopped"
+    """The plugin does not run. Its socket is closed and removed."""
     WAITING = "no kubelet: its registration socket is missing"
+    """The kubelet's registration socket does not exist. The plugin has no socket of its own."""
     REGISTERING = "registering"
+    """A registration has begun or is about to begin. The kubelet does not listen yet, or not any more."""
     REGISTERED = "registered"
+    """The kubelet has accepted the registration and has opened ListAndWatch."""
     FAILED = "registration failed, trying again"
+    """The last registration has failed. The next one begins after a wait."""
 
 
 def endpoint_name(directory: Path, resource: str, run: int) -> str:
-    """The file name of a resource's socket: usbip-<resource>.sock, from the second run on usbip-<resource>.<run>.sock.
+    """Returns the file name of a resource's socket: usbip-<resource>.sock, from run 2 on usbip-<resource>.<run>.sock.
 
-    A new name each time: a kubelet that has not yet noticed the end of the last connection refuses a registration under
-    the same socket path, and from then on for good (1.37, pkg/kubelet/cm/devicemanager PluginConnected). A name too
-    long for a unix socket in that directory is shortened to a hash.
+    Each run needs a new name. A kubelet that has not yet noticed the end of the last connection refuses a registration
+    under the same socket path, and from then on for good (1.37, pkg/kubelet/cm/devicemanager PluginConnected). A name
+    that is too long for a unix socket in the directory is shortened to a hash.
     """
     suffix = ".sock" if run <= 1 else f".{run}.sock"
     name = resource.rpartition("/")[2]
@@ -208,8 +231,14 @@ def why_over(
     socket_now: SocketIdentity | None,
     streams: int,
 ) -> str | None:
-    """Why a registration no longer stands, None while it does. A kubelet.sock that is missing is no reason by itself:
-    the stream ends with the kubelet."""
+    """Returns why a registration has ended, or None while it is in force.
+
+    A missing kubelet.sock alone does not end a registration, because the stream ends with the kubelet.
+
+    kubelet_then, socket_then: the kubelet's socket and the plugin's socket at the registration.
+    kubelet_now, socket_now: the same sockets now.
+    streams: the number of open ListAndWatch streams.
+    """
     if kubelet_now is not None and kubelet_now != kubelet_then:
         return "the kubelet restarted"
     if socket_now is None or socket_now != socket_then:
@@ -220,8 +249,11 @@ def why_over(
 
 
 async def register(socket: Path, request: pb.RegisterRequest) -> None:
-    """One Register RPC. RegistrationFailed names the kubelet's answer; bounded by REGISTER_TIMEOUT_S."""
-    # A pool of its own: a shared one would hand out the connection to the kubelet's last run, in its reconnect pause.
+    """Calls Register on the kubelet's socket once. Ends within REGISTER_TIMEOUT_S.
+
+    Raises RegistrationFailed, with the kubelet's answer, if the call fails.
+    """
+    # Own connection pool: a shared one would return the connection to the kubelet's last run, in its reconnect pause.
     options = (("grpc.use_local_subchannel_pool", 1),)
     async with grpc.aio.insecure_channel(f"unix:{socket}", options=options) as channel:
         try:
@@ -233,10 +265,10 @@ async def register(socket: Path, request: pb.RegisterRequest) -> None:
 
 
 class ResourcePlugin:
-    """One resource on this node: serves, registers, and does both again when the kubelet forgot.
+    """Device plugin of one resource: serves, registers, and does both again when the kubelet has forgotten it.
 
-    Nothing here waits for a USB/IP server or the API server: what the resource advertises comes through publish().
-    on_state is called, synchronously, after each change of state.
+    Never waits for a USB/IP server or the API server: what the resource advertises comes through the server's
+    publish(). on_state is called, synchronously, after each change of state.
     """
 
     def __init__(
@@ -263,11 +295,14 @@ class ResourcePlugin:
 
     @property
     def registered(self) -> bool:
-        """The kubelet accepted the registration and has its ListAndWatch open."""
+        """Returns whether the kubelet has accepted the registration and its ListAndWatch is open."""
         return self.state is RegistrationState.REGISTERED
 
     async def run(self) -> None:
-        """Until cancelled; then the socket is closed and removed within half a second. Never fails."""
+        """Serves and registers until cancelled. Then closes and removes the socket within half a second.
+
+        Never fails.
+        """
         waits = backoff(self._rng, BACKOFF_FIRST_S, BACKOFF_MAX_S)
         try:
             while True:
@@ -289,7 +324,7 @@ class ResourcePlugin:
             self._set(RegistrationState.STOPPED)
 
     async def _new_kubelet_within(self, seconds: float, tried: SocketIdentity) -> bool:
-        """The wait after a try, cut short by a new kubelet.sock: True if there is one."""
+        """Waits after a try, but not longer than until there is a new kubelet.sock. Returns whether there is one."""
         try:
             async with self._clock.timeout(seconds):
                 await self._directory.changed.until(lambda: self._directory.kubelet() not in {tried, None})
@@ -298,7 +333,10 @@ class ResourcePlugin:
         return True
 
     async def _register_once(self, kubelet: SocketIdentity) -> None:
-        """Serve, register, and stay until the registration no longer stands."""
+        """Serves and registers once, and returns when the registration has ended.
+
+        Raises RegistrationFailed if the registration does not succeed, and OSError.
+        """
         path = self._next_path()
         async with contextlib.AsyncExitStack() as stack:
             stack.enter_context(self._directory.changed.relayed_to(self.server.changed))
@@ -324,9 +362,10 @@ class ResourcePlugin:
     async def _until_listening(
         self, path: Path, kubelet: SocketIdentity, mine: SocketIdentity | None, opened: int
     ) -> None:
-        """Waits for a stream after the first `opened` ones, which may have ended again by the time this looks.
+        """Waits for a stream after the first `opened` ones. The stream may have ended already when this method sees it.
 
-        Raises RegistrationFailed if the kubelet that accepted the registration ends before it opens one.
+        Raises RegistrationFailed if the kubelet or the registration ends before that, or if the kubelet opens no stream
+        within STREAM_TIMEOUT_S.
         """
         cause: str | None = None
 
@@ -366,7 +405,7 @@ class ResourcePlugin:
         )
 
     def _next_path(self) -> Path:
-        """The socket of the next run. What a crashed predecessor left there is removed, a socket in use is let be."""
+        """Returns a free socket path for the next run. Removes a stale socket; skips the name of a socket in use."""
         while True:
             self._runs += 1
             path = self._directory.path / endpoint_name(self._directory.path, self.resource, self._runs)
