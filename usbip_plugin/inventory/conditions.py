@@ -1,4 +1,4 @@
-"""Conditions of a node that make every device unavailable: no free vhci port, API server unreachable."""
+"""Conditions of a node that make all its devices unavailable: no usable vhci port, API server unreachable."""
 
 from __future__ import annotations
 
@@ -88,7 +88,8 @@ class Conditions:
     async def _watch_api(self) -> None:
         """Calls look_again at each change of the API server's reachability, and when API_GRACE ends.
 
-        The end of the grace makes devices unavailable although nothing else happens then.
+        The end of the grace makes devices unavailable although nothing else happens then. While the API server stays
+        unreachable after that, calls look_again every PORTS_INTERVAL seconds.
         """
         while True:
             self._api_event.clear()
@@ -98,7 +99,7 @@ class Conditions:
                 await self._api_event.wait()
                 continue
             left = API_GRACE - gone
-            # GRACE_MARGIN past the end: a timer that fires a rounding error early would have to be set again
+            # GRACE_MARGIN past the end: a timer may fire a rounding error early, and would be set again for nothing
             wait = left + GRACE_MARGIN if left > 0 else PORTS_INTERVAL
             with contextlib.suppress(TimeoutError):
                 async with self._clock.timeout(wait):

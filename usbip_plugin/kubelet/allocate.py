@@ -50,9 +50,10 @@ def preferred(
 ) -> tuple[str, ...]:
     """Returns the answer to GetPreferredAllocation: must-haves first, then devices attached here, then healthy ones.
 
-    Within each group, devices are in rendezvous order of (node, device). Different nodes thus prefer different devices,
-    and contend less. The servers that export the devices do not matter. The answer has size devices, or all if there
-    are fewer. Raises UnknownDevice if must-haves are not available or more than size: the kubelet then fails the pod.
+    Each group after the must-haves is in rendezvous order of (node, device). Different nodes thus prefer different
+    devices, and contend less. The servers that export the devices do not matter. The answer has size devices, or all if
+    there are fewer. Raises UnknownDevice if must-haves are not available or more than size: the kubelet then fails the
+    pod.
 
     unwanted: devices that an Allocate would refuse; they come last, with the unhealthy ones.
     """
@@ -135,7 +136,7 @@ class Allocator:
         on_result: Callable[[str, PluginError | None, float], None],
         on_pre_start_failed: Callable[[str, PluginError], None],
     ) -> None:
-        """Keeps the collaborators.
+        """Creates the backend for the resources of one domain.
 
         domain: the domain of the resource names.
         on_result(resource, error, seconds): called when an Allocate has ended; error is None if it succeeded.

@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 LIST_TIMEOUT_S = 5.0
 """Maximum duration of one List call, in seconds."""
 MAX_RESPONSE_BYTES = 16 << 20
-"""Maximum size of one List response in bytes. A pod with a few devices takes less than 1 KiB."""
+"""Maximum size of one List response in bytes: enough for the largest nodes, as a pod takes less than 1 KiB."""
 RECONNECT_MAX_MS = 1000
 """Maximum wait in milliseconds before gRPC connects again to the kubelet's socket."""
 

@@ -1,4 +1,4 @@
-"""Publishes what the inventory offers to the kubelet, the Node and the log. Publishes differences only."""
+"""Publishes what the inventory offers to the kubelet, the Node and the operator. Publishes differences only."""
 
 from __future__ import annotations
 
