@@ -1,4 +1,4 @@
-"""The locks of one node: take, renew, annotate, release, and follow everybody else's."""
+"""All lock operations of this node: acquire, renew, annotate and release; also follows the locks of other nodes."""
 
 from __future__ import annotations
 
@@ -26,14 +26,23 @@ from usbip_plugin.observe.spans import device_attributes, span
 
 logger = logging.getLogger(__name__)
 
+# Default duration of a lock (seconds): the least time without a sign of life before another node may take it over.
 DURATION_S = 40.0
+# Default time in which an import must end after the lock was written (seconds). R1 wants less than half the duration.
 IMPORT_WINDOW_S = 10.0
+# Wait between two tries to release locks whose acquire() was given up (seconds).
 ORPHAN_RETRY_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class LockSettings:
-    """Seconds. ValueError unless import_window < duration / 2, on which the safety of a takeover rests."""
+    """Timing of the locks, in seconds.
+
+    Raises ValueError unless 0 < import_window < duration / 2, on which the safety of a takeover rests.
+
+    duration: time without a sign of life after which other nodes may take over this node's locks.
+    import_window: time after a write on the lock within which an import must end (R1).
+    """
 
     duration: float = DURATION_S
     import_window: float = IMPORT_WINDOW_S
@@ -44,9 +53,12 @@ class LockSettings:
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """Leave to import until import_deadline, which is on this node's Clock.monotonic() (R1).
+    """Permission to import a device, won by a write on its lock (R1).
 
-    former: the lock as another node held it, if this took it over (R4).
+    lock: the record as written.
+    epoch: number of the tenure, from leaseTransitions.
+    import_deadline: until when an import may run, on this node's Clock.monotonic().
+    former: the lock as another node held it, if this grant took it over (R4); else None.
     """
 
     lock: Lock
@@ -56,15 +68,18 @@ class Grant:
 
 
 class Acquired(enum.Enum):
-    """What an acquire() came to. FAILED: nobody knows, or it was given up."""
+    """The outcome of an acquire()."""
 
     TAKEN = "taken"
+    """This node holds the lock."""
     HELD = "held"
+    """Another node holds the lock."""
     FAILED = "failed"
+    """The outcome is unknown, or acquire() was cancelled or refused."""
 
 
 class Unset(enum.Enum):
-    """For an argument that is not given, where None means to clear."""
+    """The default of an argument for which None means "clear": the argument was not given."""
 
     UNSET = enum.auto()
 
@@ -73,16 +88,16 @@ UNSET = Unset.UNSET
 
 
 class LockManager:
-    """All lock operations of a node: on one device one after the other, on different devices side by side.
+    """All lock operations of this node. Operations on one device run one after the other, on different devices at once.
 
-    run() must be running for the view, the heartbeats and the expiry of other nodes' locks. Every operation may be
-    cancelled; it may then still have happened, and release() is the way back.
+    run() must be running: it keeps `locks` current, writes heartbeats and observes the expiry of other nodes' locks.
+    Every operation may be cancelled. A cancelled operation may still have taken effect; release() undoes it.
 
-    is_listed(key) asks the device's server, right before a takeover, whether it lists the device as free (R4). What
-    set_importable said last may be as old as this process was stopped or starved, and the device attached since.
-    Without is_listed, set_importable is believed.
+    is_listed(key) asks the device's server, right before a takeover, whether it lists the device as free (R4). The last
+    set_importable() may date from before this process was stopped or starved, and the device may be attached since.
+    Without is_listed, the last set_importable() decides.
 
-    on_acquire(result, seconds) is told of each acquire().
+    on_acquire(result, seconds) is called at the end of each acquire().
     """
 
     def __init__(
@@ -116,12 +131,12 @@ class LockManager:
         self._device_locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
         self._mine: set[str] = set()
         self._taking = 0
-        # Epochs begun, perhaps, by an acquire that was given up before it knew.
+        # By device ID: the epoch that an acquire() may have begun, which was given up before it knew the outcome.
         self._abandoned: dict[str, tuple[DeviceKey, int]] = {}
         self._orphaned = asyncio.Event()
 
     async def run(self) -> None:
-        """Until cancelled. Leaves the locks as they are."""
+        """Runs until cancelled. Leaves the locks as they are."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._follower.run(), name="lock-watch")
             group.create_task(self._session.run(), name="lock-session")
@@ -134,12 +149,12 @@ class LockManager:
 
     @property
     def rules(self) -> Rules:
-        """For those who ask during an import whether it may go on (R1)."""
+        """The lock rules, with which callers check during an import whether it may go on (R1)."""
         return self._rules
 
     @property
     def locks(self) -> Mapping[str, Lock]:
-        """The newest known record of each lock by device ID, held or released. A live view."""
+        """The newest known record of each lock, held or released, by device ID. A live read-only view."""
         return self._view.locks
 
     @property
@@ -148,53 +163,60 @@ class LockManager:
 
     @property
     def duration(self) -> float:
-        """Seconds without a sign of life after which others may take this node's locks."""
+        """Seconds without a sign of life after which other nodes may take over this node's locks."""
         return self._settings.duration
 
     @property
     def heartbeat_at(self) -> float | None:
-        """When the last heartbeat that succeeded was sent (monotonic), None if this process has sent none."""
+        """When the last successful heartbeat was sent (monotonic seconds), None if this process has sent none."""
         return self._session.written_at
 
     def mine(self) -> tuple[Lock, ...]:
-        """Locks that name this node, in the order of their IDs; also those of an earlier boot.
+        """Returns the locks that name this node, also under an earlier boot, in the order of their IDs.
 
-        Not those that are being let go here, because who acquired them had given up when the write happened.
+        Leaves out locks that run() is releasing because their acquire() was given up before the write took effect.
         """
         let_go = {device_id for device_id in self._abandoned if self._orphan(device_id) is not None}
         return tuple(self._view.locks[device_id] for device_id in sorted(self._mine - let_go))
 
     def standing(self, device_id: str) -> LockStatus:
-        """How a lock stands for this node. EXPIRED only while the device is importable (see set_importable)."""
+        """Returns the lock's status as this node sees it. EXPIRED only while the device is importable.
+
+        set_importable() and importable_changed() say which devices are importable.
+        """
         return protocol.lock_status(self._view.lease(device_id), self._me, self._expiry.observation(device_id))
 
     def set_importable(self, device_ids: frozenset[str]) -> None:
-        """The devices that their servers list as free to import now. Only these are observed for expiry (R4)."""
+        """Sets the devices that their servers list as free to import now. Only these are observed for expiry (R4)."""
         self._expiry.set_importable(device_ids)
 
     def importable_changed(self, device_id: str, *, importable: bool) -> None:
-        """The same where it has changed for this device alone."""
+        """Sets for one device whether its server lists it as free to import. Leaves the other devices as they are."""
         self._expiry.importable_changed(device_id, importable=importable)
 
     def subscribe(self, callback: Callable[[LockChange], None]) -> Callable[[], None]:
-        """callback is called at each change of a lock or its standing, in order, at once; it must be quick, not raise.
+        """Calls callback synchronously, in order, at each change of a lock or of its status.
 
-        Changes by this node's own operations are told before the operation returns. Returns the way to unsubscribe.
+        The callback must be quick and must not raise. A change by one of this node's operations is reported before the
+        operation returns. Returns a function that unsubscribes.
         """
         self._subscribers.append(callback)
         return lambda: self._subscribers.remove(callback)
 
     def subscribe_api(self, callback: Callable[[ApiState], None]) -> Callable[[], None]:
-        """The same for the API server's reachability."""
+        """Calls callback synchronously, in order, at each change of the API server's reachability.
+
+        The callback must be quick and must not raise. Returns a function that unsubscribes.
+        """
         self._api_subscribers.append(callback)
         return lambda: self._api_subscribers.remove(callback)
 
     async def acquire(self, key: DeviceKey, meta: LockMeta | None = None, *, claimed: bool = False) -> Grant:
-        """Take the lock, or write it once more if it is held by this boot of this node already (R2, R3, R4).
+        """Takes the lock, or writes it once more if this boot of this node holds it already (R2, R3, R4).
 
-        LockHeld if another node has it. LockUnavailable if the API server does not answer or forbids it. If it is
-        cancelled or unavailable and the write happens after all, the lock is released again by run();
-        not so if it is claimed: then the caller answers for it whatever comes of this.
+        Raises LockHeld if another node holds it, LockUnavailable if the API server does not answer or refuses.
+        If the call is cancelled or unavailable and its write takes effect after all, run() releases the lock again.
+        With claimed=True, run() does not: the caller answers for the lock, whatever the outcome of this call.
         """
         use_meta = meta or LockMeta()
         former: Lock | None = None
@@ -205,7 +227,7 @@ class LockManager:
             observation = self._expiry.observation(key.id)
             if lease is not None and observation is not None and protocol.may_take_over(lease, observation):
                 observation = await self._expiry.confirm(lease)
-                # after the expiry: by then every import under an earlier write has come to its end
+                # ask only after the expiry: by then every import under an earlier write has ended
                 if importable and self._is_listed is not None:
                     importable = await self._is_listed(key)
             decision = self._rules.decide_acquire(lease, key, use_meta, write, observation, importable)
@@ -246,9 +268,11 @@ class LockManager:
             self._on_acquire(result, self._clock.monotonic() - began)
 
     async def renew(self, key: DeviceKey) -> Grant:
-        """R1 before a re-attach: write the lock again. LockLost if it is not this boot's any more; LockUnavailable.
+        """Writes the lock again before a re-attach, which opens a new import window (R1).
 
-        Whatever comes of it, the caller answers for the lock from now on, as for a claimed one.
+        Raises LockLost if this boot of this node does not hold the lock any more, LockUnavailable if the API server
+        does not answer or refuses. Whatever the outcome, the caller answers for the lock from now on, as after
+        acquire(claimed=True).
         """
         async with self._device_lock(key.id):
             self._abandoned.pop(key.id, None)
@@ -262,9 +286,14 @@ class LockManager:
         pod: PodRef | Unset | None = UNSET,
         told: Identity | None = None,
     ) -> Lock:
-        """Write what is given onto the lock; None clears port and pod. LockLost, LockUnavailable.
+        """Writes the given annotations onto the lock and returns the new record.
 
-        told: what the device has said of itself; of another device that stood there before nothing is kept.
+        Raises LockLost if this boot of this node does not hold the lock any more, LockUnavailable if the API server
+        does not answer or refuses.
+
+        port: the vhci port, None to clear it.
+        pod: the pod that has the device, None to clear it.
+        told: the identity read from the device. Identity annotations of another device, attached before, are removed.
         """
         changes: dict[str, str | None] = {}
         if not isinstance(port, Unset):
@@ -275,9 +304,10 @@ class LockManager:
             return record.lock_of((await self._amend(key, changes, told)).lease)
 
     async def release(self, key: DeviceKey) -> None:
-        """Clear the holder if it is this node; nothing happens otherwise. LockUnavailable.
+        """Clears the holder if it is this node, under whichever boot. Does nothing otherwise.
 
-        R5 is the caller's: the local port is free again, or was never used.
+        Raises LockUnavailable if the API server does not answer or refuses. The caller is responsible for R5: the local
+        port is free again, or was never used.
         """
         with span(self._tracer, "lock.release", device_attributes(key)):
             async with self._device_lock(key.id):
@@ -296,7 +326,10 @@ class LockManager:
         return outcome
 
     async def _timely(self, key: DeviceKey, outcome: AcknowledgedWrite | Denied) -> Grant:
-        """The grant; written once more if finding out about the write has eaten up half of the window."""
+        """Returns the grant for a write. Writes once more if half the import window passed before its outcome was known.
+
+        Raises LockHeld or LockUnavailable if the write was denied, LockLost if the lock was lost before the second one.
+        """
         if isinstance(outcome, Denied):
             raise _held(key, outcome.lease)
         written = outcome
@@ -345,7 +378,7 @@ class LockManager:
             self._check_orphan(key.id)
 
     def _orphan(self, device_id: str) -> DeviceKey | None:
-        """The key, if the lock is held by a write whose sender had given up, so that nobody here knows of it."""
+        """Returns the device's key if this node holds the lock only by the write of an acquire() that was given up."""
         key, epoch = self._abandoned.get(device_id, (None, None))
         lease = self._view.lease(device_id)
         held = lease is not None and protocol.is_mine(lease, self._me) and lease.transitions == epoch

@@ -1,15 +1,19 @@
 """The lock rules R1 to R7 as pure functions: (record, observation, now) -> decision. No I/O, no clock.
 
 R1 Write before touch: within the import window before an import, a compare-and-swap write on the lock has succeeded.
-R2 Free: no object, or an empty holder. R3 Mine: by node, and by boot.
+R2 Free: no object, or an empty holder.
+R3 Mine: by node, and by boot.
 R4 Expired: unchanged for a whole duration, and after that the server, asked anew, lists the device as free to import.
-R5 Release only when the local port is free (the caller's duty). R6 Lost: somebody else, or nobody, stands in it.
-R7 API server unreachable: nothing new is taken, nothing held is let go.
+R5 Release only when the local port is free (the caller's duty).
+R6 Lost: the holder is another node, another boot, or nobody.
+R7 API server unreachable: nothing new is taken, nothing held is released.
 
-The Lease is no fence; the USB/IP server is, which exports a device to one client at a time. The rules make sure that no
-two nodes have an import in flight for one device: R4 needs that the lock was unchanged for a duration, R1 puts a change
-at most an import window before the end of any import, the import window is less than half a duration, and the clocks of
-two nodes differ in rate by less than a factor of two.
+The Lease is not a fence. The USB/IP server is: it exports a device to one client at a time. The rules ensure that no
+two nodes have an import in flight for one device, for four reasons:
+- R4 requires that the lock was unchanged for a whole duration.
+- R1 puts a change of the lock at most one import window before the end of any import.
+- The import window is less than half the duration.
+- The clocks of two nodes differ in rate by less than a factor of two.
 """
 
 from __future__ import annotations
@@ -27,10 +31,12 @@ from usbip_plugin.model import DeviceKey, Identity, NodeIdentity
 
 @dataclass(frozen=True, slots=True)
 class LockMeta:
-    """What the holder writes about a device besides its own name.
+    """What the holder of a lock writes about the device, besides its own name.
 
-    told: what the device has said itself, laid over what is known of it.
-    in_place_of: the ID of the device that is to be attached from here; None if it is for this very one.
+    usb_id: "vendor:product" in hex; None leaves the annotation as it is.
+    identity: what was read from the device itself, merged into the annotations known so far; None changes nothing.
+    traceparent: W3C trace context of the operation; None leaves the annotation as it is.
+    in_place_of: ID of the device that is to be attached from this bus id; None if the lock is for its own device.
     """
 
     usb_id: str | None = None
@@ -41,7 +47,13 @@ class LockMeta:
 
 @dataclass(frozen=True, slots=True)
 class Write:
-    """What goes into every write: who, when (for people only), and a mark by which to know it again."""
+    """Values that go into every write of a lock or session Lease.
+
+    me: the writing node and its boot.
+    at: wall clock time, for people only.
+    write_id: random mark by which the node recognises its own write when it reads the Lease again.
+    duration: leaseDurationSeconds to write, rounded up.
+    """
 
     me: NodeIdentity
     at: datetime
@@ -51,10 +63,13 @@ class Write:
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """A lock and its holder's session, as they have stood unchanged. Times in seconds on this node's monotonic clock.
+    """A period in which a lock and its holder's session were unchanged. Times are monotonic seconds of this node.
 
-    since is taken after the answer that first showed this state, seen before the request that last confirmed it, so
-    that seen - since never exceeds the time it was truly unchanged. session_version is "" where there is no session.
+    lock_version: resourceVersion of the lock.
+    session_version: resourceVersion of the holder's session, "" where there is no session.
+    duration: seconds for which both must stay unchanged before a takeover.
+    since: taken after the answer that first showed this state.
+    seen: taken before the request that last confirmed it. So seen - since never exceeds the time truly unchanged.
     """
 
     lock_version: str
@@ -66,19 +81,24 @@ class Observation:
 
 @dataclass(frozen=True, slots=True)
 class Create:
+    """The decision to create a Lease. The API server refuses with a conflict if the name exists by now."""
+
     lease: Lease
 
 
 @dataclass(frozen=True, slots=True)
 class Replace:
-    """Compare-and-swap on lease.resource_version, the version of the record that was decided upon."""
+    """The decision to replace a Lease: a compare-and-swap on lease.resource_version, the version decided upon."""
 
     lease: Lease
 
 
 @dataclass(frozen=True, slots=True)
 class Denied:
-    """Nothing may be written: the record, None if there is none, belongs to somebody else or to nobody."""
+    """The decision to write nothing: the lock belongs to another node or boot, or to nobody.
+
+    lease: the record decided upon, None if there is none.
+    """
 
     lease: Lease | None
 
@@ -87,30 +107,36 @@ Decision = Create | Replace | Denied
 
 
 class LockStatus(enum.Enum):
+    """The state of a lock as one node sees it."""
+
     FREE = "free"
+    """No Lease exists, or its holder is empty (R2)."""
     MINE = "mine"
+    """The holder is this node, under this boot or an earlier one."""
     HELD = "held"
+    """Another node holds the lock, and it was not seen to expire."""
     EXPIRED = "expired"
+    """Another node holds the lock, and this version of it was seen unchanged for a whole duration (R4)."""
 
 
 def check_window(import_window: float, duration: float) -> None:
-    """ValueError unless the import window (seconds) is positive and less than half the duration (R1, R4)."""
+    """Raises ValueError unless the import window is positive and less than half the duration (R1, R4); in seconds."""
     if not 0 < import_window < duration / 2:
         msg = f"the import window ({import_window:g} s) must be less than half the lock duration ({duration:g} s)"
         raise ValueError(msg)
 
 
 def import_deadline(sent_at: float, import_window: float) -> float:
-    """R1: until when an import may run, by the write sent at sent_at.
+    """Returns the monotonic time until which an import may run under a write sent at sent_at (R1).
 
-    Counted from before the request went out, not from its answer: another node may have seen the write, and begun to
-    wait for its expiry, as soon as it was sent.
+    The window counts from before the request went out, not from its answer. Another node may have seen the write, and
+    begun to wait for its expiry, as soon as it was sent.
     """
     return sent_at + import_window
 
 
 def may_import(deadline: float, now: float) -> bool:
-    """R1: whether an import may still be under way."""
+    """Returns whether an import may still be under way at the monotonic time now (R1)."""
     return now < deadline
 
 
@@ -122,10 +148,10 @@ def decide_acquire(
     observation: Observation | None,
     importable: bool,
 ) -> Decision:
-    """R2, R3, R4: whether and how the lock on key may be taken, given its record and what was observed of it.
+    """Decides whether and how this node may take the lock on key, from its record and its observation (R2, R3, R4).
 
-    importable is what the server said when it was asked after the lock had expired. An older answer is worth nothing:
-    an import under the last write may have ended well since.
+    importable: whether the server, asked after the lock had expired, lists the device as free. An older answer must not
+    be used: an import under the last write may have succeeded since.
     """
     if lease is None:
         return Create(_taken(Lease(name=key.id, labels=record.LOCK_LABELS), key, meta, write))
@@ -141,17 +167,20 @@ def decide_acquire(
 
 
 def decide_amend(lease: Lease | None, write: Write, changes: Mapping[str, str | None]) -> Decision:
-    """R1, R6: a holder's write on its own lock (renewal, annotations); Denied when it is not its own any more."""
+    """Decides on a holder's write to its own lock: a renewal, or annotations (R1).
+
+    Returns Denied if this boot of this node does not hold the lock any more (R6).
+    """
     if lease is None or is_lost(lease, write.me):
         return Denied(lease)
     return Replace(_stamped(lease, write, changes))
 
 
 def decide_release(lease: Lease | None, write: Write) -> Decision:
-    """R5: clear the holder, if it is this node, of whichever boot. Denied: nothing of ours to clear.
+    """Decides to clear the holder if it is this node, under whichever boot (R5). Returns Denied if it is not.
 
-    What is true of the device whoever holds it stays: server, busid, usb-id, serial, and the trace of the last holder,
-    so that others can link to it what they do upon the release.
+    Annotations about the device stay, as they are true whoever holds it: server, busid, usb-id and serial. The last
+    holder's traceparent stays too, so that other nodes can link what they do upon the release to that trace.
     """
     if lease is None or lease.holder != write.me.node:
         return Denied(lease)
@@ -161,7 +190,7 @@ def decide_release(lease: Lease | None, write: Write) -> Decision:
 
 
 def decide_session(lease: Lease | None, write: Write) -> Decision:
-    """A heartbeat: continues the session of this boot, or begins a new one."""
+    """Decides on a heartbeat: continues the session of this boot, or begins a new one."""
     name = record.session_name(write.me.node)
     base = lease or Lease(name=name)
     notes = record.with_notes(base.annotations, {record.BOOT_ID: write.me.boot_id, record.WRITE_ID: write.write_id})
@@ -179,17 +208,17 @@ def decide_session(lease: Lease | None, write: Write) -> Decision:
 
 
 def is_free(lease: Lease | None) -> bool:
-    """R2."""
+    """Returns whether nobody holds the lock: no Lease exists, or its holder is empty (R2)."""
     return lease is None or lease.holder == ""
 
 
 def is_mine(lease: Lease | None, me: NodeIdentity) -> bool:
-    """R3: held by this boot of this node."""
+    """Returns whether this boot of this node holds the lock (R3)."""
     return lease is not None and lease.holder == me.node and lease.annotations.get(record.BOOT_ID) == me.boot_id
 
 
 def is_lost(lease: Lease | None, me: NodeIdentity) -> bool:
-    """R6, for a lock that was ours."""
+    """Returns whether a lock that this boot of this node held is not its own any more (R6)."""
     return not is_mine(lease, me)
 
 
@@ -201,9 +230,11 @@ def observe(
     answered_at: float,
     own_duration: float,
 ) -> Observation:
-    """R4: what is known after reading the holder's session, the read having been sent and answered at these times.
+    """Returns the observation of a lock after one more read of its holder's session (R4).
 
-    The time to wait is the longest that holder, session or this node's own configuration asks for (seconds).
+    asked_at and answered_at: when the read was sent and answered (monotonic seconds).
+    own_duration: the duration that this node is configured with (seconds). The observation waits for the longest that
+    lock, session or own_duration ask for. Lock and session together can ask for MAX_DURATION_S at most.
     """
     session_version = session.resource_version if session is not None else ""
     if (
@@ -218,17 +249,23 @@ def observe(
 
 
 def expired(observation: Observation) -> bool:
-    """R4: unchanged for a whole duration."""
+    """Returns whether a lock was seen unchanged for its whole duration (R4)."""
     return observation.seen - observation.since >= observation.duration
 
 
 def may_take_over(lease: Lease, observation: Observation | None) -> bool:
-    """R4, but for the server's word: this very version of the record was seen to expire."""
+    """Returns whether this very version of a lock was seen to expire (R4).
+
+    R4 also requires that the server lists the device as free, which the caller checks.
+    """
     return observation is not None and observation.lock_version == lease.resource_version and expired(observation)
 
 
 def lock_status(lease: Lease | None, me: NodeIdentity, observation: Observation | None) -> LockStatus:
-    """How a lock stands for this node. MINE also under an earlier boot, from which it can be taken at once (R3)."""
+    """Returns the state of a lock as this node sees it.
+
+    MINE includes a lock of an earlier boot of this node, from which decide_acquire takes it at once (R3).
+    """
     if lease is None or is_free(lease):
         return LockStatus.FREE
     if lease.holder == me.node:
@@ -237,7 +274,7 @@ def lock_status(lease: Lease | None, me: NodeIdentity, observation: Observation 
 
 
 def _taken(lease: Lease, key: DeviceKey, meta: LockMeta, write: Write) -> Lease:
-    """The record with a new holder: a new epoch, and nothing left of the last holder's pod, port and boot."""
+    """Returns the record with this node as holder, a new epoch, and without the last holder's pod, port and boot."""
     notes = {**_meta_notes(lease, key, meta), record.PORT: None, record.POD: None}
     taken = _stamped(lease, write, notes)
     return replace(taken, holder=write.me.node, acquire_time=write.at, transitions=record.epoch_of(lease) + 1)
@@ -259,7 +296,7 @@ def _meta_notes(lease: Lease, key: DeviceKey, meta: LockMeta) -> dict[str, str |
     if meta.usb_id is not None:
         notes[record.USB_ID] = meta.usb_id
         if lease.annotations.get(record.USB_ID, meta.usb_id) != meta.usb_id:
-            # read from another device under the same bus id
+            # these annotations were read from another device under the same bus id
             notes.update(dict.fromkeys((record.SERIAL, record.INTERFACES, record.READ_FROM)))
     notes.update(record.identity_notes(record.with_notes(lease.annotations, notes), meta.identity))
     if meta.traceparent is not None:
@@ -269,7 +306,7 @@ def _meta_notes(lease: Lease, key: DeviceKey, meta: LockMeta) -> dict[str, str |
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """The rules as they are called, so that a simulation can put a wrong one in and see it caught."""
+    """The lock rules as replaceable functions, so that a simulation can put in a wrong one and see it caught."""
 
     decide_acquire: Callable[[Lease | None, DeviceKey, LockMeta, Write, Observation | None, bool], Decision] = (
         decide_acquire
