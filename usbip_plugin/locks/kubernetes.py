@@ -16,19 +16,26 @@ from usbip_plugin.locks.record import ChangeType, Lease, LeaseChange, LeaseList
 RESOURCE = "leases.coordination.k8s.io"
 _MAX_INT = 2**31 - 1
 _NAME = re.compile("[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
-# What is kept of an object (characters). The API takes 1.5 MiB, and every node keeps every lock.
+# Limits on the text kept of one Lease (characters). The API accepts 1.5 MiB, and every node keeps every lock in memory.
+# Longest name and uid. Kubernetes allows a name 253 characters.
 MAX_NAME = 253
+# Longest resourceVersion.
 MAX_VERSION = 64
-# Longer than any node's name, so that what is cut still names none.
+# Longest holder; a longer one is cut. More than any node's name has, so that a cut holder is never a node's name.
 MAX_HOLDER = 512
+# Keys and values of all annotations together, and of all labels together.
 MAX_NOTES = 16 * 1024
+# Value up to which an annotation of this project is kept in preference to those of others.
 MAX_OWN_NOTE = 1024
 _KEYS = {key: key for key in record.OWN}
-"""Each once: as texts of their own the keys of a lock are 1 KiB, and every node keeps every lock."""
+"""This project's keys, as the one copy that all decoded Leases share.
+
+Separate copies take 1 KiB for each lock, and every node keeps every lock.
+"""
 
 
 class KubernetesLeases:
-    """See LeaseStore. Every call ends within the client's request timeout (5 s)."""
+    """A LeaseStore on a real API server. Every call ends within the client's request timeout (5 s)."""
 
     def __init__(self, client: KubeClient, namespace: str) -> None:
         self._client = client
@@ -37,7 +44,7 @@ class KubernetesLeases:
 
     async def get(self, name: str) -> Lease | None:
         if not _NAME.fullmatch(name):
-            return None  # no such object can exist; names are made from what other nodes write, and go into the path
+            return None  # no such object can exist; a name comes from what other nodes write, and goes into the path
         try:
             return decode(await self._client.request("get", f"{self._base}/{name}", resource=RESOURCE))
         except KubeNotFound:
@@ -100,10 +107,11 @@ def encode(lease: Lease, namespace: str) -> dict[str, Any]:
 
 
 def decode(value: Mapping[str, Any]) -> Lease:
-    """A Lease object as the API server gives it. A field of a wrong type or out of its range counts as absent.
+    """Returns the Lease for an object from the API server. A field of a wrong type or out of range counts as absent.
 
-    A holder is cut at MAX_HOLDER; annotations of others that do not fit into MAX_NOTES are left out, and so are labels:
-    the next write by this node takes them off the object. KubeServerError without a name or a resourceVersion.
+    Cuts the holder at MAX_HOLDER. Leaves out annotations of others that do not fit into MAX_NOTES, and labels likewise:
+    the next write by this node removes them from the object.
+    Raises KubeServerError if the object has no usable name or resourceVersion.
     """
     metadata = _mapping(value.get("metadata"))
     spec = _mapping(value.get("spec"))
@@ -141,7 +149,10 @@ def _short(value: Any, longest: int) -> str | None:
 
 
 def _strings(value: Any) -> Mapping[str, str]:
-    """The texts of a mapping, as many as MAX_NOTES characters hold; this project's own first, whatever others add."""
+    """Returns the string entries of a mapping, MAX_NOTES characters at most.
+
+    This project's own keys come first, so that entries of others cannot displace them.
+    """
     texts = {_KEYS.get(key, key): text for key, text in _mapping(value).items() if isinstance(text, str)}
     if sum(map(len, texts)) + sum(map(len, texts.values())) <= MAX_NOTES:
         return texts
@@ -159,13 +170,13 @@ def _integer(value: Any) -> int | None:
 
 
 def _time(value: Any) -> datetime | None:
-    """In UTC."""
+    """Returns an RFC 3339 time in UTC, or None for anything else. A time without an offset counts as UTC."""
     if not isinstance(value, str):
         return None
     try:
         parsed = datetime.fromisoformat(value)
         return parsed.replace(tzinfo=parsed.tzinfo or UTC).astimezone(UTC)
-    except (ValueError, OverflowError):  # the year 1, east of Greenwich
+    except (ValueError, OverflowError):  # OverflowError: the first hours of year 1, east of Greenwich
         return None
 
 

@@ -326,7 +326,7 @@ class LockManager:
         return outcome
 
     async def _timely(self, key: DeviceKey, outcome: AcknowledgedWrite | Denied) -> Grant:
-        """Returns the grant for a write. Writes once more if half the import window passed before its outcome was known.
+        """Returns the grant for a write. Writes again if half the import window passed before its outcome was known.
 
         Raises LockHeld or LockUnavailable if the write was denied, LockLost if the lock was lost before the second one.
         """

@@ -1,4 +1,4 @@
-"""A Lease as the record of a lock or a session: the object and its store, and what its fields and annotations say."""
+"""The Lease that records a lock or a session: the object, its store, and how its fields and annotations are read."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ from usbip_plugin.model import (
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """A coordination.k8s.io/v1 Lease. resource_version is "" for one that was not read from a store."""
+    """A coordination.k8s.io/v1 Lease.
+
+    resource_version and uid are "" for a Lease that was not read from a store. transitions: leaseTransitions.
+    """
 
     name: str
     holder: str = ""
@@ -42,6 +45,8 @@ class Lease:
 
 
 class ChangeType(enum.Enum):
+    """The type of a watch event, as the Kubernetes API names it."""
+
     ADDED = "ADDED"
     MODIFIED = "MODIFIED"
     DELETED = "DELETED"
@@ -50,7 +55,11 @@ class ChangeType(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class LeaseChange:
-    """One watch event. For a BOOKMARK only resource_version counts and lease is None."""
+    """One watch event.
+
+    resource_version: the version that the watch has reached.
+    lease: the Lease after the change, or as it was deleted; None for a BOOKMARK.
+    """
 
     type: ChangeType
     resource_version: str
@@ -59,36 +68,47 @@ class LeaseChange:
 
 @dataclass(frozen=True, slots=True)
 class LeaseList:
+    """Leases at one moment. resource_version: the version of the list, from which a watch can follow on."""
+
     items: tuple[Lease, ...]
     resource_version: str
 
 
 class LeaseStore(Protocol):
-    """Leases of one namespace. Raises the KubeError family; every call is bounded in time by the store.
+    """The Leases of one namespace. The store bounds every call in time. Calls raise subclasses of KubeError.
 
-    KubeUnreachable from a write says nothing about whether it happened: re-read and compare.
+    After KubeUnreachable from a write, it is unknown whether the write happened: re-read and compare.
     """
 
     async def get(self, name: str) -> Lease | None: ...
 
     async def list(self, labels: Mapping[str, str]) -> LeaseList:
-        """Leases that bear all these labels."""
+        """Returns the Leases that have all these labels."""
         ...
 
     async def create(self, lease: Lease) -> Lease:
-        """KubeConflict if the name exists."""
+        """Creates the Lease and returns it as stored. Raises KubeConflict if the name exists."""
         ...
 
     async def replace(self, lease: Lease) -> Lease:
-        """Compare-and-swap on lease.resource_version: KubeConflict if it is not current, KubeNotFound if it is gone."""
+        """Replaces the Lease by compare-and-swap on lease.resource_version and returns it as stored.
+
+        Raises KubeConflict if that version is not current, KubeNotFound if the Lease is gone.
+        """
         ...
 
     async def delete(self, name: str, resource_version: str) -> None:
-        """Compare-and-delete: KubeConflict if changed since, KubeNotFound if gone."""
+        """Deletes the Lease if resource_version is still current (compare-and-delete).
+
+        Raises KubeConflict if the Lease has changed since, KubeNotFound if it is gone.
+        """
         ...
 
     def watch(self, labels: Mapping[str, str], resource_version: str) -> AsyncIterator[LeaseChange]:
-        """Changes after resource_version. Ends when the server ends it; KubeGone when it must be listed anew."""
+        """Yields the changes after resource_version. Ends when the server ends the watch.
+
+        Raises KubeGone when resource_version is too old, so that the caller must list again.
+        """
         ...
 
 
@@ -102,29 +122,37 @@ BUSID = DOMAIN + "busid"
 USB_ID = DOMAIN + "usb-id"
 SERIAL = DOMAIN + "serial"
 INTERFACES = DOMAIN + "interfaces"
-"""Class, subclass and protocol of each, as udev writes them: "080650,ff0000"."""
+"""Class, subclass and protocol of each interface, in hex as udev writes them: "080650,ff0000"."""
 READ_FROM = DOMAIN + "read-from"
-"""bus:device number of what told serial number and interfaces."""
+"""Bus and device number of the device that serial number and interfaces were read from: "1:4"."""
 BOOT_ID = DOMAIN + "boot-id"
 PORT = DOMAIN + "vhci-port"
 POD = DOMAIN + "pod"
 TRACEPARENT = DOMAIN + "traceparent"
 IN_PLACE_OF = DOMAIN + "in-place-of"
+"""ID of the device that is attached from this bus id instead of from its own."""
 WRITE_ID = DOMAIN + "write-id"
+"""Random mark of the last write, by which a plugin recognises its own write; or BY_HAND."""
 BY_HAND = "released-by-hand"
-"""Instead of the mark by which a plugin knows its own write again: a person has emptied the lock."""
+"""Value of WRITE_ID in a lock that a person has released, in place of a plugin's mark."""
 OWN = frozenset(
     {
         *(LABEL, SERVER, BUSID, USB_ID, SERIAL, INTERFACES, READ_FROM),
         *(BOOT_ID, PORT, POD, TRACEPARENT, IN_PLACE_OF, WRITE_ID),
     }
 )
+"""The keys of all labels and annotations that this project writes."""
 
-# The longest a holder may ask others to wait for it (seconds); more is a mistake or malice.
+# The longest time that a lock or session can make other nodes wait before a takeover (seconds). More is a mistake or
+# malice.
 MAX_DURATION_S = 3600.0
+# Longest value accepted for a holder, server, bus id or serial number (characters).
 _MAX_TEXT = 256
+# Longest name of a Kubernetes object (characters).
 _MAX_NAME = 253
+# Largest leaseTransitions, which is an int32.
 _MAX_EPOCH = 2**31 - 1
+# Most interfaces kept of a device, as many as USB allows.
 MAX_INTERFACES = 32
 
 _DEVICE_ID = re.compile(DEVICE_ID_PREFIX + "[a-z2-7]{20}")
@@ -144,7 +172,7 @@ def is_lock_name(name: str) -> bool:
 
 
 def session_name(node: str) -> str:
-    """Name of the node's session Lease; a node name too long for it is cut and told apart by a digest."""
+    """Returns the name of the node's session Lease. A node name too long for it is cut and made unique by a digest."""
     name = SESSION_PREFIX + node
     if len(name) <= _MAX_NAME:
         return name
@@ -153,7 +181,7 @@ def session_name(node: str) -> str:
 
 
 def lock_of(lease: Lease) -> Lock:
-    """What a lock Lease says, as far as it can be believed."""
+    """Returns the lock that a Lease records. An invalid value counts as absent: other nodes and people write Leases."""
     notes = lease.annotations
     server, busid = _text(notes.get(SERVER)), _text(notes.get(BUSID))
     return Lock(
@@ -181,7 +209,7 @@ def lock_of(lease: Lease) -> Lock:
 
 
 def holder_text(holder: str) -> str:
-    """The holder, made printable and short. One that had to be changed begins with "!", which no node name does."""
+    """Returns the holder, made printable and short. A changed holder begins with "!", as no node name does."""
     clean = _text(holder)
     if not holder or clean == holder:
         return holder
@@ -198,7 +226,7 @@ def port_of(text: str | None) -> int | None:
 
 
 def pod_of(text: str | None) -> PodRef | None:
-    """namespace/name or namespace/name/uid."""
+    """Returns the pod for "namespace/name" or "namespace/name/uid", None for anything else."""
     parts = (text or "").split("/", 3)
     if len(parts) not in (2, 3) or not all(_DNS.fullmatch(part) for part in parts[:2]):
         return None
@@ -219,21 +247,25 @@ def interfaces_of(text: str | None) -> tuple[InterfaceClass, ...] | None:
 
 
 def interfaces_text(interfaces: tuple[InterfaceClass, ...] | None) -> str | None:
-    """Cut at MAX_INTERFACES, as many as USB allows."""
+    """Returns the interfaces as the annotation has them, cut at MAX_INTERFACES; None for None."""
     if interfaces is None:
         return None
     return ",".join(f"{i.class_:02x}{i.subclass:02x}{i.protocol:02x}" for i in interfaces[:MAX_INTERFACES])
 
 
 def read_from_of(text: str | None) -> int | None:
-    """A devid, see Descriptor."""
+    """Returns the devid (busnum << 16 | devnum) for "BUS:DEVICE", None for anything else."""
     match = _READ_FROM.fullmatch(text or "")
     bus, device = (int(match[1]), int(match[2])) if match else (1 << 16, 0)
     return bus << 16 | device if bus < 1 << 16 and device < 1 << 16 else None
 
 
 def identity_notes(notes: Mapping[str, str], told: Identity | None) -> dict[str, str | None]:
-    """The annotations that say what a device has told, to be laid over these; of another device nothing is kept."""
+    """Returns the changes to notes that record what was read from a device, with None for an annotation to remove.
+
+    Identity annotations of another device in notes are removed: one with another devid or serial number. The result is
+    empty if told is None or has no devid.
+    """
     if told is None or told.devid is None:
         return {}
     same = read_from_of(notes.get(READ_FROM)) == told.devid and (
@@ -245,12 +277,12 @@ def identity_notes(notes: Mapping[str, str], told: Identity | None) -> dict[str,
 
 
 def device_notes(key: DeviceKey) -> dict[str, str]:
-    """The annotations that say which device a lock is for."""
+    """Returns the annotations that identify the device of a lock."""
     return {SERVER: str(key.server), BUSID: key.busid}
 
 
 def with_notes(notes: Mapping[str, str], changes: Mapping[str, str | None]) -> dict[str, str]:
-    """notes with changes laid over them; None takes one away."""
+    """Returns notes with changes merged in. A change to None removes the annotation."""
     merged = {**notes, **{name: value for name, value in changes.items() if value is not None}}
     return {name: value for name, value in merged.items() if changes.get(name, value) is not None}
 
@@ -264,10 +296,10 @@ def _match(pattern: re.Pattern[str], text: str | None) -> str | None:
 
 
 def _key_of(device_id: str, server: str | None, busid: str | None) -> DeviceKey | None:
-    """The device that a lock is about, None if its annotations do not say so or do not hash to its own name."""
+    """Returns the device that a lock is for, None if its annotations are invalid or do not hash to the lock's name."""
     host, _, port = (server or "").rpartition(":")
     if not host or not _TCP_PORT.fullmatch(port) or not 0 < int(port) <= MAX_TCP_PORT:
-        return None  # nobody could connect to that
+        return None  # nobody could connect to such an address
     if busid is None or not valid_busid(busid):
         return None
     key = DeviceKey(ServerKey(host.removeprefix("[").removesuffix("]"), int(port)), busid)
@@ -275,6 +307,6 @@ def _key_of(device_id: str, server: str | None, busid: str | None) -> DeviceKey 
 
 
 def _usb_id_of(text: str | None) -> UsbId | None:
-    """ "0951:1666" as the annotation has it; None for anything else."""
+    """Returns the USB ID for the annotation's form "0951:1666", None for anything else."""
     found = _match(_USB_ID, text)
     return None if found is None else UsbId(int(found[:4], 16), int(found[5:], 16))

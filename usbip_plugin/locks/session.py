@@ -1,4 +1,4 @@
-"""This node's session: its heartbeat, and the observation of the sessions of others until they expire."""
+"""The heartbeat of this node's session, and the observation of other nodes' locks and sessions until they expire."""
 
 from __future__ import annotations
 
@@ -17,14 +17,20 @@ from usbip_plugin.locks.watch import LockCache
 logger = logging.getLogger(__name__)
 
 
+# Wait after the first failed heartbeat (seconds).
 RETRY_FIRST_S = 0.5
-# Of the duration: how often the session is written, and the longest wait after a failed write.
+# Time between two heartbeats, as a share of the lock duration, so that two may fail before the session can expire.
 BEAT_FRACTION = 1 / 4
+# Longest wait after a failed heartbeat, as a share of the lock duration.
 RETRY_FRACTION = 1 / 8
 
 
 class Session:
-    """need() while a lock is held or about to be; run() writes."""
+    """The session Lease of this node, renewed by heartbeats while the session is needed. run() must be running.
+
+    Call need(True) while this node holds a lock or is about to take one.
+    written_at: when the last successful heartbeat was sent (monotonic seconds), None before the first of this process.
+    """
 
     def __init__(
         self,
@@ -40,24 +46,27 @@ class Session:
         self._needed = asyncio.Event()
         self._known: Lease | None = None
         self._failing = False
-        self.written_at: float | None = None  # monotonic; None before the first heartbeat of this process
+        self.written_at: float | None = None
 
     def need(self, needed: bool) -> None:
-        """Takes effect at once: the first heartbeat of a first hold goes out with the lock write, not after it."""
+        """Starts or stops the heartbeats at once.
+
+        The first heartbeat for a first lock goes out together with the write of the lock, not after it.
+        """
         if needed:
             self._needed.set()
         else:
             self._needed.clear()
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Runs until cancelled. Writes heartbeats while the session is needed."""
         while True:
             await self._needed.wait()
             await self._beat()
             await self._clock.sleep(self._duration * BEAT_FRACTION)
 
     async def _beat(self) -> None:
-        """One heartbeat, tried until it is written or no longer needed."""
+        """Writes one heartbeat, and tries again until it is written or not needed any more."""
         waits = backoff(self._rng, RETRY_FIRST_S, self._duration * RETRY_FRACTION)
         while self._needed.is_set():
             try:
@@ -86,25 +95,27 @@ class Session:
                 case _:
                     self._known = await self._store.replace(decision.lease)
         except (KubeConflict, KubeNotFound):
-            self._known = None  # written by somebody else, or one's own write of unknown outcome: read and write anew
+            # Another process wrote or deleted it, or an own write of unknown outcome took effect: read and write anew.
+            self._known = None
             return False
         self.written_at = sent_at
         return True
 
 
-# Session reads in one round; the holders beyond it wait for a later round.
+# Most sessions read in one round, one for each holder. Further holders wait for a later round.
 MAX_READS = 64
-# Of the duration: how often the session behind an expired lock is read. It is read once more before a takeover, and a
-# holder that comes back and wants the device writes the lock; until then every node of the cluster reads it.
+# Time between two reads of the session behind an expired lock, in lock durations. It is long, as every node of the
+# cluster reads that session. It can be long: confirm() reads once more before a takeover, and a holder that comes back
+# and wants the device writes the lock.
 EXPIRED_BEATS = 4.0
-# The least time between two rounds, so that a clock's rounding never makes them spin.
+# Least time between two rounds (seconds), so that rounding of a clock never makes them spin.
 MIN_ROUND_S = 0.05
 
 
 class ExpiryWatch:
-    """Observes each lock that another node holds on an importable device.
+    """The observation of each lock that another node holds on an importable device (R4). run() must be running.
 
-    notify(device_id) is called when a lock's expiry changes either way.
+    Calls notify(device_id) when a lock expires, and when a lock that had expired does not count as expired any more.
     """
 
     def __init__(
@@ -124,14 +135,14 @@ class ExpiryWatch:
         self._wake = asyncio.Event()
 
     def set_importable(self, device_ids: frozenset[str]) -> None:
-        """The devices that servers list as free to import now. An observation of any other ends."""
+        """Sets the devices that their servers list as free to import now. Ends the observation of all others."""
         self._importable = set(device_ids)
         for device_id in self._observed.keys() - device_ids:
             self._forget(device_id)
         self._look()
 
     def importable_changed(self, device_id: str, *, importable: bool) -> None:
-        """The same where it has changed for this device alone."""
+        """Sets for one device whether its server lists it as free to import. If not, ends its observation."""
         if importable:
             self._importable.add(device_id)
             self._wake_for(device_id)
@@ -147,19 +158,22 @@ class ExpiryWatch:
         return self._observed.get(device_id)
 
     def lock_changed(self, device_id: str) -> None:
-        """To be called when the view has another record of a lock."""
+        """Begins the observation of a lock anew. Must be called whenever the LockCache has another record of it."""
         self._observed.pop(device_id, None)
         self._wake_for(device_id)
 
     async def confirm(self, lease: Lease) -> Observation | None:
-        """Reads the holder's session once more; what is then known of the lock. KubeError if it cannot be read."""
+        """Reads the holder's session once more and returns the observation of the lock, None if it is not observed.
+
+        Raises KubeError if the session cannot be read.
+        """
         asked_at = self._clock.monotonic()
         session = await self._store.get(record.session_name(lease.holder))
         self._note(lease, session, asked_at)
         return self._observed.get(lease.name)
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Runs until cancelled. Reads the sessions of other holders in rounds."""
         while True:
             self._wake.clear()
             wait = self._next_round() if await self._round() else self._duration * BEAT_FRACTION
@@ -170,7 +184,7 @@ class ExpiryWatch:
                 continue
 
     def _candidates(self) -> dict[str, list[Lease]]:
-        """Locks to observe, by holder; those longest unread first."""
+        """Returns the locks whose holder's session is to be read now, by holder; those longest unread first."""
         found: dict[str, list[Lease]] = {}
         leases = [lease for device_id in self._importable if (lease := self._view.lease(device_id)) is not None]
         for lease in sorted(leases, key=self._last_seen):
@@ -200,7 +214,7 @@ class ExpiryWatch:
             try:
                 session = await self._store.get(record.session_name(holder))
             except KubeError as error:
-                # Nothing is concluded from it: only a confirmed observation can expire.
+                # A failed read leaves every observation as it is: only a confirmed observation can expire (R4).
                 logger.debug("session not readable", extra={"holder": record.holder_text(holder), "cause": str(error)})
                 return False
             for lease in leases:
@@ -217,7 +231,11 @@ class ExpiryWatch:
             self._notify(lease.name)
 
     def _next_round(self) -> float:
-        """Seconds: a quarter of the duration, or less when an observation comes of age before; longer if all have."""
+        """Returns the seconds until the next round.
+
+        That is BEAT_FRACTION of the duration, less if an observation may expire sooner, and EXPIRED_BEATS durations if
+        all observed locks have expired.
+        """
         now = self._clock.monotonic()
         waits = [
             observation.since + observation.duration - now
@@ -228,7 +246,7 @@ class ExpiryWatch:
         return max(MIN_ROUND_S, min([self._duration * most, *waits]))
 
     def _look(self) -> None:
-        """Begin a round now if a lock has come that nobody observes yet."""
+        """Begins a round now if another node's lock on an importable device is not observed yet."""
         for device_id in self._importable:
             self._wake_for(device_id)
 

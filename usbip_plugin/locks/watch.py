@@ -1,4 +1,4 @@
-"""What the watch shows of all locks, and whether the API server can be reached."""
+"""The current records of all locks, kept by a watch, and whether the API server can be reached."""
 
 from __future__ import annotations
 
@@ -21,12 +21,18 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
+# Errors of a call that mean that the API server cannot be used. Any other error is an answer of a working server.
 _DOWN = (KubeUnreachable, KubeServerError, KubeUnauthorized)
 
 
 @dataclass(frozen=True, slots=True)
 class ApiState:
-    """since: this node's monotonic clock, when reachable last changed. error: why it is not reachable."""
+    """Whether this node can reach the API server.
+
+    reachable: both the watch of locks and the last single call went well.
+    since: when reachable last changed (monotonic seconds of this node).
+    error: why the API server is not reachable; None while it is, and before anything has failed.
+    """
 
     reachable: bool
     since: float
@@ -34,7 +40,11 @@ class ApiState:
 
 
 class ApiReachability:
-    """Reachable when both the watch and the last single call are well. Begins as not reachable, without an error."""
+    """The API server's reachability, derived from the watch of locks and from the last single call.
+
+    The server is reachable when both are well. Begins as not reachable, without an error. Calls on_change for each
+    change of state, from within the call that brought it.
+    """
 
     def __init__(self, clock: Clock, on_change: Callable[[ApiState], None]) -> None:
         self._clock, self._on_change = clock, on_change
@@ -53,7 +63,10 @@ class ApiReachability:
         self._tell()
 
     def watch_down(self, error: KubeError) -> bool:
-        """Whether this is news: the first failure, or one of another kind than the last."""
+        """Records that the watch failed. Returns whether that is news.
+
+        It is for the first failure, and for one of another kind than the last.
+        """
         news = self._watch_failure is not type(error)
         self._watch_up, self._watch_error, self._watch_failure = False, str(error), type(error)
         self._tell()
@@ -80,7 +93,10 @@ class ApiReachability:
 
 
 class WatchedStore:
-    """A LeaseStore that tells an ApiReachability how each call went. Watches are told by who runs them."""
+    """A LeaseStore that reports the outcome of each call to an ApiReachability.
+
+    The caller of watch() reports the outcome of the watch itself.
+    """
 
     def __init__(self, store: LeaseStore, contact: ApiReachability) -> None:
         self._store, self._contact = store, contact
@@ -110,7 +126,7 @@ class WatchedStore:
             self._contact.call_down(error)
             raise
         except KubeError:
-            self._contact.call_ok()  # an answer, if not the one wished for
+            self._contact.call_ok()  # the API server answered, though with an error
             raise
         self._contact.call_ok()
         return result
@@ -118,7 +134,11 @@ class WatchedStore:
 
 @dataclass(frozen=True, slots=True)
 class LockChange:
-    """A lock as it was and is; None where there is no such Lease. Equal when only its standing changed (expiry)."""
+    """A change of a lock's record or status.
+
+    old, new: the lock before and after; None where there is no such Lease. Both are equal if only the lock's status
+    changed, because it expired or no longer counts as expired.
+    """
 
     device_id: str
     old: Lock | None
@@ -126,17 +146,20 @@ class LockChange:
 
     @property
     def former(self) -> str:
-        """Who held it; "" for nobody."""
+        """The holder before the change, "" for nobody."""
         return self.old.holder if self.old is not None else ""
 
     @property
     def holder(self) -> str:
-        """Who holds it now; "" for nobody."""
+        """The holder after the change, "" for nobody."""
         return self.new.holder if self.new is not None else ""
 
 
 def newer(version: str, than: str) -> bool:
-    """Whether a resourceVersion is later. Kubernetes promises integers since 1.35; anything else counts as later."""
+    """Returns whether a resourceVersion is later than another.
+
+    Kubernetes guarantees integers since 1.35. Versions of any other form count as later if they differ.
+    """
     if version.isascii() and than.isascii() and version.isdigit() and than.isdigit():
         # as numbers, of whatever length: int() refuses more than 4300 digits
         one, other = version.lstrip("0"), than.lstrip("0")
@@ -145,16 +168,17 @@ def newer(version: str, than: str) -> bool:
 
 
 class LockCache:
-    """Own writes and watch events merged by resourceVersion: an older event never rolls back a newer record.
+    """The newest known record of each lock: own reads and writes, lists and watch events, merged by resourceVersion.
 
-    on_change is called once for each change of a record, in order, from within the call that brought it.
+    An older event never rolls back a newer record. Calls on_change once for each change of a record, in order, from
+    within the call that brought it.
     """
 
     def __init__(self, on_change: Callable[[LockChange], None]) -> None:
         self._on_change = on_change
         self._leases: dict[str, Lease] = {}
         self._locks: dict[str, Lock] = {}
-        self._gone: dict[str, str] = {}  # device id -> version of its deletion, since the last list
+        self._gone: dict[str, str] = {}  # device ID -> version of its deletion, since the last list
         self._floor = "0"  # version of the last list or watch event
 
     @property
@@ -165,7 +189,7 @@ class LockCache:
         return self._leases.get(device_id)
 
     def put(self, lease: Lease) -> None:
-        """A record as answered to a read or write of one's own, or as it came in an event."""
+        """Takes in a record from this node's own read or write, or from a watch event. Ignores an older one."""
         known = self._leases.get(lease.name)
         if known is not None:
             if newer(lease.resource_version, known.resource_version):
@@ -174,14 +198,17 @@ class LockCache:
             self._set(lease.name, lease)
 
     def missing(self, device_id: str, expected: str) -> None:
-        """A read found nothing, where the record of version expected had been known."""
+        """Takes in that a read found no Lease. Ignored unless the version known before the read is still the newest.
+
+        expected: that version.
+        """
         known = self._leases.get(device_id)
         if known is not None and known.resource_version == expected:
             self._gone[device_id] = expected
             self._set(device_id, None)
 
     def apply(self, change: LeaseChange) -> None:
-        """One watch event."""
+        """Takes in one watch event."""
         lease = change.lease
         if lease is not None and record.is_lock_name(lease.name):
             if change.type is ChangeType.DELETED:
@@ -191,8 +218,11 @@ class LockCache:
         self._floor = change.resource_version
 
     def reset(self, listing: LeaseList) -> None:
-        """A full list. What it lacks is gone, unless it was written after the list was made."""
-        restored = newer(self._floor, listing.resource_version)  # the API server was set back to a backup
+        """Takes in a full list. A lock that the list lacks is gone, unless it was written after the list was made.
+
+        A list older than the last list or event shows an API server restored from a backup: it replaces every record.
+        """
+        restored = newer(self._floor, listing.resource_version)  # the API server was restored from a backup
         listed = {lease.name: lease for lease in listing.items if record.is_lock_name(lease.name)}
         for name, known in list(self._leases.items()):
             if name not in listed and (restored or not newer(known.resource_version, listing.resource_version)):
@@ -222,14 +252,18 @@ class LockCache:
         self._on_change(LockChange(name, old, self._locks.get(name)))
 
 
+# First and longest wait before the locks are listed and watched again (seconds).
 RETRY_FIRST_S = 0.2
 RETRY_MAX_S = 5.0
-# A watch that has stood this long counts as established.
+# Time after which an open watch counts as established, even without an event (seconds).
 SETTLE_S = 2.0
 
 
 class LockWatcher:
-    """Keeps a LockCache true. ready is set after the first list."""
+    """Keeps a LockCache current by listing and watching all locks. run() must be running.
+
+    Sets ready after the first list. Reports the outcome of each watch to the ApiReachability.
+    """
 
     def __init__(
         self,
@@ -243,16 +277,16 @@ class LockWatcher:
         self._store, self._view, self._contact = store, view, contact
         self._clock, self._rng, self._ready = clock, rng, ready
         self._scope: asyncio.Timeout | None = None
-        self._suspect = False  # the last watch broke as soon as it was opened, though the list had gone well
+        self._suspect = False  # the last watch broke as soon as it was opened, though the list had succeeded
 
     def verify(self) -> None:
-        """Another call failed: give up the open watch, which may be dead too, and list anew."""
+        """Ends the open watch, so that run() lists anew. Used when another call failed: the watch may be dead too."""
         if self._scope is not None:
             self._scope.reschedule(asyncio.get_running_loop().time())
             self._scope = None
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Runs until cancelled. Lists and watches again after every error."""
         waits = backoff(self._rng, RETRY_FIRST_S, RETRY_MAX_S)
         while True:
             started = self._clock.monotonic()
@@ -289,7 +323,10 @@ class LockWatcher:
                 raise KubeServerError("watch", "leases.coordination.k8s.io", "the watch ended as soon as it was opened")
 
     async def _watch(self, version: str) -> str:
-        """Follow from version; the version reached when the server ended it. TimeoutError after verify()."""
+        """Watches from version on, and returns the version reached when the server ended the watch.
+
+        Raises TimeoutError after verify().
+        """
         stream = self._store.watch(record.LOCK_LABELS, version)
         try:
             async with asyncio.timeout(None) as self._scope:

@@ -1,4 +1,4 @@
-"""One lock operation against the store: decide, write, and find out what came of the write."""
+"""One lock operation on the store: decide, write, and find out whether the write took effect."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ from usbip_plugin.locks.watch import LockCache
 from usbip_plugin.model import DeviceKey, NodeIdentity
 from usbip_plugin.observe.spans import device_attributes, span
 
-# How often one operation decides anew after its compare-and-swap failed.
+# Most decisions of one attempt, each made anew after the compare-and-swap of the one before failed.
 CONFLICT_ROUNDS = 5
 
 
 @dataclass(frozen=True, slots=True)
 class AcknowledgedWrite:
-    """A record that is known to have been written, and when the write was sent (monotonic)."""
+    """A record that is known to have been written.
+
+    sent_at: when the write was sent (monotonic seconds), from which the import window counts (R1).
+    """
 
     lease: Lease
     sent_at: float
@@ -32,13 +35,17 @@ class AcknowledgedWrite:
 
 @dataclass(slots=True)
 class WriteAttempts:
-    """The writes of one operation, by write id: as sent, and when. tenure: the epoch it may have begun."""
+    """The writes that one operation has sent, whether or not they took effect.
+
+    sent: by write id, the record as sent and when.
+    tenure: the epoch that the operation may have begun, None if it has begun none.
+    """
 
     sent: dict[str, AcknowledgedWrite] = field(default_factory=dict)
     tenure: int | None = None
 
     def landed(self, lease: Lease | None) -> AcknowledgedWrite | None:
-        """One of these writes, found again in a record that was read."""
+        """Returns the one of these writes that a record, read from the store, shows to have taken effect, or None."""
         mark = lease.annotations.get(record.WRITE_ID) if lease is not None else None
         sent = self.sent.get(mark) if mark is not None else None
         if lease is None or sent is None or sent.lease.holder != lease.holder:
@@ -50,7 +57,10 @@ Decide = Callable[[Lease | None, Write], Awaitable[Decision]]
 
 
 class Writer:
-    """before_write is called right before each write."""
+    """Runs lock operations on the store: decides, writes, and finds out whether a write took effect.
+
+    Calls before_write right before each write.
+    """
 
     def __init__(
         self,
@@ -72,10 +82,10 @@ class Writer:
     async def drive(
         self, key: DeviceKey, decide: Decide, effort: WriteAttempts | None = None
     ) -> AcknowledgedWrite | Denied:
-        """Decide and write until a write is known to have happened, or a record just read forbids it.
+        """Decides and writes until a write is known to have happened, or a record just read forbids it.
 
-        LockUnavailable if the API server does not answer, or refuses for another reason than a conflict. Cancel-safe in
-        that effort then tells what may have been written.
+        Raises LockUnavailable if the API server does not answer, refuses for another reason than a conflict, or if the
+        record kept changing for CONFLICT_ROUNDS decisions. Cancel-safe: effort then lists what may have been written.
         """
         use_effort = effort or WriteAttempts()
         try:
@@ -90,7 +100,7 @@ class Writer:
     async def _rounds(
         self, key: DeviceKey, decide: Decide, effort: WriteAttempts, *, again: bool
     ) -> AcknowledgedWrite | Denied:
-        """One attempt of _drive. Unless it is the first, it begins by reading what came of the one before."""
+        """Makes one attempt of drive(). With again=True, first reads whether an earlier attempt took effect."""
         fresh = again
         lease = await self._read(key.id) if again else self._view.lease(key.id)
         for _ in range(CONFLICT_ROUNDS):
@@ -100,7 +110,8 @@ class Writer:
             write = self.new_write()
             decision = await decide(lease, write)
             if not isinstance(decision, Denied):
-                # a record that is ours and none of these writes was begun by somebody else, whatever was tried before
+                # A record that is ours, but none of these writes, belongs to an epoch that another operation began,
+                # whatever this operation tried before.
                 effort.tenure = None if protocol.is_mine(lease, self._me) else decision.lease.transitions
                 written = await self._write(key, decision, write, effort)
                 if written is not None:
@@ -113,7 +124,7 @@ class Writer:
     async def _write(
         self, key: DeviceKey, decision: Create | Replace, write: Write, effort: WriteAttempts
     ) -> AcknowledgedWrite | None:
-        """None after a conflict."""
+        """Sends one write: a create or a compare-and-swap. Returns None after a conflict, or if the Lease is gone."""
         self._before_write()
         with span(self._tracer, "lock.write", device_attributes(key), kind=SpanKind.CLIENT) as written:
             # R1 counts from here, not from the answer: others may see the write as soon as it is sent.

@@ -1,1 +1,1 @@
-"""The USB/IP wire: protocol, client, server polling. Imports nothing from vhci, locks or kubelet."""
+"""The USB/IP wire: protocol, client and server polling. Imports nothing from vhci, locks or kubelet."""

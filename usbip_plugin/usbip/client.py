@@ -1,4 +1,4 @@
-"""Conversations with USB/IP servers: connect, DEVLIST, IMPORT, and questions to an imported device."""
+"""The USB/IP client: connects to servers, lists and imports their devices, and probes an imported device."""
 
 from __future__ import annotations
 
@@ -34,21 +34,26 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
+# TCP keepalive: seconds of silence before the first probe, seconds between probes, and unanswered probes until the
+# connection ends. A dead server is found within about 8 s.
 KEEPALIVE_IDLE_S = 2
 KEEPALIVE_INTERVAL_S = 2
 KEEPALIVE_COUNT = 3
-# Keepalive watches an idle connection only; with data under way the kernel would try again for a quarter of an hour.
+# Time for which sent data may stay unacknowledged (milliseconds), the same 8 s. Keepalive watches an idle connection
+# only; with data under way, the kernel would try again for a quarter of an hour.
 USER_TIMEOUT_MS = (KEEPALIVE_IDLE_S + KEEPALIVE_INTERVAL_S * KEEPALIVE_COUNT) * 1000
+# Wait for one address before the next is tried beside it (seconds), as RFC 8305 recommends.
 NEXT_ADDRESS_S = 0.25
+# Most names resolved at once. More name servers than that may be dead before other names wait.
 _RESOLVER_THREADS = 4
 
 Addresses: TypeAlias = Sequence[AddrInfoType]
-# What getaddrinfo raises for names, for text that cannot be one, and for ports far out of range.
+# What getaddrinfo raises: for an unknown name, for text that cannot be a name, and for a port far out of range.
 _NO_ADDRESS = (socket.gaierror, UnicodeError, OverflowError)
 
 
 def resolve(server: ServerKey) -> Addresses:
-    """Blocking. ServerUnreachable if there is no such host."""
+    """Resolves the server's host name. Blocks. Raises ServerUnreachable if there is no such host."""
     try:
         return socket.getaddrinfo(server.host, server.port, type=socket.SOCK_STREAM)
     except _NO_ADDRESS as error:
@@ -57,10 +62,10 @@ def resolve(server: ServerKey) -> Addresses:
 
 
 class Connector:
-    """Connects to servers. close() it.
+    """The Dialler that connects over TCP. The owner must close() it.
 
-    Names are resolved in threads of its own, one at a time for each server: a dead name server takes no thread from
-    anybody else.
+    It resolves names in threads of its own, and each server's name in one thread at most, so that a dead name server
+    takes no thread from other code.
     """
 
     def __init__(self, resolve: Callable[[ServerKey], Addresses] = resolve) -> None:
@@ -69,13 +74,13 @@ class Connector:
         self._asked: dict[ServerKey, asyncio.Future[Addresses]] = {}
 
     def close(self) -> None:
-        """Does not wait for a name server."""
+        """Stops the resolver threads. Does not wait for a name server."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def connect(self, server: ServerKey) -> socket.socket:
-        """A connected non-blocking socket with keepalive set. Every address is tried, the next one after 0.25 s.
+        """Returns a connected non-blocking socket with keepalive set. Tries every address, the next one after 0.25 s.
 
-        ServerUnreachable says why. Not bounded in time: the caller is. Cancel-safe.
+        Raises ServerUnreachable with the reason. Not bounded in time: the caller sets the timeout. Cancel-safe.
         """
         addresses = await self._addresses(server)
         try:
@@ -107,11 +112,14 @@ class Connector:
     def _answered(self, server: ServerKey, future: asyncio.Future[Addresses]) -> None:
         del self._asked[server]
         if not future.cancelled():
-            future.exception()  # seen: those who asked may have gone
+            future.exception()  # marks an error as retrieved, as every waiting caller may have been cancelled
 
 
 def set_options(sock: socket.socket) -> None:
-    """No delays, and keepalive that finds a dead other end within about 8 s. OSError if the connection has ended."""
+    """Sets TCP_NODELAY, and keepalive and user timeout that find a dead peer within about 8 s.
+
+    Raises OSError if the connection has ended.
+    """
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
@@ -120,11 +128,12 @@ def set_options(sock: socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MS)
 
 
-CONNECT_TIMEOUT = 3.0  # seconds
+# Default limit for resolving the name and connecting (seconds).
+CONNECT_TIMEOUT = 3.0
 
 
 class ImportedSocket(Protocol):
-    """What an import is handed over as. fileno() is what goes into vhci_hcd's attach."""
+    """The socket of an import. vhci_hcd's attach file takes its fileno()."""
 
     def fileno(self) -> int: ...
 
@@ -133,46 +142,51 @@ class ImportedSocket(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Imported:
-    """A device exported to this node while sock, or a reference the kernel took of it, is open. Always close it."""
+    """A device exported to this node while sock, or the kernel's reference to it, is open. Always close it.
+
+    descriptor: the device as the import reply describes it.
+    """
 
     key: DeviceKey
     descriptor: Descriptor
     sock: ImportedSocket
 
     def close(self) -> None:
-        """Idempotent. Ends the import unless the kernel has taken the socket over."""
+        """Closes the socket, which ends the import unless the kernel has taken the socket over. Idempotent."""
         self.sock.close()
 
 
 class UsbipClient(Protocol):
-    """timeout (seconds) bounds each call as a whole. All are cancel-safe: a call that does not return leaves no socket.
+    """A client of USB/IP servers.
 
-    Errors of all: ServerUnreachable, ServerTimeout, MalformedReply.
+    timeout (seconds) bounds each call as a whole. All calls are cancel-safe: one that does not return leaves no socket.
+    Every call may raise ServerUnreachable, ServerTimeout or MalformedReply.
     """
 
     async def devlist(self, server: ServerKey, *, timeout: float) -> tuple[Descriptor, ...]:
-        """The devices free to import now, in the server's order: usbipd hides those in use."""
+        """Returns the devices that the server lists, in its order. usbipd lists only those free to import now."""
         ...
 
     async def import_device(self, key: DeviceKey, *, timeout: float) -> Imported:
-        """DeviceBusy, DeviceUnknown or ImportRefused if the server will not. The caller closes what it gets.
+        """Imports the device. The caller must close the result, and must compare its vendor:product.
 
-        A reply about another busid is a MalformedReply; vendor:product are for the caller to compare. The server was
-        still there a moment before: a socket that it has closed must never reach the kernel.
+        Raises DeviceBusy, DeviceUnknown or ImportRefused if the server refuses, MalformedReply if the reply is about
+        another bus id. Checks last that the server has not closed the connection: a closed socket must never reach the
+        kernel.
         """
         ...
 
     async def probe(self, imported: Imported, *, timeout: float) -> DeviceIdentity:
-        """Ask the device itself; see probe.py. Closes the import whatever happens.
+        """Reads the identity from the device itself, as read_identity does. Closes the import whatever happens.
 
-        WrongDevice if vendor:product are not those of the import reply, UsbipError if a transfer failed. The server
-        resets the device afterwards and answers busy for about 0.3 s.
+        Raises WrongDevice if vendor:product are not those of the import reply, UsbipError if a transfer failed. The
+        server resets the device afterwards and answers busy for about 0.3 s.
         """
         ...
 
 
 class Dialler(Protocol):
-    """Opens connections. See Connector, the real one."""
+    """An opener of connections to servers. Connector is the real one."""
 
     async def connect(self, server: ServerKey) -> socket.socket: ...
 
@@ -180,7 +194,10 @@ class Dialler(Protocol):
 
 
 class TcpUsbipClient:
-    """The real UsbipClient. close() it, which closes its connector too. connect_timeout: seconds."""
+    """The UsbipClient over TCP. The owner must close() it, which closes its connector too.
+
+    connect_timeout: limit for resolving the name and connecting (seconds), if a call's own timeout is not shorter.
+    """
 
     def __init__(
         self, clock: Clock, connector: Dialler | None = None, connect_timeout: float = CONNECT_TIMEOUT
@@ -244,7 +261,7 @@ class TcpUsbipClient:
                 async with self._clock.timeout(connect_timeout):
                     sock = await self._connector.connect(server)
                 stage, limit = doing, timeout
-                # a process that was stopped meanwhile comes here before its timers are looked at
+                # a process that was stopped meanwhile gets here before the event loop checks its timers
                 _check_time(self._clock.monotonic(), until)
                 conversation = _Conversation(server, sock, doing)
                 await conversation.send(asked)
@@ -263,7 +280,7 @@ def _check_time(now: float, until: float) -> None:
 
 
 def refusal(key: DeviceKey, status: int) -> ImportRefused:
-    """The error for the status of an IMPORT reply."""
+    """Returns the error for the status of an IMPORT reply."""
     if status == wire.ST_DEV_BUSY:
         return DeviceBusy(key)
     if status == wire.ST_NODEV:
@@ -272,7 +289,10 @@ def refusal(key: DeviceKey, status: int) -> ImportRefused:
 
 
 class _Conversation:
-    """Bytes to and from one server, never more than asked for. Errors of the socket become ServerUnreachable."""
+    """An exchange of bytes with one server. Never reads more than asked for. Raises ServerUnreachable on socket errors.
+
+    doing: the operation, for error messages.
+    """
 
     def __init__(self, server: ServerKey, sock: socket.socket, doing: str) -> None:
         self.server, self.sock, self.doing = server, sock, doing
@@ -312,7 +332,10 @@ class _Conversation:
 
 
 def _still_open(key: DeviceKey, sock: socket.socket) -> None:
-    """ServerUnreachable if the server has closed already, MalformedReply if it sent more than its reply."""
+    """Checks that the connection is open and empty after an import.
+
+    Raises ServerUnreachable if the server has closed it already, MalformedReply if it sent more than its reply.
+    """
     try:
         more = sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
     except BlockingIOError:

@@ -1,7 +1,7 @@
-"""Reads who a device is over an import, in user space, without this node's kernel seeing it.
+"""Reads the identity of an imported device in user space, without this node's kernel seeing the device.
 
-DEVLIST carries no strings, and no interfaces either for a device that was never imported since it was bound (usbip-host
-binds the whole device, which leaves it unconfigured). Both are read with GET_DESCRIPTOR (USB 2.0, 9.4.3).
+DEVLIST carries no strings. It carries no interfaces either for a device that was never imported since it was bound:
+usbip-host binds the whole device, which leaves it unconfigured. Both are read with GET_DESCRIPTOR (USB 2.0, 9.4.3).
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ from usbip_plugin.model import DeviceKey, InterfaceClass, UsbId
 from usbip_plugin.usbip import wire
 from usbip_plugin.usbip.wire import ProtocolViolation
 
+# Descriptor types (USB 2.0, table 9-5).
 DEVICE = 1
 CONFIG = 2
 STRING = 3
 INTERFACE = 4
 
+# Longest configuration descriptor that is read (bytes); the rest is left out.
 MAX_CONFIG_BYTES = 4096
+# Language ID of US English, for a device that lists no language.
 ENGLISH = 0x0409
 _DEVICE_BYTES = 18
 _CONFIG_BYTES = 9
@@ -34,7 +37,11 @@ Send = Callable[[bytes], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True)
 class DeviceIdentity:
-    """What the device itself says. serial: None if it has none, or none that can be printed."""
+    """The identity that was read from a device itself.
+
+    serial: None if the device has no serial number, or none that can be printed.
+    interfaces: the first alternate setting of each interface.
+    """
 
     usb_id: UsbId
     serial: str | None
@@ -42,9 +49,10 @@ class DeviceIdentity:
 
 
 class ControlPipe:
-    """Control transfers on endpoint 0 of an imported device. read raises on EOF; the caller bounds it in time.
+    """Control transfers on endpoint 0 of an imported device. Not bounded in time: the caller sets the timeout.
 
-    devid must be that of the import reply: usbip-host drops a connection that names another.
+    devid: that of the import reply, as usbip-host drops a connection that names another.
+    read: returns exactly as many bytes as asked for, and raises on EOF.
     """
 
     def __init__(self, key: DeviceKey, devid: int, read: ReadExactly, send: Send) -> None:
@@ -52,7 +60,10 @@ class ControlPipe:
         self._seqnum = 0
 
     async def get_descriptor(self, kind: int, index: int, language: int, length: int) -> bytes:
-        """At most length bytes; none if the device stalls. MalformedReply, or UsbipError for a transfer that failed."""
+        """Reads a descriptor of at most length bytes. Returns b"" if the device stalls, as it does for what it lacks.
+
+        Raises MalformedReply for a reply that does not fit the request, UsbipError for a transfer that failed.
+        """
         self._seqnum += 1
         setup = bytes([_DEVICE_TO_HOST, _GET_DESCRIPTOR, index, kind])
         setup += language.to_bytes(2, "little") + length.to_bytes(2, "little")
@@ -72,7 +83,11 @@ class ControlPipe:
 
 
 async def read_identity(key: DeviceKey, promised: UsbId, pipe: ControlPipe) -> DeviceIdentity:
-    """Ask the device who it is: at most five transfers. WrongDevice if it is not the promised vendor:product."""
+    """Reads the identity from the device, in at most five transfers.
+
+    Raises WrongDevice if its vendor:product is not the promised one, MalformedReply if it has no device descriptor,
+    UsbipError if a transfer failed.
+    """
     device = await pipe.get_descriptor(DEVICE, 0, 0, _DEVICE_BYTES)
     if len(device) != _DEVICE_BYTES or device[1] != DEVICE:
         raise MalformedReply(key.server, f"{key.busid} has no device descriptor")
@@ -89,15 +104,15 @@ async def read_identity(key: DeviceKey, promised: UsbId, pipe: ControlPipe) -> D
 
 async def _read_string(pipe: ControlPipe, index: int) -> str | None:
     languages = await pipe.get_descriptor(STRING, 0, 0, _STRING_BYTES)
-    # A device that has strings but no list of languages is read as the kernel reads it (usb_get_langid).
+    # A device that has strings but no list of languages is read in English, as the kernel does (usb_get_langid).
     language = int.from_bytes(languages[2:4], "little") if len(languages) >= 4 else ENGLISH
     return parse_string(await pipe.get_descriptor(STRING, index, language, _STRING_BYTES))
 
 
 def parse_string(descriptor: bytes) -> str | None:
-    """The text of a string descriptor without surrounding space, None if there is none that can be printed.
+    """Returns the text of a string descriptor without surrounding space, None if there is no printable text.
 
-    Half a surrogate is left out, as the kernel does (utf16s_to_utf8s).
+    Leaves out half a surrogate pair, as the kernel does (utf16s_to_utf8s).
     """
     if len(descriptor) < 2 or descriptor[1] != STRING:
         return None
@@ -107,7 +122,10 @@ def parse_string(descriptor: bytes) -> str | None:
 
 
 def parse_interfaces(config: bytes) -> tuple[InterfaceClass, ...]:
-    """The first alternate setting of each interface in a configuration descriptor; what is cut off is left out."""
+    """Returns the first alternate setting of each interface in a configuration descriptor, in the order found.
+
+    Leaves out an interface descriptor that is cut off.
+    """
     found: dict[int, InterfaceClass] = {}
     position = 0
     while position + 2 <= len(config) and config[position] >= 2:
