@@ -44,7 +44,7 @@ KEEPALIVE_COUNT = 3
 USER_TIMEOUT_MS = (KEEPALIVE_IDLE_S + KEEPALIVE_INTERVAL_S * KEEPALIVE_COUNT) * 1000
 # Wait for one address before the next is tried beside it (seconds), as RFC 8305 recommends.
 NEXT_ADDRESS_S = 0.25
-# Most names resolved at once. More name servers than that may be dead before other names wait.
+# Most server names resolved at once; further names wait for a thread.
 _RESOLVER_THREADS = 4
 
 Addresses: TypeAlias = Sequence[AddrInfoType]

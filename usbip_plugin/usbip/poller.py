@@ -1,7 +1,7 @@
-"""Asks every server again and again what it lists, side by side: a dead one delays no other.
+"""Polls the device lists of all servers, side by side, so that a dead server delays no other.
 
-All nodes ask the same servers, and a small server must bear them all: each node keeps to its share of MAX_RATE. The
-more nodes there are the more seldom each of them asks, and the sooner some node sees what is new.
+All nodes poll the same servers, and a small server must bear them all, so each node keeps to its share of MAX_RATE. The
+more nodes there are, the less often each node polls, and the sooner some node sees a new device.
 """
 
 from __future__ import annotations
@@ -25,29 +25,41 @@ from usbip_plugin.usbip.client import UsbipClient
 log = logging.getLogger(__name__)
 
 
-# Seconds.
+# Default time from a good poll to the next (seconds), before JITTER.
 POLL_INTERVAL = 3.0
+# Default limit of one poll, connecting included (seconds).
 POLL_TIMEOUT = 3.0
+# First and longest wait after failed polls (seconds).
 FIRST_RETRY = 1.0
 MAX_RETRY = 30.0
-# A device that was let go stays hidden while its server resets it, about 0.3 s.
+# Wait before a requested poll is repeated (seconds). A released device stays hidden while its server resets it, for
+# about 0.3 s.
 SECOND_LOOK = 0.5
+# Range of the random factor on the poll interval, so that nodes do not poll in step.
 JITTER = (0.8, 1.2)
-# DEVLIST requests per second to one server, of all nodes together.
+# Most DEVLIST requests per second to one server, from all nodes together.
 MAX_RATE = 20.0
 
 
 class ServerState(enum.Enum):
+    """What the last poll of a server showed."""
+
     PENDING = "not asked yet"
+    """No poll has ended yet."""
     REACHABLE = "reachable"
+    """The last poll returned a list."""
     UNREACHABLE = "unreachable"
+    """The last poll failed."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServerView:
-    """What is known of one server. devices: the last good list by busid, kept while the server is unreachable.
+    """What the polls of one server have shown.
 
-    error: why the last poll failed, None if it did not. failures: polls failed in a row. by_busid: the devices.
+    devices: the last good list, sorted by bus id, kept while the server is unreachable.
+    error: why the last poll failed, None if it did not.
+    failures: number of failed polls in a row.
+    by_busid: the same devices, by bus id.
     """
 
     server: ServerKey
@@ -62,51 +74,63 @@ class ServerView:
 
 
 def listed(view: ServerView, devices: Iterable[Descriptor]) -> ServerView:
-    """The view after a good poll."""
+    """Returns the view of a server after a good poll."""
     return ServerView(view.server, ServerState.REACHABLE, tuple(sorted(devices, key=lambda device: device.busid)))
 
 
 def failed(view: ServerView, error: str) -> ServerView:
-    """The view after a failed poll. One failure is enough: a pod admitted on a stale view fails for good, a pod kept
-    waiting for the next good poll does not."""
+    """Returns the view of a server after a failed poll: UNREACHABLE after the first failure.
+
+    One failure is enough. A pod admitted on a stale view fails for good; a pod that waits for the next good poll does
+    not.
+    """
     return replace(view, state=ServerState.UNREACHABLE, error=error, failures=view.failures + 1)
 
 
 def differs(old: ServerView, new: ServerView) -> bool:
-    """Whether there is something to tell: everything but the count of failures."""
+    """Returns whether subscribers must be called: anything but the number of failures has changed."""
     return replace(old, failures=0) != replace(new, failures=0)
 
 
 def share(nodes: int) -> float:
-    """Seconds between two polls of one server by one node, so that all nodes together keep to MAX_RATE."""
+    """Returns the least seconds between two polls of one server by one node: all nodes together keep to MAX_RATE."""
     return max(1, nodes) / MAX_RATE
 
 
 class NodeCount(Protocol):
-    """All nodes that ask the same servers. nodes: how many there are, this one included, or are taken to be."""
+    """The number of nodes that poll the same servers.
+
+    nodes: their number, this node included; an assumed number if they could not be counted.
+    """
 
     @property
     def nodes(self) -> int: ...
 
     async def known(self) -> None:
-        """Returns when they have been counted, or that could not be done. Bounded in time; cancel-safe."""
+        """Waits until the nodes have been counted, or a first try to count them has failed.
+
+        Bounded in time; cancel-safe.
+        """
         ...
 
 
 class SingleNode:
-    """A Fleet of one node."""
+    """The NodeCount of a single node."""
 
     nodes = 1
 
     async def known(self) -> None:
-        """At once."""
+        """Returns at once."""
 
 
 class ServerPoller:
-    """Asks servers, again and again, what they list. All methods belong to one event loop; `run` must be running.
+    """A poller of the device lists of servers. All methods belong to one event loop; `run()` must be running.
 
-    No server is polled more often than once in share(fleet.nodes) seconds, for whatever reason, but those that hurry()
-    names. That bounds the polls of a server by MAX_RATE and the number of its devices that pods have lost.
+    No server is polled more than once in share(fleet.nodes) seconds, for whatever reason. Servers that poll_eagerly()
+    names are the exception. So the polls of a server are bounded by MAX_RATE and by the number of its devices that pods
+    have lost.
+
+    interval: from a good poll to the next (seconds). timeout: limit of one poll (seconds).
     """
 
     def __init__(
@@ -133,24 +157,24 @@ class ServerPoller:
 
     @property
     def views(self) -> Mapping[ServerKey, ServerView]:
-        """A live read-only view: one entry for each server set."""
+        """The newest view of each server that set_servers() named. A live read-only mapping."""
         return MappingProxyType(self._views)
 
     @property
     def answered(self) -> Mapping[ServerKey, float]:
-        """When each server last answered a poll (monotonic); those that have not are not in it."""
+        """When each server last answered a poll (monotonic seconds). Servers that never answered are not in it."""
         return MappingProxyType(self._answered)
 
     def subscribe(self, callback: Callable[[ServerView], None]) -> Callable[[], None]:
-        """Calls callback, synchronously, with each view that differs from the one before; it may call back in here.
+        """Calls callback synchronously with each view that differs from the server's view before.
 
-        Returns the way to unsubscribe.
+        The callback may call this poller's methods. Returns a function that unsubscribes.
         """
         self._subscribers.append(callback)
         return lambda: self._subscribers.remove(callback)
 
     def set_servers(self, servers: frozenset[ServerKey]) -> None:
-        """Poll exactly these from now on; may be called at any time. Views of those that stay are kept."""
+        """Sets the servers to poll from now on. May be called at any time. Keeps the views of servers that stay."""
         self._views = {server: self._views.get(server, ServerView(server)) for server in sorted(servers)}
         self._answered = {server: at for server, at in self._answered.items() if server in servers}
         self._asked = {server: at for server, at in self._asked.items() if server in servers}
@@ -158,32 +182,36 @@ class ServerPoller:
         self._end_of_poll()
 
     def poll_eagerly(self, servers: frozenset[ServerKey]) -> None:
-        """Poll exactly these at the interval of a small fleet from now on: a pod waits for a device of theirs."""
+        """Sets the servers that are polled from now on as if this were the only node, without regard to MAX_RATE.
+
+        For servers with a device that a pod has lost and waits for. Polls a server that is new to the set at once.
+        """
         new, self._hurried = servers - self._hurried, servers
         for server in sorted(new):
             self.poll_soon(server)
 
     def poll_soon(self, server: ServerKey) -> None:
-        """Poll as soon as this node's share allows, or again if a poll is under way. Unknown servers are ignored.
+        """Polls the server as soon as this node's share allows, or again if a poll is under way.
 
-        If that is at once, then once more half a second later: a device may be hidden until then.
+        If that is at once, polls once more SECOND_LOOK later: a device may be hidden until then. Ignores a server that
+        is not polled.
         """
         event = self._pokes.get(server)
         if event is not None:
             event.set()
 
     async def polled_since(self, server: ServerKey, moment: float) -> None:
-        """Returns when a poll that was sent at this moment (monotonic) or later is over, whatever it came to.
+        """Waits until a poll sent at this moment (monotonic seconds) or later has ended, in success or failure.
 
-        Also when the server is not polled any more. Unbounded while run() does not run; cancel-safe.
+        Also returns when the server is not polled any more. Unbounded while run() does not run; cancel-safe.
         """
         while server in self._views and self._asked.get(server, moment - 1) < moment:
             await self._polled.wait()
 
     async def is_exported(self, key: DeviceKey) -> bool:
-        """Asks the server at once, besides all polls, whether it lists this device. False if it does not answer.
+        """Asks the server at once, besides all polls, whether it lists this device.
 
-        Cancel-safe. What views says stays as it is.
+        Returns False if the server does not answer. Cancel-safe. Does not change views.
         """
         try:
             return await self.fetch(key) is not None
@@ -192,12 +220,15 @@ class ServerPoller:
             return False
 
     async def fetch(self, key: DeviceKey) -> Descriptor | None:
-        """The same, and as what it lists the device. UsbipError if it does not answer."""
+        """Asks the server at once, besides all polls, for its entry of this device. Returns None if it lists none.
+
+        Raises UsbipError if the server does not answer. Cancel-safe. Does not change views.
+        """
         devices = await self._client.devlist(key.server, timeout=self._timeout)
         return next((device for device in devices if device.busid == key.busid), None)
 
     async def run(self) -> None:
-        """Poll until cancelled."""
+        """Runs until cancelled. Waits for the number of nodes, then polls every server in a task of its own."""
         await self._fleet.known()
         tasks: dict[ServerKey, asyncio.Task[None]] = {}
         async with asyncio.TaskGroup() as group:
@@ -215,7 +246,7 @@ class ServerPoller:
         waits = backoff(self._rng, FIRST_RETRY, MAX_RETRY)
         poked_at = await self._next(server, poke, -math.inf, self._spread(server))
         while True:
-            poke.clear()  # before asking: what happens from here on may not be in the answer
+            poke.clear()  # before asking: the answer may not show a change that happens from here on
             asked_at = self._clock.monotonic()
             try:
                 devices = await self._client.devlist(server, timeout=self._timeout)
@@ -233,7 +264,10 @@ class ServerPoller:
             poked_at = await self._next(server, poke, asked_at, wait)
 
     async def _next(self, server: ServerKey, poke: asyncio.Event, asked_at: float, wait: float) -> float | None:
-        """Until the next poll is due; when it was asked for, if it was."""
+        """Waits until the next poll is due. Returns when it was last requested (monotonic seconds), None if it was not.
+
+        asked_at: when the last poll was sent. wait: seconds to the next poll if none is requested.
+        """
         poked_at = None
         due = self._clock.monotonic() + wait
         while (left := max(due - self._clock.monotonic(), self._left(server, asked_at))) > 0:
@@ -245,11 +279,11 @@ class ServerPoller:
         return poked_at
 
     def _left(self, server: ServerKey, asked_at: float) -> float:
-        """Seconds until this node may ask again."""
+        """Returns the seconds until this node may poll the server again; not positive if it may now."""
         return self._share(server) - (self._clock.monotonic() - asked_at)
 
     def _spread(self, server: ServerKey) -> float:
-        """Seconds, somewhere in this node's share: what all nodes hear of at once they do not ask at once."""
+        """Returns random seconds within this node's share. Nodes that learn of a change at once then poll in turn."""
         return self._share(server) * self._rng.random()
 
     def _share(self, server: ServerKey) -> float:
@@ -262,7 +296,7 @@ class ServerPoller:
     def _update(self, server: ServerKey, change: Callable[[ServerView], ServerView]) -> None:
         old = self._views.get(server)
         if old is None:
-            return  # taken out while it was asked
+            return  # set_servers() removed the server during the poll
         new = self._views[server] = change(old)
         if new.state is ServerState.REACHABLE:
             self._answered[server] = self._clock.monotonic()

@@ -1,4 +1,4 @@
-"""The USB/IP wire format: requests, replies, and USB request blocks. Pure; both sides."""
+"""The USB/IP wire format of both sides: requests, replies, and USB request blocks. Pure functions without I/O."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from usbip_plugin.model import Descriptor, InterfaceClass, UsbId, valid_busid
 T = TypeVar("T")
 
 Decoding: TypeAlias = Generator[int, bytes, T]
+"""A decoder that yields how many bytes it needs next, is sent exactly those, and returns the decoded value."""
 
+# Protocol version 1.1.1, and the operation codes (Documentation/usb/usbip_protocol.rst of the kernel).
 VERSION = 0x0111
 OP_REQ_DEVLIST = 0x8005
 OP_REP_DEVLIST = 0x0005
@@ -26,8 +28,10 @@ ST_DEV_ERR = 3
 ST_NODEV = 4
 ST_ERROR = 5
 
+# Most devices accepted in one DEVLIST reply.
 MAX_DEVICES = 256
-MAX_INTERFACES = 32  # USB_MAXINTERFACES of the kernel
+# Most interfaces accepted of one device: USB_MAXINTERFACES of the kernel.
+MAX_INTERFACES = 32
 SPEEDS = range(1, 7)  # enum usb_device_speed, low to super-plus
 
 _OP = struct.Struct(">HHI")  # version, code, status
@@ -39,12 +43,16 @@ _BUSID_BYTES = 32
 
 
 class ProtocolViolation(ValueError):
-    """Bytes that are not USB/IP 1.1.1, or beyond the bounds set here."""
+    """An error for bytes that are not USB/IP 1.1.1 or exceed the limits of this module."""
 
 
 @dataclass(frozen=True, slots=True)
 class DevlistReply:
-    """devices: usable entries, each busid once. skipped: for each other entry, why it cannot be used."""
+    """The reply to a DEVLIST request.
+
+    devices: the usable entries, each bus id once.
+    skipped: for each other entry, the reason why it cannot be used.
+    """
 
     devices: tuple[Descriptor, ...]
     skipped: tuple[str, ...] = ()
@@ -52,7 +60,11 @@ class DevlistReply:
 
 @dataclass(frozen=True, slots=True)
 class ImportReply:
-    """status 0 and a descriptor, or another status and None."""
+    """The reply to an IMPORT request.
+
+    status: ST_OK if the device was imported, else one of the other ST_ values.
+    descriptor: the device if status is ST_OK, else None.
+    """
 
     status: int
     descriptor: Descriptor | None
@@ -73,12 +85,15 @@ def encode_devlist_request() -> bytes:
 
 
 def encode_import_request(busid: str) -> bytes:
-    """ProtocolViolation if the bus id is not valid."""
+    """Returns an IMPORT request. Raises ProtocolViolation if the bus id is not valid."""
     return _OP.pack(VERSION, OP_REQ_IMPORT, 0) + _busid_field(busid)
 
 
 def encode_devlist_reply(devices: Iterable[Descriptor]) -> bytes:
-    """num_interfaces of each device goes out as the number of its interfaces, which follow."""
+    """Returns a DEVLIST reply. For num_interfaces of a device, it carries the number of its interfaces, which follow.
+
+    Raises ProtocolViolation if a bus id is not valid or a path is too long.
+    """
     entries = [
         _encode_device(device, len(device.interfaces))
         + b"".join(_INTERFACE.pack(i.class_, i.subclass, i.protocol) for i in device.interfaces)
@@ -93,10 +108,11 @@ def encode_import_reply(reply: ImportReply) -> bytes:
 
 
 def devlist_reply() -> Decoding[DevlistReply]:
-    """Decode OP_REP_DEVLIST.
+    """Decodes OP_REP_DEVLIST.
 
-    An entry whose text or speed cannot be used is skipped, and of two entries with one busid the first is kept: one odd
-    device must not hide the rest. Counts beyond the bounds, a wrong header or a status end it: ProtocolViolation.
+    Skips an entry whose text, numbers or speed cannot be used, and keeps the first of two entries with one bus id: one
+    odd device must not hide the rest. Raises ProtocolViolation if a count exceeds its limit, the header is wrong, or
+    the status is not ST_OK.
     """
     status = _decode_header((yield _OP.size), OP_REP_DEVLIST)
     if status != ST_OK:
@@ -108,7 +124,7 @@ def devlist_reply() -> Decoding[DevlistReply]:
     skipped = []
     for _ in range(count):
         raw = yield _DEVICE.size
-        interfaces = raw[-1]  # bNumInterfaces is the last byte, and says how much follows
+        interfaces = raw[-1]  # bNumInterfaces is the last byte: the number of interface entries that follow
         if interfaces > MAX_INTERFACES:
             raise ProtocolViolation(f"DEVLIST entry announces {interfaces} interfaces, more than {MAX_INTERFACES}")
         tail = (yield interfaces * _INTERFACE.size) if interfaces else b""
@@ -126,7 +142,7 @@ def devlist_reply() -> Decoding[DevlistReply]:
 
 
 def import_reply(busid: str) -> Decoding[ImportReply]:
-    """Decode OP_REP_IMPORT. ProtocolViolation also if the reply is about another busid than the one asked for."""
+    """Decodes OP_REP_IMPORT. Raises ProtocolViolation also if the reply is about another bus id than the given one."""
     status = _decode_header((yield _OP.size), OP_REP_IMPORT)
     if status != ST_OK:
         return ImportReply(status, None)
@@ -137,7 +153,10 @@ def import_reply(busid: str) -> Decoding[ImportReply]:
 
 
 def request() -> Decoding[DevlistRequest | ImportRequest]:
-    """Decode what a client asks: the server's side. The status of a request is not used and not looked at."""
+    """Decodes a client's request, on the server's side. Ignores the request's status field, which has no use.
+
+    Raises ProtocolViolation for another version or operation, or a bus id that is not valid.
+    """
     version, code, _ = _OP.unpack((yield _OP.size))
     if version != VERSION:
         raise ProtocolViolation(f"version {version:#06x} instead of {VERSION:#06x}")
@@ -149,7 +168,10 @@ def request() -> Decoding[DevlistRequest | ImportRequest]:
 
 
 def decode(decoding: Decoding[T], data: bytes) -> tuple[T, bytes]:
-    """Run a decoding over bytes in memory: its result and what was left over. ProtocolViolation if they end early."""
+    """Decodes bytes in memory and returns the result and the bytes left over.
+
+    Raises ProtocolViolation if the bytes end early.
+    """
     try:
         need = next(decoding)
         while True:
@@ -230,9 +252,12 @@ def _busid_field(busid: str) -> bytes:
     return busid.encode("ascii").ljust(_BUSID_BYTES, b"\0")
 
 
+# Size of the header of every command and return (bytes).
 HEADER_BYTES = 48
+# Largest buffer accepted for one transfer (bytes).
 MAX_TRANSFER_BYTES = 4 << 20
 
+# Linux errno numbers, which the wire uses on every system: EPIPE for a stall, ECONNRESET for a cancelled transfer.
 EPIPE = 32
 ECONNRESET = 104
 
@@ -245,12 +270,18 @@ _SUBMIT = struct.Struct(">Iiiii8s")  # transfer_flags, length, start_frame, numb
 _RETURN = struct.Struct(">iiiii8x")  # status, actual_length, start_frame, number_of_packets, error_count
 _UNLINK = struct.Struct(">I24x")
 _STATUS = struct.Struct(">i24x")
-_NOT_ISOCHRONOUS = (0, -1)  # the document says -1, vhci_hcd sends 0
+# number_of_packets of a transfer that is not isochronous. The kernel's usbip_protocol.rst says -1, vhci_hcd sends 0.
+_NOT_ISOCHRONOUS = (0, -1)
 
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """USBIP_CMD_SUBMIT. length: bytes of the buffer; with incoming False that many follow the header."""
+    """The command USBIP_CMD_SUBMIT, which starts a transfer.
+
+    incoming: True for a transfer from the device to the host.
+    length: size of the buffer (bytes). With incoming False, that many bytes follow the header.
+    setup: the setup packet of a control transfer, 8 bytes; zeros for any other transfer.
+    """
 
     seqnum: int
     devid: int
@@ -264,7 +295,10 @@ class Submit:
 
 @dataclass(frozen=True, slots=True)
 class Unlink:
-    """USBIP_CMD_UNLINK: take back the transfer numbered victim."""
+    """The command USBIP_CMD_UNLINK, which cancels a transfer.
+
+    victim: seqnum of the transfer to cancel.
+    """
 
     seqnum: int
     victim: int
@@ -272,7 +306,11 @@ class Unlink:
 
 @dataclass(frozen=True, slots=True)
 class SubmitReturn:
-    """USBIP_RET_SUBMIT. status: 0 or a negative errno; for an incoming transfer actual_length bytes follow."""
+    """The answer USBIP_RET_SUBMIT to a Submit.
+
+    status: 0 or a negative errno.
+    actual_length: bytes transferred. For an incoming transfer, that many bytes follow the header.
+    """
 
     seqnum: int
     status: int
@@ -281,7 +319,10 @@ class SubmitReturn:
 
 @dataclass(frozen=True, slots=True)
 class UnlinkReturn:
-    """USBIP_RET_UNLINK. status: -ECONNRESET if the transfer was taken back, 0 if it had ended already."""
+    """The answer USBIP_RET_UNLINK to an Unlink.
+
+    status: -ECONNRESET if the transfer was cancelled, 0 if it had ended already.
+    """
 
     seqnum: int
     status: int
@@ -295,7 +336,10 @@ def encode_command(command: Submit | Unlink) -> bytes:
 
 
 def decode_command(header: bytes) -> Submit | Unlink:
-    """header: exactly 48 bytes. ProtocolViolation for anything else than a bounded SUBMIT or an UNLINK."""
+    """Decodes the header of a command, exactly HEADER_BYTES.
+
+    Raises ProtocolViolation for anything but an UNLINK or a SUBMIT within the limits, isochronous ones included.
+    """
     code, seqnum, devid, direction, endpoint = _BASIC.unpack_from(header)
     if code == _CMD_UNLINK:
         return Unlink(seqnum, *_UNLINK.unpack_from(header, _BASIC.size))
@@ -319,7 +363,10 @@ def encode_return(answer: SubmitReturn | UnlinkReturn) -> bytes:
 
 
 def decode_return(header: bytes) -> SubmitReturn | UnlinkReturn:
-    """header: exactly 48 bytes. ProtocolViolation for anything else than a bounded RET_SUBMIT or a RET_UNLINK."""
+    """Decodes the header of an answer, exactly HEADER_BYTES.
+
+    Raises ProtocolViolation for anything but a RET_UNLINK or a RET_SUBMIT within the limits.
+    """
     code, seqnum, _, _, _ = _BASIC.unpack_from(header)
     if code == _RET_UNLINK:
         return UnlinkReturn(seqnum, *_STATUS.unpack_from(header, _BASIC.size))
