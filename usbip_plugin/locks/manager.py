@@ -53,7 +53,7 @@ class LockSettings:
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """Permission to import a device, won by a write on its lock (R1).
+    """Permission to import a device, given by a write on its lock (R1).
 
     lock: the record as written.
     epoch: number of the tenure, from leaseTransitions.

@@ -184,7 +184,7 @@ class ServerPoller:
     def poll_eagerly(self, servers: frozenset[ServerKey]) -> None:
         """Sets the servers that are polled from now on as if this were the only node, without regard to MAX_RATE.
 
-        For servers with a device that a pod has lost and waits for. Polls a server that is new to the set at once.
+        Used for servers with a device that a pod has lost and waits for. Polls a server that is new to the set at once.
         """
         new, self._hurried = servers - self._hurried, servers
         for server in sorted(new):
@@ -220,9 +220,9 @@ class ServerPoller:
             return False
 
     async def fetch(self, key: DeviceKey) -> Descriptor | None:
-        """Asks the server at once, besides all polls, for its entry of this device. Returns None if it lists none.
+        """Asks the server at once, besides all polls, for its entry of this device.
 
-        Raises UsbipError if the server does not answer. Cancel-safe. Does not change views.
+        Returns None if the server does not list the device. Raises UsbipError if the server does not answer. Cancel-safe. Does not change views.
         """
         devices = await self._client.devlist(key.server, timeout=self._timeout)
         return next((device for device in devices if device.busid == key.busid), None)

@@ -338,7 +338,8 @@ def encode_command(command: Submit | Unlink) -> bytes:
 def decode_command(header: bytes) -> Submit | Unlink:
     """Decodes the header of a command, exactly HEADER_BYTES.
 
-    Raises ProtocolViolation for anything but an UNLINK or a SUBMIT within the limits, isochronous ones included.
+    Raises ProtocolViolation for another command, and for a SUBMIT that is isochronous or whose direction, endpoint or
+    length is out of range.
     """
     code, seqnum, devid, direction, endpoint = _BASIC.unpack_from(header)
     if code == _CMD_UNLINK:
