@@ -222,7 +222,8 @@ class ServerPoller:
     async def fetch(self, key: DeviceKey) -> Descriptor | None:
         """Asks the server at once, besides all polls, for its entry of this device.
 
-        Returns None if the server does not list the device. Raises UsbipError if the server does not answer. Cancel-safe. Does not change views.
+        Returns None if the server does not list the device. Raises UsbipError if the server does not answer.
+        Cancel-safe. Does not change views.
         """
         devices = await self._client.devlist(key.server, timeout=self._timeout)
         return next((device for device in devices if device.busid == key.busid), None)
