@@ -286,7 +286,7 @@ class LockWatcher:
             self._scope = None
 
     async def run(self) -> None:
-        """Runs until cancelled. Lists and watches again after every error."""
+        """Runs until cancelled. Lists and watches again after every KubeError and when a watch ends."""
         waits = backoff(self._rng, RETRY_FIRST_S, RETRY_MAX_S)
         while True:
             started = self._clock.monotonic()
