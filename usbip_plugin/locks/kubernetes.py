@@ -35,7 +35,11 @@ Separate copies take 1 KiB for each lock, and every node keeps every lock.
 
 
 class KubernetesLeases:
-    """A LeaseStore on a real API server. Every call ends within the client's request timeout (5 s)."""
+    """A LeaseStore on a real API server.
+
+    Every request ends within the client's request timeout (5 s); list() makes one request for each page. An open watch
+    lasts until the server ends it or the connection is silent for too long, see KubeClient.watch.
+    """
 
     def __init__(self, client: KubeClient, namespace: str) -> None:
         self._client = client
