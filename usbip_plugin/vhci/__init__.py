@@ -1,1 +1,1 @@
-"""The kernel's vhci_hcd: sysfs text, the driver, device nodes, uevents."""
+"""The kernel's virtual USB host controller (vhci_hcd): its sysfs files, the driver, device nodes and uevents."""

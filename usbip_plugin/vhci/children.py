@@ -1,4 +1,8 @@
-"""The child nodes of an attached device: which the interface classes promise, and waiting for them."""
+"""The child nodes of an attached device: which nodes its interface classes lead to expect, and the wait for them.
+
+An interface of a class that the kernel has a driver for is expected to get a node. A vendor-specific interface is not:
+only the binding of a driver shows that the kernel has one.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +17,27 @@ from usbip_plugin.vhci.devices import DeviceFacts, DeviceNodes, read_facts, read
 from usbip_plugin.vhci.uevents import Uevent
 
 CLASS_AUDIO, CLASS_COMM, CLASS_HID, CLASS_PRINTER, CLASS_STORAGE, CLASS_VIDEO = 0x01, 0x02, 0x03, 0x07, 0x08, 0x0E
-SUBCLASS_CONTROL = 0x01  # of audio and of video: the others of the function have no node of their own
-SUBCLASS_ACM = 0x02
+SUBCLASS_CONTROL = 0x01  # the control interface of audio and video; only this interface of the function gets a node
+SUBCLASS_ACM = 0x02  # Abstract Control Model of CLASS_COMM: a serial port (cdc-acm)
 
 
 @dataclass(frozen=True, order=True, slots=True)
 class ExpectedNode:
-    """An interface that is to bring a node of one of these kinds."""
+    """A USB interface for which the kernel is expected to create a device node.
+
+    interface: the bInterfaceNumber.
+    kinds: the possible kinds of the node; one node of any of them is enough.
+    """
 
     interface: int
     kinds: frozenset[str]
 
 
 def expected_nodes(device: Path) -> tuple[ExpectedNode, ...]:
-    """Those of a device's interfaces, by their numbers."""
+    """Returns what the interfaces of a device lead to expect, sorted by interface number.
+
+    device: the device's directory in sysfs. Interfaces that cannot be read are left out.
+    """
     found = []
     for interface in device.glob(f"{device.name}:*"):
         try:
@@ -60,24 +71,29 @@ def _kinds(class_: int, subclass: int) -> frozenset[str]:
 
 
 def kinds_of(nodes: Collection[DeviceNode]) -> frozenset[str]:
-    """The kinds that are there. A printer's node is one of usbmisc, too."""
+    """Returns the kinds of the nodes. A printer's node counts as "printer" and as "usbmisc"."""
     kinds = {node.kind for node in nodes}
     return frozenset(kinds | {"usbmisc"} if "printer" in kinds else kinds)
 
 
 def wants(kinds: tuple[str, ...] | None, node: DeviceNode) -> bool:
-    """Whether a resource with these children wants the node; None wants all."""
+    """Returns whether a resource whose `children` are these kinds includes the node. None includes every node."""
     return kinds is None or bool(kinds_of((node,)) & set(kinds))
 
 
 def missing(asked: tuple[str, ...] | None, nodes: Collection[DeviceNode]) -> tuple[str, ...]:
-    """The kinds asked for, if no node is of any: a resource may list what its devices have between them."""
+    """Returns all requested kinds if no node is of any of them, otherwise an empty tuple.
+
+    A single match is enough: a resource with several device models may list the kinds of all of them.
+    """
     return () if not asked or kinds_of(nodes) & set(asked) else tuple(asked)
 
 
 def complete(asked: tuple[str, ...] | None, promised: Collection[ExpectedNode], nodes: Collection[DeviceNode]) -> bool:
-    """Whether a kind asked for is there, and a node of each interface that promises one of those; if nothing is asked
-    for, of each that promises any.
+    """Returns whether all nodes to wait for are there.
+
+    If kinds are requested, a node of at least one of them must exist. In addition, each interface in `promised` must
+    have its node; with requested kinds, this holds only for interfaces that are expected to bring one of those kinds.
     """
     if missing(asked, nodes):
         return False
@@ -87,11 +103,14 @@ def complete(asked: tuple[str, ...] | None, promised: Collection[ExpectedNode], 
     return all(any((promise.interface, kind) in there for kind in promise.kinds) for promise in relevant)
 
 
-CHILD_RECHECK_S = 0.25  # children have uevents; this is for a node without netlink
+CHILD_RECHECK_S = 0.25  # seconds between checks for child nodes; needed only where uevents are unavailable
 
 
 class Children:
-    """Looks whenever the bell rings. heard() is to be told every uevent before the bell rings for it."""
+    """The wait for the child nodes of a device that has just enumerated.
+
+    Checks whenever the bell rings. The caller must pass every uevent to `heard` before it rings the bell for it.
+    """
 
     def __init__(self, clock: Clock, bell: Bell) -> None:
         self._clock = clock
@@ -99,7 +118,10 @@ class Children:
         self._read: set[tuple[int, int]] = set()
 
     def heard(self, event: Uevent) -> None:
-        """A disk is announced when its partition table has been read (block/genhd.c: device_add_disk)."""
+        """Notes which disks have had their partition table read, and ignores all other uevents.
+
+        The kernel sends the "add" uevent of a disk after it has read the table (block/genhd.c: device_add_disk).
+        """
         if event.fields.get("SUBSYSTEM") != "block" or event.fields.get("DEVTYPE") != "disk":
             return
         try:
@@ -112,10 +134,10 @@ class Children:
             self._read.add(numbers)
 
     async def wait(self, device: Path, facts: DeviceFacts, asked: tuple[str, ...] | None, limit: float) -> DeviceNodes:
-        """What the device has, as soon as all that is waited for is there (promises.complete), or after limit seconds.
+        """Returns the nodes of the device as soon as they are complete (see `complete`), or after limit seconds.
 
-        A disk's partitions are waited for with the disk. Empty once the device of these facts is gone, although
-        another may stand in its place. Cancel-safe.
+        Waits also for the partitions of a disk, unless only kinds other than "block" are requested. Returns no nodes
+        once the device of these facts is gone, even if another device has taken its place. Cancel-safe.
         """
 
         def look() -> DeviceNodes | None:

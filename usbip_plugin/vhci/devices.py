@@ -1,4 +1,9 @@
-"""An attached device in sysfs: its descriptors, device nodes and the names that udev's rules would give them."""
+"""An attached device in sysfs: its descriptors, its device nodes and the names that udev's rules would give them.
+
+Reads sysfs only, because the plugin's container has no /dev. Strings that the device chose are bounded or left out.
+The names below /dev/*/by-id follow systemd: udev-builtin-usb_id.c, udev-builtin-input_id.c, rules.d/60-serial.rules
+and 60-persistent-*.rules. One difference: characters that are not printable become "_" even if they are not ASCII.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +17,17 @@ from pathlib import Path
 
 from usbip_plugin.model import DeviceNode, UsbId
 
-MAX_STRING = 126  # characters a USB string descriptor can hold
+MAX_STRING = 126  # characters; a USB string descriptor cannot hold more
 _USB_ID = re.compile("[0-9a-fA-F]{4}")
 _NUMBER = re.compile("[0-9]{1,9}")
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceFacts:
-    """An enumerated USB device. devnum tells one enumeration on a bus from the next.
+    """The attributes of an enumerated USB device, as read from sysfs.
 
-    serial, manufacturer, model: None if it has none, or none that can be printed: the device chose it.
+    devnum: differs for each enumeration on a bus.
+    serial, manufacturer, model: strings chosen by the device; None if the device has none or it is not printable.
     """
 
     usb_id: UsbId
@@ -33,7 +39,7 @@ class DeviceFacts:
 
 
 def read_facts(device: Path) -> DeviceFacts | None:
-    """None while the directory is not complete, or gone."""
+    """Returns the attributes of the device in this sysfs directory, or None if the directory is incomplete or gone."""
     try:
         usb_id = UsbId(_usb_number(device / "idVendor"), _usb_number(device / "idProduct"))
         devnum = number(text(device / "devnum"))
@@ -46,12 +52,12 @@ def read_facts(device: Path) -> DeviceFacts | None:
 
 
 def text(path: Path) -> str:
-    """An attribute, without the white space around it. OSError."""
+    """Returns the text of a sysfs attribute without surrounding white space. Raises OSError if it cannot be read."""
     return path.read_text(errors="replace").strip()
 
 
 def number(digits: str) -> int:
-    """ValueError for what is no decimal number of at most nine digits."""
+    """Returns the value of a decimal number. Raises ValueError unless it consists of one to nine digits."""
     if not _NUMBER.fullmatch(digits):
         raise ValueError(digits[:80])
     return int(digits)
@@ -72,20 +78,22 @@ def _usb_number(path: Path) -> int:
     return int(found, 16)
 
 
-MAX_PART = 63  # characters of vendor and of model
-MAX_NAME = 255  # of the whole, as of any file's name
+MAX_PART = 63  # characters of a vendor and of a model in a by-id name, as in udev
+MAX_NAME = 255  # bytes of a by-id file name (NAME_MAX of Linux); also characters at which serial_name cuts
 _SPACE = re.compile(r"\s+")
-_BITS = 8 * struct.calcsize("l")  # of each word of a bitmap in sysfs
-_FULL_KEYBOARD = range(1, 32)  # Escape, digits and Q to D
+_BITS = 8 * struct.calcsize("l")  # bits in each word of a bitmap in sysfs: an unsigned long of the kernel
+_FULL_KEYBOARD = range(1, 32)  # key codes of Escape, the digits and Q to D; udev calls a device with all a keyboard
 _MOUSE_BUTTONS = range(0x110, 0x118)
 _JOYSTICK_BUTTONS = range(0x120, 0x140)
 _X, _Y = 0, 1
 
 
 def serial_name(vendor: str, model: str, serial: str, instance: str = "") -> str:
-    """udev's ID_SERIAL. vendor, model: their strings, or four digits each; serial: "" for none.
+    """Returns the name that udev builds for a device (ID_SERIAL).
 
-    instance: target:lun of a disk.
+    vendor, model: the device's strings, or the four hexadecimal digits of its ids.
+    serial: the serial number, "" for none.
+    instance: "target:lun" of a disk, "" for other devices.
     """
     parts = [_part(vendor), _part(model)]
     if serial and all(" " <= c <= "\x7f" and c != "," for c in serial):
@@ -104,12 +112,19 @@ def _kept(c: str) -> bool:
 
 
 def serial_link(name: str, interface: int, port: int | None) -> str:
-    """Of a ttyUSB or ttyACM. port: of a converter with several, None for a ttyACM."""
+    """Returns the by-id path of a ttyUSB or ttyACM node, or "" if it would be too long.
+
+    port: the port of a serial converter (its port_number in sysfs), None for a ttyACM.
+    """
     return _link("serial", f"{name}-if{interface:02x}" + ("" if port is None else f"-port{port}"))
 
 
 def input_link(name: str, interface: int, node: str, what: str) -> str:
-    """Of an event, mouse or js node; node: its file's name, what: see input_class. "" if it has none."""
+    """Returns the by-id path of an event, mouse or js node, or "" if udev gives it none.
+
+    node: the file name of the node, such as "event3".
+    what: the result of `input_class`.
+    """
     place = "" if interface == 0 else f"-if{interface:02x}"
     if node.startswith("event"):
         return _link("input", f"{name}{place}-event-{what}" if what else f"{name}-event-if{interface:02x}")
@@ -117,22 +132,25 @@ def input_link(name: str, interface: int, node: str, what: str) -> str:
 
 
 def hidraw_link(name: str, interface: int) -> str:
-    """Of a hidraw node."""
+    """Returns the by-id path of a hidraw node, or "" if it would be too long."""
     return _link("input", name + ("" if interface == 0 else f"-if{interface:02x}") + "-hidraw")
 
 
 def video_link(name: str, index: int) -> str:
-    """Of a videoN. index: which of its device's."""
+    """Returns the by-id path of a videoN node, or "" if it would be too long.
+
+    index: the number of the node among the video nodes of its device.
+    """
     return _link("v4l", f"{name}-video-index{index}")
 
 
 def disk_link(name: str, partition: int) -> str:
-    """Of a disk, or of one of its partitions."""
+    """Returns the by-id path of a disk (partition 0) or of one of its partitions, or "" if it would be too long."""
     return _link("disk", name + (f"-part{partition}" if partition else ""))
 
 
 def sound_link(name: str, interface: int) -> str:
-    """Of a controlCN; pcm and midi nodes have none."""
+    """Returns the by-id path of a controlCN node, or "" if it would be too long. udev gives pcm and midi nodes none."""
     return _link("snd", f"{name}-{interface:02x}")
 
 
@@ -142,7 +160,10 @@ def _link(folder: str, name: str) -> str:
 
 
 def input_class(capabilities: Mapping[str, str]) -> str:
-    """kbd, mouse, joystick or "", from the bitmaps of an input device: key, rel and abs, as sysfs writes them."""
+    """Returns the class that udev gives an input device: "kbd", "mouse", "joystick" or "" for any other.
+
+    capabilities: the bitmaps "key", "rel" and "abs" as text from sysfs.
+    """
     key, rel, abs_ = (bits(capabilities.get(name, "")) for name in ("key", "rel", "abs"))
     has_axes = {_X, _Y} <= abs_
     if ({_X, _Y} <= rel or has_axes) and key & set(_MOUSE_BUTTONS):
@@ -153,7 +174,10 @@ def input_class(capabilities: Mapping[str, str]) -> str:
 
 
 def bits(bitmap: str) -> frozenset[int]:
-    """The numbers set in a bitmap: words in hexadecimal, the highest first. Empty if it is none."""
+    """Returns the numbers of the bits that are set in a bitmap from sysfs, or none if the text is not a bitmap.
+
+    The text has hexadecimal words of the size of a long, the most significant word first.
+    """
     try:
         words = [int(word, 16) for word in reversed(bitmap.split()[:64])]
     except ValueError:
@@ -162,11 +186,11 @@ def bits(bitmap: str) -> frozenset[int]:
 
 
 CHILD_KINDS = frozenset({"tty", "hidraw", "input", "video4linux", "sound", "block", "usbmisc"})
-"""Subsystems whose nodes are children. Of usbmisc, a printer's are a kind of their own."""
+"""Kernel subsystems whose device nodes are child nodes. A printer's usbmisc node gets the kind "printer"."""
 
-MAX_NODES = 64  # of one device; a webcam has about 10, a partitioned disk about 16
-MAX_DEPTH = 12  # levels below the device; a disk's partition is 7 deep
-_MAX_MAJOR, _MAX_MINOR = 1 << 12, 1 << 20  # MINORBITS of the kernel
+MAX_NODES = 64  # child nodes and network interfaces of one device; a webcam has about 10, a partitioned disk about 16
+MAX_DEPTH = 12  # directory levels searched below a device; a disk's partition is 7 levels deep
+_MAX_MAJOR, _MAX_MINOR = 1 << 12, 1 << 20  # exclusive bounds of a dev_t: MINORBITS of the kernel is 20
 _NO_DEVICES = frozenset({"power", "statistics", "queue", "queues", "mq", "capabilities", "id", "integrity", "trace"})
 _NET_NAME = re.compile(r"[^\s/:]{1,15}")
 _DIGITS = re.compile(r"([0-9]+)")
@@ -175,14 +199,22 @@ _SCSI_DEVICE = re.compile(r"[0-9]+:[0-9]+:([0-9]+):([0-9]+)")
 
 @dataclass(frozen=True, slots=True)
 class DeviceNodes:
-    """The USB node, then child nodes by path, none if the device is gone; and its network interfaces, by name."""
+    """The device nodes and network interfaces of an attached device.
+
+    nodes: the USB node first, then the child nodes sorted by path; empty if the device is gone.
+    net: the names of the network interfaces, sorted.
+    """
 
     nodes: tuple[DeviceNode, ...] = ()
     net: tuple[str, ...] = ()
 
 
 def read_nodes(device: Path, facts: DeviceFacts) -> DeviceNodes:
-    """What a device of these facts has by now. Other USB devices below it are left out."""
+    """Returns the nodes and network interfaces that the device has now, without those of USB devices behind it.
+
+    device: its directory in sysfs.
+    facts: the attributes of the device, from which its by-id names are built.
+    """
     own = _node(device, "usb")
     if own is None:
         return DeviceNodes()
@@ -201,13 +233,16 @@ def read_nodes(device: Path, facts: DeviceFacts) -> DeviceNodes:
 
 
 def collect(device: Path) -> tuple[DeviceNode, ...]:
-    """The nodes alone."""
+    """Returns the nodes of the device in this sysfs directory, or none if the device is incomplete or gone."""
     facts = read_facts(device)
     return () if facts is None else read_nodes(device, facts).nodes
 
 
 def _below(device: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Directories of the device, not of other USB devices behind it, and the files in each. It is looked at often."""
+    """Yields each directory below the device with the names of its files, without USB devices behind a hub.
+
+    Runs often, so it skips directories that cannot contain a device node.
+    """
     root_depth = len(device.parts)
     for folder, folders, files in os.walk(device):
         path = Path(folder)
@@ -224,7 +259,7 @@ def _below(device: Path) -> Iterator[tuple[Path, list[str]]]:
 
 
 def _natural(node: DeviceNode) -> tuple[list[str | int], DeviceNode]:
-    """sda2 comes before sda10."""
+    """Returns a sort key by which numbers in a path count as numbers: sda2 comes before sda10."""
     return [int(part) if part.isdecimal() else part for part in _DIGITS.split(node.path)], node
 
 
@@ -253,7 +288,10 @@ def _node(path: Path, kind: str) -> DeviceNode | None:
 
 
 def _described(node: DeviceNode, path: Path, device: Path, facts: DeviceFacts) -> DeviceNode:
-    """The same with what its place in sysfs says of it: its interface, its partition, its name by udev's rules."""
+    """Returns the node with its interface, partition and by-id name added.
+
+    path: the node's own directory in sysfs. device, facts: the USB device that it belongs to.
+    """
     interface = _interface(path, device)
     partition = _number(path / "partition") or 0 if node.block else 0
     link = "" if interface is None else _by_id(node, path, interface, partition, facts)
@@ -261,7 +299,7 @@ def _described(node: DeviceNode, path: Path, device: Path, facts: DeviceFacts) -
 
 
 def _interface(path: Path, device: Path) -> int | None:
-    """The number of the interface that the directory belongs to."""
+    """Returns the number of the USB interface that the directory belongs to, or None if there is none."""
     below = path.relative_to(device).parts[0]
     if not below.startswith(f"{device.name}:"):
         return None
@@ -295,7 +333,7 @@ def _by_id(node: DeviceNode, path: Path, interface: int, partition: int, facts: 
 
 
 def _disk_name(path: Path, facts: DeviceFacts, vendor: str, model: str) -> str:
-    """A disk is called by what its SCSI device says, and by which of its target's it is."""
+    """Returns the name that udev builds for a disk: vendor and model of its SCSI device, and its target:lun."""
     scsi = next(((p, m) for p in path.parents[:5] if (m := _SCSI_DEVICE.fullmatch(p.name))), None)
     if scsi is None:
         return serial_name(vendor, model, facts.serial or "")

@@ -12,16 +12,18 @@ from typing import Protocol
 from usbip_plugin.model import Attachment, Descriptor, DeviceKey
 from usbip_plugin.vhci.sysfs import Hub, PortStatus
 
-CHILD_WAIT_S = 3.0  # for children that the interface classes promise
-ASKED_CHILD_WAIT_S = 5.0  # for children that the caller asks for
-ABANDON_S = 5.0  # for the detach that follows a failed enumeration
+CHILD_WAIT_S = 3.0  # seconds to wait for child nodes that the interface classes lead to expect
+ASKED_CHILD_WAIT_S = 5.0  # seconds to wait for child nodes of kinds that the caller requests, unless it says otherwise
+ABANDON_S = 5.0  # seconds that the detach after a failed enumeration may take
 
 
 @dataclass(frozen=True, slots=True)
 class PortState:
-    """A port and whose it is. record is what this node wrote (or the usbip tool), None for a free port.
+    """A port of vhci_hcd and the device that its port record names.
 
-    by_plugin: whether a plugin of this node wrote it, and not the tool. The other fields are those of vhci.sysfs.Port.
+    record: the device in the record, written by this node's plugin or the `usbip` tool; None for a free port.
+    by_plugin: whether a plugin of this node wrote the record, rather than the tool.
+    The other fields are those of vhci.sysfs.Port.
     """
 
     number: int
@@ -36,7 +38,10 @@ class PortState:
 
 @dataclass(frozen=True, slots=True)
 class DriverReport:
-    """What `usbip-plugin check` wants to know. problems: sentences for people, empty when all is well."""
+    """The state of vhci_hcd as shown by `usbip-plugin check`.
+
+    problems: sentences for people, empty if everything works.
+    """
 
     loaded: bool
     nports: int = 0
@@ -51,21 +56,23 @@ class DriverReport:
 
 
 class VhciDriver(Protocol):
-    """One node's view of its kernel's vhci_hcd. Ports that were not passed in are never touched.
+    """The vhci_hcd of this node's kernel.
 
-    Every method may raise DriverMissing. Nothing here is retried; the caller decides.
+    Never changes a port that the caller has not passed in. Every method may raise DriverMissing. No method retries a
+    failed operation: the caller decides.
     """
 
     async def ports(self) -> tuple[PortState, ...]:
-        """Every port of every controller, by number."""
+        """Returns every port of every controller, sorted by number."""
         ...
 
     async def attach(self, key: DeviceKey, descriptor: Descriptor, fd: int) -> int:
-        """Hand a connected socket to the kernel; the port number once the kernel has its own reference to it.
+        """Hands a connected socket to the kernel. Returns the port number once the kernel has its own reference to it.
 
-        The caller still owns fd and closes it, on success and on failure. The port's record is written before the
-        kernel is asked and taken back if it refuses. A port that somebody else takes in between is replaced by another.
-        PortsExhausted, AttachRefused, DriverNotWritable, RecordNotWritable. If cancelled, no port is left attached.
+        The caller still owns fd and closes it, on success and on failure. Writes the port record before it asks the
+        kernel, and removes the record if the kernel refuses. If another process takes the chosen port first, tries
+        another port. Raises PortsExhausted, AttachRefused, DriverNotWritable or RecordNotWritable. If cancelled, leaves
+        no port attached.
         """
         ...
 
@@ -80,51 +87,62 @@ class VhciDriver(Protocol):
         serial: str | None = None,
         timeout: float,
     ) -> Attachment:
-        """Wait until the device on this port is there, is the one promised, and is authorised; collect its nodes.
+        """Waits until the device on the port has enumerated, verifies and authorises it. Returns it with its nodes.
 
-        Child nodes: children None waits up to CHILD_WAIT_S for what the interface classes promise; a tuple of kinds
-        waits up to children_timeout seconds for each of them, and for all that the classes promise of them; an empty
-        tuple does not wait. Partitions come with their disk. Children that do not come are no error, and timeout
-        (seconds) bounds the waiting as a whole. A device that enumerates anew meanwhile is verified anew.
-        serial: the device must tell this serial number; None: any or none will do.
-        AttachStuck (not there in time, or the connection ended), WrongDevice (other vendor:product than
-        descriptor.usb_id) and WrongSerial after the port has been detached again, which may take up to ABANDON_S more;
-        DetachFailed if that fails. A wrong device is never authorised. If cancelled, the port stays as it is: the
-        caller detaches.
+        children: the kinds of child nodes to wait for.
+            None: waits up to CHILD_WAIT_S for the nodes that the interface classes lead to expect.
+            Kinds: waits up to children_timeout seconds for a node of at least one of them, and for a node of each
+            interface that is expected to bring one of them.
+            Empty: does not wait.
+        children_timeout: seconds. Missing child nodes are not an error. Partitions are awaited with their disk.
+        serial: the serial number that the device must have; None accepts any device, also one without a number.
+        timeout: seconds, a bound on the whole wait.
+
+        A device that enumerates again during the wait is verified again. A wrong device is never authorised.
+        Raises AttachStuck if the device is not there in time or the connection ends, WrongDevice if its vendor:product
+        is not descriptor.usb_id, and WrongSerial. Detaches the port before raising, which may take ABANDON_S more.
+        Raises DetachFailed if that detach fails. If cancelled, leaves the port as it is: the caller must detach it.
         """
         ...
 
     async def inspect(self, key: DeviceKey, port: int) -> Attachment | None:
-        """What stands on the port now, enumerated and authorised, as key's attachment; None if there is nothing such.
+        """Returns the enumerated and authorised device that is on the port now, as the attachment of key, or None.
 
-        Does not compare it with anything: the caller knows what it expects.
+        Does not verify that the device is the one of key: the caller must compare.
         """
         ...
 
     async def detach(self, port: int, *, timeout: float) -> None:
-        """Free the port, wait until it is free and its sysfs entry has gone, remove its record.
+        """Detaches the port, waits until it is free and its device has left sysfs, then removes its port record.
 
-        A port that is free already is a success. So is one on which there now stands another device than the one this
-        driver attached, enumerated or inspected there: that one is somebody else's and is left alone.
-        DetachFailed after timeout (seconds), with the record kept. If cancelled, the kernel may go on detaching.
+        Succeeds if the port is free already. Succeeds also if the port now has another device than the one that this
+        driver attached, enumerated or inspected there; that device belongs to another process and stays attached.
+        Raises DetachFailed after timeout (seconds), and keeps the record. If cancelled, the kernel may go on detaching.
         """
         ...
 
     async def forget(self, key: DeviceKey) -> None:
-        """Remove every port record that names key: the caller has seen that its device stands on no port of ours."""
+        """Removes every port record that names key.
+
+        The caller must have made sure that the device of key is not attached to any port of this node.
+        """
         ...
 
     def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]:
-        """Call back, in the event loop, after whatever may have changed a port; returns the unsubscribe function.
+        """Registers a callback for possible changes of any port. Returns the function that unregisters it.
 
-        Says only "look again". Needs run().
+        The callback runs in the event loop and means only that the ports should be read again. Works only while `run()`
+        runs.
         """
         ...
 
     async def run(self) -> None:
-        """Forget a predecessor's records of ports that are free by now; then listen for changes until cancelled."""
+        """Runs until cancelled: watches for changes of ports.
+
+        Starts by removing port records that an earlier process has left for ports that are free now.
+        """
         ...
 
     async def check(self) -> DriverReport:
-        """State of the driver for people. Raises nothing but CancelledError."""
+        """Returns the state of the driver for people. Raises nothing but CancelledError."""
         ...

@@ -1,10 +1,11 @@
-"""vhci's root hubs: where they are in sysfs, and keeping new devices on them unauthorised while ours enumerate.
+"""Protection of vhci's root hubs: new devices stay unauthorised while a device of the plugin enumerates.
 
-A server that lies about a device could otherwise have any driver of this node probe it before its descriptors are
-checked. authorized_default is 0 only from just before an attach of ours until its device has appeared, and has its old
-value at all other times: devices attached by hand with the `usbip` tool go on working (in that window, about 0.3 s,
-one that appears on the same hub stays unauthorised; it is not ours to judge). A hub that says 0 already is left alone,
-by whomever it was set. The old value is kept in the record directory, so that a crash in the window heals.
+Without it, a server that lies about a device could make any driver of this node probe the device before the plugin has
+checked its descriptors. The plugin sets authorized_default of the hub to 0 just before it attaches a device, and
+restores the old value once the device has appeared. So devices attached by hand with the `usbip` tool go on working at
+all other times. A device attached by hand that appears on the same hub in this window (about 0.3 s) stays unauthorised:
+the plugin does not judge it. The plugin never changes a hub whose authorized_default is 0 already, whoever set it. The
+record directory keeps the old value, so that the next start repairs a hub after a crash in the window.
 """
 
 from __future__ import annotations
@@ -21,11 +22,14 @@ log = logging.getLogger(__name__)
 
 _MARKER = "authorized_default."
 _CLOSED = "0"
-_VALUES = frozenset({"-1", "0", "1", "2"})  # what authorized_default may say
+_VALUES = frozenset({"-1", "0", "1", "2"})  # the values that authorized_default can have
 
 
 class HubGuard:
-    """Holds authorized_default at 0 on a hub while at least one port of it is held. write: (file, text), OSError."""
+    """A guard that keeps authorized_default of a root hub at 0 while at least one of its ports is held.
+
+    write: writes text to a sysfs file; raises OSError.
+    """
 
     def __init__(self, sysfs: Path, records: Path, write: Callable[[Path, str], None]) -> None:
         self._sysfs = sysfs
@@ -34,7 +38,10 @@ class HubGuard:
         self._held: dict[int, Path] = {}
 
     def hold(self, port: Port) -> None:
-        """Before the attach write. A hub that cannot be guarded is logged: descriptors are checked in any case."""
+        """Holds the hub of a port. The caller must hold it before it writes to attach.
+
+        If the hub cannot be guarded, logs a warning and goes on: the descriptors are checked in any case.
+        """
         hub = root_hub(self._sysfs, port.controller, port.hub)
         if hub is None:
             return
@@ -53,13 +60,16 @@ class HubGuard:
             log.warning("cannot keep new devices unauthorised", extra={"hub": str(hub), "cause": str(error)})
 
     def release(self, port: int) -> None:
-        """Once the device has appeared, or will not. Idempotent."""
+        """Releases the port, and restores the hub if it was the last one held. Idempotent.
+
+        To be called once the device has appeared, or when it will not appear any more.
+        """
         hub = self._held.pop(port, None)
         if hub is not None and hub not in self._held.values():
             self._restore(hub)
 
     def restore_leftovers(self) -> None:
-        """What a predecessor that crashed has left closed."""
+        """Restores the hubs that an earlier process has left at authorized_default 0 because it crashed."""
         for marker in self._records.glob(f"{_MARKER}usb[0-9]*"):
             name = marker.name.removeprefix(_MARKER)
             if any(hub.name == name for hub in self._held.values()):
@@ -69,7 +79,7 @@ class HubGuard:
 
     def _restore(self, hub: Path) -> None:
         if not self._marker(hub).exists():
-            return  # it was closed before us
+            return  # it was 0 before the plugin held it
         try:
             before = _value(self._marker(hub))
             self._write(hub / "authorized_default", before)
@@ -86,7 +96,7 @@ class HubGuard:
 
 
 def _value(file: Path) -> str:
-    """A value of authorized_default. OSError also for anything else than that."""
+    """Returns the value of an authorized_default file. Raises OSError if it cannot be read or is not such a value."""
     text = file.read_text(errors="replace").strip()
     if text not in _VALUES:
         raise OSError(errno.EINVAL, f"{text[:20]!r} is no value of authorized_default", str(file))

@@ -1,4 +1,4 @@
-"""VhciDriver on the real kernel, through /sys/devices/platform/vhci_hcd.N."""
+"""The VhciDriver for the real kernel, which works through /sys/devices/platform/vhci_hcd.N."""
 
 from __future__ import annotations
 
@@ -55,18 +55,20 @@ from usbip_plugin.vhci.uevents import Uevent, UeventSource, settle
 log = logging.getLogger(__name__)
 
 RECORDS = Path("/run/vhci_hcd")
-"""Where the `usbip` tool keeps its port records, and the plugin, too."""
+"""Directory of the port records, shared by the `usbip` tool and the plugin."""
 
-END_S = 0.05  # of a time to wait, kept for saying what was found
-ATTACH_TRIES = 4  # ports to try when somebody else takes the chosen one in between
-_FD_BASE, _FD_SPAN = 100, 400
+END_S = 0.05  # seconds of the enumeration timeout reserved for returning the nodes found so far
+ATTACH_TRIES = 4  # ports to try if another process takes the chosen port before the attach
+_FD_BASE, _FD_SPAN = 100, 400  # lowest descriptor number of a socket for the kernel, and how much the clock may add
 
 
 class SysfsVhci:
-    """See VhciDriver. write is where all writes to sysfs go: (path, text), blocking, OSError.
+    """The VhciDriver that reads and writes sysfs.
 
-    An attachment is told from another one on the same port by (devid, sockfd) of its status row. The socket is handed
-    over under a number that depends on the time, so that two plugins on one kernel (kind) do not mistake their ports.
+    write: performs every write to sysfs; takes path and text, blocks, raises OSError.
+
+    Two attachments of one port differ in (devid, sockfd) of their status row. The descriptor number of the socket
+    depends on the time, so that two plugins on one kernel (as in kind) do not confuse their attachments.
     """
 
     def __init__(
@@ -96,13 +98,13 @@ class SysfsVhci:
         self._stirred = asyncio.Event()
         self._occupants: dict[int, tuple[int, int]] = {}
         self._free: dict[int, PortState] = {}
-        self._recorded: Counter[int] = Counter()  # how often each port was taken
+        self._recorded: Counter[int] = Counter()  # by port: how many records this process has written
 
     async def ports(self) -> tuple[PortState, ...]:
         return tuple(self._free_state(p) if p.status is PortStatus.NULL else self._state(p) for p in self._table.all())
 
     def _free_state(self, port: Port) -> PortState:
-        """Of the hundreds of ports nearly all are free, and a free one says the same each time."""
+        """Returns the state of a free port from a cache: nearly all of hundreds of ports are free and never differ."""
         state = self._free.get(port.number)
         if state is None:
             state = self._free[port.number] = PortState(port.number, port.hub, port.status)
@@ -129,7 +131,7 @@ class SysfsVhci:
         raise AttachRefused(f"{ATTACH_TRIES} {hub} ports in turn were taken by somebody else while attaching {key}")
 
     def _choose(self, ports: tuple[Port, ...], speed: int) -> Port | None:
-        lingering: set[int] = set()  # the last device has not left sysfs yet
+        lingering: set[int] = set()  # free ports whose last device has not left sysfs yet
 
         def penalty(port: Port) -> int:
             return SAME_PORT if port.number in lingering else self._stalls.penalty(port)
@@ -142,8 +144,11 @@ class SysfsVhci:
         return port
 
     async def _attach_to(self, port: Port, key: DeviceKey, descriptor: Descriptor, fd: int) -> bool:
-        """False if somebody else took the port first. Leaves nothing behind unless it returns True."""
-        # A duplicate: the caller may close its own as soon as it is cancelled, while the write is still going on.
+        """Attaches the device to the port. Returns False if another process took the port first.
+
+        Leaves nothing behind unless it returns True.
+        """
+        # Use a duplicate: a cancelled caller may close its own descriptor at once, while the write is still going on.
         own = _duplicate(fd, _FD_BASE + int(self._clock.monotonic() * 1000) % _FD_SPAN)
         handed_over = done = False
         try:
@@ -212,7 +217,7 @@ class SysfsVhci:
                     device, facts = await self._verified(key, descriptor, port, serial, timeout)
                     left = max(0.0, deadline - self._clock.monotonic() - END_S)
                     found = await self._children.wait(device, facts, children, min(child_wait, left))
-                    if found.nodes:  # else it has gone, or enumerated anew: then it is verified anew
+                    if found.nodes:  # otherwise the device has gone or enumerated again, and is verified again
                         return _attachment(key, port, device, facts, found)
         except (AttachStuck, WrongDevice, WrongSerial, DriverNotWritable):
             await self.detach(port, timeout=ABANDON_S)
@@ -232,8 +237,8 @@ class SysfsVhci:
         if serial is not None and facts.serial != serial:
             raise WrongSerial(key, serial, facts.serial or "", descriptor.devid)
         try:
-            # Also when it is authorised already: the write takes the device lock, so that when it returns the
-            # interfaces have been probed.
+            # Write also if the device is authorised already: the write takes the device lock, so when it returns, the
+            # kernel has probed the interfaces.
             await self._writer.write(device / "authorized", "1")
         except OSError as error:
             stuck = AttachStuck(f"{key} on port {port} could not be authorised: {error.strerror}")
@@ -275,7 +280,7 @@ class SysfsVhci:
                 await self._detach(port, timeout)
         except TimeoutError:
             raise DetachFailed(f"port {port} was not free after {timeout:g} s") from None
-        if self._recorded[port] == taken:  # else the record is already that of the next device on this port
+        if self._recorded[port] == taken:  # otherwise the record already belongs to the next device on this port
             self._forget(port)
 
     async def forget(self, key: DeviceKey) -> None:
@@ -310,7 +315,7 @@ class SysfsVhci:
         try:
             await self._writer.write(self._detach_file, format_detach(port))
         except OSError as error:
-            if error.errno != errno.EINVAL:  # EINVAL: it became null by itself
+            if error.errno != errno.EINVAL:  # EINVAL: the port has become free (NULL) by itself
                 refused = DetachFailed(f"the kernel refused to detach port {port}: {error.strerror}")
                 raise explain(error, self._detach_file, refused) from error
 
@@ -326,7 +331,10 @@ class SysfsVhci:
             group.create_task(settle(self._bell, self._stirred, self._clock))
 
     def _forget_leftovers(self) -> None:
-        """Records of ports that fell free while no process was there to see it, taken by somebody else since or not."""
+        """Removes the records of ports that became free while no plugin process was running.
+
+        Another process may have taken such a port since. Never touches a record that this process has written.
+        """
         with contextlib.suppress(VhciError):
             rows = {port.number: port for port in self._table.all()}
             for number in self._records.ports():
@@ -388,7 +396,7 @@ def _attachment(key: DeviceKey, port: int, device: Path, facts: DeviceFacts, fou
 
 
 def _duplicate(fd: int, lowest: int) -> int:
-    """A duplicate numbered lowest or above, or any if the process may not have so many."""
+    """Returns a duplicate of fd with a number of at least lowest, or any number if the process limit is below that."""
     try:
         return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, lowest)
     except OSError as error:
@@ -398,5 +406,5 @@ def _duplicate(fd: int, lowest: int) -> int:
 
 
 def _replaced(before: Port, now: Port) -> bool:
-    """Whether another attachment stands on the port now, so that it was free in between."""
+    """Returns whether the port has another attachment now than before, and so was free in between."""
     return before.occupant is not None and now.status is not PortStatus.ERROR and now.occupant != before.occupant

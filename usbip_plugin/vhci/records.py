@@ -1,4 +1,7 @@
-"""/run/vhci_hcd/portN: which remote device stands on a port, in the words of the `usbip` tool, which reads them too."""
+"""Port records: files /run/vhci_hcd/portN that name the remote device attached to a port.
+
+The format is the one of the `usbip` tool, which reads and writes these files too.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from pathlib import Path
 
 from usbip_plugin.model import DeviceKey, ServerKey
 
-MAX_RECORD = 1200  # bytes; the tool reads host 1025 + port 32 + busid 32
+MAX_RECORD = 1200  # characters read of a record; the tool reads host 1025 + port 32 + busid 32
 _MAX_HOST = 1024
 _OCCUPANT = re.compile(r"([0-9]{1,10}) ([0-9]{1,10})\n?")
 _BUSID = re.compile(r"[0-9A-Za-z.:_-]{1,31}")
@@ -20,20 +23,25 @@ _MAX_PORT = 65535
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What was noted when a port was taken. occupant: see Port.occupant; None in a record that the tool wrote."""
+    """The content of a port record, written when a port is attached.
+
+    key: the remote device.
+    occupant: Port.occupant of the attachment; None in a record that the `usbip` tool wrote.
+    """
 
     key: DeviceKey
     occupant: tuple[int, int] | None = None
 
     def fits(self, occupant: tuple[int, int] | None) -> bool:
-        """Whether what stands on the port now may be what the record is of."""
+        """Returns whether the record may belong to this attachment. An unknown occupant on either side always fits."""
         return self.occupant is None or occupant is None or self.occupant == occupant
 
 
 def format_record(record: Record) -> str:
-    """ "host port busid" and a newline, as the tool; then "devid sockfd", where it does not look.
+    """Returns the text of a record: the line "host port busid" of the `usbip` tool, then the line "devid sockfd".
 
-    ValueError for a key that the tool could not read back.
+    The tool ignores the second line, which is left out if the occupant is None. Raises ValueError if the tool could not
+    read the key back.
     """
     key = record.key
     text = f"{key.server.host} {key.server.port} {key.busid}\n"
@@ -45,7 +53,10 @@ def format_record(record: Record) -> str:
 
 
 def parse_record(text: str) -> Record | None:
-    """None for what is not a record. Only numeric ports are understood; the tool writes the one it was given."""
+    """Returns the record in the text, or None if the text is not a valid record.
+
+    Accepts only numeric TCP ports. The `usbip` tool writes the port as its user gave it, which may be a service name.
+    """
     first, _, second = text.partition("\n")
     fields = first.split()
     if len(fields) != 3 or len(text) > MAX_RECORD:
@@ -61,12 +72,12 @@ def parse_record(text: str) -> Record | None:
 
 
 def _without_waiting(path: str, flags: int) -> int:
-    """For open(): a pipe in the file's place must not hang the plugin."""
+    """Opens a file for open() with O_NONBLOCK, so that a pipe in place of the file cannot hang the plugin."""
     return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 class Records:
-    """The directory of port records. Files are small and local: read and written directly."""
+    """The directory of port records. Methods block, but only briefly: the files are small and local."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -79,7 +90,10 @@ class Records:
             return None
 
     def write(self, port: int, record: Record) -> None:
-        """Atomic: on a full disk there is the old record or none. OSError if it fails; ValueError as format_record."""
+        """Writes the record of a port atomically: on a full disk, the old record or none remains.
+
+        Raises OSError if the write fails, and ValueError if the `usbip` tool could not read the key back.
+        """
         text = format_record(record)
         self._directory.mkdir(mode=0o700, exist_ok=True)
         unfinished = self._directory / f".port{port:d}.tmp"
@@ -92,7 +106,7 @@ class Records:
             raise
 
     def remove(self, port: int, only: DeviceKey | None = None) -> None:
-        """Remove the record, or nothing if only is given and the record names another device. Never raises OSError."""
+        """Removes the record of a port. With `only`, keeps a record that names another device. Never raises OSError."""
         record = self.read(port) if only is not None else None
         if only is not None and (record is None or record.key != only):
             return
@@ -100,7 +114,7 @@ class Records:
             self.path(port).unlink(missing_ok=True)
 
     def ports(self) -> tuple[int, ...]:
-        """The ports that have a record, whatever is in it, sorted."""
+        """Returns the sorted numbers of the ports that have a record file, whatever it contains."""
         try:
             names = [path.name for path in self._directory.iterdir()]
         except OSError:
@@ -112,5 +126,5 @@ class Records:
         return os.access(place, os.W_OK | os.X_OK)
 
     def path(self, port: int) -> Path:
-        """Its file, there or not."""
+        """Returns the path of the record file of a port, whether it exists or not."""
         return self._directory / f"port{port:d}"

@@ -1,4 +1,7 @@
-"""What vhci_hcd says and is told through sysfs: ports, attach, detach, and where its root hubs are."""
+"""The sysfs files of vhci_hcd: the status of its ports, attach, detach, and the directories of its root hubs.
+
+Follows drivers/usb/usbip/vhci_sysfs.c and tools/usb/usbip of Linux 4.17 and later, where status has a hub column.
+"""
 
 from __future__ import annotations
 
@@ -18,23 +21,23 @@ from usbip_plugin.errors import DriverMissing, DriverNotWritable, VhciError
 
 Hub = Literal["hs", "ss"]
 
-NO_DEVICE = "0-0"
-SPEED_SUPER = 5
-SPEEDS = range(1, 7)  # enum usb_device_speed, USB_SPEED_LOW .. USB_SPEED_SUPER_PLUS
-MAX_PORTS = 4096  # the kernel's own limit is 128 controllers of 31 ports
+NO_DEVICE = "0-0"  # local bus id in the status row of a port without a device
+SPEED_SUPER = 5  # USB_SPEED_SUPER of enum usb_device_speed
+SPEEDS = range(1, 7)  # enum usb_device_speed, USB_SPEED_LOW to USB_SPEED_SUPER_PLUS
+MAX_PORTS = 4096  # ports of all controllers; the kernel's own limit is 128 controllers with 31 ports each
 _COLUMNS = 7
 _MAX_DIGITS = 10
-_BUSID = re.compile(r"[0-9]{1,5}-[0-9]{1,5}(\.[0-9]{1,5}){0,3}")  # becomes part of a path
+_BUSID = re.compile(r"[0-9]{1,5}-[0-9]{1,5}(\.[0-9]{1,5}){0,3}")  # strict, because it becomes part of a path
 _HUBS: Final[Mapping[str, Hub]] = {"hs": "hs", "ss": "ss"}
 
 
 class PortStatus(enum.IntEnum):
-    """enum usbip_device_status of drivers/usb/usbip/usbip_common.h, the half that is about vhci."""
+    """The status of a vhci port: the vhci values of enum usbip_device_status (drivers/usb/usbip/usbip_common.h)."""
 
-    NULL = 4  # free
-    NOTASSIGNED = 5  # has a socket, the device has no address yet
-    USED = 6  # the device has an address; its sysfs directory follows
-    ERROR = 7  # unusable until detached
+    NULL = 4  # free: the port has no socket
+    NOTASSIGNED = 5  # the port has a socket, but its device has no USB address yet
+    USED = 6  # the device has a USB address; its sysfs directory may not exist yet
+    ERROR = 7  # the port is unusable until it is detached
 
 
 _STATUS: Final = {f"{status:03d}": status for status in PortStatus}
@@ -42,12 +45,15 @@ _STATUS: Final = {f"{status:03d}": status for status in PortStatus}
 
 @dataclass(frozen=True, slots=True)
 class Port:
-    """One row of status.
+    """A vhci port: one row of a status file. speed, devid and sockfd are 0 unless status is USED.
 
-    number is global over all controllers. local_busid is the name under /sys/bus/usb/devices, None unless status is
-    USED. controller is the N of vhci_hcd.N, root_port counts the ports of its hs or ss hub from 1. speed is the
-    kernel's enum usb_device_speed, sockfd the number the socket had in the process that attached it; speed, devid and
-    sockfd are 0 unless status is USED.
+    number: unique over all controllers.
+    speed: a value of the kernel's enum usb_device_speed.
+    devid: the number of the remote device as the kernel has it, see Descriptor.devid.
+    local_busid: the name under /sys/bus/usb/devices, None unless status is USED.
+    controller: the N of vhci_hcd.N.
+    root_port: number of the port on its hs or ss root hub, from 1.
+    sockfd: the descriptor number that the socket had in the process that attached it.
     """
 
     number: int
@@ -62,20 +68,20 @@ class Port:
 
     @property
     def occupant(self) -> tuple[int, int] | None:
-        """devid and sockfd: what tells this attachment from another one on the same port. None unless USED."""
+        """devid and sockfd, which distinguish two attachments of one port. None unless status is USED."""
         return (self.devid, self.sockfd) if self.status is PortStatus.USED else None
 
 
 def hub_of(speed: int) -> Hub:
-    """The hub whose ports take a device of this speed: the kernel picks it by the speed, whatever port is written."""
+    """Returns the hub for a device of this speed. The kernel chooses the hub by speed, whatever port is written."""
     return "ss" if speed >= SPEED_SUPER else "hs"
 
 
 def parse_status(text: str, controller: int = 0) -> tuple[Port, ...]:
-    """Ports in the text of status (controller 0) or status.N, in the kernel's order.
+    """Returns the ports in the text of status (controller 0) or status.N, in the kernel's order.
 
-    ValueError for a row that is not understood, and for more than MAX_PORTS: guessing at ports could detach somebody
-    else's device.
+    Raises ValueError for a row that cannot be parsed and for more than MAX_PORTS rows: a guess at ports could detach a
+    device of another process.
     """
     ports: list[Port] = []
     seen: dict[str, int] = {}
@@ -112,7 +118,7 @@ def _decimal(text: str) -> int:
 
 
 def parse_nports(text: str) -> int:
-    """Number of ports of all controllers. ValueError if it is not a number between 1 and MAX_PORTS."""
+    """Returns the number of ports of all controllers. Raises ValueError unless it is between 1 and MAX_PORTS."""
     number = _decimal(text.strip())
     if not 1 <= number <= MAX_PORTS:
         raise ValueError(f"nports is {number}")
@@ -120,40 +126,47 @@ def parse_nports(text: str) -> int:
 
 
 def status_files(nports: int, rows_in_first: int) -> tuple[str, ...]:
-    """Names of the status files that together list nports ports, given how many the first one lists."""
+    """Returns the names of the status files that together list nports ports.
+
+    rows_in_first: the number of ports in the first file; each other file has at most as many.
+    """
     controllers = -(-nports // rows_in_first) if rows_in_first else 1
     return ("status", *(f"status.{n}" for n in range(1, controllers)))
 
 
 def format_attach(port: int, fd: int, devid: int, speed: int) -> str:
-    """What to write to attach. ValueError for values the kernel would misread."""
+    """Returns the text to write to attach. Raises ValueError for values that the kernel would misread."""
     if port < 0 or fd < 0 or not 0 <= devid < 1 << 32 or speed not in SPEEDS:
         raise ValueError(f"cannot attach port {port}, fd {fd}, devid {devid:#x}, speed {speed}")
     return f"{port} {fd} {devid} {speed}"
 
 
 def format_detach(port: int) -> str:
-    """What to write to detach. ValueError for a negative port."""
+    """Returns the text to write to detach. Raises ValueError for a negative port."""
     if port < 0:
         raise ValueError(f"cannot detach port {port}")
     return str(port)
 
 
 def choose_port(ports: Iterable[Port], speed: int, penalty: Callable[[Port], int] = lambda _port: 0) -> Port | None:
-    """The free port of the hub for this speed with the least penalty, then the lowest, over all controllers.
+    """Returns the best free port for a device of this speed: the one with the lowest penalty, then the lowest number.
 
-    None if no port of that hub is free: a penalty makes a port the last choice, never impossible.
+    Considers the hubs of all controllers. Returns None only if no suitable port is free: a penalty never excludes a
+    port.
     """
     free = [port for port in ports if port.hub == hub_of(speed) and port.status is PortStatus.NULL]
     return min(free, key=lambda port: (penalty(port), port.number), default=None)
 
 
-WRITE_S = 5.0  # for one write to sysfs; milliseconds in practice
+WRITE_S = 5.0  # seconds that one write to sysfs may take; it takes milliseconds in practice
 _NOT_ALLOWED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 
 
 def write_sysfs(path: Path, text: str) -> None:
-    """One write(2), as sysfs wants it. Blocking; OSError; never creates a file."""
+    """Writes text to a sysfs file with a single write(2), as sysfs requires.
+
+    Blocks. Raises OSError. Never creates a file.
+    """
     fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     try:
         os.write(fd, text.encode("ascii"))
@@ -162,9 +175,9 @@ def write_sysfs(path: Path, text: str) -> None:
 
 
 def refusal(path: Path) -> str | None:
-    """What the system says to opening a sysfs file for writing, None if it allows it. Nothing is written.
+    """Returns why a sysfs file cannot be opened for writing, or None if it can. Writes nothing.
 
-    Only opening asks AppArmor and SELinux; access(2) does not.
+    Opens the file, because AppArmor and SELinux check open(2) but not access(2).
     """
     try:
         os.close(os.open(path, os.O_WRONLY | os.O_CLOEXEC))
@@ -174,9 +187,10 @@ def refusal(path: Path) -> str | None:
 
 
 class PortTable:
-    """The status files of all controllers. Reads are directly in the loop: sysfs answers from memory.
+    """A reader of the status files of all controllers, with a cache.
 
-    Parsing is what costs, and most files have not changed since they were last read: each is parsed once per content.
+    Reads in the event loop, because sysfs answers from memory. Parsing is the expensive part and most files have not
+    changed since the last read, so each file is parsed only if its content differs.
     """
 
     def __init__(self, sysfs: Path) -> None:
@@ -192,7 +206,10 @@ class PortTable:
         return known[1]
 
     def all(self) -> tuple[Port, ...]:
-        """Every port, by number. DriverMissing, or VhciError for a status that cannot be understood."""
+        """Returns every port, sorted by number.
+
+        Raises DriverMissing if a status file cannot be read, and VhciError if a file cannot be parsed.
+        """
         try:
             first = self._controller(0)
             nports = parse_nports((self._base / "nports").read_text())
@@ -205,7 +222,10 @@ class PortTable:
             raise VhciError(str(error)) from error
 
     def one(self, number: int) -> Port:
-        """One port, from the status file of its controller. Also VhciError if there is no such port."""
+        """Returns one port, from the status file of its controller.
+
+        Raises VhciError if the port does not exist or the file cannot be parsed, DriverMissing without vhci_hcd.
+        """
         if not self._per_controller:
             self.all()
         controller = number // self._per_controller if self._per_controller else 0
@@ -222,7 +242,10 @@ class PortTable:
 
 
 class Writer:
-    """Writes to sysfs in a thread, bounded by WRITE_S. write: (path, text), blocking, OSError."""
+    """An asynchronous writer to sysfs that writes in a thread and waits at most WRITE_S.
+
+    write: performs the write; takes path and text, blocks, raises OSError.
+    """
 
     def __init__(self, clock: Clock, write: Callable[[Path, str], None]) -> None:
         self._clock = clock
@@ -236,11 +259,13 @@ class Writer:
         finish: Callable[[], None] = lambda: None,
         undo: Callable[[], None] | None = None,
     ) -> None:
-        """OSError from the write; ETIMEDOUT if it has not returned after WRITE_S.
+        """Writes text to a sysfs file in a thread.
 
-        A write that has begun cannot be stopped. finish is called in its thread when it has ended in whatever way; undo
-        is called in the loop if it succeeds after it was given up (timeout or cancellation). When cancelled, a write
-        with an undo is waited for, so that it has been undone.
+        Raises the OSError of the write, or one with ETIMEDOUT if the write has not returned after WRITE_S. A write that
+        has begun cannot be stopped.
+        finish: called in the thread when the write has ended, whether it succeeded or not.
+        undo: called in the event loop if the write succeeds after a timeout or cancellation. If cancelled, waits up to
+        WRITE_S more for a write with an undo, so that it is undone before the cancellation goes on.
         """
 
         def work() -> None:
@@ -271,7 +296,10 @@ class Writer:
 
 
 def explain(error: OSError, path: Path, otherwise: VhciError) -> VhciError:
-    """The VhciError for a failed write: the same for every file where the reason is permission or a missing driver."""
+    """Returns the VhciError for a failed write to a sysfs file.
+
+    Returns DriverNotWritable if permission is missing and DriverMissing if the file is, else the error `otherwise`.
+    """
     if error.errno in _NOT_ALLOWED:
         return DriverNotWritable(str(path), error.strerror or str(error))
     if error.errno == errno.ENOENT and path.name in ("attach", "detach"):
@@ -280,11 +308,21 @@ def explain(error: OSError, path: Path, otherwise: VhciError) -> VhciError:
 
 
 STALL_S = 6.0
-SAME_PORT, SAME_CONTROLLER = 2, 1
+"""Seconds for which a port and its controller are avoided after a device was detached before it had an address.
+
+Such a detach leaves the hub's worker in the kernel waiting for an answer that never comes (hub_port_init,
+initial_descriptor_timeout: 5 s). Meanwhile nothing else enumerates on either root hub of that controller, because they
+share one address0_mutex. A device attached to the very same port may stay in status 005 for good. Other controllers are
+not affected.
+"""
+SAME_PORT, SAME_CONTROLLER = 2, 1  # penalties of PortCooldown; the port itself is worse than others of its controller
 
 
 class PortCooldown:
-    """Remembers detachments in status 005, per process: a successor finds out by one AttachStuck."""
+    """The ports and controllers to avoid after a device was detached before it had an address (status 005).
+
+    Kept in memory only. A later process does not know of them, and finds out by one AttachStuck.
+    """
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -292,19 +330,19 @@ class PortCooldown:
         self._controllers: dict[int, float] = {}
 
     def mark(self, port: Port) -> None:
-        """The port has just been freed before its device had enumerated."""
+        """Records that the port has just lost its device before the device had enumerated."""
         until = self._clock.monotonic() + STALL_S
         self._ports[port.number] = self._controllers[port.controller] = until
 
     def penalty(self, port: Port) -> int:
-        """0 for a port that is as good as any; the higher, the less it should be chosen."""
+        """Returns how much to avoid a port: 0 for no reason, SAME_CONTROLLER, or SAME_PORT for the most."""
         now = self._clock.monotonic()
         if now < self._ports.get(port.number, now):
             return SAME_PORT
         return SAME_CONTROLLER if now < self._controllers.get(port.controller, now) else 0
 
 
-HIGH_SPEED_MBPS = 480
+HIGH_SPEED_MBPS = 480  # Mbit/s, as in the hub's speed file; a root hub above this speed is an ss hub
 
 
 def controller_dir(sysfs: Path, controller: int) -> Path:
@@ -312,7 +350,7 @@ def controller_dir(sysfs: Path, controller: int) -> Path:
 
 
 def root_hub(sysfs: Path, controller: int, hub: Hub) -> Path | None:
-    """Directory of the hs or ss root hub (".../usb4") of one controller, None if it is not there."""
+    """Returns the directory of a controller's hs or ss root hub (".../usb4"), or None if it does not exist."""
     for candidate in sorted(controller_dir(sysfs, controller).glob("usb[0-9]*")):
         try:
             fast = float((candidate / "speed").read_text()) > HIGH_SPEED_MBPS
@@ -324,7 +362,7 @@ def root_hub(sysfs: Path, controller: int, hub: Hub) -> Path | None:
 
 
 def device_dir(sysfs: Path, port: Port) -> Path | None:
-    """Where the device on this port is in sysfs, or would be; None if the hub is not there."""
+    """Returns the sysfs directory that the device on this port has or would have, or None if its hub does not exist."""
     if port.local_busid is not None:
         bus = port.local_busid.partition("-")[0]
         return controller_dir(sysfs, port.controller) / f"usb{bus}" / port.local_busid

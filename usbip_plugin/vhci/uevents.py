@@ -1,4 +1,7 @@
-"""Kernel uevents over netlink (lib/kobject_uevent.c). They are hints to look again, never the state itself."""
+"""Kernel uevents over netlink (lib/kobject_uevent.c).
+
+The plugin takes a uevent only as a reason to read sysfs again, never as the state itself.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +20,22 @@ from usbip_plugin.sync import Bell
 log = logging.getLogger(__name__)
 
 
-NETLINK_KOBJECT_UEVENT = 15
-KERNEL_GROUP = 1
-MAX_UEVENT = 8192  # bytes; the kernel's own buffer is 2048, plus the header
-RECEIVE_BUFFER = 1 << 20  # bytes; a burst of a thousand events
-POLL_S = 1.0  # between looks where uevents cannot be had
-_BURST = 64  # messages taken in one turn of the event loop
+NETLINK_KOBJECT_UEVENT = 15  # netlink protocol number, from linux/netlink.h
+KERNEL_GROUP = 1  # multicast group of the kernel's own uevents; udevd sends to another group
+MAX_UEVENT = 8192  # bytes of a message; the kernel's own buffer has 2048 plus the header
+RECEIVE_BUFFER = 1 << 20  # bytes; holds a burst of a thousand events
+POLL_S = 1.0  # seconds between polls where uevents are unavailable
+_BURST = 64  # messages received in one turn of the event loop, so that a burst does not block the loop
 
 
 @dataclass(frozen=True, slots=True)
 class Uevent:
-    """action: add, remove, change, bind, unbind, move, online, offline. devpath: below /sys, begins with /."""
+    """A uevent of the kernel.
+
+    action: add, remove, change, bind, unbind, move, online or offline.
+    devpath: the path of the object below /sys, starting with "/".
+    fields: the variables of the event, such as SUBSYSTEM and MAJOR.
+    """
 
     action: str
     devpath: str
@@ -39,7 +47,7 @@ class Uevent:
 
 
 def parse(message: bytes) -> Uevent | None:
-    """A uevent from one netlink message, None for anything else (udevd's own messages, cut or foreign ones)."""
+    """Returns the uevent in a netlink message, or None for other messages (of udevd, truncated or foreign)."""
     if len(message) > MAX_UEVENT or not message.endswith(b"\0"):
         return None
     head, *rest = message[:-1].split(b"\0")
@@ -55,21 +63,21 @@ def parse(message: bytes) -> Uevent | None:
 
 
 class UeventSource(Protocol):
-    """Where uevents come from."""
+    """A source of kernel uevents."""
 
     async def run(self, deliver: Callable[[Uevent | None], None]) -> None:
-        """Deliver uevents until cancelled. None means that some may be missing: read everything again."""
+        """Runs until cancelled: delivers each uevent. None means that uevents may be missing: read everything again."""
         ...
 
     def problem(self) -> str | None:
-        """Why there are no uevents here, for people; None if there are."""
+        """Returns a sentence for people on why uevents are unavailable here, or None if they are available."""
         ...
 
 
 class NetlinkUevents:
-    """The kernel's uevents; where the socket is refused, a None every POLL_S seconds instead.
+    """The UeventSource that listens on a netlink socket, or delivers None every POLL_S seconds if that is impossible.
 
-    Needs no capability, and the host's network namespace or one of the initial user namespace.
+    Needs no capability. Needs the host's network namespace or another that belongs to the initial user namespace.
     """
 
     def __init__(self, clock: Clock) -> None:
@@ -89,7 +97,7 @@ class NetlinkUevents:
         with sock:
             loop.add_reader(sock, _receive, sock, deliver, failed)
             try:
-                deliver(None)  # what happened before the socket was open
+                deliver(None)  # covers changes from before the socket was open
                 await failed
             except OSError as error:
                 log.warning("uevents ended, polling instead", extra={"cause": error.strerror or str(error)})
@@ -111,7 +119,10 @@ class NetlinkUevents:
 
 
 def _open() -> socket.socket:
-    """The netlink socket. Its type has no name in Python's socket module, hence the number."""
+    """Returns the bound netlink socket. Raises OSError.
+
+    Its protocol is given as a number because Python's socket module has no name for it.
+    """
     sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_KOBJECT_UEVENT)
     try:
         sock.setblocking(False)
@@ -137,17 +148,25 @@ def _receive(sock: socket.socket, deliver: Callable[[Uevent | None], None], fail
             if not failed.done():
                 failed.set_exception(error)
             return
-        # Any process may send to a netlink socket; only the kernel's port id is 0.
+        # Any process may send to a netlink socket. Accept only messages of the kernel, whose port id is 0.
         if sender == 0 and (event := parse(message)):
             deliver(event)
 
 
-SETTLE_S = (0.05, 0.2, 0.75)  # a port becomes null a little after the last uevent of its device
-RESYNC_S = 15.0  # a connection that ends before its device had an address has no uevent at all
+SETTLE_S = (0.05, 0.2, 0.75)
+"""Intervals in seconds between re-reads after a uevent.
+
+A port becomes free (NULL) a little after the last uevent of its device.
+"""
+RESYNC_S = 15.0
+"""Seconds between re-reads without uevents: a connection that ends before its device has an address causes none."""
 
 
 async def settle(bell: Bell, stirred: asyncio.Event, clock: Clock) -> None:
-    """Until cancelled: ring again SETTLE_S after the last time that stirred was set, and every RESYNC_S."""
+    """Runs until cancelled: rings the bell at the intervals SETTLE_S after a uevent, then every RESYNC_S.
+
+    stirred: set by the caller at each uevent, which starts the intervals anew.
+    """
     waits = [RESYNC_S]
     while True:
         stirred.clear()
