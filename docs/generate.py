@@ -1,7 +1,7 @@
-"""Writes what the documents say of the code's own data: python docs/generate.py [--check]
+"""Writes the generated parts of docs/cli.md and docs/configuration.md: python docs/generate.py [--check]
 
-The parts of docs/cli.md and docs/configuration.md between "generated" marks. --check: writes nothing, status 1 if
-something would change.
+A generated part stands between "generated" marks and shows data from the code. With --check, writes nothing and exits
+with status 1 if a document would change.
 """
 
 from __future__ import annotations
@@ -62,13 +62,13 @@ def _code(text: object) -> str:
 
 
 def key_table() -> str:
-    """Of the configuration file."""
+    """Returns the Markdown table of the configuration file's keys."""
     rows = [f"| `{key.path}` | {key.kind} | {key.default} | {key.text} |" for key in keys()]
     return "\n".join(["| key | value | default | meaning |", "| --- | --- | --- | --- |", *rows]) + "\n"
 
 
 def flag_table() -> str:
-    """Of `run`, those that have a default worth knowing."""
+    """Returns the Markdown table of the flags of `run`, with their defaults."""
     (run,) = [command for name, command in _commands(parser()) if name == "run"]
     rows = []
     for action in run._actions:  # noqa: SLF001
@@ -84,7 +84,10 @@ def flag_table() -> str:
 
 
 def filled(text: str, parts: Mapping[str, str]) -> str:
-    """The document with its generated parts as they should be. ValueError if a mark is not there, or twice."""
+    """Returns the document with its generated parts replaced. Raises ValueError unless each mark occurs exactly once.
+
+    parts: the new text of each part, by the name in its mark.
+    """
     for name, part in parts.items():
         begin = MARK.format(name=name)
         if text.count(begin) != 1:
@@ -95,7 +98,7 @@ def filled(text: str, parts: Mapping[str, str]) -> str:
 
 
 def wanted() -> dict[Path, str]:
-    """Each document and what is to be in it."""
+    """Returns the expected text of each document with generated parts, by its path."""
     parts: dict[str, dict[str, str]] = {
         "configuration.md": {"keys": key_table(), "flags": flag_table()},
         "cli.md": {"exit status": exit_table()}

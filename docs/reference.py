@@ -1,4 +1,7 @@
-"""Every key of the configuration file, with its type, bounds and default as the code has them, for docs and tests."""
+"""The reference of the configuration file: each key with its type, bounds and default from the code.
+
+Used by docs/generate.py and by the tests.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,13 @@ from usbip_plugin.model import DEFAULT_USBIP_PORT
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """path: as in the file, NAME for a resource's name and [] for each element of a list. default: for people."""
+    """A key of the configuration file. All fields are text for people.
+
+    path: the path of the key in the file, with NAME for a resource's name and [] for each element of a list.
+    kind: the type and bounds of the value.
+    default: the default value, or what happens without the key.
+    text: the meaning.
+    """
 
     path: str
     kind: str
@@ -31,11 +40,11 @@ KNOWN: Mapping[str, tuple[str, ...]] = {
     "resources.NAME.devices[].selector.": selectors.SELECTOR_KEYS,
     "resources.NAME.devices[].extras[].": selectors.EXTRA_KEYS,
 }
-"""The keys that the parser takes, by the path of their mapping."""
+"""The keys that the parser accepts, by the path of the mapping that contains them."""
 
 
 def seconds(value: float) -> str:
-    """As it may stand in the file: "40s", "1h"."""
+    """Returns a number of seconds in the form of the configuration file, such as "40s" or "1h"."""
     for unit, size in (("h", 3600), ("m", 60)):
         if value >= size and value % size == 0:
             return f"{value / size:g}{unit}"
@@ -43,7 +52,7 @@ def seconds(value: float) -> str:
 
 
 def _default(of: type, name: str) -> str:
-    """The default of a dataclass' field, as it may stand in the file."""
+    """Returns the default of a dataclass field in the form of the configuration file, as Markdown code."""
     (value,) = [field.default for field in dataclasses.fields(of) if field.name == name]
     if isinstance(value, OnLoss):
         return f"`{value.value}`"
@@ -65,7 +74,7 @@ def _one_of(values: tuple[str, ...]) -> str:
 
 
 def keys() -> tuple[Key, ...]:
-    """In the order in which people meet them."""
+    """Returns all keys, in the order in which users meet them."""
     entry = "resources.NAME.devices[]"
     return (
         Key(

@@ -1,1 +1,1 @@
-"""YAML to typed configuration; every problem is reported with its place in the file; live reload."""
+"""The configuration file: from YAML to typed configuration, with each problem's place in the file, and live reload."""

@@ -1,4 +1,4 @@
-"""YAML text to a tree of nodes that still knows lines and raw text, with bounds on what a file may cost."""
+"""The YAML document: a tree of nodes that keeps line numbers and raw text, with bounds on what a file may cost."""
 
 from __future__ import annotations
 
@@ -12,16 +12,19 @@ import yaml
 from usbip_plugin.errors import ConfigError
 
 MAX_FILE_BYTES = 1024 * 1024
+"""Bytes of a configuration file."""
 MAX_DEPTH = 16
+"""Levels of nested mappings and lists."""
 MAX_NODES = 50_000
-"""Counted with aliases expanded, so that a small file cannot stand for a large one."""
+"""YAML nodes in a file, counted with aliases expanded, so that a small file cannot stand for a large one."""
 MAX_PROBLEMS = 100
+"""Errors shown for one file, and warnings."""
 MAX_KEPT = 10 * MAX_PROBLEMS
-"""Of errors, and of warnings; beyond it they are only counted."""
+"""Errors kept in memory for one file, and warnings; any more are only counted."""
 MAX_SHOWN = 80
-"""Characters of a key or value in a message."""
+"""Characters of a key or value shown in a message."""
 MAX_TAG_DIRECTIVES = 16
-"""Reading n of them takes n squared steps."""
+"""%TAG directives in a file; the time to parse n of them grows with the square of n."""
 
 _Loader: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _STR_TAG = "tag:yaml.org,2002:str"
@@ -31,7 +34,10 @@ _MERGE = "<<"
 
 @dataclass(slots=True)
 class Problems:
-    """Collects errors and warnings of one file, each as "file:line: path: text"."""
+    """The errors and warnings found in one file, each as "file:line: path: text".
+
+    source: the file's name for messages.
+    """
 
     source: str
     _errors: list[tuple[int, str]] = field(default_factory=list)
@@ -39,30 +45,30 @@ class Problems:
     _hints: list[tuple[int, str]] = field(default_factory=list)
     _left_out: int = 0
     errors: int = 0
-    """How many so far."""
+    """Number of errors so far, including those that are not kept."""
 
     def error(self, node: Node, text: str) -> None:
         self.errors += 1
         self._keep(self._errors, node, text)
 
     def warn(self, node: Node, text: str, *, hint: bool = False) -> None:
-        """hint: where there are errors, this may be what one of them is due to."""
+        """Adds a warning. hint: the warning may explain an error, so `raise_if_any` shows it with the errors."""
         self._keep(self._warnings, node, text)
         if hint and self.room:
             self._hints.append(self._warnings[-1])
 
     @property
     def room(self) -> bool:
-        """False when there are so many already that another one will not be shown."""
+        """Whether another problem would still be shown: False beyond MAX_PROBLEMS errors or warnings."""
         return self.errors <= MAX_PROBLEMS and len(self._warnings) <= MAX_PROBLEMS
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """In the order of the file's lines, cut at MAX_PROBLEMS."""
+        """The warnings in the order of the file's lines, cut at MAX_PROBLEMS."""
         return self._cut(self._warnings, self._left_out)
 
     def raise_if_any(self) -> None:
-        """ConfigError with every error and hint, by line, cut at MAX_PROBLEMS."""
+        """Raises ConfigError if there are errors: with all errors and hints, by line, cut at MAX_PROBLEMS."""
         if self._errors:
             raise ConfigError(self.source, self._cut([*self._errors, *self._hints], self.errors - len(self._errors)))
 
@@ -83,19 +89,26 @@ class Problems:
 
 
 def normal_key(key: str) -> str:
-    """hostPath, host_path, host-path and hostpath are one key: the Go program's loader does not look at case."""
+    """Returns the form of a key in which hostPath, host_path, host-path and hostpath are equal.
+
+    The loader of the Go program ignores the case of keys.
+    """
     return key.lower().replace("_", "").replace("-", "")
 
 
 def shown(text: str) -> str:
-    """A key or value as a message has it: cut at MAX_SHOWN, and nothing in it that steers a terminal."""
+    """Returns a key or value for a message: cut at MAX_SHOWN, and without characters that control a terminal."""
     short = text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 1] + "…"
     return short if short.isprintable() else repr(short)[1:-1]
 
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A YAML node with its place: path as in resources.storage[0].selector, line from 1."""
+    """A YAML node and its place in the file.
+
+    path: keys and indexes from the root, such as resources.storage[0].selector; "" for the root.
+    line: the line number, from 1.
+    """
 
     yaml: yaml.Node
     path: str
@@ -103,17 +116,17 @@ class Node:
 
     @property
     def scalar(self) -> str | None:
-        """Raw text of a scalar, as it stands in the file (0951 stays 0951), or None."""
+        """The raw text of a scalar, unconverted (0951 stays 0951), or None if the node is not a scalar."""
         return self.yaml.value if isinstance(self.yaml, yaml.ScalarNode) else None
 
     @property
     def quoted(self) -> bool:
-        """A scalar that the file marks as text by quotes."""
+        """Whether the node is a scalar that quotes mark as text."""
         return isinstance(self.yaml, yaml.ScalarNode) and bool(self.yaml.style) and self.yaml.tag == _STR_TAG
 
     @property
     def empty(self) -> bool:
-        """null, ~, or nothing after the colon."""
+        """Whether the value is null, ~, or missing after the colon."""
         return self.yaml.tag == _NULL_TAG
 
     @property
@@ -125,7 +138,7 @@ class Node:
         return isinstance(self.yaml, yaml.SequenceNode)
 
     def describe(self) -> str:
-        """What stands there, for messages."""
+        """Returns a description of the node's value for messages."""
         if self.empty:
             return "nothing"
         if self.is_mapping:
@@ -133,15 +146,16 @@ class Node:
         return "a list" if self.is_sequence else f"'{shown(self.scalar or '')}'"
 
     def items(self) -> Iterator[Node]:
-        """Elements of a sequence; nothing for other nodes."""
+        """Yields the elements of a sequence, and nothing for other nodes."""
         if isinstance(self.yaml, yaml.SequenceNode):
             for index, value in enumerate(self.yaml.value):
                 yield Node(value, f"{self.path}[{index}]", value.start_mark.line + 1)
 
     def pairs(self, problems: Problems, same: Callable[[str], str] = normal_key) -> list[tuple[str, Node]]:
-        """Keys as written and values of a mapping, merge keys resolved. Duplicates and odd keys go to problems.
+        """Returns the keys (as written) and values of a mapping with merge keys resolved; nothing for other nodes.
 
-        same: two keys for which it gives the same are one.
+        Adds an error to problems for each duplicate key and each key that is not a scalar.
+        same: the normal form of a key; two keys with the same normal form are duplicates.
         """
         seen: dict[str, tuple[str, Node]] = {}
         merged: list[Node] = []
@@ -168,9 +182,10 @@ class Node:
 
 
 def read_document(text: str, source: str) -> Node | None:
-    """The root node of the one YAML document in text, or None if it is empty. ConfigError if it is no sound YAML.
+    """Returns the root node of the single YAML document in text, or None if the text is empty.
 
-    Refused before any tree is built: more than MAX_FILE_BYTES, nesting beyond MAX_DEPTH, more than MAX_NODES nodes.
+    Raises ConfigError if the text is not valid YAML or exceeds a bound. Before it builds any tree, refuses more than
+    MAX_FILE_BYTES, nesting beyond MAX_DEPTH and more than MAX_NODES nodes.
     """
     try:
         size = len(text.encode())
@@ -196,7 +211,7 @@ def read_document(text: str, source: str) -> Node | None:
 
 
 def _check_events(text: str, source: str) -> None:
-    """Bounds that must hold before compose() runs, which recurses."""
+    """Raises ConfigError for nesting and sizes that must be refused before yaml.compose() runs, which recurses."""
     if text.count("%TAG") > MAX_TAG_DIRECTIVES:
         raise ConfigError(source, [f"{source}: more than {MAX_TAG_DIRECTIVES} %TAG directives"])
     depth = 0
@@ -213,7 +228,7 @@ def _check_events(text: str, source: str) -> None:
 
 
 def _check_expanded(root: yaml.Node, source: str) -> None:
-    """Refuses aliases that expand to more than MAX_NODES, or that contain themselves."""
+    """Raises ConfigError for aliases that expand to more than MAX_NODES nodes or that contain themselves."""
     stack = [(root, 0)]
     count = 0
     while stack:
@@ -228,15 +243,15 @@ def _check_expanded(root: yaml.Node, source: str) -> None:
             stack.extend((child, depth + 1) for pair in node.value for child in pair)
 
 
-_CLOSE = 0.74  # how alike two keys must be for one to be taken for a misspelling of the other
+_CLOSE = 0.74  # least similarity (0 to 1, of difflib) at which a key counts as a misspelling of another
 
 
 class Unknown(enum.Enum):
-    """What an unknown key is.
+    """The treatment of an unknown key in a mapping.
 
-    WARN: the Go program ignores it, so a file that has one goes on working.
-    WARN_UNLESS_TYPO: the same, but a misspelling is an error, because leaving it out would name more devices.
-    ERROR: the mapping did not exist in the Go program.
+    WARN: a warning. The Go program ignores unknown keys, so a file that has one goes on working.
+    WARN_UNLESS_TYPO: a warning, but an error for a misspelling, because ignoring the key would select more devices.
+    ERROR: an error. The Go program did not have this mapping, so no old file depends on it.
     """
 
     WARN = "warn"
@@ -247,9 +262,11 @@ class Unknown(enum.Enum):
 def read_fields(
     node: Node, problems: Problems, known: tuple[str, ...], unknown: Unknown, what: str
 ) -> Mapping[str, Node] | None:
-    """Values of a mapping by their canonical key, those of `known`. A key without a value is as good as absent.
+    """Returns the values of a mapping by their keys as spelled in `known`. Leaves out keys without a value.
 
-    None, with an error in problems, if the node is no mapping.
+    Returns None and adds an error to problems if the node is not a mapping.
+    unknown: the treatment of keys that are not in `known`.
+    what: the subject of the mapping for messages, such as "a device".
     """
     if not node.is_mapping:
         problems.error(node, f"{node.describe()} where {what} is wanted: a mapping with {', '.join(known)}")
@@ -262,7 +279,7 @@ def read_fields(
             if not value.empty:
                 found[key] = value
             continue
-        # the search takes its time: it is left out where its answer would be neither shown nor acted upon
+        # the search is slow, so skip it if its result would neither be shown nor change anything
         looked_for = problems.room or unknown is Unknown.WARN_UNLESS_TYPO
         close = _close(normal_key(written), canonical) if looked_for else []
         cure = f"did you mean {canonical[close[0]]}?" if close else f"known here: {', '.join(known)}"
@@ -275,7 +292,7 @@ def read_fields(
 
 
 def _close(key: str, known: Iterable[str]) -> list[str]:
-    """The known key it is taken for, if any."""
+    """Returns a list with the known key of which this key is a likely misspelling, or an empty list."""
     import difflib  # noqa: PLC0415 - a file without mistakes needs none of it
 
     return difflib.get_close_matches(key, known, n=1, cutoff=_CLOSE)

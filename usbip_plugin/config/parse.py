@@ -1,4 +1,4 @@
-"""YAML text to Config, with every problem of the file reported at once."""
+"""The parser from YAML text to Config, which reports all problems of a file at once."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from usbip_plugin.errors import ConfigError
 
 KEYS = ("children", "childrenTimeout", "containerPath", "byId", "permissions", "readOnly")
 PERMISSION_KEYS = ("mode", "user", "group")
-MAX_TEMPLATES = 8
-MAX_ID = (1 << 32) - 2  # -1 is no id
+MAX_TEMPLATES = 8  # path templates of one resource
+MAX_ID = (1 << 32) - 2  # highest user and group id; 32 bits of ones mean "no id" (-1) to the kernel
 
 PERMISSIONS_NEED_CDI = (
     "needs cdi: true in the same resource: without it the kubelet is told of device nodes by their paths only, and the "
@@ -38,7 +38,7 @@ _KINDS = ", ".join(schema.CHILD_KINDS)
 
 
 def children(node: Node | None, problems: Problems) -> tuple[str, ...] | None:
-    """The kinds, each once, in their order; None if the key is not there."""
+    """Returns the kinds listed in `children`, each once and in the file's order, or None if the key is missing."""
     if node is None:
         return None
     if not node.is_sequence:
@@ -57,7 +57,10 @@ def children(node: Node | None, problems: Problems) -> tuple[str, ...] | None:
 
 
 def children_timeout(fields: Mapping[str, Node], allocate_timeout: float, problems: Problems) -> float:
-    """Seconds; within an Allocate's, in which the device must also be attached."""
+    """Returns the value of `childrenTimeout` in seconds.
+
+    Must be shorter than allocateTimeout (seconds), in which the device must also be attached.
+    """
     node = fields.get("childrenTimeout")
     if node is None:
         return schema.DEFAULT_CHILDREN_TIMEOUT_S
@@ -70,7 +73,7 @@ def children_timeout(fields: Mapping[str, Node], allocate_timeout: float, proble
 
 
 def container_paths(node: Node | None, problems: Problems) -> tuple[str, ...]:
-    """One template, or a list of them; each is checked."""
+    """Returns the valid path templates of `containerPath`, which is one template or a list of them."""
     if node is None:
         return ()
     items = tuple(node.items()) if node.is_sequence else (node,)
@@ -92,7 +95,7 @@ def container_paths(node: Node | None, problems: Problems) -> tuple[str, ...]:
 
 
 def permissions(node: Node | None, problems: Problems) -> NodePermissions | None:
-    """None if the key is not there, or has errors."""
+    """Returns the `permissions` of a resource, or None if the key is missing or not a mapping."""
     if node is None:
         return None
     before = problems.errors
@@ -133,7 +136,10 @@ def _id(node: Node | None, problems: Problems, what: str) -> int | None:
 
 
 MAX_DEVICES = 1024
-"""Entries over all resources, one with several bus ids counted for each; checking for overlaps costs their square."""
+"""Device entries over all resources; an entry with several bus ids counts once for each.
+
+The time to check for overlaps grows with the square of this number.
+"""
 
 RESTART_NEEDS_CDI = (
     "restart needs cdi: true in the same resource: without it the kubelet starts a container again with the device "
@@ -149,14 +155,17 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class Parsed:
-    """A checked configuration, and what is odd about the file, one line each with its place."""
+    """A valid configuration and the warnings about its file, one line each with its place in the file."""
 
     config: Config
     warnings: tuple[str, ...] = ()
 
 
 def parse_config(text: str, source: str = "config.yaml") -> Parsed:
-    """Config from YAML text. source: the file's name for messages. ConfigError with every problem found."""
+    """Returns the configuration in YAML text. Raises ConfigError with all problems found.
+
+    source: the file's name for messages.
+    """
     root = read_document(text, source)
     if root is None or root.empty:
         raise ConfigError(source, [f"{source}: empty; resources: is missing, resources: {{}} for none"])
@@ -233,7 +242,7 @@ def _resources(node: Node, allocate_timeout: float, problems: Problems) -> tuple
         resources.append(resource)
     if not resources:
         problems.warn(node, "no resource: the kubelet is offered nothing")
-    # each bus id of a list counts: they are compared with one another like entries
+    # count each bus id of a list, because the overlap check compares them with one another like entries
     count = sum(max(1, len(schema.several(device.selector.bus_id))) for _, device, _ in places)
     if count > MAX_DEVICES:
         problems.error(node, f"{count} devices; at most {MAX_DEVICES} are allowed")
@@ -245,7 +254,10 @@ def _resources(node: Node, allocate_timeout: float, problems: Problems) -> tuple
 def _resource(
     name: str, node: Node, allocate_timeout: float, problems: Problems
 ) -> tuple[list[tuple[DeviceSelector, Node]], ResourceConfig]:
-    """Both forms: the list of the Go program, and the mapping with `devices` that has more keys."""
+    """Returns the valid device entries of a resource with their nodes, and the resource.
+
+    Accepts both forms: the list of the Go program, and the mapping with `devices` and further keys.
+    """
     fields: Mapping[str, Node] = {"devices": node}
     if node.is_mapping:
         fields = read_fields(node, problems, RESOURCE_KEYS, Unknown.ERROR, "a resource") or {}
@@ -258,7 +270,8 @@ def _resource(
         for item in devices.items():
             before = problems.errors
             device = read_device(item, problems)
-            if device is not None and problems.errors == before:  # one that could not be read would look like another
+            # keep only entries without errors: an entry read in part could look equal to another one
+            if device is not None and problems.errors == before:
                 entries.append((device, item))
         if not devices.yaml.value:
             problems.warn(devices, "an empty list: the resource is offered with no device")

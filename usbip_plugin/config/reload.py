@@ -1,4 +1,4 @@
-"""The configuration file on disk: reading it, and noticing that it changed."""
+"""The configuration file on disk: reading it, and watching it for changes."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from usbip_plugin.config.schema import Config
 from usbip_plugin.errors import ConfigError
 
 DEBOUNCE_S = 0.2
-"""A ConfigMap update is several events; an editor's save too."""
+"""Seconds from the first event to the reading: a ConfigMap update and a save in an editor cause several events."""
 RECHECK_S = 60.0
-"""The file is read anew this often, for file systems that give no events."""
+"""Seconds between readings without events, for file systems that have none."""
 RETRY_S = 5.0
-"""The same while its directory is missing."""
+"""Seconds between readings while the file's directory cannot be watched, for instance because it is missing."""
 MAX_DRAINED_EVENTS = 1000
+"""Events dropped before one reading, so that a flood of events cannot delay it for ever."""
 
 _GONE = Mask.DELETE_SELF | Mask.MOVE_SELF | Mask.IGNORED | Mask.UNMOUNT
 _WATCHED = (
@@ -41,7 +42,11 @@ _WATCHED = (
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A configuration as read from disk. digest: of the file's bytes."""
+    """A configuration as read from disk.
+
+    warnings: one line each with its place in the file.
+    digest: SHA-256 of the file's bytes.
+    """
 
     config: Config
     warnings: tuple[str, ...]
@@ -49,14 +54,17 @@ class Loaded:
 
 
 def load_config(path: Path) -> Loaded:
-    """Reads and checks the file, at most MAX_FILE_BYTES of it. ConfigError, also if it cannot be read. Blocking."""
+    """Reads and checks the file. Blocks.
+
+    Raises ConfigError if the file cannot be read, is larger than MAX_FILE_BYTES or is not valid.
+    """
     data = _read(path)
     return _parse(path, data)
 
 
 def _read(path: Path) -> bytes:
     try:
-        # O_NONBLOCK: a pipe in the file's place must not hang the plugin
+        # O_NONBLOCK: a pipe in place of the file must not hang the plugin
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -83,12 +91,15 @@ def _parse(path: Path, data: bytes) -> Loaded:
 
 
 class ConfigWatcher:
-    """Follows the file; also one in a ConfigMap volume, where the kubelet swaps the symbolic link ..data.
+    """A watcher of the configuration file. Works only while `run()` runs.
 
-    on_config(config, warnings): the file has new contents and they are good, or are good again after an error.
-    on_error(error): the file has become unusable or vanished; the configuration told last stays in force. Told once
-    for as long as the error stays the same. Both are called in the event loop and must not block.
-    initial: what load_config gave at start; None makes the first reading be told too.
+    Follows also a file in a ConfigMap volume, where the kubelet swaps the symbolic link ..data.
+
+    on_config(config, warnings): called when the file has new valid contents, or is valid again after an error.
+    on_error(error): called when the file has become invalid or unreadable or has vanished. Called once for as long as
+    the error stays the same. The last configuration passed to on_config, or else initial, stays in force.
+    Both run in the event loop and must not block.
+    initial: the result of load_config at start. With None, on_config is called for the first reading too.
     """
 
     def __init__(
@@ -108,10 +119,10 @@ class ConfigWatcher:
         self._watch: Watch | None = None
 
     async def run(self) -> None:
-        """Until cancelled; cancel-safe."""
+        """Runs until cancelled: reads the file at each change and calls on_config or on_error. Cancel-safe."""
         with Inotify(sync_timeout=0) as inotify:
             while True:
-                self._add_watch(inotify)  # before reading, so that no change falls in between
+                self._add_watch(inotify)  # add the watch before reading, so that no change is missed in between
                 await self._check()
                 await self._wait(inotify)
 
@@ -120,7 +131,7 @@ class ConfigWatcher:
             try:
                 self._watch = inotify.add_watch(self._path.parent, _WATCHED)
             except OSError:
-                self._watch = None  # the file cannot be read either, which _check tells
+                self._watch = None  # the file cannot be read either, and _check reports that
 
     async def _wait(self, inotify: Inotify) -> None:
         try:

@@ -1,4 +1,4 @@
-"""Readers of single values. Each returns the value, or None after having put an error into problems."""
+"""Readers of single values. Each reader returns the value, or adds an error to problems and returns None."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import TypeVar
 from usbip_plugin.config.document import Node, Problems, shown
 from usbip_plugin.model import UsbId
 
-MAX_PATH_CHARACTERS = 4096
-MAX_BUS_ID_GLOB = 64
-MAX_SERIAL_CHARACTERS = 126  # a string descriptor holds no more
-MAX_HOST_CHARACTERS = 253
-MAX_NAME_CHARACTERS = 63
+MAX_PATH_CHARACTERS = 4096  # characters of a path; PATH_MAX of Linux
+MAX_BUS_ID_GLOB = 64  # characters of a bus id or a glob over bus ids; a bus id in a USB/IP message has at most 31
+MAX_SERIAL_CHARACTERS = 126  # characters of a serial number; a USB string descriptor cannot hold more
+MAX_HOST_CHARACTERS = 253  # characters of a host name, the limit of DNS
+MAX_NAME_CHARACTERS = 63  # characters of a resource name, the limit of Kubernetes after the domain
 
 CLASS_NAMES = {
     "audio": 0x01,
@@ -35,7 +35,7 @@ CLASS_NAMES = {
 _HEX = re.compile(r"(?:0[xX])?([0-9a-fA-F]{1,4})")
 _USB_ID = re.compile(r"([0-9a-fA-F]{4}):([0-9a-fA-F]{4})")
 MAX_NUMBER_CHARACTERS = 64
-"""No number here needs more, and what reads numbers takes long over very many digits."""
+"""Characters of a number or duration. None needs more, and parsing a number with very many digits takes long."""
 _GO_INTEGER = re.compile(
     r"[-+]?(?:0[xX]_*[0-9a-fA-F][0-9a-fA-F_]*|0[oO]?_*[0-7][0-7_]*|0[bB]_*[01][01_]*|[0-9][0-9_]*)"
 )
@@ -49,10 +49,10 @@ _E = TypeVar("_E", bound=Enum)
 
 
 def usb_number(node: Node, problems: Problems, *, digits: int) -> int | None:
-    """A hexadecimal USB number of at most `digits` digits: quoted text, or unquoted where only one reading is possible.
+    """Reads a hexadecimal USB number of at most `digits` digits, quoted, or unquoted if it has only one meaning.
 
-    The Go program gives unquoted numbers to a YAML integer: 0x1050 is hexadecimal, 1666 is decimal, 0666 is octal.
-    Where that differs from the hexadecimal reading both are named and the file is refused.
+    The Go program reads an unquoted number as a YAML integer: 0x1050 is hexadecimal, 1666 decimal, 0666 octal. If the
+    YAML integer differs from the hexadecimal number, the value is refused with an error that shows both.
     """
     text = node.scalar
     match = _HEX.fullmatch(text) if text is not None else None
@@ -81,7 +81,7 @@ def usb_number(node: Node, problems: Problems, *, digits: int) -> int | None:
 
 
 def _go_reading(text: str) -> int | None:
-    """What yaml.v3 and mapstructure make of a plain scalar for an integer field; None where they refuse it."""
+    """Returns the integer that Go's yaml.v3 and mapstructure read from an unquoted scalar, None if they refuse it."""
     if len(text) > MAX_NUMBER_CHARACTERS:
         return None
     plain = text.replace("_", "")
@@ -95,12 +95,12 @@ def _go_reading(text: str) -> int | None:
 
 
 def _leading_zero(text: str) -> bool:
-    """0951: not octal, so yaml.v3 falls back to a floating point number."""
+    """Returns whether a number starts with 0. Unless it is octal, yaml.v3 reads it as floating-point (0951)."""
     return re.fullmatch(r"[-+]?0[0-9]+", text) is not None
 
 
 def class_code(node: Node, problems: Problems) -> int | None:
-    """A USB class: two hexadecimal digits or one of CLASS_NAMES."""
+    """Reads a USB class: two hexadecimal digits or one of CLASS_NAMES."""
     if node.scalar is not None and (known := CLASS_NAMES.get(node.scalar.lower())) is not None:
         return known
     if node.scalar is not None and not _HEX.fullmatch(node.scalar):
@@ -110,7 +110,10 @@ def class_code(node: Node, problems: Problems) -> int | None:
 
 
 def seconds(node: Node, problems: Problems, *, least: float, most: float) -> float | None:
-    """A duration: a number of seconds, or parts with units such as "500ms", "40s", "1m30s"."""
+    """Reads a duration in seconds: a number of seconds, or parts with units such as "500ms", "40s", "1m30s".
+
+    least, most: the allowed range in seconds, inclusive.
+    """
     text = node.scalar or ""
     value = None
     parts = _DURATION_PART.findall(text) if len(text) <= MAX_NUMBER_CHARACTERS else []
@@ -127,7 +130,7 @@ def seconds(node: Node, problems: Problems, *, least: float, most: float) -> flo
 
 
 def boolean(node: Node, problems: Problems) -> bool | None:
-    """true or false, and nothing else that YAML 1.1 might take for it."""
+    """Reads true or false. Refuses all other words that YAML 1.1 takes for booleans, such as yes and on."""
     if node.scalar in {"true", "false"}:
         return node.scalar == "true"
     problems.error(node, f"{node.describe()} is neither true nor false")
@@ -135,7 +138,7 @@ def boolean(node: Node, problems: Problems) -> bool | None:
 
 
 def choice(node: Node, problems: Problems, options: type[_E]) -> _E | None:
-    """One of an enum's values, case ignored."""
+    """Reads one of the values of an enum, ignoring case."""
     with contextlib.suppress(ValueError):
         return options((node.scalar or "").lower())
     problems.error(node, f"{node.describe()} is none of {', '.join(str(option.value) for option in options)}")
@@ -143,7 +146,7 @@ def choice(node: Node, problems: Problems, options: type[_E]) -> _E | None:
 
 
 def port(node: Node, problems: Problems) -> int | None:
-    """A TCP port."""
+    """Reads a TCP port (1-65535)."""
     text = node.scalar or ""
     if re.fullmatch(r"[0-9]{1,5}", text) and 0 < int(text) < 65536:
         return int(text)
@@ -152,7 +155,7 @@ def port(node: Node, problems: Problems) -> int | None:
 
 
 def host(node: Node, problems: Problems) -> str | None:
-    """A host name or address, kept as written but for the brackets around an IPv6 address."""
+    """Reads a host name or address. Keeps it as written, except for brackets around an IPv6 address."""
     text = node.scalar or ""
     bare = text[1:-1] if text.startswith("[") and text.endswith("]") else text
     if bare and len(bare) <= MAX_HOST_CHARACTERS and _HOST.fullmatch(bare):
@@ -165,7 +168,7 @@ def host(node: Node, problems: Problems) -> str | None:
 
 
 def text(node: Node, problems: Problems, *, longest: int) -> str | None:
-    """Printable text of 1 to `longest` characters."""
+    """Reads printable text of 1 to `longest` characters."""
     value = node.scalar
     if value and len(value) <= longest and value.isprintable():
         return value
@@ -174,7 +177,7 @@ def text(node: Node, problems: Problems, *, longest: int) -> str | None:
 
 
 def usb_id(node: Node, problems: Problems) -> UsbId | None:
-    """vendor:product as `lsusb` and `usbip list` show it."""
+    """Reads vendor:product, each with four hexadecimal digits, as `lsusb` and `usbip list` show it."""
     match = _USB_ID.fullmatch(node.scalar or "")
     if match is None:
         problems.error(node, f'{node.describe()} is no vendor:product; write both with 4 digits, "0951:1666"')
@@ -183,7 +186,7 @@ def usb_id(node: Node, problems: Problems) -> UsbId | None:
 
 
 def bus_id(node: Node, problems: Problems) -> str | None:
-    """A bus id such as 1-1.4, or a glob over bus ids such as 1-*."""
+    """Reads a bus id such as 1-1.4, or a glob over bus ids such as 1-*."""
     value = node.scalar or ""
     if value and len(value) <= MAX_BUS_ID_GLOB and _BUS_ID_GLOB.fullmatch(value):
         return value
@@ -194,7 +197,7 @@ def bus_id(node: Node, problems: Problems) -> str | None:
 
 
 def absolute_path(node: Node, problems: Problems) -> str | None:
-    """An absolute path without .. in it."""
+    """Reads an absolute path. Refuses a path that contains ".."."""
     value = node.scalar or ""
     if value.startswith("/") and len(value) <= MAX_PATH_CHARACTERS and value.isprintable():
         if ".." not in value.split("/"):
@@ -206,7 +209,10 @@ def absolute_path(node: Node, problems: Problems) -> str | None:
 
 
 def resource_name(name: str, node: Node, problems: Problems) -> str | None:
-    """A name that Kubernetes takes after the domain. Lower case, as the Go program makes it."""
+    """Reads the part of a resource name after the domain, as Kubernetes allows it.
+
+    Returns the name in lower case, as the Go program does, and warns if that changes it. node: the place for problems.
+    """
     if len(name) > MAX_NAME_CHARACTERS or not _NAME.fullmatch(name):
         problems.error(
             node,
@@ -220,7 +226,7 @@ def resource_name(name: str, node: Node, problems: Problems) -> str | None:
 
 
 def permissions(node: Node, problems: Problems) -> str | None:
-    """Some of r, w and m, each once."""
+    """Reads device permissions: some of r (read), w (write) and m (mknod), each once."""
     value = node.scalar or ""
     if value and len(set(value)) == len(value) and set(value) <= set("rwm"):
         return value

@@ -15,8 +15,9 @@ FIELDS = (
     *("resource", "index", "kind", "name", "number", "interface"),
     *("busid", "serial", "vendor", "product", "manufacturer", "model"),
 )
+"""The fields that a containerPath template can use."""
 MAX_VALUE = 128
-"""Characters of a field's value; a string descriptor has 126."""
+"""Characters of a field's value in a rendered path; a USB string descriptor has up to 126."""
 _EVERY = frozenset({"kind", "name"})
 _CHILDREN = frozenset({"number", "interface"})
 _TELLS_DEVICES_APART = frozenset({"index", "name", "busid", "serial"})
@@ -25,7 +26,7 @@ _UNSAFE = re.compile(r"[^0-9A-Za-z._-]")
 
 
 class Names(enum.Enum):
-    """Which of a device's nodes a template gives a path."""
+    """The nodes of a device to which a template gives a path."""
 
     EVERY = "every node"
     CHILDREN = "every child"
@@ -33,7 +34,7 @@ class Names(enum.Enum):
 
 
 def names(template: str) -> Names:
-    """By the fields that tell nodes apart."""
+    """Returns which nodes get a path from the template, according to its fields that differ between nodes."""
     fields = set(_FIELD.findall(template))
     if fields & _EVERY:
         return Names.EVERY
@@ -41,12 +42,15 @@ def names(template: str) -> Names:
 
 
 def tells_devices_apart(template: str) -> bool:
-    """False if two devices of one container are certain to have the same path by it."""
+    """Returns whether the template has a field that distinguishes two devices of a container.
+
+    These fields are index, name, busid and serial. Without one of them, the devices would get the same path.
+    """
     return bool(set(_FIELD.findall(template)) & _TELLS_DEVICES_APART)
 
 
 def template_problem(template: str) -> str | None:
-    """What is wrong with a template, or None. A template is an absolute path with {fields} of FIELDS in it."""
+    """Returns what is wrong with a template, or None. A template is an absolute path with {fields} of FIELDS in it."""
     if not template.startswith("/") or not template.isprintable():
         return f"'{shown(template)}' is no absolute path"
     if ".." in template.split("/"):
@@ -60,8 +64,10 @@ def template_problem(template: str) -> str | None:
 
 
 def render(template: str, values: Mapping[str, str]) -> str:
-    """The path for one node. Characters of a value that do not belong in a file name become "-": a serial number
-    comes from the device and must not choose the directory. A field without value becomes "-".
+    """Returns the path that the template gives a node with these field values.
+
+    Characters of a value that do not belong in a file name become "-", because a serial number comes from the device
+    and must not choose the directory. A field without a value becomes "-".
     """
     return _FIELD.sub(lambda match: _safe(values.get(match[1], "")), template)
 
@@ -80,35 +86,48 @@ DEFAULT_LISTEN = ":8080"
 LOG_LEVELS = ("all", "debug", "info", "warn", "error", "none")
 
 DEFAULT_LOCK_DURATION_S = 40.0
+"""Seconds for which a node may be silent before other nodes may take over its locks."""
 IMPORT_WINDOW_S = 10.0
-"""Longest time between the write on a lock and the end of the import it covers."""
+"""Most seconds from the write of a lock to the end of the USB/IP import that this write allows."""
 MIN_LOCK_DURATION_S = 2 * IMPORT_WINDOW_S + 1
-"""The import window must stay below half the duration; Lease durations are whole seconds."""
+"""Least lock duration in whole seconds, as in the Lease API: the import window must be shorter than half of it."""
 MAX_LOCK_DURATION_S = 3600.0
+"""Greatest lock duration in seconds."""
 DEFAULT_ALLOCATE_TIMEOUT_S = 10.0
+"""Seconds that an Allocate may take, during which the kubelet admits no other pod."""
 MIN_ALLOCATE_TIMEOUT_S = 1.0
+"""Least Allocate timeout in seconds."""
 MAX_ALLOCATE_TIMEOUT_S = 120.0
+"""Greatest Allocate timeout in seconds."""
 
 CHILD_KINDS = ("tty", "video4linux", "block", "printer", "hidraw", "input", "sound", "usbmisc")
-"""Kinds of device nodes besides the USB node. The first that a device has is the one people mean by it."""
+"""Kinds of device nodes besides the USB node, in order of rank. A device's main node is of its first kind here."""
 DEFAULT_EXTRA_PERMISSIONS = "rwm"
+"""Permissions of an extra device node that sets none: read, write, mknod."""
 DEFAULT_CHILDREN_TIMEOUT_S = 5.0
+"""Seconds to wait for a node of the kinds in `children`."""
 MAX_CHILDREN_TIMEOUT_S = 60.0
+"""Greatest value of childrenTimeout in seconds."""
 MAX_SELECTOR_VALUES = 64
-"""Of one key of a selector."""
-_SHOWN_VALUES = 4
+"""Values in the list of one key of a selector."""
+_SHOWN_VALUES = 4  # values of one key that the text of a selector shows; the rest are counted
 _T = TypeVar("_T")
 
 
 def several(value: _T | tuple[_T, ...] | None) -> tuple[_T, ...]:
-    """The values of a selector's key, one or a list of them; none for None."""
+    """Returns the values of a selector's field as a tuple: one, several, or none for None."""
     if value is None:
         return ()
     return value if isinstance(value, tuple) else (value,)
 
 
 class OnLoss(enum.Enum):
-    """What happens to a pod whose device came back under other device nodes. RESTART needs cdi."""
+    """The action for a pod whose device has come back with different device nodes.
+
+    KEEP: the pod stays as it is.
+    RESTART: a warning asks the pod's container to end, so that the kubelet starts it again. Needs cdi.
+    EVICT: the plugin evicts the pod, so that its successor gets the device anew.
+    """
 
     KEEP = "keep"
     RESTART = "restart"
@@ -117,11 +136,16 @@ class OnLoss(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Selector:
-    """A set of devices on one server: every field that is given must agree. No field given: every device.
+    """A filter for the devices of one server. A device matches if every given field matches; no field matches all.
 
-    vendor, product: 16 bits; usb_ids: pairs of both; bus_id: a glob over bus ids; serial: the exact serial number;
-    class_: a class code, 8 bits, of the device or of any of its interfaces. A field with several values agrees if one
-    of them does; several are sorted, and one stands alone.
+    A field with several values matches if one value does. Several values are a sorted tuple, a single value is bare in
+    all fields but usb_ids.
+
+    vendor, product: 16 bits each.
+    usb_ids: pairs of vendor and product.
+    bus_id: a glob over bus ids.
+    serial: the exact serial number.
+    class_: a class code (8 bits) of the device or of any of its interfaces.
     """
 
     vendor: int | tuple[int, ...] | None = None
@@ -155,7 +179,10 @@ def _listed(values: list[str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Extra:
-    """A device node of the host that goes along with every device of a selector. permissions: some of r, w, m."""
+    """A device node of the host that a container gets with every device of a selector.
+
+    permissions: some of r, w and m.
+    """
 
     host_path: str
     container_path: str
@@ -164,7 +191,12 @@ class Extra:
 
 @dataclass(frozen=True, slots=True)
 class DeviceSelector:
-    """One entry of a resource: the server, which of its devices, and what comes along with each."""
+    """A device entry of a resource.
+
+    target: the server that exports the devices.
+    selector: the filter for its devices.
+    extras: the host's device nodes that a container gets with each of them.
+    """
 
     target: ServerKey
     selector: Selector = field(default_factory=Selector)
@@ -173,7 +205,11 @@ class DeviceSelector:
 
 @dataclass(frozen=True, slots=True)
 class NodePermissions:
-    """Of the device nodes in a container, None for what the runtime makes of it. user, group: numeric ids."""
+    """The mode and owner of the device nodes in a container. None leaves a value to the container runtime.
+
+    mode: permission bits, up to 0o777.
+    user, group: numeric ids.
+    """
 
     mode: int | None = None
     user: int | None = None
@@ -182,12 +218,18 @@ class NodePermissions:
 
 @dataclass(frozen=True, slots=True)
 class ResourceConfig:
-    """A resource by its name without the domain. The first entry of devices that matches a device gives its extras.
+    """A resource that the kubelet offers to pods.
 
-    children: the kinds of device nodes a pod gets besides the USB node, of one of which a node must come within
-    children_timeout seconds; None for whatever the device has. container_paths: templates as in templates.py, none for
-    the path on the host. by_id: also under the names that udev gives. cdi: pods get the nodes by CDI name; permissions
-    need it.
+    name: without the domain.
+    devices: the entries; the first entry that matches a device determines its extras.
+    on_loss: the action for a pod whose device has come back with different device nodes. RESTART needs cdi.
+    cdi: whether pods get the device nodes by CDI name.
+    children: the kinds of device nodes that a pod gets besides the USB node. A node of one of them must appear within
+    children_timeout seconds. None gives the pod all nodes of the device.
+    container_paths: templates for the paths in the container (see `template_problem`); none for the path on the host.
+    by_id: whether the nodes also appear under the names that udev gives them.
+    permissions: mode and owner of the nodes. Needs cdi.
+    read_only: whether the nodes can be opened for reading only.
     """
 
     name: str
@@ -204,14 +246,20 @@ class ResourceConfig:
 
 @dataclass(frozen=True, slots=True)
 class LockConfig:
-    """duration: seconds, whole, within MIN_LOCK_DURATION_S and MAX_LOCK_DURATION_S."""
+    """The settings of the locks.
+
+    duration: whole seconds, from MIN_LOCK_DURATION_S to MAX_LOCK_DURATION_S.
+    """
 
     duration: float = DEFAULT_LOCK_DURATION_S
 
 
 @dataclass(frozen=True, slots=True)
 class FileSettings:
-    """Command-line flags that the file sets, as the Go program allows; None where it does not. A flag given wins."""
+    """The command-line flags that the configuration file sets, as in the Go program. None if the file does not.
+
+    A flag on the command line overrides the file.
+    """
 
     domain: str | None = None
     plugin_directory: str | None = None
@@ -222,7 +270,10 @@ class FileSettings:
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """A checked configuration. allocate_timeout: seconds."""
+    """A valid configuration.
+
+    allocate_timeout: seconds.
+    """
 
     resources: tuple[ResourceConfig, ...]
     lock: LockConfig = field(default_factory=LockConfig)
@@ -231,16 +282,19 @@ class Config:
     settings: FileSettings = field(default_factory=FileSettings)
 
     def start_only(self) -> dict[str, object]:
-        """What is read at start only, by its name in the file."""
+        """Returns the settings that the plugin reads only at start, by their names in the file."""
         settings = {field.name.replace("_", "-"): getattr(self.settings, field.name) for field in fields(self.settings)}
         return {"lock.duration": self.lock.duration, "publishNodeStatus": self.publish_node_status, **settings}
 
     def servers(self) -> frozenset[ServerKey]:
-        """Every server named anywhere."""
+        """Returns every server that any resource names."""
         return frozenset(entry.target for resource in self.resources for entry in resource.devices)
 
     def asking(self, server: ServerKey) -> tuple[Selector, ...]:
-        """Of a server, the selectors that want to know of a device what only that can tell; see matching.matches."""
+        """Returns the selectors for a server that may need a probe of a device: those with a serial number or a class.
+
+        config.selectors.matches decides whether a particular device needs it.
+        """
         return tuple(
             entry.selector
             for resource in self.resources

@@ -1,4 +1,4 @@
-"""Selectors of devices: how they are read, which devices they match, and which of them overlap."""
+"""Device selectors: reading them from the file, matching them with devices, and finding overlaps."""
 
 from __future__ import annotations
 
@@ -24,7 +24,12 @@ _GLOB_CHARACTERS = frozenset("*?[")
 
 
 class Match(enum.Enum):
-    """NEEDS_PROBE: all that is known agrees, and the device must be asked for its serial number or interfaces."""
+    """The result of matching a device with a selector.
+
+    NO: the device does not match.
+    YES: the device matches.
+    NEEDS_PROBE: all known values match, but a probe must read the device's serial number or interfaces.
+    """
 
     NO = "no"
     YES = "yes"
@@ -32,13 +37,14 @@ class Match(enum.Enum):
 
 
 def matches(selector: Selector, descriptor: Descriptor, told: Identity = UNKNOWN_IDENTITY) -> Match:
-    """Whether the selector names this device, of which told is known besides.
+    """Returns whether the selector matches this device.
 
-    A class agrees with the device's class or with that of any interface. A DEVLIST entry has none of them for a device
-    that nobody has configured yet, and an IMPORT reply never has.
+    A class matches the class of the device or of any of its interfaces. A DEVLIST entry has no interfaces for a device
+    that has not been configured yet, and an IMPORT reply never has any.
+    told: what is known of the device beyond its descriptor, such as the serial number read by a probe.
     """
     serial = selector.serial
-    # first what tells most apart: of hundreds of devices by serial number each is compared with each selector
+    # compare the serial number first: hundreds of devices may be compared with hundreds of selectors by serial number
     if serial is not None and told.serial != serial and told.serial is not None:
         return Match.NO
     if not _has(selector, descriptor.usb_id):
@@ -58,8 +64,9 @@ def matches(selector: Selector, descriptor: Descriptor, told: Identity = UNKNOWN
 
 
 def may_overlap(one: Selector, other: Selector) -> bool:
-    """Whether one device could be named by both, as far as the selectors tell. Two different classes count as apart,
-    although a composite device may have both.
+    """Returns whether one device could match both selectors, judging by the selectors alone.
+
+    Two different classes never overlap here, although a composite device may have both.
     """
     for mine, theirs in ((one.serial, other.serial), (one.class_, other.class_)):
         if mine is not None and theirs is not None and mine != theirs:
@@ -104,6 +111,7 @@ def _bus_id_may_overlap(one: str, other: str) -> bool:
 
 
 MAX_OVERLAP_WARNINGS = 20
+"""Warnings about overlapping entries of one file; any more are left out."""
 
 DEVICE_KEYS = ("target", "selector", "extras")
 TARGET_KEYS = ("host", "port")
@@ -119,7 +127,7 @@ _T = TypeVar("_T", bound=_Comparable)
 
 
 def read_device(node: Node, problems: Problems) -> DeviceSelector | None:
-    """One entry, or None with errors in problems."""
+    """Reads a device entry of a resource. Returns None and adds errors to problems if it has no valid target."""
     fields = read_fields(node, problems, DEVICE_KEYS, Unknown.WARN, "a device")
     if fields is None:
         return None
@@ -138,9 +146,9 @@ def read_device(node: Node, problems: Problems) -> DeviceSelector | None:
 
 
 def report_overlaps(entries: Sequence[tuple[str, DeviceSelector, Node]], problems: Problems) -> None:
-    """Errors for entries of one resource that select the same, warnings for entries that may share a device.
+    """Adds an error for each duplicate entry of a resource, and a warning for each two entries that may share a device.
 
-    entries: resource name, entry, place.
+    entries: resource name, entry and its node in the file.
     """
     by_server: dict[ServerKey, list[tuple[str, DeviceSelector, Node]]] = {}
     seen: dict[tuple[str, ServerKey, Selector], Node] = {}
@@ -194,7 +202,7 @@ def _selector(node: Node, problems: Problems) -> Selector:
 
 
 def _given(node: Node | None) -> bool:
-    """An empty bus_id is as good as none: the Go program's zero value."""
+    """Returns whether a value is set. An empty bus_id counts as not set, because it is the Go program's zero value."""
     return node is not None and node.scalar != ""
 
 
@@ -206,7 +214,10 @@ def _one_or_several(
 
 
 def _values(node: Node | None, problems: Problems, read: Callable[[Node, Problems], _T | None]) -> tuple[_T, ...]:
-    """A value, or the values of a list, sorted. A list that is empty, too long, or has a value twice is an error."""
+    """Reads one value, or a list of values, which it returns sorted.
+
+    A list that is empty, too long, or contains a value twice or a 0 is an error.
+    """
     if node is None:
         return ()
     if not node.is_sequence:
