@@ -1,4 +1,10 @@
-"""Where a lost device is: what servers list, whose serial numbers are known, and asking for the others."""
+"""Where a lost device is: what servers list, whose serial numbers are known, and asking for the others.
+
+A device is known by its vendor:product and its serial number. DEVLIST carries no serial numbers, and the annotation
+of a lock may be about a device that had the bus id before. So annotations are believed only where a mistake does no
+harm: the device that seems to be the lost one is compared once more when it has enumerated, and a device counts as
+not found only when all candidates have been read.
+"""
 
 from __future__ import annotations
 

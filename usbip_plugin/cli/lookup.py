@@ -1,4 +1,7 @@
-"""Reads all about one device from the API server and the USB/IP servers, and finds the device that a name means."""
+"""Reads all about one device from the API server and the USB/IP servers, and finds the device that a name means.
+
+Only the Leases must be readable. Whatever else cannot be read is left out, and the command says so.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,11 @@
-"""Decides why a device is available or not, and which devices share a configured serial number. Pure functions."""
+"""Decides why a device is available or not, and which devices share a configured serial number. Pure functions.
+
+The reason of a device is the first that applies, those nearest to this node first.
+
+One device owns a serial number, wherever it is plugged in. Two devices with the same number are clones, or the
+selector names too much: neither is offered by that number. A device in use owns its number too, so that a pod that
+has lost it for the moment can find it again.
+"""
 
 from __future__ import annotations
 

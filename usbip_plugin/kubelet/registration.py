@@ -1,4 +1,9 @@
-"""Registers device plugins with the kubelet, watches the kubelet's directory and removes stale sockets from it."""
+"""Registers device plugins with the kubelet, watches the kubelet's directory and removes stale sockets from it.
+
+A plugin that ends in order removes its own socket, and a kubelet that starts removes all. Sockets of killed plugins
+would pile up in between: the next plugin takes other names, and a resource that is not configured any more has no
+next plugin.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The Lease that records a lock or a session: the object, its store, and how its fields and annotations are read."""
+"""The Lease that records a lock or a session: the object, its store, and how its fields and annotations are read.
+
+Others can write Leases, too. Whatever a Lease holds is bounded and checked here; what does not read right is None.
+"""
 
 from __future__ import annotations
 

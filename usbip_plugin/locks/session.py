@@ -1,4 +1,8 @@
-"""The heartbeat of this node's session, and the observation of other nodes' locks and sessions until they expire."""
+"""The heartbeat of this node's session, and the observation of other nodes' locks and sessions until they expire (R4).
+
+A node writes its session only while it holds a lock. It observes only devices that their server lists as free to
+import.
+"""
 
 from __future__ import annotations
 

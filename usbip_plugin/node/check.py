@@ -1,4 +1,10 @@
-"""The checks of `usbip-plugin check`, their findings, and the report."""
+"""The checks of `usbip-plugin check`, their findings, and the report.
+
+They answer whether this node can run the plugin and, if not, what to do.
+
+A check is an async callable that returns findings. Everything outside comes in through its arguments, and all checks
+run side by side.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The USB/IP client: connects to servers, lists and imports their devices, and probes an imported device."""
+"""The USB/IP client: connects to servers, lists and imports their devices, and probes an imported device.
+
+Connections are raw TCP sockets, because the file descriptor of an imported device goes to the kernel.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,12 @@
-"""The USB/IP wire format of both sides: requests, replies, and USB request blocks. Pure functions without I/O."""
+"""The USB/IP wire format 1.1.1 of both sides: requests, replies, and USB request blocks. Pure functions without I/O.
+
+Sources: Documentation/usb/usbip_protocol.rst, drivers/usb/usbip/usbip_common.h, and
+tools/usb/usbip/src/usbip_network.h for what the daemon does. Everything is big-endian. Isochronous transfers are not
+supported.
+
+Each conversation is a generator. It yields how many bytes it needs next, is sent exactly that many, and returns what
+it decoded. So no reader takes a byte too many, and what follows an IMPORT reply on the socket is left for the kernel.
+"""
 
 from __future__ import annotations
 
