@@ -1,1 +1,1 @@
-"""The API server: the client, and what the plugin reads and writes there besides Leases."""
+"""Access to the Kubernetes API server: the client, and everything the plugin reads and writes except Leases."""

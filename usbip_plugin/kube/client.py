@@ -1,6 +1,7 @@
-"""The one way to the API server: configuration, request, list and watch, as plain dicts.
+"""The client of the API server: configuration, requests, lists and watches. Objects are plain dicts.
 
-Only the configuration loaders and the HTTP client of kubernetes_asyncio are used (see lazy_imports.py).
+Only the configuration loaders and the HTTP client of kubernetes_asyncio are used; lazy_imports.py keeps the rest of it
+from being loaded.
 """
 
 from __future__ import annotations
@@ -31,16 +32,19 @@ from kubernetes_asyncio.client.rest import RESTClientObject  # noqa: E402
 from kubernetes_asyncio.config.config_exception import ConfigException  # noqa: E402
 from kubernetes_asyncio.config.incluster_config import InClusterConfigLoader  # noqa: E402
 
+# Seconds for one request or one page of a list, and for opening a watch.
 REQUEST_TIMEOUT_S = 5.0
-# The API server sends a bookmark about every 60 s on an idle watch.
+# Seconds of silence after which a watch fails. The API server sends a bookmark about every 60 s on an idle watch.
 WATCH_IDLE_S = 90.0
+# Seconds after which the API server ends a watch, at the earliest, and the factor up to which that time is random.
 WATCH_SERVER_TIMEOUT_S = 300
 WATCH_SPREAD = 2.0
-# A token file is read again this often; the kubelet rotates it long before the token expires.
+# Seconds between two reads of a token file. The kubelet rotates the token long before it expires.
 TOKEN_PERIOD_S = 60.0
+# Objects in one page of a list, and pages of one list at most.
 LIST_PAGE = 500
 MAX_PAGES = 200
-# A peer that vanished without a word is noticed on an idle watch after 10 + 3 * 5 s.
+# TCP keepalive in seconds, seconds and probes: an idle watch notices after 10 + 3 * 5 s that its peer has vanished.
 KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_COUNT = 10, 5, 3
 
 _SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
@@ -58,7 +62,7 @@ Params = Mapping[str, str]
 
 
 class KubeClient:
-    """Requests to one API server. Made by connect()."""
+    """Client of one API server. connect() makes it."""
 
     def __init__(
         self,
@@ -69,9 +73,11 @@ class KubeClient:
         on_error: Callable[[KubeError], None] | None = None,
         rng: random.Random | None = None,
     ) -> None:
-        """reload_token reads the credentials anew and returns the Authorization header; token_period in seconds.
+        """Takes the configuration, of which the host and the credentials are used.
 
-        on_error is told of every error that a request ends with, and must not raise.
+        reload_token: reads the credentials again and returns the Authorization header; it may raise OSError.
+        token_period: seconds between two reads of the credentials; None reads them again only after a 401.
+        on_error: called with every error that ends a request; must not raise.
         """
         self._host: str = str(configuration.host).rstrip("/")
         self._rest = RESTClientObject(configuration)
@@ -84,7 +90,7 @@ class KubeClient:
         self._rng = rng or random.Random()  # noqa: S311 - jitter only
 
     async def close(self) -> None:
-        """Close every connection. Requests in flight fail with KubeUnreachable."""
+        """Closes every connection. Requests in flight fail with KubeUnreachable."""
         await self._rest.close()
 
     async def request(
@@ -98,10 +104,11 @@ class KubeClient:
         content_type: str = "application/json",
         timeout: float = REQUEST_TIMEOUT_S,
     ) -> dict[str, Any]:
-        """One request, answered with the decoded JSON object.
+        """Sends one request and returns the decoded JSON object of the answer.
 
-        verb and resource as RBAC names them ("update", "leases.coordination.k8s.io"); timeout in seconds for the whole.
-        Raises the KubeError family. A cancelled or unanswered write may still be carried out.
+        verb and resource: as RBAC names them ("update", "leases.coordination.k8s.io").
+        timeout: seconds for the whole request.
+        Raises the KubeError family. The API server may still carry out a cancelled or unanswered write.
         """
         with self._told(), _translated(verb, resource):
             async with self._clock.timeout(timeout):
@@ -113,9 +120,10 @@ class KubeClient:
     async def list(
         self, path: str, *, resource: str, params: Params | None = None, timeout: float = REQUEST_TIMEOUT_S
     ) -> dict[str, Any]:
-        """A whole collection: {"metadata": ..., "items": [...]} at one resourceVersion. timeout is for each page.
+        """Returns a whole collection, {"metadata": ..., "items": [...]}, at one resourceVersion.
 
-        KubeServerError for one of more than MAX_PAGES pages.
+        timeout: seconds for each page.
+        Raises the KubeError family, and KubeServerError if there are more than MAX_PAGES pages.
         """
         items: list[Any] = []
         query = {"limit": str(LIST_PAGE), **(params or {})}
@@ -135,12 +143,12 @@ class KubeClient:
     async def watch(
         self, path: str, *, resource: str, params: Params | None = None, timeout: float = WATCH_SERVER_TIMEOUT_S
     ) -> AsyncGenerator[dict[str, Any], None]:
-        """Raw watch events {"type", "object"} as they come, bookmarks included.
+        """Yields raw watch events {"type", "object"} as they arrive, bookmarks included.
 
-        Ends when the server ends it, which it is asked to do after timeout to twice timeout seconds: watches that were
-        opened together are not opened again together. KubeGone when the
-        resourceVersion is too old; KubeUnreachable when the connection breaks or is silent for WATCH_IDLE_S.
-        Who leaves it early closes it (contextlib.aclosing).
+        Ends when the API server ends the watch. The request asks for an end after timeout to twice timeout seconds, at
+        random: watches that were opened together are not opened again together.
+        Raises the KubeError family: KubeGone if the resourceVersion is too old, KubeUnreachable if the connection
+        breaks or is silent for WATCH_IDLE_S. A caller that leaves the watch early must close it (contextlib.aclosing).
         """
         query = {
             "watch": "true",
@@ -175,7 +183,10 @@ class KubeClient:
         content_type: str,
         timeout: float | None,
     ) -> aiohttp.ClientResponse:
-        """The response to a request that was not refused; its body is still unread."""
+        """Returns the response to a request that was accepted (2xx), with its body still unread.
+
+        After a 401 it reads the credentials again and sends the request once more. Raises the KubeError for a refusal.
+        """
         await self._refresh_when_due()
         response = await self._send_once(verb, path, params, body, content_type, timeout)
         if response.status == 401:
@@ -222,10 +233,10 @@ async def connect(
     environ: Mapping[str, str] = os.environ,
     service_account: Path = _SERVICE_ACCOUNT,
 ) -> KubeClient:
-    """A client for: kubeconfig if given, else $KUBECONFIG, else the pod's ServiceAccount, else ~/.kube/config.
+    """Returns a client for kubeconfig if given, else $KUBECONFIG, else the pod's ServiceAccount, else ~/.kube/config.
 
-    Nothing is sent yet. ConfigError when no usable configuration is found. Close the client in the end. on_error: see
-    KubeClient.
+    Sends nothing yet. Raises ConfigError if there is no usable configuration. The caller must close the client.
+    on_error: called with every error that ends a request; must not raise.
     """
     path = kubeconfig or environ.get("KUBECONFIG")
     if path is None and "KUBERNETES_SERVICE_HOST" not in environ:
@@ -257,7 +268,10 @@ def _from_service_account(
 
 
 def _token_header(path: Path) -> str:
-    """OSError also for a file that holds no token: it becomes part of an HTTP header."""
+    """Returns the Authorization header for the token in a file.
+
+    Raises OSError if the file cannot be read, or its text is not printable ASCII and cannot be part of an HTTP header.
+    """
     token = path.read_text(encoding="ascii", errors="replace").strip()
     if not token.isascii() or not token.isprintable():
         raise OSError(errno.EINVAL, "not a token", str(path))
@@ -299,7 +313,7 @@ def _any_file(path: str) -> bool:
 
 @contextlib.contextmanager
 def _translated(verb: str, resource: str) -> Any:
-    """What the network, TLS and the token file raise, as KubeUnreachable."""
+    """Raises KubeUnreachable in place of the errors of the network, of TLS and of the token file."""
     try:
         yield
     except TimeoutError as error:
@@ -307,7 +321,7 @@ def _translated(verb: str, resource: str) -> Any:
     except (aiohttp.ClientError, OSError) as error:
         raise KubeUnreachable(verb, resource, str(error) or type(error).__name__) from error
     except RuntimeError as error:
-        # aiohttp's way to say that the session was closed under a request
+        # aiohttp raises this if the session is closed during a request
         if "closed" not in str(error):
             raise
         raise KubeUnreachable(verb, resource, "the client is closed") from error
@@ -324,13 +338,17 @@ def _keep_alive(response: aiohttp.ClientResponse) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_COUNT)
 
 
+# Requests for one write at most, and the seconds before the second and, at most, before a later one.
 API_WRITE_ATTEMPTS = 4
 API_WRITE_FIRST_WAIT = 0.05
 API_WRITE_MAX_WAIT = 1.0
 
 
 def api_write(clock: Clock, rng: random.Random) -> AsyncRetrying:
-    """A single API write: unreachable, 429 and 5xx again, at most 4 times. The caller bounds the whole in time."""
+    """Returns the retries of one write to the API server: again if it is unreachable or answers 429 or 5xx.
+
+    Sends at most API_WRITE_ATTEMPTS requests. The caller must bound the time of all of them together.
+    """
     return AsyncRetrying(
         retry=retry_if_exception_type((KubeUnreachable, KubeThrottled, KubeServerError)),
         stop=stop_after_attempt(API_WRITE_ATTEMPTS),

@@ -1,4 +1,4 @@
-"""Kubernetes Events about pods and this node. They are for people: losing one is never an error."""
+"""Records Kubernetes Events about pods and this node. Events are for people: a lost Event is never an error."""
 
 from __future__ import annotations
 
@@ -19,26 +19,33 @@ from usbip_plugin.observe.redaction import redacted
 
 CONTROLLER = "usbip.dev/usbip-plugin"
 REQUEST_TIMEOUT_S = 5.0
+"""Seconds for one request to the API server."""
 WHOLE_TIMEOUT_S = 10.0
-"""For one event, retries included."""
+"""Seconds for writing one Event, retries included."""
 REPEAT_S = 300.0
-"""The same thing about the same object is said again only after this time."""
+"""Seconds before an equal Event about the same object is recorded again."""
 BURST = 250
+"""Events that one plugin may record at once: all devices of a node may be lost together."""
 REFILL_S = 2.0
-"""What one plugin says: so many at once (all devices of a node may be lost together), then one per REFILL_S seconds."""
+"""Seconds after which one more Event of BURST may be recorded."""
 FOR_WARNINGS = 50
-"""Of BURST, what is kept for warnings: what goes well must not use up what tells that something does not."""
+"""Events of BURST that are reserved for warnings, so that Normal Events cannot use up their room."""
 OBJECT_BURST = 25
+"""Events about one object at once. A pod whose device comes and goes does not silence the others."""
 OBJECT_REFILL_S = 10.0
-"""The same for each object: a pod whose device comes and goes does not silence the others."""
+"""Seconds after which one more Event of OBJECT_BURST may be recorded."""
 QUEUE_LENGTH = 300
+"""Events that wait to be written, at most."""
 MAX_NOTE_BYTES = 1000
-"""The API takes 1024."""
+"""Bytes of an Event's note. The API accepts 1024."""
 MAX_INSTANCE = 128
-"""Characters the API takes for who reports; a node's name has up to 253."""
+"""Characters that the API accepts in reportingInstance. The name of a node has up to 253."""
 _INSTANCE_END = 55
+"""Characters of each end of a long node name that instance_of() keeps."""
 _MAX_ABOUT = 200
+"""Characters of the object's name in an Event's name."""
 _REMEMBERED = 512
+"""Entries that an EventRecorder remembers, for recorded Events and for objects each."""
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -50,7 +57,7 @@ _log = logging.getLogger(__name__)
 
 
 def _remember(known: OrderedDict[K, V], key: K, value: V) -> None:
-    """What has not been touched for longest is forgotten."""
+    """Stores a value, and forgets the entry that was not stored for longest if there are too many."""
     known[key] = value
     known.move_to_end(key)
     if len(known) > _REMEMBERED:
@@ -58,7 +65,7 @@ def _remember(known: OrderedDict[K, V], key: K, value: V) -> None:
 
 
 class KubeRequests(Protocol):
-    """What is needed of the API client. Raises the KubeError family."""
+    """The part of the API client that records Events. Raises the KubeError family."""
 
     async def request(
         self,
@@ -75,7 +82,13 @@ class KubeRequests(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class EventText:
-    """type: NORMAL or WARNING; reason: UpperCamelCase, one of few; action: what was being done, also UpperCamelCase."""
+    """The text of a Kubernetes Event, in the fields of events.k8s.io/v1.
+
+    type: NORMAL or WARNING.
+    reason: one of few, in UpperCamelCase.
+    action: what was being done, in UpperCamelCase.
+    note: a sentence for people.
+    """
 
     type: str
     reason: str
@@ -84,13 +97,14 @@ class EventText:
 
 
 def event_body(identity: NodeIdentity, text: EventText, pod: PodRef | None, name: str, when: str) -> dict[str, Any]:
-    """An events.k8s.io/v1 Event about the pod, or about the node if pod is None. when: RFC 3339 with microseconds.
+    """Returns an events.k8s.io/v1 Event about the pod, or about the node if pod is None.
 
-    The node's whole name is in every one: of a node that is too long for reportingInstance, at the end of the note.
+    when: RFC 3339 with microseconds. Every Event has the node's whole name. If the name is too long for
+    reportingInstance, an Event about a pod has it at the end of the note.
     """
     instance, told = instance_of(identity.node), ""
     if pod is None:
-        # the uid of a Node event is the node's name: that is how the kubelet writes them and kubectl finds them
+        # the uid of an Event about a Node is the node's name: the kubelet writes it so, and kubectl searches for it
         regarding = {"kind": "Node", "apiVersion": "v1", "name": identity.node, "uid": identity.node}
     else:
         regarding = {"kind": "Pod", "apiVersion": "v1", "name": pod.name, "namespace": pod.namespace}
@@ -114,10 +128,10 @@ def event_body(identity: NodeIdentity, text: EventText, pod: PodRef | None, name
 
 
 def instance_of(node: str) -> str:
-    """Who reports, in MAX_INSTANCE characters at most: the node, or both ends of its name and a digest.
+    """Returns the reportingInstance of a node: its name, or both ends of a long name and a digest.
 
-    The admission policy works the ends out again and has no digests (rbac/40-admission.yaml). "~" is in no node's name,
-    so that none is taken for another whose name is short.
+    The result has at most MAX_INSTANCE characters. The admission policy (rbac/40-admission.yaml) computes the ends
+    again and cannot compute digests. No node name has a "~", so a shortened name never equals another node's name.
     """
     if len(node) <= MAX_INSTANCE:
         return node
@@ -126,12 +140,12 @@ def instance_of(node: str) -> str:
 
 
 def event_name(about: str, mark: int) -> str:
-    """A new Event's name: what it is about, as far as there is room, and a random mark of 64 bits."""
+    """Returns the name of a new Event: its object's name, cut to _MAX_ABOUT characters, and mark, 64 random bits."""
     return f"{about[:_MAX_ABOUT].rstrip('.-')}.{mark:016x}"
 
 
 def namespace_of(pod: PodRef | None) -> str:
-    """Where the Event goes: events about cluster-wide objects belong into default."""
+    """Returns the namespace of an Event. Events about cluster-scoped objects belong in default."""
     return pod.namespace if pod else "default"
 
 
@@ -143,12 +157,17 @@ def _cut(note: str, most: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Allowance:
-    """How many events may be said at a moment (seconds, monotonic): most of them, and one more per refill seconds."""
+    """A token bucket: the number of Events that may be recorded at one moment.
+
+    left: Events.
+    at: the moment, in seconds of the monotonic clock.
+    """
 
     left: float
     at: float
 
     def after(self, now: float, most: int, refill: float) -> Allowance:
+        """Returns the allowance at now: one Event more for each refill seconds since `at`, up to most."""
         return Allowance(min(most, self.left + (now - self.at) / refill), now)
 
     def spent(self) -> Allowance:
@@ -156,10 +175,11 @@ class Allowance:
 
 
 class EventRecorder:
-    """Records events in the background. record() never blocks and never raises; run() writes them.
+    """Recorder of Events, which run() writes in the background. record() never blocks and never raises.
 
-    What comes too fast is dropped: the same again within REPEAT_S, more than BURST at once or OBJECT_BURST about one
-    object, more than QUEUE_LENGTH waiting. dropped counts all but repetitions, and what the API server did not take.
+    Drops an equal Event within REPEAT_S, more than BURST at once or OBJECT_BURST about one object, and more than
+    QUEUE_LENGTH that wait. `dropped` counts the Events that were dropped, except equal ones, and those that the API
+    server did not accept.
     """
 
     def __init__(self, kube: KubeRequests, identity: NodeIdentity, clock: Clock, rng: random.Random) -> None:
@@ -174,7 +194,7 @@ class EventRecorder:
         self.dropped = 0
 
     def record(self, text: EventText, pod: PodRef | None = None) -> None:
-        """About the pod, or about this node."""
+        """Queues an Event about the pod, or about this node if pod is None."""
         key = (text, pod)
         now = self._clock.monotonic()
         last = self._said.get(key)
@@ -192,14 +212,16 @@ class EventRecorder:
         self._queue.put_nowait(key)
 
     async def run(self) -> None:
-        """Until cancelled; cancel-safe. Events that wait then are lost."""
+        """Writes queued Events until cancelled. Cancel-safe; Events that still wait are lost."""
         while True:
             text, pod = await self._queue.get()
             try:
                 async with self._clock.timeout(WHOLE_TIMEOUT_S):
                     await self._write(text, pod)
             except KubeConflict:
-                continue  # the name is ours alone: a try that seemed to fail had gone through
+                # a conflict means success: only this process uses this random name, so an earlier try that seemed
+                # to fail has created the Event
+                continue
             except (KubeError, TimeoutError) as error:
                 self.dropped += 1
                 _log.warning(

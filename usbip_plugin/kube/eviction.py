@@ -1,4 +1,7 @@
-"""Eviction of pods whose device came back as another: the API's eviction subresource (policy/v1) heeds budgets."""
+"""Evicts pods that can no longer use their device: another node has it, or it came back under other device nodes.
+
+The API's eviction subresource (policy/v1) respects PodDisruptionBudgets.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +20,19 @@ from usbip_plugin.model import PodRef
 log = logging.getLogger(__name__)
 
 
-# The API server itself tries for 10 s before it says that the uid is another.
+# Seconds for one eviction. The API server itself retries for 10 s before it refuses a uid that differs.
 REQUEST_TIMEOUT_S = 15.0
+# Seconds before the second try.
 BACKOFF_FIRST_S = 1.0
-# A PodDisruptionBudget may refuse for as long as another pod takes to become ready.
+# Seconds between later tries, at most. A PodDisruptionBudget may refuse for as long as another pod takes to become ready.
 BACKOFF_MAX_S = 30.0
-# RBAC does not change often: the wait (seconds) after a 403.
+# Seconds to wait after a 403: RBAC does not change often.
 FORBIDDEN_WAIT_S = 60.0
 EVICTIONS = "pods/eviction"
 
 
 class EvictionApi(Protocol):
-    """What is used of the API client. Raises the KubeError family."""
+    """The part of the API client that evicts pods. Raises the KubeError family."""
 
     async def request(
         self, verb: str, path: str, *, resource: str, body: Any = None, timeout: float
@@ -36,7 +40,7 @@ class EvictionApi(Protocol):
 
 
 def eviction(pod: PodRef) -> dict[str, Any]:
-    """The Eviction object. With a uid it holds for this very pod and for no other of its name."""
+    """Returns the Eviction object. If the pod has a uid, it applies to this pod only and not to a successor of its name."""
     body: dict[str, Any] = {
         "apiVersion": "policy/v1",
         "kind": "Eviction",
@@ -48,10 +52,10 @@ def eviction(pod: PodRef) -> dict[str, Any]:
 
 
 class Evictor:
-    """Evicts the pods it is told of, each until it is accepted, the pod is gone, or it is not wanted any more.
+    """Evicts pods and retries each until the API server accepts, the pod is gone, or the eviction is not wanted any more.
 
-    wanted(pod) is asked before each try; on_evicted(pod) is told when one was accepted. Errors are logged and tried
-    again, never raised.
+    Works only while run() runs. Calls wanted(pod) before each try, and on_evicted(pod) when an eviction was accepted.
+    Logs errors and tries again; never raises them.
     """
 
     def __init__(
@@ -67,13 +71,16 @@ class Evictor:
         self._under_way: set[PodRef] = set()
 
     def evict(self, pod: PodRef) -> None:
-        """Asks for it, without waiting. Again while it is under way: nothing. What is logged of it is the caller's."""
+        """Starts the eviction of a pod without waiting for it. Does nothing while one of the same pod is under way.
+
+        Its log lines belong to the caller's trace: the eviction runs in a copy of the caller's context.
+        """
         if pod not in self._under_way:
             self._under_way.add(pod)
             self._asked.put_nowait((pod, copy_context()))
 
     async def run(self) -> None:
-        """Until cancelled; what is under way is forgotten then."""
+        """Runs until cancelled. Evictions under way are then given up."""
         async with asyncio.TaskGroup() as tasks:
             while True:
                 pod, context = await self._asked.get()
@@ -90,7 +97,7 @@ class Evictor:
                     log.warning("not allowed to evict", extra={"pod": str(pod), "cause": str(error)})
                     wait = FORBIDDEN_WAIT_S
                 except KubeError as error:
-                    # 429 is what a PodDisruptionBudget answers
+                    # a PodDisruptionBudget that does not allow the eviction answers 429
                     log.warning("not evicted yet", extra={"pod": str(pod), "cause": str(error)})
                 else:
                     return
@@ -103,6 +110,7 @@ class Evictor:
         try:
             await self._api.request("create", path, resource=EVICTIONS, body=eviction(pod), timeout=REQUEST_TIMEOUT_S)
         except (KubeNotFound, KubeConflict):
+            # a conflict means that a pod of this name has another uid
             log.info("gone before it was evicted", extra={"pod": str(pod)})
         else:
             log.info("evicted", extra={"pod": str(pod)})

@@ -1,7 +1,7 @@
-"""How many nodes run the plugin: what each of them takes as its share of a server depends on it.
+"""Counts the nodes that run the plugin. Each node's share of the polls of a server depends on that number.
 
-Nothing is written for that and no right is needed that the plugin has not: the pods of its own namespace are counted,
-by a list of one pod, whose metadata say how many are left. Others in that namespace make every node a little slower.
+The count writes nothing and needs no additional rights. It lists one pod of the plugin's own namespace and reads how
+many are left (metadata.remainingItemCount). Other pods in that namespace make every node poll a little less often.
 """
 
 from __future__ import annotations
@@ -19,16 +19,19 @@ log = logging.getLogger(__name__)
 
 
 COUNT_INTERVAL_S = 1800.0
+"""Seconds between two counts."""
 COUNT_TIMEOUT_S = 2.0
-"""Also what the first poll of the servers waits for it at most."""
+"""Seconds for one count. The first poll of the servers waits at most this long for the count."""
 RETRY_FIRST_S, RETRY_MAX_S = 1.0, 60.0
+"""Seconds before the first and, at most, before a later retry of a count that failed."""
 JITTER = (0.8, 1.2)
+"""Limits of the random factor on COUNT_INTERVAL_S."""
 UNCOUNTED = 600
-"""What the fleet is taken to be while it could not be counted: with that no server is flooded."""
+"""Nodes that are assumed until the first count succeeds: many enough that no server is flooded."""
 
 
 class ListApi(Protocol):
-    """What is used of the API client. Raises the KubeError family."""
+    """The part of the API client that lists. Raises the KubeError family."""
 
     async def request(
         self, verb: str, path: str, *, resource: str, params: Mapping[str, str], timeout: float
@@ -36,7 +39,7 @@ class ListApi(Protocol):
 
 
 async def count_pods(api: ListApi, namespace: str) -> int:
-    """How many pods there are in a namespace, in one small request. KubeError."""
+    """Returns the number of pods in a namespace, by one small request. Raises the KubeError family."""
     path = f"/api/v1/namespaces/{namespace}/pods"
     answer = await api.request("list", path, resource="pods", params={"limit": "1"}, timeout=COUNT_TIMEOUT_S)
     items, metadata = answer.get("items"), answer.get("metadata")
@@ -45,9 +48,10 @@ async def count_pods(api: ListApi, namespace: str) -> int:
 
 
 class FleetCount:
-    """A usbip.poller.Fleet that counts now and then. run() must be running for known() to return.
+    """Number of nodes that run the plugin, counted about twice an hour. A usbip.poller.NodeCount.
 
-    count() says how many there are, or raises KubeError; a fleet of none is taken for one of this node.
+    known() returns only if run() runs. count() returns the number of nodes or raises KubeError; 0 is taken for 1, this
+    node.
     """
 
     def __init__(self, count: Callable[[], Awaitable[int]], clock: Clock, rng: random.Random) -> None:
@@ -57,15 +61,15 @@ class FleetCount:
 
     @property
     def nodes(self) -> int:
-        """As last counted, or UNCOUNTED."""
+        """Number of nodes at the last count, or UNCOUNTED before the first one."""
         return UNCOUNTED if self._nodes is None else self._nodes
 
     async def known(self) -> None:
-        """Returns after the first try to count, good or not."""
+        """Waits until the first try to count has succeeded or failed."""
         await self._tried.wait()
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Counts the nodes until cancelled. Retries API errors."""
         waits = backoff(self._rng, RETRY_FIRST_S, RETRY_MAX_S)
         while True:
             try:
@@ -73,7 +77,7 @@ class FleetCount:
                     self._nodes = max(1, await self._count())
             except (KubeError, TimeoutError) as error:
                 wait = next(waits)
-                if not self._tried.is_set():  # later on the last count will do
+                if not self._tried.is_set():  # a later failure is not logged: the last count stays in use
                     cause = str(error) or f"no answer within {COUNT_TIMEOUT_S:g} s"
                     log.warning("nodes not counted", extra={"cause": cause, "nodes": self.nodes})
             else:

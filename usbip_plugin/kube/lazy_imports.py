@@ -1,8 +1,8 @@
-"""Import parts of libraries without the rest: all of kubernetes_asyncio is 1,259 modules and 58 MiB, of no use here.
+"""Imports parts of libraries without the rest: all of kubernetes_asyncio is 1,259 modules and 58 MiB, of no use here.
 
-install() makes the package __init__ files of PACKAGES lazy. A name that one of them would have imported is imported
-when it is first asked for (PEP 562), from where that file's own import lines say it comes. Modules that are imported by
-others but not called in a run (LAZY) are loaded on first use. It works for what is imported after it.
+make_imports_lazy() makes the package __init__ files of PACKAGES lazy. A name that such a file would have imported is
+imported when it is first used (PEP 562), from the module that the file's own import lines name. The modules of LAZY,
+which others import but which a run does not call, are loaded on first use. Only later imports are affected.
 
 no_default_roots() keeps aiohttp from loading the system's root certificates, 2 MiB and 50 ms, when it is imported.
 """
@@ -23,34 +23,37 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from importlib.abc import Loader, MetaPathFinder
-else:  # nothing of them is inherited; in Python 3.11 they bring importlib.resources, tempfile and more
+else:  # the classes below inherit nothing; in Python 3.11 importlib.abc imports importlib.resources, tempfile and more
     Loader = MetaPathFinder = object
 
 
 PACKAGES = (
     "kubernetes_asyncio",
-    "prometheus_client",  # the exposition alone brings http.server, wsgiref and urllib.request, 1 MiB
+    "prometheus_client",  # its exposition module alone imports http.server, wsgiref and urllib.request, 1 MiB
 )
 LAZY = (
-    "attr.converters",  # of aiohttp, which makes one class with attr, 0.3 MiB with the next two
+    "attr.converters",  # imported for aiohttp, which defines one class with attr; 0.3 MiB with the next two
     "attr.filters",
     "attr.validators",
-    "bz2",  # of shutil, for archives, with lzma 0.2 MiB
-    "google.protobuf.internal.python_message",  # messages without protobuf's C extension, 11 modules, 0.7 MiB
-    "idna",  # of yarl, for host names that are not ASCII, 0.2 MiB
+    "bz2",  # imported by shutil, for archives; 0.2 MiB with lzma
+    "google.protobuf.internal.python_message",  # used only without protobuf's C extension; 11 modules, 0.7 MiB
+    "idna",  # imported by yarl, for host names that are not ASCII; 0.2 MiB
     "lzma",
-    "urllib3",  # of kubernetes_asyncio, for one function
+    "urllib3",  # imported by kubernetes_asyncio, for one function
 )
 
 
 def origins(source: str, package: str) -> dict[str, tuple[str, str | None]]:
-    """The names that a package file binds by importing: name -> (module, attribute), attribute None for a module."""
+    """Returns the names that a package file binds by importing: name -> (module, attribute).
+
+    The attribute is None if the name stands for the module itself.
+    """
     found: dict[str, tuple[str, str | None]] = {}
     for node in ast.parse(source).body:
         if isinstance(node, ast.ImportFrom) and node.module != "__future__":
             base = package.rsplit(".", node.level - 1)[0] if node.level else ""
             module = ".".join(part for part in (base, node.module) if part)
-            if module == package:  # from . import: its own modules
+            if module == package:  # "from . import": submodules of the package
                 found.update({alias.asname or alias.name: (f"{module}.{alias.name}", None) for alias in node.names})
             else:
                 found.update({alias.asname or alias.name: (module, alias.name) for alias in node.names})
@@ -60,7 +63,10 @@ def origins(source: str, package: str) -> dict[str, tuple[str, str | None]]:
 
 
 def origin(attribute: str, source: str, package: str) -> tuple[str, str | None] | None:
-    """One entry of origins(), by parsing only the lines that may hold it: Python keeps the 2 MiB a whole tree takes."""
+    """Returns one entry of origins(), or None if there is none.
+
+    Parses only the lines that may hold the entry, if that suffices: Python keeps the 2 MiB that a whole tree takes.
+    """
     lines = [line for line in source.splitlines() if line.startswith(("from ", "import ")) and attribute in line]
     try:
         found = origins("\n".join(lines), package).get(attribute)
@@ -70,7 +76,7 @@ def origin(attribute: str, source: str, package: str) -> tuple[str, str | None] 
 
 
 def constants(source: str) -> dict[str, Any]:
-    """The names that a package file binds to literals, such as __version__ and __all__."""
+    """Returns the names that a package file binds to literals, such as __version__ and __all__, with their values."""
     found: dict[str, Any] = {}
     for node in ast.parse(source).body:
         if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
@@ -82,10 +88,10 @@ def constants(source: str) -> dict[str, Any]:
 
 
 class _LazyPackage(Loader):
-    """Executes a package by giving it a __getattr__ instead of running its file."""
+    """Loader that gives a package a __getattr__ instead of running its __init__ file."""
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        """As any other module."""
+        """Returns None: the module object is made as for any other module."""
 
     def exec_module(self, module: ModuleType) -> None:
         name, file = module.__name__, str(module.__file__)
@@ -130,17 +136,18 @@ class _Finder(MetaPathFinder):
 
 
 def make_imports_lazy() -> None:
-    """Make later imports narrow. It does not change packages that are imported already, and nothing the second time."""
+    """Makes later imports lazy. Does not change packages that are imported already; a second call does nothing."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder(frozenset(PACKAGES) - sys.modules.keys()))
 
 
 @contextlib.contextmanager
 def no_default_roots() -> Iterator[None]:
-    """Within the block OpenSSL finds no root certificates by itself.
+    """Keeps OpenSSL from finding root certificates by itself within the block.
 
-    aiohttp makes a TLS context with all of them when it is first imported, for requests that name no context. Here each
-    names its own (RESTClientObject, from the configuration's CA or the system's); one that did not would be refused.
+    On its first import aiohttp makes a TLS context with all of them, for requests that name no context. In this
+    package each request names its own context: RESTClientObject makes it from the configuration's CA or the system's.
+    The TLS handshake of a request without one would fail.
     """
     before = {name: os.environ.get(name) for name in ("SSL_CERT_FILE", "SSL_CERT_DIR")}
     os.environ.update(dict.fromkeys(before, os.devnull))

@@ -1,9 +1,9 @@
-"""Publishes status.allocatable of our own resources on our own Node, without waiting for the kubelet's next sync.
+"""Publishes status.allocatable of this plugin's resources on its own Node, before the kubelet's next sync.
 
-The kubelet writes the same number up to 10 s later; until then the scheduler would keep sending pods to fail here.
+The kubelet writes the same number up to 10 s later. Until then the scheduler would keep sending pods that fail here.
 
-One device that changes hands changes the count of every node. So the nodes take turns, and what cannot be written any
-sooner than the kubelets do it is left to them.
+A device that changes its holder changes the count of every node. The nodes therefore take turns. They leave to the
+kubelets each write that would not come sooner than the kubelet's own.
 """
 
 from __future__ import annotations
@@ -21,21 +21,22 @@ from usbip_plugin.sync import Broadcast
 log = logging.getLogger(__name__)
 
 
+# Seconds for one PATCH, and before the first and, at most, before a later retry.
 PATCH_TIMEOUT_S = 5.0
 BACKOFF_FIRST_S = 0.2
 BACKOFF_MAX_S = 10.0
-# RBAC does not change often: the wait (seconds) after a 403.
+# Seconds to wait after a 403: RBAC does not change often.
 FORBIDDEN_WAIT_S = 60.0
 NODES_STATUS = "nodes/status"
-# Writes per second of all nodes together after one change. A count that is too high costs failed pods, so lower ones go
-# first; of higher ones a waiting pod needs only the first node's.
+# Writes per second of all nodes together after one change. A count that is too high makes pods fail, so lower counts
+# are written faster. Of the higher counts, a waiting pod needs only the first node's.
 LOWER_RATE, RAISE_RATE = 500.0, 20.0
-# By then a kubelet has written it by itself.
+# Seconds after which the kubelet itself has written a count.
 KUBELET_SYNC_S = 10.0
 
 
 class PatchApi(Protocol):
-    """What is used of the API client. Raises the KubeError family."""
+    """The part of the API client that patches the Node. Raises the KubeError family."""
 
     async def request(
         self,
@@ -50,20 +51,25 @@ class PatchApi(Protocol):
 
 
 def status_patch(counts: Mapping[str, int]) -> dict[str, Any]:
-    """The JSON merge patch for nodes/<node>/status that sets these resources (full names) and touches nothing else."""
+    """Returns the JSON merge patch of nodes/<node>/status that sets only these resources (full names)."""
     return {"status": {"allocatable": {name: str(count) for name, count in sorted(counts.items())}}}
 
 
 def spread(nodes: int, *, lower: bool) -> float:
-    """Seconds within which so many nodes write a change, each at a moment of its own; KUBELET_SYNC_S: none of them."""
+    """Returns the seconds over which the nodes spread their writes of one change.
+
+    nodes: how many nodes there are. lower: whether their counts become lower.
+    At KUBELET_SYNC_S no node writes, and the kubelets do.
+    """
     return min(KUBELET_SYNC_S, nodes / (LOWER_RATE if lower else RAISE_RATE))
 
 
 class NodeStatusPublisher:
-    """Writes counts that changed, the latest only, one PATCH at a time. nodes() says how many nodes do so.
+    """Writer of changed allocatable counts on the Node: only the latest counts, one PATCH at a time.
 
-    Give it a resource only when the kubelet has been sent that resource's list (DevicePluginServer.announced): before
-    that the kubelet would refuse the pods the scheduler sends. Errors are logged and counted, never raised.
+    Works only while run() runs. nodes() returns how many nodes run the plugin.
+    Publish a resource only after the kubelet has received its list (DevicePluginServer.announced). Before that the
+    kubelet would refuse the pods that the scheduler sends. Errors are logged and counted, never raised.
     """
 
     def __init__(
@@ -77,9 +83,9 @@ class NodeStatusPublisher:
         self._wanted: dict[str, int] = {}
         self._written: dict[str, int] = {}
         self._told: dict[str, int] = {}
-        """The most that the kubelet was told of each resource since the Node last said the latest count.
+        """The highest count of each resource published since the Node last had the latest count.
 
-        It may have written that.
+        The kubelet has received that count, too, and may have written it on the Node.
         """
         self._changed = Broadcast()
         self._urgent = False
@@ -88,7 +94,7 @@ class NodeStatusPublisher:
         self.last_error: str | None = None
 
     def publish(self, counts: Mapping[str, int]) -> None:
-        """The counts (by full resource name) to be written soon; resources not named keep what they had."""
+        """Queues counts (by full resource name) for writing. Other resources keep their counts. Does not block."""
         if all(self._wanted.get(name) == count for name, count in counts.items()):
             return
         self._wanted.update(counts)
@@ -96,19 +102,19 @@ class NodeStatusPublisher:
         self._changed.fire()
 
     def forget(self, resource: str) -> None:
-        """Nothing is written for this resource until it is published again, and then in any case.
+        """Stops writing a resource until it is published again. The next published count is written in any case.
 
-        For a kubelet that restarted and put 0 there itself, and for a resource that is no longer ours.
+        For a kubelet that has restarted and set the count to 0 itself, and for a resource that is offered no longer.
         """
         self._wanted.pop(resource, None)
         self._written.pop(resource, None)
         self._told.pop(resource, None)
 
     async def publish_now(self, counts: Mapping[str, int], timeout: float) -> bool:
-        """publish(), then waits until these counts or later ones are written, at most timeout seconds.
+        """Publishes counts and waits until they or later ones are written, for at most timeout seconds.
 
-        True if the Node says so now; False at once while writing is forbidden. Waits for no turn, and cuts a backoff
-        short. Needs run() to be running. Cancel-safe: the write goes on.
+        Returns True if the Node has them now, and False at once while writing is forbidden. Does not wait for this
+        node's turn, and cuts a backoff short. Works only while run() runs. Cancel-safe: the write goes on.
         """
         self.publish(counts)
         self._urgent = self._urgent or not self._is_written(counts)
@@ -121,7 +127,7 @@ class NodeStatusPublisher:
         return self._is_written(counts)
 
     async def run(self) -> None:
-        """The writer, until cancelled."""
+        """Writes published counts until cancelled."""
         waits = backoff(self._rng, BACKOFF_FIRST_S, BACKOFF_MAX_S)
         while True:
             await self._changed.until(lambda: bool(self._pending()))
@@ -147,7 +153,7 @@ class NodeStatusPublisher:
                 waits = backoff(self._rng, BACKOFF_FIRST_S, BACKOFF_MAX_S)
 
     async def _turn(self) -> bool:
-        """Waits for this node's turn, if it is not urgent. False if then there is nothing to write for it."""
+        """Waits for this node's turn, unless a write is urgent. Returns False if nothing is left to write then."""
         began, part, was_lower = self._clock.monotonic(), self._rng.random(), False
         while pending := self._pending():
             if self._urgent:
@@ -167,7 +173,7 @@ class NodeStatusPublisher:
         return False
 
     async def _anything_new(self, pending: Mapping[str, int], seconds: float) -> bool:
-        """Waits so long for another count, or for one that is urgent."""
+        """Waits at most so many seconds. Returns True if the pending counts change or become urgent meanwhile."""
         try:
             async with self._clock.timeout(seconds):
                 await self._changed.until(lambda: self._urgent or self._pending() != pending)
@@ -176,11 +182,11 @@ class NodeStatusPublisher:
         return True
 
     def _lowers(self, pending: Mapping[str, int]) -> bool:
-        """Whether the Node may say more than one of these counts."""
+        """Returns whether the Node may have a higher count than one of these."""
         return any(count < max(self._written.get(name, 0), self._told[name]) for name, count in pending.items())
 
     def _known(self, counts: Mapping[str, int]) -> None:
-        """The Node says so now."""
+        """Records that the Node has these counts now."""
         self._written.update({name: count for name, count in counts.items() if name in self._wanted})
         self._told.update({name: count for name, count in counts.items() if self._wanted.get(name) == count})
         self._changed.fire()
@@ -193,7 +199,10 @@ class NodeStatusPublisher:
             return
 
     def _pending(self) -> dict[str, int]:
-        """What is not written, or was taken back while the kubelet may have written it."""
+        """Returns the counts to write.
+
+        These are not on the Node yet, or the kubelet may have written a higher count that was taken back since.
+        """
         return {
             name: count
             for name, count in self._wanted.items()
