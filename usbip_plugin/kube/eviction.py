@@ -40,7 +40,7 @@ class EvictionApi(Protocol):
 
 
 def eviction(pod: PodRef) -> dict[str, Any]:
-    """Returns the Eviction object. If the pod has a uid, it applies to this pod only and not to a successor of its name."""
+    """Returns the Eviction object. With a uid it applies to this pod only, not to a successor of the same name."""
     body: dict[str, Any] = {
         "apiVersion": "policy/v1",
         "kind": "Eviction",
@@ -52,10 +52,10 @@ def eviction(pod: PodRef) -> dict[str, Any]:
 
 
 class Evictor:
-    """Evicts pods and retries each until the API server accepts, the pod is gone, or the eviction is not wanted any more.
+    """Worker that evicts pods. Works only while run() runs.
 
-    Works only while run() runs. Calls wanted(pod) before each try, and on_evicted(pod) when an eviction was accepted.
-    Logs errors and tries again; never raises them.
+    Tries each pod until the API server accepts, the pod is gone, or the eviction is not wanted any more. Calls wanted(pod) before each try, and on_evicted(pod) when an
+    eviction was accepted. Logs errors and tries again; never raises them.
     """
 
     def __init__(

@@ -76,7 +76,7 @@ def origin(attribute: str, source: str, package: str) -> tuple[str, str | None] 
 
 
 def constants(source: str) -> dict[str, Any]:
-    """Returns the names that a package file binds to literals, such as __version__ and __all__, with their values."""
+    """Returns the names that a package file binds to literals, and their values: __version__, __all__ and so on."""
     found: dict[str, Any] = {}
     for node in ast.parse(source).body:
         if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):

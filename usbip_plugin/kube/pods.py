@@ -1,7 +1,7 @@
-"""The watch on this node's own pods: a hint, at once, that a pod has ended, and which pods must be using devices.
+"""Watches this node's own pods, to learn at once that a pod has ended and which pods must be using devices.
 
-The second is what makes an absence from pod-resources mean something: a kubelet that has just started answers with a
-list without pods for about a second, while they all run.
+A pod's absence from the kubelet's pod-resources list is not enough: for about a second after its start, a kubelet
+answers with a list without pods while all of them run. The watched pods show whether an absence means anything.
 """
 
 from __future__ import annotations
@@ -25,20 +25,24 @@ log = logging.getLogger(__name__)
 
 PODS_PATH = "/api/v1/pods"
 PODS = "pods"
+# Seconds for one page of the list.
 LIST_TIMEOUT_S = 10.0
+# Seconds after which the API server is asked to end a watch, at the earliest.
 WATCH_TIMEOUT_S = 300.0
+# Seconds before the first and, at most, before a later retry.
 BACKOFF_FIRST_S = 0.5
 BACKOFF_MAX_S = 30.0
-# A watch that stood this long was a good one: the next follows at once.
+# Seconds after which a watch counts as good, and the next one follows at once.
 STABLE_S = 5.0
 MANY = 1 << 20
-"""For a count that cannot be read: more than a node has."""
+"""Devices that stand for a count that cannot be read: more than a node has."""
 
 PodKey = tuple[str, str]
+"""Namespace and name of a pod."""
 
 
 class PodApi(Protocol):
-    """What is used of the API client. Raises the KubeError family."""
+    """The part of the API client that lists and watches pods. Raises the KubeError family."""
 
     async def list(self, path: str, *, resource: str, params: Mapping[str, str], timeout: float) -> dict[str, Any]: ...
 
@@ -48,18 +52,26 @@ class PodApi(Protocol):
 
 
 class PodPhase(enum.Enum):
-    """How far a pod has come. RUNNING stands for everything before its end."""
+    """Step of a pod towards its end."""
 
     RUNNING = "running"
+    """The pod is neither marked for deletion nor ended. It may still be waiting for its start."""
     TERMINATING = "terminating"
+    """The pod is marked for deletion. Its containers may still run."""
     ENDED = "ended"
+    """The phase is Succeeded or Failed, so all containers have ended, or the pod was deleted or replaced."""
 
 
 @dataclass(frozen=True, slots=True)
 class PodState:
-    """resources: how many of each extended resource (a name with a domain) its kubelet allocates for it, until it ends.
+    """A pod as far as the plugin needs it.
 
-    What init containers have counts, also when they have ended: they are run again if the pod's sandbox is made anew.
+    uid: of the pod object.
+    phase: how far the pod has come.
+    resources: how many of each extended resource (a name with a domain) the kubelet allocates for it, until it ends.
+
+    The resources of init containers count, even after these containers have ended. They run again if the kubelet
+    makes the pod's sandbox anew.
     """
 
     uid: str
@@ -68,33 +80,34 @@ class PodState:
 
 
 PodCallback = Callable[[PodRef, PodPhase], None]
+"""Called with a pod, uid included, and TERMINATING or ENDED. Must be quick and must not raise."""
 
 
 class PodView(Protocol):
-    """What the API server says of this node's pods. synced is false while it may be old."""
+    """This node's pods as the API server has them. synced is False while the view may be old."""
 
     synced: bool
 
     def find(self, namespace: str, name: str) -> PodRef | None:
-        """The pod of that name with its uid, if it is known and has not ended."""
+        """Returns the pod of that name with its uid, or None if the pod is unknown or has ended."""
         ...
 
     def ended(self, namespace: str, name: str) -> bool:
-        """True if the API says that this pod's containers have all ended. False for a pod it does not know."""
+        """Returns True if the containers of this pod have all ended according to the API. False for an unknown pod."""
         ...
 
     def wanting(self, domain: str) -> Mapping[PodRef, Mapping[str, int]]:
-        """The pods, with their uids, that have not ended and have resources of this domain, or will have.
+        """Returns the pods, uids included, that have not ended and have resources of this domain, or will have them.
 
-        With how many of each, by its name without the domain.
+        The value is the number of each resource, by its name without the domain.
         """
         ...
 
 
 def read_pod(obj: object) -> tuple[PodKey, PodState] | None:
-    """What counts of a pod object, nothing else is kept. None for what is not a pod.
+    """Returns the key and the state of a pod object, or None if the object is not a pod.
 
-    TERMINATING: marked for deletion, containers may still run. ENDED: phase Succeeded or Failed.
+    Nothing else of the object is kept. TERMINATING: marked for deletion. ENDED: phase Succeeded or Failed.
     """
     if not isinstance(obj, dict):
         return None
@@ -113,8 +126,10 @@ def read_pod(obj: object) -> tuple[PodKey, PodState] | None:
 
 
 def _allocated(spec: object) -> dict[str, int]:
-    """What the kubelet allocates of each extended resource: an init container that ends passes its devices on, so the
-    most that is in use at one time."""
+    """Returns how many of each extended resource the kubelet allocates for a pod with this spec.
+
+    An init container that ends passes its devices on. The count is therefore the highest number in use at one time.
+    """
     total, most = Counter[str](), Counter[str]()
     for kind in ("initContainers", "containers"):
         for container in _containers(spec, kind):
@@ -132,7 +147,7 @@ def _containers(spec: object, kind: str) -> Iterator[dict[str, Any]]:
 
 
 def _extended_resources(container: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    """Names with a domain among the limits, with their counts."""
+    """Yields the names with a domain among a container's limits, and their counts."""
     resources = container.get("resources")
     limits = resources.get("limits") if isinstance(resources, dict) else None
     for name, count in limits.items() if isinstance(limits, dict) else ():
@@ -141,17 +156,17 @@ def _extended_resources(container: Mapping[str, Any]) -> Iterator[tuple[str, int
 
 
 def of_domain(resources: Mapping[str, int], domain: str) -> dict[str, int]:
-    """Those of a domain that are wanted at all, by their names without it."""
+    """Returns the resources of a domain whose count is above 0, by their names without the domain."""
     prefix = domain + "/"
     return {name.removeprefix(prefix): n for name, n in resources.items() if name.startswith(prefix) and n > 0}
 
 
 class OwnPods:
-    """Keeps (namespace, name) -> PodState of the pods of one node. A PodView.
+    """View of the pods of one node. A PodView. Works only while run() runs.
 
-    callback(pod with uid, TERMINATING or ENDED) is called once for each step of a pod towards its end; a pod that was
-    deleted, or replaced by one of the same name, has ENDED. It is synchronous and quick. After a gap in the watch the
-    pods that vanished meanwhile are reported too.
+    Calls callback(pod with uid, TERMINATING or ENDED) once for each step of a pod towards its end. A pod that was
+    deleted, or replaced by one of the same name, counts as ENDED. After a gap in the watch, the pods that vanished
+    meanwhile are reported, too. callback must be synchronous and quick.
     """
 
     def __init__(self, api: PodApi, node: str, clock: Clock, rng: random.Random, callback: PodCallback) -> None:
@@ -165,24 +180,21 @@ class OwnPods:
         self.synced = False
 
     def find(self, namespace: str, name: str) -> PodRef | None:
-        """See PodView.find."""
         state = self._pods.get((namespace, name))
         if state is None or state.phase is PodPhase.ENDED:
             return None
         return PodRef(namespace, name, state.uid)
 
     def wanting(self, domain: str) -> Mapping[PodRef, Mapping[str, int]]:
-        """See PodView.wanting."""
         found = {PodRef(*key, state.uid): of_domain(state.resources, domain) for key, state in self._pods.items()}
         return {pod: counts for pod, counts in found.items() if counts}
 
     def ended(self, namespace: str, name: str) -> bool:
-        """See PodView.ended."""
         state = self._pods.get((namespace, name))
         return self.synced and state is not None and state.phase is PodPhase.ENDED
 
     async def run(self) -> None:
-        """Until cancelled. API errors are logged and retried; `synced` is false while the view may be old."""
+        """Watches the pods until cancelled. Logs and retries API errors; `synced` is False while the view may be old."""
         waits = backoff(self._rng, BACKOFF_FIRST_S, BACKOFF_MAX_S)
         version: str | None = None
         while True:
@@ -199,7 +211,7 @@ class OwnPods:
             except KubeError as error:
                 self.synced = False
                 version = None
-                # the same again soon is no news
+                # an error is not logged again if it comes again within STABLE_S
                 if self._clock.monotonic() - started >= STABLE_S or self._complaint != str(error):
                     log.warning("own-node pod watch failed, trying again", extra={"cause": str(error)})
                 self._complaint = str(error)
@@ -209,7 +221,7 @@ class OwnPods:
                 await self._clock.sleep(next(waits))
 
     def apply(self, event: Mapping[str, Any]) -> str | None:
-        """Takes in one watch event; returns its resourceVersion, None if it has none."""
+        """Applies one watch event. Returns its resourceVersion, or None if it has none."""
         obj = event.get("object")
         if event.get("type") == "DELETED":
             found = read_pod(obj)
@@ -224,7 +236,7 @@ class OwnPods:
         return version if isinstance(version, str) else None
 
     def replace(self, pods: Mapping[PodKey, PodState]) -> None:
-        """Takes in a whole list."""
+        """Applies a whole list. Pods that are not in it have ended."""
         for key in [key for key in self._pods if key not in pods]:
             self._forget(key)
         for key, state in pods.items():

@@ -1,4 +1,4 @@
-"""What the API server answers, from bytes to plain dicts and errors. Bounded: it may be a proxy that answers."""
+"""Converts answers of the API server from bytes to plain dicts and errors. Bounded, because a proxy may answer."""
 
 from __future__ import annotations
 
@@ -19,17 +19,20 @@ from usbip_plugin.errors import (
 )
 from usbip_plugin.observe.redaction import redacted
 
-# etcd refuses objects beyond 1.5 MiB, so no honest watch event is longer.
+# Bytes of one watch event. etcd refuses objects beyond 1.5 MiB, so the API server itself sends no longer event.
 MAX_EVENT_BYTES = 4 << 20
+# Bytes of one answer.
 MAX_BODY_BYTES = 64 << 20
+# Characters of an error's message.
 MAX_MESSAGE = 500
+# Bytes that are read from the body of a refusal; the rest is ignored.
 MAX_REFUSAL_BYTES = 1 << 20
 
 _SECONDS = re.compile("[0-9]{1,6}")
 
 
 async def whole(parts: AsyncIterable[bytes], verb: str, resource: str) -> bytes:
-    """The body of an answer. KubeServerError beyond MAX_BODY_BYTES, as soon as they have come."""
+    """Returns the body of an answer. Raises KubeServerError as soon as it exceeds MAX_BODY_BYTES."""
     read: list[bytes] = []
     size = 0
     async for part in parts:
@@ -41,8 +44,11 @@ async def whole(parts: AsyncIterable[bytes], verb: str, resource: str) -> bytes:
 
 
 async def lines(parts: AsyncIterable[bytes], resource: str) -> AsyncIterator[bytes]:
-    """The lines of a watch, each as soon as it is complete. KubeServerError for one beyond MAX_EVENT_BYTES."""
-    begun: list[bytes] = []  # of a line whose end has not come yet
+    """Yields the lines of a watch that are not blank, each as soon as it is complete.
+
+    Raises KubeServerError for a line that exceeds MAX_EVENT_BYTES before its end has come.
+    """
+    begun: list[bytes] = []  # parts of the line whose end has not come yet
     size = 0
     async for part in parts:
         first, *complete = part.split(b"\n")
@@ -59,7 +65,7 @@ async def lines(parts: AsyncIterable[bytes], resource: str) -> AsyncIterator[byt
 
 
 def decoded(data: bytes, verb: str, resource: str) -> dict[str, Any]:
-    """The JSON object that was answered; KubeServerError for anything else."""
+    """Returns the JSON object of an answer. Raises KubeServerError for anything else."""
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -70,7 +76,11 @@ def decoded(data: bytes, verb: str, resource: str) -> dict[str, Any]:
 
 
 def event_of(line: bytes, resource: str) -> dict[str, Any]:
-    """One watch event, {"type", "object"}. KubeServerError if it is none, and the error that one of type ERROR is."""
+    """Returns the watch event {"type", "object"} in a line.
+
+    Raises KubeServerError if the line is not a watch event. For an event of type ERROR it raises the KubeError that
+    belongs to the code in the event's Status object.
+    """
     event = decoded(line, "watch", resource)
     if not isinstance(event.get("type"), str) or not isinstance(event.get("object"), dict):
         raise KubeServerError("watch", resource, "an event without type and object")
@@ -82,7 +92,7 @@ def event_of(line: bytes, resource: str) -> dict[str, Any]:
 
 
 def refusal(code: int, data: bytes, verb: str, resource: str, retry_after: str | None) -> KubeError:
-    """The error for an answer that refuses. data: its body, a Status object or whatever a proxy says."""
+    """Returns the error for a refusal. data: its body, a Status object or any text of a proxy."""
     data = data[:MAX_REFUSAL_BYTES]
     try:
         status = json.loads(data)
@@ -92,9 +102,9 @@ def refusal(code: int, data: bytes, verb: str, resource: str, retry_after: str |
 
 
 def error_of(code: int, status: Mapping[str, Any], verb: str, resource: str, retry_after: str | None) -> KubeError:
-    """The error for an HTTP code and the Status object that came with it."""
+    """Returns the error for an HTTP code and the Status object that came with it."""
     said = next((text for key in ("message", "reason") if isinstance(text := status.get(key), str) and text), "")
-    # whoever answers may have quoted the request, the token in its header included
+    # an answer may quote the request, including the token in its header
     message = redacted(_printable(said), MAX_MESSAGE)[:MAX_MESSAGE] or f"HTTP {code}"
     if code == 429:
         seconds = float(retry_after) if retry_after and _SECONDS.fullmatch(retry_after) else None
@@ -114,5 +124,5 @@ def error_of(code: int, status: Mapping[str, Any], verb: str, resource: str, ret
 
 
 def _printable(text: str) -> str:
-    """On one line; it may quote what others wrote into an object."""
+    """Returns the text on one line, with "?" for unprintable characters: others may have written parts of the text."""
     return "".join(char if char.isprintable() else "?" for char in " ".join(text.split()))

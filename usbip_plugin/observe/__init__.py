@@ -1,1 +1,1 @@
-"""What the agent tells people and machines about itself."""
+"""Logs, metrics, traces and the HTTP pages of the plugin."""

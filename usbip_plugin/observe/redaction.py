@@ -1,7 +1,7 @@
-"""Takes out of a text what looks like a credential. Pure.
+"""Removes from a text everything that looks like a credential. Pure.
 
-Errors are made so that they hold none. This is the second line, for texts that come from elsewhere: libraries, API
-servers, files.
+The plugin's own errors contain no credentials. This is the second line of defence, for texts that come from elsewhere:
+libraries, API servers, files.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import re
 
 REDACTED = "[redacted]"
 MARGIN = 4096
-"""Characters looked at beyond those that are wanted, so that a credential that begins among these is known as one."""
+"""Characters examined beyond the wanted ones, so that a credential that begins among the wanted ones is recognised."""
 
 _VALUE = r"[^\s\"',;}\]]{8,}"
 _RULES: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL), REDACTED),
     (re.compile(rf"\b(bearer|basic)\s+{_VALUE}", re.IGNORECASE), rf"\1 {REDACTED}"),
-    # a JSON Web Token, which a ServiceAccount's token is
+    # a JSON Web Token: the token of a ServiceAccount is one
     (re.compile(r"\beyJ[\w-]{8,}\.[\w-]{8,}(?:\.[\w-]*)?"), REDACTED),
     (
         re.compile(
@@ -30,18 +30,20 @@ _RULES: tuple[tuple[re.Pattern[str], str], ...] = (
 )
 
 _HINTS = ("-begin ", "bearer", "basic", "eyj", "token", "passw", "secret", "api", "authorization", "client-key-", "://")
-"""One of them, in whatever case, is in every text that a rule can change. Nearly none has it, and each field of each
-line of the log is looked at."""
+"""Every text that a rule can change contains one of these hints, in upper or lower case.
+
+Few texts contain one, so most fields of the log skip the slower rules.
+"""
 
 
 def redacted(text: str, wanted: int) -> str:
-    """The text with private keys, bearer tokens, JSON Web Tokens, passwords and users in URLs taken out.
+    """Returns the text without private keys, bearer tokens, JSON Web Tokens, passwords and users in URLs.
 
-    wanted: how many characters of it the caller will show. What is far beyond is left out unseen: texts come from
-    elsewhere, and may be megabytes.
+    wanted: how many characters of the text the caller will show. Characters more than MARGIN beyond these are cut off
+    unexamined, because the text may have megabytes.
     """
     text = text[: wanted + MARGIN]
-    # where case does not count, letters beyond ASCII stand for some of ASCII: those texts are not told so soon
+    # only for ASCII: when case is ignored, some other letters match ASCII letters, and lower() does not show it
     if text.isascii() and _has_none(text.lower()):
         return text
     for pattern, replacement in _RULES:
