@@ -54,8 +54,9 @@ def eviction(pod: PodRef) -> dict[str, Any]:
 class Evictor:
     """Worker that evicts pods. Works only while run() runs.
 
-    Tries each pod until the API server accepts, the pod is gone, or the eviction is not wanted any more. Calls wanted(pod) before each try, and on_evicted(pod) when an
-    eviction was accepted. Logs errors and tries again; never raises them.
+    Tries each pod until the API server accepts, the pod is gone, or the eviction is not wanted any more.
+    Calls wanted(pod) before each try, and on_evicted(pod) when an eviction was accepted. Logs errors and tries again;
+    never raises them.
     """
 
     def __init__(

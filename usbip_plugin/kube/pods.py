@@ -80,7 +80,7 @@ class PodState:
 
 
 PodCallback = Callable[[PodRef, PodPhase], None]
-"""Called with a pod, uid included, and TERMINATING or ENDED. Must be quick and must not raise."""
+"""Called with a pod, uid included, and TERMINATING or ENDED. Must be synchronous and quick."""
 
 
 class PodView(Protocol):
@@ -194,7 +194,10 @@ class OwnPods:
         return self.synced and state is not None and state.phase is PodPhase.ENDED
 
     async def run(self) -> None:
-        """Watches the pods until cancelled. Logs and retries API errors; `synced` is False while the view may be old."""
+        """Watches the pods until cancelled.
+
+        Logs and retries API errors. `synced` is False while the view may be old.
+        """
         waits = backoff(self._rng, BACKOFF_FIRST_S, BACKOFF_MAX_S)
         version: str | None = None
         while True:
@@ -211,7 +214,7 @@ class OwnPods:
             except KubeError as error:
                 self.synced = False
                 version = None
-                # an error is not logged again if it comes again within STABLE_S
+                # the same error is logged again only if the watch lasted STABLE_S
                 if self._clock.monotonic() - started >= STABLE_S or self._complaint != str(error):
                     log.warning("own-node pod watch failed, trying again", extra={"cause": str(error)})
                 self._complaint = str(error)

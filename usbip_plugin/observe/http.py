@@ -1,4 +1,4 @@
-"""The HTTP pages: server, liveness, readiness, metrics; the status page is loaded when it is first asked for."""
+"""The HTTP server and its pages: liveness, readiness, metrics and status. The status page is loaded on first use."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 SHUTDOWN_S = 0.5
-"""What requests under way get when the server stops."""
+"""Seconds that requests under way have to finish when the server stops."""
 JSON = "application/json"
 TEXT = "text/plain; charset=utf-8"
 METHODS = ("GET", "HEAD")
@@ -31,7 +31,7 @@ HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Re
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a page answers. content_type may carry a charset."""
+    """The answer of a page. content_type may include a charset."""
 
     body: bytes
     content_type: str = TEXT
@@ -41,32 +41,37 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """ok, and why not, one line each."""
+    """The result of a check.
+
+    ok: whether all is well.
+    lines: why not, one reason a line.
+    """
 
     ok: bool
     lines: tuple[str, ...] = ()
 
 
 PageHandler = Callable[[], Answer]
-"""Called in the event loop for every request; quick and without errors."""
+"""Called in the event loop for every request. Must be quick and must not raise."""
 
 
 class Heartbeats:
-    """Which loops turn. Each loop says so at least every `within` seconds; one that does not makes the node unwell."""
+    """Liveness of the plugin's loops. A loop that does not call beat() every `within` seconds is stuck."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._loops: dict[str, tuple[float, float]] = {}
 
     def beat(self, name: str, within: float) -> None:
-        """The loop turned now and will again within so many seconds. The first beat registers it."""
+        """Records that the loop runs, and expects the next beat within so many seconds. The first beat registers it."""
         self._loops[name] = (self._clock.monotonic(), within)
 
     def end(self, name: str) -> None:
-        """The loop ended on purpose."""
+        """Forgets a loop that has ended on purpose."""
         self._loops.pop(name, None)
 
     def verdict(self) -> Verdict:
+        """Returns whether every registered loop runs, with a line for each stuck one."""
         now = self._clock.monotonic()
         late = tuple(
             f"{name}: no sign of life for {now - last:.1f} s, expected every {within:g} s"
@@ -77,7 +82,7 @@ class Heartbeats:
 
 
 def verdict_page(verdict: Callable[[], Verdict]) -> PageHandler:
-    """200 "ok" or 503 with the reasons."""
+    """Returns a page that answers 200 "ok", or 503 with the reasons."""
 
     def page() -> Answer:
         result = verdict()
@@ -89,7 +94,7 @@ def verdict_page(verdict: Callable[[], Verdict]) -> PageHandler:
 
 
 def metrics_page(render: Callable[[], tuple[bytes, str]]) -> PageHandler:
-    """render: Metrics.render."""
+    """Returns the page of the metrics. render: Metrics.render."""
     return lambda: Answer(*render())
 
 
@@ -99,7 +104,7 @@ def standard_pages(
     ready: Callable[[], Verdict],
     metrics: Callable[[], tuple[bytes, str]],
 ) -> dict[str, PageHandler]:
-    """Pages by path. /health is the Go program's path for /healthz."""
+    """Returns the pages by path. /health is the Go program's path for /healthz."""
     health = verdict_page(alive)
     return {
         "/healthz": health,
@@ -110,7 +115,10 @@ def standard_pages(
 
 
 def split_listen(listen: str) -> tuple[str | None, int]:
-    """ ":8080", "127.0.0.1:8080" or "[::1]:8080" to host (None: every address) and port. ValueError otherwise."""
+    """Returns the host (None: every address) and the port of ":8080", "127.0.0.1:8080" or "[::1]:8080".
+
+    Raises ValueError for any other form.
+    """
     host, colon, port = listen.rpartition(":")
     if not colon or not port.isascii() or not port.isdigit() or int(port) > 65535:
         raise ValueError(f"{listen!r} is no address to listen at; write :8080 or 127.0.0.1:8080")
@@ -122,9 +130,13 @@ def split_listen(listen: str) -> tuple[str | None, int]:
 
 
 class HttpServer:
-    """Serves pages (by path) at listen (as split_listen takes it; port 0 picks a free one).
+    """HTTP server of the pages. Works only while run() runs.
 
-    below: by the beginning of the path, which ends in "/"; called with what follows.
+    listen: as split_listen() accepts it. Port 0 picks a free port.
+    pages: by path.
+    below: pages by the beginning of their path, which ends in "/"; called with the rest of the path.
+    started: set while the server serves.
+    port: the port that is bound, known once `started` is set.
     """
 
     def __init__(
@@ -137,8 +149,9 @@ class HttpServer:
         self.port = 0
 
     async def run(self) -> None:
-        """Serves until cancelled; OSError if the address cannot be bound. started is set and port known once it
-        serves. Stops within about SHUTDOWN_S.
+        """Serves until cancelled, then stops within about SHUTDOWN_S. Raises OSError if the address cannot be bound.
+
+        Sets `started` and `port` once it serves.
         """
         loop = asyncio.get_running_loop()
         server = Server(self._answer, access_log=None)
@@ -181,14 +194,18 @@ _TRACE_ID = re.compile("[0-9a-f]{32}")
 
 
 class Site:
-    """status: the node as it is now. recent: the last traces, RECENT_TRACES at most, and so is what is answered."""
+    """The status page and the JSON under /api.
+
+    status: returns the node as it is now.
+    recent: the last traces, RECENT_TRACES at most. Only these are served.
+    """
 
     def __init__(self, status: Callable[[], Status], recent: RecentSpans) -> None:
         self._status, self._recent = status, recent
         self._made: Page | None = None
 
     def pages(self) -> dict[str, PageHandler]:
-        """By path."""
+        """Returns the pages by path."""
         return {
             "/": self._whole,
             "/api/page": self._main,
@@ -198,13 +215,13 @@ class Site:
         }
 
     def below(self) -> Mapping[str, Callable[[str], Answer]]:
-        """By the beginning of the path; called with the rest."""
+        """Returns the pages by the beginning of their path, each to be called with the rest of the path."""
         return {f"{TRACES}/": self._trace}
 
     @property
     def _page(self) -> Page:
         if self._made is None:
-            # imported here: most nodes are never looked at
+            # imported here: the status page of most nodes is never opened
             from usbip_plugin.observe.page import Page  # noqa: PLC0415
 
             self._made = Page()
@@ -216,7 +233,7 @@ class Site:
 
     def _main(self) -> Answer:
         body = self._page.main(self._status(), self._recent.traces()).encode()
-        # opened by itself it must not run what a device may have written into it
+        # a browser that opens it directly must not run a script that a device may have put into it
         return Answer(body, HTML, headers={"Content-Security-Policy": "default-src 'none'; sandbox"})
 
     def _traces(self) -> Answer:

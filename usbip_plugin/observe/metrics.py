@@ -1,8 +1,8 @@
 """The metrics of the plugin, in a registry of their own.
 
 docs/metrics.md lists their names and labels; four of them are those of the Go program. Events are counted as they
-happen. The state of something is read at each scrape and kept nowhere. The fifty series of a resource are made at
-each scrape, too: prometheus_client would keep them as objects with a lock each, 31 KiB.
+happen. The state of something is read at each scrape and kept nowhere. The fifty series of a resource are made at each
+scrape, too: prometheus_client would keep them as objects with a lock each, 31 KiB.
 """
 
 from __future__ import annotations
@@ -26,11 +26,22 @@ Labelled = Mapping[tuple[str, ...], float]
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """The state of one node. Durations in seconds; counts since the process began.
+    """The state of one node for its metrics. Durations are in seconds, counts since the process began.
 
-    registered: by resource. servers: by host:port, whether it answers; those not asked yet are left out. listed: the
-    devices each of these lists. ports_used, ports_free: by hub, hs or ss; empty where the driver is not loaded. claims:
-    by state. session_age: since the last heartbeat that succeeded, None while the node holds no lock or has sent none.
+    ready: whether /readyz answers 200.
+    registered: by resource, whether the kubelet listens to it.
+    servers: by host:port, whether the server answers. Servers not asked yet are left out.
+    listed: by host:port, how many devices each of these servers lists.
+    driver_loaded: whether vhci_hcd is loaded and can be read.
+    ports_used, ports_free: by hub, "hs" or "ss". Empty if the driver is not loaded.
+    claims: by state.
+    lock_duration: silence after which a lock may be taken over.
+    session_age: since the last heartbeat that succeeded. None while the node holds no lock or has sent no heartbeat.
+    api_reachable: whether the API server answers and the locks are watched.
+    pod_resources_polls: lists of the kubelet that the claims were compared with.
+    events_dropped: Kubernetes Events that were not recorded.
+    trace_export_failures: batches of spans that no collector accepted.
+    trace_spans_dropped: spans that should have been exported and are lost.
     """
 
     version: str
@@ -53,7 +64,10 @@ class Reading:
 
 
 class NodeCollector(Collector):
-    """read is called once for each scrape, in the thread that renders; it must be quick and not raise."""
+    """Collector of the metrics that show the state of the node.
+
+    Calls read() once for each scrape, in the thread that renders. read() must be quick and must not raise.
+    """
 
     def __init__(self, read: Callable[[], Reading]) -> None:
         self._read = read
@@ -112,7 +126,7 @@ def _one(name: str, text: str, value: float) -> Metric:
 
 
 def _count(name: str, text: str, value: int) -> Metric:
-    """Exported with the suffix _total."""
+    """Returns a counter. It is exported with the suffix _total."""
     return CounterMetricFamily(PREFIX + name, text, value=value)
 
 
@@ -121,10 +135,15 @@ LABEL = "resource"
 
 @dataclass(slots=True)
 class OfResource:
-    """What is counted of one resource.
+    """The counts of one resource since it got its series.
 
-    devices: as they are advertised, None before the first list. They are counted when somebody asks.
-    failures, pre_start_failures: by reason, one of few; never an error's text.
+    devices: as they are advertised; None before the first list. A scrape counts them.
+    allocations: Allocates that were answered with devices.
+    restarts: how often the resource's plugin was served and registered anew.
+    denials: Allocates refused because another node holds the device.
+    registrations: registrations that the kubelet accepted and listens to.
+    failures: failed Allocates by reason, one of few; never an error's text.
+    pre_start_failures: failed PreStartContainer calls by reason, one of few; never an error's text.
     """
 
     devices: tuple[Advertised, ...] | None = None
@@ -137,21 +156,24 @@ class OfResource:
 
 
 class ResourceCollector(Collector):
-    """prefix: of the names, but for that of the Go program. In one thread."""
+    """Collector of the metrics of each resource. All methods must be called in one thread.
+
+    prefix: precedes all names, except the name that the Go program has without it.
+    """
 
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix
         self._resources: dict[str, OfResource] = {}
 
     def of(self, resource: str) -> OfResource:
-        """To count in. From now on the resource has series."""
+        """Returns the counts of a resource, for the caller to change. Creates its series if there are none."""
         found = self._resources.get(resource)
         if found is None:
             found = self._resources[resource] = OfResource()
         return found
 
     def forget(self, resource: str) -> None:
-        """Its series end. If it comes again one day, its counters begin at 0."""
+        """Ends the series of a resource. If the resource returns later, its counters begin at 0."""
         self._resources.pop(resource, None)
 
     def collect(self) -> Iterable[Metric]:
@@ -206,14 +228,14 @@ class ResourceCollector(Collector):
         return family
 
     def _count(self, name: str, text: str, value: Callable[[OfResource], int], prefix: str | None = None) -> Metric:
-        """Exported with the suffix _total."""
+        """Returns a counter with a value for each resource. It is exported with the suffix _total."""
         family = CounterMetricFamily((self._prefix if prefix is None else prefix) + name, text, labels=(LABEL,))
         for resource, of in self._resources.items():
             family.add_metric((resource,), value(of))
         return family
 
     def _failed(self, name: str, text: str, values: Callable[[OfResource], Mapping[str, int]]) -> Metric:
-        """The same by reason."""
+        """Returns a counter with a value for each resource and reason. It is exported with the suffix _total."""
         family = CounterMetricFamily(self._prefix + name, text, labels=(LABEL, "reason"))
         for resource, of in self._resources.items():
             for reason, value in values(of).items():
@@ -222,21 +244,22 @@ class ResourceCollector(Collector):
 
 
 PREFIX = "usbip_device_plugin_"
+"""Of the names of all metrics, as in the Go program."""
 STEP_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 ALLOCATE_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 3, 5, 7.5, 10, 15, 30, 60)
-"""allocateTimeout may be up to a minute."""
+"""Upper bounds of the buckets, in seconds. allocateTimeout may be up to 60 s."""
 WITHDRAWAL_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 
 
 class Metrics:
-    """Everything /metrics shows. The label resource is the full name, domain included.
+    """All metrics that /metrics exports. The label "resource" is the full name, domain included.
 
-    Labels have few values that are known beforehand, or come from the configuration: never devices, pods or free text.
-    What is a state of something else is not kept here but read when it is asked for: see add().
+    A label's values are few and known beforehand, or come from the configuration: never devices, pods or free text.
+    Metrics that show the state of another object are not kept here. A collector reads them at each scrape: see add().
     """
 
     def __init__(self) -> None:
-        # a second series for each counter, which nobody reads; the library has no other switch
+        # avoids the _created series of each counter, which nobody reads; the library has only this global switch
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
@@ -273,13 +296,16 @@ class Metrics:
         )
 
     def add(self, collector: Collector) -> None:
-        """What is read at each scrape."""
+        """Adds a collector that is read at each scrape."""
         self.registry.register(collector)
 
     def expect(
         self, *, results: Iterable[str], acquires: Iterable[str], transitions: Iterable[str], reattaches: Iterable[str]
     ) -> None:
-        """The values that labels will have. A counter that exists at 0 can be rated from its first increment."""
+        """Creates the counters for label values that will come.
+
+        rate() in Prometheus sees the first increment only of a counter that was exported at 0 before.
+        """
         for result in results:
             self._allocates.labels(result)
         for result in acquires:
@@ -292,7 +318,7 @@ class Metrics:
             self._reloads.labels(result)
 
     def expect_resource(self, resource: str, failures: Iterable[str], pre_starts: Iterable[str]) -> None:
-        """The counters of a resource exist from now on. failures, pre_starts: what they may fail for."""
+        """Creates the counters of a resource. failures, pre_starts: the reasons for which the calls may fail."""
         counted = self._resources.of(resource)
         for reason in failures:
             counted.failures.setdefault(reason, 0)
@@ -300,11 +326,11 @@ class Metrics:
             counted.pre_start_failures.setdefault(reason, 0)
 
     def devices(self, resource: str, devices: tuple[Advertised, ...]) -> None:
-        """The devices of a resource, for the gauges."""
+        """Sets the devices that a resource advertises, for the gauges."""
         self._resources.of(resource).devices = devices
 
     def forget(self, resource: str) -> None:
-        """The resource is not offered any more. If it is again one day, its counters begin at 0."""
+        """Ends the series of a resource that is offered no longer. If it returns, its counters begin at 0."""
         self._resources.forget(resource)
 
     def allocated(self, resource: str) -> None:
@@ -317,11 +343,11 @@ class Metrics:
         self._resources.of(resource).denials += 1
 
     def failed(self, resource: str, reason: str) -> None:
-        """reason: one of few; never an error's text."""
+        """Counts an Allocate that failed. reason: one of few; never an error's text."""
         self._resources.of(resource).failures[reason] += 1
 
     def pre_start_failed(self, resource: str, reason: str) -> None:
-        """reason: as for failed()."""
+        """Counts a PreStartContainer that failed. reason: one of few; never an error's text."""
         self._resources.of(resource).pre_start_failures[reason] += 1
 
     def restarted(self, resource: str) -> None:
@@ -331,7 +357,7 @@ class Metrics:
         self._resources.of(resource).registrations += 1
 
     def step(self, name: str, seconds: float) -> None:
-        """name: one of few, such as lock, import, attach; never a device or a pod."""
+        """Records how long a step took. name: one of few, such as lock, import, attach; never a device or a pod."""
         self._steps.labels(name).observe(seconds)
 
     def withdrawn(self, seconds: float) -> None:
@@ -353,7 +379,7 @@ class Metrics:
         self._api_errors.labels(verb, reason).inc()
 
     def config_loaded(self, at: float) -> None:
-        """At start. at: seconds since the epoch."""
+        """Records that the configuration is in force. Called directly at the start. at: seconds since the epoch."""
         self._reload_failed.set(0)
         self._reloaded_at.set(at)
 
@@ -366,8 +392,8 @@ class Metrics:
         self._reload_failed.set(1)
 
     def render(self) -> tuple[bytes, str]:
-        """The exposition text and its content type."""
-        # imported here: it brings HTTP servers and clients, 1 MiB for who is not scraped
+        """Returns the text for Prometheus and its content type."""
+        # imported here: it loads HTTP servers and clients, 1 MiB that a process without scrapes does not need
         from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest  # noqa: PLC0415
 
         return generate_latest(self.registry), CONTENT_TYPE_LATEST
@@ -376,7 +402,7 @@ class Metrics:
         return Gauge(PREFIX + name, text, labels, registry=self.registry)
 
     def _counter(self, name: str, text: str, labels: tuple[str, ...]) -> Counter:
-        """Exported with the suffix _total."""
+        """Returns a new counter. It is exported with the suffix _total."""
         return Counter(PREFIX + name, text, labels, registry=self.registry)
 
     def _histogram(
@@ -386,7 +412,7 @@ class Metrics:
 
 
 def _tasks() -> int:
-    """0 where no loop runs."""
+    """Returns the number of tasks of the running event loop, or 0 if none runs in this thread."""
     try:
         return len(asyncio.all_tasks())
     except RuntimeError:

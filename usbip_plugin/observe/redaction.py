@@ -43,7 +43,7 @@ def redacted(text: str, wanted: int) -> str:
     unexamined, because the text may have megabytes.
     """
     text = text[: wanted + MARGIN]
-    # only for ASCII: when case is ignored, some other letters match ASCII letters, and lower() does not show it
+    # only for ASCII: some other letters match ASCII letters in re.IGNORECASE, and lower() does not convert all of them
     if text.isascii() and _has_none(text.lower()):
         return text
     for pattern, replacement in _RULES:
