@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 REQUEST_TIMEOUT_S = 15.0
 # Seconds before the second try.
 BACKOFF_FIRST_S = 1.0
-# Seconds between later tries, at most. A PodDisruptionBudget may refuse for as long as another pod takes to become ready.
+# Seconds between later tries, at most. A PodDisruptionBudget may refuse until another pod has become ready.
 BACKOFF_MAX_S = 30.0
 # Seconds to wait after a 403: RBAC does not change often.
 FORBIDDEN_WAIT_S = 60.0

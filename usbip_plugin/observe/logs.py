@@ -1,4 +1,4 @@
-"""Logging to one stream, one line per record, with the trace it belongs to."""
+"""Logging to one stream. Each record is one line, with the ids of the trace that it belongs to."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ LEVELS: Mapping[str, int] = {
     "error": logging.ERROR,
     "none": _OFF,
 }
-"""The names of the Go program's --log-level."""
+"""Levels by the names that the Go program's --log-level accepts."""
 MAX_TEXT = 4096
+"""Characters of a text in one field."""
 MAX_TRACEBACK = 32 * 1024
-"""Characters of one field."""
+"""Characters of the field "error", a traceback."""
 MAX_ITEMS, MAX_ITEM = 256, 256
-"""Of one list, and characters of each of its items."""
+"""Items of a list in one field, and characters of each item."""
 _NAMES = {logging.WARNING: "warn", logging.CRITICAL: "error"}
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
@@ -37,7 +38,8 @@ _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", 
 def set_up_logging(level: str, stream: TextIO, *, json_lines: bool = True) -> logging.Handler:
     """Sends the project's records from `level` (a key of LEVELS) up, and other packages' from warn up, to stream.
 
-    Replaces what an earlier call set up. Returns the handler. ValueError for an unknown level.
+    "all" and "none" apply to other packages, too. Replaces the handler of an earlier call. Returns the new handler.
+    Raises ValueError if the level is unknown.
     """
     if level not in LEVELS:
         raise ValueError(f"log level {level!r} is unknown; possible values are: {', '.join(LEVELS)}")
@@ -56,11 +58,11 @@ def set_up_logging(level: str, stream: TextIO, *, json_lines: bool = True) -> lo
 
 
 def fields_of(record: logging.LogRecord) -> dict[str, object]:
-    """ts, level, logger, msg, the record's extra fields, error, trace_id and span_id, in this order.
+    """Returns ts, level, logger, msg, the record's extra fields, error, trace_id and span_id, in this order.
 
-    Mappings are flattened: pod={"name": "a"} is pod.name=a. An extra field named like one of the others gets a
-    trailing underscore. error: an exception's traceback. Long texts and lists are cut, what looks like a credential is
-    taken out.
+    Mappings are flattened: pod={"name": "a"} becomes pod.name=a. An extra field with the name of another field gets a
+    trailing underscore. error: an exception's traceback. Long texts and lists are cut. Texts that look like
+    credentials are removed.
     """
     fields: dict[str, object] = {
         "ts": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
@@ -82,7 +84,7 @@ def fields_of(record: logging.LogRecord) -> dict[str, object]:
 
 
 def _flatten(key: str, value: object, into: dict[str, object]) -> None:
-    if isinstance(value, str):  # first, because most are texts, and what Mapping is takes long to find out
+    if isinstance(value, str):  # first, because most values are texts and isinstance(value, Mapping) is slow
         into[key] = _cut(value, MAX_TEXT)
     elif value is None or isinstance(value, int | float):
         into[key] = value
@@ -101,14 +103,14 @@ def _cut(text: str, longest: int) -> str:
 
 
 class JsonFormatter(logging.Formatter):
-    """A JSON object per line, ASCII only; what JSON has no form for becomes its str()."""
+    """Formatter that makes one ASCII line of JSON of a record. Values without a form in JSON become their str()."""
 
     def format(self, record: logging.LogRecord) -> str:
         return json.dumps(fields_of(record))
 
 
 class TextFormatter(logging.Formatter):
-    """`12:30:01.123 info  message key=value`, for people; line breaks are escaped."""
+    """Formatter for people: `12:30:01.123 info  message key=value`. Escapes unprintable characters and line breaks."""
 
     def format(self, record: logging.LogRecord) -> str:
         fields = fields_of(record)

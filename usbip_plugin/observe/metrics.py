@@ -244,7 +244,7 @@ class ResourceCollector(Collector):
 
 
 PREFIX = "usbip_device_plugin_"
-"""Of the names of all metrics, as in the Go program."""
+"""Precedes the names of the metrics."""
 STEP_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 ALLOCATE_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 3, 5, 7.5, 10, 15, 30, 60)
 """Upper bounds of the buckets, in seconds. allocateTimeout may be up to 60 s."""

@@ -1,7 +1,7 @@
-"""Export of spans by OTLP over gRPC, counted. Imported only when it is asked for: the exporter costs memory.
+"""Exports spans by OTLP over gRPC and counts losses. Imported only if export is configured: the exporter costs memory.
 
-A collector that is away, slow or refuses costs spans, and nothing else: export runs in a thread of its own, the queue
-before it is bounded, and an outage is two lines of the log.
+A collector that is unreachable or slow, or that refuses, costs spans and nothing else. The export runs in its own
+thread, the queue before it is bounded, and an outage causes two log lines: one at its begin and one at its end.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, Spa
 
 QUEUE_VARIABLE, BATCH_VARIABLE = "OTEL_BSP_MAX_QUEUE_SIZE", "OTEL_BSP_MAX_EXPORT_BATCH_SIZE"
 QUEUE_LENGTH, BATCH_LENGTH = 2048, 512
-"""Spans; what the specification says where the variables do not."""
+"""Spans in the queue and in one batch: the defaults of the OpenTelemetry specification for the two variables."""
 
 _EXPORT_LOGGERS = ("opentelemetry.exporter.otlp.proto.grpc.exporter", "opentelemetry.sdk._shared_internal")
 _HEADER_LOGGER = "opentelemetry.util.re"
@@ -26,14 +26,15 @@ log = logging.getLogger(__name__)
 
 
 class OtlpExport(BatchSpanProcessor):
-    """A span processor that exports to where the OTEL_EXPORTER_OTLP_ variables say. Counters are read at any time.
+    """Span processor that exports to the collector of the OTEL_EXPORTER_OTLP_ variables.
 
-    failures: batches that were not taken. dropped: spans lost with them, and spans that came while the queue was full.
-    ValueError and others for variables that make no sense.
+    failures: batches that the collector did not accept.
+    dropped: spans lost with these batches, and spans lost because the queue was full.
+    Both may be read at any time. The constructor raises ValueError and other errors if a variable is not valid.
     """
 
     def __init__(self, environ: Mapping[str, str], exporter: SpanExporter | None = None) -> None:
-        """exporter: another one than OTLP's."""
+        """Starts the export. exporter: used instead of the OTLP exporter."""
         self._size = _number(environ, QUEUE_VARIABLE, QUEUE_LENGTH)
         batch = min(self._size, _number(environ, BATCH_VARIABLE, BATCH_LENGTH))
         self._hearing = _Hearing()
@@ -52,19 +53,19 @@ class OtlpExport(BatchSpanProcessor):
         return self._counting.lost
 
     def on_end(self, span: ReadableSpan) -> None:
-        """Never blocks."""
+        """Queues a sampled span. Never blocks."""
         context = span.get_span_context()
         if context is not None and context.trace_flags.sampled:
             self._counting.queued(self._size)
         super().on_end(span)
 
     def break_off(self) -> None:
-        """Ends the export that runs; what has not been exported is lost. The libraries stay silent about it."""
+        """Ends the export that runs. Spans not exported yet are lost. The libraries' lines about it are not logged."""
         self._counting.break_off()
 
 
 class _Counting(SpanExporter):
-    """Counts what becomes of spans, and logs an outage once."""
+    """Exporter that counts lost spans and failed batches, and logs the begin and the end of an outage."""
 
     def __init__(self, inner: SpanExporter, hearing: _Hearing) -> None:
         self._inner = inner
@@ -76,7 +77,7 @@ class _Counting(SpanExporter):
         self.lost = 0
 
     def queued(self, limit: int) -> None:
-        """One more span waits; with so many the queue is full, and takes it for the oldest."""
+        """Counts a span that joins the queue. A queue of `limit` spans is full and drops its oldest span instead."""
         with self._lock:
             if self._waiting >= limit:
                 self.lost += 1
@@ -121,9 +122,10 @@ class _Counting(SpanExporter):
 
 
 class _Hearing(logging.Handler):
-    """Keeps the libraries' own lines about export out of the log: one for each batch and retry, some with headers.
+    """Handler that keeps the libraries' own lines about the export out of the log.
 
-    last: the newest of them, which says why an export failed.
+    The libraries log each batch and each retry, some of them with headers.
+    last: the newest of these lines, which gives the reason if an export failed.
     """
 
     def __init__(self) -> None:
@@ -131,7 +133,7 @@ class _Hearing(logging.Handler):
         self.last = ""
         self._thread: int | None = None
         names = (*_EXPORT_LOGGERS, _HEADER_LOGGER)
-        # the SDK's filters would keep the cause of a second outage within 20 s from this handler, too
+        # the SDK's filters would also hide from this handler the cause of a second outage within 20 s
         self._loggers = [(library, list(library.filters)) for library in map(logging.getLogger, names)]
         for library, filters in self._loggers:
             library.addHandler(self)
@@ -140,7 +142,7 @@ class _Hearing(logging.Handler):
                 library.removeFilter(filter_)
 
     def listen(self) -> None:
-        """An export begins, in this thread."""
+        """Notes that an export begins in this thread, and clears `last`."""
         self.last, self._thread = "", threading.get_ident()
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -150,6 +152,7 @@ class _Hearing(logging.Handler):
             self.last = record.getMessage()
 
     def end(self) -> None:
+        """Lets the libraries' loggers work as before."""
         for library, filters in self._loggers:
             library.removeHandler(self)
             library.propagate = not any(isinstance(other, _Hearing) for other in library.handlers)

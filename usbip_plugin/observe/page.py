@@ -1,4 +1,4 @@
-"""The status page: what an operator looks at first, and its traces as bars."""
+"""The status page as HTML: the state of the node for an operator, and the last traces as bars."""
 
 from __future__ import annotations
 
@@ -16,16 +16,20 @@ from usbip_plugin.observe.traces import GAP_WIDTH, WIDTH, Bar, Summary, Waterfal
 from usbip_plugin.observe.tracing import SpanRecord
 
 MAX_BARS = 60
-"""Of one trace; /api/traces/ID has all."""
+"""Bars of one trace on the page. /api/traces/ID has all spans."""
 COLOURS = 6
-"""Of nodes in a waterfall, in turn."""
+"""Colours of the nodes in a waterfall. Further nodes use them again, in turn."""
 BAR_HEIGHT = 14
+"""In units of the drawing."""
 ABOUT_THE_DEVICE = frozenset({"usbip.device.id", "usbip.device", "usbip.server", "usbip.busid"})
-"""Attributes that say the same in every span of a trace that is about one device; its first line has it."""
+"""Attributes that are equal in all spans of a trace about one device. The trace's first line has the device instead."""
 
 
 def draw_trace(spans: Sequence[SpanRecord], about: Summary, device: str | None, *, opened: bool) -> Markup:
-    """A trace that can be opened. device: by its name, if it is known."""
+    """Returns a trace as an element that can be opened and closed.
+
+    device: its name, or None if it is not known. opened: whether the trace is open at first.
+    """
     fall = lay_out(spans)
     devices = {span.attributes["usbip.device.id"] for span in spans if "usbip.device.id" in span.attributes}
     hidden = ABOUT_THE_DEVICE if device and len(devices) <= 1 else frozenset()
@@ -89,14 +93,18 @@ def _bar(bar: Bar, fall: Waterfall, hidden: frozenset[str]) -> Markup:
 TEMPLATE = "page.html"
 MAIN, TITLE = "<!-- main -->", "<!-- title -->"
 MAX_ROWS = 500
-"""Of devices; /api/devices has all."""
+"""Rows of the table of devices. /api/devices has all."""
 MAX_TRACES = 20
+"""Traces on the page, the newest ones."""
 SAID_ELSEWHERE = frozenset({Reason.HELD_ELSEWHERE.value, Reason.ATTACHED.value})
-"""Reasons whose detail is in the other columns."""
+"""Reasons whose detail the other columns of the table show already."""
 
 
 class Template:
-    """page.html and the policy that allows its one style and its one script, and nothing else."""
+    """The file page.html and its Content-Security-Policy.
+
+    The policy allows only the style and the script in the file, and requests of the script to the same origin.
+    """
 
     def __init__(self, html: str) -> None:
         self._head, _, self._tail = html.partition(MAIN)
@@ -126,7 +134,7 @@ def _digest(text: str) -> str:
 
 
 class Page:
-    """Renders a Status and the last traces, in some milliseconds: a trace that has no new span is not drawn anew."""
+    """Renderer of a Status and the last traces. Takes some milliseconds: a trace without a new span is not drawn anew."""
 
     def __init__(self) -> None:
         self._drawn: dict[tuple[str, int, str | None, bool], Markup] = {}
@@ -137,15 +145,15 @@ class Page:
 
     @property
     def policy(self) -> str:
-        """The Content-Security-Policy header."""
+        """Value of the Content-Security-Policy header."""
         return self._template.policy
 
     def whole(self, status: Status, traces: Sequence[Sequence[SpanRecord]]) -> bytes:
-        """The document. traces: oldest first."""
+        """Returns the whole HTML document. traces: the oldest first."""
         return self._template.fill(join(status.node, " · usbip-plugin"), self.main(status, traces))
 
     def main(self, status: Status, traces: Sequence[Sequence[SpanRecord]]) -> Markup:
-        """What changes: the content of <main>, which the page's script fetches again and again."""
+        """Returns the content of <main>, which changes. The page's script fetches it periodically."""
         return join(
             _header(status),
             _banners(status),
@@ -252,7 +260,7 @@ def _devices(status: Status) -> Markup:
 
 
 def _device(row: DeviceRow, status: Status) -> tuple[str, Sequence[Markup]]:
-    # a selector that names just these ids says nothing new
+    # a selector of exactly these ids adds nothing to usb_id
     vendor, _, product = (row.usb_id or "").partition(":")
     implied = row.selector == f"vendor {vendor}, product {product}"
     about = " · ".join(part for part in (row.usb_id, row.serial, None if implied else row.selector) if part)
