@@ -158,7 +158,7 @@ class OfResource:
 class ResourceCollector(Collector):
     """Collector of the metrics of each resource. All methods must be called in one thread.
 
-    prefix: precedes all names, except the name that the Go program has without it.
+    prefix: precedes all names except device_plugin_restarts_total, the name in the Go program's source.
     """
 
     def __init__(self, prefix: str) -> None:

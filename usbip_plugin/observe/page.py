@@ -134,7 +134,10 @@ def _digest(text: str) -> str:
 
 
 class Page:
-    """Renderer of a Status and the last traces. Takes some milliseconds: a trace without a new span is not drawn anew."""
+    """Renderer of a Status and the last traces as HTML.
+
+    Rendering takes some milliseconds, because a trace that has no new span is not drawn anew.
+    """
 
     def __init__(self) -> None:
         self._drawn: dict[tuple[str, int, str | None, bool], Markup] = {}

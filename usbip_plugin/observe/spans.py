@@ -1,6 +1,7 @@
-"""What traces are made of: attribute names, and how a span begins, fails and ends.
+"""Spans: the names of their attributes, and how a span begins, fails and ends.
 
-Names are those of OpenTelemetry's semantic conventions where they have one, else usbip.*; docs/tracing.md lists them.
+Attributes have the names of OpenTelemetry's semantic conventions, or usbip.* if these have none. docs/tracing.md lists
+them.
 """
 
 from __future__ import annotations
@@ -17,18 +18,18 @@ from opentelemetry.util.types import AttributeValue
 from usbip_plugin.model import DeviceKey, PodRef
 
 TRACED_TRIES = 10
-"""Of something tried again and again, so many tries are traced whole. A server may be away for days."""
+"""Tries of one retried operation that are traced with all steps. A server may be unreachable for days."""
 
 _UNTRACED = otel_context.create_key("usbip-untraced")
 
 
 def device_attributes(key: DeviceKey) -> dict[str, AttributeValue]:
-    """What every span about one device says."""
+    """Returns the attributes of every span about one device."""
     return {"usbip.device.id": key.id, "usbip.server": str(key.server), "usbip.busid": key.busid}
 
 
 def pod_attributes(pod: PodRef | None) -> dict[str, AttributeValue]:
-    """Nothing for None; no uid where it is not known."""
+    """Returns the attributes of a span about a pod: none for None, and no uid if the uid is not known."""
     if pod is None:
         return {}
     attributes: dict[str, AttributeValue] = {"k8s.namespace.name": pod.namespace, "k8s.pod.name": pod.name}
@@ -47,11 +48,12 @@ def span(
     kind: SpanKind = SpanKind.INTERNAL,
     links: Sequence[Link] = (),
 ) -> Iterator[Span]:
-    """The current span for the length of the block; below the current one, or in context if that is given.
+    """Makes a new span the current one for the length of the block.
 
-    What leaves the block as an exception is the span's failure, see failed(); a cancellation is one, too.
+    The parent is the current span, or that of context if given. An exception that leaves the block fails the span as
+    failed() does. A cancellation fails the span, too, without an exception event.
     """
-    # start_as_current_span does the same through two context managers more
+    # not start_as_current_span, which needs two more context managers for the same
     made = tracer.start_span(
         name, context, kind, attributes, links, record_exception=False, set_status_on_exception=False
     )
@@ -71,20 +73,23 @@ def span(
 
 
 def failed(of: Span, error: BaseException) -> None:
-    """The error as an event with its causes, as the status, and its class as error.type."""
+    """Records an error on a span: as an event with its causes, as the status, and its class as error.type."""
     of.record_exception(error)
     of.set_attribute("error.type", type(error).__name__)
     of.set_status(StatusCode.ERROR, str(error) or type(error).__name__)
 
 
 def is_untraced(context: Context | None) -> bool:
-    """For the sampler: whether a span that begins in context (None: the current one) is to be dropped."""
+    """Returns whether the sampler must drop a span that begins in context. None stands for the current context."""
     return bool(otel_context.get_value(_UNTRACED, context))
 
 
 @contextlib.contextmanager
 def untraced() -> Iterator[None]:
-    """What begins in the block and is no trace of its own already is not traced."""
+    """Drops the spans that begin in the block, in the current context or one made from it.
+
+    A span that begins in another context, such as that of another trace, is traced.
+    """
     token = otel_context.attach(otel_context.set_value(_UNTRACED, True))
     try:
         yield
@@ -93,10 +98,10 @@ def untraced() -> Iterator[None]:
 
 
 class Tries:
-    """A span under which something is tried until it succeeds.
+    """The tries of an operation that is repeated until it succeeds, under one span.
 
-    The first TRACED_TRIES are traced with all their steps, later ones only if they are promising. The number of tries
-    is an attribute; the same failure several times in a row is one event.
+    The first TRACED_TRIES tries are traced with all steps, later ones only if they are promising. The number of tries
+    is the attribute usbip.tries. Equal failures in a row make one event.
     """
 
     def __init__(self, of: Span) -> None:
@@ -106,14 +111,17 @@ class Tries:
 
     @contextlib.contextmanager
     def one(self, *, promising: bool = False) -> Iterator[None]:
-        """For the length of one try."""
+        """Counts a try, which lasts as long as the block. promising: whether it is traced in any case."""
         self._count += 1
         self._span.set_attribute("usbip.tries", self._count)
         with contextlib.nullcontext() if self._count <= TRACED_TRIES or promising else untraced():
             yield
 
     def failed(self, error: BaseException) -> bool:
-        """This try failed and another may follow: the span itself has not failed. False if the last failed alike."""
+        """Records the failure of a try. Another try may follow, so the span itself does not fail.
+
+        Returns False if the try before failed with the same class and text.
+        """
         kind = (type(error), str(error))
         if kind == self._last:
             return False

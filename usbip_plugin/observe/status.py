@@ -1,4 +1,4 @@
-"""What one node's status page and /api/status say, as data. Times are RFC 3339 in UTC, ages are seconds."""
+"""The data of the status page and of /api/status of one node. Times are RFC 3339 in UTC, ages are seconds."""
 
 from __future__ import annotations
 
@@ -9,9 +9,19 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class DeviceRow:
-    """A device as one resource offers it here. state: of the claim on this node; reason and detail: for people.
+    """A device as one resource of this node offers it.
 
-    holder, pod, since and port are of the lock, None while nobody holds it. epoch: how many holders it has had.
+    resource: full name, domain included.
+    device: SERVER/BUSID.
+    healthy: as it is advertised to the kubelet.
+    reason, detail: why, for people.
+    holder, pod, since: the node and pod that hold the lock, and the time from which on. None while nobody holds it.
+    usb_id: VENDOR:PRODUCT. None, as serial, while it is not known.
+    selector: the configured selector that matches the device.
+    state: of the claim on this node.
+    here: whether this node has a claim on the device.
+    epoch: how many holders the lock has had; None if there is no lock.
+    port: the vhci port, of the claim on this node or else of the lock. None while nobody holds the lock.
     """
 
     resource: str
@@ -36,7 +46,13 @@ class DeviceRow:
 
 @dataclass(frozen=True, slots=True)
 class ServerRow:
-    """answered: seconds since the last good answer, None if there was none. devices: how many that answer listed."""
+    """A USB/IP server as this node sees it.
+
+    devices: how many devices the last good answer listed.
+    answered: seconds since the last good answer; None if there was none.
+    failures: polls that have failed since then.
+    error: why the last poll failed; None if it did not.
+    """
 
     server: str
     state: str
@@ -49,7 +65,10 @@ class ServerRow:
 
 @dataclass(frozen=True, slots=True)
 class RegistrationRow:
-    """A resource with the kubelet. registrations: how often, since this process began."""
+    """The registration of a resource with the kubelet.
+
+    registrations: how often the resource was registered since this process began.
+    """
 
     resource: str
     registered: bool
@@ -59,9 +78,14 @@ class RegistrationRow:
 
 @dataclass(frozen=True, slots=True)
 class LocksReport:
-    """The API server as the locks see it. reachable_for: seconds since that last changed, either way.
+    """The API server and the locks as this node sees them.
 
-    heartbeat: seconds since the session was last written, None if this process has written none; duration: of a lock.
+    read: whether the locks have been read since the start.
+    reachable_for: seconds since `reachable` last changed, in either direction.
+    held: locks that this node holds.
+    known: all locks.
+    heartbeat: seconds since the session was last written; None if this process has not written it.
+    duration: seconds of silence after which a lock may be taken over.
     """
 
     read: bool
@@ -76,7 +100,14 @@ class LocksReport:
 
 @dataclass(frozen=True, slots=True)
 class ConfigReport:
-    """The file. loaded: when the one in force was read; problems: why the file as it stands now is not used."""
+    """The configuration file.
+
+    loaded: when the configuration in force was read.
+    resources: how many it has.
+    warnings: about the configuration in force.
+    problems: why the present file is not used; empty if it is in use.
+    failed: when the file became unusable; None if it is in use.
+    """
 
     path: str
     loaded: str
@@ -88,7 +119,12 @@ class ConfigReport:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """One node at one moment. not_ready, not_alive: why, a line each; empty when all is well."""
+    """The status of one node at one moment.
+
+    now: that moment.
+    uptime: seconds since the process began.
+    not_ready, not_alive: the reasons, one line each; empty if all is well.
+    """
 
     node: str
     version: str
@@ -103,10 +139,10 @@ class Status:
     config: ConfigReport
 
     def as_json(self) -> dict[str, Any]:
-        """For json.dumps."""
+        """Returns the status as json.dumps takes it."""
         return asdict(self)
 
 
 def moment(at: datetime) -> str:
-    """RFC 3339 in UTC, whole seconds; at must be UTC."""
+    """Returns a time in RFC 3339 with whole seconds. `at` must be in UTC."""
     return at.isoformat(timespec="seconds")

@@ -1,4 +1,4 @@
-"""Traces as JSON and as rows of a waterfall. Pure."""
+"""Converts traces to JSON and to the rows of a waterfall diagram. Pure."""
 
 from __future__ import annotations
 
@@ -10,20 +10,28 @@ from typing import Any
 from usbip_plugin.observe.tracing import SpanRecord
 
 WIDTH = 1000
-"""Of the time axis, in units of the drawing."""
+"""Width of the time axis, in units of the drawing."""
 GAP_WIDTH = 28
-"""What is drawn for a time in which nothing happened: hours between Allocate and release."""
+"""Units of the drawing for a gap, in which nothing happened: there may be hours between Allocate and release."""
 GAP_SHARE = 0.5
-"""A pause is a gap if it is longer than this part of all the time in which something happened."""
+"""A pause is a gap if it is longer than this share of all the time in which something happened."""
 LEAST_SHARE = 0.25
-"""A phase is drawn as if it took at least this part of the longest one, so that a quick Allocate stays readable."""
+"""A phase is drawn at least as wide as this share of the longest phase, so that a quick Allocate stays readable."""
 LEAST_WIDTH = 4
+"""Units of the drawing for the shortest span."""
 MAX_DEPTH = 8
+"""Deepest level that is drawn. Spans below it are drawn at this level."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """One span: x and width within 0..WIDTH; after: seconds from the begin of the trace; node: index into the nodes."""
+    """The bar of one span in a waterfall.
+
+    depth: how many of its ancestors are in the trace, at most MAX_DEPTH.
+    x, width: within 0..WIDTH.
+    after: seconds from the begin of the trace to that of the span.
+    node: index into Waterfall.nodes.
+    """
 
     span: SpanRecord
     depth: int
@@ -35,7 +43,11 @@ class Bar:
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """A time cut short: where it is drawn, and how long it was in truth (seconds)."""
+    """A pause that a waterfall draws shortened.
+
+    x: where it is drawn, within 0..WIDTH.
+    seconds: how long it was.
+    """
 
     x: float
     seconds: float
@@ -43,7 +55,7 @@ class Gap:
 
 @dataclass(frozen=True, slots=True)
 class Waterfall:
-    """A trace laid out, spans below their parents in order of begin."""
+    """The layout of a trace. Bars are below that of their parent, in the order in which the spans begin."""
 
     bars: tuple[Bar, ...]
     gaps: tuple[Gap, ...]
@@ -52,8 +64,17 @@ class Waterfall:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """A trace in a line. seconds: from the first begin to the last end; error: the first one, None if none failed;
-    failed: the root itself did."""
+    """A trace in one line.
+
+    name: of the root span.
+    start: begin of the first span.
+    seconds: from the first begin to the last end.
+    spans: how many there are.
+    nodes: in the order of their first span.
+    device: SERVER/BUSID, else the name or the id of the device; None if no span is about a device.
+    error: the first error; None if no span failed.
+    failed: whether the root span itself failed.
+    """
 
     trace_id: str
     name: str
@@ -80,7 +101,7 @@ class Summary:
 
 
 def summary(spans: Sequence[SpanRecord]) -> Summary:
-    """Of one trace, with at least one span."""
+    """Returns the summary of one trace, which must have at least one span."""
     ordered = _ordered(spans)
     first = ordered[0]
     known = {span.span_id for span in ordered}
@@ -101,7 +122,7 @@ def summary(spans: Sequence[SpanRecord]) -> Summary:
 
 
 def _devices(spans: Sequence[SpanRecord]) -> Iterator[str]:
-    """What they say of the device they are about, the best first: SERVER/BUSID before its id."""
+    """Yields the names of the device that the spans are about, the best first: SERVER/BUSID, then name, then id."""
     for span in spans:
         if {"usbip.server", "usbip.busid"} <= span.attributes.keys():
             yield f"{span.attributes['usbip.server']}/{span.attributes['usbip.busid']}"
@@ -124,7 +145,7 @@ def span_json(span: SpanRecord) -> dict[str, Any]:
 
 
 def lay_out(spans: Sequence[SpanRecord]) -> Waterfall:
-    """Every span of one trace as a bar. A span whose parent is not among them stands at the top."""
+    """Lays out every span of one trace as a bar. A span whose parent is not in the trace has depth 0."""
     ordered = _ordered(spans)
     nodes = _nodes(ordered)
     scale = Scale.over((span.start_ns, span.end_ns) for span in ordered)
@@ -139,22 +160,22 @@ def lay_out(spans: Sequence[SpanRecord]) -> Waterfall:
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """From a time to a place: linear within each phase, and phases side by side with what lies between cut short."""
+    """Scale from times to places on the axis. Linear within each phase; the gaps between phases are shortened."""
 
     phases: tuple[tuple[int, int, float, float], ...]
-    """begin and end in nanoseconds, begin and end in units."""
+    """For each phase: begin and end in nanoseconds, then begin and end in units of the drawing."""
     gaps: tuple[Gap, ...]
 
     @classmethod
     def over(cls, intervals: Iterable[tuple[int, int]]) -> Scale:
-        """The axis on which all of these fit; at least one interval."""
+        """Returns the scale that fits all intervals (nanoseconds), of which there must be at least one."""
         busy = _merged(intervals, 0)
         total = sum(end - begin for begin, end in busy)
         merged = _merged(busy, int(total * GAP_SHARE))
         longest = max(*(end - begin for begin, end in merged), 1)
         weights = [max(end - begin, longest * LEAST_SHARE) for begin, end in merged]
         room = WIDTH - GAP_WIDTH * (len(merged) - 1)
-        if room < WIDTH / 2:  # very many phases
+        if room < WIDTH / 2:  # too many phases: gaps would take more than half of the axis
             whole = (merged[0][0], merged[-1][1])
             return cls(((*whole, 0.0, float(WIDTH)),), ())
         phases, gaps, x = [], [], 0.0
@@ -168,6 +189,7 @@ class Scale:
         return cls(tuple(phases), tuple(gaps))
 
     def x(self, at: int) -> float:
+        """Returns the place of a time (nanoseconds), within 0..WIDTH."""
         for begin, end, left, right in self.phases:
             if at <= end:
                 return left + (right - left) * max(0, at - begin) / max(end - begin, 1)
@@ -175,7 +197,7 @@ class Scale:
 
 
 def _merged(intervals: Iterable[tuple[int, int]], pause: int) -> list[tuple[int, int]]:
-    """Intervals in order, those joined that overlap or are no more than a pause apart."""
+    """Returns the intervals in order. Joins those that overlap or are at most `pause` nanoseconds apart."""
     merged: list[tuple[int, int]] = []
     for begin, end in sorted((begin, max(begin, end)) for begin, end in intervals):
         if merged and begin - merged[-1][1] <= pause:
@@ -206,10 +228,10 @@ def _by_tree(ordered: Sequence[SpanRecord]) -> list[tuple[SpanRecord, int]]:
         found.append((span, depth))
         stack.extend((child, depth + 1) for child in reversed(children.pop(span.span_id, [])))
     seen = {span.span_id for span, _depth in found}
-    # spans that are each other's ancestors: nobody sound writes them, and none is to be lost
+    # spans that are each other's ancestors: only a damaged trace has them, and none of them may be lost
     return found + [(span, 0) for span in ordered if span.span_id not in seen]
 
 
 def duration(seconds: float) -> str:
-    """Milliseconds below one second, else seconds: "12.3 ms", "1.25 s"."""
+    """Returns a duration in milliseconds below one second, else in seconds: "12.3 ms", "1.25 s"."""
     return f"{seconds * 1000:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"

@@ -1,4 +1,4 @@
-"""OpenTelemetry: a provider of one's own, trace context as text, and the last traces in memory."""
+"""Tracing with OpenTelemetry: a tracer provider for each node, trace context as text, the last traces in memory."""
 
 from __future__ import annotations
 
@@ -48,15 +48,19 @@ PROTOCOL_VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_
 EXPORTER_VARIABLE = "OTEL_TRACES_EXPORTER"
 SAMPLER_VARIABLE = "OTEL_TRACES_SAMPLER"
 SHUTDOWN_S = 0.8
-"""What is not exported within this time at the end is lost."""
+"""Seconds for the last export at the end. Spans not exported by then are lost."""
 RECENT_TRACES = 64
+"""Traces that are kept in memory."""
 MAX_SPANS_PER_TRACE = 128
+"""Spans that are kept of one trace."""
 RECENT_SPANS = 2048
-"""Of all traces together: 2 MiB. An Allocate's has about 8."""
+"""Spans that are kept of all traces together: 2 MiB. The trace of an Allocate has about 8 spans."""
 MAX_UNREAD_SPANS = 128
-"""Kept as they are until somebody reads them: 3 KB each, twice as much as what is shown of them."""
+"""Spans that are kept as SDK objects until somebody reads them. Each has 3 KB, twice as much as its SpanRecord."""
 MAX_EVENTS_PER_SPAN = 16
+"""Events that are kept of one span, the last ones."""
 MAX_TEXT_CHARACTERS = 256
+"""Characters that are kept of a name, an attribute or an error."""
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +71,10 @@ _STACK = "exception.stacktrace"
 
 @dataclass(frozen=True, slots=True)
 class SpanEvent:
-    """Something that happened within a span, such as an exception. at_ns: nanoseconds since the epoch."""
+    """An event within a span, such as an exception.
+
+    at_ns: nanoseconds since the epoch.
+    """
 
     name: str
     at_ns: int
@@ -76,9 +83,15 @@ class SpanEvent:
 
 @dataclass(frozen=True, slots=True)
 class SpanRecord:
-    """A span that has ended. Times: nanoseconds since the epoch. error: the status description, "" if none was given,
-    None if the span did not fail. links: trace ids of other traces. kind: internal, server, client, producer or
-    consumer. events: the last MAX_EVENTS_PER_SPAN, without stack traces.
+    """A span that has ended.
+
+    node: the node whose provider made the span.
+    trace_id, span_id, parent_id: hexadecimal digits, 32 for the trace and 16 for a span.
+    start_ns, end_ns: nanoseconds since the epoch.
+    error: the status description, "" if none was given; None if the span did not fail.
+    links: trace ids of other traces.
+    kind: internal, server, client, producer or consumer.
+    events: the last MAX_EVENTS_PER_SPAN, without stack traces.
     """
 
     name: str
@@ -101,27 +114,28 @@ class SpanRecord:
 
 @dataclass(slots=True)
 class KeptSpan:
-    """A span that has ended: itself until somebody reads it, then what is shown of it."""
+    """A span that has ended: the SDK's object until it is first read, then a SpanRecord."""
 
     span: ReadableSpan | None
     record: SpanRecord | None = None
 
     def read(self) -> SpanRecord | None:
-        """None if it was forgotten before."""
+        """Returns the record of the span, or None if the span was forgotten unread."""
         if self.span is not None:
             self.record, self.span = _record(self.span), None
         return self.record
 
     def forget(self) -> None:
-        """Nobody will read it."""
+        """Drops the SDK's object, because nobody can read this span any more."""
         self.span = None
 
 
 class RecentSpans(SpanProcessor):
-    """Keeps the last traces, at most `traces` of them and MAX_SPANS_PER_TRACE spans of each: its first and its last.
-    There are fewer traces where they have many spans: all together have RECENT_SPANS at most.
+    """Span processor that keeps the last traces in memory.
 
-    Thread-safe. One may be given to the providers of several nodes; a trace then holds the spans of all of them.
+    Keeps at most `traces` traces, MAX_SPANS_PER_TRACE spans of each (the first and the last) and RECENT_SPANS in all.
+    If traces have many spans, fewer traces are kept.
+    Thread-safe. The providers of several nodes may share one; a trace then has the spans of all these nodes.
     """
 
     def __init__(self, traces: int = RECENT_TRACES) -> None:
@@ -134,15 +148,15 @@ class RecentSpans(SpanProcessor):
     def on_end(self, span: ReadableSpan) -> None:
         context = span.get_span_context()
         trace_id = f"{context.trace_id if context else 0:032x}"
-        # most spans are of devices of other nodes, and forgotten before anybody reads them
-        kept = KeptSpan(None, _record(span)) if span.events else KeptSpan(span)  # an event may have a stack
+        # most spans are about devices of other nodes and are forgotten unread: they are not converted now
+        kept = KeptSpan(None, _record(span)) if span.events else KeptSpan(span)  # an event may have a long stack trace
         with self._lock:
             spans = self._traces.setdefault(trace_id, [])
             self._traces.move_to_end(trace_id)
             spans.append(kept)
             self._spans += 1
             if len(spans) > MAX_SPANS_PER_TRACE:
-                # how it began and how it stands tell more than the middle
+                # the first and the last spans of a trace are more useful than those in the middle
                 self._forget([spans.pop(MAX_SPANS_PER_TRACE // 2)])
             while len(self._traces) > self._limit or self._spans > RECENT_SPANS:
                 self._forget(self._traces.popitem(last=False)[1])
@@ -156,24 +170,27 @@ class RecentSpans(SpanProcessor):
             kept.forget()
 
     def shutdown(self) -> None:
-        """Nothing is lost: what was kept can still be read."""
+        """Does nothing: the traces can still be read."""
 
     def force_flush(self, timeout_millis: int = 0) -> bool:  # noqa: ARG002
         return True
 
     def traces(self) -> tuple[tuple[SpanRecord, ...], ...]:
-        """The traces kept, the one that was added to last at the end; spans in the order they ended."""
+        """Returns the traces kept: the one with the newest span is the last. Spans are in the order they ended."""
         with self._lock:
             return tuple(map(_read, self._traces.values()))
 
     def trace(self, trace_id: str) -> tuple[SpanRecord, ...]:
-        """Spans of one trace (32 hexadecimal digits), none if it is not kept."""
+        """Returns the spans of the trace with this id (32 hexadecimal digits), or none if it is not kept."""
         with self._lock:
             return _read(self._traces.get(trace_id, ()))
 
 
 class _Recorded(Sampler):
-    """What the given sampler drops is recorded all the same, for RecentSpans, and not exported."""
+    """Sampler that records for RecentSpans, without export, the spans that another sampler drops.
+
+    Drops spans that begin in untraced().
+    """
 
     def __init__(self, inner: Sampler) -> None:
         self._inner = inner
@@ -200,16 +217,16 @@ class _Recorded(Sampler):
 
 
 class Tracing:
-    """The tracer of one node. recent: shared with other nodes if given.
+    """The tracer of one node, configured by the OTEL_ variables of the OpenTelemetry specification.
 
-    Follows the OTEL_ variables of the OpenTelemetry specification. One that makes no sense is logged, and switches off
-    what it is about; nothing here ever stops the plugin.
+    recent: the traces kept in memory; shared with other nodes if given.
+    A variable that is not valid is logged and switches off the feature that it configures. It never stops the plugin.
     """
 
     def __init__(
         self, node: str, *, version: str, environ: Mapping[str, str] | None = None, recent: RecentSpans | None = None
     ) -> None:
-        """environ stands for os.environ in what is decided here; the SDK itself reads os.environ."""
+        """Sets up the tracer. environ: read here instead of os.environ; the SDK itself always reads os.environ."""
         environ = os.environ if environ is None else environ
         self.recent = RecentSpans() if recent is None else recent
         self._export: OtlpExport | None = None
@@ -235,22 +252,25 @@ class Tracing:
 
     @property
     def export_failures(self) -> int:
-        """Batches of spans that no collector took."""
+        """Number of batches of spans that no collector accepted."""
         return self._export.failures if self._export is not None else 0
 
     @property
     def spans_dropped(self) -> int:
-        """Spans that were to be exported and are lost: with those batches, or because the queue was full."""
+        """Number of spans lost before their export: with failed batches, or because the queue was full."""
         return self._export.dropped if self._export is not None else 0
 
     def shutdown(self) -> None:
-        """Exports what is left, blocking for at most SHUTDOWN_S even if the endpoint is dead. Call it last."""
+        """Exports the spans that are left. Must be called last.
+
+        Blocks for at most SHUTDOWN_S, even if the endpoint does not answer.
+        """
         if self._provider is None:
             return
         if self._export is None:
             self._provider.shutdown()
             return
-        # a daemon thread: the SDK waits for up to 30 s, and nothing lets it be told otherwise
+        # a daemon thread, because the SDK waits for up to 30 s and has no setting for that
         worker = threading.Thread(target=self._provider.shutdown, name="tracing-shutdown", daemon=True)
         worker.start()
         worker.join(SHUTDOWN_S)
@@ -271,7 +291,7 @@ def _provider(node: str, version: str, environ: Mapping[str, str]) -> TracerProv
         }
     )
     provider = TracerProvider(
-        # the SDK reads the variable itself; left alone, every trace is kept, whatever a caller's flags say
+        # the SDK itself reads the variable; without it every trace is exported, whatever the flags of its parent are
         sampler=None if environ.get(SAMPLER_VARIABLE) else ALWAYS_ON,
         resource=own.merge(OTELResourceDetector().detect()),
         shutdown_on_exit=False,
@@ -281,7 +301,10 @@ def _provider(node: str, version: str, environ: Mapping[str, str]) -> TracerProv
 
 
 def _wants_export(environ: Mapping[str, str]) -> bool:
-    """Whether the variables ask for export by OTLP over gRPC; says so where they ask for what there is not."""
+    """Returns whether the variables ask for export by OTLP over gRPC.
+
+    Logs an error if they ask for another exporter or protocol, which the plugin does not have.
+    """
     if not any(environ.get(variable) for variable in ENDPOINT_VARIABLES):
         return False
     exporter = environ.get(EXPORTER_VARIABLE, "").strip().lower() or "otlp"
@@ -307,7 +330,7 @@ def _export(environ: Mapping[str, str]) -> OtlpExport | None:
 
 
 def traceparent_of(span: Span) -> str | None:
-    """The span's W3C traceparent, None for a span that does not record."""
+    """Returns the span's W3C traceparent, or None if the span has no valid context, as with tracing off."""
     context = span.get_span_context()
     if not context.is_valid:
         return None
@@ -315,28 +338,34 @@ def traceparent_of(span: Span) -> str | None:
 
 
 def context_from(traceparent: str | None) -> Context | None:
-    """The context a traceparent names, to be the parent of a span or, via span_context_from, a link.
+    """Returns a context with the span of a traceparent as the parent of new spans.
 
-    None for everything that is no sound W3C traceparent: it comes from a Lease that others may have written.
+    Returns None if the text is not a valid W3C traceparent: it comes from a Lease that others may have written.
     """
     context = span_context_from(traceparent)
     return None if context is None else trace.set_span_in_context(NonRecordingSpan(context), Context())
 
 
 def remote_parent(traceparent: str | None) -> Context:
-    """The same for a span that is to begin a trace of its own where there is no sound traceparent."""
+    """Returns a context with the span of a traceparent as the parent of new spans.
+
+    Without a valid traceparent it is an empty context, in which a new span begins a trace of its own.
+    """
     return context_from(traceparent) or Context()
 
 
 def links_to(traceparent: str | None) -> list[Link]:
-    """A link to the span a traceparent names, none if it is not sound."""
+    """Returns a link to the span of a traceparent, or no link if the traceparent is not valid."""
     context = span_context_from(traceparent)
     return [] if context is None else [Link(context)]
 
 
 @contextlib.contextmanager
 def within(traceparent: str | None) -> Iterator[None]:
-    """What is logged in the block belongs to the trace that traceparent names, to none if it is not sound."""
+    """Makes the trace of a traceparent the current one within the block, such as for log lines.
+
+    Without a valid traceparent the block belongs to no trace.
+    """
     token = otel_context.attach(remote_parent(traceparent))
     try:
         yield
@@ -345,13 +374,13 @@ def within(traceparent: str | None) -> Iterator[None]:
 
 
 def span_context_from(traceparent: str | None) -> SpanContext | None:
-    """The same as a SpanContext, for links."""
+    """Returns the SpanContext of a W3C traceparent, for links, or None if the traceparent is not valid."""
     if not isinstance(traceparent, str) or len(traceparent) > _MAX_TRACEPARENT_CHARACTERS:
         return None
     return _parsed(traceparent)
 
 
-# What changes about a device is a span and a line of the log in the same trace.
+# Cached, because a change of a device parses one traceparent twice: for a span and for a log line.
 @functools.lru_cache(maxsize=64)
 def _parsed(traceparent: str) -> SpanContext | None:
     match = _TRACEPARENT.fullmatch(traceparent)
