@@ -36,7 +36,7 @@ from kubernetes_asyncio.config.incluster_config import InClusterConfigLoader  # 
 REQUEST_TIMEOUT_S = 5.0
 # Seconds of silence after which a watch fails. The API server sends a bookmark about every 60 s on an idle watch.
 WATCH_IDLE_S = 90.0
-# Seconds after which the API server ends a watch, at the earliest, and the factor up to which that time is random.
+# Seconds after which the API server is asked to end a watch: at random between this number and WATCH_SPREAD times it.
 WATCH_SERVER_TIMEOUT_S = 300
 WATCH_SPREAD = 2.0
 # Seconds between two reads of a token file. The kubelet rotates the token long before it expires.
@@ -44,7 +44,8 @@ TOKEN_PERIOD_S = 60.0
 # Objects in one page of a list, and pages of one list at most.
 LIST_PAGE = 500
 MAX_PAGES = 200
-# TCP keepalive in seconds, seconds and probes: an idle watch notices after 10 + 3 * 5 s that its peer has vanished.
+# TCP keepalive: seconds before the first probe, seconds between probes, number of probes. An idle watch fails
+# 10 + 3 * 5 s after its peer has vanished.
 KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_COUNT = 10, 5, 3
 
 _SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
@@ -73,7 +74,7 @@ class KubeClient:
         on_error: Callable[[KubeError], None] | None = None,
         rng: random.Random | None = None,
     ) -> None:
-        """Takes the configuration, of which the host and the credentials are used.
+        """Sets up the client, and sends nothing yet.
 
         reload_token: reads the credentials again and returns the Authorization header; it may raise OSError.
         token_period: seconds between two reads of the credentials; None reads them again only after a 401.

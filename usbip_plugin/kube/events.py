@@ -31,7 +31,7 @@ REFILL_S = 2.0
 FOR_WARNINGS = 50
 """Events of BURST that are reserved for warnings, so that Normal Events cannot use up their room."""
 OBJECT_BURST = 25
-"""Events about one object at once. A pod whose device comes and goes does not silence the others."""
+"""Events about one object that may be recorded at once. A pod whose device comes and goes cannot silence others."""
 OBJECT_REFILL_S = 10.0
 """Seconds after which one more Event of OBJECT_BURST may be recorded."""
 QUEUE_LENGTH = 300

@@ -35,7 +35,7 @@ BACKOFF_MAX_S = 30.0
 # Seconds after which a watch counts as good, and the next one follows at once.
 STABLE_S = 5.0
 MANY = 1 << 20
-"""Devices that stand for a count that cannot be read: more than a node has."""
+"""Replaces a number of devices that cannot be read. No node has so many."""
 
 PodKey = tuple[str, str]
 """Namespace and name of a pod."""

@@ -46,7 +46,7 @@ async def whole(parts: AsyncIterable[bytes], verb: str, resource: str) -> bytes:
 async def lines(parts: AsyncIterable[bytes], resource: str) -> AsyncIterator[bytes]:
     """Yields the lines of a watch that are not blank, each as soon as it is complete.
 
-    Raises KubeServerError for a line that exceeds MAX_EVENT_BYTES before its end has come.
+    Raises KubeServerError for a line longer than MAX_EVENT_BYTES.
     """
     begun: list[bytes] = []  # parts of the line whose end has not come yet
     size = 0

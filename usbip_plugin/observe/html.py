@@ -88,7 +88,7 @@ def facts(*pairs: tuple[str, Content]) -> Markup:
 def pill(kind: str, words: str) -> Markup:
     """Returns words on a coloured ground.
 
-    kind: "good", "warn", "bad" or "accent". It sets the colour and the shape of a mark, which does not need colours.
+    kind: "good", "warn", "bad" or "accent". It sets the colour, and the shape of a mark for people who see no colours.
     """
     return tag("span", words, _class=f"pill {kind}")
 

@@ -379,11 +379,12 @@ class Metrics:
         self._api_errors.labels(verb, reason).inc()
 
     def config_loaded(self, at: float) -> None:
-        """Records that the configuration is in force. Called directly at the start. at: seconds since the epoch."""
+        """Records that the first configuration was loaded, at the start. at: seconds since the epoch."""
         self._reload_failed.set(0)
         self._reloaded_at.set(at)
 
     def config_reloaded(self, at: float) -> None:
+        """Records that a changed configuration was loaded. at: seconds since the epoch."""
         self._reloads.labels("success").inc()
         self.config_loaded(at)
 

@@ -1,7 +1,7 @@
 """Exports spans by OTLP over gRPC and counts losses. Imported only if export is configured: the exporter costs memory.
 
 A collector that is unreachable or slow, or that refuses, costs spans and nothing else. The export runs in its own
-thread, the queue before it is bounded, and an outage causes two log lines: one at its begin and one at its end.
+thread, the queue before it is bounded, and an outage causes two log lines: one when it starts and one when it ends.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class OtlpExport(BatchSpanProcessor):
 
 
 class _Counting(SpanExporter):
-    """Exporter that counts lost spans and failed batches, and logs the begin and the end of an outage."""
+    """Exporter that counts lost spans and failed batches, and logs the start and the end of an outage."""
 
     def __init__(self, inner: SpanExporter, hearing: _Hearing) -> None:
         self._inner = inner

@@ -103,7 +103,7 @@ SAID_ELSEWHERE = frozenset({Reason.HELD_ELSEWHERE.value, Reason.ATTACHED.value})
 class Template:
     """The file page.html and its Content-Security-Policy.
 
-    The policy allows only the style and the script in the file, and requests of the script to the same origin.
+    The policy allows only the style and the script in the file, images in data: URLs, and requests to the same origin.
     """
 
     def __init__(self, html: str) -> None:

@@ -13,15 +13,16 @@ class DeviceRow:
 
     resource: full name, domain included.
     device: SERVER/BUSID.
-    healthy: as it is advertised to the kubelet.
+    healthy: whether it is advertised to the kubelet as healthy.
     reason, detail: why, for people.
-    holder, pod, since: the node and pod that hold the lock, and the time from which on. None while nobody holds it.
-    usb_id: VENDOR:PRODUCT. None, as serial, while it is not known.
-    selector: the configured selector that matches the device.
+    holder, pod, since: the node and the pod that hold the lock, and since when. None while nobody holds it.
+    usb_id: VENDOR:PRODUCT; None if it is not known.
+    serial: serial number; None if it is not known or the device has none.
+    selector: the configured selector that matches the device; "" if it is not known.
     state: of the claim on this node.
     here: whether this node has a claim on the device.
     epoch: how many holders the lock has had; None if there is no lock.
-    port: the vhci port, of the claim on this node or else of the lock. None while nobody holds the lock.
+    port: the vhci port, of the claim on this node or else of the lock; None while nobody holds the lock.
     """
 
     resource: str
@@ -50,7 +51,7 @@ class ServerRow:
 
     devices: how many devices the last good answer listed.
     answered: seconds since the last good answer; None if there was none.
-    failures: polls that have failed since then.
+    failures: polls that have failed in a row.
     error: why the last poll failed; None if it did not.
     """
 

@@ -18,7 +18,7 @@ GAP_SHARE = 0.5
 LEAST_SHARE = 0.25
 """A phase is drawn at least as wide as this share of the longest phase, so that a quick Allocate stays readable."""
 LEAST_WIDTH = 4
-"""Units of the drawing for the shortest span."""
+"""Least width of a bar, in units of the drawing."""
 MAX_DEPTH = 8
 """Deepest level that is drawn. Spans below it are drawn at this level."""
 
@@ -29,7 +29,7 @@ class Bar:
 
     depth: how many of its ancestors are in the trace, at most MAX_DEPTH.
     x, width: within 0..WIDTH.
-    after: seconds from the begin of the trace to that of the span.
+    after: seconds from the start of the trace to the start of the span.
     node: index into Waterfall.nodes.
     """
 
@@ -55,7 +55,12 @@ class Gap:
 
 @dataclass(frozen=True, slots=True)
 class Waterfall:
-    """The layout of a trace. Bars are below that of their parent, in the order in which the spans begin."""
+    """The layout of a trace.
+
+    bars: a span is below its parent; spans with one parent are in the order in which they start.
+    gaps: the pauses that are drawn shortened.
+    nodes: in the order of their first span.
+    """
 
     bars: tuple[Bar, ...]
     gaps: tuple[Gap, ...]
@@ -67,8 +72,8 @@ class Summary:
     """A trace in one line.
 
     name: of the root span.
-    start: begin of the first span.
-    seconds: from the first begin to the last end.
+    start: when the first span starts.
+    seconds: from the first start to the last end.
     spans: how many there are.
     nodes: in the order of their first span.
     device: SERVER/BUSID, else the name or the id of the device; None if no span is about a device.
@@ -163,7 +168,7 @@ class Scale:
     """Scale from times to places on the axis. Linear within each phase; the gaps between phases are shortened."""
 
     phases: tuple[tuple[int, int, float, float], ...]
-    """For each phase: begin and end in nanoseconds, then begin and end in units of the drawing."""
+    """For each phase: its start and end in nanoseconds, then in units of the drawing."""
     gaps: tuple[Gap, ...]
 
     @classmethod

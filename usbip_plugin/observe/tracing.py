@@ -189,7 +189,7 @@ class RecentSpans(SpanProcessor):
 class _Recorded(Sampler):
     """Sampler that records for RecentSpans, without export, the spans that another sampler drops.
 
-    Drops spans that begin in untraced().
+    Drops spans that begin in an untraced() block.
     """
 
     def __init__(self, inner: Sampler) -> None:
@@ -220,7 +220,8 @@ class Tracing:
     """The tracer of one node, configured by the OTEL_ variables of the OpenTelemetry specification.
 
     recent: the traces kept in memory; shared with other nodes if given.
-    A variable that is not valid is logged and switches off the feature that it configures. It never stops the plugin.
+    A variable that is not valid is logged and switches off the feature that it configures. No mistake in a
+    variable stops the plugin.
     """
 
     def __init__(
