@@ -29,7 +29,11 @@ log = logging.getLogger(__name__)
 
 
 def places(config: Config, claims: Iterable[Claim]) -> frozenset[ServerKey]:
-    """Where these claims' devices may be: their own servers, and those where a serial number may be looked for."""
+    """Returns the servers where the devices of these claims may be.
+
+    These are their own servers and, for a claim with a serial number, all servers of its resource. While the resource
+    of such a claim is unknown, these are the servers of all resources.
+    """
     found = set()
     for claim in claims:
         found.add(claim.key.server)
@@ -40,10 +44,11 @@ def places(config: Config, claims: Iterable[Claim]) -> frozenset[ServerKey]:
 
 
 def may_be(config: Config, claim: Claim, key: DeviceKey, descriptor: Descriptor) -> bool:
-    """Whether a listed device may be asked if it is the lost one of this claim: if the configuration names it there.
+    """Returns whether the configuration allows a listed device to be the lost one of this claim.
 
-    On the claim's own server that is whatever some resource would offer; on another, what the claim's resource selects
-    by this very serial number. Its class is left out: it may not be listed yet.
+    On the claim's own server, some resource must select it. On another server, the claim's resource must select it by
+    this very serial number. Device classes are not compared: the server may not list them yet. False for a claim
+    without a serial number.
     """
     told = Identity(serial=claim.serial)
 
@@ -62,9 +67,11 @@ def may_be(config: Config, claim: Claim, key: DeviceKey, descriptor: Descriptor)
 
 @dataclass(frozen=True, slots=True)
 class SerialReading:
-    """A serial number as a device told it. devid: see Descriptor, None for whatever is listed there.
+    """The serial number that was read from the device at one place.
 
-    until: on the monotonic clock; not every server numbers devices anew.
+    devid: the Descriptor.devid of the device that was read; None for any device that is listed at that place.
+    serial: the serial number; "" if the device has none or was not read.
+    until: when the reading expires, in seconds on the monotonic clock. Not every server gives a new device a new devid.
     """
 
     devid: int | None
@@ -72,13 +79,17 @@ class SerialReading:
     until: float
 
     def holds(self, descriptor: Descriptor, now: float) -> bool:
-        """Whether it is of the device that is listed so."""
+        """Returns whether the reading is still valid at this time, and is of the device with this descriptor."""
         return now < self.until and self.devid in (None, descriptor.devid)
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A listed device of the same kind. serial: None if it is not known; sure: it was read from this very device."""
+    """A listed device with the USB id of a lost one.
+
+    serial: the serial number, None if it is not known.
+    sure: whether this very device was read just now or earlier, also without success. Otherwise serial is the lock's.
+    """
 
     key: DeviceKey
     descriptor: Descriptor
@@ -88,33 +99,35 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class LocatedAt:
+    """The place where the lost device is plugged in now."""
+
     key: DeviceKey
 
 
 @dataclass(frozen=True, slots=True)
 class Ambiguous:
-    """Several devices tell this serial number."""
+    """Several devices with the serial number of the lost one."""
 
     keys: tuple[DeviceKey, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class NeedsProbe:
-    """Nothing can be said before the serial numbers of these have been read."""
+    """Candidates whose serial numbers must be read before the lost device can be located."""
 
     sightings: tuple[Candidate, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class NotFound:
-    """None of the listed devices is it."""
+    """The result of a search in which no listed device is the lost one."""
 
 
 Verdict = LocatedAt | Ambiguous | NeedsProbe | NotFound
 
 
 def decide(serial: str, sightings: Iterable[Candidate]) -> Verdict:
-    """Which of these is the device with this serial number."""
+    """Decides which of these candidates is the device with this serial number, or which must be read first."""
     seen = tuple(sightings)
     same = [sighting for sighting in seen if sighting.serial == serial]
     match len(same):
@@ -132,12 +145,20 @@ def decide(serial: str, sightings: Iterable[Candidate]) -> Verdict:
 
 
 ABSENCE = 10.0
-"""Seconds after which a device that is listed again has come anew: one in use is hidden, and reading takes less."""
+"""Seconds after which a device that is listed again counts as plugged in anew.
+
+A server does not list a device that is in use, and the reading of a serial number takes less than this.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class _Stay:
-    """since, until: seconds, monotonic; until is when it was last known to be listed."""
+    """A time for which a server has listed the same device at one place.
+
+    devid: the Descriptor.devid of the device.
+    since: when it was listed first, in seconds on the monotonic clock.
+    until: when it was last known to be listed, in seconds on the monotonic clock.
+    """
 
     devid: int
     since: float
@@ -145,7 +166,7 @@ class _Stay:
 
 
 class Listings:
-    """Of one node, as its poller tells. All methods belong to one event loop."""
+    """What servers list now, and since when, as this node's poller has seen it. All methods belong to one event loop."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -153,7 +174,7 @@ class Listings:
         self._stays: dict[DeviceKey, _Stay] = {}
 
     def server_changed(self, view: ServerView) -> None:
-        """For the poller."""
+        """Records what a server lists now. To be called for each view that the poller publishes."""
         now = self._clock.monotonic()
         before = self._views.get(view.server)
         self._views[view.server] = view
@@ -170,22 +191,22 @@ class Listings:
         self._stays = stays
 
     def reachable(self, server: ServerKey) -> bool:
-        """Whether it answered when it was asked last."""
+        """Returns whether the server answered its last poll."""
         view = self._views.get(server)
         return view is not None and view.state is ServerState.REACHABLE
 
     def unreachable(self, server: ServerKey) -> str | None:
-        """Why it did not."""
+        """Returns why the server did not answer its last poll, or None if it did or was not polled yet."""
         view = self._views.get(server)
         return view.error if view is not None and view.state is ServerState.UNREACHABLE else None
 
     def listed(self, key: DeviceKey) -> Descriptor | None:
-        """As its server lists it now; None also if that does not answer."""
+        """Returns the device as its server lists it now, or None if it is not listed or the server does not answer."""
         view = self._views.get(key.server)
         return _keys(view).get(key) if view is not None else None
 
     def of(self, server: ServerKey) -> dict[DeviceKey, Descriptor]:
-        """Everything a server lists, nothing if it does not answer."""
+        """Returns all devices that a server lists now; none if the server does not answer."""
         view = self._views.get(server)
         return _keys(view) if view is not None else {}
 
@@ -193,7 +214,10 @@ class Listings:
         yield from self._views
 
     def since(self, key: DeviceKey) -> float | None:
-        """Since when (monotonic) its server lists this very device here; it may be hidden for a moment. None: never."""
+        """Returns since when (seconds, monotonic) the server has listed this very device at this place, or None.
+
+        The device may have been missing from the list for less than ABSENCE.
+        """
         stay = self._stays.get(key)
         return stay.since if stay is not None else None
 
@@ -205,19 +229,23 @@ def _keys(view: ServerView) -> dict[DeviceKey, Descriptor]:
 
 
 READING_LASTS = 3600.0
-"""Seconds a serial number counts that was read from a device which its server has listed as the same ever since."""
+"""Seconds for which a serial number is valid after it was read, while its server lists the same device."""
 GIVEN_UP = 3.0
-"""Seconds a device is left alone that could not be read, or not be attached from there."""
+"""Seconds for which a device is left alone after it could not be read, or not be attached from that place."""
 READS_AT_ONCE = 4
+"""Devices whose serial numbers this node reads at the same time while it looks for lost devices."""
 HIDDEN = 2.0
-"""Seconds a device counts as listed after it was read: until its reset is over and its server was asked again."""
+"""Seconds for which a device counts as listed after it was read: its reset ends and its server is polled again."""
 
 NOTICED = 15.0
-"""Seconds within which a loss is found out, also that of a frozen host: what came to another server since may be it."""
+"""Seconds within which the loss of a device is noticed, also if the server's host froze.
+
+A device that came to another server up to this long before the loss was noticed may be the lost one.
+"""
 
 
 class DeviceLocator:
-    """What is known of serial numbers on this node. All methods belong to one event loop."""
+    """Finds out where a lost device is plugged in now, by its serial number. All methods belong to one event loop."""
 
     def __init__(
         self,
@@ -237,7 +265,7 @@ class DeviceLocator:
         self._work = work
         self._pipeline = pipeline
         self.known = Bell()
-        """Rings when a serial number that was asked for is known, or known not to be had."""
+        """Rings when the reading of a serial number has ended, with or without success."""
         self._listings = Listings(context.clock)
         self._lost_at: dict[str, float] = {}
         self._readings: dict[DeviceKey, SerialReading] = {}
@@ -251,7 +279,11 @@ class DeviceLocator:
         self._poller.poll_eagerly(places(self._resources.config, lost))
 
     def server_changed(self, view: ServerView) -> None:
-        """For the poller. What was read of a device is forgotten with the first list that does not have it."""
+        """Records what a server lists now. To be called for each view that the poller publishes.
+
+        What was read from a device is forgotten with the first list that does not have the device. Devices that this
+        node is reading, or has just read, count as listed.
+        """
         self._listings.server_changed(view)
         if not self._listings.reachable(view.server):
             return
@@ -263,12 +295,12 @@ class DeviceLocator:
         }
 
     def lost(self, device_id: str) -> None:
-        """The connection of an attached device has just been found broken."""
+        """Records that the connection of an attached device was found broken just now."""
         self._lost_at = {i: at for i, at in self._lost_at.items() if self._work.book.get(i) is not None}
         self._lost_at[device_id] = self._clock.monotonic()
 
     def may_be_listed(self, claim: Claim, server: ServerKey) -> bool:
-        """Whether this server lists something that is worth a try to attach the claim's device again."""
+        """Returns whether this server lists a device that is worth a try to re-attach the claim's device."""
         listed = self._listings.of(server)
         if claim.location in listed:
             return True
@@ -282,17 +314,20 @@ class DeviceLocator:
         )
 
     def home_is_away(self, claim: Claim) -> ServerUnreachable | None:
-        """Why the claim's own server does not answer; None if it does, or the device has been followed already."""
+        """Returns why the claim's own server does not answer, or None.
+
+        None also if the device has no serial number, or has been followed to another place already.
+        """
         error = self._listings.unreachable(claim.key.server)
         if error is None or claim.moved_to is not None or not claim.serial:
             return None
         return ServerUnreachable(claim.key.server, error)
 
     def find(self, claim: Claim) -> Verdict:
-        """Where the claim's device is if not at its own place. Begins to read what has to be read for that.
+        """Returns where the claim's device is if it is not at its own place. Begins to read the serial numbers it needs.
 
-        Nowhere unless its serial number is known, and if its own server lists such a device at its own place. Other
-        servers have it only if it came there since it was lost: two that tell one serial number are not one.
+        NotFound if the claim has no serial number, or if its own server lists such a device at its own place. A device
+        on another server counts only if it came there since the loss: two devices may have one serial number.
         """
         if not claim.serial or self._listed_at_home(claim):
             return NotFound()
@@ -305,7 +340,10 @@ class DeviceLocator:
         return verdict
 
     def wrong_at_home(self, claim: Claim) -> WrongSerial | None:
-        """What an attempt to attach the claim's device from its own place would end with, if that is known."""
+        """Returns the error with which an attach from the claim's own place would end, or None if that is not known.
+
+        None also if the device has been followed to another place.
+        """
         listed = self._listings.listed(claim.key)
         if listed is None or not claim.serial or claim.moved_to is not None:
             return None
@@ -315,14 +353,22 @@ class DeviceLocator:
         return WrongSerial(claim.key, claim.serial, reading.serial, listed.devid)
 
     def not_there(self, place: DeviceKey, error: PluginError) -> None:
-        """An attempt to attach a device from this place ended so: it is given up for a while."""
+        """Records that an attach from this place has failed with this error.
+
+        After WrongSerial the serial number found there is kept. After any other error the place is left alone for
+        GIVEN_UP seconds.
+        """
         if isinstance(error, WrongSerial):
             self._note(place, SerialReading(error.devid, error.found, self._clock.monotonic() + READING_LASTS))
         else:
             self._give_up(place)
 
     async def probe(self, key: DeviceKey, descriptor: Descriptor) -> Identity:
-        """Asks a device who it is, once for all nodes. As Pipeline.probe; ClaimBusy if it is in use here."""
+        """Reads a device's serial number and interfaces, once for all nodes, and remembers the serial number.
+
+        Raises the errors of Pipeline.probe, and ClaimBusy if the device is in use on this node. Takes the mutex of the
+        device.
+        """
         async with self._work.mutex(key.id):
             if self._work.book.in_use(key.id):
                 raise ClaimBusy(f"{key} is in use on this node")
@@ -334,7 +380,7 @@ class DeviceLocator:
         try:
             await self.probe(sighting.key, sighting.descriptor)
         except PluginError as error:
-            # read again every few seconds for as long as a device is looked for: the same failure is told once
+            # the device is read again every few seconds while a lost one is looked for: the same failure is logged once
             if isinstance(error, UsbipError) and self._unread.get(sighting.key.id) != str(error):
                 self._unread[sighting.key.id] = str(error)
                 log.info("serial number not read", extra={"device": str(sighting.key), "cause": str(error)})
@@ -369,12 +415,12 @@ class DeviceLocator:
         if key.server == claim.key.server:
             return True
         lost_at, since = self._lost_at.get(claim.id), self._listings.since(key)
-        if lost_at is None:  # nobody here saw it lost; then that its own server does not have it must do
+        if lost_at is None:  # this process did not see the loss: it is enough that its own server does not list it
             return self._listings.reachable(claim.key.server)
         return since is not None and since > lost_at - NOTICED
 
     def _out_of_sight(self, server: ServerKey) -> dict[DeviceKey, Descriptor]:
-        """Devices that are not listed only because this node reads, or has just read, their serial numbers."""
+        """Returns devices that may be missing from the list only because this node reads them, or has just done so."""
         now = self._clock.monotonic()
         self._hidden = {i: (seen, until) for i, (seen, until) in self._hidden.items() if now < until}
         seen = [*self._asked.values(), *(sighting for sighting, _until in self._hidden.values())]

@@ -1,4 +1,7 @@
-"""Keeps what is attached attached: watches ports and locks, and begins what a loss of either calls for."""
+"""Monitoring of attached devices: watches their ports and locks, and begins a re-attach or detach after a loss.
+
+R6 is the rule for a lost lock, see docs/architecture.md.
+"""
 
 from __future__ import annotations
 
@@ -29,11 +32,14 @@ log = logging.getLogger(__name__)
 
 
 PORT_CHECK_INTERVAL = 15.0
-"""Seconds between looks at the ports when no uevent says to look: uevents can be dropped under memory pressure."""
+"""Longest time in seconds between two checks of the ports.
+
+A uevent starts a check at once, but uevents can be dropped under memory pressure.
+"""
 
 
 class AttachmentMonitor:
-    """Watches ports and locks of attached devices, and begins a re-attach or a withdrawal when one is lost.
+    """Watches ports and locks of attached devices, and begins a re-attach or detach when one is lost.
 
     Works only while `run()` runs.
     """
@@ -53,7 +59,7 @@ class AttachmentMonitor:
         events: EventSink,
         evict: Callable[[PodRef], None],
     ) -> None:
-        """evict(pod) begins to evict a pod that has lost its device to another node."""
+        """Takes evict(pod), which begins to evict a pod that has lost its device to another node."""
         self._me = context.me
         self._clock = context.clock
         self._driver = driver
@@ -69,7 +75,7 @@ class AttachmentMonitor:
         self._ports_event = asyncio.Event()
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Watches the ports and locks until cancelled."""
         unsubscribe = [self._locks.subscribe(self._lock_changed), self._driver.subscribe(self._ports_event.set)]
         try:
             await self._watch_ports()
@@ -78,7 +84,11 @@ class AttachmentMonitor:
                 undo()
 
     async def verify(self, device_id: str) -> None:
-        """Looks now whether a device stands attached as its claim says, and which nodes it has. VhciError, CdiError."""
+        """Checks now whether a device is attached as its claim says, and which device nodes it has.
+
+        Updates claim and CDI spec if the nodes have changed. Begins a re-attach if the attachment is lost.
+        Raises VhciError or CdiError.
+        """
         now = await self._check_port(device_id, await self._driver.ports())
         claim = self._work.book.get(device_id)
         if now is not None and claim is not None and claim.attachment is not None and claim.attachment != now:
@@ -86,11 +96,13 @@ class AttachmentMonitor:
             self._work.book.put(replace(claim, attachment=now))
 
     async def prepare(self, device_id: str, resource: str, number: int | None) -> bool:
-        """Before a container starts. True if the device is attached, and its spec, where one is to be, is true.
+        """Prepares a device for a container that is about to start. Returns whether the device is attached.
 
-        resource: by its name without the domain; number: what the container knows the device by, None if it was not
-        handed out by CDI. Waits while the device is on its way (back) here; the caller bounds that. Raises VhciError
-        and CdiError. Cancel-safe.
+        If it is, its CDI spec, where there is to be one, is true. Waits while the device is being attached or
+        re-attached; the caller bounds that wait. Raises VhciError or CdiError. Cancel-safe.
+
+        resource: the resource's name without the domain.
+        number: the number by which the container knows the device; None if it was not handed out by CDI.
         """
         await self.verify(device_id)
         await self._work.book.changed.until(lambda: not self._coming(device_id))
@@ -99,7 +111,7 @@ class AttachmentMonitor:
             return False
         attachment = claim.attachment
         if number is not None and claim.container_indexes != ():
-            # after a reboot no spec tells what the container was given, and it starts before its kubelet lists it
+            # after a reboot no CDI spec has what the container was given, and it starts before the kubelet lists it
             numbers = tuple(sorted({*(claim.container_indexes or ()), number}))
             claim = replace(
                 claim, resource=claim.resource or resource, container_indexes=numbers, allocated_as=attachment
@@ -110,7 +122,7 @@ class AttachmentMonitor:
 
     def _coming(self, device_id: str) -> bool:
         claim = self._work.book.get(device_id)
-        if claim is None:  # not adopted yet, perhaps
+        if claim is None:  # the device may not be adopted yet
             return not self._locks.ready.is_set() or self._pipeline.is_mine(device_id)
         return claim.state in (ClaimState.LOCKING, ClaimState.IMPORTING, ClaimState.ATTACHING, ClaimState.REATTACHING)
 
@@ -130,7 +142,10 @@ class AttachmentMonitor:
                 log.warning("cannot read vhci ports", extra={"cause": str(error)})
 
     async def _check_port(self, device_id: str, ports: Sequence[PortState]) -> Attachment | None:
-        """Begins a re-attach if the device does not stand attached as its claim says; else the attachment as it is."""
+        """Returns the attachment as it is now, or begins a re-attach if the device is not attached as its claim says.
+
+        Returns None after a loss, for a claim that is not Attached, and for a claim that changed during the check.
+        """
         claim = self._work.book.get(device_id)
         if claim is None or claim.state is not ClaimState.ATTACHED:
             return None
@@ -141,7 +156,7 @@ class AttachmentMonitor:
         if standing is not None:
             self._take_late_nodes(now, standing)
             return standing
-        # the state moves here and now, so that the withdrawal does not wait for the mutex
+        # the state changes now, so that publishing the device as unavailable does not wait for the mutex
         self._work.book.move(now, ClaimEvent.PORT_LOST)
         with within(claim.traceparent):
             log.warning("attachment lost", extra={"device": str(claim.key), "port": claim.port})
@@ -153,10 +168,10 @@ class AttachmentMonitor:
         return None
 
     def _take_late_nodes(self, claim: Claim, now: Attachment) -> None:
-        """Child nodes that came after the Allocate: in the spec, for the next start of a container; and told of.
+        """Adds child nodes that came after the Allocate to claim and CDI spec, and reports those the resource wants.
 
-        Nodes that go are left in the spec until a container starts: a program that takes an interface from its kernel
-        driver gives it back when it ends.
+        A container gets them when it is started the next time. Nodes that go stay in the spec until a container starts:
+        a program that takes an interface from its kernel driver gives it back when it ends.
         """
         before = claim.attachment
         late = [node for node in now.nodes if before is not None and node not in before.nodes]
@@ -174,7 +189,10 @@ class AttachmentMonitor:
             self._events(late_nodes(claim.key, wanted, claim.pod, by_cdi=bool(claim.container_indexes)))
 
     def _lock_changed(self, change: LockChange) -> None:
-        """R6: the watch shows another holder of a device that is attached here. Or that a lost lock is free again."""
+        """Begins to detach a device whose lock names another holder by now, or nobody (R6).
+
+        If the claim is Lost, begins a re-attach instead as soon as the lock is free again.
+        """
         claim = self._work.book.get(change.device_id)
         if claim is not None and claim.state is ClaimState.LOST:
             self._regain(change.device_id)
@@ -186,7 +204,7 @@ class AttachmentMonitor:
         claim = self._work.book.get(change.device_id)
         if claim is None or claim.state not in (ClaimState.ATTACHED, ClaimState.REATTACHING):
             return
-        # also when the Lease was deleted or emptied by hand: without a lock naming this node nothing may stay attached
+        # also if the Lease was deleted or emptied by hand: without a lock that names this node nothing stays attached
         self._work.book.move(claim, ClaimEvent.LOCK_LOST)
         with within(claim.traceparent):
             log.error("lock lost", extra={"device": str(claim.key), "holder": holder})
@@ -203,7 +221,7 @@ class AttachmentMonitor:
         self.begin_withdrawal(change.device_id)
 
     def begin_reattach(self, device_id: str) -> None:
-        """Begins to attach the device of a Reattaching claim again. Returns at once."""
+        """Begins to re-attach the device of a Reattaching claim. Returns at once."""
         self._work.spawn(self._reattach(device_id), f"re-attach {self._work.book[device_id].key}")
 
     async def _reattach(self, device_id: str) -> None:
@@ -222,9 +240,9 @@ class AttachmentMonitor:
         self._regain(device_id)
 
     def _regain(self, device_id: str) -> None:
-        """A device that was lost with its lock is attached again when the lock is free, if its pod is still there.
+        """Begins to re-attach a device that was lost with its lock, if the lock is free and the pod is still there.
 
-        Not if a person has released it: that is to stay so.
+        A lock that a person has released stays released. Does nothing while other work has the device's mutex.
         """
         claim, lock = self._work.book.get(device_id), self._locks.locks.get(device_id)
         if claim is None or claim.state is not ClaimState.LOST or self._work.mutex(device_id).locked():
@@ -234,7 +252,10 @@ class AttachmentMonitor:
             self.begin_reattach(device_id)
 
     def _place_lost(self, device_id: str, holder: str) -> None:
-        """R6 for a place that a device was followed to: the claim stays, the attachment does not."""
+        """Ends the attachment from a place that a device was followed to, if the lock of that place is lost (R6).
+
+        The claim stays, and a re-attach begins.
+        """
         claim = self._work.book.moved_here(device_id)
         if claim is None or claim.state is not ClaimState.ATTACHED:
             return

@@ -1,7 +1,8 @@
-"""The steps between a free device and one in a container: lock, import, attach, device nodes; and back again.
+"""The steps from a free device to one in a container (lock, import, attach, device nodes), the detach and the probe.
 
-One call works on one device and is made under that device's mutex; who calls, when, and what happens after a failure is
-the caller's business. Each step is a span and moves the claim in the book.
+Each call works on one device and must be made under that device's mutex. The caller decides when to call, and what
+happens after a failure. Each step is a span and moves the claim in the book. R1 to R6 are the lock rules of
+docs/architecture.md.
 """
 
 from __future__ import annotations
@@ -48,10 +49,12 @@ log = logging.getLogger(__name__)
 
 
 def own_port(place: DeviceKey, ports: Sequence[PortState], number: int | None) -> PortState | None:
-    """The port that carries the device of this place by its record, in use or stuck; number narrows it, if it is known.
+    """Returns the port whose record names the device at this place, in use or stuck, or None.
 
-    A port without our record is not ours, whatever stands on it: in kind several nodes share one kernel, and people
-    attach devices by hand.
+    A port without our record is not ours, whatever is attached to it: in kind (Kubernetes in Docker) several nodes
+    share one kernel, and people attach devices by hand.
+
+    number: the port to which the search is limited; None for all ports.
     """
     for port in ports:
         if port.record == place and number in (None, port.number) and port.status is not PortStatus.NULL:
@@ -60,13 +63,20 @@ def own_port(place: DeviceKey, ports: Sequence[PortState], number: int | None) -
 
 
 ATTACH_ATTEMPTS = 2
+"""Tries to import and attach a device, of which the second follows a port that stuck in status 005."""
 BUSY_ATTEMPTS = 4
+"""Tries to import a device that is busy. The waits between them are 0.7 s in all, a stub's reset takes about 0.3 s."""
 BUSY_FIRST_WAIT = 0.1
+"""Seconds between the first two tries to import a busy device; also the most jitter that each wait gets."""
 BUSY_MAX_WAIT = 0.4
+"""Longest wait in seconds, without jitter, between two tries to import a busy device."""
 
 
 def import_busy(clock: Clock, rng: random.Random) -> AsyncRetrying:
-    """Import of a device whose lock is ours: a stub resetting after its last client answers busy for about 0.3 s."""
+    """Returns the retries for the import of a busy device whose lock is ours.
+
+    A stub that is still resetting the device after its last client answers busy for about 0.3 s.
+    """
     return AsyncRetrying(
         retry=retry_if_exception_type(DeviceBusy),
         stop=stop_after_attempt(BUSY_ATTEMPTS),
@@ -77,7 +87,7 @@ def import_busy(clock: Clock, rng: random.Random) -> AsyncRetrying:
 
 
 def attach_stuck(clock: Clock) -> AsyncRetrying:
-    """Import and attach once more after a port that stuck in status 005."""
+    """Returns the retries that import and attach a device once more after a port that stuck in status 005."""
     return AsyncRetrying(
         retry=retry_if_exception_type(AttachStuck),
         stop=stop_after_attempt(ATTACH_ATTEMPTS),
@@ -94,16 +104,18 @@ A childrenTimeout beyond the default adds to it.
 DETACH_TIMEOUT = 5.0
 """Seconds a port may take to become free after a detach write; measured 13-29 ms."""
 PROBE_TIMEOUT = 4.0
-"""Seconds for asking one device who it is."""
+"""Seconds that each of the two steps of a probe, import and reading, may take; less than the import window (R1)."""
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceRequest:
     """One device that an Allocate asks for, as it was offered to the kubelet under its ID.
 
+    usb_id: the vendor and product that the device must have.
+    resource: the resource's name without the domain.
     children, children_timeout, container_indexes: see Claim.
     serial: the serial number by which it was selected, None if it was selected without.
-    identity: what its server's list says of it, for its lock.
+    identity: what its server's list contains about it, to be written to its lock.
     """
 
     key: DeviceKey
@@ -117,14 +129,17 @@ class DeviceRequest:
 
 
 class Progress:
-    """What a pipeline is busy with, in words, for the error of one that ran out of time."""
+    """The step that an attach is at, in words, for the error after a timeout."""
 
     def __init__(self, doing: str) -> None:
         self.doing = doing
 
 
 class Pipeline:
-    """Works on the claims of a book. on_step(name, seconds) is told how long each step took."""
+    """Attaches, re-attaches, detaches and probes single devices, and moves their claims in the book.
+
+    on_step(name, seconds) is called after each step that has succeeded, with the time it took.
+    """
 
     def __init__(
         self,
@@ -152,11 +167,12 @@ class Pipeline:
         self._on_step = on_step
 
     async def attach_new(self, claim: Claim, wanted: DeviceRequest, deadline: float, progress: Progress) -> Attachment:
-        """From Free to Attached. On an error the claim stays in the book in the state it had reached.
+        """Takes a claim from Free to Attached. After an error the claim stays in the book in the state it had reached.
 
-        Only LockHeld leaves no claim: nothing was touched. Raises LockError, UsbipError, VhciError and CdiError. After
-        WrongSerial the lock says what was found, before anybody else can have it.
-        deadline is on the monotonic clock and bounds the import; the caller bounds the whole.
+        Only LockHeld leaves no claim: nothing was touched. Raises LockError, UsbipError, VhciError or CdiError. Before
+        WrongSerial is raised, the serial number found is written to the lock, while nobody else can have the device.
+
+        deadline: bounds the import, in seconds on the monotonic clock. The caller bounds the whole.
         """
         self._book.move(claim, ClaimEvent.ALLOCATE)
         progress.doing = "locking the device (API server)"
@@ -175,7 +191,7 @@ class Pipeline:
         async for attempt in attach_stuck(self._clock):
             with attempt:
                 if attempt.retry_state.attempt_number > 1:
-                    # the failed try may have used up the import window of the first write: R1 asks for a new one
+                    # the failed try may have used up the import window of the first write: R1 requires a new write
                     grant = await self._locks.renew(claim.key)
                 try:
                     return await self._attach(claim.id, grant, deadline, progress)
@@ -185,11 +201,14 @@ class Pipeline:
         raise AssertionError("the retry policy re-raises")
 
     async def reattach(self, device_id: str, deadline: float) -> Attachment:
-        """One try from Reattaching to Attached, at the claim's place, under a new write of the lock (R1).
+        """Makes one try to take a claim from Reattaching to Attached, under a new write of its lock (R1).
 
-        Errors as attach_new; LockLost if its lock is somebody else's. At another place than its own both locks are
-        written; LockHeld if the one there is another node's. What is attached already, because only its CDI spec could
-        not be written, stays so: that alone is tried again.
+        Attaches the device from the claim's location. If that is not the device's own place, both locks are written.
+        A device that is still attached, because only its CDI spec could not be written, stays attached; only the spec
+        is written again. Raises the errors of attach_new, LockLost if the claim's lock names another holder, and
+        LockHeld if another node holds the lock of the other place.
+
+        deadline: bounds the import, in seconds on the monotonic clock.
         """
         claim = self._book[device_id]
         if (
@@ -207,9 +226,10 @@ class Pipeline:
         return await self._attach(device_id, grant, deadline, Progress(""))
 
     async def detach_from_location(self, device_id: str) -> None:
-        """Back to the claim's own place: what was attached from elsewhere is detached, the lock there released (R5).
+        """Returns a claim to its own place: detaches the device from another place, then releases the lock there (R5).
 
-        Raises VhciError and LockUnavailable: then nothing has changed.
+        Does nothing if the claim is at its own place. Raises VhciError or LockUnavailable; the claim's place has not
+        changed then.
         """
         place = self._book[device_id].moved_to
         if place is not None:
@@ -218,9 +238,11 @@ class Pipeline:
             self._book.put(replace(self._book[device_id], moved_to=None))
 
     async def _write_again(self, claim: Claim) -> Grant:
-        """R1 before a re-attach. A lock that is not this boot's any more is taken as by an Allocate (R2, R3, R4).
+        """Writes the claim's lock before a re-attach (R1).
 
-        LockLost if the claim has become Lost: whether its lock may be taken again is not decided here.
+        A lock that is not this boot's any more is acquired as for an Allocate (R2, R3, R4). Raises LockLost if another
+        node holds it. Raises LockLost also if the claim has become Lost: the caller decides whether its lock may be
+        acquired again.
         """
         if claim.state is ClaimState.LOST:
             raise LockLost(str(claim.key), self._holder(claim.id))
@@ -254,7 +276,7 @@ class Pipeline:
             imported.close()
         # until the device has enumerated nothing is known of it but its port
         self._book.put(replace(self._book[device_id], port=port, attachment=None))
-        # the port goes onto the lock while the kernel enumerates, which takes far longer: it costs no time
+        # the port is written to the lock while the kernel enumerates, which takes far longer: it costs no time
         for noted in dict.fromkeys((claim.key, key)):
             self._work.note_port(noted, port)
         nodes = f", with {', '.join(claim.children)} nodes" if claim.children else ""
@@ -266,7 +288,7 @@ class Pipeline:
         return self._hand_out(device_id, attachment)
 
     def _compare_told(self, place: DeviceKey, attachment: Attachment, devid: int) -> None:
-        """What the kernel has read, if the lock does not say so already."""
+        """Begins to write the serial number that the kernel has read to the lock, if the lock does not have it yet."""
         lock = self._locks.locks.get(place.id)
         if lock is None or attachment.serial is None:
             return
@@ -274,7 +296,10 @@ class Pipeline:
             self._work.note_identity(place, Identity(devid, attachment.serial))
 
     def _hand_out(self, device_id: str, attachment: Attachment) -> Attachment:
-        """The last step: the spec is true before anybody is told that the device is there."""
+        """Writes the CDI spec and moves the claim to Attached, as the last step of an attach.
+
+        The spec is true before anybody learns that the device is attached.
+        """
         claim = self._book[device_id]
         self._check_still_ours(claim)
         given = claim.allocated_as or attachment
@@ -287,7 +312,10 @@ class Pipeline:
         return attachment
 
     async def _import(self, claim: Claim, grant: Grant, deadline: float) -> Imported:
-        """What it returns is to be used without another await in between: it was checked to be within R1 and R6."""
+        """Imports the claim's device from its location, within the import window and before deadline.
+
+        The caller must use the result without another await in between: R1 and R6 were checked right before the return.
+        """
         key = claim.location
         until = min(grant.import_deadline, deadline)
         async for attempt in import_busy(self._clock, self._rng):
@@ -327,12 +355,15 @@ class Pipeline:
         return replace(found, key=claim.key)
 
     def _check_window(self, key: DeviceKey, grant: Grant) -> None:
-        """R1: no import, and no use of what was imported, after the window."""
+        """Raises LockUnavailable after the import window: then R1 forbids imports, and the use of an import."""
         if not self._locks.rules.may_import(grant.import_deadline, self._clock.monotonic()):
             raise LockUnavailable(str(key), "the import window after the lock write passed (rule R1)")
 
     def _check_still_ours(self, claim: Claim) -> None:
-        """R6 once more, before and after the device is touched: what the watch has said meanwhile."""
+        """Raises LockLost, LockHeld or LockUnavailable if a lock of this claim no longer names this node (R6).
+
+        Called before and after the device is touched, because the watch may have seen a change meanwhile.
+        """
         now = self._book.get(claim.id)
         # a lock that names this node again after somebody else had it was lost all the same
         if not self.is_mine(claim.id) or (now is not None and now.state is ClaimState.LOST):
@@ -346,10 +377,10 @@ class Pipeline:
         lock = self._locks.locks.get(device_id)
         return lock.holder if lock is not None else ""
 
-    # letting go
+    # detach
 
     async def detach(self, device_id: str) -> None:
-        """Frees the claim's port if, and only if, it still carries the claim's device; its record goes either way.
+        """Frees the claim's port if, and only if, it still carries the claim's device. Removes its record in any case.
 
         Raises VhciError.
         """
@@ -357,21 +388,21 @@ class Pipeline:
         if claim.port is None and claim.state is not ClaimState.LOST and not self.is_mine(claim.location.id):
             return
         ports = await self._driver.ports()
-        # a port without a number in the claim can only be one that a cancelled attach left behind. Whatever the device
-        # on it calls itself by now: the driver knows the connection, and leaves that of somebody else alone
+        # without a port number in the claim, the port can only be one that a cancelled attach left behind. The device
+        # on it may identify itself differently by now: the driver knows its connections and leaves all others alone
         own = own_port(claim.location, ports, claim.port)
         if own is not None:
             with self.span("detach", claim.location):
                 await self._driver.detach(own.number, timeout=DETACH_TIMEOUT)
-        else:  # it fell free, perhaps unseen
+        else:  # the port fell free, perhaps unseen
             await self._driver.forget(claim.location)
         self._book.put(replace(self._book[device_id], port=None))
 
     async def current_attachment(self, claim: Claim, ports: Sequence[PortState]) -> Attachment | None:
-        """The attachment as it is now, perhaps with other child nodes, while its port carries what was attached.
+        """Returns the claim's attachment as it is now, or None if its port no longer carries what was attached.
 
-        The port alone does not say so: what stands there may have left the bus and come back as something else. The USB
-        node tells, because the kernel numbers devices anew at each enumeration.
+        The child nodes may be others. The port alone is not enough: its device may have left the bus and come back as
+        another. The USB node is compared, because the kernel numbers devices anew at each enumeration.
         """
         if claim.port is None or claim.attachment is None or own_port(claim.location, ports, claim.port) is None:
             return None
@@ -381,15 +412,16 @@ class Pipeline:
         return replace(now, key=claim.key)
 
     def is_mine(self, device_id: str) -> bool:
-        """True if the lock, as last seen, names this node."""
+        """Returns whether the lock, as last seen, names this node."""
         return self._holder(device_id) == self._me.node
 
-    # who it is
+    # probe
 
     async def probe(self, key: DeviceKey, descriptor: Descriptor) -> Identity:
-        """Asks for serial number and interfaces, once for all nodes: under the lock (R1), in user space.
+        """Reads a device's serial number and interfaces in user space, under its lock (R1).
 
-        Kept on the Lease. Raises LockHeld, LockUnavailable, LockLost or UsbipError. The lock is released.
+        Writes them to the lock's Lease, so that one node reads for all, and releases the lock. Raises LockHeld,
+        LockUnavailable, LockLost or UsbipError; the lock is released then, too.
         """
         with self.span("probe", key):
             grant = await self._locks.acquire(key, LockMeta(usb_id=str(descriptor.usb_id)))
@@ -405,7 +437,7 @@ class Pipeline:
 
     @contextlib.contextmanager
     def span(self, name: str, key: DeviceKey, kind: SpanKind = SpanKind.INTERNAL) -> Iterator[Span]:
-        """A span of the current trace with the attributes all of ours have; its time goes to on_step too."""
+        """Opens a span of the current trace with the device's attributes, and passes its duration to on_step."""
         began = self._clock.monotonic()
         with span(self._tracer, name, device_attributes(key), kind=kind) as step:
             yield step
@@ -413,7 +445,7 @@ class Pipeline:
 
 
 def _mark_takeover(allocate: Span, former: Lock) -> None:
-    """The trace of the new holder says whom it took the device from, and links to what that one did with it."""
+    """Adds the former holder to the new holder's span, with a link to the former holder's trace."""
     allocate.set_attribute("usbip.lock.former_holder", former.holder)
     linked = span_context_from(former.traceparent)
     if linked is not None:

@@ -1,4 +1,4 @@
-"""Attaches lost devices again, from where their servers list them now; and what that means for the pod."""
+"""Re-attaching of lost devices from where servers list them now, and what a re-attach means for the pod."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 
 
 class AfterReattach(enum.Enum):
-    """What a re-attach means for the pod."""
+    """The effect of a re-attach on the pod that has the device."""
 
     GOES_ON = "attached again with the same device nodes"
     CHILDREN_GO_ON = "attached again with the same device nodes, but for its USB node"
@@ -67,12 +67,17 @@ def after_reattach(
     by_cdi: bool = False,
     children: tuple[str, ...] | None = None,
 ) -> AfterReattach:
-    """Same paths and numbers: a pod that opens the device anew goes on. before is None where it is not known.
+    """Decides what a re-attach means for the pod, from the device nodes before and after.
 
-    The kernel numbers a USB node anew at each attach. children: the kinds of child nodes that the resource names; where
-    it names some, they are what the pod uses, and it goes on with these alone.
-    Only a pod known by its uid is evicted: a name may be another pod's by now. by_cdi: its containers were given CDI
-    names, whose spec has the nodes of after by now; any other container keeps the paths of its Allocate.
+    If paths and numbers are the same, the pod goes on as soon as it opens the device again. The kernel gives the USB
+    node a new number at each attach.
+
+    before: the attachment whose nodes the containers have; None if it is not known.
+    pod: evicted only if its uid is known, because another pod may have its name by now.
+    by_cdi: its containers were given CDI names, whose spec has the nodes of after by now. Any other container keeps
+        the paths of its Allocate.
+    children: the kinds of child nodes that the resource names. If it names some, the pod uses only these, and it goes
+        on if they alone are the same.
     """
     if before is not None and before.nodes == after.nodes:
         return AfterReattach.GOES_ON
@@ -88,14 +93,18 @@ def after_reattach(
 
 
 REATTACH_FIRST_WAIT = 0.2
+"""Seconds between the first two tries to re-attach a lost device. The wait doubles with each try."""
 REATTACH_MAX_WAIT = 3.5
-"""Seconds between tries to attach a lost device again; with jitter and the attach, 5 s after its server is back."""
+"""Longest wait in seconds between two tries to re-attach a lost device.
+
+With jitter and the attach itself, a device is attached again 5 s after its server is back.
+"""
 REATTACH_TIMEOUT = 10.0
-"""Seconds one such try may take; a childrenTimeout beyond the default adds to it."""
+"""Seconds that one try to re-attach a device may take. A childrenTimeout beyond the default adds to it."""
 
 
 class Reattach(enum.Enum):
-    """What one try to attach a lost device again came to."""
+    """The result of one try to re-attach a lost device."""
 
     SAME_NODES = "same_nodes"
     OTHER_NODES = "other_nodes"
@@ -103,7 +112,10 @@ class Reattach(enum.Enum):
 
 
 class Reattacher:
-    """The tries that are under way. All methods belong to one event loop."""
+    """Re-attaches lost devices, and tries each until it is attached, its pod is gone or its lock is lost.
+
+    All methods belong to one event loop.
+    """
 
     def __init__(
         self,
@@ -120,7 +132,11 @@ class Reattacher:
         evict: Callable[[PodRef], None],
         on_reattach: Callable[[Reattach], None],
     ) -> None:
-        """evict(pod) begins to evict a pod whose device came back as another; on_reattach is told of each try."""
+        """Subscribes to the poller and the locator.
+
+        evict: begins to evict a pod whose device came back with other device nodes.
+        on_reattach: called with the result of each try.
+        """
         self._clock = context.clock
         self._rng = context.rng
         self._tracer = context.tracer
@@ -138,12 +154,12 @@ class Reattacher:
         poller.subscribe(self._server_changed)
 
     def look_again(self, device_id: str) -> None:
-        """A re-attach that waits for its next try makes it now, or ends if nobody wants the device any more."""
+        """Ends the wait of a re-attach: it makes its next try now, or ends if its claim is not Reattaching any more."""
         if (stir := self._stirs.get(device_id)) is not None:
             stir.set()
 
     def _server_changed(self, view: ServerView) -> None:
-        """A server that lists a lost device again, or one of its kind, is asked for it at once."""
+        """Starts the next try at once for each lost device if the server lists that device, or one of its kind."""
         self.seeker.server_changed(view)
         for device_id in self._stirs:
             claim = self._work.book.get(device_id)
@@ -151,7 +167,10 @@ class Reattacher:
                 self.look_again(device_id)
 
     def pod_known(self, claim: Claim) -> None:
-        """The claim's pod is known as of now: evicted, if its device came back as another before."""
+        """Begins to evict the claim's pod if its device came back with other device nodes before the pod was known.
+
+        To be called when the pod becomes known. Only resources with onLoss evict do so, see after_reattach().
+        """
         if claim.state is ClaimState.ATTACHED and claim.allocated_as is not None and claim.attachment is not None:
             self._evict_if(self._verdict(claim, claim.allocated_as, claim.attachment), claim.pod)
 
@@ -160,7 +179,10 @@ class Reattacher:
             self.look_again(device_id)
 
     async def reattach(self, device_id: str) -> None:
-        """Until the device is attached again, its pod is gone, or its lock is. The claim is Reattaching."""
+        """Tries to re-attach the device until it is attached, its pod is gone or its lock is lost.
+
+        The claim must be in the state Reattaching.
+        """
         waits = backoff(self._rng, REATTACH_FIRST_WAIT, REATTACH_MAX_WAIT)
         stir = self._stirs[device_id] = asyncio.Event()
         claim = self._work.book[device_id]
@@ -184,7 +206,7 @@ class Reattacher:
     async def _reattach_once(
         self, device_id: str, before: Attachment | None, whole: Span, tries: Tries, *, promising: bool
     ) -> bool:
-        """True if it should be tried again."""
+        """Makes one try to re-attach the device. Returns whether another try should follow."""
         async with self._work.mutex(device_id):
             claim = self._work.book.get(device_id)
             if claim is None or claim.state is not ClaimState.REATTACHING:
@@ -216,7 +238,7 @@ class Reattacher:
         return False
 
     def _note_trouble(self, claim: Claim, error: Exception) -> None:
-        """What only this node's operator can mend is the device's reason, and is told once."""
+        """Sets the claim's blocked_by to an error that only this node's operator can repair, and reports it once."""
         now = self._work.book.get(claim.id)
         if not isinstance(error, CdiError | RecordNotWritable | NodesMissing):
             return
@@ -227,7 +249,7 @@ class Reattacher:
         self._events(DeviceEvent(EventKind.NOT_REATTACHED, claim.key, str(error), claim.pod))
 
     async def _attach(self, device_id: str, deadline: float) -> Attachment:
-        """From the claim's place or, if the device is not there, from where its server lists it now."""
+        """Attaches the device from the claim's location or, if it is not there, from where a server lists it now."""
         claim = self._work.book[device_id]
         cause: PluginError | None = self.seeker.wrong_at_home(claim) or self.seeker.home_is_away(claim)
         place = self._seek(device_id, cause) if cause is not None else None
@@ -238,13 +260,13 @@ class Reattacher:
                 raise
             except (ImportRefused, WrongDevice, WrongSerial) as error:
                 if claim.moved_to is not None:
-                    self.look_again(device_id)  # its own place comes next, at once
+                    self.look_again(device_id)  # the device's own place is tried next, at once
                     raise
                 cause = error
             place = self._seek(device_id, cause)
         if place is None or self._work.mutex(place.id).locked():
             raise cause
-        # from here on a lock on that place is this claim's, whatever becomes of who takes it
+        # from here on a lock on that place belongs to this claim, even if the task that acquires it fails
         self._work.book.put(replace(self._work.book[device_id], moved_to=place))
         return await self._attach_from_place(device_id, deadline)
 
@@ -256,7 +278,7 @@ class Reattacher:
         except DeviceBusy:
             raise
         except (ServerUnreachable, ServerTimeout) as error:
-            if place.server != claim.key.server:  # it may be home again, or elsewhere
+            if place.server != claim.key.server:  # the device may be at its own place again, or elsewhere
                 self.seeker.not_there(place, error)
                 await self._pipeline.detach_from_location(device_id)
             raise
@@ -269,11 +291,14 @@ class Reattacher:
             raise
 
     def _seek(self, device_id: str, cause: PluginError) -> DeviceKey | None:
-        """Where the device is instead; what keeps it from being attached is noted, and told once."""
+        """Returns where the device is plugged in instead, or None if that is not known.
+
+        Sets the claim's blocked_by to what keeps the device from being attached, and reports it once.
+        """
         claim = self._work.book[device_id]
         verdict = self.seeker.find(claim)
         if isinstance(verdict, NeedsProbe):
-            return None  # it is tried again as soon as that is known
+            return None  # the next try starts as soon as the serial numbers are known
         obstacle = str(cause) if isinstance(cause, WrongDevice | WrongSerial) else ""
         if isinstance(verdict, Ambiguous):
             places = " and ".join(place_of(replace(claim, moved_to=key)) for key in verdict.keys)
@@ -313,7 +338,7 @@ class Reattacher:
         self._events(DeviceEvent(what, claim.key, verdict.value, claim.pod))
         self._evict_if(verdict, claim.pod)
         lock = self._locks.locks.get(claim.id)
-        if claim.pod is not None and lock is not None and lock.pod is None:  # it was taken anew
+        if claim.pod is not None and lock is not None and lock.pod is None:  # it was acquired anew
             self._work.spawn(self._work.note_pod(claim.key, claim.pod), f"note pod {claim.pod}")
 
     def _verdict(self, claim: Claim, before: Attachment | None, after: Attachment) -> AfterReattach:
