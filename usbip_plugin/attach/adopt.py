@@ -1,4 +1,4 @@
-"""What the previous process left: locks that name this node, and what stands on the ports, become claims again."""
+"""Adoption of what the previous process left: locks that name this node, and devices on ports, become claims again."""
 
 from __future__ import annotations
 
@@ -35,10 +35,15 @@ class Adoption(enum.Enum):
 def decide_adoption(
     lock: Lock, me: NodeIdentity, *, attached: bool, used: bool | None, orphan: bool = False
 ) -> Adoption:
-    """For a lock whose holder is this node. used is None when pod-resources could not be read: then nothing is let go.
+    """Decides what to do at start with a lock whose holder is this node.
 
-    An attachment made under another boot id is gone with the old kernel, whatever the port records say. orphan: the
-    lock was taken in place of a device that is not to be had from here, or is not this node's any more.
+    An attachment made under another boot id is gone with the old kernel, whatever the port records contain.
+
+    attached: whether a port carries the device.
+    used: whether a pod has the device; None if that is not known because pod-resources could not be read. The lock of a
+        device that may be used is not released.
+    orphan: whether the lock was taken in place of another device that cannot be adopted together with it, or is not
+        this node's any more. Such a lock is released.
     """
     if orphan:
         return Adoption.RELEASE
@@ -48,7 +53,7 @@ def decide_adoption(
 
 
 class Adopter:
-    """Puts a predecessor's devices into the book of claims."""
+    """Adopts the devices of this node's previous process: makes claims of them in the book."""
 
     def __init__(
         self,
@@ -72,13 +77,14 @@ class Adopter:
         self._keeper = keeper
 
     async def adopt(self, used: Mapping[str, DeviceUser], *, complete: bool, deprived: bool) -> None:
-        """Takes over what locks and ports say is this node's.
+        """Adopts every device that is this node's by its lock and port.
 
-        used: by device ID, as far as is known. complete: nobody else uses a device here; else nothing is let go.
-        deprived: also looks for devices that have lost their locks under an earlier process, where a pod has one or it
-        is still attached.
+        Idempotent. To be called when the locks are known, and again whenever the API server is back.
 
-        Idempotent; to be called when the locks are known, and again whenever the API server is back.
+        used: the pods that have devices, by device ID, as far as they are known.
+        complete: whether nobody else uses a device here. Otherwise nothing is released for lack of a pod.
+        deprived: whether to look also for devices that lost their locks under an earlier process. A claim is made of
+            each that a pod has, or that is still attached.
         """
         try:
             ports = await self._driver.ports()
@@ -88,13 +94,13 @@ class Adopter:
         found = list(self._locks.mine())
         if deprived:
             locks = self._locks.locks
-            # what a person has attached with the usbip tool is let be
+            # a device that a person has attached with the usbip tool is left alone
             left = {port.record.id for port in ports if port.record is not None and port.by_plugin}
             found += [locks[i] for i in sorted(used.keys() | left) if i in locks and locks[i].holder != self._me.node]
         for lock in found:
             key = lock.key
             if key is None or self._work.mutex(lock.device_id).locked():
-                continue  # at work on it already
+                continue  # other work on this device is under way
             async with self._work.mutex(lock.device_id):
                 now = self._locks.locks.get(lock.device_id)
                 if now is None or self._work.book.in_use(lock.device_id) or now.holder != lock.holder:
@@ -106,7 +112,7 @@ class Adopter:
             await self._forget_what_ended(ports)
 
     async def _forget_what_ended(self, ports: Sequence[PortState]) -> None:
-        """Port records of attachments that ended when nobody here knew of them, their locks being others' by now."""
+        """Removes the port records of attachments that ended unnoticed and whose locks are not this node's any more."""
         for lock in tuple(self._locks.locks.values()):
             key = lock.key
             if key is None or lock.holder == self._me.node or self._work.book.in_use(lock.device_id):
@@ -115,7 +121,7 @@ class Adopter:
                 await self._driver.forget(key)
 
     def _is_orphan(self, in_place_of: str) -> bool:
-        """Whether a lock in place of this device will not be taken over together with that one's own."""
+        """Returns whether a lock in place of this device will not be adopted together with the device's own lock."""
         own = self._locks.locks.get(in_place_of)
         adopted = self._work.book.get(in_place_of) is not None
         return adopted or own is None or own.holder != self._me.node or own.key is None
@@ -133,7 +139,7 @@ class Adopter:
         attachment = await self._driver.inspect(place, port.number) if port is not None else None
         usb_id = lock.usb_id or (attachment.usb_id if attachment is not None else UsbId(0, 0))
         if attachment is not None and attachment.usb_id != usb_id:
-            attachment, port = None, None  # a stale record: what stands there is somebody else's
+            attachment, port = None, None  # a stale record: the device on the port is somebody else's
         user = users.get(key.id)
         handed = self._specs.recall(key.id, user.resource if user is not None else None)
         used = True if user is not None else False if complete else None
@@ -177,7 +183,7 @@ class Adopter:
     def _adopt_attached(self, claim: Claim) -> None:
         try:
             if claim.attachment is not None:
-                self._specs.write(claim, claim.attachment)  # the predecessor may have died before it did
+                self._specs.write(claim, claim.attachment)  # the previous process may have died before it did
         except CdiError as error:
             log.warning("CDI spec not true", extra={"device": str(claim.key), "cause": str(error)})
             self._work.book.move(claim, ClaimEvent.ORPHANED)

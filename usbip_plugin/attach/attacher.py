@@ -1,7 +1,7 @@
-"""Attaching what an Allocate asks for.
+"""Attaching of the devices that an Allocate asks for.
 
-Each device has its own mutex, so nothing here waits for another device but for the driver's short sysfs writes. Work
-on a device runs in tasks of one TaskGroup and outlives the caller that asked for it: an Allocate that gives up, or a
+Each device has its own mutex, so work on one device waits for another only during the driver's short sysfs writes. Work
+on a device runs in tasks of one TaskGroup and outlives the caller that asked for it. An Allocate that gives up, or a
 kubelet that hangs up, never leaves a half-done attachment, because the task that began it also undoes it.
 """
 
@@ -31,14 +31,18 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one device of an Allocate. fresh: attached by this very call, so to be undone if another fails."""
+    """The result of one device of an Allocate.
+
+    attachment: the device's attachment.
+    newly_attached: whether this very call attached it, so that it is undone if another device fails.
+    """
 
     attachment: Attachment
     newly_attached: bool
 
 
 class Attacher:
-    """Attaches the devices of Allocates: all of one, or none. All methods belong to one event loop."""
+    """Attaches the devices of each Allocate: all of them, or none. All methods belong to one event loop."""
 
     def __init__(
         self,
@@ -62,11 +66,13 @@ class Attacher:
     async def allocate(
         self, wanted: Sequence[DeviceRequest], timeout: float, accept: Callable[[Sequence[Attachment]], None]
     ) -> tuple[Attachment, ...]:
-        """Attaches all devices, in sorted order, or none; answers in the order asked, within timeout seconds.
+        """Attaches all devices, in sorted order, or none, within timeout seconds.
 
-        The same device again returns the live attachment. accept, called with the answer, may raise a PluginError:
-        then none is attached. Raises that, AllocateTimeout, ClaimBusy, LockError, UsbipError, VhciError or CdiError.
-        Cancel-safe: what was begun runs to its end and is let go by the usual rules.
+        Returns the attachments in the order of wanted. A device that is attached already keeps its live attachment.
+        Raises AllocateTimeout, ClaimBusy, LockError, UsbipError, VhciError or CdiError.
+        Cancel-safe: work that has begun runs to its end, and the device is released by the usual rules.
+
+        accept: called with the answer. It may raise a PluginError, which is passed on; then no device is attached.
         """
         deadline = self._clock.monotonic() + timeout
         done: dict[str, Outcome] = {}
@@ -86,9 +92,11 @@ class Attacher:
         return answer
 
     def _as_it_stands(self, wanted: DeviceRequest, done: Mapping[str, Outcome]) -> Attachment:
-        """A device of several, when the last is attached: the first may have been lost, or is back under other nodes.
+        """Returns the attachment of one device as it is when the last device of the Allocate is attached.
 
-        From now on the kubelet lists it: the grace begins.
+        With several devices, an earlier one may have been lost meanwhile, or be back under other nodes. Raises
+        ClaimBusy if it was lost. The grace (ALLOCATION_GRACE) begins again, as the kubelet lists the device from now
+        on.
         """
         if len(done) == 1:
             return done[wanted.key.id].attachment
@@ -105,7 +113,7 @@ class Attacher:
     async def _one(self, wanted: DeviceRequest, deadline: float, timeout: float) -> Outcome:
         answer: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         task = self._work.spawn(self._obtain(wanted, deadline, timeout, answer), f"allocate {wanted.key}")
-        # of no effect once it is settled: only a cancelled task, that is, a plugin that ends, is done without
+        # no effect on a settled answer: only a cancelled task ends without one, and that means a plugin that stops
         stopped = ClaimBusy(f"{wanted.key}: the plugin on this node is being stopped; try again")
         task.add_done_callback(lambda _task: _settle(answer, stopped))
         return await asyncio.shield(answer)
@@ -113,7 +121,10 @@ class Attacher:
     async def _obtain(
         self, wanted: DeviceRequest, deadline: float, timeout: float, answer: asyncio.Future[Outcome]
     ) -> None:
-        """Owns one device of an Allocate: answers as soon as it is known how it ends, then undoes what is to be."""
+        """Obtains one device of an Allocate under its mutex. Settles answer as soon as the result is known.
+
+        After a failure, undoes what was begun once the answer is settled.
+        """
         progress = Progress("waiting for earlier work on this device")
         mutex = self._work.mutex(wanted.key.id)
         held = False
@@ -172,7 +183,10 @@ class Attacher:
         return Outcome(await self._pipeline.attach_new(claim, wanted, deadline, progress), newly_attached=True)
 
     async def _undo(self, device_id: str) -> None:
-        """After a failed Allocate. The mutex is held; a claim in a settled state was not this Allocate's doing."""
+        """Detaches and releases what a failed Allocate has begun. The caller holds the mutex.
+
+        A claim that is not Locking, Importing or Attaching was not made by this Allocate, and stays.
+        """
         claim = self._book.get(device_id)
         if claim is None or claim.state not in (ClaimState.LOCKING, ClaimState.IMPORTING, ClaimState.ATTACHING):
             return
@@ -185,7 +199,7 @@ class Attacher:
 
 
 def _same_allocate(before: Claim, now: Claim) -> bool:
-    """Nobody has asked for the device again meanwhile."""
+    """Returns whether no Allocate has asked for the device again meanwhile."""
     return now.allocated_at == before.allocated_at
 
 
@@ -196,4 +210,4 @@ def _settle(answer: asyncio.Future[Outcome], result: Outcome | PluginError) -> N
         answer.set_result(result)
     else:
         answer.set_exception(result)
-        answer.exception()  # the caller may have hung up: then nobody else looks at it
+        answer.exception()  # the caller may have hung up: then nobody else retrieves the exception

@@ -1,4 +1,4 @@
-"""CDI specs: what they say, the files they are in, and that they are true of this node's claims."""
+"""CDI specs: their contents, the files they are in, and keeping them true for this node's claims."""
 
 from __future__ import annotations
 
@@ -23,40 +23,47 @@ log = logging.getLogger(__name__)
 
 
 CDI_VERSION = "0.6.0"
+"""Version of the CDI specification that the specs follow: the first with annotations."""
 MAX_SPEC_BYTES = 1 << 20
+"""Limit of what is read from a spec file, in characters. A longer file is cut off, and not taken for a spec of ours."""
 _NOT_IN_CLASS = re.compile(r"[^A-Za-z0-9_-]")
 _RESOURCE = "resource"
 
 
 @dataclass(frozen=True, slots=True)
 class HandedOut:
-    """What a spec says of the Allocate it was written for. container_indexes: sorted, see device_name."""
+    """What a CDI spec contains about the Allocate for which it was written.
+
+    resource: the resource's name without the domain.
+    container_indexes: the numbers by which containers know the device, sorted; see device_name().
+    """
 
     resource: str
     container_indexes: tuple[int, ...]
 
 
 def kind(domain: str, resource: str) -> str:
-    """vendor/class for a short resource name. A class begins with a letter and has no dots."""
+    """Returns the CDI kind, vendor/class, of a resource without the domain. A class begins with a letter, has no dots."""
     class_ = _NOT_IN_CLASS.sub("-", resource).strip("-_")
     return f"{domain}/{class_}" if class_[:1].isalpha() else f"{domain}/r{class_}"
 
 
 def device_name(domain: str, resource: str, device_id: str, number: int) -> str:
-    """The fully qualified CDI name for ContainerResponse.cdi_devices.
+    """Returns the fully qualified CDI name of a device, for ContainerResponse.cdi_devices.
 
-    number: which of a container's devices it is. The init container and the app of one pod may count differently.
+    number: which of a container's devices it is. The init container and the app container of one pod may count
+        differently.
     """
     return f"{kind(domain, resource)}={device_id}-{number}"
 
 
 def file_name(domain: str, resource: str, device_id: str) -> str:
-    """A spec's file: one for each resource and device."""
+    """Returns the file name of a spec. Each resource and device has one file."""
     return f"{kind(domain, resource).replace('/', '-')}-{device_id}.json"
 
 
 def spec(domain: str, resource: str, device_id: str, containers: Mapping[int, Injected]) -> str:
-    """The spec for one device as JSON: a CDI device for each number its containers know it by."""
+    """Returns the CDI spec of one device as JSON, with a CDI device for each number by which containers know it."""
     document = {
         "cdiVersion": CDI_VERSION,
         "kind": kind(domain, resource),
@@ -90,7 +97,7 @@ def _node(device: DeviceSpec, node: DeviceNode, owner: NodeOwner) -> dict[str, A
 
 
 def read_spec(domain: str, device_id: str, text: str) -> HandedOut | None:
-    """What spec() was told, None for a text that it did not make for this device."""
+    """Returns the arguments with which spec() made this text, or None if spec() did not make it for this device."""
     try:
         document = json.loads(text)
         resource = document["annotations"][f"{domain}/{_RESOURCE}"]
@@ -106,7 +113,7 @@ def read_spec(domain: str, device_id: str, text: str) -> HandedOut | None:
 
 
 def names_nodes(text: str, nodes: Sequence[DeviceNode]) -> bool:
-    """Whether each device of a spec has the first of these nodes, and none that is not among them."""
+    """Returns whether each CDI device of a spec has the first of these nodes, and none that is not among them."""
     known = {(node.path, node.major, node.minor) for node in nodes}
     try:
         edits = [device["containerEdits"]["deviceNodes"] for device in json.loads(text)["devices"]]
@@ -118,41 +125,41 @@ def names_nodes(text: str, nodes: Sequence[DeviceNode]) -> bool:
 
 
 class SpecFiles(Protocol):
-    """The specs of one domain: one file for each resource and device. Files of others are left alone.
+    """The CDI spec files of one domain: one for each resource and device. All other files are left alone.
 
-    write and remove raise OSError. None waits longer than a small local file takes.
+    write and remove raise OSError. No method waits longer than a small local file takes.
     """
 
     def file(self, resource: str, device_id: str) -> Path:
-        """Where it is, or would be."""
+        """Returns where the spec is, or would be."""
         ...
 
     def read(self, resource: str, device_id: str) -> str | None:
-        """None also for one that cannot be read."""
+        """Returns the text of a spec, or None if there is none or it cannot be read."""
         ...
 
     def find(self, device_id: str) -> tuple[str, ...]:
-        """The specs of a device, whatever its resource, the one written last first."""
+        """Returns the texts of a device's specs, whatever the resource, the one written last first."""
         ...
 
     def write(self, resource: str, device_id: str, text: str) -> None:
-        """Atomic: a runtime that looks meanwhile reads the old spec or the new one; so does one after a failure."""
+        """Writes a spec atomically. A runtime reads the old spec or the new one, also meanwhile and after a failure."""
         ...
 
     def remove(self, device_id: str) -> None:
-        """The specs of a device, whatever its resource. No error if there is none."""
+        """Removes a device's specs, whatever the resource. It is not an error if there is none."""
         ...
 
     def sweep(self, keep: Collection[str]) -> tuple[Path, ...]:
-        """Removes specs, and leftovers of a crash, except those of the device IDs in keep; what was removed.
+        """Removes specs and leftovers of a crash, except the specs of the device IDs in keep. Returns what was removed.
 
-        One that cannot be removed stays.
+        A file that cannot be removed stays.
         """
         ...
 
 
 class CdiDirectory:
-    """SpecFiles in a directory that the container runtime reads. Made with the first spec, if it is not there."""
+    """SpecFiles in a directory that the container runtime reads. Makes the directory with the first spec if needed."""
 
     def __init__(self, path: Path, domain: str) -> None:
         self.path = path
@@ -215,7 +222,7 @@ def _read(path: Path) -> str | None:
 
 
 class CdiSpecs:
-    """The specs of one node, which outlive the process. Synchronous: small local files."""
+    """The CDI specs of one node's claims, which outlive the process. Synchronous, because the files are small and local."""
 
     def __init__(self, files: SpecFiles, domain: str, resources: Resources) -> None:
         self._files = files
@@ -223,15 +230,15 @@ class CdiSpecs:
         self._resources = resources
 
     def write(self, claim: Claim, attachment: Attachment) -> None:
-        """After this the claim's spec names the nodes of the attachment. Nothing for a claim not handed out by CDI.
+        """Makes the claim's spec name the nodes of the attachment. Does nothing for a claim not handed out by CDI.
 
-        CdiError: then the spec is as it was.
+        Raises CdiError if the spec cannot be written; it is as before then.
         """
         if not claim.container_indexes or claim.resource is None:
             return
         resource = self._resources.resource_named(claim.resource)
         if resource is None:
-            # taken out of the configuration, and the plugin started anew: what the pod was given stays while it is true
+            # the resource left the configuration, and the plugin restarted: the pod's spec stays while it is true
             if self._still_true(claim, attachment):
                 return
             resource = ResourceConfig(claim.resource, (), cdi=True)
@@ -255,7 +262,7 @@ class CdiSpecs:
         )
 
     def remove(self, claim: Claim) -> None:
-        """Its pod is gone. A spec that cannot be removed is told of, and stays until the next start."""
+        """Removes the specs of a claim whose pod is gone. A failure is logged, and the spec stays until the next start."""
         if not claim.container_indexes or claim.resource is None:
             return
         try:
@@ -265,7 +272,10 @@ class CdiSpecs:
             log.warning("spec left behind", extra={"device": str(claim.key), "cause": str(problem)})
 
     def recall(self, device_id: str, resource: str | None) -> HandedOut | None:
-        """What a previous process had handed out by CDI; as this resource, where that is known."""
+        """Returns what a previous process has handed out of this device by CDI, or None.
+
+        resource: limits the search to specs of this resource; None for any.
+        """
         for text in self._files.find(device_id):
             found = read_spec(self._domain, device_id, text)
             if found is not None and resource in (None, found.resource):
@@ -273,7 +283,7 @@ class CdiSpecs:
         return None
 
     def sweep(self, keep: Collection[str]) -> None:
-        """Removes the specs of all but these devices. To be called when all that is this node's is known."""
+        """Removes the specs of all devices except these IDs. To be called once all devices of this node are known."""
         removed = self._files.sweep(keep)
         if removed:
             log.info("removed CDI specs that nobody uses", extra={"files": [str(path) for path in removed]})

@@ -1,4 +1,4 @@
-"""What a container gets of an attached device: paths, environment, and how they reach it. Pure."""
+"""What a container gets of an attached device: paths, environment, and how they reach it. Pure functions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from usbip_plugin.vhci.children import wants
 
 @dataclass(frozen=True, slots=True)
 class DeviceSpec:
-    """A device node for the container. permissions: any of r, w, m."""
+    """A device node that a container gets. permissions: any of r, w, m."""
 
     host_path: str
     container_path: str
@@ -24,7 +24,7 @@ class DeviceSpec:
 
 @dataclass(frozen=True, slots=True)
 class ContainerResponse:
-    """What one container gets. cdi_devices are fully qualified CDI names."""
+    """What an Allocate gives one container. cdi_devices: fully qualified CDI names."""
 
     envs: Mapping[str, str] = field(default_factory=dict)
     devices: tuple[DeviceSpec, ...] = ()
@@ -33,8 +33,9 @@ class ContainerResponse:
 
 @dataclass(frozen=True, slots=True)
 class NodeOwner:
-    """Mode, user and group of the nodes in the container; None: what the runtime makes of it (containerd: the
-    container's user and group, and the mode of the host's node).
+    """Mode, user and group of device nodes in a container, each None if the container runtime is to choose.
+
+    containerd then takes the container's user and group, and the mode of the host's node.
     """
 
     mode: int | None = None
@@ -59,18 +60,20 @@ _READ_WRITE = "rw"
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A device node under its paths in a container, the first of which is the one the environment names."""
+    """A device node with its paths in a container. The environment names the first path."""
 
     node: DeviceNode
     paths: tuple[str, ...]
 
 
 def place(resource: ResourceConfig, index: int, attachment: Attachment) -> tuple[Placed, ...]:
-    """The USB node and the children the resource wants, under the paths its containerPath and byId give.
+    """Returns the USB node and the children that the resource wants, with their paths by containerPath and byId.
 
-    index: which of a container's devices it is. A template names the nodes that templates.names says; for the node
-    people mean that is the first child by the order of children, and a disk's partitions after it, or the USB node of a
-    device without children. A node that no template names has its path on the host.
+    A containerPath template gives paths to the nodes that names() selects for it. Names.MAIN selects the first child by
+    the order of children, followed by a disk's partitions. For a device without children it selects the USB node. A
+    node that no template selects keeps its path on the host.
+
+    index: which of a container's devices it is.
     """
     usb, children = attachment.nodes[:1], attachment.nodes[1:]
     wanted = tuple(node for node in children if wants(resource.children, node))
@@ -83,7 +86,7 @@ def place(resource: ResourceConfig, index: int, attachment: Attachment) -> tuple
         numbers[node.kind] += 1
         found = (_path(template, fields, node, main) for template in resource.container_paths)
         paths = [path for path in dict.fromkeys(found) if path is not None] or [node.path]
-        if resource.by_id and node.by_id and node.by_id not in linked:  # udev, too, gives a name to one node
+        if resource.by_id and node.by_id and node.by_id not in linked:  # udev, too, gives each name to one node only
             linked.add(node.by_id)
             paths += [node.by_id] if node.by_id not in paths else []
         placed.append(Placed(node, tuple(paths)))
@@ -96,7 +99,7 @@ def _rank(kinds: tuple[str, ...] | None, node: DeviceNode) -> int:
 
 
 def _path(template: str, fields: dict[str, str], node: DeviceNode, main: DeviceNode) -> str | None:
-    """Where the template puts the node; None if it does not name it."""
+    """Returns the path that the template gives the node, or None if the template does not select the node."""
     match names(template):
         case Names.EVERY:
             named = True
@@ -128,10 +131,11 @@ def _fields(resource: str, index: int, attachment: Attachment, node: DeviceNode,
 
 
 def environment(resource: str, index: int, attachment: Attachment, placed: Sequence[Placed]) -> dict[str, str]:
-    """USBIP_<RESOURCE>_<index>_{DEVICE,BUSID,VENDOR,PRODUCT}, _SERIAL if it has one, and its nodes by their kinds.
+    """Returns the environment variables for one device, all of which begin with USBIP_<RESOURCE>_<index>.
 
-    The first node of a kind is _TTY, _HIDRAW and so on, the others are _TTY_1, _TTY_2. Paths are those in the
-    container; a node the container does not get is left out.
+    These are _DEVICE, _BUSID, _VENDOR and _PRODUCT, _SERIAL if the device has one, and its nodes by their kinds. The
+    first node of a kind is _TTY, _HIDRAW and so on, the others are _TTY_1, _TTY_2. Paths are those in the container. A
+    node that the container does not get is left out.
     """
     prefix = f"USBIP_{_NOT_ENV.sub('_', resource.upper())}_{index}_"
     env = {
@@ -157,7 +161,7 @@ def device_specs(resource: ResourceConfig, placed: Sequence[Placed]) -> tuple[tu
 
 
 def injected(resource: ResourceConfig, number: int, attachment: Attachment) -> Injected:
-    """For the CDI spec: what a container gets of its device of this number."""
+    """Returns what a container gets of its device with this number, for the CDI spec."""
     placed = place(resource, number, attachment)
     wanted = resource.permissions
     owner = NodeOwner() if wanted is None else NodeOwner(wanted.mode, wanted.user, wanted.group)
@@ -165,14 +169,14 @@ def injected(resource: ResourceConfig, number: int, attachment: Attachment) -> I
 
 
 def refuse_shared_paths(resource: ResourceConfig, devices: int) -> None:
-    """PathTaken if so many devices of one container are certain to have a path twice, whatever they are."""
+    """Raises PathTaken if this many devices in one container are certain to share a path, whatever they are."""
     template = next((t for t in resource.container_paths if not tells_devices_apart(t)), None)
     if template is not None and devices > 1:
         raise PathTaken(f"{resource.name}: containerPath {template} is the same for {devices} devices of one container")
 
 
 def check_paths(resource: ResourceConfig, attachments: Sequence[Attachment]) -> None:
-    """PathTaken if a container with these devices, in their order, would have two nodes under one path."""
+    """Raises PathTaken if a container with these devices, in this order, would have two nodes under one path."""
     taken: dict[str, DeviceNode] = {}
     for index, attachment in enumerate(attachments):
         for one in place(resource, index, attachment):

@@ -1,4 +1,4 @@
-"""What happens to a device that people should hear of, and the Kubernetes Events it becomes (docs/events.md)."""
+"""Device events that people should know of, and the Kubernetes Events that they become (docs/events.md)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from usbip_plugin.model import Attachment, DeviceKey, Lock, PodRef
 
 
 class Regarding(enum.Enum):
-    """What an Event is recorded on."""
+    """The object on which a Kubernetes Event is recorded."""
 
     POD = "the pod, or this node while the pod is not known"
     NODE = "this node"
@@ -21,7 +21,7 @@ class Regarding(enum.Enum):
 
 
 class EventKind(enum.Enum):
-    """(type, reason, action, object) of the Event."""
+    """The kinds of device events, each with the (type, reason, action, object) of its Kubernetes Event."""
 
     ATTACHED = (NORMAL, "DeviceAttached", "Attach", Regarding.POD)
     LOST = (WARNING, "DeviceLost", "Reattach", Regarding.POD)
@@ -41,7 +41,12 @@ class EventKind(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class DeviceEvent:
-    """One happening; text is one sentence. pod is None while nobody knows whose it is, key where it may be several."""
+    """Something that has happened to a device.
+
+    key: the device; None if there may be several.
+    text: one sentence.
+    pod: the pod that has the device; None while it is not known.
+    """
 
     what: EventKind
     key: DeviceKey | None
@@ -50,53 +55,59 @@ class DeviceEvent:
 
 
 class EventSink(Protocol):
-    """Where the parts of a node report what happens to its devices."""
+    """The function to which the parts of a node's agent report what happens to its devices."""
 
     def __call__(self, notice: DeviceEvent, /) -> None:
-        """Records one happening. Returns at once and never raises."""
+        """Records one device event. Returns at once and never raises."""
         ...
 
 
 def attached(key: DeviceKey, attachment: Attachment | None, port: int | None, pod: PodRef) -> DeviceEvent:
-    """Said when the pod becomes known."""
+    """Returns the event that a device is attached. To be recorded when its pod becomes known."""
     node = f" as {attachment.nodes[0].path}" if attachment is not None and attachment.nodes else ""
     return DeviceEvent(EventKind.ATTACHED, key, f"attached on vhci port {port}{node}", pod)
 
 
 def late_nodes(key: DeviceKey, paths: Sequence[str], pod: PodRef | None, *, by_cdi: bool) -> DeviceEvent:
-    """Device nodes that came when the Allocate had been answered."""
+    """Returns the event that device nodes came after the Allocate was answered."""
     cure = "a container has them when it is started again" if by_cdi else "a pod has them only when it is created anew"
     hint = "name their kinds in children, so that an Allocate waits for them"
     return DeviceEvent(EventKind.NODES_LATE, key, f"{', '.join(paths)} came after the Allocate: {cure}; {hint}", pod)
 
 
 def network(key: DeviceKey, names: Sequence[str], pod: PodRef) -> DeviceEvent:
-    """What a device has that no container gets."""
+    """Returns the event that a device has network interfaces, which no container gets."""
     text = f"its network interface {', '.join(names)} stays on the node: it is no device node"
     return DeviceEvent(EventKind.NETWORK, key, text, pod)
 
 
 def refused(resource: str, error: PluginError) -> DeviceEvent:
-    """A failed Allocate, with the words that its pod has from the kubelet: who holds the device, or what failed."""
+    """Returns the event of a failed Allocate, with the text that the pod also gets from the kubelet.
+
+    The text names the holder of the device, or what failed.
+    """
     return DeviceEvent(
         EventKind.DENIED if isinstance(error, LockHeld) else EventKind.FAILED, None, f"{resource}: {error}"
     )
 
 
 def taken_over(key: DeviceKey, former: Lock, node: str) -> DeviceEvent:
-    """pod: the one that had the device on the node that fell silent."""
+    """Returns the event of a takeover. Its pod is the one that had the device on the node that fell silent."""
     text = f"node {node} took it over from node {former.holder}, whose lock had expired"
     return DeviceEvent(EventKind.TAKEN_OVER, key, text, former.pod)
 
 
 def evicted(pod: PodRef, keys: Iterable[DeviceKey]) -> DeviceEvent:
-    """The API server accepted the eviction."""
+    """Returns the event that the API server has accepted the eviction of a pod."""
     devices = ", ".join(map(str, sorted(keys))) or "its device"
     return DeviceEvent(EventKind.EVICTED, None, f"evicted, because {devices} came back under other device nodes", pod)
 
 
 def events_of(notice: DeviceEvent) -> tuple[tuple[EventText, PodRef | None], ...]:
-    """The Events to record: each about the pod, or about this node where that is None. A node's names the pod."""
+    """Returns the Kubernetes Events to record, each with its pod, or with None if it is about this node.
+
+    The text of an Event about the node names the pod.
+    """
     kind, reason, action, about = notice.what.value
     note = f"{notice.key}: {notice.text}" if notice.key is not None else notice.text
     found: list[tuple[EventText, PodRef | None]] = []

@@ -166,7 +166,7 @@ class _Stay:
 
 
 class Listings:
-    """What servers list now, and since when, as this node's poller has seen it. All methods belong to one event loop."""
+    """What servers list now and since when, as seen by this node's poller. All methods belong to one event loop."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -324,7 +324,7 @@ class DeviceLocator:
         return ServerUnreachable(claim.key.server, error)
 
     def find(self, claim: Claim) -> Verdict:
-        """Returns where the claim's device is if it is not at its own place. Begins to read the serial numbers it needs.
+        """Returns where the claim's device is if not at its own place. Begins to read the serial numbers needed.
 
         NotFound if the claim has no serial number, or if its own server lists such a device at its own place. A device
         on another server counts only if it came there since the loss: two devices may have one serial number.

@@ -1,4 +1,7 @@
-"""When a device is let go, by what pod-resources and the API server say of its pod; and letting it go."""
+"""Release of devices: the decision, by pod-resources and the API server, that a pod is gone, and the release itself.
+
+R5 is the rule for a release, see docs/architecture.md.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,12 @@ A kubelet that has just started lists no pods for about a second, while they run
 
 
 def observe_usage(claim: Claim, user: DeviceUser | None, listed_at: float) -> Claim:
-    """What one poll of pod-resources, begun at listed_at, says of a claim; one older than the Allocate: nothing."""
+    """Returns a claim as it is after one poll of pod-resources.
+
+    user: the pod that has the device by this poll; None if the poll does not list the device.
+    listed_at: when the poll began, in seconds on the monotonic clock. The absence of a device counts only in a poll
+        that began after the Allocate.
+    """
     if user is not None:
         known = claim.pod is not None and user.pod.uid is None and same_pod(user.pod, claim.pod)
         pod = claim.pod if known else user.pod
@@ -53,11 +61,13 @@ def observe_usage(claim: Claim, user: DeviceUser | None, listed_at: float) -> Cl
 
 @dataclass(frozen=True, slots=True)
 class Unlisted:
-    """What the API server says beyond one list of pod-resources.
+    """What the API server knows beyond one list of pod-resources.
 
     pods: those that have not ended, want our devices, and are not in the list. They run init containers, or the kubelet
-    does not know them yet, or again. resources: those (without the domain) of which some pod that has not ended may
-    have a device that is not in the list, be it an init container's. certain: the API server's word is fresh.
+        does not know them yet, or does not know them again yet.
+    resources: those (without the domain) of which some pod that has not ended may have a device that is not in the
+        list. This includes devices of init containers.
+    certain: whether the API server's data is fresh.
     """
 
     pods: frozenset[PodRef] = frozenset()
@@ -68,7 +78,12 @@ class Unlisted:
 def not_in_list(
     users: Mapping[str, DeviceUser], wanting: Mapping[PodRef, Mapping[str, int]], *, certain: bool
 ) -> Unlisted:
-    """users: one list of pod-resources, by device ID; wanting: see PodView."""
+    """Returns what the API server knows beyond one list of pod-resources.
+
+    users: the list of pod-resources, by device ID.
+    wanting: the pods that have not ended, with their numbers of devices by resource, see PodView.wanting().
+    certain: whether the API server's data is fresh.
+    """
     listed = Counter((user.pod.namespace, user.pod.name, user.resource) for user in users.values())
     pods = {(namespace, name) for namespace, name, _ in listed}
     return Unlisted(
@@ -84,10 +99,13 @@ def not_in_list(
 
 
 def usage_ended(claim: Claim, now: float, unlisted: Unlisted) -> bool:
-    """True when the claim's pod is gone: seen and absent in two polls, or never seen and the grace is over.
+    """Returns whether the claim's pod is gone, so that its claim ends.
 
-    A list without the pod counts only if the API server does not say that it lives; and where that is not known for
-    certain, only after UNCONFIRMED_ABSENCE.
+    The pod must be absent in ABSENT_POLLS polls; if it was never seen, ALLOCATION_GRACE must be over, too. The absence
+    counts only if the API server does not know the pod as living. If the API server's data is not certain, the absence
+    must last UNCONFIRMED_ABSENCE.
+
+    now: seconds on the monotonic clock.
     """
     if claim.state not in IN_USE or claim.missed_polls < ABSENT_POLLS:
         return False
@@ -98,13 +116,13 @@ def usage_ended(claim: Claim, now: float, unlisted: Unlisted) -> bool:
         certain = unlisted.certain
     else:
         gone = not any(same_pod(pod, other) for other in unlisted.pods)
-        # a pod without a uid is one that the API server has not told of
+        # a pod without a uid is one that the API server has not shown to this node yet
         certain = unlisted.certain and pod.uid is not None
     return gone and (certain or now - claim.missing_since >= UNCONFIRMED_ABSENCE)
 
 
 class Releaser:
-    """Ends claims: detaches their devices and releases the locks, until both are done."""
+    """Ends claims: detaches their devices and releases the locks, with retries until both are done."""
 
     def __init__(
         self,
@@ -128,7 +146,7 @@ class Releaser:
         self._on_step = on_step
 
     async def release_if(self, device_id: str, still: Callable[[Claim], bool]) -> None:
-        """Ends a claim unless, by the time its mutex is had, it is no longer so that it should end."""
+        """Ends a claim in use if still(claim) is true when the device's mutex has been acquired."""
         async with self._work.mutex(device_id):
             claim = self._book.get(device_id)
             if claim is not None and claim.state in IN_USE and still(claim):
@@ -136,9 +154,11 @@ class Releaser:
                 await self.detach_and_release(device_id)
 
     async def detach_and_release(self, device_id: str, *, keep: bool = False) -> None:
-        """Detach, then (R5) release the lock, again and again until both are done. The claim is Releasing or Lost.
+        """Detaches the device, then releases its lock (R5), and retries until both are done.
 
-        keep: a Lost claim stays, for the pod that has lost its device.
+        The claim must be Releasing or Lost, and the caller must hold the device's mutex.
+
+        keep: whether a Lost claim stays, for the pod that has lost its device.
         """
         claim = self._book[device_id]
         began = self._clock.monotonic()
@@ -172,12 +192,12 @@ class Releaser:
         self._on_step("release", self._clock.monotonic() - began)
 
     def _new_holder(self, claim: Claim) -> list[Link]:
-        """To the trace of the node that has the lock now, if it is not this one."""
+        """Returns a link to the trace of the lock's present holder, or nothing if that is this node or nobody."""
         lock = self._locks.locks.get(claim.id)
         return links_to(lock.traceparent) if lock is not None and lock.holder not in ("", self._me.node) else []
 
     async def finish_locked(self, device_id: str, state: ClaimState) -> None:
-        """finish() of a claim, when its mutex can be had and it is in this state then; a Lost one is kept."""
+        """Detaches and releases a device under its mutex, if its claim is in this state then. A Lost claim stays."""
         async with self._work.mutex(device_id):
             claim = self._book.get(device_id)
             if claim is not None and claim.state is state:

@@ -1,4 +1,4 @@
-"""What all work on devices shares: the claims, a mutex for each device, the tasks, and notes on the locks."""
+"""What all work on devices shares: the claims, a mutex for each device, the tasks, and annotations of the locks."""
 
 from __future__ import annotations
 
@@ -21,12 +21,16 @@ log = logging.getLogger(__name__)
 
 
 RELEASE_FIRST_WAIT = 0.2
+"""Seconds between the first two tries to release a device or to annotate its lock. The wait doubles with each try."""
 RELEASE_MAX_WAIT = 5.0
-"""Seconds between tries to let a device go while the kernel or the API server does not do its part."""
+"""Longest wait in seconds between two tries to release a device or to annotate its lock.
+
+Tries fail while the kernel or the API server does not do its part.
+"""
 
 
 class DeviceTasks:
-    """The claims of one node, the tasks that work on them, and what they note on the locks.
+    """The claims of one node, the tasks that work on them, and the annotations that they write to locks.
 
     Work on a device is done under its mutex, in tasks that outlive the caller that asked for it. All methods belong to
     one event loop.
@@ -44,7 +48,7 @@ class DeviceTasks:
         self._api = Broadcast()
 
     async def run(self, main: Coroutine[object, object, None]) -> None:
-        """Owns the tasks for as long as main runs. Cancellation leaves attachments and locks for the next process."""
+        """Runs main, and owns the tasks while it runs. Cancellation leaves attachments and locks for the next process."""
         unsubscribe = self._locks.subscribe_api(lambda _state: self._api.fire())
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -56,25 +60,25 @@ class DeviceTasks:
             unsubscribe()
 
     async def started(self) -> None:
-        """Returns once work is taken."""
+        """Waits until spawn() accepts work, that is, until run() has begun."""
         await self._running.wait()
 
     def spawn(self, work: Coroutine[object, object, None], name: str) -> asyncio.Task[None]:
-        """Runs work in a task of its own. ClaimBusy if the plugin is being stopped."""
+        """Runs work in a task of its own. Raises ClaimBusy if the plugin is being stopped."""
         try:
             if self._tasks is not None:
                 return self._tasks.create_task(work, name=name)
-        except RuntimeError:  # the group takes no more
+        except RuntimeError:  # the group accepts no more tasks
             log.debug("not begun, stopping", extra={"work": name})
         work.close()
         raise ClaimBusy("the plugin on this node is being stopped; try again")
 
     def mutex(self, device_id: str) -> asyncio.Lock:
-        """The one lock under which work on this device is done."""
+        """Returns the mutex under which all work on this device is done."""
         return self._mutexes.setdefault(device_id, asyncio.Lock())
 
     async def note_pod(self, key: DeviceKey, pod: PodRef) -> None:
-        """The pod onto the lock, for people; a failure is logged and changes nothing."""
+        """Writes the pod to the device's lock, for people. A failure is logged and changes nothing."""
         claim = self.book.get(key.id)
         context = remote_parent(claim.traceparent if claim is not None else None)
         with span(self._tracer, "pod", device_attributes(key) | pod_attributes(pod), context=context) as noted:
@@ -86,28 +90,34 @@ class DeviceTasks:
                 log.warning("pod not noted on the lock", extra=extra)
 
     def note_port(self, key: DeviceKey, port: int) -> None:
-        """Begins to note on the lock on which port its device is. Returns at once."""
+        """Begins to write the number of the device's vhci port to its lock. Returns at once."""
         self.spawn(self._write_port(key, port), f"note port {port}")
 
     async def _write_port(self, key: DeviceKey, port: int) -> None:
         try:
             await self._locks.annotate(key, port=port)
         except (LockError, KubeError) as error:
-            # for people and for adoption; the port record says the same, so the attachment does not depend on it
+            # for people and for adoption; the port record has the same, so the attachment does not depend on it
             log.warning("port not noted on the lock", extra={"device": str(key), "port": port, "cause": str(error)})
 
     def note_identity(self, key: DeviceKey, told: Identity) -> None:
-        """Begins to note on the lock what its device has told. Returns at once."""
+        """Begins to write to a lock the identity that was read from its device. Returns at once."""
         self.spawn(self._keep_writing_told(key, told), f"note serial number of {key}")
 
     async def _keep_writing_told(self, key: DeviceKey, told: Identity) -> None:
-        """A successor that finds the device lost knows it by this: until written, or nobody here has the device."""
+        """Writes an identity to the lock, with retries until it is written or the device is not in use here any more.
+
+        If the next process of this node finds the device lost, it recognises the device by this identity.
+        """
         waits = backoff(self._rng, RELEASE_FIRST_WAIT, RELEASE_MAX_WAIT)
         while not await self.record_identity(key, told) and self.book.in_use(key.id):
             await self.until_api_returns(next(waits))
 
     async def record_identity(self, key: DeviceKey, told: Identity) -> bool:
-        """What a device has told onto its lock, which is this node's. False, and logged, if it may be tried again."""
+        """Writes the identity that was read from a device to its lock, which must be this node's.
+
+        Returns False, and logs why, if another try may succeed. Returns True if the lock is lost: no try will succeed.
+        """
         try:
             await self._locks.annotate(key, told=told)
         except LockLost:
@@ -118,7 +128,10 @@ class DeviceTasks:
         return True
 
     async def until_api_returns(self, seconds: float) -> None:
-        """At most so long; all of it if the API server is there, and so not what it fails of."""
+        """Waits until the API server is reachable, for at most this many seconds.
+
+        Waits the whole time if it is reachable already, because then something else is the cause of the failure.
+        """
         if self._locks.api.reachable:
             await self._clock.sleep(seconds)
             return
