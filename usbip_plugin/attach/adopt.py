@@ -77,7 +77,7 @@ class Adopter:
         self._keeper = keeper
 
     async def adopt(self, used: Mapping[str, DeviceUser], *, complete: bool, deprived: bool) -> None:
-        """Adopts every device that is this node's by its lock and port.
+        """Adopts every device that belongs to this node by the locks and the port records.
 
         Idempotent. To be called when the locks are known, and again whenever the API server is back.
 

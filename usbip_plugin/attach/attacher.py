@@ -72,7 +72,7 @@ class Attacher:
         Raises AllocateTimeout, ClaimBusy, LockError, UsbipError, VhciError or CdiError.
         Cancel-safe: work that has begun runs to its end, and the device is released by the usual rules.
 
-        accept: called with the answer. It may raise a PluginError, which is passed on; then no device is attached.
+        accept: called with the answer. It may raise a PluginError, which is passed on; then none is newly attached.
         """
         deadline = self._clock.monotonic() + timeout
         done: dict[str, Outcome] = {}

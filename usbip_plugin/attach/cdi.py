@@ -43,7 +43,7 @@ class HandedOut:
 
 
 def kind(domain: str, resource: str) -> str:
-    """Returns the CDI kind, vendor/class, of a resource without the domain. A class begins with a letter, has no dots."""
+    """Returns the CDI kind (vendor/class) for a short resource name. A class begins with a letter and has no dots."""
     class_ = _NOT_IN_CLASS.sub("-", resource).strip("-_")
     return f"{domain}/{class_}" if class_[:1].isalpha() else f"{domain}/r{class_}"
 
@@ -97,7 +97,7 @@ def _node(device: DeviceSpec, node: DeviceNode, owner: NodeOwner) -> dict[str, A
 
 
 def read_spec(domain: str, device_id: str, text: str) -> HandedOut | None:
-    """Returns the arguments with which spec() made this text, or None if spec() did not make it for this device."""
+    """Returns resource and numbers of a text that spec() made for this device, or None for any other text."""
     try:
         document = json.loads(text)
         resource = document["annotations"][f"{domain}/{_RESOURCE}"]
@@ -222,7 +222,7 @@ def _read(path: Path) -> str | None:
 
 
 class CdiSpecs:
-    """The CDI specs of one node's claims, which outlive the process. Synchronous, because the files are small and local."""
+    """The CDI specs of one node's claims, which outlive the process. Synchronous, as the files are small and local."""
 
     def __init__(self, files: SpecFiles, domain: str, resources: Resources) -> None:
         self._files = files
@@ -262,7 +262,7 @@ class CdiSpecs:
         )
 
     def remove(self, claim: Claim) -> None:
-        """Removes the specs of a claim whose pod is gone. A failure is logged, and the spec stays until the next start."""
+        """Removes the specs of a claim whose pod is gone. After a failure, which is logged, they stay until a restart."""
         if not claim.container_indexes or claim.resource is None:
             return
         try:
@@ -272,7 +272,7 @@ class CdiSpecs:
             log.warning("spec left behind", extra={"device": str(claim.key), "cause": str(problem)})
 
     def recall(self, device_id: str, resource: str | None) -> HandedOut | None:
-        """Returns what a previous process has handed out of this device by CDI, or None.
+        """Returns how a previous process handed out this device by CDI, or None if it did not.
 
         resource: limits the search to specs of this resource; None for any.
         """

@@ -65,7 +65,7 @@ def own_port(place: DeviceKey, ports: Sequence[PortState], number: int | None) -
 ATTACH_ATTEMPTS = 2
 """Tries to import and attach a device, of which the second follows a port that stuck in status 005."""
 BUSY_ATTEMPTS = 4
-"""Tries to import a device that is busy. The waits between them are 0.7 s in all, a stub's reset takes about 0.3 s."""
+"""Tries to import a busy device. The waits between them are at least 0.7 s in all; a stub's reset takes about 0.3 s."""
 BUSY_FIRST_WAIT = 0.1
 """Seconds between the first two tries to import a busy device; also the most jitter that each wait gets."""
 BUSY_MAX_WAIT = 0.4
@@ -355,7 +355,7 @@ class Pipeline:
         return replace(found, key=claim.key)
 
     def _check_window(self, key: DeviceKey, grant: Grant) -> None:
-        """Raises LockUnavailable after the import window: then R1 forbids imports, and the use of an import."""
+        """Raises LockUnavailable if the import window is over: R1 then forbids an import and the use of its result."""
         if not self._locks.rules.may_import(grant.import_deadline, self._clock.monotonic()):
             raise LockUnavailable(str(key), "the import window after the lock write passed (rule R1)")
 

@@ -97,7 +97,7 @@ REATTACH_FIRST_WAIT = 0.2
 REATTACH_MAX_WAIT = 3.5
 """Longest wait in seconds between two tries to re-attach a lost device.
 
-With jitter and the attach itself, a device is attached again 5 s after its server is back.
+With jitter and the attach itself, a device is attached again within 5 s of the return of its server.
 """
 REATTACH_TIMEOUT = 10.0
 """Seconds that one try to re-attach a device may take. A childrenTimeout beyond the default adds to it."""

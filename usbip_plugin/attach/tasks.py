@@ -48,7 +48,10 @@ class DeviceTasks:
         self._api = Broadcast()
 
     async def run(self, main: Coroutine[object, object, None]) -> None:
-        """Runs main, and owns the tasks while it runs. Cancellation leaves attachments and locks for the next process."""
+        """Runs main, and owns the tasks for as long as main runs.
+
+        Cancellation leaves attachments and locks for the next process.
+        """
         unsubscribe = self._locks.subscribe_api(lambda _state: self._api.fire())
         try:
             async with asyncio.TaskGroup() as tasks:
