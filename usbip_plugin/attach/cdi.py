@@ -262,7 +262,10 @@ class CdiSpecs:
         )
 
     def remove(self, claim: Claim) -> None:
-        """Removes the specs of a claim whose pod is gone. After a failure, which is logged, they stay until a restart."""
+        """Removes the specs of a claim whose pod is gone.
+
+        A spec that cannot be removed is logged, and stays until the next start of the plugin.
+        """
         if not claim.container_indexes or claim.resource is None:
             return
         try:

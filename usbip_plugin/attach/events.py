@@ -92,7 +92,7 @@ def refused(resource: str, error: PluginError) -> DeviceEvent:
 
 
 def taken_over(key: DeviceKey, former: Lock, node: str) -> DeviceEvent:
-    """Returns the event of a takeover. Its pod is the one that had the device on the former holder, which fell silent."""
+    """Returns the event of a takeover. Its pod is the one that had the device on the former holder, now silent."""
     text = f"node {node} took it over from node {former.holder}, whose lock had expired"
     return DeviceEvent(EventKind.TAKEN_OVER, key, text, former.pod)
 

@@ -235,7 +235,10 @@ GIVEN_UP = 3.0
 READS_AT_ONCE = 4
 """Devices whose serial numbers this node reads at the same time while it looks for lost devices."""
 HIDDEN = 2.0
-"""Seconds for which a device counts as listed after it was read: its reset ends and its server is polled again."""
+"""Seconds for which a device counts as listed after it was read.
+
+In this time its reset ends, and its server is polled again.
+"""
 
 NOTICED = 15.0
 """Seconds within which the loss of a device is noticed, also if the server's host froze.

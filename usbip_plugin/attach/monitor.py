@@ -98,7 +98,7 @@ class AttachmentMonitor:
     async def prepare(self, device_id: str, resource: str, number: int | None) -> bool:
         """Prepares a device for a container that is about to start. Returns whether the device is attached.
 
-        If it is, its CDI spec, where there is to be one, is true. Waits while the device is being attached or
+        If it is, its CDI spec, where there is to be one, is true. Waits while the device is being adopted, attached or
         re-attached; the caller bounds that wait. Raises VhciError or CdiError. Cancel-safe.
 
         resource: the resource's name without the domain.
@@ -111,7 +111,7 @@ class AttachmentMonitor:
             return False
         attachment = claim.attachment
         if number is not None and claim.container_indexes != ():
-            # after a reboot no CDI spec has what the container was given, and it starts before the kubelet lists it
+            # after a reboot no CDI spec has what the container was given, and it starts before its kubelet lists it
             numbers = tuple(sorted({*(claim.container_indexes or ()), number}))
             claim = replace(
                 claim, resource=claim.resource or resource, container_indexes=numbers, allocated_as=attachment
