@@ -1,7 +1,8 @@
 """A whole cluster in virtual time: many nodes, servers and pods in one process, without a socket.
 
-Production code for everything but clock, network, kernel and kubelet. What the invariants of the simulation need to see
-is kept here: who is attached to what, who imports what, what the locks say. Runs on a StepLoop.
+Everything but clock, network, kernel, kubelet and API server is production code. A Cluster also shows what invariants
+are checked on: which node has attached which device, which node imports it, and which holder its lock names. Runs on a
+StepLoop.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ __all__ = ["Cluster", "ClusterNode", "ClusterSpec", "FaultPlan", "cluster"]
 
 
 class Cluster(Surroundings):
-    """The nodes by name. Made by `cluster`."""
+    """Simulated cluster: its nodes by name, and what they share. Made by `cluster`."""
 
     def __init__(self, spec: ClusterSpec) -> None:
         super().__init__(spec)
@@ -34,7 +35,10 @@ class Cluster(Surroundings):
         return self.nodes[name]
 
     async def settle(self, condition: Callable[[], bool], seconds: float) -> bool:
-        """True as soon as the condition holds, looked at every 20 ms of virtual time; False after so many seconds."""
+        """Waits until condition holds, checked every 20 ms of virtual time. Returns False if it does not in time.
+
+        seconds: limit of the wait, in the loop's time.
+        """
         loop = asyncio.get_running_loop()
         end = loop.time() + seconds
         while not condition():
@@ -46,7 +50,7 @@ class Cluster(Surroundings):
 
 @contextlib.asynccontextmanager
 async def cluster(spec: ClusterSpec) -> AsyncIterator[Cluster]:
-    """Servers and agents run within the block."""
+    """Makes a simulated cluster whose servers and agents run within the block."""
     for server in spec.servers:
         await server.start()
     made = Cluster(spec)

@@ -1,4 +1,4 @@
-"""One node of a simulated cluster: a kernel and a kubelet, which outlive its agents, and one agent at a time."""
+"""A node of a simulated cluster: a kernel and a kubelet, which outlive its agents, and at most one agent at a time."""
 
 from __future__ import annotations
 
@@ -33,17 +33,19 @@ from usbip_sim.virtual.surroundings import Surroundings
 
 ENUMERATION_DELAY = 0.3
 ATTACH_S = 0.003
-"""Seconds of an attach write."""
+"""Seconds that an attach write takes in the simulation."""
 DETACH_S = 0.02
-"""Seconds from a detach write until the port is free."""
+"""Seconds from a detach write until the port is free in the simulation."""
 STOP_S = 2.0
-"""Seconds in which an agent that is told to end has closed its sockets; what is left of it then is killed."""
+"""Seconds that an agent has to end and close its sockets after SIGTERM. What is left of it then is killed."""
 
 
 class ClusterNode:
-    """Its kernel and kubelet outlive its agent. host: freezes all of it; process: the agent's, None if none runs.
+    """Node of a simulated cluster, whose kernel and kubelet outlive its agent.
 
-    object: its Node in the API server.
+    host: the Process that freezes the whole node.
+    process: the agent's Process, None if no agent runs.
+    object: the Node object in the API server.
     """
 
     def __init__(self, name: str, cluster: Surroundings, clock: SimClock) -> None:
@@ -64,15 +66,15 @@ class ClusterNode:
         self.known_pods = AdmittedPods(self.kubelet)
         self.specs = MemorySpecs(cluster.domain)
         self.evicted: list[PodRef] = []
-        """The pods that were to be evicted, in order; ending them is up to the caller."""
+        """Pods whose eviction the agent asked for, in order. The caller ends them."""
         self.agent: Agent | None = None
         self.process: Process | None = None
         self.leases: MemoryLeases | None = None
         self.object = NodeObject(name)
         self.status_api: NodeConnection | None = None
-        """The agent's way to that, None if none runs."""
+        """The agent's connection to its Node object, None if no agent runs."""
         self.driver = SimulatedVhci(self.kernel, name)
-        """For who watches; the agent has its own."""
+        """Driver for observers of the simulation; the agent has its own."""
         self._cluster = cluster
         self._task: asyncio.Task[None] | None = None
         self._partitioned = False
@@ -87,13 +89,13 @@ class ClusterNode:
 
     @property
     def sockets(self) -> int:
-        """References that somebody on this node has not closed."""
+        """Number of socket references on this node that are not closed."""
         return len(self.net.sockets)
 
     # the agent
 
     def start(self) -> None:
-        """A new agent process, unless one runs."""
+        """Starts a new agent process, unless one runs."""
         if self.process is not None:
             return
         cluster, loop = self._cluster, loop_of()
@@ -142,7 +144,10 @@ class ClusterNode:
         return self._cluster.spec.fleet or len(self._cluster.spec.names)
 
     async def stop(self) -> None:
-        """As SIGTERM: the agent ends in order; attachments, locks and pods stay. Raises what it died of."""
+        """Ends the agent in order, as SIGTERM does; attachments, locks and pods stay.
+
+        An agent that has not ended within STOP_S is killed. Raises the error with which the agent ended.
+        """
         task, process = self._task, self.process
         if task is None or process is None:
             return
@@ -156,7 +161,11 @@ class ClusterNode:
             task.result()
 
     def terminate(self, over: Callable[[bool], None]) -> None:
-        """stop() without waiting: over(whether it ended by itself) is called STOP_S of its seconds later."""
+        """Sends the agent a SIGTERM without waiting for its end.
+
+        STOP_S seconds of the node's clock later, what is left of the agent is killed and `over` is called. Its argument
+        is True if the agent had ended by itself. Nothing happens if no agent runs, or if this one was killed meanwhile.
+        """
         task, process = self._task, self.process
         if task is None or process is None:
             return
@@ -171,19 +180,19 @@ class ClusterNode:
         loop_of().call_later(STOP_S / self.clock.rate, end)
 
     def kill(self) -> None:
-        """As SIGKILL: not one more step of the agent; the kernel closes its sockets."""
+        """Kills the agent, as SIGKILL does: it runs no further step, and the kernel closes its sockets."""
         process, self.process, self.agent, self._task = self.process, None, None, None
         self.status_api = None
         if process is not None:
             process.kill()
 
     def alive(self) -> None:
-        """Raises what the agent died of, if it did."""
+        """Raises the error with which the agent's task ended, if it ended with one."""
         if self._task is not None and self._task.done() and not self._task.cancelled():
             self._task.result()
 
     def freeze(self) -> None:
-        """The agent's process is stopped, as by SIGSTOP. Kernel and kubelet go on."""
+        """Stops the agent's process, as SIGSTOP does. Kernel and kubelet go on."""
         if self.process is not None:
             self.process.freeze()
 
@@ -194,7 +203,7 @@ class ClusterNode:
     # the node
 
     def freeze_host(self) -> None:
-        """The whole node stands still: nothing of it answers, its timers are due when it comes back."""
+        """Freezes the whole node: nothing on it answers, and timers due meanwhile run when it is thawed."""
         self.host.freeze()
         self._cluster.network.look_again(self.net)
 
@@ -203,14 +212,20 @@ class ClusterNode:
         self._cluster.network.look_again(self.net)
 
     def reboot(self) -> None:
-        """Agent, attachments and port records are gone; the boot id is a new one. Connections are closed properly."""
+        """Reboots the node: agent, attachments and port records are gone, and the boot id is new.
+
+        Connections are closed properly.
+        """
         self.kill()
         self.kernel.reboot()
         self.specs.clear()
         self.boot += 1
 
     def lose_power(self) -> None:
-        """The same, and nobody is told."""
+        """Reboots the node without closing its connections: the servers get no FIN or RST.
+
+        Agent, attachments and port records are gone, and the boot id is new.
+        """
         self.kill()
         self._cluster.network.vanish(self.net)
         self.kernel.reboot()
@@ -218,7 +233,7 @@ class ClusterNode:
         self.boot += 1
 
     def kubelet_restart(self, *, down: bool) -> None:
-        """While it is down nothing is registered and pod-resources does not answer."""
+        """Stops the kubelet (down) or starts it again. While it is down, no plugin registers and no List succeeds."""
         if down:
             self.pods.stop()
         else:
@@ -226,7 +241,7 @@ class ClusterNode:
             self._write_status()
 
     def _sync_status(self) -> None:
-        """The kubelet writes what it counts, whatever the plugin has written."""
+        """Writes the kubelet's counts to the Node object every KUBELET_SYNC_S, over what the plugin has written."""
         self.pods.process.call_later(KUBELET_SYNC_S / self.clock.rate, self._sync_status)
         if self.pods.up.is_set():
             self._write_status()
@@ -240,11 +255,14 @@ class ClusterNode:
 
     @property
     def partitioned(self) -> bool:
-        """Its calls fail, at once or by their timeouts."""
+        """True while the agent's calls to the API server fail, at once or by their timeouts."""
         return self._partitioned or self._silent
 
     def partition(self, *, cut: bool) -> None:
-        """Between this node and the API server: connections are refused, open ones break; or all is well again."""
+        """Cuts this node off from the API server, or ends that and silence(), too.
+
+        While it is cut off, connections are refused; open ones break at the start.
+        """
         self._partitioned = cut
         if cut and self.leases is not None:
             self.leases.cut()
@@ -254,7 +272,10 @@ class ClusterNode:
             self.silence(silent=False)
 
     def silence(self, *, silent: bool, lost: Lost = Lost.REQUEST) -> None:
-        """The same without a word: requests are lost, or only their answers; open watches stay open and say nothing."""
+        """Silences the connection to the API server, or ends that.
+
+        While it is silent, requests or only their answers are lost, and open watches stay open without events.
+        """
         self._silent, self._lost = silent, lost
         if silent:
             self.known_pods.hold(synced=not self._partitioned)
@@ -273,13 +294,12 @@ class ClusterNode:
             return Fate(lost=self._lost)
         return self._cluster.spec.faults(self.name, operation)
 
-    # what is so
-
+    # state, for checks
     def attached(self) -> frozenset[DeviceKey]:
-        """The devices this node's kernel has now, whatever the agent thinks."""
+        """Returns the devices that are attached to this node's kernel now, whatever the agent's claims are."""
         records, marks = self.kernel.records.get(self.name, {}), self.kernel.marks.get(self.name, {})
         occupants = ((number, key, self.kernel.occupant(number)) for number, key in records.items())
-        # a record may be an old one, and what stands on its port may not have come over the network
+        # a record may be out of date, and the occupant of its port may not have been attached over the network
         return frozenset(
             key
             for number, key, occupant in occupants
@@ -287,7 +307,7 @@ class ClusterNode:
         )
 
     def held_in(self, *states: ClaimState) -> frozenset[DeviceKey]:
-        """Devices with a claim in one of these states."""
+        """Returns the devices with a claim of this node's agent in one of these states."""
         if self.agent is None:
             return frozenset()
         return frozenset(claim.key for claim in self.agent.claims.view.values() if claim.state in states)
@@ -295,34 +315,40 @@ class ClusterNode:
     # pods
 
     async def admit(self, pod: PodRef, resource: str, count: int = 1) -> str | None:
-        """Admits a pod; None if it runs, the kubelet's words if it failed."""
+        """Admits a pod. Returns None if the pod runs, else the kubelet's error message."""
         return await self.pods.admit(pod, {self._cluster.full(resource): count})
 
     async def admit_containers(self, pod: PodRef, *containers: ContainerSpec) -> str | None:
-        """The same for a pod of several containers; limits by the resources' names without the domain."""
+        """Admits a pod of several containers. Returns None if the pod runs, else the kubelet's error message.
+
+        containers: with limits by the resources' names without the domain.
+        """
         full = self._cluster.full
         named = [replace(one, limits={full(name): n for name, n in one.limits.items()}) for one in containers]
         return await self.pods.admit(pod, named)
 
     def allocation(self, pod: PodRef, resource: str, container: str = "app") -> Allocation:
-        """What the kubelet has noted for a container."""
+        """Returns the kubelet's checkpoint entry for a container and a resource. Raises KeyError if there is none."""
         return self.kubelet.manager.checkpoint[pod, container, self._cluster.full(resource)]
 
     async def start_container(self, pod: PodRef, container: str = "app") -> Resolved:
-        """What its container gets by CDI when it is (re)started. EndpointError, UnresolvableDevice if it is not."""
+        """(Re)starts a container of a pod and returns what it gets by CDI.
+
+        Raises EndpointError or UnresolvableDevice if the container does not start.
+        """
         answers = await self.pods.start_container(pod, container)
         names = [name for answer in answers.values() for name in answer.cdi_devices]
         return resolve(self.specs.texts.values(), names)
 
     def end(self, pod: PodRef) -> None:
-        """The pod ends; the pod watch gives its hint, if the API server can be reached."""
+        """Ends a pod. The agent gets the hint of its pod watch, unless the node is partitioned."""
         self.kubelet.end(pod)
         if self.agent is not None and self.process is not None and not self.partitioned:
             self.process.call_soon(self.agent.usage.pod_may_have_ended)
 
 
 class _ProcessVhci(SimulatedVhci):
-    """The driver as one process has it: it takes its time, and with the process its listening ends."""
+    """VhciDriver of one process: attach and detach take time, and subscriptions end with the process."""
 
     def __init__(self, kernel: SimulatedKernel, node: str, process: Process, host: Host) -> None:
         super().__init__(kernel, node)
@@ -331,7 +357,7 @@ class _ProcessVhci(SimulatedVhci):
     async def attach(self, key: DeviceKey, descriptor: Descriptor, fd: int) -> int:
         number = await super().attach(key, descriptor, fd)
         try:
-            await self._kernel_of_node.clock.sleep(ATTACH_S)  # the kernel has it, and the process does not know yet
+            await self._kernel_of_node.clock.sleep(ATTACH_S)  # attached in the kernel, not yet known to the process
         except BaseException:
             await super().detach(number, timeout=0)
             raise
@@ -345,7 +371,7 @@ class _ProcessVhci(SimulatedVhci):
             def done() -> bool | None:
                 return kernel.occupant(port) is not occupant or None
 
-            # what is written is done, whatever becomes of who wrote it
+            # a detach that was written is carried out even if the writing process dies
             self._host.later(DETACH_S, lambda: None if done() else kernel.free_port(port))
             try:
                 await kernel.bell.until(done, kernel.clock, timeout=timeout)
@@ -369,7 +395,7 @@ class _LocalRegistrar:
         self._pods, self._process, self._clock = pods, process, clock
 
     async def run(self) -> None:
-        """Nothing to follow: the kubelet says when it is up."""
+        """Does nothing: ClusterKubelet.up is set while the kubelet runs."""
 
     def plugin(self, server: DevicePluginServer, on_state: Callable[[Plugin], None]) -> Plugin:
         return self._pods.plugin(server, self._process, self._clock, on_state)

@@ -1,4 +1,4 @@
-"""How a process on a simulated node reaches a USB/IP server: the production client runs on it."""
+"""Connections from a process on a simulated node to USB/IP servers, for the production USB/IP client."""
 
 from __future__ import annotations
 
@@ -12,22 +12,25 @@ from usbip_sim.virtual.tcp import TcpConnection
 
 
 class MemoryConnector:
-    """How one process on a node opens connections; see Dialler."""
+    """Dialler that opens simulated TCP connections for one process on a node."""
 
     def __init__(self, network: Network, host: Host) -> None:
         self._network, self._host = network, host
         self._opened: list[MemorySocket] = []
 
     def close(self) -> None:
-        """Nothing to close: sockets belong to who asked for them."""
+        """Does nothing: each socket belongs to the caller that asked for it."""
 
     def killed(self) -> None:
-        """What the operating system does for a process that has ended: every socket that it still has is closed."""
+        """Closes every socket that the process still has, as the operating system does when a process ends."""
         for sock in self._opened:
             sock.close()
 
     async def connect(self, server: ServerKey) -> MemorySocket:
-        """Not bounded in time; cancel-safe. ServerUnreachable says why."""
+        """Opens a connection to server. Not bounded in time; cancel-safe.
+
+        Raises ServerUnreachable, with the cause, if the host does not exist or refuses the connection.
+        """
         found = self._network.find(server)
         if found is None:
             raise ServerUnreachable(server, "no such host")

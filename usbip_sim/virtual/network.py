@@ -1,6 +1,6 @@
-"""The links between nodes and USB/IP servers in virtual time: bytes that travel, or do not.
+"""Links between nodes and USB/IP servers in virtual time, which carry bytes or lose them.
 
-What TCP makes of it is in tcp.py, and how a process on a node opens a connection in connector.py.
+tcp.py models TCP on these links; connector.py opens connections for a process on a node.
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ from usbip_sim.virtual.steploop import Process
 
 
 class Host:
-    """A node's kernel, as far as TCP goes. rate: of its clock. process: what freezes with it, None: it never does."""
+    """TCP part of a node's kernel.
+
+    process: the host's Process; the host is frozen while it is halted. None: the host never freezes.
+    rate: seconds of the host's clock for each second of the loop.
+    """
 
     def __init__(self, name: str, process: Process | None = None, rate: float = 1.0) -> None:
         self.name = name
@@ -31,13 +35,17 @@ class Host:
         return self.process is not None and self.process.halted
 
     def later(self, seconds: float, callback: Callable[[], None]) -> asyncio.TimerHandle:
-        """seconds of its own clock."""
+        """Schedules callback on the host. seconds: in the host's own clock."""
         context = self.process.context if self.process is not None else None
         return asyncio.get_running_loop().call_later(seconds / self._rate, callback, context=context)
 
 
 class Carried(Protocol):
-    """A connection, as the network knows it. node_up, server_up: whether each side's TCP knows of it."""
+    """Connection from the network's point of view.
+
+    node_up: the node's TCP knows the connection.
+    server_up: the server's TCP knows the connection.
+    """
 
     host: Host
     link: Link
@@ -47,26 +55,28 @@ class Carried(Protocol):
 
     @property
     def live_import(self) -> str | None:
-        """The bus id of an IMPORT by it that may still be under way, or stands."""
+        """The bus id of an IMPORT over this connection that may be under way or granted, or None."""
         ...
 
     def look_again(self) -> None:
-        """A link, a host or a side has changed."""
+        """Updates timers after a link, a host or a side of the connection has changed."""
         ...
 
     def node_vanishes(self) -> None:
-        """The node is without power."""
+        """Ends the node's side as a power failure of the node does."""
         ...
 
     def server_vanishes(self) -> None:
-        """The server's host is without power."""
+        """Ends the server's side as a power failure of the server's host does."""
         ...
 
 
 class Network:
-    """All links. latency: seconds of one way, asked anew for each; find: a server by its key, None for no such host.
+    """All links of a simulated cluster.
 
-    on_change is called whenever `imports` may have changed.
+    find: returns the server with a key, or None if there is no such host.
+    latency: returns the seconds that a packet takes one way; asked anew for each packet.
+    on_change: called whenever `imports` may have changed.
     """
 
     def __init__(
@@ -76,20 +86,20 @@ class Network:
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
         self.find, self.latency, self.on_change = find, latency, on_change
-        self.outside = Context()  # of nobody: the network goes on when a sender is frozen or dead
+        self.outside = Context()  # of no process: the network goes on when a sender is frozen or dead
         self.connections: dict[Carried, None] = {}
         self._links: dict[tuple[str, ServerKey], Link] = {}
         self._dark: dict[ServerKey, None] = {}
 
     def link(self, node: str, server: ServerKey) -> Link:
-        """Between a node and a server; made when first asked for."""
+        """Returns the link between a node and a server, and makes it when it is first asked for."""
         return self._links.setdefault((node, server), Link(self, server))
 
     def dark(self, server: ServerKey) -> bool:
         return server in self._dark
 
     def power(self, server: ServerKey, *, on: bool) -> None:
-        """A server's host loses its power, and with it, without a word, all connections; or it comes back."""
+        """Switches a server's host on or off. Off: all its connections are lost, and no peer gets a FIN or RST."""
         if on:
             self._dark.pop(server, None)
         else:
@@ -101,19 +111,19 @@ class Network:
                 link.changed()
 
     def vanish(self, host: Host) -> None:
-        """A node loses its power: nobody is told."""
+        """Ends the node's side of all its connections as a power failure does; no server gets a FIN or RST."""
         for connection in self._of(host=host):
             connection.node_vanishes()
 
     def look_again(self, host: Host) -> None:
-        """A node was frozen or thawed."""
+        """Updates the timers of a node's connections after the node was frozen or thawed."""
         for connection in self._of(host=host):
             connection.look_again()
 
     def imports(self) -> dict[DeviceKey, list[str]]:
-        """By device: the nodes with an IMPORT under way or granted, by their own account, once for each connection.
+        """Returns, by device, the nodes with an IMPORT under way or granted, once for each connection.
 
-        That is: it was sent, the node has the socket open, and the server has not ended the connection.
+        An IMPORT counts if it was sent, the node has the socket open, and the server has not ended the connection.
         """
         found: dict[DeviceKey, list[str]] = {}
         for connection in self.connections:
@@ -123,7 +133,7 @@ class Network:
         return found
 
     def half_open(self, server: ServerKey) -> int:
-        """Connections that the server holds and nobody else knows of."""
+        """Returns how many connections the server still has whose nodes do not know them any more."""
         return sum(connection.server_up and not connection.node_up for connection in self._of(server=server))
 
     def call_soon(self, callback: Callable[[], None]) -> None:
@@ -137,12 +147,12 @@ class Network:
 
 
 class Link:
-    """The way between one node and one server."""
+    """Network path between one node and one server."""
 
     def __init__(self, network: Network, server: ServerKey) -> None:
         self.network = network
         self.slow = 0.0
-        """Seconds more for each way."""
+        """Seconds by which each packet is delayed beyond the network's latency, in each direction."""
         self._server = server
         self._cut = False
         self._waiting: list[Callable[[], None]] = []
@@ -152,12 +162,12 @@ class Link:
         return not self._cut and not self.network.dark(self._server)
 
     def cut(self) -> None:
-        """From now on every packet is lost, either way."""
+        """Loses every packet from now on, in both directions."""
         self._cut = True
         self.changed()
 
     def mend(self) -> None:
-        """What was not given up meanwhile is sent again."""
+        """Carries packets again. Everything that its sender has not given up meanwhile is sent again."""
         self._cut = False
         self.changed()
 
@@ -171,7 +181,7 @@ class Link:
                 callback()
 
     def way(self) -> float:
-        """Seconds that a packet sent now takes."""
+        """Returns the seconds that a packet sent now takes."""
         return self.network.latency() + self.slow
 
     def when_passable(self, callback: Callable[[], None]) -> None:
@@ -182,7 +192,7 @@ class Link:
 
 
 class Way:
-    """One direction of a connection: everything arrives, once and in order, or never."""
+    """One direction of a connection. Each piece arrives at most once, and in order."""
 
     def __init__(self, link: Link) -> None:
         self._link = link
@@ -202,7 +212,7 @@ class Way:
             self._move()
 
     def drop(self) -> None:
-        """Nothing of what is under way arrives."""
+        """Discards everything that is under way."""
         self._queue.clear()
 
     def _move(self) -> None:

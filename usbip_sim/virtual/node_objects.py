@@ -1,4 +1,4 @@
-"""The Node objects of a simulated cluster, as far as their status.allocatable goes."""
+"""Node objects of a simulated cluster, reduced to their status.allocatable."""
 
 from __future__ import annotations
 
@@ -11,42 +11,45 @@ from usbip_plugin.kube.node_status import NODES_STATUS
 from usbip_sim.leases import FINE, Faults, Operation, carry
 
 PATCH = "patch"
-"""The verb under which a fate is asked for."""
+"""Verb of the Operation with which a NodeConnection asks for a call's fate."""
 
 
 class NodeObject:
-    """One Node in the API server. Its kubelet and its plugin both write to it; the last one wins."""
+    """Node object in the simulated API server. The kubelet and the plugin both write to it; the last write wins."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.allocatable: dict[str, int] = {}
-        """By full resource name."""
+        """Counts in status.allocatable, by full resource name."""
         self.overtaken = False
-        """What it says may be of a patch that arrived after its sender had given it up, and perhaps sent another."""
+        """True if a patch arrived after its sender had given it up. The sender may have sent another patch since."""
 
     def write(self, counts: Mapping[str, int], *, overtaken: bool = False) -> None:
-        """Lays these counts over what is there."""
+        """Overwrites the given counts and keeps all others. overtaken: the sender has given this patch up."""
         self.allocatable.update(counts)
         self.overtaken = self.overtaken or overtaken
 
     def sync(self, counts: Mapping[str, int]) -> None:
-        """The kubelet writes what it counts of all resources."""
+        """Writes the kubelet's counts of all its resources and clears `overtaken`."""
         self.write(counts)
         self.overtaken = False
 
 
 class NodeConnection:
-    """A plugin's connection to the API server, for its Node's status. A PatchApi; faults decide each call's fate."""
+    """PatchApi through which a plugin writes its Node's status to the simulated API server.
+
+    faults: decides the fate of each call.
+    """
 
     def __init__(self, node: NodeObject, clock: Clock, faults: Faults) -> None:
         self._node, self._clock, self._faults = node, clock, faults
         self._network = Context()
         self.hindered = 0
-        """Calls under way whose fate is any other than to be carried out and answered at once."""
+        """Number of calls under way that faults delay, lose or fail."""
         self._gone = False
 
     def gone(self) -> None:
-        """The process is dead: nobody waits for its calls any more."""
+        """Records that the plugin's process is dead, so that no one waits for its calls any more."""
         self._gone = True
 
     async def request(
@@ -59,7 +62,7 @@ class NodeConnection:
         content_type: str = "application/json",
         timeout: float,
     ) -> dict[str, Any]:
-        """Takes a merge patch of status.allocatable; anything else is a ValueError. Raises KubeError."""
+        """Sends a merge patch of status.allocatable. Raises KubeError, and ValueError for any other request."""
         expected = (PATCH, f"/api/v1/nodes/{self._node.name}/status", NODES_STATUS, "application/merge-patch+json")
         if (verb, path, resource, content_type) != expected or body.keys() != {"status"} or timeout <= 0:
             raise ValueError(f"not a patch of the status of {self._node.name}: {verb} {path} {resource} {body}")

@@ -1,8 +1,8 @@
-"""A virtual event loop without I/O that runs one callback at a time and knows whose it is.
+"""A virtual event loop without I/O that runs one callback at a time and knows the process of each callback.
 
-That is what faults need that no code under test can notice by itself: a process that is frozen, or killed after exactly
-so many of its steps. A step is one callback run by the loop: a task resumed up to its next await, a timer fired,
-something delivered. Everything is repeated exactly by the next run of the same program.
+The loop makes faults possible that the code under test cannot notice by itself: a process is frozen, or killed after an
+exact number of its steps. A step is one callback run by the loop: a task resumed up to its next await, a timer fired,
+something delivered. The next run of the same program repeats everything exactly.
 """
 
 from __future__ import annotations
@@ -24,20 +24,21 @@ T = TypeVar("T")
 P = ParamSpec("P")
 
 MAX_STEPS_AT_ONE_TIME = 50_000
-"""Steps in a row without virtual time moving on, before it is called a busy loop."""
+"""Limit of steps at one moment of virtual time. StepLoop raises BusyLoop if a round of callbacks ends above it."""
 _MIN_CANCELLED = 100
 
 _owner: ContextVar[Process | None] = ContextVar("usbip_plugin_sim_process", default=None)
 
 
 class BusyLoop(RuntimeError):
-    """Something goes on for ever without waiting for anything."""
+    """Error of a StepLoop whose callbacks run on and on while virtual time stands still."""
 
 
 class Process:
-    """What is frozen and killed as one: an operating system's process, or a host, whose processes freeze with it.
+    """Unit that is frozen and killed as one: an operating system's process, or a host with its processes.
 
-    What is called, or made a task of, within its context is its own, and so is all that comes of that.
+    Freezing a host freezes its processes, too. Callbacks and tasks made within the process's context belong to the
+    process, as does everything that they start.
     """
 
     def __init__(self, loop: StepLoop, name: str, host: Process | None = None) -> None:
@@ -45,7 +46,7 @@ class Process:
         self.steps = 0
         self.dead = False
         self.halted = False
-        """Nothing of it runs: it is frozen, or its host is, or it is dead."""
+        """True while no callback of the process runs: the process is frozen, its host is halted, or it is dead."""
         self._loop = loop
         self._host = host
         self._guests: list[Process] = []
@@ -68,33 +69,39 @@ class Process:
         return self._frozen
 
     def freeze(self) -> None:
-        """From now on nothing of it runs. Its timers go on, and what others send it waits."""
+        """Stops every callback of the process, as SIGSTOP does. Its timers go on; what others send to it waits."""
         self._frozen = True
         self.look_again()
 
     def thaw(self) -> None:
-        """What was due meanwhile runs now, as after a SIGCONT: first what came in, then every timer."""
+        """Runs what became due while the process was frozen, as SIGCONT does: first what came in, then the timers."""
         self._frozen = False
         self.look_again()
 
     def halted_time(self) -> float:
-        """Seconds of the loop for which it was frozen so far, all told."""
+        """Returns for how many seconds of the loop, in total, the process has been halted so far."""
         return self._halted_for + (self._loop.time() - self._halted_at if self.halted else 0.0)
 
     def kill(self) -> None:
-        """Not one more step of it runs, no `finally` either. What was given to `at_death` is called. Idempotent."""
+        """Kills the process: no further step of it runs, not even a `finally`.
+
+        Calls the `at_death` callbacks. Idempotent.
+        """
         if self.dead:
             return
         self.dead = True
         self.look_again()
         self._traps.clear()
-        self._remains = self.tasks()  # or they were collected, which would run what is left of them
+        self._remains = self.tasks()  # keeps the tasks alive: garbage collection would run the rest of their code
         last_words, self._last_words = self._last_words, []
         for callback in last_words:
             callback()
 
     def at_death(self, callback: Callable[[], None]) -> Callable[[], None]:
-        """Call this when it is killed: what an operating system cleans up. Returns what takes it back."""
+        """Registers a callback for kill(), for what an operating system cleans up.
+
+        Returns a function that removes it.
+        """
         self._last_words.append(callback)
 
         def forget() -> None:
@@ -104,12 +111,12 @@ class Process:
         return forget
 
     def after_steps(self, count: int, callback: Callable[[], None]) -> None:
-        """Call this once, right after so many more of its steps (at least 1), if it lives so long."""
+        """Calls callback once, right after count (at least 1) more steps of the process, if it lives that long."""
         self._traps.append((self.steps + max(1, count), callback))
         self._traps.sort(key=lambda trap: trap[0])
 
     def tasks(self) -> list[_Task]:
-        """Its tasks that are not done, in the order in which they were made."""
+        """Returns the process's tasks that are not done, in the order in which they were made."""
         return sorted((task for task in self._tasks if not task.done()), key=lambda task: task.number)
 
     def call_soon(self, callback: Callable[..., object], *args: Any) -> None:
@@ -117,21 +124,21 @@ class Process:
             self._loop.call_soon(callback, *args, context=self.context)
 
     def call_later(self, seconds: float, callback: Callable[..., object], *args: Any) -> asyncio.TimerHandle:
-        """seconds of the loop."""
+        """Schedules a callback of the process. seconds: in the loop's time."""
         return self._loop.call_later(seconds, callback, *args, context=self.context)
 
     def create_task(self, coro: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
         return self._loop.create_task(coro, name=name, context=self.context.copy())
 
     def release(self) -> None:
-        """The simulation is over: whatever is left of it may run, and end. Of the dead, too."""
+        """Lets the rest of the process run and end when the simulation is over, also if the process is dead."""
         self.dead = self._frozen = False
         self.look_again()
 
-    # for the loop
+    # called by the loop
 
     def park(self, handle: asyncio.Handle) -> None:
-        self._parked.append(handle)  # of the dead, too: a task whose wake-up is lost could never be ended
+        self._parked.append(handle)  # also for a dead process: a task whose wake-up is lost could never be ended
 
     def stepped(self) -> None:
         self.steps += 1
@@ -141,13 +148,13 @@ class Process:
     def adopt(self, task: _Task) -> None:
         self._tasks.add(task)
 
-    # for its guests and its host
+    # called by the process's guests and its host
 
     def attend(self, guest: Process) -> None:
         self._guests.append(guest)
 
     def look_again(self) -> None:
-        """It or its host was frozen or thawed."""
+        """Updates `halted` of the process and its guests. Called after a freeze, thaw, kill or release."""
         before, self.halted = self.halted, self._frozen or self.dead or (self._host is not None and self._host.halted)
         if self.halted and not before:
             self._halted_at = self._loop.time()
@@ -162,7 +169,10 @@ class Process:
 
 
 class _Task(asyncio.Task[Any]):
-    """Hashed by its number and not by its address: asyncio keeps tasks in sets, and cancels them in the sets' order."""
+    """Task hashed by its number instead of its address.
+
+    asyncio keeps tasks in sets and cancels them in the sets' order, which must be the same in each run.
+    """
 
     number: int
 
@@ -171,10 +181,13 @@ class _Task(asyncio.Task[Any]):
 
 
 class StepLoop(MemoryStreams, asyncio.BaseEventLoop):
-    """Virtual time that stands still while anything is ready, then jumps to the next timer. No sockets, no threads.
+    """Event loop in virtual time, which stands still while anything is ready, then jumps to the next timer.
 
-    after_step is called after each step, before_jump(time) before time jumps there: until then all stays as it is.
-    unhandled collects what callbacks and tasks raised that nobody looked at.
+    The loop has no sockets and no threads.
+
+    after_step: called after each step.
+    before_jump: called with the new time before time jumps to it; nothing changes in between.
+    unhandled: contexts of errors that callbacks and tasks raised and nobody retrieved.
     """
 
     _ready: collections.deque[asyncio.Handle]
@@ -199,7 +212,7 @@ class StepLoop(MemoryStreams, asyncio.BaseEventLoop):
         return self._now
 
     def resume(self, handles: list[asyncio.Handle]) -> None:
-        """Callbacks that were held back are ready now."""
+        """Makes callbacks ready that were held back while their process was halted."""
         self._ready.extend(handles)
 
     def _make_task(self, _loop: asyncio.AbstractEventLoop, coro: Any, **kwargs: Any) -> _Task:
@@ -235,7 +248,10 @@ class StepLoop(MemoryStreams, asyncio.BaseEventLoop):
             raise BusyLoop(f"{self._at_this_time} steps at {self._now} s")
 
     def _move_time(self) -> None:
-        """Timers that are due are ready; if nothing is, time jumps to the next one."""
+        """Makes due timers ready.
+
+        If nothing is ready, time first jumps to the next timer. Raises Deadlock if none is set.
+        """
         timers = self._scheduled
         if self._timer_cancelled_count > max(_MIN_CANCELLED, len(timers) // 2):
             for timer in timers:
@@ -262,14 +278,14 @@ class StepLoop(MemoryStreams, asyncio.BaseEventLoop):
             self._ready.append(timer)
 
     def _process_events(self, event_list: object) -> None:
-        """There is no I/O."""
+        """Does nothing: the loop has no I/O."""
 
     def _write_to_self(self) -> None:
-        """There are no threads to be woken by."""
+        """Does nothing: no thread can wake the loop."""
 
 
 def loop_of() -> StepLoop:
-    """The running loop, which must be a StepLoop."""
+    """Returns the running loop. Raises TypeError if it is not a StepLoop."""
     loop = asyncio.get_running_loop()
     if not isinstance(loop, StepLoop):
         raise TypeError("this runs on a StepLoop only")
@@ -277,9 +293,9 @@ def loop_of() -> StepLoop:
 
 
 def run(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """Run main() to its end on a new StepLoop, then end what is left of every process and task.
+    """Runs main() to its end on a new StepLoop, then ends what is left of every process and task.
 
-    An error that nobody looked at is raised, as AssertionError.
+    Raises AssertionError for an error of a callback or task that nobody retrieved.
     """
 
     async def whole() -> T:
@@ -300,7 +316,7 @@ def run(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
 
 
 def stepped(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, T]:
-    """Decorator: the coroutine function becomes an ordinary one that runs on a StepLoop of its own."""
+    """Turns a coroutine function into an ordinary function that runs on a StepLoop of its own. A decorator."""
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:

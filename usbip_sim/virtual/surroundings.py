@@ -1,4 +1,4 @@
-"""What the nodes of a simulated cluster share: its configuration, servers, network and Lease store."""
+"""Everything that the nodes of a simulated cluster share: configuration, servers, network and Lease store."""
 
 from __future__ import annotations
 
@@ -19,20 +19,22 @@ from usbip_sim.server.server import VirtualServer
 from usbip_sim.virtual.network import Network
 
 FaultPlan = Callable[[str, Operation], Fate]
-"""(node, operation) -> what happens to it."""
+"""Function of a node name and an operation on the API server that returns the operation's fate."""
 
 
 def unchanged(driver: VhciDriver) -> VhciDriver:
-    """The driver as it is."""
+    """Returns the driver as it is. The default of ClusterSpec.driver."""
     return driver
 
 
 @dataclass(slots=True)
 class ClusterSpec:
-    """What a cluster is made of. Everything of the outside may be replaced for one run.
+    """Specification of a simulated cluster. Every dependency on the outside can be replaced for one run.
 
-    rates: each node's clock against the loop's, 1.0 where not given; offsets: where its monotonic clock begins (s).
-    fleet: of how many nodes these are taken to be a part; 0: they are all.
+    rates: seconds of each node's clock for each second of the loop; 1.0 where not given.
+    offsets: start of each node's monotonic clock, in seconds; 1000.0 where not given.
+    latency: seconds that a packet takes one way, asked anew for each packet.
+    fleet: number of nodes that an agent counts in the cluster; 0 stands for the nodes in names.
     """
 
     names: Sequence[str]
@@ -52,7 +54,10 @@ class ClusterSpec:
 
 
 class Surroundings:
-    """starts: how many agents were started so far, of all nodes."""
+    """Configuration, servers, network and Lease store that all nodes of a simulated cluster share.
+
+    starts: number of agents started so far, over all nodes.
+    """
 
     domain = "usbip.dev"
 
@@ -68,16 +73,16 @@ class Surroundings:
         return f"{self.domain}/{resource}"
 
     def holder(self, key: DeviceKey) -> str:
-        """Whom the lock names in the store itself, "" for nobody."""
+        """Returns the holder that the device's Lease in the store names, "" for none."""
         lease = self.backend.leases.get(key.id)
         return lease.holder if lease is not None else ""
 
     def pod_of(self, key: DeviceKey) -> PodRef | None:
-        """Which pod the lock names in the store itself."""
+        """Returns the pod that the device's Lease in the store names, or None."""
         lease = self.backend.leases.get(key.id)
         return lock_of(lease).pod if lease is not None else None
 
     def serial_of(self, key: DeviceKey) -> str | None:
-        """Of what is plugged in there now, "" if it has none; None if nothing is."""
+        """Returns the serial number of the device plugged in at key: "" if it has none, None if there is no device."""
         table = self.servers[key.server].table
         return table.device(key.busid)[0].serial if table.plugged(key.busid) else None

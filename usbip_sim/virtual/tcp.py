@@ -1,8 +1,9 @@
-"""A TCP connection between a node and a USB/IP server, on the links of network.py: what is lost is sent again.
+"""A TCP connection between a node and a USB/IP server, on the links of network.py: lost data is sent again.
 
-What TCP does when something goes wrong is modelled as Linux does it, because the plugin relies on it: keepalive and
-user timeout on the node's side, no keepalive on usbipd's, a FIN that is repeated for a while and then given up, a RST
-that is not, a connection of which the other side knows nothing any more.
+Failures follow Linux's TCP, because the plugin relies on its behaviour:
+- keepalive and user timeout on the node's side, and no keepalive on usbipd's side;
+- a FIN that is repeated for a while and then given up, and a RST that is not repeated;
+- a connection that the other side does not know any more.
 """
 
 from __future__ import annotations
@@ -18,19 +19,22 @@ from usbip_sim.sockets import Connection
 from usbip_sim.virtual.network import Host, Link, Way
 
 DEAD_PEER_S = float(KEEPALIVE_IDLE_S + KEEPALIVE_INTERVAL_S * KEEPALIVE_COUNT)
-"""Seconds after which an idle connection finds its other side dead."""
+"""Seconds until keepalive finds the peer of an idle connection dead, from the plugin's own socket options."""
 USER_TIMEOUT_S = USER_TIMEOUT_MS / 1000
-"""Seconds for which sent data may stay unacknowledged."""
+"""Seconds for which sent data may stay unacknowledged before the node gives the connection up (TCP_USER_TIMEOUT)."""
 ORPHAN_S = USER_TIMEOUT_S
-"""Seconds for which the FIN of a connection that nobody has open any more is repeated."""
+"""Seconds for which the node repeats the FIN of a connection that no process has open any more."""
 
 _IMPORT_REQUEST = b"\x80\x03"
 
 
 class TcpConnection(Connection):
-    """Between a process on a node, or its kernel, and a server. Made by MemoryConnector.
+    """TCP connection between a process on a node, or the node's kernel, and a server. Made by MemoryConnector.
 
-    node_up, server_up: whether each side's TCP knows of it. Methods named after what happens are the network's.
+    node_up: the node's TCP knows the connection.
+    server_up: the server's TCP knows the connection.
+
+    The network calls node_vanishes(), server_vanishes() and look_again().
     """
 
     def __init__(self, host: Host, link: Link, server: VirtualServer) -> None:
@@ -59,14 +63,14 @@ class TcpConnection(Connection):
 
     @property
     def live_import(self) -> str | None:
-        """The bus id of an IMPORT by it that may still be under way, or stands."""
+        """The bus id of an IMPORT over this connection that may be under way or granted, or None."""
         lost = self._was_accepted and not self.server_up
         return None if lost or not self.node_up or self.references == 0 else self._import
 
     # the node's side
 
     def dial(self, answer: asyncio.Future[None]) -> None:
-        """A SYN. answer: when the server has accepted it, or ConnectionRefusedError."""
+        """Sends a SYN. answer is set when the server has accepted it, or gets a ConnectionRefusedError."""
         self._to_server.send(lambda: self._syn_arrived(answer))
 
     def _dialled(self, answer: asyncio.Future[None], error: OSError | None) -> None:
@@ -114,7 +118,10 @@ class TcpConnection(Connection):
         self._to_server.send(lambda: self._arrived(data))
 
     def released(self) -> None:
-        """Every reference on the node is closed: a FIN, and what was sent before it, if it gets through in time."""
+        """Closes the node's side after its last reference was closed, with a FIN.
+
+        The FIN and the data sent before it arrive only if they get through within ORPHAN_S.
+        """
         if not self.node_up:
             return
         if self.server_up or (self.link.passable and not self._was_accepted):
@@ -125,13 +132,13 @@ class TcpConnection(Connection):
         self.look_again()
 
     def node_vanishes(self) -> None:
-        """The node is without power."""
+        """Ends the node's side as a power failure of the node does: nothing of what is under way arrives."""
         self._leave_node(OSError(errno.ECONNABORTED, "no power"))
         self._to_server.drop()
         self.look_again()
 
     def _unanswered(self) -> None:
-        """The node's timers say that the other side is dead: a RST, which gets through now or never."""
+        """Gives the connection up on the node after a timeout. Sends a RST, which gets through now or never."""
         self._timeout = self._node_watchdog = None
         if not self.node_up:
             return
@@ -163,7 +170,7 @@ class TcpConnection(Connection):
                 reader.set_result(None)
 
     def _on_node(self, action: Callable[[], None]) -> None:
-        """What has arrived at the node; a frozen one sees to it later."""
+        """Runs action for something that has arrived at the node. A frozen node runs it when it is thawed."""
         if self.host.process is None:
             action()
         elif not self.host.process.dead:
@@ -173,7 +180,7 @@ class TcpConnection(Connection):
         if self.node_up:
             self._inbox += data
             self._wake()
-        elif self.link.passable:  # nobody here: a RST
+        elif self.link.passable:  # the node does not know the connection any more: it answers with a RST
             self._to_server.send(lambda: self._lose_server(ConnectionResetError(errno.ECONNRESET, "reset")))
 
     def _peer_left(self, error: OSError | None) -> None:
@@ -198,13 +205,13 @@ class TcpConnection(Connection):
             self._to_node.send(lambda: self._on_node(lambda: self._data_came(data)))
 
     def server_close(self, error: OSError | None = None) -> None:
-        """The server ends it, with a FIN or, if there is an error to tell the node, with a RST."""
+        """Ends the connection from the server's side: with a FIN, or with a RST if the node gets an error."""
         if self.server_up:
             self._lose_server(None)
             self._to_node.send(lambda: self._on_node(lambda: self._peer_left(error)))
 
     def server_vanishes(self) -> None:
-        """The server's host is without power."""
+        """Ends the server's side as a power failure of its host does: nothing under way to the node arrives."""
         self._to_node.drop()
         self._lose_server(None)
 
@@ -225,7 +232,7 @@ class TcpConnection(Connection):
             self._refuse()
 
     def _refuse(self) -> None:
-        """Nobody knows of this connection here: a RST."""
+        """Answers the node with a RST, because the server does not know the connection any more."""
         error = ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
         self._to_node.send(lambda: self._on_node(lambda: self._peer_left(error)))
 
@@ -260,10 +267,9 @@ class TcpConnection(Connection):
         self._to_node.drop()
         self._lose_server(TimeoutError(errno.ETIMEDOUT, "Connection timed out"))
 
-    # both
-
+    # both sides
     def look_again(self) -> None:
-        """A link, a host or a side has changed: does anybody's keepalive now run out, or stop running out?"""
+        """Starts and stops the keepalive timers of both sides after a link, a host or a side has changed."""
         if self.node_up and self._was_accepted:
             self._watch_server()
         if self.server_up and self.server.keepalive:
@@ -273,7 +279,7 @@ class TcpConnection(Connection):
             self.host.later(ORPHAN_S, self._to_server.drop)
 
     def _watch_server(self) -> None:
-        """The node's keepalive."""
+        """Starts or stops the node's keepalive timer, depending on whether the server would answer a probe."""
         unheard = not self.link.passable
         reset = not unheard and not self.server_up and self._to_node.idle
         if self._node_watchdog is not None and not unheard:
@@ -285,15 +291,15 @@ class TcpConnection(Connection):
             self._node_watchdog = self.host.later(KEEPALIVE_IDLE_S, self._probed)
 
     def _probed(self) -> None:
-        """A keepalive probe is answered by a host that does not know of the connection."""
+        """Ends the node's side with a RST: a server that does not know the connection answers a keepalive probe."""
         self._node_watchdog = None
         if self.link.passable and not self.server_up:
             self._peer_left(ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"))
         else:
-            self.look_again()  # the way is cut by now: nobody answers
+            self.look_again()  # the link has been cut meanwhile: no one answers
 
     def _watch_node(self) -> None:
-        """The server's keepalive, where it has one. A node that is there but knows nothing answers with a RST."""
+        """Starts or stops the server's keepalive timer. Called only for servers with keepalive."""
         unheard = not self.link.passable or self.host.halted or not self.node_up
         if not unheard and self._server_watchdog is not None:
             self._server_watchdog.cancel()
@@ -302,13 +308,13 @@ class TcpConnection(Connection):
             self._server_watchdog = self._network.call_later(DEAD_PEER_S, self._server_timed_out)
 
     def _forget(self) -> None:
-        """When neither side knows of it."""
+        """Removes the connection from the network once neither side knows it."""
         if not self.node_up and not self.server_up and (self._was_accepted or self._to_server.idle):
             self._network.connections.pop(self, None)
 
 
 class _ServerTransport(asyncio.Transport):
-    """What the server's protocol writes to."""
+    """Transport of the server's protocol: writes to the node and ends the connection."""
 
     def __init__(self, connection: TcpConnection) -> None:
         super().__init__({"peername": (connection.host.name, 0)})
