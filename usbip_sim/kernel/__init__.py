@@ -1,1 +1,1 @@
-"""A simulated vhci_hcd: in the process of its node, or as a process of its own."""
+"""A simulated vhci_hcd, which runs in its node's process or as a process of its own."""

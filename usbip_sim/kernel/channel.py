@@ -1,4 +1,4 @@
-"""Messages between the simulated kernel and its drivers: JSON objects over a SOCK_SEQPACKET socket, fds along."""
+"""Messages between the simulated kernel and its drivers: JSON objects, with fds, over a SOCK_SEQPACKET socket."""
 
 from __future__ import annotations
 
@@ -10,16 +10,20 @@ from collections.abc import Callable
 from typing import Any
 
 MAX_MESSAGE = 128 * 1024
-"""Bytes; what is longer is cut by the kernel, cannot be read as JSON, and ends the connection."""
+"""Limit of a message in bytes.
+
+The kernel cuts a longer message, which is then not valid JSON and ends the connection.
+"""
 
 Message = dict[str, Any]
 
 
 class Channel:
-    """One end of a connection. Callbacks come from the event loop.
+    """One end of a connection between the simulated kernel and a driver. Callbacks come from the event loop.
 
-    on_message(message, fd): the receiver owns fd, None if none came along. on_end(): the other end has gone, has sent
-    what is no message, or does not read; called once, after which nothing can be sent. close() does not call it.
+    on_message(message, fd): called for each message. The receiver owns fd; fd is None if the message had none.
+    on_end(): called once when the other end has gone, has sent an invalid message or does not read. Nothing can be
+        sent afterwards. close() does not call it.
     """
 
     def __init__(
@@ -37,7 +41,10 @@ class Channel:
         self._loop.add_reader(sock, self._readable)
 
     def send(self, message: Message, fd: int | None = None) -> None:
-        """fd stays the caller's. An end that does not read loses the connection: nothing is queued here."""
+        """Sends a message, and a copy of fd, which the caller keeps. Does nothing after the end.
+
+        Nothing is queued here: the connection ends if the other end does not read.
+        """
         if not self.open:
             return
         data = json.dumps(message, separators=(",", ":")).encode()
@@ -62,7 +69,7 @@ class Channel:
             return
         try:
             message = json.loads(data)
-        except (ValueError, RecursionError):  # also b"", which is the end
+        except (ValueError, RecursionError):  # also for b"", the end of the connection
             message = None
         if not isinstance(message, dict):
             for fd in fds:

@@ -1,6 +1,6 @@
 """VhciDriver on a simulated kernel. Several nodes may share one kernel, as they do in kind.
 
-A new SimulatedVhci on the same kernel and node is a restarted plugin.
+A new SimulatedVhci on the same kernel and node stands for a restarted plugin.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ __all__ = ["SimulatedKernel", "SimulatedVhci"]
 
 
 class SimulatedVhci:
-    """See VhciDriver. node names the node among those that share the kernel; the port records are per node."""
+    """VhciDriver of one node on a simulated kernel.
+
+    node: name of the node among those that share the kernel; each node has its own port records.
+    """
 
     def __init__(self, kernel: SimulatedKernel, node: str = "node") -> None:
         self._kernel = kernel
@@ -47,7 +50,7 @@ class SimulatedVhci:
         return self._kernel.marks.setdefault(self._node, {})
 
     def _stale(self, number: int) -> bool:
-        """The record is not of what stands on the port."""
+        """Returns whether the port's record is for another device than the one on the port."""
         occupant = self._kernel.occupant(number)
         return occupant is None or self._marks.get(number) != occupant.number
 
@@ -68,7 +71,7 @@ class SimulatedVhci:
         return self.ports_now()
 
     def ports_now(self) -> tuple[PortState, ...]:
-        """The same at once, for who watches the simulation."""
+        """Returns the same as ports(), without a coroutine, for observers of the simulation."""
         return tuple(self._state(port) for port in self._ports())
 
     def _state(self, port: Port) -> PortState:
@@ -141,7 +144,7 @@ class SimulatedVhci:
             raise WrongDevice(key, descriptor.usb_id, occupant.usb_id)
 
     async def _bring(self, port: int, kinds: Sequence[str], limit: float) -> None:
-        """A simulated device has what is asked of it."""
+        """Waits, at most limit seconds, until the simulated device has child nodes of the given kinds."""
         with contextlib.suppress(TimeoutError):
             await self._kernel.bell.until(
                 lambda: self._kernel.bring(port, kinds), self._kernel.clock, timeout=max(0.0, limit), recheck=limit + 1

@@ -1,4 +1,4 @@
-"""What stands on the ports of a simulated vhci_hcd. driver.py is one node's view of it."""
+"""Ports of a simulated vhci_hcd, and the devices attached to them. driver.py is one node's view of them."""
 
 from __future__ import annotations
 
@@ -24,10 +24,14 @@ _DEVICES_PER_BUS = 128
 
 @dataclass(slots=True)
 class Occupant:
-    """What stands on a port. appears_at: kernel clock, from when on the device is enumerated (infinity: never).
+    """Device attached to a port.
 
-    serial: None where the simulation does not know it; then whatever is expected is believed. asked: the device has
-    said itself who it is, and its children are what follows from that.
+    number: counts the occupants of the kernel, so that a later device on the same port has another number.
+    descriptor: None for a device that was not attached over the network.
+    appears_at: time of the kernel's clock, in seconds, from which the device is enumerated; infinity for never.
+    serial: None if the simulation does not know it; then any expected serial number matches.
+    asked: the kernel has read the identity from the device itself, and `children` follow from that identity.
+    let_go: releases the kernel's reference to the socket.
     """
 
     number: int
@@ -45,7 +49,7 @@ class Occupant:
 
 
 class SimulatedKernel:
-    """Ports, devices and sockets of one kernel. What happens to it in real life are its methods."""
+    """Ports, devices and sockets of one kernel. Its methods are the events that a real kernel meets."""
 
     def __init__(
         self,
@@ -57,25 +61,27 @@ class SimulatedKernel:
         resolve: Callable[[int], MemorySocket | None] = lambda _token: None,
         serial_of: Callable[[DeviceKey], str | None] | None = None,
     ) -> None:
-        """resolve finds the MemorySocket behind a negative fd (SocketTable.resolve); delays are in seconds.
+        """Makes a kernel whose ports are all free.
 
-        serial_of: the serial number a device is to tell when it is attached; what `serials` says by default.
+        enumeration_delay: seconds from attach to enumerated.
+        resolve: finds the MemorySocket behind a negative fd (SocketTable.resolve).
+        serial_of: returns the serial number that a device has when it is attached. Looks in `serials` by default.
         """
         self.clock = clock
         self.enumeration_delay = enumeration_delay
         self.loaded = True
         self.detaching_hangs = False
-        self.records_failing: int | None = None  # the errno of each write of a port record
+        self.records_failing: int | None = None  # errno with which each write of a port record fails
         self.bell = Bell()
-        self.records: dict[str, dict[int, DeviceKey]] = {}  # of each node; kind's nodes have each their own /run
-        self.marks: dict[str, dict[int, int]] = {}  # of each record: the number of the occupant it is of
+        self.records: dict[str, dict[int, DeviceKey]] = {}  # port records by node; each kind node has its own /run
+        self.marks: dict[str, dict[int, int]] = {}  # by node and port: number of the occupant that the record is for
         self.serials: dict[DeviceKey, str] = {}
         self.serial_of = serial_of or self.serials.get
         self.child_kinds: dict[
             UsbId, tuple[str, ...]
-        ] = {}  # child nodes that devices of this id bring, as in children.py
-        self.net: dict[UsbId, tuple[str, ...]] = {}  # network interfaces that devices of this id bring
-        self.driverless: set[str] = set()  # kinds for which no driver is loaded: who asks for them waits in vain
+        ] = {}  # names of the child nodes of devices with this id, as in children.py
+        self.net: dict[UsbId, tuple[str, ...]] = {}  # network interfaces of devices with this id
+        self.driverless: set[str] = set()  # kinds without a loaded driver: a driver that waits for them waits in vain
         self._per_hub = ports_per_hub
         self._controllers = controllers
         self._resolve = resolve
@@ -90,19 +96,19 @@ class SimulatedKernel:
     # Faults.
 
     def stuck_next(self, times: int = 1) -> None:
-        """The next attachments stay in status 005."""
+        """Leaves the next attached devices in port status 005 (VDEV_ST_NOTASSIGNED): they never enumerate."""
         self._stuck += times
 
     def refuse_next(self, times: int = 1) -> None:
-        """The next attach writes fail."""
+        """Makes the next attach writes fail with EINVAL."""
         self._refusals += times
 
     def impostor_next(self, usb_id: UsbId) -> None:
-        """The next device turns out to have another vendor:product than its server said."""
+        """Gives the next attached device another vendor:product than its server said."""
         self._impostors.append(usb_id)
 
     def fill_ports(self, hub: Hub | None = None, leave: int = 0) -> tuple[int, ...]:
-        """Somebody else attaches devices to all free ports (of one hub) but `leave`; returns their numbers."""
+        """Fills all free ports (of one hub) but `leave` with devices of another user, and returns their numbers."""
         free = [port for port in self.ports() if port.status is PortStatus.NULL and hub in (None, port.hub)]
         taken = free[: len(free) - leave]
         for port in taken:
@@ -111,21 +117,21 @@ class SimulatedKernel:
         return tuple(port.number for port in taken)
 
     def hold(self, path: str) -> None:
-        """Somebody keeps a child node open, whose device may go: its path is given to no other until let_go."""
+        """Reserves the path of a child node that a process keeps open after its device has gone, until let_go()."""
         self._held.add(path)
 
     def let_go(self, path: str) -> None:
         self._held.discard(path)
 
     def free_port(self, number: int) -> None:
-        """Somebody detaches it, or its connection ends. Nothing if it is free."""
+        """Frees a port, as a detach or the end of its connection does. Does nothing if the port is free."""
         occupant = self._occupants.pop(number, None)
         if occupant is not None:
             occupant.let_go()
             self.bell.ring()
 
     def reboot(self) -> None:
-        """Everything attached is gone, and so are the records in /run."""
+        """Frees all ports and removes the port records of all nodes, as a reboot empties /run."""
         for number in tuple(self._occupants):
             self.free_port(number)
         self.records.clear()
@@ -135,7 +141,7 @@ class SimulatedKernel:
     # What drivers see.
 
     def ports(self) -> tuple[Port, ...]:
-        """All ports in the kernel's order: per controller the hs rows, then the ss rows."""
+        """Returns all ports in the kernel's order: for each controller the hs rows, then the ss rows."""
         rows: list[Port] = []
         for controller in range(self._controllers):
             hubs: tuple[Hub, Hub] = ("hs", "ss")
@@ -160,7 +166,10 @@ class SimulatedKernel:
         return self._occupants.get(number)
 
     def attach(self, port: Port, descriptor: Descriptor, fd: int) -> Occupant:
-        """The attach write. OSError as the kernel; the socket is referenced, not taken over."""
+        """Attaches a device to a port, as a write to vhci_hcd's attach file does.
+
+        Takes a reference of its own to the socket; the caller keeps fd. Raises OSError as the kernel does.
+        """
         if self._refusals:
             self._refusals -= 1
             raise OSError(errno.EINVAL, "refused by the simulation")
@@ -178,7 +187,7 @@ class SimulatedKernel:
         return occupant
 
     def attachment(self, key: DeviceKey, number: int) -> Attachment | None:
-        """What stands on a port, as key's; None unless it is enumerated and authorised."""
+        """Returns the port's device as the attachment of key. None unless the device is enumerated and authorised."""
         occupant = self._occupants.get(number)
         row = self.ports()[number]
         if occupant is None or not occupant.authorized or row.local_busid is None:
@@ -194,9 +203,10 @@ class SimulatedKernel:
         )
 
     def bring(self, number: int, kinds: Sequence[str]) -> bool | None:
-        """What stands on the port has nodes of these kinds from now on; None while one of them has no driver.
+        """Adds child nodes of these kinds to the port's device. Returns None while a kind is still missing.
 
-        A device that was asked who it is has what it has.
+        Kinds without a driver are not added. A device whose identity was read from the device gets no new nodes.
+        Returns True if the port is free.
         """
         occupant = self._occupants.get(number)
         if occupant is None:
@@ -207,7 +217,7 @@ class SimulatedKernel:
         return True if _kinds(occupant) >= set(kinds) else None
 
     def enumerate_anew(self, number: int, usb_id: UsbId | None = None) -> None:
-        """What stands on the port leaves the bus and comes back over the same connection, as something else perhaps."""
+        """Enumerates the port's device again over the same connection, with another id if usb_id is given."""
         occupant, row = self._occupants[number], self.ports()[number]
         bus = _bus(row.controller, row.hub)
         self._devnums[bus] = occupant.devnum = self._devnums[bus] % (_DEVICES_PER_BUS - 1) + 1
@@ -215,7 +225,7 @@ class SimulatedKernel:
         self.bell.ring()
 
     def unused(self, name: str) -> Iterator[DeviceNode]:
-        """The child nodes of this name in children.py that no device here has, by index."""
+        """Yields, by index, the child nodes of this name in children.py that no device of this kernel has."""
         used = self._held | {node.path for occupant in self._occupants.values() for node in occupant.children}
         return (node for node in every(name) if node.path not in used)
 
@@ -241,7 +251,7 @@ class SimulatedKernel:
         if memory_socket is None:
             raise OSError(errno.EINVAL, "no such socket")
         reference = memory_socket.dup()
-        if reference.ended:  # the kernel takes it, and finds out at once
+        if reference.ended:  # the kernel accepts the socket, and notices its end at once
             reference.close()
             del self._occupants[number]
             return lambda: None
@@ -255,7 +265,7 @@ class SimulatedKernel:
 
 
 def _watch(fd: int, ended: Callable[[], None]) -> Callable[[], None]:
-    """Keep a reference to a real socket and notice its end. Returns what lets go of it."""
+    """Keeps a reference to a real socket and calls ended() at its end. Returns a function that drops the reference."""
     sock = socket.socket(fileno=os.dup(fd))
     sock.setblocking(False)
     loop = asyncio.get_running_loop()
@@ -273,7 +283,7 @@ def _watch(fd: int, ended: Callable[[], None]) -> Callable[[], None]:
     def let_go() -> None:
         loop.remove_reader(sock)
         with contextlib.suppress(OSError):
-            sock.shutdown(socket.SHUT_RDWR)  # as the kernel does: other references do not keep it up
+            sock.shutdown(socket.SHUT_RDWR)  # as the kernel does: ends the connection despite other references
         sock.close()
 
     loop.add_reader(sock, readable)

@@ -1,4 +1,4 @@
-"""The kubelet of a simulated node, and the sockets between it and the agent: both may freeze or die at any time."""
+"""Kubelet of a simulated node, and the streams between it and the agent. Both may freeze or die at any time."""
 
 from __future__ import annotations
 
@@ -19,16 +19,19 @@ from usbip_sim.virtual.local_kubelet import LocalKubelet
 from usbip_sim.virtual.steploop import Process, loop_of
 
 BLIND_S = 3.0
-"""How long a kubelet that has started answers pod-resources without knowing its pods: a real one for about a second."""
+"""Seconds for which a started kubelet lists no pods, because it does not know them yet. A real one needs about 1 s."""
 REGISTER_AGAIN_S = 0.2
 """Seconds before a plugin whose stream has ended registers again."""
 
 
 @dataclass(eq=False, slots=True)
 class Call:
-    """A call of the kubelet that a plugin works on. began: loop time; halted: process.halted_time() then.
+    """Call of the kubelet that a plugin works on.
 
-    name: of the backend's coroutine, such as "pre_start".
+    name: name of the backend's coroutine, such as "pre_start".
+    process: the plugin's process.
+    began: start of the call, in the loop's time.
+    halted: process.halted_time() at the start of the call.
     """
 
     name: str
@@ -39,7 +42,10 @@ class Call:
 
 
 class ClusterKubelet:
-    """One kubelet. process: freezes it. Its checkpoint and the pods outlive a restart, as on disk and in the API."""
+    """Kubelet of one simulated node, frozen with `process`.
+
+    Its checkpoint and its pods outlive a restart, as they do on disk and in the API server.
+    """
 
     def __init__(self, process: Process) -> None:
         self.kubelet = LocalKubelet()
@@ -47,17 +53,20 @@ class ClusterKubelet:
         self.up = asyncio.Event()
         self.up.set()
         self.calls: list[Call] = []
-        """What plugins work on now, or were at when they died."""
+        """Calls that plugins work on now, or were working on when they died."""
         self.on_answer: Callable[[Call, BaseException | None], None] = lambda _call, _error: None
         """Called when a plugin answers a call, with the error if it fails, before the kubelet has the answer."""
         self.hang_ups = 0
-        """How often it has ended all streams."""
+        """Number of times that the kubelet has ended all streams."""
         self._starts = 0
         self._streams: dict[_Stream, None] = {}
         self._admissions: dict[asyncio.Task[Any], None] = {}
 
     async def admit(self, pod: PodRef, requests: Mapping[str, int] | Sequence[ContainerSpec]) -> str | None:
-        """None if the pod runs, else the kubelet's words; also if the kubelet is restarted meanwhile. See Admission."""
+        """Admits a pod. Returns None if the pod runs, else the kubelet's error message. See Admission.admit.
+
+        Returns a message, too, if the kubelet is down or is restarted meanwhile.
+        """
         if not self.up.is_set():
             return "the kubelet is down"
         task = self.process.create_task(self.kubelet.admit(pod, requests), f"admit {pod}")
@@ -76,7 +85,10 @@ class ClusterKubelet:
         return None
 
     async def start_container(self, pod: PodRef, container: str = "app") -> dict[str, Allocation]:
-        """A container of a pod is (re)started, see Admission.start_container. EndpointError."""
+        """(Re)starts a container of a pod and returns its allocations by resource. See Admission.start_container.
+
+        Raises EndpointError, also if the kubelet is restarted meanwhile.
+        """
         task = self.process.create_task(self.kubelet.start_container(pod, container), f"start a container of {pod}")
         self._admissions[task] = None
         try:
@@ -88,7 +100,7 @@ class ClusterKubelet:
         return task.result()
 
     def stop(self) -> None:
-        """Its calls are cancelled, its streams end, and it forgets what plugins told it."""
+        """Stops the kubelet: cancels its calls, ends its streams and forgets its plugins and their devices."""
         self.process.thaw()
         self.up.clear()
         for task in self._admissions:
@@ -99,7 +111,7 @@ class ClusterKubelet:
         self._starts += 1
 
     def start(self) -> None:
-        """Back; it lists no pods until it has heard of them."""
+        """Starts the kubelet after a stop(). It lists no pods until BLIND_S seconds of the loop have passed."""
         self.up.set()
         loop_of().call_later(BLIND_S, self._see, self._starts)
 
@@ -108,7 +120,7 @@ class ClusterKubelet:
             self.kubelet.blind = False
 
     def hang_up(self) -> None:
-        """Every ListAndWatch ends, though the kubelet lives; it does not call back by itself."""
+        """Ends every ListAndWatch though the kubelet lives. The kubelet does not connect again by itself."""
         self.hang_ups += 1
         for stream in tuple(self._streams):
             stream.end()
@@ -116,7 +128,7 @@ class ClusterKubelet:
     def plugin(
         self, server: DevicePluginServer, process: Process, clock: Clock, on_state: Callable[[Plugin], None]
     ) -> Plugin:
-        """A resource of the agent that runs as process."""
+        """Returns the Plugin for a resource of the agent that runs as process."""
         return _LocalPlugin(self, server, process, clock, on_state)
 
     def open(self, stream: _Stream) -> None:
@@ -127,7 +139,10 @@ class ClusterKubelet:
 
 
 class _Stream:
-    """One registration with its ListAndWatch. Whatever goes one way arrives in order, if the receiver lives."""
+    """Registration of a plugin with its ListAndWatch.
+
+    Messages in each direction arrive in order, if the receiver lives.
+    """
 
     def __init__(self, owner: ClusterKubelet, server: DevicePluginServer, process: Process) -> None:
         self.over = asyncio.Event()
@@ -139,16 +154,16 @@ class _Stream:
         owner.process.call_soon(self._register)
 
     async def receive(self, state: DeviceStates) -> None:
-        """Sent; the kubelet reads it when it comes to it."""
+        """Sends a list to the kubelet, which reads it as its next step. Does not wait for that."""
         self._owner.process.call_soon(self._listed, state)
 
     def end(self) -> None:
-        """The kubelet's side ends it."""
+        """Ends the stream from the kubelet's side."""
         self.over.set()
         self._disconnect()
 
     def close(self) -> None:
-        """The plugin's side ends it."""
+        """Ends the stream from the plugin's side."""
         self._forget()
         self.over.set()
         self._owner.process.call_soon(self._disconnect)
@@ -172,7 +187,11 @@ class _Stream:
             self._owner.kubelet.disconnect(self._server.resource, self._server)
 
     async def _call(self, coro: Coroutine[Any, Any, Any]) -> Any:
-        """A call of the kubelet, as a task of the plugin's process."""
+        """Runs a call of the kubelet as a task of the plugin's process, and returns the answer.
+
+        Raises EndpointError if the stream has ended, the plugin gives the call up or its process ends, and the
+        plugin's own error. Cancel-safe: the plugin's task is cancelled, too.
+        """
         if self._process.dead or not self._connected:
             coro.close()
             raise EndpointError("UNAVAILABLE", "the plugin's socket is closed")
@@ -210,7 +229,7 @@ class _Stream:
 
 
 class _LocalPlugin:
-    """See Plugin."""
+    """Plugin that registers with a ClusterKubelet, and again REGISTER_AGAIN_S after its stream has ended."""
 
     def __init__(
         self,
@@ -262,13 +281,13 @@ class _LocalPlugin:
 
 
 class LocalPodResources:
-    """The agent's way to pod-resources of its node's kubelet."""
+    """PodResources of a simulated node: the agent's access to its kubelet's pod-resources API."""
 
     def __init__(self, owner: ClusterKubelet, clock: Clock) -> None:
         self._owner, self._clock = owner, clock
 
     async def list(self) -> tuple[ContainerDevices, ...]:
-        """See PodResources.list."""
+        """Lists the devices of containers; see PodResources.list. Waits at most LIST_TIMEOUT_S for a frozen kubelet."""
         if not self._owner.up.is_set():
             raise PodResourcesUnavailable("the kubelet is down")
         answer: asyncio.Future[tuple[ContainerDevices, ...]] = loop_of().create_future()

@@ -1,4 +1,4 @@
-"""A simulated kubelet without sockets: plugins run in the same process, so that it works in virtual time."""
+"""A simulated kubelet without sockets. Plugins run in the same process, so that it works in virtual time."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ T = TypeVar("T")
 
 
 Transport = Callable[[Coroutine[Any, Any, Any]], Awaitable[Any]]
-"""How a call of the kubelet reaches the plugin: makes a task of it there, say. EndpointError if it does not."""
+"""Function that runs a call of the kubelet on the plugin's side. Raises EndpointError if the plugin is not reached."""
 
 
 async def directly(call: Coroutine[Any, Any, T]) -> T:
-    """In the kubelet's own task."""
+    """Runs a call in the kubelet's own task. The default Transport."""
     return await call
 
 
 class LocalKubelet(Admission):
-    """Without sockets: plugins run in this process. Works on a virtual clock. Is a PodResources itself."""
+    """Kubelet without sockets, whose plugins run in this process. Works in virtual time. Is also a PodResources."""
 
     async def plug_in(self, server: DevicePluginServer) -> None:
-        """Registers the resource and listens to it until cancelled."""
+        """Registers the plugin's resource and takes in its lists. Runs until cancelled, then disconnects the plugin."""
         self.register(server)
 
         async def receive(state: DeviceStates) -> None:
@@ -42,11 +42,14 @@ class LocalKubelet(Admission):
             self.disconnect(server.resource, server)
 
     def register(self, server: DevicePluginServer, transport: Transport = directly) -> None:
-        """A registration; the caller delivers the plugin's lists, and disconnects it."""
+        """Registers a plugin.
+
+        The caller delivers the plugin's lists with listed(), and calls disconnect() at the end.
+        """
         self.connect(server.resource, server, _LocalEndpoint(server, transport))
 
     async def list(self) -> tuple[ContainerDevices, ...]:
-        """See PodResources.list."""
+        """Lists the devices of containers at once; see PodResources.list."""
         return self.held()
 
 

@@ -1,4 +1,4 @@
-"""An event loop in virtual time: an hour of leases and heartbeats passes in milliseconds, the same way each run."""
+"""Event loop in virtual time: an hour of leases and heartbeats passes in milliseconds, the same way in each run."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ T = TypeVar("T")
 
 P = ParamSpec("P")
 
-# Real seconds to wait for a thread or a peer outside the loop when no timer is set, before it is called a deadlock.
+# Real seconds to wait for a peer outside the loop when no timer is set, before the loop raises Deadlock.
 STALL_S = 30.0
-# Real seconds of one wait for a thread that is still at work.
+# Real seconds of one wait for I/O while a thread is at work.
 _THREAD_POLL_S = 0.5
 _EPOCH = datetime(2030, 1, 1, tzinfo=UTC)
 
 
 class Deadlock(RuntimeError):
-    """Nothing is ready, no timer is set and no I/O came: nothing could ever happen again."""
+    """Error of a virtual loop in which nothing can happen any more: nothing ready, no timer set and no I/O."""
 
 
 class _JumpingSelector(selectors.DefaultSelector):
-    """Polls; when nothing is ready, moves virtual time on by the timeout instead of waiting for it."""
+    """Selector that polls. When nothing is ready, it moves virtual time on by the timeout instead of waiting."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class _JumpingSelector(selectors.DefaultSelector):
         if ready or (timeout is not None and timeout <= 0):
             return ready
         if self.threads_busy:
-            # A thread works in real time; virtual time stands still until it has answered.
+            # A thread works in real time; virtual time stands still until the thread has answered.
             return super().select(_THREAD_POLL_S)
         if timeout is None:
             ready = super().select(STALL_S)
@@ -55,9 +55,9 @@ class _JumpingSelector(selectors.DefaultSelector):
 
 
 class VirtualLoop(MemoryStreams, asyncio.SelectorEventLoop):
-    """time() stands still while anything is ready or a thread is at work, then jumps to the next timer.
+    """Event loop whose time() stands still while anything is ready or a thread works, then jumps to the next timer.
 
-    Real sockets work: what the kernel has to deliver is read before time moves. Starts at 0.
+    Real sockets work: the loop reads everything that the kernel can deliver before time moves. Time starts at 0.
     """
 
     def __init__(self) -> None:
@@ -79,7 +79,10 @@ class VirtualLoop(MemoryStreams, asyncio.SelectorEventLoop):
         return future
 
     async def shutdown_default_executor(self, timeout: float | None = None) -> None:  # noqa: ARG002
-        """Waits for the threads in real time: the limit newer Pythons set would pass at once in virtual time."""
+        """Waits for the threads in real time, ignoring timeout.
+
+        The limit that newer Pythons set would pass at once in virtual time.
+        """
         await super().shutdown_default_executor()
 
     def _thread_done(self, _future: Future[Any]) -> None:
@@ -87,9 +90,11 @@ class VirtualLoop(MemoryStreams, asyncio.SelectorEventLoop):
 
 
 class SimClock:
-    """A node's Clock on a loop. rate: seconds of this node's clock for each second of the loop; offset: its start.
+    """Clock of a simulated node, driven by the time of an event loop.
 
-    wall_error: by how many seconds its wall clock is wrong; may be changed at any time.
+    rate: seconds of this clock for each second of the loop.
+    offset: start of monotonic(), in seconds.
+    wall_error: seconds by which now() is wrong; may be changed at any time.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, rate: float = 1.0, offset: float = 1000.0) -> None:
@@ -114,13 +119,13 @@ class SimClock:
 
 
 def run(main: Callable[[], Coroutine[Any, Any, T]], debug: bool | None = None) -> T:
-    """Run main() to its end on a new VirtualLoop."""
+    """Runs main() to its end on a new VirtualLoop and returns its result."""
     with asyncio.Runner(loop_factory=VirtualLoop, debug=debug) as runner:
         return runner.run(main())
 
 
 def virtual(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, T]:
-    """Decorator: the coroutine function becomes an ordinary one that runs on a VirtualLoop of its own."""
+    """Turns a coroutine function into an ordinary function that runs on a VirtualLoop of its own. A decorator."""
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
