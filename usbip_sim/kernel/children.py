@@ -1,4 +1,4 @@
-"""The child nodes that simulated devices have: how they are called and numbered. Pure."""
+"""Names and numbers of the child nodes of simulated devices. Pure."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MAX = 256
 
 
 def every(name: str) -> Iterator[DeviceNode]:
-    """The nodes of this name in CHILDREN, by index: the first that is free is what a device gets."""
+    """Yields the possible nodes of this name in CHILDREN, by index. A device gets the first one that is free."""
     kind, path, major, block = CHILDREN[name]
     for index in range(_MAX):
         shown = chr(ord("a") + index) if block else str(index)
@@ -33,9 +33,10 @@ def every(name: str) -> Iterator[DeviceNode]:
 def linked(
     nodes: Sequence[DeviceNode], usb_id: UsbId, manufacturer: str, model: str, serial: str
 ) -> tuple[DeviceNode, ...]:
-    """The nodes of a device by path, with those that udev would make besides.
+    """Returns a device's nodes, sorted by path, with the by-id links that udev would make for them.
 
-    They are given in the order they were made; a text is "" where the device has none.
+    nodes: in the order in which they were made.
+    manufacturer, model, serial: "" where the device has none.
     """
     name = devices.serial_name(manufacturer or f"{usb_id.vendor:04x}", model or f"{usb_id.product:04x}", serial)
     videos = [node.path for node in nodes if node.kind == "video4linux"]

@@ -1,4 +1,4 @@
-"""Device nodes for devices that a simulated kernel has: real files, so that a kubelet can give them to a pod."""
+"""Device nodes for the devices of a simulated kernel: real files, so that a kubelet can give them to a pod."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from pathlib import Path
 from usbip_plugin.model import Attachment, DeviceNode
 
 MAJOR, MINOR = 1, 5
-"""/dev/zero: it can be opened, read from and written to."""
+"""Device numbers of every simulated node: those of /dev/zero, which can be opened, read and written."""
 _MODE = 0o666
 
 
 def make_device(path: Path) -> None:
-    """A character device like /dev/zero. Needs CAP_MKNOD: OSError without."""
+    """Makes a character device like /dev/zero at path. Raises OSError without CAP_MKNOD."""
     os.mknod(path, stat.S_IFCHR | _MODE, os.makedev(MAJOR, MINOR))
     path.chmod(_MODE)  # whatever the umask is
 
 
 def is_device(path: Path) -> bool:
-    """Is this a node as make_device makes them?"""
+    """Returns whether path is a node such as make_device() makes."""
     try:
         found = path.lstat()
     except OSError:
@@ -33,9 +33,11 @@ def is_device(path: Path) -> bool:
 
 
 class DeviceNodes:
-    """Keeps the nodes below directory, which stands for the node's /dev. journal: lists them, for a successor.
+    """Device nodes of one simulated kernel.
 
-    make and ours: the two functions above, or stand-ins where there is no CAP_MKNOD.
+    directory: stands for the node's /dev; the nodes are below it.
+    journal: file that lists the nodes, so that a later process can remove them.
+    make, ours: make_device and is_device, or stand-ins where there is no CAP_MKNOD.
     """
 
     def __init__(
@@ -50,13 +52,19 @@ class DeviceNodes:
         self._paths: dict[str, None] = {}
 
     def sweep(self) -> None:
-        """Remove what a predecessor left: paths of its journal that are such nodes still. Others are left alone."""
+        """Removes the nodes that an earlier process left: the paths in its journal that are still such nodes.
+
+        Leaves all other files alone.
+        """
         with contextlib.suppress(FileNotFoundError):
             self._paths = dict.fromkeys(self._journal.read_text(encoding="utf-8").splitlines())
         self.keep(())
 
     def provide(self, attachment: Attachment) -> Attachment:
-        """Make its nodes if they are not there; the attachment with the numbers they really have. OSError."""
+        """Makes the attachment's missing nodes, and returns it with the nodes' real device numbers.
+
+        Raises OSError if a node cannot be made.
+        """
         missing = [node.path for node in attachment.nodes if node.path not in self._paths]
         if missing:
             self._paths.update(dict.fromkeys(missing))
@@ -68,7 +76,11 @@ class DeviceNodes:
         return dataclasses.replace(attachment, nodes=nodes)
 
     def make_one_of(self, nodes: Iterable[DeviceNode]) -> DeviceNode:
-        """Make the first whose path nobody has: other kernels may share this directory. OSError."""
+        """Makes the first of the nodes whose path is free, and returns it with its real device numbers.
+
+        Other kernels may share the directory, so a path can be taken by a node of another kernel. Raises OSError if no
+        node can be made.
+        """
         for node in nodes:
             place = self._place(node.path)
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +101,7 @@ class DeviceNodes:
         raise FileExistsError(errno.EEXIST, "all paths are taken", str(self._directory))
 
     def keep(self, paths: Collection[str]) -> None:
-        """Remove all nodes but these."""
+        """Removes all nodes but those with the given paths."""
         gone = [path for path in self._paths if path not in paths]
         for path in gone:
             place = self._place(path)

@@ -71,7 +71,7 @@ class SimulatedVhci:
         return self.ports_now()
 
     def ports_now(self) -> tuple[PortState, ...]:
-        """Returns the same as ports(), without a coroutine, for observers of the simulation."""
+        """Returns the ports at once, for observers of the simulation that cannot await ports()."""
         return tuple(self._state(port) for port in self._ports())
 
     def _state(self, port: Port) -> PortState:

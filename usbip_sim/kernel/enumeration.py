@@ -1,4 +1,4 @@
-"""What a simulated kernel learns of a device by asking it, as a kernel does, and which drivers it has for it."""
+"""Enumeration by a simulated kernel: reads a device's identity from the device, and picks drivers for it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from usbip_plugin.model import Descriptor, DeviceKey, InterfaceClass, UsbId
 from usbip_plugin.usbip.identify import ControlPipe, parse_interfaces, parse_string
 
 ANSWER_S = 5.0
-"""Seconds for all the answers of a device. A kernel waits so long for each (USB_CTRL_GET_TIMEOUT)."""
+"""Seconds for all answers of a device together. A kernel waits this long for each answer (USB_CTRL_GET_TIMEOUT)."""
 
 _DEVICE, _CONFIG, _STRING = 1, 2, 3
 _DEVICE_BYTES, _STRING_BYTES, _CONFIG_BYTES = 18, 255, 4096
@@ -24,7 +24,7 @@ _VENDOR = 0xFF
 SERIAL_CONVERTERS = frozenset(
     {UsbId(0x0403, 0x6001), UsbId(0x0403, 0x6015), UsbId(0x10C4, 0xEA60), UsbId(0x1A86, 0x7523), UsbId(0x067B, 0x2303)}
 )
-"""Of vendor class: ftdi_sio, cp210x, ch341 and pl2303 know them by their ids."""
+"""Serial converters with interfaces of vendor class, which ftdi_sio, cp210x, ch341 and pl2303 match by their ids."""
 
 _DRIVERS: dict[tuple[int, int], tuple[str, ...]] = {
     (0x01, 0x02): ("sound",),  # snd-usb-audio, a streaming interface
@@ -32,14 +32,14 @@ _DRIVERS: dict[tuple[int, int], tuple[str, ...]] = {
     (0x03, 0x00): ("hidraw",),
     (0x03, 0x01): ("hidraw", "input"),  # a keyboard or mouse
     (0x07, 0x01): ("printer",),  # usblp
-    (0x0E, 0x01): ("video4linux", "video4linux"),  # uvcvideo: pictures, and what is said about them
+    (0x0E, 0x01): ("video4linux", "video4linux"),  # uvcvideo: one node for images, one for their metadata
 }
-"""By class and subclass of an interface."""
+"""Names in children.CHILDREN of the nodes that drivers make, by class and subclass of an interface."""
 
 
 @dataclass(frozen=True, slots=True)
 class Enumerated:
-    """What the device says it is. Texts are "" where it has none."""
+    """Identity that a device reports in its descriptors. A text is "" where the device has none."""
 
     usb_id: UsbId
     serial: str
@@ -49,9 +49,9 @@ class Enumerated:
 
 
 async def enumerate_device(key: DeviceKey, descriptor: Descriptor, fd: int, clock: Clock) -> Enumerated | None:
-    """Asks the device that was imported over this socket, whose references stay as they are.
+    """Reads the identity of the device that was imported over this socket. The caller keeps fd open.
 
-    None if it does not answer within ANSWER_S, or not as it should. Cancel-safe.
+    Returns None if the device does not answer within ANSWER_S, or not as it should. Cancel-safe.
     """
     loop = asyncio.get_running_loop()
     try:
@@ -88,9 +88,9 @@ async def _ask(pipe: ControlPipe) -> Enumerated | None:
 
 
 def drivers_children(usb_id: UsbId, interfaces: tuple[InterfaceClass, ...]) -> Iterator[tuple[int, str]]:
-    """The child nodes that the drivers of a usual kernel make for it: (interface, name in children.CHILDREN).
+    """Yields the child nodes that a usual kernel's drivers make for a device: (interface, name in children.CHILDREN).
 
-    Block devices are left out: what stands in for a node is a character device.
+    Block devices are left out, because every simulated node is a character device.
     """
     for number, one in enumerate(interfaces):
         yield from ((number, name) for name in _DRIVERS.get((one.class_, one.subclass), ()))

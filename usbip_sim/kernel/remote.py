@@ -1,4 +1,4 @@
-"""VhciDriver on the simulated kernel of service.py. For development: no device is ever really attached."""
+"""VhciDriver on the simulated kernel of service.py, for development: it never really attaches a device."""
 
 from __future__ import annotations
 
@@ -26,12 +26,15 @@ T = TypeVar("T")
 
 
 ANSWER_S = 5.0
-"""Seconds for an answer, over what the request itself may take."""
+"""Seconds that the simulated kernel has to answer, beyond the time that the request itself may take."""
 RECONNECT_FIRST_S, RECONNECT_MAX_S = 0.1, 2.0
 
 
 class RemoteVhci:
-    """See VhciDriver. socket_path: where `usbip-plugin simulate kernel` listens. A broken connection is made anew."""
+    """VhciDriver that calls a `usbip-plugin simulate kernel` process. Connects again when the connection breaks.
+
+    socket_path: socket on which the process listens.
+    """
 
     def __init__(self, socket_path: Path, clock: Clock, rng: random.Random) -> None:
         self._path, self._clock, self._rng = socket_path, clock, rng
@@ -47,7 +50,7 @@ class RemoteVhci:
         return await self._call("ports", wire.ports_in)
 
     async def attach(self, key: DeviceKey, descriptor: Descriptor, fd: int) -> int:
-        # cancelled: the port that the answer may yet name is given back, see _received
+        # If cancelled, _received detaches the port that a late answer names.
         request = {"key": wire.key_out(key), "descriptor": wire.descriptor_out(descriptor)}
         return await self._call("attach", wire.number_in, request, fd=fd)
 
@@ -89,7 +92,7 @@ class RemoteVhci:
                     await self._clock.sleep(next(waits))
                     continue
                 waits = backoff(self._rng, RECONNECT_FIRST_S, RECONNECT_MAX_S)
-                self._bell.ring()  # another kernel, perhaps
+                self._bell.ring()  # the new connection may be to another kernel
                 await self._lost.wait()
                 log.warning("the simulated kernel has gone", extra={"socket": str(self._path)})
                 self._bell.ring()
@@ -98,7 +101,7 @@ class RemoteVhci:
             self.close()
 
     def close(self) -> None:
-        """Ends the connection; what is attached stays. The next call makes a new one."""
+        """Ends the connection; attached devices stay. The next call makes a new connection."""
         if self._channel is not None:
             self._channel.close()
             self._ended()
@@ -109,7 +112,7 @@ class RemoteVhci:
         except (DriverMissing, AttachRefused) as error:
             return DriverReport(loaded=False, problems=(str(error),))
         finally:
-            if not self._running:  # `usbip-plugin check`: nobody else would end the connection
+            if not self._running:  # in `usbip-plugin check` nothing else ends the connection
                 self.close()
 
     def _connected(self) -> Channel:
@@ -135,9 +138,12 @@ class RemoteVhci:
         timeout: float = 0.0,
         extra: float = 0.0,
     ) -> T:
-        """The result, within timeout + extra + ANSWER_S seconds. Cancel-safe: the kernel is told to stop.
+        """Sends a request and returns its result, within timeout + extra + ANSWER_S seconds.
 
-        read: from the answer to the result; ValueError or KeyError for one that makes no sense.
+        Cancel-safe: the kernel gets a message that cancels the request. Raises SimulatedKernelMissing if there is no
+        connection or no valid answer, and the error that the kernel answers with.
+
+        read: converts the answer into the result; raises ValueError or KeyError for an invalid answer.
         """
         number = next(self._numbers)
         answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
@@ -145,7 +151,7 @@ class RemoteVhci:
         message = {"id": number, "version": wire.VERSION, "call": name, "timeout": timeout, **(request or {})}
         try:
             self._connected().send(message, fd)
-            if self._channel is None:  # it did not read
+            if self._channel is None:  # the kernel does not read: send() ended the connection
                 raise SimulatedKernelMissing(str(self._path), "it does not read its requests")
             async with self._clock.timeout(timeout + extra + ANSWER_S):
                 got = await answer
@@ -183,7 +189,7 @@ class RemoteVhci:
 
     def _received(self, message: Message, fd: int | None) -> None:
         if fd is not None:
-            os.close(fd)  # none is expected
+            os.close(fd)  # the kernel sends no fds
         number = message.get("id")
         if not isinstance(number, int):
             number = 0

@@ -1,6 +1,6 @@
 """`usbip-plugin simulate kernel`: a simulated vhci_hcd as a process that outlives the plugin, as a kernel does.
 
-For clusters whose kernel has none. A new process is a kernel that has booted: every port is free.
+For clusters whose kernel has no vhci_hcd. A new process stands for a booted kernel: every port is free.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ log = logging.getLogger(__name__)
 
 
 ENUMERATION_S = 0.3
-"""Seconds from attach to enumerated: what a real kernel was seen to take."""
+"""Seconds from attach to enumerated, as measured on a real kernel."""
 _BACKLOG = 16
 MAX_CALLS = 256
-"""Of one driver at a time."""
+"""Limit of calls that one driver has under way. Further calls get no answer."""
 
 
 _TIMED = ("enumerate", "detach")
@@ -39,19 +39,23 @@ _ON_A_PORT = ("enumerate", "inspect", "detach")
 
 
 class KernelService:
-    """One kernel for the drivers that connect to the socket at path. devices: None for nodes that do not exist.
+    """Simulated kernel for the drivers that connect to the socket at path.
 
-    asking: devices are asked who they are, and have the serial number and the child nodes that follow from it.
+    devices: makes the device nodes; None if the nodes shall not exist as files.
+    asking: reads the identity from each attached device, which decides its serial number and its child nodes.
     """
 
     def __init__(
         self, kernel: SimulatedKernel, path: Path, devices: DeviceNodes | None = None, *, asking: bool = False
     ) -> None:
         self._kernel, self._path, self._devices, self._asking = kernel, path, devices, asking
-        self._made: dict[int, tuple[int, set[str]]] = {}  # of a port: number of its occupant, paths of its nodes
+        self._made: dict[int, tuple[int, set[str]]] = {}  # by port: number of its occupant, paths of its nodes
 
     async def run(self, *, listening: Callable[[], None] = lambda: None) -> None:
-        """Until cancelled; then every port falls free, as nothing outlives a kernel. OSError if it cannot listen."""
+        """Runs until cancelled, then frees every port, as no attachment outlives a kernel.
+
+        Raises OSError if it cannot listen. listening: called once it listens.
+        """
         if self._devices is not None:
             self._devices.sweep()
         loop = asyncio.get_running_loop()
@@ -77,7 +81,10 @@ class KernelService:
         return self._kernel
 
     async def attach(self, driver: SimulatedVhci, key: DeviceKey, descriptor: Descriptor, fd: int) -> int:
-        """VhciDriver.attach, and what is learnt of the device."""
+        """Attaches a device (see VhciDriver.attach) and records the identity and child nodes read from it.
+
+        Raises AttachRefused also if a child node cannot be made; then the port is free again.
+        """
         found = await enumerate_device(key, descriptor, fd, self._kernel.clock) if self._asking else None
         port = await driver.attach(key, descriptor, fd)
         occupant = self._kernel.occupant(port)
@@ -97,7 +104,10 @@ class KernelService:
         return port
 
     def provided(self, attachment: Attachment) -> Attachment:
-        """The attachment as it is on this node, its nodes made. AttachRefused if they cannot be."""
+        """Makes the device nodes of an attachment, and returns it with the nodes' real device numbers.
+
+        Raises AttachRefused if a node cannot be made; then the port is free again.
+        """
         occupant = self._kernel.occupant(attachment.port)
         if self._devices is None or occupant is None:
             return attachment
@@ -115,7 +125,7 @@ class KernelService:
         before[1].update(paths)
 
     def _look(self) -> None:
-        """A port may have fallen free, or have another device: the nodes of the former go."""
+        """Removes the nodes of devices that have left their port. Called after each change of a port."""
         for port, (number, _paths) in tuple(self._made.items()):
             now = self._kernel.occupant(port)
             if now is None or now.number != number:
@@ -125,7 +135,7 @@ class KernelService:
 
 
 class _Session:
-    """One connected driver."""
+    """Connection of one driver to a KernelService. Answers its calls, and reports changes of ports."""
 
     def __init__(
         self, service: KernelService, sock: socket.socket, channels: set[Channel], tasks: asyncio.TaskGroup
@@ -210,7 +220,10 @@ class _Session:
 
 
 def _listen(path: Path) -> socket.socket:
-    """Takes the place of a socket that nobody listens on any more. OSError if somebody does."""
+    """Listens on a unix socket at path, and replaces a socket that no process listens on any more.
+
+    Raises OSError if it cannot listen, FileExistsError if another process listens there.
+    """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         sock.setblocking(False)

@@ -1,6 +1,6 @@
-"""How the simulated kernel and its drivers write model objects as JSON. Both ends are of one version.
+"""JSON form of the model objects that the simulated kernel and its drivers exchange. Both ends have one version.
 
-What comes in is not believed: every ..._in raises ValueError or KeyError for what is not of its form.
+Input is not trusted: every ..._in function raises ValueError or KeyError if a value does not have its form.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def _node(value: Any) -> DeviceNode:
 
 
 def kinds_in(value: Any) -> tuple[str, ...]:
-    """Kinds of child nodes."""
+    """Reads a list of kinds of child nodes. Raises ValueError if a kind is not in CHILD_KINDS."""
     kinds = tuple(_text(kind) for kind in _items(value))
     if not set(kinds) <= set(CHILD_KINDS):
         raise ValueError("a kind of device nodes was expected")
@@ -140,7 +140,7 @@ def error_out(error: VhciError | WrongDevice) -> dict[str, Any]:
 
 
 def error_in(value: Any) -> VhciError | WrongDevice:
-    """The same error again; what this end does not know becomes AttachRefused with its text."""
+    """Reads an error written by error_out(). An unknown error becomes AttachRefused with the error's text."""
     given = _fields(value)
     match _text(given["name"]):
         case "PortsExhausted":
@@ -155,15 +155,15 @@ def error_in(value: Any) -> VhciError | WrongDevice:
 
 
 def number_in(value: Any, most: int = 0xFFFFFFFF) -> int:
-    """A whole number from 0 to most."""
+    """Reads a whole number from 0 to most. Raises ValueError for anything else."""
     if type(value) is not int or not 0 <= value <= most:
         raise ValueError("a number was expected")
     return value
 
 
 def seconds_in(value: Any) -> float:
-    """A time to wait, at most MAX_TIMEOUT_S."""
-    if type(value) not in (int, float) or not 0 <= value <= MAX_TIMEOUT_S:  # NaN is not
+    """Reads a time to wait, in seconds, from 0 to MAX_TIMEOUT_S. Raises ValueError for anything else."""
+    if type(value) not in (int, float) or not 0 <= value <= MAX_TIMEOUT_S:  # also true for NaN
         raise ValueError("a number of seconds was expected")
     return float(value)
 
@@ -191,7 +191,7 @@ def _items(value: Any) -> list[Any]:
 
 
 def _fields(value: Any) -> dict[str, Any]:
-    """A copy."""
+    """Returns a copy of a JSON object. Raises ValueError for any other value."""
     if not isinstance(value, dict):
         raise ValueError("an object was expected")  # noqa: TRY004
     return dict(value)
@@ -213,5 +213,5 @@ def _pair(value: Any) -> UsbId:
 def _made(kind: type[T], **given: Any) -> T:
     try:
         return kind(**given)
-    except TypeError as error:  # a field too many or too few
+    except TypeError as error:  # a field is missing or unknown
         raise ValueError(str(error)) from error

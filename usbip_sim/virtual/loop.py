@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 P = ParamSpec("P")
 
-# Real seconds to wait for a peer outside the loop when no timer is set, before the loop raises Deadlock.
+# Real seconds to wait for a thread or a peer outside the loop when no timer is set, before the loop raises Deadlock.
 STALL_S = 30.0
 # Real seconds of one wait for I/O while a thread is at work.
 _THREAD_POLL_S = 0.5
