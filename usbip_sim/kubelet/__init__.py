@@ -1,1 +1,1 @@
-"""A simulated kubelet, and what an API server and a container runtime make of its pods."""
+"""A simulated kubelet, with the API server's view of its pods and the container runtime's use of CDI specs."""

@@ -1,4 +1,4 @@
-"""A kubelet's admission of pods that want devices: everything of the simulated kubelet that needs no socket."""
+"""Admission of pods with devices: the part of the simulated kubelet that needs no socket."""
 
 from __future__ import annotations
 
@@ -22,21 +22,23 @@ from usbip_sim.kubelet.device_manager import (
 
 @dataclass(slots=True)
 class Seen:
-    """What a test may want to look at afterwards."""
+    """Record of a kubelet's dealings with plugins, for tests to check afterwards."""
 
     registrations: list[str] = field(default_factory=list)
-    """Resource names, one for each registration that was accepted."""
+    """Resource names, one for each accepted registration, in order."""
     lists: list[tuple[str, dict[str, bool]]] = field(default_factory=list)
-    """(resource, {ID: healthy}), every ListAndWatch message in order."""
+    """(resource, {ID: healthy}) of every ListAndWatch message, in order."""
     allocates: list[tuple[str, frozenset[str]]] = field(default_factory=list)
-    """(resource, IDs) of every Allocate call."""
+    """(resource, IDs) of every Allocate call, in order."""
 
 
 class Admission:
-    """Plugins connect, list their devices, and pods are admitted one at a time with what is healthy and free.
+    """Kubelet that takes in plugins and their lists, and admits pods one at a time with healthy and free devices.
 
-    manager.checkpoint survives a restart. `changed` fires after every change. blind: it has just started, and does not
-    know its pods yet, so it lists none; a real one takes about a second.
+    manager.checkpoint: allocations; survives a restart.
+    changed: fires after every change.
+    blind: true while a kubelet that has just started does not know its pods and lists none. A real kubelet takes about
+        a second.
     """
 
     def __init__(self) -> None:
@@ -51,7 +53,10 @@ class Admission:
         self._stopped: dict[str, Endpoint] = {}
 
     def connect(self, resource: str, place: Hashable, endpoint: Endpoint) -> None:
-        """A registration. place: the plugin's socket path. ValueError, in the kubelet's words, if it is refused."""
+        """Registers a plugin. Raises ValueError, with the kubelet's message, if a plugin at place is connected already.
+
+        place: identifies the plugin, such as its socket path.
+        """
         by_place = self._endpoints.setdefault(resource, {})
         if place in by_place:
             raise ValueError(f"device plugin already connected: {place}")
@@ -59,13 +64,16 @@ class Admission:
         self.seen.registrations.append(resource)
 
     def listed(self, resource: str, devices: Mapping[str, bool]) -> None:
-        """A ListAndWatch message: {ID: healthy}."""
+        """Takes in a ListAndWatch message: {ID: healthy}."""
         self.seen.lists.append((resource, dict(devices)))
         self.manager.listed(resource, devices.items())
         self.changed.fire()
 
     def disconnect(self, resource: str, place: Hashable) -> None:
-        """The end of a ListAndWatch. With the last plugin of a resource all its devices become unhealthy."""
+        """Disconnects a plugin at the end of its ListAndWatch.
+
+        When the last plugin of a resource has gone, all devices of the resource become unhealthy.
+        """
         by_place = self._endpoints.get(resource, {})
         if by_place.pop(place, None) is None:
             return
@@ -78,7 +86,7 @@ class Admission:
         self.changed.fire()
 
     def disconnect_all(self) -> None:
-        """The kubelet ends: plugins and devices are forgotten, allocations are not."""
+        """Forgets all plugins and devices, as the end of the kubelet does. Keeps the allocations."""
         self._endpoints.clear()
         self._primary.clear()
         self._stopped.clear()
@@ -86,25 +94,28 @@ class Admission:
         self.changed.fire()
 
     def connected(self, resource: str) -> bool:
-        """A plugin for the resource is connected now."""
+        """Returns whether a plugin for the resource is connected now."""
         return resource in self._primary
 
     def plugins(self, resource: str) -> int:
-        """How many are connected for a resource: for a moment there may be two."""
+        """Returns how many plugins are connected for a resource. There may be two for a moment."""
         return len(self._endpoints.get(resource, ()))
 
     def asks_before_start(self, resource: str) -> bool:
-        """Whether the plugin that is connected asked for PreStartContainer."""
+        """Returns whether the resource's connected plugin has asked for PreStartContainer."""
         endpoint = self._primary.get(resource)
         return endpoint is not None and endpoint.pre_start_required
 
     def health(self, resource: str) -> dict[str, bool]:
-        """{ID: healthy} as the kubelet sees it now."""
+        """Returns {ID: healthy} for the resource's devices as the kubelet sees them now."""
         healthy, unhealthy = self.manager.healthy.get(resource, ()), self.manager.unhealthy.get(resource, ())
         return dict.fromkeys(unhealthy, False) | dict.fromkeys(healthy, True)
 
     async def wait_for(self, resource: str, predicate: Callable[[dict[str, bool]], bool]) -> dict[str, bool]:
-        """Returns health(resource) once a plugin is connected and predicate holds of it. The caller bounds it."""
+        """Waits until a plugin is connected and predicate(health(resource)) holds; returns health(resource).
+
+        Not bounded in time: the caller sets a timeout.
+        """
         await self.changed.until(lambda: self.connected(resource) and predicate(self.health(resource)))
         return self.health(resource)
 
@@ -113,8 +124,10 @@ class Admission:
     ) -> dict[tuple[str, str], Allocation]:
         """Admits a pod and returns {(container, resource): allocation}.
 
-        requests: the containers, or the limits of a single one named "app". AdmissionError if the pod fails; what its
-        earlier containers got is freed with the next admission or list().
+        Raises AdmissionError if the pod fails. The next admission or list() then frees the devices of the pod's earlier
+        containers.
+
+        requests: the containers, or the limits of a single container named "app".
         """
         containers = (ContainerSpec("app", requests),) if isinstance(requests, Mapping) else tuple(requests)
         async with self._one_at_a_time:
@@ -128,10 +141,11 @@ class Admission:
         return {key[1:]: allocation for key, allocation in self.manager.checkpoint.items() if key[0] == pod}
 
     async def start_container(self, pod: PodRef, container: str) -> dict[str, Allocation]:
-        """A (re)start of a container: PreStartContainer where asked for, then the stored answers, by resource.
+        """(Re)starts a container: calls PreStartContainer where asked for, and returns the allocations by resource.
 
-        EndpointError if PreStartContainer fails, or its plugin is gone; the kubelet would try again. A kubelet that was
-        restarted does not know what a plugin asked for until it registers again, and starts the container without.
+        Raises EndpointError if PreStartContainer fails or its plugin has gone; a real kubelet would try again. A
+        restarted kubelet does not know whether a plugin asks for PreStartContainer until the plugin registers again. It
+        starts the container without the call.
         """
         held = {key[2]: a for key, a in self.manager.checkpoint.items() if key[:2] == (pod, container)}
         for resource, allocation in held.items():
@@ -144,18 +158,21 @@ class Admission:
         return held
 
     def end(self, pod: PodRef) -> None:
-        """The pod is finished: no longer listed, its devices free for the next."""
+        """Ends a pod: it is no longer listed, and its devices are free for the next pod."""
         self._active.pop(pod, None)
         self.manager.release_except(self._active)
         self.changed.fire()
 
     def active(self) -> Mapping[PodRef, Sequence[ContainerSpec]]:
-        """The pods that are admitted, or are being admitted, and have not ended."""
+        """Returns the pods that are admitted or being admitted, and have not ended."""
         return dict(self._active)
 
     def held(self) -> tuple[ContainerDevices, ...]:
-        """What pod-resources lists: active pods, also one that is being admitted. Not what init containers have that
-        end before the others start, nor an Allocate in flight."""
+        """Returns what pod-resources lists: the devices of active pods, also of a pod that is being admitted.
+
+        Leaves out the devices of init containers that end before the others start, and an Allocate in flight. Returns
+        nothing while the kubelet is blind.
+        """
         if self.blind:
             return ()
         self.manager.release_except(self._active)
@@ -167,7 +184,7 @@ class Admission:
         )
 
     def in_use(self) -> frozenset[str]:
-        """IDs of what pods have that are active, init containers included."""
+        """Returns the IDs of the devices that active pods have, including those of their init containers."""
         self.manager.release_except(self._active)
         return frozenset().union(*(allocation.device_ids for allocation in self.manager.checkpoint.values()))
 

@@ -1,4 +1,4 @@
-"""What a kubelet remembers of devices: the bookkeeping of its device manager, without I/O.
+"""Bookkeeping of a kubelet's device manager, without I/O.
 
 Follows pkg/kubelet/cm/devicemanager/manager.go of Kubernetes 1.37, without NUMA topology.
 """
@@ -13,15 +13,18 @@ from usbip_plugin.attach.containers import DeviceSpec
 from usbip_plugin.model import PodRef
 
 PRE_START_TIMEOUT_S = 30.0
-"""The only deadline a kubelet sets a plugin."""
+"""Seconds that a kubelet waits for PreStartContainer. It sets a plugin's device calls no other deadline."""
 
 
 class AdmissionError(Exception):
-    """The pod fails with UnexpectedAdmissionError and this message; it is not tried again."""
+    """Failure of a pod with UnexpectedAdmissionError and this message. The kubelet does not try the pod again."""
 
 
 class EndpointError(Exception):
-    """A plugin answered an RPC with an error, or went away during it. code: the gRPC status, such as "NOT_FOUND"."""
+    """Failure of an RPC to a plugin, which answered with an error or went away.
+
+    code: the gRPC status, such as "NOT_FOUND".
+    """
 
     def __init__(self, code: str, details: str) -> None:
         self.code, self.details = code, details
@@ -29,16 +32,21 @@ class EndpointError(Exception):
 
 
 class KubeletPanic(Exception):
-    """A plugin has answered an Allocate of a device that its last list has not: a real kubelet ends there and then.
+    """Panic of a kubelet whose plugin answered an Allocate of a device that its last list does not contain.
 
-    It looks up the topology of what was allocated (1.37, allocateContainerResources), and finds nothing.
+    A real kubelet ends at that point: it looks up the topology of the allocated devices (1.37,
+    allocateContainerResources) and finds nothing.
     """
 
 
 @dataclass(frozen=True, slots=True)
 class ContainerSpec:
-    """A container as far as devices go. limits: full resource name -> count. restartable: an init container that
-    stays, as a sidecar."""
+    """Container of a pod, reduced to its devices.
+
+    limits: count by full resource name.
+    init: an init container.
+    restartable: an init container that keeps running, as a sidecar.
+    """
 
     name: str
     limits: Mapping[str, int]
@@ -47,13 +55,13 @@ class ContainerSpec:
 
     @property
     def passes_on(self) -> bool:
-        """Whether it has ended before the next containers start, which are given its devices."""
+        """Whether the container ends before the next containers start, which then get its devices."""
         return self.init and not self.restartable
 
 
 @dataclass(frozen=True, slots=True)
 class Allocation:
-    """The checkpoint's entry for one container and resource, with what the plugin answered."""
+    """Checkpoint entry for one container and resource, with the plugin's Allocate answer."""
 
     device_ids: frozenset[str]
     envs: Mapping[str, str]
@@ -66,7 +74,7 @@ AllocationKey = tuple[PodRef, str, str]
 
 
 class Endpoint(Protocol):
-    """A connected plugin of one resource. The calls raise EndpointError and set no deadline but pre_start's."""
+    """Connected plugin of one resource. The calls raise EndpointError; only pre_start sets a deadline."""
 
     preferred_available: bool
     pre_start_required: bool
@@ -80,7 +88,12 @@ class Endpoint(Protocol):
 
 @dataclass(slots=True)
 class DeviceManager:
-    """healthy/unhealthy: by resource, as last listed. checkpoint: survives restart()."""
+    """Devices and allocations that a kubelet knows.
+
+    healthy: IDs of healthy devices by resource, as last listed.
+    unhealthy: IDs of unhealthy devices by resource, as last listed.
+    checkpoint: allocations; survives restart().
+    """
 
     healthy: dict[str, set[str]] = field(default_factory=dict)
     unhealthy: dict[str, set[str]] = field(default_factory=dict)
@@ -88,41 +101,42 @@ class DeviceManager:
     _taken: dict[str, set[str]] = field(default_factory=dict)
 
     def listed(self, resource: str, devices: Iterable[tuple[str, bool]]) -> None:
-        """A ListAndWatch message: (ID, healthy). Replaces all that was known of the resource."""
+        """Takes in a ListAndWatch message of (ID, healthy), which replaces the resource's earlier devices."""
         known = dict(devices)
         self.healthy[resource] = {id_ for id_, healthy in known.items() if healthy}
         self.unhealthy[resource] = {id_ for id_, healthy in known.items() if not healthy}
 
     def disconnected(self, resource: str) -> None:
-        """The plugin's stream ended: every device of the resource counts as unhealthy."""
+        """Marks every device of the resource as unhealthy, after its plugin's stream has ended."""
         self.unhealthy[resource] = self.unhealthy.get(resource, set()) | self.healthy.get(resource, set())
         self.healthy[resource] = set()
 
     def restart(self) -> None:
-        """The kubelet starts anew: devices are forgotten until plugins register, allocations are not."""
+        """Forgets the devices until plugins register again, as a restart does. Keeps the allocations."""
         for resource in self.healthy.keys() | {key[2] for key in self.checkpoint}:
             self.healthy[resource] = set()
             self.unhealthy[resource] = set()
         self.recount()
 
     def knows(self, resource: str) -> bool:
-        """False: admission ignores the resource, as for one no plugin ever registered."""
+        """Returns whether the resource is known. Admission ignores a resource that no plugin ever registered."""
         return resource in self.healthy
 
     def allocatable(self, resource: str) -> int:
-        """What the node status says."""
+        """Returns the resource's count in the Node's status.allocatable: the number of healthy devices."""
         return len(self.healthy.get(resource, ()))
 
     def taken(self, resource: str) -> frozenset[str]:
-        """Allocated, or in an Allocate now."""
+        """Returns the IDs of the resource's devices that are allocated or in an Allocate now."""
         return frozenset(self._taken.get(resource, ()))
 
     def start(
         self, key: AllocationKey, needed: int, reusable: frozenset[str]
     ) -> tuple[frozenset[str], frozenset[str], int]:
-        """First half of choosing devices: (chosen out of reusable, available for the rest, how many are missing).
+        """Starts the choice of devices. Returns (chosen out of reusable, available for the rest, number missing).
 
-        Nothing chosen and nothing missing: the container has its devices already. AdmissionError when it cannot work.
+        If nothing is chosen and nothing is missing, the container has its devices already. Raises AdmissionError if the
+        request cannot be met.
         """
         resource = key[2]
         held = self.checkpoint.get(key)
@@ -157,7 +171,10 @@ class DeviceManager:
         missing: int,
         preferred: Iterable[str],
     ) -> frozenset[str]:
-        """Second half, after GetPreferredAllocation: preferred ones that are available first, then any. Takes them."""
+        """Finishes the choice of devices after GetPreferredAllocation, and marks the chosen devices as taken.
+
+        Chooses available devices that the plugin prefers first, then any others.
+        """
         wish = [id_ for id_ in dict.fromkeys(preferred) if id_ in available]
         rest = sorted(available.difference(wish))
         result = chosen.union([*wish, *rest][:missing])
@@ -165,7 +182,7 @@ class DeviceManager:
         return result
 
     def insert(self, key: AllocationKey, allocation: Allocation) -> None:
-        """Allocate succeeded: into the checkpoint. KubeletPanic if the list does not have the device any more."""
+        """Writes a successful Allocate into the checkpoint. Raises KubeletPanic if a device is not listed any more."""
         listed = self.healthy.get(key[2], set()) | self.unhealthy.get(key[2], set())
         if not allocation.device_ids <= listed:
             raise KubeletPanic(f"nil pointer dereference: {key[2]} {sorted(allocation.device_ids - listed)}")
@@ -173,14 +190,14 @@ class DeviceManager:
         self.recount()
 
     def release_except(self, pods: Iterable[PodRef]) -> None:
-        """Frees what pods hold that are no longer active."""
+        """Frees the devices of all pods but the given active ones."""
         active = set(pods)
         for key in [key for key in self.checkpoint if key[0] not in active]:
             del self.checkpoint[key]
         self.recount()
 
     def recount(self) -> None:
-        """What is taken is what the checkpoint says: after an Allocate, whatever became of it."""
+        """Marks exactly the checkpoint's devices as taken. Needed after each Allocate, whether or not it succeeded."""
         self._taken.clear()
         for (_, _, resource), allocation in self.checkpoint.items():
             self._taken.setdefault(resource, set()).update(allocation.device_ids)

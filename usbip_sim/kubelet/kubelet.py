@@ -33,9 +33,12 @@ SUPPORTED_VERSION = "v1beta1"
 
 
 class FakeKubelet(Admission):
-    """Use as an async context manager, entered and left by one task; stop(), start() and restart() inside of it.
+    """Kubelet on real unix sockets. An async context manager that one task enters and leaves.
 
-    directory: the device-plugins directory, which must exist. pod_resources: path of the second socket, None for none.
+    stop(), start() and restart() may be called inside it.
+
+    directory: the device-plugins directory, which must exist.
+    pod_resources: path of the pod-resources socket; None for no such socket.
     """
 
     def __init__(self, directory: Path, pod_resources: Path | None = None) -> None:
@@ -75,8 +78,8 @@ class FakeKubelet(Admission):
             await server.start()
 
     async def stop(self) -> None:
-        """The kubelet ends: its connections break, the plugins' sockets stay where they are."""
-        # First of all no more registrations: a plugin whose stream ends comes back at once.
+        """Stops the kubelet: its connections break, and the plugins' sockets stay in the directory."""
+        # Refuse registrations first: a plugin whose stream ends registers again at once.
         for server in self._servers:
             await server.stop(None)
         self._servers.clear()
@@ -88,12 +91,12 @@ class FakeKubelet(Admission):
             await asyncio.wait(listeners)
 
     async def restart(self) -> None:
-        """stop() and start(). Devices are forgotten until plugins register again."""
+        """Stops and starts the kubelet, which forgets the devices until plugins register again."""
         await self.stop()
         await self.start()
 
     async def dial(self, resource: str, path: Path) -> None:
-        """What the kubelet does within Register. ValueError or EndpointError if the plugin is refused."""
+        """Connects to a plugin, as the kubelet does within Register. Raises ValueError or EndpointError if refused."""
         endpoint = _GrpcEndpoint(path)
         try:
             await endpoint.ask_options()
@@ -116,7 +119,7 @@ class FakeKubelet(Admission):
 
 class _GrpcEndpoint:
     def __init__(self, path: Path) -> None:
-        # A pool of its own, as each dial of the kubelet is a new connection.
+        # A pool of its own: each dial of a kubelet makes a new connection.
         options = (("grpc.use_local_subchannel_pool", 1),)
         self.channel = grpc.aio.insecure_channel(f"unix:{path}", options=options)
         self.stub = DevicePluginStub(self.channel)
@@ -163,7 +166,7 @@ async def _call(call: Awaitable[Any]) -> Any:
         task = asyncio.current_task()
         if task is not None and task.cancelling():
             raise
-        # The channel was closed under the call, which grpc.aio reports as a cancellation.
+        # The channel was closed during the call; grpc.aio reports that as a cancellation.
         raise EndpointError("CANCELLED", "grpc: the client connection is closing") from None
 
 

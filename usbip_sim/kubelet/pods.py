@@ -1,4 +1,4 @@
-"""What an API server would say of the pods of a simulated kubelet."""
+"""The API server's view of the pods of a simulated kubelet."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from usbip_sim.kubelet.device_manager import ContainerSpec
 
 
 class AdmittedPods:
-    """A PodView: what the kubelet has admitted and has not ended. A pod without a uid gets one made of its name."""
+    """PodView of the pods that the kubelet has admitted and not ended. A pod without a uid gets one from its name."""
 
     def __init__(self, kubelet: Admission) -> None:
         self._kubelet = kubelet
@@ -21,7 +21,7 @@ class AdmittedPods:
         self.synced = True
 
     def hold(self, *, synced: bool) -> None:
-        """From now on nothing new is told. synced: and nobody has noticed that yet."""
+        """Keeps the view as it is until resume(), as a broken pod watch does. synced: the break is not noticed yet."""
         self.synced = synced
         if self._kept is None:
             self._kept = self._now()
@@ -31,15 +31,15 @@ class AdmittedPods:
         self._kept = None
 
     def find(self, namespace: str, name: str) -> PodRef | None:
-        """See PodView.find."""
+        """Returns the pod with this name, or None; see PodView.find."""
         return next((pod for pod in self._view() if (pod.namespace, pod.name) == (namespace, name)), None)
 
     def ended(self, namespace: str, name: str) -> bool:  # noqa: ARG002 (PodView's interface)
-        """See PodView.ended. A pod that ended is not known any more."""
+        """Returns False: this view does not know a pod that has ended. See PodView.ended."""
         return False
 
     def wanting(self, domain: str) -> Mapping[PodRef, Mapping[str, int]]:
-        """See PodView.wanting."""
+        """Returns the pods that use resources of this domain, with their counts; see PodView.wanting."""
         found = {pod: of_domain(resources, domain) for pod, resources in self._view().items()}
         return {pod: counts for pod, counts in found.items() if counts}
 
@@ -54,7 +54,7 @@ class AdmittedPods:
 
 
 def _allocated(containers: Sequence[ContainerSpec]) -> Mapping[str, int]:
-    """See PodState.resources."""
+    """Returns how many devices of each resource a kubelet allocates for these containers; see PodState.resources."""
     total, most = Counter[str](), Counter[str]()
     for container in sorted(containers, key=lambda c: not c.init):
         if container.passes_on:

@@ -1,4 +1,4 @@
-"""The CDI directory of a simulated node, and what a container runtime makes of it."""
+"""The CDI directory of a simulated node, and a container runtime's injection of CDI devices."""
 
 from __future__ import annotations
 
@@ -14,19 +14,26 @@ PLACE = Path("/var/run/cdi")
 
 
 class UnresolvableDevice(Exception):
-    """The runtime does not create the container: nobody has a spec for a CDI name of it."""
+    """Failure of a runtime to create a container, because no spec contains one of its CDI names."""
 
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """What a runtime puts into a container. nodes: path in it -> (path on the host, major, minor)."""
+    """Edits that a runtime makes to a container for its CDI devices.
+
+    nodes: (path on the host, major, minor) by path in the container.
+    envs: environment variables.
+    """
 
     nodes: Mapping[str, tuple[str, int, int]]
     envs: Mapping[str, str]
 
 
 class MemorySpecs:
-    """SpecFiles in memory. failing: the errno of each write and removal, None while all is well."""
+    """SpecFiles in memory.
+
+    failing: errno with which each write and removal fails; None if they succeed.
+    """
 
     def __init__(self, domain: str) -> None:
         self.domain = domain
@@ -35,11 +42,11 @@ class MemorySpecs:
 
     @property
     def texts(self) -> Mapping[Path, str]:
-        """By file, the one written last at the end."""
+        """Texts of the specs by file, in the order of their last write."""
         return self._texts
 
     def clear(self) -> None:
-        """The node is booted: /run is empty."""
+        """Removes all specs, as a boot of the node empties /run."""
         self._texts.clear()
 
     def file(self, resource: str, device_id: str) -> Path:
@@ -80,7 +87,12 @@ class MemorySpecs:
 
 
 def resolve(texts: Collection[str], names: Collection[str]) -> Resolved:
-    """What a runtime injects for fully qualified CDI names, given all specs. UnresolvableDevice if one is not there."""
+    """Returns the edits that a runtime makes for fully qualified CDI names.
+
+    Raises UnresolvableDevice if no spec contains a name.
+
+    texts: all specs, as JSON.
+    """
     nodes: dict[str, tuple[str, int, int]] = {}
     envs: dict[str, str] = {}
     known = {
