@@ -1,4 +1,4 @@
-"""Doubles of the kernel, USB/IP server, kubelet and API server; the demo, `simulate` and the simulation use them.
+"""Doubles of the kernel, USB/IP server, kubelet and API server, for the demo, `simulate` and the simulation.
 
-They are held to the same contract tests as the real things. Nothing of the product imports them.
+The doubles pass the same contract tests as the real things. The plugin itself imports none of them.
 """

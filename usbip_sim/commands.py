@@ -1,4 +1,4 @@
-"""`usbip-plugin simulate ...` as processes: they end at SIGTERM or SIGINT."""
+"""Processes of `usbip-plugin simulate ...`, which end at SIGTERM or SIGINT."""
 
 from __future__ import annotations
 
@@ -18,11 +18,18 @@ log = logging.getLogger(__name__)
 
 
 JOURNAL = "simulated-nodes"
-"""Beside the socket: which device nodes there are."""
+"""Name of the file, beside the kernel's socket, that lists the device nodes (see DeviceNodes)."""
 
 
 def kernel(socket: Path, device_directory: Path | None, controllers: int) -> int:
-    """The exit status: 0 after a signal, 1 with a message if it could not run."""
+    """Runs a simulated kernel until a signal. Returns the exit status: 0 after a signal, 1 if it could not run.
+
+    Logs a message if it could not run.
+
+    socket: path of the unix socket on which drivers connect.
+    device_directory: stands for the node's /dev; None for a kernel without device nodes.
+    controllers: number of vhci_hcd controllers.
+    """
     nodes = DeviceNodes(device_directory, socket.parent / JOURNAL) if device_directory is not None else None
     simulated = SimulatedKernel(SystemClock(), controllers=controllers, enumeration_delay=ENUMERATION_S)
     service = KernelService(simulated, socket, nodes, asking=True)
@@ -31,7 +38,14 @@ def kernel(socket: Path, device_directory: Path | None, controllers: int) -> int
 
 
 def server(listen: str, devices: Sequence[str], file: Path | None) -> int:
-    """The same. ConfigError for devices that make no sense."""
+    """Runs a USB/IP server with virtual devices until a signal. Returns the exit status: 0, or 1 if it could not run.
+
+    Logs a message if it could not run. Raises ConfigError if a device or the address is not valid.
+
+    listen: ADDRESS:PORT.
+    devices: devices in the form DEVICE_FORM.
+    file: file with more devices, which is followed; None for no file.
+    """
     return _until_signal(serve(listen, parse_devices(devices), file, SystemClock()))
 
 

@@ -1,4 +1,7 @@
-"""LeaseStore in memory, for demo, simulation and tests: the same conflicts and watches, and faults on demand."""
+"""LeaseStore in memory, for demo, simulation and tests: conflicts and watches as in an API server, and injected faults.
+
+The faults delay, lose or fail calls, and break or silence watches.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ HISTORY_LENGTH = 1000
 
 
 class Lost(enum.Enum):
-    """What the network swallows. A client learns of either only by its timeout."""
+    """Part of a call that the network loses. A client notices a loss only by its timeout."""
 
     NOTHING = "nothing"
     REQUEST = "request"
@@ -34,7 +37,12 @@ class Lost(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """What is about to be done. verb as RBAC names it, or "event" for the delivery of watch events; name "" if many."""
+    """Operation on the API server that is about to happen.
+
+    node: the client's node.
+    verb: the verb as in RBAC, or "event" for the delivery of watch events.
+    name: the object's name, "" for an operation on many objects.
+    """
 
     node: str
     verb: str
@@ -43,10 +51,16 @@ class Operation:
 
 @dataclass(frozen=True, slots=True)
 class Fate:
-    """What happens to one call. request and response are delays in seconds of the loop.
+    """Delays, losses and errors of one call.
 
     A request that is delayed past the client's timeout, or whose client was cancelled, is still carried out when it
-    arrives, as in life. refused: raised before anything happens. broken: raised after it, instead of the answer.
+    arrives, as in reality.
+
+    request: delay of the request, in seconds of the loop.
+    response: delay of the answer, in seconds of the loop.
+    lost: the part of the call that the network loses.
+    refused: error raised before the call is carried out.
+    broken: error raised after the call is carried out, instead of the answer.
     """
 
     request: float = 0.0
@@ -69,7 +83,10 @@ class _Past:
 
 
 class MemoryBackend:
-    """The one shared state behind the MemoryLeases of all nodes: an API server with its etcd."""
+    """State that the MemoryLeases of all nodes share; stands for an API server with its etcd.
+
+    history: number of changes that are kept for watches.
+    """
 
     def __init__(self, history: int = HISTORY_LENGTH) -> None:
         self._leases: dict[str, Lease] = {}
@@ -80,7 +97,7 @@ class MemoryBackend:
         self._wakes: dict[asyncio.Event, None] = {}
         self._uids = 0
         self.on_write: Callable[[Lease | None, Lease | None], None] = lambda _before, _after: None
-        """Called with a Lease as it was and is, None where there is none, within each write that changes something."""
+        """Called within each write that changes a Lease, with the Lease before and after it; None for no Lease."""
 
     @property
     def leases(self) -> Mapping[str, Lease]:
@@ -91,7 +108,7 @@ class MemoryBackend:
         return str(self._version)
 
     def compact(self) -> None:
-        """Forget all history: a watch from an older resourceVersion gets KubeGone."""
+        """Forgets all history: a watch from an older resourceVersion then raises KubeGone."""
         self._compacted = self._version
         self._history.clear()
         self._notify()
@@ -115,19 +132,22 @@ class MemoryBackend:
         return LeaseList(found, str(self._version))
 
     def last(self, count: int, labels: Mapping[str, str]) -> tuple[LeaseChange, ...]:
-        """The last so many changes once more."""
+        """Returns the last count changes once more, as a watcher with these labels sees them."""
         seen = (_seen(past, labels) for past in self._history[-count:])
         return tuple(change for change in seen if change is not None)
 
     def since(self, version: int, labels: Mapping[str, str]) -> tuple[tuple[LeaseChange, ...], int]:
-        """What a watcher with these labels sees after version, and the version it has then seen."""
+        """Returns the changes after version for a watcher with these labels, and the version that it has then seen.
+
+        Raises KubeGone if the history does not reach back to version.
+        """
         if version < self._compacted:
             raise KubeGone("watch", RESOURCE, f"too old resource version: {version} ({self._compacted})")
         seen = (_seen(past, labels) for past in self._history if past.version > version)
         return tuple(change for change in seen if change is not None), self._version
 
     def wake(self, event: asyncio.Event) -> None:
-        """Set event at each change, until unwake."""
+        """Sets event at each change, until unwake()."""
         self._wakes[event] = None
 
     def unwake(self, event: asyncio.Event) -> None:
@@ -172,7 +192,10 @@ def _bears(lease: Lease, labels: Mapping[str, str]) -> bool:
 
 
 def _seen(past: _Past, labels: Mapping[str, str]) -> LeaseChange | None:
-    """A change through a label selector: what begins to match is ADDED, what ceases to match is DELETED."""
+    """Returns a change as a watch with a label selector sees it, None if the watch does not see it.
+
+    A Lease that begins to match is ADDED; a Lease that stops matching is DELETED.
+    """
     now = _bears(past.lease, labels)
     before = past.before is not None and _bears(past.before, labels)
     if past.type is ChangeType.DELETED:
@@ -193,9 +216,11 @@ class _Watcher:
 
 
 class MemoryLeases:
-    """One node's connection to a MemoryBackend. See LeaseStore.
+    """LeaseStore of one node on a MemoryBackend.
 
-    faults decides the fate of each call; cut() breaks the open watches, as a dropped connection does.
+    cut() breaks the open watches, as a dropped connection does.
+
+    faults: decides the fate of each call.
     """
 
     def __init__(
@@ -203,19 +228,19 @@ class MemoryLeases:
     ) -> None:
         self._backend, self._clock, self._node, self._faults = backend, clock, node, faults
         self._watchers: dict[_Watcher, None] = {}
-        self._network = Context()  # of no process: what was sent arrives, even if its sender is frozen or dead
+        self._network = Context()  # of no process: a request arrives even if its sender is frozen or dead
         self._flowing = asyncio.Event()
         self._flowing.set()
 
     def cut(self) -> None:
-        """Every open watch of this node ends with KubeUnreachable now, also one that has stalled."""
+        """Ends every open watch of this node with KubeUnreachable now, also a stalled watch. Ends a stall(), too."""
         self.resume()
         for watcher in self._watchers:
             watcher.broken = True
             watcher.event.set()
 
     def stall(self) -> None:
-        """From now on open watches say nothing, until resume(), or until they have said nothing for WATCH_IDLE_S."""
+        """Silences open watches until resume(). A watch breaks after WATCH_IDLE_S seconds without an event."""
         self._flowing.clear()
 
     @property
@@ -223,17 +248,17 @@ class MemoryLeases:
         return not self._flowing.is_set()
 
     def resume(self) -> None:
-        """What was to be said meanwhile is said now."""
+        """Ends a stall(): open watches now deliver the events that were held back."""
         self._flowing.set()
 
     def replay(self, count: int) -> None:
-        """The last so many changes come once more over every open watch, now."""
+        """Sends the last count changes once more over every open watch, now."""
         for watcher in self._watchers:
             watcher.replay = count
             watcher.event.set()
 
     def gone(self) -> None:
-        """The process is dead: its watches are no more."""
+        """Removes the watches of a process that is dead."""
         for watcher in self._watchers:
             self._backend.unwake(watcher.event)
 
@@ -293,7 +318,10 @@ class MemoryLeases:
         return True
 
     async def _deliver(self, watcher: _Watcher, heard: float) -> None:
-        """The way of watch events to the client. A lost one is a connection gone silent."""
+        """Applies the fate of watch events on their way to the client. A lost event makes the connection silent.
+
+        heard: when the client last got an event, on its monotonic clock.
+        """
         fate = self._faults(Operation(self._node, "event", ""))
         if fate.response:
             await asyncio.sleep(fate.response)
@@ -306,7 +334,7 @@ class MemoryLeases:
         await self._flow(watcher, heard)
 
     async def _flow(self, watcher: _Watcher, heard: float) -> None:
-        """Returns when the connection is not silent, or has been for so long that the client gives it up."""
+        """Waits until the connection is not stalled, or breaks the watch WATCH_IDLE_S after the last event."""
         try:
             async with self._clock.timeout(heard + WATCH_IDLE_S - self._clock.monotonic()):
                 await self._flowing.wait()
@@ -319,10 +347,11 @@ class MemoryLeases:
 
 
 async def carry(verb: str, resource: str, act: Callable[[], T], fate: Fate, clock: Clock, network: Context) -> T:
-    """Sends one call to a simulated API server, which does act() when it arrives, and returns what that returned.
+    """Sends one call to a simulated API server and returns the result of act(), which runs when the call arrives.
 
-    network: the context of no process, so that what was sent arrives even if its sender is frozen or dead. Raises what
-    fate says, the KubeError that act raises, or KubeUnreachable after CALL_TIMEOUT_S.
+    Raises the error in fate, the KubeError that act() raises, or KubeUnreachable after CALL_TIMEOUT_S.
+
+    network: a context of no process, so that a request arrives even if its sender is frozen or dead.
     """
     if fate.refused is not None:
         raise fate.refused
@@ -352,7 +381,7 @@ async def carry(verb: str, resource: str, act: Callable[[], T], fate: Fate, cloc
         if not answer.done():
             answer.set_exception(error)
 
-    # Not a task of the caller's: what was sent arrives even when the sender is gone.
+    # Not a task of the caller: a request arrives even if its sender has gone.
     if fate.lost is not Lost.REQUEST:
         loop.call_later(fate.request, arrive, context=network)
     try:

@@ -1,4 +1,4 @@
-"""A TCP connection without a network: what the simulation hands from client to kernel in place of a file descriptor."""
+"""TCP connections without a network. The simulation hands their sockets from client to kernel instead of fds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CLOSED = -1
 
 
 class Connection:
-    """What all references to one connection share. This one carries no data; see tcp.py for one that does."""
+    """Connection that all its MemorySocket references share. Carries no data, unlike the connection in tcp.py."""
 
     def __init__(self) -> None:
         self.references = 0
@@ -21,7 +21,7 @@ class Connection:
         self._callbacks: list[Callable[[], None]] = []
 
     def on_end(self, callback: Callable[[], None]) -> Callable[[], None]:
-        """See MemorySocket.on_close."""
+        """Calls callback once when the connection ends. See MemorySocket.on_close."""
         if self.ended:
             callback()
             return lambda: None
@@ -34,7 +34,7 @@ class Connection:
         return unsubscribe
 
     def end(self) -> None:
-        """It carries nothing any more. Idempotent."""
+        """Ends the connection and calls the on_end() callbacks. Idempotent."""
         if self.ended:
             return
         self.ended = True
@@ -43,59 +43,60 @@ class Connection:
             callback()
 
     def peer_end(self) -> None:
-        """The other side has ended it. Idempotent."""
+        """Ends the connection from the other side. Idempotent."""
         if not self.ended:
             self.closed_by_peer = True
         self.end()
 
     def released(self) -> None:
-        """The last reference has been closed."""
+        """Ends the connection after its last reference was closed."""
         self.end()
 
     def peek(self, size: int) -> bytes:
-        """As recv with MSG_PEEK and MSG_DONTWAIT."""
+        """Reads data without removing it, as recv with MSG_PEEK and MSG_DONTWAIT does. Raises OSError here."""
         raise OSError(errno.ENOTCONN, f"no data here, not {size} bytes")
 
     async def receive(self, size: int) -> bytes:
-        """As loop.sock_recv."""
+        """Reads data, as loop.sock_recv does. Raises OSError here."""
         raise OSError(errno.ENOTCONN, f"no data here, not {size} bytes")
 
     async def send(self, data: bytes) -> None:
-        """As loop.sock_sendall."""
+        """Sends data, as loop.sock_sendall does. Raises OSError here."""
         raise OSError(errno.ENOTCONN, f"no way for {len(data)} bytes")
 
 
 class SocketTable:
-    """All connections of one simulated world. Tokens take the place of fds: below -1, never reused."""
+    """Table of open MemorySockets. Tokens stand for fds; a token is below -1 and never reused."""
 
     def __init__(self) -> None:
         self._next_token = CLOSED - 1
         self._open: dict[int, MemorySocket] = {}
 
     def open(self, connection: Connection | None = None) -> MemorySocket:
-        """A reference to a connection, to a new one that carries no data if none is given."""
+        """Returns a new reference to the connection. Without one, makes a connection that carries no data."""
         token = self._next_token
         self._next_token -= 1
         self._open[token] = MemorySocket(self, connection or Connection(), token)
         return self._open[token]
 
     def resolve(self, token: int) -> MemorySocket | None:
-        """The open reference behind a token, None if it was closed or never existed."""
+        """Returns the open reference with this token, None if it was closed or never existed."""
         return self._open.get(token)
 
     def __len__(self) -> int:
-        """References not closed yet: 0 when nothing leaks."""
+        """Returns the number of references that are not closed: 0 if nothing leaks."""
         return len(self._open)
 
     def forget(self, token: int) -> None:
-        """For MemorySocket.close."""
+        """Removes a reference. Only MemorySocket.close calls this."""
         del self._open[token]
 
 
 class MemorySocket(socket.socket):
-    """One counted reference to a connection, as a file descriptor is one. Made by SocketTable.open and dup only.
+    """Counted reference to a connection, as a file descriptor is one. Made by SocketTable.open and dup only.
 
-    A socket by type, for those who want one; it has no file descriptor, and can do no more than what stands here.
+    A subclass of socket.socket for callers that need that type. It has no file descriptor and supports only the methods
+    defined here.
     """
 
     def __init__(self, table: SocketTable, connection: Connection, token: int) -> None:
@@ -112,17 +113,17 @@ class MemorySocket(socket.socket):
         return self._connection
 
     def fileno(self) -> int:
-        """The token, -1 once this reference is closed."""
+        """Returns the token, or -1 once this reference is closed."""
         return self._token
 
     def dup(self) -> MemorySocket:
-        """Another reference to the same connection. ValueError if this one is closed."""
+        """Returns another reference to the same connection. Raises ValueError if this reference is closed."""
         if self._token == CLOSED:
             raise ValueError("dup of a closed MemorySocket")
         return self._table.open(self._connection)
 
     def close(self) -> None:
-        """Idempotent. Closing the last reference ends the connection."""
+        """Closes this reference. Closing the last reference ends the connection. Idempotent."""
         if self._token == CLOSED:
             return
         self._table.forget(self._token)
@@ -132,19 +133,23 @@ class MemorySocket(socket.socket):
             self._connection.released()
 
     def on_close(self, callback: Callable[[], None]) -> Callable[[], None]:
-        """Call back once, synchronously, when the connection ends: the last reference closed, or the server ended it.
+        """Calls callback once, synchronously, when the connection ends.
 
-        At once if it has ended already. Returns a function that takes the callback back; callable any number of times.
+        It ends when its last reference is closed or the server ends it. Calls back at once if it has ended already.
+        Returns a function that removes the callback, and that may be called any number of times.
         """
         return self._connection.on_end(callback)
 
     def server_end(self) -> None:
-        """The server's side: end the connection. References stay open until their owners close them. Idempotent."""
+        """Ends the connection from the server's side.
+
+        References stay open until their owners close them. Idempotent.
+        """
         self._connection.peer_end()
 
     @property
     def closed_by_peer(self) -> bool:
-        """True once the server ended the connection, as a read that returns EOF would tell."""
+        """True once the server has ended the connection. A real socket shows that by EOF."""
         return self._connection.closed_by_peer
 
     @property
@@ -153,14 +158,17 @@ class MemorySocket(socket.socket):
         return self._connection.ended
 
     def recv(self, bufsize: int, flags: int = 0, /) -> bytes:
-        """With MSG_PEEK and MSG_DONTWAIT only: everything else is for the loop, see MemoryStreams."""
+        """Peeks at data, with the flags MSG_PEEK and MSG_DONTWAIT only. Raises OSError for other flags.
+
+        MemoryStreams.sock_recv reads data.
+        """
         if flags != socket.MSG_PEEK | socket.MSG_DONTWAIT:
             raise OSError(errno.EOPNOTSUPP, "use the loop")
         return self._connection.peek(bufsize)
 
 
 class MemoryStreams(asyncio.AbstractEventLoop):
-    """Mixed into an event loop: it reads and writes MemorySockets, too."""
+    """Mixin for an event loop, whose sock_recv and sock_sendall then also work on MemorySockets."""
 
     async def sock_recv(self, sock: Any, nbytes: int) -> bytes:
         if isinstance(sock, MemorySocket):

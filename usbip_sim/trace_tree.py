@@ -1,4 +1,4 @@
-"""A trace as text. Pure."""
+"""Text form of traces. Pure."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from usbip_plugin.observe.tracing import SpanRecord
 
 
 def tree(spans: Iterable[SpanRecord]) -> str:
-    """Spans of one or several traces as an indented tree, a line each: name, duration, node, attributes, error.
+    """Returns the spans of one or several traces as an indented tree; "" for no spans.
 
-    Order is by start. A span whose parent is not among them stands at the top: it may not have ended, or be another
-    node's. Attributes that a line above says already are left out. No spans: "".
+    A span is one line: name, duration, node, attributes, links, error. Spans are ordered by start. A span is at the top
+    if its parent is not among the spans: the parent may not have ended, or belong to another node. Attributes that are
+    the same in a line above are left out.
     """
     ordered = sorted({span.span_id: span for span in spans}.values(), key=lambda span: (span.start_ns, span.span_id))
     known = {span.span_id for span in ordered}
@@ -43,7 +44,10 @@ def _branch(
 
 
 def line(span: SpanRecord, above: Mapping[str, str] | None = None) -> str:
-    """One span: `lock.acquire 3.1 ms [node-a] epoch=2`, without the attributes that are the same above."""
+    """Returns one span as text, such as `lock.acquire 3.1 ms [node-a] epoch=2`.
+
+    Attributes with the same value in above are left out. Unprintable characters become "?".
+    """
     known = above or {}
     parts = [span.name, duration(span.seconds)]
     if span.node:

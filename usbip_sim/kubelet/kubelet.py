@@ -96,7 +96,10 @@ class FakeKubelet(Admission):
         await self.start()
 
     async def dial(self, resource: str, path: Path) -> None:
-        """Connects to a plugin, as the kubelet does within Register. Raises ValueError or EndpointError if refused."""
+        """Connects to a plugin, as a kubelet does within Register.
+
+        Raises ValueError or EndpointError if the kubelet refuses the plugin.
+        """
         endpoint = _GrpcEndpoint(path)
         try:
             await endpoint.ask_options()

@@ -1,1 +1,1 @@
-"""A USB/IP server with virtual devices."""
+"""A USB/IP server that exports virtual devices."""

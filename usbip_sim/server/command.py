@@ -1,4 +1,4 @@
-"""`usbip-plugin simulate server`: a USB/IP server with virtual devices, for clusters to try the plugin on."""
+"""`usbip-plugin simulate server`: a USB/IP server with virtual devices, to try the plugin on a cluster."""
 
 from __future__ import annotations
 
@@ -18,9 +18,13 @@ log = logging.getLogger(__name__)
 
 
 DEVICE_FORM = "BUSID=VVVV:PPPP[,serial=TEXT][,class=CC[SS[PP]][+...]][,manufacturer=TEXT][,product=TEXT]"
-"""class: of each interface, with its subclass and protocol. A comma cannot be in a TEXT."""
+"""Form of a device on the command line and in the file of devices.
+
+class: class, subclass and protocol of each interface.
+TEXT: cannot contain a comma.
+"""
 FOLLOW_INTERVAL = 0.5
-"""Seconds between looks at the file of devices: a mounted ConfigMap changes by a symbolic link, elsewhere."""
+"""Seconds between reads of the file of devices. A mounted ConfigMap changes by a symbolic link outside of the file."""
 
 _BUSID = re.compile(r"[0-9]+-[0-9]+(\.[0-9]+)*")
 _MAX_BUSID = 31
@@ -31,7 +35,10 @@ _MAX_INTERFACES = 32
 
 
 def parse_device(text: str, source: str = "--device") -> VirtualDevice:
-    """A device from DEVICE_FORM. ConfigError names source, the part that is wrong and what it should be."""
+    """Returns the device that a text in DEVICE_FORM describes.
+
+    Raises ConfigError, which names source, the invalid part and what that part must be.
+    """
 
     def wrong(problem: str) -> ConfigError:
         return ConfigError("command line", [f"{source} {text}: {problem}"])
@@ -70,7 +77,7 @@ def parse_device(text: str, source: str = "--device") -> VirtualDevice:
 
 
 def parse_devices(texts: Iterable[str], source: str = "--device") -> dict[str, VirtualDevice]:
-    """By bus id. ConfigError for a bus id given twice, too."""
+    """Returns the devices that the texts describe, by bus id. Raises ConfigError, also for a bus id given twice."""
     devices: dict[str, VirtualDevice] = {}
     for text in texts:
         device = parse_device(text, source)
@@ -81,7 +88,10 @@ def parse_devices(texts: Iterable[str], source: str = "--device") -> dict[str, V
 
 
 def read_devices(file: Path) -> dict[str, VirtualDevice]:
-    """One device a line; empty lines and those that begin with # say nothing. ConfigError."""
+    """Reads a file with one device a line, and returns the devices by bus id.
+
+    Empty lines and lines that begin with # are ignored. Raises ConfigError if the file cannot be read or is not valid.
+    """
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -90,7 +100,7 @@ def read_devices(file: Path) -> dict[str, VirtualDevice]:
 
 
 def parse_listen(text: str) -> tuple[str, int]:
-    """Host and port of ADDRESS:PORT; an IPv6 address in brackets. ConfigError."""
+    """Returns the host and port of ADDRESS:PORT. An IPv6 address is in brackets. Raises ConfigError if not valid."""
     host, colon, port = text.rpartition(":")
     if not colon or not _PORT.fullmatch(port) or int(port) > 0xFFFF:
         raise ConfigError("command line", [f"--listen {text}: must be ADDRESS:PORT, such as 0.0.0.0:3240"])
@@ -98,7 +108,7 @@ def parse_listen(text: str) -> tuple[str, int]:
 
 
 def update(server: VirtualServer, plugged: dict[str, VirtualDevice], wanted: dict[str, VirtualDevice]) -> None:
-    """Unplug what is not wanted any more or has changed, plug what is new."""
+    """Unplugs the devices that are no longer wanted or have changed, then plugs new and changed ones."""
     for busid in [busid for busid, device in plugged.items() if wanted.get(busid) != device]:
         server.unplug(busid)
         log.info("unplugged", extra={"busid": busid})
@@ -109,9 +119,12 @@ def update(server: VirtualServer, plugged: dict[str, VirtualDevice], wanted: dic
 
 
 async def serve(listen: str, devices: dict[str, VirtualDevice], file: Path | None, clock: Clock) -> None:
-    """Until cancelled. With a file its devices come on top, and it is followed; a bad one changes nothing.
+    """Runs a USB/IP server with virtual devices. Runs until cancelled.
 
-    ConfigError at the start, OSError if it cannot listen.
+    Raises ConfigError if the address or the file is not valid at the start, and OSError if the server cannot listen.
+
+    file: its devices are added to `devices`, over those with the same bus id. The file is read again every
+        FOLLOW_INTERVAL seconds; a file that is not valid changes nothing.
     """
     host, port = parse_listen(listen)
     plugged = devices if file is None else devices | read_devices(file)

@@ -1,4 +1,4 @@
-"""Who has what on a USB/IP server: the rules of usbipd and usbip-host, without a network."""
+"""Exported devices of a USB/IP server and their importers: the rules of usbipd and usbip-host, without a network."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _DEVNUMS = 127
 
 
 class Importer(Protocol):
-    """A connection that may hold a device."""
+    """Connection to the server that may have imported a device."""
 
     def end(self) -> None:
-        """The server ends the connection."""
+        """Ends the connection from the server's side."""
         ...
 
 
@@ -35,15 +35,18 @@ class _Export:
 
 
 class ExportTable:
-    """A device in use is hidden and refused with status 2, an unknown one with status 4; after its importer has gone it
-    stays hidden and busy for reset_time seconds.
+    """Table of a server's devices, each of which has at most one importer.
 
-    A device that is plugged in again has another device number.
+    A device in use is hidden from DEVLIST, and its IMPORT is refused with status 2. IMPORT of an unknown device is
+    refused with status 4. After its importer has gone, a device stays hidden and busy for reset_time seconds. A device
+    that is plugged in again has another device number.
 
-    violations: what must never happen, as sentences; empty unless exclusive was set to False, which makes the table
-    export a device as often as it is asked for. granted counts imports with status 0, refused all others.
-    renumbers: a device has another number after each import. by_port: also one that is plugged in again has the same.
-    usbip-host does neither.
+    exclusive: False makes the table export a device as often as it is asked for.
+    violations: a sentence for each import of a device that had an importer; empty unless exclusive was set to False.
+    granted: number of imports with status 0.
+    refused: number of all other imports.
+    renumbers: a device has another number after each import. usbip-host does not do this.
+    by_port: a device that is plugged in again has the same number. usbip-host does not do this.
     """
 
     def __init__(self, devices: Iterable[VirtualDevice], clock: Clock, reset_time: float) -> None:
@@ -76,7 +79,7 @@ class ExportTable:
         return wire.ImportReply(wire.ST_OK, replace(said, usb_id=export.said or said.usb_id))
 
     def release(self, importer: Importer) -> None:
-        """The importer's connection has ended. Nothing happens if it held no device."""
+        """Releases the importer's device after its connection has ended. Does nothing if it had no device."""
         for export in self._exports.values():
             if importer in export.importers:
                 export.importers.remove(importer)
@@ -84,19 +87,19 @@ class ExportTable:
                 export.plugged_before += int(self.renumbers)
 
     def devices(self) -> tuple[VirtualDevice, ...]:
-        """Everything that is plugged in, free or not."""
+        """Returns all devices that are plugged in, in use or not."""
         return tuple(export.device for export in self._exports.values())
 
     def plugged(self, busid: str) -> bool:
         return busid in self._exports
 
     def device(self, busid: str) -> tuple[VirtualDevice, UsbId]:
-        """A plugged device, and what its device descriptor says it is. KeyError if there is none."""
+        """Returns a plugged-in device and the id in its device descriptor. Raises KeyError if there is no device."""
         export = self._exports[busid]
         return export.device, export.real or export.device.usb_id
 
     def configure(self, busid: str, configuration: int) -> None:
-        """An importer has set a configuration, which stays after it has gone."""
+        """Records the configuration that an importer has set. It stays after the importer has gone."""
         if busid in self._exports:
             self._exports[busid].configured = configuration > 0
 
@@ -105,7 +108,7 @@ class ExportTable:
         return len(export.importers) if export else 0
 
     def plug(self, device: VirtualDevice) -> None:
-        """ValueError if the bus id is taken."""
+        """Plugs a device in. Raises ValueError if its bus id is taken."""
         if device.busid in self._exports:
             raise ValueError(f"{device.busid} is plugged in already")
         before = 0 if self.by_port else self._plugged[device.busid]
@@ -113,18 +116,22 @@ class ExportTable:
         self._plugged[device.busid] += 1
 
     def unplug(self, busid: str) -> None:
-        """Ends the importer's connection. KeyError if there is no such device."""
+        """Unplugs a device and ends its importer's connection. Raises KeyError if there is no such device."""
         export = self._exports.pop(busid)
         for importer in tuple(export.importers):
             importer.end()
 
     def drop(self, busid: str) -> None:
-        """End the importer's connection; the device stays. KeyError if there is no such device."""
+        """Ends the connection of a device's importer; the device stays. Raises KeyError if there is no such device."""
         for importer in tuple(self._exports[busid].importers):
             importer.end()
 
     def lie(self, busid: str, said: UsbId | None, real: UsbId | None) -> None:
-        """From now on IMPORT replies say `said`, and the device itself says `real`; None: the truth."""
+        """Falsifies a device's id. Raises KeyError if there is no such device.
+
+        said: id in IMPORT replies from now on; None for the true id.
+        real: id in the device descriptor from now on; None for the true id.
+        """
         export = self._exports[busid]
         export.said, export.real = said, real
 

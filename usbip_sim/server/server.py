@@ -1,6 +1,6 @@
-"""A USB/IP server with virtual devices, true to usbipd's exclusivity, over real TCP; faults on demand.
+"""A USB/IP server with virtual devices, over real TCP, as exclusive as usbipd, and with injected faults.
 
-The same server answers without sockets too: see tcp.py.
+The same server also answers without sockets, over virtual/tcp.py.
 """
 
 from __future__ import annotations
@@ -16,15 +16,18 @@ from usbip_plugin.usbip.client import set_options
 from usbip_sim.server.exports import ExportTable, Importer
 from usbip_sim.server.usbdevice import Transfers, VirtualDevice
 
-RESET_TIME = 0.3  # seconds, as usbip-host was seen to need
+RESET_TIME = 0.3  # seconds that a device is busy after its importer has gone, as measured on usbip-host
 _CLOSE_TIMEOUT = 5.0
 
 
 class VirtualServer:
-    """host and port as in its key; port 0 lets the system choose at the first start and is kept from then on.
+    """USB/IP server with virtual devices, over TCP or on the simulated network.
 
-    listen False: no TCP, for the simulated network only; then port must be given. connections counts all ever made.
-    keepalive: find out by itself that a client's host has gone. usbipd does not.
+    host, port: as in `key`. With port 0 the system chooses a port at the first start; later starts keep that port.
+    reset_time: seconds that a device stays busy after its importer has gone.
+    listen: False for no TCP, on the simulated network only; then port must be given.
+    keepalive: the server notices by itself that a client's host has gone. usbipd does not.
+    connections: number of connections ever made.
     """
 
     def __init__(
@@ -63,7 +66,7 @@ class VirtualServer:
         return self.table.violations
 
     async def start(self) -> None:
-        """Begin to answer, on the same port as before. Nothing happens if it is running."""
+        """Starts to answer, on the same port as before. Does nothing if the server is running."""
         if self._listen and self._listener is None:
             loop = asyncio.get_running_loop()
             self._listener = await loop.create_server(lambda: _Connection(self), self._host, self._port)
@@ -71,7 +74,10 @@ class VirtualServer:
         self.running = True
 
     async def stop(self, *, keep_imports: bool = False) -> None:
-        """End every connection; new ones are refused. keep_imports: only the daemon dies, the kernels go on."""
+        """Ends every connection and refuses new ones. Waits until every connection has ended.
+
+        keep_imports: keeps the connections, as if only the daemon dies and the server's kernel goes on.
+        """
         self.halt(keep_imports=keep_imports)
         if keep_imports:
             return
@@ -80,7 +86,10 @@ class VirtualServer:
                 await self._next_close()
 
     def halt(self, *, keep_imports: bool = False) -> None:
-        """The same, without waiting until every connection has ended."""
+        """Ends every connection and refuses new ones, without waiting until every connection has ended.
+
+        keep_imports: keeps the connections, as if only the daemon dies and the server's kernel goes on.
+        """
         self.running = False
         self.thaw()
         if self._listener is not None:
@@ -91,7 +100,7 @@ class VirtualServer:
                 connection.end()
 
     def freeze(self) -> None:
-        """From now on connections are accepted and nothing is answered, nor is the end of a connection noticed."""
+        """Accepts connections from now on, but answers nothing and does not notice the end of a connection."""
         self._thawed.clear()
         self._pause_or_resume()
 
@@ -100,7 +109,7 @@ class VirtualServer:
         self._pause_or_resume()
 
     async def answering(self) -> None:
-        """Returns as soon as it is not frozen. Cancel-safe."""
+        """Waits until the server is not frozen. Cancel-safe."""
         await self._thawed.wait()
 
     def plug(self, device: VirtualDevice) -> None:
@@ -113,28 +122,31 @@ class VirtualServer:
         self.table.drop(busid)
 
     def lie(self, busid: str, said: UsbId | None = None, real: UsbId | None = None) -> None:
-        """See ExportTable.lie."""
+        """Falsifies a device's id in IMPORT replies (said) and in its descriptor (real). See ExportTable.lie."""
         self.table.lie(busid, said, real)
 
     def importers(self, busid: str) -> int:
         return self.table.importers(busid)
 
     async def until_released(self, busid: str) -> None:
-        """Returns when the device has no importer; its reset may still be under way. Cancel-safe, not bounded."""
+        """Waits until the device has no importer.
+
+        Its reset may still be under way. Cancel-safe, not bounded in time.
+        """
         while self.importers(busid):
             await self._next_close()
 
     def accept(self) -> asyncio.Protocol:
-        """The server's side of a connection that comes in another way than over TCP."""
+        """Returns the protocol for the server's side of a connection that does not come over TCP."""
         return _Connection(self)
 
     def opened(self, connection: Importer) -> None:
-        """Called by a connection when it begins."""
+        """Records a connection. Each connection calls this when it begins."""
         self.connections += 1
         self._open[connection] = None
 
     def closed(self, connection: Importer) -> None:
-        """Called by a connection when it has ended: its device becomes free."""
+        """Forgets a connection and releases its device. Each connection calls this when it has ended."""
         self.table.release(connection)
         self._open.pop(connection, None)
         self._one_closed.set()
@@ -150,7 +162,7 @@ class VirtualServer:
 
 
 class _Connection(asyncio.Protocol):
-    """One TCP connection, driven by what arrives: no task of its own."""
+    """Connection to a VirtualServer. Driven by received data, without a task of its own."""
 
     def __init__(self, server: VirtualServer) -> None:
         self._server = server
@@ -158,7 +170,7 @@ class _Connection(asyncio.Protocol):
         self._received = bytearray()
         self._steps = self._serve()
         self._need = next(self._steps)
-        self._unread = False  # the client does not take what is written to it
+        self._unread = False  # true while the client does not read its answers
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         if not isinstance(transport, asyncio.Transport):
@@ -166,10 +178,10 @@ class _Connection(asyncio.Protocol):
         self._transport = transport
         sock = transport.get_extra_info("socket")
         if self._server.keepalive and sock is not None:
-            with contextlib.suppress(OSError):  # it has ended already
+            with contextlib.suppress(OSError):  # the connection has ended already
                 set_options(sock)
         self._server.opened(self)
-        # soon, not now: before CPython 3.11.4 the transport begins to read after this call whatever was said in it
+        # Soon, not now: before CPython 3.11.4 the transport starts to read after this call, even if paused in it.
         asyncio.get_running_loop().call_soon(lambda: self.pause(self._server.frozen))
 
     def data_received(self, data: bytes) -> None:
@@ -185,7 +197,7 @@ class _Connection(asyncio.Protocol):
                 return
 
     def pause_writing(self) -> None:
-        """A client that does not read is not read from: nothing piles up here."""
+        """Stops reading from a client that does not read its answers, so that nothing piles up here."""
         self._unread = True
         self.pause(self._server.frozen)
 

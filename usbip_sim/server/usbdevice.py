@@ -1,7 +1,8 @@
-"""Virtual USB devices: enough of USB 2.0 chapter 9 that a real vhci_hcd enumerates them, of high speed or SuperSpeed.
+"""Virtual USB devices, of high speed or SuperSpeed.
 
-Two kinds, both of vendor class unless told otherwise. A stick has an identity and no endpoints. An echo, of high speed
-only, sends back on bulk endpoint 0x81 what came in on 0x01.
+They implement enough of USB 2.0 chapter 9 that a real vhci_hcd enumerates them. There are two kinds, both of vendor
+class by default. A stick has an identity and no endpoints. An echo, of high speed only, returns on bulk endpoint 0x81
+the data that it received on 0x01.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _LANGUAGE = 0x0409
 _BULK_BYTES = 512
 _BCD_USB, _BCD_USB_SUPER = 0x0200, 0x0300
 _MAX_PACKET_0, _MAX_PACKET_0_SUPER = 64, 9
-"""Of endpoint 0: in bytes, and for SuperSpeed as a power of two."""
+"""Maximum packet size of endpoint 0: in bytes, and for SuperSpeed as an exponent of 2."""
 _BCD_DEVICE = 0x0100
 _MANUFACTURER, _PRODUCT, _SERIAL = 1, 2, 3
 _GET_STATUS, _CLEAR_FEATURE, _SET_FEATURE, _GET_DESCRIPTOR, _GET_CONFIGURATION, _SET_CONFIGURATION = 0, 1, 3, 6, 8, 9
@@ -34,10 +35,14 @@ MAX_ECHO_BYTES = 4 * wire.MAX_TRANSFER_BYTES
 
 @dataclass(frozen=True, slots=True)
 class VirtualDevice:
-    """What is plugged into a virtual server. serial "" means the device has none. more: interfaces after the first.
+    """Device that can be plugged into a virtual server.
 
-    configured: as usbip-host shows a device, it is False until the first importer has set a configuration, and until
-    then DEVLIST carries no interfaces.
+    serial: "" for a device without a serial number.
+    echo: returns on bulk endpoint 0x81 the data that it received on 0x01.
+    more: interfaces after the first.
+    speed: HIGH_SPEED or SUPER_SPEED.
+    configured: on usbip-host, False until the first importer has set a configuration. DEVLIST lists no interfaces until
+        then.
     """
 
     busid: str
@@ -52,7 +57,7 @@ class VirtualDevice:
     configured: bool = False
 
     def descriptor(self, configured: bool) -> Descriptor:
-        """As DEVLIST says it, and without its interfaces as IMPORT does."""
+        """Returns the device as in a DEVLIST reply. An IMPORT reply has the same without the interfaces."""
         bus = self.busid.partition("-")[0]
         return Descriptor(
             busid=self.busid,
@@ -72,7 +77,11 @@ class VirtualDevice:
         )
 
     def usb_descriptor(self, kind: int, index: int, real: UsbId) -> bytes | None:
-        """A descriptor as GET_DESCRIPTOR reads it, None where the device stalls. real: what the device says it is."""
+        """Returns a descriptor as GET_DESCRIPTOR reads it, None if the device stalls.
+
+        kind, index: type and index of the descriptor.
+        real: vendor and product in the device descriptor.
+        """
         if kind == 1:
             ids = struct.pack("<HHH", real.vendor, real.product, _BCD_DEVICE)
             serial = _SERIAL if self.serial else 0
@@ -103,7 +112,11 @@ class VirtualDevice:
 
 
 class Transfers:
-    """The transfers of one importer with one device. write takes what goes back to the importer."""
+    """Transfers between one importer and one device.
+
+    write: sends bytes to the importer.
+    on_configure: called with each configuration that the importer sets.
+    """
 
     def __init__(
         self, device: VirtualDevice, real: UsbId, write: Callable[[bytes], None], on_configure: Callable[[int], None]
@@ -114,8 +127,10 @@ class Transfers:
         self._waiting: list[wire.Submit] = []
 
     def run(self) -> Decoding[None]:
-        """Serve one command after the other, for ever. ProtocolViolation when the importer does not speak USB/IP, and
-        when it has more than MAX_WAITING reads or MAX_ECHO_BYTES of writes under way.
+        """Serves one command after the other, without end.
+
+        Raises ProtocolViolation if the importer does not speak USB/IP, or if it has more than MAX_WAITING reads or
+        MAX_ECHO_BYTES of writes under way.
         """
         while True:
             command = wire.decode_command((yield wire.HEADER_BYTES))
@@ -143,7 +158,7 @@ class Transfers:
 
     def _standard_request(self, setup: bytes) -> bytes | None:
         request_type, request, value, _, _ = struct.unpack("<BBHHH", setup)
-        if request_type & 0x60:  # class or vendor: this device knows none
+        if request_type & 0x60:  # a class or vendor request: this device supports none
             return None
         if request == _GET_DESCRIPTOR:
             return self._device.usb_descriptor(value >> 8, value & 0xFF, self._real)
