@@ -1,7 +1,7 @@
-"""The demo: two nodes, one licence dongle, everything that can happen to it, and a check of each promise.
+"""The demo: two nodes share one licence dongle through all events of its life, and each promise is checked.
 
-The production code does all of it; only kernel, kubelet, API server and USB/IP server are doubles, behind the real
-protocols (gRPC on unix sockets, USB/IP on TCP).
+The agents are production code. Kernel, kubelet, API server and USB/IP server are doubles behind the real protocols
+(gRPC on unix sockets, USB/IP on TCP).
 """
 
 from __future__ import annotations
@@ -39,11 +39,14 @@ DONGLE = UsbId(0x0951, 0x1666)
 RESOURCE = "dongle"
 LOCK_DURATION = 3.0
 IMPORT_WINDOW = 1.2
-"""Seconds, both: a tenth of the defaults, so that nobody waits 40 s to see a takeover."""
+"""LOCK_DURATION and IMPORT_WINDOW in seconds: a tenth of the defaults, so that a takeover does not take 40 s."""
 ALLOCATE_WITHIN = 1.0
 WITHDRAW_WITHIN = 0.1
 REAL_KERNEL_FACTOR = 5
-"""Seconds, and what a real kernel gets: it needs 0.3 s to enumerate a device, under emulation several times that."""
+"""Factor on ALLOCATE_WITHIN and WITHDRAW_WITHIN (limits in seconds) for a real kernel.
+
+A real kernel needs 0.3 s to enumerate a device, and several times that under emulation.
+"""
 DENIAL_TIMEOUT = 15.0
 STEP_TIMEOUT = 15.0
 DEMO_TIMEOUT = 120.0
@@ -51,7 +54,7 @@ DEMO_TIMEOUT = 120.0
 
 @dataclass(slots=True)
 class Report:
-    """What the demo saw. One line per promise; `held` is False as soon as one did not hold."""
+    """Results of the demo, one line for each promise. `held` is False once a promise did not hold."""
 
     say: Callable[[str], None]
     lines: list[tuple[bool, str, str]] = field(default_factory=list)
@@ -66,22 +69,31 @@ class Report:
 
 
 class Watch:
-    """Notes when each node's kubelet was told what, so that figures are exact and nothing is polled."""
+    """Watcher of one device's health in one node's kubelet.
+
+    Waits for changes without polling, so that times are exact.
+    """
 
     def __init__(self, node: SimNode, device_id: str) -> None:
         self._node = node
         self._id = device_id
 
     async def health(self, *, healthy: bool) -> float:
-        """Waits until the kubelet has the device so; the moment (time.perf_counter) it was."""
+        """Waits until the kubelet has the device as healthy or unhealthy.
+
+        Returns the moment, by time.perf_counter().
+        """
         await self._node.until(RESOURCE, lambda devices: devices.get(self._id) is healthy)
         return time.perf_counter()
 
 
 async def run(say: Callable[[str], None], *, real_kernel: bool = False) -> bool:
-    """Plays the demo through, saying each line as it happens; True if every promise held. Takes about 15 s.
+    """Runs the whole demo, which takes about 15 s. Returns True if every promise held.
 
-    real_kernel: both nodes use this machine's vhci_hcd, as in kind; needs root. DriverMissing if it is not loaded.
+    Raises DriverMissing if real_kernel is set and vhci_hcd is not loaded.
+
+    say: called with each line of output as it happens.
+    real_kernel: both nodes use this machine's vhci_hcd, as in kind; needs root.
     """
     with tempfile.TemporaryDirectory(prefix="usbip-") as directory:
         make_driver = _real_driver(Path(directory)) if real_kernel else None
@@ -163,7 +175,8 @@ class _Demo:
         gone = await withdrawn
         trace = self._trace("Allocate")
         lock = next((span for span in trace if span.name == "lock"), None)
-        # wall clock and perf_counter tick alike here; the span says when the lock was written
+        # Converts the end of the span, which is when the lock was written, from wall clock to perf_counter.
+        # The offset between the two clocks is constant over this short time.
         written = lock.end_ns / 1e9 - (time.time() - time.perf_counter()) if lock is not None else began
         paths = ", ".join(device.host_path for device in allocation.devices)
         self._report.check("the pod gets the device node", holds=bool(allocation.devices), seen=paths)
@@ -235,7 +248,7 @@ class _Demo:
         died = time.perf_counter()
         await a.die()
         if self._make_driver is not None:
-            self._server.drop(BUSID)  # the kernel is both nodes', and lives on: the connection ends by itself
+            self._server.drop(BUSID)  # both nodes share the kernel, which lives on: it would keep the connection
         healthy = await on_b.health(healthy=True)
         waited = healthy - died
         self._report.check(
@@ -275,7 +288,7 @@ class _Demo:
         self._say(f"\n{total - failed} of {total} promises held" + ("" if failed == 0 else f"; {failed} did not"))
 
     def _trace(self, root: str) -> tuple[SpanRecord, ...]:
-        """The first successful trace with that root."""
+        """Returns the spans of the first trace that has a successful span named root, or ()."""
         for trace in sorted(self._spans.traces(), key=lambda spans: min(span.start_ns for span in spans)):
             if any(span.name == root and span.error is None for span in trace):
                 return trace
@@ -292,7 +305,10 @@ class _Demo:
 
 
 async def _pod_found(node: SimNode, device_id: str) -> None:
-    """Returns when the agent knows which pod has the device; what an Allocate was for is to be seen anew each time."""
+    """Waits until the agent knows the pod that has the device.
+
+    After each Allocate the agent must find the pod again.
+    """
     assert node.agent is not None  # noqa: S101 - the demo has just started it
     claims = node.agent.claims.view
     async with asyncio.timeout(STEP_TIMEOUT):
@@ -300,7 +316,7 @@ async def _pod_found(node: SimNode, device_id: str) -> None:
 
 
 async def _raw_allocate(node: SimNode, device_id: str) -> pb.AllocateResponse:
-    """Allocate straight at the plugin's socket, without a kubelet that would know better."""
+    """Calls Allocate directly on the plugin's socket, because a kubelet would refuse the request first."""
     path = max(node.plugin_directory.glob(f"usbip-{RESOURCE}*.sock"), key=lambda p: p.stat().st_mtime_ns)
     async with grpc.aio.insecure_channel(f"unix:{path}", options=(("grpc.use_local_subchannel_pool", 1),)) as channel:
         request = pb.AllocateRequest(container_requests=[pb.ContainerAllocateRequest(devices_ids=[device_id])])

@@ -1,7 +1,7 @@
-"""Several nodes in one process: the demo and the agent-level tests stand on it.
+"""Several nodes in one process, for the demo and the agent-level tests.
 
-Everything of a node is the production code but what it works with: Leases in memory, a virtual USB/IP server, a
-simulated kernel and a fake kubelet behind real gRPC on unix sockets.
+The agents are production code. Around them are doubles: Leases in memory, a virtual USB/IP server, a simulated kernel,
+and a fake kubelet behind real gRPC on unix sockets.
 """
 
 from __future__ import annotations
@@ -39,21 +39,22 @@ from usbip_sim.kubelet.specs import MemorySpecs
 from usbip_sim.leases import FINE, Fate, MemoryBackend, MemoryLeases, Operation
 
 KUBELET_TIMEOUT = 20.0
-"""Seconds a caller of the world waits for a kubelet to see something before it is a failure."""
+"""Seconds for which SimNode.until waits for a kubelet before it raises TimeoutError."""
 STOP_TIMEOUT = 5.0
-"""Seconds an agent may take to end; its contract says 2."""
+"""Seconds that an agent may take to end before stop() raises TimeoutError. The agent's contract allows 2 s."""
 
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What a world is made of. make_driver(node, kernel), make_leases(node) and make_specs(node) replace doubles by the
-    real thing.
+    """Configuration of a World, and replacements for its doubles. Each make_... function gets the node's name.
 
-    make_count(node) counts the nodes; without it there is one to each. make_clock(node) gives a node a clock of
-    its own.
-
-    make_kube(node) gives the agent an API server for what is not a Lease: Node status, and with kube_has_pods the pods,
-    which are otherwise those of the fake kubelet.
+    make_driver: makes a VhciDriver in place of the simulated driver; also gets the node's simulated kernel.
+    make_leases: makes a LeaseStore in place of the Leases in memory.
+    make_specs: makes SpecFiles in place of the specs in memory.
+    make_count: returns a function that counts the nodes; without it each agent counts one node.
+    make_clock: makes a clock of the node's own in place of `clock`.
+    make_kube: makes a client of an API server for everything but Leases: Node status, and pods with kube_has_pods.
+    kube_has_pods: the agent gets its pods from the API server instead of the fake kubelet.
     """
 
     config: Config
@@ -73,7 +74,7 @@ class Setup:
 
 
 class SimNode:
-    """One node: a kernel that survives its agent, a kubelet, and at most one agent at a time."""
+    """Node of a World: a kernel that survives its agent, a kubelet, and at most one agent at a time."""
 
     def __init__(self, name: str, directory: Path, setup: Setup, backend: MemoryBackend) -> None:
         self.name = name
@@ -82,7 +83,7 @@ class SimNode:
         self._clock = setup.make_clock(name) if setup.make_clock is not None else setup.clock
         self.kernel = SimulatedKernel(self._clock)
         self.advertised = Broadcast()
-        """Fires whenever what the agent advertises, or why, has changed."""
+        """Fires whenever the devices that the agent advertises, or the reasons of their health, have changed."""
         self.observer = replace(
             setup.make_observer(name), on_advertised=lambda _resource, _devices: self.advertised.fire()
         )
@@ -99,11 +100,11 @@ class SimNode:
         self.agent: Agent | None = None
 
     def resource(self, name: str) -> str:
-        """The full name of a resource of the configuration."""
+        """Returns the full name, with the domain, of a resource of the configuration."""
         return f"{self._setup.domain}/{name}"
 
     def start(self) -> Agent:
-        """A new agent process on this node."""
+        """Starts a new agent on this node, as a new agent process."""
         setup = self._setup
         rng = random.Random(f"{setup.seed}/{self.name}/{self.boot}")  # noqa: S311 - jitter, and to be repeated
         client = TcpUsbipClient(self._clock)
@@ -147,7 +148,10 @@ class SimNode:
                 await agent.run()
 
     async def stop(self) -> None:
-        """The agent ends as on SIGTERM: attachments and locks stay. Its errors are raised here."""
+        """Ends the agent as SIGTERM does: attachments and locks stay.
+
+        Raises the agent's error, and TimeoutError if the agent has not ended after STOP_TIMEOUT.
+        """
         task, self._task, self.agent = self._task, None, None
         if task is None:
             return
@@ -157,7 +161,7 @@ class SimNode:
                 await task
 
     async def die(self) -> None:
-        """The whole node goes: agent and kernel, and with the kernel every attachment."""
+        """Ends the whole node: its agent, its kernel, and all attachments of the kernel. The boot id is then new."""
         await self.stop()
         self.kernel.reboot()
         if isinstance(self.specs, MemorySpecs):
@@ -165,7 +169,7 @@ class SimNode:
         self.boot += 1
 
     def partition(self, *, cut: bool) -> None:
-        """Between this node and the API server."""
+        """Cuts this node off from the API server (cut), or connects it again."""
         self.partitioned = cut
         if cut:
             self.pods.hold(synced=False)
@@ -180,27 +184,36 @@ class SimNode:
         return FINE
 
     async def until(self, resource: str, predicate: Callable[[Mapping[str, bool]], bool]) -> dict[str, bool]:
-        """Waits until what the kubelet knows, {ID: healthy}, is so. TimeoutError after KUBELET_TIMEOUT."""
+        """Waits until predicate holds of the kubelet's {ID: healthy} for a resource, and returns that.
+
+        Raises TimeoutError after KUBELET_TIMEOUT seconds.
+
+        resource: name without the domain.
+        """
         async with self._setup.clock.timeout(KUBELET_TIMEOUT):
             return await self.kubelet.wait_for(self.resource(resource), predicate)
 
     async def admit(
         self, pod: PodRef, requests: Mapping[str, int] | Sequence[ContainerSpec]
     ) -> dict[tuple[str, str], Allocation]:
-        """FakeKubelet.admit, with resources by their short names."""
+        """Admits a pod and returns {(container, resource): allocation}. See FakeKubelet.admit.
+
+        requests: the containers, with full resource names; or the limits of one container, with names without the
+            domain.
+        """
         if isinstance(requests, Mapping):
             return await self.kubelet.admit(pod, {self.resource(name): count for name, count in requests.items()})
         return await self.kubelet.admit(pod, requests)
 
     def end(self, pod: PodRef) -> None:
-        """The pod ends; the pod watch, which the world has no API server for, gives its hint."""
+        """Ends a pod. Gives the agent the hint that a pod watch would give, as the world has no API server for pods."""
         self.kubelet.end(pod)
         if self.agent is not None:
             self.agent.usage.pod_may_have_ended()
 
 
 class World:
-    """Nodes by name, their Leases, and no server: the caller brings those. Made by `running`."""
+    """Nodes by name, and the Leases that they share. The caller provides the USB/IP servers. Made by `running`."""
 
     def __init__(self, directory: Path, names: Sequence[str], setup: Setup) -> None:
         self.backend = MemoryBackend()
@@ -212,7 +225,10 @@ class World:
 
 @contextlib.asynccontextmanager
 async def running(directory: Path, names: Sequence[str], setup: Setup) -> AsyncIterator[World]:
-    """Every node's kubelet and agent run within the block. directory: short, unix socket paths end at 107 bytes."""
+    """Makes a World whose kubelets and agents run within the block.
+
+    directory: for the nodes' sockets; its path must be short, because a unix socket path has at most 107 bytes.
+    """
     world = World(directory, names, setup)
     async with contextlib.AsyncExitStack() as stack:
         for node in world.nodes.values():

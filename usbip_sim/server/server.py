@@ -76,6 +76,8 @@ class VirtualServer:
     async def stop(self, *, keep_imports: bool = False) -> None:
         """Ends every connection and refuses new ones. Waits until every connection has ended.
 
+        Raises TimeoutError if a connection has not ended after _CLOSE_TIMEOUT seconds.
+
         keep_imports: keeps the connections, as if only the daemon dies and the server's kernel goes on.
         """
         self.halt(keep_imports=keep_imports)
