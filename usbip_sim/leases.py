@@ -163,7 +163,7 @@ class MemoryBackend:
 
     def _store(self, kind: ChangeType, lease: Lease, before: Lease | None) -> Lease:
         if kind is ChangeType.MODIFIED and before is not None and lease == before:
-            return before  # as the API server: a write that changes nothing makes no new version
+            return before  # as in the API server: a write that changes nothing makes no new version
         self._version += 1
         stored = replace(
             lease,

@@ -20,7 +20,7 @@ _MODE = 0o666
 def make_device(path: Path) -> None:
     """Makes a character device like /dev/zero at path. Raises OSError without CAP_MKNOD."""
     os.mknod(path, stat.S_IFCHR | _MODE, os.makedev(MAJOR, MINOR))
-    path.chmod(_MODE)  # whatever the umask is
+    path.chmod(_MODE)  # regardless of the umask
 
 
 def is_device(path: Path) -> bool:

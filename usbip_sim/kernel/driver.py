@@ -144,7 +144,10 @@ class SimulatedVhci:
             raise WrongDevice(key, descriptor.usb_id, occupant.usb_id)
 
     async def _bring(self, port: int, kinds: Sequence[str], limit: float) -> None:
-        """Waits, at most limit seconds, until the simulated device has child nodes of the given kinds."""
+        """Gives the port's device child nodes of these kinds.
+
+        Waits at most limit seconds for kinds without a driver.
+        """
         with contextlib.suppress(TimeoutError):
             await self._kernel.bell.until(
                 lambda: self._kernel.bring(port, kinds), self._kernel.clock, timeout=max(0.0, limit), recheck=limit + 1

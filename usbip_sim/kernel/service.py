@@ -1,6 +1,6 @@
 """`usbip-plugin simulate kernel`: a simulated vhci_hcd as a process that outlives the plugin, as a kernel does.
 
-For clusters whose kernel has no vhci_hcd. A new process stands for a booted kernel: every port is free.
+It serves clusters whose kernel has no vhci_hcd. A new process stands for a booted kernel: every port is free.
 """
 
 from __future__ import annotations

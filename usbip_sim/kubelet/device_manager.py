@@ -70,7 +70,7 @@ class Allocation:
 
 
 AllocationKey = tuple[PodRef, str, str]
-"""(pod, container, resource)"""
+"""Key of an allocation in the checkpoint: (pod, container, resource)."""
 
 
 class Endpoint(Protocol):

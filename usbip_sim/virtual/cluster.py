@@ -1,8 +1,8 @@
 """A whole cluster in virtual time: many nodes, servers and pods in one process, without a socket.
 
-Everything but clock, network, kernel, kubelet and API server is production code. A Cluster also shows what invariants
-are checked on: which node has attached which device, which node imports it, and which holder its lock names. Runs on a
-StepLoop.
+Everything but clock, network, kernel, kubelet and API server is production code. A Cluster also shows the facts that
+the simulation's invariants check: which node has attached a device, which nodes import it, and which holder its lock
+names. Runs on a StepLoop.
 """
 
 from __future__ import annotations

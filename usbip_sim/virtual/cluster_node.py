@@ -163,8 +163,8 @@ class ClusterNode:
     def terminate(self, over: Callable[[bool], None]) -> None:
         """Sends the agent a SIGTERM without waiting for its end.
 
-        STOP_S seconds of the node's clock later, what is left of the agent is killed and `over` is called. Its argument
-        is True if the agent had ended by itself. Nothing happens if no agent runs, or if this one was killed meanwhile.
+        STOP_S seconds of the node's clock later, kills what is left of the agent and calls over(ended). ended is True
+        if the agent had ended by itself. Does nothing if no agent runs, and nothing later if the agent is gone by then.
         """
         task, process = self._task, self.process
         if task is None or process is None:

@@ -192,7 +192,7 @@ class Link:
 
 
 class Way:
-    """One direction of a connection. Each piece arrives at most once, and in order."""
+    """One direction of a connection. Each piece arrives once and in order, unless drop() discards it."""
 
     def __init__(self, link: Link) -> None:
         self._link = link
