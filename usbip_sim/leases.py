@@ -24,7 +24,9 @@ CALL_TIMEOUT_S = 5.0
 WATCH_TIMEOUT_S = 300.0
 WATCH_IDLE_S = 90.0
 BOOKMARK_S = 60.0
+"""Seconds without a change after which a watch gets a bookmark. An API server sends one about every minute."""
 HISTORY_LENGTH = 1000
+"""Number of changes that a MemoryBackend keeps for watches by default."""
 
 
 class Lost(enum.Enum):

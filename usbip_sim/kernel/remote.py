@@ -28,6 +28,7 @@ T = TypeVar("T")
 ANSWER_S = 5.0
 """Seconds that the simulated kernel has to answer, beyond the time that the request itself may take."""
 RECONNECT_FIRST_S, RECONNECT_MAX_S = 0.1, 2.0
+"""Seconds of the first and the longest wait before run() connects to the simulated kernel again."""
 
 
 class RemoteVhci:

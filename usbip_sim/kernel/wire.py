@@ -26,9 +26,13 @@ T = TypeVar("T")
 
 
 VERSION = 4
+"""Version of this form. The simulated kernel refuses the calls of a driver with another version."""
 MAX_TEXT = 8192
+"""Limit of a received text, in characters."""
 MAX_ITEMS = 8192
+"""Limit of items in a received list."""
 MAX_TIMEOUT_S = 3600.0
+"""Limit of a received time to wait, in seconds."""
 
 _PLAIN = {error.__name__: error for error in (AttachRefused, AttachStuck, DetachFailed)}
 _HUBS: dict[str, Hub] = {"hs": "hs", "ss": "ss"}

@@ -29,6 +29,7 @@ from usbip_sim.kubelet.device_manager import PRE_START_TIMEOUT_S, Allocation, En
 
 KUBELET_SOCKET = "kubelet.sock"
 DIAL_TIMEOUT_S = 10.0
+"""Seconds that a plugin has to answer GetDevicePluginOptions within its Register call."""
 SUPPORTED_VERSION = "v1beta1"
 
 

@@ -30,7 +30,9 @@ _SET_INTERFACE = 11
 _SILENT_OK = frozenset({_CLEAR_FEATURE, _SET_FEATURE, _SET_INTERFACE})
 STALL = -wire.EPIPE
 MAX_WAITING = 256
+"""Limit of reads from an echo device that wait for data, for each importer."""
 MAX_ECHO_BYTES = 4 * wire.MAX_TRANSFER_BYTES
+"""Limit of bytes that an echo device holds until they are read, for each importer."""
 
 
 @dataclass(frozen=True, slots=True)

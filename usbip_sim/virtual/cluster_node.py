@@ -32,6 +32,7 @@ from usbip_sim.virtual.steploop import Process, loop_of
 from usbip_sim.virtual.surroundings import Surroundings
 
 ENUMERATION_DELAY = 0.3
+"""Seconds from attach to enumerated in the simulation."""
 ATTACH_S = 0.003
 """Seconds that an attach write takes in the simulation."""
 DETACH_S = 0.02
