@@ -21,8 +21,11 @@ T = TypeVar("T")
 
 RESOURCE = "leases.coordination.k8s.io"
 CALL_TIMEOUT_S = 5.0
+"""Seconds that a call may take, as REQUEST_TIMEOUT_S of the real client."""
 WATCH_TIMEOUT_S = 300.0
+"""Seconds after which the server ends a watch, as WATCH_SERVER_TIMEOUT_S of the real client."""
 WATCH_IDLE_S = 90.0
+"""Seconds without an event after which a client gives a watch up, as WATCH_IDLE_S of the real client."""
 BOOKMARK_S = 60.0
 """Seconds without a change after which a watch gets a bookmark. An API server sends one about every minute."""
 HISTORY_LENGTH = 1000
