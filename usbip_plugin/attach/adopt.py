@@ -64,7 +64,7 @@ class Adopter:
         specs: CdiSpecs,
         work: DeviceTasks,
         releaser: Releaser,
-        keeper: AttachmentMonitor,
+        monitor: AttachmentMonitor,
     ) -> None:
         self._me = context.me
         self._clock = context.clock
@@ -74,7 +74,7 @@ class Adopter:
         self._specs = specs
         self._work = work
         self._releaser = releaser
-        self._keeper = keeper
+        self._monitor = monitor
 
     async def adopt(self, used: Mapping[str, DeviceUser], *, complete: bool, deprived: bool) -> None:
         """Adopts every device that belongs to this node by the locks and the port records.
@@ -160,7 +160,7 @@ class Adopter:
         if not mine:
             self._work.book.move(claim, ClaimEvent.DEPRIVED)
             log.error("lock lost", extra={"device": str(key), "holder": lock.holder})
-            self._keeper.begin_withdrawal(key.id)
+            self._monitor.begin_withdrawal(key.id)
             return
         orphan = lock.in_place_of is not None
         verdict = decide_adoption(lock, self._me, attached=attachment is not None, used=used, orphan=orphan)
@@ -175,7 +175,7 @@ class Adopter:
                 self._adopt_attached(claim)
             case Adoption.REATTACH:
                 self._work.book.move(claim, ClaimEvent.ORPHANED)
-                self._keeper.begin_reattach(key.id)
+                self._monitor.begin_reattach(key.id)
             case Adoption.RELEASE:
                 self._work.book.move(claim, ClaimEvent.UNUSED)
                 self._work.spawn(self._releaser.finish_locked(key.id, ClaimState.RELEASING), f"release {key}")
@@ -187,7 +187,7 @@ class Adopter:
         except CdiError as error:
             log.warning("CDI spec not true", extra={"device": str(claim.key), "cause": str(error)})
             self._work.book.move(claim, ClaimEvent.ORPHANED)
-            self._keeper.begin_reattach(claim.id)
+            self._monitor.begin_reattach(claim.id)
         else:
             self._work.book.move(claim, ClaimEvent.ADOPTED)
             log.info("adopted", extra={"device": str(claim.key), "port": claim.port, "place": str(claim.location)})

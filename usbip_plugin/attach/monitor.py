@@ -163,7 +163,7 @@ class AttachmentMonitor:
         on_port = own_port(claim.location, ports, claim.port)
         why = "fell free" if on_port is None else "has it no more as it was: it has left the bus"
         self._events(DeviceEvent(EventKind.LOST, claim.key, f"vhci port {claim.port} {why}, re-attaching", claim.pod))
-        self._reattacher.seeker.lost(device_id)
+        self._reattacher.locator.lost(device_id)
         self.begin_reattach(device_id)
         return None
 

@@ -127,7 +127,7 @@ class Reattacher:
         work: DeviceTasks,
         pipeline: Pipeline,
         releaser: Releaser,
-        seeker: DeviceLocator,
+        locator: DeviceLocator,
         events: EventSink,
         evict: Callable[[PodRef], None],
         on_reattach: Callable[[Reattach], None],
@@ -145,12 +145,12 @@ class Reattacher:
         self._work = work
         self._pipeline = pipeline
         self._releaser = releaser
-        self.seeker = seeker
+        self.locator = locator
         self._events = events
         self._evict = evict
         self._on_reattach = on_reattach
         self._stirs: dict[str, asyncio.Event] = {}
-        seeker.known.subscribe(self._look_everywhere)
+        locator.known.subscribe(self._look_everywhere)
         poller.subscribe(self._server_changed)
 
     def look_again(self, device_id: str) -> None:
@@ -160,10 +160,10 @@ class Reattacher:
 
     def _server_changed(self, view: ServerView) -> None:
         """Starts the next try at once for each lost device if the server lists that device, or one of its kind."""
-        self.seeker.server_changed(view)
+        self.locator.server_changed(view)
         for device_id in self._stirs:
             claim = self._work.book.get(device_id)
-            if claim is not None and self.seeker.may_be_listed(claim, view.server):
+            if claim is not None and self.locator.may_be_listed(claim, view.server):
                 self.look_again(device_id)
 
     def pod_known(self, claim: Claim) -> None:
@@ -251,7 +251,7 @@ class Reattacher:
     async def _attach(self, device_id: str, deadline: float) -> Attachment:
         """Attaches the device from the claim's location or, if it is not there, from where a server lists it now."""
         claim = self._work.book[device_id]
-        cause: PluginError | None = self.seeker.wrong_at_home(claim) or self.seeker.home_is_away(claim)
+        cause: PluginError | None = self.locator.wrong_at_home(claim) or self.locator.home_is_away(claim)
         place = self._seek(device_id, cause) if cause is not None else None
         if cause is None or (place is None and not isinstance(cause, WrongSerial)):
             try:
@@ -279,11 +279,11 @@ class Reattacher:
             raise
         except (ServerUnreachable, ServerTimeout) as error:
             if place.server != claim.key.server:  # the device may be at its own place again, or elsewhere
-                self.seeker.not_there(place, error)
+                self.locator.not_there(place, error)
                 await self._pipeline.detach_from_location(device_id)
             raise
         except (ImportRefused, WrongDevice, WrongSerial, LockHeld) as error:
-            self.seeker.not_there(place, error)
+            self.locator.not_there(place, error)
             if self._work.book[device_id].moved_to is not None:
                 if isinstance(error, WrongSerial):
                     await self._work.record_identity(place, Identity(error.devid, error.found))
@@ -296,7 +296,7 @@ class Reattacher:
         Sets the claim's blocked_by to what keeps the device from being attached, and reports it once.
         """
         claim = self._work.book[device_id]
-        verdict = self.seeker.find(claim)
+        verdict = self.locator.find(claim)
         if isinstance(verdict, NeedsProbe):
             return None  # the next try starts as soon as the serial numbers are known
         obstacle = str(cause) if isinstance(cause, WrongDevice | WrongSerial) else ""

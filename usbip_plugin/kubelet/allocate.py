@@ -127,7 +127,7 @@ class Allocator:
         *,
         domain: str,
         attacher: Attacher,
-        keeper: AttachmentMonitor,
+        monitor: AttachmentMonitor,
         claims: ClaimBook,
         inventory: Inventory,
         users: PodResourcesWatcher,
@@ -147,7 +147,7 @@ class Allocator:
         self._tracer = context.tracer
         self._domain = domain
         self._attacher = attacher
-        self._keeper = keeper
+        self._monitor = monitor
         self._claims = claims
         self._inventory = inventory
         self._users = users
@@ -270,7 +270,7 @@ class Allocator:
         for number, device_id in enumerate(sorted(device_ids)):
             try:
                 async with self._clock.timeout(max(0.0, deadline - self._clock.monotonic())):
-                    ready = await self._keeper.prepare(device_id, name, number if by_cdi else None)
+                    ready = await self._monitor.prepare(device_id, name, number if by_cdi else None)
             except TimeoutError:
                 ready = False
             if not ready:

@@ -165,7 +165,7 @@ class Agent:
             pipeline=pipeline,
             on_step=observer.on_step,
         )
-        seeker = DeviceLocator(
+        locator = DeviceLocator(
             context,
             locks=self.locks,
             poller=self.poller,
@@ -187,12 +187,12 @@ class Agent:
             work=self._work,
             pipeline=pipeline,
             releaser=releaser,
-            seeker=seeker,
+            locator=locator,
             events=observer.on_notice,
             evict=evict,
             on_reattach=observer.on_reattach,
         )
-        self._keeper = AttachmentMonitor(
+        self._monitor = AttachmentMonitor(
             context,
             driver=out.driver,
             locks=self.locks,
@@ -212,7 +212,7 @@ class Agent:
             specs=self.specs,
             work=self._work,
             releaser=releaser,
-            keeper=self._keeper,
+            monitor=self._monitor,
         )
         attacher = Attacher(
             context, locks=self.locks, specs=self.specs, work=self._work, pipeline=pipeline, releaser=releaser
@@ -233,7 +233,7 @@ class Agent:
             on_advertised=observer.on_advertised,
             on_withdrawn=observer.on_withdrawn,
         )
-        Prober(context, inventory=self.inventory, poller=self.poller, probe=seeker.probe)
+        Prober(context, inventory=self.inventory, poller=self.poller, probe=locator.probe)
         self.own_pods = (
             OwnPods(out.kube, out.me.node, out.clock, out.rng, self._pod_ending)
             if out.kube is not None and out.pods is None
@@ -255,7 +255,7 @@ class Agent:
             context,
             domain=domain,
             attacher=attacher,
-            keeper=self._keeper,
+            monitor=self._monitor,
             claims=self.claims,
             inventory=self.inventory,
             users=self.usage,
@@ -298,7 +298,7 @@ class Agent:
         async with asyncio.TaskGroup() as tasks:
             for part in (self.driver, self.locks, self.poller):
                 tasks.create_task(part.run(), name=type(part).__name__)
-            tasks.create_task(self._work.run(self._keeper.run()), name="Attacher")
+            tasks.create_task(self._work.run(self._monitor.run()), name="Attacher")
             tasks.create_task(self.inventory.run(), name="Advertiser")
             for optional in (self.fleet, self.node_status, self.own_pods, self.evictor):
                 if optional is not None:

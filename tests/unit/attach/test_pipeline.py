@@ -555,7 +555,7 @@ async def test_a_lock_that_is_lost_and_back_meanwhile_was_lost(step: str) -> Non
 
 
 async def _lock_lost(r: Rig, holder: str | None) -> None:
-    """The watch shows it, and the claim is Lost from that moment, as the keeper does it."""
+    """The watch shows it, and the claim is Lost from that moment, as the monitor does it."""
     r.locks.lose(KEY, holder)
     r.book.move(r.claim, ClaimEvent.LOCK_LOST)
 

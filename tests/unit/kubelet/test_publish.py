@@ -53,13 +53,13 @@ class NoLocks:
 
 
 class Node:
-    """A KubeletPublisher with its publisher, and what the Node was told by it, in order."""
+    """A KubeletPublisher with its Node status, and what the Node was told by it, in order."""
 
     def __init__(self) -> None:
         clock = SimClock(asyncio.get_running_loop())
         self.patches: list[dict[str, str]] = []
         self.status = NodeStatusPublisher(self, "node-a", clock, random.Random(1))
-        self.telling = KubeletPublisher(
+        self.publisher = KubeletPublisher(
             NodeContext(NodeIdentity("node-a", "boot-1"), clock, random.Random(1), NoOpTracer()),
             inventory=cast("Inventory", Offers()),
             locks=cast("LockManager", NoLocks()),
@@ -76,8 +76,8 @@ class Node:
     def offer(self) -> DevicePluginServer:
         """A server whose list is complete, and that no kubelet listens to yet."""
         server = DevicePluginServer(STORAGE, IdleBackend())
-        self.telling.attach(server)
-        self.telling.begin()
+        self.publisher.attach(server)
+        self.publisher.begin()
         return server
 
 
@@ -109,7 +109,7 @@ async def test_the_node_says_what_a_kubelet_was_told_as_soon_as_it_has_its_first
         assert len(kubelet.lists) == 1
         assert node.patches == [{STORAGE: "1"}] * restarts
         listening.cancel()
-        node.telling.kubelet_gone(STORAGE)
+        node.publisher.kubelet_gone(STORAGE)
     writing.cancel()
 
 
@@ -118,7 +118,7 @@ async def test_a_server_that_was_replaced_does_not_tell_the_node() -> None:
     node = Node()
     writing = asyncio.create_task(node.status.run())
     former, kubelet = node.offer(), Kubelet()
-    node.telling.attach(DevicePluginServer(STORAGE, IdleBackend()))
+    node.publisher.attach(DevicePluginServer(STORAGE, IdleBackend()))
     listening = asyncio.create_task(former.follow(kubelet.receive))
     kubelet.reading.set()
     await asyncio.sleep(1)

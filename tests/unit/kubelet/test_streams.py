@@ -25,7 +25,7 @@ def device(number: int, healthy: bool) -> Advertised:
 
 
 def devices(*health: bool) -> tuple[Advertised, ...]:
-    """The very same objects for the same devices, as the advertiser keeps them."""
+    """The very same objects for the same devices, as the inventory keeps them."""
     return tuple(device(n, h) for n, h in enumerate(health))
 
 
