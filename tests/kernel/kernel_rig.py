@@ -123,7 +123,9 @@ class KernelRig:
         taken = [port.number for port in await driver.ports() if port.status is not PortStatus.NULL]
         await asyncio.gather(*(driver.detach(number, timeout=CLEAN_S) for number in taken))
         if self._silent:
-            await asyncio.sleep(STALL_S)  # the next test's plugins do not know of the stalled hub; see vhci/stalls.py
+            await asyncio.sleep(
+                STALL_S
+            )  # the next test's plugins do not know of the stalled hub; see PortCooldown in vhci/sysfs.py
         for end in self._silent:
             end.close()
         self._silent.clear()
