@@ -202,7 +202,6 @@ class Lock:
     duration: float
     resource_version: str
     acquired_at: datetime | None = None
-    renewed_at: datetime | None = None
     server: str | None = None
     busid: str | None = None
     key: DeviceKey | None = None

@@ -194,7 +194,6 @@ def lock_of(lease: Lease) -> Lock:
         duration=float(min(max(lease.duration_seconds or 0, 0), MAX_DURATION_S)),
         resource_version=lease.resource_version,
         acquired_at=lease.acquire_time,
-        renewed_at=lease.renew_time,
         server=server,
         busid=busid,
         key=_key_of(lease.name, server, busid),
