@@ -114,7 +114,8 @@ def device_files(data: bytes, directory: Path) -> None:
             assert text != ""
             fit_to_show(text, 126)
         assert facts.devnum >= 0
-    for node in devices.collect(device):
+    found = devices.read_nodes(device, facts) if facts is not None else devices.DeviceNodes()
+    for node in found.nodes:
         fit_to_show(node.path, 4096)
         assert node.path.startswith("/dev/")
         assert ".." not in node.path.split("/")
@@ -124,7 +125,7 @@ def device_files(data: bytes, directory: Path) -> None:
         if node.by_id:
             assert node.by_id.startswith("/dev/serial/by-id/usb-")
             assert node.by_id.count("/") == 4
-    for name in devices.read_nodes(device, facts).net if facts is not None else ():
+    for name in found.net:
         fit_to_show(name, 15)
     expected_nodes(device)
 

@@ -147,8 +147,13 @@ def test_numbers_that_no_kernel_writes_are_no_device(tmp_path: Path, files: dict
     ],
 )
 def test_a_node_that_no_kernel_makes_is_none(tmp_path: Path, uevent: str) -> None:
-    (tmp_path / "uevent").write_text(uevent)
-    assert devices.collect(tmp_path) == ()
+    made = device(tmp_path)
+    facts = read_facts(made)
+    assert facts is not None
+    (made / "uevent").write_text("MAJOR=189\nMINOR=2\nDEVNAME=bus/usb/001/003")
+    assert devices.read_nodes(made, facts).nodes
+    (made / "uevent").write_text(uevent)
+    assert not devices.read_nodes(made, facts).nodes
 
 
 TEXTS = st.one_of(

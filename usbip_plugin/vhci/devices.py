@@ -232,12 +232,6 @@ def read_nodes(device: Path, facts: DeviceFacts) -> DeviceNodes:
     return DeviceNodes((own, *sorted(children, key=_natural)), tuple(sorted(net)))
 
 
-def collect(device: Path) -> tuple[DeviceNode, ...]:
-    """Returns the nodes of the device in this sysfs directory, or none if the device is incomplete or gone."""
-    facts = read_facts(device)
-    return () if facts is None else read_nodes(device, facts).nodes
-
-
 def _below(device: Path) -> Iterator[tuple[Path, list[str]]]:
     """Yields each directory below the device with the names of its files, without USB devices behind a hub.
 
