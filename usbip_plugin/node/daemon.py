@@ -30,7 +30,7 @@ from usbip_plugin.node.agent import Agent, AgentDependencies
 from usbip_plugin.node.memory import small_tls_buffers, trim_after_start
 from usbip_plugin.node.metrics import AgentMetrics, DropCounts
 from usbip_plugin.node.status import config_failed, config_loaded, status_of
-from usbip_plugin.observe.http import Heartbeats, HttpServer, Site, Verdict, standard_pages
+from usbip_plugin.observe.http import Heartbeat, HttpServer, Site, Verdict, standard_pages
 from usbip_plugin.observe.metrics import Metrics
 from usbip_plugin.observe.status import Status
 from usbip_plugin.observe.tracing import Tracing
@@ -130,7 +130,7 @@ class _Process:
         self._recent = tracing.recent
         self._config_report = config_loaded(options.config, loaded.config, loaded.warnings, clock.now())
         self._started = clock.monotonic()
-        self._beats = Heartbeats(clock)
+        self._heartbeat = Heartbeat(clock, BEAT_WITHIN)
         me = NodeIdentity(options.node, boot_id())
         self._events = EventRecorder(kube, me, clock, rng)
         self.agent = Agent(
@@ -176,7 +176,7 @@ class _Process:
                 tasks.create_task(self._settle(), name="settling"),
             ]
             if self._options.listen:
-                pages = standard_pages(alive=self._beats.verdict, ready=self._ready, metrics=self._metrics.render)
+                pages = standard_pages(alive=self._heartbeat.verdict, ready=self._ready, metrics=self._metrics.render)
                 site = Site(self._status, self._recent)
                 server = HttpServer(self._options.listen, {**pages, **site.pages()}, site.below())
                 running.append(tasks.create_task(server.run(), name="HTTP"))
@@ -188,7 +188,7 @@ class _Process:
 
     async def _beat(self) -> None:
         while True:
-            self._beats.beat("event loop", BEAT_WITHIN)
+            self._heartbeat.beat()
             await self._clock.sleep(BEAT_INTERVAL)
 
     async def _settle(self) -> None:
@@ -218,7 +218,7 @@ class _Process:
             started=self._started,
             config=self._config_report,
             ready=self._ready(),
-            alive=self._beats.verdict(),
+            alive=self._heartbeat.verdict(),
         )
 
     def _notice(self, notice: DeviceEvent) -> None:

@@ -55,30 +55,25 @@ PageHandler = Callable[[], Answer]
 """Called in the event loop for every request. Must be quick and must not raise."""
 
 
-class Heartbeats:
-    """Liveness of the plugin's loops. A loop that does not call beat() every `within` seconds is stuck."""
+class Heartbeat:
+    """Liveness of the event loop: it is stuck if beat() has not been called for more than `within` seconds."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, within: float) -> None:
         self._clock = clock
-        self._loops: dict[str, tuple[float, float]] = {}
+        self._within = within
+        self._last: float | None = None
 
-    def beat(self, name: str, within: float) -> None:
-        """Records that the loop runs, and expects the next beat within so many seconds. The first beat registers it."""
-        self._loops[name] = (self._clock.monotonic(), within)
-
-    def end(self, name: str) -> None:
-        """Forgets a loop that has ended on purpose."""
-        self._loops.pop(name, None)
+    def beat(self) -> None:
+        """Records that the loop runs. Before the first beat nothing is expected."""
+        self._last = self._clock.monotonic()
 
     def verdict(self) -> Verdict:
-        """Returns whether every registered loop runs, with a line for each stuck one."""
-        now = self._clock.monotonic()
-        late = tuple(
-            f"{name}: no sign of life for {now - last:.1f} s, expected every {within:g} s"
-            for name, (last, within) in sorted(self._loops.items())
-            if now - last > within
-        )
-        return Verdict(not late, late)
+        """Returns whether the loop runs, with a line for people if it does not."""
+        silent = self._clock.monotonic() - self._last if self._last is not None else 0.0
+        if silent <= self._within:
+            return Verdict(ok=True)
+        line = f"event loop: no sign of life for {silent:.1f} s, expected every {self._within:g} s"
+        return Verdict(ok=False, lines=(line,))
 
 
 def verdict_page(verdict: Callable[[], Verdict]) -> PageHandler:

@@ -11,7 +11,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from usbip_plugin.model import Advertised, DeviceKey, Health, Reason, ServerKey
-from usbip_plugin.observe.http import Answer, Heartbeats, HttpServer, PageHandler, Verdict, split_listen, standard_pages
+from usbip_plugin.observe.http import Answer, Heartbeat, HttpServer, PageHandler, Verdict, split_listen, standard_pages
 from usbip_plugin.observe.metrics import Metrics
 
 PATIENCE_S = 10  # a bound for a hanging test, not a measurement
@@ -119,16 +119,14 @@ def test_what_is_no_address_is_refused(listen: str) -> None:
 
 def test_a_loop_that_stops_turning_makes_the_node_unwell_until_it_turns_again() -> None:
     clock = ManualClock()
-    beats = Heartbeats(clock)  # type: ignore[arg-type]  # only monotonic() is used
-    beats.beat("watch", 10)
-    beats.beat("poll", 100)
-    clock.seconds = 10.5
-    assert beats.verdict() == Verdict(False, ("watch: no sign of life for 10.5 s, expected every 10 s",))
-    beats.beat("watch", 10)
-    assert beats.verdict() == Verdict(True)
+    heartbeat = Heartbeat(clock, 10)  # type: ignore[arg-type]  # only monotonic() is used
     clock.seconds = 50
-    beats.end("watch")
-    assert beats.verdict().ok
+    assert heartbeat.verdict() == Verdict(True), "before the first beat nothing is expected"
+    heartbeat.beat()
+    clock.seconds = 60.5
+    assert heartbeat.verdict() == Verdict(False, ("event loop: no sign of life for 10.5 s, expected every 10 s",))
+    heartbeat.beat()
+    assert heartbeat.verdict() == Verdict(True)
 
 
 def samples(metrics: Metrics) -> dict[tuple[str, str], float]:
