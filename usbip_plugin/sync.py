@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import TypeVar
 
 from usbip_plugin.clock import Clock
 
 T = TypeVar("T")
+
+
+async def done_within(clock: Clock, seconds: float, wait: Awaitable[object]) -> bool:
+    """Returns whether a wait, such as event.wait(), is over within so many seconds. Cancels it otherwise.
+
+    Cancel-safe. Passes on what the wait raises, but for TimeoutError.
+    """
+    try:
+        async with clock.timeout(seconds):
+            await wait
+    except TimeoutError:
+        return False
+    return True
 
 
 class Broadcast:
@@ -91,10 +104,6 @@ class Bell:
                     result = check()
                     if result is not None:
                         return result
-                    try:
-                        async with clock.timeout(recheck):
-                            await rung.wait()
-                    except TimeoutError:
-                        continue
+                    await done_within(clock, recheck, rung.wait())
         finally:
             unsubscribe()

@@ -6,7 +6,6 @@ R6 is the rule for a lost lock, see docs/architecture.md.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -25,6 +24,7 @@ from usbip_plugin.locks.manager import LockManager
 from usbip_plugin.locks.watch import LockChange
 from usbip_plugin.model import Attachment, PodRef
 from usbip_plugin.observe.tracing import within
+from usbip_plugin.sync import done_within
 from usbip_plugin.vhci.children import wants
 from usbip_plugin.vhci.driver import PortState, VhciDriver
 
@@ -128,9 +128,7 @@ class AttachmentMonitor:
 
     async def _watch_ports(self) -> None:
         while True:
-            with contextlib.suppress(TimeoutError):
-                async with self._clock.timeout(PORT_CHECK_INTERVAL):
-                    await self._ports_event.wait()
+            await done_within(self._clock, PORT_CHECK_INTERVAL, self._ports_event.wait())
             self._ports_event.clear()
             if not any(claim.state is ClaimState.ATTACHED for claim in self._work.book.view.values()):
                 continue

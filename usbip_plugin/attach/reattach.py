@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import enum
 import logging
 from collections.abc import Callable
@@ -42,6 +41,7 @@ from usbip_plugin.locks.manager import LockManager
 from usbip_plugin.model import Attachment, DeviceKey, Identity, PodRef
 from usbip_plugin.observe.spans import Tries, device_attributes, failed, pod_attributes, span
 from usbip_plugin.observe.tracing import remote_parent
+from usbip_plugin.sync import done_within
 from usbip_plugin.usbip.poller import ServerPoller, ServerView
 
 log = logging.getLogger(__name__)
@@ -196,9 +196,7 @@ class Reattacher:
                 tries = Tries(whole)
                 while await self._reattach_once(device_id, before, whole, tries, promising=stir.is_set()):
                     stir.clear()
-                    with contextlib.suppress(TimeoutError):
-                        async with self._clock.timeout(next(waits)):
-                            await stir.wait()
+                    await done_within(self._clock, next(waits), stir.wait())
         finally:
             if self._stirs.get(device_id) is stir:
                 del self._stirs[device_id]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Coroutine
 
@@ -15,7 +14,7 @@ from usbip_plugin.locks.manager import LockManager
 from usbip_plugin.model import DeviceKey, Identity, PodRef
 from usbip_plugin.observe.spans import device_attributes, failed, pod_attributes, span
 from usbip_plugin.observe.tracing import remote_parent
-from usbip_plugin.sync import Broadcast
+from usbip_plugin.sync import Broadcast, done_within
 
 log = logging.getLogger(__name__)
 
@@ -138,6 +137,4 @@ class DeviceTasks:
         if self._locks.api.reachable:
             await self._clock.sleep(seconds)
             return
-        with contextlib.suppress(TimeoutError):
-            async with self._clock.timeout(seconds):
-                await self._api.until(lambda: self._locks.api.reachable)
+        await done_within(self._clock, seconds, self._api.until(lambda: self._locks.api.reachable))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Callable
 
 from usbip_plugin.context import NodeContext
@@ -11,6 +10,7 @@ from usbip_plugin.errors import VhciError
 from usbip_plugin.inventory.facts import ApiStatus, PortSummary
 from usbip_plugin.inventory.health import API_GRACE
 from usbip_plugin.locks.manager import LockManager
+from usbip_plugin.sync import done_within
 from usbip_plugin.vhci.driver import VhciDriver
 from usbip_plugin.vhci.sysfs import PortStatus
 
@@ -72,9 +72,7 @@ class Conditions:
             before, self._ports = self._ports, await self._read_ports()
             if not self._ports.hinders_as(before):
                 self._look_again()
-            with contextlib.suppress(TimeoutError):
-                async with self._clock.timeout(PORTS_INTERVAL):
-                    await self._ports_event.wait()
+            await done_within(self._clock, PORTS_INTERVAL, self._ports_event.wait())
 
     async def _read_ports(self) -> PortSummary:
         try:
@@ -101,6 +99,4 @@ class Conditions:
             left = API_GRACE - gone
             # GRACE_MARGIN past the end: a timer may fire a rounding error early, and would be set again for nothing
             wait = left + GRACE_MARGIN if left > 0 else PORTS_INTERVAL
-            with contextlib.suppress(TimeoutError):
-                async with self._clock.timeout(wait):
-                    await self._api_event.wait()
+            await done_within(self._clock, wait, self._api_event.wait())

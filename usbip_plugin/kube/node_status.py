@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 from usbip_plugin.clock import Clock, backoff
 from usbip_plugin.errors import KubeError, KubeForbidden
-from usbip_plugin.sync import Broadcast
+from usbip_plugin.sync import Broadcast, done_within
 
 log = logging.getLogger(__name__)
 
@@ -119,12 +119,9 @@ class NodeStatusPublisher:
         self.publish(counts)
         self._urgent = self._urgent or not self._is_written(counts)
         self._changed.fire()
-        try:
-            async with self._clock.timeout(timeout):
-                await self._changed.until(lambda: self.forbidden or self._is_written(counts))
-        except TimeoutError:
-            return False
-        return self._is_written(counts)
+        return await done_within(
+            self._clock, timeout, self._changed.until(lambda: self.forbidden or self._is_written(counts))
+        ) and self._is_written(counts)
 
     async def run(self) -> None:
         """Writes published counts until cancelled."""
@@ -174,12 +171,9 @@ class NodeStatusPublisher:
 
     async def _anything_new(self, pending: Mapping[str, int], seconds: float) -> bool:
         """Waits at most so many seconds. Returns True if the pending counts change or become urgent meanwhile."""
-        try:
-            async with self._clock.timeout(seconds):
-                await self._changed.until(lambda: self._urgent or self._pending() != pending)
-        except TimeoutError:
-            return False
-        return True
+        return await done_within(
+            self._clock, seconds, self._changed.until(lambda: self._urgent or self._pending() != pending)
+        )
 
     def _lowers(self, pending: Mapping[str, int]) -> bool:
         """Returns whether the Node may have a higher count than one of these."""
@@ -192,11 +186,7 @@ class NodeStatusPublisher:
         self._changed.fire()
 
     async def _pause(self, seconds: float) -> None:
-        try:
-            async with self._clock.timeout(seconds):
-                await self._changed.until(lambda: self._urgent and not self.forbidden)
-        except TimeoutError:
-            return
+        await done_within(self._clock, seconds, self._changed.until(lambda: self._urgent and not self.forbidden))
 
     def _pending(self) -> dict[str, int]:
         """Returns the counts to write.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from usbip_plugin.kubelet.allocate import Allocator
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer
 from usbip_plugin.kubelet.publish import KubeletPublisher
 from usbip_plugin.kubelet.registration import PluginDirectory, ResourcePlugin, sweep
-from usbip_plugin.sync import Broadcast
+from usbip_plugin.sync import Broadcast, done_within
 
 REPLACED_WITHIN = 10.0
 """Maximum time in seconds that a plugin keeps running while the plugin that replaces it is not registered yet."""
@@ -165,9 +164,11 @@ class PluginSet:
                 return
             # the kubelet gets the new plugin before it loses the old one: it never sees the resource without a plugin
             try:
-                with contextlib.suppress(TimeoutError):
-                    async with self._clock.timeout(REPLACED_WITHIN):
-                        await self._registered.until(lambda: plugin.registered or former.task.done())
+                await done_within(
+                    self._clock,
+                    REPLACED_WITHIN,
+                    self._registered.until(lambda: plugin.registered or former.task.done()),
+                )
             finally:
                 former.task.cancel()
 

@@ -35,6 +35,7 @@ from usbip_plugin.kubelet.podresources_pb2_grpc import PodResourcesListerStub
 from usbip_plugin.locks.manager import LockManager
 from usbip_plugin.locks.watch import LockChange
 from usbip_plugin.model import PodRef
+from usbip_plugin.sync import done_within
 
 log = logging.getLogger(__name__)
 
@@ -290,9 +291,9 @@ class PodResourcesWatcher:
                     self._usage(users, listed_at, self._unlisted(users))
                     self.polls += 1
                 closely = self._closely()
-                with contextlib.suppress(TimeoutError):
-                    async with self._clock.timeout(HINTED_INTERVAL if closely else POLL_INTERVAL):
-                        await self._until_hinted(closely=closely)
+                await done_within(
+                    self._clock, HINTED_INTERVAL if closely else POLL_INTERVAL, self._until_hinted(closely=closely)
+                )
         finally:
             unsubscribe()
 

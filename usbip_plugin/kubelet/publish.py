@@ -22,6 +22,7 @@ from usbip_plugin.locks.watch import LockChange
 from usbip_plugin.model import Advertised, Lock, Reason
 from usbip_plugin.observe.spans import device_attributes, failed, span
 from usbip_plugin.observe.tracing import remote_parent, within
+from usbip_plugin.sync import done_within
 
 log = logging.getLogger(__name__)
 
@@ -122,9 +123,7 @@ class KubeletPublisher:
 
         Waits until the kubelet has the last list, then writes 0 to the Node. Takes at most 2 * SENT_TIMEOUT seconds.
         """
-        with contextlib.suppress(TimeoutError):
-            async with self._clock.timeout(SENT_TIMEOUT):
-                await server.wait_sent()
+        await done_within(self._clock, SENT_TIMEOUT, server.wait_sent())
         if self._servers.get(server.resource) is not server:
             return  # offered again meanwhile
         if self._node_status is not None:

@@ -28,7 +28,7 @@ from usbip_plugin.errors import RegistrationFailed
 from usbip_plugin.kubelet import deviceplugin_pb2 as pb
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer
 from usbip_plugin.kubelet.deviceplugin_pb2_grpc import RegistrationStub
-from usbip_plugin.sync import Broadcast
+from usbip_plugin.sync import Broadcast, done_within
 
 log = logging.getLogger(__name__)
 
@@ -330,12 +330,9 @@ class ResourcePlugin:
 
     async def _new_kubelet_within(self, seconds: float, tried: SocketIdentity) -> bool:
         """Waits after a try, but not longer than until there is a new kubelet.sock. Returns whether there is one."""
-        try:
-            async with self._clock.timeout(seconds):
-                await self._directory.changed.until(lambda: self._directory.kubelet() not in {tried, None})
-        except TimeoutError:
-            return False
-        return True
+        return await done_within(
+            self._clock, seconds, self._directory.changed.until(lambda: self._directory.kubelet() not in {tried, None})
+        )
 
     async def _register_once(self, kubelet: SocketIdentity) -> None:
         """Serves and registers once, and returns when the registration has ended.

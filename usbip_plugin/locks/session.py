@@ -17,6 +17,7 @@ from usbip_plugin.locks import record
 from usbip_plugin.locks.protocol import Create, Denied, Observation, Rules, Write, expired, is_free
 from usbip_plugin.locks.record import Lease, LeaseStore
 from usbip_plugin.locks.watch import LockCache
+from usbip_plugin.sync import done_within
 
 logger = logging.getLogger(__name__)
 
@@ -181,11 +182,7 @@ class ExpiryWatch:
         while True:
             self._wake.clear()
             wait = self._next_round() if await self._round() else self._duration * BEAT_FRACTION
-            try:
-                async with self._clock.timeout(wait):
-                    await self._wake.wait()
-            except TimeoutError:
-                continue
+            await done_within(self._clock, wait, self._wake.wait())
 
     def _candidates(self) -> dict[str, list[Lease]]:
         """Returns the locks whose holder's session is to be read now, by holder; those longest unread first."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import random
 from collections.abc import Awaitable, Callable
@@ -41,6 +40,7 @@ from usbip_plugin.locks.manager import Acquired, LockManager, LockSettings
 from usbip_plugin.locks.protocol import Rules
 from usbip_plugin.locks.record import LeaseStore
 from usbip_plugin.model import Advertised, NodeIdentity, PodRef
+from usbip_plugin.sync import done_within
 from usbip_plugin.usbip.client import UsbipClient
 from usbip_plugin.usbip.poller import ServerPoller
 from usbip_plugin.vhci.driver import VhciDriver
@@ -307,9 +307,7 @@ class Agent:
             tasks.create_task(self._begin(tasks), name="begin")
 
     async def _begin(self, tasks: asyncio.TaskGroup) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with self._clock.timeout(LOCKS_WAIT):
-                await self.locks.ready.wait()
+        await done_within(self._clock, LOCKS_WAIT, self.locks.ready.wait())
         if not self.locks.ready.is_set():
             log.warning("the locks could not be read yet", extra={"cause": self.locks.api.error})
         await self._work.started()

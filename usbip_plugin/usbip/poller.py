@@ -20,6 +20,7 @@ from typing import Protocol
 from usbip_plugin.clock import Clock, backoff
 from usbip_plugin.errors import UsbipError
 from usbip_plugin.model import Descriptor, DeviceKey, ServerKey
+from usbip_plugin.sync import done_within
 from usbip_plugin.usbip.client import UsbipClient
 
 log = logging.getLogger(__name__)
@@ -312,9 +313,4 @@ class ServerPoller:
             callback(new)
 
     async def _poked(self, poke: asyncio.Event, wait: float) -> bool:
-        try:
-            async with self._clock.timeout(wait):
-                await poke.wait()
-        except TimeoutError:
-            return False
-        return True
+        return await done_within(self._clock, wait, poke.wait())

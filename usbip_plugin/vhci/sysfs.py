@@ -6,7 +6,6 @@ Follows drivers/usb/usbip/vhci_sysfs.c and tools/usb/usbip of Linux 4.17 and lat
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import enum
 import errno
 import os
@@ -18,6 +17,7 @@ from typing import Final, Literal
 
 from usbip_plugin.clock import Clock
 from usbip_plugin.errors import DriverMissing, DriverNotWritable, VhciError
+from usbip_plugin.sync import done_within
 
 Hub = Literal["hs", "ss"]
 
@@ -288,9 +288,7 @@ class Writer:
         except asyncio.CancelledError:
             future.add_done_callback(late)
             if undo is not None:
-                with contextlib.suppress(TimeoutError):
-                    async with self._clock.timeout(WRITE_S):
-                        await asyncio.wait([future])
+                await done_within(self._clock, WRITE_S, asyncio.wait([future]))
             raise
         future.result()
 
