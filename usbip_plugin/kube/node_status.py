@@ -89,7 +89,6 @@ class NodeStatusPublisher:
         """
         self._changed = Broadcast()
         self._urgent = False
-        self.errors = 0
         self.forbidden = False
         self.last_error: str | None = None
 
@@ -203,7 +202,6 @@ class NodeStatusPublisher:
         return not counts.keys() & self._pending().keys()
 
     def _failed(self, error: KubeError) -> None:
-        self.errors += 1
         self.forbidden = isinstance(error, KubeForbidden)
         if str(error) != self.last_error:
             log.warning(

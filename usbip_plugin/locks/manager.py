@@ -162,11 +162,6 @@ class LockManager:
         return self._contact.state
 
     @property
-    def duration(self) -> float:
-        """Seconds without a sign of life after which other nodes may take over this node's locks."""
-        return self._settings.duration
-
-    @property
     def heartbeat_at(self) -> float | None:
         """When the last successful heartbeat was sent (monotonic seconds), None if this process has sent none."""
         return self._session.written_at

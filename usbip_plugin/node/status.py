@@ -111,7 +111,7 @@ def _locks(agent: Agent, now: float) -> LocksReport:
         held=len(locks.mine()),
         known=len(locks.locks),
         heartbeat=now - locks.heartbeat_at if locks.heartbeat_at is not None else None,
-        duration=locks.duration,
+        duration=locks.settings.duration,
     )
 
 

@@ -110,7 +110,7 @@ async def test_a_count_that_changes_during_its_patch_is_written_too() -> None:
 
 
 @virtual
-async def test_errors_are_counted_and_tried_again_and_publish_now_is_bounded() -> None:
+async def test_errors_are_tried_again_and_publish_now_is_bounded() -> None:
     async with Running() as r:
         r.api.errors = [KubeUnreachable("patch", "nodes/status", "refused")] * 20
         loop = asyncio.get_running_loop()
@@ -119,7 +119,7 @@ async def test_errors_are_counted_and_tried_again_and_publish_now_is_bounded() -
         assert loop.time() - start <= 1.01
         await asyncio.sleep(300)
         assert r.api.allocatable[STORAGE] == "0"
-        assert r.publisher.errors == 20
+        assert not r.api.errors, "each was tried again"
         assert r.publisher.last_error is None
 
 
