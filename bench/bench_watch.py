@@ -103,7 +103,7 @@ class Listening:
         await self._server.follow(self._send)
 
     async def _send(self, state: DeviceStates) -> None:
-        self.bytes += len(self._list.told(state).SerializeToString())
+        self.bytes += len(self._list.message_for(state).SerializeToString())
 
 
 def lease(key: DeviceKey, holder: str, version: int) -> dict[str, Any]:

@@ -129,7 +129,7 @@ class Claim:
     allocated_at: when an Allocate asked for it last.
     pod: the pod that has it, None while unknown.
     missed_polls: polls of pod-resources in a row that did not list it; missing_since: when the first of them began.
-    serial: what the device told this kernel, None if it never did.
+    serial: the serial number that this kernel has read, None if it never did.
     moved_to: where it is plugged in now, None for its own bus id; set from before the lock there is taken.
     blocked_by: why a lost device is not attached again, "" for no reason to speak of.
     container_indexes: the numbers by which its containers know it, with CDI; None while unknown, after an adoption.

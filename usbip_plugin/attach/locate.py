@@ -50,7 +50,7 @@ def may_be(config: Config, claim: Claim, key: DeviceKey, descriptor: Descriptor)
     this very serial number. Device classes are not compared: the server may not list them yet. False for a claim
     without a serial number.
     """
-    told = Identity(serial=claim.serial)
+    identity = Identity(serial=claim.serial)
 
     def names(resource: str, selector: Selector) -> bool:
         here = key.server == claim.key.server
@@ -59,7 +59,7 @@ def may_be(config: Config, claim: Claim, key: DeviceKey, descriptor: Descriptor)
     return claim.serial is not None and any(
         device.target == key.server
         and names(resource.name, device.selector)
-        and matches(replace(device.selector, class_=None), descriptor, told) is Match.YES
+        and matches(replace(device.selector, class_=None), descriptor, identity) is Match.YES
         for resource in config.resources
         for device in resource.devices
     )
@@ -375,9 +375,9 @@ class DeviceLocator:
         async with self._work.mutex(key.id):
             if self._work.book.in_use(key.id):
                 raise ClaimBusy(f"{key} is in use on this node")
-            told = await self._pipeline.probe(key, descriptor)
-        self._note(key, SerialReading(told.devid, told.serial or "", self._clock.monotonic() + READING_LASTS))
-        return told
+            identity = await self._pipeline.probe(key, descriptor)
+        self._note(key, SerialReading(identity.devid, identity.serial or "", self._clock.monotonic() + READING_LASTS))
+        return identity
 
     async def _ask(self, sighting: Candidate) -> None:
         try:

@@ -429,11 +429,11 @@ class Pipeline:
                 claim = Claim(key, descriptor.usb_id)
                 imported = await self._import(claim, grant, self._clock.monotonic() + PROBE_TIMEOUT)
                 identity = await self._client.probe(imported, timeout=PROBE_TIMEOUT)
-                told = Identity(imported.descriptor.devid, identity.serial or "", identity.interfaces)
-                await self._locks.annotate(key, told=told)
+                found = Identity(imported.descriptor.devid, identity.serial or "", identity.interfaces)
+                await self._locks.annotate(key, identity=found)
             finally:
                 await self._locks.release(key)
-        return told
+        return found
 
     @contextlib.contextmanager
     def span(self, name: str, key: DeviceKey, kind: SpanKind = SpanKind.INTERNAL) -> Iterator[Span]:

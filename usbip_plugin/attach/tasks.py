@@ -102,26 +102,26 @@ class DeviceTasks:
             # for people and for adoption; the port record has the same, so the attachment does not depend on it
             log.warning("port not noted on the lock", extra={"device": str(key), "port": port, "cause": str(error)})
 
-    def note_identity(self, key: DeviceKey, told: Identity) -> None:
+    def note_identity(self, key: DeviceKey, identity: Identity) -> None:
         """Begins to write to a lock the identity that was read from its device. Returns at once."""
-        self.spawn(self._keep_writing_told(key, told), f"note serial number of {key}")
+        self.spawn(self._keep_writing_identity(key, identity), f"note serial number of {key}")
 
-    async def _keep_writing_told(self, key: DeviceKey, told: Identity) -> None:
+    async def _keep_writing_identity(self, key: DeviceKey, identity: Identity) -> None:
         """Writes an identity to the lock, with retries until it is written or the device is not in use here any more.
 
         If the next process of this node finds the device lost, it recognises the device by this identity.
         """
         waits = backoff(self._rng, RELEASE_FIRST_WAIT, RELEASE_MAX_WAIT)
-        while not await self.record_identity(key, told) and self.book.in_use(key.id):
+        while not await self.record_identity(key, identity) and self.book.in_use(key.id):
             await self.until_api_returns(next(waits))
 
-    async def record_identity(self, key: DeviceKey, told: Identity) -> bool:
+    async def record_identity(self, key: DeviceKey, identity: Identity) -> bool:
         """Writes the identity that was read from a device to its lock, which must be this node's.
 
         Returns False, and logs why, if another try may succeed. Returns True if the lock is lost: no try will succeed.
         """
         try:
-            await self._locks.annotate(key, told=told)
+            await self._locks.annotate(key, identity=identity)
         except LockLost:
             return True
         except (LockError, KubeError) as error:

@@ -213,7 +213,7 @@ class DeviceLookup:
         if self.config is None:
             return None
         listed = self._listed(key)
-        told = (
+        identity = (
             lock.identity
             if lock is not None and (listed is None or listed.devid == lock.read_from)
             else UNKNOWN_IDENTITY
@@ -225,7 +225,7 @@ class DeviceLookup:
             for entry in resource.devices:
                 if entry.target != key.server or listed is None:
                     continue
-                if matches(entry.selector, listed, told) is not Match.NO:
+                if matches(entry.selector, listed, identity) is not Match.NO:
                     found.setdefault(resource.name, Offer(f"{self.domain}/{resource.name}", str(entry.selector)))
         return tuple(found.values())
 

@@ -36,16 +36,16 @@ class Match(enum.Enum):
     NEEDS_PROBE = "needs probe"
 
 
-def matches(selector: Selector, descriptor: Descriptor, told: Identity = UNKNOWN_IDENTITY) -> Match:
+def matches(selector: Selector, descriptor: Descriptor, identity: Identity = UNKNOWN_IDENTITY) -> Match:
     """Returns whether the selector matches this device.
 
     A class matches the class of the device or of any of its interfaces. A DEVLIST entry has no interfaces for a device
     that has not been configured yet, and an IMPORT reply never has any.
-    told: what is known of the device beyond its descriptor, such as the serial number read by a probe.
+    identity: what is known of the device beyond its descriptor, such as the serial number read by a probe.
     """
     serial = selector.serial
     # compare the serial number first: hundreds of devices may be compared with hundreds of selectors by serial number
-    if serial is not None and told.serial != serial and told.serial is not None:
+    if serial is not None and identity.serial != serial and identity.serial is not None:
         return Match.NO
     if not _has(selector, descriptor.usb_id):
         return Match.NO
@@ -53,9 +53,9 @@ def matches(selector: Selector, descriptor: Descriptor, told: Identity = UNKNOWN
         fnmatch.fnmatchcase(descriptor.busid, pattern) for pattern in several(selector.bus_id)
     ):
         return Match.NO
-    known = serial is None or told.serial is not None
+    known = serial is None or identity.serial is not None
     if selector.class_ is not None and selector.class_ != descriptor.device_class:
-        interfaces = descriptor.interfaces or told.interfaces
+        interfaces = descriptor.interfaces or identity.interfaces
         if interfaces is None:
             return Match.NEEDS_PROBE
         if selector.class_ not in {interface.class_ for interface in interfaces}:

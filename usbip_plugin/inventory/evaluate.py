@@ -128,14 +128,18 @@ def relearn(
     concerned = {resource.name: members.get(resource.name, {}) for resource in part.config.resources}
     before = {name: {i: devices[i] for i in device_ids if i in devices} for name, devices in concerned.items()}
     after = learn(before, part)
-    told = advertise(after, part)
+    evaluated = advertise(after, part)
     found: dict[str, Mapping[str, OfferedDevice]] = {**members}
     for name, changed in after.items():
         devices = members.get(name, {})
         if name not in members or before.get(name, {}) != changed:
             devices = {**{i: seen for i, seen in devices.items() if i in changed or i not in device_ids}, **changed}
         found[name] = devices
-    return found, {**lists, **{name: _merged(lists.get(name), of, device_ids) for name, of in told.items()}}, told
+    return (
+        found,
+        {**lists, **{name: _merged(lists.get(name), of, device_ids) for name, of in evaluated.items()}},
+        evaluated,
+    )
 
 
 def differing(
@@ -155,12 +159,12 @@ def _merged(
 ) -> tuple[Advertised, ...]:
     if before is None:
         return changed
-    told = {device.id: device for device in changed}
+    evaluated = {device.id: device for device in changed}
     after, same = [*before], True
     for device_id in device_ids:
         place = bisect_left(after, device_id, key=attrgetter("id"))
         known = after[place] if place < len(after) and after[place].id == device_id else None
-        now = told.get(device_id)
+        now = evaluated.get(device_id)
         if known != now:
             after[place : place + (known is not None)] = [now] if now is not None else []
             same = False

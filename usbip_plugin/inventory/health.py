@@ -76,8 +76,8 @@ def resolve_ambiguity(health: Health, key: DeviceKey, serial: str, bearers: Coll
     if not others:
         return health
     if health.reason in _FREE:
-        told = f"serial number {serial} is also that of {_listed(others)}; select by bus_id as well"
-        return Health(Reason.AMBIGUOUS, told)
+        detail = f"serial number {serial} is also that of {_listed(others)}; select by bus_id as well"
+        return Health(Reason.AMBIGUOUS, detail)
     if health.reason in _AWAY:
         return Health(Reason.MOVED, f"the device with serial number {serial} is {_listed(others)} now")
     return health
@@ -146,7 +146,7 @@ def import_obstacle(facts: Snapshot, seen: OfferedDevice) -> Health | None:
         return Health(Reason.NOT_LISTED, f"{server} does not list {seen.key.busid}: unplugged, not bound, or in use")
     if listed.usb_id != seen.usb_id:
         return Health(Reason.LISTED_WRONG, f"{seen.key} is now {listed.usb_id}, was {seen.usb_id}")
-    return _told_health(facts, seen, listed)
+    return _identity_health(facts, seen, listed)
 
 
 def _claim_health(claim: Claim, facts: Snapshot) -> Health:
@@ -170,17 +170,17 @@ def _claim_health(claim: Claim, facts: Snapshot) -> Health:
             return Health(Reason.IN_PROGRESS, claim.state.value)
 
 
-def _told_health(facts: Snapshot, seen: OfferedDevice, listed: Descriptor) -> Health | None:
+def _identity_health(facts: Snapshot, seen: OfferedDevice, listed: Descriptor) -> Health | None:
     """Returns None if the device's identity matches its selector, or the selector has no serial number and no class."""
     selector = seen.selector.selector
     if selector.serial is None and selector.class_ is None:
         return None
-    told = facts.identity_of(seen.key.id, listed)
-    match matches(selector, listed, told):
+    identity = facts.identity_of(seen.key.id, listed)
+    match matches(selector, listed, identity):
         case Match.NEEDS_PROBE:
             return Health(Reason.NOT_READ, f"{seen.key} was plugged in anew, and may be another device")
-        case Match.NO if selector.serial is not None and told.serial != selector.serial:
-            number = f"serial number {told.serial}" if told.serial else "no serial number"
+        case Match.NO if selector.serial is not None and identity.serial != selector.serial:
+            number = f"serial number {identity.serial}" if identity.serial else "no serial number"
             return Health(Reason.LISTED_WRONG, f"{seen.key} has {number} now, not {selector.serial}")
         case Match.NO:
             return Health(Reason.LISTED_WRONG, f"{seen.key} is now a device that {selector} does not name")

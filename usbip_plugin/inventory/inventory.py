@@ -228,8 +228,8 @@ class Inventory:
         work.close()
 
     def _lock_changed(self, change: LockChange) -> None:
-        known, told = (lock.read_from if lock is not None else None for lock in (change.old, change.new))
-        if None not in (known, told) and known != told:
+        before, after = (lock.read_from if lock is not None else None for lock in (change.old, change.new))
+        if None not in (before, after) and before != after:
             self._rereads.note(change.device_id, self._clock.monotonic())
         self._handovers.lock_changed(change)
         taken = change.holder != change.former and change.holder not in ("", self._me.node)
@@ -269,15 +269,15 @@ class Inventory:
             return
         facts = only(self.facts(due), self._members, due) if due is not None else None
         if facts is not None and due is not None:
-            self._members, lists, told = relearn(self._members, self.advertised, facts, due)
+            self._members, lists, evaluated = relearn(self._members, self.advertised, facts, due)
         else:
             facts = self.facts()
             self._members = learn(self._members, facts)
-            lists = told = advertise(self._members, facts)
+            lists = evaluated = advertise(self._members, facts)
         if self._former:
             kept = self._members.keys() - {resource.name for resource in self._config.resources}
             self._former = {name: resource for name, resource in self._former.items() if name in kept}
-        self._oddities.look(self._members, told)
+        self._oddities.look(self._members, evaluated)
         before, self._lists = self._lists, lists
         evaluation = Evaluation(before, lists, facts)
         for callback in self._subscribers:

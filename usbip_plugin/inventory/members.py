@@ -43,21 +43,21 @@ def learn(before: OfferedDevices, facts: Snapshot) -> OfferedDevices:
                 mine[device_id] = replace(seen, configured=_may_name(resource, seen))
         for key, descriptor, listed in candidates:
             lock = facts.locks.get(key.id)
-            told = (
+            identity = (
                 facts.identity_of(key.id, descriptor)
                 if listed
                 else lock.identity
                 if lock is not None
                 else UNKNOWN_IDENTITY
             )
-            selector = _selector_for(resource, key, descriptor, told)
+            selector = _selector_for(resource, key, descriptor, identity)
             if selector is None:
                 continue
             known = mine.get(key.id)
             if listed or known is None:
-                mine[key.id] = OfferedDevice(key, descriptor.usb_id, selector, descriptor if listed else None, told)
-            elif told.serial is not None:
-                mine[key.id] = replace(known, selector=selector, identity=told, configured=True)
+                mine[key.id] = OfferedDevice(key, descriptor.usb_id, selector, descriptor if listed else None, identity)
+            elif identity.serial is not None:
+                mine[key.id] = replace(known, selector=selector, identity=identity, configured=True)
         if len(mine) > MAX_VANISHED:
             for device_id in _too_old(mine, {key.id for key, _, _ in candidates}):
                 del mine[device_id]
@@ -145,9 +145,9 @@ def _too_old(mine: dict[str, OfferedDevice], present: Collection[str]) -> list[s
 
 
 def _selector_for(
-    resource: ResourceConfig, key: DeviceKey, descriptor: Descriptor, told: Identity
+    resource: ResourceConfig, key: DeviceKey, descriptor: Descriptor, identity: Identity
 ) -> DeviceSelector | None:
     for selector in resource.devices:
-        if selector.target == key.server and matches(selector.selector, descriptor, told) is Match.YES:
+        if selector.target == key.server and matches(selector.selector, descriptor, identity) is Match.YES:
             return selector
     return None

@@ -40,14 +40,16 @@ PROBE_SPREAD = 0.5
 
 def wanted(facts: Snapshot, key: DeviceKey, descriptor: Descriptor) -> bool:
     """Returns whether a selector needs the identity of this listed device, and the device is free to be probed."""
-    told = facts.identity_of(key.id, descriptor)
-    if told.serial is not None and (descriptor.interfaces or told.interfaces) is not None:
+    identity = facts.identity_of(key.id, descriptor)
+    if identity.serial is not None and (descriptor.interfaces or identity.interfaces) is not None:
         return False
     if facts.standings.get(key.id, LockStatus.FREE) is LockStatus.HELD:
         return False
     if key.id in facts.claims or facts.moved_here(key.id) is not None:
         return False
-    return any(matches(selector, descriptor, told) is Match.NEEDS_PROBE for selector in facts.config.asking(key.server))
+    return any(
+        matches(selector, descriptor, identity) is Match.NEEDS_PROBE for selector in facts.config.asking(key.server)
+    )
 
 
 def wanting_probe(facts: Snapshot) -> tuple[tuple[DeviceKey, Descriptor], ...]:

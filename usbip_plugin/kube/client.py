@@ -111,7 +111,7 @@ class KubeClient:
         timeout: seconds for the whole request.
         Raises the KubeError family. The API server may still carry out a cancelled or unanswered write.
         """
-        with self._told(), _translated(verb, resource):
+        with self._reported(), _translated(verb, resource):
             async with self._clock.timeout(timeout):
                 response = await self._send(verb, path, resource, params, body, content_type, timeout)
                 async with response:
@@ -157,7 +157,7 @@ class KubeClient:
             "timeoutSeconds": str(max(1, int(timeout * self._rng.uniform(1, WATCH_SPREAD)))),
             **(params or {}),
         }
-        with self._told(), _translated("watch", resource):
+        with self._reported(), _translated("watch", resource):
             async with self._clock.timeout(REQUEST_TIMEOUT_S):
                 response = await self._send("watch", path, resource, query, None, "application/json", None)
             async with response:
@@ -166,7 +166,7 @@ class KubeClient:
                     yield event_of(line, resource)
 
     @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
+    def _reported(self) -> Iterator[None]:
         try:
             yield
         except KubeError as error:

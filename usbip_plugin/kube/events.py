@@ -102,7 +102,7 @@ def event_body(identity: NodeIdentity, text: EventText, pod: PodRef | None, name
     when: RFC 3339 with microseconds. Every Event has the node's whole name. If the name is too long for
     reportingInstance, an Event about a pod has it at the end of the note.
     """
-    instance, told = instance_of(identity.node), ""
+    instance, about_node = instance_of(identity.node), ""
     if pod is None:
         # the uid of an Event about a Node is the node's name: the kubelet writes it so, and kubectl searches for it
         regarding = {"kind": "Node", "apiVersion": "v1", "name": identity.node, "uid": identity.node}
@@ -111,7 +111,7 @@ def event_body(identity: NodeIdentity, text: EventText, pod: PodRef | None, name
         if pod.uid:
             regarding["uid"] = pod.uid
         if instance != identity.node:
-            told = f" (node {identity.node})"
+            about_node = f" (node {identity.node})"
     return {
         "apiVersion": "events.k8s.io/v1",
         "kind": "Event",
@@ -120,7 +120,7 @@ def event_body(identity: NodeIdentity, text: EventText, pod: PodRef | None, name
         "type": text.type,
         "reason": text.reason,
         "action": text.action,
-        "note": _cut(text.note, MAX_NOTE_BYTES - len(told)) + told,
+        "note": _cut(text.note, MAX_NOTE_BYTES - len(about_node)) + about_node,
         "regarding": regarding,
         "reportingController": CONTROLLER,
         "reportingInstance": instance,

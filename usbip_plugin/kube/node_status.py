@@ -82,7 +82,7 @@ class NodeStatusPublisher:
         self._rng = rng
         self._wanted: dict[str, int] = {}
         self._written: dict[str, int] = {}
-        self._told: dict[str, int] = {}
+        self._may_be_written: dict[str, int] = {}
         """The highest count of each resource published since the Node last had the latest count.
 
         The kubelet has received that count, too, and may have written it on the Node.
@@ -97,7 +97,9 @@ class NodeStatusPublisher:
         if all(self._wanted.get(name) == count for name, count in counts.items()):
             return
         self._wanted.update(counts)
-        self._told.update({name: max(count, self._told.get(name, count)) for name, count in counts.items()})
+        self._may_be_written.update(
+            {name: max(count, self._may_be_written.get(name, count)) for name, count in counts.items()}
+        )
         self._changed.fire()
 
     def forget(self, resource: str) -> None:
@@ -107,7 +109,7 @@ class NodeStatusPublisher:
         """
         self._wanted.pop(resource, None)
         self._written.pop(resource, None)
-        self._told.pop(resource, None)
+        self._may_be_written.pop(resource, None)
 
     async def publish_now(self, counts: Mapping[str, int], timeout: float) -> bool:
         """Publishes counts and waits until they or later ones are written, for at most timeout seconds.
@@ -176,12 +178,14 @@ class NodeStatusPublisher:
 
     def _lowers(self, pending: Mapping[str, int]) -> bool:
         """Returns whether the Node may have a higher count than one of these."""
-        return any(count < max(self._written.get(name, 0), self._told[name]) for name, count in pending.items())
+        return any(
+            count < max(self._written.get(name, 0), self._may_be_written[name]) for name, count in pending.items()
+        )
 
     def _known(self, counts: Mapping[str, int]) -> None:
         """Records that the Node has these counts now."""
         self._written.update({name: count for name, count in counts.items() if name in self._wanted})
-        self._told.update({name: count for name, count in counts.items() if self._wanted.get(name) == count})
+        self._may_be_written.update({name: count for name, count in counts.items() if self._wanted.get(name) == count})
         self._changed.fire()
 
     async def _pause(self, seconds: float) -> None:
@@ -195,7 +199,7 @@ class NodeStatusPublisher:
         return {
             name: count
             for name, count in self._wanted.items()
-            if self._written.get(name) != count or self._told[name] > count
+            if self._written.get(name) != count or self._may_be_written[name] > count
         }
 
     def _is_written(self, counts: Mapping[str, int]) -> bool:

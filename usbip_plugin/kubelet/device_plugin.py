@@ -162,22 +162,22 @@ def device_list(devices: DeviceStates) -> pb.ListAndWatchResponse:
 class DeviceList:
     """Builds the ListAndWatch messages of one stream, and changes only the devices that differ from the last message.
 
-    All calls return the same message object: each message is valid until the next call of told().
+    All calls return the same message object: each message is valid until the next call of message_for().
     """
 
     def __init__(self) -> None:
-        self._told: DeviceStates = ()
+        self._last_state: DeviceStates = ()
         self._message = device_list(())
 
-    def told(self, state: DeviceStates) -> pb.ListAndWatchResponse:
-        if len(state) != len(self._told):
+    def message_for(self, state: DeviceStates) -> pb.ListAndWatchResponse:
+        if len(state) != len(self._last_state):
             self._message = device_list(state)
         else:
             # few of hundreds of devices change at a time, and building all anew would be most of the cost of an event
-            for place in changed_places(self._told, state):
+            for place in changed_places(self._last_state, state):
                 device, (device_id, healthy) = self._message.devices[place], state[place]
                 device.ID, device.health = device_id, HEALTHY if healthy else UNHEALTHY
-        self._told = state
+        self._last_state = state
         return self._message
 
 
@@ -358,7 +358,7 @@ class _Servicer:
         _request: pb.Empty,
         context: grpc.aio.ServicerContext[pb.Empty, pb.ListAndWatchResponse],
     ) -> None:
-        await self._owner.follow(lambda state: context.write(self._list.told(state)))
+        await self._owner.follow(lambda state: context.write(self._list.message_for(state)))
 
     async def GetPreferredAllocation(  # noqa: N802
         self,

@@ -279,7 +279,7 @@ class LockManager:
         *,
         port: int | Unset | None = UNSET,
         pod: PodRef | Unset | None = UNSET,
-        told: Identity | None = None,
+        identity: Identity | None = None,
     ) -> Lock:
         """Writes the given annotations onto the lock and returns the new record.
 
@@ -288,7 +288,7 @@ class LockManager:
 
         port: the vhci port, None to clear it.
         pod: the pod that has the device, None to clear it.
-        told: the identity read from the device. Identity annotations of another device, attached before, are removed.
+        identity: what was read from the device. Identity annotations of a device attached before are removed.
         """
         changes: dict[str, str | None] = {}
         if not isinstance(port, Unset):
@@ -296,7 +296,7 @@ class LockManager:
         if not isinstance(pod, Unset):
             changes[record.POD] = record.pod_text(pod)
         async with self._device_lock(key.id):
-            return record.lock_of((await self._amend(key, changes, told)).lease)
+            return record.lock_of((await self._amend(key, changes, identity)).lease)
 
     async def release(self, key: DeviceKey) -> None:
         """Clears the holder if it is this node, under whichever boot. Does nothing otherwise.
@@ -309,11 +309,11 @@ class LockManager:
                 await self._writer.drive(key, self._decide_release)
 
     async def _amend(
-        self, key: DeviceKey, changes: Mapping[str, str | None], told: Identity | None = None
+        self, key: DeviceKey, changes: Mapping[str, str | None], identity: Identity | None = None
     ) -> AcknowledgedWrite:
         async def decide(lease: Lease | None, write: Write) -> Decision:
             known = lease.annotations if lease is not None else {}
-            return self._rules.decide_amend(lease, write, {**changes, **record.identity_notes(known, told)})
+            return self._rules.decide_amend(lease, write, {**changes, **record.identity_notes(known, identity)})
 
         outcome = await self._writer.drive(key, decide)
         if isinstance(outcome, Denied):

@@ -262,20 +262,20 @@ def read_from_of(text: str | None) -> int | None:
     return bus << 16 | device if bus < 1 << 16 and device < 1 << 16 else None
 
 
-def identity_notes(notes: Mapping[str, str], told: Identity | None) -> dict[str, str | None]:
+def identity_notes(notes: Mapping[str, str], identity: Identity | None) -> dict[str, str | None]:
     """Returns the changes to notes that record what was read from a device, with None for an annotation to remove.
 
     Identity annotations of another device in notes are removed: one with another devid or serial number. The result is
-    empty if told is None or has no devid.
+    empty if identity is None or has no devid.
     """
-    if told is None or told.devid is None:
+    if identity is None or identity.devid is None:
         return {}
-    same = read_from_of(notes.get(READ_FROM)) == told.devid and (
-        told.serial is None or notes.get(SERIAL, told.serial) == told.serial
+    same = read_from_of(notes.get(READ_FROM)) == identity.devid and (
+        identity.serial is None or notes.get(SERIAL, identity.serial) == identity.serial
     )
-    said = {SERIAL: told.serial, INTERFACES: interfaces_text(told.interfaces)}
+    said = {SERIAL: identity.serial, INTERFACES: interfaces_text(identity.interfaces)}
     found = {name: value for name, value in said.items() if value is not None or not same}
-    return {**found, READ_FROM: f"{told.devid >> 16}:{told.devid & 0xFFFF}"}
+    return {**found, READ_FROM: f"{identity.devid >> 16}:{identity.devid & 0xFFFF}"}
 
 
 def device_notes(key: DeviceKey) -> dict[str, str]:

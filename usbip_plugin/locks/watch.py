@@ -102,24 +102,24 @@ class WatchedStore:
         self._store, self._contact = store, contact
 
     async def get(self, name: str) -> Lease | None:
-        return await self._told(self._store.get(name))
+        return await self._reported(self._store.get(name))
 
     async def list(self, labels: Mapping[str, str]) -> LeaseList:
-        return await self._told(self._store.list(labels))
+        return await self._reported(self._store.list(labels))
 
     async def create(self, lease: Lease) -> Lease:
-        return await self._told(self._store.create(lease))
+        return await self._reported(self._store.create(lease))
 
     async def replace(self, lease: Lease) -> Lease:
-        return await self._told(self._store.replace(lease))
+        return await self._reported(self._store.replace(lease))
 
     async def delete(self, name: str, resource_version: str) -> None:
-        await self._told(self._store.delete(name, resource_version))
+        await self._reported(self._store.delete(name, resource_version))
 
     def watch(self, labels: Mapping[str, str], resource_version: str) -> AsyncIterator[LeaseChange]:
         return self._store.watch(labels, resource_version)
 
-    async def _told(self, call: Awaitable[T]) -> T:
+    async def _reported(self, call: Awaitable[T]) -> T:
         try:
             result = await call
         except _DOWN as error:

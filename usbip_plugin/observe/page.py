@@ -267,8 +267,8 @@ def _device(row: DeviceRow, status: Status) -> tuple[str, Sequence[Markup]]:
     vendor, _, product = (row.usb_id or "").partition(":")
     implied = row.selector == f"vendor {vendor}, product {product}"
     about = " · ".join(part for part in (row.usb_id, row.serial, None if implied else row.selector) if part)
-    told = row.reason in SAID_ELSEWHERE or not row.detail
-    why = join(row.reason, None if told else tag("small", row.detail))
+    shown_elsewhere = row.reason in SAID_ELSEWHERE or not row.detail
+    why = join(row.reason, None if shown_elsewhere else tag("small", row.detail))
     holder = tag("strong", row.holder) if row.holder == status.node else join(row.holder)
     domain, _, name = row.resource.rpartition("/")
     cells = (

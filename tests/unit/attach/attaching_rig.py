@@ -108,9 +108,9 @@ class ScriptedLocks:
         lock = self.hold(key)
         return Grant(lock, lock.epoch, sent_at + IMPORT_WINDOW_S)
 
-    async def annotate(self, key: DeviceKey, *, told: Identity) -> Lock:
+    async def annotate(self, key: DeviceKey, *, identity: Identity) -> Lock:
         await self._script.reach(f"annotate {key.busid}")
-        self.told.append((key, told))
+        self.told.append((key, identity))
         return self.locks[key.id]
 
     async def release(self, key: DeviceKey) -> None:
@@ -202,8 +202,8 @@ class ScriptedWork(DeviceTasks):
     def note_port(self, key: DeviceKey, port: int) -> None:
         self._script.steps.append(f"note port {port} of {key.busid}")
 
-    def note_identity(self, key: DeviceKey, told: Identity) -> None:
-        self.told.append((key, told))
+    def note_identity(self, key: DeviceKey, identity: Identity) -> None:
+        self.told.append((key, identity))
 
 
 @dataclass

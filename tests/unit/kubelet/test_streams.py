@@ -127,7 +127,7 @@ def test_a_list_changed_in_place_is_the_list_made_anew(script: list[list[tuple[i
             await server.wait_sent()
             expected = tuple((str(number), healthy) for number, healthy in states)
             assert stream.sent[-1] == expected
-            assert kept.told(stream.sent[-1]) == device_list(expected)
+            assert kept.message_for(stream.sent[-1]) == device_list(expected)
         await stream.end()
 
     run(main)

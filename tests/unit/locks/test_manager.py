@@ -614,11 +614,11 @@ async def test_what_a_device_has_told_is_of_that_one_only() -> None:
     async with world() as w:
         a = await w.node("a")
         await a.manager.acquire(KEY, LockMeta(usb_id="0951:1666", identity=TOLD))
-        lock = await a.manager.annotate(KEY, told=Identity(TOLD.devid, interfaces=vendor))
+        lock = await a.manager.annotate(KEY, identity=Identity(TOLD.devid, interfaces=vendor))
         assert lock.identity == Identity(TOLD.devid, "S1", vendor), "the same one says more"
-        lock = await a.manager.annotate(KEY, told=Identity(TOLD.devid, "S2"))
+        lock = await a.manager.annotate(KEY, identity=Identity(TOLD.devid, "S2"))
         assert lock.identity == Identity(TOLD.devid, "S2"), "another one, although its server gives it the same number"
-        lock = await a.manager.annotate(KEY, told=Identity(1 << 16 | 9, interfaces=vendor))
+        lock = await a.manager.annotate(KEY, identity=Identity(1 << 16 | 9, interfaces=vendor))
         assert lock.identity == Identity(1 << 16 | 9, None, vendor), "another one"
         await a.manager.release(KEY)
         assert (await (await w.node("b")).manager.acquire(KEY)).lock.identity == lock.identity, "whoever holds it"
