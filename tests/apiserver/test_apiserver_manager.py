@@ -107,7 +107,7 @@ async def test_another_node_sees_every_lock_come_and_go_in_order(
 
         def note(change: LockChange) -> None:
             if change.device_id in ids:
-                seen.append((change.device_id, b.manager.standing(change.device_id)))
+                seen.append((change.device_id, b.manager.lock_status(change.device_id)))
 
         unsubscribe = b.manager.subscribe(note)
         for key in keys:
@@ -125,18 +125,18 @@ async def test_a_cut_watch_resumes_without_missing_a_change(cluster: Cluster, to
         async with node(cluster, tokens) as a, node(cluster, tokens, server=slow) as b:
             first, second = fresh_key(), fresh_key()
             await a.manager.acquire(first)
-            await until(b.manager, lambda: b.manager.standing(first.id) is LockStatus.HELD)
+            await until(b.manager, lambda: b.manager.lock_status(first.id) is LockStatus.HELD)
             proxy.refusing = True
             proxy.cut()
             await until(b.manager, lambda: not b.manager.api.reachable)
             assert b.manager.api.error
             await a.manager.release(first)
             await a.manager.acquire(second)
-            assert b.manager.standing(first.id) is LockStatus.HELD
+            assert b.manager.lock_status(first.id) is LockStatus.HELD
             proxy.refusing = False
             await until(b.manager, lambda: b.manager.api.reachable)
-            await until(b.manager, lambda: b.manager.standing(first.id) is LockStatus.FREE)
-            await until(b.manager, lambda: b.manager.standing(second.id) is LockStatus.HELD)
+            await until(b.manager, lambda: b.manager.lock_status(first.id) is LockStatus.FREE)
+            await until(b.manager, lambda: b.manager.lock_status(second.id) is LockStatus.HELD)
 
 
 async def test_a_partitioned_node_gets_nothing(cluster: Cluster, tokens: NodeTokens) -> None:
@@ -158,13 +158,13 @@ async def test_after_compaction_and_restart_of_the_api_server_all_is_listed_anew
     async with node(cluster, tokens) as a, node(cluster, tokens) as b:
         gone, taken = fresh_key(), fresh_key()
         await a.manager.acquire(gone)
-        await until(b.manager, lambda: b.manager.standing(gone.id) is LockStatus.HELD)
+        await until(b.manager, lambda: b.manager.lock_status(gone.id) is LockStatus.HELD)
         await asyncio.to_thread(cluster.forget)
         await until(a.manager, lambda: a.manager.api.reachable)
         await a.manager.release(gone)
         await a.manager.acquire(taken)
-        await until(b.manager, lambda: b.manager.standing(gone.id) is LockStatus.FREE)
-        await until(b.manager, lambda: b.manager.standing(taken.id) is LockStatus.HELD)
+        await until(b.manager, lambda: b.manager.lock_status(gone.id) is LockStatus.FREE)
+        await until(b.manager, lambda: b.manager.lock_status(taken.id) is LockStatus.HELD)
         assert a.manager.mine()[0].device_id == taken.id
 
 
@@ -173,9 +173,9 @@ async def test_a_dead_nodes_lock_is_taken_over(cluster: Cluster, tokens: NodeTok
     async with node(cluster, tokens) as b:
         async with node(cluster, tokens) as a:
             await a.manager.acquire(key)
-            await until(b.manager, lambda: b.manager.standing(key.id) is LockStatus.HELD)
+            await until(b.manager, lambda: b.manager.lock_status(key.id) is LockStatus.HELD)
         b.manager.set_importable(frozenset({key.id}))
         with b.clock.hurried():
-            await until(b.manager, lambda: b.manager.standing(key.id) is LockStatus.EXPIRED)
+            await until(b.manager, lambda: b.manager.lock_status(key.id) is LockStatus.EXPIRED)
         grant = await b.manager.acquire(key)
         assert grant.epoch == 2

@@ -285,7 +285,7 @@ async def test_an_odd_lock_is_held_by_somebody_else_until_it_expires_and_harms_n
         async with asyncio.timeout(10):
             await manager.ready.wait()
         assert manager.api.reachable or manager.api.error is None
-        assert manager.standing(KEY.id) is LockStatus.HELD
+        assert manager.lock_status(KEY.id) is LockStatus.HELD
         assert manager.mine() == ()
         with pytest.raises(LockHeld) as held:
             await manager.acquire(KEY)
@@ -294,7 +294,7 @@ async def test_an_odd_lock_is_held_by_somebody_else_until_it_expires_and_harms_n
         await shown(manager, api)
         # nobody renews it, and its server lists the device: it expires like any other, in an hour at the latest
         manager.set_importable(frozenset({KEY.id}))
-        await until(manager, lambda: manager.standing(KEY.id) is LockStatus.EXPIRED)
+        await until(manager, lambda: manager.lock_status(KEY.id) is LockStatus.EXPIRED)
         grant = await manager.acquire(KEY)
         assert api.holder(KEY.id) == ME.node
         assert len(json.dumps(api.objects[KEY.id])) < 64 * 1024
@@ -307,7 +307,7 @@ async def shown(manager: LockManager, api: RawApi) -> None:
     """What the page, the kubelet and `usbip-plugin devices` would say."""
     known = manager.locks[KEY.id]
     judged(decode(api.objects[KEY.id]))
-    facts = Snapshot(ME.node, Config(()), {}, manager.locks, {KEY.id: manager.standing(KEY.id)}, {})
+    facts = Snapshot(ME.node, Config(()), {}, manager.locks, {KEY.id: manager.lock_status(KEY.id)}, {})
     device = OfferedDevice(KEY, UsbId(1, 2), DeviceSelector(KEY.server))
     fit_to_show(health(facts, device, "stick").detail, 1200)
     fit_to_show(known.holder, 256)
@@ -338,7 +338,7 @@ async def test_a_session_that_asks_for_ever_is_waited_for_an_hour() -> None:
         await manager.ready.wait()
         manager.set_importable(frozenset({KEY.id}))
         began = asyncio.get_running_loop().time()
-        await until(manager, lambda: manager.standing(KEY.id) is LockStatus.EXPIRED)
+        await until(manager, lambda: manager.lock_status(KEY.id) is LockStatus.EXPIRED)
         waited = asyncio.get_running_loop().time() - began
         assert record.MAX_DURATION_S <= waited <= record.MAX_DURATION_S + 60
         assert api.reads < 1000, "it reads a session at most every quarter of its own duration"
@@ -362,9 +362,9 @@ async def test_an_answer_without_a_version_takes_nothing_and_is_got_over(
             api.objects[KEY.id]["metadata"] |= metadata
         with pytest.raises(LockUnavailable):
             await manager.acquire(KEY)
-        assert manager.standing(KEY.id) is LockStatus.HELD
+        assert manager.lock_status(KEY.id) is LockStatus.HELD
         api.put(changed(holderIdentity=""))
-        await until(manager, lambda: manager.standing(KEY.id) is LockStatus.FREE and manager.api.reachable)
+        await until(manager, lambda: manager.lock_status(KEY.id) is LockStatus.FREE and manager.api.reachable)
         await manager.acquire(KEY)
     printed(caplog)
 

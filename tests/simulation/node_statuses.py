@@ -52,7 +52,7 @@ class NodeStatuses:
         if isinstance(error, LockHeld):
             ids = [lock.device_id for lock in agent.locks.locks.values() if str(lock.key) == error.device]
             # one that has expired may be offered until the server is asked for its list the next time
-            held = [i for i in ids if agent.locks.standing(i) is LockStatus.HELD]
+            held = [i for i in ids if agent.locks.lock_status(i) is LockStatus.HELD]
             if any(node.kubelet.health(resource).get(i) for i in held):
                 return "a lost device is withdrawn", f"{node.name}: {error.device}"
         said, told = _said_and_told(node, resource)

@@ -34,7 +34,7 @@ class Conditions:
         self._clock = context.clock
         self._driver = driver
         self._locks = locks
-        self._look_again = look_again
+        self._on_change = look_again
         self._ports = PortSummary()
         self._ports_event = asyncio.Event()
         self._api_event = asyncio.Event()
@@ -71,7 +71,7 @@ class Conditions:
             self._ports_event.clear()
             before, self._ports = self._ports, await self._read_ports()
             if not self._ports.hinders_as(before):
-                self._look_again()
+                self._on_change()
             await done_within(self._clock, PORTS_INTERVAL, self._ports_event.wait())
 
     async def _read_ports(self) -> PortSummary:
@@ -91,7 +91,7 @@ class Conditions:
         """
         while True:
             self._api_event.clear()
-            self._look_again()
+            self._on_change()
             gone = self.api.unreachable_for
             if gone is None:
                 await self._api_event.wait()

@@ -105,7 +105,7 @@ def only(facts: Snapshot, members: OfferedDevices, device_ids: Collection[str]) 
         config=replace(facts.config, resources=tuple(mine)),
         servers={server: _part(view, busids[server]) for server, view in views.items()},
         locks={i: facts.locks[i] for i in device_ids if i in facts.locks},
-        standings={i: facts.standings[i] for i in device_ids if i in facts.standings},
+        lock_statuses={i: facts.lock_statuses[i] for i in device_ids if i in facts.lock_statuses},
         claims=claims,
     )
 
@@ -188,18 +188,18 @@ class OverlapWarnings:
     """
 
     def __init__(self) -> None:
-        self._shared: frozenset[tuple[str, ...]] = frozenset()
+        self._known_shared: frozenset[tuple[str, ...]] = frozenset()
         self._ambiguous: frozenset[tuple[str, str]] = frozenset()
 
-    def look(self, members: OfferedDevices, advertised: Mapping[str, tuple[Advertised, ...]]) -> None:
+    def warn(self, members: OfferedDevices, advertised: Mapping[str, tuple[Advertised, ...]]) -> None:
         """Logs the overlaps that are new since the last call. To be called at each evaluation."""
         shared = shared_devices(advertised)
-        for resources in sorted(shared.keys() - self._shared):
+        for resources in sorted(shared.keys() - self._known_shared):
             devices = shared[resources]
             extra = {"resources": list(resources), "devices": devices[:_SHOWN], "count": len(devices)}
             log.warning("offered as several resources, and in use as one of them only", extra=extra)
         # shared devices that are away for the moment have been logged already, and come back
-        self._shared |= shared.keys()
+        self._known_shared |= shared.keys()
         ambiguous = ambiguous_devices(members, advertised)
         for resource, serial in sorted(ambiguous.keys() - self._ambiguous):
             devices = ambiguous[resource, serial]

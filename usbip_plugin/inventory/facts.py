@@ -71,21 +71,21 @@ class Snapshot:
     released: devices that their holder has released and whose server has not been polled since the device's reset.
     moved_here(device_id): the claim that is attached from this device's bus id although it is on another device.
     probe_limited: devices that handover.ProbeLimiter keeps from being probed again for now.
-    suspect: devices whose lock may have the identity of an earlier device, see handover.ReplacedDevices.
+    replaced: devices whose lock may have the identity of an earlier device, see handover.ReplacedDevices.
     """
 
     me: str
     config: Config
     servers: Mapping[ServerKey, ServerView]
     locks: Mapping[str, Lock]
-    standings: Mapping[str, LockStatus]
+    lock_statuses: Mapping[str, LockStatus]
     claims: Mapping[str, Claim]
     driver: PortSummary = field(default_factory=PortSummary)
     api: ApiStatus = field(default_factory=ApiStatus)
     released: frozenset[str] = frozenset()
     moved_here: Callable[[str], Claim | None] = lambda _device_id: None
     probe_limited: frozenset[str] = frozenset()
-    suspect: frozenset[str] = frozenset()
+    replaced: frozenset[str] = frozenset()
 
     def identity_of(self, device_id: str, descriptor: Descriptor) -> Identity:
         """Returns the identity that the lock has for the device that its server lists with this descriptor.
@@ -94,7 +94,7 @@ class Snapshot:
         devid counts as another device, unless the device is in `probe_limited`.
         """
         lock = self.locks.get(device_id)
-        if lock is None or device_id in self.suspect or lock.usb_id not in (None, descriptor.usb_id):
+        if lock is None or device_id in self.replaced or lock.usb_id not in (None, descriptor.usb_id):
             return UNKNOWN_IDENTITY
         if lock.read_from != descriptor.devid and device_id not in self.probe_limited:
             return UNKNOWN_IDENTITY

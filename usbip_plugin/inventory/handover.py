@@ -151,7 +151,7 @@ class ReplacedDevices:
     """
 
     def __init__(self, rereads: ProbeLimiter) -> None:
-        self._rereads = rereads
+        self._probe_limiter = rereads
         self._listed: dict[ServerKey, frozenset[str]] = {}
         self._away: dict[str, tuple[ServerKey, int, float]] = {}
         self._epochs: dict[str, int] = {}
@@ -174,17 +174,17 @@ class ReplacedDevices:
             if device_id in released:
                 self._away[device_id] = view.server, lock.epoch, now
             else:
-                self._suspect(device_id, lock.epoch, now)
+                self._mark_replaced(device_id, lock.epoch, now)
         for device_id, (server, epoch, since) in list(self._away.items()):
             if server == view.server and device_id in listed:
                 del self._away[device_id]
                 if now - since > RESET:  # it was away for longer than a reset takes
-                    self._suspect(device_id, epoch, now)
+                    self._mark_replaced(device_id, epoch, now)
         self._listed[view.server] = listed
 
-    def _suspect(self, device_id: str, epoch: int, now: float) -> None:
-        if device_id not in self._rereads.probe_limited(now):
-            self._rereads.note(device_id, now)
+    def _mark_replaced(self, device_id: str, epoch: int, now: float) -> None:
+        if device_id not in self._probe_limiter.probe_limited(now):
+            self._probe_limiter.note(device_id, now)
             self._epochs[device_id] = epoch
 
     def now(self, locks: Mapping[str, Lock]) -> frozenset[str]:

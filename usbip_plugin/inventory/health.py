@@ -114,7 +114,7 @@ def health(facts: Snapshot, seen: OfferedDevice, resource: str) -> Health:
     if (moved := facts.moved_here(device_id)) is not None:
         return Health(Reason.IN_PLACE_OF, f"it is what was {moved.key}" + (f", pod {moved.pod}" if moved.pod else ""))
     lock = facts.locks.get(device_id)
-    standing = facts.standings.get(device_id, LockStatus.FREE)
+    standing = facts.lock_statuses.get(device_id, LockStatus.FREE)
     if standing is LockStatus.HELD and lock is not None:
         return Health(Reason.HELD_ELSEWHERE, _held_by(lock))
     if facts.api.unreachable_for is not None and facts.api.unreachable_for >= API_GRACE:

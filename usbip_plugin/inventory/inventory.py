@@ -59,9 +59,9 @@ class Inventory:
         self._handovers = HandoverTracker(
             context, locks=locks, poller=poller, spawn=self.spawn, look_at=self._invalidate_device
         )
-        self._rereads = ProbeLimiter()
-        self._suspects = ReplacedDevices(self._rereads)
-        self._oddities = OverlapWarnings()
+        self._probe_limiter = ProbeLimiter()
+        self._replaced_devices = ReplacedDevices(self._probe_limiter)
+        self._overlap_warnings = OverlapWarnings()
         self._scheduled = False
         self._due: set[str] | None = None
         self._tasks: asyncio.TaskGroup | None = None
@@ -158,14 +158,14 @@ class Inventory:
             config=self._config,
             servers=self._poller.views,
             locks=locks,
-            standings={i: self._locks.standing(i) for i in locks},
+            lock_statuses={i: self._locks.lock_status(i) for i in locks},
             claims=self._claims.view,
             moved_here=self._claims.moved_here,
             driver=self._conditions.ports,
             api=self._conditions.api,
             released=self._handovers.released(device_ids),
-            probe_limited=self._rereads.probe_limited(self._clock.monotonic()),
-            suspect=self._suspects.now(self._locks.locks),
+            probe_limited=self._probe_limiter.probe_limited(self._clock.monotonic()),
+            replaced=self._replaced_devices.now(self._locks.locks),
         )
 
     # changes
@@ -199,7 +199,7 @@ class Inventory:
 
     def _server_changed(self, view: ServerView) -> None:
         now = self._clock.monotonic()
-        self._suspects.server_changed(view, self._locks.locks, self._handovers.released(), now)
+        self._replaced_devices.server_changed(view, self._locks.locks, self._handovers.released(), now)
         self._handovers.servers_changed()
         self.invalidate()
 
@@ -230,7 +230,7 @@ class Inventory:
     def _lock_changed(self, change: LockChange) -> None:
         before, after = (lock.read_from if lock is not None else None for lock in (change.old, change.new))
         if None not in (before, after) and before != after:
-            self._rereads.note(change.device_id, self._clock.monotonic())
+            self._probe_limiter.note(change.device_id, self._clock.monotonic())
         self._handovers.lock_changed(change)
         taken = change.holder != change.former and change.holder not in ("", self._me.node)
         if taken and self.offering(change.device_id):
@@ -277,7 +277,7 @@ class Inventory:
         if self._former:
             kept = self._members.keys() - {resource.name for resource in self._config.resources}
             self._former = {name: resource for name, resource in self._former.items() if name in kept}
-        self._oddities.look(self._members, evaluated)
+        self._overlap_warnings.warn(self._members, evaluated)
         before, self._lists = self._lists, lists
         evaluation = Evaluation(before, lists, facts)
         for callback in self._subscribers:

@@ -43,7 +43,7 @@ def wanted(facts: Snapshot, key: DeviceKey, descriptor: Descriptor) -> bool:
     identity = facts.identity_of(key.id, descriptor)
     if identity.serial is not None and (descriptor.interfaces or identity.interfaces) is not None:
         return False
-    if facts.standings.get(key.id, LockStatus.FREE) is LockStatus.HELD:
+    if facts.lock_statuses.get(key.id, LockStatus.FREE) is LockStatus.HELD:
         return False
     if key.id in facts.claims or facts.moved_here(key.id) is not None:
         return False

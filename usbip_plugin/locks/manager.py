@@ -174,7 +174,7 @@ class LockManager:
         let_go = {device_id for device_id in self._abandoned if self._orphan(device_id) is not None}
         return tuple(self._view.locks[device_id] for device_id in sorted(self._mine - let_go))
 
-    def standing(self, device_id: str) -> LockStatus:
+    def lock_status(self, device_id: str) -> LockStatus:
         """Returns the lock's status as this node sees it. EXPIRED only while the device is importable.
 
         set_importable() and importable_changed() say which devices are importable.

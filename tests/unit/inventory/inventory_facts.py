@@ -51,7 +51,7 @@ def facts(**more: object) -> Snapshot:
 
 
 def held(by: str, standing: LockStatus = LockStatus.HELD) -> dict[str, object]:
-    return {"locks": {KEY.id: lock(by)}, "standings": {KEY.id: standing}}
+    return {"locks": {KEY.id: lock(by)}, "lock_statuses": {KEY.id: standing}}
 
 
 def claim(state: ClaimState) -> dict[str, object]:

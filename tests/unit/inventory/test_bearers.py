@@ -26,7 +26,7 @@ def two(
     locks[PLACE.id] = replace(locks[PLACE.id], serial="RED", **second)  # type: ignore[arg-type]
     standings = {i: of_holders if one.holder else LockStatus.FREE for i, one in locks.items()}
     known = red(locks=locks, servers={LAB: view(listed("1-1"), listed("1-2"))})
-    now = red(locks=locks, standings=standings, servers={LAB: view(*map(listed, lists))})
+    now = red(locks=locks, lock_statuses=standings, servers={LAB: view(*map(listed, lists))})
     members = learn(learn({}, replace(known, locks=known.locks)), now)
     return {device.key.busid: device.health for device in advertise(members, now)["stick"]}
 

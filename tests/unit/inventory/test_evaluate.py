@@ -75,7 +75,7 @@ def world(rng: random.Random) -> Snapshot:
 
 
 def with_locks(facts: Snapshot, locks: Mapping[str, Lock]) -> Snapshot:
-    return replace(facts, locks=locks, standings={i: HOLDERS[lock.holder] for i, lock in locks.items()})
+    return replace(facts, locks=locks, lock_statuses={i: HOLDERS[lock.holder] for i, lock in locks.items()})
 
 
 def compared(seed: int) -> int:

@@ -73,8 +73,8 @@ def test_interfaces_are_wanted_of_a_device_that_nobody_has_configured() -> None:
 
 def test_who_has_it_is_not_asked() -> None:
     held = known(holder="node-b")
-    assert keys(facts(RED, locks=held, standings={KEY.id: LockStatus.HELD})) == []
-    assert keys(facts(RED, locks=held, standings={KEY.id: LockStatus.EXPIRED})) == [KEY], "its holder is gone"
+    assert keys(facts(RED, locks=held, lock_statuses={KEY.id: LockStatus.HELD})) == []
+    assert keys(facts(RED, locks=held, lock_statuses={KEY.id: LockStatus.EXPIRED})) == [KEY], "its holder is gone"
     claim = Claim(KEY, STICK, state=ClaimState.REATTACHING)
     assert keys(facts(RED, claims={KEY.id: claim})) == []
     assert keys(facts(RED, moved_here=lambda _device_id: claim)) == []
@@ -168,7 +168,7 @@ def test_a_device_that_vanished_while_nobody_used_it_is_suspect_until_somebody_h
     suspects.server_changed(polled("1-2"), locks, released, 2.0)
     suspects.server_changed(polled("1-1", "1-2"), locks, (), 3.0)
     assert suspects.now(locks) == ({KEY.id} if suspect else frozenset())
-    now = facts(RED, locks=locks, suspect=suspects.now(locks))
+    now = facts(RED, locks=locks, replaced=suspects.now(locks))
     assert (keys(now) == [KEY]) is (suspect or locks.get(KEY.id) is None or locks[KEY.id].serial is None)
     held = {i: replace(lock, epoch=lock.epoch + 1) for i, lock in locks.items()}
     assert suspects.now(held) == frozenset()

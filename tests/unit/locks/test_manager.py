@@ -59,8 +59,8 @@ async def test_everyone_sees_a_lock_taken_and_released() -> None:
         assert seen == a.manager.locks[KEY.id]
         assert (seen.holder, seen.epoch, seen.pod, seen.traceparent) == ("a", 1, POD, TRACE)
         assert (seen.server, seen.busid, str(seen.usb_id), seen.serial) == (str(KEY.server), "1-1", "0951:1666", "S1")
-        assert b.manager.standing(KEY.id) is LockStatus.HELD
-        assert a.manager.standing(KEY.id) is LockStatus.MINE
+        assert b.manager.lock_status(KEY.id) is LockStatus.HELD
+        assert a.manager.lock_status(KEY.id) is LockStatus.MINE
         assert a.manager.mine() == (seen,)
         with pytest.raises(LockHeld) as refused:
             await b.manager.acquire(KEY)
@@ -68,7 +68,7 @@ async def test_everyone_sees_a_lock_taken_and_released() -> None:
         assert refused.value.since is not None
         await a.manager.release(KEY)
         assert a.manager.mine() == ()
-        await until(lambda: b.manager.standing(KEY.id) is LockStatus.FREE, b)
+        await until(lambda: b.manager.lock_status(KEY.id) is LockStatus.FREE, b)
         kept = b.manager.locks[KEY.id]
         assert (kept.holder, kept.pod, kept.port, kept.boot_id) == ("", None, None, None)
         assert (kept.serial, str(kept.usb_id), kept.busid, kept.traceparent) == ("S1", "0951:1666", "1-1", TRACE)
@@ -123,7 +123,7 @@ async def test_another_boot_is_a_new_epoch_and_forgets_the_attachment() -> None:
         await old.manager.annotate(KEY, port=2, pod=POD)
         await old.stop()
         new = await w.node("a", "boot-2")
-        assert new.manager.standing(KEY.id) is LockStatus.MINE
+        assert new.manager.lock_status(KEY.id) is LockStatus.MINE
         with pytest.raises(LockLost):
             await new.manager.renew(KEY)
         grant = await new.manager.acquire(KEY)
@@ -163,7 +163,7 @@ async def test_a_stolen_lock_is_lost() -> None:
 
 async def expire(node: Node) -> None:
     node.manager.set_importable(frozenset({KEY.id}))
-    await until(lambda: node.manager.standing(KEY.id) is LockStatus.EXPIRED, node)
+    await until(lambda: node.manager.lock_status(KEY.id) is LockStatus.EXPIRED, node)
 
 
 @virtual
@@ -184,10 +184,10 @@ async def test_a_lock_whose_device_is_not_importable_never_expires() -> None:
     async with held() as (_w, a, b):
         await a.stop()
         await b.clock.sleep(3600)
-        assert b.manager.standing(KEY.id) is LockStatus.HELD
+        assert b.manager.lock_status(KEY.id) is LockStatus.HELD
         await expire(b)
         b.manager.set_importable(frozenset())
-        assert b.manager.standing(KEY.id) is LockStatus.HELD
+        assert b.manager.lock_status(KEY.id) is LockStatus.HELD
         with pytest.raises(LockHeld):
             await b.manager.acquire(KEY)
 
@@ -201,18 +201,18 @@ async def test_one_device_becomes_importable_and_is_not_any_more_without_a_word_
         await until(lambda: {KEY.id, OTHER.id} <= b.manager.locks.keys(), b)
         await a.stop()
         b.manager.set_importable(frozenset({OTHER.id}))
-        await until(lambda: b.manager.standing(OTHER.id) is LockStatus.EXPIRED, b)
-        assert b.manager.standing(KEY.id) is LockStatus.HELD
+        await until(lambda: b.manager.lock_status(OTHER.id) is LockStatus.EXPIRED, b)
+        assert b.manager.lock_status(KEY.id) is LockStatus.HELD
         began = b.clock.monotonic()
         b.manager.importable_changed(KEY.id, importable=True)
-        await until(lambda: b.manager.standing(KEY.id) is LockStatus.EXPIRED, b)
+        await until(lambda: b.manager.lock_status(KEY.id) is LockStatus.EXPIRED, b)
         assert b.clock.monotonic() - began <= LockSettings().duration * 1.3, "it is observed from then on"
         told: list[str] = []
         b.manager.subscribe(lambda change: told.append(change.device_id))
         b.manager.importable_changed(KEY.id, importable=False)
         assert told == [KEY.id]
-        assert b.manager.standing(KEY.id) is LockStatus.HELD
-        assert b.manager.standing(OTHER.id) is LockStatus.EXPIRED
+        assert b.manager.lock_status(KEY.id) is LockStatus.HELD
+        assert b.manager.lock_status(OTHER.id) is LockStatus.EXPIRED
         with pytest.raises(LockHeld):
             await b.manager.acquire(KEY)
 
@@ -224,7 +224,7 @@ async def test_a_server_that_lists_the_device_no_more_is_asked_before_its_lock_i
         await a.stop()
         await expire(b)
         b.listed = False
-        assert b.manager.standing(KEY.id) is LockStatus.EXPIRED
+        assert b.manager.lock_status(KEY.id) is LockStatus.EXPIRED
         with pytest.raises(LockHeld):
             await b.manager.acquire(KEY)
         assert w.backend.leases[KEY.id].holder == "a"
@@ -237,7 +237,7 @@ async def test_a_heartbeat_keeps_a_lock_for_ever() -> None:
     async with held() as (_w, _a, b):
         b.manager.set_importable(frozenset({KEY.id}))
         await b.clock.sleep(3600)
-        assert b.manager.standing(KEY.id) is LockStatus.HELD
+        assert b.manager.lock_status(KEY.id) is LockStatus.HELD
         with pytest.raises(LockHeld):
             await b.manager.acquire(KEY)
 
@@ -248,7 +248,7 @@ async def test_a_holder_that_comes_back_before_the_takeover_keeps_its_lock() -> 
         a.fate = unreachable
         await expire(b)
         a.fate = lambda _operation: FINE
-        await until(lambda: b.manager.standing(KEY.id) is LockStatus.HELD, b)
+        await until(lambda: b.manager.lock_status(KEY.id) is LockStatus.HELD, b)
         with pytest.raises(LockHeld):
             await b.manager.acquire(KEY)
 
@@ -281,7 +281,7 @@ async def test_the_session_is_read_again_right_before_a_takeover() -> None:
         await expire(b)
         session = w.backend.leases[record.session_name("a")]
         w.backend.replace(dataclasses.replace(session, transitions=9))
-        assert b.manager.standing(KEY.id) is LockStatus.EXPIRED
+        assert b.manager.lock_status(KEY.id) is LockStatus.EXPIRED
         with pytest.raises(LockHeld):
             await b.manager.acquire(KEY)
         assert w.backend.leases[KEY.id].holder == "a"
@@ -558,10 +558,10 @@ async def test_what_was_missed_during_a_partition_is_delivered_after_it() -> Non
         await a.manager.acquire(OTHER)
         w.backend.compact()
         await b.clock.sleep(100)
-        assert b.manager.standing(KEY.id) is LockStatus.HELD
+        assert b.manager.lock_status(KEY.id) is LockStatus.HELD
         b.fate = lambda _operation: FINE
-        await until(lambda: b.manager.standing(KEY.id) is LockStatus.FREE, b, 30)
-        await until(lambda: b.manager.standing(OTHER.id) is LockStatus.HELD, b, 30)
+        await until(lambda: b.manager.lock_status(KEY.id) is LockStatus.FREE, b, 30)
+        await until(lambda: b.manager.lock_status(OTHER.id) is LockStatus.HELD, b, 30)
 
 
 @virtual
@@ -578,7 +578,7 @@ async def test_a_deleted_lock_is_gone_for_everyone() -> None:
 async def test_a_lock_that_was_deleted_unseen_is_created_by_the_next_acquire() -> None:
     async with held() as (w, a, b):
         await a.manager.release(KEY)
-        await until(lambda: b.manager.standing(KEY.id) is LockStatus.FREE, b)
+        await until(lambda: b.manager.lock_status(KEY.id) is LockStatus.FREE, b)
         b.fate = lambda operation: Fate(response=60) if operation.verb == "event" else FINE
         w.backend.delete(KEY.id, w.backend.leases[KEY.id].resource_version)
         b.calls.clear()
