@@ -21,7 +21,7 @@ from usbip_plugin.node.check import permissions_needed
 from usbip_plugin.observe.metrics import Metrics, NodeCollector, Reading
 
 ROOT = Path(__file__).parent.parent.parent
-DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 NAMESPACE = "usbip-system"
 
 
