@@ -119,6 +119,15 @@ def test_sixteen_shards_are_the_whole_list() -> None:
     assert max(map(len, shards)) - min(map(len, shards)) <= 1
 
 
+def test_no_unit_of_nightly_is_called_like_a_section_of_run() -> None:
+    """The ledger would take the short form for the long one, and the long one would never be the next."""
+    listed = subprocess.run([CI / "nightly", "--list"], capture_output=True, text=True, check=True).stdout
+    units = {line.split()[1] for line in listed.splitlines()}
+    sections = set(re.findall(r"section ([a-z-]+) ", (CI / "run").read_text(encoding="utf-8")))
+    assert {"apiserver", "sim", "kernel"} <= sections
+    assert not units & sections
+
+
 def test_every_directory_of_tests_is_run() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     run = settings["tool"]["pytest"]["ini_options"]["testpaths"]
