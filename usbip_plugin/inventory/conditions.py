@@ -70,7 +70,7 @@ class Conditions:
                 await self._clock.sleep(PORTS_SETTLE)
             self._ports_event.clear()
             before, self._ports = self._ports, await self._read_ports()
-            if not self._ports.hinders_as(before):
+            if not self._ports.has_same_obstacles(before):
                 self._on_change()
             await done_within(self._clock, PORTS_INTERVAL, self._ports_event.wait())
 

@@ -46,7 +46,7 @@ class PortSummary:
     used_hs: int = 0
     used_ss: int = 0
 
-    def hinders_as(self, other: PortSummary) -> bool:
+    def has_same_obstacles(self, other: PortSummary) -> bool:
         """Returns whether the same devices can be attached in both states. Only people care how many ports are free."""
         mine, others = ((one.error, one.free_hs == 0, one.free_ss == 0) for one in (self, other))
         return mine == others

@@ -112,7 +112,7 @@ class LockManager:
         is_listed: Callable[[DeviceKey], Awaitable[bool]] | None = None,
         on_acquire: Callable[[Acquired, float], None] = lambda _result, _seconds: None,
     ) -> None:
-        self._me, self._clock, self._rng, self._settings, self._tracer = me, clock, rng, settings, tracer
+        self._me, self._clock, self._settings, self._tracer = me, clock, settings, tracer
         self._rules = rules or Rules()
         self._is_listed = is_listed
         self._on_acquire = on_acquire

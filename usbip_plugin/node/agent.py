@@ -233,6 +233,7 @@ class Agent:
             on_advertised=observer.on_advertised,
             on_withdrawn=observer.on_withdrawn,
         )
+        # nothing calls the prober: it subscribes to the inventory
         Prober(context, inventory=self.inventory, poller=self.poller, probe=locator.probe)
         self.own_pods = (
             OwnPods(out.kube, out.me.node, out.clock, out.rng, self._pod_ending)
