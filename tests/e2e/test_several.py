@@ -16,7 +16,7 @@ from tests.e2e.kubectl import Kubectl
 from tests.e2e.nodes import LabNodes, Nodes
 from tests.e2e.plugin_process import Pages, addresses
 from tests.e2e.workloads import WAIT_FOR_TERM, deployment, pod, pod_spec
-from usbip_plugin.attach.release import ABSENT_POLLS, ALLOCATION_GRACE
+from usbip_plugin.attach.usage import ABSENT_POLLS, ALLOCATION_GRACE
 from usbip_plugin.kubelet.pod_resources import HINTED_INTERVAL
 
 POLLS_PAST_GRACE = math.ceil(ALLOCATION_GRACE / HINTED_INTERVAL) + ABSENT_POLLS + 1

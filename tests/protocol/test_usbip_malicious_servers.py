@@ -20,7 +20,7 @@ from opentelemetry.trace import NoOpTracer
 from tests.protocol.golden_files import golden
 from tests.rigs.known_resources import KnownResources
 from usbip_plugin.attach.cdi import CdiSpecs
-from usbip_plugin.attach.pipeline import DeviceRequest, Pipeline, Progress
+from usbip_plugin.attach.pipeline import Pipeline, Progress
 from usbip_plugin.attach.tasks import DeviceTasks
 from usbip_plugin.claims import Claim, ClaimBook
 from usbip_plugin.context import NodeContext
@@ -537,21 +537,21 @@ async def node(client: TcpUsbipClient) -> AsyncIterator[tuple[Pipeline, ClaimBoo
     locks = LockManager(leases, me, clock, rng, LockSettings(), NoOpTracer())
     kernel = SimulatedKernel(clock)
     context = NodeContext(me, clock, rng, NoOpTracer())
-    work = DeviceTasks(context, ClaimBook(), locks)
+    tasks = DeviceTasks(context, ClaimBook(), locks)
     pipeline = Pipeline(
         context,
         client=client,
         driver=SimulatedVhci(kernel),
         locks=locks,
         specs=CdiSpecs(MemorySpecs("usbip.dev"), "usbip.dev", KnownResources()),
-        work=work,
+        tasks=tasks,
         events=lambda _notice: None,
         on_step=lambda _name, _seconds: None,
     )
-    running = asyncio.create_task(work.run(locks.run()))
+    running = asyncio.create_task(tasks.run(locks.run()))
     try:
         await locks.ready.wait()
-        yield pipeline, work.book, kernel, locks
+        yield pipeline, tasks.book, kernel, locks
     finally:
         running.cancel()
         with contextlib.suppress(asyncio.CancelledError):
@@ -562,9 +562,8 @@ async def node(client: TcpUsbipClient) -> AsyncIterator[tuple[Pipeline, ClaimBoo
 async def test_another_device_than_promised_is_an_error_and_nothing_is_attached() -> None:
     other = encode_import_reply(ImportReply(0, replace(DESCRIPTOR, usb_id=UsbId(0xDEAD, 0xBEEF))))
     async with against(says(other)) as asked, node(asked.client) as (pipeline, book, kernel, locks):
-        wanted = DeviceRequest(KEY, STICK.usb_id, "usbip.dev/stick")
         with pytest.raises(WrongDevice, match="promised as 0951:1666 and turned out to be dead:beef"):
-            await pipeline.attach_new(Claim(KEY, STICK.usb_id), wanted, 1e9, Progress(""))
+            await pipeline.attach_new(Claim(KEY, STICK.usb_id), None, 1e9, Progress(""))
         asked.all_closed()
         assert {port.status for port in kernel.ports()} == {PortStatus.NULL}
         assert not any(kernel.records.values())
@@ -577,8 +576,6 @@ async def test_a_bus_id_that_is_echoed_wrongly_is_an_error_and_nothing_is_attach
     other = encode_import_reply(ImportReply(0, replace(DESCRIPTOR, busid="1-2")))
     async with against(says(other)) as asked, node(asked.client) as (pipeline, _, kernel, _locks):
         with pytest.raises(MalformedReply, match="the reply is about 1-2"):
-            await pipeline.attach_new(
-                Claim(KEY, STICK.usb_id), DeviceRequest(KEY, STICK.usb_id, "r"), 1e9, Progress("")
-            )
+            await pipeline.attach_new(Claim(KEY, STICK.usb_id), None, 1e9, Progress(""))
         asked.all_closed()
         assert {port.status for port in kernel.ports()} == {PortStatus.NULL}

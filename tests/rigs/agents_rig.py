@@ -22,7 +22,7 @@ from tests.apiserver.node_tokens import NAMESPACE, NodeTokens
 from tests.apiserver.scaled_clock import ScaledClock
 from tests.rigs.api_process import Cluster
 from usbip_plugin.attach.events import DeviceEvent, events_of
-from usbip_plugin.attach.release import ABSENT_POLLS, Unlisted
+from usbip_plugin.attach.usage import ABSENT_POLLS, Unlisted
 from usbip_plugin.claims import ClaimState, DeviceUser
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.config.schema import Config, DeviceSelector, OnLoss, ResourceConfig, Selector
@@ -140,11 +140,11 @@ class Nodes:
         assert agent is not None
         clock = SystemClock()
         nobody = Unlisted(certain=True)
-        agent.usage._usage(
+        agent.attachments.usage.apply_poll(
             {key.id: DeviceUser(PodRef("default", "contender", "uid"), RESOURCE)}, clock.monotonic(), nobody
         )
         for _ in range(ABSENT_POLLS):
-            agent.usage._usage({}, clock.monotonic(), nobody)
+            agent.attachments.usage.apply_poll({}, clock.monotonic(), nobody)
         await self.until(lambda: not any(self.holders(key)))
 
     async def until(self, condition: Callable[[], bool]) -> None:

@@ -16,7 +16,7 @@ from tests.simulation.lasting import LOOK_S, Lasting, Violation
 from tests.simulation.node_statuses import NodeStatuses
 from tests.simulation.plan import PROMISED, Settings
 from usbip_plugin.attach.cdi import device_name
-from usbip_plugin.attach.release import ALLOCATION_GRACE
+from usbip_plugin.attach.usage import ALLOCATION_GRACE
 from usbip_plugin.claims import IN_USE, ClaimState
 from usbip_plugin.inventory.health import API_GRACE
 from usbip_plugin.kubelet.allocate import PRE_START_WAIT

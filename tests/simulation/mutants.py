@@ -187,8 +187,8 @@ async def detaching_without_api(self: AttachmentMonitor, *, run: Callable[..., o
     """Around AttachmentMonitor.run."""
 
     def changed(state: ApiState) -> None:
-        for device_id in () if state.reachable else tuple(self._work.book.view):
-            self._work.spawn(self._releaser.release_if(device_id, lambda _claim: True), "let go")
+        for device_id in () if state.reachable else tuple(self._tasks.book.view):
+            self._tasks.spawn(self._releaser.release_if(device_id, lambda _claim: True), "let go")
 
     unsubscribe = self._locks.subscribe_api(changed)
     try:

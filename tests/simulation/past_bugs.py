@@ -14,8 +14,9 @@ from unittest.mock import patch
 
 from usbip_plugin.attach import attacher
 from usbip_plugin.attach.pipeline import Pipeline
-from usbip_plugin.attach.release import Releaser, Unlisted
+from usbip_plugin.attach.release import Releaser
 from usbip_plugin.attach.tasks import DeviceTasks
+from usbip_plugin.attach.usage import Unlisted
 from usbip_plugin.claims import Claim, ClaimState
 from usbip_plugin.inventory import health
 from usbip_plugin.kube.node_status import NodeStatusPublisher
@@ -93,8 +94,8 @@ def re_attached_though_lost() -> Iterator[None]:
 def spawn_in_any_case(self: DeviceTasks, work: Coroutine[object, object, None], name: str) -> Any:
     """Replaces DeviceTasks.spawn: a plugin that is being stopped begins work, too."""
     try:
-        assert self._tasks is not None
-        return self._tasks.create_task(work, name=name)
+        assert self._group is not None
+        return self._group.create_task(work, name=name)
     except (AssertionError, RuntimeError):
         work.close()
         raise

@@ -23,7 +23,7 @@ from tests.simulation.counting import CountedRules, observer
 from tests.simulation.invariants import Watch, served
 from tests.simulation.lasting import Violation
 from tests.simulation.plan import CONDITIONS, PROMISED, Plan, Settings
-from usbip_plugin.attach.release import ALLOCATION_GRACE
+from usbip_plugin.attach.usage import ALLOCATION_GRACE
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.locks.protocol import Rules
 from usbip_plugin.model import DeviceKey, PodRef, Reason

@@ -38,7 +38,7 @@ from tests.simulation.cluster_rig import (
 )
 from usbip_plugin.attach.events import DeviceEvent, EventKind
 from usbip_plugin.attach.monitor import PORT_CHECK_INTERVAL
-from usbip_plugin.attach.release import ALLOCATION_GRACE
+from usbip_plugin.attach.usage import ALLOCATION_GRACE
 from usbip_plugin.claims import ClaimState
 from usbip_plugin.config.schema import Config, OnLoss
 from usbip_plugin.errors import ClaimBusy

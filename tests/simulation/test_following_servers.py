@@ -26,7 +26,7 @@ from tests.simulation.cluster_rig import (
     taken,
 )
 from usbip_plugin.attach.events import DeviceEvent, EventKind
-from usbip_plugin.attach.release import ALLOCATION_GRACE
+from usbip_plugin.attach.usage import ALLOCATION_GRACE
 from usbip_plugin.claims import ClaimState
 from usbip_plugin.config.schema import DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.locks import record

@@ -31,7 +31,7 @@ from tests.simulation.cluster_rig import (
 from tests.simulation.play import task_names
 from usbip_plugin.attach.events import DeviceEvent, EventKind
 from usbip_plugin.attach.reattach import AfterReattach
-from usbip_plugin.attach.release import ALLOCATION_GRACE
+from usbip_plugin.attach.usage import ALLOCATION_GRACE
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.config.schema import Config, DeviceSelector, OnLoss, ResourceConfig, Selector
 from usbip_plugin.errors import AllocateTimeout, UnknownDevice

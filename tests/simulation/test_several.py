@@ -25,7 +25,7 @@ from tests.simulation.cluster_rig import (
     stick,
     two_sticks,
 )
-from usbip_plugin.attach.release import ALLOCATION_GRACE
+from usbip_plugin.attach.usage import ALLOCATION_GRACE
 from usbip_plugin.claims import ClaimState
 from usbip_plugin.config.schema import DeviceSelector, Extra, ResourceConfig, Selector
 from usbip_plugin.model import DeviceKey

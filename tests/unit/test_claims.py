@@ -7,7 +7,7 @@ import pytest
 from usbip_plugin.attach.adopt import Adoption, decide_adoption
 from usbip_plugin.attach.pipeline import own_port
 from usbip_plugin.attach.reattach import AfterReattach, after_reattach
-from usbip_plugin.attach.release import (
+from usbip_plugin.attach.usage import (
     ALLOCATION_GRACE,
     UNCONFIRMED_ABSENCE,
     Unlisted,

@@ -62,7 +62,7 @@ class Adopter:
         driver: VhciDriver,
         locks: LockManager,
         specs: CdiSpecs,
-        work: DeviceTasks,
+        tasks: DeviceTasks,
         releaser: Releaser,
         monitor: AttachmentMonitor,
     ) -> None:
@@ -72,7 +72,7 @@ class Adopter:
         self._driver = driver
         self._locks = locks
         self._specs = specs
-        self._work = work
+        self._tasks = tasks
         self._releaser = releaser
         self._monitor = monitor
 
@@ -99,11 +99,11 @@ class Adopter:
             found += [locks[i] for i in sorted(used.keys() | left) if i in locks and locks[i].holder != self._me.node]
         for lock in found:
             key = lock.key
-            if key is None or self._work.mutex(lock.device_id).locked():
+            if key is None or self._tasks.mutex(lock.device_id).locked():
                 continue  # other work on this device is under way
-            async with self._work.mutex(lock.device_id):
+            async with self._tasks.mutex(lock.device_id):
                 now = self._locks.locks.get(lock.device_id)
-                if now is None or self._work.book.in_use(lock.device_id) or now.holder != lock.holder:
+                if now is None or self._tasks.book.in_use(lock.device_id) or now.holder != lock.holder:
                     continue
                 orphaned = lock.in_place_of is None or self._is_orphan(lock.in_place_of)
                 if orphaned or now.holder != self._me.node:
@@ -115,15 +115,15 @@ class Adopter:
         """Removes the port records of attachments that ended unnoticed and whose locks are not this node's any more."""
         for lock in tuple(self._locks.locks.values()):
             key = lock.key
-            if key is None or lock.holder == self._me.node or self._work.book.in_use(lock.device_id):
+            if key is None or lock.holder == self._me.node or self._tasks.book.in_use(lock.device_id):
                 continue
-            if own_port(key, ports, None) is None and not self._work.mutex(lock.device_id).locked():
+            if own_port(key, ports, None) is None and not self._tasks.mutex(lock.device_id).locked():
                 await self._driver.forget(key)
 
     def _is_orphan(self, in_place_of: str) -> bool:
         """Returns whether a lock in place of this device will not be adopted together with the device's own lock."""
         own = self._locks.locks.get(in_place_of)
-        adopted = self._work.book.get(in_place_of) is not None
+        adopted = self._tasks.book.get(in_place_of) is not None
         return adopted or own is None or own.holder != self._me.node or own.key is None
 
     async def _adopt_one(
@@ -158,7 +158,7 @@ class Adopter:
             moved_to=moved_to,
         )
         if not mine:
-            self._work.book.move(claim, ClaimEvent.DEPRIVED)
+            self._tasks.book.move(claim, ClaimEvent.DEPRIVED)
             log.error("lock lost", extra={"device": str(key), "holder": lock.holder})
             self._monitor.begin_withdrawal(key.id)
             return
@@ -174,11 +174,11 @@ class Adopter:
             case Adoption.ADOPT:
                 self._adopt_attached(claim)
             case Adoption.REATTACH:
-                self._work.book.move(claim, ClaimEvent.ORPHANED)
+                self._tasks.book.move(claim, ClaimEvent.ORPHANED)
                 self._monitor.begin_reattach(key.id)
             case Adoption.RELEASE:
-                self._work.book.move(claim, ClaimEvent.UNUSED)
-                self._work.spawn(self._releaser.finish_locked(key.id, ClaimState.RELEASING), f"release {key}")
+                self._tasks.book.move(claim, ClaimEvent.UNUSED)
+                self._tasks.spawn(self._releaser.finish_locked(key.id, ClaimState.RELEASING), f"release {key}")
 
     def _adopt_attached(self, claim: Claim) -> None:
         try:
@@ -186,8 +186,8 @@ class Adopter:
                 self._specs.write(claim, claim.attachment)  # the previous process may have died before it did
         except CdiError as error:
             log.warning("CDI spec not true", extra={"device": str(claim.key), "cause": str(error)})
-            self._work.book.move(claim, ClaimEvent.ORPHANED)
+            self._tasks.book.move(claim, ClaimEvent.ORPHANED)
             self._monitor.begin_reattach(claim.id)
         else:
-            self._work.book.move(claim, ClaimEvent.ADOPTED)
+            self._tasks.book.move(claim, ClaimEvent.ADOPTED)
             log.info("adopted", extra={"device": str(claim.key), "port": claim.port, "place": str(claim.location)})

@@ -16,17 +16,39 @@ from functools import partial
 from opentelemetry import trace
 
 from usbip_plugin.attach.cdi import CdiSpecs
-from usbip_plugin.attach.pipeline import DeviceRequest, Pipeline, Progress
+from usbip_plugin.attach.pipeline import Pipeline, Progress
 from usbip_plugin.attach.release import Releaser
 from usbip_plugin.attach.tasks import DeviceTasks
 from usbip_plugin.claims import Claim, ClaimEvent, ClaimState, allocated, serves
+from usbip_plugin.config.schema import DEFAULT_CHILDREN_TIMEOUT_S
 from usbip_plugin.context import NodeContext
 from usbip_plugin.errors import AllocateTimeout, ClaimBusy, PluginError
 from usbip_plugin.locks.manager import LockManager
-from usbip_plugin.model import Attachment
+from usbip_plugin.model import Attachment, DeviceKey, Identity, UsbId
 from usbip_plugin.observe.tracing import links_to, traceparent_of
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceRequest:
+    """One device that an Allocate asks for, as it was offered to the kubelet under its ID.
+
+    usb_id: the vendor and product that the device must have.
+    resource: the resource's name without the domain.
+    children, children_timeout, container_indexes: see Claim.
+    serial: the serial number by which it was selected, None if it was selected without.
+    identity: what its server's list contains about it, to be written to its lock.
+    """
+
+    key: DeviceKey
+    usb_id: UsbId
+    resource: str
+    children: tuple[str, ...] | None = None
+    children_timeout: float = DEFAULT_CHILDREN_TIMEOUT_S
+    serial: str | None = None
+    container_indexes: tuple[int, ...] = ()
+    identity: Identity | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +72,7 @@ class Attacher:
         *,
         locks: LockManager,
         specs: CdiSpecs,
-        work: DeviceTasks,
+        tasks: DeviceTasks,
         pipeline: Pipeline,
         releaser: Releaser,
     ) -> None:
@@ -58,8 +80,8 @@ class Attacher:
         self._clock = context.clock
         self._locks = locks
         self._specs = specs
-        self._work = work
-        self._book = work.book
+        self._tasks = tasks
+        self._book = tasks.book
         self._pipeline = pipeline
         self._releaser = releaser
 
@@ -85,7 +107,7 @@ class Attacher:
         except BaseException:
             for device_id, outcome in done.items():
                 if outcome.newly_attached and (claim := self._book.get(device_id)) is not None:
-                    self._work.spawn(
+                    self._tasks.spawn(
                         self._releaser.release_if(device_id, partial(_same_allocate, claim)), f"undo {claim.key}"
                     )
             raise
@@ -112,7 +134,7 @@ class Attacher:
 
     async def _one(self, wanted: DeviceRequest, deadline: float, timeout: float) -> Outcome:
         answer: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        task = self._work.spawn(self._obtain(wanted, deadline, timeout, answer), f"allocate {wanted.key}")
+        task = self._tasks.spawn(self._obtain(wanted, deadline, timeout, answer), f"allocate {wanted.key}")
         # no effect on a settled answer: only a cancelled task ends without one, and that means a plugin that stops
         stopped = ClaimBusy(f"{wanted.key}: the plugin on this node is being stopped; try again")
         task.add_done_callback(lambda _task: _settle(answer, stopped))
@@ -126,7 +148,7 @@ class Attacher:
         After a failure, undoes what was begun once the answer is settled.
         """
         progress = Progress("waiting for earlier work on this device")
-        mutex = self._work.mutex(wanted.key.id)
+        mutex = self._tasks.mutex(wanted.key.id)
         held = False
         try:
             try:
@@ -180,7 +202,7 @@ class Attacher:
             serial=wanted.serial,
             container_indexes=wanted.container_indexes,
         )
-        return Outcome(await self._pipeline.attach_new(claim, wanted, deadline, progress), newly_attached=True)
+        return Outcome(await self._pipeline.attach_new(claim, wanted.identity, deadline, progress), newly_attached=True)
 
     async def _undo(self, device_id: str) -> None:
         """Detaches and releases what a failed Allocate has begun. The caller holds the mutex.

@@ -54,6 +54,14 @@ class DeviceEvent:
     pod: PodRef | None = None
 
 
+class Reattach(enum.Enum):
+    """The result of one try to re-attach a lost device."""
+
+    SAME_NODES = "same_nodes"
+    OTHER_NODES = "other_nodes"
+    FAILED = "failed"
+
+
 class EventSink(Protocol):
     """The function to which the parts of a node's agent report what happens to its devices."""
 

@@ -257,7 +257,7 @@ class DeviceLocator:
         locks: LockManager,
         poller: ServerPoller,
         resources: Resources,
-        work: DeviceTasks,
+        tasks: DeviceTasks,
         pipeline: Pipeline,
     ) -> None:
         self._me = context.me
@@ -265,7 +265,7 @@ class DeviceLocator:
         self._locks = locks
         self._poller = poller
         self._resources = resources
-        self._work = work
+        self._tasks = tasks
         self._pipeline = pipeline
         self.known = Bell()
         """Rings when the reading of a serial number has ended, with or without success."""
@@ -275,10 +275,10 @@ class DeviceLocator:
         self._asked: dict[str, Candidate] = {}
         self._unread: dict[str, str] = {}
         self._hidden: dict[str, tuple[Candidate, float]] = {}
-        work.book.subscribe(self._claim_changed)
+        tasks.book.subscribe(self._claim_changed)
 
     def _claim_changed(self, _device_id: str) -> None:
-        lost = [claim for claim in self._work.book.view.values() if claim.state is ClaimState.REATTACHING]
+        lost = [claim for claim in self._tasks.book.view.values() if claim.state is ClaimState.REATTACHING]
         self._poller.poll_eagerly(places(self._resources.config, lost))
 
     def server_changed(self, view: ServerView) -> None:
@@ -299,7 +299,7 @@ class DeviceLocator:
 
     def lost(self, device_id: str) -> None:
         """Records that the connection of an attached device was found broken just now."""
-        self._lost_at = {i: at for i, at in self._lost_at.items() if self._work.book.get(i) is not None}
+        self._lost_at = {i: at for i, at in self._lost_at.items() if self._tasks.book.get(i) is not None}
         self._lost_at[device_id] = self._clock.monotonic()
 
     def may_be_listed(self, claim: Claim, server: ServerKey) -> bool:
@@ -339,7 +339,7 @@ class DeviceLocator:
             for sighting in verdict.sightings:
                 if sighting.key.id not in self._asked and len(self._asked) < READS_AT_ONCE:
                     self._asked[sighting.key.id] = sighting
-                    self._work.spawn(self._ask(sighting), f"read serial number of {sighting.key}")
+                    self._tasks.spawn(self._ask(sighting), f"read serial number of {sighting.key}")
         return verdict
 
     def wrong_at_home(self, claim: Claim) -> WrongSerial | None:
@@ -372,8 +372,8 @@ class DeviceLocator:
         Raises the errors of Pipeline.probe, and ClaimBusy if the device is in use on this node. Takes the mutex of the
         device.
         """
-        async with self._work.mutex(key.id):
-            if self._work.book.in_use(key.id):
+        async with self._tasks.mutex(key.id):
+            if self._tasks.book.in_use(key.id):
                 raise ClaimBusy(f"{key} is in use on this node")
             identity = await self._pipeline.probe(key, descriptor)
         self._note(key, SerialReading(identity.devid, identity.serial or "", self._clock.monotonic() + READING_LASTS))
@@ -402,7 +402,7 @@ class DeviceLocator:
                 if (
                     descriptor.usb_id != claim.usb_id
                     or key == claim.key
-                    or self._work.book.in_use(key.id)
+                    or self._tasks.book.in_use(key.id)
                     or (lock is not None and lock.holder not in ("", self._me.node))
                     or not may_be(self._resources.config, claim, key, descriptor)
                     or not self._may_have_come(claim, key)

@@ -52,7 +52,7 @@ class AttachmentMonitor:
         locks: LockManager,
         specs: CdiSpecs,
         resources: Resources,
-        work: DeviceTasks,
+        tasks: DeviceTasks,
         pipeline: Pipeline,
         releaser: Releaser,
         reattacher: Reattacher,
@@ -66,7 +66,7 @@ class AttachmentMonitor:
         self._locks = locks
         self._specs = specs
         self._resources = resources
-        self._work = work
+        self._tasks = tasks
         self._pipeline = pipeline
         self._releaser = releaser
         self._reattacher = reattacher
@@ -90,10 +90,10 @@ class AttachmentMonitor:
         Raises VhciError or CdiError.
         """
         now = await self._check_port(device_id, await self._driver.ports())
-        claim = self._work.book.get(device_id)
+        claim = self._tasks.book.get(device_id)
         if now is not None and claim is not None and claim.attachment is not None and claim.attachment != now:
             self._specs.write(claim, now)
-            self._work.book.put(replace(claim, attachment=now))
+            self._tasks.book.put(replace(claim, attachment=now))
 
     async def prepare(self, device_id: str, resource: str, number: int | None) -> bool:
         """Prepares a device for a container that is about to start. Returns whether the device is attached.
@@ -105,8 +105,8 @@ class AttachmentMonitor:
         number: the number by which the container knows the device; None if it was not handed out by CDI.
         """
         await self.verify(device_id)
-        await self._work.book.changed.until(lambda: not self._coming(device_id))
-        claim = self._work.book.get(device_id)
+        await self._tasks.book.changed.until(lambda: not self._coming(device_id))
+        claim = self._tasks.book.get(device_id)
         if claim is None or claim.state is not ClaimState.ATTACHED or claim.attachment is None:
             return False
         attachment = claim.attachment
@@ -117,11 +117,11 @@ class AttachmentMonitor:
                 claim, resource=claim.resource or resource, container_indexes=numbers, allocated_as=attachment
             )
         self._specs.write(claim, attachment)
-        self._work.book.put(claim)
+        self._tasks.book.put(claim)
         return True
 
     def _coming(self, device_id: str) -> bool:
-        claim = self._work.book.get(device_id)
+        claim = self._tasks.book.get(device_id)
         if claim is None:  # the device may not be adopted yet
             return not self._locks.ready.is_set() or self._pipeline.is_mine(device_id)
         return claim.state in (ClaimState.LOCKING, ClaimState.IMPORTING, ClaimState.ATTACHING, ClaimState.REATTACHING)
@@ -130,11 +130,11 @@ class AttachmentMonitor:
         while True:
             await done_within(self._clock, PORT_CHECK_INTERVAL, self._ports_event.wait())
             self._ports_event.clear()
-            if not any(claim.state is ClaimState.ATTACHED for claim in self._work.book.view.values()):
+            if not any(claim.state is ClaimState.ATTACHED for claim in self._tasks.book.view.values()):
                 continue
             try:
                 ports = await self._driver.ports()
-                for device_id in list(self._work.book.view):
+                for device_id in list(self._tasks.book.view):
                     await self._check_port(device_id, ports)
             except VhciError as error:
                 log.warning("cannot read vhci ports", extra={"cause": str(error)})
@@ -144,18 +144,18 @@ class AttachmentMonitor:
 
         Returns None after a loss, for a claim that is not Attached, and for a claim that changed during the check.
         """
-        claim = self._work.book.get(device_id)
+        claim = self._tasks.book.get(device_id)
         if claim is None or claim.state is not ClaimState.ATTACHED:
             return None
         standing = await self._pipeline.current_attachment(claim, ports)
-        now = self._work.book.get(device_id)
+        now = self._tasks.book.get(device_id)
         if now is None or now.state is not ClaimState.ATTACHED or now.attachment != claim.attachment:
             return None
         if standing is not None:
             self._take_late_nodes(now, standing)
             return standing
         # the state changes now, so that publishing the device as unavailable does not wait for the mutex
-        self._work.book.move(now, ClaimEvent.PORT_LOST)
+        self._tasks.book.move(now, ClaimEvent.PORT_LOST)
         with within(claim.traceparent):
             log.warning("attachment lost", extra={"device": str(claim.key), "port": claim.port})
         on_port = own_port(claim.location, ports, claim.port)
@@ -181,7 +181,7 @@ class AttachmentMonitor:
         except CdiError as error:
             log.warning("CDI spec not true", extra={"device": str(claim.key), "cause": str(error)})
             return
-        self._work.book.put(replace(claim, attachment=now))
+        self._tasks.book.put(replace(claim, attachment=now))
         if wanted:
             log.warning("device nodes came late", extra={"device": str(claim.key), "nodes": wanted})
             self._events(late_nodes(claim.key, wanted, claim.pod, by_cdi=bool(claim.container_indexes)))
@@ -191,7 +191,7 @@ class AttachmentMonitor:
 
         If the claim is Lost, begins a re-attach instead as soon as the lock is free again.
         """
-        claim = self._work.book.get(change.device_id)
+        claim = self._tasks.book.get(change.device_id)
         if claim is not None and claim.state is ClaimState.LOST:
             self._regain(change.device_id)
             return
@@ -199,11 +199,11 @@ class AttachmentMonitor:
         if holder == self._me.node:
             return
         self._place_lost(change.device_id, holder)
-        claim = self._work.book.get(change.device_id)
+        claim = self._tasks.book.get(change.device_id)
         if claim is None or claim.state not in (ClaimState.ATTACHED, ClaimState.REATTACHING):
             return
         # also if the Lease was deleted or emptied by hand: without a lock that names this node nothing stays attached
-        self._work.book.move(claim, ClaimEvent.LOCK_LOST)
+        self._tasks.book.move(claim, ClaimEvent.LOCK_LOST)
         with within(claim.traceparent):
             log.error("lock lost", extra={"device": str(claim.key), "holder": holder})
         text = f"node {holder} holds it now" if holder else "its lock no longer names this node"
@@ -220,18 +220,18 @@ class AttachmentMonitor:
 
     def begin_reattach(self, device_id: str) -> None:
         """Begins to re-attach the device of a Reattaching claim. Returns at once."""
-        self._work.spawn(self._reattach(device_id), f"re-attach {self._work.book[device_id].key}")
+        self._tasks.spawn(self._reattach(device_id), f"re-attach {self._tasks.book[device_id].key}")
 
     async def _reattach(self, device_id: str) -> None:
         await self._reattacher.reattach(device_id)
-        after = self._work.book.get(device_id)
+        after = self._tasks.book.get(device_id)
         if after is not None and after.state is ClaimState.LOST:
             await self._clock.sleep(REATTACH_FIRST_WAIT)
             self._regain(device_id)
 
     def begin_withdrawal(self, device_id: str) -> None:
         """Begins to detach the device of a Lost claim. Returns at once."""
-        self._work.spawn(self._withdraw(device_id), f"withdraw {self._work.book[device_id].key}")
+        self._tasks.spawn(self._withdraw(device_id), f"withdraw {self._tasks.book[device_id].key}")
 
     async def _withdraw(self, device_id: str) -> None:
         await self._releaser.finish_locked(device_id, ClaimState.LOST)
@@ -242,11 +242,11 @@ class AttachmentMonitor:
 
         A lock that a person has released stays released. Does nothing while other work has the device's mutex.
         """
-        claim, lock = self._work.book.get(device_id), self._locks.locks.get(device_id)
-        if claim is None or claim.state is not ClaimState.LOST or self._work.mutex(device_id).locked():
+        claim, lock = self._tasks.book.get(device_id), self._locks.locks.get(device_id)
+        if claim is None or claim.state is not ClaimState.LOST or self._tasks.mutex(device_id).locked():
             return
         if lock is None or (lock.holder in ("", self._me.node) and not lock.by_hand):
-            self._work.book.move(claim, ClaimEvent.LOCK_FREE)
+            self._tasks.book.move(claim, ClaimEvent.LOCK_FREE)
             self.begin_reattach(device_id)
 
     def _place_lost(self, device_id: str, holder: str) -> None:
@@ -254,10 +254,10 @@ class AttachmentMonitor:
 
         The claim stays, and a re-attach begins.
         """
-        claim = self._work.book.moved_here(device_id)
+        claim = self._tasks.book.moved_here(device_id)
         if claim is None or claim.state is not ClaimState.ATTACHED:
             return
-        self._work.book.move(claim, ClaimEvent.PORT_LOST)
+        self._tasks.book.move(claim, ClaimEvent.PORT_LOST)
         log.error("lock lost", extra={"device": str(claim.key), "place": str(claim.location), "holder": holder})
         text = f"the lock of {claim.location} names {holder or 'nobody'} now; it is detached here"
         self._events(DeviceEvent(EventKind.LOST, claim.key, text, claim.pod))

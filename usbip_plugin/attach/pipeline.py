@@ -11,7 +11,7 @@ import contextlib
 import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from opentelemetry import trace
 from opentelemetry.trace import Span, SpanKind
@@ -22,7 +22,6 @@ from usbip_plugin.attach.events import EventSink, taken_over
 from usbip_plugin.attach.tasks import DeviceTasks
 from usbip_plugin.claims import Claim, ClaimEvent, ClaimState
 from usbip_plugin.clock import Clock, Jitter
-from usbip_plugin.config.schema import DEFAULT_CHILDREN_TIMEOUT_S
 from usbip_plugin.context import NodeContext
 from usbip_plugin.errors import (
     AttachStuck,
@@ -37,7 +36,7 @@ from usbip_plugin.errors import (
 )
 from usbip_plugin.locks.manager import Grant, LockManager
 from usbip_plugin.locks.protocol import LockMeta
-from usbip_plugin.model import Attachment, Descriptor, DeviceKey, Identity, Lock, UsbId
+from usbip_plugin.model import Attachment, Descriptor, DeviceKey, Identity, Lock
 from usbip_plugin.observe.spans import device_attributes, span
 from usbip_plugin.observe.tracing import span_context_from
 from usbip_plugin.usbip.client import Imported, UsbipClient
@@ -107,27 +106,6 @@ PROBE_TIMEOUT = 4.0
 """Seconds that each of the two steps of a probe, import and reading, may take; less than the import window (R1)."""
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceRequest:
-    """One device that an Allocate asks for, as it was offered to the kubelet under its ID.
-
-    usb_id: the vendor and product that the device must have.
-    resource: the resource's name without the domain.
-    children, children_timeout, container_indexes: see Claim.
-    serial: the serial number by which it was selected, None if it was selected without.
-    identity: what its server's list contains about it, to be written to its lock.
-    """
-
-    key: DeviceKey
-    usb_id: UsbId
-    resource: str
-    children: tuple[str, ...] | None = None
-    children_timeout: float = DEFAULT_CHILDREN_TIMEOUT_S
-    serial: str | None = None
-    container_indexes: tuple[int, ...] = ()
-    identity: Identity | None = None
-
-
 class Progress:
     """The step that an attach is at, in words, for the error after a timeout."""
 
@@ -149,7 +127,7 @@ class Pipeline:
         driver: VhciDriver,
         locks: LockManager,
         specs: CdiSpecs,
-        work: DeviceTasks,
+        tasks: DeviceTasks,
         events: EventSink,
         on_step: Callable[[str, float], None],
     ) -> None:
@@ -161,23 +139,26 @@ class Pipeline:
         self._driver = driver
         self._locks = locks
         self._specs = specs
-        self._work = work
-        self._book = work.book
+        self._tasks = tasks
+        self._book = tasks.book
         self._events = events
         self._on_step = on_step
 
-    async def attach_new(self, claim: Claim, wanted: DeviceRequest, deadline: float, progress: Progress) -> Attachment:
+    async def attach_new(
+        self, claim: Claim, identity: Identity | None, deadline: float, progress: Progress
+    ) -> Attachment:
         """Takes a claim from Free to Attached. After an error the claim stays in the book in the state it had reached.
 
         Only LockHeld leaves no claim: nothing was touched. Raises LockError, UsbipError, VhciError or CdiError. Before
         WrongSerial is raised, the serial number found is written to the lock, while nobody else can have the device.
 
+        identity: what the server's list has about the device, to be written to its lock.
         deadline: bounds the import, in seconds on the monotonic clock. The caller bounds the whole.
         """
         self._book.move(claim, ClaimEvent.ALLOCATE)
         progress.doing = "locking the device (API server)"
         with self.span("lock", claim.key):
-            meta = LockMeta(usb_id=str(wanted.usb_id), identity=wanted.identity, traceparent=claim.traceparent)
+            meta = LockMeta(usb_id=str(claim.usb_id), identity=identity, traceparent=claim.traceparent)
             try:
                 grant = await self._locks.acquire(claim.key, meta)
             except LockHeld:
@@ -196,7 +177,7 @@ class Pipeline:
                 try:
                     return await self._attach(claim.id, grant, deadline, progress)
                 except WrongSerial as wrong:
-                    await self._work.record_identity(claim.key, Identity(wrong.devid, wrong.found))
+                    await self._tasks.record_identity(claim.key, Identity(wrong.devid, wrong.found))
                     raise
         raise AssertionError("the retry policy re-raises")
 
@@ -278,7 +259,7 @@ class Pipeline:
         self._book.put(replace(self._book[device_id], port=port, attachment=None))
         # the port is written to the lock while the kernel enumerates, which takes far longer: it costs no time
         for noted in dict.fromkeys((claim.key, key)):
-            self._work.note_port(noted, port)
+            self._tasks.note_port(noted, port)
         nodes = f", with {', '.join(claim.children)} nodes" if claim.children else ""
         progress.doing = f"waiting for {key} to enumerate on vhci port {port}{nodes}"
         with self.span("device node", key) as step:
@@ -293,7 +274,7 @@ class Pipeline:
         if lock is None or attachment.serial is None:
             return
         if (lock.serial, lock.read_from) != (attachment.serial, devid):
-            self._work.note_identity(place, Identity(devid, attachment.serial))
+            self._tasks.note_identity(place, Identity(devid, attachment.serial))
 
     def _hand_out(self, device_id: str, attachment: Attachment) -> Attachment:
         """Writes the CDI spec and moves the claim to Attached, as the last step of an attach.

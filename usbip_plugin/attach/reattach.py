@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from opentelemetry.trace import Span
 
-from usbip_plugin.attach.events import DeviceEvent, EventKind, EventSink
+from usbip_plugin.attach.events import DeviceEvent, EventKind, EventSink, Reattach
 from usbip_plugin.attach.locate import Ambiguous, DeviceLocator, LocatedAt, NeedsProbe
 from usbip_plugin.attach.pipeline import Pipeline
 from usbip_plugin.attach.release import Releaser
@@ -103,14 +103,6 @@ REATTACH_TIMEOUT = 10.0
 """Seconds that one try to re-attach a device may take. A childrenTimeout beyond the default adds to it."""
 
 
-class Reattach(enum.Enum):
-    """The result of one try to re-attach a lost device."""
-
-    SAME_NODES = "same_nodes"
-    OTHER_NODES = "other_nodes"
-    FAILED = "failed"
-
-
 class Reattacher:
     """Re-attaches lost devices, and tries each until it is attached, its pod is gone or its lock is lost.
 
@@ -124,7 +116,7 @@ class Reattacher:
         locks: LockManager,
         poller: ServerPoller,
         resources: Resources,
-        work: DeviceTasks,
+        tasks: DeviceTasks,
         pipeline: Pipeline,
         releaser: Releaser,
         locator: DeviceLocator,
@@ -142,7 +134,7 @@ class Reattacher:
         self._tracer = context.tracer
         self._locks = locks
         self._resources = resources
-        self._work = work
+        self._tasks = tasks
         self._pipeline = pipeline
         self._releaser = releaser
         self.locator = locator
@@ -162,7 +154,7 @@ class Reattacher:
         """Starts the next try at once for each lost device if the server lists that device, or one of its kind."""
         self.locator.server_changed(view)
         for device_id in self._stirs:
-            claim = self._work.book.get(device_id)
+            claim = self._tasks.book.get(device_id)
             if claim is not None and self.locator.may_be_listed(claim, view.server):
                 self.look_again(device_id)
 
@@ -185,7 +177,7 @@ class Reattacher:
         """
         waits = backoff(self._rng, REATTACH_FIRST_WAIT, REATTACH_MAX_WAIT)
         stir = self._stirs[device_id] = asyncio.Event()
-        claim = self._work.book[device_id]
+        claim = self._tasks.book[device_id]
         before = claim.allocated_as
         try:
             attributes, context = (
@@ -205,14 +197,14 @@ class Reattacher:
         self, device_id: str, before: Attachment | None, whole: Span, tries: Tries, *, promising: bool
     ) -> bool:
         """Makes one try to re-attach the device. Returns whether another try should follow."""
-        async with self._work.mutex(device_id):
-            claim = self._work.book.get(device_id)
+        async with self._tasks.mutex(device_id):
+            claim = self._tasks.book.get(device_id)
             if claim is None or claim.state is not ClaimState.REATTACHING:
                 return False
             wanted = self._resources.resource_of(claim)
             if (wanted.children, wanted.children_timeout) != (claim.children, claim.children_timeout):
                 claim = replace(claim, children=wanted.children, children_timeout=wanted.children_timeout)
-                self._work.book.put(claim)
+                self._tasks.book.put(claim)
             try:
                 with tries.one(promising=promising):
                     limit = REATTACH_TIMEOUT + claim.extra_timeout
@@ -221,8 +213,8 @@ class Reattacher:
             except LockLost as error:
                 self._on_reattach(Reattach.FAILED)
                 failed(whole, error)
-                if self._work.book[device_id].state is ClaimState.REATTACHING:
-                    self._work.book.move(self._work.book[device_id], ClaimEvent.LOCK_LOST)
+                if self._tasks.book[device_id].state is ClaimState.REATTACHING:
+                    self._tasks.book.move(self._tasks.book[device_id], ClaimEvent.LOCK_LOST)
                 await self._releaser.detach_and_release(device_id, keep=True)
                 return False
             except (TimeoutError, LockError, KubeError, UsbipError, VhciError, CdiError) as error:
@@ -237,18 +229,18 @@ class Reattacher:
 
     def _note_trouble(self, claim: Claim, error: Exception) -> None:
         """Sets the claim's blocked_by to an error that only this node's operator can repair, and reports it once."""
-        now = self._work.book.get(claim.id)
+        now = self._tasks.book.get(claim.id)
         if not isinstance(error, CdiError | RecordNotWritable | NodesMissing):
             return
         if now is None or now.blocked_by == str(error):
             return
-        self._work.book.put(replace(now, blocked_by=str(error)))
+        self._tasks.book.put(replace(now, blocked_by=str(error)))
         log.warning("not re-attached", extra={"device": str(claim.key), "cause": str(error)})
         self._events(DeviceEvent(EventKind.NOT_REATTACHED, claim.key, str(error), claim.pod))
 
     async def _attach(self, device_id: str, deadline: float) -> Attachment:
         """Attaches the device from the claim's location or, if it is not there, from where a server lists it now."""
-        claim = self._work.book[device_id]
+        claim = self._tasks.book[device_id]
         cause: PluginError | None = self.locator.wrong_at_home(claim) or self.locator.home_is_away(claim)
         place = self._seek(device_id, cause) if cause is not None else None
         if cause is None or (place is None and not isinstance(cause, WrongSerial)):
@@ -262,14 +254,14 @@ class Reattacher:
                     raise
                 cause = error
             place = self._seek(device_id, cause)
-        if place is None or self._work.mutex(place.id).locked():
+        if place is None or self._tasks.mutex(place.id).locked():
             raise cause
         # from here on a lock on that place belongs to this claim, even if the task that acquires it fails
-        self._work.book.put(replace(self._work.book[device_id], moved_to=place))
+        self._tasks.book.put(replace(self._tasks.book[device_id], moved_to=place))
         return await self._attach_from_place(device_id, deadline)
 
     async def _attach_from_place(self, device_id: str, deadline: float) -> Attachment:
-        claim = self._work.book[device_id]
+        claim = self._tasks.book[device_id]
         place = claim.location
         try:
             return await self._pipeline.reattach(device_id, deadline)
@@ -282,9 +274,9 @@ class Reattacher:
             raise
         except (ImportRefused, WrongDevice, WrongSerial, LockHeld) as error:
             self.locator.not_there(place, error)
-            if self._work.book[device_id].moved_to is not None:
+            if self._tasks.book[device_id].moved_to is not None:
                 if isinstance(error, WrongSerial):
-                    await self._work.record_identity(place, Identity(error.devid, error.found))
+                    await self._tasks.record_identity(place, Identity(error.devid, error.found))
                 await self._pipeline.detach_from_location(device_id)
             raise
 
@@ -293,7 +285,7 @@ class Reattacher:
 
         Sets the claim's blocked_by to what keeps the device from being attached, and reports it once.
         """
-        claim = self._work.book[device_id]
+        claim = self._tasks.book[device_id]
         verdict = self.locator.find(claim)
         if isinstance(verdict, NeedsProbe):
             return None  # the next try starts as soon as the serial numbers are known
@@ -302,14 +294,14 @@ class Reattacher:
             places = " and ".join(place_of(replace(claim, moved_to=key)) for key in verdict.keys)
             obstacle = f"{places} both have its serial number {claim.serial}, so neither is taken for it"
         if obstacle != claim.blocked_by:
-            self._work.book.put(replace(claim, blocked_by=obstacle))
+            self._tasks.book.put(replace(claim, blocked_by=obstacle))
             if obstacle:
                 log.warning("not re-attached", extra={"device": str(claim.key), "cause": obstacle})
                 self._events(DeviceEvent(EventKind.NOT_REATTACHED, claim.key, obstacle, claim.pod))
         return verdict.key if isinstance(verdict, LocatedAt) else None
 
     def _tell_move(self, before: Claim, whole: Span) -> None:
-        claim = self._work.book.get(before.id)
+        claim = self._tasks.book.get(before.id)
         if claim is None or claim.moved_to == before.moved_to:
             return
         whole.set_attribute("usbip.moved_to", place_of(claim))
@@ -323,7 +315,7 @@ class Reattacher:
         text = f"{where}; it is attached from there"
         self._events(DeviceEvent(EventKind.MOVED, claim.key, text, claim.pod))
         if claim.moved_to is not None and claim.pod is not None:
-            self._work.spawn(self._work.note_pod(claim.moved_to, claim.pod), f"note pod {claim.pod}")
+            self._tasks.spawn(self._tasks.note_pod(claim.moved_to, claim.pod), f"note pod {claim.pod}")
 
     def _reattached(self, claim: Claim, before: Attachment | None, after: Attachment, whole: Span) -> None:
         verdict = self._verdict(claim, before, after)
@@ -337,7 +329,7 @@ class Reattacher:
         self._evict_if(verdict, claim.pod)
         lock = self._locks.locks.get(claim.id)
         if claim.pod is not None and lock is not None and lock.pod is None:  # it was acquired anew
-            self._work.spawn(self._work.note_pod(claim.key, claim.pod), f"note pod {claim.pod}")
+            self._tasks.spawn(self._tasks.note_pod(claim.key, claim.pod), f"note pod {claim.pod}")
 
     def _verdict(self, claim: Claim, before: Attachment | None, after: Attachment) -> AfterReattach:
         wants, by_cdi = self._resources.resource_of(claim), bool(claim.container_indexes)

@@ -1,4 +1,4 @@
-"""Release of devices: the decision, by pod-resources and the API server, that a pod is gone, and the release itself.
+"""Release of devices: detaches them, then releases their locks.
 
 R5 is the rule for a release, see docs/architecture.md.
 """
@@ -6,119 +6,22 @@ R5 is the rule for a release, see docs/architecture.md.
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 
 from opentelemetry.trace import Link
 
 from usbip_plugin.attach.cdi import CdiSpecs
 from usbip_plugin.attach.pipeline import Pipeline
 from usbip_plugin.attach.tasks import RELEASE_FIRST_WAIT, RELEASE_MAX_WAIT, DeviceTasks
-from usbip_plugin.claims import IN_USE, Claim, ClaimEvent, ClaimState, DeviceUser, same_pod
+from usbip_plugin.claims import IN_USE, Claim, ClaimEvent, ClaimState
 from usbip_plugin.clock import backoff
 from usbip_plugin.context import NodeContext
 from usbip_plugin.errors import KubeError, LockError, LockLost, VhciError
 from usbip_plugin.locks.manager import LockManager
-from usbip_plugin.model import PodRef
 from usbip_plugin.observe.spans import Tries, device_attributes, pod_attributes, span
 from usbip_plugin.observe.tracing import links_to, remote_parent
 
 log = logging.getLogger(__name__)
-
-ALLOCATION_GRACE = 15.0
-"""Seconds after an Allocate in which a pod that is not (yet) listed does not count as gone.
-
-The kubelet hides an Allocate in flight from pod-resources, and admission of the pod's other containers comes after it.
-"""
-
-ABSENT_POLLS = 2
-"""Polls of pod-resources in a row without the device before its claim ends."""
-
-UNCONFIRMED_ABSENCE = 15.0
-"""Seconds without the device in pod-resources before its claim ends where the API server does not confirm it.
-
-A kubelet that has just started lists no pods for about a second, while they run.
-"""
-
-
-def observe_usage(claim: Claim, user: DeviceUser | None, listed_at: float) -> Claim:
-    """Returns a claim as it is after one poll of pod-resources.
-
-    user: the pod that has the device by this poll; None if the poll does not list the device.
-    listed_at: when the poll began, in seconds on the monotonic clock. The absence of a device counts only in a poll
-        that began after the Allocate.
-    """
-    if user is not None:
-        known = claim.pod is not None and user.pod.uid is None and same_pod(user.pod, claim.pod)
-        pod = claim.pod if known else user.pod
-        return replace(claim, pod=pod, resource=claim.resource or user.resource, missed_polls=0, pod_ended=False)
-    if listed_at <= claim.allocated_at:
-        return claim
-    since = claim.missing_since if claim.missed_polls else listed_at
-    return replace(claim, missed_polls=claim.missed_polls + 1, missing_since=since)
-
-
-@dataclass(frozen=True, slots=True)
-class Unlisted:
-    """What the API server knows beyond one list of pod-resources.
-
-    pods: those that have not ended, want our devices, and are not in the list. They run init containers, or the kubelet
-        does not know them yet, or does not know them again yet.
-    resources: those (without the domain) of which some pod that has not ended may have a device that is not in the
-        list. This includes devices of init containers.
-    certain: whether the API server's data is fresh.
-    """
-
-    pods: frozenset[PodRef] = frozenset()
-    resources: frozenset[str] = frozenset()
-    certain: bool = False
-
-
-def not_in_list(
-    users: Mapping[str, DeviceUser], wanting: Mapping[PodRef, Mapping[str, int]], *, certain: bool
-) -> Unlisted:
-    """Returns what the API server knows beyond one list of pod-resources.
-
-    users: the list of pod-resources, by device ID.
-    wanting: the pods that have not ended, with their numbers of devices by resource, see PodView.wanting().
-    certain: whether the API server's data is fresh.
-    """
-    listed = Counter((user.pod.namespace, user.pod.name, user.resource) for user in users.values())
-    pods = {(namespace, name) for namespace, name, _ in listed}
-    return Unlisted(
-        frozenset(pod for pod in wanting if (pod.namespace, pod.name) not in pods),
-        frozenset(
-            resource
-            for pod, counts in wanting.items()
-            for resource, count in counts.items()
-            if count > listed[pod.namespace, pod.name, resource]
-        ),
-        certain,
-    )
-
-
-def usage_ended(claim: Claim, now: float, unlisted: Unlisted) -> bool:
-    """Returns whether the claim's pod is gone, so that its claim ends.
-
-    The pod must be absent in ABSENT_POLLS polls; if it was never seen, ALLOCATION_GRACE must be over, too. The absence
-    counts only if the API server does not know the pod as living. If the API server's data is not certain, the absence
-    must last UNCONFIRMED_ABSENCE.
-
-    now: seconds on the monotonic clock.
-    """
-    if claim.state not in IN_USE or claim.missed_polls < ABSENT_POLLS:
-        return False
-    pod = claim.pod
-    if pod is None:
-        somebodys = bool(unlisted.resources) if claim.resource is None else claim.resource in unlisted.resources
-        gone = not somebodys and now - claim.allocated_at > ALLOCATION_GRACE
-        certain = unlisted.certain
-    else:
-        gone = not any(same_pod(pod, other) for other in unlisted.pods)
-        # a pod without a uid is one that the API server has not shown to this node yet
-        certain = unlisted.certain and pod.uid is not None
-    return gone and (certain or now - claim.missing_since >= UNCONFIRMED_ABSENCE)
 
 
 class Releaser:
@@ -130,7 +33,7 @@ class Releaser:
         *,
         locks: LockManager,
         specs: CdiSpecs,
-        work: DeviceTasks,
+        tasks: DeviceTasks,
         pipeline: Pipeline,
         on_step: Callable[[str, float], None],
     ) -> None:
@@ -140,14 +43,14 @@ class Releaser:
         self._tracer = context.tracer
         self._locks = locks
         self._specs = specs
-        self._work = work
-        self._book = work.book
+        self._tasks = tasks
+        self._book = tasks.book
         self._pipeline = pipeline
         self._on_step = on_step
 
     async def release_if(self, device_id: str, still: Callable[[Claim], bool]) -> None:
         """Ends a claim in use if still(claim) is true when the device's mutex has been acquired."""
-        async with self._work.mutex(device_id):
+        async with self._tasks.mutex(device_id):
             claim = self._book.get(device_id)
             if claim is not None and claim.state in IN_USE and still(claim):
                 self._book.move(claim, ClaimEvent.POD_GONE)
@@ -182,7 +85,7 @@ class Releaser:
                     if tries.failed(error):
                         extra = {"device": str(claim.key), "cause": str(error)}
                         log.warning("release failed, will retry", extra=extra)
-                    await self._work.until_api_returns(next(waits))
+                    await self._tasks.until_api_returns(next(waits))
             if self._book[device_id].state is ClaimState.LOST:
                 release.set_attribute("usbip.lock.lost", value=True)
                 if keep:
@@ -198,7 +101,7 @@ class Releaser:
 
     async def finish_locked(self, device_id: str, state: ClaimState) -> None:
         """Detaches and releases a device under its mutex, if its claim is in this state then. A Lost claim stays."""
-        async with self._work.mutex(device_id):
+        async with self._tasks.mutex(device_id):
             claim = self._book.get(device_id)
             if claim is not None and claim.state is state:
                 await self.detach_and_release(device_id, keep=state is ClaimState.LOST)

@@ -42,7 +42,7 @@ class DeviceTasks:
         self._rng = context.rng
         self._tracer = context.tracer
         self._mutexes: dict[str, asyncio.Lock] = {}
-        self._tasks: asyncio.TaskGroup | None = None
+        self._group: asyncio.TaskGroup | None = None
         self._running = asyncio.Event()
         self._api = Broadcast()
 
@@ -54,11 +54,11 @@ class DeviceTasks:
         unsubscribe = self._locks.subscribe_api(lambda _state: self._api.fire())
         try:
             async with asyncio.TaskGroup() as tasks:
-                self._tasks = tasks
+                self._group = tasks
                 self._running.set()
                 await main
         finally:
-            self._tasks = None
+            self._group = None
             unsubscribe()
 
     async def started(self) -> None:
@@ -68,8 +68,8 @@ class DeviceTasks:
     def spawn(self, work: Coroutine[object, object, None], name: str) -> asyncio.Task[None]:
         """Runs work in a task of its own. Raises ClaimBusy if the plugin is being stopped."""
         try:
-            if self._tasks is not None:
-                return self._tasks.create_task(work, name=name)
+            if self._group is not None:
+                return self._group.create_task(work, name=name)
         except RuntimeError:  # the group accepts no more tasks
             log.debug("not begun, stopping", extra={"work": name})
         work.close()

@@ -11,7 +11,7 @@ from opentelemetry.context import Context
 from opentelemetry.trace import SpanKind
 from opentelemetry.util.types import AttributeValue
 
-from usbip_plugin.attach.attacher import Attacher
+from usbip_plugin.attach.attacher import Attacher, DeviceRequest
 from usbip_plugin.attach.cdi import device_name
 from usbip_plugin.attach.containers import (
     ContainerResponse,
@@ -24,7 +24,7 @@ from usbip_plugin.attach.containers import (
 )
 from usbip_plugin.attach.events import EventSink, refused
 from usbip_plugin.attach.monitor import AttachmentMonitor
-from usbip_plugin.attach.pipeline import DeviceRequest
+from usbip_plugin.attach.usage import UsageTracker
 from usbip_plugin.claims import ClaimBook
 from usbip_plugin.config.schema import DeviceSelector, ResourceConfig
 from usbip_plugin.context import NodeContext
@@ -128,6 +128,7 @@ class Allocator:
         domain: str,
         attacher: Attacher,
         monitor: AttachmentMonitor,
+        usage: UsageTracker,
         claims: ClaimBook,
         inventory: Inventory,
         users: PodResourcesWatcher,
@@ -148,6 +149,7 @@ class Allocator:
         self._domain = domain
         self._attacher = attacher
         self._monitor = monitor
+        self._usage = usage
         self._claims = claims
         self._inventory = inventory
         self._users = users
@@ -234,7 +236,7 @@ class Allocator:
         # If the claim's pod is known, the request is another pod's: pod-resources does not list a device that an init
         # container passes on to its pod's app container.
         if not seen.configured and (claim is None or claim.pod is not None):
-            self._users.pod_ended(device_id)
+            self._usage.pod_ended(device_id)
             raise UnknownDevice(f"{resource} does not have {seen.key} any more: the configuration has changed")
         return seen
 

@@ -12,8 +12,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
@@ -22,11 +21,8 @@ import grpc
 import grpc.aio
 
 from usbip_plugin.attach.adopt import Adopter
-from usbip_plugin.attach.events import DeviceEvent, EventKind, EventSink, attached, network
-from usbip_plugin.attach.reattach import Reattacher
-from usbip_plugin.attach.release import Releaser, Unlisted, not_in_list, observe_usage, usage_ended
-from usbip_plugin.attach.tasks import DeviceTasks
-from usbip_plugin.claims import IN_USE, Claim, ClaimState, DeviceUser, same_pod
+from usbip_plugin.attach.usage import Unlisted, UsageTracker, not_in_list
+from usbip_plugin.claims import IN_USE, ClaimBook, DeviceUser
 from usbip_plugin.context import NodeContext
 from usbip_plugin.errors import PodResourcesUnavailable
 from usbip_plugin.kube.pods import PodView
@@ -157,11 +153,9 @@ class PodResourcesWatcher:
         pod_resources: PodResources,
         pods: PodView | None,
         locks: LockManager,
-        work: DeviceTasks,
-        releaser: Releaser,
-        reattacher: Reattacher,
+        claims: ClaimBook,
+        usage: UsageTracker,
         adopter: Adopter,
-        events: EventSink,
         domain: str,
     ) -> None:
         """Subscribes to the claims.
@@ -173,12 +167,9 @@ class PodResourcesWatcher:
         self._pod_resources = pod_resources
         self._pods = pods
         self._locks = locks
-        self._work = work
-        self._book = work.book
-        self._releaser = releaser
-        self._reattacher = reattacher
+        self._book = claims
+        self._usage = usage
         self._adopter = adopter
-        self._events = events
         self._domain = domain
         self._wake = asyncio.Event()
         self._hinted_until = 0.0
@@ -273,7 +264,7 @@ class PodResourcesWatcher:
                 listed_at = self._clock.monotonic()
                 users = await self.users()
                 if users is not None:
-                    self._glance(users, listed_at)
+                    self._usage.record_users(users, listed_at)
 
     async def run(self) -> None:
         """Polls pod-resources and adopts locks without a claim. Runs until cancelled."""
@@ -288,7 +279,7 @@ class PodResourcesWatcher:
                 if not self._begun or self._unclaimed():
                     await self._adopt(users)
                 if users is not None:
-                    self._usage(users, listed_at, self._unlisted(users))
+                    self._usage.apply_poll(users, listed_at, self._unlisted(users))
                     self.polls += 1
                 closely = self._closely()
                 await done_within(
@@ -308,60 +299,3 @@ class PodResourcesWatcher:
         while self._hinted_until == before and (closely or not self._closely()):
             self._wake.clear()
             await self._wake.wait()
-
-    def _usage(self, users: Mapping[str, DeviceUser], listed_at: float, unlisted: Unlisted) -> None:
-        """Applies one poll of pod-resources: records pods, and ends claims that no pod uses.
-
-        users: the users that the poll listed, by device ID.
-        listed_at: when the poll began (seconds, monotonic).
-        unlisted: what the API server knows beyond that list, see release.usage_ended.
-        """
-        unused = partial(self._unused, unlisted=unlisted)
-        for device_id, claim in list(self._book.view.items()):
-            if claim.state in IN_USE and unused(self._observe(claim, users, listed_at)):
-                self._reattacher.look_again(device_id)
-                self._work.spawn(self._releaser.release_if(device_id, unused), f"release {claim.key}")
-
-    def _glance(self, users: Mapping[str, DeviceUser], listed_at: float) -> None:
-        """Records the pods in a list that run() did not poll. Unlike _usage, never counts a device as missing."""
-        for claim in list(self._book.view.values()):
-            if claim.state in IN_USE and claim.id in users:
-                self._observe(claim, users, listed_at)
-
-    def pod_ended(self, device_id: str) -> None:
-        """Records that the pod of this device has ended: the kubelet has offered the device to another pod.
-
-        That other pod does not get the device.
-        """
-        claim = self._book.get(device_id)
-        if claim is not None and claim.state in IN_USE:
-            self._book.put(replace(claim, pod_ended=True))
-
-    def _observe(self, claim: Claim, users: Mapping[str, DeviceUser], listed_at: float) -> Claim:
-        after = observe_usage(claim, users.get(claim.id), listed_at)
-        if after != claim:
-            self._book.put(after)
-        if after.pod is not None and after.pod != claim.pod:
-            self._work.spawn(self._work.note_pod(claim.key, after.pod), f"note pod {after.pod}")
-            # an Event without the pod's uid does not show where people look for it, so the Event waits for the uid
-            if after.pod.uid is not None and not (claim.pod and claim.pod.uid and same_pod(claim.pod, after.pod)):
-                self._tell_new_pod(after, after.pod)
-                self._reattacher.pod_known(after)
-        return after
-
-    def _tell_new_pod(self, claim: Claim, pod: PodRef) -> None:
-        """Reports on a newly known pod what has happened to its device so far: an Allocate does not name the pod."""
-        if claim.state is ClaimState.ATTACHED:
-            self._events(attached(claim.key, claim.attachment, claim.port, pod))
-            self._tell_network(claim, pod)
-        elif claim.state is ClaimState.REATTACHING:
-            self._events(DeviceEvent(EventKind.LOST, claim.key, "lost before its pod was known, re-attaching", pod))
-
-    def _tell_network(self, claim: Claim, pod: PodRef) -> None:
-        """Reports the network interfaces of a device, which stay on the node: no container gets them."""
-        if claim.attachment is not None and (names := claim.attachment.net):
-            log.info("network interface stays on the node", extra={"device": str(claim.key), "interfaces": list(names)})
-            self._events(network(claim.key, names, pod))
-
-    def _unused(self, claim: Claim, *, unlisted: Unlisted) -> bool:
-        return usage_ended(claim, self._clock.monotonic(), unlisted)

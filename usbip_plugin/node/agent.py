@@ -10,16 +10,9 @@ from dataclasses import dataclass
 
 from opentelemetry.trace import Tracer
 
-from usbip_plugin.attach.adopt import Adopter
-from usbip_plugin.attach.attacher import Attacher
+from usbip_plugin.attach.attachments import Attachments
 from usbip_plugin.attach.cdi import CdiSpecs, SpecFiles
-from usbip_plugin.attach.events import DeviceEvent, evicted
-from usbip_plugin.attach.locate import DeviceLocator
-from usbip_plugin.attach.monitor import AttachmentMonitor
-from usbip_plugin.attach.pipeline import Pipeline
-from usbip_plugin.attach.reattach import Reattach, Reattacher
-from usbip_plugin.attach.release import Releaser
-from usbip_plugin.attach.tasks import DeviceTasks
+from usbip_plugin.attach.events import DeviceEvent, Reattach, evicted
 from usbip_plugin.claims import ClaimBook
 from usbip_plugin.clock import Clock
 from usbip_plugin.config.schema import Config
@@ -145,77 +138,24 @@ class Agent:
             context, config, claims=self.claims, locks=self.locks, poller=self.poller, driver=out.driver
         )
         # devices in use
-        self.specs = CdiSpecs(out.specs, domain, self.inventory)
-        self._work = DeviceTasks(context, self.claims, self.locks)
-        pipeline = Pipeline(
-            context,
-            client=out.client,
-            driver=out.driver,
-            locks=self.locks,
-            specs=self.specs,
-            work=self._work,
-            events=observer.on_notice,
-            on_step=observer.on_step,
-        )
-        releaser = Releaser(
-            context,
-            locks=self.locks,
-            specs=self.specs,
-            work=self._work,
-            pipeline=pipeline,
-            on_step=observer.on_step,
-        )
-        locator = DeviceLocator(
-            context,
-            locks=self.locks,
-            poller=self.poller,
-            resources=self.inventory,
-            work=self._work,
-            pipeline=pipeline,
-        )
         self.evictor = (
             Evictor(out.kube, out.clock, out.rng, self._uses_device, self._evicted)
             if out.kube is not None and out.evict is None
             else None
         )
-        evict = out.evict or (self.evictor.evict if self.evictor is not None else lambda _pod: None)
-        reattacher = Reattacher(
+        self.attachments = Attachments(
             context,
+            claims=self.claims,
+            client=out.client,
+            driver=out.driver,
             locks=self.locks,
             poller=self.poller,
             resources=self.inventory,
-            work=self._work,
-            pipeline=pipeline,
-            releaser=releaser,
-            locator=locator,
+            specs=CdiSpecs(out.specs, domain, self.inventory),
             events=observer.on_notice,
-            evict=evict,
+            evict=out.evict or (self.evictor.evict if self.evictor is not None else lambda _pod: None),
+            on_step=observer.on_step,
             on_reattach=observer.on_reattach,
-        )
-        self._monitor = AttachmentMonitor(
-            context,
-            driver=out.driver,
-            locks=self.locks,
-            specs=self.specs,
-            resources=self.inventory,
-            work=self._work,
-            pipeline=pipeline,
-            releaser=releaser,
-            reattacher=reattacher,
-            events=observer.on_notice,
-            evict=evict,
-        )
-        adopter = Adopter(
-            context,
-            driver=out.driver,
-            locks=self.locks,
-            specs=self.specs,
-            work=self._work,
-            releaser=releaser,
-            monitor=self._monitor,
-        )
-        attacher = Attacher(
-            context, locks=self.locks, specs=self.specs, work=self._work, pipeline=pipeline, releaser=releaser
         )
         # the kubelet
         node_object = out.node_object or out.kube
@@ -234,7 +174,7 @@ class Agent:
             on_withdrawn=observer.on_withdrawn,
         )
         # nothing calls the prober: it subscribes to the inventory
-        Prober(context, inventory=self.inventory, poller=self.poller, probe=locator.probe)
+        Prober(context, inventory=self.inventory, poller=self.poller, probe=self.attachments.locator.probe)
         self.own_pods = (
             OwnPods(out.kube, out.me.node, out.clock, out.rng, self._pod_ending)
             if out.kube is not None and out.pods is None
@@ -245,18 +185,17 @@ class Agent:
             pod_resources=out.pod_resources,
             pods=out.pods or self.own_pods,
             locks=self.locks,
-            work=self._work,
-            releaser=releaser,
-            reattacher=reattacher,
-            adopter=adopter,
-            events=observer.on_notice,
+            claims=self.claims,
+            usage=self.attachments.usage,
+            adopter=self.attachments.adopter,
             domain=domain,
         )
         self.allocator = Allocator(
             context,
             domain=domain,
-            attacher=attacher,
-            monitor=self._monitor,
+            attacher=self.attachments.attacher,
+            monitor=self.attachments.monitor,
+            usage=self.attachments.usage,
             claims=self.claims,
             inventory=self.inventory,
             users=self.usage,
@@ -299,7 +238,7 @@ class Agent:
         async with asyncio.TaskGroup() as tasks:
             for part in (self.driver, self.locks, self.poller):
                 tasks.create_task(part.run(), name=type(part).__name__)
-            tasks.create_task(self._work.run(self._monitor.run()), name="Attacher")
+            tasks.create_task(self.attachments.run(), name="Attacher")
             tasks.create_task(self.inventory.run(), name="Advertiser")
             for optional in (self.fleet, self.node_status, self.own_pods, self.evictor):
                 if optional is not None:
@@ -311,7 +250,7 @@ class Agent:
         await done_within(self._clock, LOCKS_WAIT, self.locks.ready.wait())
         if not self.locks.ready.is_set():
             log.warning("the locks could not be read yet", extra={"cause": self.locks.api.error})
-        await self._work.started()
+        await self.attachments.started()
         await self.usage.adopt()
         self.publisher.begin()
         self.resources.look_again()
@@ -325,7 +264,7 @@ class Agent:
         """
         await self.locks.ready.wait()
         await self.usage.adopt()
-        self.specs.sweep({*self.claims.view, *(lock.device_id for lock in self.locks.mine())})
+        self.attachments.sweep()
 
     def _nodes(self) -> int:
         return self.fleet.nodes if self.fleet is not None else 1

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from usbip_plugin import __version__
-from usbip_plugin.attach.events import DeviceEvent, EventKind
-from usbip_plugin.attach.reattach import Reattach
+from usbip_plugin.attach.events import DeviceEvent, EventKind, Reattach
 from usbip_plugin.claims import ClaimState
 from usbip_plugin.clock import Clock
 from usbip_plugin.errors import (

@@ -15,7 +15,7 @@ from opentelemetry.trace import NoOpTracer
 from tests.rigs.known_resources import KnownResources
 from usbip_plugin.attach.cdi import CdiSpecs
 from usbip_plugin.attach.events import DeviceEvent
-from usbip_plugin.attach.pipeline import DeviceRequest, Pipeline, Progress
+from usbip_plugin.attach.pipeline import Pipeline, Progress
 from usbip_plugin.attach.tasks import DeviceTasks
 from usbip_plugin.claims import Claim, ClaimBook, ClaimState
 from usbip_plugin.config.schema import ResourceConfig
@@ -191,7 +191,7 @@ class ScriptedVhci(SimulatedVhci):
         await super().detach(port, timeout=timeout)
 
 
-class ScriptedWork(DeviceTasks):
+class ScriptedTasks(DeviceTasks):
     """Notes on the locks are steps of the script, `note port 0 of 1-1`; told: the identities that were to be noted."""
 
     def __init__(self, context: NodeContext, locks: LockManager, script: Script) -> None:
@@ -219,15 +219,14 @@ class Rig:
     specs: MemorySpecs
     sockets: SocketTable
     pipeline: Pipeline
-    work: ScriptedWork
+    tasks: ScriptedTasks
     events: list[DeviceEvent]
     progress: Progress = field(default_factory=lambda: Progress(""))
 
     async def attach(self, *, within: float = DEADLINE_S, **fields: object) -> Attachment:
         """Attaches the device KEY for an Allocate. fields: of its claim; within: seconds until the deadline."""
         claim = Claim(KEY, STICK, **{"resource": "stick", **fields})  # type: ignore[arg-type]
-        wanted = DeviceRequest(KEY, STICK, "stick")
-        return await self.pipeline.attach_new(claim, wanted, self.clock.monotonic() + within, self.progress)
+        return await self.pipeline.attach_new(claim, None, self.clock.monotonic() + within, self.progress)
 
     async def reattach(self) -> Attachment:
         return await self.pipeline.reattach(KEY.id, self.clock.monotonic() + DEADLINE_S)
@@ -242,11 +241,11 @@ class Rig:
 
     @property
     def book(self) -> ClaimBook:
-        return self.work.book
+        return self.tasks.book
 
     @property
     def told(self) -> list[tuple[DeviceKey, Identity]]:
-        return self.work.told
+        return self.tasks.told
 
     @property
     def claim(self) -> Claim:
@@ -291,7 +290,7 @@ def rig() -> Iterator[Rig]:
     files = MemorySpecs("usbip.dev")
     specs = CdiSpecs(files, "usbip.dev", KnownResources(ResourceConfig("stick", (), cdi=True)))
     context = NodeContext(ME, clock, random.Random(1), NoOpTracer())
-    work = ScriptedWork(context, cast("LockManager", locks), script)
+    tasks = ScriptedTasks(context, cast("LockManager", locks), script)
     events: list[DeviceEvent] = []
     pipeline = Pipeline(
         context,
@@ -299,11 +298,11 @@ def rig() -> Iterator[Rig]:
         driver=driver,
         locks=cast("LockManager", locks),
         specs=specs,
-        work=work,
+        tasks=tasks,
         events=events.append,
         on_step=lambda _name, _seconds: None,
     )
-    made = Rig(script, clock, locks, client, kernel, driver, files, sockets, pipeline, work, events)
+    made = Rig(script, clock, locks, client, kernel, driver, files, sockets, pipeline, tasks, events)
     yield made
     taken = [port for port in kernel.ports() if port.status is not PortStatus.NULL]
     assert len(sockets) == len(taken), "a socket was not closed"

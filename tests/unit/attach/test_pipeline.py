@@ -376,7 +376,7 @@ async def test_a_serial_number_is_worth_another_write_unless_it_is_written_or_th
         r.locks.hold(KEY)
         if error is not None:
             r.script.at("annotate 1-1", r.raises(error))
-        assert await r.work.record_identity(KEY, Identity(DEVID, "S1")) is settled
+        assert await r.tasks.record_identity(KEY, Identity(DEVID, "S1")) is settled
         assert [record.message for record in caplog.records] == ["serial number not noted on the lock"] * logged
 
 
