@@ -2,6 +2,7 @@
 
 import asyncio
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 
@@ -45,7 +46,7 @@ from usbip_plugin.errors import ClaimBusy
 from usbip_plugin.inventory.health import API_GRACE
 from usbip_plugin.locks import record
 from usbip_plugin.locks.protocol import Rules
-from usbip_plugin.model import DeviceKey, Reason
+from usbip_plugin.model import Attachment, DeviceKey, Reason
 from usbip_sim.server.usbdevice import VirtualDevice
 from usbip_sim.virtual.cluster import Cluster, cluster
 from usbip_sim.virtual.cluster_node import ClusterNode
@@ -386,6 +387,35 @@ async def test_an_attachment_lost_while_the_ports_cannot_be_read_is_found_when_t
         node.kernel.loaded = True
         assert await c.settle(lambda: node.attached() == {device}, 2 * PORT_CHECK_INTERVAL)
         await becomes(c, node, device, healthy=True)
+
+
+@stepped
+async def test_a_device_attached_while_others_are_checked_does_not_count_as_lost() -> None:
+    """The table of ports that a check works on may be older than an attachment that is made during the check."""
+    async with two_sticks() as (c, _lab, one, two):
+        node = c["node-a"]
+        await allocate(c, node, one)
+        driver = agent(node).driver
+        inspect, checked = driver.inspect, asyncio.Event()
+        claims, states = agent(node).claims, set[ClaimState]()
+        claims.subscribe(lambda _device_id: states.update(claim.state for claim in claims.view.values()))
+
+        async def slow(key: DeviceKey, port: int) -> Attachment | None:
+            if key == one and not checked.is_set():
+                checked.set()
+                await asyncio.sleep(2)
+            return await inspect(key, port)
+
+        with patch.object(driver, "inspect", slow):
+            allocating = asyncio.create_task(allocate(c, node, two))
+            await claims.changed.until(lambda: claims.get(two.id) is not None)
+            node.kernel.bell.ring()
+            await checked.wait()
+            assert claims[two.id].port is None, "not on a port when the table was read"
+            await allocating
+            await asyncio.sleep(3)
+        assert claims[two.id].state is ClaimState.ATTACHED
+        assert ClaimState.REATTACHING not in states
 
 
 @pytest.mark.parametrize("lock", ["kept", "taken over"])

@@ -89,7 +89,9 @@ class AttachmentMonitor:
         Updates claim and CDI spec if the nodes have changed. Begins a re-attach if the attachment is lost.
         Raises VhciError or CdiError.
         """
-        now = await self._check_port(device_id, await self._driver.ports())
+        claim = self._tasks.book.get(device_id)
+        ports = await self._driver.ports()
+        now = await self._check_port(claim, ports) if claim is not None else None
         claim = self._tasks.book.get(device_id)
         if now is not None and claim is not None and claim.attachment is not None and claim.attachment != now:
             self._specs.write(claim, now)
@@ -130,30 +132,34 @@ class AttachmentMonitor:
         while True:
             await done_within(self._clock, PORT_CHECK_INTERVAL, self._ports_event.wait())
             self._ports_event.clear()
-            if not any(claim.state is ClaimState.ATTACHED for claim in self._tasks.book.view.values()):
+            # the claims come before the table: a device attached after the table was read is not missing from it
+            attached = [claim for claim in self._tasks.book.view.values() if claim.state is ClaimState.ATTACHED]
+            if not attached:
                 continue
             try:
                 ports = await self._driver.ports()
-                for device_id in list(self._tasks.book.view):
-                    await self._check_port(device_id, ports)
+                for claim in attached:
+                    await self._check_port(claim, ports)
             except VhciError as error:
                 log.warning("cannot read vhci ports", extra={"cause": str(error)})
 
-    async def _check_port(self, device_id: str, ports: Sequence[PortState]) -> Attachment | None:
+    async def _check_port(self, claim: Claim, ports: Sequence[PortState]) -> Attachment | None:
         """Returns the attachment as it is now, or begins a re-attach if the device is not attached as its claim says.
 
-        Returns None after a loss, for a claim that is not Attached, and for a claim that changed during the check.
+        Returns None after a loss, for a claim that is not Attached, and for a claim that has changed meanwhile.
+
+        claim: as it was before the ports were read.
         """
-        claim = self._tasks.book.get(device_id)
-        if claim is None or claim.state is not ClaimState.ATTACHED:
+        device_id = claim.id
+        if claim.state is not ClaimState.ATTACHED:
             return None
-        standing = await self._pipeline.current_attachment(claim, ports)
+        attachment = await self._pipeline.current_attachment(claim, ports)
         now = self._tasks.book.get(device_id)
         if now is None or now.state is not ClaimState.ATTACHED or now.attachment != claim.attachment:
             return None
-        if standing is not None:
-            self._take_late_nodes(now, standing)
-            return standing
+        if attachment is not None:
+            self._take_late_nodes(now, attachment)
+            return attachment
         # the state changes now, so that publishing the device as unavailable does not wait for the mutex
         self._tasks.book.move(now, ClaimEvent.PORT_LOST)
         with within(claim.traceparent):
