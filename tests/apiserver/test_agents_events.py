@@ -121,14 +121,14 @@ async def test_attached_denied_lost_and_evicted(
         rig.server.drop(key.busid)
         lost = await event(admin, a, "DeviceLost", "Pod")
         assert about_pod(lost, pod)
-        assert "fell free, re-attaching" in lost["note"]
+        assert "became free; re-attaching" in lost["note"]
         changed = await event(admin, a, "DeviceNodesChanged", "Pod")
         assert (changed["type"], changed["action"]) == ("Warning", "Reattach")
-        assert changed["note"] == f"{key}: attached again with other device nodes: the pod is evicted"
+        assert changed["note"] == f"{key}: re-attached with other device nodes; evicting the pod"
         evicted = await event(admin, a, "DevicePodEvicted", "Pod")
         assert (evicted["type"], evicted["action"]) == ("Warning", "Evict")
         assert about_pod(evicted, pod)
-        assert evicted["note"] == f"evicted, because {key} came back under other device nodes"
+        assert evicted["note"] == f"evicted because {key} was re-attached with other device nodes"
 
 
 async def test_taken_over_is_said_to_the_pod_that_had_it_and_on_the_node_that_took_it(
@@ -141,7 +141,7 @@ async def test_taken_over_is_said_to_the_pod_that_had_it_and_on_the_node_that_to
         with rig.clock(b).hurried():
             await b.until(RESOURCE, lambda devices: devices == {key.id: True})
         assert (await rig.allocate(b, key)).response is not None
-        words = f"{key}: node {b.name} took it over from node {a.name}, whose lock had expired"
+        words = f"{key}: node {b.name} took over the device from node {a.name}, whose lock had expired"
         said = await event(admin, b, "DeviceTakenOver", "Pod")
         assert about_pod(said, pod)
         assert (said["note"], said["action"]) == (words, "TakeOver")
@@ -159,7 +159,7 @@ async def test_a_lock_that_was_lost_is_said_to_the_pod_and_on_the_node(
         lease = await leases.get(key.id)
         assert lease is not None
         await leases.replace(replace(lease, holder="somebody-else", transitions=lease.transitions + 1))
-        words = f"{key}: node somebody-else holds it now; it is detached here"
+        words = f"{key}: node somebody-else holds the device now; detaching the device here"
         said = await event(admin, a, "DeviceLockLost", "Pod")
         assert about_pod(said, pod)
         assert (said["type"], said["action"], said["note"]) == ("Warning", "Withdraw", words)

@@ -332,7 +332,7 @@ async def test_the_process_exports_its_traces_and_its_log_names_them(
             pod = await p.admit()
             line = json.loads(await p.line('"allocated"'))
             await p.end_pod(pod)
-            released = json.loads(await p.line('"released"'))
+            released = json.loads(await p.line('"device released"'))
             await p.end()
         await asyncio.to_thread(receiver.until, lambda: bool(receiver.named("release")))
     (allocate,) = receiver.named("Allocate")
@@ -362,7 +362,7 @@ async def test_a_collector_that_is_not_there_is_one_line_in_the_log(
             if number == 0:
                 await p.line("traces cannot be exported")
             await p.end_pod(pod)
-            await p.line('"released"')
+            await p.line('"device released"')
             await p.offered()
         _status, page = await p.get("/metrics")
         counted = dict(re.findall(r"^usbip_device_plugin_trace_(\w+)_total (\S+)", page, re.MULTILINE))
@@ -416,7 +416,7 @@ async def test_whatever_goes_wrong_no_token_is_logged(
             await p.line("locks cannot be followed")
             proxy.refusing = False
             await p.end_pod(pod)
-            await p.line("released")
+            await p.line("device released")
             p.process.send_signal(signal.SIGTERM)
             await p.line("stopping")
     assert not [line for line in p.read if token in line or token.split(".")[1] in line]

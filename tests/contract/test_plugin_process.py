@@ -97,14 +97,14 @@ def test_a_process_allocates_a_device_and_leaves_it_attached_for_its_successor(
 
     async def next_one(node: Node) -> None:
         assert node.leases.leases[device.id].holder == "node-a"
-        await node.log.until("adopted")
+        await node.log.until("device adopted")
         await node.until("stick", {device.id: True})
         (row,) = await node.get_json("/api/devices")
         assert (row["state"], row["here"], row["port"], row["pod"]) == ("Attached", True, 0, "default/reader")
         assert (node.server.table.granted, node.server.importers("1-1")) == (1, 1), "it is not imported again"
         node.pod(POD.name, "Succeeded")
         node.kubelet.end(POD)
-        await node.log.until("released")
+        await node.log.until("device released")
         assert node.leases.leases[device.id].holder == ""
 
     status, log = run(monkeypatch, places, first, next_one)
@@ -217,7 +217,7 @@ def test_cdi_directory_is_where_specs_are_written_and_removed(monkeypatch: pytes
         await node.until_api(lambda _api: "usbip.dev/pod" in node.leases.leases[places.device.id].annotations)
         node.pod(POD.name, "Succeeded")
         node.kubelet.end(POD)
-        await node.log.until("released")
+        await node.log.until("device released")
         assert list(places.cdi.iterdir()) == []
 
     assert run(monkeypatch, places, story)[0] == 0

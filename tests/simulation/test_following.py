@@ -147,9 +147,9 @@ async def test_two_devices_with_its_serial_number_are_none() -> None:
         await becomes(c, node, HOME, healthy=False)
         assert not await c.settle(lambda: bool(node.attached()), 60)
         assert reason(node, HOME) is Reason.LOST
-        assert "1-2 and 1-3 both have its serial number SAME" in detail(node, HOME)
+        assert "serial number SAME was found at 1-2 and 1-3" in detail(node, HOME)
         assert [n.text for n in told if n.what is EventKind.NOT_REATTACHED] == [
-            "1-2 and 1-3 both have its serial number SAME, so neither is taken for it"
+            "serial number SAME was found at 1-2 and 1-3; neither is used"
         ], "told once"
         granted = lab.table.granted
         await asyncio.sleep(60)
@@ -292,7 +292,7 @@ async def test_a_place_that_another_pod_has_is_left_to_it_and_taken_when_it_is_f
 @stepped
 async def test_an_allocate_of_the_place_is_told_what_it_is() -> None:
     async with red_followed() as (c, _lab, node):
-        with pytest.raises(ClaimBusy, match="it is what was lab:3240/1-1"):
+        with pytest.raises(ClaimBusy, match="under its former bus ID, lab:3240/1-1"):
             await allocate(c, node, PLACE)
         again = await allocate(c, node, HOME)
         assert again.devices, "the device itself is what it always was"

@@ -94,7 +94,7 @@ async def test_a_device_that_a_pod_has_is_attached_from_the_server_where_it_is_n
         assert c.backend.leases[HOME.id].transitions == epoch, "the same claim under the same lock"
         assert c.backend.leases[PLACE.id].annotations[record.IN_PLACE_OF] == HOME.id
         (moved,) = (notice for notice in told if notice.what is EventKind.MOVED)
-        assert moved.text == "it is plugged in at attic:3240/7-2 now; it is attached from there"
+        assert moved.text == "it is now plugged in at attic:3240/7-2; attached from there"
         for other in (c["node-b"], c["node-c"]):
             await becomes(c, other, PLACE, healthy=False)
             assert reason(other, PLACE) is Reason.HELD_ELSEWHERE

@@ -26,9 +26,11 @@ from tests.simulation.cluster_rig import (
     taken,
 )
 from tests.simulation.trace_stories import Story, life, pod_known, told
+from usbip_plugin.attach.monitor import PORT_CHECK_INTERVAL
 from usbip_plugin.model import Reason
 from usbip_plugin.observe.logs import PACKAGES, set_up_logging
 from usbip_sim.virtual.cluster import cluster
+from usbip_sim.virtual.steploop import stepped
 
 HOUR, SHORT_HOUR = 3600.0, 900.0
 """Seconds in which nothing is to be written, in the long form and in the short one."""
@@ -102,7 +104,7 @@ def test_what_another_node_takes_and_releases_is_no_line(written: Written) -> No
                 await becomes(c, c[name], device, healthy=True, within=20)
             lines = written.lines()
             assert [line for line in lines if line.get("reason") == Reason.HELD_ELSEWHERE.value] == []
-            (released,) = (n for n, line in enumerate(lines) if line["msg"] == "released")
+            (released,) = (n for n, line in enumerate(lines) if line["msg"] == "device released")
             assert len([line for line in lines[released:] if line["msg"] == "healthy"]) == 1, "on the node that had it"
 
     told(handover)
@@ -149,10 +151,27 @@ def test_every_line_about_a_device_in_use_bears_the_trace_of_its_life(written: W
     story = told(life)
     (trace,) = {span.trace_id for span in story.spans}
     lines = written.lines()
-    of_life = ("allocated", "attachment lost", "re-attached", "released", "unhealthy")
+    of_life = ("allocated", "attachment lost", "device re-attached", "device released", "unhealthy")
     assert {line["msg"] for line in lines} >= set(of_life)
     assert {line.get("trace_id") for line in lines if line["msg"] in of_life} == {trace}
     spans = {span.span_id: span.name for span in story.spans}
     named = {str(line["msg"]): spans.get(str(line.get("span_id"))) for line in lines}
-    assert (named["allocated"], named["re-attached"], named["released"]) == ("Allocate", "re-attach", "release")
+    assert (named["allocated"], named["device re-attached"], named["device released"]) == (
+        "Allocate",
+        "re-attach",
+        "release",
+    )
     assert all("trace_id" not in line for line in lines if line["msg"] == "server answers")
+
+
+@stepped
+async def test_ports_that_cannot_be_read_are_logged_once_until_they_can(written: Written) -> None:
+    async with one_stick() as (c, _lab, device):
+        node = await taken(c, device)
+        for _ in range(2):
+            written.lines()
+            node.kernel.loaded = False
+            await asyncio.sleep(6 * PORT_CHECK_INTERVAL)
+            assert [line["msg"] for line in written.lines()].count("cannot read vhci ports") == 1
+            node.kernel.loaded = True
+            await asyncio.sleep(2 * PORT_CHECK_INTERVAL)

@@ -128,8 +128,8 @@ async def test_a_node_that_comes_after_the_answer_is_told_of_and_put_into_the_sp
             node.kernel.bell.ring()
             assert await c.settle(lambda: bool(texts(notices, EventKind.NODES_LATE)), 5)
         (text,) = texts(notices, EventKind.NODES_LATE)
-        assert text.startswith("/dev/ttyUSB0 came after the Allocate: ")
-        assert ("when it is started again" in text) is by_cdi
+        assert text.startswith("/dev/ttyUSB0 appeared after the Allocate; ")
+        assert ("restart the container" in text) is by_cdi
         if by_cdi:
             found = resolve(node.specs.find(device.id), [f"usbip.dev/stick={device.id}-0"])
             assert "/dev/ttyUSB0" in found.nodes
@@ -156,7 +156,7 @@ async def test_a_device_that_turns_into_another_over_its_connection_is_detached_
         node.kernel.enumerate_anew(port_of(node, device), DONGLE)
         await becomes(c, node, device, healthy=False)
         (text,) = texts(notices, EventKind.LOST)
-        assert "it has left the bus" in text
+        assert "left the bus" in text
         await becomes(c, node, device, healthy=True)
         attachment = node.kernel.attachment(device, port_of(node, device))
         assert attachment is not None
@@ -203,7 +203,7 @@ async def test_paths_that_only_the_devices_make_equal_undo_the_allocate() -> Non
         await all_healthy(c, *devices)
         said = await node.admit(pod("p"), "stick", 2)
         assert said is not None
-        assert "are both to be /dev/SAME" in said
+        assert "would both have the path /dev/SAME" in said
         assert await nothing_left(c, node, *devices)
         assert not node.specs.texts
 
@@ -220,7 +220,7 @@ async def test_a_network_interface_is_told_of_where_people_look() -> None:
             DeviceEvent(
                 EventKind.NETWORK,
                 device,
-                "its network interface enx020000000001 stays on the node: it is no device node",
+                "network interface enx020000000001 stays on the node, because it is not a device node",
                 pod("p"),
             )
             in notices

@@ -75,6 +75,7 @@ class Adopter:
         self._tasks = tasks
         self._releaser = releaser
         self._monitor = monitor
+        self._unreadable = ""
 
     async def adopt(self, used: Mapping[str, DeviceUser], *, complete: bool, deprived: bool) -> None:
         """Adopts every device that belongs to this node by the locks and the port records.
@@ -88,8 +89,11 @@ class Adopter:
         """
         try:
             ports = await self._driver.ports()
+            self._unreadable = ""
         except VhciError as error:
-            log.warning("cannot read vhci ports", extra={"cause": str(error)})
+            if self._unreadable != str(error):
+                self._unreadable = str(error)
+                log.warning("cannot read vhci ports", extra={"cause": str(error)})
             ports = ()
         found = list(self._locks.mine())
         if deprived:
@@ -185,9 +189,11 @@ class Adopter:
             if claim.attachment is not None:
                 self._specs.write(claim, claim.attachment)  # the previous process may have died before it did
         except CdiError as error:
-            log.warning("CDI spec not true", extra={"device": str(claim.key), "cause": str(error)})
+            log.warning("CDI spec out of date", extra={"device": str(claim.key), "cause": str(error)})
             self._tasks.book.move(claim, ClaimEvent.ORPHANED)
             self._monitor.begin_reattach(claim.id)
         else:
             self._tasks.book.move(claim, ClaimEvent.ADOPTED)
-            log.info("adopted", extra={"device": str(claim.key), "port": claim.port, "place": str(claim.location)})
+            log.info(
+                "device adopted", extra={"device": str(claim.key), "port": claim.port, "place": str(claim.location)}
+            )

@@ -136,7 +136,7 @@ class Attacher:
         answer: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         task = self._tasks.spawn(self._obtain(wanted, deadline, timeout, answer), f"allocate {wanted.key}")
         # no effect on a settled answer: only a cancelled task ends without one, and that means a plugin that stops
-        stopped = ClaimBusy(f"{wanted.key}: the plugin on this node is being stopped; try again")
+        stopped = ClaimBusy(f"{wanted.key}: the plugin on this node is stopping; try again")
         task.add_done_callback(lambda _task: _settle(answer, stopped))
         return await asyncio.shield(answer)
 
@@ -172,7 +172,7 @@ class Attacher:
         live = self._book.get(wanted.key.id)
         if live is not None:
             if live.state is not ClaimState.ATTACHED or live.attachment is None:
-                raise ClaimBusy(f"{wanted.key} is {live.state.value} on this node; the next try may find it ready")
+                raise ClaimBusy(f"{wanted.key} is {live.state.value} on this node; try again in a few seconds")
             if not serves(live, wanted.resource, wanted.usb_id):
                 raise ClaimBusy(f"{wanted.key} is in use on this node as a {live.usb_id} of {live.resource}")
             attachment, numbers = (
@@ -190,7 +190,7 @@ class Attacher:
                 allocate.add_link(link.context)
             return Outcome(attachment, newly_attached=False)
         if (other := self._book.moved_here(wanted.key.id)) is not None:
-            raise ClaimBusy(f"{wanted.key} is in use on this node: it is what was {other.key}")
+            raise ClaimBusy(f"{wanted.key} is in use on this node under its former bus ID, {other.key}")
         claim = Claim(
             wanted.key,
             wanted.usb_id,

@@ -272,7 +272,7 @@ class CdiSpecs:
             self._files.remove(claim.id)
         except OSError as error:
             problem = CdiError("remove", str(self._files.file(claim.resource, claim.id)), error)
-            log.warning("spec left behind", extra={"device": str(claim.key), "cause": str(problem)})
+            log.warning("could not remove CDI spec", extra={"device": str(claim.key), "cause": str(problem)})
 
     def recall(self, device_id: str, resource: str | None) -> HandedOut | None:
         """Returns how a previous process handed out this device by CDI, or None if it did not.
@@ -289,4 +289,4 @@ class CdiSpecs:
         """Removes the specs of all devices except these IDs. To be called once all devices of this node are known."""
         removed = self._files.sweep(keep)
         if removed:
-            log.info("removed CDI specs that nobody uses", extra={"files": [str(path) for path in removed]})
+            log.info("unused CDI specs removed", extra={"files": [str(path) for path in removed]})

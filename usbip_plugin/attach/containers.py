@@ -183,4 +183,6 @@ def check_paths(resource: ResourceConfig, attachments: Sequence[Attachment]) -> 
             for path in one.paths:
                 other = taken.setdefault(path, one.node)
                 if other != one.node:
-                    raise PathTaken(f"{resource.name}: {other.path} and {one.node.path} are both to be {path}")
+                    raise PathTaken(
+                        f"{resource.name}: {other.path} and {one.node.path} would both have the path {path}"
+                    )

@@ -78,14 +78,16 @@ def attached(key: DeviceKey, attachment: Attachment | None, port: int | None, po
 
 def late_nodes(key: DeviceKey, paths: Sequence[str], pod: PodRef | None, *, by_cdi: bool) -> DeviceEvent:
     """Returns the event that device nodes came after the Allocate was answered."""
-    cure = "a container has them when it is started again" if by_cdi else "a pod has them only when it is created anew"
-    hint = "name their kinds in children, so that an Allocate waits for them"
-    return DeviceEvent(EventKind.NODES_LATE, key, f"{', '.join(paths)} came after the Allocate: {cure}; {hint}", pod)
+    cure = "restart the container to use them" if by_cdi else "recreate the pod to use them"
+    hint = "list their kinds under children to make Allocate wait for them"
+    return DeviceEvent(
+        EventKind.NODES_LATE, key, f"{', '.join(paths)} appeared after the Allocate; {cure}; {hint}", pod
+    )
 
 
 def network(key: DeviceKey, names: Sequence[str], pod: PodRef) -> DeviceEvent:
     """Returns the event that a device has network interfaces, which no container gets."""
-    text = f"its network interface {', '.join(names)} stays on the node: it is no device node"
+    text = f"network interface {', '.join(names)} stays on the node, because it is not a device node"
     return DeviceEvent(EventKind.NETWORK, key, text, pod)
 
 
@@ -101,14 +103,16 @@ def refused(resource: str, error: PluginError) -> DeviceEvent:
 
 def taken_over(key: DeviceKey, former: Lock, node: str) -> DeviceEvent:
     """Returns the event of a takeover. Its pod is the one that had the device on the former holder, now silent."""
-    text = f"node {node} took it over from node {former.holder}, whose lock had expired"
+    text = f"node {node} took over the device from node {former.holder}, whose lock had expired"
     return DeviceEvent(EventKind.TAKEN_OVER, key, text, former.pod)
 
 
 def evicted(pod: PodRef, keys: Iterable[DeviceKey]) -> DeviceEvent:
     """Returns the event that the API server has accepted the eviction of a pod."""
     devices = ", ".join(map(str, sorted(keys))) or "its device"
-    return DeviceEvent(EventKind.EVICTED, None, f"evicted, because {devices} came back under other device nodes", pod)
+    return DeviceEvent(
+        EventKind.EVICTED, None, f"evicted because {devices} was re-attached with other device nodes", pod
+    )
 
 
 def events_of(notice: DeviceEvent) -> tuple[tuple[EventText, PodRef | None], ...]:

@@ -73,6 +73,7 @@ class AttachmentMonitor:
         self._events = events
         self._evict = evict
         self._ports_event = asyncio.Event()
+        self._unreadable = ""
 
     async def run(self) -> None:
         """Watches the ports and locks until cancelled."""
@@ -140,8 +141,11 @@ class AttachmentMonitor:
                 ports = await self._driver.ports()
                 for claim in attached:
                     await self._check_port(claim, ports)
+                self._unreadable = ""
             except VhciError as error:
-                log.warning("cannot read vhci ports", extra={"cause": str(error)})
+                if self._unreadable != str(error):
+                    self._unreadable = str(error)
+                    log.warning("cannot read vhci ports", extra={"cause": str(error)})
 
     async def _check_port(self, claim: Claim, ports: Sequence[PortState]) -> Attachment | None:
         """Returns the attachment as it is now, or begins a re-attach if the device is not attached as its claim says.
@@ -165,8 +169,8 @@ class AttachmentMonitor:
         with within(claim.traceparent):
             log.warning("attachment lost", extra={"device": str(claim.key), "port": claim.port})
         on_port = own_port(claim.location, ports, claim.port)
-        why = "fell free" if on_port is None else "has it no more as it was: it has left the bus"
-        self._events(DeviceEvent(EventKind.LOST, claim.key, f"vhci port {claim.port} {why}, re-attaching", claim.pod))
+        why = "became free" if on_port is None else "lost the device, which left the bus"
+        self._events(DeviceEvent(EventKind.LOST, claim.key, f"vhci port {claim.port} {why}; re-attaching", claim.pod))
         self._reattacher.locator.lost(device_id)
         self.begin_reattach(device_id)
         return None
@@ -185,11 +189,11 @@ class AttachmentMonitor:
         try:
             self._specs.write(claim, now)
         except CdiError as error:
-            log.warning("CDI spec not true", extra={"device": str(claim.key), "cause": str(error)})
+            log.warning("CDI spec out of date", extra={"device": str(claim.key), "cause": str(error)})
             return
         self._tasks.book.put(replace(claim, attachment=now))
         if wanted:
-            log.warning("device nodes came late", extra={"device": str(claim.key), "nodes": wanted})
+            log.warning("device nodes appeared after the Allocate", extra={"device": str(claim.key), "nodes": wanted})
             self._events(late_nodes(claim.key, wanted, claim.pod, by_cdi=bool(claim.container_indexes)))
 
     def _lock_changed(self, change: LockChange) -> None:
@@ -212,9 +216,9 @@ class AttachmentMonitor:
         self._tasks.book.move(claim, ClaimEvent.LOCK_LOST)
         with within(claim.traceparent):
             log.error("lock lost", extra={"device": str(claim.key), "holder": holder})
-        text = f"node {holder} holds it now" if holder else "its lock no longer names this node"
+        text = f"node {holder} holds the device now" if holder else "the lock no longer names this node"
         if change.old is not None and change.old.holder == self._me.node:
-            self._events(DeviceEvent(EventKind.LOCK_LOST, claim.key, text + "; it is detached here", claim.pod))
+            self._events(DeviceEvent(EventKind.LOCK_LOST, claim.key, text + "; detaching the device here", claim.pod))
             if (
                 self._resources.resource_of(claim).on_loss is OnLoss.EVICT
                 and claim.pod is not None
@@ -265,6 +269,6 @@ class AttachmentMonitor:
             return
         self._tasks.book.move(claim, ClaimEvent.PORT_LOST)
         log.error("lock lost", extra={"device": str(claim.key), "place": str(claim.location), "holder": holder})
-        text = f"the lock of {claim.location} names {holder or 'nobody'} now; it is detached here"
+        text = f"the lock of {claim.location} names {holder or 'nobody'} now; detaching the device here"
         self._events(DeviceEvent(EventKind.LOST, claim.key, text, claim.pod))
         self.begin_reattach(claim.id)

@@ -166,7 +166,7 @@ class Pipeline:
                 raise
         if grant.former is not None:
             _mark_takeover(trace.get_current_span(), grant.former)
-            log.warning("taken over", extra={"device": str(claim.key), "former_holder": grant.former.holder})
+            log.warning("lock taken over", extra={"device": str(claim.key), "former_holder": grant.former.holder})
             self._events(taken_over(claim.key, grant.former, self._me.node))
         self._book.move(self._book[claim.id], ClaimEvent.LOCKED)
         async for attempt in attach_stuck(self._clock):
@@ -352,7 +352,7 @@ class Pipeline:
         if not self.is_mine(claim.location.id):
             if holder := self._holder(claim.location.id):
                 raise LockHeld(str(claim.location), holder)
-            raise LockUnavailable(str(claim.location), "it was released meanwhile")
+            raise LockUnavailable(str(claim.location), "it was released in the meantime")
 
     def _holder(self, device_id: str) -> str:
         lock = self._locks.locks.get(device_id)

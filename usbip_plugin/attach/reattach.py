@@ -50,12 +50,12 @@ log = logging.getLogger(__name__)
 class AfterReattach(enum.Enum):
     """The effect of a re-attach on the pod that has the device."""
 
-    GOES_ON = "attached again with the same device nodes"
-    CHILDREN_GO_ON = "attached again with the same device nodes, but for its USB node"
-    STALE = "attached again with other device nodes: the pod has them only when it is created anew"
-    RENEWED = "attached again with other device nodes: a container has them when it is started the next time"
-    RESTART = "attached again with other device nodes: the container must end, and has them when it is started again"
-    EVICT = "attached again with other device nodes: the pod is evicted"
+    GOES_ON = "re-attached with the same device nodes"
+    CHILDREN_GO_ON = "re-attached with the same device nodes, except its USB node"
+    STALE = "re-attached with other device nodes; recreate the pod to use them"
+    RENEWED = "re-attached with other device nodes; a container gets them at its next start"
+    RESTART = "re-attached with other device nodes; the container must restart to get them"
+    EVICT = "re-attached with other device nodes; evicting the pod"
 
 
 def after_reattach(
@@ -235,7 +235,7 @@ class Reattacher:
         if now is None or now.blocked_by == str(error):
             return
         self._tasks.book.put(replace(now, blocked_by=str(error)))
-        log.warning("not re-attached", extra={"device": str(claim.key), "cause": str(error)})
+        log.warning("device not re-attached", extra={"device": str(claim.key), "cause": str(error)})
         self._events(DeviceEvent(EventKind.NOT_REATTACHED, claim.key, str(error), claim.pod))
 
     async def _attach(self, device_id: str, deadline: float) -> Attachment:
@@ -292,11 +292,11 @@ class Reattacher:
         obstacle = str(cause) if isinstance(cause, WrongDevice | WrongSerial) else ""
         if isinstance(verdict, Ambiguous):
             places = " and ".join(place_of(replace(claim, moved_to=key)) for key in verdict.keys)
-            obstacle = f"{places} both have its serial number {claim.serial}, so neither is taken for it"
+            obstacle = f"serial number {claim.serial} was found at {places}; neither is used"
         if obstacle != claim.blocked_by:
             self._tasks.book.put(replace(claim, blocked_by=obstacle))
             if obstacle:
-                log.warning("not re-attached", extra={"device": str(claim.key), "cause": obstacle})
+                log.warning("device not re-attached", extra={"device": str(claim.key), "cause": obstacle})
                 self._events(DeviceEvent(EventKind.NOT_REATTACHED, claim.key, obstacle, claim.pod))
         return verdict.key if isinstance(verdict, LocatedAt) else None
 
@@ -305,14 +305,14 @@ class Reattacher:
         if claim is None or claim.moved_to == before.moved_to:
             return
         whole.set_attribute("usbip.moved_to", place_of(claim))
-        log.info("followed", extra={"device": str(claim.key), "place": str(claim.location)})
+        log.info("device followed to another place", extra={"device": str(claim.key), "place": str(claim.location)})
         here = claim.location.server == claim.key.server
         where = (
-            f"its server lists it as {claim.location.busid} now"
+            f"its server now lists it as {claim.location.busid}"
             if here
-            else f"it is plugged in at {claim.location} now"
+            else f"it is now plugged in at {claim.location}"
         )
-        text = f"{where}; it is attached from there"
+        text = f"{where}; attached from there"
         self._events(DeviceEvent(EventKind.MOVED, claim.key, text, claim.pod))
         if claim.moved_to is not None and claim.pod is not None:
             self._tasks.spawn(self._tasks.note_pod(claim.moved_to, claim.pod), f"note pod {claim.pod}")
@@ -322,7 +322,7 @@ class Reattacher:
         same = verdict in (AfterReattach.GOES_ON, AfterReattach.CHILDREN_GO_ON)
         self._on_reattach(Reattach.SAME_NODES if same else Reattach.OTHER_NODES)
         whole.set_attribute("usbip.same_nodes", same)
-        log.info("re-attached", extra={"device": str(claim.key), "port": after.port, "same_nodes": same})
+        log.info("device re-attached", extra={"device": str(claim.key), "port": after.port, "same_nodes": same})
         changed = EventKind.RESTART_NEEDED if verdict is AfterReattach.RESTART else EventKind.NODES_CHANGED
         what = EventKind.REATTACHED if same else changed
         self._events(DeviceEvent(what, claim.key, verdict.value, claim.pod))

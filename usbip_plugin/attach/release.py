@@ -91,7 +91,7 @@ class Releaser:
                 if keep:
                     return
             self._book.move(self._book[device_id], ClaimEvent.RELEASED)
-            log.info("released", extra={"device": str(claim.key), "pod": str(claim.pod) if claim.pod else None})
+            log.info("device released", extra={"device": str(claim.key), "pod": str(claim.pod) if claim.pod else None})
         self._on_step("release", self._clock.monotonic() - began)
 
     def _new_holder(self, claim: Claim) -> list[Link]:

@@ -71,9 +71,9 @@ class DeviceTasks:
             if self._group is not None:
                 return self._group.create_task(work, name=name)
         except RuntimeError:  # the group accepts no more tasks
-            log.debug("not begun, stopping", extra={"work": name})
+            log.debug("task not started, plugin is stopping", extra={"work": name})
         work.close()
-        raise ClaimBusy("the plugin on this node is being stopped; try again")
+        raise ClaimBusy("the plugin on this node is stopping; try again")
 
     def mutex(self, device_id: str) -> asyncio.Lock:
         """Returns the mutex under which all work on this device is done."""
@@ -89,7 +89,7 @@ class DeviceTasks:
             except (LockError, KubeError) as error:
                 failed(noted, error)
                 extra = {"device": str(key), "pod": str(pod), "cause": str(error)}
-                log.warning("pod not noted on the lock", extra=extra)
+                log.warning("pod not recorded on the lock", extra=extra)
 
     def note_port(self, key: DeviceKey, port: int) -> None:
         """Begins to write the number of the device's vhci port to its lock. Returns at once."""
@@ -100,7 +100,7 @@ class DeviceTasks:
             await self._locks.annotate(key, port=port)
         except (LockError, KubeError) as error:
             # for people and for adoption; the port record has the same, so the attachment does not depend on it
-            log.warning("port not noted on the lock", extra={"device": str(key), "port": port, "cause": str(error)})
+            log.warning("port not recorded on the lock", extra={"device": str(key), "port": port, "cause": str(error)})
 
     def note_identity(self, key: DeviceKey, identity: Identity) -> None:
         """Begins to write to a lock the identity that was read from its device. Returns at once."""
@@ -125,7 +125,7 @@ class DeviceTasks:
         except LockLost:
             return True
         except (LockError, KubeError) as error:
-            log.warning("serial number not noted on the lock", extra={"device": str(key), "cause": str(error)})
+            log.warning("serial number not recorded on the lock", extra={"device": str(key), "cause": str(error)})
             return False
         return True
 

@@ -40,7 +40,7 @@ def test_a_refusal_says_what_the_pod_was_told_and_whether_somebody_has_the_devic
 
 
 def test_an_eviction_names_the_devices() -> None:
-    assert told(evicted(POD, [KEY])) == {POD: "evicted, because lab:3240/1-1 came back under other device nodes"}
+    assert told(evicted(POD, [KEY])) == {POD: "evicted because lab:3240/1-1 was re-attached with other device nodes"}
     assert "its device" in told(evicted(POD, []))[POD]
 
 

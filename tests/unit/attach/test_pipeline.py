@@ -204,7 +204,7 @@ async def test_a_lost_lock_of_the_place_ends_the_attach_from_there_and_leaves_th
             assert (lost.value.device, lost.value.holder) == (str(OTHER), holder)
         else:
             assert isinstance(lost.value, LockUnavailable)
-            assert str(lost.value) == f"cannot lock {OTHER}: it was released meanwhile"
+            assert str(lost.value) == f"cannot lock {OTHER}: it was released in the meantime"
         assert r.claim.state is ClaimState.REATTACHING
         assert ("attach 1-2" in r.script.steps) == (step == "enumerate 1-2")
 
@@ -377,7 +377,7 @@ async def test_a_serial_number_is_worth_another_write_unless_it_is_written_or_th
         if error is not None:
             r.script.at("annotate 1-1", r.raises(error))
         assert await r.tasks.record_identity(KEY, Identity(DEVID, "S1")) is settled
-        assert [record.message for record in caplog.records] == ["serial number not noted on the lock"] * logged
+        assert [record.message for record in caplog.records] == ["serial number not recorded on the lock"] * logged
 
 
 @pytest.mark.parametrize(
