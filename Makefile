@@ -118,8 +118,8 @@ bench: $(VENV)/.test ## timings and memory, to the screen and bench.json
 bench-scale: $(VENV)/.test ## many agents on one kube-apiserver and etcd, counts against the model; to the screen and bench-scale.json
 	$(BIN)/python -m bench.bench_scale $(ARGS)
 
-plots: $(VENV)/.test ## docs/performance/*.svg from bench-scale.json
-	$(BIN)/python -m bench.scale_plot bench-scale.json docs/performance
+plots: $(VENV)/.test ## docs/internals/performance/*.svg from bench-scale.json
+	$(BIN)/python -m bench.scale_plot bench-scale.json docs/internals/performance
 
 bench-kernel: $(VENV)/.test ## Allocate on a real kernel against the kernel's own time, in the QEMU guest
 	tests/lab/guest/run.sh -r -u -t $(GUEST_SECONDS) '$(BIN)/python -m bench.bench --kernel $(ARGS)'

@@ -1,6 +1,6 @@
-"""Draws what bench_scale.py measured beside its model: docs/performance/*.svg.
+"""Draws what bench_scale.py measured beside its model: docs/internals/performance/*.svg.
 
-python -m bench.scale_plot bench-scale.json docs/performance
+python -m bench.scale_plot bench-scale.json docs/internals/performance
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""One device, its lock and the nodes that want it, as a machine with finitely many states. docs/model.md explains it.
+"""One device, its lock and the nodes that want it, as a machine with finitely many states.
+
+docs/internals/model.md explains it.
 
 The rules are those of usbip_plugin.locks.protocol, called through Rules on real Lease objects. What is here is what
 surrounds them: the API server, the network, clocks, the USB/IP server and the callers. A node is described by itself

@@ -1,4 +1,7 @@
-"""The lock protocol, searched through: no promise is broken, and each rule is needed for one. See docs/model.md."""
+"""The lock protocol, searched through: no promise is broken, and each rule is needed for one.
+
+docs/internals/model.md explains the model.
+"""
 
 from __future__ import annotations
 

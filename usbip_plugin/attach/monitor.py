@@ -1,6 +1,6 @@
 """Monitoring of attached devices: watches their ports and locks, and begins a re-attach or detach after a loss.
 
-R6 is the rule for a lost lock, see docs/architecture.md.
+R6 is the rule for a lost lock, see docs/internals/architecture.md.
 """
 
 from __future__ import annotations

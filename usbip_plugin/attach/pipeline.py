@@ -2,7 +2,7 @@
 
 Each call works on one device and must be made under that device's mutex. The caller decides when to call, and what
 happens after a failure. Each step is a span and moves the claim in the book. R1 to R6 are the lock rules of
-docs/architecture.md.
+docs/internals/architecture.md.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Release of devices: detaches them, then releases their locks.
 
-R5 is the rule for a release, see docs/architecture.md.
+R5 is the rule for a release, see docs/internals/architecture.md.
 """
 
 from __future__ import annotations
