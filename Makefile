@@ -127,11 +127,12 @@ bench-kernel: $(VENV)/.test ## Allocate on a real kernel against the kernel's ow
 fuzz: $(VENV)/.fuzz ## every decoder under atheris, SECONDS each (10); what it finds is in build/fuzz (Linux, x86_64)
 	$(BIN)/python -m tests.fuzz.fuzz --seconds $(SECONDS) $(ARGS)
 
-lint: $(VENV)/.test ## ruff, formatting, the direction of imports, mypy --strict
+lint: $(VENV)/.test ## ruff, formatting, the direction of imports, mypy --strict, the prose of documents
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy usbip_plugin usbip_sim tests bench docs .ci/affected.py .ci/figures.py .ci/flakes.py
+	$(BIN)/python docs/prose.py
 
 format: $(VENV)/.test ## let ruff format and fix what it can
 	$(BIN)/ruff check --fix .
