@@ -227,7 +227,7 @@ class Site:
         return Answer(body, HTML, headers={"Content-Security-Policy": self._page.policy})
 
     def _main(self) -> Answer:
-        body = self._page.main(self._status(), self._recent.traces()).encode()
+        body = self._page.main(self._status(), self._recent.traces())
         # a browser that opens it directly must not run a script that a device may have put into it
         return Answer(body, HTML, headers={"Content-Security-Policy": "default-src 'none'; sandbox"})
 

@@ -14,9 +14,8 @@ from typing import Any
 
 import pytest
 
-from usbip_plugin.observe.html import Markup, join, tag, text
 from usbip_plugin.observe.http import Site
-from usbip_plugin.observe.page import MAX_BARS, MAX_ROWS, MAX_TRACES, Page
+from usbip_plugin.observe.page import MAX_BARS, MAX_ROWS, MAX_TRACES, Page, age
 from usbip_plugin.observe.status import ConfigReport, DeviceRow, LocksReport, RegistrationRow, ServerRow, Status
 from usbip_plugin.observe.tracing import (
     MAX_SPANS_PER_TRACE,
@@ -97,15 +96,31 @@ class Reader(HTMLParser):
 
 
 def shown(status: Status, *traces: list[SpanRecord]) -> Reader:
-    return Reader(Page().main(status, traces))
+    return Reader(Page().main(status, traces).decode())
 
 
 def test_what_a_value_says_is_text_whatever_it_is() -> None:
-    assert tag("b", "<i>", tag("i", 1), None, title="\"<>&'") == (
-        '<b title="&quot;&lt;&gt;&amp;&#x27;">&lt;i&gt;<i>1</i></b>'
-    )
-    assert join("&", Markup("<hr>")) == "&amp;<hr>"
-    assert text("\u202e\x00\n") == "???"
+    odd = "<i>\"&'{{ 7 * 7 }}"
+    reader = shown(replace(STATUS, devices=(replace(HELD, reason=odd, selector=odd, pod="\u202e\x00\n"),)))
+    assert odd in reader.text
+    assert {"title": f"selector: {odd}"} in [attrs for name, attrs in reader.elements if name == "small"]
+    assert "pod ???" in reader.text, "what cannot be printed, such as a mark that turns the writing direction"
+    html = Page().main(replace(STATUS, not_ready=(odd,)), []).decode()
+    assert "<li>&lt;i&gt;&#34;&amp;&#39;{{ 7 * 7 }}</li>" in html
+
+
+def test_a_cell_of_nothing_is_empty_and_is_left_out_on_a_phone() -> None:
+    html = Page().main(STATUS, []).decode()
+    assert '<td role="cell" data-label="Epoch"></td>' in html
+    assert '<td role="cell" data-label="Since (UTC)"></td>' in html
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(-1, "0 s"), (119.9, "119 s"), (120, "2 min"), (7199, "119 min"), (7200, "2 h"), (172_800, "2 d")],
+)
+def test_an_age_is_in_the_largest_unit_that_fits(seconds: float, said: str) -> None:
+    assert age(seconds) == said
 
 
 def test_every_device_with_what_is_known_of_it() -> None:
@@ -126,19 +141,22 @@ def test_every_device_with_what_is_known_of_it() -> None:
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"devices": ()}, "No device is known yet."),
-        ({"servers": ()}, "The configuration names no server."),
-        ({"registrations": ()}, "Nothing to register."),
+        ({"devices": ()}, "No devices found yet."),
+        ({"servers": ()}, "No servers are configured."),
+        ({"registrations": ()}, "No resources are configured."),
         ({"not_ready": ("locks not read: waiting",)}, "locks not read: waiting"),
-        ({"not_alive": ("event loop: no sign of life",)}, "event loop: no sign of life"),
+        ({"not_alive": ("event loop: no heartbeat",)}, "event loop: no heartbeat"),
         ({"servers": (ServerRow("lab:1", "unreachable", False, 0, None, 3, "refused"),)}, "refused"),
         ({"servers": (ServerRow("lab:1", "unreachable", False, 0, None, 3, "refused"),)}, "never"),
         ({"registrations": (RegistrationRow("r", False, 0, "no kubelet"),)}, "no kubelet"),
-        ({"locks": replace(STATUS.locks, reachable=False, error="timeout")}, "The API server does not answer, for 5 s"),
-        ({"locks": replace(STATUS.locks, held=0, heartbeat=None)}, "none needed"),
+        ({"locks": replace(STATUS.locks, reachable=False, error="timeout")}, "API server unreachable for 5 s"),
+        ({"locks": replace(STATUS.locks, held=0, heartbeat=None)}, "not needed"),
         ({"config": replace(STATUS.config, warnings=("odd",))}, "odd"),
         ({"config": replace(STATUS.config, problems=("config.yaml:3: bad",), failed=AT)}, "config.yaml:3: bad"),
-        ({"config": replace(STATUS.config, problems=("bad",), failed=AT)}, "the one loaded at 03:02:01 UTC stays"),
+        (
+            {"config": replace(STATUS.config, problems=("bad",), failed=AT)},
+            "not valid since 03:02:01 UTC; the one loaded at 03:02:01 UTC stays in force",
+        ),
     ],
 )
 def test_what_is_not_well_is_said(changed: dict[str, Any], said: str) -> None:
@@ -152,8 +170,8 @@ def test_a_trace_is_a_bar_for_each_span() -> None:
     bars = [attrs for name, attrs in reader.elements if name == "rect"]
     assert [bar["class"] for bar in bars] == ["n0", "failed"]
     assert "no route" in reader.text
-    assert "lab:3240/1-1" in reader.text.partition("Last traces")[2], "a device is named, not only its id"
-    assert "Nothing has happened yet" in shown(STATUS).text
+    assert "lab:3240/1-1" in reader.text.partition("Recent traces")[2], "a device is named, not only its id"
+    assert "No activity yet" in shown(STATUS).text
 
 
 def test_what_all_spans_say_of_the_one_device_is_said_once() -> None:
@@ -190,7 +208,8 @@ HOSTILE = [
     '"><img src=x onerror=x>',
     "' onfocus='x",
     "</title><script>",
-    "<!-- main -->",
+    '{% include "main.html" %}',
+    "{{ 7 * 7 }}",
     "a:b:c",
     "",
 ]
@@ -270,7 +289,7 @@ def test_the_fragment_cannot_run_anything_by_itself() -> None:
 def test_nobody_pays_for_a_page_that_is_not_looked_at() -> None:
     code = (
         "import sys; from usbip_plugin.observe.http import Site; import usbip_plugin.node.daemon;"
-        "print('usbip_plugin.observe.page' in sys.modules or 'usbip_plugin.observe.traces' in sys.modules)"
+        "print({'usbip_plugin.observe.page', 'usbip_plugin.observe.traces', 'jinja2', 'markupsafe'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert done.stdout.strip() == "False"
+    assert done.stdout.strip() == "set()"
