@@ -1,8 +1,8 @@
 """The metrics of the plugin, in a registry of their own.
 
-docs/metrics.md lists their names and labels; four of them are those of the Go program. Events are counted as they
-happen. The state of something is read at each scrape and kept nowhere. The fifty series of a resource are made at each
-scrape, too: prometheus_client would keep them as objects with a lock each, 31 KiB.
+docs/metrics.md lists their names and labels. Four names are those of the Go program. Events are counted as they
+happen; states are read at each scrape. The fifty series of a resource are made at each scrape, too: prometheus_client
+would keep them as objects with a lock each, 31 KiB.
 """
 
 from __future__ import annotations
@@ -19,6 +19,14 @@ from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from usbip_plugin.model import Advertised, Reason
+
+PREFIX = "usbip_device_plugin_"
+"""Precedes the names of the metrics."""
+LABEL = "resource"
+STEP_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+ALLOCATE_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 3, 5, 7.5, 10, 15, 30, 60)
+"""Upper bounds of the buckets, in seconds. allocateTimeout may be up to 60 s."""
+WITHDRAWAL_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 
 Labelled = Mapping[tuple[str, ...], float]
 """A value for each set of label values."""
@@ -74,44 +82,29 @@ class NodeCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         now = self._read()
-        yield _gauge(
-            "build_info",
-            "Always 1; the labels say what runs.",
-            ("version", "python"),
-            {(now.version, platform.python_version()): 1},
-        )
-        yield _one("ready", "1 if /readyz says so: locks read, every resource registered.", now.ready)
-        yield _gauge("registered", "1 if the kubelet listens to the resource.", ("resource",), _by(now.registered))
-        yield _gauge("server_reachable", "1 if the USB/IP server answers.", ("server",), _by(now.servers))
-        yield _gauge(
-            "server_devices",
-            "Devices that the USB/IP server listed when it last answered.",
-            ("server",),
-            _by(now.listed),
-        )
+        build: Labelled = {(now.version, platform.python_version()): 1}
+        yield _gauge("build_info", "Always 1. The labels name the versions in use.", ("version", "python"), build)
+        yield _one("ready", "1 if /readyz answers 200: locks read, every resource registered.", now.ready)
+        yield _by("registered", "1 if the resource is registered with the kubelet.", LABEL, now.registered)
+        yield _by("server_reachable", "1 if the USB/IP server answers.", "server", now.servers)
+        yield _by("server_devices", "Devices in the last answer of the USB/IP server.", "server", now.listed)
         yield _one("vhci_driver_loaded", "1 if vhci_hcd is loaded and can be read.", now.driver_loaded)
-        yield _gauge("vhci_ports_used", "Ports of vhci_hcd in use, by whomever.", ("hub",), _by(now.ports_used))
-        yield _gauge("vhci_ports_free", "Free ports of vhci_hcd.", ("hub",), _by(now.ports_free))
-        yield _gauge("claims", "Devices this node does something with.", ("state",), _by(now.claims))
-        yield _one("locks_held", "Locks that name this node.", now.locks_held)
-        yield _one("lock_duration_seconds", "Silence after which a lock may be taken over.", now.lock_duration)
-        yield _gauge(
-            "session_age_seconds",
-            "Time since the last heartbeat that the API server took, while a lock is held.",
-            (),
-            {} if now.session_age is None else {(): now.session_age},
-        )
+        yield _by("vhci_ports_used", "Ports of vhci_hcd in use, by any program.", "hub", now.ports_used)
+        yield _by("vhci_ports_free", "Free ports of vhci_hcd.", "hub", now.ports_free)
+        yield _by("claims", "Devices that this node has a claim on.", "state", now.claims)
+        yield _one("locks_held", "Locks held by this node.", now.locks_held)
+        text = "Time without a heartbeat after which another node may take over a lock."
+        yield _one("lock_duration_seconds", text, now.lock_duration)
+        text = "Time since the API server last accepted a heartbeat, while this node holds a lock."
+        yield _gauge("session_age_seconds", text, (), {} if now.session_age is None else {(): now.session_age})
         yield _one("api_reachable", "1 if the API server answers and the locks are watched.", now.api_reachable)
-        yield _count(
-            "pod_resources_polls", "Lists of the kubelet that claims were compared with.", now.pod_resources_polls
-        )
-        yield _count("events_dropped", "Kubernetes Events that were not recorded.", now.events_dropped)
-        yield _count("trace_export_failures", "Batches of spans that no collector took.", now.trace_export_failures)
-        yield _count("trace_spans_dropped", "Spans that were to be exported and are lost.", now.trace_spans_dropped)
-
-
-def _by(values: Mapping[str, float]) -> Labelled:
-    return {(label,): value for label, value in values.items()}
+        text = "Lists of the kubelet's pod-resources API that claims were compared with."
+        yield _counter("pod_resources_polls", text, (), {(): now.pod_resources_polls})
+        yield _counter("events_dropped", "Kubernetes Events that were not recorded.", (), {(): now.events_dropped})
+        text = "Batches of spans that no collector accepted."
+        yield _counter("trace_export_failures", text, (), {(): now.trace_export_failures})
+        text = "Spans that were lost before their export."
+        yield _counter("trace_spans_dropped", text, (), {(): now.trace_spans_dropped})
 
 
 def _gauge(name: str, text: str, labels: tuple[str, ...], values: Labelled) -> Metric:
@@ -121,25 +114,29 @@ def _gauge(name: str, text: str, labels: tuple[str, ...], values: Labelled) -> M
     return family
 
 
+def _by(name: str, text: str, label: str, values: Mapping[str, float]) -> Metric:
+    return _gauge(name, text, (label,), {(label_value,): value for label_value, value in values.items()})
+
+
 def _one(name: str, text: str, value: float) -> Metric:
     return _gauge(name, text, (), {(): value})
 
 
-def _count(name: str, text: str, value: int) -> Metric:
+def _counter(name: str, text: str, labels: tuple[str, ...], values: Labelled, prefix: str = PREFIX) -> Metric:
     """Returns a counter. It is exported with the suffix _total."""
-    return CounterMetricFamily(PREFIX + name, text, value=value)
-
-
-LABEL = "resource"
+    family = CounterMetricFamily(prefix + name, text, labels=labels)
+    for label_values, value in values.items():
+        family.add_metric(label_values, value)
+    return family
 
 
 @dataclass(slots=True)
-class OfResource:
+class ResourceCounts:
     """The counts of one resource since it got its series.
 
     devices: as they are advertised; None before the first list. A scrape counts them.
     allocations: Allocates that were answered with devices.
-    restarts: how often the resource's plugin was served and registered anew.
+    restarts: how often the resource was registered again.
     denials: Allocates refused because another node holds the device.
     registrations: registrations that the kubelet accepted and listens to.
     failures: failed Allocates by reason, one of few; never an error's text.
@@ -156,99 +153,56 @@ class OfResource:
 
 
 class ResourceCollector(Collector):
-    """Collector of the metrics of each resource. All methods must be called in one thread.
+    """Collector of the metrics of each resource. All accesses must be in one thread.
 
-    prefix: precedes all names except device_plugin_restarts_total, the name in the Go program's source.
+    counts: by resource, for the owner to change. The first access to a resource creates its series.
     """
 
-    def __init__(self, prefix: str) -> None:
-        self._prefix = prefix
-        self._resources: dict[str, OfResource] = {}
-
-    def of(self, resource: str) -> OfResource:
-        """Returns the counts of a resource, for the caller to change. Creates its series if there are none."""
-        found = self._resources.get(resource)
-        if found is None:
-            found = self._resources[resource] = OfResource()
-        return found
-
-    def forget(self, resource: str) -> None:
-        """Ends the series of a resource. If the resource returns later, its counters begin at 0."""
-        self._resources.pop(resource, None)
+    def __init__(self) -> None:
+        self.counts: collections.defaultdict[str, ResourceCounts] = collections.defaultdict(ResourceCounts)
 
     def collect(self) -> Iterable[Metric]:
         devices = {
-            resource: collections.Counter(device.health.reason for device in of.devices)
-            for resource, of in self._resources.items()
-            if of.devices is not None
+            resource: collections.Counter(device.health.reason for device in counts.devices)
+            for resource, counts in self.counts.items()
+            if counts.devices is not None
         }
-        yield self._gauge(
-            "available_devices",
-            "Devices offered as healthy.",
-            {resource: sum(n for reason, n in by.items() if reason.healthy) for resource, by in devices.items()},
+        available = {resource: sum(n for reason, n in by.items() if reason.healthy) for resource, by in devices.items()}
+        yield _by("available_devices", "Devices offered as healthy.", LABEL, available)
+        attached = {resource: by[Reason.ATTACHED] for resource, by in devices.items()}
+        yield _by("attached_devices", "Devices attached to this node.", LABEL, attached)
+        yield self._counter(
+            "allocations", "Allocates that were answered with devices.", lambda counts: counts.allocations
         )
-        yield self._gauge(
-            "attached_devices",
-            "Devices attached to this node.",
-            {resource: by[Reason.ATTACHED] for resource, by in devices.items()},
-        )
-        yield self._count("allocations", "Allocates that were answered with devices.", lambda of: of.allocations)
         # The Go program names it device_plugin_restarts_total and exports it with the prefix.
-        text = "Times the plugin of a resource was served and registered anew."
-        yield self._count("restarts", text, lambda of: of.restarts)
-        yield self._count("device_plugin_restarts", text, lambda of: of.restarts, prefix="")
-        by_reason = GaugeMetricFamily(
-            f"{self._prefix}devices",
-            "Devices by the reason they are advertised as they are.",
-            labels=(LABEL, "reason"),
+        text = "Times the resource was registered with the kubelet again."
+        yield self._counter("restarts", text, lambda counts: counts.restarts)
+        yield self._counter("device_plugin_restarts", text, lambda counts: counts.restarts, prefix="")
+        reasons: Labelled = {
+            (name, reason.name.lower()): by[reason] for name, by in devices.items() for reason in Reason
+        }
+        yield _gauge("devices", "Devices by the reason for their health.", (LABEL, "reason"), reasons)
+        text = "Allocates refused because another node holds the device."
+        yield self._counter("allocate_denials", text, lambda counts: counts.denials)
+        yield self._failures(
+            "allocate_failures", "Allocates that failed for another reason.", lambda counts: counts.failures
         )
-        for resource, by in devices.items():
-            for reason in Reason:
-                by_reason.add_metric((resource, reason.name.lower()), by[reason])
-        yield by_reason
-        yield self._count(
-            "allocate_denials", "Allocates refused because another node holds the device.", lambda of: of.denials
-        )
-        yield self._failed("allocate_failures", "Allocates that failed for another reason.", lambda of: of.failures)
-        yield self._failed(
-            "pre_start_failures",
-            "PreStartContainer calls that failed: containers that were not started.",
-            lambda of: of.pre_start_failures,
-        )
-        yield self._count(
-            "kubelet_registrations",
-            "Registrations that the kubelet accepted and listens to.",
-            lambda of: of.registrations,
-        )
+        text = "PreStartContainer calls that failed, so that the container did not start."
+        yield self._failures("pre_start_failures", text, lambda counts: counts.pre_start_failures)
+        text = "Registrations that the kubelet accepted and listens to."
+        yield self._counter("kubelet_registrations", text, lambda counts: counts.registrations)
 
-    def _gauge(self, name: str, text: str, values: Mapping[str, int]) -> Metric:
-        family = GaugeMetricFamily(self._prefix + name, text, labels=(LABEL,))
-        for resource, value in values.items():
-            family.add_metric((resource,), value)
-        return family
+    def _counter(self, name: str, text: str, value: Callable[[ResourceCounts], int], prefix: str = PREFIX) -> Metric:
+        values: Labelled = {(resource,): value(counts) for resource, counts in self.counts.items()}
+        return _counter(name, text, (LABEL,), values, prefix)
 
-    def _count(self, name: str, text: str, value: Callable[[OfResource], int], prefix: str | None = None) -> Metric:
-        """Returns a counter with a value for each resource. It is exported with the suffix _total."""
-        family = CounterMetricFamily((self._prefix if prefix is None else prefix) + name, text, labels=(LABEL,))
-        for resource, of in self._resources.items():
-            family.add_metric((resource,), value(of))
-        return family
-
-    def _failed(self, name: str, text: str, values: Callable[[OfResource], Mapping[str, int]]) -> Metric:
-        """Returns a counter with a value for each resource and reason. It is exported with the suffix _total."""
-        family = CounterMetricFamily(self._prefix + name, text, labels=(LABEL, "reason"))
-        for resource, of in self._resources.items():
-            for reason, value in values(of).items():
-                family.add_metric((resource, reason), value)
-        return family
-
-
-PREFIX = "usbip_device_plugin_"
-"""Precedes the names of the metrics."""
-STEP_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
-ALLOCATE_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 3, 5, 7.5, 10, 15, 30, 60)
-"""Upper bounds of the buckets, in seconds. allocateTimeout may be up to 60 s."""
-WITHDRAWAL_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+    def _failures(self, name: str, text: str, by_reason: Callable[[ResourceCounts], Mapping[str, int]]) -> Metric:
+        values: Labelled = {
+            (resource, reason): count
+            for resource, counts in self.counts.items()
+            for reason, count in by_reason(counts).items()
+        }
+        return _counter(name, text, (LABEL, "reason"), values)
 
 
 class Metrics:
@@ -263,35 +217,36 @@ class Metrics:
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
-        self._resources = ResourceCollector(PREFIX)
+        self._resources = ResourceCollector()
         self.registry.register(self._resources)
         self._gauge("tasks", "Tasks of the event loop.", ()).set_function(_tasks)
-        self._steps = self._histogram("step_seconds", "Time taken by one step of Allocate or release.", ("step",))
+        self._steps = self._histogram("step_seconds", "Duration of a step of Allocate or release.", ("step",))
         self._allocates = self._histogram(
-            "allocate_seconds", "Time from an Allocate to its outcome.", ("result",), ALLOCATE_BUCKETS_S
+            "allocate_seconds", "Duration of an Allocate, by its result.", ("result",), ALLOCATE_BUCKETS_S
         )
         self._withdrawals = self._histogram(
             "withdrawal_seconds",
-            "Time from seeing that another node took a device to the kubelet having been told.",
+            "Time from seeing that another node took a device until the kubelet received the change.",
             (),
             WITHDRAWAL_BUCKETS_S,
         )
         self._acquires = self._histogram(
-            "lock_acquire_seconds", "Time taken to get, or be refused, the lock of a device.", ("result",)
+            "lock_acquire_seconds", "Time until the lock of a device was acquired or refused.", ("result",)
         )
         self._transitions = self._counter(
-            "lock_transitions", "Locks that this node took, took over, released or lost.", ("transition",)
+            "lock_transitions", "Locks that this node acquired, took over, released or lost.", ("transition",)
         )
-        self._losses = self._counter("attachments_lost", "Attachments that ended without this node's doing.", ())
-        self._reattaches = self._counter("reattaches", "Tries to attach a lost device again.", ("result",))
+        text = "Attachments lost because the connection broke or the device was unplugged."
+        self._losses = self._counter("attachments_lost", text, ())
+        self._reattaches = self._counter("reattaches", "Attempts to re-attach a lost device.", ("result",))
         self._api_errors = self._counter("api_errors", "Requests to the API server that failed.", ("verb", "reason"))
-        self._reloads = self._counter("config_reloads", "Changes of the configuration file.", ("result",))
+        self._reloads = self._counter("config_reloads", "Reloads of the changed configuration file.", ("result",))
         self._reload_failed = self._gauge(
-            "config_reload_failed", "1 while the configuration file cannot be used, else 0.", ()
+            "config_reload_failed", "1 while the configuration file is not valid, else 0.", ()
         )
         self._reloaded_at = self._gauge(
             "config_last_reload_success_timestamp_seconds",
-            "When the configuration in force was loaded, since the Unix epoch.",
+            "Unix time at which the configuration in force was loaded.",
             (),
         )
 
@@ -319,7 +274,7 @@ class Metrics:
 
     def expect_resource(self, resource: str, failures: Iterable[str], pre_starts: Iterable[str]) -> None:
         """Creates the counters of a resource. failures, pre_starts: the reasons for which the calls may fail."""
-        counted = self._resources.of(resource)
+        counted = self._resources.counts[resource]
         for reason in failures:
             counted.failures.setdefault(reason, 0)
         for reason in pre_starts:
@@ -327,34 +282,34 @@ class Metrics:
 
     def devices(self, resource: str, devices: tuple[Advertised, ...]) -> None:
         """Sets the devices that a resource advertises, for the gauges."""
-        self._resources.of(resource).devices = devices
+        self._resources.counts[resource].devices = devices
 
     def forget(self, resource: str) -> None:
         """Ends the series of a resource that is offered no longer. If it returns, its counters begin at 0."""
-        self._resources.forget(resource)
+        self._resources.counts.pop(resource, None)
 
     def allocated(self, resource: str) -> None:
-        self._resources.of(resource).allocations += 1
+        self._resources.counts[resource].allocations += 1
 
     def allocate(self, result: str, seconds: float) -> None:
         self._allocates.labels(result).observe(seconds)
 
     def denied(self, resource: str) -> None:
-        self._resources.of(resource).denials += 1
+        self._resources.counts[resource].denials += 1
 
     def failed(self, resource: str, reason: str) -> None:
         """Counts an Allocate that failed. reason: one of few; never an error's text."""
-        self._resources.of(resource).failures[reason] += 1
+        self._resources.counts[resource].failures[reason] += 1
 
     def pre_start_failed(self, resource: str, reason: str) -> None:
         """Counts a PreStartContainer that failed. reason: one of few; never an error's text."""
-        self._resources.of(resource).pre_start_failures[reason] += 1
+        self._resources.counts[resource].pre_start_failures[reason] += 1
 
     def restarted(self, resource: str) -> None:
-        self._resources.of(resource).restarts += 1
+        self._resources.counts[resource].restarts += 1
 
     def registered(self, resource: str) -> None:
-        self._resources.of(resource).registrations += 1
+        self._resources.counts[resource].registrations += 1
 
     def step(self, name: str, seconds: float) -> None:
         """Records how long a step took. name: one of few, such as lock, import, attach; never a device or a pod."""
