@@ -360,7 +360,7 @@ async def test_a_collector_that_is_not_there_is_one_line_in_the_log(
         for number in range(2):
             pod = await p.admit()
             if number == 0:
-                await p.line("traces cannot be exported")
+                await p.line("trace export failed")
             await p.end_pod(pod)
             await p.line('"device released"')
             await p.offered()

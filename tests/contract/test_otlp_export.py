@@ -168,7 +168,7 @@ def test_disabled_means_no_trace_anywhere(receiver: Receiver, start: Start) -> N
     with span(tracing.tracer, "x") as made:
         assert traceparent_of(made) is None
     tracing.shutdown()
-    assert not tracing.exporting
+    assert not tracing._export
     assert (receiver.asked, tracing.recent.traces()) == (0, ())
 
 
@@ -176,11 +176,11 @@ def test_disabled_means_no_trace_anywhere(receiver: Receiver, start: Start) -> N
     ("variables", "complaint"),
     [
         ({"OTEL_TRACES_EXPORTER": "none"}, ""),
-        ({"OTEL_TRACES_EXPORTER": "zipkin"}, "the one exporter is otlp"),
-        ({"OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf"}, "the one protocol is grpc"),
-        ({"OTEL_EXPORTER_OTLP_TIMEOUT": "soon"}, "a setting cannot be used"),
-        ({"OTEL_EXPORTER_OTLP_COMPRESSION": "zip"}, "a setting cannot be used"),
-        ({"OTEL_BSP_MAX_QUEUE_SIZE": "-1"}, "a setting cannot be used"),
+        ({"OTEL_TRACES_EXPORTER": "zipkin"}, "the exporter must be otlp"),
+        ({"OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf"}, "the protocol must be grpc"),
+        ({"OTEL_EXPORTER_OTLP_TIMEOUT": "soon"}, "a setting is not valid"),
+        ({"OTEL_EXPORTER_OTLP_COMPRESSION": "zip"}, "a setting is not valid"),
+        ({"OTEL_BSP_MAX_QUEUE_SIZE": "-1"}, "a setting is not valid"),
     ],
     ids=str,
 )
@@ -189,7 +189,7 @@ def test_a_setting_that_cannot_be_followed_is_said_and_costs_the_export_only(
 ) -> None:
     tracing = start(OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:9", **variables)
     tracing.tracer.start_span("x").end()
-    assert not tracing.exporting
+    assert not tracing._export
     assert len(tracing.recent.traces()) == 1
     assert [level for level, _text in ours(caplog)] == (["ERROR"] if complaint else [])
     assert complaint in "".join(text for _level, text in ours(caplog))
@@ -213,13 +213,13 @@ def test_an_outage_is_counted_and_logged_once_at_its_beginning_and_once_at_its_e
         tracing.tracer.start_span("lost").end()
         until(lambda wanted=number: tracing.export_failures >= wanted)  # type: ignore[misc]
     assert tracing.spans_dropped == 3
-    assert ours(caplog) == [("WARNING", "traces cannot be exported; spans are dropped meanwhile")]
+    assert ours(caplog) == [("WARNING", "trace export failed, dropping spans")]
     assert str(port) in vars(caplog.records[0])["cause"]
     with receiving(port) as receiver:
         tracing.tracer.start_span("taken").end()
         until(lambda: any(received.span.name == "taken" for received in receiver.spans) or _again(tracing))
         until(lambda: len(caplog.records) == 2)
-    assert ours(caplog)[1] == ("INFO", "traces are exported again")
+    assert ours(caplog)[1] == ("INFO", "trace export works again")
     assert vars(caplog.records[1])["spans_dropped"] == tracing.spans_dropped
 
 

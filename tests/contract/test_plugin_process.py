@@ -194,7 +194,7 @@ def test_a_late_event_loop_is_not_alive(monkeypatch: pytest.MonkeyPatch, places:
     async def story(node: Node) -> None:
         await offered(node)
         status, text = await node.get("/healthz")
-        assert (status, text.startswith("event loop: no sign of life for ")) == (503, True)
+        assert (status, text.startswith("event loop: no heartbeat for ")) == (503, True)
         assert [line[:10] for line in (await node.get_json("/api/status"))["not_alive"]] == ["event loop"]
 
     assert run(monkeypatch, places, story)[0] == 0

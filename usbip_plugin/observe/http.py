@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -72,7 +73,7 @@ class Heartbeat:
         silent = self._clock.monotonic() - self._last if self._last is not None else 0.0
         if silent <= self._within:
             return Verdict(ok=True)
-        line = f"event loop: no sign of life for {silent:.1f} s, expected every {self._within:g} s"
+        line = f"event loop: no heartbeat for {silent:.1f} s, expected one every {self._within:g} s"
         return Verdict(ok=False, lines=(line,))
 
 
@@ -88,24 +89,19 @@ def verdict_page(verdict: Callable[[], Verdict]) -> PageHandler:
     return page
 
 
-def metrics_page(render: Callable[[], tuple[bytes, str]]) -> PageHandler:
-    """Returns the page of the metrics. render: Metrics.render."""
-    return lambda: Answer(*render())
-
-
 def standard_pages(
     *,
     alive: Callable[[], Verdict],
     ready: Callable[[], Verdict],
     metrics: Callable[[], tuple[bytes, str]],
 ) -> dict[str, PageHandler]:
-    """Returns the pages by path. /health is the Go program's path for /healthz."""
+    """Returns the pages by path. /health is the Go program's path for /healthz. metrics: Metrics.render."""
     health = verdict_page(alive)
     return {
         "/healthz": health,
         "/health": health,
         "/readyz": verdict_page(ready),
-        "/metrics": metrics_page(metrics),
+        "/metrics": lambda: Answer(*metrics()),
     }
 
 
@@ -116,11 +112,11 @@ def split_listen(listen: str) -> tuple[str | None, int]:
     """
     host, colon, port = listen.rpartition(":")
     if not colon or not port.isascii() or not port.isdigit() or int(port) > 65535:
-        raise ValueError(f"{listen!r} is no address to listen at; write :8080 or 127.0.0.1:8080")
+        raise ValueError(f"{listen!r} is not a valid listen address; use :8080 or 127.0.0.1:8080")
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
     elif ":" in host:
-        raise ValueError(f"{listen!r}: put an IPv6 address in brackets, as [::1]:8080")
+        raise ValueError(f"{listen!r} is not a valid listen address; an IPv6 address must be in brackets: [::1]:8080")
     return host or None, int(port)
 
 
@@ -164,7 +160,7 @@ class HttpServer:
     async def _answer(self, request: BaseRequest) -> Response:
         page = self._find(request.path)
         if page is None:
-            return Response(text="no such page\n", status=404)
+            return Response(text="page not found\n", status=404)
         if request.method not in METHODS:
             return Response(status=405, headers={"Allow": ", ".join(METHODS)})
         answer = page()
@@ -197,7 +193,6 @@ class Site:
 
     def __init__(self, status: Callable[[], Status], recent: RecentSpans) -> None:
         self._status, self._recent = status, recent
-        self._made: Page | None = None
 
     def pages(self) -> dict[str, PageHandler]:
         """Returns the pages by path."""
@@ -213,14 +208,12 @@ class Site:
         """Returns the pages by the beginning of their path, each to be called with the rest of the path."""
         return {f"{TRACES}/": self._trace}
 
-    @property
+    @functools.cached_property
     def _page(self) -> Page:
-        if self._made is None:
-            # imported here: the status page of most nodes is never opened
-            from usbip_plugin.observe.page import Page  # noqa: PLC0415
+        # imported here: the status page of most nodes is never opened
+        from usbip_plugin.observe.page import Page  # noqa: PLC0415
 
-            self._made = Page()
-        return self._made
+        return Page()
 
     def _whole(self) -> Answer:
         body = self._page.whole(self._status(), self._recent.traces())
@@ -232,7 +225,7 @@ class Site:
         return Answer(body, HTML, headers={"Content-Security-Policy": "default-src 'none'; sandbox"})
 
     def _traces(self) -> Answer:
-        from usbip_plugin.observe.traces import summary  # noqa: PLC0415 - as the page
+        from usbip_plugin.observe.traces import summary  # noqa: PLC0415 - needed by few nodes
 
         return _json([summary(spans).as_json() for spans in reversed(self._recent.traces()) if spans])
 
@@ -241,7 +234,7 @@ class Site:
 
         spans = self._recent.trace(trace_id) if _TRACE_ID.fullmatch(trace_id) else ()
         if not spans:
-            return Answer(b"no such trace is kept; /api/traces lists those that are\n", status=404)
+            return Answer(b"trace not found; /api/traces lists the traces in memory\n", status=404)
         return _json({**summary(spans).as_json(), "spans": [span_json(span) for span in spans]})
 
 

@@ -42,7 +42,7 @@ def set_up_logging(level: str, stream: TextIO, *, json_lines: bool = True) -> lo
     Raises ValueError if the level is unknown.
     """
     if level not in LEVELS:
-        raise ValueError(f"log level {level!r} is unknown; possible values are: {', '.join(LEVELS)}")
+        raise ValueError(f"log level {level!r} is not valid; expected one of {', '.join(LEVELS)}")
     number = LEVELS[level]
     handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonFormatter() if json_lines else TextFormatter())

@@ -37,10 +37,10 @@ class OtlpExport(BatchSpanProcessor):
         """Starts the export. exporter: used instead of the OTLP exporter."""
         self._size = _number(environ, QUEUE_VARIABLE, QUEUE_LENGTH)
         batch = min(self._size, _number(environ, BATCH_VARIABLE, BATCH_LENGTH))
-        self._hearing = _Hearing()
+        self._library_log = _LibraryLog()
         with contextlib.ExitStack() as undo:
-            undo.callback(self._hearing.end)
-            self._counting = _Counting(exporter or OTLPSpanExporter(), self._hearing)
+            undo.callback(self._library_log.end)
+            self._counting = _Counting(exporter or OTLPSpanExporter(), self._library_log)
             super().__init__(self._counting, max_queue_size=self._size, max_export_batch_size=batch)
             undo.pop_all()
 
@@ -67,9 +67,9 @@ class OtlpExport(BatchSpanProcessor):
 class _Counting(SpanExporter):
     """Exporter that counts lost spans and failed batches, and logs the start and the end of an outage."""
 
-    def __init__(self, inner: SpanExporter, hearing: _Hearing) -> None:
+    def __init__(self, inner: SpanExporter, library_log: _LibraryLog) -> None:
         self._inner = inner
-        self._hearing = hearing
+        self._library_log = library_log
         self._lock = threading.Lock()
         self._waiting = 0
         self._lost_in_outage: int | None = None
@@ -87,11 +87,11 @@ class _Counting(SpanExporter):
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         with self._lock:
             self._waiting = max(0, self._waiting - len(spans))
-        self._hearing.listen()
+        self._library_log.start_export()
         try:
             result = self._inner.export(spans)
-        except Exception as error:  # noqa: BLE001 - a library's; whatever it is, these spans are lost and no more
-            result, self._hearing.last = SpanExportResult.FAILURE, f"{type(error).__name__}: {error}"
+        except Exception as error:  # noqa: BLE001 - a library's; whatever it is, it only costs these spans
+            result, self._library_log.last = SpanExportResult.FAILURE, f"{type(error).__name__}: {error}"
         if result is SpanExportResult.SUCCESS:
             self._succeeded()
         else:
@@ -100,7 +100,7 @@ class _Counting(SpanExporter):
 
     def shutdown(self) -> None:
         self._inner.shutdown()
-        self._hearing.end()
+        self._library_log.end()
 
     def break_off(self) -> None:
         self._inner.shutdown()
@@ -112,16 +112,16 @@ class _Counting(SpanExporter):
             begins = self._lost_in_outage is None
             self._lost_in_outage = (self._lost_in_outage or 0) + spans
         if begins:
-            log.warning("traces cannot be exported; spans are dropped meanwhile", extra={"cause": self._hearing.last})
+            log.warning("trace export failed, dropping spans", extra={"cause": self._library_log.last})
 
     def _succeeded(self) -> None:
         with self._lock:
             lost, self._lost_in_outage = self._lost_in_outage, None
         if lost is not None:
-            log.info("traces are exported again", extra={"spans_dropped": lost})
+            log.info("trace export works again", extra={"spans_dropped": lost})
 
 
-class _Hearing(logging.Handler):
+class _LibraryLog(logging.Handler):
     """Handler that keeps the libraries' own lines about the export out of the log.
 
     The libraries log each batch and each retry, some of them with headers.
@@ -141,13 +141,13 @@ class _Hearing(logging.Handler):
             for filter_ in filters:
                 library.removeFilter(filter_)
 
-    def listen(self) -> None:
-        """Notes that an export begins in this thread, and clears `last`."""
+    def start_export(self) -> None:
+        """Records that an export starts in this thread, and clears `last`."""
         self.last, self._thread = "", threading.get_ident()
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.name == _HEADER_LOGGER:
-            log.warning("an entry of OTEL_EXPORTER_OTLP_HEADERS is not name=value, and is left out")
+            log.warning("entry of OTEL_EXPORTER_OTLP_HEADERS ignored, expected name=value")
         elif record.thread == self._thread:
             self.last = record.getMessage()
 
@@ -155,7 +155,7 @@ class _Hearing(logging.Handler):
         """Lets the libraries' loggers work as before."""
         for library, filters in self._loggers:
             library.removeHandler(self)
-            library.propagate = not any(isinstance(other, _Hearing) for other in library.handlers)
+            library.propagate = not any(isinstance(other, _LibraryLog) for other in library.handlers)
             for filter_ in filters:
                 library.addFilter(filter_)
 
@@ -165,5 +165,5 @@ def _number(environ: Mapping[str, str], variable: str, default: int) -> int:
     if not text:
         return default
     if not text.isascii() or not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"{variable}={text!r} must be a positive number")
+        raise ValueError(f"{variable} must be a positive integer, got {text!r}")
     return int(text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -74,7 +74,6 @@ class Summary:
     name: of the root span.
     start: when the first span starts.
     seconds: from the first start to the last end.
-    spans: how many there are.
     nodes: in the order of their first span.
     device: SERVER/BUSID, else the name or the id of the device; None if no span is about a device.
     error: the first error; None if no span failed.
@@ -85,24 +84,14 @@ class Summary:
     name: str
     start: datetime
     seconds: float
-    spans: int
+    span_count: int
     nodes: tuple[str, ...]
     device: str | None
     error: str | None
     failed: bool
 
     def as_json(self) -> dict[str, Any]:
-        return {
-            "trace_id": self.trace_id,
-            "name": self.name,
-            "start": self.start.isoformat(timespec="milliseconds"),
-            "seconds": self.seconds,
-            "span_count": self.spans,
-            "nodes": list(self.nodes),
-            "device": self.device,
-            "error": self.error,
-            "failed": self.failed,
-        }
+        return {**asdict(self), "start": self.start.isoformat(timespec="milliseconds")}
 
 
 def summary(spans: Sequence[SpanRecord]) -> Summary:
@@ -118,9 +107,9 @@ def summary(spans: Sequence[SpanRecord]) -> Summary:
         name=root.name,
         start=datetime.fromtimestamp(begin / 1e9, UTC),
         seconds=max(0, end - begin) / 1e9,
-        spans=len(ordered),
+        span_count=len(ordered),
         nodes=_nodes(ordered),
-        device=next((name for name in _devices(ordered)), None),
+        device=next(_devices(ordered), None),
         error=errors[0] if errors else None,
         failed=root.error is not None,
     )
@@ -232,9 +221,9 @@ def _by_tree(ordered: Sequence[SpanRecord]) -> list[tuple[SpanRecord, int]]:
         span, depth = stack.pop()
         found.append((span, depth))
         stack.extend((child, depth + 1) for child in reversed(children.pop(span.span_id, [])))
-    seen = {span.span_id for span, _depth in found}
+    reached = {span.span_id for span, _depth in found}
     # spans that are each other's ancestors: only a damaged trace has them, and none of them may be lost
-    return found + [(span, 0) for span in ordered if span.span_id not in seen]
+    return found + [(span, 0) for span in ordered if span.span_id not in reached]
 
 
 def duration(seconds: float) -> str:

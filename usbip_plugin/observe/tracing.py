@@ -125,16 +125,12 @@ class KeptSpan:
             self.record, self.span = _record(self.span), None
         return self.record
 
-    def forget(self) -> None:
-        """Drops the SDK's object, because nobody can read this span any more."""
-        self.span = None
-
 
 class RecentSpans(SpanProcessor):
     """Span processor that keeps the last traces in memory.
 
     Keeps at most `traces` traces, MAX_SPANS_PER_TRACE spans of each (the first and the last) and RECENT_SPANS in all.
-    If traces have many spans, fewer traces are kept.
+    If traces have many spans, fewer traces are kept. They can be read after shutdown(), too.
     Thread-safe. The providers of several nodes may share one; a trace then has the spans of all these nodes.
     """
 
@@ -167,13 +163,7 @@ class RecentSpans(SpanProcessor):
     def _forget(self, spans: Sequence[KeptSpan]) -> None:
         self._spans -= len(spans)
         for kept in spans:
-            kept.forget()
-
-    def shutdown(self) -> None:
-        """Does nothing: the traces can still be read."""
-
-    def force_flush(self, timeout_millis: int = 0) -> bool:  # noqa: ARG002
-        return True
+            kept.span = None
 
     def traces(self) -> tuple[tuple[SpanRecord, ...], ...]:
         """Returns the traces kept: the one with the newest span is the last. Spans are in the order they ended."""
@@ -238,7 +228,7 @@ class Tracing:
         try:
             self._provider = _provider(node, version, environ)
         except ValueError as error:
-            log.error("tracing is off: a setting cannot be used", extra={"cause": str(error)})  # noqa: TRY400 - its text says it
+            log.error("tracing is off: a setting is not valid", extra={"cause": str(error)})  # noqa: TRY400 - no traceback
             return
         self._provider.add_span_processor(self.recent)
         if _wants_export(environ):
@@ -246,10 +236,6 @@ class Tracing:
         if self._export is not None:
             self._provider.add_span_processor(self._export)
         self.tracer = self._provider.get_tracer(SERVICE_NAME, version)
-
-    @property
-    def exporting(self) -> bool:
-        return self._export is not None
 
     @property
     def export_failures(self) -> int:
@@ -313,9 +299,9 @@ def _wants_export(environ: Mapping[str, str]) -> bool:
     if exporter == "none":
         return False
     if exporter != "otlp":
-        log.error("traces are not exported: the one exporter is otlp", extra={EXPORTER_VARIABLE: exporter})
+        log.error("traces are not exported: the exporter must be otlp", extra={EXPORTER_VARIABLE: exporter})
     elif protocol != "grpc":
-        log.error("traces are not exported: the one protocol is grpc", extra={"protocol": protocol})
+        log.error("traces are not exported: the protocol must be grpc", extra={"protocol": protocol})
     return exporter == "otlp" and protocol == "grpc"
 
 
@@ -326,7 +312,7 @@ def _export(environ: Mapping[str, str]) -> OtlpExport | None:
     try:
         return OtlpExport(environ)
     except Exception as error:  # noqa: BLE001 - a library reads the user's variables; no mistake there may stop the plugin
-        log.error("traces are not exported: a setting cannot be used", extra={"cause": str(error)})  # noqa: TRY400
+        log.error("traces are not exported: a setting is not valid", extra={"cause": str(error)})  # noqa: TRY400
         return None
 
 
@@ -413,7 +399,7 @@ def _record(span: ReadableSpan) -> SpanRecord:
         end_ns=span.end_time or span.start_time or 0,
         attributes=_texts(span.attributes),
         error=error,
-        links=tuple(_link_ids(span)),
+        links=tuple(f"{link.context.trace_id:032x}" for link in span.links),
         kind=span.kind.name.lower(),
         events=tuple(
             SpanEvent(_short(event.name), event.timestamp, _texts(event.attributes, without=_STACK))
@@ -424,10 +410,6 @@ def _record(span: ReadableSpan) -> SpanRecord:
 
 def _texts(attributes: Attributes, without: str = "") -> dict[str, str]:
     return {key: _short(value) for key, value in (attributes or {}).items() if key != without}
-
-
-def _link_ids(span: ReadableSpan) -> Sequence[str]:
-    return [f"{link.context.trace_id:032x}" for link in span.links]
 
 
 def _short(value: object) -> str:

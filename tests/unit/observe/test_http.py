@@ -124,7 +124,7 @@ def test_a_loop_that_stops_turning_makes_the_node_unwell_until_it_turns_again() 
     assert heartbeat.verdict() == Verdict(True), "before the first beat nothing is expected"
     heartbeat.beat()
     clock.seconds = 60.5
-    assert heartbeat.verdict() == Verdict(False, ("event loop: no sign of life for 10.5 s, expected every 10 s",))
+    assert heartbeat.verdict() == Verdict(False, ("event loop: no heartbeat for 10.5 s, expected one every 10 s",))
     heartbeat.beat()
     assert heartbeat.verdict() == Verdict(True)
 

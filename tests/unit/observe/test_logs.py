@@ -102,7 +102,7 @@ def test_setting_up_again_replaces_the_stream_and_an_unknown_level_is_refused() 
     LOG.info("hello", extra={"device": "d"})
     assert first.getvalue() == ""
     assert second.getvalue().endswith(" info  hello device=d\n")
-    with pytest.raises(ValueError, match="possible values are: all, debug"):
+    with pytest.raises(ValueError, match="expected one of all, debug"):
         set_up_logging("warning", first)
 
 

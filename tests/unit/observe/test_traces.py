@@ -60,7 +60,7 @@ def test_whatever_is_written_into_spans_every_one_has_its_bar_on_the_axis(drawn:
     by_begin = sorted(fall.bars, key=lambda bar: bar.span.start_ns)
     for one, other in itertools.pairwise(by_begin):
         assert one.x <= other.x + LEAST_WIDTH, "time goes to the right"
-    assert summary(spans).spans == len(spans)
+    assert summary(spans).span_count == len(spans)
 
 
 def test_the_summary_names_root_device_and_the_first_error() -> None:

@@ -227,7 +227,7 @@ def test_the_process_ends_although_the_endpoint_is_silent() -> None:
     """The SDK by itself would wait for 10 s and more; with the bound the process is gone at once."""
     code = (
         "from usbip_plugin.observe.tracing import Tracing\n"
-        "t = Tracing('n', version='1'); assert t.exporting; t.tracer.start_span('x').end()\n"
+        "t = Tracing('n', version='1'); assert t._export; t.tracer.start_span('x').end()\n"
         "t.shutdown(); print('ended')"
     )
     with socket.create_server(("127.0.0.1", 0)) as silent:
