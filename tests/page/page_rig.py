@@ -23,7 +23,7 @@ from usbip_plugin.model import DeviceKey, PodRef, Reason, ServerKey, UsbId
 from usbip_plugin.node.status import config_failed, config_loaded, status_of
 from usbip_plugin.observe.http import HttpServer, Site, Verdict, standard_pages
 from usbip_plugin.observe.metrics import Metrics
-from usbip_plugin.observe.status import Status
+from usbip_plugin.observe.status import NodeReport
 from usbip_plugin.observe.tracing import RecentSpans, Tracing
 from usbip_plugin.usbip.client import Connector, TcpUsbipClient
 from usbip_sim.server.server import VirtualServer
@@ -64,10 +64,10 @@ class Watched:
         self.config = config_loaded(Path("/etc/usbip-device-plugin/config.yaml"), CONFIG, (), SystemClock().now())
         self._clock = SystemClock()
         self._started = self._clock.monotonic()
-        self.poison: list[Status] = []
+        self.poison: list[NodeReport] = []
         """What is shown instead of the node, if anything."""
 
-    def status(self) -> Status:
+    def status(self) -> NodeReport:
         if self.poison:
             return self.poison[-1]
         agent = self.a.agent

@@ -19,7 +19,7 @@ from usbip_plugin.cli.parser import parser
 from usbip_plugin.config import schema
 from usbip_plugin.config.parse import parse_config
 from usbip_plugin.node.check import permissions_needed
-from usbip_plugin.observe.metrics import Metrics, NodeCollector, Reading
+from usbip_plugin.observe.metrics import Metrics, NodeCollector, NodeReading
 
 ROOT = Path(__file__).parent.parent.parent
 DOCUMENTS = [
@@ -157,7 +157,7 @@ def test_the_table_of_states_in_the_docstring_of_claims_is_that_of_the_code() ->
 def test_the_metrics_named_in_the_documents_exist() -> None:
     exposed = Metrics()
     exposed.devices("r", ())
-    exposed.add(NodeCollector(lambda: Reading(version="1", ready=True)))
+    exposed.add(NodeCollector(lambda: NodeReading(version="1", ready=True)))
     text = exposed.render()[0].decode()
     for document in DOCUMENTS:
         for name in re.findall(r"`(\w*device_plugin_\w+)`", document.read_text(encoding="utf-8")):

@@ -32,7 +32,7 @@ from usbip_plugin.node.metrics import AgentMetrics, DropCounts
 from usbip_plugin.node.status import config_failed, config_loaded, status_of
 from usbip_plugin.observe.http import Heartbeat, HttpServer, Site, Verdict, standard_pages
 from usbip_plugin.observe.metrics import Metrics
-from usbip_plugin.observe.status import Status
+from usbip_plugin.observe.status import NodeReport
 from usbip_plugin.observe.tracing import Tracing
 from usbip_plugin.usbip.client import TcpUsbipClient
 from usbip_plugin.vhci.driver import VhciDriver
@@ -209,7 +209,7 @@ class _Process:
             lines.append(f"locks not read: {self.agent.locks.api.error or 'waiting'}")
         return Verdict(ok=False, lines=tuple(lines))
 
-    def _status(self) -> Status:
+    def _status(self) -> NodeReport:
         return status_of(
             self.agent,
             node=self._options.node,

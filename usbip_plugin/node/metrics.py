@@ -53,7 +53,7 @@ from usbip_plugin.locks.manager import Acquired
 from usbip_plugin.locks.watch import LockChange
 from usbip_plugin.model import Advertised
 from usbip_plugin.node.agent import Agent, MetricHooks
-from usbip_plugin.observe.metrics import Metrics, NodeCollector, Reading
+from usbip_plugin.observe.metrics import Metrics, NodeCollector, NodeReading
 from usbip_plugin.usbip.poller import ServerState
 
 OTHER = "other"
@@ -249,14 +249,14 @@ class AgentMetrics:
         if name is not None:
             self._metrics.transition(name)
 
-    def _read(self, agent: Agent, losses: DropCounts) -> Reading:
+    def _read(self, agent: Agent, losses: DropCounts) -> NodeReading:
         views = {str(s): v for s, v in agent.poller.views.items() if v.state is not ServerState.PENDING}
         driver = agent.inventory.ports
         loaded = driver.error is None
         claims = Counter(claim.state for claim in agent.claims.view.values())
         held = len(agent.locks.mine())
         beat = agent.locks.heartbeat_at
-        return Reading(
+        return NodeReading(
             version=__version__,
             ready=agent.ready,
             registered={name: plugin.registered for name, plugin in agent.resources.plugins.items()},

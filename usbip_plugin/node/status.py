@@ -13,7 +13,7 @@ from usbip_plugin.errors import ConfigError
 from usbip_plugin.model import Advertised
 from usbip_plugin.node.agent import Agent
 from usbip_plugin.observe.http import Verdict
-from usbip_plugin.observe.status import ConfigReport, DeviceRow, LocksReport, RegistrationRow, ServerRow, Status, moment
+from usbip_plugin.observe.status import ConfigReport, DeviceRow, LocksReport, NodeReport, RegistrationRow, ServerRow
 from usbip_plugin.usbip.poller import ServerState
 
 
@@ -27,13 +27,13 @@ def status_of(
     config: ConfigReport,
     ready: Verdict,
     alive: Verdict,
-) -> Status:
+) -> NodeReport:
     """Returns the state of the node as it is now. started: when the process began, by clock.monotonic()."""
     now = clock.monotonic()
-    return Status(
+    return NodeReport(
         node=node,
         version=__version__,
-        now=moment(clock.now()),
+        now=_moment(clock.now()),
         uptime=now - started,
         not_ready=() if ready.ok else ready.lines or ("not ready",),
         not_alive=() if alive.ok else alive.lines or ("not alive",),
@@ -117,7 +117,7 @@ def _locks(agent: Agent, now: float) -> LocksReport:
 
 def config_loaded(path: Path, config: Config, warnings: tuple[str, ...], now: datetime) -> ConfigReport:
     """Returns the report on a configuration file that was read and is in force. now: the wall clock."""
-    return ConfigReport(str(path), moment(now), len(config.resources), warnings)
+    return ConfigReport(str(path), _moment(now), len(config.resources), warnings)
 
 
 def config_failed(before: ConfigReport, error: ConfigError, now: datetime) -> ConfigReport:
@@ -126,5 +126,10 @@ def config_failed(before: ConfigReport, error: ConfigError, now: datetime) -> Co
     The time of failure is that of the first failure since the last good load.
     """
     return ConfigReport(
-        before.path, before.loaded, before.resources, before.warnings, error.problems, before.failed or moment(now)
+        before.path, before.loaded, before.resources, before.warnings, error.problems, before.failed or _moment(now)
     )
+
+
+def _moment(at: datetime) -> str:
+    """Returns a time in RFC 3339 with whole seconds. `at` must be in UTC."""
+    return at.isoformat(timespec="seconds")

@@ -15,7 +15,7 @@ from aiohttp.web_response import Response
 from aiohttp.web_server import Server
 
 from usbip_plugin.clock import Clock
-from usbip_plugin.observe.status import Status
+from usbip_plugin.observe.status import NodeReport
 from usbip_plugin.observe.tracing import RecentSpans
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ class Site:
     recent: the last traces, RECENT_TRACES at most. Only these are served.
     """
 
-    def __init__(self, status: Callable[[], Status], recent: RecentSpans) -> None:
+    def __init__(self, status: Callable[[], NodeReport], recent: RecentSpans) -> None:
         self._status, self._recent = status, recent
 
     def pages(self) -> dict[str, PageHandler]:

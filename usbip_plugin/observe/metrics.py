@@ -33,7 +33,7 @@ Labelled = Mapping[tuple[str, ...], float]
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class NodeReading:
     """The state of one node for its metrics. Durations are in seconds, counts since the process began.
 
     ready: whether /readyz answers 200.
@@ -77,7 +77,7 @@ class NodeCollector(Collector):
     Calls read() once for each scrape, in the thread that renders. read() must be quick and must not raise.
     """
 
-    def __init__(self, read: Callable[[], Reading]) -> None:
+    def __init__(self, read: Callable[[], NodeReading]) -> None:
         self._read = read
 
     def collect(self) -> Iterable[Metric]:

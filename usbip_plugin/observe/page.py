@@ -15,7 +15,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from usbip_plugin.model import Reason
-from usbip_plugin.observe.status import DeviceRow, Status
+from usbip_plugin.observe.status import DeviceRow, NodeReport
 from usbip_plugin.observe.traces import GAP_WIDTH, WIDTH, duration, lay_out, summary
 from usbip_plugin.observe.tracing import SpanRecord
 
@@ -36,7 +36,7 @@ SHOWN_ELSEWHERE = frozenset({Reason.HELD_ELSEWHERE.value, Reason.ATTACHED.value}
 
 
 class Page:
-    """Renderer of a Status and the last traces as HTML.
+    """Renderer of a NodeReport and the last traces as HTML.
 
     policy: value of the Content-Security-Policy header. It allows only the style and the script in page.html, images
     in data: URLs, and requests to the same origin.
@@ -65,15 +65,15 @@ class Page:
         self._drawn: dict[tuple[str, int, str | None, bool], Markup] = {}
         self.policy = _policy(_source(PAGE))
 
-    def whole(self, status: Status, traces: Sequence[Sequence[SpanRecord]]) -> bytes:
+    def whole(self, status: NodeReport, traces: Sequence[Sequence[SpanRecord]]) -> bytes:
         """Returns the whole HTML document. traces: the oldest first."""
         return self._render(PAGE, status, traces)
 
-    def main(self, status: Status, traces: Sequence[Sequence[SpanRecord]]) -> bytes:
+    def main(self, status: NodeReport, traces: Sequence[Sequence[SpanRecord]]) -> bytes:
         """Returns the content of <main>, which changes. The page's script fetches it periodically."""
         return self._render(MAIN, status, traces)
 
-    def _render(self, template: str, status: Status, traces: Sequence[Sequence[SpanRecord]]) -> bytes:
+    def _render(self, template: str, status: NodeReport, traces: Sequence[Sequence[SpanRecord]]) -> bytes:
         names = {row.id: row.device for row in status.devices}
         drawn = self._draw([spans for spans in reversed(traces) if spans][:MAX_TRACES], names)
         return self._templates[template].render(status=status, tiles=_tiles(status), traces=drawn).encode()
@@ -134,7 +134,7 @@ def age(seconds: float) -> str:
     return f"{int(seconds // 86_400)} d"
 
 
-def _tiles(status: Status) -> Sequence[tuple[str, str, str]]:
+def _tiles(status: NodeReport) -> Sequence[tuple[str, str, str]]:
     """Returns the name, the value and the colour of each tile. A device of several resources is counted once."""
     devices = {row.id: row for row in reversed(status.devices)}.values()
     here = sum(row.here for row in devices)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from datetime import datetime
 from typing import Any
 
 
@@ -119,7 +118,7 @@ class ConfigReport:
 
 
 @dataclass(frozen=True, slots=True)
-class Status:
+class NodeReport:
     """The status of one node at one moment.
 
     now: that moment.
@@ -142,8 +141,3 @@ class Status:
     def as_json(self) -> dict[str, Any]:
         """Returns the status as json.dumps takes it."""
         return asdict(self)
-
-
-def moment(at: datetime) -> str:
-    """Returns a time in RFC 3339 with whole seconds. `at` must be in UTC."""
-    return at.isoformat(timespec="seconds")

@@ -16,7 +16,7 @@ import pytest
 
 from usbip_plugin.observe.http import Site
 from usbip_plugin.observe.page import MAX_BARS, MAX_ROWS, MAX_TRACES, Page, age
-from usbip_plugin.observe.status import ConfigReport, DeviceRow, LocksReport, RegistrationRow, ServerRow, Status
+from usbip_plugin.observe.status import ConfigReport, DeviceRow, LocksReport, NodeReport, RegistrationRow, ServerRow
 from usbip_plugin.observe.tracing import (
     MAX_SPANS_PER_TRACE,
     MAX_TEXT_CHARACTERS,
@@ -58,7 +58,7 @@ HELD = replace(
     since=AT,
 )
 MINE = replace(DEVICE, id="usbip-c", reason="attached here", holder="a", state="Attached", here=True, epoch=3, port=7)
-STATUS = Status(
+STATUS = NodeReport(
     node="a",
     version="1",
     now=AT,
@@ -95,7 +95,7 @@ class Reader(HTMLParser):
         self.text += data
 
 
-def shown(status: Status, *traces: list[SpanRecord]) -> Reader:
+def shown(status: NodeReport, *traces: list[SpanRecord]) -> Reader:
     return Reader(Page().main(status, traces).decode())
 
 
@@ -211,6 +211,7 @@ HOSTILE = [
     '{% include "main.html" %}',
     "{{ 7 * 7 }}",
     "a:b:c",
+    "\u202eabc\x07",
     "",
 ]
 
@@ -242,6 +243,7 @@ def test_hostile_text_makes_no_element_and_no_attribute(bad: str) -> None:
     attributes = {key for _, attrs in Reader(whole).elements for key in attrs}
     assert not {key for key in attributes if key.startswith("on")} | {"src", "style", "autofocus"} & attributes
     assert whole.count("<script>") == 1
+    assert whole.replace("\n", "").isprintable(), "nothing in it changes the writing direction"
 
 
 def test_the_policy_names_the_one_script_and_the_one_style() -> None:
