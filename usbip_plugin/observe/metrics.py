@@ -236,7 +236,7 @@ class Metrics:
         self._transitions = self._counter(
             "lock_transitions", "Locks that this node acquired, took over, released or lost.", ("transition",)
         )
-        text = "Attachments lost because the connection broke or the device was unplugged."
+        text = "Attachments that ended although this node did not detach the device."
         self._losses = self._counter("attachments_lost", text, ())
         self._reattaches = self._counter("reattaches", "Attempts to re-attach a lost device.", ("result",))
         self._api_errors = self._counter("api_errors", "Requests to the API server that failed.", ("verb", "reason"))
