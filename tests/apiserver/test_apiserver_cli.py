@@ -277,8 +277,8 @@ async def test_kubectl_finds_it_as_a_plugin_and_completes_it(rig: Rig, cluster: 
 def test_bash_offers_the_devices_of_the_cluster(cluster: Cluster, kubeconfig: str, tmp_path: Path) -> None:
     code = """
         source <(usbip-plugin completion bash)
-        COMP_WORDS=(usbip-plugin devices -o n); COMP_CWORD=3
-        _usbip_plugin
+        COMP_LINE="usbip-plugin devices -o n" COMP_POINT=25
+        _python_argcomplete usbip-plugin
         printf '%s\\n' "${COMPREPLY[@]}"
     """
     environ = {"PATH": f"{SCRIPTS}:/usr/bin:/bin", "HOME": str(tmp_path), "KUBECONFIG": kubeconfig}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import io
 import json
 import os
-import sys
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -17,8 +17,8 @@ import yaml
 
 from tests.rigs.command_rig import LIMIT_S, LOOPBACKS, Terminal, process_restored
 from tests.rigs.fake_api import NAMESPACE, FakeApi, serving
+from usbip_plugin.cli import completion
 from usbip_plugin.cli.completion import kubectl as kubectl_complete
-from usbip_plugin.cli.completion import script
 from usbip_plugin.cli.main import KUBECTL, kubectl, main
 from usbip_plugin.cli.parser import DEFAULT_CONFIG_MAP, Exit
 from usbip_plugin.clock import SystemClock
@@ -42,6 +42,8 @@ def process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("usbip_plugin.cli.lookup.DEFAULT_CONFIG_PATH", str(tmp_path / "usual.yaml"))
     monkeypatch.setattr("usbip_plugin.cli.node_commands.SERVICE_ACCOUNT_NAMESPACE", tmp_path / "namespace")
+    # argcomplete would write to file descriptor 9, which may be of this process
+    monkeypatch.setattr("argcomplete.CompletionFinder._init_debug_stream", lambda _self: None)
     with process_restored():
         yield
 
@@ -368,15 +370,23 @@ async def test_unknown_and_ambiguous_names_exit_with_4_and_write_nothing(cluster
     assert {lease.holder for lease in cluster.leases.leases.values()} == {"node-a"}
 
 
-async def test_completion_offers_the_devices_of_the_cluster(cluster: Cluster, terminal: Terminal) -> None:
-    flags = ("--kubeconfig", str(cluster.kubeconfig))
-    completing = Terminal(terminal.capsys)
-    ran = await completing.run("__complete", "explain", *flags, "")
-    assert ran.out == f"{cluster.held.id}\t{cluster.held}\n"
-    assert (await completing.run("__complete", "explain", *flags, "-n", "other", "")).out == ""
+async def test_completion_offers_the_devices_of_the_cluster(
+    cluster: Cluster, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("usbip_plugin.cli.completion.TIMEOUT_S", LIMIT_S)
+
+    async def completed(*words: str) -> str:
+        flags = ("--kubeconfig", str(cluster.kubeconfig))
+        monkeypatch.setattr("sys.argv", ["kubectl_complete-usbip", "explain", *flags, *words])
+        assert await asyncio.to_thread(kubectl_complete) == 0
+        out, err = terminal.capsys.readouterr()
+        assert err == "", "completion prints candidates only"
+        return out
+
+    assert await completed("") == f"{cluster.held.id}\t{cluster.held}\n:4\n"
+    assert await completed("-n", "other", "") == ":4\n"
     cluster.api.refused["list leases"] = 403
-    ran = await completing.run("__complete", "explain", *flags, "")
-    assert (ran.status, ran.out, ran.err) == (Exit.DONE, "", ""), "completion prints candidates only"
+    assert await completed("") == ":4\n"
 
 
 def test_kubectl_plugin_runs_the_same_command_line_under_its_own_name(
@@ -398,7 +408,7 @@ def test_kubectl_plugin_runs_the_same_command_line_under_its_own_name(
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_prints_the_script_for_each_shell(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["completion", shell]) == Exit.DONE
-    assert capsys.readouterr().out == script(shell) + "\n"
+    assert capsys.readouterr().out == completion.script(shell) + "\n"
 
 
 @pytest.mark.parametrize(("went_well", "status"), [(True, Exit.DONE), (False, Exit.PROBLEM)])
@@ -429,6 +439,6 @@ def test_a_closed_pipe_and_an_interrupt_end_it_quietly(
     def interrupt(_shell: str) -> str:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["usbip_plugin.cli.main"], "script", interrupt)
+    monkeypatch.setattr(completion, "script", interrupt)
     assert main(["completion", "bash"]) == 130
     assert capsys.readouterr().err == ""

@@ -13,8 +13,7 @@ from usbip_plugin.kube import lazy_imports
 
 lazy_imports.make_imports_lazy()  # before any other module imports the libraries
 
-from usbip_plugin.cli.completion import COMPLETE, PROG, complete, script  # noqa: E402
-from usbip_plugin.cli.parser import Exit, parser  # noqa: E402
+from usbip_plugin.cli.parser import PROG, Exit, parser  # noqa: E402
 from usbip_plugin.errors import (  # noqa: E402
     AmbiguousDevice,
     ConfigError,
@@ -34,10 +33,11 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
     arguments: without the program's name; None for those of the process.
     prog: the program's name in help and errors.
     """
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    if words[:1] == [COMPLETE]:
-        return complete(words[1:])
-    options = parser(prog).parse_args(words)
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks for completions
+        from usbip_plugin.cli.completion import autocomplete  # noqa: PLC0415
+
+        autocomplete()
+    options = parser(prog).parse_args(arguments)
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # else gRPC writes to stderr whenever a kubelet restarts
     try:
         return _run(options)
@@ -93,6 +93,8 @@ def _run(options: argparse.Namespace) -> int:
             }
             return asyncio.run(command[options.command](options))
         case "completion":
+            from usbip_plugin.cli.completion import script  # noqa: PLC0415
+
             print(script(options.shell))  # noqa: T201
             return Exit.DONE
         case "simulate":

@@ -46,6 +46,7 @@ MEANING: Mapping[Exit, str] = MappingProxyType(
     }
 )
 
+PROG = "usbip-plugin"
 DEFAULT_NAMESPACE = "usbip-system"
 DEFAULT_CONFIG_MAP = "usbip-plugin"
 MAX_CONTROLLERS = 15
@@ -62,7 +63,7 @@ WIDTH = 100
 """Characters in a line of the list of exit statuses in the help."""
 
 
-def parser(prog: str = "usbip-plugin") -> argparse.ArgumentParser:
+def parser(prog: str = PROG) -> argparse.ArgumentParser:
     """Returns the parser of the whole command line. prog: the program's name, such as "kubectl usbip"."""
     top = argparse.ArgumentParser(
         prog=prog,

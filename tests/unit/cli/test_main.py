@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from argcomplete.finders import CompletionFinder
 
-from usbip_plugin.cli.completion import candidates, script
+from tests.rigs.command_rig import process_restored
+from usbip_plugin.cli import completion
 from usbip_plugin.cli.main import main
 from usbip_plugin.cli.parser import MEANING, Exit, parser
 
@@ -23,12 +26,29 @@ current-context: x
 """
 
 
-def devices(_options: argparse.Namespace) -> list[tuple[str, str]]:
-    return [("usbip-abc", "lab:3240/1-1"), ("usbip-xyz", "lab:3240/1-2")]
+FILE = "only-file"
+DEVICES = {"usbip-abc": "lab:3240/1-1", "usbip-xyz": "lab:3240/1-2"}
+Complete = Callable[..., list[str]]
 
 
-def words(*typed: str) -> list[str]:
-    return [word for word, _text in candidates(typed, devices)]
+@pytest.fixture
+def complete(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Complete]:
+    """Completes the last of some words, in a directory with one file."""
+    (tmp_path / FILE).touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(completion, "_devices", lambda _options: DEVICES)
+    # argcomplete would write to file descriptor 9, which may be of this process
+    monkeypatch.setattr(CompletionFinder, "_init_debug_stream", lambda _self: None)
+
+    def run(*typed: str) -> list[str]:
+        monkeypatch.setattr("sys.argv", ["kubectl_complete-usbip", *typed])
+        assert completion.kubectl() == 0
+        *lines, directive = capsys.readouterr().out.splitlines()
+        assert directive == ":4", "no file names"
+        return [line.partition("\t")[0] for line in lines]
+
+    with process_restored():
+        yield run
 
 
 @pytest.mark.parametrize(
@@ -38,7 +58,7 @@ def words(*typed: str) -> list[str]:
         (("devices", "-o", ""), ["table", "wide", "json", "yaml", "name"]),
         (("devices", "--output", "j"), ["json"]),
         (("devices", "--kub"), ["--kubeconfig"]),
-        (("devices", "--kubeconfig", ""), []),  # files, which the shell knows
+        (("devices", "--kubeconfig", ""), [FILE]),
         (("devices", ""), []),
         (("explain", ""), ["usbip-abc", "usbip-xyz"]),
         (("-h", "explain", "usbip-x"), ["usbip-xyz"]),
@@ -52,13 +72,14 @@ def words(*typed: str) -> list[str]:
         (("nonsense", "x", ""), ["devices", "explain", "release", "check", "run", "completion", "demo", "simulate"]),
     ],
 )
-def test_what_is_offered_for_the_last_word(typed: tuple[str, ...], offered: list[str]) -> None:
-    assert words(*typed) == offered
+def test_what_is_offered_for_the_last_word(complete: Complete, typed: tuple[str, ...], offered: list[str]) -> None:
+    assert complete(*typed) == offered
 
 
-def test_the_flags_given_reach_the_question_for_devices() -> None:
+def test_the_flags_given_reach_the_question_for_devices(complete: Complete, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[argparse.Namespace] = []
-    candidates(("explain", "--kubeconfig", "f", "-n", "ns", ""), lambda options: seen.append(options) or [])  # type: ignore[func-returns-value]
+    monkeypatch.setattr(completion, "_devices", lambda options: seen.append(options) or {})  # type: ignore[func-returns-value]
+    complete("explain", "--kubeconfig", "f", "-n", "ns", "")
     assert (seen[0].kubeconfig, seen[0].namespace) == ("f", "ns")
 
 
@@ -69,8 +90,8 @@ def bash(line: str, tmp_path: Path) -> list[str]:
     tool.chmod(0o755)
     code = f"""
         source <(usbip-plugin completion bash)
-        COMP_WORDS=({line}); COMP_CWORD=$(( ${{#COMP_WORDS[@]}} - 1 ))
-        _usbip_plugin
+        COMP_LINE="{line}" COMP_POINT={len(line)}
+        _python_argcomplete usbip-plugin
         printf '%s\\n' "${{COMPREPLY[@]}}"
     """
     environ = {"PATH": f"{tmp_path}:/usr/bin:/bin", "HOME": str(tmp_path), "KUBECONFIG": "/nonexistent"}
@@ -88,9 +109,9 @@ def test_bash_completes_commands_flags_and_values(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_a_script_for_each_shell(shell: str) -> None:
-    text = script(shell)
-    assert "usbip-plugin __complete" in text
-    assert "{" not in text.replace("{", "", text.count("}")), "every placeholder is filled in"
+    text = completion.script(shell)
+    assert "_ARGCOMPLETE" in text
+    assert "usbip-plugin" in text
 
 
 def test_usage_errors_are_2() -> None:

@@ -81,6 +81,7 @@ def _python(code: str, *arguments: str) -> str:
     [
         "aiohttp.test_utils",
         "aiohttp.web_app",
+        "argcomplete",
         "certifi",
         "dateutil",
         "difflib",
