@@ -143,7 +143,7 @@ proto: $(VENV)/.test ## write the gRPC stubs anew from proto/
 
 constraints: ## write constraints.txt anew: the newest versions that pyproject.toml lets in
 	@set -e; new=$$(mktemp -d); trap 'rm -rf "$$new"' EXIT; \
-	$(BIN)/python -m venv "$$new" >/dev/null && "$$new/bin/pip" --disable-pip-version-check --quiet install --upgrade pip setuptools '.[cli,test,fuzz]'; \
+	$(BIN)/python -m venv "$$new" >/dev/null && "$$new/bin/pip" --disable-pip-version-check --quiet install --upgrade pip setuptools '.[test,fuzz]'; \
 	{ grep '^#' constraints.txt; "$$new/bin/pip" freeze --all | grep -v '^usbip-plugin ' | LC_ALL=C sort -f; } >constraints.new; mv constraints.new constraints.txt
 
 clean: ## remove .venv, caches and build output
@@ -174,7 +174,7 @@ $(VENV)/.runtime: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "installing what the plugin and its tests need"
-	@$(INSTALL) -e '.[cli,test]'
+	@$(INSTALL) -e '.[test]'
 	@touch $(VENV)/.runtime $@
 
 $(VENV)/.fuzz: $(VENV)/.test

@@ -250,6 +250,11 @@ class Reason(enum.Enum):
     def healthy(self) -> bool:
         return self in _HEALTHY
 
+    @property
+    def code(self) -> str:
+        """Returns the stable name of the reason for programs: the value of the metrics' label `reason`."""
+        return self.name.lower()
+
 
 # a tuple, not a set: a set calls the __hash__ of an enum member, which is Python code and slow
 _HEALTHY = (Reason.FREE, Reason.ATTACHED, Reason.IN_PROGRESS, Reason.HOLDER_EXPIRED)

@@ -120,14 +120,13 @@ async def test_devices_prints_every_output_format(cluster: Cluster, terminal: Te
     ran = await terminal.run("devices", "-o", "json")
     assert (ran.status, ran.err) == (Exit.DONE, "")
     rows = {row["device"]: row for row in json.loads(ran.out)}
-    assert [rows[str(cluster.held)][column] for column in ("state", "holder", "pod", "port", "reason")] == [
-        *("held", "node-a", "default/reader", 3, "in use"),
-    ]
+    held = [rows[str(cluster.held)][key] for key in ("state", "holder", "pod", "port", "reason", "reason_code")]
+    assert held == ["held", "node-a", "default/reader", 3, "in use", "attached"]
     assert [rows[str(cluster.free)][column] for column in ("state", "holder", "pod")] == ["free", None, None]
     assert yaml.safe_load((await terminal.run("devices", "-o", "yaml")).out) == list(rows.values())
     assert set((await terminal.run("devices", "-o", "name")).out.split()) == {cluster.held.id, cluster.free.id}
     table = (await terminal.run("devices")).out
-    assert table.split("\n")[0].split() == ["DEVICE", "STATE", "HOLDER", "POD", "SINCE", "EPOCH", "REASON"]
+    assert table.split("\n")[0].split() == ["DEVICE", "STATE", "HOLDER", "POD", "AGE", "REASON"]
     assert "\x1b" not in table
 
 
@@ -215,7 +214,7 @@ async def test_a_lock_without_device_and_valid_holder_is_shown_as_it_is(cluster:
     assert "list pods" not in cluster.api.rights_used(), "an invalid node name is not looked up"
     rows = json.loads((await terminal.run("devices", "-o", "json")).out)
     (row,) = (row for row in rows if row["id"] == name)
-    assert (row["device"], row["holder"], row["reason"]) == (None, "No Node", "being allocated or let go")
+    assert (row["device"], row["holder"], row["reason"]) == (None, "No Node", "being attached or detached")
 
 
 async def test_explain_leaves_out_what_it_may_not_read(cluster: Cluster, terminal: Terminal) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from importlib.util import find_spec
 from typing import Any, TextIO
 
 from usbip_plugin.locks.record import (
@@ -20,10 +20,10 @@ from usbip_plugin.locks.record import (
     lock_of,
     session_name,
 )
-from usbip_plugin.model import Lock
+from usbip_plugin.model import Lock, Reason
 
-COLUMNS = ("device", "state", "holder", "pod", "since", "epoch", "reason")
-WIDE = (*COLUMNS, "id", "usb_id", "serial", "port")
+COLUMNS = ("device", "state", "holder", "pod", "age", "reason")
+WIDE = (*COLUMNS, "since", "epoch", "id", "usb_id", "serial", "port")
 
 Row = Mapping[str, str | int | None]
 """The output of `devices` for one device, by key. The keys are stable."""
@@ -81,17 +81,18 @@ def silent(known: LockedDevice, now: datetime) -> bool:
     return bool(known.lock.holder) and (sign is None or now - sign > timedelta(seconds=max(0, *asked)))
 
 
-def reason(known: LockedDevice, now: datetime) -> str:
-    """Returns in words why the device is free or not, from its Leases alone."""
+def reason(known: LockedDevice, now: datetime) -> tuple[Reason, str]:
+    """Returns why the device is available or not, from its Leases alone: the holder's reason, and a sentence."""
     lock = known.lock
     if not lock.holder:
-        return "nobody holds it"
+        return Reason.FREE, "no holder"
     if silent(known, now):
         sign = last_sign(known)
-        return "holder silent" + (f" since {stamp(sign)}" if sign is not None else "") + "; may be taken over"
+        since = f" since {stamp(sign)}" if sign is not None else ""
+        return Reason.HOLDER_EXPIRED, f"holder silent{since}; can be taken over"
     if lock.port is None:
-        return "being allocated or let go"
-    return "in use"
+        return Reason.IN_PROGRESS, "being attached or detached"
+    return Reason.ATTACHED, "in use"
 
 
 def stamp(moment: datetime) -> str:
@@ -99,9 +100,27 @@ def stamp(moment: datetime) -> str:
     return f"{moment:%Y-%m-%dT%H:%M:%SZ}"
 
 
-def row(known: LockedDevice, now: datetime) -> Row:
+def ago(now: datetime, then: datetime) -> str:
+    """Returns how long ago a moment was, such as "3m ago"; "just now" if it is in the future by this clock."""
+    return f"{age((now - then).total_seconds())} ago" if now > then else "just now"
+
+
+def age(seconds: float) -> str:
+    """Returns a number of seconds in the largest unit that fits, rounded down: "42s", "3m", "5h", "2d"."""
+    for limit, unit, divisor in ((120, "s", 1), (7200, "m", 60), (172_800, "h", 3600)):
+        if seconds < limit:
+            return f"{int(max(0.0, seconds) // divisor)}{unit}"
+    return f"{int(seconds // 86_400)}d"
+
+
+def rows(devices: Sequence[LockedDevice], now: datetime) -> list[Row]:
+    return [_row(known, now) for known in devices]
+
+
+def _row(known: LockedDevice, now: datetime) -> Row:
     lock = known.lock
     sign = last_sign(known) if lock.holder else None
+    code, sentence = reason(known, now)
     return {
         "device": known.device,
         "id": lock.device_id,
@@ -109,26 +128,24 @@ def row(known: LockedDevice, now: datetime) -> Row:
         "busid": lock.busid,
         "usb_id": str(lock.usb_id) if lock.usb_id is not None else None,
         "serial": lock.serial or None,
-        "state": "free" if not lock.holder else "silent" if silent(known, now) else "held",
+        "state": "free" if not lock.holder else "silent" if code is Reason.HOLDER_EXPIRED else "held",
         "holder": lock.holder or None,
         "pod": str(lock.pod) if lock.holder and lock.pod is not None else None,
         "port": lock.port if lock.holder else None,
         "since": stamp(lock.acquired_at) if lock.holder and lock.acquired_at else None,
+        "age": age((now - lock.acquired_at).total_seconds()) if lock.holder and lock.acquired_at else None,
         "last_sign": stamp(sign) if sign is not None else None,
         "epoch": lock.epoch,
-        "reason": reason(known, now),
+        "reason": sentence,
+        "reason_code": code.code,
         "in_place_of": lock.in_place_of if lock.holder else None,
     }
 
 
-def rows(devices: Sequence[LockedDevice], now: datetime) -> list[Row]:
-    return [row(known, now) for known in devices]
-
-
-COLOURS = {"free": "32", "held": "33", "silent": "31", "yes": "32", "no": "31", "bold": "1", "dim": "2"}
-"""The SGR parameter (ECMA-48) for each painted word or style."""
-STYLES = {"free": "green", "held": "yellow", "silent": "red"}
-"""The style of rich for each painted state."""
+COLOURS = {"free": "32", "held": "33", "silent": "31"}
+"""The SGR parameter (ECMA-48) for each state."""
+MIN_REASON = 10
+"""Characters of the last column that a table keeps, however narrow the terminal is."""
 
 
 def wants_colour(stream: TextIO, environ: Mapping[str, str] = os.environ) -> bool:
@@ -150,56 +167,38 @@ def structured(value: Any, form: str) -> str:
     return text.rstrip("\n")
 
 
-def table(rows: Sequence[Row], columns: Sequence[str] = COLUMNS, *, colour: bool = False) -> str:
-    """Returns the table, with each column as wide as its widest cell, or a sentence if there are no rows."""
+def table(
+    rows: Sequence[Row], columns: Sequence[str] = COLUMNS, *, colour: bool = False, width: int | None = None
+) -> str:
+    """Returns the table, with each column as wide as its widest cell, or a sentence if there are no rows.
+
+    width: characters of a line, which the last column is cut to fit; None for no limit.
+    """
     if not rows:
-        return "no device has been locked yet in this namespace"
-    cells = [[_head(column) for column in columns]]
-    cells += [[_cell(row[column]) for column in columns] for row in rows]
+        return "No devices found. A device is listed after its first allocation."
+    cells = [[column.upper().replace("_", "-") for column in columns]]
+    cells += [["-" if row[column] is None else str(row[column]) for column in columns] for row in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    room = max(MIN_REASON, width - sum(widths[:-1]) - 2 * (len(widths) - 1)) if width else widths[-1]
     lines = []
-    for line in cells:
-        padded = [text.ljust(width) for text, width in zip(line, widths, strict=True)]
-        painted = [paint(text, text.strip(), on=colour) if text.strip() in STYLES else text for text in padded]
-        lines.append("  ".join(painted).rstrip())
+    for *line, last in cells:
+        padded = [text.ljust(size) for text, size in zip(line, widths[:-1], strict=True)]
+        painted = [paint(text, text.strip(), on=colour) for text in padded]
+        lines.append("  ".join([*painted, last if len(last) <= room else f"{last[: room - 3]}..."]).rstrip())
     return "\n".join(lines)
 
 
 def show_devices(rows: Sequence[Row], form: str, out: TextIO | None = None) -> None:
-    """Writes the devices in one of parser.FORMATS."""
+    """Writes the devices in one of parser.FORMATS. Cuts the table, but not the wide one, to the width of a terminal."""
     out = out or sys.stdout
-    columns = WIDE if form == "wide" else COLUMNS
-    colour = wants_colour(out)
     if form in ("json", "yaml"):
         text = structured([dict(row) for row in rows], form)
     elif form == "name":
         text = "\n".join(str(row["id"]) for row in rows)
-    elif rows and colour and find_spec("rich") is not None:
-        _rich_table(rows, columns, out)
-        return
+    elif form == "wide":
+        text = table(rows, WIDE, colour=wants_colour(out))
     else:
-        text = table(rows, columns, colour=colour)
+        width = shutil.get_terminal_size().columns if out.isatty() else None
+        text = table(rows, colour=wants_colour(out), width=width)
     if text:
         print(text, file=out)
-
-
-def _rich_table(rows: Sequence[Row], columns: Sequence[str], out: TextIO) -> None:
-    """Writes the table to a terminal with rich, which the extra `cli` installs. Folds long cells to its width."""
-    from rich.console import Console  # noqa: PLC0415 - an extra
-    from rich.table import Table  # noqa: PLC0415
-    from rich.text import Text  # noqa: PLC0415
-
-    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for column in columns:
-        made.add_column(_head(column), overflow="fold")
-    for row in rows:
-        made.add_row(*(Text(_cell(row[column]), style=STYLES.get(_cell(row[column]), "")) for column in columns))
-    Console(file=out, highlight=False).print(made)
-
-
-def _head(column: str) -> str:
-    return column.upper().replace("_", "-")
-
-
-def _cell(value: str | int | None) -> str:
-    return "-" if value is None else str(value)

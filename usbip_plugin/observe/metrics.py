@@ -179,7 +179,7 @@ class ResourceCollector(Collector):
         yield self._counter("restarts", text, lambda counts: counts.restarts)
         yield self._counter("device_plugin_restarts", text, lambda counts: counts.restarts, prefix="")
         reasons: Labelled = {
-            (name, reason.name.lower()): by[reason] for name, by in devices.items() for reason in Reason
+            (name, reason.code): by[reason] for name, by in devices.items() for reason in Reason
         }
         yield _gauge("devices", "Devices by the reason for their health.", (LABEL, "reason"), reasons)
         text = "Allocates refused because another node holds the device."

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from datetime import UTC, datetime, timedelta
 
 import pytest
 import yaml
 
-from usbip_plugin.cli import devices as cli_devices
-from usbip_plugin.cli.devices import COLUMNS, WIDE, known_devices, rows, show_devices, table, wants_colour
+from usbip_plugin.cli.devices import COLUMNS, WIDE, age, known_devices, rows, show_devices, table, wants_colour
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.locks.record import LOCK_LABELS, SESSION_LABELS, Lease
 from usbip_plugin.model import DeviceKey, ServerKey
@@ -58,28 +58,32 @@ async def test_a_row_for_each_lock_and_none_for_sessions() -> None:
         "pod": "default/reader",
         "port": 3,
         "since": "2026-05-04T03:02:01Z",
+        "age": "60m",
         "last_sign": "2026-05-04T04:01:56Z",
         "epoch": 7,
         "reason": "in use",
+        "reason_code": "attached",
         "in_place_of": ELSEWHERE.id,
     }
-    assert (free["device"], free["state"], free["reason"]) == ("attic:3240/1-2", "free", "nobody holds it")
-    assert [free[key] for key in ("holder", "pod", "port", "since", "last_sign", "in_place_of")] == [None] * 6
+    assert (free["device"], free["state"]) == ("attic:3240/1-2", "free")
+    assert (free["reason"], free["reason_code"]) == ("no holder", "free")
+    assert [free[key] for key in ("holder", "pod", "port", "since", "age", "last_sign", "in_place_of")] == [None] * 7
     assert silent["state"] == "silent"
-    assert silent["reason"] == "holder silent since 2026-05-04T04:01:20Z; may be taken over"
+    assert silent["reason"] == "holder silent since 2026-05-04T04:01:20Z; can be taken over"
+    assert silent["reason_code"] == "holder_expired"
     assert free["epoch"] == 2
 
 
 async def test_the_table_names_holder_and_pod_and_lines_up() -> None:
     head, free, held, _silent = (await shown("table")).splitlines()
-    assert head.split() == ["DEVICE", "STATE", "HOLDER", "POD", "SINCE", "EPOCH", "REASON"]
+    assert head.split() == ["DEVICE", "STATE", "HOLDER", "POD", "AGE", "REASON"]
     assert free.split()[:5] == ["attic:3240/1-2", "free", "-", "-", "-"]
     assert held[head.index("POD") :].startswith("default/reader")
 
 
 async def test_wide_has_more_columns_and_the_same_rows() -> None:
     head, _free, held, _silent = (await shown("wide")).splitlines()
-    assert head.split()[len(COLUMNS) :] == ["ID", "USB-ID", "SERIAL", "PORT"]
+    assert head.split()[len(COLUMNS) :] == ["SINCE", "EPOCH", "ID", "USB-ID", "SERIAL", "PORT"]
     assert held.split()[-4:] == [HELD.id, "0951:1666", "-", "3"]
 
 
@@ -90,7 +94,7 @@ async def test_json_and_yaml_say_the_same_and_name_gives_ids() -> None:
 
 
 def test_nothing_locked_yet_is_a_sentence_for_people_and_nothing_for_programs() -> None:
-    assert "no device has been locked" in table([])
+    assert "No devices found." in table([])
     for form, text in (("json", "[]\n"), ("yaml", "[]\n"), ("name", "")):
         out = io.StringIO()
         show_devices([], form, out)
@@ -117,19 +121,27 @@ def test_colour_is_for_terminals_that_want_it(stream: io.StringIO, environ: dict
     assert wants_colour(stream, environ) is wanted
 
 
-@pytest.mark.parametrize("rich", [True, False])
-async def test_a_terminal_gets_colour_with_and_without_rich(monkeypatch: pytest.MonkeyPatch, rich: bool) -> None:
+async def test_a_terminal_gets_colour_and_no_line_wider_than_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    if not rich:
-        monkeypatch.setattr(cli_devices, "find_spec", lambda _name: None)
-    monkeypatch.setenv("COLUMNS", "200")
-    out = Terminal()
     devices = rows(await known_devices(store()), NOW)
-    show_devices(devices, "table", out)
-    text = out.getvalue()
-    assert "\x1b[32m" in text, "free is green"
-    assert all(str(row["device"]) in text for row in devices)
+    for columns, whole in ((200, True), (80, False)):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        out = Terminal()
+        show_devices(devices, "table", out)
+        assert "\x1b[32m" in out.getvalue(), "free is green"
+        text = re.sub(r"\x1b\[[0-9]*m", "", out.getvalue())
+        assert all(str(row["device"]) in text for row in devices)
+        assert max(map(len, text.splitlines())) <= columns
+        assert ("can be taken over" in text) is whole
+    assert text.endswith("  holder silent since 2026...\n")
+
+
+async def test_a_narrow_terminal_keeps_the_beginning_of_the_reason() -> None:
+    devices = rows(await known_devices(store()), NOW)
+    _head, _free, _held, silent = table(devices, width=20).splitlines()
+    assert silent.endswith("  holder ...")
+    assert silent.split()[:4] == ["z:3240/2-1", "silent", "node-b", "default/reader"]
 
 
 def test_colour_does_not_shift_columns() -> None:
@@ -138,3 +150,10 @@ def test_colour_does_not_shift_columns() -> None:
     for code in ("\x1b[32m", "\x1b[33m", "\x1b[0m"):
         painted = painted.replace(code, "")
     assert painted == plain
+
+
+def test_ages_are_rounded_down_to_one_unit() -> None:
+    assert [age(seconds) for seconds in (0.9, 119, 120, 7199, 7200, 172_799, 172_800)] == [
+        *("0s", "119s", "2m", "119m", "2h", "47h", "2d")
+    ]
+    assert age(-5) == "0s", "a holder whose clock is ahead"

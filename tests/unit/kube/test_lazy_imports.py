@@ -114,7 +114,6 @@ def _python(code: str, *arguments: str) -> str:
         "prometheus_client.exposition",
         "prometheus_client.openmetrics",
         "pydoc",
-        "rich",
         "sqlite3",
         "unittest",
         "urllib3.connection",
