@@ -40,15 +40,15 @@ async def test_a_good_node_passes_every_check_and_nothing_is_written(here: Node,
     assert (ran.status, ran.err) == (0, "")
     home, server = here.places.home, here.places.server
     assert ran.out.splitlines() == [
-        "ok    configuration: 1 resources, 1 selectors, 1 servers",
+        "ok    configuration: 1 resource, 1 selector, 1 server",
         "ok    vhci_hcd: 16 ports; free: 8 of 8 high speed, 8 of 8 super speed",
         f"ok    device-plugin directory: {home}/plugins",
         f"ok    kubelet: answers at {home}/plugins/kubelet.sock",
         f"ok    pod-resources: answers at {home}/pods.sock",
         f"ok    CDI directory: {home}/cdi",
         "ok    API server: answers; all 10 permissions are granted",
-        "ok    admission policy: this account writes in the name of node-a only",
-        f"ok    server {server}: lists 1 free devices",
+        "ok    admission policy: this account can write locks for node node-a only",
+        f"ok    server {server}: lists 1 available device",
         "      1-1 0951:1666: stick",
         "9 checks: 0 failed, 0 with warnings",
     ]
@@ -87,14 +87,14 @@ async def test_rights_that_the_configuration_does_not_need_are_not_checked(here:
 async def test_writing_for_other_nodes_warns_and_not_for_this_node_fails(here: Node, terminal: Terminal) -> None:
     here.api.confined_to = ""
     ran = await terminal.run("check")
-    assert (ran.status, "warn  admission policy: this account may write locks in any node's name" in ran.out) == (
+    assert (ran.status, "warn  admission policy: this account can write locks for any node" in ran.out) == (
         0,
         True,
     )
     here.api.confined_to = "node-b"
     ran = await terminal.run("check")
     assert (ran.status, "FAIL  admission policy: " in ran.out) == (1, True)
-    assert "-> run as a pod on node node-a, or with its --node-name" in ran.out
+    assert "-> run in a pod on node node-a, or pass the node of this account with --node-name" in ran.out
 
 
 async def test_an_unusable_api_server_is_one_finding_among_the_others(here: Node, terminal: Terminal) -> None:
@@ -108,6 +108,7 @@ async def test_an_unusable_api_server_is_one_finding_among_the_others(here: Node
     kubeconfig.write_text(json.dumps(config))
     ran = await terminal.run("check")
     assert (ran.status, "FAIL  API server: API server: create selfsubject" in ran.out) == (1, True)
+    assert "      -> check the address in the kubeconfig" in ran.out
 
 
 async def test_an_invalid_configuration_is_a_finding(here: Node, terminal: Terminal) -> None:
@@ -121,4 +122,4 @@ async def test_an_invalid_configuration_is_a_finding(here: Node, terminal: Termi
 async def test_cdi_directory_names_the_directory_to_check(here: Node, terminal: Terminal) -> None:
     here.places.cdi.rmdir()
     ran = await terminal.run("check")
-    assert (ran.status, f"FAIL  CDI directory: {here.places.cdi} is not there" in ran.out) == (1, True)
+    assert (ran.status, f"FAIL  CDI directory: {here.places.cdi} does not exist" in ran.out) == (1, True)

@@ -18,7 +18,7 @@ from tests.rigs.fake_api import NAMESPACE
 from tests.rigs.node_rig import Node, Places, run
 from usbip_plugin.cli.main import main
 from usbip_plugin.cli.parser import Exit
-from usbip_plugin.model import PodRef, ServerKey
+from usbip_plugin.model import PodRef, Reason, ServerKey
 from usbip_plugin.node import daemon
 from usbip_plugin.node.memory import TLS_BUFFER_BYTES
 
@@ -82,6 +82,7 @@ def test_a_process_allocates_a_device_and_leaves_it_attached_for_its_successor(
         assert [row[name] for name in ("holder", "pod", "state", "here", "port", "server", "selector", "usb_id")] == [
             *("node-a", "default/reader", "Attached", True, 0, address, "vendor 0951", "0951:1666"),
         ]
+        assert (row["reason"], row["reason_code"]) == (Reason.ATTACHED.value, "attached")
         (server,) = status["servers"]
         assert (server["server"], server["reachable"], server["error"]) == (address, True, None)
         (registration,) = status["registrations"]

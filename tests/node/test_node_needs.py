@@ -49,9 +49,9 @@ NEEDED: dict[str, tuple[Callable[[Object], None], str]] = {
     "platform": (without("platform"), f"{ATTACH}: Read-only file system"),
     "platform-writable": (read_only("platform"), f"{ATTACH}: Read-only file system"),
     "records": (without("vhci-records"), "port records cannot be written; mount /run/vhci_hcd writable"),
-    "cdi": (without("cdi"), "/var/run/cdi is not there"),
+    "cdi": (without("cdi"), "/var/run/cdi does not exist"),
     "cdi-writable": (read_only("cdi"), "/var/run/cdi is on a read-only mount"),
-    "device-plugins": (without("device-plugins"), "/var/lib/kubelet/device-plugins is not there"),
+    "device-plugins": (without("device-plugins"), "/var/lib/kubelet/device-plugins does not exist"),
     "pod-resources": (without("pod-resources"), "/var/lib/kubelet/pod-resources/kubelet.sock"),
     "apparmor": (confined, f"{ATTACH}: Permission denied"),
 }

@@ -1,10 +1,4 @@
-"""The checks of `usbip-plugin check`, their findings, and the report.
-
-They answer whether this node can run the plugin and, if not, what to do.
-
-A check is an async callable that returns findings. Everything outside comes in through its arguments, and all checks
-run side by side.
-"""
+"""The checks of `usbip-plugin check`: whether this node can run the plugin and, if not, what to do."""
 
 from __future__ import annotations
 
@@ -15,16 +9,15 @@ import os
 import socket
 import stat
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from usbip_plugin.clock import Clock, SystemClock
 from usbip_plugin.config.reload import Loaded
 from usbip_plugin.config.schema import Config, OnLoss
 from usbip_plugin.config.selectors import Match, matches
-from usbip_plugin.errors import ConfigError, KubeForbidden, PluginError
+from usbip_plugin.errors import ConfigError, KubeForbidden, KubeUnreachable, PluginError, UsbipError
 from usbip_plugin.kube.client import connect
 from usbip_plugin.kube.events import KubeRequests
 from usbip_plugin.locks.record import LOCK_LABELS
@@ -41,12 +34,19 @@ CONNECT_TIMEOUT_S = 2.0
 """Seconds that connecting to a unix socket on this node may take."""
 MAX_DEVICES_SHOWN = 20
 """Devices of one server that the report lists."""
-# The name of a lock that no device has: a digest of nothing but a's will not occur.
 PROBE_LOCK = DEVICE_ID_PREFIX + "a" * 20
+"""The name of a lock that no device has: a digest of nothing but a's will not occur."""
+DEVLIST_TIMEOUT = 5.0
+"""Seconds that one server may take to list its devices."""
+CURES: Mapping[type[Exception], str] = {
+    KubeUnreachable: "check the address in the kubeconfig, and that this node can reach it",
+    UsbipError: "check that usbipd is running on the server, and that this node can reach its port",
+}
+"""What to do about an error that ends a check."""
 
 
-class Status(enum.Enum):
-    """The result of one finding. Only FAIL makes the command fail."""
+class Outcome(enum.Enum):
+    """The outcome of one finding. Only FAIL makes the command fail."""
 
     OK = "ok"
     WARN = "warn"
@@ -62,7 +62,7 @@ class Finding:
     """
 
     name: str
-    status: Status
+    outcome: Outcome
     detail: str
     cure: str = ""
 
@@ -79,9 +79,10 @@ async def run_checks(checks: Sequence[tuple[str, Check]], clock: Clock) -> tuple
             async with clock.timeout(CHECK_TIMEOUT_S):
                 return await check()
         except TimeoutError:
-            return [Finding(name, Status.FAIL, f"no answer within {CHECK_TIMEOUT_S:g} s")]
+            return [Finding(name, Outcome.FAIL, f"no answer within {CHECK_TIMEOUT_S:g} s")]
         except (PluginError, OSError) as error:
-            return [Finding(name, Status.FAIL, str(error))]
+            cure = next((text for kind, text in CURES.items() if isinstance(error, kind)), "")
+            return [Finding(name, Outcome.FAIL, str(error), cure)]
 
     async with asyncio.TaskGroup() as tasks:
         running = [tasks.create_task(bounded(name, check), name=name) for name, check in checks]
@@ -90,7 +91,7 @@ async def run_checks(checks: Sequence[tuple[str, Check]], clock: Clock) -> tuple
 
 def exit_status(findings: Sequence[Finding]) -> int:
     """Returns 1 if a finding is a FAIL, else 0. Warnings do not count."""
-    return int(any(finding.status is Status.FAIL for finding in findings))
+    return int(any(finding.outcome is Outcome.FAIL for finding in findings))
 
 
 def render(findings: Sequence[Finding]) -> str:
@@ -98,48 +99,49 @@ def render(findings: Sequence[Finding]) -> str:
     lines = []
     for finding in findings:
         first, *more = finding.detail.splitlines() or [""]
-        lines.append(f"{finding.status.value:<4}  {finding.name}: {first}")
+        lines.append(f"{finding.outcome.value:<4}  {finding.name}: {first}")
         lines.extend(f"      {line}" for line in more)
         if finding.cure:
             lines.append(f"      -> {finding.cure}")
-    failed = sum(finding.status is Status.FAIL for finding in findings)
-    warned = sum(finding.status is Status.WARN for finding in findings)
+    failed = sum(finding.outcome is Outcome.FAIL for finding in findings)
+    warned = sum(finding.outcome is Outcome.WARN for finding in findings)
     lines.append(f"{len(findings)} checks: {failed} failed, {warned} with warnings")
     return "\n".join(lines)
 
 
-def config_findings(path: Path, loaded: tuple[Config, Sequence[str]] | ConfigError) -> list[Finding]:
-    """Checks the configuration file. loaded: the configuration and its warnings, or the error of load_config."""
+def config_findings(path: Path, loaded: Loaded | ConfigError) -> list[Finding]:
+    """Checks the configuration file. loaded: the result or the error of load_config."""
     name = "configuration"
     if isinstance(loaded, ConfigError):
-        return [Finding(name, Status.FAIL, "\n".join(loaded.problems), f"correct {path}")]
-    config, warnings = loaded
+        return [Finding(name, Outcome.FAIL, "\n".join(loaded.problems), f"correct {path}")]
+    config, warnings = loaded.config, loaded.warnings
     devices = sum(len(resource.devices) for resource in config.resources)
-    detail = f"{len(config.resources)} resources, {devices} selectors, {len(config.servers())} servers"
-    if warnings:
-        return [Finding(name, Status.WARN, "\n".join([detail, *warnings]))]
-    return [Finding(name, Status.OK, detail)]
+    counts = ((len(config.resources), "resource"), (devices, "selector"), (len(config.servers()), "server"))
+    detail = ", ".join(_count(number, noun) for number, noun in counts)
+    return [Finding(name, Outcome.WARN if warnings else Outcome.OK, "\n".join([detail, *warnings]))]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def driver_findings(report: DriverReport) -> list[Finding]:
     """Checks vhci_hcd: that it is loaded, has free ports, and can be written to."""
     name = "vhci_hcd"
     if not report.loaded:
-        return [Finding(name, Status.FAIL, "\n".join(report.problems) or "not loaded", "modprobe vhci-hcd")]
+        return [Finding(name, Outcome.FAIL, "\n".join(report.problems) or "not loaded", "modprobe vhci-hcd")]
     detail = (
         f"{report.nports} ports; free: {report.hs_free} of {report.hs_total} high speed, "
         f"{report.ss_free} of {report.ss_total} super speed"
     )
-    full = [hub for hub, free in (("high", report.hs_free), ("super", report.ss_free)) if free == 0]
-    if full:
-        findings = [Finding(name, Status.WARN, detail, f"no free {' or '.join(full)} speed port; see: usbip port")]
-    else:
-        findings = [Finding(name, Status.OK, detail)]
+    full = " or ".join(hub for hub, free in (("high", report.hs_free), ("super", report.ss_free)) if free == 0)
+    cure = f"no free {full} speed port; see: usbip port" if full else ""
+    findings = [Finding(name, Outcome.WARN if full else Outcome.OK, detail, cure)]
     usable = report.attach_writable and report.records_writable
     if report.problems or not usable:
         # each problem already contains its cure
-        text = "\n".join(report.problems) or "attach or the port records cannot be written"
-        findings.append(Finding("vhci_hcd access", Status.WARN if usable else Status.FAIL, text))
+        text = "\n".join(report.problems) or "cannot write to attach or to the port records"
+        findings.append(Finding("vhci_hcd access", Outcome.WARN if usable else Outcome.FAIL, text))
     return findings
 
 
@@ -147,11 +149,11 @@ async def plugin_directory_check(directory: Path) -> list[Finding]:
     """Checks that the kubelet's device-plugin directory exists and is writable, and that a kubelet listens there."""
     name = "device-plugin directory"
     if not await asyncio.to_thread(directory.is_dir):
-        cure = "mount it from the host; it does not move with the kubelet's --root-dir"
-        return [Finding(name, Status.FAIL, f"{directory} is not there", cure)]
+        cure = "mount it from the host; the kubelet's --root-dir does not move it"
+        return [Finding(name, Outcome.FAIL, f"{directory} does not exist", cure)]
     if not os.access(directory, os.W_OK):
-        return [Finding(name, Status.FAIL, f"{directory} is not writable", "run as root")]
-    return [Finding(name, Status.OK, str(directory)), *await socket_check("kubelet", directory / "kubelet.sock")]
+        return [Finding(name, Outcome.FAIL, f"{directory} is not writable", "run as root")]
+    return [Finding(name, Outcome.OK, str(directory)), *await socket_check("kubelet", directory / "kubelet.sock")]
 
 
 async def cdi_directory_check(directory: Path) -> list[Finding]:
@@ -159,31 +161,32 @@ async def cdi_directory_check(directory: Path) -> list[Finding]:
     name = "CDI directory"
     mount = f"mount it from the host, writable: hostPath {directory}, type DirectoryOrCreate"
     if not await asyncio.to_thread(directory.is_dir):
-        return [Finding(name, Status.FAIL, f"{directory} is not there", mount)]
+        return [Finding(name, Outcome.FAIL, f"{directory} does not exist", mount)]
     if not os.access(directory, os.W_OK | os.X_OK):
         read_only = os.statvfs(directory).f_flag & os.ST_RDONLY
         why = "on a read-only mount" if read_only else "not writable"
-        return [Finding(name, Status.FAIL, f"{directory} is {why}", mount if read_only else "run as root")]
+        return [Finding(name, Outcome.FAIL, f"{directory} is {why}", mount if read_only else "run as root")]
     room = os.statvfs(directory)
     if room.f_bavail == 0 or (room.f_files and room.f_favail == 0):
-        return [Finding(name, Status.FAIL, f"the file system of {directory} is full", "make room")]
-    return [Finding(name, Status.OK, str(directory))]
+        return [Finding(name, Outcome.FAIL, f"the file system of {directory} is full", "free some space")]
+    return [Finding(name, Outcome.OK, str(directory))]
 
 
 async def socket_check(name: str, path: Path) -> list[Finding]:
     """Checks that path is a unix socket and a process listens on it."""
+    cure = "check that the kubelet is running and its directory is mounted"
     try:
         if not stat.S_ISSOCK((await asyncio.to_thread(path.stat)).st_mode):
-            return [Finding(name, Status.FAIL, f"{path} is no socket")]
+            return [Finding(name, Outcome.FAIL, f"{path} is not a socket")]
         with socket.socket(socket.AF_UNIX) as client:
             client.setblocking(False)
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 await asyncio.get_running_loop().sock_connect(client, str(path))
     except FileNotFoundError:
-        return [Finding(name, Status.FAIL, f"{path} is not there", "is a kubelet running, and its directory mounted?")]
+        return [Finding(name, Outcome.FAIL, f"{path} does not exist", cure)]
     except (OSError, TimeoutError) as error:
-        return [Finding(name, Status.FAIL, f"{path}: {str(error) or 'timeout'}", "is the kubelet running?")]
-    return [Finding(name, Status.OK, f"answers at {path}")]
+        return [Finding(name, Outcome.FAIL, f"{path}: {str(error) or 'timeout'}", cure)]
+    return [Finding(name, Outcome.OK, f"answers at {path}")]
 
 
 async def server_check(
@@ -202,22 +205,21 @@ async def server_check(
                 continue
             hits = [d.busid for d in devices if matches(entry.selector, d) is not Match.NO]
             if not hits:
-                unmatched.append(f"{resource.name}: nothing listed matches {entry.selector}")
+                unmatched.append(f"{resource.name}: no listed device matches {entry.selector}")
             for busid in hits:
                 taken.setdefault(busid, []).append(resource.name)
-    lines = [f"lists {len(devices)} free devices"]
+    lines = [f"lists {_count(len(devices), 'available device')}"]
     for device in devices[:MAX_DEVICES_SHOWN]:
         use = ", ".join(taken.get(device.busid, ())) or "no resource"
         lines.append(f"{device.busid} {device.usb_id}: {use}")
-    if unmatched:
-        cure = "in use already, unplugged, or not bound; on the server: usbip list -l, usbip bind -b BUSID"
-        return [Finding(f"server {server}", Status.WARN, "\n".join(lines + unmatched), cure)]
-    return [Finding(f"server {server}", Status.OK, "\n".join(lines))]
+    cure = "in use, unplugged, or not bound; on the server: usbip list -l; usbip bind -b BUSID" if unmatched else ""
+    outcome = Outcome.WARN if unmatched else Outcome.OK
+    return [Finding(f"server {server}", outcome, "\n".join(lines + unmatched), cure)]
 
 
 @dataclass(frozen=True, slots=True)
 class Permission:
-    """One request that the plugin makes to the API server, as RBAC grants it.
+    """One request that the plugin makes to the API server, as RBAC grants it (ResourceAttributes).
 
     namespace: None for all namespaces, or for a cluster-wide object.
     """
@@ -238,23 +240,14 @@ class Permission:
 def permissions_needed(
     namespace: str, node: str, *, publish_node_status: bool, evict: bool = False
 ) -> tuple[Permission, ...]:
-    """Returns every permission that the plugin needs on the API server.
-
-    namespace: the namespace of the Leases.
-    evict: whether a resource has onLoss: evict.
-    """
-    leases = tuple(
-        Permission(verb, "coordination.k8s.io", "leases", namespace)
-        for verb in ("get", "list", "watch", "create", "update")
-    )
-    others = (
-        Permission("list", "", "pods"),
-        Permission("watch", "", "pods"),
-        Permission("create", "events.k8s.io", "events"),
-    )
+    """Returns every permission that the plugin needs. evict: whether a resource has onLoss: evict."""
+    verbs = ("get", "list", "watch", "create", "update")
+    leases = (Permission(verb, "coordination.k8s.io", "leases", namespace) for verb in verbs)
+    pods = (Permission("list", "", "pods"), Permission("watch", "", "pods"))
+    events = Permission("create", "events.k8s.io", "events")
     status = Permission("patch", "", "nodes", subresource="status", name=node)
     eviction = Permission("create", "", "pods", subresource="eviction")
-    return (*leases, *others, *((status,) if publish_node_status else ()), *((eviction,) if evict else ()))
+    return (*leases, *pods, events, *((status,) if publish_node_status else ()), *((eviction,) if evict else ()))
 
 
 async def api_check(kube: KubeRequests, permissions: Sequence[Permission]) -> list[Finding]:
@@ -265,38 +258,41 @@ async def api_check(kube: KubeRequests, permissions: Sequence[Permission]) -> li
             "create",
             "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews",
             resource="selfsubjectaccessreviews.authorization.k8s.io",
-            body=_review(permission),
+            body={
+                "apiVersion": "authorization.k8s.io/v1",
+                "kind": "SelfSubjectAccessReview",
+                "spec": {"resourceAttributes": {key: value for key, value in asdict(permission).items() if value}},
+            },
             timeout=REQUEST_TIMEOUT_S,
         )
         status = answer.get("status")
         return isinstance(status, Mapping) and status.get("allowed") is True
 
+    name = "API server"
     try:
         answers = [await allowed(permission) for permission in permissions]
     except KubeForbidden as error:
-        return [Finding("API server", Status.WARN, f"answers, but may not be asked about permissions: {error}")]
-    missing = [str(p) for p, granted in zip(permissions, answers, strict=True) if not granted]
+        return [Finding(name, Outcome.WARN, f"answers, but this account cannot check its permissions: {error}")]
+    missing = [f"forbidden: {p}" for p, granted in zip(permissions, answers, strict=True) if not granted]
     if missing:
-        text = "\n".join(f"forbidden: {permission}" for permission in missing)
-        return [Finding("API server", Status.FAIL, text, "grant it to the ServiceAccount: kubectl apply -f rbac/")]
-    return [Finding("API server", Status.OK, f"answers; all {len(permissions)} permissions are granted")]
+        cure = "grant it to the ServiceAccount: helm upgrade, or kubectl apply -f rbac/"
+        return [Finding(name, Outcome.FAIL, "\n".join(missing), cure)]
+    return [Finding(name, Outcome.OK, f"answers; all {len(permissions)} permissions are granted")]
 
 
 async def admission_check(kube: KubeRequests, namespace: str, node: str) -> list[Finding]:
-    """Checks that this account may write locks in the name of this node and of no other.
-
-    Both writes are dry runs, so the API server keeps nothing.
-    """
+    """Checks by dry runs that this account can write locks in the name of this node and of no other."""
     name = "admission policy"
     own, other = [await _refused(kube, namespace, holder) for holder in (node, f"not-{node}")]
     if own is not None:
         if not own.by_policy:
-            return []  # the right to create is missing, which api_check reports; then the policy cannot be checked
-        return [Finding(name, Status.FAIL, str(own), f"run as a pod on node {node}, or with its --node-name")]
+            return []  # the permission to create is missing: api_check reports it
+        cure = f"run in a pod on node {node}, or pass the node of this account with --node-name"
+        return [Finding(name, Outcome.FAIL, str(own), cure)]
     if other is None:
-        cure = "for the plugin's ServiceAccount: kubectl apply -f rbac/40-admission.yaml, which must name it"
-        return [Finding(name, Status.WARN, "this account may write locks in any node's name", cure)]
-    return [Finding(name, Status.OK, f"this account writes in the name of {node} only")]
+        cure = "kubectl apply -f rbac/40-admission.yaml; it must name the plugin's ServiceAccount"
+        return [Finding(name, Outcome.WARN, "this account can write locks for any node", cure)]
+    return [Finding(name, Outcome.OK, f"this account can write locks for node {node} only")]
 
 
 async def _refused(kube: KubeRequests, namespace: str, holder: str) -> KubeForbidden | None:
@@ -321,34 +317,10 @@ async def _refused(kube: KubeRequests, namespace: str, holder: str) -> KubeForbi
     return None
 
 
-def _review(permission: Permission) -> dict[str, Any]:
-    attributes = {
-        "verb": permission.verb,
-        "group": permission.group,
-        "resource": permission.resource,
-        "subresource": permission.subresource,
-        "namespace": permission.namespace or "",
-        "name": permission.name,
-    }
-    return {
-        "apiVersion": "authorization.k8s.io/v1",
-        "kind": "SelfSubjectAccessReview",
-        "spec": {"resourceAttributes": {key: value for key, value in attributes.items() if value}},
-    }
-
-
-DEVLIST_TIMEOUT = 5.0
-"""Seconds that one server may take to list its devices."""
-
-
 async def check_node(options: Options, loaded: Loaded | ConfigError, make_driver: MakeDriver) -> tuple[str, int]:
-    """Runs all checks of this node. Returns the report for people and the exit status, 0 if nothing fails.
-
-    Changes nothing.
-    """
+    """Runs all checks of this node, and changes nothing. Returns the report and the exit status, 0 if nothing fails."""
     clock = SystemClock()
     config = Config(()) if isinstance(loaded, ConfigError) else loaded.config
-    known = loaded if isinstance(loaded, ConfigError) else (loaded.config, loaded.warnings)
     by_cdi = any(resource.cdi for resource in config.resources)
     driver = make_driver(clock)
     with contextlib.closing(TcpUsbipClient(clock)) as client:
@@ -360,7 +332,8 @@ async def check_node(options: Options, loaded: Loaded | ConfigError, make_driver
             try:
                 kube = await connect(options.kubeconfig, clock=clock)
             except ConfigError as error:
-                return [Finding("API server", Status.FAIL, "\n".join(error.problems))]
+                cure = "name a valid kubeconfig with --kubeconfig, or run in a pod"
+                return [Finding("API server", Outcome.FAIL, "\n".join(error.problems), cure)]
             try:
                 needed = permissions_needed(
                     options.namespace,
@@ -374,7 +347,7 @@ async def check_node(options: Options, loaded: Loaded | ConfigError, make_driver
                 await kube.close()
 
         async def configuration() -> Sequence[Finding]:
-            return config_findings(options.config, known)
+            return config_findings(options.config, loaded)
 
         devlist = partial(client.devlist, timeout=DEVLIST_TIMEOUT)
         checks: list[tuple[str, Check]] = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -58,30 +59,31 @@ def device_rows(agent: Agent, domain: str) -> tuple[DeviceRow, ...]:
 
 
 def _device(agent: Agent, domain: str, resource: str, device: Advertised) -> DeviceRow:
-    lock = agent.locks.locks.get(device.id)
+    lock, claim = agent.locks.locks.get(device.id), agent.claims.view.get(device.id)
     held = lock if lock is not None and lock.holder else None
-    claim = agent.claims.view.get(device.id)
-    offered = agent.inventory.lookup(resource)
-    seen = offered[1].get(device.id) if offered is not None else None
+    offers = agent.inventory.lookup(resource)
+    offered = offers[1].get(device.id) if offers is not None else None
+    health, port = device.health, held.port if held is not None else None
     return DeviceRow(
         resource=f"{domain}/{resource}",
         device=str(device.key),
         id=device.id,
-        healthy=device.health.healthy,
-        reason=device.health.reason.value,
-        detail=device.health.detail,
+        healthy=health.healthy,
+        reason=health.reason.value,
+        reason_code=health.reason.code,
+        detail=health.detail,
         holder=held.holder if held is not None else None,
         pod=str(held.pod) if held is not None and held.pod is not None else None,
         since=held.acquired_at.isoformat() if held is not None and held.acquired_at is not None else None,
         server=str(device.key.server),
         busid=device.key.busid,
-        usb_id=str(seen.usb_id) if seen is not None else None,
-        serial=(seen.identity.serial if seen is not None else None) or None,
-        selector=str(seen.selector.selector) if seen is not None else "",
+        usb_id=str(offered.usb_id) if offered is not None else None,
+        serial=(offered.identity.serial if offered is not None else None) or None,
+        selector=str(offered.selector.selector) if offered is not None else "",
         state=(claim.state if claim is not None else ClaimState.FREE).value,
         here=claim is not None,
         epoch=lock.epoch if lock is not None else None,
-        port=claim.port if claim is not None else held.port if held is not None else None,
+        port=claim.port if claim is not None else port,
     )
 
 
@@ -121,15 +123,10 @@ def config_loaded(path: Path, config: Config, warnings: tuple[str, ...], now: da
 
 
 def config_failed(before: ConfigReport, error: ConfigError, now: datetime) -> ConfigReport:
-    """Returns the report on a configuration file that has become unusable; the one loaded before stays in force.
-
-    The time of failure is that of the first failure since the last good load.
-    """
-    return ConfigReport(
-        before.path, before.loaded, before.resources, before.warnings, error.problems, before.failed or _moment(now)
-    )
+    """Returns the report on a file that has become unusable. Keeps the time of the first failure since a good load."""
+    return replace(before, problems=error.problems, failed=before.failed or _moment(now))
 
 
 def _moment(at: datetime) -> str:
-    """Returns a time in RFC 3339 with whole seconds. `at` must be in UTC."""
+    \"\"\"Returns a time in RFC 3339 with whole seconds. `at` must be in UTC.\"\"\"
     return at.isoformat(timespec="seconds")

@@ -14,6 +14,7 @@ class DeviceRow:
     device: SERVER/BUSID.
     healthy: whether it is advertised to the kubelet as healthy.
     reason, detail: why, for people.
+    reason_code: why, for programs: Reason.code.
     holder, pod, since: the node and the pod that hold the lock, and since when. None while nobody holds it.
     usb_id: VENDOR:PRODUCT; None if it is not known.
     serial: serial number; None if it is not known or the device has none.
@@ -29,6 +30,7 @@ class DeviceRow:
     id: str
     healthy: bool
     reason: str
+    reason_code: str
     detail: str
     holder: str | None
     pod: str | None

@@ -18,7 +18,7 @@ from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, S
 from usbip_plugin.errors import ConfigError, KubeForbidden, KubeUnreachable, ServerUnreachable
 from usbip_plugin.model import Descriptor, ServerKey, UsbId
 from usbip_plugin.node import check
-from usbip_plugin.node.check import Finding, Permission, Status, check_node
+from usbip_plugin.node.check import Finding, Outcome, Permission, check_node
 from usbip_plugin.node.daemon import Options
 from usbip_plugin.vhci.driver import DriverReport
 from usbip_plugin.vhci.linux import SysfsVhci
@@ -38,15 +38,15 @@ READY = DriverReport(
 )
 
 
-def statuses(findings: list[Finding] | tuple[Finding, ...]) -> list[Status]:
-    return [finding.status for finding in findings]
+def statuses(findings: list[Finding] | tuple[Finding, ...]) -> list[Outcome]:
+    return [finding.outcome for finding in findings]
 
 
 async def test_a_failing_or_silent_check_leaves_the_others_standing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "CHECK_TIMEOUT_S", 0.01)
 
     async def well() -> list[Finding]:
-        return [Finding("well", Status.OK, "fine")]
+        return [Finding("well", Outcome.OK, "fine")]
 
     async def silent() -> list[Finding]:
         await asyncio.Event().wait()
@@ -61,17 +61,18 @@ async def test_a_failing_or_silent_check_leaves_the_others_standing(monkeypatch:
     checks = [("silent", silent), ("well", well), ("failing", failing), ("broken", broken)]
     findings = await check.run_checks(checks, SystemClock())
     assert [finding.name for finding in findings] == ["silent", "well", "failing", "broken"]
-    assert statuses(findings) == [Status.FAIL, Status.OK, Status.FAIL, Status.FAIL]
+    assert statuses(findings) == [Outcome.FAIL, Outcome.OK, Outcome.FAIL, Outcome.FAIL]
     assert "refused" in findings[2].detail
+    assert ["usbipd is running" in finding.cure for finding in findings] == [False, False, True, False]
     assert check.exit_status(findings) == 1
     assert check.exit_status(findings[1:2]) == 0
 
 
 def test_the_report_names_each_finding_and_its_cure() -> None:
     findings = [
-        Finding("a", Status.OK, "fine"),
-        Finding("b", Status.WARN, "one\ntwo", "do this"),
-        Finding("c", Status.FAIL, "", "do that"),
+        Finding("a", Outcome.OK, "fine"),
+        Finding("b", Outcome.WARN, "one\ntwo", "do this"),
+        Finding("c", Outcome.FAIL, "", "do that"),
     ]
     assert check.render(findings).splitlines() == [
         "ok    a: fine",
@@ -88,15 +89,18 @@ def test_the_report_names_each_finding_and_its_cure() -> None:
 @pytest.mark.parametrize(
     ("report", "expected"),
     [
-        (READY, [Status.OK]),
-        (DriverReport(loaded=False, problems=("vhci_hcd is not loaded",)), [Status.FAIL]),
-        (dataclasses.replace(READY, ss_free=0), [Status.WARN]),
-        (dataclasses.replace(READY, attach_writable=False, problems=("cannot write",)), [Status.OK, Status.FAIL]),
-        (dataclasses.replace(READY, records_writable=False), [Status.OK, Status.FAIL]),
-        (dataclasses.replace(READY, uevents=False, problems=("no uevents",)), [Status.OK, Status.WARN]),
+        (READY, [Outcome.OK]),
+        (DriverReport(loaded=False, problems=("vhci_hcd is not loaded",)), [Outcome.FAIL]),
+        (dataclasses.replace(READY, ss_free=0), [Outcome.WARN]),
+        (
+            dataclasses.replace(READY, attach_writable=False, problems=("cannot write",)),
+            [Outcome.OK, Outcome.FAIL],
+        ),
+        (dataclasses.replace(READY, records_writable=False), [Outcome.OK, Outcome.FAIL]),
+        (dataclasses.replace(READY, uevents=False, problems=("no uevents",)), [Outcome.OK, Outcome.WARN]),
     ],
 )
-def test_the_driver(report: DriverReport, expected: list[Status]) -> None:
+def test_the_driver(report: DriverReport, expected: list[Outcome]) -> None:
     assert statuses(check.driver_findings(report)) == expected
 
 
@@ -104,28 +108,28 @@ def test_the_configuration_with_all_its_problems_or_warnings() -> None:
     path = Path("config.yaml")
     error = ConfigError("config.yaml", ["config.yaml:1: a", "config.yaml:2: b"])
     (finding,) = check.config_findings(path, error)
-    assert finding.status is Status.FAIL
+    assert finding.outcome is Outcome.FAIL
     assert finding.detail.splitlines() == ["config.yaml:1: a", "config.yaml:2: b"]
     config = Config(resources=(ResourceConfig("a", (DeviceSelector(SERVER),)),))
-    assert statuses(check.config_findings(path, (config, ()))) == [Status.OK]
-    (finding,) = check.config_findings(path, (config, ["config.yaml:3: odd"]))
-    assert finding.status is Status.WARN
+    assert statuses(check.config_findings(path, Loaded(config, (), b""))) == [Outcome.OK]
+    (finding,) = check.config_findings(path, Loaded(config, ("config.yaml:3: odd",), b""))
+    assert finding.outcome is Outcome.WARN
     assert "odd" in finding.detail
 
 
 async def test_sockets_that_are_missing_dead_or_no_sockets(tmp_path: Path) -> None:
-    assert statuses(await check.plugin_directory_check(tmp_path / "none")) == [Status.FAIL]
-    assert statuses(await check.plugin_directory_check(tmp_path)) == [Status.OK, Status.FAIL]
+    assert statuses(await check.plugin_directory_check(tmp_path / "none")) == [Outcome.FAIL]
+    assert statuses(await check.plugin_directory_check(tmp_path)) == [Outcome.OK, Outcome.FAIL]
     path = tmp_path / "kubelet.sock"
     path.write_text("")
-    assert "no socket" in (await check.socket_check("kubelet", path))[0].detail
+    assert "is not a socket" in (await check.socket_check("kubelet", path))[0].detail
     path.unlink()
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(path))
         (finding,) = await check.socket_check("kubelet", path)
         assert "refused" in finding.detail
         server.listen()
-        assert statuses(await check.plugin_directory_check(tmp_path)) == [Status.OK, Status.OK]
+        assert statuses(await check.plugin_directory_check(tmp_path)) == [Outcome.OK, Outcome.OK]
 
 
 def descriptor(busid: str, usb_id: UsbId) -> Descriptor:
@@ -147,15 +151,15 @@ async def test_a_server_shows_what_the_configuration_takes_of_it_and_what_it_mis
         return listed
 
     (finding,) = await check.server_check(SERVER, config, devlist)
-    assert finding.status is Status.WARN
+    assert finding.outcome is Outcome.WARN
     assert finding.detail.splitlines() == [
-        "lists 2 free devices",
+        "lists 2 available devices",
         "1-1 0001:0002: stick",
         "1-2 0003:0004: no resource",
-        "key: nothing listed matches vendor 0009",
+        "key: no listed device matches vendor 0009",
     ]
     listed = (*listed, descriptor("1-3", UsbId(9, 9)))
-    assert statuses(await check.server_check(SERVER, config, devlist)) == [Status.OK]
+    assert statuses(await check.server_check(SERVER, config, devlist)) == [Outcome.OK]
 
 
 class Reviewer:
@@ -187,13 +191,13 @@ class Reviewer:
 async def test_a_missing_permission_is_named_with_verb_and_resource() -> None:
     needed = check.permissions_needed("usbip-system", "node-a", publish_node_status=True)
     kube = Reviewer()
-    assert statuses(await check.api_check(kube, needed)) == [Status.OK]
+    assert statuses(await check.api_check(kube, needed)) == [Outcome.OK]
     assert {"verb": "patch", "resource": "nodes", "subresource": "status", "name": "node-a"} in kube.asked
     assert {"verb": "update", "group": "coordination.k8s.io", "resource": "leases", "namespace": "usbip-system"} in (
         kube.asked
     )
     (finding,) = await check.api_check(Reviewer("update leases", "patch nodes"), needed)
-    assert finding.status is Status.FAIL
+    assert finding.outcome is Outcome.FAIL
     assert finding.detail.splitlines() == [
         "forbidden: update leases.coordination.k8s.io in usbip-system",
         "forbidden: patch nodes/status",
@@ -211,13 +215,13 @@ async def test_node_status_is_asked_for_only_if_it_is_published() -> None:
 async def test_an_api_server_that_refuses_the_question_or_is_away() -> None:
     permissions = [Permission("get", "", "pods")]
     refusing = Reviewer(error=KubeForbidden("create", "selfsubjectaccessreviews", "no"))
-    assert statuses(await check.api_check(refusing, permissions)) == [Status.WARN]
+    assert statuses(await check.api_check(refusing, permissions)) == [Outcome.WARN]
     away = Reviewer(error=KubeUnreachable("create", "selfsubjectaccessreviews", "refused"))
 
     async def ask() -> list[Finding]:
         return await check.api_check(away, permissions)
 
-    assert statuses(await check.run_checks([("API server", ask)], SystemClock())) == [Status.FAIL]
+    assert statuses(await check.run_checks([("API server", ask)], SystemClock())) == [Outcome.FAIL]
 
 
 class Policy:
@@ -246,12 +250,12 @@ class Policy:
 
 async def test_the_admission_policy_is_tried_with_the_own_node_and_another() -> None:
     (fine,) = await check.admission_check(Policy("node-a"), "n", "node-a")
-    assert fine.status is Status.OK
+    assert fine.outcome is Outcome.OK
     (missing,) = await check.admission_check(Policy(None), "n", "node-a")
-    assert missing.status is Status.WARN
+    assert missing.outcome is Outcome.WARN
     assert "rbac/40-admission.yaml" in missing.cure
     (elsewhere,) = await check.admission_check(Policy("node-b"), "n", "node-a")
-    assert elsewhere.status is Status.FAIL
+    assert elsewhere.outcome is Outcome.FAIL
     assert "node-a" in elsewhere.cure
     assert await check.admission_check(Policy("", by_policy=False), "n", "node-a") == []
 
@@ -260,19 +264,23 @@ async def test_a_device_plugin_directory_that_is_missing_or_not_writable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (missing,) = await check.plugin_directory_check(tmp_path / "absent")
-    assert (missing.status, "is not there" in missing.detail) == (Status.FAIL, True)
+    assert (missing.outcome, "does not exist" in missing.detail) == (Outcome.FAIL, True)
     monkeypatch.setattr(os, "access", lambda _path, _mode: False)
     (finding,) = await check.plugin_directory_check(tmp_path)
-    assert (finding.status, finding.detail, finding.cure) == (Status.FAIL, f"{tmp_path} is not writable", "run as root")
+    assert (finding.outcome, finding.detail, finding.cure) == (
+        Outcome.FAIL,
+        f"{tmp_path} is not writable",
+        "run as root",
+    )
 
 
 async def test_the_cdi_directory_is_looked_at_if_a_resource_wants_it(tmp_path: Path) -> None:
     directory = tmp_path / "cdi"
     (missing,) = await check.cdi_directory_check(directory)
-    assert missing.status is Status.FAIL
+    assert missing.outcome is Outcome.FAIL
     assert f"hostPath {directory}" in missing.cure
     directory.mkdir()
-    assert statuses(await check.cdi_directory_check(directory)) == [Status.OK]
+    assert statuses(await check.cdi_directory_check(directory)) == [Outcome.OK]
     options = Options(
         "node-a", "n", tmp_path / "config", "usbip.dev", tmp_path, tmp_path / "s", "", str(tmp_path / "k")
     )
@@ -296,6 +304,6 @@ async def test_a_cdi_directory_that_nothing_can_be_written_to(
     monkeypatch.setattr(os, "statvfs", lambda _path: os.statvfs_result(fields))
     monkeypatch.setattr(os, "access", lambda _path, _mode: not flags)
     (finding,) = await check.cdi_directory_check(tmp_path)
-    assert finding.status is Status.FAIL
+    assert finding.outcome is Outcome.FAIL
     assert words in finding.detail
     assert finding.cure
