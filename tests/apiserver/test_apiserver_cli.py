@@ -92,8 +92,8 @@ async def test_explain_says_who_has_it_and_release_takes_it_away(
     assert a.agent is not None
     status, out, err = await command(kubeconfig, "explain", str(key), "--config", config)
     assert (status, err) == (Exit.DONE, "")
-    assert f"{key} is free." in out
-    assert "nobody has ever used it" in out
+    assert f"{key} is available." in out
+    assert "it has never been used" in out
     assert f"offered as usbip.dev/{RESOURCE} (vendor 0951)" in out
 
     user = await rig.use(a)
@@ -107,18 +107,18 @@ async def test_explain_says_who_has_it_and_release_takes_it_away(
         status, out, _err = await command(kubeconfig, "explain", name, "--config", config)
         assert status == Exit.PROBLEM
         assert f"{key} is in use on node {a.name}" in out
-        assert "does not list it, as is right for a device in use" in out
-        assert "The holder lives" in out
+        assert "does not list it, as expected for a device in use" in out
+        assert "The holder is alive" in out
 
     status, out, err = await command(kubeconfig, "release", key.id, "--yes")
     assert status == Exit.REFUSED
     assert f"held by node {a.name}" in out
-    assert "it is attached: its server does not list it as free, and the lock names vhci port" in err
+    assert "it is attached: its server does not list it as available, and the lock names vhci port" in err
     status, out, err = await command(kubeconfig, "release", key.id, "--force", "--dry-run")
     assert (status, "nothing was written" in out) == (Exit.DONE, True)
     status, out, err = await command(kubeconfig, "release", key.id, "--force")
     assert status == Exit.REFUSED
-    assert "standard input is no terminal; give --yes" in err
+    assert "stdin is not a terminal, cannot ask for confirmation; pass --yes" in err
     assert await lease_of(admin, key) == held, "nothing was written so far"
     assert rig.attached(a, key)
 
@@ -206,7 +206,7 @@ async def test_a_plugin_cannot_release_for_another_node(rig: Rig, cluster: Clust
     other = cluster.kubeconfig(await tokens.of(b.name))
     status, _out, err = await command(other, "release", key.id, "--force", "--yes", "--namespace", NAMESPACE)
     assert status == Exit.REFUSED
-    assert "run this with a kubeconfig of your own" in err
+    assert "use your own kubeconfig" in err
     assert rig.attached(a, key)
 
 
@@ -228,7 +228,7 @@ async def test_the_config_map_is_found_and_pods_are_asked_for(
         status, out, _err = await command(kubeconfig, "explain", RESOURCE, "-o", "yaml")
         assert yaml.safe_load(out).keys() == found.keys()
         # the pod of the plugin on that node has no kubelet: it is there and not ready
-        assert any("The plugin on node" in sentence and "not ready" in sentence for sentence in found["because"])
+        assert any("has no ready plugin pod" in sentence for sentence in found["because"])
     finally:
         await admin.request("delete", f"{path}/usbip-plugin", resource="configmaps")
 

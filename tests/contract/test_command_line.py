@@ -157,12 +157,12 @@ async def test_explain_says_whether_a_device_is_free_or_who_holds_it(
     config.write_text(cluster.config)
     ran = await terminal.run("explain", str(cluster.free), "--config", str(config))
     assert (ran.status, ran.err) == (Exit.DONE, "")
-    assert ran.out.startswith(f"{cluster.free} is free.\n")
+    assert ran.out.startswith(f"{cluster.free} is available.\n")
     assert "It is offered as usbip.dev/stick (vendor 0951)." in ran.out
     ran = await terminal.run("explain", cluster.held.id, "--config", str(config), "--domain", "example.org")
     assert (ran.status, ran.err) == (Exit.PROBLEM, "")
-    assert f"{cluster.held} is in use on node node-a, by pod default/reader." in ran.out
-    assert "does not list it, as is right for a device in use" in ran.out
+    assert f"{cluster.held} is in use on node node-a by pod default/reader." in ran.out
+    assert "does not list it, as expected for a device in use" in ran.out
     assert "It is offered as example.org/stick (vendor 0951)." in ran.out
     text = await terminal.run("explain", cluster.held.id[:14], "--config", str(config), "-o", "json")
     found = json.loads(text.out)
@@ -174,7 +174,7 @@ async def test_explain_says_whether_a_device_is_free_or_who_holds_it(
 async def test_explain_looks_up_the_pod_and_the_plugin_on_its_node(cluster: Cluster, terminal: Terminal) -> None:
     ran = await terminal.run("explain", cluster.held.id)
     assert "Pod default/reader is gone." in ran.out
-    assert "The plugin on node node-a: there is none." in ran.out
+    assert "Node node-a has no plugin pod." in ran.out
     pods = cluster.api.objects
     pods["/api/v1/namespaces/default/pods/reader"] = {
         "metadata": {"name": "reader", "uid": "uid-1"},
@@ -188,19 +188,19 @@ async def test_explain_looks_up_the_pod_and_the_plugin_on_its_node(cluster: Clus
     }
     pods[f"/api/v1/namespaces/{NAMESPACE}/pods/usbip-plugin-x"] = plugin
     ran = await terminal.run("explain", cluster.held.id)
-    assert "Pod default/reader is there." in ran.out
-    assert "The plugin on node node-a: not ready." in ran.out
+    assert "Pod default/reader is alive." in ran.out
+    assert "Node node-a has no ready plugin pod." in ran.out
     plugin["status"] = {"conditions": [{"type": "Ready", "status": "True"}]}
-    assert "The plugin on node" not in (await terminal.run("explain", cluster.held.id)).out
+    assert "plugin pod" not in (await terminal.run("explain", cluster.held.id)).out
     plugin["spec"] = {"nodeName": "node-b"}
-    assert "The plugin on node node-a: there is none." in (await terminal.run("explain", cluster.held.id)).out
+    assert "Node node-a has no plugin pod." in (await terminal.run("explain", cluster.held.id)).out
 
 
 async def test_explain_asks_the_server_about_an_unknown_device(cluster: Cluster, terminal: Terminal) -> None:
     ran = await terminal.run("explain", f"{cluster.server.key}/9-9")
     assert (ran.status, ran.err) == (Exit.PROBLEM, "")
-    assert "It has no lock: nobody has ever used it." in ran.out
-    assert f"Server {cluster.server.key} answers and does not list 9-9" in ran.out
+    assert "It has no lock: it has never been used." in ran.out
+    assert f"Server {cluster.server.key} answers but does not list 9-9" in ran.out
 
 
 async def test_a_lock_without_device_and_valid_holder_is_shown_as_it_is(cluster: Cluster, terminal: Terminal) -> None:
@@ -210,7 +210,7 @@ async def test_a_lock_without_device_and_valid_holder_is_shown_as_it_is(cluster:
     ran = await terminal.run("explain", name)
     assert (ran.status, ran.err) == (Exit.PROBLEM, "")
     assert ran.out.startswith(f"{name} is in use on node No Node")
-    assert "Its server was not asked: the lock does not say which it is." in ran.out
+    assert "Its server was not queried: the lock does not name it." in ran.out
     assert "list pods" not in cluster.api.rights_used(), "an invalid node name is not looked up"
     rows = json.loads((await terminal.run("devices", "-o", "json")).out)
     (row,) = (row for row in rows if row["id"] == name)
@@ -223,9 +223,9 @@ async def test_explain_leaves_out_what_it_may_not_read(cluster: Cluster, termina
     ran = await terminal.run("explain", cluster.held.id)
     assert (ran.status, ran.err) == (Exit.PROBLEM, "")
     assert "Pod default/reader" not in ran.out
-    assert "The plugin on node" not in ran.out
-    assert f"Which resources select it is not known: ConfigMap {NAMESPACE}/usbip-plugin cannot be read" in ran.out
-    assert f"Asked from here, USB/IP server {cluster.server.key}: " in ran.out
+    assert "plugin pod" not in ran.out
+    assert f"The resources that select it are unknown: ConfigMap {NAMESPACE}/usbip-plugin cannot be read" in ran.out
+    assert f"From this machine: USB/IP server {cluster.server.key}: " in ran.out
 
 
 async def test_config_map_names_the_config_map_to_read(cluster: Cluster, terminal: Terminal) -> None:
@@ -247,7 +247,7 @@ async def test_config_map_names_the_config_map_to_read(cluster: Cluster, termina
         ("empty", {"data": {"other.yaml": ""}}, "has no config.yaml"),
         ("empty", {}, "has no config.yaml"),
         ("bad", {"data": {"config.yaml": "resources: ["}}, "cannot be used: "),
-        ("../secrets/x", None, "cannot be read: no such name is possible"),
+        ("../secrets/x", None, "cannot be read: its name is not valid"),
     ],
 )
 async def test_explain_names_an_unusable_config_map_and_explains_the_rest(
@@ -257,7 +257,7 @@ async def test_explain_names_an_unusable_config_map_and_explains_the_rest(
         cluster.api.objects[f"{CONFIG_MAPS}/{flag}"] = stored
     ran = await terminal.run("explain", cluster.held.id, "--config-map", flag)
     assert (ran.status, ran.err) == (Exit.PROBLEM, "")
-    assert f"Which resources select it is not known: ConfigMap {NAMESPACE}/{flag} {reason}" in ran.out
+    assert f"The resources that select it are unknown: ConfigMap {NAMESPACE}/{flag} {reason}" in ran.out
     assert f"{cluster.held} is in use on node node-a" in ran.out
 
 
@@ -281,20 +281,20 @@ async def test_release_of_a_device_in_use_needs_force_and_confirmation(cluster: 
     before = cluster.leases.leases[cluster.held.id]
     ran = await terminal.run("release", cluster.held.id, "--yes")
     assert ran.status == Exit.REFUSED
-    assert f"{cluster.held} is held by node node-a since " in ran.out
+    assert f"{cluster.held} is held by node node-a (since " in ran.out
     assert "usbip-plugin: not released: it is attached: " in ran.err
-    assert "end its pod, or give --force" in ran.err
+    assert "delete its pod, or pass --force" in ran.err
     ran = await terminal.run("release", cluster.held.id, "--force", "--dry-run")
     assert ran.status == Exit.DONE
-    assert "Forced although it is attached: " in ran.out
-    assert ran.out.endswith("A dry run: nothing was written.\n")
+    assert "Forced, although it is attached: " in ran.out
+    assert ran.out.endswith("Dry run: nothing was written.\n")
     ran = await terminal.run("release", cluster.held.id, "--force")
     assert ran.status == Exit.REFUSED
-    assert "standard input is no terminal; give --yes" in ran.err
+    assert "stdin is not a terminal, cannot ask for confirmation; pass --yes" in ran.err
     assert cluster.leases.leases[cluster.held.id] == before, "nothing is written so far"
     ran = await terminal.run("release", cluster.held.id, "--force", "--yes")
     assert (ran.status, ran.err) == (Exit.DONE, "")
-    assert ran.out.endswith(f"Released. {cluster.held} is free for whoever asks first.\n")
+    assert ran.out.endswith(f"Released. {cluster.held} is available to the first pod that requests it.\n")
     after = cluster.leases.leases[cluster.held.id]
     assert (after.holder, after.transitions) == ("", before.transitions)
     ran = await terminal.run("release", cluster.held.id)

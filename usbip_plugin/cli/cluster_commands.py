@@ -10,7 +10,7 @@ import sys
 from collections.abc import AsyncIterator
 
 from usbip_plugin.cli.devices import LockedDevice, known_devices, paint, rows, show_devices, structured, wants_colour
-from usbip_plugin.cli.explain import Facts, render
+from usbip_plugin.cli.explain import DeviceFacts, render
 from usbip_plugin.cli.explain import explain as explanation_of
 from usbip_plugin.cli.lookup import DeviceLookup, domain_of, find_config
 from usbip_plugin.cli.node_commands import namespace_of
@@ -45,14 +45,10 @@ async def explain(options: argparse.Namespace) -> int:
     async with _facts(options) as (facts, _store):
         found = explanation_of(facts)
     if options.output == "text":
-        on = wants_colour(sys.stdout)
-        _say(render(found, ("\x1b[1m", "\x1b[0m") if on else ("", "")))
+        _say(render(found, colour=wants_colour(sys.stdout)))
     else:
-        _say(
-            structured(
-                dataclasses.asdict(found) | {"because": list(found.because), "next": list(found.next)}, options.output
-            )
-        )
+        lists = {"because": list(found.because), "next": list(found.next)}
+        _say(structured(dataclasses.asdict(found) | lists, options.output))
     return Exit.DONE if found.available else Exit.PROBLEM
 
 
@@ -66,27 +62,26 @@ async def release(options: argparse.Namespace) -> int:
         if not facts.holder or facts.known is None:
             _say(f"{facts.device} has no holder; there is nothing to release.")
             return Exit.DONE
-        intended = plan(facts)
+        intended = plan(facts, facts.known)
         for sentence in intended.sentences:
             _say(sentence)
         if intended.refusal and not options.force:
-            cure = "end its pod, or give --force"
-            raise ReleaseRefused(f"not released: {intended.refusal}; {cure}")
+            raise ReleaseRefused(f"not released: {intended.refusal}; delete its pod, or pass --force")
         if intended.refusal:
-            _say(paint(f"Forced although {intended.refusal}.", "no", on=wants_colour(sys.stdout)))
+            _say(paint(f"Forced, although {intended.refusal}.", "silent", on=wants_colour(sys.stdout)))
         if options.dry_run:
-            _say("A dry run: nothing was written.")
+            _say("Dry run: nothing was written.")
             return Exit.DONE
         if not options.yes and not await _confirmed(facts):
             raise ReleaseRefused("not released: not confirmed")
         await carry_out(store, facts.known, SystemClock().now())
-        _say(f"Released. {facts.device} is free for whoever asks first.")
+        _say(f"Released. {facts.device} is available to the first pod that requests it.")
     return Exit.DONE
 
 
-async def _confirmed(facts: Facts) -> bool:
+async def _confirmed(facts: DeviceFacts) -> bool:
     if not sys.stdin.isatty():
-        raise ReleaseRefused("not released: nobody can be asked, standard input is no terminal; give --yes")
+        raise ReleaseRefused("not released: stdin is not a terminal, cannot ask for confirmation; pass --yes")
     question = f"Take {facts.device} from node {facts.holder}? [y/N] "
     # to stderr, as kubectl does: standard output is for programs
     print(question, end="", file=sys.stderr, flush=True)  # noqa: T201
@@ -95,7 +90,7 @@ async def _confirmed(facts: Facts) -> bool:
 
 
 @contextlib.asynccontextmanager
-async def _facts(options: argparse.Namespace) -> AsyncIterator[tuple[Facts, LeaseStore]]:
+async def _facts(options: argparse.Namespace) -> AsyncIterator[tuple[DeviceFacts, LeaseStore]]:
     clock = SystemClock()
     namespace = namespace_of(options.namespace)
     kube = await connect(options.kubeconfig)
@@ -104,8 +99,8 @@ async def _facts(options: argparse.Namespace) -> AsyncIterator[tuple[Facts, Leas
         config, source = await find_config(options, kube, namespace)
         with contextlib.closing(TcpUsbipClient(clock)) as client:
             domain = domain_of(options.domain, config)
-            enquiry = DeviceLookup(store, kube, client, clock, namespace, domain, config, source)
-            yield await enquiry.about(options.device), store
+            lookup = DeviceLookup(store, kube, client, clock, namespace, domain, config, source)
+            yield await lookup.about(options.device), store
     finally:
         await kube.close()
 

@@ -7,15 +7,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 
-from usbip_plugin.cli.devices import LockedDevice, last_sign, silent, stamp
-from usbip_plugin.model import DeviceKey
+from usbip_plugin.cli.devices import LockedDevice, ago, last_sign, silent, stamp
+from usbip_plugin.model import DeviceKey, Lock
 
 
-class ServerSays(enum.Enum):
-    """What the USB/IP server of a device answers about the device when it is asked from here."""
+class Listing(enum.Enum):
+    """What the USB/IP server of a device lists, as seen from this machine."""
 
     LISTED = "listed"
-    """The server lists the device as free to import."""
+    """The server lists the device as available."""
     UNLISTED = "not listed"
     """The server does not list the device. usbipd leaves devices in use out of its list."""
     UNREACHABLE = "unreachable"
@@ -32,36 +32,36 @@ class ServerAnswer:
     error: why the server did not answer, "" if it did.
     """
 
-    says: ServerSays
+    listing: Listing
     usb_id: str | None = None
     error: str = ""
 
 
 class PodStatus(enum.Enum):
-    """The state of the pod that a lock names, by the API server."""
+    """The state of the pod that a lock names, by the API server, as the predicate of a sentence."""
 
-    UNKNOWN = "not known"
+    UNKNOWN = "is not known"
     """The lock does not name a pod, or the pod could not be read."""
-    GONE = "gone"
+    GONE = "is gone"
     """The API server does not have the pod, or has another one of its name."""
-    ENDED = "ended"
+    ENDED = "has ended"
     """The pod has succeeded or failed."""
-    ENDING = "being deleted"
+    ENDING = "is being deleted"
     """The pod is being deleted; its containers may still run."""
-    LIVES = "there"
+    LIVES = "is alive"
     """The pod has not ended and is not being deleted."""
 
 
-class PluginWord(enum.Enum):
-    """The state of the plugin's pods on the holder's node."""
+class PluginStatus(enum.Enum):
+    """The state of the plugin's pods on the holder's node, as the predicate of a sentence about the node."""
 
-    UNKNOWN = "not known"
+    UNKNOWN = "is not known"
     """The lock has no holder, or the pods could not be listed."""
-    NONE = "there is none"
+    NONE = "has no plugin pod"
     """The node has no pod of the plugin."""
-    NOT_READY = "not ready"
+    NOT_READY = "has no ready plugin pod"
     """The node has a pod of the plugin, and none is ready."""
-    READY = "ready"
+    READY = "has a ready plugin pod"
     """A pod of the plugin on the node is ready."""
 
 
@@ -74,16 +74,13 @@ class Offer:
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
+class DeviceFacts:
     """Everything that was read about one device, from the API server, the USB/IP servers and the configuration.
 
-    key: the device; None if its lock does not name server and bus id.
+    key: None if the lock of the device does not name server and bus id.
     known: the device's lock, None if it has none.
     offers: the resources that select the device; None without a configuration or without a key.
-    config_source: where the configuration is from; why there is none if there is none.
-    server: the answer of the device's server.
-    pod: the state of the pod that the lock names.
-    plugin: the state of the plugin on the holder's node.
+    config_source: where the configuration is from, or why there is none.
     namespace: the namespace of the Leases and of the plugin's pods.
     now: when this was read, by the wall clock of this machine.
     twins: other devices that are listed or held with the serial number by which a resource selects this device.
@@ -96,7 +93,7 @@ class Facts:
     config_source: str
     server: ServerAnswer
     pod: PodStatus
-    plugin: PluginWord
+    plugin: PluginStatus
     namespace: str
     now: datetime
     twins: tuple[str, ...] = ()
@@ -116,10 +113,10 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """The explanation why a device is available or not, in sentences.
+    """Why a device is available or not, in sentences.
 
-    available: whether a pod that asks for the device now would get it, as far as can be seen from here.
-    because: what the verdict rests on.
+    available: whether a pod that asks for the device now would get it, as far as this machine can see.
+    because: the evidence for the verdict.
     next: what to do.
     """
 
@@ -131,178 +128,144 @@ class Explanation:
     next: tuple[str, ...]
 
 
-def explain(facts: Facts) -> Explanation:
-    """Returns the explanation: the verdict, what it rests on, and what to do."""
+def explain(facts: DeviceFacts) -> Explanation:
     available, verdict = _verdict(facts)
-    because = (*_lock(facts), *_place(facts), *_holder(facts), *_server(facts), *_twins(facts), *_offers(facts))
+    because = (*_lock(facts), *_server(facts), *_twins(facts), *_offers(facts))
     return Explanation(facts.device, facts.device_id, available, verdict, because, tuple(_next(facts)))
 
 
-def _verdict(facts: Facts) -> tuple[bool, str]:
-    device, says = facts.device, facts.server.says
+def _verdict(facts: DeviceFacts) -> tuple[bool, str]:
+    device, listing = facts.device, facts.server.listing
     if facts.holder and not facts.silent:
         pod = facts.known.lock.pod if facts.known is not None else None
-        return False, f"{device} is in use on node {facts.holder}" + (f", by pod {pod}." if pod is not None else ".")
+        return False, f"{device} is in use on node {facts.holder}" + (f" by pod {pod}." if pod is not None else ".")
     if facts.key is None:
-        return False, f"{device} cannot be had: its lock does not say which device it is for."
-    if says is ServerSays.UNREACHABLE:
-        return False, f"{device} cannot be had as far as can be seen from here: its server does not answer."
-    if says is ServerSays.UNLISTED:
-        return False, f"{device} cannot be had: its server does not offer it."
+        return False, f"{device} is unavailable: its lock does not name its server and bus ID."
+    if listing is Listing.UNREACHABLE:
+        return False, f"{device} appears to be unavailable: its server does not answer this machine."
+    if listing is Listing.UNLISTED:
+        return False, f"{device} is unavailable: its server does not export it."
     if facts.offers == ():
-        return False, f"{device} cannot be asked for: no resource of the configuration selects it."
+        return False, f"{device} cannot be requested: no resource in the configuration selects it."
     if facts.twins:
-        return False, f"{device} cannot be had by its serial number: it is not the only one with it."
+        return False, f"{device} is unavailable by its serial number: another device has the same number."
     if facts.holder:
-        return True, f"{device} may be taken over: node {facts.holder}, which holds it, is silent."
-    return True, f"{device} is free."
+        return True, f"{device} can be taken over: its holder, node {facts.holder}, is silent."
+    return True, f"{device} is available."
 
 
-def _lock(facts: Facts) -> Iterator[str]:
+def _lock(facts: DeviceFacts) -> Iterator[str]:
     if facts.known is None:
-        yield "It has no lock: nobody has ever used it."
+        yield "It has no lock: it has never been used."
         return
-    lock = facts.known.lock
+    lock, sign = facts.known.lock, last_sign(facts.known)
     if not lock.holder:
-        yield f"Its lock has no holder; it has had {lock.epoch} so far."
+        yield f"Its lock has no holder (epoch {lock.epoch})."
         return
-    text = f"Its lock names node {lock.holder}"
-    if lock.acquired_at is not None:
-        text += f" since {stamp(lock.acquired_at)} ({ago(facts.now, lock.acquired_at)})"
-    text += f", as holder number {lock.epoch}"
-    if lock.port is not None:
-        yield text + f"; there it is attached to vhci port {lock.port}."
-    else:
-        yield text + "; it names no vhci port: the device is being attached or let go."
-
-
-def _place(facts: Facts) -> Iterator[str]:
-    place = facts.known.lock.in_place_of if facts.known is not None and facts.holder else None
-    if place is not None:
-        yield f"It is held for the device {place}, which was lost there and is plugged in here now."
-
-
-def _holder(facts: Facts) -> Iterator[str]:
-    if facts.known is None or not facts.holder:
-        return
-    sign = last_sign(facts.known)
-    heard = f"{stamp(sign)} ({ago(facts.now, sign)})" if sign is not None else "never"
+    since = f" since {stamp(lock.acquired_at)} ({ago(facts.now, lock.acquired_at)})" if lock.acquired_at else ""
+    port = f"attached there to vhci port {lock.port}" if lock.port is not None else "being attached or detached"
+    yield f"Node {lock.holder} has held its lock{since}, epoch {lock.epoch}; the device is {port}."
+    if lock.in_place_of is not None:
+        yield f"It is held in place of {lock.in_place_of}: the device was lost there and is plugged in here now."
+    heartbeat = f"{stamp(sign)}, {ago(facts.now, sign)}" if sign is not None else "never"
     if facts.silent:
-        yield f"The holder is silent: its last sign of life was {heard}, longer ago than its lock lasts."
+        yield f"The holder has been silent for longer than its lock lasts (last heartbeat: {heartbeat})."
     else:
-        yield f"The holder lives: its last sign was {heard}."
-    pod = facts.known.lock.pod
-    if pod is not None and facts.pod is not PodStatus.UNKNOWN:
-        yield f"Pod {pod} is {facts.pod.value}."
-    elif pod is None:
-        yield "The lock names no pod (yet)."
-    if facts.plugin in (PluginWord.NONE, PluginWord.NOT_READY):
-        yield f"The plugin on node {facts.holder}: {facts.plugin.value}."
+        yield f"The holder is alive (last heartbeat: {heartbeat})."
+    if lock.pod is None:
+        yield "The lock does not name a pod yet."
+    elif facts.pod is not PodStatus.UNKNOWN:
+        yield f"Pod {lock.pod} {facts.pod.value}."
+    if facts.plugin in (PluginStatus.NONE, PluginStatus.NOT_READY):
+        yield f"Node {facts.holder} {facts.plugin.value}."
 
 
-def _server(facts: Facts) -> Iterator[str]:
-    word, key = facts.server, facts.key
-    if key is None or word.says is ServerSays.NOT_ASKED:
-        yield "Its server was not asked: the lock does not say which it is."
+def _server(facts: DeviceFacts) -> Iterator[str]:
+    answer, key = facts.server, facts.key
+    if key is None or answer.listing is Listing.NOT_ASKED:
+        yield "Its server was not queried: the lock does not name it."
         return
-    match word.says:
-        case ServerSays.UNREACHABLE:
-            yield f"Asked from here, {word.error}."
-        case ServerSays.UNLISTED if facts.holder:
-            yield f"Server {key.server} does not list it, as is right for a device in use."
-        case ServerSays.UNLISTED:
-            yield (
-                f"Server {key.server} answers and does not list {key.busid}: unplugged, not bound, or in use by "
-                "somebody outside of this cluster."
-            )
-        case _ if facts.holder:
-            yield f"Server {key.server} lists it as free to import, so it is attached nowhere now."
+    match answer.listing:
+        case Listing.UNREACHABLE:
+            yield f"From this machine: {answer.error}."
+        case Listing.UNLISTED if facts.holder:
+            yield f"Server {key.server} does not list it, as expected for a device in use."
+        case Listing.UNLISTED:
+            cause = "it is unplugged, not bound, or in use outside this cluster"
+            yield f"Server {key.server} answers but does not list {key.busid}: {cause}."
         case _:
-            yield f"Server {key.server} lists it as free to import."
+            consequence = ", so no node has it attached" if facts.holder else ""
+            yield f"Server {key.server} lists it as available{consequence}."
     lock = facts.known.lock if facts.known is not None else None
-    promised = str(lock.usb_id) if lock is not None and lock.usb_id is not None else None
-    if word.usb_id is not None and promised is not None and word.usb_id != promised:
-        yield f"What the server lists under this bus id is {word.usb_id}; the lock was for {promised}."
+    expected = str(lock.usb_id) if lock is not None and lock.usb_id is not None else answer.usb_id
+    if answer.usb_id not in (None, expected):
+        yield f"The server lists {answer.usb_id} under this bus ID; the lock was for {expected}."
 
 
-def _twins(facts: Facts) -> Iterator[str]:
+def _twins(facts: DeviceFacts) -> Iterator[str]:
     if not facts.twins or facts.known is None or (facts.holder and not facts.silent):
         return
     serial, others = facts.known.lock.serial, " and ".join(facts.twins)
-    if facts.server.says is ServerSays.LISTED:
-        yield f"Its serial number {serial} is also that of {others}: no resource offers any of them by that number."
+    if facts.server.listing is Listing.LISTED:
+        yield f"Its serial number {serial} is shared with {others}, so no resource offers them by that number."
     else:
-        yield f"The device with its serial number {serial} is {others} now."
+        yield f"The device with serial number {serial} is now {others}."
 
 
-def _offers(facts: Facts) -> Iterator[str]:
+def _offers(facts: DeviceFacts) -> Iterator[str]:
     if facts.offers is None:
         if facts.key is not None:
-            yield f"Which resources select it is not known: {facts.config_source}."
+            yield f"The resources that select it are unknown: {facts.config_source}."
         return
     for offer in facts.offers:
         yield f"It is offered as {offer.resource} ({offer.selector})."
-    if not facts.offers and facts.server.says is ServerSays.LISTED:
-        yield f"No resource of {facts.config_source} selects it."
+    if not facts.offers and facts.server.listing is Listing.LISTED:
+        yield f"No resource in {facts.config_source} selects it."
 
 
-def _next(facts: Facts) -> Iterator[str]:
-    lock = facts.known.lock if facts.known is not None else None
-    if facts.holder and lock is not None and not facts.silent:
-        yield from _next_held(facts)
+def _next(facts: DeviceFacts) -> Iterator[str]:
+    if facts.holder and facts.known is not None and not facts.silent:
+        yield from _next_held(facts, facts.known.lock)
         return
-    says = facts.server.says
-    if says is ServerSays.UNREACHABLE:
-        yield "Nodes may reach the server although this machine does not: see the status page of one, or its log."
-        yield "On the server: is usbipd running (systemctl status usbipd), and is the port open?"
-    elif says is ServerSays.UNLISTED and facts.holder:
-        port = lock.port if lock is not None and lock.port is not None else "PORT"
-        yield f"If node {facts.holder} lives, without its plugin, on that node: usbip port; usbip detach -p {port}"
-        yield "If it is gone and the server has not noticed, on the server: usbip unbind -b BUSID; usbip bind -b BUSID"
-    elif says is ServerSays.UNLISTED and facts.key is not None:
-        yield f"On the server: usbip list -l shows what is plugged in; usbip bind -b {facts.key.busid} exports it."
+    listing, key = facts.server.listing, facts.key
+    if listing is Listing.UNREACHABLE:
+        yield "Nodes may still reach the server: check the status page or the log of a node."
+        yield "On the server: check that usbipd is running (pgrep usbipd) and that its port is open."
+    elif listing is Listing.UNLISTED and key is not None and facts.holder:
+        port = facts.known.lock.port if facts.known is not None and facts.known.lock.port is not None else "PORT"
+        yield f"If node {facts.holder} is up without its plugin, on that node: usbip port; usbip detach -p {port}"
+        unbind = f"usbip unbind -b {key.busid}; usbip bind -b {key.busid}"
+        yield f"If the node is gone and the server has not noticed, on the server: {unbind}"
+    elif listing is Listing.UNLISTED and key is not None:
+        yield f"On the server: usbip list -l shows what is plugged in; usbip bind -b {key.busid} exports it."
     elif facts.twins:
-        yield "Tell them apart by bus_id in the configuration; docs/configuration.md shows how."
+        yield "Select each of them by bus_id in the configuration; docs/configuration.md shows how."
     elif facts.offers == ():
         yield "Add a selector for it to the configuration; docs/configuration.md shows how."
     elif facts.offers:
-        yield f"A pod gets it with resources.limits: {{{facts.offers[0].resource}: 1}}"
+        yield f"Request it in a pod with resources.limits: {{{facts.offers[0].resource}: 1}}"
 
 
-def _next_held(facts: Facts) -> Iterator[str]:
-    assert facts.known is not None  # noqa: S101 - the caller looked
-    pod = facts.known.lock.pod
+def _next_held(facts: DeviceFacts, lock: Lock) -> Iterator[str]:
     match facts.pod:
-        case PodStatus.LIVES if pod is not None:
-            yield f"It comes free when that pod ends: kubectl -n {pod.namespace} delete pod {pod.name}"
+        case PodStatus.LIVES if lock.pod is not None:
+            delete = f"kubectl -n {lock.pod.namespace} delete pod {lock.pod.name}"
+            yield f"It becomes available when that pod ends: {delete}"
         case PodStatus.ENDING:
-            yield "Wait: it comes free within seconds after the pod's containers have ended."
+            yield "Wait: it becomes available seconds after the pod's containers have ended."
         case PodStatus.GONE | PodStatus.ENDED:
-            yield "The pod no longer needs it: the plugin on that node lets it go within half a minute."
-    if facts.plugin in (PluginWord.NONE, PluginWord.NOT_READY):
+            yield "The pod no longer needs it: the plugin on that node detaches it within half a minute."
+    if facts.plugin in (PluginStatus.NONE, PluginStatus.NOT_READY):
         look = f"kubectl -n {facts.namespace} get pods --field-selector spec.nodeName={facts.holder}"
-        yield f"Without its plugin the node lets nothing go: {look}"
+        yield f"The node releases nothing until its plugin is ready: {look}"
     elif facts.pod in (PodStatus.GONE, PodStatus.ENDED):
-        yield f"If it does not, its log says why: kubectl -n {facts.namespace} logs daemonset/usbip-plugin"
-    yield f"To take it from its holder all the same: usbip-plugin release {facts.device} --force"
+        yield f"If it does not, see its log: kubectl -n {facts.namespace} logs daemonset/usbip-plugin"
+    yield f"To take it from its holder anyway: usbip-plugin release {facts.device} --force"
 
 
-def ago(now: datetime, then: datetime) -> str:
-    """Returns how long ago a moment was, such as "3 min ago"; "just now" if it is in the future by this clock."""
-    return f"{age(max(0.0, (now - then).total_seconds()))} ago" if now > then else "just now"
-
-
-def age(seconds: float) -> str:
-    """Returns a number of seconds in the largest unit that fits, rounded down: "42 s", "3 min", "5 h", "2 d"."""
-    for limit, unit, divisor in ((120, "s", 1), (7200, "min", 60), (172_800, "h", 3600)):
-        if seconds < limit:
-            return f"{int(seconds // divisor)} {unit}"
-    return f"{int(seconds // 86_400)} d"
-
-
-def render(found: Explanation, bold: tuple[str, str] = ("", "")) -> str:
-    """Returns the explanation as text. bold: the terminal's sequences before and after the verdict."""
-    lines = [f"{bold[0]}{found.verdict}{bold[1]}", f"  id {found.device_id}"]
+def render(found: Explanation, *, colour: bool = False) -> str:
+    """Returns the explanation as text. colour: whether to print the verdict in bold."""
+    lines = [f"\x1b[1m{found.verdict}\x1b[0m" if colour else found.verdict, f"  id {found.device_id}"]
     lines += [f"  {sentence}" for sentence in found.because]
     if found.next:
         lines += ["", "What to do:", *(f"  {sentence}" for sentence in found.next)]

@@ -1,4 +1,4 @@
-"""Reads all about one device from the API server and the USB/IP servers, and finds the device that a name means.
+"""Finds the device that a name means, and reads all about it from the API server and the USB/IP servers.
 
 Only the Leases must be readable. Whatever else cannot be read is left out, and the command says so.
 """
@@ -9,13 +9,13 @@ import argparse
 import asyncio
 import contextlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from usbip_plugin.cli.devices import LockedDevice, known_devices
-from usbip_plugin.cli.explain import Facts, Offer, PluginWord, PodStatus, ServerAnswer, ServerSays
+from usbip_plugin.cli.explain import DeviceFacts, Listing, Offer, PluginStatus, PodStatus, ServerAnswer
 from usbip_plugin.clock import Clock
 from usbip_plugin.config.parse import parse_config
 from usbip_plugin.config.reload import load_config
@@ -32,9 +32,9 @@ from usbip_plugin.model import (
     Lock,
     PodRef,
     ServerKey,
-    UsbId,
     valid_busid,
 )
+from usbip_plugin.usbip.client import UsbipClient
 
 MAX_SHOWN = 20
 """Devices that the error about an ambiguous name lists."""
@@ -56,7 +56,7 @@ class NamedDevice:
 
     def __str__(self) -> str:
         offered = f"  {', '.join(self.resources)}" if self.resources else ""
-        return f"{self.id}  {self.device or 'a lock that does not say which device'}{offered}"
+        return f"{self.id}  {self.device or 'unknown device'}{offered}"
 
     def names(self) -> tuple[str, ...]:
         """Returns all exact names of the device."""
@@ -73,24 +73,14 @@ def resolve(name: str, candidates: Sequence[NamedDevice]) -> NamedDevice:
     Raises NoSuchDevice if no device matches. Raises AmbiguousDevice with the matches if several do, also if the name
     is that of a resource with several devices.
     """
-    for fits in _matchers(name):
-        found = [candidate for candidate in candidates if any(fits(known) for known in candidate.names())]
-        if len(found) == 1:
-            return found[0]
-        if found:
-            raise AmbiguousDevice(name, _lines(found))
-    raise NoSuchDevice(name, len(candidates))
-
-
-def _matchers(name: str) -> Iterable[Callable[[str], bool]]:
-    yield lambda known: known == name
-    if name:
-        yield lambda known: known.startswith(name)
-
-
-def _lines(found: Sequence[NamedDevice]) -> list[str]:
-    more = len(found) - MAX_SHOWN
-    return [f"  {candidate}" for candidate in found[:MAX_SHOWN]] + ([f"  and {more} more"] if more > 0 else [])
+    exact = [one for one in candidates if name in one.names()]
+    found = exact or [one for one in candidates if name and any(known.startswith(name) for known in one.names())]
+    if not found:
+        raise NoSuchDevice(name, len(candidates))
+    if len(found) > 1:
+        more = [f"  and {len(found) - MAX_SHOWN} more"] if len(found) > MAX_SHOWN else []
+        raise AmbiguousDevice(name, [f"  {candidate}" for candidate in found[:MAX_SHOWN]] + more)
+    return found[0]
 
 
 DEVLIST_TIMEOUT_S = 3.0
@@ -100,14 +90,6 @@ REQUEST_TIMEOUT_S = 5.0
 PLUGIN_LABEL = "app.kubernetes.io/name=usbip-plugin"
 _NODE = re.compile("[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
 _SERVER_BUSID = re.compile(r"(?P<host>\[[0-9A-Fa-f:.%]+\]|[^/:\[\]]+)(?::(?P<port>[0-9]{1,5}))?/(?P<busid>[^/]+)")
-
-
-class DevlistClient(Protocol):
-    """The part of usbip.client.UsbipClient that lists devices."""
-
-    async def devlist(self, server: ServerKey, *, timeout: float) -> tuple[Descriptor, ...]:
-        """Returns the devices that the server lists, within timeout seconds. Raises UsbipError."""
-        ...
 
 
 @dataclass(slots=True)
@@ -124,7 +106,7 @@ class DeviceLookup:
 
     store: LeaseStore
     kube: KubeRequests
-    client: DevlistClient
+    client: UsbipClient
     clock: Clock
     namespace: str
     domain: str
@@ -133,7 +115,7 @@ class DeviceLookup:
     known: tuple[LockedDevice, ...] = ()
     answers: dict[ServerKey, tuple[Descriptor, ...] | str] = field(default_factory=dict)
 
-    async def about(self, name: str) -> Facts:
+    async def about(self, name: str) -> DeviceFacts:
         """Returns everything about the device of that name.
 
         Raises KubeError if the Leases cannot be read, NoSuchDevice or AmbiguousDevice if the name does not mean exactly
@@ -156,15 +138,15 @@ class DeviceLookup:
             await self._ask(frozenset({key.server}))
         lock = known.lock if known is not None else None
         pod = lock.pod if lock is not None and lock.holder else None
-        return Facts(
+        return DeviceFacts(
             device_id=chosen,
             key=key,
             known=known,
             offers=self._offers(key, lock) if key is not None else None,
             config_source=self.source,
-            server=self._word(key),
+            server=self._answer(key),
             pod=await self._pod(pod) if pod is not None else PodStatus.UNKNOWN,
-            plugin=await self._plugin(lock.holder) if lock is not None and lock.holder else PluginWord.UNKNOWN,
+            plugin=await self._plugin(lock.holder) if lock is not None and lock.holder else PluginStatus.UNKNOWN,
             namespace=self.namespace,
             now=self.clock.now(),
             twins=self._twins(key, lock) if key is not None and lock is not None else (),
@@ -196,16 +178,12 @@ class DeviceLookup:
         found = []
         for device_id in sorted({*keys, *locks}):
             key, lock = keys.get(device_id), locks.get(device_id)
-            offers = self._offers(key, lock) if key is not None else None
-            found.append(
-                NamedDevice(
-                    device_id,
-                    device=str(key) if key is not None else None,
-                    busid=key.busid if key is not None else None,
-                    serial=lock.serial if lock is not None else None,
-                    resources=tuple(offer.resource for offer in offers or ()),
-                )
-            )
+            serial = lock.serial if lock is not None else None
+            if key is None:
+                found.append(NamedDevice(device_id, serial=serial))
+            else:
+                resources = tuple(offer.resource for offer in self._offers(key, lock) or ())
+                found.append(NamedDevice(device_id, str(key), key.busid, serial, resources))
         return found
 
     def _offers(self, key: DeviceKey, lock: Lock | None) -> tuple[Offer, ...] | None:
@@ -213,13 +191,10 @@ class DeviceLookup:
         if self.config is None:
             return None
         listed = self._listed(key)
-        identity = (
-            lock.identity
-            if lock is not None and (listed is None or listed.devid == lock.read_from)
-            else UNKNOWN_IDENTITY
-        )
+        same = lock is not None and (listed is None or listed.devid == lock.read_from)
+        identity = lock.identity if lock is not None and same else UNKNOWN_IDENTITY
         if listed is None and lock is not None and lock.usb_id is not None:
-            listed = descriptor_of(key.busid, lock.usb_id)
+            listed = Descriptor(key.busid, "", 0, 0, 0, lock.usb_id, 0, 0, 0, 0, 0, 0, 0)
         found: dict[str, Offer] = {}
         for resource in self.config.resources:
             for entry in resource.devices:
@@ -231,11 +206,11 @@ class DeviceLookup:
 
     def _twins(self, key: DeviceKey, lock: Lock) -> tuple[str, ...]:
         """Returns other devices that are listed or held with the serial number by which a resource selects this one."""
-        promising = [
+        targets_by_serial = [
             {entry.target for entry in resource.devices if entry.selector.serial == lock.serial}
             for resource in (self.config.resources if self.config is not None and lock.serial else ())
         ]
-        servers = {server for targets in promising if key.server in targets for server in targets}
+        servers = {server for targets in targets_by_serial if key.server in targets for server in targets}
         found = []
         for known in self.known:
             other = known.lock
@@ -253,16 +228,16 @@ class DeviceLookup:
         listed = self.answers.get(key.server, "")
         return None if isinstance(listed, str) else next((d for d in listed if d.busid == key.busid), None)
 
-    def _word(self, key: DeviceKey | None) -> ServerAnswer:
+    def _answer(self, key: DeviceKey | None) -> ServerAnswer:
         if key is None or key.server not in self.answers:
-            return ServerAnswer(ServerSays.NOT_ASKED)
+            return ServerAnswer(Listing.NOT_ASKED)
         answer = self.answers[key.server]
         if isinstance(answer, str):
-            return ServerAnswer(ServerSays.UNREACHABLE, error=answer)
+            return ServerAnswer(Listing.UNREACHABLE, error=answer)
         listed = self._listed(key)
         if listed is None:
-            return ServerAnswer(ServerSays.UNLISTED)
-        return ServerAnswer(ServerSays.LISTED, usb_id=str(listed.usb_id))
+            return ServerAnswer(Listing.UNLISTED)
+        return ServerAnswer(Listing.LISTED, usb_id=str(listed.usb_id))
 
     async def _pod(self, pod: PodRef) -> PodStatus:
         path = f"/api/v1/namespaces/{pod.namespace}/pods/{pod.name}"
@@ -272,22 +247,22 @@ class DeviceLookup:
             return PodStatus.GONE
         except KubeError:
             return PodStatus.UNKNOWN
-        return pod_word(found, pod)
+        return pod_status(found, pod)
 
-    async def _plugin(self, node: str) -> PluginWord:
+    async def _plugin(self, node: str) -> PluginStatus:
         if not _NODE.fullmatch(node):
-            return PluginWord.UNKNOWN
+            return PluginStatus.UNKNOWN
         params = {"labelSelector": PLUGIN_LABEL, "fieldSelector": f"spec.nodeName={node}"}
         path = f"/api/v1/namespaces/{self.namespace}/pods"
         try:
             found = await self.kube.request("list", path, resource="pods", params=params, timeout=REQUEST_TIMEOUT_S)
         except KubeError:
-            return PluginWord.UNKNOWN
-        return plugin_word(found)
+            return PluginStatus.UNKNOWN
+        return plugin_status(found)
 
 
-def pod_word(found: Mapping[str, Any], pod: PodRef) -> PodStatus:
-    """Returns the state of the pod that a lock names. found: the pod of that name, as the API server returned it."""
+def pod_status(found: Mapping[str, Any], pod: PodRef) -> PodStatus:
+    """Returns the state of the pod that a lock names. found: the Pod of that name."""
     metadata, status = _mapping(found.get("metadata")), _mapping(found.get("status"))
     if pod.uid is not None and metadata.get("uid") not in (None, pod.uid):
         return PodStatus.GONE
@@ -296,16 +271,16 @@ def pod_word(found: Mapping[str, Any], pod: PodRef) -> PodStatus:
     return PodStatus.ENDING if metadata.get("deletionTimestamp") else PodStatus.LIVES
 
 
-def plugin_word(found: Mapping[str, Any]) -> PluginWord:
-    """Returns the state of the plugin on one node. found: the list of its pods there, as the API server returned it."""
+def plugin_status(found: Mapping[str, Any]) -> PluginStatus:
+    """Returns the state of the plugin on one node. found: the PodList of its pods there."""
     items = found.get("items")
     pods = [item for item in items if isinstance(item, dict)] if isinstance(items, list) else []
     for pod in pods:
         conditions = _mapping(pod.get("status")).get("conditions")
         for condition in conditions if isinstance(conditions, list) else ():
             if _mapping(condition).get("type") == "Ready" and _mapping(condition).get("status") == "True":
-                return PluginWord.READY
-    return PluginWord.NOT_READY if pods else PluginWord.NONE
+                return PluginStatus.READY
+    return PluginStatus.NOT_READY if pods else PluginStatus.NONE
 
 
 def named_key(name: str) -> DeviceKey | None:
@@ -315,11 +290,6 @@ def named_key(name: str) -> DeviceKey | None:
         return None
     port = int(match["port"] or DEFAULT_USBIP_PORT)
     return DeviceKey(ServerKey(match["host"].strip("[]"), port), match["busid"]) if 0 < port < 65536 else None
-
-
-def descriptor_of(busid: str, usb_id: UsbId) -> Descriptor:
-    """Returns the descriptor of a device of which only the bus id and the USB id are known."""
-    return Descriptor(busid, "", 0, 0, 0, usb_id, 0, 0, 0, 0, 0, 0, 0)
 
 
 async def find_config(options: argparse.Namespace, kube: KubeRequests, namespace: str) -> tuple[Config | None, str]:
@@ -336,7 +306,7 @@ async def find_config(options: argparse.Namespace, kube: KubeRequests, namespace
             return (await asyncio.to_thread(load_config, usual)).config, str(usual)
     name = f"ConfigMap {namespace}/{options.config_map}"
     if not _NODE.fullmatch(options.config_map):
-        return None, f"{name} cannot be read: no such name is possible"
+        return None, f"{name} cannot be read: its name is not valid"
     path = f"/api/v1/namespaces/{namespace}/configmaps/{options.config_map}"
     try:
         found = await kube.request("get", path, resource="configmaps", timeout=REQUEST_TIMEOUT_S)

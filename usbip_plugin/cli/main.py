@@ -75,14 +75,10 @@ def _status(error: PluginError) -> Exit:
 def _run(options: argparse.Namespace) -> int:
     # imported where used: a `run` on a node does not load the commands for people, and they do not load the plugin
     match options.command:
-        case "run":
-            from usbip_plugin.cli.node_commands import run  # noqa: PLC0415
+        case "run" | "check":
+            from usbip_plugin.cli import node_commands  # noqa: PLC0415
 
-            return run(options)
-        case "check":
-            from usbip_plugin.cli.node_commands import check  # noqa: PLC0415
-
-            return check(options)
+            return node_commands.run(options) if options.command == "run" else node_commands.check(options)
         case "devices" | "explain" | "release":
             from usbip_plugin.cli import cluster_commands  # noqa: PLC0415
 
@@ -97,23 +93,18 @@ def _run(options: argparse.Namespace) -> int:
 
             print(script(options.shell))  # noqa: T201
             return Exit.DONE
-        case "simulate":
-            return _simulate(options)
         case _:
-            return _demo(options)
-
-
-def _demo(options: argparse.Namespace) -> int:
-    from usbip_plugin.observe.logs import set_up_logging  # noqa: PLC0415
-
-    set_up_logging("none", sys.stderr)
-    demo = importlib.import_module("usbip_sim.demo")
-    return Exit.DONE if asyncio.run(demo.run(print, real_kernel=options.real_kernel)) else Exit.PROBLEM
+            return _simulate(options)
 
 
 def _simulate(options: argparse.Namespace) -> int:
+    """Carries out `demo` and `simulate`, whose code is loaded by name: the product does not depend on its doubles."""
     from usbip_plugin.observe.logs import set_up_logging  # noqa: PLC0415
 
+    if options.command == "demo":
+        set_up_logging("none", sys.stderr)
+        demo = importlib.import_module("usbip_sim.demo")
+        return Exit.DONE if asyncio.run(demo.run(print, real_kernel=options.real_kernel)) else Exit.PROBLEM
     set_up_logging(options.log_level, sys.stdout, json_lines=True)
     commands = importlib.import_module("usbip_sim.commands")
     status: int

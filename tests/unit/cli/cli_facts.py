@@ -1,4 +1,4 @@
-"""What explain and release are given, as it was found out."""
+"""Facts about one device, for the tests of explain and release."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 from usbip_plugin.cli.devices import LockedDevice
-from usbip_plugin.cli.explain import Facts, Offer, PluginWord, PodStatus, ServerAnswer, ServerSays
+from usbip_plugin.cli.explain import DeviceFacts, Listing, Offer, PluginStatus, PodStatus, ServerAnswer
 from usbip_plugin.locks.record import LOCK_LABELS, SESSION_LABELS, Lease, lock_of
 from usbip_plugin.model import DeviceKey, ServerKey
 
@@ -15,9 +15,9 @@ TAKEN = datetime(2026, 5, 4, 3, 2, 1, tzinfo=UTC)
 NOW = TAKEN + timedelta(hours=3)
 NOTES = {"usbip.dev/server": "lab:3240", "usbip.dev/busid": "1-1", "usbip.dev/usb-id": "0951:1666"}
 HELD_NOTES = NOTES | {"usbip.dev/pod": "ns/reader/uid-1", "usbip.dev/vhci-port": "3", "usbip.dev/boot-id": "b"}
-LISTED = ServerAnswer(ServerSays.LISTED, usb_id="0951:1666")
-UNLISTED = ServerAnswer(ServerSays.UNLISTED)
-UNREACHABLE = ServerAnswer(ServerSays.UNREACHABLE, error="USB/IP server lab:3240: connection refused")
+LISTED = ServerAnswer(Listing.LISTED, usb_id="0951:1666")
+UNLISTED = ServerAnswer(Listing.UNLISTED)
+UNREACHABLE = ServerAnswer(Listing.UNREACHABLE, error="USB/IP server lab:3240: connection refused")
 
 
 def known(
@@ -34,7 +34,7 @@ def known(
     return LockedDevice(lease, lock_of(lease), session)
 
 
-FREE = Facts(
+FREE = DeviceFacts(
     device_id=KEY.id,
     key=KEY,
     known=known(),
@@ -42,8 +42,8 @@ FREE = Facts(
     config_source="ConfigMap usbip-system/usbip-plugin",
     server=LISTED,
     pod=PodStatus.UNKNOWN,
-    plugin=PluginWord.UNKNOWN,
+    plugin=PluginStatus.UNKNOWN,
     namespace="usbip-system",
     now=NOW,
 )
-HELD = replace(FREE, known=known("node-a"), server=UNLISTED, pod=PodStatus.LIVES, plugin=PluginWord.READY)
+HELD = replace(FREE, known=known("node-a"), server=UNLISTED, pod=PodStatus.LIVES, plugin=PluginStatus.READY)

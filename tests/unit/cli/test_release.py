@@ -8,12 +8,18 @@ import pytest
 
 from tests.unit.cli.cli_facts import FREE, HELD, HELD_NOTES, KEY, LISTED, NOW, UNLISTED, UNREACHABLE, known
 from usbip_plugin.cli.devices import LockedDevice, known_devices
-from usbip_plugin.cli.explain import Facts, PodStatus
-from usbip_plugin.cli.release import plan, release
+from usbip_plugin.cli.explain import DeviceFacts, PodStatus
+from usbip_plugin.cli.release import Plan, plan, release
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.errors import KubeForbidden, ReleaseRefused
 from usbip_plugin.locks.record import Lease
 from usbip_sim.leases import MemoryBackend, MemoryLeases
+
+
+def planned(facts: DeviceFacts) -> Plan:
+    assert facts.known is not None
+    return plan(facts, facts.known)
+
 
 NO_PORT = {name: text for name, text in HELD_NOTES.items() if name != "usbip.dev/vhci-port"}
 
@@ -21,29 +27,32 @@ NO_PORT = {name: text for name, text in HELD_NOTES.items() if name != "usbip.dev
 @pytest.mark.parametrize(
     ("facts", "refusal"),
     [
-        (HELD, "it is attached: its server does not list it as free, and the lock names vhci port 3 of node node-a"),
+        (
+            HELD,
+            "its server does not list it as available, and the lock names vhci port 3 of node node-a",
+        ),
         (replace(HELD, known=known("node-a", heard=500)), "it is attached"),  # its kernel may live on
         (replace(HELD, known=known("node-a", notes=NO_PORT)), "it is attached"),
         (replace(HELD, server=UNREACHABLE), "it may be attached"),
         (replace(HELD, server=LISTED), ""),
-        (replace(HELD, server=LISTED, known=known("node-a", written=3)), "an import may be under way"),
+        (replace(HELD, server=LISTED, known=known("node-a", written=3)), "an import may be in progress"),
     ],
 )
-def test_it_refuses_unless_the_device_is_certainly_not_attached(facts: Facts, refusal: str) -> None:
-    found = plan(facts).refusal
+def test_it_refuses_unless_the_device_is_certainly_not_attached(facts: DeviceFacts, refusal: str) -> None:
+    found = planned(facts).refusal
     assert refusal in found
     assert bool(refusal) is bool(found)
 
 
-def test_it_says_what_it_would_break() -> None:
-    text = "\n".join(plan(HELD).sentences)
-    assert "held by node node-a since 2026-05-04T03:02:01Z" in text
-    assert "The node lives (last sign: 3 s ago): it detaches the device" in text
-    assert "pod ns/reader loses the device while it runs" in text
-    assert "Its pod ns/reader is gone" in "\n".join(plan(replace(HELD, pod=PodStatus.GONE)).sentences)
-    silent = plan(replace(HELD, known=known("node-a", heard=500, written=500))).sentences
-    assert "The node is silent (last sign: 8 min ago)" in "\n".join(silent)
-    assert "names no pod" in "\n".join(plan(replace(HELD, known=known("node-a", notes={}))).sentences)
+def test_it_shows_the_impact() -> None:
+    text = "\n".join(planned(HELD).sentences)
+    assert "held by node node-a (since 2026-05-04T03:02:01Z)." in text
+    assert "The node is alive (last heartbeat: 3s ago): it detaches the device" in text
+    assert "pod ns/reader loses the device while it is running" in text
+    assert "Its pod ns/reader is gone" in "\n".join(planned(replace(HELD, pod=PodStatus.GONE)).sentences)
+    silent = planned(replace(HELD, known=known("node-a", heard=500, written=500))).sentences
+    assert "The node is silent (last heartbeat: 8m ago)" in "\n".join(silent)
+    assert "does not name a pod" in "\n".join(planned(replace(HELD, known=known("node-a", notes={}))).sentences)
 
 
 async def stored() -> tuple[MemoryLeases, LockedDevice]:
@@ -88,7 +97,7 @@ async def test_a_lock_that_was_deleted_is_not_made_anew() -> None:
 async def test_nothing_is_written_for_a_device_that_nobody_holds() -> None:
     store, _found = await stored()
     assert FREE.known is not None
-    with pytest.raises(ReleaseRefused, match="not held"):
+    with pytest.raises(ReleaseRefused, match="has no holder"):
         await release(store, FREE.known, NOW)
 
 
@@ -97,6 +106,6 @@ async def test_the_policy_that_confines_plugins_is_named_with_its_cure() -> None
         async def replace(self, _lease: Lease) -> Lease:
             raise KubeForbidden("update", "leases", "ValidatingAdmissionPolicy 'usbip-plugin' denied request")
 
-    with pytest.raises(ReleaseRefused, match="a kubeconfig of your own"):
+    with pytest.raises(ReleaseRefused, match="use your own kubeconfig"):
         await release(Refusing(), known("node-a"), NOW)  # type: ignore[arg-type]  # all it is asked for
     assert UNLISTED != UNREACHABLE

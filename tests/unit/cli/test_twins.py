@@ -14,6 +14,7 @@ from usbip_plugin.kube.events import KubeRequests
 from usbip_plugin.locks import record
 from usbip_plugin.locks.record import Lease, LeaseList, LeaseStore
 from usbip_plugin.model import Descriptor, DeviceKey, ServerKey, UsbId
+from usbip_plugin.usbip.client import UsbipClient
 
 LAB, ATTIC = ServerKey("lab", 3240), ServerKey("attic", 3240)
 OWN, THERE = DeviceKey(LAB, "1-1"), DeviceKey(ATTIC, "7-2")
@@ -80,14 +81,14 @@ def test_a_twin_is_there_and_promised_by_the_same_resource(
     selectors: dict[ServerKey, Selector], there: Lease, lists: dict[str, tuple[Descriptor, ...]], twins: tuple[str, ...]
 ) -> None:
     config = Config((ResourceConfig("stick", tuple(DeviceSelector(at, which) for at, which in selectors.items())),))
-    enquiry = DeviceLookup(
+    lookup = DeviceLookup(
         cast("LeaseStore", Leases(lease(OWN, "RED"), there)),
         cast("KubeRequests", None),
-        Servers(**lists),
+        cast("UsbipClient", Servers(**lists)),
         SystemClock(),
         "ns",
         "usbip.dev",
         config,
         "config.yaml",
     )
-    assert asyncio.run(enquiry.about(OWN.id)).twins == twins
+    assert asyncio.run(lookup.about(OWN.id)).twins == twins
