@@ -236,7 +236,7 @@ def test_an_empty_address_starts_no_http_server_and_either_signal_ends_the_proce
     status, _log = run(monkeypatch, places, offered, flags=flags, number=number)
     out, err = capsys.readouterr()
     assert (status, err) == (0, "")
-    assert "warn  development only: a simulated kernel, no USB device is attached socket=" in out
+    assert "warn  simulated kernel in use, no USB device is attached socket=" in out
     assert "info  registered with the kubelet resource=usbip.dev/stick" in out
 
 
@@ -282,7 +282,7 @@ def test_an_address_in_use_is_logged_and_exits_with_1(
 @pytest.mark.parametrize(
     ("flags", "text", "problem"),
     [
-        (("--node-name", ""), "resources: {}\n", "--node-name: give the node's name, or set NODE_NAME"),
+        (("--node-name", ""), "resources: {}\n", "--node-name: missing; pass it, or set NODE_NAME"),
         ((), "resources: [\n", "config.yaml:2: not valid YAML"),
         (("--config", "/nonexistent/config.yaml"), "", "/nonexistent/config.yaml: cannot be read: No such file"),
     ],

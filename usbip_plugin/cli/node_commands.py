@@ -71,8 +71,8 @@ def run(options: argparse.Namespace) -> int:
         make_driver = _driver_of(options)
 
     if not options.node_name:
-        cure = "give the node's name, or set NODE_NAME (downward API: spec.nodeName)"
-        raise ConfigError("command line", [f"--node-name: {cure}"])
+        cure = "pass it, or set NODE_NAME (downward API: spec.nodeName)"
+        raise ConfigError("command line", [f"--node-name: missing; {cure}"])
     loaded = load_config(options.config)
     settings = loaded.config.settings
     level = _first(options.log_level, settings.log_level, DEFAULT_LOG_LEVEL)
@@ -111,10 +111,10 @@ def _driver_of(options: argparse.Namespace) -> MakeDriver:
 
     def simulated(clock: Clock) -> VhciDriver:
         log.warning(
-            "development only: a simulated kernel, no USB device is attached",
+            "simulated kernel in use, no USB device is attached",
             extra={"socket": options.simulated_kernel},
         )
-        # imported by name: the product does not depend on its doubles
+        # by name: the product does not depend on its doubles
         double = importlib.import_module("usbip_sim.kernel.remote")
         driver: VhciDriver = double.RemoteVhci(options.simulated_kernel, clock, random.Random())  # noqa: S311 - jitter
         return driver
