@@ -77,8 +77,8 @@ def silent(known: LockedDevice, now: datetime) -> bool:
     only: it is right only as far as the clocks of holder and reader agree.
     """
     sign = last_sign(known)
-    asked = [lease.duration_seconds or 0 for lease in (known.session, known.lease) if lease is not None]
-    return bool(known.lock.holder) and (sign is None or now - sign > timedelta(seconds=max(0, *asked)))
+    durations = [lease.duration_seconds or 0 for lease in (known.session, known.lease) if lease is not None]
+    return bool(known.lock.holder) and (sign is None or now - sign > timedelta(seconds=max(0, *durations)))
 
 
 def reason(known: LockedDevice, now: datetime) -> tuple[Reason, str]:

@@ -164,7 +164,7 @@ def _lock(facts: DeviceFacts) -> Iterator[str]:
         return
     since = f" since {stamp(lock.acquired_at)} ({ago(facts.now, lock.acquired_at)})" if lock.acquired_at else ""
     port = f"attached there to vhci port {lock.port}" if lock.port is not None else "being attached or detached"
-    yield f"Node {lock.holder} has held its lock{since}, epoch {lock.epoch}; the device is {port}."
+    yield f"Node {lock.holder} has held the lock{since}, epoch {lock.epoch}; the device is {port}."
     if lock.in_place_of is not None:
         yield f"It is held in place of {lock.in_place_of}: the device was lost there and is plugged in here now."
     heartbeat = f"{stamp(sign)}, {ago(facts.now, sign)}" if sign is not None else "never"

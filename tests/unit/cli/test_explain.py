@@ -51,7 +51,7 @@ def test_the_verdict(facts: DeviceFacts, available: bool, verdict: str) -> None:
         (
             HELD,
             [
-                "Node node-a has held its lock since 2026-05-04T03:02:01Z (3h ago), epoch 5",
+                "Node node-a has held the lock since 2026-05-04T03:02:01Z (3h ago), epoch 5",
                 "attached there to vhci port 3.",
                 "alive (last heartbeat: 2026-05-04T06:01:58Z, 3s ago)",
                 "Pod ns/reader is alive.",
