@@ -128,5 +128,5 @@ def config_failed(before: ConfigReport, error: ConfigError, now: datetime) -> Co
 
 
 def _moment(at: datetime) -> str:
-    \"\"\"Returns a time in RFC 3339 with whole seconds. `at` must be in UTC.\"\"\"
+    """Returns a time in RFC 3339 with whole seconds. `at` must be in UTC."""
     return at.isoformat(timespec="seconds")

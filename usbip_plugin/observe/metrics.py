@@ -178,9 +178,7 @@ class ResourceCollector(Collector):
         text = "Times the resource was registered with the kubelet again."
         yield self._counter("restarts", text, lambda counts: counts.restarts)
         yield self._counter("device_plugin_restarts", text, lambda counts: counts.restarts, prefix="")
-        reasons: Labelled = {
-            (name, reason.code): by[reason] for name, by in devices.items() for reason in Reason
-        }
+        reasons: Labelled = {(name, reason.code): by[reason] for name, by in devices.items() for reason in Reason}
         yield _gauge("devices", "Devices by the reason for their health.", (LABEL, "reason"), reasons)
         text = "Allocates refused because another node holds the device."
         yield self._counter("allocate_denials", text, lambda counts: counts.denials)
