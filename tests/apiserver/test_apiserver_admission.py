@@ -29,7 +29,6 @@ pytestmark = pytest.mark.short
 LEASES = f"/apis/coordination.k8s.io/v1/namespaces/{NAMESPACE}/leases"
 EVENTS = "/apis/events.k8s.io/v1/namespaces/default/events"
 NODES = "/api/v1/nodes"
-MERGE = "application/merge-patch+json"
 MUTANTS = "usbip-mutants"
 _POLL_S = 0.2
 
@@ -129,9 +128,7 @@ async def update(client: KubeClient, body: dict[str, Any], **spec: Any) -> dict[
 
 
 async def patch_status(client: KubeClient, node: str, body: dict[str, Any]) -> dict[str, Any]:
-    return await client.request(
-        "patch", f"{NODES}/{node}/status", resource="nodes/status", body=body, content_type=MERGE
-    )
+    return await client.request("patch", f"{NODES}/{node}/status", resource="nodes/status", body=body)
 
 
 def allocatable(counts: Mapping[str, str | None]) -> dict[str, Any]:

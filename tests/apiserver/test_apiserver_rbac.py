@@ -26,15 +26,12 @@ class Call:
     path: str
     resource: str
     body: dict[str, Any] | None = None
-    content_type: str = "application/json"
 
     def __str__(self) -> str:
         return f"{self.verb} {self.path}"
 
     async def by(self, client: KubeClient) -> None:
-        await client.request(
-            self.verb, self.path, resource=self.resource, body=self.body, content_type=self.content_type
-        )
+        await client.request(self.verb, self.path, resource=self.resource, body=self.body)
 
 
 def lease(name: str, version: str = "") -> dict[str, Any]:
@@ -61,7 +58,6 @@ EVENT = {
     "regarding": {"kind": "Node", "name": ACCOUNT_NODE},
 }
 PATCH: dict[str, Any] = {"status": {"allocatable": {"usbip.dev/storage": "1"}}}
-MERGE = "application/merge-patch+json"
 
 # After authorisation a missing object is 404: that is enough to see that the verb is granted.
 GRANTED = [
@@ -71,15 +67,15 @@ GRANTED = [
     Call("update", f"{OWN}/{ABSENT}", LEASES, lease(ABSENT, "1")),
     Call("list", "/api/v1/pods?fieldSelector=spec.nodeName%3Dnode", "pods"),
     Call("create", "/apis/events.k8s.io/v1/namespaces/default/events", "events.events.k8s.io", EVENT),
-    Call("patch", "/api/v1/nodes/absent/status", "nodes/status", PATCH, MERGE),
+    Call("patch", "/api/v1/nodes/absent/status", "nodes/status", PATCH),
 ]
 REFUSED = [
     Call("delete", f"{OWN}/absent", LEASES),
-    Call("patch", f"{OWN}/absent", LEASES, {}, MERGE),
+    Call("patch", f"{OWN}/absent", LEASES, {}),
     Call("list", BASE.format("default"), LEASES),
     Call("create", BASE.format("kube-system"), LEASES, lease("x")),
     Call("get", "/api/v1/nodes/absent", "nodes"),
-    Call("patch", "/api/v1/nodes/absent", "nodes", PATCH, MERGE),
+    Call("patch", "/api/v1/nodes/absent", "nodes", PATCH),
     Call("update", "/api/v1/nodes/absent/status", "nodes/status", PATCH),
     Call("list", "/api/v1/secrets", "secrets"),
     Call("delete", "/api/v1/namespaces/default/pods/absent", "pods"),

@@ -247,14 +247,13 @@ async def test_a_request_through_a_closed_client_is_unreachable(api: FakeApi, cl
     assert api.requests == []
 
 
-async def test_a_body_and_its_content_type_arrive(api: FakeApi, client: KubeClient) -> None:
+async def test_a_patch_arrives_as_a_merge_patch(api: FakeApi, client: KubeClient) -> None:
     body = {"status": {"allocatable": {"usbip.dev/stick": "1"}}}
     answer = await client.request(
         "patch",
         "/api/v1/nodes/node-a/status",
         resource="nodes/status",
         body=body,
-        content_type="application/merge-patch+json",
     )
     assert answer == body
     (request,) = api.requests

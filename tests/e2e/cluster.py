@@ -133,9 +133,7 @@ class ClusterView:
 
     async def patch(self, collection: str, name: str, body: Object) -> None:
         path = f"{_PATHS[collection]}/{name}"
-        await self._kube.request(
-            "patch", path, resource=collection, body=body, content_type="application/merge-patch+json"
-        )
+        await self._kube.request("patch", path, resource=collection, body=body)
 
     # What tests wait for.
 

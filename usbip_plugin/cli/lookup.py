@@ -22,7 +22,7 @@ from usbip_plugin.config.reload import load_config
 from usbip_plugin.config.schema import DEFAULT_CONFIG_PATH, DEFAULT_DOMAIN, Config
 from usbip_plugin.config.selectors import Match, matches
 from usbip_plugin.errors import AmbiguousDevice, ConfigError, KubeError, KubeNotFound, NoSuchDevice, UsbipError
-from usbip_plugin.kube.events import KubeRequests
+from usbip_plugin.kube.client import Api
 from usbip_plugin.locks.record import LeaseStore
 from usbip_plugin.model import (
     DEFAULT_USBIP_PORT,
@@ -105,7 +105,7 @@ class DeviceLookup:
     """
 
     store: LeaseStore
-    kube: KubeRequests
+    kube: Api
     client: UsbipClient
     clock: Clock
     namespace: str
@@ -292,7 +292,7 @@ def named_key(name: str) -> DeviceKey | None:
     return DeviceKey(ServerKey(match["host"].strip("[]"), port), match["busid"]) if 0 < port < 65536 else None
 
 
-async def find_config(options: argparse.Namespace, kube: KubeRequests, namespace: str) -> tuple[Config | None, str]:
+async def find_config(options: argparse.Namespace, kube: Api, namespace: str) -> tuple[Config | None, str]:
     """Returns the configuration and where it is from, or None and why there is none.
 
     Reads the file of --config, else the default file if it is there and can be used, else the ConfigMap. Raises

@@ -13,7 +13,7 @@ import random
 import socket
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import yaml
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_exponential
@@ -62,6 +62,53 @@ _HTTP_METHODS = {
 Params = Mapping[str, str]
 
 
+class Api(Protocol):
+    """The requests to one API server. All methods raise the KubeError family.
+
+    resource: as RBAC names it ("leases.coordination.k8s.io"); errors have it.
+    """
+
+    async def request(
+        self,
+        verb: str,
+        path: str,
+        *,
+        resource: str,
+        params: Params | None = None,
+        body: Any = None,
+        timeout: float = REQUEST_TIMEOUT_S,
+    ) -> dict[str, Any]:
+        """Sends one request and returns the JSON object of the answer.
+
+        verb: as RBAC names it ("update"). "patch" sends a JSON merge patch.
+        timeout: seconds for the whole request.
+        The API server may still carry out a write that was cancelled or got no answer.
+        """
+        ...
+
+    async def list(
+        self, path: str, *, resource: str, params: Params | None = None, timeout: float = REQUEST_TIMEOUT_S
+    ) -> dict[str, Any]:
+        """Returns a whole collection, {"metadata": ..., "items": [...]}, at one resourceVersion.
+
+        timeout: seconds for each page.
+        Raises KubeServerError if there are more than MAX_PAGES pages.
+        """
+        ...
+
+    def watch(
+        self, path: str, *, resource: str, params: Params | None = None, timeout: float = WATCH_SERVER_TIMEOUT_S
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        """Yields raw watch events {"type", "object"} as they arrive, bookmarks included.
+
+        Ends when the API server ends the watch. The request asks for an end after timeout to WATCH_SPREAD times
+        timeout seconds, at random: watches that were opened together are not opened again together.
+        Raises KubeGone if the resourceVersion is too old, and KubeUnreachable if the connection breaks or is silent
+        for WATCH_IDLE_S. A caller that leaves the watch early must close it (contextlib.aclosing).
+        """
+        ...
+
+
 class KubeClient:
     """Client of one API server. connect() makes it."""
 
@@ -102,18 +149,11 @@ class KubeClient:
         resource: str,
         params: Params | None = None,
         body: Any = None,
-        content_type: str = "application/json",
         timeout: float = REQUEST_TIMEOUT_S,
     ) -> dict[str, Any]:
-        """Sends one request and returns the decoded JSON object of the answer.
-
-        verb and resource: as RBAC names them ("update", "leases.coordination.k8s.io").
-        timeout: seconds for the whole request.
-        Raises the KubeError family. The API server may still carry out a cancelled or unanswered write.
-        """
         with self._reported(), _translated(verb, resource):
             async with self._clock.timeout(timeout):
-                response = await self._send(verb, path, resource, params, body, content_type, timeout)
+                response = await self._send(verb, path, resource, params, body, timeout)
                 async with response:
                     data = await whole(response.content.iter_any(), verb, resource)
             return decoded(data, verb, resource)
@@ -121,11 +161,6 @@ class KubeClient:
     async def list(
         self, path: str, *, resource: str, params: Params | None = None, timeout: float = REQUEST_TIMEOUT_S
     ) -> dict[str, Any]:
-        """Returns a whole collection, {"metadata": ..., "items": [...]}, at one resourceVersion.
-
-        timeout: seconds for each page.
-        Raises the KubeError family, and KubeServerError if there are more than MAX_PAGES pages.
-        """
         items: list[Any] = []
         query = {"limit": str(LIST_PAGE), **(params or {})}
         for _ in range(MAX_PAGES):
@@ -139,18 +174,11 @@ class KubeClient:
             if not token:
                 return {**page, "items": items}
             query = {**query, "continue": str(token)}
-        raise KubeServerError("list", resource, f"more than {MAX_PAGES} pages")
+        raise KubeServerError("list", resource, f"the list has more than {MAX_PAGES} pages")
 
     async def watch(
         self, path: str, *, resource: str, params: Params | None = None, timeout: float = WATCH_SERVER_TIMEOUT_S
     ) -> AsyncGenerator[dict[str, Any], None]:
-        """Yields raw watch events {"type", "object"} as they arrive, bookmarks included.
-
-        Ends when the API server ends the watch. The request asks for an end after timeout to twice timeout seconds, at
-        random: watches that were opened together are not opened again together.
-        Raises the KubeError family: KubeGone if the resourceVersion is too old, KubeUnreachable if the connection
-        breaks or is silent for WATCH_IDLE_S. A caller that leaves the watch early must close it (contextlib.aclosing).
-        """
         query = {
             "watch": "true",
             "allowWatchBookmarks": "true",
@@ -159,7 +187,7 @@ class KubeClient:
         }
         with self._reported(), _translated("watch", resource):
             async with self._clock.timeout(REQUEST_TIMEOUT_S):
-                response = await self._send("watch", path, resource, query, None, "application/json", None)
+                response = await self._send("watch", path, resource, query, None, None)
             async with response:
                 _keep_alive(response)
                 async for line in lines(response.content.iter_any(), resource):
@@ -175,51 +203,41 @@ class KubeClient:
             raise
 
     async def _send(
-        self,
-        verb: str,
-        path: str,
-        resource: str,
-        params: Params | None,
-        body: Any,
-        content_type: str,
-        timeout: float | None,
+        self, verb: str, path: str, resource: str, params: Params | None, body: Any, timeout: float | None
     ) -> aiohttp.ClientResponse:
         """Returns the response to a request that was accepted (2xx), with its body still unread.
 
         After a 401 it reads the credentials again and sends the request once more. Raises the KubeError for a refusal.
         """
-        await self._refresh_when_due()
-        response = await self._send_once(verb, path, params, body, content_type, timeout)
+
+        async def sent() -> aiohttp.ClientResponse:
+            kind = "application/merge-patch+json" if verb == "patch" else "application/json"
+            headers = {"Accept": "application/json", "Content-Type": kind}
+            if self._authorization:
+                headers["Authorization"] = self._authorization
+            response: aiohttp.ClientResponse = await self._rest.request(
+                _HTTP_METHODS[verb],
+                self._host + path,
+                query_params=dict(params or {}),
+                headers=headers,
+                body=body,
+                _preload_content=False,
+                _request_timeout=aiohttp.ClientTimeout(total=timeout, sock_read=None if timeout else WATCH_IDLE_S),
+            )
+            return response
+
+        if self._token_period is not None and self._clock.monotonic() - self._token_read >= self._token_period:
+            await self._refresh()
+        response = await sent()
         if response.status == 401:
             response.release()
             await self._refresh()
-            response = await self._send_once(verb, path, params, body, content_type, timeout)
+            response = await sent()
         if not 200 <= response.status <= 299:
             async with response:
                 data = await whole(response.content.iter_any(), verb, resource)
                 raise refusal(response.status, data, verb, resource, response.headers.get("Retry-After"))
         return response
-
-    async def _send_once(
-        self, verb: str, path: str, params: Params | None, body: Any, content_type: str, timeout: float | None
-    ) -> aiohttp.ClientResponse:
-        headers = {"Accept": "application/json", "Content-Type": content_type}
-        if self._authorization:
-            headers["Authorization"] = self._authorization
-        response: aiohttp.ClientResponse = await self._rest.request(
-            _HTTP_METHODS[verb],
-            self._host + path,
-            query_params=dict(params or {}),
-            headers=headers,
-            body=body,
-            _preload_content=False,
-            _request_timeout=aiohttp.ClientTimeout(total=timeout, sock_read=None if timeout else WATCH_IDLE_S),
-        )
-        return response
-
-    async def _refresh_when_due(self) -> None:
-        if self._token_period is not None and self._clock.monotonic() - self._token_read >= self._token_period:
-            await self._refresh()
 
     async def _refresh(self) -> None:
         self._token_read = self._clock.monotonic()

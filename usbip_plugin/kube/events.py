@@ -7,19 +7,16 @@ import hashlib
 import logging
 import random
 from collections import OrderedDict
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from usbip_plugin.clock import Clock
 from usbip_plugin.errors import KubeConflict, KubeError
-from usbip_plugin.kube.client import api_write
+from usbip_plugin.kube.client import Api, api_write
 from usbip_plugin.model import NodeIdentity, PodRef
 from usbip_plugin.observe.redaction import redacted
 
 CONTROLLER = "usbip.dev/usbip-plugin"
-REQUEST_TIMEOUT_S = 5.0
-"""Seconds for one request to the API server."""
 WHOLE_TIMEOUT_S = 10.0
 """Seconds for writing one Event, retries included."""
 REPEAT_S = 300.0
@@ -62,22 +59,6 @@ def _remember(known: OrderedDict[K, V], key: K, value: V) -> None:
     known.move_to_end(key)
     if len(known) > _REMEMBERED:
         known.popitem(last=False)
-
-
-class KubeRequests(Protocol):
-    """The part of the API client that records Events. Raises the KubeError family."""
-
-    async def request(
-        self,
-        verb: str,
-        path: str,
-        *,
-        resource: str,
-        params: Mapping[str, str] | None = None,
-        body: Any = None,
-        content_type: str = "application/json",
-        timeout: float,
-    ) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,8 +163,8 @@ class EventRecorder:
     server did not accept.
     """
 
-    def __init__(self, kube: KubeRequests, identity: NodeIdentity, clock: Clock, rng: random.Random) -> None:
-        self._kube = kube
+    def __init__(self, api: Api, identity: NodeIdentity, clock: Clock, rng: random.Random) -> None:
+        self._api = api
         self._identity = identity
         self._clock = clock
         self._rng = rng
@@ -241,10 +222,9 @@ class EventRecorder:
         )
         async for attempt in api_write(self._clock, self._rng):
             with attempt:
-                await self._kube.request(
+                await self._api.request(
                     "create",
                     f"/apis/events.k8s.io/v1/namespaces/{namespace}/events",
                     resource="events.events.k8s.io",
                     body=body,
-                    timeout=REQUEST_TIMEOUT_S,
                 )

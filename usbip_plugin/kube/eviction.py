@@ -10,11 +10,12 @@ import logging
 import random
 from collections.abc import Callable
 from contextvars import Context, copy_context
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import quote
 
 from usbip_plugin.clock import Clock, backoff
 from usbip_plugin.errors import KubeConflict, KubeError, KubeForbidden, KubeNotFound
+from usbip_plugin.kube.client import Api
 from usbip_plugin.model import PodRef
 
 log = logging.getLogger(__name__)
@@ -29,14 +30,6 @@ BACKOFF_MAX_S = 30.0
 # Seconds to wait after a 403: RBAC does not change often.
 FORBIDDEN_WAIT_S = 60.0
 EVICTIONS = "pods/eviction"
-
-
-class EvictionApi(Protocol):
-    """The part of the API client that evicts pods. Raises the KubeError family."""
-
-    async def request(
-        self, verb: str, path: str, *, resource: str, body: Any = None, timeout: float
-    ) -> dict[str, Any]: ...
 
 
 def eviction(pod: PodRef) -> dict[str, Any]:
@@ -61,7 +54,7 @@ class Evictor:
 
     def __init__(
         self,
-        api: EvictionApi,
+        api: Api,
         clock: Clock,
         rng: random.Random,
         wanted: Callable[[PodRef], bool],

@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable
 
 from usbip_plugin.clock import Clock, backoff
 from usbip_plugin.errors import KubeError
+from usbip_plugin.kube.client import Api
 
 log = logging.getLogger(__name__)
 
@@ -30,15 +30,7 @@ UNCOUNTED = 600
 """Nodes that are assumed until the first count succeeds: many enough that no server is flooded."""
 
 
-class ListApi(Protocol):
-    """The part of the API client that lists. Raises the KubeError family."""
-
-    async def request(
-        self, verb: str, path: str, *, resource: str, params: Mapping[str, str], timeout: float
-    ) -> dict[str, Any]: ...
-
-
-async def count_pods(api: ListApi, namespace: str) -> int:
+async def count_pods(api: Api, namespace: str) -> int:
     """Returns the number of pods in a namespace, by one small request. Raises the KubeError family."""
     path = f"/api/v1/namespaces/{namespace}/pods"
     answer = await api.request("list", path, resource="pods", params={"limit": "1"}, timeout=COUNT_TIMEOUT_S)

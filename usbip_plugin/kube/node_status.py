@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable, Mapping
 from urllib.parse import quote
 
 from usbip_plugin.clock import Clock, backoff
 from usbip_plugin.errors import KubeError, KubeForbidden
+from usbip_plugin.kube.client import Api
 from usbip_plugin.sync import Broadcast, done_within
 
 log = logging.getLogger(__name__)
@@ -34,25 +34,15 @@ LOWER_RATE, RAISE_RATE = 500.0, 20.0
 # Seconds after which the kubelet itself has written a count.
 KUBELET_SYNC_S = 10.0
 
-
-class PatchApi(Protocol):
-    """The part of the API client that patches the Node. Raises the KubeError family."""
-
-    async def request(
-        self,
-        verb: str,
-        path: str,
-        *,
-        resource: str,
-        body: Any = None,
-        content_type: str = "application/json",
-        timeout: float,
-    ) -> dict[str, Any]: ...
+WriteCounts = Callable[[Mapping[str, int]], Awaitable[None]]
+"""Writes counts, by full resource name, on this plugin's own Node. Raises the KubeError family."""
 
 
-def status_patch(counts: Mapping[str, int]) -> dict[str, Any]:
-    """Returns the JSON merge patch of nodes/<node>/status that sets only these resources (full names)."""
-    return {"status": {"allocatable": {name: str(count) for name, count in sorted(counts.items())}}}
+async def patch_status(api: Api, node: str, counts: Mapping[str, int]) -> None:
+    """Writes the counts of these resources (full names) on the Node, and no others. Raises the KubeError family."""
+    body = {"status": {"allocatable": {name: str(count) for name, count in sorted(counts.items())}}}
+    path = f"/api/v1/nodes/{quote(node, safe='')}/status"
+    await api.request("patch", path, resource=NODES_STATUS, body=body, timeout=PATCH_TIMEOUT_S)
 
 
 def spread(nodes: int, *, lower: bool) -> float:
@@ -73,11 +63,10 @@ class NodeStatusPublisher:
     """
 
     def __init__(
-        self, api: PatchApi, node: str, clock: Clock, rng: random.Random, nodes: Callable[[], int] = lambda: 1
+        self, write: WriteCounts, clock: Clock, rng: random.Random, nodes: Callable[[], int] = lambda: 1
     ) -> None:
-        self._api = api
+        self._write = write
         self._nodes = nodes
-        self._path = f"/api/v1/nodes/{quote(node, safe='')}/status"
         self._clock = clock
         self._rng = rng
         self._wanted: dict[str, int] = {}
@@ -134,14 +123,7 @@ class NodeStatusPublisher:
             pending = self._pending()
             self._urgent = False
             try:
-                await self._api.request(
-                    "patch",
-                    self._path,
-                    resource=NODES_STATUS,
-                    body=status_patch(pending),
-                    content_type="application/merge-patch+json",
-                    timeout=PATCH_TIMEOUT_S,
-                )
+                await self._write(pending)
             except KubeError as error:
                 self._failed(error)
                 await self._pause(FORBIDDEN_WAIT_S if self.forbidden else next(waits))

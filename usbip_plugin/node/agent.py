@@ -7,6 +7,7 @@ import logging
 import random
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 
 from opentelemetry.trace import Tracer
 
@@ -23,7 +24,7 @@ from usbip_plugin.inventory.probe import Prober
 from usbip_plugin.kube.client import KubeClient
 from usbip_plugin.kube.eviction import Evictor
 from usbip_plugin.kube.fleet import FleetCount
-from usbip_plugin.kube.node_status import NodeStatusPublisher, PatchApi
+from usbip_plugin.kube.node_status import NodeStatusPublisher, WriteCounts, patch_status
 from usbip_plugin.kube.pods import OwnPods, PodPhase, PodView
 from usbip_plugin.kubelet.allocate import Allocator
 from usbip_plugin.kubelet.plugins import Plugin, PluginSet, Registrar
@@ -80,7 +81,7 @@ class AgentDependencies:
 
     pods: the pods of the node; None to watch them through kube.
     evict: begins the eviction of a pod; None to evict through kube.
-    node_object: writes the status of the Node; None to write it through kube.
+    write_counts: writes allocatable counts on the Node; None to write them through kube.
     count_nodes: returns how many nodes run the plugin, raises KubeError if that is not known; None for one node.
     """
 
@@ -97,7 +98,7 @@ class AgentDependencies:
     tracer: Tracer
     pods: PodView | None = None
     evict: Callable[[PodRef], None] | None = None
-    node_object: PatchApi | None = None
+    write_counts: WriteCounts | None = None
     count_nodes: Callable[[], Awaitable[int]] | None = None
 
 
@@ -158,10 +159,10 @@ class Agent:
             on_reattach=observer.on_reattach,
         )
         # the kubelet
-        node_object = out.node_object or out.kube
+        write_counts = out.write_counts or (partial(patch_status, out.kube, out.me.node) if out.kube else None)
         self.node_status = (
-            NodeStatusPublisher(node_object, out.me.node, out.clock, out.rng, nodes=self._nodes)
-            if node_object is not None and config.publish_node_status
+            NodeStatusPublisher(write_counts, out.clock, out.rng, nodes=self._nodes)
+            if write_counts is not None and config.publish_node_status
             else None
         )
         self.publisher = KubeletPublisher(

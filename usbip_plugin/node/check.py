@@ -18,8 +18,7 @@ from usbip_plugin.config.reload import Loaded
 from usbip_plugin.config.schema import Config, OnLoss
 from usbip_plugin.config.selectors import Match, matches
 from usbip_plugin.errors import ConfigError, KubeForbidden, KubeUnreachable, PluginError, UsbipError
-from usbip_plugin.kube.client import connect
-from usbip_plugin.kube.events import KubeRequests
+from usbip_plugin.kube.client import Api, connect
 from usbip_plugin.locks.record import LOCK_LABELS
 from usbip_plugin.model import DEVICE_ID_PREFIX, Descriptor, ServerKey
 from usbip_plugin.node.daemon import MakeDriver, Options
@@ -28,8 +27,6 @@ from usbip_plugin.vhci.driver import DriverReport
 
 CHECK_TIMEOUT_S = 8.0
 """Seconds that each check may take. Checks run side by side, so all take about as long as the slowest."""
-REQUEST_TIMEOUT_S = 5.0
-"""Seconds that one request to the API server may take."""
 CONNECT_TIMEOUT_S = 2.0
 """Seconds that connecting to a unix socket on this node may take."""
 MAX_DEVICES_SHOWN = 20
@@ -250,7 +247,7 @@ def permissions_needed(
     return (*leases, *pods, events, *((status,) if publish_node_status else ()), *((eviction,) if evict else ()))
 
 
-async def api_check(kube: KubeRequests, permissions: Sequence[Permission]) -> list[Finding]:
+async def api_check(kube: Api, permissions: Sequence[Permission]) -> list[Finding]:
     """Checks that the API server answers and grants each permission (SelfSubjectAccessReview)."""
 
     async def allowed(permission: Permission) -> bool:
@@ -263,7 +260,6 @@ async def api_check(kube: KubeRequests, permissions: Sequence[Permission]) -> li
                 "kind": "SelfSubjectAccessReview",
                 "spec": {"resourceAttributes": {key: value for key, value in asdict(permission).items() if value}},
             },
-            timeout=REQUEST_TIMEOUT_S,
         )
         status = answer.get("status")
         return isinstance(status, Mapping) and status.get("allowed") is True
@@ -280,7 +276,7 @@ async def api_check(kube: KubeRequests, permissions: Sequence[Permission]) -> li
     return [Finding(name, Outcome.OK, f"answers; all {len(permissions)} permissions are granted")]
 
 
-async def admission_check(kube: KubeRequests, namespace: str, node: str) -> list[Finding]:
+async def admission_check(kube: Api, namespace: str, node: str) -> list[Finding]:
     """Checks by dry runs that this account can write locks in the name of this node and of no other."""
     name = "admission policy"
     own, other = [await _refused(kube, namespace, holder) for holder in (node, f"not-{node}")]
@@ -295,7 +291,7 @@ async def admission_check(kube: KubeRequests, namespace: str, node: str) -> list
     return [Finding(name, Outcome.OK, f"this account can write locks for node {node} only")]
 
 
-async def _refused(kube: KubeRequests, namespace: str, holder: str) -> KubeForbidden | None:
+async def _refused(kube: Api, namespace: str, holder: str) -> KubeForbidden | None:
     """Returns the refusal of a lock in holder's name, or None if the API server would write it. Writes nothing."""
     body = {
         "apiVersion": "coordination.k8s.io/v1",
@@ -310,7 +306,6 @@ async def _refused(kube: KubeRequests, namespace: str, holder: str) -> KubeForbi
             resource="leases.coordination.k8s.io",
             params={"dryRun": "All"},
             body=body,
-            timeout=REQUEST_TIMEOUT_S,
         )
     except KubeForbidden as error:
         return error

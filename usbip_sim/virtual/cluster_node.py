@@ -126,7 +126,7 @@ class ClusterNode:
             tracer=cluster.spec.tracer(self.name),
             pods=self.known_pods,
             evict=self.evicted.append,
-            node_object=self.status_api,
+            write_counts=self.status_api.write,
             count_nodes=self._count_nodes,
         )
         self.agent = Agent(

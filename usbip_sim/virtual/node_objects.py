@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextvars import Context
-from typing import Any
 
 from usbip_plugin.clock import Clock
 from usbip_plugin.kube.node_status import NODES_STATUS
@@ -36,7 +35,7 @@ class NodeObject:
 
 
 class NodeConnection:
-    """PatchApi through which a plugin writes its Node's status to the simulated API server.
+    """Connection through which a plugin writes its Node's status to the simulated API server.
 
     faults: decides the fate of each call.
     """
@@ -52,22 +51,8 @@ class NodeConnection:
         """Records that the plugin's process is dead, so that no one waits for its calls any more."""
         self._gone = True
 
-    async def request(
-        self,
-        verb: str,
-        path: str,
-        *,
-        resource: str,
-        body: Any = None,
-        content_type: str = "application/json",
-        timeout: float,
-    ) -> dict[str, Any]:
-        """Sends a merge patch of status.allocatable. Raises KubeError, and ValueError for any other request."""
-        expected = (PATCH, f"/api/v1/nodes/{self._node.name}/status", NODES_STATUS, "application/merge-patch+json")
-        if (verb, path, resource, content_type) != expected or body.keys() != {"status"} or timeout <= 0:
-            raise ValueError(f"not a patch of the status of {self._node.name}: {verb} {path} {resource} {body}")
-        counts = {name: int(count) for name, count in body["status"]["allocatable"].items()}
-        fate = self._faults(Operation(self._node.name, verb, self._node.name))
+    async def write(self, counts: Mapping[str, int]) -> None:
+        fate = self._faults(Operation(self._node.name, PATCH, self._node.name))
         hindered, given_up = int(fate is not FINE), False
 
         def arrive() -> None:
@@ -75,8 +60,7 @@ class NodeConnection:
 
         self.hindered += hindered
         try:
-            await carry(verb, resource, arrive, fate, self._clock, self._network)
+            await carry(PATCH, NODES_STATUS, arrive, fate, self._clock, self._network)
         finally:
             self.hindered -= hindered
             given_up = True
-        return {}

@@ -10,7 +10,7 @@ import pytest
 from usbip_plugin.cli.lookup import DeviceLookup
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
-from usbip_plugin.kube.events import KubeRequests
+from usbip_plugin.kube.client import Api
 from usbip_plugin.locks import record
 from usbip_plugin.locks.record import Lease, LeaseList, LeaseStore
 from usbip_plugin.model import Descriptor, DeviceKey, ServerKey, UsbId
@@ -83,7 +83,7 @@ def test_a_twin_is_there_and_promised_by_the_same_resource(
     config = Config((ResourceConfig("stick", tuple(DeviceSelector(at, which) for at, which in selectors.items())),))
     lookup = DeviceLookup(
         cast("LeaseStore", Leases(lease(OWN, "RED"), there)),
-        cast("KubeRequests", None),
+        cast("Api", None),
         cast("UsbipClient", Servers(**lists)),
         SystemClock(),
         "ns",

@@ -6,12 +6,13 @@ import asyncio
 import contextlib
 import random
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 
+from tests.rigs.api_double import ApiDouble
 from usbip_plugin.errors import KubeConflict, KubeForbidden, KubeUnreachable
 from usbip_plugin.kube.events import (
     BURST,
@@ -67,37 +68,14 @@ class HandClock:
         return asyncio.timeout(PATIENCE_S)
 
 
-class Api:
-    """Takes events, or fails as told first."""
-
-    def __init__(self) -> None:
-        self.requests: asyncio.Queue[tuple[str, str, dict[str, Any]]] = asyncio.Queue()
-        self.failures: list[Exception] = []
-
-    async def request(
-        self,
-        verb: str,
-        path: str,
-        *,
-        resource: str,
-        params: Mapping[str, str] | None = None,
-        body: Any = None,
-        content_type: str = "application/json",
-        timeout: float,
-    ) -> dict[str, Any]:
-        await asyncio.sleep(0)
-        if self.failures:
-            raise self.failures.pop(0)
-        self.requests.put_nowait((verb, path, body))
-        return {}
-
-    async def next(self) -> tuple[str, str, dict[str, Any]]:
-        async with asyncio.timeout(PATIENCE_S):
-            return await self.requests.get()
+async def written(api: ApiDouble) -> Any:
+    """The next Event that the API server took."""
+    async with asyncio.timeout(PATIENCE_S):
+        return (await api.answered.get()).body
 
 
 @contextlib.asynccontextmanager
-async def recording(api: Api, clock: HandClock) -> AsyncIterator[EventRecorder]:
+async def recording(api: ApiDouble, clock: HandClock) -> AsyncIterator[EventRecorder]:
     recorder = EventRecorder(api, ME, clock, random.Random(1))
     task = asyncio.create_task(recorder.run())
     try:
@@ -109,11 +87,11 @@ async def recording(api: Api, clock: HandClock) -> AsyncIterator[EventRecorder]:
 
 
 async def test_an_event_about_a_pod_and_one_about_the_node() -> None:
-    api = Api()
+    api = ApiDouble()
     async with recording(api, HandClock()) as recorder:
         recorder.record(said(), POD)
-        verb, path, body = await api.next()
-        assert (verb, path) == ("create", "/apis/events.k8s.io/v1/namespaces/ns/events")
+        body = await written(api)
+        assert (api.calls[0].verb, api.calls[0].path) == ("create", "/apis/events.k8s.io/v1/namespaces/ns/events")
         assert body["regarding"] == {
             "kind": "Pod",
             "apiVersion": "v1",
@@ -124,8 +102,8 @@ async def test_an_event_about_a_pod_and_one_about_the_node() -> None:
         assert body["metadata"]["name"].startswith("web-1.")
         assert body["eventTime"] == "2026-01-02T03:04:05.000006Z"
         recorder.record(EventText(WARNING, "DeviceLost", "Watch", "lost"))
-        _, path, body = await api.next()
-        assert path == "/apis/events.k8s.io/v1/namespaces/default/events"
+        body = await written(api)
+        assert api.calls[1].path == "/apis/events.k8s.io/v1/namespaces/default/events"
         assert body["regarding"] == {"kind": "Node", "apiVersion": "v1", "name": "node-a", "uid": "node-a"}
         assert (body["type"], body["reason"], body["action"], body["note"]) == (
             "Warning",
@@ -137,7 +115,7 @@ async def test_an_event_about_a_pod_and_one_about_the_node() -> None:
 
 
 async def test_the_same_again_is_said_only_after_a_while() -> None:
-    api, clock = Api(), HandClock()
+    api, clock = ApiDouble(), HandClock()
     async with recording(api, clock) as recorder:
         recorder.record(said("a"))
         recorder.record(said("a"))
@@ -145,7 +123,7 @@ async def test_the_same_again_is_said_only_after_a_while() -> None:
         clock.seconds += REPEAT_S
         recorder.record(said("a"))
         recorder.record(said("end"))
-        about = [(await api.next())[2] for _ in range(4)]
+        about = [(await written(api)) for _ in range(4)]
         assert [(body["note"], body["regarding"]["kind"]) for body in about] == [
             ("a", "Node"),
             ("a", "Pod"),
@@ -156,7 +134,7 @@ async def test_the_same_again_is_said_only_after_a_while() -> None:
 
 
 async def test_a_flood_is_cut_and_recovers() -> None:
-    api, clock = Api(), HandClock()
+    api, clock = ApiDouble(), HandClock()
     async with recording(api, clock) as recorder:
         for number in range(BURST + 7):
             recorder.record(lost(), pod(number))
@@ -165,12 +143,12 @@ async def test_a_flood_is_cut_and_recovers() -> None:
         recorder.record(lost("later"), POD)
         recorder.record(lost("too many again"), POD)
         assert recorder.dropped == 8
-        notes = [(await api.next())[2]["note"] for _ in range(BURST + 1)]
+        notes = [(await written(api))["note"] for _ in range(BURST + 1)]
         assert notes[-1] == "later"
 
 
 async def test_one_object_does_not_use_up_what_may_be_said_of_others() -> None:
-    api, clock = Api(), HandClock()
+    api, clock = ApiDouble(), HandClock()
     async with recording(api, clock) as recorder:
         for number in range(OBJECT_BURST + 7):
             recorder.record(lost(str(number)), POD)
@@ -181,12 +159,12 @@ async def test_one_object_does_not_use_up_what_may_be_said_of_others() -> None:
         recorder.record(lost("later"), POD)
         recorder.record(lost("too many again"), POD)
         assert recorder.dropped == 8
-        notes = [(await api.next())[2]["note"] for _ in range(OBJECT_BURST + 3)]
+        notes = [(await written(api))["note"] for _ in range(OBJECT_BURST + 3)]
         assert notes[-3:] == ["another pod", "the node", "later"]
 
 
 async def test_what_goes_well_leaves_room_for_warnings() -> None:
-    api = Api()
+    api = ApiDouble()
     async with recording(api, HandClock()) as recorder:
         for number in range(BURST):
             recorder.record(said(), pod(number))
@@ -194,33 +172,33 @@ async def test_what_goes_well_leaves_room_for_warnings() -> None:
         for number in range(FOR_WARNINGS):
             recorder.record(lost(), pod(number))
         assert recorder.dropped == FOR_WARNINGS
-        types = [(await api.next())[2]["type"] for _ in range(BURST)]
+        types = [(await written(api))["type"] for _ in range(BURST)]
         assert types == [NORMAL] * (BURST - FOR_WARNINGS) + [WARNING] * FOR_WARNINGS
 
 
 async def test_an_api_server_that_refuses_is_logged_and_the_next_event_goes_out(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    api = Api()
-    api.failures = [KubeForbidden("create", "events.events.k8s.io", "no")]
+    api = ApiDouble()
+    api.errors = [KubeForbidden("create", "events.events.k8s.io", "no")]
     async with recording(api, HandClock()) as recorder:
         recorder.record(said("refused"))
         recorder.record(said("taken"))
-        assert (await api.next())[2]["note"] == "taken"
+        assert (await written(api))["note"] == "taken"
         assert recorder.dropped == 1
     assert "create events.events.k8s.io" in vars(caplog.records[0])["cause"]
 
 
 async def test_a_retry_that_meets_its_own_event_counts_as_recorded(caplog: pytest.LogCaptureFixture) -> None:
-    api = Api()
-    api.failures = [
+    api = ApiDouble()
+    api.errors = [
         KubeUnreachable("create", "events", "reset"),
         KubeConflict("create", "events", "exists"),
     ]
     async with recording(api, HandClock()) as recorder:
         recorder.record(said("once"))
         recorder.record(said("next"))
-        assert (await api.next())[2]["note"] == "next"
+        assert (await written(api))["note"] == "next"
         assert recorder.dropped == 0
     assert not caplog.records
 

@@ -6,28 +6,15 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
+from tests.rigs.api_double import ApiDouble
 from usbip_plugin.errors import KubeForbidden, KubeUnreachable
 from usbip_plugin.kube.fleet import COUNT_INTERVAL_S, COUNT_TIMEOUT_S, RETRY_MAX_S, UNCOUNTED, FleetCount, count_pods
 from usbip_sim.virtual.loop import SimClock, virtual
-
-
-class Api:
-    """Answers what is given."""
-
-    def __init__(self, answer: dict[str, Any]) -> None:
-        self.answer = answer
-        self.asked: list[tuple[str, str, Mapping[str, str]]] = []
-
-    async def request(
-        self, verb: str, path: str, *, resource: str, params: Mapping[str, str], timeout: float
-    ) -> dict[str, Any]:
-        self.asked.append((verb, path, params))
-        return self.answer
 
 
 @pytest.mark.parametrize(
@@ -42,9 +29,10 @@ class Api:
     ],
 )
 def test_a_list_of_one_says_how_many_there_are(answer: dict[str, Any], nodes: int) -> None:
-    api = Api(answer)
+    api = ApiDouble(answer=lambda _call: answer)
     assert asyncio.run(count_pods(api, "usbip-system")) == nodes
-    assert api.asked == [("list", "/api/v1/namespaces/usbip-system/pods", {"limit": "1"})]
+    (call,) = api.calls
+    assert (call.verb, call.path, call.params) == ("list", "/api/v1/namespaces/usbip-system/pods", {"limit": "1"})
 
 
 class Counting:

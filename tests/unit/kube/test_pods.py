@@ -2,13 +2,13 @@
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.rigs.api_double import ApiDouble
 from usbip_plugin.errors import KubeForbidden, KubeGone, KubeUnreachable
 from usbip_plugin.kube.pods import MANY, OwnPods, PodPhase, PodState, read_pod
 from usbip_plugin.model import PodRef
@@ -28,37 +28,7 @@ def event(kind: str, obj: dict[str, Any]) -> dict[str, Any]:
     return {"type": kind, "object": obj}
 
 
-class Api:
-    """Lists what is in `pods`; watches replay the scripts in turn, the last one for ever."""
-
-    def __init__(self, *scripts: list[dict[str, Any] | Exception]) -> None:
-        self.pods: list[dict[str, Any]] = []
-        self.scripts = list(scripts)
-        self.lists: list[Mapping[str, str]] = []
-        self.watches: list[Mapping[str, str]] = []
-        self.list_error: Exception | None = None
-
-    async def list(self, path: str, *, resource: str, params: Mapping[str, str], timeout: float) -> dict[str, Any]:
-        assert (path, resource) == ("/api/v1/pods", "pods")
-        self.lists.append(params)
-        if self.list_error is not None:
-            error, self.list_error = self.list_error, None
-            raise error
-        return {"metadata": {"resourceVersion": str(len(self.lists))}, "items": self.pods}
-
-    async def watch(
-        self, path: str, *, resource: str, params: Mapping[str, str], timeout: float
-    ) -> AsyncGenerator[dict[str, Any], None]:
-        self.watches.append(params)
-        if not self.scripts:
-            await asyncio.Event().wait()
-        for step in self.scripts.pop(0):
-            if isinstance(step, Exception):
-                raise step
-            yield step
-
-
-def own_pods(api: Api) -> tuple[OwnPods, list[tuple[PodRef, PodPhase]]]:
+def own_pods(api: ApiDouble) -> tuple[OwnPods, list[tuple[PodRef, PodPhase]]]:
     told: list[tuple[PodRef, PodPhase]] = []
     clock = SimClock(asyncio.get_running_loop())
     return OwnPods(api, "node-a", clock, random.Random(1), lambda ref, phase: told.append((ref, phase))), told
@@ -72,7 +42,7 @@ async def run_for(pods: OwnPods, seconds: float) -> None:
 
 @virtual
 async def test_each_step_of_a_pods_end_is_told_once() -> None:
-    pods, told = own_pods(Api())
+    pods, told = own_pods(ApiDouble())
     pods.apply(event("ADDED", pod()))
     pods.apply(event("MODIFIED", pod()))
     assert told == []
@@ -89,7 +59,7 @@ async def test_each_step_of_a_pods_end_is_told_once() -> None:
 
 @virtual
 async def test_a_pod_replaced_by_its_namesake_has_ended() -> None:
-    pods, told = own_pods(Api())
+    pods, told = own_pods(ApiDouble())
     pods.apply(event("ADDED", pod()))
     pods.apply(event("ADDED", pod(uid="uid-new")))
     assert told == [(A, PodPhase.ENDED)]
@@ -98,49 +68,51 @@ async def test_a_pod_replaced_by_its_namesake_has_ended() -> None:
 
 @virtual
 async def test_a_pod_that_vanished_during_a_gap_is_told_after_the_relist() -> None:
-    api = Api([KubeGone("watch", "pods", "too old")])
-    api.pods = [pod("a"), pod("b")]
+    api = ApiDouble()
+    api.items = [pod("a"), pod("b")]
+    api.watches = [[event("BOOKMARK", {"metadata": {"resourceVersion": "5"}}), KubeGone("watch", "pods", "too old")]]
     pods, told = own_pods(api)
-    api.scripts[0].insert(0, event("BOOKMARK", {"metadata": {"resourceVersion": "5"}}))
     task = asyncio.create_task(run_for(pods, 60))
     await asyncio.sleep(0.1)
-    api.pods = [pod("b", phase="Succeeded")]
+    api.items = [pod("b", phase="Succeeded")]
     await task
     assert sorted(told) == [(A, PodPhase.ENDED), (PodRef("default", "b", "uid-b"), PodPhase.ENDED)]
-    assert api.watches[0] == {"fieldSelector": "spec.nodeName=node-a", "resourceVersion": "1"}
-    assert len(api.lists) == 2
+    assert {(call.path, call.resource) for call in api.calls} == {("/api/v1/pods", "pods")}
+    assert api.of("watch")[0].params == {"fieldSelector": "spec.nodeName=node-a", "resourceVersion": "1"}
+    assert len(api.of("list")) == 2
     assert pods.synced
 
 
 @virtual
 async def test_a_watch_that_ends_goes_on_from_where_it_was() -> None:
-    api = Api([event("ADDED", pod())], [event("DELETED", pod())])
+    api = ApiDouble()
+    api.watches = [[event("ADDED", pod())], [event("DELETED", pod())]]
     pods, told = own_pods(api)
     await run_for(pods, 60)
     assert told == [(A, PodPhase.ENDED)]
-    assert len(api.lists) == 1
-    assert [params["resourceVersion"] for params in api.watches] == ["1", "7", "7"]
+    assert len(api.of("list")) == 1
+    assert [call.params["resourceVersion"] for call in api.of("watch")] == ["1", "7", "7"]
 
 
 @virtual
 async def test_an_api_server_that_is_away_is_tried_again_and_no_view_is_trusted_meanwhile() -> None:
-    api = Api([KubeUnreachable("watch", "pods", "reset")])
-    api.list_error = KubeUnreachable("list", "pods", "refused")
+    api = ApiDouble(KubeUnreachable("list", "pods", "refused"))
+    api.watches = [[KubeUnreachable("watch", "pods", "reset")]]
     pods, _ = own_pods(api)
     synced = pods.synced
     await run_for(pods, 300)
     assert not synced
     assert pods.synced
-    assert len(api.lists) == 3
+    assert len(api.of("list")) == 3
 
 
 @virtual
 async def test_a_watch_that_keeps_ending_at_once_does_not_spin() -> None:
-    api = Api()
-    api.scripts = [[] for _ in range(10_000)]
+    api = ApiDouble()
+    api.watches = [[] for _ in range(10_000)]
     pods, _ = own_pods(api)
     await run_for(pods, 60)
-    assert len(api.watches) < 100
+    assert len(api.of("watch")) < 100
 
 
 json_values = st.recursive(
@@ -176,7 +148,7 @@ def test_only_uid_and_phase_are_kept() -> None:
 @virtual
 async def test_pods_that_use_devices_or_will_are_known(phase: str, kind: str, container: Any, wanted: bool) -> None:
     limits = {"cpu": "1", "usbip.dev/stick": "1"}
-    pods, _ = own_pods(Api())
+    pods, _ = own_pods(ApiDouble())
     pods.apply(event("ADDED", pod(phase=phase) | {"spec": {kind: [container | {"resources": {"limits": limits}}]}}))
     assert pods.wanting("usbip.dev") == ({A: {"stick": 1}} if wanted else {})
     assert pods.wanting("other.dev") == {}
@@ -222,11 +194,9 @@ def test_a_strange_pod_spec_wants_nothing(spec: object) -> None:
 
 @virtual
 async def test_a_watch_that_is_refused_again_and_again_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
-    refused: list[dict[str, Any] | Exception] = [KubeForbidden("watch", "pods", "no")]
-    api = Api(*[refused] * 50)
-    pods = OwnPods(api, "node-a", SimClock(asyncio.get_running_loop()), random.Random(1), lambda _pod, _phase: None)
-    with pytest.raises(TimeoutError):
-        async with asyncio.timeout(120):
-            await pods.run()
-    assert len(api.watches) > 5
+    api = ApiDouble()
+    api.watches = [[KubeForbidden("watch", "pods", "no")] for _ in range(50)]
+    pods, _ = own_pods(api)
+    await run_for(pods, 120)
+    assert len(api.of("watch")) > 5
     assert len([record for record in caplog.records if "own-node pod watch failed" in record.getMessage()]) == 1

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Mapping
+from typing import cast
 
 from opentelemetry.trace import NoOpTracer
 
@@ -57,8 +57,8 @@ class Node:
 
     def __init__(self) -> None:
         clock = SimClock(asyncio.get_running_loop())
-        self.patches: list[dict[str, str]] = []
-        self.status = NodeStatusPublisher(self, "node-a", clock, random.Random(1))
+        self.patches: list[Mapping[str, int]] = []
+        self.status = NodeStatusPublisher(self.write, clock, random.Random(1))
         self.publisher = KubeletPublisher(
             NodeContext(NodeIdentity("node-a", "boot-1"), clock, random.Random(1), NoOpTracer()),
             inventory=cast("Inventory", Offers()),
@@ -69,9 +69,8 @@ class Node:
             on_withdrawn=lambda _seconds: None,
         )
 
-    async def request(self, *_words: str, body: Any = None, **_more: Any) -> dict[str, Any]:
-        self.patches.append(body["status"]["allocatable"])
-        return {}
+    async def write(self, counts: Mapping[str, int]) -> None:
+        self.patches.append(counts)
 
     def offer(self) -> DevicePluginServer:
         """A server whose list is complete, and that no kubelet listens to yet."""
@@ -107,7 +106,7 @@ async def test_the_node_says_what_a_kubelet_was_told_as_soon_as_it_has_its_first
         kubelet.reading.set()
         await asyncio.sleep(1)
         assert len(kubelet.lists) == 1
-        assert node.patches == [{STORAGE: "1"}] * restarts
+        assert node.patches == [{STORAGE: 1}] * restarts
         listening.cancel()
         node.publisher.kubelet_gone(STORAGE)
     writing.cancel()

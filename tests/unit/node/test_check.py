@@ -6,12 +6,12 @@ import asyncio
 import dataclasses
 import os
 import socket
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.rigs.api_double import ApiDouble, Call
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.config.reload import Loaded
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
@@ -162,41 +162,29 @@ async def test_a_server_shows_what_the_configuration_takes_of_it_and_what_it_mis
     assert statuses(await check.server_check(SERVER, config, devlist)) == [Outcome.OK]
 
 
-class Reviewer:
+def reviewer(*denied: str) -> ApiDouble:
     """An API server that grants everything but `denied`."""
 
-    def __init__(self, *denied: str, error: Exception | None = None) -> None:
-        self.denied = denied
-        self.error = error
-        self.asked: list[Mapping[str, str]] = []
+    def answer(call: Call) -> dict[str, Any]:
+        asked = call.body["spec"]["resourceAttributes"]
+        return {"status": {"allowed": f"{asked['verb']} {asked['resource']}" not in denied}}
 
-    async def request(
-        self,
-        verb: str,
-        path: str,
-        *,
-        resource: str,
-        params: Mapping[str, str] | None = None,
-        body: Any = None,
-        content_type: str = "application/json",
-        timeout: float,
-    ) -> dict[str, Any]:
-        if self.error is not None:
-            raise self.error
-        attributes = body["spec"]["resourceAttributes"]
-        self.asked.append(attributes)
-        return {"status": {"allowed": f"{attributes['verb']} {attributes['resource']}" not in self.denied}}
+    return ApiDouble(answer=answer)
 
 
 async def test_a_missing_permission_is_named_with_verb_and_resource() -> None:
     needed = check.permissions_needed("usbip-system", "node-a", publish_node_status=True)
-    kube = Reviewer()
+    kube = reviewer()
     assert statuses(await check.api_check(kube, needed)) == [Outcome.OK]
-    assert {"verb": "patch", "resource": "nodes", "subresource": "status", "name": "node-a"} in kube.asked
-    assert {"verb": "update", "group": "coordination.k8s.io", "resource": "leases", "namespace": "usbip-system"} in (
-        kube.asked
-    )
-    (finding,) = await check.api_check(Reviewer("update leases", "patch nodes"), needed)
+    asked = [call.body["spec"]["resourceAttributes"] for call in kube.calls]
+    assert {"verb": "patch", "resource": "nodes", "subresource": "status", "name": "node-a"} in asked
+    assert {
+        "verb": "update",
+        "group": "coordination.k8s.io",
+        "resource": "leases",
+        "namespace": "usbip-system",
+    } in asked
+    (finding,) = await check.api_check(reviewer("update leases", "patch nodes"), needed)
     assert finding.outcome is Outcome.FAIL
     assert finding.detail.splitlines() == [
         "forbidden: update leases.coordination.k8s.io in usbip-system",
@@ -214,9 +202,9 @@ async def test_node_status_is_asked_for_only_if_it_is_published() -> None:
 
 async def test_an_api_server_that_refuses_the_question_or_is_away() -> None:
     permissions = [Permission("get", "", "pods")]
-    refusing = Reviewer(error=KubeForbidden("create", "selfsubjectaccessreviews", "no"))
+    refusing = ApiDouble(KubeForbidden("create", "selfsubjectaccessreviews", "no"))
     assert statuses(await check.api_check(refusing, permissions)) == [Outcome.WARN]
-    away = Reviewer(error=KubeUnreachable("create", "selfsubjectaccessreviews", "refused"))
+    away = ApiDouble(KubeUnreachable("create", "selfsubjectaccessreviews", "refused"))
 
     async def ask() -> list[Finding]:
         return await check.api_check(away, permissions)
@@ -224,40 +212,29 @@ async def test_an_api_server_that_refuses_the_question_or_is_away() -> None:
     assert statuses(await check.run_checks([("API server", ask)], SystemClock())) == [Outcome.FAIL]
 
 
-class Policy:
+def policy(allowed: str | None, *, by_policy: bool = True) -> ApiDouble:
     """An API server that takes locks in the name of `allowed` only; None: of anybody."""
 
-    def __init__(self, allowed: str | None, *, by_policy: bool = True) -> None:
-        self.allowed, self.by_policy = allowed, by_policy
-
-    async def request(
-        self,
-        verb: str,
-        path: str,
-        *,
-        resource: str,
-        params: Mapping[str, str] | None = None,
-        body: Any = None,
-        content_type: str = "application/json",
-        timeout: float,
-    ) -> dict[str, Any]:
-        assert params == {"dryRun": "All"}, "a check changes nothing"
-        if self.allowed not in (None, body["spec"]["holderIdentity"]):
-            reason = "ValidatingAdmissionPolicy denied request" if self.by_policy else "no such right"
-            raise KubeForbidden(verb, resource, reason)
+    def answer(call: Call) -> dict[str, Any]:
+        assert call.params == {"dryRun": "All"}, "a check changes nothing"
+        if allowed not in (None, call.body["spec"]["holderIdentity"]):
+            reason = "ValidatingAdmissionPolicy denied request" if by_policy else "no such right"
+            raise KubeForbidden(call.verb, call.resource, reason)
         return {}
+
+    return ApiDouble(answer=answer)
 
 
 async def test_the_admission_policy_is_tried_with_the_own_node_and_another() -> None:
-    (fine,) = await check.admission_check(Policy("node-a"), "n", "node-a")
+    (fine,) = await check.admission_check(policy("node-a"), "n", "node-a")
     assert fine.outcome is Outcome.OK
-    (missing,) = await check.admission_check(Policy(None), "n", "node-a")
+    (missing,) = await check.admission_check(policy(None), "n", "node-a")
     assert missing.outcome is Outcome.WARN
     assert "rbac/40-admission.yaml" in missing.cure
-    (elsewhere,) = await check.admission_check(Policy("node-b"), "n", "node-a")
+    (elsewhere,) = await check.admission_check(policy("node-b"), "n", "node-a")
     assert elsewhere.outcome is Outcome.FAIL
     assert "node-a" in elsewhere.cure
-    assert await check.admission_check(Policy("", by_policy=False), "n", "node-a") == []
+    assert await check.admission_check(policy("", by_policy=False), "n", "node-a") == []
 
 
 async def test_a_device_plugin_directory_that_is_missing_or_not_writable(
