@@ -181,7 +181,7 @@ async def test_a_watch_that_meets_compacted_history_is_begun_anew_and_nothing_is
     cluster: Cluster, tokens: NodeTokens, admin: KubeClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As when a control plane is replaced: the next API server has no event that the watches could go on from."""
-    caplog.set_level(logging.DEBUG, "usbip_plugin.locks.watch")
+    caplog.set_level(logging.DEBUG, "usbip_plugin.kube.reflector")
     pause = Pause()
 
     async def until(so: Callable[[], bool]) -> None:
@@ -190,7 +190,8 @@ async def test_a_watch_that_meets_compacted_history_is_begun_anew_and_nothing_is
                 await asyncio.sleep(0.1)
 
     def began_anew() -> int:
-        return caplog.text.count("lock watch too old, listing anew")
+        lines = [record for record in caplog.records if record.getMessage() == "watch too old, listing again"]
+        return len([line for line in lines if vars(line)["collection"] == "leases.coordination.k8s.io"])
 
     async with proxy_to(cluster.port) as proxy:
         through = dict.fromkeys("ab", f"https://127.0.0.1:{proxy.port}")

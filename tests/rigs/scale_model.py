@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from usbip_plugin.kube.client import LIST_PAGE, WATCH_SERVER_TIMEOUT_S, WATCH_SPREAD
 from usbip_plugin.kube.fleet import COUNT_INTERVAL_S
 from usbip_plugin.kube.node_status import KUBELET_SYNC_S, spread
-from usbip_plugin.kube.pods import WATCH_TIMEOUT_S
 from usbip_plugin.locks.manager import DURATION_S
 from usbip_plugin.locks.session import BEAT_FRACTION
 from usbip_plugin.usbip.poller import POLL_INTERVAL, share
@@ -42,7 +41,7 @@ def rest_writes(fleet: Fleet) -> float:
 def rest_reads(fleet: Fleet) -> float:
     """API requests per second that are not writes, on average: watches opened again, and the count of nodes."""
     reopened = (1 + WATCH_SPREAD) / 2
-    watches = 1 / (WATCH_SERVER_TIMEOUT_S * reopened) + 1 / (WATCH_TIMEOUT_S * reopened)
+    watches = WATCHES / (WATCH_SERVER_TIMEOUT_S * reopened)
     return fleet.nodes * (watches + 1 / COUNT_INTERVAL_S)
 
 

@@ -6,7 +6,6 @@ answers with a list without pods while all of them run. The watched pods show wh
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import logging
 import random
@@ -16,8 +15,10 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Protocol
 
-from usbip_plugin.clock import Clock, backoff
-from usbip_plugin.errors import KubeError, KubeGone
+from usbip_plugin.clock import Clock
+from usbip_plugin.errors import KubeError
+from usbip_plugin.kube.client import Api
+from usbip_plugin.kube.reflector import Reflector
 from usbip_plugin.model import PodRef
 
 log = logging.getLogger(__name__)
@@ -27,28 +28,13 @@ PODS_PATH = "/api/v1/pods"
 PODS = "pods"
 # Seconds for one page of the list.
 LIST_TIMEOUT_S = 10.0
-# Seconds after which the API server is asked to end a watch, at the earliest.
-WATCH_TIMEOUT_S = 300.0
 # Seconds before the first and, at most, before a later retry.
-BACKOFF_FIRST_S = 0.5
-BACKOFF_MAX_S = 30.0
-# Seconds after which a watch counts as good, and the next one follows at once.
-STABLE_S = 5.0
+RETRY_S = (0.5, 30.0)
 MANY = 1 << 20
 """Replaces a number of devices that cannot be read. No node has so many."""
 
 PodKey = tuple[str, str]
 """Namespace and name of a pod."""
-
-
-class PodApi(Protocol):
-    """The part of the API client that lists and watches pods. Raises the KubeError family."""
-
-    async def list(self, path: str, *, resource: str, params: Mapping[str, str], timeout: float) -> dict[str, Any]: ...
-
-    def watch(
-        self, path: str, *, resource: str, params: Mapping[str, str], timeout: float
-    ) -> AsyncGenerator[dict[str, Any], None]: ...
 
 
 class PodPhase(enum.Enum):
@@ -161,22 +147,20 @@ def of_domain(resources: Mapping[str, int], domain: str) -> dict[str, int]:
     return {name.removeprefix(prefix): n for name, n in resources.items() if name.startswith(prefix) and n > 0}
 
 
-class OwnPods:
+class OwnPods(Reflector[dict[str, Any]]):
     """View of the pods of one node. A PodView. Works only while run() runs.
 
     Calls callback(pod with uid, TERMINATING or ENDED) once for each step of a pod towards its end. A pod that was
     deleted, or replaced by one of the same name, counts as ENDED. After a gap in the watch, the pods that vanished
-    meanwhile are reported, too. callback must be synchronous and quick.
+    meanwhile are reported, too.
     """
 
-    def __init__(self, api: PodApi, node: str, clock: Clock, rng: random.Random, callback: PodCallback) -> None:
+    def __init__(self, api: Api, node: str, clock: Clock, rng: random.Random, callback: PodCallback) -> None:
+        super().__init__(PODS, clock, rng, RETRY_S)
         self._api = api
         self._selector = {"fieldSelector": f"spec.nodeName={node}"}
-        self._clock = clock
-        self._rng = rng
         self._callback = callback
         self._pods: dict[PodKey, PodState] = {}
-        self._complaint = ""
         self.synced = False
 
     def find(self, namespace: str, name: str) -> PodRef | None:
@@ -193,57 +177,36 @@ class OwnPods:
         state = self._pods.get((namespace, name))
         return self.synced and state is not None and state.phase is PodPhase.ENDED
 
-    async def run(self) -> None:
-        """Watches the pods until cancelled.
-
-        Logs and retries API errors. `synced` is False while the view may be old.
-        """
-        waits = backoff(self._rng, BACKOFF_FIRST_S, BACKOFF_MAX_S)
-        version: str | None = None
-        while True:
-            started = self._clock.monotonic()
-            try:
-                if version is None:
-                    version = await self._list()
-                    self.synced = True
-                async with contextlib.aclosing(self._watch(version)) as events:
-                    async for event in events:
-                        version = self.apply(event) or version
-            except KubeGone:
-                version = None
-            except KubeError as error:
-                self.synced = False
-                version = None
-                # the same error is logged again only if the watch lasted STABLE_S
-                if self._clock.monotonic() - started >= STABLE_S or self._complaint != str(error):
-                    log.warning("own-node pod watch failed, trying again", extra={"cause": str(error)})
-                self._complaint = str(error)
-            if self._clock.monotonic() - started >= STABLE_S:
-                waits = backoff(self._rng, BACKOFF_FIRST_S, BACKOFF_MAX_S)
-            else:
-                await self._clock.sleep(next(waits))
-
-    def apply(self, event: Mapping[str, Any]) -> str | None:
-        """Applies one watch event. Returns its resourceVersion, or None if it has none."""
-        obj = event.get("object")
-        if event.get("type") == "DELETED":
-            found = read_pod(obj)
-            if found is not None:
-                self._forget(found[0])
-        elif event.get("type") in {"ADDED", "MODIFIED"}:
-            found = read_pod(obj)
-            if found is not None:
-                self._learn(*found)
-        metadata = obj.get("metadata") if isinstance(obj, dict) else None
-        version = metadata.get("resourceVersion") if isinstance(metadata, dict) else None
-        return version if isinstance(version, str) else None
-
-    def replace(self, pods: Mapping[PodKey, PodState]) -> None:
-        """Applies a whole list. Pods that are not in it have ended."""
+    async def _list(self) -> str:
+        answer = await self._api.list(PODS_PATH, resource=PODS, params=self._selector, timeout=LIST_TIMEOUT_S)
+        pods = dict(found for item in answer.get("items") or () if (found := read_pod(item)) is not None)
         for key in [key for key in self._pods if key not in pods]:
             self._forget(key)
         for key, state in pods.items():
             self._learn(key, state)
+        return str((answer.get("metadata") or {}).get("resourceVersion") or "")
+
+    def _watch(self, version: str) -> AsyncGenerator[dict[str, Any], None]:
+        return self._api.watch(PODS_PATH, resource=PODS, params={**self._selector, "resourceVersion": version})
+
+    def apply(self, event: dict[str, Any]) -> str | None:
+        kind, obj = event.get("type"), event.get("object")
+        found = read_pod(obj)
+        if found is not None and kind == "DELETED":
+            self._forget(found[0])
+        elif found is not None and kind in {"ADDED", "MODIFIED"}:
+            self._learn(*found)
+        metadata = obj.get("metadata") if isinstance(obj, dict) else None
+        version = metadata.get("resourceVersion") if isinstance(metadata, dict) else None
+        return version if isinstance(version, str) else None
+
+    def _up(self) -> None:
+        self.synced = True
+
+    def _down(self, error: KubeError, *, first: bool) -> None:
+        self.synced = False
+        if first:
+            log.warning("own-node pod watch failed, trying again", extra={"cause": str(error)})
 
     def _learn(self, key: PodKey, state: PodState) -> None:
         old = self._pods.get(key)
@@ -258,12 +221,3 @@ class OwnPods:
         old = self._pods.pop(key, None)
         if old is not None and old.phase is not PodPhase.ENDED:
             self._callback(PodRef(*key, old.uid), PodPhase.ENDED)
-
-    async def _list(self) -> str:
-        answer = await self._api.list(PODS_PATH, resource=PODS, params=self._selector, timeout=LIST_TIMEOUT_S)
-        self.replace(dict(found for item in answer.get("items") or () if (found := read_pod(item)) is not None))
-        return str((answer.get("metadata") or {}).get("resourceVersion") or "")
-
-    def _watch(self, version: str) -> AsyncGenerator[dict[str, Any], None]:
-        params = {**self._selector, "resourceVersion": version}
-        return self._api.watch(PODS_PATH, resource=PODS, params=params, timeout=WATCH_TIMEOUT_S)

@@ -363,7 +363,7 @@ class LockManager:
 
     def _api_changed(self, state: ApiState) -> None:
         if self._contact.call_failed:
-            self._follower.verify()
+            self._follower.relist()
         for callback in tuple(self._api_subscribers):
             callback(state)
 

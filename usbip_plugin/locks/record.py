@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 import hashlib
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from types import MappingProxyType
@@ -107,7 +107,7 @@ class LeaseStore(Protocol):
         """
         ...
 
-    def watch(self, labels: Mapping[str, str], resource_version: str) -> AsyncIterator[LeaseChange]:
+    def watch(self, labels: Mapping[str, str], resource_version: str) -> AsyncGenerator[LeaseChange, None]:
         """Yields the changes after resource_version. Ends when the server ends the watch.
 
         Raises KubeGone when resource_version is too old, so that the caller must list again.

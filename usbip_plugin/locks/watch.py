@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TypeVar
 
-from usbip_plugin.clock import Clock, backoff
-from usbip_plugin.errors import KubeError, KubeGone, KubeServerError, KubeUnauthorized, KubeUnreachable
+from usbip_plugin.clock import Clock
+from usbip_plugin.errors import KubeError, KubeServerError, KubeUnauthorized, KubeUnreachable
+from usbip_plugin.kube.reflector import Reflector
 from usbip_plugin.locks import record
 from usbip_plugin.locks.record import ChangeType, Lease, LeaseChange, LeaseList, LeaseStore
 from usbip_plugin.model import Lock
@@ -50,7 +51,6 @@ class ApiReachability:
         self._clock, self._on_change = clock, on_change
         self._watch_up = False
         self._watch_error: str | None = None
-        self._watch_failure: type[KubeError] | None = None
         self._call_error: str | None = None
         self.state = ApiState(reachable=False, since=clock.monotonic(), error=None)
 
@@ -59,18 +59,12 @@ class ApiReachability:
         return self._call_error is not None
 
     def watch_up(self) -> None:
-        self._watch_up, self._watch_error, self._watch_failure = True, None, None
+        self._watch_up, self._watch_error = True, None
         self._tell()
 
-    def watch_down(self, error: KubeError) -> bool:
-        """Records that the watch failed. Returns whether that is news.
-
-        It is for the first failure, and for one of another kind than the last.
-        """
-        news = self._watch_failure is not type(error)
-        self._watch_up, self._watch_error, self._watch_failure = False, str(error), type(error)
+    def watch_down(self, error: KubeError) -> None:
+        self._watch_up, self._watch_error = False, str(error)
         self._tell()
-        return news
 
     def call_ok(self) -> None:
         self._call_error = None
@@ -116,7 +110,7 @@ class WatchedStore:
     async def delete(self, name: str, resource_version: str) -> None:
         await self._reported(self._store.delete(name, resource_version))
 
-    def watch(self, labels: Mapping[str, str], resource_version: str) -> AsyncIterator[LeaseChange]:
+    def watch(self, labels: Mapping[str, str], resource_version: str) -> AsyncGenerator[LeaseChange, None]:
         return self._store.watch(labels, resource_version)
 
     async def _reported(self, call: Awaitable[T]) -> T:
@@ -252,15 +246,12 @@ class LockCache:
         self._on_change(LockChange(name, old, self._locks.get(name)))
 
 
-# First and longest wait before the locks are listed and watched again (seconds).
-RETRY_FIRST_S = 0.2
-RETRY_MAX_S = 5.0
-# Time after which an open watch counts as established, even without an event (seconds).
-SETTLE_S = 2.0
+# Seconds before the locks are listed and watched again: the first time, and at most.
+RETRY_S = (0.2, 5.0)
 
 
-class LockWatcher:
-    """Keeps a LockCache current by listing and watching all locks. run() must be running.
+class LockWatcher(Reflector[LeaseChange]):
+    """Keeps a LockCache current by listing and watching all locks. Works only while run() runs.
 
     Sets ready after the first list. Reports the outcome of each watch to the ApiReachability.
     """
@@ -274,71 +265,26 @@ class LockWatcher:
         rng: random.Random,
         ready: asyncio.Event,
     ) -> None:
-        self._store, self._view, self._contact = store, view, contact
-        self._clock, self._rng, self._ready = clock, rng, ready
-        self._scope: asyncio.Timeout | None = None
-        self._suspect = False  # the last watch broke as soon as it was opened, though the list had succeeded
+        super().__init__("leases.coordination.k8s.io", clock, rng, RETRY_S)
+        self._store, self._view, self._contact, self._ready = store, view, contact, ready
 
-    def verify(self) -> None:
-        """Ends the open watch, so that run() lists anew. Used when another call failed: the watch may be dead too."""
-        if self._scope is not None:
-            self._scope.reschedule(asyncio.get_running_loop().time())
-            self._scope = None
-
-    async def run(self) -> None:
-        """Runs until cancelled. Lists and watches again after every KubeError and when a watch ends."""
-        waits = backoff(self._rng, RETRY_FIRST_S, RETRY_MAX_S)
-        while True:
-            started = self._clock.monotonic()
-            try:
-                await self._list_and_watch()
-            except TimeoutError:
-                logger.debug("lock watch given up to verify the API server")
-            except KubeGone:
-                logger.debug("lock watch too old, listing anew")
-            except KubeError as error:
-                if self._contact.watch_down(error):
-                    logger.warning("locks cannot be followed", extra={"cause": str(error)})
-            if self._clock.monotonic() - started >= SETTLE_S:
-                waits = backoff(self._rng, RETRY_FIRST_S, RETRY_MAX_S)
-            await self._clock.sleep(next(waits))
-
-    async def _list_and_watch(self) -> None:
+    async def _list(self) -> str:
         listing = await self._store.list(record.LOCK_LABELS)
         self._view.reset(listing)
         self._ready.set()
-        if not self._suspect:
-            self._contact.watch_up()
-        version = listing.resource_version
-        while True:
-            opened = self._clock.monotonic()
-            settled = asyncio.get_running_loop().call_later(SETTLE_S, self._contact.watch_up)
-            self._suspect = True
-            try:
-                version = await self._watch(version)
-            finally:
-                settled.cancel()
-                self._suspect = self._suspect and self._clock.monotonic() - opened < SETTLE_S
-            if self._suspect:
-                raise KubeServerError("watch", "leases.coordination.k8s.io", "the watch ended as soon as it was opened")
+        return listing.resource_version
 
-    async def _watch(self, version: str) -> str:
-        """Watches from version on, and returns the version reached when the server ended the watch.
+    def _watch(self, version: str) -> AsyncGenerator[LeaseChange, None]:
+        return self._store.watch(record.LOCK_LABELS, version)
 
-        Raises TimeoutError after verify().
-        """
-        stream = self._store.watch(record.LOCK_LABELS, version)
-        try:
-            async with asyncio.timeout(None) as self._scope:
-                async for change in stream:
-                    if self._suspect:
-                        self._suspect = False
-                        self._contact.watch_up()
-                    version = change.resource_version
-                    self._view.apply(change)
-        finally:
-            self._scope = None
-            close = getattr(stream, "aclose", None)
-            if close is not None:
-                await close()
-        return version
+    def apply(self, event: LeaseChange) -> str:
+        self._view.apply(event)
+        return event.resource_version
+
+    def _up(self) -> None:
+        self._contact.watch_up()
+
+    def _down(self, error: KubeError, *, first: bool) -> None:
+        self._contact.watch_down(error)
+        if first:
+            logger.warning("locks cannot be followed", extra={"cause": str(error)})
