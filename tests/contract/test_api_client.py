@@ -131,7 +131,7 @@ async def test_a_pod_without_a_service_account_is_a_configuration_error(api: Fak
 
 async def test_an_invalid_token_at_the_start_is_a_configuration_error(api: FakeApi, mounted: Path) -> None:
     (mounted / "token").write_text("two\nlines")
-    with pytest.raises(ConfigError, match="not a token"):
+    with pytest.raises(ConfigError, match="token: the token must be printable ASCII"):
         async with pod_client(api, mounted):
             pass
 
@@ -164,7 +164,7 @@ async def test_the_kubeconfig_comes_from_the_flag_then_the_variable_then_the_hom
     api: FakeApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    with pytest.raises(ConfigError, match=r"~/\.kube/config: 1 problem\nno such file"):
+    with pytest.raises(ConfigError, match=r"~/\.kube/config: 1 problem\nkubeconfig .* not found"):
         await connect(environ={})
     places = {name: tmp_path / name for name in ("flag", "variable", ".kube/config")}
     (tmp_path / ".kube").mkdir()
@@ -191,7 +191,7 @@ async def test_a_certificate_of_an_unknown_authority_or_another_host_is_refused(
     async with serving(host) as api:
         config.write_text(api.kubeconfig(trusting=trusted))
         client = await connect(str(config))
-        with pytest.raises(KubeUnreachable, match="certificate verify failed"):
+        with pytest.raises(KubeUnreachable, match=rf"the certificate of {host}:\d+ is not valid: (self-signed|IP)"):
             await client.list(PODS, resource="pods")
         await client.close()
         assert (api.requests, api.unauthorized) == ([], 0)

@@ -257,13 +257,11 @@ async def connect(
     Sends nothing yet. Raises ConfigError if there is no usable configuration. The caller must close the client.
     on_error: called with every error that ends a request; must not raise.
     """
+    clock = clock or SystemClock()
     path = kubeconfig or environ.get("KUBECONFIG")
-    if path is None and "KUBERNETES_SERVICE_HOST" not in environ:
-        path = "~/.kube/config"
-    use_clock = clock or SystemClock()
-    if path is not None:
-        return await _from_kubeconfig(path, use_clock, on_error)
-    return _from_service_account(environ, service_account, use_clock, on_error)
+    if path is None and "KUBERNETES_SERVICE_HOST" in environ:
+        return _from_service_account(environ, service_account, clock, on_error)
+    return await _from_kubeconfig(path or "~/.kube/config", clock, on_error)
 
 
 def _from_service_account(
@@ -275,10 +273,11 @@ def _from_service_account(
         InClusterConfigLoader(
             token_filename=str(token), cert_filename=str(authority), try_refresh_token=False, environ=dict(environ)
         ).load_and_set(configuration)
-        header = _token_header(token)
-    except (ConfigException, OSError) as error:
+        configuration.api_key["BearerToken"] = _token_header(token)
+    except ConfigException as error:
         raise ConfigError("ServiceAccount", [f"{directory}: {error}"]) from error
-    configuration.api_key["BearerToken"] = header
+    except OSError as error:
+        raise ConfigError("ServiceAccount", [_words(error)]) from error
 
     async def reload_token() -> str | None:
         return _token_header(token)
@@ -293,7 +292,7 @@ def _token_header(path: Path) -> str:
     """
     token = path.read_text(encoding="ascii", errors="replace").strip()
     if not token.isascii() or not token.isprintable():
-        raise OSError(errno.EINVAL, "not a token", str(path))
+        raise OSError(errno.EINVAL, "the token must be printable ASCII", str(path))
     return "Bearer " + token
 
 
@@ -301,28 +300,28 @@ async def _from_kubeconfig(path: str, clock: Clock, on_error: Callable[[KubeErro
     from kubernetes_asyncio.config.kube_config import load_kube_config  # noqa: PLC0415 - 3 MiB no pod needs
 
     async def load() -> Configuration:
+        """Raises OSError if the file is not usable."""
         configuration = Configuration()
-        await load_kube_config(config_file=path, client_configuration=configuration, persist_config=False)
+        try:
+            await load_kube_config(config_file=path, client_configuration=configuration, persist_config=False)
+        except (ConfigException, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
+            msg = f"kubeconfig {path} is not valid: {error}"
+            raise OSError(msg) from error
         token = configuration.api_key.get("BearerToken")
         if token:
             configuration.api_key["BearerToken"] = token.strip()
         return configuration
 
-    if not _any_file(path):
-        raise ConfigError(path, ["no such file; name one with KUBECONFIG or run in a pod with a ServiceAccount"])
-    try:
-        configuration = await load()
-    except (ConfigException, OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
-        raise ConfigError(path, [f"not a usable kubeconfig: {error}"]) from error
-
     async def reload_token() -> str | None:
-        try:
-            header: str | None = (await load()).api_key.get("BearerToken")
-        except (ConfigException, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
-            msg = f"kubeconfig {path}: {error}"
-            raise OSError(msg) from error
+        header: str | None = (await load()).api_key.get("BearerToken")
         return header
 
+    if not _any_file(path):
+        raise ConfigError(path, [f"kubeconfig {path} not found; use --kubeconfig or KUBECONFIG, or run in a pod"])
+    try:
+        configuration = await load()
+    except OSError as error:
+        raise ConfigError(path, [_words(error)]) from error
     return KubeClient(configuration, reload_token, clock, on_error=on_error)
 
 
@@ -331,19 +330,34 @@ def _any_file(path: str) -> bool:
 
 
 @contextlib.contextmanager
-def _translated(verb: str, resource: str) -> Any:
+def _translated(verb: str, resource: str) -> Iterator[None]:
     """Raises KubeUnreachable in place of the errors of the network, of TLS and of the token file."""
     try:
         yield
     except TimeoutError as error:
         raise KubeUnreachable(verb, resource, "no answer in time") from error
     except (aiohttp.ClientError, OSError) as error:
-        raise KubeUnreachable(verb, resource, str(error) or type(error).__name__) from error
+        raise KubeUnreachable(verb, resource, _words(error)) from error
     except RuntimeError as error:
         # aiohttp raises this if the session is closed during a request
         if "closed" not in str(error):
             raise
         raise KubeUnreachable(verb, resource, "the client is closed") from error
+
+
+def _words(error: Exception) -> str:
+    """Returns an error of the network, of TLS or of a file in words, without the forms of Python and aiohttp."""
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        why = getattr(error.certificate_error, "verify_message", "") or str(error.certificate_error)
+        return f"the certificate of {error.host}:{error.port} is not valid: {why}"
+    if isinstance(error, aiohttp.ClientConnectorError):
+        cause = error.os_error
+        known = isinstance(cause, ConnectionError) and cause.errno  # else asyncio repeats the address in its text
+        why = os.strerror(known) if known else cause.strerror or str(cause)
+        return f"cannot connect to {error.host}:{error.port}: {why}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error) or type(error).__name__
 
 
 def _keep_alive(response: aiohttp.ClientResponse) -> None:

@@ -65,7 +65,7 @@ async def test_an_unusable_kubeconfig_is_a_configuration_error(tmp_path: Path, t
 
 
 async def test_no_kubeconfig_is_a_configuration_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no such file"):
+    with pytest.raises(ConfigError, match=r"absent not found; use --kubeconfig"):
         await kube_client.connect(environ={"KUBECONFIG": str(tmp_path / "absent")})
 
 
@@ -79,7 +79,8 @@ async def test_each_error_is_told_once_besides_being_raised(tmp_path: Path, unus
     told: list[KubeError] = []
     client = await kube_client.connect(str(config), on_error=told.append)
     try:
-        with pytest.raises(KubeUnreachable):
+        where = f"127.0.0.1:{unused_tcp_port}"
+        with pytest.raises(KubeUnreachable, match=f"list pods: cannot connect to {where}: Connection refused$"):
             await client.list("/api/v1/pods", resource="pods")
         with pytest.raises(KubeUnreachable):
             async for _ in client.watch("/api/v1/pods", resource="pods"):
@@ -113,3 +114,30 @@ async def test_watches_that_are_opened_together_are_not_ended_together() -> None
 def test_a_mistake_of_our_own_is_not_taken_for_a_server_that_is_away() -> None:
     with pytest.raises(RuntimeError, match="no running event loop"), kube_client._translated("get", "pods"):
         raise RuntimeError("no running event loop")
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (FileNotFoundError(2, "No such file or directory", "/run/token"), "/run/token: No such file or directory"),
+        (aiohttp.ClientOSError(104, "Connection reset by peer"), "Connection reset by peer"),
+        (aiohttp.ServerDisconnectedError(), "Server disconnected"),
+        (aiohttp.ClientPayloadError(), "ClientPayloadError"),
+    ],
+)
+def test_an_error_of_the_network_or_of_a_file_is_unreachable_in_words(error: Exception, words: str) -> None:
+    with pytest.raises(KubeUnreachable, match=f"get pods: {words}$"), kube_client._translated("get", "pods"):
+        raise error
+
+
+async def test_a_host_without_an_address_is_unreachable_in_words() -> None:
+    config = Configuration()
+    config.host = "http://nowhere.invalid:80"
+
+    async def no_token() -> None:
+        return None
+
+    client = kube_client.KubeClient(config, no_token, SystemClock())
+    with pytest.raises(KubeUnreachable, match=r"get pods: cannot connect to nowhere\.invalid:80: [A-Z][a-z ]+$"):
+        await client.request("get", "/", resource="pods")
+    await client.close()
