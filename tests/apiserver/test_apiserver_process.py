@@ -284,7 +284,7 @@ async def test_the_process_registers_answers_reloads_and_ends_on_sigterm(
 
         good = p.config.read_text()
         p.config.write_text("resources: [")
-        await p.line("configuration not usable, the last good one stays")
+        await p.line("configuration not valid, the last valid one stays in use")
         assert "usbip_device_plugin_config_reload_failed 1.0" in (await p.get("/metrics"))[1]
         assert p.kubelet.health("usbip.dev/stick").keys() == {p.device.id}
         config = json.loads((await p.get("/api/status"))[1])["config"]
@@ -294,7 +294,7 @@ async def test_the_process_registers_answers_reloads_and_ends_on_sigterm(
         assert "the one loaded at" in page
 
         p.config.write_text(good.replace("stick:", "dongle:") + "lock: {duration: 50s}\n")
-        told = json.loads(await p.line("read at start only: restart the plugin"))
+        told = json.loads(await p.line("setting not applied; restart the plugin"))
         assert (told["setting"], told["in_force"], told["in_file"]) == ("lock.duration", 40.0, 50.0)
         async with asyncio.timeout(PATIENCE_S):
             await p.kubelet.wait_for("usbip.dev/dongle", lambda devices: p.device.id in devices)
@@ -413,7 +413,7 @@ async def test_whatever_goes_wrong_no_token_is_logged(
             pod = await p.admit()
             proxy.refusing = True
             proxy.cut()
-            await p.line("locks cannot be followed")
+            await p.line("lock watch failed, will retry")
             proxy.refusing = False
             await p.end_pod(pod)
             await p.line("device released")

@@ -120,7 +120,7 @@ def test_a_changed_configuration_is_reloaded_and_start_only_settings_are_reporte
     async def story(node: Node) -> None:
         await offered(node)
         places.config.write_text("resources: [")
-        await node.log.until("configuration not usable, the last good one stays")
+        await node.log.until("configuration not valid, the last valid one stays in use")
         config = (await node.get_json("/api/status"))["config"]
         assert (config["path"], config["resources"]) == (str(places.config), 1)
         assert config["problems"][0].startswith(f"{places.config}:2: not valid YAML")
@@ -131,7 +131,7 @@ def test_a_changed_configuration_is_reloaded_and_start_only_settings_are_reporte
 
         places.configure("dongle", selector="")
         places.config.write_text(places.config.read_text() + "lock: {duration: 50s}\n")
-        warning = await node.log.until("read at start only: restart the plugin")
+        warning = await node.log.until("setting not applied; restart the plugin")
         assert vars(warning).items() >= {"setting": "lock.duration", "in_force": 40.0, "in_file": 50.0}.items()
         problem = vars(await node.log.until("configuration warning"))["problem"]
         assert "the resource takes every device of this server" in problem
@@ -253,7 +253,7 @@ def test_the_process_settles_after_its_start(monkeypatch: pytest.MonkeyPatch, pl
     monkeypatch.setattr(daemon, "trim_after_start", settle)
     status, log = run(monkeypatch, places, offered, flags=("--log-level", "debug"))
     assert (status, settled) == (0, [True])
-    assert len(log.having("the code of the start stays in memory")) == (not works)
+    assert len(log.having("startup code not released from memory")) == (not works)
 
 
 def test_a_missing_kubeconfig_is_logged_and_exits_with_1(places: Places, capsys: pytest.CaptureFixture[str]) -> None:

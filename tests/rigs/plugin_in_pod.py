@@ -15,7 +15,7 @@ from tests.rigs.api_process import Cluster, free_port
 
 STRIPPED = ("-OO",)
 """Python's flags in the image: no docstrings, which are 2 MiB. Its bytecode is compiled beforehand."""
-SETTLED = "memory of the start released"
+SETTLED = "startup memory released"
 SETTLED_S = 60.0
 STOP_TIMEOUT_S = 10.0
 _POLL_S = 0.1

@@ -137,8 +137,8 @@ def test_an_api_server_that_is_away_is_told_once_by_each_who_asks_it(written: Wr
             await asyncio.sleep(120)
             texts = [str(line["msg"]) for line in written.lines() if line["level"] == "warn"]
             assert sorted(text.partition(";")[0] for text in texts) == [
-                "cannot publish allocatable on the node",
-                "locks cannot be followed",
+                "allocatable not published on the node",
+                "lock watch failed, will retry",
                 "session heartbeat failed",
             ]
             await asyncio.sleep(idle_s)

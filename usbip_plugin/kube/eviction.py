@@ -88,11 +88,11 @@ class Evictor:
                 try:
                     await self._request(pod)
                 except KubeForbidden as error:
-                    log.warning("not allowed to evict", extra={"pod": str(pod), "cause": str(error)})
+                    log.warning("eviction forbidden", extra={"pod": str(pod), "cause": str(error)})
                     wait = FORBIDDEN_WAIT_S
                 except KubeError as error:
                     # a PodDisruptionBudget that does not allow the eviction answers 429
-                    log.warning("not evicted yet", extra={"pod": str(pod), "cause": str(error)})
+                    log.warning("eviction failed, will retry", extra={"pod": str(pod), "cause": str(error)})
                 else:
                     return
                 await self._clock.sleep(wait)
@@ -105,7 +105,7 @@ class Evictor:
             await self._api.request("create", path, resource=EVICTIONS, body=eviction(pod), timeout=REQUEST_TIMEOUT_S)
         except (KubeNotFound, KubeConflict):
             # a conflict means that a pod of this name has another uid
-            log.info("gone before it was evicted", extra={"pod": str(pod)})
+            log.info("pod ended before its eviction", extra={"pod": str(pod)})
         else:
-            log.info("evicted", extra={"pod": str(pod)})
+            log.info("pod evicted", extra={"pod": str(pod)})
             self._on_evicted(pod)

@@ -71,7 +71,7 @@ class FleetCount:
                 wait = next(waits)
                 if not self._tried.is_set():  # a later failure is not logged: the last count stays in use
                     cause = str(error) or f"no answer within {COUNT_TIMEOUT_S:g} s"
-                    log.warning("nodes not counted", extra={"cause": cause, "nodes": self.nodes})
+                    log.warning("node count unknown", extra={"cause": cause, "nodes": self.nodes})
             else:
                 waits = backoff(self._rng, RETRY_FIRST_S, RETRY_MAX_S)
                 wait = COUNT_INTERVAL_S * self._rng.uniform(*JITTER)

@@ -191,7 +191,7 @@ class NodeStatusPublisher:
         self.forbidden = isinstance(error, KubeForbidden)
         if str(error) != self.last_error:
             log.warning(
-                "cannot publish allocatable on the node; the scheduler learns of it with the kubelet's next sync",
+                "allocatable not published on the node; the kubelet publishes it with its next sync",
                 extra={"cause": str(error)},
             )
         self.last_error = str(error)

@@ -206,7 +206,7 @@ class OwnPods(Reflector[dict[str, Any]]):
     def _down(self, error: KubeError, *, first: bool) -> None:
         self.synced = False
         if first:
-            log.warning("own-node pod watch failed, trying again", extra={"cause": str(error)})
+            log.warning("pod watch failed, will retry", extra={"cause": str(error)})
 
     def _learn(self, key: PodKey, state: PodState) -> None:
         old = self._pods.get(key)

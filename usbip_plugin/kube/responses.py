@@ -55,7 +55,7 @@ async def lines(parts: AsyncIterable[bytes], resource: str) -> AsyncIterator[byt
         begun.append(first)
         size += len(first)
         if size > MAX_EVENT_BYTES:
-            raise KubeServerError("watch", resource, f"an event longer than {MAX_EVENT_BYTES} bytes")
+            raise KubeServerError("watch", resource, f"the event is longer than {MAX_EVENT_BYTES} bytes")
         if complete:
             *complete, rest = (b"".join(begun), *complete)
             begun, size = [rest], len(rest)
@@ -83,7 +83,7 @@ def event_of(line: bytes, resource: str) -> dict[str, Any]:
     """
     event = decoded(line, "watch", resource)
     if not isinstance(event.get("type"), str) or not isinstance(event.get("object"), dict):
-        raise KubeServerError("watch", resource, "an event without type and object")
+        raise KubeServerError("watch", resource, "the event has no type or no object")
     if event["type"] == "ERROR":
         status = event["object"]
         code = status.get("code")

@@ -287,4 +287,4 @@ class LockWatcher(Reflector[LeaseChange]):
     def _down(self, error: KubeError, *, first: bool) -> None:
         self._contact.watch_down(error)
         if first:
-            logger.warning("locks cannot be followed", extra={"cause": str(error)})
+            logger.warning("lock watch failed, will retry", extra={"cause": str(error)})

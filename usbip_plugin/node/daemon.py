@@ -196,9 +196,9 @@ class _Process:
         try:
             trim_after_start()
         except OSError as error:
-            log.debug("the code of the start stays in memory", extra={"cause": str(error)})
+            log.debug("startup code not released from memory", extra={"cause": str(error)})
         else:
-            log.debug("memory of the start released")
+            log.debug("startup memory released")
 
     def _ready(self) -> Verdict:
         if self.agent.ready:
@@ -240,13 +240,13 @@ class _Process:
         for name, value in self._start_only.items():
             if before[name] != value:
                 extra = {"setting": name, "in_force": self._loaded.config.start_only()[name], "in_file": value}
-                log.warning("read at start only: restart the plugin", extra=extra)
+                log.warning("setting not applied; restart the plugin", extra=extra)
 
     def _config_failed(self, error: ConfigError) -> None:
         self._figures.config_failed()
         self._config_report = config_failed(self._config_report, error, self._clock.now())
         for problem in error.problems:
-            log.error("configuration not usable, the last good one stays", extra={"problem": problem})
+            log.error("configuration not valid, the last valid one stays in use", extra={"problem": problem})
 
 
 def run_blocking(options: Options, loaded: Loaded, warnings: Iterable[str], make_driver: MakeDriver) -> int:

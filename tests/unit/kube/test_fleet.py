@@ -94,7 +94,7 @@ async def test_without_an_answer_nobody_waits_long_and_the_fleet_is_taken_to_be_
             assert loop.time() <= COUNT_TIMEOUT_S + 0.01
             assert c.fleet.nodes == UNCOUNTED
             await asyncio.sleep(600)
-    assert [record.getMessage() for record in caplog.records] == ["nodes not counted"]
+    assert [record.getMessage() for record in caplog.records] == ["node count unknown"]
     async with c.running():
         c.there = 3
         await asyncio.sleep(COUNT_TIMEOUT_S + 3)

@@ -199,4 +199,4 @@ async def test_a_watch_that_is_refused_again_and_again_is_told_once(caplog: pyte
     pods, _ = own_pods(api)
     await run_for(pods, 120)
     assert len(api.of("watch")) > 5
-    assert len([record for record in caplog.records if "own-node pod watch failed" in record.getMessage()]) == 1
+    assert len([record for record in caplog.records if "pod watch failed" in record.getMessage()]) == 1
