@@ -33,6 +33,7 @@ from tests.simulation.figures_rig import Measured, measured
 from usbip_plugin.config.schema import Config
 from usbip_plugin.errors import KubeConflict
 from usbip_plugin.model import DeviceKey
+from usbip_plugin.node.metrics import DropCounts
 from usbip_sim.kubelet.device_manager import EndpointError
 from usbip_sim.server.server import VirtualServer
 from usbip_sim.virtual.cluster import Cluster
@@ -216,7 +217,7 @@ async def test_what_the_predecessor_took_is_not_counted_again() -> None:
         await admitted(c, device)
         await c[A].stop()
         c[A].start()
-        m.figures[A].follow(agent(c[A]))
+        m.figures[A].follow(agent(c[A]), DropCounts())
         await becomes(c, c[A], device, healthy=True)
         assert m.value(A, "locks_held") == 1
         assert m.value(A, "lock_transitions_total", transition="taken") == 0

@@ -18,7 +18,7 @@ from usbip_plugin.clock import Clock, SystemClock
 from usbip_plugin.config.reload import ConfigWatcher, Loaded
 from usbip_plugin.config.schema import DEFAULT_CDI_DIRECTORY, Config
 from usbip_plugin.errors import ConfigError, PluginError
-from usbip_plugin.kube.client import KubeClient, connect
+from usbip_plugin.kube.client import connect
 from usbip_plugin.kube.events import EventRecorder
 from usbip_plugin.kube.fleet import count_pods
 from usbip_plugin.kubelet.plugins import SocketRegistrar
@@ -56,9 +56,8 @@ If the start takes longer, code that it still needs is loaded a second time.
 class Options:
     """The settings of one process, from the command line, the configuration file and the defaults.
 
-    node: the name of this node.
-    namespace: the namespace of the Leases.
-    domain: the domain of the resource names.
+    namespace: of the Leases.
+    domain: of the resource names.
     listen: the address of the HTTP server, "" for none.
     kubeconfig: a file, None to find the API server as kube.client.connect does.
     """
@@ -89,16 +88,30 @@ async def run(options: Options, loaded: Loaded, make_driver: MakeDriver) -> None
     Raises ConfigError if it does not find how to reach the API server, OSError if the HTTP address is in use.
     """
     clock = SystemClock()
-    figures = AgentMetrics(metrics := Metrics(), clock, domain=options.domain, node=options.node)
+    metrics = Metrics()
+    figures = AgentMetrics(metrics, clock, domain=options.domain, node=options.node)
     kube = await connect(options.kubeconfig, clock=clock, on_error=figures.api_error)
     tracing = Tracing(options.node, version=__version__)
     client = TcpUsbipClient(clock)
     try:
         async with GrpcPodResources(options.pod_resources_socket, options.domain) as pod_resources:
-            process = _Process(
-                options, loaded, clock, make_driver(clock), kube, client, pod_resources, tracing, metrics, figures
+            rng = random.Random()  # noqa: S311 - jitter only
+            outside = AgentDependencies(
+                me=NodeIdentity(options.node, boot_id()),
+                client=client,
+                driver=make_driver(clock),
+                leases=KubernetesLeases(kube, options.namespace),
+                pod_resources=pod_resources,
+                specs=CdiDirectory(options.cdi_directory, options.domain),
+                kube=kube,
+                registrar=SocketRegistrar(PluginDirectory(options.plugin_directory, clock), clock, rng),
+                clock=clock,
+                rng=rng,
+                tracer=tracing.tracer,
+                count_nodes=partial(count_pods, kube, options.namespace),
             )
-            await process.run()
+            events = EventRecorder(kube, outside.me, clock, rng)
+            await _Process(options, loaded, outside, events, tracing, metrics, figures).run()
     finally:
         client.close()
         await kube.close()
@@ -110,50 +123,27 @@ class _Process:
         self,
         options: Options,
         loaded: Loaded,
-        clock: Clock,
-        driver: VhciDriver,
-        kube: KubeClient,
-        client: TcpUsbipClient,
-        pod_resources: GrpcPodResources,
+        outside: AgentDependencies,
+        events: EventRecorder,
         tracing: Tracing,
         metrics: Metrics,
         figures: AgentMetrics,
     ) -> None:
-        rng = random.Random()  # noqa: S311 - jitter only
         self._options = options
-        self._domain = options.domain
-        self._clock = clock
+        self._clock = clock = outside.clock
         self._loaded = loaded
         self._start_only = loaded.config.start_only()
+        self._events = events
         self._metrics = metrics
         self._figures = figures
         self._recent = tracing.recent
         self._config_report = config_loaded(options.config, loaded.config, loaded.warnings, clock.now())
         self._started = clock.monotonic()
         self._heartbeat = Heartbeat(clock, BEAT_WITHIN)
-        me = NodeIdentity(options.node, boot_id())
-        self._events = EventRecorder(kube, me, clock, rng)
-        self.agent = Agent(
-            AgentDependencies(
-                me=me,
-                client=client,
-                driver=driver,
-                leases=KubernetesLeases(kube, options.namespace),
-                pod_resources=pod_resources,
-                specs=CdiDirectory(options.cdi_directory, options.domain),
-                kube=kube,
-                registrar=SocketRegistrar(PluginDirectory(options.plugin_directory, clock), clock, rng),
-                clock=clock,
-                rng=rng,
-                tracer=tracing.tracer,
-                count_nodes=partial(count_pods, kube, options.namespace),
-            ),
-            loaded.config,
-            domain=options.domain,
-            observer=replace(figures.observer, on_notice=self._notice),
-        )
+        observer = replace(figures.observer, on_notice=self._notice)
+        self.agent = Agent(outside, loaded.config, domain=options.domain, observer=observer)
         losses = DropCounts(
-            events_dropped=lambda: self._events.dropped,
+            events_dropped=lambda: events.dropped,
             trace_export_failures=lambda: tracing.export_failures,
             trace_spans_dropped=lambda: tracing.spans_dropped,
         )
@@ -213,7 +203,7 @@ class _Process:
         return status_of(
             self.agent,
             node=self._options.node,
-            domain=self._domain,
+            domain=self._options.domain,
             clock=self._clock,
             started=self._started,
             config=self._config_report,
@@ -227,8 +217,7 @@ class _Process:
             self._events.record(text, pod)
 
     def _reconfigure(self, config: Config, warnings: tuple[str, ...]) -> None:
-        for warning in warnings:
-            log.warning("configuration warning", extra={"problem": warning})
+        _warn(warnings)
         self._figures.config_reloaded()
         self._config_report = config_loaded(self._options.config, config, warnings, self._clock.now())
         self._warn_of_start_only(config)
@@ -254,8 +243,7 @@ def run_blocking(options: Options, loaded: Loaded, warnings: Iterable[str], make
 
     Returns 0 after a signal, or 1 with a message if the plugin could not run.
     """
-    for warning in warnings:
-        log.warning("configuration warning", extra={"problem": warning})
+    _warn(warnings)
     small_tls_buffers()
     failed: list[BaseException] = []
     try:
@@ -265,6 +253,11 @@ def run_blocking(options: Options, loaded: Loaded, warnings: Iterable[str], make
     for error in failed:
         log.critical("cannot run", extra={"cause": str(error)})
     return 1 if failed else 0
+
+
+def _warn(warnings: Iterable[str]) -> None:
+    for warning in warnings:
+        log.warning("configuration warning", extra={"problem": warning})
 
 
 def _leaves(errors: BaseExceptionGroup[BaseException]) -> Iterable[BaseException]:

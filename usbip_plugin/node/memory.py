@@ -1,7 +1,4 @@
-"""Saves memory and time at the start of a process.
-
-Garbage is collected once the start is over. Then memory that only the start needed is released.
-"""
+"""Saves memory and time at the start of a process, and releases what only the start needed."""
 
 from __future__ import annotations
 
@@ -22,8 +19,8 @@ _MADV_DONTNEED = 4
 def file_ranges(smaps: Iterable[str]) -> list[tuple[int, int]]:
     """Returns (address, bytes) of each mapping of code or constants that is unchanged from its file.
 
-    smaps: the lines of /proc/PID/smaps, see proc(5). A mapping with anonymous pages, in memory or swapped out, is left
-    out: a relocation or a debugger wrote to it, so its content is not in the file.
+    smaps: the lines of /proc/PID/smaps, see proc(5). Leaves out mappings with anonymous pages, in memory or swapped
+    out: a relocation or a debugger wrote to them.
     """
     found: list[tuple[int, int]] = []
     mapped: tuple[int, int] | None = None
@@ -44,8 +41,8 @@ def file_ranges(smaps: Iterable[str]) -> list[tuple[int, int]]:
 def drop_clean_pages(mappings: Path = MAPPINGS) -> None:
     """Drops unchanged pages of code and constants from this process: a third of its memory after a start.
 
-    A page that is used again comes back by a page fault. It is still in the page cache, so nothing is read from disk
-    unless memory is short. No content can be lost, because file_ranges() leaves out pages that were written to.
+    A page that is used again comes back by a page fault, from the page cache unless memory is short. No content can be
+    lost, because file_ranges() leaves out pages that were written to.
     Raises OSError if the kernel refuses; the process works on.
     """
     madvise = ctypes.CDLL(None, use_errno=True).madvise
@@ -54,35 +51,29 @@ def drop_clean_pages(mappings: Path = MAPPINGS) -> None:
         ranges = file_ranges(lines)
     for address, size in ranges:
         if madvise(address, size, _MADV_DONTNEED):
-            number = ctypes.get_errno()
-            raise OSError(number, "madvise")
+            raise OSError(ctypes.get_errno(), "madvise")
 
 
 def trim() -> None:
-    """Returns free memory of the C allocator to the kernel: a megabyte or more after a start with many resources.
-
-    Does nothing if the C library is not glibc, which alone has malloc_trim.
-    """
-    trimming = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trimming is not None:
-        trimming(0)
+    """Returns free memory of glibc's allocator to the kernel: a megabyte or more after a start with many resources."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:  # another C library has none
+        malloc_trim(0)
 
 
 def small_tls_buffers() -> None:
     """Reduces the receive buffer of asyncio's TLS connections made from now on from 256 KiB to TLS_BUFFER_BYTES each.
 
-    asyncio does not take the size as an argument. A process has three such connections, and more for a while after
-    many requests.
+    asyncio does not take the size as an argument. A process has three such connections or more.
     """
     asyncio.sslproto.SSLProtocol.max_size = TLS_BUFFER_BYTES
 
 
 @contextlib.contextmanager
 def gc_paused() -> Iterator[None]:
-    """Pauses garbage collection within the block, which is to contain the imports.
+    """Pauses garbage collection within the block, for the imports: each start would have several runs of 30 ms.
 
-    Objects made in the block are exempt from garbage collection until trim_after_start(). After the imports a full
-    collection takes 30 ms, and without this pause each start has several.
+    Objects made in the block are exempt from garbage collection until trim_after_start().
     """
     gc.disable()
     try:
@@ -95,8 +86,8 @@ def gc_paused() -> Iterator[None]:
 def trim_after_start() -> None:
     """Releases the memory that only the start needed. To be called once, when the start is over; takes 50 ms.
 
-    Objects that exist then are exempt from garbage collection for good. Raises OSError if the kernel does not let
-    drop_clean_pages() drop its pages; everything else has been done by then.
+    Objects that exist then are exempt from garbage collection for good. Raises the OSError of drop_clean_pages(), after
+    everything else has been done.
     """
     gc.unfreeze()
     gc.collect()

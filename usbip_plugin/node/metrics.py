@@ -7,47 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from usbip_plugin import __version__
+from usbip_plugin import __version__, errors
 from usbip_plugin.attach.events import DeviceEvent, EventKind, Reattach
 from usbip_plugin.claims import ClaimState
 from usbip_plugin.clock import Clock
-from usbip_plugin.errors import (
-    AllocateTimeout,
-    AttachRefused,
-    AttachStuck,
-    CdiError,
-    ClaimBusy,
-    DetachFailed,
-    DeviceBusy,
-    DeviceUnknown,
-    DriverMissing,
-    DriverNotWritable,
-    ImportRefused,
-    KubeConflict,
-    KubeError,
-    KubeForbidden,
-    KubeGone,
-    KubeNotFound,
-    KubeServerError,
-    KubeThrottled,
-    KubeUnauthorized,
-    KubeUnreachable,
-    LockHeld,
-    LockLost,
-    LockUnavailable,
-    MalformedReply,
-    NodesMissing,
-    NotAttached,
-    PathTaken,
-    PluginError,
-    PortsExhausted,
-    RecordNotWritable,
-    ServerTimeout,
-    ServerUnreachable,
-    UnknownDevice,
-    WrongDevice,
-    WrongSerial,
-)
+from usbip_plugin.errors import KubeError, LockHeld, PluginError
 from usbip_plugin.kubelet.plugins import Plugin
 from usbip_plugin.locks.manager import Acquired
 from usbip_plugin.locks.watch import LockChange
@@ -60,51 +24,51 @@ OTHER = "other"
 """The label of an error that has no label of its own."""
 ALLOCATE_FAILURES: Mapping[type[PluginError], str] = MappingProxyType(
     {
-        LockLost: "lock_lost",
-        LockUnavailable: "lock_unavailable",
-        ServerUnreachable: "server_unreachable",
-        ServerTimeout: "server_timeout",
-        MalformedReply: "malformed_reply",
-        DeviceBusy: "device_busy",
-        DeviceUnknown: "not_exported",
-        ImportRefused: "import_refused",
-        WrongDevice: "wrong_device",
-        WrongSerial: "wrong_serial",
-        DriverMissing: "no_driver",
-        DriverNotWritable: "driver_not_writable",
-        PortsExhausted: "no_port",
-        AttachRefused: "attach_refused",
-        AttachStuck: "attach_stuck",
-        NodesMissing: "nodes_missing",
-        DetachFailed: "detach_failed",
-        RecordNotWritable: "record_not_writable",
-        CdiError: "cdi_not_writable",
-        UnknownDevice: "unknown_device",
-        AllocateTimeout: "timeout",
-        ClaimBusy: "claim_busy",
-        PathTaken: "path_taken",
+        errors.LockLost: "lock_lost",
+        errors.LockUnavailable: "lock_unavailable",
+        errors.ServerUnreachable: "server_unreachable",
+        errors.ServerTimeout: "server_timeout",
+        errors.MalformedReply: "malformed_reply",
+        errors.DeviceBusy: "device_busy",
+        errors.DeviceUnknown: "not_exported",
+        errors.ImportRefused: "import_refused",
+        errors.WrongDevice: "wrong_device",
+        errors.WrongSerial: "wrong_serial",
+        errors.DriverMissing: "no_driver",
+        errors.DriverNotWritable: "driver_not_writable",
+        errors.PortsExhausted: "no_port",
+        errors.AttachRefused: "attach_refused",
+        errors.AttachStuck: "attach_stuck",
+        errors.NodesMissing: "nodes_missing",
+        errors.DetachFailed: "detach_failed",
+        errors.RecordNotWritable: "record_not_writable",
+        errors.CdiError: "cdi_not_writable",
+        errors.UnknownDevice: "unknown_device",
+        errors.AllocateTimeout: "timeout",
+        errors.ClaimBusy: "claim_busy",
+        errors.PathTaken: "path_taken",
     }
 )
 """The label of each error that an Allocate can fail with."""
 PRE_START_FAILURES: Mapping[type[PluginError], str] = MappingProxyType(
     {
-        NotAttached: "not_attached",
-        DriverMissing: "no_driver",
-        DriverNotWritable: "driver_not_writable",
-        CdiError: "cdi_not_writable",
+        errors.NotAttached: "not_attached",
+        errors.DriverMissing: "no_driver",
+        errors.DriverNotWritable: "driver_not_writable",
+        errors.CdiError: "cdi_not_writable",
     }
 )
 """The label of each error that a PreStartContainer can fail with."""
 API_ERRORS: Mapping[type[PluginError], str] = MappingProxyType(
     {
-        KubeUnreachable: "unreachable",
-        KubeUnauthorized: "unauthorized",
-        KubeForbidden: "forbidden",
-        KubeNotFound: "not_found",
-        KubeConflict: "conflict",
-        KubeGone: "gone",
-        KubeThrottled: "throttled",
-        KubeServerError: "server_error",
+        errors.KubeUnreachable: "unreachable",
+        errors.KubeUnauthorized: "unauthorized",
+        errors.KubeForbidden: "forbidden",
+        errors.KubeNotFound: "not_found",
+        errors.KubeConflict: "conflict",
+        errors.KubeGone: "gone",
+        errors.KubeThrottled: "throttled",
+        errors.KubeServerError: "server_error",
     }
 )
 """The label of each error that a request to the API server can fail with."""
@@ -115,16 +79,16 @@ TRANSITIONS = ("taken", "taken_over", "released", "lost")
 
 
 def reason_of(error: PluginError, reasons: Mapping[type[PluginError], str]) -> str:
-    """Returns the label for an error: that of its class or of the nearest base class that has one, else OTHER."""
+    """Returns the label of an error's class or of its nearest base class that has one, else OTHER."""
     return next((reasons[kind] for kind in type(error).__mro__ if kind in reasons), OTHER)
 
 
 def transition(change: LockChange, me: str, *, in_use: bool) -> str | None:
-    """Returns the transition (one of TRANSITIONS) that a change of a lock means for this node.
+    """Returns the transition (one of TRANSITIONS) that a change of a lock means for the node `me`.
 
-    Returns None if the change concerns other nodes only, or if this node had the lock before, in the same epoch.
-    in_use: a pod's device is attached here under this lock, or was until a moment ago. This node does not release
-    such a lock, so a lock that loses its holder then counts as lost.
+    Returns None if only other nodes are concerned, or if `me` keeps the lock in the same epoch.
+    in_use: a pod's device is attached here under this lock, or was until a moment ago. The node does not release such
+    a lock, so it counts as lost if it has no holder any more.
     """
     if change.holder == me:
         epoch = change.old.epoch if change.old is not None else None
@@ -146,10 +110,9 @@ class DropCounts:
 
 
 class AgentMetrics:
-    """The metrics of one agent. The agent is made with `observer`; then follow() adds the agent's state.
+    """The metrics of one agent, which is made with `observer`; then follow() adds the agent's state.
 
     domain: the domain of the resource names.
-    node: the name of the agent's node.
     """
 
     def __init__(self, metrics: Metrics, clock: Clock, *, domain: str, node: str) -> None:
@@ -168,10 +131,7 @@ class AgentMetrics:
 
     @property
     def observer(self) -> MetricHooks:
-        """Returns the callbacks for an agent. Its on_notice only counts.
-
-        A caller that replaces on_notice, for instance to publish Events, must call notice() too.
-        """
+        """Returns the callbacks for an agent. Whoever replaces on_notice must call notice() too."""
         metrics = self._metrics
         return MetricHooks(
             on_step=metrics.step,
@@ -185,11 +145,10 @@ class AgentMetrics:
             on_reattach=lambda result: metrics.reattach(result.value),
         )
 
-    def follow(self, agent: Agent, losses: DropCounts | None = None) -> None:
+    def follow(self, agent: Agent, losses: DropCounts) -> None:
         """Adds the state of this agent to the metrics from now on. Must be called only once."""
         self._agent = agent
-        counted = losses or DropCounts()
-        self._metrics.add(NodeCollector(lambda: self._read(agent, counted)))
+        self._metrics.add(NodeCollector(lambda: self._read(agent, losses)))
         agent.locks.subscribe(self._lock_changed)
 
     def notice(self, notice: DeviceEvent) -> None:
@@ -209,12 +168,13 @@ class AgentMetrics:
     def _allocated(self, resource: str, error: PluginError | None, seconds: float) -> None:
         if error is None:
             self._metrics.allocated(resource)
+            self._metrics.allocate("allocated", seconds)
         elif isinstance(error, LockHeld):
             self._metrics.denied(resource)
+            self._metrics.allocate("denied", seconds)
         else:
             self._metrics.failed(resource, reason_of(error, ALLOCATE_FAILURES))
-        result = "allocated" if error is None else "denied" if isinstance(error, LockHeld) else "failed"
-        self._metrics.allocate(result, seconds)
+            self._metrics.allocate("failed", seconds)
 
     def _pre_start_failed(self, resource: str, error: PluginError) -> None:
         self._metrics.pre_start_failed(resource, reason_of(error, PRE_START_FAILURES))
