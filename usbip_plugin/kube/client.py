@@ -1,7 +1,6 @@
 """The client of the API server: configuration, requests, lists and watches. Objects are plain dicts.
 
-Only the configuration loaders and the HTTP client of kubernetes_asyncio are used; lazy_imports.py keeps the rest of it
-from being loaded.
+It uses only the configuration loaders and the HTTP client of kubernetes_asyncio; lazy_imports keeps out the rest.
 """
 
 from __future__ import annotations
@@ -121,7 +120,7 @@ class KubeClient:
         on_error: Callable[[KubeError], None] | None = None,
         rng: random.Random | None = None,
     ) -> None:
-        """Sets up the client, and sends nothing yet.
+        """Sends nothing yet.
 
         reload_token: reads the credentials again and returns the Authorization header; it may raise OSError.
         token_period: seconds between two reads of the credentials; None reads them again only after a 401.
@@ -380,7 +379,7 @@ API_WRITE_MAX_WAIT = 1.0
 def api_write(clock: Clock, rng: random.Random) -> AsyncRetrying:
     """Returns the retries of one write to the API server: again if it is unreachable or answers 429 or 5xx.
 
-    Sends at most API_WRITE_ATTEMPTS requests. The caller must bound the time of all of them together.
+    The caller must bound the time of all requests together.
     """
     return AsyncRetrying(
         retry=retry_if_exception_type((KubeUnreachable, KubeThrottled, KubeServerError)),

@@ -80,8 +80,7 @@ class EventText:
 def event_body(identity: NodeIdentity, text: EventText, pod: PodRef | None, name: str, when: str) -> dict[str, Any]:
     """Returns an events.k8s.io/v1 Event about the pod, or about the node if pod is None.
 
-    when: RFC 3339 with microseconds. Every Event has the node's whole name. If the name is too long for
-    reportingInstance, an Event about a pod has it at the end of the note.
+    when: RFC 3339 with microseconds. A node name that is too long for reportingInstance ends the note of a pod's Event.
     """
     instance, about_node = instance_of(identity.node), ""
     if pod is None:
@@ -109,10 +108,10 @@ def event_body(identity: NodeIdentity, text: EventText, pod: PodRef | None, name
 
 
 def instance_of(node: str) -> str:
-    """Returns the reportingInstance of a node: its name, or both ends of a long name and a digest.
+    """Returns the reportingInstance of a node: its name, or both ends and a digest of a name beyond MAX_INSTANCE.
 
-    The result has at most MAX_INSTANCE characters. The admission policy (rbac/40-admission.yaml) computes the ends
-    again and cannot compute digests. No node name has a "~", so a shortened name never equals another node's name.
+    The admission policy (rbac/40-admission.yaml) computes the ends again and cannot compute digests. No node name has
+    a "~", so a shortened name never equals another node's name.
     """
     if len(node) <= MAX_INSTANCE:
         return node
@@ -121,7 +120,7 @@ def instance_of(node: str) -> str:
 
 
 def event_name(about: str, mark: int) -> str:
-    """Returns the name of a new Event: its object's name, cut to _MAX_ABOUT characters, and mark, 64 random bits."""
+    """Returns the name of a new Event: its object's name, cut to _MAX_ABOUT, and mark, 64 random bits."""
     return f"{about[:_MAX_ABOUT].rstrip('.-')}.{mark:016x}"
 
 
@@ -138,11 +137,7 @@ def _cut(note: str, most: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Allowance:
-    """A token bucket: the number of Events that may be recorded at one moment.
-
-    left: Events.
-    at: the moment, in seconds of the monotonic clock.
-    """
+    """A token bucket: how many Events are left at a moment, `at` (monotonic seconds)."""
 
     left: float
     at: float
@@ -158,9 +153,8 @@ class Allowance:
 class EventRecorder:
     """Recorder of Events, which run() writes in the background. record() never blocks and never raises.
 
-    Drops an equal Event within REPEAT_S, more than BURST at once or OBJECT_BURST about one object, and more than
-    QUEUE_LENGTH that wait. `dropped` counts the Events that were dropped, except equal ones, and those that the API
-    server did not accept.
+    Drops an equal Event within REPEAT_S, and Events beyond BURST, OBJECT_BURST or QUEUE_LENGTH. `dropped` counts these,
+    except equal ones, and those that the API server did not accept.
     """
 
     def __init__(self, api: Api, identity: NodeIdentity, clock: Clock, rng: random.Random) -> None:
@@ -169,27 +163,27 @@ class EventRecorder:
         self._clock = clock
         self._rng = rng
         self._queue: asyncio.Queue[tuple[EventText, PodRef | None]] = asyncio.Queue(QUEUE_LENGTH)
-        self._said: OrderedDict[tuple[EventText, PodRef | None], float] = OrderedDict()
-        self._all = Allowance(BURST, clock.monotonic())
-        self._about: OrderedDict[PodRef | None, Allowance] = OrderedDict()
+        self._recorded: OrderedDict[tuple[EventText, PodRef | None], float] = OrderedDict()
+        self._overall = Allowance(BURST, clock.monotonic())
+        self._objects: OrderedDict[PodRef | None, Allowance] = OrderedDict()
         self.dropped = 0
 
     def record(self, text: EventText, pod: PodRef | None = None) -> None:
         """Queues an Event about the pod, or about this node if pod is None."""
         key = (text, pod)
         now = self._clock.monotonic()
-        last = self._said.get(key)
+        last = self._recorded.get(key)
         if last is not None and now - last < REPEAT_S:
             return
-        in_all = self._all.after(now, BURST, REFILL_S)
-        about = self._about.get(pod, Allowance(OBJECT_BURST, now)).after(now, OBJECT_BURST, OBJECT_REFILL_S)
-        kept = 0 if text.type == WARNING else FOR_WARNINGS
-        if in_all.left < 1 + kept or about.left < 1 or self._queue.full():
+        overall = self._overall.after(now, BURST, REFILL_S)
+        about = self._objects.get(pod, Allowance(OBJECT_BURST, now)).after(now, OBJECT_BURST, OBJECT_REFILL_S)
+        reserved = 0 if text.type == WARNING else FOR_WARNINGS
+        if overall.left < 1 + reserved or about.left < 1 or self._queue.full():
             self.dropped += 1
             return
-        self._all = in_all.spent()
-        _remember(self._about, pod, about.spent())
-        _remember(self._said, key, now)
+        self._overall = overall.spent()
+        _remember(self._objects, pod, about.spent())
+        _remember(self._recorded, key, now)
         self._queue.put_nowait(key)
 
     async def run(self) -> None:
@@ -200,9 +194,7 @@ class EventRecorder:
                 async with self._clock.timeout(WHOLE_TIMEOUT_S):
                     await self._write(text, pod)
             except KubeConflict:
-                # a conflict means success: only this process uses this random name, so an earlier try that seemed
-                # to fail has created the Event
-                continue
+                continue  # success: the name is random, so an earlier try that seemed to fail has created the Event
             except (KubeError, TimeoutError) as error:
                 self.dropped += 1
                 _log.warning(
@@ -211,20 +203,10 @@ class EventRecorder:
                 )
 
     async def _write(self, text: EventText, pod: PodRef | None) -> None:
-        namespace = namespace_of(pod)
-        about = pod.name if pod else self._identity.node
-        body = event_body(
-            self._identity,
-            text,
-            pod,
-            event_name(about, self._rng.getrandbits(64)),
-            self._clock.now().strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
-        )
+        name = event_name(pod.name if pod else self._identity.node, self._rng.getrandbits(64))
+        when = self._clock.now().strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        body = event_body(self._identity, text, pod, name, when)
+        path = f"/apis/events.k8s.io/v1/namespaces/{namespace_of(pod)}/events"
         async for attempt in api_write(self._clock, self._rng):
             with attempt:
-                await self._api.request(
-                    "create",
-                    f"/apis/events.k8s.io/v1/namespaces/{namespace}/events",
-                    resource="events.events.k8s.io",
-                    body=body,
-                )
+                await self._api.request("create", path, resource="events.events.k8s.io", body=body)

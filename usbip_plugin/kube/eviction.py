@@ -20,7 +20,6 @@ from usbip_plugin.model import PodRef
 
 log = logging.getLogger(__name__)
 
-
 # Seconds for one eviction. The API server itself retries for 10 s before it refuses a uid that differs.
 REQUEST_TIMEOUT_S = 15.0
 # Seconds before the second try.
@@ -47,9 +46,8 @@ def eviction(pod: PodRef) -> dict[str, Any]:
 class Evictor:
     """Worker that evicts pods. Works only while run() runs.
 
-    Tries each pod until the API server accepts, the pod is gone, or the eviction is not wanted any more.
-    Calls wanted(pod) before each try, and on_evicted(pod) when an eviction was accepted. Logs errors and tries again;
-    never raises them.
+    Tries each pod until the API server accepts, the pod is gone, or wanted(pod) is False before a try. Calls
+    on_evicted(pod) when an eviction was accepted. Logs errors and never raises them.
     """
 
     def __init__(
@@ -61,23 +59,20 @@ class Evictor:
         on_evicted: Callable[[PodRef], None],
     ) -> None:
         self._api, self._clock, self._rng, self._wanted, self._on_evicted = api, clock, rng, wanted, on_evicted
-        self._asked: asyncio.Queue[tuple[PodRef, Context]] = asyncio.Queue()
+        self._queue: asyncio.Queue[tuple[PodRef, Context]] = asyncio.Queue()
         self._under_way: set[PodRef] = set()
 
     def evict(self, pod: PodRef) -> None:
-        """Starts the eviction of a pod without waiting for it. Does nothing while one of the same pod is under way.
-
-        Its log lines belong to the caller's trace: the eviction runs in a copy of the caller's context.
-        """
+        """Starts the eviction of a pod, in the caller's trace. Does nothing while one of the same pod is under way."""
         if pod not in self._under_way:
             self._under_way.add(pod)
-            self._asked.put_nowait((pod, copy_context()))
+            self._queue.put_nowait((pod, copy_context()))
 
     async def run(self) -> None:
         """Runs until cancelled. Evictions under way are then given up."""
         async with asyncio.TaskGroup() as tasks:
             while True:
-                pod, context = await self._asked.get()
+                pod, context = await self._queue.get()
                 tasks.create_task(self._evict(pod), name=f"evict {pod}", context=context)
 
     async def _evict(self, pod: PodRef) -> None:
@@ -103,8 +98,7 @@ class Evictor:
         path = f"/api/v1/namespaces/{quote(pod.namespace, safe='')}/pods/{quote(pod.name, safe='')}/eviction"
         try:
             await self._api.request("create", path, resource=EVICTIONS, body=eviction(pod), timeout=REQUEST_TIMEOUT_S)
-        except (KubeNotFound, KubeConflict):
-            # a conflict means that a pod of this name has another uid
+        except (KubeNotFound, KubeConflict):  # a conflict: a pod of this name has another uid
             log.info("pod ended before its eviction", extra={"pod": str(pod)})
         else:
             log.info("pod evicted", extra={"pod": str(pod)})

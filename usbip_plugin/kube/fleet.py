@@ -1,7 +1,7 @@
 """Counts the nodes that run the plugin. Each node's share of the polls of a server depends on that number.
 
-The count writes nothing and needs no additional rights. It lists one pod of the plugin's own namespace and reads how
-many are left (metadata.remainingItemCount). Other pods in that namespace make every node poll a little less often.
+The count needs no right of its own: it lists one pod of the plugin's namespace and reads how many are left
+(metadata.remainingItemCount). Other pods in that namespace make every node poll a little less often.
 """
 
 from __future__ import annotations
@@ -42,8 +42,7 @@ async def count_pods(api: Api, namespace: str) -> int:
 class FleetCount:
     """Number of nodes that run the plugin, counted about twice an hour. A usbip.poller.NodeCount.
 
-    known() returns only if run() runs. count() returns the number of nodes or raises KubeError; 0 is taken for 1, this
-    node.
+    known() returns only if run() runs. count: returns the number or raises KubeError; 0 counts as 1, this node.
     """
 
     def __init__(self, count: Callable[[], Awaitable[int]], clock: Clock, rng: random.Random) -> None:

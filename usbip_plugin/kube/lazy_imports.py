@@ -1,10 +1,8 @@
-"""Imports parts of libraries without the rest: all of kubernetes_asyncio is 1,259 modules and 58 MiB, of no use here.
+"""Imports parts of libraries without the rest: all of kubernetes_asyncio is 1,259 modules and 58 MiB.
 
 make_imports_lazy() makes the package __init__ files of PACKAGES lazy. A name that such a file would have imported is
 imported when it is first used (PEP 562), from the module that the file's own import lines name. The modules of LAZY,
-which others import but which a run does not call, are loaded on first use. Only later imports are affected.
-
-no_default_roots() keeps aiohttp from loading the system's root certificates, 2 MiB and 50 ms, when it is imported.
+which others import but which a run does not call, are loaded on first use.
 """
 
 from __future__ import annotations
@@ -44,10 +42,7 @@ LAZY = (
 
 
 def origins(source: str, package: str) -> dict[str, tuple[str, str | None]]:
-    """Returns the names that a package file binds by importing: name -> (module, attribute).
-
-    The attribute is None if the name stands for the module itself.
-    """
+    """Returns the names that a package file binds by importing: name -> (module, attribute, None for the module)."""
     found: dict[str, tuple[str, str | None]] = {}
     for node in ast.parse(source).body:
         if isinstance(node, ast.ImportFrom) and node.module != "__future__":
@@ -98,17 +93,16 @@ class _LazyPackage(Loader):
 
         def getattr_(attribute: str) -> Any:
             source = Path(file).read_text(encoding="utf-8")
-            found = origin(attribute, source, name)
-            if found is not None:
-                value: Any = importlib.import_module(found[0])
+            value: Any
+            if found := origin(attribute, source, name):
+                value = importlib.import_module(found[0])
                 if found[1] is not None:
                     value = getattr(value, found[1])
-            else:
-                literals = constants(source)
-                if attribute not in literals:
-                    msg = f"module {name!r} has no attribute {attribute!r}"
-                    raise AttributeError(msg)
+            elif attribute in (literals := constants(source)):
                 value = literals[attribute]
+            else:
+                msg = f"module {name!r} has no attribute {attribute!r}"
+                raise AttributeError(msg)
             setattr(module, attribute, value)
             return value
 
@@ -122,17 +116,15 @@ class _Finder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname.partition(".")[0] in self._packages:
-            spec = PathFinder.find_spec(fullname, path, target)
-            if spec is not None and spec.submodule_search_locations is not None and spec.origin is not None:
-                spec.loader = _LazyPackage()
-            return spec
-        if fullname in LAZY:
-            spec = PathFinder.find_spec(fullname, path, target)
-            if spec is not None and spec.loader is not None:
-                spec.loader = importlib.util.LazyLoader(spec.loader)
-            return spec
-        return None
+        lazy = fullname in LAZY
+        if not lazy and fullname.partition(".")[0] not in self._packages:
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is not None and lazy and spec.loader is not None:
+            spec.loader = importlib.util.LazyLoader(spec.loader)
+        elif spec is not None and spec.submodule_search_locations is not None and spec.origin is not None:
+            spec.loader = _LazyPackage()
+        return spec
 
 
 def make_imports_lazy() -> None:
@@ -145,9 +137,8 @@ def make_imports_lazy() -> None:
 def no_default_roots() -> Iterator[None]:
     """Keeps OpenSSL from finding root certificates by itself within the block.
 
-    On its first import aiohttp makes a TLS context with all of them, for requests that name no context. In this
-    package each request names its own context: RESTClientObject makes it from the configuration's CA or the system's.
-    The TLS handshake of a request without one would fail.
+    On its first import aiohttp makes a TLS context with all of them, 2 MiB and 50 ms, for requests that name no
+    context. Here each request names its own: RESTClientObject makes it from the configuration's CA or the system's.
     """
     before = {name: os.environ.get(name) for name in ("SSL_CERT_FILE", "SSL_CERT_DIR")}
     os.environ.update(dict.fromkeys(before, os.devnull))

@@ -1,8 +1,7 @@
 """Publishes status.allocatable of this plugin's resources on its own Node, before the kubelet's next sync.
 
 The kubelet writes the same number up to 10 s later. Until then the scheduler would keep sending pods that fail here.
-
-A device that changes its holder changes the count of every node. The nodes therefore take turns. They leave to the
+A device that changes its holder changes the count of every node. The nodes therefore take turns, and leave to the
 kubelets each write that would not come sooner than the kubelet's own.
 """
 
@@ -46,20 +45,19 @@ async def patch_status(api: Api, node: str, counts: Mapping[str, int]) -> None:
 
 
 def spread(nodes: int, *, lower: bool) -> float:
-    """Returns the seconds over which the nodes spread their writes of one change.
+    """Returns the seconds over which the nodes spread their writes of one change. lower: the counts become lower.
 
-    nodes: how many nodes there are. lower: whether their counts become lower.
     At KUBELET_SYNC_S no node writes, and the kubelets do.
     """
     return min(KUBELET_SYNC_S, nodes / (LOWER_RATE if lower else RAISE_RATE))
 
 
 class NodeStatusPublisher:
-    """Writer of changed allocatable counts on the Node: only the latest counts, one PATCH at a time.
+    """Writer of changed allocatable counts on the Node: only the latest counts, one write at a time.
 
-    Works only while run() runs. nodes() returns how many nodes run the plugin.
+    Works only while run() runs. nodes() returns how many nodes run the plugin. Errors are logged, never raised.
     Publish a resource only after the kubelet has received its list (DevicePluginServer.announced). Before that the
-    kubelet would refuse the pods that the scheduler sends. Errors are logged and counted, never raised.
+    kubelet would refuse the pods that the scheduler sends.
     """
 
     def __init__(
@@ -96,22 +94,20 @@ class NodeStatusPublisher:
 
         For a kubelet that has restarted and set the count to 0 itself, and for a resource that is offered no longer.
         """
-        self._wanted.pop(resource, None)
-        self._written.pop(resource, None)
-        self._may_be_written.pop(resource, None)
+        for counts in (self._wanted, self._written, self._may_be_written):
+            counts.pop(resource, None)
 
     async def publish_now(self, counts: Mapping[str, int], timeout: float) -> bool:
         """Publishes counts and waits until they or later ones are written, for at most timeout seconds.
 
-        Returns True if the Node has them now, and False at once while writing is forbidden. Does not wait for this
-        node's turn, and cuts a backoff short. Works only while run() runs. Cancel-safe: the write goes on.
+        Returns whether the Node has them now; False at once while writing is forbidden. Does not wait for this node's
+        turn, and cuts a backoff short. Cancel-safe: the write goes on.
         """
         self.publish(counts)
         self._urgent = self._urgent or not self._is_written(counts)
         self._changed.fire()
-        return await done_within(
-            self._clock, timeout, self._changed.until(lambda: self.forbidden or self._is_written(counts))
-        ) and self._is_written(counts)
+        over = await self._changes_within(timeout, lambda: self.forbidden or self._is_written(counts))
+        return over and self._is_written(counts)
 
     async def run(self) -> None:
         """Writes published counts until cancelled."""
@@ -126,7 +122,8 @@ class NodeStatusPublisher:
                 await self._write(pending)
             except KubeError as error:
                 self._failed(error)
-                await self._pause(FORBIDDEN_WAIT_S if self.forbidden else next(waits))
+                pause = FORBIDDEN_WAIT_S if self.forbidden else next(waits)
+                await self._changes_within(pause, lambda: self._urgent and not self.forbidden)
             else:
                 self._known(pending)
                 self.last_error, self.forbidden = None, False
@@ -145,18 +142,12 @@ class NodeStatusPublisher:
             within = spread(self._nodes(), lower=lower)
             left_to_kubelet = within >= KUBELET_SYNC_S
             left = began + (within if left_to_kubelet else part * within) - self._clock.monotonic()
-            if left > 0 and await self._anything_new(pending, left):
+            if left > 0 and await self._changes_within(left, lambda: self._urgent or self._pending() != pending):
                 continue
             if not left_to_kubelet:
                 return True
             self._known(pending)
         return False
-
-    async def _anything_new(self, pending: Mapping[str, int], seconds: float) -> bool:
-        """Waits at most so many seconds. Returns True if the pending counts change or become urgent meanwhile."""
-        return await done_within(
-            self._clock, seconds, self._changed.until(lambda: self._urgent or self._pending() != pending)
-        )
 
     def _lowers(self, pending: Mapping[str, int]) -> bool:
         """Returns whether the Node may have a higher count than one of these."""
@@ -170,14 +161,11 @@ class NodeStatusPublisher:
         self._may_be_written.update({name: count for name, count in counts.items() if self._wanted.get(name) == count})
         self._changed.fire()
 
-    async def _pause(self, seconds: float) -> None:
-        await done_within(self._clock, seconds, self._changed.until(lambda: self._urgent and not self.forbidden))
+    async def _changes_within(self, seconds: float, condition: Callable[[], bool]) -> bool:
+        return await done_within(self._clock, seconds, self._changed.until(condition))
 
     def _pending(self) -> dict[str, int]:
-        """Returns the counts to write.
-
-        These are not on the Node yet, or the kubelet may have written a higher count that was taken back since.
-        """
+        """Returns the counts that the Node lacks, or may lack since the kubelet wrote a higher, former one."""
         return {
             name: count
             for name, count in self._wanted.items()

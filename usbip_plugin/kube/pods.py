@@ -1,7 +1,7 @@
 """Watches this node's own pods, to learn at once that a pod has ended and which pods must be using devices.
 
 A pod's absence from the kubelet's pod-resources list is not enough: for about a second after its start, a kubelet
-answers with a list without pods while all of them run. The watched pods show whether an absence means anything.
+answers with a list without pods while all of them run.
 """
 
 from __future__ import annotations
@@ -52,12 +52,8 @@ class PodPhase(enum.Enum):
 class PodState:
     """A pod as far as the plugin needs it.
 
-    uid: of the pod object.
-    phase: how far the pod has come.
     resources: how many of each extended resource (a name with a domain) the kubelet allocates for it, until it ends.
-
-    The resources of init containers count, even after these containers have ended. They run again if the kubelet
-    makes the pod's sandbox anew.
+    Init containers count even after they have ended: they run again if the kubelet makes the pod's sandbox anew.
     """
 
     uid: str
@@ -70,31 +66,25 @@ PodCallback = Callable[[PodRef, PodPhase], None]
 
 
 class PodView(Protocol):
-    """This node's pods as the API server has them. synced is False while the view may be old."""
+    """This node's pods, uids included, as the API server has them. synced is False while the view may be old."""
 
     synced: bool
 
     def find(self, namespace: str, name: str) -> PodRef | None:
-        """Returns the pod of that name with its uid, or None if the pod is unknown or has ended."""
+        """Returns the pod of that name, or None if it is unknown or has ended."""
         ...
 
     def ended(self, namespace: str, name: str) -> bool:
-        """Returns True if the containers of this pod have all ended according to the API. False for an unknown pod."""
+        """Returns whether the containers of this pod have all ended. False for an unknown pod and while not synced."""
         ...
 
     def wanting(self, domain: str) -> Mapping[PodRef, Mapping[str, int]]:
-        """Returns the pods, uids included, that have not ended and have resources of this domain, or will have them.
-
-        The value is the number of each resource, by its name without the domain.
-        """
+        """Returns the pods that have or will have resources of this domain, with the number of each, by its name."""
         ...
 
 
 def read_pod(obj: object) -> tuple[PodKey, PodState] | None:
-    """Returns the key and the state of a pod object, or None if the object is not a pod.
-
-    Nothing else of the object is kept. TERMINATING: marked for deletion. ENDED: phase Succeeded or Failed.
-    """
+    """Returns the key and the state of a pod object, or None if the object is not a pod."""
     if not isinstance(obj, dict):
         return None
     metadata, status = obj.get("metadata"), obj.get("status")
@@ -103,12 +93,10 @@ def read_pod(obj: object) -> tuple[PodKey, PodState] | None:
     namespace, name, uid = metadata.get("namespace"), metadata.get("name"), metadata.get("uid")
     if not (isinstance(namespace, str) and isinstance(name, str) and isinstance(uid, str)):
         return None
-    reached = status.get("phase") if isinstance(status, dict) else None
-    ended = reached in ("Succeeded", "Failed")
-    terminating = metadata.get("deletionTimestamp") is not None
-    phase = PodPhase.ENDED if ended else PodPhase.TERMINATING if terminating else PodPhase.RUNNING
-    spec = None if ended else obj.get("spec")
-    return (namespace, name), PodState(uid, phase, MappingProxyType(_allocated(spec)))
+    if isinstance(status, dict) and status.get("phase") in ("Succeeded", "Failed"):
+        return (namespace, name), PodState(uid, PodPhase.ENDED)
+    phase = PodPhase.RUNNING if metadata.get("deletionTimestamp") is None else PodPhase.TERMINATING
+    return (namespace, name), PodState(uid, phase, MappingProxyType(_allocated(obj.get("spec"))))
 
 
 def _allocated(spec: object) -> dict[str, int]:
@@ -150,9 +138,8 @@ def of_domain(resources: Mapping[str, int], domain: str) -> dict[str, int]:
 class OwnPods(Reflector[dict[str, Any]]):
     """View of the pods of one node. A PodView. Works only while run() runs.
 
-    Calls callback(pod with uid, TERMINATING or ENDED) once for each step of a pod towards its end. A pod that was
-    deleted, or replaced by one of the same name, counts as ENDED. After a gap in the watch, the pods that vanished
-    meanwhile are reported, too.
+    Calls callback once for each step of a pod towards its end. A pod that was deleted, or replaced by one of the same
+    name, has ended. After a gap in the watch, this includes the pods that vanished meanwhile.
     """
 
     def __init__(self, api: Api, node: str, clock: Clock, rng: random.Random, callback: PodCallback) -> None:

@@ -103,9 +103,9 @@ def refusal(code: int, data: bytes, verb: str, resource: str, retry_after: str |
 
 def error_of(code: int, status: Mapping[str, Any], verb: str, resource: str, retry_after: str | None) -> KubeError:
     """Returns the error for an HTTP code and the Status object that came with it."""
-    said = next((text for key in ("message", "reason") if isinstance(text := status.get(key), str) and text), "")
+    text = next((value for key in ("message", "reason") if isinstance(value := status.get(key), str) and value), "")
     # an answer may quote the request, including the token in its header
-    message = redacted(_printable(said), MAX_MESSAGE)[:MAX_MESSAGE] or f"HTTP {code}"
+    message = redacted(_printable(text), MAX_MESSAGE)[:MAX_MESSAGE] or f"HTTP {code}"
     if code == 429:
         seconds = float(retry_after) if retry_after and _SECONDS.fullmatch(retry_after) else None
         return KubeThrottled(verb, resource, seconds)

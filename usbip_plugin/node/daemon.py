@@ -89,8 +89,8 @@ async def run(options: Options, loaded: Loaded, make_driver: MakeDriver) -> None
     """
     clock = SystemClock()
     metrics = Metrics()
-    figures = AgentMetrics(metrics, clock, domain=options.domain, node=options.node)
-    kube = await connect(options.kubeconfig, clock=clock, on_error=figures.api_error)
+    agent_metrics = AgentMetrics(metrics, clock, domain=options.domain, node=options.node)
+    kube = await connect(options.kubeconfig, clock=clock, on_error=agent_metrics.api_error)
     tracing = Tracing(options.node, version=__version__)
     client = TcpUsbipClient(clock)
     try:
@@ -111,7 +111,7 @@ async def run(options: Options, loaded: Loaded, make_driver: MakeDriver) -> None
                 count_nodes=partial(count_pods, kube, options.namespace),
             )
             events = EventRecorder(kube, outside.me, clock, rng)
-            await _Process(options, loaded, outside, events, tracing, metrics, figures).run()
+            await _Process(options, loaded, outside, events, tracing, metrics, agent_metrics).run()
     finally:
         client.close()
         await kube.close()
@@ -127,7 +127,7 @@ class _Process:
         events: EventRecorder,
         tracing: Tracing,
         metrics: Metrics,
-        figures: AgentMetrics,
+        agent_metrics: AgentMetrics,
     ) -> None:
         self._options = options
         self._clock = clock = outside.clock
@@ -135,19 +135,19 @@ class _Process:
         self._start_only = loaded.config.start_only()
         self._events = events
         self._metrics = metrics
-        self._figures = figures
+        self._agent_metrics = agent_metrics
         self._recent = tracing.recent
         self._config_report = config_loaded(options.config, loaded.config, loaded.warnings, clock.now())
         self._started = clock.monotonic()
         self._heartbeat = Heartbeat(clock, BEAT_WITHIN)
-        observer = replace(figures.observer, on_notice=self._notice)
+        observer = replace(agent_metrics.observer, on_notice=self._notice)
         self.agent = Agent(outside, loaded.config, domain=options.domain, observer=observer)
         losses = DropCounts(
             events_dropped=lambda: events.dropped,
             trace_export_failures=lambda: tracing.export_failures,
             trace_spans_dropped=lambda: tracing.spans_dropped,
         )
-        figures.follow(self.agent, losses)
+        agent_metrics.follow(self.agent, losses)
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -212,13 +212,13 @@ class _Process:
         )
 
     def _notice(self, notice: DeviceEvent) -> None:
-        self._figures.notice(notice)
+        self._agent_metrics.notice(notice)
         for text, pod in events_of(notice):
             self._events.record(text, pod)
 
     def _reconfigure(self, config: Config, warnings: tuple[str, ...]) -> None:
         _warn(warnings)
-        self._figures.config_reloaded()
+        self._agent_metrics.config_reloaded()
         self._config_report = config_loaded(self._options.config, config, warnings, self._clock.now())
         self._warn_of_start_only(config)
         self.agent.reconfigure(config)
@@ -232,7 +232,7 @@ class _Process:
                 log.warning("setting not applied; restart the plugin", extra=extra)
 
     def _config_failed(self, error: ConfigError) -> None:
-        self._figures.config_failed()
+        self._agent_metrics.config_failed()
         self._config_report = config_failed(self._config_report, error, self._clock.now())
         for problem in error.problems:
             log.error("configuration not valid, the last valid one stays in use", extra={"problem": problem})
