@@ -120,7 +120,7 @@ class KubeClient:
         on_error: Callable[[KubeError], None] | None = None,
         rng: random.Random | None = None,
     ) -> None:
-        """Sends nothing yet.
+        """Sets up the client, and sends nothing yet.
 
         reload_token: reads the credentials again and returns the Authorization header; it may raise OSError.
         token_period: seconds between two reads of the credentials; None reads them again only after a 401.

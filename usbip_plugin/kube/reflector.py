@@ -30,7 +30,7 @@ class Reflector(ABC, Generic[E]):
     """
 
     def __init__(self, resource: str, clock: Clock, rng: random.Random, retry: tuple[float, float]) -> None:
-        """Begins nothing yet.
+        """Sets up a reflector, which does nothing before run().
 
         resource: as RBAC names it.
         retry: seconds before the first and, at most, before a later retry.
