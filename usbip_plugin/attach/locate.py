@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from usbip_plugin.attach.pipeline import Pipeline
 from usbip_plugin.attach.tasks import DeviceTasks
 from usbip_plugin.claims import Claim, ClaimState, Resources
-from usbip_plugin.clock import Clock
 from usbip_plugin.config.schema import Config, Selector
 from usbip_plugin.config.selectors import Match, matches
 from usbip_plugin.context import NodeContext
@@ -144,90 +143,6 @@ def decide(serial: str, sightings: Iterable[Candidate]) -> Verdict:
     return Ambiguous(tuple(sorted(sighting.key for sighting in same))) if same else NotFound()
 
 
-ABSENCE = 10.0
-"""Seconds after which a device that is listed again counts as plugged in anew.
-
-A server does not list a device that is in use, and the reading of a serial number takes less than this.
-"""
-
-
-@dataclass(frozen=True, slots=True)
-class _Stay:
-    """A time for which a server has listed the same device at one place.
-
-    devid: the Descriptor.devid of the device.
-    since: when it was listed first, in seconds on the monotonic clock.
-    until: when it was last known to be listed, in seconds on the monotonic clock.
-    """
-
-    devid: int
-    since: float
-    until: float
-
-
-class Listings:
-    """What servers list now and since when, as seen by this node's poller. All methods belong to one event loop."""
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self._views: dict[ServerKey, ServerView] = {}
-        self._stays: dict[DeviceKey, _Stay] = {}
-
-    def server_changed(self, view: ServerView) -> None:
-        """Records what a server lists now. To be called for each view that the poller publishes."""
-        now = self._clock.monotonic()
-        before = self._views.get(view.server)
-        self._views[view.server] = view
-        was_listed = set(_keys(before)) if before is not None else set()
-        stays = {
-            key: _Stay(stay.devid, stay.since, now) if key in was_listed else stay
-            for key, stay in self._stays.items()
-            if key in was_listed or now - stay.until < ABSENCE
-        }
-        for key, descriptor in _keys(view).items():
-            stay = stays.get(key)
-            known = stay is not None and stay.devid == descriptor.devid
-            stays[key] = _Stay(descriptor.devid, stay.since if stay is not None and known else now, now)
-        self._stays = stays
-
-    def reachable(self, server: ServerKey) -> bool:
-        """Returns whether the server answered its last poll."""
-        view = self._views.get(server)
-        return view is not None and view.state is ServerState.REACHABLE
-
-    def unreachable(self, server: ServerKey) -> str | None:
-        """Returns why the server did not answer its last poll, or None if it did or was not polled yet."""
-        view = self._views.get(server)
-        return view.error if view is not None and view.state is ServerState.UNREACHABLE else None
-
-    def listed(self, key: DeviceKey) -> Descriptor | None:
-        """Returns the device as its server lists it now, or None if it is not listed or the server does not answer."""
-        view = self._views.get(key.server)
-        return _keys(view).get(key) if view is not None else None
-
-    def of(self, server: ServerKey) -> dict[DeviceKey, Descriptor]:
-        """Returns all devices that a server lists now; none if the server does not answer."""
-        view = self._views.get(server)
-        return _keys(view) if view is not None else {}
-
-    def servers(self) -> Iterator[ServerKey]:
-        yield from self._views
-
-    def since(self, key: DeviceKey) -> float | None:
-        """Returns since when (seconds, monotonic) the server has listed this very device at this place, or None.
-
-        The device may have been missing from the list for less than ABSENCE.
-        """
-        stay = self._stays.get(key)
-        return stay.since if stay is not None else None
-
-
-def _keys(view: ServerView) -> dict[DeviceKey, Descriptor]:
-    if view.state is not ServerState.REACHABLE:
-        return {}
-    return {DeviceKey(view.server, descriptor.busid): descriptor for descriptor in view.devices}
-
-
 READING_LASTS = 3600.0
 """Seconds for which a serial number is valid after it was read, while its server lists the same device."""
 GIVEN_UP = 3.0
@@ -269,7 +184,6 @@ class DeviceLocator:
         self._pipeline = pipeline
         self.known = Bell()
         """Rings when the reading of a serial number has ended, with or without success."""
-        self._listings = Listings(context.clock)
         self._lost_at: dict[str, float] = {}
         self._readings: dict[DeviceKey, SerialReading] = {}
         self._asked: dict[str, Candidate] = {}
@@ -282,15 +196,13 @@ class DeviceLocator:
         self._poller.poll_eagerly(places(self._resources.config, lost))
 
     def server_changed(self, view: ServerView) -> None:
-        """Records what a server lists now. To be called for each view that the poller publishes.
+        """Forgets what was read from devices that a server does not list now. To be called at each change of a view.
 
-        What was read from a device is forgotten with the first list that does not have the device. Devices that this
-        node is reading, or has just read, count as listed.
+        Devices that this node is reading, or has just read, count as listed.
         """
-        self._listings.server_changed(view)
-        if not self._listings.reachable(view.server):
+        if view.state is not ServerState.REACHABLE:
             return
-        present = {*self._listings.of(view.server), *self._out_of_sight(view.server)}
+        present = {*view.exported, *self._out_of_sight(view.server)}
         self._readings = {
             key: reading
             for key, reading in self._readings.items()
@@ -304,7 +216,7 @@ class DeviceLocator:
 
     def may_be_listed(self, claim: Claim, server: ServerKey) -> bool:
         """Returns whether this server lists a device that is worth a try to re-attach the claim's device."""
-        listed = self._listings.of(server)
+        listed = self._poller.view(server).exported
         if claim.location in listed:
             return True
         return any(
@@ -321,7 +233,7 @@ class DeviceLocator:
 
         None also if the device has no serial number, or has been followed to another place already.
         """
-        error = self._listings.unreachable(claim.key.server)
+        error = self._poller.view(claim.key.server).error
         if error is None or claim.moved_to is not None or not claim.serial:
             return None
         return ServerUnreachable(claim.key.server, error)
@@ -347,7 +259,7 @@ class DeviceLocator:
 
         None also if the device has been followed to another place.
         """
-        listed = self._listings.listed(claim.key)
+        listed = self._listed(claim.key)
         if listed is None or not claim.serial or claim.moved_to is not None:
             return None
         reading = self._reading(claim.key, listed)
@@ -394,10 +306,10 @@ class DeviceLocator:
         self.known.ring()
 
     def _sightings(self, claim: Claim) -> Iterator[Candidate]:
-        for server in self._listings.servers():
-            if not self._listings.reachable(server):
+        for server, view in self._poller.views.items():
+            if view.state is not ServerState.REACHABLE:
                 continue
-            for key, descriptor in {**self._out_of_sight(server), **self._listings.of(server)}.items():
+            for key, descriptor in {**self._out_of_sight(server), **view.exported}.items():
                 lock = self._locks.locks.get(key.id)
                 if (
                     descriptor.usb_id != claim.usb_id
@@ -417,10 +329,11 @@ class DeviceLocator:
     def _may_have_come(self, claim: Claim, key: DeviceKey) -> bool:
         if key.server == claim.key.server:
             return True
-        lost_at, since = self._lost_at.get(claim.id), self._listings.since(key)
+        lost_at = self._lost_at.get(claim.id)
         if lost_at is None:  # this process did not see the loss: it is enough that its own server does not list it
-            return self._listings.reachable(claim.key.server)
-        return since is not None and since > lost_at - NOTICED
+            return self._poller.view(claim.key.server).state is ServerState.REACHABLE
+        stay = self._poller.view(key.server).stays.get(key.busid)
+        return stay is not None and stay.since > lost_at - NOTICED
 
     def _out_of_sight(self, server: ServerKey) -> dict[DeviceKey, Descriptor]:
         """Returns devices that may be missing from the list only because this node reads them, or has just done so."""
@@ -429,8 +342,11 @@ class DeviceLocator:
         seen = [*self._asked.values(), *(sighting for sighting, _until in self._hidden.values())]
         return {sighting.key: sighting.descriptor for sighting in seen if sighting.key.server == server}
 
+    def _listed(self, key: DeviceKey) -> Descriptor | None:
+        return self._poller.view(key.server).find(key.busid)
+
     def _listed_at_home(self, claim: Claim) -> bool:
-        listed = self._listings.listed(claim.key)
+        listed = self._listed(claim.key)
         return listed is not None and listed.usb_id == claim.usb_id and self.wrong_at_home(claim) is None
 
     def _reading(self, key: DeviceKey, descriptor: Descriptor) -> SerialReading | None:

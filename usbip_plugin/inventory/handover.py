@@ -7,6 +7,7 @@ the device's reset does not show that the device is gone.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Coroutine, Mapping
+from typing import TypeVar
 
 from usbip_plugin.context import NodeContext
 from usbip_plugin.inventory.members import importable
@@ -35,6 +36,8 @@ Without the limit, a device whose server numbers it anew at each import would be
 reached, the identity on the lock counts. An Allocate compares that identity with the device in any case.
 """
 
+K = TypeVar("K")
+
 Spawn = Callable[[Coroutine[object, object, None]], None]
 """Starts a coroutine in a task that ends when the task's owner ends."""
 
@@ -62,8 +65,7 @@ class HandoverTracker:
         self._look_at = look_at
         # by server, then by device ID: since when (monotonic), the longest wait first. None: no known server.
         self._released: dict[ServerKey | None, dict[str, float]] = {}
-        self._doubtful: dict[ServerKey, dict[str, float]] = {}
-        self._listed: frozenset[str] = frozenset()
+        self._distrusted: dict[ServerKey, dict[DeviceKey, float]] = {}
 
     def released(self, device_ids: Collection[str] | None = None) -> frozenset[str]:
         """Returns which of these devices were released and not yet polled for since their reset.
@@ -77,22 +79,22 @@ class HandoverTracker:
 
     def servers_changed(self) -> None:
         """Updates the lock manager's importable devices. To be called when a server's list or state has changed."""
-        self._listed = importable(self._poller.views)
-        self._locks.set_importable(self._listed.difference(*self._doubtful.values()))
+        distrusted = {key.id for keys in self._distrusted.values() for key in keys}
+        self._locks.set_importable(importable(self._poller.views) - distrusted)
 
     def lock_changed(self, change: LockChange) -> None:
         """Notes a device that another node has taken or written, or that its holder has released."""
         if change.old != change.new and change.holder not in ("", self._me):
-            self._doubt(change)
+            self._distrust_list(change)
         elif change.former and not change.holder and change.new is not None:
             key = change.new.key
             server = key.server if key is not None else None
             if server is not None:
                 self._poller.poll_soon(server)
-            if self._last(self._released.setdefault(server, {}), change.device_id):
+            if self._put_last(self._released.setdefault(server, {}), change.device_id):
                 self._spawn(self._after_releases(server))
 
-    def _doubt(self, change: LockChange) -> None:
+    def _distrust_list(self, change: LockChange) -> None:
         """Ignores what the server listed before another node wrote the lock: the device may be in use since then.
 
         Otherwise every node would read the holder's session each time a device is taken (R4).
@@ -100,29 +102,29 @@ class HandoverTracker:
         key = change.new.key if change.new is not None else None
         if key is None:
             return
-        doubts = self._doubtful.setdefault(key.server, {})
-        if key.id not in doubts and key.id in self._listed:
+        waiting = self._distrusted.setdefault(key.server, {})
+        if key not in waiting:
             self._locks.importable_changed(key.id, importable=False)
-        if self._last(doubts, key.id):
-            self._spawn(self._listed_anew(key.server))
+        if self._put_last(waiting, key):
+            self._spawn(self._trust_next_list(key.server))
 
-    def _last(self, waiting: dict[str, float], device_id: str) -> bool:
+    def _put_last(self, waiting: dict[K, float], device: K) -> bool:
         """Puts the device at the end of `waiting`, as of now. Returns True if it was empty: no task serves it yet."""
         first = not waiting
-        waiting.pop(device_id, None)
-        waiting[device_id] = self._clock.monotonic()
+        waiting.pop(device, None)
+        waiting[device] = self._clock.monotonic()
         return first
 
-    async def _listed_anew(self, server: ServerKey) -> None:
+    async def _trust_next_list(self, server: ServerKey) -> None:
         """Waits until the server has been polled since the last write of each lock. Ends when no device is left."""
-        doubts = self._doubtful[server]
-        while doubts:
-            device_id, since = next(iter(doubts.items()))
+        waiting = self._distrusted[server]
+        while waiting:
+            key, since = next(iter(waiting.items()))
             await self._poller.polled_since(server, since)
-            if doubts.get(device_id) == since:
-                del doubts[device_id]
-                if device_id in self._listed:
-                    self._locks.importable_changed(device_id, importable=True)
+            if waiting.get(key) == since:
+                del waiting[key]
+                if self._poller.view(server).find(key.busid) is not None:
+                    self._locks.importable_changed(key.id, importable=True)
 
     async def _after_releases(self, server: ServerKey | None) -> None:
         """Waits, for each released device, until its server has been polled after the reset, then calls look_at.
@@ -152,35 +154,33 @@ class ReplacedDevices:
 
     def __init__(self, rereads: ProbeLimiter) -> None:
         self._probe_limiter = rereads
-        self._listed: dict[ServerKey, frozenset[str]] = {}
-        self._away: dict[str, tuple[ServerKey, int, float]] = {}
+        self._away: dict[str, tuple[int, float]] = {}
         self._epochs: dict[str, int] = {}
 
     def server_changed(
         self, view: ServerView, locks: Mapping[str, Lock], released: Collection[str], now: float
     ) -> None:
-        """Compares a server's list with its previous one. To be called at each change of a server's view.
+        """Finds the devices that left a server's list. To be called at each change of a server's view.
 
         released: devices that are not listed because they have just been released.
         now: seconds, monotonic.
         """
         if view.state is not ServerState.REACHABLE:
             return
-        listed = frozenset(DeviceKey(view.server, descriptor.busid).id for descriptor in view.devices)
-        for device_id in self._listed.get(view.server, frozenset()) - listed:
+        for device_id in (DeviceKey(view.server, busid).id for busid in view.removed):
             lock = locks.get(device_id)
             if lock is None or lock.holder or lock.identity == UNKNOWN_IDENTITY:
                 continue
             if device_id in released:
-                self._away[device_id] = view.server, lock.epoch, now
+                self._away[device_id] = lock.epoch, now
             else:
                 self._mark_replaced(device_id, lock.epoch, now)
-        for device_id, (server, epoch, since) in list(self._away.items()):
-            if server == view.server and device_id in listed:
+        listed = importable({view.server: view})
+        for device_id, (epoch, since) in list(self._away.items()):
+            if device_id in listed:
                 del self._away[device_id]
                 if now - since > RESET:  # it was away for longer than a reset takes
                     self._mark_replaced(device_id, epoch, now)
-        self._listed[view.server] = listed
 
     def _mark_replaced(self, device_id: str, epoch: int, now: float) -> None:
         if device_id not in self._probe_limiter.probe_limited(now):
@@ -191,7 +191,7 @@ class ReplacedDevices:
         """Returns the IDs of the devices whose locks may have the identity of an earlier device."""
         if not self._away and not self._epochs:
             return frozenset()
-        self._away = {i: away for i, away in self._away.items() if i in locks and locks[i].epoch == away[1]}
+        self._away = {i: away for i, away in self._away.items() if i in locks and locks[i].epoch == away[0]}
         self._epochs = {i: epoch for i, epoch in self._epochs.items() if i in locks and locks[i].epoch <= epoch}
         return frozenset(self._epochs)
 

@@ -16,7 +16,7 @@ from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig
 from usbip_plugin.config.selectors import Match, matches
 from usbip_plugin.inventory.facts import OfferedDevice, OfferedDevices, Snapshot
 from usbip_plugin.model import UNKNOWN_IDENTITY, Descriptor, DeviceKey, Identity, ServerKey, UsbId
-from usbip_plugin.usbip.poller import ServerState, ServerView
+from usbip_plugin.usbip.poller import ServerView
 
 MAX_VANISHED = 256
 """Maximum number of devices of one server that a resource keeps without a listing, a lock or a claim.
@@ -76,13 +76,8 @@ def learn(before: OfferedDevices, facts: Snapshot) -> OfferedDevices:
 
 
 def importable(servers: Mapping[ServerKey, ServerView]) -> frozenset[str]:
-    """Returns the IDs of the devices that a reachable server lists now. usbipd does not list devices in use."""
-    return frozenset(
-        DeviceKey(server, descriptor.busid).id
-        for server, view in servers.items()
-        if view.state is ServerState.REACHABLE
-        for descriptor in view.devices
-    )
+    """Returns the IDs of the devices that the servers list now, see ServerView.exported."""
+    return frozenset(key.id for view in servers.values() for key in view.exported)
 
 
 def held_as(claims: Mapping[str, Claim], device_id: str, resource: str) -> bool:

@@ -23,7 +23,7 @@ from usbip_plugin.inventory.inventory import Inventory
 from usbip_plugin.locks.protocol import LockStatus
 from usbip_plugin.model import Descriptor, DeviceKey, ServerKey
 from usbip_plugin.observe.spans import untraced
-from usbip_plugin.usbip.poller import ServerPoller, ServerState
+from usbip_plugin.usbip.poller import ServerPoller
 
 log = logging.getLogger(__name__)
 
@@ -64,9 +64,8 @@ def wanting_probe(facts: Snapshot) -> tuple[tuple[DeviceKey, Descriptor], ...]:
     return tuple(
         (key, descriptor)
         for server, view in asking.items()
-        if view.state is ServerState.REACHABLE
-        for descriptor in view.devices
-        if (key := DeviceKey(server, descriptor.busid)).id in facts.locks or locked[server] < MAX_LOCKS
+        for key, descriptor in view.exported.items()
+        if key.id in facts.locks or locked[server] < MAX_LOCKS
         if wanted(facts, key, descriptor)
     )
 

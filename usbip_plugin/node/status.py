@@ -88,14 +88,13 @@ def _device(agent: Agent, domain: str, resource: str, device: Advertised) -> Dev
 
 
 def _servers(agent: Agent, now: float) -> tuple[ServerRow, ...]:
-    answered = agent.poller.answered
     return tuple(
         ServerRow(
             server=str(server),
             state=view.state.value,
             reachable=view.state is ServerState.REACHABLE,
             devices=len(view.devices),
-            answered=now - answered[server] if server in answered else None,
+            answered=now - view.answered if view.answered is not None else None,
             failures=view.failures,
             error=view.error,
         )

@@ -20,7 +20,7 @@ from typing import Protocol
 from usbip_plugin.clock import Clock, backoff
 from usbip_plugin.errors import UsbipError
 from usbip_plugin.model import Descriptor, DeviceKey, ServerKey
-from usbip_plugin.sync import done_within
+from usbip_plugin.sync import Broadcast, done_within
 from usbip_plugin.usbip.client import UsbipClient
 
 log = logging.getLogger(__name__)
@@ -53,44 +53,94 @@ class ServerState(enum.Enum):
     """The last poll failed."""
 
 
+ABSENCE = 10.0
+"""Seconds after which a device that is listed again counts as replugged.
+
+A server does not list a device that is in use, and reading a serial number takes less than this.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Stay:
+    """A time for which a server has listed one device under one bus id. Times are seconds on the monotonic clock.
+
+    devid: the Descriptor.devid of the device.
+    since: when it was first listed. It may have been missing from the list for less than ABSENCE.
+    until: when it was first missing from the list; infinite while it is listed.
+    """
+
+    devid: int
+    since: float
+    until: float = math.inf
+
+
 @dataclass(frozen=True, slots=True)
 class ServerView:
-    """What the polls of one server have shown.
+    """What the polls of one server have shown. Two views are equal unless subscribers must learn of the difference.
 
     devices: the last good list, sorted by bus id, kept while the server is unreachable.
     error: why the last poll failed, None if it did not.
     failures: number of failed polls in a row.
-    by_busid: the same devices, by bus id.
+    answered: when the server last answered (monotonic seconds), None if it never did.
+    removed: the bus ids of the good list before that are missing from `devices`.
+    stays: by bus id, for the devices listed now and those missing for less than ABSENCE at the last change.
+    by_busid: the same devices as `devices`, by bus id.
     """
 
     server: ServerKey
     state: ServerState = ServerState.PENDING
     devices: tuple[Descriptor, ...] = ()
     error: str | None = None
-    failures: int = 0
+    failures: int = field(default=0, compare=False)
+    answered: float | None = field(default=None, compare=False)
+    removed: frozenset[str] = field(default=frozenset(), compare=False)
+    stays: Mapping[str, Stay] = field(default_factory=dict, repr=False, compare=False)
     by_busid: Mapping[str, Descriptor] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "by_busid", {device.busid: device for device in self.devices})
 
+    @property
+    def exported(self) -> Mapping[DeviceKey, Descriptor]:
+        """The devices that the server lists now; none unless it is reachable. usbipd does not list devices in use."""
+        if self.state is not ServerState.REACHABLE:
+            return {}
+        return {DeviceKey(self.server, device.busid): device for device in self.devices}
 
-def listed(view: ServerView, devices: Iterable[Descriptor]) -> ServerView:
-    """Returns the view of a server after a good poll."""
-    return ServerView(view.server, ServerState.REACHABLE, tuple(sorted(devices, key=lambda device: device.busid)))
+    def find(self, busid: str) -> Descriptor | None:
+        """Returns the device that the server lists now under this bus id, None if there is none in `exported`."""
+        return self.by_busid.get(busid) if self.state is ServerState.REACHABLE else None
 
 
-def failed(view: ServerView, error: str) -> ServerView:
-    """Returns the view of a server after a failed poll: UNREACHABLE after the first failure.
+def listed(view: ServerView, devices: Iterable[Descriptor], now: float) -> ServerView:
+    """Returns the view of a server after a good poll. now: monotonic seconds."""
+    found = tuple(sorted(devices, key=lambda device: device.busid))
+    if view.state is ServerState.REACHABLE and view.devices == found:
+        return replace(view, answered=now)
+    stays = _ended(view.stays, now)
+    for device in found:
+        stay = stays.get(device.busid)
+        known = stay is not None and stay.devid == device.devid
+        stays[device.busid] = Stay(device.devid, stay.since if stay is not None and known else now)
+    removed = view.by_busid.keys() - {device.busid for device in found}
+    return ServerView(view.server, ServerState.REACHABLE, found, answered=now, removed=frozenset(removed), stays=stays)
+
+
+def failed(view: ServerView, error: str, now: float) -> ServerView:
+    """Returns the view of a server after a failed poll: UNREACHABLE after the first failure. now: monotonic seconds.
 
     One failure is enough. A pod admitted on a stale view fails for good; a pod that waits for the next good poll does
     not.
     """
-    return replace(view, state=ServerState.UNREACHABLE, error=error, failures=view.failures + 1)
+    stays = _ended(view.stays, now)
+    return replace(view, state=ServerState.UNREACHABLE, error=error, failures=view.failures + 1, stays=stays)
 
 
-def differs(old: ServerView, new: ServerView) -> bool:
-    """Returns whether subscribers must be called: anything but the number of failures has changed."""
-    return replace(old, failures=0) != replace(new, failures=0)
+def _ended(stays: Mapping[str, Stay], now: float) -> dict[str, Stay]:
+    """Returns these stays, all of them ended by now, without those that ended ABSENCE ago or earlier."""
+    return {
+        busid: replace(stay, until=min(stay.until, now)) for busid, stay in stays.items() if now - stay.until < ABSENCE
+    }
 
 
 def share(nodes: int) -> float:
@@ -149,9 +199,8 @@ class ServerPoller:
         self._fleet = fleet or SingleNode()
         self._interval, self._timeout = interval, timeout
         self._views: dict[ServerKey, ServerView] = {}
-        self._answered: dict[ServerKey, float] = {}
         self._asked: dict[ServerKey, float] = {}
-        self._polled = asyncio.Event()
+        self._polled = Broadcast()
         self._pokes: dict[ServerKey, asyncio.Event] = {}
         self._hurried: frozenset[ServerKey] = frozenset()
         self._servers_changed = asyncio.Event()
@@ -161,10 +210,9 @@ class ServerPoller:
         """The newest view of each server that set_servers() named. A live read-only mapping."""
         return MappingProxyType(self._views)
 
-    @property
-    def answered(self) -> Mapping[ServerKey, float]:
-        """When each server last answered a poll (monotonic seconds). Servers that never answered are not in it."""
-        return MappingProxyType(self._answered)
+    def view(self, server: ServerKey) -> ServerView:
+        """Returns the newest view of a server; PENDING if the server is not polled."""
+        return self._views.get(server) or ServerView(server)
 
     def subscribe(self, callback: Callable[[ServerView], None]) -> Callable[[], None]:
         """Calls callback synchronously with each view that differs from the server's view before.
@@ -176,11 +224,10 @@ class ServerPoller:
 
     def set_servers(self, servers: frozenset[ServerKey]) -> None:
         """Sets the servers to poll from now on. May be called at any time. Keeps the views of servers that stay."""
-        self._views = {server: self._views.get(server, ServerView(server)) for server in sorted(servers)}
-        self._answered = {server: at for server, at in self._answered.items() if server in servers}
+        self._views = {server: self.view(server) for server in sorted(servers)}
         self._asked = {server: at for server, at in self._asked.items() if server in servers}
         self._servers_changed.set()
-        self._end_of_poll()
+        self._polled.fire()
 
     def poll_eagerly(self, servers: frozenset[ServerKey]) -> None:
         """Sets the servers that are polled from now on as if this were the only node, without regard to MAX_RATE.
@@ -206,8 +253,7 @@ class ServerPoller:
 
         Also returns when the server is not polled any more. Unbounded while run() does not run; cancel-safe.
         """
-        while server in self._views and self._asked.get(server, moment - 1) < moment:
-            await self._polled.wait()
+        await self._polled.until(lambda: server not in self._views or self._asked.get(server, -math.inf) >= moment)
 
     async def is_exported(self, key: DeviceKey) -> bool:
         """Asks the server at once, besides all polls, whether it lists this device.
@@ -253,14 +299,14 @@ class ServerPoller:
             try:
                 devices = await self._client.devlist(server, timeout=self._timeout)
             except UsbipError as error:
-                self._update(server, partial(failed, error=str(error)))
+                self._update(server, partial(failed, error=str(error), now=self._clock.monotonic()))
                 wait = next(waits)
             else:
-                self._update(server, partial(listed, devices=devices))
+                self._update(server, partial(listed, devices=devices, now=self._clock.monotonic()))
                 waits = backoff(self._rng, FIRST_RETRY, MAX_RETRY)
                 wait = self._interval * self._rng.uniform(*JITTER)
             self._asked[server] = asked_at
-            self._end_of_poll()
+            self._polled.fire()
             if poked_at is not None and asked_at - poked_at < SECOND_LOOK:
                 wait = min(wait, SECOND_LOOK)
             poked_at = await self._next(server, poke, asked_at, wait)
@@ -291,18 +337,12 @@ class ServerPoller:
     def _share(self, server: ServerKey) -> float:
         return 0.0 if server in self._hurried else share(self._fleet.nodes)
 
-    def _end_of_poll(self) -> None:
-        event, self._polled = self._polled, asyncio.Event()
-        event.set()
-
     def _update(self, server: ServerKey, change: Callable[[ServerView], ServerView]) -> None:
         old = self._views.get(server)
         if old is None:
             return  # set_servers() removed the server during the poll
         new = self._views[server] = change(old)
-        if new.state is ServerState.REACHABLE:
-            self._answered[server] = self._clock.monotonic()
-        if not differs(old, new):
+        if new == old:
             return
         if new.state is not old.state:
             if new.error is None:

@@ -18,6 +18,7 @@ from usbip_plugin.inventory.probe import (
 )
 from usbip_plugin.locks.protocol import LockStatus
 from usbip_plugin.model import Descriptor, DeviceKey, InterfaceClass, Lock, ServerKey, UsbId
+from usbip_plugin.usbip import poller
 from usbip_plugin.usbip.poller import ServerState, ServerView
 
 LAB, ATTIC = ServerKey("lab", 3240), ServerKey("attic", 3240)
@@ -142,8 +143,8 @@ def test_a_device_that_gets_a_new_number_each_time_is_not_asked_for_ever() -> No
     assert rereads.probe_limited(REREAD_SPAN) == frozenset(), "the first is long ago by now"
 
 
-def polled(*busids: str) -> ServerView:
-    return ServerView(LAB, ServerState.REACHABLE, tuple(listed(busid) for busid in busids))
+def polled(before: ServerView, now: float, *busids: str) -> ServerView:
+    return poller.listed(before, [listed(busid) for busid in busids], now)
 
 
 @pytest.mark.parametrize(
@@ -161,12 +162,15 @@ def test_a_device_that_vanished_while_nobody_used_it_is_suspect_until_somebody_h
     locks: dict[str, Lock], released: tuple[str, ...], suspect: bool
 ) -> None:
     suspects = ReplacedDevices(ProbeLimiter())
-    suspects.server_changed(polled("1-1", "1-2"), locks, (), 0.0)
+    view = polled(ServerView(LAB), 0.0, "1-1", "1-2")
+    suspects.server_changed(view, locks, (), 0.0)
     assert suspects.now(locks) == frozenset()
-    suspects.server_changed(replace(polled(), state=ServerState.UNREACHABLE), locks, released, 1.0)
+    view = poller.failed(view, "refused", 1.0)
+    suspects.server_changed(view, locks, released, 1.0)
     assert suspects.now(locks) == frozenset(), "its server says nothing"
-    suspects.server_changed(polled("1-2"), locks, released, 2.0)
-    suspects.server_changed(polled("1-1", "1-2"), locks, (), 3.0)
+    view = polled(view, 2.0, "1-2")
+    suspects.server_changed(view, locks, released, 2.0)
+    suspects.server_changed(polled(view, 3.0, "1-1", "1-2"), locks, (), 3.0)
     assert suspects.now(locks) == ({KEY.id} if suspect else frozenset())
     now = facts(RED, locks=locks, replaced=suspects.now(locks))
     assert (keys(now) == [KEY]) is (suspect or locks.get(KEY.id) is None or locks[KEY.id].serial is None)
