@@ -73,7 +73,7 @@ async def test_a_free_device_is_offered_from_the_server_where_it_is_plugged_in_n
             await becomes(c, node, PLACE, healthy=True, within=FOUND)
             await becomes(c, node, HOME, healthy=False)
             assert reason(node, HOME) is Reason.MOVED
-            assert "RED is attic:3240/7-2 now" in detail(node, HOME)
+            assert "RED is now at attic:3240/7-2" in detail(node, HOME)
         assert attic.table.granted == 1, "asked once for all nodes"
         assert await c["node-a"].admit(pod("p"), "stick") is None
         assert c["node-a"].attached() == {PLACE}
@@ -89,7 +89,7 @@ async def test_a_device_that_a_pod_has_is_attached_from_the_server_where_it_is_n
         await becomes(c, node, HOME, healthy=False)
         await becomes(c, node, HOME, healthy=True, within=FOUND)
         assert node.attached() == {PLACE}
-        assert "listed as attic:3240/7-2 now" in detail(node, HOME)
+        assert "now listed as attic:3240/7-2" in detail(node, HOME)
         assert (c.holder(HOME), c.holder(PLACE)) == ("node-a", "node-a")
         assert c.backend.leases[HOME.id].transitions == epoch, "the same claim under the same lock"
         assert c.backend.leases[PLACE.id].annotations[record.IN_PLACE_OF] == HOME.id

@@ -70,7 +70,7 @@ async def test_a_free_device_that_is_plugged_in_elsewhere_is_offered_from_there_
         carry(lab, "1-1", lab, "1-2")
         await everywhere(c, new, Reason.FREE)
         await everywhere(c, old, Reason.MOVED)
-        assert all("RED is lab:3240/1-2 now" in detail(node, old) for node in c.nodes.values())
+        assert all("RED is now at lab:3240/1-2" in detail(node, old) for node in c.nodes.values())
         assert lab.table.granted == asked + 1, "read once for all nodes"
         assert await c["node-b"].admit(pod("p"), "stick") is None
         assert c["node-b"].attached() == {new}
@@ -200,7 +200,7 @@ async def test_an_allocate_gives_nobody_a_device_with_another_serial_number_than
         assert not node.kernel.records["node-a"]
         assert c.backend.leases[device.id].annotations[record.SERIAL] == "BLUE", "before anybody else could have it"
         await everywhere(c, device, Reason.LISTED_WRONG)
-        assert "serial number BLUE now, not RED" in detail(c["node-b"], device)
+        assert "expected serial number RED at lab:3240/1-1, got BLUE" in detail(c["node-b"], device)
         granted = lab.table.granted
         await asyncio.sleep(60)
         assert lab.table.granted == granted
@@ -271,10 +271,10 @@ async def test_of_clones_under_one_serial_number_none_is_offered_and_that_is_sai
             node = c["node-a"]
             await everywhere(c, one, Reason.AMBIGUOUS)
             await everywhere(c, other, Reason.AMBIGUOUS)
-            assert "is also that of lab:3240/1-2" in detail(node, one)
+            assert "also belongs to lab:3240/1-2" in detail(node, one)
             assert await node.admit(pod("p"), "stick") is not None
             await asyncio.sleep(30)
-            assert _said(caplog, "several devices tell one serial number, none of them is offered by it") == 1
+            assert _said(caplog, "duplicate serial number, devices not offered") == 1
             lab.unplug("1-2")
             await everywhere(c, one, Reason.FREE)
             assert await node.admit(pod("q"), "stick") is None
@@ -300,7 +300,7 @@ async def test_a_device_that_two_resources_offer_is_told_of_once(caplog: pytest.
             await everywhere(c, key(lab, "1-1"), Reason.NOT_LISTED)
             lab.plug(stick("1-1"))
             await all_healthy(c, key(lab, "1-1"), name="two")
-    words = "offered as several resources, and in use as one of them only"
+    words = "devices offered by several resources, usable by one at a time"
     assert _said(caplog, words) == 1
     (line,) = (line for line in caplog.records if line.getMessage() == words)
     assert line.__dict__["resources"] == ["one", "two"]

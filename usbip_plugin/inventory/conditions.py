@@ -19,22 +19,22 @@ PORTS_SETTLE = 0.1
 PORTS_INTERVAL = 30.0
 """Seconds between two counts of the free ports when no uevent arrives."""
 GRACE_MARGIN = 0.01
-"""Seconds added to the wait for the end of API_GRACE, because a timer may fire a rounding error early."""
+"""Seconds added to the wait for the end of API_GRACE: a timer may fire a rounding error early, and be set again."""
 
 
 class Conditions:
     """The vhci ports and the API server, as this node sees them. Stays up to date only while `run()` runs.
 
-    look_again: called when a condition that affects devices may have changed.
+    on_change: called when a condition that affects devices may have changed.
     """
 
     def __init__(
-        self, context: NodeContext, *, driver: VhciDriver, locks: LockManager, look_again: Callable[[], None]
+        self, context: NodeContext, *, driver: VhciDriver, locks: LockManager, on_change: Callable[[], None]
     ) -> None:
         self._clock = context.clock
         self._driver = driver
         self._locks = locks
-        self._on_change = look_again
+        self._on_change = on_change
         self._ports = PortSummary()
         self._ports_event = asyncio.Event()
         self._api_event = asyncio.Event()
@@ -84,10 +84,10 @@ class Conditions:
         return PortSummary(None, free.count("hs"), free.count("ss"), used.count("hs"), used.count("ss"))
 
     async def _watch_api(self) -> None:
-        """Calls look_again at each change of the API server's reachability, and when API_GRACE ends.
+        """Calls on_change at each change of the API server's reachability, and when API_GRACE ends.
 
         The end of the grace makes devices unavailable although nothing else happens then. While the API server stays
-        unreachable after that, calls look_again every PORTS_INTERVAL seconds.
+        unreachable after that, calls on_change every PORTS_INTERVAL seconds.
         """
         while True:
             self._api_event.clear()
@@ -97,6 +97,5 @@ class Conditions:
                 await self._api_event.wait()
                 continue
             left = API_GRACE - gone
-            # GRACE_MARGIN past the end: a timer may fire a rounding error early, and would be set again for nothing
             wait = left + GRACE_MARGIN if left > 0 else PORTS_INTERVAL
             await done_within(self._clock, wait, self._api_event.wait())

@@ -27,6 +27,11 @@ class OfferedDevice:
     identity: Identity = UNKNOWN_IDENTITY
     configured: bool = True
 
+    @property
+    def serial(self) -> str | None:
+        """The serial number by which the device is selected, None if its selector has none."""
+        return self.selector.selector.serial
+
 
 OfferedDevices = Mapping[str, Mapping[str, OfferedDevice]]
 """Devices by resource name (without the domain), then by device ID. Carried from one evaluation to the next."""

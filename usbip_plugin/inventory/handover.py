@@ -45,7 +45,7 @@ Spawn = Callable[[Coroutine[object, object, None]], None]
 class HandoverTracker:
     """Tracks the devices whose server's list cannot be trusted yet, because their lock was just written or released.
 
-    look_at(device_id): called when the server's list counts again for a released device.
+    on_trusted(device_id): called when the server's list counts again for a released device.
     """
 
     def __init__(
@@ -55,14 +55,14 @@ class HandoverTracker:
         locks: LockManager,
         poller: ServerPoller,
         spawn: Spawn,
-        look_at: Callable[[str], None],
+        on_trusted: Callable[[str], None],
     ) -> None:
         self._me = context.me.node
         self._clock = context.clock
         self._locks = locks
         self._poller = poller
         self._spawn = spawn
-        self._look_at = look_at
+        self._on_trusted = on_trusted
         # by server, then by device ID: since when (monotonic), the longest wait first. None: no known server.
         self._released: dict[ServerKey | None, dict[str, float]] = {}
         self._distrusted: dict[ServerKey, dict[DeviceKey, float]] = {}
@@ -72,10 +72,9 @@ class HandoverTracker:
 
         device_ids: the devices in question; None for all.
         """
-        found = [devices.keys() for devices in self._released.values()]
         if device_ids is None:
-            return frozenset().union(*found)
-        return frozenset(i for i in device_ids if any(i in devices for devices in found))
+            return frozenset().union(*self._released.values())
+        return frozenset(i for i in device_ids if any(i in devices for devices in self._released.values()))
 
     def servers_changed(self) -> None:
         """Updates the lock manager's importable devices. To be called when a server's list or state has changed."""
@@ -127,7 +126,7 @@ class HandoverTracker:
                     self._locks.importable_changed(key.id, importable=True)
 
     async def _after_releases(self, server: ServerKey | None) -> None:
-        """Waits, for each released device, until its server has been polled after the reset, then calls look_at.
+        """Waits, for each released device, until its server has been polled after the reset, then calls on_trusted.
 
         Every node polls when its turn comes. Until then the lock is believed, because a holder detaches a device before
         it releases the lock.
@@ -142,7 +141,7 @@ class HandoverTracker:
                 await self._poller.polled_since(server, since + SECOND_LOOK)
             if released.get(device_id) == since:
                 del released[device_id]
-                self._look_at(device_id)
+                self._on_trusted(device_id)
 
 
 class ReplacedDevices:
@@ -152,8 +151,8 @@ class ReplacedDevices:
     unless its lock has had a holder since: each holder, for a probe or for use, writes the identity to the lock.
     """
 
-    def __init__(self, rereads: ProbeLimiter) -> None:
-        self._probe_limiter = rereads
+    def __init__(self, probe_limiter: ProbeLimiter) -> None:
+        self._probe_limiter = probe_limiter
         self._away: dict[str, tuple[int, float]] = {}
         self._epochs: dict[str, int] = {}
 

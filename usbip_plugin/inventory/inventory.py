@@ -1,7 +1,7 @@
 """Keeps up to date which devices this node offers, and why each is available or unavailable.
 
-Changes come from six sources: servers, locks, claims, ports, the API server and the configuration. Each source only
-invalidates what is advertised. One evaluation per turn of the event loop answers all of them.
+Servers, locks, claims, ports, the API server and the configuration only invalidate what is advertised. One evaluation
+per turn of the event loop answers all of their changes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from usbip_plugin.claims import Claim, ClaimBook
 from usbip_plugin.config.schema import Config, ResourceConfig
 from usbip_plugin.context import NodeContext
 from usbip_plugin.inventory.conditions import Conditions
-from usbip_plugin.inventory.evaluate import Evaluation, Lists, OverlapWarnings, advertise, only, relearn
+from usbip_plugin.inventory.evaluate import Evaluation, Lists, OverlapWarnings, advertise, evaluate_part, restrict
 from usbip_plugin.inventory.facts import OfferedDevice, OfferedDevices, PortSummary, Snapshot
 from usbip_plugin.inventory.handover import HandoverTracker, ProbeLimiter, ReplacedDevices
 from usbip_plugin.inventory.members import held_as, learn
@@ -55,9 +55,9 @@ class Inventory:
         self._former: dict[str, ResourceConfig] = {}
         self._members: OfferedDevices = {}
         self._moved: set[str] = set()
-        self._conditions = Conditions(context, driver=driver, locks=locks, look_again=self.invalidate)
+        self._conditions = Conditions(context, driver=driver, locks=locks, on_change=self.invalidate)
         self._handovers = HandoverTracker(
-            context, locks=locks, poller=poller, spawn=self.spawn, look_at=self._invalidate_device
+            context, locks=locks, poller=poller, spawn=self.spawn, on_trusted=self._invalidate_device
         )
         self._probe_limiter = ProbeLimiter()
         self._replaced_devices = ReplacedDevices(self._probe_limiter)
@@ -76,8 +76,8 @@ class Inventory:
     def subscribe_taken(self, callback: Callable[[LockChange, float], Coroutine[object, object, None]]) -> None:
         """Runs callback(change, seen_at) in a task when another node has taken a device that is offered here.
 
-        seen_at: seconds, monotonic. When the task starts, the evaluation that the change causes is due. It is done at
-        the latest when the task first waits.
+        seen_at: seconds, monotonic. The evaluation that the change causes is done at the latest when the task first
+        waits.
         """
         self._taken_subscribers.append(callback)
 
@@ -98,27 +98,22 @@ class Inventory:
         return self._conditions.ports
 
     def health(self) -> Mapping[str, Health]:
-        """Returns the health of each device by device ID.
-
-        For a device that several resources offer, the health as a resource that can have it, if there is one.
-        """
-        found: dict[str, Health] = {}
-        for devices in self.advertised.values():
+        """Returns the health of each device by device ID; as a resource for which it is healthy, if there is one."""
+        healths: dict[str, Health] = {}
+        for devices in self._lists.values():
             for device in devices:
-                if device.id not in found or not found[device.id].healthy:
-                    found[device.id] = device.health
-        return found
+                if device.id not in healths or not healths[device.id].healthy:
+                    healths[device.id] = device.health
+        return healths
 
     def offered(self) -> Mapping[str, bool]:
         """Returns the resources to register, by name without the domain, and whether each is handed out by CDI.
 
-        These are the resources of the configuration, and those of which a pod has a device. A kubelet that has lost
-        the plugin of a resource does not restart containers that use the resource.
+        These are the resources of the configuration, and those of which a pod has a device: without the resource's
+        plugin, a kubelet does not restart containers that use the resource.
         """
         claims = self._claims.view
-        held = {
-            claim.resource: bool(claim.container_indexes) for claim in claims.values() if claim.resource is not None
-        }
+        held = {c.resource: bool(c.container_indexes) for c in claims.values() if c.resource is not None}
         configured = {resource.name for resource in self._config.resources}
         for name, devices in self._members.items():
             if name not in configured and any(held_as(claims, i, name) for i in devices):
@@ -145,10 +140,10 @@ class Inventory:
         """Returns the names, without the domain, of the resources that offer the device."""
         return [name for name, devices in self._members.items() if device_id in devices]
 
-    def facts(self, device_ids: Collection[str] | None = None) -> Snapshot:
+    def snapshot(self, device_ids: Collection[str] | None = None) -> Snapshot:
         """Returns a snapshot of what is known now.
 
-        device_ids: limits `locks`, `standings` and `released` to these devices; None for all.
+        device_ids: limits `locks`, `lock_statuses` and `released` to these devices; None for all.
         """
         locks = self._locks.locks
         if device_ids is not None:
@@ -187,12 +182,11 @@ class Inventory:
 
         A claim affects its own device only, unless the device is, or was until now, attached from another bus id.
         """
-        claim = self._claims.get(device_id)
+        claim, was_moved = self._claims.get(device_id), device_id in self._moved
+        self._moved.discard(device_id)
         if claim is not None and claim.moved_to is not None:
             self._moved.add(device_id)
-            self.invalidate()
-        elif device_id in self._moved:
-            self._moved.remove(device_id)
+        if was_moved or device_id in self._moved:
             self.invalidate()
         else:
             self._invalidate_device(device_id)
@@ -253,32 +247,28 @@ class Inventory:
     def evaluate_if_due(self) -> None:
         """Evaluates what is advertised at once, if anything has changed since the last evaluation."""
         if self._scheduled:
-            self._evaluate(self._due)
+            self.evaluate(self._due)
 
-    def evaluate(self) -> None:
-        """Evaluates everything that is advertised, at once."""
-        self._evaluate()
-
-    def _evaluate(self, due: Collection[str] | None = None) -> None:
-        """Evaluates what is advertised and calls the subscribers. Does nothing unless run() runs.
+    def evaluate(self, due: Collection[str] | None = None) -> None:
+        """Evaluates what is advertised at once and calls the subscribers. Does nothing unless run() runs.
 
         due: the devices of which only the locks and claims have changed; None to evaluate everything.
         """
         self._scheduled, self._due = False, set()
         if self._tasks is None:
             return
-        facts = only(self.facts(due), self._members, due) if due is not None else None
-        if facts is not None and due is not None:
-            self._members, lists, evaluated = relearn(self._members, self.advertised, facts, due)
+        snapshot = restrict(self.snapshot(due), self._members, due) if due is not None else None
+        if snapshot is not None and due is not None:
+            self._members, lists, evaluated = evaluate_part(self._members, self._lists, snapshot, due)
         else:
-            facts = self.facts()
-            self._members = learn(self._members, facts)
-            lists = evaluated = advertise(self._members, facts)
+            snapshot = self.snapshot()
+            self._members = learn(self._members, snapshot)
+            lists = evaluated = advertise(self._members, snapshot)
         if self._former:
             kept = self._members.keys() - {resource.name for resource in self._config.resources}
             self._former = {name: resource for name, resource in self._former.items() if name in kept}
         self._overlap_warnings.warn(self._members, evaluated)
         before, self._lists = self._lists, lists
-        evaluation = Evaluation(before, lists, facts)
+        evaluation = Evaluation(before, lists, snapshot)
         for callback in self._subscribers:
             callback(evaluation)

@@ -26,53 +26,37 @@ poll would fill the memory of the node and of the kubelet.
 """
 
 
-def learn(before: OfferedDevices, facts: Snapshot) -> OfferedDevices:
+def learn(before: OfferedDevices, snapshot: Snapshot) -> OfferedDevices:
     """Returns the devices that each resource offers now, given those that it offered before."""
-    found: dict[str, dict[str, OfferedDevice]] = {}
-    candidates = list(_candidates(facts))
-    for resource in facts.config.resources:
-        mine: dict[str, OfferedDevice] = {}
-        old = before.get(resource.name, {})
-        for device_id, seen in old.items():
-            descriptor = seen.descriptor or _bare(seen.key.busid, seen.usb_id)
-            selector = _selector_for(resource, seen.key, descriptor, seen.identity)
-            if selector is not None:
-                same = selector is seen.selector and seen.configured
-                mine[device_id] = seen if same else replace(seen, selector=selector, configured=True)
-            elif held_as(facts.claims, device_id, resource.name):
-                mine[device_id] = replace(seen, configured=_may_name(resource, seen))
-        for key, descriptor, listed in candidates:
-            lock = facts.locks.get(key.id)
-            identity = (
-                facts.identity_of(key.id, descriptor)
-                if listed
-                else lock.identity
-                if lock is not None
-                else UNKNOWN_IDENTITY
-            )
+    candidates = list(_candidates(snapshot))
+    present = {key.id for key, *_ in candidates}
+    result: dict[str, dict[str, OfferedDevice]] = {}
+    for resource in snapshot.config.resources:
+        devices = result[resource.name] = _kept(resource, before.get(resource.name, {}), snapshot.claims)
+        for key, descriptor, identity, listed in candidates:
             selector = _selector_for(resource, key, descriptor, identity)
             if selector is None:
                 continue
-            known = mine.get(key.id)
+            known = devices.get(key.id)
             if listed or known is None:
-                mine[key.id] = OfferedDevice(key, descriptor.usb_id, selector, descriptor if listed else None, identity)
+                shown = descriptor if listed else None
+                devices[key.id] = OfferedDevice(key, descriptor.usb_id, selector, shown, identity)
             elif identity.serial is not None:
-                mine[key.id] = replace(known, selector=selector, identity=identity, configured=True)
-        if len(mine) > MAX_VANISHED:
-            for device_id in _too_old(mine, {key.id for key, _, _ in candidates}):
-                del mine[device_id]
-        found[resource.name] = mine
-    for name in sorted(before.keys() - found.keys()):
-        for device_id, seen in before[name].items():
-            if held_as(facts.claims, device_id, name):
-                found.setdefault(name, {})[device_id] = replace(seen, configured=False)
-    for claim in facts.claims.values():
-        if claim.resource is not None and claim.id not in found.get(claim.resource, {}):
+                devices[key.id] = replace(known, selector=selector, identity=identity, configured=True)
+        if len(devices) > MAX_VANISHED:
+            for device_id in _too_old(devices, present):
+                del devices[device_id]
+    for name in sorted(before.keys() - result.keys()):
+        for device_id, offered in before[name].items():
+            if held_as(snapshot.claims, device_id, name):
+                result.setdefault(name, {})[device_id] = replace(offered, configured=False)
+    for claim in snapshot.claims.values():
+        if claim.resource is not None and claim.id not in result.get(claim.resource, {}):
             # The pod has the device by this resource, whatever the configuration and servers say now, and may be older
             # than this process. A kubelet crashes when an answer names a device that is not in its list (1.37,
             # allocateContainerResources).
-            found.setdefault(claim.resource, {})[claim.id] = _by_claim(facts.config, claim)
-    return found
+            result.setdefault(claim.resource, {})[claim.id] = _by_claim(snapshot.config, claim)
+    return result
 
 
 def importable(servers: Mapping[ServerKey, ServerView]) -> frozenset[str]:
@@ -96,47 +80,67 @@ def _bare(busid: str, usb_id: UsbId) -> Descriptor:
     return Descriptor(busid, "", 0, 0, 0, usb_id, 0, 0, 0, 0, 0, 0, 0)
 
 
-def _candidates(facts: Snapshot) -> Iterable[tuple[DeviceKey, Descriptor, bool]]:
-    """Yields (key, descriptor, listed now) for every known device. Listed devices come last, so that they win."""
-    for lock in facts.locks.values():
-        key, usb_id = lock.key, lock.usb_id
-        if key is not None and usb_id is not None:
-            yield key, _bare(key.busid, usb_id), False
-    for claim in facts.claims.values():
-        yield claim.key, _bare(claim.key.busid, claim.usb_id), False
-    for server, view in facts.servers.items():
+def _candidates(snapshot: Snapshot) -> Iterable[tuple[DeviceKey, Descriptor, Identity, bool]]:
+    """Yields (key, descriptor, identity, listed now) for every known device. Listed devices come last, and so win."""
+    for lock in snapshot.locks.values():
+        if lock.key is not None and lock.usb_id is not None:
+            yield lock.key, _bare(lock.key.busid, lock.usb_id), lock.identity, False
+    for claim in snapshot.claims.values():
+        held = snapshot.locks.get(claim.id)
+        identity = held.identity if held is not None else UNKNOWN_IDENTITY
+        yield claim.key, _bare(claim.key.busid, claim.usb_id), identity, False
+    for server, view in snapshot.servers.items():
         for descriptor in view.devices:
-            yield DeviceKey(server, descriptor.busid), descriptor, True
+            key = DeviceKey(server, descriptor.busid)
+            yield key, descriptor, snapshot.identity_of(key.id, descriptor), True
+
+
+def _kept(
+    resource: ResourceConfig, before: Mapping[str, OfferedDevice], claims: Mapping[str, Claim]
+) -> dict[str, OfferedDevice]:
+    """Returns those devices that a selector of the resource still matches, or that are held as this resource."""
+    kept = {}
+    for device_id, offered in before.items():
+        selector = _selector_for(resource, offered.key, _descriptor_of(offered), offered.identity)
+        if selector is not None:
+            same = selector is offered.selector and offered.configured
+            kept[device_id] = offered if same else replace(offered, selector=selector, configured=True)
+        elif held_as(claims, device_id, resource.name):
+            kept[device_id] = replace(offered, configured=_may_match(resource, offered))
+    return kept
 
 
 def _by_claim(config: Config, claim: Claim) -> OfferedDevice:
-    resource = next((one for one in config.resources if one.name == claim.resource), None)
-    entries = resource.devices if resource is not None else ()
+    resource = next((one for one in config.resources if one.name == claim.resource), ResourceConfig("", ()))
     bare = DeviceSelector(claim.key.server)
-    selector = next((entry for entry in entries if entry.target == claim.key.server), bare)
-    seen = OfferedDevice(claim.key, claim.usb_id, selector, identity=Identity(serial=claim.serial))
-    return replace(seen, configured=resource is not None and _may_name(resource, seen))
+    selector = next((entry for entry in resource.devices if entry.target == claim.key.server), bare)
+    offered = OfferedDevice(claim.key, claim.usb_id, selector, identity=Identity(serial=claim.serial))
+    return replace(offered, configured=_may_match(resource, offered))
 
 
-def _may_name(resource: ResourceConfig, seen: OfferedDevice) -> bool:
+def _may_match(resource: ResourceConfig, offered: OfferedDevice) -> bool:
     """Returns whether a selector of the resource matches the device, or may match it once its identity is known."""
-    descriptor = seen.descriptor or _bare(seen.key.busid, seen.usb_id)
     return any(
-        entry.target == seen.key.server and matches(entry.selector, descriptor, seen.identity) is not Match.NO
+        entry.target == offered.key.server
+        and matches(entry.selector, _descriptor_of(offered), offered.identity) is not Match.NO
         for entry in resource.devices
     )
 
 
-def _too_old(mine: dict[str, OfferedDevice], present: Collection[str]) -> list[str]:
-    """Returns the absent devices beyond the MAX_VANISHED of each server that were learnt last."""
-    room: Counter[ServerKey] = Counter()
-    gone: list[str] = []
-    for device_id, seen in reversed(mine.items()):
+def _descriptor_of(offered: OfferedDevice) -> Descriptor:
+    return offered.descriptor or _bare(offered.key.busid, offered.usb_id)
+
+
+def _too_old(devices: dict[str, OfferedDevice], present: Collection[str]) -> list[str]:
+    """Returns the absent devices to drop: all but the MAX_VANISHED of each server that were learnt last."""
+    absent: Counter[ServerKey] = Counter()
+    dropped: list[str] = []
+    for device_id, offered in reversed(devices.items()):
         if device_id not in present:
-            room[seen.key.server] += 1
-            if room[seen.key.server] > MAX_VANISHED:
-                gone.append(device_id)
-    return gone
+            absent[offered.key.server] += 1
+            if absent[offered.key.server] > MAX_VANISHED:
+                dropped.append(device_id)
+    return dropped
 
 
 def _selector_for(

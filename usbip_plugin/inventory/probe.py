@@ -1,9 +1,8 @@
 """Probes devices for their identity: decides (in pure functions) which node probes which device when, and probes it.
 
 DEVLIST has no serial numbers, and no interfaces of a device that was never configured since it was bound. A node that
-reads them takes the device's lock for a moment and writes the answer there for all nodes. An answer is valid for one
-devid only. If the server lists another devid under the bus id, the device has been replaced or numbered anew, and is
-probed again.
+reads them takes the device's lock for a moment and writes the answer there for all nodes. If the server lists another
+devid under the bus id later, the device has been replaced or renumbered, and is probed again.
 """
 
 from __future__ import annotations
@@ -38,60 +37,60 @@ PROBE_SPREAD = 0.5
 """Seconds over which the nodes spread their probes of one device, so that the others see the first node's lock."""
 
 
-def wanted(facts: Snapshot, key: DeviceKey, descriptor: Descriptor) -> bool:
+def needs_probe(snapshot: Snapshot, key: DeviceKey, descriptor: Descriptor) -> bool:
     """Returns whether a selector needs the identity of this listed device, and the device is free to be probed."""
-    identity = facts.identity_of(key.id, descriptor)
+    identity = snapshot.identity_of(key.id, descriptor)
     if identity.serial is not None and (descriptor.interfaces or identity.interfaces) is not None:
         return False
-    if facts.lock_statuses.get(key.id, LockStatus.FREE) is LockStatus.HELD:
+    if snapshot.lock_statuses.get(key.id, LockStatus.FREE) is LockStatus.HELD:
         return False
-    if key.id in facts.claims or facts.moved_here(key.id) is not None:
+    if key.id in snapshot.claims or snapshot.moved_here(key.id) is not None:
         return False
     return any(
-        matches(selector, descriptor, identity) is Match.NEEDS_PROBE for selector in facts.config.asking(key.server)
+        matches(selector, descriptor, identity) is Match.NEEDS_PROBE for selector in snapshot.config.asking(key.server)
     )
 
 
-def wanting_probe(facts: Snapshot) -> tuple[tuple[DeviceKey, Descriptor], ...]:
-    """Returns the devices of reachable servers that need a probe, see wanted().
+def devices_to_probe(snapshot: Snapshot) -> tuple[tuple[DeviceKey, Descriptor], ...]:
+    """Returns the devices of reachable servers that need a probe, see needs_probe().
 
     Leaves out a device without a lock if its server has MAX_LOCKS locks already.
     """
-    asking = {server: view for server, view in facts.servers.items() if facts.config.asking(server)}
+    asking = {server: view for server, view in snapshot.servers.items() if snapshot.config.asking(server)}
     if not asking:
         return ()
-    locked = Counter(key.server for lock in facts.locks.values() if (key := lock.key) is not None)
+    locked = Counter(key.server for lock in snapshot.locks.values() if (key := lock.key) is not None)
     return tuple(
         (key, descriptor)
         for server, view in asking.items()
         for key, descriptor in view.exported.items()
-        if key.id in facts.locks or locked[server] < MAX_LOCKS
-        if wanted(facts, key, descriptor)
+        if key.id in snapshot.locks or locked[server] < MAX_LOCKS
+        if needs_probe(snapshot, key, descriptor)
     )
 
 
 def next_probes(
-    wanted: Iterable[tuple[DeviceKey, Descriptor]],
+    devices: Iterable[tuple[DeviceKey, Descriptor]],
     running: Mapping[str, ServerKey],
     last: Mapping[ServerKey, str],
     node: str,
 ) -> tuple[tuple[DeviceKey, Descriptor], ...]:
-    """Returns the devices to probe next, at most MAX_PROBES of a server at a time, in turn after the last one.
+    """Returns which of these devices to probe next: at most MAX_PROBES of a server at a time, each in its turn.
 
     Each node has an order of its own, so that several nodes share the work.
 
     running: the server of each device that is being probed, by device ID.
     last: the ID of the device whose probe started last, by server.
     """
-    room = Counter(running.values())
+    probing = Counter(running.values())
     begun = {server: _rank(node, device_id) for server, device_id in last.items()}
-    ranked = sorted((_rank(node, key.id), key, descriptor) for key, descriptor in wanted)
+    ranked = sorted((_rank(node, key.id), key, descriptor) for key, descriptor in devices)
     chosen = []
-    for rank, key, descriptor in sorted(ranked, key=lambda one: one[0] <= begun.get(one[1].server, b"")):
-        if key.id not in running and room[key.server] < MAX_PROBES:
-            room[key.server] += 1
-            chosen.append((rank, key, descriptor))
-    return tuple((key, descriptor) for _rank, key, descriptor in chosen)
+    for _, key, descriptor in sorted(ranked, key=lambda one: one[0] <= begun.get(one[1].server, b"")):
+        if key.id not in running and probing[key.server] < MAX_PROBES:
+            probing[key.server] += 1
+            chosen.append((key, descriptor))
+    return tuple(chosen)
 
 
 def probe_delay(node: str, device_id: str) -> float:
@@ -121,7 +120,7 @@ class Prober:
         self._clock = context.clock
         self._inventory = inventory
         self._poller = poller
-        self._ask = probe
+        self._read = probe
         self._running: dict[str, ServerKey] = {}
         self._last: dict[ServerKey, str] = {}
         self._failures: dict[str, str] = {}
@@ -129,18 +128,18 @@ class Prober:
 
     def _evaluated(self, evaluation: Evaluation) -> None:
         """Starts the next probes. Starts none while the API server, which has the locks, is unreachable."""
-        facts = evaluation.facts
-        if facts.api.unreachable_for is not None:
+        snapshot = evaluation.snapshot
+        if snapshot.api.unreachable_for is not None:
             return
-        wanting = wanting_probe(facts)
-        for key, descriptor in next_probes(wanting, self._running, self._last, self._me) if wanting else ():
+        devices = devices_to_probe(snapshot)
+        for key, descriptor in next_probes(devices, self._running, self._last, self._me) if devices else ():
             self._running[key.id], self._last[key.server] = key.server, key.id
             self._inventory.spawn(self._probe(key, descriptor))
 
     async def _probe(self, key: DeviceKey, descriptor: Descriptor) -> None:
         try:
             await self._clock.sleep(probe_delay(self._me, key.id))
-            if not wanted(self._inventory.facts(), key, descriptor):
+            if not needs_probe(self._inventory.snapshot(), key, descriptor):
                 return  # another node was first
             # tried every PROBE_RETRY seconds for as long as needed: after a failure, further tries are not traced
             with untraced() if key.id in self._failures else contextlib.nullcontext():
@@ -149,12 +148,12 @@ class Prober:
                     self._poller.poll_soon(key.server)
                     await self._clock.sleep(PROBE_AGAIN)
                     return
-                await self._ask(key, descriptor)
+                await self._read(key, descriptor)
             self._failures.pop(key.id, None)
         except PluginError as error:
             if self._failures.get(key.id) != str(error):
                 self._failures[key.id] = str(error)
-                log.warning("device not asked yet who it is", extra={"device": str(key), "cause": str(error)})
+                log.warning("device identity not read yet", extra={"device": str(key), "cause": str(error)})
             await self._clock.sleep(PROBE_RETRY)
         finally:
             self._running.pop(key.id, None)

@@ -35,8 +35,8 @@ def test_of_two_devices_with_the_promised_serial_number_neither_is_offered() -> 
     found = two({}, {}, "1-1", "1-2")
     assert {health.reason for health in found.values()} == {Reason.AMBIGUOUS}
     assert not found["1-1"].healthy
-    assert "RED is also that of lab:3240/1-2" in found["1-1"].detail
-    assert "RED is also that of lab:3240/1-1" in found["1-2"].detail
+    assert "RED also belongs to lab:3240/1-2" in found["1-1"].detail
+    assert "RED also belongs to lab:3240/1-1" in found["1-2"].detail
 
 
 def test_a_twin_of_a_device_in_use_is_not_offered_either() -> None:
@@ -49,7 +49,7 @@ def test_a_twin_of_a_device_in_use_is_not_offered_either() -> None:
 def test_a_free_device_that_moved_is_offered_from_there_and_its_old_place_says_where_it_is() -> None:
     found = two({}, {}, "1-2")
     assert found["1-2"] == Health(Reason.FREE)
-    assert found["1-1"] == Health(Reason.MOVED, "the device with serial number RED is lab:3240/1-2 now")
+    assert found["1-1"] == Health(Reason.MOVED, "serial number RED is now at lab:3240/1-2")
     assert not found["1-1"].healthy
 
 
@@ -61,7 +61,7 @@ def test_a_device_followed_to_another_place_is_there_and_not_twice() -> None:
 def test_a_holder_that_is_gone_is_not_said_to_have_the_device() -> None:
     found = two({"holder": "node-b"}, {}, "1-1", "1-2", of_holders=LockStatus.EXPIRED)
     assert {health.reason for health in found.values()} == {Reason.AMBIGUOUS}
-    assert "RED is also that of lab:3240/1-1;" in found["1-2"].detail
+    assert "RED also belongs to lab:3240/1-1;" in found["1-2"].detail
 
 
 def test_a_device_listed_where_it_was_is_there_if_the_holder_that_followed_it_elsewhere_is_gone() -> None:
@@ -77,5 +77,5 @@ def test_a_device_listed_where_it_was_is_there_if_the_holder_that_followed_it_el
 def test_many_of_one_number_are_said_shortly() -> None:
     others = [SerialOwner(DeviceKey(LAB, f"1-{n}")) for n in range(2, 9)]
     found = resolve_ambiguity(Health(Reason.FREE), KEY, "0123456789", others)
-    assert "of lab:3240/1-2 and lab:3240/1-3 and lab:3240/1-4 and 4 more;" in found.detail
+    assert "to lab:3240/1-2 and lab:3240/1-3 and lab:3240/1-4 and 4 more;" in found.detail
     assert resolve_ambiguity(Health(Reason.NO_PORT, "x"), KEY, "0123456789", others) == Health(Reason.NO_PORT, "x")

@@ -94,12 +94,12 @@ def compared(seed: int) -> int:
         facts = replace(facts, claims={i: one for i, one in now.items() if one is not None})
         whole = learn(members, facts)
         expected = advertise(whole, facts)
-        part = evaluate.only(facts, members, changed)
+        part = evaluate.restrict(facts, members, changed)
         if part is None:
             members, lists = whole, expected
             continue
         parts += 1
-        members, lists, told = evaluate.relearn(members, lists, part, changed)
+        members, lists, told = evaluate.evaluate_part(members, lists, part, changed)
         assert lists == expected
         assert {name: dict(devices) for name, devices in members.items()} == whole
         assert {d.id for devices in told.values() for d in devices} <= changed
@@ -125,9 +125,9 @@ def test_a_list_that_stays_is_the_very_same() -> None:
     lists = advertise(members, facts)
     taken = replace(mine, holder="there", resource_version="3")
     facts = with_locks(facts, {mine.device_id: taken})
-    part = evaluate.only(facts, members, {mine.device_id})
+    part = evaluate.restrict(facts, members, {mine.device_id})
     assert part is not None
-    _, after, told = evaluate.relearn(members, lists, part, {mine.device_id})
+    _, after, told = evaluate.evaluate_part(members, lists, part, {mine.device_id})
     assert after["stick"] != lists["stick"]
     assert after["any"] is lists["any"]
     assert [d.id for d in told["stick"]] == [mine.device_id]
@@ -139,9 +139,9 @@ def test_everything_is_worked_out_where_others_may_be_concerned() -> None:
     good = Lock(key.id, "", 1, 40.0, "2", key=key, usb_id=IDS[0])
     facts = with_locks(facts, {key.id: good})
     members: OfferedDevices = {}
-    assert evaluate.only(facts, members, {key.id}) is not None
-    assert evaluate.only(with_locks(facts, {}), members, {key.id}) is None, "a lock that is gone"
-    assert evaluate.only(with_locks(facts, {key.id: replace(good, usb_id=None)}), members, {key.id}) is None
-    assert evaluate.only(with_locks(facts, {key.id: replace(good, key=None)}), members, {key.id}) is None
-    assert evaluate.only(replace(facts, config=BY_SERIAL), members, {key.id}) is None
-    assert evaluate.only(facts, {"former": {}}, {key.id}) is None, "a resource that is not configured any more"
+    assert evaluate.restrict(facts, members, {key.id}) is not None
+    assert evaluate.restrict(with_locks(facts, {}), members, {key.id}) is None, "a lock that is gone"
+    assert evaluate.restrict(with_locks(facts, {key.id: replace(good, usb_id=None)}), members, {key.id}) is None
+    assert evaluate.restrict(with_locks(facts, {key.id: replace(good, key=None)}), members, {key.id}) is None
+    assert evaluate.restrict(replace(facts, config=BY_SERIAL), members, {key.id}) is None
+    assert evaluate.restrict(facts, {"former": {}}, {key.id}) is None, "a resource that is not configured any more"

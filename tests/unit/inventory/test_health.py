@@ -97,7 +97,7 @@ def test_one_device_may_be_offered_by_two_resources() -> None:
     assert free["any"][0].health.healthy
     held = advertise(members, facts(config=both, **claim(ClaimState.ATTACHED)))
     assert held["stick"][0].health.reason is Reason.ATTACHED
-    assert held["any"][0].health == Health(Reason.OTHER_RESOURCE, "a 0951:1666 of stick")
+    assert held["any"][0].health == Health(Reason.OTHER_RESOURCE, "0951:1666 of resource stick")
     assert not held["any"][0].health.healthy, "the kubelet would give it to a second pod"
 
 
@@ -110,8 +110,8 @@ def test_a_device_followed_to_another_busid_is_healthy_and_the_busid_is_not() ->
         moved_here=lambda device_id: moved if device_id == place.id else None,
     )
     known = {d.key.busid: d.health for d in advertise(learn({}, now), now)["stick"]}
-    assert known["1-1"] == Health(Reason.ATTACHED, "port 3, listed as 1-2 now")
-    assert known["1-2"] == Health(Reason.IN_PLACE_OF, "it is what was lab:3240/1-1")
+    assert known["1-1"] == Health(Reason.ATTACHED, "port 3, now listed as 1-2")
+    assert known["1-2"] == Health(Reason.IN_PLACE_OF, "moved here from lab:3240/1-1")
     assert not known["1-2"].healthy
 
 
@@ -138,10 +138,10 @@ def test_a_device_is_what_it_told_as_long_as_it_is_listed_as_the_same() -> None:
     assert now(servers={LAB: replugged}, probe_limited=frozenset({KEY.id})).reason is Reason.FREE
     blue = {KEY.id: lock("", serial="BLUE", read_from=replugged.devices[0].devid)}
     assert now(servers={LAB: replugged}, locks=blue) == Health(
-        Reason.LISTED_WRONG, "lab:3240/1-1 has serial number BLUE now, not RED"
+        Reason.LISTED_WRONG, "expected serial number RED at lab:3240/1-1, got BLUE"
     )
     none = {KEY.id: lock("", serial="", read_from=DEVID)}
-    assert now(locks=none) == Health(Reason.LISTED_WRONG, "lab:3240/1-1 has no serial number now, not RED")
+    assert now(locks=none) == Health(Reason.LISTED_WRONG, "expected serial number RED at lab:3240/1-1, got none")
 
 
 def test_a_lock_that_does_not_say_of_which_device_it_speaks_is_not_believed() -> None:

@@ -12,9 +12,9 @@ from usbip_plugin.inventory.probe import (
     MAX_LOCKS,
     MAX_PROBES,
     PROBE_SPREAD,
+    devices_to_probe,
     next_probes,
     probe_delay,
-    wanting_probe,
 )
 from usbip_plugin.locks.protocol import LockStatus
 from usbip_plugin.model import Descriptor, DeviceKey, InterfaceClass, Lock, ServerKey, UsbId
@@ -46,7 +46,7 @@ def known(**more: object) -> dict[str, Lock]:
 
 
 def keys(now: Snapshot) -> list[DeviceKey]:
-    return [key for key, _descriptor in wanting_probe(now)]
+    return [key for key, _descriptor in devices_to_probe(now)]
 
 
 RED, CLASS = Selector(serial="RED"), Selector(class_=8)
@@ -101,7 +101,7 @@ def test_a_server_with_ever_new_devices_does_not_fill_the_cluster_with_locks() -
 
 
 def test_devices_are_asked_a_few_at_a_time_and_each_in_its_turn() -> None:
-    wanted = wanting_probe(facts(RED, *others()))
+    wanted = devices_to_probe(facts(RED, *others()))
     begun: list[str] = []
     last: dict[ServerKey, str] = {}
     while len(begun) < len(wanted):  # none of them succeeds: each stays wanted
@@ -121,7 +121,7 @@ def test_one_servers_probes_leave_room_for_anothers() -> None:
 
 
 def test_nodes_begin_with_different_devices_and_at_different_times() -> None:
-    wanted = wanting_probe(facts(RED, *others()))
+    wanted = devices_to_probe(facts(RED, *others()))
     first = {key for node in "abcd" for key, _ in next_probes(wanted, {}, {}, f"node-{node}")}
     assert len(first) > 2 * MAX_PROBES
     delays = [probe_delay(f"node-{n}", KEY.id) for n in range(200)]
