@@ -144,11 +144,11 @@ def test_interfaces_are_bounded_before_they_are_read() -> None:
         (256, b".\0", "busid"),
         (256, b"1 1\0", "busid"),
         (256, b"1-1\n\0", "busid"),
-        (256, b"x" * 32, "without an end"),
-        (0, b"/" * 256, "without an end"),
-        (0, b"/sys\x1b[31m\0", "printed"),
-        (288, b"\0\1\0\0", "do not fit"),
-        (292, b"\0\1\0\0", "do not fit"),
+        (256, b"x" * 32, "not NUL-terminated"),
+        (0, b"/" * 256, "not NUL-terminated"),
+        (0, b"/sys\x1b[31m\0", "unprintable"),
+        (288, b"\0\1\0\0", "must fit"),
+        (292, b"\0\1\0\0", "must fit"),
         (296, b"\0\0\0\0", "speed 0"),
         (296, b"\0\0\0\x07", "speed 7"),
     ],
@@ -178,7 +178,7 @@ def test_of_two_entries_with_one_busid_the_first_is_kept() -> None:
 
 
 def test_a_reply_about_another_device_is_refused() -> None:
-    with pytest.raises(ProtocolViolation, match=r"asked for 1-1\.2, the reply is about 1-2"):
+    with pytest.raises(ProtocolViolation, match=r"expected a reply about 1-1\.2, got one about 1-2"):
         decode(import_reply("1-1.2"), golden("import_ok_kbd"))
 
 

@@ -74,7 +74,7 @@ class Connector:
     def __init__(self, resolve: Callable[[ServerKey], Addresses] = resolve) -> None:
         self._resolve = resolve
         self._threads = ThreadPoolExecutor(_RESOLVER_THREADS, thread_name_prefix="resolver")
-        self._asked: dict[ServerKey, asyncio.Future[Addresses]] = {}
+        self._lookups: dict[ServerKey, asyncio.Future[Addresses]] = {}
 
     def close(self) -> None:
         """Stops the resolver threads. Does not wait for a name server."""
@@ -96,7 +96,9 @@ class Connector:
             set_options(sock)
         except OSError as error:
             sock.close()
-            raise ServerUnreachable(server, f"connection lost at once: {error.strerror or error}") from error
+            raise ServerUnreachable(
+                server, f"connection lost right after connecting: {error.strerror or error}"
+            ) from error
         return sock
 
     async def _addresses(self, server: ServerKey) -> Addresses:
@@ -104,16 +106,15 @@ class Connector:
             return socket.getaddrinfo(
                 server.host, server.port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
             )
-        asked = self._asked.get(server)
-        if asked is None:
-            asked = self._asked[server] = asyncio.get_running_loop().run_in_executor(
-                self._threads, self._resolve, server
-            )
-            asked.add_done_callback(lambda future: self._answered(server, future))
-        return await asyncio.shield(asked)
+        lookup = self._lookups.get(server)
+        if lookup is None:
+            loop = asyncio.get_running_loop()
+            lookup = self._lookups[server] = loop.run_in_executor(self._threads, self._resolve, server)
+            lookup.add_done_callback(lambda future: self._resolved(server, future))
+        return await asyncio.shield(lookup)
 
-    def _answered(self, server: ServerKey, future: asyncio.Future[Addresses]) -> None:
-        del self._asked[server]
+    def _resolved(self, server: ServerKey, future: asyncio.Future[Addresses]) -> None:
+        del self._lookups[server]
         if not future.cancelled():
             future.exception()  # marks an error as retrieved, as every waiting caller may have been cancelled
 
@@ -213,19 +214,18 @@ class TcpUsbipClient:
         self._connector.close()
 
     async def devlist(self, server: ServerKey, *, timeout: float) -> tuple[Descriptor, ...]:
-        asked = wire.encode_devlist_request()
-        reply, sock = await self._ask(server, asked, wire.devlist_reply(), "DEVLIST", timeout)
+        request = wire.encode_devlist_request()
+        reply, sock = await self._ask(server, request, wire.devlist_reply(), "DEVLIST", timeout)
         sock.close()
         for reason in reply.skipped:
-            log.debug("entry of DEVLIST skipped", extra={"server": str(server), "reason": reason})
+            log.debug("DEVLIST entry skipped", extra={"server": str(server), "reason": reason})
         return reply.devices
 
     async def import_device(self, key: DeviceKey, *, timeout: float) -> Imported:
         if not model.valid_busid(key.busid):
             raise DeviceUnknown(key)
-        asked = wire.encode_import_request(key.busid)
-        doing = f"IMPORT {key.busid}"
-        reply, sock = await self._ask(key.server, asked, wire.import_reply(key.busid), doing, timeout)
+        request, doing = wire.encode_import_request(key.busid), f"IMPORT {key.busid}"
+        reply, sock = await self._ask(key.server, request, wire.import_reply(key.busid), doing, timeout)
         if reply.descriptor is None:
             sock.close()
             raise refusal(key, reply.status)
@@ -253,7 +253,7 @@ class TcpUsbipClient:
             imported.close()
 
     async def _ask(
-        self, server: ServerKey, asked: bytes, reply: wire.Decoding[T], doing: str, timeout: float
+        self, server: ServerKey, request: bytes, reply: wire.Decoding[T], doing: str, timeout: float
     ) -> tuple[T, socket.socket]:
         connect_timeout = min(self._connect_timeout, timeout)
         stage, limit = "connect", connect_timeout
@@ -267,13 +267,13 @@ class TcpUsbipClient:
                 # a process that was stopped meanwhile gets here before the event loop checks its timers
                 _check_time(self._clock.monotonic(), until)
                 conversation = _Conversation(server, sock, doing)
-                await conversation.send(asked)
+                await conversation.send(request)
                 return await conversation.decode(reply), sock
-        except TimeoutError as late:
-            _close(sock)
-            raise ServerTimeout(server, stage, limit) from late
-        except BaseException:
-            _close(sock)
+        except BaseException as error:
+            if sock is not None:
+                sock.close()
+            if isinstance(error, TimeoutError):
+                raise ServerTimeout(server, stage, limit) from error
             raise
 
 
@@ -346,10 +346,5 @@ def _still_open(key: DeviceKey, sock: socket.socket) -> None:
     except OSError as error:
         raise ServerUnreachable(key.server, f"connection lost after IMPORT {key.busid}") from error
     if more:
-        raise MalformedReply(key.server, f"IMPORT {key.busid}: bytes after the reply")
+        raise MalformedReply(key.server, f"IMPORT {key.busid}: unexpected bytes after the reply")
     raise ServerUnreachable(key.server, f"closed the connection after IMPORT {key.busid}")
-
-
-def _close(sock: socket.socket | None) -> None:
-    if sock is not None:
-        sock.close()

@@ -73,7 +73,7 @@ class ControlPipe:
         except ProtocolViolation as violation:
             raise MalformedReply(self._key.server, f"{self._key.busid}: {violation}") from violation
         if not isinstance(answer, wire.SubmitReturn) or answer.seqnum != self._seqnum or answer.actual_length > length:
-            raise MalformedReply(self._key.server, f"{self._key.busid}: answer to another transfer than the one asked")
+            raise MalformedReply(self._key.server, f"{self._key.busid}: reply to another transfer")
         data = await self._read(answer.actual_length) if answer.actual_length else b""
         if answer.status == -wire.EPIPE:
             return b""
@@ -82,18 +82,18 @@ class ControlPipe:
         return data
 
 
-async def read_identity(key: DeviceKey, promised: UsbId, pipe: ControlPipe) -> DeviceIdentity:
+async def read_identity(key: DeviceKey, expected: UsbId, pipe: ControlPipe) -> DeviceIdentity:
     """Reads the identity from the device, in at most five transfers.
 
-    Raises WrongDevice if its vendor:product is not the promised one, MalformedReply if it has no device descriptor,
+    Raises WrongDevice if its vendor:product is not the expected one, MalformedReply if it has no device descriptor,
     UsbipError if a transfer failed.
     """
     device = await pipe.get_descriptor(DEVICE, 0, 0, _DEVICE_BYTES)
     if len(device) != _DEVICE_BYTES or device[1] != DEVICE:
         raise MalformedReply(key.server, f"{key.busid} has no device descriptor")
     found = UsbId(int.from_bytes(device[8:10], "little"), int.from_bytes(device[10:12], "little"))
-    if found != promised:
-        raise WrongDevice(key, promised, found)
+    if found != expected:
+        raise WrongDevice(key, expected, found)
     serial = await _read_string(pipe, device[16]) if device[16] else None
     config = await pipe.get_descriptor(CONFIG, 0, 0, _CONFIG_BYTES)
     if len(config) == _CONFIG_BYTES:

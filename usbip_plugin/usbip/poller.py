@@ -1,7 +1,6 @@
 """Polls the device lists of all servers, side by side, so that a dead server delays no other.
 
-All nodes poll the same servers, and a small server must bear them all, so each node keeps to its share of MAX_RATE. The
-more nodes there are, the less often each node polls, and the sooner some node sees a new device.
+All nodes poll the same servers, and a small server must bear them all, so each node keeps to its share of MAX_RATE.
 """
 
 from __future__ import annotations
@@ -158,10 +157,7 @@ class NodeCount(Protocol):
     def nodes(self) -> int: ...
 
     async def known(self) -> None:
-        """Waits until the nodes have been counted, or a first try to count them has failed.
-
-        Bounded in time; cancel-safe.
-        """
+        """Waits until a first try to count the nodes has ended, in success or failure. Bounded; cancel-safe."""
         ...
 
 
@@ -171,15 +167,14 @@ class SingleNode:
     nodes = 1
 
     async def known(self) -> None:
-        """Returns at once."""
+        pass
 
 
 class ServerPoller:
     """A poller of the device lists of servers. All methods belong to one event loop; `run()` must be running.
 
-    No server is polled more than once in share(fleet.nodes) seconds, for whatever reason. Servers that poll_eagerly()
-    names are the exception. So the polls of a server are bounded by MAX_RATE and by the number of its devices that pods
-    have lost.
+    No server is polled more than once in share(fleet.nodes) seconds, except those that poll_eagerly() names: at most
+    MAX_RATE polls per second, and those for devices that pods have lost.
 
     interval: from a good poll to the next (seconds). timeout: limit of one poll (seconds).
     """
@@ -201,8 +196,8 @@ class ServerPoller:
         self._views: dict[ServerKey, ServerView] = {}
         self._asked: dict[ServerKey, float] = {}
         self._polled = Broadcast()
-        self._pokes: dict[ServerKey, asyncio.Event] = {}
-        self._hurried: frozenset[ServerKey] = frozenset()
+        self._requests: dict[ServerKey, asyncio.Event] = {}
+        self._eager: frozenset[ServerKey] = frozenset()
         self._servers_changed = asyncio.Event()
 
     @property
@@ -232,21 +227,19 @@ class ServerPoller:
     def poll_eagerly(self, servers: frozenset[ServerKey]) -> None:
         """Sets the servers that are polled from now on as if this were the only node, without regard to MAX_RATE.
 
-        Used for servers with a device that a pod has lost and waits for. Polls a server that is new to the set at once.
+        These are the servers with a device that a pod has lost. Polls a server that is new to the set at once.
         """
-        new, self._hurried = servers - self._hurried, servers
+        new, self._eager = servers - self._eager, servers
         for server in sorted(new):
             self.poll_soon(server)
 
     def poll_soon(self, server: ServerKey) -> None:
         """Polls the server as soon as this node's share allows, or again if a poll is under way.
 
-        If that is at once, polls once more SECOND_LOOK later: a device may be hidden until then. Ignores a server that
-        is not polled.
+        If that is at once, polls once more SECOND_LOOK later. Ignores a server that is not polled.
         """
-        event = self._pokes.get(server)
-        if event is not None:
-            event.set()
+        if (request := self._requests.get(server)) is not None:
+            request.set()
 
     async def polled_since(self, server: ServerKey, moment: float) -> None:
         """Waits until a poll sent at this moment (monotonic seconds) or later has ended, in success or failure.
@@ -256,14 +249,11 @@ class ServerPoller:
         await self._polled.until(lambda: server not in self._views or self._asked.get(server, -math.inf) >= moment)
 
     async def is_exported(self, key: DeviceKey) -> bool:
-        """Asks the server at once, besides all polls, whether it lists this device.
-
-        Returns False if the server does not answer. Cancel-safe. Does not change views.
-        """
+        """Asks the server, as fetch() does, whether it lists this device. Returns False if it does not answer."""
         try:
             return await self.fetch(key) is not None
         except UsbipError as error:
-            log.debug("not known whether a device is free", extra={"device": str(key), "cause": str(error)})
+            log.debug("device availability unknown", extra={"device": str(key), "cause": str(error)})
             return False
 
     async def fetch(self, key: DeviceKey) -> Descriptor | None:
@@ -284,17 +274,17 @@ class ServerPoller:
                 self._servers_changed.clear()
                 for gone in sorted(tasks.keys() - self._views.keys()):
                     tasks.pop(gone).cancel()
-                    del self._pokes[gone]
+                    del self._requests[gone]
                 for new in sorted(self._views.keys() - tasks.keys()):
-                    self._pokes[new] = asyncio.Event()
-                    tasks[new] = group.create_task(self._poll(new, self._pokes[new]), name=f"poll {new}")
+                    self._requests[new] = asyncio.Event()
+                    tasks[new] = group.create_task(self._poll(new, self._requests[new]), name=f"poll {new}")
                 await self._servers_changed.wait()
 
-    async def _poll(self, server: ServerKey, poke: asyncio.Event) -> None:
+    async def _poll(self, server: ServerKey, request: asyncio.Event) -> None:
         waits = backoff(self._rng, FIRST_RETRY, MAX_RETRY)
-        poked_at = await self._next(server, poke, -math.inf, self._spread(server))
+        requested_at = await self._next(server, request, -math.inf, self._spread(server))
         while True:
-            poke.clear()  # before asking: the answer may not show a change that happens from here on
+            request.clear()  # before asking: the answer may not show a change that happens from here on
             asked_at = self._clock.monotonic()
             try:
                 devices = await self._client.devlist(server, timeout=self._timeout)
@@ -307,35 +297,35 @@ class ServerPoller:
                 wait = self._interval * self._rng.uniform(*JITTER)
             self._asked[server] = asked_at
             self._polled.fire()
-            if poked_at is not None and asked_at - poked_at < SECOND_LOOK:
+            if requested_at is not None and asked_at - requested_at < SECOND_LOOK:
                 wait = min(wait, SECOND_LOOK)
-            poked_at = await self._next(server, poke, asked_at, wait)
+            requested_at = await self._next(server, request, asked_at, wait)
 
-    async def _next(self, server: ServerKey, poke: asyncio.Event, asked_at: float, wait: float) -> float | None:
+    async def _next(self, server: ServerKey, request: asyncio.Event, asked_at: float, wait: float) -> float | None:
         """Waits until the next poll is due. Returns when it was last requested (monotonic seconds), None if it was not.
 
         asked_at: when the last poll was sent. wait: seconds to the next poll if none is requested.
         """
-        poked_at = None
+        requested_at = None
         due = self._clock.monotonic() + wait
         while (left := max(due - self._clock.monotonic(), self._left(server, asked_at))) > 0:
-            if not await self._poked(poke, left):
+            if not await done_within(self._clock, left, request.wait()):
                 break
-            poke.clear()
-            poked_at = self._clock.monotonic()
-            due = min(due, poked_at + self._spread(server))
-        return poked_at
+            request.clear()
+            requested_at = self._clock.monotonic()
+            due = min(due, requested_at + self._spread(server))
+        return requested_at
 
     def _left(self, server: ServerKey, asked_at: float) -> float:
         """Returns the seconds until this node may poll the server again; not positive if it may now."""
         return self._share(server) - (self._clock.monotonic() - asked_at)
 
     def _spread(self, server: ServerKey) -> float:
-        """Returns random seconds within this node's share. Nodes that learn of a change at once then poll in turn."""
+        """Returns random seconds within this node's share: nodes that learn of a change at once poll in turn."""
         return self._share(server) * self._rng.random()
 
     def _share(self, server: ServerKey) -> float:
-        return 0.0 if server in self._hurried else share(self._fleet.nodes)
+        return 0.0 if server in self._eager else share(self._fleet.nodes)
 
     def _update(self, server: ServerKey, change: Callable[[ServerView], ServerView]) -> None:
         old = self._views.get(server)
@@ -351,6 +341,3 @@ class ServerPoller:
                 log.warning("server does not answer", extra={"server": str(server), "cause": new.error})
         for callback in tuple(self._subscribers):
             callback(new)
-
-    async def _poked(self, poke: asyncio.Event, wait: float) -> bool:
-        return await done_within(self._clock, wait, poke.wait())

@@ -156,7 +156,7 @@ def import_reply(busid: str) -> Decoding[ImportReply]:
         return ImportReply(status, None)
     device = _decode_device((yield _DEVICE.size))
     if device.busid != busid:
-        raise ProtocolViolation(f"asked for {busid}, the reply is about {device.busid}")
+        raise ProtocolViolation(f"expected a reply about {busid}, got one about {device.busid}")
     return ImportReply(ST_OK, device)
 
 
@@ -167,12 +167,12 @@ def request() -> Decoding[DevlistRequest | ImportRequest]:
     """
     version, code, _ = _OP.unpack((yield _OP.size))
     if version != VERSION:
-        raise ProtocolViolation(f"version {version:#06x} instead of {VERSION:#06x}")
+        raise ProtocolViolation(f"expected version {VERSION:#06x}, got {version:#06x}")
     if code == OP_REQ_DEVLIST:
         return DevlistRequest()
     if code == OP_REQ_IMPORT:
         return ImportRequest(_decode_busid((yield _BUSID_BYTES)))
-    raise ProtocolViolation(f"operation {code:#06x} is neither DEVLIST nor IMPORT")
+    raise ProtocolViolation(f"expected DEVLIST or IMPORT, got operation {code:#06x}")
 
 
 def decode(decoding: Decoding[T], data: bytes) -> tuple[T, bytes]:
@@ -195,18 +195,18 @@ def decode(decoding: Decoding[T], data: bytes) -> tuple[T, bytes]:
 def _decode_header(raw: bytes, expected: int) -> int:
     version, code, status = _OP.unpack(raw)
     if version != VERSION:
-        raise ProtocolViolation(f"version {version:#06x} instead of {VERSION:#06x}")
+        raise ProtocolViolation(f"expected version {VERSION:#06x}, got {version:#06x}")
     if code != expected:
-        raise ProtocolViolation(f"reply code {code:#06x} instead of {expected:#06x}")
+        raise ProtocolViolation(f"expected reply code {expected:#06x}, got {code:#06x}")
     return int(status)
 
 
 def _decode_device(raw: bytes) -> Descriptor:
     path, busid, busnum, devnum, speed, vendor, product, bcd, *rest = _DEVICE.unpack(raw)
     if speed not in SPEEDS:
-        raise ProtocolViolation(f"speed {speed} is none that USB has")
+        raise ProtocolViolation(f"speed {speed} is not a valid USB speed")
     if busnum > 0xFFFF or devnum > 0xFFFF:
-        raise ProtocolViolation(f"bus {busnum}, device {devnum} do not fit a device id of 16 bits each")
+        raise ProtocolViolation(f"bus {busnum} and device {devnum} must fit in 16 bits each")
     name = _decode_busid(busid)
     return Descriptor(name, _decode_path(path), busnum, devnum, speed, UsbId(vendor, product), bcd, *rest)
 
@@ -236,27 +236,27 @@ def _encode_device(device: Descriptor, num_interfaces: int) -> bytes:
 def _text(raw: bytes, what: str) -> bytes:
     text, end, _ = raw.partition(b"\0")
     if not end:
-        raise ProtocolViolation(f"{what} without an end")
+        raise ProtocolViolation(f"{what} is not NUL-terminated")
     return text
 
 
 def _decode_busid(raw: bytes) -> str:
     text = _text(raw, "busid").decode("ascii", "backslashreplace")
     if not valid_busid(text):
-        raise ProtocolViolation(f"busid {text!r} is not one")
+        raise ProtocolViolation(f"busid {text!r} is not valid")
     return text
 
 
 def _decode_path(raw: bytes) -> str:
     text = _text(raw, "path").decode("utf-8", "replace")
     if not text.isprintable():
-        raise ProtocolViolation("path with characters that cannot be printed")
+        raise ProtocolViolation("path has unprintable characters")
     return text
 
 
 def _busid_field(busid: str) -> bytes:
     if not valid_busid(busid):
-        raise ProtocolViolation(f"busid {busid!r} is not one")
+        raise ProtocolViolation(f"busid {busid!r} is not valid")
     return busid.encode("ascii").ljust(_BUSID_BYTES, b"\0")
 
 
@@ -353,14 +353,14 @@ def decode_command(header: bytes) -> Submit | Unlink:
     if code == _CMD_UNLINK:
         return Unlink(seqnum, *_UNLINK.unpack_from(header, _BASIC.size))
     if code != _CMD_SUBMIT:
-        raise ProtocolViolation(f"command {code} is neither SUBMIT nor UNLINK")
+        raise ProtocolViolation(f"expected SUBMIT or UNLINK, got command {code}")
     flags, length, _, packets, interval, setup = _SUBMIT.unpack_from(header, _BASIC.size)
     if direction > 1 or endpoint > 15:
-        raise ProtocolViolation(f"direction {direction}, endpoint {endpoint}")
+        raise ProtocolViolation(f"direction {direction} or endpoint {endpoint} is not valid")
     if not 0 <= length <= MAX_TRANSFER_BYTES:
-        raise ProtocolViolation(f"transfer of {length} bytes")
+        raise ProtocolViolation(f"transfer length {length} is not valid")
     if packets not in _NOT_ISOCHRONOUS:
-        raise ProtocolViolation("isochronous transfer")
+        raise ProtocolViolation("isochronous transfers are not supported")
     return Submit(seqnum, devid, direction == 1, endpoint, length, setup, flags, interval)
 
 
@@ -380,8 +380,8 @@ def decode_return(header: bytes) -> SubmitReturn | UnlinkReturn:
     if code == _RET_UNLINK:
         return UnlinkReturn(seqnum, *_STATUS.unpack_from(header, _BASIC.size))
     if code != _RET_SUBMIT:
-        raise ProtocolViolation(f"answer {code} is neither RET_SUBMIT nor RET_UNLINK")
+        raise ProtocolViolation(f"expected RET_SUBMIT or RET_UNLINK, got code {code}")
     status, length, _, _, _ = _RETURN.unpack_from(header, _BASIC.size)
     if not 0 <= length <= MAX_TRANSFER_BYTES:
-        raise ProtocolViolation(f"transfer of {length} bytes")
+        raise ProtocolViolation(f"transfer length {length} is not valid")
     return SubmitReturn(seqnum, status, length)

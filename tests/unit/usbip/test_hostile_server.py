@@ -192,7 +192,7 @@ async def test_what_is_no_list_is_malformed(client: TcpUsbipClient, reply: bytes
 
 async def test_an_import_reply_about_another_device_is_malformed(client: TcpUsbipClient) -> None:
     async with serving(says(GOOD_IMPORT)) as hostile:
-        with pytest.raises(MalformedReply, match=r"asked for 1-1\.4"):
+        with pytest.raises(MalformedReply, match=r"expected a reply about 1-1\.4"):
             await client.import_device(DeviceKey(hostile.key, "1-1.4"), timeout=PATIENCE)
 
 
@@ -221,7 +221,7 @@ REAL = VirtualDevice("1-1", UsbId(1, 2)).usb_descriptor(1, 0, UsbId(1, 2)) or b"
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
-        (bytes(48), "neither RET_SUBMIT nor RET_UNLINK"),
+        (bytes(48), "expected RET_SUBMIT or RET_UNLINK"),
         (wire.encode_return(wire.SubmitReturn(7, 0, 18)) + REAL, "another transfer"),
         (wire.encode_return(wire.SubmitReturn(1, 0, 19)) + REAL + b"!", "another transfer"),
         (wire.encode_return(wire.UnlinkReturn(1, 0)), "another transfer"),
