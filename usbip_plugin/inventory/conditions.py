@@ -19,7 +19,7 @@ PORTS_SETTLE = 0.1
 PORTS_INTERVAL = 30.0
 """Seconds between two counts of the free ports when no uevent arrives."""
 GRACE_MARGIN = 0.01
-"""Seconds added to the wait for the end of API_GRACE: a timer may fire a rounding error early, and be set again."""
+"""Seconds added to the wait for the end of API_GRACE, because a timer may fire a rounding error early."""
 
 
 class Conditions:
@@ -35,14 +35,10 @@ class Conditions:
         self._driver = driver
         self._locks = locks
         self._on_change = on_change
-        self._ports = PortSummary()
+        self.ports = PortSummary()
+        """The state of vhci_hcd and its ports, as last read."""
         self._ports_event = asyncio.Event()
         self._api_event = asyncio.Event()
-
-    @property
-    def ports(self) -> PortSummary:
-        """Returns the state of vhci_hcd and its ports, as last read."""
-        return self._ports
 
     @property
     def api(self) -> ApiStatus:
@@ -69,8 +65,8 @@ class Conditions:
             if self._ports_event.is_set():
                 await self._clock.sleep(PORTS_SETTLE)
             self._ports_event.clear()
-            before, self._ports = self._ports, await self._read_ports()
-            if not self._ports.has_same_obstacles(before):
+            before, self.ports = self.ports, await self._read_ports()
+            if not self.ports.has_same_obstacles(before):
                 self._on_change()
             await done_within(self._clock, PORTS_INTERVAL, self._ports_event.wait())
 
@@ -92,10 +88,10 @@ class Conditions:
         while True:
             self._api_event.clear()
             self._on_change()
-            gone = self.api.unreachable_for
-            if gone is None:
+            unreachable_for = self.api.unreachable_for
+            if unreachable_for is None:
                 await self._api_event.wait()
                 continue
-            left = API_GRACE - gone
+            left = API_GRACE - unreachable_for
             wait = left + GRACE_MARGIN if left > 0 else PORTS_INTERVAL
             await done_within(self._clock, wait, self._api_event.wait())

@@ -1,7 +1,7 @@
 """Evaluates what each resource advertises, all of it or the part that a change affects, and warns about overlaps.
 
 With hundreds of devices most changes are about one lock, and every node sees each of them. Evaluating a part gives
-the same result as evaluating everything. Pure functions but for the warnings.
+the same result as evaluating everything.
 """
 
 from __future__ import annotations
@@ -164,10 +164,7 @@ _ABSENT = frozenset(
 
 
 class OverlapWarnings:
-    """Warns once about devices offered by several resources and about serial numbers that several devices share.
-
-    One instance serves one node.
-    """
+    """Warns once about devices offered by several resources and about serial numbers that several devices share."""
 
     def __init__(self) -> None:
         self._known_shared: frozenset[tuple[str, ...]] = frozenset()

@@ -52,16 +52,16 @@ class PortSummary:
     used_ss: int = 0
 
     def has_same_obstacles(self, other: PortSummary) -> bool:
-        """Returns whether the same devices can be attached in both states. Only people care how many ports are free."""
-        mine, others = ((one.error, one.free_hs == 0, one.free_ss == 0) for one in (self, other))
-        return mine == others
+        """Returns whether the same devices can be attached in both states, however many ports are free."""
+        obstacles, others = ((one.error, one.free_hs == 0, one.free_ss == 0) for one in (self, other))
+        return obstacles == others
 
 
 @dataclass(frozen=True, slots=True)
 class ApiStatus:
     """Reachability of the API server, as the lock watch sees it.
 
-    unreachable_for: seconds; None while the API server answers.
+    unreachable_for: seconds; None while it is reachable.
     """
 
     unreachable_for: float | None = None
@@ -95,8 +95,8 @@ class Snapshot:
     def identity_of(self, device_id: str, descriptor: Descriptor) -> Identity:
         """Returns the identity that the lock has for the device that its server lists with this descriptor.
 
-        Returns UNKNOWN_IDENTITY if there is no lock, or if the lock's identity may belong to another device. Another
-        devid counts as another device, unless the device is in `probe_limited`.
+        UNKNOWN_IDENTITY if there is no lock, or if its identity may belong to another device. Another devid counts as
+        another device, unless the device is in `probe_limited`.
         """
         lock = self.locks.get(device_id)
         if lock is None or device_id in self.replaced or lock.usb_id not in (None, descriptor.usb_id):

@@ -38,13 +38,11 @@ reached, the identity on the lock counts. An Allocate compares that identity wit
 
 K = TypeVar("K")
 
-Spawn = Callable[[Coroutine[object, object, None]], None]
-"""Starts a coroutine in a task that ends when the task's owner ends."""
-
 
 class HandoverTracker:
     """Tracks the devices whose server's list cannot be trusted yet, because their lock was just written or released.
 
+    spawn: starts a coroutine in a task.
     on_trusted(device_id): called when the server's list counts again for a released device.
     """
 
@@ -54,7 +52,7 @@ class HandoverTracker:
         *,
         locks: LockManager,
         poller: ServerPoller,
-        spawn: Spawn,
+        spawn: Callable[[Coroutine[object, object, None]], None],
         on_trusted: Callable[[str], None],
     ) -> None:
         self._me = context.me.node
@@ -68,10 +66,7 @@ class HandoverTracker:
         self._distrusted: dict[ServerKey, dict[DeviceKey, float]] = {}
 
     def released(self, device_ids: Collection[str] | None = None) -> frozenset[str]:
-        """Returns which of these devices were released and not yet polled for since their reset.
-
-        device_ids: the devices in question; None for all.
-        """
+        """Returns which of these devices (None for all) were released and not yet polled for since their reset."""
         if device_ids is None:
             return frozenset().union(*self._released.values())
         return frozenset(i for i in device_ids if any(i in devices for devices in self._released.values()))
@@ -128,8 +123,7 @@ class HandoverTracker:
     async def _after_releases(self, server: ServerKey | None) -> None:
         """Waits, for each released device, until its server has been polled after the reset, then calls on_trusted.
 
-        Every node polls when its turn comes. Until then the lock is believed, because a holder detaches a device before
-        it releases the lock.
+        Until then the lock is believed, because a holder detaches a device before it releases the lock.
         """
         released = self._released[server]
         while released:
@@ -153,7 +147,7 @@ class ReplacedDevices:
 
     def __init__(self, probe_limiter: ProbeLimiter) -> None:
         self._probe_limiter = probe_limiter
-        self._away: dict[str, tuple[int, float]] = {}
+        self._resetting: dict[str, tuple[int, float]] = {}
         self._epochs: dict[str, int] = {}
 
     def server_changed(
@@ -171,15 +165,13 @@ class ReplacedDevices:
             if lock is None or lock.holder or lock.identity == UNKNOWN_IDENTITY:
                 continue
             if device_id in released:
-                self._away[device_id] = lock.epoch, now
+                self._resetting[device_id] = lock.epoch, now
             else:
                 self._mark_replaced(device_id, lock.epoch, now)
-        listed = importable({view.server: view})
-        for device_id, (epoch, since) in list(self._away.items()):
-            if device_id in listed:
-                del self._away[device_id]
-                if now - since > RESET:  # it was away for longer than a reset takes
-                    self._mark_replaced(device_id, epoch, now)
+        for device_id in self._resetting.keys() & importable({view.server: view}):
+            epoch, since = self._resetting.pop(device_id)
+            if now - since > RESET:
+                self._mark_replaced(device_id, epoch, now)
 
     def _mark_replaced(self, device_id: str, epoch: int, now: float) -> None:
         if device_id not in self._probe_limiter.probe_limited(now):
@@ -188,24 +180,23 @@ class ReplacedDevices:
 
     def now(self, locks: Mapping[str, Lock]) -> frozenset[str]:
         """Returns the IDs of the devices whose locks may have the identity of an earlier device."""
-        if not self._away and not self._epochs:
+        if not self._resetting and not self._epochs:
             return frozenset()
-        self._away = {i: away for i, away in self._away.items() if i in locks and locks[i].epoch == away[0]}
+        self._resetting = {
+            i: (epoch, since) for i, (epoch, since) in self._resetting.items() if i in locks and locks[i].epoch == epoch
+        }
         self._epochs = {i: epoch for i, epoch in self._epochs.items() if i in locks and locks[i].epoch <= epoch}
         return frozenset(self._epochs)
 
 
 class ProbeLimiter:
-    """Limits how often a device is probed whose identity keeps changing, see MAX_REREADS.
-
-    Times are seconds on the monotonic clock.
-    """
+    """Limits how often a device is probed whose identity keeps changing, see MAX_REREADS. now: monotonic seconds."""
 
     def __init__(self) -> None:
         self._at: dict[str, tuple[float, ...]] = {}
 
     def note(self, device_id: str, now: float) -> None:
-        """Records that the device under this ID may just have become another one, as its lock or its absence shows."""
+        """Records that another device may have taken the place of this one, as its lock or its absence shows."""
         self._at[device_id] = (*self._recent(device_id, now), now)[-MAX_REREADS:]
 
     def probe_limited(self, now: float) -> frozenset[str]:

@@ -9,8 +9,7 @@ it. A device in use owns its number too, so that a pod that has lost it for the 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 from usbip_plugin.claims import Claim, ClaimState, place_of, serves
 from usbip_plugin.config.selectors import Match, matches
@@ -25,30 +24,20 @@ _FREE = frozenset({Reason.FREE, Reason.HOLDER_EXPIRED})
 _AWAY = frozenset({Reason.NOT_LISTED, Reason.LISTED_WRONG, Reason.SERVER_UNREACHABLE})
 
 
-@dataclass(frozen=True, order=True, slots=True)
-class SerialOwner:
-    """A device that has a serial number, or whose lock is held for the device with that serial number.
-
-    holder: the node that holds the lock; "" if no node does.
-    """
-
-    key: DeviceKey
-    holder: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.key}" + (f" (held by node {self.holder})" if self.holder else "")
+SerialOwners = Mapping[DeviceKey, str]
+"""Devices that have a serial number, or whose lock is held for the device with it. With the holder's node, or ""."""
 
 
 def serial_owners(
     devices: Mapping[str, OfferedDevice], healths: Mapping[str, Health], snapshot: Snapshot
-) -> Mapping[str, list[SerialOwner]]:
+) -> Mapping[str, SerialOwners]:
     """Returns the owners of each serial number by which a resource offers more than one device.
 
     devices: the devices of one resource, by device ID.
     healths: the result of health() for each of them, by device ID.
     """
     counts = Counter(serial for offered in devices.values() if (serial := offered.serial) is not None)
-    owners: dict[str, list[SerialOwner]] = {serial: [] for serial, n in counts.items() if n > 1}
+    owners: dict[str, dict[DeviceKey, str]] = {serial: {} for serial, n in counts.items() if n > 1}
     if not owners:
         return {}
     moved = {lock.in_place_of for lock in snapshot.locks.values() if lock.holder}
@@ -59,19 +48,23 @@ def serial_owners(
         if lock.holder and healths[device_id].reason is not Reason.HOLDER_EXPIRED:
             # a lock held for a device that is attached from another bus id: the device is there, not here
             if device_id not in moved:
-                owners[serial].append(SerialOwner(offered.key, lock.holder))
+                owners[serial][offered.key] = lock.holder
         elif device_id in snapshot.released or import_obstacle(snapshot, offered) is None:
-            owners[serial].append(SerialOwner(offered.key))
+            owners[serial][offered.key] = ""
     return owners
 
 
-def resolve_ambiguity(health: Health, key: DeviceKey, serial: str, owners: Collection[SerialOwner]) -> Health:
+def resolve_ambiguity(health: Health, key: DeviceKey, serial: str, owners: SerialOwners) -> Health:
     """Returns the health of a device offered by its serial number, given all owners of that serial number."""
-    others = sorted(owner for owner in owners if owner.key != key)
+    others = [
+        str(other) + (f" (held by node {holder})" if holder else "")
+        for other, holder in sorted(owners.items())
+        if other != key
+    ]
     if not others:
         return health
     more = len(others) - _SHOWN
-    names = " and ".join(map(str, others[:_SHOWN])) + (f" and {more} more" if more > 0 else "")
+    names = " and ".join(others[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
     if health.reason in _FREE:
         return Health(Reason.AMBIGUOUS, f"serial number {serial} also belongs to {names}; select by bus_id as well")
     if health.reason in _AWAY:
@@ -102,8 +95,8 @@ def health(snapshot: Snapshot, offered: OfferedDevice, resource: str) -> Health:
     if (moved := snapshot.moved_here(device_id)) is not None:
         return Health(Reason.IN_PLACE_OF, f"moved here from {moved.key}" + (f", pod {moved.pod}" if moved.pod else ""))
     lock = snapshot.locks.get(device_id)
-    standing = snapshot.lock_statuses.get(device_id, LockStatus.FREE)
-    if standing is LockStatus.HELD and lock is not None:
+    status = snapshot.lock_statuses.get(device_id, LockStatus.FREE)
+    if status is LockStatus.HELD and lock is not None:
         return Health(Reason.HELD_ELSEWHERE, _held_by(lock))
     if snapshot.api.unreachable_for is not None and snapshot.api.unreachable_for >= API_GRACE:
         return Health(Reason.API_UNREACHABLE, snapshot.api.error)
@@ -116,7 +109,7 @@ def health(snapshot: Snapshot, offered: OfferedDevice, resource: str) -> Health:
     speed = offered.descriptor.speed if offered.descriptor is not None else 0
     if (snapshot.driver.free_ss if speed >= SUPER_SPEED else snapshot.driver.free_hs) == 0:
         return Health(Reason.NO_PORT, f"no free {'ss' if speed >= SUPER_SPEED else 'hs'} port")
-    if standing is LockStatus.EXPIRED and lock is not None:
+    if status is LockStatus.EXPIRED and lock is not None:
         return Health(Reason.HOLDER_EXPIRED, f"{_held_by(lock)}, silent for longer than the lock duration")
     return Health(Reason.FREE)
 

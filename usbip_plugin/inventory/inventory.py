@@ -57,7 +57,7 @@ class Inventory:
         self._moved: set[str] = set()
         self._conditions = Conditions(context, driver=driver, locks=locks, on_change=self.invalidate)
         self._handovers = HandoverTracker(
-            context, locks=locks, poller=poller, spawn=self.spawn, on_trusted=self._invalidate_device
+            context, locks=locks, poller=poller, spawn=self.spawn, on_trusted=self.invalidate
         )
         self._probe_limiter = ProbeLimiter()
         self._replaced_devices = ReplacedDevices(self._probe_limiter)
@@ -80,8 +80,6 @@ class Inventory:
         waits.
         """
         self._taken_subscribers.append(callback)
-
-    # queries
 
     @property
     def advertised(self) -> Lists:
@@ -141,10 +139,7 @@ class Inventory:
         return [name for name, devices in self._members.items() if device_id in devices]
 
     def snapshot(self, device_ids: Collection[str] | None = None) -> Snapshot:
-        """Returns a snapshot of what is known now.
-
-        device_ids: limits `locks`, `lock_statuses` and `released` to these devices; None for all.
-        """
+        """Returns what is known now. `locks`, `lock_statuses` and `released` only of these devices; None for all."""
         locks = self._locks.locks
         if device_ids is not None:
             locks = {i: locks[i] for i in device_ids if i in locks}
@@ -163,8 +158,6 @@ class Inventory:
             replaced=self._replaced_devices.now(self._locks.locks),
         )
 
-    # changes
-
     def reconfigure(self, config: Config) -> None:
         """Applies a new configuration. Held devices stay offered, as they were configured, until they are released."""
         self._former.update({resource.name: resource for resource in self._config.resources})
@@ -172,32 +165,32 @@ class Inventory:
         self._poller.set_servers(config.servers())
         self.invalidate()
 
-    def invalidate(self) -> None:
-        """Schedules an evaluation of everything for the next turn of the event loop."""
-        self._due = None
-        self._schedule()
+    def invalidate(self, device_id: str | None = None) -> None:
+        """Schedules an evaluation for the next turn of the event loop.
+
+        device_id: the device of which only the lock or the claim has changed; None to evaluate everything.
+        """
+        if device_id is None:
+            self._due = None
+        elif self._due is not None:
+            self._due.add(device_id)
+        if not self._scheduled and self._tasks is not None:
+            self._scheduled = True
+            asyncio.get_running_loop().call_soon(self.evaluate_if_due)
 
     def _claim_changed(self, device_id: str) -> None:
-        """Schedules an evaluation after a change of this device's claim.
-
-        A claim affects its own device only, unless the device is, or was until now, attached from another bus id.
-        """
+        """A claim affects its own device only, unless the device is, or was until now, attached from another bus id."""
         claim, was_moved = self._claims.get(device_id), device_id in self._moved
         self._moved.discard(device_id)
         if claim is not None and claim.moved_to is not None:
             self._moved.add(device_id)
-        if was_moved or device_id in self._moved:
-            self.invalidate()
-        else:
-            self._invalidate_device(device_id)
+        self.invalidate(None if was_moved or device_id in self._moved else device_id)
 
     def _server_changed(self, view: ServerView) -> None:
         now = self._clock.monotonic()
         self._replaced_devices.server_changed(view, self._locks.locks, self._handovers.released(), now)
         self._handovers.servers_changed()
         self.invalidate()
-
-    # work
 
     async def run(self) -> None:
         """Evaluates the inventory after changes. Runs until cancelled."""
@@ -231,18 +224,7 @@ class Inventory:
             now = self._clock.monotonic()
             for callback in self._taken_subscribers:
                 self.spawn(callback(change, now))
-        self._invalidate_device(change.device_id)
-
-    def _invalidate_device(self, device_id: str) -> None:
-        """Schedules an evaluation of this device, of which only the lock or the claim has changed."""
-        if self._due is not None:
-            self._due.add(device_id)
-        self._schedule()
-
-    def _schedule(self) -> None:
-        if not self._scheduled and self._tasks is not None:
-            self._scheduled = True
-            asyncio.get_running_loop().call_soon(self.evaluate_if_due)
+        self.invalidate(change.device_id)
 
     def evaluate_if_due(self) -> None:
         """Evaluates what is advertised at once, if anything has changed since the last evaluation."""

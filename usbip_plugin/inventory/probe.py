@@ -141,7 +141,7 @@ class Prober:
             await self._clock.sleep(probe_delay(self._me, key.id))
             if not needs_probe(self._inventory.snapshot(), key, descriptor):
                 return  # another node was first
-            # tried every PROBE_RETRY seconds for as long as needed: after a failure, further tries are not traced
+            # after a failure, the endless further tries are not traced
             with untraced() if key.id in self._failures else contextlib.nullcontext():
                 # the list may be older than what another node has read from the device that is there now
                 if await self._poller.fetch(key) != descriptor:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from tests.unit.inventory.inventory_facts import DEVID, KEY, LAB, STICK, listed, red, view
 from usbip_plugin.inventory.evaluate import advertise
-from usbip_plugin.inventory.health import SerialOwner, resolve_ambiguity
+from usbip_plugin.inventory.health import resolve_ambiguity
 from usbip_plugin.inventory.members import learn
 from usbip_plugin.locks.protocol import LockStatus
 from usbip_plugin.model import DeviceKey, Health, Lock, Reason
@@ -75,7 +75,7 @@ def test_a_device_listed_where_it_was_is_there_if_the_holder_that_followed_it_el
 
 
 def test_many_of_one_number_are_said_shortly() -> None:
-    others = [SerialOwner(DeviceKey(LAB, f"1-{n}")) for n in range(2, 9)]
+    others = {DeviceKey(LAB, f"1-{n}"): "" for n in range(2, 9)}
     found = resolve_ambiguity(Health(Reason.FREE), KEY, "0123456789", others)
     assert "to lab:3240/1-2 and lab:3240/1-3 and lab:3240/1-4 and 4 more;" in found.detail
     assert resolve_ambiguity(Health(Reason.NO_PORT, "x"), KEY, "0123456789", others) == Health(Reason.NO_PORT, "x")
