@@ -1,13 +1,21 @@
-"""Wake-ups within one event loop: waiting for a condition, and callbacks for subscribers."""
+"""Wake-ups within one event loop: waiting for a condition, callbacks for subscribers, and changes of a directory."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Awaitable, Callable, Iterator
-from typing import TypeVar
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Self, TypeVar
 
 from usbip_plugin.clock import Clock
+
+if TYPE_CHECKING:
+    from asyncinotify import Inotify
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -107,3 +115,69 @@ class Bell:
                     await done_within(clock, recheck, rung.wait())
         finally:
             unsubscribe()
+
+
+MAX_DRAINED_EVENTS = 1000
+"""Inotify events dropped at the end of one wait, so that a flood of events cannot delay it for ever."""
+
+
+class DirectoryWatch:
+    """Waits for changes of a directory's entries, such as the symbolic link ..data that the kubelet swaps in a volume.
+
+    Polls while the directory cannot be watched: it is missing, or no inotify instance is left. Logs that once.
+    All work is done within a `with` block.
+
+    recheck: longest wait in seconds while the directory is watched, because some file systems deliver no events.
+    poll: seconds of each wait while the directory cannot be watched.
+    debounce: seconds that a wait continues after the first event, because one change causes several events.
+    """
+
+    def __init__(self, path: Path, clock: Clock, *, recheck: float, poll: float, debounce: float = 0.0) -> None:
+        self._path = path
+        self._clock = clock
+        self._recheck = recheck
+        self._poll = poll
+        self._debounce = debounce
+        self._inotify: Inotify | None = None
+        self._watched = False
+        self._warned = False
+
+    def __enter__(self) -> Self:
+        self._watch()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._inotify is not None:
+            self._inotify.close()
+
+    async def changed(self) -> None:
+        """Waits for a change, or for the time of a recheck or poll. Cancel-safe.
+
+        When it returns, the directory that is at the path now is watched: a change after that ends the next wait.
+        """
+        if self._inotify is None or not self._watched:
+            await self._clock.sleep(self._poll)
+        elif await done_within(self._clock, self._recheck, self._inotify.get()):
+            await self._clock.sleep(self._debounce)
+            for _ in islice(self._inotify, MAX_DRAINED_EVENTS):
+                pass
+        self._watch()
+
+    def _watch(self) -> None:
+        """Watches the directory that is at the path now, which may be another one than before."""
+        from asyncinotify import Inotify, Mask  # noqa: PLC0415 - fails on Windows, where only the command line runs
+
+        entries = Mask.CREATE | Mask.DELETE | Mask.MOVED_FROM | Mask.MOVED_TO | Mask.CLOSE_WRITE
+        try:
+            self._inotify = self._inotify or Inotify(sync_timeout=0)
+            self._inotify.add_watch(self._path, entries | Mask.DELETE_SELF | Mask.MOVE_SELF | Mask.ONLYDIR)
+        except OSError as error:
+            self._watched = False
+            if not self._warned:
+                log.warning(
+                    "directory cannot be watched, polling instead",
+                    extra={"directory": str(self._path), "cause": str(error), "interval_s": self._poll},
+                )
+            self._warned = True
+        else:
+            self._watched = True

@@ -1,12 +1,17 @@
-"""Waits with a limit."""
+"""Waits with a limit, and the watch on a directory."""
 
 from __future__ import annotations
 
 import asyncio
+import errno
+import logging
+from collections.abc import Callable
+from pathlib import Path
 
+import asyncinotify
 import pytest
 
-from usbip_plugin.sync import done_within
+from usbip_plugin.sync import DirectoryWatch, done_within
 from usbip_sim.virtual.loop import SimClock, virtual
 
 
@@ -42,3 +47,111 @@ async def test_what_a_wait_raises_passes_on() -> None:
 
     with pytest.raises(OSError):  # noqa: PT011 - its words do not matter
         await done_within(SimClock(asyncio.get_running_loop()), 5, wait())
+
+
+RECHECK, POLL, DEBOUNCE = 60.0, 5.0, 0.2
+
+
+def watch_of(path: Path) -> DirectoryWatch:
+    clock = SimClock(asyncio.get_running_loop())
+    return DirectoryWatch(path, clock, recheck=RECHECK, poll=POLL, debounce=DEBOUNCE)
+
+
+async def waited(watch: DirectoryWatch) -> float:
+    """Seconds of one wait."""
+    began = asyncio.get_running_loop().time()
+    await watch.changed()
+    return asyncio.get_running_loop().time() - began
+
+
+def swap_a_link(directory: Path) -> None:
+    (directory / "..data_tmp").symlink_to("..2")
+    (directory / "..data_tmp").replace(directory / "..data")
+
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "created": lambda directory: (directory / "new").touch(),
+    "written": lambda directory: (directory / "file").write_text("anew"),
+    "replaced": lambda directory: (directory / "other").replace(directory / "file"),
+    "moved away": lambda directory: (directory / "file").rename(directory.with_name("elsewhere")),
+    "removed": lambda directory: (directory / "file").unlink(),
+    "link swapped": swap_a_link,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@virtual
+async def test_a_change_of_an_entry_ends_the_wait_also_one_that_came_before_it(
+    change: Callable[[Path], object], tmp_path: Path
+) -> None:
+    directory = tmp_path / "watched"
+    directory.mkdir()
+    for name in ("file", "other"):
+        (directory / name).write_text(name)
+    (directory / "..data").symlink_to("..1")
+    with watch_of(directory) as watch:
+        change(directory)
+        assert await waited(watch) == pytest.approx(DEBOUNCE)
+        assert await waited(watch) == pytest.approx(RECHECK), "the events of one change end one wait"
+
+
+@virtual
+async def test_a_directory_that_is_replaced_is_watched_anew(tmp_path: Path) -> None:
+    directory = tmp_path / "watched"
+    directory.mkdir()
+    with watch_of(directory) as watch:
+        directory.rename(tmp_path / "old")
+        directory.mkdir()
+        assert await waited(watch) == pytest.approx(DEBOUNCE)
+        (directory / "new").touch()
+        assert await waited(watch) == pytest.approx(DEBOUNCE)
+
+
+@virtual
+async def test_a_missing_directory_is_polled_and_watched_once_it_is_there(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = tmp_path / "watched"
+    with caplog.at_level(logging.WARNING), watch_of(directory) as watch:
+        assert await waited(watch) == pytest.approx(POLL)
+        directory.mkdir()
+        assert await waited(watch) == pytest.approx(POLL)
+        (directory / "new").touch()
+        assert await waited(watch) == pytest.approx(DEBOUNCE)
+        (directory / "new").unlink()
+        directory.rmdir()
+        assert await waited(watch) == pytest.approx(DEBOUNCE)
+        assert await waited(watch) == pytest.approx(POLL)
+    (record,) = caplog.records
+    assert record.message == "directory cannot be watched, polling instead"
+
+
+@virtual
+async def test_without_an_inotify_instance_the_directory_is_polled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def none_left(**_: object) -> asyncinotify.Inotify:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patched, caplog.at_level(logging.WARNING):
+        patched.setattr(asyncinotify, "Inotify", none_left)
+        with watch_of(tmp_path) as watch:
+            for _ in range(3):
+                assert await waited(watch) == pytest.approx(POLL)
+            patched.undo()
+            assert await waited(watch) == pytest.approx(POLL)
+            (tmp_path / "new").touch()
+            assert await waited(watch) == pytest.approx(DEBOUNCE)
+    assert len(caplog.records) == 1
+
+
+@virtual
+async def test_a_wait_for_a_change_can_be_cancelled(tmp_path: Path) -> None:
+    with watch_of(tmp_path) as watch:
+        task = asyncio.create_task(watch.changed())
+        await asyncio.sleep(1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        (tmp_path / "new").touch()
+        assert await waited(watch) == pytest.approx(DEBOUNCE)

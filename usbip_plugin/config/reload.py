@@ -10,13 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from asyncinotify import Event, Inotify, Mask, Watch
-
 from usbip_plugin.clock import Clock
 from usbip_plugin.config.document import MAX_FILE_BYTES
 from usbip_plugin.config.parse import parse_config
 from usbip_plugin.config.schema import Config
 from usbip_plugin.errors import ConfigError
+from usbip_plugin.sync import DirectoryWatch
 
 DEBOUNCE_S = 0.2
 """Seconds from the first event to the reading: a ConfigMap update and a save in an editor cause several events."""
@@ -24,20 +23,6 @@ RECHECK_S = 60.0
 """Seconds between readings without events, for file systems that have none."""
 RETRY_S = 5.0
 """Seconds between readings while the file's directory cannot be watched, for instance because it is missing."""
-MAX_DRAINED_EVENTS = 1000
-"""Events dropped before one reading, so that a flood of events cannot delay it for ever."""
-
-_GONE = Mask.DELETE_SELF | Mask.MOVE_SELF | Mask.IGNORED | Mask.UNMOUNT
-_WATCHED = (
-    Mask.CREATE
-    | Mask.MOVED_TO
-    | Mask.MOVED_FROM
-    | Mask.CLOSE_WRITE
-    | Mask.DELETE
-    | Mask.DELETE_SELF
-    | Mask.MOVE_SELF
-    | Mask.ONLYDIR
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,39 +101,14 @@ class ConfigWatcher:
         self._on_error = on_error
         self._digest = initial.digest if initial else None
         self._error: str | None = None
-        self._watch: Watch | None = None
 
     async def run(self) -> None:
         """Runs until cancelled: reads the file at each change and calls on_config or on_error. Cancel-safe."""
-        with Inotify(sync_timeout=0) as inotify:
+        directory = DirectoryWatch(self._path.parent, self._clock, recheck=RECHECK_S, poll=RETRY_S, debounce=DEBOUNCE_S)
+        with directory:
             while True:
-                self._add_watch(inotify)  # add the watch before reading, so that no change is missed in between
                 await self._check()
-                await self._wait(inotify)
-
-    def _add_watch(self, inotify: Inotify) -> None:
-        if self._watch is None:
-            try:
-                self._watch = inotify.add_watch(self._path.parent, _WATCHED)
-            except OSError:
-                self._watch = None  # the file cannot be read either, and _check reports that
-
-    async def _wait(self, inotify: Inotify) -> None:
-        try:
-            async with self._clock.timeout(RETRY_S if self._watch is None else RECHECK_S):
-                self._note(await inotify.get())
-        except TimeoutError:
-            return
-        await self._clock.sleep(DEBOUNCE_S)
-        for _ in range(MAX_DRAINED_EVENTS):
-            event = inotify.sync_get()
-            if event is None:
-                break
-            self._note(event)
-
-    def _note(self, event: Event) -> None:
-        if event.mask & _GONE and (event.watch is None or event.watch is self._watch):
-            self._watch = None
+                await directory.changed()
 
     async def _check(self) -> None:
         try:

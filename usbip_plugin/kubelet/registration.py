@@ -21,14 +21,13 @@ from typing import NamedTuple
 
 import grpc
 import grpc.aio
-from asyncinotify import Inotify, Mask
 
 from usbip_plugin.clock import Clock, backoff
 from usbip_plugin.errors import RegistrationFailed
 from usbip_plugin.kubelet import deviceplugin_pb2 as pb
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer
 from usbip_plugin.kubelet.deviceplugin_pb2_grpc import RegistrationStub
-from usbip_plugin.sync import Broadcast, done_within
+from usbip_plugin.sync import Broadcast, DirectoryWatch, done_within
 
 log = logging.getLogger(__name__)
 
@@ -103,39 +102,11 @@ class PluginDirectory:
         return identify(self.kubelet_socket)
 
     async def run(self) -> None:
-        """Watches the directory until cancelled. Never fails: without inotify it polls, and logs that once."""
-        warned = False
-        while True:
-            try:
-                await self._watch()
-            except OSError as error:
-                if not warned:
-                    log.warning(
-                        "cannot watch the kubelet's directory, polling it",
-                        extra={"directory": str(self.path), "cause": str(error), "interval_s": POLL_S},
-                    )
-                    warned = True
-                await self._clock.sleep(POLL_S)
-            self.changed.fire()
-
-    async def _watch(self) -> None:
-        with Inotify() as inotify:
-            inotify.add_watch(
-                self.path,
-                Mask.CREATE | Mask.DELETE | Mask.MOVED_FROM | Mask.MOVED_TO | Mask.DELETE_SELF | Mask.ONLYDIR,
-            )
-            # A file may have appeared before the watch existed.
-            self.changed.fire()
+        """Watches the directory until cancelled. Never fails."""
+        with DirectoryWatch(self.path, self._clock, recheck=RECHECK_S, poll=POLL_S) as watch:
             while True:
-                try:
-                    async with self._clock.timeout(RECHECK_S):
-                        event = await inotify.get()
-                except TimeoutError:
-                    self.changed.fire()
-                    continue
                 self.changed.fire()
-                if event.mask & (Mask.DELETE_SELF | Mask.IGNORED):
-                    return
+                await watch.changed()
 
 
 LOOK_AGAIN_S = 1.0
