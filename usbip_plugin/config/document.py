@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from operator import itemgetter
+from typing import Concatenate, ParamSpec, TypeVar
 
 import yaml
 
@@ -30,6 +31,9 @@ _Loader: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _STR_TAG = "tag:yaml.org,2002:str"
 _NULL_TAG = "tag:yaml.org,2002:null"
 _MERGE = "<<"
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+_D = TypeVar("_D")
 
 
 @dataclass(slots=True)
@@ -40,12 +44,12 @@ class Problems:
     """
 
     source: str
+    errors: int = 0
+    """Number of errors so far, including those that are not kept."""
+    _warned: int = 0
     _errors: list[tuple[int, str]] = field(default_factory=list)
     _warnings: list[tuple[int, str]] = field(default_factory=list)
     _hints: list[tuple[int, str]] = field(default_factory=list)
-    _left_out: int = 0
-    errors: int = 0
-    """Number of errors so far, including those that are not kept."""
 
     def error(self, node: Node, text: str) -> None:
         self.errors += 1
@@ -53,6 +57,7 @@ class Problems:
 
     def warn(self, node: Node, text: str, *, hint: bool = False) -> None:
         """Adds a warning. hint: the warning may explain an error, so `raise_if_any` shows it with the errors."""
+        self._warned += 1
         self._keep(self._warnings, node, text)
         if hint and self.room:
             self._hints.append(self._warnings[-1])
@@ -60,32 +65,26 @@ class Problems:
     @property
     def room(self) -> bool:
         """Whether another problem would still be shown: False beyond MAX_PROBLEMS errors or warnings."""
-        return self.errors <= MAX_PROBLEMS and len(self._warnings) <= MAX_PROBLEMS
+        return self.errors <= MAX_PROBLEMS and self._warned <= MAX_PROBLEMS
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """The warnings in the order of the file's lines, cut at MAX_PROBLEMS."""
-        return self._cut(self._warnings, self._left_out)
+        return self._cut(self._warnings, self._warned)
 
     def raise_if_any(self) -> None:
         """Raises ConfigError if there are errors: with all errors and hints, by line, cut at MAX_PROBLEMS."""
         if self._errors:
-            raise ConfigError(self.source, self._cut([*self._errors, *self._hints], self.errors - len(self._errors)))
+            raise ConfigError(self.source, self._cut([*self._errors, *self._hints], self.errors + len(self._hints)))
 
     def _keep(self, kept: list[tuple[int, str]], node: Node, text: str) -> None:
         if len(kept) < MAX_KEPT:
-            kept.append((node.line, self._line(node, text)))
-        elif kept is self._warnings:
-            self._left_out += 1
+            path = f"{node.path}: " if node.path else ""
+            kept.append((node.line, f"{self.source}:{node.line}: {path}{text}"))
 
-    def _cut(self, found: list[tuple[int, str]], left_out: int) -> tuple[str, ...]:
-        lines = [text for _, text in sorted(found, key=itemgetter(0))]
-        more = len(lines[MAX_PROBLEMS:]) + left_out
-        return (*lines[:MAX_PROBLEMS], *([f"{self.source}: and {more} more"] if more else []))
-
-    def _line(self, node: Node, text: str) -> str:
-        path = f"{node.path}: " if node.path else ""
-        return f"{self.source}:{node.line}: {path}{text}"
+    def _cut(self, kept: list[tuple[int, str]], count: int) -> tuple[str, ...]:
+        lines = [text for _, text in sorted(kept, key=itemgetter(0))[:MAX_PROBLEMS]]
+        return (*lines, f"{self.source}: and {count - len(lines)} more") if count > len(lines) else tuple(lines)
 
 
 def normal_key(key: str) -> str:
@@ -164,14 +163,14 @@ class Node:
         for key, value in self.yaml.value:
             line = key.start_mark.line + 1
             if not isinstance(key, yaml.ScalarNode):
-                problems.error(Node(key, self.path, line), "a key must be plain text")
+                problems.error(Node(key, self.path, line), "a key must be plain text, not a list or a mapping")
                 continue
             name = shown(key.value)
             place = Node(value, f"{self.path}.{name}" if self.path else name, line)
             if key.value == _MERGE and not key.style:
                 merged.append(Node(value, self.path, line))
             elif (normal := same(key.value)) in seen:
-                problems.error(place, f"given twice (first in line {seen[normal][1].line}); remove one")
+                problems.error(place, f"duplicate key (first defined on line {seen[normal][1].line})")
             else:
                 seen[normal] = (key.value, place)
         for source in merged:
@@ -190,9 +189,9 @@ def read_document(text: str, source: str) -> Node | None:
     try:
         size = len(text.encode())
     except UnicodeEncodeError as error:
-        raise ConfigError(source, [f"{source}: not Unicode text"]) from error
+        raise ConfigError(source, [f"{source}: not valid Unicode text"]) from error
     if size > MAX_FILE_BYTES:
-        raise ConfigError(source, [f"{source}: larger than {MAX_FILE_BYTES // 1024} KiB"])
+        raise ConfigError(source, [f"{source}: must not be larger than {MAX_FILE_BYTES // 1024} KiB"])
     try:
         _check_events(text, source)
         root = yaml.compose(text, Loader=_Loader)
@@ -236,14 +235,14 @@ def _check_expanded(root: yaml.Node, source: str) -> None:
         count += 1
         if count > MAX_NODES or depth > 2 * MAX_DEPTH:
             line = node.start_mark.line + 1
-            raise ConfigError(source, [f"{source}:{line}: aliases expand to too much; write the values out"])
+            raise ConfigError(source, [f"{source}:{line}: aliases expand to too many values; write the values out"])
         if isinstance(node, yaml.SequenceNode):
             stack.extend((child, depth + 1) for child in node.value)
         elif isinstance(node, yaml.MappingNode):
             stack.extend((child, depth + 1) for pair in node.value for child in pair)
 
 
-_CLOSE = 0.74  # least similarity (0 to 1, of difflib) at which a key counts as a misspelling of another
+_CLOSE = 0.74  # least similarity of two keys (0 to 1, by difflib) at which one counts as a misspelling of the other
 
 
 class Unknown(enum.Enum):
@@ -259,40 +258,52 @@ class Unknown(enum.Enum):
     ERROR = "error"
 
 
-def read_fields(
-    node: Node, problems: Problems, known: tuple[str, ...], unknown: Unknown, what: str
-) -> Mapping[str, Node] | None:
-    """Returns the values of a mapping by their keys as spelled in `known`. Leaves out keys without a value.
+class Fields(dict[str, Node]):
+    """The values of a mapping by their keys as the code spells them. A key without a value is left out."""
 
-    Returns None and adds an error to problems if the node is not a mapping.
-    unknown: the treatment of keys that are not in `known`.
-    what: the subject of the mapping for messages, such as "a device".
+    def read(
+        self,
+        key: str,
+        problems: Problems,
+        reader: Callable[Concatenate[Node, Problems, _P], _T | None],
+        default: _D,
+        *args: _P.args,
+        **kwargs: _P.kwargs,
+    ) -> _T | _D:
+        """Returns what the reader returns for the key's value.
+
+        Returns the default if the key is missing, or if the reader returns None because the value is not valid.
+        """
+        value = reader(self[key], problems, *args, **kwargs) if key in self else None
+        return default if value is None else value
+
+
+def read_fields(node: Node, problems: Problems, known: tuple[str, ...], unknown: Unknown) -> Fields | None:
+    """Returns the fields of a mapping. Returns None and adds an error to problems if the node is not a mapping.
+
+    known: the keys that are allowed.
+    unknown: the treatment of all other keys.
     """
     if not node.is_mapping:
-        problems.error(node, f"{node.describe()} where {what} is wanted: a mapping with {', '.join(known)}")
+        problems.error(node, f"expected a mapping (keys: {', '.join(known)}), got {node.describe()}")
         return None
     canonical = {normal_key(key): key for key in known}
-    found: dict[str, Node] = {}
+    found = Fields()
     for written, value in node.pairs(problems):
         key = canonical.get(normal_key(written))
         if key is not None:
             if not value.empty:
                 found[key] = value
             continue
+        close: list[str] = []
         # the search is slow, so skip it if its result would neither be shown nor change anything
-        looked_for = problems.room or unknown is Unknown.WARN_UNLESS_TYPO
-        close = _close(normal_key(written), canonical) if looked_for else []
-        cure = f"did you mean {canonical[close[0]]}?" if close else f"known here: {', '.join(known)}"
-        text = f"unknown key; {cure}"
+        if problems.room or unknown is Unknown.WARN_UNLESS_TYPO:
+            import difflib  # noqa: PLC0415 - a file without mistakes needs none of it
+
+            close = difflib.get_close_matches(normal_key(written), canonical, n=1, cutoff=_CLOSE)
+        cure = f"did you mean {canonical[close[0]]}?" if close else f"expected one of {', '.join(known)}"
         if unknown is Unknown.ERROR or (unknown is Unknown.WARN_UNLESS_TYPO and close):
-            problems.error(value, text)
+            problems.error(value, f"unknown key; {cure}")
         else:
-            problems.warn(value, f"ignored: {text}", hint=bool(close))
+            problems.warn(value, f"ignored unknown key; {cure}", hint=bool(close))
     return found
-
-
-def _close(key: str, known: Iterable[str]) -> list[str]:
-    """Returns a list with the known key of which this key is a likely misspelling, or an empty list."""
-    import difflib  # noqa: PLC0415 - a file without mistakes needs none of it
-
-    return difflib.get_close_matches(key, known, n=1, cutoff=_CLOSE)

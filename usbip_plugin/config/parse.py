@@ -3,161 +3,47 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
 
 from usbip_plugin.config import scalars, schema
-from usbip_plugin.config.document import Node, Problems, Unknown, read_document, read_fields, shown
-from usbip_plugin.config.schema import (
-    Config,
-    DeviceSelector,
-    FileSettings,
-    LockConfig,
-    NodePermissions,
-    OnLoss,
-    ResourceConfig,
-    template_problem,
-)
+from usbip_plugin.config.document import Fields, Node, Problems, Unknown, read_document, read_fields, shown
 from usbip_plugin.config.selectors import read_device, report_overlaps
 from usbip_plugin.errors import ConfigError
 
-KEYS = ("children", "childrenTimeout", "containerPath", "byId", "permissions", "readOnly")
-PERMISSION_KEYS = ("mode", "user", "group")
 MAX_TEMPLATES = 8  # path templates of one resource
 MAX_ID = (1 << 32) - 2  # highest user and group id; 32 bits of ones mean "no id" (-1) to the kernel
-
-PERMISSIONS_NEED_CDI = (
-    "needs cdi: true in the same resource: without it the kubelet is told of device nodes by their paths only, and the "
-    "container has them with the mode, user and group of the node's own. Without cdi, give the pod the group of the "
-    "node's device by securityContext.supplementalGroups"
-)
-
-_MODE = re.compile(r"0o?([0-7]{1,4})")
-_KINDS = ", ".join(schema.CHILD_KINDS)
-
-
-def children(node: Node | None, problems: Problems) -> tuple[str, ...] | None:
-    """Returns the kinds listed in `children`, each once and in the file's order, or None if the key is missing."""
-    if node is None:
-        return None
-    if not node.is_sequence:
-        problems.error(node, f"{node.describe()} where a list is wanted, of {_KINDS}")
-        return None
-    kinds: list[str] = []
-    for item in node.items():
-        kind = item.scalar
-        if kind == "net":
-            problems.error(item, "a network interface is no device node: no container gets it by a device plugin")
-        elif kind not in schema.CHILD_KINDS:
-            problems.error(item, f"{item.describe()} is none of {_KINDS}")
-        elif kind not in kinds:
-            kinds.append(kind)
-    return tuple(kinds)
-
-
-def children_timeout(fields: Mapping[str, Node], allocate_timeout: float, problems: Problems) -> float:
-    """Returns the value of `childrenTimeout` in seconds.
-
-    Must be shorter than allocateTimeout (seconds), in which the device must also be attached.
-    """
-    node = fields.get("childrenTimeout")
-    if node is None:
-        return schema.DEFAULT_CHILDREN_TIMEOUT_S
-    if "children" not in fields:
-        problems.warn(node, "without children nothing is waited for so long; name the kinds in children")
-    value = scalars.seconds(node, problems, least=0.0, most=schema.MAX_CHILDREN_TIMEOUT_S)
-    if value is not None and value >= allocate_timeout:
-        problems.error(node, f"must be shorter than allocateTimeout, which is {allocate_timeout:g}s: set that higher")
-    return schema.DEFAULT_CHILDREN_TIMEOUT_S if value is None else value
-
-
-def container_paths(node: Node | None, problems: Problems) -> tuple[str, ...]:
-    """Returns the valid path templates of `containerPath`, which is one template or a list of them."""
-    if node is None:
-        return ()
-    items = tuple(node.items()) if node.is_sequence else (node,)
-    if len(items) > MAX_TEMPLATES:
-        problems.error(node, f"{len(items)} paths; at most {MAX_TEMPLATES} are allowed")
-        return ()
-    templates: list[str] = []
-    for item in items:
-        template = item.scalar
-        if template is None or len(template) > scalars.MAX_PATH_CHARACTERS:
-            problems.error(item, f"{item.describe()} is no path")
-        elif (problem := template_problem(template)) is not None:
-            problems.error(item, problem)
-        elif template in templates:
-            problems.error(item, "is there already; remove one of them")
-        else:
-            templates.append(template)
-    return tuple(templates)
-
-
-def permissions(node: Node | None, problems: Problems) -> NodePermissions | None:
-    """Returns the `permissions` of a resource, or None if the key is missing or not a mapping."""
-    if node is None:
-        return None
-    before = problems.errors
-    fields = read_fields(node, problems, PERMISSION_KEYS, Unknown.ERROR, "permissions")
-    if fields is None:
-        return None
-    if not fields and problems.errors == before:
-        problems.error(node, f"nothing is set; give some of {', '.join(PERMISSION_KEYS)}")
-    return NodePermissions(
-        mode=_mode(fields.get("mode"), problems),
-        user=_id(fields.get("user"), problems, "user"),
-        group=_id(fields.get("group"), problems, "group"),
-    )
-
-
-def _mode(node: Node | None, problems: Problems) -> int | None:
-    if node is None:
-        return None
-    match = _MODE.fullmatch(node.scalar or "")
-    if match is not None and (value := int(match[1], 8)) <= 0o777:
-        return value
-    problems.error(node, f'{node.describe()} is no mode; write it in octal with a 0 in front, in quotes, as "0660"')
-    return None
-
-
-def _id(node: Node | None, problems: Problems, what: str) -> int | None:
-    if node is None:
-        return None
-    text = node.scalar or ""
-    if re.fullmatch(r"0|[1-9][0-9]{0,9}", text) and int(text) <= MAX_ID:
-        return int(text)
-    problems.error(
-        node,
-        f"{node.describe()} is no number; write the {what}'s numeric id: names are each image's own"
-        + (" (dialout is 20 in Debian and Ubuntu)" if what == "group" else ""),
-    )
-    return None
-
-
 MAX_DEVICES = 1024
 """Device entries over all resources; an entry with several bus ids counts once for each.
 
 The time to check for overlaps grows with the square of this number.
 """
 
+PERMISSIONS_NEED_CDI = (
+    "needs cdi: true in the same resource; without it the container's device nodes have the mode, user and group of "
+    "the host's. Without cdi, add the group of the host's device node to the pod's securityContext.supplementalGroups"
+)
 RESTART_NEEDS_CDI = (
-    "restart needs cdi: true in the same resource: without it the kubelet starts a container again with the device "
-    "paths of its first start"
+    "restart needs cdi: true in the same resource; without it the kubelet restarts a container with the device paths "
+    "of its first start"
 )
 
 _FLAGS = ("domain", "plugin-directory", "pod-resources-socket", "log-level", "listen")
 TOP_KEYS = ("resources", "lock", "allocateTimeout", "publishNodeStatus", *_FLAGS)
-RESOURCE_KEYS = ("devices", *KEYS, "onLoss", "cdi")
+RESOURCE_KEYS = (
+    *("devices", "children", "childrenTimeout", "containerPath", "byId", "permissions", "readOnly", "onLoss", "cdi"),
+)
+PERMISSION_KEYS = ("mode", "user", "group")
 LOCK_KEYS = ("duration",)
-_T = TypeVar("_T")
+
+_MODE = re.compile(r"0o?([0-7]{1,4})")
+_KINDS = ", ".join(schema.CHILD_KINDS)
 
 
 @dataclass(frozen=True, slots=True)
 class Parsed:
     """A valid configuration and the warnings about its file, one line each with its place in the file."""
 
-    config: Config
+    config: schema.Config
     warnings: tuple[str, ...] = ()
 
 
@@ -168,84 +54,74 @@ def parse_config(text: str, source: str = "config.yaml") -> Parsed:
     """
     root = read_document(text, source)
     if root is None or root.empty:
-        raise ConfigError(source, [f"{source}: empty; resources: is missing, resources: {{}} for none"])
+        raise ConfigError(source, [f"{source}: empty file; add resources, or write resources: {{}} for none"])
     problems = Problems(source)
-    top = read_fields(root, problems, TOP_KEYS, Unknown.WARN, "the configuration") or {}
-    allocate_timeout = _optional(
-        top,
+    top = read_fields(root, problems, TOP_KEYS, Unknown.WARN) or Fields()
+    if root.is_mapping and "resources" not in top:
+        problems.error(root, "resources is missing; add resources, or write resources: {} for none")
+    allocate_timeout = top.read(
         "allocateTimeout",
+        problems,
+        scalars.seconds,
         schema.DEFAULT_ALLOCATE_TIMEOUT_S,
-        lambda node: scalars.seconds(
-            node, problems, least=schema.MIN_ALLOCATE_TIMEOUT_S, most=schema.MAX_ALLOCATE_TIMEOUT_S
-        ),
+        least=schema.MIN_ALLOCATE_TIMEOUT_S,
+        most=schema.MAX_ALLOCATE_TIMEOUT_S,
     )
-    if "resources" in top:
-        resources = _resources(top["resources"], allocate_timeout, problems)
-    else:
-        resources = ()
-        if root.is_mapping:
-            problems.error(root, "resources: missing; give at least one, or resources: {} for none")
-    config = Config(
-        resources=resources,
-        lock=_lock(top.get("lock"), problems),
+    config = schema.Config(
+        resources=top.read("resources", problems, _resources, (), allocate_timeout),
+        lock=top.read("lock", problems, _lock, schema.LockConfig()),
         allocate_timeout=allocate_timeout,
-        publish_node_status=_optional(top, "publishNodeStatus", True, lambda node: scalars.boolean(node, problems)),
+        publish_node_status=top.read("publishNodeStatus", problems, scalars.boolean, True),
         settings=_settings(top, problems),
     )
     problems.raise_if_any()
     return Parsed(config, problems.warnings)
 
 
-def _optional(fields: Mapping[str, Node], key: str, default: _T, read: Callable[[Node], _T | None]) -> _T:
-    value = read(fields[key]) if key in fields else None
-    return default if value is None else value
-
-
-def _lock(node: Node | None, problems: Problems) -> LockConfig:
-    if node is None:
-        return LockConfig()
-    fields = read_fields(node, problems, LOCK_KEYS, Unknown.ERROR, "the lock's settings") or {}
-    duration = _optional(
-        fields,
+def _lock(node: Node, problems: Problems) -> schema.LockConfig:
+    fields = read_fields(node, problems, LOCK_KEYS, Unknown.ERROR) or Fields()
+    duration = fields.read(
         "duration",
+        problems,
+        scalars.seconds,
         schema.DEFAULT_LOCK_DURATION_S,
-        lambda value: scalars.seconds(
-            value, problems, least=schema.MIN_LOCK_DURATION_S, most=schema.MAX_LOCK_DURATION_S
-        ),
+        least=schema.MIN_LOCK_DURATION_S,
+        most=schema.MAX_LOCK_DURATION_S,
     )
     if duration != int(duration):
-        problems.error(fields["duration"], "the Lease API has whole seconds; leave the fraction out")
-    return LockConfig(duration)
+        problems.error(fields["duration"], "must be whole seconds, because the Lease API has no fractions")
+    return schema.LockConfig(duration)
 
 
-def _settings(fields: Mapping[str, Node], problems: Problems) -> FileSettings:
-    values = {}
-    for flag in _FLAGS:
-        if flag in fields:
-            values[flag.replace("-", "_")] = scalars.text(fields[flag], problems, longest=scalars.MAX_PATH_CHARACTERS)
-    level = values.get("log_level")
+def _settings(fields: Fields, problems: Problems) -> schema.FileSettings:
+    values = {
+        flag.replace("-", "_"): fields.read(flag, problems, scalars.text, None, longest=schema.MAX_PATH_CHARACTERS)
+        for flag in _FLAGS
+    }
+    level = values["log_level"]
     if level is not None and level not in schema.LOG_LEVELS:
-        problems.error(fields["log-level"], f"{shown(level)} is none of {', '.join(schema.LOG_LEVELS)}")
-    return FileSettings(**values)
+        levels = ", ".join(schema.LOG_LEVELS)
+        problems.error(fields["log-level"], f"'{shown(level)}' is not a valid log level; expected one of {levels}")
+    return schema.FileSettings(**values)
 
 
-def _resources(node: Node, allocate_timeout: float, problems: Problems) -> tuple[ResourceConfig, ...]:
+def _resources(node: Node, problems: Problems, allocate_timeout: float) -> tuple[schema.ResourceConfig, ...]:
     if not node.is_mapping:
-        problems.error(node, f"{node.describe()} where a mapping from resource names to devices is wanted")
+        problems.error(node, f"expected a mapping from resource names to devices, got {node.describe()}")
         return ()
-    resources: list[ResourceConfig] = []
-    places: list[tuple[str, DeviceSelector, Node]] = []
+    resources: list[schema.ResourceConfig] = []
+    places: list[tuple[str, schema.DeviceSelector, Node]] = []
     for written, value in node.pairs(problems, same=str.lower):
         name = scalars.resource_name(written, value, problems)
         entries, resource = _resource(name or written, value, allocate_timeout, problems)
         places.extend((resource.name, device, place) for device, place in entries)
         resources.append(resource)
     if not resources:
-        problems.warn(node, "no resource: the kubelet is offered nothing")
+        problems.warn(node, "no resources; the plugin offers nothing to the kubelet")
     # count each bus id of a list, because the overlap check compares them with one another like entries
     count = sum(max(1, len(schema.several(device.selector.bus_id))) for _, device, _ in places)
     if count > MAX_DEVICES:
-        problems.error(node, f"{count} devices; at most {MAX_DEVICES} are allowed")
+        problems.error(node, f"expected at most {MAX_DEVICES} devices, got {count}")
     else:
         report_overlaps(places, problems)
     return tuple(resources)
@@ -253,42 +129,125 @@ def _resources(node: Node, allocate_timeout: float, problems: Problems) -> tuple
 
 def _resource(
     name: str, node: Node, allocate_timeout: float, problems: Problems
-) -> tuple[list[tuple[DeviceSelector, Node]], ResourceConfig]:
+) -> tuple[list[tuple[schema.DeviceSelector, Node]], schema.ResourceConfig]:
     """Returns the valid device entries of a resource with their nodes, and the resource.
 
     Accepts both forms: the list of the Go program, and the mapping with `devices` and further keys.
     """
-    fields: Mapping[str, Node] = {"devices": node}
+    fields = Fields(devices=node)
     if node.is_mapping:
-        fields = read_fields(node, problems, RESOURCE_KEYS, Unknown.ERROR, "a resource") or {}
-    entries: list[tuple[DeviceSelector, Node]] = []
-    devices = fields.get("devices")
-    if devices is None or not devices.is_sequence:
-        what = devices.describe() if devices is not None and not node.is_mapping else "no list of devices"
-        problems.error(node, f"{what} where a list of devices is wanted, each with target and selector")
-    else:
-        for item in devices.items():
-            before = problems.errors
-            device = read_device(item, problems)
-            # keep only entries without errors: an entry read in part could look equal to another one
-            if device is not None and problems.errors == before:
-                entries.append((device, item))
-        if not devices.yaml.value:
-            problems.warn(devices, "an empty list: the resource is offered with no device")
-    resource = ResourceConfig(
+        fields = read_fields(node, problems, RESOURCE_KEYS, Unknown.ERROR) or Fields()
+    if "devices" not in fields:
+        problems.error(node, "devices is missing; expected a list of devices, each with target and selector")
+    entries = fields.read("devices", problems, _devices, [])
+    resource = schema.ResourceConfig(
         name=name,
         devices=tuple(device for device, _ in entries),
-        on_loss=_optional(fields, "onLoss", OnLoss.KEEP, lambda value: scalars.choice(value, problems, OnLoss)),
-        cdi=_optional(fields, "cdi", False, lambda value: scalars.boolean(value, problems)),
-        children=children(fields.get("children"), problems),
-        children_timeout=children_timeout(fields, allocate_timeout, problems),
-        container_paths=container_paths(fields.get("containerPath"), problems),
-        by_id=_optional(fields, "byId", False, lambda value: scalars.boolean(value, problems)),
-        permissions=permissions(fields.get("permissions"), problems),
-        read_only=_optional(fields, "readOnly", False, lambda value: scalars.boolean(value, problems)),
+        on_loss=fields.read("onLoss", problems, scalars.choice, schema.OnLoss.KEEP, schema.OnLoss),
+        cdi=fields.read("cdi", problems, scalars.boolean, False),
+        children=fields.read("children", problems, _children, None),
+        children_timeout=fields.read(
+            "childrenTimeout", problems, _children_timeout, schema.DEFAULT_CHILDREN_TIMEOUT_S, allocate_timeout
+        ),
+        container_paths=fields.read("containerPath", problems, _container_paths, ()),
+        by_id=fields.read("byId", problems, scalars.boolean, False),
+        permissions=fields.read("permissions", problems, _permissions, None),
+        read_only=fields.read("readOnly", problems, scalars.boolean, False),
     )
+    if "childrenTimeout" in fields and "children" not in fields:
+        problems.warn(fields["childrenTimeout"], "has no effect without children; list the kinds to wait for there")
     if resource.permissions is not None and not resource.cdi:
         problems.error(fields["permissions"], PERMISSIONS_NEED_CDI)
-    if resource.on_loss is OnLoss.RESTART and not resource.cdi:
+    if resource.on_loss is schema.OnLoss.RESTART and not resource.cdi:
         problems.error(fields["onLoss"], RESTART_NEEDS_CDI)
     return entries, resource
+
+
+def _devices(node: Node, problems: Problems) -> list[tuple[schema.DeviceSelector, Node]]:
+    if not node.is_sequence:
+        problems.error(node, f"expected a list of devices, got {node.describe()}")
+        return []
+    entries: list[tuple[schema.DeviceSelector, Node]] = []
+    for item in node.items():
+        before = problems.errors
+        device = read_device(item, problems)
+        # keep only entries without errors: an entry read in part could look equal to another one
+        if device is not None and problems.errors == before:
+            entries.append((device, item))
+    if not node.yaml.value:
+        problems.warn(node, "empty list; the resource has no devices")
+    return entries
+
+
+def _children(node: Node, problems: Problems) -> tuple[str, ...] | None:
+    """Reads the kinds of device nodes, each once and in the file's order."""
+    if not node.is_sequence:
+        problems.error(node, f"expected a list of kinds ({_KINDS}), got {node.describe()}")
+        return None
+    kinds: dict[str, None] = {}
+    for item in node.items():
+        if item.scalar == "net":
+            problems.error(item, "a network interface is not a device node, so no container can get it; remove net")
+        elif item.scalar not in schema.CHILD_KINDS:
+            problems.error(item, f"unknown kind {item.describe()}; expected one of {_KINDS}")
+        else:
+            kinds[item.scalar] = None
+    return tuple(kinds)
+
+
+def _children_timeout(node: Node, problems: Problems, allocate_timeout: float) -> float | None:
+    """Reads a duration shorter than allocateTimeout (seconds), in which the device must also be attached."""
+    value = scalars.seconds(node, problems, least=0.0, most=schema.MAX_CHILDREN_TIMEOUT_S)
+    if value is not None and value >= allocate_timeout:
+        problems.error(node, f"must be shorter than allocateTimeout ({allocate_timeout:g}s); change one of them")
+    return value
+
+
+def _container_paths(node: Node, problems: Problems) -> tuple[str, ...]:
+    """Reads one path template or a list of them, and returns the valid ones."""
+    items = tuple(node.items()) if node.is_sequence else (node,)
+    if len(items) > MAX_TEMPLATES:
+        problems.error(node, f"expected at most {MAX_TEMPLATES} paths, got {len(items)}")
+        return ()
+    templates: list[str] = []
+    for item in items:
+        template = item.scalar or ""
+        if (problem := schema.template_problem(template)) is not None:
+            problems.error(item, problem)
+        elif template in templates:
+            problems.error(item, "duplicate path; remove one")
+        else:
+            templates.append(template)
+    return tuple(templates)
+
+
+def _permissions(node: Node, problems: Problems) -> schema.NodePermissions | None:
+    before = problems.errors
+    fields = read_fields(node, problems, PERMISSION_KEYS, Unknown.ERROR)
+    if fields is None:
+        return None
+    if not fields and problems.errors == before:
+        problems.error(node, f"expected at least one of {', '.join(PERMISSION_KEYS)}, got nothing")
+    return schema.NodePermissions(
+        mode=fields.read("mode", problems, _mode, None),
+        user=fields.read("user", problems, _id, None, "the user's numeric id"),
+        group=fields.read("group", problems, _id, None, "the group's numeric id (dialout is 20 in Debian and Ubuntu)"),
+    )
+
+
+def _mode(node: Node, problems: Problems) -> int | None:
+    match = _MODE.fullmatch(node.scalar or "")
+    if match is not None and (value := int(match[1], 8)) <= 0o777:
+        return value
+    problems.error(
+        node, f'{node.describe()} is not a valid mode; expected octal digits with a leading 0, such as "0660"'
+    )
+    return None
+
+
+def _id(node: Node, problems: Problems, expected: str) -> int | None:
+    text = node.scalar or ""
+    if re.fullmatch(r"0|[1-9][0-9]{0,9}", text) and int(text) <= MAX_ID:
+        return int(text)
+    problems.error(node, f"{node.describe()} is not valid; expected {expected}, because names differ between images")
+    return None

@@ -27,11 +27,7 @@ RETRY_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A configuration as read from disk.
-
-    warnings: one line each with its place in the file.
-    digest: SHA-256 of the file's bytes.
-    """
+    """A configuration as read from disk, its warnings (see Parsed), and the SHA-256 of the file's bytes."""
 
     config: Config
     warnings: tuple[str, ...]
@@ -43,8 +39,7 @@ def load_config(path: Path) -> Loaded:
 
     Raises ConfigError if the file cannot be read, is larger than MAX_FILE_BYTES or is not valid.
     """
-    data = _read(path)
-    return _parse(path, data)
+    return _parse(path, _read(path))
 
 
 def _read(path: Path) -> bytes:
@@ -53,7 +48,7 @@ def _read(path: Path) -> bytes:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise ConfigError(str(path), [f"{path}: not a regular file"])
+                raise ConfigError(str(path), [f"{path}: must be a regular file"])
             with os.fdopen(descriptor, "rb", closefd=False) as file:
                 data = file.read(MAX_FILE_BYTES + 1)
         finally:
@@ -61,7 +56,7 @@ def _read(path: Path) -> bytes:
     except OSError as error:
         raise ConfigError(str(path), [f"{path}: cannot be read: {error.strerror}"]) from error
     if len(data) > MAX_FILE_BYTES:
-        raise ConfigError(str(path), [f"{path}: larger than {MAX_FILE_BYTES // 1024} KiB"])
+        raise ConfigError(str(path), [f"{path}: must not be larger than {MAX_FILE_BYTES // 1024} KiB"])
     return data
 
 
@@ -70,7 +65,7 @@ def _parse(path: Path, data: bytes) -> Loaded:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise ConfigError(str(path), [f"{path}:{line}: not UTF-8"]) from error
+        raise ConfigError(str(path), [f"{path}:{line}: must be UTF-8 text"]) from error
     parsed = parse_config(text, str(path))
     return Loaded(parsed.config, parsed.warnings, hashlib.sha256(data).digest())
 

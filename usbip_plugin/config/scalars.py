@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
 from enum import Enum
 from typing import TypeVar
 
 from usbip_plugin.config.document import Node, Problems, shown
+from usbip_plugin.config.schema import path_problem
 from usbip_plugin.model import UsbId
 
-MAX_PATH_CHARACTERS = 4096  # characters of a path; PATH_MAX of Linux
 MAX_BUS_ID_GLOB = 64  # characters of a bus id or a glob over bus ids; a bus id in a USB/IP message has at most 31
 MAX_SERIAL_CHARACTERS = 126  # characters of a serial number; a USB string descriptor cannot hold more
 MAX_HOST_CHARACTERS = 253  # characters of a host name, the limit of DNS
@@ -54,28 +53,24 @@ def usb_number(node: Node, problems: Problems, *, digits: int) -> int | None:
     The Go program reads an unquoted number as a YAML integer: 0x1050 is hexadecimal, 1666 decimal, 0666 octal. If the
     YAML integer differs from the hexadecimal number, the value is refused with an error that shows both.
     """
-    text = node.scalar
-    match = _HEX.fullmatch(text) if text is not None else None
+    text = node.scalar or ""
+    match = _HEX.fullmatch(text)
     as_hex = int(match[1], 16) if match and len(match[1]) <= digits else None
-    if text is None or node.quoted:
-        if as_hex is None:
-            problems.error(node, f'{node.describe()} is no USB number; write up to {digits} hexadecimal digits, "0951"')
-        return as_hex
-    as_go = _go_reading(text)
+    as_go = None if node.quoted else _go_reading(text)
     if as_go is not None and as_hex is not None and as_go != as_hex:
         cures = " or ".join(f'"{reading:0{digits}x}"' for reading in (as_hex, as_go) if 0 <= reading < 16**digits)
         problems.error(
             node,
-            f"{text} without quotes is ambiguous: hexadecimal it is 0x{as_hex:0{digits}x}, as a YAML number (which the "
-            f"Go program took) it is {as_go}, or 0x{as_go:0{digits}x}; write {cures}",
+            f"{text} without quotes is ambiguous: 0x{as_hex:0{digits}x} as a hexadecimal number, "
+            f"0x{as_go:0{digits}x} as a YAML number, as the Go program reads it; write {cures}",
         )
         return None
     value = as_hex if as_hex is not None else as_go
     if value is None or not 0 <= value < 16**digits:
-        cure = f'write up to {digits} hexadecimal digits in quotes, "0951"'
-        problems.error(node, f"{shown(text)} is no USB number; {cure}")
+        what = "USB ID" if digits == 4 else "USB class"
+        problems.error(node, f"{node.describe()} is not a valid {what}; expected up to {digits} hex digits in quotes")
         return None
-    if value and not text.lower().startswith("0x"):
+    if value and not node.quoted and not text.lower().startswith("0x"):
         problems.warn(node, f'{text} is read as 0x{value:0{digits}x}; put it in quotes: "{value:0{digits}x}"')
     return value
 
@@ -84,19 +79,16 @@ def _go_reading(text: str) -> int | None:
     """Returns the integer that Go's yaml.v3 and mapstructure read from an unquoted scalar, None if they refuse it."""
     if len(text) > MAX_NUMBER_CHARACTERS:
         return None
-    plain = text.replace("_", "")
     if _GO_INTEGER.fullmatch(text):
-        octal = re.fullmatch(r"([-+]?)0([0-7]+)", plain)
-        return int(f"{octal[1]}0o{octal[2]}", 0) if octal else int(plain, 0) if not _leading_zero(plain) else int(plain)
+        plain = text.replace("_", "")
+        if octal := re.fullmatch(r"([-+]?)0([0-7]+)", plain):
+            return int(f"{octal[1]}0o{octal[2]}", 0)
+        # a number that starts with 0 and is not octal (0951) is floating-point to yaml.v3
+        return int(plain, 10 if re.fullmatch(r"[-+]?0[0-9]+", plain) else 0)
     if _GO_FLOAT.fullmatch(text):
         number = float(text)
         return int(number) if math.isfinite(number) and number == int(number) else None
     return None
-
-
-def _leading_zero(text: str) -> bool:
-    """Returns whether a number starts with 0. Unless it is octal, yaml.v3 reads it as floating-point (0951)."""
-    return re.fullmatch(r"[-+]?0[0-9]+", text) is not None
 
 
 def class_code(node: Node, problems: Problems) -> int | None:
@@ -104,7 +96,8 @@ def class_code(node: Node, problems: Problems) -> int | None:
     if node.scalar is not None and (known := CLASS_NAMES.get(node.scalar.lower())) is not None:
         return known
     if node.scalar is not None and not _HEX.fullmatch(node.scalar):
-        problems.error(node, f'{node.describe()} is no USB class; write "08" or one of {", ".join(CLASS_NAMES)}')
+        names = ", ".join(CLASS_NAMES)
+        problems.error(node, f"{node.describe()} is not a valid USB class; expected 2 hex digits or one of {names}")
         return None
     return usb_number(node, problems, digits=2)
 
@@ -122,9 +115,11 @@ def seconds(node: Node, problems: Problems, *, least: float, most: float) -> flo
     elif len(text) <= MAX_NUMBER_CHARACTERS and re.fullmatch(r"[0-9]+(\.[0-9]+)?", text):
         value = float(text)
     if value is None:
-        problems.error(node, f"{node.describe()} is no duration; write seconds, as 40, or with a unit, as 40s or 1m30s")
+        problems.error(
+            node, f"{node.describe()} is not a valid duration; expected seconds, or a duration such as 1m30s"
+        )
     elif not least <= value <= most:
-        problems.error(node, f"{text} is out of bounds; allowed is {least:g}s to {most:g}s")
+        problems.error(node, f"{text} is out of range; must be {least:g}s to {most:g}s")
         return None
     return value
 
@@ -133,16 +128,18 @@ def boolean(node: Node, problems: Problems) -> bool | None:
     """Reads true or false. Refuses all other words that YAML 1.1 takes for booleans, such as yes and on."""
     if node.scalar in {"true", "false"}:
         return node.scalar == "true"
-    problems.error(node, f"{node.describe()} is neither true nor false")
+    problems.error(node, f"expected true or false, got {node.describe()}")
     return None
 
 
 def choice(node: Node, problems: Problems, options: type[_E]) -> _E | None:
     """Reads one of the values of an enum, ignoring case."""
-    with contextlib.suppress(ValueError):
+    try:
         return options((node.scalar or "").lower())
-    problems.error(node, f"{node.describe()} is none of {', '.join(str(option.value) for option in options)}")
-    return None
+    except ValueError:
+        allowed = ", ".join(str(option.value) for option in options)
+        problems.error(node, f"{node.describe()} is not valid; expected one of {allowed}")
+        return None
 
 
 def port(node: Node, problems: Problems) -> int | None:
@@ -150,7 +147,7 @@ def port(node: Node, problems: Problems) -> int | None:
     text = node.scalar or ""
     if re.fullmatch(r"[0-9]{1,5}", text) and 0 < int(text) < 65536:
         return int(text)
-    problems.error(node, f"{node.describe()} is no TCP port (1 to 65535)")
+    problems.error(node, f"{node.describe()} is not a valid TCP port (1-65535)")
     return None
 
 
@@ -160,10 +157,10 @@ def host(node: Node, problems: Problems) -> str | None:
     bare = text[1:-1] if text.startswith("[") and text.endswith("]") else text
     if bare and len(bare) <= MAX_HOST_CHARACTERS and _HOST.fullmatch(bare):
         if re.fullmatch(r"[^:]*:[0-9]+", bare):
-            problems.error(node, f"{text} has a port in it; give the port as target.port")
+            problems.error(node, f"{text} contains a port; write the port in target.port")
             return None
         return bare
-    problems.error(node, f"{node.describe()} is no host name or address")
+    problems.error(node, f"{node.describe()} is not a valid host name or address")
     return None
 
 
@@ -172,7 +169,7 @@ def text(node: Node, problems: Problems, *, longest: int) -> str | None:
     value = node.scalar
     if value and len(value) <= longest and value.isprintable():
         return value
-    problems.error(node, f"{node.describe()} is not 1 to {longest} printable characters")
+    problems.error(node, f"expected 1 to {longest} printable characters, got {node.describe()}")
     return None
 
 
@@ -180,7 +177,10 @@ def usb_id(node: Node, problems: Problems) -> UsbId | None:
     """Reads vendor:product, each with four hexadecimal digits, as `lsusb` and `usbip list` show it."""
     match = _USB_ID.fullmatch(node.scalar or "")
     if match is None:
-        problems.error(node, f'{node.describe()} is no vendor:product; write both with 4 digits, "0951:1666"')
+        problems.error(
+            node,
+            f'{node.describe()} is not a valid vendor:product pair; expected 4 hex digits each, such as "0951:1666"',
+        )
         return None
     return UsbId(int(match[1], 16), int(match[2], 16))
 
@@ -191,37 +191,35 @@ def bus_id(node: Node, problems: Problems) -> str | None:
     if value and len(value) <= MAX_BUS_ID_GLOB and _BUS_ID_GLOB.fullmatch(value):
         return value
     problems.error(
-        node, f'{node.describe()} is no bus id; write one as `usbip list` shows it, "1-1.4", or a glob, "1-*"'
+        node,
+        f'{node.describe()} is not a valid bus id; expected one from `usbip list`, such as "1-1.4", or a glob, "1-*"',
     )
     return None
 
 
 def absolute_path(node: Node, problems: Problems) -> str | None:
-    """Reads an absolute path. Refuses a path that contains ".."."""
-    value = node.scalar or ""
-    if value.startswith("/") and len(value) <= MAX_PATH_CHARACTERS and value.isprintable():
-        if ".." not in value.split("/"):
-            return value
-        problems.error(node, f"{shown(value)} must not contain ..")
-        return None
-    problems.error(node, f"{node.describe()} is no absolute path")
+    """Reads an absolute path without ".."."""
+    path = node.scalar or ""
+    if (problem := path_problem(path)) is None:
+        return path
+    problems.error(node, problem)
     return None
 
 
 def resource_name(name: str, node: Node, problems: Problems) -> str | None:
-    """Reads the part of a resource name after the domain, as Kubernetes allows it.
+    """Reads the part of a resource name after the domain. Returns it in lower case, as the Go program does.
 
-    Returns the name in lower case, as the Go program does, and warns if that changes it. node: the place for problems.
+    node: the place for problems.
     """
     if len(name) > MAX_NAME_CHARACTERS or not _NAME.fullmatch(name):
         problems.error(
             node,
-            f"'{shown(name)}' is no resource name: at most {MAX_NAME_CHARACTERS} letters, digits, '-', '_' and '.', "
-            "beginning and ending with a letter or digit",
+            f"'{shown(name)}' is not a valid resource name; expected up to {MAX_NAME_CHARACTERS} letters, digits, '-', "
+            "'_' or '.', with a letter or digit at both ends",
         )
         return None
     if name != name.lower():
-        problems.warn(node, f"the resource is called {name.lower()}: names are made lower case")
+        problems.warn(node, f"the resource name is converted to lower case: {name.lower()}")
     return name.lower()
 
 
@@ -230,5 +228,5 @@ def permissions(node: Node, problems: Problems) -> str | None:
     value = node.scalar or ""
     if value and len(set(value)) == len(value) and set(value) <= set("rwm"):
         return value
-    problems.error(node, f"{node.describe()} is no set of permissions; write some of r, w and m, as rw")
+    problems.error(node, f"{node.describe()} is not valid; expected some of r, w and m, such as rw")
     return None

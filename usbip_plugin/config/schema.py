@@ -16,11 +16,13 @@ FIELDS = (
     *("busid", "serial", "vendor", "product", "manufacturer", "model"),
 )
 """The fields that a containerPath template can use."""
+MAX_PATH_CHARACTERS = 4096
+"""Characters of a path; PATH_MAX of Linux."""
 MAX_VALUE = 128
 """Characters of a field's value in a rendered path; a USB string descriptor has up to 126."""
 _EVERY = frozenset({"kind", "name"})
 _CHILDREN = frozenset({"number", "interface"})
-_TELLS_DEVICES_APART = frozenset({"index", "name", "busid", "serial"})
+_DISTINCT = frozenset({"index", "name", "busid", "serial"})
 _FIELD = re.compile(r"\{([^{}]*)\}")
 _UNSAFE = re.compile(r"[^0-9A-Za-z._-]")
 
@@ -42,24 +44,26 @@ def names(template: str) -> Names:
 
 
 def tells_devices_apart(template: str) -> bool:
-    """Returns whether the template has a field that distinguishes two devices of a container.
+    """Returns whether the template gives two devices of a container different paths."""
+    return bool(set(_FIELD.findall(template)) & _DISTINCT)
 
-    These fields are index, name, busid and serial. Without one of them, the devices would get the same path.
-    """
-    return bool(set(_FIELD.findall(template)) & _TELLS_DEVICES_APART)
+
+def path_problem(path: str) -> str | None:
+    """Returns why this is not an absolute path without "..", or None."""
+    if not path.startswith("/") or len(path) > MAX_PATH_CHARACTERS or not path.isprintable():
+        return f"'{shown(path)}' is not an absolute path"
+    return f"'{shown(path)}' must not contain .." if ".." in path.split("/") else None
 
 
 def template_problem(template: str) -> str | None:
     """Returns what is wrong with a template, or None. A template is an absolute path with {fields} of FIELDS in it."""
-    if not template.startswith("/") or not template.isprintable():
-        return f"'{shown(template)}' is no absolute path"
-    if ".." in template.split("/"):
-        return f"{shown(template)} must not contain .."
+    if (problem := path_problem(template)) is not None:
+        return problem
     for name in _FIELD.findall(template):
         if name not in FIELDS:
-            return f"{{{shown(name)}}} is unknown; known are {', '.join(f'{{{known}}}' for known in FIELDS)}"
+            return f"unknown field {{{shown(name)}}}; expected one of {', '.join(f'{{{known}}}' for known in FIELDS)}"
     if set(_FIELD.sub("", template)) & set("{}"):
-        return f"{shown(template)} has a lone brace"
+        return f"{shown(template)} has an unmatched brace"
     return None
 
 
@@ -69,11 +73,11 @@ def render(template: str, values: Mapping[str, str]) -> str:
     Characters of a value that do not belong in a file name become "-", because a serial number comes from the device
     and must not choose the directory. A field without a value becomes "-".
     """
-    return _FIELD.sub(lambda match: _safe(values.get(match[1], "")), template)
 
+    def safe(match: re.Match[str]) -> str:
+        return _UNSAFE.sub("-", values.get(match[1], "")[:MAX_VALUE]).lstrip(".") or "-"
 
-def _safe(value: str) -> str:
-    return _UNSAFE.sub("-", value[:MAX_VALUE]).lstrip(".") or "-"
+    return _FIELD.sub(safe, template)
 
 
 DEFAULT_CONFIG_PATH = "/etc/usbip-device-plugin/config.yaml"
@@ -115,7 +119,7 @@ _T = TypeVar("_T")
 
 
 def several(value: _T | tuple[_T, ...] | None) -> tuple[_T, ...]:
-    """Returns the values of a selector's field as a tuple: one, several, or none for None."""
+    """Returns the values of a selector's field as a tuple, which is empty for None."""
     if value is None:
         return ()
     return value if isinstance(value, tuple) else (value,)
@@ -179,10 +183,7 @@ def _listed(values: list[str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Extra:
-    """A device node of the host that a container gets with every device of a selector.
-
-    permissions: some of r, w and m.
-    """
+    """A device node of the host that a container gets with each device. permissions: some of r, w and m."""
 
     host_path: str
     container_path: str
@@ -193,9 +194,7 @@ class Extra:
 class DeviceSelector:
     """A device entry of a resource.
 
-    target: the server that exports the devices.
-    selector: the filter for its devices.
-    extras: the host's device nodes that a container gets with each of them.
+    extras: the host's device nodes that a container gets with each device.
     """
 
     target: ServerKey
@@ -221,8 +220,7 @@ class ResourceConfig:
     """A resource that the kubelet offers to pods.
 
     name: without the domain.
-    devices: the entries; the first entry that matches a device determines its extras.
-    on_loss: the action for a pod whose device has come back with different device nodes. RESTART needs cdi.
+    devices: the first entry that matches a device determines its extras.
     cdi: whether pods get the device nodes by CDI name.
     children: the kinds of device nodes that a pod gets besides the USB node. A node of one of them must appear within
     children_timeout seconds. None gives the pod all nodes of the device.
@@ -246,10 +244,7 @@ class ResourceConfig:
 
 @dataclass(frozen=True, slots=True)
 class LockConfig:
-    """The settings of the locks.
-
-    duration: whole seconds, from MIN_LOCK_DURATION_S to MAX_LOCK_DURATION_S.
-    """
+    """The settings of the locks. duration: whole seconds."""
 
     duration: float = DEFAULT_LOCK_DURATION_S
 
@@ -270,10 +265,7 @@ class FileSettings:
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """A valid configuration.
-
-    allocate_timeout: seconds.
-    """
+    """A valid configuration. allocate_timeout: seconds."""
 
     resources: tuple[ResourceConfig, ...]
     lock: LockConfig = field(default_factory=LockConfig)

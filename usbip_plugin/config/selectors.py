@@ -6,7 +6,7 @@ import enum
 import fnmatch
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import TypeVar
 
 from usbip_plugin.config import scalars
 from usbip_plugin.config.document import Node, Problems, Unknown, read_fields
@@ -71,7 +71,10 @@ def may_overlap(one: Selector, other: Selector) -> bool:
     for mine, theirs in ((one.serial, other.serial), (one.class_, other.class_)):
         if mine is not None and theirs is not None and mine != theirs:
             return False
-    return _ids_may_overlap(one, other) and _bus_ids_may_overlap(several(one.bus_id), several(other.bus_id))
+    ours, others = several(one.bus_id), several(other.bus_id)
+    return _ids_may_overlap(one, other) and (
+        not ours or not others or any(_bus_id_may_overlap(bus_id, pattern) for bus_id in ours for pattern in others)
+    )
 
 
 def _ids_may_overlap(one: Selector, other: Selector) -> bool:
@@ -94,18 +97,12 @@ def _has(selector: Selector, usb_id: UsbId) -> bool:
     )
 
 
-def _agrees(wanted: int | tuple[int, ...] | None, value: int) -> bool:
-    return wanted is None or wanted == value or (isinstance(wanted, tuple) and value in wanted)
-
-
-def _bus_ids_may_overlap(ones: tuple[str, ...], others: tuple[str, ...]) -> bool:
-    return not ones or not others or any(_bus_id_may_overlap(one, other) for one in ones for other in others)
+def _agrees(allowed: int | tuple[int, ...] | None, value: int) -> bool:
+    return allowed is None or allowed == value or (isinstance(allowed, tuple) and value in allowed)
 
 
 def _bus_id_may_overlap(one: str, other: str) -> bool:
-    if one == other:
-        return True
-    if _GLOB_CHARACTERS & set(one) and _GLOB_CHARACTERS & set(other):
+    if one == other or (_GLOB_CHARACTERS & set(one) and _GLOB_CHARACTERS & set(other)):
         return True
     return fnmatch.fnmatchcase(one, other) or fnmatch.fnmatchcase(other, one)
 
@@ -119,29 +116,21 @@ SELECTOR_KEYS = ("vendor", "product", "usb_ids", "bus_id", "serial", "class")
 EXTRA_KEYS = ("hostPath", "containerPath", "permissions")
 
 
-class _Comparable(Protocol):
-    def __lt__(self, other: Any, /) -> bool: ...
-
-
-_T = TypeVar("_T", bound=_Comparable)
+_T = TypeVar("_T", int, str, UsbId)
 
 
 def read_device(node: Node, problems: Problems) -> DeviceSelector | None:
     """Reads a device entry of a resource. Returns None and adds errors to problems if it has no valid target."""
-    fields = read_fields(node, problems, DEVICE_KEYS, Unknown.WARN, "a device")
+    fields = read_fields(node, problems, DEVICE_KEYS, Unknown.WARN)
     if fields is None:
         return None
     if "target" not in fields:
-        problems.error(node, "target: missing; say which server with target: {host: ..., port: 3240}")
-        target = None
-    else:
-        target = _target(fields["target"], problems)
-    if "selector" in fields:
-        selector = _selector(fields["selector"], problems)
-    else:
-        selector = Selector()
-        problems.warn(node, "selector: missing; the resource takes every device of this server")
-    extras = _extras(fields["extras"], problems) if "extras" in fields else ()
+        problems.error(node, "target is missing; write target: {host: ..., port: 3240}")
+    if "selector" not in fields:
+        problems.warn(node, "selector is missing; the resource selects every device of this server")
+    target = fields.read("target", problems, _target, None)
+    selector = fields.read("selector", problems, _selector, Selector())
+    extras = fields.read("extras", problems, _extras, ())
     return DeviceSelector(target, selector, extras) if target is not None else None
 
 
@@ -156,121 +145,101 @@ def report_overlaps(entries: Sequence[tuple[str, DeviceSelector, Node]], problem
     for resource, device, place in entries:
         first = seen.setdefault((resource, device.target, device.selector), place)
         if first is not place:
-            problems.error(place, f"selects the same as {first.path} (line {first.line}); remove one of them")
+            problems.error(place, f"same target and selector as {first.path} (line {first.line}); remove one")
             continue
         for other_resource, other, other_place in by_server.get(device.target, []):
             if not may_overlap(device.selector, other.selector):
                 continue
             overlaps += 1
-            shared = "counted once" if other_resource == resource else "offered by both and locked once"
+            shared = "counted once" if other_resource == resource else "offered by both, and used by one pod at a time"
             if overlaps <= MAX_OVERLAP_WARNINGS:
-                problems.warn(place, f"may select a device of {other_place.path} too; such a device is {shared}")
+                problems.warn(place, f"may select the same device as {other_place.path}; such a device is {shared}")
         by_server.setdefault(device.target, []).append((resource, device, place))
 
 
 def _target(node: Node, problems: Problems) -> ServerKey | None:
-    fields = read_fields(node, problems, TARGET_KEYS, Unknown.WARN, "a server")
+    fields = read_fields(node, problems, TARGET_KEYS, Unknown.WARN)
     if fields is None:
         return None
     if "host" not in fields:
-        problems.error(node, "host: missing; give the server's name or address")
-        return None
-    host = scalars.host(fields["host"], problems)
-    port = scalars.port(fields["port"], problems) if "port" in fields else DEFAULT_USBIP_PORT
-    return ServerKey(host, port) if host is not None and port is not None else None
+        problems.error(node, "host is missing; write the server's name or address")
+    host = fields.read("host", problems, scalars.host, None)
+    port = fields.read("port", problems, scalars.port, DEFAULT_USBIP_PORT)
+    return ServerKey(host, port) if host is not None else None
 
 
 def _selector(node: Node, problems: Problems) -> Selector:
-    fields = read_fields(node, problems, SELECTOR_KEYS, Unknown.WARN_UNLESS_TYPO, "a selector")
+    fields = read_fields(node, problems, SELECTOR_KEYS, Unknown.WARN_UNLESS_TYPO)
     if fields is None:
         return Selector()
+    if "bus_id" in fields and fields["bus_id"].scalar == "":
+        del fields["bus_id"]  # the Go program's zero value
     selector = Selector(
-        vendor=_usb_numbers(fields.get("vendor"), problems),
-        product=_usb_numbers(fields.get("product"), problems),
-        usb_ids=_values(fields.get("usb_ids"), problems, scalars.usb_id),
-        bus_id=_one_or_several(fields["bus_id"], problems, scalars.bus_id) if _given(fields.get("bus_id")) else None,
-        serial=(
-            scalars.text(fields["serial"], problems, longest=scalars.MAX_SERIAL_CHARACTERS)
-            if "serial" in fields
-            else None
-        ),
-        class_=scalars.class_code(fields["class"], problems) if "class" in fields else None,
+        vendor=_bare(fields.read("vendor", problems, _usb_numbers, ())),
+        product=_bare(fields.read("product", problems, _usb_numbers, ())),
+        usb_ids=fields.read("usb_ids", problems, _values, (), scalars.usb_id),
+        bus_id=_bare(fields.read("bus_id", problems, _values, (), scalars.bus_id)),
+        serial=fields.read("serial", problems, scalars.text, None, longest=scalars.MAX_SERIAL_CHARACTERS),
+        class_=fields.read("class", problems, scalars.class_code, None),
     )
-    if not fields or selector == Selector():
-        problems.warn(node, "selects nothing in particular; the resource takes every device of this server")
+    if selector == Selector():
+        problems.warn(node, "the selector is empty; the resource selects every device of this server")
     return selector
 
 
-def _given(node: Node | None) -> bool:
-    """Returns whether a value is set. An empty bus_id counts as not set, because it is the Go program's zero value."""
-    return node is not None and node.scalar != ""
-
-
-def _one_or_several(
-    node: Node | None, problems: Problems, read: Callable[[Node, Problems], _T | None]
-) -> _T | tuple[_T, ...] | None:
-    values = _values(node, problems, read)
+def _bare(values: tuple[_T, ...]) -> _T | tuple[_T, ...] | None:
     return values if len(values) > 1 else next(iter(values), None)
 
 
-def _values(node: Node | None, problems: Problems, read: Callable[[Node, Problems], _T | None]) -> tuple[_T, ...]:
+def _values(node: Node, problems: Problems, read: Callable[[Node, Problems], _T | None]) -> tuple[_T, ...]:
     """Reads one value, or a list of values, which it returns sorted.
 
     A list that is empty, too long, or contains a value twice or a 0 is an error.
     """
-    if node is None:
-        return ()
     if not node.is_sequence:
         value = read(node, problems)
         return () if value is None else (value,)
     found: dict[_T, Node] = {}
     items = list(node.items())
     if not items:
-        problems.error(node, "an empty list selects nothing; leave the key out for any, or name at least one")
+        problems.error(node, "an empty list selects nothing; remove the key to select any, or add a value")
     elif len(items) > MAX_SELECTOR_VALUES:
-        problems.error(node, f"{len(items)} values; at most {MAX_SELECTOR_VALUES} are allowed, make it two entries")
+        problems.error(node, f"expected at most {MAX_SELECTOR_VALUES} values, got {len(items)}; write two entries")
         return ()
     for item in items:
         value = read(item, problems)
         if value is None:
             continue
         if value in found:
-            problems.error(item, f"{item.describe()} is in the list already (line {found[value].line}); remove one")
+            problems.error(item, f"duplicate value {item.describe()} (first on line {found[value].line}); remove one")
         elif value == 0:
-            problems.error(item, "0 stands for any, which a list makes no sense of; leave it out, or the whole key")
+            problems.error(item, "0 means any and is not valid in a list; remove it, or the whole key")
         found.setdefault(value, item)
     return tuple(sorted(found))
 
 
-def _usb_numbers(node: Node | None, problems: Problems) -> int | tuple[int, ...] | None:
-    value = _one_or_several(node, problems, partial(scalars.usb_number, digits=4))
-    if value == 0 and node is not None and not node.is_sequence:
-        problems.warn(node, "0 stands for any, as in the Go program; leave it out")
-        return None
-    return value
+def _usb_numbers(node: Node, problems: Problems) -> tuple[int, ...]:
+    values = _values(node, problems, partial(scalars.usb_number, digits=4))
+    if values == (0,) and not node.is_sequence:
+        problems.warn(node, "0 means any, as in the Go program; remove the key")
+        return ()
+    return values
 
 
 def _extras(node: Node, problems: Problems) -> tuple[Extra, ...]:
     if not node.is_sequence:
-        problems.error(node, f"{node.describe()} where a list is wanted, of hostPath, containerPath, permissions")
+        problems.error(node, f"expected a list of mappings (keys: {', '.join(EXTRA_KEYS)}), got {node.describe()}")
         return ()
     extras = []
     for item in node.items():
-        fields = read_fields(item, problems, EXTRA_KEYS, Unknown.WARN, "an extra")
+        fields = read_fields(item, problems, EXTRA_KEYS, Unknown.WARN)
         if fields is None:
             continue
         if "hostPath" not in fields:
-            problems.error(item, "hostPath: missing")
-            continue
-        host_path = scalars.absolute_path(fields["hostPath"], problems)
-        container_path = (
-            scalars.absolute_path(fields["containerPath"], problems) if "containerPath" in fields else host_path
-        )
-        permissions = (
-            scalars.permissions(fields["permissions"], problems)
-            if "permissions" in fields
-            else DEFAULT_EXTRA_PERMISSIONS
-        )
-        if host_path is not None and container_path is not None and permissions is not None:
+            problems.error(item, "hostPath is missing; write the path of the host's device node")
+        host_path = fields.read("hostPath", problems, scalars.absolute_path, None)
+        container_path = fields.read("containerPath", problems, scalars.absolute_path, host_path)
+        permissions = fields.read("permissions", problems, scalars.permissions, DEFAULT_EXTRA_PERMISSIONS)
+        if host_path is not None and container_path is not None:
             extras.append(Extra(host_path, container_path, permissions))
     return tuple(extras)

@@ -31,28 +31,28 @@ def resource(keys: str) -> ResourceConfig:
 @pytest.mark.parametrize(
     ("keys", "place", "cure"),
     [
-        ("children: [tty, net]", "children[1]", "a network interface is no device node"),
-        ("children: [ttys]", "children[0]", "none of tty, video4linux, block, printer"),
-        ("children: [tty], childrenTimeout: 10s", "childrenTimeout", "shorter than allocateTimeout, which is 10s"),
-        ("children: [tty], childrenTimeout: 2m", "childrenTimeout", "allowed is 0s to 60s"),
-        ("containerPath: [/dev/a, /dev/a]", "containerPath[1]", "is there already"),
-        ("containerPath: dev/a", "containerPath", "no absolute path"),
+        ("children: [tty, net]", "children[1]", "a network interface is not a device node"),
+        ("children: [ttys]", "children[0]", "unknown kind 'ttys'; expected one of tty, video4linux, block, printer"),
+        ("children: [tty], childrenTimeout: 10s", "childrenTimeout", "shorter than allocateTimeout (10s)"),
+        ("children: [tty], childrenTimeout: 2m", "childrenTimeout", "must be 0s to 60s"),
+        ("containerPath: [/dev/a, /dev/a]", "containerPath[1]", "duplicate path; remove one"),
+        ("containerPath: dev/a", "containerPath", "not an absolute path"),
         ("containerPath: [/dev/../a]", "containerPath[0]", "must not contain .."),
-        ("containerPath: '/dev/{seriel}'", "containerPath", "known are {resource}"),
-        ("containerPath: {a: b}", "containerPath", "no path"),
+        ("containerPath: '/dev/{seriel}'", "containerPath", "unknown field {seriel}; expected one of {resource}"),
+        ("containerPath: {a: b}", "containerPath", "not an absolute path"),
         ("containerPath: [/1, /2, /3, /4, /5, /6, /7, /8, /9]", "containerPath", "at most 8"),
         ("permissions: {mode: '0660'}", "permissions", "needs cdi: true in the same resource"),
         ("permissions: {mode: '0660'}", "permissions", "securityContext.supplementalGroups"),
         ("cdi: true, permissions: {group: dialout}", "permissions.group", "the group's numeric id"),
         ("cdi: true, permissions: {user: root}", "permissions.user", "the user's numeric id"),
-        ("cdi: true, permissions: {mode: 660}", "permissions.mode", 'as "0660"'),
-        ("cdi: true, permissions: {mode: 01000}", "permissions.mode", 'as "0660"'),
+        ("cdi: true, permissions: {mode: 660}", "permissions.mode", 'such as "0660"'),
+        ("cdi: true, permissions: {mode: 01000}", "permissions.mode", 'such as "0660"'),
         ("cdi: true, permissions: {group: 4294967295}", "permissions.group", "numeric id"),
         ("cdi: true, permissions: {groups: 20}", "permissions.groups", "did you mean group?"),
-        ("cdi: true, permissions: {}", "permissions", "give some of mode, user, group"),
-        ("cdi: true, permissions: 0660", "permissions", "a mapping with mode, user, group"),
-        ("readOnly: yes", "readOnly", "neither true nor false"),
-        ("byId: 1", "byId", "neither true nor false"),
+        ("cdi: true, permissions: {}", "permissions", "expected at least one of mode, user, group"),
+        ("cdi: true, permissions: 0660", "permissions", "expected a mapping (keys: mode, user, group), got '0660'"),
+        ("readOnly: yes", "readOnly", "expected true or false, got 'yes'"),
+        ("byId: 1", "byId", "expected true or false, got '1'"),
     ],
 )
 def test_what_is_refused_names_its_place_and_a_cure(keys: str, place: str, cure: str) -> None:
@@ -85,7 +85,7 @@ def test_one_path_is_a_list_of_one() -> None:
 def test_a_time_without_children_is_told_of() -> None:
     parsed = parse_config(TEXT % "childrenTimeout: 2s")
     (warning,) = parsed.warnings
-    assert "without children nothing is waited for" in warning
+    assert "has no effect without children" in warning
 
 
 @pytest.mark.parametrize(

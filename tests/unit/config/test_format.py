@@ -264,15 +264,15 @@ def test_a_selector_may_have_lists_and_a_list_of_one_is_its_value(yaml_loader: N
         ("{vendor: []}", "vendor", "empty list selects nothing"),
         ("{usb_ids: []}", "usb_ids", "empty list selects nothing"),
         ("{bus_id: []}", "bus_id", "empty list selects nothing"),
-        ('{vendor: ["0951", "951"]}', "vendor[1]", "in the list already"),
-        ('{usb_ids: ["0951:166a", "0951:166A"]}', "usb_ids[1]", "in the list already"),
+        ('{vendor: ["0951", "951"]}', "vendor[1]", "duplicate value '951' (first on line 1)"),
+        ('{usb_ids: ["0951:166a", "0951:166A"]}', "usb_ids[1]", "duplicate value"),
         ("{vendor: [0x1, 1666]}", "vendor[1]", "ambiguous"),
-        ("{product: [0x1, 0]}", "product[1]", "0 stands for any"),
-        ("{vendor: [0x1, ~]}", "vendor[1]", "no USB number"),
-        ("{vendor: [[0x1]]}", "vendor[0]", "no USB number"),
+        ("{product: [0x1, 0]}", "product[1]", "0 means any"),
+        ("{vendor: [0x1, ~]}", "vendor[1]", "not a valid USB ID"),
+        ("{vendor: [[0x1]]}", "vendor[0]", "not a valid USB ID"),
         ('{usb_ids: ["0951"]}', "usb_ids[0]", '"0951:1666"'),
         ('{usb_ids: ["951:1666"]}', "usb_ids[0]", '"0951:1666"'),
-        ('{bus_id: ["1-1", ""]}', "bus_id[1]", "no bus id"),
+        ('{bus_id: ["1-1", ""]}', "bus_id[1]", "not a valid bus id"),
         (f"{{vendor: [{', '.join(hex(n) for n in range(1, 66))}]}}", "vendor", "at most 64"),
         ('{usb_id: ["0951:1666"]}', "usb_id", "did you mean usb_ids?"),
     ],
@@ -286,38 +286,50 @@ def test_a_list_that_cannot_be_used_is_an_error_with_its_place_and_cure(text: st
 @pytest.mark.parametrize(
     ("text", "place", "words"),
     [
-        (one_target("{host: h, port: 0}"), "resources.a[0].target.port", "1 to 65535"),
-        (one_target("{host: h, port: 65536}"), "resources.a[0].target.port", "1 to 65535"),
-        (one_target("{host: h, port: usbip}"), "resources.a[0].target.port", "1 to 65535"),
-        (one_target('{host: "lab:3240"}'), "resources.a[0].target.host", "give the port as target.port"),
-        (one_target("{host: lab pc}"), "resources.a[0].target.host", "no host name or address"),
-        (one_target("{host: %s}" % ("h" * 254)), "resources.a[0].target.host", "no host name or address"),
-        (one_extra("{hostPath: dev/a}"), "resources.a[0].extras[0].hostPath", "no absolute path"),
-        (one_extra('{hostPath: "/dev/\\n"}'), "resources.a[0].extras[0].hostPath", "no absolute path"),
-        (one_extra("{hostPath: /%s}" % ("d" * 4096)), "resources.a[0].extras[0].hostPath", "no absolute path"),
+        (one_target("{host: h, port: 0}"), "resources.a[0].target.port", "not a valid TCP port (1-65535)"),
+        (one_target("{host: h, port: 65536}"), "resources.a[0].target.port", "not a valid TCP port (1-65535)"),
+        (one_target("{host: h, port: usbip}"), "resources.a[0].target.port", "not a valid TCP port (1-65535)"),
+        (one_target('{host: "lab:3240"}'), "resources.a[0].target.host", "write the port in target.port"),
+        (one_target("{host: lab pc}"), "resources.a[0].target.host", "not a valid host name or address"),
+        (one_target("{host: %s}" % ("h" * 254)), "resources.a[0].target.host", "not a valid host name or address"),
+        (one_extra("{hostPath: dev/a}"), "resources.a[0].extras[0].hostPath", "not an absolute path"),
+        (one_extra('{hostPath: "/dev/\\n"}'), "resources.a[0].extras[0].hostPath", "not an absolute path"),
+        (one_extra("{hostPath: /%s}" % ("d" * 4096)), "resources.a[0].extras[0].hostPath", "not an absolute path"),
         *(
             (
                 one_extra(f"{{hostPath: /dev/a, permissions: {permissions}}}"),
                 "resources.a[0].extras[0].permissions",
-                "some of r, w and m",
+                "expected some of r, w and m",
             )
             for permissions in ("rr", "rwx", "rwmr", '""', "[r]")
         ),
-        (one_selector("{class: hidd}"), "resources.a[0].selector.class", 'write "08" or one of audio, comm, cdc, hid'),
-        (one_selector("{class: [hid]}"), "resources.a[0].selector.class", "up to 2 hexadecimal digits"),
-        (one_selector('{vendor: "12345"}'), "resources.a[0].selector.vendor", "up to 4 hexadecimal digits"),
+        (
+            one_selector("{class: hidd}"),
+            "resources.a[0].selector.class",
+            "expected 2 hex digits or one of audio, comm, cdc, hid",
+        ),
+        (
+            one_selector("{class: [hid]}"),
+            "resources.a[0].selector.class",
+            "not a valid USB class; expected up to 2 hex digits in quotes",
+        ),
+        (
+            one_selector('{vendor: "12345"}'),
+            "resources.a[0].selector.vendor",
+            "'12345' is not a valid USB ID; expected up to 4 hex digits in quotes",
+        ),
         (one_selector('{serial: ""}'), "resources.a[0].selector.serial", "1 to 126 printable characters"),
         (one_selector('{serial: "a\\tb"}'), "resources.a[0].selector.serial", "1 to 126 printable characters"),
         (one_selector("{serial: %s}" % ("s" * 127)), "resources.a[0].selector.serial", "1 to 126 printable characters"),
-        ("resources: {a: {devices: [], onLoss: wait}}", "resources.a.onLoss", "none of keep, restart, evict"),
-        ("resources: {a/b: []}", "resources.a/b", "at most 63 letters, digits, '-', '_' and '.'"),
+        ("resources: {a: {devices: [], onLoss: wait}}", "resources.a.onLoss", "expected one of keep, restart, evict"),
+        ("resources: {a/b: []}", "resources.a/b", "up to 63 letters, digits, '-', '_' or '.'"),
         ("resources: {}\nlock: {duration: 40.5}", "lock.duration", "whole seconds"),
         ("resources: {}\nlock: {duration: 20s}", "lock.duration", "21s to 3600s"),
         ("resources: {}\nlock: {duration: 3601s}", "lock.duration", "21s to 3600s"),
         ("resources: {}\nallocateTimeout: 0.5", "allocateTimeout", "1s to 120s"),
-        ("resources: {}\nallocateTimeout: soon", "allocateTimeout", "write seconds, as 40, or with a unit"),
-        ("resources: {}\npublishNodeStatus: yes", "publishNodeStatus", "neither true nor false"),
-        ("resources: {}\nlog-level: loud", "log-level", "none of all, debug, info, warn, error, none"),
+        ("resources: {}\nallocateTimeout: soon", "allocateTimeout", "'soon' is not a valid duration; expected seconds"),
+        ("resources: {}\npublishNodeStatus: yes", "publishNodeStatus", "expected true or false, got 'yes'"),
+        ("resources: {}\nlog-level: loud", "log-level", "expected one of all, debug, info, warn, error, none"),
         ("resources: {}\nlisten: []", "listen", "printable characters"),
     ],
 )
@@ -375,7 +387,7 @@ def test_bus_ids_of_lists_count_like_entries() -> None:
     text = "resources: {a: [%s]}"
     assert parse_config(text % ", ".join(entry % n for n in range(16))).config.resources
     (problem,) = problems_of(text % ", ".join(entry % n for n in range(17)))
-    assert "1088 devices; at most 1024 are allowed" in problem
+    assert "expected at most 1024 devices, got 1088" in problem
 
 
 def test_a_selector_is_shown_shortly() -> None:
@@ -386,8 +398,8 @@ def test_a_selector_is_shown_shortly() -> None:
 def test_an_unknown_key_of_the_old_format_is_ignored_with_a_warning() -> None:
     parsed = parse_config("comment: x\n" + one_selector("{vendor: 0x1, note: stick}"))
     assert len(parsed.warnings) == 2
-    assert parsed.warnings[0].startswith("config.yaml:1: comment: ignored: unknown key")
-    assert parsed.warnings[1].startswith("config.yaml:2: resources.a[0].selector.note: ignored: unknown key")
+    assert parsed.warnings[0].startswith("config.yaml:1: comment: ignored unknown key")
+    assert parsed.warnings[1].startswith("config.yaml:2: resources.a[0].selector.note: ignored unknown key")
 
 
 @pytest.mark.parametrize(
@@ -405,7 +417,7 @@ def test_a_misspelt_key_that_would_change_the_meaning_is_an_error_with_the_right
 
 def test_a_key_given_twice_is_an_error_whatever_its_case() -> None:
     problems = problems_of("resources:\n  a: []\n  A: []\n")
-    assert problems == ("config.yaml:3: resources.A: given twice (first in line 2); remove one",)
+    assert problems == ("config.yaml:3: resources.A: duplicate key (first defined on line 2)",)
 
 
 def test_resource_names_that_differ_in_more_than_case_are_two() -> None:
@@ -420,10 +432,10 @@ def test_a_name_kubernetes_would_refuse_is_an_error(name: str) -> None:
 def test_the_same_selector_twice_in_a_resource_is_an_error_and_overlap_between_resources_a_warning() -> None:
     entry = "{target: {host: h}, selector: {vendor: 0x1}}"
     (problem,) = problems_of(f"resources:\n  a:\n  - {entry}\n  - {entry}\n")
-    assert problem == "config.yaml:4: resources.a[1]: selects the same as resources.a[0] (line 3); remove one of them"
+    assert problem == "config.yaml:4: resources.a[1]: same target and selector as resources.a[0] (line 3); remove one"
     parsed = parse_config(f"resources: {{a: [{entry}], b: [{entry}]}}")
     (warning,) = parsed.warnings
-    assert warning.startswith("config.yaml:1: resources.b[0]: may select a device of resources.a[0] too")
+    assert warning.startswith("config.yaml:1: resources.b[0]: may select the same device as resources.a[0]")
 
 
 @pytest.mark.parametrize("text", ["", "~", "# nothing\n", "a: 1", "resources:", "[]", "x"])
@@ -434,7 +446,7 @@ def test_a_file_without_a_resource_is_an_error(text: str) -> None:
 def test_no_resource_at_all_may_be_said_and_is_told() -> None:
     parsed = parse_config("resources: {}")
     assert parsed.config.resources == ()
-    assert parsed.warnings == ("config.yaml:1: resources: no resource: the kubelet is offered nothing",)
+    assert parsed.warnings == ("config.yaml:1: resources: no resources; the plugin offers nothing to the kubelet",)
 
 
 @pytest.mark.parametrize(
@@ -515,6 +527,6 @@ resources:
     with pytest.raises(ConfigError) as error:
         parse_config(text)
     same, missing, hint = error.value.problems
-    assert same.startswith("config.yaml:5: resources.a[1]: selects the same as resources.a[0] (line 4)")
-    assert missing.startswith("config.yaml:7: resources.b[0].target: host: missing")
+    assert same.startswith("config.yaml:5: resources.a[1]: same target and selector as resources.a[0] (line 4)")
+    assert missing.startswith("config.yaml:7: resources.b[0].target: host is missing")
     assert "did you mean host?" in hint

@@ -194,10 +194,10 @@ def test_what_is_no_readable_file_is_a_config_error(tmp_path: Path) -> None:
     large = tmp_path / "large"
     large.write_bytes(b"#" * (1024 * 1024 + 1))
     for path, word in (
-        (tmp_path, "not a regular file"),
-        (pipe, "not a regular file"),
+        (tmp_path, "must be a regular file"),
+        (pipe, "must be a regular file"),
         (tmp_path / "none", "cannot be read"),
-        (latin, "latin:2: not UTF-8"),
+        (latin, "latin:2: must be UTF-8"),
         (large, "larger than"),
     ):
         with pytest.raises(ConfigError, match=word):
