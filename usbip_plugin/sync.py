@@ -60,10 +60,11 @@ class Broadcast:
         finally:
             self._relays.remove(other)
 
-    async def until(self, condition: Callable[[], bool]) -> None:
-        """Waits until condition() is true; returns at once if it already is. Has no timeout of its own. Cancel-safe."""
-        while not condition():
+    async def until(self, condition: Callable[[], T]) -> T:
+        """Waits until condition() is true, and returns its value. Has no timeout of its own. Cancel-safe."""
+        while not (value := condition()):
             await self._event.wait()
+        return value
 
 
 RECHECK_S = 0.05

@@ -71,7 +71,7 @@ async def test_what_has_to_be_in_an_answer_is_in_it_although_an_earlier_containe
 
 
 async def test_what_cannot_be_is_refused_in_words(stub: DevicePluginStub) -> None:
-    with pytest.raises(grpc.aio.AioRpcError, match="wants z out of devices it is not among") as refused:
+    with pytest.raises(grpc.aio.AioRpcError, match="required devices are not available: z") as refused:
         await asked(stub, ("abc", "z", 2))
     assert refused.value.code() is grpc.StatusCode.NOT_FOUND
 

@@ -134,7 +134,7 @@ def test_a_changed_configuration_is_reloaded_and_start_only_settings_are_reporte
         warning = await node.log.until("setting not applied; restart the plugin")
         assert vars(warning).items() >= {"setting": "lock.duration", "in_force": 40.0, "in_file": 50.0}.items()
         problem = vars(await node.log.until("configuration warning"))["problem"]
-        assert "the resource takes every device of this server" in problem
+        assert "the resource selects every device of this server" in problem
         reloaded = await node.log.until("configuration reloaded")
         assert vars(reloaded)["resources"] == ["dongle"]
         await node.until("dongle", {places.device.id: True})

@@ -31,9 +31,9 @@ from usbip_plugin.context import NodeContext
 from usbip_plugin.errors import NotAttached, PluginError, UnknownDevice
 from usbip_plugin.inventory.facts import OfferedDevice
 from usbip_plugin.inventory.inventory import Inventory
-from usbip_plugin.kubelet.device_plugin import status_code
+from usbip_plugin.kubelet.device_plugin import short_name, status_code
 from usbip_plugin.kubelet.pod_resources import PodResourcesWatcher
-from usbip_plugin.kubelet.publish import LOOKING_SHARE, TELLING_SHARE, KubeletPublisher, time_kept
+from usbip_plugin.kubelet.publish import FLUSH_SHARE, USERS_SHARE, KubeletPublisher, refusal_time
 from usbip_plugin.model import Attachment, Health, Identity, Reason
 from usbip_plugin.observe.spans import span
 
@@ -50,21 +50,18 @@ def preferred(
 ) -> tuple[str, ...]:
     """Returns the answer to GetPreferredAllocation: must-haves first, then devices attached here, then healthy ones.
 
-    Each group after the must-haves is in rendezvous order of (node, device). Different nodes thus prefer different
-    devices, and contend less. The servers that export the devices do not matter. The answer has size devices, or all if
-    there are fewer. Raises UnknownDevice if must-haves are not available or more than size: the kubelet then fails the
-    pod.
+    Each group after the must-haves is in rendezvous order of (node, device), so that different nodes prefer different
+    devices. The answer has size devices, or all if there are fewer. Raises UnknownDevice if must-haves are not
+    available or more than size: the kubelet then fails the pod.
 
     unwanted: devices that an Allocate would refuse; they come last, with the unhealthy ones.
     """
     chosen, offered = list(dict.fromkeys(must)), set(available)
     if not offered.issuperset(chosen):
-        raise UnknownDevice(
-            f"the kubelet wants {', '.join(sorted({*chosen} - offered))} out of devices it is not among"
-        )
+        raise UnknownDevice(f"required devices are not available: {', '.join(sorted({*chosen} - offered))}")
     room = max(0, size) - len(chosen)
     if room < 0:
-        raise UnknownDevice(f"the kubelet wants {size} devices and {len(chosen)} of them in any case")
+        raise UnknownDevice(f"expected at most {size} required devices, got {len(chosen)}")
 
     def order(device_id: str) -> tuple[int, bytes]:
         known = health_by_id.get(device_id)
@@ -102,12 +99,12 @@ def container_response(
     return ContainerResponse(envs=envs, devices=tuple(specs.values()), cdi_devices=tuple(cdi_names))
 
 
-def listed_as(seen: OfferedDevice) -> Identity | None:
-    """Returns the identity that the server's list gives for a device, or None if the list has no interfaces of it.
+def listed_identity(device: OfferedDevice) -> Identity | None:
+    """Returns the identity to write to a device's lock, or None if the server's list has no interfaces of the device.
 
-    It is written to the lock, so that the device is known while its server does not list it.
+    By that identity, the device is known while its server does not list it.
     """
-    descriptor = seen.descriptor
+    descriptor = device.descriptor
     if descriptor is None or not descriptor.interfaces:
         return None
     return Identity(descriptor.devid, interfaces=descriptor.interfaces)
@@ -137,9 +134,8 @@ class Allocator:
         on_result: Callable[[str, PluginError | None, float], None],
         on_pre_start_failed: Callable[[str, PluginError], None],
     ) -> None:
-        """Creates the backend for the resources of one domain.
+        """Creates the backend for the resources named DOMAIN/NAME.
 
-        domain: the domain of the resource names.
         on_result(resource, error, seconds): called when an Allocate has ended; error is None if it succeeded.
         on_pre_start_failed(resource, error): called when a PreStartContainer has failed.
         """
@@ -159,7 +155,7 @@ class Allocator:
         self._on_pre_start_failed = on_pre_start_failed
 
     async def allocate_all(self, resource: str, requests: tuple[tuple[str, ...], ...]) -> tuple[ContainerResponse, ...]:
-        """Attaches the devices of all requests. Ends within allocateTimeout, whatever servers and the API server do."""
+        """Attaches the devices of all requests within allocateTimeout, whatever servers and the API server do."""
         began = self._clock.monotonic()
         # the kubelet puts no trace context on its calls: this is the root
         ids = [device_id for asked in requests for device_id in asked]
@@ -180,83 +176,72 @@ class Allocator:
             return responses
 
     async def _publish_refusal(self, resource: str) -> None:
-        """Publishes the device states that made the Allocate fail. Takes at most time_kept() seconds."""
-        kept = time_kept(self._inventory.config)
+        """Publishes the device states that made the Allocate fail. Takes at most refusal_time() seconds."""
+        limit = refusal_time(self._inventory.config)
         # the pod fails with this answer: until then the kubelet lists the other devices that the pod has got
-        await self._users.refresh_users(LOOKING_SHARE * kept)
-        await self._publisher.flush(resource, TELLING_SHARE * kept)
-
-    def _short(self, resource: str) -> str:
-        """Returns a resource's name in the configuration: without the domain."""
-        return resource.removeprefix(f"{self._domain}/")
+        await self._users.refresh_users(USERS_SHARE * limit)
+        await self._publisher.flush(resource, FLUSH_SHARE * limit)
 
     async def _allocate(self, resource: str, requests: tuple[tuple[str, ...], ...]) -> tuple[ContainerResponse, ...]:
-        found = self._inventory.lookup(self._short(resource))
+        found = self._inventory.lookup(short_name(resource))
         if found is None:
-            raise UnknownDevice(f"resource {resource} is not in the configuration any more")
+            raise UnknownDevice(f"resource {resource} is no longer in the configuration")
         config, offered = found
-        seen = {device_id: self._known(offered, resource, device_id) for ids in requests for device_id in ids}
+        devices = {device_id: self._checked(offered, resource, device_id) for ids in requests for device_id in ids}
         # The kubelet asks in any order. Sorting gives init container, app and PreStartContainer the same indexes.
         containers = [sorted(ids) for ids in requests]
-        numbers = {i: {ids.index(i) for ids in containers if i in ids} if config.cdi else () for i in seen}
-        wanted = [
+        indexes = {i: {ids.index(i) for ids in containers if i in ids} if config.cdi else () for i in devices}
+        device_requests = [
             DeviceRequest(
-                s.key,
-                s.usb_id,
+                device.key,
+                device.usb_id,
                 config.name,
                 children=config.children,
                 children_timeout=config.children_timeout,
-                serial=s.selector.selector.serial,
-                container_indexes=tuple(sorted(numbers[i])),
-                identity=listed_as(s),
+                serial=device.selector.selector.serial,
+                container_indexes=tuple(sorted(indexes[i])),
+                identity=listed_identity(device),
             )
-            for i, s in seen.items()
+            for i, device in devices.items()
         ]
         refuse_shared_paths(config, max(map(len, containers), default=0))
 
         def accept(attached: Sequence[Attachment]) -> None:
-            by_id = dict(zip(seen, attached, strict=True))
+            by_id = dict(zip(devices, attached, strict=True))
             for ids in containers:
                 check_paths(config, [by_id[i] for i in ids])
 
-        timeout = self._inventory.config.allocate_timeout - time_kept(self._inventory.config)
-        attached = await self._attacher.allocate(wanted, timeout, accept)
-        by_id = dict(zip(seen, attached, strict=True))
+        timeout = self._inventory.config.allocate_timeout - refusal_time(self._inventory.config)
+        attached = await self._attacher.allocate(device_requests, timeout, accept)
+        by_id = dict(zip(devices, attached, strict=True))
         with span(self._tracer, "response"):
             return tuple(
-                container_response(config, self._domain, [(seen[i].selector, by_id[i]) for i in ids])
+                container_response(config, self._domain, [(devices[i].selector, by_id[i]) for i in ids])
                 for ids in containers
             )
 
-    def _known(self, offered: Mapping[str, OfferedDevice], resource: str, device_id: str) -> OfferedDevice:
-        seen = offered.get(device_id)
-        if seen is None:
+    def _checked(self, offered: Mapping[str, OfferedDevice], resource: str, device_id: str) -> OfferedDevice:
+        device = offered.get(device_id)
+        if device is None:
             raise UnknownDevice(f"{resource} has no device {device_id} on this node")
         claim = self._claims.get(device_id)
         # If the claim's pod is known, the request is another pod's: pod-resources does not list a device that an init
         # container passes on to its pod's app container.
-        if not seen.configured and (claim is None or claim.pod is not None):
+        if not device.configured and (claim is None or claim.pod is not None):
             self._usage.pod_ended(device_id)
-            raise UnknownDevice(f"{resource} does not have {seen.key} any more: the configuration has changed")
-        return seen
+            raise UnknownDevice(f"{device.key} is no longer in {resource}: the configuration has changed")
+        return device
 
-    def preferred(
-        self,
-        resource: str,
-        available: tuple[str, ...],
-        must: tuple[str, ...],
-        size: int,
-    ) -> tuple[str, ...]:
-        _, offered = self._inventory.lookup(self._short(resource)) or (None, {})
-        unwanted = {device_id for device_id, seen in offered.items() if not seen.configured}
+    def preferred(self, resource: str, available: tuple[str, ...], must: tuple[str, ...], size: int) -> tuple[str, ...]:
+        _, offered = self._inventory.lookup(short_name(resource)) or (None, {})
+        unwanted = {device_id for device_id, device in offered.items() if not device.configured}
         return preferred(available, must, size, self._node, self._inventory.health(), unwanted)
 
     async def pre_start(self, resource: str, device_ids: tuple[str, ...]) -> None:
-        """Makes sure that the devices are attached before a container starts.
+        """Waits up to PRE_START_WAIT for devices that are being re-attached.
 
-        Waits up to PRE_START_WAIT for devices that are being re-attached. Raises NotAttached if a device is not
-        attached then. Raises VhciError if the attachment cannot be checked, and CdiError if its CDI spec cannot be
-        written.
+        Raises NotAttached if a device is not attached then, VhciError if the attachment cannot be checked, and CdiError
+        if its CDI spec cannot be written.
         """
         try:
             await self._pre_start(resource, device_ids)
@@ -265,14 +250,14 @@ class Allocator:
             raise
 
     async def _pre_start(self, resource: str, device_ids: tuple[str, ...]) -> None:
-        found = self._inventory.lookup(self._short(resource))
+        name = short_name(resource)
+        found = self._inventory.lookup(name)
         by_cdi = found is not None and found[0].cdi
-        name = self._short(resource)
         deadline = self._clock.monotonic() + PRE_START_WAIT
-        for number, device_id in enumerate(sorted(device_ids)):
+        for index, device_id in enumerate(sorted(device_ids)):
             try:
                 async with self._clock.timeout(max(0.0, deadline - self._clock.monotonic())):
-                    ready = await self._monitor.prepare(device_id, name, number if by_cdi else None)
+                    ready = await self._monitor.prepare(device_id, name, index if by_cdi else None)
             except TimeoutError:
                 ready = False
             if not ready:
@@ -284,4 +269,4 @@ class Allocator:
         text = f"{resource}: {claim.key if claim is not None else device_id} is not attached to node {self._node}"
         if health is not None:
             text += f": {health.reason.value}" + (f" ({health.detail})" if health.detail else "")
-        return text + "; the kubelet tries again"
+        return text + "; the kubelet will retry"

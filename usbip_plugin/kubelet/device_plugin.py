@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
@@ -61,15 +61,7 @@ _CODES: tuple[tuple[tuple[type[PluginError], ...], grpc.StatusCode], ...] = (
 
 
 def status_code(error: PluginError) -> grpc.StatusCode:
-    """Returns the gRPC status code for an error. For a bare AllocateError, the code of the error it was raised from.
-
-    FAILED_PRECONDITION: the device is in use or busy, or another node has its lock.
-    UNAVAILABLE: a server, the API server or the lock is unavailable, or the device is not attached.
-    DEADLINE_EXCEEDED: the time is up.
-    NOT_FOUND: the device does not exist.
-    RESOURCE_EXHAUSTED: no vhci port is free.
-    INTERNAL: any other error.
-    """
+    """Returns the gRPC status code for an error. For a bare AllocateError, the code of the error it was raised from."""
     for classes, code in _CODES:
         if isinstance(error, classes):
             return code
@@ -79,10 +71,7 @@ def status_code(error: PluginError) -> grpc.StatusCode:
 
 
 def status_details(error: PluginError) -> str:
-    """Returns the error's message on one line, printable.
-
-    It has at most MAX_DETAIL_CHARACTERS characters, and at most MAX_HEADER_BYTES bytes when encoded.
-    """
+    """Returns the error's message as one printable line within MAX_DETAIL_CHARACTERS and MAX_HEADER_BYTES."""
     words = " ".join(str(error).split()) or type(error).__name__
     text = "".join(char if char.isprintable() else "?" for char in words[: MAX_DETAIL_CHARACTERS + 1])
     if len(text) > MAX_DETAIL_CHARACTERS:
@@ -115,6 +104,11 @@ SERVER_OPTIONS = (
 
 DeviceStates = tuple[tuple[str, bool], ...]
 """Pairs of (device ID, healthy), as sent to the kubelet."""
+
+
+def short_name(resource: str) -> str:
+    """Returns a resource's name in the configuration: without the domain."""
+    return resource.rpartition("/")[2]
 
 
 class AllocateBackend(Protocol):
@@ -185,13 +179,13 @@ def _states(before: tuple[Advertised, ...], states: DeviceStates, now: tuple[Adv
     """Returns the states of the devices now, given those before. A state that has not changed stays the same object."""
     if len(before) != len(now):
         return tuple((device.id, device.health.healthy) for device in now)
-    found = [*states]
+    result = [*states]
     for place in changed_places(before, now):
-        found[place] = now[place].id, now[place].health.healthy
-    return tuple(found)
+        result[place] = now[place].id, now[place].health.healthy
+    return tuple(result)
 
 
-def container_response(response: ContainerResponse) -> pb.ContainerAllocateResponse:
+def _container_response(response: ContainerResponse) -> pb.ContainerAllocateResponse:
     return pb.ContainerAllocateResponse(
         envs=dict(response.envs),
         devices=[
@@ -203,14 +197,12 @@ def container_response(response: ContainerResponse) -> pb.ContainerAllocateRespo
 
 
 def check_ids(groups: Iterable[Iterable[str]]) -> tuple[tuple[str, ...], ...]:
-    """Returns the device IDs of each container. Raises UnknownDevice if a container has none, or a limit is exceeded.
-
-    The limits are MAX_CONTAINERS and MAX_DEVICES_PER_CONTAINER.
-    """
+    """Returns the device IDs of each container. Raises UnknownDevice if a container has none or too many."""
     result = tuple(tuple(ids) for ids in groups)
     if len(result) > MAX_CONTAINERS or any(not 0 < len(ids) <= MAX_DEVICES_PER_CONTAINER for ids in result):
         raise UnknownDevice(
-            f"the kubelet asked for {len(result)} containers with {max(map(len, result), default=0)} devices"
+            f"expected up to {MAX_CONTAINERS} containers with 1 to {MAX_DEVICES_PER_CONTAINER} devices, "
+            f"got {len(result)} containers with {min(map(len, result))} to {max(map(len, result))} devices"
         )
     return result
 
@@ -218,9 +210,8 @@ def check_ids(groups: Iterable[Iterable[str]]) -> tuple[tuple[str, ...], ...]:
 class DevicePluginServer:
     """Device-plugin gRPC server of one resource: sends the device list to the kubelet and answers its calls.
 
-    The object outlives kubelet restarts: serving() may be entered again and again, and the published state stays.
-    Before the first publish(), an open ListAndWatch sends no list. A restarted plugin thus never sends an empty list
-    while pods use its devices.
+    Outlives kubelet restarts: serving() may be entered again, and the published state stays. Before the first
+    publish(), an open ListAndWatch sends no list, so a restarted plugin sends no empty list while pods use its devices.
     """
 
     def __init__(self, resource: str, backend: AllocateBackend, *, pre_start_required: bool = False) -> None:
@@ -326,7 +317,7 @@ class DevicePluginServer:
 class _ByName:
     """Adapter that adds a servicer to a gRPC server with generic handlers only, which find a method by its name.
 
-    Registered methods are found faster, but each keeps a call of its own waiting from the start: 19 KiB for the five.
+    Registered methods are faster, but each keeps a call waiting from the start: 19 KiB for the five.
     """
 
     def __init__(self, server: grpc.aio.Server) -> None:
@@ -336,7 +327,10 @@ class _ByName:
         self._server.add_generic_rpc_handlers(handlers)
 
     def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None:
-        """Does nothing, so that no method is registered."""
+        """Registers no method."""
+
+
+_Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class _Servicer:
@@ -346,65 +340,52 @@ class _Servicer:
         self._owner = owner
         self._list = DeviceList()
 
-    async def GetDevicePluginOptions(  # noqa: N802
-        self,
-        _request: pb.Empty,
-        _context: grpc.aio.ServicerContext[pb.Empty, pb.DevicePluginOptions],
-    ) -> pb.DevicePluginOptions:
+    async def GetDevicePluginOptions(self, _request: pb.Empty, _context: _Context) -> pb.DevicePluginOptions:  # noqa: N802
         return self._owner.options
 
-    async def ListAndWatch(  # noqa: N802
-        self,
-        _request: pb.Empty,
-        context: grpc.aio.ServicerContext[pb.Empty, pb.ListAndWatchResponse],
-    ) -> None:
+    async def ListAndWatch(self, _request: pb.Empty, context: _Context) -> None:  # noqa: N802
         await self._owner.follow(lambda state: context.write(self._list.message_for(state)))
 
     async def GetPreferredAllocation(  # noqa: N802
-        self,
-        request: pb.PreferredAllocationRequest,
-        context: grpc.aio.ServicerContext[pb.PreferredAllocationRequest, pb.PreferredAllocationResponse],
+        self, request: pb.PreferredAllocationRequest, context: _Context
     ) -> pb.PreferredAllocationResponse:
         response = pb.PreferredAllocationResponse()
         taken: set[str] = set()
         try:
-            for wish in request.container_requests:
-                ids = self._preferred(wish, taken)
+            for container in request.container_requests:
+                ids = self._preferred(container, taken)
                 taken.update(ids)
                 response.container_responses.add(deviceIDs=ids)
         except PluginError as error:
             await _refuse(context, error)
         return response
 
-    def _preferred(self, wish: pb.ContainerPreferredAllocationRequest, taken: Collection[str]) -> tuple[str, ...]:
+    def _preferred(self, request: pb.ContainerPreferredAllocationRequest, taken: set[str]) -> tuple[str, ...]:
         """Returns the preferred devices of one container. Leaves out those in `taken` if enough others are available.
 
         The kubelet asks for one container at a time (1.37), although the API allows several in one call.
         """
-        available, must = tuple(wish.available_deviceIDs), tuple(wish.must_include_deviceIDs)
-        elsewhere = {*taken} - {*must}
-        others = tuple(one for one in available if one not in elsewhere)
-        enough = len(set(others)) >= wish.allocation_size
-        owner = self._owner
-        return owner.backend.preferred(owner.resource, others if enough else available, must, wish.allocation_size)
+        available, must, size = (
+            request.available_deviceIDs,
+            tuple(request.must_include_deviceIDs),
+            request.allocation_size,
+        )
+        elsewhere = taken.difference(must)
+        others = [device_id for device_id in available if device_id not in elsewhere]
+        enough = len(set(others)) >= size
+        return self._owner.backend.preferred(self._owner.resource, tuple(others if enough else available), must, size)
 
-    async def Allocate(  # noqa: N802
-        self,
-        request: pb.AllocateRequest,
-        context: grpc.aio.ServicerContext[pb.AllocateRequest, pb.AllocateResponse],
-    ) -> pb.AllocateResponse:
+    async def Allocate(self, request: pb.AllocateRequest, context: _Context) -> pb.AllocateResponse:  # noqa: N802
         owner = self._owner
         try:
             requests = check_ids(r.devices_ids for r in request.container_requests)
             responses = await owner.backend.allocate_all(owner.resource, requests)
         except PluginError as error:
             await _refuse(context, error)
-        return pb.AllocateResponse(container_responses=[container_response(r) for r in responses])
+        return pb.AllocateResponse(container_responses=[_container_response(r) for r in responses])
 
     async def PreStartContainer(  # noqa: N802
-        self,
-        request: pb.PreStartContainerRequest,
-        context: grpc.aio.ServicerContext[pb.PreStartContainerRequest, pb.PreStartContainerResponse],
+        self, request: pb.PreStartContainerRequest, context: _Context
     ) -> pb.PreStartContainerResponse:
         owner = self._owner
         try:
@@ -415,5 +396,5 @@ class _Servicer:
         return pb.PreStartContainerResponse()
 
 
-async def _refuse(context: grpc.aio.ServicerContext[Any, Any], error: PluginError) -> NoReturn:
+async def _refuse(context: _Context, error: PluginError) -> NoReturn:
     await context.abort(status_code(error), status_details(error))

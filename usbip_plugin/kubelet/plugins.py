@@ -131,22 +131,19 @@ class PluginSet:
                 await self._changed.wait()
 
     def _sync(self, tasks: asyncio.TaskGroup) -> None:
-        wanted = {f"{self._domain}/{name}": by_cdi for name, by_cdi in self._inventory.offered().items()}
-        for name, by_cdi in sorted(wanted.items()):
+        offered = {f"{self._domain}/{name}": by_cdi for name, by_cdi in self._inventory.offered().items()}
+        for name, by_cdi in sorted(offered.items()):
             running = self._running.get(name)
             if running is None or running.by_cdi != by_cdi:
                 self._start(name, by_cdi, tasks)
         # until the claims that a previous process left are adopted, a pod may have a device of any resource
-        for name in sorted(self._running.keys() - wanted.keys()) if self._publisher.publishing else ():
+        for name in sorted(self._running.keys() - offered.keys()) if self._publisher.publishing else ():
             ending = self._running.pop(name)
             del self._plugins[name]
             self._ending[name] = tasks.create_task(self._end(ending), name=f"end of resource {name}")
 
     def _start(self, name: str, by_cdi: bool, tasks: asyncio.TaskGroup) -> None:
-        """Starts the plugin of a resource, in place of a running one if there is one.
-
-        The kubelet reads a plugin's options at registration only, so a change of the options needs a new plugin.
-        """
+        """Starts the plugin of a resource. Replaces a running one: the kubelet reads options at registration only."""
         server = DevicePluginServer(name, self._allocator, pre_start_required=by_cdi)
         plugin = self._registrar.plugin(server, self._state_changed)
         former = self._running.get(name)
@@ -173,10 +170,7 @@ class PluginSet:
                 former.task.cancel()
 
     async def _end(self, ending: _Running) -> None:
-        """Publishes an empty list, then ends the plugin.
-
-        Without the empty list, the kubelet counts the devices of an ended plugin for five more minutes.
-        """
+        """Publishes an empty list, or the kubelet counts the devices for five more minutes. Then ends the plugin."""
         try:
             await self._publisher.detach(ending.server)
         finally:
@@ -190,7 +184,7 @@ class PluginSet:
         self._registered.fire()
         running = self._running.get(plugin.resource)
         if running is not None and running.plugin is not plugin:
-            return  # this plugin was replaced, or is about to be
+            return  # a newer plugin replaces this one
         if not plugin.registered:
             self._publisher.kubelet_gone(plugin.resource)
         self._inventory.invalidate()

@@ -2,8 +2,6 @@
 
 The plugin needs both pod-resources and the API server. The API server forgets a pod before its containers have ended. A
 kubelet that has just started answers with a list without pods while they run.
-
-Locks that name this node without a claim here are adopted or released.
 """
 
 from __future__ import annotations
@@ -14,7 +12,6 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Protocol, Self
 
 import grpc
@@ -27,6 +24,7 @@ from usbip_plugin.context import NodeContext
 from usbip_plugin.errors import PodResourcesUnavailable
 from usbip_plugin.kube.pods import PodView
 from usbip_plugin.kubelet import podresources_pb2 as pb
+from usbip_plugin.kubelet.device_plugin import short_name
 from usbip_plugin.kubelet.podresources_pb2_grpc import PodResourcesListerStub
 from usbip_plugin.locks.manager import LockManager
 from usbip_plugin.locks.watch import LockChange
@@ -34,7 +32,6 @@ from usbip_plugin.model import PodRef
 from usbip_plugin.sync import done_within
 
 log = logging.getLogger(__name__)
-
 
 LIST_TIMEOUT_S = 5.0
 """Maximum duration of one List call, in seconds."""
@@ -46,11 +43,7 @@ RECONNECT_MAX_MS = 1000
 
 @dataclass(frozen=True, slots=True)
 class ContainerDevices:
-    """The devices of one resource that one container has.
-
-    pod: without a uid.
-    resource: the full name.
-    """
+    """The devices of one resource that one container has. pod: without a uid. resource: the full name."""
 
     pod: PodRef
     container: str
@@ -89,10 +82,7 @@ def of_domain(response: pb.ListPodResourcesResponse, domain: str) -> tuple[Conta
 
 
 class GrpcPodResources:
-    """PodResources over the kubelet's unix socket.
-
-    Connects when first used, and again after a kubelet restart.
-    """
+    """PodResources over the kubelet's unix socket. Connects when first used, and again after a kubelet restart."""
 
     def __init__(self, socket: Path, domain: str) -> None:
         self._socket = socket
@@ -112,13 +102,11 @@ class GrpcPodResources:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self._channel.close(None)
 
     async def list(self) -> tuple[ContainerDevices, ...]:
-        """Returns the devices that pods have. Ends within LIST_TIMEOUT_S; cancel-safe."""
+        """Ends within LIST_TIMEOUT_S. Cancel-safe."""
         try:
             response: pb.ListPodResourcesResponse | None = await self._stub.List(
                 pb.ListPodResourcesRequest(), timeout=LIST_TIMEOUT_S
@@ -128,7 +116,7 @@ class GrpcPodResources:
                 f"pod-resources at {self._socket}: {error.code().name}: {error.details()}"
             ) from error
         if response is None:  # gRPC returns None if it cannot decode the answer
-            raise PodResourcesUnavailable(f"pod-resources at {self._socket}: an answer that cannot be read")
+            raise PodResourcesUnavailable(f"pod-resources at {self._socket}: the answer cannot be decoded")
         return of_domain(response, self._domain)
 
 
@@ -173,7 +161,7 @@ class PodResourcesWatcher:
         self._domain = domain
         self._wake = asyncio.Event()
         self._hinted_until = 0.0
-        self._complained = False
+        self._warned = False
         self.polls = 0
         """Number of lists of the kubelet that claims have been compared with."""
         self._begun = False
@@ -208,26 +196,20 @@ class PodResourcesWatcher:
         try:
             listed = await self._pod_resources.list()
         except PodResourcesUnavailable as error:
-            if not self._complained:
-                log.warning("nothing is released meanwhile", extra={"cause": str(error)})
-            self._complained = True
+            if not self._warned:
+                log.warning("pod-resources unavailable, releases paused", extra={"cause": str(error)})
+            self._warned = True
             return None
-        self._complained = False
-        # kubelets before 1.34 list pods that have ended, too
-        return {
-            device_id: DeviceUser(self._known(entry.pod), entry.resource.rpartition("/")[2])
-            for entry in listed
-            if not self._ended(entry.pod)
-            for device_id in entry.device_ids
-        }
-
-    def _ended(self, pod: PodRef) -> bool:
-        return self._pods is not None and self._pods.ended(pod.namespace, pod.name)
-
-    def _known(self, pod: PodRef) -> PodRef:
-        """Returns the pod with its uid, if the API server's view has it."""
-        found = self._pods.find(pod.namespace, pod.name) if self._pods is not None else None
-        return found or pod
+        self._warned = False
+        users: dict[str, DeviceUser] = {}
+        for entry in listed:
+            pod = entry.pod
+            if self._pods is not None:
+                if self._pods.ended(pod.namespace, pod.name):
+                    continue  # kubelets before 1.34 list pods that have ended, too
+                pod = self._pods.find(pod.namespace, pod.name) or pod  # with its uid
+            users |= dict.fromkeys(entry.device_ids, DeviceUser(pod, short_name(entry.resource)))
+        return users
 
     def _unlisted(self, users: Mapping[str, DeviceUser]) -> Unlisted:
         if self._pods is None:
@@ -241,8 +223,8 @@ class PodResourcesWatcher:
         """
         complete = False
         if users is not None:
-            beyond = self._unlisted(users)
-            complete = beyond.certain and not beyond.resources
+            unlisted = self._unlisted(users)
+            complete = unlisted.certain and not unlisted.resources
         deprived = not self._begun
         all_known = complete or (users is not None and self._pods is None)
         self._begun = self._begun or (all_known and self._locks.ready.is_set())

@@ -16,7 +16,7 @@ from usbip_plugin.context import NodeContext
 from usbip_plugin.inventory.evaluate import Evaluation, differing
 from usbip_plugin.inventory.inventory import Inventory
 from usbip_plugin.kube.node_status import NodeStatusPublisher
-from usbip_plugin.kubelet.device_plugin import DevicePluginServer
+from usbip_plugin.kubelet.device_plugin import DevicePluginServer, short_name
 from usbip_plugin.locks.manager import LockManager
 from usbip_plugin.locks.watch import LockChange
 from usbip_plugin.model import Advertised, Lock, Reason
@@ -26,27 +26,20 @@ from usbip_plugin.sync import done_within
 
 log = logging.getLogger(__name__)
 
-
 RPC: Mapping[str, AttributeValue] = {"rpc.system.name": "grpc", "rpc.method": "v1beta1.DevicePlugin/ListAndWatch"}
 SENT_TIMEOUT = 1.0
 """Maximum time in seconds to wait until the kubelet has been sent a list, or the Node has been written."""
-KEPT_SHARE, KEPT_MAX_S = 0.1, 1.0
-"""Share of allocateTimeout, and its maximum in seconds, reserved for what follows a failed Allocate.
+REFUSAL_SHARE, REFUSAL_MAX_S = 0.1, 1.0
+"""Share of allocateTimeout reserved for publishing the device's state before a failed Allocate answers; at most 1 s."""
+USERS_SHARE, FLUSH_SHARE = 0.15, 0.8
+"""Shares of refusal_time(): to read which pods have which devices, and to publish. The rest is for the answer."""
 
-In that time the device states are published to kubelet and Node, and the Allocate answers.
-"""
-LOOKING_SHARE, TELLING_SHARE = 0.15, 0.8
-"""Shares of time_kept(): to read from pod-resources which pods have which devices, and to publish the states."""
-
-_DAILY = frozenset({Reason.FREE, Reason.HELD_ELSEWHERE})
+_ROUTINE = frozenset({Reason.FREE, Reason.HELD_ELSEWHERE})
 
 
-def time_kept(config: Config) -> float:
-    """Returns how many seconds of allocateTimeout are reserved for what follows a failed Allocate.
-
-    That is reading pod-resources, KubeletPublisher.flush and the answer.
-    """
-    return min(KEPT_MAX_S, KEPT_SHARE * config.allocate_timeout)
+def refusal_time(config: Config) -> float:
+    """Returns the seconds of allocateTimeout that are reserved for what follows a failed Allocate."""
+    return min(REFUSAL_MAX_S, REFUSAL_SHARE * config.allocate_timeout)
 
 
 class Publish(Protocol):
@@ -64,14 +57,12 @@ class KubeletPublisher:
         *,
         inventory: Inventory,
         locks: LockManager,
-        domain: str,
         node_status: NodeStatusPublisher | None,
         on_advertised: Publish,
         on_withdrawn: Callable[[float], None],
     ) -> None:
         """Subscribes to the inventory.
 
-        domain: the domain of the resource names.
         node_status: writes the number of devices to the Node; None to write nothing.
         on_advertised: called when what a resource advertises has changed.
         on_withdrawn: called with the seconds from seeing that another node took a device until a listening kubelet has
@@ -81,31 +72,22 @@ class KubeletPublisher:
         self._tracer = context.tracer
         self._inventory = inventory
         self._locks = locks
-        self._domain = domain
         self._node_status = node_status
         self._on_advertised = on_advertised
         self._on_withdrawn = on_withdrawn
         self._servers: dict[str, DevicePluginServer] = {}
-        self._begun = False
+        self.publishing = False
+        """Whether lists are published, which is so from begin() on."""
         inventory.subscribe(self._evaluated)
         inventory.subscribe_taken(self._withdraw)
-
-    @property
-    def publishing(self) -> bool:
-        """Returns whether lists are published, which is so from begin() on."""
-        return self._begun
 
     def begin(self) -> None:
         """Starts publishing to the kubelet and the Node.
 
         To be called once the claims that a previous process left are adopted: until then, lists may be incomplete.
         """
-        self._begun = True
+        self.publishing = True
         self._inventory.evaluate()
-
-    def _short(self, resource: str) -> str:
-        """Returns a resource's name in the configuration: without the domain."""
-        return resource.removeprefix(f"{self._domain}/")
 
     def attach(self, server: DevicePluginServer) -> None:
         """Publishes to this device-plugin server what its resource advertises, now and after each change."""
@@ -114,14 +96,14 @@ class KubeletPublisher:
         self._publish(server)
 
     def _announced(self, server: DevicePluginServer) -> None:
-        """Publishes the number of devices to the Node, once a kubelet that opened a stream has got the list."""
+        """Publishes the number of devices to the Node, once a kubelet has the first list of its stream."""
         if self._servers.get(server.resource) is server:
             self._publish(server)
 
     async def detach(self, server: DevicePluginServer) -> None:
-        """Publishes for the last time to a server whose resource is not offered any more, and forgets the server.
+        """Forgets the server of a resource that is no longer offered.
 
-        Waits until the kubelet has the last list, then writes 0 to the Node. Takes at most 2 * SENT_TIMEOUT seconds.
+        First waits until the kubelet has the last list, and writes 0 to the Node: at most 2 * SENT_TIMEOUT seconds.
         """
         await done_within(self._clock, SENT_TIMEOUT, server.wait_sent())
         if self._servers.get(server.resource) is not server:
@@ -134,10 +116,7 @@ class KubeletPublisher:
             del self._servers[server.resource]
 
     def kubelet_gone(self, resource: str) -> None:
-        """Stops writing this resource to the Node until a kubelet listens again.
-
-        To be called when the kubelet has forgotten the resource; the kubelet then writes 0 to the Node itself.
-        """
+        """Stops writing a resource that the kubelet has forgotten to the Node. The kubelet then writes 0 itself."""
         if self._node_status is not None:
             self._node_status.forget(resource)
 
@@ -180,28 +159,21 @@ class KubeletPublisher:
         with span(self._tracer, "withdraw", attributes, context=context, kind=SpanKind.CONSUMER):
             self._inventory.evaluate_if_due()
             names = self._inventory.offering(change.device_id)
-            for server in [server for name, server in self._servers.items() if self._short(name) in names]:
-                await self._sent(server)
+            for server in [server for name, server in self._servers.items() if short_name(name) in names]:
+                attributes = {**RPC, "usbip.resource": server.resource, "usbip.streams": server.open_streams}
+                with span(self._tracer, "ListAndWatch", attributes, kind=SpanKind.PRODUCER) as sent:
+                    try:
+                        async with self._clock.timeout(SENT_TIMEOUT):
+                            await server.wait_sent()
+                    except TimeoutError as error:
+                        failed(sent, error)
                 if server.open_streams:
                     self._on_withdrawn(self._clock.monotonic() - seen_at)
 
-    async def _sent(self, server: DevicePluginServer) -> None:
-        """Waits, in a span of its own, until the new list is written to the kubelet's streams.
-
-        Waits at most SENT_TIMEOUT seconds.
-        """
-        attributes = {**RPC, "usbip.resource": server.resource, "usbip.streams": server.open_streams}
-        with span(self._tracer, "ListAndWatch", attributes, kind=SpanKind.PRODUCER) as sent:
-            try:
-                async with self._clock.timeout(SENT_TIMEOUT):
-                    await server.wait_sent()
-            except TimeoutError as error:
-                failed(sent, error)
-
     def _publish(self, server: DevicePluginServer) -> None:
-        if not self._begun:
+        if not self.publishing:
             return
-        server.publish(self._inventory.advertised.get(self._short(server.resource), ()))
+        server.publish(self._inventory.advertised.get(short_name(server.resource), ()))
         if self._node_status is not None and server.announced:
             self._node_status.publish({server.resource: server.healthy})
 
@@ -211,17 +183,15 @@ def log_changes(
 ) -> None:
     """Logs one line for each device whose health has another reason than before.
 
-    Every node sees all that other nodes take and release all day. With thousands of nodes, each node logs these changes
-    at debug level only.
+    What other nodes take and release is logged at debug level only: every node sees all of it.
 
     changed: pairs of (before or None, now).
     """
-    debugging = log.isEnabledFor(logging.DEBUG)
     for old, device in changed:
         if old is not None and old.health.reason is device.health.reason:
             continue
-        daily = old is not None and {old.health.reason, device.health.reason} <= _DAILY
-        if daily and not debugging:
+        routine = old is not None and {old.health.reason, device.health.reason} <= _ROUTINE
+        if routine and not log.isEnabledFor(logging.DEBUG):
             continue
         lock = locks.get(device.id)
         extra = {
@@ -232,9 +202,9 @@ def log_changes(
         }
         # the change of another device may have caused this call: each line belongs to the trace of its own device
         with within(lock.traceparent if lock is not None else None):
-            if daily and device.health.healthy:
+            if routine and device.health.healthy:
                 log.debug("free again", extra=extra)
-            elif daily:
+            elif routine:
                 log.debug("taken by another node", extra=extra)
             elif device.health.healthy:
                 log.info("healthy", extra=extra)

@@ -1,9 +1,4 @@
-"""Registers device plugins with the kubelet, watches the kubelet's directory and removes stale sockets from it.
-
-A plugin that ends in order removes its own socket, and a kubelet that starts removes all. Sockets of killed plugins
-would pile up in between: the next plugin takes other names, and a resource that is not configured any more has no
-next plugin.
-"""
+"""Registers device plugins with the kubelet, watches the kubelet's directory and removes stale sockets from it."""
 
 from __future__ import annotations
 
@@ -25,18 +20,17 @@ import grpc.aio
 from usbip_plugin.clock import Clock, backoff
 from usbip_plugin.errors import RegistrationFailed
 from usbip_plugin.kubelet import deviceplugin_pb2 as pb
-from usbip_plugin.kubelet.device_plugin import DevicePluginServer
+from usbip_plugin.kubelet.device_plugin import DevicePluginServer, short_name
 from usbip_plugin.kubelet.deviceplugin_pb2_grpc import RegistrationStub
 from usbip_plugin.sync import Broadcast, DirectoryWatch, done_within
 
 log = logging.getLogger(__name__)
 
-
 KUBELET_SOCKET = "kubelet.sock"
 RECHECK_S = 10.0
 """Seconds after which the directory is checked without an event, in case its file system delivers none."""
 POLL_S = 1.0
-"""Seconds between checks without inotify: no instances are left, or the directory does not exist yet."""
+"""Seconds between checks while the directory cannot be watched."""
 MAX_SOCKET_PATH_BYTES = 107
 """Maximum length of a unix socket's path in bytes: sun_path holds 108 with the terminating zero."""
 
@@ -79,10 +73,9 @@ def is_stale(path: Path) -> bool:
 
 
 class PluginDirectory:
-    """The kubelet's device-plugin directory, watched for files that appear or disappear.
+    """The kubelet's device-plugin directory. While `run()` runs, `changed` fires at each change of an entry.
 
-    `changed` fires at each such change, and at the latest after RECHECK_S. Without inotify it fires every POLL_S.
-    Nothing is watched unless `run()` runs.
+    It fires at least every RECHECK_S, and every POLL_S while the directory cannot be watched.
     """
 
     def __init__(self, path: Path, clock: Clock) -> None:
@@ -95,10 +88,7 @@ class PluginDirectory:
         return self.path / KUBELET_SOCKET
 
     def kubelet(self) -> SocketIdentity | None:
-        """Returns the identity of the kubelet's registration socket now, or None if there is none.
-
-        Another identity means another run of the kubelet.
-        """
+        """Returns the identity of the kubelet's registration socket, or None. It changes when the kubelet restarts."""
         return identify(self.kubelet_socket)
 
     async def run(self) -> None:
@@ -125,36 +115,30 @@ def left_behind(then: Mapping[str, SocketIdentity], now: Mapping[str, SocketIden
     return tuple(sorted(name for name, found in now.items() if then.get(name) == found))
 
 
-def unheard(directory: Path) -> Mapping[str, SocketIdentity]:
-    """Returns, by name, the stale sockets in the directory that are named as this project names them.
-
-    Leaves other sockets alone. Raises OSError if the directory cannot be read.
-    """
-    ours = [path for path in directory.iterdir() if named_by_us(path.name)]
-    found = {path.name: identify(path) for path in ours if is_stale(path)}
-    return {name: identity for name, identity in found.items() if identity is not None}
+def stale_sockets(directory: Path) -> Mapping[str, SocketIdentity]:
+    """Returns, by name, this plugin's stale sockets in the directory. Raises OSError if that cannot be read."""
+    ours = [path for path in directory.iterdir() if named_by_us(path.name) and is_stale(path)]
+    return {path.name: identity for path in ours if (identity := identify(path)) is not None}
 
 
 async def sweep(directory: Path, clock: Clock) -> None:
     """Removes sockets of earlier processes that are stale now and LOOK_AGAIN_S seconds later.
 
-    Never fails. A socket that cannot be removed is logged, and stays.
+    A plugin that was killed leaves its sockets. No later one removes them: it uses other names, and a resource may no
+    longer be configured. Never fails. A socket that cannot be removed is logged, and stays.
     """
     try:
-        first = unheard(directory)
+        first = stale_sockets(directory)
         if not first:
             return
         await clock.sleep(LOOK_AGAIN_S)
-        for name in left_behind(first, unheard(directory)):
+        for name in left_behind(first, stale_sockets(directory)):
             (directory / name).unlink(missing_ok=True)
-            log.info("removed the socket of a plugin that is gone", extra={"socket": str(directory / name)})
+            log.info("stale socket removed", extra={"socket": str(directory / name)})
     except FileNotFoundError:
         return  # a kubelet that creates its directory leaves no sockets in it
     except OSError as error:
-        log.warning(
-            "cannot remove the sockets of a plugin that is gone",
-            extra={"directory": str(directory), "cause": str(error)},
-        )
+        log.warning("stale sockets not removed", extra={"directory": str(directory), "cause": str(error)})
 
 
 API_VERSION = "v1beta1"
@@ -193,7 +177,7 @@ def endpoint_name(directory: Path, resource: str, run: int) -> str:
     that is too long for a unix socket in the directory is shortened to a hash.
     """
     suffix = ".sock" if run <= 1 else f".{run}.sock"
-    name = resource.rpartition("/")[2]
+    name = short_name(resource)
     if len(f"{directory}/usbip-{name}{suffix}".encode()) > MAX_SOCKET_PATH_BYTES:
         name = hashlib.sha256(resource.encode()).hexdigest()[:12]
     return f"usbip-{name}{suffix}"
@@ -211,14 +195,13 @@ def why_over(
 
     A missing kubelet.sock alone does not end a registration, because the stream ends with the kubelet.
 
-    kubelet_then, socket_then: the kubelet's socket and the plugin's socket at the registration.
-    kubelet_now, socket_now: the same sockets now.
+    kubelet_then, socket_then: the sockets of the kubelet and of the plugin at the registration.
     streams: the number of open ListAndWatch streams.
     """
     if kubelet_now is not None and kubelet_now != kubelet_then:
         return "the kubelet restarted"
     if socket_now is None or socket_now != socket_then:
-        return "our socket was removed"
+        return "the plugin's socket was removed"
     if streams == 0:
         return "the kubelet closed the ListAndWatch stream"
     return None
@@ -243,8 +226,7 @@ async def register(socket: Path, request: pb.RegisterRequest) -> None:
 class ResourcePlugin:
     """Device plugin of one resource: serves, registers, and does both again when the kubelet has forgotten it.
 
-    Never waits for a USB/IP server or the API server: what the resource advertises comes through the server's
-    publish(). on_state is called, synchronously, after each change of state.
+    Never waits for a USB/IP server or the API server. on_state is called, synchronously, after each change of state.
     """
 
     def __init__(
@@ -271,21 +253,18 @@ class ResourcePlugin:
 
     @property
     def registered(self) -> bool:
-        """Returns whether the kubelet has accepted the registration and its ListAndWatch is open."""
+        """Returns whether the state is REGISTERED."""
         return self.state is RegistrationState.REGISTERED
 
     async def run(self) -> None:
-        """Serves and registers until cancelled. Then closes and removes the socket within half a second.
-
-        Never fails.
-        """
+        """Serves and registers until cancelled. Then closes and removes the socket within 0.5 s. Never fails."""
         waits = backoff(self._rng, BACKOFF_FIRST_S, BACKOFF_MAX_S)
         try:
             while True:
                 tried = self._directory.kubelet()
                 if tried is None:
                     self._set(RegistrationState.WAITING)
-                    await self._directory.changed.until(lambda: self._directory.kubelet() is not None)
+                    await self._until_kubelet_other_than(None)
                     continue
                 started = self._clock.monotonic()
                 try:
@@ -294,16 +273,13 @@ class ResourcePlugin:
                     self._set(RegistrationState.FAILED, str(error))
                 if self._clock.monotonic() - started >= STABLE_S:
                     waits = backoff(self._rng, BACKOFF_FIRST_S, BACKOFF_MAX_S)
-                if await self._new_kubelet_within(next(waits), tried):
+                if await done_within(self._clock, next(waits), self._until_kubelet_other_than(tried)):
                     waits = backoff(self._rng, BACKOFF_FIRST_S, BACKOFF_MAX_S)
         finally:
             self._set(RegistrationState.STOPPED)
 
-    async def _new_kubelet_within(self, seconds: float, tried: SocketIdentity) -> bool:
-        """Waits after a try, but not longer than until there is a new kubelet.sock. Returns whether there is one."""
-        return await done_within(
-            self._clock, seconds, self._directory.changed.until(lambda: self._directory.kubelet() not in {tried, None})
-        )
+    async def _until_kubelet_other_than(self, tried: SocketIdentity | None) -> None:
+        await self._directory.changed.until(lambda: self._directory.kubelet() not in {tried, None})
 
     async def _register_once(self, kubelet: SocketIdentity) -> None:
         """Serves and registers once, and returns when the registration has ended.
@@ -311,6 +287,17 @@ class ResourcePlugin:
         Raises RegistrationFailed if the registration does not succeed, and OSError.
         """
         path = self._next_path()
+        mine: SocketIdentity | None = None
+
+        def ended(streams: int) -> str | None:
+            return why_over(
+                kubelet_then=kubelet,
+                kubelet_now=self._directory.kubelet(),
+                socket_then=mine,
+                socket_now=identify(path),
+                streams=streams,
+            )
+
         async with contextlib.AsyncExitStack() as stack:
             stack.enter_context(self._directory.changed.relayed_to(self.server.changed))
             await stack.enter_async_context(self.server.serving(path))
@@ -326,56 +313,25 @@ class ResourcePlugin:
                     options=self.server.options,
                 ),
             )
-            await self._until_listening(path, kubelet, mine, opened)
+            await self._until_listening(opened, lambda: ended(streams=1))
             self.registrations += 1
             self._set(RegistrationState.REGISTERED)
-            cause = await self._until_over(path, kubelet, mine)
+            cause = await self.server.changed.until(lambda: ended(self.server.open_streams))
         self._set(RegistrationState.REGISTERING, cause)
 
-    async def _until_listening(
-        self, path: Path, kubelet: SocketIdentity, mine: SocketIdentity | None, opened: int
-    ) -> None:
+    async def _until_listening(self, opened: int, ended: Callable[[], str | None]) -> None:
         """Waits for a stream after the first `opened` ones. The stream may have ended already when this method sees it.
 
-        Raises RegistrationFailed if the kubelet or the registration ends before that, or if the kubelet opens no stream
-        within STREAM_TIMEOUT_S.
+        Raises RegistrationFailed if ended() gives a cause before that, or if the kubelet opens no stream within
+        STREAM_TIMEOUT_S.
         """
-        cause: str | None = None
-
-        def decided() -> bool:
-            nonlocal cause
-            cause = self._why_over(path, kubelet, mine, streams=1)
-            return self.server.streams_opened > opened or cause is not None
-
         try:
             async with self._clock.timeout(STREAM_TIMEOUT_S):
-                await self.server.changed.until(decided)
+                cause = await self.server.changed.until(lambda: ended() or self.server.streams_opened > opened)
         except TimeoutError:
-            cause = f"it opened no ListAndWatch within {STREAM_TIMEOUT_S:g} s"
-        if cause is not None:
-            raise RegistrationFailed(f"the kubelet registered {self.resource}, but then: {cause}")
-
-    async def _until_over(self, path: Path, kubelet: SocketIdentity, mine: SocketIdentity | None) -> str:
-        cause: str | None = None
-
-        def over() -> bool:
-            nonlocal cause
-            cause = self._why_over(path, kubelet, mine, streams=self.server.open_streams)
-            return cause is not None
-
-        await self.server.changed.until(over)
-        return cause or ""
-
-    def _why_over(
-        self, path: Path, kubelet: SocketIdentity, mine: SocketIdentity | None, *, streams: int
-    ) -> str | None:
-        return why_over(
-            kubelet_then=kubelet,
-            kubelet_now=self._directory.kubelet(),
-            socket_then=mine,
-            socket_now=identify(path),
-            streams=streams,
-        )
+            cause = f"the kubelet did not call ListAndWatch within {STREAM_TIMEOUT_S:g} s"
+        if isinstance(cause, str):
+            raise RegistrationFailed(f"the kubelet registered {self.resource}, but {cause}")
 
     def _next_path(self) -> Path:
         """Returns a free socket path for the next run. Removes a stale socket; skips the name of a socket in use."""
@@ -395,7 +351,7 @@ class ResourcePlugin:
         if state is RegistrationState.FAILED:
             log.warning("registration with the kubelet failed", extra=extra)
         elif state is RegistrationState.WAITING:
-            log.info("waiting for the kubelet: its registration socket is missing", extra={"resource": self.resource})
+            log.info("kubelet registration socket missing, waiting", extra={"resource": self.resource})
         elif state is RegistrationState.REGISTERED:
             log.info("registered with the kubelet", extra={"resource": self.resource})
         elif error:

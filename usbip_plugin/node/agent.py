@@ -169,7 +169,6 @@ class Agent:
             context,
             inventory=self.inventory,
             locks=self.locks,
-            domain=domain,
             node_status=self.node_status,
             on_advertised=observer.on_advertised,
             on_withdrawn=observer.on_withdrawn,

@@ -133,4 +133,4 @@ async def test_what_cannot_be_removed_is_told_and_harms_nobody(
     monkeypatch.setattr(Path, "unlink", refuse)
     with caplog.at_level(logging.INFO):
         await sweep(directory, Meanwhile())
-    assert [record.getMessage() for record in caplog.records] == ["cannot remove the sockets of a plugin that is gone"]
+    assert [record.getMessage() for record in caplog.records] == ["stale sockets not removed"]

@@ -25,8 +25,8 @@ def test_preferred_takes_must_haves_then_attached_then_healthy() -> None:
 @pytest.mark.parametrize(
     ("must", "size", "words"),
     [
-        (["c"], 1, "wants c out of devices it is not among"),
-        (["a", "b"], 1, "wants 1 devices and 2 of them in any case"),
+        (["c"], 1, "required devices are not available: c"),
+        (["a", "b"], 1, "expected at most 1 required devices, got 2"),
     ],
 )
 def test_a_choice_that_cannot_be_made_is_refused_in_words(must: list[str], size: int, words: str) -> None:

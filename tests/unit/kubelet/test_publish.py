@@ -63,7 +63,6 @@ class Node:
             NodeContext(NodeIdentity("node-a", "boot-1"), clock, random.Random(1), NoOpTracer()),
             inventory=cast("Inventory", Offers()),
             locks=cast("LockManager", NoLocks()),
-            domain="usbip.dev",
             node_status=self.status,
             on_advertised=lambda _resource, _devices: None,
             on_withdrawn=lambda _seconds: None,
