@@ -275,7 +275,7 @@ async def test_the_process_registers_answers_reloads_and_ends_on_sigterm(
     async with plugin(cluster.kubeconfig(await tokens.of(NODE)), admin, unused_tcp_port) as p:
         async with asyncio.timeout(PATIENCE_S):
             await p.kubelet.wait_for("usbip.dev/stick", lambda devices: p.device.id in devices)
-        await p.line("registered with the kubelet")  # it hears so in its own time: the kubelet may have the list before
+        await p.line("resource registered")  # it hears so in its own time: the kubelet may have the list before
         assert (await p.get("/healthz"))[0] == 200
         assert (await p.get("/readyz"))[0] == 200
         (row,) = json.loads((await p.get("/api/devices"))[1])
@@ -298,7 +298,7 @@ async def test_the_process_registers_answers_reloads_and_ends_on_sigterm(
         assert (told["setting"], told["in_force"], told["in_file"]) == ("lock.duration", 40.0, 50.0)
         async with asyncio.timeout(PATIENCE_S):
             await p.kubelet.wait_for("usbip.dev/dongle", lambda devices: p.device.id in devices)
-        await p.line("registered with the kubelet")
+        await p.line("resource registered")
         status = json.loads((await p.get("/api/status"))[1])
         assert (status["node"], status["config"]["problems"]) == (NODE, [])
         assert [row["resource"] for row in status["registrations"] if row["registered"]] == ["usbip.dev/dongle"]
@@ -330,7 +330,7 @@ async def test_the_process_exports_its_traces_and_its_log_names_them(
         async with plugin(config, admin, unused_tcp_port, simulated=True, **variables) as p:
             await p.offered()
             pod = await p.admit()
-            line = json.loads(await p.line('"allocated"'))
+            line = json.loads(await p.line('"devices allocated"'))
             await p.end_pod(pod)
             released = json.loads(await p.line('"device released"'))
             await p.end()

@@ -43,7 +43,7 @@ def places(unused_tcp_port_factory: Callable[[], int], request: pytest.FixtureRe
 
 async def offered(node: Node) -> None:
     await node.until("stick", {node.places.device.id: True})
-    await node.log.until("registered with the kubelet")
+    await node.log.until("resource registered")
 
 
 @pytest.mark.parametrize("places", LOOPBACKS, indirect=True)
@@ -156,7 +156,7 @@ def test_without_readable_locks_the_plugin_is_alive_and_not_ready(
 
     async def story(node: Node) -> None:
         await node.until_api(lambda api: [request.right for request in api.requests].count("list leases") >= 2)
-        await node.log.until("registered with the kubelet")
+        await node.log.until("resource registered")
         assert (await node.get("/healthz")) == (200, "ok\n")
         status, text = await node.get("/readyz")
         assert (status, text.count("\n")) == (503, 1)
@@ -176,14 +176,14 @@ def test_the_plugin_is_not_ready_while_its_kubelet_is_away(monkeypatch: pytest.M
     async def story(node: Node) -> None:
         await offered(node)
         await node.kubelet.stop()
-        again = await node.log.until("registering again")
+        again = await node.log.until("resource registering again")
         assert vars(again)["cause"] == "the kubelet closed the ListAndWatch stream"
         status, text = await node.get("/readyz")
         assert (status, text.startswith("usbip.dev/stick: not registered: ")) == (503, True)
         (row,) = (await node.get_json("/api/status"))["registrations"]
         assert (row["resource"], row["registered"], row["registrations"]) == ("usbip.dev/stick", False, 1)
         await node.kubelet.start()
-        await node.log.until("registered with the kubelet", 2)
+        await node.log.until("resource registered", 2)
         assert (await node.get("/readyz")) == (200, "ok\n")
 
     assert run(monkeypatch, places, story)[0] == 0
@@ -237,7 +237,7 @@ def test_an_empty_address_starts_no_http_server_and_either_signal_ends_the_proce
     out, err = capsys.readouterr()
     assert (status, err) == (0, "")
     assert "warn  simulated kernel in use, no USB device is attached socket=" in out
-    assert "info  registered with the kubelet resource=usbip.dev/stick" in out
+    assert "info  resource registered resource=usbip.dev/stick" in out
 
 
 @pytest.mark.parametrize("works", [True, False])

@@ -34,7 +34,7 @@ async def lost_and_back(cluster: ClusterView, server: Server, node: str) -> None
 async def allocations(cluster: ClusterView, kubectl: Kubectl, node: str) -> int:
     name = (await plugin_on(cluster, node))["metadata"]["name"]
     log = kubectl("logs", "-n", PLUGIN_NAMESPACE, name, "-c", "plugin")
-    return sum('"allocated"' in line and f"{DOMAIN}/named" in line for line in log.splitlines())
+    return sum('"devices allocated"' in line and f"{DOMAIN}/named" in line for line in log.splitlines())
 
 
 @pytest.mark.short

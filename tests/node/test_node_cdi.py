@@ -47,7 +47,7 @@ def device_of(container: Container) -> str:
 
 
 def allocates(plugin: Plugin) -> int:
-    return sum(json.loads(line).get("msg") == "allocated" for line in plugin.container().log().splitlines())
+    return sum(json.loads(line).get("msg") == "devices allocated" for line in plugin.container().log().splitlines())
 
 
 def test_a_program_that_ends_with_its_device_goes_on_under_its_new_nodes(

@@ -105,7 +105,9 @@ def test_what_another_node_takes_and_releases_is_no_line(written: Written) -> No
             lines = written.lines()
             assert [line for line in lines if line.get("reason") == Reason.HELD_ELSEWHERE.value] == []
             (released,) = (n for n, line in enumerate(lines) if line["msg"] == "device released")
-            assert len([line for line in lines[released:] if line["msg"] == "healthy"]) == 1, "on the node that had it"
+            assert len([line for line in lines[released:] if line["msg"] == "device healthy"]) == 1, (
+                "on the node that had it"
+            )
 
     told(handover)
 
@@ -151,12 +153,12 @@ def test_every_line_about_a_device_in_use_bears_the_trace_of_its_life(written: W
     story = told(life)
     (trace,) = {span.trace_id for span in story.spans}
     lines = written.lines()
-    of_life = ("allocated", "attachment lost", "device re-attached", "device released", "unhealthy")
+    of_life = ("devices allocated", "attachment lost", "device re-attached", "device released", "device unhealthy")
     assert {line["msg"] for line in lines} >= set(of_life)
     assert {line.get("trace_id") for line in lines if line["msg"] in of_life} == {trace}
     spans = {span.span_id: span.name for span in story.spans}
     named = {str(line["msg"]): spans.get(str(line.get("span_id"))) for line in lines}
-    assert (named["allocated"], named["device re-attached"], named["device released"]) == (
+    assert (named["devices allocated"], named["device re-attached"], named["device released"]) == (
         "Allocate",
         "re-attach",
         "release",

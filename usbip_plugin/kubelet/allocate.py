@@ -172,7 +172,7 @@ class Allocator:
                 raise
             root.set_attribute("rpc.response.status_code", "OK")
             self._on_result(resource, None, self._clock.monotonic() - began)
-            log.info("allocated", extra={"resource": resource, "devices": ids})
+            log.info("devices allocated", extra={"resource": resource, "devices": ids})
             return responses
 
     async def _publish_refusal(self, resource: str) -> None:

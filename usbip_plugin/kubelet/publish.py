@@ -203,10 +203,10 @@ def log_changes(
         # the change of another device may have caused this call: each line belongs to the trace of its own device
         with within(lock.traceparent if lock is not None else None):
             if routine and device.health.healthy:
-                log.debug("free again", extra=extra)
+                log.debug("device available again", extra=extra)
             elif routine:
-                log.debug("taken by another node", extra=extra)
+                log.debug("device taken by another node", extra=extra)
             elif device.health.healthy:
-                log.info("healthy", extra=extra)
+                log.info("device healthy", extra=extra)
             else:
-                log.info("unhealthy", extra=extra)
+                log.info("device unhealthy", extra=extra)

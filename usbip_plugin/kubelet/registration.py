@@ -353,8 +353,8 @@ class ResourcePlugin:
         elif state is RegistrationState.WAITING:
             log.info("kubelet registration socket missing, waiting", extra={"resource": self.resource})
         elif state is RegistrationState.REGISTERED:
-            log.info("registered with the kubelet", extra={"resource": self.resource})
+            log.info("resource registered", extra={"resource": self.resource})
         elif error:
-            log.info("registering again", extra=extra)
+            log.info("resource registering again", extra=extra)
         if self._on_state is not None:
             self._on_state(self)
