@@ -156,7 +156,7 @@ class Node:
         Adds an error to problems for each duplicate key and each key that is not a scalar.
         same: the normal form of a key; two keys with the same normal form are duplicates.
         """
-        seen: dict[str, tuple[str, Node]] = {}
+        values: dict[str, tuple[str, Node]] = {}
         merged: list[Node] = []
         if not isinstance(self.yaml, yaml.MappingNode):
             return []
@@ -169,15 +169,15 @@ class Node:
             place = Node(value, f"{self.path}.{name}" if self.path else name, line)
             if key.value == _MERGE and not key.style:
                 merged.append(Node(value, self.path, line))
-            elif (normal := same(key.value)) in seen:
-                problems.error(place, f"duplicate key (first defined on line {seen[normal][1].line})")
+            elif (normal := same(key.value)) in values:
+                problems.error(place, f"duplicate key (first defined on line {values[normal][1].line})")
             else:
-                seen[normal] = (key.value, place)
+                values[normal] = (key.value, place)
         for source in merged:
             for mapping in (source, *source.items()):
                 for written, value in Node(mapping.yaml, self.path, mapping.line).pairs(problems, same):
-                    seen.setdefault(same(written), (written, value))
-        return list(seen.values())
+                    values.setdefault(same(written), (written, value))
+        return list(values.values())
 
 
 def read_document(text: str, source: str) -> Node | None:
@@ -199,6 +199,8 @@ def read_document(text: str, source: str) -> Node | None:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
         what = " ".join(shown(part) for part in (error.context, error.problem) if part)
+        if "cannot start any token" in what:
+            what += "; indent with spaces, not tabs, and quote a value that begins with @ or `"
         raise ConfigError(source, [f"{source}:{line}: not valid YAML: {what}"]) from error
     except yaml.YAMLError as error:
         what = shown(" ".join(str(error).split()))

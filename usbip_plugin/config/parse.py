@@ -19,8 +19,8 @@ The time to check for overlaps grows with the square of this number.
 """
 
 PERMISSIONS_NEED_CDI = (
-    "needs cdi: true in the same resource; without it the container's device nodes have the mode, user and group of "
-    "the host's. Without cdi, add the group of the host's device node to the pod's securityContext.supplementalGroups"
+    "needs cdi: true in the same resource. Without CDI, device nodes keep the mode, user and group of the host; add "
+    "that group to the pod's securityContext.supplementalGroups"
 )
 RESTART_NEEDS_CDI = (
     "restart needs cdi: true in the same resource; without it the kubelet restarts a container with the device paths "
@@ -29,9 +29,8 @@ RESTART_NEEDS_CDI = (
 
 _FLAGS = ("domain", "plugin-directory", "pod-resources-socket", "log-level", "listen")
 TOP_KEYS = ("resources", "lock", "allocateTimeout", "publishNodeStatus", *_FLAGS)
-RESOURCE_KEYS = (
-    *("devices", "children", "childrenTimeout", "containerPath", "byId", "permissions", "readOnly", "onLoss", "cdi"),
-)
+_CONTAINER_KEYS = ("children", "childrenTimeout", "containerPath", "byId", "permissions", "readOnly")
+RESOURCE_KEYS = ("devices", *_CONTAINER_KEYS, "onLoss", "cdi")
 PERMISSION_KEYS = ("mode", "user", "group")
 LOCK_KEYS = ("duration",)
 

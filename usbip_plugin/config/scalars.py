@@ -62,7 +62,7 @@ def usb_number(node: Node, problems: Problems, *, digits: int) -> int | None:
         problems.error(
             node,
             f"{text} without quotes is ambiguous: 0x{as_hex:0{digits}x} as a hexadecimal number, "
-            f"0x{as_go:0{digits}x} as a YAML number, as the Go program reads it; write {cures}",
+            f"0x{as_go:0{digits}x} as the YAML number that the Go program reads; write {cures}",
         )
         return None
     value = as_hex if as_hex is not None else as_go
@@ -93,9 +93,10 @@ def _go_reading(text: str) -> int | None:
 
 def class_code(node: Node, problems: Problems) -> int | None:
     """Reads a USB class: two hexadecimal digits or one of CLASS_NAMES."""
-    if node.scalar is not None and (known := CLASS_NAMES.get(node.scalar.lower())) is not None:
-        return known
-    if node.scalar is not None and not _HEX.fullmatch(node.scalar):
+    text = (node.scalar or "").lower()
+    if text in CLASS_NAMES:
+        return CLASS_NAMES[text]
+    if not _HEX.fullmatch(text):
         names = ", ".join(CLASS_NAMES)
         problems.error(node, f"{node.describe()} is not a valid USB class; expected 2 hex digits or one of {names}")
         return None

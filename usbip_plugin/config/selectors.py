@@ -140,10 +140,10 @@ def report_overlaps(entries: Sequence[tuple[str, DeviceSelector, Node]], problem
     entries: resource name, entry and its node in the file.
     """
     by_server: dict[ServerKey, list[tuple[str, DeviceSelector, Node]]] = {}
-    seen: dict[tuple[str, ServerKey, Selector], Node] = {}
+    places: dict[tuple[str, ServerKey, Selector], Node] = {}
     overlaps = 0
     for resource, device, place in entries:
-        first = seen.setdefault((resource, device.target, device.selector), place)
+        first = places.setdefault((resource, device.target, device.selector), place)
         if first is not place:
             problems.error(place, f"same target and selector as {first.path} (line {first.line}); remove one")
             continue

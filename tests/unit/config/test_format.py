@@ -311,7 +311,7 @@ def test_a_list_that_cannot_be_used_is_an_error_with_its_place_and_cure(text: st
         (
             one_selector("{class: [hid]}"),
             "resources.a[0].selector.class",
-            "not a valid USB class; expected up to 2 hex digits in quotes",
+            "a list is not a valid USB class; expected 2 hex digits or one of",
         ),
         (
             one_selector('{vendor: "12345"}'),
@@ -468,6 +468,12 @@ def test_no_resource_at_all_may_be_said_and_is_told() -> None:
 )
 def test_a_hostile_file_is_refused_and_cheap(text: str, yaml_loader: None) -> None:
     assert problems_of(text)
+
+
+def test_a_tab_is_an_error_with_a_cure(yaml_loader: None) -> None:
+    (problem,) = problems_of("resources:\n\ta: []\n")
+    assert problem.startswith("config.yaml:2: not valid YAML: ")
+    assert "indent with spaces, not tabs" in problem
 
 
 def test_lists_within_lists_are_read_down_to_the_deepest_level_allowed(yaml_loader: None) -> None:
