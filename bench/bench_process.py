@@ -18,7 +18,7 @@ from tests.rigs.api_process import Cluster
 from tests.rigs.plugin_in_pod import STRIPPED, InPod, cpu_ms, switches
 from usbip_plugin.kube.client import connect
 from usbip_plugin.locks import record
-from usbip_plugin.locks.kubernetes import KubernetesLeases
+from usbip_plugin.locks.kubernetes import RESOURCE, KubernetesLeases
 from usbip_plugin.locks.record import Lease
 from usbip_plugin.model import DeviceKey, ServerKey
 from usbip_sim.kubelet.kubelet import FakeKubelet
@@ -81,7 +81,8 @@ async def _locks(kubeconfig: str) -> AsyncIterator[None]:
             made.append(await store.create(lease))
         yield
         for lease in made:
-            await store.delete(lease.name, lease.resource_version)
+            path = f"/apis/coordination.k8s.io/v1/namespaces/{NAMESPACE}/leases/{lease.name}"
+            await client.request("delete", path, resource=RESOURCE)
     finally:
         await client.close()
 

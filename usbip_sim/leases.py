@@ -279,9 +279,6 @@ class MemoryLeases:
     async def replace(self, lease: Lease) -> Lease:
         return await self._call("update", lease.name, lambda: self._backend.replace(lease))
 
-    async def delete(self, name: str, resource_version: str) -> None:
-        await self._call("delete", name, lambda: self._backend.delete(name, resource_version))
-
     async def watch(self, labels: Mapping[str, str], resource_version: str) -> AsyncGenerator[LeaseChange, None]:
         await self._call("watch", "", lambda: None)
         version, end = int(resource_version), self._clock.monotonic() + WATCH_TIMEOUT_S

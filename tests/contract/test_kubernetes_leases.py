@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.rigs.fake_api import NAMESPACE, FakeApi, client_of, serving
-from tests.rigs.lease_store_suite import WHEN, Compact, LeaseStoreContract
+from tests.rigs.lease_store_suite import WHEN, Compact, Delete, LeaseStoreContract, deleting
 from usbip_plugin.errors import KubeServerError
 from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.locks.record import LOCK_LABELS, ChangeType, Lease
@@ -28,6 +28,10 @@ async def store(api: FakeApi, tmp_path: Path) -> AsyncIterator[KubernetesLeases]
 
 
 class TestKubernetesLeases(LeaseStoreContract):
+    @pytest.fixture
+    def delete(self, api: FakeApi) -> Delete:
+        return deleting(api.leases[NAMESPACE])
+
     @pytest.fixture
     def compact(self, api: FakeApi) -> Compact:
         async def forget() -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.rigs.lease_store_suite import Compact, LeaseStoreContract
+from tests.rigs.lease_store_suite import Compact, Delete, LeaseStoreContract, deleting
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.locks.record import LeaseStore
 from usbip_sim.leases import MemoryBackend, MemoryLeases
@@ -16,6 +16,10 @@ class TestMemoryLeases(LeaseStoreContract):
     @pytest.fixture
     def store(self, backend: MemoryBackend) -> LeaseStore:
         return MemoryLeases(backend, SystemClock())
+
+    @pytest.fixture
+    def delete(self, backend: MemoryBackend) -> Delete:
+        return deleting(backend)
 
     @pytest.fixture
     def compact(self, backend: MemoryBackend) -> Compact:

@@ -63,9 +63,6 @@ class SocketLeases:
     async def replace(self, lease: Lease) -> Lease:
         return unpack(await self._call("update", lease=pack(lease)))
 
-    async def delete(self, name: str, resource_version: str) -> None:
-        await self._call("delete", name=name, version=resource_version)
-
     async def watch(self, labels: Mapping[str, str], resource_version: str) -> AsyncGenerator[LeaseChange, None]:
         async with self._asked("watch", labels=dict(labels), version=resource_version) as reader:
             while line := await reader.readline():
@@ -173,10 +170,8 @@ async def _answer(store: LeaseStore, request: Mapping[str, Any]) -> Any:
             return {"items": [pack(lease) for lease in listed.items], "version": listed.resource_version}
         case "create":
             return pack(await store.create(unpack(request["lease"])))
-        case "update":
-            return pack(await store.replace(unpack(request["lease"])))
         case _:
-            return await store.delete(request["name"], request["version"])
+            return pack(await store.replace(unpack(request["lease"])))
 
 
 async def _send(writer: asyncio.StreamWriter, answer: Mapping[str, object]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.kernel.lease_socket import SocketLeases, served
-from tests.rigs.lease_store_suite import Compact, LeaseStoreContract
+from tests.rigs.lease_store_suite import Compact, Delete, LeaseStoreContract, deleting
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.errors import KubeUnreachable
 from usbip_plugin.locks.record import LeaseStore
@@ -29,6 +29,10 @@ async def store(backend: MemoryBackend) -> AsyncIterator[LeaseStore]:
 
 
 class TestSocketLeases(LeaseStoreContract):
+    @pytest.fixture
+    def delete(self, backend: MemoryBackend) -> Delete:
+        return deleting(backend)
+
     @pytest.fixture
     def compact(self, backend: MemoryBackend) -> Compact:
         async def forget() -> None:

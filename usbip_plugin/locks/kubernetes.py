@@ -68,10 +68,6 @@ class KubernetesLeases:
         path = f"{self._base}/{lease.name}"
         return decode(await self._client.request("update", path, resource=RESOURCE, body=body))
 
-    async def delete(self, name: str, resource_version: str) -> None:
-        body = {"kind": "DeleteOptions", "apiVersion": "v1", "preconditions": {"resourceVersion": resource_version}}
-        await self._client.request("delete", f"{self._base}/{name}", resource=RESOURCE, body=body)
-
     async def watch(self, labels: Mapping[str, str], resource_version: str) -> AsyncGenerator[LeaseChange, None]:
         params = {"labelSelector": selector(labels), "resourceVersion": resource_version}
         async with contextlib.aclosing(self._client.watch(self._base, resource=RESOURCE, params=params)) as events:

@@ -100,13 +100,6 @@ class LeaseStore(Protocol):
         """
         ...
 
-    async def delete(self, name: str, resource_version: str) -> None:
-        """Deletes the Lease if resource_version is still current (compare-and-delete).
-
-        Raises KubeConflict if the Lease has changed since, KubeNotFound if it is gone.
-        """
-        ...
-
     def watch(self, labels: Mapping[str, str], resource_version: str) -> AsyncGenerator[LeaseChange, None]:
         """Yields the changes after resource_version. Ends when the server ends the watch.
 

@@ -107,9 +107,6 @@ class WatchedStore:
     async def replace(self, lease: Lease) -> Lease:
         return await self._reported(self._store.replace(lease))
 
-    async def delete(self, name: str, resource_version: str) -> None:
-        await self._reported(self._store.delete(name, resource_version))
-
     def watch(self, labels: Mapping[str, str], resource_version: str) -> AsyncGenerator[LeaseChange, None]:
         return self._store.watch(labels, resource_version)
 

@@ -87,8 +87,11 @@ async def test_a_lock_that_changed_since_it_was_shown_is_left_alone() -> None:
 
 
 async def test_a_lock_that_was_deleted_is_not_made_anew() -> None:
-    store, found = await stored()
-    await store.delete(KEY.id, found.lease.resource_version)
+    backend = MemoryBackend()
+    store = MemoryLeases(backend, SystemClock())
+    lease = backend.create(known("node-a").lease)
+    (found,) = await known_devices(store)
+    backend.delete(KEY.id, lease.resource_version)
     with pytest.raises(ReleaseRefused, match="changed"):
         await release(store, found, NOW)
     assert await store.get(KEY.id) is None
