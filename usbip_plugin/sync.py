@@ -1,11 +1,11 @@
-"""Wake-ups within one event loop: waiting for a condition, callbacks for subscribers, and changes of a directory."""
+"""Tasks and wake-ups within one event loop: starting tasks, waiting for conditions, subscribers, directory changes."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar
@@ -31,6 +31,19 @@ async def done_within(clock: Clock, seconds: float, wait: Awaitable[object]) -> 
     except TimeoutError:
         return False
     return True
+
+
+def start_task(
+    tasks: asyncio.TaskGroup | None, work: Coroutine[object, object, None], name: str | None = None
+) -> asyncio.Task[None] | None:
+    """Starts work in a task of the group. If the group is None or is shutting down, closes work and returns None."""
+    try:
+        if tasks is not None:
+            return tasks.create_task(work, name=name)
+    except RuntimeError:  # the group is shutting down and accepts no more tasks
+        log.debug("task not started, plugin is stopping", extra={"work": name} if name else None)
+    work.close()
+    return None
 
 
 class Broadcast:

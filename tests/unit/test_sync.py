@@ -1,4 +1,4 @@
-"""Waits with a limit, and the watch on a directory."""
+"""Waits with a limit, the watch on a directory, and tasks of a group that may be stopping."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import asyncinotify
 import pytest
 
-from usbip_plugin.sync import DirectoryWatch, done_within
+from usbip_plugin.sync import DirectoryWatch, done_within, start_task
 from usbip_sim.virtual.loop import SimClock, virtual
 
 
@@ -155,3 +155,17 @@ async def test_a_wait_for_a_change_can_be_cancelled(tmp_path: Path) -> None:
             await task
         (tmp_path / "new").touch()
         assert await waited(watch) == pytest.approx(DEBOUNCE)
+async def test_a_task_is_started_only_while_its_group_accepts_tasks(recwarn: pytest.WarningsRecorder) -> None:
+    done: list[str] = []
+
+    async def work(name: str) -> None:
+        done.append(name)
+
+    assert start_task(None, work("without a group")) is None
+    async with asyncio.TaskGroup() as tasks:
+        task = start_task(tasks, work("in time"), "named")
+        assert task is not None
+        assert task.get_name() == "named"
+    assert start_task(tasks, work("too late")) is None
+    assert done == ["in time"]
+    assert not recwarn.list  # what is not started is closed

@@ -14,7 +14,7 @@ from usbip_plugin.locks.manager import LockManager
 from usbip_plugin.model import DeviceKey, Identity, PodRef
 from usbip_plugin.observe.spans import device_attributes, failed, pod_attributes, span
 from usbip_plugin.observe.tracing import remote_parent
-from usbip_plugin.sync import Broadcast, done_within
+from usbip_plugin.sync import Broadcast, done_within, start_task
 
 log = logging.getLogger(__name__)
 
@@ -67,13 +67,10 @@ class DeviceTasks:
 
     def spawn(self, work: Coroutine[object, object, None], name: str) -> asyncio.Task[None]:
         """Runs work in a task of its own. Raises ClaimBusy if the plugin is being stopped."""
-        try:
-            if self._group is not None:
-                return self._group.create_task(work, name=name)
-        except RuntimeError:  # the group accepts no more tasks
-            log.debug("task not started, plugin is stopping", extra={"work": name})
-        work.close()
-        raise ClaimBusy("the plugin on this node is stopping; try again")
+        task = start_task(self._group, work, name)
+        if task is None:
+            raise ClaimBusy("the plugin on this node is stopping; try again")
+        return task
 
     def mutex(self, device_id: str) -> asyncio.Lock:
         """Returns the mutex under which all work on this device is done."""

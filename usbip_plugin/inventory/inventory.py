@@ -7,7 +7,6 @@ per turn of the event loop answers all of their changes.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable, Collection, Coroutine, Mapping
 
 from usbip_plugin.claims import Claim, ClaimBook
@@ -21,10 +20,9 @@ from usbip_plugin.inventory.members import held_as, learn
 from usbip_plugin.locks.manager import LockManager
 from usbip_plugin.locks.watch import LockChange
 from usbip_plugin.model import Health
+from usbip_plugin.sync import start_task
 from usbip_plugin.usbip.poller import ServerPoller, ServerView
 from usbip_plugin.vhci.driver import VhciDriver
-
-log = logging.getLogger(__name__)
 
 
 class Inventory:
@@ -206,13 +204,7 @@ class Inventory:
 
     def spawn(self, work: Coroutine[object, object, None]) -> None:
         """Runs work in a task that ends with run(). If run() does not run, closes work without starting it."""
-        try:
-            if self._tasks is not None:
-                self._tasks.create_task(work)
-                return
-        except RuntimeError:  # the plugin is stopping, and the task group accepts no more tasks
-            log.debug("not begun, stopping")
-        work.close()
+        start_task(self._tasks, work)
 
     def _lock_changed(self, change: LockChange) -> None:
         before, after = (lock.read_from if lock is not None else None for lock in (change.old, change.new))
