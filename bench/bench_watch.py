@@ -164,9 +164,9 @@ async def watch() -> list[Row]:
             ):
                 await asyncio.sleep(0.05)
         # a server hides what is in use, so that no expiry is observed (R4); these list all that they have
-        hidden = agent.locks.importable_changed
-        agent.locks.set_importable = lambda device_ids: None  # type: ignore[method-assign]
-        agent.locks.importable_changed = lambda device_id, *, importable: (  # type: ignore[method-assign]
+        hidden = agent.locks.expiry.importable_changed
+        agent.locks.expiry.set_importable = lambda device_ids: None  # type: ignore[method-assign]
+        agent.locks.expiry.importable_changed = lambda device_id, *, importable: (  # type: ignore[method-assign]
             None if importable else hidden(device_id, importable=False)
         )
         # nor does anybody ask the servers anew: they are in this process, and would be measured

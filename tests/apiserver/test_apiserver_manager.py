@@ -174,7 +174,7 @@ async def test_a_dead_nodes_lock_is_taken_over(cluster: Cluster, tokens: NodeTok
         async with node(cluster, tokens) as a:
             await a.manager.acquire(key)
             await until(b.manager, lambda: b.manager.lock_status(key.id) is LockStatus.HELD)
-        b.manager.set_importable(frozenset({key.id}))
+        b.manager.expiry.set_importable(frozenset({key.id}))
         with b.clock.hurried():
             await until(b.manager, lambda: b.manager.lock_status(key.id) is LockStatus.EXPIRED)
         grant = await b.manager.acquire(key)

@@ -91,7 +91,7 @@ class Life:
         first = PodRef("default", "first")
         await node.admit(first, {RESOURCE: 1})
         self.step = KEPT
-        await self._until(lambda: agent.locks.heartbeat_at is not None)
+        await self._until(lambda: agent.locks.session.written_at is not None)
         self.step = TOLD
         (stolen,) = agent.locks.mine()
         await self._take_away(stolen.device_id)

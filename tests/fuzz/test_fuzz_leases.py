@@ -293,7 +293,7 @@ async def test_an_odd_lock_is_held_by_somebody_else_until_it_expires_and_harms_n
         assert (await manager.acquire(OTHER)).lock.holder == ME.node
         await shown(manager, api)
         # nobody renews it, and its server lists the device: it expires like any other, in an hour at the latest
-        manager.set_importable(frozenset({KEY.id}))
+        manager.expiry.set_importable(frozenset({KEY.id}))
         await until(manager, lambda: manager.lock_status(KEY.id) is LockStatus.EXPIRED)
         grant = await manager.acquire(KEY)
         assert api.holder(KEY.id) == ME.node
@@ -336,7 +336,7 @@ async def test_a_session_that_asks_for_ever_is_waited_for_an_hour() -> None:
     api.put({"metadata": session, "spec": {"holderIdentity": "node-b", "leaseDurationSeconds": 2**31 - 1}})
     async with managed(api) as manager:
         await manager.ready.wait()
-        manager.set_importable(frozenset({KEY.id}))
+        manager.expiry.set_importable(frozenset({KEY.id}))
         began = asyncio.get_running_loop().time()
         await until(manager, lambda: manager.lock_status(KEY.id) is LockStatus.EXPIRED)
         waited = asyncio.get_running_loop().time() - began

@@ -74,7 +74,7 @@ class HandoverTracker:
     def servers_changed(self) -> None:
         """Updates the lock manager's importable devices. To be called when a server's list or state has changed."""
         distrusted = {key.id for keys in self._distrusted.values() for key in keys}
-        self._locks.set_importable(importable(self._poller.views) - distrusted)
+        self._locks.expiry.set_importable(importable(self._poller.views) - distrusted)
 
     def lock_changed(self, change: LockChange) -> None:
         """Notes a device that another node has taken or written, or that its holder has released."""
@@ -98,7 +98,7 @@ class HandoverTracker:
             return
         waiting = self._distrusted.setdefault(key.server, {})
         if key not in waiting:
-            self._locks.importable_changed(key.id, importable=False)
+            self._locks.expiry.importable_changed(key.id, importable=False)
         if self._put_last(waiting, key):
             self._spawn(self._trust_next_list(key.server))
 
@@ -118,7 +118,7 @@ class HandoverTracker:
             if waiting.get(key) == since:
                 del waiting[key]
                 if self._poller.view(server).find(key.busid) is not None:
-                    self._locks.importable_changed(key.id, importable=True)
+                    self._locks.expiry.importable_changed(key.id, importable=True)
 
     async def _after_releases(self, server: ServerKey | None) -> None:
         """Waits, for each released device, until its server has been polled after the reset, then calls on_trusted.

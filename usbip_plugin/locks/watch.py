@@ -169,12 +169,9 @@ class LockCache:
         self._on_change = on_change
         self._leases: dict[str, Lease] = {}
         self._locks: dict[str, Lock] = {}
+        self.locks: Mapping[str, Lock] = MappingProxyType(self._locks)
         self._gone: dict[str, str] = {}  # device ID -> version of its deletion, since the last list
         self._floor = "0"  # version of the last list or watch event
-
-    @property
-    def locks(self) -> Mapping[str, Lock]:
-        return MappingProxyType(self._locks)
 
     def lease(self, device_id: str) -> Lease | None:
         return self._leases.get(device_id)

@@ -18,16 +18,13 @@ from usbip_plugin.locks.watch import LockCache
 from usbip_plugin.model import DeviceKey, NodeIdentity
 from usbip_plugin.observe.spans import device_attributes, span
 
-# Most decisions of one attempt, each made anew after the compare-and-swap of the one before failed.
+# Most decisions of one attempt. Each follows a failed compare-and-swap.
 CONFLICT_ROUNDS = 5
 
 
 @dataclass(frozen=True, slots=True)
 class AcknowledgedWrite:
-    """A record that is known to have been written.
-
-    sent_at: when the write was sent (monotonic seconds), from which the import window counts (R1).
-    """
+    """A record that is known to have been written. sent_at: monotonic seconds; the import window begins here (R1)."""
 
     lease: Lease
     sent_at: float
@@ -45,7 +42,7 @@ class WriteAttempts:
     tenure: int | None = None
 
     def landed(self, lease: Lease | None) -> AcknowledgedWrite | None:
-        """Returns the one of these writes that a record, read from the store, shows to have taken effect, or None."""
+        """Returns the write that a record, read from the store, shows to have taken effect, or None."""
         mark = lease.annotations.get(record.WRITE_ID) if lease is not None else None
         sent = self.sent.get(mark) if mark is not None else None
         if lease is None or sent is None or sent.lease.holder != lease.holder:
@@ -80,31 +77,31 @@ class Writer:
         return Write(self._me, self._clock.now(), f"{self._rng.getrandbits(64):016x}", self._duration)
 
     async def drive(
-        self, key: DeviceKey, decide: Decide, effort: WriteAttempts | None = None
+        self, key: DeviceKey, decide: Decide, attempts: WriteAttempts | None = None
     ) -> AcknowledgedWrite | Denied:
         """Decides and writes until a write is known to have happened, or a record just read forbids it.
 
         Raises LockUnavailable if the API server does not answer, refuses for another reason than a conflict, or if the
-        record kept changing for CONFLICT_ROUNDS decisions. Cancel-safe: effort then lists what may have been written.
+        record kept changing for CONFLICT_ROUNDS decisions. Cancel-safe: attempts then lists what may have been written.
         """
-        use_effort = effort or WriteAttempts()
+        attempts = attempts or WriteAttempts()
         try:
             async for attempt in client.api_write(self._clock, self._rng):
                 with attempt:
                     again = attempt.retry_state.attempt_number > 1
-                    return await self._rounds(key, decide, use_effort, again=again)
+                    return await self._rounds(key, decide, attempts, again=again)
         except KubeError as error:
             raise LockUnavailable(str(key), str(error)) from error
         raise AssertionError  # a retry policy ends by returning or raising
 
     async def _rounds(
-        self, key: DeviceKey, decide: Decide, effort: WriteAttempts, *, again: bool
+        self, key: DeviceKey, decide: Decide, attempts: WriteAttempts, *, again: bool
     ) -> AcknowledgedWrite | Denied:
         """Makes one attempt of drive(). With again=True, first reads whether an earlier attempt took effect."""
         fresh = again
         lease = await self._read(key.id) if again else self._view.lease(key.id)
         for _ in range(CONFLICT_ROUNDS):
-            landed = effort.landed(lease)
+            landed = attempts.landed(lease)
             if landed is not None:
                 return landed
             write = self.new_write()
@@ -112,8 +109,8 @@ class Writer:
             if not isinstance(decision, Denied):
                 # A record that is ours, but none of these writes, belongs to an epoch that another operation began,
                 # whatever this operation tried before.
-                effort.tenure = None if protocol.is_mine(lease, self._me) else decision.lease.transitions
-                written = await self._write(key, decision, write, effort)
+                attempts.tenure = None if protocol.is_mine(lease, self._me) else decision.lease.transitions
+                written = await self._write(key, decision, write, attempts)
                 if written is not None:
                     return written
             elif fresh:
@@ -122,13 +119,13 @@ class Writer:
         raise KubeConflict("update", "leases.coordination.k8s.io", f'"{key.id}" kept changing')
 
     async def _write(
-        self, key: DeviceKey, decision: Create | Replace, write: Write, effort: WriteAttempts
+        self, key: DeviceKey, decision: Create | Replace, write: Write, attempts: WriteAttempts
     ) -> AcknowledgedWrite | None:
         """Sends one write: a create or a compare-and-swap. Returns None after a conflict, or if the Lease is gone."""
         self._before_write()
         with span(self._tracer, "lock.write", device_attributes(key), kind=SpanKind.CLIENT) as written:
             # R1 counts from here, not from the answer: others may see the write as soon as it is sent.
-            sent = effort.sent[write.write_id] = AcknowledgedWrite(decision.lease, self._clock.monotonic())
+            sent = attempts.sent[write.write_id] = AcknowledgedWrite(decision.lease, self._clock.monotonic())
             try:
                 if isinstance(decision, Create):
                     lease = await self._store.create(decision.lease)

@@ -215,7 +215,7 @@ class AgentMetrics:
         loaded = driver.error is None
         claims = Counter(claim.state for claim in agent.claims.view.values())
         held = len(agent.locks.mine())
-        beat = agent.locks.heartbeat_at
+        beat = agent.locks.session.written_at
         return NodeReading(
             version=__version__,
             ready=agent.ready,

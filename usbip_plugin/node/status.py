@@ -111,7 +111,7 @@ def _locks(agent: Agent, now: float) -> LocksReport:
         error=api.error,
         held=len(locks.mine()),
         known=len(locks.locks),
-        heartbeat=now - locks.heartbeat_at if locks.heartbeat_at is not None else None,
+        heartbeat=now - locks.session.written_at if locks.session.written_at is not None else None,
         duration=locks.settings.duration,
     )
 

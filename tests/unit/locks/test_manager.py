@@ -162,7 +162,7 @@ async def test_a_stolen_lock_is_lost() -> None:
 
 
 async def expire(node: Node) -> None:
-    node.manager.set_importable(frozenset({KEY.id}))
+    node.manager.expiry.set_importable(frozenset({KEY.id}))
     await until(lambda: node.manager.lock_status(KEY.id) is LockStatus.EXPIRED, node)
 
 
@@ -186,7 +186,7 @@ async def test_a_lock_whose_device_is_not_importable_never_expires() -> None:
         await b.clock.sleep(3600)
         assert b.manager.lock_status(KEY.id) is LockStatus.HELD
         await expire(b)
-        b.manager.set_importable(frozenset())
+        b.manager.expiry.set_importable(frozenset())
         assert b.manager.lock_status(KEY.id) is LockStatus.HELD
         with pytest.raises(LockHeld):
             await b.manager.acquire(KEY)
@@ -200,16 +200,16 @@ async def test_one_device_becomes_importable_and_is_not_any_more_without_a_word_
         await a.manager.acquire(OTHER)
         await until(lambda: {KEY.id, OTHER.id} <= b.manager.locks.keys(), b)
         await a.stop()
-        b.manager.set_importable(frozenset({OTHER.id}))
+        b.manager.expiry.set_importable(frozenset({OTHER.id}))
         await until(lambda: b.manager.lock_status(OTHER.id) is LockStatus.EXPIRED, b)
         assert b.manager.lock_status(KEY.id) is LockStatus.HELD
         began = b.clock.monotonic()
-        b.manager.importable_changed(KEY.id, importable=True)
+        b.manager.expiry.importable_changed(KEY.id, importable=True)
         await until(lambda: b.manager.lock_status(KEY.id) is LockStatus.EXPIRED, b)
         assert b.clock.monotonic() - began <= LockSettings().duration * 1.3, "it is observed from then on"
         told: list[str] = []
         b.manager.subscribe(lambda change: told.append(change.device_id))
-        b.manager.importable_changed(KEY.id, importable=False)
+        b.manager.expiry.importable_changed(KEY.id, importable=False)
         assert told == [KEY.id]
         assert b.manager.lock_status(KEY.id) is LockStatus.HELD
         assert b.manager.lock_status(OTHER.id) is LockStatus.EXPIRED
@@ -235,7 +235,7 @@ async def test_a_server_that_lists_the_device_no_more_is_asked_before_its_lock_i
 @virtual
 async def test_a_heartbeat_keeps_a_lock_for_ever() -> None:
     async with held() as (_w, _a, b):
-        b.manager.set_importable(frozenset({KEY.id}))
+        b.manager.expiry.set_importable(frozenset({KEY.id}))
         await b.clock.sleep(3600)
         assert b.manager.lock_status(KEY.id) is LockStatus.HELD
         with pytest.raises(LockHeld):

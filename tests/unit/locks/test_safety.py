@@ -100,7 +100,7 @@ class Machine:
     async def poll(self, manager: LockManager) -> None:
         while True:
             free = self.device.attached is None
-            manager.set_importable(frozenset({KEY.id}) if free else frozenset())
+            manager.expiry.set_importable(frozenset({KEY.id}) if free else frozenset())
             await self.clock.sleep(2)
 
     async def use(self, manager: LockManager) -> None:
