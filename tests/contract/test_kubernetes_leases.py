@@ -75,5 +75,5 @@ async def test_an_answer_without_a_resource_version_is_a_server_error(api: FakeA
     async with contextlib.aclosing(store.watch(LOCK_LABELS, lease.resource_version)) as changes:
         await anext(changes)
         api.send_event({"type": "MODIFIED", "object": {"metadata": {"name": "usbip-a"}}})
-        with pytest.raises(KubeServerError, match="without resourceVersion"):
+        with pytest.raises(KubeServerError, match="no valid resourceVersion"):
             await anext(changes)

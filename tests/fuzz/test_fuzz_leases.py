@@ -380,5 +380,5 @@ async def test_a_lease_that_is_no_lock_is_not_listed_as_a_device() -> None:
     "value", [{}, {"metadata": None}, {"metadata": {"name": 3}}, {"metadata": {"name": "n" * 300}}]
 )
 def test_an_object_without_a_name_is_an_answer_that_cannot_be_read(value: dict[str, Any]) -> None:
-    with pytest.raises(KubeServerError, match="without name or resourceVersion"):
+    with pytest.raises(KubeServerError, match="no valid name or resourceVersion"):
         decode(value)

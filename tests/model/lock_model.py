@@ -282,7 +282,7 @@ class Model:
             return
         decision = self.rules.decide_amend(lease, self.write(node), {})
         if self.rules.decide_amend is protocol.decide_amend:
-            assert isinstance(decision, Denied) == protocol.is_lost(lease, ME) == (node.holds is not Hold.NOW)
+            assert isinstance(decision, Denied) == (not protocol.is_mine(lease, ME)) == (node.holds is not Hold.NOW)
         target, broken = self.target(lease, decision)
         if target is not None:
             operation = Operation(target, (Sent(0.0, landed=False),))

@@ -17,28 +17,20 @@ RESOURCE = "leases.coordination.k8s.io"
 _MAX_INT = 2**31 - 1
 _NAME = re.compile("[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
 # Limits on the text kept of one Lease (characters). The API accepts 1.5 MiB, and every node keeps every lock in memory.
-# Longest name and uid. Kubernetes allows a name 253 characters.
-MAX_NAME = 253
-# Longest resourceVersion.
-MAX_VERSION = 64
-# Longest holder; a longer one is cut. More than any node's name has, so that a cut holder is never a node's name.
-MAX_HOLDER = 512
-# Keys and values of all annotations together, and of all labels together.
-MAX_NOTES = 16 * 1024
-# Value up to which an annotation of this project is kept in preference to those of others.
-MAX_OWN_NOTE = 1024
+MAX_NAME = 253  # name and uid, as in Kubernetes
+MAX_VERSION = 64  # resourceVersion
+MAX_HOLDER = 512  # a longer holder is cut; longer than any node's name, so that a cut holder is never a node's name
+MAX_NOTES = 16 * 1024  # keys and values of all annotations together, and of all labels together
+MAX_OWN_NOTE = 1024  # longest value of this project's annotations that is kept in preference to those of others
+# This project's keys, as the one copy that all decoded Leases share. Separate copies take 1 KiB for each lock.
 _KEYS = {key: key for key in record.OWN}
-"""This project's keys, as the one copy that all decoded Leases share.
-
-Separate copies take 1 KiB for each lock, and every node keeps every lock.
-"""
 
 
 class KubernetesLeases:
     """A LeaseStore on a real API server.
 
-    Every request ends within the client's request timeout (5 s); list() makes one request for each page. An open watch
-    lasts until the server ends it or the connection is silent for too long, see KubeClient.watch.
+    Every request ends within the client's request timeout (5 s); list() makes one request for each page.
+    An open watch lasts until the server ends it or the connection is silent for too long, see KubeClient.watch.
     """
 
     def __init__(self, client: KubeClient, namespace: str) -> None:
@@ -48,7 +40,7 @@ class KubernetesLeases:
 
     async def get(self, name: str) -> Lease | None:
         if not _NAME.fullmatch(name):
-            return None  # no such object can exist; a name comes from what other nodes write, and goes into the path
+            return None  # cannot exist; the name comes from what other nodes write, and goes into the path
         try:
             return decode(await self._client.request("get", f"{self._base}/{name}", resource=RESOURCE))
         except KubeNotFound:
@@ -86,12 +78,8 @@ def selector(labels: Mapping[str, str]) -> str:
 
 
 def encode(lease: Lease, namespace: str) -> dict[str, Any]:
-    metadata: dict[str, Any] = {
-        "name": lease.name,
-        "namespace": namespace,
-        "labels": dict(lease.labels),
-        "annotations": dict(lease.annotations),
-    }
+    metadata: dict[str, Any] = {"name": lease.name, "namespace": namespace}
+    metadata |= {"labels": dict(lease.labels), "annotations": dict(lease.annotations)}
     if lease.resource_version:
         metadata["resourceVersion"] = lease.resource_version
     if lease.uid:
@@ -109,15 +97,15 @@ def encode(lease: Lease, namespace: str) -> dict[str, Any]:
 def decode(value: Mapping[str, Any]) -> Lease:
     """Returns the Lease for an object from the API server. A field of a wrong type or out of range counts as absent.
 
-    Cuts the holder at MAX_HOLDER. Leaves out annotations of others that do not fit into MAX_NOTES, and labels likewise:
-    the next write by this node removes them from the object.
+    Cuts the holder at MAX_HOLDER. Leaves out foreign annotations and labels that do not fit into MAX_NOTES: the next
+    write by this node removes them from the object.
     Raises KubeServerError if the object has no usable name or resourceVersion.
     """
     metadata = _mapping(value.get("metadata"))
     spec = _mapping(value.get("spec"))
     name, version = _short(metadata.get("name"), MAX_NAME), _short(metadata.get("resourceVersion"), MAX_VERSION)
     if not name or not version:
-        raise KubeServerError("get", RESOURCE, "a Lease without name or resourceVersion")
+        raise KubeServerError("get", RESOURCE, "the Lease has no valid name or resourceVersion")
     holder = spec.get("holderIdentity")
     return Lease(
         name=name,
@@ -136,7 +124,7 @@ def decode(value: Mapping[str, Any]) -> Lease:
 def _version(value: Mapping[str, Any]) -> str:
     version = _short(_mapping(value.get("metadata")).get("resourceVersion"), MAX_VERSION)
     if not version:
-        raise KubeServerError("list", RESOURCE, "an answer without resourceVersion")
+        raise KubeServerError("list", RESOURCE, "the answer has no valid resourceVersion")
     return version
 
 

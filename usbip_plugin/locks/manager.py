@@ -76,15 +76,6 @@ class Acquired(enum.Enum):
     """The outcome is unknown, or acquire() was cancelled or refused."""
 
 
-class Unset(enum.Enum):
-    """The default of an argument for which None means "clear": the argument was not given."""
-
-    UNSET = enum.auto()
-
-
-UNSET = Unset.UNSET
-
-
 class LockManager:
     """All lock operations of this node. Operations on one device run one after the other, on different devices at once.
 
@@ -244,23 +235,16 @@ class LockManager:
             return self._grant(await self._amend(key, {}))
 
     async def annotate(
-        self,
-        key: DeviceKey,
-        *,
-        port: int | Unset | None = UNSET,
-        pod: PodRef | Unset | None = UNSET,
-        identity: Identity | None = None,
+        self, key: DeviceKey, *, port: int | None = None, pod: PodRef | None = None, identity: Identity | None = None
     ) -> Lock:
         """Writes the given annotations onto the lock and returns the new record. Raises the errors of renew().
 
-        port: the vhci port, None to clear it.
-        pod: the pod that has the device, None to clear it.
-        identity: replaces what was read from a device attached before.
+        An identity replaces what was read from another device, which was attached before.
         """
         changes: dict[str, str | None] = {}
-        if not isinstance(port, Unset):
-            changes[record.PORT] = None if port is None else str(port)
-        if not isinstance(pod, Unset):
+        if port is not None:
+            changes[record.PORT] = str(port)
+        if pod is not None:
             changes[record.POD] = record.pod_text(pod)
         async with self._device_lock(key.id):
             return record.lock_of((await self._amend(key, changes, identity)).lease)

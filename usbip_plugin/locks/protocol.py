@@ -3,7 +3,7 @@
 R1 Write before touch: within the import window before an import, a compare-and-swap write on the lock has succeeded.
 R2 Free: no object, or an empty holder.
 R3 Mine: by node, and by boot.
-R4 Expired: unchanged for a whole duration, and after that the server, asked anew, lists the device as free to import.
+R4 Expired: unchanged for a whole duration, and after that the server, asked again, lists the device as free.
 R5 Release only when the local port is free (the caller's duty).
 R6 Lost: the holder is another node, another boot, or nobody.
 R7 API server unreachable: nothing new is taken, nothing held is released.
@@ -31,12 +31,12 @@ from usbip_plugin.model import DeviceKey, Identity, NodeIdentity
 
 @dataclass(frozen=True, slots=True)
 class LockMeta:
-    """What the holder of a lock writes about the device, besides its own name.
+    """What the holder of a lock writes about the device. None leaves the annotations as they are.
 
-    usb_id: "vendor:product" in hex; None leaves the annotation as it is.
-    identity: what was read from the device itself, merged into the annotations known so far; None changes nothing.
-    traceparent: W3C trace context of the operation; None leaves the annotation as it is.
-    in_place_of: ID of the device that is to be attached from this bus id; None if the lock is for its own device.
+    usb_id: "vendor:product" in hex.
+    identity: what was read from the device itself, merged into the annotations known so far.
+    traceparent: W3C trace context of the operation.
+    in_place_of: ID of the device that is to be attached from this bus id; None clears the annotation.
     """
 
     usb_id: str | None = None
@@ -49,10 +49,9 @@ class LockMeta:
 class Write:
     """Values that go into every write of a lock or session Lease.
 
-    me: the writing node and its boot.
     at: wall clock time, for people only.
     write_id: random mark by which the node recognises its own write when it reads the Lease again.
-    duration: leaseDurationSeconds to write, rounded up.
+    duration: seconds, written as leaseDurationSeconds, rounded up.
     """
 
     me: NodeIdentity
@@ -65,8 +64,7 @@ class Write:
 class Observation:
     """A period in which a lock and its holder's session were unchanged. Times are monotonic seconds of this node.
 
-    lock_version: resourceVersion of the lock.
-    session_version: resourceVersion of the holder's session, "" where there is no session.
+    lock_version, session_version: resourceVersions; "" if there is no session.
     duration: seconds for which both must stay unchanged before a takeover.
     since: taken after the answer that first showed this state.
     seen: taken before the request that last confirmed it. So seen - since never exceeds the time truly unchanged.
@@ -95,10 +93,7 @@ class Replace:
 
 @dataclass(frozen=True, slots=True)
 class Denied:
-    """The decision to write nothing: the lock belongs to another node or boot, or to nobody.
-
-    lease: the record decided upon, None if there is none.
-    """
+    """The decision to write nothing: the lock belongs to another node or boot, or to nobody. lease: that record."""
 
     lease: Lease | None
 
@@ -114,23 +109,23 @@ class LockStatus(enum.Enum):
     MINE = "mine"
     """The holder is this node, under this boot or an earlier one."""
     HELD = "held"
-    """Another node holds the lock, and it was not seen to expire."""
+    """Another node holds the lock, and this node has not seen it expire."""
     EXPIRED = "expired"
-    """Another node holds the lock, and this version of it was seen unchanged for a whole duration (R4)."""
+    """Another node holds the lock, and this node has seen this version unchanged for a whole duration (R4)."""
 
 
 def check_window(import_window: float, duration: float) -> None:
     """Raises ValueError unless the import window is positive and less than half the duration (R1, R4); in seconds."""
     if not 0 < import_window < duration / 2:
-        msg = f"the import window ({import_window:g} s) must be less than half the lock duration ({duration:g} s)"
+        msg = f"import window must be less than half the lock duration ({duration:g} s), got {import_window:g} s"
         raise ValueError(msg)
 
 
 def import_deadline(sent_at: float, import_window: float) -> float:
     """Returns the monotonic time until which an import may run under a write sent at sent_at (R1).
 
-    The window counts from before the request went out, not from its answer. Another node may have seen the write, and
-    begun to wait for its expiry, as soon as it was sent.
+    The window begins before the request, not with its answer: another node may see the write, and begin to wait for
+    its expiry, as soon as it is sent.
     """
     return sent_at + import_window
 
@@ -148,20 +143,17 @@ def decide_acquire(
     observation: Observation | None,
     importable: bool,
 ) -> Decision:
-    """Decides whether and how this node may take the lock on key, from its record and its observation (R2, R3, R4).
+    """Decides whether and how this node may take the lock on key (R2, R3, R4).
 
-    importable: whether the server, asked after the lock had expired, lists the device as free. An older answer must not
-    be used: an import under the last write may have succeeded since.
+    importable: whether the server, asked after the lock had expired, lists the device as free. An older answer does not
+    count: an import under the last write may have succeeded since.
     """
     if lease is None:
         return Create(_taken(Lease(name=key.id, labels=record.LOCK_LABELS), key, meta, write))
-    if is_free(lease):
-        return Replace(_taken(lease, key, meta, write))
-    if lease.holder == write.me.node:
-        if is_mine(lease, write.me):
-            return Replace(_stamped(lease, write, _meta_notes(lease, key, meta)))
-        return Replace(_taken(lease, key, meta, write))
-    if importable and may_take_over(lease, observation):
+    if is_mine(lease, write.me):
+        return Replace(_stamped(lease, write, _meta_notes(lease, key, meta)))
+    ours = is_free(lease) or lease.holder == write.me.node
+    if ours or (importable and may_take_over(lease, observation)):
         return Replace(_taken(lease, key, meta, write))
     return Denied(lease)
 
@@ -171,7 +163,7 @@ def decide_amend(lease: Lease | None, write: Write, changes: Mapping[str, str | 
 
     Returns Denied if this boot of this node does not hold the lock any more (R6).
     """
-    if lease is None or is_lost(lease, write.me):
+    if lease is None or not is_mine(lease, write.me):
         return Denied(lease)
     return Replace(_stamped(lease, write, changes))
 
@@ -179,7 +171,7 @@ def decide_amend(lease: Lease | None, write: Write, changes: Mapping[str, str | 
 def decide_release(lease: Lease | None, write: Write) -> Decision:
     """Decides to clear the holder if it is this node, under whichever boot (R5). Returns Denied if it is not.
 
-    Annotations about the device stay, as they are true whoever holds it: server, busid, usb-id and serial. The last
+    Annotations about the device stay, as they hold for every holder: server, busid, usb-id and serial. The last
     holder's traceparent stays too, so that other nodes can link what they do upon the release to that trace.
     """
     if lease is None or lease.holder != write.me.node:
@@ -213,13 +205,8 @@ def is_free(lease: Lease | None) -> bool:
 
 
 def is_mine(lease: Lease | None, me: NodeIdentity) -> bool:
-    """Returns whether this boot of this node holds the lock (R3)."""
+    """Returns whether this boot of this node holds the lock (R3). If it no longer does, the lock is lost (R6)."""
     return lease is not None and lease.holder == me.node and lease.annotations.get(record.BOOT_ID) == me.boot_id
-
-
-def is_lost(lease: Lease | None, me: NodeIdentity) -> bool:
-    """Returns whether a lock that this boot of this node held is not its own any more (R6)."""
-    return not is_mine(lease, me)
 
 
 def observe(
@@ -232,20 +219,16 @@ def observe(
 ) -> Observation:
     """Returns the observation of a lock after one more read of its holder's session (R4).
 
-    asked_at and answered_at: when the read was sent and answered (monotonic seconds).
-    own_duration: the duration that this node is configured with (seconds). The observation waits for the longest that
-    lock, session or own_duration ask for. Lock and session together can ask for MAX_DURATION_S at most.
+    asked_at, answered_at: when the read was sent and answered (monotonic seconds).
+    own_duration: the configured lock duration (seconds). The observation waits for the longest of lock, session (both
+    at most MAX_DURATION_S) and own_duration.
     """
-    session_version = session.resource_version if session is not None else ""
-    if (
-        previous is not None
-        and previous.lock_version == lock.resource_version
-        and previous.session_version == session_version
-    ):
+    versions = (lock.resource_version, session.resource_version if session is not None else "")
+    if previous is not None and (previous.lock_version, previous.session_version) == versions:
         return replace(previous, seen=max(previous.seen, asked_at))
     asked_for = [lease.duration_seconds or 0 for lease in (lock, session) if lease is not None]
     duration = max(own_duration, float(min(max(0, *asked_for), record.MAX_DURATION_S)))
-    return Observation(lock.resource_version, session_version, duration, answered_at, answered_at)
+    return Observation(*versions, duration, answered_at, answered_at)
 
 
 def expired(observation: Observation) -> bool:
@@ -254,18 +237,12 @@ def expired(observation: Observation) -> bool:
 
 
 def may_take_over(lease: Lease, observation: Observation | None) -> bool:
-    """Returns whether this very version of a lock was seen to expire (R4).
-
-    R4 also requires that the server lists the device as free, which the caller checks.
-    """
+    """Returns whether this very version of a lock was seen to expire. The caller asks the server, too (R4)."""
     return observation is not None and observation.lock_version == lease.resource_version and expired(observation)
 
 
 def lock_status(lease: Lease | None, me: NodeIdentity, observation: Observation | None) -> LockStatus:
-    """Returns the state of a lock as this node sees it.
-
-    MINE includes a lock of an earlier boot of this node, from which decide_acquire takes it at once (R3).
-    """
+    """Returns the state of a lock as this node sees it. MINE includes a lock of an earlier boot of this node (R3)."""
     if lease is None or is_free(lease):
         return LockStatus.FREE
     if lease.holder == me.node:
@@ -306,7 +283,7 @@ def _meta_notes(lease: Lease, key: DeviceKey, meta: LockMeta) -> dict[str, str |
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """The lock rules as replaceable functions, so that a simulation can put in a wrong one and see it caught."""
+    """The lock rules as replaceable functions. A seam for tests only: they put in a wrong rule and see it caught."""
 
     decide_acquire: Callable[[Lease | None, DeviceKey, LockMeta, Write, Observation | None, bool], Decision] = (
         decide_acquire

@@ -1,6 +1,6 @@
 """The Lease that records a lock or a session: the object, its store, and how its fields and annotations are read.
 
-Others can write Leases, too. Whatever a Lease holds is bounded and checked here; what does not read right is None.
+Other nodes and people write Leases, too. Each value is bounded and checked here; an invalid one counts as absent.
 """
 
 from __future__ import annotations
@@ -30,10 +30,7 @@ from usbip_plugin.model import (
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """A coordination.k8s.io/v1 Lease.
-
-    resource_version and uid are "" for a Lease that was not read from a store. transitions: leaseTransitions.
-    """
+    """A coordination.k8s.io/v1 Lease. resource_version and uid are "" if it was not read from a store."""
 
     name: str
     holder: str = ""
@@ -58,11 +55,7 @@ class ChangeType(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class LeaseChange:
-    """One watch event.
-
-    resource_version: the version that the watch has reached.
-    lease: the Lease after the change, or as it was deleted; None for a BOOKMARK.
-    """
+    """One watch event. lease: as it is after the change, or as it was deleted; None for a BOOKMARK."""
 
     type: ChangeType
     resource_version: str
@@ -71,16 +64,16 @@ class LeaseChange:
 
 @dataclass(frozen=True, slots=True)
 class LeaseList:
-    """Leases at one moment. resource_version: the version of the list, from which a watch can follow on."""
+    """Leases at one moment. resource_version: the version of the list, from which a watch can continue."""
 
     items: tuple[Lease, ...]
     resource_version: str
 
 
 class LeaseStore(Protocol):
-    """The Leases of one namespace. The store bounds every call in time. Calls raise subclasses of KubeError.
+    """The Leases of one namespace. Every call is bounded in time and raises subclasses of KubeError.
 
-    After KubeUnreachable from a write, it is unknown whether the write happened: re-read and compare.
+    After KubeUnreachable from a write, the outcome is unknown: re-read and compare.
     """
 
     async def get(self, name: str) -> Lease | None: ...
@@ -101,9 +94,9 @@ class LeaseStore(Protocol):
         ...
 
     def watch(self, labels: Mapping[str, str], resource_version: str) -> AsyncGenerator[LeaseChange, None]:
-        """Yields the changes after resource_version. Ends when the server ends the watch.
+        """Yields the changes after resource_version until the server ends the watch.
 
-        Raises KubeGone when resource_version is too old, so that the caller must list again.
+        Raises KubeGone if resource_version is too old: the caller must list again.
         """
         ...
 
@@ -139,17 +132,12 @@ OWN = frozenset(
 )
 """The keys of all labels and annotations that this project writes."""
 
-# The longest time that a lock or session can make other nodes wait before a takeover (seconds). More is a mistake or
-# malice.
+# Longest time for which a lock or session can delay a takeover (seconds). A longer one is a mistake or malice.
 MAX_DURATION_S = 3600.0
-# Longest value accepted for a holder, server, bus id or serial number (characters).
-_MAX_TEXT = 256
-# Longest name of a Kubernetes object (characters).
-_MAX_NAME = 253
-# Largest leaseTransitions, which is an int32.
-_MAX_EPOCH = 2**31 - 1
-# Most interfaces kept of a device, as many as USB allows.
-MAX_INTERFACES = 32
+_MAX_TEXT = 256  # characters of a holder, server, bus id or serial number
+_MAX_NAME = 253  # characters of the name of a Kubernetes object
+_MAX_EPOCH = 2**31 - 1  # leaseTransitions is an int32
+MAX_INTERFACES = 32  # interfaces kept of a device, as many as USB allows
 
 _DEVICE_ID = re.compile(DEVICE_ID_PREFIX + "[a-z2-7]{20}")
 MAX_TCP_PORT = 65535
@@ -168,7 +156,7 @@ def is_lock_name(name: str) -> bool:
 
 
 def session_name(node: str) -> str:
-    """Returns the name of the node's session Lease. A node name too long for it is cut and made unique by a digest."""
+    """Returns the name of the node's session Lease. Cuts a node name that is too long and appends a digest."""
     name = SESSION_PREFIX + node
     if len(name) <= _MAX_NAME:
         return name
@@ -177,7 +165,7 @@ def session_name(node: str) -> str:
 
 
 def lock_of(lease: Lease) -> Lock:
-    """Returns the lock that a Lease records. An invalid value counts as absent: other nodes and people write Leases."""
+    """Returns the lock that a Lease records. An invalid value counts as absent."""
     notes = lease.annotations
     server, busid = _text(notes.get(SERVER)), _text(notes.get(BUSID))
     return Lock(
@@ -204,7 +192,7 @@ def lock_of(lease: Lease) -> Lock:
 
 
 def holder_text(holder: str) -> str:
-    """Returns the holder, made printable and short. A changed holder begins with "!", as no node name does."""
+    """Returns the holder, made printable and short. If that changes it, it begins with "!", which no node name does."""
     clean = _text(holder)
     if not holder or clean == holder:
         return holder
@@ -230,8 +218,8 @@ def pod_of(text: str | None) -> PodRef | None:
     return PodRef(parts[0], parts[1], parts[2] if len(parts) == 3 else None)
 
 
-def pod_text(pod: PodRef | None) -> str | None:
-    return None if pod is None else str(pod) + (f"/{pod.uid}" if pod.uid else "")
+def pod_text(pod: PodRef) -> str:
+    return str(pod) + (f"/{pod.uid}" if pod.uid else "")
 
 
 def interfaces_of(text: str | None) -> tuple[InterfaceClass, ...] | None:
@@ -258,17 +246,16 @@ def read_from_of(text: str | None) -> int | None:
 def identity_notes(notes: Mapping[str, str], identity: Identity | None) -> dict[str, str | None]:
     """Returns the changes to notes that record what was read from a device, with None for an annotation to remove.
 
-    Identity annotations of another device in notes are removed: one with another devid or serial number. The result is
-    empty if identity is None or has no devid.
+    Removes the identity of another device: one with another devid or serial number. Changes nothing without a devid.
     """
     if identity is None or identity.devid is None:
         return {}
     same = read_from_of(notes.get(READ_FROM)) == identity.devid and (
         identity.serial is None or notes.get(SERIAL, identity.serial) == identity.serial
     )
-    said = {SERIAL: identity.serial, INTERFACES: interfaces_text(identity.interfaces)}
-    found = {name: value for name, value in said.items() if value is not None or not same}
-    return {**found, READ_FROM: f"{identity.devid >> 16}:{identity.devid & 0xFFFF}"}
+    read = {SERIAL: identity.serial, INTERFACES: interfaces_text(identity.interfaces)}
+    changes = {name: value for name, value in read.items() if value is not None or not same}
+    return {**changes, READ_FROM: f"{identity.devid >> 16}:{identity.devid & 0xFFFF}"}
 
 
 def device_notes(key: DeviceKey) -> dict[str, str]:
@@ -291,7 +278,7 @@ def _match(pattern: re.Pattern[str], text: str | None) -> str | None:
 
 
 def _key_of(device_id: str, server: str | None, busid: str | None) -> DeviceKey | None:
-    """Returns the device that a lock is for, None if its annotations are invalid or do not hash to the lock's name."""
+    """Returns the device of a lock, or None if its annotations are invalid or do not hash to the lock's name."""
     host, _, port = (server or "").rpartition(":")
     if not host or not _TCP_PORT.fullmatch(port) or not 0 < int(port) <= MAX_TCP_PORT:
         return None  # nobody could connect to such an address

@@ -21,10 +21,9 @@ from usbip_plugin.sync import done_within
 
 logger = logging.getLogger(__name__)
 
-
 # Wait after the first failed heartbeat (seconds).
 RETRY_FIRST_S = 0.5
-# Time between two heartbeats, as a share of the lock duration, so that two may fail before the session can expire.
+# Time between two heartbeats, as a share of the lock duration: two may fail before the session can expire.
 BEAT_FRACTION = 1 / 4
 # Longest wait after a failed heartbeat, as a share of the lock duration.
 RETRY_FRACTION = 1 / 8
@@ -54,24 +53,21 @@ class Session:
         self.written_at: float | None = None
 
     def need(self, needed: bool) -> None:
-        """Starts or stops the heartbeats at once.
-
-        The first heartbeat for a first lock goes out together with the write of the lock, not after it.
-        """
+        """Starts or stops the heartbeats at once: the first one goes out together with the write of the first lock."""
         if needed:
             self._needed.set()
         else:
             self._needed.clear()
 
     async def run(self) -> None:
-        """Runs until cancelled. Writes heartbeats while the session is needed."""
+        """Writes heartbeats while the session is needed. Runs until cancelled."""
         while True:
             await self._needed.wait()
             await self._beat()
             await self._clock.sleep(self._duration * BEAT_FRACTION)
 
     async def _beat(self) -> None:
-        """Writes one heartbeat, and tries again until it is written or not needed any more."""
+        """Writes one heartbeat. Tries again until it is written or not needed any more."""
         waits = backoff(self._rng, RETRY_FIRST_S, self._duration * RETRY_FRACTION)
         while self._needed.is_set():
             try:
@@ -92,13 +88,10 @@ class Session:
         decision = self._rules.decide_session(self._known, write)
         sent_at = self._clock.monotonic()
         try:
-            match decision:
-                case Create(lease):
-                    self._known = await self._store.create(lease)
-                case Denied():
-                    return False
-                case _:
-                    self._known = await self._store.replace(decision.lease)
+            if isinstance(decision, Denied):
+                return False
+            write_lease = self._store.create if isinstance(decision, Create) else self._store.replace
+            self._known = await write_lease(decision.lease)
         except (KubeConflict, KubeNotFound):
             # Another process wrote or deleted it, or an own write of unknown outcome took effect: read and write anew.
             self._known = None
@@ -109,9 +102,9 @@ class Session:
 
 # Most sessions read in one round, one for each holder. Further holders wait for a later round.
 MAX_READS = 64
-# Time between two reads of the session behind an expired lock, in lock durations. It is long, as every node of the
-# cluster reads that session. It can be long: confirm() reads once more before a takeover, and a holder that comes back
-# and wants the device writes the lock.
+# Time between two reads of the session behind an expired lock, in lock durations. Long, as every node of the cluster
+# reads that session. Long enough: confirm() reads once more before a takeover, and a holder that comes back writes the
+# lock if it needs the device.
 EXPIRED_BEATS = 4.0
 # Least time between two rounds (seconds), so that rounding of a clock never makes them spin.
 MIN_ROUND_S = 0.05
@@ -120,7 +113,7 @@ MIN_ROUND_S = 0.05
 class ExpiryWatch:
     """The observation of each lock that another node holds on an importable device (R4). run() must be running.
 
-    Calls notify(device_id) when a lock expires, and when a lock that had expired does not count as expired any more.
+    notify(device_id): called when a lock expires, and when a lock that had expired counts as held again.
     """
 
     def __init__(
@@ -144,7 +137,8 @@ class ExpiryWatch:
         self._importable = set(device_ids)
         for device_id in self._observed.keys() - device_ids:
             self._forget(device_id)
-        self._look()
+        for device_id in device_ids:
+            self._wake_for(device_id)
 
     def importable_changed(self, device_id: str, *, importable: bool) -> None:
         """Sets for one device whether its server lists it as free to import. If not, ends its observation."""
@@ -153,8 +147,7 @@ class ExpiryWatch:
             self._wake_for(device_id)
         else:
             self._importable.discard(device_id)
-            if device_id in self._observed:
-                self._forget(device_id)
+            self._forget(device_id)
 
     def importable(self, device_id: str) -> bool:
         return device_id in self._importable
@@ -163,7 +156,7 @@ class ExpiryWatch:
         return self._observed.get(device_id)
 
     def lock_changed(self, device_id: str) -> None:
-        """Begins the observation of a lock anew. Must be called whenever the LockCache has another record of it."""
+        """Begins the observation of a lock anew. To be called whenever the LockCache has another record of it."""
         self._observed.pop(device_id, None)
         self._wake_for(device_id)
 
@@ -172,20 +165,18 @@ class ExpiryWatch:
 
         Raises KubeError if the session cannot be read.
         """
-        asked_at = self._clock.monotonic()
-        session = await self._store.get(record.session_name(lease.holder))
-        self._note(lease, session, asked_at)
+        await self._read_session(lease.holder, [lease])
         return self._observed.get(lease.name)
 
     async def run(self) -> None:
-        """Runs until cancelled. Reads the sessions of other holders in rounds."""
+        """Reads the sessions of other holders in rounds. Runs until cancelled."""
         while True:
             self._wake.clear()
             wait = self._next_round() if await self._round() else self._duration * BEAT_FRACTION
             await done_within(self._clock, wait, self._wake.wait())
 
     def _candidates(self) -> dict[str, list[Lease]]:
-        """Returns the locks whose holder's session is to be read now, by holder; those longest unread first."""
+        """Returns the locks whose holder's session must be read now, by holder; those longest unread first."""
         found: dict[str, list[Lease]] = {}
         leases = [lease for device_id in self._importable if (lease := self._view.lease(device_id)) is not None]
         for lease in sorted(leases, key=self._last_seen):
@@ -198,12 +189,9 @@ class ExpiryWatch:
 
     def _read_lately(self, lease: Lease) -> bool:
         observation = self._observed.get(lease.name)
-        now = self._clock.monotonic()
-        return (
-            observation is not None
-            and expired(observation)
-            and now - observation.seen < EXPIRED_BEATS * self._duration - MIN_ROUND_S
-        )
+        if observation is None or not expired(observation):
+            return False
+        return self._clock.monotonic() - observation.seen < EXPIRED_BEATS * self._duration - MIN_ROUND_S
 
     def _last_seen(self, lease: Lease) -> tuple[float, str]:
         observation = self._observed.get(lease.name)
@@ -211,16 +199,20 @@ class ExpiryWatch:
 
     async def _round(self) -> bool:
         for holder, leases in list(self._candidates().items())[:MAX_READS]:
-            asked_at = self._clock.monotonic()
             try:
-                session = await self._store.get(record.session_name(holder))
+                await self._read_session(holder, leases)
             except KubeError as error:
                 # A failed read leaves every observation as it is: only a confirmed observation can expire (R4).
-                logger.debug("session not readable", extra={"holder": record.holder_text(holder), "cause": str(error)})
+                logger.debug("session not read", extra={"holder": record.holder_text(holder), "cause": str(error)})
                 return False
-            for lease in leases:
-                self._note(lease, session, asked_at)
         return True
+
+    async def _read_session(self, holder: str, leases: list[Lease]) -> None:
+        """Reads a holder's session and updates the observations of these locks. Raises KubeError."""
+        asked_at = self._clock.monotonic()
+        session = await self._store.get(record.session_name(holder))
+        for lease in leases:
+            self._note(lease, session, asked_at)
 
     def _note(self, lease: Lease, session: Lease | None, asked_at: float) -> None:
         if lease.name not in self._importable or self._view.lease(lease.name) != lease:
@@ -234,30 +226,21 @@ class ExpiryWatch:
     def _next_round(self) -> float:
         """Returns the seconds until the next round.
 
-        That is BEAT_FRACTION of the duration, less if an observation may expire sooner, and EXPIRED_BEATS durations if
-        all observed locks have expired.
+        BEAT_FRACTION of the duration, less if an observation may expire sooner, EXPIRED_BEATS if all have expired.
         """
         now = self._clock.monotonic()
-        waits = [
-            observation.since + observation.duration - now
-            for observation in self._observed.values()
-            if not expired(observation)
-        ]
+        waits = [seen.since + seen.duration - now for seen in self._observed.values() if not expired(seen)]
         most = EXPIRED_BEATS if self._observed and not waits else BEAT_FRACTION
         return max(MIN_ROUND_S, min([self._duration * most, *waits]))
 
-    def _look(self) -> None:
-        """Begins a round now if another node's lock on an importable device is not observed yet."""
-        for device_id in self._importable:
-            self._wake_for(device_id)
-
     def _wake_for(self, device_id: str) -> None:
+        """Begins a round now if another node's lock on this importable device is not observed yet."""
         lease = self._view.lease(device_id)
         unobserved = device_id in self._importable and device_id not in self._observed
         if unobserved and lease is not None and self._by_another(lease):
             self._wake.set()
 
     def _forget(self, device_id: str) -> None:
-        observation = self._observed.pop(device_id)
-        if expired(observation):
+        observation = self._observed.pop(device_id, None)
+        if observation is not None and expired(observation):
             self._notify(device_id)

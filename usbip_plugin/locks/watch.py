@@ -6,7 +6,7 @@ import asyncio
 import logging
 import random
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TypeVar
 
@@ -21,7 +21,6 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-
 # Errors of a call that mean that the API server cannot be used. Any other error is an answer of a working server.
 _DOWN = (KubeUnreachable, KubeServerError, KubeUnauthorized)
 
@@ -30,9 +29,8 @@ _DOWN = (KubeUnreachable, KubeServerError, KubeUnauthorized)
 class ApiState:
     """Whether this node can reach the API server.
 
-    reachable: both the watch of locks and the last single call went well.
     since: when reachable last changed (monotonic seconds of this node).
-    error: why the API server is not reachable; None while it is, and before anything has failed.
+    error: None while the API server is reachable, and before anything has failed.
     """
 
     reachable: bool
@@ -41,10 +39,9 @@ class ApiState:
 
 
 class ApiReachability:
-    """The API server's reachability, derived from the watch of locks and from the last single call.
+    """The API server's reachability: both the watch of locks and the last single call must have succeeded.
 
-    The server is reachable when both are well. Begins as not reachable, without an error. Calls on_change for each
-    change of state, from within the call that brought it.
+    Begins as not reachable, without an error. Calls on_change from within the call that changes `state`.
     """
 
     def __init__(self, clock: Clock, on_change: Callable[[ApiState], None]) -> None:
@@ -60,40 +57,37 @@ class ApiReachability:
 
     def watch_up(self) -> None:
         self._watch_up, self._watch_error = True, None
-        self._tell()
+        self._update()
 
     def watch_down(self, error: KubeError) -> None:
         self._watch_up, self._watch_error = False, str(error)
-        self._tell()
+        self._update()
 
     def call_ok(self) -> None:
         self._call_error = None
-        self._tell()
+        self._update()
 
     def call_down(self, error: KubeError) -> None:
         self._call_error = str(error)
-        self._tell()
+        self._update()
 
-    def _tell(self) -> None:
+    def _update(self) -> None:
         reachable = self._watch_up and self._call_error is None
         error = None if reachable else self._call_error or self._watch_error
         if reachable != self.state.reachable:
             self.state = ApiState(reachable, self._clock.monotonic(), error)
         elif error != self.state.error:
-            self.state = ApiState(reachable, self.state.since, error)
+            self.state = replace(self.state, error=error)
         else:
             return
         self._on_change(self.state)
 
 
 class WatchedStore:
-    """A LeaseStore that reports the outcome of each call to an ApiReachability.
+    """A LeaseStore that reports the outcome of each call, but for watch(), to an ApiReachability."""
 
-    The caller of watch() reports the outcome of the watch itself.
-    """
-
-    def __init__(self, store: LeaseStore, contact: ApiReachability) -> None:
-        self._store, self._contact = store, contact
+    def __init__(self, store: LeaseStore, reachability: ApiReachability) -> None:
+        self._store, self._reachability = store, reachability
 
     async def get(self, name: str) -> Lease | None:
         return await self._reported(self._store.get(name))
@@ -114,12 +108,12 @@ class WatchedStore:
         try:
             result = await call
         except _DOWN as error:
-            self._contact.call_down(error)
+            self._reachability.call_down(error)
             raise
         except KubeError:
-            self._contact.call_ok()  # the API server answered, though with an error
+            self._reachability.call_ok()  # the API server answered, though with an error
             raise
-        self._contact.call_ok()
+        self._reachability.call_ok()
         return result
 
 
@@ -127,8 +121,8 @@ class WatchedStore:
 class LockChange:
     """A change of a lock's record or status.
 
-    old, new: the lock before and after; None where there is no such Lease. Both are equal if only the lock's status
-    changed, because it expired or no longer counts as expired.
+    old, new: the lock before and after; None if there is no such Lease. Equal if only the lock's status changed: it
+    expired, or no longer counts as expired.
     """
 
     device_id: str
@@ -161,8 +155,8 @@ def newer(version: str, than: str) -> bool:
 class LockCache:
     """The newest known record of each lock: own reads and writes, lists and watch events, merged by resourceVersion.
 
-    An older event never rolls back a newer record. Calls on_change once for each change of a record, in order, from
-    within the call that brought it.
+    locks: the records as locks, by device ID; live and read-only.
+    on_change: called once for each change of a record, in order, from within the call that brought it.
     """
 
     def __init__(self, on_change: Callable[[LockChange], None]) -> None:
@@ -179,17 +173,12 @@ class LockCache:
     def put(self, lease: Lease) -> None:
         """Takes in a record from this node's own read or write, or from a watch event. Ignores an older one."""
         known = self._leases.get(lease.name)
-        if known is not None:
-            if newer(lease.resource_version, known.resource_version):
-                self._set(lease.name, lease)
-        elif newer(lease.resource_version, self._gone.get(lease.name, "0")):
+        version = known.resource_version if known is not None else self._gone.get(lease.name, "0")
+        if newer(lease.resource_version, version):
             self._set(lease.name, lease)
 
     def missing(self, device_id: str, expected: str) -> None:
-        """Takes in that a read found no Lease. Ignored unless the version known before the read is still the newest.
-
-        expected: that version.
-        """
+        """Takes in that a read found no Lease, unless the version known before the read (expected) has changed."""
         known = self._leases.get(device_id)
         if known is not None and known.resource_version == expected:
             self._gone[device_id] = expected
@@ -210,7 +199,7 @@ class LockCache:
 
         A list older than the last list or event shows an API server restored from a backup: it replaces every record.
         """
-        restored = newer(self._floor, listing.resource_version)  # the API server was restored from a backup
+        restored = newer(self._floor, listing.resource_version)
         listed = {lease.name: lease for lease in listing.items if record.is_lock_name(lease.name)}
         for name, known in list(self._leases.items()):
             if name not in listed and (restored or not newer(known.resource_version, listing.resource_version)):

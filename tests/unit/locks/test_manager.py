@@ -625,13 +625,13 @@ async def test_what_a_device_has_told_is_of_that_one_only() -> None:
 
 
 @virtual
-async def test_annotations_of_none_are_cleared() -> None:
+async def test_annotations_that_are_not_given_stay() -> None:
     async with world() as w:
         a = await w.node("a")
         await a.manager.acquire(KEY, LockMeta(identity=TOLD))
         await a.manager.annotate(KEY, port=4, pod=POD)
-        lock = await a.manager.annotate(KEY, port=None)
-        assert (lock.port, lock.serial, lock.pod) == (None, "S1", POD)
+        lock = await a.manager.annotate(KEY, port=5)
+        assert (lock.port, lock.serial, lock.pod) == (5, "S1", POD)
 
 
 async def contend(w: World, nodes: list[Node], rounds: int) -> None:
