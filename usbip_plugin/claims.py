@@ -265,15 +265,12 @@ class Resources(Protocol):
     @property
     def config(self) -> Config:
         """The configuration in force."""
-        ...
 
     def resource_named(self, name: str) -> ResourceConfig | None:
         """Returns a resource by its name without the domain, also one that was taken out while a pod has its device."""
-        ...
 
     def resource_of(self, claim: Claim) -> ResourceConfig:
         """Returns the resource by which the claim was made; one with the defaults if there is none any more."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

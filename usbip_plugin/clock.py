@@ -19,19 +19,15 @@ class Clock(Protocol):
 
     def monotonic(self) -> float:
         """Returns the seconds of this node's own monotonic clock. All decisions use this clock."""
-        ...
 
     def now(self) -> datetime:
         """Returns the wall clock in UTC, only for what people read."""
-        ...
 
     async def sleep(self, seconds: float) -> None:
         """Waits that many seconds. Cancel-safe."""
-        ...
 
     def timeout(self, seconds: float) -> contextlib.AbstractAsyncContextManager[object]:
         """Limits the block to that many seconds. Then it raises TimeoutError out of the block, like asyncio.timeout."""
-        ...
 
 
 class SystemClock:

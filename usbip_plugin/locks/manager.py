@@ -337,7 +337,7 @@ class LockManager:
                     key = self._orphan(device_id)
                     if key is None:
                         continue
-                    logger.info("releasing orphaned lock", extra={"device": str(key)})
+                    logger.info("orphaned lock found, releasing it", extra={"device": str(key)})
                     try:
                         await self._writer.drive(key, self._decide_release)
                     except LockUnavailable as error:

@@ -80,25 +80,21 @@ class LeaseStore(Protocol):
 
     async def list(self, labels: Mapping[str, str]) -> LeaseList:
         """Returns the Leases that have all these labels."""
-        ...
 
     async def create(self, lease: Lease) -> Lease:
         """Creates the Lease and returns it as stored. Raises KubeConflict if the name exists."""
-        ...
 
     async def replace(self, lease: Lease) -> Lease:
         """Replaces the Lease by compare-and-swap on lease.resource_version and returns it as stored.
 
         Raises KubeConflict if that version is not current, KubeNotFound if the Lease is gone.
         """
-        ...
 
     def watch(self, labels: Mapping[str, str], resource_version: str) -> AsyncGenerator[LeaseChange, None]:
         """Yields the changes after resource_version until the server ends the watch.
 
         Raises KubeGone if resource_version is too old: the caller must list again.
         """
-        ...
 
 
 DOMAIN = "usbip.dev/"

@@ -1,6 +1,6 @@
 """An attached device in sysfs: its descriptors, its device nodes and the names that udev's rules would give them.
 
-Reads sysfs only, because the plugin's container has no /dev. Strings that the device chose are bounded or left out.
+Reads sysfs only, because the plugin's container has no /dev. Bounds or leaves out strings that the device chooses.
 The names below /dev/*/by-id follow systemd: udev-builtin-usb_id.c, udev-builtin-input_id.c, rules.d/60-serial.rules
 and 60-persistent-*.rules. One difference: characters that are not printable become "_" even if they are not ASCII.
 """
@@ -12,7 +12,7 @@ import os
 import re
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from usbip_plugin.model import DeviceNode, UsbId
@@ -27,7 +27,7 @@ class DeviceFacts:
     """The attributes of an enumerated USB device, as read from sysfs.
 
     devnum: differs for each enumeration on a bus.
-    serial, manufacturer, model: strings chosen by the device; None if the device has none or it is not printable.
+    serial, manufacturer, model: strings that the device chooses; None if it has none or the string is not printable.
     """
 
     usb_id: UsbId
@@ -112,10 +112,7 @@ def _kept(c: str) -> bool:
 
 
 def serial_link(name: str, interface: int, port: int | None) -> str:
-    """Returns the by-id path of a ttyUSB or ttyACM node, or "" if it would be too long.
-
-    port: the port of a serial converter (its port_number in sysfs), None for a ttyACM.
-    """
+    """Returns the by-id path of a ttyUSB (port: its port_number in sysfs) or ttyACM node (port: None)."""
     return _link("serial", f"{name}-if{interface:02x}" + ("" if port is None else f"-port{port}"))
 
 
@@ -132,29 +129,23 @@ def input_link(name: str, interface: int, node: str, what: str) -> str:
 
 
 def hidraw_link(name: str, interface: int) -> str:
-    """Returns the by-id path of a hidraw node, or "" if it would be too long."""
     return _link("input", name + ("" if interface == 0 else f"-if{interface:02x}") + "-hidraw")
 
 
 def video_link(name: str, index: int) -> str:
-    """Returns the by-id path of a videoN node, or "" if it would be too long.
-
-    index: the number of the node among the video nodes of its device.
-    """
     return _link("v4l", f"{name}-video-index{index}")
 
 
 def disk_link(name: str, partition: int) -> str:
-    """Returns the by-id path of a disk (partition 0) or of one of its partitions, or "" if it would be too long."""
     return _link("disk", name + (f"-part{partition}" if partition else ""))
 
 
 def sound_link(name: str, interface: int) -> str:
-    """Returns the by-id path of a controlCN node, or "" if it would be too long. udev gives pcm and midi nodes none."""
     return _link("snd", f"{name}-{interface:02x}")
 
 
 def _link(folder: str, name: str) -> str:
+    """Returns the by-id path of a node, or "" if it would be too long."""
     whole = f"usb-{name}"
     return f"/dev/{folder}/by-id/{whole}" if len(whole.encode()) <= MAX_NAME else ""
 
@@ -191,6 +182,7 @@ CHILD_KINDS = frozenset({"tty", "hidraw", "input", "video4linux", "sound", "bloc
 MAX_NODES = 64  # child nodes and network interfaces of one device; a webcam has about 10, a partitioned disk about 16
 MAX_DEPTH = 12  # directory levels searched below a device; a disk's partition is 7 levels deep
 _MAX_MAJOR, _MAX_MINOR = 1 << 12, 1 << 20  # exclusive bounds of a dev_t: MINORBITS of the kernel is 20
+# directories that cannot contain a device node, skipped because the search runs often
 _NO_DEVICES = frozenset({"power", "statistics", "queue", "queues", "mq", "capabilities", "id", "integrity", "trace"})
 _NET_NAME = re.compile(r"[^\s/:]{1,15}")
 _DIGITS = re.compile(r"([0-9]+)")
@@ -202,7 +194,7 @@ class DeviceNodes:
     """The device nodes and network interfaces of an attached device.
 
     nodes: the USB node first, then the child nodes sorted by path; empty if the device is gone.
-    net: the names of the network interfaces, sorted.
+    net: names of network interfaces, sorted.
     """
 
     nodes: tuple[DeviceNode, ...] = ()
@@ -212,8 +204,7 @@ class DeviceNodes:
 def read_nodes(device: Path, facts: DeviceFacts) -> DeviceNodes:
     """Returns the nodes and network interfaces that the device has now, without those of USB devices behind it.
 
-    device: its directory in sysfs.
-    facts: the attributes of the device, from which its by-id names are built.
+    device: its directory in sysfs. facts: the attributes from which its by-id names are built.
     """
     own = _node(device, "usb")
     if own is None:
@@ -233,23 +224,16 @@ def read_nodes(device: Path, facts: DeviceFacts) -> DeviceNodes:
 
 
 def _below(device: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Yields each directory below the device with the names of its files, without USB devices behind a hub.
-
-    Runs often, so it skips directories that cannot contain a device node.
-    """
-    root_depth = len(device.parts)
+    """Yields each directory below the device with the names of its files, without USB devices behind a hub."""
     for folder, folders, files in os.walk(device):
         path = Path(folder)
-        if path == device:
-            folders[:] = [name for name in folders if name not in _NO_DEVICES]
-            continue
-        if "devnum" in files:  # another USB device, behind a hub
+        depth = len(path.parts) - len(device.parts)
+        if depth and "devnum" in files:  # another USB device, behind a hub
             folders.clear()
             continue
-        if len(path.parts) - root_depth >= MAX_DEPTH:
-            folders.clear()
-        folders[:] = [name for name in folders if name not in _NO_DEVICES]
-        yield path, files
+        folders[:] = [name for name in folders if name not in _NO_DEVICES] if depth < MAX_DEPTH else []
+        if depth:
+            yield path, files
 
 
 def _natural(node: DeviceNode) -> tuple[list[str | int], DeviceNode]:
@@ -282,14 +266,11 @@ def _node(path: Path, kind: str) -> DeviceNode | None:
 
 
 def _described(node: DeviceNode, path: Path, device: Path, facts: DeviceFacts) -> DeviceNode:
-    """Returns the node with its interface, partition and by-id name added.
-
-    path: the node's own directory in sysfs. device, facts: the USB device that it belongs to.
-    """
+    """Returns the node with its interface, partition and by-id name added. path: its directory in sysfs."""
     interface = _interface(path, device)
     partition = _number(path / "partition") or 0 if node.block else 0
     link = "" if interface is None else _by_id(node, path, interface, partition, facts)
-    return DeviceNode(node.path, node.kind, node.block, node.major, node.minor, interface, partition, link)
+    return replace(node, interface=interface, partition=partition, by_id=link)
 
 
 def _interface(path: Path, device: Path) -> int | None:

@@ -19,11 +19,10 @@ ABANDON_S = 5.0  # seconds that the detach after a failed enumeration may take
 
 @dataclass(frozen=True, slots=True)
 class PortState:
-    """A port of vhci_hcd and the device that its port record names.
+    """A port of vhci_hcd (fields as in vhci.sysfs.Port) and the device that its port record names.
 
     record: the device in the record, written by this node's plugin or the `usbip` tool; None for a free port.
     by_plugin: whether a plugin of this node wrote the record, rather than the tool.
-    The other fields are those of vhci.sysfs.Port.
     """
 
     number: int
@@ -38,10 +37,7 @@ class PortState:
 
 @dataclass(frozen=True, slots=True)
 class DriverReport:
-    """The state of vhci_hcd as shown by `usbip-plugin check`.
-
-    problems: sentences for people, empty if everything works.
-    """
+    """The state of vhci_hcd as shown by `usbip-plugin check`. problems: sentences for people."""
 
     loaded: bool
     nports: int = 0
@@ -64,17 +60,15 @@ class VhciDriver(Protocol):
 
     async def ports(self) -> tuple[PortState, ...]:
         """Returns every port of every controller, sorted by number."""
-        ...
 
     async def attach(self, key: DeviceKey, descriptor: Descriptor, fd: int) -> int:
         """Hands a connected socket to the kernel. Returns the port number once the kernel has its own reference to it.
 
         The caller still owns fd and closes it, on success and on failure. Writes the port record before it asks the
-        kernel, and removes the record if the kernel refuses. If another process takes the chosen port first, tries
-        another port. Raises PortsExhausted, AttachRefused, DriverNotWritable or RecordNotWritable. If cancelled, leaves
-        no port attached.
+        kernel, and removes the record if the kernel refuses. Tries another port if another process takes the port
+        first. Raises PortsExhausted, AttachRefused, DriverNotWritable or RecordNotWritable. If cancelled, leaves no
+        port attached.
         """
-        ...
 
     async def enumerate(
         self,
@@ -103,14 +97,12 @@ class VhciDriver(Protocol):
         is not descriptor.usb_id, and WrongSerial. Detaches the port before raising, which may take ABANDON_S more.
         Raises DetachFailed if that detach fails. If cancelled, leaves the port as it is: the caller must detach it.
         """
-        ...
 
     async def inspect(self, key: DeviceKey, port: int) -> Attachment | None:
         """Returns the enumerated and authorised device that is on the port now, as the attachment of key, or None.
 
         Does not verify that the device is the one of key: the caller must compare.
         """
-        ...
 
     async def detach(self, port: int, *, timeout: float) -> None:
         """Detaches the port, waits until it is free and its device has left sysfs, then removes its port record.
@@ -119,30 +111,18 @@ class VhciDriver(Protocol):
         driver attached, enumerated or inspected there; that device belongs to another process and stays attached.
         Raises DetachFailed after timeout (seconds), and keeps the record. If cancelled, the kernel may go on detaching.
         """
-        ...
 
     async def forget(self, key: DeviceKey) -> None:
-        """Removes every port record that names key.
-
-        The caller must have made sure that the device of key is not attached to any port of this node.
-        """
-        ...
+        """Removes every port record that names key, which must not be attached to any port of this node."""
 
     def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]:
-        """Registers a callback for possible changes of any port. Returns the function that unregisters it.
+        """Calls callback in the event loop when a port may have changed. Returns the function that unsubscribes it.
 
-        The callback runs in the event loop and means only that the ports should be read again. Works only while `run()`
-        runs.
+        Works only while `run()` runs.
         """
-        ...
 
     async def run(self) -> None:
-        """Runs until cancelled: watches for changes of ports.
-
-        Starts by removing port records that an earlier process has left for ports that are free now.
-        """
-        ...
+        """Removes port records of earlier processes for free ports, then watches for changes. Runs until cancelled."""
 
     async def check(self) -> DriverReport:
         """Returns the state of the driver for people. Raises nothing but CancelledError."""
-        ...

@@ -2,10 +2,9 @@
 
 Without it, a server that lies about a device could make any driver of this node probe the device before the plugin has
 checked its descriptors. The plugin sets authorized_default of the hub to 0 just before it attaches a device, and
-restores the old value once the device has appeared. So devices attached by hand with the `usbip` tool go on working at
-all other times. A device attached by hand that appears on the same hub in this window (about 0.3 s) stays unauthorised:
-the plugin does not judge it. The plugin never changes a hub whose authorized_default is 0 already, whoever set it. The
-record directory keeps the old value, so that the next start repairs a hub after a crash in the window.
+restores the old value once the device has appeared. Only a device that a person attaches with the `usbip` tool to the
+same hub in this window (about 0.3 s) stays unauthorised. The plugin never changes a hub whose authorized_default is 0
+already. The record directory keeps the old value, so that the next start restores it after a crash in the window.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ class HubGuard:
         self._held: dict[int, Path] = {}
 
     def hold(self, port: Port) -> None:
-        """Holds the hub of a port. The caller must hold it before it writes to attach.
+        """Holds the hub of a port. The caller must call this before it writes to attach.
 
         If the hub cannot be guarded, logs a warning and goes on: the descriptors are checked in any case.
         """
@@ -57,19 +56,16 @@ class HubGuard:
                 self._write(hub / "authorized_default", _CLOSED)
         except OSError as error:
             self._marker_gone(hub)
-            log.warning("cannot keep new devices unauthorised", extra={"hub": str(hub), "cause": str(error)})
+            log.warning("authorized_default not set", extra={"hub": str(hub), "cause": str(error)})
 
     def release(self, port: int) -> None:
-        """Releases the port, and restores the hub if it was the last one held. Idempotent.
-
-        To be called once the device has appeared, or when it will not appear any more.
-        """
+        """Releases a port whose device has appeared or never will. Restores the hub after its last port. Idempotent."""
         hub = self._held.pop(port, None)
         if hub is not None and hub not in self._held.values():
             self._restore(hub)
 
     def restore_leftovers(self) -> None:
-        """Restores the hubs that an earlier process has left at authorized_default 0 because it crashed."""
+        """Restores the hubs that an earlier process left at authorized_default 0 because it crashed."""
         for marker in self._records.glob(f"{_MARKER}usb[0-9]*"):
             name = marker.name.removeprefix(_MARKER)
             if any(hub.name == name for hub in self._held.values()):
@@ -81,10 +77,9 @@ class HubGuard:
         if not self._marker(hub).exists():
             return  # it was 0 before the plugin held it
         try:
-            before = _value(self._marker(hub))
-            self._write(hub / "authorized_default", before)
+            self._write(hub / "authorized_default", _value(self._marker(hub)))
         except OSError as error:
-            log.warning("cannot restore authorized_default", extra={"hub": str(hub), "cause": str(error)})
+            log.warning("authorized_default not restored", extra={"hub": str(hub), "cause": str(error)})
         self._marker_gone(hub)
 
     def _marker(self, hub: Path) -> Path:
@@ -99,5 +94,5 @@ def _value(file: Path) -> str:
     """Returns the value of an authorized_default file. Raises OSError if it cannot be read or is not such a value."""
     text = file.read_text(errors="replace").strip()
     if text not in _VALUES:
-        raise OSError(errno.EINVAL, f"{text[:20]!r} is no value of authorized_default", str(file))
+        raise OSError(errno.EINVAL, f"{text[:20]!r} is not a valid authorized_default", str(file))
     return text

@@ -92,10 +92,10 @@ class SysfsVhci:
         self._blocking_write = write
         self._writer = Writer(clock, write)
         self._writing = asyncio.Lock()
-        self._stalls = PortCooldown(clock)
+        self._cooldown = PortCooldown(clock)
         self._bell = Bell()
         self._children = Children(clock, self._bell)
-        self._stirred = asyncio.Event()
+        self._uevent_received = asyncio.Event()
         self._occupants: dict[int, tuple[int, int]] = {}
         self._free: dict[int, PortState] = {}
         self._recorded: Counter[int] = Counter()  # by port: how many records this process has written
@@ -104,18 +104,18 @@ class SysfsVhci:
         return tuple(self._free_state(p) if p.status is PortStatus.NULL else self._state(p) for p in self._table.all())
 
     def _free_state(self, port: Port) -> PortState:
-        """Returns the state of a free port from a cache: nearly all of hundreds of ports are free and never differ."""
+        """Returns the state of a free port from a cache: nearly all of hundreds of ports are free."""
         state = self._free.get(port.number)
         if state is None:
             state = self._free[port.number] = PortState(port.number, port.hub, port.status)
         return state
 
     def _state(self, port: Port) -> PortState:
-        ours = port.status is not PortStatus.NULL and not self._foreign(port)
-        record = self._records.read(port.number) if ours else None
-        fits = record is not None and record.fits(port.occupant)
-        key = record.key if record is not None and fits else None
-        by_plugin = record is not None and fits and record.occupant is not None
+        record = None if self._foreign(port) else self._records.read(port.number)
+        if record is not None and not record.fits(port.occupant):
+            record = None
+        key = record.key if record is not None else None
+        by_plugin = record is not None and record.occupant is not None
         return PortState(port.number, port.hub, port.status, port.speed, port.devid, port.local_busid, key, by_plugin)
 
     async def attach(self, key: DeviceKey, descriptor: Descriptor, fd: int) -> int:
@@ -128,13 +128,13 @@ class SysfsVhci:
                     raise PortsExhausted(hub, sum(p.hub == hub for p in ports))
                 if await self._attach_to(port, key, descriptor, fd):
                     return port.number
-        raise AttachRefused(f"{ATTACH_TRIES} {hub} ports in turn were taken by somebody else while attaching {key}")
+        raise AttachRefused(f"{key}: other processes took {ATTACH_TRIES} {hub} ports in a row; try again")
 
     def _choose(self, ports: tuple[Port, ...], speed: int) -> Port | None:
         lingering: set[int] = set()  # free ports whose last device has not left sysfs yet
 
         def penalty(port: Port) -> int:
-            return SAME_PORT if port.number in lingering else self._stalls.penalty(port)
+            return SAME_PORT if port.number in lingering else self._cooldown.penalty(port)
 
         while (port := choose_port(ports, speed, penalty)) is not None and port.number not in lingering:
             device = device_dir(self._sysfs, port)
@@ -182,7 +182,7 @@ class SysfsVhci:
         try:
             self._blocking_write(self._detach_file, format_detach(port))
         except OSError as error:
-            log.warning("cannot undo an attach", extra={"port": port, "cause": str(error)})
+            log.warning("attach not undone", extra={"port": port, "cause": str(error)})
 
     def _write_record(self, port: int, record: Record) -> None:
         self._recorded[port] += 1
@@ -248,7 +248,7 @@ class SysfsVhci:
     def _appeared(self, number: int) -> tuple[Path, DeviceFacts] | None:
         port = self._table.one(number)
         if port.status is PortStatus.NULL or self._foreign(port):
-            self._stalls.mark(port)
+            self._cooldown.mark(port)
             raise AttachStuck(f"the connection of port {number} ended before its device had enumerated")
         if port.status is PortStatus.ERROR:
             raise AttachStuck(f"port {number} went into the error state while its device enumerated")
@@ -274,13 +274,13 @@ class SysfsVhci:
         return known is not None and port.occupant is not None and port.occupant != known
 
     async def detach(self, port: int, *, timeout: float) -> None:
-        taken = self._recorded[port]
+        recorded = self._recorded[port]
         try:
             async with self._clock.timeout(timeout):
                 await self._detach(port, timeout)
         except TimeoutError:
             raise DetachFailed(f"port {port} was not free after {timeout:g} s") from None
-        if self._recorded[port] == taken:  # otherwise the record already belongs to the next device on this port
+        if self._recorded[port] == recorded:  # otherwise the record already belongs to the next device on this port
             self._forget(port)
 
     async def forget(self, key: DeviceKey) -> None:
@@ -297,7 +297,7 @@ class SysfsVhci:
             if before.status is not PortStatus.NULL:
                 await self._write_detach(number)
             if before.status is PortStatus.NOTASSIGNED:
-                self._stalls.mark(before)
+                self._cooldown.mark(before)
         free = before.status is PortStatus.NULL
 
         def gone() -> bool | None:
@@ -327,8 +327,8 @@ class SysfsVhci:
             self._guard.restore_leftovers()
         self._forget_leftovers()
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._uevents.run(self._heard))
-            group.create_task(settle(self._bell, self._stirred, self._clock))
+            group.create_task(self._uevents.run(self._on_uevent))
+            group.create_task(settle(self._bell, self._uevent_received, self._clock))
 
     def _forget_leftovers(self) -> None:
         """Removes the records of ports that became free while no plugin process was running.
@@ -344,25 +344,26 @@ class SysfsVhci:
                 if row.status is PortStatus.NULL or not record.fits(row.occupant):
                     self._records.remove(number)
 
-    def _heard(self, event: Uevent | None) -> None:
-        if event is not None and event.concerns_vhci:
-            self._children.heard(event)
-        if event is None or event.concerns_vhci:
-            self._stirred.set()
-            self._bell.ring()
+    def _on_uevent(self, event: Uevent | None) -> None:
+        if event is not None:
+            if not event.concerns_vhci:
+                return
+            self._children.note_disk(event)
+        self._uevent_received.set()
+        self._bell.ring()
 
     async def check(self) -> DriverReport:
         try:
             ports = self._table.all()
         except VhciError as error:
             return DriverReport(loaded=not isinstance(error, DriverMissing), problems=(str(error),))
-        refused = next(
-            ((path, why) for path in (self._attach_file, self._detach_file) if (why := refusal(path)) is not None), None
-        )
+        files = (self._attach_file, self._detach_file)
+        reasons = ((path, refusal(path)) for path in files)
+        refused = next((DriverNotWritable(str(path), why) for path, why in reasons if why is not None), None)
         records_writable = self._records.writable()
         no_uevents = self._uevents.problem()
         problems = (
-            None if refused is None else str(DriverNotWritable(str(refused[0]), refused[1])),
+            None if refused is None else str(refused),
             None if records_writable else "port records cannot be written; mount /run/vhci_hcd writable",
             no_uevents,
         )
@@ -382,17 +383,8 @@ class SysfsVhci:
 
 
 def _attachment(key: DeviceKey, port: int, device: Path, facts: DeviceFacts, found: DeviceNodes) -> Attachment:
-    return Attachment(
-        key,
-        port,
-        device.name,
-        facts.usb_id,
-        facts.serial,
-        found.nodes,
-        facts.manufacturer,
-        facts.model,
-        found.net,
-    )
+    strings = facts.manufacturer, facts.model
+    return Attachment(key, port, device.name, facts.usb_id, facts.serial, found.nodes, *strings, found.net)
 
 
 def _duplicate(fd: int, lowest: int) -> int:

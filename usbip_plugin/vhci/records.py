@@ -23,11 +23,7 @@ _MAX_PORT = 65535
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """The content of a port record, written when a port is attached.
-
-    key: the remote device.
-    occupant: Port.occupant of the attachment; None in a record that the `usbip` tool wrote.
-    """
+    """The content of a port record. occupant: Port.occupant; None in a record that the `usbip` tool wrote."""
 
     key: DeviceKey
     occupant: tuple[int, int] | None = None
@@ -40,8 +36,7 @@ class Record:
 def format_record(record: Record) -> str:
     """Returns the text of a record: the line "host port busid" of the `usbip` tool, then the line "devid sockfd".
 
-    The tool ignores the second line, which is left out if the occupant is None. Raises ValueError if the tool could not
-    read the key back.
+    The tool ignores the second line. Raises ValueError if the tool could not read the key back.
     """
     key = record.key
     text = f"{key.server.host} {key.server.port} {key.busid}\n"
@@ -53,10 +48,7 @@ def format_record(record: Record) -> str:
 
 
 def parse_record(text: str) -> Record | None:
-    """Returns the record in the text, or None if the text is not a valid record.
-
-    Accepts only numeric TCP ports. The `usbip` tool writes the port as its user gave it, which may be a service name.
-    """
+    """Returns the record in the text, or None if it is not valid or has a service name instead of a TCP port."""
     first, _, second = text.partition("\n")
     fields = first.split()
     if len(fields) != 3 or len(text) > MAX_RECORD:
@@ -72,7 +64,7 @@ def parse_record(text: str) -> Record | None:
 
 
 def _without_waiting(path: str, flags: int) -> int:
-    """Opens a file for open() with O_NONBLOCK, so that a pipe in place of the file cannot hang the plugin."""
+    """An opener for open() with O_NONBLOCK, so that a pipe in place of the file cannot hang the plugin."""
     return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
@@ -92,7 +84,7 @@ class Records:
     def write(self, port: int, record: Record) -> None:
         """Writes the record of a port atomically: on a full disk, the old record or none remains.
 
-        Raises OSError if the write fails, and ValueError if the `usbip` tool could not read the key back.
+        Raises OSError, and ValueError if the `usbip` tool could not read the key back.
         """
         text = format_record(record)
         self._directory.mkdir(mode=0o700, exist_ok=True)
@@ -107,9 +99,10 @@ class Records:
 
     def remove(self, port: int, only: DeviceKey | None = None) -> None:
         """Removes the record of a port. With `only`, keeps a record that names another device. Never raises OSError."""
-        record = self.read(port) if only is not None else None
-        if only is not None and (record is None or record.key != only):
-            return
+        if only is not None:
+            record = self.read(port)
+            if record is None or record.key != only:
+                return
         with contextlib.suppress(OSError):
             self.path(port).unlink(missing_ok=True)
 
@@ -122,9 +115,8 @@ class Records:
         return tuple(sorted(int(found[1]) for name in names if (found := _FILE.fullmatch(name)) is not None))
 
     def writable(self) -> bool:
-        place = self._directory if self._directory.exists() else self._directory.parent
-        return os.access(place, os.W_OK | os.X_OK)
+        directory = self._directory if self._directory.exists() else self._directory.parent
+        return os.access(directory, os.W_OK | os.X_OK)
 
     def path(self, port: int) -> Path:
-        """Returns the path of the record file of a port, whether it exists or not."""
         return self._directory / f"port{port:d}"

@@ -10,6 +10,7 @@ import enum
 import errno
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +50,7 @@ class Port:
 
     number: unique over all controllers.
     speed: a value of the kernel's enum usb_device_speed.
-    devid: the number of the remote device as the kernel has it, see Descriptor.devid.
+    devid: see Descriptor.devid.
     local_busid: the name under /sys/bus/usb/devices, None unless status is USED.
     controller: the N of vhci_hcd.N.
     root_port: number of the port on its hs or ss root hub, from 1.
@@ -80,24 +81,24 @@ def hub_of(speed: int) -> Hub:
 def parse_status(text: str, controller: int = 0) -> tuple[Port, ...]:
     """Returns the ports in the text of status (controller 0) or status.N, in the kernel's order.
 
-    Raises ValueError for a row that cannot be parsed and for more than MAX_PORTS rows: a guess at ports could detach a
+    Raises ValueError for a row that is not valid and for more than MAX_PORTS rows: a guess at ports could detach a
     device of another process.
     """
     ports: list[Port] = []
-    seen: dict[str, int] = {}
+    root_ports: Counter[str] = Counter()
     for line in text.splitlines():
         fields = line.split()
         if fields and fields[0] != "hub":
             if len(ports) == MAX_PORTS:
-                raise ValueError(f"vhci status with more than {MAX_PORTS} rows")
-            seen[fields[0]] = root_port = seen.get(fields[0], 0) + 1
-            ports.append(_row(line, fields, controller, root_port))
+                raise ValueError(f"vhci status has more than {MAX_PORTS} rows")
+            root_ports[fields[0]] += 1
+            ports.append(_row(line, fields, controller, root_ports[fields[0]]))
     return tuple(ports)
 
 
 def _row(line: str, fields: list[str], controller: int, root_port: int) -> Port:
     if len(fields) != _COLUMNS:
-        raise ValueError(f"vhci status row with {len(fields)} columns instead of {_COLUMNS}: {line[:80]!r}")
+        raise ValueError(f"expected {_COLUMNS} columns in a vhci status row, got {len(fields)}: {line[:80]!r}")
     hub = _HUBS.get(fields[0])
     try:
         status = _STATUS[fields[2]]
@@ -106,14 +107,14 @@ def _row(line: str, fields: list[str], controller: int, root_port: int) -> Port:
     except (ValueError, KeyError):
         hub = None
     if hub is None or number >= MAX_PORTS or not 0 <= devid < 1 << 32 or not _BUSID.fullmatch(fields[6]):
-        raise ValueError(f"vhci status row that cannot be read: {line[:80]!r}")
+        raise ValueError(f"vhci status row is not valid: {line[:80]!r}")
     local_busid = fields[6] if status is PortStatus.USED and fields[6] != NO_DEVICE else None
     return Port(number, hub, status, speed, devid, local_busid, controller, root_port, sockfd)
 
 
 def _decimal(text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS):
-        raise ValueError(f"{text[:80]!r} is no number")
+        raise ValueError(f"{text[:80]!r} is not a number")
     return int(text)
 
 
@@ -121,15 +122,12 @@ def parse_nports(text: str) -> int:
     """Returns the number of ports of all controllers. Raises ValueError unless it is between 1 and MAX_PORTS."""
     number = _decimal(text.strip())
     if not 1 <= number <= MAX_PORTS:
-        raise ValueError(f"nports is {number}")
+        raise ValueError(f"nports must be between 1 and {MAX_PORTS}, got {number}")
     return number
 
 
 def status_files(nports: int, rows_in_first: int) -> tuple[str, ...]:
-    """Returns the names of the status files that together list nports ports.
-
-    rows_in_first: the number of ports in the first file; each other file has at most as many.
-    """
+    """Returns the names of the status files that list nports ports, of which each lists at most rows_in_first."""
     controllers = -(-nports // rows_in_first) if rows_in_first else 1
     return ("status", *(f"status.{n}" for n in range(1, controllers)))
 
@@ -149,10 +147,9 @@ def format_detach(port: int) -> str:
 
 
 def choose_port(ports: Iterable[Port], speed: int, penalty: Callable[[Port], int] = lambda _port: 0) -> Port | None:
-    """Returns the best free port for a device of this speed: the one with the lowest penalty, then the lowest number.
+    """Returns the free port for this speed with the lowest penalty, then the lowest number, or None if none is free.
 
-    Considers the hubs of all controllers. Returns None only if no suitable port is free: a penalty never excludes a
-    port.
+    Considers all controllers. A penalty never excludes a port.
     """
     free = [port for port in ports if port.hub == hub_of(speed) and port.status is PortStatus.NULL]
     return min(free, key=lambda port: (penalty(port), port.number), default=None)
@@ -163,10 +160,7 @@ _NOT_ALLOWED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 
 
 def write_sysfs(path: Path, text: str) -> None:
-    """Writes text to a sysfs file with a single write(2), as sysfs requires.
-
-    Blocks. Raises OSError. Never creates a file.
-    """
+    """Writes text to a sysfs file with one write(2), as sysfs requires. Blocks. Raises OSError. Creates no file."""
     fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     try:
         os.write(fd, text.encode("ascii"))
@@ -187,10 +181,9 @@ def refusal(path: Path) -> str | None:
 
 
 class PortTable:
-    """A reader of the status files of all controllers, with a cache.
+    """A reader of the status files of all controllers. Parses a file only if its content has changed.
 
-    Reads in the event loop, because sysfs answers from memory. Parsing is the expensive part and most files have not
-    changed since the last read, so each file is parsed only if its content differs.
+    Reads in the event loop, because sysfs answers from memory. Parsing is the expensive part.
     """
 
     def __init__(self, sysfs: Path) -> None:
@@ -206,10 +199,7 @@ class PortTable:
         return known[1]
 
     def all(self) -> tuple[Port, ...]:
-        """Returns every port, sorted by number.
-
-        Raises DriverMissing if a status file cannot be read, and VhciError if a file cannot be parsed.
-        """
+        """Returns every port, sorted by number. Raises DriverMissing, and VhciError if a file is not valid."""
         try:
             first = self._controller(0)
             nports = parse_nports((self._base / "nports").read_text())
@@ -222,10 +212,7 @@ class PortTable:
             raise VhciError(str(error)) from error
 
     def one(self, number: int) -> Port:
-        """Returns one port, from the status file of its controller.
-
-        Raises VhciError if the port does not exist or the file cannot be parsed, DriverMissing without vhci_hcd.
-        """
+        """Returns one port. Raises DriverMissing, and VhciError if there is no such port or the file is not valid."""
         if not self._per_controller:
             self.all()
         controller = number // self._per_controller if self._per_controller else 0
@@ -242,10 +229,7 @@ class PortTable:
 
 
 class Writer:
-    """An asynchronous writer to sysfs that writes in a thread and waits at most WRITE_S.
-
-    write: performs the write; takes path and text, blocks, raises OSError.
-    """
+    """An asynchronous writer to sysfs that calls write(path, text) in a thread and waits at most WRITE_S."""
 
     def __init__(self, clock: Clock, write: Callable[[Path, str], None]) -> None:
         self._clock = clock
@@ -259,10 +243,9 @@ class Writer:
         finish: Callable[[], None] = lambda: None,
         undo: Callable[[], None] | None = None,
     ) -> None:
-        """Writes text to a sysfs file in a thread.
+        """Writes text to a sysfs file. A write that has begun cannot be stopped.
 
-        Raises the OSError of the write, or one with ETIMEDOUT if the write has not returned after WRITE_S. A write that
-        has begun cannot be stopped.
+        Raises the OSError of the write, or one with ETIMEDOUT if the write has not returned after WRITE_S.
         finish: called in the thread when the write has ended, whether it succeeded or not.
         undo: called in the event loop if the write succeeds after a timeout or cancellation. If cancelled, waits up to
         WRITE_S more for a write with an undo, so that it is undone before the cancellation goes on.
@@ -284,7 +267,7 @@ class Writer:
                 await asyncio.wait([future])
         except TimeoutError:
             future.add_done_callback(late)
-            raise OSError(errno.ETIMEDOUT, f"the kernel did not take it within {WRITE_S:g} s", str(path)) from None
+            raise OSError(errno.ETIMEDOUT, f"no answer from the kernel within {WRITE_S:g} s", str(path)) from None
         except asyncio.CancelledError:
             future.add_done_callback(late)
             if undo is not None:
@@ -294,10 +277,7 @@ class Writer:
 
 
 def explain(error: OSError, path: Path, otherwise: VhciError) -> VhciError:
-    """Returns the VhciError for a failed write to a sysfs file.
-
-    Returns DriverNotWritable if permission is missing and DriverMissing if the file is, else the error `otherwise`.
-    """
+    """Returns DriverNotWritable if a write failed for lack of permission, DriverMissing of a file, else `otherwise`."""
     if error.errno in _NOT_ALLOWED:
         return DriverNotWritable(str(path), error.strerror or str(error))
     if error.errno == errno.ENOENT and path.name in ("attach", "detach"):
@@ -319,7 +299,7 @@ SAME_PORT, SAME_CONTROLLER = 2, 1  # penalties of PortCooldown; the port itself 
 class PortCooldown:
     """The ports and controllers to avoid after a device was detached before it had an address (status 005).
 
-    Kept in memory only. A later process does not know of them, and finds out by one AttachStuck.
+    Kept in memory only: the next process finds out by one AttachStuck.
     """
 
     def __init__(self, clock: Clock) -> None:
@@ -328,7 +308,7 @@ class PortCooldown:
         self._controllers: dict[int, float] = {}
 
     def mark(self, port: Port) -> None:
-        """Records that the port has just lost its device before the device had enumerated."""
+        """Records that the port has just lost its device before the device enumerated."""
         until = self._clock.monotonic() + STALL_S
         self._ports[port.number] = self._controllers[port.controller] = until
 

@@ -12,15 +12,14 @@ import logging
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 from usbip_plugin.clock import Clock
-from usbip_plugin.sync import Bell
+from usbip_plugin.sync import Bell, done_within
 
 log = logging.getLogger(__name__)
 
-
-NETLINK_KOBJECT_UEVENT = 15  # netlink protocol number, from linux/netlink.h
+NETLINK_KOBJECT_UEVENT = 15  # netlink protocol number, from linux/netlink.h; Python has no name for it
 KERNEL_GROUP = 1  # multicast group of the kernel's own uevents; udevd sends to another group
 MAX_UEVENT = 8192  # bytes of a message; the kernel's own buffer has 2048 plus the header
 RECEIVE_BUFFER = 1 << 20  # bytes; holds a burst of a thousand events
@@ -32,9 +31,7 @@ _BURST = 64  # messages received in one turn of the event loop, so that a burst 
 class Uevent:
     """A uevent of the kernel.
 
-    action: add, remove, change, bind, unbind, move, online or offline.
-    devpath: the path of the object below /sys, starting with "/".
-    fields: the variables of the event, such as SUBSYSTEM and MAJOR.
+    action: such as "add". devpath: below /sys, starting with "/". fields: variables such as SUBSYSTEM and MAJOR.
     """
 
     action: str
@@ -47,7 +44,7 @@ class Uevent:
 
 
 def parse(message: bytes) -> Uevent | None:
-    """Returns the uevent in a netlink message, or None for other messages (of udevd, truncated or foreign)."""
+    """Returns the uevent in a netlink message, or None for any other message, such as one of udevd."""
     if len(message) > MAX_UEVENT or not message.endswith(b"\0"):
         return None
     head, *rest = message[:-1].split(b"\0")
@@ -66,12 +63,10 @@ class UeventSource(Protocol):
     """A source of kernel uevents."""
 
     async def run(self, deliver: Callable[[Uevent | None], None]) -> None:
-        """Runs until cancelled: delivers each uevent. None means that uevents may be missing: read everything again."""
-        ...
+        """Delivers each uevent, None if some may be missing: read everything again. Runs until cancelled."""
 
     def problem(self) -> str | None:
-        """Returns a sentence for people on why uevents are unavailable here, or None if they are available."""
-        ...
+        """Returns for people why uevents are unavailable here, or None if they are available."""
 
 
 class NetlinkUevents:
@@ -87,11 +82,9 @@ class NetlinkUevents:
         try:
             sock = _open()
         except OSError as error:
-            log.warning(
-                "no uevents, polling instead", extra={"cause": error.strerror or str(error), "interval_s": POLL_S}
-            )
+            extra = {"cause": error.strerror or str(error), "interval_s": POLL_S}
+            log.warning("uevents unavailable, polling instead", extra=extra)
             await self._poll(deliver)
-            return
         loop = asyncio.get_running_loop()
         failed: asyncio.Future[None] = loop.create_future()
         with sock:
@@ -105,7 +98,7 @@ class NetlinkUevents:
                 loop.remove_reader(sock)
         await self._poll(deliver)
 
-    async def _poll(self, deliver: Callable[[Uevent | None], None]) -> None:
+    async def _poll(self, deliver: Callable[[Uevent | None], None]) -> NoReturn:
         while True:
             deliver(None)
             await self._clock.sleep(POLL_S)
@@ -114,15 +107,12 @@ class NetlinkUevents:
         try:
             _open().close()
         except OSError as error:
-            return f"no uevents: {error.strerror or error}; changes are seen by polling every {POLL_S:g} s"
+            return f"uevents unavailable: {error.strerror or error}; polling every {POLL_S:g} s instead"
         return None
 
 
 def _open() -> socket.socket:
-    """Returns the bound netlink socket. Raises OSError.
-
-    Its protocol is given as a number because Python's socket module has no name for it.
-    """
+    """Returns the bound netlink socket. Raises OSError."""
     sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_KOBJECT_UEVENT)
     try:
         sock.setblocking(False)
@@ -162,18 +152,16 @@ RESYNC_S = 15.0
 """Seconds between re-reads without uevents: a connection that ends before its device has an address causes none."""
 
 
-async def settle(bell: Bell, stirred: asyncio.Event, clock: Clock) -> None:
-    """Runs until cancelled: rings the bell at the intervals SETTLE_S after a uevent, then every RESYNC_S.
+async def settle(bell: Bell, received: asyncio.Event, clock: Clock) -> None:
+    """Rings the bell at the intervals SETTLE_S after a uevent, then every RESYNC_S. Runs until cancelled.
 
-    stirred: set by the caller at each uevent, which starts the intervals anew.
+    received: set by the caller at each uevent, which starts the intervals anew.
     """
     waits = [RESYNC_S]
     while True:
-        stirred.clear()
-        try:
-            async with clock.timeout(waits[0]):
-                await stirred.wait()
+        received.clear()
+        if await done_within(clock, waits[0], received.wait()):
             waits = [*SETTLE_S, RESYNC_S]
-        except TimeoutError:
+        else:
             bell.ring()
             waits = waits[1:] or [RESYNC_S]
