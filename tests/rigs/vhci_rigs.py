@@ -208,13 +208,12 @@ class FakeSysfsRig(BaseRig):
         self.group = group
         self.tasks: list[asyncio.Task[None]] = []
 
-    def plugin(self, *, authorize: bool = True, clock: Clock | None = None) -> SysfsVhci:
+    def plugin(self, *, clock: Clock | None = None) -> SysfsVhci:
         driver = SysfsVhci(
             clock or SystemClock(),
             self.uevents,
             sysfs=self.sysfs.root,
             records=self.records,
-            authorize=authorize,
             write=self.sysfs.write,
         )
         self.tasks.append(self.group.create_task(driver.run()))

@@ -78,7 +78,6 @@ class SysfsVhci:
         *,
         sysfs: Path = Path("/sys"),
         records: Path = RECORDS,
-        authorize: bool = True,
         write: Callable[[Path, str], None] = write_sysfs,
     ) -> None:
         self._clock = clock
@@ -88,7 +87,7 @@ class SysfsVhci:
         self._detach_file = controller_dir(sysfs, 0) / "detach"
         self._table = PortTable(sysfs)
         self._records = Records(records)
-        self._guard = HubGuard(sysfs, records, write) if authorize else None
+        self._guard = HubGuard(sysfs, records, write)
         self._blocking_write = write
         self._writer = Writer(clock, write)
         self._writing = asyncio.Lock()
@@ -154,8 +153,7 @@ class SysfsVhci:
         try:
             text = format_attach(port.number, own, descriptor.devid, descriptor.speed)
             self._write_record(port.number, Record(key, (descriptor.devid, own)))
-            if self._guard is not None:
-                self._guard.hold(port)
+            self._guard.hold(port)
             undo = functools.partial(self._undo_attach, port.number)
             handed_over = True
             await self._writer.write(self._attach_file, text, finish=functools.partial(os.close, own), undo=undo)
@@ -194,8 +192,7 @@ class SysfsVhci:
 
     def _forget(self, port: int, only: DeviceKey | None = None) -> None:
         self._occupants.pop(port, None)
-        if self._guard is not None:
-            self._guard.release(port)
+        self._guard.release(port)
         self._records.remove(port, only)
 
     async def enumerate(
@@ -230,8 +227,7 @@ class SysfsVhci:
         self, key: DeviceKey, descriptor: Descriptor, port: int, serial: str | None, timeout: float
     ) -> tuple[Path, DeviceFacts]:
         device, facts = await self._bell.until(lambda: self._appeared(port), self._clock, timeout=timeout)
-        if self._guard is not None:
-            self._guard.release(port)
+        self._guard.release(port)
         if facts.usb_id != descriptor.usb_id:
             raise WrongDevice(key, descriptor.usb_id, facts.usb_id)
         if serial is not None and facts.serial != serial:
@@ -323,8 +319,7 @@ class SysfsVhci:
         return self._bell.subscribe(callback)
 
     async def run(self) -> None:
-        if self._guard is not None:
-            self._guard.restore_leftovers()
+        self._guard.restore_leftovers()
         self._forget_leftovers()
         async with asyncio.TaskGroup() as group:
             group.create_task(self._uevents.run(self._on_uevent))
