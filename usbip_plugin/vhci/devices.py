@@ -42,7 +42,7 @@ def read_facts(device: Path) -> DeviceFacts | None:
     """Returns the attributes of the device in this sysfs directory, or None if the directory is incomplete or gone."""
     try:
         usb_id = UsbId(_usb_number(device / "idVendor"), _usb_number(device / "idProduct"))
-        devnum = number(text(device / "devnum"))
+        devnum = _number(text(device / "devnum"))
         authorized = text(device / "authorized") != "0"
         text(device / "dev")
     except (OSError, ValueError):
@@ -56,7 +56,14 @@ def text(path: Path) -> str:
     return path.read_text(errors="replace").strip()
 
 
-def number(digits: str) -> int:
+def _text(path: Path) -> str:
+    """Returns the text of a sysfs attribute, or "" if it cannot be read."""
+    with contextlib.suppress(OSError):
+        return text(path)
+    return ""
+
+
+def _number(digits: str) -> int:
     """Returns the value of a decimal number. Raises ValueError unless it consists of one to nine digits."""
     if not _NUMBER.fullmatch(digits):
         raise ValueError(digits[:80])
@@ -64,10 +71,7 @@ def number(digits: str) -> int:
 
 
 def _string(path: Path) -> str | None:
-    try:
-        found = text(path)[:MAX_STRING]
-    except OSError:
-        return None
+    found = _text(path)[:MAX_STRING]
     return found if found and found.isprintable() else None
 
 
@@ -92,8 +96,7 @@ def serial_name(vendor: str, model: str, serial: str, instance: str = "") -> str
     """Returns the name that udev builds for a device (ID_SERIAL).
 
     vendor, model: the device's strings, or the four hexadecimal digits of its ids.
-    serial: the serial number, "" for none.
-    instance: "target:lun" of a disk, "" for other devices.
+    serial: "" for none. instance: "target:lun" of a disk, "" for other devices.
     """
     parts = [_part(vendor), _part(model)]
     if serial and all(" " <= c <= "\x7f" and c != "," for c in serial):
@@ -106,9 +109,7 @@ def _part(text: str, longest: int = MAX_PART) -> str:
 
 
 def _kept(c: str) -> bool:
-    if c.isascii():
-        return c.isalnum() or c in "#+-.:=@_"
-    return c.isprintable()
+    return (c.isalnum() or c in "#+-.:=@_") if c.isascii() else c.isprintable()
 
 
 def serial_link(name: str, interface: int, port: int | None) -> str:
@@ -122,10 +123,10 @@ def input_link(name: str, interface: int, node: str, what: str) -> str:
     node: the file name of the node, such as "event3".
     what: the result of `input_class`.
     """
-    place = "" if interface == 0 else f"-if{interface:02x}"
+    number = "" if interface == 0 else f"-if{interface:02x}"
     if node.startswith("event"):
-        return _link("input", f"{name}{place}-event-{what}" if what else f"{name}-event-if{interface:02x}")
-    return _link("input", f"{name}{place}-{what}") if what else ""
+        return _link("input", f"{name}{number}-event-{what}" if what else f"{name}-event-if{interface:02x}")
+    return _link("input", f"{name}{number}-{what}") if what else ""
 
 
 def hidraw_link(name: str, interface: int) -> str:
@@ -155,7 +156,7 @@ def input_class(capabilities: Mapping[str, str]) -> str:
 
     capabilities: the bitmaps "key", "rel" and "abs" as text from sysfs.
     """
-    key, rel, abs_ = (bits(capabilities.get(name, "")) for name in ("key", "rel", "abs"))
+    key, rel, abs_ = (bits(capabilities[name]) for name in ("key", "rel", "abs"))
     has_axes = {_X, _Y} <= abs_
     if ({_X, _Y} <= rel or has_axes) and key & set(_MOUSE_BUTTONS):
         return "mouse"
@@ -253,7 +254,7 @@ def _node(path: Path, kind: str) -> DeviceNode | None:
         lines = (path / "uevent").read_text(errors="replace").splitlines()
         fields = dict(line.split("=", 1) for line in lines if "=" in line)
         name = fields["DEVNAME"]
-        major, minor = number(fields["MAJOR"]), number(fields["MINOR"])
+        major, minor = _number(fields["MAJOR"]), _number(fields["MINOR"])
         if name.startswith("/") or ".." in name.split("/") or not name.isprintable():
             return None
         if major >= _MAX_MAJOR or minor >= _MAX_MINOR:
@@ -268,7 +269,7 @@ def _node(path: Path, kind: str) -> DeviceNode | None:
 def _described(node: DeviceNode, path: Path, device: Path, facts: DeviceFacts) -> DeviceNode:
     """Returns the node with its interface, partition and by-id name added. path: its directory in sysfs."""
     interface = _interface(path, device)
-    partition = _number(path / "partition") or 0 if node.block else 0
+    partition = _optional_number(path / "partition") or 0 if node.block else 0
     link = "" if interface is None else _by_id(node, path, interface, partition, facts)
     return replace(node, interface=interface, partition=partition, by_id=link)
 
@@ -291,13 +292,14 @@ def _by_id(node: DeviceNode, path: Path, interface: int, partition: int, facts: 
     file = node.path.rpartition("/")[2]
     match node.kind:
         case "tty":
-            return serial_link(name, interface, _number(path.parent.parent / "port_number"))
+            return serial_link(name, interface, _optional_number(path.parent.parent / "port_number"))
         case "hidraw":
             return hidraw_link(name, interface)
         case "input":
-            return input_link(name, interface, file, input_class(_capabilities(path.parent)))
+            bitmaps = {kind: _text(path.parent / "capabilities" / kind) for kind in ("key", "rel", "abs")}
+            return input_link(name, interface, file, input_class(bitmaps))
         case "video4linux":
-            index = _number(path / "index")
+            index = _optional_number(path / "index")
             return video_link(name, index) if index is not None and file.startswith("video") else ""
         case "sound" if file.startswith("controlC"):
             return sound_link(name, interface)
@@ -312,22 +314,11 @@ def _disk_name(path: Path, facts: DeviceFacts, vendor: str, model: str) -> str:
     scsi = next(((p, m) for p in path.parents[:5] if (m := _SCSI_DEVICE.fullmatch(p.name))), None)
     if scsi is None:
         return serial_name(vendor, model, facts.serial or "")
-    folder, place = scsi
-    with contextlib.suppress(OSError):
-        vendor, model = text(folder / "vendor") or vendor, text(folder / "model") or model
-    return serial_name(vendor, model, facts.serial or "", f"{place[1]}:{place[2]}")
+    folder, address = scsi
+    vendor, model = _text(folder / "vendor") or vendor, _text(folder / "model") or model
+    return serial_name(vendor, model, facts.serial or "", f"{address[1]}:{address[2]}")
 
 
-def _capabilities(device: Path) -> dict[str, str]:
-    found = {}
-    for name in ("key", "rel", "abs"):
-        with contextlib.suppress(OSError):
-            found[name] = text(device / "capabilities" / name)
-    return found
-
-
-def _number(path: Path) -> int | None:
-    try:
-        return number(text(path))
-    except (OSError, ValueError):
-        return None
+def _optional_number(path: Path) -> int | None:
+    found = _text(path)
+    return int(found) if _NUMBER.fullmatch(found) else None

@@ -44,9 +44,9 @@ class HubGuard:
         hub = root_hub(self._sysfs, port.controller, port.hub)
         if hub is None:
             return
-        first = hub not in self._held.values()
+        held = hub in self._held.values()
         self._held[port.number] = hub
-        if not first:
+        if held:
             return
         try:
             before = _value(hub / "authorized_default")
