@@ -1,53 +1,19 @@
-"""The error tree of the project. Each message says what is wrong, where, and, if that is known, what to do about it.
+"""The error tree of the project. Each message says what is wrong, where, and what to do about it, if that is known.
 
 PluginError
-+-- ConfigError                 the configuration file; carries every problem of the file
-+-- UsbipError                  a USB/IP server; carries the server
-|   +-- ServerUnreachable       connect failed, refused, reset, no such host
-|   +-- ServerTimeout           no answer in time
-|   +-- MalformedReply          an answer that breaks the protocol or its bounds
-|   +-- DeviceBusy              import refused: status 2, exported to another client
-|   +-- DeviceUnknown           import refused: status 4, not exported
-|   +-- ImportRefused           import refused with any other status
-|   +-- WrongDevice             another vendor:product than expected
-|   +-- WrongSerial             another serial number than expected
-+-- VhciError                   this node's kernel
-|   +-- DriverMissing           vhci_hcd is not loaded, or its sysfs is not there
-|   |   +-- SimulatedKernelMissing  its stand-in on development clusters does not answer
-|   +-- DriverNotWritable       attach/detach cannot be written
-|   +-- RecordNotWritable       a port record cannot be written: disk full, read-only
-|   +-- PortsExhausted          no free port on the hub of that speed
-|   +-- AttachRefused           the kernel refused the attach write
-|   +-- AttachStuck             attached, but never enumerated
-|   +-- NodesMissing            attached, but child nodes that the configuration expects did not appear
-|   +-- DetachFailed            the port did not become free
-+-- CdiError                    a CDI spec cannot be written or removed: disk full, read-only
-+-- LockError                   the cluster-wide lock
-|   +-- LockHeld                another node holds it
-|   +-- LockLost                this node held it and does not any more
-|   +-- LockUnavailable         the API server did not answer, so the holder is unknown
-+-- KubeError                   the API server
-|   +-- KubeUnreachable         no connection, or no answer in time
-|   +-- KubeUnauthorized        401
-|   +-- KubeForbidden           403; names verb and resource
-|   +-- KubeNotFound            404
-|   +-- KubeConflict            409
-|   +-- KubeGone                410; relist
-|   +-- KubeThrottled           429; carries retry_after
-|   +-- KubeServerError         5xx, or an answer that cannot be read
-+-- KubeletError                the kubelet
-|   +-- RegistrationFailed      it did not accept the registration of a resource
-|   +-- PodResourcesUnavailable its pod-resources list cannot be read
-+-- AllocateError               a refused Allocate or PreStartContainer; wraps the cause
-|   +-- UnknownDevice           an ID this node does not know, or does not offer any more
-|   +-- AllocateTimeout         allocateTimeout passed
-|   +-- ClaimBusy               the device is in use or being released on this node
-|   +-- NotAttached             a container starts, and its device is not attached to this node now
-|   +-- PathTaken               two device nodes would have one path in the container
-+-- CommandError                a command of a person cannot be carried out
-    +-- NoSuchDevice            no device has the given name
-    +-- AmbiguousDevice         several devices have the given name
-    +-- ReleaseRefused          it would break something, or nobody confirmed it
+  ConfigError
+  UsbipError: ServerUnreachable, ServerTimeout, MalformedReply, WrongDevice, WrongSerial
+    ImportRefused: DeviceBusy, DeviceUnknown
+  VhciError: DriverNotWritable, RecordNotWritable, PortsExhausted, AttachRefused, AttachStuck, NodesMissing,
+    DetachFailed
+    DriverMissing: SimulatedKernelMissing
+  CdiError
+  LockError: LockHeld, LockLost, LockUnavailable
+  KubeError: KubeUnreachable, KubeUnauthorized, KubeForbidden, KubeNotFound, KubeConflict, KubeGone, KubeThrottled,
+    KubeServerError
+  KubeletError: RegistrationFailed, PodResourcesUnavailable
+  AllocateError: UnknownDevice, AllocateTimeout, ClaimBusy, PathTaken, NotAttached
+  CommandError: NoSuchDevice, AmbiguousDevice, ReleaseRefused
 """
 
 from __future__ import annotations
@@ -66,14 +32,14 @@ _CURES = {
     errno.EACCES: "the plugin must run as root, with this directory mounted writable from the host",
     errno.EPERM: "the plugin must run as root, with this directory mounted writable from the host",
     errno.ENOENT: "mount its directory into the plugin's pod from the host",
-    errno.EEXIST: "what stands in the directory's place is a file: remove it",
-    errno.ENOTDIR: "what stands in the directory's place is a file: remove it",
+    errno.EEXIST: "its directory is a file: remove it",
+    errno.ENOTDIR: "its directory is a file: remove it",
 }
 
 
 def storage_cure(error: OSError) -> str:
     """Returns what to do about a file on this node that cannot be written."""
-    return _CURES.get(error.errno or 0, "look at this directory on the node")
+    return _CURES.get(error.errno or 0, "check this directory on the node")
 
 
 class PluginError(Exception):
@@ -135,33 +101,24 @@ class DeviceUnknown(ImportRefused):
 
     def __init__(self, key: DeviceKey) -> None:
         super().__init__(
-            key, 4, f"{key.busid} is not exported (status 4); bind it there with: usbip bind -b {key.busid}"
+            key, 4, f"{key.busid} is not exported (status 4); run on the server: usbip bind -b {key.busid}"
         )
 
 
 class WrongDevice(UsbipError):
-    """The device under the bus id has another USB id (vendor:product) than expected.
+    """The device under the bus id has another USB id (vendor:product) than expected."""
 
-    promised: the USB id expected.
-    found: the USB id that the device has.
-    """
-
-    def __init__(self, key: DeviceKey, promised: UsbId, found: UsbId) -> None:
-        self.key, self.promised, self.found = key, promised, found
-        super().__init__(key.server, f"{key.busid} was promised as {promised} and turned out to be {found}")
+    def __init__(self, key: DeviceKey, expected: UsbId, found: UsbId) -> None:
+        self.key, self.expected, self.found = key, expected, found
+        super().__init__(key.server, f"{key.busid}: expected USB id {expected}, got {found}")
 
 
 class WrongSerial(UsbipError):
-    """The device under the bus id is another one of the same kind: its serial number is not the expected one.
+    """The device under the bus id has another serial number (found; "" for none) than expected. devid: its own."""
 
-    promised: the serial number expected.
-    found: the serial number that the device has, "" for none.
-    devid: the Descriptor.devid of the device.
-    """
-
-    def __init__(self, key: DeviceKey, promised: str, found: str, devid: int) -> None:
-        self.key, self.promised, self.found, self.devid = key, promised, found, devid
-        super().__init__(key.server, f"{key.busid} is not {promised}: its serial number is {found or 'none'}")
+    def __init__(self, key: DeviceKey, expected: str, found: str, devid: int) -> None:
+        self.key, self.expected, self.found, self.devid = key, expected, found, devid
+        super().__init__(key.server, f"{key.busid}: expected serial number {expected}, got {found or 'none'}")
 
 
 class VhciError(PluginError):
@@ -193,10 +150,7 @@ class DriverNotWritable(VhciError):
 
 
 class RecordNotWritable(VhciError):
-    """The port record /run/vhci_hcd/portN cannot be written.
-
-    Nothing is attached then, because without the record the owner of the port would be unknown.
-    """
+    """The port record /run/vhci_hcd/portN cannot be written. Without it the owner of the port would be unknown."""
 
     def __init__(self, path: str, error: OSError) -> None:
         super().__init__(f"cannot write the port record {path}: {error.strerror or error}; {storage_cure(error)}")
@@ -230,19 +184,16 @@ _DRIVERS = {
 
 
 class NodesMissing(VhciError):
-    """A device was attached, and expected device nodes did not appear in time. The attach was undone.
-
-    kinds: the kinds of `children` of which no node appeared.
-    """
+    """No node of a kind in `children` appeared in time. The attach was undone. kinds: those kinds."""
 
     def __init__(self, key: DeviceKey, kinds: Sequence[str], found: Sequence[str], seconds: float) -> None:
         self.kinds = tuple(kinds)
         drivers = "; ".join(f"{kind}: {_DRIVERS[kind]}" for kind in kinds if kind in _DRIVERS)
         super().__init__(
-            f"{key}: no {' or '.join(kinds)} node within {seconds:g} s, which the resource's children promise; it "
-            f"has {', '.join(found) or 'none'}. Is its driver loaded on this node"
+            f"{key}: no {' or '.join(kinds)} node appeared within {seconds:g} s, found {', '.join(found) or 'none'}; "
+            "load its driver on this node"
             + (f" ({drivers})" if drivers else "")
-            + "? Else mend children, or raise childrenTimeout"
+            + ", correct the resource's children, or raise childrenTimeout"
         )
 
 
@@ -287,7 +238,7 @@ class LockLost(LockError):
 
 
 class LockUnavailable(LockError):
-    """The lock could not be read or written, so nothing may be attached."""
+    """The lock cannot be read or written, so the device must not be attached."""
 
     def __init__(self, device: str, cause: str) -> None:
         self.device = device
@@ -311,10 +262,7 @@ class KubeUnauthorized(KubeError):
 
 
 class KubeForbidden(KubeError):
-    """The API server answered 403.
-
-    The ServiceAccount lacks the verb on the resource, or (by_policy) an admission policy refused this very write.
-    """
+    """The API server answered 403: the ServiceAccount lacks the verb, or (by_policy) an admission policy refused it."""
 
     def __init__(self, verb: str, resource: str, message: str) -> None:
         self.by_policy = "ValidatingAdmissionPolicy" in message
@@ -327,10 +275,7 @@ class KubeNotFound(KubeError):
 
 
 class KubeConflict(KubeError):
-    """The API server answered 409: AlreadyExists on create, or a stale resourceVersion on replace.
-
-    The conflict may be with the caller's own write, if that was retried.
-    """
+    """The API server answered 409: the name exists, or resourceVersion is stale, perhaps by the caller's own retry."""
 
 
 class KubeGone(KubeError):
@@ -358,22 +303,19 @@ class RegistrationFailed(KubeletError):
 
 
 class PodResourcesUnavailable(KubeletError):
-    """pod-resources could not be listed. The pods that have devices are unknown, so nothing is released meanwhile."""
+    """pod-resources cannot be listed. Nothing is released meanwhile, because it is unknown which pods have devices."""
 
 
 class AllocateError(PluginError):
-    """An Allocate or PreStartContainer was refused.
-
-    The message is shown in the pod's event: it names the device, server or holder.
-    """
+    """A refused Allocate or PreStartContainer. The message is shown in the pod's event: it names device and holder."""
 
 
 class UnknownDevice(AllocateError):
-    """The kubelet asked for a device that this node does not know, does not offer any more, or cannot give out."""
+    """The kubelet asked for a device that this node does not know, does not offer any more, or cannot hand out."""
 
 
 class AllocateTimeout(AllocateError):
-    """An Allocate was not done within allocateTimeout (seconds). Its steps are undone."""
+    """An Allocate was not done within allocateTimeout. Its steps are undone."""
 
 
 class ClaimBusy(AllocateError):
@@ -385,8 +327,8 @@ class PathTaken(AllocateError):
 
     def __init__(self, what: str) -> None:
         super().__init__(
-            f"{what}: use {{index}}, {{serial}} or {{busid}} in containerPath to tell devices apart, {{kind}} and "
-            "{number} to tell nodes apart; leave byId out for devices without a serial number of their own"
+            f"{what}: use {{index}}, {{serial}} or {{busid}} in containerPath to distinguish devices, {{kind}} and "
+            "{number} to distinguish nodes; omit byId for devices without a unique serial number"
         )
 
 
@@ -395,15 +337,15 @@ class NotAttached(AllocateError):
 
 
 class CommandError(PluginError):
-    """A command cannot be carried out as a person gave it."""
+    """A command cannot be carried out."""
 
 
 class NoSuchDevice(CommandError):
     """No known device has the given name. known: how many devices are known."""
 
     def __init__(self, name: str, known: int) -> None:
-        cure = "`devices` lists them" if known else "no device has been locked yet"
-        super().__init__(f"no device is called {name!r}, nor begins so; {known} are known, {cure}")
+        cure = f"`devices` lists the {known} known devices" if known else "no device has been locked yet"
+        super().__init__(f"no device is called {name!r}, and no name starts with it; {cure}")
 
 
 class AmbiguousDevice(CommandError):
@@ -411,7 +353,7 @@ class AmbiguousDevice(CommandError):
 
     def __init__(self, name: str, matches: Sequence[str]) -> None:
         self.matches = tuple(matches)
-        super().__init__("\n".join([f"{name!r} is {len(matches)} devices; which one?", *matches]))
+        super().__init__("\n".join([f"{name!r} matches {len(matches)} devices; choose one:", *matches]))
 
 
 class ReleaseRefused(CommandError):

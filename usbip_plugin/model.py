@@ -19,7 +19,7 @@ _ID_CHARACTERS = 20
 
 @dataclass(frozen=True, order=True, slots=True)
 class ServerKey:
-    """A USB/IP server. host is exactly as configured and never resolved: it must be the same text on every node."""
+    """A USB/IP server. host is the configured text, never resolved: it must be the same on every node."""
 
     host: str
     port: int = DEFAULT_USBIP_PORT
@@ -29,7 +29,7 @@ class ServerKey:
         return f"{host}:{self.port}"
 
 
-# IDs are needed again at every change. With 500 devices, hashing alone took seconds of processor time.
+# Cached, because every change needs the IDs again: with 500 devices, hashing took seconds of processor time.
 @functools.lru_cache(maxsize=2048)
 def _device_id(host: str, port: int, busid: str) -> str:
     digest = base64.b32encode(hashlib.sha256(f"{host}:{port}/{busid}".encode()).digest()).decode("ascii")
@@ -67,7 +67,7 @@ class UsbId:
 
 @dataclass(frozen=True, order=True, slots=True)
 class InterfaceClass:
-    """The class of a USB interface: bInterfaceClass, bInterfaceSubClass and bInterfaceProtocol."""
+    """bInterfaceClass, bInterfaceSubClass and bInterfaceProtocol of a USB interface."""
 
     class_: int
     subclass: int
@@ -105,11 +105,10 @@ class Descriptor:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """The serial number and the interfaces that were read from a device itself.
+    """The serial number and the interfaces that were read from a device itself; None until they are read.
 
     devid: the Descriptor.devid of the device that was read, None if not known. Another device may have its bus id now.
-    serial: None while nobody has read it, "" if the device has none.
-    interfaces: None while nobody has read them, () if the device has none.
+    serial: "" if the device has none.
     """
 
     devid: int | None = None
@@ -118,7 +117,7 @@ class Identity:
 
 
 UNKNOWN_IDENTITY = Identity()
-"""The identity of a device of which nothing was read."""
+"""The identity of a device that was not read."""
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -128,7 +127,7 @@ class DeviceNode:
     kind: "usb", or one of config.schema.CHILD_KINDS.
     interface: the bInterfaceNumber of the node's USB interface, None for the USB node of the device itself.
     partition: the number of a partition on its disk, 0 for any other node.
-    by_id: the by-id path that udev's rules give the node besides, "" for none.
+    by_id: the by-id path that udev's rules give the node, "" for none.
     """
 
     path: str
@@ -148,7 +147,7 @@ class Attachment:
     local_busid: the device's name under /sys/bus/usb/devices.
     serial, manufacturer, model: the device's own strings, printable and bounded; None where it has none.
     nodes: first the USB node, then its children by path.
-    net: network interfaces of the device. They are not device nodes, so they stay in the node's network.
+    net: network interfaces of the device, which stay in the node's network namespace.
     """
 
     key: DeviceKey
@@ -164,7 +163,7 @@ class Attachment:
 
 @dataclass(frozen=True, order=True, slots=True)
 class PodRef:
-    """A pod, as locks name it. uid is None where the pod is known only from pod-resources, which does not carry it."""
+    """A pod. uid is None if the pod is known only from pod-resources, which does not carry it."""
 
     namespace: str
     name: str
@@ -176,7 +175,7 @@ class PodRef:
 
 @dataclass(frozen=True, slots=True)
 class NodeIdentity:
-    """The identity of this node: its Kubernetes name and the kernel's boot id (/proc/sys/kernel/random/boot_id)."""
+    """This node: its Kubernetes name and the kernel's boot id (/proc/sys/kernel/random/boot_id)."""
 
     node: str
     boot_id: str
@@ -184,11 +183,12 @@ class NodeIdentity:
 
 @dataclass(frozen=True, slots=True)
 class Lock:
-    """The lock of one device, as its Lease was read. Times are wall clock, for people only; no decision uses them.
+    """The lock of one device, as its Lease was read.
 
     holder: the node that holds the lock, "" when it is released.
     epoch: leaseTransitions of the Lease.
     duration: leaseDurationSeconds, an hour at most.
+    acquired_at: wall clock, for people; no decision uses it.
     server, busid: as the Lease names them, for people.
     key: the device that server and busid name; None if the Lease does not have the name of that device.
     serial, interfaces, read_from: the fields of `identity`.
@@ -218,29 +218,28 @@ class Lock:
 
     @property
     def identity(self) -> Identity:
-        """Returns what was read from the device itself when it was read last."""
         return Identity(self.read_from, self.serial, self.interfaces)
 
 
 class Reason(enum.Enum):
-    """The reason why a device is advertised as Healthy or not. Log, metrics, status page and messages share it."""
+    """Why a device is advertised as Healthy or Unhealthy. Metrics show the name, everything else the value."""
 
     FREE = "free"
     ATTACHED = "attached here"
     IN_PROGRESS = "being allocated here"
     OTHER_RESOURCE = "in use here as another resource"
-    IN_PLACE_OF = "in use here in place of the bus id it had before"
-    NOT_CONFIGURED = "taken out of the configuration"
-    HOLDER_EXPIRED = "its holder is gone; may be taken over"
+    IN_PLACE_OF = "attached here under a new bus id"
+    NOT_CONFIGURED = "removed from the configuration"
+    HOLDER_EXPIRED = "holder expired; can be taken over"
     HELD_ELSEWHERE = "held by another node"
     LOST = "attachment lost, re-attaching"
     LOCK_LOST = "lock lost to another node"
     SERVER_UNREACHABLE = "server unreachable"
     NOT_LISTED = "not exported by its server"
-    LISTED_WRONG = "the server lists another device under this bus id"
-    NOT_READ = "plugged in anew, and not read yet"
-    MOVED = "under another bus id or server now"
-    AMBIGUOUS = "several devices tell its serial number"
+    LISTED_WRONG = "server lists another device under this bus id"
+    NOT_READ = "replugged; identity not read yet"
+    MOVED = "moved to another bus id or server"
+    AMBIGUOUS = "duplicate serial number"
     API_UNREACHABLE = "API server unreachable"
     NO_DRIVER = "vhci_hcd is not loaded on this node"
     NO_PORT = "no free vhci port on this node"
@@ -256,13 +255,13 @@ class Reason(enum.Enum):
         return self.name.lower()
 
 
-# a tuple, not a set: a set calls the __hash__ of an enum member, which is Python code and slow
+# A tuple, because a set calls the __hash__ of an enum member, which is slow Python code.
 _HEALTHY = (Reason.FREE, Reason.ATTACHED, Reason.IN_PROGRESS, Reason.HOLDER_EXPIRED)
 
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """Whether a device is Healthy, and why. detail: text for people, with server, holder, pod and since when."""
+    """Whether a device is Healthy, and why. detail: text for people, such as server, holder and pod."""
 
     reason: Reason
     detail: str = ""

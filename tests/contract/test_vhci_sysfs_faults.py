@@ -255,7 +255,7 @@ class TestEnumeration:
         imported.close()
         with pytest.raises(WrongSerial) as raised:
             await driver.enumerate(imported.key, imported.descriptor, port, children=(), serial="A123", timeout=LIMIT_S)
-        assert (raised.value.promised, raised.value.found, raised.value.devid) == (
+        assert (raised.value.expected, raised.value.found, raised.value.devid) == (
             "A123",
             told or "",
             TWINS[0].devid,
@@ -470,7 +470,7 @@ class TestChildren:
         rig.sysfs.enumerate_anew(self.port, other)
         with pytest.raises(WrongDevice) as raised:
             await task
-        assert (raised.value.promised, raised.value.found) == (TWINS[0].usb_id, other)
+        assert (raised.value.expected, raised.value.found) == (TWINS[0].usb_id, other)
         assert rig.sysfs.rows[self.port].status == 4
 
     async def test_where_nothing_is_promised_nothing_is_waited_for(self, rig: FakeSysfsRig) -> None:

@@ -75,7 +75,7 @@ async def test_a_device_with_another_serial_number_than_the_promised_is_given_to
             world.backend.replace(replace(known, annotations={**known.annotations, record.SERIAL: TWINS[0]}))
             await until_health(node, {second.id: True})
             told = await refusal(node, SERIAL, second)
-            assert f"{second.busid} is not {TWINS[0]}: its serial number is {TWINS[1]}" in told
+            assert f"{second.busid}: expected serial number {TWINS[0]}, got {TWINS[1]}" in told
             await until_released(world, second)
             assert busy_rows() == ()
             assert lock_of(world.backend.leases[second.id]).serial == TWINS[1]

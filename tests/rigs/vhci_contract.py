@@ -139,7 +139,7 @@ class VhciContract:
         imported.close()
         with pytest.raises(WrongDevice) as raised:
             await driver.enumerate(imported.key, promised, port, timeout=LIMIT_S)
-        assert (raised.value.promised, raised.value.found) == (promised.usb_id, imported.descriptor.usb_id)
+        assert (raised.value.expected, raised.value.found) == (promised.usb_id, imported.descriptor.usb_id)
         assert (await state(driver, port)).status is PortStatus.NULL
         assert await rig.is_free_on_server(imported.key)
 

@@ -215,7 +215,7 @@ async def test_a_server_that_lies_about_a_device_is_found_out_and_the_device_let
         lab.lie("1-1", said=DONGLE)
         message = await c["node-a"].admit(pod("p"), "stick")
         assert message is not None
-        assert "promised as 0951:1666 and turned out to be 1050:0407" in message
+        assert "expected USB id 0951:1666, got 1050:0407" in message
         await freed(c, device)
 
 

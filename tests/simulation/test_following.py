@@ -224,7 +224,7 @@ async def test_another_device_of_its_kind_under_its_own_busid_is_not_taken_for_i
         lab.plug(stick("1-1", "BLUE"))
         await becomes(c, node, HOME, healthy=False)
         assert not await c.settle(lambda: health(c, node)[HOME.id], 30)
-        assert "its serial number is BLUE" in detail(node, HOME)
+        assert "expected serial number RED, got BLUE" in detail(node, HOME)
         lab.plug(stick("1-2", "RED"))
         await becomes(c, node, HOME, healthy=True, within=POLLED)
         assert node.attached() == {PLACE}

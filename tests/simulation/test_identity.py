@@ -194,7 +194,7 @@ async def test_an_allocate_gives_nobody_a_device_with_another_serial_number_than
         mislead(c, device, "RED")
         await all_healthy(c, device)
         node = c["node-a"]
-        with pytest.raises(WrongSerial, match="1-1 is not RED: its serial number is BLUE"):
+        with pytest.raises(WrongSerial, match="1-1: expected serial number RED, got BLUE"):
             await allocate(c, node, device)
         await freed(c, device)
         assert not node.kernel.records["node-a"]

@@ -214,7 +214,7 @@ async def test_if_the_second_resource_cannot_be_had_the_first_is_soon_free_again
         lab.lie("1-2", said=STICK)
         message = await node.admit_containers(pod("p"), app(stick=1, dongle=1))
         assert message is not None
-        assert "promised as 1050:0407" in message
+        assert "expected USB id 1050:0407" in message
         await freed(c, one, two)  # long before the grace is over
         await becomes(c, node, one, healthy=True)
 

@@ -137,7 +137,7 @@ def error_out(error: VhciError | WrongDevice) -> dict[str, Any]:
         case PortsExhausted():
             return {"name": name, "hub": error.hub, "total": error.total}
         case WrongDevice():
-            ids = [dataclasses.astuple(error.promised), dataclasses.astuple(error.found)]
+            ids = [dataclasses.astuple(error.expected), dataclasses.astuple(error.found)]
             return {"name": name, "key": key_out(error.key), "ids": ids}
         case _:
             return {"name": name, "text": str(error)}

@@ -125,7 +125,7 @@ class TestCollisions:
 
     def test_twins_that_udev_cannot_tell_apart(self) -> None:
         twins = [attachment(TTYS[0]), attachment(replace(TTYS[1], by_id=BY_ID), busid="1-2")]
-        with pytest.raises(PathTaken, match="leave byId out"):
+        with pytest.raises(PathTaken, match="omit byId"):
             check_paths(meter(by_id=True), twins)
 
     @given(

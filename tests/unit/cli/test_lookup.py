@@ -53,7 +53,7 @@ def test_a_name_of_several_devices_is_refused_with_the_list(name: str, count: in
 
 @pytest.mark.parametrize("name", ["", "x", "1-1.2.3", "lab:3240/1-1/"])
 def test_a_name_of_no_device_says_how_many_are_known(name: str) -> None:
-    with pytest.raises(NoSuchDevice, match="4 are known"):
+    with pytest.raises(NoSuchDevice, match="4 known devices"):
         resolve(name, ALL)
 
 
