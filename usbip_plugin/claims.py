@@ -1,17 +1,7 @@
 """The states of one device on this node, from Allocate to release, as pure functions.
 
-TRANSITIONS is the one table of what may follow what; nothing else holds a flag about a device's progress. Whoever does
-the work, in attach/, reports each result as a ClaimEvent:
-
-    state         leaves to
-    Free          Locking (Allocate); by adoption Attached, Reattaching, Releasing or Lost
-    Locking       Importing; Free if another node has the lock; Releasing if the outcome is unknown
-    Importing     Attaching; Releasing after a failure; Lost
-    Attaching     Attached; Importing if the port stuck; Releasing after a failure; Lost
-    Attached      Reattaching when the port falls free; Releasing when the pod has ended; Lost
-    Reattaching   Attached; Releasing when the pod has ended; Lost
-    Releasing     Free; Lost
-    Lost          Reattaching when the lock is free again; Releasing when the pod has ended; Free
+TRANSITIONS is the one table of what may follow what; nothing else holds a flag about a device's progress. The code that
+works on a device, in attach/, reports each result as a ClaimEvent.
 """
 
 from __future__ import annotations
@@ -28,7 +18,7 @@ from usbip_plugin.sync import Broadcast
 
 
 class ClaimState(enum.Enum):
-    """Where a device stands on this node."""
+    """How far a device has come on this node."""
 
     FREE = "Free"
     """There is no claim. Nothing of the device is locked, imported or attached here."""
@@ -41,7 +31,7 @@ class ClaimState(enum.Enum):
     ATTACHED = "Attached"
     """The device is enumerated and authorised, and its pod has its device nodes or is about to get them."""
     REATTACHING = "Reattaching"
-    """The attachment broke while the pod has the device. The lock still names this node; attaching is tried again."""
+    """The attachment broke while the pod has the device. The lock still names this node; the plugin attaches again."""
     RELEASING = "Releasing"
     """No pod has the device any more. It is being detached; then the lock is released."""
     LOST = "Lost"
@@ -62,17 +52,17 @@ class ClaimEvent(enum.Enum):
     ATTACHED = "attached"
     """The device is enumerated, verified and authorised, and its CDI spec, if it has one, is written."""
     STUCK = "attach stuck, port freed"
-    """The device did not enumerate, and its port is free again. Import and attach are tried once more."""
+    """The device did not enumerate, and its port is free again. The plugin imports and attaches once more."""
     FAILED = "failed"
-    """A step of the Allocate failed. What was done is to be undone."""
+    """A step of the Allocate failed. The steps before it must be undone."""
     ADOPTED = "adopted from the previous process"
-    """The lock names this node, and the port carries the device as the previous process attached it."""
+    """The lock names this node, and the port has the device as the previous process attached it."""
     ORPHANED = "lock found without attachment, pod still there"
     """The lock names this node and a pod has the device, but it is not attached as it should be."""
     UNUSED = "lock found, nobody uses the device"
     """The lock names this node, and no pod has the device."""
     PORT_LOST = "port lost"
-    """The port fell free or carries something else, without this node's doing."""
+    """The port became free or has another device, without this node's doing."""
     POD_GONE = "pod gone"
     """The pod that has the device has ended, or was never admitted."""
     LOCK_LOST = "lock lost"
@@ -80,7 +70,7 @@ class ClaimEvent(enum.Enum):
     LOCK_FREE = "lock free again, pod still there"
     """A lost lock is free, and the pod that lost the device still runs."""
     DEPRIVED = "a pod has it, its lock is not this node's"
-    """Found at a start: a pod has the device, or it is attached, but the lock names another holder."""
+    """At a start, a pod has the device, or it is attached, but the lock names another holder."""
     RELEASED = "released"
     """The device is detached, and the lock does not name this node any more."""
 
@@ -122,16 +112,16 @@ class Claim:
     """One device on this node, as far as this process knows. Times are seconds on the node's monotonic clock.
 
     resource: the resource by which it was allocated, without the domain; None while unknown, after an adoption.
-    children, children_timeout: see ResourceConfig; as the configuration had them at the last attach.
+    children, children_timeout: see ResourceConfig; as configured at the last attach.
     port: the vhci port, from the moment the kernel has the socket.
-    attachment: the last one seen. The state says whether it still stands.
-    traceparent: the Allocate's, so that all that follows joins its trace.
+    attachment: the last one seen. `state` says whether the device is still attached.
+    traceparent: of the Allocate, so that all that follows joins its trace.
     allocated_at: when an Allocate asked for it last.
     pod: the pod that has it, None while unknown.
     missed_polls: polls of pod-resources in a row that did not list it; missing_since: when the first of them began.
     serial: the serial number that this kernel has read, None if it never did.
-    moved_to: where it is plugged in now, None for its own bus id; set from before the lock there is taken.
-    blocked_by: why a lost device is not attached again, "" for no reason to speak of.
+    moved_to: where it is plugged in now, None for its own bus id; set before the lock there is taken.
+    blocked_by: why a lost device is not attached again, "" if unknown.
     container_indexes: the numbers by which its containers know it, with CDI; None while unknown, after an adoption.
     allocated_as: the attachment whose nodes its containers got last, by an Allocate or, with CDI, at a start.
     pod_ended: the kubelet has offered the device to another pod, so that its own has ended.
@@ -163,17 +153,17 @@ class Claim:
 
     @property
     def location(self) -> DeviceKey:
-        """Returns where the device is imported from: what servers, the kernel and port records know it by."""
+        """The key under which servers, the kernel and port records know the device now."""
         return self.moved_to or self.key
 
     @property
     def extra_timeout(self) -> float:
-        """Returns by how many seconds childrenTimeout lets an attach take longer than usual."""
+        """Seconds by which childrenTimeout lets an attach take longer than usual."""
         return max(0.0, self.children_timeout - DEFAULT_CHILDREN_TIMEOUT_S)
 
 
 def place_of(claim: Claim) -> str:
-    """Returns for people where a device is imported from: the bus id, with the server if that is not its own."""
+    """Returns for people where a device is imported from: the bus id, with the server if it is not its own server."""
     return claim.location.busid if claim.location.server == claim.key.server else str(claim.location)
 
 
@@ -182,11 +172,11 @@ IN_USE = (ClaimState.ATTACHED, ClaimState.REATTACHING, ClaimState.LOST)
 
 
 class IllegalTransition(AssertionError):
-    """An event came in a state that the table does not allow it in: a bug of this project."""
+    """An event came in a state for which TRANSITIONS does not have it: a bug of this project."""
 
 
 def step(claim: Claim, event: ClaimEvent) -> Claim:
-    """Returns the claim after an event. Raises IllegalTransition if the table does not allow the event in its state."""
+    """Returns the claim after an event. Raises IllegalTransition if TRANSITIONS does not have it for its state."""
     try:
         state = TRANSITIONS[claim.state, event]
     except KeyError:
@@ -195,7 +185,7 @@ def step(claim: Claim, event: ClaimEvent) -> Claim:
 
 
 def allocated(claim: Claim, now: float) -> Claim:
-    """Returns the claim for which an Allocate has just asked, again perhaps: its pod is unknown until it is listed."""
+    """Returns the claim after another Allocate for it: its pod is unknown until pod-resources lists it."""
     return replace(claim, allocated_at=now, pod=None, missed_polls=0, pod_ended=False)
 
 
@@ -209,10 +199,10 @@ class ClaimBook:
         self.view: Mapping[str, Claim] = MappingProxyType(self._claims)
         """Live and read-only."""
         self.changed = Broadcast()
-        """Fires after every change, when all subscribers have been called."""
+        """Fires after every change, after all subscribers."""
 
     def subscribe(self, callback: Callable[[str], None]) -> Callable[[], None]:
-        """Calls callback(device_id), synchronously, after every change of a claim. Returns the way to unsubscribe."""
+        """Calls callback(device_id) synchronously after every change of a claim. Returns a function to unsubscribe."""
         self._subscribers.append(callback)
         return lambda: self._subscribers.remove(callback)
 
@@ -223,7 +213,7 @@ class ClaimBook:
         return self._claims[device_id]
 
     def moved_here(self, device_id: str) -> Claim | None:
-        """Returns the claim that is attached from this device's bus id although it is on another device, or None."""
+        """Returns the claim on another device that is attached from this device's bus id, or None."""
         return self._claims.get(self._moved.get(device_id, ""))
 
     def in_use(self, device_id: str) -> bool:
@@ -231,46 +221,45 @@ class ClaimBook:
         return device_id in self._claims or device_id in self._moved
 
     def put(self, claim: Claim) -> None:
-        """Replaces a claim by what is newly known of it. The state stays."""
-        self._forget_place(claim.id)
+        """Replaces a claim by a newer version of it in the same state."""
+        self._forget_location(claim.id)
         self._claims[claim.id] = claim
         if claim.moved_to is not None:
             self._moved[claim.moved_to.id] = claim.id
-        self._tell(claim.id)
+        self._notify(claim.id)
 
     def move(self, claim: Claim, event: ClaimEvent) -> None:
-        """Replaces a claim by what it is after an event, and forgets it if that is Free. Raises IllegalTransition."""
+        """Replaces a claim by the claim after an event, and removes it if that is Free. Raises IllegalTransition."""
         after = step(claim, event)
         if after.state is ClaimState.FREE:
-            self._forget_place(claim.id)
+            self._forget_location(claim.id)
             self._claims.pop(claim.id, None)
-            self._tell(claim.id)
+            self._notify(claim.id)
         else:
             self.put(after)
 
-    def _tell(self, device_id: str) -> None:
+    def _notify(self, device_id: str) -> None:
         for callback in tuple(self._subscribers):
             callback(device_id)
         self.changed.fire()
 
-    def _forget_place(self, device_id: str) -> None:
+    def _forget_location(self, device_id: str) -> None:
         before = self._claims.get(device_id)
         if before is not None and before.moved_to is not None:
             self._moved.pop(before.moved_to.id, None)
 
 
 class Resources(Protocol):
-    """The resources of the configuration, as far as devices in use depend on them."""
+    """The resources of the configuration that is in force, as far as devices in use depend on them."""
 
     @property
-    def config(self) -> Config:
-        """The configuration in force."""
+    def config(self) -> Config: ...
 
     def resource_named(self, name: str) -> ResourceConfig | None:
-        """Returns a resource by its name without the domain, also one that was taken out while a pod has its device."""
+        """Returns a resource by its name without the domain, also a removed one while a pod has its device."""
 
     def resource_of(self, claim: Claim) -> ResourceConfig:
-        """Returns the resource by which the claim was made; one with the defaults if there is none any more."""
+        """Returns the resource by which the claim was made, or one with the defaults if it is gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,12 +271,11 @@ class DeviceUser:
 
 
 def same_pod(one: PodRef, other: PodRef) -> bool:
-    """Returns whether both name one pod: by namespace and name, and by uid where both have one."""
-    if (one.namespace, one.name) != (other.namespace, other.name):
-        return False
-    return one.uid is None or other.uid is None or one.uid == other.uid
+    """Returns whether both name one pod: by namespace and name, and by uid if both have one."""
+    uids = {one.uid, other.uid}
+    return (one.namespace, one.name) == (other.namespace, other.name) and (None in uids or len(uids) == 1)
 
 
 def serves(claim: Claim, resource: str, usb_id: UsbId) -> bool:
-    """Returns whether a claim was made by this resource; where its resource is unknown, whether the USB ids match."""
+    """Returns whether a claim was made by this resource. If its resource is unknown, compares the USB ids."""
     return claim.usb_id == usb_id if claim.resource is None else claim.resource == resource

@@ -24,10 +24,10 @@ class Clock(Protocol):
         """Returns the wall clock in UTC, only for what people read."""
 
     async def sleep(self, seconds: float) -> None:
-        """Waits that many seconds. Cancel-safe."""
+        """Waits. Cancel-safe."""
 
     def timeout(self, seconds: float) -> contextlib.AbstractAsyncContextManager[object]:
-        """Limits the block to that many seconds. Then it raises TimeoutError out of the block, like asyncio.timeout."""
+        """Limits the block like asyncio.timeout: raises TimeoutError out of it after that many seconds."""
 
 
 class SystemClock:
@@ -47,7 +47,7 @@ class SystemClock:
 
 
 class Jitter(wait_base):
-    """A tenacity wait of 0 to `most` seconds, drawn from rng. tenacity's own jitter uses the module random instead."""
+    """A tenacity wait of 0 to `most` seconds, drawn from rng. tenacity's own jitter uses the module random."""
 
     def __init__(self, rng: random.Random, most: float) -> None:
         self._rng, self._most = rng, most
@@ -56,12 +56,9 @@ class Jitter(wait_base):
         return self._rng.uniform(0, self._most)
 
 
-def backoff(rng: random.Random, first: float, maximum: float, factor: float = 2.0) -> Iterator[float]:
-    """Yields endless waits (seconds) for loops that never give up: exponential up to maximum, each with +-20 % jitter.
-
-    The jitter is added last, so a wait can be up to 20 % longer than maximum.
-    """
+def backoff(rng: random.Random, first: float, maximum: float) -> Iterator[float]:
+    """Yields endless waits (seconds): exponential up to maximum, each with +-20 % jitter, also beyond maximum."""
     wait = first
     while True:
         yield wait * rng.uniform(0.8, 1.2)
-        wait = min(wait * factor, maximum)
+        wait = min(wait * 2, maximum)

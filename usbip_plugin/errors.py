@@ -1,12 +1,11 @@
 """The error tree of the project. Each message says what is wrong, where, and what to do about it, if that is known.
 
-PluginError
+PluginError (in parentheses: subclasses)
   ConfigError
-  UsbipError: ServerUnreachable, ServerTimeout, MalformedReply, WrongDevice, WrongSerial
-    ImportRefused: DeviceBusy, DeviceUnknown
-  VhciError: DriverNotWritable, RecordNotWritable, PortsExhausted, AttachRefused, AttachStuck, NodesMissing,
-    DetachFailed
-    DriverMissing: SimulatedKernelMissing
+  UsbipError: ServerUnreachable, ServerTimeout, MalformedReply, ImportRefused (DeviceBusy, DeviceUnknown), WrongDevice,
+    WrongSerial
+  VhciError: DriverMissing (SimulatedKernelMissing), DriverNotWritable, RecordNotWritable, PortsExhausted,
+    AttachRefused, AttachStuck, NodesMissing, DetachFailed
   CdiError
   LockError: LockHeld, LockLost, LockUnavailable
   KubeError: KubeUnreachable, KubeUnauthorized, KubeForbidden, KubeNotFound, KubeConflict, KubeGone, KubeThrottled,
@@ -50,7 +49,6 @@ class ConfigError(PluginError):
     """A configuration that cannot be used. problems: one line for each problem, with its place in the file."""
 
     def __init__(self, source: str, problems: Sequence[str]) -> None:
-        self.source = source
         self.problems = tuple(problems)
         count = f"{len(self.problems)} problem{'s' if len(self.problems) != 1 else ''}"
         super().__init__("\n".join([f"{source}: {count}", *self.problems]))
@@ -69,10 +67,9 @@ class ServerUnreachable(UsbipError):
 
 
 class ServerTimeout(UsbipError):
-    """The server did not answer within the time allowed (seconds)."""
+    """The server did not answer in time."""
 
     def __init__(self, server: ServerKey, doing: str, seconds: float) -> None:
-        self.seconds = seconds
         super().__init__(server, f"no answer to {doing} within {seconds:g} s")
 
 
@@ -215,18 +212,13 @@ class LockError(PluginError):
 class LockHeld(LockError):
     """Another node holds the lock of the device.
 
-    pod: namespace/name of the holder's pod, None if the lock does not name it.
-    since: RFC 3339 text, None if the lock does not have it.
+    pod: namespace/name of the holder's pod. since: RFC 3339 text. Both None if the lock does not have them.
     """
 
     def __init__(self, device: str, holder: str, pod: str | None = None, since: str | None = None) -> None:
         self.device, self.holder, self.pod, self.since = device, holder, pod, since
-        text = f"{device} is held by node {holder}"
-        if pod:
-            text += f" for pod {pod}"
-        if since:
-            text += f" since {since}"
-        super().__init__(text)
+        details = (f" for pod {pod}" if pod else "") + (f" since {since}" if since else "")
+        super().__init__(f"{device} is held by node {holder}{details}")
 
 
 class LockLost(LockError):

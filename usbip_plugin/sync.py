@@ -21,9 +21,9 @@ T = TypeVar("T")
 
 
 async def done_within(clock: Clock, seconds: float, wait: Awaitable[object]) -> bool:
-    """Returns whether a wait, such as event.wait(), is over within so many seconds. Cancels it otherwise.
+    """Returns whether a wait, such as event.wait(), ends within that many seconds. Cancels it otherwise.
 
-    Cancel-safe. Passes on what the wait raises, but for TimeoutError.
+    Cancel-safe. Raises what the wait raises, except TimeoutError.
     """
     try:
         async with clock.timeout(seconds):
@@ -47,10 +47,9 @@ def start_task(
 
 
 class Broadcast:
-    """A wake-up for tasks that wait for a condition over state kept elsewhere.
+    """A wake-up for tasks that wait for a condition on state kept elsewhere. Each change of that state must fire() it.
 
-    Whoever changes that state must call fire(). All methods belong to one event loop and one thread. No change is
-    missed: nothing else runs between a check of the condition and the wait.
+    All methods belong to one event loop. No change is missed: nothing runs between a check and the wait.
     """
 
     def __init__(self) -> None:
@@ -58,7 +57,7 @@ class Broadcast:
         self._relays: list[Broadcast] = []
 
     def fire(self) -> None:
-        """Makes every waiter check its condition again. Synchronous, never blocks."""
+        """Makes every waiter check its condition again. Never blocks."""
         event, self._event = self._event, asyncio.Event()
         event.set()
         for other in self._relays:
@@ -66,7 +65,7 @@ class Broadcast:
 
     @contextlib.contextmanager
     def relayed_to(self, other: Broadcast) -> Iterator[None]:
-        """Makes fire() fire the other Broadcast too, within the block: for a condition over the state of both."""
+        """Makes fire() fire the other Broadcast too, within the block: for a condition on the state of both."""
         self._relays.append(other)
         try:
             yield
@@ -91,17 +90,15 @@ class Bell:
     """A list of callbacks that ring() calls. They run synchronously in the event loop and must not raise."""
 
     def __init__(self) -> None:
-        self._callbacks: dict[int, Callable[[], None]] = {}
-        self._next = 0
+        self._callbacks: dict[object, Callable[[], None]] = {}
 
     def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]:
         """Adds a callback. Returns the function that removes it, which may be called any number of times."""
-        number = self._next
-        self._next += 1
-        self._callbacks[number] = callback
+        subscription = object()
+        self._callbacks[subscription] = callback
 
         def unsubscribe() -> None:
-            self._callbacks.pop(number, None)
+            self._callbacks.pop(subscription, None)
 
         return unsubscribe
 
@@ -114,8 +111,8 @@ class Bell:
     ) -> T:
         """Waits until check() returns something other than None, and returns it.
 
-        Calls check() at once, at each ring, and every recheck seconds. Raises TimeoutError after timeout seconds.
-        Passes on what check() raises. Cancel-safe.
+        Calls check() at once, at each ring, and every recheck seconds. Raises TimeoutError after timeout seconds, and
+        what check() raises. Cancel-safe.
         """
         rung = asyncio.Event()
         unsubscribe = self.subscribe(rung.set)
@@ -123,8 +120,7 @@ class Bell:
             async with clock.timeout(timeout):
                 while True:
                     rung.clear()
-                    result = check()
-                    if result is not None:
+                    if (result := check()) is not None:
                         return result
                     await done_within(clock, recheck, rung.wait())
         finally:
