@@ -38,7 +38,7 @@ ORPHAN_RETRY_S = 5.0
 class LockSettings:
     """Timing of the locks, in seconds.
 
-    Raises ValueError unless 0 < import_window < duration / 2, on which the safety of a takeover rests.
+    Raises ValueError unless 0 < import_window < duration / 2, on which the safety of a takeover rests (R1, R4).
     duration: see DURATION_S. import_window: see IMPORT_WINDOW_S.
     """
 
@@ -46,7 +46,9 @@ class LockSettings:
     import_window: float = IMPORT_WINDOW_S
 
     def __post_init__(self) -> None:
-        protocol.check_window(self.import_window, self.duration)
+        if not 0 < self.import_window < self.duration / 2:
+            half = f"half the lock duration ({self.duration:g} s)"
+            raise ValueError(f"import window must be less than {half}, got {self.import_window:g} s")
 
 
 @dataclass(frozen=True, slots=True)

@@ -114,13 +114,6 @@ class LockStatus(enum.Enum):
     """Another node holds the lock, and this node has seen this version unchanged for a whole duration (R4)."""
 
 
-def check_window(import_window: float, duration: float) -> None:
-    """Raises ValueError unless the import window is positive and less than half the duration (R1, R4); in seconds."""
-    if not 0 < import_window < duration / 2:
-        msg = f"import window must be less than half the lock duration ({duration:g} s), got {import_window:g} s"
-        raise ValueError(msg)
-
-
 def import_deadline(sent_at: float, import_window: float) -> float:
     """Returns the monotonic time until which an import may run under a write sent at sent_at (R1).
 

@@ -116,7 +116,9 @@ class Writer:
             elif fresh:
                 return decision
             lease, fresh = await self._read(key.id), True
-        raise KubeConflict("update", "leases.coordination.k8s.io", f'"{key.id}" kept changing')
+        raise KubeConflict(
+            "update", "leases.coordination.k8s.io", f'"{key.id}" changed before each of {CONFLICT_ROUNDS} writes'
+        )
 
     async def _write(
         self, key: DeviceKey, decision: Create | Replace, write: Write, attempts: WriteAttempts

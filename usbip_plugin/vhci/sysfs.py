@@ -217,15 +217,15 @@ class PortTable:
             self.all()
         controller = number // self._per_controller if self._per_controller else 0
         try:
-            ports = self._controller(controller)
+            for port in self._controller(controller):
+                if port.number == number:
+                    return port
         except OSError as error:
-            raise (VhciError(f"no port {number}") if self._base.exists() else DriverMissing(str(self._base))) from error
+            if not self._base.exists():
+                raise DriverMissing(str(self._base)) from error
         except ValueError as error:
             raise VhciError(str(error)) from error
-        for port in ports:
-            if port.number == number:
-                return port
-        raise VhciError(f"no port {number}")
+        raise VhciError(f"vhci port {number} does not exist")
 
 
 class Writer:

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from usbip_plugin.locks import protocol, record
+from usbip_plugin.locks.manager import LockSettings
 from usbip_plugin.locks.protocol import Create, Decision, Denied, LockMeta, LockStatus, Observation, Replace, Write
 from usbip_plugin.locks.record import Lease
 from usbip_plugin.model import DeviceKey, Identity, InterfaceClass, NodeIdentity, PodRef, ServerKey
@@ -51,10 +52,10 @@ def acquire(
 )
 def test_r1_the_window_is_less_than_half_the_duration(window: float, duration: float, good: bool) -> None:
     if good:
-        protocol.check_window(window, duration)
+        LockSettings(duration, window)
     else:
         with pytest.raises(ValueError, match="half"):
-            protocol.check_window(window, duration)
+            LockSettings(duration, window)
 
 
 def test_r1_an_import_may_run_until_its_deadline_and_not_at_it() -> None:
