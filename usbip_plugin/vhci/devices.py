@@ -114,7 +114,7 @@ def _kept(c: str) -> bool:
 
 def serial_link(name: str, interface: int, port: int | None) -> str:
     """Returns the by-id path of a ttyUSB (port: its port_number in sysfs) or ttyACM node (port: None)."""
-    return _link("serial", f"{name}-if{interface:02x}" + ("" if port is None else f"-port{port}"))
+    return link("serial", f"{name}-if{interface:02x}" + ("" if port is None else f"-port{port}"))
 
 
 def input_link(name: str, interface: int, node: str, what: str) -> str:
@@ -123,30 +123,14 @@ def input_link(name: str, interface: int, node: str, what: str) -> str:
     node: the file name of the node, such as "event3".
     what: the result of `input_class`.
     """
-    number = "" if interface == 0 else f"-if{interface:02x}"
+    number = f"-if{interface:02x}" if interface else ""
     if node.startswith("event"):
-        return _link("input", f"{name}{number}-event-{what}" if what else f"{name}-event-if{interface:02x}")
-    return _link("input", f"{name}{number}-{what}") if what else ""
+        return link("input", f"{name}{number}-event-{what}" if what else f"{name}-event-if{interface:02x}")
+    return link("input", f"{name}{number}-{what}") if what else ""
 
 
-def hidraw_link(name: str, interface: int) -> str:
-    return _link("input", name + ("" if interface == 0 else f"-if{interface:02x}") + "-hidraw")
-
-
-def video_link(name: str, index: int) -> str:
-    return _link("v4l", f"{name}-video-index{index}")
-
-
-def disk_link(name: str, partition: int) -> str:
-    return _link("disk", name + (f"-part{partition}" if partition else ""))
-
-
-def sound_link(name: str, interface: int) -> str:
-    return _link("snd", f"{name}-{interface:02x}")
-
-
-def _link(folder: str, name: str) -> str:
-    """Returns the by-id path of a node, or "" if it would be too long."""
+def link(folder: str, name: str) -> str:
+    """Returns the by-id path of a node in this folder, such as "disk", or "" if it would be too long."""
     whole = f"usb-{name}"
     return f"/dev/{folder}/by-id/{whole}" if len(whole.encode()) <= MAX_NAME else ""
 
@@ -294,17 +278,18 @@ def _by_id(node: DeviceNode, path: Path, interface: int, partition: int, facts: 
         case "tty":
             return serial_link(name, interface, _optional_number(path.parent.parent / "port_number"))
         case "hidraw":
-            return hidraw_link(name, interface)
+            return link("input", name + (f"-if{interface:02x}" if interface else "") + "-hidraw")
         case "input":
             bitmaps = {kind: _text(path.parent / "capabilities" / kind) for kind in ("key", "rel", "abs")}
             return input_link(name, interface, file, input_class(bitmaps))
         case "video4linux":
             index = _optional_number(path / "index")
-            return video_link(name, index) if index is not None and file.startswith("video") else ""
+            return link("v4l", f"{name}-video-index{index}") if index is not None and file.startswith("video") else ""
         case "sound" if file.startswith("controlC"):
-            return sound_link(name, interface)
+            return link("snd", f"{name}-{interface:02x}")
         case "block":
-            return disk_link(_disk_name(path, facts, vendor, model), partition)
+            disk = _disk_name(path, facts, vendor, model)
+            return link("disk", disk + (f"-part{partition}" if partition else ""))
         case _:
             return ""
 

@@ -47,9 +47,9 @@ def linked(
             case "tty":
                 return devices.serial_link(name, interface, None if "ACM" in node.path else 0)
             case "hidraw":
-                return devices.hidraw_link(name, interface)
+                return devices.link("input", name + (f"-if{interface:02x}" if interface else "") + "-hidraw")
             case "video4linux":
-                return devices.video_link(name, videos.index(node.path))
+                return devices.link("v4l", f"{name}-video-index{videos.index(node.path)}")
             case _:
                 return ""
 

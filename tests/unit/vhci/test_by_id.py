@@ -18,10 +18,10 @@ def test_whatever_a_device_calls_itself_its_link_is_one_file_in_its_directory(
     name = devices.serial_name(vendor, model, serial)
     for link, folder in (
         (devices.serial_link(name, interface, port), "/dev/serial/by-id/"),
-        (devices.hidraw_link(name, interface), "/dev/input/by-id/"),
-        (devices.disk_link(name, 3), "/dev/disk/by-id/"),
-        (devices.video_link(name, 0), "/dev/v4l/by-id/"),
-        (devices.sound_link(name, interface), "/dev/snd/by-id/"),
+        (devices.link("input", f"{name}-if{interface:02x}-hidraw"), "/dev/input/by-id/"),
+        (devices.link("disk", f"{name}-part3"), "/dev/disk/by-id/"),
+        (devices.link("v4l", f"{name}-video-index0"), "/dev/v4l/by-id/"),
+        (devices.link("snd", f"{name}-{interface:02x}"), "/dev/snd/by-id/"),
         (devices.input_link(name, interface, "event3", "kbd"), "/dev/input/by-id/"),
     ):
         if link:
