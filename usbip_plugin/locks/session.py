@@ -102,9 +102,9 @@ class Session:
 
 # Most sessions read in one round, one for each holder. Further holders wait for a later round.
 MAX_READS = 64
-# Time between two reads of the session behind an expired lock, in lock durations. Long, as every node of the cluster
-# reads that session. Long enough: confirm() reads once more before a takeover, and a holder that comes back writes the
-# lock if it needs the device.
+# Time between two reads of the session behind an expired lock, in lock durations. Long, because every node of the
+# cluster reads that session. Safe, because confirm() reads once more before a takeover, and a holder that comes back
+# and needs the device writes the lock.
 EXPIRED_BEATS = 4.0
 # Least time between two rounds (seconds), so that rounding of a clock never makes them spin.
 MIN_ROUND_S = 0.05
@@ -113,7 +113,7 @@ MIN_ROUND_S = 0.05
 class ExpiryWatch:
     """The observation of each lock that another node holds on an importable device (R4). run() must be running.
 
-    notify(device_id): called when a lock expires, and when a lock that had expired counts as held again.
+    notify(device_id): called when a lock expires, and when an expired lock no longer counts as expired.
     """
 
     def __init__(
