@@ -155,6 +155,8 @@ async def test_a_wait_for_a_change_can_be_cancelled(tmp_path: Path) -> None:
             await task
         (tmp_path / "new").touch()
         assert await waited(watch) == pytest.approx(DEBOUNCE)
+
+
 async def test_a_task_is_started_only_while_its_group_accepts_tasks(recwarn: pytest.WarningsRecorder) -> None:
     done: list[str] = []
 
