@@ -1,7 +1,17 @@
 """The states of one device on this node, from Allocate to release, as pure functions.
 
 TRANSITIONS is the one table of what may follow what; nothing else holds a flag about a device's progress. The code that
-works on a device, in attach/, reports each result as a ClaimEvent.
+works on a device, in attach/, reports each result as a ClaimEvent:
+
+    state         leaves to
+    Free          Locking (Allocate); by adoption Attached, Reattaching, Releasing or Lost
+    Locking       Importing; Free if another node has the lock; Releasing if the outcome is unknown
+    Importing     Attaching; Releasing after a failure; Lost
+    Attaching     Attached; Importing if the port stuck; Releasing after a failure; Lost
+    Attached      Reattaching when the port falls free; Releasing when the pod has ended; Lost
+    Reattaching   Attached; Releasing when the pod has ended; Lost
+    Releasing     Free; Lost
+    Lost          Reattaching when the lock is free again; Releasing when the pod has ended; Free
 """
 
 from __future__ import annotations
