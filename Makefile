@@ -55,7 +55,7 @@ test-page: $(VENV)/.test ## the status page in a real browser (Chromium)
 screenshot: $(VENV)/.test ## docs/status-page.png: the status page of a node on which much has happened (Chromium)
 	$(BIN)/python -m tests.page.screenshot docs/status-page.png $(ARGS)
 
-docs: $(VENV)/.runtime ## write docs/cli.md and the reference in docs/configuration.md from the code
+docs: $(VENV)/.runtime ## write docs/reference/cli.md and the reference in docs/reference/configuration.md from the code
 	$(BIN)/python docs/generate.py
 
 test-apiserver: $(VENV)/.test ## lock tests against a real kube-apiserver and etcd (built once from Go modules)

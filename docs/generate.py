@@ -1,4 +1,4 @@
-"""Writes the generated parts of docs/cli.md and docs/configuration.md: python docs/generate.py [--check]
+"""Writes the generated parts of cli.md and configuration.md in docs/reference: python docs/generate.py [--check]
 
 A generated part stands between "generated" marks and shows data from the code. With --check, writes nothing and exits
 with status 1 if a document would change.
@@ -100,8 +100,8 @@ def filled(text: str, parts: Mapping[str, str]) -> str:
 def wanted() -> dict[Path, str]:
     """Returns the expected text of each document with generated parts, by its path."""
     parts: dict[str, dict[str, str]] = {
-        "configuration.md": {"keys": key_table(), "flags": flag_table()},
-        "cli.md": {"exit status": exit_table()}
+        "reference/configuration.md": {"keys": key_table(), "flags": flag_table()},
+        "reference/cli.md": {"exit status": exit_table()}
         | {name: _argument_table(command) for name, command in _commands(parser())},
     }
     return {DOCS / name: filled((DOCS / name).read_text(encoding="utf-8"), part) for name, part in parts.items()}

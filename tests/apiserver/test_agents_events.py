@@ -193,7 +193,7 @@ async def test_the_api_takes_every_kind_under_the_shipped_policy(
         for text, whom in events_of(notice):
             found = await event(admin, node, text.reason, "Pod" if whom is not None else "Node")
             assert (found["type"], found["action"], found["note"]) == (text.type, text.action, text.note)
-        # as docs/events.md says to look for them
+        # as docs/reference/events.md says to look for them
         query = {"fieldSelector": f"reportingComponent={CONTROLLER}"}
         listed = (await admin.list("/api/v1/events", resource="events", params=query))["items"]
         assert what.value[1] in {found["reason"] for found in listed}

@@ -185,7 +185,7 @@ tests:
             exp_annotations:
               summary: USB/IP server lab:3240 answers no node
               description: No node reaches the USB/IP server lab:3240. None of its free devices can be handed out.
-              runbook: docs/operations.md#usbipserverunreachable
+              runbook: docs/howto/runbooks.md#usbipserverunreachable
 """,
         encoding="utf-8",
     )

@@ -1,4 +1,4 @@
-"""What README.md and docs/operations.md say of installing, upgrading, moving over and uninstalling, on real kubelets.
+"""What README.md and docs/howto say of installing, upgrading, moving over and uninstalling, on real kubelets.
 
 The plugin of the other tests is uninstalled before each test here, and back after the last.
 """

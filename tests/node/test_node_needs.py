@@ -1,4 +1,4 @@
-"""What the plugin's container needs of its node: without any one thing it fails and says which. docs/security.md."""
+"""What the plugin's container needs of its node (docs/concepts/security.md): without any one it fails and says so."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What happens to devices is seen in the metrics of each node, and docs/metrics.md tells of every one of them."""
+"""What happens to devices is seen in the metrics of each node, and docs/reference/metrics.md has every one."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from usbip_sim.virtual.steploop import stepped
 
 STICK = "usbip.dev/stick"
 A, B = "node-a", "node-b"
-DOCUMENT = Path(__file__).parents[2] / "docs" / "metrics.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "reference" / "metrics.md"
 
 
 async def ask(c: Cluster, node: str, device: DeviceKey) -> None:

@@ -1,4 +1,4 @@
-"""What a trace tells: one for each device's life, over nodes and processes. docs/tracing.md says what is in it."""
+"""What a trace tells: one for each device's life, over nodes and processes, as docs/reference/tracing.md says."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from usbip_plugin.observe.spans import TRACED_TRIES
 from usbip_plugin.observe.tracing import MAX_SPANS_PER_TRACE
 from usbip_sim.trace_tree import tree
 
-DOC = Path(__file__).parents[2] / "docs" / "tracing.md"
+DOC = Path(__file__).parents[2] / "docs" / "reference" / "tracing.md"
 ERROR_TYPE = "error.type"
 
 
@@ -129,7 +129,7 @@ def all_stories() -> list[Story]:
 
 
 def documented() -> dict[str, tuple[str, frozenset[str]]]:
-    """{span: (kind, attributes)} as docs/tracing.md has them: its own attributes and those of its kind of span."""
+    """{span: (kind, attributes)} of docs/reference/tracing.md: a span's own attributes and those of its kind."""
     text = DOC.read_text(encoding="utf-8")
     groups = {
         match[1]: frozenset(re.findall(r"`([a-z0-9_.]+)`", match[2]))

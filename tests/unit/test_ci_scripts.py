@@ -140,7 +140,7 @@ def test_every_directory_of_tests_is_run() -> None:
 def test_a_change_wants_the_targets_whose_inputs_it_touches() -> None:
     affected = load(CI / "affected.py").affected
     assert affected([]) == []
-    assert affected(["docs/concepts.md"]) == ["check"]
+    assert affected(["docs/concepts/concepts.md"]) == ["check"]
     assert affected(["usbip_plugin/vhci/linux.py"]) == ["check", "sim", "test-kernel", "test-node"]
     assert affected(["usbip_plugin/kubelet/pod_resources.py"]) == ["check", "sim", "test-apiserver", "test-kubelet"]
     assert affected(["deploy/base/daemonset.yaml", "tests/page/test_page.py"])[:3] == [

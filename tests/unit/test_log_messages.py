@@ -1,4 +1,4 @@
-"""The lines of the log are an interface: fixed words, and fields. docs/logs.md has all of them."""
+"""The lines of the log are an interface: fixed words, and fields. docs/reference/logs.md has all of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import usbip_plugin
 
 ROOT = Path(usbip_plugin.__file__).parent
-DOC = ROOT.parent / "docs" / "logs.md"
+DOC = ROOT.parent / "docs" / "reference" / "logs.md"
 LEVELS = {"debug": "debug", "info": "info", "warning": "warn", "error": "error", "critical": "error"}
 LOGGERS = {"log", "_log", "logger"}
 

@@ -13,8 +13,8 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 MONITORING = ROOT / "deploy" / "monitoring"
-METRICS = ROOT / "docs" / "metrics.md"
-OPERATIONS = ROOT / "docs" / "operations.md"
+METRICS = ROOT / "docs" / "reference" / "metrics.md"
+OPERATIONS = ROOT / "docs" / "howto" / "runbooks.md"
 PROMETHEUS_OWN = frozenset({"up", "ALERTS"})
 TARGET_LABELS = frozenset({"node", "instance", "job"})
 """What the one who scrapes sets."""
@@ -22,7 +22,7 @@ KINDS = {"histogram": ("_bucket", "_sum", "_count")}
 
 
 def exposed() -> dict[str, frozenset[str]]:
-    """Labels of each series, by name. That docs/metrics.md is true, tests/simulation/test_figures.py shows."""
+    """Labels of each series, by name. tests/simulation/test_figures.py shows that docs/reference/metrics.md is true."""
     found: dict[str, frozenset[str]] = {}
     rows = re.findall(
         r"^\| `(\w+)` \| (\w+) \|\s*([^|]*?)\s*\| [^|]+ \|$", METRICS.read_text(encoding="utf-8"), re.MULTILINE
@@ -101,7 +101,7 @@ def test_an_alert_says_what_where_and_what_to_do(rule: dict[str, Any]) -> None:
     assert rule["labels"].keys() == {"severity"}
     assert rule["labels"]["severity"] in {"critical", "warning", "info"}
     assert rule["annotations"].keys() == {"summary", "description", "runbook"}
-    assert rule["annotations"]["runbook"] == f"docs/operations.md#{rule['alert'].lower()}"
+    assert rule["annotations"]["runbook"] == f"docs/howto/runbooks.md#{rule['alert'].lower()}"
     said = "".join(rule["annotations"].values())
     named = set(re.findall(r"\$labels\.(\w+)", said))
     last = grouped_by(rule["expr"]) - {"le"}

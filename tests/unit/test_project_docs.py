@@ -57,7 +57,9 @@ def test_links_and_make_targets_exist(document: Path) -> None:
         assert (ROOT / path).exists() or (ROOT / "usbip_plugin" / path).exists(), path
 
 
-@pytest.mark.parametrize("document", [ROOT / "README.md", ROOT / "docs/configuration.md"], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "document", [ROOT / "README.md", ROOT / "docs/reference/configuration.md"], ids=lambda path: path.name
+)
 def test_the_configurations_shown_are_taken_without_a_warning(document: Path) -> None:
     shown = [block for block in code_blocks(document) if "target:" in block]
     assert shown
@@ -66,7 +68,7 @@ def test_the_configurations_shown_are_taken_without_a_warning(document: Path) ->
 
 
 def test_the_defaults_in_the_documents_are_those_of_the_code() -> None:
-    text = (ROOT / "docs/configuration.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs/reference/configuration.md").read_text(encoding="utf-8")
     for flag, default in (
         ("config", schema.DEFAULT_CONFIG_PATH),
         ("domain", schema.DEFAULT_DOMAIN),
@@ -93,7 +95,7 @@ def test_what_is_generated_is_what_make_docs_would_write() -> None:
 
 
 def test_every_flag_in_the_documents_is_in_the_help() -> None:
-    text = (ROOT / "docs/cli.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs/reference/cli.md").read_text(encoding="utf-8")
     for name, command in generator()._commands(parser()):
         section = re.search(rf"### {name}( DEVICE| SHELL)?\n(.*?)(\n### |\Z)", text, re.DOTALL)
         assert section is not None, name

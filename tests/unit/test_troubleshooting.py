@@ -1,4 +1,4 @@
-"""docs/troubleshooting.md leaves no reason out, and its links lead somewhere."""
+"""docs/howto/troubleshooting.md leaves no reason out, and its links lead somewhere."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from usbip_plugin.model import Reason
 from usbip_plugin.node.metrics import ALLOCATE_FAILURES, OTHER
 
 DOCS = Path(__file__).parents[2] / "docs"
-TEXT = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+TEXT = (DOCS / "howto" / "troubleshooting.md").read_text(encoding="utf-8")
 
 
 def section(heading: str) -> str:
@@ -52,7 +52,7 @@ def anchors(document: Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("document", sorted(DOCS.glob("*.md")), ids=lambda path: path.name)
+@pytest.mark.parametrize("document", sorted(DOCS.rglob("*.md")), ids=lambda path: path.name)
 def test_links_to_headings_lead_somewhere(document: Path) -> None:
     for target, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", document.read_text(encoding="utf-8")):
         assert anchor in anchors(document.parent / target if target else document), f"{target}#{anchor}"

@@ -1,4 +1,4 @@
-"""Device events that people should know of, and the Kubernetes Events that they become (docs/events.md)."""
+"""Device events that people should know of, and the Kubernetes Events that they become (docs/reference/events.md)."""
 
 from __future__ import annotations
 

@@ -239,9 +239,9 @@ def _next(facts: DeviceFacts) -> Iterator[str]:
     elif listing is Listing.UNLISTED and key is not None:
         yield f"On the server: usbip list -l shows what is plugged in; usbip bind -b {key.busid} exports it."
     elif facts.twins:
-        yield "Select each of them by bus_id in the configuration; docs/configuration.md shows how."
+        yield "Select each of them by bus_id in the configuration; docs/reference/configuration.md shows how."
     elif facts.offers == ():
-        yield "Add a selector for it to the configuration; docs/configuration.md shows how."
+        yield "Add a selector for it to the configuration; docs/reference/configuration.md shows how."
     elif facts.offers:
         yield f"Request it in a pod with resources.limits: {{{facts.offers[0].resource}: 1}}"
 

@@ -223,7 +223,7 @@ class Agent:
         return self.locks.ready.is_set() and started and all(plugin.registered for plugin in plugins)
 
     def reconfigure(self, config: Config) -> None:
-        """Puts a reloaded configuration in force, as docs/configuration.md describes.
+        """Puts a reloaded configuration in force, as docs/reference/configuration.md describes.
 
         The settings that Config.start_only() names stay as they were.
         """

@@ -1,8 +1,8 @@
 """The metrics of the plugin, in a registry of their own.
 
-docs/metrics.md lists their names and labels. Four names are those of the Go program. Events are counted as they
-happen; states are read at each scrape. The fifty series of a resource are made at each scrape, too: prometheus_client
-would keep them as objects with a lock each, 31 KiB.
+docs/reference/metrics.md lists their names and labels. Four names are those of the Go program. Events are counted as
+they happen; states are read at each scrape. The fifty series of a resource are made at each scrape, too:
+prometheus_client would keep them as objects with a lock each, 31 KiB.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Spans: the names of their attributes, and how a span begins, fails and ends.
 
-Attributes have the names of OpenTelemetry's semantic conventions, or usbip.* if these have none. docs/tracing.md lists
-them.
+Attributes have the names of OpenTelemetry's semantic conventions, or usbip.* if these have none.
+docs/reference/tracing.md lists them.
 """
 
 from __future__ import annotations

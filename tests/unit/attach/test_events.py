@@ -1,4 +1,4 @@
-"""What is said to whom, and that docs/events.md explains each kind."""
+"""What is said to whom, and that docs/reference/events.md explains each kind."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from usbip_plugin.model import DeviceKey, PodRef, ServerKey
 
 KEY = DeviceKey(ServerKey("lab", 3240), "1-1")
 POD = PodRef("ns", "p", "uid-1")
-DOC = Path(__file__).parents[3] / "docs" / "events.md"
+DOC = Path(__file__).parents[3] / "docs" / "reference" / "events.md"
 
 
 def told(notice: DeviceEvent) -> dict[PodRef | None, str]:
