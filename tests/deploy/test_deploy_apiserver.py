@@ -49,7 +49,7 @@ def operator_kinds(kubectl: Kubectl) -> None:
 
 @pytest.fixture(scope="session")
 def installed(kubectl: Kubectl) -> str:
-    """What the one command of the README says."""
+    """What the one command of the documents says."""
     said = kubectl("apply", "-k", DEPLOY)
     # the controller manager's work, which does not run here
     kubectl("create", "serviceaccount", "default", "--namespace", NAMESPACE)
@@ -115,9 +115,9 @@ def test_an_unknown_field_of_an_alert_would_be_seen(tools: Tools, kubectl: Kubec
 
 
 @pytest.mark.usefixtures("installed")
-def test_the_readmes_pod_for_a_command_is_one(kubectl: Kubectl) -> None:
-    readme = (DEPLOY / "README.md").read_text(encoding="utf-8")
-    (command,) = re.findall(r"kubectl (-n usbip-system run .*?)  *#", readme.replace("\\\n", " "))
+def test_the_documents_pod_for_a_command_is_one(kubectl: Kubectl) -> None:
+    document = (DEPLOY.parent / "docs/reference/cli.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"kubectl (-n usbip-system run .*?)  *#", document.replace("\\\n", " "))
     words = [word for word in shlex.split(command) if word not in ("--rm", "-i")]
     at = words.index("--")
     pod = json.loads(kubectl(*words[:at], "--dry-run=server", "--output=json", *words[at:]))

@@ -175,11 +175,13 @@ def test_one_version_everywhere(tools: Tools) -> None:
             assert container["image"] == f"usbip-plugin:{__version__}"
 
 
-def test_the_readmes_own_kustomization_does_what_its_helm_command_does(tools: Tools, tmp_path: Path) -> None:
-    readme = (DEPLOY / "README.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL)
+def test_the_guides_own_kustomization_does_what_its_helm_command_does(tools: Tools, tmp_path: Path) -> None:
+    guide = (DEPLOY.parent / "docs/howto/install.md").read_text(encoding="utf-8")
+    (example,) = [
+        block for block in re.findall(r"```yaml\n(.*?)```", guide, re.DOTALL) if "configMapGenerator" in block
+    ]
     (command,) = re.findall(
-        r"helm install usbip-plugin \S+ -n usbip-system --create-namespace \\\n(.*?)```", readme, re.DOTALL
+        r"helm install usbip-plugin \S+ -n usbip-system --create-namespace \\\n(.*?)```", guide, re.DOTALL
     )
     config = tmp_path / "config.yaml"
     config.write_text('resources:\n  a:\n    - target: {host: h}\n      selector: {vendor: "0951"}\n', encoding="utf-8")

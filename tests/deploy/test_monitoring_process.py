@@ -125,7 +125,7 @@ def test_what_the_dashboard_asks_can_be_answered(promtool: Path, tmp_path: Path)
 
 
 def test_the_scrape_configuration_shown_is_a_good_one(promtool: Path, tmp_path: Path) -> None:
-    text = (ROOT / "docs" / "howto" / "runbooks.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "howto" / "monitoring.md").read_text(encoding="utf-8")
     (shown,) = re.findall(r"```yaml\n(rule_files.*?)```", text, re.DOTALL)
     (tmp_path / "rules.yaml").write_bytes((ROOT / "deploy" / "monitoring" / "rules.yaml").read_bytes())
     (tmp_path / "prometheus.yaml").write_text(shown, encoding="utf-8")

@@ -30,6 +30,8 @@ ROLLOUT_S = 120
 KERNEL_SOCKET = "/run/vhci_hcd/simulated.sock"
 OVERLAY = "deploy/overlays/kind"
 README = ROOT / "README.md"
+UPGRADING = ROOT / "docs/howto/upgrade.md"
+MIGRATING = ROOT / "docs/howto/migrate-from-go.md"
 HELM_INSTALL = "helm install usbip-plugin deploy/helm/usbip-plugin -n usbip-system --create-namespace"
 HELM_UNINSTALL = "helm uninstall usbip-plugin -n usbip-system"
 GO_CONFIG_MAP = "usbip-devices"
@@ -111,7 +113,7 @@ def old_image(pytestconfig: pytest.Config, nodes: Nodes, image: str, place: Plac
 
 
 def _flags(tmp_path: Path, place: Place, image: str) -> list[str]:
-    """What a cluster here needs besides the flags of README.md."""
+    """What a cluster here needs besides the flags of the documents."""
     config = tmp_path / "config.yaml"
     config.write_text(CONFIG.format(host=place.address, duration=LOCK_DURATION), encoding="utf-8")
     repository, _, tag = image.rpartition(":")
@@ -159,7 +161,7 @@ async def test_delete_k_takes_the_namespace_and_its_leases_along_and_every_node_
     await bare.create("pods", pod("user", pod_spec(image, "solo", node=place.a)))
     await bare.running("user")
     read_device(kubectl, "user")
-    # as README.md says: first the pods, then nothing has a holder
+    # as docs/howto/upgrade.md says: first the pods, then nothing has a holder
     await bare.delete("pods", "user")
     await bare.unlocked()
 
@@ -216,7 +218,7 @@ async def test_helm_uninstall_leaves_pods_their_devices_and_the_leases_for_the_n
     bare: ClusterView, kubectl: Kubectl, helm: Helm, image: str, place: Place, tmp_path: Path
 ) -> None:
     """Nobody detaches a device without the plugin: the next one finds it, with its pod and its lock."""
-    assert HELM_UNINSTALL in README.read_text(encoding="utf-8")
+    assert HELM_UNINSTALL in UPGRADING.read_text(encoding="utf-8")
     flags = _flags(tmp_path, place, image)
     _start_kernels(kubectl, image)
     helm(*shlex.split(HELM_INSTALL)[1:], *flags)
@@ -241,7 +243,9 @@ async def test_helm_uninstall_leaves_pods_their_devices_and_the_leases_for_the_n
 
     helm(*shlex.split(HELM_UNINSTALL)[1:])
     leases = await bare.all("leases")
-    assert [lease for lease in leases.values() if is_lock(lease) and not holder(lease)], "kept, as README.md says"
+    assert [lease for lease in leases.values() if is_lock(lease) and not holder(lease)], (
+        "kept, as docs/howto/upgrade.md says"
+    )
     kubectl("delete", "namespace", PLUGIN_NAMESPACE)
     assert await bare.all("leases") == {}
     chart_objects = [one for one in render(ROOT / "deploy") if one["kind"] != "Namespace"]
@@ -251,10 +255,10 @@ async def test_helm_uninstall_leaves_pods_their_devices_and_the_leases_for_the_n
 async def test_the_configuration_of_the_go_program_is_taken_along_and_pods_ask_for_its_domain(
     bare: ClusterView, kubectl: Kubectl, helm: Helm, image: str, place: Place, tmp_path: Path
 ) -> None:
-    """Steps 3, 4 and 6 of README.md. 1, 2 and 5 are about the Go program and what it left in a real kernel."""
-    readme = README.read_text(encoding="utf-8")
-    assert TAKE_ALONG in readme
-    assert f"--set domain={GO_DOMAIN}" in readme
+    """Steps 3, 4 and 6 of docs/howto/migrate-from-go.md. The others are about the Go program and what it left."""
+    guide = MIGRATING.read_text(encoding="utf-8")
+    assert TAKE_ALONG in guide
+    assert f"--set domain={GO_DOMAIN}" in guide
     go = {"name": GO_CONFIG_MAP, "namespace": GO_NAMESPACE}
     data = {"config.yaml": GO_CONFIG.replace("HOST", place.address)}
     kubectl.apply([{"apiVersion": "v1", "kind": "ConfigMap", "metadata": go, "data": data}])

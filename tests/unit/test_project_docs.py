@@ -26,6 +26,7 @@ DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "CHANGELOG.md",
+    ROOT / "deploy/README.md",
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
 NAMESPACE = "usbip-system"
@@ -38,8 +39,10 @@ FOLDERS = "|".join(
 """The directories whose files the documents name: those of the repository, and those of usbip_plugin."""
 
 
-def code_blocks(document: Path) -> list[str]:
-    return re.findall(r"```yaml\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL)
+def configurations(document: Path) -> list[str]:
+    """The configurations that a document shows in full."""
+    blocks = re.findall(r"```yaml\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL)
+    return [block for block in blocks if "target: {host:" in block]
 
 
 def make_targets() -> set[str]:
@@ -49,7 +52,8 @@ def make_targets() -> set[str]:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_links_and_make_targets_exist(document: Path) -> None:
     text = document.read_text(encoding="utf-8")
-    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+    inline = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)
+    for link in inline + re.findall(r"^\[[^\]]+\]: ([^#:\s]+)", text, re.MULTILINE):
         assert (document.parent / link).exists(), link
     for target in re.findall(r"`make ([a-z0-9-]+)", text):
         assert target in make_targets()
@@ -57,14 +61,15 @@ def test_links_and_make_targets_exist(document: Path) -> None:
         assert (ROOT / path).exists() or (ROOT / "usbip_plugin" / path).exists(), path
 
 
-@pytest.mark.parametrize(
-    "document", [ROOT / "README.md", ROOT / "docs/reference/configuration.md"], ids=lambda path: path.name
-)
+@pytest.mark.parametrize("document", [path for path in DOCUMENTS if configurations(path)], ids=lambda path: path.name)
 def test_the_configurations_shown_are_taken_without_a_warning(document: Path) -> None:
-    shown = [block for block in code_blocks(document) if "target:" in block]
-    assert shown
-    for block in shown:
+    for block in configurations(document):
         assert parse_config(block).warnings == ()
+
+
+def test_the_first_document_and_the_reference_show_a_configuration() -> None:
+    for name in ("README.md", "docs/reference/configuration.md"):
+        assert configurations(ROOT / name)
 
 
 def test_the_defaults_in_the_documents_are_those_of_the_code() -> None:
@@ -137,10 +142,9 @@ def test_the_screenshot_is_a_picture_and_small() -> None:
     assert len(picture) < 150 * 1024
 
 
-def test_every_command_is_in_the_readme() -> None:
-    listed = set(
-        re.findall(r"^\| `usbip-plugin (\w+)` \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
-    )
+def test_every_command_is_in_the_document() -> None:
+    text = (ROOT / "docs/reference/cli.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"^\| `usbip-plugin (\w+)` \|", text, re.MULTILINE))
     (commands,) = [action.choices for action in parser()._actions if isinstance(action.choices, dict)]
     assert listed == set(commands)
 
