@@ -183,8 +183,8 @@ tests:
         exp_alerts:
           - exp_labels: {{severity: critical, server: "lab:3240"}}
             exp_annotations:
-              summary: USB/IP server lab:3240 answers no node
-              description: No node reaches the USB/IP server lab:3240. None of its free devices can be handed out.
+              summary: USB/IP server lab:3240 is unreachable from all nodes
+              description: No node reaches the USB/IP server lab:3240. None of its free devices is available.
               runbook: docs/howto/runbooks.md#usbipserverunreachable
 """,
         encoding="utf-8",
