@@ -12,8 +12,10 @@ from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from tests.fuzz.fuzz_target import Target, fit_to_raise, fit_to_show
-from usbip_plugin.errors import SimulatedKernelMissing, VhciError, WrongDevice
+from usbip_plugin.errors import PortsExhausted, SimulatedKernelMissing, VhciError, WrongDevice
 from usbip_plugin.model import Attachment, DeviceKey, DeviceNode, ServerKey, UsbId
 from usbip_plugin.vhci.driver import DriverReport, PortState
 from usbip_plugin.vhci.sysfs import PortStatus
@@ -55,7 +57,7 @@ async def _requests(data: bytes) -> None:
         async with asyncio.timeout(PATIENCE), asyncio.TaskGroup() as tasks:
             channels: set[Channel] = set()
             session = _Session(service, theirs, channels, tasks)
-            good = json.dumps({"id": LAST, "version": wire.VERSION, "call": "ports"}).encode()
+            good = msgspec.json.encode(wire.Message(LAST, wire.VERSION, wire.Ports()))
             for line in [*(line for line in data.split(b"\n")[:8] if line), good]:
                 with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                     # a descriptor comes along: it must not stay open
@@ -121,34 +123,29 @@ async def _answers(value: dict[str, Any]) -> None:
 
 
 def _requested() -> Iterable[bytes]:
-    base = {"id": 1, "version": wire.VERSION}
-    device = {"key": wire.key_out(KEY), "descriptor": wire.descriptor_out(DESCRIPTOR)}
-    requests = [
-        {**base, "call": "attach", **device},
-        {**base, "id": 2, "call": "enumerate", **device, "port": 0, "timeout": 6},
-        {**base, "id": 3, "call": "inspect", "key": wire.key_out(KEY), "port": 0},
-        {**base, "id": 4, "call": "detach", "port": 0, "timeout": 5},
-        {"cancel": 2},
-        {**base, "id": 5, "call": "check"},
-    ]
-    yield b"\n".join(json.dumps(request).encode() for request in requests)
+    requests: tuple[wire.Request, ...] = (
+        wire.Attach(KEY, DESCRIPTOR),
+        wire.Enumerate(KEY, DESCRIPTOR, 0, ("tty",), 5.0, 6.0),
+        wire.Inspect(KEY, 0),
+        wire.Detach(0, 5.0),
+        wire.Check(),
+    )
+    messages = [wire.Message(number, wire.VERSION, request) for number, request in enumerate(requests, 1)]
+    messages.insert(4, wire.Message(cancel=2))
+    yield b"\n".join(msgspec.json.encode(message) for message in messages)
 
 
 def _answered() -> Iterable[bytes]:
     port = PortState(0, "hs", PortStatus.USED, 3, 65538, "3-1", KEY, by_plugin=True)
-    errors: list[VhciError | WrongDevice] = [
+    for result in (wire.compact([port]), ATTACHMENT, wire.Inspected(ATTACHMENT), DriverReport(loaded=True), 3):
+        yield msgspec.json.encode(wire.Message(result=result))
+    errors: tuple[VhciError | WrongDevice, ...] = (
         WrongDevice(KEY, UsbId(1, 2), UsbId(3, 4)),
+        PortsExhausted("hs", 8),
         SimulatedKernelMissing("/x", "gone"),
-    ]
-    for result in (
-        [wire.port_out(port)],
-        wire.attachment_out(ATTACHMENT),
-        wire.report_out(DriverReport(loaded=True)),
-        3,
-    ):
-        yield json.dumps({"result": result}).encode()
+    )
     for error in errors:
-        yield json.dumps({"error": wire.error_out(error)}).encode()
+        yield msgspec.json.encode(wire.Message(error=wire.failure_of(error)))
 
 
 TARGETS = (

@@ -7,6 +7,7 @@ import contextlib
 import json
 from typing import Any
 
+import msgspec
 import pytest
 
 from tests.sim.fuzz_sim import DESCRIPTOR, KEY, kernel_answers, kernel_requests
@@ -20,12 +21,15 @@ from usbip_sim.server.server import VirtualServer
 from usbip_sim.server.usbdevice import MAX_ECHO_BYTES, MAX_WAITING, Transfers, VirtualDevice
 
 ECHO = VirtualDevice("1-1", UsbId(1, 2), echo=True, configured=True)
+DESCRIPTION = msgspec.to_builtins(DESCRIPTOR)
 PATIENCE = 20.0
 
 
 def request(call: str, **fields: Any) -> bytes:
-    whole = {"key": wire.key_out(KEY), "descriptor": wire.descriptor_out(DESCRIPTOR), "port": 0, "timeout": 1}
-    return json.dumps({"id": 1, "version": 1, "call": call, **whole, **fields}).encode()
+    whole = {"key": msgspec.to_builtins(KEY), "descriptor": DESCRIPTION, "port": 0, "timeout": 1}
+    waits = {"children": [], "children_timeout": 1}
+    request = {"call": call, **whole, **waits, **fields}
+    return json.dumps({"id": 1, "version": wire.VERSION, "request": request}).encode()
 
 
 @pytest.mark.parametrize(
@@ -33,7 +37,7 @@ def request(call: str, **fields: Any) -> bytes:
     [
         b'{"cancel": []}',
         b'{"cancel": {}}',
-        b'{"id": {}, "call": "ports"}',
+        b'{"id": {}, "version": 5, "request": {"call": "ports"}}',
         b"[" * 100_000,
         b'{"id": 1, "x": ' + b"[" * 100_000 + b"}",
         request("detach", timeout=float("nan")),
@@ -46,11 +50,16 @@ def request(call: str, **fields: Any) -> bytes:
         request("detach", port=True),
         request("inspect", key=None),
         request("inspect", key="abc"),
-        request("inspect", key=["\ud800", 1, "1-1"]),
+        request("inspect", key={"server": {"host": "\ud800"}, "busid": "1-1"}),
+        request("inspect", key={"server": {"host": "h", "port": 70000}, "busid": "1-1"}),
+        request("inspect", port=4095),
+        request("enumerate", port=4095),
+        request("enumerate", children=["nothing"]),
+        b'{"id": 1, "version": 5, "request": {"call": "forget", "key": ' + b"[" * 900 + b"]" * 900 + b"}}",
         request("attach", descriptor={}),
-        request("attach", descriptor={**wire.descriptor_out(DESCRIPTOR), "speed": "x"}),
-        request("attach", descriptor={**wire.descriptor_out(DESCRIPTOR), "speed": 10**400}),
-        request("attach", descriptor={**wire.descriptor_out(DESCRIPTOR), "interfaces": [{"class_": 1}]}),
+        request("attach", descriptor={**DESCRIPTION, "speed": "x"}),
+        request("attach", descriptor={**DESCRIPTION, "speed": 10**400}),
+        request("attach", descriptor={**DESCRIPTION, "interfaces": [{"class_": 1}]}),
         request("enumerate", descriptor=[1, 2]),
         request([], port=1),  # type: ignore[arg-type]
         b"\n".join(request("enumerate", timeout=3600) for _ in range(8)),
@@ -71,13 +80,13 @@ def test_the_simulated_kernel_answers_the_next_driver_whatever_one_sent(message:
         {"error": {}},
         {"error": {"name": []}},
         {"error": {"name": "PortsExhausted"}},
-        {"error": {"name": "WrongDevice", "key": [], "ids": [[1], [2]]}},
-        {"error": {"name": "WrongDevice", "key": ["h", 1, "1-1"], "ids": [[1, 2], [3, 4], [5, 6]]}},
+        {"error": {"name": "WrongDevice", "text": "x"}},
+        {"error": {"name": "WrongDevice", "text": "x", "key": [], "promised": {}, "found": {}}},
         {"error": {"name": "AttachStuck", "text": "x" * 100_000}},
         {"error": {"name": "AttachStuck", "text": "\x1b[2J"}},
         {"result": [[1, 2]]},
-        {"result": [[0, "hs", 99, 0, 0, None, None]]},
-        {"result": [[0, [], 4, 0, 0, None, None]]},
+        {"result": [{"number": 0, "hub": "hs", "status": 99}]},
+        {"result": [{"number": 0, "hub": [], "status": 4}]},
         {"result": {"nodes": None}},
         {"result": {"loaded": 1, "problems": []}},
         {"result": -1},
@@ -88,6 +97,18 @@ def test_the_simulated_kernel_answers_the_next_driver_whatever_one_sent(message:
 )
 def test_a_driver_takes_nonsense_from_the_simulated_kernel_for_an_error(answer: dict[str, Any]) -> None:
     kernel_answers(json.dumps(answer).encode())
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["x" * (wire.MAX_TEXT + 1), "\x1b", [0] * (wire.MAX_ITEMS + 1), -1, 1 << 32, {"port": 1 << 16}, {"interface": 256}],
+    ids=lambda value: ascii(value)[:20],
+)
+def test_a_value_beyond_a_limit_is_refused_however_deep_it_is(value: Any) -> None:
+    for _ in range(5_000):
+        value = [{"x": value}]
+    with pytest.raises(ValueError, match="expected"):
+        wire.read(value, list)
 
 
 def transfers() -> tuple[usbip_wire.Decoding[None], bytearray]:

@@ -1,21 +1,18 @@
-"""Messages between the simulated kernel and its drivers: JSON objects, with fds, over a SOCK_SEQPACKET socket."""
+"""Connection between the simulated kernel and a driver: messages, with fds, over a SOCK_SEQPACKET socket."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import socket
 from collections.abc import Callable
-from typing import Any
+
+import msgspec
+
+from usbip_sim.kernel.wire import Message
 
 MAX_MESSAGE = 128 * 1024
-"""Limit of a message in bytes.
-
-The kernel cuts a longer message, which is then not valid JSON and ends the connection.
-"""
-
-Message = dict[str, Any]
+"""Limit of a message, in bytes. A longer message arrives cut off, is not valid JSON, and ends the connection."""
 
 
 class Channel:
@@ -47,9 +44,8 @@ class Channel:
         """
         if not self.open:
             return
-        data = json.dumps(message, separators=(",", ":")).encode()
         try:
-            socket.send_fds(self._sock, [data], [] if fd is None else [fd])
+            socket.send_fds(self._sock, [msgspec.json.encode(message)], [] if fd is None else [fd])
         except OSError:
             self._end()
 
@@ -68,10 +64,8 @@ class Channel:
             self._end()
             return
         try:
-            message = json.loads(data)
+            message = msgspec.json.decode(data, type=Message)
         except (ValueError, RecursionError):  # also for b"", the end of the connection
-            message = None
-        if not isinstance(message, dict):
             for fd in fds:
                 os.close(fd)
             self._end()

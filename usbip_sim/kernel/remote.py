@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import os
@@ -10,7 +11,8 @@ import random
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType
+from typing import TypeVar
 
 from usbip_plugin.clock import Clock, backoff
 from usbip_plugin.errors import AttachRefused, DriverMissing, SimulatedKernelMissing
@@ -18,7 +20,7 @@ from usbip_plugin.model import Attachment, Descriptor, DeviceKey
 from usbip_plugin.sync import Bell
 from usbip_plugin.vhci.driver import ABANDON_S, ASKED_CHILD_WAIT_S, DriverReport, PortState
 from usbip_sim.kernel import wire
-from usbip_sim.kernel.channel import Channel, Message
+from usbip_sim.kernel.channel import Channel
 
 log = logging.getLogger(__name__)
 
@@ -44,16 +46,15 @@ class RemoteVhci:
         self._running = False
         self._lost = asyncio.Event()
         self._numbers = itertools.count(1)
-        self._waiting: dict[int, asyncio.Future[Message]] = {}
+        self._waiting: dict[int, asyncio.Future[wire.Message]] = {}
         self._abandoned: set[int] = set()
 
     async def ports(self) -> tuple[PortState, ...]:
-        return await self._call("ports", wire.ports_in)
+        return await self._call(wire.Ports(), tuple[PortState, ...])
 
     async def attach(self, key: DeviceKey, descriptor: Descriptor, fd: int) -> int:
         # If cancelled, _received detaches the port that a late answer names.
-        request = {"key": wire.key_out(key), "descriptor": wire.descriptor_out(descriptor)}
-        return await self._call("attach", wire.number_in, request, fd=fd)
+        return await self._call(wire.Attach(key, descriptor), int, fd=fd)
 
     async def enumerate(
         self,
@@ -66,18 +67,17 @@ class RemoteVhci:
         serial: str | None = None,  # noqa: ARG002 (it does not read them)
         timeout: float,
     ) -> Attachment:
-        request = {"key": wire.key_out(key), "descriptor": wire.descriptor_out(descriptor), "port": port}
-        request |= {"children": list(children or ()), "children_timeout": children_timeout}
-        return await self._call("enumerate", wire.attachment_in, request, timeout=timeout, extra=ABANDON_S)
+        request = wire.Enumerate(key, descriptor, port, children or (), children_timeout, timeout)
+        return await self._call(request, Attachment, seconds=timeout + ABANDON_S)
 
     async def inspect(self, key: DeviceKey, port: int) -> Attachment | None:
-        return await self._call("inspect", _if_any, {"key": wire.key_out(key), "port": port})
+        return (await self._call(wire.Inspect(key, port), wire.Inspected)).attachment
 
     async def detach(self, port: int, *, timeout: float) -> None:
-        await self._call("detach", _nothing, {"port": port}, timeout=timeout)
+        await self._call(wire.Detach(port, timeout), NoneType, seconds=timeout)
 
     async def forget(self, key: DeviceKey) -> None:
-        await self._call("forget", _nothing, {"key": wire.key_out(key)})
+        await self._call(wire.Forget(key), NoneType)
 
     def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]:
         return self._bell.subscribe(callback)
@@ -109,7 +109,7 @@ class RemoteVhci:
 
     async def check(self) -> DriverReport:
         try:
-            return await self._call("check", wire.report_in)
+            return await self._call(wire.Check(), DriverReport)
         except (DriverMissing, AttachRefused) as error:
             return DriverReport(loaded=False, problems=(str(error),))
         finally:
@@ -129,79 +129,68 @@ class RemoteVhci:
             self._channel = Channel(sock, self._received, self._ended)
         return self._channel
 
-    async def _call(
-        self,
-        name: str,
-        read: Callable[[Any], T],
-        request: Message | None = None,
-        *,
-        fd: int | None = None,
-        timeout: float = 0.0,
-        extra: float = 0.0,
-    ) -> T:
-        """Sends a request and returns its result, within timeout + extra + ANSWER_S seconds.
+    async def _call(self, request: wire.Request, kind: type[T], *, fd: int | None = None, seconds: float = 0.0) -> T:
+        """Sends a request and returns its result, which must be of this kind, within seconds + ANSWER_S.
 
         Cancel-safe: the kernel gets a message that cancels the request. Raises SimulatedKernelMissing if there is no
         connection or no valid answer, and the error that the kernel answers with.
-
-        read: converts the answer into the result; raises ValueError or KeyError for an invalid answer.
         """
-        number = next(self._numbers)
-        answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
-        self._waiting[number] = answer
-        message = {"id": number, "version": wire.VERSION, "call": name, "timeout": timeout, **(request or {})}
+        number, name = next(self._numbers), type(request).__name__.lower()
+        waiting: asyncio.Future[wire.Message] = asyncio.get_running_loop().create_future()
+        self._waiting[number] = waiting
         try:
-            self._connected().send(message, fd)
+            self._connected().send(wire.Message(number, wire.VERSION, request), fd)
             if self._channel is None:  # the kernel does not read: send() ended the connection
                 raise SimulatedKernelMissing(str(self._path), "it does not read its requests")
-            async with self._clock.timeout(timeout + extra + ANSWER_S):
-                got = await answer
+            async with self._clock.timeout(seconds + ANSWER_S):
+                answer = await waiting
         except TimeoutError:
-            self._give_up(number, name)
+            self._give_up(number, request)
             raise SimulatedKernelMissing(str(self._path), f"no answer to {name}") from None
         except asyncio.CancelledError:
-            self._give_up(number, name)
+            self._give_up(number, request)
             raise
         finally:
             self._waiting.pop(number, None)
         try:
-            if "error" not in got:
-                return read(got["result"])
-            error = wire.error_in(got["error"])
-        except (KeyError, ValueError) as cause:
-            raise SimulatedKernelMissing(str(self._path), f"its answer to {name} makes no sense") from cause
+            if answer.error is None:
+                result: T = wire.read(answer.result, kind)
+                return result
+            error = wire.error_of(wire.read(answer.error, wire.Failure))
+        except ValueError as cause:
+            raise SimulatedKernelMissing(str(self._path), f"its answer to {name} is not valid") from cause
         raise error
 
-    def _give_up(self, number: int, name: str) -> None:
+    def _give_up(self, number: int, request: wire.Request) -> None:
         if self._channel is None:
             return
-        answer = self._waiting.get(number)
-        if name == "attach" and answer is not None and answer.done() and not answer.cancelled():
-            self._give_back(answer.result())
-        elif name == "attach":
-            self._abandoned.add(number)
-        self._channel.send({"cancel": number})
+        waiting = self._waiting.get(number)
+        if isinstance(request, wire.Attach):
+            if waiting is not None and waiting.done() and not waiting.cancelled():
+                self._give_back(waiting.result())
+            else:
+                self._abandoned.add(number)
+        self._channel.send(wire.Message(cancel=number))
 
-    def _give_back(self, answer: Message) -> None:
-        if self._channel is not None and "result" in answer:
-            number = next(self._numbers)
-            request = {"id": number, "version": wire.VERSION, "call": "detach", "port": answer["result"]}
-            self._channel.send({**request, "timeout": ABANDON_S})
+    def _give_back(self, answer: wire.Message) -> None:
+        """Detaches the port that an Attach has returned. Does nothing if it failed."""
+        if self._channel is not None:
+            with contextlib.suppress(ValueError):
+                request = wire.Detach(wire.read(answer.result, int), ABANDON_S)
+                self._channel.send(wire.Message(next(self._numbers), wire.VERSION, request))
 
-    def _received(self, message: Message, fd: int | None) -> None:
+    def _received(self, message: wire.Message, fd: int | None) -> None:
         if fd is not None:
             os.close(fd)  # the kernel sends no fds
-        number = message.get("id")
-        if not isinstance(number, int):
-            number = 0
+        number = message.id
         if number in self._abandoned:
             self._abandoned.discard(number)
             self._give_back(message)
         elif number in self._waiting:
-            answer = self._waiting[number]
-            if not answer.done():
-                answer.set_result(message)
-        elif "changed" in message:
+            waiting = self._waiting[number]
+            if not waiting.done():
+                waiting.set_result(message)
+        elif message.changed:
             self._bell.ring()
 
     def _ended(self) -> None:
@@ -211,11 +200,3 @@ class RemoteVhci:
         for answer in self._waiting.values():
             if not answer.done():
                 answer.set_exception(SimulatedKernelMissing(str(self._path), "it has gone"))
-
-
-def _if_any(value: Any) -> Attachment | None:
-    return None if value is None else wire.attachment_in(value)
-
-
-def _nothing(_value: Any) -> None:
-    return None

@@ -18,7 +18,7 @@ from typing import Any
 from usbip_plugin.errors import AttachRefused, VhciError, WrongDevice
 from usbip_plugin.model import Attachment, Descriptor, DeviceKey
 from usbip_sim.kernel import wire
-from usbip_sim.kernel.channel import Channel, Message
+from usbip_sim.kernel.channel import Channel
 from usbip_sim.kernel.device_nodes import DeviceNodes
 from usbip_sim.kernel.driver import SimulatedVhci
 from usbip_sim.kernel.enumeration import drivers_children, enumerate_device
@@ -32,10 +32,6 @@ ENUMERATION_S = 0.3
 _BACKLOG = 16
 MAX_CALLS = 256
 """Limit of calls that one driver has under way. Further calls get no answer."""
-
-
-_TIMED = ("enumerate", "detach")
-_ON_A_PORT = ("enumerate", "inspect", "detach")
 
 
 class KernelService:
@@ -147,7 +143,7 @@ class _Session:
         self._channels = channels
         self._channel = Channel(sock, self._received, self._ended)
         channels.add(self._channel)
-        self._unsubscribe = self._driver.subscribe(lambda: self._channel.send({"changed": True}))
+        self._unsubscribe = self._driver.subscribe(lambda: self._channel.send(wire.Message(changed=True)))
 
     def _ended(self) -> None:
         self._unsubscribe()
@@ -155,13 +151,12 @@ class _Session:
         for call in self._calls.values():
             call.cancel()
 
-    def _received(self, message: Message, fd: int | None) -> None:
-        number = message.get("id")
-        if "cancel" in message:
-            cancelled = message["cancel"]
-            if isinstance(cancelled, int) and (call := self._calls.get(cancelled)):
+    def _received(self, message: wire.Message, fd: int | None) -> None:
+        number = message.id
+        if message.cancel is not None:
+            if call := self._calls.get(message.cancel):
                 call.cancel()
-        elif isinstance(number, int) and number not in self._calls and len(self._calls) < MAX_CALLS:
+        elif number is not None and number not in self._calls and len(self._calls) < MAX_CALLS:
             task = self._tasks.create_task(self._answer(number, message, fd))
             self._calls[number] = task
             task.add_done_callback(lambda _task: self._calls.pop(number, None))
@@ -169,54 +164,50 @@ class _Session:
         if fd is not None:
             os.close(fd)
 
-    async def _answer(self, number: int, message: Message, fd: int | None) -> None:
+    async def _answer(self, number: int, message: wire.Message, fd: int | None) -> None:
+        answer = wire.Message(number)
         try:
-            if message.get("version") != wire.VERSION:
+            if message.version != wire.VERSION:
                 raise AttachRefused(f"the simulated kernel speaks version {wire.VERSION}: restart it")
-            self._channel.send({"id": number, "result": await self._call(message, fd)})
+            answer.result = await self._call(wire.read(message.request, wire.Request), fd)
         except (VhciError, WrongDevice) as error:
-            self._channel.send({"id": number, "error": wire.error_out(error)})
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            log.warning("a request that makes no sense", extra={"cause": repr(error)})
-            self._channel.send({"id": number, "error": {"name": "", "text": f"not understood: {error!r}"}})
+            answer.error = wire.failure_of(error)
+        except (LookupError, ValueError) as error:
+            log.warning("request is not valid", extra={"cause": repr(error)})
+            answer.error = wire.Failure("", f"the request is not valid: {error!r}")
         finally:
             if fd is not None:
                 os.close(fd)
+        self._channel.send(answer)
 
-    async def _call(self, message: Message, fd: int | None) -> Any:
+    async def _call(self, request: wire.Request, fd: int | None) -> Any:
         driver = self._driver
-        call = message["call"]
-        timeout = wire.seconds_in(message["timeout"]) if call in _TIMED else 0.0
-        port = wire.number_in(message["port"]) if call in _ON_A_PORT else 0
-        match call:
-            case "ports":
-                return [wire.port_out(port) for port in await driver.ports()]
-            case "attach":
+        match request:
+            case wire.Ports():
+                return wire.compact(await driver.ports())
+            case wire.Attach(key, descriptor):
                 if fd is None:
-                    raise AttachRefused("no socket came along")
-                key, descriptor = wire.key_in(message["key"]), wire.descriptor_in(message["descriptor"])
+                    raise AttachRefused("no socket came with the request")
                 return await self._service.attach(driver, key, descriptor, fd)
-            case "enumerate":
+            case wire.Enumerate(key, descriptor, port):
                 attachment = await driver.enumerate(
-                    wire.key_in(message["key"]),
-                    wire.descriptor_in(message["descriptor"]),
+                    key,
+                    descriptor,
                     port,
-                    children=wire.kinds_in(message["children"]),
-                    children_timeout=wire.seconds_in(message["children_timeout"]),
-                    timeout=timeout,
+                    children=request.children,
+                    children_timeout=request.children_timeout,
+                    timeout=request.timeout,
                 )
-                return wire.attachment_out(self._service.provided(attachment))
-            case "inspect":
-                found = await driver.inspect(wire.key_in(message["key"]), port)
-                return wire.attachment_out(None if found is None else self._service.provided(found))
-            case "detach":
+                return self._service.provided(attachment)
+            case wire.Inspect(key, port):
+                found = await driver.inspect(key, port)
+                return wire.Inspected(None if found is None else self._service.provided(found))
+            case wire.Detach(port, timeout):
                 return await driver.detach(port, timeout=timeout)
-            case "forget":
-                return await driver.forget(wire.key_in(message["key"]))
-            case "check":
-                return wire.report_out(await driver.check())
-            case other:
-                raise ValueError(other)
+            case wire.Forget(key):
+                return await driver.forget(key)
+            case wire.Check():
+                return await driver.check()
 
 
 def _listen(path: Path) -> socket.socket:

@@ -1,12 +1,14 @@
-"""JSON form of the model objects that the simulated kernel and its drivers exchange. Both ends have one version.
+"""JSON messages between the simulated kernel and its drivers. Both ends must have the same VERSION.
 
-Input is not trusted: every ..._in function raises ValueError or KeyError if a value does not have its form.
+Input is not trusted: a receiver passes the contents of each Message through read() before it uses them.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any, TypeVar
+from collections.abc import Iterable
+from typing import Annotated, Any
+
+import msgspec
 
 from usbip_plugin.config.schema import CHILD_KINDS
 from usbip_plugin.errors import (
@@ -18,204 +20,174 @@ from usbip_plugin.errors import (
     VhciError,
     WrongDevice,
 )
-from usbip_plugin.model import Attachment, Descriptor, DeviceKey, DeviceNode, InterfaceClass, ServerKey, UsbId
-from usbip_plugin.vhci.driver import DriverReport, PortState
-from usbip_plugin.vhci.sysfs import Hub, PortStatus
+from usbip_plugin.model import Attachment, Descriptor, DeviceKey, UsbId
+from usbip_plugin.vhci.driver import PortState
 
-T = TypeVar("T")
-
-
-VERSION = 4
-"""Version of this form. The simulated kernel refuses the calls of a driver with another version."""
+VERSION = 5
+"""Version of the messages. The simulated kernel refuses the calls of a driver with another version."""
 MAX_TEXT = 8192
 """Limit of a received text, in characters."""
 MAX_ITEMS = 8192
 """Limit of items in a received list."""
 MAX_TIMEOUT_S = 3600.0
 """Limit of a received time to wait, in seconds."""
+_MAX_NUMBER = 0xFFFFFFFF
+_MAX_BY_FIELD = {"port": 0xFFFF, "interface": 0xFF}
+
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=MAX_TIMEOUT_S)]
 
 _PLAIN = {error.__name__: error for error in (AttachRefused, AttachStuck, DetachFailed)}
-_HUBS: dict[str, Hub] = {"hs": "hs", "ss": "ss"}
 
 
-def key_out(key: DeviceKey) -> list[Any]:
-    return [key.server.host, key.server.port, key.busid]
+class Message(msgspec.Struct, omit_defaults=True):
+    """Any message. A driver sends a request or a cancel; the kernel sends a result, an error or changed.
+
+    id: number of the request, chosen by the driver; an answer has the number of its request.
+    version: VERSION of the driver.
+    request: a Request.
+    cancel: number of the request to cancel.
+    changed: a port may have changed.
+    error: a Failure.
+    """
+
+    id: int | None = None
+    version: int = 0
+    request: Any = None
+    cancel: int | None = None
+    changed: bool = False
+    result: Any = msgspec.UNSET
+    error: Any = None
 
 
-def key_in(value: Any) -> DeviceKey:
-    host, port, busid = _items(value)
-    return DeviceKey(ServerKey(_text(host), number_in(port, most=0xFFFF)), _text(busid))
+class Call(msgspec.Struct, tag_field="call", tag=str.lower):
+    """Base class of the calls of VhciDriver. The fields are the method's parameters."""
 
 
-def descriptor_out(descriptor: Descriptor) -> dict[str, Any]:
-    return dataclasses.asdict(descriptor)
+class Ports(Call):
+    """The result is a list of PortState, see compact()."""
 
 
-def descriptor_in(value: Any) -> Descriptor:
-    given = _fields(value)
-    texts = {name: _text(given.pop(name)) for name in ("busid", "path")}
-    usb_id = _usb_id(given.pop("usb_id"))
-    interfaces = tuple(_made(InterfaceClass, **_numbers(one)) for one in _items(given.pop("interfaces")))
-    return _made(Descriptor, **texts, **_numbers(given), usb_id=usb_id, interfaces=interfaces)
+class Attach(Call):
+    """The socket's fd comes with the message. The result is the port's number."""
+
+    key: DeviceKey
+    descriptor: Descriptor
 
 
-def port_out(port: PortState) -> list[Any]:
-    record = None if port.record is None else key_out(port.record)
-    numbers = [port.number, port.hub, port.status.value, port.speed, port.devid]
-    return [*numbers, port.local_busid, record, port.by_plugin]
+class Enumerate(Call):
+    """The result is an Attachment."""
+
+    key: DeviceKey
+    descriptor: Descriptor
+    port: int
+    children: tuple[str, ...]
+    children_timeout: Seconds
+    timeout: Seconds
+
+    def __post_init__(self) -> None:
+        if not set(self.children) <= set(CHILD_KINDS):
+            raise ValueError(f"children must be of {', '.join(CHILD_KINDS)}")
 
 
-def port_in(value: Any) -> PortState:
-    number, hub, status, speed, devid, busid, record, by_plugin = _items(value)
-    key = None if record is None else key_in(record)
-    local_busid = None if busid is None else _text(busid)
-    place, status = number_in(number), PortStatus(number_in(status))
-    numbers = number_in(speed), number_in(devid)
-    return PortState(place, _HUBS[_text(hub)], status, *numbers, local_busid, key, _flag(by_plugin))
+class Inspect(Call):
+    """The result is an Inspected."""
+
+    key: DeviceKey
+    port: int
 
 
-def ports_in(value: Any) -> tuple[PortState, ...]:
-    return tuple(port_in(port) for port in _items(value))
+class Detach(Call):
+    """The result is null."""
+
+    port: int
+    timeout: Seconds
 
 
-def attachment_out(attachment: Attachment | None) -> dict[str, Any] | None:
-    return None if attachment is None else dataclasses.asdict(attachment) | {"key": key_out(attachment.key)}
+class Forget(Call):
+    """The result is null."""
+
+    key: DeviceKey
 
 
-def attachment_in(value: Any) -> Attachment:
-    given = _fields(value)
-    return Attachment(
-        key_in(given["key"]),
-        number_in(given["port"]),
-        _text(given["local_busid"]),
-        _usb_id(given["usb_id"]),
-        _text_or_none(given["serial"]),
-        tuple(_node(node) for node in _items(given["nodes"])),
-        _text_or_none(given["manufacturer"]),
-        _text_or_none(given["model"]),
-        tuple(_text(name) for name in _items(given["net"])),
-    )
+class Check(Call):
+    """The result is a DriverReport."""
 
 
-def _node(value: Any) -> DeviceNode:
-    given = _fields(value)
-    interface = given["interface"]
-    return DeviceNode(
-        _text(given["path"]),
-        _text(given["kind"]),
-        _flag(given["block"]),
-        number_in(given["major"]),
-        number_in(given["minor"]),
-        None if interface is None else number_in(interface, most=0xFF),
-        number_in(given["partition"]),
-        _text(given["by_id"]),
-    )
+Request = Ports | Attach | Enumerate | Inspect | Detach | Forget | Check
 
 
-def kinds_in(value: Any) -> tuple[str, ...]:
-    """Reads a list of kinds of child nodes. Raises ValueError if a kind is not in CHILD_KINDS."""
-    kinds = tuple(_text(kind) for kind in _items(value))
-    if not set(kinds) <= set(CHILD_KINDS):
-        raise ValueError("a kind of device nodes was expected")
-    return kinds
+class Inspected(msgspec.Struct):
+    """Result of Inspect."""
+
+    attachment: Attachment | None
 
 
-def report_out(report: DriverReport) -> dict[str, Any]:
-    return dataclasses.asdict(report)
+class Failure(msgspec.Struct, omit_defaults=True):
+    """Error that a call raised. The fields after text are None or 0 unless the error has them.
+
+    name: name of the error's class.
+    """
+
+    name: str
+    text: str
+    hub: str | None = None
+    total: int = 0
+    key: DeviceKey | None = None
+    promised: UsbId | None = None
+    found: UsbId | None = None
 
 
-def report_in(value: Any) -> DriverReport:
-    given = _fields(value)
-    problems = tuple(_text(problem) for problem in _items(given.pop("problems")))
-    flags = {name: _flag(given.pop(name)) for name in ("loaded", "attach_writable", "records_writable", "uevents")}
-    return _made(DriverReport, **flags, **_numbers(given), problems=problems)
+def read(value: Any, kind: Any) -> Any:
+    """Converts the contents of a received Message to kind, a type.
+
+    Raises ValueError if the value does not have the form of kind, a text is too long or not printable, a list is too
+    long, or a number is too large or negative.
+    """
+    unread: list[tuple[str, Any]] = [("", value)]
+    while unread:
+        name, item = unread.pop()
+        match item:
+            case dict():
+                unread.extend(item.items())
+            case list():
+                if len(item) > MAX_ITEMS:
+                    raise ValueError(f"expected at most {MAX_ITEMS} items, got {len(item)}")
+                unread.extend(("", one) for one in item)
+            case str():
+                if len(item) > MAX_TEXT or not item.isprintable():
+                    raise ValueError(f"expected a printable text of at most {MAX_TEXT} characters")
+            case int():
+                most = _MAX_BY_FIELD.get(name, _MAX_NUMBER)
+                if not 0 <= item <= most:
+                    raise ValueError(f"expected a number from 0 to {most}")
+    return msgspec.convert(value, kind)
 
 
-def error_out(error: VhciError | WrongDevice) -> dict[str, Any]:
-    name = type(error).__name__
+def compact(ports: Iterable[PortState]) -> list[dict[str, Any]]:
+    """Returns the ports without their empty fields, so that thousands of free ports fit into a message."""
+    every = (msgspec.to_builtins(port) for port in ports)
+    return [{name: value for name, value in port.items() if value or name == "number"} for port in every]
+
+
+def failure_of(error: VhciError | WrongDevice) -> Failure:
+    name, text = type(error).__name__, str(error)
     match error:
         case PortsExhausted():
-            return {"name": name, "hub": error.hub, "total": error.total}
+            return Failure(name, text, hub=error.hub, total=error.total)
         case WrongDevice():
-            ids = [dataclasses.astuple(error.expected), dataclasses.astuple(error.found)]
-            return {"name": name, "key": key_out(error.key), "ids": ids}
+            return Failure(name, text, key=error.key, promised=error.expected, found=error.found)
         case _:
-            return {"name": name, "text": str(error)}
+            return Failure(name, text)
 
 
-def error_in(value: Any) -> VhciError | WrongDevice:
-    """Reads an error written by error_out(). An unknown error becomes AttachRefused with the error's text."""
-    given = _fields(value)
-    match _text(given["name"]):
-        case "PortsExhausted":
-            return PortsExhausted(_HUBS[_text(given["hub"])], number_in(given["total"]))
-        case "WrongDevice":
-            promised, found = (_pair(one) for one in _items(given["ids"]))
-            return WrongDevice(key_in(given["key"]), promised, found)
-        case "DriverMissing":
+def error_of(failure: Failure) -> VhciError | WrongDevice:
+    """Returns the error that failure_of() described. An unknown error becomes AttachRefused with the error's text."""
+    match failure:
+        case Failure(name="PortsExhausted", hub=str() as hub):
+            return PortsExhausted(hub, failure.total)
+        case Failure(name="WrongDevice", key=DeviceKey() as key, promised=UsbId() as promised, found=UsbId() as found):
+            return WrongDevice(key, promised, found)
+        case Failure(name="DriverMissing"):
             return DriverMissing("/sys/devices/platform/vhci_hcd.0")
-        case name:
-            return _PLAIN.get(name, AttachRefused)(_text(given["text"]))
-
-
-def number_in(value: Any, most: int = 0xFFFFFFFF) -> int:
-    """Reads a whole number from 0 to most. Raises ValueError for anything else."""
-    if type(value) is not int or not 0 <= value <= most:
-        raise ValueError("a number was expected")
-    return value
-
-
-def seconds_in(value: Any) -> float:
-    """Reads a time to wait, in seconds, from 0 to MAX_TIMEOUT_S. Raises ValueError for anything else."""
-    if type(value) not in (int, float) or not 0 <= value <= MAX_TIMEOUT_S:  # also true for NaN
-        raise ValueError("a number of seconds was expected")
-    return float(value)
-
-
-def _flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError("true or false was expected")  # noqa: TRY004 - one error for all that is of the wrong form
-    return value
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str) or len(value) > MAX_TEXT or not value.isprintable():
-        raise ValueError("a printable text was expected")
-    return value
-
-
-def _text_or_none(value: Any) -> str | None:
-    return None if value is None else _text(value)
-
-
-def _items(value: Any) -> list[Any]:
-    if not isinstance(value, list) or len(value) > MAX_ITEMS:
-        raise ValueError("a list was expected")
-    return value
-
-
-def _fields(value: Any) -> dict[str, Any]:
-    """Returns a copy of a JSON object. Raises ValueError for any other value."""
-    if not isinstance(value, dict):
-        raise ValueError("an object was expected")  # noqa: TRY004
-    return dict(value)
-
-
-def _numbers(value: Any) -> dict[str, int]:
-    return {name: number_in(number) for name, number in _fields(value).items()}
-
-
-def _usb_id(value: Any) -> UsbId:
-    return _made(UsbId, **_numbers(value))
-
-
-def _pair(value: Any) -> UsbId:
-    vendor, product = _items(value)
-    return UsbId(number_in(vendor), number_in(product))
-
-
-def _made(kind: type[T], **given: Any) -> T:
-    try:
-        return kind(**given)
-    except TypeError as error:  # a field is missing or unknown
-        raise ValueError(str(error)) from error
+        case _:
+            return _PLAIN.get(failure.name, AttachRefused)(failure.text)

@@ -104,6 +104,7 @@ def _python(code: str, *arguments: str) -> str:
         "kubernetes_asyncio.dynamic",
         "kubernetes_asyncio.watch",
         "markupsafe",
+        "msgspec",
         "multiprocessing",
         "opentelemetry._logs",
         "opentelemetry.exporter",
