@@ -1,7 +1,4 @@
-"""LeaseStore in memory, for demo, simulation and tests: conflicts and watches as in an API server, and injected faults.
-
-The faults delay, lose or fail calls, and break or silence watches.
-"""
+"""LeaseStore in memory, with the conflicts and watches of an API server, and with injected faults."""
 
 from __future__ import annotations
 
@@ -15,9 +12,9 @@ from typing import Any, TypeVar
 from usbip_plugin.clock import Clock
 from usbip_plugin.errors import KubeConflict, KubeError, KubeGone, KubeNotFound, KubeUnreachable
 from usbip_plugin.locks.record import ChangeType, Lease, LeaseChange, LeaseList
+from usbip_plugin.sync import done_within
 
 T = TypeVar("T")
-
 
 RESOURCE = "leases.coordination.k8s.io"
 CALL_TIMEOUT_S = 5.0
@@ -25,11 +22,9 @@ CALL_TIMEOUT_S = 5.0
 WATCH_TIMEOUT_S = 300.0
 """Seconds after which the server ends a watch, as WATCH_SERVER_TIMEOUT_S of the real client."""
 WATCH_IDLE_S = 90.0
-"""Seconds without an event after which a client gives a watch up, as WATCH_IDLE_S of the real client."""
+"""Seconds without an event after which the client ends a watch, as WATCH_IDLE_S of the real client."""
 BOOKMARK_S = 60.0
 """Seconds without a change after which a watch gets a bookmark. An API server sends one about every minute."""
-HISTORY_LENGTH = 1000
-"""Number of changes that a MemoryBackend keeps for watches by default."""
 
 
 class Lost(enum.Enum):
@@ -45,8 +40,8 @@ class Operation:
     """Operation on the API server that is about to happen.
 
     node: the client's node.
-    verb: the verb as in RBAC, or "event" for the delivery of watch events.
-    name: the object's name, "" for an operation on many objects.
+    verb: as in RBAC, or "event" for the delivery of watch events.
+    name: the object's name, "" for many objects.
     """
 
     node: str
@@ -58,14 +53,11 @@ class Operation:
 class Fate:
     """Delays, losses and errors of one call.
 
-    A request that is delayed past the client's timeout, or whose client was cancelled, is still carried out when it
-    arrives, as in reality.
+    A request that arrives after its client's timeout or cancellation is still carried out, as in reality.
 
-    request: delay of the request, in seconds of the loop.
-    response: delay of the answer, in seconds of the loop.
-    lost: the part of the call that the network loses.
+    request, response: delays in seconds of the loop.
     refused: error raised before the call is carried out.
-    broken: error raised after the call is carried out, instead of the answer.
+    broken: error raised after the call is carried out.
     """
 
     request: float = 0.0
@@ -80,7 +72,7 @@ Faults = Callable[[Operation], Fate]
 
 
 @dataclass(frozen=True, slots=True)
-class _Past:
+class _Change:
     version: int
     type: ChangeType
     lease: Lease
@@ -88,21 +80,21 @@ class _Past:
 
 
 class MemoryBackend:
-    """State that the MemoryLeases of all nodes share; stands for an API server with its etcd.
+    """Leases that the MemoryLeases of all nodes share; stands for an API server with its etcd.
 
     history: number of changes that are kept for watches.
     """
 
-    def __init__(self, history: int = HISTORY_LENGTH) -> None:
+    def __init__(self, history: int = 1000) -> None:
         self._leases: dict[str, Lease] = {}
         self._version = 1
         self._compacted = 0
-        self._history: list[_Past] = []
+        self._history: list[_Change] = []
         self._length = history
         self._wakes: dict[asyncio.Event, None] = {}
         self._uids = 0
         self.on_write: Callable[[Lease | None, Lease | None], None] = lambda _before, _after: None
-        """Called within each write that changes a Lease, with the Lease before and after it; None for no Lease."""
+        """Called within each write with the Lease before and after it; None for no Lease."""
 
     @property
     def leases(self) -> Mapping[str, Lease]:
@@ -113,7 +105,7 @@ class MemoryBackend:
         return str(self._version)
 
     def compact(self) -> None:
-        """Forgets all history: a watch from an older resourceVersion then raises KubeGone."""
+        """Drops the history: a watch from an older resourceVersion then raises KubeGone."""
         self._compacted = self._version
         self._history.clear()
         self._notify()
@@ -133,23 +125,23 @@ class MemoryBackend:
         self._store(ChangeType.DELETED, current, current)
 
     def list(self, labels: Mapping[str, str]) -> LeaseList:
-        found = tuple(lease for _, lease in sorted(self._leases.items()) if _bears(lease, labels))
+        found = tuple(lease for _, lease in sorted(self._leases.items()) if _matches(lease, labels))
         return LeaseList(found, str(self._version))
 
     def last(self, count: int, labels: Mapping[str, str]) -> tuple[LeaseChange, ...]:
-        """Returns the last count changes once more, as a watcher with these labels sees them."""
-        seen = (_seen(past, labels) for past in self._history[-count:])
-        return tuple(change for change in seen if change is not None)
+        """Returns the last count changes for a watcher with these labels."""
+        visible = (_as_watched(change, labels) for change in self._history[-count:])
+        return tuple(change for change in visible if change is not None)
 
     def since(self, version: int, labels: Mapping[str, str]) -> tuple[tuple[LeaseChange, ...], int]:
-        """Returns the changes after version for a watcher with these labels, and the version that it has then seen.
+        """Returns the changes after version for a watcher with these labels, and the current version.
 
         Raises KubeGone if the history does not reach back to version.
         """
         if version < self._compacted:
             raise KubeGone("watch", RESOURCE, f"too old resource version: {version} ({self._compacted})")
-        seen = (_seen(past, labels) for past in self._history if past.version > version)
-        return tuple(change for change in seen if change is not None), self._version
+        count = sum(change.version > version for change in self._history)
+        return self.last(count, labels) if count else (), self._version
 
     def wake(self, event: asyncio.Event) -> None:
         """Sets event at each change, until unwake()."""
@@ -180,7 +172,7 @@ class MemoryBackend:
             del self._leases[lease.name]
         else:
             self._leases[lease.name] = stored
-        self._history.append(_Past(self._version, kind, stored, before))
+        self._history.append(_Change(self._version, kind, stored, before))
         if len(self._history) > self._length:
             self._compacted = self._history.pop(0).version
         self.on_write(before, None if kind is ChangeType.DELETED else stored)
@@ -192,25 +184,22 @@ class MemoryBackend:
             event.set()
 
 
-def _bears(lease: Lease, labels: Mapping[str, str]) -> bool:
+def _matches(lease: Lease, labels: Mapping[str, str]) -> bool:
     return all(lease.labels.get(key) == value for key, value in labels.items())
 
 
-def _seen(past: _Past, labels: Mapping[str, str]) -> LeaseChange | None:
-    """Returns a change as a watch with a label selector sees it, None if the watch does not see it.
+def _as_watched(change: _Change, labels: Mapping[str, str]) -> LeaseChange | None:
+    """Returns a change as a watch with a label selector receives it, None if the watch does not receive it.
 
     A Lease that begins to match is ADDED; a Lease that stops matching is DELETED.
     """
-    now = _bears(past.lease, labels)
-    before = past.before is not None and _bears(past.before, labels)
-    if past.type is ChangeType.DELETED:
-        kind = ChangeType.DELETED if before else None
-    elif now:
-        kind = ChangeType.MODIFIED if before else ChangeType.ADDED
-    else:
-        kind = ChangeType.DELETED if before else None
-    version = str(past.version)
-    return None if kind is None else LeaseChange(kind, version, replace(past.lease, resource_version=version))
+    before = change.before is not None and _matches(change.before, labels)
+    after = change.type is not ChangeType.DELETED and _matches(change.lease, labels)
+    if not before and not after:
+        return None
+    kind = ChangeType.DELETED if not after else ChangeType.MODIFIED if before else ChangeType.ADDED
+    version = str(change.version)
+    return LeaseChange(kind, version, replace(change.lease, resource_version=version))
 
 
 @dataclass(eq=False, slots=True)
@@ -221,12 +210,7 @@ class _Watcher:
 
 
 class MemoryLeases:
-    """LeaseStore of one node on a MemoryBackend.
-
-    cut() breaks the open watches, as a dropped connection does.
-
-    faults: decides the fate of each call.
-    """
+    """LeaseStore of one node on a MemoryBackend. faults: returns the fate of each call."""
 
     def __init__(
         self, backend: MemoryBackend, clock: Clock, node: str = "", faults: Faults = lambda _operation: FINE
@@ -238,14 +222,14 @@ class MemoryLeases:
         self._flowing.set()
 
     def cut(self) -> None:
-        """Ends every open watch of this node with KubeUnreachable now, also a stalled watch. Ends a stall(), too."""
+        """Breaks every open watch of this node, as a dropped connection does. Ends a stall(), too."""
         self.resume()
         for watcher in self._watchers:
             watcher.broken = True
             watcher.event.set()
 
     def stall(self) -> None:
-        """Silences open watches until resume(). A watch breaks after WATCH_IDLE_S seconds without an event."""
+        """Withholds watch events until resume(). A watch breaks after WATCH_IDLE_S seconds without an event."""
         self._flowing.clear()
 
     @property
@@ -253,11 +237,11 @@ class MemoryLeases:
         return not self._flowing.is_set()
 
     def resume(self) -> None:
-        """Ends a stall(): open watches now deliver the events that were held back."""
+        """Delivers the events that a stall() withheld."""
         self._flowing.set()
 
     def replay(self, count: int) -> None:
-        """Sends the last count changes once more over every open watch, now."""
+        """Sends the last count changes once more over every open watch."""
         for watcher in self._watchers:
             watcher.replay = count
             watcher.event.set()
@@ -282,7 +266,7 @@ class MemoryLeases:
     async def watch(self, labels: Mapping[str, str], resource_version: str) -> AsyncGenerator[LeaseChange, None]:
         await self._call("watch", "", lambda: None)
         version, end = int(resource_version), self._clock.monotonic() + WATCH_TIMEOUT_S
-        heard = self._clock.monotonic()
+        last_event = self._clock.monotonic()
         watcher = _Watcher(asyncio.Event())
         self._watchers[watcher] = None
         self._backend.wake(watcher.event)
@@ -294,16 +278,16 @@ class MemoryLeases:
                     count, watcher.replay = watcher.replay, 0
                     changes = (*self._backend.last(count, labels), *changes)
                 if changes:
-                    await self._deliver(watcher, heard)
-                    heard = self._clock.monotonic()
+                    await self._deliver(watcher, last_event)
+                    last_event = self._clock.monotonic()
                 for change in changes:
                     _intact(watcher)
                     yield change
                 _intact(watcher)
-                if not changes and not await self._woken(watcher):
-                    await self._flow(watcher, heard)
+                if not changes and not await done_within(self._clock, BOOKMARK_S, watcher.event.wait()):
+                    await self._flow(watcher, last_event)
                     _intact(watcher)
-                    heard = self._clock.monotonic()
+                    last_event = self._clock.monotonic()
                     yield LeaseChange(ChangeType.BOOKMARK, str(version), None)
                     if self._clock.monotonic() >= end:
                         return
@@ -311,36 +295,26 @@ class MemoryLeases:
             self._watchers.pop(watcher, None)
             self._backend.unwake(watcher.event)
 
-    async def _woken(self, watcher: _Watcher) -> bool:
-        try:
-            async with self._clock.timeout(BOOKMARK_S):
-                await watcher.event.wait()
-        except TimeoutError:
-            return False
-        return True
+    async def _deliver(self, watcher: _Watcher, last_event: float) -> None:
+        """Applies the fate of watch events on their way to the client. After a lost event, no more events arrive.
 
-    async def _deliver(self, watcher: _Watcher, heard: float) -> None:
-        """Applies the fate of watch events on their way to the client. A lost event makes the connection silent.
-
-        heard: when the client last got an event, on its monotonic clock.
+        last_event: time on the client's monotonic clock.
         """
         fate = self._faults(Operation(self._node, "event", ""))
         if fate.response:
             await asyncio.sleep(fate.response)
         if fate.lost is not Lost.NOTHING:
-            await self._clock.sleep(heard + WATCH_IDLE_S - self._clock.monotonic())
+            await self._clock.sleep(last_event + WATCH_IDLE_S - self._clock.monotonic())
             watcher.broken = True
         error = fate.refused or fate.broken
         if error is not None:
             raise error
-        await self._flow(watcher, heard)
+        await self._flow(watcher, last_event)
 
-    async def _flow(self, watcher: _Watcher, heard: float) -> None:
-        """Waits until the connection is not stalled, or breaks the watch WATCH_IDLE_S after the last event."""
-        try:
-            async with self._clock.timeout(heard + WATCH_IDLE_S - self._clock.monotonic()):
-                await self._flowing.wait()
-        except TimeoutError:
+    async def _flow(self, watcher: _Watcher, last_event: float) -> None:
+        """Waits for the end of a stall(), or breaks the watch WATCH_IDLE_S after the last event."""
+        left = last_event + WATCH_IDLE_S - self._clock.monotonic()
+        if not await done_within(self._clock, left, self._flowing.wait()):
             watcher.broken = True
 
     async def _call(self, verb: str, name: str, act: Callable[[], T]) -> T:
@@ -353,7 +327,7 @@ async def carry(verb: str, resource: str, act: Callable[[], T], fate: Fate, cloc
 
     Raises the error in fate, the KubeError that act() raises, or KubeUnreachable after CALL_TIMEOUT_S.
 
-    network: a context of no process, so that a request arrives even if its sender is frozen or dead.
+    network: a context of no process: a request arrives even if its sender is frozen or dead.
     """
     if fate.refused is not None:
         raise fate.refused
@@ -363,25 +337,16 @@ async def carry(verb: str, resource: str, act: Callable[[], T], fate: Fate, cloc
     def arrive() -> None:
         try:
             result = act()
-        except KubeError as error:
-            reply(fail, fate.broken or error)
-        else:
             if fate.broken is not None:
-                reply(fail, fate.broken)
-            else:
-                reply(succeed, result)
+                raise fate.broken
+        except KubeError as error:
+            reply(answer.set_exception, fate.broken or error)
+        else:
+            reply(answer.set_result, result)
 
-    def reply(finish: Callable[[Any], None], value: Any) -> None:
+    def reply(settle: Callable[[Any], None], value: Any) -> None:
         if fate.lost is not Lost.RESPONSE:
-            loop.call_later(fate.response, finish, value, context=network)
-
-    def succeed(result: T) -> None:
-        if not answer.done():
-            answer.set_result(result)
-
-    def fail(error: KubeError) -> None:
-        if not answer.done():
-            answer.set_exception(error)
+            loop.call_later(fate.response, lambda: None if answer.done() else settle(value), context=network)
 
     # Not a task of the caller: a request arrives even if its sender has gone.
     if fate.lost is not Lost.REQUEST:

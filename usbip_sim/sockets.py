@@ -1,4 +1,4 @@
-"""TCP connections without a network. The simulation hands their sockets from client to kernel instead of fds."""
+"""TCP connections without a network, whose sockets the simulation passes from client to kernel in place of fds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CLOSED = -1
 
 
 class Connection:
-    """Connection that all its MemorySocket references share. Carries no data, unlike the connection in tcp.py."""
+    """Connection that all its MemorySocket references share. Carries no data, unlike TcpConnection."""
 
     def __init__(self) -> None:
         self.references = 0
@@ -21,7 +21,6 @@ class Connection:
         self._callbacks: list[Callable[[], None]] = []
 
     def on_end(self, callback: Callable[[], None]) -> Callable[[], None]:
-        """Calls callback once when the connection ends. See MemorySocket.on_close."""
         if self.ended:
             callback()
             return lambda: None
@@ -49,20 +48,20 @@ class Connection:
         self.end()
 
     def released(self) -> None:
-        """Ends the connection after its last reference was closed."""
+        """Ends the connection after its last reference is closed."""
         self.end()
 
     def peek(self, size: int) -> bytes:
-        """Reads data without removing it, as recv with MSG_PEEK and MSG_DONTWAIT does. Raises OSError here."""
+        """Reads data without removing it, as recv with MSG_PEEK and MSG_DONTWAIT does."""
         raise OSError(errno.ENOTCONN, f"no data here, not {size} bytes")
 
     async def receive(self, size: int) -> bytes:
-        """Reads data, as loop.sock_recv does. Raises OSError here."""
+        """Reads data, as loop.sock_recv does."""
         raise OSError(errno.ENOTCONN, f"no data here, not {size} bytes")
 
     async def send(self, data: bytes) -> None:
-        """Sends data, as loop.sock_sendall does. Raises OSError here."""
-        raise OSError(errno.ENOTCONN, f"no way for {len(data)} bytes")
+        """Sends data, as loop.sock_sendall does."""
+        raise OSError(errno.ENOTCONN, f"cannot carry {len(data)} bytes")
 
 
 class SocketTable:
@@ -95,14 +94,11 @@ class SocketTable:
 class MemorySocket(socket.socket):
     """Counted reference to a connection, as a file descriptor is one. Made by SocketTable.open and dup only.
 
-    A subclass of socket.socket for callers that need that type. It has no file descriptor and supports only the methods
-    defined here.
+    Derived from socket.socket for callers that need that type; supports only the methods defined here.
     """
 
     def __init__(self, table: SocketTable, connection: Connection, token: int) -> None:
-        self._table = table
-        self._connection = connection
-        self._token = token
+        self._table, self._connection, self._token = table, connection, token
         connection.references += 1
 
     def __repr__(self) -> str:
@@ -133,23 +129,19 @@ class MemorySocket(socket.socket):
             self._connection.released()
 
     def on_close(self, callback: Callable[[], None]) -> Callable[[], None]:
-        """Calls callback once, synchronously, when the connection ends.
+        """Calls callback once, synchronously, when either side ends the connection; at once if it has ended.
 
-        It ends when its last reference is closed or the server ends it. Calls back at once if it has ended already.
         Returns a function that removes the callback, and that may be called any number of times.
         """
         return self._connection.on_end(callback)
 
     def server_end(self) -> None:
-        """Ends the connection from the server's side.
-
-        References stay open until their owners close them. Idempotent.
-        """
+        """Ends the connection from the server's side. References stay open until their owners close them."""
         self._connection.peer_end()
 
     @property
     def closed_by_peer(self) -> bool:
-        """True once the server has ended the connection. A real socket shows that by EOF."""
+        """True once the server has ended the connection, which a real socket shows by EOF."""
         return self._connection.closed_by_peer
 
     @property
@@ -168,7 +160,7 @@ class MemorySocket(socket.socket):
 
 
 class MemoryStreams(asyncio.AbstractEventLoop):
-    """Mixin for an event loop, whose sock_recv and sock_sendall then also work on MemorySockets."""
+    """Mixin that makes an event loop's sock_recv and sock_sendall work on MemorySockets, too."""
 
     async def sock_recv(self, sock: Any, nbytes: int) -> bytes:
         if isinstance(sock, MemorySocket):

@@ -39,20 +39,18 @@ from usbip_sim.kubelet.specs import MemorySpecs
 from usbip_sim.leases import FINE, Fate, MemoryBackend, MemoryLeases, Operation
 
 KUBELET_TIMEOUT = 20.0
-"""Seconds for which SimNode.until waits for a kubelet before it raises TimeoutError."""
+"""Limit of SimNode.until, in seconds."""
 STOP_TIMEOUT = 5.0
-"""Seconds that an agent may take to end before stop() raises TimeoutError. The agent's contract allows 2 s."""
+"""Limit of SimNode.stop, in seconds. The agent's contract allows 2 s."""
 
 
 @dataclass(frozen=True, slots=True)
 class Setup:
     """Configuration of a World, and replacements for its doubles. Each make_... function gets the node's name.
 
-    make_driver: makes a VhciDriver in place of the simulated driver; also gets the node's simulated kernel.
-    make_leases: makes a LeaseStore in place of the Leases in memory.
-    make_specs: makes SpecFiles in place of the specs in memory.
+    make_driver: also gets the node's simulated kernel.
     make_count: returns a function that counts the nodes; without it each agent counts one node.
-    make_clock: makes a clock of the node's own in place of `clock`.
+    make_clock: replaces `clock`.
     make_kube: makes a client of an API server for everything but Leases: Node status, and pods with kube_has_pods.
     kube_has_pods: the agent gets its pods from the API server instead of the fake kubelet.
     """
@@ -83,7 +81,7 @@ class SimNode:
         self._clock = setup.make_clock(name) if setup.make_clock is not None else setup.clock
         self.kernel = SimulatedKernel(self._clock)
         self.advertised = Broadcast()
-        """Fires whenever the devices that the agent advertises, or the reasons of their health, have changed."""
+        """Fires when the devices that the agent advertises, or the reasons of their health, have changed."""
         self.observer = replace(
             setup.make_observer(name), on_advertised=lambda _resource, _devices: self.advertised.fire()
         )
@@ -100,7 +98,7 @@ class SimNode:
         self.agent: Agent | None = None
 
     def resource(self, name: str) -> str:
-        """Returns the full name, with the domain, of a resource of the configuration."""
+        """Returns the full name of a resource, with the domain."""
         return f"{self._setup.domain}/{name}"
 
     def start(self) -> Agent:
@@ -108,16 +106,8 @@ class SimNode:
         setup = self._setup
         rng = random.Random(f"{setup.seed}/{self.name}/{self.boot}")  # noqa: S311 - jitter, and to be repeated
         client = TcpUsbipClient(self._clock)
-        driver: VhciDriver = (
-            setup.make_driver(self.name, self.kernel)
-            if setup.make_driver is not None
-            else SimulatedVhci(self.kernel, self.name)
-        )
-        self._leases = (
-            setup.make_leases(self.name)
-            if setup.make_leases is not None
-            else MemoryLeases(self._backend, self._clock, self.name, self._fate)
-        )
+        driver = (setup.make_driver or self._simulated_driver)(self.name, self.kernel)
+        self._leases = (setup.make_leases or self._memory_leases)(self.name)
         pod_resources = GrpcPodResources(self._pod_resources, setup.domain)
         outside = AgentDependencies(
             me=NodeIdentity(self.name, f"boot-{self.name}-{self.boot}"),
@@ -142,16 +132,20 @@ class SimNode:
         return agent
 
     @staticmethod
+    def _simulated_driver(name: str, kernel: SimulatedKernel) -> VhciDriver:
+        return SimulatedVhci(kernel, name)
+
+    def _memory_leases(self, name: str) -> LeaseStore:
+        return MemoryLeases(self._backend, self._clock, name, self._fate)
+
+    @staticmethod
     async def _run(agent: Agent, client: TcpUsbipClient, pod_resources: GrpcPodResources) -> None:
         async with pod_resources:
             with contextlib.closing(client):
                 await agent.run()
 
     async def stop(self) -> None:
-        """Ends the agent as SIGTERM does: attachments and locks stay.
-
-        Raises the agent's error, and TimeoutError if the agent has not ended after STOP_TIMEOUT.
-        """
+        """Ends the agent as SIGTERM does: attachments and locks stay. Raises TimeoutError, and the agent's error."""
         task, self._task, self.agent = self._task, None, None
         if task is None:
             return
@@ -161,7 +155,7 @@ class SimNode:
                 await task
 
     async def die(self) -> None:
-        """Ends the whole node: its agent, its kernel, and all attachments of the kernel. The boot id is then new."""
+        """Ends the agent and reboots the kernel: all attachments are gone, and the boot id is new."""
         await self.stop()
         self.kernel.reboot()
         if isinstance(self.specs, MemorySpecs):
@@ -184,9 +178,7 @@ class SimNode:
         return FINE
 
     async def until(self, resource: str, predicate: Callable[[Mapping[str, bool]], bool]) -> dict[str, bool]:
-        """Waits until predicate holds of the kubelet's {ID: healthy} for a resource, and returns that.
-
-        Raises TimeoutError after KUBELET_TIMEOUT seconds.
+        """Waits until predicate holds for the kubelet's {ID: healthy} of a resource, and returns that mapping.
 
         resource: name without the domain.
         """
@@ -196,17 +188,16 @@ class SimNode:
     async def admit(
         self, pod: PodRef, requests: Mapping[str, int] | Sequence[ContainerSpec]
     ) -> dict[tuple[str, str], Allocation]:
-        """Admits a pod and returns {(container, resource): allocation}. See FakeKubelet.admit.
+        """Admits a pod and returns {(container, resource): allocation}; see Admission.admit.
 
-        requests: the containers, with full resource names; or the limits of one container, with names without the
-            domain.
+        requests: containers, with full resource names; or the limits of one container, with names without the domain.
         """
         if isinstance(requests, Mapping):
             return await self.kubelet.admit(pod, {self.resource(name): count for name, count in requests.items()})
         return await self.kubelet.admit(pod, requests)
 
     def end(self, pod: PodRef) -> None:
-        """Ends a pod. Gives the agent the hint that a pod watch would give, as the world has no API server for pods."""
+        """Ends a pod, and notifies the agent as a pod watch would."""
         self.kubelet.end(pod)
         if self.agent is not None:
             self.agent.usage.pod_may_have_ended()

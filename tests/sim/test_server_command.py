@@ -59,7 +59,7 @@ def test_a_device_that_makes_no_sense_is_named_with_the_cure(text: str, said: st
 
 
 def test_a_bus_id_given_twice() -> None:
-    with pytest.raises(ConfigError, match="1-1 is given twice"):
+    with pytest.raises(ConfigError, match="duplicate bus id 1-1"):
         parse_devices(["1-1=0951:1666", "1-1=0403:6001"])
 
 

@@ -7,12 +7,13 @@ import logging
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from usbip_plugin.clock import Clock
 from usbip_plugin.errors import ConfigError
 from usbip_plugin.model import InterfaceClass, UsbId
 from usbip_sim.server.server import VirtualServer
-from usbip_sim.server.usbdevice import VENDOR_CLASS, VirtualDevice
+from usbip_sim.server.usbdevice import VirtualDevice
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ class: class, subclass and protocol of each interface.
 TEXT: cannot contain a comma.
 """
 FOLLOW_INTERVAL = 0.5
-"""Seconds between reads of the file of devices. A mounted ConfigMap changes by a symbolic link outside of the file."""
+"""Seconds between reads of the file of devices. A mounted ConfigMap changes through a symbolic link beside it."""
 
 _BUSID = re.compile(r"[0-9]+-[0-9]+(\.[0-9]+)*")
 _MAX_BUSID = 31
@@ -32,13 +33,11 @@ _ID = re.compile(r"([0-9a-fA-F]{4}):([0-9a-fA-F]{4})")
 _PORT = re.compile(r"[0-9]{1,5}")
 _CLASS = re.compile(r"([0-9a-fA-F]{2}){1,3}")
 _MAX_INTERFACES = 32
+_TEXTS = ("serial", "manufacturer", "product")
 
 
 def parse_device(text: str, source: str = "--device") -> VirtualDevice:
-    """Returns the device that a text in DEVICE_FORM describes.
-
-    Raises ConfigError, which names source, the invalid part and what that part must be.
-    """
+    """Returns the device that a text in DEVICE_FORM describes. Raises ConfigError, which names source."""
 
     def wrong(problem: str) -> ConfigError:
         return ConfigError("command line", [f"{source} {text}: {problem}"])
@@ -52,45 +51,36 @@ def parse_device(text: str, source: str = "--device") -> VirtualDevice:
     numbers = _ID.fullmatch(identity)
     if numbers is None:
         raise wrong(f"{identity!r} must be vendor:product, four hexadecimal digits each, such as 0951:1666")
-    texts = {"serial": "", "manufacturer": "usbip-plugin", "product": f"virtual device {busid}"}
-    interfaces = [VENDOR_CLASS]
+    fields: dict[str, Any] = {"product": f"virtual device {busid}"}
     for option in options:
         name, _, value = option.partition("=")
         classes = value.split("+")
-        if name in texts and value:
-            texts[name] = value
+        if name in _TEXTS and value:
+            fields[name] = value
         elif name == "class" and len(classes) <= _MAX_INTERFACES and all(map(_CLASS.fullmatch, classes)):
-            interfaces = [InterfaceClass(*bytes.fromhex(one.ljust(6, "0"))) for one in classes]
+            first, *more = (InterfaceClass(*bytes.fromhex(one.ljust(6, "0"))) for one in classes)
+            fields |= {"interface": first, "more": tuple(more)}
         else:
             cure = "or class=CC, two hexadecimal digits each for class, subclass and protocol, + between interfaces"
-            raise wrong(f"{option!r} must be {'=TEXT, '.join(texts)}=TEXT {cure}")
-    usb_id = UsbId(int(numbers[1], 16), int(numbers[2], 16))
-    return VirtualDevice(
-        busid,
-        usb_id,
-        serial=texts["serial"],
-        manufacturer=texts["manufacturer"],
-        product=texts["product"],
-        interface=interfaces[0],
-        more=tuple(interfaces[1:]),
-    )
+            raise wrong(f"{option!r} must be {'=TEXT, '.join(_TEXTS)}=TEXT {cure}")
+    return VirtualDevice(busid, UsbId(int(numbers[1], 16), int(numbers[2], 16)), **fields)
 
 
 def parse_devices(texts: Iterable[str], source: str = "--device") -> dict[str, VirtualDevice]:
-    """Returns the devices that the texts describe, by bus id. Raises ConfigError, also for a bus id given twice."""
+    """Returns the devices that the texts describe, by bus id. Raises ConfigError, also for a duplicate bus id."""
     devices: dict[str, VirtualDevice] = {}
     for text in texts:
         device = parse_device(text, source)
         if device.busid in devices:
-            raise ConfigError("command line", [f"{source} {text}: bus id {device.busid} is given twice"])
+            raise ConfigError("command line", [f"{source} {text}: duplicate bus id {device.busid}; remove one"])
         devices[device.busid] = device
     return devices
 
 
 def read_devices(file: Path) -> dict[str, VirtualDevice]:
-    """Reads a file with one device a line, and returns the devices by bus id.
+    """Reads a file with one device a line, and returns the devices by bus id. Raises ConfigError.
 
-    Empty lines and lines that begin with # are ignored. Raises ConfigError if the file cannot be read or is not valid.
+    Ignores empty lines and lines that begin with #.
     """
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
@@ -100,7 +90,7 @@ def read_devices(file: Path) -> dict[str, VirtualDevice]:
 
 
 def parse_listen(text: str) -> tuple[str, int]:
-    """Returns the host and port of ADDRESS:PORT. An IPv6 address is in brackets. Raises ConfigError if not valid."""
+    """Returns the host and port of ADDRESS:PORT. An IPv6 address is in brackets. Raises ConfigError."""
     host, colon, port = text.rpartition(":")
     if not colon or not _PORT.fullmatch(port) or int(port) > 0xFFFF:
         raise ConfigError("command line", [f"--listen {text}: must be ADDRESS:PORT, such as 0.0.0.0:3240"])
@@ -108,23 +98,23 @@ def parse_listen(text: str) -> tuple[str, int]:
 
 
 def update(server: VirtualServer, plugged: dict[str, VirtualDevice], wanted: dict[str, VirtualDevice]) -> None:
-    """Unplugs the devices that are no longer wanted or have changed, then plugs new and changed ones."""
+    """Unplugs devices that are not wanted any more or have changed, then plugs new and changed ones."""
     for busid in [busid for busid, device in plugged.items() if wanted.get(busid) != device]:
         server.unplug(busid)
-        log.info("unplugged", extra={"busid": busid})
+        log.info("device unplugged", extra={"busid": busid})
     for busid, device in wanted.items():
         if plugged.get(busid) != device:
             server.plug(device)
-            log.info("plugged", extra={"busid": busid, "usb_id": str(device.usb_id)})
+            log.info("device plugged in", extra={"busid": busid, "usb_id": str(device.usb_id)})
 
 
 async def serve(listen: str, devices: dict[str, VirtualDevice], file: Path | None, clock: Clock) -> None:
-    """Runs a USB/IP server with virtual devices. Runs until cancelled.
+    """Runs a USB/IP server with virtual devices until cancelled.
 
     Raises ConfigError if the address or the file is not valid at the start, and OSError if the server cannot listen.
 
-    file: its devices are added to `devices`, over those with the same bus id. The file is read again every
-        FOLLOW_INTERVAL seconds; a file that is not valid changes nothing.
+    file: more devices, which replace those with the same bus id. Read again every FOLLOW_INTERVAL seconds; a file that
+        is not valid changes nothing.
     """
     host, port = parse_listen(listen)
     plugged = devices if file is None else devices | read_devices(file)
@@ -134,17 +124,17 @@ async def serve(listen: str, devices: dict[str, VirtualDevice], file: Path | Non
     try:
         while file is None:
             await asyncio.Event().wait()
-        said = ""
+        reported = ""
         while True:
             await clock.sleep(FOLLOW_INTERVAL)
             try:
                 wanted = devices | read_devices(file)
             except ConfigError as error:
-                if str(error) != said:
-                    log.error("devices stay as they are", extra={"problem": str(error)})  # noqa: TRY400 - its text says it
-                said = str(error)
+                if str(error) != reported:
+                    log.error("device file is not valid, devices unchanged", extra={"problem": str(error)})  # noqa: TRY400
+                reported = str(error)
                 continue
-            said = ""
+            reported = ""
             update(server, plugged, wanted)
             plugged = wanted
     finally:

@@ -16,11 +16,9 @@ _DEVNUMS = 127
 
 
 class Importer(Protocol):
-    """Connection to the server that may have imported a device."""
+    """Connection to the server that may have imported a device. end: ends it from the server's side."""
 
-    def end(self) -> None:
-        """Ends the connection from the server's side."""
-        ...
+    def end(self) -> None: ...
 
 
 @dataclass(slots=True)
@@ -30,8 +28,8 @@ class _Export:
     plugged_before: int
     importers: list[Importer] = field(default_factory=list)
     free_at: float = float("-inf")
-    said: UsbId | None = None
-    real: UsbId | None = None
+    reported_id: UsbId | None = None
+    real_id: UsbId | None = None
 
 
 class ExportTable:
@@ -41,10 +39,9 @@ class ExportTable:
     refused with status 4. After its importer has gone, a device stays hidden and busy for reset_time seconds. A device
     that is plugged in again has another device number.
 
-    exclusive: False makes the table export a device as often as it is asked for.
-    violations: a sentence for each import of a device that had an importer; empty unless exclusive was set to False.
-    granted: number of imports with status 0.
-    refused: number of all other imports.
+    exclusive: False exports a device to any number of importers.
+    violations: a sentence for each import of a device that had an importer; empty while exclusive is True.
+    granted, refused: number of imports with status 0, and of all others.
     renumbers: a device has another number after each import. usbip-host does not do this.
     by_port: a device that is plugged in again has the same number. usbip-host does not do this.
     """
@@ -68,18 +65,18 @@ class ExportTable:
 
     def import_device(self, busid: str, importer: Importer) -> wire.ImportReply:
         export = self._exports.get(busid)
-        if export is None or not self._may(export):
+        if export is None or (self.exclusive and not self._free(export)):
             self.refused += 1
             return wire.ImportReply(wire.ST_NODEV if export is None else wire.ST_DEV_BUSY, None)
         export.importers.append(importer)
         self.granted += 1
         if len(export.importers) > 1:
             self.violations.append(f"{busid} is exported to {len(export.importers)} importers at once")
-        said = replace(_descriptor(export), interfaces=())
-        return wire.ImportReply(wire.ST_OK, replace(said, usb_id=export.said or said.usb_id))
+        descriptor = replace(_descriptor(export), interfaces=())
+        return wire.ImportReply(wire.ST_OK, replace(descriptor, usb_id=export.reported_id or descriptor.usb_id))
 
     def release(self, importer: Importer) -> None:
-        """Releases the importer's device after its connection has ended. Does nothing if it had no device."""
+        """Releases the importer's device, if it has one, after its connection has ended."""
         for export in self._exports.values():
             if importer in export.importers:
                 export.importers.remove(importer)
@@ -96,7 +93,7 @@ class ExportTable:
     def device(self, busid: str) -> tuple[VirtualDevice, UsbId]:
         """Returns a plugged-in device and the id in its device descriptor. Raises KeyError if there is no device."""
         export = self._exports[busid]
-        return export.device, export.real or export.device.usb_id
+        return export.device, export.real_id or export.device.usb_id
 
     def configure(self, busid: str, configuration: int) -> None:
         """Records the configuration that an importer has set. It stays after the importer has gone."""
@@ -110,7 +107,7 @@ class ExportTable:
     def plug(self, device: VirtualDevice) -> None:
         """Plugs a device in. Raises ValueError if its bus id is taken."""
         if device.busid in self._exports:
-            raise ValueError(f"{device.busid} is plugged in already")
+            raise ValueError(f"{device.busid} is already plugged in")
         before = 0 if self.by_port else self._plugged[device.busid]
         self._exports[device.busid] = _Export(device, device.configured, before)
         self._plugged[device.busid] += 1
@@ -126,22 +123,19 @@ class ExportTable:
         for importer in tuple(self._exports[busid].importers):
             importer.end()
 
-    def lie(self, busid: str, said: UsbId | None, real: UsbId | None) -> None:
-        """Falsifies a device's id. Raises KeyError if there is no such device.
+    def lie(self, busid: str, said: UsbId | None = None, real: UsbId | None = None) -> None:
+        """Falsifies a device's id from now on. Raises KeyError if there is no such device.
 
-        said: id in IMPORT replies from now on; None for the true id.
-        real: id in the device descriptor from now on; None for the true id.
+        said: id in IMPORT replies; None for the true id.
+        real: id in the device descriptor; None for the true id.
         """
         export = self._exports[busid]
-        export.said, export.real = said, real
+        export.reported_id, export.real_id = said, real
 
     def _free(self, export: _Export) -> bool:
         return not export.importers and self._clock.monotonic() >= export.free_at
 
-    def _may(self, export: _Export) -> bool:
-        return self._free(export) or not self.exclusive
-
 
 def _descriptor(export: _Export) -> Descriptor:
-    said = export.device.descriptor(export.configured)
-    return replace(said, devnum=1 + (said.devnum - 1 + export.plugged_before) % _DEVNUMS)
+    descriptor = export.device.descriptor(export.configured)
+    return replace(descriptor, devnum=1 + (descriptor.devnum - 1 + export.plugged_before) % _DEVNUMS)

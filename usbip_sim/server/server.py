@@ -1,7 +1,4 @@
-"""A USB/IP server with virtual devices, over real TCP, as exclusive as usbipd, and with injected faults.
-
-The same server also answers without sockets, over virtual/tcp.py.
-"""
+"""A USB/IP server with virtual devices and injected faults, over real TCP or, without sockets, virtual/tcp.py."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ import contextlib
 from collections.abc import Iterable
 
 from usbip_plugin.clock import Clock, SystemClock
-from usbip_plugin.model import ServerKey, UsbId
+from usbip_plugin.model import ServerKey
 from usbip_plugin.usbip import wire
 from usbip_plugin.usbip.client import set_options
 from usbip_sim.server.exports import ExportTable, Importer
@@ -23,10 +20,10 @@ _CLOSE_TIMEOUT = 5.0
 class VirtualServer:
     """USB/IP server with virtual devices, over TCP or on the simulated network.
 
-    host, port: as in `key`. With port 0 the system chooses a port at the first start; later starts keep that port.
+    port: with 0 the system chooses a port at the first start; later starts keep that port.
     reset_time: seconds that a device stays busy after its importer has gone.
-    listen: False for no TCP, on the simulated network only; then port must be given.
-    keepalive: the server notices by itself that a client's host has gone. usbipd does not.
+    listen: False for the simulated network only; then port must be given.
+    keepalive: the server detects that a client's host has gone. usbipd does not.
     connections: number of connections ever made.
     """
 
@@ -44,7 +41,9 @@ class VirtualServer:
         self._clock = clock or SystemClock()
         self._host, self._port, self._listen = host, port, listen
         self.keepalive = keepalive
-        self.table = ExportTable(devices, self._clock, reset_time)
+        self.table = table = ExportTable(devices, self._clock, reset_time)
+        self.plug, self.unplug, self.drop, self.lie = table.plug, table.unplug, table.drop, table.lie
+        self.importers, self.violations = table.importers, table.violations
         self.connections = 0
         self.running = False
         self._thawed = asyncio.Event()
@@ -61,12 +60,8 @@ class VirtualServer:
     def frozen(self) -> bool:
         return not self._thawed.is_set()
 
-    @property
-    def violations(self) -> list[str]:
-        return self.table.violations
-
     async def start(self) -> None:
-        """Starts to answer, on the same port as before. Does nothing if the server is running."""
+        """Starts to answer, on the same port as before. Idempotent."""
         if self._listen and self._listener is None:
             loop = asyncio.get_running_loop()
             self._listener = await loop.create_server(lambda: _Connection(self), self._host, self._port)
@@ -74,11 +69,9 @@ class VirtualServer:
         self.running = True
 
     async def stop(self, *, keep_imports: bool = False) -> None:
-        """Ends every connection and refuses new ones. Waits until every connection has ended.
+        """Does what halt() does, and waits until every connection has ended, unless they are kept.
 
-        Raises TimeoutError if a connection has not ended after _CLOSE_TIMEOUT seconds.
-
-        keep_imports: keeps the connections, as if only the daemon dies and the server's kernel goes on.
+        Raises TimeoutError after _CLOSE_TIMEOUT seconds.
         """
         self.halt(keep_imports=keep_imports)
         if keep_imports:
@@ -88,7 +81,7 @@ class VirtualServer:
                 await self._next_close()
 
     def halt(self, *, keep_imports: bool = False) -> None:
-        """Ends every connection and refuses new ones, without waiting until every connection has ended.
+        """Ends every connection and refuses new ones.
 
         keep_imports: keeps the connections, as if only the daemon dies and the server's kernel goes on.
         """
@@ -102,7 +95,7 @@ class VirtualServer:
                 connection.end()
 
     def freeze(self) -> None:
-        """Accepts connections from now on, but answers nothing and does not notice the end of a connection."""
+        """Stops answering: accepts connections, but reads nothing and does not notice the end of a connection."""
         self._thawed.clear()
         self._pause_or_resume()
 
@@ -114,27 +107,8 @@ class VirtualServer:
         """Waits until the server is not frozen. Cancel-safe."""
         await self._thawed.wait()
 
-    def plug(self, device: VirtualDevice) -> None:
-        self.table.plug(device)
-
-    def unplug(self, busid: str) -> None:
-        self.table.unplug(busid)
-
-    def drop(self, busid: str) -> None:
-        self.table.drop(busid)
-
-    def lie(self, busid: str, said: UsbId | None = None, real: UsbId | None = None) -> None:
-        """Falsifies a device's id in IMPORT replies (said) and in its descriptor (real). See ExportTable.lie."""
-        self.table.lie(busid, said, real)
-
-    def importers(self, busid: str) -> int:
-        return self.table.importers(busid)
-
     async def until_released(self, busid: str) -> None:
-        """Waits until the device has no importer.
-
-        Its reset may still be under way. Cancel-safe, not bounded in time.
-        """
+        """Waits until the device has no importer; its reset may still be under way. Cancel-safe, no timeout."""
         while self.importers(busid):
             await self._next_close()
 
@@ -143,12 +117,12 @@ class VirtualServer:
         return _Connection(self)
 
     def opened(self, connection: Importer) -> None:
-        """Records a connection. Each connection calls this when it begins."""
+        """Records a connection that has begun."""
         self.connections += 1
         self._open[connection] = None
 
     def closed(self, connection: Importer) -> None:
-        """Forgets a connection and releases its device. Each connection calls this when it has ended."""
+        """Forgets a connection that has ended, and releases its device."""
         self.table.release(connection)
         self._open.pop(connection, None)
         self._one_closed.set()
@@ -172,11 +146,11 @@ class _Connection(asyncio.Protocol):
         self._received = bytearray()
         self._steps = self._serve()
         self._need = next(self._steps)
-        self._unread = False  # true while the client does not read its answers
+        self._client_blocked = False  # the client does not read its answers
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         if not isinstance(transport, asyncio.Transport):
-            raise TypeError("a stream transport is needed")
+            raise TypeError(f"expected a stream transport, got {transport!r}")
         self._transport = transport
         sock = transport.get_extra_info("socket")
         if self._server.keepalive and sock is not None:
@@ -199,12 +173,12 @@ class _Connection(asyncio.Protocol):
                 return
 
     def pause_writing(self) -> None:
-        """Stops reading from a client that does not read its answers, so that nothing piles up here."""
-        self._unread = True
+        """Stops reading from a client that does not read its answers, to bound the write buffer."""
+        self._client_blocked = True
         self.pause(self._server.frozen)
 
     def resume_writing(self) -> None:
-        self._unread = False
+        self._client_blocked = False
         self.pause(self._server.frozen)
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 (asyncio's interface)
@@ -218,7 +192,7 @@ class _Connection(asyncio.Protocol):
     def pause(self, paused: bool) -> None:
         if self._transport is None or self._transport.is_closing():
             return
-        if paused or self._unread:
+        if paused or self._client_blocked:
             self._transport.pause_reading()
         else:
             self._transport.resume_reading()
