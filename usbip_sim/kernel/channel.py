@@ -18,9 +18,8 @@ MAX_MESSAGE = 128 * 1024
 class Channel:
     """One end of a connection between the simulated kernel and a driver. Callbacks come from the event loop.
 
-    on_message(message, fd): called for each message. The receiver owns fd; fd is None if the message had none.
-    on_end(): called once when the other end has gone, has sent an invalid message or does not read. Nothing can be
-        sent afterwards. close() does not call it.
+    on_message(message, fd): called for each message. The receiver owns fd, which may be None.
+    on_end(): called once when the other end has closed, sends an invalid message or does not read, but not by close().
     """
 
     def __init__(
@@ -40,7 +39,7 @@ class Channel:
     def send(self, message: Message, fd: int | None = None) -> None:
         """Sends a message, and a copy of fd, which the caller keeps. Does nothing after the end.
 
-        Nothing is queued here: the connection ends if the other end does not read.
+        Queues nothing: the connection ends if the other end does not read.
         """
         if not self.open:
             return

@@ -23,11 +23,11 @@ _MAX = 256
 
 
 def every(name: str) -> Iterator[DeviceNode]:
-    """Yields the possible nodes of this name in CHILDREN, by index. A device gets the first one that is free."""
+    """Yields the possible nodes of this name in CHILDREN, by index."""
     kind, path, major, block = CHILDREN[name]
     for index in range(_MAX):
-        shown = chr(ord("a") + index) if block else str(index)
-        yield DeviceNode(path.format(shown), kind, block, major, index * 16 if block else index, interface=0)
+        suffix = chr(ord("a") + index) if block else str(index)
+        yield DeviceNode(path.format(suffix), kind, block, major, index * 16 if block else index, interface=0)
 
 
 def linked(

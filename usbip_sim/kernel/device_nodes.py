@@ -26,16 +26,16 @@ def make_device(path: Path) -> None:
 def is_device(path: Path) -> bool:
     """Returns whether path is a node such as make_device() makes."""
     try:
-        found = path.lstat()
+        status = path.lstat()
     except OSError:
         return False
-    return stat.S_ISCHR(found.st_mode) and found.st_rdev == os.makedev(MAJOR, MINOR)
+    return stat.S_ISCHR(status.st_mode) and status.st_rdev == os.makedev(MAJOR, MINOR)
 
 
 class DeviceNodes:
     """Device nodes of one simulated kernel.
 
-    directory: stands for the node's /dev; the nodes are below it.
+    directory: stands for the node's /dev.
     journal: file that lists the nodes, so that a later process can remove them.
     make, ours: make_device and is_device, or stand-ins where there is no CAP_MKNOD.
     """
@@ -52,10 +52,7 @@ class DeviceNodes:
         self._paths: dict[str, None] = {}
 
     def sweep(self) -> None:
-        """Removes the nodes that an earlier process left: the paths in its journal that are still such nodes.
-
-        Leaves all other files alone.
-        """
+        """Removes the nodes in the journal of an earlier process. Leaves all other files alone."""
         with contextlib.suppress(FileNotFoundError):
             self._paths = dict.fromkeys(self._journal.read_text(encoding="utf-8").splitlines())
         self.keep(())
@@ -78,8 +75,7 @@ class DeviceNodes:
     def make_one_of(self, nodes: Iterable[DeviceNode]) -> DeviceNode:
         """Makes the first of the nodes whose path is free, and returns it with its real device numbers.
 
-        Other kernels may share the directory, so a path can be taken by a node of another kernel. Raises OSError if no
-        node can be made.
+        A kernel that shares the directory may have taken a path. Raises OSError if no node can be made.
         """
         for node in nodes:
             place = self._place(node.path)
@@ -102,13 +98,13 @@ class DeviceNodes:
 
     def keep(self, paths: Collection[str]) -> None:
         """Removes all nodes but those with the given paths."""
-        gone = [path for path in self._paths if path not in paths]
-        for path in gone:
+        removed = [path for path in self._paths if path not in paths]
+        for path in removed:
             place = self._place(path)
             if self._ours(place):
                 place.unlink(missing_ok=True)
             del self._paths[path]
-        if gone:
+        if removed:
             self._write()
 
     def _place(self, path: str) -> Path:

@@ -1,7 +1,4 @@
-"""VhciDriver on a simulated kernel. Several nodes may share one kernel, as they do in kind.
-
-A new SimulatedVhci on the same kernel and node stands for a restarted plugin.
-"""
+"""VhciDriver on a simulated kernel. Several nodes may share one kernel, as they do in kind."""
 
 from __future__ import annotations
 
@@ -25,13 +22,11 @@ from usbip_plugin.vhci.driver import ABANDON_S, ASKED_CHILD_WAIT_S, DriverReport
 from usbip_plugin.vhci.sysfs import Port, PortStatus, choose_port, hub_of
 from usbip_sim.kernel.ports import SimulatedKernel
 
-__all__ = ["SimulatedKernel", "SimulatedVhci"]
-
 
 class SimulatedVhci:
-    """VhciDriver of one node on a simulated kernel.
+    """VhciDriver of one node on a simulated kernel. A new one for the same node stands for a restarted plugin.
 
-    node: name of the node among those that share the kernel; each node has its own port records.
+    node: name among the nodes that share the kernel; each node has its own port records.
     """
 
     def __init__(self, kernel: SimulatedKernel, node: str = "node") -> None:
@@ -71,16 +66,14 @@ class SimulatedVhci:
         return self.ports_now()
 
     def ports_now(self) -> tuple[PortState, ...]:
-        """Returns the ports at once, for observers of the simulation that cannot await ports()."""
+        """Returns the ports, for observers of the simulation that cannot await ports()."""
         return tuple(self._state(port) for port in self._ports())
 
     def _state(self, port: Port) -> PortState:
         ours = not self._stale(port.number) and not self._foreign(port.number)
         record = self._records.get(port.number) if ours else None
-        by_plugin = record is not None
-        return PortState(
-            port.number, port.hub, port.status, port.speed, port.devid, port.local_busid, record, by_plugin
-        )
+        number, by_plugin = port.number, record is not None
+        return PortState(number, port.hub, port.status, port.speed, port.devid, port.local_busid, record, by_plugin)
 
     async def attach(self, key: DeviceKey, descriptor: Descriptor, fd: int) -> int:
         ports = self._ports()
@@ -134,7 +127,7 @@ class SimulatedVhci:
             await self._check_id(key, descriptor, port)
         attachment = self._kernel.attachment(key, port)
         if attachment is None:
-            raise AttachStuck(f"{key} on port {port} went away while it was probed")
+            raise AttachStuck(f"{key} on port {port} disappeared while it was probed")
         return attachment
 
     async def _check_id(self, key: DeviceKey, descriptor: Descriptor, port: int) -> None:
@@ -144,10 +137,7 @@ class SimulatedVhci:
             raise WrongDevice(key, descriptor.usb_id, occupant.usb_id)
 
     async def _bring(self, port: int, kinds: Sequence[str], limit: float) -> None:
-        """Gives the port's device child nodes of these kinds.
-
-        Waits at most limit seconds for kinds without a driver.
-        """
+        """Adds child nodes of these kinds to the port's device. Waits limit seconds for kinds without a driver."""
         with contextlib.suppress(TimeoutError):
             await self._kernel.bell.until(
                 lambda: self._kernel.bring(port, kinds), self._kernel.clock, timeout=max(0.0, limit), recheck=limit + 1

@@ -1,4 +1,4 @@
-"""Enumeration by a simulated kernel: reads a device's identity from the device, and picks drivers for it."""
+"""Enumeration by a simulated kernel: reads a device's identity, and chooses its drivers."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Enumerated:
 async def enumerate_device(key: DeviceKey, descriptor: Descriptor, fd: int, clock: Clock) -> Enumerated | None:
     """Reads the identity of the device that was imported over this socket. The caller keeps fd open.
 
-    Returns None if the device does not answer within ANSWER_S, or not as it should. Cancel-safe.
+    Returns None if the device does not answer within ANSWER_S, or sends an invalid answer. Cancel-safe.
     """
     loop = asyncio.get_running_loop()
     try:
@@ -90,9 +90,9 @@ async def _ask(pipe: ControlPipe) -> Enumerated | None:
 def drivers_children(usb_id: UsbId, interfaces: tuple[InterfaceClass, ...]) -> Iterator[tuple[int, str]]:
     """Yields the child nodes that a usual kernel's drivers make for a device: (interface, name in children.CHILDREN).
 
-    Block devices are left out, because every simulated node is a character device.
+    Omits block devices, because every simulated node is a character device.
     """
-    for number, one in enumerate(interfaces):
-        yield from ((number, name) for name in _DRIVERS.get((one.class_, one.subclass), ()))
-        if one.class_ == _VENDOR and usb_id in SERIAL_CONVERTERS:
+    for number, interface in enumerate(interfaces):
+        yield from ((number, name) for name in _DRIVERS.get((interface.class_, interface.subclass), ()))
+        if interface.class_ == _VENDOR and usb_id in SERIAL_CONVERTERS:
             yield number, "tty"

@@ -1,10 +1,11 @@
-"""Ports of a simulated vhci_hcd, and the devices attached to them. driver.py is one node's view of them."""
+"""Ports of a simulated vhci_hcd, and the devices attached to them."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import errno
+import itertools
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -28,9 +29,9 @@ class Occupant:
 
     number: counts the occupants of the kernel, so that a later device on the same port has another number.
     descriptor: None for a device that was not attached over the network.
-    appears_at: time of the kernel's clock, in seconds, from which the device is enumerated; infinity for never.
+    appears_at: when the device is enumerated, in seconds of the kernel's clock; infinity for never.
     serial: None if the simulation does not know it; then any expected serial number matches.
-    asked: the kernel has read the identity from the device itself, and `children` follow from that identity.
+    identified: the kernel has read the identity from the device itself, and `children` follow from that identity.
     let_go: releases the kernel's reference to the socket.
     """
 
@@ -43,13 +44,13 @@ class Occupant:
     serial: str | None = None
     manufacturer: str = ""
     model: str = ""
-    asked: bool = False
+    identified: bool = False
     children: list[DeviceNode] = field(default_factory=list)
     let_go: Callable[[], None] = lambda: None
 
 
 class SimulatedKernel:
-    """Ports, devices and sockets of one kernel. Its methods are the events that a real kernel meets."""
+    """Ports, devices and sockets of one kernel."""
 
     def __init__(
         self,
@@ -64,8 +65,8 @@ class SimulatedKernel:
         """Makes a kernel whose ports are all free.
 
         enumeration_delay: seconds from attach to enumerated.
-        resolve: finds the MemorySocket behind a negative fd (SocketTable.resolve).
-        serial_of: returns the serial number that a device has when it is attached. Looks in `serials` by default.
+        resolve: returns the MemorySocket of a negative fd (SocketTable.resolve).
+        serial_of: returns the serial number of a device that is attached; by default from `serials`.
         """
         self.clock = clock
         self.enumeration_delay = enumeration_delay
@@ -77,11 +78,9 @@ class SimulatedKernel:
         self.marks: dict[str, dict[int, int]] = {}  # by node and port: number of the occupant that the record is for
         self.serials: dict[DeviceKey, str] = {}
         self.serial_of = serial_of or self.serials.get
-        self.child_kinds: dict[
-            UsbId, tuple[str, ...]
-        ] = {}  # names of the child nodes of devices with this id, as in children.py
+        self.child_kinds: dict[UsbId, tuple[str, ...]] = {}  # names in children.CHILDREN, by id
         self.net: dict[UsbId, tuple[str, ...]] = {}  # network interfaces of devices with this id
-        self.driverless: set[str] = set()  # kinds without a loaded driver: a driver that waits for them waits in vain
+        self.driverless: set[str] = set()  # kinds of child nodes that never appear, for lack of a loaded driver
         self._per_hub = ports_per_hub
         self._controllers = controllers
         self._resolve = resolve
@@ -104,11 +103,11 @@ class SimulatedKernel:
         self._refusals += times
 
     def impostor_next(self, usb_id: UsbId) -> None:
-        """Gives the next attached device another vendor:product than its server said."""
+        """Gives the next attached device another vendor:product than its server reports."""
         self._impostors.append(usb_id)
 
     def fill_ports(self, hub: Hub | None = None, leave: int = 0) -> tuple[int, ...]:
-        """Fills all free ports (of one hub) but `leave` with devices of another user, and returns their numbers."""
+        """Fills all free ports (of one hub) except `leave` with devices of another user, and returns their numbers."""
         free = [port for port in self.ports() if port.status is PortStatus.NULL and hub in (None, port.hub)]
         taken = free[: len(free) - leave]
         for port in taken:
@@ -117,7 +116,7 @@ class SimulatedKernel:
         return tuple(port.number for port in taken)
 
     def hold(self, path: str) -> None:
-        """Reserves the path of a child node that a process keeps open after its device has gone, until let_go()."""
+        """Reserves the path of a child node until let_go(), as a process does that keeps the node open."""
         self._held.add(path)
 
     def let_go(self, path: str) -> None:
@@ -142,15 +141,11 @@ class SimulatedKernel:
 
     def ports(self) -> tuple[Port, ...]:
         """Returns all ports in the kernel's order: for each controller the hs rows, then the ss rows."""
-        rows: list[Port] = []
-        for controller in range(self._controllers):
-            hubs: tuple[Hub, Hub] = ("hs", "ss")
-            for hub in hubs:
-                for root_port in range(1, self._per_hub + 1):
-                    rows.append(self._row(len(rows), hub, controller, root_port))
-        return tuple(rows)
+        hubs: tuple[Hub, Hub] = ("hs", "ss")
+        places = itertools.product(range(self._controllers), hubs, range(1, self._per_hub + 1))
+        return tuple(self._row(number, *place) for number, place in enumerate(places))
 
-    def _row(self, number: int, hub: Hub, controller: int, root_port: int) -> Port:
+    def _row(self, number: int, controller: int, hub: Hub, root_port: int) -> Port:
         occupant = self._occupants.get(number)
         if occupant is None:
             return Port(number, hub, PortStatus.NULL, controller=controller, root_port=root_port)
@@ -166,9 +161,9 @@ class SimulatedKernel:
         return self._occupants.get(number)
 
     def attach(self, port: Port, descriptor: Descriptor, fd: int) -> Occupant:
-        """Attaches a device to a port, as a write to vhci_hcd's attach file does.
+        """Attaches a device to a port, as a write to vhci_hcd's attach file does. Raises OSError as the kernel does.
 
-        Takes a reference of its own to the socket; the caller keeps fd. Raises OSError as the kernel does.
+        Takes its own reference to the socket; the caller keeps fd.
         """
         if self._refusals:
             self._refusals -= 1
@@ -203,16 +198,15 @@ class SimulatedKernel:
         )
 
     def bring(self, number: int, kinds: Sequence[str]) -> bool | None:
-        """Adds child nodes of these kinds to the port's device. Returns None while a kind is still missing.
+        """Adds child nodes of these kinds to the port's device. Returns None while a kind is missing, else True.
 
-        Kinds without a driver are not added. A device whose identity was read from the device gets no new nodes.
-        Returns True if the port is free.
+        Adds no kinds without a driver, and none to an identified device. Returns True also if the port is free.
         """
         occupant = self._occupants.get(number)
         if occupant is None:
             return True
         for kind in kinds:
-            if not occupant.asked and kind not in self.driverless and kind not in _kinds(occupant):
+            if not occupant.identified and kind not in self.driverless and kind not in _kinds(occupant):
                 occupant.children.append(next(self.unused(kind)))
         return True if _kinds(occupant) >= set(kinds) else None
 
@@ -225,7 +219,7 @@ class SimulatedKernel:
         self.bell.ring()
 
     def unused(self, name: str) -> Iterator[DeviceNode]:
-        """Yields, by index, the child nodes of this name in children.py that no device of this kernel has."""
+        """Yields the child nodes of this name in children.CHILDREN that no device of this kernel has, by index."""
         used = self._held | {node.path for occupant in self._occupants.values() for node in occupant.children}
         return (node for node in every(name) if node.path not in used)
 

@@ -1,4 +1,4 @@
-"""VhciDriver on the simulated kernel of service.py, for development: it never really attaches a device."""
+"""VhciDriver on the simulated kernel of another process, for development. No device is really attached."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-
 ANSWER_S = 5.0
 """Seconds that the simulated kernel has to answer, beyond the time that the request itself may take."""
 RECONNECT_FIRST_S, RECONNECT_MAX_S = 0.1, 2.0
@@ -34,7 +33,7 @@ RECONNECT_FIRST_S, RECONNECT_MAX_S = 0.1, 2.0
 
 
 class RemoteVhci:
-    """VhciDriver that calls a `usbip-plugin simulate kernel` process. Connects again when the connection breaks.
+    """VhciDriver that calls a `usbip-plugin simulate kernel` process. Reconnects when the connection breaks.
 
     socket_path: socket on which the process listens.
     """
@@ -53,7 +52,7 @@ class RemoteVhci:
         return await self._call(wire.Ports(), tuple[PortState, ...])
 
     async def attach(self, key: DeviceKey, descriptor: Descriptor, fd: int) -> int:
-        # If cancelled, _received detaches the port that a late answer names.
+        # If cancelled, _received detaches the port of a late answer.
         return await self._call(wire.Attach(key, descriptor), int, fd=fd)
 
     async def enumerate(
@@ -64,7 +63,7 @@ class RemoteVhci:
         *,
         children: tuple[str, ...] | None = None,
         children_timeout: float = ASKED_CHILD_WAIT_S,
-        serial: str | None = None,  # noqa: ARG002 (it does not read them)
+        serial: str | None = None,  # noqa: ARG002 (the kernel does not verify serial numbers)
         timeout: float,
     ) -> Attachment:
         request = wire.Enumerate(key, descriptor, port, children or (), children_timeout, timeout)
@@ -95,7 +94,7 @@ class RemoteVhci:
                 waits = backoff(self._rng, RECONNECT_FIRST_S, RECONNECT_MAX_S)
                 self._bell.ring()  # the new connection may be to another kernel
                 await self._lost.wait()
-                log.warning("the simulated kernel has gone", extra={"socket": str(self._path)})
+                log.warning("simulated kernel disconnected, reconnecting", extra={"socket": str(self._path)})
                 self._bell.ring()
         finally:
             self._running = False
@@ -199,4 +198,4 @@ class RemoteVhci:
         self._lost.set()
         for answer in self._waiting.values():
             if not answer.done():
-                answer.set_exception(SimulatedKernelMissing(str(self._path), "it has gone"))
+                answer.set_exception(SimulatedKernelMissing(str(self._path), "it has disconnected"))

@@ -37,26 +37,26 @@ MAX_CALLS = 256
 class KernelService:
     """Simulated kernel for the drivers that connect to the socket at path.
 
-    devices: makes the device nodes; None if the nodes shall not exist as files.
-    asking: reads the identity from each attached device, which decides its serial number and its child nodes.
+    devices: makes the device nodes; None for no files.
+    asking: reads the identity of each attached device, which decides its serial number and its child nodes.
     """
 
     def __init__(
         self, kernel: SimulatedKernel, path: Path, devices: DeviceNodes | None = None, *, asking: bool = False
     ) -> None:
         self._kernel, self._path, self._devices, self._asking = kernel, path, devices, asking
-        self._made: dict[int, tuple[int, set[str]]] = {}  # by port: number of its occupant, paths of its nodes
+        self._made: dict[tuple[int, int], set[str]] = {}  # paths of nodes, by port and number of its occupant
 
     async def run(self, *, listening: Callable[[], None] = lambda: None) -> None:
-        """Runs until cancelled, then frees every port, as no attachment outlives a kernel.
+        """Runs until cancelled, then frees every port, as no attachment outlives a kernel. Raises OSError.
 
-        Raises OSError if it cannot listen. listening: called once it listens.
+        listening: called once the kernel listens.
         """
         if self._devices is not None:
             self._devices.sweep()
         loop = asyncio.get_running_loop()
         with contextlib.closing(_listen(self._path)) as listener:
-            unsubscribe = self._kernel.bell.subscribe(self._look)
+            unsubscribe = self._kernel.bell.subscribe(self._remove_nodes)
             channels: set[Channel] = set()
             try:
                 async with asyncio.TaskGroup() as tasks:
@@ -69,7 +69,7 @@ class KernelService:
                 for channel in channels:
                     channel.close()
                 self._kernel.reboot()
-                self._look()
+                self._remove_nodes()
                 self._path.unlink(missing_ok=True)
 
     @property
@@ -86,20 +86,20 @@ class KernelService:
         occupant = self._kernel.occupant(port)
         if found is None or occupant is None:
             return port
-        occupant.asked, occupant.usb_id, occupant.serial = True, found.usb_id, found.serial
+        occupant.identified, occupant.usb_id, occupant.serial = True, found.usb_id, found.serial
         occupant.manufacturer, occupant.model = found.manufacturer, found.product
         try:
             for interface, name in drivers_children(found.usb_id, found.interfaces):
                 unused = self._kernel.unused(name)
                 node = self._devices.make_one_of(unused) if self._devices is not None else next(unused)
                 occupant.children.append(replace(node, interface=interface))
-                self._note(port, occupant.number, node.path)
+                self._made.setdefault((port, occupant.number), set()).add(node.path)
         except OSError as error:
             self._kernel.free_port(port)
-            raise AttachRefused(f"no child node for {key}: {error}") from error
+            raise AttachRefused(f"cannot make a child node for {key}: {error}") from error
         return port
 
-    def provided(self, attachment: Attachment) -> Attachment:
+    def with_nodes(self, attachment: Attachment) -> Attachment:
         """Makes the device nodes of an attachment, and returns it with the nodes' real device numbers.
 
         Raises AttachRefused if a node cannot be made; then the port is free again.
@@ -107,27 +107,22 @@ class KernelService:
         occupant = self._kernel.occupant(attachment.port)
         if self._devices is None or occupant is None:
             return attachment
-        self._note(attachment.port, occupant.number, *(node.path for node in attachment.nodes))
+        made = self._made.setdefault((attachment.port, occupant.number), set())
+        made.update(node.path for node in attachment.nodes)
         try:
             return self._devices.provide(attachment)
         except OSError as error:
             self._kernel.free_port(attachment.port)
-            raise AttachRefused(f"no device node for {attachment.key}: {error}") from error
+            raise AttachRefused(f"cannot make a device node for {attachment.key}: {error}") from error
 
-    def _note(self, port: int, occupant: int, *paths: str) -> None:
-        before = self._made.get(port)
-        if before is None or before[0] != occupant:
-            before = self._made[port] = (occupant, set())
-        before[1].update(paths)
-
-    def _look(self) -> None:
+    def _remove_nodes(self) -> None:
         """Removes the nodes of devices that have left their port. Called after each change of a port."""
-        for port, (number, _paths) in tuple(self._made.items()):
-            now = self._kernel.occupant(port)
-            if now is None or now.number != number:
-                del self._made[port]
+        for port, number in tuple(self._made):
+            occupant = self._kernel.occupant(port)
+            if occupant is None or occupant.number != number:
+                del self._made[port, number]
         if self._devices is not None:
-            self._devices.keep({path for _number, paths in self._made.values() for path in paths})
+            self._devices.keep(set().union(*self._made.values()))
 
 
 class _Session:
@@ -198,10 +193,10 @@ class _Session:
                     children_timeout=request.children_timeout,
                     timeout=request.timeout,
                 )
-                return self._service.provided(attachment)
+                return self._service.with_nodes(attachment)
             case wire.Inspect(key, port):
                 found = await driver.inspect(key, port)
-                return wire.Inspected(None if found is None else self._service.provided(found))
+                return wire.Inspected(None if found is None else self._service.with_nodes(found))
             case wire.Detach(port, timeout):
                 return await driver.detach(port, timeout=timeout)
             case wire.Forget(key):
@@ -211,10 +206,7 @@ class _Session:
 
 
 def _listen(path: Path) -> socket.socket:
-    """Listens on a unix socket at path, and replaces a socket that no process listens on any more.
-
-    Raises OSError if it cannot listen, FileExistsError if another process listens there.
-    """
+    """Listens on a unix socket at path, and replaces a socket on which no process listens. Raises OSError."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         sock.setblocking(False)

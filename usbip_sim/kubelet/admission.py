@@ -21,29 +21,29 @@ from usbip_sim.kubelet.device_manager import (
 
 
 @dataclass(slots=True)
-class Seen:
-    """Record of a kubelet's dealings with plugins, for tests to check afterwards."""
+class PluginRecord:
+    """Record of what plugins sent and received, in order.
+
+    registrations: resource name of each accepted registration.
+    lists: (resource, {ID: healthy}) of each ListAndWatch message.
+    allocates: (resource, IDs) of each Allocate.
+    """
 
     registrations: list[str] = field(default_factory=list)
-    """Resource names, one for each accepted registration, in order."""
     lists: list[tuple[str, dict[str, bool]]] = field(default_factory=list)
-    """(resource, {ID: healthy}) of every ListAndWatch message, in order."""
     allocates: list[tuple[str, frozenset[str]]] = field(default_factory=list)
-    """(resource, IDs) of every Allocate call, in order."""
 
 
 class Admission:
-    """Kubelet that takes in plugins and their lists, and admits pods one at a time with healthy and free devices.
+    """Kubelet that registers plugins, and admits pods one at a time with healthy and free devices.
 
-    manager.checkpoint: allocations; survives a restart.
     changed: fires after every change.
-    blind: true while a kubelet that has just started does not know its pods and lists none. A real kubelet takes about
-        a second.
+    blind: true while a kubelet that has just started does not know its pods and lists none.
     """
 
     def __init__(self) -> None:
         self.manager = DeviceManager()
-        self.seen = Seen()
+        self.seen = PluginRecord()
         self.changed = Broadcast()
         self.blind = False
         self._one_at_a_time = asyncio.Lock()
@@ -53,7 +53,7 @@ class Admission:
         self._stopped: dict[str, Endpoint] = {}
 
     def connect(self, resource: str, place: Hashable, endpoint: Endpoint) -> None:
-        """Registers a plugin. Raises ValueError, with the kubelet's message, if a plugin at place is connected already.
+        """Registers a plugin. Raises ValueError, with the kubelet's message, if a plugin is connected at place.
 
         place: identifies the plugin, such as its socket path.
         """
@@ -64,16 +64,13 @@ class Admission:
         self.seen.registrations.append(resource)
 
     def listed(self, resource: str, devices: Mapping[str, bool]) -> None:
-        """Takes in a ListAndWatch message: {ID: healthy}."""
+        """Handles a ListAndWatch message: {ID: healthy}."""
         self.seen.lists.append((resource, dict(devices)))
         self.manager.listed(resource, devices.items())
         self.changed.fire()
 
     def disconnect(self, resource: str, place: Hashable) -> None:
-        """Disconnects a plugin at the end of its ListAndWatch.
-
-        When the last plugin of a resource has gone, all devices of the resource become unhealthy.
-        """
+        """Disconnects a plugin. After the last plugin of a resource, all devices of the resource become unhealthy."""
         by_place = self._endpoints.get(resource, {})
         if by_place.pop(place, None) is None:
             return
@@ -86,7 +83,7 @@ class Admission:
         self.changed.fire()
 
     def disconnect_all(self) -> None:
-        """Forgets all plugins and devices, as the end of the kubelet does. Keeps the allocations."""
+        """Forgets all plugins and devices, but no allocations, as the end of the kubelet does."""
         self._endpoints.clear()
         self._primary.clear()
         self._stopped.clear()
@@ -94,38 +91,31 @@ class Admission:
         self.changed.fire()
 
     def connected(self, resource: str) -> bool:
-        """Returns whether a plugin for the resource is connected now."""
         return resource in self._primary
 
     def plugins(self, resource: str) -> int:
-        """Returns how many plugins are connected for a resource. There may be two for a moment."""
+        """Returns how many plugins are connected for the resource."""
         return len(self._endpoints.get(resource, ()))
 
     def asks_before_start(self, resource: str) -> bool:
-        """Returns whether the resource's connected plugin has asked for PreStartContainer."""
+        """Returns whether the resource's connected plugin requires PreStartContainer."""
         endpoint = self._primary.get(resource)
         return endpoint is not None and endpoint.pre_start_required
 
     def health(self, resource: str) -> dict[str, bool]:
-        """Returns {ID: healthy} for the resource's devices as the kubelet sees them now."""
+        """Returns {ID: healthy} of the resource's devices."""
         healthy, unhealthy = self.manager.healthy.get(resource, ()), self.manager.unhealthy.get(resource, ())
         return dict.fromkeys(unhealthy, False) | dict.fromkeys(healthy, True)
 
     async def wait_for(self, resource: str, predicate: Callable[[dict[str, bool]], bool]) -> dict[str, bool]:
-        """Waits until a plugin is connected and predicate(health(resource)) holds; returns health(resource).
-
-        Not bounded in time: the caller sets a timeout.
-        """
+        """Waits until a plugin is connected and predicate(health(resource)) holds; returns health(resource)."""
         await self.changed.until(lambda: self.connected(resource) and predicate(self.health(resource)))
         return self.health(resource)
 
     async def admit(
         self, pod: PodRef, requests: Mapping[str, int] | Sequence[ContainerSpec]
     ) -> dict[tuple[str, str], Allocation]:
-        """Admits a pod and returns {(container, resource): allocation}.
-
-        Raises AdmissionError if the pod fails. The next admission or list() then frees the devices of the pod's earlier
-        containers.
+        """Admits a pod and returns {(container, resource): allocation}. Raises AdmissionError if the pod fails.
 
         requests: the containers, or the limits of a single container named "app".
         """
@@ -141,11 +131,10 @@ class Admission:
         return {key[1:]: allocation for key, allocation in self.manager.checkpoint.items() if key[0] == pod}
 
     async def start_container(self, pod: PodRef, container: str) -> dict[str, Allocation]:
-        """(Re)starts a container: calls PreStartContainer where asked for, and returns the allocations by resource.
+        """(Re)starts a container: calls PreStartContainer where required, and returns the allocations by resource.
 
-        Raises EndpointError if PreStartContainer fails or its plugin has gone; a real kubelet would try again. A
-        restarted kubelet does not know whether a plugin asks for PreStartContainer until the plugin registers again. It
-        starts the container without the call.
+        Raises EndpointError if PreStartContainer fails or its plugin has gone. A restarted kubelet does not know which
+        plugins require PreStartContainer until they register again, and starts the container without the call.
         """
         held = {key[2]: a for key, a in self.manager.checkpoint.items() if key[:2] == (pod, container)}
         for resource, allocation in held.items():
@@ -158,7 +147,7 @@ class Admission:
         return held
 
     def end(self, pod: PodRef) -> None:
-        """Ends a pod: it is no longer listed, and its devices are free for the next pod."""
+        """Ends a pod: its devices are free for the next pod."""
         self._active.pop(pod, None)
         self.manager.release_except(self._active)
         self.changed.fire()
@@ -170,7 +159,7 @@ class Admission:
     def held(self) -> tuple[ContainerDevices, ...]:
         """Returns what pod-resources lists: the devices of active pods, also of a pod that is being admitted.
 
-        Leaves out the devices of init containers that end before the others start, and an Allocate in flight. Returns
+        Omits the devices of init containers that end before the others start, and an Allocate in flight. Returns
         nothing while the kubelet is blind.
         """
         if self.blind:
@@ -210,8 +199,8 @@ class Admission:
             if missing and endpoint.preferred_available:
                 preferred = await endpoint.preferred(sorted(available | chosen), sorted(chosen), needed)
         except EndpointError as error:
-            words = f"device plugin GetPreferredAllocation rpc failed with err: {error}"
-            raise AdmissionError(f"Allocate failed due to {words}, which is unexpected") from error
+            cause = f"device plugin GetPreferredAllocation rpc failed with err: {error}"
+            raise AdmissionError(f"Allocate failed due to {cause}, which is unexpected") from error
         try:
             ids = self.manager.finish(key, chosen, available, missing, preferred)
             if ids:

@@ -32,10 +32,9 @@ class EndpointError(Exception):
 
 
 class KubeletPanic(Exception):
-    """Panic of a kubelet whose plugin answered an Allocate of a device that its last list does not contain.
+    """Panic of a kubelet that allocated a device missing from the plugin's last list.
 
-    A real kubelet ends at that point: it looks up the topology of the allocated devices (1.37,
-    allocateContainerResources) and finds nothing.
+    A real kubelet looks up the topology of that device (1.37, allocateContainerResources), finds nothing, and ends.
     """
 
 
@@ -101,7 +100,7 @@ class DeviceManager:
     _taken: dict[str, set[str]] = field(default_factory=dict)
 
     def listed(self, resource: str, devices: Iterable[tuple[str, bool]]) -> None:
-        """Takes in a ListAndWatch message of (ID, healthy), which replaces the resource's earlier devices."""
+        """Handles a ListAndWatch message of (ID, healthy), which replaces the resource's earlier devices."""
         known = dict(devices)
         self.healthy[resource] = {id_ for id_, healthy in known.items() if healthy}
         self.unhealthy[resource] = {id_ for id_, healthy in known.items() if not healthy}
@@ -112,14 +111,14 @@ class DeviceManager:
         self.healthy[resource] = set()
 
     def restart(self) -> None:
-        """Forgets the devices until plugins register again, as a restart does. Keeps the allocations."""
+        """Forgets the devices until plugins register again. Keeps the allocations."""
         for resource in self.healthy.keys() | {key[2] for key in self.checkpoint}:
             self.healthy[resource] = set()
             self.unhealthy[resource] = set()
         self.recount()
 
     def knows(self, resource: str) -> bool:
-        """Returns whether the resource is known. Admission ignores a resource that no plugin ever registered."""
+        """Returns whether a plugin ever registered the resource. Admission ignores any other resource."""
         return resource in self.healthy
 
     def allocatable(self, resource: str) -> int:
@@ -127,7 +126,7 @@ class DeviceManager:
         return len(self.healthy.get(resource, ()))
 
     def taken(self, resource: str) -> frozenset[str]:
-        """Returns the IDs of the resource's devices that are allocated or in an Allocate now."""
+        """Returns the IDs of the resource's devices that are allocated or in an Allocate."""
         return frozenset(self._taken.get(resource, ()))
 
     def start(
@@ -135,8 +134,7 @@ class DeviceManager:
     ) -> tuple[frozenset[str], frozenset[str], int]:
         """Starts the choice of devices. Returns (chosen out of reusable, available for the rest, number missing).
 
-        If nothing is chosen and nothing is missing, the container has its devices already. Raises AdmissionError if the
-        request cannot be met.
+        Nothing chosen and nothing missing: the container has its devices already. Raises AdmissionError.
         """
         resource = key[2]
         held = self.checkpoint.get(key)
@@ -171,13 +169,10 @@ class DeviceManager:
         missing: int,
         preferred: Iterable[str],
     ) -> frozenset[str]:
-        """Finishes the choice of devices after GetPreferredAllocation, and marks the chosen devices as taken.
-
-        Chooses available devices that the plugin prefers first, then any others.
-        """
-        wish = [id_ for id_ in dict.fromkeys(preferred) if id_ in available]
-        rest = sorted(available.difference(wish))
-        result = chosen.union([*wish, *rest][:missing])
+        """Adds the missing devices, preferred ones first, and marks the result as taken."""
+        first = [id_ for id_ in dict.fromkeys(preferred) if id_ in available]
+        rest = sorted(available.difference(first))
+        result = chosen.union([*first, *rest][:missing])
         self._taken.setdefault(key[2], set()).update(result)
         return result
 

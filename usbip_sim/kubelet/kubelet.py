@@ -1,7 +1,7 @@
 """A simulated kubelet on real unix sockets: the other side of the device-plugin and pod-resources APIs.
 
-Behaves as Kubernetes 1.37 does: one admission at a time, no deadline on Allocate, allocations remembered over a
-restart, sockets in its directory wiped at start.
+Behaves as Kubernetes 1.37 does: admits one pod at a time, sets no deadline on Allocate, keeps allocations over a
+restart, and removes the sockets in its directory at start.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import stat
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from itertools import groupby
 from pathlib import Path
 from types import TracebackType
@@ -23,20 +23,21 @@ from usbip_plugin.kubelet import deviceplugin_pb2 as pb
 from usbip_plugin.kubelet import podresources_pb2 as podpb
 from usbip_plugin.kubelet.deviceplugin_pb2_grpc import DevicePluginStub, add_RegistrationServicer_to_server
 from usbip_plugin.kubelet.pod_resources import ContainerDevices
-from usbip_plugin.kubelet.podresources_pb2_grpc import add_PodResourcesListerServicer_to_server
+from usbip_plugin.kubelet.podresources_pb2_grpc import (
+    PodResourcesListerServicer,
+    add_PodResourcesListerServicer_to_server,
+)
 from usbip_sim.kubelet.admission import Admission
 from usbip_sim.kubelet.device_manager import PRE_START_TIMEOUT_S, Allocation, EndpointError
 
 KUBELET_SOCKET = "kubelet.sock"
 DIAL_TIMEOUT_S = 10.0
-"""Seconds that a plugin has to answer GetDevicePluginOptions within its Register call."""
+"""Limit of GetDevicePluginOptions within a Register call, in seconds."""
 SUPPORTED_VERSION = "v1beta1"
 
 
 class FakeKubelet(Admission):
     """Kubelet on real unix sockets. An async context manager that one task enters and leaves.
-
-    stop(), start() and restart() may be called inside it.
 
     directory: the device-plugins directory, which must exist.
     pod_resources: path of the pod-resources socket; None for no such socket.
@@ -66,17 +67,16 @@ class FakeKubelet(Admission):
         for path in self.directory.iterdir():
             if stat.S_ISSOCK(path.lstat().st_mode):
                 path.unlink()
-        registration = grpc.aio.server()
-        add_RegistrationServicer_to_server(_Registration(self), registration)
-        registration.add_insecure_port(f"unix:{self.directory / KUBELET_SOCKET}")
-        self._servers.append(registration)
+        await self._serve(add_RegistrationServicer_to_server, _Registration(self), self.directory / KUBELET_SOCKET)
         if self._pod_resources is not None:
-            lister = grpc.aio.server()
-            add_PodResourcesListerServicer_to_server(_PodResources(self), lister)
-            lister.add_insecure_port(f"unix:{self._pod_resources}")
-            self._servers.append(lister)
-        for server in self._servers:
-            await server.start()
+            await self._serve(add_PodResourcesListerServicer_to_server, _PodResources(self), self._pod_resources)
+
+    async def _serve(self, add: Callable[[Any, grpc.aio.Server], None], servicer: object, path: Path) -> None:
+        server = grpc.aio.server()
+        add(servicer, server)
+        server.add_insecure_port(f"unix:{path}")
+        self._servers.append(server)
+        await server.start()
 
     async def stop(self) -> None:
         """Stops the kubelet: its connections break, and the plugins' sockets stay in the directory."""
@@ -97,10 +97,7 @@ class FakeKubelet(Admission):
         await self.start()
 
     async def dial(self, resource: str, path: Path) -> None:
-        """Connects to a plugin, as a kubelet does within Register.
-
-        Raises ValueError or EndpointError if the kubelet refuses the plugin.
-        """
+        """Connects to a plugin within Register. Raises ValueError or EndpointError if the kubelet refuses it."""
         endpoint = _GrpcEndpoint(path)
         try:
             await endpoint.ask_options()
@@ -136,10 +133,11 @@ class _GrpcEndpoint:
         self.pre_start_required = options.pre_start_required
 
     async def preferred(self, available: Sequence[str], must: Sequence[str], size: int) -> Sequence[str]:
-        wish = pb.ContainerPreferredAllocationRequest(
+        container = pb.ContainerPreferredAllocationRequest(
             available_deviceIDs=available, must_include_deviceIDs=must, allocation_size=size
         )
-        answer = await _call(self.stub.GetPreferredAllocation(pb.PreferredAllocationRequest(container_requests=[wish])))
+        request = pb.PreferredAllocationRequest(container_requests=[container])
+        answer = await _call(self.stub.GetPreferredAllocation(request))
         return tuple(answer.container_responses[0].deviceIDs) if answer.container_responses else ()
 
     async def allocate(self, ids: Sequence[str]) -> Allocation:
@@ -192,7 +190,7 @@ class _Registration:
         return pb.Empty()
 
 
-class _PodResources:
+class _PodResources(PodResourcesListerServicer):  # type: ignore[misc]  # generated code has no types
     def __init__(self, kubelet: FakeKubelet) -> None:
         self._kubelet = kubelet
 
@@ -202,29 +200,6 @@ class _PodResources:
         _context: grpc.aio.ServicerContext[podpb.ListPodResourcesRequest, podpb.ListPodResourcesResponse],
     ) -> podpb.ListPodResourcesResponse:
         return _listed(self._kubelet.held())
-
-    async def GetAllocatableResources(  # noqa: N802
-        self,
-        _request: podpb.AllocatableResourcesRequest,
-        _context: grpc.aio.ServicerContext[podpb.AllocatableResourcesRequest, podpb.AllocatableResourcesResponse],
-    ) -> podpb.AllocatableResourcesResponse:
-        healthy = {name: ids for name, ids in self._kubelet.manager.healthy.items() if ids}
-        return podpb.AllocatableResourcesResponse(
-            devices=[
-                podpb.ContainerDevices(resource_name=name, device_ids=sorted(ids)) for name, ids in healthy.items()
-            ]
-        )
-
-    async def Get(  # noqa: N802
-        self,
-        request: podpb.GetPodResourcesRequest,
-        context: grpc.aio.ServicerContext[podpb.GetPodResourcesRequest, podpb.GetPodResourcesResponse],
-    ) -> podpb.GetPodResourcesResponse:
-        wanted = (request.pod_namespace, request.pod_name)
-        pods = {(pod.namespace, pod.name): pod for pod in _listed(self._kubelet.held()).pod_resources}
-        if wanted not in pods:
-            await context.abort(grpc.StatusCode.UNKNOWN, f"pod {wanted[1]} in namespace {wanted[0]} not found")
-        return podpb.GetPodResourcesResponse(pod_resources=pods[wanted])
 
 
 def _listed(entries: Sequence[ContainerDevices]) -> podpb.ListPodResourcesResponse:

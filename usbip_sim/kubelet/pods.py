@@ -21,7 +21,7 @@ class AdmittedPods:
         self.synced = True
 
     def hold(self, *, synced: bool) -> None:
-        """Keeps the view as it is until resume(), as a broken pod watch does. synced: the break is not noticed yet."""
+        """Freezes the view until resume(), as a broken pod watch does. synced: the break is not noticed yet."""
         self.synced = synced
         if self._kept is None:
             self._kept = self._now()
@@ -31,7 +31,6 @@ class AdmittedPods:
         self._kept = None
 
     def find(self, namespace: str, name: str) -> PodRef | None:
-        """Returns the pod with this name, or None; see PodView.find."""
         return next((pod for pod in self._view() if (pod.namespace, pod.name) == (namespace, name)), None)
 
     def ended(self, namespace: str, name: str) -> bool:  # noqa: ARG002 (PodView's interface)
@@ -39,7 +38,6 @@ class AdmittedPods:
         return False
 
     def wanting(self, domain: str) -> Mapping[PodRef, Mapping[str, int]]:
-        """Returns the pods that use resources of this domain, with their counts; see PodView.wanting."""
         found = {pod: of_domain(resources, domain) for pod, resources in self._view().items()}
         return {pod: counts for pod, counts in found.items() if counts}
 

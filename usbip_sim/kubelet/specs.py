@@ -14,7 +14,7 @@ PLACE = Path("/var/run/cdi")
 
 
 class UnresolvableDevice(Exception):
-    """Failure of a runtime to create a container, because no spec contains one of its CDI names."""
+    """Error of a runtime for a container with a CDI name that no spec contains."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +87,7 @@ class MemorySpecs:
 
 
 def resolve(texts: Collection[str], names: Collection[str]) -> Resolved:
-    """Returns the edits that a runtime makes for fully qualified CDI names.
-
-    Raises UnresolvableDevice if no spec contains a name.
+    """Returns the edits that a runtime makes for fully qualified CDI names. Raises UnresolvableDevice.
 
     texts: all specs, as JSON.
     """

@@ -46,8 +46,7 @@ class VirtualServer:
         self.importers, self.violations = table.importers, table.violations
         self.connections = 0
         self.running = False
-        self._thawed = asyncio.Event()
-        self._thawed.set()
+        self.frozen = False
         self._listener: asyncio.Server | None = None
         self._open: dict[Importer, None] = {}
         self._one_closed = asyncio.Event()
@@ -55,10 +54,6 @@ class VirtualServer:
     @property
     def key(self) -> ServerKey:
         return ServerKey(self._host, self._port)
-
-    @property
-    def frozen(self) -> bool:
-        return not self._thawed.is_set()
 
     async def start(self) -> None:
         """Starts to answer, on the same port as before. Idempotent."""
@@ -96,16 +91,12 @@ class VirtualServer:
 
     def freeze(self) -> None:
         """Stops answering: accepts connections, but reads nothing and does not notice the end of a connection."""
-        self._thawed.clear()
+        self.frozen = True
         self._pause_or_resume()
 
     def thaw(self) -> None:
-        self._thawed.set()
+        self.frozen = False
         self._pause_or_resume()
-
-    async def answering(self) -> None:
-        """Waits until the server is not frozen. Cancel-safe."""
-        await self._thawed.wait()
 
     async def until_released(self, busid: str) -> None:
         """Waits until the device has no importer; its reset may still be under way. Cancel-safe, no timeout."""

@@ -1,8 +1,6 @@
-"""Virtual USB devices, of high speed or SuperSpeed.
+"""Virtual USB devices with enough of USB 2.0 chapter 9 that a real vhci_hcd enumerates them.
 
-They implement enough of USB 2.0 chapter 9 that a real vhci_hcd enumerates them. There are two kinds, both of vendor
-class by default. A stick has an identity and no endpoints. An echo, of high speed only, returns on bulk endpoint 0x81
-the data that it received on 0x01.
+A device has an identity, and no endpoints unless it is an echo.
 """
 
 from __future__ import annotations
@@ -40,11 +38,10 @@ class VirtualDevice:
     """Device that can be plugged into a virtual server.
 
     serial: "" for a device without a serial number.
-    echo: returns on bulk endpoint 0x81 the data that it received on 0x01.
+    echo: returns on bulk endpoint 0x81 the data that it received on 0x01; of high speed only.
     more: interfaces after the first.
     speed: HIGH_SPEED or SUPER_SPEED.
-    configured: on usbip-host, False until the first importer has set a configuration. DEVLIST lists no interfaces until
-        then.
+    configured: DEVLIST lists interfaces. False on usbip-host until the first importer has set a configuration.
     """
 
     busid: str
@@ -59,7 +56,7 @@ class VirtualDevice:
     configured: bool = False
 
     def descriptor(self, configured: bool) -> Descriptor:
-        """Returns the device as in a DEVLIST reply. An IMPORT reply has the same without the interfaces."""
+        """Returns the device as in a DEVLIST reply."""
         bus = self.busid.partition("-")[0]
         return Descriptor(
             busid=self.busid,
@@ -79,9 +76,8 @@ class VirtualDevice:
         )
 
     def usb_descriptor(self, kind: int, index: int, real: UsbId) -> bytes | None:
-        """Returns a descriptor as GET_DESCRIPTOR reads it, None if the device stalls.
+        """Returns the answer to GET_DESCRIPTOR for a descriptor type and index, None if the device stalls.
 
-        kind, index: type and index of the descriptor.
         real: vendor and product in the device descriptor.
         """
         if kind == 1:
@@ -131,8 +127,7 @@ class Transfers:
     def run(self) -> Decoding[None]:
         """Serves one command after the other, without end.
 
-        Raises ProtocolViolation if the importer does not speak USB/IP, or if it has more than MAX_WAITING reads or
-        MAX_ECHO_BYTES of writes under way.
+        Raises ProtocolViolation, also for more than MAX_WAITING reads or MAX_ECHO_BYTES of writes under way.
         """
         while True:
             command = wire.decode_command((yield wire.HEADER_BYTES))
@@ -176,7 +171,7 @@ class Transfers:
 
     def _bulk(self, command: wire.Submit, data: bytes) -> None:
         if len(self._waiting) >= MAX_WAITING or len(self._echo) + len(data) > MAX_ECHO_BYTES:
-            raise ProtocolViolation("more transfers under way than this device keeps")
+            raise ProtocolViolation("too many transfers under way")
         if command.incoming:
             self._waiting.append(command)
         else:
@@ -190,5 +185,5 @@ class Transfers:
     def _unlink(self, command: wire.Unlink) -> None:
         before = len(self._waiting)
         self._waiting = [waiting for waiting in self._waiting if waiting.seqnum != command.victim]
-        taken_back = len(self._waiting) < before
-        self._write(wire.encode_return(wire.UnlinkReturn(command.seqnum, -wire.ECONNRESET if taken_back else 0)))
+        status = -wire.ECONNRESET if len(self._waiting) < before else 0
+        self._write(wire.encode_return(wire.UnlinkReturn(command.seqnum, status)))
