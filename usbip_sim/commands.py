@@ -18,17 +18,14 @@ log = logging.getLogger(__name__)
 
 
 JOURNAL = "simulated-nodes"
-"""Name of the file, beside the kernel's socket, that lists the device nodes (see DeviceNodes)."""
+"""Name of the file beside the kernel's socket that lists the device nodes (see DeviceNodes)."""
 
 
 def kernel(socket: Path, device_directory: Path | None, controllers: int) -> int:
-    """Runs a simulated kernel until a signal. Returns the exit status: 0 after a signal, 1 if it could not run.
+    """Runs a simulated kernel until a signal. Returns the exit status: 0, or 1 after an error, which it logs.
 
-    Logs a message if it could not run.
-
-    socket: path of the unix socket on which drivers connect.
+    socket: path of the unix socket to which drivers connect.
     device_directory: stands for the node's /dev; None for a kernel without device nodes.
-    controllers: number of vhci_hcd controllers.
     """
     nodes = DeviceNodes(device_directory, socket.parent / JOURNAL) if device_directory is not None else None
     simulated = SimulatedKernel(SystemClock(), controllers=controllers, enumeration_delay=ENUMERATION_S)
@@ -38,20 +35,20 @@ def kernel(socket: Path, device_directory: Path | None, controllers: int) -> int
 
 
 def server(listen: str, devices: Sequence[str], file: Path | None) -> int:
-    """Runs a USB/IP server with virtual devices until a signal. Returns the exit status: 0, or 1 if it could not run.
+    """Runs a USB/IP server until a signal. Returns the exit status: 0, or 1 after an error, which it logs.
 
-    Logs a message if it could not run. Raises ConfigError if a device or the address is not valid.
+    Raises ConfigError if a device or the address is not valid.
 
     listen: ADDRESS:PORT.
-    devices: devices in the form DEVICE_FORM.
-    file: file with more devices, which is followed; None for no file.
+    devices: in the form DEVICE_FORM.
+    file: more devices, see serve().
     """
     return _until_signal(serve(listen, parse_devices(devices), file, SystemClock()))
 
 
-def _until_signal(work: Coroutine[None, None, None]) -> int:
+def _until_signal(service: Coroutine[None, None, None]) -> int:
     async def run() -> None:
-        task = asyncio.ensure_future(work)
+        task = asyncio.ensure_future(service)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, task.cancel)

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from usbip_plugin.clock import Clock
 from usbip_plugin.errors import KubeConflict, KubeError, KubeGone, KubeNotFound, KubeUnreachable
 from usbip_plugin.locks.record import ChangeType, Lease, LeaseChange, LeaseList
-from usbip_plugin.sync import done_within
+from usbip_plugin.sync import Bell, done_within
 
 T = TypeVar("T")
 
@@ -91,7 +91,8 @@ class MemoryBackend:
         self._compacted = 0
         self._history: list[_Change] = []
         self._length = history
-        self._wakes: dict[asyncio.Event, None] = {}
+        self.changed = Bell()
+        """Rings at each change, and when the history is dropped."""
         self._uids = 0
         self.on_write: Callable[[Lease | None, Lease | None], None] = lambda _before, _after: None
         """Called within each write with the Lease before and after it; None for no Lease."""
@@ -108,7 +109,7 @@ class MemoryBackend:
         """Drops the history: a watch from an older resourceVersion then raises KubeGone."""
         self._compacted = self._version
         self._history.clear()
-        self._notify()
+        self.changed.ring()
 
     def create(self, lease: Lease) -> Lease:
         if lease.name in self._leases:
@@ -143,13 +144,6 @@ class MemoryBackend:
         count = sum(change.version > version for change in self._history)
         return self.last(count, labels) if count else (), self._version
 
-    def wake(self, event: asyncio.Event) -> None:
-        """Sets event at each change, until unwake()."""
-        self._wakes[event] = None
-
-    def unwake(self, event: asyncio.Event) -> None:
-        self._wakes.pop(event, None)
-
     def _current(self, verb: str, name: str, resource_version: str) -> Lease:
         current = self._leases.get(name)
         if current is None:
@@ -176,12 +170,8 @@ class MemoryBackend:
         if len(self._history) > self._length:
             self._compacted = self._history.pop(0).version
         self.on_write(before, None if kind is ChangeType.DELETED else stored)
-        self._notify()
+        self.changed.ring()
         return stored
-
-    def _notify(self) -> None:
-        for event in self._wakes:
-            event.set()
 
 
 def _matches(lease: Lease, labels: Mapping[str, str]) -> bool:
@@ -205,6 +195,7 @@ def _as_watched(change: _Change, labels: Mapping[str, str]) -> LeaseChange | Non
 @dataclass(eq=False, slots=True)
 class _Watcher:
     event: asyncio.Event
+    unsubscribe: Callable[[], None]
     broken: bool = False
     replay: int = 0
 
@@ -249,7 +240,7 @@ class MemoryLeases:
     def gone(self) -> None:
         """Removes the watches of a process that is dead."""
         for watcher in self._watchers:
-            self._backend.unwake(watcher.event)
+            watcher.unsubscribe()
 
     async def get(self, name: str) -> Lease | None:
         return await self._call("get", name, lambda: self._backend.leases.get(name))
@@ -267,9 +258,9 @@ class MemoryLeases:
         await self._call("watch", "", lambda: None)
         version, end = int(resource_version), self._clock.monotonic() + WATCH_TIMEOUT_S
         last_event = self._clock.monotonic()
-        watcher = _Watcher(asyncio.Event())
+        event = asyncio.Event()
+        watcher = _Watcher(event, self._backend.changed.subscribe(event.set))
         self._watchers[watcher] = None
-        self._backend.wake(watcher.event)
         try:
             while True:
                 watcher.event.clear()
@@ -293,7 +284,7 @@ class MemoryLeases:
                         return
         finally:
             self._watchers.pop(watcher, None)
-            self._backend.unwake(watcher.event)
+            watcher.unsubscribe()
 
     async def _deliver(self, watcher: _Watcher, last_event: float) -> None:
         """Applies the fate of watch events on their way to the client. After a lost event, no more events arrive.

@@ -8,6 +8,8 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
+from usbip_plugin.sync import Bell
+
 CLOSED = -1
 
 
@@ -18,28 +20,20 @@ class Connection:
         self.references = 0
         self.closed_by_peer = False
         self.ended = False
-        self._callbacks: list[Callable[[], None]] = []
+        self._end = Bell()
 
     def on_end(self, callback: Callable[[], None]) -> Callable[[], None]:
         if self.ended:
             callback()
             return lambda: None
-        self._callbacks.append(callback)
-
-        def unsubscribe() -> None:
-            if callback in self._callbacks:
-                self._callbacks.remove(callback)
-
-        return unsubscribe
+        return self._end.subscribe(callback)
 
     def end(self) -> None:
         """Ends the connection and calls the on_end() callbacks. Idempotent."""
         if self.ended:
             return
         self.ended = True
-        callbacks, self._callbacks = self._callbacks, []
-        for callback in callbacks:
-            callback()
+        self._end.ring()
 
     def peer_end(self) -> None:
         """Ends the connection from the other side. Idempotent."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 from usbip_plugin.observe.traces import duration
 from usbip_plugin.observe.tracing import SpanRecord
@@ -11,9 +11,8 @@ from usbip_plugin.observe.tracing import SpanRecord
 def tree(spans: Iterable[SpanRecord]) -> str:
     """Returns the spans of one or several traces as an indented tree; "" for no spans.
 
-    A span is one line: name, duration, node, attributes, links, error. Spans are ordered by start. A span is at the top
-    if its parent is not among the spans: the parent may not have ended, or belong to another node. Attributes that are
-    the same in a line above are left out.
+    One line a span, ordered by start, without the attributes of its parents. A span is at the top if its parent is not
+    among the spans: the parent may not have ended, or may belong to another node.
     """
     ordered = sorted({span.span_id: span for span in spans}.values(), key=lambda span: (span.start_ns, span.span_id))
     known = {span.span_id for span in ordered}
@@ -36,17 +35,17 @@ def _branch(
     above: Mapping[str, str],
 ) -> None:
     lines.append(first + line(span, above))
-    said = {**above, **span.attributes}
-    below: Sequence[SpanRecord] = children.get(span.span_id, [])
+    shown = {**above, **span.attributes}
+    below = children.get(span.span_id, [])
     for index, child in enumerate(below):
         last = index == len(below) - 1
-        _branch(child, children, rest + ("└─ " if last else "├─ "), rest + ("   " if last else "│  "), lines, said)
+        _branch(child, children, rest + ("└─ " if last else "├─ "), rest + ("   " if last else "│  "), lines, shown)
 
 
 def line(span: SpanRecord, above: Mapping[str, str] | None = None) -> str:
     """Returns one span as text, such as `lock.acquire 3.1 ms [node-a] epoch=2`.
 
-    Attributes with the same value in above are left out. Unprintable characters become "?".
+    Omits attributes with the same value in above. Unprintable characters become "?".
     """
     known = above or {}
     parts = [span.name, duration(span.seconds)]

@@ -12,13 +12,14 @@ import tempfile
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from usbip_plugin.attach.containers import ContainerResponse, DeviceSpec
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.errors import LockHeld, NotAttached, PluginError, UnknownDevice
-from usbip_plugin.kubelet.device_plugin import DevicePluginServer
+from usbip_plugin.kubelet.device_plugin import DevicePluginServer, DeviceStates
 from usbip_plugin.kubelet.pod_resources import ContainerDevices, GrpcPodResources, PodResources
 from usbip_plugin.kubelet.registration import PluginDirectory, ResourcePlugin
 from usbip_plugin.model import Advertised, DeviceKey, Health, PodRef, Reason, ServerKey
@@ -159,8 +160,22 @@ async def in_process(_tmp: Path, *, pre_start: bool) -> AsyncIterator[Harness]:
     backend = RecordingBackend()
     server = DevicePluginServer(STORAGE, backend, pre_start_required=pre_start)
     kubelet = LocalKubelet()
+
+    async def directly(call: Coroutine[Any, Any, Any]) -> Any:
+        return await call
+
+    async def receive(state: DeviceStates) -> None:
+        kubelet.listed(server.resource, dict(state))
+
+    async def plugin() -> None:
+        kubelet.register(server, directly)
+        try:
+            await server.follow(receive)
+        finally:
+            kubelet.disconnect(server.resource, server)
+
     async with tasks() as start:
-        yield Harness(kubelet, kubelet, server, backend, start(kubelet.plug_in(server)))
+        yield Harness(kubelet, kubelet, server, backend, start(plugin()))
 
 
 class Sockets:

@@ -216,14 +216,14 @@ async def refusal(node: SimNode, resource: str, key: DeviceKey) -> str:
 async def until_lease(backend: MemoryBackend, key: DeviceKey, so: Callable[[Lease | None], bool]) -> Lease | None:
     """Until the device's lock is so."""
     changed = asyncio.Event()
-    backend.wake(changed)
+    unsubscribe = backend.changed.subscribe(changed.set)
     try:
         async with asyncio.timeout(PATIENCE_S):
             while not so(backend.leases.get(key.id)):
                 changed.clear()
                 await changed.wait()
     finally:
-        backend.unwake(changed)
+        unsubscribe()
     return backend.leases.get(key.id)
 
 

@@ -269,14 +269,14 @@ async def test_a_frozen_host_is_dead_to_a_server_that_asks_and_to_no_other() -> 
         lab = Lab(keepalive=keepalive)
         imported = await lab.take(lab.a)
         lab.a.process.freeze()
-        lab.network.look_again(lab.a.host)
+        lab.network.update_timers(lab.a.host)
         await lab.sleep(DEAD_PEER_S + 1)
         assert lab.importers == (0 if keepalive else 1)
         sock = lab.a.host.sockets.resolve(imported.sock.fileno())
         assert sock is not None
         assert not sock.ended
         lab.a.process.thaw()
-        lab.network.look_again(lab.a.host)
+        lab.network.update_timers(lab.a.host)
         await lab.sleep(5)
         assert sock.ended is keepalive
         imported.close()

@@ -150,8 +150,8 @@ async def test_after_a_freeze_what_came_in_is_seen_before_what_ran_out() -> None
 async def test_a_killed_process_says_nothing_more() -> None:
     ticker = Ticker()
     closed: list[str] = []
-    ticker.process.at_death(lambda: closed.append("socket"))
-    taken_back = ticker.process.at_death(lambda: closed.append("not this one"))
+    ticker.process.on_death(lambda: closed.append("socket"))
+    taken_back = ticker.process.on_death(lambda: closed.append("not this one"))
     taken_back()
     await asyncio.sleep(1.5)
     ticker.process.kill()

@@ -35,7 +35,7 @@ from usbip_sim.virtual.cluster import Cluster, cluster
 from usbip_sim.virtual.cluster_node import ClusterNode
 from usbip_sim.virtual.loop import SimClock
 from usbip_sim.virtual.steploop import StepLoop, loop_of, run
-from usbip_sim.virtual.surroundings import ClusterSpec, unchanged
+from usbip_sim.virtual.surroundings import ClusterSpec
 
 P = ParamSpec("P")
 
@@ -54,7 +54,7 @@ class Wrong:
     """What is made wrong on purpose. patched: entered for the whole run."""
 
     rules: Rules = field(default_factory=Rules)
-    driver: Callable[[VhciDriver], VhciDriver] = unchanged
+    driver: Callable[[VhciDriver], VhciDriver] = lambda driver: driver
     patched: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
 
 

@@ -1,8 +1,6 @@
-"""A whole cluster in virtual time: many nodes, servers and pods in one process, without a socket.
+"""A whole cluster in virtual time, on a StepLoop: many nodes, servers and pods in one process, without a socket.
 
-Everything but clock, network, kernel, kubelet and API server is production code. A Cluster also shows the facts that
-the simulation's invariants check: which node has attached a device, which nodes import it, and which holder its lock
-names. Runs on a StepLoop.
+Everything except clock, network, kernel, kubelet and API server is production code.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ __all__ = ["Cluster", "ClusterNode", "ClusterSpec", "FaultPlan", "cluster"]
 
 
 class Cluster(Surroundings):
-    """Simulated cluster: its nodes by name, and what they share. Made by `cluster`."""
+    """Simulated cluster: its nodes by name, and what they share. Made by cluster()."""
 
     def __init__(self, spec: ClusterSpec) -> None:
         super().__init__(spec)
@@ -35,10 +33,7 @@ class Cluster(Surroundings):
         return self.nodes[name]
 
     async def settle(self, condition: Callable[[], bool], seconds: float) -> bool:
-        """Waits until condition holds, checked every 20 ms of virtual time. Returns False if it does not in time.
-
-        seconds: limit of the wait, in the loop's time.
-        """
+        """Returns whether condition holds within so many seconds. Checks it every 20 ms of the loop's time."""
         loop = asyncio.get_running_loop()
         end = loop.time() + seconds
         while not condition():

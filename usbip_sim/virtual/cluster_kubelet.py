@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from usbip_plugin.clock import Clock
 from usbip_plugin.errors import PodResourcesUnavailable
@@ -18,15 +18,17 @@ from usbip_sim.kubelet.device_manager import AdmissionError, Allocation, Contain
 from usbip_sim.virtual.local_kubelet import LocalKubelet
 from usbip_sim.virtual.steploop import Process, loop_of
 
+T = TypeVar("T")
+
 BLIND_S = 3.0
-"""Seconds for which a started kubelet lists no pods, because it does not know them yet. A real one needs about 1 s."""
+"""Seconds for which a started kubelet does not know its pods and lists none. A real kubelet needs about 1 s."""
 REGISTER_AGAIN_S = 0.2
-"""Seconds before a plugin whose stream has ended registers again."""
+"""Seconds from the end of a plugin's stream to its next registration."""
 
 
 @dataclass(eq=False, slots=True)
 class Call:
-    """Call of the kubelet that a plugin works on.
+    """Call of the kubelet that a plugin handles.
 
     name: name of the backend's coroutine, such as "pre_start".
     process: the plugin's process.
@@ -42,9 +44,12 @@ class Call:
 
 
 class ClusterKubelet:
-    """Kubelet of one simulated node, frozen with `process`.
+    """Kubelet of one simulated node, frozen with `process`. Its checkpoint and its pods outlive a restart.
 
-    Its checkpoint and its pods outlive a restart, as they do on disk and in the API server.
+    up: set while the kubelet runs.
+    calls: calls that plugins handle now, or were handling when they died.
+    on_answer: called when a plugin answers a call, with the error if it fails, before the kubelet has the answer.
+    hang_ups: number of times that the kubelet has ended all streams.
     """
 
     def __init__(self, process: Process) -> None:
@@ -53,11 +58,8 @@ class ClusterKubelet:
         self.up = asyncio.Event()
         self.up.set()
         self.calls: list[Call] = []
-        """Calls that plugins work on now, or were working on when they died."""
         self.on_answer: Callable[[Call, BaseException | None], None] = lambda _call, _error: None
-        """Called when a plugin answers a call, with the error if it fails, before the kubelet has the answer."""
         self.hang_ups = 0
-        """Number of times that the kubelet has ended all streams."""
         self._starts = 0
         self._streams: dict[_Stream, None] = {}
         self._admissions: dict[asyncio.Task[Any], None] = {}
@@ -65,16 +67,11 @@ class ClusterKubelet:
     async def admit(self, pod: PodRef, requests: Mapping[str, int] | Sequence[ContainerSpec]) -> str | None:
         """Admits a pod. Returns None if the pod runs, else the kubelet's error message. See Admission.admit.
 
-        Returns a message, too, if the kubelet is down or is restarted meanwhile.
+        Returns a message also if the kubelet is down or restarts meanwhile.
         """
         if not self.up.is_set():
             return "the kubelet is down"
-        task = self.process.create_task(self.kubelet.admit(pod, requests), f"admit {pod}")
-        self._admissions[task] = None
-        try:
-            await asyncio.wait([task])
-        finally:
-            self._admissions.pop(task, None)
+        task = await self._finished(self.kubelet.admit(pod, requests), f"admit {pod}")
         if task.cancelled():
             return "the kubelet was restarted"
         error = task.exception()
@@ -87,17 +84,23 @@ class ClusterKubelet:
     async def start_container(self, pod: PodRef, container: str = "app") -> dict[str, Allocation]:
         """(Re)starts a container of a pod and returns its allocations by resource. See Admission.start_container.
 
-        Raises EndpointError, also if the kubelet is restarted meanwhile.
+        Raises EndpointError, also if the kubelet restarts meanwhile.
         """
-        task = self.process.create_task(self.kubelet.start_container(pod, container), f"start a container of {pod}")
+        starting = self.kubelet.start_container(pod, container)
+        task = await self._finished(starting, f"start a container of {pod}")
+        if task.cancelled():
+            raise EndpointError("CANCELLED", "the kubelet was restarted")
+        return task.result()
+
+    async def _finished(self, coro: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
+        """Runs a task of the kubelet until it is done, or cancelled by stop()."""
+        task = self.process.create_task(coro, name)
         self._admissions[task] = None
         try:
             await asyncio.wait([task])
         finally:
             self._admissions.pop(task, None)
-        if task.cancelled():
-            raise EndpointError("CANCELLED", "the kubelet was restarted")
-        return task.result()
+        return task
 
     def stop(self) -> None:
         """Stops the kubelet: cancels its calls, ends its streams and forgets its plugins and their devices."""
@@ -111,16 +114,16 @@ class ClusterKubelet:
         self._starts += 1
 
     def start(self) -> None:
-        """Starts the kubelet after a stop(). It lists no pods until BLIND_S seconds of the loop have passed."""
+        """Starts the kubelet after a stop(). It lists no pods for BLIND_S seconds of the loop."""
         self.up.set()
-        loop_of().call_later(BLIND_S, self._see, self._starts)
+        loop_of().call_later(BLIND_S, self._end_blindness, self._starts)
 
-    def _see(self, start: int) -> None:
+    def _end_blindness(self, start: int) -> None:
         if start == self._starts:
             self.kubelet.blind = False
 
     def hang_up(self) -> None:
-        """Ends every ListAndWatch though the kubelet lives. The kubelet does not connect again by itself."""
+        """Ends every ListAndWatch while the kubelet lives. The kubelet does not reconnect."""
         self.hang_ups += 1
         for stream in tuple(self._streams):
             stream.end()
@@ -139,22 +142,19 @@ class ClusterKubelet:
 
 
 class _Stream:
-    """Registration of a plugin with its ListAndWatch.
-
-    Messages in each direction arrive in order, if the receiver lives.
-    """
+    """Registration of a plugin with its ListAndWatch. Messages in each direction arrive in order."""
 
     def __init__(self, owner: ClusterKubelet, server: DevicePluginServer, process: Process) -> None:
         self.over = asyncio.Event()
         self.opened: asyncio.Future[None] = loop_of().create_future()
         self._owner, self._server, self._process = owner, server, process
         self._connected = False
-        self._forget = process.at_death(self.close)
+        self._forget = process.on_death(self.close)
         owner.open(self)
         owner.process.call_soon(self._register)
 
     async def receive(self, state: DeviceStates) -> None:
-        """Sends a list to the kubelet, which reads it as its next step. Does not wait for that."""
+        """Sends a list to the kubelet, without waiting until the kubelet reads it."""
         self._owner.process.call_soon(self._listed, state)
 
     def end(self) -> None:
@@ -189,8 +189,8 @@ class _Stream:
     async def _call(self, coro: Coroutine[Any, Any, Any]) -> Any:
         """Runs a call of the kubelet as a task of the plugin's process, and returns the answer.
 
-        Raises EndpointError if the stream has ended, the plugin gives the call up or its process ends, and the
-        plugin's own error. Cancel-safe: the plugin's task is cancelled, too.
+        Raises the plugin's error, and EndpointError if the stream has ended, or the plugin cancels the call or dies.
+        Cancel-safe: cancels the plugin's task, too.
         """
         if self._process.dead or not self._connected:
             coro.close()
@@ -204,7 +204,9 @@ class _Stream:
                 return
             if not task.cancelled():
                 self._owner.on_answer(call, task.exception())
-            error = EndpointError("CANCELLED", "the plugin gave it up") if task.cancelled() else task.exception()
+            error = (
+                EndpointError("CANCELLED", "the plugin cancelled the call") if task.cancelled() else task.exception()
+            )
             if error is None:
                 answer.set_result(task.result())
             else:
@@ -218,7 +220,7 @@ class _Stream:
         task = self._process.create_task(coro, "call of the kubelet")
         task.add_done_callback(lambda _task: self._owner.calls.remove(call), context=self._process.context)
         task.add_done_callback(done)
-        forget = self._process.at_death(lambda: self._owner.process.call_soon(died))
+        forget = self._process.on_death(lambda: self._owner.process.call_soon(died))
         try:
             return await answer
         except asyncio.CancelledError:
@@ -281,13 +283,12 @@ class _LocalPlugin:
 
 
 class LocalPodResources:
-    """PodResources of a simulated node: the agent's access to its kubelet's pod-resources API."""
+    """PodResources of a simulated node."""
 
     def __init__(self, owner: ClusterKubelet, clock: Clock) -> None:
         self._owner, self._clock = owner, clock
 
     async def list(self) -> tuple[ContainerDevices, ...]:
-        """Lists the devices of containers; see PodResources.list. Waits at most LIST_TIMEOUT_S for a frozen kubelet."""
         if not self._owner.up.is_set():
             raise PodResourcesUnavailable("the kubelet is down")
         answer: asyncio.Future[tuple[ContainerDevices, ...]] = loop_of().create_future()

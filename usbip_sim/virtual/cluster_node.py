@@ -38,7 +38,7 @@ ATTACH_S = 0.003
 DETACH_S = 0.02
 """Seconds from a detach write until the port is free in the simulation."""
 STOP_S = 2.0
-"""Seconds that an agent has to end and close its sockets after SIGTERM. What is left of it then is killed."""
+"""Seconds that an agent has to end and close its sockets after SIGTERM before it is killed."""
 
 
 class ClusterNode:
@@ -46,7 +46,9 @@ class ClusterNode:
 
     host: the Process that freezes the whole node.
     process: the agent's Process, None if no agent runs.
-    object: the Node object in the API server.
+    status_api: the agent's connection to its Node object, None if no agent runs.
+    evicted: pods whose eviction the agent requested, in order. The caller ends them.
+    driver: for observers of the simulation; the agent has its own.
     """
 
     def __init__(self, name: str, cluster: Surroundings, clock: SimClock) -> None:
@@ -67,15 +69,12 @@ class ClusterNode:
         self.known_pods = AdmittedPods(self.kubelet)
         self.specs = MemorySpecs(cluster.domain)
         self.evicted: list[PodRef] = []
-        """Pods whose eviction the agent asked for, in order. The caller ends them."""
         self.agent: Agent | None = None
         self.process: Process | None = None
         self.leases: MemoryLeases | None = None
         self.object = NodeObject(name)
         self.status_api: NodeConnection | None = None
-        """The agent's connection to its Node object, None if no agent runs."""
         self.driver = SimulatedVhci(self.kernel, name)
-        """Driver for observers of the simulation; the agent has its own."""
         self._cluster = cluster
         self._task: asyncio.Task[None] | None = None
         self._partitioned = False
@@ -93,10 +92,10 @@ class ClusterNode:
         """Number of socket references on this node that are not closed."""
         return len(self.net.sockets)
 
-    # the agent
+    # The agent.
 
     def start(self) -> None:
-        """Starts a new agent process, unless one runs."""
+        """Starts an agent process, unless one runs."""
         if self.process is not None:
             return
         cluster, loop = self._cluster, loop_of()
@@ -105,13 +104,13 @@ class ClusterNode:
         rng = random.Random(f"{cluster.seed}/{self.name}/{self.boot}/{number}")  # noqa: S311 - to be repeated
         process = self.process = Process(loop, f"{self.name} agent {number}", self.host)
         connector = MemoryConnector(cluster.network, self.net)
-        process.at_death(connector.killed)
+        process.on_death(connector.killed)
         leases = self.leases = MemoryLeases(cluster.backend, self.clock, self.name, self._fate)
-        process.at_death(leases.gone)
+        process.on_death(leases.gone)
         if self._silent:
             leases.stall()
         self.status_api = NodeConnection(self.object, self.clock, self._fate)
-        process.at_death(self.status_api.gone)
+        process.on_death(self.status_api.gone)
         outside = AgentDependencies(
             me=NodeIdentity(self.name, f"{self.name}-boot-{self.boot}"),
             client=TcpUsbipClient(self.clock, connector),
@@ -162,10 +161,10 @@ class ClusterNode:
             task.result()
 
     def terminate(self, over: Callable[[bool], None]) -> None:
-        """Sends the agent a SIGTERM without waiting for its end.
+        """Sends the agent, if one runs, a SIGTERM without waiting for its end.
 
-        STOP_S seconds of the node's clock later, kills what is left of the agent and calls over(ended). ended is True
-        if the agent had ended by itself. Does nothing if no agent runs, and nothing later if the agent is gone by then.
+        STOP_S seconds of the node's clock later, kills the agent, unless it was killed before, and calls over(ended).
+        ended: whether the agent had ended by itself.
         """
         task, process = self._task, self.process
         if task is None or process is None:
@@ -193,7 +192,7 @@ class ClusterNode:
             self._task.result()
 
     def freeze(self) -> None:
-        """Stops the agent's process, as SIGSTOP does. Kernel and kubelet go on."""
+        """Freezes the agent's process, as SIGSTOP does. Kernel and kubelet go on."""
         if self.process is not None:
             self.process.freeze()
 
@@ -201,40 +200,32 @@ class ClusterNode:
         if self.process is not None:
             self.process.thaw()
 
-    # the node
+    # The node.
 
     def freeze_host(self) -> None:
-        """Freezes the whole node: nothing on it answers, and timers due meanwhile run when it is thawed."""
+        """Freezes the whole node: nothing on it answers. Timers due meanwhile run when it is thawed."""
         self.host.freeze()
-        self._cluster.network.look_again(self.net)
+        self._cluster.network.update_timers(self.net)
 
     def thaw_host(self) -> None:
         self.host.thaw()
-        self._cluster.network.look_again(self.net)
+        self._cluster.network.update_timers(self.net)
 
     def reboot(self) -> None:
-        """Reboots the node: agent, attachments and port records are gone, and the boot id is new.
-
-        Connections are closed properly.
-        """
+        """Reboots the node: agent, attachments and port records are gone, and the boot id is new."""
         self.kill()
         self.kernel.reboot()
         self.specs.clear()
         self.boot += 1
 
     def lose_power(self) -> None:
-        """Reboots the node without closing its connections: the servers get no FIN or RST.
-
-        Agent, attachments and port records are gone, and the boot id is new.
-        """
+        """Reboots the node without closing its connections: the servers get no FIN or RST."""
         self.kill()
         self._cluster.network.vanish(self.net)
-        self.kernel.reboot()
-        self.specs.clear()
-        self.boot += 1
+        self.reboot()
 
     def kubelet_restart(self, *, down: bool) -> None:
-        """Stops the kubelet (down) or starts it again. While it is down, no plugin registers and no List succeeds."""
+        """Stops the kubelet (down) or starts it. While it is down, no plugin registers and no List succeeds."""
         if down:
             self.pods.stop()
         else:
@@ -242,7 +233,7 @@ class ClusterNode:
             self._write_status()
 
     def _sync_status(self) -> None:
-        """Writes the kubelet's counts to the Node object every KUBELET_SYNC_S, over what the plugin has written."""
+        """Overwrites the Node object with the kubelet's counts every KUBELET_SYNC_S."""
         self.pods.process.call_later(KUBELET_SYNC_S / self.clock.rate, self._sync_status)
         if self.pods.up.is_set():
             self._write_status()
@@ -252,7 +243,7 @@ class ClusterNode:
             manager = self.kubelet.manager
             self.object.sync({resource: manager.allocatable(resource) for resource in manager.healthy})
 
-    # the API server
+    # The API server.
 
     @property
     def partitioned(self) -> bool:
@@ -260,10 +251,7 @@ class ClusterNode:
         return self._partitioned or self._silent
 
     def partition(self, *, cut: bool) -> None:
-        """Cuts this node off from the API server, or ends that and silence(), too.
-
-        While it is cut off, connections are refused; open ones break at the start.
-        """
+        """Breaks the connections to the API server and refuses new ones, or ends that and silence(), too."""
         self._partitioned = cut
         if cut and self.leases is not None:
             self.leases.cut()
@@ -273,10 +261,7 @@ class ClusterNode:
             self.silence(silent=False)
 
     def silence(self, *, silent: bool, lost: Lost = Lost.REQUEST) -> None:
-        """Silences the connection to the API server, or ends that.
-
-        While it is silent, requests or only their answers are lost, and open watches stay open without events.
-        """
+        """Loses requests to the API server or only their answers, and all events of open watches; or ends that."""
         self._silent, self._lost = silent, lost
         if silent:
             self.known_pods.hold(synced=not self._partitioned)
@@ -295,12 +280,13 @@ class ClusterNode:
             return Fate(lost=self._lost)
         return self._cluster.spec.faults(self.name, operation)
 
-    # state, for checks
+    # State, for checks.
+
     def attached(self) -> frozenset[DeviceKey]:
-        """Returns the devices that are attached to this node's kernel now, whatever the agent's claims are."""
+        """Returns the devices that are attached to this node's kernel, whatever the agent's claims are."""
         records, marks = self.kernel.records.get(self.name, {}), self.kernel.marks.get(self.name, {})
         occupants = ((number, key, self.kernel.occupant(number)) for number, key in records.items())
-        # a record may be out of date, and the occupant of its port may not have been attached over the network
+        # A record may be out of date, and the occupant of its port may not have been attached over the network.
         return frozenset(
             key
             for number, key, occupant in occupants
@@ -308,41 +294,35 @@ class ClusterNode:
         )
 
     def held_in(self, *states: ClaimState) -> frozenset[DeviceKey]:
-        """Returns the devices with a claim of this node's agent in one of these states."""
+        """Returns the devices with a claim of the agent in one of these states."""
         if self.agent is None:
             return frozenset()
         return frozenset(claim.key for claim in self.agent.claims.view.values() if claim.state in states)
 
-    # pods
+    # Pods.
 
     async def admit(self, pod: PodRef, resource: str, count: int = 1) -> str | None:
         """Admits a pod. Returns None if the pod runs, else the kubelet's error message."""
         return await self.pods.admit(pod, {self._cluster.full(resource): count})
 
     async def admit_containers(self, pod: PodRef, *containers: ContainerSpec) -> str | None:
-        """Admits a pod of several containers. Returns None if the pod runs, else the kubelet's error message.
-
-        containers: with limits by the resources' names without the domain.
-        """
+        """Admits a pod like admit(), with limits by resource names without the domain."""
         full = self._cluster.full
-        named = [replace(one, limits={full(name): n for name, n in one.limits.items()}) for one in containers]
-        return await self.pods.admit(pod, named)
+        specs = [replace(spec, limits={full(name): n for name, n in spec.limits.items()}) for spec in containers]
+        return await self.pods.admit(pod, specs)
 
     def allocation(self, pod: PodRef, resource: str, container: str = "app") -> Allocation:
-        """Returns the kubelet's checkpoint entry for a container and a resource. Raises KeyError if there is none."""
+        """Returns the kubelet's checkpoint entry. Raises KeyError."""
         return self.kubelet.manager.checkpoint[pod, container, self._cluster.full(resource)]
 
     async def start_container(self, pod: PodRef, container: str = "app") -> Resolved:
-        """(Re)starts a container of a pod and returns what it gets by CDI.
-
-        Raises EndpointError or UnresolvableDevice if the container does not start.
-        """
+        """(Re)starts a container and returns what it gets by CDI. Raises EndpointError or UnresolvableDevice."""
         answers = await self.pods.start_container(pod, container)
         names = [name for answer in answers.values() for name in answer.cdi_devices]
         return resolve(self.specs.texts.values(), names)
 
     def end(self, pod: PodRef) -> None:
-        """Ends a pod. The agent gets the hint of its pod watch, unless the node is partitioned."""
+        """Ends a pod. Notifies the agent as its pod watch would, unless the node is partitioned."""
         self.kubelet.end(pod)
         if self.agent is not None and self.process is not None and not self.partitioned:
             self.process.call_soon(self.agent.usage.pod_may_have_ended)
@@ -382,7 +362,7 @@ class _ProcessVhci(SimulatedVhci):
 
     def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]:
         unsubscribe = super().subscribe(callback)
-        forget = self._process.at_death(unsubscribe)
+        forget = self._process.on_death(unsubscribe)
 
         def both() -> None:
             forget()

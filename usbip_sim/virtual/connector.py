@@ -22,15 +22,12 @@ class MemoryConnector:
         """Does nothing: each socket belongs to the caller that asked for it."""
 
     def killed(self) -> None:
-        """Closes every socket that the process still has, as the operating system does when a process ends."""
+        """Closes every socket of the process, as the operating system does when a process ends."""
         for sock in self._opened:
             sock.close()
 
     async def connect(self, server: ServerKey) -> MemorySocket:
-        """Opens a connection to server. Not bounded in time; cancel-safe.
-
-        Raises ServerUnreachable, with the cause, if the host does not exist or refuses the connection.
-        """
+        """Opens a connection to server. No timeout; cancel-safe. Raises ServerUnreachable, with the cause."""
         found = self._network.find(server)
         if found is None:
             raise ServerUnreachable(server, "no such host")

@@ -5,51 +5,26 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
-from usbip_plugin.attach.containers import ContainerResponse
 from usbip_plugin.errors import PluginError
-from usbip_plugin.kubelet.device_plugin import DevicePluginServer, DeviceStates, status_code, status_details
+from usbip_plugin.kubelet.device_plugin import DevicePluginServer, status_code, status_details
 from usbip_plugin.kubelet.pod_resources import ContainerDevices
 from usbip_sim.kubelet.admission import Admission
 from usbip_sim.kubelet.device_manager import PRE_START_TIMEOUT_S, Allocation, EndpointError
 
-T = TypeVar("T")
-
-
 Transport = Callable[[Coroutine[Any, Any, Any]], Awaitable[Any]]
-"""Function that runs a call of the kubelet on the plugin's side. Raises EndpointError if the plugin is not reached."""
-
-
-async def directly(call: Coroutine[Any, Any, T]) -> T:
-    """Runs a call in the kubelet's own task. The default Transport."""
-    return await call
+"""Function that runs a call of the kubelet on the plugin's side. Raises EndpointError if the plugin is unavailable."""
 
 
 class LocalKubelet(Admission):
     """Kubelet without sockets, whose plugins run in this process. Works in virtual time. Is also a PodResources."""
 
-    async def plug_in(self, server: DevicePluginServer) -> None:
-        """Registers the plugin's resource and takes in its lists. Runs until cancelled, then disconnects the plugin."""
-        self.register(server)
-
-        async def receive(state: DeviceStates) -> None:
-            self.listed(server.resource, dict(state))
-
-        try:
-            await server.follow(receive)
-        finally:
-            self.disconnect(server.resource, server)
-
-    def register(self, server: DevicePluginServer, transport: Transport = directly) -> None:
-        """Registers a plugin.
-
-        The caller delivers the plugin's lists with listed(), and calls disconnect() at the end.
-        """
+    def register(self, server: DevicePluginServer, transport: Transport) -> None:
+        """Registers a plugin. The caller passes the plugin's lists to listed(), and calls disconnect() at the end."""
         self.connect(server.resource, server, _LocalEndpoint(server, transport))
 
     async def list(self) -> tuple[ContainerDevices, ...]:
-        """Lists the devices of containers at once; see PodResources.list."""
         return self.held()
 
 
@@ -73,7 +48,7 @@ class _LocalEndpoint:
         backend = self._server.backend
         with _errors():
             (answer,) = await self._transport(backend.allocate_all(self._server.resource, (tuple(ids),)))
-        return _allocation(ids, answer)
+        return Allocation(frozenset(ids), dict(answer.envs), answer.devices, answer.cdi_devices)
 
     async def pre_start(self, ids: Sequence[str]) -> None:
         with _errors():
@@ -90,7 +65,3 @@ def _errors() -> Iterator[None]:
         yield
     except PluginError as error:
         raise EndpointError(status_code(error).name, status_details(error)) from error
-
-
-def _allocation(ids: Sequence[str], answer: ContainerResponse) -> Allocation:
-    return Allocation(frozenset(ids), dict(answer.envs), answer.devices, answer.cdi_devices)

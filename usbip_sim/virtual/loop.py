@@ -15,22 +15,21 @@ from typing import Any, ParamSpec, TypeVar
 from usbip_sim.sockets import MemoryStreams
 
 T = TypeVar("T")
-
 P = ParamSpec("P")
 
-# Real seconds to wait for a thread or a peer outside the loop when no timer is set, before the loop raises Deadlock.
 STALL_S = 30.0
-# Real seconds of one wait for I/O while a thread is at work.
+"""Real seconds to wait for a peer outside the loop when no timer is set, before the loop raises Deadlock."""
 _THREAD_POLL_S = 0.5
+"""Real seconds of one wait for I/O while a thread works."""
 _EPOCH = datetime(2030, 1, 1, tzinfo=UTC)
 
 
 class Deadlock(RuntimeError):
-    """Error of a virtual loop in which nothing can happen any more: nothing ready, no timer set and no I/O."""
+    """Error of a virtual loop with nothing ready, no timer set and no I/O."""
 
 
 class _JumpingSelector(selectors.DefaultSelector):
-    """Selector that polls. When nothing is ready, it moves virtual time on by the timeout instead of waiting."""
+    """Selector that moves virtual time on by the timeout, instead of waiting, when nothing is ready."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,8 +46,7 @@ class _JumpingSelector(selectors.DefaultSelector):
         if timeout is None:
             ready = super().select(STALL_S)
             if not ready:
-                msg = f"virtual loop: nothing to do for {STALL_S:g} s of real time and no timer set"
-                raise Deadlock(msg)
+                raise Deadlock(f"virtual loop: nothing to do for {STALL_S:g} s of real time and no timer set")
             return ready
         self.virtual_time += timeout
         return []
@@ -79,10 +77,7 @@ class VirtualLoop(MemoryStreams, asyncio.SelectorEventLoop):
         return future
 
     async def shutdown_default_executor(self, timeout: float | None = None) -> None:  # noqa: ARG002
-        """Waits for the threads in real time, ignoring timeout.
-
-        The limit that newer Pythons set would pass at once in virtual time.
-        """
+        """Waits for the threads in real time: a timeout would pass at once in virtual time."""
         await super().shutdown_default_executor()
 
     def _thread_done(self, _future: Future[Any]) -> None:

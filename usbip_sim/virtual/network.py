@@ -40,11 +40,10 @@ class Host:
         return asyncio.get_running_loop().call_later(seconds / self._rate, callback, context=context)
 
 
-class Carried(Protocol):
+class NetworkConnection(Protocol):
     """Connection from the network's point of view.
 
-    node_up: the node's TCP knows the connection.
-    server_up: the server's TCP knows the connection.
+    node_up, server_up: the node's or the server's TCP knows the connection.
     """
 
     host: Host
@@ -58,16 +57,16 @@ class Carried(Protocol):
         """The bus id of an IMPORT over this connection that may be under way or granted, or None."""
         ...
 
-    def look_again(self) -> None:
-        """Updates timers after a link, a host or a side of the connection has changed."""
+    def update_timers(self) -> None:
+        """Starts and stops keepalive timers after a link, a host or a side of the connection has changed."""
         ...
 
     def node_vanishes(self) -> None:
-        """Ends the node's side as a power failure of the node does."""
+        """Ends the node's side as a power failure of the node does: nothing under way arrives."""
         ...
 
     def server_vanishes(self) -> None:
-        """Ends the server's side as a power failure of the server's host does."""
+        """Ends the server's side as a power failure of the server's host does: nothing under way arrives."""
         ...
 
 
@@ -75,8 +74,8 @@ class Network:
     """All links of a simulated cluster.
 
     find: returns the server with a key, or None if there is no such host.
-    latency: returns the seconds that a packet takes one way; asked anew for each packet.
-    on_change: called whenever `imports` may have changed.
+    latency: returns the seconds that a packet takes one way; called for each packet.
+    on_change: called when `imports` may have changed.
     """
 
     def __init__(
@@ -87,19 +86,18 @@ class Network:
     ) -> None:
         self.find, self.latency, self.on_change = find, latency, on_change
         self.outside = Context()  # of no process: the network goes on when a sender is frozen or dead
-        self.connections: dict[Carried, None] = {}
+        self.connections: dict[NetworkConnection, None] = {}
         self._links: dict[tuple[str, ServerKey], Link] = {}
         self._dark: dict[ServerKey, None] = {}
 
     def link(self, node: str, server: ServerKey) -> Link:
-        """Returns the link between a node and a server, and makes it when it is first asked for."""
         return self._links.setdefault((node, server), Link(self, server))
 
     def dark(self, server: ServerKey) -> bool:
         return server in self._dark
 
     def power(self, server: ServerKey, *, on: bool) -> None:
-        """Switches a server's host on or off. Off: all its connections are lost, and no peer gets a FIN or RST."""
+        """Switches a server's host on or off. Off: all its connections end, and no peer gets a FIN or RST."""
         if on:
             self._dark.pop(server, None)
         else:
@@ -115,10 +113,10 @@ class Network:
         for connection in self._of(host=host):
             connection.node_vanishes()
 
-    def look_again(self, host: Host) -> None:
+    def update_timers(self, host: Host) -> None:
         """Updates the timers of a node's connections after the node was frozen or thawed."""
         for connection in self._of(host=host):
-            connection.look_again()
+            connection.update_timers()
 
     def imports(self) -> dict[DeviceKey, list[str]]:
         """Returns, by device, the nodes with an IMPORT under way or granted, once for each connection.
@@ -133,7 +131,7 @@ class Network:
         return found
 
     def half_open(self, server: ServerKey) -> int:
-        """Returns how many connections the server still has whose nodes do not know them any more."""
+        """Returns how many of the server's connections the nodes do not know any more."""
         return sum(connection.server_up and not connection.node_up for connection in self._of(server=server))
 
     def call_soon(self, callback: Callable[[], None]) -> None:
@@ -142,7 +140,7 @@ class Network:
     def call_later(self, seconds: float, callback: Callable[[], None]) -> asyncio.TimerHandle:
         return asyncio.get_running_loop().call_later(seconds, callback, context=self.outside)
 
-    def _of(self, host: Host | None = None, server: ServerKey | None = None) -> list[Carried]:
+    def _of(self, host: Host | None = None, server: ServerKey | None = None) -> list[NetworkConnection]:
         return [c for c in self.connections if host in (None, c.host) and server in (None, c.server.key)]
 
 
@@ -167,21 +165,20 @@ class Link:
         self.changed()
 
     def mend(self) -> None:
-        """Carries packets again. Everything that its sender has not given up meanwhile is sent again."""
+        """Carries packets again. Senders repeat everything that they have not given up."""
         self._cut = False
         self.changed()
 
     def changed(self) -> None:
         for connection in tuple(self.network.connections):
             if connection.link is self:
-                connection.look_again()
+                connection.update_timers()
         if self.passable:
             waiting, self._waiting = self._waiting, []
             for callback in waiting:
                 callback()
 
     def way(self) -> float:
-        """Returns the seconds that a packet sent now takes."""
         return self.network.latency() + self.slow
 
     def when_passable(self, callback: Callable[[], None]) -> None:

@@ -14,17 +14,19 @@ PATCH = "patch"
 
 
 class NodeObject:
-    """Node object in the simulated API server. The kubelet and the plugin both write to it; the last write wins."""
+    """Node object in the simulated API server. The kubelet and the plugin both write to it; the last write wins.
+
+    allocatable: counts in status.allocatable, by full resource name.
+    overtaken: whether a patch arrived after its sender had given it up, and may have overwritten a newer one.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.allocatable: dict[str, int] = {}
-        """Counts in status.allocatable, by full resource name."""
         self.overtaken = False
-        """True if a patch arrived after its sender had given it up. The sender may have sent another patch since."""
 
     def write(self, counts: Mapping[str, int], *, overtaken: bool = False) -> None:
-        """Overwrites the given counts and keeps all others. overtaken: the sender has given this patch up."""
+        """Overwrites the given counts and keeps all others. overtaken: the sender has given the patch up."""
         self.allocatable.update(counts)
         self.overtaken = self.overtaken or overtaken
 
@@ -37,18 +39,18 @@ class NodeObject:
 class NodeConnection:
     """Connection through which a plugin writes its Node's status to the simulated API server.
 
-    faults: decides the fate of each call.
+    faults: returns the fate of each call.
+    hindered: number of calls under way that faults delay, lose or fail.
     """
 
     def __init__(self, node: NodeObject, clock: Clock, faults: Faults) -> None:
         self._node, self._clock, self._faults = node, clock, faults
         self._network = Context()
         self.hindered = 0
-        """Number of calls under way that faults delay, lose or fail."""
         self._gone = False
 
     def gone(self) -> None:
-        """Records that the plugin's process is dead, so that no one waits for its calls any more."""
+        """Records that the plugin's process is dead, and has given its calls up."""
         self._gone = True
 
     async def write(self, counts: Mapping[str, int]) -> None:

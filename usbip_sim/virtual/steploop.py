@@ -1,8 +1,7 @@
-"""A virtual event loop without I/O that runs one callback at a time and knows the process of each callback.
+"""A virtual event loop without I/O that knows the process of each callback, and can freeze or kill the process.
 
-The loop makes faults possible that the code under test cannot notice by itself: a process is frozen, or killed after an
-exact number of its steps. A step is one callback run by the loop: a task resumed up to its next await, a timer fired,
-something delivered. The next run of the same program repeats everything exactly.
+A process can be killed after an exact number of its steps. A step is one callback run by the loop: a task resumed up to
+its next await, a timer fired, something delivered. The next run of the same program repeats everything exactly.
 """
 
 from __future__ import annotations
@@ -16,29 +15,30 @@ from collections.abc import Callable, Coroutine
 from contextvars import Context, ContextVar, copy_context
 from typing import Any, ParamSpec, TypeVar
 
+from usbip_plugin.sync import Bell
 from usbip_sim.sockets import MemoryStreams
 from usbip_sim.virtual.loop import Deadlock
 
 T = TypeVar("T")
-
 P = ParamSpec("P")
 
 MAX_STEPS_AT_ONE_TIME = 50_000
-"""Limit of steps at one moment of virtual time. StepLoop raises BusyLoop if a round of callbacks ends above it."""
+"""Limit of steps at one moment of virtual time, above which StepLoop raises BusyLoop."""
 _MIN_CANCELLED = 100
 
 _owner: ContextVar[Process | None] = ContextVar("usbip_plugin_sim_process", default=None)
 
 
 class BusyLoop(RuntimeError):
-    """Error of a StepLoop whose callbacks run on and on while virtual time stands still."""
+    """Error of a StepLoop whose callbacks run endlessly while virtual time stands still."""
 
 
 class Process:
     """Unit that is frozen and killed as one: an operating system's process, or a host with its processes.
 
-    Freezing a host freezes its processes, too. Callbacks and tasks made within the process's context belong to the
-    process, as does everything that they start.
+    Callbacks and tasks made within the process's context belong to the process, as does everything that they start.
+
+    halted: no callback of the process runs, because the process is frozen or dead, or its host is halted.
     """
 
     def __init__(self, loop: StepLoop, name: str, host: Process | None = None) -> None:
@@ -46,7 +46,6 @@ class Process:
         self.steps = 0
         self.dead = False
         self.halted = False
-        """True while no callback of the process runs: the process is frozen, its host is halted, or it is dead."""
         self._loop = loop
         self._host = host
         self._guests: list[Process] = []
@@ -56,59 +55,45 @@ class Process:
         self._parked: list[asyncio.Handle] = []
         self._tasks: weakref.WeakSet[_Task] = weakref.WeakSet()
         self._remains: list[_Task] = []
-        self._last_words: list[Callable[[], None]] = []
+        self._death = Bell()
         self._traps: list[tuple[int, Callable[[], None]]] = []
         self.context: Context = copy_context()
         self.context.run(_owner.set, self)
         loop.processes.append(self)
         if host is not None:
-            host.attend(self)
+            host._guests.append(self)  # noqa: SLF001
 
     @property
     def frozen(self) -> bool:
         return self._frozen
 
     def freeze(self) -> None:
-        """Stops every callback of the process, as SIGSTOP does. Its timers go on; what others send to it waits."""
+        """Stops every callback of the process, as SIGSTOP does. Due timers and deliveries wait for thaw()."""
         self._frozen = True
-        self.look_again()
+        self._update_halted()
 
     def thaw(self) -> None:
-        """Runs what became due while the process was frozen, as SIGCONT does: first what came in, then the timers."""
+        """Continues the process, as SIGCONT does: runs deliveries that waited, then the timers."""
         self._frozen = False
-        self.look_again()
+        self._update_halted()
 
     def halted_time(self) -> float:
-        """Returns for how many seconds of the loop, in total, the process has been halted so far."""
+        """Returns the total time for which the process has been halted, in seconds of the loop."""
         return self._halted_for + (self._loop.time() - self._halted_at if self.halted else 0.0)
 
     def kill(self) -> None:
-        """Kills the process: no further step of it runs, not even a `finally`.
-
-        Calls the `at_death` callbacks. Idempotent.
-        """
+        """Kills the process: no further step of it runs, not even a `finally`. Idempotent."""
         if self.dead:
             return
         self.dead = True
-        self.look_again()
+        self._update_halted()
         self._traps.clear()
         self._remains = self.tasks()  # keeps the tasks alive: garbage collection would run the rest of their code
-        last_words, self._last_words = self._last_words, []
-        for callback in last_words:
-            callback()
+        self._death.ring()
 
-    def at_death(self, callback: Callable[[], None]) -> Callable[[], None]:
-        """Registers a callback for kill(), for what an operating system cleans up.
-
-        Returns a function that removes it.
-        """
-        self._last_words.append(callback)
-
-        def forget() -> None:
-            if callback in self._last_words:
-                self._last_words.remove(callback)
-
-        return forget
+    def on_death(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Registers a callback for kill(), for what an operating system cleans up. Returns how to unregister it."""
+        return self._death.subscribe(callback)
 
     def after_steps(self, count: int, callback: Callable[[], None]) -> None:
         """Calls callback once, right after count (at least 1) more steps of the process, if it lives that long."""
@@ -124,18 +109,17 @@ class Process:
             self._loop.call_soon(callback, *args, context=self.context)
 
     def call_later(self, seconds: float, callback: Callable[..., object], *args: Any) -> asyncio.TimerHandle:
-        """Schedules a callback of the process. seconds: in the loop's time."""
         return self._loop.call_later(seconds, callback, *args, context=self.context)
 
     def create_task(self, coro: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
         return self._loop.create_task(coro, name=name, context=self.context.copy())
 
     def release(self) -> None:
-        """Lets the rest of the process run and end when the simulation is over, also if the process is dead."""
+        """Lets the process run and end when the simulation is over, also if it is dead."""
         self.dead = self._frozen = False
-        self.look_again()
+        self._update_halted()
 
-    # called by the loop
+    # Called by the loop.
 
     def park(self, handle: asyncio.Handle) -> None:
         self._parked.append(handle)  # also for a dead process: a task whose wake-up is lost could never be ended
@@ -148,20 +132,15 @@ class Process:
     def adopt(self, task: _Task) -> None:
         self._tasks.add(task)
 
-    # called by the process's guests and its host
-
-    def attend(self, guest: Process) -> None:
-        self._guests.append(guest)
-
-    def look_again(self) -> None:
-        """Updates `halted` of the process and its guests. Called after a freeze, thaw, kill or release."""
+    def _update_halted(self) -> None:
+        """Updates `halted` of the process and its guests."""
         before, self.halted = self.halted, self._frozen or self.dead or (self._host is not None and self._host.halted)
         if self.halted and not before:
             self._halted_at = self._loop.time()
         elif before and not self.halted:
             self._halted_for += self._loop.time() - self._halted_at
         for guest in self._guests:
-            guest.look_again()
+            guest._update_halted()  # noqa: SLF001
         if not self.halted:
             parked, self._parked = self._parked, []
             self._loop.resume([handle for handle in parked if not isinstance(handle, asyncio.TimerHandle)])
@@ -169,10 +148,7 @@ class Process:
 
 
 class _Task(asyncio.Task[Any]):
-    """Task hashed by its number instead of its address.
-
-    asyncio keeps tasks in sets and cancels them in the sets' order, which must be the same in each run.
-    """
+    """Task hashed by its number: asyncio cancels tasks in the order of a set, which must be the same in each run."""
 
     number: int
 
@@ -182,8 +158,6 @@ class _Task(asyncio.Task[Any]):
 
 class StepLoop(MemoryStreams, asyncio.BaseEventLoop):
     """Event loop in virtual time, which stands still while anything is ready, then jumps to the next timer.
-
-    The loop has no sockets and no threads.
 
     after_step: called after each step.
     before_jump: called with the new time before time jumps to it; nothing changes in between.
@@ -212,7 +186,7 @@ class StepLoop(MemoryStreams, asyncio.BaseEventLoop):
         return self._now
 
     def resume(self, handles: list[asyncio.Handle]) -> None:
-        """Makes callbacks ready that were held back while their process was halted."""
+        """Makes callbacks ready that were parked while their process was halted."""
         self._ready.extend(handles)
 
     def _make_task(self, _loop: asyncio.AbstractEventLoop, coro: Any, **kwargs: Any) -> _Task:
@@ -248,10 +222,7 @@ class StepLoop(MemoryStreams, asyncio.BaseEventLoop):
             raise BusyLoop(f"{self._at_this_time} steps at {self._now} s")
 
     def _move_time(self) -> None:
-        """Makes due timers ready.
-
-        If nothing is ready, time first jumps to the next timer. Raises Deadlock if none is set.
-        """
+        """Makes due timers ready. If nothing is ready, time first jumps to the next timer; raises Deadlock for none."""
         timers = self._scheduled
         if self._timer_cancelled_count > max(_MIN_CANCELLED, len(timers) // 2):
             for timer in timers:
@@ -288,12 +259,12 @@ def loop_of() -> StepLoop:
     """Returns the running loop. Raises TypeError if it is not a StepLoop."""
     loop = asyncio.get_running_loop()
     if not isinstance(loop, StepLoop):
-        raise TypeError("this runs on a StepLoop only")
+        raise TypeError(f"expected a StepLoop, got {loop!r}")
     return loop
 
 
 def run(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """Runs main() to its end on a new StepLoop, then ends what is left of every process and task.
+    """Runs main() to its end on a new StepLoop, then ends all processes and tasks.
 
     Raises AssertionError for an error of a callback or task that nobody retrieved.
     """

@@ -22,19 +22,14 @@ FaultPlan = Callable[[str, Operation], Fate]
 """Function of a node name and an operation on the API server that returns the operation's fate."""
 
 
-def unchanged(driver: VhciDriver) -> VhciDriver:
-    """Returns the driver as it is. The default of ClusterSpec.driver."""
-    return driver
-
-
 @dataclass(slots=True)
 class ClusterSpec:
-    """Specification of a simulated cluster. Every dependency on the outside can be replaced for one run.
+    """Specification of a simulated cluster.
 
     rates: seconds of each node's clock for each second of the loop; 1.0 where not given.
     offsets: start of each node's monotonic clock, in seconds; 1000.0 where not given.
-    latency: seconds that a packet takes one way, asked anew for each packet.
-    fleet: number of nodes that an agent counts in the cluster; 0 stands for the nodes in names.
+    latency: returns the seconds that a packet takes one way; called for each packet.
+    fleet: number of nodes that an agent counts in the cluster; 0 for those in names.
     """
 
     names: Sequence[str]
@@ -47,7 +42,7 @@ class ClusterSpec:
     offsets: Sequence[float] = ()
     faults: FaultPlan = lambda _node, _operation: FINE
     latency: Callable[[], float] = lambda: 0.001
-    driver: Callable[[VhciDriver], VhciDriver] = unchanged
+    driver: Callable[[VhciDriver], VhciDriver] = lambda driver: driver
     observer: Callable[[str], MetricHooks] = lambda _node: MetricHooks()
     tracer: Callable[[str], Tracer] = lambda _node: NoOpTracer()
     fleet: int = 0
@@ -56,7 +51,7 @@ class ClusterSpec:
 class Surroundings:
     """Configuration, servers, network and Lease store that all nodes of a simulated cluster share.
 
-    starts: number of agents started so far, over all nodes.
+    starts: number of agents started, over all nodes.
     """
 
     domain = "usbip.dev"
@@ -73,12 +68,12 @@ class Surroundings:
         return f"{self.domain}/{resource}"
 
     def holder(self, key: DeviceKey) -> str:
-        """Returns the holder that the device's Lease in the store names, "" for none."""
+        """Returns the holder in the device's Lease, "" for none."""
         lease = self.backend.leases.get(key.id)
         return lease.holder if lease is not None else ""
 
     def pod_of(self, key: DeviceKey) -> PodRef | None:
-        """Returns the pod that the device's Lease in the store names, or None."""
+        """Returns the pod in the device's Lease, or None."""
         lease = self.backend.leases.get(key.id)
         return lock_of(lease).pod if lease is not None else None
 

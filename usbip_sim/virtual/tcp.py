@@ -21,7 +21,7 @@ from usbip_sim.virtual.network import Host, Link, Way
 DEAD_PEER_S = float(KEEPALIVE_IDLE_S + KEEPALIVE_INTERVAL_S * KEEPALIVE_COUNT)
 """Seconds until keepalive finds the peer of an idle connection dead, from the plugin's own socket options."""
 USER_TIMEOUT_S = USER_TIMEOUT_MS / 1000
-"""Seconds for which sent data may stay unacknowledged before the node gives the connection up (TCP_USER_TIMEOUT)."""
+"""Seconds for which sent data may stay unacknowledged before the node ends the connection (TCP_USER_TIMEOUT)."""
 ORPHAN_S = USER_TIMEOUT_S
 """Seconds for which the node repeats the FIN of a connection that no process has open any more."""
 
@@ -29,13 +29,7 @@ _IMPORT_REQUEST = b"\x80\x03"
 
 
 class TcpConnection(Connection):
-    """TCP connection between a process on a node, or the node's kernel, and a server. Made by MemoryConnector.
-
-    node_up: the node's TCP knows the connection.
-    server_up: the server's TCP knows the connection.
-
-    The network calls node_vanishes(), server_vanishes() and look_again().
-    """
+    """TCP connection between a process on a node, or the node's kernel, and a server. A NetworkConnection."""
 
     def __init__(self, host: Host, link: Link, server: VirtualServer) -> None:
         super().__init__()
@@ -63,14 +57,13 @@ class TcpConnection(Connection):
 
     @property
     def live_import(self) -> str | None:
-        """The bus id of an IMPORT over this connection that may be under way or granted, or None."""
         lost = self._was_accepted and not self.server_up
         return None if lost or not self.node_up or self.references == 0 else self._import
 
-    # the node's side
+    # The node's side.
 
     def dial(self, answer: asyncio.Future[None]) -> None:
-        """Sends a SYN. answer is set when the server has accepted it, or gets a ConnectionRefusedError."""
+        """Sends a SYN. answer is set when the server accepts it, or gets a ConnectionRefusedError."""
         self._to_server.send(lambda: self._syn_arrived(answer))
 
     def _dialled(self, answer: asyncio.Future[None], error: OSError | None) -> None:
@@ -78,7 +71,7 @@ class TcpConnection(Connection):
             return
         if error is None:
             answer.set_result(None)
-            self.look_again()
+            self.update_timers()
         else:
             answer.set_exception(error)
 
@@ -101,7 +94,7 @@ class TcpConnection(Connection):
         if self._error is not None:
             raise self._error
         if not self._inbox and not self.ended:
-            raise BlockingIOError(errno.EAGAIN, "nothing has come")
+            raise BlockingIOError(errno.EAGAIN, "no data")
         return bytes(self._inbox[:size])
 
     async def send(self, data: bytes) -> None:
@@ -118,10 +111,7 @@ class TcpConnection(Connection):
         self._to_server.send(lambda: self._arrived(data))
 
     def released(self) -> None:
-        """Closes the node's side after its last reference was closed, with a FIN.
-
-        The FIN and the data sent before it arrive only if they get through within ORPHAN_S.
-        """
+        """Sends a FIN, which arrives, with the data before it, only if it gets through within ORPHAN_S."""
         if not self.node_up:
             return
         if self.server_up or (self.link.passable and not self._was_accepted):
@@ -129,24 +119,26 @@ class TcpConnection(Connection):
         elif not self._was_accepted:
             self._to_server.drop()
         self._leave_node(None)
-        self.look_again()
+        self.update_timers()
 
     def node_vanishes(self) -> None:
-        """Ends the node's side as a power failure of the node does: nothing of what is under way arrives."""
         self._leave_node(OSError(errno.ECONNABORTED, "no power"))
         self._to_server.drop()
-        self.look_again()
+        self.update_timers()
 
     def _unanswered(self) -> None:
-        """Gives the connection up on the node after a timeout. Sends a RST, which gets through now or never."""
+        """Ends the node's side after a timeout. Sends a RST, which is not repeated."""
         self._timeout = self._node_watchdog = None
         if not self.node_up:
             return
         self._leave_node(TimeoutError(errno.ETIMEDOUT, "Connection timed out"))
         self._to_server.drop()
+        self._reset_server()
+        self.update_timers()
+
+    def _reset_server(self) -> None:
         if self.link.passable:
-            self._to_server.send(lambda: self._lose_server(ConnectionResetError(errno.ECONNRESET, "reset")))
-        self.look_again()
+            self._to_server.send(lambda: self._lose_server(_reset()))
 
     def _leave_node(self, error: OSError | None, *, by_peer: bool = False) -> None:
         self.node_up = False
@@ -169,25 +161,28 @@ class TcpConnection(Connection):
             if not reader.done():
                 reader.set_result(None)
 
+    def _send_to_node(self, action: Callable[[], None]) -> None:
+        """Runs action when a packet sent now arrives at the node. A frozen node runs it when it is thawed."""
+        self._to_node.send(lambda: self._on_node(action))
+
     def _on_node(self, action: Callable[[], None]) -> None:
-        """Runs action for something that has arrived at the node. A frozen node runs it when it is thawed."""
         if self.host.process is None:
             action()
         elif not self.host.process.dead:
             self.host.process.call_soon(action)
 
-    def _data_came(self, data: bytes) -> None:
+    def _data_arrived(self, data: bytes) -> None:
         if self.node_up:
             self._inbox += data
             self._wake()
-        elif self.link.passable:  # the node does not know the connection any more: it answers with a RST
-            self._to_server.send(lambda: self._lose_server(ConnectionResetError(errno.ECONNRESET, "reset")))
+        else:  # the node does not know the connection any more
+            self._reset_server()
 
     def _peer_left(self, error: OSError | None) -> None:
         if self.node_up:
             self._leave_node(error, by_peer=True)
 
-    # the server's side
+    # The server's side.
 
     def _syn_arrived(self, answer: asyncio.Future[None]) -> None:
         error: OSError | None = None
@@ -198,20 +193,19 @@ class TcpConnection(Connection):
             self._protocol.connection_made(self._transport)
         else:
             error = ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
-        self._to_node.send(lambda: self._on_node(lambda: self._dialled(answer, error)))
+        self._send_to_node(lambda: self._dialled(answer, error))
 
     def server_write(self, data: bytes) -> None:
         if self.server_up:
-            self._to_node.send(lambda: self._on_node(lambda: self._data_came(data)))
+            self._send_to_node(lambda: self._data_arrived(data))
 
     def server_close(self, error: OSError | None = None) -> None:
         """Ends the connection from the server's side: with a FIN, or with a RST if the node gets an error."""
         if self.server_up:
             self._lose_server(None)
-            self._to_node.send(lambda: self._on_node(lambda: self._peer_left(error)))
+            self._send_to_node(lambda: self._peer_left(error))
 
     def server_vanishes(self) -> None:
-        """Ends the server's side as a power failure of its host does: nothing under way to the node arrives."""
         self._to_node.drop()
         self._lose_server(None)
 
@@ -228,13 +222,8 @@ class TcpConnection(Connection):
         if self.server_up:
             self._held.append(data)
             self._feed()
-        elif self._was_accepted:
-            self._refuse()
-
-    def _refuse(self) -> None:
-        """Answers the node with a RST, because the server does not know the connection any more."""
-        error = ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
-        self._to_node.send(lambda: self._on_node(lambda: self._peer_left(error)))
+        elif self._was_accepted:  # the server does not know the connection any more
+            self._send_to_node(lambda: self._peer_left(_reset()))
 
     def _fin_arrived(self) -> None:
         if self.server_up:
@@ -259,7 +248,7 @@ class TcpConnection(Connection):
         if protocol is not None:
             protocol.connection_lost(error)
         self._network.on_change()
-        self.look_again()
+        self.update_timers()
         self._forget()
 
     def _server_timed_out(self) -> None:
@@ -267,9 +256,9 @@ class TcpConnection(Connection):
         self._to_node.drop()
         self._lose_server(TimeoutError(errno.ETIMEDOUT, "Connection timed out"))
 
-    # both sides
-    def look_again(self) -> None:
-        """Starts and stops the keepalive timers of both sides after a link, a host or a side has changed."""
+    # Both sides.
+
+    def update_timers(self) -> None:
         if self.node_up and self._was_accepted:
             self._watch_server()
         if self.server_up and self.server.keepalive:
@@ -280,37 +269,40 @@ class TcpConnection(Connection):
 
     def _watch_server(self) -> None:
         """Starts or stops the node's keepalive timer, depending on whether the server would answer a probe."""
-        unheard = not self.link.passable
-        reset = not unheard and not self.server_up and self._to_node.idle
-        if self._node_watchdog is not None and not unheard:
-            self._node_watchdog.cancel()
-            self._node_watchdog = None
-        if unheard and self._node_watchdog is None:
+        if self.link.passable:
+            if self._node_watchdog is not None:
+                self._node_watchdog.cancel()
+                self._node_watchdog = None
+            if not self.server_up and self._to_node.idle:
+                self._node_watchdog = self.host.later(KEEPALIVE_IDLE_S, self._probed)
+        elif self._node_watchdog is None:
             self._node_watchdog = self.host.later(DEAD_PEER_S, self._unanswered)
-        elif reset:
-            self._node_watchdog = self.host.later(KEEPALIVE_IDLE_S, self._probed)
 
     def _probed(self) -> None:
-        """Ends the node's side with a RST: a server that does not know the connection answers a keepalive probe."""
+        """Ends the node's side by the RST with which the server answers a keepalive probe."""
         self._node_watchdog = None
         if self.link.passable and not self.server_up:
-            self._peer_left(ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"))
+            self._peer_left(_reset())
         else:
-            self.look_again()  # the link has been cut meanwhile: no one answers
+            self.update_timers()  # the link has been cut meanwhile: no answer
 
     def _watch_node(self) -> None:
-        """Starts or stops the server's keepalive timer. Called only for servers with keepalive."""
-        unheard = not self.link.passable or self.host.halted or not self.node_up
-        if not unheard and self._server_watchdog is not None:
+        """Starts or stops the server's keepalive timer."""
+        unreachable = not self.link.passable or self.host.halted or not self.node_up
+        if not unreachable and self._server_watchdog is not None:
             self._server_watchdog.cancel()
             self._server_watchdog = None
-        elif unheard and self._server_watchdog is None:
+        elif unreachable and self._server_watchdog is None:
             self._server_watchdog = self._network.call_later(DEAD_PEER_S, self._server_timed_out)
 
     def _forget(self) -> None:
         """Removes the connection from the network once neither side knows it."""
         if not self.node_up and not self.server_up and (self._was_accepted or self._to_server.idle):
             self._network.connections.pop(self, None)
+
+
+def _reset() -> ConnectionResetError:
+    return ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
 
 
 class _ServerTransport(asyncio.Transport):
@@ -330,7 +322,7 @@ class _ServerTransport(asyncio.Transport):
 
     def abort(self) -> None:
         self._closing = True
-        self._connection.server_close(ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"))
+        self._connection.server_close(_reset())
 
     def is_closing(self) -> bool:
         return self._closing
