@@ -86,7 +86,7 @@ class MemoryBackend:
     """
 
     def __init__(self, history: int = 1000) -> None:
-        self._leases: dict[str, Lease] = {}
+        self.leases: dict[str, Lease] = {}
         self._version = 1
         self._compacted = 0
         self._history: list[_Change] = []
@@ -96,10 +96,6 @@ class MemoryBackend:
         self._uids = 0
         self.on_write: Callable[[Lease | None, Lease | None], None] = lambda _before, _after: None
         """Called within each write with the Lease before and after it; None for no Lease."""
-
-    @property
-    def leases(self) -> Mapping[str, Lease]:
-        return self._leases
 
     @property
     def version(self) -> str:
@@ -112,7 +108,7 @@ class MemoryBackend:
         self.changed.ring()
 
     def create(self, lease: Lease) -> Lease:
-        if lease.name in self._leases:
+        if lease.name in self.leases:
             raise KubeConflict("create", RESOURCE, f'"{lease.name}" already exists')
         self._uids += 1
         return self._store(ChangeType.ADDED, replace(lease, uid=f"uid-{self._uids}"), None)
@@ -126,7 +122,7 @@ class MemoryBackend:
         self._store(ChangeType.DELETED, current, current)
 
     def list(self, labels: Mapping[str, str]) -> LeaseList:
-        found = tuple(lease for _, lease in sorted(self._leases.items()) if _matches(lease, labels))
+        found = tuple(lease for _, lease in sorted(self.leases.items()) if _matches(lease, labels))
         return LeaseList(found, str(self._version))
 
     def last(self, count: int, labels: Mapping[str, str]) -> tuple[LeaseChange, ...]:
@@ -145,7 +141,7 @@ class MemoryBackend:
         return self.last(count, labels) if count else (), self._version
 
     def _current(self, verb: str, name: str, resource_version: str) -> Lease:
-        current = self._leases.get(name)
+        current = self.leases.get(name)
         if current is None:
             raise KubeNotFound(verb, RESOURCE, f'"{name}" not found')
         if current.resource_version != resource_version:
@@ -163,9 +159,9 @@ class MemoryBackend:
             labels=dict(lease.labels),
         )
         if kind is ChangeType.DELETED:
-            del self._leases[lease.name]
+            del self.leases[lease.name]
         else:
-            self._leases[lease.name] = stored
+            self.leases[lease.name] = stored
         self._history.append(_Change(self._version, kind, stored, before))
         if len(self._history) > self._length:
             self._compacted = self._history.pop(0).version

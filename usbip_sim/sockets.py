@@ -92,15 +92,11 @@ class MemorySocket(socket.socket):
     """
 
     def __init__(self, table: SocketTable, connection: Connection, token: int) -> None:
-        self._table, self._connection, self._token = table, connection, token
+        self._table, self.connection, self._token = table, connection, token
         connection.references += 1
 
     def __repr__(self) -> str:
         return f"<MemorySocket {self._token}>"
-
-    @property
-    def connection(self) -> Connection:
-        return self._connection
 
     def fileno(self) -> int:
         """Returns the token, or -1 once this reference is closed."""
@@ -110,7 +106,7 @@ class MemorySocket(socket.socket):
         """Returns another reference to the same connection. Raises ValueError if this reference is closed."""
         if self._token == CLOSED:
             raise ValueError("dup of a closed MemorySocket")
-        return self._table.open(self._connection)
+        return self._table.open(self.connection)
 
     def close(self) -> None:
         """Closes this reference. Closing the last reference ends the connection. Idempotent."""
@@ -118,30 +114,30 @@ class MemorySocket(socket.socket):
             return
         self._table.forget(self._token)
         self._token = CLOSED
-        self._connection.references -= 1
-        if self._connection.references == 0:
-            self._connection.released()
+        self.connection.references -= 1
+        if self.connection.references == 0:
+            self.connection.released()
 
     def on_close(self, callback: Callable[[], None]) -> Callable[[], None]:
         """Calls callback once, synchronously, when either side ends the connection; at once if it has ended.
 
         Returns a function that removes the callback, and that may be called any number of times.
         """
-        return self._connection.on_end(callback)
+        return self.connection.on_end(callback)
 
     def server_end(self) -> None:
         """Ends the connection from the server's side. References stay open until their owners close them."""
-        self._connection.peer_end()
+        self.connection.peer_end()
 
     @property
     def closed_by_peer(self) -> bool:
         """True once the server has ended the connection, which a real socket shows by EOF."""
-        return self._connection.closed_by_peer
+        return self.connection.closed_by_peer
 
     @property
     def ended(self) -> bool:
         """True once either side has ended the connection."""
-        return self._connection.ended
+        return self.connection.ended
 
     def recv(self, bufsize: int, flags: int = 0, /) -> bytes:
         """Peeks at data, with the flags MSG_PEEK and MSG_DONTWAIT only. Raises OSError for other flags.
@@ -150,7 +146,7 @@ class MemorySocket(socket.socket):
         """
         if flags != socket.MSG_PEEK | socket.MSG_DONTWAIT:
             raise OSError(errno.EOPNOTSUPP, "use the loop")
-        return self._connection.peek(bufsize)
+        return self.connection.peek(bufsize)
 
 
 class MemoryStreams(asyncio.AbstractEventLoop):

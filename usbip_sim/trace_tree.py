@@ -34,7 +34,7 @@ def _branch(
     lines: list[str],
     above: Mapping[str, str],
 ) -> None:
-    lines.append(first + line(span, above))
+    lines.append(first + _line(span, above))
     shown = {**above, **span.attributes}
     below = children.get(span.span_id, [])
     for index, child in enumerate(below):
@@ -42,16 +42,15 @@ def _branch(
         _branch(child, children, rest + ("└─ " if last else "├─ "), rest + ("   " if last else "│  "), lines, shown)
 
 
-def line(span: SpanRecord, above: Mapping[str, str] | None = None) -> str:
+def _line(span: SpanRecord, above: Mapping[str, str]) -> str:
     """Returns one span as text, such as `lock.acquire 3.1 ms [node-a] epoch=2`.
 
     Omits attributes with the same value in above. Unprintable characters become "?".
     """
-    known = above or {}
     parts = [span.name, duration(span.seconds)]
     if span.node:
         parts.append(f"[{span.node}]")
-    parts.extend(f"{key}={value}" for key, value in sorted(span.attributes.items()) if known.get(key) != value)
+    parts.extend(f"{key}={value}" for key, value in sorted(span.attributes.items()) if above.get(key) != value)
     parts.extend(f"link={trace_id[:8]}" for trace_id in span.links)
     if span.error is not None:
         parts.append(f"ERROR: {span.error}" if span.error else "ERROR")

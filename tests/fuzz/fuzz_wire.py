@@ -13,7 +13,7 @@ from usbip_plugin.model import Descriptor, DeviceKey, ServerKey, UsbId
 from usbip_plugin.usbip import identify, wire
 from usbip_plugin.usbip.client import refusal
 from usbip_plugin.usbip.wire import ProtocolViolation, decode
-from usbip_sim.server.server import VirtualServer, _Connection
+from usbip_sim.server.server import ServerConnection, VirtualServer
 from usbip_sim.server.usbdevice import VirtualDevice
 
 KEY = DeviceKey(ServerKey("10.0.0.1"), "1-2")
@@ -195,7 +195,7 @@ class _Nowhere(asyncio.Transport):
 def virtual_server(data: bytes) -> None:
     """Everything a client may send, in pieces."""
     server = VirtualServer([DEVICE], port=3240, listen=False)
-    connection = _Connection(server)
+    connection = ServerConnection(server)
     connection._transport = transport = _Nowhere()
     server.opened(connection)
     for start in range(0, len(data), 97):

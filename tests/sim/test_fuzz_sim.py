@@ -147,7 +147,8 @@ async def test_a_client_that_asks_without_reading_is_not_read_from() -> None:
     while connection is None:
         await asyncio.sleep(0)
         (connection,) = server._open or [None]
-    transport = connection._transport  # type: ignore[attr-defined]
+    transport = connection._transport
+    assert transport is not None
     sent = 0
     async with asyncio.timeout(PATIENCE):
         while transport.is_reading():

@@ -62,13 +62,9 @@ class DeviceNodes:
 
         Raises OSError if a node cannot be made.
         """
-        missing = [node.path for node in attachment.nodes if node.path not in self._paths]
-        if missing:
-            self._paths.update(dict.fromkeys(missing))
-            self._write()
-        for path in missing:
-            self._place(path).parent.mkdir(parents=True, exist_ok=True)
-            self._make(self._place(path))
+        for node in attachment.nodes:
+            if node.path not in self._paths:
+                self._add(node.path)
         nodes = tuple(dataclasses.replace(node, block=False, major=MAJOR, minor=MINOR) for node in attachment.nodes)
         return dataclasses.replace(attachment, nodes=nodes)
 
@@ -78,20 +74,15 @@ class DeviceNodes:
         A kernel that shares the directory may have taken a path. Raises OSError if no node can be made.
         """
         for node in nodes:
-            place = self._place(node.path)
-            place.parent.mkdir(parents=True, exist_ok=True)
             if node.path in self._paths:
                 continue
-            self._paths[node.path] = None
-            self._write()
             try:
-                self._make(place)
-            except FileExistsError:
-                del self._paths[node.path]
+                self._add(node.path)
+            except OSError as error:
+                self._paths.pop(node.path, None)
                 self._write()
-            except OSError:
-                del self._paths[node.path]
-                raise
+                if not isinstance(error, FileExistsError):
+                    raise
             else:
                 return dataclasses.replace(node, block=False, major=MAJOR, minor=MINOR)
         raise FileExistsError(errno.EEXIST, "all paths are taken", str(self._directory))
@@ -106,6 +97,12 @@ class DeviceNodes:
             del self._paths[path]
         if removed:
             self._write()
+
+    def _add(self, path: str) -> None:
+        self._place(path).parent.mkdir(parents=True, exist_ok=True)
+        self._paths[path] = None
+        self._write()  # before the node exists, so that a later process removes it
+        self._make(self._place(path))
 
     def _place(self, path: str) -> Path:
         return self._directory / Path(path).relative_to("/dev")

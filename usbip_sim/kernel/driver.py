@@ -34,24 +34,16 @@ class SimulatedVhci:
         self._node = node
         self._known: dict[int, int] = {}
         for number in [number for number in self._records if self._stale(number)]:
-            self._forget(number)
+            del self._records[number]
 
     @property
     def _records(self) -> dict[int, DeviceKey]:
         return self._kernel.records.setdefault(self._node, {})
 
-    @property
-    def _marks(self) -> dict[int, int]:
-        return self._kernel.marks.setdefault(self._node, {})
-
     def _stale(self, number: int) -> bool:
         """Returns whether the port's record is for another device than the one on the port."""
         occupant = self._kernel.occupant(number)
-        return occupant is None or self._marks.get(number) != occupant.number
-
-    def _forget(self, number: int) -> None:
-        self._records.pop(number, None)
-        self._marks.pop(number, None)
+        return occupant is None or occupant.recorded_by != self._node
 
     def _ports(self) -> tuple[Port, ...]:
         if not self._kernel.loaded:
@@ -93,7 +85,7 @@ class SimulatedVhci:
         occupant.serial = self._kernel.serial_of(key)
         self._known[port.number] = occupant.number
         self._records[port.number] = key
-        self._marks[port.number] = occupant.number
+        occupant.recorded_by = self._node
         return port.number
 
     async def enumerate(
@@ -166,11 +158,11 @@ class SimulatedVhci:
         if not self._foreign(port):
             self._kernel.free_port(port)
         self._known.pop(port, None)
-        self._forget(port)
+        self._records.pop(port, None)
 
     async def forget(self, key: DeviceKey) -> None:
         for port in [port for port, record in self._records.items() if record == key]:
-            self._forget(port)
+            del self._records[port]
 
     def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]:
         return self._kernel.bell.subscribe(callback)

@@ -31,6 +31,7 @@ class Occupant:
     descriptor: None for a device that was not attached over the network.
     appears_at: when the device is enumerated, in seconds of the kernel's clock; infinity for never.
     serial: None if the simulation does not know it; then any expected serial number matches.
+    recorded_by: the node whose port record is for this device; "" for none.
     identified: the kernel has read the identity from the device itself, and `children` follow from that identity.
     let_go: releases the kernel's reference to the socket.
     """
@@ -44,6 +45,7 @@ class Occupant:
     serial: str | None = None
     manufacturer: str = ""
     model: str = ""
+    recorded_by: str = ""
     identified: bool = False
     children: list[DeviceNode] = field(default_factory=list)
     let_go: Callable[[], None] = lambda: None
@@ -75,7 +77,6 @@ class SimulatedKernel:
         self.records_failing: int | None = None  # errno with which each write of a port record fails
         self.bell = Bell()
         self.records: dict[str, dict[int, DeviceKey]] = {}  # port records by node; each kind node has its own /run
-        self.marks: dict[str, dict[int, int]] = {}  # by node and port: number of the occupant that the record is for
         self.serials: dict[DeviceKey, str] = {}
         self.serial_of = serial_of or self.serials.get
         self.child_kinds: dict[UsbId, tuple[str, ...]] = {}  # names in children.CHILDREN, by id
@@ -134,7 +135,6 @@ class SimulatedKernel:
         for number in tuple(self._occupants):
             self.free_port(number)
         self.records.clear()
-        self.marks.clear()
         self._devnums.clear()
 
     # What drivers see.

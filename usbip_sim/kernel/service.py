@@ -44,7 +44,7 @@ class KernelService:
     def __init__(
         self, kernel: SimulatedKernel, path: Path, devices: DeviceNodes | None = None, *, asking: bool = False
     ) -> None:
-        self._kernel, self._path, self._devices, self._asking = kernel, path, devices, asking
+        self.kernel, self._path, self._devices, self._asking = kernel, path, devices, asking
         self._made: dict[tuple[int, int], set[str]] = {}  # paths of nodes, by port and number of its occupant
 
     async def run(self, *, listening: Callable[[], None] = lambda: None) -> None:
@@ -56,7 +56,7 @@ class KernelService:
             self._devices.sweep()
         loop = asyncio.get_running_loop()
         with contextlib.closing(_listen(self._path)) as listener:
-            unsubscribe = self._kernel.bell.subscribe(self._remove_nodes)
+            unsubscribe = self.kernel.bell.subscribe(self._remove_nodes)
             channels: set[Channel] = set()
             try:
                 async with asyncio.TaskGroup() as tasks:
@@ -68,34 +68,30 @@ class KernelService:
                 unsubscribe()
                 for channel in channels:
                     channel.close()
-                self._kernel.reboot()
+                self.kernel.reboot()
                 self._remove_nodes()
                 self._path.unlink(missing_ok=True)
-
-    @property
-    def kernel(self) -> SimulatedKernel:
-        return self._kernel
 
     async def attach(self, driver: SimulatedVhci, key: DeviceKey, descriptor: Descriptor, fd: int) -> int:
         """Attaches a device (see VhciDriver.attach) and records the identity and child nodes read from it.
 
         Raises AttachRefused also if a child node cannot be made; then the port is free again.
         """
-        found = await enumerate_device(key, descriptor, fd, self._kernel.clock) if self._asking else None
+        found = await enumerate_device(key, descriptor, fd, self.kernel.clock) if self._asking else None
         port = await driver.attach(key, descriptor, fd)
-        occupant = self._kernel.occupant(port)
+        occupant = self.kernel.occupant(port)
         if found is None or occupant is None:
             return port
         occupant.identified, occupant.usb_id, occupant.serial = True, found.usb_id, found.serial
         occupant.manufacturer, occupant.model = found.manufacturer, found.product
         try:
             for interface, name in drivers_children(found.usb_id, found.interfaces):
-                unused = self._kernel.unused(name)
+                unused = self.kernel.unused(name)
                 node = self._devices.make_one_of(unused) if self._devices is not None else next(unused)
                 occupant.children.append(replace(node, interface=interface))
                 self._made.setdefault((port, occupant.number), set()).add(node.path)
         except OSError as error:
-            self._kernel.free_port(port)
+            self.kernel.free_port(port)
             raise AttachRefused(f"cannot make a child node for {key}: {error}") from error
         return port
 
@@ -104,7 +100,7 @@ class KernelService:
 
         Raises AttachRefused if a node cannot be made; then the port is free again.
         """
-        occupant = self._kernel.occupant(attachment.port)
+        occupant = self.kernel.occupant(attachment.port)
         if self._devices is None or occupant is None:
             return attachment
         made = self._made.setdefault((attachment.port, occupant.number), set())
@@ -112,13 +108,13 @@ class KernelService:
         try:
             return self._devices.provide(attachment)
         except OSError as error:
-            self._kernel.free_port(attachment.port)
+            self.kernel.free_port(attachment.port)
             raise AttachRefused(f"cannot make a device node for {attachment.key}: {error}") from error
 
     def _remove_nodes(self) -> None:
         """Removes the nodes of devices that have left their port. Called after each change of a port."""
         for port, number in tuple(self._made):
-            occupant = self._kernel.occupant(port)
+            occupant = self.kernel.occupant(port)
             if occupant is None or occupant.number != number:
                 del self._made[port, number]
         if self._devices is not None:

@@ -33,52 +33,48 @@ class MemorySpecs:
     """SpecFiles in memory.
 
     failing: errno with which each write and removal fails; None if they succeed.
+    texts: texts of the specs by file, in the order of their last write.
     """
 
     def __init__(self, domain: str) -> None:
         self.domain = domain
         self.failing: int | None = None
-        self._texts: dict[Path, str] = {}
-
-    @property
-    def texts(self) -> Mapping[Path, str]:
-        """Texts of the specs by file, in the order of their last write."""
-        return self._texts
+        self.texts: dict[Path, str] = {}
 
     def clear(self) -> None:
         """Removes all specs, as a boot of the node empties /run."""
-        self._texts.clear()
+        self.texts.clear()
 
     def file(self, resource: str, device_id: str) -> Path:
         return PLACE / file_name(self.domain, resource, device_id)
 
     def read(self, resource: str, device_id: str) -> str | None:
-        return self._texts.get(self.file(resource, device_id))
+        return self.texts.get(self.file(resource, device_id))
 
     def find(self, device_id: str) -> tuple[str, ...]:
-        return tuple(self._texts[path] for path in reversed(self._of(device_id)))
+        return tuple(self.texts[path] for path in reversed(self._of(device_id)))
 
     def _of(self, device_id: str) -> list[Path]:
-        return [path for path in self._texts if path.name.endswith(f"-{device_id}.json")]
+        return [path for path in self.texts if path.name.endswith(f"-{device_id}.json")]
 
     def write(self, resource: str, device_id: str, text: str) -> None:
         self._may_fail()
         path = self.file(resource, device_id)
-        self._texts.pop(path, None)
-        self._texts[path] = text
+        self.texts.pop(path, None)
+        self.texts[path] = text
 
     def remove(self, device_id: str) -> None:
         self._may_fail()
         for path in self._of(device_id):
-            del self._texts[path]
+            del self.texts[path]
 
     def sweep(self, keep: Collection[str]) -> tuple[Path, ...]:
         if self.failing is not None:
             return ()
         kept = {path for device_id in keep for path in self._of(device_id)}
-        removed = tuple(sorted(path for path in self._texts if path not in kept))
+        removed = tuple(sorted(path for path in self.texts if path not in kept))
         for path in removed:
-            del self._texts[path]
+            del self.texts[path]
         return removed
 
     def _may_fail(self) -> None:

@@ -10,7 +10,7 @@ from usbip_plugin.clock import Clock, SystemClock
 from usbip_plugin.model import ServerKey
 from usbip_plugin.usbip import wire
 from usbip_plugin.usbip.client import set_options
-from usbip_sim.server.exports import ExportTable, Importer
+from usbip_sim.server.exports import ExportTable
 from usbip_sim.server.usbdevice import Transfers, VirtualDevice
 
 RESET_TIME = 0.3  # seconds that a device is busy after its importer has gone, as measured on usbip-host
@@ -48,7 +48,7 @@ class VirtualServer:
         self.running = False
         self.frozen = False
         self._listener: asyncio.Server | None = None
-        self._open: dict[Importer, None] = {}
+        self._open: dict[ServerConnection, None] = {}
         self._one_closed = asyncio.Event()
 
     @property
@@ -59,7 +59,7 @@ class VirtualServer:
         """Starts to answer, on the same port as before. Idempotent."""
         if self._listen and self._listener is None:
             loop = asyncio.get_running_loop()
-            self._listener = await loop.create_server(lambda: _Connection(self), self._host, self._port)
+            self._listener = await loop.create_server(lambda: ServerConnection(self), self._host, self._port)
             self._port = self._listener.sockets[0].getsockname()[1]
         self.running = True
 
@@ -103,16 +103,12 @@ class VirtualServer:
         while self.importers(busid):
             await self._next_close()
 
-    def accept(self) -> asyncio.Protocol:
-        """Returns the protocol for the server's side of a connection that does not come over TCP."""
-        return _Connection(self)
-
-    def opened(self, connection: Importer) -> None:
+    def opened(self, connection: ServerConnection) -> None:
         """Records a connection that has begun."""
         self.connections += 1
         self._open[connection] = None
 
-    def closed(self, connection: Importer) -> None:
+    def closed(self, connection: ServerConnection) -> None:
         """Forgets a connection that has ended, and releases its device."""
         self.table.release(connection)
         self._open.pop(connection, None)
@@ -124,11 +120,10 @@ class VirtualServer:
 
     def _pause_or_resume(self) -> None:
         for connection in self._open:
-            if isinstance(connection, _Connection):
-                connection.pause(self.frozen)
+            connection.pause(self.frozen)
 
 
-class _Connection(asyncio.Protocol):
+class ServerConnection(asyncio.Protocol):
     """Connection to a VirtualServer. Driven by received data, without a task of its own."""
 
     def __init__(self, server: VirtualServer) -> None:

@@ -61,7 +61,7 @@ class ClusterKubelet:
         self.on_answer: Callable[[Call, BaseException | None], None] = lambda _call, _error: None
         self.hang_ups = 0
         self._starts = 0
-        self._streams: dict[_Stream, None] = {}
+        self.streams: dict[Stream, None] = {}
         self._admissions: dict[asyncio.Task[Any], None] = {}
 
     async def admit(self, pod: PodRef, requests: Mapping[str, int] | Sequence[ContainerSpec]) -> str | None:
@@ -125,23 +125,11 @@ class ClusterKubelet:
     def hang_up(self) -> None:
         """Ends every ListAndWatch while the kubelet lives. The kubelet does not reconnect."""
         self.hang_ups += 1
-        for stream in tuple(self._streams):
+        for stream in tuple(self.streams):
             stream.end()
 
-    def plugin(
-        self, server: DevicePluginServer, process: Process, clock: Clock, on_state: Callable[[Plugin], None]
-    ) -> Plugin:
-        """Returns the Plugin for a resource of the agent that runs as process."""
-        return _LocalPlugin(self, server, process, clock, on_state)
 
-    def open(self, stream: _Stream) -> None:
-        self._streams[stream] = None
-
-    def closed(self, stream: _Stream) -> None:
-        self._streams.pop(stream, None)
-
-
-class _Stream:
+class Stream:
     """Registration of a plugin with its ListAndWatch. Messages in each direction arrive in order."""
 
     def __init__(self, owner: ClusterKubelet, server: DevicePluginServer, process: Process) -> None:
@@ -150,7 +138,7 @@ class _Stream:
         self._owner, self._server, self._process = owner, server, process
         self._connected = False
         self._forget = process.on_death(self.close)
-        owner.open(self)
+        owner.streams[self] = None
         owner.process.call_soon(self._register)
 
     async def receive(self, state: DeviceStates) -> None:
@@ -181,7 +169,7 @@ class _Stream:
             self._owner.kubelet.listed(self._server.resource, dict(state))
 
     def _disconnect(self) -> None:
-        self._owner.closed(self)
+        self._owner.streams.pop(self, None)
         if self._connected:
             self._connected = False
             self._owner.kubelet.disconnect(self._server.resource, self._server)
@@ -230,7 +218,7 @@ class _Stream:
             forget()
 
 
-class _LocalPlugin:
+class LocalPlugin:
     """Plugin that registers with a ClusterKubelet, and again REGISTER_AGAIN_S after its stream has ended."""
 
     def __init__(
@@ -243,18 +231,15 @@ class _LocalPlugin:
     ) -> None:
         self._owner, self._server, self._process, self._clock = owner, server, process, clock
         self._on_state = on_state
+        self.resource = server.resource
         self.error: str | None = None
         self.registrations = 0
         self.registered = False
 
-    @property
-    def resource(self) -> str:
-        return self._server.resource
-
     async def run(self) -> None:
         while True:
             await self._owner.up.wait()
-            stream = _Stream(self._owner, self._server, self._process)
+            stream = Stream(self._owner, self._server, self._process)
             try:
                 await self._until_over(stream)
             finally:
@@ -263,7 +248,7 @@ class _LocalPlugin:
             self._on_state(self)
             await self._clock.sleep(REGISTER_AGAIN_S)
 
-    async def _until_over(self, stream: _Stream) -> None:
+    async def _until_over(self, stream: Stream) -> None:
         over = asyncio.create_task(stream.over.wait(), name=f"stream of {self.resource}")
         follow: asyncio.Task[None] | None = None
         try:

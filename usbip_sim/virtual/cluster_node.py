@@ -22,9 +22,8 @@ from usbip_sim.kubelet.device_manager import Allocation, ContainerSpec
 from usbip_sim.kubelet.pods import AdmittedPods
 from usbip_sim.kubelet.specs import MemorySpecs, Resolved, resolve
 from usbip_sim.leases import RESOURCE, Fate, Lost, MemoryLeases, Operation
-from usbip_sim.virtual.cluster_kubelet import ClusterKubelet, LocalPodResources
+from usbip_sim.virtual.cluster_kubelet import ClusterKubelet, LocalPlugin, LocalPodResources
 from usbip_sim.virtual.connector import MemoryConnector
-from usbip_sim.virtual.local_kubelet import LocalKubelet
 from usbip_sim.virtual.loop import SimClock
 from usbip_sim.virtual.network import Host
 from usbip_sim.virtual.node_objects import NodeConnection, NodeObject
@@ -66,6 +65,7 @@ class ClusterNode:
             serial_of=cluster.serial_of,
         )
         self.pods = ClusterKubelet(Process(loop, f"{name} kubelet", self.host))
+        self.kubelet = self.pods.kubelet
         self.known_pods = AdmittedPods(self.kubelet)
         self.specs = MemorySpecs(cluster.domain)
         self.evicted: list[PodRef] = []
@@ -82,10 +82,6 @@ class ClusterNode:
         self._lost = Lost.REQUEST
         phase = random.Random(f"{cluster.seed}/{name}").random()  # noqa: S311 - to be repeated
         self.pods.process.call_later(phase * KUBELET_SYNC_S, self._sync_status)
-
-    @property
-    def kubelet(self) -> LocalKubelet:
-        return self.pods.kubelet
 
     @property
     def sockets(self) -> int:
@@ -284,13 +280,10 @@ class ClusterNode:
 
     def attached(self) -> frozenset[DeviceKey]:
         """Returns the devices that are attached to this node's kernel, whatever the agent's claims are."""
-        records, marks = self.kernel.records.get(self.name, {}), self.kernel.marks.get(self.name, {})
-        occupants = ((number, key, self.kernel.occupant(number)) for number, key in records.items())
-        # A record may be out of date, and the occupant of its port may not have been attached over the network.
+        occupants = ((key, self.kernel.occupant(port)) for port, key in self.kernel.records.get(self.name, {}).items())
+        # A record may be out of date.
         return frozenset(
-            key
-            for number, key, occupant in occupants
-            if occupant is not None and occupant.number == marks.get(number) and occupant.descriptor is not None
+            key for key, occupant in occupants if occupant is not None and occupant.recorded_by == self.name
         )
 
     def held_in(self, *states: ClaimState) -> frozenset[DeviceKey]:
@@ -379,4 +372,4 @@ class _LocalRegistrar:
         """Does nothing: ClusterKubelet.up is set while the kubelet runs."""
 
     def plugin(self, server: DevicePluginServer, on_state: Callable[[Plugin], None]) -> Plugin:
-        return self._pods.plugin(server, self._process, self._clock, on_state)
+        return LocalPlugin(self._pods, server, self._process, self._clock, on_state)

@@ -93,24 +93,20 @@ class SimClock:
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, rate: float = 1.0, offset: float = 1000.0) -> None:
-        self._loop, self._rate, self._offset = loop, rate, offset
+        self._loop, self.rate, self._offset = loop, rate, offset
         self.wall_error = 0.0
 
-    @property
-    def rate(self) -> float:
-        return self._rate
-
     def monotonic(self) -> float:
-        return self._offset + self._loop.time() * self._rate
+        return self._offset + self._loop.time() * self.rate
 
     def now(self) -> datetime:
-        return _EPOCH + timedelta(seconds=self._loop.time() * self._rate + self.wall_error)
+        return _EPOCH + timedelta(seconds=self._loop.time() * self.rate + self.wall_error)
 
     async def sleep(self, seconds: float) -> None:
-        await asyncio.sleep(seconds / self._rate)
+        await asyncio.sleep(seconds / self.rate)
 
     def timeout(self, seconds: float) -> AbstractAsyncContextManager[object]:
-        return asyncio.timeout(seconds / self._rate)
+        return asyncio.timeout(seconds / self.rate)
 
 
 def run(main: Callable[[], Coroutine[Any, Any, T]], debug: bool | None = None) -> T:

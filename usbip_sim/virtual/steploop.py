@@ -49,7 +49,7 @@ class Process:
         self._loop = loop
         self._host = host
         self._guests: list[Process] = []
-        self._frozen = False
+        self.frozen = False
         self._halted_at = 0.0
         self._halted_for = 0.0
         self._parked: list[asyncio.Handle] = []
@@ -63,18 +63,14 @@ class Process:
         if host is not None:
             host._guests.append(self)  # noqa: SLF001
 
-    @property
-    def frozen(self) -> bool:
-        return self._frozen
-
     def freeze(self) -> None:
         """Stops every callback of the process, as SIGSTOP does. Due timers and deliveries wait for thaw()."""
-        self._frozen = True
+        self.frozen = True
         self._update_halted()
 
     def thaw(self) -> None:
         """Continues the process, as SIGCONT does: runs deliveries that waited, then the timers."""
-        self._frozen = False
+        self.frozen = False
         self._update_halted()
 
     def halted_time(self) -> float:
@@ -116,7 +112,7 @@ class Process:
 
     def release(self) -> None:
         """Lets the process run and end when the simulation is over, also if it is dead."""
-        self.dead = self._frozen = False
+        self.dead = self.frozen = False
         self._update_halted()
 
     # Called by the loop.
@@ -134,7 +130,7 @@ class Process:
 
     def _update_halted(self) -> None:
         """Updates `halted` of the process and its guests."""
-        before, self.halted = self.halted, self._frozen or self.dead or (self._host is not None and self._host.halted)
+        before, self.halted = self.halted, self.frozen or self.dead or (self._host is not None and self._host.halted)
         if self.halted and not before:
             self._halted_at = self._loop.time()
         elif before and not self.halted:

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable
 
 from usbip_plugin.usbip.client import KEEPALIVE_COUNT, KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, USER_TIMEOUT_MS
-from usbip_sim.server.server import VirtualServer
+from usbip_sim.server.server import ServerConnection, VirtualServer
 from usbip_sim.sockets import Connection
 from usbip_sim.virtual.network import Host, Link, Way
 
@@ -189,7 +189,7 @@ class TcpConnection(Connection):
         self._was_accepted = True
         if self.server.running:
             self.server_up = True
-            self._protocol = self.server.accept()
+            self._protocol = ServerConnection(self.server)
             self._protocol.connection_made(self._transport)
         else:
             error = ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
