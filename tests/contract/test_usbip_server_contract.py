@@ -10,8 +10,8 @@ from tests.rigs.usbip_suite import STICK, TWIN, SteppedClock, UsbipClientContrac
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.usbip.client import TcpUsbipClient, UsbipClient
 from usbip_sim.server.server import VirtualServer
-from usbip_sim.virtual.connector import MemoryConnector
 from usbip_sim.virtual.network import Host, Network
+from usbip_sim.virtual.tcp import MemoryConnector
 
 
 class TestTcp(UsbipClientContract):

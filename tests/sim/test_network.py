@@ -11,11 +11,10 @@ from usbip_plugin.model import DeviceKey, UsbId
 from usbip_plugin.usbip.client import Imported, TcpUsbipClient
 from usbip_sim.server.server import RESET_TIME, VirtualServer
 from usbip_sim.server.usbdevice import VirtualDevice
-from usbip_sim.virtual.connector import MemoryConnector
 from usbip_sim.virtual.loop import SimClock
 from usbip_sim.virtual.network import Host, Link, Network
 from usbip_sim.virtual.steploop import Process, loop_of, stepped
-from usbip_sim.virtual.tcp import DEAD_PEER_S, ORPHAN_S, USER_TIMEOUT_S
+from usbip_sim.virtual.tcp import DEAD_PEER_S, ORPHAN_S, USER_TIMEOUT_S, MemoryConnector
 
 LATENCY = 0.01
 ROUND = 4 * LATENCY

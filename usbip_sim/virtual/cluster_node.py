@@ -23,12 +23,12 @@ from usbip_sim.kubelet.pods import AdmittedPods
 from usbip_sim.kubelet.specs import MemorySpecs, Resolved, resolve
 from usbip_sim.leases import RESOURCE, Fate, Lost, MemoryLeases, Operation
 from usbip_sim.virtual.cluster_kubelet import ClusterKubelet, LocalPlugin, LocalPodResources
-from usbip_sim.virtual.connector import MemoryConnector
 from usbip_sim.virtual.loop import SimClock
 from usbip_sim.virtual.network import Host
 from usbip_sim.virtual.node_objects import NodeConnection, NodeObject
 from usbip_sim.virtual.steploop import Process, loop_of
 from usbip_sim.virtual.surroundings import Surroundings
+from usbip_sim.virtual.tcp import MemoryConnector
 
 ENUMERATION_DELAY = 0.3
 """Seconds from attach to enumerated in the simulation."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
 from usbip_plugin.errors import PluginError
@@ -40,28 +39,22 @@ class _LocalEndpoint:
         async def call() -> Sequence[str]:
             return server.backend.preferred(server.resource, tuple(available), tuple(must), size)
 
-        with _errors():
-            answer: Sequence[str] = await self._transport(call())
+        answer: Sequence[str] = await self._run(call())
         return answer
 
     async def allocate(self, ids: Sequence[str]) -> Allocation:
-        backend = self._server.backend
-        with _errors():
-            (answer,) = await self._transport(backend.allocate_all(self._server.resource, (tuple(ids),)))
+        (answer,) = await self._run(self._server.backend.allocate_all(self._server.resource, (tuple(ids),)))
         return Allocation(frozenset(ids), dict(answer.envs), answer.devices, answer.cdi_devices)
 
     async def pre_start(self, ids: Sequence[str]) -> None:
-        with _errors():
-            try:
-                async with asyncio.timeout(PRE_START_TIMEOUT_S):
-                    await self._transport(self._server.backend.pre_start(self._server.resource, tuple(ids)))
-            except TimeoutError:
-                raise EndpointError("DEADLINE_EXCEEDED", "context deadline exceeded") from None
+        try:
+            async with asyncio.timeout(PRE_START_TIMEOUT_S):
+                await self._run(self._server.backend.pre_start(self._server.resource, tuple(ids)))
+        except TimeoutError:
+            raise EndpointError("DEADLINE_EXCEEDED", "context deadline exceeded") from None
 
-
-@contextlib.contextmanager
-def _errors() -> Iterator[None]:
-    try:
-        yield
-    except PluginError as error:
-        raise EndpointError(status_code(error).name, status_details(error)) from error
+    async def _run(self, call: Coroutine[Any, Any, Any]) -> Any:
+        try:
+            return await self._transport(call)
+        except PluginError as error:
+            raise EndpointError(status_code(error).name, status_details(error)) from error

@@ -1,7 +1,4 @@
-"""Links between nodes and USB/IP servers in virtual time, which carry bytes or lose them.
-
-tcp.py models TCP on these links; connector.py opens connections for a process on a node.
-"""
+"""Links between nodes and USB/IP servers in virtual time, which carry packets or lose them. tcp.py uses them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A TCP connection between a node and a USB/IP server, on the links of network.py: lost data is sent again.
+"""TCP connections between nodes and USB/IP servers, on the links of network.py: lost data is sent again.
 
 Failures follow Linux's TCP, because the plugin relies on its behaviour:
 - keepalive and user timeout on the node's side, and no keepalive on usbipd's side;
@@ -13,10 +13,12 @@ import errno
 from collections import deque
 from collections.abc import Callable
 
+from usbip_plugin.errors import ServerUnreachable
+from usbip_plugin.model import ServerKey
 from usbip_plugin.usbip.client import KEEPALIVE_COUNT, KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, USER_TIMEOUT_MS
 from usbip_sim.server.server import ServerConnection, VirtualServer
-from usbip_sim.sockets import Connection
-from usbip_sim.virtual.network import Host, Link, Way
+from usbip_sim.sockets import CLOSED, Connection, MemorySocket
+from usbip_sim.virtual.network import Host, Link, Network, Way
 
 DEAD_PEER_S = float(KEEPALIVE_IDLE_S + KEEPALIVE_INTERVAL_S * KEEPALIVE_COUNT)
 """Seconds until keepalive finds the peer of an idle connection dead, from the plugin's own socket options."""
@@ -332,3 +334,39 @@ class _ServerTransport(asyncio.Transport):
 
     def resume_reading(self) -> None:
         self._connection.pause(paused=False)
+
+
+class MemoryConnector:
+    """Dialler that opens simulated TCP connections for one process on a node."""
+
+    def __init__(self, network: Network, host: Host) -> None:
+        self._network, self._host = network, host
+        self._opened: list[MemorySocket] = []
+
+    def close(self) -> None:
+        """Does nothing: each socket belongs to the caller that asked for it."""
+
+    def killed(self) -> None:
+        """Closes every socket of the process, as the operating system does when a process ends."""
+        for sock in self._opened:
+            sock.close()
+
+    async def connect(self, server: ServerKey) -> MemorySocket:
+        """Opens a connection to server. No timeout; cancel-safe. Raises ServerUnreachable, with the cause."""
+        found = self._network.find(server)
+        if found is None:
+            raise ServerUnreachable(server, "no such host")
+        connection = TcpConnection(self._host, self._network.link(self._host.name, server), found)
+        sock = self._host.sockets.open(connection)
+        self._opened = [*(other for other in self._opened if other.fileno() != CLOSED), sock]
+        answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        connection.dial(answer)
+        try:
+            await answer
+        except ConnectionRefusedError as refused:
+            sock.close()
+            raise ServerUnreachable(server, "connection refused; is usbipd running there?") from refused
+        except BaseException:
+            sock.close()
+            raise
+        return sock

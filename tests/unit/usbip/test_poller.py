@@ -27,9 +27,9 @@ from usbip_plugin.usbip.poller import (
 )
 from usbip_sim.server.server import VirtualServer
 from usbip_sim.server.usbdevice import VirtualDevice
-from usbip_sim.virtual.connector import MemoryConnector
 from usbip_sim.virtual.loop import SimClock, virtual
 from usbip_sim.virtual.network import Host, Network
+from usbip_sim.virtual.tcp import MemoryConnector
 
 LATENCY = 0.001
 STICK = VirtualDevice("1-1", UsbId(1, 1))
