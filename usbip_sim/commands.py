@@ -29,7 +29,7 @@ def kernel(socket: Path, device_directory: Path | None, controllers: int) -> int
     """
     nodes = DeviceNodes(device_directory, socket.parent / JOURNAL) if device_directory is not None else None
     simulated = SimulatedKernel(SystemClock(), controllers=controllers, enumeration_delay=ENUMERATION_S)
-    service = KernelService(simulated, socket, nodes, asking=True)
+    service = KernelService(simulated, socket, nodes, identify=True)
     listening = {"socket": str(socket), "ports": len(simulated.ports())}
     return _until_signal(service.run(listening=lambda: log.info("simulated kernel", extra=listening)))
 

@@ -134,7 +134,7 @@ class _Demo:
         began = time.perf_counter()
         allocation = (await a.admit(PodRef("default", "reader"), {RESOURCE: 1}))["app", a.resource(RESOURCE)]
         took = time.perf_counter() - began
-        gone = await withdrawn
+        unhealthy_at = await withdrawn
         lock = next((span for span in self._trace() if span.name == "lock"), None)
         # Converts the end of the span, which is when the lock was written, from wall clock to perf_counter.
         # The offset between the two clocks is constant over this short time.
@@ -143,7 +143,7 @@ class _Demo:
         self._check("the pod gets the device node", holds=bool(allocation.devices), evidence=paths)
         quick = took < ALLOCATE_WITHIN * self._patience
         self._check("Allocate is quick", holds=quick, evidence=f"{took * 1000:.1f} ms")
-        delay = max(gone - written, 0.0)
+        delay = max(unhealthy_at - written, 0.0)
         soon = delay < WITHDRAW_WITHIN * self._patience
         self._check("Unhealthy on node-b after the lock is written", holds=soon, evidence=f"{delay * 1000:.1f} ms")
         self._check("one importer at the server", holds=self._server.importers(BUSID) == 1, evidence="exclusive")

@@ -122,8 +122,8 @@ class MemoryBackend:
         self._store(ChangeType.DELETED, current, current)
 
     def list(self, labels: Mapping[str, str]) -> LeaseList:
-        found = tuple(lease for _, lease in sorted(self.leases.items()) if _matches(lease, labels))
-        return LeaseList(found, str(self._version))
+        matching = tuple(lease for _, lease in sorted(self.leases.items()) if _matches(lease, labels))
+        return LeaseList(matching, str(self._version))
 
     def last(self, count: int, labels: Mapping[str, str]) -> tuple[LeaseChange, ...]:
         """Returns the last count changes for a watcher with these labels."""
@@ -233,8 +233,8 @@ class MemoryLeases:
             watcher.replay = count
             watcher.event.set()
 
-    def gone(self) -> None:
-        """Removes the watches of a process that is dead."""
+    def process_died(self) -> None:
+        """Removes the watches of the process."""
         for watcher in self._watchers:
             watcher.unsubscribe()
 

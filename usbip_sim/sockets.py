@@ -77,7 +77,7 @@ class SocketTable:
         return self._open.get(token)
 
     def __len__(self) -> int:
-        """Returns the number of references that are not closed: 0 if nothing leaks."""
+        """Returns the number of references that are not closed."""
         return len(self._open)
 
     def forget(self, token: int) -> None:

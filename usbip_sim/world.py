@@ -102,7 +102,6 @@ class SimNode:
         return f"{self._setup.domain}/{name}"
 
     def start(self) -> Agent:
-        """Starts a new agent on this node, as a new agent process."""
         setup = self._setup
         rng = random.Random(f"{setup.seed}/{self.name}/{self.boot}")  # noqa: S311 - jitter, and to be repeated
         client = TcpUsbipClient(self._clock)

@@ -153,7 +153,7 @@ async def node(places: Places, log: Log) -> AsyncIterator[Node]:
         await server.start()
         stack.push_async_callback(server.stop)
         listening = asyncio.Event()
-        service = KernelService(kernel, places.home / "kernel.sock", asking=True)
+        service = KernelService(kernel, places.home / "kernel.sock", identify=True)
         task = asyncio.create_task(service.run(listening=listening.set))
         stack.callback(task.cancel)
         await listening.wait()

@@ -290,7 +290,7 @@ async def test_a_killed_process_leaves_no_socket_but_the_kernels() -> None:
     kernels = sock.dup()
     asking = asyncio.ensure_future(lab.a.client.devlist(lab.server.key, timeout=TIMEOUT))
     await lab.sleep(LATENCY)
-    lab.a.connector.killed()
+    lab.a.connector.process_died()
     assert len(lab.a.host.sockets) == 1
     await lab.sleep(1)
     assert lab.network.imports() == {lab.key: ["a"]}

@@ -241,7 +241,7 @@ class Asked(RemoteRig):
     async def boot_asking(self) -> None:
         await self.virtual.start()
         nodes = DeviceNodes(self.devices, self.path.parent / "nodes", partial(Path.touch, exist_ok=False), Path.is_file)
-        service = KernelService(self.kernel, self.path, nodes, asking=True)
+        service = KernelService(self.kernel, self.path, nodes, identify=True)
         self.tasks.append(self.group.create_task(service.run()))
         await asyncio.sleep(0)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from usbip_plugin.errors import (
     AttachRefused,
@@ -115,7 +115,14 @@ class SimulatedVhci:
             raise WrongSerial(key, serial or "", occupant.serial or "", descriptor.devid)
         if occupant is not None:
             occupant.authorized = True
-            await self._bring(port, children or (), min(children_timeout, deadline - self._kernel.clock.monotonic()))
+            limit = max(0.0, min(children_timeout, deadline - self._kernel.clock.monotonic()))
+            with contextlib.suppress(TimeoutError):  # kinds without a driver never appear
+                await self._kernel.bell.until(
+                    lambda: self._kernel.bring(port, children or ()),
+                    self._kernel.clock,
+                    timeout=limit,
+                    recheck=limit + 1,
+                )
             await self._check_id(key, descriptor, port)
         attachment = self._kernel.attachment(key, port)
         if attachment is None:
@@ -127,13 +134,6 @@ class SimulatedVhci:
         if occupant is not None and occupant.usb_id != descriptor.usb_id:
             await self.detach(port, timeout=ABANDON_S)
             raise WrongDevice(key, descriptor.usb_id, occupant.usb_id)
-
-    async def _bring(self, port: int, kinds: Sequence[str], limit: float) -> None:
-        """Adds child nodes of these kinds to the port's device. Waits limit seconds for kinds without a driver."""
-        with contextlib.suppress(TimeoutError):
-            await self._kernel.bell.until(
-                lambda: self._kernel.bring(port, kinds), self._kernel.clock, timeout=max(0.0, limit), recheck=limit + 1
-            )
 
     def _appeared(self, number: int) -> bool | None:
         status = self._ports()[number].status

@@ -38,13 +38,13 @@ class KernelService:
     """Simulated kernel for the drivers that connect to the socket at path.
 
     devices: makes the device nodes; None for no files.
-    asking: reads the identity of each attached device, which decides its serial number and its child nodes.
+    identify: reads the identity of each attached device, which decides its serial number and its child nodes.
     """
 
     def __init__(
-        self, kernel: SimulatedKernel, path: Path, devices: DeviceNodes | None = None, *, asking: bool = False
+        self, kernel: SimulatedKernel, path: Path, devices: DeviceNodes | None = None, *, identify: bool = False
     ) -> None:
-        self.kernel, self._path, self._devices, self._asking = kernel, path, devices, asking
+        self.kernel, self._path, self._devices, self._identify = kernel, path, devices, identify
         self._made: dict[tuple[int, int], set[str]] = {}  # paths of nodes, by port and number of its occupant
 
     async def run(self, *, listening: Callable[[], None] = lambda: None) -> None:
@@ -77,15 +77,15 @@ class KernelService:
 
         Raises AttachRefused also if a child node cannot be made; then the port is free again.
         """
-        found = await enumerate_device(key, descriptor, fd, self.kernel.clock) if self._asking else None
+        identity = await enumerate_device(key, descriptor, fd, self.kernel.clock) if self._identify else None
         port = await driver.attach(key, descriptor, fd)
         occupant = self.kernel.occupant(port)
-        if found is None or occupant is None:
+        if identity is None or occupant is None:
             return port
-        occupant.identified, occupant.usb_id, occupant.serial = True, found.usb_id, found.serial
-        occupant.manufacturer, occupant.model = found.manufacturer, found.product
+        occupant.identified, occupant.usb_id, occupant.serial = True, identity.usb_id, identity.serial
+        occupant.manufacturer, occupant.model = identity.manufacturer, identity.product
         try:
-            for interface, name in drivers_children(found.usb_id, found.interfaces):
+            for interface, name in drivers_children(identity.usb_id, identity.interfaces):
                 unused = self.kernel.unused(name)
                 node = self._devices.make_one_of(unused) if self._devices is not None else next(unused)
                 occupant.children.append(replace(node, interface=interface))
@@ -191,8 +191,8 @@ class _Session:
                 )
                 return self._service.with_nodes(attachment)
             case wire.Inspect(key, port):
-                found = await driver.inspect(key, port)
-                return wire.Inspected(None if found is None else self._service.with_nodes(found))
+                attached = await driver.inspect(key, port)
+                return wire.Inspected(None if attached is None else self._service.with_nodes(attached))
             case wire.Detach(port, timeout):
                 return await driver.detach(port, timeout=timeout)
             case wire.Forget(key):

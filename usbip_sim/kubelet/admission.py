@@ -94,7 +94,6 @@ class Admission:
         return resource in self._primary
 
     def plugins(self, resource: str) -> int:
-        """Returns how many plugins are connected for the resource."""
         return len(self._endpoints.get(resource, ()))
 
     def asks_before_start(self, resource: str) -> bool:
@@ -147,7 +146,6 @@ class Admission:
         return held
 
     def end(self, pod: PodRef) -> None:
-        """Ends a pod: its devices are free for the next pod."""
         self._active.pop(pod, None)
         self.manager.release_except(self._active)
         self.changed.fire()

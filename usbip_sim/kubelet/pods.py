@@ -38,8 +38,8 @@ class AdmittedPods:
         return False
 
     def wanting(self, domain: str) -> Mapping[PodRef, Mapping[str, int]]:
-        found = {pod: of_domain(resources, domain) for pod, resources in self._view().items()}
-        return {pod: counts for pod, counts in found.items() if counts}
+        requested = {pod: of_domain(resources, domain) for pod, resources in self._view().items()}
+        return {pod: counts for pod, counts in requested.items() if counts}
 
     def _view(self) -> dict[PodRef, Mapping[str, int]]:
         return self._now() if self._kept is None else self._kept

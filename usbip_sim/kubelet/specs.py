@@ -42,7 +42,6 @@ class MemorySpecs:
         self.texts: dict[Path, str] = {}
 
     def clear(self) -> None:
-        """Removes all specs, as a boot of the node empties /run."""
         self.texts.clear()
 
     def file(self, resource: str, device_id: str) -> Path:

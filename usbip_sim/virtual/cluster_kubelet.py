@@ -192,9 +192,7 @@ class Stream:
                 return
             if not task.cancelled():
                 self._owner.on_answer(call, task.exception())
-            error = (
-                EndpointError("CANCELLED", "the plugin cancelled the call") if task.cancelled() else task.exception()
-            )
+            error = EndpointError("CANCELLED", "the plugin cancelled it") if task.cancelled() else task.exception()
             if error is None:
                 answer.set_result(task.result())
             else:

@@ -100,13 +100,13 @@ class ClusterNode:
         rng = random.Random(f"{cluster.seed}/{self.name}/{self.boot}/{number}")  # noqa: S311 - to be repeated
         process = self.process = Process(loop, f"{self.name} agent {number}", self.host)
         connector = MemoryConnector(cluster.network, self.net)
-        process.on_death(connector.killed)
+        process.on_death(connector.process_died)
         leases = self.leases = MemoryLeases(cluster.backend, self.clock, self.name, self._fate)
-        process.on_death(leases.gone)
+        process.on_death(leases.process_died)
         if self._silent:
             leases.stall()
         self.status_api = NodeConnection(self.object, self.clock, self._fate)
-        process.on_death(self.status_api.gone)
+        process.on_death(self.status_api.process_died)
         outside = AgentDependencies(
             me=NodeIdentity(self.name, f"{self.name}-boot-{self.boot}"),
             client=TcpUsbipClient(self.clock, connector),

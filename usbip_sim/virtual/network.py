@@ -120,12 +120,12 @@ class Network:
 
         An IMPORT counts if it was sent, the node has the socket open, and the server has not ended the connection.
         """
-        found: dict[DeviceKey, list[str]] = {}
+        nodes: dict[DeviceKey, list[str]] = {}
         for connection in self.connections:
             busid = connection.live_import
             if busid is not None:
-                found.setdefault(DeviceKey(connection.server.key, busid), []).append(connection.host.name)
-        return found
+                nodes.setdefault(DeviceKey(connection.server.key, busid), []).append(connection.host.name)
+        return nodes
 
     def half_open(self, server: ServerKey) -> int:
         """Returns how many of the server's connections the nodes do not know any more."""

@@ -47,18 +47,17 @@ class NodeConnection:
         self._node, self._clock, self._faults = node, clock, faults
         self._network = Context()
         self.hindered = 0
-        self._gone = False
+        self._dead = False
 
-    def gone(self) -> None:
-        """Records that the plugin's process is dead, and has given its calls up."""
-        self._gone = True
+    def process_died(self) -> None:
+        self._dead = True
 
     async def write(self, counts: Mapping[str, int]) -> None:
         fate = self._faults(Operation(self._node.name, PATCH, self._node.name))
         hindered, given_up = int(fate is not FINE), False
 
         def arrive() -> None:
-            self._node.write(counts, overtaken=given_up or self._gone)
+            self._node.write(counts, overtaken=given_up or self._dead)
 
         self.hindered += hindered
         try:

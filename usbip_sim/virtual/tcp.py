@@ -286,7 +286,7 @@ class TcpConnection(Connection):
         if self.link.passable and not self.server_up:
             self._peer_left(_reset())
         else:
-            self.update_timers()  # the link has been cut meanwhile: no answer
+            self.update_timers()  # the link has been cut since: no answer
 
     def _watch_node(self) -> None:
         """Starts or stops the server's keepalive timer."""
@@ -346,17 +346,17 @@ class MemoryConnector:
     def close(self) -> None:
         """Does nothing: each socket belongs to the caller that asked for it."""
 
-    def killed(self) -> None:
+    def process_died(self) -> None:
         """Closes every socket of the process, as the operating system does when a process ends."""
         for sock in self._opened:
             sock.close()
 
     async def connect(self, server: ServerKey) -> MemorySocket:
         """Opens a connection to server. No timeout; cancel-safe. Raises ServerUnreachable, with the cause."""
-        found = self._network.find(server)
-        if found is None:
+        target = self._network.find(server)
+        if target is None:
             raise ServerUnreachable(server, "no such host")
-        connection = TcpConnection(self._host, self._network.link(self._host.name, server), found)
+        connection = TcpConnection(self._host, self._network.link(self._host.name, server), target)
         sock = self._host.sockets.open(connection)
         self._opened = [*(other for other in self._opened if other.fileno() != CLOSED), sock]
         answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
