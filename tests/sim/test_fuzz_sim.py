@@ -81,7 +81,7 @@ def test_the_simulated_kernel_answers_the_next_driver_whatever_one_sent(message:
         {"error": {"name": []}},
         {"error": {"name": "PortsExhausted"}},
         {"error": {"name": "WrongDevice", "text": "x"}},
-        {"error": {"name": "WrongDevice", "text": "x", "key": [], "promised": {}, "found": {}}},
+        {"error": {"name": "WrongDevice", "text": "x", "key": [], "expected": {}, "found": {}}},
         {"error": {"name": "AttachStuck", "text": "x" * 100_000}},
         {"error": {"name": "AttachStuck", "text": "\x1b[2J"}},
         {"result": [[1, 2]]},

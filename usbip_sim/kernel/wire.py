@@ -133,7 +133,7 @@ class Failure(msgspec.Struct, omit_defaults=True):
     hub: str | None = None
     total: int = 0
     key: DeviceKey | None = None
-    promised: UsbId | None = None
+    expected: UsbId | None = None
     found: UsbId | None = None
 
 
@@ -175,7 +175,7 @@ def failure_of(error: VhciError | WrongDevice) -> Failure:
         case PortsExhausted():
             return Failure(name, text, hub=error.hub, total=error.total)
         case WrongDevice():
-            return Failure(name, text, key=error.key, promised=error.expected, found=error.found)
+            return Failure(name, text, key=error.key, expected=error.expected, found=error.found)
         case _:
             return Failure(name, text)
 
@@ -185,8 +185,8 @@ def error_of(failure: Failure) -> VhciError | WrongDevice:
     match failure:
         case Failure(name="PortsExhausted", hub=str() as hub):
             return PortsExhausted(hub, failure.total)
-        case Failure(name="WrongDevice", key=DeviceKey() as key, promised=UsbId() as promised, found=UsbId() as found):
-            return WrongDevice(key, promised, found)
+        case Failure(name="WrongDevice", key=DeviceKey() as key, expected=UsbId() as expected, found=UsbId() as found):
+            return WrongDevice(key, expected, found)
         case Failure(name="DriverMissing"):
             return DriverMissing("/sys/devices/platform/vhci_hcd.0")
         case _:
