@@ -21,25 +21,17 @@ def tree(spans: Iterable[SpanRecord]) -> str:
         parent = span.parent_id if span.parent_id in known and span.parent_id != span.span_id else None
         children.setdefault(parent, []).append(span)
     lines: list[str] = []
+
+    def add(span: SpanRecord, first: str, rest: str, above: Mapping[str, str]) -> None:
+        lines.append(first + _line(span, above))
+        below = children.get(span.span_id, [])
+        for child in below:
+            bend, bar = ("└─ ", "   ") if child is below[-1] else ("├─ ", "│  ")
+            add(child, rest + bend, rest + bar, {**above, **span.attributes})
+
     for root in children.get(None, []):
-        _branch(root, children, "", "", lines, {})
+        add(root, "", "", {})
     return "\n".join(lines)
-
-
-def _branch(
-    span: SpanRecord,
-    children: dict[str | None, list[SpanRecord]],
-    first: str,
-    rest: str,
-    lines: list[str],
-    above: Mapping[str, str],
-) -> None:
-    lines.append(first + _line(span, above))
-    shown = {**above, **span.attributes}
-    below = children.get(span.span_id, [])
-    for index, child in enumerate(below):
-        last = index == len(below) - 1
-        _branch(child, children, rest + ("└─ " if last else "├─ "), rest + ("   " if last else "│  "), lines, shown)
 
 
 def _line(span: SpanRecord, above: Mapping[str, str]) -> str:

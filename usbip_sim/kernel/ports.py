@@ -82,9 +82,7 @@ class SimulatedKernel:
         self.child_kinds: dict[UsbId, tuple[str, ...]] = {}  # names in children.CHILDREN, by id
         self.net: dict[UsbId, tuple[str, ...]] = {}  # network interfaces of devices with this id
         self.driverless: set[str] = set()  # kinds of child nodes that never appear, for lack of a loaded driver
-        self._per_hub = ports_per_hub
-        self._controllers = controllers
-        self._resolve = resolve
+        self._controllers, self._per_hub, self._resolve = controllers, ports_per_hub, resolve
         self._occupants: dict[int, Occupant] = {}
         self._generation = 0
         self._devnums: dict[int, int] = {}

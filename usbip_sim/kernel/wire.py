@@ -60,23 +60,21 @@ class Message(msgspec.Struct, omit_defaults=True):
 
 
 class Call(msgspec.Struct, tag_field="call", tag=str.lower):
-    """Base class of the calls of VhciDriver. The fields are the method's parameters."""
+    """Call of a method of VhciDriver. The fields are the parameters; the result is the method's unless noted."""
 
 
 class Ports(Call):
-    """The result is a list of PortState, see compact()."""
+    """The result is that of compact()."""
 
 
 class Attach(Call):
-    """The socket's fd comes with the message. The result is the port's number."""
+    """The socket's fd comes with the message."""
 
     key: DeviceKey
     descriptor: Descriptor
 
 
 class Enumerate(Call):
-    """The result is an Attachment."""
-
     key: DeviceKey
     descriptor: Descriptor
     port: int
@@ -97,20 +95,16 @@ class Inspect(Call):
 
 
 class Detach(Call):
-    """The result is null."""
-
     port: int
     timeout: Seconds
 
 
 class Forget(Call):
-    """The result is null."""
-
     key: DeviceKey
 
 
 class Check(Call):
-    """The result is a DriverReport."""
+    pass
 
 
 Request = Ports | Attach | Enumerate | Inspect | Detach | Forget | Check

@@ -89,8 +89,7 @@ class Endpoint(Protocol):
 class DeviceManager:
     """Devices and allocations that a kubelet knows.
 
-    healthy: IDs of healthy devices by resource, as last listed.
-    unhealthy: IDs of unhealthy devices by resource, as last listed.
+    healthy, unhealthy: IDs of devices by resource, as last listed.
     checkpoint: allocations; survives restart().
     """
 

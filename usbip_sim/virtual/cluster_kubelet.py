@@ -116,11 +116,13 @@ class ClusterKubelet:
     def start(self) -> None:
         """Starts the kubelet after a stop(). It lists no pods for BLIND_S seconds of the loop."""
         self.up.set()
-        loop_of().call_later(BLIND_S, self._end_blindness, self._starts)
+        number = self._starts
 
-    def _end_blindness(self, start: int) -> None:
-        if start == self._starts:
-            self.kubelet.blind = False
+        def recognise_pods() -> None:
+            if number == self._starts:
+                self.kubelet.blind = False
+
+        loop_of().call_later(BLIND_S, recognise_pods)
 
     def hang_up(self) -> None:
         """Ends every ListAndWatch while the kubelet lives. The kubelet does not reconnect."""

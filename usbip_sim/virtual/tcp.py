@@ -48,7 +48,6 @@ class TcpConnection(Connection):
         self._inbox = bytearray()
         self._error: OSError | None = None
         self._readers: list[asyncio.Future[None]] = []
-        self._sent = False
         self._unacknowledged = 0
         self._timeout: asyncio.TimerHandle | None = None
         self._node_watchdog: asyncio.TimerHandle | None = None
@@ -165,13 +164,14 @@ class TcpConnection(Connection):
 
     def _send_to_node(self, action: Callable[[], None]) -> None:
         """Runs action when a packet sent now arrives at the node. A frozen node runs it when it is thawed."""
-        self._to_node.send(lambda: self._on_node(action))
 
-    def _on_node(self, action: Callable[[], None]) -> None:
-        if self.host.process is None:
-            action()
-        elif not self.host.process.dead:
-            self.host.process.call_soon(action)
+        def arrive() -> None:
+            if self.host.process is None:
+                action()
+            elif not self.host.process.dead:
+                self.host.process.call_soon(action)
+
+        self._to_node.send(arrive)
 
     def _data_arrived(self, data: bytes) -> None:
         if self.node_up:
