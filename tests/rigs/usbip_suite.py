@@ -186,7 +186,7 @@ class UsbipClientContract:
         self, client: UsbipClient, server: VirtualServer, stick: DeviceKey
     ) -> None:
         imported = await client.import_device(stick, timeout=PATIENCE)
-        await server.stop(keep_imports=True)
+        server.halt(keep_imports=True)
         with pytest.raises(ServerUnreachable, match="refused"):
             await client.devlist(server.key, timeout=PATIENCE)
         assert server.importers(stick.busid) == 1

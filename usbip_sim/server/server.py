@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 from usbip_plugin.clock import Clock, SystemClock
 from usbip_plugin.model import ServerKey
+from usbip_plugin.sync import Broadcast
 from usbip_plugin.usbip import wire
 from usbip_plugin.usbip.client import set_options
 from usbip_sim.server.exports import ExportTable
@@ -49,7 +50,7 @@ class VirtualServer:
         self.frozen = False
         self._listener: asyncio.Server | None = None
         self._open: dict[ServerConnection, None] = {}
-        self._one_closed = asyncio.Event()
+        self._closed = Broadcast()
 
     @property
     def key(self) -> ServerKey:
@@ -63,17 +64,14 @@ class VirtualServer:
             self._port = self._listener.sockets[0].getsockname()[1]
         self.running = True
 
-    async def stop(self, *, keep_imports: bool = False) -> None:
-        """Does what halt() does, and waits until every connection has ended, unless they are kept.
+    async def stop(self) -> None:
+        """Ends every connection and refuses new ones. Waits until every connection has ended.
 
         Raises TimeoutError after _CLOSE_TIMEOUT seconds.
         """
-        self.halt(keep_imports=keep_imports)
-        if keep_imports:
-            return
+        self.halt()
         async with self._clock.timeout(_CLOSE_TIMEOUT):
-            while self._open:
-                await self._next_close()
+            await self._closed.until(lambda: not self._open)
 
     def halt(self, *, keep_imports: bool = False) -> None:
         """Ends every connection and refuses new ones.
@@ -100,8 +98,7 @@ class VirtualServer:
 
     async def until_released(self, busid: str) -> None:
         """Waits until the device has no importer; its reset may still be under way. Cancel-safe, no timeout."""
-        while self.importers(busid):
-            await self._next_close()
+        await self._closed.until(lambda: not self.importers(busid))
 
     def opened(self, connection: ServerConnection) -> None:
         """Records a connection that has begun."""
@@ -112,11 +109,7 @@ class VirtualServer:
         """Forgets a connection that has ended, and releases its device."""
         self.table.release(connection)
         self._open.pop(connection, None)
-        self._one_closed.set()
-
-    async def _next_close(self) -> None:
-        self._one_closed.clear()
-        await self._one_closed.wait()
+        self._closed.fire()
 
     def _pause_or_resume(self) -> None:
         for connection in self._open:

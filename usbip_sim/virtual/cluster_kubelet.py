@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -14,6 +13,7 @@ from usbip_plugin.kubelet.device_plugin import DevicePluginServer, DeviceStates
 from usbip_plugin.kubelet.plugins import Plugin
 from usbip_plugin.kubelet.pod_resources import LIST_TIMEOUT_S, ContainerDevices
 from usbip_plugin.model import PodRef
+from usbip_plugin.sync import done_within
 from usbip_sim.kubelet.device_manager import AdmissionError, Allocation, ContainerSpec, EndpointError
 from usbip_sim.virtual.local_kubelet import LocalKubelet
 from usbip_sim.virtual.steploop import Process, loop_of
@@ -274,20 +274,18 @@ class LocalPodResources:
         self._owner, self._clock = owner, clock
 
     async def list(self) -> tuple[ContainerDevices, ...]:
-        if not self._owner.up.is_set():
+        owner, answer = self._owner, loop_of().create_future()
+
+        def reply() -> None:
+            if not answer.done():
+                answer.set_result(owner.kubelet.held() if owner.up.is_set() else None)
+
+        listed: tuple[ContainerDevices, ...] | None = None
+        if owner.up.is_set():
+            owner.process.call_soon(reply)
+            if not await done_within(self._clock, LIST_TIMEOUT_S, answer):
+                raise PodResourcesUnavailable(f"no answer within {LIST_TIMEOUT_S:g} s")
+            listed = answer.result()
+        if listed is None:
             raise PodResourcesUnavailable("the kubelet is down")
-        answer: asyncio.Future[tuple[ContainerDevices, ...]] = loop_of().create_future()
-
-        def held() -> None:
-            if answer.done():
-                return
-            if self._owner.up.is_set():
-                answer.set_result(self._owner.kubelet.held())
-            else:
-                answer.set_exception(PodResourcesUnavailable("the kubelet is down"))
-
-        self._owner.process.call_soon(held)
-        with contextlib.suppress(TimeoutError):
-            async with self._clock.timeout(LIST_TIMEOUT_S):
-                return await answer
-        raise PodResourcesUnavailable(f"no answer within {LIST_TIMEOUT_S:g} s")
+        return listed

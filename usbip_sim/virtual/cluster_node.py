@@ -354,14 +354,7 @@ class _ProcessVhci(SimulatedVhci):
         await super().detach(port, timeout=timeout)
 
     def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]:
-        unsubscribe = super().subscribe(callback)
-        forget = self._process.on_death(unsubscribe)
-
-        def both() -> None:
-            forget()
-            unsubscribe()
-
-        return both
+        return super().subscribe(lambda: None if self._process.dead else callback())
 
 
 class _LocalRegistrar:

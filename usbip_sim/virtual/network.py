@@ -52,19 +52,15 @@ class NetworkConnection(Protocol):
     @property
     def live_import(self) -> str | None:
         """The bus id of an IMPORT over this connection that may be under way or granted, or None."""
-        ...
 
     def update_timers(self) -> None:
         """Starts and stops keepalive timers after a link, a host or a side of the connection has changed."""
-        ...
 
     def node_vanishes(self) -> None:
         """Ends the node's side as a power failure of the node does: nothing under way arrives."""
-        ...
 
     def server_vanishes(self) -> None:
         """Ends the server's side as a power failure of the server's host does: nothing under way arrives."""
-        ...
 
 
 class Network:

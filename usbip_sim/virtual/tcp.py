@@ -47,7 +47,7 @@ class TcpConnection(Connection):
         self._paused = False
         self._inbox = bytearray()
         self._error: OSError | None = None
-        self._readers: list[asyncio.Future[None]] = []
+        self._readable = asyncio.Event()
         self._unacknowledged = 0
         self._timeout: asyncio.TimerHandle | None = None
         self._node_watchdog: asyncio.TimerHandle | None = None
@@ -78,13 +78,8 @@ class TcpConnection(Connection):
 
     async def receive(self, size: int) -> bytes:
         while not self._inbox and not self.ended:
-            reader: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._readers.append(reader)
-            try:
-                await reader
-            finally:
-                if reader in self._readers:
-                    self._readers.remove(reader)
+            self._readable.clear()
+            await self._readable.wait()
         if self._error is not None:
             raise self._error
         data = bytes(self._inbox[:size])
@@ -152,15 +147,9 @@ class TcpConnection(Connection):
             self.peer_end()
         else:
             self.end()
-        self._wake()
+        self._readable.set()
         self._network.on_change()
         self._forget()
-
-    def _wake(self) -> None:
-        readers, self._readers = self._readers, []
-        for reader in readers:
-            if not reader.done():
-                reader.set_result(None)
 
     def _send_to_node(self, action: Callable[[], None]) -> None:
         """Runs action when a packet sent now arrives at the node. A frozen node runs it when it is thawed."""
@@ -176,7 +165,7 @@ class TcpConnection(Connection):
     def _data_arrived(self, data: bytes) -> None:
         if self.node_up:
             self._inbox += data
-            self._wake()
+            self._readable.set()
         else:  # the node does not know the connection any more
             self._reset_server()
 
