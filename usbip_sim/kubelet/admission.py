@@ -38,6 +38,7 @@ class Admission:
     """Kubelet that registers plugins, and admits pods one at a time with healthy and free devices.
 
     changed: fires after every change.
+    active: the pods that are admitted or being admitted, and have not ended.
     blind: true while a kubelet that has just started does not know its pods and lists none.
     """
 
@@ -47,7 +48,7 @@ class Admission:
         self.changed = Broadcast()
         self.blind = False
         self._one_at_a_time = asyncio.Lock()
-        self._active: dict[PodRef, tuple[ContainerSpec, ...]] = {}
+        self.active: dict[PodRef, tuple[ContainerSpec, ...]] = {}
         self._endpoints: dict[str, dict[Hashable, Endpoint]] = {}
         self._primary: dict[str, Endpoint] = {}
         self._stopped: dict[str, Endpoint] = {}
@@ -120,11 +121,11 @@ class Admission:
         """
         containers = (ContainerSpec("app", requests),) if isinstance(requests, Mapping) else tuple(requests)
         async with self._one_at_a_time:
-            self._active[pod] = containers
+            self.active[pod] = containers
             try:
                 await self._admit(pod, containers)
             except BaseException:
-                del self._active[pod]
+                del self.active[pod]
                 raise
         self.changed.fire()
         return {key[1:]: allocation for key, allocation in self.manager.checkpoint.items() if key[0] == pod}
@@ -146,13 +147,9 @@ class Admission:
         return held
 
     def end(self, pod: PodRef) -> None:
-        self._active.pop(pod, None)
-        self.manager.release_except(self._active)
+        self.active.pop(pod, None)
+        self.manager.release_except(self.active)
         self.changed.fire()
-
-    def active(self) -> Mapping[PodRef, Sequence[ContainerSpec]]:
-        """Returns the pods that are admitted or being admitted, and have not ended."""
-        return dict(self._active)
 
     def held(self) -> tuple[ContainerDevices, ...]:
         """Returns what pod-resources lists: the devices of active pods, also of a pod that is being admitted.
@@ -162,8 +159,8 @@ class Admission:
         """
         if self.blind:
             return ()
-        self.manager.release_except(self._active)
-        init = {(pod, c.name) for pod, containers in self._active.items() for c in containers if c.passes_on}
+        self.manager.release_except(self.active)
+        init = {(pod, c.name) for pod, containers in self.active.items() for c in containers if c.passes_on}
         return tuple(
             ContainerDevices(PodRef(key[0].namespace, key[0].name), key[1], key[2], tuple(sorted(a.device_ids)))
             for key, a in self.manager.checkpoint.items()
@@ -172,7 +169,7 @@ class Admission:
 
     def in_use(self) -> frozenset[str]:
         """Returns the IDs of the devices that active pods have, including those of their init containers."""
-        self.manager.release_except(self._active)
+        self.manager.release_except(self.active)
         return frozenset().union(*(allocation.device_ids for allocation in self.manager.checkpoint.values()))
 
     async def _admit(self, pod: PodRef, containers: tuple[ContainerSpec, ...]) -> None:
@@ -181,7 +178,7 @@ class Admission:
             for resource, needed in container.limits.items():
                 if not self.manager.knows(resource):
                     continue
-                self.manager.release_except(self._active)
+                self.manager.release_except(self.active)
                 kept = reusable.get(resource, frozenset())
                 got = await self._allocate((pod, container.name, resource), needed, kept)
                 reusable[resource] = kept | got if container.passes_on else kept - got

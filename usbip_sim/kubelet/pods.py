@@ -47,7 +47,7 @@ class AdmittedPods:
     def _now(self) -> dict[PodRef, Mapping[str, int]]:
         return {
             replace(pod, uid=pod.uid or f"uid-of-{pod.name}"): _allocated(containers)
-            for pod, containers in self._kubelet.active().items()
+            for pod, containers in self._kubelet.active.items()
         }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -148,9 +147,7 @@ class ClusterNode:
         if task is None or process is None:
             return
         task.cancel()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(STOP_S):
-                await asyncio.wait([task])
+        await asyncio.wait([task], timeout=STOP_S)
         if self.process is process:
             self.kill()
         if task.done() and not task.cancelled():

@@ -66,13 +66,8 @@ class VirtualLoop(MemoryStreams, asyncio.SelectorEventLoop):
         return self._jumping.virtual_time
 
     def run_in_executor(self, executor: Executor | None, func: Callable[..., T], *args: Any) -> Future[T]:  # type: ignore[override]
+        future: Future[T] = super().run_in_executor(executor, func, *args)
         self._jumping.threads_busy += 1
-        future: Future[T]
-        try:
-            future = super().run_in_executor(executor, func, *args)
-        except BaseException:
-            self._jumping.threads_busy -= 1
-            raise
         future.add_done_callback(self._thread_done)
         return future
 
