@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import random
+import socket
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from functools import partial
@@ -19,9 +21,11 @@ from usbip_plugin.errors import AttachRefused, SimulatedKernelMissing, WrongDevi
 from usbip_plugin.model import Attachment, DeviceKey, DeviceNode, UsbId
 from usbip_plugin.usbip.client import TcpUsbipClient
 from usbip_plugin.vhci.sysfs import PortStatus
+from usbip_sim.kernel.channel import MAX_MESSAGE
 from usbip_sim.kernel.device_nodes import DeviceNodes
 from usbip_sim.kernel.remote import RemoteVhci
 from usbip_sim.kernel.service import KernelService
+from usbip_sim.kernel.wire import VERSION
 from usbip_sim.server.command import parse_device
 from usbip_sim.server.server import VirtualServer
 from usbip_sim.server.usbdevice import VirtualDevice
@@ -198,6 +202,19 @@ async def test_two_kernels_on_one_socket_are_refused(rig: RemoteRig) -> None:
     with pytest.raises(FileExistsError, match="another simulated kernel"):
         await KernelService(rig.kernel, rig.path).run()
     assert await rig.plugin().ports()
+
+
+async def test_a_driver_of_another_version_is_refused_in_a_form_that_it_can_read(rig: RemoteRig) -> None:
+    await booted(rig)
+    loop = asyncio.get_running_loop()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        sock.setblocking(False)
+        sock.connect(str(rig.path))
+        sock.send(b'{"id":1,"version":4,"call":"ports","timeout":0.0}')
+        async with asyncio.timeout(LIMIT_S):
+            answer = json.loads(await loop.sock_recv(sock, MAX_MESSAGE))
+    text = f"the simulated kernel speaks version {VERSION}: restart it"
+    assert answer == {"id": 1, "error": {"name": "AttachRefused", "text": text}}
 
 
 def test_a_successor_removes_what_was_left_and_nothing_else(tmp_path: Path) -> None:
