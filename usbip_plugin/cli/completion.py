@@ -20,7 +20,7 @@ from usbip_plugin.cli.parser import DEVICE, PROG, parser
 from usbip_plugin.errors import PluginError
 
 TIMEOUT_S = 2.0
-"""Seconds that a completion waits for the API server. A shell that waits for longer is a nuisance."""
+"""Seconds that a completion waits for the API server."""
 KUBECTL_NO_FILES = ":4"
 """The line after the candidates that stops kubectl from completing file names (cobra: ShellCompDirectiveNoFileComp)."""
 LINES = {
@@ -44,10 +44,7 @@ class _Values(BaseCompleter):
 
 
 def script(shell: str) -> str:
-    """Returns the completion script for a shell.
-
-    `kubectl usbip` needs no script: kubectl's own script calls kubectl_complete-usbip.
-    """
+    """Returns the completion script for a shell. `kubectl usbip` needs none: kubectl calls kubectl_complete-usbip."""
     return shellcode([PROG], shell=shell).strip("\n")
 
 
@@ -72,10 +69,7 @@ def kubectl() -> int:
 
 
 def _devices(options: argparse.Namespace) -> Mapping[str, str]:
-    """Returns the ids of the devices of the cluster, each with SERVER/BUSID.
-
-    Returns none if the API server does not list them within TIMEOUT_S.
-    """
+    """Returns the cluster's device IDs, each with SERVER/BUSID; none if the API server takes longer than TIMEOUT_S."""
     from usbip_plugin.cli.cluster_commands import read_devices  # noqa: PLC0415 - most completions need no API server
 
     async def ask() -> Mapping[str, str]:

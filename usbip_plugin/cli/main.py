@@ -28,11 +28,7 @@ KUBECTL = "kubectl usbip"
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
-    """Runs one command line and returns its exit status. Problems go to stderr.
-
-    arguments: without the program's name; None for those of the process.
-    prog: the program's name in help and errors.
-    """
+    """Runs one command line (None: that of the process) and returns its exit status. Problems go to stderr."""
     if "_ARGCOMPLETE" in os.environ:  # a shell asks for completions
         from usbip_plugin.cli.completion import autocomplete  # noqa: PLC0415
 
@@ -80,14 +76,10 @@ def _run(options: argparse.Namespace) -> int:
 
             return node_commands.run(options) if options.command == "run" else node_commands.check(options)
         case "devices" | "explain" | "release":
-            from usbip_plugin.cli import cluster_commands  # noqa: PLC0415
+            from usbip_plugin.cli.cluster_commands import devices, explain, release  # noqa: PLC0415
 
-            command = {
-                "devices": cluster_commands.devices,
-                "explain": cluster_commands.explain,
-                "release": cluster_commands.release,
-            }
-            return asyncio.run(command[options.command](options))
+            command = {"devices": devices, "explain": explain, "release": release}[options.command]
+            return asyncio.run(command(options))
         case "completion":
             from usbip_plugin.cli.completion import script  # noqa: PLC0415
 
@@ -107,9 +99,6 @@ def _simulate(options: argparse.Namespace) -> int:
         return Exit.DONE if asyncio.run(demo.run(print, real_kernel=options.real_kernel)) else Exit.PROBLEM
     set_up_logging(options.log_level, sys.stdout, json_lines=True)
     commands = importlib.import_module("usbip_sim.commands")
-    status: int
     if options.simulated == "kernel":
-        status = commands.kernel(options.socket, options.device_directory, options.controllers)
-    else:
-        status = commands.server(options.listen, options.device, options.devices_file)
-    return status
+        return int(commands.kernel(options.socket, options.device_directory, options.controllers))
+    return int(commands.server(options.listen, options.device, options.devices_file))

@@ -31,19 +31,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-
 SERVICE_ACCOUNT_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 
 def namespace_of(given: str | None) -> str:
-    """Returns the namespace of the Leases.
-
-    It is the first of these that is set: the given one, POD_NAMESPACE, the ServiceAccount's, the default.
-    """
-    if given:
-        return given
-    if os.environ.get("POD_NAMESPACE"):
-        return os.environ["POD_NAMESPACE"]
+    """Returns the namespace of the Leases: the given one, else POD_NAMESPACE, the ServiceAccount's or the default."""
+    if named := given or os.environ.get("POD_NAMESPACE"):
+        return named
     try:
         return SERVICE_ACCOUNT_NAMESPACE.read_text(encoding="ascii").strip() or DEFAULT_NAMESPACE
     except OSError:
@@ -51,15 +45,11 @@ def namespace_of(given: str | None) -> str:
 
 
 def _first(*values: str | None) -> str:
-    """Returns the first value that is not None. Called with the flag, the file's setting and the default."""
     return next(value for value in values if value is not None)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Carries out `usbip-plugin run`, until SIGTERM or SIGINT. Returns the exit status.
-
-    Raises ConfigError if the configuration cannot be used, or the node's name is not given.
-    """
+    """Carries out `usbip-plugin run` until a signal. Raises ConfigError, also if the node's name is not given."""
     # imported here: neither --help nor the commands for people need these modules
     from usbip_plugin.config.reload import load_config  # noqa: PLC0415
     from usbip_plugin.node.memory import gc_paused  # noqa: PLC0415
@@ -99,10 +89,7 @@ def check(options: argparse.Namespace) -> int:
 
 
 def _driver_of(options: argparse.Namespace) -> MakeDriver:
-    """Returns the function that makes the driver of vhci_hcd.
-
-    With --simulated-kernel, the function makes the driver of the simulated kernel at that socket instead.
-    """
+    """Returns the function that makes the driver: of vhci_hcd, or of the kernel simulated at --simulated-kernel."""
     if options.simulated_kernel is None:
         from usbip_plugin.vhci.linux import SysfsVhci  # noqa: PLC0415
         from usbip_plugin.vhci.uevents import NetlinkUevents  # noqa: PLC0415
@@ -110,10 +97,7 @@ def _driver_of(options: argparse.Namespace) -> MakeDriver:
         return lambda clock: SysfsVhci(clock, NetlinkUevents(clock))
 
     def simulated(clock: Clock) -> VhciDriver:
-        log.warning(
-            "simulated kernel in use, no USB device is attached",
-            extra={"socket": options.simulated_kernel},
-        )
+        log.warning("simulated kernel in use, no USB device is attached", extra={"socket": options.simulated_kernel})
         # by name: the product does not depend on its doubles
         double = importlib.import_module("usbip_sim.kernel.remote")
         driver: VhciDriver = double.RemoteVhci(options.simulated_kernel, clock, random.Random())  # noqa: S311 - jitter

@@ -41,14 +41,15 @@ MEANING: Mapping[Exit, str] = MappingProxyType(
         Exit.USAGE: "the command line or the configuration is not valid",
         Exit.API: "the API server is unreachable, or rejects the credentials",
         Exit.NO_DEVICE: "no device has that name, or several have it",
-        Exit.REFUSED: "release: not confirmed, the lock has changed meanwhile, or the device is or may be attached "
-        "and --force was not given",
+        Exit.REFUSED: "release: not confirmed, or the lock has changed, or the device may be attached (see --force)",
     }
 )
 
 PROG = "usbip-plugin"
 DEFAULT_NAMESPACE = "usbip-system"
 DEFAULT_CONFIG_MAP = "usbip-plugin"
+PLUGIN_LABEL = "app.kubernetes.io/name=usbip-plugin"
+"""The label of the plugin's pods."""
 MAX_CONTROLLERS = 15
 """Controllers of 16 ports that a simulated kernel may have."""
 SHELLS = ("bash", "zsh", "fish")
@@ -56,8 +57,8 @@ FORMATS = ("table", "wide", "json", "yaml", "name")
 TEXT_FORMATS = ("text", "json", "yaml")
 DEVICE = "DEVICE"
 DEVICE_HELP = (
-    "its ID, SERVER/BUSID, bus ID, serial number, the name of a resource with this device only, or the beginning of "
-    "one of these"
+    "its ID, SERVER/BUSID, bus ID, serial number, the name of a resource that selects no other device, or a unique "
+    "prefix of any of these"
 )
 WIDTH = 100
 """Characters in a line of the list of exit statuses in the help."""
@@ -76,11 +77,12 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
 
     devices = commands.add_parser("devices", help="list devices with their holder, pod and age")
     _api_flags(devices)
-    devices.add_argument("-o", "--output", choices=FORMATS, default="table", help="default %(default)s; name: IDs only")
+    form = "output format (default %(default)s)"
+    devices.add_argument("-o", "--output", choices=FORMATS, default="table", help=f"{form}; name: IDs only")
 
     explain = commands.add_parser("explain", help="explain why a device is (un)available and what to do")
     _device_arguments(explain)
-    explain.add_argument("-o", "--output", choices=TEXT_FORMATS, default="text", help="default %(default)s")
+    explain.add_argument("-o", "--output", choices=TEXT_FORMATS, default="text", help=form)
 
     release = commands.add_parser(
         "release",
@@ -90,7 +92,7 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     )
     _device_arguments(release)
     release.add_argument("--dry-run", action="store_true", help="only show the impact")
-    release.add_argument("--force", action="store_true", help="even if the device is or may be attached")
+    release.add_argument("--force", action="store_true", help="release even if the device may be attached")
     release.add_argument("-y", "--yes", action="store_true", help="do not ask for confirmation")
 
     check = commands.add_parser("check", help="check whether this node can run the plugin")
@@ -98,10 +100,10 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="run the plugin on this node")
     _node_flags(run)
-    listen = f"of the status page, health and metrics, '' for none (default {DEFAULT_LISTEN})"
+    listen = f"address of the status page, health and metrics; '' disables them (default {DEFAULT_LISTEN})"
     run.add_argument("--listen", metavar="ADDRESS", help=listen)
-    run.add_argument("--log-level", choices=LOG_LEVELS, help=f"default {DEFAULT_LOG_LEVEL}")
-    run.add_argument("--log-format", choices=("json", "text"), default="json", help="default %(default)s")
+    run.add_argument("--log-level", choices=LOG_LEVELS, help=f"lowest level to log (default {DEFAULT_LOG_LEVEL})")
+    run.add_argument("--log-format", choices=("json", "text"), default="json", help="log format (default %(default)s)")
 
     completion = commands.add_parser("completion", help="print the completion script for a shell")
     completion.add_argument("shell", choices=SHELLS, metavar="SHELL", help=", ".join(SHELLS))
@@ -128,10 +130,14 @@ def _simulate_flags(simulated: argparse._SubParsersAction[argparse.ArgumentParse
         description="Simulates vhci_hcd for plugins that run with --simulated-kernel. Keeps connections and ports "
         "while plugins restart. Pods get device nodes that behave like /dev/zero.",
     )
-    kernel.add_argument("--socket", metavar="FILE", type=Path, required=True, help="where plugins connect")
-    directory = "the node's /dev; creates device nodes there (needs CAP_MKNOD)"
+    kernel.add_argument(
+        "--socket", metavar="FILE", type=Path, required=True, help="unix socket that plugins connect to"
+    )
+    directory = "the node's /dev, in which device nodes are created (needs CAP_MKNOD)"
     kernel.add_argument("--device-directory", metavar="DIR", type=Path, help=directory)
-    kernel.add_argument("--controllers", metavar="N", type=_count, default=1, help="with 16 ports each (default 1)")
+    kernel.add_argument(
+        "--controllers", metavar="N", type=_count, default=1, help="controllers of 16 ports (default 1)"
+    )
 
     server = simulated.add_parser(
         "server",
@@ -139,13 +145,16 @@ def _simulate_flags(simulated: argparse._SubParsersAction[argparse.ArgumentParse
         description="Runs a USB/IP server that, like usbipd, exports a device to one client at a time. Unlike usbipd, "
         "it notices within 8 s that a client's host is gone.",
     )
-    server.add_argument("--listen", metavar="ADDRESS:PORT", default="0.0.0.0:3240", help="default %(default)s")
+    server.add_argument(
+        "--listen", metavar="ADDRESS:PORT", default="0.0.0.0:3240", help="address (default %(default)s)"
+    )
     form = "BUSID=VVVV:PPPP[,serial=TEXT][,class=CC[SS[PP]][+...]][,manufacturer=TEXT][,product=TEXT]"
-    server.add_argument("--device", metavar=form, action="append", default=[], help="can be repeated")
-    devices = "more devices, one per line; reloaded when it changes"
+    server.add_argument("--device", metavar=form, action="append", default=[], help="device to export; can be repeated")
+    devices = "file with further devices, one per line; reloaded when it changes"
     server.add_argument("--devices-file", metavar="FILE", type=Path, help=devices)
     for command in (kernel, server):
-        command.add_argument("--log-level", choices=LOG_LEVELS, default=DEFAULT_LOG_LEVEL, help="default %(default)s")
+        level = "lowest level to log (default %(default)s)"
+        command.add_argument("--log-level", choices=LOG_LEVELS, default=DEFAULT_LOG_LEVEL, help=level)
 
 
 def _count(text: str) -> int:
@@ -155,15 +164,15 @@ def _count(text: str) -> int:
 
 
 def _api_flags(command: argparse.ArgumentParser) -> None:
-    kubeconfig = "default: $KUBECONFIG, the pod's ServiceAccount, ~/.kube/config"
+    kubeconfig = "kubeconfig file (default: $KUBECONFIG, the pod's ServiceAccount, ~/.kube/config)"
     command.add_argument("--kubeconfig", metavar="FILE", help=kubeconfig)
-    namespace = f"of the Leases (default: the pod's own, else {DEFAULT_NAMESPACE})"
+    namespace = f"namespace of the Leases (default: the pod's own, else {DEFAULT_NAMESPACE})"
     command.add_argument("-n", "--namespace", metavar="NAME", help=namespace)
 
 
-def _config_flags(command: argparse.ArgumentParser, default: Path | None, text: str) -> None:
-    command.add_argument("--config", metavar="FILE", type=Path, default=default, help=text)
-    command.add_argument("--domain", metavar="NAME", help=f"of the resource names (default {DEFAULT_DOMAIN})")
+def _config_flags(command: argparse.ArgumentParser, path: Path | None, default: str) -> None:
+    command.add_argument("--config", metavar="FILE", type=Path, default=path, help=f"configuration file ({default})")
+    command.add_argument("--domain", metavar="NAME", help=f"domain of the resource names (default {DEFAULT_DOMAIN})")
 
 
 def _device_arguments(command: argparse.ArgumentParser) -> None:
@@ -171,16 +180,23 @@ def _device_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("device", metavar=DEVICE, help=DEVICE_HELP)
     _api_flags(command)
     _config_flags(command, None, f"default: {DEFAULT_CONFIG_PATH} if it exists, else the ConfigMap")
-    command.add_argument("--config-map", metavar="NAME", default=DEFAULT_CONFIG_MAP, help="default %(default)s")
+    config_map = "ConfigMap with the configuration (default %(default)s)"
+    command.add_argument("--config-map", metavar="NAME", default=DEFAULT_CONFIG_MAP, help=config_map)
 
 
 def _node_flags(command: argparse.ArgumentParser) -> None:
     _api_flags(command)
     _config_flags(command, Path(DEFAULT_CONFIG_PATH), "default %(default)s")
-    command.add_argument("--plugin-directory", metavar="DIR", help=f"default {DEFAULT_PLUGIN_DIRECTORY}")
-    command.add_argument("--pod-resources-socket", metavar="FILE", help=f"default {DEFAULT_POD_RESOURCES_SOCKET}")
-    specs = "where the container runtime reads CDI specs (default %(default)s)"
-    command.add_argument("--cdi-directory", metavar="DIR", type=Path, default=Path(DEFAULT_CDI_DIRECTORY), help=specs)
+    add = command.add_argument
+    add("--plugin-directory", metavar="DIR", help=f"device-plugin directory (default {DEFAULT_PLUGIN_DIRECTORY})")
+    add("--pod-resources-socket", metavar="FILE", help=f"pod-resources socket (default {DEFAULT_POD_RESOURCES_SOCKET})")
+    specs = "directory from which the container runtime reads CDI specs (default %(default)s)"
+    add("--cdi-directory", metavar="DIR", type=Path, default=Path(DEFAULT_CDI_DIRECTORY), help=specs)
     kernel = "development only: the socket of `simulate kernel`, instead of vhci_hcd; attaches no device"
-    command.add_argument("--simulated-kernel", metavar="FILE", type=Path, help=kernel)
-    command.add_argument("--node-name", metavar="NAME", default=os.environ.get("NODE_NAME"), help="default $NODE_NAME")
+    add("--simulated-kernel", metavar="FILE", type=Path, help=kernel)
+    add(
+        "--node-name",
+        metavar="NAME",
+        default=os.environ.get("NODE_NAME"),
+        help="name of this node (default $NODE_NAME)",
+    )
