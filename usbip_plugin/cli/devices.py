@@ -33,8 +33,7 @@ Row = Mapping[str, str | int | None]
 class LockedDevice:
     """A device that has or had a lock, as its Leases were read.
 
-    lease: the Lease of the lock.
-    lock: the same Lease, parsed.
+    lock: the lock that `lease` has.
     session: the session Lease of the holder, None if there is none.
     """
 
@@ -51,8 +50,7 @@ class LockedDevice:
 async def known_devices(store: LeaseStore) -> tuple[LockedDevice, ...]:
     """Returns every device that was ever locked, sorted by device. Raises KubeError if the Leases cannot be read.
 
-    All text from the locks is printable and short, whoever wrote it, see locks/record.py. Leases whose name is not
-    that of a lock are left out.
+    lock_of() makes all texts printable and short, whoever wrote them. Leases with other names than locks are left out.
     """
     locks = await store.list(LOCK_LABELS)
     sessions = {lease.name: lease for lease in (await store.list(SESSION_LABELS)).items}

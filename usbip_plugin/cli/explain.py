@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import enum
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 
 from usbip_plugin.cli.devices import LockedDevice, ago, last_sign, silent, stamp
+from usbip_plugin.cli.parser import PLUGIN_LABEL
 from usbip_plugin.model import DeviceKey, Lock
 
 
@@ -28,7 +30,7 @@ class Listing(enum.Enum):
 class ServerAnswer:
     """The answer of a USB/IP server about one device.
 
-    usb_id: the USB id of the device that is listed under the bus id, None if none is.
+    usb_id: the USB ID of the device that is listed under the bus ID, None if none is.
     error: why the server did not answer, "" if it did.
     """
 
@@ -74,16 +76,17 @@ class Offer:
 
 
 @dataclass(frozen=True, slots=True)
-class DeviceFacts:
+class DeviceDetails:
     """Everything that was read about one device, from the API server, the USB/IP servers and the configuration.
 
-    key: None if the lock of the device does not name server and bus id.
+    key: None if the lock of the device does not name server and bus ID.
     known: the device's lock, None if it has none.
     offers: the resources that select the device; None without a configuration or without a key.
     config_source: where the configuration is from, or why there is none.
     namespace: the namespace of the Leases and of the plugin's pods.
     now: when this was read, by the wall clock of this machine.
     twins: other devices that are listed or held with the serial number by which a resource selects this device.
+    held_for: the device that was lost and is plugged in under this bus ID now, by its former name; "" if none is.
     """
 
     device_id: str
@@ -97,14 +100,19 @@ class DeviceFacts:
     namespace: str
     now: datetime
     twins: tuple[str, ...] = ()
+    held_for: str = ""
 
     @property
     def device(self) -> str:
         return str(self.key) if self.key is not None else self.device_id
 
     @property
+    def lock(self) -> Lock | None:
+        return self.known.lock if self.known is not None else None
+
+    @property
     def holder(self) -> str:
-        return self.known.lock.holder if self.known is not None else ""
+        return self.lock.holder if self.lock is not None else ""
 
     @property
     def silent(self) -> bool:
@@ -115,7 +123,7 @@ class DeviceFacts:
 class Explanation:
     """Why a device is available or not, in sentences.
 
-    available: whether a pod that asks for the device now would get it, as far as this machine can see.
+    available: whether a pod that requests the device now would get it, as far as this machine can see.
     because: the evidence for the verdict.
     next: what to do.
     """
@@ -128,126 +136,126 @@ class Explanation:
     next: tuple[str, ...]
 
 
-def explain(facts: DeviceFacts) -> Explanation:
-    available, verdict = _verdict(facts)
-    because = (*_lock(facts), *_server(facts), *_twins(facts), *_offers(facts))
-    return Explanation(facts.device, facts.device_id, available, verdict, because, tuple(_next(facts)))
+def explain(details: DeviceDetails) -> Explanation:
+    available, verdict = _verdict(details)
+    because = (*_lock(details), *_server(details), *_twins(details), *_offers(details))
+    return Explanation(details.device, details.device_id, available, verdict, because, tuple(_next(details)))
 
 
-def _verdict(facts: DeviceFacts) -> tuple[bool, str]:
-    device, listing = facts.device, facts.server.listing
-    if facts.holder and not facts.silent:
-        pod = facts.known.lock.pod if facts.known is not None else None
-        return False, f"{device} is in use on node {facts.holder}" + (f" by pod {pod}." if pod is not None else ".")
-    if facts.key is None:
+def _verdict(details: DeviceDetails) -> tuple[bool, str]:
+    device, listing = details.device, details.server.listing
+    if details.holder and not details.silent:
+        user = f" by pod {details.lock.pod}" if details.lock is not None and details.lock.pod is not None else ""
+        return False, f"{device} is in use on node {details.holder}{user}."
+    if details.key is None:
         return False, f"{device} is unavailable: its lock does not name its server and bus ID."
     if listing is Listing.UNREACHABLE:
         return False, f"{device} appears to be unavailable: its server does not answer this machine."
     if listing is Listing.UNLISTED:
         return False, f"{device} is unavailable: its server does not export it."
-    if facts.offers == ():
+    if details.offers == ():
         return False, f"{device} cannot be requested: no resource in the configuration selects it."
-    if facts.twins:
-        return False, f"{device} is unavailable by its serial number: another device has the same number."
-    if facts.holder:
-        return True, f"{device} can be taken over: its holder, node {facts.holder}, is silent."
+    if details.twins:
+        return False, f"{device} is unavailable: it is selected by serial number, and another device has the same one."
+    if details.holder:
+        return True, f"{device} can be taken over: its holder, node {details.holder}, is silent."
     return True, f"{device} is available."
 
 
-def _lock(facts: DeviceFacts) -> Iterator[str]:
-    if facts.known is None:
-        yield "It has no lock: it has never been used."
+def _lock(details: DeviceDetails) -> Iterator[str]:
+    if details.known is None:
+        yield "It has no lock: no node has used it yet, or its Lease was deleted."
         return
-    lock, sign = facts.known.lock, last_sign(facts.known)
+    lock, sign = details.known.lock, last_sign(details.known)
     if not lock.holder:
         yield f"Its lock has no holder (epoch {lock.epoch})."
         return
-    since = f" since {stamp(lock.acquired_at)} ({ago(facts.now, lock.acquired_at)})" if lock.acquired_at else ""
+    since = f" since {stamp(lock.acquired_at)} ({ago(details.now, lock.acquired_at)})" if lock.acquired_at else ""
     port = f"attached there to vhci port {lock.port}" if lock.port is not None else "being attached or detached"
     yield f"Node {lock.holder} has held the lock{since}, epoch {lock.epoch}; the device is {port}."
-    if lock.in_place_of is not None:
-        yield f"It is held in place of {lock.in_place_of}: the device was lost there and is plugged in here now."
-    heartbeat = f"{stamp(sign)}, {ago(facts.now, sign)}" if sign is not None else "never"
-    if facts.silent:
+    if details.held_for:
+        yield f"It is held for {details.held_for}: that device is plugged in here now."
+    heartbeat = f"{stamp(sign)}, {ago(details.now, sign)}" if sign is not None else "never"
+    if details.silent:
         yield f"The holder has been silent for longer than its lock lasts (last heartbeat: {heartbeat})."
     else:
         yield f"The holder is alive (last heartbeat: {heartbeat})."
     if lock.pod is None:
         yield "The lock does not name a pod yet."
-    elif facts.pod is not PodStatus.UNKNOWN:
-        yield f"Pod {lock.pod} {facts.pod.value}."
-    if facts.plugin in (PluginStatus.NONE, PluginStatus.NOT_READY):
-        yield f"Node {facts.holder} {facts.plugin.value}."
+    elif details.pod is not PodStatus.UNKNOWN:
+        yield f"Pod {lock.pod} {details.pod.value}."
+    if details.plugin in (PluginStatus.NONE, PluginStatus.NOT_READY):
+        yield f"Node {details.holder} {details.plugin.value}."
 
 
-def _server(facts: DeviceFacts) -> Iterator[str]:
-    answer, key = facts.server, facts.key
+def _server(details: DeviceDetails) -> Iterator[str]:
+    answer, key = details.server, details.key
     if key is None or answer.listing is Listing.NOT_ASKED:
-        yield "Its server was not queried: the lock does not name it."
+        yield "The server was not queried, because the lock does not name it."
         return
     match answer.listing:
         case Listing.UNREACHABLE:
             yield f"From this machine: {answer.error}."
-        case Listing.UNLISTED if facts.holder:
+        case Listing.UNLISTED if details.holder:
             yield f"Server {key.server} does not list it, as expected for a device in use."
         case Listing.UNLISTED:
             cause = "it is unplugged, not bound, or in use outside this cluster"
             yield f"Server {key.server} answers but does not list {key.busid}: {cause}."
         case _:
-            consequence = ", so no node has it attached" if facts.holder else ""
+            consequence = ", so no node has it attached" if details.holder else ""
             yield f"Server {key.server} lists it as available{consequence}."
-    lock = facts.known.lock if facts.known is not None else None
-    expected = str(lock.usb_id) if lock is not None and lock.usb_id is not None else answer.usb_id
-    if answer.usb_id not in (None, expected):
+    expected = details.lock.usb_id if details.lock is not None else None
+    if expected is not None and answer.usb_id not in (None, str(expected)):
         yield f"The server lists {answer.usb_id} under this bus ID; the lock was for {expected}."
 
 
-def _twins(facts: DeviceFacts) -> Iterator[str]:
-    if not facts.twins or facts.known is None or (facts.holder and not facts.silent):
+def _twins(details: DeviceDetails) -> Iterator[str]:
+    if not details.twins or details.lock is None or (details.holder and not details.silent):
         return
-    serial, others = facts.known.lock.serial, " and ".join(facts.twins)
-    if facts.server.listing is Listing.LISTED:
+    serial, others = details.lock.serial, " and ".join(details.twins)
+    if details.server.listing is Listing.LISTED:
         yield f"Its serial number {serial} is shared with {others}, so no resource offers them by that number."
     else:
         yield f"The device with serial number {serial} is now {others}."
 
 
-def _offers(facts: DeviceFacts) -> Iterator[str]:
-    if facts.offers is None:
-        if facts.key is not None:
-            yield f"The resources that select it are unknown: {facts.config_source}."
+def _offers(details: DeviceDetails) -> Iterator[str]:
+    if details.offers is None:
+        if details.key is not None:
+            yield f"The resources that select it are unknown: {details.config_source}."
         return
-    for offer in facts.offers:
+    for offer in details.offers:
         yield f"It is offered as {offer.resource} ({offer.selector})."
-    if not facts.offers and facts.server.listing is Listing.LISTED:
-        yield f"No resource in {facts.config_source} selects it."
+    if not details.offers and details.server.listing is Listing.LISTED:
+        yield f"No resource in {details.config_source} selects it."
 
 
-def _next(facts: DeviceFacts) -> Iterator[str]:
-    if facts.holder and facts.known is not None and not facts.silent:
-        yield from _next_held(facts, facts.known.lock)
+def _next(details: DeviceDetails) -> Iterator[str]:
+    listing, key, lock = details.server.listing, details.key, details.lock
+    if details.holder and lock is not None and not details.silent:
+        yield from _next_held(details, lock)
         return
-    listing, key = facts.server.listing, facts.key
     if listing is Listing.UNREACHABLE:
         yield "Nodes may still reach the server: check the status page or the log of a node."
-        yield "On the server: check that usbipd is running (pgrep usbipd) and that its port is open."
-    elif listing is Listing.UNLISTED and key is not None and facts.holder:
-        port = facts.known.lock.port if facts.known is not None and facts.known.lock.port is not None else "PORT"
-        yield f"If node {facts.holder} is up without its plugin, on that node: usbip port; usbip detach -p {port}"
+        yield "On the server, check that usbipd is running (pgrep usbipd) and that its port is open."
+    elif listing is Listing.UNLISTED and key is not None and details.holder:
+        port = lock.port if lock is not None and lock.port is not None else "PORT"
+        detach = f"usbip port; usbip detach -p {port}"
+        yield f"If node {details.holder} is up but its plugin is not, run on that node: {detach}"
         unbind = f"usbip unbind -b {key.busid}; usbip bind -b {key.busid}"
-        yield f"If the node is gone and the server has not noticed, on the server: {unbind}"
+        yield f"If the node is gone and the server has not noticed, run on the server: {unbind}"
     elif listing is Listing.UNLISTED and key is not None:
-        yield f"On the server: usbip list -l shows what is plugged in; usbip bind -b {key.busid} exports it."
-    elif facts.twins:
+        yield f"Run on the server: usbip list -l shows what is plugged in; usbip bind -b {key.busid} exports it."
+    elif details.twins:
         yield "Select each of them by bus_id in the configuration; docs/reference/configuration.md shows how."
-    elif facts.offers == ():
+    elif details.offers == ():
         yield "Add a selector for it to the configuration; docs/reference/configuration.md shows how."
-    elif facts.offers:
-        yield f"Request it in a pod with resources.limits: {{{facts.offers[0].resource}: 1}}"
+    elif details.offers:
+        yield f"Request it in a pod with resources.limits: {{{details.offers[0].resource}: 1}}"
 
 
-def _next_held(facts: DeviceFacts, lock: Lock) -> Iterator[str]:
-    match facts.pod:
+def _next_held(details: DeviceDetails, lock: Lock) -> Iterator[str]:
+    match details.pod:
         case PodStatus.LIVES if lock.pod is not None:
             delete = f"kubectl -n {lock.pod.namespace} delete pod {lock.pod.name}"
             yield f"It becomes available when that pod ends: {delete}"
@@ -255,12 +263,13 @@ def _next_held(facts: DeviceFacts, lock: Lock) -> Iterator[str]:
             yield "Wait: it becomes available seconds after the pod's containers have ended."
         case PodStatus.GONE | PodStatus.ENDED:
             yield "The pod no longer needs it: the plugin on that node detaches it within half a minute."
-    if facts.plugin in (PluginStatus.NONE, PluginStatus.NOT_READY):
-        look = f"kubectl -n {facts.namespace} get pods --field-selector spec.nodeName={facts.holder}"
-        yield f"The node releases nothing until its plugin is ready: {look}"
-    elif facts.pod in (PodStatus.GONE, PodStatus.ENDED):
-        yield f"If it does not, see its log: kubectl -n {facts.namespace} logs daemonset/usbip-plugin"
-    yield f"To take it from its holder anyway: usbip-plugin release {facts.device} --force"
+    kubectl, node = f"kubectl -n {details.namespace}", shlex.quote(f"spec.nodeName={details.holder}")
+    pods = f"{kubectl} get pods -l {PLUGIN_LABEL} --field-selector {node}"
+    if details.plugin in (PluginStatus.NONE, PluginStatus.NOT_READY):
+        yield f"The node releases nothing until its plugin is ready: {pods}"
+    elif details.pod in (PodStatus.GONE, PodStatus.ENDED):
+        yield f"If it does not, read the log of the plugin on that node: {kubectl} logs $({pods} -o name)"
+    yield f"To take it from its holder anyway: usbip-plugin release {details.device} --force"
 
 
 def render(found: Explanation, *, colour: bool = False) -> str:

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from usbip_plugin.cli.devices import LockedDevice, known_devices
-from usbip_plugin.cli.explain import DeviceFacts, Listing, Offer, PluginStatus, PodStatus, ServerAnswer
+from usbip_plugin.cli.explain import DeviceDetails, Listing, Offer, PluginStatus, PodStatus, ServerAnswer
+from usbip_plugin.cli.parser import PLUGIN_LABEL
 from usbip_plugin.clock import Clock
 from usbip_plugin.config.parse import parse_config
 from usbip_plugin.config.reload import load_config
-from usbip_plugin.config.schema import DEFAULT_CONFIG_PATH, DEFAULT_DOMAIN, Config
+from usbip_plugin.config.schema import DEFAULT_CONFIG_PATH, Config
 from usbip_plugin.config.selectors import Match, matches
 from usbip_plugin.errors import AmbiguousDevice, ConfigError, KubeError, KubeNotFound, NoSuchDevice, UsbipError
 from usbip_plugin.kube.client import Api
@@ -70,8 +71,7 @@ class NamedDevice:
 def resolve(name: str, candidates: Sequence[NamedDevice]) -> NamedDevice:
     """Returns the only device with exactly that name, else the only device with a name that begins with it.
 
-    Raises NoSuchDevice if no device matches. Raises AmbiguousDevice with the matches if several do, also if the name
-    is that of a resource with several devices.
+    Raises NoSuchDevice if no device matches, AmbiguousDevice if several do, such as all devices of a resource.
     """
     exact = [one for one in candidates if name in one.names()]
     found = exact or [one for one in candidates if name and any(known.startswith(name) for known in one.names())]
@@ -87,7 +87,6 @@ DEVLIST_TIMEOUT_S = 3.0
 """Seconds that each server may take to list its devices. All servers are asked side by side."""
 REQUEST_TIMEOUT_S = 5.0
 """Seconds that one request to the API server may take."""
-PLUGIN_LABEL = "app.kubernetes.io/name=usbip-plugin"
 _NODE = re.compile("[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
 _SERVER_BUSID = re.compile(r"(?P<host>\[[0-9A-Fa-f:.%]+\]|[^/:\[\]]+)(?::(?P<port>[0-9]{1,5}))?/(?P<busid>[^/]+)")
 
@@ -97,11 +96,9 @@ class DeviceLookup:
     """The look-up of one device for one command.
 
     namespace: the namespace of the Leases and of the plugin's pods.
-    domain: the domain of the resource names.
-    config: the configuration, None if there is none.
     source: where the configuration is from, or why there is none.
     known: the devices that have or had a lock; filled by about().
-    answers: the devices that each server listed, or why it did not answer; filled as servers are asked.
+    answers: the devices that each server listed, or why it did not answer; filled by about().
     """
 
     store: LeaseStore
@@ -115,11 +112,11 @@ class DeviceLookup:
     known: tuple[LockedDevice, ...] = ()
     answers: dict[ServerKey, tuple[Descriptor, ...] | str] = field(default_factory=dict)
 
-    async def about(self, name: str) -> DeviceFacts:
-        """Returns everything about the device of that name.
+    async def about(self, name: str) -> DeviceDetails:
+        """Returns everything about the device of that name. SERVER/BUSID may also name a device that is not known.
 
         Raises KubeError if the Leases cannot be read, NoSuchDevice or AmbiguousDevice if the name does not mean exactly
-        one device. A SERVER/BUSID is accepted even if no such device is known.
+        one device.
         """
         self.known = await known_devices(self.store)
         if self.config is not None:
@@ -138,7 +135,7 @@ class DeviceLookup:
             await self._ask(frozenset({key.server}))
         lock = known.lock if known is not None else None
         pod = lock.pod if lock is not None and lock.holder else None
-        return DeviceFacts(
+        return DeviceDetails(
             device_id=chosen,
             key=key,
             known=known,
@@ -150,6 +147,7 @@ class DeviceLookup:
             namespace=self.namespace,
             now=self.clock.now(),
             twins=self._twins(key, lock) if key is not None and lock is not None else (),
+            held_for=str(keys.get(lock.in_place_of, lock.in_place_of)) if lock is not None and lock.in_place_of else "",
         )
 
     async def _ask(self, servers: frozenset[ServerKey]) -> None:
@@ -218,7 +216,7 @@ class DeviceLookup:
             if there is None or there == key or there.server not in servers or other.serial != lock.serial:
                 continue
             listed = self._listed(there)
-            # a device that is attached from another bus id holds two locks: it is not a twin of itself
+            # a device that is attached from another bus ID holds two locks: it is not a twin of itself
             apart = not other.holder or (key.id != other.in_place_of and other.device_id != lock.in_place_of)
             if apart and (other.holder or (listed is not None and listed.devid == other.read_from)):
                 found.append(str(there))
@@ -262,7 +260,7 @@ class DeviceLookup:
 
 
 def pod_status(found: Mapping[str, Any], pod: PodRef) -> PodStatus:
-    """Returns the state of the pod that a lock names. found: the Pod of that name."""
+    """Returns the state of the pod that a lock names. found: the API server's Pod of that name."""
     metadata, status = _mapping(found.get("metadata")), _mapping(found.get("status"))
     if pod.uid is not None and metadata.get("uid") not in (None, pod.uid):
         return PodStatus.GONE
@@ -295,8 +293,7 @@ def named_key(name: str) -> DeviceKey | None:
 async def find_config(options: argparse.Namespace, kube: Api, namespace: str) -> tuple[Config | None, str]:
     """Returns the configuration and where it is from, or None and why there is none.
 
-    Reads the file of --config, else the default file if it is there and can be used, else the ConfigMap. Raises
-    ConfigError if the file of --config cannot be used.
+    Reads the file of --config (raises ConfigError), else the default file if it is valid, else the ConfigMap.
     """
     if options.config is not None:
         return (await asyncio.to_thread(load_config, options.config)).config, str(options.config)
@@ -318,10 +315,6 @@ async def find_config(options: argparse.Namespace, kube: Api, namespace: str) ->
         return None, f"{name} cannot be read: {error}"
     except ConfigError as error:
         return None, f"{name} cannot be used: {error.problems[0]}"
-
-
-def domain_of(given: str | None, config: Config | None) -> str:
-    return given or (config.settings.domain if config is not None else None) or DEFAULT_DOMAIN
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from usbip_plugin.cli.devices import LockedDevice, ago, last_sign, stamp
-from usbip_plugin.cli.explain import DeviceFacts, Listing, PodStatus
+from usbip_plugin.cli.explain import DeviceDetails, Listing, PodStatus
 from usbip_plugin.config.schema import IMPORT_WINDOW_S
 from usbip_plugin.errors import KubeConflict, KubeForbidden, KubeNotFound, ReleaseRefused
 from usbip_plugin.locks.protocol import Replace, Write, decide_release
@@ -15,56 +14,42 @@ from usbip_plugin.locks.record import BY_HAND, LeaseStore
 from usbip_plugin.model import NodeIdentity
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """The consequences of a release.
-
-    sentences: what the release would do, for people.
-    refusal: why the release needs --force, "" if it does not.
-    """
-
-    sentences: tuple[str, ...]
-    refusal: str
-
-
-def plan(facts: DeviceFacts, known: LockedDevice) -> Plan:
-    """Returns the consequences of releasing a device. known: its lock, which must have a holder."""
-    return Plan(tuple(_sentences(facts, known)), _refusal(facts, known))
-
-
-def _sentences(facts: DeviceFacts, known: LockedDevice) -> Iterator[str]:
+def impact(details: DeviceDetails, known: LockedDevice) -> Iterator[str]:
+    """Yields what a release of the device would do, in sentences. known: its lock, which must have a holder."""
     lock, sign = known.lock, last_sign(known)
     since = f" (since {stamp(lock.acquired_at)})" if lock.acquired_at is not None else ""
-    yield f"{facts.device} is held by node {lock.holder}{since}."
-    heartbeat = f"(last heartbeat: {ago(facts.now, sign) if sign is not None else 'never'})"
-    if facts.silent:
+    yield f"{details.device} is held by node {lock.holder}{since}."
+    heartbeat = f"(last heartbeat: {ago(details.now, sign) if sign is not None else 'never'})"
+    if details.silent:
         yield f"The node is silent {heartbeat}; other nodes can take over the device without this command."
     else:
         yield f"The node is alive {heartbeat}: it detaches the device as soon as it sees the empty lock."
     if lock.pod is None:
         yield "The lock does not name a pod: the device is being allocated, or its pod is not known yet."
-    elif facts.pod in (PodStatus.GONE, PodStatus.ENDED):
-        yield f"Its pod {lock.pod} {facts.pod.value}."
+    elif details.pod in (PodStatus.GONE, PodStatus.ENDED):
+        yield f"Its pod {lock.pod} {details.pod.value}."
     else:
         yield f"Its pod {lock.pod} loses the device while it is running; open device files return errors."
 
 
-def _refusal(facts: DeviceFacts, known: LockedDevice) -> str:
-    """Returns why the device is or may be attached, "" if it is not.
+def refusal(details: DeviceDetails, known: LockedDevice) -> str:
+    """Returns why a release needs --force: the device may be attached. Returns "" if it does not need it.
 
     The device is certainly not attached only if its server lists it as available and its lock was not written just now.
     """
     port = known.lock.port
-    where = f"the lock names vhci port {port} of node {facts.holder}" if port is not None else "the lock names no port"
-    match facts.server.listing:
+    where = (
+        f"the lock names vhci port {port} of node {details.holder}" if port is not None else "the lock names no port"
+    )
+    match details.server.listing:
         case Listing.LISTED:
             renewed = known.lease.renew_time
-            fresh = renewed is not None and facts.now - renewed < timedelta(seconds=IMPORT_WINDOW_S)
+            fresh = renewed is not None and details.now - renewed < timedelta(seconds=IMPORT_WINDOW_S)
             return "its lock was written a moment ago, so an import may be in progress" if fresh else ""
         case Listing.UNLISTED:
-            return f"it is attached: its server does not list it as available, and {where}"
+            return f"it may be attached: its server does not list it as available, and {where}"
         case _:
-            cause = facts.server.error or "its server is not known"
+            cause = details.server.error or "its server is not known"
             return f"it may be attached: {where}, and its server cannot be queried from here ({cause})"
 
 

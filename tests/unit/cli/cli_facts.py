@@ -6,7 +6,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 from usbip_plugin.cli.devices import LockedDevice
-from usbip_plugin.cli.explain import DeviceFacts, Listing, Offer, PluginStatus, PodStatus, ServerAnswer
+from usbip_plugin.cli.explain import DeviceDetails, Listing, Offer, PluginStatus, PodStatus, ServerAnswer
 from usbip_plugin.locks.record import LOCK_LABELS, SESSION_LABELS, Lease, lock_of
 from usbip_plugin.model import DeviceKey, ServerKey
 
@@ -34,7 +34,7 @@ def known(
     return LockedDevice(lease, lock_of(lease), session)
 
 
-FREE = DeviceFacts(
+FREE = DeviceDetails(
     device_id=KEY.id,
     key=KEY,
     known=known(),

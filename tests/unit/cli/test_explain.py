@@ -6,13 +6,15 @@ from dataclasses import replace
 
 import pytest
 
-from tests.unit.cli.cli_facts import FREE, HELD, HELD_NOTES, KEY, LISTED, NOTES, UNLISTED, UNREACHABLE, known
-from usbip_plugin.cli.explain import DeviceFacts, PluginStatus, PodStatus, explain, render
+from tests.unit.cli.cli_facts import FREE, HELD, KEY, LISTED, NOTES, UNLISTED, UNREACHABLE, known
+from usbip_plugin.cli.explain import DeviceDetails, PluginStatus, PodStatus, explain, render
 from usbip_plugin.cli.lookup import plugin_status, pod_status
 from usbip_plugin.model import PodRef
 
 TOLD = replace(FREE, known=known(notes=NOTES | {"usbip.dev/serial": "RED"}))
 GONE_NODE = replace(HELD, known=known("node-a", heard=500, written=500), pod=PodStatus.GONE, plugin=PluginStatus.NONE)
+PODS = "kubectl -n usbip-system get pods -l app.kubernetes.io/name=usbip-plugin --field-selector spec.nodeName=node-a"
+LOG = f"read the log of the plugin on that node: kubectl -n usbip-system logs $({PODS} -o name)"
 
 
 @pytest.mark.parametrize(
@@ -28,12 +30,16 @@ GONE_NODE = replace(HELD, known=known("node-a", heard=500, written=500), pod=Pod
         (replace(FREE, offers=None, config_source="no right to"), True, "is available."),
         (GONE_NODE, False, "its server does not export it."),
         (replace(GONE_NODE, server=LISTED), True, "can be taken over: its holder, node node-a, is silent."),
-        (replace(TOLD, twins=("lab:3240/1-2",)), False, "by its serial number: another device has the same number."),
+        (
+            replace(TOLD, twins=("lab:3240/1-2",)),
+            False,
+            "it is selected by serial number, and another device has the same one.",
+        ),
         (replace(HELD, twins=("lab:3240/1-2",)), False, "is in use on node node-a by pod ns/reader."),
         (replace(GONE_NODE, key=None, server=LISTED), False, "its lock does not name its server and bus ID."),
     ],
 )
-def test_the_verdict(facts: DeviceFacts, available: bool, verdict: str) -> None:
+def test_the_verdict(facts: DeviceDetails, available: bool, verdict: str) -> None:
     found = explain(facts)
     assert found.available is available
     assert found.verdict.endswith(verdict)
@@ -43,10 +49,10 @@ def test_the_verdict(facts: DeviceFacts, available: bool, verdict: str) -> None:
     ("facts", "said"),
     [
         (FREE, ["no holder (epoch 5)", "lists it as available.", "offered as usbip.dev/stick (vendor 0951)"]),
-        (replace(FREE, known=None), ["it has never been used"]),
+        (replace(FREE, known=None), ["no node has used it yet, or its Lease was deleted."]),
         (
-            replace(HELD, known=known("node-a", notes=HELD_NOTES | {"usbip.dev/in-place-of": "usbip-" + "a" * 20})),
-            ["held in place of usbip-aaaa"],
+            replace(HELD, held_for="attic:3240/7-2"),
+            ["It is held for attic:3240/7-2: that device is plugged in here now."],
         ),
         (
             HELD,
@@ -60,11 +66,11 @@ def test_the_verdict(facts: DeviceFacts, available: bool, verdict: str) -> None:
                 "usbip-plugin release lab:3240/1-1 --force",
             ],
         ),
-        (replace(HELD, pod=PodStatus.GONE), ["Pod ns/reader is gone", "within half a minute", "logs daemonset"]),
+        (replace(HELD, pod=PodStatus.GONE), ["Pod ns/reader is gone", "within half a minute", LOG]),
         (replace(HELD, pod=PodStatus.ENDING), ["being deleted", "Wait: it becomes available"]),
         (
             replace(HELD, plugin=PluginStatus.NONE),
-            ["node-a has no plugin pod.", "releases nothing", "spec.nodeName=node-a"],
+            ["node-a has no plugin pod.", "releases nothing", PODS],
         ),
         (replace(HELD, server=LISTED), ["so no node has it attached"]),
         (replace(HELD, known=known("node-a", heard=None, written=10)), ["last heartbeat: 2026-05-04T06:01:51Z"]),
@@ -84,10 +90,15 @@ def test_the_verdict(facts: DeviceFacts, available: bool, verdict: str) -> None:
         ),
     ],
 )
-def test_it_says(facts: DeviceFacts, said: list[str]) -> None:
+def test_it_says(facts: DeviceDetails, said: list[str]) -> None:
     text = render(explain(facts))
     assert [words for words in said if words not in text] == []
     assert KEY.id in text
+
+
+def test_a_command_to_copy_quotes_the_holder() -> None:
+    held = replace(HELD, known=known("a; reboot"), pod=PodStatus.GONE, plugin=PluginStatus.UNKNOWN)
+    assert "--field-selector 'spec.nodeName=a; reboot' -o name)" in render(explain(held))
 
 
 def test_what_it_says_is_whole_sentences() -> None:

@@ -8,51 +8,52 @@ import pytest
 
 from tests.unit.cli.cli_facts import FREE, HELD, HELD_NOTES, KEY, LISTED, NOW, UNLISTED, UNREACHABLE, known
 from usbip_plugin.cli.devices import LockedDevice, known_devices
-from usbip_plugin.cli.explain import DeviceFacts, PodStatus
-from usbip_plugin.cli.release import Plan, plan, release
+from usbip_plugin.cli.explain import DeviceDetails, PodStatus
+from usbip_plugin.cli.release import impact, refusal, release
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.errors import KubeForbidden, ReleaseRefused
 from usbip_plugin.locks.record import Lease
 from usbip_sim.leases import MemoryBackend, MemoryLeases
 
 
-def planned(facts: DeviceFacts) -> Plan:
+def sentences(facts: DeviceDetails) -> str:
     assert facts.known is not None
-    return plan(facts, facts.known)
+    return "\n".join(impact(facts, facts.known))
 
 
 NO_PORT = {name: text for name, text in HELD_NOTES.items() if name != "usbip.dev/vhci-port"}
 
 
 @pytest.mark.parametrize(
-    ("facts", "refusal"),
+    ("facts", "expected"),
     [
         (
             HELD,
-            "its server does not list it as available, and the lock names vhci port 3 of node node-a",
+            "may be attached: its server does not list it as available, and the lock names vhci port 3 of node node-a",
         ),
-        (replace(HELD, known=known("node-a", heard=500)), "it is attached"),  # its kernel may live on
-        (replace(HELD, known=known("node-a", notes=NO_PORT)), "it is attached"),
+        (replace(HELD, known=known("node-a", heard=500)), "it may be attached"),  # its kernel may live on
+        (replace(HELD, known=known("node-a", notes=NO_PORT)), "it may be attached"),
         (replace(HELD, server=UNREACHABLE), "it may be attached"),
         (replace(HELD, server=LISTED), ""),
         (replace(HELD, server=LISTED, known=known("node-a", written=3)), "an import may be in progress"),
     ],
 )
-def test_it_refuses_unless_the_device_is_certainly_not_attached(facts: DeviceFacts, refusal: str) -> None:
-    found = planned(facts).refusal
-    assert refusal in found
-    assert bool(refusal) is bool(found)
+def test_it_refuses_unless_the_device_is_certainly_not_attached(facts: DeviceDetails, expected: str) -> None:
+    assert facts.known is not None
+    found = refusal(facts, facts.known)
+    assert expected in found
+    assert bool(expected) is bool(found)
 
 
 def test_it_shows_the_impact() -> None:
-    text = "\n".join(planned(HELD).sentences)
+    text = sentences(HELD)
     assert "held by node node-a (since 2026-05-04T03:02:01Z)." in text
     assert "The node is alive (last heartbeat: 3s ago): it detaches the device" in text
     assert "pod ns/reader loses the device while it is running" in text
-    assert "Its pod ns/reader is gone" in "\n".join(planned(replace(HELD, pod=PodStatus.GONE)).sentences)
-    silent = planned(replace(HELD, known=known("node-a", heard=500, written=500))).sentences
-    assert "The node is silent (last heartbeat: 8m ago)" in "\n".join(silent)
-    assert "does not name a pod" in "\n".join(planned(replace(HELD, known=known("node-a", notes={}))).sentences)
+    assert "Its pod ns/reader is gone" in sentences(replace(HELD, pod=PodStatus.GONE))
+    silent = sentences(replace(HELD, known=known("node-a", heard=500, written=500)))
+    assert "The node is silent (last heartbeat: 8m ago)" in silent
+    assert "does not name a pod" in sentences(replace(HELD, known=known("node-a", notes={})))
 
 
 async def stored() -> tuple[MemoryLeases, LockedDevice]:

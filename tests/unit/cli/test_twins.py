@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from typing import cast
 
 import pytest
@@ -80,8 +81,14 @@ HERE = {"lab": (listed("1-1"),), "attic": (listed("7-2"),)}
 def test_a_twin_is_there_and_promised_by_the_same_resource(
     selectors: dict[ServerKey, Selector], there: Lease, lists: dict[str, tuple[Descriptor, ...]], twins: tuple[str, ...]
 ) -> None:
+    assert asyncio.run(lookup(selectors, there, lists).about(OWN.id)).twins == twins
+
+
+def lookup(
+    selectors: dict[ServerKey, Selector], there: Lease, lists: Mapping[str, tuple[Descriptor, ...]]
+) -> DeviceLookup:
     config = Config((ResourceConfig("stick", tuple(DeviceSelector(at, which) for at, which in selectors.items())),))
-    lookup = DeviceLookup(
+    return DeviceLookup(
         cast("LeaseStore", Leases(lease(OWN, "RED"), there)),
         cast("Api", None),
         cast("UsbipClient", Servers(**lists)),
@@ -91,4 +98,10 @@ def test_a_twin_is_there_and_promised_by_the_same_resource(
         config,
         "config.yaml",
     )
-    assert asyncio.run(lookup.about(OWN.id)).twins == twins
+
+
+def test_a_device_that_is_held_for_another_names_it() -> None:
+    there = lease(THERE, "RED", in_place_of=OWN.id)
+    found = lookup(BOTH, there, HERE)
+    assert asyncio.run(found.about(THERE.id)).held_for == str(OWN)
+    assert asyncio.run(found.about(OWN.id)).held_for == ""
