@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -20,7 +19,6 @@ from usbip_plugin.observe.tracing import RecentSpans
 
 if TYPE_CHECKING:
     from usbip_plugin.observe.page import Page
-
 
 SHUTDOWN_S = 0.5
 """Seconds that requests under way have to finish when the server stops."""
@@ -42,18 +40,14 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The result of a check.
-
-    ok: whether all is well.
-    lines: why not, one reason a line.
-    """
+    """The result of a check. lines: why it is not ok, one reason a line."""
 
     ok: bool
     lines: tuple[str, ...] = ()
 
 
-PageHandler = Callable[[], Answer]
-"""Called in the event loop for every request. Must be quick and must not raise."""
+PageHandler = Callable[[], Answer | Awaitable[Answer]]
+"""Called in the event loop for every request. Must not block and must not raise."""
 
 
 class Heartbeat:
@@ -69,7 +63,6 @@ class Heartbeat:
         self._last = self._clock.monotonic()
 
     def verdict(self) -> Verdict:
-        """Returns whether the loop runs, with a line for people if it does not."""
         silent = self._clock.monotonic() - self._last if self._last is not None else 0.0
         if silent <= self._within:
             return Verdict(ok=True)
@@ -140,10 +133,7 @@ class HttpServer:
         self.port = 0
 
     async def run(self) -> None:
-        """Serves until cancelled, then stops within about SHUTDOWN_S. Raises OSError if the address cannot be bound.
-
-        Sets `started` and `port` once it serves.
-        """
+        """Serves until cancelled, then stops within about SHUTDOWN_S. Raises OSError if the address cannot be bound."""
         loop = asyncio.get_running_loop()
         server = Server(self._answer, access_log=None)
         listener = await loop.create_server(server, self._host, self._port, reuse_address=True)
@@ -164,6 +154,8 @@ class HttpServer:
         if request.method not in METHODS:
             return Response(status=405, headers={"Allow": ", ".join(METHODS)})
         answer = page()
+        if not isinstance(answer, Answer):
+            answer = await answer
         return Response(
             body=answer.body,
             status=answer.status,
@@ -193,6 +185,7 @@ class Site:
 
     def __init__(self, status: Callable[[], NodeReport], recent: RecentSpans) -> None:
         self._status, self._recent = status, recent
+        self._page: Page | None = None
 
     def pages(self) -> dict[str, PageHandler]:
         """Returns the pages by path."""
@@ -205,22 +198,28 @@ class Site:
         }
 
     def below(self) -> Mapping[str, Callable[[str], Answer]]:
-        """Returns the pages by the beginning of their path, each to be called with the rest of the path."""
+        """Returns the pages below a path, as HttpServer takes them."""
         return {f"{TRACES}/": self._trace}
 
-    @functools.cached_property
-    def _page(self) -> Page:
-        # imported here: the status page of most nodes is never opened
-        from usbip_plugin.observe.page import Page  # noqa: PLC0415
+    async def _load(self) -> Page:
+        """Returns the page. The first visit imports and compiles it, in a thread because this takes 120 ms."""
 
-        return Page()
+        def load() -> Page:
+            from usbip_plugin.observe.page import Page  # noqa: PLC0415 - the page of most nodes is never opened
 
-    def _whole(self) -> Answer:
-        body = self._page.whole(self._status(), self._recent.traces())
-        return Answer(body, HTML, headers={"Content-Security-Policy": self._page.policy})
+            return Page()
 
-    def _main(self) -> Answer:
-        body = self._page.main(self._status(), self._recent.traces())
+        if self._page is None:
+            self._page = await asyncio.to_thread(load)
+        return self._page
+
+    async def _whole(self) -> Answer:
+        page = await self._load()
+        body = page.whole(self._status(), self._recent.traces())
+        return Answer(body, HTML, headers={"Content-Security-Policy": page.policy})
+
+    async def _main(self) -> Answer:
+        body = (await self._load()).main(self._status(), self._recent.traces())
         # a browser that opens it directly must not run a script that a device may have put into it
         return Answer(body, HTML, headers={"Content-Security-Policy": "default-src 'none'; sandbox"})
 

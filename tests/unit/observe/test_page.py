@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import json
 import re
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from html.parser import HTMLParser
 from typing import Any
 
 import pytest
 
-from usbip_plugin.observe.http import Site
+from usbip_plugin.observe import page
+from usbip_plugin.observe.http import Answer, Site
 from usbip_plugin.observe.page import MAX_BARS, MAX_ROWS, MAX_TRACES, Page, age
 from usbip_plugin.observe.status import ConfigReport, DeviceRow, LocksReport, NodeReport, RegistrationRow, ServerRow
 from usbip_plugin.observe.tracing import (
@@ -26,6 +29,7 @@ from usbip_plugin.observe.tracing import (
     SpanRecord,
 )
 
+PATIENCE_S = 10  # a bound for a hanging test, not a measurement
 AT = "2026-05-04T03:02:01+00:00"
 DEVICE = DeviceRow(
     resource="usbip.dev/stick",
@@ -260,20 +264,20 @@ def test_the_policy_names_the_one_script_and_the_one_style() -> None:
     assert not re.findall(r"""(?:src|href|action)=["'](?!/|data:,)""", html), "it asks nobody else for anything"
 
 
-def test_json_has_the_same() -> None:
+async def test_json_has_the_same() -> None:
     recent = RecentSpans()
     first = (span(1, attributes={"usbip.device": "lab:3240/1-1"}), span(2, 1, error="broke"))
     recent._traces["1".zfill(32)] = [KeptSpan(None, one) for one in first]
     recent._traces["2".zfill(32)] = [KeptSpan(None, span(3, trace=2))]
     site = Site(lambda: STATUS, recent)
-    pages, (trace,) = site.pages(), site.below().values()
-    status = json.loads(pages["/api/status"]().body)
-    assert status["devices"] == json.loads(pages["/api/devices"]().body)
+    (trace,) = site.below().values()
+    status = json.loads((await asked(site, "/api/status")).body)
+    assert status["devices"] == json.loads((await asked(site, "/api/devices")).body)
     assert {"resource", "device", "id", "healthy", "reason", "detail", "holder", "pod", "since"} < set(
         status["devices"][0]
     )
     assert (status["node"], status["locks"]["duration"], status["servers"][0]["answered"]) == ("a", 40.0, 2.0)
-    newest, oldest = json.loads(pages["/api/traces"]().body)
+    newest, oldest = json.loads((await asked(site, "/api/traces")).body)
     assert newest["trace_id"] == "2".zfill(32)
     assert (oldest["name"], oldest["device"], oldest["error"], oldest["failed"], oldest["span_count"]) == (
         *("step 1", "lab:3240/1-1", "broke", False, 2),
@@ -285,9 +289,31 @@ def test_json_has_the_same() -> None:
         assert trace(unknown).status == 404
 
 
-def test_the_fragment_cannot_run_anything_by_itself() -> None:
-    answer = Site(lambda: STATUS, RecentSpans()).pages()["/api/page"]()
+async def test_the_fragment_cannot_run_anything_by_itself() -> None:
+    answer = await asked(Site(lambda: STATUS, RecentSpans()), "/api/page")
     assert "sandbox" in answer.headers["Content-Security-Policy"]
+
+
+async def asked(site: Site, path: str) -> Answer:
+    answer = site.pages()[path]()
+    return answer if isinstance(answer, Answer) else await answer
+
+
+async def test_the_event_loop_goes_on_while_the_page_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    goes_on = threading.Event()
+    loads = []
+
+    class WaitsForTheLoop(Page):
+        def __init__(self) -> None:
+            loads.append(goes_on.wait(PATIENCE_S))
+            super().__init__()
+
+    monkeypatch.setattr(page, "Page", WaitsForTheLoop)
+    site = Site(lambda: STATUS, RecentSpans())
+    asyncio.get_running_loop().call_later(0.01, goes_on.set)
+    assert b"<html" in (await asked(site, "/")).body
+    assert b"<html" in (await asked(site, "/")).body
+    assert loads == [True], "loaded once, while the loop went on"
 
 
 def test_nobody_pays_for_a_page_that_is_not_looked_at() -> None:
