@@ -21,7 +21,7 @@ from usbip_plugin.observe.metrics import Metrics, NodeCollector, NodeReading
 from usbip_plugin.usbip.poller import ServerState
 
 OTHER = "other"
-"""The label of an error that has no label of its own."""
+"""The label of any other error."""
 ALLOCATE_FAILURES: Mapping[type[PluginError], str] = MappingProxyType(
     {
         errors.LockLost: "lock_lost",
@@ -72,10 +72,8 @@ API_ERRORS: Mapping[type[PluginError], str] = MappingProxyType(
     }
 )
 """The label of each error that a request to the API server can fail with."""
-RESULTS = ("allocated", "denied", "failed")
-"""The labels of the results of an Allocate. "denied": another node holds the lock."""
 TRANSITIONS = ("taken", "taken_over", "released", "lost")
-"""The labels of the transitions of a lock, as transition() returns them."""
+"""The labels of the transitions of a lock."""
 
 
 def reason_of(error: PluginError, reasons: Mapping[type[PluginError], str]) -> str:
@@ -84,9 +82,8 @@ def reason_of(error: PluginError, reasons: Mapping[type[PluginError], str]) -> s
 
 
 def transition(change: LockChange, me: str, *, in_use: bool) -> str | None:
-    """Returns the transition (one of TRANSITIONS) that a change of a lock means for the node `me`.
+    """Returns the transition (one of TRANSITIONS) that a change of a lock means for the node `me`, or None.
 
-    Returns None if only other nodes are concerned, or if `me` keeps the lock in the same epoch.
     in_use: a pod's device is attached here under this lock, or was until a moment ago. The node does not release such
     a lock, so it counts as lost if it has no holder any more.
     """
@@ -110,10 +107,7 @@ class DropCounts:
 
 
 class AgentMetrics:
-    """The metrics of one agent, which is made with `observer`; then follow() adds the agent's state.
-
-    domain: the domain of the resource names.
-    """
+    """Metrics of one agent: `observer` has its callbacks, follow() adds its state. domain: that of resource names."""
 
     def __init__(self, metrics: Metrics, clock: Clock, *, domain: str, node: str) -> None:
         self._metrics = metrics
@@ -122,7 +116,6 @@ class AgentMetrics:
         self._node = node
         self._agent: Agent | None = None
         metrics.expect(
-            results=RESULTS,
             acquires=[result.value for result in Acquired],
             transitions=TRANSITIONS,
             reattaches=[result.value for result in Reattach],
@@ -167,14 +160,11 @@ class AgentMetrics:
 
     def _allocated(self, resource: str, error: PluginError | None, seconds: float) -> None:
         if error is None:
-            self._metrics.allocated(resource)
-            self._metrics.allocate("allocated", seconds)
+            self._metrics.allocated(resource, seconds)
         elif isinstance(error, LockHeld):
-            self._metrics.denied(resource)
-            self._metrics.allocate("denied", seconds)
+            self._metrics.denied(resource, seconds)
         else:
-            self._metrics.failed(resource, reason_of(error, ALLOCATE_FAILURES))
-            self._metrics.allocate("failed", seconds)
+            self._metrics.failed(resource, reason_of(error, ALLOCATE_FAILURES), seconds)
 
     def _pre_start_failed(self, resource: str, error: PluginError) -> None:
         self._metrics.pre_start_failed(resource, reason_of(error, PRE_START_FAILURES))
@@ -184,8 +174,8 @@ class AgentMetrics:
         full = f"{self._domain}/{resource}"
         if not devices and agent is not None and all(r.name != resource for r in agent.inventory.config.resources):
             self._metrics.forget(full)
-            return
-        self._metrics.devices(full, devices)
+        else:
+            self._metrics.devices(full, devices)
 
     def _plugin_changed(self, plugin: Plugin) -> None:
         resource, agent = plugin.resource, self._agent
@@ -195,9 +185,7 @@ class AgentMetrics:
         failures, pre_starts = (*ALLOCATE_FAILURES.values(), OTHER), (*PRE_START_FAILURES.values(), OTHER)
         self._metrics.expect_resource(resource, failures, pre_starts)
         if plugin.registered:
-            self._metrics.registered(resource)
-            if plugin.registrations > 1:
-                self._metrics.restarted(resource)
+            self._metrics.registered(resource, again=plugin.registrations > 1)
 
     def _lock_changed(self, change: LockChange) -> None:
         agent = self._agent

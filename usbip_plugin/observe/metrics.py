@@ -1,8 +1,7 @@
 """The metrics of the plugin, in a registry of their own.
 
-docs/reference/metrics.md lists their names and labels. Four names are those of the Go program. Events are counted as
-they happen; states are read at each scrape. The fifty series of a resource are made at each scrape, too:
-prometheus_client would keep them as objects with a lock each, 31 KiB.
+Four names are those of the Go program. Events are counted as they happen; states are read at each scrape. The fifty
+series of a resource are made at each scrape, too: as objects of prometheus_client with a lock each, they take 31 KiB.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ PREFIX = "usbip_device_plugin_"
 """Precedes the names of the metrics."""
 LABEL = "resource"
 STEP_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
-ALLOCATE_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 3, 5, 7.5, 10, 15, 30, 60)
-"""Upper bounds of the buckets, in seconds. allocateTimeout may be up to 60 s."""
+ALLOCATE_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 3, 5, 7.5, 10, 15, 30, 60, 120)
+"""Upper bounds of the buckets in seconds. An Allocate takes at most allocateTimeout, which is at most 120 s."""
 WITHDRAWAL_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 
 Labelled = Mapping[tuple[str, ...], float]
@@ -34,22 +33,19 @@ Labelled = Mapping[tuple[str, ...], float]
 
 @dataclass(frozen=True, slots=True)
 class NodeReading:
-    """The state of one node for its metrics. Durations are in seconds, counts since the process began.
+    """The state of one node, a field for each metric of NodeCollector. Durations are in seconds.
 
     ready: whether /readyz answers 200.
-    registered: by resource, whether the kubelet listens to it.
-    servers: by host:port, whether the server answers. Servers not asked yet are left out.
-    listed: by host:port, how many devices each of these servers lists.
+    registered: by resource, whether it is registered with the kubelet.
+    servers: by host:port, whether the server answers. Servers not queried yet are left out.
+    listed: by host:port, how many devices the server lists.
     driver_loaded: whether vhci_hcd is loaded and can be read.
     ports_used, ports_free: by hub, "hs" or "ss". Empty if the driver is not loaded.
     claims: by state.
     lock_duration: silence after which a lock may be taken over.
     session_age: since the last heartbeat that succeeded. None while the node holds no lock or has sent no heartbeat.
     api_reachable: whether the API server answers and the locks are watched.
-    pod_resources_polls: lists of the kubelet that the claims were compared with.
-    events_dropped: Kubernetes Events that were not recorded.
-    trace_export_failures: batches of spans that no collector accepted.
-    trace_spans_dropped: spans that should have been exported and are lost.
+    pod_resources_polls, events_dropped, trace_export_failures, trace_spans_dropped: since the process began.
     """
 
     version: str
@@ -98,7 +94,7 @@ class NodeCollector(Collector):
         text = "Time since the API server last accepted a heartbeat, while this node holds a lock."
         yield _gauge("session_age_seconds", text, (), {} if now.session_age is None else {(): now.session_age})
         yield _one("api_reachable", "1 if the API server answers and the locks are watched.", now.api_reachable)
-        text = "Lists of the kubelet's pod-resources API that claims were compared with."
+        text = "Polls of the kubelet's pod-resources API that were applied to the claims."
         yield _counter("pod_resources_polls", text, (), {(): now.pod_resources_polls})
         yield _counter("events_dropped", "Kubernetes Events that were not recorded.", (), {(): now.events_dropped})
         text = "Batches of spans that no collector accepted."
@@ -123,7 +119,6 @@ def _one(name: str, text: str, value: float) -> Metric:
 
 
 def _counter(name: str, text: str, labels: tuple[str, ...], values: Labelled, prefix: str = PREFIX) -> Metric:
-    """Returns a counter. It is exported with the suffix _total."""
     family = CounterMetricFamily(prefix + name, text, labels=labels)
     for label_values, value in values.items():
         family.add_metric(label_values, value)
@@ -135,12 +130,7 @@ class ResourceCounts:
     """The counts of one resource since it got its series.
 
     devices: as they are advertised; None before the first list. A scrape counts them.
-    allocations: Allocates that were answered with devices.
-    restarts: how often the resource was registered again.
-    denials: Allocates refused because another node holds the device.
-    registrations: registrations that the kubelet accepted and listens to.
-    failures: failed Allocates by reason, one of few; never an error's text.
-    pre_start_failures: failed PreStartContainer calls by reason, one of few; never an error's text.
+    failures, pre_start_failures: by reason, one of few; never an error's text.
     """
 
     devices: tuple[Advertised, ...] | None = None
@@ -171,9 +161,8 @@ class ResourceCollector(Collector):
         yield _by("available_devices", "Devices offered as healthy.", LABEL, available)
         attached = {resource: by[Reason.ATTACHED] for resource, by in devices.items()}
         yield _by("attached_devices", "Devices attached to this node.", LABEL, attached)
-        yield self._counter(
-            "allocations", "Allocates that were answered with devices.", lambda counts: counts.allocations
-        )
+        text = "Allocates that were answered with devices."
+        yield self._counter("allocations", text, lambda counts: counts.allocations)
         # The Go program names it device_plugin_restarts_total and exports it with the prefix.
         text = "Times the resource was registered with the kubelet again."
         yield self._counter("restarts", text, lambda counts: counts.restarts)
@@ -182,12 +171,11 @@ class ResourceCollector(Collector):
         yield _gauge("devices", "Devices by the reason for their health.", (LABEL, "reason"), reasons)
         text = "Allocates refused because another node holds the device."
         yield self._counter("allocate_denials", text, lambda counts: counts.denials)
-        yield self._failures(
-            "allocate_failures", "Allocates that failed for another reason.", lambda counts: counts.failures
-        )
+        text = "Allocates that failed for another reason."
+        yield self._failures("allocate_failures", text, lambda counts: counts.failures)
         text = "PreStartContainer calls that failed, so that the container did not start."
         yield self._failures("pre_start_failures", text, lambda counts: counts.pre_start_failures)
-        text = "Registrations that the kubelet accepted and listens to."
+        text = "Registrations that the kubelet accepted and followed by opening ListAndWatch."
         yield self._counter("kubelet_registrations", text, lambda counts: counts.registrations)
 
     def _counter(self, name: str, text: str, value: Callable[[ResourceCounts], int], prefix: str = PREFIX) -> Metric:
@@ -219,47 +207,33 @@ class Metrics:
         self.registry.register(self._resources)
         self._gauge("tasks", "Tasks of the event loop.", ()).set_function(_tasks)
         self._steps = self._histogram("step_seconds", "Duration of a step of Allocate or release.", ("step",))
-        self._allocates = self._histogram(
-            "allocate_seconds", "Duration of an Allocate, by its result.", ("result",), ALLOCATE_BUCKETS_S
-        )
-        self._withdrawals = self._histogram(
-            "withdrawal_seconds",
-            "Time from seeing that another node took a device until the kubelet received the change.",
-            (),
-            WITHDRAWAL_BUCKETS_S,
-        )
-        self._acquires = self._histogram(
-            "lock_acquire_seconds", "Time until the lock of a device was acquired or refused.", ("result",)
-        )
-        self._transitions = self._counter(
-            "lock_transitions", "Locks that this node acquired, took over, released or lost.", ("transition",)
-        )
+        text = "Duration of an Allocate, by its result."
+        self._allocates = self._histogram("allocate_seconds", text, ("result",), ALLOCATE_BUCKETS_S)
+        text = "Time from seeing that another node took a device until the kubelet received the change."
+        self._withdrawals = self._histogram("withdrawal_seconds", text, (), WITHDRAWAL_BUCKETS_S)
+        text = "Time until the lock of a device was acquired or refused."
+        self._acquires = self._histogram("lock_acquire_seconds", text, ("result",))
+        text = "Locks that this node acquired, took over, released or lost."
+        self._transitions = self._counter("lock_transitions", text, ("transition",))
         text = "Attachments that ended although this node did not detach the device."
         self._losses = self._counter("attachments_lost", text, ())
         self._reattaches = self._counter("reattaches", "Attempts to re-attach a lost device.", ("result",))
         self._api_errors = self._counter("api_errors", "Requests to the API server that failed.", ("verb", "reason"))
         self._reloads = self._counter("config_reloads", "Reloads of the changed configuration file.", ("result",))
-        self._reload_failed = self._gauge(
-            "config_reload_failed", "1 while the configuration file is not valid, else 0.", ()
-        )
-        self._reloaded_at = self._gauge(
-            "config_last_reload_success_timestamp_seconds",
-            "Unix time at which the configuration in force was loaded.",
-            (),
-        )
+        text = "1 while the configuration file is not valid, else 0."
+        self._reload_failed = self._gauge("config_reload_failed", text, ())
+        text = "Unix time at which the configuration in force was loaded."
+        self._reloaded_at = self._gauge("config_last_reload_success_timestamp_seconds", text, ())
 
     def add(self, collector: Collector) -> None:
-        """Adds a collector that is read at each scrape."""
         self.registry.register(collector)
 
-    def expect(
-        self, *, results: Iterable[str], acquires: Iterable[str], transitions: Iterable[str], reattaches: Iterable[str]
-    ) -> None:
+    def expect(self, *, acquires: Iterable[str], transitions: Iterable[str], reattaches: Iterable[str]) -> None:
         """Creates the counters for label values that will come.
 
         rate() in Prometheus sees the first increment only of a counter that was exported at 0 before.
         """
-        for result in results:
+        for result in ("allocated", "denied", "failed"):
             self._allocates.labels(result)
         for result in acquires:
             self._acquires.labels(result)
@@ -279,38 +253,33 @@ class Metrics:
             counted.pre_start_failures.setdefault(reason, 0)
 
     def devices(self, resource: str, devices: tuple[Advertised, ...]) -> None:
-        """Sets the devices that a resource advertises, for the gauges."""
         self._resources.counts[resource].devices = devices
 
     def forget(self, resource: str) -> None:
-        """Ends the series of a resource that is offered no longer. If it returns, its counters begin at 0."""
+        """Ends the series of a resource that is no longer offered. If it returns, its counters begin at 0."""
         self._resources.counts.pop(resource, None)
 
-    def allocated(self, resource: str) -> None:
+    def allocated(self, resource: str, seconds: float) -> None:
         self._resources.counts[resource].allocations += 1
+        self._allocates.labels("allocated").observe(seconds)
 
-    def allocate(self, result: str, seconds: float) -> None:
-        self._allocates.labels(result).observe(seconds)
-
-    def denied(self, resource: str) -> None:
+    def denied(self, resource: str, seconds: float) -> None:
         self._resources.counts[resource].denials += 1
+        self._allocates.labels("denied").observe(seconds)
 
-    def failed(self, resource: str, reason: str) -> None:
-        """Counts an Allocate that failed. reason: one of few; never an error's text."""
+    def failed(self, resource: str, reason: str, seconds: float) -> None:
         self._resources.counts[resource].failures[reason] += 1
+        self._allocates.labels("failed").observe(seconds)
 
     def pre_start_failed(self, resource: str, reason: str) -> None:
-        """Counts a PreStartContainer that failed. reason: one of few; never an error's text."""
         self._resources.counts[resource].pre_start_failures[reason] += 1
 
-    def restarted(self, resource: str) -> None:
-        self._resources.counts[resource].restarts += 1
-
-    def registered(self, resource: str) -> None:
+    def registered(self, resource: str, *, again: bool) -> None:
         self._resources.counts[resource].registrations += 1
+        self._resources.counts[resource].restarts += again
 
     def step(self, name: str, seconds: float) -> None:
-        """Records how long a step took. name: one of few, such as lock, import, attach; never a device or a pod."""
+        """Records how long a step took. name: such as lock, import, attach; never a device or a pod."""
         self._steps.labels(name).observe(seconds)
 
     def withdrawn(self, seconds: float) -> None:
@@ -356,7 +325,6 @@ class Metrics:
         return Gauge(PREFIX + name, text, labels, registry=self.registry)
 
     def _counter(self, name: str, text: str, labels: tuple[str, ...]) -> Counter:
-        """Returns a new counter. It is exported with the suffix _total."""
         return Counter(PREFIX + name, text, labels, registry=self.registry)
 
     def _histogram(
@@ -366,7 +334,6 @@ class Metrics:
 
 
 def _tasks() -> int:
-    """Returns the number of tasks of the running event loop, or 0 if none runs in this thread."""
     try:
         return len(asyncio.all_tasks())
     except RuntimeError:

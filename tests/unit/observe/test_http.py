@@ -10,6 +10,7 @@ import aiohttp
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from usbip_plugin.config.schema import MAX_ALLOCATE_TIMEOUT_S
 from usbip_plugin.model import Advertised, DeviceKey, Health, Reason, ServerKey
 from usbip_plugin.observe.http import Answer, Heartbeat, HttpServer, PageHandler, Verdict, split_listen, standard_pages
 from usbip_plugin.observe.metrics import Metrics
@@ -147,9 +148,10 @@ def advertised(*reasons: Reason) -> tuple[Advertised, ...]:
 def test_the_names_of_the_go_program_with_the_label_resource() -> None:
     metrics = Metrics()
     metrics.devices(RESOURCE, advertised(*[Reason.FREE] * 2, Reason.ATTACHED, *[Reason.HELD_ELSEWHERE] * 4))
-    metrics.allocated(RESOURCE)
-    metrics.allocated(RESOURCE)
-    metrics.restarted(RESOURCE)
+    metrics.allocated(RESOURCE, 0.1)
+    metrics.allocated(RESOURCE, 0.1)
+    metrics.registered(RESOURCE, again=False)
+    metrics.registered(RESOURCE, again=True)
     found = samples(metrics)
     assert found["usbip_device_plugin_available_devices", RESOURCE] == 3
     assert found["usbip_device_plugin_attached_devices", RESOURCE] == 1
@@ -162,11 +164,19 @@ def test_the_names_of_the_go_program_with_the_label_resource() -> None:
     assert samples(metrics)["usbip_device_plugin_devices", f"free,{RESOURCE}"] == 0
 
 
+def test_the_buckets_reach_to_the_longest_allocate() -> None:
+    metrics = Metrics()
+    metrics.allocated(RESOURCE, MAX_ALLOCATE_TIMEOUT_S)
+    text, _content_type = metrics.render()
+    bound = f'allocate_seconds_bucket{{le="{MAX_ALLOCATE_TIMEOUT_S}",result="allocated"}} 1.0'
+    assert bound in text.decode()
+
+
 def test_a_forgotten_resource_has_no_series() -> None:
     metrics = Metrics()
     metrics.forget("never/seen")
     metrics.devices(RESOURCE, advertised(Reason.FREE))
-    metrics.allocated(RESOURCE)
+    metrics.allocated(RESOURCE, 0.1)
     metrics.forget(RESOURCE)
     found = samples(metrics)
     assert ("usbip_device_plugin_available_devices", RESOURCE) not in found
