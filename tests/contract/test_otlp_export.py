@@ -16,7 +16,7 @@ from opentelemetry.trace import SpanKind
 from tests.rigs.otlp_receiver import PATIENCE_S, Receiver, receiving
 from usbip_plugin.errors import LockHeld
 from usbip_plugin.observe.spans import span
-from usbip_plugin.observe.tracing import Tracing, context_from, traceparent_of
+from usbip_plugin.observe.tracing import Tracing, remote_parent, traceparent_of
 
 UNSAMPLED = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00"
 Start = Callable[..., Tracing]
@@ -149,7 +149,7 @@ def test_the_node_of_the_allocate_decides_for_all_nodes(receiver: Receiver, star
     with span(dropping.tracer, "Allocate") as root:
         traceparent = traceparent_of(root)
     assert traceparent is not None
-    keeping.tracer.start_span("withdraw", context=context_from(traceparent)).end()
+    keeping.tracer.start_span("withdraw", context=remote_parent(traceparent)).end()
     keeping.tracer.start_span("Allocate of its own").end()
     keeping.shutdown()
     assert [received.span.name for received in receiver.spans] == ["Allocate of its own"]
@@ -158,7 +158,7 @@ def test_the_node_of_the_allocate_decides_for_all_nodes(receiver: Receiver, star
 
 def test_without_a_sampler_every_trace_is_exported_whatever_the_parent_says(receiver: Receiver, start: Start) -> None:
     tracing = start(OTEL_EXPORTER_OTLP_ENDPOINT=receiver.endpoint)
-    tracing.tracer.start_span("x", context=context_from(UNSAMPLED)).end()
+    tracing.tracer.start_span("x", context=remote_parent(UNSAMPLED)).end()
     tracing.shutdown()
     assert len(receiver.spans) == 1
 

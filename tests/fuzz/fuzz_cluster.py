@@ -29,7 +29,7 @@ from usbip_plugin.locks.record import Lease, LeaseList
 from usbip_plugin.locks.watch import LockCache
 from usbip_plugin.model import DeviceKey, Identity, NodeIdentity, PodRef, ServerKey
 from usbip_plugin.observe.logs import JsonFormatter, TextFormatter
-from usbip_plugin.observe.tracing import context_from
+from usbip_plugin.observe.tracing import remote_parent
 
 KEY = DeviceKey(ServerKey("10.0.0.1"), "1-2")
 ME = NodeIdentity("node-a", "boot-1")
@@ -74,7 +74,7 @@ def judged(lease: Lease) -> None:
     assert (lock.holder == "") == (lease.holder == "")
     key = lock.key
     assert key is None or (key.id == lock.device_id and 0 < key.server.port < 1 << 16)
-    context_from(lock.traceparent)
+    remote_parent(lock.traceparent)
     decide_adoption(lock, ME, attached=True, used=None)
     assert len(record.session_name(lease.holder)) <= 253
     held = _held(KEY, lease)

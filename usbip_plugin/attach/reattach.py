@@ -206,7 +206,7 @@ class Reattacher:
                 claim = replace(claim, children=wanted.children, children_timeout=wanted.children_timeout)
                 self._tasks.book.put(claim)
             try:
-                with tries.one(promising=promising):
+                with tries.one(traced=promising):
                     limit = REATTACH_TIMEOUT + claim.extra_timeout
                     async with self._clock.timeout(limit):
                         after = await self._attach(device_id, self._clock.monotonic() + limit)

@@ -28,9 +28,7 @@ log = logging.getLogger(__name__)
 class OtlpExport(BatchSpanProcessor):
     """Span processor that exports to the collector of the OTEL_EXPORTER_OTLP_ variables.
 
-    failures: batches that the collector did not accept.
-    dropped: spans lost with these batches, and spans lost because the queue was full.
-    Both may be read at any time. The constructor raises ValueError and other errors if a variable is not valid.
+    The constructor raises ValueError and other errors if a variable is not valid.
     """
 
     def __init__(self, environ: Mapping[str, str], exporter: SpanExporter | None = None) -> None:
@@ -40,35 +38,31 @@ class OtlpExport(BatchSpanProcessor):
         self._library_log = _LibraryLog()
         with contextlib.ExitStack() as undo:
             undo.callback(self._library_log.end)
-            self._counting = _Counting(exporter or OTLPSpanExporter(), self._library_log)
-            super().__init__(self._counting, max_queue_size=self._size, max_export_batch_size=batch)
+            self.exporter = CountingExporter(exporter or OTLPSpanExporter(), self._library_log)
+            super().__init__(self.exporter, max_queue_size=self._size, max_export_batch_size=batch)
             undo.pop_all()
-
-    @property
-    def failures(self) -> int:
-        return self._counting.failures
-
-    @property
-    def dropped(self) -> int:
-        return self._counting.lost
 
     def on_end(self, span: ReadableSpan) -> None:
         """Queues a sampled span. Never blocks."""
         context = span.get_span_context()
         if context is not None and context.trace_flags.sampled:
-            self._counting.queued(self._size)
+            self.exporter.queued(self._size)
         super().on_end(span)
 
     def break_off(self) -> None:
         """Ends the export that runs. Spans not exported yet are lost. The libraries' lines about it are not logged."""
-        self._counting.break_off()
+        self.exporter.inner.shutdown()
 
 
-class _Counting(SpanExporter):
-    """Exporter that counts lost spans and failed batches, and logs the start and the end of an outage."""
+class CountingExporter(SpanExporter):
+    """Exporter that logs the start and the end of an outage. Its counts may be read at any time.
+
+    failures: batches that the collector did not accept.
+    lost: spans lost with these batches, and spans lost because the queue was full.
+    """
 
     def __init__(self, inner: SpanExporter, library_log: _LibraryLog) -> None:
-        self._inner = inner
+        self.inner = inner
         self._library_log = library_log
         self._lock = threading.Lock()
         self._waiting = 0
@@ -89,7 +83,7 @@ class _Counting(SpanExporter):
             self._waiting = max(0, self._waiting - len(spans))
         self._library_log.start_export()
         try:
-            result = self._inner.export(spans)
+            result = self.inner.export(spans)
         except Exception as error:  # noqa: BLE001 - a library's; whatever it is, it only costs these spans
             result, self._library_log.last = SpanExportResult.FAILURE, f"{type(error).__name__}: {error}"
         if result is SpanExportResult.SUCCESS:
@@ -99,11 +93,8 @@ class _Counting(SpanExporter):
         return result
 
     def shutdown(self) -> None:
-        self._inner.shutdown()
+        self.inner.shutdown()
         self._library_log.end()
-
-    def break_off(self) -> None:
-        self._inner.shutdown()
 
     def _failed(self, spans: int) -> None:
         with self._lock:
@@ -142,7 +133,6 @@ class _LibraryLog(logging.Handler):
                 library.removeFilter(filter_)
 
     def start_export(self) -> None:
-        """Records that an export starts in this thread, and clears `last`."""
         self.last, self._thread = "", threading.get_ident()
 
     def emit(self, record: logging.LogRecord) -> None:

@@ -100,8 +100,8 @@ def untraced() -> Iterator[None]:
 class Tries:
     """The tries of an operation that is repeated until it succeeds, under one span.
 
-    The first TRACED_TRIES tries are traced with all steps, later ones only if they are promising. The number of tries
-    is the attribute usbip.tries. Equal failures in a row make one event.
+    The first TRACED_TRIES tries are traced with all steps, later ones only if the caller marks them as likely to
+    succeed. The number of tries is the attribute usbip.tries. Equal failures in a row make one event.
     """
 
     def __init__(self, of: Span) -> None:
@@ -110,11 +110,11 @@ class Tries:
         self._last: tuple[type[BaseException], str] | None = None
 
     @contextlib.contextmanager
-    def one(self, *, promising: bool = False) -> Iterator[None]:
-        """Counts a try, which lasts as long as the block. promising: whether it is traced in any case."""
+    def one(self, *, traced: bool = False) -> Iterator[None]:
+        """Counts a try, which lasts as long as the block. traced: whether to trace it in any case."""
         self._count += 1
         self._span.set_attribute("usbip.tries", self._count)
-        with contextlib.nullcontext() if self._count <= TRACED_TRIES or promising else untraced():
+        with contextlib.nullcontext() if self._count <= TRACED_TRIES or traced else untraced():
             yield
 
     def failed(self, error: BaseException) -> bool:

@@ -71,10 +71,7 @@ _STACK = "exception.stacktrace"
 
 @dataclass(frozen=True, slots=True)
 class SpanEvent:
-    """An event within a span, such as an exception.
-
-    at_ns: nanoseconds since the epoch.
-    """
+    """An event within a span, such as an exception. at_ns: nanoseconds since the epoch."""
 
     name: str
     at_ns: int
@@ -88,8 +85,8 @@ class SpanRecord:
     node: the node whose provider made the span.
     trace_id, span_id, parent_id: hexadecimal digits, 32 for the trace and 16 for a span.
     start_ns, end_ns: nanoseconds since the epoch.
-    error: the status description, "" if none was given; None if the span did not fail.
-    links: trace ids of other traces.
+    error: the status description, which may be ""; None if the span did not fail.
+    links: the IDs of other traces.
     kind: internal, server, client, producer or consumer.
     events: the last MAX_EVENTS_PER_SPAN, without stack traces.
     """
@@ -171,16 +168,13 @@ class RecentSpans(SpanProcessor):
             return tuple(map(_read, self._traces.values()))
 
     def trace(self, trace_id: str) -> tuple[SpanRecord, ...]:
-        """Returns the spans of the trace with this id (32 hexadecimal digits), or none if it is not kept."""
+        """Returns the spans of the trace with this ID (32 hexadecimal digits), or none if it is not kept."""
         with self._lock:
             return _read(self._traces.get(trace_id, ()))
 
 
 class _Recorded(Sampler):
-    """Sampler that records for RecentSpans, without export, the spans that another sampler drops.
-
-    Drops spans that begin in an untraced() block.
-    """
+    """Sampler that records what `inner` drops for RecentSpans only, and drops what begins in an untraced() block."""
 
     def __init__(self, inner: Sampler) -> None:
         self._inner = inner
@@ -217,7 +211,7 @@ class Tracing:
     def __init__(
         self, node: str, *, version: str, environ: Mapping[str, str] | None = None, recent: RecentSpans | None = None
     ) -> None:
-        """Sets up the tracer. environ: read here instead of os.environ; the SDK itself always reads os.environ."""
+        """Sets up the tracer. environ: replaces os.environ here, but not in the SDK."""
         environ = os.environ if environ is None else environ
         self.recent = RecentSpans() if recent is None else recent
         self._export: OtlpExport | None = None
@@ -240,18 +234,15 @@ class Tracing:
     @property
     def export_failures(self) -> int:
         """Number of batches of spans that no collector accepted."""
-        return self._export.failures if self._export is not None else 0
+        return self._export.exporter.failures if self._export is not None else 0
 
     @property
     def spans_dropped(self) -> int:
         """Number of spans lost before their export: with failed batches, or because the queue was full."""
-        return self._export.dropped if self._export is not None else 0
+        return self._export.exporter.lost if self._export is not None else 0
 
     def shutdown(self) -> None:
-        """Exports the spans that are left. Must be called last.
-
-        Blocks for at most SHUTDOWN_S, even if the endpoint does not answer.
-        """
+        """Exports the spans that are left. Must be called last. Blocks for at most SHUTDOWN_S."""
         if self._provider is None:
             return
         if self._export is None:
@@ -288,10 +279,7 @@ def _provider(node: str, version: str, environ: Mapping[str, str]) -> TracerProv
 
 
 def _wants_export(environ: Mapping[str, str]) -> bool:
-    """Returns whether the variables ask for export by OTLP over gRPC.
-
-    Logs an error if they ask for another exporter or protocol, which the plugin does not have.
-    """
+    """Returns whether the variables ask for export by OTLP over gRPC. Logs an error if they ask for another export."""
     if not any(environ.get(variable) for variable in ENDPOINT_VARIABLES):
         return False
     exporter = environ.get(EXPORTER_VARIABLE, "").strip().lower() or "otlp"
@@ -324,21 +312,13 @@ def traceparent_of(span: Span) -> str | None:
     return f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
 
 
-def context_from(traceparent: str | None) -> Context | None:
-    """Returns a context with the span of a traceparent as the parent of new spans.
-
-    Returns None if the text is not a valid W3C traceparent: it comes from a Lease that others may have written.
-    """
-    context = span_context_from(traceparent)
-    return None if context is None else trace.set_span_in_context(NonRecordingSpan(context), Context())
-
-
 def remote_parent(traceparent: str | None) -> Context:
     """Returns a context with the span of a traceparent as the parent of new spans.
 
     Without a valid traceparent it is an empty context, in which a new span begins a trace of its own.
     """
-    return context_from(traceparent) or Context()
+    context = span_context_from(traceparent)
+    return Context() if context is None else trace.set_span_in_context(NonRecordingSpan(context), Context())
 
 
 def links_to(traceparent: str | None) -> list[Link]:
@@ -349,7 +329,7 @@ def links_to(traceparent: str | None) -> list[Link]:
 
 @contextlib.contextmanager
 def within(traceparent: str | None) -> Iterator[None]:
-    """Makes the trace of a traceparent the current one within the block, such as for log lines.
+    """Makes the span of a traceparent current within the block, so that log lines have its trace ID.
 
     Without a valid traceparent the block belongs to no trace.
     """
@@ -361,7 +341,7 @@ def within(traceparent: str | None) -> Iterator[None]:
 
 
 def span_context_from(traceparent: str | None) -> SpanContext | None:
-    """Returns the SpanContext of a W3C traceparent, for links, or None if the traceparent is not valid."""
+    """Returns the SpanContext of a W3C traceparent, or None if it is not valid: anybody may have written the Lease."""
     if not isinstance(traceparent, str) or len(traceparent) > _MAX_TRACEPARENT_CHARACTERS:
         return None
     return _parsed(traceparent)
