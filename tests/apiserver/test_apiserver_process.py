@@ -105,12 +105,14 @@ async def test_check_knows_what_the_shipped_rights_are_and_what_is_missing(
         "check", "--kubeconfig", cluster.kubeconfig(await tokens.of("node-a")), *common
     )
     assert "ok    API server: answers; all" in granted, f"rights of {ACCOUNT}"
-    assert "ok    admission policy: this account can write locks for node node-a only" in granted
+    assert "ok    admission policy: this account can write locks in the name of node node-a only" in granted
     status, elsewhere, _err = await command("check", "--kubeconfig", cluster.kubeconfig(await tokens.of("b")), *common)
     assert status == 1
     assert "FAIL  admission policy: " in elsewhere
     _status, admin, _err = await command("check", "--kubeconfig", cluster.kubeconfig(ADMIN_TOKEN), *common)
-    assert "warn  admission policy: this account can write locks for any node" in admin.replace("WARN", "warn")
+    assert "warn  admission policy: this account can write locks in the name of any node" in admin.replace(
+        "WARN", "warn"
+    )
     status, denied, _err = await command("check", "--kubeconfig", powerless, *common)
     assert status == 1
     assert "forbidden: update leases.coordination.k8s.io" in denied

@@ -47,7 +47,7 @@ async def test_a_good_node_passes_every_check_and_nothing_is_written(here: Node,
         f"ok    pod-resources: answers at {home}/pods.sock",
         f"ok    CDI directory: {home}/cdi",
         "ok    API server: answers; all 10 permissions are granted",
-        "ok    admission policy: this account can write locks for node node-a only",
+        "ok    admission policy: this account can write locks in the name of node node-a only",
         f"ok    server {server}: lists 1 available device",
         "      1-1 0951:1666: stick",
         "9 checks: 0 failed, 0 with warnings",
@@ -87,14 +87,17 @@ async def test_rights_that_the_configuration_does_not_need_are_not_checked(here:
 async def test_writing_for_other_nodes_warns_and_not_for_this_node_fails(here: Node, terminal: Terminal) -> None:
     here.api.confined_to = ""
     ran = await terminal.run("check")
-    assert (ran.status, "warn  admission policy: this account can write locks for any node" in ran.out) == (
-        0,
-        True,
+    text = (
+        "warn  admission policy: this account can write locks in the name of any node: the admission policy is missing"
     )
+    assert (ran.status, text in ran.out) == (0, True)
     here.api.confined_to = "node-b"
     ran = await terminal.run("check")
     assert (ran.status, "FAIL  admission policy: " in ran.out) == (1, True)
-    assert "-> run in a pod on node node-a, or pass the node of this account with --node-name" in ran.out
+    assert (
+        "-> run in a plugin pod on node node-a, or pass the node of this ServiceAccount token with --node-name"
+        in ran.out
+    )
 
 
 async def test_an_unusable_api_server_is_one_finding_among_the_others(here: Node, terminal: Terminal) -> None:

@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
     settings = loaded.config.settings
     level = _first(options.log_level, settings.log_level, DEFAULT_LOG_LEVEL)
     set_up_logging(level, sys.stdout, json_lines=options.log_format == "json")
-    return run_blocking(_process_options(options, settings), loaded, loaded.warnings, make_driver)
+    return run_blocking(_process_options(options, settings), loaded, make_driver)
 
 
 def check(options: argparse.Namespace) -> int:

@@ -25,7 +25,7 @@ from usbip_plugin.kube.client import KubeClient
 from usbip_plugin.kube.eviction import Evictor
 from usbip_plugin.kube.fleet import FleetCount
 from usbip_plugin.kube.node_status import NodeStatusPublisher, WriteCounts, patch_status
-from usbip_plugin.kube.pods import OwnPods, PodPhase, PodView
+from usbip_plugin.kube.pods import OwnPods, PodView
 from usbip_plugin.kubelet.allocate import Allocator
 from usbip_plugin.kubelet.plugins import Plugin, PluginSet, Registrar
 from usbip_plugin.kubelet.pod_resources import PodResources, PodResourcesWatcher
@@ -41,12 +41,8 @@ from usbip_plugin.vhci.driver import VhciDriver
 
 log = logging.getLogger(__name__)
 
-
 LOCKS_WAIT = 5.0
-"""Seconds that the first device lists for the kubelet wait for the locks to be read.
-
-After that, the lists are published although the locks are not known.
-"""
+"""Seconds that the first device lists for the kubelet wait for the locks. Then they are published without them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +73,7 @@ class MetricHooks:
 
 @dataclass(frozen=True, slots=True)
 class AgentDependencies:
-    """Everything outside the process that a node's agent works with: real in production, doubles in usbip_sim.
+    """Everything outside the process that a node's agent works with.
 
     pods: the pods of the node; None to watch them through kube.
     evict: begins the eviction of a pod; None to evict through kube.
@@ -161,7 +157,7 @@ class Agent:
         # the kubelet
         write_counts = out.write_counts or (partial(patch_status, out.kube, out.me.node) if out.kube else None)
         self.node_status = (
-            NodeStatusPublisher(write_counts, out.clock, out.rng, nodes=self._nodes)
+            NodeStatusPublisher(write_counts, out.clock, out.rng, nodes=lambda: self.fleet.nodes if self.fleet else 1)
             if write_counts is not None and config.publish_node_status
             else None
         )
@@ -176,7 +172,7 @@ class Agent:
         # nothing calls the prober: it subscribes to the inventory
         Prober(context, inventory=self.inventory, poller=self.poller, probe=self.attachments.locator.probe)
         self.own_pods = (
-            OwnPods(out.kube, out.me.node, out.clock, out.rng, self._pod_ending)
+            OwnPods(out.kube, out.me.node, out.clock, out.rng, lambda *_: self.usage.pod_may_have_ended())
             if out.kube is not None and out.pods is None
             else None
         )
@@ -223,18 +219,12 @@ class Agent:
         return self.locks.ready.is_set() and started and all(plugin.registered for plugin in plugins)
 
     def reconfigure(self, config: Config) -> None:
-        """Puts a reloaded configuration in force, as docs/reference/configuration.md describes.
-
-        The settings that Config.start_only() names stay as they were.
-        """
+        """Puts a reloaded configuration in force, except for the settings that Config.start_only() names."""
         self.inventory.reconfigure(config)
         self.resources.look_again()
 
     async def run(self) -> None:
-        """Runs until cancelled.
-
-        Then it closes its sockets within 2 s. Attachments and locks stay for the next process.
-        """
+        """Runs until cancelled, then closes its sockets within 2 s. Attachments and locks stay for the next process."""
         async with asyncio.TaskGroup() as tasks:
             for part in (self.driver, self.locks, self.poller):
                 tasks.create_task(part.run(), name=type(part).__name__)
@@ -255,25 +245,12 @@ class Agent:
         self.publisher.begin()
         self.resources.look_again()
         tasks.create_task(self.usage.run(), name="usage")
-        await self._sweep()
-
-    async def _sweep(self) -> None:
-        """Removes the CDI specs of devices that this node does not have.
-
-        Waits until the locks are read, because before that this node's devices are not all known.
-        """
-        await self.locks.ready.wait()
+        await self.locks.ready.wait()  # before that, it is not known for which devices CDI specs are needed
         await self.usage.adopt()
         self.attachments.sweep()
-
-    def _nodes(self) -> int:
-        return self.fleet.nodes if self.fleet is not None else 1
 
     def _uses_device(self, pod: PodRef) -> bool:
         return any(claim.pod == pod for claim in self.claims.view.values())
 
     def _evicted(self, pod: PodRef) -> None:
         self._on_notice(evicted(pod, [claim.key for claim in self.claims.view.values() if claim.pod == pod]))
-
-    def _pod_ending(self, _pod: PodRef, _phase: PodPhase) -> None:
-        self.usage.pod_may_have_ended()

@@ -26,13 +26,13 @@ from usbip_plugin.usbip.client import TcpUsbipClient
 from usbip_plugin.vhci.driver import DriverReport
 
 CHECK_TIMEOUT_S = 8.0
-"""Seconds that each check may take. Checks run side by side, so all take about as long as the slowest."""
+"""Seconds that each check may take. All checks run side by side."""
 CONNECT_TIMEOUT_S = 2.0
 """Seconds that connecting to a unix socket on this node may take."""
 MAX_DEVICES_SHOWN = 20
 """Devices of one server that the report lists."""
 PROBE_LOCK = DEVICE_ID_PREFIX + "a" * 20
-"""The name of a lock that no device has: a digest of nothing but a's will not occur."""
+"""The name of a lock that no device has. A digest of nothing but a's does not occur."""
 DEVLIST_TIMEOUT = 5.0
 """Seconds that one server may take to list its devices."""
 CURES: Mapping[type[Exception], str] = {
@@ -52,11 +52,7 @@ class Outcome(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One result of a check.
-
-    detail: one or more lines; the report begins with the first.
-    cure: what to do, "" for nothing.
-    """
+    """One result of a check. detail: one or more lines. cure: what to do, "" for nothing."""
 
     name: str
     outcome: Outcome
@@ -87,7 +83,6 @@ async def run_checks(checks: Sequence[tuple[str, Check]], clock: Clock) -> tuple
 
 
 def exit_status(findings: Sequence[Finding]) -> int:
-    """Returns 1 if a finding is a FAIL, else 0. Warnings do not count."""
     return int(any(finding.outcome is Outcome.FAIL for finding in findings))
 
 
@@ -132,7 +127,7 @@ def driver_findings(report: DriverReport) -> list[Finding]:
         f"{report.ss_free} of {report.ss_total} super speed"
     )
     full = " or ".join(hub for hub, free in (("high", report.hs_free), ("super", report.ss_free)) if free == 0)
-    cure = f"no free {full} speed port; see: usbip port" if full else ""
+    cure = f"detach a device from a {full} speed port; usbip port lists them" if full else ""
     findings = [Finding(name, Outcome.WARN if full else Outcome.OK, detail, cure)]
     usable = report.attach_writable and report.records_writable
     if report.problems or not usable:
@@ -146,7 +141,7 @@ async def plugin_directory_check(directory: Path) -> list[Finding]:
     """Checks that the kubelet's device-plugin directory exists and is writable, and that a kubelet listens there."""
     name = "device-plugin directory"
     if not await asyncio.to_thread(directory.is_dir):
-        cure = "mount it from the host; the kubelet's --root-dir does not move it"
+        cure = f"mount {directory} from the host; its path does not depend on the kubelet's --root-dir"
         return [Finding(name, Outcome.FAIL, f"{directory} does not exist", cure)]
     if not os.access(directory, os.W_OK):
         return [Finding(name, Outcome.FAIL, f"{directory} is not writable", "run as root")]
@@ -189,10 +184,7 @@ async def socket_check(name: str, path: Path) -> list[Finding]:
 async def server_check(
     server: ServerKey, config: Config, devlist: Callable[[ServerKey], Awaitable[tuple[Descriptor, ...]]]
 ) -> list[Finding]:
-    """Checks that a USB/IP server answers and lists a device for each of its selectors in the configuration.
-
-    Raises the UsbipError of devlist if the server does not answer.
-    """
+    """Checks that a USB/IP server lists a device for each of its selectors. Raises the UsbipError of devlist."""
     devices = await devlist(server)
     taken: dict[str, list[str]] = {}
     unmatched = []
@@ -209,17 +201,14 @@ async def server_check(
     for device in devices[:MAX_DEVICES_SHOWN]:
         use = ", ".join(taken.get(device.busid, ())) or "no resource"
         lines.append(f"{device.busid} {device.usb_id}: {use}")
-    cure = "in use, unplugged, or not bound; on the server: usbip list -l; usbip bind -b BUSID" if unmatched else ""
+    cure = "in use, unplugged or not bound; run on the server: usbip list -l; usbip bind -b BUSID" if unmatched else ""
     outcome = Outcome.WARN if unmatched else Outcome.OK
     return [Finding(f"server {server}", outcome, "\n".join(lines + unmatched), cure)]
 
 
 @dataclass(frozen=True, slots=True)
 class Permission:
-    """One request that the plugin makes to the API server, as RBAC grants it (ResourceAttributes).
-
-    namespace: None for all namespaces, or for a cluster-wide object.
-    """
+    """A permission as RBAC grants it (ResourceAttributes). namespace: None for all, or for a cluster-wide object."""
 
     verb: str
     group: str
@@ -283,12 +272,15 @@ async def admission_check(kube: Api, namespace: str, node: str) -> list[Finding]
     if own is not None:
         if not own.by_policy:
             return []  # the permission to create is missing: api_check reports it
-        cure = f"run in a pod on node {node}, or pass the node of this account with --node-name"
+        cure = f"run in a plugin pod on node {node}, or pass the node of this ServiceAccount token with --node-name"
         return [Finding(name, Outcome.FAIL, str(own), cure)]
     if other is None:
         cure = "kubectl apply -f rbac/40-admission.yaml; it must name the plugin's ServiceAccount"
-        return [Finding(name, Outcome.WARN, "this account can write locks for any node", cure)]
-    return [Finding(name, Outcome.OK, f"this account can write locks for node {node} only")]
+        text = (
+            "this account can write locks in the name of any node: the admission policy is missing or does not match it"
+        )
+        return [Finding(name, Outcome.WARN, text, cure)]
+    return [Finding(name, Outcome.OK, f"this account can write locks in the name of node {node} only")]
 
 
 async def _refused(kube: Api, namespace: str, holder: str) -> KubeForbidden | None:

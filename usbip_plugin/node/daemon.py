@@ -39,27 +39,22 @@ from usbip_plugin.vhci.driver import VhciDriver
 
 log = logging.getLogger(__name__)
 
-
-BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 BEAT_INTERVAL = 2.0
 """Seconds between two heartbeats of the event loop."""
 BEAT_WITHIN = 10.0
 """Seconds without a heartbeat of the event loop after which /healthz answers 503."""
 START_OVER_S = 10.0
-"""Seconds after which the memory of the start is released. By then the plugin has registered and is idle.
-
-If the start takes longer, code that it still needs is loaded a second time.
-"""
+"""Seconds after which the memory of the start is released. If the start takes longer, code is loaded twice."""
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
     """The settings of one process, from the command line, the configuration file and the defaults.
 
-    namespace: of the Leases.
-    domain: of the resource names.
+    namespace: the namespace of the Leases.
+    domain: the domain of the resource names.
     listen: the address of the HTTP server, "" for none.
-    kubeconfig: a file, None to find the API server as kube.client.connect does.
+    kubeconfig: its path, None to find the API server as kube.client.connect does.
     """
 
     node: str
@@ -74,12 +69,12 @@ class Options:
 
 
 MakeDriver = Callable[[Clock], VhciDriver]
-"""Makes the driver of this node's vhci_hcd, with the clock that the driver is to use."""
+"""Makes the driver of this node's vhci_hcd, which uses the clock."""
 
 
-def boot_id(path: Path = BOOT_ID) -> str:
-    """Returns the kernel's boot id, which differs after each boot. Raises OSError if /proc is not there."""
-    return path.read_text(encoding="ascii").strip()
+def boot_id() -> str:
+    """Returns the kernel's boot id, which differs after each boot. Raises OSError if /proc is not mounted."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
 
 async def run(options: Options, loaded: Loaded, make_driver: MakeDriver) -> None:
@@ -186,7 +181,7 @@ class _Process:
         try:
             trim_after_start()
         except OSError as error:
-            log.debug("startup code not released from memory", extra={"cause": str(error)})
+            log.debug("memory of startup not released", extra={"cause": str(error)})
         else:
             log.debug("startup memory released")
 
@@ -220,16 +215,13 @@ class _Process:
         _warn(warnings)
         self._agent_metrics.config_reloaded()
         self._config_report = config_loaded(self._options.config, config, warnings, self._clock.now())
-        self._warn_of_start_only(config)
-        self.agent.reconfigure(config)
-        log.info("configuration reloaded", extra={"resources": [resource.name for resource in config.resources]})
-
-    def _warn_of_start_only(self, config: Config) -> None:
         before, self._start_only = self._start_only, config.start_only()
         for name, value in self._start_only.items():
             if before[name] != value:
                 extra = {"setting": name, "in_force": self._loaded.config.start_only()[name], "in_file": value}
                 log.warning("setting not applied; restart the plugin", extra=extra)
+        self.agent.reconfigure(config)
+        log.info("configuration reloaded", extra={"resources": [resource.name for resource in config.resources]})
 
     def _config_failed(self, error: ConfigError) -> None:
         self._agent_metrics.config_failed()
@@ -238,21 +230,18 @@ class _Process:
             log.error("configuration not valid, the last valid one stays in use", extra={"problem": problem})
 
 
-def run_blocking(options: Options, loaded: Loaded, warnings: Iterable[str], make_driver: MakeDriver) -> int:
-    """Runs the plugin from a synchronous command line until a signal. Blocking.
-
-    Returns 0 after a signal, or 1 with a message if the plugin could not run.
-    """
-    _warn(warnings)
+def run_blocking(options: Options, loaded: Loaded, make_driver: MakeDriver) -> int:
+    """Runs the plugin until a signal. Returns 0, or logs why the plugin cannot run and returns 1."""
+    _warn(loaded.warnings)
     small_tls_buffers()
-    failed: list[BaseException] = []
+    status = 0
     try:
         asyncio.run(run(options, loaded, make_driver))
     except* (PluginError, OSError) as errors:
-        failed.extend(_leaves(errors))
-    for error in failed:
-        log.critical("cannot run", extra={"cause": str(error)})
-    return 1 if failed else 0
+        for error in _leaves(errors):
+            log.critical("cannot run", extra={"cause": str(error)})
+        status = 1
+    return status
 
 
 def _warn(warnings: Iterable[str]) -> None:

@@ -54,13 +54,6 @@ def drop_clean_pages(mappings: Path = MAPPINGS) -> None:
             raise OSError(ctypes.get_errno(), "madvise")
 
 
-def trim() -> None:
-    """Returns free memory of glibc's allocator to the kernel: a megabyte or more after a start with many resources."""
-    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if malloc_trim is not None:  # another C library has none
-        malloc_trim(0)
-
-
 def small_tls_buffers() -> None:
     """Reduces the receive buffer of asyncio's TLS connections made from now on from 256 KiB to TLS_BUFFER_BYTES each.
 
@@ -92,5 +85,7 @@ def trim_after_start() -> None:
     gc.unfreeze()
     gc.collect()
     gc.freeze()
-    trim()
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:  # glibc has it; it frees a megabyte or more after a start with many resources
+        malloc_trim(0)
     drop_clean_pages()

@@ -50,7 +50,7 @@ def status_of(
 
 
 def device_rows(agent: Agent, domain: str) -> tuple[DeviceRow, ...]:
-    """Returns a row for each device that this node offers, by resource. A device of several resources has several."""
+    """Returns a row for each resource and device that this node offers."""
     return tuple(
         _device(agent, domain, resource, device)
         for resource, devices in sorted(agent.inventory.advertised.items())

@@ -30,7 +30,7 @@ MAX_TRACES = 20
 COLOURS = 6
 """Colours of the nodes in a waterfall. Further nodes use them again, in turn."""
 ABOUT_THE_DEVICE = frozenset({"usbip.device.id", "usbip.device", "usbip.server", "usbip.busid"})
-"""Attributes that are equal in all spans of a trace about one device. The trace's first line has the device instead."""
+"""Attributes that are equal in all spans of a trace about one device. The trace's first line shows the device."""
 SHOWN_ELSEWHERE = frozenset({Reason.HELD_ELSEWHERE.value, Reason.ATTACHED.value})
 """Reasons whose detail the other columns of the table show already."""
 
@@ -151,7 +151,7 @@ def _tiles(status: NodeReport) -> Sequence[tuple[str, str, str]]:
 
 
 def _identity(row: DeviceRow) -> str:
-    """Returns the USB id, the serial number and the selector of a device, without a selector of exactly this USB id."""
+    """Returns the USB ID, the serial number and the selector of a device, without a selector of exactly this USB ID."""
     vendor, _, product = (row.usb_id or "").partition(":")
     implied = row.selector == f"vendor {vendor}, product {product}"
     return " · ".join(part for part in (row.usb_id, row.serial, None if implied else row.selector) if part)

@@ -17,12 +17,12 @@ class DeviceRow:
     reason_code: why, for programs: Reason.code.
     holder, pod, since: the node and the pod that hold the lock, and since when. None while nobody holds it.
     usb_id: VENDOR:PRODUCT; None if it is not known.
-    serial: serial number; None if it is not known or the device has none.
+    serial: the serial number; None if it is not known or the device has none.
     selector: the configured selector that matches the device; "" if it is not known.
-    state: of the claim on this node.
+    state: the state of this node's claim.
     here: whether this node has a claim on the device.
     epoch: how many holders the lock has had; None if there is no lock.
-    port: the vhci port, of the claim on this node or else of the lock; None while nobody holds the lock.
+    port: the vhci port of this node's claim, else of the lock; None while nobody holds the lock.
     """
 
     resource: str
@@ -67,10 +67,7 @@ class ServerRow:
 
 @dataclass(frozen=True, slots=True)
 class RegistrationRow:
-    """The registration of a resource with the kubelet.
-
-    registrations: how often the resource was registered since this process began.
-    """
+    """The registration of a resource with the kubelet. registrations: how often, since this process began."""
 
     resource: str
     registered: bool
@@ -141,5 +138,4 @@ class NodeReport:
     config: ConfigReport
 
     def as_json(self) -> dict[str, Any]:
-        """Returns the status as json.dumps takes it."""
         return asdict(self)

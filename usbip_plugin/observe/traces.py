@@ -43,11 +43,7 @@ class Bar:
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """A pause that a waterfall draws shortened.
-
-    x: where it is drawn, within 0..WIDTH.
-    seconds: how long it was.
-    """
+    """A pause that a waterfall draws shortened, at x within 0..WIDTH. seconds: how long it was."""
 
     x: float
     seconds: float
@@ -75,7 +71,7 @@ class Summary:
     start: when the first span starts.
     seconds: from the first start to the last end.
     nodes: in the order of their first span.
-    device: SERVER/BUSID, else the name or the id of the device; None if no span is about a device.
+    device: SERVER/BUSID, else the name or the ID of the device; None if no span is about a device.
     error: the first error; None if no span failed.
     failed: whether the root span itself failed.
     """
@@ -116,7 +112,7 @@ def summary(spans: Sequence[SpanRecord]) -> Summary:
 
 
 def _devices(spans: Sequence[SpanRecord]) -> Iterator[str]:
-    """Yields the names of the device that the spans are about, the best first: SERVER/BUSID, then name, then id."""
+    """Yields the names of the device that the spans are about, the best first: SERVER/BUSID, then name, then ID."""
     for span in spans:
         if {"usbip.server", "usbip.busid"} <= span.attributes.keys():
             yield f"{span.attributes['usbip.server']}/{span.attributes['usbip.busid']}"
