@@ -161,8 +161,7 @@ def structured(value: Any, form: str) -> str:
         return json.dumps(value, indent=2)
     import yaml  # noqa: PLC0415 - only here
 
-    text: str = yaml.safe_dump(value, sort_keys=False, allow_unicode=False)
-    return text.rstrip("\n")
+    return str(yaml.safe_dump(value, sort_keys=False, allow_unicode=False)).rstrip("\n")
 
 
 def table(

@@ -57,8 +57,8 @@ FORMATS = ("table", "wide", "json", "yaml", "name")
 TEXT_FORMATS = ("text", "json", "yaml")
 DEVICE = "DEVICE"
 DEVICE_HELP = (
-    "its ID, SERVER/BUSID, bus ID, serial number, the name of a resource that selects no other device, or a unique "
-    "prefix of any of these"
+    "its ID, SERVER/BUSID, bus ID, serial number, a resource that selects no other device, or a unique prefix of any "
+    "of these"
 )
 WIDTH = 100
 """Characters in a line of the list of exit statuses in the help."""
