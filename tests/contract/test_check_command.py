@@ -87,9 +87,7 @@ async def test_rights_that_the_configuration_does_not_need_are_not_checked(here:
 async def test_writing_for_other_nodes_warns_and_not_for_this_node_fails(here: Node, terminal: Terminal) -> None:
     here.api.confined_to = ""
     ran = await terminal.run("check")
-    text = (
-        "warn  admission policy: this account can write locks in the name of any node: the admission policy is missing"
-    )
+    text = "warn  admission policy: this account can write locks in the name of any node: the policy is missing"
     assert (ran.status, text in ran.out) == (0, True)
     here.api.confined_to = "node-b"
     ran = await terminal.run("check")

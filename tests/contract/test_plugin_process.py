@@ -253,7 +253,7 @@ def test_the_process_settles_after_its_start(monkeypatch: pytest.MonkeyPatch, pl
     monkeypatch.setattr(daemon, "trim_after_start", settle)
     status, log = run(monkeypatch, places, offered, flags=("--log-level", "debug"))
     assert (status, settled) == (0, [True])
-    assert len(log.having("memory of startup not released")) == (not works)
+    assert len(log.having("startup memory not released")) == (not works)
 
 
 def test_a_missing_kubeconfig_is_logged_and_exits_with_1(places: Places, capsys: pytest.CaptureFixture[str]) -> None:

@@ -276,9 +276,7 @@ async def admission_check(kube: Api, namespace: str, node: str) -> list[Finding]
         return [Finding(name, Outcome.FAIL, str(own), cure)]
     if other is None:
         cure = "kubectl apply -f rbac/40-admission.yaml; it must name the plugin's ServiceAccount"
-        text = (
-            "this account can write locks in the name of any node: the admission policy is missing or does not match it"
-        )
+        text = "this account can write locks in the name of any node: the policy is missing or does not match it"
         return [Finding(name, Outcome.WARN, text, cure)]
     return [Finding(name, Outcome.OK, f"this account can write locks in the name of node {node} only")]
 

@@ -44,7 +44,7 @@ BEAT_INTERVAL = 2.0
 BEAT_WITHIN = 10.0
 """Seconds without a heartbeat of the event loop after which /healthz answers 503."""
 START_OVER_S = 10.0
-"""Seconds after which the memory of the start is released. If the start takes longer, code is loaded twice."""
+"""Seconds until the memory of the start is released. By then the plugin is idle; code in use is loaded again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +181,7 @@ class _Process:
         try:
             trim_after_start()
         except OSError as error:
-            log.debug("memory of startup not released", extra={"cause": str(error)})
+            log.debug("startup memory not released", extra={"cause": str(error)})
         else:
             log.debug("startup memory released")
 

@@ -21,7 +21,7 @@ from usbip_plugin.observe.metrics import Metrics, NodeCollector, NodeReading
 from usbip_plugin.usbip.poller import ServerState
 
 OTHER = "other"
-"""The label of any other error."""
+"""The label of an error without a label of its own."""
 ALLOCATE_FAILURES: Mapping[type[PluginError], str] = MappingProxyType(
     {
         errors.LockLost: "lock_lost",
@@ -82,8 +82,9 @@ def reason_of(error: PluginError, reasons: Mapping[type[PluginError], str]) -> s
 
 
 def transition(change: LockChange, me: str, *, in_use: bool) -> str | None:
-    """Returns the transition (one of TRANSITIONS) that a change of a lock means for the node `me`, or None.
+    """Returns the transition (one of TRANSITIONS) that a change of a lock means for the node `me`.
 
+    Returns None if only other nodes are concerned, or if `me` keeps the lock in the same epoch.
     in_use: a pod's device is attached here under this lock, or was until a moment ago. The node does not release such
     a lock, so it counts as lost if it has no holder any more.
     """
@@ -107,7 +108,7 @@ class DropCounts:
 
 
 class AgentMetrics:
-    """Metrics of one agent: `observer` has its callbacks, follow() adds its state. domain: that of resource names."""
+    """Metrics of an agent: `observer` has the callbacks, follow() adds the state. domain: that of resource names."""
 
     def __init__(self, metrics: Metrics, clock: Clock, *, domain: str, node: str) -> None:
         self._metrics = metrics

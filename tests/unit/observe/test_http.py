@@ -53,6 +53,12 @@ async def test_the_standard_pages() -> None:
         metrics=metrics.render,
     )
     pages["/"] = lambda: Answer(b"<p>", "text/html", headers={"Content-Security-Policy": "default-src 'none'"})
+
+    async def later() -> Answer:
+        await asyncio.sleep(0)
+        return Answer(b"later")
+
+    pages["/later"] = later
     below = {"/api/traces/": lambda rest: Answer(rest.encode())}
     async with serving(pages, below) as url, aiohttp.ClientSession(url) as http:
         for path in ("/healthz", "/health"):
@@ -62,6 +68,8 @@ async def test_the_standard_pages() -> None:
             assert (answer.status, await answer.text()) == (503, "usbip.dev/storage is not registered\n")
         async with http.get("/api/traces/a/b%20c") as answer:
             assert await answer.text() == "a/b c"
+        async with http.get("/later") as answer:
+            assert await answer.text() == "later"
         async with http.get("/api/traces") as answer:
             assert answer.status == 404
         async with http.get("/metrics") as answer:
