@@ -135,7 +135,7 @@ def test_alerts_have_a_link_to_their_runbook_where_it_has_an_address(tools: Tool
 def test_alerts_have_no_link_that_leads_nowhere(tools: Tools) -> None:
     for alert, shown in annotations_of_alerts(tools).items():
         assert "runbook_url" not in shown
-        assert shown["runbook"] == f"docs/howto/runbooks.md#{alert.lower()}"
+        assert shown["runbook"] == f"docs/howto/troubleshooting.md#{alert.lower()}"
 
 
 def test_the_admission_policy_can_be_left_out(tools: Tools) -> None:

@@ -43,7 +43,7 @@ def pod_spec(tools: Tools, *arguments: str) -> Object:
         (("--set", "monitoring.enabled=yes"), "/monitoring/enabled"),
         (("--set", "monitoring.interval=15"), "/monitoring/interval"),
         (("--set", "monitoring.runbook=https://wiki.example/a#b"), "/monitoring/runbook"),
-        (("--set", "monitoring.runbook=docs/howto/runbooks.md"), "/monitoring/runbook"),
+        (("--set", "monitoring.runbook=docs/howto/troubleshooting.md"), "/monitoring/runbook"),
         (("--set", "resources.limit.memory=64Mi"), "/resources"),
         (("--set", "tolerations[0].operator=Any"), "/tolerations/0/operator"),
         (("--set", "updateStrategy.type=Recreate"), "/updateStrategy/type"),

@@ -185,7 +185,7 @@ tests:
             exp_annotations:
               summary: USB/IP server lab:3240 is unreachable from all nodes
               description: No node reaches the USB/IP server lab:3240. None of its free devices is available.
-              runbook: docs/howto/runbooks.md#usbipserverunreachable
+              runbook: docs/howto/troubleshooting.md#usbipserverunreachable
 """,
         encoding="utf-8",
     )

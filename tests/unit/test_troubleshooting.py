@@ -26,10 +26,7 @@ def rows(heading: str) -> list[list[str]]:
 def test_every_reason_of_a_device_is_explained_and_has_a_cure() -> None:
     found = {row[0].strip("`"): row[1:] for row in rows("Reasons")}
     assert {name: row[0] for name, row in found.items()} == {r.name.lower(): r.value for r in Reason}
-    for reason in Reason:
-        _value, meaning, cure = found[reason.name.lower()]
-        assert meaning
-        assert cure or reason.healthy, reason
+    assert all(cell for row in found.values() for cell in row)
 
 
 def test_the_first_reasons_are_the_healthy_ones() -> None:
