@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 from usbip_plugin.errors import LockHeld, PluginError
 from usbip_plugin.kube.events import NORMAL, WARNING, EventText
@@ -21,22 +21,91 @@ class Regarding(enum.Enum):
 
 
 class EventKind(enum.Enum):
-    """The kinds of device events, each with the (type, reason, action, object) of its Kubernetes Event."""
+    """The kinds of device events, each with the (type, reason, action, object) of its Kubernetes Event.
 
-    ATTACHED = (NORMAL, "DeviceAttached", "Attach", Regarding.POD)
-    LOST = (WARNING, "DeviceLost", "Reattach", Regarding.POD)
-    REATTACHED = (NORMAL, "DeviceReattached", "Reattach", Regarding.POD)
-    NODES_CHANGED = (WARNING, "DeviceNodesChanged", "Reattach", Regarding.POD)
-    NODES_LATE = (WARNING, "DeviceNodesLate", "Attach", Regarding.POD)
-    NETWORK = (WARNING, "DeviceNetworkInterface", "Attach", Regarding.POD)
-    MOVED = (NORMAL, "DeviceMoved", "Reattach", Regarding.POD)
-    NOT_REATTACHED = (WARNING, "DeviceNotReattached", "Reattach", Regarding.POD)
-    RESTART_NEEDED = (WARNING, "DeviceNodesChanged", "Restart", Regarding.POD)
-    EVICTED = (WARNING, "DevicePodEvicted", "Evict", Regarding.POD)
-    DENIED = (WARNING, "DeviceDenied", "Allocate", Regarding.NODE)
-    FAILED = (WARNING, "DeviceAllocateFailed", "Allocate", Regarding.NODE)
-    TAKEN_OVER = (WARNING, "DeviceTakenOver", "TakeOver", Regarding.BOTH)
-    LOCK_LOST = (WARNING, "DeviceLockLost", "Withdraw", Regarding.BOTH)
+    meaning: what has happened. advice: what to do. docs/reference/events.md shows both.
+    """
+
+    meaning: str
+    advice: str
+
+    def __new__(cls, event: tuple[str, str, str, Regarding], meaning: str, advice: str) -> Self:
+        kind = object.__new__(cls)
+        kind._value_ = event
+        kind.meaning = meaning
+        kind.advice = advice
+        return kind
+
+    ATTACHED = (
+        (NORMAL, "DeviceAttached", "Attach", Regarding.POD),
+        "The pod has the device, at this vhci port and USB node.",
+        "Nothing.",
+    )
+    LOST = (
+        (WARNING, "DeviceLost", "Reattach", Regarding.POD),
+        "The connection to the USB/IP server broke, and the plugin tries to re-attach the device.",
+        "If no re-attach follows, check the server, and that the device is plugged in and bound there.",
+    )
+    REATTACHED = (
+        (NORMAL, "DeviceReattached", "Reattach", Regarding.POD),
+        "The device is back with the same device nodes, or with the same nodes of the kinds in `children`.",
+        "Nothing: paths in the pod work again, but open files do not.",
+    )
+    NODES_CHANGED = (
+        (WARNING, "DeviceNodesChanged", "Reattach", Regarding.POD),
+        "The device is back with other device nodes, and those in the running container do not work.",
+        "Recreate the pod, or set `onLoss`.",
+    )
+    NODES_LATE = (
+        (WARNING, "DeviceNodesLate", "Attach", Regarding.POD),
+        "Device nodes appeared after the Allocate was answered, so the container lacks them.",
+        "List their kinds in `children`; for this pod, do as the note says.",
+    )
+    NETWORK = (
+        (WARNING, "DeviceNetworkInterface", "Attach", Regarding.POD),
+        "The device has a network interface, which stays on the node.",
+        "Use it from the node: a device plugin cannot give it to a pod.",
+    )
+    MOVED = (
+        (NORMAL, "DeviceMoved", "Reattach", Regarding.POD),
+        "The device is at another bus id or server, and was re-attached from there.",
+        "Nothing, unless a selector has the old `bus_id`.",
+    )
+    NOT_REATTACHED = (
+        (WARNING, "DeviceNotReattached", "Reattach", Regarding.POD),
+        "The plugin cannot identify the device, or cannot give its device nodes to the pod.",
+        "Do as the note says.",
+    )
+    RESTART_NEEDED = (
+        (WARNING, "DeviceNodesChanged", "Restart", Regarding.POD),
+        "With `onLoss: restart`, the device is back with other device nodes, and the container must restart.",
+        "End the container if it does not end by itself.",
+    )
+    EVICTED = (
+        (WARNING, "DevicePodEvicted", "Evict", Regarding.POD),
+        "With `onLoss: evict`, the pod was evicted because its device is back with other device nodes.",
+        "Nothing: the pod's owner creates a new one.",
+    )
+    DENIED = (
+        (WARNING, "DeviceDenied", "Allocate", Regarding.NODE),
+        "An Allocate failed because another node holds the device; the note names the pod.",
+        "Nothing, or end that pod.",
+    )
+    FAILED = (
+        (WARNING, "DeviceAllocateFailed", "Allocate", Regarding.NODE),
+        "An Allocate failed for another reason: server, kernel or API server.",
+        "Do as the note says.",
+    )
+    TAKEN_OVER = (
+        (WARNING, "DeviceTakenOver", "TakeOver", Regarding.BOTH),
+        "The holder was silent for the whole lock duration, and this node took its device over.",
+        "Look after the silent node: its pod runs on without the device.",
+    )
+    LOCK_LOST = (
+        (WARNING, "DeviceLockLost", "Withdraw", Regarding.BOTH),
+        "The lock of an attached device names another node or nobody, so this node detached it.",
+        "Find out who wrote the Lease: another node after a takeover, or a person.",
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,12 +81,20 @@ class NodeCollector(Collector):
         build: Labelled = {(now.version, platform.python_version()): 1}
         yield _gauge("build_info", "Always 1. The labels name the versions in use.", ("version", "python"), build)
         yield _one("ready", "1 if /readyz answers 200: locks read, every resource registered.", now.ready)
-        yield _by("registered", "1 if the resource is registered with the kubelet.", LABEL, now.registered)
-        yield _by("server_reachable", "1 if the USB/IP server answers.", "server", now.servers)
-        yield _by("server_devices", "Devices in the last answer of the USB/IP server.", "server", now.listed)
+        yield _by("registered", "1 if the kubelet listens to the resource.", LABEL, now.registered)
+        yield _by(
+            "server_reachable", "1 if the USB/IP server answers. Absent until it was asked.", "server", now.servers
+        )
+        text = "Devices in the last answer of the USB/IP server, which leaves out devices in use."
+        yield _by("server_devices", text, "server", now.listed)
         yield _one("vhci_driver_loaded", "1 if vhci_hcd is loaded and can be read.", now.driver_loaded)
-        yield _by("vhci_ports_used", "Ports of vhci_hcd in use, by any program.", "hub", now.ports_used)
-        yield _by("vhci_ports_free", "Free ports of vhci_hcd.", "hub", now.ports_free)
+        yield _by(
+            "vhci_ports_used",
+            "Ports of vhci_hcd in use, by any program. Absent without the driver.",
+            "hub",
+            now.ports_used,
+        )
+        yield _by("vhci_ports_free", "Free ports of vhci_hcd. Absent without the driver.", "hub", now.ports_free)
         yield _by("claims", "Devices that this node has a claim on.", "state", now.claims)
         yield _one("locks_held", "Locks held by this node.", now.locks_held)
         text = "Time without a heartbeat after which another node may take over a lock."
@@ -94,9 +102,11 @@ class NodeCollector(Collector):
         text = "Time since the API server last accepted a heartbeat, while this node holds a lock."
         yield _gauge("session_age_seconds", text, (), {} if now.session_age is None else {(): now.session_age})
         yield _one("api_reachable", "1 if the API server answers and the locks are watched.", now.api_reachable)
-        text = "Polls of the kubelet's pod-resources API that were applied to the claims."
+        text = "Comparisons with the kubelet's list of devices in use. None while nothing is attached."
         yield _counter("pod_resources_polls", text, (), {(): now.pod_resources_polls})
-        yield _counter("events_dropped", "Kubernetes Events that were not recorded.", (), {(): now.events_dropped})
+        yield _counter(
+            "events_dropped", "Kubernetes Events that were dropped or refused.", (), {(): now.events_dropped}
+        )
         text = "Batches of spans that no collector accepted."
         yield _counter("trace_export_failures", text, (), {(): now.trace_export_failures})
         text = "Spans that were lost before their export."
@@ -158,22 +168,22 @@ class ResourceCollector(Collector):
             if counts.devices is not None
         }
         available = {resource: sum(n for reason, n in by.items() if reason.healthy) for resource, by in devices.items()}
-        yield _by("available_devices", "Devices offered as healthy.", LABEL, available)
+        yield _by("available_devices", "Devices that this node offers as Healthy.", LABEL, available)
         attached = {resource: by[Reason.ATTACHED] for resource, by in devices.items()}
         yield _by("attached_devices", "Devices attached to this node.", LABEL, attached)
         text = "Allocates that were answered with devices."
         yield self._counter("allocations", text, lambda counts: counts.allocations)
         # The Go program names it device_plugin_restarts_total and exports it with the prefix.
-        text = "Times the resource was registered with the kubelet again."
+        text = "Times the resource was registered with the kubelet again, without the first time."
         yield self._counter("restarts", text, lambda counts: counts.restarts)
         yield self._counter("device_plugin_restarts", text, lambda counts: counts.restarts, prefix="")
         reasons: Labelled = {(name, reason.code): by[reason] for name, by in devices.items() for reason in Reason}
         yield _gauge("devices", "Devices by the reason for their health.", (LABEL, "reason"), reasons)
-        text = "Allocates refused because another node holds the device."
+        text = "Allocates refused because another node holds the device. Each is a failed pod."
         yield self._counter("allocate_denials", text, lambda counts: counts.denials)
-        text = "Allocates that failed for another reason."
+        text = "Allocates that failed for another reason. Each is a failed pod."
         yield self._failures("allocate_failures", text, lambda counts: counts.failures)
-        text = "PreStartContainer calls that failed, so that the container did not start."
+        text = "PreStartContainer calls that failed, so that a container with CDI did not start."
         yield self._failures("pre_start_failures", text, lambda counts: counts.pre_start_failures)
         text = "Registrations that the kubelet accepted and followed by opening ListAndWatch."
         yield self._counter("kubelet_registrations", text, lambda counts: counts.registrations)
@@ -205,25 +215,43 @@ class Metrics:
         ProcessCollector(registry=self.registry)
         self._resources = ResourceCollector()
         self.registry.register(self._resources)
-        self._gauge("tasks", "Tasks of the event loop.", ()).set_function(_tasks)
-        self._steps = self._histogram("step_seconds", "Duration of a step of Allocate or release.", ("step",))
-        text = "Duration of an Allocate, by its result."
-        self._allocates = self._histogram("allocate_seconds", text, ("result",), ALLOCATE_BUCKETS_S)
-        text = "Time from seeing that another node took a device until the kubelet received the change."
-        self._withdrawals = self._histogram("withdrawal_seconds", text, (), WITHDRAWAL_BUCKETS_S)
-        text = "Time until the lock of a device was acquired or refused."
-        self._acquires = self._histogram("lock_acquire_seconds", text, ("result",))
-        text = "Locks that this node acquired, took over, released or lost."
-        self._transitions = self._counter("lock_transitions", text, ("transition",))
+        self._gauge("tasks", "Tasks of the event loop. Constant when idle.", ()).set_function(_tasks)
+        self._steps = self._histogram("step_seconds", "Duration of a step that succeeded.", ("step",))
+        self._allocates = self._histogram(
+            "allocate_seconds",
+            "Duration of an Allocate. The kubelet admits no other pod meanwhile.",
+            ("result",),
+            ALLOCATE_BUCKETS_S,
+        )
+        self._withdrawals = self._histogram(
+            "withdrawal_seconds",
+            "Time from seeing that another node took a device until the kubelet received the change.",
+            (),
+            WITHDRAWAL_BUCKETS_S,
+        )
+        self._acquires = self._histogram(
+            "lock_acquire_seconds", "Time until the lock of a device was acquired or refused.", ("result",)
+        )
+        self._transitions = self._counter(
+            "lock_transitions",
+            "Locks that this node took, took over from a silent node, released, or lost to the write of another.",
+            ("transition",),
+        )
         text = "Attachments that ended although this node did not detach the device."
         self._losses = self._counter("attachments_lost", text, ())
-        self._reattaches = self._counter("reattaches", "Attempts to re-attach a lost device.", ("result",))
-        self._api_errors = self._counter("api_errors", "Requests to the API server that failed.", ("verb", "reason"))
+        text = "Attempts to re-attach a lost device. With same_nodes, the pod can go on."
+        self._reattaches = self._counter("reattaches", text, ("result",))
+        text = "Requests to the API server that failed. conflict, not_found and gone are normal."
+        self._api_errors = self._counter("api_errors", text, ("verb", "reason"))
         self._reloads = self._counter("config_reloads", "Reloads of the changed configuration file.", ("result",))
-        text = "1 while the configuration file is not valid, else 0."
-        self._reload_failed = self._gauge("config_reload_failed", text, ())
-        text = "Unix time at which the configuration in force was loaded."
-        self._reloaded_at = self._gauge("config_last_reload_success_timestamp_seconds", text, ())
+        self._reload_failed = self._gauge(
+            "config_reload_failed", "1 while the file is rejected and the last valid configuration is in force.", ()
+        )
+        self._reloaded_at = self._gauge(
+            "config_last_reload_success_timestamp_seconds",
+            "Unix time at which the configuration in force was loaded.",
+            (),
+        )
 
     def add(self, collector: Collector) -> None:
         self.registry.register(collector)

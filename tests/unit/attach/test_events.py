@@ -47,5 +47,10 @@ def test_an_eviction_names_the_devices() -> None:
 def test_the_document_has_every_kind_with_its_type_and_object() -> None:
     rows = re.findall(r"^\| `(\w+)` \| (\w+) \| ([a-z, ]+?) \|", DOC.read_text(encoding="utf-8"), re.MULTILINE)
     where = {Regarding.POD: "pod", Regarding.NODE: "node", Regarding.BOTH: "pod, node"}
-    assert len(rows) == len(set(rows))
+    assert len(rows) == len(EventKind)
     assert set(rows) == {(reason, kind, where[about]) for kind, reason, _action, about in (w.value for w in EventKind)}
+
+
+def test_each_kind_has_a_meaning_and_an_advice_of_one_sentence() -> None:
+    for kind in EventKind:
+        assert all(text.endswith(".") and text.count(". ") == 0 for text in (kind.meaning, kind.advice)), kind
