@@ -7,12 +7,14 @@ with status 1 if a document would change.
 from __future__ import annotations
 
 import argparse
+import inspect
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from log_calls import log_calls
+from reasons import ALLOCATES, DEVICES, linked
 from reference import keys
 
 from usbip_plugin.attach.events import EventKind, Reattach, Regarding
@@ -106,6 +108,21 @@ def log_table() -> str:
     )
 
 
+def device_reason_table() -> str:
+    """Returns the Markdown table of the reasons of devices, the Healthy ones first."""
+    reasons = sorted(Reason, key=lambda reason: not reason.healthy)
+    rows = ((_code(reason.code), reason.value, linked(DEVICES[reason])) for reason in reasons)
+    return _table(("code", "reason", "what to do"), rows)
+
+
+def allocate_reason_table() -> str:
+    """Returns the Markdown table of the reasons of failed Allocates, with the first sentence of each error class."""
+    causes = {label: inspect.cleandoc(error.__doc__ or "").split(". ")[0] for error, label in ALLOCATE_FAILURES.items()}
+    causes[OTHER] = "none of these"
+    rows = ((_code(label), cause.rstrip("."), linked(ALLOCATES[label])) for label, cause in causes.items())
+    return _table(("reason", "cause", "what to do"), rows)
+
+
 def metric_table() -> str:
     """Returns the Markdown table of the metrics, those of the process last. Complete on Linux only."""
     metrics = Metrics()
@@ -186,6 +203,7 @@ def wanted() -> dict[Path, str]:
         | {name: _argument_table(command) for name, command in _commands(parser())},
         "reference/events.md": {"events": event_table()},
         "reference/logs.md": {"log lines": log_table()},
+        "reference/reasons.md": {"devices": device_reason_table(), "allocates": allocate_reason_table()},
     }
     if sys.platform == "linux":  # elsewhere prometheus_client has no metrics of the process
         parts["reference/metrics.md"] = {"metrics": metric_table(), "values of labels": label_list()}

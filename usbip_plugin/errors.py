@@ -111,7 +111,7 @@ class WrongDevice(UsbipError):
 
 
 class WrongSerial(UsbipError):
-    """The device under the bus id has another serial number (found; "" for none) than expected. devid: its own."""
+    """The device under the bus id has another serial number than expected. found: "" for none. devid: its own."""
 
     def __init__(self, key: DeviceKey, expected: str, found: str, devid: int) -> None:
         self.key, self.expected, self.found, self.devid = key, expected, found, devid
@@ -303,7 +303,7 @@ class AllocateError(PluginError):
 
 
 class UnknownDevice(AllocateError):
-    """The kubelet asked for a device that this node does not know, does not offer any more, or cannot hand out."""
+    """The kubelet asked for a device that this node does not know, no longer offers, or cannot hand out."""
 
 
 class AllocateTimeout(AllocateError):

@@ -1,4 +1,4 @@
-"""docs/howto/troubleshooting.md leaves no reason out, and its links lead somewhere."""
+"""docs/reference/reasons.md leaves no reason out, and the links of the documents lead somewhere."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from usbip_plugin.model import Reason
 from usbip_plugin.node.metrics import ALLOCATE_FAILURES, OTHER
 
 DOCS = Path(__file__).parents[2] / "docs"
-TEXT = (DOCS / "howto" / "troubleshooting.md").read_text(encoding="utf-8")
+TEXT = (DOCS / "reference" / "reasons.md").read_text(encoding="utf-8")
 
 
 def section(heading: str) -> str:
@@ -24,13 +24,13 @@ def rows(heading: str) -> list[list[str]]:
 
 
 def test_every_reason_of_a_device_is_explained_and_has_a_cure() -> None:
-    found = {row[0].strip("`"): row[1:] for row in rows("Reasons")}
+    found = {row[0].strip("`"): row[1:] for row in rows("Devices")}
     assert {name: row[0] for name, row in found.items()} == {r.name.lower(): r.value for r in Reason}
     assert all(cell for row in found.values() for cell in row)
 
 
 def test_the_first_reasons_are_the_healthy_ones() -> None:
-    names = [row[0].strip("`") for row in rows("Reasons")]
+    names = [row[0].strip("`") for row in rows("Devices")]
     healthy = {reason.name.lower() for reason in Reason if reason.healthy}
     assert set(names[: len(healthy)]) == healthy
     assert "The first four are Healthy" in TEXT
@@ -38,7 +38,7 @@ def test_the_first_reasons_are_the_healthy_ones() -> None:
 
 
 def test_every_reason_of_a_failed_allocate_is_explained_and_has_a_cure() -> None:
-    found = {row[0].strip("`"): row[1:] for row in rows("Reasons of a failed Allocate")}
+    found = {row[0].strip("`"): row[1:] for row in rows("Failed Allocates")}
     assert found.keys() == {*ALLOCATE_FAILURES.values(), OTHER}
     assert all(cell for row in found.values() for cell in row)
 
