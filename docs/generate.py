@@ -15,11 +15,12 @@ from pathlib import Path
 
 from log_calls import log_calls
 from reasons import ALLOCATES, DEVICES, linked
-from reference import keys
+from reference import FIELDS, KINDS, keys
 
 from usbip_plugin.attach.events import EventKind, Reattach, Regarding
 from usbip_plugin.claims import ClaimState
 from usbip_plugin.cli.parser import MEANING, parser
+from usbip_plugin.config import schema
 from usbip_plugin.locks.manager import Acquired
 from usbip_plugin.model import Reason
 from usbip_plugin.node.metrics import ALLOCATE_FAILURES, API_ERRORS, OTHER, PRE_START_FAILURES, RESULTS, TRANSITIONS
@@ -48,6 +49,13 @@ def _commands(top: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.Argu
                     yield from ((f"{name} {below}", parsed) for below, parsed in deeper)
                 else:
                     yield name, command
+
+
+def command_table() -> str:
+    """Returns the Markdown table of the commands of the top level."""
+    (commands,) = [of for of in parser()._actions if isinstance(of, argparse._SubParsersAction)]  # noqa: SLF001
+    rows = ((_code(f"usbip-plugin {choice.dest}"), choice.help or "") for choice in commands._choices_actions)  # noqa: SLF001
+    return _table(("command", "meaning"), rows)
 
 
 def _argument_table(command: argparse.ArgumentParser) -> str:
@@ -165,6 +173,17 @@ def _codes(texts: Iterable[object]) -> str:
     return ", ".join(map(_code, dict.fromkeys(texts)))
 
 
+def kind_table() -> str:
+    """Returns the Markdown table of the kinds of device nodes, in the order in which the plugin chooses a main node."""
+    rows = ((_code(name), KINDS[name].nodes, KINDS[name].driver, KINDS[name].expected) for name in schema.CHILD_KINDS)
+    return _table(("kind", "nodes", "driver", "expected for the interface class"), rows)
+
+
+def field_table() -> str:
+    """Returns the Markdown table of the fields of a containerPath."""
+    return _table(("field", "value"), ((_code(f"{{{name}}}"), FIELDS[name]) for name in schema.FIELDS))
+
+
 def flag_table() -> str:
     """Returns the Markdown table of the flags of `run`, with their defaults."""
     (run,) = [command for name, command in _commands(parser()) if name == "run"]
@@ -198,8 +217,13 @@ def filled(text: str, parts: Mapping[str, str]) -> str:
 def wanted() -> dict[Path, str]:
     """Returns the expected text of each document with generated parts, by its path."""
     parts: dict[str, dict[str, str]] = {
-        "reference/configuration.md": {"keys": key_table(), "flags": flag_table()},
-        "reference/cli.md": {"exit status": exit_table()}
+        "reference/configuration.md": {
+            "keys": key_table(),
+            "kinds": kind_table(),
+            "fields": field_table(),
+            "flags": flag_table(),
+        },
+        "reference/cli.md": {"commands": command_table(), "exit status": exit_table()}
         | {name: _argument_table(command) for name, command in _commands(parser())},
         "reference/events.md": {"events": event_table()},
         "reference/logs.md": {"log lines": log_table()},

@@ -78,41 +78,26 @@ def keys() -> tuple[Key, ...]:
     entry = "resources.NAME.devices[]"
     return (
         Key(
-            "resources",
-            "mapping",
-            "required",
-            "the resources, by name; pods ask for `DOMAIN/NAME`. Names are made lower case. `{}` offers nothing",
+            "resources", "mapping", "required", "the resources by name; pods ask for `DOMAIN/NAME`; `{}` offers nothing"
         ),
-        Key(
-            "resources.NAME",
-            "list, or mapping",
-            "required",
-            "a list is the same as a mapping that has it as `devices`; the mapping has more to say about the resource",
-        ),
-        Key(
-            "resources.NAME.devices", "list", "required", "which devices the resource has, each by an entry like these"
-        ),
+        Key("resources.NAME", "list, or mapping", "required", "a list, as in the Go program, stands for `devices`"),
+        Key("resources.NAME.devices", "list", "required", "the devices of the resource"),
         Key(f"{entry}.target", "mapping", "required", "the USB/IP server"),
         Key(
             f"{entry}.target.host",
             f"host name or address, up to {scalars.MAX_HOST_CHARACTERS} characters",
             "required",
-            "part of the device's identity: write it the same for all nodes",
+            "part of the device's identity: write it in the same way everywhere",
         ),
-        Key(f"{entry}.target.port", "TCP port, 1 to 65535", f"`{DEFAULT_USBIP_PORT}`", "of `usbipd`"),
-        Key(
-            f"{entry}.selector",
-            "mapping",
-            "every device",
-            "which devices of the server. Every key given must agree; every device that matches is offered",
-        ),
+        Key(f"{entry}.target.port", "TCP port, 1 to 65535", f"`{DEFAULT_USBIP_PORT}`", "port of `usbipd`"),
+        Key(f"{entry}.selector", "mapping", "every device", "the devices of the server that satisfy every given key"),
         Key(f"{entry}.selector.vendor", _several("4 hexadecimal digits, in quotes"), "any", "USB vendor id"),
         Key(f"{entry}.selector.product", _several("4 hexadecimal digits, in quotes"), "any", "USB product id"),
         Key(
             f"{entry}.selector.usb_ids",
             _several("`VENDOR:PRODUCT`, 4 hexadecimal digits each"),
             "any",
-            'vendor and product as they belong together: `["0951:1666", "1050:0407"]`',
+            'pairs of vendor and product: `["0951:1666", "1050:0407"]`',
         ),
         Key(
             f"{entry}.selector.bus_id",
@@ -124,18 +109,17 @@ def keys() -> tuple[Key, ...]:
             f"{entry}.selector.serial",
             f"text, up to {scalars.MAX_SERIAL_CHARACTERS} characters",
             "any",
-            "the exact serial number. It is read from the device once, for the whole cluster, which needs the device "
-            "for a moment",
+            "the exact serial number, see [below](#by-serial-number)",
         ),
         Key(
             f"{entry}.selector.class",
             "2 hexadecimal digits, or a name",
             "any",
-            "USB class of the device or one of its interfaces. Names: " + _one_of(tuple(sorted(scalars.CLASS_NAMES))),
+            "USB class: " + _one_of(tuple(sorted(scalars.CLASS_NAMES))),
         ),
-        Key(f"{entry}.extras", "list", "none", "device nodes of the host that go along with each of the devices"),
-        Key(f"{entry}.extras[].hostPath", "absolute path", "required", "on the node. `host_path` is taken too"),
-        Key(f"{entry}.extras[].containerPath", "absolute path", "as `hostPath`", "in the container"),
+        Key(f"{entry}.extras", "list", "none", "device nodes of the host that accompany each of the devices"),
+        Key(f"{entry}.extras[].hostPath", "absolute path", "required", "path on the node, also as `host_path`"),
+        Key(f"{entry}.extras[].containerPath", "absolute path", "as `hostPath`", "path in the container"),
         Key(
             f"{entry}.extras[].permissions",
             "some of r, w, m",
@@ -144,82 +128,125 @@ def keys() -> tuple[Key, ...]:
         ),
         Key(
             "resources.NAME.children",
-            f"list, of {_one_of(schema.CHILD_KINDS)}",
-            "what the device has",
-            "kinds of device nodes besides the USB node, `[]` for none. A node of one of them must come, or the "
-            "Allocate fails, see [below](#device-nodes)",
+            f"list of {_one_of(schema.CHILD_KINDS)}",
+            "all kinds",
+            "kinds of device nodes besides the USB node, see [below](#device-nodes)",
         ),
         Key(
             "resources.NAME.childrenTimeout",
             _duration(0, schema.MAX_CHILDREN_TIMEOUT_S) + ", shorter than `allocateTimeout`",
             _default(ResourceConfig, "children_timeout"),
-            "how long what `children` lists is waited for",
+            "longest time that an Allocate waits for the kinds in `children`",
         ),
         Key(
             "resources.NAME.containerPath",
-            f"path with fields in it ({_one_of(tuple(f'`{{{name}}}`' for name in schema.FIELDS))}), or a list of up "
-            f"to {parse.MAX_TEMPLATES}",
+            f"path with fields in braces, or a list of up to {parse.MAX_TEMPLATES}",
             "the path on the host",
-            "where the nodes appear, see [below](#paths)",
+            "paths of the nodes in the container, see [below](#paths)",
         ),
         Key(
             "resources.NAME.byId",
             "true or false",
             _default(ResourceConfig, "by_id"),
-            "the nodes appear under the names of udev, too, such as `/dev/serial/by-id/usb-...`, see [below](#paths)",
+            "adds the names of udev, such as `/dev/serial/by-id/usb-...`, see [below](#paths)",
         ),
         Key(
             "resources.NAME.permissions",
             "mapping",
-            "what the runtime makes",
-            "of the device nodes in the container. Needs `cdi: true`, see [below](#containers-that-do-not-run-as-root)",
+            "as the runtime sets them",
+            "mode and owner of the nodes; needs `cdi: true`, see [non-root pods](../howto/non-root-pods.md)",
         ),
-        Key("resources.NAME.permissions.mode", 'octal number with a 0 in front, `"0660"`', "as on the host", ""),
-        Key("resources.NAME.permissions.user", "numeric user id", "the container's", "names are each image's own"),
-        Key("resources.NAME.permissions.group", "numeric group id", "the container's", "20 is dialout in Debian"),
+        Key("resources.NAME.permissions.mode", '`"0660"`, octal with a leading 0', "as on the host", "mode"),
+        Key("resources.NAME.permissions.user", "numeric user id", "the container's", "owner"),
+        Key(
+            "resources.NAME.permissions.group", "numeric group id", "the container's", "group; 20 is dialout in Debian"
+        ),
         Key(
             "resources.NAME.readOnly",
             "true or false",
             _default(ResourceConfig, "read_only"),
-            "the device nodes can be opened for reading only, whoever opens them",
+            "forbids opening the nodes for writing, to root as well",
         ),
         Key(
             "resources.NAME.onLoss",
             f"one of {_one_of(tuple(choice.value for choice in OnLoss))}",
             _default(ResourceConfig, "on_loss"),
-            "what happens to a pod whose device comes back under other device nodes: `keep` it; `restart`, which tells "
-            "it by a warning that its container has to end, see [below](#cdi); or `evict` it, so that its successor is "
-            "given the device anew. `restart` needs `cdi: true`. `evict` needs a right of its own "
-            "(`deploy/components/evict`, or `evict.enabled` in the chart)",
+            "acts on a pod whose device nodes have changed, see [reconnects](../howto/reconnects.md)",
         ),
         Key(
             "resources.NAME.cdi",
             "true or false",
             _default(ResourceConfig, "cdi"),
-            "hand the device out by CDI name: a container that is started again finds the device as it is then, see "
-            "[below](#cdi)",
+            "hands the device out by name, so that a restarted container has its nodes, see [below](#cdi)",
         ),
-        Key("lock", "mapping", "", "of the locks"),
+        Key("lock", "mapping", "none", "settings of the locks"),
         Key(
             "lock.duration",
             _duration(schema.MIN_LOCK_DURATION_S, schema.MAX_LOCK_DURATION_S) + ", whole seconds",
             _default(LockConfig, "duration"),
-            "how long a node may be silent before others may take its locks. Read at start only",
+            "silence of a node after which others may take its locks. Read at start only",
         ),
         Key(
             "allocateTimeout",
             _duration(schema.MIN_ALLOCATE_TIMEOUT_S, schema.MAX_ALLOCATE_TIMEOUT_S),
             _default(Config, "allocate_timeout"),
-            "longest time for an Allocate, during which the node admits no other pod",
+            "longest time of an Allocate, during which the node admits no other pod",
         ),
         Key(
             "publishNodeStatus",
             "true or false",
             _default(Config, "publish_node_status"),
-            "tell the scheduler at once, through the node's status, that a device is taken. Read at start only",
+            "reports taken devices to the scheduler at once, by the node's status. Read at start only",
         ),
         *(Key(flag, "text", "as the flag", f"as `--{flag}`, which wins. Read at start only") for flag in _flags()),
     )
+
+
+FIELDS: Mapping[str, str] = {
+    "resource": "name of the resource",
+    "index": "number of the device among the container's of this resource, from 0",
+    "kind": "kind of the node, or `usb`",
+    "name": "last part of the path on the host: `ttyUSB0`",
+    "number": "number of the node among the device's of its kind, from 0",
+    "interface": "number of its USB interface, two hexadecimal digits",
+    "busid": "bus id",
+    "serial": "serial number",
+    "vendor": "USB vendor id, four hexadecimal digits",
+    "product": "USB product id, four hexadecimal digits",
+    "manufacturer": "name that the device reports",
+    "model": "name that the device reports",
+}
+"""The values of the fields of a containerPath."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of device nodes. All fields are text for people.
+
+    nodes: examples. driver: the kernel modules that make such nodes.
+    expected: the interface class for which an Allocate without `children` waits for such a node.
+    """
+
+    nodes: str
+    driver: str
+    expected: str
+
+
+KINDS: Mapping[str, Kind] = {
+    "tty": Kind(
+        "`/dev/ttyACM0`, `/dev/ttyUSB0`",
+        "cdc-acm; ftdi_sio, cp210x, ch341, pl2303, option",
+        "communications, abstract control (ttyACM)",
+    ),
+    "video4linux": Kind("`/dev/video0`", "uvcvideo", "video"),
+    "block": Kind("`/dev/sda` and its partitions", "usb-storage or uas, with sd_mod", "mass storage"),
+    "printer": Kind("`/dev/usb/lp0`", "usblp", "printer"),
+    "hidraw": Kind("`/dev/hidraw0`", "usbhid", "human interface"),
+    "input": Kind("`/dev/input/event1`", "usbhid and evdev", "human interface"),
+    "sound": Kind("`/dev/snd/controlC1`, `/dev/snd/pcmC1D0p`", "snd-usb-audio", "audio"),
+    "usbmisc": Kind("`/dev/cdc-wdm0`, and printers", "many", "none"),
+}
+"""The kinds of device nodes."""
 
 
 def _flags() -> tuple[str, ...]:
