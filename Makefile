@@ -55,7 +55,7 @@ test-page: $(VENV)/.test ## the status page in a real browser (Chromium)
 screenshot: $(VENV)/.test ## docs/status-page.png: the status page of a node on which much has happened (Chromium)
 	$(BIN)/python -m tests.page.screenshot docs/status-page.png $(ARGS)
 
-docs: $(VENV)/.runtime ## write docs/reference/cli.md and the reference in docs/reference/configuration.md from the code
+docs: $(VENV)/.runtime ## write what is generated in docs/reference from the code
 	$(BIN)/python docs/generate.py
 
 test-apiserver: $(VENV)/.test ## lock tests against a real kube-apiserver and etcd (built once from Go modules)
@@ -127,7 +127,7 @@ bench-kernel: $(VENV)/.test ## Allocate on a real kernel against the kernel's ow
 fuzz: $(VENV)/.fuzz ## every decoder under atheris, SECONDS each (10); what it finds is in build/fuzz (Linux, x86_64)
 	$(BIN)/python -m tests.fuzz.fuzz --seconds $(SECONDS) $(ARGS)
 
-lint: $(VENV)/.test ## ruff, formatting, the direction of imports, mypy --strict, the prose of documents
+lint: $(VENV)/.test ## ruff, formatting, the direction of imports, mypy --strict, the prose of documents and texts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports

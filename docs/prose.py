@@ -20,7 +20,16 @@ from proselint.registry import CheckRegistry
 from proselint.tools import LintFile
 
 ROOT = Path(__file__).parent.parent
-CHECKED = ("CONTRIBUTING.md", "docs/internals/*.md")
+CHECKED = (
+    "*.md",
+    "docs/**/*.md",
+    "deploy/README.md",
+    "examples/**/README.md",
+    "docs/reference.py",
+    "docs/reasons.py",
+    "usbip_plugin/**/*.py",
+    "usbip_sim/**/*.py",
+)
 """The documents and modules that are checked, as globs below ROOT."""
 
 MAX_WORDS = 24
@@ -43,7 +52,7 @@ WORDS = (
     (r"attach(ed|es|ing)? again", "re-attach"),
     (r"be had", "available"),
     (r"bear(er|ers|s)|glances?|mend(ed|s)?|oddit(y|ies)|seekers?|wishes", "the word of the field"),
-    (r"(?-i:busids?)", "bus id"),
+    (r"(?<!\{)(?-i:busids?)", "bus id"),  # {busid} is a field of containerPath
     (r"but for", "except"),
     (r"(?<!there )(is|are|was|were) (no|none of)(?! longer)", "is not"),
     (r"for want of", "without"),
