@@ -225,7 +225,7 @@ class Metrics:
         )
         self._withdrawals = self._histogram(
             "withdrawal_seconds",
-            "Time from seeing that another node took a device until the kubelet received the change.",
+            "Time from seeing that another node took a device until the kubelet has the change; 1 s if longer.",
             (),
             WITHDRAWAL_BUCKETS_S,
         )
