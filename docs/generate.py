@@ -23,7 +23,7 @@ from usbip_plugin.cli.parser import MEANING, parser
 from usbip_plugin.config import schema
 from usbip_plugin.locks.manager import Acquired
 from usbip_plugin.model import Reason
-from usbip_plugin.node.metrics import ALLOCATE_FAILURES, API_ERRORS, OTHER, PRE_START_FAILURES, RESULTS, TRANSITIONS
+from usbip_plugin.node.metrics import ALLOCATE_FAILURES, API_ERRORS, OTHER, PRE_START_FAILURES, TRANSITIONS
 from usbip_plugin.observe.metrics import Metrics, NodeCollector, NodeReading
 
 DOCS = Path(__file__).parent
@@ -158,7 +158,7 @@ def label_list() -> str:
         "`reason` of `allocate_failures_total`": [*ALLOCATE_FAILURES.values(), OTHER],
         "`reason` of `pre_start_failures_total`": [*PRE_START_FAILURES.values(), OTHER],
         "`reason` of `api_errors_total`": [*API_ERRORS.values(), OTHER],
-        "`result` of `allocate_seconds`": RESULTS,
+        "`result` of `allocate_seconds`": ("allocated", "denied", "failed"),
         "`result` of `lock_acquire_seconds`": [result.value for result in Acquired],
         "`result` of `reattaches_total`": [result.value for result in Reattach],
         "`result` of `config_reloads_total`": ("success", "failure"),
