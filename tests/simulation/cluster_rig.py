@@ -1,4 +1,4 @@
-"""What the simulation tests share: a small cluster in virtual time, and words for what a test does with it."""
+"""A small cluster in virtual time for the tests of the simulation, and what they do with it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from usbip_plugin.attach.events import DeviceEvent
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.locks import record
 from usbip_plugin.locks.manager import LockSettings
-from usbip_plugin.model import DeviceKey, Health, PodRef, Reason, UsbId
+from usbip_plugin.model import Attachment, DeviceKey, Health, PodRef, Reason, UsbId
 from usbip_plugin.node.agent import Agent, MetricHooks
 from usbip_sim.server.server import VirtualServer
 from usbip_sim.server.usbdevice import VirtualDevice
-from usbip_sim.virtual.cluster import Cluster, cluster
+from usbip_sim.virtual import cluster as simulated
 from usbip_sim.virtual.cluster_node import ClusterNode
 from usbip_sim.virtual.loop import SimClock
 from usbip_sim.virtual.surroundings import ClusterSpec
@@ -25,7 +25,7 @@ STICK = UsbId(0x0951, 0x1666)
 DONGLE = UsbId(0x1050, 0x0407)
 LOCKS = LockSettings(duration=40.0, import_window=10.0)
 SETTLE = 5.0
-"""Virtual seconds in which anything that needs no timeout must have happened."""
+"""Virtual seconds in which everything happens that waits for no timeout."""
 
 
 def server(host: str, *devices: VirtualDevice, keepalive: bool = False) -> VirtualServer:
@@ -41,13 +41,14 @@ def dongle(busid: str, serial: str = "") -> VirtualDevice:
     return VirtualDevice(busid, DONGLE, serial=serial or f"D-{busid}", configured=True)
 
 
-def resource(name: str, servers: Sequence[VirtualServer], usb_id: UsbId = STICK) -> ResourceConfig:
+def resource(name: str, servers: Sequence[VirtualServer], usb_id: UsbId = STICK, **keys: object) -> ResourceConfig:
+    """Returns a resource of all devices of one kind. keys: other fields of ResourceConfig."""
     selector = Selector(vendor=usb_id.vendor, product=usb_id.product)
-    return ResourceConfig(name, tuple(DeviceSelector(s.key, selector) for s in servers))
+    return ResourceConfig(name, tuple(DeviceSelector(s.key, selector) for s in servers), **keys)  # type: ignore[arg-type]
 
 
 def by_serial(*servers: VirtualServer, serials: Sequence[str] = ("RED",)) -> ResourceConfig:
-    """`stick`: what has one of these serial numbers, at any of the servers."""
+    """Returns the resource `stick` of the devices that have one of these serial numbers, on any of the servers."""
     selectors = (DeviceSelector(each.key, Selector(serial=serial)) for each in servers for serial in serials)
     return ResourceConfig("stick", tuple(selectors))
 
@@ -70,25 +71,20 @@ def pod(name: str) -> PodRef:
     return PodRef("default", name, f"uid-of-{name}")
 
 
-def health(cluster: Cluster, node: ClusterNode, name: str = "stick") -> dict[str, bool]:
-    """{device ID: healthy} as this node's kubelet has it."""
-    return node.kubelet.health(cluster.full(name))
-
-
 def agent(node: ClusterNode) -> Agent:
-    """Of a node whose plugin runs."""
+    """Returns the agent of a node whose plugin runs."""
     assert node.agent is not None
     return node.agent
 
 
 def reason(node: ClusterNode, device: DeviceKey) -> Reason | None:
-    """Why the node advertises the device as it does; None if it does not, or its plugin does not run."""
+    """Returns why the node advertises the device as it does, None if it does not or its plugin does not run."""
     known = _advertised(node, device)
     return known.reason if known is not None else None
 
 
 def detail(node: ClusterNode, device: DeviceKey) -> str:
-    """The same in words."""
+    """Returns the text of the reason for which the node advertises the device as it does."""
     known = _advertised(node, device)
     return known.detail if known is not None else ""
 
@@ -97,119 +93,136 @@ def _advertised(node: ClusterNode, device: DeviceKey) -> Health | None:
     return node.agent.inventory.health().get(device.id) if node.agent is not None else None
 
 
-async def all_healthy(cluster: Cluster, *devices: DeviceKey, name: str = "stick") -> None:
-    """Waits until every node offers all these devices."""
-    wanted = {device.id for device in devices}
-
-    def offered() -> bool:
-        return all(
-            wanted <= {i for i, healthy in health(cluster, node, name).items() if healthy}
-            for node in cluster.nodes.values()
-        )
-
-    assert await cluster.settle(offered, SETTLE), {n.name: health(cluster, n, name) for n in cluster.nodes.values()}
-
-
-async def becomes(
-    cluster: Cluster, node: ClusterNode, device: DeviceKey, *, healthy: bool, within: float = SETTLE
-) -> None:
-    """Waits until the node's kubelet has the device so."""
-    seen = await cluster.settle(lambda: device.id in _all(node) and _all(node)[device.id] is healthy, within)
-    assert seen, f"{node.name}: {device} {reason(node, device)}"
-
-
-async def admitted(cluster: Cluster, device: DeviceKey) -> ClusterNode:
-    """node-a, whose pod p has just got the device that all had offered."""
-    await all_healthy(cluster, device)
-    node = cluster["node-a"]
-    assert await node.admit(pod("p"), "stick") is None
-    assert node.attached() == {device}
-    return node
-
-
-async def taken(cluster: Cluster, device: DeviceKey) -> ClusterNode:
-    """The same, and its plugin has seen whose it is."""
-    node = await admitted(cluster, device)
-    await noted(cluster, device, "p")
-    return node
-
-
-async def noted(cluster: Cluster, device: DeviceKey, name: str) -> None:
-    """Waits until the lock says which pod has the device."""
-    assert await cluster.settle(lambda: cluster.pod_of(device) == pod(name), SETTLE), cluster.pod_of(device)
-
-
-async def knows_its_pod(cluster: Cluster, node: ClusterNode, device: DeviceKey, name: str = "p") -> None:
-    """Waits until the plugin process that runs on the node knows which pod has the device."""
-    claims = agent(node).claims.view
-    assert await cluster.settle(lambda: device.id in claims and claims[device.id].pod == pod(name), SETTLE)
-
-
-async def allocate(cluster: Cluster, node: ClusterNode, device: DeviceKey, *, name: str = "stick") -> ContainerResponse:
-    """Asked for straight at the plugin, past a kubelet that would know better. PluginError."""
-    (answer,) = await agent(node).allocator.allocate_all(cluster.full(name), ((device.id,),))
-    return answer
-
-
-async def killed_after(cluster: Cluster, node: ClusterNode, steps: int) -> None:
-    """Waits until the node's plugin is dead, which it is after so many more of its steps."""
-    assert node.process is not None
-    node.process.after_steps(steps, node.kill)
-    assert await cluster.settle(lambda: node.process is None, 60)
-
-
 def port_of(node: ClusterNode, device: DeviceKey) -> int:
-    """Where the device is attached, by the node's port records."""
+    """Returns the port to which the device is attached, by the node's port records."""
     (port,) = (p.number for p in node.driver.ports_now() if p.record == device)
     return port
 
 
-async def freed(cluster: Cluster, *devices: DeviceKey, within: float = SETTLE) -> None:
-    """Waits until nobody has these devices by their locks and servers; no node has any attached by then."""
-
-    def free(device: DeviceKey) -> bool:
-        return cluster.holder(device) == "" and not cluster.servers[device.server].importers(device.busid)
-
-    assert await cluster.settle(lambda: all(free(device) for device in devices), within), devices
-    assert not any(node.attached() for node in cluster.nodes.values())
+def attachment_of(node: ClusterNode, device: DeviceKey) -> Attachment:
+    """Returns the attachment of a device that the node's kernel has."""
+    attachment = node.kernel.attachment(device, port_of(node, device))
+    assert attachment is not None
+    return attachment
 
 
-async def lost_and_back(cluster: Cluster, node: ClusterNode, device: DeviceKey) -> None:
-    """The server drops the connection of a device that the node has; it is attached anew."""
-    cluster.servers[device.server].drop(device.busid)
-    await becomes(cluster, node, device, healthy=False)
-    await becomes(cluster, node, device, healthy=True)
+def replug(server: VirtualServer, *devices: VirtualDevice) -> None:
+    """Plugs devices in, in place of those that have their bus ids."""
+    for device in devices:
+        server.unplug(device.busid)
+    for device in devices:
+        server.plug(device)
 
 
 def carry(origin: VirtualServer, busid: str, target: VirtualServer, to: str) -> None:
-    """A device is pulled out and plugged in elsewhere."""
+    """Unplugs a device and plugs it in elsewhere."""
     device = origin.table.device(busid)[0]
     origin.unplug(busid)
     target.plug(replace(device, busid=to))
 
 
-def steal(cluster: Cluster, device: DeviceKey) -> None:
-    """Another node, which is none of the cluster, writes its name into the device's lock."""
-    lease = cluster.backend.leases[device.id]
-    cluster.backend.replace(replace(lease, holder="node-z", transitions=lease.transitions + 1))
+class Cluster(simulated.Cluster):
+    """A simulated cluster with the steps that its tests have in common."""
+
+    def health(self, node: ClusterNode, name: str = "stick") -> dict[str, bool]:
+        """Returns {device ID: healthy} as this node's kubelet has it."""
+        return node.kubelet.health(self.full(name))
+
+    async def all_healthy(self, *devices: DeviceKey, name: str = "stick") -> None:
+        """Waits until every node offers all these devices."""
+        ids = {device.id for device in devices}
+
+        def offered() -> bool:
+            return all(
+                ids <= {i for i, healthy in self.health(node, name).items() if healthy} for node in self.nodes.values()
+            )
+
+        assert await self.settle(offered, SETTLE), {n.name: self.health(n, name) for n in self.nodes.values()}
+
+    async def becomes(self, node: ClusterNode, device: DeviceKey, *, healthy: bool, within: float = SETTLE) -> None:
+        """Waits until the node's kubelet has the device as healthy, or as unhealthy."""
+
+        def reported() -> bool:
+            resources = {*node.kubelet.manager.healthy, *node.kubelet.manager.unhealthy}
+            known = {node.kubelet.health(name).get(device.id) for name in resources}
+            return known - {None} == {healthy}
+
+        assert await self.settle(reported, within), f"{node.name}: {device} {reason(node, device)}"
+
+    async def admitted(self, device: DeviceKey) -> ClusterNode:
+        """Waits until all nodes offer the device, and admits pod p with it on node-a, which is returned."""
+        await self.all_healthy(device)
+        node = self["node-a"]
+        assert await node.admit(pod("p"), "stick") is None
+        assert node.attached() == {device}
+        return node
+
+    async def taken(self, device: DeviceKey) -> ClusterNode:
+        """Admits pod p with the device on node-a, and waits until the lock names the pod. Returns the node."""
+        node = await self.admitted(device)
+        await self.noted(device, "p")
+        return node
+
+    async def noted(self, device: DeviceKey, name: str) -> None:
+        """Waits until the lock names the pod that has the device."""
+        assert await self.settle(lambda: self.pod_of(device) == pod(name), SETTLE), self.pod_of(device)
+
+    async def knows_its_pod(self, node: ClusterNode, device: DeviceKey, name: str = "p") -> None:
+        """Waits until the plugin process that runs on the node knows which pod has the device."""
+        claims = agent(node).claims.view
+        assert await self.settle(lambda: device.id in claims and claims[device.id].pod == pod(name), SETTLE)
+
+    async def allocate(self, node: ClusterNode, device: DeviceKey, *, name: str = "stick") -> ContainerResponse:
+        """Calls the plugin's Allocate without the kubelet, which may refuse the device. Raises PluginError."""
+        (answer,) = await agent(node).allocator.allocate_all(self.full(name), ((device.id,),))
+        return answer
+
+    async def killed_after(self, node: ClusterNode, steps: int) -> None:
+        """Kills the node's plugin after so many more of its steps, and waits until it is dead."""
+        assert node.process is not None
+        node.process.after_steps(steps, node.kill)
+        assert await self.settle(lambda: node.process is None, 60)
+
+    async def freed(self, *devices: DeviceKey, within: float = SETTLE) -> None:
+        """Waits until nobody holds or imports these devices. No node may have any device attached then."""
+
+        def free(device: DeviceKey) -> bool:
+            return self.holder(device) == "" and not self.servers[device.server].importers(device.busid)
+
+        assert await self.settle(lambda: all(free(device) for device in devices), within), devices
+        assert not any(node.attached() for node in self.nodes.values())
+
+    async def lost_and_back(self, node: ClusterNode, device: DeviceKey) -> None:
+        """Drops the server's connection of a device that the node has, and waits for its re-attach."""
+        self.servers[device.server].drop(device.busid)
+        await self.becomes(node, device, healthy=False)
+        await self.becomes(node, device, healthy=True)
+
+    def steal(self, device: DeviceKey) -> None:
+        """Writes the name of a node outside of the cluster into the device's lock."""
+        lease = self.backend.leases[device.id]
+        self.backend.replace(replace(lease, holder="node-z", transitions=lease.transitions + 1))
+
+    def release_by_hand(self, device: DeviceKey) -> None:
+        """Empties the device's lock as `usbip-plugin release` does."""
+        lease = self.backend.leases[device.id]
+        notes = {**lease.annotations, record.WRITE_ID: record.BY_HAND}
+        self.backend.replace(replace(lease, holder="", annotations=notes))
+
+    def mislead(self, device: DeviceKey, serial: str) -> None:
+        """Writes a wrong serial number on the lock, as when a server reuses the device number of another device."""
+        lease = self.backend.leases[device.id]
+        self.backend.replace(replace(lease, annotations={**lease.annotations, record.SERIAL: serial}))
 
 
-def release_by_hand(cluster: Cluster, device: DeviceKey) -> None:
-    """A person empties the device's lock, as `usbip-plugin release` does."""
-    lease = cluster.backend.leases[device.id]
-    notes = {**lease.annotations, record.WRITE_ID: record.BY_HAND}
-    cluster.backend.replace(replace(lease, holder="", annotations=notes))
+def cluster(made: ClusterSpec) -> contextlib.AbstractAsyncContextManager[Cluster]:
+    """Runs a cluster within the block."""
+    return simulated.running(Cluster(made))
 
 
-def mislead(cluster: Cluster, device: DeviceKey, serial: str) -> None:
-    """A wrong serial number on the lock, as if the server had given another device the number of the one before it."""
-    lease = cluster.backend.leases[device.id]
-    cluster.backend.replace(replace(lease, annotations={**lease.annotations, record.SERIAL: serial}))
-
-
-def hearing(made: ClusterSpec, told: list[DeviceEvent]) -> ClusterSpec:
-    """What people are told of is gathered."""
-    return replace(made, observer=lambda _node: MetricHooks(on_notice=told.append))
+def hearing(made: ClusterSpec, notices: list[DeviceEvent]) -> ClusterSpec:
+    """Returns a spec whose agents add their DeviceEvents to a list."""
+    return replace(made, observer=lambda _node: MetricHooks(on_notice=notices.append))
 
 
 @contextlib.asynccontextmanager
@@ -217,19 +230,19 @@ async def one_stick(
     *,
     nodes: int = 2,
     keepalive: bool = False,
-    told: list[DeviceEvent] | None = None,
+    notices: list[DeviceEvent] | None = None,
     change: Callable[[ClusterSpec], ClusterSpec] = lambda made: made,
     **keys: object,
 ) -> AsyncIterator[tuple[Cluster, VirtualServer, DeviceKey]]:
-    """A cluster with a server, and its one stick, which every node offers.
+    """Runs a cluster with one server, whose one stick every node offers.
 
-    told: as hearing. change: of anything else. keys: of the resource.
+    notices: see hearing(). change: of any other part of the spec. keys: fields of the resource.
     """
     lab = server("lab", stick("1-1"), keepalive=keepalive)
-    made = change(spec([lab], replace(resource("stick", [lab]), **keys), nodes=nodes))  # type: ignore[arg-type]
-    async with cluster(made if told is None else hearing(made, told)) as c:
+    made = change(spec([lab], resource("stick", [lab], STICK, **keys), nodes=nodes))
+    async with cluster(made if notices is None else hearing(made, notices)) as c:
         device = key(lab, "1-1")
-        await all_healthy(c, device)
+        await c.all_healthy(device)
         yield c, lab, device
 
 
@@ -237,17 +250,9 @@ async def one_stick(
 async def two_sticks(
     *, nodes: int = 2, **keys: object
 ) -> AsyncIterator[tuple[Cluster, VirtualServer, DeviceKey, DeviceKey]]:
-    """The same with two sticks of one kind."""
+    """Runs a cluster with one server, whose two sticks every node offers. keys: fields of the resource."""
     lab = server("lab", stick("1-1"), stick("1-2"))
-    async with cluster(spec([lab], replace(resource("stick", [lab]), **keys), nodes=nodes)) as c:  # type: ignore[arg-type]
+    async with cluster(spec([lab], resource("stick", [lab], STICK, **keys), nodes=nodes)) as c:
         one, two = key(lab, "1-1"), key(lab, "1-2")
-        await all_healthy(c, one, two)
+        await c.all_healthy(one, two)
         yield c, lab, one, two
-
-
-def _all(node: ClusterNode) -> dict[str, bool]:
-    return {
-        i: healthy
-        for name in {*node.kubelet.manager.healthy, *node.kubelet.manager.unhealthy}
-        for i, healthy in node.kubelet.health(name).items()
-    }

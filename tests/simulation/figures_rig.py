@@ -10,10 +10,10 @@ from dataclasses import replace
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.simulation.cluster_rig import Cluster, cluster
 from usbip_plugin.node.agent import MetricHooks
 from usbip_plugin.node.metrics import AgentMetrics, DropCounts
 from usbip_plugin.observe.metrics import Metrics
-from usbip_sim.virtual.cluster import Cluster, cluster
 from usbip_sim.virtual.loop import SimClock
 from usbip_sim.virtual.surroundings import ClusterSpec
 

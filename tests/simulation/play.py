@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import ParamSpec
 
 from tests.simulation.chaos import Chaos
-from tests.simulation.cluster_rig import DONGLE, dongle, resource, stick
+from tests.simulation.cluster_rig import DONGLE, Cluster, cluster, dongle, resource, stick
 from tests.simulation.counting import CountedRules, observer
 from tests.simulation.invariants import Watch, served
 from tests.simulation.lasting import Violation
@@ -31,7 +31,6 @@ from usbip_plugin.node.agent import MetricHooks
 from usbip_plugin.vhci.driver import VhciDriver
 from usbip_sim.leases import FINE
 from usbip_sim.server.server import VirtualServer
-from usbip_sim.virtual.cluster import Cluster, cluster
 from usbip_sim.virtual.cluster_node import ClusterNode
 from usbip_sim.virtual.loop import SimClock
 from usbip_sim.virtual.steploop import StepLoop, loop_of, run

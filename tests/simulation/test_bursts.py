@@ -6,14 +6,13 @@ from collections.abc import Mapping
 
 import pytest
 
-from tests.simulation.cluster_rig import all_healthy, becomes, key, server, spec, stick
+from tests.simulation.cluster_rig import cluster, key, server, spec, stick
 from usbip_plugin.inventory import inventory
 from usbip_plugin.inventory.evaluate import advertise
 from usbip_plugin.inventory.facts import OfferedDevices, Snapshot
 from usbip_plugin.locks import record
 from usbip_plugin.locks.record import Lease
 from usbip_plugin.model import Advertised
-from usbip_sim.virtual.cluster import cluster
 from usbip_sim.virtual.steploop import stepped
 
 DEVICES = 60
@@ -32,12 +31,12 @@ async def test_locks_that_are_taken_all_at_once_are_worked_out_together(monkeypa
         return advertise(members, facts)
 
     async with cluster(spec([lab], nodes=1)) as c:
-        await all_healthy(c, *devices)
+        await c.all_healthy(*devices)
         monkeypatch.setattr(inventory, "advertise", counted)
         for device in devices:
             notes = record.device_notes(device)
             lease = Lease(device.id, "node-z", 40, annotations=notes, labels=record.LOCK_LABELS)
             c.backend.create(lease)
         for device in devices:
-            await becomes(c, c["node-a"], device, healthy=False)
+            await c.becomes(c["node-a"], device, healthy=False)
         assert evaluations <= DEVICES // 4, evaluations

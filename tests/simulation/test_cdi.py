@@ -14,13 +14,12 @@ import pytest
 
 from tests.simulation.cluster_rig import (
     STICK,
+    Cluster,
     agent,
-    all_healthy,
-    becomes,
+    attachment_of,
+    cluster,
     detail,
-    freed,
     key,
-    lost_and_back,
     one_stick,
     pod,
     port_of,
@@ -28,7 +27,6 @@ from tests.simulation.cluster_rig import (
     server,
     spec,
     stick,
-    taken,
     two_sticks,
 )
 from usbip_plugin.attach.events import DeviceEvent, EventKind
@@ -42,7 +40,6 @@ from usbip_plugin.node.agent import MetricHooks
 from usbip_sim.kubelet.device_manager import PRE_START_TIMEOUT_S, EndpointError
 from usbip_sim.kubelet.specs import Resolved, UnresolvableDevice, resolve
 from usbip_sim.server.server import VirtualServer
-from usbip_sim.virtual.cluster import Cluster, cluster
 from usbip_sim.virtual.cluster_node import ClusterNode
 from usbip_sim.virtual.steploop import stepped
 from usbip_sim.world import Setup, running
@@ -56,16 +53,15 @@ def by_cdi(lab: VirtualServer, on_loss: OnLoss = OnLoss.RESTART) -> ResourceConf
 
 
 def stick_by_cdi(
-    *, nodes: int = 2, told: list[DeviceEvent] | None = None, on_loss: OnLoss = OnLoss.RESTART
+    *, nodes: int = 2, notices: list[DeviceEvent] | None = None, on_loss: OnLoss = OnLoss.RESTART
 ) -> contextlib.AbstractAsyncContextManager[tuple[Cluster, VirtualServer, DeviceKey]]:
     """As one_stick."""
-    return one_stick(nodes=nodes, told=told, cdi=True, on_loss=on_loss)
+    return one_stick(nodes=nodes, notices=notices, cdi=True, on_loss=on_loss)
 
 
 def true(node: ClusterNode, device: DeviceKey) -> dict[str, tuple[str, int, int]]:
     """The nodes the kernel has of the device now, as a runtime should put them into a container."""
-    attachment = node.kernel.attachment(device, port_of(node, device))
-    assert attachment is not None
+    attachment = attachment_of(node, device)
     return {n.path: (n.path, n.major, n.minor) for n in attachment.nodes}
 
 
@@ -89,7 +85,7 @@ async def restarted(c: Cluster, node: ClusterNode) -> None:
 async def with_pod(c: Cluster, device: DeviceKey) -> tuple[ClusterNode, Resolved]:
     """node-a, with a pod that has the device, which has a tty; and what its container has, which runs."""
     c["node-a"].kernel.child_kinds[STICK] = ("tty",)
-    node = await taken(c, device)
+    node = await c.taken(device)
     return node, await node.start_container(pod("p"))
 
 
@@ -111,9 +107,9 @@ async def test_after_a_reattach_a_restarted_container_has_the_new_nodes_without_
     on_loss: OnLoss,
 ) -> None:
     notices: list[DeviceEvent] = []
-    async with stick_by_cdi(told=notices, on_loss=on_loss) as (c, _lab, device):
+    async with stick_by_cdi(notices=notices, on_loss=on_loss) as (c, _lab, device):
         node, before = await with_pod(c, device)
-        await lost_and_back(c, node, device)
+        await c.lost_and_back(node, device)
         after = await node.start_container(pod("p"))
         assert after.nodes == true(node, device)
         assert after.nodes != before.nodes
@@ -133,13 +129,13 @@ async def test_after_a_reattach_a_restarted_container_has_the_new_nodes_without_
 async def test_a_pod_of_a_resource_that_names_its_children_goes_on_with_them(restarted_before: bool) -> None:
     """Each time, however often, also with an agent that only found the attachment; nothing is done to the pod."""
     notices: list[DeviceEvent] = []
-    async with one_stick(told=notices, children=("tty",), on_loss=OnLoss.EVICT) as (c, _lab, device):
+    async with one_stick(notices=notices, children=("tty",), on_loss=OnLoss.EVICT) as (c, _lab, device):
         node, _ = await with_pod(c, device)
         usb_nodes = {min(true(node, device))}
         if restarted_before:
             await restarted(c, node)
         for _ in range(3):
-            await lost_and_back(c, node, device)
+            await c.lost_and_back(node, device)
             usb_nodes.add(min(true(node, device)))
         assert len(usb_nodes) == 4, "the kernel numbers it anew"
         assert node.evicted == []
@@ -166,7 +162,7 @@ async def test_the_spec_is_true_before_anybody_hears_that_the_device_is_back() -
         nodes.append(node)
         await with_pod(c, device)
         for _ in range(3):
-            await lost_and_back(c, node, device)
+            await c.lost_and_back(node, device)
         assert len(seen) >= 4
         assert all(seen)
 
@@ -176,7 +172,7 @@ async def test_a_container_that_starts_while_the_device_is_away_waits_for_it() -
     async with stick_by_cdi() as (c, lab, device):
         node, _ = await with_pod(c, device)
         lab.unplug("1-1")
-        await becomes(c, node, device, healthy=False)
+        await c.becomes(node, device, healthy=False)
         async with asyncio.TaskGroup() as tasks:
             starting = tasks.create_task(node.start_container(pod("p")))
             await asyncio.sleep(10)
@@ -190,7 +186,7 @@ async def test_a_container_whose_device_stays_away_fails_in_time_and_is_told_of_
     async with stick_by_cdi() as (c, lab, device):
         node, _ = await with_pod(c, device)
         lab.unplug("1-1")
-        await becomes(c, node, device, healthy=False)
+        await c.becomes(node, device, healthy=False)
         began = asyncio.get_running_loop().time()
         with pytest.raises(
             EndpointError, match=rf"UNAVAILABLE.*{device} is not attached to node node-a: .*re-attaching"
@@ -199,7 +195,7 @@ async def test_a_container_whose_device_stays_away_fails_in_time_and_is_told_of_
         assert asyncio.get_running_loop().time() - began == pytest.approx(PRE_START_WAIT, abs=1)
         assert PRE_START_WAIT < PRE_START_TIMEOUT_S
         lab.plug(stick("1-1"))
-        await becomes(c, node, device, healthy=True)
+        await c.becomes(node, device, healthy=True)
         assert (await node.start_container(pod("p"))).nodes == true(node, device)
 
 
@@ -221,18 +217,18 @@ async def test_a_path_that_was_another_for_a_while_is_true_again(cdi: bool) -> N
         about = (EventKind.REATTACHED, EventKind.NODES_CHANGED)
         return [notice.what for notice in notices if notice.key == device and notice.what in about]
 
-    async with one_stick(told=notices, children=("tty",), cdi=cdi) as (c, _lab, device):
+    async with one_stick(notices=notices, children=("tty",), cdi=cdi) as (c, _lab, device):
         node, _ = await with_pod(c, device)
         node.kernel.hold("/dev/ttyUSB0")
-        await lost_and_back(c, node, device)
+        await c.lost_and_back(node, device)
         assert said() == [EventKind.NODES_CHANGED]
         node.kernel.let_go("/dev/ttyUSB0")
-        await lost_and_back(c, node, device)
+        await c.lost_and_back(node, device)
         assert said() == [EventKind.NODES_CHANGED, EventKind.REATTACHED]
         node.kernel.hold("/dev/ttyUSB0")
-        await lost_and_back(c, node, device)
+        await c.lost_and_back(node, device)
         await node.start_container(pod("p"))
-        await lost_and_back(c, node, device)
+        await c.lost_and_back(node, device)
         # by CDI the container was started with what stood then; else it has what its pod was admitted with
         assert said()[2:] == [EventKind.NODES_CHANGED, EventKind.REATTACHED if cdi else EventKind.NODES_CHANGED]
 
@@ -263,7 +259,7 @@ async def test_a_child_node_that_has_gone_is_not_in_the_container_that_starts_ne
 @stepped
 async def test_a_late_child_node_that_no_spec_can_be_written_for_is_in_the_spec_as_soon_as_one_can() -> None:
     notices: list[DeviceEvent] = []
-    async with stick_by_cdi(told=notices) as (c, _lab, device):
+    async with stick_by_cdi(notices=notices) as (c, _lab, device):
         node, before = await with_pod(c, device)
         occupant = node.kernel.occupant(port_of(node, device))
         assert occupant is not None
@@ -300,11 +296,11 @@ async def test_a_new_process_keeps_the_specs_of_what_it_adopts_and_sweeps_the_ot
         (text,) = node.specs.find(device.id)
         node.specs.write("gone", key(lab, "1-2").id, "{}")
         await restarted(c, node)
-        await becomes(c, node, device, healthy=True)
+        await c.becomes(node, device, healthy=True)
         assert await c.settle(lambda: len(node.specs.texts) == 1, 5)
         assert node.specs.find(device.id) == (text,)
         # and it knows the container's numbers: a re-attach rewrites the very names, without a word of the kubelet
-        await lost_and_back(c, node, device)
+        await c.lost_and_back(node, device)
         assert written(node, device) == true(node, device)
 
 
@@ -317,7 +313,7 @@ async def test_without_the_api_server_a_new_process_sweeps_nothing() -> None:
         await asyncio.sleep(60)
         assert node.specs.find(device.id) != ()
         node.partition(cut=False)
-        await becomes(c, node, device, healthy=True, within=30)
+        await c.becomes(node, device, healthy=True, within=30)
         assert node.specs.find(device.id) != ()
 
 
@@ -326,10 +322,10 @@ async def test_a_process_that_died_between_attach_and_spec_leaves_no_lie() -> No
     async with stick_by_cdi() as (c, _lab, device):
         node, _ = await with_pod(c, device)
         (stale,) = node.specs.find(device.id)
-        await lost_and_back(c, node, device)
+        await c.lost_and_back(node, device)
         node.specs.write("stick", device.id, stale)
         await restarted(c, node)
-        await becomes(c, node, device, healthy=True)
+        await c.becomes(node, device, healthy=True)
         assert written(node, device) == true(node, device)
 
 
@@ -342,7 +338,7 @@ async def test_after_a_reboot_the_container_finds_its_device_under_the_old_name(
         assert not node.specs.texts
         node.pods.start()
         node.start()
-        await becomes(c, node, device, healthy=True, within=30)
+        await c.becomes(node, device, healthy=True, within=30)
         assert (await node.start_container(pod("p"))).nodes == true(node, device)
 
 
@@ -352,13 +348,13 @@ async def test_two_devices_of_a_container_keep_their_numbers() -> None:
     devices = sorted((key(lab, "1-1"), key(lab, "1-2")), key=lambda k: k.id)
     async with cluster(spec([lab], by_cdi(lab))) as c:
         node = c["node-a"]
-        await all_healthy(c, *devices)
+        await c.all_healthy(*devices)
         assert await node.admit(pod("p"), "stick", 2) is None
         before = await node.start_container(pod("p"))
         assert [env(before, f"{n}_BUSID") for n in (0, 1)] == [d.busid for d in devices]
         await restarted(c, node)
-        await becomes(c, node, devices[1], healthy=True)
-        await lost_and_back(c, node, devices[1])
+        await c.becomes(node, devices[1], healthy=True)
+        await c.lost_and_back(node, devices[1])
         after = await node.start_container(pod("p"))
         assert [env(after, f"{n}_BUSID") for n in (0, 1)] == [d.busid for d in devices]
         assert env(after, "1_DEVICE") != env(before, "1_DEVICE")
@@ -402,13 +398,11 @@ async def test_an_allocate_whose_spec_cannot_be_written_fails_and_leaves_nothing
     async with stick_by_cdi() as (c, _lab, device):
         node = c["node-a"]
         node.specs.failing = code
-        message = await node.admit(pod("p"), "stick")
-        assert message is not None
-        assert f"cannot write the CDI spec {SPEC}{device.id}.json: {words}" in message
-        await freed(c, device)
+        assert f"cannot write the CDI spec {SPEC}{device.id}.json: {words}" in str(await node.admit(pod("p"), "stick"))
+        await c.freed(device)
         assert not node.kernel.records["node-a"]
         node.specs.failing = None
-        await becomes(c, node, device, healthy=True)
+        await c.becomes(node, device, healthy=True)
         assert await node.admit(pod("q"), "stick") is None
 
 
@@ -437,9 +431,9 @@ async def test_a_port_record_that_cannot_be_written_fails_the_allocate_and_leave
         assert f"{RECORD_FAILS}0: No space left on device; the file system is full" in str(
             await node.admit(pod("p"), "stick")
         )
-        await freed(c, device)
+        await c.freed(device)
         node.kernel.records_failing = None
-        await becomes(c, node, device, healthy=True)
+        await c.becomes(node, device, healthy=True)
         assert await node.admit(pod("q"), "stick") is None
 
 
@@ -447,7 +441,7 @@ async def test_a_port_record_that_cannot_be_written_fails_the_allocate_and_leave
 @stepped
 async def test_a_full_disk_at_a_reattach_is_told_once_and_the_device_is_back_when_there_is_room(place: str) -> None:
     notices: list[DeviceEvent] = []
-    async with stick_by_cdi(told=notices) as (c, lab, device):
+    async with stick_by_cdi(notices=notices) as (c, lab, device):
         node, _ = await with_pod(c, device)
 
         def fail(code: int | None) -> None:
@@ -458,7 +452,7 @@ async def test_a_full_disk_at_a_reattach_is_told_once_and_the_device_is_back_whe
 
         fail(errno.ENOSPC)
         lab.drop("1-1")
-        await becomes(c, node, device, healthy=False)
+        await c.becomes(node, device, healthy=False)
         assert await c.settle(lambda: any(n.what is EventKind.NOT_REATTACHED for n in notices), 10)
         imports = lab.connections
         await asyncio.sleep(60)
@@ -473,7 +467,7 @@ async def test_a_full_disk_at_a_reattach_is_told_once_and_the_device_is_back_whe
             assert lab.importers("1-1") == 1
             assert polls < 60, "no import at each try"
         fail(None)
-        await becomes(c, node, device, healthy=True, within=10)
+        await c.becomes(node, device, healthy=True, within=10)
         assert (await node.start_container(pod("p"))).nodes == true(node, device)
         assert [n.what for n in notices][-1] is EventKind.RESTART_NEEDED
 
@@ -481,10 +475,10 @@ async def test_a_full_disk_at_a_reattach_is_told_once_and_the_device_is_back_whe
 @stepped
 async def test_a_new_process_on_a_full_disk_offers_the_device_when_its_spec_is_true() -> None:
     notices: list[DeviceEvent] = []
-    async with stick_by_cdi(told=notices) as (c, _lab, device):
+    async with stick_by_cdi(notices=notices) as (c, _lab, device):
         node, _ = await with_pod(c, device)
         (stale,) = node.specs.find(device.id)
-        await lost_and_back(c, node, device)
+        await c.lost_and_back(node, device)
         nodes = true(node, device)
         node.specs.write("stick", device.id, stale)
         node.specs.failing = errno.ENOSPC
@@ -494,7 +488,7 @@ async def test_a_new_process_on_a_full_disk_offers_the_device_when_its_spec_is_t
         with pytest.raises(EndpointError, match="cannot write the CDI spec"):
             await node.start_container(pod("p"))
         node.specs.failing = None
-        await becomes(c, node, device, healthy=True, within=10)
+        await c.becomes(node, device, healthy=True, within=10)
         assert written(node, device) == nodes == true(node, device), "attached all the while"
 
 
@@ -519,10 +513,10 @@ async def test_a_reload_changes_what_the_next_pods_get_and_asks_the_kubelet_for_
     device = key(lab, "1-1")
     async with cluster(spec([lab], nodes=1)) as c:
         node = c["node-a"]
-        await all_healthy(c, device)
+        await c.all_healthy(device)
         assert await node.admit(pod("p"), "stick") is None
         agent(node).reconfigure(Config((by_cdi(lab),)))
-        await becomes(c, node, device, healthy=True)
+        await c.becomes(node, device, healthy=True)
         assert await c.settle(lambda: len(node.kubelet.seen.registrations) == 2, 5)
         assert await c.settle(lambda: all(node.kubelet.health(c.full("stick")).values()), 5)
         assert await node.admit(pod("q"), "stick") is None

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.simulation.cluster_rig import all_healthy, becomes, key, pod, server, spec, stick
+from tests.simulation.cluster_rig import cluster, key, pod, server, spec, stick
 from tests.simulation.trace_stories import Story, pod_known, told
 from usbip_plugin.claims import ClaimState
 from usbip_plugin.inventory import evaluate
@@ -17,7 +17,6 @@ from usbip_plugin.inventory.facts import OfferedDevice, Snapshot
 from usbip_plugin.inventory.health import health
 from usbip_plugin.model import Health
 from usbip_sim.leases import MemoryLeases
-from usbip_sim.virtual.cluster import cluster
 from usbip_sim.virtual.steploop import stepped
 
 DAY, SHORT_DAY = 24 * 3600.0, 4 * 3600.0
@@ -50,14 +49,14 @@ def test_requests_of_an_allocate_and_its_release(calls: Counter[tuple[str, str, 
         lab = server("lab", stick("1-1"))
         async with cluster(story.traced(spec([lab], nodes=2))) as c:
             a, b, device = c["node-a"], c["node-b"], key(lab, "1-1")
-            await all_healthy(c, device)
+            await c.all_healthy(device)
             for turn in range(2):
                 calls.clear()
                 assert await a.admit(pod(f"p{turn}"), "stick") is None
                 await pod_known(c, "node-a", f"p{turn}")
-                await becomes(c, b, device, healthy=False)
+                await c.becomes(b, device, healthy=False)
                 a.kubelet.end(pod(f"p{turn}"))
-                await all_healthy(c, device)
+                await c.all_healthy(device)
             writes = {call[1:]: n for call, n in calls.items() if call[0] == "node-a" and call[1] in WRITES}
             assert writes.pop(("update", "session"), 0) <= 1
             # taken, port and pod noted, released
@@ -74,7 +73,7 @@ def test_a_day_of_standing_still(calls: Counter[tuple[str, str, str]], long_form
     async def day(_story: Story) -> None:
         lab = server("lab", stick("1-1"), stick("1-2"))
         async with cluster(spec([lab], nodes=1)) as c:
-            await all_healthy(c, key(lab, "1-1"), key(lab, "1-2"))
+            await c.all_healthy(key(lab, "1-1"), key(lab, "1-2"))
             assert await c["node-a"].admit(pod("p"), "stick") is None
             await pod_known(c, "node-a", "p")
             await asyncio.sleep(FIRST)
@@ -108,7 +107,7 @@ def test_an_allocate_works_out_its_own_device_and_no_other(monkeypatch: pytest.M
         lab = server("lab", *(stick(f"1-{n}") for n in range(1, 61)))
         device = key(lab, "1-1")
         async with cluster(spec([lab], nodes=1)) as c:
-            await all_healthy(c, device)
+            await c.all_healthy(device)
             evaluated.clear()
             assert await c["node-a"].admit(pod("p"), "stick") is None
             (allocated,) = c["node-a"].held_in(ClaimState.ATTACHED)

@@ -12,23 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.simulation.cluster_rig import (
-    LOCKS,
-    admitted,
-    agent,
-    all_healthy,
-    allocate,
-    becomes,
-    key,
-    lost_and_back,
-    pod,
-    resource,
-    server,
-    spec,
-    steal,
-    stick,
-    taken,
-)
+from tests.simulation.cluster_rig import LOCKS, Cluster, agent, key, pod, resource, server, spec, stick
 from tests.simulation.figures_rig import Measured, measured
 from usbip_plugin.config.schema import Config
 from usbip_plugin.errors import KubeConflict
@@ -36,7 +20,6 @@ from usbip_plugin.model import DeviceKey
 from usbip_plugin.node.metrics import DropCounts
 from usbip_sim.kubelet.device_manager import EndpointError
 from usbip_sim.server.server import VirtualServer
-from usbip_sim.virtual.cluster import Cluster
 from usbip_sim.virtual.steploop import stepped
 
 STICK = "usbip.dev/stick"
@@ -46,7 +29,7 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "reference" / "metrics.md"
 
 async def ask(c: Cluster, node: str, device: DeviceKey) -> None:
     """An Allocate of a kubelet that has not heard yet; its outcome is of no interest."""
-    await asyncio.gather(allocate(c, c[node], device), return_exceptions=True)
+    await asyncio.gather(c.allocate(c[node], device), return_exceptions=True)
 
 
 @contextlib.asynccontextmanager
@@ -55,7 +38,7 @@ async def measured_stick(*, cdi: bool = False) -> AsyncIterator[tuple[Cluster, M
     lab = server("lab", stick("1-1"))
     async with measured(spec([lab], replace(resource("stick", [lab]), cdi=cdi))) as (c, m):
         device = key(lab, "1-1")
-        await all_healthy(c, device)
+        await c.all_healthy(device)
         yield c, m, lab, device
 
 
@@ -65,7 +48,7 @@ async def test_an_allocate_by_its_result_here_and_its_withdrawal_there() -> None
         assert m.value(A, "allocations_total", resource=STICK) == 0, "there before it is needed"
         assert m.value(A, "locks_held") == 0
         await c[A].admit(pod("p"), "stick")
-        await becomes(c, c[B], device, healthy=False)
+        await c.becomes(c[B], device, healthy=False)
         assert m.value(A, "allocations_total", resource=STICK) == 1
         assert m.value(A, "allocate_seconds_count", result="allocated") == 1
         took = m.value(A, "allocate_seconds_sum", result="allocated")
@@ -90,9 +73,9 @@ async def test_an_allocate_by_its_result_here_and_its_withdrawal_there() -> None
 @stepped
 async def test_a_release_is_a_step_and_a_transition() -> None:
     async with measured_stick() as (c, m, _lab, device):
-        await taken(c, device)
+        await c.taken(device)
         c[A].end(pod("p"))
-        await becomes(c, c[B], device, healthy=True)
+        await c.becomes(c[B], device, healthy=True)
         assert m.value(A, "step_seconds_count", step="release") == 1
         assert m.value(A, "lock_transitions_total", transition="released") == 1
         assert m.value(A, "lock_transitions_total", transition="lost") == 0
@@ -106,7 +89,7 @@ async def test_a_failed_allocate_has_a_reason() -> None:
         await ask(c, A, device)
         assert m.value(A, "allocate_failures_total", resource=STICK, reason="server_unreachable") == 1
         assert m.value(A, "allocate_seconds_count", result="failed") == 1
-        await becomes(c, c[A], device, healthy=False)
+        await c.becomes(c[A], device, healthy=False)
         assert m.value(A, "server_reachable", server="lab:3240") == 0
         await ask(c, A, replace(device, busid="9-9"))
         assert m.value(A, "allocate_failures_total", resource=STICK, reason="unknown_device") == 1
@@ -115,11 +98,11 @@ async def test_a_failed_allocate_has_a_reason() -> None:
 @stepped
 async def test_a_container_that_is_not_started_has_a_reason() -> None:
     async with measured_stick(cdi=True) as (c, m, lab, device):
-        node = await admitted(c, device)
+        node = await c.admitted(device)
         await node.start_container(pod("p"))
         assert m.value(A, "pre_start_failures_total", resource=STICK, reason="not_attached") == 0
         lab.unplug("1-1")
-        await becomes(c, node, device, healthy=False)
+        await c.becomes(node, device, healthy=False)
         for count in (1, 2):
             with pytest.raises(EndpointError):
                 await node.start_container(pod("p"))
@@ -131,7 +114,7 @@ async def test_a_resource_that_is_gone_has_no_series() -> None:
     lab, attic = server("lab", stick("1-1")), server("attic", stick("1-1"))
     device = key(lab, "1-1")
     async with measured(spec([lab, attic], resource("stick", [lab]), resource("other", [attic]))) as (c, m):
-        node = await taken(c, device)
+        node = await c.taken(device)
 
         def series(resource: str) -> list[str]:
             samples = [sample for family in m.families(A) for sample in family.samples]
@@ -155,7 +138,7 @@ async def test_servers_and_ports_are_read_as_they_are() -> None:
     lab, away = server("lab", stick("1-1"), stick("1-2")), server("away")
     async with measured(spec([lab, away])) as (c, m):
         assert m.value(A, "server_reachable", server="lab:3240") is None, "not asked yet"
-        await all_healthy(c, key(lab, "1-1"), key(lab, "1-2"))
+        await c.all_healthy(key(lab, "1-1"), key(lab, "1-2"))
         assert m.value(A, "server_reachable", server="lab:3240") == 1
         assert m.value(A, "server_devices", server="lab:3240") == 2
         assert m.value(A, "vhci_driver_loaded") == 1
@@ -171,14 +154,14 @@ async def test_servers_and_ports_are_read_as_they_are() -> None:
 @stepped
 async def test_a_lost_attachment_and_each_try_to_get_it_back() -> None:
     async with measured_stick() as (c, m, lab, device):
-        await admitted(c, device)
+        await c.admitted(device)
         lab.unplug("1-1")
-        await becomes(c, c[A], device, healthy=False)
+        await c.becomes(c[A], device, healthy=False)
         assert m.value(A, "attachments_lost_total") == 1
         assert m.value(A, "devices", resource=STICK, reason="lost") == 1
         assert await c.settle(lambda: (m.value(A, "reattaches_total", result="failed") or 0) >= 1, 10)
         lab.plug(stick("1-1"))
-        await becomes(c, c[A], device, healthy=True, within=10)
+        await c.becomes(c[A], device, healthy=True, within=10)
         assert m.value(A, "reattaches_total", result="other_nodes") == 1
         assert m.value(A, "reattaches_total", result="same_nodes") == 0
 
@@ -188,11 +171,11 @@ async def test_a_lock_taken_away_or_emptied_is_lost() -> None:
     lab = server("lab", stick("1-1"), stick("1-2"))
     one, two = key(lab, "1-1"), key(lab, "1-2")
     async with measured(spec([lab])) as (c, m):
-        await all_healthy(c, one, two)
+        await c.all_healthy(one, two)
         for name in ("p", "q"):
             await c[A].admit(pod(name), "stick")
         assert m.value(A, "locks_held") == 2
-        steal(c, one)
+        c.steal(one)
         assert await c.settle(lambda: m.value(A, "lock_transitions_total", transition="lost") == 1, 5)
         c.backend.replace(replace(c.backend.leases[two.id], holder=""))
         assert await c.settle(lambda: m.value(A, "lock_transitions_total", transition="lost") == 2, 5)
@@ -202,10 +185,10 @@ async def test_a_lock_taken_away_or_emptied_is_lost() -> None:
 @stepped
 async def test_a_takeover_is_told_from_a_first_taking() -> None:
     async with measured_stick() as (c, m, _lab, device):
-        await admitted(c, device)
-        await becomes(c, c[B], device, healthy=False)
+        await c.admitted(device)
+        await c.becomes(c[B], device, healthy=False)
         c[A].reboot()
-        await becomes(c, c[B], device, healthy=True, within=3 * LOCKS.duration)
+        await c.becomes(c[B], device, healthy=True, within=3 * LOCKS.duration)
         await c[B].admit(pod("q"), "stick")
         assert m.value(B, "lock_transitions_total", transition="taken_over") == 1
         assert m.value(B, "lock_transitions_total", transition="taken") == 0
@@ -214,11 +197,11 @@ async def test_a_takeover_is_told_from_a_first_taking() -> None:
 @stepped
 async def test_what_the_predecessor_took_is_not_counted_again() -> None:
     async with measured_stick() as (c, m, _lab, device):
-        await admitted(c, device)
+        await c.admitted(device)
         await c[A].stop()
         c[A].start()
-        m.figures[A].follow(agent(c[A]), DropCounts())
-        await becomes(c, c[A], device, healthy=True)
+        m.figures[A].follow(agent(c[A]))
+        await c.becomes(c[A], device, healthy=True)
         assert m.value(A, "locks_held") == 1
         assert m.value(A, "lock_transitions_total", transition="taken") == 0
 
@@ -226,7 +209,7 @@ async def test_what_the_predecessor_took_is_not_counted_again() -> None:
 @stepped
 async def test_without_the_api_server_the_session_ages() -> None:
     async with measured_stick() as (c, m, _lab, device):
-        await admitted(c, device)
+        await c.admitted(device)
         assert m.value(A, "api_reachable") == 1
         assert m.value(A, "lock_duration_seconds") == LOCKS.duration
         await asyncio.sleep(3 * LOCKS.duration)
@@ -246,7 +229,7 @@ async def test_registrations_are_counted_and_a_node_is_ready_with_them() -> None
     lab = server("lab", stick("1-1"))
     async with measured(spec([lab])) as (c, m):
         assert m.value(A, "ready") == 0
-        await all_healthy(c, key(lab, "1-1"))
+        await c.all_healthy(key(lab, "1-1"))
         assert m.value(A, "ready") == 1
         assert m.value(A, "registered", resource=STICK) == 1
         assert m.value(A, "kubelet_registrations_total", resource=STICK) == 1
@@ -272,7 +255,7 @@ async def test_lists_of_the_kubelet_are_counted_while_a_device_is_claimed_and_on
         before = polls()
         await asyncio.sleep(60)
         assert polls() == before, "nothing is claimed"
-        node = await admitted(c, device)
+        node = await c.admitted(device)
         await asyncio.sleep(10)
         claimed = polls()
         assert claimed > before
@@ -286,12 +269,12 @@ async def test_lists_of_the_kubelet_are_counted_while_a_device_is_claimed_and_on
 async def live(c: Cluster, m: Measured, lab: VirtualServer) -> None:
     """Enough of a life for every metric to have its labels; node-a holds a device in the end."""
     device, other = key(lab, "1-1"), key(lab, "1-2")
-    await all_healthy(c, device, other)
+    await c.all_healthy(device, other)
     await c[A].admit(pod("p"), "stick")
     held = device if c.holder(device) else other
-    await becomes(c, c[B], held, healthy=False)
+    await c.becomes(c[B], held, healthy=False)
     await ask(c, B, held)
-    await lost_and_back(c, c[A], held)
+    await c.lost_and_back(c[A], held)
     m.figures[A].config_failed()
     m.figures[A].api_error(KubeConflict("update", "leases.coordination.k8s.io", "it changed"))
 
@@ -330,7 +313,7 @@ async def test_labels_are_few_and_name_no_device_and_no_pod() -> None:
             held = next(device for device in (key(lab, "1-1"), key(lab, "1-2")) if c.holder(device))
             assert await c.settle(lambda held=held: c.pod_of(held) == pod("p"), 5)  # type: ignore[misc]
             c[A].end(pod("p"))
-            await becomes(c, c[B], held, healthy=True)
+            await c.becomes(c[B], held, healthy=True)
             sizes.append(sum(len(family.samples) for family in m.families(A)))
             await live(c, m, lab)
         assert sizes[0] == sizes[1], "a second life adds no series"

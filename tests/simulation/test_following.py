@@ -10,26 +10,19 @@ import pytest
 
 from tests.simulation.cluster_rig import (
     LOCKS,
-    admitted,
+    Cluster,
     agent,
-    all_healthy,
-    allocate,
-    becomes,
     carry,
+    cluster,
     detail,
-    health,
     hearing,
     key,
-    killed_after,
-    mislead,
-    noted,
     pod,
     reason,
+    replug,
     server,
     spec,
-    steal,
     stick,
-    taken,
 )
 from usbip_plugin.attach.events import DeviceEvent, EventKind
 from usbip_plugin.attach.usage import ALLOCATION_GRACE
@@ -40,7 +33,6 @@ from usbip_plugin.locks import record
 from usbip_plugin.model import DeviceKey, Reason, ServerKey
 from usbip_sim.server.server import VirtualServer
 from usbip_sim.server.usbdevice import VirtualDevice
-from usbip_sim.virtual.cluster import Cluster, cluster
 from usbip_sim.virtual.cluster_node import ClusterNode
 from usbip_sim.virtual.steploop import loop_of, stepped
 
@@ -55,12 +47,12 @@ Taken: TypeAlias = tuple[Cluster, VirtualServer, ClusterNode]
 
 
 @contextlib.asynccontextmanager
-async def red_taken(nodes: int = 2, told: list[DeviceEvent] | None = None) -> AsyncIterator[Taken]:
-    """A pod of node-a has RED, the one device of the server lab. told: as hearing."""
+async def red_taken(nodes: int = 2, notices: list[DeviceEvent] | None = None) -> AsyncIterator[Taken]:
+    """A pod of node-a has RED, the one device of the server lab. notices: see hearing()."""
     lab = server("lab", stick("1-1", "RED"))
     made = spec([lab], nodes=nodes)
-    async with cluster(made if told is None else hearing(made, told)) as c:
-        yield c, lab, await taken(c, HOME)
+    async with cluster(made if notices is None else hearing(made, notices)) as c:
+        yield c, lab, await c.taken(HOME)
 
 
 @contextlib.asynccontextmanager
@@ -75,8 +67,8 @@ async def red_followed(nodes: int = 2) -> AsyncIterator[Taken]:
 
 async def found_again(c: Cluster, node: ClusterNode) -> None:
     """RED is away, and back within the time a poll takes."""
-    await becomes(c, node, HOME, healthy=False)
-    await becomes(c, node, HOME, healthy=True, within=POLLED)
+    await c.becomes(node, HOME, healthy=False)
+    await c.becomes(node, HOME, healthy=True, within=POLLED)
 
 
 @stepped
@@ -88,15 +80,15 @@ async def test_a_device_that_comes_back_under_another_busid_is_attached_from_the
         assert node.attached() == {PLACE}
         assert reason(node, HOME) is Reason.ATTACHED
         assert "1-2" in detail(node, HOME)
-        await becomes(c, node, PLACE, healthy=False)
+        await c.becomes(node, PLACE, healthy=False)
         assert reason(node, PLACE) is Reason.IN_PLACE_OF
         assert (c.holder(HOME), c.holder(PLACE)) == ("node-a", "node-a")
         assert c.backend.leases[HOME.id].transitions == epoch, "the same claim under the same lock"
         assert c.backend.leases[PLACE.id].annotations[record.IN_PLACE_OF] == HOME.id
-        await noted(c, PLACE, "p")
+        await c.noted(PLACE, "p")
         for other in (c["node-b"], c["node-c"]):
             for device in (HOME, PLACE):
-                await becomes(c, other, device, healthy=False)
+                await c.becomes(other, device, healthy=False)
                 assert reason(other, device) is Reason.HELD_ELSEWHERE
         assert not lab.violations
 
@@ -106,15 +98,15 @@ async def test_within_five_seconds_of_being_listed() -> None:
     lab = server("lab", stick("1-1", "RED"), stick("1-3", "BLUE"))
     async with cluster(spec([lab], nodes=1)) as c:
         lab.unplug("1-3")
-        node = await taken(c, HOME)
+        node = await c.taken(HOME)
         lab.plug(stick("1-3", "BLUE"))
         lab.unplug("1-1")
-        await becomes(c, node, HOME, healthy=False)
+        await c.becomes(node, HOME, healthy=False)
         await asyncio.sleep(120)  # by now tries are as far apart as they ever are
         lab.plug(stick("1-2", "RED"))
         poller = agent(node).poller
         assert await c.settle(lambda: any(d.busid == "1-2" for d in poller.views[LAB].devices), 10)
-        await becomes(c, node, HOME, healthy=True, within=SOON)
+        await c.becomes(node, HOME, healthy=True, within=SOON)
         assert node.attached() == {PLACE}
 
 
@@ -128,8 +120,8 @@ async def test_a_pods_end_frees_both_places() -> None:
         assert not node.kernel.records["node-a"]
         assert record.IN_PLACE_OF not in c.backend.leases[PLACE.id].annotations
         for each in c.nodes.values():
-            await becomes(c, each, PLACE, healthy=True)
-            await becomes(c, each, HOME, healthy=False)
+            await c.becomes(each, PLACE, healthy=True)
+            await c.becomes(each, HOME, healthy=False)
             assert reason(each, HOME) is Reason.NOT_LISTED
         assert await c["node-b"].admit(pod("q"), "stick") is None
         assert c["node-b"].attached() == {PLACE}
@@ -138,24 +130,24 @@ async def test_a_pods_end_frees_both_places() -> None:
 @stepped
 async def test_two_devices_with_its_serial_number_are_none() -> None:
     lab = server("lab", stick("1-1", "SAME"))
-    told: list[DeviceEvent] = []
-    async with cluster(hearing(spec([lab], nodes=1), told)) as c:
-        node = await taken(c, HOME)
+    notices: list[DeviceEvent] = []
+    async with cluster(hearing(spec([lab], nodes=1), notices)) as c:
+        node = await c.taken(HOME)
         lab.unplug("1-1")
         lab.plug(stick("1-2", "SAME"))
         lab.plug(stick("1-3", "SAME"))
-        await becomes(c, node, HOME, healthy=False)
+        await c.becomes(node, HOME, healthy=False)
         assert not await c.settle(lambda: bool(node.attached()), 60)
         assert reason(node, HOME) is Reason.LOST
         assert "serial number SAME was found at 1-2 and 1-3" in detail(node, HOME)
-        assert [n.text for n in told if n.what is EventKind.NOT_REATTACHED] == [
+        assert [n.text for n in notices if n.what is EventKind.NOT_REATTACHED] == [
             "serial number SAME was found at 1-2 and 1-3; neither is used"
         ], "told once"
         granted = lab.table.granted
         await asyncio.sleep(60)
         assert lab.table.granted == granted, "each was asked once"
         lab.unplug("1-3")
-        await becomes(c, node, HOME, healthy=True, within=POLLED)
+        await c.becomes(node, HOME, healthy=True, within=POLLED)
         assert node.attached() == {PLACE}
 
 
@@ -164,25 +156,25 @@ async def red_beside_another() -> AsyncIterator[Taken]:
     """A pod of node-a has RED. The lock of the place that is free beside it still tells of the one that was there."""
     lab = server("lab", stick("1-2", "OLD"))
     async with cluster(spec([lab])) as c:
-        node = await admitted(c, PLACE)
+        node = await c.admitted(PLACE)
         assert await c.settle(lambda: record.SERIAL in c.backend.leases[PLACE.id].annotations, 5)
         node.end(pod("p"))
         assert await c.settle(lambda: c.holder(PLACE) == "", ALLOCATION_GRACE + 5)
         lab.unplug("1-2")
-        await becomes(c, node, PLACE, healthy=False)
+        await c.becomes(node, PLACE, healthy=False)
         lab.plug(stick("1-1", "RED"))
-        yield c, lab, await taken(c, HOME)
+        yield c, lab, await c.taken(HOME)
 
 
 @pytest.mark.parametrize("there", ["BLUE", ""], ids=["another", "none"])
 @stepped
 async def test_a_wrong_serial_number_on_a_lock_attaches_no_other_device(there: str) -> None:
     async with red_beside_another() as (c, lab, node):
-        mislead(c, PLACE, "RED")
+        c.mislead(PLACE, "RED")
         lab.unplug("1-1")
         lab.plug(replace(stick("1-2"), serial=there))
-        await becomes(c, node, HOME, healthy=False)
-        assert not await c.settle(lambda: health(c, node)[HOME.id], 60), "given to the pod"
+        await c.becomes(node, HOME, healthy=False)
+        assert not await c.settle(lambda: c.health(node)[HOME.id], 60), "given to the pod"
         assert c.holder(PLACE) == "", "it can be had by others"
         assert node.attached() == frozenset()
         assert c.backend.leases[PLACE.id].annotations.get(record.SERIAL, "") == there, "and what was wrong is mended"
@@ -212,7 +204,7 @@ async def test_while_a_device_stays_away_a_free_one_of_its_kind_is_read_once() -
         assert c.backend.leases[PLACE.id].transitions == epoch
         # another device that is plugged in there is read
         lab.unplug("1-2")
-        await becomes(c, c["node-b"], PLACE, healthy=False, within=POLLED)
+        await c.becomes(c["node-b"], PLACE, healthy=False, within=POLLED)
         lab.plug(stick("1-2", "RED"))
         assert await c.settle(lambda: node.attached() == {PLACE}, POLLED)
 
@@ -220,17 +212,15 @@ async def test_while_a_device_stays_away_a_free_one_of_its_kind_is_read_once() -
 @stepped
 async def test_another_device_of_its_kind_under_its_own_busid_is_not_taken_for_it() -> None:
     async with red_taken(1) as (c, lab, node):
-        lab.unplug("1-1")
-        lab.plug(stick("1-1", "BLUE"))
-        await becomes(c, node, HOME, healthy=False)
-        assert not await c.settle(lambda: health(c, node)[HOME.id], 30)
-        assert "expected serial number RED, got BLUE" in detail(node, HOME)
+        replug(lab, stick("1-1", "BLUE"))
+        await c.becomes(node, HOME, healthy=False)
+        assert not await c.settle(lambda: c.health(node)[HOME.id], 30)
+        assert "its serial number is BLUE" in detail(node, HOME)
         lab.plug(stick("1-2", "RED"))
-        await becomes(c, node, HOME, healthy=True, within=POLLED)
+        await c.becomes(node, HOME, healthy=True, within=POLLED)
         assert node.attached() == {PLACE}
         lab.unplug("1-2")
-        lab.unplug("1-1")
-        lab.plug(stick("1-1", "RED"))
+        replug(lab, stick("1-1", "RED"))
         await found_again(c, node)
         assert node.attached() == {HOME}, "and home again"
         assert await c.settle(lambda: c.holder(PLACE) == "", 5)
@@ -241,9 +231,9 @@ async def test_its_own_busid_coming_back_changes_nothing() -> None:
     async with red_followed() as (c, lab, node):
         lab.plug(stick("1-1", "BLUE"))
         assert not await c.settle(lambda: node.attached() != {PLACE} or c.holder(HOME) != "node-a", 60)
-        assert health(c, c["node-b"])[HOME.id] is False, "it is this node's as long as the pod runs"
+        assert c.health(c["node-b"])[HOME.id] is False, "it is this node's as long as the pod runs"
         node.end(pod("p"))
-        await becomes(c, c["node-b"], HOME, healthy=True, within=10)
+        await c.becomes(c["node-b"], HOME, healthy=True, within=10)
 
 
 @stepped
@@ -251,10 +241,10 @@ async def test_a_device_without_a_serial_number_is_not_followed() -> None:
     bare = VirtualDevice("1-1", stick("1-1").usb_id, configured=True)
     lab = server("lab", bare)
     async with cluster(spec([lab], nodes=1)) as c:
-        node = await taken(c, HOME)
+        node = await c.taken(HOME)
         granted = lab.table.granted
         carry(lab, "1-1", lab, "1-2")
-        await becomes(c, node, HOME, healthy=False)
+        await c.becomes(node, HOME, healthy=False)
         assert not await c.settle(lambda: bool(node.attached()), 60)
         assert lab.table.granted == granted
 
@@ -264,10 +254,10 @@ async def test_nothing_is_looked_at_that_the_configuration_does_not_name() -> No
     lab = server("lab", stick("1-1", "RED"))
     here = ResourceConfig("stick", (DeviceSelector(lab.key, Selector(bus_id="1-*")),))
     async with cluster(spec([lab], here, nodes=1)) as c:
-        node = await taken(c, HOME)
+        node = await c.taken(HOME)
         granted = lab.table.granted
         carry(lab, "1-1", lab, "2-1")
-        await becomes(c, node, HOME, healthy=False)
+        await c.becomes(node, HOME, healthy=False)
         assert not await c.settle(lambda: bool(node.attached()), 60)
         assert lab.table.granted == granted
 
@@ -277,7 +267,7 @@ async def test_a_place_that_another_pod_has_is_left_to_it_and_taken_when_it_is_f
     async with red_taken() as (c, lab, node):
         node.partition(cut=True)
         carry(lab, "1-1", lab, "1-2")
-        await becomes(c, c["node-b"], PLACE, healthy=True)
+        await c.becomes(c["node-b"], PLACE, healthy=True)
         assert await c["node-b"].admit(pod("q"), "stick") is None
         assert c["node-b"].attached() == {PLACE}
         node.partition(cut=False)
@@ -293,8 +283,8 @@ async def test_a_place_that_another_pod_has_is_left_to_it_and_taken_when_it_is_f
 async def test_an_allocate_of_the_place_is_told_what_it_is() -> None:
     async with red_followed() as (c, _lab, node):
         with pytest.raises(ClaimBusy, match="under its former bus ID, lab:3240/1-1"):
-            await allocate(c, node, PLACE)
-        again = await allocate(c, node, HOME)
+            await c.allocate(node, PLACE)
+        again = await c.allocate(node, HOME)
         assert again.devices, "the device itself is what it always was"
         assert again.envs["USBIP_STICK_0_BUSID"] == "1-1"
 
@@ -304,8 +294,8 @@ async def test_an_allocate_of_the_place_is_told_what_it_is() -> None:
 async def test_either_lock_taken_away_detaches(which: str) -> None:
     async with red_followed() as (c, lab, node):
         lost = HOME if which == "own" else PLACE
-        steal(c, lost)
-        await becomes(c, node, HOME, healthy=False)
+        c.steal(lost)
+        await c.becomes(node, HOME, healthy=False)
         assert await c.settle(lambda: not node.attached() and lab.importers("1-2") == 0, 5)
         assert c.holder(lost) == "node-z"
         if which == "own":
@@ -382,10 +372,10 @@ async def test_killed_while_it_follows_its_successor_goes_on_or_cleans_up(moment
             assert await c.settle(lambda: c.holder(HOME) == c.holder(PLACE) == "", ALLOCATION_GRACE + 10)
             assert node.attached() == frozenset()
             assert lab.importers("1-2") == 0
-            await becomes(c, c["node-b"], PLACE, healthy=True)
+            await c.becomes(c["node-b"], PLACE, healthy=True)
         else:
             assert await c.settle(lambda: node.attached() == {PLACE}, 30)
-            await becomes(c, node, HOME, healthy=True, within=10)
+            await c.becomes(node, HOME, healthy=True, within=10)
             assert (c.holder(HOME), c.holder(PLACE)) == ("node-a", "node-a")
         assert not lab.violations
 
@@ -394,7 +384,7 @@ async def test_killed_while_it_follows_its_successor_goes_on_or_cleans_up(moment
 async def test_a_place_whose_claim_was_lost_while_the_plugin_was_down_is_let_go() -> None:
     async with red_followed() as (c, lab, node):
         await node.stop()
-        steal(c, HOME)
+        c.steal(HOME)
         node.start()
         assert await c.settle(lambda: c.holder(PLACE) == "" and not node.attached(), 10)
         assert lab.importers("1-2") == 0
@@ -405,7 +395,7 @@ async def test_a_place_whose_claim_was_lost_while_the_plugin_was_down_is_let_go(
 async def test_a_dead_nodes_place_is_taken_over_as_what_it_is() -> None:
     async with red_followed() as (c, lab, node):
         node.reboot()
-        await becomes(c, c["node-b"], PLACE, healthy=True, within=3 * LOCKS.duration)
+        await c.becomes(c["node-b"], PLACE, healthy=True, within=3 * LOCKS.duration)
         assert await c["node-b"].admit(pod("q"), "stick") is None
         assert c["node-b"].attached() == {PLACE}
         assert record.IN_PLACE_OF not in c.backend.leases[PLACE.id].annotations
@@ -421,20 +411,17 @@ async def test_a_server_that_comes_back_with_other_busids_for_all_its_devices() 
     lab = server("lab", stick("1-1", "RED"), stick("2-1", "BLUE"))
     red, blue = key(lab, "1-1"), key(lab, "2-1")
     async with cluster(spec([lab])) as c:
-        await all_healthy(c, red, blue)
+        await c.all_healthy(red, blue)
         assert await c["node-a"].admit(pod("p"), "stick") is None
         (held,) = c["node-a"].attached()
         other = blue if held == red else red
         await lab.stop()
-        await becomes(c, c["node-a"], held, healthy=False, within=30)
-        lab.unplug("1-1")
-        lab.unplug("2-1")
-        lab.plug(stick("1-1", "BLUE"))
-        lab.plug(stick("2-1", "RED"))
+        await c.becomes(c["node-a"], held, healthy=False, within=30)
+        replug(lab, stick("1-1", "BLUE"), stick("2-1", "RED"))
         await lab.start()
-        await becomes(c, c["node-a"], held, healthy=True, within=60)  # of which a poll of a dead server takes up to 36
+        await c.becomes(c["node-a"], held, healthy=True, within=60)  # of which a poll of a dead server takes up to 36
         assert c["node-a"].attached() == {other}, "where its serial number is now"
-        await becomes(c, c["node-b"], other, healthy=False)
+        await c.becomes(c["node-b"], other, healthy=False)
 
 
 @stepped
@@ -442,19 +429,16 @@ async def test_two_held_devices_that_change_places_go_to_no_wrong_pod() -> None:
     lab = server("lab", stick("1-1", "RED"), stick("1-2", "BLUE"))
     red, blue = key(lab, "1-1"), key(lab, "1-2")
     async with cluster(spec([lab])) as c:
-        await all_healthy(c, red, blue)
+        await c.all_healthy(red, blue)
         assert await c["node-a"].admit(pod("p"), "stick", 1) is None
         assert await c["node-b"].admit(pod("q"), "stick", 1) is None
         (first,) = c["node-a"].attached()
         (second,) = c["node-b"].attached()
-        lab.unplug("1-1")
-        lab.unplug("1-2")
-        lab.plug(stick("1-1", "BLUE"))
-        lab.plug(stick("1-2", "RED"))
+        replug(lab, stick("1-1", "BLUE"), stick("1-2", "RED"))
         assert await c.settle(lambda: not c["node-a"].attached() | c["node-b"].attached(), 5)
-        assert not await c.settle(lambda: health(c, c["node-a"])[first.id] or health(c, c["node-b"])[second.id], 60)
+        assert not await c.settle(lambda: c.health(c["node-a"])[first.id] or c.health(c["node-b"])[second.id], 60)
         c["node-b"].end(pod("q"))
-        await becomes(c, c["node-a"], first, healthy=True, within=20)
+        await c.becomes(c["node-a"], first, healthy=True, within=20)
         assert c["node-a"].attached() == {second}
         assert not lab.violations
 
@@ -464,10 +448,10 @@ async def test_two_held_devices_that_change_places_go_to_no_wrong_pod() -> None:
 async def test_killed_at_any_step_nothing_is_left_when_the_pod_has_ended(steps: int) -> None:
     async with red_taken() as (c, lab, node):
         carry(lab, "1-1", lab, "1-2")
-        await killed_after(c, node, steps)
+        await c.killed_after(node, steps)
         node.start()
         assert await c.settle(lambda: node.attached() == {PLACE}, 30)
-        await becomes(c, node, HOME, healthy=True, within=10)
+        await c.becomes(node, HOME, healthy=True, within=10)
         node.end(pod("p"))
         assert await c.settle(lambda: c.holder(HOME) == c.holder(PLACE) == "", ALLOCATION_GRACE + 10)
         assert not node.attached()

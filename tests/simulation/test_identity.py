@@ -11,18 +11,15 @@ import pytest
 from tests.simulation.cluster_rig import (
     DONGLE,
     STICK,
-    all_healthy,
-    allocate,
-    becomes,
+    Cluster,
     by_serial,
     carry,
+    cluster,
     detail,
-    freed,
-    health,
     key,
-    mislead,
     pod,
     reason,
+    replug,
     server,
     spec,
     stick,
@@ -34,7 +31,6 @@ from usbip_plugin.locks import record
 from usbip_plugin.model import DeviceKey, InterfaceClass, Reason
 from usbip_sim.server.server import VirtualServer
 from usbip_sim.server.usbdevice import VirtualDevice
-from usbip_sim.virtual.cluster import Cluster, cluster
 from usbip_sim.virtual.steploop import stepped
 
 POLLED = 10.0
@@ -46,7 +42,7 @@ async def everywhere(c: Cluster, device: DeviceKey, why: Reason) -> None:
     """Every node's kubelet has it as that reason says."""
     for node in c.nodes.values():
         assert await c.settle(lambda node=node: reason(node, device) is why, POLLED), reason(node, device)  # type: ignore[misc]
-        await becomes(c, node, device, healthy=why.healthy)
+        await c.becomes(node, device, healthy=why.healthy)
 
 
 @contextlib.asynccontextmanager
@@ -56,7 +52,7 @@ async def red_by_port() -> AsyncIterator[tuple[Cluster, VirtualServer, DeviceKey
     lab.table.by_port = True
     device = key(lab, "1-1")
     async with cluster(spec([lab], by_serial(lab), nodes=3)) as c:
-        await all_healthy(c, device)
+        await c.all_healthy(device)
         yield c, lab, device
 
 
@@ -65,7 +61,7 @@ async def test_a_free_device_that_is_plugged_in_elsewhere_is_offered_from_there_
     lab = server("lab", stick("1-1", "RED"))
     old, new = key(lab, "1-1"), key(lab, "1-2")
     async with cluster(spec([lab], by_serial(lab), nodes=3)) as c:
-        await all_healthy(c, old)
+        await c.all_healthy(old)
         asked = lab.table.granted
         carry(lab, "1-1", lab, "1-2")
         await everywhere(c, new, Reason.FREE)
@@ -81,12 +77,9 @@ async def test_dongles_that_change_places_are_known_again_on_all_nodes() -> None
     lab = server("lab", stick("1-1", "RED"), stick("1-2", "BLUE"))
     first, second = key(lab, "1-1"), key(lab, "1-2")
     async with cluster(spec([lab], by_serial(lab), nodes=3)) as c:
-        await all_healthy(c, first)
+        await c.all_healthy(first)
         asked = lab.table.granted
-        lab.unplug("1-1")
-        lab.unplug("1-2")
-        lab.plug(stick("1-1", "BLUE"))
-        lab.plug(stick("1-2", "RED"))
+        replug(lab, stick("1-1", "BLUE"), stick("1-2", "RED"))
         assert await c.settle(lambda: reason(c["node-a"], first) is Reason.NOT_READ, POLLED)
         await everywhere(c, second, Reason.FREE)
         await everywhere(c, first, Reason.MOVED)
@@ -101,7 +94,7 @@ async def test_a_server_that_numbers_its_devices_anew_is_asked_once_for_all_node
     keys = [key(lab, device.busid) for device in devices]
     serials = tuple(device.serial for device in devices)
     async with cluster(spec([lab], by_serial(lab, serials=serials), nodes=4)) as c:
-        await all_healthy(c, *keys)
+        await c.all_healthy(*keys)
         asked = lab.table.granted
         await lab.stop()
         for each in keys:
@@ -110,8 +103,8 @@ async def test_a_server_that_numbers_its_devices_anew_is_asked_once_for_all_node
             lab.unplug(device.busid)
             lab.plug(device)
         await lab.start()
-        assert await c.settle(lambda: all(health(c, c["node-a"])[k.id] for k in keys), 60)
-        await all_healthy(c, *keys)
+        assert await c.settle(lambda: all(c.health(c["node-a"])[k.id] for k in keys), 60)
+        await c.all_healthy(*keys)
         assert lab.table.granted == asked + len(devices)
 
 
@@ -122,7 +115,7 @@ async def test_a_server_that_numbers_anew_at_each_import_is_not_asked_for_ever()
     device = key(lab, "1-1")
     async with cluster(spec([lab], by_serial(lab), nodes=3)) as c:
         await asyncio.sleep(60)
-        await all_healthy(c, device)
+        await c.all_healthy(device)
         asked = lab.table.granted
         assert asked <= MAX_REREADS + 1
         await asyncio.sleep(300)
@@ -156,11 +149,10 @@ async def test_a_swapped_dongle_is_found_out_where_the_server_gives_it_the_same_
 @stepped
 async def test_a_dongle_swapped_between_two_polls_is_found_out_by_the_allocate_and_back_when_it_is_put_back() -> None:
     async with red_by_port() as (c, lab, device):
-        lab.unplug("1-1")
-        lab.plug(stick("1-1", "BLUE"))
+        replug(lab, stick("1-1", "BLUE"))
         node = c["node-a"]
         with pytest.raises(WrongSerial):
-            await allocate(c, node, device)
+            await c.allocate(node, device)
         await everywhere(c, device, Reason.LISTED_WRONG)
         lab.unplug("1-1")
         await everywhere(c, device, Reason.NOT_LISTED)
@@ -174,7 +166,7 @@ async def test_a_loose_cable_does_not_make_a_device_asked_again_and_again() -> N
     lab = server("lab", stick("1-1", "RED"))
     device = key(lab, "1-1")
     async with cluster(spec([lab], by_serial(lab), nodes=2)) as c:
-        await all_healthy(c, device)
+        await c.all_healthy(device)
         asked = lab.table.granted
         for _ in range(20):
             lab.unplug("1-1")
@@ -191,12 +183,12 @@ async def test_an_allocate_gives_nobody_a_device_with_another_serial_number_than
     device = key(lab, "1-1")
     async with cluster(spec([lab], by_serial(lab), nodes=3)) as c:
         assert await c.settle(lambda: device.id in c.backend.leases and c.holder(device) == "", POLLED)
-        mislead(c, device, "RED")
-        await all_healthy(c, device)
+        c.mislead(device, "RED")
+        await c.all_healthy(device)
         node = c["node-a"]
-        with pytest.raises(WrongSerial, match="1-1: expected serial number RED, got BLUE"):
-            await allocate(c, node, device)
-        await freed(c, device)
+        with pytest.raises(WrongSerial, match="1-1 is not RED: its serial number is BLUE"):
+            await c.allocate(node, device)
+        await c.freed(device)
         assert not node.kernel.records["node-a"]
         assert c.backend.leases[device.id].annotations[record.SERIAL] == "BLUE", "before anybody else could have it"
         await everywhere(c, device, Reason.LISTED_WRONG)
@@ -211,15 +203,14 @@ async def test_an_allocate_by_vendor_and_product_takes_whatever_stands_there() -
     lab = server("lab", stick("1-1", "BLUE"))
     device = key(lab, "1-1")
     async with cluster(spec([lab], nodes=1)) as c:
-        await all_healthy(c, device)
+        await c.all_healthy(device)
         for n, serial in enumerate(("BLUE", "RED")):
             assert await c["node-a"].admit(pod(f"p{n}"), "stick") is None
             assert await c.settle(lambda s=serial: c.backend.leases[device.id].annotations.get(record.SERIAL) == s, 5)  # type: ignore[misc]
             c["node-a"].end(pod(f"p{n}"))
             assert await c.settle(lambda: c.holder(device) == "", 30)
-            lab.unplug("1-1")
-            lab.plug(stick("1-1", "RED"))
-            await all_healthy(c, device)
+            replug(lab, stick("1-1", "RED"))
+            await c.all_healthy(device)
 
 
 def bare(busid: str, interface: InterfaceClass = STORAGE) -> VirtualDevice:
@@ -233,9 +224,9 @@ async def test_a_device_that_was_never_configured_is_selected_by_the_class_it_te
     storage, hid = key(lab, "1-1"), key(lab, "1-2")
     wanted = ResourceConfig("stick", (DeviceSelector(lab.key, Selector(class_=8)),))
     async with cluster(spec([lab], wanted, nodes=3)) as c:
-        await all_healthy(c, storage)
+        await c.all_healthy(storage)
         assert await c.settle(lambda: hid.id in c.backend.leases and c.holder(hid) == "", POLLED)
-        assert all(hid.id not in health(c, node) for node in c.nodes.values())
+        assert all(hid.id not in c.health(node) for node in c.nodes.values())
         assert lab.table.granted == 2, "each was asked once for all nodes"
         assert c.backend.leases[storage.id].annotations[record.INTERFACES] == "080650"
         await c["node-b"].stop()
@@ -250,7 +241,7 @@ async def test_a_device_whose_server_lists_its_class_is_not_asked() -> None:
     lab = server("lab", replace(bare("1-1"), configured=True))
     wanted = ResourceConfig("stick", (DeviceSelector(lab.key, Selector(class_=8)),))
     async with cluster(spec([lab], wanted)) as c:
-        await all_healthy(c, key(lab, "1-1"))
+        await c.all_healthy(key(lab, "1-1"))
         await asyncio.sleep(60)
         assert lab.table.granted == 0
         await c["node-b"].stop()
@@ -295,12 +286,12 @@ async def test_a_device_that_two_resources_offer_is_told_of_once(caplog: pytest.
     apart = ResourceConfig("three", (DeviceSelector(lab.key, Selector(vendor=DONGLE.vendor)),))
     with caplog.at_level(logging.WARNING):
         async with cluster(spec([lab], *both, apart, nodes=1)) as c:
-            await all_healthy(c, key(lab, "1-1"), name="one")
+            await c.all_healthy(key(lab, "1-1"), name="one")
             lab.unplug("1-1")
             await everywhere(c, key(lab, "1-1"), Reason.NOT_LISTED)
             lab.plug(stick("1-1"))
-            await all_healthy(c, key(lab, "1-1"), name="two")
-    words = "devices offered by several resources, usable by one at a time"
+            await c.all_healthy(key(lab, "1-1"), name="two")
+    words = "offered as several resources, and in use as one of them only"
     assert _said(caplog, words) == 1
     (line,) = (line for line in caplog.records if line.getMessage() == words)
     assert line.__dict__["resources"] == ["one", "two"]

@@ -10,26 +10,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.simulation.cluster_rig import (
-    DONGLE,
-    admitted,
-    all_healthy,
-    becomes,
-    dongle,
-    key,
-    one_stick,
-    pod,
-    resource,
-    server,
-    spec,
-    stick,
-    taken,
-)
+from tests.simulation.cluster_rig import DONGLE, cluster, dongle, key, one_stick, pod, resource, server, spec, stick
 from tests.simulation.trace_stories import Story, life, pod_known, told
 from usbip_plugin.attach.monitor import PORT_CHECK_INTERVAL
 from usbip_plugin.model import Reason
 from usbip_plugin.observe.logs import PACKAGES, set_up_logging
-from usbip_sim.virtual.cluster import cluster
 from usbip_sim.virtual.steploop import stepped
 
 HOUR, SHORT_HOUR = 3600.0, 900.0
@@ -74,15 +59,15 @@ def test_an_idle_hour_writes_nothing(written: Written, idle_s: float) -> None:
         resources = resource("stick", [lab]), resource("dongle", [lab], DONGLE)
         async with cluster(story.traced(spec([lab], *resources, nodes=3))) as c:
             a, lost = c["node-a"], key(lab, "2-1")
-            await all_healthy(c, key(lab, "1-1"), key(lab, "1-2"))
-            await all_healthy(c, lost, name="dongle")
+            await c.all_healthy(key(lab, "1-1"), key(lab, "1-2"))
+            await c.all_healthy(lost, name="dongle")
             assert await a.admit(pod("p"), "stick") is None
             assert await a.admit(pod("q"), "dongle") is None
             await pod_known(c, "node-a", "p")
             for name in ("node-b", "node-c"):
-                await becomes(c, c[name], lost, healthy=False)
+                await c.becomes(c[name], lost, healthy=False)
             lab.unplug(lost.busid)
-            await becomes(c, a, lost, healthy=False)
+            await c.becomes(a, lost, healthy=False)
             await asyncio.sleep(60)
             assert len(written.lines()) > 10, "until now there was something to tell"
             await asyncio.sleep(idle_s)
@@ -96,12 +81,12 @@ def test_what_another_node_takes_and_releases_is_no_line(written: Written) -> No
 
     async def handover(story: Story) -> None:
         async with one_stick(nodes=3, change=story.traced) as (c, _lab, device):
-            node = await taken(c, device)
+            node = await c.taken(device)
             for name in ("node-b", "node-c"):
-                await becomes(c, c[name], device, healthy=False)
+                await c.becomes(c[name], device, healthy=False)
             node.end(pod("p"))
             for name in ("node-a", "node-b", "node-c"):
-                await becomes(c, c[name], device, healthy=True, within=20)
+                await c.becomes(c[name], device, healthy=True, within=20)
             lines = written.lines()
             assert [line for line in lines if line.get("reason") == Reason.HELD_ELSEWHERE.value] == []
             (released,) = (n for n, line in enumerate(lines) if line["msg"] == "device released")
@@ -115,7 +100,7 @@ def test_what_another_node_takes_and_releases_is_no_line(written: Written) -> No
 def test_a_server_that_is_away_is_told_once(written: Written, idle_s: float) -> None:
     async def hour(story: Story) -> None:
         async with one_stick(nodes=1, change=story.traced) as (c, lab, device):
-            await admitted(c, device)
+            await c.admitted(device)
             await lab.stop()
             await asyncio.sleep(60)
             texts = [line["msg"] for line in written.lines()]
@@ -131,7 +116,7 @@ def test_an_api_server_that_is_away_is_told_once_by_each_who_asks_it(written: Wr
         lab = server("lab", stick("1-1"), stick("1-2"))
         async with cluster(story.traced(spec([lab], nodes=1))) as c:
             a = c["node-a"]
-            await all_healthy(c, key(lab, "1-1"), key(lab, "1-2"))
+            await c.all_healthy(key(lab, "1-1"), key(lab, "1-2"))
             assert await a.admit(pod("p"), "stick") is None
             await pod_known(c, "node-a", "p")
             written.lines()
@@ -169,7 +154,7 @@ def test_every_line_about_a_device_in_use_bears_the_trace_of_its_life(written: W
 @stepped
 async def test_ports_that_cannot_be_read_are_logged_once_until_they_can(written: Written) -> None:
     async with one_stick() as (c, _lab, device):
-        node = await taken(c, device)
+        node = await c.taken(device)
         for _ in range(2):
             written.lines()
             node.kernel.loaded = False

@@ -10,19 +10,19 @@ import pytest
 from tests.simulation.cluster_rig import (
     DONGLE,
     STICK,
-    admitted,
-    all_healthy,
-    becomes,
+    Cluster,
+    attachment_of,
+    cluster,
     key,
     one_stick,
     pod,
     port_of,
     reason,
+    replug,
     resource,
     server,
     spec,
     stick,
-    taken,
 )
 from usbip_plugin.attach.events import DeviceEvent, EventKind
 from usbip_plugin.config.schema import ResourceConfig
@@ -31,7 +31,6 @@ from usbip_plugin.vhci.sysfs import PortStatus
 from usbip_sim.kubelet.specs import resolve
 from usbip_sim.server.server import VirtualServer
 from usbip_sim.server.usbdevice import VirtualDevice
-from usbip_sim.virtual.cluster import Cluster, cluster
 from usbip_sim.virtual.cluster_node import ClusterNode
 from usbip_sim.virtual.steploop import stepped
 
@@ -55,18 +54,17 @@ async def nothing_left(c: Cluster, node: ClusterNode, *devices: DeviceKey) -> bo
 @stepped
 async def test_a_kind_that_children_lists_and_that_does_not_come_fails_the_allocate_which_is_undone() -> None:
     notices: list[DeviceEvent] = []
-    async with one_stick(nodes=1, told=notices, children=("tty",)) as (c, _lab, device):
+    async with one_stick(nodes=1, notices=notices, children=("tty",)) as (c, _lab, device):
         node = c["node-a"]
         node.kernel.driverless.add("tty")
-        said = await node.admit(pod("p"), "stick")
-        assert said is not None
-        assert "no tty node appeared within 5 s, found none" in said
+        said = str(await node.admit(pod("p"), "stick"))
+        assert "no tty node within 5 s, which the resource's children promise; it has none" in said
         assert "cdc-acm" in said
         assert "childrenTimeout" in said
         assert await nothing_left(c, node, device)
         assert texts(notices, EventKind.FAILED)
         node.kernel.driverless.clear()
-        await becomes(c, node, device, healthy=True)
+        await c.becomes(node, device, healthy=True)
         assert await node.admit(pod("q"), "stick") is None
 
 
@@ -89,31 +87,30 @@ async def test_a_kind_that_comes_in_time_is_in_the_answer() -> None:
 @stepped
 async def test_at_a_reattach_a_kind_that_does_not_come_is_told_once_and_waited_for() -> None:
     notices: list[DeviceEvent] = []
-    async with one_stick(nodes=1, told=notices, children=("tty",)) as (c, lab, device):
-        node = await admitted(c, device)
+    async with one_stick(nodes=1, notices=notices, children=("tty",)) as (c, lab, device):
+        node = await c.admitted(device)
         node.kernel.driverless.add("tty")
         lab.drop("1-1")
-        await becomes(c, node, device, healthy=False)
+        await c.becomes(node, device, healthy=False)
         assert not await c.settle(lambda: reason(node, device) is Reason.ATTACHED, 60)
         (text,) = texts(notices, EventKind.NOT_REATTACHED)
         assert "no tty node" in text
         node.kernel.driverless.clear()
-        await becomes(c, node, device, healthy=True, within=20)
+        await c.becomes(node, device, healthy=True, within=20)
 
 
 @stepped
 async def test_a_new_process_asks_for_what_the_configuration_lists_when_it_attaches_again() -> None:
     notices: list[DeviceEvent] = []
-    async with one_stick(nodes=1, told=notices, children=("tty",)) as (c, lab, device):
-        node = await admitted(c, device)
+    async with one_stick(nodes=1, notices=notices, children=("tty",)) as (c, lab, device):
+        node = await c.admitted(device)
         node.kill()
         node.start()
         assert await c.settle(lambda: reason(node, device) is Reason.ATTACHED, 10)
         lab.drop("1-1")
         assert await c.settle(lambda: reason(node, device) is Reason.LOST, 10)
-        await becomes(c, node, device, healthy=True)
-        attachment = node.kernel.attachment(device, port_of(node, device))
-        assert attachment is not None
+        await c.becomes(node, device, healthy=True)
+        attachment = attachment_of(node, device)
         assert [child.kind for child in attachment.nodes] == ["usb", "tty"]
 
 
@@ -121,8 +118,8 @@ async def test_a_new_process_asks_for_what_the_configuration_lists_when_it_attac
 @stepped
 async def test_a_node_that_comes_after_the_answer_is_told_of_and_put_into_the_spec(*, by_cdi: bool) -> None:
     notices: list[DeviceEvent] = []
-    async with one_stick(nodes=1, told=notices, cdi=by_cdi) as (c, _lab, device):
-        node = await taken(c, device)
+    async with one_stick(nodes=1, notices=notices, cdi=by_cdi) as (c, _lab, device):
+        node = await c.taken(device)
         for _ in range(2):
             node.kernel.bring(port_of(node, device), ("tty",))
             node.kernel.bell.ring()
@@ -140,8 +137,8 @@ async def test_a_node_that_comes_after_the_answer_is_told_of_and_put_into_the_sp
 @stepped
 async def test_a_late_node_of_a_kind_that_nobody_asked_for_is_not_worth_a_word() -> None:
     notices: list[DeviceEvent] = []
-    async with one_stick(nodes=1, told=notices, children=("tty",)) as (c, _lab, device):
-        node = await admitted(c, device)
+    async with one_stick(nodes=1, notices=notices, children=("tty",)) as (c, _lab, device):
+        node = await c.admitted(device)
         node.kernel.bring(port_of(node, device), ("hidraw",))
         node.kernel.bell.ring()
         assert not await c.settle(lambda: bool(texts(notices, EventKind.NODES_LATE)), 5)
@@ -150,16 +147,15 @@ async def test_a_late_node_of_a_kind_that_nobody_asked_for_is_not_worth_a_word()
 @stepped
 async def test_a_device_that_turns_into_another_over_its_connection_is_detached_and_not_handed_out() -> None:
     notices: list[DeviceEvent] = []
-    async with one_stick(nodes=1, told=notices, cdi=True) as (c, _lab, device):
-        node = await admitted(c, device)
+    async with one_stick(nodes=1, notices=notices, cdi=True) as (c, _lab, device):
+        node = await c.admitted(device)
         before = node.specs.find(device.id)
         node.kernel.enumerate_anew(port_of(node, device), DONGLE)
-        await becomes(c, node, device, healthy=False)
+        await c.becomes(node, device, healthy=False)
         (text,) = texts(notices, EventKind.LOST)
         assert "left the bus" in text
-        await becomes(c, node, device, healthy=True)
-        attachment = node.kernel.attachment(device, port_of(node, device))
-        assert attachment is not None
+        await c.becomes(node, device, healthy=True)
+        attachment = attachment_of(node, device)
         assert attachment.usb_id == STICK
         assert node.specs.find(device.id) != before
         assert len([p for p in node.driver.ports_now() if p.status is not PortStatus.NULL]) == 1, "no port leaks"
@@ -168,11 +164,10 @@ async def test_a_device_that_turns_into_another_over_its_connection_is_detached_
 @stepped
 async def test_a_device_that_its_server_lists_in_another_mode_stays_away_and_says_so() -> None:
     notices: list[DeviceEvent] = []
-    async with one_stick(nodes=1, told=notices) as (c, lab, device):
-        node = await admitted(c, device)
-        lab.unplug("1-1")
-        lab.plug(VirtualDevice("1-1", DONGLE, serial="S-1-1", configured=True))
-        await becomes(c, node, device, healthy=False)
+    async with one_stick(nodes=1, notices=notices) as (c, lab, device):
+        node = await c.admitted(device)
+        replug(lab, VirtualDevice("1-1", DONGLE, serial="S-1-1", configured=True))
+        await c.becomes(node, device, healthy=False)
         assert await c.settle(lambda: bool(texts(notices, EventKind.NOT_REATTACHED)), 20)
         (text,) = texts(notices, EventKind.NOT_REATTACHED)
         assert str(STICK) in text
@@ -186,10 +181,9 @@ async def test_two_devices_under_one_path_are_refused_before_either_is_touched()
     devices = (key(lab, "1-1"), key(lab, "1-2"))
     async with cluster(spec([lab], asking(lab, container_paths=("/dev/stick",)), nodes=1)) as c:
         node = c["node-a"]
-        await all_healthy(c, *devices)
-        said = await node.admit(pod("p"), "stick", 2)
-        assert said is not None
-        assert "containerPath /dev/stick is the same for 2 devices of one container: use {index}" in said
+        await c.all_healthy(*devices)
+        failure = str(await node.admit(pod("p"), "stick", 2))
+        assert "containerPath /dev/stick is the same for 2 devices of one container: use {index}" in failure
         assert lab.table.granted == 0
         assert await node.admit(pod("q"), "stick") is None
 
@@ -200,10 +194,8 @@ async def test_paths_that_only_the_devices_make_equal_undo_the_allocate() -> Non
     devices = (key(lab, "1-1"), key(lab, "1-2"))
     async with cluster(spec([lab], asking(lab, container_paths=("/dev/{serial}",), cdi=True), nodes=1)) as c:
         node = c["node-a"]
-        await all_healthy(c, *devices)
-        said = await node.admit(pod("p"), "stick", 2)
-        assert said is not None
-        assert "would both have the path /dev/SAME" in said
+        await c.all_healthy(*devices)
+        assert "would both have the path /dev/SAME" in str(await node.admit(pod("p"), "stick", 2))
         assert await nothing_left(c, node, *devices)
         assert not node.specs.texts
 
@@ -211,7 +203,7 @@ async def test_paths_that_only_the_devices_make_equal_undo_the_allocate() -> Non
 @stepped
 async def test_a_network_interface_is_told_of_where_people_look() -> None:
     notices: list[DeviceEvent] = []
-    async with one_stick(nodes=1, told=notices) as (c, _lab, device):
+    async with one_stick(nodes=1, notices=notices) as (c, _lab, device):
         node = c["node-a"]
         node.kernel.net[STICK] = ("enx020000000001",)
         assert await node.admit(pod("p"), "stick") is None

@@ -10,14 +10,11 @@ import pytest
 
 from tests.simulation.cluster_rig import (
     DONGLE,
+    Cluster,
     agent,
-    all_healthy,
-    allocate,
-    becomes,
+    cluster,
     dongle,
-    health,
     key,
-    lost_and_back,
     one_stick,
     pod,
     reason,
@@ -25,7 +22,6 @@ from tests.simulation.cluster_rig import (
     server,
     spec,
     stick,
-    taken,
     two_sticks,
 )
 from tests.simulation.play import task_names
@@ -39,7 +35,6 @@ from usbip_plugin.kubelet.device_plugin import DevicePluginServer, DeviceStates
 from usbip_plugin.kubelet.publish import SENT_TIMEOUT
 from usbip_plugin.model import DeviceKey, Reason
 from usbip_sim.server.server import VirtualServer
-from usbip_sim.virtual.cluster import Cluster, cluster
 from usbip_sim.virtual.cluster_node import ClusterNode
 from usbip_sim.virtual.steploop import loop_of, stepped
 from usbip_sim.world import Setup, running
@@ -73,7 +68,7 @@ async def undisturbed(c: Cluster, node: ClusterNode, device: DeviceKey, name: st
     await asyncio.sleep(2 * ALLOCATION_GRACE)
     heard = [devices for full, devices in node.kubelet.seen.lists[lists:] if full == c.full(name)]
     assert all(devices.get(device.id) for devices in heard)
-    assert health(c, node, name)[device.id]
+    assert c.health(node, name)[device.id]
     assert node.attached() == {device}
     assert c.holder(device) == node.name
     assert c.servers[device.server].table.granted == imports
@@ -86,13 +81,13 @@ async def test_a_resource_that_is_taken_out_keeps_what_a_pod_has_until_its_end_a
         assert await node.admit(pod("p"), "stick") is None
         (mine,) = node.attached()
         reload(c, resource("dongle", [lab], DONGLE))
-        assert await c.settle(lambda: health(c, node) == {mine.id: True}, 1)
+        assert await c.settle(lambda: c.health(node) == {mine.id: True}, 1)
         assert await c.settle(lambda: not c["node-b"].kubelet.connected(c.full("stick")), 2)
-        assert health(c, c["node-b"]) == {}, "an empty list before the plugin went: a kubelet counts its devices on"
+        assert c.health(c["node-b"]) == {}, "an empty list before the plugin went: a kubelet counts its devices on"
         await undisturbed(c, node, mine)
         await ends(c, node, mine)
         assert await c.settle(lambda: not node.kubelet.connected(c.full("stick")), 1 + SENT_TIMEOUT)
-        assert health(c, node) == {}
+        assert c.health(node) == {}
         assert set(agent(node).resources.plugins) == {c.full("dongle")}
         assert (
             await node.admit(pod("q"), "stick")
@@ -110,7 +105,7 @@ async def test_a_resource_that_comes_back_while_its_plugin_ends_is_offered() -> 
         reload(c, resource("stick", [lab]))
         await asyncio.sleep(2 * SENT_TIMEOUT)
         node.pods.process.thaw()
-        await all_healthy(c, device)
+        await c.all_healthy(device)
         assert await c.settle(lambda: agent(node).ready, 5)
         assert len(node.kubelet.seen.registrations) == 2
 
@@ -121,7 +116,7 @@ async def test_a_device_that_is_not_named_any_more_stays_with_its_pod_and_goes_t
     lab, attic = server("lab", stick("1-1"), stick("1-2")), server("attic", stick("1-1"))
     held = key(lab, "1-1")
     async with cluster(spec([lab, attic], only("stick", held))) as c:
-        node = await taken(c, held)
+        node = await c.taken(held)
         match how:
             case "another selector":
                 reload(c, only("stick", key(lab, "1-2")))
@@ -130,12 +125,12 @@ async def test_a_device_that_is_not_named_any_more_stays_with_its_pod_and_goes_t
             case _:
                 reload(c, only("other", held))
         await undisturbed(c, node, held)
-        assert await c.settle(lambda: held.id not in health(c, c["node-b"]), 5)
+        assert await c.settle(lambda: held.id not in c.health(c["node-b"]), 5)
         if how == "another resource":
-            assert await c.settle(lambda: health(c, node, "other") == {held.id: False}, 1)
+            assert await c.settle(lambda: c.health(node, "other") == {held.id: False}, 1)
             assert "no healthy devices" in str(await node.admit(pod("q"), "other"))
         await ends(c, node, held)
-        assert await c.settle(lambda: held.id not in health(c, node), 1)
+        assert await c.settle(lambda: held.id not in c.health(node), 1)
         assert await node.admit(pod("q"), "other" if how == "another resource" else "stick") is None
         assert (held in node.attached()) is (how == "another resource")
 
@@ -147,19 +142,19 @@ async def test_the_next_pod_is_refused_once_what_the_last_one_was_the_last_to_ha
     lab = server("lab", stick("1-1"), stick("1-2"))
     held, other = key(lab, "1-1"), key(lab, "1-2")
     async with cluster(spec([lab], only("stick", held))) as c:
-        node = await taken(c, held)
+        node = await c.taken(held)
         reload(c, *(() if gone else (only("stick", other),)))
         if not gone:
-            await becomes(c, node, other, healthy=True)
-            with pytest.raises(UnknownDevice, match=r"is no longer in .*: the configuration has changed"):
-                await allocate(c, node, held)
-            assert await c.settle(lambda: health(c, node)[held.id], 5), "its pod has it still"
+            await c.becomes(node, other, healthy=True)
+            with pytest.raises(UnknownDevice, match="any more: the configuration has changed"):
+                await c.allocate(node, held)
+            assert await c.settle(lambda: c.health(node)[held.id], 5), "its pod has it still"
         else:
             await undisturbed(c, node, held)
         node.end(pod("p"))
         if gone:
-            assert ": the configuration has changed" in str(await node.admit(pod("q"), "stick"))
-            assert await c.settle(lambda: health(c, node) == {held.id: False}, 0.02), "told before it failed"
+            assert "any more: the configuration has changed" in str(await node.admit(pod("q"), "stick"))
+            assert await c.settle(lambda: c.health(node) == {held.id: False}, 0.02), "told before it failed"
             assert "no healthy devices" in str(await node.admit(pod("r"), "stick"))
         assert await c.settle(lambda: c.holder(held) == "" and held not in node.attached(), NOBODY_S)
 
@@ -168,7 +163,7 @@ async def test_the_next_pod_is_refused_once_what_the_last_one_was_the_last_to_ha
 async def test_a_kubelet_that_starts_and_lists_no_pods_yet_is_told_nothing_else_of_what_is_taken_out() -> None:
     """It looks at the health of what its pods have when it admits them again."""
     async with one_stick(nodes=1) as (c, _lab, device):
-        node = await taken(c, device)
+        node = await c.taken(device)
         reload(c)
         await undisturbed(c, node, device)
         lists = len(node.kubelet.seen.lists)
@@ -184,10 +179,10 @@ async def test_a_kubelet_that_starts_and_lists_no_pods_yet_is_told_nothing_else_
 @stepped
 async def test_what_its_init_container_has_a_pod_that_is_being_admitted_gets_though_it_is_taken_out() -> None:
     async with one_stick(nodes=1) as (c, _lab, device):
-        first = await allocate(c, c["node-a"], device)
+        first = await c.allocate(c["node-a"], device)
         reload(c)
         await asyncio.sleep(0.1)
-        assert await allocate(c, c["node-a"], device) == first
+        assert await c.allocate(c["node-a"], device) == first
 
 
 @pytest.mark.parametrize("moment", range(0, 800, 20))
@@ -208,7 +203,7 @@ async def test_a_device_that_is_taken_out_while_it_is_being_allocated_stays_in_t
             return
         assert failure is None, "what was asked for before is given"
         assert node.attached() == {one, two}
-        assert await c.settle(lambda: health(c, node) == {one.id: True, two.id: True}, 1)
+        assert await c.settle(lambda: c.health(node) == {one.id: True, two.id: True}, 1)
         node.end(pod("p"))
         assert await c.settle(lambda: not node.attached() and not node.kubelet.connected(c.full("stick")), 20)
 
@@ -218,15 +213,15 @@ async def test_a_device_whose_server_was_taken_out_comes_back_to_its_pod_after_a
     lab, attic = server("lab", stick("1-1")), server("attic", stick("1-1"))
     device, new = key(lab, "1-1"), key(attic, "1-1")
     async with cluster(spec([lab, attic], resource("stick", [lab]))) as c:
-        node = await taken(c, device)
+        node = await c.taken(device)
         reload(c, resource("stick", [attic]))
-        await becomes(c, node, new, healthy=True)
+        await c.becomes(node, new, healthy=True)
         lab.unplug("1-1")
-        await becomes(c, node, device, healthy=False)
+        await c.becomes(node, device, healthy=False)
         assert reason(node, device) is Reason.LOST
         await asyncio.sleep(60)
         lab.plug(stick("1-1"))
-        await becomes(c, node, device, healthy=True, within=5)
+        await c.becomes(node, device, healthy=True, within=5)
         assert node.attached() == {device}
         asked = lab.connections
         await asyncio.sleep(60)
@@ -241,16 +236,16 @@ async def test_a_server_under_another_name_does_not_give_out_what_a_pod_has_unde
     alias.table = lab.table
     old, new = key(lab, "1-1"), key(alias, "1-1")
     async with cluster(spec([lab, alias], resource("stick", [lab]))) as c:
-        node = await taken(c, old)
+        node = await c.taken(old)
         reload(c, resource("stick", [alias]))
         await undisturbed(c, node, old)
         for one in c.nodes.values():
-            assert new.id not in health(c, one), "the server lists it under neither name"
+            assert new.id not in c.health(one), "the server lists it under neither name"
         with pytest.raises(UnknownDevice):
-            await allocate(c, c["node-b"], new)
+            await c.allocate(c["node-b"], new)
         await ends(c, node, old)
-        await all_healthy(c, new)
-        assert await c.settle(lambda: old.id not in health(c, node), 1)
+        await c.all_healthy(new)
+        assert await c.settle(lambda: old.id not in c.health(node), 1)
 
 
 @stepped
@@ -259,11 +254,11 @@ async def test_a_change_of_cdi_leaves_no_moment_without_a_plugin() -> None:
     plain = resource("stick", [lab])
     async with cluster(spec([lab], plain, nodes=1)) as c:
         node = c["node-a"]
-        await all_healthy(c, key(lab, "1-1"), key(lab, "1-2"))
+        await c.all_healthy(key(lab, "1-1"), key(lab, "1-2"))
         gone: list[float] = []
 
         def look() -> None:
-            if not node.kubelet.connected(c.full("stick")) or not any(health(c, node).values()):
+            if not node.kubelet.connected(c.full("stick")) or not any(c.health(node).values()):
                 gone.append(loop_of().time())
 
         loop_of().after_step = look
@@ -281,15 +276,15 @@ async def test_a_change_of_cdi_leaves_no_moment_without_a_plugin() -> None:
 @stepped
 async def test_a_container_that_was_given_paths_gets_no_spec_by_a_change_to_cdi() -> None:
     """Its kubelet asks before each start, as the resource is by CDI now; the answer of its Allocate stays."""
-    told: list[DeviceEvent] = []
-    async with one_stick(nodes=1, told=told) as (c, lab, device):
-        node = await taken(c, device)
+    notices: list[DeviceEvent] = []
+    async with one_stick(nodes=1, notices=notices) as (c, lab, device):
+        node = await c.taken(device)
         reload(c, replace(resource("stick", [lab]), cdi=True))
         assert await c.settle(lambda: node.kubelet.asks_before_start(c.full("stick")), 5)
         assert not (await node.start_container(pod("p"))).nodes
         assert not node.specs.texts
-        await lost_and_back(c, node, device)
-        (changed,) = [notice.text for notice in told if notice.what is EventKind.NODES_CHANGED]
+        await c.lost_and_back(node, device)
+        (changed,) = [notice.text for notice in notices if notice.what is EventKind.NODES_CHANGED]
         assert changed == AfterReattach.STALE.value
 
 
@@ -297,7 +292,7 @@ async def test_a_container_that_was_given_paths_gets_no_spec_by_a_change_to_cdi(
 @stepped
 async def test_a_new_container_path_counts_for_the_next_pod_and_by_cdi_for_the_next_start(cdi: bool) -> None:
     async with one_stick(nodes=1, cdi=cdi, container_paths=("/dev/old",)) as (c, lab, device):
-        node = await taken(c, device)
+        node = await c.taken(device)
         stored = node.allocation(pod("p"), "stick")
         reload(c, replace(resource("stick", [lab]), cdi=cdi, container_paths=("/dev/new",)))
         await undisturbed(c, node, device)
@@ -305,7 +300,7 @@ async def test_a_new_container_path_counts_for_the_next_pod_and_by_cdi_for_the_n
         if cdi:
             assert list((await node.start_container(pod("p"))).nodes) == ["/dev/new"]
         await ends(c, node, device)
-        await becomes(c, node, device, healthy=True)
+        await c.becomes(node, device, healthy=True)
         assert await node.admit(pod("q"), "stick") is None
         answer = node.allocation(pod("q"), "stick")
         got = (await node.start_container(pod("q"))).nodes if cdi else [d.container_path for d in answer.devices]
@@ -315,9 +310,9 @@ async def test_a_new_container_path_counts_for_the_next_pod_and_by_cdi_for_the_n
 @stepped
 async def test_a_new_on_loss_counts_for_pods_that_run() -> None:
     async with one_stick(nodes=1) as (c, lab, device):
-        node = await taken(c, device)
+        node = await c.taken(device)
         reload(c, replace(resource("stick", [lab]), on_loss=OnLoss.EVICT))
-        await lost_and_back(c, node, device)
+        await c.lost_and_back(node, device)
         assert node.evicted == [pod("p")]
 
 
@@ -328,7 +323,7 @@ async def test_a_new_allocate_timeout_counts_for_the_next_allocate() -> None:
         lab.freeze()
         began = loop_of().time()
         with pytest.raises(AllocateTimeout):
-            await allocate(c, c["node-a"], device)
+            await c.allocate(c["node-a"], device)
         assert loop_of().time() - began <= 2.0
 
 
@@ -339,7 +334,7 @@ async def test_a_new_process_registers_a_resource_that_is_gone_for_as_long_as_a_
 ) -> None:
     """A kubelet that has lost the plugin of a resource starts no container again that wants it."""
     async with one_stick(cdi=cdi) as (c, _lab, device):
-        node = await taken(c, device)
+        node = await c.taken(device)
         reload(c)
         await node.stop()
         lists = len(node.kubelet.seen.lists)
@@ -401,7 +396,7 @@ async def test_on_sockets_the_last_list_of_a_resource_is_empty() -> None:
 @stepped
 async def test_before_it_knows_what_pods_have_a_new_process_ends_no_resource() -> None:
     async with one_stick() as (c, _lab, device):
-        node = await taken(c, device)
+        node = await c.taken(device)
         await node.stop()
         node.partition(cut=True)
         seen = len(node.kubelet.seen.lists)
@@ -430,7 +425,7 @@ async def test_many_reloads_in_a_row_disturb_no_pod_and_leave_nothing_behind() -
         (sticks,),
     )
     async with cluster(spec([lab, attic], sticks)) as c:
-        node = await taken(c, device)
+        node = await c.taken(device)
         lists = len(node.kubelet.seen.lists)
         for wait in (0.0, 0.001, 0.5, 3.0, 0.0):
             for version in versions:

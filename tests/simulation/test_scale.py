@@ -8,11 +8,10 @@ from dataclasses import replace
 
 import pytest
 
-from tests.simulation.cluster_rig import LOCKS, all_healthy, becomes, health, key, pod, server, spec, stick
+from tests.simulation.cluster_rig import LOCKS, Cluster, cluster, key, pod, server, spec, stick
 from usbip_plugin.usbip.poller import JITTER, MAX_RATE, POLL_INTERVAL, POLL_TIMEOUT, share
 from usbip_sim.leases import FINE, Fate, Operation
 from usbip_sim.server.server import VirtualServer
-from usbip_sim.virtual.cluster import Cluster, cluster
 from usbip_sim.virtual.steploop import stepped
 from usbip_sim.virtual.surroundings import ClusterSpec
 
@@ -59,7 +58,7 @@ async def device_offered_everywhere(c: Cluster, within: float, *busids: str) -> 
 
 
 def healthy(c: Cluster, name: str) -> set[str]:
-    return {i for i, well in health(c, c[name]).items() if well}
+    return {i for i, well in c.health(c[name]).items() if well}
 
 
 # the API server
@@ -70,7 +69,7 @@ async def test_a_fleet_that_holds_nothing_writes_nothing_and_reads_nothing() -> 
     lab = server("lab", stick("1-1"), stick("1-2"))
     counted = Counted(spec([lab], nodes=3))
     async with cluster(counted.spec) as c:
-        await all_healthy(c, key(lab, "1-1"))
+        await c.all_healthy(key(lab, "1-1"))
         assert counted.verb("list") == 3, "one to start with"
         counted.calls.clear()
         await asyncio.sleep(WHILE)
@@ -83,7 +82,7 @@ async def test_a_holder_writes_its_session_every_quarter_of_the_duration_and_not
     lab = server("lab", stick("1-1"), stick("1-2"))
     counted = Counted(spec([lab], nodes=3))
     async with cluster(counted.spec) as c:
-        await all_healthy(c, key(lab, "1-1"), key(lab, "1-2"))
+        await c.all_healthy(key(lab, "1-1"), key(lab, "1-2"))
         for name in ("p", "q"):
             assert await c["node-a"].admit(pod(name), "stick") is None
         await asyncio.sleep(MINUTE)
@@ -101,14 +100,14 @@ async def test_a_device_that_changes_hands_costs_four_writes_and_each_node_four_
     device = key(lab, "1-1")
     counted = Counted(spec([lab], nodes=nodes))
     async with cluster(counted.spec) as c:
-        await all_healthy(c, device)
+        await c.all_healthy(device)
         for name, writes in (("node-a", LOCK_WRITES + 1), ("node-b", LOCK_WRITES), ("node-c", LOCK_WRITES)):
             counted.calls.clear()
             assert await c[name].admit(pod(name), "stick") is None
             assert await c.settle(lambda: c.pod_of(device) is not None, 5)
             for other in c.nodes:
                 if other != name:
-                    await becomes(c, c[other], device, healthy=False)
+                    await c.becomes(c[other], device, healthy=False)
             c[name].end(pod(name))
             await device_offered_everywhere(c, 5, "1-1")
             session = 1
@@ -169,7 +168,7 @@ async def test_in_a_large_fleet_a_released_device_is_offered_everywhere_at_once(
             await asyncio.sleep(1.5 * share(LARGE))  # each has asked, and it is not listed
             for other in c.nodes:
                 if other != name:
-                    await becomes(c, c[other], device, healthy=False)
+                    await c.becomes(c[other], device, healthy=False)
             c[name].end(pod(name))
             await device_offered_everywhere(c, 3, "1-1")
         polls = lab.connections
@@ -189,10 +188,10 @@ async def test_in_a_large_fleet_a_lost_device_is_back_within_five_seconds() -> N
         assert await c.settle(lambda: c.pod_of(device) is not None, 5)
         for busid in ("1-1", "1-2"):  # where it was, and elsewhere
             lab.unplug("1-1")
-            await becomes(c, a, device, healthy=False)
+            await c.becomes(a, device, healthy=False)
             await asyncio.sleep(3 * MINUTE)
             lab.plug(stick(busid, "RED"))
-            await becomes(c, a, device, healthy=True, within=5)
+            await c.becomes(a, device, healthy=True, within=5)
         assert c.holder(device) == a.name
 
 
@@ -204,6 +203,6 @@ async def test_in_a_large_fleet_a_server_that_is_gone_is_noticed_by_each_node_wh
         await device_offered_everywhere(c, share(LARGE) + 1, "1-1")
         await lab.stop()
         for node in c.nodes.values():
-            await becomes(c, node, device, healthy=False, within=share(LARGE) * JITTER[1] + POLL_TIMEOUT)
+            await c.becomes(node, device, healthy=False, within=share(LARGE) * JITTER[1] + POLL_TIMEOUT)
         await lab.start()
         await device_offered_everywhere(c, share(LARGE) * JITTER[1] + POLL_TIMEOUT, "1-1")

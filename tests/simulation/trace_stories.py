@@ -9,24 +9,18 @@ from typing import Any
 
 from tests.simulation.cluster_rig import (
     LOCKS,
-    admitted,
+    Cluster,
     agent,
-    all_healthy,
-    allocate,
-    becomes,
     by_serial,
+    cluster,
     key,
-    lost_and_back,
-    noted,
     one_stick,
     pod,
     server,
     spec,
     stick,
-    taken,
 )
 from usbip_plugin.observe.tracing import RecentSpans, SpanRecord, Tracing
-from usbip_sim.virtual.cluster import Cluster, cluster
 from usbip_sim.virtual.steploop import stepped
 from usbip_sim.virtual.surroundings import ClusterSpec
 
@@ -86,24 +80,24 @@ async def pod_known(c: Cluster, node: str, name: str) -> None:
 async def life(story: Story) -> None:
     """Allocate on node-a, which node-b loses; the connection breaks and comes back; the pod ends."""
     async with one_stick(change=story.traced) as (c, _lab, device):
-        a, b = await admitted(c, device), c["node-b"]
-        await becomes(c, b, device, healthy=False)
+        a, b = await c.admitted(device), c["node-b"]
+        await c.becomes(b, device, healthy=False)
         assert await b.admit(pod("q"), "stick") is not None
-        await noted(c, device, "p")
-        await lost_and_back(c, a, device)
+        await c.noted(device, "p")
+        await c.lost_and_back(a, device)
         a.end(pod("p"))
-        await becomes(c, b, device, healthy=True)
+        await c.becomes(b, device, healthy=True)
 
 
 async def restarted(story: Story) -> None:
     """The plugin of node-a is another process when the pod ends; before that the pod's container is made again."""
     async with one_stick(change=story.traced) as (c, _lab, device):
-        a = await taken(c, device)
+        a = await c.taken(device)
         await a.stop()
         a.start()
-        await becomes(c, a, device, healthy=True)
+        await c.becomes(a, device, healthy=True)
         assert await c.settle(lambda: device.id in agent(a).claims.view, 5)
-        await allocate(c, a, device)
+        await c.allocate(a, device)
         await asyncio.sleep(10)  # long enough for the pod to be seen again
         a.end(pod("p"))
         assert await c.settle(lambda: c.holder(device) == "", 5)
@@ -112,23 +106,23 @@ async def restarted(story: Story) -> None:
 async def taken_over(story: Story) -> None:
     """node-a dies with the device, node-b takes it over, node-a comes back."""
     async with one_stick(nodes=3, change=story.traced) as (c, _lab, device):
-        a, b = await taken(c, device), c["node-b"]
-        await becomes(c, b, device, healthy=False)
+        a, b = await c.taken(device), c["node-b"]
+        await c.becomes(b, device, healthy=False)
         a.reboot()
-        await becomes(c, b, device, healthy=True, within=3 * LOCKS.duration)
+        await c.becomes(b, device, healthy=True, within=3 * LOCKS.duration)
         assert await b.admit(pod("q"), "stick") is None
         a.start()
-        await becomes(c, a, device, healthy=False)
+        await c.becomes(a, device, healthy=False)
 
 
 async def robbed(story: Story) -> None:
     """node-b's name comes to stand in the lock of a device that node-a has attached."""
     async with one_stick(change=story.traced) as (c, _lab, device):
-        a = await admitted(c, device)
+        a = await c.admitted(device)
         lease = c.backend.leases[device.id]
         notes = {**lease.annotations, "usbip.dev/traceparent": TAKER}
         c.backend.replace(replace(lease, holder="node-b", transitions=lease.transitions + 1, annotations=notes))
-        await becomes(c, a, device, healthy=False)
+        await c.becomes(a, device, healthy=False)
         assert await c.settle(lambda: a.attached() == frozenset(), 5)
 
 
@@ -142,13 +136,13 @@ async def raced(story: Story) -> None:
 async def unplugged(story: Story) -> None:
     """The device is away for an hour while its pod runs; then it comes back."""
     async with one_stick(change=story.traced) as (c, lab, device):
-        a = await taken(c, device)
+        a = await c.taken(device)
         lab.unplug("1-1")
-        await becomes(c, a, device, healthy=False)
+        await c.becomes(a, device, healthy=False)
         await asyncio.sleep(3600)
         lab.plug(stick("1-1"))
         agent(a).poller.poll_soon(lab.key)  # it is seen before the next try is due: that is what makes a try promising
-        await becomes(c, a, device, healthy=True, within=60)
+        await c.becomes(a, device, healthy=True, within=60)
 
 
 async def followed(story: Story) -> None:
@@ -156,24 +150,24 @@ async def followed(story: Story) -> None:
     lab = server("lab", stick("1-1", "RED"))
     device = key(lab, "1-1")
     async with cluster(story.traced(spec([lab], nodes=1))) as c:
-        a = await taken(c, device)
+        a = await c.taken(device)
         lab.unplug("1-1")
-        await becomes(c, a, device, healthy=False)
+        await c.becomes(a, device, healthy=False)
         lab.plug(stick("1-2", "RED"))
-        await becomes(c, a, device, healthy=True, within=60)
+        await c.becomes(a, device, healthy=True, within=60)
 
 
 async def by_cdi(story: Story) -> None:
     """The pod gets its device by a CDI name."""
     async with one_stick(nodes=1, cdi=True, change=story.traced) as (c, _lab, device):
-        await admitted(c, device)
+        await c.admitted(device)
 
 
 async def probed(story: Story) -> None:
     """A serial number is read before anything is given out."""
     lab = server("lab", stick("1-1", "RED"))
     async with cluster(story.traced(spec([lab], by_serial(lab), nodes=1))) as c:
-        await all_healthy(c, key(lab, "1-1"))
+        await c.all_healthy(key(lab, "1-1"))
 
 
 TAKER = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"

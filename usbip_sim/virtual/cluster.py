@@ -8,17 +8,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
+from typing import TypeVar
 
 from usbip_sim.virtual.cluster_node import ClusterNode
 from usbip_sim.virtual.loop import SimClock
 from usbip_sim.virtual.steploop import loop_of
 from usbip_sim.virtual.surroundings import ClusterSpec, FaultPlan, Surroundings
 
-__all__ = ["Cluster", "ClusterNode", "ClusterSpec", "FaultPlan", "cluster"]
+__all__ = ["Cluster", "ClusterNode", "ClusterSpec", "FaultPlan", "running"]
 
 
 class Cluster(Surroundings):
-    """Simulated cluster: its nodes by name, and what they share. Made by cluster()."""
+    """Simulated cluster: its nodes by name, and what they share. Runs within `running`."""
 
     def __init__(self, spec: ClusterSpec) -> None:
         super().__init__(spec)
@@ -43,21 +44,23 @@ class Cluster(Surroundings):
         return True
 
 
+C = TypeVar("C", bound=Cluster)
+
+
 @contextlib.asynccontextmanager
-async def cluster(spec: ClusterSpec) -> AsyncIterator[Cluster]:
-    """Makes a simulated cluster whose servers and agents run within the block."""
-    for server in spec.servers:
+async def running(cluster: C) -> AsyncIterator[C]:
+    """Runs the servers and agents of a simulated cluster within the block."""
+    for server in cluster.spec.servers:
         await server.start()
-    made = Cluster(spec)
     try:
-        for node in made.nodes.values():
+        for node in cluster.nodes.values():
             node.start()
-        yield made
+        yield cluster
     finally:
-        for node in made.nodes.values():
+        for node in cluster.nodes.values():
             node.thaw_host()
             node.thaw()
             await node.stop()
-        for server in spec.servers:
+        for server in cluster.spec.servers:
             server.thaw()
             await server.stop()
