@@ -63,7 +63,7 @@ def test_a_bus_id_given_twice() -> None:
         parse_devices(["1-1=0951:1666", "1-1=0403:6001"])
 
 
-@pytest.mark.parametrize("text", ["3240", "host:", "host:99999", "host:x"])
+@pytest.mark.parametrize("text", ["3240", "host:", "host:99999", "host:x", "host:-1", "host:²", "host:" + "9" * 5000])
 def test_an_address_that_makes_no_sense(text: str) -> None:
     with pytest.raises(ConfigError, match="must be ADDRESS:PORT"):
         parse_listen(text)
