@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-GOLDEN = Path(__file__).parent.parent / "protocol/golden"
 # The longest message or log line anything may make of bad input (characters).
 MAX_MESSAGE = 4096
 
@@ -25,11 +23,6 @@ class Target:
     run: Callable[[bytes], None]
     seeds: Callable[[], Iterable[bytes]]
     longest: int = 4096
-
-
-def golden(name: str) -> bytes:
-    """What a real usbipd sent, see tests/protocol/golden/README.md."""
-    return bytes.fromhex((GOLDEN / f"{name}.hex").read_text())
 
 
 def drive(coroutine: Coroutine[Any, Any, T]) -> T:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
-from tests.fuzz.fuzz_target import Target, drive, fit_to_raise, fit_to_show, golden
+from tests.fuzz.fuzz_target import Target, drive, fit_to_raise, fit_to_show
+from tests.protocol.golden_files import golden
 from usbip_plugin import model
 from usbip_plugin.errors import ServerUnreachable, UsbipError
 from usbip_plugin.model import Descriptor, DeviceKey, ServerKey, UsbId
@@ -36,12 +38,18 @@ def encodable(device: Descriptor) -> bool:
     return "\ufffd" not in device.path
 
 
-def devlist_reply(data: bytes) -> None:
+@contextlib.contextmanager
+def _violations() -> Iterator[None]:
+    """Expects that decoding raises nothing but a ProtocolViolation that can be shown."""
     try:
-        reply, _ = decode(wire.devlist_reply(), data)
+        yield
     except ProtocolViolation as violation:
         fit_to_raise(violation)
-        return
+
+
+@_violations()
+def devlist_reply(data: bytes) -> None:
+    reply, _ = decode(wire.devlist_reply(), data)
     assert len(reply.devices) + len(reply.skipped) <= wire.MAX_DEVICES
     assert len({device.busid for device in reply.devices}) == len(reply.devices)
     for device in reply.devices:
@@ -53,12 +61,9 @@ def devlist_reply(data: bytes) -> None:
     assert again == (wire.DevlistReply(kept), b"")
 
 
+@_violations()
 def import_reply(data: bytes) -> None:
-    try:
-        reply, _ = decode(wire.import_reply(KEY.busid), data)
-    except ProtocolViolation as violation:
-        fit_to_raise(violation)
-        return
+    reply, _ = decode(wire.import_reply(KEY.busid), data)
     if reply.descriptor is None:
         assert reply.status != 0
         fit_to_raise(refusal(KEY, reply.status))
@@ -69,30 +74,25 @@ def import_reply(data: bytes) -> None:
         assert decode(wire.import_reply(KEY.busid), wire.encode_import_reply(reply)) == (reply, b"")
 
 
+@_violations()
 def request(data: bytes) -> None:
-    try:
-        asked, _ = decode(wire.request(), data)
-    except ProtocolViolation as violation:
-        fit_to_raise(violation)
-        return
+    asked, _ = decode(wire.request(), data)
     if isinstance(asked, wire.ImportRequest):
         assert decode(wire.request(), wire.encode_import_request(asked.busid)) == (asked, b"")
 
 
 def transfer_header(data: bytes) -> None:
     header = data[: wire.HEADER_BYTES].ljust(wire.HEADER_BYTES, b"\0")
-    try:
+    with _violations():
         answer = wire.decode_return(header)
-    except ProtocolViolation as violation:
-        fit_to_raise(violation)
-    else:
         assert wire.decode_return(wire.encode_return(answer)) == answer
-    try:
+        if isinstance(answer, wire.SubmitReturn):
+            assert 0 <= answer.actual_length <= wire.MAX_TRANSFER_BYTES
+    with _violations():
         command = wire.decode_command(header)
-    except ProtocolViolation as violation:
-        fit_to_raise(violation)
-    else:
         assert wire.decode_command(wire.encode_command(command)) == command
+        if isinstance(command, wire.Submit):
+            assert 0 <= command.length <= wire.MAX_TRANSFER_BYTES
 
 
 def _identify(read: Callable[[int], bytes], sent: Callable[[bytes], None]) -> None:

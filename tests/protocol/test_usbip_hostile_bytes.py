@@ -1,7 +1,6 @@
-"""Whatever a peer sends, decoding ends in a result or in ProtocolViolation, and never asks for more than its bounds."""
+"""Values survive the wire, and invalid bytes are refused within the decoder's bounds. fuzz/fuzz_wire.py adds noise."""
 
 import struct
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -14,7 +13,6 @@ from usbip_plugin.usbip import identify, wire
 from usbip_plugin.usbip.wire import (
     MAX_DEVICES,
     MAX_INTERFACES,
-    Decoding,
     DevlistReply,
     DevlistRequest,
     ImportReply,
@@ -88,31 +86,6 @@ def test_a_path_that_leaves_no_room_for_its_end_is_not_sent() -> None:
         encode_devlist_reply([replace(device, path="/" * 256)])
 
 
-def bounded(decoding: Decoding[object], data: bytes) -> None:
-    """Decode data; all that may come out is a result or ProtocolViolation."""
-    try:
-        decode(decoding, data)
-    except ProtocolViolation:
-        return
-
-
-DECODERS: list[Callable[[], Decoding[object]]] = [devlist_reply, lambda: import_reply("1-2"), request]
-
-
-@pytest.mark.parametrize("decoder", DECODERS)
-@given(st.binary(max_size=1200))
-def test_noise(decoder: Callable[[], Decoding[object]], data: bytes) -> None:
-    bounded(decoder(), data)
-
-
-@given(st.sampled_from(["devlist_three", "devlist_after_use", "import_ok_kbd"]), st.data())
-def test_a_real_reply_with_a_few_bytes_changed(name: str, data: st.DataObject) -> None:
-    raw = bytearray(golden(name))
-    for _ in range(data.draw(st.integers(1, 6))):
-        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(U8)
-    bounded(devlist_reply() if name.startswith("devlist") else import_reply("1-2"), bytes(raw))
-
-
 @given(st.sampled_from(["devlist_three", "devlist_after_use", "import_ok_kbd"]), st.data())
 def test_every_cut_of_a_real_reply_ends_early(name: str, data: st.DataObject) -> None:
     raw = golden(name)
@@ -122,10 +95,9 @@ def test_every_cut_of_a_real_reply_ends_early(name: str, data: st.DataObject) ->
 
 
 def test_a_list_is_bounded_before_its_devices_are_read() -> None:
-    with pytest.raises(ProtocolViolation, match="more than 256"):
-        decode(devlist_reply(), struct.pack(">HHII", 0x0111, 5, 0, MAX_DEVICES + 1))
-    with pytest.raises(ProtocolViolation, match="more than 256"):
-        decode(devlist_reply(), struct.pack(">HHII", 0x0111, 5, 0, 0xFFFFFFFF))
+    for count in (MAX_DEVICES + 1, 0xFFFFFFFF):
+        with pytest.raises(ProtocolViolation, match="more than 256"):
+            decode(devlist_reply(), struct.pack(">HHII", 0x0111, 5, 0, count))
 
 
 def test_interfaces_are_bounded_before_they_are_read() -> None:
@@ -200,19 +172,6 @@ def test_a_valid_busid_is_safe_as_a_file_name(text: str) -> None:
             encode_import_request(text)
 
 
-@given(st.binary(min_size=48, max_size=48))
-def test_noise_as_a_transfer_header(header: bytes) -> None:
-    for decoder in (wire.decode_command, wire.decode_return):
-        try:
-            decoded = decoder(header)
-        except ProtocolViolation:
-            continue
-        if isinstance(decoded, wire.Submit):
-            assert 0 <= decoded.length <= wire.MAX_TRANSFER_BYTES
-        if isinstance(decoded, wire.SubmitReturn):
-            assert 0 <= decoded.actual_length <= wire.MAX_TRANSFER_BYTES
-
-
 U32 = st.integers(0, 0xFFFFFFFF)
 I32 = st.integers(-(1 << 31), (1 << 31) - 1)
 LENGTHS = st.integers(0, wire.MAX_TRANSFER_BYTES)
@@ -241,13 +200,6 @@ def test_commands_survive_the_wire(command: wire.Submit | wire.Unlink) -> None:
 @given(st.one_of(st.builds(wire.SubmitReturn, U32, I32, LENGTHS), st.builds(wire.UnlinkReturn, U32, I32)))
 def test_answers_survive_the_wire(answer: wire.SubmitReturn | wire.UnlinkReturn) -> None:
     assert wire.decode_return(wire.encode_return(answer)) == answer
-
-
-@given(st.binary(max_size=300))
-def test_descriptors_of_a_hostile_device(data: bytes) -> None:
-    text = identify.parse_string(data)
-    assert text is None or (text.isprintable() and text == text.strip())
-    assert len(identify.parse_interfaces(data)) <= len(data) // 9
 
 
 @pytest.mark.parametrize(
