@@ -1,4 +1,4 @@
-"""Each rule made wrong, and the promise that the search then finds broken."""
+"""Mutants of the lock rules, and the promise that the search finds broken by each."""
 
 from __future__ import annotations
 
@@ -111,12 +111,17 @@ def amended_by_anybody(lease: Lease | None, write: Write, changes: Mapping[str, 
     mine = {**lease.annotations, record.BOOT_ID: write.me.boot_id}
     decision = protocol.decide_amend(replace(lease, holder=write.me.node, annotations=mine), write, changes)
     assert isinstance(decision, Replace)
-    return Replace(replace(decision.lease, holder=lease.holder))
+    notes = {**decision.lease.annotations, record.BOOT_ID: lease.annotations.get(record.BOOT_ID, "")}
+    return Replace(replace(decision.lease, holder=lease.holder, annotations=notes))
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """promise: the one that is found broken. safe: two imports at once are not, though all states are searched."""
+    """A wrong rule.
+
+    promise: the one that is found broken.
+    safe: no two imports happen at once in any state.
+    """
 
     rule: str
     what: str
@@ -147,31 +152,13 @@ MUTANTS = (
     Mutant("R4", "list-ignored", habits=Habits(ignores_lists=True)),
     Mutant("R4", "old-list-trusted", habits=Habits(trusts_old_lists=True)),
     Mutant("R4", "session-ignored", NOT_QUIET, rules=Rules(observe=session_unseen), bounds=SLOW, safe=True),
-    Mutant(
-        "R4",
-        "since-it-was-asked",
-        NOT_QUIET,
-        rules=Rules(observe=since_it_was_asked),
-        bounds=SLOW,
-        safe=True,
-    ),
-    Mutant(
-        "R4",
-        "seen-when-answered",
-        NOT_QUIET,
-        rules=Rules(observe=seen_when_answered),
-        bounds=SLOW,
-        safe=True,
-    ),
+    Mutant("R4", "since-it-was-asked", NOT_QUIET, rules=Rules(observe=since_it_was_asked), bounds=SLOW, safe=True),
+    Mutant("R4", "seen-when-answered", NOT_QUIET, rules=Rules(observe=seen_when_answered), bounds=SLOW, safe=True),
     Mutant("R5", "let-go-while-attached", habits=Habits(lets_go_while_attached=True)),
     Mutant("R5", "let-go-for-whoever-has-it", rules=Rules(decide_release=whoever_has_it)),
     Mutant("R6", "amended-by-anybody", rules=Rules(decide_amend=amended_by_anybody)),
     Mutant(
-        "R6",
-        "loss-not-noticed",
-        KEEPS_LOST,
-        rules=Rules(decide_amend=amended_by_anybody),
-        bounds=Bounds(meddling=True),
+        "R6", "loss-not-noticed", KEEPS_LOST, rules=Rules(decide_amend=amended_by_anybody), bounds=Bounds(meddling=True)
     ),
     Mutant("R7", "silence-taken-for-yes", habits=Habits(takes_silence_for_yes=True)),
 )

@@ -1,4 +1,4 @@
-"""Carries out a plan's actions on a cluster. What lasts ends by itself, so that an action can be left out alone."""
+"""Carries out the actions of a plan on a cluster. Lasting faults end by themselves, so any action can be left out."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 from tests.simulation.cluster_rig import dongle, stick
 from tests.simulation.plan import Action
@@ -41,20 +42,20 @@ API_FAULTS = (
     "late answer",
 )
 EVENT_FAULTS = ("410", "late event")
-"""What happens to watches and their events."""
+"""Faults of watches and their events."""
 NODE_FAULTS = ("403",)
-"""What happens to patches of a Node only."""
+"""Faults of patches of a Node only."""
 LATE = (0.0, 8.0)
 """Seconds; calls time out after 5."""
 
 
 def at_step(kind: str) -> str:
-    """Under which an action is counted again that came at a chosen step of an agent."""
+    """Returns the name under which an action that came at a chosen step of an agent is counted once more."""
     return f"{kind}, at a step"
 
 
 def changed(config: Config, pick: int) -> Config:
-    """What somebody may make of it while pods run."""
+    """Returns an edit of the configuration that somebody may make while pods run."""
     resources = list(config.resources)
     place = pick // 10 % len(resources)
     one = resources[place]
@@ -76,14 +77,14 @@ def changed(config: Config, pick: int) -> Config:
 
 
 STRANGER = "node-z"
-"""A node with a plugin that is none of the cluster's."""
+"""Name of a node outside of the cluster."""
 
 Key = tuple[object, ...]
-"""What lasts, and of whom."""
+"""Name of a lasting fault, and its node, server or device."""
 
 
 class ApiErrors:
-    """What one action of API errors does to each call: drawn from a generator of its own."""
+    """Faults of API calls during one action of API errors, drawn from a generator of their own."""
 
     def __init__(self, action: Action, nodes: Sequence[str]) -> None:
         self._rng = random.Random(action.pick)
@@ -120,7 +121,10 @@ class ApiErrors:
 
 
 class Chaos:
-    """All actions by their kinds: do(action) is False where it has no effect now. note: for the timeline."""
+    """The actions of a plan, by their kinds. Each do_KIND() returns False if it has no effect now.
+
+    note: adds a line to the timeline.
+    """
 
     def __init__(self, cluster: Cluster, note: Callable[[str], None]) -> None:
         self.cluster, self.note = cluster, note
@@ -129,28 +133,28 @@ class Chaos:
         self.original = {server.key: list(server.table.devices()) for server in self.servers}
         self.base = cluster.spec.config
         self.pods: dict[PodRef, ClusterNode] = {}
-        """Those that run."""
+        """Pods that run, with their nodes."""
         self.doomed: set[PodRef] = set()
-        """Those that end as soon as they are admitted."""
+        """Pods that end as soon as they are admitted."""
         self.admissions: dict[asyncio.Task[None], PodRef] = {}
         self.errors: list[ApiErrors] = []
         self.robbed: dict[tuple[DeviceKey, str], float] = {}
-        """When (loop seconds) a node last lost the lock of a device without having had a say in it."""
+        """Time (loop seconds) at which somebody else last took the lock of a device from a node."""
         self.moved: dict[DeviceKey, DeviceKey] = {}
-        """Where devices are that were plugged in elsewhere."""
+        """Present bus ids of the devices that were plugged in elsewhere."""
         self.ended_badly: list[str] = []
         self.failing_disks: set[str] = set()
-        """Of these nodes: a spec that could not be removed stays until the next start."""
+        """Nodes on which a spec that could not be removed may stay until the next start."""
         self.calm = False
-        self._ends: dict[Key, tuple[float, Callable[[], None]]] = {}
+        self._ends: dict[Key, tuple[float, Callable[[], object]]] = {}
         self._ending: set[Process] = set()
         self._count = 0
         self._downs = 0
 
-    # what the cluster asks
+    # faults of the API server
 
     def fate(self, node: str, operation: Operation) -> Fate:
-        """See FaultPlan."""
+        """Returns what happens to an API call of a node, as FaultPlan."""
         if operation.verb == PATCH and self.active("forbidden", node):
             self.fired["API 403"] += 1
             return Fate(refused=KubeForbidden(PATCH, NODES_STATUS, "injected"))
@@ -165,13 +169,13 @@ class Chaos:
         return any(errors.concerns(node) for errors in self.errors)
 
     def active(self, *key: object) -> bool:
-        """Something lasting that is going on now."""
+        """Returns whether a fault of this key lasts now."""
         return key in self._ends
 
     # carrying out
 
     def do(self, action: Action) -> None:
-        """Now, or when the node's agent has run so many steps; never if it dies before."""
+        """Carries an action out now, or after so many steps of the node's agent unless that dies before."""
         nodes = list(self.cluster.nodes.values())
         node = nodes[action.node % len(nodes)]
         if not action.steps:
@@ -190,15 +194,13 @@ class Chaos:
                 self.fired[at_step(action.kind)] += 1
 
     def end_all(self) -> None:
-        """Whatever lasts ends now."""
+        """Ends every fault that lasts, and ignores all actions from now on."""
         self.calm = True
         for key in list(self._ends):
             self._end(key)
 
-    def during(
-        self, action: Action, key: tuple[object, ...], begin: Callable[[], None], end: Callable[[], None]
-    ) -> bool:
-        """begin now and end when it has lasted; the same thing twice ends with the later one."""
+    def during(self, action: Action, key: Key, begin: Callable[[], object], end: Callable[[], object]) -> bool:
+        """Begins a fault and ends it when the action has lasted. A fault that lasts already is prolonged."""
         until = loop_of().time() + action.lasts
         if key not in self._ends:
             self.note(f"{action.kind} {' '.join(map(str, key[1:]))} for {action.lasts:g} s")
@@ -210,6 +212,10 @@ class Chaos:
         self._ends[key] = until, end
         loop_of().call_later(action.lasts, self._maybe_end, key)
         return True
+
+    def switched(self, action: Action, key: Key, switch: Callable[[bool], object]) -> bool:
+        """Switches a fault on, and off when the action has lasted."""
+        return self.during(action, key, partial(switch, True), partial(switch, False))
 
     def _maybe_end(self, key: Key) -> None:
         if key in self._ends and loop_of().time() >= self._ends[key][0]:
@@ -235,7 +241,7 @@ class Chaos:
         return self._admit_one(node, self._resource(action), 2 + action.pick // 100 % 2)
 
     def do_admit_mixed(self, action: Action, node: ClusterNode) -> bool:
-        """An init container, a sidecar and an app, of whatever resources there are."""
+        """Admits a pod with an init container, a sidecar and an app, of any resources."""
         first, other = self._resource(action), self._resource(replace(action, pick=action.pick // 7))
         if first is None or other is None:
             return False
@@ -245,7 +251,7 @@ class Chaos:
         return self._admit(node, setup, sidecar, app)
 
     def do_race(self, action: Action, _node: ClusterNode) -> bool:
-        """Every node wants it at once."""
+        """Admits a pod on every node at once."""
         asked = [self._admit_one(node, self._resource(action), 1) for node in self.cluster.nodes.values()]
         return any(asked)
 
@@ -298,8 +304,7 @@ class Chaos:
         return True
 
     def do_end_youngest(self, action: Action, node: ClusterNode) -> bool:
-        """The youngest pod of the node, or one that is only about to run."""
-        del action
+        """Ends the youngest pod of the node, or one whose admission is under way."""
         running = sorted((name for name, where in self.pods.items() if where is node), key=_number)
         if self.admissions:
             self.doomed.add(max(self.admissions.values(), key=_number))
@@ -310,7 +315,7 @@ class Chaos:
         return True
 
     def do_restart_container(self, action: Action, _node: ClusterNode) -> bool:
-        """The container of a running pod ends, and its kubelet starts it again, if it can."""
+        """Starts the container of a running pod again, as its kubelet does when it has ended."""
         if not self.pods:
             return False
         name = sorted(self.pods)[action.pick % len(self.pods)]
@@ -334,7 +339,7 @@ class Chaos:
         return True
 
     def _look(self, name: PodRef, node: ClusterNode, got: Resolved) -> None:
-        """What a container was given is what its kernel has, as far as its plugin says that the device is there."""
+        """Checks that a container has the present nodes of each device that its plugin reports as attached."""
         if node.agent is None or node.host.halted:
             return
         entries = [entry for entry in node.kubelet.held() if entry.pod.name == name.name and entry.container == "app"]
@@ -352,25 +357,21 @@ class Chaos:
     def do_specs_fail(self, action: Action, node: ClusterNode) -> bool:
         self.failing_disks.add(node.name)
         code = (errno.ENOSPC, errno.EROFS)[action.pick % 2]
-        return self.during(
-            action,
-            ("specs fail", node.name),
-            lambda: setattr(node.specs, "failing", code),
-            lambda: setattr(node.specs, "failing", None),
+        return self.switched(
+            action, ("specs fail", node.name), lambda on: setattr(node.specs, "failing", code if on else None)
         )
 
     def do_records_fail(self, action: Action, node: ClusterNode) -> bool:
-        return self.during(
+        return self.switched(
             action,
             ("records fail", node.name),
-            lambda: setattr(node.kernel, "records_failing", errno.ENOSPC),
-            lambda: setattr(node.kernel, "records_failing", None),
+            lambda on: setattr(node.kernel, "records_failing", errno.ENOSPC if on else None),
         )
 
     # the configuration
 
     def do_reload(self, action: Action, _node: ClusterNode) -> bool:
-        """Another file, which reaches the nodes one after the other; and the first one again."""
+        """Changes the configuration, which reaches one node after the other, and later restores it."""
         config = changed(self.base, action.pick)
 
         def spread(config: Config) -> None:
@@ -383,10 +384,11 @@ class Chaos:
         if self.active("reload"):
             self.note("reload while another one lasts")
             spread(config)
-        return self.during(action, ("reload",), lambda: spread(config), lambda: spread(self.base)) or True
+        self.switched(action, ("reload",), lambda on: spread(config if on else self.base))
+        return True
 
     def _reload(self, node: ClusterNode, config: Config) -> None:
-        """In the agent's own time, if it runs then, and unless there is a newer file."""
+        """Gives a configuration to the agent of a node, if one runs and there is no newer configuration."""
         if config is not self.cluster.spec.config or node.process is None:
             return
         agent = node.agent
@@ -470,41 +472,26 @@ class Chaos:
         )
 
     def do_api_refused(self, action: Action, node: ClusterNode) -> bool:
-        return self.during(
-            action, ("refused", node.name), lambda: node.partition(cut=True), lambda: node.partition(cut=False)
-        )
+        return self.switched(action, ("refused", node.name), lambda on: node.partition(cut=on))
 
     def do_api_silent(self, action: Action, node: ClusterNode) -> bool:
-        return self.during(
-            action, ("silent", node.name), lambda: node.silence(silent=True), lambda: node.silence(silent=False)
-        )
+        return self.switched(action, ("silent", node.name), lambda on: node.silence(silent=on))
 
     def do_api_mute(self, action: Action, node: ClusterNode) -> bool:
-        """What the node writes is written, and it hears nothing of it."""
-        return self.during(
-            action,
-            ("mute", node.name),
-            lambda: node.silence(silent=True, lost=Lost.RESPONSE),
-            lambda: node.silence(silent=False),
-        )
+        """Loses the answers to the node's writes, which take effect."""
+        lost = (Lost.REQUEST, Lost.RESPONSE)
+        return self.switched(action, ("mute", node.name), lambda on: node.silence(silent=on, lost=lost[on]))
 
     def do_api_down(self, action: Action, _node: ClusterNode) -> bool:
-        """The API server is gone, for up to five minutes."""
-        longer = Action(action.at, action.kind, action.node, action.pick, action.lasts * 2, action.steps)
-        nodes = self.cluster.nodes.values()
+        """Stops the API server for up to five minutes."""
 
-        def down() -> None:
-            for node in nodes:
-                node.partition(cut=True)
+        def switch(down: bool) -> None:
+            for node in self.cluster.nodes.values():
+                node.partition(cut=down or self.active("refused", node.name))
 
-        def up() -> None:
-            for node in nodes:
-                node.partition(cut=self.active("refused", node.name))
-
-        return self.during(longer, ("api down",), down, up)
+        return self.switched(replace(action, lasts=action.lasts * 2), ("api down",), switch)
 
     def do_watch_cut(self, action: Action, node: ClusterNode) -> bool:
-        del action
         if node.leases is None:
             return False
         self.note(f"watch of {node.name} cut")
@@ -527,19 +514,18 @@ class Chaos:
         return True
 
     def do_compact(self, action: Action, _node: ClusterNode) -> bool:
-        del action
         self.note("compaction")
         self.cluster.backend.compact()
         return True
 
     def do_node_forbidden(self, action: Action, node: ClusterNode) -> bool:
-        """The plugin may not write to its Node, as where an administrator has taken the right away."""
-        return self.during(action, ("forbidden", node.name), lambda: None, lambda: None)
+        """Denies the plugin the right to write to its Node."""
+        return self.switched(action, ("forbidden", node.name), lambda _on: None)
 
     # the locks
 
     def do_lock_released(self, action: Action, node: ClusterNode) -> bool:
-        """A person empties a lock that the node holds, as `usbip-plugin release --force` does."""
+        """Empties a lock that the node holds, as `usbip-plugin release --force` does."""
         key = self._held(action, node)
         if key is None:
             return False
@@ -549,7 +535,7 @@ class Chaos:
         return True
 
     def do_lock_taken(self, action: Action, node: ClusterNode) -> bool:
-        """A node that is none of the cluster writes its name into a lock that the node holds, and lets it go later."""
+        """Writes the name of a node outside of the cluster into a lock that the node holds, and empties it later."""
         key = self._held(action, node)
         if key is None:
             return False
@@ -565,13 +551,13 @@ class Chaos:
         return self.during(action, ("robbed", key), take, lambda: self._release(key, STRANGER, "let go"))
 
     def _held(self, action: Action, node: ClusterNode) -> DeviceKey | None:
-        """A device whose lock names the node."""
+        """Returns a device whose lock names the node."""
         locks = [lock_of(lease) for lease in self.cluster.backend.leases.values() if lease.holder == node.name]
         held = [key for lock in locks if (key := lock.key) is not None]
         return held[action.pick % len(held)] if held else None
 
     def _release(self, key: DeviceKey, holder: str, mark: str) -> None:
-        """Empties a lock in the holder's name, if it still has it."""
+        """Empties a lock if it names this holder."""
         decision = decide_release(self.cluster.backend.leases.get(key.id), self._write(holder, mark))
         if isinstance(decision, Replace):
             self.cluster.backend.replace(decision.lease)
@@ -591,37 +577,31 @@ class Chaos:
         server = self._server(action).key
         link = self.cluster.network.link(node.name, server)
         seconds = (0.2, 1.0, 5.0)[action.pick // 10 % 3]
-        return self.during(
-            action,
-            ("slow", node.name, server),
-            lambda: setattr(link, "slow", seconds),
-            lambda: setattr(link, "slow", 0.0),
+        return self.switched(
+            action, ("slow", node.name, server), lambda on: setattr(link, "slow", seconds if on else 0.0)
         )
 
     def do_isolate(self, action: Action, node: ClusterNode) -> bool:
-        """Cut off from the API server and from every server, without a word."""
-        network = self.cluster.network
+        """Cuts the node off from the API server and from every USB/IP server; no connection is closed."""
 
-        def cut() -> None:
-            node.silence(silent=True)
+        def switch(isolated: bool) -> None:
+            node.silence(silent=isolated or self.active("silent", node.name))
             for server in self.servers:
-                network.link(node.name, server.key).cut()
+                link = self.cluster.network.link(node.name, server.key)
+                if isolated:
+                    link.cut()
+                elif not self.active("cut", node.name, server.key):
+                    link.mend()
 
-        def mend() -> None:
-            node.silence(silent=self.active("silent", node.name))
-            for server in self.servers:
-                if not self.active("cut", node.name, server.key):
-                    network.link(node.name, server.key).mend()
-
-        return self.during(action, ("isolated", node.name), cut, mend)
+        return self.switched(action, ("isolated", node.name), switch)
 
     def do_server_crash(self, action: Action, _node: ClusterNode) -> bool:
-        """Daemon and exports: every connection is reset."""
+        """Stops the daemon and the exports; every connection is reset."""
         server = self._server(action)
         return self.during(action, ("down", server.key), server.halt, lambda: self._server_up(server))
 
     def do_server_daemon(self, action: Action, _node: ClusterNode) -> bool:
-        """The daemon only: what is exported goes on."""
+        """Stops the daemon only; imported devices stay imported."""
         server = self._server(action)
         return self.during(
             action, ("down", server.key), lambda: server.halt(keep_imports=True), lambda: self._server_up(server)
@@ -629,17 +609,15 @@ class Chaos:
 
     def do_server_power(self, action: Action, _node: ClusterNode) -> bool:
         server = self._server(action)
-        network = self.cluster.network
 
-        def off() -> None:
-            server.running = False
-            network.power(server.key, on=False)
+        def switch(dark: bool) -> None:
+            if dark:
+                server.running = False
+            self.cluster.network.power(server.key, on=not dark)
+            if not dark:
+                self._server_up(server)
 
-        def on() -> None:
-            network.power(server.key, on=True)
-            self._server_up(server)
-
-        return self.during(action, ("dark", server.key), off, on)
+        return self.switched(action, ("dark", server.key), switch)
 
     def _server_up(self, server: VirtualServer) -> None:
         if not self.active("down", server.key) and not self.active("dark", server.key):
@@ -660,7 +638,7 @@ class Chaos:
         return True
 
     def do_replug(self, action: Action, _node: ClusterNode) -> bool:
-        """Out and in again at once."""
+        """Unplugs a device and plugs it in again at once."""
         device = self._device(action)
         self.note(f"replug {device}")
         self._put(device, None)
@@ -668,7 +646,7 @@ class Chaos:
         return True
 
     def do_replug_elsewhere(self, action: Action, _node: ClusterNode) -> bool:
-        """Into another port of the server: another bus id, the same serial number."""
+        """Moves a device to another port of its server: another bus id with the same serial number."""
         device = self._device(action)
         moved = DeviceKey(device.server, f"9-{device.busid.replace('-', '.')}")
 
@@ -685,19 +663,19 @@ class Chaos:
         return self.during(action, ("moved", device), out, back)
 
     def do_unbind(self, action: Action, _node: ClusterNode) -> bool:
-        """Not exported any more, and bound again later."""
+        """Ends the export of a device, and starts it again later."""
         device = self._device(action)
         return self.during(action, ("unbound", device), lambda: self._put(device, None), lambda: self._restore(device))
 
     def do_swap(self, action: Action, _node: ClusterNode) -> bool:
-        """Another kind of device under the same bus id."""
+        """Replaces a device by one of another kind under the same bus id."""
         device = self._device(action)
         first = self._first(device)
         other = (dongle if first.usb_id == stick("x").usb_id else stick)(device.busid, "SWAPPED")
         return self.during(action, ("swapped", device), lambda: self._put(device, other), lambda: self._restore(device))
 
     def do_swap_twin(self, action: Action, _node: ClusterNode) -> bool:
-        """Another one of the same kind in the place of the device that is promised by its serial number."""
+        """Replaces the device that a resource selects by its serial number by another one of its kind."""
         device = DeviceKey(self.servers[-1].key, "1-1")
         twin = stick(device.busid, "TWIN")
         return self.during(action, ("swapped", device), lambda: self._put(device, twin), lambda: self._restore(device))
@@ -719,19 +697,13 @@ class Chaos:
     # the kubelet
 
     def do_kubelet_restart(self, action: Action, node: ClusterNode) -> bool:
-        return self.during(
-            action,
-            ("kubelet down", node.name),
-            lambda: node.kubelet_restart(down=True),
-            lambda: node.kubelet_restart(down=False),
-        )
+        return self.switched(action, ("kubelet down", node.name), lambda on: node.kubelet_restart(down=on))
 
     def do_kubelet_freeze(self, action: Action, node: ClusterNode) -> bool:
         process = node.pods.process
         return self.during(action, ("kubelet frozen", node.name), process.freeze, process.thaw)
 
     def do_kubelet_hangs_up(self, action: Action, node: ClusterNode) -> bool:
-        del action
         self.note(f"the kubelet of {node.name} ends its streams")
         node.pods.hang_up()
         return True
@@ -744,13 +716,12 @@ class Chaos:
         return True
 
     def do_refused_attach(self, action: Action, node: ClusterNode) -> bool:
-        del action
         self.note(f"{node.name}: the next attach write fails")
         node.kernel.refuse_next()
         return True
 
     def do_enumerate_anew(self, action: Action, node: ClusterNode) -> bool:
-        """A device that the node has leaves the bus and comes back over the same connection, under other nodes."""
+        """Enumerates an attached device again over its connection, so that its device nodes change."""
         ports = [p for p in node.driver.ports_now() if p.record in node.attached() and p.status is PortStatus.USED]
         if not ports:
             return False
@@ -760,7 +731,7 @@ class Chaos:
         return True
 
     def do_ports_full(self, action: Action, node: ClusterNode) -> bool:
-        """Somebody else has all other ports for a while."""
+        """Occupies all free ports of the node, or all but one."""
         numbers: list[int] = []
 
         def fill() -> None:

@@ -1,17 +1,15 @@
-"""Bugs of the past, each put back into the plugin, by the name of the kept plan that finds it again.
+"""Bugs of the past, which are put back into the plugin, by the name of the kept plan that finds each.
 
-What is here says that the plans under plans/ still come to the moment for which they are kept.
+They show that each plan under plans/ still reaches the moment for which it is kept.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Coroutine, Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Coroutine, Mapping
 from dataclasses import replace
 from typing import Any
-from unittest.mock import patch
 
+from tests.simulation.play import Wrong, patched
 from usbip_plugin.attach import attacher
 from usbip_plugin.attach.pipeline import Pipeline
 from usbip_plugin.attach.release import Releaser
@@ -29,70 +27,40 @@ from usbip_plugin.usbip import client
 from usbip_plugin.vhci.driver import PortState
 from usbip_sim.kernel.driver import SimulatedVhci
 
+detach_and_release = Releaser.detach_and_release
+write_again, check_still_ours = Pipeline._write_again, Pipeline._check_still_ours
+
 
 def all_that_name_this_node(self: LockManager) -> tuple[Lock, ...]:
-    """Replaces LockManager.mine: also the locks whose acquisition was given up."""
+    """Returns also the locks whose acquisition was given up."""
     return tuple(self._view.locks[device_id] for device_id in sorted(self._mine))
 
 
 async def renew_only(self: LockManager, key: DeviceKey) -> Grant:
-    """Replaces LockManager.renew: who renews a lock does not answer for it."""
+    """Renews a lock without adding it to the locks that this process has acquired."""
     async with self._device_lock(key.id):
         return self._grant(await self._amend(key, {}))
 
 
-@contextlib.contextmanager
-def given_up_locks_adopted() -> Iterator[None]:
-    with (
-        patch.object(LockManager, "mine", all_that_name_this_node),
-        patch.object(LockManager, "renew", renew_only),
-    ):
-        yield
-
-
-finish = Releaser.detach_and_release
-
-
 async def finish_for_good(self: Releaser, device_id: str, *, keep: bool = False) -> None:
-    """Replaces Releaser.detach_and_release: a claim that was lost with its lock is forgotten, its pod or not."""
+    """Forgets a claim that was lost with its lock, also while its pod runs."""
     del keep
-    await finish(self, device_id)
-
-
-@contextlib.contextmanager
-def served_as_any_resource() -> Iterator[None]:
-    with (
-        patch.object(health, "serves", lambda *_words: True),
-        patch.object(attacher, "serves", lambda *_words: True),
-    ):
-        yield
-
-
-write_again, check_still_ours = Pipeline._write_again, Pipeline._check_still_ours
+    await detach_and_release(self, device_id)
 
 
 async def write_again_though_lost(self: Pipeline, claim: Claim) -> Grant:
-    """Replaces Pipeline._write_again: a claim that was lost meanwhile is none."""
+    """Ignores that the claim was lost meanwhile."""
     return await write_again(self, replace(claim, state=ClaimState.REATTACHING))
 
 
 def look_at_the_lock_only(self: Pipeline, claim: Claim) -> None:
-    """Replaces Pipeline._check_still_ours: a claim that was lost meanwhile is none."""
+    """Ignores that the claim was lost meanwhile."""
     if not self.is_mine(claim.id) or not self.is_mine(claim.location.id):
         check_still_ours(self, claim)
 
 
-@contextlib.contextmanager
-def re_attached_though_lost() -> Iterator[None]:
-    with (
-        patch.object(Pipeline, "_write_again", write_again_though_lost),
-        patch.object(Pipeline, "_check_still_ours", look_at_the_lock_only),
-    ):
-        yield
-
-
 def spawn_in_any_case(self: DeviceTasks, work: Coroutine[object, object, None], name: str) -> Any:
-    """Replaces DeviceTasks.spawn: a plugin that is being stopped begins work, too."""
+    """Begins a task also while the plugin is being stopped."""
     try:
         assert self._group is not None
         return self._group.create_task(work, name=name)
@@ -102,33 +70,39 @@ def spawn_in_any_case(self: DeviceTasks, work: Coroutine[object, object, None], 
 
 
 async def records_of_the_tool(self: SimulatedVhci) -> tuple[PortState, ...]:
-    """Replaces the driver's ports: what an earlier process attached cannot be told from what a person has attached."""
+    """Returns attachments of an earlier process as if a person had made them."""
     return tuple(replace(port, by_plugin=False) for port in self.ports_now())
 
 
 def attach_silently(self: KubeletPublisher, server: DevicePluginServer) -> None:
-    """Replaces KubeletPublisher.attach: that the first list was sent is not noticed."""
+    """Ignores that the first list was sent."""
     self._servers[server.resource] = server
     self._publish(server)
 
 
 def below_what_was_written(self: NodeStatusPublisher, pending: Mapping[str, int]) -> bool:
-    """Replaces NodeStatusPublisher._lowers: what the kubelet may have written does not count."""
+    """Ignores what the kubelet may have written."""
     written = self._written
     return any(count < written.get(n, 0) or self._wanted[n] <= written.get(n, -1) for n, count in pending.items())
 
 
-PAST: Mapping[str, Callable[[], AbstractContextManager[object]]] = {
-    "a-lock-given-up-is-adopted": given_up_locks_adopted,
-    "a-released-lock-is-taken-back": re_attached_though_lost,
-    "a-pod-that-lost-its-device-is-forgotten": lambda: patch.object(Releaser, "detach_and_release", finish_for_good),
-    "a-device-of-two-resources": served_as_any_resource,
-    "an-import-of-a-stopped-process": lambda: patch.object(client, "_check_time", lambda *_times: None),
-    "a-kubelet-that-lists-no-pods": lambda: patch.object(PodResourcesWatcher, "_unlisted", lambda *_users: Unlisted()),
-    "an-allocate-while-the-plugin-ends": lambda: patch.object(DeviceTasks, "spawn", spawn_in_any_case),
-    "an-attachment-without-lock-and-pod": lambda: patch.object(SimulatedVhci, "ports", records_of_the_tool),
-    "a-lower-count-that-is-left-to-the-kubelet": lambda: patch.object(
-        NodeStatusPublisher, "_lowers", below_what_was_written
+def anything(*_arguments: object) -> bool:
+    return True
+
+
+PAST: Mapping[str, Wrong] = {
+    "a-lock-given-up-is-adopted": patched(
+        LockManager, "mine", all_that_name_this_node, (LockManager, "renew", renew_only)
     ),
-    "a-count-that-waits-for-a-change": lambda: patch.object(KubeletPublisher, "attach", attach_silently),
+    "a-released-lock-is-taken-back": patched(
+        Pipeline, "_write_again", write_again_though_lost, (Pipeline, "_check_still_ours", look_at_the_lock_only)
+    ),
+    "a-pod-that-lost-its-device-is-forgotten": patched(Releaser, "detach_and_release", finish_for_good),
+    "a-device-of-two-resources": patched(health, "serves", anything, (attacher, "serves", anything)),
+    "an-import-of-a-stopped-process": patched(client, "_check_time", lambda *_times: None),
+    "a-kubelet-that-lists-no-pods": patched(PodResourcesWatcher, "_unlisted", lambda *_users: Unlisted()),
+    "an-allocate-while-the-plugin-ends": patched(DeviceTasks, "spawn", spawn_in_any_case),
+    "an-attachment-without-lock-and-pod": patched(SimulatedVhci, "ports", records_of_the_tool),
+    "a-lower-count-that-is-left-to-the-kubelet": patched(NodeStatusPublisher, "_lowers", below_what_was_written),
+    "a-count-that-waits-for-a-change": patched(KubeletPublisher, "attach", attach_silently),
 }

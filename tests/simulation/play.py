@@ -13,9 +13,10 @@ import gc
 import logging
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ParamSpec
+from unittest import mock
 
 from tests.simulation.chaos import Chaos
 from tests.simulation.cluster_rig import DONGLE, Cluster, cluster, dongle, resource, stick
@@ -50,11 +51,19 @@ SPARE_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Wrong:
-    """What is made wrong on purpose. patched: entered for the whole run."""
+    """Errors put into the plugin on purpose.
+
+    patches: attributes that are replaced for the whole run, as the arguments of patch.object.
+    """
 
     rules: Rules = field(default_factory=Rules)
-    driver: Callable[[VhciDriver], VhciDriver] = lambda driver: driver
-    patched: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
+    driver: Callable[[VhciDriver], VhciDriver] = unchanged
+    patches: Sequence[tuple[object, str, object]] = ()
+
+
+def patched(owner: object, name: str, replacement: object, *more: tuple[object, str, object]) -> Wrong:
+    """Returns the error of a plugin in which these attributes are replaced."""
+    return Wrong(patches=((owner, name, replacement), *more))
 
 
 @dataclass(slots=True)
@@ -83,7 +92,9 @@ def play(plan: Plan, wrong: Wrong | None = None) -> Result:
     collecting = gc.isenabled()
     gc.disable()  # what it would find, and when, is no part of the plan
     try:
-        with wrong.patched():
+        with contextlib.ExitStack() as stack:
+            for patch in wrong.patches:
+                stack.enter_context(mock.patch.object(*patch))
             run(lambda: _Play(plan, result, wrong).main())
     except Violation as violation:
         result.violation = violation

@@ -10,7 +10,7 @@ import pytest
 from tests.simulation.kept_plans import PLANS, KeptPlan, load, parse, text_of
 from tests.simulation.past_bugs import PAST
 from tests.simulation.plan import Plan, draw
-from tests.simulation.play import Wrong, play
+from tests.simulation.play import play
 
 NAMES = sorted(path.stem for path in PLANS.glob("*.json"))
 NEAR = 15
@@ -38,7 +38,7 @@ def test_a_plan_that_found_a_bug_breaks_no_promise_any_more(name: str) -> None:
 def test_a_bug_that_is_put_back_is_found_by_its_plan(name: str) -> None:
     """If it is not, the plan comes to its moment no more: change it until it does."""
     kept = load(name)
-    results = (play(plan, Wrong(patched=PAST[name])).violation for plan in shifted(kept.plan))
+    results = (play(plan, PAST[name]).violation for plan in shifted(kept.plan))
     found = next((violation for violation in results if violation is not None), None)
     assert found is not None
     assert found.name == kept.broke
