@@ -1,4 +1,4 @@
-"""Counts what the rules decide, and what the agents tell, without changing any of it."""
+"""Counts the decisions of the lock rules and the reports of the agents."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ RULES = (
 
 
 class CountedRules:
-    """rules() are those given, and each decision is counted under the rule that made it."""
+    """Lock rules that count each decision under the rule that made it."""
 
     def __init__(self, inner: Rules, counts: Counter[str]) -> None:
         self._inner, self._counts = inner, counts
@@ -93,7 +93,7 @@ class CountedRules:
 
 
 def observer(node: str, counts: Counter[str], note: Callable[[str], None]) -> MetricHooks:
-    """What an agent tells, counted, and what is worth it in the timeline."""
+    """Returns hooks that count an agent's reports and note its DeviceEvents in the timeline."""
 
     def on_result(_resource: str, error: PluginError | None, _seconds: float) -> None:
         counts[f"Allocate: {type(error).__name__ if error is not None else 'attached'}"] += 1

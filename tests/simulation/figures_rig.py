@@ -1,4 +1,4 @@
-"""A cluster whose nodes have metrics, and what these say."""
+"""A simulated cluster whose nodes have metrics."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from usbip_sim.virtual.surroundings import ClusterSpec
 
 DOMAIN = Cluster.domain
 OFFSET = 1000.0
-"""Of the clock of a node, as Cluster has it."""
+"""Offset in seconds of a node's clock, as Cluster sets it."""
 PREFIX = "usbip_device_plugin_"
 
 
 class Measured:
-    """The metrics of each node."""
+    """Metrics of each node."""
 
     def __init__(self) -> None:
         self.metrics: dict[str, Metrics] = {}
@@ -40,7 +40,7 @@ class Measured:
         yield from text_string_to_metric_families(self.metrics[node].render()[0].decode())
 
     def value(self, node: str, name: str, **labels: str) -> float | None:
-        """Of one sample, its name without the prefix; None if there is none."""
+        """Returns the value of a sample, None if there is none. name: without the prefix."""
         for family in self.families(node):
             for sample in family.samples:
                 if sample.name == PREFIX + name and sample.labels == labels:
@@ -50,7 +50,7 @@ class Measured:
 
 @contextlib.asynccontextmanager
 async def measured(spec: ClusterSpec) -> AsyncIterator[tuple[Cluster, Measured]]:
-    """As cluster(), with metrics of the agents it starts with."""
+    """Runs a cluster with metrics of its first agents."""
     rig = Measured()
     async with cluster(replace(spec, observer=rig.observer)) as c:
         for name, node in c.nodes.items():

@@ -1,4 +1,4 @@
-"""How often each fault happened and each rule decided something, and which of them never did."""
+"""Counts of faults and decisions, and the names of those that never happened."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ WANTED: Mapping[str, tuple[str, ...]] = {
     "conditions, plans with them": tuple(CONDITIONS),
     "rules": RULES,
 }
-"""By the heading of its table: what a long run is to have seen each of."""
-OTHERS = "what agents told, and what became of pods"
+"""Names of all that must happen in a long run, by the heading of their table."""
+OTHERS = "reports of agents, and outcomes of pods"
 
 
 def never(counts: Counter[str]) -> list[str]:
-    """What is wanted and has not happened once."""
+    """Returns the names of WANTED that never happened."""
     return [name for names in WANTED.values() for name in names if not counts[name]]
 
 
 def table(counts: Counter[str]) -> list[str]:
-    """Lines: all counts, under their headings."""
+    """Returns all counts under their headings, in lines."""
     wanted = {name for names in WANTED.values() for name in names}
     others = tuple(sorted(counts.keys() - wanted))
     lines = []

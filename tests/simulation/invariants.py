@@ -1,9 +1,9 @@
-"""What must be so in every simulated cluster.
+"""Invariants of every simulated cluster.
 
-At once: after each step of the loop that changed an import, an attachment or a lock. Nothing else can break what is
-checked there, so that is as good as after every step.
-Within a time: what may be otherwise only for so long, looked at every quarter of a second of virtual time, or as often
-as anything happens at all. Such a time runs only while nothing stands in the node's way; the bounds stand below.
+Some hold at any time. They are checked after each step that changed an import, an attachment or a lock, as no other
+step can break them.
+Others may be broken for a time, which is limited by a constant below and runs only while no fault hinders the node.
+They are checked every 0.25 s of virtual time, or less often if nothing happens for longer.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ from usbip_sim.virtual.steploop import loop_of
 from usbip_sim.virtual.tcp import DEAD_PEER_S
 
 ALLOCATE_SLACK_S = 0.5
-"""An Allocate ends so long after allocateTimeout at the latest, by its node's clock."""
+"""Longest time of an Allocate beyond allocateTimeout. All limits here are seconds of the node's clock."""
 UNCLAIMED_LOCK_S = 40.0
-"""A lock that names a node which does nothing with the device; a probe for a serial number takes some of it."""
+"""Limit of a lock whose node has no claim on the device. A probe of a serial number takes a part of it."""
 UNUSED_CLAIM_S = ALLOCATION_GRACE + 35.0
-"""A device that is attached, or is to be, for a pod that is not there."""
+"""Limit of a claim without a pod."""
 STALE_HEALTH_S = 20.0
-"""A device that is called attached and is not."""
+"""Limit of a difference between the health of a device and its attachment."""
 UNATTACHED_POD_S = 60.0
-"""A pod whose device could be attached and is not."""
+"""Limit of a pod without its device, when the device could be attached."""
 API_AWAY_S = WATCH_IDLE_S + API_GRACE + 10.0
-"""A device that is not this node's, Healthy without an API server. That one is silent, a watch has to find out."""
+"""Limit of a free device that is Healthy without an API server. A watch must find out that the server is silent."""
 DEAD_PORT_S = DEAD_PEER_S + 5.0
-"""A port whose connection is dead at its server."""
+"""Limit of a port whose connection is dead at the server."""
 ROBBED_S = 20.0
-"""A device that is attached, or imported, by a node whose lock was taken away."""
+"""Limit of an attachment or an import of a node whose lock was taken away."""
 
 
 def served(cluster: Cluster, node: ClusterNode) -> frozenset[str]:
-    """IDs of the devices that the node's kernel has, as its pods know them: from wherever they are imported."""
+    """Returns the IDs of the attached devices as their pods know them, also of devices that have moved."""
     found = set()
     for key in node.attached():
         lease = cluster.backend.leases.get(key.id)
@@ -59,7 +59,10 @@ def served(cluster: Cluster, node: ClusterNode) -> frozenset[str]:
 
 
 class Watch:
-    """Looks at a cluster. `dirty` is set by whatever the first kind of invariants depends on."""
+    """Checks the invariants of a cluster.
+
+    dirty: an import, an attachment or a lock has changed since the last check.
+    """
 
     def __init__(self, cluster: Cluster, chaos: Chaos, settings: Settings, note: Callable[[str], None]) -> None:
         self.cluster, self.chaos, self.settings, self.note = cluster, chaos, settings, note
@@ -87,22 +90,22 @@ class Watch:
                 yield DeviceKey(server.key, f"9-{device.busid.replace('-', '.')}")
 
     def after_step(self) -> None:
-        """Raises Violation."""
+        """Checks what holds at any time. Raises Violation."""
         if self.dirty:
             self.dirty = False
             self.at_once()
 
     def before_jump(self, time: float) -> None:
-        """All stays as it is from now until then. Raises Violation."""
+        """Checks what is limited in time, as nothing changes until the given loop time. Raises Violation."""
         if time - self._lasting.until >= LOOK_S:
             self._lasting.until = time
             self.looks += 1
             self.in_time(loop_of().time())
 
-    # at once
+    # at any time
 
     def _fail(self, name: str, detail: str) -> None:
-        """A violation found within a step; after_step raises it."""
+        """Records a violation that is found within a step, for after_step to raise."""
         self._failed = self._failed or Violation(name, detail)
         self.dirty = True
 
@@ -111,12 +114,12 @@ class Watch:
         if self._failed is not None:
             raise self._failed
         for server in self.cluster.servers.values():
-            # one that does not fence counts the half-open connection of a node that was cut off and attaches again
+            # without fencing, a server counts the half-open connection of a node that was cut off and attaches again, too
             if server.violations and self.settings.fenced:
                 raise Violation("one import, by the server's account", f"{server.key}: {server.violations}")
         for key, importers in self.cluster.network.imports().items():
             holder = self.cluster.holder(key)
-            # a node that was robbed may find out first: see _robbed
+            # a node whose lock was taken away has a time to find out, which _robbed() checks
             nodes = [node for node in importers if node == holder or (key, node) not in self.chaos.robbed]
             if len(nodes) > 1:
                 raise Violation("one import, by the nodes' account", f"{key}: {nodes}")
@@ -149,7 +152,7 @@ class Watch:
             self._fail(*failure)
 
     def _let_go(self, node: ClusterNode, device_id: str) -> None:
-        """A node releases a lock: not that of a device which a running pod has."""
+        """Checks that a released lock is not that of a running pod's device."""
         for (pod, container, _), allocation in node.kubelet.manager.checkpoint.items():
             if device_id in allocation.device_ids and self.chaos.pods.get(pod) is node:
                 self._fail(
@@ -192,7 +195,7 @@ class Watch:
                 raise Violation("an Allocate ends in time", f"{node.name} {call.name} {call.resource}: {ran:.2f} s")
 
     def quiet(self, node: ClusterNode) -> bool:
-        """Nothing stands in the way of the agent: kubelet and API server answer."""
+        """Returns whether the node's agent runs, and kubelet and API server answer it."""
         active = self.chaos.active
         return (
             node.process is not None
@@ -207,7 +210,7 @@ class Watch:
         )
 
     def reachable(self, node: ClusterNode, key: DeviceKey) -> bool:
-        """Nothing stands in the way of an import, either."""
+        """Returns whether no fault hinders the node's import of a device."""
         server = self.cluster.servers[key.server]
         link = self.cluster.network.link(node.name, key.server)
         return (
@@ -223,13 +226,13 @@ class Watch:
         )
 
     def _as_claimed(self, node: ClusterNode, key: DeviceKey) -> bool:
-        """What is plugged in is what the pod was given."""
+        """Returns whether the device plugged in is the one that the pod got."""
         claim = node.agent.claims.view.get(key.id) if node.agent is not None else None
         device, _ = self.cluster.servers[key.server].table.device(key.busid)
         return claim is None or (claim.usb_id == device.usb_id and claim.serial in (None, device.serial))
 
     def _followable(self, node: ClusterNode, key: DeviceKey, place: DeviceKey | None) -> bool:
-        """It is plugged in elsewhere, and the node may have it from there."""
+        """Returns whether a device is plugged in elsewhere, and the node may attach it there."""
         agent = node.agent
         claim = agent.claims.view.get(key.id) if agent is not None else None
         return (
@@ -237,7 +240,7 @@ class Watch:
             and claim is not None
             and place is not None
             and claim.serial is not None
-            and not self.chaos.active("reload")  # only where the configuration names it
+            and not self.chaos.active("reload")  # the place must be in the configuration
             and self.cluster.holder(place) in ("", node.name)
             and place.id not in agent.claims.view
             and self.reachable(node, place)
@@ -266,7 +269,7 @@ class Watch:
                 raise Violation("no claim without a pod", f"{node.name}: {claim.key} is {claim.state.value}")
 
     def _specs(self, node: ClusterNode) -> None:
-        """What is attached by CDI has a spec that names its nodes."""
+        """Checks that the CDI spec of each attached device names its device nodes."""
         if node.agent is None:
             return
         for claim in node.agent.claims.view.values():
@@ -313,7 +316,7 @@ class Watch:
                 if pods.setdefault(device_id, entry.pod) != entry.pod:
                     both = f"{entry.pod} and {pods[device_id]}"
                     raise Violation("a device is one pod's", f"{node.name}: {self._keys.get(device_id)} of {both}")
-                self._promised(node, entry.resource, device_id)
+                self._serial_number(node, entry.resource, device_id)
                 listed = quiet and node.kubelet.connected(entry.resource)
                 forgotten = listed and device_id not in known
                 what = f"{node.name}: {self._keys.get(device_id)} of {entry.pod}"
@@ -345,21 +348,21 @@ class Watch:
                     )
 
     def _released_by_hand(self, key: DeviceKey) -> bool:
-        """A person has emptied the lock, and what it was for is not to be attached again by itself."""
+        """Returns whether a person has emptied the lock, so that the device must not be attached again."""
         lease = self.cluster.backend.leases.get(key.id)
         return lease is not None and record.lock_of(lease).by_hand
 
-    def _promised(self, node: ClusterNode, resource: str, device_id: str) -> None:
-        """Who asked by serial number has that device and no other."""
+    def _serial_number(self, node: ClusterNode, resource: str, device_id: str) -> None:
+        """Checks that a device of the resource by serial number has that number."""
         claim = node.agent.claims.view.get(device_id) if node.agent is not None else None
         if resource != self.cluster.full("serial") or claim is None or claim.state is not ClaimState.ATTACHED:
             return
-        told = claim.attachment.serial if claim.attachment is not None else None
-        if told != PROMISED:
-            raise Violation("a promised device is that one", f"{node.name}: {claim.key} is {told}, not {PROMISED}")
+        serial = claim.attachment.serial if claim.attachment is not None else None
+        if serial != PROMISED:
+            raise Violation("a promised device is that one", f"{node.name}: {claim.key} is {serial}, not {PROMISED}")
 
     def _robbed(self, now: float) -> None:
-        """A node that was robbed of a lock lets go of the device. Until it has, it may import without a lock."""
+        """Checks that a node whose lock was taken away detaches the device. Until then it may import without a lock."""
         live = self.cluster.network.imports()
         for (key, name), since in list(self.chaos.robbed.items()):
             node = self.cluster.nodes[name]
@@ -369,13 +372,13 @@ class Watch:
             bad = has_it and self.cluster.holder(key) != name and self.quiet(node)
             if self._for_long(bad, now, ROBBED_S / node.clock.rate, "robbed", name, key):
                 raise Violation("a lock for each import", f"{key}: {name} was robbed of its lock and still has it")
-            # an import may begin, by what its node knows of the lock, until the window of the last write is over
+            # the node may begin an import until the window of its last write is over
             late = now - since > self.settings.locks.import_window / node.clock.rate
             if late and not importing and agent is not None and not agent.claims.in_use(key.id):
                 del self.chaos.robbed[key, name]
 
     def _ports(self, now: float) -> None:
-        """Attachments whose connections are dead: only for as long as TCP needs to find out."""
+        """Checks that a port with a dead connection is freed when TCP has found out."""
         live = self.cluster.network.imports()
         for node in self.cluster.nodes.values():
             for key in sorted(node.attached()):

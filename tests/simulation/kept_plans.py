@@ -1,6 +1,6 @@
-"""Plans as files. What once broke a promise is kept under plans/ and played by every run of the tests.
+"""Plans as files. Each plan that once broke a promise is kept under plans/, and every test run plays it.
 
-The plan is kept and not its seed, because any change of the code deals the seeds anew.
+The file has the plan and not its seed, because a change of plan.py changes the plan of a seed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ PLANS = Path(__file__).parent / "plans"
 class KeptPlan:
     """A plan that once broke a promise.
 
-    found: one sentence for people, which says what was wrong with the code. broke: the name of the promise.
+    found: one sentence on what was wrong with the code.
+    broke: the name of the promise.
     """
 
     found: str
@@ -31,10 +32,10 @@ class KeptPlan:
 def text_of(kept: KeptPlan) -> str:
     """Returns the file of a plan: JSON, with each setting and each action on a line of its own."""
     head = {"found": kept.found, "broke": kept.broke, "seed": kept.plan.seed}
-    said = ",\n".join(f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in head.items())
+    top = ",\n".join(f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in head.items())
     settings = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in asdict(kept.plan.settings).items()]
     actions = [json.dumps(_action_fields(action)) for action in kept.plan.actions]
-    return f'{{\n{said},\n  "settings": {{\n{_lines(settings)}\n  }},\n  "actions": [\n{_lines(actions)}\n  ]\n}}\n'
+    return f'{{\n{top},\n  "settings": {{\n{_lines(settings)}\n  }},\n  "actions": [\n{_lines(actions)}\n  ]\n}}\n'
 
 
 def _lines(parts: list[str]) -> str:
@@ -49,7 +50,7 @@ def parse(text: str) -> KeptPlan:
     settings["devices"] = tuple(map(tuple, settings["devices"]))
     for name in ("keepalive", "rates", "offsets"):
         settings[name] = tuple(settings[name])
-    actions = tuple(Action(**{**_UNSAID, **each}) for each in document["actions"])
+    actions = tuple(Action(**{**_DEFAULTS, **each}) for each in document["actions"])
     return KeptPlan(document["found"], document["broke"], Plan(document["seed"], Settings(**settings), actions))
 
 
@@ -58,10 +59,10 @@ def load(name: str) -> KeptPlan:
     return parse((PLANS / f"{name}.json").read_text())
 
 
-_UNSAID: dict[str, Any] = {"node": 0, "pick": 0, "lasts": 0.0, "steps": 0}
+_DEFAULTS: dict[str, Any] = {"node": 0, "pick": 0, "lasts": 0.0, "steps": 0}
 
 
 def _action_fields(action: Action) -> dict[str, Any]:
-    """What a file says of an action: all but the fields that have the value of one that is not given."""
-    said = {field.name: getattr(action, field.name) for field in fields(action)}
-    return {name: value for name, value in said.items() if name not in _UNSAID or value != _UNSAID[name]}
+    """Returns the fields of an action that differ from their defaults."""
+    values = {field.name: getattr(action, field.name) for field in fields(action)}
+    return {name: value for name, value in values.items() if name not in _DEFAULTS or value != _DEFAULTS[name]}

@@ -1,15 +1,15 @@
-"""A broken promise, and what breaks one only if it lasts."""
+"""Broken promises, and conditions that break one only if they last."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 LOOK_S = 0.25
-"""Virtual seconds between two looks at what has a time."""
+"""Virtual seconds between two checks of conditions that may last for a time."""
 
 
 class Violation(AssertionError):
-    """A promise that was broken. name: of the promise."""
+    """A broken promise, by its name."""
 
     def __init__(self, name: str, detail: str) -> None:
         self.name = name
@@ -18,21 +18,24 @@ class Violation(AssertionError):
 
 @dataclass(slots=True)
 class _Bad:
-    """since when and until when something was bad."""
+    """Loop seconds from which and until which something was bad."""
 
     since: float
     until: float
 
 
 class Lasting:
-    """Remembers since when something has been bad. until: the time (loop seconds) until which all stays as it is."""
+    """Since when each condition has been bad.
+
+    until: loop seconds at which any condition may change next.
+    """
 
     def __init__(self) -> None:
         self.until = 0.0
         self._bad: dict[tuple[object, ...], _Bad] = {}
 
     def for_long(self, bad: bool, now: float, seconds: float, *key: object) -> bool:
-        """Whether something is bad, and has been so at each look for so long, by the time it may change."""
+        """Returns whether a condition is bad, and will have been at each check for so long when it may change next."""
         if not bad:
             self._bad.pop(key, None)
             return False

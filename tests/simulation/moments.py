@@ -1,7 +1,7 @@
-"""One fault at each single step of a piece of an agent's work.
+"""One fault at each single step of an agent's work.
 
-That is an Allocate, a release, a re-attach of a device whose connection was lost or that has left the bus, a takeover,
-and a while in which it has a device and next to nothing to do.
+The work is an Allocate, a release, a re-attach after a lost connection or after an enumeration, a takeover, or to hold
+a device.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tests.simulation.play import Result, Wrong, play
 from tests.simulation.shapes import A, B, act, shape, wait
 
 LONG = 70.0
-"""Seconds, more than three times as long as the locks of these stories last."""
+"""Seconds, more than three times the lock duration of these plans."""
 FAULTS: Mapping[str, float] = {
     "kill": 1.0,
     "terminate": 1.0,
@@ -27,18 +27,21 @@ FAULTS: Mapping[str, float] = {
     "lock_released": 0.0,
     "lock_taken": LONG,
 }
-"""How long each lasts, or how long the agent is away."""
+"""Seconds that each fault lasts, or that the agent is away."""
 LATER = 50.0
-"""Seconds from the beginning of the work until the other node asks for the device, too."""
+"""Seconds from the beginning of the work until a pod of the other node needs the device, too."""
 CALM = LATER + LONG
-"""From then on nothing happens any more."""
+"""Seconds from the beginning of the work until the last action."""
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """before: what leads up to it. begin: how it begins, on the node that does it. done: the line that ends it.
+    """A piece of an agent's work.
 
-    every: only each so many-th step is worth a moment, where most of them are alike.
+    before: the actions that lead to it.
+    begin: the action that begins it, on the node that does it.
+    done: the line of the timeline that ends it.
+    every: steps from one moment to the next, more than 1 where most steps are alike.
     """
 
     before: tuple[Action, ...]
@@ -55,7 +58,7 @@ class Work:
 WORK: Mapping[str, Work] = {
     "allocate": Work((), act(0, "admit"), "admitted default/p1"),
     "release": Work((act(0, "admit"),), act(4, "end"), "node-a -> nobody"),
-    # its nodes are others then, because the kernel numbers devices anew
+    # the kernel numbers devices anew, so the device nodes change
     "re-attach": Work((act(0, "admit"),), act(4, "drop"), "NODES_CHANGED"),
     "enumeration": Work((act(0, "admit"),), act(4, "enumerate_anew"), "NODES_CHANGED"),
     "takeover": Work(
@@ -67,6 +70,8 @@ WORK: Mapping[str, Work] = {
 
 @dataclass(frozen=True, slots=True)
 class Moment:
+    """A fault at one step of one work."""
+
     work: str
     fault: str
     step: int
@@ -80,7 +85,7 @@ class Moment:
 
 
 def parse(text: str) -> Moment:
-    """What str() of it says. ValueError."""
+    """Returns the moment of a string that str(moment) made. Raises ValueError."""
     work, fault, step = text.split("/")
     if work not in WORK or fault not in FAULTS:
         raise ValueError(f"{text}: none of {', '.join(WORK)} with one of {', '.join(FAULTS)}")
@@ -88,7 +93,7 @@ def parse(text: str) -> Moment:
 
 
 def moments(work: str, fault: str, stride: int = 1, wrong: Wrong | None = None) -> Iterator[tuple[Moment, Result]]:
-    """Every stride-th moment until the first that comes when the work is done, which is the last."""
+    """Plays every stride-th moment, up to the first whose fault comes after the work."""
     step = 1
     while True:
         moment = Moment(work, fault, step)
@@ -100,7 +105,7 @@ def moments(work: str, fault: str, stride: int = 1, wrong: Wrong | None = None) 
 
 
 def _after(moment: Moment, result: Result) -> bool:
-    """The work was done when the fault came, or it never came."""
+    """Returns whether the work was done when the fault came, or the fault never came."""
     late = next(action for action in moment.plan.actions if action.steps)
     for line in result.timeline:
         if line.endswith(str(late)):

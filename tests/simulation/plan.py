@@ -1,4 +1,4 @@
-"""What a run of the simulation does, as data: drawn from a seed beforehand, so that it can be replayed in part."""
+"""Plans of simulation runs as data, drawn from a seed beforehand so that a part can be replayed."""
 
 from __future__ import annotations
 
@@ -14,15 +14,20 @@ ACTIONS = 90
 GAPS = (0.0, 0.0, 0.01, 0.2, 1.0, 3.0, 10.0, 20.0)
 """Seconds between two actions."""
 RATES = (0.6, 1.6)
-"""Slowest and fastest clock; within one run any two differ by less than the factor below."""
+"""Rates of the slowest and the fastest clock."""
 MAX_RATIO = 1.98
+"""Largest ratio of two clock rates within one run."""
 STEPS = 150
-"""An Allocate, from the call to its answer, takes fewer steps of its agent than that."""
+"""Upper bound of the steps that an agent needs for an Allocate."""
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The cluster of one run. devices: (sticks, dongles) of each server; fenced: servers export a device only once."""
+    """Cluster of one run.
+
+    devices: (sticks, dongles) of each server.
+    fenced: servers export a device only once.
+    """
 
     nodes: int
     devices: tuple[tuple[int, int], ...]
@@ -40,9 +45,13 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """at: loop seconds from the start. node: an index, pick: what else is to be chosen, both modulo what there is.
+    """Action of a plan.
 
-    lasts: seconds of the loop. steps: of the node's agent until it happens, 0 for at once.
+    at: loop seconds from the start.
+    node: index of a node, modulo their number.
+    pick: number for every other choice, modulo the number of choices.
+    lasts: loop seconds.
+    steps: steps of the node's agent before it happens, 0 for at once.
     """
 
     at: float
@@ -108,7 +117,7 @@ WEIGHTS = {
 """How often each kind of action is drawn."""
 
 BY_CDI = {"restart_container": 6, "specs_fail": 45, "records_fail": 90}
-"""Where devices are handed out by CDI: one more action in so many."""
+"""Kinds for plans with CDI: one more action in so many."""
 
 EVERYWHERE = {
     "reload": 15,
@@ -118,17 +127,17 @@ EVERYWHERE = {
     "node_forbidden": 45,
     "enumerate_anew": 15,
 }
-"""One more action in so many. Half of those that can come at a step come with an Allocate."""
+"""Kinds for all plans: one more action in so many. Half of those of AT_STEP come together with an Allocate."""
 
 STOPPED_IMPORTS = 30
-"""One more Allocate in so many actions whose agent is stopped between its write of the lock and its import."""
+"""One more Allocate in so many actions, whose agent is frozen between its lock write and its import."""
 IMPORTING = (10, 45)
-"""The first and the last step of an agent in which it may be between the two."""
+"""First and last step of an agent at which it may be between its lock write and its import."""
 
 BY_SERIAL = {"swap_twin": 30}
-"""The same where a resource promises a device by its serial number."""
+"""Kinds for plans with a resource by serial number: one more action in so many."""
 PROMISED = "S-1-1"
-"""That of the first stick of each server; the resource names it on the last."""
+"""Serial number of the first stick of each server, which the resource selects on the last server."""
 
 AT_STEP = (
     "kill",
@@ -150,9 +159,9 @@ AT_STEP = (
     "lock_taken",
     "enumerate_anew",
 )
-"""What happens at some step of an agent, and not only between two actions; half of them together with an Allocate."""
+"""Kinds that may happen at a step of an agent; half of them come together with an Allocate."""
 SILENCES = ("freeze_agent", "freeze_node", "power_loss", "api_silent", "api_mute", "isolate")
-"""What may keep a node silent for longer than its locks last. Sometimes all nodes ask for its devices then."""
+"""Faults that may silence a node for longer than its locks last. Sometimes all nodes need its devices then."""
 
 
 CONDITIONS: Mapping[str, Callable[[Settings], bool]] = {
@@ -169,7 +178,7 @@ CONDITIONS: Mapping[str, Callable[[Settings], bool]] = {
     "serial numbers read": lambda s: s.serials,
     "devices handed out by CDI": lambda s: s.cdi,
 }
-"""What the settings of a plan may have in them."""
+"""Conditions that a plan's settings may meet."""
 
 
 def draw_settings(rng: random.Random) -> Settings:
@@ -177,7 +186,7 @@ def draw_settings(rng: random.Random) -> Settings:
     servers = rng.randint(1, 3)
     slowest = rng.uniform(RATES[0], RATES[1] / MAX_RATIO)
     rates = [rng.uniform(slowest, min(RATES[1], slowest * MAX_RATIO)) for _ in range(nodes)]
-    if rng.random() < 0.5:  # as far apart as they may be
+    if rng.random() < 0.5:  # as far apart as allowed
         rates[:2] = rng.sample([slowest, slowest * MAX_RATIO], 2)
     duration, window = rng.choice([(40.0, 10.0), (40.0, 10.0), (20.0, 9.0), (40.0, 19.0)])
     return Settings(
@@ -196,14 +205,14 @@ def draw_settings(rng: random.Random) -> Settings:
 
 
 def draw_lasts(rng: random.Random) -> float:
-    """Seconds: a moment, a while, or longer than anything waits."""
+    """Returns seconds: a moment, a while, or longer than any timeout."""
     return rng.choice([rng.uniform(0.01, 1), rng.uniform(1, 12), rng.uniform(8, 30), rng.uniform(30, 150)])
 
 
 def draw(seed: int, length: int = ACTIONS) -> Plan:
-    """The plan of a seed. The same seed is the same plan, whatever happens when it is played."""
+    """Returns the plan of a seed, always the same."""
     rng = random.Random(seed)
-    # drawn apart: what came before these stays what it was
+    # drawn apart, so that the rest of each plan stayed as it was before CDI came
     more = random.Random(f"cdi {seed}")
     settings = replace(draw_settings(rng), cdi=more.random() < 0.5)
     kinds, weights = list(WEIGHTS), list(WEIGHTS.values())

@@ -1,8 +1,7 @@
-"""Plays a plan and says what came of it. The same plan gives the same steps each time.
+"""Plays plans. A plan gives exactly the same steps each time.
 
-A step is one callback that the event loop runs: a task of an agent or a kubelet resumed up to its next await, a timer
-that fires, or a delivery by the network, an API server or the driver of the faults. Invariants are looked at after each
-of them (see invariants.py for what "looked at" means).
+A step is one callback of the event loop: a task of an agent or a kubelet that runs up to its next await, a timer, or a
+delivery by the network, the API server or the driver of the faults. invariants.py checks the cluster after each step.
 """
 
 from __future__ import annotations
@@ -42,11 +41,11 @@ P = ParamSpec("P")
 FAULTS_END_S = 5.0
 """Seconds after the last action until every fault is ended."""
 RECOVER_S = 150.0
-"""Virtual seconds after the last fault in which every running pod has its device again, or knows why not."""
+"""Virtual seconds after the last fault in which every running pod gets its device or a reason back."""
 CONVERGE_S = 240.0
-"""Virtual seconds after the last pod in which every device is free, Healthy everywhere, and nothing is left."""
+"""Virtual seconds after the last pod in which every device becomes free and Healthy, and nothing is left."""
 SPARE_S = 60.0
-"""Seconds in which a device that is free can be had by a new pod."""
+"""Seconds in which a new pod can get a free device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +67,12 @@ def patched(owner: object, name: str, replacement: object, *more: tuple[object, 
 
 @dataclass(slots=True)
 class Result:
-    """checks: how often what must hold at once was looked at; looks: what must hold within a time.
+    """Result of one plan.
 
-    counts: of faults, rules and outcomes. timeline: what happened, one line each.
+    checks: number of checks of what must always hold.
+    looks: number of checks of what must hold within a time.
+    counts: of faults, rules and outcomes.
+    timeline: one line for each event.
     """
 
     seed: int
@@ -84,13 +86,13 @@ class Result:
 
 
 def play(plan: Plan, wrong: Wrong | None = None) -> Result:
-    """Returns what came of a plan. A broken promise, or anything that goes wrong, is the result's violation."""
+    """Returns the result of a plan. A broken promise, or any other error, is its violation."""
     result = Result(plan.seed)
     result.counts.update(name for name, given in CONDITIONS.items() if given(plan.settings))
     wrong = wrong or Wrong()
     logging.disable(logging.CRITICAL)
     collecting = gc.isenabled()
-    gc.disable()  # what it would find, and when, is no part of the plan
+    gc.disable()  # the time of a collection is not part of the plan
     try:
         with contextlib.ExitStack() as stack:
             for patch in wrong.patches:
@@ -98,14 +100,14 @@ def play(plan: Plan, wrong: Wrong | None = None) -> Result:
             run(lambda: _Play(plan, result, wrong).main())
     except Violation as violation:
         result.violation = violation
-    except Exception as error:  # noqa: BLE001 - whatever goes wrong is a finding, and has a timeline
-        if result.violation is None:  # else it is what followed: an agent that died says so when it is ended, too
+    except Exception as error:  # noqa: BLE001 - every error is a finding with a timeline
+        if result.violation is None:  # else a consequence: an agent that died raises again at its end
             result.violation = Violation("the simulation works", repr(error))
             result.violation.__cause__ = error
     finally:
         if collecting:
             gc.enable()
-            gc.collect(0)  # all that was made meanwhile is young
+            gc.collect(0)  # everything made meanwhile is young
         logging.disable(logging.NOTSET)
     if result.violation is not None:
         result.timeline.append(f"{result.seconds:10.3f} {result.steps:7}  VIOLATED: {result.violation}")
@@ -123,7 +125,7 @@ class _Play:
         self._result.timeline.append(f"{self._loop.time():10.3f} {self._loop.steps:7}  {text}")
 
     async def main(self) -> None:
-        """Raises the violation, if there is one."""
+        """Plays the plan. Raises the violation, if there is one."""
         settings = self._plan.settings
         made: list[Chaos] = []
         async with cluster(self._spec(settings, made)) as c:
@@ -145,7 +147,7 @@ class _Play:
             story.result()
 
     def _looking(self, look: Callable[P, None]) -> Callable[P, None]:
-        """look, but the first violation that it finds ends the run."""
+        """Returns look, whose first violation ends the run."""
 
         def looking(*args: P.args, **kwargs: P.kwargs) -> None:
             try:
@@ -205,7 +207,7 @@ class _Play:
         await asyncio.sleep(FAULTS_END_S)
         self.note("every fault ends")
         chaos.end_all()
-        self._mend(c)
+        self._restart_servers(c)
         await self._reach("admissions end", RECOVER_S, lambda: ", ".join(map(str, chaos.admissions.values())))
         await self._reach("running pods have their devices", RECOVER_S, lambda: _unserved(c))
         await asyncio.sleep(ALLOCATION_GRACE)
@@ -223,15 +225,15 @@ class _Play:
             await asyncio.sleep(at - self._loop.time())
 
     async def _reach(self, name: str, seconds: float, missing: Callable[[], str]) -> None:
-        """Until nothing is missing: "". seconds of the slowest clock."""
+        """Waits until missing() returns "". Raises Violation after so many seconds of the slowest clock."""
         end = self._loop.time() + seconds / min(self._plan.settings.rates)
         while text := missing():
             if self._loop.time() >= end:
                 raise Violation(name, text)
             await asyncio.sleep(0.1)
 
-    def _mend(self, c: Cluster) -> None:
-        """What only an operator can mend: a usbipd that waits for ever for clients it was never told are gone."""
+    def _restart_servers(self, c: Cluster) -> None:
+        """Restarts each server that has half-open connections and no keepalive, as an operator must."""
         for server in c.servers.values():
             if c.network.half_open(server.key) and not server.keepalive:
                 self.note(f"{server.key} is restarted for its half-open connections")
@@ -239,7 +241,7 @@ class _Play:
                 server.running = True
 
     async def _new_pods(self, c: Cluster, chaos: Chaos) -> None:
-        """Every node can have a device."""
+        """Checks that a new pod on each node gets a device."""
         for node in c.nodes.values():
             pod = PodRef("default", f"last-{node.name}")
             end = self._loop.time() + SPARE_S
@@ -252,7 +254,7 @@ class _Play:
             await self._reach("nothing is left", CONVERGE_S, lambda: _left(c, chaos))
 
     async def _tasks(self, c: Cluster) -> None:
-        """An agent that has been through all this has the tasks of one that has just begun."""
+        """Checks that the old agents have the tasks of one that has just started."""
         await asyncio.sleep(10)
         node = next(iter(c.nodes.values()))
         await node.stop()
@@ -281,7 +283,7 @@ def _devices(c: Cluster) -> Iterator[DeviceKey]:
 
 
 def _unserved(c: Cluster) -> str:
-    """Pods whose device is not attached, though nothing says why. "" if there are none."""
+    """Returns the pods whose device is not attached and has no reason reported, "" if there are none."""
     found = []
     for node in c.nodes.values():
         attached = served(c, node)
@@ -296,7 +298,7 @@ def _unserved(c: Cluster) -> str:
 
 
 def _left(c: Cluster, chaos: Chaos) -> str:
-    """What there is that should not be when no pod is left. "" if there is nothing."""
+    """Returns what must not exist when no pod is left, "" if there is nothing."""
     found = [f"{key} is locked by {c.holder(key)}" for key in _devices(c) if c.holder(key)]
     found += [f"{lease.name} is held by {lease.holder}" for lease in c.backend.leases.values() if _odd(c, lease.name)]
     for server in c.servers.values():
@@ -323,12 +325,12 @@ def _odd(c: Cluster, name: str) -> bool:
 
 
 def task_names(node: ClusterNode) -> tuple[str, ...]:
-    """The tasks of a node's agent by name, sorted."""
+    """Returns the names of the tasks of a node's agent, sorted."""
     return tuple(sorted(task.get_name().rstrip("0123456789") for task in node.process.tasks())) if node.process else ()
 
 
 def _differing(c: Cluster) -> str:
-    """How the others differ from the first node, which has just begun."""
+    """Returns how the tasks of the nodes differ from those of the first node, which has just started."""
     counted = {node.name: Counter(task_names(node)) for node in c.nodes.values()}
     fresh = next(iter(counted.values()))
     return "; ".join(f"{name}: +{t - fresh} -{fresh - t}" for name, t in counted.items() if t != fresh)

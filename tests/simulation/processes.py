@@ -1,4 +1,4 @@
-"""Many independent pieces of work on several processes, with the answers in the order of the questions."""
+"""Independent pieces of work on several processes, with the results in order."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ T = TypeVar("T")
 
 
 def in_order(work: Callable[[Q], T], questions: Iterable[Q], jobs: int) -> Iterator[T]:
-    """work(question) of each. Only a few are begun beyond what was taken; those are thrown away at the end."""
+    """Yields work(question) of each question. At the end, cancels the few that were begun ahead."""
     if jobs == 1:
         yield from map(work, questions)
         return
-    # spawn: alike on every platform and Python
+    # spawn is the same on every platform and Python
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         begun: deque[Future[T]] = deque()
         try:

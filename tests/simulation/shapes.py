@@ -1,4 +1,4 @@
-"""Plans made by hand of the ordinary kinds of action, for what a drawn one seldom comes to."""
+"""Plans made by hand, for situations that a drawn plan seldom reaches."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tests.simulation.plan import Action, Plan, Settings
 from usbip_plugin.locks.manager import LockSettings
 
 BEGIN = 16.0
-"""Loop seconds when a cluster is ready and its first lists are out."""
+"""Loop seconds at which a cluster is ready and its first lists are published."""
 A, B = 0, 1
 """Nodes."""
 
@@ -26,16 +26,16 @@ PAIR = Settings(
     cdi=False,
     latency=0.001,
 )
-"""Two nodes that want one device of a server that would export it twice: nothing but the lock stands in between."""
+"""Two nodes and one device of a server that exports it twice: only the lock prevents a second import."""
 
 
 def act(at: float, kind: str, node: int = A, *, lasts: float = 0.0, steps: int = 0, pick: int = 0) -> Action:
-    """at: seconds after BEGIN."""
+    """Returns an action. at: seconds after BEGIN."""
     return Action(BEGIN + at, kind, node, pick, lasts, steps)
 
 
 def wait(at: float) -> Action:
-    """Nothing happens until then, and faults do not end before."""
+    """Returns an action without effect, before which faults do not end. at: seconds after BEGIN."""
     return act(at, "compact")
 
 

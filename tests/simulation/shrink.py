@@ -1,4 +1,4 @@
-"""A failing plan made shorter: actions are left out as long as the same promise is still broken."""
+"""Shortens a failing plan: leaves actions out as long as it still breaks its promise."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from tests.simulation.play import Result, Wrong, play
 
 
 def shrink(plan: Plan, found: Result, wrong: Wrong | None = None) -> tuple[Plan, Result]:
-    """Returns the plan with only the actions that are needed, and what comes of it.
+    """Returns the plan with only the necessary actions, and its result. None of them can be left out alone.
 
-    None of these actions can be left out alone. found: play(plan, wrong=wrong), with a violation.
+    found: play(plan, wrong=wrong), with a violation.
     """
     assert found.violation is not None
     name = found.violation.name

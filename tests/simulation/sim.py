@@ -1,10 +1,10 @@
-"""Plays many plans, counts what happened in them, and shows the shortest timeline of one that breaks a promise.
+"""Plays many plans, counts what happens in them, and shows the shortest timeline of one that breaks a promise.
 
-make sim SEEDS=100, or make sim STEPS=1000000, which fails, too, if any fault or any rule never fired.
+make sim SEEDS=100, or make sim STEPS=1000000, which also fails if any fault or any rule never happened.
 A run of fewer steps only names those.
-make sim-moments: one fault at each single step of an Allocate, a release, a re-attach and a takeover.
+make sim-moments: one fault at each single step of an agent's work.
 One plan with its timeline: python -m tests.simulation.sim --seed 7, or --moment allocate/kill/17, or --plan FILE
-Plans that nobody has played before: python -m tests.simulation.sim --steps 1000000 --first today
+New plans each day: python -m tests.simulation.sim --steps 1000000 --first today
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from tests.simulation.processes import in_order
 from tests.simulation.shrink import shrink
 
 ALL_HAPPENS = 900_000
-"""Steps in which every fault happens and every rule decides something, or the drawing is at fault: 46 plans or more."""
-TELL_EVERY = 500_000
-"""Steps between two lines about how far it is."""
+"""Steps in which every fault must happen and every rule must decide, 46 plans or more. Else draw() is wrong."""
+PROGRESS_STEPS = 500_000
+"""Steps between two lines of progress."""
 BROKEN = Path(__file__).parents[2] / "build" / "broken-plans"
-"""Where the shortest plan of a broken promise is written. Git does not look there."""
+"""Directory, ignored by git, for the shortest plan of a broken promise."""
 SEEDS_OF_A_DAY = 1000
-"""Seeds between that of one day and that of the next: more than one run plays."""
+"""Seeds from one day's first seed to the next day's, more than one run plays."""
 
 
 @dataclass(slots=True)
 class Figures:
-    """Of so many plans; see Result. broken: what names the plan that broke a promise."""
+    """Sums of the results of plans. broken: name of the first plan that broke a promise."""
 
     plans: int = 0
     steps: int = 0
@@ -62,13 +62,13 @@ class Figures:
         self.broken = self.broken or other.broken
 
     def result(self, name: str, result: Result) -> None:
-        """One more plan, and what came of it."""
+        """Adds the result of one plan."""
         broken = name if result.violation is not None else None
         self.add(Figures(1, result.steps, result.checks, result.looks, result.seconds, result.counts, broken))
 
 
 def main(arguments: list[str]) -> int:
-    """Exit status: 0, or 1 if a promise is broken, or something never happened that had to."""
+    """Runs the command. Returns 1 if a promise is broken or something never happened that must, else 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--seeds", type=int, default=50, help="how many drawn plans (50)")
@@ -85,11 +85,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--broken", type=Path, default=BROKEN, help="where a plan is written that breaks a promise")
     options = parser.parse_args(arguments)
     if options.plan is not None:
-        return tell(kept_plans.parse(options.plan.read_text()).plan)
+        return show(kept_plans.parse(options.plan.read_text()).plan)
     if options.seed is not None:
-        return tell(draw(options.seed, options.actions))
+        return show(draw(options.seed, options.actions))
     if options.moment is not None:
-        return tell(options.moment.plan)
+        return show(options.moment.plan)
     if options.moments:
         return every_moment(options.jobs, options.broken)
     last = options.first + options.seeds if options.steps is None else None
@@ -102,7 +102,7 @@ def first_seed(text: str) -> int:
     return datetime.now(UTC).date().toordinal() * SEEDS_OF_A_DAY if text == "today" else int(text)
 
 
-def tell(plan: Plan) -> int:
+def show(plan: Plan) -> int:
     """Plays one plan and prints its timeline. Returns 1 if it breaks a promise."""
     result = play(plan)
     print("\n".join(result.timeline))
@@ -111,7 +111,7 @@ def tell(plan: Plan) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """Which plans are drawn: of all seeds from first until the one before last, or for ever. actions: of each plan."""
+    """Seeds from first to before last, without an end if last is None, with the number of actions of each plan."""
 
     first: int
     last: int | None
@@ -123,14 +123,14 @@ class Drawn:
 
 
 def many(plans: Drawn, steps: int | None, jobs: int, broken: Path) -> int:
-    """Plays drawn plans, or as many of them as have so many steps. Counts the same whatever jobs is."""
-    total, began, told = Figures(), time.monotonic(), 0
+    """Plays drawn plans, up to so many steps. The counts do not depend on jobs."""
+    total, began, printed = Figures(), time.monotonic(), 0
     for figures in in_order(one, plans, jobs):
         total.add(figures)
         if total.broken is not None:
             return report(f"seed-{total.broken}", draw(int(total.broken), plans.actions), broken)
-        if total.steps // TELL_EVERY > told:
-            told = total.steps // TELL_EVERY
+        if total.steps // PROGRESS_STEPS > printed:
+            printed = total.steps // PROGRESS_STEPS
             print(f"{total.steps} steps, {total.plans} plans", flush=True)
         if steps is not None and total.steps >= steps:
             break
@@ -145,7 +145,7 @@ def many(plans: Drawn, steps: int | None, jobs: int, broken: Path) -> int:
 
 
 def one(drawn: tuple[int, int]) -> Figures:
-    """Plays the plan of a seed with so many actions, in a process of its own."""
+    """Plays the plan of a seed with so many actions; runs in a worker process."""
     figures = Figures()
     figures.result(str(drawn[0]), play(draw(*drawn)))
     return figures
@@ -166,7 +166,7 @@ def every_moment(jobs: int, broken: Path) -> int:
 
 
 def each_moment_of(pair: tuple[str, str]) -> Figures:
-    """In a process of its own."""
+    """Plays every moment of a work and a fault; runs in a worker process."""
     figures = Figures()
     for moment, result in moments(*pair):
         figures.result(str(moment), result)
@@ -179,7 +179,7 @@ def sum_up(total: Figures) -> None:
 
 
 def report(name: str, plan: Plan, directory: Path) -> int:
-    """Tells the shortest story of a broken promise, and writes its plan to a file of that name."""
+    """Prints the shortest timeline of a broken promise, and writes its plan to a file of this name."""
     least, result = shrink(plan, play(plan))
     assert result.violation is not None
     text = text_of(KeptPlan(str(result.violation), result.violation.name, least))
@@ -196,7 +196,7 @@ def report(name: str, plan: Plan, directory: Path) -> int:
 
 
 def command(path: Path) -> str:
-    """Returns the command that plays the plan of a file. It is good in the present directory."""
+    """Returns the command that plays the plan of a file from the present directory."""
     words = os.path.relpath(sys.executable), "-m", "tests.simulation.sim", "--plan", os.path.relpath(path)
     return shlex.join(words)
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.simulation.cluster_rig import cluster, key, pod, server, spec, stick
-from tests.simulation.trace_stories import Story, pod_known, told
+from tests.simulation.trace_stories import Story, played, pod_known
 from usbip_plugin.claims import ClaimState
 from usbip_plugin.inventory import evaluate
 from usbip_plugin.inventory.facts import OfferedDevice, Snapshot
@@ -63,7 +63,7 @@ def test_requests_of_an_allocate_and_its_release(calls: Counter[tuple[str, str, 
             assert writes == {("update", "lock"): 4}
             assert not [call for call in calls if call[0] == "node-b" and call[1] in WRITES]
 
-    told(life)
+    played(life)
 
 
 def test_a_day_of_standing_still(calls: Counter[tuple[str, str, str]], long_form: bool) -> None:
@@ -89,7 +89,7 @@ def test_a_day_of_standing_still(calls: Counter[tuple[str, str, str]], long_form
             assert abs(writes["node-a", "update", "session"] - beats) < MISSED * beats
             assert abs(after - before) < 100, f"{before} objects, then {after}"
 
-    told(day)
+    played(day)
 
 
 def test_an_allocate_works_out_its_own_device_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.simulation.cluster_rig import DONGLE, cluster, dongle, key, one_stick, pod, resource, server, spec, stick
-from tests.simulation.trace_stories import Story, life, pod_known, told
+from tests.simulation.trace_stories import Story, life, played, pod_known
 from usbip_plugin.attach.monitor import PORT_CHECK_INTERVAL
 from usbip_plugin.model import Reason
 from usbip_plugin.observe.logs import PACKAGES, set_up_logging
@@ -73,7 +73,7 @@ def test_an_idle_hour_writes_nothing(written: Written, idle_s: float) -> None:
             await asyncio.sleep(idle_s)
             assert written.lines() == []
 
-    told(hour)
+    played(hour)
 
 
 def test_what_another_node_takes_and_releases_is_no_line(written: Written) -> None:
@@ -94,7 +94,7 @@ def test_what_another_node_takes_and_releases_is_no_line(written: Written) -> No
                 "on the node that had it"
             )
 
-    told(handover)
+    played(handover)
 
 
 def test_a_server_that_is_away_is_told_once(written: Written, idle_s: float) -> None:
@@ -108,7 +108,7 @@ def test_a_server_that_is_away_is_told_once(written: Written, idle_s: float) -> 
             await asyncio.sleep(idle_s)
             assert written.lines() == []
 
-    told(hour)
+    played(hour)
 
 
 def test_an_api_server_that_is_away_is_told_once_by_each_who_asks_it(written: Written, idle_s: float) -> None:
@@ -131,11 +131,11 @@ def test_an_api_server_that_is_away_is_told_once_by_each_who_asks_it(written: Wr
             await asyncio.sleep(idle_s)
             assert written.lines() == []
 
-    told(hour)
+    played(hour)
 
 
 def test_every_line_about_a_device_in_use_bears_the_trace_of_its_life(written: Written) -> None:
-    story = told(life)
+    story = played(life)
     (trace,) = {span.trace_id for span in story.spans}
     lines = written.lines()
     of_life = ("devices allocated", "attachment lost", "device re-attached", "device released", "device unhealthy")

@@ -13,12 +13,12 @@ from tests.simulation.trace_stories import (
     TAKER,
     Story,
     life,
+    played,
     probed,
     raced,
     restarted,
     robbed,
     taken_over,
-    told,
     unplugged,
 )
 from usbip_plugin.observe.spans import TRACED_TRIES
@@ -30,7 +30,7 @@ ERROR_TYPE = "error.type"
 
 
 def test_a_life_is_one_trace_from_allocate_to_release_over_both_nodes() -> None:
-    story = told(life)
+    story = played(life)
     assert len({span.trace_id for span in story.spans}) == 1
     paths = {(story.path(span), span.node) for span in story.spans}
     assert paths >= {
@@ -60,7 +60,7 @@ def test_a_life_is_one_trace_from_allocate_to_release_over_both_nodes() -> None:
 
 
 def test_a_new_process_goes_on_with_the_trace_and_a_repeated_allocate_links_to_it() -> None:
-    story = told(restarted)
+    story = played(restarted)
     first, again = story.named("Allocate")
     assert again.links == (first.trace_id,)
     assert again.attributes["usbip.reused"] == "True"
@@ -70,7 +70,7 @@ def test_a_new_process_goes_on_with_the_trace_and_a_repeated_allocate_links_to_i
 
 
 def test_a_takeover_links_to_the_trace_of_the_former_holder() -> None:
-    story = told(taken_over)
+    story = played(taken_over)
     former, taker = story.named("Allocate")
     assert taker.node == "node-b"
     assert taker.links == (former.trace_id,)
@@ -80,7 +80,7 @@ def test_a_takeover_links_to_the_trace_of_the_former_holder() -> None:
 
 
 def test_what_ends_because_the_lock_was_lost_says_so_and_links_to_the_new_holder() -> None:
-    story = told(robbed)
+    story = played(robbed)
     allocate = story.one("Allocate")
     release = story.one("release", "node-a")
     assert release.trace_id == allocate.trace_id
@@ -90,7 +90,7 @@ def test_what_ends_because_the_lock_was_lost_says_so_and_links_to_the_new_holder
 
 
 def test_a_failure_is_recorded_with_its_class_its_words_and_the_exception() -> None:
-    story = told(raced)
+    story = played(raced)
     (lost,) = [span for span in story.named("Allocate") if span.error is not None]
     assert lost.attributes[ERROR_TYPE] == "LockHeld"
     assert lost.attributes["rpc.response.status_code"] == "FAILED_PRECONDITION"
@@ -103,7 +103,7 @@ def test_a_failure_is_recorded_with_its_class_its_words_and_the_exception() -> N
 
 def test_a_device_that_is_away_for_long_does_not_fill_its_trace() -> None:
     """Over a thousand tries: the first ones and the one that succeeds are whole, a repeated failure is one event."""
-    story = told(unplugged)
+    story = played(unplugged)
     whole = story.one("re-attach")
     assert int(whole.attributes["usbip.tries"]) > 500
     below = [span for span in story.named("import") if story.path(span) == "Allocate/re-attach/import"]
@@ -116,7 +116,7 @@ def test_a_device_that_is_away_for_long_does_not_fill_its_trace() -> None:
 
 
 def test_reading_a_serial_number_is_a_trace_of_its_own() -> None:
-    story = told(probed)
+    story = played(probed)
     assert {story.path(span).split("/")[0] for span in story.spans} == {"probe"}
 
 
@@ -125,7 +125,7 @@ def test_reading_a_serial_number_is_a_trace_of_its_own() -> None:
 
 @pytest.fixture(scope="module")
 def all_stories() -> list[Story]:
-    return [told(play) for play in STORIES]
+    return [played(play) for play in STORIES]
 
 
 def documented() -> dict[str, tuple[str, frozenset[str]]]:
@@ -160,7 +160,7 @@ def test_the_document_explains_every_attribute_of_our_own(all_stories: list[Stor
 
 
 def test_the_example_of_the_document_is_what_happens() -> None:
-    story = told(life)
+    story = played(life)
     example = re.findall(r"```\n(Allocate.*?)\n```", DOC.read_text(encoding="utf-8"), re.DOTALL)
     lines = [re.sub(r" [\d.]+ m?s \[([a-z-]+)\].*", r" [\1]", line) for line in tree(story.spans).splitlines()]
     assert ["\n".join(lines)] == example

@@ -1,4 +1,4 @@
-"""A device's lives as traces: clusters in virtual time whose agents are traced, and what they have recorded."""
+"""Lives of devices on simulated clusters with tracing, and the traces that they record."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ MANY = 4096
 
 
 class Story:
-    """What one cluster recorded. Traces in the order they began."""
+    """Traces of one cluster, in the order in which they began."""
 
     def __init__(self) -> None:
         self.recent = RecentSpans(traces=MANY)
         self._tracings: dict[str, Tracing] = {}
 
     def traced(self, wanted: ClusterSpec) -> ClusterSpec:
-        """The same cluster with tracers that write into this story."""
+        """Returns a spec whose agents record their traces in this story."""
 
         def tracing(node: str) -> Tracing:
             if node not in self._tracings:
@@ -57,7 +57,7 @@ class Story:
         return found
 
     def path(self, span: SpanRecord) -> str:
-        """Names from the root down to the span, as far as they were recorded."""
+        """Returns the names from the recorded root down to the span, joined by slashes."""
         by_id = {known.span_id: known for known in self.spans}
         names = [span.name]
         while span.parent_id in by_id:
@@ -66,8 +66,8 @@ class Story:
         return "/".join(reversed(names))
 
 
-def told(play: Callable[[Story], Coroutine[Any, Any, None]]) -> Story:
-    """Plays a story through in virtual time."""
+def played(play: Callable[[Story], Coroutine[Any, Any, None]]) -> Story:
+    """Plays a story in virtual time."""
     story = Story()
     stepped(lambda: play(story))()
     return story
@@ -78,7 +78,7 @@ async def pod_known(c: Cluster, node: str, name: str) -> None:
 
 
 async def life(story: Story) -> None:
-    """Allocate on node-a, which node-b loses; the connection breaks and comes back; the pod ends."""
+    """Allocates on node-a while node-b withdraws, loses and restores the connection, and ends the pod."""
     async with one_stick(change=story.traced) as (c, _lab, device):
         a, b = await c.admitted(device), c["node-b"]
         await c.becomes(b, device, healthy=False)
@@ -90,7 +90,7 @@ async def life(story: Story) -> None:
 
 
 async def restarted(story: Story) -> None:
-    """The plugin of node-a is another process when the pod ends; before that the pod's container is made again."""
+    """Restarts the plugin of node-a, repeats the Allocate, and ends the pod."""
     async with one_stick(change=story.traced) as (c, _lab, device):
         a = await c.taken(device)
         await a.stop()
@@ -104,7 +104,7 @@ async def restarted(story: Story) -> None:
 
 
 async def taken_over(story: Story) -> None:
-    """node-a dies with the device, node-b takes it over, node-a comes back."""
+    """Reboots node-a with the device, takes the device over on node-b, and starts node-a again."""
     async with one_stick(nodes=3, change=story.traced) as (c, _lab, device):
         a, b = await c.taken(device), c["node-b"]
         await c.becomes(b, device, healthy=False)
@@ -116,7 +116,7 @@ async def taken_over(story: Story) -> None:
 
 
 async def robbed(story: Story) -> None:
-    """node-b's name comes to stand in the lock of a device that node-a has attached."""
+    """Writes the name of node-b into the lock of a device that node-a has attached."""
     async with one_stick(change=story.traced) as (c, _lab, device):
         a = await c.admitted(device)
         lease = c.backend.leases[device.id]
@@ -127,26 +127,26 @@ async def robbed(story: Story) -> None:
 
 
 async def raced(story: Story) -> None:
-    """Both nodes want the device at the same moment."""
+    """Allocates the device on both nodes at once."""
     async with one_stick(change=story.traced) as (c, _lab, _device):
         answers = await asyncio.gather(*(node.admit(pod(node.name), "stick") for node in c.nodes.values()))
         assert sum(answer is None for answer in answers) == 1
 
 
 async def unplugged(story: Story) -> None:
-    """The device is away for an hour while its pod runs; then it comes back."""
+    """Unplugs the device for an hour while its pod runs."""
     async with one_stick(change=story.traced) as (c, lab, device):
         a = await c.taken(device)
         lab.unplug("1-1")
         await c.becomes(a, device, healthy=False)
         await asyncio.sleep(3600)
         lab.plug(stick("1-1"))
-        agent(a).poller.poll_soon(lab.key)  # it is seen before the next try is due: that is what makes a try promising
+        agent(a).poller.poll_soon(lab.key)  # the poll sees the device before the next attempt is due
         await c.becomes(a, device, healthy=True, within=60)
 
 
 async def followed(story: Story) -> None:
-    """The device is plugged in elsewhere while its pod runs."""
+    """Plugs the device in elsewhere while its pod runs."""
     lab = server("lab", stick("1-1", "RED"))
     device = key(lab, "1-1")
     async with cluster(story.traced(spec([lab], nodes=1))) as c:
@@ -158,13 +158,13 @@ async def followed(story: Story) -> None:
 
 
 async def by_cdi(story: Story) -> None:
-    """The pod gets its device by a CDI name."""
+    """Allocates a device of a CDI resource."""
     async with one_stick(nodes=1, cdi=True, change=story.traced) as (c, _lab, device):
         await c.admitted(device)
 
 
 async def probed(story: Story) -> None:
-    """A serial number is read before anything is given out."""
+    """Reads a serial number."""
     lab = server("lab", stick("1-1", "RED"))
     async with cluster(story.traced(spec([lab], by_serial(lab), nodes=1))) as c:
         await c.all_healthy(key(lab, "1-1"))
