@@ -181,7 +181,7 @@ class Cluster(simulated.Cluster):
         """Kills the node's plugin after so many more of its steps, and waits until it is dead."""
         assert node.process is not None
         node.process.after_steps(steps, node.kill)
-        assert await self.settle(lambda: node.process is None, 60)
+        assert await self.settle(lambda: node.process is None, 120)
 
     async def freed(self, *devices: DeviceKey, within: float = SETTLE) -> None:
         """Waits until nobody holds or imports these devices. No node may have any device attached then."""

@@ -114,7 +114,7 @@ class Watch:
         if self._failed is not None:
             raise self._failed
         for server in self.cluster.servers.values():
-            # without fencing, a server counts the half-open connection of a node that was cut off and attaches again, too
+            # without fencing, a node that was cut off and attaches again is counted twice: its connection is half-open
             if server.violations and self.settings.fenced:
                 raise Violation("one import, by the server's account", f"{server.key}: {server.violations}")
         for key, importers in self.cluster.network.imports().items():

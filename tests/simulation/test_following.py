@@ -1,10 +1,9 @@
-"""A device that a pod has comes back under another bus id: it is known by its serial number, and followed."""
+"""A pod's device that comes back under another bus id is attached from there, by its serial number."""
 
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
-from typing import TypeAlias
 
 import pytest
 
@@ -24,70 +23,49 @@ from tests.simulation.cluster_rig import (
     spec,
     stick,
 )
+from tests.simulation.following_rig import (
+    FOUND_S,
+    HERE,
+    HOME,
+    LAB,
+    SOON_S,
+    THERE,
+    Taken,
+    found_again,
+    red_followed,
+    red_taken,
+    until_step,
+)
 from usbip_plugin.attach.events import DeviceEvent, EventKind
 from usbip_plugin.attach.usage import ALLOCATION_GRACE
 from usbip_plugin.claims import ClaimState
 from usbip_plugin.config.schema import DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.errors import ClaimBusy
 from usbip_plugin.locks import record
-from usbip_plugin.model import DeviceKey, Reason, ServerKey
+from usbip_plugin.model import DeviceKey, Reason
 from usbip_sim.server.server import VirtualServer
 from usbip_sim.server.usbdevice import VirtualDevice
 from usbip_sim.virtual.cluster_node import ClusterNode
-from usbip_sim.virtual.steploop import loop_of, stepped
-
-SOON = 5.0
-"""Virtual seconds after a poll has listed the device."""
-POLLED = SOON + 4.0
-
-LAB = ServerKey("lab", 3240)
-HOME, PLACE = DeviceKey(LAB, "1-1"), DeviceKey(LAB, "1-2")
-"""Where RED is when a pod gets it, and where it is plugged in then."""
-Taken: TypeAlias = tuple[Cluster, VirtualServer, ClusterNode]
-
-
-@contextlib.asynccontextmanager
-async def red_taken(nodes: int = 2, notices: list[DeviceEvent] | None = None) -> AsyncIterator[Taken]:
-    """A pod of node-a has RED, the one device of the server lab. notices: see hearing()."""
-    lab = server("lab", stick("1-1", "RED"))
-    made = spec([lab], nodes=nodes)
-    async with cluster(made if notices is None else hearing(made, notices)) as c:
-        yield c, lab, await c.taken(HOME)
-
-
-@contextlib.asynccontextmanager
-async def red_followed(nodes: int = 2) -> AsyncIterator[Taken]:
-    """The same; RED has been plugged in elsewhere since, and is attached from there."""
-    async with red_taken(nodes) as (c, lab, node):
-        carry(lab, "1-1", lab, "1-2")
-        await found_again(c, node)
-        assert node.attached() == {PLACE}
-        yield c, lab, node
-
-
-async def found_again(c: Cluster, node: ClusterNode) -> None:
-    """RED is away, and back within the time a poll takes."""
-    await c.becomes(node, HOME, healthy=False)
-    await c.becomes(node, HOME, healthy=True, within=POLLED)
+from usbip_sim.virtual.steploop import stepped
 
 
 @stepped
 async def test_a_device_that_comes_back_under_another_busid_is_attached_from_there_for_the_same_pod() -> None:
-    async with red_taken(3) as (c, lab, node):
+    async with red_taken(nodes=3) as (c, lab, node):
         epoch = c.backend.leases[HOME.id].transitions
         carry(lab, "1-1", lab, "1-2")
         await found_again(c, node)
-        assert node.attached() == {PLACE}
+        assert node.attached() == {HERE}
         assert reason(node, HOME) is Reason.ATTACHED
         assert "1-2" in detail(node, HOME)
-        await c.becomes(node, PLACE, healthy=False)
-        assert reason(node, PLACE) is Reason.IN_PLACE_OF
-        assert (c.holder(HOME), c.holder(PLACE)) == ("node-a", "node-a")
+        await c.becomes(node, HERE, healthy=False)
+        assert reason(node, HERE) is Reason.IN_PLACE_OF
+        assert (c.holder(HOME), c.holder(HERE)) == ("node-a", "node-a")
         assert c.backend.leases[HOME.id].transitions == epoch, "the same claim under the same lock"
-        assert c.backend.leases[PLACE.id].annotations[record.IN_PLACE_OF] == HOME.id
-        await c.noted(PLACE, "p")
+        assert c.backend.leases[HERE.id].annotations[record.IN_PLACE_OF] == HOME.id
+        await c.noted(HERE, "p")
         for other in (c["node-b"], c["node-c"]):
-            for device in (HOME, PLACE):
+            for device in (HOME, HERE):
                 await c.becomes(other, device, healthy=False)
                 assert reason(other, device) is Reason.HELD_ELSEWHERE
         assert not lab.violations
@@ -106,8 +84,8 @@ async def test_within_five_seconds_of_being_listed() -> None:
         lab.plug(stick("1-2", "RED"))
         poller = agent(node).poller
         assert await c.settle(lambda: any(d.busid == "1-2" for d in poller.views[LAB].devices), 10)
-        await c.becomes(node, HOME, healthy=True, within=SOON)
-        assert node.attached() == {PLACE}
+        await c.becomes(node, HOME, healthy=True, within=SOON_S)
+        assert node.attached() == {HERE}
 
 
 @stepped
@@ -115,16 +93,16 @@ async def test_a_pods_end_frees_both_places() -> None:
     async with red_followed() as (c, _lab, node):
         node.end(pod("p"))
         await until_step(lambda: c.holder(HOME) == "")
-        assert c.holder(PLACE) == "", "let go before the claim is forgotten"
+        assert c.holder(HERE) == "", "let go before the claim is forgotten"
         assert node.attached() == frozenset()
         assert not node.kernel.records["node-a"]
-        assert record.IN_PLACE_OF not in c.backend.leases[PLACE.id].annotations
+        assert record.IN_PLACE_OF not in c.backend.leases[HERE.id].annotations
         for each in c.nodes.values():
-            await c.becomes(each, PLACE, healthy=True)
+            await c.becomes(each, HERE, healthy=True)
             await c.becomes(each, HOME, healthy=False)
             assert reason(each, HOME) is Reason.NOT_LISTED
         assert await c["node-b"].admit(pod("q"), "stick") is None
-        assert c["node-b"].attached() == {PLACE}
+        assert c["node-b"].attached() == {HERE}
 
 
 @stepped
@@ -147,8 +125,8 @@ async def test_two_devices_with_its_serial_number_are_none() -> None:
         await asyncio.sleep(60)
         assert lab.table.granted == granted, "each was asked once"
         lab.unplug("1-3")
-        await c.becomes(node, HOME, healthy=True, within=POLLED)
-        assert node.attached() == {PLACE}
+        await c.becomes(node, HOME, healthy=True, within=FOUND_S)
+        assert node.attached() == {HERE}
 
 
 @contextlib.asynccontextmanager
@@ -156,12 +134,12 @@ async def red_beside_another() -> AsyncIterator[Taken]:
     """A pod of node-a has RED. The lock of the place that is free beside it still tells of the one that was there."""
     lab = server("lab", stick("1-2", "OLD"))
     async with cluster(spec([lab])) as c:
-        node = await c.admitted(PLACE)
-        assert await c.settle(lambda: record.SERIAL in c.backend.leases[PLACE.id].annotations, 5)
+        node = await c.admitted(HERE)
+        assert await c.settle(lambda: record.SERIAL in c.backend.leases[HERE.id].annotations, 5)
         node.end(pod("p"))
-        assert await c.settle(lambda: c.holder(PLACE) == "", ALLOCATION_GRACE + 5)
+        assert await c.settle(lambda: c.holder(HERE) == "", ALLOCATION_GRACE + 5)
         lab.unplug("1-2")
-        await c.becomes(node, PLACE, healthy=False)
+        await c.becomes(node, HERE, healthy=False)
         lab.plug(stick("1-1", "RED"))
         yield c, lab, await c.taken(HOME)
 
@@ -170,14 +148,14 @@ async def red_beside_another() -> AsyncIterator[Taken]:
 @stepped
 async def test_a_wrong_serial_number_on_a_lock_attaches_no_other_device(there: str) -> None:
     async with red_beside_another() as (c, lab, node):
-        c.mislead(PLACE, "RED")
+        c.mislead(HERE, "RED")
         lab.unplug("1-1")
         lab.plug(replace(stick("1-2"), serial=there))
         await c.becomes(node, HOME, healthy=False)
         assert not await c.settle(lambda: c.health(node)[HOME.id], 60), "given to the pod"
-        assert c.holder(PLACE) == "", "it can be had by others"
+        assert c.holder(HERE) == "", "it can be had by others"
         assert node.attached() == frozenset()
-        assert c.backend.leases[PLACE.id].annotations.get(record.SERIAL, "") == there, "and what was wrong is mended"
+        assert c.backend.leases[HERE.id].annotations.get(record.SERIAL, "") == there, "and what was wrong is mended"
         granted = lab.table.granted
         await asyncio.sleep(60)
         assert lab.table.granted == granted, "it is asked once"
@@ -188,8 +166,8 @@ async def test_a_serial_number_of_an_earlier_device_hides_nothing() -> None:
     async with red_beside_another() as (c, lab, node):
         carry(lab, "1-1", lab, "1-2")
         await found_again(c, node)
-        assert node.attached() == {PLACE}
-        assert await c.settle(lambda: c.backend.leases[PLACE.id].annotations[record.SERIAL] == "RED", 5)
+        assert node.attached() == {HERE}
+        assert await c.settle(lambda: c.backend.leases[HERE.id].annotations[record.SERIAL] == "RED", 5)
 
 
 @stepped
@@ -198,39 +176,39 @@ async def test_while_a_device_stays_away_a_free_one_of_its_kind_is_read_once() -
     async with red_taken() as (c, lab, node):
         lab.plug(stick("1-2", "BLUE"))
         lab.unplug("1-1")
-        assert await c.settle(lambda: PLACE.id in c.backend.leases and c.holder(PLACE) == "", POLLED)
-        epoch = c.backend.leases[PLACE.id].transitions
+        assert await c.settle(lambda: HERE.id in c.backend.leases and c.holder(HERE) == "", FOUND_S)
+        epoch = c.backend.leases[HERE.id].transitions
         await asyncio.sleep(3000)
-        assert c.backend.leases[PLACE.id].transitions == epoch
+        assert c.backend.leases[HERE.id].transitions == epoch
         # another device that is plugged in there is read
         lab.unplug("1-2")
-        await c.becomes(c["node-b"], PLACE, healthy=False, within=POLLED)
+        await c.becomes(c["node-b"], HERE, healthy=False, within=FOUND_S)
         lab.plug(stick("1-2", "RED"))
-        assert await c.settle(lambda: node.attached() == {PLACE}, POLLED)
+        assert await c.settle(lambda: node.attached() == {HERE}, FOUND_S)
 
 
 @stepped
 async def test_another_device_of_its_kind_under_its_own_busid_is_not_taken_for_it() -> None:
-    async with red_taken(1) as (c, lab, node):
+    async with red_taken(nodes=1) as (c, lab, node):
         replug(lab, stick("1-1", "BLUE"))
         await c.becomes(node, HOME, healthy=False)
         assert not await c.settle(lambda: c.health(node)[HOME.id], 30)
         assert "its serial number is BLUE" in detail(node, HOME)
         lab.plug(stick("1-2", "RED"))
-        await c.becomes(node, HOME, healthy=True, within=POLLED)
-        assert node.attached() == {PLACE}
+        await c.becomes(node, HOME, healthy=True, within=FOUND_S)
+        assert node.attached() == {HERE}
         lab.unplug("1-2")
         replug(lab, stick("1-1", "RED"))
         await found_again(c, node)
         assert node.attached() == {HOME}, "and home again"
-        assert await c.settle(lambda: c.holder(PLACE) == "", 5)
+        assert await c.settle(lambda: c.holder(HERE) == "", 5)
 
 
 @stepped
 async def test_its_own_busid_coming_back_changes_nothing() -> None:
     async with red_followed() as (c, lab, node):
         lab.plug(stick("1-1", "BLUE"))
-        assert not await c.settle(lambda: node.attached() != {PLACE} or c.holder(HOME) != "node-a", 60)
+        assert not await c.settle(lambda: node.attached() != {HERE} or c.holder(HOME) != "node-a", 60)
         assert c.health(c["node-b"])[HOME.id] is False, "it is this node's as long as the pod runs"
         node.end(pod("p"))
         await c.becomes(c["node-b"], HOME, healthy=True, within=10)
@@ -267,15 +245,15 @@ async def test_a_place_that_another_pod_has_is_left_to_it_and_taken_when_it_is_f
     async with red_taken() as (c, lab, node):
         node.partition(cut=True)
         carry(lab, "1-1", lab, "1-2")
-        await c.becomes(c["node-b"], PLACE, healthy=True)
+        await c.becomes(c["node-b"], HERE, healthy=True)
         assert await c["node-b"].admit(pod("q"), "stick") is None
-        assert c["node-b"].attached() == {PLACE}
+        assert c["node-b"].attached() == {HERE}
         node.partition(cut=False)
         assert not await c.settle(lambda: bool(node.attached()), 30)
-        assert c.holder(PLACE) == "node-b"
+        assert c.holder(HERE) == "node-b"
         c["node-b"].end(pod("q"))
-        assert await c.settle(lambda: node.attached() == {PLACE}, 60)
-        assert (c.holder(HOME), c.holder(PLACE)) == ("node-a", "node-a")
+        assert await c.settle(lambda: node.attached() == {HERE}, 60)
+        assert (c.holder(HOME), c.holder(HERE)) == ("node-a", "node-a")
         assert not lab.violations
 
 
@@ -283,69 +261,57 @@ async def test_a_place_that_another_pod_has_is_left_to_it_and_taken_when_it_is_f
 async def test_an_allocate_of_the_place_is_told_what_it_is() -> None:
     async with red_followed() as (c, _lab, node):
         with pytest.raises(ClaimBusy, match="under its former bus ID, lab:3240/1-1"):
-            await c.allocate(node, PLACE)
+            await c.allocate(node, HERE)
         again = await c.allocate(node, HOME)
         assert again.devices, "the device itself is what it always was"
         assert again.envs["USBIP_STICK_0_BUSID"] == "1-1"
 
 
-@pytest.mark.parametrize("which", ["own", "place"])
+@pytest.mark.parametrize("place", [HERE, THERE], ids=["own server", "other server"])
+@pytest.mark.parametrize("own", [True, False], ids=["own lock", "lock of the place"])
 @stepped
-async def test_either_lock_taken_away_detaches(which: str) -> None:
-    async with red_followed() as (c, lab, node):
-        lost = HOME if which == "own" else PLACE
+async def test_a_device_is_detached_when_either_of_its_locks_is_taken_away(place: DeviceKey, own: bool) -> None:
+    async with red_followed(place) as (c, to, node):
+        lost = HOME if own else place
         c.steal(lost)
         await c.becomes(node, HOME, healthy=False)
-        assert await c.settle(lambda: not node.attached() and lab.importers("1-2") == 0, 5)
+        assert await c.settle(lambda: not node.attached() and to.importers(place.busid) == 0, 5)
         assert c.holder(lost) == "node-z"
-        if which == "own":
-            assert await c.settle(lambda: c.holder(PLACE) == "", 5)
+        if own:
+            assert await c.settle(lambda: c.holder(place) == "", 5)
             return
         assert node.held_in(ClaimState.REATTACHING) == {HOME}
-        lease = c.backend.leases[PLACE.id]
-        c.backend.replace(replace(lease, holder=""))
-        assert await c.settle(lambda: node.attached() == {PLACE}, POLLED)
+        c.backend.replace(replace(c.backend.leases[place.id], holder=""))
+        assert await c.settle(lambda: node.attached() == {place}, FOUND_S)
 
 
+@pytest.mark.parametrize("place", [HERE, THERE], ids=["own server", "other server"])
 @stepped
-async def test_a_restarted_plugin_adopts_a_device_where_it_was_followed_to() -> None:
-    async with red_followed() as (c, lab, node):
-        imports = lab.table.granted
+async def test_a_restarted_plugin_adopts_a_device_at_the_place_to_which_it_moved(place: DeviceKey) -> None:
+    async with red_followed(place) as (c, to, node):
+        imports = to.table.granted
         await node.stop()
         seen = len(node.kubelet.seen.lists)
         node.start()
         assert await c.settle(lambda: len(node.kubelet.seen.lists) > seen, 5)
-        assert node.kubelet.seen.lists[seen][1][HOME.id] is True, "the very first list"
+        assert node.kubelet.seen.lists[seen][1][HOME.id] is True, "the first list"
         assert node.held_in(ClaimState.ATTACHED) == {HOME}
-        assert node.attached() == {PLACE}
-        assert lab.table.granted == imports
-        carry(lab, "1-2", lab, "1-3")
+        assert node.attached() == {place}
+        assert to.table.granted == imports
+        third = DeviceKey(LAB, "1-3")
+        carry(to, place.busid, c.servers[LAB], third.busid)
         await found_again(c, node)
-        assert node.attached() == {key(lab, "1-3")}, "its serial number is known to the successor"
-        assert c.holder(PLACE) == ""
+        assert node.attached() == {third}, "the successor knows its serial number"
+        assert await c.settle(lambda: c.holder(place) == "", 5)
         node.end(pod("p"))
-        assert await c.settle(lambda: c.holder(HOME) == c.holder(key(lab, "1-3")) == "", 10)
-
-
-async def until_step(reached: Callable[[], bool]) -> None:
-    """Until it is so after some step of the loop."""
-    loop, so = loop_of(), asyncio.Event()
-
-    def look() -> None:
-        if reached():
-            loop.after_step = None
-            so.set()
-
-    loop.after_step = look
-    async with asyncio.timeout(POLLED):
-        await so.wait()
+        assert await c.settle(lambda: c.holder(HOME) == c.holder(third) == "", ALLOCATION_GRACE)
 
 
 def moments(c: Cluster, node: ClusterNode, lab: VirtualServer) -> dict[str, Callable[[], bool]]:
     return {
-        "the lock of its place is written": lambda: record.IN_PLACE_OF in _notes(c, PLACE.id),
-        "its place is imported": lambda: lab.importers("1-2") == 1 and record.IN_PLACE_OF in _notes(c, PLACE.id),
-        "the kernel has it": lambda: node.attached() == {PLACE},
+        "the lock of its place is written": lambda: record.IN_PLACE_OF in _notes(c, HERE.id),
+        "its place is imported": lambda: lab.importers("1-2") == 1 and record.IN_PLACE_OF in _notes(c, HERE.id),
+        "the kernel has it": lambda: node.attached() == {HERE},
     }
 
 
@@ -369,14 +335,14 @@ async def test_killed_while_it_follows_its_successor_goes_on_or_cleans_up(moment
             node.end(pod("p"))
         node.start()
         if ended:
-            assert await c.settle(lambda: c.holder(HOME) == c.holder(PLACE) == "", ALLOCATION_GRACE + 10)
+            assert await c.settle(lambda: c.holder(HOME) == c.holder(HERE) == "", ALLOCATION_GRACE + 10)
             assert node.attached() == frozenset()
             assert lab.importers("1-2") == 0
-            await c.becomes(c["node-b"], PLACE, healthy=True)
+            await c.becomes(c["node-b"], HERE, healthy=True)
         else:
-            assert await c.settle(lambda: node.attached() == {PLACE}, 30)
+            assert await c.settle(lambda: node.attached() == {HERE}, 30)
             await c.becomes(node, HOME, healthy=True, within=10)
-            assert (c.holder(HOME), c.holder(PLACE)) == ("node-a", "node-a")
+            assert (c.holder(HOME), c.holder(HERE)) == ("node-a", "node-a")
         assert not lab.violations
 
 
@@ -386,7 +352,7 @@ async def test_a_place_whose_claim_was_lost_while_the_plugin_was_down_is_let_go(
         await node.stop()
         c.steal(HOME)
         node.start()
-        assert await c.settle(lambda: c.holder(PLACE) == "" and not node.attached(), 10)
+        assert await c.settle(lambda: c.holder(HERE) == "" and not node.attached(), 10)
         assert lab.importers("1-2") == 0
         assert c.holder(HOME) == "node-z"
 
@@ -395,13 +361,13 @@ async def test_a_place_whose_claim_was_lost_while_the_plugin_was_down_is_let_go(
 async def test_a_dead_nodes_place_is_taken_over_as_what_it_is() -> None:
     async with red_followed() as (c, lab, node):
         node.reboot()
-        await c.becomes(c["node-b"], PLACE, healthy=True, within=3 * LOCKS.duration)
+        await c.becomes(c["node-b"], HERE, healthy=True, within=3 * LOCKS.duration)
         assert await c["node-b"].admit(pod("q"), "stick") is None
-        assert c["node-b"].attached() == {PLACE}
-        assert record.IN_PLACE_OF not in c.backend.leases[PLACE.id].annotations
+        assert c["node-b"].attached() == {HERE}
+        assert record.IN_PLACE_OF not in c.backend.leases[HERE.id].annotations
         node.start()
         assert not await c.settle(lambda: bool(node.attached()), 60)
-        assert c.holder(PLACE) == "node-b"
+        assert c.holder(HERE) == "node-b"
         assert not lab.violations
 
 
@@ -443,17 +409,24 @@ async def test_two_held_devices_that_change_places_go_to_no_wrong_pod() -> None:
         assert not lab.violations
 
 
-@pytest.mark.parametrize("steps", [40, 80, 120, 160, 200, 240, 280, 320])
+@pytest.mark.parametrize("place", [HERE, THERE], ids=["own server", "other server"])
+@pytest.mark.parametrize("steps", range(40, 361, 40))
+@pytest.mark.parametrize("ended", [False, True], ids=["pod runs", "pod ended"])
 @stepped
-async def test_killed_at_any_step_nothing_is_left_when_the_pod_has_ended(steps: int) -> None:
-    async with red_taken() as (c, lab, node):
-        carry(lab, "1-1", lab, "1-2")
+async def test_the_successor_of_a_plugin_that_is_killed_at_any_step_goes_on_or_cleans_up(
+    place: DeviceKey, steps: int, ended: bool
+) -> None:
+    async with red_taken(place) as (c, to, node):
+        carry(c.servers[LAB], "1-1", to, place.busid)
         await c.killed_after(node, steps)
+        if ended:
+            node.end(pod("p"))
         node.start()
-        assert await c.settle(lambda: node.attached() == {PLACE}, 30)
-        await c.becomes(node, HOME, healthy=True, within=10)
-        node.end(pod("p"))
-        assert await c.settle(lambda: c.holder(HOME) == c.holder(PLACE) == "", ALLOCATION_GRACE + 10)
+        if not ended:
+            assert await c.settle(lambda: node.attached() == {place}, 30)
+            await c.becomes(node, HOME, healthy=True, within=10)
+            node.end(pod("p"))
+        assert await c.settle(lambda: c.holder(HOME) == c.holder(place) == "", ALLOCATION_GRACE + 10)
         assert not node.attached()
         assert not node.kernel.records["node-a"]
-        assert not lab.violations
+        assert not any(server.violations for server in c.servers.values())
