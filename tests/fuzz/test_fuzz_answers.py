@@ -33,7 +33,7 @@ from usbip_plugin.usbip.client import TcpUsbipClient
     ("header", "seconds"),
     [("3", 3.0), ("²", None), ("9" * 400, None), ("-1", None), ("Wed, 21 Oct 2030", None), ("", None)],
 )
-def test_a_time_to_wait_is_a_small_number_or_none(header: str, seconds: float | None) -> None:
+def test_retry_after_is_a_small_number_or_absent(header: str, seconds: float | None) -> None:
     error = responses.error_of(429, {}, "get", "leases", header)
     assert isinstance(error, KubeThrottled)
     assert error.retry_after == seconds
@@ -42,14 +42,14 @@ def test_a_time_to_wait_is_a_small_number_or_none(header: str, seconds: float | 
 @pytest.mark.parametrize(
     "message", ["a\x1b[2J\nb", "\ud800", "x" * 100_000, ["x"] * 100_000, {"a": {}}, 10**4000, None]
 )
-def test_a_refusal_says_what_can_be_printed_of_it(message: object) -> None:
+def test_a_refusal_has_a_short_printable_message(message: object) -> None:
     text = str(responses.error_of(418, {"message": message}, "get", "leases", None))
     assert len(text) < 1000
     assert text.isprintable()
     assert "HTTP 418" in text
 
 
-def test_a_refusal_with_a_message_nested_to_the_limit_of_the_decoder_is_one() -> None:
+def test_a_refusal_with_a_deeply_nested_message_is_a_server_error() -> None:
     depth = 100_000
     with pytest.raises(KubeServerError):
         responses.decoded(b'{"message": ' + b"[" * depth + b"]" * depth + b"}", "get", "leases")
@@ -97,14 +97,14 @@ def pod(**status: object) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("phase", [[], {}, None, 3, "x" * 1000])
-def test_a_phase_that_is_none_is_a_pod_that_runs(phase: object) -> None:
+def test_a_pod_with_an_invalid_phase_counts_as_running(phase: object) -> None:
     found = read_pod(pod(phase=phase))
     assert found is not None
     assert found[1].phase is PodPhase.RUNNING
 
 
 @pytest.mark.parametrize("metadata", [None, [], "x", 3, {"resourceVersion": 3}])
-def test_an_event_without_metadata_is_no_pod_and_no_version(metadata: object) -> None:
+def test_an_event_without_metadata_is_ignored(metadata: object) -> None:
     pods = OwnPods(None, "node-a", SystemClock(), random.Random(0), lambda _pod, _phase: None)  # type: ignore[arg-type]
     assert pods.apply({"type": "ADDED", "object": {"metadata": metadata}}) is None
 
@@ -121,7 +121,7 @@ async def test_a_port_that_does_not_exist_is_unreachable(port: int) -> None:
 @pytest.mark.parametrize(
     "answer", [b"\xff\xff\xff", b"\x0a\xff", b"\x0a\x04\x0a\x02\xff\xfe"], ids=["noise", "cut", "not text"]
 )
-async def test_a_kubelet_that_answers_nonsense_is_no_list_of_pods(answer: bytes) -> None:
+async def test_an_invalid_answer_of_the_kubelet_is_pod_resources_unavailable(answer: bytes) -> None:
     """gRPC gives None for a message it cannot decode."""
 
     async def respond(_request: bytes, _context: object) -> bytes:
@@ -145,12 +145,12 @@ async def test_a_kubelet_that_answers_nonsense_is_no_list_of_pods(answer: bytes)
 
 
 @pytest.mark.parametrize("text", ["x" * 5000, "ä" * 5000, "😀" * 5000, "%" * 5000, "\ud800\0\x1b" * 500, "a\nb"])
-def test_what_a_pods_event_says_fits_into_the_header_it_travels_in(text: str) -> None:
+def test_an_error_detail_fits_into_a_grpc_header(text: str) -> None:
     grpc_detail(PluginError(text))
     assert len(status_details(PluginError(text))) <= MAX_DETAIL_CHARACTERS
 
 
-def test_a_log_record_of_megabytes_is_a_line_of_kilobytes() -> None:
+def test_a_log_record_of_megabytes_is_cut_to_one_line() -> None:
     long = "x\x1b\n" * (1 << 20)
     entry = logging.makeLogRecord(
         {"msg": "%s", "args": (long,), "holder": long, "pods": [long] * 1000, "pod": {"name": long}}
@@ -183,7 +183,7 @@ class Backend:
         self.asked.append(device_ids)
 
 
-async def test_a_kubelet_that_asks_nonsense_is_refused_and_the_next_request_is_answered() -> None:
+async def test_invalid_requests_of_the_kubelet_are_refused_and_the_next_is_answered() -> None:
     backend = Backend()
     server = DevicePluginServer("usbip.dev/a", backend)
     many = pb.AllocateRequest(container_requests=[pb.ContainerAllocateRequest(devices_ids=["d"])] * 65)

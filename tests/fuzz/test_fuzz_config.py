@@ -94,12 +94,12 @@ def test_a_long_key_is_cut_in_every_message() -> None:
     assert max(map(len, problems)) < 500
 
 
-def test_so_many_problems_are_counted_not_kept() -> None:
+def test_problems_beyond_the_limit_are_counted() -> None:
     problems = refused("resources:\n" + "".join(f"  'r {n}': []\n" for n in range(2000)))
     assert problems[-1] == f"config.yaml: and {2000 - MAX_PROBLEMS} more"
 
 
-def test_so_many_warnings_are_cut() -> None:
+def test_warnings_beyond_the_limit_are_counted() -> None:
     warnings = parse_config("".join(f"x{n}: 1\n" for n in range(2000)) + "resources: {a: []}\n").warnings
     assert len(warnings) == MAX_PROBLEMS + 1
     assert warnings[-1] == f"config.yaml: and {2001 - MAX_PROBLEMS} more"
@@ -123,7 +123,7 @@ def test_a_misspelled_selector_is_an_error_however_much_else_is_wrong() -> None:
         "- *" + "a" * 300,
     ],
 )
-def test_what_steers_a_terminal_is_not_printed(text: str) -> None:
+def test_control_characters_are_not_printed(text: str) -> None:
     configuration(text.encode())
 
 
@@ -231,5 +231,5 @@ CONFIGURATIONS = mapping(
 
 @brief(200)
 @given(CONFIGURATIONS, st.booleans())
-def test_anything_like_a_configuration_is_one_or_is_refused(value: object, flow: bool) -> None:
+def test_any_document_is_a_configuration_or_is_refused(value: object, flow: bool) -> None:
     configuration(yaml.safe_dump(value, default_flow_style=flow, allow_unicode=True).encode("utf-8", "surrogatepass"))

@@ -45,7 +45,7 @@ def test_a_status_of_more_ports_than_any_kernel_has_is_refused() -> None:
 
 
 @pytest.mark.parametrize("text", ["9" * 100_000, "\x1b[2J", "²", "0", "4097"])
-def test_nports_that_is_no_number_of_ports_is_refused_in_few_words(text: str) -> None:
+def test_an_invalid_nports_is_refused_with_a_short_message(text: str) -> None:
     with pytest.raises(ValueError, match=r".") as caught:
         sysfs.parse_nports(text)
     fit_to_raise(caught.value, 200)
@@ -59,7 +59,7 @@ def test_a_record_survives_the_file(host: str, port: int) -> None:
 
 
 @pytest.mark.parametrize("length", range(1020, 1030))
-def test_what_is_read_can_be_written(length: int) -> None:
+def test_a_record_that_can_be_read_can_be_written(length: int) -> None:
     key = parse_record("h" * length + " 3240 1-1")
     assert (key is None) == (length > 1024)
     assert key is None or parse_record(format_record(key)) == key
@@ -68,7 +68,7 @@ def test_what_is_read_can_be_written(length: int) -> None:
 @pytest.mark.parametrize(
     "text", ["\x1b[2J 3240 1-1", "a\ud800b 3240 1-1", "h " + "9" * 1000 + " 1-1", "h 3240 " + "1" * 1000]
 )
-def test_a_record_that_could_not_be_shown_is_none(text: str) -> None:
+def test_a_record_that_is_not_printable_is_ignored(text: str) -> None:
     assert parse_record(text) is None
 
 
@@ -81,7 +81,7 @@ def test_a_pipe_in_a_records_place_does_not_hang(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("marker", [b"", b"\xff\xfe", b"\xe2\x82\xac", b"7", b"1 1", b"x" * 100_000])
-def test_a_note_of_a_crashed_plugin_that_makes_no_sense_is_thrown_away(tmp_path: Path, marker: bytes) -> None:
+def test_an_invalid_hub_note_of_a_crashed_plugin_is_deleted(tmp_path: Path, marker: bytes) -> None:
     _files(
         b"480\n\x000\n\x00" + marker,
         (f"{HUB}/speed", f"{HUB}/authorized_default", "run/authorized_default.usb3"),
@@ -94,7 +94,7 @@ def test_a_note_of_a_crashed_plugin_that_makes_no_sense_is_thrown_away(tmp_path:
 
 
 @pytest.mark.parametrize("value", [b"\xff", b"", b"yes"])
-def test_a_hub_whose_state_cannot_be_read_is_left_alone(tmp_path: Path, value: bytes) -> None:
+def test_a_hub_with_an_unreadable_state_is_not_written(tmp_path: Path, value: bytes) -> None:
     _files(b"480\n\x00" + value, (f"{HUB}/speed", f"{HUB}/authorized_default"), tmp_path)
     (tmp_path / "run").mkdir()
     written: list[str] = []
@@ -122,7 +122,7 @@ def device(tmp_path: Path, **files: str) -> Path:
         ("", None),
     ],
 )
-def test_a_serial_number_is_short_and_printable_or_none(tmp_path: Path, written: str, serial: str | None) -> None:
+def test_a_serial_number_is_short_and_printable_or_absent(tmp_path: Path, written: str, serial: str | None) -> None:
     facts = read_facts(device(tmp_path, serial=written))
     assert facts is not None
     assert facts.serial == serial
@@ -131,7 +131,7 @@ def test_a_serial_number_is_short_and_printable_or_none(tmp_path: Path, written:
 @pytest.mark.parametrize(
     "files", [{"idVendor": "-001"}, {"idVendor": "0x12"}, {"idProduct": "12345"}, {"devnum": "9" * 5000}]
 )
-def test_numbers_that_no_kernel_writes_are_no_device(tmp_path: Path, files: dict[str, str]) -> None:
+def test_a_device_with_invalid_numbers_is_ignored(tmp_path: Path, files: dict[str, str]) -> None:
     assert read_facts(device(tmp_path, **files)) is None
 
 
@@ -146,7 +146,7 @@ def test_numbers_that_no_kernel_writes_are_no_device(tmp_path: Path, files: dict
         "MAJOR=1\nMINOR=0\nDEVNAME=../sda",
     ],
 )
-def test_a_node_that_no_kernel_makes_is_none(tmp_path: Path, uevent: str) -> None:
+def test_an_invalid_device_node_is_ignored(tmp_path: Path, uevent: str) -> None:
     made = device(tmp_path)
     facts = read_facts(made)
     assert facts is not None

@@ -124,11 +124,11 @@ LEASES = st.builds(
 
 @brief(150)
 @given(LEASES)
-def test_no_record_of_any_store_breaks_a_rule(lease: Lease) -> None:
+def test_any_lease_passes_every_rule(lease: Lease) -> None:
     judged(lease)
 
 
-def test_what_is_kept_of_an_object_is_bounded_and_its_own_notes_come_through() -> None:
+def test_a_decoded_lease_is_bounded_and_keeps_the_plugins_annotations() -> None:
     seed = _lease_seed(holderIdentity="n" * MEGABYTE)
     own = dict(seed["metadata"]["annotations"])
     # in the order in which the API server has them, which is that of the alphabet
@@ -146,7 +146,7 @@ def test_what_is_kept_of_an_object_is_bounded_and_its_own_notes_come_through() -
     assert len(json.dumps(encode(lease, "ns"))) < 64 * 1024
 
 
-def test_own_notes_come_through_beside_one_that_was_blown_up() -> None:
+def test_annotations_of_the_plugin_survive_beside_a_huge_one() -> None:
     seed = _lease_seed()
     seed["metadata"]["annotations"][record.BUSID] = "x" * (kubernetes.MAX_NOTES - 100)
     lease = decode(seed)
@@ -154,7 +154,7 @@ def test_own_notes_come_through_beside_one_that_was_blown_up() -> None:
     assert record.BUSID not in lease.annotations
 
 
-def test_all_locks_have_the_same_keys_in_memory() -> None:
+def test_all_locks_share_their_keys_in_memory() -> None:
     one, other = (decode(json.loads(json.dumps(_lease_seed()))) for _ in range(2))
     assert len(one.annotations) > 1
     for notes, same in ((one.annotations, other.annotations), (one.labels, other.labels)):
@@ -162,7 +162,7 @@ def test_all_locks_have_the_same_keys_in_memory() -> None:
 
 
 @pytest.mark.parametrize("length", [254, 511, 512, 513, MEGABYTE])
-def test_a_cut_holder_is_nobodys_name(length: int) -> None:
+def test_a_shortened_holder_never_equals_a_node_name(length: int) -> None:
     me = "n" * 253  # the longest name a node can have
     assert decode(_lease_seed(holderIdentity="n" * length)).holder != me
 
@@ -194,13 +194,13 @@ def lock(server: str, busid: str = "1-2") -> Lock:
 
 
 @pytest.mark.parametrize("port", ["0", "65536", "70000", "9" * 20, "9" * 200])
-def test_a_lock_on_a_port_that_does_not_exist_is_about_no_device(port: str) -> None:
+def test_a_lock_with_an_invalid_port_has_no_key(port: str) -> None:
     assert lock(f"10.0.0.1:{port}").key is None
     assert lock("10.0.0.1:65535").key is not None
 
 
 @pytest.mark.parametrize("busid", ["..", "1 2", "1/2", "x" * 40])
-def test_a_lock_on_a_bus_id_that_does_not_exist_is_about_no_device(busid: str) -> None:
+def test_a_lock_with_an_invalid_bus_id_has_no_key(busid: str) -> None:
     assert lock("10.0.0.1:3240", busid).key is None
 
 
@@ -275,7 +275,7 @@ ODD_LEASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("odd", ODD_LEASES.values(), ids=list(ODD_LEASES))
 @virtual
-async def test_an_odd_lock_is_held_by_somebody_else_until_it_expires_and_harms_no_other(
+async def test_an_invalid_lock_is_held_until_it_expires_and_affects_no_other(
     odd: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG, logger="usbip_plugin")
@@ -329,7 +329,7 @@ def printed(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @virtual
-async def test_a_session_that_asks_for_ever_is_waited_for_an_hour() -> None:
+async def test_a_session_with_an_endless_duration_expires_after_an_hour() -> None:
     api = RawApi()
     api.put(changed())
     session = {"name": record.session_name("node-b"), "labels": dict(record.SESSION_LABELS)}
@@ -346,7 +346,7 @@ async def test_a_session_that_asks_for_ever_is_waited_for_an_hour() -> None:
 
 @pytest.mark.parametrize("metadata", [{"resourceVersion": None}, {"resourceVersion": "7" * 5000}], ids=["none", "long"])
 @virtual
-async def test_an_answer_without_a_version_takes_nothing_and_is_got_over(
+async def test_an_answer_without_a_version_fails_the_acquire_and_the_next_one_succeeds(
     metadata: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     """No API server gives one. Nobody then knows how locks stand, so none is taken; what is known stays known."""
@@ -369,7 +369,7 @@ async def test_an_answer_without_a_version_takes_nothing_and_is_got_over(
     printed(caplog)
 
 
-async def test_a_lease_that_is_no_lock_is_not_listed_as_a_device() -> None:
+async def test_a_lease_with_another_name_is_not_listed_as_a_device() -> None:
     api = RawApi()
     seed = changed({"name": "somebody-elses"})
     api.put(seed)

@@ -57,7 +57,7 @@ def changed(draw: st.DrawFn, seeds: list[bytes]) -> bytes:
 
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=list(TARGETS))
-def test_what_is_understood_is_taken(target: Target) -> None:
+def test_every_seed_is_decoded(target: Target) -> None:
     seeds = list(target.seeds())
     assert seeds
     for seed in seeds:
@@ -66,7 +66,7 @@ def test_what_is_understood_is_taken(target: Target) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=list(TARGETS))
-def test_noise_and_damage_are_errors_that_are_expected(target: Target) -> None:
+def test_noise_and_damage_raise_expected_errors_only(target: Target) -> None:
     seeds = list(target.seeds())
 
     @brief(40)

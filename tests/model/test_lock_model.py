@@ -60,7 +60,7 @@ def test_everything_happens() -> None:
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=name)
-def test_a_wrong_rule_is_found_out(mutant: Mutant) -> None:
+def test_a_wrong_rule_is_found(mutant: Mutant) -> None:
     result = search(mutant.model, frozenset({mutant.promise}))
     assert result.found is not None
     print(f"\n{name(mutant)}: {result.found}")
@@ -74,7 +74,7 @@ def test_a_rule_that_keeps_another_promise_is_not_needed_for_this_one(mutant: Mu
     assert result.complete or (result.states >= SOME and not long_form)
 
 
-def test_the_shortest_story_is_told() -> None:
+def test_the_shortest_story_is_found() -> None:
     """Both hear nothing of their writes: one cannot do with less than this."""
     found = search(Model(habits=Habits(takes_silence_for_yes=True)), frozenset({TWO_IMPORTS})).found
     assert found is not None

@@ -206,6 +206,6 @@ def test_answers_survive_the_wire(answer: wire.SubmitReturn | wire.UnlinkReturn)
     ("text", "expected"),
     [("ABC", "ABC"), (" ABC\0\0", "ABC"), ("A\x1b[31mC", None), ("A\nB", None), ("", None), ("\0", None), ("ÄÖ", "ÄÖ")],
 )
-def test_serial_numbers_are_printable_or_none(text: str, expected: str | None) -> None:
+def test_a_serial_number_is_printable_or_absent(text: str, expected: str | None) -> None:
     body = text.encode("utf-16-le")
     assert identify.parse_string(bytes([2 + len(body), 3]) + body) == expected

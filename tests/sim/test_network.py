@@ -99,7 +99,7 @@ async def test_an_import_counts_as_under_way_from_its_request_on() -> None:
 
 
 @stepped
-async def test_an_import_granted_but_never_answered_is_let_go_by_its_client() -> None:
+async def test_an_import_whose_answer_is_late_is_closed_by_its_client() -> None:
     lab = Lab()
     with pytest.raises(ServerTimeout):
         await lab.a.client.import_device(lab.key, timeout=ROUND - LATENCY / 2)
@@ -110,7 +110,7 @@ async def test_an_import_granted_but_never_answered_is_let_go_by_its_client() ->
 
 
 @stepped
-async def test_a_node_cut_off_holds_its_device_at_the_server_until_the_network_is_mended() -> None:
+async def test_a_node_that_is_cut_off_keeps_its_import_until_the_link_is_restored() -> None:
     lab = Lab()
     imported = await lab.take(lab.a)
     lab.a.link.cut()
@@ -192,7 +192,7 @@ async def test_a_request_nobody_acknowledges_dies_with_the_user_timeout() -> Non
 
 
 @stepped
-async def test_a_request_is_sent_again_over_a_mended_link() -> None:
+async def test_a_request_is_sent_again_over_a_restored_link() -> None:
     lab = Lab()
     asking = asyncio.ensure_future(lab.a.client.import_device(lab.key, timeout=60))
     await lab.sleep(LATENCY * 2.5)
@@ -204,7 +204,7 @@ async def test_a_request_is_sent_again_over_a_mended_link() -> None:
 
 
 @stepped
-async def test_an_answer_that_is_sent_again_tells_the_server_that_nobody_wants_it() -> None:
+async def test_a_repeated_answer_is_reset_by_a_node_that_closed_its_socket() -> None:
     lab = Lab()
     asking = asyncio.ensure_future(lab.take(lab.a))
     await lab.sleep(LATENCY * 3.5)
@@ -219,7 +219,7 @@ async def test_an_answer_that_is_sent_again_tells_the_server_that_nobody_wants_i
 
 
 @stepped
-async def test_a_dead_daemon_refuses_a_dark_server_says_nothing() -> None:
+async def test_a_dead_daemon_refuses_and_a_server_without_power_is_silent() -> None:
     lab = Lab()
     await lab.server.stop()
     with pytest.raises(ServerUnreachable, match="refused"):
@@ -234,7 +234,7 @@ async def test_a_dead_daemon_refuses_a_dark_server_says_nothing() -> None:
 
 
 @stepped
-async def test_a_server_that_comes_back_after_a_power_cut_knows_nobody() -> None:
+async def test_a_server_that_comes_back_after_a_power_cut_resets_old_connections() -> None:
     lab = Lab()
     imported = await lab.take(lab.a)
     lab.network.power(lab.server.key, on=False)
@@ -251,7 +251,7 @@ async def test_a_server_that_comes_back_after_a_power_cut_knows_nobody() -> None
 
 
 @stepped
-async def test_a_node_without_power_says_nothing_to_its_server() -> None:
+async def test_a_node_without_power_sends_nothing_to_its_server() -> None:
     for keepalive in (False, True):
         lab = Lab(keepalive=keepalive)
         imported = await lab.take(lab.a)
@@ -263,7 +263,7 @@ async def test_a_node_without_power_says_nothing_to_its_server() -> None:
 
 
 @stepped
-async def test_a_frozen_host_is_dead_to_a_server_that_asks_and_to_no_other() -> None:
+async def test_a_frozen_host_is_dead_to_a_server_with_keepalive_only() -> None:
     for keepalive in (False, True):
         lab = Lab(keepalive=keepalive)
         imported = await lab.take(lab.a)
@@ -318,7 +318,7 @@ async def test_a_slow_link_delivers_late_and_in_order() -> None:
 
 @pytest.mark.parametrize("step", range(1, 9))
 @stepped
-async def test_a_client_that_was_stopped_past_its_time_asks_for_nothing_any_more(step: int) -> None:
+async def test_a_client_that_was_frozen_past_its_timeout_sends_no_request(step: int) -> None:
     """Rule R1 bounds an import by its timeout; a process that wakes up must not look at its timers too late."""
     lab = Lab()
     node = lab.a

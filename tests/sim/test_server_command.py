@@ -51,7 +51,7 @@ def test_a_device_of_several_interfaces_with_a_name() -> None:
         ("1-1=0951:1666,colour=red", "'colour=red'"),
     ],
 )
-def test_a_device_that_makes_no_sense_is_named_with_the_cure(text: str, said: str) -> None:
+def test_an_invalid_device_is_refused_with_the_expected_form(text: str, said: str) -> None:
     with pytest.raises(ConfigError) as error:
         parse_device(text)
     assert f"--device {text}: " in str(error.value)
@@ -64,7 +64,7 @@ def test_a_bus_id_given_twice() -> None:
 
 
 @pytest.mark.parametrize("text", ["3240", "host:", "host:99999", "host:x", "host:-1", "host:²", "host:" + "9" * 5000])
-def test_an_address_that_makes_no_sense(text: str) -> None:
+def test_an_invalid_address_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="must be ADDRESS:PORT"):
         parse_listen(text)
 

@@ -86,7 +86,7 @@ async def test_the_node_goes_when_the_server_ends_the_connection(rig: RemoteRig)
     assert nodes_of(rig) == []
 
 
-async def test_what_is_attached_outlives_the_plugin(rig: RemoteRig) -> None:
+async def test_an_attached_device_outlives_the_plugin(rig: RemoteRig) -> None:
     await booted(rig)
     first = rig.plugin()
     imported = await rig.import_twin(0)
@@ -98,7 +98,7 @@ async def test_what_is_attached_outlives_the_plugin(rig: RemoteRig) -> None:
     assert nodes_of(rig)
 
 
-async def test_a_new_process_is_a_kernel_that_has_booted(rig: RemoteRig) -> None:
+async def test_a_new_process_is_a_rebooted_kernel(rig: RemoteRig) -> None:
     service = await booted(rig)
     driver = rig.plugin()
     imported = await rig.import_twin(0)
@@ -117,7 +117,7 @@ async def test_a_new_process_is_a_kernel_that_has_booted(rig: RemoteRig) -> None
     assert all(port.status is PortStatus.NULL for port in await driver.ports())
 
 
-async def test_a_device_has_the_child_nodes_that_are_asked_of_it(rig: RemoteRig) -> None:
+async def test_a_device_gets_the_requested_child_nodes(rig: RemoteRig) -> None:
     await booted(rig)
     driver, imported = rig.plugin(), await rig.import_twin(0)
     port = await driver.attach(imported.key, imported.descriptor, imported.fileno())
@@ -150,7 +150,7 @@ async def test_a_cancelled_attach_leaves_no_port(rig: RemoteRig) -> None:
     assert all(port.status is PortStatus.NULL for port in await driver.ports())
 
 
-async def test_a_service_that_hangs_is_not_waited_for(rig: RemoteRig, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_service_that_hangs_is_an_error(rig: RemoteRig, monkeypatch: pytest.MonkeyPatch) -> None:
     await booted(rig)
     driver = rig.plugin()
     await driver.ports()
@@ -217,7 +217,7 @@ async def test_a_driver_of_another_version_is_refused_in_a_form_that_it_can_read
     assert answer == {"id": 1, "error": {"name": "AttachRefused", "text": text}}
 
 
-def test_a_successor_removes_what_was_left_and_nothing_else(tmp_path: Path) -> None:
+def test_a_successor_removes_the_nodes_of_its_predecessor_only(tmp_path: Path) -> None:
     devices, journal = tmp_path / "dev", tmp_path / "nodes"
     DeviceNodes(devices, journal, Path.touch, Path.is_file).provide(ATTACHMENT)
     other = devices / "bus/usb/003/003"
@@ -227,14 +227,14 @@ def test_a_successor_removes_what_was_left_and_nothing_else(tmp_path: Path) -> N
     assert [path for path in devices.rglob("*") if path.is_file()] == [other]
 
 
-def test_a_path_that_has_become_somebody_elses_is_left_alone(tmp_path: Path) -> None:
+def test_a_path_that_is_no_device_node_any_more_is_not_removed(tmp_path: Path) -> None:
     devices, journal = tmp_path / "dev", tmp_path / "nodes"
     DeviceNodes(devices, journal, Path.touch, Path.is_file).provide(ATTACHMENT)
     DeviceNodes(devices, journal, Path.touch, lambda _path: False).sweep()
     assert (devices / "bus/usb/003/002").exists()
 
 
-def test_real_nodes_are_what_the_attachment_says(tmp_path: Path, needs: Callable[[bool, str], None]) -> None:
+def test_real_nodes_have_the_numbers_of_the_attachment(tmp_path: Path, needs: Callable[[bool, str], None]) -> None:
     needs(os.geteuid() == 0, "root, to make device nodes")
     nodes = DeviceNodes(tmp_path / "dev", tmp_path / "nodes")
     made = nodes.provide(ATTACHMENT).nodes[0]
@@ -290,7 +290,7 @@ def device(text: str) -> VirtualDevice:
         ("1-1=04e6:5116,serial=A,class=0b", []),
     ],
 )
-async def test_a_kernel_that_asks_makes_the_nodes_that_drivers_would(
+async def test_a_kernel_that_reads_descriptors_makes_the_nodes_of_real_drivers(
     tmp_path: Path, text: str, paths: list[str]
 ) -> None:
     async with asyncio.TaskGroup() as group:
@@ -309,7 +309,7 @@ async def test_a_kernel_that_asks_makes_the_nodes_that_drivers_would(
         await rig.ended()
 
 
-async def test_a_path_that_another_kernel_has_is_passed_over_and_a_free_one_given_out_again(tmp_path: Path) -> None:
+async def test_a_path_of_another_kernel_is_skipped_and_a_free_path_is_used_again(tmp_path: Path) -> None:
     async with asyncio.TaskGroup() as group:
         rig = Asked(tmp_path, group, device("1-1=10c4:ea60"), device("1-2=10c4:ea60"))
         (rig.devices).mkdir()
@@ -332,7 +332,7 @@ async def test_a_path_that_another_kernel_has_is_passed_over_and_a_free_one_give
         await rig.ended()
 
 
-async def test_a_device_that_says_nothing_is_attached_all_the_same(
+async def test_a_device_that_does_not_answer_is_attached_without_a_serial_number(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("usbip_sim.kernel.enumeration.ANSWER_S", 0.05)
@@ -344,7 +344,7 @@ async def test_a_device_that_says_nothing_is_attached_all_the_same(
         await rig.ended()
 
 
-async def test_a_device_that_is_another_than_its_server_said_is_found_out(tmp_path: Path) -> None:
+async def test_a_device_with_another_usb_id_than_listed_is_refused(tmp_path: Path) -> None:
     async with asyncio.TaskGroup() as group:
         rig = Asked(tmp_path, group, device("1-1=10c4:ea60"))
         await rig.boot_asking()

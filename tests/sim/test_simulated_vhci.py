@@ -105,7 +105,9 @@ class TestKernel:
         seen = (await SimulatedVhci(kernel, "b").ports())[attachment.port]
         assert (seen.status, seen.record) == (PortStatus.USED, None)
 
-    async def test_nodes_are_what_a_kernel_would_make(self, kernel: SimulatedKernel, table: SocketTable) -> None:
+    async def test_an_attachment_has_the_nodes_that_a_real_kernel_makes(
+        self, kernel: SimulatedKernel, table: SocketTable
+    ) -> None:
         kernel.child_kinds[STICK] = ("tty",)
         kernel.serials[KEY] = "A1"
         attachment = await attached(SimulatedVhci(kernel), table.open())
@@ -140,7 +142,9 @@ class TestKernel:
             await attached(driver, table.open())
         assert {port.status for port in await driver.ports()} == {PortStatus.NULL}
 
-    async def test_full_ports_leave_what_is_asked(self, kernel: SimulatedKernel, table: SocketTable) -> None:
+    async def test_full_ports_leave_the_requested_number_free(
+        self, kernel: SimulatedKernel, table: SocketTable
+    ) -> None:
         driver = SimulatedVhci(kernel)
         assert kernel.fill_ports("hs", leave=1) == (0,)
         await attached(driver, table.open())

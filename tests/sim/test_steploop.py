@@ -68,7 +68,7 @@ def test_a_busy_loop_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         run(busy)
 
 
-def test_an_error_nobody_looks_at_is_raised() -> None:
+def test_an_unhandled_error_is_raised() -> None:
     async def main() -> None:
         asyncio.get_running_loop().call_soon(lambda: 1 // 0)
         await asyncio.sleep(1)
@@ -124,7 +124,7 @@ async def test_a_host_freezes_with_all_its_processes() -> None:
 
 
 @stepped
-async def test_after_a_freeze_what_came_in_is_seen_before_what_ran_out() -> None:
+async def test_after_a_freeze_data_is_handled_before_timers() -> None:
     """As in life: an event loop asks for I/O before it looks at its timers."""
     process = Process(loop_of(), "p")
     arrived: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -147,7 +147,7 @@ async def test_after_a_freeze_what_came_in_is_seen_before_what_ran_out() -> None
 
 
 @stepped
-async def test_a_killed_process_says_nothing_more() -> None:
+async def test_a_killed_process_runs_no_further_step() -> None:
     ticker = Ticker()
     closed: list[str] = []
     ticker.process.on_death(lambda: closed.append("socket"))
@@ -174,7 +174,7 @@ def test_a_process_is_killed_after_exactly_so_many_steps(count: int) -> None:
 
 
 @stepped
-async def test_all_that_comes_of_a_process_is_its_own() -> None:
+async def test_callbacks_and_tasks_of_a_process_belong_to_it() -> None:
     process = Process(loop_of(), "p")
     ran: list[str] = []
 
@@ -226,7 +226,7 @@ def test_task_groups_end_in_the_same_order_each_time() -> None:
     assert order_of_cancellation() == first
 
 
-def test_at_the_end_what_is_left_of_the_dead_is_ended() -> None:
+def test_the_loop_ends_the_tasks_of_dead_processes() -> None:
     tickers: list[Ticker] = []
 
     async def main() -> None:

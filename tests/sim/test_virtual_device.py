@@ -48,7 +48,7 @@ class Importer:
 
 
 @pytest.mark.parametrize("length", [8, 18, 64])
-def test_the_device_descriptor_is_cut_to_what_was_asked(length: int) -> None:
+def test_the_device_descriptor_is_cut_to_the_requested_length(length: int) -> None:
     status, data = Importer(STICK).control("80 06 00 01 00 00 40 00", length)
     assert status == 0
     assert data == bytes.fromhex("12 01 00 02 00 00 00 40 09 12 01 00 00 01 01 02 03 01")[:length]
@@ -71,11 +71,11 @@ def test_the_configuration_counts_its_own_bytes_and_endpoints(device: VirtualDev
         "80 63 00 00 00 00 04 00",  # no standard request
     ],
 )
-def test_what_it_does_not_know_it_stalls(setup: str) -> None:
+def test_an_unknown_request_is_stalled(setup: str) -> None:
     assert Importer(STICK).control(setup, 64) == (STALL, b"")
 
 
-def test_a_configuration_can_be_set_read_and_is_told() -> None:
+def test_a_configuration_can_be_set_and_read() -> None:
     importer = Importer(STICK)
     assert importer.control("80 08 00 00 00 00 01 00", 1) == (0, b"\0")
     assert importer.control("00 09 01 00 00 00 00 00", 0) == (0, b"")

@@ -189,7 +189,7 @@ async def test_an_unplugged_device_stays_in_the_list_as_unhealthy() -> None:
 
 
 @stepped
-async def test_another_device_behind_a_known_busid_is_not_given_out_as_the_old_one() -> None:
+async def test_another_device_behind_a_known_busid_is_unhealthy() -> None:
     async with one_stick() as (c, lab, device):
         replug(lab, dongle("1-1"))
         await c.becomes(c["node-a"], device, healthy=False)
@@ -197,7 +197,7 @@ async def test_another_device_behind_a_known_busid_is_not_given_out_as_the_old_o
 
 
 @stepped
-async def test_a_server_that_lies_about_a_device_is_found_out_and_the_device_let_go() -> None:
+async def test_a_device_with_another_usb_id_than_listed_fails_the_allocate_and_is_released() -> None:
     async with one_stick() as (c, lab, device):
         lab.lie("1-1", said=DONGLE)
         assert "promised as 0951:1666 and turned out to be 1050:0407" in str(await c["node-a"].admit(pod("p"), "stick"))
@@ -226,7 +226,7 @@ async def test_a_restarted_plugin_adopts_what_is_attached_and_its_first_list_is_
 
 
 @stepped
-async def test_an_allocate_that_comes_while_the_plugin_ends_is_told_so() -> None:
+async def test_an_allocate_while_the_plugin_ends_fails_with_claim_busy() -> None:
     async with two_sticks() as (c, _lab, one, two):
         node = c["node-a"]
         allocator = agent(node).allocator
@@ -268,7 +268,7 @@ async def test_a_lost_connection_is_re_attached_under_the_same_lock() -> None:
     ("on_loss", "restarted"), [(OnLoss.EVICT, False), (OnLoss.EVICT, True), (OnLoss.KEEP, False)], ids=str
 )
 @stepped
-async def test_a_pod_whose_device_came_back_as_another_is_evicted_if_its_resource_wants_that(
+async def test_a_pod_whose_device_came_back_with_other_nodes_is_evicted_if_its_resource_says_so(
     on_loss: OnLoss, restarted: bool
 ) -> None:
     """restarted: the claim was made by the process before, and does not know its resource."""
@@ -286,7 +286,9 @@ async def test_a_pod_whose_device_came_back_as_another_is_evicted_if_its_resourc
 
 @pytest.mark.parametrize("on_loss", [OnLoss.EVICT, OnLoss.KEEP], ids=str)
 @stepped
-async def test_a_pod_that_becomes_known_after_its_device_came_back_as_another_is_evicted_then(on_loss: OnLoss) -> None:
+async def test_a_pod_that_becomes_known_after_its_device_came_back_with_other_nodes_is_evicted_then(
+    on_loss: OnLoss,
+) -> None:
     async with one_stick(on_loss=on_loss) as (c, lab, device):
         node = await c.admitted(device)
         node.kubelet_restart(down=True)  # nobody tells whose the device is
@@ -303,7 +305,7 @@ async def test_a_pod_that_becomes_known_after_its_device_came_back_as_another_is
 
 
 @stepped
-async def test_a_pod_that_becomes_known_while_its_device_is_away_is_told_of_that_alone() -> None:
+async def test_a_pod_that_becomes_known_while_its_device_is_lost_gets_only_that_event() -> None:
     notices: list[DeviceEvent] = []
     async with one_stick(notices=notices) as (c, lab, device):
         node = await c.admitted(device)
@@ -320,7 +322,7 @@ async def test_a_pod_that_becomes_known_while_its_device_is_away_is_told_of_that
 
 
 @stepped
-async def test_whose_a_device_is_is_known_soon_also_beside_others_that_are_known() -> None:
+async def test_the_pod_of_a_second_device_is_known_soon() -> None:
     async with two_sticks() as (c, _lab, _one, _two):
         node = c["node-a"]
         assert await node.admit(pod("p"), "stick") is None
@@ -405,7 +407,7 @@ async def test_a_device_attached_while_others_are_checked_does_not_count_as_lost
 
 @pytest.mark.parametrize("lock", ["kept", "taken over"])
 @stepped
-async def test_a_plugin_that_starts_when_the_ports_cannot_be_read_lets_nothing_go_until_they_can(lock: str) -> None:
+async def test_a_plugin_that_starts_when_ports_cannot_be_read_releases_nothing_until_they_can(lock: str) -> None:
     async with one_stick() as (c, lab, device):
         node = await c.taken(device)
         await node.stop()
@@ -471,7 +473,7 @@ async def test_a_server_is_asked_once_more_before_an_expired_lock_is_taken() -> 
 
 
 @stepped
-async def test_a_silent_plugin_whose_kernel_still_has_the_device_is_never_robbed() -> None:
+async def test_the_lock_of_a_silent_plugin_whose_kernel_has_the_device_is_never_taken_over() -> None:
     async with one_stick() as (c, _lab, device):
         await c.admitted(device)
         await c["node-a"].stop()  # the kernel goes on serving the pod
@@ -480,7 +482,7 @@ async def test_a_silent_plugin_whose_kernel_still_has_the_device_is_never_robbed
 
 
 @stepped
-async def test_without_the_api_server_what_runs_stays_and_nothing_new_is_given() -> None:
+async def test_without_the_api_server_pods_keep_their_devices_and_no_other_is_offered() -> None:
     async with two_sticks() as (c, _lab, one, two):
         node = c["node-a"]
         await node.admit(pod("p"), "stick")
@@ -554,7 +556,7 @@ async def away_and_taken_over(c: Cluster, device: DeviceKey) -> tuple[ClusterNod
 
 
 @stepped
-async def test_a_pod_that_lost_its_device_has_it_reported_until_it_is_free_and_then_back() -> None:
+async def test_a_pod_that_lost_its_device_gets_it_back_when_it_is_free() -> None:
     async with one_stick(keepalive=True) as (c, _lab, device):
         a, b = await away_and_taken_over(c, device)
         assert not await c.settle(lambda: reason(a, device) is not Reason.LOCK_LOST, 60)
@@ -618,7 +620,7 @@ async def test_an_attachment_that_ended_when_its_lock_was_not_known_leaves_no_po
 
 
 @stepped
-async def test_a_lease_deleted_by_hand_costs_a_pod_its_device_for_a_moment_only() -> None:
+async def test_a_deleted_lease_detaches_a_pods_device_for_a_moment_only() -> None:
     async with one_stick() as (c, _lab, device):
         node = await c.admitted(device)
         c.backend.delete(device.id, c.backend.leases[device.id].resource_version)
@@ -666,7 +668,7 @@ async def test_a_lock_released_by_hand_while_its_device_is_detached_for_a_re_att
 
 
 @stepped
-async def test_a_lock_that_is_lost_and_back_while_its_device_enumerates_costs_another_attach_and_no_more() -> None:
+async def test_a_lock_that_is_lost_and_back_while_its_device_enumerates_costs_another_attach_only() -> None:
     """As after two edits by hand."""
     async with one_stick() as (c, lab, device):
         node = await c.taken(device)
@@ -687,7 +689,7 @@ async def test_a_lock_that_is_lost_and_back_while_its_device_enumerates_costs_an
 
 @stepped
 @pytest.mark.parametrize("released", [True, False])
-async def test_what_is_attached_without_lock_and_pod_after_the_plugin_was_down_is_detached(released: bool) -> None:
+async def test_an_attachment_without_lock_and_pod_is_detached_by_the_next_process(released: bool) -> None:
     """Its lock was released by hand or taken, and its pod has ended, while nobody here could see it."""
     async with one_stick() as (c, lab, device):
         a, b = c["node-a"], c["node-b"]
@@ -703,7 +705,7 @@ async def test_what_is_attached_without_lock_and_pod_after_the_plugin_was_down_i
 
 
 @stepped
-async def test_a_pod_that_lost_its_device_to_another_is_evicted_if_its_resource_wants_that() -> None:
+async def test_a_pod_that_lost_its_device_to_another_is_evicted_if_its_resource_says_so() -> None:
     async with one_stick(keepalive=True, on_loss=OnLoss.EVICT) as (c, _lab, device):
         a, _b = await away_and_taken_over(c, device)
         assert a.evicted == [pod("p")]
@@ -750,7 +752,7 @@ async def test_a_kubelet_that_starts_and_lists_no_pods_yet_ends_no_claim(seen: b
 
 
 @stepped
-async def test_a_full_port_table_is_a_reason_and_ends_with_it() -> None:
+async def test_a_full_port_table_makes_devices_unhealthy_until_a_port_is_free() -> None:
     async with one_stick() as (c, _lab, device):
         node = c["node-a"]
         numbers = node.kernel.fill_ports()
@@ -813,7 +815,7 @@ async def test_an_import_whose_window_passed_before_the_attach_is_given_up() -> 
 
 
 @stepped
-async def test_a_reload_adds_and_removes_resources_and_keeps_a_held_device() -> None:
+async def test_a_reload_adds_and_removes_resources_and_keeps_a_pods_device() -> None:
     lab = server("lab", stick("1-1"), dongle("1-2"))
     held, other = key(lab, "1-1"), key(lab, "1-2")
     async with cluster(spec([lab])) as c:
@@ -830,7 +832,7 @@ async def test_a_reload_adds_and_removes_resources_and_keeps_a_held_device() -> 
 
 
 @stepped
-async def test_a_serial_number_is_read_once_for_all_nodes_and_selects() -> None:
+async def test_a_serial_number_is_read_once_for_all_nodes() -> None:
     lab = server("lab", stick("1-1", "RED"), stick("1-2", "BLUE"))
     red, blue = key(lab, "1-1"), key(lab, "1-2")
     async with cluster(spec([lab], by_serial(lab), nodes=3)) as c:
@@ -848,7 +850,7 @@ async def test_a_serial_number_is_read_once_for_all_nodes_and_selects() -> None:
 
 
 @stepped
-async def test_a_device_without_a_serial_number_is_asked_once_for_all_nodes() -> None:
+async def test_a_device_without_a_serial_number_is_read_once_for_all_nodes() -> None:
     lab = server("lab", stick("1-1", "RED"), VirtualDevice("1-2", STICK, configured=True))
     async with cluster(spec([lab], by_serial(lab), nodes=3)) as c:
         await c.all_healthy(key(lab, "1-1"))

@@ -19,7 +19,7 @@ DEVICES = 60
 
 
 @stepped
-async def test_locks_that_are_taken_all_at_once_are_worked_out_together(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_locks_that_are_taken_at_once_are_evaluated_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """One evaluation of all devices for each lock is time with the square of their number: seconds for some hundred."""
     lab = server("lab", *(stick(f"1-{n + 1}") for n in range(DEVICES)))
     devices = [key(lab, f"1-{n + 1}") for n in range(DEVICES)]

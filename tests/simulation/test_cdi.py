@@ -182,7 +182,7 @@ async def test_a_container_that_starts_while_the_device_is_away_waits_for_it() -
 
 
 @stepped
-async def test_a_container_whose_device_stays_away_fails_in_time_and_is_told_of_what() -> None:
+async def test_a_container_start_without_its_device_fails_in_time_and_names_the_device() -> None:
     async with stick_by_cdi() as (c, lab, device):
         node, _ = await with_pod(c, device)
         lab.unplug("1-1")
@@ -278,7 +278,7 @@ async def test_a_late_child_node_that_no_spec_can_be_written_for_is_in_the_spec_
 
 
 @stepped
-async def test_a_device_that_went_unseen_is_found_out_before_a_container_starts() -> None:
+async def test_a_device_that_left_without_a_uevent_is_noticed_before_a_container_starts() -> None:
     """Uevents can be lost: the plugin looks at the port itself."""
     async with stick_by_cdi() as (c, _lab, device):
         node, before = await with_pod(c, device)
@@ -318,7 +318,7 @@ async def test_without_the_api_server_a_new_process_sweeps_nothing() -> None:
 
 
 @stepped
-async def test_a_process_that_died_between_attach_and_spec_leaves_no_lie() -> None:
+async def test_a_stale_spec_of_a_process_that_died_after_the_attach_is_corrected() -> None:
     async with stick_by_cdi() as (c, _lab, device):
         node, _ = await with_pod(c, device)
         (stale,) = node.specs.find(device.id)
@@ -439,7 +439,7 @@ async def test_a_port_record_that_cannot_be_written_fails_the_allocate_and_leave
 
 @pytest.mark.parametrize("place", ["spec", "record"])
 @stepped
-async def test_a_full_disk_at_a_reattach_is_told_once_and_the_device_is_back_when_there_is_room(place: str) -> None:
+async def test_a_full_disk_at_a_reattach_is_one_event_and_the_device_is_back_when_there_is_room(place: str) -> None:
     notices: list[DeviceEvent] = []
     async with stick_by_cdi(notices=notices) as (c, lab, device):
         node, _ = await with_pod(c, device)

@@ -44,7 +44,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, str, str]]:
     return counted
 
 
-def test_requests_of_an_allocate_and_its_release(calls: Counter[tuple[str, str, str]]) -> None:
+def test_an_allocate_and_its_release_make_a_fixed_number_of_requests(calls: Counter[tuple[str, str, str]]) -> None:
     async def life(story: Story) -> None:
         lab = server("lab", stick("1-1"))
         async with cluster(story.traced(spec([lab], nodes=2))) as c:
@@ -66,7 +66,9 @@ def test_requests_of_an_allocate_and_its_release(calls: Counter[tuple[str, str, 
     played(life)
 
 
-def test_a_day_of_standing_still(calls: Counter[tuple[str, str, str]], long_form: bool) -> None:
+def test_an_idle_day_writes_heartbeats_only_and_keeps_no_objects(
+    calls: Counter[tuple[str, str, str]], long_form: bool
+) -> None:
     """A node that has a device: it writes its heartbeat and nothing else, and has no more to remember."""
     seconds = DAY if long_form else SHORT_DAY
 
@@ -92,7 +94,7 @@ def test_a_day_of_standing_still(calls: Counter[tuple[str, str, str]], long_form
     played(day)
 
 
-def test_an_allocate_works_out_its_own_device_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_allocate_evaluates_its_own_device_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """With 500 devices all of them took 45 to 61 ms of processor time, in which nothing else ran."""
     evaluated: list[str] = []
 

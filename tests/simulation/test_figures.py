@@ -43,7 +43,7 @@ async def measured_stick(*, cdi: bool = False) -> AsyncIterator[tuple[Cluster, M
 
 
 @stepped
-async def test_an_allocate_by_its_result_here_and_its_withdrawal_there() -> None:
+async def test_an_allocate_is_counted_by_its_result_and_its_withdrawal_on_other_nodes() -> None:
     async with measured_stick() as (c, m, _lab, device):
         assert m.value(A, "allocations_total", resource=STICK) == 0, "there before it is needed"
         assert m.value(A, "locks_held") == 0
@@ -134,7 +134,7 @@ async def test_a_resource_that_is_gone_has_no_series() -> None:
 
 
 @stepped
-async def test_servers_and_ports_are_read_as_they_are() -> None:
+async def test_servers_and_ports_have_present_values() -> None:
     lab, away = server("lab", stick("1-1"), stick("1-2")), server("away")
     async with measured(spec([lab, away])) as (c, m):
         assert m.value(A, "server_reachable", server="lab:3240") is None, "not asked yet"
@@ -152,7 +152,7 @@ async def test_servers_and_ports_are_read_as_they_are() -> None:
 
 
 @stepped
-async def test_a_lost_attachment_and_each_try_to_get_it_back() -> None:
+async def test_a_lost_attachment_and_each_re_attach_are_counted() -> None:
     async with measured_stick() as (c, m, lab, device):
         await c.admitted(device)
         lab.unplug("1-1")
@@ -183,7 +183,7 @@ async def test_a_lock_taken_away_or_emptied_is_lost() -> None:
 
 
 @stepped
-async def test_a_takeover_is_told_from_a_first_taking() -> None:
+async def test_a_takeover_is_counted_apart_from_a_first_acquisition() -> None:
     async with measured_stick() as (c, m, _lab, device):
         await c.admitted(device)
         await c.becomes(c[B], device, healthy=False)
@@ -195,7 +195,7 @@ async def test_a_takeover_is_told_from_a_first_taking() -> None:
 
 
 @stepped
-async def test_what_the_predecessor_took_is_not_counted_again() -> None:
+async def test_locks_of_the_predecessor_are_not_counted_again() -> None:
     async with measured_stick() as (c, m, _lab, device):
         await c.admitted(device)
         await c[A].stop()
@@ -244,7 +244,7 @@ async def test_registrations_are_counted_and_a_node_is_ready_with_them() -> None
 
 
 @stepped
-async def test_lists_of_the_kubelet_are_counted_while_a_device_is_claimed_and_only_those_it_answered() -> None:
+async def test_answered_lists_of_the_kubelet_are_counted_while_a_device_is_claimed() -> None:
     async with measured_stick() as (c, m, _lab, device):
 
         def polls() -> float:

@@ -72,7 +72,7 @@ async def test_a_device_that_comes_back_under_another_busid_is_attached_from_the
 
 
 @stepped
-async def test_within_five_seconds_of_being_listed() -> None:
+async def test_a_moved_device_is_attached_within_five_seconds_of_being_listed() -> None:
     lab = server("lab", stick("1-1", "RED"), stick("1-3", "BLUE"))
     async with cluster(spec([lab], nodes=1)) as c:
         lab.unplug("1-3")
@@ -106,7 +106,7 @@ async def test_a_pods_end_frees_both_places() -> None:
 
 
 @stepped
-async def test_two_devices_with_its_serial_number_are_none() -> None:
+async def test_a_device_is_not_followed_to_one_of_two_places_with_its_serial_number() -> None:
     lab = server("lab", stick("1-1", "SAME"))
     notices: list[DeviceEvent] = []
     async with cluster(hearing(spec([lab], nodes=1), notices)) as c:
@@ -205,7 +205,7 @@ async def test_another_device_of_its_kind_under_its_own_busid_is_not_taken_for_i
 
 
 @stepped
-async def test_its_own_busid_coming_back_changes_nothing() -> None:
+async def test_another_device_at_the_former_bus_id_changes_nothing() -> None:
     async with red_followed() as (c, lab, node):
         lab.plug(stick("1-1", "BLUE"))
         assert not await c.settle(lambda: node.attached() != {HERE} or c.holder(HOME) != "node-a", 60)
@@ -228,7 +228,7 @@ async def test_a_device_without_a_serial_number_is_not_followed() -> None:
 
 
 @stepped
-async def test_nothing_is_looked_at_that_the_configuration_does_not_name() -> None:
+async def test_a_device_outside_of_the_configuration_is_not_read() -> None:
     lab = server("lab", stick("1-1", "RED"))
     here = ResourceConfig("stick", (DeviceSelector(lab.key, Selector(bus_id="1-*")),))
     async with cluster(spec([lab], here, nodes=1)) as c:
@@ -241,7 +241,7 @@ async def test_nothing_is_looked_at_that_the_configuration_does_not_name() -> No
 
 
 @stepped
-async def test_a_place_that_another_pod_has_is_left_to_it_and_taken_when_it_is_free() -> None:
+async def test_a_place_that_another_pod_has_is_attached_when_it_is_free() -> None:
     async with red_taken() as (c, lab, node):
         node.partition(cut=True)
         carry(lab, "1-1", lab, "1-2")
@@ -258,7 +258,7 @@ async def test_a_place_that_another_pod_has_is_left_to_it_and_taken_when_it_is_f
 
 
 @stepped
-async def test_an_allocate_of_the_place_is_told_what_it_is() -> None:
+async def test_an_allocate_of_the_place_fails_and_names_the_former_bus_id() -> None:
     async with red_followed() as (c, _lab, node):
         with pytest.raises(ClaimBusy, match="under its former bus ID, lab:3240/1-1"):
             await c.allocate(node, HERE)
@@ -325,7 +325,7 @@ def _notes(c: Cluster, device_id: str) -> dict[str, str]:
     "moment", ["the lock of its place is written", "its place is imported", "the kernel has it"], ids=lambda m: m[4:]
 )
 @stepped
-async def test_killed_while_it_follows_its_successor_goes_on_or_cleans_up(moment: str, ended: bool) -> None:
+async def test_the_successor_of_a_plugin_killed_while_it_follows_goes_on_or_cleans_up(moment: str, ended: bool) -> None:
     async with red_taken() as (c, lab, node):
         carry(lab, "1-1", lab, "1-2")
         reached = moments(c, node, lab)[moment]
@@ -347,7 +347,7 @@ async def test_killed_while_it_follows_its_successor_goes_on_or_cleans_up(moment
 
 
 @stepped
-async def test_a_place_whose_claim_was_lost_while_the_plugin_was_down_is_let_go() -> None:
+async def test_a_place_whose_claim_was_lost_while_the_plugin_was_down_is_released() -> None:
     async with red_followed() as (c, lab, node):
         await node.stop()
         c.steal(HOME)

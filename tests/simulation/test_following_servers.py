@@ -76,7 +76,7 @@ async def test_a_device_that_a_pod_has_is_attached_from_the_server_where_it_is_n
 
 
 @stepped
-async def test_while_its_own_server_is_away_a_device_is_followed_to_where_it_came_meanwhile() -> None:
+async def test_a_device_is_followed_while_its_own_server_is_away() -> None:
     """As when a lab PC breaks, and its dongle is plugged into another."""
     async with red_taken(THERE) as (c, attic, node):
         lab = c.servers[LAB]
@@ -93,7 +93,7 @@ async def test_while_its_own_server_is_away_a_device_is_followed_to_where_it_cam
 
 @pytest.mark.parametrize("gone", ["server", "device"])
 @stepped
-async def test_a_twin_that_stood_at_another_server_all_along_is_not_taken_for_it(gone: str) -> None:
+async def test_a_twin_that_was_on_another_server_before_is_not_attached_instead(gone: str) -> None:
     async with red_taken(THERE) as (c, attic, node):
         lab = c.servers[LAB]
         attic.plug(stick("7-2", "RED"))
@@ -129,7 +129,7 @@ async def test_a_device_is_followed_back_when_the_server_it_was_followed_to_brea
 
 
 @stepped
-async def test_a_server_that_is_away_for_a_moment_has_its_device_again() -> None:
+async def test_a_device_is_attached_again_from_a_server_that_was_away_for_a_moment() -> None:
     async with red_followed(THERE) as (c, attic, node):
         await attic.stop()
         await c.becomes(node, HOME, healthy=False)
@@ -141,7 +141,7 @@ async def test_a_server_that_is_away_for_a_moment_has_its_device_again() -> None
 
 
 @stepped
-async def test_a_server_where_its_resource_does_not_name_its_number_is_not_asked() -> None:
+async def test_a_server_on_which_its_resource_does_not_select_its_number_is_not_searched() -> None:
     lab, attic = server("lab", stick("1-1", "RED")), server("attic")
     any_stick = DeviceSelector(attic.key, Selector(vendor=stick("x").usb_id.vendor))
     other = ResourceConfig("other", (DeviceSelector(attic.key, Selector(bus_id="9-*", serial="RED")),))

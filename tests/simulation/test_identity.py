@@ -73,7 +73,7 @@ async def test_a_free_device_that_is_plugged_in_elsewhere_is_offered_from_there_
 
 
 @stepped
-async def test_dongles_that_change_places_are_known_again_on_all_nodes() -> None:
+async def test_dongles_that_change_places_are_identified_on_all_nodes() -> None:
     lab = server("lab", stick("1-1", "RED"), stick("1-2", "BLUE"))
     first, second = key(lab, "1-1"), key(lab, "1-2")
     async with cluster(spec([lab], by_serial(lab), nodes=3)) as c:
@@ -88,7 +88,7 @@ async def test_dongles_that_change_places_are_known_again_on_all_nodes() -> None
 
 
 @stepped
-async def test_a_server_that_numbers_its_devices_anew_is_asked_once_for_all_nodes() -> None:
+async def test_the_devices_of_a_server_with_new_device_numbers_are_read_once_for_all_nodes() -> None:
     devices = [stick(f"1-{n}", f"S{n}") for n in range(1, 9)]
     lab = server("lab", *devices)
     keys = [key(lab, device.busid) for device in devices]
@@ -109,7 +109,7 @@ async def test_a_server_that_numbers_its_devices_anew_is_asked_once_for_all_node
 
 
 @stepped
-async def test_a_server_that_numbers_anew_at_each_import_is_not_asked_for_ever() -> None:
+async def test_a_device_with_a_new_number_at_each_import_is_read_a_limited_number_of_times() -> None:
     lab = server("lab", stick("1-1", "RED"))
     lab.table.renumbers = True
     device = key(lab, "1-1")
@@ -125,7 +125,7 @@ async def test_a_server_that_numbers_anew_at_each_import_is_not_asked_for_ever()
 
 
 @stepped
-async def test_a_swapped_dongle_is_found_out_where_the_server_gives_it_the_same_number() -> None:
+async def test_a_swapped_dongle_with_an_unchanged_device_number_is_noticed() -> None:
     async with red_by_port() as (c, lab, device):
         number = c.backend.leases[device.id].annotations[record.READ_FROM]
         for serial, why in (("BLUE", Reason.LISTED_WRONG), ("RED", Reason.FREE)):
@@ -147,7 +147,7 @@ async def test_a_swapped_dongle_is_found_out_where_the_server_gives_it_the_same_
 
 
 @stepped
-async def test_a_dongle_swapped_between_two_polls_is_found_out_by_the_allocate_and_back_when_it_is_put_back() -> None:
+async def test_a_dongle_swapped_between_two_polls_fails_the_allocate_and_is_offered_when_it_is_back() -> None:
     async with red_by_port() as (c, lab, device):
         replug(lab, stick("1-1", "BLUE"))
         node = c["node-a"]
@@ -162,7 +162,7 @@ async def test_a_dongle_swapped_between_two_polls_is_found_out_by_the_allocate_a
 
 
 @stepped
-async def test_a_loose_cable_does_not_make_a_device_asked_again_and_again() -> None:
+async def test_a_device_on_a_loose_cable_is_read_a_limited_number_of_times() -> None:
     lab = server("lab", stick("1-1", "RED"))
     device = key(lab, "1-1")
     async with cluster(spec([lab], by_serial(lab), nodes=2)) as c:
@@ -178,7 +178,7 @@ async def test_a_loose_cable_does_not_make_a_device_asked_again_and_again() -> N
 
 
 @stepped
-async def test_an_allocate_gives_nobody_a_device_with_another_serial_number_than_the_promised() -> None:
+async def test_an_allocate_fails_if_the_device_has_another_serial_number_than_its_lock() -> None:
     lab = server("lab", stick("1-1", "BLUE"))
     device = key(lab, "1-1")
     async with cluster(spec([lab], by_serial(lab), nodes=3)) as c:
@@ -199,7 +199,7 @@ async def test_an_allocate_gives_nobody_a_device_with_another_serial_number_than
 
 
 @stepped
-async def test_an_allocate_by_vendor_and_product_takes_whatever_stands_there() -> None:
+async def test_an_allocate_by_vendor_and_product_accepts_any_serial_number() -> None:
     lab = server("lab", stick("1-1", "BLUE"))
     device = key(lab, "1-1")
     async with cluster(spec([lab], nodes=1)) as c:
@@ -219,7 +219,7 @@ def bare(busid: str, interface: InterfaceClass = STORAGE) -> VirtualDevice:
 
 
 @stepped
-async def test_a_device_that_was_never_configured_is_selected_by_the_class_it_tells() -> None:
+async def test_a_device_that_was_never_configured_is_selected_by_the_class_it_reports() -> None:
     lab = server("lab", bare("1-1"), bare("1-2", InterfaceClass(3, 0, 0)))
     storage, hid = key(lab, "1-1"), key(lab, "1-2")
     wanted = ResourceConfig("stick", (DeviceSelector(lab.key, Selector(class_=8)),))
@@ -237,7 +237,7 @@ async def test_a_device_that_was_never_configured_is_selected_by_the_class_it_te
 
 
 @stepped
-async def test_a_device_whose_server_lists_its_class_is_not_asked() -> None:
+async def test_a_device_whose_server_lists_its_class_is_not_read() -> None:
     lab = server("lab", replace(bare("1-1"), configured=True))
     wanted = ResourceConfig("stick", (DeviceSelector(lab.key, Selector(class_=8)),))
     async with cluster(spec([lab], wanted)) as c:
@@ -252,7 +252,7 @@ async def test_a_device_whose_server_lists_its_class_is_not_asked() -> None:
 
 
 @stepped
-async def test_of_clones_under_one_serial_number_none_is_offered_and_that_is_said_once(
+async def test_devices_with_a_duplicate_serial_number_are_not_offered_and_logged_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     lab = server("lab", stick("1-1", "0123456789"), stick("1-2", "0123456789"))
@@ -280,7 +280,7 @@ def _said(caplog: pytest.LogCaptureFixture, words: str) -> int:
 
 
 @stepped
-async def test_a_device_that_two_resources_offer_is_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_device_that_two_resources_offer_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     lab = server("lab", stick("1-1"))
     both = [ResourceConfig(name, (DeviceSelector(lab.key, Selector(vendor=STICK.vendor)),)) for name in ("one", "two")]
     apart = ResourceConfig("three", (DeviceSelector(lab.key, Selector(vendor=DONGLE.vendor)),))

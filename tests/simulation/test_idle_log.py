@@ -76,7 +76,7 @@ def test_an_idle_hour_writes_nothing(written: Written, idle_s: float) -> None:
     played(hour)
 
 
-def test_what_another_node_takes_and_releases_is_no_line(written: Written) -> None:
+def test_a_device_that_another_node_takes_and_releases_is_not_logged(written: Written) -> None:
     """There may be thousands of nodes, and each sees every handover."""
 
     async def handover(story: Story) -> None:
@@ -97,7 +97,7 @@ def test_what_another_node_takes_and_releases_is_no_line(written: Written) -> No
     played(handover)
 
 
-def test_a_server_that_is_away_is_told_once(written: Written, idle_s: float) -> None:
+def test_a_server_that_does_not_answer_is_logged_once(written: Written, idle_s: float) -> None:
     async def hour(story: Story) -> None:
         async with one_stick(nodes=1, change=story.traced) as (c, lab, device):
             await c.admitted(device)
@@ -111,7 +111,7 @@ def test_a_server_that_is_away_is_told_once(written: Written, idle_s: float) -> 
     played(hour)
 
 
-def test_an_api_server_that_is_away_is_told_once_by_each_who_asks_it(written: Written, idle_s: float) -> None:
+def test_an_unreachable_api_server_is_logged_once_by_each_client(written: Written, idle_s: float) -> None:
     async def hour(story: Story) -> None:
         lab = server("lab", stick("1-1"), stick("1-2"))
         async with cluster(story.traced(spec([lab], nodes=1))) as c:
@@ -134,7 +134,7 @@ def test_an_api_server_that_is_away_is_told_once_by_each_who_asks_it(written: Wr
     played(hour)
 
 
-def test_every_line_about_a_device_in_use_bears_the_trace_of_its_life(written: Written) -> None:
+def test_every_log_line_about_a_device_in_use_has_its_trace_id(written: Written) -> None:
     story = played(life)
     (trace,) = {span.trace_id for span in story.spans}
     lines = written.lines()

@@ -45,19 +45,19 @@ def test_a_bug_that_is_put_back_is_found_by_its_plan(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_kept_plan_says_in_one_sentence_what_it_found(name: str) -> None:
+def test_a_kept_plan_has_one_sentence_on_the_bug_it_found(name: str) -> None:
     kept = load(name)
     assert kept.found.endswith("."), "not the violation, which sim.py writes there"
     assert text_of(kept) == (PLANS / f"{name}.json").read_text()
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_plan_comes_back_from_its_file_as_it_was(seed: int) -> None:
+def test_a_plan_survives_its_file(seed: int) -> None:
     kept = KeptPlan("It was wrong.", "a promise", draw(seed))
     assert parse(text_of(kept)) == kept
 
 
-def test_a_file_with_an_unknown_field_is_not_taken() -> None:
+def test_a_file_with_an_unknown_field_is_refused() -> None:
     text = text_of(KeptPlan("It was wrong.", "a promise", draw(0)))
     with pytest.raises(TypeError, match="fence"):
         parse(text.replace('"fenced"', '"fence"'))

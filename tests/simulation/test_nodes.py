@@ -52,7 +52,7 @@ async def nothing_left(c: Cluster, node: ClusterNode, *devices: DeviceKey) -> bo
 
 
 @stepped
-async def test_a_kind_that_children_lists_and_that_does_not_come_fails_the_allocate_which_is_undone() -> None:
+async def test_a_missing_child_node_fails_the_allocate_which_is_undone() -> None:
     notices: list[DeviceEvent] = []
     async with one_stick(nodes=1, notices=notices, children=("tty",)) as (c, _lab, device):
         node = c["node-a"]
@@ -69,7 +69,7 @@ async def test_a_kind_that_children_lists_and_that_does_not_come_fails_the_alloc
 
 
 @stepped
-async def test_a_kind_that_comes_in_time_is_in_the_answer() -> None:
+async def test_a_child_node_that_comes_in_time_is_in_the_answer() -> None:
     async with one_stick(nodes=1, children=("tty",), children_timeout=8.0) as (c, _lab, _device):
         node = c["node-a"]
         node.kernel.driverless.add("tty")
@@ -85,7 +85,7 @@ async def test_a_kind_that_comes_in_time_is_in_the_answer() -> None:
 
 
 @stepped
-async def test_at_a_reattach_a_kind_that_does_not_come_is_told_once_and_waited_for() -> None:
+async def test_a_missing_child_node_at_a_reattach_is_one_event_and_is_waited_for() -> None:
     notices: list[DeviceEvent] = []
     async with one_stick(nodes=1, notices=notices, children=("tty",)) as (c, lab, device):
         node = await c.admitted(device)
@@ -100,7 +100,7 @@ async def test_at_a_reattach_a_kind_that_does_not_come_is_told_once_and_waited_f
 
 
 @stepped
-async def test_a_new_process_asks_for_what_the_configuration_lists_when_it_attaches_again() -> None:
+async def test_a_new_process_requires_the_configured_children_when_it_re_attaches() -> None:
     notices: list[DeviceEvent] = []
     async with one_stick(nodes=1, notices=notices, children=("tty",)) as (c, lab, device):
         node = await c.admitted(device)
@@ -116,7 +116,7 @@ async def test_a_new_process_asks_for_what_the_configuration_lists_when_it_attac
 
 @pytest.mark.parametrize("by_cdi", [True, False])
 @stepped
-async def test_a_node_that_comes_after_the_answer_is_told_of_and_put_into_the_spec(*, by_cdi: bool) -> None:
+async def test_a_node_that_comes_after_the_answer_is_an_event_and_in_the_spec(*, by_cdi: bool) -> None:
     notices: list[DeviceEvent] = []
     async with one_stick(nodes=1, notices=notices, cdi=by_cdi) as (c, _lab, device):
         node = await c.taken(device)
@@ -135,7 +135,7 @@ async def test_a_node_that_comes_after_the_answer_is_told_of_and_put_into_the_sp
 
 
 @stepped
-async def test_a_late_node_of_a_kind_that_nobody_asked_for_is_not_worth_a_word() -> None:
+async def test_a_late_node_of_a_kind_that_children_does_not_list_is_no_event() -> None:
     notices: list[DeviceEvent] = []
     async with one_stick(nodes=1, notices=notices, children=("tty",)) as (c, _lab, device):
         node = await c.admitted(device)
@@ -162,7 +162,7 @@ async def test_a_device_that_turns_into_another_over_its_connection_is_detached_
 
 
 @stepped
-async def test_a_device_that_its_server_lists_in_another_mode_stays_away_and_says_so() -> None:
+async def test_a_device_that_its_server_lists_in_another_mode_stays_lost_with_an_event() -> None:
     notices: list[DeviceEvent] = []
     async with one_stick(nodes=1, notices=notices) as (c, lab, device):
         node = await c.admitted(device)
@@ -201,7 +201,7 @@ async def test_paths_that_only_the_devices_make_equal_undo_the_allocate() -> Non
 
 
 @stepped
-async def test_a_network_interface_is_told_of_where_people_look() -> None:
+async def test_a_network_interface_of_a_device_is_an_event_of_its_pod() -> None:
     notices: list[DeviceEvent] = []
     async with one_stick(nodes=1, notices=notices) as (c, _lab, device):
         node = c["node-a"]

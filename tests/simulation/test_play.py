@@ -25,7 +25,7 @@ def test_no_promise_is_broken_under_drawn_faults(seed: int, length: int) -> None
     assert result.counts.total() > 0
 
 
-def test_the_same_seed_is_the_same_story(length: int) -> None:
+def test_a_seed_always_gives_the_same_steps(length: int) -> None:
     first, again = play(draw(1, length)), play(draw(1, length))
     assert (first.steps, first.timeline) == (again.steps, again.timeline)
     assert play(draw(2, length)).timeline != first.timeline

@@ -112,7 +112,7 @@ async def test_a_resource_that_comes_back_while_its_plugin_ends_is_offered() -> 
 
 @pytest.mark.parametrize("how", ["another selector", "another server", "another resource"])
 @stepped
-async def test_a_device_that_is_not_named_any_more_stays_with_its_pod_and_goes_to_nobody_else(how: str) -> None:
+async def test_a_removed_device_stays_with_its_pod_and_goes_to_no_other(how: str) -> None:
     lab, attic = server("lab", stick("1-1"), stick("1-2")), server("attic", stick("1-1"))
     held = key(lab, "1-1")
     async with cluster(spec([lab, attic], only("stick", held))) as c:
@@ -137,7 +137,7 @@ async def test_a_device_that_is_not_named_any_more_stays_with_its_pod_and_goes_t
 
 @pytest.mark.parametrize("gone", [True, False], ids=["resource gone", "device gone"])
 @stepped
-async def test_the_next_pod_is_refused_once_what_the_last_one_was_the_last_to_have(gone: bool) -> None:
+async def test_the_next_pod_is_refused_a_device_that_was_removed(gone: bool) -> None:
     """The kubelet offers the device as soon as the first pod's containers have ended."""
     lab = server("lab", stick("1-1"), stick("1-2"))
     held, other = key(lab, "1-1"), key(lab, "1-2")
@@ -160,7 +160,7 @@ async def test_the_next_pod_is_refused_once_what_the_last_one_was_the_last_to_ha
 
 
 @stepped
-async def test_a_kubelet_that_starts_and_lists_no_pods_yet_is_told_nothing_else_of_what_is_taken_out() -> None:
+async def test_a_starting_kubelet_without_pods_gets_an_unchanged_list_of_a_removed_resource() -> None:
     """It looks at the health of what its pods have when it admits them again."""
     async with one_stick(nodes=1) as (c, _lab, device):
         node = await c.taken(device)
@@ -177,7 +177,7 @@ async def test_a_kubelet_that_starts_and_lists_no_pods_yet_is_told_nothing_else_
 
 
 @stepped
-async def test_what_its_init_container_has_a_pod_that_is_being_admitted_gets_though_it_is_taken_out() -> None:
+async def test_a_pod_in_admission_gets_the_removed_device_of_its_init_container() -> None:
     async with one_stick(nodes=1) as (c, _lab, device):
         first = await c.allocate(c["node-a"], device)
         reload(c)
@@ -274,7 +274,7 @@ async def test_a_change_of_cdi_leaves_no_moment_without_a_plugin() -> None:
 
 
 @stepped
-async def test_a_container_that_was_given_paths_gets_no_spec_by_a_change_to_cdi() -> None:
+async def test_a_container_that_got_paths_gets_no_spec_after_a_change_to_cdi() -> None:
     """Its kubelet asks before each start, as the resource is by CDI now; the answer of its Allocate stays."""
     notices: list[DeviceEvent] = []
     async with one_stick(nodes=1, notices=notices) as (c, lab, device):
@@ -354,7 +354,7 @@ async def test_a_new_process_registers_a_resource_that_is_gone_for_as_long_as_a_
 
 @pytest.mark.parametrize("reads", [True, False])
 @stepped
-async def test_a_kubelet_that_reads_slowly_is_waited_for_but_not_for_ever(reads: bool) -> None:
+async def test_a_slow_kubelet_is_waited_for_within_a_limit(reads: bool) -> None:
     async with cluster(spec([server("lab")], nodes=1)) as c:
         plugin = agent(c["node-a"])
         assert await c.settle(lambda: plugin.ready, 5)
@@ -394,7 +394,7 @@ async def test_on_sockets_the_last_list_of_a_resource_is_empty() -> None:
 
 
 @stepped
-async def test_before_it_knows_what_pods_have_a_new_process_ends_no_resource() -> None:
+async def test_a_new_process_removes_no_resource_before_it_knows_the_devices_of_pods() -> None:
     async with one_stick() as (c, _lab, device):
         node = await c.taken(device)
         await node.stop()

@@ -65,7 +65,7 @@ def healthy(c: Cluster, name: str) -> set[str]:
 
 
 @stepped
-async def test_a_fleet_that_holds_nothing_writes_nothing_and_reads_nothing() -> None:
+async def test_a_fleet_without_holders_makes_no_requests() -> None:
     lab = server("lab", stick("1-1"), stick("1-2"))
     counted = Counted(spec([lab], nodes=3))
     async with cluster(counted.spec) as c:
@@ -123,7 +123,7 @@ async def test_a_device_that_changes_hands_costs_four_writes_and_each_node_four_
 
 @pytest.mark.parametrize("nodes", [3, 30, 60, 120])
 @stepped
-async def test_a_server_is_asked_no_more_often_than_it_can_bear_however_many_nodes_there_are(nodes: int) -> None:
+async def test_the_poll_rate_of_a_server_is_limited_for_any_number_of_nodes(nodes: int) -> None:
     lab = server("lab", stick("1-1"), stick("1-2"))
     async with cluster(many(spec([lab]), nodes)) as c:
         await device_offered_everywhere(c, 2 * share(nodes) + 1, "1-1", "1-2")

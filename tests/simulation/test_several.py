@@ -117,7 +117,7 @@ async def test_each_container_of_a_pod_has_a_device_of_its_own() -> None:
 @pytest.mark.parametrize("cdi", [False, True], ids=["plain", "by CDI"])
 @pytest.mark.parametrize(("first", "then"), [(1, 1), (2, 1), (1, 2)], ids=["as many", "fewer", "more"])
 @stepped
-async def test_an_app_has_what_its_init_container_had(first: int, then: int, *, cdi: bool) -> None:
+async def test_an_app_gets_the_devices_of_its_init_container(first: int, then: int, *, cdi: bool) -> None:
     """Each of its containers counts from 0; what only the init container had stays the pod's until its end."""
     lab = server("lab", stick("1-1"), stick("1-2"))
     devices = [key(lab, "1-1"), key(lab, "1-2")]
@@ -203,7 +203,7 @@ async def test_by_cdi_and_plainly_in_one_container() -> None:
 
 
 @stepped
-async def test_if_the_second_resource_cannot_be_had_the_first_is_soon_free_again() -> None:
+async def test_if_the_second_resource_cannot_be_attached_the_first_is_soon_free_again() -> None:
     """The pod fails with the second Allocate; while its kubelet waits for that, its list shows whose the first is."""
     async with stick_and_dongle() as (c, lab, one, two):
         node = c["node-a"]
@@ -227,7 +227,9 @@ def slow(c: Cluster, node: ClusterNode, of: VirtualServer, seconds: float) -> No
 
 @pytest.mark.parametrize("back", [False, True], ids=["away", "back"])
 @stepped
-async def test_a_device_that_is_lost_while_the_next_is_attached_is_not_answered_as_it_was(*, back: bool) -> None:
+async def test_a_device_that_is_lost_while_the_next_is_attached_is_not_in_the_answer_with_its_old_nodes(
+    *, back: bool
+) -> None:
     first, then = server("attic", stick("1-1")), server("lab", stick("1-1"))
     one, two = key(first, "1-1"), key(then, "1-1")
     async with cluster(spec([first, then], nodes=1)) as c:

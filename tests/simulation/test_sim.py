@@ -23,7 +23,7 @@ def actions(long_form: bool) -> int:
     return ACTIONS if long_form else 10
 
 
-def test_a_broken_promise_is_told_as_its_shortest_story_with_a_plan_and_a_command_that_repeats_it(
+def test_a_broken_promise_is_reported_with_its_shortest_plan_and_a_command_that_repeats_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(Releaser, "detach_and_release", release_first)
@@ -41,14 +41,14 @@ def test_a_broken_promise_is_told_as_its_shortest_story_with_a_plan_and_a_comman
     assert capsys.readouterr().out.rstrip() == story
 
 
-def test_the_seeds_of_each_day_are_others() -> None:
+def test_each_day_has_other_seeds() -> None:
     today, most = sim.first_seed("today"), 1_000_000 // 10_000
     assert sim.first_seed("17") == 17
     assert today > most, "seeds that every run has"
     assert most < sim.SEEDS_OF_A_DAY
 
 
-def test_on_several_processes_the_same_is_counted(capsys: pytest.CaptureFixture[str], actions: int) -> None:
+def test_the_counts_do_not_depend_on_the_number_of_processes(capsys: pytest.CaptureFixture[str], actions: int) -> None:
     told = []
     for jobs in "1", "2":
         assert sim.main(["--seeds", "2", "--actions", str(actions), "--jobs", jobs]) == 0
@@ -58,7 +58,7 @@ def test_on_several_processes_the_same_is_counted(capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize(("all_happens", "status"), [(1, 1), (sim.ALL_HAPPENS, 0)])
-def test_what_never_happened_is_named_and_after_many_steps_a_failure(
+def test_names_that_never_happened_are_printed_and_fail_a_long_run(
     capsys: pytest.CaptureFixture[str], actions: int, monkeypatch: pytest.MonkeyPatch, all_happens: int, status: int
 ) -> None:
     monkeypatch.setattr(sim, "ALL_HAPPENS", all_happens)
@@ -71,7 +71,7 @@ def test_what_never_happened_is_named_and_after_many_steps_a_failure(
     assert fired.never(played) == fired.never(Counter({name: 1 for name in played if played[name]}))
 
 
-def test_every_kind_of_action_and_every_rule_is_wanted() -> None:
+def test_every_kind_of_action_and_every_rule_must_happen() -> None:
     wanted = {name for names in fired.WANTED.values() for name in names}
     assert {*FAULTS, "R1 window over", "API 409", "clocks nearly a factor of two apart"} <= wanted
     assert fired.never(Counter(dict.fromkeys(wanted, 1))) == []

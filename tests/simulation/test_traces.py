@@ -79,7 +79,7 @@ def test_a_takeover_links_to_the_trace_of_the_former_holder() -> None:
     assert ("node-c", taker.trace_id) in withdrawn
 
 
-def test_what_ends_because_the_lock_was_lost_says_so_and_links_to_the_new_holder() -> None:
+def test_a_release_after_a_lost_lock_has_that_attribute_and_links_to_the_new_holder() -> None:
     story = played(robbed)
     allocate = story.one("Allocate")
     release = story.one("release", "node-a")
@@ -89,7 +89,7 @@ def test_what_ends_because_the_lock_was_lost_says_so_and_links_to_the_new_holder
     assert story.named("withdraw", "node-a")[0].trace_id == TAKER.split("-")[1]
 
 
-def test_a_failure_is_recorded_with_its_class_its_words_and_the_exception() -> None:
+def test_a_failure_is_recorded_with_its_class_its_message_and_the_exception() -> None:
     story = played(raced)
     (lost,) = [span for span in story.named("Allocate") if span.error is not None]
     assert lost.attributes[ERROR_TYPE] == "LockHeld"
@@ -115,7 +115,7 @@ def test_a_device_that_is_away_for_long_does_not_fill_its_trace() -> None:
     assert whole.error is None
 
 
-def test_reading_a_serial_number_is_a_trace_of_its_own() -> None:
+def test_reading_a_serial_number_is_a_separate_trace() -> None:
     story = played(probed)
     assert {story.path(span).split("/")[0] for span in story.spans} == {"probe"}
 
@@ -159,7 +159,7 @@ def test_the_document_explains_every_attribute_of_our_own(all_stories: list[Stor
     assert {name for name in used if name.startswith("usbip.")} == set(re.findall(r"`(usbip\.[a-z_.]+)`", text))
 
 
-def test_the_example_of_the_document_is_what_happens() -> None:
+def test_the_example_of_the_document_is_the_recorded_trace() -> None:
     story = played(life)
     example = re.findall(r"```\n(Allocate.*?)\n```", DOC.read_text(encoding="utf-8"), re.DOTALL)
     lines = [re.sub(r" [\d.]+ m?s \[([a-z-]+)\].*", r" [\1]", line) for line in tree(story.spans).splitlines()]

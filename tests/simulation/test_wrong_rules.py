@@ -16,7 +16,7 @@ def test_an_agent_without_the_rule_breaks_a_promise(mutant: Mutant) -> None:
 
 
 @pytest.mark.parametrize("mutant", [*MUTANTS, *OTHERS], ids=str)
-def test_an_agent_with_all_rules_keeps_every_promise_in_the_same_story(mutant: Mutant) -> None:
+def test_an_agent_with_all_rules_keeps_every_promise_in_the_same_plans(mutant: Mutant) -> None:
     for plan in mutant.plans:
         result = play(plan)
         assert result.violation is None, "\n".join(result.timeline)
