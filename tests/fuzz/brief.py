@@ -1,4 +1,4 @@
-"""How Hypothesis runs here: the same examples each time, few enough for every `make test`."""
+"""Settings of Hypothesis: always the same examples, few enough for every `make test`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from types import FrameType
 
 from hypothesis import HealthCheck, settings
 
-# Seconds after which a decoder hangs. No measure of speed: the slowest takes a fraction of one.
+# Seconds after which a decoder counts as hanging. The slowest one takes a fraction of a second.
 HANG_S = 60
 
 
 def brief(examples: int = 60) -> settings:
-    """For @brief() above @given: derandomised, without a database and without deadlines."""
+    """Returns settings for use above @given: derandomised, without a database and without deadlines."""
     return settings(
         max_examples=examples,
         derandomize=True,
@@ -26,7 +26,7 @@ def brief(examples: int = 60) -> settings:
 
 @contextlib.contextmanager
 def no_hang() -> Iterator[None]:
-    """AssertionError out of whatever still runs after HANG_S, also out of a regular expression."""
+    """Raises AssertionError in a block that runs longer than HANG_S, also within a regular expression."""
 
     def late(_signal: int, _frame: FrameType | None) -> None:
         raise AssertionError(f"no end within {HANG_S} s")

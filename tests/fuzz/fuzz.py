@@ -1,8 +1,8 @@
 """Runs the fuzz targets under atheris (libFuzzer), one after the other: `make fuzz SECONDS=60`.
 
-A target starts from the seeds written by code and from what earlier runs found worth keeping. DIR/<target>/ has seeds,
-corpus, crashes and the log of the last run; a crash is one input, and `fuzz.py --replay FILE TARGET` runs it again.
-Exit status: 0 nothing found, 1 something found, 2 it could not run.
+A target starts from its seeds and from the corpus of earlier runs. DIR/<target>/ has seeds, corpus, crashes and the
+log of the last run. A crash is one input, and `fuzz.py --replay FILE TARGET` runs it again.
+Exit status: 0 nothing found, 1 something found, 2 atheris is missing.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent.parent
 DONE, FOUND, CANNOT = 0, 1, 2
-# For one input: more is a hang, or memory without bound.
+# Limits of one input.
 HANG_S = 20
 MEMORY_MIB = 1024
-# What a run may take longer than its time: start and end.
+# Seconds that start and end of a run may take beside its time.
 SPARE_S = 120
 WORDS = rb"""
 "holderIdentity" "annotations" "resourceVersion" "leaseDurationSeconds" "metadata" "spec" "usbip.dev/" "type" "object"
@@ -36,13 +36,11 @@ WORDS = rb"""
 
 def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("target", nargs="*", help="which; all if none is named")
+    parser.add_argument("target", nargs="*", help="names of targets (default: all)")
     parser.add_argument("--seconds", type=int, default=10, help="for each target (default %(default)s)")
     parser.add_argument("--directory", type=Path, default=ROOT / "build/fuzz", metavar="DIR", help="default build/fuzz")
-    parser.add_argument("--list", action="store_true", help="names the targets and ends")
-    parser.add_argument(
-        "--replay", type=Path, metavar="FILE", help="runs one input on the one target named, without atheris"
-    )
+    parser.add_argument("--list", action="store_true", help="print the names of the targets")
+    parser.add_argument("--replay", type=Path, metavar="FILE", help="run one input on one target, without atheris")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(given)
 
@@ -57,7 +55,7 @@ def find(names: Sequence[str]) -> list[Target]:
 
 
 def run_one(name: str, place: Path, seconds: int) -> None:
-    """In a process of its own, which libFuzzer ends."""
+    """Runs one target. libFuzzer ends the process."""
     import atheris
 
     logging.disable(logging.CRITICAL)

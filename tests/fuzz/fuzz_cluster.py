@@ -1,4 +1,4 @@
-"""Targets: what the API server and the kubelet answer, which may hold what others wrote."""
+"""Targets: answers of the API server and the kubelet, which may contain what others wrote."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ LOG_LINE_CHARACTERS = 64 * 1024
 
 
 def from_json(data: bytes) -> Any:
-    """A JSON value, or None for bytes that are none."""
+    """Returns the value of a JSON text, None for invalid JSON."""
     try:
         return json.loads(data)
     except (ValueError, RecursionError):
@@ -47,7 +47,7 @@ def from_json(data: bytes) -> Any:
 
 
 def lease_object(value: Any) -> None:
-    """A Lease as the API server may give it, through everything that looks at it."""
+    """Decodes a Lease object and passes it to everything that reads leases."""
     if not isinstance(value, dict):
         return
     try:
@@ -56,11 +56,11 @@ def lease_object(value: Any) -> None:
         fit_to_raise(error)
         return
     assert decode(json.loads(json.dumps(encode(lease, "ns")))) == lease
-    judged(lease)
+    apply_rules(lease)
 
 
-def judged(lease: Lease) -> None:
-    """What the lock rules make of a record, whoever wrote it."""
+def apply_rules(lease: Lease) -> None:
+    """Passes a lease to the lock rules, and checks the bounds of their results."""
     lock = record.lock_of(lease)
     for text in (lock.holder, lock.server, lock.busid, str(lock.usb_id), lock.serial, lock.boot_id, lock.traceparent):
         fit_to_show(text, 256)
@@ -94,11 +94,11 @@ def judged(lease: Lease) -> None:
     seen = protocol.observe(None, lease, lease, 0.0, 1.0, 40.0)
     assert 40.0 <= seen.duration <= record.MAX_DURATION_S
     protocol.lock_status(lease, ME, seen)
-    shown_to_people(lease)
+    show(lease)
 
 
 class _OneLease:
-    """A store that has nothing else."""
+    """A store of one lease."""
 
     def __init__(self, lease: Lease) -> None:
         self._lease = lease
@@ -107,9 +107,9 @@ class _OneLease:
         return LeaseList((self._lease,), "1")
 
 
-def shown_to_people(lease: Lease) -> None:
-    """`usbip-plugin devices`, as a table and as JSON."""
-    known = drive(devices.known_devices(_OneLease(lease)))  # type: ignore[arg-type] # it only lists
+def show(lease: Lease) -> None:
+    """Checks the bounds of `usbip-plugin devices`, as a table and as JSON."""
+    known = drive(devices.known_devices(_OneLease(lease)))  # type: ignore[arg-type] # only list() is called
     rows = devices.rows(known, datetime(2026, 1, 1, tzinfo=UTC))
     for line in devices.table(rows, devices.WIDE).splitlines():
         fit_to_show(line, 2048)
@@ -121,7 +121,7 @@ def lease(data: bytes) -> None:
 
 
 def view(data: bytes) -> None:
-    """Leases that differ in little but their versions, one a line, as events and as lists."""
+    """Applies leases, one a line, to a LockCache as events and as lists."""
     known = LockCache(lambda _change: None)
     leases = []
     for line in data.split(b"\n")[:16]:
@@ -140,7 +140,7 @@ def view(data: bytes) -> None:
 
 
 class _Stream:
-    """An API client whose watch is made of these bytes, in pieces of 100."""
+    """An API client whose watch delivers bytes in pieces of 100."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -168,8 +168,8 @@ def watch(data: bytes) -> None:
 
 
 def pods(data: bytes) -> None:
-    told: list[PodRef] = []
-    own = OwnPods(None, "node-a", SystemClock(), random.Random(0), lambda pod, _phase: told.append(pod))  # type: ignore[arg-type]
+    endings: list[PodRef] = []
+    own = OwnPods(None, "node-a", SystemClock(), random.Random(0), lambda pod, _phase: endings.append(pod))  # type: ignore[arg-type]
 
     async def follow() -> None:
         async for event in _Stream(data).watch(""):
@@ -180,11 +180,11 @@ def pods(data: bytes) -> None:
     except KubeError as error:
         fit_to_raise(error)
     own.wanting("usbip.dev")
-    assert len(told) <= data.count(b"\n") + 1 + len(data) // 2
+    assert len(endings) <= data.count(b"\n") + 1 + len(data) // 2
 
 
 def refusal(data: bytes) -> None:
-    """A status code in two bytes, Retry-After up to a NUL byte, and the Status object."""
+    """Decodes a refusal: two bytes of status code, Retry-After up to a NUL byte, and the Status object."""
     code = int.from_bytes(data[:2], "big")
     header, _, body = data[2:].partition(b"\0")
     status = from_json(body)
@@ -204,7 +204,7 @@ def answer(data: bytes) -> None:
 
 
 def grpc_detail(error: PluginError) -> None:
-    """gRPC percent-encodes what is not printable ASCII, three characters a byte."""
+    """Checks the length of an error's detail in a gRPC header, with three characters for a non-ASCII byte."""
     detail = status_details(error)
     encoded = detail.encode()
     assert sum(1 if 0x20 <= byte < 0x7F else 3 for byte in encoded) < GRPC_HEADER_BYTES
@@ -212,7 +212,7 @@ def grpc_detail(error: PluginError) -> None:
 
 
 def message(data: bytes) -> None:
-    """An error whose text somebody else chose."""
+    """Passes any text as an error to the gRPC detail."""
     grpc_detail(PluginError(data.decode("utf-8", "surrogateescape")))
 
 
@@ -240,7 +240,7 @@ def allocate(data: bytes) -> None:
 
 
 def log_line(data: bytes) -> None:
-    """Whatever ends up in a log record stays one line that a terminal can take."""
+    """Checks that a log record with any text becomes one printable line."""
     text = data.decode("utf-8", "surrogateescape")
     entry = logging.makeLogRecord({"msg": "%s", "args": (text,), "levelno": 20, "holder": text, "pods": [text, text]})
     as_json = JsonFormatter().format(entry)

@@ -15,7 +15,7 @@ from usbip_plugin.errors import ConfigError
 from usbip_plugin.model import Descriptor, UsbId
 
 DEVICE = Descriptor("1-1.4", "/sys/x", 1, 2, 3, UsbId(0x0951, 0x1666), 1, 0, 0, 0, 1, 1, 0)
-# One problem: its place in the file and what is wrong with it.
+# Characters of one problem with its place.
 MAX_LINE = 2000
 FULL = """resources:
   storage:

@@ -1,4 +1,4 @@
-"""Targets: texts of the kernel and of /run/vhci_hcd, and what a device wrote into its descriptors and sysfs shows."""
+"""Targets: texts of the kernel and of /run/vhci_hcd, and texts of devices in sysfs."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def record(data: bytes) -> None:
 
 
 def _files(data: bytes, names: Iterable[str], directory: Path) -> None:
-    """data cut at NUL bytes into these files, as far as it goes."""
+    """Writes data into these files, cut at NUL bytes."""
     for name, content in zip(names, data.split(b"\0"), strict=False):
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (directory / name).write_bytes(content)
@@ -84,7 +84,7 @@ def _in_a_directory(look: Callable[[bytes, Path], None]) -> Callable[[bytes], No
 
 
 def port_files(data: bytes, directory: Path) -> None:
-    """status, nports and status.1 of a controller, and a port's record."""
+    """Reads status, nports and status.1 of a controller, and a port's record."""
     base = "devices/platform/vhci_hcd.0/"
     _files(data, (base + "status", base + "nports", base + "status.1", "port0"), directory)
     table = PortTable(directory)
@@ -97,7 +97,7 @@ def port_files(data: bytes, directory: Path) -> None:
 
 
 def device_files(data: bytes, directory: Path) -> None:
-    """A device's directory: what the kernel says of it, and in it what the device says of itself."""
+    """Reads the sysfs directory of a device."""
     device = directory / "3-1"
     child = "3-1:1.0/tty/ttyACM0"
     names = ("idVendor", "idProduct", "devnum", "dev", "authorized", "serial", "uevent", f"{child}/uevent")
@@ -131,7 +131,7 @@ def device_files(data: bytes, directory: Path) -> None:
 
 
 def hub_files(data: bytes, directory: Path) -> None:
-    """A root hub, and the note of a plugin that crashed while it held it."""
+    """Reads a root hub and the note of a plugin that crashed while it held the hub."""
     hub = "devices/platform/vhci_hcd.0/usb3/"
     _files(data, (hub + "speed", hub + "authorized_default", "run/authorized_default.usb3"), directory)
     (directory / hub).mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What a fuzz target is, and what all of them ask of what comes out of a decoder."""
+"""Fuzz targets, and the limits of every text that a decoder returns."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-# The longest message or log line anything may make of bad input (characters).
+# Characters of the longest message or log line about invalid input.
 MAX_MESSAGE = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One decoder. run takes any bytes and raises only for what must never be. seeds: input that it understands.
+    """A decoder.
 
-    longest: bytes worth trying.
+    run: takes any bytes, and raises only for an error of the decoder.
+    seeds: valid input.
+    longest: number of bytes to try.
     """
 
     name: str
@@ -26,7 +28,7 @@ class Target:
 
 
 def drive(coroutine: Coroutine[Any, Any, T]) -> T:
-    """The result of a coroutine that never has to wait."""
+    """Returns the result of a coroutine that never waits."""
     try:
         coroutine.send(None)
     except StopIteration as done:
@@ -38,14 +40,14 @@ def drive(coroutine: Coroutine[Any, Any, T]) -> T:
 
 
 def fit_to_show(text: str | None, longest: int = MAX_MESSAGE) -> None:
-    """Short, and without anything that could steer a terminal or forge a line of a log."""
+    """Checks that a text is short and has no control characters."""
     if text is not None:
         assert len(text) <= longest, f"{len(text)} characters"
         assert text.isprintable(), ascii(text[:200])
 
 
 def fit_to_raise(error: Exception, longest: int = MAX_MESSAGE) -> None:
-    """The same for an error's message, which may have several lines."""
+    """Checks that each line of an error's message is short and has no control characters."""
     assert len(str(error)) <= longest, f"{len(str(error))} characters"
     for line in str(error).split("\n"):
         fit_to_show(line, longest)

@@ -1,4 +1,4 @@
-"""Targets: what a USB/IP server sends to the plugin, and what a client sends to the virtual server."""
+"""Targets: messages of a USB/IP server to the plugin, and of a client to the virtual server."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DEVICE = VirtualDevice("1-2", STORAGE, serial="S-1", echo=True, configured=True)
 MAX_TRANSFERS = 5
 
 
-def sane(device: Descriptor) -> None:
+def check_descriptor(device: Descriptor) -> None:
     assert model.valid_busid(device.busid)
     assert device.speed in wire.SPEEDS
     assert 0 <= device.devid < 1 << 32
@@ -34,7 +34,7 @@ def sane(device: Descriptor) -> None:
 
 
 def encodable(device: Descriptor) -> bool:
-    """A path that was not UTF-8 cannot go out as it came in."""
+    """Returns whether a device can be encoded again: its path was valid UTF-8."""
     return "\ufffd" not in device.path
 
 
@@ -53,7 +53,7 @@ def devlist_reply(data: bytes) -> None:
     assert len(reply.devices) + len(reply.skipped) <= wire.MAX_DEVICES
     assert len({device.busid for device in reply.devices}) == len(reply.devices)
     for device in reply.devices:
-        sane(device)
+        check_descriptor(device)
     for reason in reply.skipped:
         fit_to_show(reason, 200)
     kept = tuple(filter(encodable, reply.devices))
@@ -68,7 +68,7 @@ def import_reply(data: bytes) -> None:
         assert reply.status != 0
         fit_to_raise(refusal(KEY, reply.status))
         return
-    sane(reply.descriptor)
+    check_descriptor(reply.descriptor)
     assert reply.descriptor.busid == KEY.busid
     if encodable(reply.descriptor):
         assert decode(wire.import_reply(KEY.busid), wire.encode_import_reply(reply)) == (reply, b"")
@@ -96,7 +96,7 @@ def transfer_header(data: bytes) -> None:
 
 
 def _identify(read: Callable[[int], bytes], sent: Callable[[bytes], None]) -> None:
-    """Ask a device who it is, with what read gives for the server's answers."""
+    """Reads the identity of a device. read: returns the server's answers."""
 
     async def receive(size: int) -> bytes:
         assert 0 < size <= identify.MAX_CONFIG_BYTES
@@ -123,7 +123,7 @@ def _identify(read: Callable[[int], bytes], sent: Callable[[bytes], None]) -> No
 
 
 def conversation(data: bytes) -> None:
-    """All that the server sends after an import, answers and headers alike."""
+    """Reads an identity from any bytes that a server sends after an import."""
     left = bytearray(data)
 
     def read(size: int) -> bytes:
@@ -137,7 +137,7 @@ def conversation(data: bytes) -> None:
 
 
 def descriptors(data: bytes) -> None:
-    """Answers that belong to their requests, with descriptors out of data: a length byte before each."""
+    """Reads an identity from valid answers with any descriptors, each with a length byte before it."""
     left = bytearray(data)
     answers = bytearray()
 
@@ -164,8 +164,8 @@ def one_descriptor(data: bytes) -> None:
     assert len(identify.parse_interfaces(data)) <= min(256, len(data) // 9)
 
 
-class _Nowhere(asyncio.Transport):
-    """Takes what a connection writes, and never sends it."""
+class _Sink(asyncio.Transport):
+    """A transport that discards what a connection writes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -193,10 +193,10 @@ class _Nowhere(asyncio.Transport):
 
 
 def virtual_server(data: bytes) -> None:
-    """Everything a client may send, in pieces."""
+    """Sends any bytes to a virtual server, in pieces of 97."""
     server = VirtualServer([DEVICE], port=3240, listen=False)
-    connection = ServerConnection(server)
-    connection._transport = transport = _Nowhere()
+    connection = _Connection(server)
+    connection._transport = transport = _Sink()
     server.opened(connection)
     for start in range(0, len(data), 97):
         if not transport.closing:
@@ -207,7 +207,7 @@ def virtual_server(data: bytes) -> None:
 
 
 def _commands() -> Iterable[bytes]:
-    """Imports followed by transfers, as a kernel sends them."""
+    """Yields imports with transfers, as a kernel sends them."""
     ask = wire.encode_import_request(DEVICE.busid)
     setups = [bytes([0x80, 6, index, kind, 0, 0, 255, 0]) for kind, index in ((1, 0), (2, 0), (3, 0), (3, 3))]
     submits = [wire.encode_command(wire.Submit(i, 1, True, 0, 255, setup)) for i, setup in enumerate(setups)]
@@ -219,7 +219,7 @@ def _commands() -> Iterable[bytes]:
 
 
 def _answers() -> Iterable[bytes]:
-    """Whole conversations of a probe: the golden answers, numbered in the order in which they are asked for."""
+    """Yields all answers of a probe: the golden ones, with their sequence numbers."""
     parts = [golden(name) for name in ("urb_device_descriptor_storage", "urb_string_langs_storage")]
     parts += [golden("urb_string_serial_storage"), golden("urb_config_storage"), golden("urb_config_storage")]
     numbered = []

@@ -1,4 +1,4 @@
-"""An API client for KubernetesLeases over plain objects, so that anything at all may stand in a Lease."""
+"""An API client for KubernetesLeases over plain objects, so that a Lease may have any contents."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ LEASES = "leases.coordination.k8s.io"
 
 
 class RawApi:
-    """In place of a KubeClient. objects: by name, as the API server would give them. put() is what others write."""
+    """Double of a KubeClient.
+
+    objects: by name, as the API server returns them.
+    """
 
     def __init__(self) -> None:
         self.objects: dict[str, Any] = {}
@@ -22,7 +25,7 @@ class RawApi:
         self._watches: set[asyncio.Queue[dict[str, Any]]] = set()
 
     def put(self, obj: Any) -> None:
-        """Somebody writes an object, whose metadata gets a new resourceVersion unless it says null."""
+        """Writes an object of another client. It gets a new resourceVersion unless its resourceVersion is None."""
         self.version += 1
         metadata = obj.get("metadata")
         known = isinstance(metadata, dict) and metadata.get("name") in self.objects
@@ -70,7 +73,7 @@ class RawApi:
 
 
 def _is_lock(obj: dict[str, Any]) -> bool:
-    """What a label selector would let through; objects too odd for labels too."""
+    """Returns whether the label selector of locks matches an object. Invalid labels match."""
     metadata = obj.get("metadata")
     labels = metadata.get("labels") if isinstance(metadata, dict) else None
     return not isinstance(labels, dict) or labels.get("usbip.dev/lease") != "session"

@@ -1,4 +1,4 @@
-"""What the API server and the kubelet answer, where it is not what was expected."""
+"""Unexpected answers of the API server and the kubelet."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_refusal_with_a_deeply_nested_message_is_a_server_error() -> None:
 
 
 class EndlessList(kube_client.KubeClient):
-    """An API server that always has one more page."""
+    """An API server whose lists always have another page."""
 
     def __init__(self) -> None:
         self.pages = 0
@@ -122,7 +122,7 @@ async def test_a_port_that_does_not_exist_is_unreachable(port: int) -> None:
     "answer", [b"\xff\xff\xff", b"\x0a\xff", b"\x0a\x04\x0a\x02\xff\xfe"], ids=["noise", "cut", "not text"]
 )
 async def test_an_invalid_answer_of_the_kubelet_is_pod_resources_unavailable(answer: bytes) -> None:
-    """gRPC gives None for a message it cannot decode."""
+    """gRPC returns None for a message that it cannot decode."""
 
     async def respond(_request: bytes, _context: object) -> bytes:
         return answer
@@ -167,27 +167,27 @@ def test_a_token_that_does_not_fit_into_a_header_is_a_file_that_cannot_be_read(t
 
 
 class Backend:
-    """Takes what it is asked for, and remembers it."""
+    """A backend that grants and records every request."""
 
     def __init__(self) -> None:
-        self.asked: list[object] = []
+        self.requests: list[object] = []
 
     async def allocate_all(self, resource: str, requests: tuple[tuple[str, ...], ...]) -> tuple[ContainerResponse, ...]:
-        self.asked.append(requests)
+        self.requests.append(requests)
         return tuple(ContainerResponse() for _ in requests)
 
     def preferred(self, resource: str, available: tuple[str, ...], must: tuple[str, ...], size: int) -> tuple[str, ...]:
         return preferred(available, must, size, "node-a", {})
 
     async def pre_start(self, resource: str, device_ids: tuple[str, ...]) -> None:
-        self.asked.append(device_ids)
+        self.requests.append(device_ids)
 
 
 async def test_invalid_requests_of_the_kubelet_are_refused_and_the_next_is_answered() -> None:
     backend = Backend()
     server = DevicePluginServer("usbip.dev/a", backend)
     many = pb.AllocateRequest(container_requests=[pb.ContainerAllocateRequest(devices_ids=["d"])] * 65)
-    nonsense = {
+    invalid = {
         "Allocate": [b"\xff\xff", b"\x0a\x03\x0a\x01\xff", b"\x0a\x00", many.SerializeToString(), b"\0" * (1 << 20)],
         "PreStartContainer": [b"\xff\xff", b"", b"\x0a\x01\xff"],
     }
@@ -201,18 +201,20 @@ async def test_invalid_requests_of_the_kubelet_are_refused_and_the_next_is_answe
                 )
                 return raw
 
-            for method, requests in nonsense.items():
+            for method, requests in invalid.items():
                 for request in requests:
                     with pytest.raises(grpc.aio.AioRpcError):
                         await call(method, request)
-            assert backend.asked == []
+            assert backend.requests == []
             ids = [f"d{n}" for n in range(10_000)]
             for size in (-(2**31), -1, 0, 3, 2**31 - 1):
-                wish = pb.ContainerPreferredAllocationRequest(available_deviceIDs=ids, allocation_size=size)
-                asked = pb.PreferredAllocationRequest(container_requests=[wish])
+                container_request = pb.ContainerPreferredAllocationRequest(
+                    available_deviceIDs=ids, allocation_size=size
+                )
+                asked = pb.PreferredAllocationRequest(container_requests=[container_request])
                 answer = await call("GetPreferredAllocation", asked.SerializeToString())
                 response = pb.PreferredAllocationResponse.FromString(answer)
                 assert len(response.container_responses[0].deviceIDs) == max(0, min(size, len(ids)))
             good = pb.AllocateRequest(container_requests=[pb.ContainerAllocateRequest(devices_ids=["d"])])
             await call("Allocate", good.SerializeToString())
-            assert backend.asked == [(("d",),)]
+            assert backend.requests == [(("d",),)]

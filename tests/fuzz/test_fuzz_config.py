@@ -1,4 +1,4 @@
-"""The configuration file against whoever can write the ConfigMap: no crash, no hang, bounded memory and messages."""
+"""Any contents of the ConfigMap: no crash, no hang, bounded memory and messages."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from usbip_plugin.config.reload import load_config
 from usbip_plugin.errors import ConfigError
 
 MIB = 1 << 20
-# What reading a file of 1 MiB may take besides the file itself.
+# Bytes that reading a file of 1 MiB may take beside the file.
 MEMORY = 32 * MIB
 BIDI = "\u202e"
 
@@ -62,7 +62,7 @@ def test_tag_directives_that_take_the_square_of_their_number_are_refused() -> No
 
 
 def peak(text: str) -> int:
-    """Bytes that reading takes at most."""
+    """Returns the most bytes in use while a text is read."""
     tracemalloc.start()
     try:
         with no_hang(), contextlib.suppress(ConfigError):
@@ -183,7 +183,7 @@ KEYS = st.sampled_from(
 
 
 def almost(value: st.SearchStrategy[object]) -> st.SearchStrategy[object]:
-    """What should stand there, or something else of any kind."""
+    """Returns a strategy of mostly valid values."""
     return st.one_of(
         value, value, value, SCALARS, st.lists(SCALARS, max_size=2), st.dictionaries(KEYS, SCALARS, max_size=2)
     )

@@ -1,4 +1,4 @@
-"""Kernel texts, port records and what devices say of themselves, where they are not what they should be."""
+"""Invalid kernel texts, port records, hub notes and device directories."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Leases that others wrote, whatever stands in them: the view, the decisions and all that is printed stay sane."""
+"""Leases with any contents: the lock cache, the decisions and all texts stay valid and bounded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from opentelemetry.trace import NoOpTracer
 
 from tests.fuzz.brief import brief
-from tests.fuzz.fuzz_cluster import _lease_seed, judged, lease_object
+from tests.fuzz.fuzz_cluster import _lease_seed, apply_rules, lease_object
 from tests.fuzz.fuzz_target import fit_to_raise, fit_to_show
 from tests.fuzz.raw_api import RawApi
 from usbip_plugin.attach.events import DeviceEvent, EventKind, events_of
@@ -125,13 +125,13 @@ LEASES = st.builds(
 @brief(150)
 @given(LEASES)
 def test_any_lease_passes_every_rule(lease: Lease) -> None:
-    judged(lease)
+    apply_rules(lease)
 
 
 def test_a_decoded_lease_is_bounded_and_keeps_the_plugins_annotations() -> None:
     seed = _lease_seed(holderIdentity="n" * MEGABYTE)
     own = dict(seed["metadata"]["annotations"])
-    # in the order in which the API server has them, which is that of the alphabet
+    # in alphabetical order, as in the API server
     others = {f"a.example.com/{n}": "x" * 10_000 for n in range(100)} | {
         f"{record.DOMAIN}a{n}": "x" * 5000 for n in range(9)
     }
@@ -209,9 +209,9 @@ def test_a_lock_with_an_invalid_bus_id_has_no_key(busid: str) -> None:
 
 @contextlib.asynccontextmanager
 async def managed(api: RawApi) -> AsyncIterator[LockManager]:
-    """A node's lock manager on these objects; LockSettings as delivered."""
+    """Runs a node's lock manager on an API client, with the default LockSettings."""
     clock = SimClock(asyncio.get_running_loop())
-    store = KubernetesLeases(api, "ns")  # type: ignore[arg-type] # it has what is used of a client
+    store = KubernetesLeases(api, "ns")  # type: ignore[arg-type] # has the methods in use
     manager = LockManager(store, ME, clock, random.Random(1), LockSettings(), NoOpTracer())
     task = asyncio.create_task(manager.run())
     try:
@@ -224,21 +224,21 @@ async def managed(api: RawApi) -> AsyncIterator[LockManager]:
 
 
 async def until(manager: LockManager, condition: Callable[[], bool]) -> None:
-    """Waits until a change of a lock or of the API's state makes it true, for as long as any lock may stand."""
-    stirred = asyncio.Event()
-    undo = manager.subscribe(lambda _change: stirred.set()), manager.subscribe_api(lambda _state: stirred.set())
+    """Waits for a condition on locks or on the API, longer than any lock may last."""
+    changed_now = asyncio.Event()
+    undo = manager.subscribe(lambda _change: changed_now.set()), manager.subscribe_api(lambda _state: changed_now.set())
     try:
         async with asyncio.timeout(record.MAX_DURATION_S * 1.5):
             while not condition():
-                stirred.clear()
-                await stirred.wait()
+                changed_now.clear()
+                await changed_now.wait()
     finally:
         for unsubscribe in undo:
             unsubscribe()
 
 
 def changed(metadata: dict[str, Any] | None = None, **spec: Any) -> dict[str, Any]:
-    """KEY's lock, held by node-b, with these changes."""
+    """Returns the lock of KEY, held by node-b, with these changes."""
     seed = _lease_seed(**spec)
     return {"metadata": seed["metadata"] | (metadata or {}), "spec": seed["spec"]}
 
@@ -250,7 +250,7 @@ def noted(**notes: Any) -> dict[str, Any]:
     }
 
 
-ODD_LEASES: dict[str, dict[str, Any]] = {
+INVALID_LEASES: dict[str, dict[str, Any]] = {
     "holder of a megabyte": changed(holderIdentity="n" * MEGABYTE),
     "holder with escapes": changed(holderIdentity=ESCAPES),
     "holder that is a path": changed(holderIdentity="../../../pods"),
@@ -273,7 +273,7 @@ ODD_LEASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("odd", ODD_LEASES.values(), ids=list(ODD_LEASES))
+@pytest.mark.parametrize("odd", INVALID_LEASES.values(), ids=list(INVALID_LEASES))
 @virtual
 async def test_an_invalid_lock_is_held_until_it_expires_and_affects_no_other(
     odd: dict[str, Any], caplog: pytest.LogCaptureFixture
@@ -291,29 +291,29 @@ async def test_an_invalid_lock_is_held_until_it_expires_and_affects_no_other(
             await manager.acquire(KEY)
         fit_to_raise(held.value, 1200)
         assert (await manager.acquire(OTHER)).lock.holder == ME.node
-        await shown(manager, api)
-        # nobody renews it, and its server lists the device: it expires like any other, in an hour at the latest
-        manager.expiry.set_importable(frozenset({KEY.id}))
+        await check_texts(manager, api)
+        # its server lists the device and no node renews the lock, so it expires within an hour
+        manager.set_importable(frozenset({KEY.id}))
         await until(manager, lambda: manager.lock_status(KEY.id) is LockStatus.EXPIRED)
         grant = await manager.acquire(KEY)
         assert api.holder(KEY.id) == ME.node
         assert len(json.dumps(api.objects[KEY.id])) < 64 * 1024
         assert grant.epoch == manager.locks[KEY.id].epoch
         await manager.release(KEY)
-    printed(caplog)
+    check_log(caplog)
 
 
-async def shown(manager: LockManager, api: RawApi) -> None:
-    """What the page, the kubelet and `usbip-plugin devices` would say."""
+async def check_texts(manager: LockManager, api: RawApi) -> None:
+    """Checks the texts of the kubelet, Events and `usbip-plugin devices` about KEY."""
     known = manager.locks[KEY.id]
-    judged(decode(api.objects[KEY.id]))
+    apply_rules(decode(api.objects[KEY.id]))
     facts = Snapshot(ME.node, Config(()), {}, manager.locks, {KEY.id: manager.lock_status(KEY.id)}, {})
     device = OfferedDevice(KEY, UsbId(1, 2), DeviceSelector(KEY.server))
     fit_to_show(health(facts, device, "stick").detail, 1200)
     fit_to_show(known.holder, 256)
     notice = DeviceEvent(EventKind.LOCK_LOST, KEY, f"node {known.holder} holds it now", known.pod)
-    for said, pod in events_of(notice):
-        event = event_body(ME, said, pod, "name", "2030-01-01T00:00:00.000000Z")
+    for regarding, pod in events_of(notice):
+        event = event_body(ME, regarding, pod, "name", "2030-01-01T00:00:00.000000Z")
         assert len(event["note"].encode()) <= 1024
         assert len(json.dumps(event)) <= 8192
     devices = await known_devices(KubernetesLeases(api, "ns"))  # type: ignore[arg-type]
@@ -322,7 +322,7 @@ async def shown(manager: LockManager, api: RawApi) -> None:
         fit_to_show(line, 2048)
 
 
-def printed(caplog: pytest.LogCaptureFixture) -> None:
+def check_log(caplog: pytest.LogCaptureFixture) -> None:
     for entry in caplog.records:
         fit_to_show(JsonFormatter().format(entry))
         fit_to_show(TextFormatter().format(entry))
@@ -341,7 +341,7 @@ async def test_a_session_with_an_endless_duration_expires_after_an_hour() -> Non
         await until(manager, lambda: manager.lock_status(KEY.id) is LockStatus.EXPIRED)
         waited = asyncio.get_running_loop().time() - began
         assert record.MAX_DURATION_S <= waited <= record.MAX_DURATION_S + 60
-        assert api.reads < 1000, "it reads a session at most every quarter of its own duration"
+        assert api.reads < 1000, "a session is read at most every quarter of the lock duration"
 
 
 @pytest.mark.parametrize("metadata", [{"resourceVersion": None}, {"resourceVersion": "7" * 5000}], ids=["none", "long"])
@@ -349,14 +349,14 @@ async def test_a_session_with_an_endless_duration_expires_after_an_hour() -> Non
 async def test_an_answer_without_a_version_fails_the_acquire_and_the_next_one_succeeds(
     metadata: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """No API server gives one. Nobody then knows how locks stand, so none is taken; what is known stays known."""
+    """Without a version no lock can be acquired. Known locks stay known."""
     api = RawApi()
     api.put(changed())
     async with managed(api) as manager:
         await manager.ready.wait()
-        odd = changed(metadata)
+        invalid = changed(metadata)
         if metadata["resourceVersion"] is None:
-            api.put(odd)
+            api.put(invalid)
         else:
             api.put(changed())
             api.objects[KEY.id]["metadata"] |= metadata
@@ -366,7 +366,7 @@ async def test_an_answer_without_a_version_fails_the_acquire_and_the_next_one_su
         api.put(changed(holderIdentity=""))
         await until(manager, lambda: manager.lock_status(KEY.id) is LockStatus.FREE and manager.api.reachable)
         await manager.acquire(KEY)
-    printed(caplog)
+    check_log(caplog)
 
 
 async def test_a_lease_with_another_name_is_not_listed_as_a_device() -> None:

@@ -1,4 +1,4 @@
-"""Every decoder on noise, and on what it understands with parts of it changed. `make fuzz` goes on where this ends."""
+"""Every decoder on noise, and on damaged seeds. `make fuzz` searches further."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.fuzz.brief import brief, no_hang
 from tests.fuzz.fuzz_all import TARGETS
 from tests.fuzz.fuzz_target import Target
 
-# What decoders trip over: ends of lines and texts, signs, numbers too long for int(), half a surrogate, brackets.
+# Line ends, text ends, signs, numbers too long for int(), half a surrogate, and brackets.
 TOKENS = [
     b"\0",
     b"\n",
@@ -44,7 +44,7 @@ TOKENS += [
 
 @st.composite
 def changed(draw: st.DrawFn, seeds: list[bytes]) -> bytes:
-    """A seed with up to six changes: bytes replaced, cut out, put in or said twice."""
+    """Draws a seed with up to six changes: bytes replaced, removed, inserted or repeated."""
     data = draw(st.sampled_from(seeds))
     for _ in range(draw(st.integers(1, 6))):
         start = draw(st.integers(0, len(data)))

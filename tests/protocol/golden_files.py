@@ -1,4 +1,4 @@
-"""Reads the bytes in golden/."""
+"""Messages of a real usbipd, in golden/."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What a real usbipd sent is decoded to what it meant, and encoded again to the same bytes. See golden/README.md."""
+"""Messages of a real usbipd are decoded, and encoded again to equal bytes. golden/README.md has their origin."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The faults of the store in memory: what is lost, late or cut, as a network loses, delays and cuts."""
+"""Faults of the lease store in memory: lost and late messages, cut watches, and compaction."""
 
 import asyncio
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Virtual time: jumps to the next timer, stands still for I/O and threads, and runs at each node's own rate."""
+"""Virtual time: it jumps to the next timer, stops for I/O and threads, and has a rate for each node."""
 
 import asyncio
 import socket

@@ -1,4 +1,4 @@
-"""The simulated network, against what TCP between a node and usbipd was seen or is documented to do."""
+"""The simulated network, compared with observed or documented TCP between a node and usbipd."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from usbip_sim.virtual.tcp import DEAD_PEER_S, ORPHAN_S, USER_TIMEOUT_S, MemoryC
 
 LATENCY = 0.01
 ROUND = 4 * LATENCY
-"""Seconds of a connect, a request and its answer."""
+"""Seconds of a connection, a request and its answer."""
 TIMEOUT = 1.0
 
 
@@ -32,7 +32,7 @@ class Node:
 
 
 class Lab:
-    """One server with one device, two nodes, a slow network."""
+    """One server with one device, and two nodes on a slow network."""
 
     def __init__(self, *, keepalive: bool = False) -> None:
         self.clock = SimClock(asyncio.get_running_loop())
@@ -122,7 +122,7 @@ async def test_a_node_that_is_cut_off_keeps_its_import_until_the_link_is_restore
         await lab.take(lab.b)
     lab.a.link.mend()
     await lab.sleep(LATENCY)
-    assert lab.importers == 0, "the FIN was sent again and again"
+    assert lab.importers == 0, "the FIN is sent repeatedly"
 
 
 @stepped
@@ -137,7 +137,7 @@ async def test_a_fin_is_given_up_after_a_while_and_the_server_holds_the_device_f
     assert lab.importers == 1
     assert lab.network.half_open(lab.server.key) == 1
     lab.server.drop("1-1")
-    assert lab.importers == 0, "the operator frees it"
+    assert lab.importers == 0, "an operator frees the device"
     await lab.sleep(RESET_TIME)
     (await lab.take(lab.b)).close()
 
@@ -160,7 +160,7 @@ async def test_an_idle_connection_finds_its_other_side_dead(keepalive: bool) -> 
     imported.close()
     lab.a.link.mend()
     await lab.sleep(3600)
-    assert lab.importers == (0 if keepalive else 1), "the RST was lost, and usbipd never asks"
+    assert lab.importers == (0 if keepalive else 1), "the RST was lost, and usbipd sends no probe"
 
 
 @stepped
@@ -188,7 +188,7 @@ async def test_a_request_nobody_acknowledges_dies_with_the_user_timeout() -> Non
     assert loop_of().time() == pytest.approx(LATENCY * 2 + USER_TIMEOUT_S, abs=0.1)
     lab.a.link.mend()
     await lab.sleep(60)
-    assert lab.server.table.granted == 0, "what was given up never arrives"
+    assert lab.server.table.granted == 0, "an abandoned request never arrives"
 
 
 @stepped
@@ -239,7 +239,7 @@ async def test_a_server_that_comes_back_after_a_power_cut_resets_old_connections
     imported = await lab.take(lab.a)
     lab.network.power(lab.server.key, on=False)
     assert lab.importers == 0
-    assert lab.network.imports() == {}, "that import is no more, though its node does not know"
+    assert lab.network.imports() == {}, "the import has ended, though its node does not know"
     await lab.sleep(1)
     sock = lab.a.host.sockets.resolve(imported.sock.fileno())
     assert sock is not None
@@ -319,7 +319,7 @@ async def test_a_slow_link_delivers_late_and_in_order() -> None:
 @pytest.mark.parametrize("step", range(1, 9))
 @stepped
 async def test_a_client_that_was_frozen_past_its_timeout_sends_no_request(step: int) -> None:
-    """Rule R1 bounds an import by its timeout; a process that wakes up must not look at its timers too late."""
+    """Rule R1 bounds an import by its timeout, also if the process is frozen meanwhile."""
     lab = Lab()
     node = lab.a
     taking = node.process.create_task(lab.take(node), "take")

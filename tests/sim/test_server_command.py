@@ -1,4 +1,4 @@
-"""`simulate server`: what its devices are, and that a file of them is followed."""
+"""`simulate server`: its devices, and the file of devices that it follows."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_device_of_several_interfaces_with_a_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("0951:1666", "must be BUSID=VVVV:PPPP"),
         ("storage=0951:1666", "bus id 'storage' must look like 1-1"),
@@ -51,11 +51,11 @@ def test_a_device_of_several_interfaces_with_a_name() -> None:
         ("1-1=0951:1666,colour=red", "'colour=red'"),
     ],
 )
-def test_an_invalid_device_is_refused_with_the_expected_form(text: str, said: str) -> None:
+def test_an_invalid_device_is_refused_with_the_expected_form(text: str, message: str) -> None:
     with pytest.raises(ConfigError) as error:
         parse_device(text)
     assert f"--device {text}: " in str(error.value)
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
 def test_a_bus_id_given_twice() -> None:

@@ -1,4 +1,4 @@
-"""The simulated kernel as a process: what outlives what, and what is cleaned up."""
+"""The simulated kernel as a process: what outlives it, and what it removes."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ async def test_a_new_process_is_a_rebooted_kernel(rig: RemoteRig) -> None:
     assert await rig.is_free_on_server(imported.key)
     assert nodes_of(rig) == []
     async with asyncio.timeout(LIMIT_S):
-        await lost.wait()  # told without asking
+        await lost.wait()  # without a request
     with pytest.raises(SimulatedKernelMissing, match="simulate kernel --socket"):
         await driver.ports()
     assert not (await driver.check()).loaded
@@ -247,15 +247,15 @@ def test_real_nodes_have_the_numbers_of_the_attachment(tmp_path: Path, needs: Ca
     assert not path.exists()
 
 
-class Asked(RemoteRig):
-    """The same, whose kernel asks the devices of a virtual server who they are."""
+class ReadingRig(RemoteRig):
+    """A RemoteRig whose kernel reads the identity of each device of a virtual server."""
 
     def __init__(self, tmp_path: Path, group: asyncio.TaskGroup, *devices: VirtualDevice) -> None:
         super().__init__(tmp_path, group, 0.0)
         self.virtual = VirtualServer(devices)
         self.client = TcpUsbipClient(self.clock)
 
-    async def boot_asking(self) -> None:
+    async def boot_reading(self) -> None:
         await self.virtual.start()
         nodes = DeviceNodes(self.devices, self.path.parent / "nodes", partial(Path.touch, exist_ok=False), Path.is_file)
         service = KernelService(self.kernel, self.path, nodes, identify=True)
@@ -294,8 +294,8 @@ async def test_a_kernel_that_reads_descriptors_makes_the_nodes_of_real_drivers(
     tmp_path: Path, text: str, paths: list[str]
 ) -> None:
     async with asyncio.TaskGroup() as group:
-        rig = Asked(tmp_path, group, device(text))
-        await rig.boot_asking()
+        rig = ReadingRig(tmp_path, group, device(text))
+        await rig.boot_reading()
         driver = rig.plugin()
         found = await rig.attached(driver, "1-1")
         assert found.serial == "A"
@@ -311,10 +311,10 @@ async def test_a_kernel_that_reads_descriptors_makes_the_nodes_of_real_drivers(
 
 async def test_a_path_of_another_kernel_is_skipped_and_a_free_path_is_used_again(tmp_path: Path) -> None:
     async with asyncio.TaskGroup() as group:
-        rig = Asked(tmp_path, group, device("1-1=10c4:ea60"), device("1-2=10c4:ea60"))
+        rig = ReadingRig(tmp_path, group, device("1-1=10c4:ea60"), device("1-2=10c4:ea60"))
         (rig.devices).mkdir()
         (rig.devices / "ttyUSB0").touch()
-        await rig.boot_asking()
+        await rig.boot_reading()
         driver = rig.plugin()
         first, second = await rig.attached(driver, "1-1"), await rig.attached(driver, "1-2")
         assert [one.nodes[1].path for one in (first, second)] == ["/dev/ttyUSB1", "/dev/ttyUSB2"]
@@ -337,8 +337,8 @@ async def test_a_device_that_does_not_answer_is_attached_without_a_serial_number
 ) -> None:
     monkeypatch.setattr("usbip_sim.kernel.enumeration.ANSWER_S", 0.05)
     async with asyncio.TaskGroup() as group:
-        rig = Asked(tmp_path, group)
-        await rig.boot_asking()
+        rig = ReadingRig(tmp_path, group)
+        await rig.boot_reading()
         found = await attached(rig.plugin(), await rig.import_twin(0))
         assert (found.serial, len(found.nodes)) == (None, 1)
         await rig.ended()
@@ -346,8 +346,8 @@ async def test_a_device_that_does_not_answer_is_attached_without_a_serial_number
 
 async def test_a_device_with_another_usb_id_than_listed_is_refused(tmp_path: Path) -> None:
     async with asyncio.TaskGroup() as group:
-        rig = Asked(tmp_path, group, device("1-1=10c4:ea60"))
-        await rig.boot_asking()
+        rig = ReadingRig(tmp_path, group, device("1-1=10c4:ea60"))
+        await rig.boot_reading()
         rig.virtual.lie("1-1", real=UsbId(0x0951, 0x1666))
         with pytest.raises(WrongDevice):
             await rig.attached(rig.plugin(), "1-1")

@@ -65,7 +65,7 @@ class TestSockets:
         sock.server_end()
         assert (ended, sock.closed_by_peer, len(table)) == ([True], True, 1)
         sock.on_close(lambda: ended.append(True))
-        assert ended == [True, True], "at once, when it has ended already"
+        assert ended == [True, True], "called at once if it has ended already"
 
     def test_a_callback_can_be_taken_back(self, table: SocketTable) -> None:
         sock, ended = table.open(), []

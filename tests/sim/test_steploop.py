@@ -1,4 +1,4 @@
-"""The stepping loop: one callback at a time, and processes that freeze, thaw and die between two of them."""
+"""The stepping loop: single callbacks, and processes that freeze, thaw and die between two of them."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_an_unhandled_error_is_raised() -> None:
 
 
 class Ticker:
-    """A process that notes the time of every tick, and whether it was ended in order."""
+    """A process that records the time of every tick, and whether it was ended in order."""
 
     def __init__(self, name: str = "ticker", host: Process | None = None) -> None:
         self.process = Process(loop_of(), name, host)
@@ -117,7 +117,7 @@ async def test_a_host_freezes_with_all_its_processes() -> None:
     await asyncio.sleep(5)
     host.thaw()
     await asyncio.sleep(0.5)
-    assert (one.ticks, other.ticks) == ([5.5], []), "the other is frozen by itself, too"
+    assert (one.ticks, other.ticks) == ([5.5], []), "the other process is also frozen"
     other.process.thaw()
     await asyncio.sleep(0.1)
     assert other.ticks == [6]
@@ -125,7 +125,7 @@ async def test_a_host_freezes_with_all_its_processes() -> None:
 
 @stepped
 async def test_after_a_freeze_data_is_handled_before_timers() -> None:
-    """As in life: an event loop asks for I/O before it looks at its timers."""
+    """Real event loops poll for I/O before they check timers."""
     process = Process(loop_of(), "p")
     arrived: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     seen: list[str] = []
@@ -138,7 +138,7 @@ async def test_after_a_freeze_data_is_handled_before_timers() -> None:
     task = process.create_task(wait(), "wait")
     await asyncio.sleep(0.5)
     process.freeze()
-    await asyncio.sleep(5)  # the timer was due long before
+    await asyncio.sleep(5)  # the timer has been due for long
     arrived.set_result("late")
     await asyncio.sleep(1)
     process.thaw()

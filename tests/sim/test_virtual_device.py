@@ -1,4 +1,4 @@
-"""The transfers of a virtual device: what a kernel asks while it enumerates, and an echo with its unlinks."""
+"""Transfers of a virtual device: the requests of an enumeration, and an echo with unlinks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ECHO = VirtualDevice("1-2", UsbId(0x1209, 0x0002), echo=True)
 
 
 class Importer:
-    """Sends commands to a device, and takes apart what comes back."""
+    """Sends commands to a device, and decodes its answers."""
 
     def __init__(self, device: VirtualDevice) -> None:
         self.configured: list[int] = []
@@ -34,12 +34,12 @@ class Importer:
         return self._seqnum
 
     def answers(self) -> list[tuple[wire.SubmitReturn | wire.UnlinkReturn, bytes]]:
-        """What came back since the last time: header and data."""
+        """Returns header and data of the answers since the last call."""
         answers, self._answers[:] = list(self._answers), []
         return [(wire.decode_return(raw[: wire.HEADER_BYTES]), raw[wire.HEADER_BYTES :]) for raw in answers]
 
     def control(self, setup: str, length: int) -> tuple[int, bytes]:
-        """Status and data of one control transfer towards the host."""
+        """Returns status and data of one control transfer to the host."""
         self.submit(0, length=length, setup=bytes.fromhex(setup))
         ((answer, data),) = self.answers()
         assert isinstance(answer, wire.SubmitReturn)

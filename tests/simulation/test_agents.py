@@ -1,4 +1,4 @@
-"""What two or more agents must do together, in virtual time: the promises of the README, one test each."""
+"""The promises of the README for one or more agents in virtual time, one test each."""
 
 import asyncio
 from dataclasses import replace
@@ -122,7 +122,7 @@ async def test_a_device_of_two_resources_is_still_one_device() -> None:
         assert await c.settle(lambda: not c.health(node, "any")[device.id], 1)
         assert c.health(node, "stick")[device.id]
         assert "no healthy devices" in str(await node.admit(pod("q"), "any"))
-        with pytest.raises(ClaimBusy, match="of stick"):  # a kubelet that has not heard yet
+        with pytest.raises(ClaimBusy, match="of stick"):  # a kubelet without the new list
             await c.allocate(node, device, name="any")
         await node.stop()
         node.start()
@@ -271,7 +271,7 @@ async def test_a_lost_connection_is_re_attached_under_the_same_lock() -> None:
 async def test_a_pod_whose_device_came_back_with_other_nodes_is_evicted_if_its_resource_says_so(
     on_loss: OnLoss, restarted: bool
 ) -> None:
-    """restarted: the claim was made by the process before, and does not know its resource."""
+    """restarted: the previous process made the claim, and the claim has no resource."""
     async with one_stick(on_loss=on_loss) as (c, _lab, device):
         node = await c.taken(device)
         if restarted:
@@ -291,7 +291,7 @@ async def test_a_pod_that_becomes_known_after_its_device_came_back_with_other_no
 ) -> None:
     async with one_stick(on_loss=on_loss) as (c, lab, device):
         node = await c.admitted(device)
-        node.kubelet_restart(down=True)  # nobody tells whose the device is
+        node.kubelet_restart(down=True)  # the device's pod stays unknown
         claims = agent(node).claims.view
         given = claims[device.id].attachment
         lab.drop("1-1")
@@ -327,7 +327,7 @@ async def test_the_pod_of_a_second_device_is_known_soon() -> None:
         node = c["node-a"]
         assert await node.admit(pod("p"), "stick") is None
         assert await c.settle(lambda: {one.pod for one in agent(node).claims.view.values()} == {pod("p")}, 5)
-        await asyncio.sleep(0.1)  # the next look is not at hand
+        await asyncio.sleep(0.1)  # the next list is not due yet
         assert await node.admit(pod("q"), "stick") is None
         claims = agent(node).claims.view
         assert await c.settle(lambda: {one.pod for one in claims.values()} == {pod("p"), pod("q")}, 1)
@@ -340,7 +340,7 @@ async def test_an_attachment_that_was_lost_leaves_no_port_record() -> None:
         (port,) = node.kernel.records["node-a"]
         lab.drop("1-1")
         await c.becomes(node, device, healthy=False)
-        node.kernel.fill_ports("hs", leave=3)  # the port it had may be somebody else's when it is attached again
+        node.kernel.fill_ports("hs", leave=3)  # at the re-attach another device may have its port
         await c.becomes(node, device, healthy=True)
         assert set(node.kernel.records["node-a"]) == {agent(node).claims.view[device.id].port}
         node.end(pod("p"))
@@ -355,7 +355,7 @@ async def test_an_attachment_that_ends_before_it_can_be_adopted_leaves_no_port_r
         node.end(pod("p"))
         node.partition(cut=True)
         node.start()
-        await asyncio.sleep(1)  # it cannot know yet that the lock is its own
+        await asyncio.sleep(1)  # the plugin has not read its lock yet
         lab.drop("1-1")
         node.partition(cut=False)
         assert await c.settle(lambda: c.holder(device) == "", ALLOCATION_GRACE + 30)
@@ -378,7 +378,7 @@ async def test_an_attachment_lost_while_the_ports_cannot_be_read_is_found_when_t
 
 @stepped
 async def test_a_device_attached_while_others_are_checked_does_not_count_as_lost() -> None:
-    """The table of ports that a check works on may be older than an attachment that is made during the check."""
+    """A check's table of ports may be older than an attachment that is made during the check."""
     async with two_sticks() as (c, _lab, one, two):
         node = c["node-a"]
         await c.allocate(node, one)
@@ -433,12 +433,12 @@ async def test_a_lost_device_is_re_attached_as_soon_as_its_server_lists_it_again
         node = await c.admitted(device)
         lab.unplug("1-1")
         await c.becomes(node, device, healthy=False)
-        await asyncio.sleep(60)  # by now the tries are REATTACH_MAX_WAIT apart
-        tries = lab.connections
+        await asyncio.sleep(60)  # attempts are REATTACH_MAX_WAIT apart now
+        connections = lab.connections
         lab.plug(stick("1-1"))
         agent(node).poller.poll_soon(lab.key)
         await c.becomes(node, device, healthy=True, within=0.5)
-        assert lab.connections - tries <= 3, "a look at the list, and one import"
+        assert lab.connections - connections <= 3, "a poll and one import"
 
 
 @stepped
@@ -460,7 +460,7 @@ async def test_a_dead_nodes_device_is_taken_over_after_the_locks_duration_and_no
 
 @stepped
 async def test_a_server_is_asked_once_more_before_an_expired_lock_is_taken() -> None:
-    """Here the device goes between the last poll and the Allocate; it might as well have been attached."""
+    """The device is unplugged between the last poll and the Allocate."""
     async with one_stick() as (c, lab, device):
         await c.admitted(device)
         await c.becomes(c["node-b"], device, healthy=False)
@@ -476,7 +476,7 @@ async def test_a_server_is_asked_once_more_before_an_expired_lock_is_taken() -> 
 async def test_the_lock_of_a_silent_plugin_whose_kernel_has_the_device_is_never_taken_over() -> None:
     async with one_stick() as (c, _lab, device):
         await c.admitted(device)
-        await c["node-a"].stop()  # the kernel goes on serving the pod
+        await c["node-a"].stop()  # the kernel keeps the device attached
         assert not await c.settle(lambda: c.health(c["node-b"])[device.id], 4 * LOCKS.duration)
         assert c.holder(device) == "node-a"
 
@@ -524,7 +524,7 @@ async def test_a_lock_taken_away_is_withdrawn_and_detached() -> None:
         await c.becomes(node, device, healthy=False)
         assert await c.settle(lambda: node.attached() == frozenset(), 5)
         assert await c.settle(lambda: lab.importers("1-1") == 0, 1)
-        assert c.holder(device) == "node-z", "somebody else's lock is left alone"
+        assert c.holder(device) == "node-z", "another holder's lock stays"
 
 
 @stepped
@@ -536,11 +536,11 @@ async def test_a_lock_lost_while_its_device_enumerates_fails_the_allocate_and_le
         c.steal(device)
         assert f"lock of {device} lost: node node-z holds it now" in str(await asking)
         assert await c.settle(lambda: not node.attached(), 5)
-        assert c.holder(device) == "node-z", "somebody else's lock is left alone"
+        assert c.holder(device) == "node-z", "another holder's lock stays"
 
 
 async def away_and_taken_over(c: Cluster, device: DeviceKey) -> tuple[ClusterNode, ClusterNode]:
-    """node-a has lost the device of its pod p to pod q of node-b, for which it was cut off for long enough."""
+    """Isolates node-a, whose pod p has the device, until pod q of node-b gets it. Returns both nodes."""
     a, b = c["node-a"], c["node-b"]
     await c.taken(device)
     a.silence(silent=True)
@@ -602,7 +602,7 @@ async def test_a_pod_that_lost_its_device_while_its_node_was_down_is_found_by_th
 
 @stepped
 async def test_an_attachment_that_ended_when_its_lock_was_not_known_leaves_no_port_record() -> None:
-    """A plugin that starts without the API server knows of no lock, and so of no device of its own."""
+    """A plugin that starts without the API server knows no locks, and no devices of its own."""
     async with one_stick(keepalive=True) as (c, lab, device):
         a, b = c["node-a"], c["node-b"]
         await c.admitted(device)
@@ -646,7 +646,7 @@ async def test_a_lock_released_by_hand_is_not_taken_back_for_the_pod_that_had_it
 
 
 async def reattach_begins(c: Cluster, node: ClusterNode, device: DeviceKey) -> None:
-    """The device leaves the bus and comes back on the same port, which the re-attach detaches first."""
+    """Enumerates the device again on its port, which the re-attach detaches first, and waits for the re-attach."""
     node.kernel.enumerate_anew(port_of(node, device))
     await agent(node).claims.changed.until(lambda: node.held_in(ClaimState.REATTACHING) == {device})
     assert node.attached() == {device}
@@ -669,7 +669,7 @@ async def test_a_lock_released_by_hand_while_its_device_is_detached_for_a_re_att
 
 @stepped
 async def test_a_lock_that_is_lost_and_back_while_its_device_enumerates_costs_another_attach_only() -> None:
-    """As after two edits by hand."""
+    """The lock is edited by hand twice."""
     async with one_stick() as (c, lab, device):
         node = await c.taken(device)
         lab.drop("1-1")
@@ -690,7 +690,7 @@ async def test_a_lock_that_is_lost_and_back_while_its_device_enumerates_costs_an
 @stepped
 @pytest.mark.parametrize("released", [True, False])
 async def test_an_attachment_without_lock_and_pod_is_detached_by_the_next_process(released: bool) -> None:
-    """Its lock was released by hand or taken, and its pod has ended, while nobody here could see it."""
+    """While the plugin is down, the lock is released by hand or taken, and the pod ends."""
     async with one_stick() as (c, lab, device):
         a, b = c["node-a"], c["node-b"]
         await c.admitted(device)
@@ -699,7 +699,7 @@ async def test_an_attachment_without_lock_and_pod_is_detached_by_the_next_proces
         a.end(pod("p"))
         a.start()
         assert await c.settle(lambda: not a.attached() and not lab.importers(device.busid), SETTLE)
-        assert await c.settle(lambda: not a.held_in(ClaimState.LOST), 60), "nobody waits for it"
+        assert await c.settle(lambda: not a.held_in(ClaimState.LOST), 60), "no pod waits for it"
         assert c.holder(device) == ("" if released else "node-z")
         assert not released or await b.admit(pod("q"), "stick") is None
 
@@ -736,7 +736,7 @@ async def test_a_kubelet_restart_loses_no_device_and_no_update() -> None:
 @pytest.mark.parametrize("seen", [True, False], ids=["pod seen", "pod not seen yet"])
 @stepped
 async def test_a_kubelet_that_starts_and_lists_no_pods_yet_ends_no_claim(seen: bool) -> None:
-    """For about a second it knows none of its pods, while they run. Its list is not the end of them."""
+    """For about a second after its start, a kubelet lists none of its running pods."""
     async with one_stick() as (c, _lab, device):
         node = await c.admitted(device)
         if seen:
@@ -800,17 +800,17 @@ async def test_a_refused_attach_leaves_no_lock_no_port_and_no_import() -> None:
 async def test_an_import_whose_window_passed_before_the_attach_is_given_up() -> None:
     lab = server("lab", stick("1-1"))
     device = key(lab, "1-1")
-    asked: list[float] = []
+    windows: list[float] = []
 
     def before_the_import_only(deadline: float, now: float) -> bool:
-        asked.append(deadline - now)
-        return len(asked) == 1
+        windows.append(deadline - now)
+        return len(windows) == 1
 
     async with cluster(replace(spec([lab]), rules=Rules(may_import=before_the_import_only))) as c:
         node = c["node-a"]
         await c.all_healthy(device)
         assert "R1" in str(await node.admit(pod("p"), "stick"))
-        assert len(asked) == 2
+        assert len(windows) == 2
         await c.freed(device)
 
 
@@ -865,14 +865,14 @@ async def test_a_device_without_a_serial_number_is_read_once_for_all_nodes() -> 
 async def test_a_serial_number_is_not_read_after_the_import_window() -> None:
     lab = server("lab", stick("1-1", "RED"))
     device = key(lab, "1-1")
-    asked: list[float] = []
+    windows: list[float] = []
 
     def before_imports_only(deadline: float, now: float) -> bool:
-        asked.append(deadline - now)
-        return len(asked) % 2 == 1
+        windows.append(deadline - now)
+        return len(windows) % 2 == 1
 
     async with cluster(replace(spec([lab], by_serial(lab), nodes=1), rules=Rules(may_import=before_imports_only))) as c:
-        assert await c.settle(lambda: len(asked) >= 4, 120)
+        assert await c.settle(lambda: len(windows) >= 4, 120)
         await c.freed(device)
         assert device.id not in c.health(c["node-a"])
         assert record.SERIAL not in c.backend.leases[device.id].annotations

@@ -1,4 +1,4 @@
-"""What a plugin does when much changes at the same moment."""
+"""Many changes at the same moment."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DEVICES = 60
 
 @stepped
 async def test_locks_that_are_taken_at_once_are_evaluated_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One evaluation of all devices for each lock is time with the square of their number: seconds for some hundred."""
+    """An evaluation of all devices for each lock would take seconds with some hundred devices."""
     lab = server("lab", *(stick(f"1-{n + 1}") for n in range(DEVICES)))
     devices = [key(lab, f"1-{n + 1}") for n in range(DEVICES)]
     evaluations = 0

@@ -1,4 +1,4 @@
-"""Devices handed out by CDI name, in virtual time: what a container is given when it starts is always true."""
+"""Devices of CDI resources in virtual time: a container that starts always gets the present device nodes."""
 
 from __future__ import annotations
 
@@ -55,18 +55,18 @@ def by_cdi(lab: VirtualServer, on_loss: OnLoss = OnLoss.RESTART) -> ResourceConf
 def stick_by_cdi(
     *, nodes: int = 2, notices: list[DeviceEvent] | None = None, on_loss: OnLoss = OnLoss.RESTART
 ) -> contextlib.AbstractAsyncContextManager[tuple[Cluster, VirtualServer, DeviceKey]]:
-    """As one_stick."""
+    """Runs one_stick() with a CDI resource."""
     return one_stick(nodes=nodes, notices=notices, cdi=True, on_loss=on_loss)
 
 
-def true(node: ClusterNode, device: DeviceKey) -> dict[str, tuple[str, int, int]]:
-    """The nodes the kernel has of the device now, as a runtime should put them into a container."""
+def kernel_nodes(node: ClusterNode, device: DeviceKey) -> dict[str, tuple[str, int, int]]:
+    """Returns the device nodes that the kernel has now, as a runtime should put them into a container."""
     attachment = attachment_of(node, device)
     return {n.path: (n.path, n.major, n.minor) for n in attachment.nodes}
 
 
 def written(node: ClusterNode, device: DeviceKey) -> dict[str, tuple[str, int, int]]:
-    """What the spec says now of the first device of a container, whether one starts or not."""
+    """Returns the device nodes in the present spec of a container's first device."""
     return dict(resolve(node.specs.find(device.id), [f"usbip.dev/stick={device.id}-0"]).nodes)
 
 
@@ -75,7 +75,7 @@ def env(got: Resolved, name: str) -> str:
 
 
 async def restarted(c: Cluster, node: ClusterNode) -> None:
-    """The agent is killed, and its successor is registered."""
+    """Kills the agent and waits until its successor is registered."""
     node.kill()
     assert await c.settle(lambda: not node.kubelet.connected(c.full("stick")), 5)
     node.start()
@@ -83,7 +83,7 @@ async def restarted(c: Cluster, node: ClusterNode) -> None:
 
 
 async def with_pod(c: Cluster, device: DeviceKey) -> tuple[ClusterNode, Resolved]:
-    """node-a, with a pod that has the device, which has a tty; and what its container has, which runs."""
+    """Admits pod p with the device, which has a tty, on node-a. Returns the node and the devices of its container."""
     c["node-a"].kernel.child_kinds[STICK] = ("tty",)
     node = await c.taken(device)
     return node, await node.start_container(pod("p"))
@@ -93,7 +93,7 @@ async def with_pod(c: Cluster, device: DeviceKey) -> tuple[ClusterNode, Resolved
 async def test_a_container_gets_nodes_and_environment_by_name_and_the_answer_has_neither() -> None:
     async with stick_by_cdi() as (c, _lab, device):
         node, got = await with_pod(c, device)
-        assert got.nodes == true(node, device)
+        assert got.nodes == kernel_nodes(node, device)
         assert env(got, "0_TTY") == "/dev/ttyUSB0"
         assert env(got, "0_DEVICE") in got.nodes
         assert env(got, "0_BUSID") == "1-1"
@@ -111,7 +111,7 @@ async def test_after_a_reattach_a_restarted_container_has_the_new_nodes_without_
         node, before = await with_pod(c, device)
         await c.lost_and_back(node, device)
         after = await node.start_container(pod("p"))
-        assert after.nodes == true(node, device)
+        assert after.nodes == kernel_nodes(node, device)
         assert after.nodes != before.nodes
         assert env(after, "0_DEVICE") != env(before, "0_DEVICE")
         assert len(node.kubelet.seen.allocates) == 1
@@ -127,17 +127,17 @@ async def test_after_a_reattach_a_restarted_container_has_the_new_nodes_without_
 @pytest.mark.parametrize("restarted_before", [False, True])
 @stepped
 async def test_a_pod_of_a_resource_that_names_its_children_goes_on_with_them(restarted_before: bool) -> None:
-    """Each time, however often, also with an agent that only found the attachment; nothing is done to the pod."""
+    """The pod is not disturbed by any number of re-attaches, also of a new process."""
     notices: list[DeviceEvent] = []
     async with one_stick(notices=notices, children=("tty",), on_loss=OnLoss.EVICT) as (c, _lab, device):
         node, _ = await with_pod(c, device)
-        usb_nodes = {min(true(node, device))}
+        usb_nodes = {min(kernel_nodes(node, device))}
         if restarted_before:
             await restarted(c, node)
         for _ in range(3):
             await c.lost_and_back(node, device)
-            usb_nodes.add(min(true(node, device)))
-        assert len(usb_nodes) == 4, "the kernel numbers it anew"
+            usb_nodes.add(min(kernel_nodes(node, device)))
+        assert len(usb_nodes) == 4, "each attach has a new device number"
         assert node.evicted == []
         said = DeviceEvent(EventKind.REATTACHED, device, AfterReattach.CHILDREN_GO_ON.value, pod("p"))
         assert notices.count(said) == 3
@@ -154,7 +154,7 @@ async def test_the_spec_is_true_before_anybody_hears_that_the_device_is_back() -
     def advertised(_resource: str, devices: tuple[Advertised, ...]) -> None:
         if nodes and any(d.health.reason is Reason.ATTACHED for d in devices):
             (text,) = nodes[0].specs.find(device.id)
-            seen.append(resolve([text], [f"usbip.dev/stick={device.id}-0"]).nodes == true(nodes[0], device))
+            seen.append(resolve([text], [f"usbip.dev/stick={device.id}-0"]).nodes == kernel_nodes(nodes[0], device))
 
     made = spec([lab], by_cdi(lab), nodes=1)
     async with cluster(replace(made, observer=lambda _node: MetricHooks(on_advertised=advertised))) as c:
@@ -178,7 +178,7 @@ async def test_a_container_that_starts_while_the_device_is_away_waits_for_it() -
             await asyncio.sleep(10)
             assert not starting.done()
             lab.plug(stick("1-1"))
-        assert starting.result().nodes == true(node, device)
+        assert starting.result().nodes == kernel_nodes(node, device)
 
 
 @stepped
@@ -196,7 +196,7 @@ async def test_a_container_start_without_its_device_fails_in_time_and_names_the_
         assert PRE_START_WAIT < PRE_START_TIMEOUT_S
         lab.plug(stick("1-1"))
         await c.becomes(node, device, healthy=True)
-        assert (await node.start_container(pod("p"))).nodes == true(node, device)
+        assert (await node.start_container(pod("p"))).nodes == kernel_nodes(node, device)
 
 
 @stepped
@@ -210,7 +210,7 @@ async def test_a_spec_that_somebody_removed_is_there_again_when_the_container_st
 @pytest.mark.parametrize("cdi", [False, True])
 @stepped
 async def test_a_path_that_was_another_for_a_while_is_true_again(cdi: bool) -> None:
-    """What counts is what the container was given when it started, not what stood in between."""
+    """A re-attach is compared with the device nodes at the start of the container."""
     notices: list[DeviceEvent] = []
 
     def said() -> list[EventKind]:
@@ -229,7 +229,7 @@ async def test_a_path_that_was_another_for_a_while_is_true_again(cdi: bool) -> N
         await c.lost_and_back(node, device)
         await node.start_container(pod("p"))
         await c.lost_and_back(node, device)
-        # by CDI the container was started with what stood then; else it has what its pod was admitted with
+        # by CDI a container has the nodes of its start, else those of its pod's admission
         assert said()[2:] == [EventKind.NODES_CHANGED, EventKind.REATTACHED if cdi else EventKind.NODES_CHANGED]
 
 
@@ -253,7 +253,7 @@ async def test_a_child_node_that_has_gone_is_not_in_the_container_that_starts_ne
         occupant.children.clear()
         after = await node.start_container(pod("p"))
         assert before.nodes.keys() - after.nodes.keys() == {"/dev/ttyUSB0"}
-        assert after.nodes == true(node, device)
+        assert after.nodes == kernel_nodes(node, device)
 
 
 @stepped
@@ -273,19 +273,19 @@ async def test_a_late_child_node_that_no_spec_can_be_written_for_is_in_the_spec_
         assert written(node, device) == before.nodes
         assert EventKind.NODES_LATE not in {notice.what for notice in notices}, "no container could have it"
         node.specs.failing = None
-        assert await c.settle(lambda: written(node, device) == true(node, device), 2 * PORT_CHECK_INTERVAL)
+        assert await c.settle(lambda: written(node, device) == kernel_nodes(node, device), 2 * PORT_CHECK_INTERVAL)
         assert [notice.what for notice in notices].count(EventKind.NODES_LATE) == 1
 
 
 @stepped
 async def test_a_device_that_left_without_a_uevent_is_noticed_before_a_container_starts() -> None:
-    """Uevents can be lost: the plugin looks at the port itself."""
+    """Uevents can be lost, so the plugin reads the port."""
     async with stick_by_cdi() as (c, _lab, device):
         node, before = await with_pod(c, device)
         with mock.patch.object(node.kernel.bell, "ring"):
             node.kernel.free_port(port_of(node, device))
         after = await node.start_container(pod("p"))
-        assert after.nodes == true(node, device)
+        assert after.nodes == kernel_nodes(node, device)
         assert after.nodes != before.nodes
 
 
@@ -299,9 +299,9 @@ async def test_a_new_process_keeps_the_specs_of_what_it_adopts_and_sweeps_the_ot
         await c.becomes(node, device, healthy=True)
         assert await c.settle(lambda: len(node.specs.texts) == 1, 5)
         assert node.specs.find(device.id) == (text,)
-        # and it knows the container's numbers: a re-attach rewrites the very names, without a word of the kubelet
+        # a re-attach writes the names of the old spec, as the new process knows the container indexes
         await c.lost_and_back(node, device)
-        assert written(node, device) == true(node, device)
+        assert written(node, device) == kernel_nodes(node, device)
 
 
 @stepped
@@ -326,7 +326,7 @@ async def test_a_stale_spec_of_a_process_that_died_after_the_attach_is_corrected
         node.specs.write("stick", device.id, stale)
         await restarted(c, node)
         await c.becomes(node, device, healthy=True)
-        assert written(node, device) == true(node, device)
+        assert written(node, device) == kernel_nodes(node, device)
 
 
 @stepped
@@ -339,7 +339,7 @@ async def test_after_a_reboot_the_container_finds_its_device_under_the_old_name(
         node.pods.start()
         node.start()
         await c.becomes(node, device, healthy=True, within=30)
-        assert (await node.start_container(pod("p"))).nodes == true(node, device)
+        assert (await node.start_container(pod("p"))).nodes == kernel_nodes(node, device)
 
 
 @stepped
@@ -358,7 +358,7 @@ async def test_two_devices_of_a_container_keep_their_numbers() -> None:
         after = await node.start_container(pod("p"))
         assert [env(after, f"{n}_BUSID") for n in (0, 1)] == [d.busid for d in devices]
         assert env(after, "1_DEVICE") != env(before, "1_DEVICE")
-        assert after.nodes == true(node, devices[0]) | true(node, devices[1])
+        assert after.nodes == kernel_nodes(node, devices[0]) | kernel_nodes(node, devices[1])
 
 
 @stepped
@@ -382,7 +382,7 @@ async def test_a_device_lost_to_another_node_has_no_spec_any_more() -> None:
             await node.start_container(pod("p"))
 
 
-# a disk that is full, read-only, or not ours
+# a disk that is full or not writable
 
 
 @pytest.mark.parametrize(
@@ -462,13 +462,13 @@ async def test_a_full_disk_at_a_reattach_is_one_event_and_the_device_is_back_whe
         assert not node.kubelet.health(c.full("stick"))[device.id]
         assert notice.text in detail(node, device)
         if place == "spec":
-            assert node.attached() == {device}, "it is attached, and only the spec is tried again"
+            assert node.attached() == {device}, "only the spec is written again"
             polls = lab.connections - imports
             assert lab.importers("1-1") == 1
-            assert polls < 60, "no import at each try"
+            assert polls < 60, "no import for each attempt"
         fail(None)
         await c.becomes(node, device, healthy=True, within=10)
-        assert (await node.start_container(pod("p"))).nodes == true(node, device)
+        assert (await node.start_container(pod("p"))).nodes == kernel_nodes(node, device)
         assert [n.what for n in notices][-1] is EventKind.RESTART_NEEDED
 
 
@@ -479,7 +479,7 @@ async def test_a_new_process_on_a_full_disk_offers_the_device_when_its_spec_is_t
         node, _ = await with_pod(c, device)
         (stale,) = node.specs.find(device.id)
         await c.lost_and_back(node, device)
-        nodes = true(node, device)
+        nodes = kernel_nodes(node, device)
         node.specs.write("stick", device.id, stale)
         node.specs.failing = errno.ENOSPC
         await restarted(c, node)
@@ -489,7 +489,7 @@ async def test_a_new_process_on_a_full_disk_offers_the_device_when_its_spec_is_t
             await node.start_container(pod("p"))
         node.specs.failing = None
         await c.becomes(node, device, healthy=True, within=10)
-        assert written(node, device) == nodes == true(node, device), "attached all the while"
+        assert written(node, device) == nodes == kernel_nodes(node, device), "still attached"
 
 
 @stepped
@@ -529,7 +529,7 @@ async def test_a_reload_changes_what_the_next_pods_get_and_asks_the_kubelet_for_
 
 
 async def test_on_sockets_the_new_registration_has_the_new_options() -> None:
-    """The new plugin has a socket of its own, and the kubelet is never without one."""
+    """The new plugin has another socket, and the kubelet always has one connection."""
     with tempfile.TemporaryDirectory(prefix="k") as directory:
         setup = Setup(Config((ResourceConfig("stick", ()),)), SystemClock(), domain="usbip.dev")
         async with running(Path(directory), ("node-a",), setup) as world, asyncio.timeout(30):

@@ -1,4 +1,4 @@
-"""What a node asks of the API server, counted exactly, and that it grows by nothing while it stands for a day."""
+"""Exact numbers of a node's API requests and evaluations, and its memory after a day."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from usbip_sim.leases import MemoryLeases
 from usbip_sim.virtual.steploop import stepped
 
 DAY, SHORT_DAY = 24 * 3600.0, 4 * 3600.0
-"""Seconds of standing still, in the long form and in the short one."""
+"""Idle seconds, in the long form and in the short form."""
 FIRST = 3 * 3600.0
-"""By then the double of the API server has as much history as it keeps."""
+"""Seconds until the double of the API server keeps its full history."""
 MISSED = 0.005
-"""So much more or fewer heartbeats there may be, as a share of all."""
+"""Tolerance of the number of heartbeats, as a share."""
 WRITES = ("create", "update", "delete")
 HEARTBEAT = 10.0
-"""A quarter of the lock duration that cluster_rig has."""
+"""Seconds between heartbeats: a quarter of the lock duration."""
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, str, str]]:
-    """(node, verb, "lock" or "session") of each request for Leases."""
+    """Counts the Lease requests by (node, verb, "lock" or "session")."""
     counted: Counter[tuple[str, str, str]] = Counter()
     inner = MemoryLeases._call
 
@@ -59,7 +59,7 @@ def test_an_allocate_and_its_release_make_a_fixed_number_of_requests(calls: Coun
                 await c.all_healthy(device)
             writes = {call[1:]: n for call, n in calls.items() if call[0] == "node-a" and call[1] in WRITES}
             assert writes.pop(("update", "session"), 0) <= 1
-            # taken, port and pod noted, released
+            # acquired, port, pod, released
             assert writes == {("update", "lock"): 4}
             assert not [call for call in calls if call[0] == "node-b" and call[1] in WRITES]
 
@@ -69,7 +69,7 @@ def test_an_allocate_and_its_release_make_a_fixed_number_of_requests(calls: Coun
 def test_an_idle_day_writes_heartbeats_only_and_keeps_no_objects(
     calls: Counter[tuple[str, str, str]], long_form: bool
 ) -> None:
-    """A node that has a device: it writes its heartbeat and nothing else, and has no more to remember."""
+    """The node has one of its devices attached."""
     seconds = DAY if long_form else SHORT_DAY
 
     async def day(_story: Story) -> None:
@@ -95,7 +95,7 @@ def test_an_idle_day_writes_heartbeats_only_and_keeps_no_objects(
 
 
 def test_an_allocate_evaluates_its_own_device_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With 500 devices all of them took 45 to 61 ms of processor time, in which nothing else ran."""
+    """An evaluation of all of 500 devices blocks the event loop for 45 to 61 ms."""
     evaluated: list[str] = []
 
     def counted(facts: Snapshot, seen: OfferedDevice, resource: str) -> Health:

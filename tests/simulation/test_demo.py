@@ -1,4 +1,4 @@
-"""The demo is a test: real gRPC on unix sockets, USB/IP over TCP, every promise checked."""
+"""The demo as a test: real gRPC on unix sockets and USB/IP over TCP."""
 
 from usbip_sim import demo
 

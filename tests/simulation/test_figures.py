@@ -1,4 +1,4 @@
-"""What happens to devices is seen in the metrics of each node, and docs/reference/metrics.md has every one."""
+"""Metrics of nodes after the events of a device's life, and docs/metrics.md, which lists them all."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "reference" / "metrics.md"
 
 
 async def ask(c: Cluster, node: str, device: DeviceKey) -> None:
-    """An Allocate of a kubelet that has not heard yet; its outcome is of no interest."""
+    """Calls Allocate, with any result, as a kubelet without the new list does."""
     await asyncio.gather(c.allocate(c[node], device), return_exceptions=True)
 
 
 @contextlib.asynccontextmanager
 async def measured_stick(*, cdi: bool = False) -> AsyncIterator[tuple[Cluster, Measured, VirtualServer, DeviceKey]]:
-    """Nodes that are measured offer the one stick of a server."""
+    """Runs a cluster with metrics, whose nodes offer one stick."""
     lab = server("lab", stick("1-1"))
     async with measured(spec([lab], replace(resource("stick", [lab]), cdi=cdi))) as (c, m):
         device = key(lab, "1-1")
@@ -45,7 +45,7 @@ async def measured_stick(*, cdi: bool = False) -> AsyncIterator[tuple[Cluster, M
 @stepped
 async def test_an_allocate_is_counted_by_its_result_and_its_withdrawal_on_other_nodes() -> None:
     async with measured_stick() as (c, m, _lab, device):
-        assert m.value(A, "allocations_total", resource=STICK) == 0, "there before it is needed"
+        assert m.value(A, "allocations_total", resource=STICK) == 0, "the series exists before its first event"
         assert m.value(A, "locks_held") == 0
         await c[A].admit(pod("p"), "stick")
         await c.becomes(c[B], device, healthy=False)
@@ -58,7 +58,7 @@ async def test_an_allocate_is_counted_by_its_result_and_its_withdrawal_on_other_
         assert m.value(A, "lock_transitions_total", transition="taken") == 1
         assert m.value(A, "locks_held") == 1
         assert m.value(A, "claims", state="attached") == 1
-        assert m.value(A, "withdrawal_seconds_count") == 0, "one's own lock withdraws nothing"
+        assert m.value(A, "withdrawal_seconds_count") == 0, "a node's own lock withdraws nothing"
         assert m.value(B, "withdrawal_seconds_count") == 1
         assert m.value(B, "lock_transitions_total", transition="taken") == 0
         await ask(c, B, device)
@@ -67,7 +67,7 @@ async def test_an_allocate_is_counted_by_its_result_and_its_withdrawal_on_other_
         assert m.value(B, "lock_acquire_seconds_count", result="held") == 1
         failures = [s.value for f in m.families(B) if f.name.endswith("allocate_failures") for s in f.samples]
         assert failures
-        assert not any(failures), "a denial is no failure"
+        assert not any(failures), "a denial is not a failure"
 
 
 @stepped
@@ -267,7 +267,7 @@ async def test_answered_lists_of_the_kubelet_are_counted_while_a_device_is_claim
 
 
 async def live(c: Cluster, m: Measured, lab: VirtualServer) -> None:
-    """Enough of a life for every metric to have its labels; node-a holds a device in the end."""
+    """Plays events that give every metric its labels. At the end node-a holds a device."""
     device, other = key(lab, "1-1"), key(lab, "1-2")
     await c.all_healthy(device, other)
     await c[A].admit(pod("p"), "stick")
@@ -288,14 +288,14 @@ async def test_the_document_has_every_metric_with_its_type_and_labels_and_no_oth
         for family in m.families(A):
             name = family.name + ("_total" if family.type == "counter" else "")
             labels = {label for sample in family.samples for label in sample.labels} - {"le"}
-            assert family.samples, f"{name} has no sample after all this"
+            assert family.samples, f"{name} has no sample"
             assert family.documentation
             exposed[name] = (family.type, frozenset(labels))
     table = re.compile(r"^\| `(\w+)` \| (\w+) \|\s*([^|]*?)\s*\| [^|]+ \|$", re.MULTILINE)
     rows = table.findall(DOCUMENT.read_text(encoding="utf-8"))
     assert len({name for name, _, _ in rows}) == len(rows)
     documented = {name: (kind, frozenset(re.findall(r"`(\w+)`", labels))) for name, kind, labels in rows}
-    if sys.platform != "linux":  # the library has them from /proc
+    if sys.platform != "linux":  # the library reads them from /proc
         documented = {name: row for name, row in documented.items() if not name.startswith("process_")}
     assert documented == exposed
 
@@ -320,7 +320,7 @@ async def test_labels_are_few_and_name_no_device_and_no_pod() -> None:
 
 
 def listed(after: str) -> set[str]:
-    """The values of a label, as the paragraph of the document names them that begins so."""
+    """Returns the values of a label in the document's paragraph with this beginning."""
     (paragraph,) = re.findall(
         rf"^- {after}[^:]*:(.*?)(?=^- |^$)", DOCUMENT.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
     )

@@ -61,7 +61,7 @@ async def test_a_device_that_comes_back_under_another_busid_is_attached_from_the
         await c.becomes(node, HERE, healthy=False)
         assert reason(node, HERE) is Reason.IN_PLACE_OF
         assert (c.holder(HOME), c.holder(HERE)) == ("node-a", "node-a")
-        assert c.backend.leases[HOME.id].transitions == epoch, "the same claim under the same lock"
+        assert c.backend.leases[HOME.id].transitions == epoch, "the claim has not changed"
         assert c.backend.leases[HERE.id].annotations[record.IN_PLACE_OF] == HOME.id
         await c.noted(HERE, "p")
         for other in (c["node-b"], c["node-c"]):
@@ -80,7 +80,7 @@ async def test_a_moved_device_is_attached_within_five_seconds_of_being_listed() 
         lab.plug(stick("1-3", "BLUE"))
         lab.unplug("1-1")
         await c.becomes(node, HOME, healthy=False)
-        await asyncio.sleep(120)  # by now tries are as far apart as they ever are
+        await asyncio.sleep(120)  # attempts are as far apart as possible now
         lab.plug(stick("1-2", "RED"))
         poller = agent(node).poller
         assert await c.settle(lambda: any(d.busid == "1-2" for d in poller.views[LAB].devices), 10)
@@ -93,7 +93,7 @@ async def test_a_pods_end_frees_both_places() -> None:
     async with red_followed() as (c, _lab, node):
         node.end(pod("p"))
         await until_step(lambda: c.holder(HOME) == "")
-        assert c.holder(HERE) == "", "let go before the claim is forgotten"
+        assert c.holder(HERE) == "", "released before the claim is deleted"
         assert node.attached() == frozenset()
         assert not node.kernel.records["node-a"]
         assert record.IN_PLACE_OF not in c.backend.leases[HERE.id].annotations
@@ -120,10 +120,10 @@ async def test_a_device_is_not_followed_to_one_of_two_places_with_its_serial_num
         assert "serial number SAME was found at 1-2 and 1-3" in detail(node, HOME)
         assert [n.text for n in notices if n.what is EventKind.NOT_REATTACHED] == [
             "serial number SAME was found at 1-2 and 1-3; neither is used"
-        ], "told once"
+        ], "one event"
         granted = lab.table.granted
         await asyncio.sleep(60)
-        assert lab.table.granted == granted, "each was asked once"
+        assert lab.table.granted == granted, "each was read once"
         lab.unplug("1-3")
         await c.becomes(node, HOME, healthy=True, within=FOUND_S)
         assert node.attached() == {HERE}
@@ -131,7 +131,7 @@ async def test_a_device_is_not_followed_to_one_of_two_places_with_its_serial_num
 
 @contextlib.asynccontextmanager
 async def red_beside_another() -> AsyncIterator[Taken]:
-    """A pod of node-a has RED. The lock of the place that is free beside it still tells of the one that was there."""
+    """Runs a cluster where pod p has RED, and the free lock of HERE has the serial number of a former device."""
     lab = server("lab", stick("1-2", "OLD"))
     async with cluster(spec([lab])) as c:
         node = await c.admitted(HERE)
@@ -152,13 +152,13 @@ async def test_a_wrong_serial_number_on_a_lock_attaches_no_other_device(there: s
         lab.unplug("1-1")
         lab.plug(replace(stick("1-2"), serial=there))
         await c.becomes(node, HOME, healthy=False)
-        assert not await c.settle(lambda: c.health(node)[HOME.id], 60), "given to the pod"
-        assert c.holder(HERE) == "", "it can be had by others"
+        assert not await c.settle(lambda: c.health(node)[HOME.id], 60), "the pod gets no device"
+        assert c.holder(HERE) == "", "other nodes can acquire it"
         assert node.attached() == frozenset()
-        assert c.backend.leases[HERE.id].annotations.get(record.SERIAL, "") == there, "and what was wrong is mended"
+        assert c.backend.leases[HERE.id].annotations.get(record.SERIAL, "") == there, "the serial number is corrected"
         granted = lab.table.granted
         await asyncio.sleep(60)
-        assert lab.table.granted == granted, "it is asked once"
+        assert lab.table.granted == granted, "it is read once"
 
 
 @stepped
@@ -172,7 +172,7 @@ async def test_a_serial_number_of_an_earlier_device_hides_nothing() -> None:
 
 @stepped
 async def test_while_a_device_stays_away_a_free_one_of_its_kind_is_read_once() -> None:
-    """Reading takes it from every node for a moment, so it is not done again as long as its server lists it."""
+    """A read makes the device unavailable for a moment, so it is not repeated while the server lists the device."""
     async with red_taken() as (c, lab, node):
         lab.plug(stick("1-2", "BLUE"))
         lab.unplug("1-1")
@@ -180,7 +180,7 @@ async def test_while_a_device_stays_away_a_free_one_of_its_kind_is_read_once() -
         epoch = c.backend.leases[HERE.id].transitions
         await asyncio.sleep(3000)
         assert c.backend.leases[HERE.id].transitions == epoch
-        # another device that is plugged in there is read
+        # the next device at this bus id is read
         lab.unplug("1-2")
         await c.becomes(c["node-b"], HERE, healthy=False, within=FOUND_S)
         lab.plug(stick("1-2", "RED"))
@@ -200,7 +200,7 @@ async def test_another_device_of_its_kind_under_its_own_busid_is_not_taken_for_i
         lab.unplug("1-2")
         replug(lab, stick("1-1", "RED"))
         await found_again(c, node)
-        assert node.attached() == {HOME}, "and home again"
+        assert node.attached() == {HOME}, "back at its own bus id"
         assert await c.settle(lambda: c.holder(HERE) == "", 5)
 
 
@@ -209,7 +209,7 @@ async def test_another_device_at_the_former_bus_id_changes_nothing() -> None:
     async with red_followed() as (c, lab, node):
         lab.plug(stick("1-1", "BLUE"))
         assert not await c.settle(lambda: node.attached() != {HERE} or c.holder(HOME) != "node-a", 60)
-        assert c.health(c["node-b"])[HOME.id] is False, "it is this node's as long as the pod runs"
+        assert c.health(c["node-b"])[HOME.id] is False, "the node keeps the lock while the pod runs"
         node.end(pod("p"))
         await c.becomes(c["node-b"], HOME, healthy=True, within=10)
 
@@ -263,7 +263,7 @@ async def test_an_allocate_of_the_place_fails_and_names_the_former_bus_id() -> N
         with pytest.raises(ClaimBusy, match="under its former bus ID, lab:3240/1-1"):
             await c.allocate(node, HERE)
         again = await c.allocate(node, HOME)
-        assert again.devices, "the device itself is what it always was"
+        assert again.devices, "the device keeps its former bus id"
         assert again.envs["USBIP_STICK_0_BUSID"] == "1-1"
 
 
@@ -373,7 +373,7 @@ async def test_a_dead_nodes_place_is_taken_over_as_what_it_is() -> None:
 
 @stepped
 async def test_a_server_that_comes_back_with_other_busids_for_all_its_devices() -> None:
-    """As after a reboot, when hubs were found in another order: what was 1-1 is 2-1 now, and the other way round."""
+    """After a server's reboot its hubs may have another order: 1-1 becomes 2-1, and 2-1 becomes 1-1."""
     lab = server("lab", stick("1-1", "RED"), stick("2-1", "BLUE"))
     red, blue = key(lab, "1-1"), key(lab, "2-1")
     async with cluster(spec([lab])) as c:
@@ -385,8 +385,8 @@ async def test_a_server_that_comes_back_with_other_busids_for_all_its_devices() 
         await c.becomes(c["node-a"], held, healthy=False, within=30)
         replug(lab, stick("1-1", "BLUE"), stick("2-1", "RED"))
         await lab.start()
-        await c.becomes(c["node-a"], held, healthy=True, within=60)  # of which a poll of a dead server takes up to 36
-        assert c["node-a"].attached() == {other}, "where its serial number is now"
+        await c.becomes(c["node-a"], held, healthy=True, within=60)  # a poll of a dead server takes up to 36 s
+        assert c["node-a"].attached() == {other}, "at the present place of its serial number"
         await c.becomes(c["node-b"], other, healthy=False)
 
 

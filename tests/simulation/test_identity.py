@@ -1,4 +1,4 @@
-"""Which device is the one that was promised: by the serial number or class that it tells, wherever it is plugged in."""
+"""Devices selected by the serial number or the class that they report, at any bus id."""
 
 import asyncio
 import contextlib
@@ -34,12 +34,12 @@ from usbip_sim.server.usbdevice import VirtualDevice
 from usbip_sim.virtual.steploop import stepped
 
 POLLED = 10.0
-"""Virtual seconds in which a server is asked what it lists, and a device who it is, by whichever node is first."""
+"""Virtual seconds in which a server is polled and a serial number is read, by any node."""
 STORAGE = InterfaceClass(8, 6, 0x50)
 
 
 async def everywhere(c: Cluster, device: DeviceKey, why: Reason) -> None:
-    """Every node's kubelet has it as that reason says."""
+    """Waits until every node advertises a device with a reason, and its kubelet knows the health."""
     for node in c.nodes.values():
         assert await c.settle(lambda node=node: reason(node, device) is why, POLLED), reason(node, device)  # type: ignore[misc]
         await c.becomes(node, device, healthy=why.healthy)
@@ -47,7 +47,7 @@ async def everywhere(c: Cluster, device: DeviceKey, why: Reason) -> None:
 
 @contextlib.asynccontextmanager
 async def red_by_port() -> AsyncIterator[tuple[Cluster, VirtualServer, DeviceKey]]:
-    """Three nodes offer RED by its serial number; its server gives what is put in its place the same device number."""
+    """Runs a cluster whose three nodes offer RED by serial number. A replugged device keeps the device number."""
     lab = server("lab", stick("1-1", "RED"))
     lab.table.by_port = True
     device = key(lab, "1-1")
@@ -62,12 +62,12 @@ async def test_a_free_device_that_is_plugged_in_elsewhere_is_offered_from_there_
     old, new = key(lab, "1-1"), key(lab, "1-2")
     async with cluster(spec([lab], by_serial(lab), nodes=3)) as c:
         await c.all_healthy(old)
-        asked = lab.table.granted
+        granted = lab.table.granted
         carry(lab, "1-1", lab, "1-2")
         await everywhere(c, new, Reason.FREE)
         await everywhere(c, old, Reason.MOVED)
-        assert all("RED is now at lab:3240/1-2" in detail(node, old) for node in c.nodes.values())
-        assert lab.table.granted == asked + 1, "read once for all nodes"
+        assert all("RED is lab:3240/1-2 now" in detail(node, old) for node in c.nodes.values())
+        assert lab.table.granted == granted + 1, "read once for all nodes"
         assert await c["node-b"].admit(pod("p"), "stick") is None
         assert c["node-b"].attached() == {new}
 
@@ -78,12 +78,12 @@ async def test_dongles_that_change_places_are_identified_on_all_nodes() -> None:
     first, second = key(lab, "1-1"), key(lab, "1-2")
     async with cluster(spec([lab], by_serial(lab), nodes=3)) as c:
         await c.all_healthy(first)
-        asked = lab.table.granted
+        granted = lab.table.granted
         replug(lab, stick("1-1", "BLUE"), stick("1-2", "RED"))
         assert await c.settle(lambda: reason(c["node-a"], first) is Reason.NOT_READ, POLLED)
         await everywhere(c, second, Reason.FREE)
         await everywhere(c, first, Reason.MOVED)
-        assert lab.table.granted == asked + 2
+        assert lab.table.granted == granted + 2
         assert not lab.violations
 
 
@@ -95,7 +95,7 @@ async def test_the_devices_of_a_server_with_new_device_numbers_are_read_once_for
     serials = tuple(device.serial for device in devices)
     async with cluster(spec([lab], by_serial(lab, serials=serials), nodes=4)) as c:
         await c.all_healthy(*keys)
-        asked = lab.table.granted
+        granted = lab.table.granted
         await lab.stop()
         for each in keys:
             await everywhere(c, each, Reason.SERVER_UNREACHABLE)
@@ -105,7 +105,7 @@ async def test_the_devices_of_a_server_with_new_device_numbers_are_read_once_for
         await lab.start()
         assert await c.settle(lambda: all(c.health(c["node-a"])[k.id] for k in keys), 60)
         await c.all_healthy(*keys)
-        assert lab.table.granted == asked + len(devices)
+        assert lab.table.granted == granted + len(devices)
 
 
 @stepped
@@ -116,10 +116,10 @@ async def test_a_device_with_a_new_number_at_each_import_is_read_a_limited_numbe
     async with cluster(spec([lab], by_serial(lab), nodes=3)) as c:
         await asyncio.sleep(60)
         await c.all_healthy(device)
-        asked = lab.table.granted
-        assert asked <= MAX_REREADS + 1
+        granted = lab.table.granted
+        assert granted <= MAX_REREADS + 1
         await asyncio.sleep(300)
-        assert lab.table.granted == asked
+        assert lab.table.granted == granted
         assert await c["node-a"].admit(pod("p"), "stick") is None
         assert c["node-a"].attached() == {device}
 
@@ -129,21 +129,21 @@ async def test_a_swapped_dongle_with_an_unchanged_device_number_is_noticed() -> 
     async with red_by_port() as (c, lab, device):
         number = c.backend.leases[device.id].annotations[record.READ_FROM]
         for serial, why in (("BLUE", Reason.LISTED_WRONG), ("RED", Reason.FREE)):
-            asked = lab.table.granted
+            granted = lab.table.granted
             lab.unplug("1-1")
             await everywhere(c, device, Reason.NOT_LISTED)
             lab.plug(stick("1-1", serial))
             await everywhere(c, device, why)
             assert c.backend.leases[device.id].annotations[record.READ_FROM] == number
-            assert lab.table.granted == asked + 1, "asked once for all nodes"
-        # and one that is used does not become suspect by that
+            assert lab.table.granted == granted + 1, "read once for all nodes"
+        # a device is not read again because a pod used it
         assert await c["node-b"].admit(pod("p"), "stick") is None
         c["node-b"].end(pod("p"))
         assert await c.settle(lambda: c.holder(device) == "", 30)
-        asked = lab.table.granted
+        granted = lab.table.granted
         await everywhere(c, device, Reason.FREE)
         await asyncio.sleep(60)
-        assert lab.table.granted == asked
+        assert lab.table.granted == granted
 
 
 @stepped
@@ -167,13 +167,13 @@ async def test_a_device_on_a_loose_cable_is_read_a_limited_number_of_times() -> 
     device = key(lab, "1-1")
     async with cluster(spec([lab], by_serial(lab), nodes=2)) as c:
         await c.all_healthy(device)
-        asked = lab.table.granted
+        granted = lab.table.granted
         for _ in range(20):
             lab.unplug("1-1")
             await everywhere(c, device, Reason.NOT_LISTED)
             lab.plug(stick("1-1", "RED"))
             await asyncio.sleep(8)
-        assert lab.table.granted <= asked + MAX_REREADS
+        assert lab.table.granted <= granted + MAX_REREADS
         await everywhere(c, device, Reason.FREE)
 
 
@@ -190,7 +190,7 @@ async def test_an_allocate_fails_if_the_device_has_another_serial_number_than_it
             await c.allocate(node, device)
         await c.freed(device)
         assert not node.kernel.records["node-a"]
-        assert c.backend.leases[device.id].annotations[record.SERIAL] == "BLUE", "before anybody else could have it"
+        assert c.backend.leases[device.id].annotations[record.SERIAL] == "BLUE", "corrected before the lock is free"
         await everywhere(c, device, Reason.LISTED_WRONG)
         assert "expected serial number RED at lab:3240/1-1, got BLUE" in detail(c["node-b"], device)
         granted = lab.table.granted
@@ -214,7 +214,7 @@ async def test_an_allocate_by_vendor_and_product_accepts_any_serial_number() -> 
 
 
 def bare(busid: str, interface: InterfaceClass = STORAGE) -> VirtualDevice:
-    """As usbip-host shows a device that nobody has configured since it was bound."""
+    """Returns a device that was never configured since usbip-host bound it."""
     return VirtualDevice(busid, STICK, interface=interface)
 
 
@@ -227,13 +227,15 @@ async def test_a_device_that_was_never_configured_is_selected_by_the_class_it_re
         await c.all_healthy(storage)
         assert await c.settle(lambda: hid.id in c.backend.leases and c.holder(hid) == "", POLLED)
         assert all(hid.id not in c.health(node) for node in c.nodes.values())
-        assert lab.table.granted == 2, "each was asked once for all nodes"
+        assert lab.table.granted == 2, "each was read once for all nodes"
         assert c.backend.leases[storage.id].annotations[record.INTERFACES] == "080650"
         await c["node-b"].stop()
         assert await c["node-a"].admit(pod("p"), "stick") is None
         assert c["node-a"].attached() == {storage}
         c["node-b"].start()
-        assert await c.settle(lambda: reason(c["node-b"], storage) is Reason.HELD_ELSEWHERE, 5), "its server hides it"
+        assert await c.settle(lambda: reason(c["node-b"], storage) is Reason.HELD_ELSEWHERE, 5), (
+            "its server does not list it"
+        )
 
 
 @stepped
@@ -265,17 +267,17 @@ async def test_devices_with_a_duplicate_serial_number_are_not_offered_and_logged
             assert "also belongs to lab:3240/1-2" in detail(node, one)
             assert await node.admit(pod("p"), "stick") is not None
             await asyncio.sleep(30)
-            assert _said(caplog, "duplicate serial number, devices not offered") == 1
+            assert _count(caplog, "several devices tell one serial number, none of them is offered by it") == 1
             lab.unplug("1-2")
             await everywhere(c, one, Reason.FREE)
             assert await node.admit(pod("q"), "stick") is None
             lab.plug(stick("1-2", "0123456789"))
             assert await c.settle(lambda: reason(node, other) is Reason.AMBIGUOUS, POLLED)
             assert "(held by node node-a)" in detail(node, other)
-            assert reason(node, one) is Reason.ATTACHED, "who has one keeps it"
+            assert reason(node, one) is Reason.ATTACHED, "a pod keeps its device"
 
 
-def _said(caplog: pytest.LogCaptureFixture, words: str) -> int:
+def _count(caplog: pytest.LogCaptureFixture, words: str) -> int:
     return sum(line.getMessage() == words for line in caplog.records)
 
 
@@ -292,6 +294,6 @@ async def test_a_device_that_two_resources_offer_is_logged_once(caplog: pytest.L
             lab.plug(stick("1-1"))
             await c.all_healthy(key(lab, "1-1"), name="two")
     words = "offered as several resources, and in use as one of them only"
-    assert _said(caplog, words) == 1
+    assert _count(caplog, words) == 1
     (line,) = (line for line in caplog.records if line.getMessage() == words)
     assert line.__dict__["resources"] == ["one", "two"]

@@ -1,4 +1,4 @@
-"""What is logged of a cluster's life: nothing while nothing happens, and each line with the trace it belongs to."""
+"""Log lines of a cluster: none while nothing changes, and each with its trace id."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from usbip_plugin.observe.logs import PACKAGES, set_up_logging
 from usbip_sim.virtual.steploop import stepped
 
 HOUR, SHORT_HOUR = 3600.0, 900.0
-"""Seconds in which nothing is to be written, in the long form and in the short one."""
-AS_THE_GO_PROGRAM = "info"
+"""Seconds without a log line, in the long form and in the short form."""
+DEFAULT_LEVEL = "info"
 
 
 class Written(io.StringIO):
-    """A stream that a test reads as it goes."""
+    """Log lines that a test reads while they are written."""
 
     def lines(self) -> list[dict[str, object]]:
-        """Those since the last call."""
+        """Returns the lines since the last call."""
         found = [json.loads(line) for line in self.getvalue().splitlines()]
         self.seek(0)
         self.truncate()
@@ -40,11 +40,11 @@ def idle_s(long_form: bool) -> float:
 
 @pytest.fixture
 def written() -> Iterator[Written]:
-    """All that the process would write at the default level."""
+    """Collects all that the process logs at the default level."""
     root, packages = logging.getLogger(), [logging.getLogger(name) for name in PACKAGES]
     levels = [logger.level for logger in (root, *packages)]
     stream = Written()
-    handler = set_up_logging(AS_THE_GO_PROGRAM, stream)
+    handler = set_up_logging(DEFAULT_LEVEL, stream)
     yield stream
     root.removeHandler(handler)
     for logger, level in zip((root, *packages), levels, strict=True):
@@ -52,7 +52,7 @@ def written() -> Iterator[Written]:
 
 
 def test_an_idle_hour_writes_nothing(written: Written, idle_s: float) -> None:
-    """Three nodes, a device that is held, one that is free, one that is unplugged while a pod has it."""
+    """Three nodes have a device in use, a free one, and one that is unplugged while a pod has it."""
 
     async def hour(story: Story) -> None:
         lab = server("lab", stick("1-1"), stick("1-2"), dongle("2-1"))
@@ -69,7 +69,7 @@ def test_an_idle_hour_writes_nothing(written: Written, idle_s: float) -> None:
             lab.unplug(lost.busid)
             await c.becomes(a, lost, healthy=False)
             await asyncio.sleep(60)
-            assert len(written.lines()) > 10, "until now there was something to tell"
+            assert len(written.lines()) > 10, "these events are logged"
             await asyncio.sleep(idle_s)
             assert written.lines() == []
 
@@ -77,7 +77,7 @@ def test_an_idle_hour_writes_nothing(written: Written, idle_s: float) -> None:
 
 
 def test_a_device_that_another_node_takes_and_releases_is_not_logged(written: Written) -> None:
-    """There may be thousands of nodes, and each sees every handover."""
+    """Each of thousands of nodes sees every handover."""
 
     async def handover(story: Story) -> None:
         async with one_stick(nodes=3, change=story.traced) as (c, _lab, device):
@@ -138,9 +138,9 @@ def test_every_log_line_about_a_device_in_use_has_its_trace_id(written: Written)
     story = played(life)
     (trace,) = {span.trace_id for span in story.spans}
     lines = written.lines()
-    of_life = ("devices allocated", "attachment lost", "device re-attached", "device released", "device unhealthy")
-    assert {line["msg"] for line in lines} >= set(of_life)
-    assert {line.get("trace_id") for line in lines if line["msg"] in of_life} == {trace}
+    of_device = ("allocated", "attachment lost", "device re-attached", "device released", "unhealthy")
+    assert {line["msg"] for line in lines} >= set(of_device)
+    assert {line.get("trace_id") for line in lines if line["msg"] in of_device} == {trace}
     spans = {span.span_id: span.name for span in story.spans}
     named = {str(line["msg"]): spans.get(str(line.get("span_id"))) for line in lines}
     assert (named["devices allocated"], named["device re-attached"], named["device released"]) == (

@@ -1,4 +1,4 @@
-"""Every plan that once broke a promise is played again and breaks none, and still finds the bug that it is kept for."""
+"""Plans that once broke a promise: each breaks none now, and still finds the bug for which it is kept."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tests.simulation.play import play
 
 NAMES = sorted(path.stem for path in PLANS.glob("*.json"))
 NEAR = 15
-"""Steps by which a moment of an agent may have shifted since its plan was written."""
+"""Most steps by which a moment may have shifted since its plan was written."""
 
 
 def shifted(plan: Plan) -> Iterator[Plan]:
-    """Yields the plan and, if it has faults at a step, the same with these some steps earlier or later."""
+    """Yields the plan and, if it has faults at a step, variants with these faults some steps earlier or later."""
     yield plan
     for by in range(1, NEAR + 1) if any(action.steps for action in plan.actions) else ():
         for way in (by, -by):
@@ -36,7 +36,7 @@ def test_a_plan_that_found_a_bug_breaks_no_promise_any_more(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(PAST))
 def test_a_bug_that_is_put_back_is_found_by_its_plan(name: str) -> None:
-    """If it is not, the plan comes to its moment no more: change it until it does."""
+    """A plan that fails here does not reach its moment any more, and must be changed until it does."""
     kept = load(name)
     results = (play(plan, PAST[name]).violation for plan in shifted(kept.plan))
     found = next((violation for violation in results if violation is not None), None)
@@ -47,7 +47,7 @@ def test_a_bug_that_is_put_back_is_found_by_its_plan(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_kept_plan_has_one_sentence_on_the_bug_it_found(name: str) -> None:
     kept = load(name)
-    assert kept.found.endswith("."), "not the violation, which sim.py writes there"
+    assert kept.found.endswith("."), "sim.py writes the violation there, which must be replaced"
     assert text_of(kept) == (PLANS / f"{name}.json").read_text()
 
 

@@ -1,4 +1,4 @@
-"""Device nodes in virtual time: those that are promised, come late, collide, or are another device's all at once."""
+"""Device nodes in virtual time that are missing, come late, collide, or belong to another device."""
 
 from __future__ import annotations
 

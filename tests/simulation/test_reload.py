@@ -1,4 +1,4 @@
-"""A new configuration while pods have devices: none of them loses any, nobody new gets what is not offered any more."""
+"""A new configuration while pods have devices: pods keep their devices, and no pod gets a removed one."""
 
 import asyncio
 import tempfile
@@ -39,12 +39,12 @@ from usbip_sim.virtual.cluster_node import ClusterNode
 from usbip_sim.virtual.steploop import loop_of, stepped
 from usbip_sim.world import Setup, running
 
-NOBODY_S = 5.0
+FREED_S = 5.0
 """Seconds from a pod's end in which its device is free."""
 
 
 def reload(c: Cluster, *resources: ResourceConfig, allocate_timeout: float = 10.0) -> None:
-    """The same new file on every node, also for processes that start from now on."""
+    """Gives every node a new configuration, also processes that start later."""
     c.spec.config = Config(resources, allocate_timeout=allocate_timeout)
     for node in c.nodes.values():
         if node.agent is not None:
@@ -52,18 +52,18 @@ def reload(c: Cluster, *resources: ResourceConfig, allocate_timeout: float = 10.
 
 
 def only(name: str, device: DeviceKey, **more: object) -> ResourceConfig:
-    """A resource of one bus id."""
+    """Returns a resource of one bus id."""
     return ResourceConfig(name, (DeviceSelector(device.server, Selector(bus_id=device.busid)),), **more)  # type: ignore[arg-type]
 
 
 async def ends(c: Cluster, node: ClusterNode, device: DeviceKey) -> None:
-    """Its pod ends, and it is free."""
+    """Ends pod p and waits until its device is free."""
     node.end(pod("p"))
-    assert await c.settle(lambda: c.holder(device) == "" and not node.attached(), NOBODY_S)
+    assert await c.settle(lambda: c.holder(device) == "" and not node.attached(), FREED_S)
 
 
 async def undisturbed(c: Cluster, node: ClusterNode, device: DeviceKey, name: str = "stick") -> None:
-    """For a while its kubelet has heard of it as Healthy only, and its import has stood."""
+    """Checks for a while that the kubelet always has the device as healthy, and its import stays."""
     lists, imports = len(node.kubelet.seen.lists), c.servers[device.server].table.granted
     await asyncio.sleep(2 * ALLOCATION_GRACE)
     heard = [devices for full, devices in node.kubelet.seen.lists[lists:] if full == c.full(name)]
@@ -83,7 +83,7 @@ async def test_a_resource_that_is_taken_out_keeps_what_a_pod_has_until_its_end_a
         reload(c, resource("dongle", [lab], DONGLE))
         assert await c.settle(lambda: c.health(node) == {mine.id: True}, 1)
         assert await c.settle(lambda: not c["node-b"].kubelet.connected(c.full("stick")), 2)
-        assert c.health(c["node-b"]) == {}, "an empty list before the plugin went: a kubelet counts its devices on"
+        assert c.health(c["node-b"]) == {}, "an empty list came before the end, as a kubelet keeps the last count"
         await undisturbed(c, node, mine)
         await ends(c, node, mine)
         assert await c.settle(lambda: not node.kubelet.connected(c.full("stick")), 1 + SENT_TIMEOUT)
@@ -99,7 +99,7 @@ async def test_a_resource_that_is_taken_out_keeps_what_a_pod_has_until_its_end_a
 async def test_a_resource_that_comes_back_while_its_plugin_ends_is_offered() -> None:
     async with one_stick(nodes=1) as (c, lab, device):
         node = c["node-a"]
-        node.pods.process.freeze()  # does not read the last list
+        node.pods.process.freeze()  # the kubelet does not read the last list
         reload(c)
         await asyncio.sleep(SENT_TIMEOUT / 2)
         reload(c, resource("stick", [lab]))
@@ -138,7 +138,7 @@ async def test_a_removed_device_stays_with_its_pod_and_goes_to_no_other(how: str
 @pytest.mark.parametrize("gone", [True, False], ids=["resource gone", "device gone"])
 @stepped
 async def test_the_next_pod_is_refused_a_device_that_was_removed(gone: bool) -> None:
-    """The kubelet offers the device as soon as the first pod's containers have ended."""
+    """The kubelet offers a device as soon as the containers of its pod have ended."""
     lab = server("lab", stick("1-1"), stick("1-2"))
     held, other = key(lab, "1-1"), key(lab, "1-2")
     async with cluster(spec([lab], only("stick", held))) as c:
@@ -148,20 +148,20 @@ async def test_the_next_pod_is_refused_a_device_that_was_removed(gone: bool) -> 
             await c.becomes(node, other, healthy=True)
             with pytest.raises(UnknownDevice, match="any more: the configuration has changed"):
                 await c.allocate(node, held)
-            assert await c.settle(lambda: c.health(node)[held.id], 5), "its pod has it still"
+            assert await c.settle(lambda: c.health(node)[held.id], 5), "its pod still has it"
         else:
             await undisturbed(c, node, held)
         node.end(pod("p"))
         if gone:
             assert "any more: the configuration has changed" in str(await node.admit(pod("q"), "stick"))
-            assert await c.settle(lambda: c.health(node) == {held.id: False}, 0.02), "told before it failed"
+            assert await c.settle(lambda: c.health(node) == {held.id: False}, 0.02), "published before the failure"
             assert "no healthy devices" in str(await node.admit(pod("r"), "stick"))
-        assert await c.settle(lambda: c.holder(held) == "" and held not in node.attached(), NOBODY_S)
+        assert await c.settle(lambda: c.holder(held) == "" and held not in node.attached(), FREED_S)
 
 
 @stepped
 async def test_a_starting_kubelet_without_pods_gets_an_unchanged_list_of_a_removed_resource() -> None:
-    """It looks at the health of what its pods have when it admits them again."""
+    """A kubelet checks the health of its pods' devices when it admits them again."""
     async with one_stick(nodes=1) as (c, _lab, device):
         node = await c.taken(device)
         reload(c)
@@ -190,7 +190,7 @@ async def test_a_pod_in_admission_gets_the_removed_device_of_its_init_container(
 async def test_a_device_that_is_taken_out_while_it_is_being_allocated_stays_in_the_list_until_the_answer(
     moment: int,
 ) -> None:
-    """A kubelet looks up in its list what it was answered with, and crashes if it is not there."""
+    """A kubelet looks up the allocated devices in its list, and crashes if one is missing."""
     async with two_sticks(nodes=1) as (c, _lab, one, two):
         node = c["node-a"]
         asked = asyncio.create_task(node.admit(pod("p"), "stick", 2))
@@ -201,7 +201,7 @@ async def test_a_device_that_is_taken_out_while_it_is_being_allocated_stays_in_t
             assert "no longer in the configuration" in str(failure)
             assert not node.attached()
             return
-        assert failure is None, "what was asked for before is given"
+        assert failure is None, "an Allocate of before is answered"
         assert node.attached() == {one, two}
         assert await c.settle(lambda: c.health(node) == {one.id: True, two.id: True}, 1)
         node.end(pod("p"))
@@ -225,7 +225,7 @@ async def test_a_device_whose_server_was_taken_out_comes_back_to_its_pod_after_a
         assert node.attached() == {device}
         asked = lab.connections
         await asyncio.sleep(60)
-        assert lab.connections == asked, "it is not polled any more"
+        assert lab.connections == asked, "it is not polled now"
         await ends(c, node, device)
 
 
@@ -240,7 +240,7 @@ async def test_a_server_under_another_name_does_not_give_out_what_a_pod_has_unde
         reload(c, resource("stick", [alias]))
         await undisturbed(c, node, old)
         for one in c.nodes.values():
-            assert new.id not in c.health(one), "the server lists it under neither name"
+            assert new.id not in c.health(one), "the server lists it under no name"
         with pytest.raises(UnknownDevice):
             await c.allocate(c["node-b"], new)
         await ends(c, node, old)
@@ -267,7 +267,7 @@ async def test_a_change_of_cdi_leaves_no_moment_without_a_plugin() -> None:
             assert await c.settle(lambda want=cdi: node.kubelet.asks_before_start(c.full("stick")) is want, 5)  # type: ignore[misc]
             assert await node.admit(pod(f"p-{cdi}"), "stick") is None
             node.end(pod(f"p-{cdi}"))
-            await asyncio.sleep(NOBODY_S)
+            await asyncio.sleep(FREED_S)
         loop_of().after_step = None
         assert gone == []
         assert node.kubelet.seen.registrations == [c.full("stick")] * 4
@@ -275,7 +275,7 @@ async def test_a_change_of_cdi_leaves_no_moment_without_a_plugin() -> None:
 
 @stepped
 async def test_a_container_that_got_paths_gets_no_spec_after_a_change_to_cdi() -> None:
-    """Its kubelet asks before each start, as the resource is by CDI now; the answer of its Allocate stays."""
+    """The kubelet calls PreStartContainer for a CDI resource, but keeps the old answer of the Allocate."""
     notices: list[DeviceEvent] = []
     async with one_stick(nodes=1, notices=notices) as (c, lab, device):
         node = await c.taken(device)
@@ -332,7 +332,7 @@ async def test_a_new_allocate_timeout_counts_for_the_next_allocate() -> None:
 async def test_a_new_process_registers_a_resource_that_is_gone_for_as_long_as_a_pod_has_a_device_of_it(
     cdi: bool,
 ) -> None:
-    """A kubelet that has lost the plugin of a resource starts no container again that wants it."""
+    """A kubelet starts no container with a device of a resource without a plugin."""
     async with one_stick(cdi=cdi) as (c, _lab, device):
         node = await c.taken(device)
         reload(c)

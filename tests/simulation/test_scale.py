@@ -1,4 +1,4 @@
-"""What a fleet costs the API server and the USB/IP servers, counted: exact, and the same on every machine."""
+"""Exact numbers of requests that a fleet sends to the API server and to USB/IP servers."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from usbip_sim.virtual.surroundings import ClusterSpec
 
 MINUTE, WHILE = 60.0, 1200.0
 LOCK_WRITES = 4
-"""Of one device from free to free: taken, port noted, pod noted, released."""
+"""Writes of a lock from free to free: acquired, port, pod, released."""
 BEATS = WHILE / (LOCKS.duration / 4)
 LARGE = 5000
-"""Nodes of a fleet of which a few are played."""
+"""Nodes of a fleet, of which only a few are simulated."""
 
 
 class Counted:
-    """The Lease calls of each node, by (node, verb); watch events as the verb "event"."""
+    """Counts of Lease calls by (node, verb). The verb of a watch event is "event"."""
 
     def __init__(self, of: ClusterSpec) -> None:
         self.calls: Counter[tuple[str, str]] = Counter()
@@ -47,7 +47,7 @@ def many(of: ClusterSpec, nodes: int) -> ClusterSpec:
 
 
 def asked(lab: VirtualServer, of: Cluster) -> int:
-    """DEVLIST requests so far."""
+    """Returns the number of DEVLIST requests."""
     return lab.connections - sum(lab.importers(busid) for busid in ("1-1", "1-2"))
 
 
@@ -70,7 +70,7 @@ async def test_a_fleet_without_holders_makes_no_requests() -> None:
     counted = Counted(spec([lab], nodes=3))
     async with cluster(counted.spec) as c:
         await c.all_healthy(key(lab, "1-1"))
-        assert counted.verb("list") == 3, "one to start with"
+        assert counted.verb("list") == 3, "one at each start"
         counted.calls.clear()
         await asyncio.sleep(WHILE)
     assert counted.writes == 0
@@ -91,7 +91,7 @@ async def test_a_holder_writes_its_session_every_quarter_of_the_duration_and_not
         assert counted.calls["node-a", "update"] in (BEATS, BEATS - 1, BEATS + 1), "two devices cost no more than one"
     assert counted.writes == counted.calls["node-a", "update"]
     assert counted.verb("get", "list") == 0
-    assert counted.verb("event") == 0, "heartbeats are watched by nobody"
+    assert counted.verb("event") == 0, "no node watches heartbeats"
 
 
 @stepped
@@ -111,7 +111,7 @@ async def test_a_device_that_changes_hands_costs_four_writes_and_each_node_four_
             c[name].end(pod(name))
             await device_offered_everywhere(c, 5, "1-1")
             session = 1
-            assert counted.writes == writes + session, "its serial number is noted once"
+            assert counted.writes == writes + session, "its serial number is written once"
             assert counted.writes == sum(counted.calls[name, verb] for verb in ("create", "update")), "by its holder"
             assert counted.verb("event") == writes * nodes
             assert counted.verb("get") == session, "the others do not read the holder's session"
@@ -158,14 +158,14 @@ async def test_devices_that_change_hands_do_not_make_all_nodes_ask_at_once() -> 
 
 @stepped
 async def test_in_a_large_fleet_a_released_device_is_offered_everywhere_at_once() -> None:
-    """Long before a node's turn to ask its server comes: who releases a device has detached it."""
+    """No poll is necessary, as a node detaches a device before it releases the lock."""
     lab = server("lab", stick("1-1"))
     device = key(lab, "1-1")
     async with cluster(replace(spec([lab], nodes=3), fleet=LARGE)) as c:
         await device_offered_everywhere(c, share(LARGE) + 1, "1-1")
         for name in ("node-a", "node-b"):
             assert await c[name].admit(pod(name), "stick") is None
-            await asyncio.sleep(1.5 * share(LARGE))  # each has asked, and it is not listed
+            await asyncio.sleep(1.5 * share(LARGE))  # each has polled the server, which does not list the device
             for other in c.nodes:
                 if other != name:
                     await c.becomes(c[other], device, healthy=False)
@@ -186,7 +186,7 @@ async def test_in_a_large_fleet_a_lost_device_is_back_within_five_seconds() -> N
         await device_offered_everywhere(c, share(LARGE) + 1, "1-1")
         assert await a.admit(pod("p"), "stick") is None
         assert await c.settle(lambda: c.pod_of(device) is not None, 5)
-        for busid in ("1-1", "1-2"):  # where it was, and elsewhere
+        for busid in ("1-1", "1-2"):  # its own place and another one
             lab.unplug("1-1")
             await c.becomes(a, device, healthy=False)
             await asyncio.sleep(3 * MINUTE)

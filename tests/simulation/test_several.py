@@ -51,7 +51,7 @@ def sidecar(**limits: int) -> ContainerSpec:
 async def stick_and_dongle(
     *, dongle_by_cdi: bool = False
 ) -> AsyncIterator[tuple[Cluster, VirtualServer, DeviceKey, DeviceKey]]:
-    """A server with a stick and a dongle, each offered as its own resource by every node."""
+    """Runs a cluster with a stick and a dongle, each of its own resource."""
     lab = server("lab", stick("1-1"), dongle("1-2"))
     dongles = replace(resource("dongle", [lab], DONGLE), cdi=dongle_by_cdi)
     async with cluster(spec([lab], resource("stick", [lab]), dongles)) as c:
@@ -118,7 +118,7 @@ async def test_each_container_of_a_pod_has_a_device_of_its_own() -> None:
 @pytest.mark.parametrize(("first", "then"), [(1, 1), (2, 1), (1, 2)], ids=["as many", "fewer", "more"])
 @stepped
 async def test_an_app_gets_the_devices_of_its_init_container(first: int, then: int, *, cdi: bool) -> None:
-    """Each of its containers counts from 0; what only the init container had stays the pod's until its end."""
+    """Indexes begin at 0 in each container. The pod keeps the init container's devices until its end."""
     lab = server("lab", stick("1-1"), stick("1-2"))
     devices = [key(lab, "1-1"), key(lab, "1-2")]
     wanted = replace(resource("stick", [lab]), cdi=cdi, container_paths=("/dev/stick-{index}",))
@@ -135,7 +135,7 @@ async def test_an_app_gets_the_devices_of_its_init_container(first: int, then: i
             assert await numbered(node, container, cdi=cdi) == {f"/dev/stick-{n}" for n in range(count)}
         imports = lab.table.granted
         await asyncio.sleep(LONG)
-        assert {device.id for device in node.attached()} == used, "its init containers may be run again"
+        assert {device.id for device in node.attached()} == used, "its init containers may run again"
         assert lab.table.granted == imports
         node.end(pod("p"))
         await c.freed(*devices, within=5 + ALLOCATION_GRACE)
@@ -143,7 +143,7 @@ async def test_an_app_gets_the_devices_of_its_init_container(first: int, then: i
 
 
 async def numbered(node: ClusterNode, container: str, *, cdi: bool) -> set[str]:
-    """The paths in a container."""
+    """Returns the device paths in a container."""
     if cdi:
         return set((await node.start_container(pod("p"), container)).nodes)
     return {device.container_path for device in node.allocation(pod("p"), "stick", container).devices}
@@ -151,7 +151,7 @@ async def numbered(node: ClusterNode, container: str, *, cdi: bool) -> set[str]:
 
 @stepped
 async def test_a_device_of_an_init_container_only_stays_while_that_runs_and_the_app_has_another() -> None:
-    """Pod-resources lists the pod, with the app's device, from its admission on."""
+    """pod-resources lists the pod only with the app's device."""
     async with stick_and_dongle() as (c, _lab, one, two):
         node = c["node-a"]
         assert await node.admit_containers(pod("p"), init(stick=1), app(dongle=1)) is None
@@ -166,7 +166,7 @@ async def test_a_pod_with_init_containers_keeps_no_device_of_another_resource() 
     async with stick_and_dongle() as (c, _lab, one, two):
         node = c["node-a"]
         assert await node.admit_containers(pod("p"), init(stick=1), ContainerSpec("app", {})) is None
-        await c.allocate(node, two, name="dongle")  # of a pod that is never admitted
+        await c.allocate(node, two, name="dongle")  # for a pod that is never admitted
         assert await c.settle(lambda: c.holder(two) == "", ALLOCATION_GRACE + 5)
         assert node.attached() == {one}
 
@@ -204,24 +204,24 @@ async def test_by_cdi_and_plainly_in_one_container() -> None:
 
 @stepped
 async def test_if_the_second_resource_cannot_be_attached_the_first_is_soon_free_again() -> None:
-    """The pod fails with the second Allocate; while its kubelet waits for that, its list shows whose the first is."""
+    """The second Allocate fails the pod. Meanwhile the kubelet lists the pod with the first device."""
     async with stick_and_dongle() as (c, lab, one, two):
         node = c["node-a"]
         lab.lie("1-2", said=STICK)
         assert "promised as 1050:0407" in str(await node.admit_containers(pod("p"), app(stick=1, dongle=1)))
-        await c.freed(one, two)  # long before the grace is over
+        await c.freed(one, two)  # long before the end of the grace
         await c.becomes(node, one, healthy=True)
 
 
 def usb_node(node: ClusterNode, device: DeviceKey) -> str:
-    """Where the device is on its node now."""
+    """Returns the present path of the device's usb node."""
     attachment = agent(node).claims.view[device.id].attachment
     assert attachment is not None
     return attachment.nodes[0].path
 
 
 def slow(c: Cluster, node: ClusterNode, of: VirtualServer, seconds: float) -> None:
-    """Whatever this node sends to or hears from the server takes so long."""
+    """Delays each packet between this node and the server by so many seconds."""
     c.network.link(node.name, of.key).slow = seconds
 
 

@@ -1,4 +1,4 @@
-"""What a trace tells: one for each device's life, over nodes and processes, as docs/reference/tracing.md says."""
+"""Traces of devices: one for each allocation, over nodes and processes, as docs/tracing.md documents."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_a_failure_is_recorded_with_its_class_its_message_and_the_exception() ->
 
 
 def test_a_device_that_is_away_for_long_does_not_fill_its_trace() -> None:
-    """Over a thousand tries: the first ones and the one that succeeds are whole, a repeated failure is one event."""
+    """Of a thousand attempts, the first ones and the last one have spans, and a repeated failure is one event."""
     story = played(unplugged)
     whole = story.one("re-attach")
     assert int(whole.attributes["usbip.tries"]) > 500
@@ -129,7 +129,7 @@ def all_stories() -> list[Story]:
 
 
 def documented() -> dict[str, tuple[str, frozenset[str]]]:
-    """{span: (kind, attributes)} of docs/reference/tracing.md: a span's own attributes and those of its kind."""
+    """Returns {span: (kind, attributes)} of docs/tracing.md, with the attributes of its groups."""
     text = DOC.read_text(encoding="utf-8")
     groups = {
         match[1]: frozenset(re.findall(r"`([a-z0-9_.]+)`", match[2]))
