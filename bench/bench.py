@@ -27,7 +27,7 @@ from bench.bench_rows import Row, Skipped, document, line, machine
 
 @dataclass(frozen=True)
 class Counts:
-    """How often each thing is measured; idle in seconds."""
+    """Numbers of samples of each measurement. idle: seconds."""
 
     allocates: int
     unanswered: int
@@ -44,7 +44,7 @@ SHORT = Counts(allocates=15, unanswered=30, locks=100, withdrawals=25, releases=
 
 
 class Bench:
-    """Collects rows and prints each as it comes."""
+    """Rows of a run, printed as they are measured."""
 
     def __init__(self) -> None:
         self.rows: list[Row] = []
@@ -61,7 +61,7 @@ class Bench:
 
 
 def doubles(bench: Bench, counts: Counts) -> None:
-    """What needs nothing but Python."""
+    """Measures with doubles only."""
     from bench import bench_allocate, bench_watch
 
     bench.measure(bench_allocate.allocate(None, counts.allocates))
@@ -71,7 +71,7 @@ def doubles(bench: Bench, counts: Counts) -> None:
 
 
 def api_server(bench: Bench, counts: Counts) -> None:
-    """On a real API server, if it is there or can be built."""
+    """Measures on a real API server, if one is installed or can be built."""
     from bench import bench_allocate, bench_locks, bench_memory, bench_process, bench_release
     from tests.rigs.api_process import ADMIN_TOKEN, running
 
@@ -94,7 +94,7 @@ def api_server(bench: Bench, counts: Counts) -> None:
 
 
 def real_kernel(bench: Bench, counts: Counts) -> None:
-    """On this machine's vhci_hcd, with a real usbipd."""
+    """Measures on this machine's vhci_hcd, with a real usbipd."""
     from bench import bench_kernel
 
     bench.measure(bench_kernel.kernel(counts.kernel))

@@ -1,4 +1,4 @@
-"""How long an Allocate takes, and what a server that does not answer does to the others."""
+"""Time of an Allocate, also beside a server that does not answer and among many devices."""
 
 from __future__ import annotations
 
@@ -19,21 +19,24 @@ from usbip_plugin.model import DeviceKey
 from usbip_sim.server.server import VirtualServer
 
 OVER_MS = 30.0
-"""What an Allocate may take beyond the kernel's own time."""
+"""Milliseconds that an Allocate may take beyond the kernel's own time."""
 ENUMERATION_S = 0.3
-"""What a kernel takes from the attach write to the device node: measured 0.28-0.38 s."""
+"""Seconds of a kernel from the attach write to the device node, measured as 0.28-0.38 s."""
 TIMEOUT_S = 2.0
 """allocateTimeout while servers do not answer."""
 DELAY_TARGET_MS = 50.0
 MANY, SERVERS = 500, 5
 MANY_MS = 5.0
-"""Processor time that so many devices may cost an Allocate."""
+"""Milliseconds of processor time that so many devices may add to an Allocate."""
 HELD_MS = 10.0
-"""For so long one callback may keep the event loop from all others."""
+"""Milliseconds that one callback may block the event loop."""
 
 
 async def allocate(kubeconfig: str | None, count: int) -> list[Row]:
-    """Over the time a kernel takes, which the simulated one waits for exactly. kubeconfig None: Leases in memory."""
+    """Measures an Allocate without the kernel's time, which the simulated kernel keeps exactly.
+
+    kubeconfig: None for Leases in memory.
+    """
     async with contextlib.AsyncExitStack() as stack:
         leases: Callable[[str], LeaseStore] | None = None
         if kubeconfig is not None:
@@ -51,7 +54,7 @@ async def allocate(kubeconfig: str | None, count: int) -> list[Row]:
 
 
 async def unanswered(count: int) -> list[Row]:
-    """Allocate on one server while another is silent, closed, or drops SYNs; and Allocate to that other."""
+    """Measures an Allocate beside a server that is silent, closed or drops SYNs, and an Allocate from that server."""
     rows: list[Row] = []
     for name, broken in (("silent", _silent), ("closed", _closed), ("dropping SYNs", _dropping)):
         async with virtual_server() as good, virtual_server() as bad:
@@ -69,9 +72,9 @@ async def unanswered(count: int) -> list[Row]:
 
 
 async def among_many(count: int) -> list[Row]:
-    """What 500 devices on offer cost an Allocate of one of them, and for how long they keep the event loop busy.
+    """Measures an Allocate with 500 devices on offer: its processor time, and its longest callback.
 
-    Doubles run on the same loop: their part is in the time with five devices, too, which is taken off.
+    The time with five devices is subtracted. It contains that of the doubles, which run on the same loop.
     """
     few, _ = await _spent(1, count)
     many, held = await _spent(MANY // SERVERS, count)
@@ -88,7 +91,7 @@ async def among_many(count: int) -> list[Row]:
 
 
 async def _spent(each: int, count: int) -> tuple[float, float]:
-    """Median milliseconds of processor time of an Allocate, and the longest of one callback of the event loop."""
+    """Returns the median of an Allocate and the maximum of a callback, in milliseconds of processor time."""
     async with contextlib.AsyncExitStack() as stack:
         servers = [await stack.enter_async_context(virtual_server(each)) for _ in range(SERVERS)]
         keys = [DeviceKey(server.key, f"1-{n + 1}") for n in range(each) for server in servers]
@@ -110,7 +113,7 @@ async def _spent(each: int, count: int) -> tuple[float, float]:
 
 @contextlib.contextmanager
 def _callbacks() -> Iterator[list[float]]:
-    """Milliseconds of processor time of each callback of the event loop, in the list that is yielded."""
+    """Yields a list that gets the milliseconds of processor time of each callback of the event loop."""
     times: list[float] = []
     run = asyncio.Handle._run
 
@@ -124,7 +127,7 @@ def _callbacks() -> Iterator[list[float]]:
 
 
 async def _meanwhile(found: Nodes, good: DeviceKey, bad: DeviceKey) -> tuple[list[float], list[float]]:
-    """Allocates to the good server for as long as the bad one keeps one busy: milliseconds of each kind."""
+    """Returns the milliseconds of Allocates from a good server and of those from a bad server at the same time."""
     during: list[float] = []
     ends: list[float] = []
     stop = time.perf_counter() + TIMEOUT_S
@@ -164,7 +167,7 @@ async def _closed(server: VirtualServer) -> AsyncIterator[None]:
 
 @contextlib.asynccontextmanager
 async def _dropping(server: VirtualServer) -> AsyncIterator[None]:
-    """The kernel drops a SYN for a listener whose backlog is full."""
+    """Fills the backlog of a listener, so that the kernel drops SYNs."""
     await server.stop()
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(socket.socket())

@@ -1,4 +1,4 @@
-"""Allocate on the real kernel against the kernel's own time, measured by hand in the same run. For the guest only."""
+"""Allocate on the real kernel, compared with the kernel's own time of the same run. For the guest only."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from usbip_sim.kernel.ports import SimulatedKernel
 
 SERIAL = "SERIAL1"
 OVER_EMULATED_MS = 300.0
-"""What an Allocate may take beyond the kernel's own time where the machine is emulated; 50 natively."""
+"""Milliseconds that an Allocate may take beyond the kernel's own time on an emulated machine; 50 on a native one."""
 STEPS = ("lock", "import", "attach", "device node", "response")
 
 
 async def kernel(count: int) -> list[Row]:
-    """A serial converter of a real usbipd; Leases in memory."""
+    """Measures with a serial converter of a real usbipd, and Leases in memory."""
     usbipd = RealUsbipd()
     usbipd.load_modules()
     busid = usbipd.busid(SERIAL)
@@ -61,7 +61,7 @@ def _real(_node: str, _kernel: SimulatedKernel) -> VhciDriver:
 
 
 async def _allocates(found: Nodes, usbipd: RealUsbipd, key: DeviceKey, count: int) -> list[float]:
-    """Each when the server has reset the device, which takes it 0.3 s. The first one does not count."""
+    """Returns the milliseconds of each Allocate but the first. The server resets the device for 0.3 s before each."""
     times = []
     for _ in range(count + 1):
         eventually(lambda: usbipd.is_free(key.busid), "free on the server")

@@ -1,4 +1,4 @@
-"""The lock on a real API server: how long it takes to get one, and for other nodes to show it."""
+"""Time to acquire a lock on a real API server, and until other nodes publish it."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ TIMEOUT_S = 2.0
 """allocateTimeout while the API server does not answer."""
 WITHDRAWAL_TARGET_MS = 50.0
 WITHDRAWING = 10
-"""Nodes of which one takes a device and the others withdraw it."""
+"""Nodes, of which one takes a device and the others withdraw it."""
 
 
 async def make_namespace(kubeconfig: str) -> None:
-    """The namespace of the Leases. kubeconfig of an administrator."""
+    """Creates the namespace of the Leases. kubeconfig: of an administrator."""
     client = await connect(kubeconfig)
     body = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}}
     try:
@@ -40,7 +40,7 @@ async def make_namespace(kubeconfig: str) -> None:
 
 
 async def acquisition(kubeconfig: str, count: int) -> list[Row]:
-    """LockManager.acquire of a free lock."""
+    """Measures LockManager.acquire of a free lock."""
     client = await connect(kubeconfig)
     store = KubernetesLeases(client, NAMESPACE)
     me = NodeIdentity("bench-locks", "boot")
@@ -65,15 +65,15 @@ async def acquisition(kubeconfig: str, count: int) -> list[Row]:
 
 
 async def _unhealthy(node: SimNode, key: DeviceKey) -> float:
-    """When (time.perf_counter) the node's kubelet has the device so."""
+    """Returns the time.perf_counter() at which the node's kubelet has the device as unhealthy."""
     await node.until(RESOURCE, lambda devices: devices == {key.id: False})
     return time.perf_counter()
 
 
 async def withdrawal(kubeconfig: str, count: int) -> list[Row]:
-    """From the sending of one node's lock write until each other node's kubelet has the device Unhealthy.
+    """Measures from one node's lock write until each other node's kubelet has the device as unhealthy.
 
-    All nodes share one process with their kubelets, so each waits for the others, and for the Allocate that goes on.
+    All nodes and kubelets share one process, so each also waits for the others and for the Allocate.
     """
     names = ("taker", *(f"other{number}" for number in range(1, WITHDRAWING)))
     clients = {name: await connect(kubeconfig) for name in names}
@@ -102,7 +102,7 @@ async def withdrawal(kubeconfig: str, count: int) -> list[Row]:
 
 
 async def unanswered(cluster: Cluster, token: str) -> list[Row]:
-    """Allocate, and the report of its failure to kubelet and Node, while the API server accepts and says nothing."""
+    """Measures an Allocate, with the report of its failure to kubelet and Node, without answers of the API server."""
     admin = await connect(cluster.kubeconfig(token))
     body = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "deaf"}}
     await admin.request("create", "/api/v1/nodes", resource="nodes", body=body)

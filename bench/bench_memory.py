@@ -1,4 +1,4 @@
-"""What the plugin's process has in memory, idle and under load. The process is as in its image: python -OO."""
+"""Memory of the plugin's process, idle and under load. It runs with python -OO, as in its image."""
 
 from __future__ import annotations
 
@@ -33,9 +33,11 @@ PORTS_PER_CONTROLLER = 8
 
 @dataclass(frozen=True)
 class Scenario:
-    """devices of each resource, on one server each; all of them are given to pods if attached says so.
+    """Load of the process.
 
-    target: MiB resident; the limit for the cgroup's figure, and only that, where it is None.
+    devices: number of each resource, all on one server.
+    attached: every device has a pod.
+    target: MiB resident. If None, only the working set of the cgroup has a target.
     """
 
     name: str
@@ -60,7 +62,7 @@ WARMING = Scenario("compiles the bytecode", 0, exporting=True, attached=True)
 
 
 async def memory(cluster: Cluster, token: str) -> list[Row]:
-    """Rows of each scenario: resident, of it anonymous, proportional, the most ever, and the cgroup's."""
+    """Measures each scenario: memory that is resident, anonymous, proportional, the maximum, and the cgroup's."""
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="bytecode-") as bytecode:
         for scenario in (WARMING, *SCENARIOS):
@@ -97,7 +99,7 @@ def _rows(scenario: Scenario, pid: int, group: MemoryGroup | None) -> list[Row]:
 
 @contextlib.asynccontextmanager
 async def _place(scenario: Scenario, pod: InPod) -> AsyncIterator[Path]:
-    """Servers with all devices, the configuration that names them, and a kernel: its socket."""
+    """Runs servers with all devices and a kernel, and writes the configuration. Yields the kernel's socket."""
     async with contextlib.AsyncExitStack() as stack:
         socket, listening = pod.directory / "kernel.sock", asyncio.Event()
         controllers = 1 + scenario.resources * scenario.devices // PORTS_PER_CONTROLLER
@@ -125,7 +127,7 @@ async def _place(scenario: Scenario, pod: InPod) -> AsyncIterator[Path]:
 
 @contextlib.asynccontextmanager
 async def _running(scenario: Scenario, pod: InPod, kernel: Path, environ: Mapping[str, str]) -> AsyncIterator[int]:
-    """The process, when it is where the scenario wants it: its pid."""
+    """Runs the plugin. Yields its pid when the load of the scenario is reached."""
     names = [f"usbip.dev/bench{number}" for number in range(scenario.resources)]
     log_path = pod.directory / "log"
     async with FakeKubelet(pod.plugins, pod.pod_resources) as kubelet:

@@ -1,4 +1,4 @@
-"""Nodes to measure on: production agents between doubles, or on this machine's vhci_hcd and a real usbipd."""
+"""Nodes for measurements: production agents with doubles, or on this machine's vhci_hcd and a real usbipd."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NAMESPACE = "usbip-system"
 
 
 class TimedLeases(KubernetesLeases):
-    """Notes when this node last sent a write that makes it a holder: time.perf_counter()."""
+    """A lease store that records when its node sends a write that makes it the holder (time.perf_counter())."""
 
     def __init__(self, client: KubeClient, namespace: str, node: str) -> None:
         super().__init__(client, namespace)
@@ -50,9 +50,12 @@ class TimedLeases(KubernetesLeases):
 
 @dataclass(frozen=True)
 class Place:
-    """What a measurement is made on. leases(node): None for Leases in memory. driver(node): None for a simulation.
+    """Nodes, servers and devices of a measurement.
 
-    kube(node): for Node status; None for none. pods: it has the pods, too.
+    leases: lease store of a node. None for Leases in memory.
+    driver: driver of a node. None for the simulated kernel.
+    kube: client for the status of a node. None for no Node status.
+    pods: the client of kube also watches pods.
     """
 
     names: tuple[str, ...]
@@ -70,7 +73,7 @@ class Place:
 
 @contextlib.asynccontextmanager
 async def nodes(place: Place) -> AsyncIterator[Nodes]:
-    """All nodes of the place, with every device offered to every kubelet."""
+    """Runs all nodes of the place, when every kubelet has every device."""
     selectors = tuple(DeviceSelector(server, place.selector) for server in place.servers)
     setup = Setup(
         config=Config((ResourceConfig(RESOURCE, selectors),), allocate_timeout=place.allocate_timeout),
@@ -93,7 +96,7 @@ async def nodes(place: Place) -> AsyncIterator[Nodes]:
 
 @contextlib.asynccontextmanager
 async def virtual_server(devices: int = 1) -> AsyncIterator[VirtualServer]:
-    """A server whose devices are free at once when they are let go."""
+    """Runs a server whose devices are free at once after a detach."""
     server = VirtualServer([VirtualDevice(f"1-{i + 1}", DONGLE, configured=True) for i in range(devices)], reset_time=0)
     await server.start()
     try:
@@ -107,7 +110,7 @@ def keys_of(*servers: VirtualServer) -> tuple[DeviceKey, ...]:
 
 
 async def timed_allocate(found: Nodes, node: SimNode, key: DeviceKey) -> float:
-    """Milliseconds of one Allocate as the kubelet sees it. RuntimeError if it fails."""
+    """Returns the milliseconds of one Allocate as the kubelet sees it. Raises RuntimeError if it fails."""
     began = time.perf_counter()
     answer = await found.allocate(node, key)
     took = time.perf_counter() - began
@@ -117,7 +120,7 @@ async def timed_allocate(found: Nodes, node: SimNode, key: DeviceKey) -> float:
 
 
 async def allocate_times(found: Nodes, key: DeviceKey, count: int) -> list[float]:
-    """Allocate and release again and again; milliseconds of each Allocate. One more at first that does not count."""
+    """Allocates and releases repeatedly. Returns the milliseconds of each Allocate but the first."""
     times = []
     for number in range(count + 1):
         took = await timed_allocate(found, found.nodes[0], key)

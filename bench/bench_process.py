@@ -1,4 +1,4 @@
-"""The plugin as a process: time until it registers, memory and processor time when nothing happens."""
+"""The plugin as a process: time until it registers, and processor time when idle."""
 
 from __future__ import annotations
 
@@ -34,7 +34,12 @@ SETTLE_S = 13.0
 
 @dataclass(frozen=True)
 class _Run:
-    """last_register_ms: since exec of Python, and processor time until then. Switches: waits of its threads."""
+    """Figures of one process.
+
+    last_register_ms: since the exec of Python.
+    start_cpu_ms: processor time until then.
+    switches_per_s: waits of all threads.
+    """
 
     last_register_ms: float
     start_cpu_ms: float
@@ -43,7 +48,7 @@ class _Run:
 
 
 async def process(cluster: Cluster, token: str, starts: int, idle_seconds: float) -> list[Row]:
-    """Rows of the real process as in its image, with 5 resources, the watch open, and HTTP pages on."""
+    """Measures the process as in its image, with 5 resources, an open watch and HTTP pages."""
     *counted, idle = (await _runs(cluster, token, STRIPPED, starts, idle_seconds))[1:]
     lasts = [run.last_register_ms for run in counted]
     busy = statistics.median(run.start_cpu_ms for run in counted)
@@ -58,7 +63,7 @@ async def process(cluster: Cluster, token: str, starts: int, idle_seconds: float
 
 
 async def _runs(cluster: Cluster, token: str, flags: tuple[str, ...], starts: int, idle_seconds: float) -> list[_Run]:
-    """One run that compiles the bytecode and does not count, then so many, and one that is measured idle."""
+    """Returns a first run, which compiles the bytecode, then so many runs, and one that is measured idle."""
     with tempfile.TemporaryDirectory(prefix="u-") as name:
         pod = InPod(Path(name), cluster, token, "bench-process")
         async with virtual_server(RESOURCES) as server:
@@ -70,7 +75,7 @@ async def _runs(cluster: Cluster, token: str, flags: tuple[str, ...], starts: in
 
 @contextlib.asynccontextmanager
 async def _locks(kubeconfig: str) -> AsyncIterator[None]:
-    """As in a cluster in which so many devices were used once."""
+    """Creates the free Leases of so many devices."""
     client = await connect(kubeconfig)
     store, made = KubernetesLeases(client, NAMESPACE), []
     try:

@@ -1,4 +1,4 @@
-"""From a pod's end until the lock of its device is free, on a real API server."""
+"""Time from a pod's end until its device's lock is free, on a real API server."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PATIENCE_S = 30.0
 
 
 class Releases(TimedLeases):
-    """Says when the API server has taken a write that leaves a lock without a holder."""
+    """A lease store that records when the API server has accepted a release."""
 
     def __init__(self, client: KubeClient) -> None:
         super().__init__(client, NAMESPACE, NODE)
@@ -41,7 +41,7 @@ class Releases(TimedLeases):
 
 
 async def release(cluster: Cluster, token: str, count: int) -> list[Row]:
-    """The kubelet lists the pod no more, then it is deleted. The agent polls, and watches the pods of its node."""
+    """Measures releases after a pod has left the kubelet's list and is deleted. The agent sees both."""
     client = await connect(cluster.kubeconfig(token))
     store = Releases(client)
     times = []

@@ -1,4 +1,4 @@
-"""What a bench run says: rows with targets, the machine they were measured on, a table for people."""
+"""Rows of a bench run with their targets, and the machine on which they were measured."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _KEYS = ("model name", "Hardware", "cpu model")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One figure. It meets its target when it is not above it; target None: there is nothing to meet."""
+    """A measured value. It meets its target if it is not above it. target: None for no target."""
 
     name: str
     value: float
@@ -28,14 +28,14 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """What could not be measured here, and why."""
+    """A measurement that is not possible here, with the reason."""
 
     name: str
     reason: str
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """The smallest value that is not below so many percent of them all. ValueError for none."""
+    """Returns the smallest value that is not below so many percent of all. Raises ValueError without values."""
     if not values:
         raise ValueError("nothing was measured")
     ordered = sorted(values)
@@ -43,7 +43,7 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 
 def p50_p99(name: str, milliseconds: Sequence[float], target_p99: float | None = None) -> list[Row]:
-    """Two rows of times."""
+    """Returns a row of the median and a row of the 99th percentile."""
     count = len(milliseconds)
     return [
         Row(f"{name}, p50", percentile(milliseconds, 50), "ms", None, count),
@@ -52,7 +52,7 @@ def p50_p99(name: str, milliseconds: Sequence[float], target_p99: float | None =
 
 
 def machine() -> dict[str, object]:
-    """Where this runs, as far as it bears on the figures."""
+    """Returns the properties of this machine that influence the figures."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith(_KEYS)), platform.machine())
     return {
@@ -65,7 +65,7 @@ def machine() -> dict[str, object]:
 
 
 def document(rows: Sequence[Row], skipped: Sequence[Skipped]) -> dict[str, object]:
-    """For JSON."""
+    """Returns the JSON document of a run."""
     return {
         "machine": machine(),
         "rows": [{**asdict(row), "met": row.met} for row in rows],

@@ -1,10 +1,10 @@
-"""What many nodes cost the API server and the USB/IP servers: counts against the model, and processor time and memory.
+"""Costs of many nodes for the API server and the USB/IP servers: counts, processor time and memory.
 
     python -m bench.bench_scale [--short] [--point AGENTS,DEVICES ...] [--json FILE]
 
-Each point has a kube-apiserver and an etcd of its own, with the plugin's RBAC and admission policy, and so many whole
-agents in this process: a process for each would need 10 GB, and the API server cannot tell the difference, since each
-agent has its own connections, watches and token. Exit status 1 if a count is not that of the model (scale_model.py).
+Each point has its own kube-apiserver and etcd, with the plugin's RBAC and admission policy. All agents run in this
+process, as a process for each would need 10 GB. Each agent has its own connections, watches and token.
+Exit status 1 if a count differs from the model (scale_model.py).
 """
 
 from __future__ import annotations
@@ -38,16 +38,20 @@ from usbip_sim.world import SimNode
 FULL = ((10, 100), (50, 100), (100, 100), (200, 100), (10, 10), (10, 500), (10, 2000))
 SHORT = ((10, 10), (40, 10))
 POLLS_TOLERANCE = 0.25
-"""Of the polls of a server, which are an average over jitter."""
+"""Tolerated share of the polls of a server, which have jitter."""
 REPEATED = 0.25
-"""Of the requests in a phase, those that may have been sent again because an answer was late."""
+"""Share of the requests of a phase that may be repeated because of late answers."""
 FILES = 16384
 AT_ONCE = 10
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Seconds of rest before the agents, with them, and while some hold devices; how many devices change hands."""
+    """Lengths of the phases.
+
+    without, idle, holding: seconds without agents, with agents, and while some hold devices.
+    tenures: number of devices that change hands.
+    """
 
     without: float
     idle: float
@@ -61,9 +65,9 @@ BRIEF = Lengths(without=5, idle=10, holding=20, tenures=2)
 
 @dataclass(frozen=True)
 class Point:
-    """What was measured at one size. Figures ending in _s are per second, cpu in ms per second, memory in MiB.
+    """Figures of one size. Those ending in _s are per second; cpu is in ms per second, memory in MiB.
 
-    tenure: of one device, from free to free, when every node has written its status meanwhile.
+    tenure_*: of one device from free to free, with the status writes of every node.
     """
 
     agents: int
@@ -93,7 +97,7 @@ class Point:
 
 
 class Check:
-    """Rows of counts; a count that is not the model's is a wrong one."""
+    """Rows of counts. wrong: texts on counts that differ from the model."""
 
     def __init__(self) -> None:
         self.rows: list[Row] = []
@@ -191,7 +195,7 @@ def _named(span: Span) -> dict[str, int]:
 
 
 async def _tenures(rig: ScaleRig, meter: Meter, count: int) -> Span:
-    """A device taken and let go on one node after the other."""
+    """Takes and releases a device on one node after the other."""
     first = meter.sample()
     for number in range(count):
         node = rig.nodes[number % len(rig.nodes)]
@@ -215,7 +219,7 @@ def _check_tenures(check: Check, what: str, fleet: model.Fleet, tenures: Span, c
     )
     check.exact(f"{what}Events written for them", writes("events"), count, "")
     patches = model.tenure_patches(fleet) * count
-    # a node whose turn has not come when the device is free again has nothing to write
+    # a node whose turn comes after the release writes nothing
     check.within(f"{what}Node status writes for them", writes("nodes/status"), 0, patches * (1 + REPEATED), "")
     events = model.tenure_events(fleet) * count
     bookmarks = model.bookmarks(fleet, tenures.seconds)
@@ -224,13 +228,13 @@ def _check_tenures(check: Check, what: str, fleet: model.Fleet, tenures: Span, c
 
 @contextlib.asynccontextmanager
 async def _held(rig: ScaleRig, holders: int) -> AsyncIterator[None]:
-    """So many nodes have a device each."""
+    """Gives a device to each of so many nodes."""
     room = asyncio.Semaphore(AT_ONCE)
 
     async def take(node: SimNode) -> None:
         async with room:
             while True:
-                with contextlib.suppress(AdmissionError):  # two reached for one device
+                with contextlib.suppress(AdmissionError):  # two nodes chose the same device
                     await rig.take(node)
                     return
 

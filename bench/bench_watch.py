@@ -1,8 +1,7 @@
-"""What one event of the lock watch costs a node: from the line as it comes to what the kubelet is told.
+"""Cost of one event of the lock watch for a node, from the received line to the list for the kubelet.
 
-One production agent with 500 devices in 5 resources, all of which have Leases that others take and release. In memory:
-the watch's lines, and a kubelet that listens to each resource and takes the bytes of each list. Log and traces are as
-in production, into nothing.
+One production agent has 500 devices in 5 resources, and other nodes take and release their Leases. The watch and a
+kubelet that receives the bytes of each list are in memory. Log and traces are as in production, but discarded.
 """
 
 from __future__ import annotations
@@ -45,16 +44,16 @@ from usbip_sim.server.usbdevice import VirtualDevice
 SERVERS, EACH = 5, 100
 EVENTS = 10_000
 CHUNK = 50
-"""Events that come together in a handover of many."""
+"""Events that come at once when many devices change hands."""
 TARGET_US = 150.0
 TURNS = 12
-"""Of the event loop after each event: all that it set going is over by then."""
+"""Turns of the event loop after each event, in which all its work ends."""
 PATIENCE_S = 30.0
 SETTLE_S = 0.5
 
 
 class Lines:
-    """In the place of a KubeClient: a list of Leases, then a watch that says what it is told."""
+    """Double of a KubeClient: a list of Leases, and a watch with the lines of send()."""
 
     def __init__(self, items: list[dict[str, Any]]) -> None:
         self._items, self._lines = items, asyncio.Queue[Sequence[bytes]]()
@@ -63,7 +62,7 @@ class Lines:
         return {"metadata": {"resourceVersion": "1000"}, "items": self._items}
 
     async def request(self, verb: str, _path: str, *, resource: str, **_rest: object) -> dict[str, Any]:
-        """The holders' sessions are not there."""
+        """Raises KubeNotFound, as no holder has a session."""
         raise KubeNotFound(verb, resource, "not found")
 
     async def watch(self, _path: str, **_rest: object) -> AsyncIterator[dict[str, Any]]:
@@ -71,12 +70,12 @@ class Lines:
             for line in await self._lines.get():
                 yield responses.event_of(line, RESOURCE)
 
-    def say(self, lines: Sequence[bytes]) -> None:
+    def send(self, lines: Sequence[bytes]) -> None:
         self._lines.put_nowait(lines)
 
 
 class Kubelet:
-    """Registrar and PodResources of a node without pods: it takes the lists of each resource, and no time."""
+    """Registrar and PodResources of a node without pods, which receive each list at once."""
 
     async def run(self) -> None:
         await asyncio.Event().wait()
@@ -89,7 +88,7 @@ class Kubelet:
 
 
 class Listening:
-    """One resource's stream: what gRPC does with each list in this process, but for the socket."""
+    """Stream of one resource, which serializes each list as gRPC does, without a socket."""
 
     def __init__(self, server: DevicePluginServer, on_state: Callable[[Plugin], None]) -> None:
         self._server, self._on_state, self._list = server, on_state, DeviceList()
@@ -107,7 +106,7 @@ class Listening:
 
 
 def lease(key: DeviceKey, holder: str, version: int) -> dict[str, Any]:
-    """As the API server writes it, managed fields and all."""
+    """Returns a Lease as the API server writes it, with managed fields."""
     notes = {
         **record.device_notes(key),
         record.USB_ID: str(DONGLE),
@@ -143,7 +142,7 @@ def lease(key: DeviceKey, holder: str, version: int) -> dict[str, Any]:
 
 
 def events(keys: Sequence[DeviceKey]) -> list[bytes]:
-    """Each device is taken, the next time released."""
+    """Returns watch events in which all devices are taken, then released, and so on."""
     found = []
     for number in range(EVENTS):
         holder = f"other-{number % 7}" if number // len(keys) % 2 == 0 else ""
@@ -153,7 +152,7 @@ def events(keys: Sequence[DeviceKey]) -> list[bytes]:
 
 
 async def watch() -> list[Row]:
-    """Processor time of an event that comes alone, and of one among many."""
+    """Measures the processor time of an event that comes alone, and of one among many."""
     async with contextlib.AsyncExitStack() as stack:
         keys, config = await _servers(stack)
         lines = Lines([lease(key, "", 1) for key in keys])
@@ -163,13 +162,13 @@ async def watch() -> list[Row]:
                 not agent.publisher.publishing or sum(len(d) for d in agent.inventory.advertised.values()) < len(keys)
             ):
                 await asyncio.sleep(0.05)
-        # a server hides what is in use, so that no expiry is observed (R4); these list all that they have
-        hidden = agent.locks.expiry.importable_changed
-        agent.locks.expiry.set_importable = lambda device_ids: None  # type: ignore[method-assign]
-        agent.locks.expiry.importable_changed = lambda device_id, *, importable: (  # type: ignore[method-assign]
+        # real servers do not list devices in use, so that no expiry is observed (R4); these servers list all
+        hidden = agent.locks.importable_changed
+        agent.locks.set_importable = lambda device_ids: None  # type: ignore[method-assign]
+        agent.locks.importable_changed = lambda device_id, *, importable: (  # type: ignore[method-assign]
             None if importable else hidden(device_id, importable=False)
         )
-        # nor does anybody ask the servers anew: they are in this process, and would be measured
+        # no poll, as the servers run in this process
         agent.poller.poll_soon = lambda server: None  # type: ignore[method-assign]
         said = events(keys)
         half = len(said) // 2
@@ -186,7 +185,7 @@ async def watch() -> list[Row]:
 
 
 async def _cost(lines: Lines, said: Sequence[Sequence[bytes]]) -> float:
-    """Microseconds of each line, without the turns of the loop that are there to wait for it."""
+    """Returns the microseconds of each line, without the turns of the loop that wait for its end."""
     turns = await _spent(lines, [()] * len(said))
     return (await _spent(lines, said) - turns) * 1e6 / sum(len(some) for some in said)
 
@@ -194,7 +193,7 @@ async def _cost(lines: Lines, said: Sequence[Sequence[bytes]]) -> float:
 async def _spent(lines: Lines, said: Sequence[Sequence[bytes]]) -> float:
     began = time.thread_time()
     for some in said:
-        lines.say(some)
+        lines.send(some)
         for _ in range(TURNS):
             await asyncio.sleep(0)
     return time.thread_time() - began

@@ -1,4 +1,4 @@
-"""A memory cgroup of one's own, version 1 or 2: what the kernel counts for a container, and kills it by."""
+"""A memory cgroup, version 1 or 2, which counts memory as for a container."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ ROOT = Path("/sys/fs/cgroup")
 
 
 class MemoryGroup:
-    """directory: of the group. Made by memory_group()."""
+    """A memory cgroup, by its directory. memory_group() makes it."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._second = (directory / "memory.current").exists()
 
     def working_set_mib(self) -> float:
-        """As the kubelet has it: usage without the page cache that can go at once."""
+        """Returns the working set as the kubelet defines it: usage without inactive page cache."""
         usage = self.directory / ("memory.current" if self._second else "memory.usage_in_bytes")
         inactive = "inactive_file" if self._second else "total_inactive_file"
         fields = dict(line.split() for line in (self.directory / "memory.stat").read_text().splitlines())
@@ -27,7 +27,7 @@ class MemoryGroup:
 
 @contextlib.contextmanager
 def memory_group() -> Iterator[MemoryGroup | None]:
-    """None where there is none to be had: no root, or no memory controller."""
+    """Yields a new cgroup, None without root rights or a memory controller."""
     base = ROOT / "memory" if (ROOT / "memory").is_dir() else ROOT
     directory = base / f"usbip-bench-{os.getpid()}"
     try:
@@ -39,5 +39,5 @@ def memory_group() -> Iterator[MemoryGroup | None]:
         usable = any((directory / name).exists() for name in ("memory.current", "memory.usage_in_bytes"))
         yield MemoryGroup(directory) if usable else None
     finally:
-        with contextlib.suppress(OSError):  # a process may still be on its way out
+        with contextlib.suppress(OSError):  # a process may still be exiting
             directory.rmdir()

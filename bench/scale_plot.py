@@ -1,4 +1,4 @@
-"""Draws what bench_scale.py measured beside its model: docs/internals/performance/*.svg.
+"""Draws the results of bench_scale.py and its model: docs/internals/performance/*.svg.
 
 python -m bench.scale_plot bench-scale.json docs/internals/performance
 """
@@ -31,7 +31,7 @@ def _dots(name: str, points: Sequence[Point], across: str, value: Callable[[Poin
 
 
 def charts(points: Sequence[Point]) -> Iterator[tuple[str, str]]:
-    """(file name, SVG) of each."""
+    """Yields file name and SVG of each chart."""
     most = max(point["devices"] for point in points if point["agents"] == max(p["agents"] for p in points))
     by_nodes = [point for point in points if point["devices"] == most]
     fewest = min(point["agents"] for point in points)

@@ -1,4 +1,4 @@
-"""A chart as SVG: points that were measured and lines that a model draws. Across is logarithmic, up as wished."""
+"""SVG charts of measured points and of lines of a model. The x axis is logarithmic."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _STYLE = (
 
 @dataclass(frozen=True)
 class Series:
-    """points: (x, y), x above 0; y of 0 stands on the lower edge. line: drawn through, instead of dots."""
+    """A series of points (x, y) with x above 0, drawn as a line or as dots. y of 0 is at the lower edge."""
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -27,7 +27,7 @@ class Series:
 
 @dataclass(frozen=True)
 class _Axis:
-    """ticks: where it has a number, the first and the last at its ends; start and end in pixels."""
+    """An axis from start to end, in pixels. The first and the last of its ticks are at its ends."""
 
     ticks: Sequence[float]
     start: float
@@ -57,7 +57,7 @@ def _even(values: Iterable[float], start: float, end: float) -> _Axis:
 
 
 def chart(title: str, across: str, up: str, series: Sequence[Series], *, log: bool = True) -> str:
-    """The whole file. across and up: what is on the axes, with the unit. log: of up."""
+    """Returns an SVG file. across, up: labels of the axes. log: the y axis is logarithmic."""
     points = [point for one in series for point in one.points]
     x = _decades((x for x, _ in points), LEFT, WIDTH - RIGHT)
     y = (_decades if log else _even)((y for _, y in points), HEIGHT - BOTTOM, TOP)

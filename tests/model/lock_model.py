@@ -1,12 +1,12 @@
-"""One device, its lock and the nodes that want it, as a machine with finitely many states.
+"""A state machine of one device, its lock and the nodes that use it, with finitely many states.
 
 docs/internals/model.md explains it.
 
-The rules are those of usbip_plugin.locks.protocol, called through Rules on real Lease objects. What is here is what
-surrounds them: the API server, the network, clocks, the USB/IP server and the callers. A node is described by itself
-alone: what it can do depends on that and on how it sees the lock, so that both can be worked out once and remembered.
+The rules are those of usbip_plugin.locks.protocol, called through Rules on real Lease objects. This module models the
+API server, the network, clocks, the USB/IP server and the callers. The steps of a node depend only on its own state and
+on how it sees the lock, so that the search computes them once.
 
-Times are relative to the node's own clock at this moment, which therefore always reads 0.
+Times are relative to the present of the node's own clock, which therefore always reads 0.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from usbip_plugin.model import DeviceKey, NodeIdentity, ServerKey
 KEY = DeviceKey(ServerKey("10.0.0.1"), "1-1")
 META = LockMeta(usb_id="0951:1666")
 ME = NodeIdentity("me", "boot-of-me")
-NEVER = datetime(2000, 1, 1, tzinfo=UTC)  # wall clocks are for people: it always reads the same
+NEVER = datetime(2000, 1, 1, tzinfo=UTC)  # time of every write, as no rule reads wall clocks
 EPOCH = 5
 
-# What is promised, in the words of the breach. The first is about all nodes, the next two about one of them in any
-# state, the others about a step.
+# The promises, named by their breach. The first one is about all nodes, the next two are about the state of one node,
+# and the others about a step.
 TWO_IMPORTS = "two nodes have the device, or an import of it under way, at once"
 NOT_NAMED = "a node has the device, or imports it, and the lock does not name it and its boot"
 KEEPS_LOST = "R6: a node keeps a device whose lock, as it has read, is not its own"
@@ -42,13 +42,15 @@ PROMISES = frozenset({TWO_IMPORTS, NOT_NAMED, KEEPS_LOST, SAME_EPOCH, LEFT_OVER,
 
 @dataclass(frozen=True)
 class Bounds:
-    """How large a world. settings: for each node its lock's duration and its import window.
+    """Size of the model.
 
-    rates: by how much a node's clock may advance while time advances by one tick. writes: how many writes of unknown
-    fate one operation goes on waiting for. amends: the holder's other writes (renewal, port, pod). beats: nodes have
-    sessions. slow: reading a session takes time, and how long a lock and the session of its holder have been quiet is
-    noted, to check R4 against. meddling: once and again, somebody empties the lock by hand; what two nodes do then is
-    not looked at, but what each does when it hears of it.
+    settings: lock duration and import window of each node.
+    rates: advances of a node's clock that one tick may bring.
+    writes: number of writes of unknown fate for which one operation waits.
+    amends: the holder's other writes (renewal, port, pod) happen.
+    beats: nodes have sessions.
+    slow: reading a session takes time, and the quiet time of lock and session is recorded to check R4.
+    meddling: somebody may empty the lock by hand; then only the reaction of each node is checked.
     """
 
     settings: tuple[tuple[float, float], ...] = ((6.0, 2.5),) * 2
@@ -67,17 +69,17 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Habits:
-    """What rules cannot see, because it is how they are called. As here: as it should be."""
+    """Errors of the callers of the rules. The defaults are correct."""
 
     counts_from_answer: bool = False  # R1
-    trusts_old_lists: bool = False  # R4: takes the last list for what the server would say now
+    trusts_old_lists: bool = False  # R4: uses the last list instead of a new one
     ignores_lists: bool = False  # R4
     lets_go_while_attached: bool = False  # R5
     takes_silence_for_yes: bool = False  # R7
 
 
 class Hold(enum.IntEnum):
-    """Whether the lock names a node, and under which of its boots."""
+    """Whether the lock names a node: NO, with its present boot (NOW), or with an earlier boot (OLD)."""
 
     NO = 0
     NOW = 1
@@ -85,7 +87,7 @@ class Hold(enum.IntEnum):
 
 
 class Use(enum.IntEnum):
-    """What a node does with the device. ATTACHED from the moment the server's reply was accepted."""
+    """What a node does with the device. ATTACHED begins when the server's reply is accepted."""
 
     IDLE = 0
     IMPORTING = 1
@@ -93,7 +95,7 @@ class Use(enum.IntEnum):
 
 
 class Seen(enum.IntEnum):
-    """The lock as one node sees it."""
+    """The lock as one node sees it. OTHERS_OLD names another node with an earlier boot."""
 
     ABSENT = 0
     FREE = 1
@@ -103,38 +105,42 @@ class Seen(enum.IntEnum):
 
 
 class Target(NamedTuple):
-    """What a write makes of the lock: whom it names, from the writer's side, and whether under the writer's boot."""
+    """State of the lock after a write: its holder as the writer sees it, and whether it has the writer's boot."""
 
     holder: str
     hold: Hold
 
 
 class Sent(NamedTuple):
-    """A write on its way, or done and not answered yet. at: when it was sent."""
+    """A write without an answer. landed: it has taken effect. at: time at which it was sent."""
 
     at: float
     landed: bool
 
 
 class Operation(NamedTuple):
-    """An acquire or a renewal. sent is empty between the decision and the sending."""
+    """An acquire or a renewal. sent: empty between the decision and the first write."""
 
     target: Target
     sent: tuple[Sent, ...]
 
 
 class Reading(NamedTuple):
-    """A session asked for. quiet: for how long lock and session had been unchanged when it was asked."""
+    """A read of a session that is under way. quiet: time without a change of lock and session before its start."""
 
     asked: float
     quiet: float
 
 
 class Node(NamedTuple):
-    """Everything about one node. duration, window: its settings.
+    """State of one node.
 
-    until: until when it may import. strays: writes that nobody waits for any more and that may still take effect.
-    seen: its observation of another node's lock; the version "1" is the one that stands. quiet: see Bounds.slow.
+    duration, window: its settings.
+    until: end of its import window.
+    strays: abandoned writes that may still take effect.
+    seen: its observation of another node's lock; "1" is the present version.
+    quiet: see Bounds.slow.
+    informed: it has read that the lock is another node's, and has the device attached.
     """
 
     duration: float
@@ -148,17 +154,21 @@ class Node(NamedTuple):
     listed: bool = False
     reading: Reading | None = None
     quiet: float = 0.0
-    told: bool = False  # has read that the lock is another's while it has the device
+    informed: bool = False
 
 
 class Beat(enum.Enum):
-    """The effect of a step that changes the node's session."""
+    """Effect of a step that changes the node's session."""
 
     BEAT = enum.auto()
 
 
 class Step(NamedTuple):
-    """What a node can do. lock, beat: what it changes outside of the node. broken: the promise that it breaks."""
+    """Step of a node.
+
+    effect: change of the lock or of the session.
+    broken: the promise that the step breaks.
+    """
 
     label: str
     node: Node
@@ -168,21 +178,21 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Model:
-    """The steps of one node, and what those of others do to it. No state of its own."""
+    """Stateless functions: the steps of one node, and the effects of other nodes' steps on it."""
 
     bounds: Bounds = field(default_factory=Bounds)
     rules: Rules = field(default_factory=Rules)
     habits: Habits = field(default_factory=Habits)
 
-    # what holds in every state
+    # promises about states
 
     def live(self, node: Node) -> bool:
-        """It has the device, or an import under way from which it could still get it (R1)."""
+        """Returns whether the node has the device, or has an import under way that may still succeed (R1)."""
         return node.use is Use.ATTACHED or (node.use is Use.IMPORTING and self.may_import(node.until))
 
     def broken(self, node: Node) -> str | None:
-        """The promise about a single node that this one breaks."""
-        if node.use is Use.ATTACHED and node.told:
+        """Returns the promise about a single node that this node breaks."""
+        if node.use is Use.ATTACHED and node.informed:
             return KEEPS_LOST
         if self.bounds.meddling:
             return None
@@ -193,10 +203,14 @@ class Model:
     def may_import(self, until: float | None) -> bool:
         return until is not None and self.rules.may_import(until, 0.0)
 
-    # what a node can do
+    # steps of a node
 
     def steps(self, node: Node, lock: Seen, unused: bool, theirs: float) -> Iterator[Step]:
-        """unused: no node has the device attached, so that the server lists it. theirs: the holder's duration."""
+        """Yields the steps of a node.
+
+        unused: no node has the device attached, so that the server lists it.
+        theirs: the holder's duration.
+        """
         for step in self._steps(node, lock, unused, theirs):
             tidy = step._replace(node=self.tidy(step.node))
             if tidy.node != node or tidy.effect is not None or tidy.broken is not None:
@@ -213,7 +227,7 @@ class Model:
         if node.operation is None and node.use is Use.IDLE:
             yield from self._acquire(node, lease, unused)
             yield from self._renew(node, lease)
-        yield from self._write_by_the_way(node, lease)
+        yield from self._write_aside(node, lease)
         if node.operation is not None:
             yield from self._operate(node, node.operation)
         for stray in node.strays:
@@ -227,7 +241,7 @@ class Model:
             assert not isinstance(decision, Denied)
             yield Step("heartbeat", node, Beat.BEAT)
 
-    # R4: watching a lock run out
+    # R4: observing a lock until it expires
 
     def _observe(self, node: Node, lease: Lease | None, unused: bool) -> Iterator[Step]:
         if lease is None or lease.holder in ("", ME.node) or not self._listed(node, unused):
@@ -251,7 +265,7 @@ class Model:
     # R2, R3, R4: acquire; R1, R6: renew
 
     def _acquire(self, node: Node, lease: Lease | None, unused: bool) -> Iterator[Step]:
-        """As LockManager.acquire: what was observed of another's lock is confirmed by one more reading."""
+        """Acquires as LockManager.acquire does: an observation of another node's lock is confirmed by one more read."""
         listed, seen, quiet = self._listed(node, unused), node.seen, node.quiet
         taking = lease is not None and lease.holder not in ("", ME.node)
         after = node._replace(until=None)
@@ -263,7 +277,7 @@ class Model:
             seen = self._read(node, lease)
             after = after._replace(seen=seen, reading=None)
         decision = self.rules.decide_acquire(lease, KEY, META, self.write(node), seen, listed)
-        self._check_standing(lease, decision, seen, listed)
+        self._check_status(lease, decision, seen, listed)
         target, broken = self.target(lease, decision)
         if target is None:
             return
@@ -271,7 +285,7 @@ class Model:
             assert lease is not None
             if self.bounds.slow and quiet < max(node.duration, float(lease.duration_seconds or 0)):
                 broken = broken or NOT_QUIET
-            # the record is compared again when the write takes effect; what else the decision stood on is not
+            # the store compares the lease's version again when the write takes effect, and nothing else
             yield Step("decides to take another's lock", after._replace(operation=Operation(target, ())), broken=broken)
         else:
             sent = Operation(target, (Sent(0.0, landed=False),))
@@ -316,9 +330,9 @@ class Model:
         under_way = any(not write.landed for write in operation.sent)
         return tuple(sorted({*node.strays, operation.target})) if under_way else node.strays
 
-    # the holder's other writes, for whose answers nothing waits
+    # the holder's other writes, without a wait for their answers
 
-    def _write_by_the_way(self, node: Node, lease: Lease | None) -> Iterator[Step]:
+    def _write_aside(self, node: Node, lease: Lease | None) -> Iterator[Step]:
         if node.operation is not None:
             return
         if self.bounds.amends and node.use is not Use.IDLE:
@@ -345,12 +359,12 @@ class Model:
             else:
                 yield Step("its import is over, or too late", node._replace(use=Use.IDLE, until=None))
         elif node.use is Use.ATTACHED:
-            yield Step("detaches, or the server let it drop", node._replace(use=Use.IDLE, told=False))
+            yield Step("detaches, or the server let it drop", node._replace(use=Use.IDLE, informed=False))
 
     def _withdraw(self, node: Node, lease: Lease | None) -> Step:
-        """R6: the watch shows the lock as it is."""
+        """Returns the step in which the watch shows the present lock (R6)."""
         lost = isinstance(self.rules.decide_amend(lease, self.write(node), {}), Denied)
-        return Step("sees that the lock is lost", node._replace(told=not lost, use=Use.IDLE if lost else node.use))
+        return Step("sees that the lock is lost", node._replace(informed=not lost, use=Use.IDLE if lost else node.use))
 
     # the end of a process, or of a kernel
 
@@ -364,10 +378,10 @@ class Model:
             strays = tuple(sorted({stray._replace(hold=Hold.OLD) if stray.holder else stray for stray in strays}))
             yield Step("node reboots", blank._replace(holds=old, strays=strays))
 
-    # what happens to a node
+    # effects on a node
 
     def changed(self, node: Node, holds: Hold, *, same_holder: bool) -> Node:
-        """The lock has been written. What was on its way to the record that stood before is refused."""
+        """Returns the node after a write of the lock, which makes the store refuse all writes under way."""
         operation = node.operation
         if operation is not None:
             landed = tuple(write for write in operation.sent if write.landed)
@@ -379,14 +393,14 @@ class Model:
         return self.tidy(node._replace(holds=holds, operation=operation, strays=(), seen=seen, reading=None, quiet=0.0))
 
     def beaten(self, node: Node) -> Node:
-        """The session of the lock's holder has been written."""
+        """Returns the node after a write of the holder's session."""
         seen = node.seen
         if seen is not None:
             seen = replace(seen, session_version="0" * bool(seen.session_version))
         return self.tidy(node._replace(seen=seen, quiet=0.0))
 
     def tick(self, node: Node, rate: int, *, others: bool) -> Node:
-        """Time passes. others: the lock names another node."""
+        """Returns the node after a tick. others: the lock names another node."""
         seen, reading, operation = node.seen, node.reading, node.operation
         if seen is not None:
             seen = replace(seen, since=seen.since - rate, seen=seen.seen - rate)
@@ -402,7 +416,7 @@ class Model:
             after = after._replace(quiet=node.quiet + rate)
         return self.tidy(after)
 
-    # states that no rule can tell apart any more are made one
+    # states that no rule can distinguish become one
 
     def tidy(self, node: Node) -> Node:
         oldest = -2 * self.bounds.longest
@@ -420,7 +434,7 @@ class Model:
         if self.habits.counts_from_answer:
             sent = tuple(write._replace(at=oldest) for write in operation.sent)
             return after._replace(operation=operation._replace(sent=sent))
-        # an answer that comes too late to import is none; what then still is on its way is a stray
+        # an answer too late for an import counts as missing, and a write still under way then is a stray
         timely = tuple(
             write._replace(at=max(write.at, oldest))
             for write in operation.sent
@@ -431,7 +445,7 @@ class Model:
         return after._replace(operation=operation._replace(sent=timely) if timely else None, strays=strays)
 
     def _tidy(self, node: Node) -> Observation | None:
-        """When it was last confirmed does not matter: before each decision it is confirmed anew."""
+        """Returns the observation without the time of its last confirmation, as each decision confirms it again."""
         seen, duration = node.seen, node.duration
         if seen is None:
             return None
@@ -439,23 +453,23 @@ class Model:
         assert theirs is not None
         anew = self.rules.observe(None, theirs, session, 1.0, 1.0, duration)
         if self.rules.observe(seen, theirs, session, 1.0, 1.0, duration) == anew:
-            return None  # it will be started again in any case
+            return None  # the next read restarts it
         since = max(seen.since, -self.bounds.longest)
         return replace(seen, since=since, seen=since)
 
-    # between the model and the records that the rules speak of
+    # leases for the rules
 
     def write(self, node: Node) -> Write:
         return Write(ME, NEVER, "a-write", node.duration)
 
     def session(self, duration: float) -> Lease | None:
-        """The session of whoever holds the lock, and has this duration."""
+        """Returns the session of a holder with this duration."""
         if not self.bounds.beats:
             return None
         return Lease("usbip-node-x", "x", duration_seconds=math.ceil(duration), resource_version="1")
 
     def lease(self, node: Node, lock: Seen, theirs: float) -> Lease | None:
-        """The record that stands, as this node reads it. theirs: the duration of another that holds it."""
+        """Returns the present lock as this node reads it. theirs: the duration of another holder."""
         if lock is Seen.ABSENT:
             return None
         notes = record.device_notes(KEY)
@@ -478,7 +492,7 @@ class Model:
         )
 
     def target(self, lease: Lease | None, decision: Decision) -> tuple[Target | None, str | None]:
-        """What a write would make of the record; None if there is none, or the store would refuse it for certain."""
+        """Returns the lock after a write, None without a write that the store can accept; and the promise it breaks."""
         if isinstance(decision, Denied):
             return None, None
         new = decision.lease
@@ -491,7 +505,7 @@ class Model:
         return Target(new.holder, hold), self._epoch(lease, new)
 
     def _epoch(self, old: Lease | None, new: Lease) -> str | None:
-        """R3: each holder, and each boot of a holder, is an epoch of its own, and leaves nothing to the next."""
+        """Returns the promise that a write breaks: each boot of each holder has its own epoch and annotations (R3)."""
         before = (old.holder, old.annotations.get(record.BOOT_ID)) if old is not None else ("", None)
         begins = new.holder != "" and before != (new.holder, new.annotations.get(record.BOOT_ID))
         if new.transitions != (old.transitions if old is not None else 0) + begins:
@@ -500,11 +514,11 @@ class Model:
             return LEFT_OVER
         return None
 
-    def _check_standing(self, lease: Lease | None, decision: Decision, seen: Observation | None, listed: bool) -> None:
-        """What is advertised and what is decided are one."""
+    def _check_status(self, lease: Lease | None, decision: Decision, seen: Observation | None, listed: bool) -> None:
+        """Checks that the advertised status agrees with the decision."""
         if self.rules.decide_acquire is protocol.decide_acquire:
-            standing = protocol.lock_status(lease, ME, seen if listed else None)
-            assert isinstance(decision, Denied) == (standing is LockStatus.HELD), (lease, seen)
+            status = protocol.lock_status(lease, ME, seen if listed else None)
+            assert isinstance(decision, Denied) == (status is LockStatus.HELD), (lease, seen)
 
     @staticmethod
     def words(target: Target) -> str:

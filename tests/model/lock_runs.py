@@ -1,4 +1,4 @@
-"""The bounds that are searched: QUICK with every test run, LONG by hand. As a program: both, with figures."""
+"""Bounds of the searches: QUICK for every test run, LONG by hand. The program runs both and prints their sizes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.model.lock_model import Bounds, Model
 from tests.model.lock_search import search
 
 COARSE = (6.0, 2.5)
-# nearly half a duration, and clocks that make the most of it: the import may end just when the lock expires
+# a window of nearly half a duration, so that an import may end just when the lock expires
 FINE = (15.0, 7.0)
 
 QUICK: Mapping[str, Bounds] = {
@@ -33,7 +33,7 @@ LONG: Mapping[str, Bounds] = {
 
 
 def main() -> int:
-    """0 if no search finds anything, 1 at the first that does."""
+    """Runs every search. Returns 1 at the first broken promise, else 0."""
     for name, bounds in {**QUICK, **LONG}.items():
         result = search(Model(bounds))
         print(f"{name}\n  {bounds}\n  {result}", flush=True)

@@ -1,4 +1,4 @@
-"""Every state of the model, breadth first, and the shortest way to one that breaks a promise."""
+"""Breadth-first search of all states of the model for the shortest way to a broken promise."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ BITS = 24
 MASK = (1 << BITS) - 1
 
 
-# a Step with the number of its node
+# a Step with the number of its node in place of the node
 Known = tuple[str, int, Target | Beat | None, str | None]
 
 
 class World(NamedTuple):
-    """Nodes by their numbers in the search's book, in the order of their names; whether the lock object exists."""
+    """State of the model: the numbers of the nodes' states, in the order of the nodes, and whether the lock exists."""
 
     nodes: tuple[int, ...]
     exists: bool
 
 
 class Move(NamedTuple):
-    """who: index of the node that moves, None for time and people."""
+    """Transition of the model. who: index of the node that moves, None for time and people."""
 
     who: int | None
     label: str
@@ -36,7 +36,7 @@ class Move(NamedTuple):
 
 @dataclass
 class Found:
-    """A promise broken, and how it came to that: a line for each move and one for the state after it."""
+    """A broken promise, and the way to it: for each move a line, and a line for the state after it."""
 
     promise: str
     story: list[str]
@@ -47,7 +47,13 @@ class Found:
 
 @dataclass
 class Result:
-    """states: how many, up to a renaming of nodes. complete: searched to the end. moves: every kind that was made."""
+    """Result of a search.
+
+    states: number of states, without those that differ in the nodes' names only.
+    locals: number of states of a single node.
+    complete: all states were searched.
+    moves: labels of all moves.
+    """
 
     states: int = 0
     transitions: int = 0
@@ -67,7 +73,10 @@ class Result:
 
 
 class Search:
-    """One search. promises: those to look for, all if None. States that differ in the nodes' names only are one."""
+    """A search. States that differ in the nodes' names only are one.
+
+    promises: the promises to check, all if None.
+    """
 
     def __init__(self, model: Model, promises: frozenset[str] | None = None) -> None:
         self.model, self.promises = model, PROMISES if promises is None else promises
@@ -82,7 +91,7 @@ class Search:
         self._beaten: dict[int, int] = {}
 
     def run(self, most: int = 10**9) -> Result:
-        """At most so many states."""
+        """Searches until a promise is broken, or most states are found."""
         began, result = time.monotonic(), Result()
         first = self._pack(self._first())
         parents: dict[int, int] = {first: -1}
@@ -103,7 +112,7 @@ class Search:
                         path = [after, state]
                         while (state := parents[state]) != -1:
                             path.append(state)
-                        result.found = Found(broken, list(self._tell(path[::-1], broken)))
+                        result.found = Found(broken, list(self._story(path[::-1], broken)))
                         return self._sum(result, parents, began)
             frontier = following
             result.depth += bool(following)
@@ -119,7 +128,7 @@ class Search:
         return result
 
     def check(self, world: World) -> str | None:
-        """The promise that a state breaks."""
+        """Returns the promise that a state breaks."""
         broken = [self._broken[node] for node in world.nodes]
         if sum(self._live[node] for node in world.nodes) > 1 and not self.bounds.meddling:
             broken.insert(0, TWO_IMPORTS)
@@ -132,7 +141,7 @@ class Search:
         done: set[tuple[int, bool]] = set()
         for i, node in enumerate(nodes):
             if (node, i == holder) in done:
-                continue  # one of two that are alike
+                continue  # another node has an equal state
             done.add((node, i == holder))
             if holder is None:
                 seen = Seen.FREE if exists else Seen.ABSENT
@@ -218,9 +227,9 @@ class Search:
             packed >>= BITS
         return World(tuple(nodes), bool(packed))
 
-    # telling
+    # the way to a broken promise
 
-    def _tell(self, path: list[int], broken: str) -> Iterator[str]:
+    def _story(self, path: list[int], broken: str) -> Iterator[str]:
         world = self._first()
         for following in path[1:]:
             found = [move for move in self.moves(world) if self._pack(move.after) == following]

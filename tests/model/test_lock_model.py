@@ -1,4 +1,4 @@
-"""The lock protocol, searched through: no promise is broken, and each rule is needed for one.
+"""Searches of the lock protocol: no promise is broken, and each rule is necessary for one.
 
 docs/internals/model.md explains the model.
 """
@@ -13,8 +13,8 @@ from tests.model.lock_runs import QUICK
 from tests.model.lock_search import search
 
 EVERY, SOME = 10**9, 12_000
-"""States that are searched for what is not there, in the long form and in the short one. What is there is found within
-half of the latter."""
+"""Limits of a search without a result, in the long form and in the short form. Each mutant's breach is found within
+half of SOME."""
 
 
 def name(mutant: Mutant) -> str:
@@ -30,7 +30,7 @@ def test_no_promise_is_broken(run: str) -> None:
 
 
 def test_everything_happens() -> None:
-    """Else the promises would be kept for want of anything that breaks them."""
+    """Promises about moves that never happen would prove nothing."""
     moves = search(Model(Bounds(writes=2))).moves | search(Model(Bounds(slow=True)), most=2000).moves
     assert moves == {
         "asks for the holder's session",
@@ -75,7 +75,7 @@ def test_a_rule_that_keeps_another_promise_is_not_needed_for_this_one(mutant: Mu
 
 
 def test_the_shortest_story_is_found() -> None:
-    """Both hear nothing of their writes: one cannot do with less than this."""
+    """A breach needs at least these moves of both nodes."""
     found = search(Model(habits=Habits(takes_silence_for_yes=True)), frozenset({TWO_IMPORTS})).found
     assert found is not None
     moves = [line.strip() for line in found.story[::2]]
@@ -91,10 +91,10 @@ def test_a_search_that_ends_early_does_not_call_itself_complete() -> None:
 
 
 def test_nodes_that_differ_in_their_names_only_are_one_state() -> None:
-    """Two sets of settings that can be told apart, but mean the same, come to nearly twice the states."""
+    """Different settings with equal effects have nearly twice the states."""
     alike = search(Model(Bounds(((6.0, 2.5), (6.0, 2.5)))))
-    told_apart = search(Model(Bounds(((6.0, 2.5), (6.0, 2.4)))))
-    assert 1.9 * alike.states < told_apart.states < 2 * alike.states
+    different = search(Model(Bounds(((6.0, 2.5), (6.0, 2.4)))))
+    assert 1.9 * alike.states < different.states < 2 * alike.states
 
 
 def test_mutants_are_of_every_rule() -> None:
