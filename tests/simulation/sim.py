@@ -11,15 +11,18 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import multiprocessing
 import os
 import shlex
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TypeVar
 
 from tests.simulation import kept_plans
 from tests.simulation.fired import never, table
@@ -27,7 +30,6 @@ from tests.simulation.kept_plans import KeptPlan, text_of
 from tests.simulation.moments import FAULTS, WORK, moments, parse
 from tests.simulation.plan import ACTIONS, Plan, draw
 from tests.simulation.play import Result, play
-from tests.simulation.processes import in_order
 from tests.simulation.shrink import shrink
 
 ALL_HAPPENS = 900_000
@@ -38,6 +40,10 @@ BROKEN = Path(__file__).parents[2] / "build" / "broken-plans"
 """Directory, ignored by git, for the shortest plan of a broken promise."""
 SEEDS_OF_A_DAY = 1000
 """Seeds from one day's first seed to the next day's, more than one run plays."""
+
+
+Q = TypeVar("Q")
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -120,6 +126,26 @@ class Drawn:
     def __iter__(self) -> Iterator[tuple[int, int]]:
         seeds = itertools.count(self.first) if self.last is None else range(self.first, self.last)
         return ((seed, self.actions) for seed in seeds)
+
+
+def in_order(work: Callable[[Q], T], questions: Iterable[Q], jobs: int) -> Iterator[T]:
+    """Yields work(question) of each question. At the end, cancels the few that were begun ahead."""
+    if jobs == 1:
+        yield from map(work, questions)
+        return
+    # spawn is the same on every platform and Python
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        begun: deque[Future[T]] = deque()
+        try:
+            for question in questions:
+                begun.append(pool.submit(work, question))
+                if len(begun) > 2 * jobs:
+                    yield begun.popleft().result()
+            while begun:
+                yield begun.popleft().result()
+        finally:
+            for future in begun:
+                future.cancel()
 
 
 def many(plans: Drawn, steps: int | None, jobs: int, broken: Path) -> int:
