@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 from tests.fuzz.brief import brief, no_hang
 from tests.fuzz.fuzz_kernel import STATUS, _files, device_files
 from tests.fuzz.fuzz_target import fit_to_raise
-from usbip_plugin.model import DeviceKey, ServerKey
 from usbip_plugin.vhci import devices, sysfs
 from usbip_plugin.vhci.devices import read_facts
 from usbip_plugin.vhci.hubs import HubGuard
-from usbip_plugin.vhci.records import MAX_RECORD, Record, Records, format_record, parse_record
+from usbip_plugin.vhci.records import MAX_RECORD, Records, format_record, parse_record
 
 HUB = "devices/platform/vhci_hcd.0/usb3"
 
@@ -49,13 +48,6 @@ def test_an_invalid_nports_is_refused_with_a_short_message(text: str) -> None:
     with pytest.raises(ValueError, match=r".") as caught:
         sysfs.parse_nports(text)
     fit_to_raise(caught.value, 200)
-
-
-@brief(100)
-@given(st.text(st.characters(categories=["L", "N", "P", "S"]), min_size=1, max_size=40), st.integers(1, 65535))
-def test_a_record_survives_the_file(host: str, port: int) -> None:
-    record = Record(DeviceKey(ServerKey(host, port), "1-1.4"), (65538, 7))
-    assert parse_record(format_record(record)) == record
 
 
 @pytest.mark.parametrize("length", range(1020, 1030))
@@ -109,23 +101,6 @@ def device(tmp_path: Path, **files: str) -> Path:
     for name, text in (whole | files).items():
         (tmp_path / name).write_text(text, errors="surrogatepass")
     return tmp_path
-
-
-@pytest.mark.parametrize(
-    ("written", "serial"),
-    [
-        ("A1\n", "A1"),
-        ("A\x1b[2J", None),
-        ("A\nB", None),
-        ("\u202eA", None),
-        ("x" * 4000, "x" * 126),
-        ("", None),
-    ],
-)
-def test_a_serial_number_is_short_and_printable_or_absent(tmp_path: Path, written: str, serial: str | None) -> None:
-    facts = read_facts(device(tmp_path, serial=written))
-    assert facts is not None
-    assert facts.serial == serial
 
 
 @pytest.mark.parametrize(

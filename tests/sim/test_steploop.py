@@ -8,53 +8,62 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 
-from usbip_sim.virtual import steploop
+from usbip_sim.virtual import loop, steploop
 from usbip_sim.virtual.loop import Deadlock
 from usbip_sim.virtual.steploop import BusyLoop, Process, StepLoop, loop_of, run, stepped
 
+BOTH = pytest.mark.parametrize("run_in", [run, loop.run], ids=["stepping loop", "virtual loop"])
 
-@stepped
-async def test_time_jumps_and_timers_fire_in_order() -> None:
+
+@BOTH
+def test_time_jumps_and_timers_fire_in_order(run_in: Callable[..., None]) -> None:
     order: list[int] = []
 
     async def note(delay: int) -> None:
         await asyncio.sleep(delay)
         order.append(delay)
 
-    async with asyncio.TaskGroup() as group:
-        for delay in (3600, 10, 20):
-            group.create_task(note(delay))
+    async def main() -> None:
+        async with asyncio.TaskGroup() as group:
+            for delay in (3600, 10, 20):
+                group.create_task(note(delay))
+        assert asyncio.get_running_loop().time() == pytest.approx(3600)
+
+    run_in(main)
     assert order == [10, 20, 3600]
-    assert loop_of().time() == 3600
 
 
 @stepped
 async def test_a_cancelled_timer_neither_fires_nor_moves_time() -> None:
-    loop = loop_of()
+    stepping = loop_of()
     fired: list[int] = []
     for i in range(1000):
-        loop.call_later(10, fired.append, i).cancel()
-    loop.call_later(1, fired.append, -1)
+        stepping.call_later(10, fired.append, i).cancel()
+    stepping.call_later(1, fired.append, -1)
     await asyncio.sleep(2)
     assert fired == [-1]
-    assert loop.time() == 2
+    assert stepping.time() == 2
 
 
 @stepped
 async def test_after_each_step_the_hook_is_called() -> None:
-    loop = loop_of()
+    stepping = loop_of()
     seen: list[int] = []
-    loop.after_step = lambda: seen.append(loop.steps)
+    stepping.after_step = lambda: seen.append(stepping.steps)
     for _ in range(3):
         await asyncio.sleep(0)
-    loop.after_step = None
+    stepping.after_step = None
     assert len(seen) >= 2
     assert seen == list(range(seen[0], seen[0] + len(seen)))
 
 
-def test_nothing_to_wait_for_is_a_deadlock() -> None:
+@BOTH
+def test_a_loop_without_anything_to_wait_for_is_a_deadlock(
+    run_in: Callable[..., object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "STALL_S", 0.01)
     with pytest.raises(Deadlock):
-        run(lambda: asyncio.Event().wait())
+        run_in(lambda: asyncio.Event().wait())
 
 
 def test_a_busy_loop_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

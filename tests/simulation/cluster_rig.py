@@ -198,6 +198,11 @@ class Cluster(simulated.Cluster):
         await self.becomes(node, device, healthy=False)
         await self.becomes(node, device, healthy=True)
 
+    def has_note(self, device: DeviceKey, note: str) -> bool:
+        """Returns whether the device's lock has an annotation."""
+        lease = self.backend.leases.get(device.id)
+        return lease is not None and note in lease.annotations
+
     def steal(self, device: DeviceKey) -> None:
         """Writes the name of a node outside of the cluster into the device's lock."""
         lease = self.backend.leases[device.id]

@@ -815,41 +815,6 @@ async def test_an_import_whose_window_passed_before_the_attach_is_given_up() -> 
 
 
 @stepped
-async def test_a_reload_adds_and_removes_resources_and_keeps_a_pods_device() -> None:
-    lab = server("lab", stick("1-1"), dongle("1-2"))
-    held, other = key(lab, "1-1"), key(lab, "1-2")
-    async with cluster(spec([lab])) as c:
-        node = c["node-a"]
-        await c.all_healthy(held)
-        await node.admit(pod("p"), "stick")
-        agent(node).reconfigure(Config((resource("dongle", [lab], DONGLE),)))
-        await c.becomes(node, other, healthy=True)
-        assert c.health(node, "stick")[held.id] is True, "a pod holds it"
-        await c.noted(held, "p")
-        node.end(pod("p"))
-        assert await c.settle(lambda: not node.kubelet.connected(c.full("stick")), 5)
-        assert c.holder(held) == ""
-
-
-@stepped
-async def test_a_serial_number_is_read_once_for_all_nodes() -> None:
-    lab = server("lab", stick("1-1", "RED"), stick("1-2", "BLUE"))
-    red, blue = key(lab, "1-1"), key(lab, "1-2")
-    async with cluster(spec([lab], by_serial(lab), nodes=3)) as c:
-        await c.all_healthy(red)
-        assert await c.settle(lambda: c.holder(red) == c.holder(blue) == "", 10)
-        assert all(blue.id not in c.health(node) for node in c.nodes.values())
-        assert await c["node-a"].admit(pod("p"), "stick") is None
-        assert c["node-a"].attached() == {red}
-        probes = lab.connections
-        await c["node-b"].stop()
-        c["node-b"].start()
-        await c.becomes(c["node-b"], red, healthy=False)
-        assert not lab.violations
-        assert lab.connections >= probes
-
-
-@stepped
 async def test_a_device_without_a_serial_number_is_read_once_for_all_nodes() -> None:
     lab = server("lab", stick("1-1", "RED"), VirtualDevice("1-2", STICK, configured=True))
     async with cluster(spec([lab], by_serial(lab), nodes=3)) as c:

@@ -35,7 +35,7 @@ from usbip_plugin.attach.reattach import AfterReattach
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.config.schema import Config, OnLoss, ResourceConfig
 from usbip_plugin.kubelet.allocate import PRE_START_WAIT
-from usbip_plugin.model import Advertised, DeviceKey, Reason
+from usbip_plugin.model import Advertised, DeviceKey, DeviceNode, Reason
 from usbip_plugin.node.agent import MetricHooks
 from usbip_sim.kubelet.device_manager import PRE_START_TIMEOUT_S, EndpointError
 from usbip_sim.kubelet.specs import Resolved, UnresolvableDevice, resolve
@@ -63,6 +63,13 @@ def kernel_nodes(node: ClusterNode, device: DeviceKey) -> dict[str, tuple[str, i
     """Returns the device nodes that the kernel has now, as a runtime should put them into a container."""
     attachment = attachment_of(node, device)
     return {n.path: (n.path, n.major, n.minor) for n in attachment.nodes}
+
+
+def children_of(node: ClusterNode, device: DeviceKey) -> list[DeviceNode]:
+    """Returns the child nodes that the kernel has of the device, to be changed."""
+    occupant = node.kernel.occupant(port_of(node, device))
+    assert occupant is not None
+    return occupant.children
 
 
 def written(node: ClusterNode, device: DeviceKey) -> dict[str, tuple[str, int, int]]:
@@ -233,27 +240,19 @@ async def test_a_path_that_was_another_for_a_while_is_true_again(cdi: bool) -> N
         assert said()[2:] == [EventKind.NODES_CHANGED, EventKind.REATTACHED if cdi else EventKind.NODES_CHANGED]
 
 
+@pytest.mark.parametrize("came", [True, False], ids=["came late", "gone"])
 @stepped
-async def test_a_child_node_that_came_late_is_in_the_container_that_starts_next() -> None:
+async def test_a_container_starts_with_the_child_nodes_of_that_moment(came: bool) -> None:
     async with stick_by_cdi() as (c, _lab, device):
         node, before = await with_pod(c, device)
-        occupant = node.kernel.occupant(port_of(node, device))
-        assert occupant is not None
-        occupant.children.append(next(node.kernel.unused("hidraw")))
+        children = children_of(node, device)
+        if came:
+            children.append(next(node.kernel.unused("hidraw")))
+        else:
+            children.clear()
         after = await node.start_container(pod("p"))
-        assert after.nodes.keys() - before.nodes.keys() == {"/dev/hidraw0"}
-
-
-@stepped
-async def test_a_child_node_that_has_gone_is_not_in_the_container_that_starts_next() -> None:
-    async with stick_by_cdi() as (c, _lab, device):
-        node, before = await with_pod(c, device)
-        occupant = node.kernel.occupant(port_of(node, device))
-        assert occupant is not None
-        occupant.children.clear()
-        after = await node.start_container(pod("p"))
-        assert before.nodes.keys() - after.nodes.keys() == {"/dev/ttyUSB0"}
         assert after.nodes == kernel_nodes(node, device)
+        assert after.nodes.keys() ^ before.nodes.keys() == {"/dev/hidraw0" if came else "/dev/ttyUSB0"}
 
 
 @stepped
@@ -261,10 +260,8 @@ async def test_a_late_child_node_that_no_spec_can_be_written_for_is_in_the_spec_
     notices: list[DeviceEvent] = []
     async with stick_by_cdi(notices=notices) as (c, _lab, device):
         node, before = await with_pod(c, device)
-        occupant = node.kernel.occupant(port_of(node, device))
-        assert occupant is not None
         node.specs.failing = errno.ENOSPC
-        occupant.children.append(next(node.kernel.unused("hidraw")))
+        children_of(node, device).append(next(node.kernel.unused("hidraw")))
         node.kernel.bell.ring()
         await asyncio.sleep(2 * PORT_CHECK_INTERVAL)
         node.alive()
@@ -385,23 +382,35 @@ async def test_a_device_lost_to_another_node_has_no_spec_any_more() -> None:
 # a disk that is full or not writable
 
 
+def fail(node: ClusterNode, place: str, code: int | None) -> None:
+    """Makes writes of specs or of port records fail with an errno, or ends that."""
+    if place == "spec":
+        node.specs.failing = code
+    else:
+        node.kernel.records_failing = code
+
+
 @pytest.mark.parametrize(
-    ("code", "words"),
+    ("place", "code", "words"),
     [
-        (errno.ENOSPC, "No space left on device; the file system is full: make room"),
-        (errno.EROFS, "Read-only file system; it is read-only: mount it"),
-        (errno.EACCES, "Permission denied; the plugin must run as root"),
+        ("spec", errno.ENOSPC, "No space left on device; the file system is full: make room"),
+        ("spec", errno.EROFS, "Read-only file system; it is read-only: mount it"),
+        ("spec", errno.EACCES, "Permission denied; the plugin must run as root"),
+        ("record", errno.ENOSPC, "No space left on device; the file system is full"),
     ],
 )
 @stepped
-async def test_an_allocate_whose_spec_cannot_be_written_fails_and_leaves_nothing(code: int, words: str) -> None:
+async def test_an_allocate_whose_spec_or_port_record_cannot_be_written_fails_and_leaves_nothing(
+    place: str, code: int, words: str
+) -> None:
     async with stick_by_cdi() as (c, _lab, device):
         node = c["node-a"]
-        node.specs.failing = code
-        assert f"cannot write the CDI spec {SPEC}{device.id}.json: {words}" in str(await node.admit(pod("p"), "stick"))
+        fail(node, place, code)
+        what = f"cannot write the CDI spec {SPEC}{device.id}.json" if place == "spec" else f"{RECORD_FAILS}0"
+        assert f"{what}: {words}" in str(await node.admit(pod("p"), "stick"))
         await c.freed(device)
         assert not node.kernel.records["node-a"]
-        node.specs.failing = None
+        fail(node, place, None)
         await c.becomes(node, device, healthy=True)
         assert await node.admit(pod("q"), "stick") is None
 
@@ -423,34 +432,13 @@ async def test_of_two_devices_both_are_undone_if_one_spec_cannot_be_written() ->
         assert node.attached() == frozenset()
 
 
-@stepped
-async def test_a_port_record_that_cannot_be_written_fails_the_allocate_and_leaves_nothing() -> None:
-    async with one_stick() as (c, _lab, device):
-        node = c["node-a"]
-        node.kernel.records_failing = errno.ENOSPC
-        assert f"{RECORD_FAILS}0: No space left on device; the file system is full" in str(
-            await node.admit(pod("p"), "stick")
-        )
-        await c.freed(device)
-        node.kernel.records_failing = None
-        await c.becomes(node, device, healthy=True)
-        assert await node.admit(pod("q"), "stick") is None
-
-
 @pytest.mark.parametrize("place", ["spec", "record"])
 @stepped
 async def test_a_full_disk_at_a_reattach_is_one_event_and_the_device_is_back_when_there_is_room(place: str) -> None:
     notices: list[DeviceEvent] = []
     async with stick_by_cdi(notices=notices) as (c, lab, device):
         node, _ = await with_pod(c, device)
-
-        def fail(code: int | None) -> None:
-            if place == "spec":
-                node.specs.failing = code
-            else:
-                node.kernel.records_failing = code
-
-        fail(errno.ENOSPC)
+        fail(node, place, errno.ENOSPC)
         lab.drop("1-1")
         await c.becomes(node, device, healthy=False)
         assert await c.settle(lambda: any(n.what is EventKind.NOT_REATTACHED for n in notices), 10)
@@ -466,7 +454,7 @@ async def test_a_full_disk_at_a_reattach_is_one_event_and_the_device_is_back_whe
             polls = lab.connections - imports
             assert lab.importers("1-1") == 1
             assert polls < 60, "no import for each attempt"
-        fail(None)
+        fail(node, place, None)
         await c.becomes(node, device, healthy=True, within=10)
         assert (await node.start_container(pod("p"))).nodes == kernel_nodes(node, device)
         assert [n.what for n in notices][-1] is EventKind.RESTART_NEEDED

@@ -43,7 +43,6 @@ from usbip_plugin.config.schema import DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.errors import ClaimBusy
 from usbip_plugin.locks import record
 from usbip_plugin.model import DeviceKey, Reason
-from usbip_sim.server.server import VirtualServer
 from usbip_sim.server.usbdevice import VirtualDevice
 from usbip_sim.virtual.cluster_node import ClusterNode
 from usbip_sim.virtual.steploop import stepped
@@ -307,45 +306,6 @@ async def test_a_restarted_plugin_adopts_a_device_at_the_place_to_which_it_moved
         assert await c.settle(lambda: c.holder(HOME) == c.holder(third) == "", ALLOCATION_GRACE)
 
 
-def moments(c: Cluster, node: ClusterNode, lab: VirtualServer) -> dict[str, Callable[[], bool]]:
-    return {
-        "the lock of its place is written": lambda: record.IN_PLACE_OF in _notes(c, HERE.id),
-        "its place is imported": lambda: lab.importers("1-2") == 1 and record.IN_PLACE_OF in _notes(c, HERE.id),
-        "the kernel has it": lambda: node.attached() == {HERE},
-    }
-
-
-def _notes(c: Cluster, device_id: str) -> dict[str, str]:
-    lease = c.backend.leases.get(device_id)
-    return dict(lease.annotations) if lease is not None else {}
-
-
-@pytest.mark.parametrize("ended", [False, True], ids=["pod runs", "pod ended"])
-@pytest.mark.parametrize(
-    "moment", ["the lock of its place is written", "its place is imported", "the kernel has it"], ids=lambda m: m[4:]
-)
-@stepped
-async def test_the_successor_of_a_plugin_killed_while_it_follows_goes_on_or_cleans_up(moment: str, ended: bool) -> None:
-    async with red_taken() as (c, lab, node):
-        carry(lab, "1-1", lab, "1-2")
-        reached = moments(c, node, lab)[moment]
-        await until_step(reached)
-        node.kill()
-        if ended:
-            node.end(pod("p"))
-        node.start()
-        if ended:
-            assert await c.settle(lambda: c.holder(HOME) == c.holder(HERE) == "", ALLOCATION_GRACE + 10)
-            assert node.attached() == frozenset()
-            assert lab.importers("1-2") == 0
-            await c.becomes(c["node-b"], HERE, healthy=True)
-        else:
-            assert await c.settle(lambda: node.attached() == {HERE}, 30)
-            await c.becomes(node, HOME, healthy=True, within=10)
-            assert (c.holder(HOME), c.holder(HERE)) == ("node-a", "node-a")
-        assert not lab.violations
-
-
 @stepped
 async def test_a_place_whose_claim_was_lost_while_the_plugin_was_down_is_released() -> None:
     async with red_followed() as (c, lab, node):
@@ -409,24 +369,39 @@ async def test_two_held_devices_that_change_places_go_to_no_wrong_pod() -> None:
         assert not lab.violations
 
 
+MOMENTS: dict[str, Callable[[Cluster, ClusterNode, DeviceKey], bool]] = {
+    "lock written": lambda c, _node, place: c.has_note(place, record.IN_PLACE_OF),
+    "imported": lambda c, _node, place: (
+        c.servers[place.server].importers(place.busid) == 1 and c.has_note(place, record.IN_PLACE_OF)
+    ),
+    "attached": lambda _c, node, place: node.attached() == {place},
+}
+
+
 @pytest.mark.parametrize("place", [HERE, THERE], ids=["own server", "other server"])
-@pytest.mark.parametrize("steps", range(40, 361, 40))
+@pytest.mark.parametrize("when", [*MOMENTS, *range(40, 361, 40)])
 @pytest.mark.parametrize("ended", [False, True], ids=["pod runs", "pod ended"])
 @stepped
-async def test_the_successor_of_a_plugin_that_is_killed_at_any_step_goes_on_or_cleans_up(
-    place: DeviceKey, steps: int, ended: bool
+async def test_the_successor_of_a_plugin_killed_while_it_follows_goes_on_or_cleans_up(
+    place: DeviceKey, when: str | int, ended: bool
 ) -> None:
+    """when: a moment, or a number of steps."""
     async with red_taken(place) as (c, to, node):
         carry(c.servers[LAB], "1-1", to, place.busid)
-        await c.killed_after(node, steps)
+        if isinstance(when, int):
+            await c.killed_after(node, when)
+        else:
+            await until_step(lambda: MOMENTS[when](c, node, place))
+            node.kill()
         if ended:
             node.end(pod("p"))
         node.start()
         if not ended:
             assert await c.settle(lambda: node.attached() == {place}, 30)
             await c.becomes(node, HOME, healthy=True, within=10)
+            assert (c.holder(HOME), c.holder(place)) == ("node-a", "node-a")
             node.end(pod("p"))
-        assert await c.settle(lambda: c.holder(HOME) == c.holder(place) == "", ALLOCATION_GRACE + 10)
-        assert not node.attached()
+        await c.freed(HOME, place, within=ALLOCATION_GRACE + 10)
         assert not node.kernel.records["node-a"]
+        await c.becomes(c["node-b"], place, healthy=True, within=FOUND_S)
         assert not any(server.violations for server in c.servers.values())
