@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from usbip_plugin.attach.containers import ContainerResponse
 from usbip_plugin.attach.events import DeviceEvent
@@ -231,33 +232,39 @@ def hearing(made: ClusterSpec, notices: list[DeviceEvent]) -> ClusterSpec:
 
 
 @contextlib.asynccontextmanager
-async def one_stick(
-    *,
+async def offered(
+    *devices: VirtualDevice,
     nodes: int = 2,
     keepalive: bool = False,
+    serials: Sequence[str] = (),
     notices: list[DeviceEvent] | None = None,
     change: Callable[[ClusterSpec], ClusterSpec] = lambda made: made,
     **keys: object,
-) -> AsyncIterator[tuple[Cluster, VirtualServer, DeviceKey]]:
-    """Runs a cluster with one server, whose one stick every node offers.
+) -> AsyncIterator[tuple[Cluster, VirtualServer, list[DeviceKey]]]:
+    """Runs a cluster with one server, whose devices every node offers as the resource `stick`.
 
-    notices: see hearing(). change: of any other part of the spec. keys: fields of the resource.
+    serials: the resource selects these serial numbers only.
+    notices: see hearing().
+    change: of any other part of the spec.
+    keys: fields of the resource.
     """
-    lab = server("lab", stick("1-1"), keepalive=keepalive)
-    made = change(spec([lab], resource("stick", [lab], STICK, **keys), nodes=nodes))
+    lab = server("lab", *devices, keepalive=keepalive)
+    of = by_serial(lab, serials=serials) if serials else resource("stick", [lab], STICK, **keys)
+    made = change(spec([lab], of, nodes=nodes))
     async with cluster(made if notices is None else hearing(made, notices)) as c:
-        device = key(lab, "1-1")
-        await c.all_healthy(device)
+        await c.all_healthy(*(key(lab, d.busid) for d in devices if not serials or d.serial in serials))
+        yield c, lab, [key(lab, device.busid) for device in devices]
+
+
+@contextlib.asynccontextmanager
+async def one_stick(**options: Any) -> AsyncIterator[tuple[Cluster, VirtualServer, DeviceKey]]:
+    """Runs offered() with one stick."""
+    async with offered(stick("1-1"), **options) as (c, lab, (device,)):
         yield c, lab, device
 
 
 @contextlib.asynccontextmanager
-async def two_sticks(
-    *, nodes: int = 2, **keys: object
-) -> AsyncIterator[tuple[Cluster, VirtualServer, DeviceKey, DeviceKey]]:
-    """Runs a cluster with one server, whose two sticks every node offers. keys: fields of the resource."""
-    lab = server("lab", stick("1-1"), stick("1-2"))
-    async with cluster(spec([lab], resource("stick", [lab], STICK, **keys), nodes=nodes)) as c:
-        one, two = key(lab, "1-1"), key(lab, "1-2")
-        await c.all_healthy(one, two)
+async def two_sticks(**options: Any) -> AsyncIterator[tuple[Cluster, VirtualServer, DeviceKey, DeviceKey]]:
+    """Runs offered() with two sticks."""
+    async with offered(stick("1-1"), stick("1-2"), **options) as (c, lab, (one, two)):
         yield c, lab, one, two

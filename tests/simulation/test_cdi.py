@@ -341,11 +341,8 @@ async def test_after_a_reboot_the_container_finds_its_device_under_the_old_name(
 
 @stepped
 async def test_two_devices_of_a_container_keep_their_numbers() -> None:
-    lab = server("lab", stick("1-1"), stick("1-2"))
-    devices = sorted((key(lab, "1-1"), key(lab, "1-2")), key=lambda k: k.id)
-    async with cluster(spec([lab], by_cdi(lab))) as c:
-        node = c["node-a"]
-        await c.all_healthy(*devices)
+    async with two_sticks(cdi=True, on_loss=OnLoss.RESTART) as (c, _lab, *both):
+        node, devices = c["node-a"], sorted(both, key=lambda k: k.id)
         assert await node.admit(pod("p"), "stick", 2) is None
         before = await node.start_container(pod("p"))
         assert [env(before, f"{n}_BUSID") for n in (0, 1)] == [d.busid for d in devices]
@@ -497,11 +494,8 @@ async def test_a_release_does_not_wait_for_a_spec_that_cannot_be_removed() -> No
 
 @stepped
 async def test_a_reload_changes_what_the_next_pods_get_and_asks_the_kubelet_for_pre_start() -> None:
-    lab = server("lab", stick("1-1"), stick("1-2"))
-    device = key(lab, "1-1")
-    async with cluster(spec([lab], nodes=1)) as c:
+    async with two_sticks(nodes=1) as (c, lab, device, _other):
         node = c["node-a"]
-        await c.all_healthy(device)
         assert await node.admit(pod("p"), "stick") is None
         agent(node).reconfigure(Config((by_cdi(lab),)))
         await c.becomes(node, device, healthy=True)

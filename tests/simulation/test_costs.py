@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.simulation.cluster_rig import cluster, key, pod, server, spec, stick
+from tests.simulation.cluster_rig import offered, one_stick, pod, stick, two_sticks
 from tests.simulation.trace_stories import Story, played, pod_known
 from usbip_plugin.claims import ClaimState
 from usbip_plugin.inventory import evaluate
@@ -46,10 +46,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, str, str]]:
 
 def test_an_allocate_and_its_release_make_a_fixed_number_of_requests(calls: Counter[tuple[str, str, str]]) -> None:
     async def life(story: Story) -> None:
-        lab = server("lab", stick("1-1"))
-        async with cluster(story.traced(spec([lab], nodes=2))) as c:
-            a, b, device = c["node-a"], c["node-b"], key(lab, "1-1")
-            await c.all_healthy(device)
+        async with one_stick(change=story.traced) as (c, _lab, device):
+            a, b = c["node-a"], c["node-b"]
             for turn in range(2):
                 calls.clear()
                 assert await a.admit(pod(f"p{turn}"), "stick") is None
@@ -73,9 +71,7 @@ def test_an_idle_day_writes_heartbeats_only_and_keeps_no_objects(
     seconds = DAY if long_form else SHORT_DAY
 
     async def day(_story: Story) -> None:
-        lab = server("lab", stick("1-1"), stick("1-2"))
-        async with cluster(spec([lab], nodes=1)) as c:
-            await c.all_healthy(key(lab, "1-1"), key(lab, "1-2"))
+        async with two_sticks(nodes=1) as (c, *_rest):
             assert await c["node-a"].admit(pod("p"), "stick") is None
             await pod_known(c, "node-a", "p")
             await asyncio.sleep(FIRST)
@@ -106,10 +102,7 @@ def test_an_allocate_evaluates_its_own_device_only(monkeypatch: pytest.MonkeyPat
 
     @stepped
     async def life() -> None:
-        lab = server("lab", *(stick(f"1-{n}") for n in range(1, 61)))
-        device = key(lab, "1-1")
-        async with cluster(spec([lab], nodes=1)) as c:
-            await c.all_healthy(device)
+        async with offered(*(stick(f"1-{n}") for n in range(1, 61)), nodes=1) as (c, *_rest):
             evaluated.clear()
             assert await c["node-a"].admit(pod("p"), "stick") is None
             (allocated,) = c["node-a"].held_in(ClaimState.ATTACHED)

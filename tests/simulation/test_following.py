@@ -15,7 +15,7 @@ from tests.simulation.cluster_rig import (
     cluster,
     detail,
     hearing,
-    key,
+    offered,
     pod,
     reason,
     replug,
@@ -334,10 +334,7 @@ async def test_a_dead_nodes_place_is_taken_over_as_what_it_is() -> None:
 @stepped
 async def test_a_server_that_comes_back_with_other_busids_for_all_its_devices() -> None:
     """After a server's reboot its hubs may have another order: 1-1 becomes 2-1, and 2-1 becomes 1-1."""
-    lab = server("lab", stick("1-1", "RED"), stick("2-1", "BLUE"))
-    red, blue = key(lab, "1-1"), key(lab, "2-1")
-    async with cluster(spec([lab])) as c:
-        await c.all_healthy(red, blue)
+    async with offered(stick("1-1", "RED"), stick("2-1", "BLUE")) as (c, lab, (red, blue)):
         assert await c["node-a"].admit(pod("p"), "stick") is None
         (held,) = c["node-a"].attached()
         other = blue if held == red else red
@@ -352,10 +349,7 @@ async def test_a_server_that_comes_back_with_other_busids_for_all_its_devices() 
 
 @stepped
 async def test_two_held_devices_that_change_places_go_to_no_wrong_pod() -> None:
-    lab = server("lab", stick("1-1", "RED"), stick("1-2", "BLUE"))
-    red, blue = key(lab, "1-1"), key(lab, "1-2")
-    async with cluster(spec([lab])) as c:
-        await c.all_healthy(red, blue)
+    async with offered(stick("1-1", "RED"), stick("1-2", "BLUE")) as (c, lab, _keys):
         assert await c["node-a"].admit(pod("p"), "stick", 1) is None
         assert await c["node-b"].admit(pod("q"), "stick", 1) is None
         (first,) = c["node-a"].attached()

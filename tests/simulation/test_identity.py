@@ -17,6 +17,7 @@ from tests.simulation.cluster_rig import (
     cluster,
     detail,
     key,
+    offered,
     pod,
     reason,
     replug,
@@ -58,10 +59,8 @@ async def red_by_port() -> AsyncIterator[tuple[Cluster, VirtualServer, DeviceKey
 
 @stepped
 async def test_a_free_device_that_is_plugged_in_elsewhere_is_offered_from_there_and_once() -> None:
-    lab = server("lab", stick("1-1", "RED"))
-    old, new = key(lab, "1-1"), key(lab, "1-2")
-    async with cluster(spec([lab], by_serial(lab), nodes=3)) as c:
-        await c.all_healthy(old)
+    async with offered(stick("1-1", "RED"), serials=("RED",), nodes=3) as (c, lab, (old,)):
+        new = key(lab, "1-2")
         granted = lab.table.granted
         carry(lab, "1-1", lab, "1-2")
         await everywhere(c, new, Reason.FREE)
@@ -74,10 +73,8 @@ async def test_a_free_device_that_is_plugged_in_elsewhere_is_offered_from_there_
 
 @stepped
 async def test_dongles_that_change_places_are_identified_on_all_nodes() -> None:
-    lab = server("lab", stick("1-1", "RED"), stick("1-2", "BLUE"))
-    first, second = key(lab, "1-1"), key(lab, "1-2")
-    async with cluster(spec([lab], by_serial(lab), nodes=3)) as c:
-        await c.all_healthy(first)
+    sticks = stick("1-1", "RED"), stick("1-2", "BLUE")
+    async with offered(*sticks, serials=("RED",), nodes=3) as (c, lab, (first, second)):
         granted = lab.table.granted
         replug(lab, stick("1-1", "BLUE"), stick("1-2", "RED"))
         assert await c.settle(lambda: reason(c["node-a"], first) is Reason.NOT_READ, POLLED)
@@ -90,11 +87,7 @@ async def test_dongles_that_change_places_are_identified_on_all_nodes() -> None:
 @stepped
 async def test_the_devices_of_a_server_with_new_device_numbers_are_read_once_for_all_nodes() -> None:
     devices = [stick(f"1-{n}", f"S{n}") for n in range(1, 9)]
-    lab = server("lab", *devices)
-    keys = [key(lab, device.busid) for device in devices]
-    serials = tuple(device.serial for device in devices)
-    async with cluster(spec([lab], by_serial(lab, serials=serials), nodes=4)) as c:
-        await c.all_healthy(*keys)
+    async with offered(*devices, serials=[device.serial for device in devices], nodes=4) as (c, lab, keys):
         granted = lab.table.granted
         await lab.stop()
         for each in keys:
@@ -163,10 +156,7 @@ async def test_a_dongle_swapped_between_two_polls_fails_the_allocate_and_is_offe
 
 @stepped
 async def test_a_device_on_a_loose_cable_is_read_a_limited_number_of_times() -> None:
-    lab = server("lab", stick("1-1", "RED"))
-    device = key(lab, "1-1")
-    async with cluster(spec([lab], by_serial(lab), nodes=2)) as c:
-        await c.all_healthy(device)
+    async with offered(stick("1-1", "RED"), serials=("RED",)) as (c, lab, (device,)):
         granted = lab.table.granted
         for _ in range(20):
             lab.unplug("1-1")
@@ -200,10 +190,7 @@ async def test_an_allocate_fails_if_the_device_has_another_serial_number_than_it
 
 @stepped
 async def test_an_allocate_by_vendor_and_product_accepts_any_serial_number() -> None:
-    lab = server("lab", stick("1-1", "BLUE"))
-    device = key(lab, "1-1")
-    async with cluster(spec([lab], nodes=1)) as c:
-        await c.all_healthy(device)
+    async with offered(stick("1-1", "BLUE"), nodes=1) as (c, lab, (device,)):
         for n, serial in enumerate(("BLUE", "RED")):
             assert await c["node-a"].admit(pod(f"p{n}"), "stick") is None
             assert await c.settle(lambda s=serial: c.backend.leases[device.id].annotations.get(record.SERIAL) == s, 5)  # type: ignore[misc]

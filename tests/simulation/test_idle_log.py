@@ -10,7 +10,19 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.simulation.cluster_rig import DONGLE, cluster, dongle, key, one_stick, pod, resource, server, spec, stick
+from tests.simulation.cluster_rig import (
+    DONGLE,
+    cluster,
+    dongle,
+    key,
+    one_stick,
+    pod,
+    resource,
+    server,
+    spec,
+    stick,
+    two_sticks,
+)
 from tests.simulation.trace_stories import Story, life, played, pod_known
 from usbip_plugin.attach.monitor import PORT_CHECK_INTERVAL
 from usbip_plugin.model import Reason
@@ -113,10 +125,8 @@ def test_a_server_that_does_not_answer_is_logged_once(written: Written, idle_s: 
 
 def test_an_unreachable_api_server_is_logged_once_by_each_client(written: Written, idle_s: float) -> None:
     async def hour(story: Story) -> None:
-        lab = server("lab", stick("1-1"), stick("1-2"))
-        async with cluster(story.traced(spec([lab], nodes=1))) as c:
+        async with two_sticks(nodes=1, change=story.traced) as (c, *_rest):
             a = c["node-a"]
-            await c.all_healthy(key(lab, "1-1"), key(lab, "1-2"))
             assert await a.admit(pod("p"), "stick") is None
             await pod_known(c, "node-a", "p")
             written.lines()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 
 import pytest
 
@@ -12,31 +11,22 @@ from tests.simulation.cluster_rig import (
     STICK,
     Cluster,
     attachment_of,
-    cluster,
-    key,
+    offered,
     one_stick,
     pod,
     port_of,
     reason,
     replug,
-    resource,
-    server,
-    spec,
     stick,
+    two_sticks,
 )
 from usbip_plugin.attach.events import DeviceEvent, EventKind
-from usbip_plugin.config.schema import ResourceConfig
 from usbip_plugin.model import DeviceKey, Reason
 from usbip_plugin.vhci.sysfs import PortStatus
 from usbip_sim.kubelet.specs import resolve
-from usbip_sim.server.server import VirtualServer
 from usbip_sim.server.usbdevice import VirtualDevice
 from usbip_sim.virtual.cluster_node import ClusterNode
 from usbip_sim.virtual.steploop import stepped
-
-
-def asking(lab: VirtualServer, **keys: object) -> ResourceConfig:
-    return replace(resource("stick", [lab]), **keys)  # type: ignore[arg-type]
 
 
 def texts(notices: list[DeviceEvent], what: EventKind) -> list[str]:
@@ -177,11 +167,8 @@ async def test_a_device_that_its_server_lists_in_another_mode_stays_lost_with_an
 
 @stepped
 async def test_two_devices_under_one_path_are_refused_before_either_is_touched() -> None:
-    lab = server("lab", stick("1-1"), stick("1-2"))
-    devices = (key(lab, "1-1"), key(lab, "1-2"))
-    async with cluster(spec([lab], asking(lab, container_paths=("/dev/stick",)), nodes=1)) as c:
+    async with two_sticks(nodes=1, container_paths=("/dev/stick",)) as (c, lab, *_devices):
         node = c["node-a"]
-        await c.all_healthy(*devices)
         failure = str(await node.admit(pod("p"), "stick", 2))
         assert "containerPath /dev/stick is the same for 2 devices of one container: use {index}" in failure
         assert lab.table.granted == 0
@@ -190,11 +177,9 @@ async def test_two_devices_under_one_path_are_refused_before_either_is_touched()
 
 @stepped
 async def test_paths_that_only_the_devices_make_equal_undo_the_allocate() -> None:
-    lab = server("lab", stick("1-1", "SAME"), stick("1-2", "SAME"))
-    devices = (key(lab, "1-1"), key(lab, "1-2"))
-    async with cluster(spec([lab], asking(lab, container_paths=("/dev/{serial}",), cdi=True), nodes=1)) as c:
+    sticks, path = (stick("1-1", "SAME"), stick("1-2", "SAME")), "/dev/{serial}"
+    async with offered(*sticks, nodes=1, container_paths=(path,), cdi=True) as (c, _lab, devices):
         node = c["node-a"]
-        await c.all_healthy(*devices)
         assert "would both have the path /dev/SAME" in str(await node.admit(pod("p"), "stick", 2))
         assert await nothing_left(c, node, *devices)
         assert not node.specs.texts

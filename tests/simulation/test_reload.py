@@ -250,11 +250,8 @@ async def test_a_server_under_another_name_does_not_give_out_what_a_pod_has_unde
 
 @stepped
 async def test_a_change_of_cdi_leaves_no_moment_without_a_plugin() -> None:
-    lab = server("lab", stick("1-1"), stick("1-2"))
-    plain = resource("stick", [lab])
-    async with cluster(spec([lab], plain, nodes=1)) as c:
-        node = c["node-a"]
-        await c.all_healthy(key(lab, "1-1"), key(lab, "1-2"))
+    async with two_sticks(nodes=1) as (c, lab, *_devices):
+        node, plain = c["node-a"], resource("stick", [lab])
         gone: list[float] = []
 
         def look() -> None:

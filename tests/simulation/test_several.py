@@ -15,6 +15,7 @@ from tests.simulation.cluster_rig import (
     cluster,
     dongle,
     key,
+    offered,
     pod,
     resource,
     server,
@@ -96,11 +97,8 @@ async def test_two_devices_of_a_container_have_numbers_and_paths_of_their_own_an
 
 @stepped
 async def test_each_container_of_a_pod_has_a_device_of_its_own() -> None:
-    lab = server("lab", stick("1-1"), stick("1-2"), stick("1-3"))
-    devices = [key(lab, f"1-{port}") for port in (1, 2, 3)]
-    async with cluster(spec([lab])) as c:
+    async with offered(stick("1-1"), stick("1-2"), stick("1-3")) as (c, _lab, devices):
         node = c["node-a"]
-        await c.all_healthy(*devices)
         containers = [ContainerSpec(name, {"stick": n}) for name, n in (("one", 1), ("two", 2))]
         assert await node.admit_containers(pod("p"), *containers) is None
         one = node.allocation(pod("p"), "stick", "one")
@@ -119,12 +117,8 @@ async def test_each_container_of_a_pod_has_a_device_of_its_own() -> None:
 @stepped
 async def test_an_app_gets_the_devices_of_its_init_container(first: int, then: int, *, cdi: bool) -> None:
     """Indexes begin at 0 in each container. The pod keeps the init container's devices until its end."""
-    lab = server("lab", stick("1-1"), stick("1-2"))
-    devices = [key(lab, "1-1"), key(lab, "1-2")]
-    wanted = replace(resource("stick", [lab]), cdi=cdi, container_paths=("/dev/stick-{index}",))
-    async with cluster(spec([lab], wanted)) as c:
+    async with two_sticks(cdi=cdi, container_paths=("/dev/stick-{index}",)) as (c, lab, *devices):
         node = c["node-a"]
-        await c.all_healthy(*devices)
         assert await node.admit_containers(pod("p"), init(stick=first), app(stick=then)) is None
         before = node.allocation(pod("p"), "stick", "setup")
         after = node.allocation(pod("p"), "stick")

@@ -11,9 +11,9 @@ from tests.simulation.cluster_rig import (
     LOCKS,
     Cluster,
     agent,
-    by_serial,
     cluster,
     key,
+    offered,
     one_stick,
     pod,
     server,
@@ -165,9 +165,8 @@ async def by_cdi(story: Story) -> None:
 
 async def probed(story: Story) -> None:
     """Reads a serial number."""
-    lab = server("lab", stick("1-1", "RED"))
-    async with cluster(story.traced(spec([lab], by_serial(lab), nodes=1))) as c:
-        await c.all_healthy(key(lab, "1-1"))
+    async with offered(stick("1-1", "RED"), serials=("RED",), nodes=1, change=story.traced):
+        pass
 
 
 TAKER = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
