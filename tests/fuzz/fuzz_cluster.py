@@ -11,7 +11,7 @@ from typing import Any
 
 from google.protobuf.message import DecodeError
 
-from tests.fuzz.fuzz_target import Target, drive, fit_to_raise, fit_to_show
+from tests.fuzz.fuzz_target import Target, attempt, drive, fit_to_raise, fit_to_show
 from usbip_plugin.attach.adopt import decide_adoption
 from usbip_plugin.cli import devices
 from usbip_plugin.clock import SystemClock
@@ -48,12 +48,8 @@ def from_json(data: bytes) -> Any:
 
 def lease_object(value: Any) -> None:
     """Decodes a Lease object and passes it to everything that reads leases."""
-    if not isinstance(value, dict):
-        return
-    try:
-        lease = decode(value)
-    except KubeError as error:
-        fit_to_raise(error)
+    lease = attempt(KubeError, decode, value) if isinstance(value, dict) else None
+    if lease is None:
         return
     assert decode(json.loads(json.dumps(encode(lease, "ns")))) == lease
     apply_rules(lease)
@@ -161,10 +157,7 @@ def watch(data: bytes) -> None:
         async for change in KubernetesLeases(_Stream(data), "ns").watch({}, "1"):  # type: ignore[arg-type]
             known.apply(change)
 
-    try:
-        drive(follow())
-    except KubeError as error:
-        fit_to_raise(error)
+    attempt(KubeError, drive, follow())
 
 
 def pods(data: bytes) -> None:
@@ -175,10 +168,7 @@ def pods(data: bytes) -> None:
         async for event in _Stream(data).watch(""):
             own.apply(event)
 
-    try:
-        drive(follow())
-    except KubeError as error:
-        fit_to_raise(error)
+    attempt(KubeError, drive, follow())
     own.wanting("usbip.dev")
     assert len(endings) <= data.count(b"\n") + 1 + len(data) // 2
 
@@ -197,10 +187,7 @@ def refusal(data: bytes) -> None:
 
 
 def answer(data: bytes) -> None:
-    try:
-        assert isinstance(responses.decoded(data, "get", "leases"), dict)
-    except KubeError as error:
-        fit_to_raise(error)
+    assert isinstance(attempt(KubeError, responses.decoded, data, "get", "leases"), dict | None)
 
 
 def grpc_detail(error: PluginError) -> None:

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from tests.fuzz.fuzz_target import Target, fit_to_raise, fit_to_show
+from tests.fuzz.fuzz_target import Target, attempt, fit_to_show
 from usbip_plugin.errors import VhciError
 from usbip_plugin.model import DeviceKey, ServerKey
 from usbip_plugin.vhci import devices, hubs, sysfs, uevents
@@ -25,10 +25,8 @@ UEVENT = b"add@/devices/platform/vhci_hcd.0/usb3/3-1\0ACTION=add\0SUBSYSTEM=usb\
 
 def status(data: bytes) -> None:
     text = data.decode("utf-8", "replace")
-    try:
-        ports = sysfs.parse_status(text, 1)
-    except ValueError as error:
-        fit_to_raise(error)
+    ports = attempt(ValueError, sysfs.parse_status, text, 1)
+    if ports is None:
         return
     assert len(ports) <= text.count("\n") + len(text.splitlines())
     for port in ports:
@@ -43,10 +41,8 @@ def status(data: bytes) -> None:
 
 
 def nports(data: bytes) -> None:
-    try:
-        number = sysfs.parse_nports(data.decode("utf-8", "replace"))
-    except ValueError as error:
-        fit_to_raise(error)
+    number = attempt(ValueError, sysfs.parse_nports, data.decode("utf-8", "replace"))
+    if number is None:
         return
     assert 1 <= number <= sysfs.MAX_PORTS
     assert len(sysfs.status_files(number, 1)) <= sysfs.MAX_PORTS
@@ -89,10 +85,7 @@ def port_files(data: bytes, directory: Path) -> None:
     _files(data, (base + "status", base + "nports", base + "status.1", "port0"), directory)
     table = PortTable(directory)
     for read in (table.all, lambda: table.one(0), lambda: table.one(20)):
-        try:
-            read()
-        except VhciError as error:
-            fit_to_raise(error)
+        attempt(VhciError, read)
     Records(directory).read(0)
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 T = TypeVar("T")
+P = ParamSpec("P")
+Errors = type[Exception] | tuple[type[Exception], ...]
 
 # Characters of the longest message or log line about invalid input.
 MAX_MESSAGE = 4096
@@ -37,6 +39,15 @@ def drive(coroutine: Coroutine[Any, Any, T]) -> T:
     finally:
         coroutine.close()
     raise AssertionError("it waits for something")
+
+
+def attempt(expected: Errors, decode: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+    """Returns the result of a decoder, or None if it raises an expected error, whose message must be fit to show."""
+    try:
+        return decode(*args, **kwargs)
+    except expected as error:
+        fit_to_raise(error)
+        return None
 
 
 def fit_to_show(text: str | None, longest: int = MAX_MESSAGE) -> None:

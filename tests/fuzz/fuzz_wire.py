@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from tests.fuzz.fuzz_target import Target, drive, fit_to_raise, fit_to_show
+from tests.fuzz.fuzz_target import Target, attempt, drive, fit_to_raise, fit_to_show
 from tests.protocol.golden_files import golden
 from usbip_plugin import model
 from usbip_plugin.errors import ServerUnreachable, UsbipError
@@ -38,18 +37,11 @@ def encodable(device: Descriptor) -> bool:
     return "\ufffd" not in device.path
 
 
-@contextlib.contextmanager
-def _violations() -> Iterator[None]:
-    """Expects that decoding raises nothing but a ProtocolViolation that can be shown."""
-    try:
-        yield
-    except ProtocolViolation as violation:
-        fit_to_raise(violation)
-
-
-@_violations()
 def devlist_reply(data: bytes) -> None:
-    reply, _ = decode(wire.devlist_reply(), data)
+    decoded = attempt(ProtocolViolation, decode, wire.devlist_reply(), data)
+    if decoded is None:
+        return
+    reply = decoded[0]
     assert len(reply.devices) + len(reply.skipped) <= wire.MAX_DEVICES
     assert len({device.busid for device in reply.devices}) == len(reply.devices)
     for device in reply.devices:
@@ -61,9 +53,11 @@ def devlist_reply(data: bytes) -> None:
     assert again == (wire.DevlistReply(kept), b"")
 
 
-@_violations()
 def import_reply(data: bytes) -> None:
-    reply, _ = decode(wire.import_reply(KEY.busid), data)
+    decoded = attempt(ProtocolViolation, decode, wire.import_reply(KEY.busid), data)
+    if decoded is None:
+        return
+    reply = decoded[0]
     if reply.descriptor is None:
         assert reply.status != 0
         fit_to_raise(refusal(KEY, reply.status))
@@ -74,25 +68,22 @@ def import_reply(data: bytes) -> None:
         assert decode(wire.import_reply(KEY.busid), wire.encode_import_reply(reply)) == (reply, b"")
 
 
-@_violations()
 def request(data: bytes) -> None:
-    asked, _ = decode(wire.request(), data)
+    asked, _ = attempt(ProtocolViolation, decode, wire.request(), data) or (None, b"")
     if isinstance(asked, wire.ImportRequest):
         assert decode(wire.request(), wire.encode_import_request(asked.busid)) == (asked, b"")
 
 
 def transfer_header(data: bytes) -> None:
     header = data[: wire.HEADER_BYTES].ljust(wire.HEADER_BYTES, b"\0")
-    with _violations():
-        answer = wire.decode_return(header)
-        assert wire.decode_return(wire.encode_return(answer)) == answer
-        if isinstance(answer, wire.SubmitReturn):
-            assert 0 <= answer.actual_length <= wire.MAX_TRANSFER_BYTES
-    with _violations():
-        command = wire.decode_command(header)
-        assert wire.decode_command(wire.encode_command(command)) == command
-        if isinstance(command, wire.Submit):
-            assert 0 <= command.length <= wire.MAX_TRANSFER_BYTES
+    answer = attempt(ProtocolViolation, wire.decode_return, header)
+    assert answer is None or wire.decode_return(wire.encode_return(answer)) == answer
+    if isinstance(answer, wire.SubmitReturn):
+        assert 0 <= answer.actual_length <= wire.MAX_TRANSFER_BYTES
+    command = attempt(ProtocolViolation, wire.decode_command, header)
+    assert command is None or wire.decode_command(wire.encode_command(command)) == command
+    if isinstance(command, wire.Submit):
+        assert 0 <= command.length <= wire.MAX_TRANSFER_BYTES
 
 
 def _identify(read: Callable[[int], bytes], sent: Callable[[bytes], None]) -> None:
@@ -111,10 +102,8 @@ def _identify(read: Callable[[int], bytes], sent: Callable[[bytes], None]) -> No
         sent(command)
 
     pipe = identify.ControlPipe(KEY, 1, receive, send)
-    try:
-        identity = drive(identify.read_identity(KEY, STORAGE, pipe))
-    except UsbipError as error:
-        fit_to_raise(error)
+    identity = attempt(UsbipError, drive, identify.read_identity(KEY, STORAGE, pipe))
+    if identity is None:
         return
     assert identity.usb_id == STORAGE
     assert identity.serial != ""

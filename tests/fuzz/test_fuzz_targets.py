@@ -56,7 +56,10 @@ def changed(draw: st.DrawFn, seeds: list[bytes]) -> bytes:
     return data
 
 
-@pytest.mark.parametrize("target", TARGETS.values(), ids=list(TARGETS))
+EACH = pytest.mark.parametrize("target", TARGETS.values(), ids=list(TARGETS))
+
+
+@EACH
 def test_every_seed_is_decoded(target: Target) -> None:
     seeds = list(target.seeds())
     assert seeds
@@ -65,7 +68,7 @@ def test_every_seed_is_decoded(target: Target) -> None:
         target.run(seed)
 
 
-@pytest.mark.parametrize("target", TARGETS.values(), ids=list(TARGETS))
+@EACH
 def test_noise_and_damage_raise_expected_errors_only(target: Target) -> None:
     seeds = list(target.seeds())
 
