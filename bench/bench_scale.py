@@ -113,7 +113,7 @@ class Check:
         if not least <= value <= most:
             self.wrong.append(f"{name}: {value:g} {unit}, the model says {least:g} to {most:g}")
 
-    def seen(self, name: str, value: float, unit: str) -> None:
+    def note(self, name: str, value: float, unit: str) -> None:
         row = Row(name, value, unit)
         self.rows.append(row)
         print(line(row), flush=True)
@@ -145,8 +145,8 @@ async def measure(cluster: Cluster, agents: int, devices: int, lengths: Lengths,
             polls = rig.polls() - polls
             check.exact(f"{what}writes in {lengths.idle:g} s, nothing held", idle.writes, 0, "")
             polls_s = polls / idle.seconds / len(rig.servers)
-            wanted = model.server_polls(agents)
-            low, high = wanted * (1 - POLLS_TOLERANCE), wanted * (1 + POLLS_TOLERANCE)
+            expected = model.server_polls(agents)
+            low, high = expected * (1 - POLLS_TOLERANCE), expected * (1 + POLLS_TOLERANCE)
             check.within(f"{what}DEVLIST to each server", polls_s, low, high, "/s")
             tenures = await _tenures(rig, meter, lengths.tenures)
             _check_tenures(check, what, fleet, tenures, lengths.tenures)
@@ -181,12 +181,12 @@ async def measure(cluster: Cluster, agents: int, devices: int, lengths: Lengths,
                 etcd_memory=holding_sample.ended.etcd_memory,
                 bench_memory=memory_mib(os.getpid()),
             )
-    check.seen(f"{what}API server without us", point.without_cpu, "ms/s")
-    check.seen(f"{what}API server, nothing held", point.idle_cpu, "ms/s")
-    check.seen(f"{what}API server, {holders} hold", point.holding_cpu, "ms/s")
-    check.seen(f"{what}API server, for a device that changes hands", point.tenure_cpu_ms, "ms")
-    check.seen(f"{what}API server without us", point.without_memory, "MiB")
-    check.seen(f"{what}API server, {holders} hold", point.holding_memory, "MiB")
+    check.note(f"{what}API server without us", point.without_cpu, "ms/s")
+    check.note(f"{what}API server, nothing held", point.idle_cpu, "ms/s")
+    check.note(f"{what}API server, {holders} hold", point.holding_cpu, "ms/s")
+    check.note(f"{what}API server, for a device that changes hands", point.tenure_cpu_ms, "ms")
+    check.note(f"{what}API server without us", point.without_memory, "MiB")
+    check.note(f"{what}API server, {holders} hold", point.holding_memory, "MiB")
     return point
 
 
@@ -255,8 +255,8 @@ def one_point(agents: int, devices: int, lengths: Lengths, check: Check) -> Poin
 def _versions() -> dict[str, str]:
     found = {}
     for name in ("kube-apiserver", "etcd"):
-        said = subprocess.run([binaries() / name, "--version"], check=True, capture_output=True, text=True).stdout
-        version = re.search(r"v?\d+\.\d+\.\d+", said)
+        output = subprocess.run([binaries() / name, "--version"], check=True, capture_output=True, text=True).stdout
+        version = re.search(r"v?\d+\.\d+\.\d+", output)
         found[name] = version[0].lstrip("v") if version else "?"
     return found
 

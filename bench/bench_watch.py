@@ -170,12 +170,12 @@ async def watch() -> list[Row]:
         )
         # no poll, as the servers run in this process
         agent.poller.poll_soon = lambda server: None  # type: ignore[method-assign]
-        said = events(keys)
-        half = len(said) // 2
-        alone = await _cost(lines, [[line] for line in said[:half]])
+        changes = events(keys)
+        half = len(changes) // 2
+        alone = await _cost(lines, [[line] for line in changes[:half]])
         await asyncio.sleep(SETTLE_S)
         held = sum(d.health.reason is Reason.HELD_ELSEWHERE for of in agent.inventory.advertised.values() for d in of)
-        together = await _cost(lines, [said[n : n + CHUNK] for n in range(half, len(said), CHUNK)])
+        together = await _cost(lines, [changes[n : n + CHUNK] for n in range(half, len(changes), CHUNK)])
         if held != len(keys) * (half // len(keys) % 2):
             raise RuntimeError(f"{held} of {len(keys)} devices are shown as held")
     return [
@@ -184,16 +184,16 @@ async def watch() -> list[Row]:
     ]
 
 
-async def _cost(lines: Lines, said: Sequence[Sequence[bytes]]) -> float:
+async def _cost(lines: Lines, batches: Sequence[Sequence[bytes]]) -> float:
     """Returns the microseconds of each line, without the turns of the loop that wait for its end."""
-    turns = await _spent(lines, [()] * len(said))
-    return (await _spent(lines, said) - turns) * 1e6 / sum(len(some) for some in said)
+    turns = await _spent(lines, [()] * len(batches))
+    return (await _spent(lines, batches) - turns) * 1e6 / sum(map(len, batches))
 
 
-async def _spent(lines: Lines, said: Sequence[Sequence[bytes]]) -> float:
+async def _spent(lines: Lines, batches: Sequence[Sequence[bytes]]) -> float:
     began = time.thread_time()
-    for some in said:
-        lines.send(some)
+    for batch in batches:
+        lines.send(batch)
         for _ in range(TURNS):
             await asyncio.sleep(0)
     return time.thread_time() - began

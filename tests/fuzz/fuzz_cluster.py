@@ -218,12 +218,12 @@ def allocate(data: bytes) -> None:
     except DecodeError:
         return
     try:
-        asked = check_ids(one.devices_ids for one in request.container_requests)
+        device_ids = check_ids(one.devices_ids for one in request.container_requests)
     except UnknownDevice as error:
         fit_to_raise(error, 200)
         return
-    assert len(asked) <= MAX_CONTAINERS
-    assert all(0 < len(ids) <= MAX_DEVICES_PER_CONTAINER for ids in asked)
+    assert len(device_ids) <= MAX_CONTAINERS
+    assert all(0 < len(ids) <= MAX_DEVICES_PER_CONTAINER for ids in device_ids)
 
 
 def log_line(data: bytes) -> None:

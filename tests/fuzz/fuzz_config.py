@@ -75,11 +75,11 @@ def usable(config: Config) -> None:
         for template in resource.container_paths:
             path = render(template, {"serial": "../../etc/passwd", "model": "..", "resource": resource.name})
             assert ".." not in path.split("/")
-        wanted = resource.permissions
-        if wanted is not None:
+        permissions = resource.permissions
+        if permissions is not None:
             assert resource.cdi
-            assert 0 <= (wanted.mode or 0) <= 0o777
-            assert 0 <= (wanted.user or 0) < 1 << 32
+            assert 0 <= (permissions.mode or 0) <= 0o777
+            assert 0 <= (permissions.user or 0) < 1 << 32
         assert 0 <= resource.children_timeout <= schema.MAX_CHILDREN_TIMEOUT_S
 
 
@@ -87,8 +87,8 @@ def _seeds() -> Iterable[bytes]:
     yield FULL.encode()
     yield b"resources: {}\n"
     yield b"a: &a [x, x]\nb: &b [*a, *a]\nresources: {r: [*b, {<<: {target: {host: h}}}]}\n"
-    for odd in ("0x_", "0666", "1e3", "1_0", "12345", "~", "!!binary AA==", "[1]"):
-        yield f"resources:\n  a:\n    - target: {{host: h}}\n      selector: {{vendor: {odd}}}\n".encode()
+    for value in ("0x_", "0666", "1e3", "1_0", "12345", "~", "!!binary AA==", "[1]"):
+        yield f"resources:\n  a:\n    - target: {{host: h}}\n      selector: {{vendor: {value}}}\n".encode()
 
 
 TARGETS = (Target("configuration", configuration, _seeds, 16384),)

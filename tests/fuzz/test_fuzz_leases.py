@@ -340,14 +340,14 @@ INVALID_LEASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("odd", INVALID_LEASES.values(), ids=list(INVALID_LEASES))
+@pytest.mark.parametrize("invalid", INVALID_LEASES.values(), ids=list(INVALID_LEASES))
 @virtual
 async def test_an_invalid_lock_is_held_until_it_expires_and_affects_no_other(
-    odd: dict[str, Any], caplog: pytest.LogCaptureFixture
+    invalid: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG, logger="usbip_plugin")
     api = RawApi()
-    api.put(json.loads(json.dumps(odd)))
+    api.put(json.loads(json.dumps(invalid)))
     async with managed(api) as manager:
         async with asyncio.timeout(10):
             await manager.ready.wait()
@@ -374,9 +374,9 @@ async def check_texts(manager: LockManager, api: RawApi) -> None:
     """Checks the texts of the kubelet, Events and `usbip-plugin devices` about KEY."""
     known = manager.locks[KEY.id]
     apply_rules(decode(api.objects[KEY.id]))
-    facts = Snapshot(ME.node, Config(()), {}, manager.locks, {KEY.id: manager.lock_status(KEY.id)}, {})
+    snapshot = Snapshot(ME.node, Config(()), {}, manager.locks, {KEY.id: manager.lock_status(KEY.id)}, {})
     device = OfferedDevice(KEY, UsbId(1, 2), DeviceSelector(KEY.server))
-    fit_to_show(health(facts, device, "stick").detail, 1200)
+    fit_to_show(health(snapshot, device, "stick").detail, 1200)
     fit_to_show(known.holder, 256)
     notice = DeviceEvent(EventKind.LOCK_LOST, KEY, f"node {known.holder} holds it now", known.pod)
     for regarding, pod in events_of(notice):

@@ -94,7 +94,7 @@ class Use(enum.IntEnum):
     ATTACHED = 2
 
 
-class Seen(enum.IntEnum):
+class LockView(enum.IntEnum):
     """The lock as one node sees it. OTHERS_OLD names another node with an earlier boot."""
 
     ABSENT = 0
@@ -138,7 +138,7 @@ class Node(NamedTuple):
     duration, window: its settings.
     until: end of its import window.
     strays: abandoned writes that may still take effect.
-    seen: its observation of another node's lock; "1" is the present version.
+    observation: its observation of another node's lock; "1" is the present version.
     quiet: see Bounds.slow.
     informed: it has read that the lock is another node's, and has the device attached.
     """
@@ -150,7 +150,7 @@ class Node(NamedTuple):
     until: float | None = None
     operation: Operation | None = None
     strays: tuple[Target, ...] = ()
-    seen: Observation | None = None
+    observation: Observation | None = None
     listed: bool = False
     reading: Reading | None = None
     quiet: float = 0.0
@@ -205,7 +205,7 @@ class Model:
 
     # steps of a node
 
-    def steps(self, node: Node, lock: Seen, unused: bool, theirs: float) -> Iterator[Step]:
+    def steps(self, node: Node, lock: LockView, unused: bool, theirs: float) -> Iterator[Step]:
         """Yields the steps of a node.
 
         unused: no node has the device attached, so that the server lists it.
@@ -216,12 +216,12 @@ class Model:
             if tidy.node != node or tidy.effect is not None or tidy.broken is not None:
                 yield tidy
 
-    def _steps(self, node: Node, lock: Seen, unused: bool, theirs: float) -> Iterator[Step]:
+    def _steps(self, node: Node, lock: LockView, unused: bool, theirs: float) -> Iterator[Step]:
         lease = self.lease(node, lock, theirs)
         if self.habits.trusts_old_lists:
             yield Step(
                 f"asks the server, which {'lists' if unused else 'does not list'} the device",
-                node._replace(listed=unused, seen=node.seen if unused else None),
+                node._replace(listed=unused, observation=node.observation if unused else None),
             )
         yield from self._observe(node, lease, unused)
         if node.operation is None and node.use is Use.IDLE:
@@ -234,7 +234,7 @@ class Model:
             yield Step(f"given up before, takes effect: {self.words(stray)}", node, stray)
         yield from self._use(node)
         yield from self._die(node)
-        if self.bounds.meddling and node.use is Use.ATTACHED and lock is not Seen.MINE:
+        if self.bounds.meddling and node.use is Use.ATTACHED and lock is not LockView.MINE:
             yield self._withdraw(node, lease)
         if self.bounds.beats and (node.holds is not Hold.NO or node.operation is not None):
             decision = self.rules.decide_session(self.session(node.duration), self.write(node))
@@ -249,13 +249,13 @@ class Model:
         if self.bounds.slow and node.reading is None:
             yield Step("asks for the holder's session", node._replace(reading=Reading(0.0, node.quiet)))
             return
-        seen = self._read(node, lease)
-        yield Step("has read the holder's session", node._replace(seen=seen, reading=None))
+        observation = self._read(node, lease)
+        yield Step("has read the holder's session", node._replace(observation=observation, reading=None))
 
     def _read(self, node: Node, lease: Lease) -> Observation:
         asked = node.reading.asked if node.reading is not None else 0.0
         session = self.session(float(lease.duration_seconds or 0))
-        return self.rules.observe(node.seen, lease, session, asked, 0.0, node.duration)
+        return self.rules.observe(node.observation, lease, session, asked, 0.0, node.duration)
 
     def _listed(self, node: Node, unused: bool) -> bool:
         if self.habits.ignores_lists:
@@ -266,18 +266,18 @@ class Model:
 
     def _acquire(self, node: Node, lease: Lease | None, unused: bool) -> Iterator[Step]:
         """Acquires as LockManager.acquire does: an observation of another node's lock is confirmed by one more read."""
-        listed, seen, quiet = self._listed(node, unused), node.seen, node.quiet
+        listed, observation, quiet = self._listed(node, unused), node.observation, node.quiet
         taking = lease is not None and lease.holder not in ("", ME.node)
         after = node._replace(until=None)
-        if taking and seen is not None and listed and lease is not None:
+        if taking and observation is not None and listed and lease is not None:
             if self.bounds.slow:
                 if node.reading is None:
                     return
                 quiet = node.reading.quiet
-            seen = self._read(node, lease)
-            after = after._replace(seen=seen, reading=None)
-        decision = self.rules.decide_acquire(lease, KEY, META, self.write(node), seen, listed)
-        self._check_status(lease, decision, seen, listed)
+            observation = self._read(node, lease)
+            after = after._replace(observation=observation, reading=None)
+        decision = self.rules.decide_acquire(lease, KEY, META, self.write(node), observation, listed)
+        self._check_status(lease, decision, observation, listed)
         target, broken = self.target(lease, decision)
         if target is None:
             return
@@ -386,30 +386,32 @@ class Model:
         if operation is not None:
             landed = tuple(write for write in operation.sent if write.landed)
             operation = Operation(operation.target, landed) if landed else None
-        seen = node.seen
-        if seen is not None:
-            version = seen.session_version if same_holder else "0" * bool(seen.session_version)
-            seen = replace(seen, lock_version="0", session_version=version)
-        return self.tidy(node._replace(holds=holds, operation=operation, strays=(), seen=seen, reading=None, quiet=0.0))
+        observation = node.observation
+        if observation is not None:
+            version = observation.session_version if same_holder else "0" * bool(observation.session_version)
+            observation = replace(observation, lock_version="0", session_version=version)
+        return self.tidy(
+            node._replace(holds=holds, operation=operation, strays=(), observation=observation, reading=None, quiet=0.0)
+        )
 
     def beaten(self, node: Node) -> Node:
         """Returns the node after a write of the holder's session."""
-        seen = node.seen
-        if seen is not None:
-            seen = replace(seen, session_version="0" * bool(seen.session_version))
-        return self.tidy(node._replace(seen=seen, quiet=0.0))
+        observation = node.observation
+        if observation is not None:
+            observation = replace(observation, session_version="0" * bool(observation.session_version))
+        return self.tidy(node._replace(observation=observation, quiet=0.0))
 
     def tick(self, node: Node, rate: int, *, others: bool) -> Node:
         """Returns the node after a tick. others: the lock names another node."""
-        seen, reading, operation = node.seen, node.reading, node.operation
-        if seen is not None:
-            seen = replace(seen, since=seen.since - rate, seen=seen.seen - rate)
+        observation, reading, operation = node.observation, node.reading, node.operation
+        if observation is not None:
+            observation = replace(observation, since=observation.since - rate, seen=observation.seen - rate)
         if reading is not None:
             reading = reading._replace(asked=reading.asked - rate)
         if operation is not None:
             sent = tuple(write._replace(at=write.at - rate) for write in operation.sent)
             operation = operation._replace(sent=sent)
-        after = node._replace(seen=seen, reading=reading, operation=operation)
+        after = node._replace(observation=observation, reading=reading, operation=operation)
         if node.until is not None:
             after = after._replace(until=node.until - rate)
         if self.bounds.slow and others:
@@ -425,7 +427,7 @@ class Model:
             until = max(until, oldest) if self.may_import(until) else oldest
             if until == oldest and not self.may_import(until) and node.use is not Use.IMPORTING:
                 until = None
-        after = node._replace(until=until, quiet=min(node.quiet, self.bounds.longest), seen=self._tidy(node))
+        after = node._replace(until=until, quiet=min(node.quiet, self.bounds.longest), observation=self._tidy(node))
         if node.reading is not None:
             after = after._replace(reading=node.reading._replace(asked=max(node.reading.asked, oldest)))
         operation = node.operation
@@ -446,16 +448,16 @@ class Model:
 
     def _tidy(self, node: Node) -> Observation | None:
         """Returns the observation without the time of its last confirmation, as each decision confirms it again."""
-        seen, duration = node.seen, node.duration
-        if seen is None:
+        observation, duration = node.observation, node.duration
+        if observation is None:
             return None
-        theirs, session = self.lease(node, Seen.OTHERS, duration), self.session(duration)
+        theirs, session = self.lease(node, LockView.OTHERS, duration), self.session(duration)
         assert theirs is not None
         anew = self.rules.observe(None, theirs, session, 1.0, 1.0, duration)
-        if self.rules.observe(seen, theirs, session, 1.0, 1.0, duration) == anew:
+        if self.rules.observe(observation, theirs, session, 1.0, 1.0, duration) == anew:
             return None  # the next read restarts it
-        since = max(seen.since, -self.bounds.longest)
-        return replace(seen, since=since, seen=since)
+        since = max(observation.since, -self.bounds.longest)
+        return replace(observation, since=since, seen=since)
 
     # leases for the rules
 
@@ -468,19 +470,19 @@ class Model:
             return None
         return Lease("usbip-node-x", "x", duration_seconds=math.ceil(duration), resource_version="1")
 
-    def lease(self, node: Node, lock: Seen, theirs: float) -> Lease | None:
+    def lease(self, node: Node, lock: LockView, theirs: float) -> Lease | None:
         """Returns the present lock as this node reads it. theirs: the duration of another holder."""
-        if lock is Seen.ABSENT:
+        if lock is LockView.ABSENT:
             return None
         notes = record.device_notes(KEY)
-        if lock is Seen.FREE:
+        if lock is LockView.FREE:
             return Lease(KEY.id, transitions=EPOCH, annotations=notes, resource_version="1")
-        mine = lock is Seen.MINE
+        mine = lock is LockView.MINE
         boots = {"me": ME.boot_id, "me-old": "boot-of-me-before", "other": "boot-of-other", "old": "another-of-other"}
         if mine:
             boot = boots["me" if node.holds is Hold.NOW else "me-old"]
         else:
-            boot = boots["other" if lock is Seen.OTHERS else "old"]
+            boot = boots["other" if lock is LockView.OTHERS else "old"]
         held = {record.BOOT_ID: boot, record.PORT: "3", record.POD: "default/pod"}
         return Lease(
             KEY.id,
@@ -514,11 +516,13 @@ class Model:
             return LEFT_OVER
         return None
 
-    def _check_status(self, lease: Lease | None, decision: Decision, seen: Observation | None, listed: bool) -> None:
+    def _check_status(
+        self, lease: Lease | None, decision: Decision, observation: Observation | None, listed: bool
+    ) -> None:
         """Checks that the advertised status agrees with the decision."""
         if self.rules.decide_acquire is protocol.decide_acquire:
-            status = protocol.lock_status(lease, ME, seen if listed else None)
-            assert isinstance(decision, Denied) == (status is LockStatus.HELD), (lease, seen)
+            status = protocol.lock_status(lease, ME, observation if listed else None)
+            assert isinstance(decision, Denied) == (status is LockStatus.HELD), (lease, observation)
 
     @staticmethod
     def words(target: Target) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from tests.model.lock_model import ME, PROMISES, TWO_IMPORTS, Beat, Hold, Model, Node, Seen, Target, Use
+from tests.model.lock_model import ME, PROMISES, TWO_IMPORTS, Beat, Hold, LockView, Model, Node, Target, Use
 
 BITS = 24
 MASK = (1 << BITS) - 1
@@ -144,13 +144,13 @@ class Search:
                 continue  # another node has an equal state
             done.add((node, i == holder))
             if holder is None:
-                seen = Seen.FREE if exists else Seen.ABSENT
+                view = LockView.FREE if exists else LockView.ABSENT
             elif holder == i:
-                seen = Seen.MINE
+                view = LockView.MINE
             else:
-                seen = Seen.OTHERS if self._nodes[nodes[holder]].holds is Hold.NOW else Seen.OTHERS_OLD
+                view = LockView.OTHERS if self._nodes[nodes[holder]].holds is Hold.NOW else LockView.OTHERS_OLD
             theirs = self._nodes[nodes[holder]].duration if holder is not None else 0.0
-            for label, after, effect, broken in self._local(node, seen, not attached, theirs):
+            for label, after, effect, broken in self._local(node, view, not attached, theirs):
                 moved = (*nodes[:i], after, *nodes[i + 1 :])
                 if effect is None:
                     yield Move(i, label, World(moved, exists), broken)
@@ -182,12 +182,12 @@ class Search:
             result.append(self._changed[key])
         return tuple(result)
 
-    def _local(self, node: int, seen: Seen, unused: bool, theirs: float) -> list[Known]:
-        key = (node, seen * 2 + unused, theirs)
+    def _local(self, node: int, view: LockView, unused: bool, theirs: float) -> list[Known]:
+        key = (node, view * 2 + unused, theirs)
         if key not in self._steps:
             self._steps[key] = [
                 (step.label, self._number(step.node), step.effect, step.broken)
-                for step in self.model.steps(self._nodes[node], seen, unused, theirs)
+                for step in self.model.steps(self._nodes[node], view, unused, theirs)
             ]
         return self._steps[key]
 
@@ -257,8 +257,8 @@ class Search:
             words.append("a write " + (" and one ".join(sent) or "decided"))
         if node.strays:
             words.append(f"{len(node.strays)} stray")
-        if node.seen is not None:
-            words.append(f"has seen it so for {abs(node.seen.since):g}")
+        if node.observation is not None:
+            words.append(f"has seen it so for {abs(node.observation.since):g}")
         return ", ".join(words) or "-"
 
 

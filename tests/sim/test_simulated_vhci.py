@@ -194,7 +194,7 @@ class TestKernel:
         driver, sock = SimulatedVhci(kernel), table.open()
         server = sock.server_end
         await attached(driver, sock)
-        heard = asyncio.Event()
-        driver.subscribe(heard.set)
+        notified = asyncio.Event()
+        driver.subscribe(notified.set)
         server()
-        assert heard.is_set()
+        assert notified.is_set()

@@ -48,13 +48,13 @@ async def test_a_cancelled_timer_neither_fires_nor_moves_time() -> None:
 @stepped
 async def test_after_each_step_the_hook_is_called() -> None:
     stepping = loop_of()
-    seen: list[int] = []
-    stepping.after_step = lambda: seen.append(stepping.steps)
+    observed: list[int] = []
+    stepping.after_step = lambda: observed.append(stepping.steps)
     for _ in range(3):
         await asyncio.sleep(0)
     stepping.after_step = None
-    assert len(seen) >= 2
-    assert seen == list(range(seen[0], seen[0] + len(seen)))
+    assert len(observed) >= 2
+    assert observed == list(range(observed[0], observed[0] + len(observed)))
 
 
 @BOTH
@@ -137,12 +137,12 @@ async def test_after_a_freeze_data_is_handled_before_timers() -> None:
     """Real event loops poll for I/O before they check timers."""
     process = Process(loop_of(), "p")
     arrived: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-    seen: list[str] = []
+    observed: list[str] = []
 
     async def wait() -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(1):
-                seen.append(await arrived)
+                observed.append(await arrived)
 
     task = process.create_task(wait(), "wait")
     await asyncio.sleep(0.5)
@@ -152,7 +152,7 @@ async def test_after_a_freeze_data_is_handled_before_timers() -> None:
     await asyncio.sleep(1)
     process.thaw()
     await task
-    assert seen == ["late"]
+    assert observed == ["late"]
 
 
 @stepped

@@ -76,7 +76,7 @@ def changed(config: Config, pick: int) -> Config:
     return replace(config, resources=tuple(resources))
 
 
-STRANGER = "node-z"
+OUTSIDER = "node-z"
 """Name of a node outside of the cluster."""
 
 Key = tuple[object, ...]
@@ -138,7 +138,7 @@ class Chaos:
         """Pods that end as soon as they are admitted."""
         self.admissions: dict[asyncio.Task[None], PodRef] = {}
         self.errors: list[ApiErrors] = []
-        self.robbed: dict[tuple[DeviceKey, str], float] = {}
+        self.lost_locks: dict[tuple[DeviceKey, str], float] = {}
         """Time (loop seconds) at which somebody else last took the lock of a device from a node."""
         self.moved: dict[DeviceKey, DeviceKey] = {}
         """Present bus ids of the devices that were plugged in elsewhere."""
@@ -252,8 +252,8 @@ class Chaos:
 
     def do_race(self, action: Action, _node: ClusterNode) -> bool:
         """Admits a pod on every node at once."""
-        asked = [self._admit_one(node, self._resource(action), 1) for node in self.cluster.nodes.values()]
-        return any(asked)
+        admitted = [self._admit_one(node, self._resource(action), 1) for node in self.cluster.nodes.values()]
+        return any(admitted)
 
     def _resource(self, action: Action) -> str | None:
         resources = self.cluster.spec.config.resources
@@ -267,8 +267,8 @@ class Chaos:
             return False
         self._count += 1
         name = PodRef("default", f"p{self._count}")
-        wanted = "; ".join(", ".join(f"{n} {what}" for what, n in one.limits.items()) for one in containers)
-        self.note(f"admit {name} on {node.name}: {wanted}")
+        requests = "; ".join(", ".join(f"{n} {what}" for what, n in one.limits.items()) for one in containers)
+        self.note(f"admit {name} on {node.name}: {requests}")
 
         async def run() -> None:
             failure = await node.admit_containers(name, *containers)
@@ -530,7 +530,7 @@ class Chaos:
         if key is None:
             return False
         self.note(f"a person releases the lock of {key}")
-        self.robbed[key, node.name] = loop_of().time()
+        self.lost_locks[key, node.name] = loop_of().time()
         self._release(key, node.name, BY_HAND)
         return True
 
@@ -541,14 +541,14 @@ class Chaos:
             return False
 
         def take() -> None:
-            self.robbed[key, node.name] = loop_of().time()
+            self.lost_locks[key, node.name] = loop_of().time()
             lease = self.cluster.backend.leases[key.id]
-            write = self._write(STRANGER, "taken")
+            write = self._write(OUTSIDER, "taken")
             decision = decide_acquire(replace(lease, holder=""), key, LockMeta(), write, None, False)
             assert isinstance(decision, Replace)
             self.cluster.backend.replace(decision.lease)
 
-        return self.during(action, ("robbed", key), take, lambda: self._release(key, STRANGER, "let go"))
+        return self.during(action, ("robbed", key), take, lambda: self._release(key, OUTSIDER, "let go"))
 
     def _held(self, action: Action, node: ClusterNode) -> DeviceKey | None:
         """Returns a device whose lock names the node."""

@@ -9,7 +9,7 @@ from tests.simulation.chaos import API_FAULTS, EVENT_FAULTS, NODE_FAULTS, at_ste
 from tests.simulation.counting import RULES
 from tests.simulation.plan import AT_STEP, BY_CDI, BY_SERIAL, CONDITIONS, EVERYWHERE, WEIGHTS
 
-WANTED: Mapping[str, tuple[str, ...]] = {
+REQUIRED: Mapping[str, tuple[str, ...]] = {
     "actions": (*WEIGHTS, *BY_CDI, *BY_SERIAL, *EVERYWHERE, *map(at_step, AT_STEP)),
     "answers of the API server": tuple(f"API {name}" for name in (*API_FAULTS, *EVENT_FAULTS, *NODE_FAULTS)),
     "conditions, plans with them": tuple(CONDITIONS),
@@ -20,16 +20,16 @@ OTHERS = "reports of agents, and outcomes of pods"
 
 
 def never(counts: Counter[str]) -> list[str]:
-    """Returns the names of WANTED that never happened."""
-    return [name for names in WANTED.values() for name in names if not counts[name]]
+    """Returns the names of REQUIRED that never happened."""
+    return [name for names in REQUIRED.values() for name in names if not counts[name]]
 
 
 def table(counts: Counter[str]) -> list[str]:
     """Returns all counts under their headings, in lines."""
-    wanted = {name for names in WANTED.values() for name in names}
-    others = tuple(sorted(counts.keys() - wanted))
+    required = {name for names in REQUIRED.values() for name in names}
+    others = tuple(sorted(counts.keys() - required))
     lines = []
-    for heading, names in {**WANTED, OTHERS: others}.items():
+    for heading, names in {**REQUIRED, OTHERS: others}.items():
         lines += ["", heading]
         lines += [f"{counts[name]:9} {name}" for name in names]
     return lines[1:]

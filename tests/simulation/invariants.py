@@ -74,13 +74,13 @@ class Watch:
         self._lasting = Lasting()
         self._for_long = self._lasting.for_long
         self._statuses = NodeStatuses(self._lasting)
-        cluster.network.on_change = self.soil
+        cluster.network.on_change = self.mark_dirty
         cluster.backend.on_write = self._written
         for node in cluster.nodes.values():
-            node.kernel.bell.subscribe(self.soil)
+            node.kernel.bell.subscribe(self.mark_dirty)
             node.pods.on_answer = partial(self._answered, node)
 
-    def soil(self) -> None:
+    def mark_dirty(self) -> None:
         self.dirty = True
 
     def _all_keys(self) -> Iterator[DeviceKey]:
@@ -119,8 +119,8 @@ class Watch:
                 raise Violation("one import, by the server's account", f"{server.key}: {server.violations}")
         for key, importers in self.cluster.network.imports().items():
             holder = self.cluster.holder(key)
-            # a node whose lock was taken away has a time to find out, which _robbed() checks
-            nodes = [node for node in importers if node == holder or (key, node) not in self.chaos.robbed]
+            # a node whose lock was taken away has a time to find out, which _check_lost_locks() checks
+            nodes = [node for node in importers if node == holder or (key, node) not in self.chaos.lost_locks]
             if len(nodes) > 1:
                 raise Violation("one import, by the nodes' account", f"{key}: {nodes}")
             if nodes and holder != nodes[0]:
@@ -180,7 +180,7 @@ class Watch:
             self._healths(node, now)
             self._pods(node, now)
             self._statuses.look(node, now)
-        self._robbed(now)
+        self._check_lost_locks(now)
         self._ports(now)
 
     def _allocates(self, node: ClusterNode, now: float) -> None:
@@ -323,8 +323,8 @@ class Watch:
                 if self._for_long(forgotten, now, STALE_HEALTH_S / node.clock.rate, "listed", node.name, device_id):
                     raise Violation("a pod's device stays in the list", what)
                 key = self._keys[device_id]
-                mute = listed and device_id not in attached and known.get(device_id, False)
-                if self._for_long(mute, now, STALE_HEALTH_S / node.clock.rate, "mute", node.name, device_id):
+                unreported = listed and device_id not in attached and known.get(device_id, False)
+                if self._for_long(unreported, now, STALE_HEALTH_S / node.clock.rate, "mute", node.name, device_id):
                     raise Violation("a pod's device is attached or reported", f"{what}: {health.get(device_id)}")
                 claim = agent.claims.view.get(device_id)
                 stands = claim is not None and claim.state is ClaimState.ATTACHED and not claim.missed_polls
@@ -361,10 +361,10 @@ class Watch:
         if serial != PROMISED:
             raise Violation("a promised device is that one", f"{node.name}: {claim.key} is {serial}, not {PROMISED}")
 
-    def _robbed(self, now: float) -> None:
+    def _check_lost_locks(self, now: float) -> None:
         """Checks that a node whose lock was taken away detaches the device. Until then it may import without a lock."""
         live = self.cluster.network.imports()
-        for (key, name), since in list(self.chaos.robbed.items()):
+        for (key, name), since in list(self.chaos.lost_locks.items()):
             node = self.cluster.nodes[name]
             agent, importing = node.agent, name in live.get(key, ())
             claim = agent.claims.view.get(key.id) if agent is not None else None
@@ -375,7 +375,7 @@ class Watch:
             # the node may begin an import until the window of its last write is over
             late = now - since > self.settings.locks.import_window / node.clock.rate
             if late and not importing and agent is not None and not agent.claims.in_use(key.id):
-                del self.chaos.robbed[key, name]
+                del self.chaos.lost_locks[key, name]
 
     def _ports(self, now: float) -> None:
         """Checks that a port with a dead connection is freed when TCP has found out."""

@@ -300,10 +300,14 @@ def _unserved(c: Cluster) -> str:
 def _left(c: Cluster, chaos: Chaos) -> str:
     """Returns what must not exist when no pod is left, "" if there is nothing."""
     found = [f"{key} is locked by {c.holder(key)}" for key in _devices(c) if c.holder(key)]
-    found += [f"{lease.name} is held by {lease.holder}" for lease in c.backend.leases.values() if _odd(c, lease.name)]
+    found += [
+        f"{lease.name} is held by {lease.holder}"
+        for lease in c.backend.leases.values()
+        if _unknown_holder(c, lease.name)
+    ]
     for server in c.servers.values():
         found += [f"{server.key}/{d.busid} is exported" for d in server.table.devices() if server.importers(d.busid)]
-    wanted = {key.id for key in _devices(c)}
+    expected = {key.id for key in _devices(c)}
     for node in c.nodes.values():
         found += [f"{node.name} has {key}" for key in node.attached()]
         found += [f"{node.name}: record of port {number}" for number in node.kernel.records.get(node.name, ())]
@@ -314,12 +318,14 @@ def _left(c: Cluster, chaos: Chaos) -> str:
         healthy = {
             i for r in c.spec.config.resources for i, well in node.kubelet.health(c.full(r.name)).items() if well
         }
-        if healthy != wanted:
-            found.append(f"{node.name} offers {len(healthy & wanted)} of {len(wanted)}, {len(healthy - wanted)} others")
+        if healthy != expected:
+            found.append(
+                f"{node.name} offers {len(healthy & expected)} of {len(expected)}, {len(healthy - expected)} others"
+            )
     return "; ".join(found)
 
 
-def _odd(c: Cluster, name: str) -> bool:
+def _unknown_holder(c: Cluster, name: str) -> bool:
     lease = c.backend.leases[name]
     return bool(lease.holder) and not name.startswith("usbip-node-") and name not in {key.id for key in _devices(c)}
 

@@ -25,10 +25,10 @@ async def test_locks_that_are_taken_at_once_are_evaluated_together(monkeypatch: 
     devices = [key(lab, f"1-{n + 1}") for n in range(DEVICES)]
     evaluations = 0
 
-    def counted(members: OfferedDevices, facts: Snapshot) -> Mapping[str, tuple[Advertised, ...]]:
+    def counted(members: OfferedDevices, snapshot: Snapshot) -> Mapping[str, tuple[Advertised, ...]]:
         nonlocal evaluations
         evaluations += 1
-        return advertise(members, facts)
+        return advertise(members, snapshot)
 
     async with cluster(spec([lab], nodes=1)) as c:
         await c.all_healthy(*devices)

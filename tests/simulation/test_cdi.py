@@ -146,8 +146,8 @@ async def test_a_pod_of_a_resource_that_names_its_children_goes_on_with_them(res
             usb_nodes.add(min(kernel_nodes(node, device)))
         assert len(usb_nodes) == 4, "each attach has a new device number"
         assert node.evicted == []
-        said = DeviceEvent(EventKind.REATTACHED, device, AfterReattach.CHILDREN_GO_ON.value, pod("p"))
-        assert notices.count(said) == 3
+        notice = DeviceEvent(EventKind.REATTACHED, device, AfterReattach.CHILDREN_GO_ON.value, pod("p"))
+        assert notices.count(notice) == 3
         assert EventKind.NODES_CHANGED not in {notice.what for notice in notices}
 
 
@@ -155,13 +155,13 @@ async def test_a_pod_of_a_resource_that_names_its_children_goes_on_with_them(res
 async def test_the_spec_is_true_before_anybody_hears_that_the_device_is_back() -> None:
     lab = server("lab", stick("1-1"))
     device = key(lab, "1-1")
-    seen: list[bool] = []
+    matches: list[bool] = []
     nodes: list[ClusterNode] = []
 
     def advertised(_resource: str, devices: tuple[Advertised, ...]) -> None:
         if nodes and any(d.health.reason is Reason.ATTACHED for d in devices):
             (text,) = nodes[0].specs.find(device.id)
-            seen.append(resolve([text], [f"usbip.dev/stick={device.id}-0"]).nodes == kernel_nodes(nodes[0], device))
+            matches.append(resolve([text], [f"usbip.dev/stick={device.id}-0"]).nodes == kernel_nodes(nodes[0], device))
 
     made = spec([lab], by_cdi(lab), nodes=1)
     async with cluster(replace(made, observer=lambda _node: MetricHooks(on_advertised=advertised))) as c:
@@ -170,8 +170,8 @@ async def test_the_spec_is_true_before_anybody_hears_that_the_device_is_back() -
         await with_pod(c, device)
         for _ in range(3):
             await c.lost_and_back(node, device)
-        assert len(seen) >= 4
-        assert all(seen)
+        assert len(matches) >= 4
+        assert all(matches)
 
 
 @stepped
@@ -220,7 +220,7 @@ async def test_a_path_that_was_another_for_a_while_is_true_again(cdi: bool) -> N
     """A re-attach is compared with the device nodes at the start of the container."""
     notices: list[DeviceEvent] = []
 
-    def said() -> list[EventKind]:
+    def kinds() -> list[EventKind]:
         about = (EventKind.REATTACHED, EventKind.NODES_CHANGED)
         return [notice.what for notice in notices if notice.key == device and notice.what in about]
 
@@ -228,16 +228,16 @@ async def test_a_path_that_was_another_for_a_while_is_true_again(cdi: bool) -> N
         node, _ = await with_pod(c, device)
         node.kernel.hold("/dev/ttyUSB0")
         await c.lost_and_back(node, device)
-        assert said() == [EventKind.NODES_CHANGED]
+        assert kinds() == [EventKind.NODES_CHANGED]
         node.kernel.let_go("/dev/ttyUSB0")
         await c.lost_and_back(node, device)
-        assert said() == [EventKind.NODES_CHANGED, EventKind.REATTACHED]
+        assert kinds() == [EventKind.NODES_CHANGED, EventKind.REATTACHED]
         node.kernel.hold("/dev/ttyUSB0")
         await c.lost_and_back(node, device)
         await node.start_container(pod("p"))
         await c.lost_and_back(node, device)
         # by CDI a container has the nodes of its start, else those of its pod's admission
-        assert said()[2:] == [EventKind.NODES_CHANGED, EventKind.REATTACHED if cdi else EventKind.NODES_CHANGED]
+        assert kinds()[2:] == [EventKind.NODES_CHANGED, EventKind.REATTACHED if cdi else EventKind.NODES_CHANGED]
 
 
 @pytest.mark.parametrize("came", [True, False], ids=["came late", "gone"])

@@ -94,9 +94,9 @@ def test_an_allocate_evaluates_its_own_device_only(monkeypatch: pytest.MonkeyPat
     """An evaluation of all of 500 devices blocks the event loop for 45 to 61 ms."""
     evaluated: list[str] = []
 
-    def counted(facts: Snapshot, seen: OfferedDevice, resource: str) -> Health:
+    def counted(snapshot: Snapshot, seen: OfferedDevice, resource: str) -> Health:
         evaluated.append(seen.key.id)
-        return health(facts, seen, resource)
+        return health(snapshot, seen, resource)
 
     monkeypatch.setattr(evaluate, "health", counted)
 

@@ -209,8 +209,8 @@ def bare(busid: str, interface: InterfaceClass = STORAGE) -> VirtualDevice:
 async def test_a_device_that_was_never_configured_is_selected_by_the_class_it_reports() -> None:
     lab = server("lab", bare("1-1"), bare("1-2", InterfaceClass(3, 0, 0)))
     storage, hid = key(lab, "1-1"), key(lab, "1-2")
-    wanted = ResourceConfig("stick", (DeviceSelector(lab.key, Selector(class_=8)),))
-    async with cluster(spec([lab], wanted, nodes=3)) as c:
+    by_class = ResourceConfig("stick", (DeviceSelector(lab.key, Selector(class_=8)),))
+    async with cluster(spec([lab], by_class, nodes=3)) as c:
         await c.all_healthy(storage)
         assert await c.settle(lambda: hid.id in c.backend.leases and c.holder(hid) == "", POLLED)
         assert all(hid.id not in c.health(node) for node in c.nodes.values())
@@ -228,8 +228,8 @@ async def test_a_device_that_was_never_configured_is_selected_by_the_class_it_re
 @stepped
 async def test_a_device_whose_server_lists_its_class_is_not_read() -> None:
     lab = server("lab", replace(bare("1-1"), configured=True))
-    wanted = ResourceConfig("stick", (DeviceSelector(lab.key, Selector(class_=8)),))
-    async with cluster(spec([lab], wanted)) as c:
+    by_class = ResourceConfig("stick", (DeviceSelector(lab.key, Selector(class_=8)),))
+    async with cluster(spec([lab], by_class)) as c:
         await c.all_healthy(key(lab, "1-1"))
         await asyncio.sleep(60)
         assert lab.table.granted == 0
@@ -264,8 +264,8 @@ async def test_devices_with_a_duplicate_serial_number_are_not_offered_and_logged
             assert reason(node, one) is Reason.ATTACHED, "a pod keeps its device"
 
 
-def _count(caplog: pytest.LogCaptureFixture, words: str) -> int:
-    return sum(line.getMessage() == words for line in caplog.records)
+def _count(caplog: pytest.LogCaptureFixture, message: str) -> int:
+    return sum(line.getMessage() == message for line in caplog.records)
 
 
 @stepped
@@ -280,7 +280,7 @@ async def test_a_device_that_two_resources_offer_is_logged_once(caplog: pytest.L
             await everywhere(c, key(lab, "1-1"), Reason.NOT_LISTED)
             lab.plug(stick("1-1"))
             await c.all_healthy(key(lab, "1-1"), name="two")
-    words = "offered as several resources, and in use as one of them only"
-    assert _count(caplog, words) == 1
-    (line,) = (line for line in caplog.records if line.getMessage() == words)
+    message = "offered as several resources, and in use as one of them only"
+    assert _count(caplog, message) == 1
+    (line,) = (line for line in caplog.records if line.getMessage() == message)
     assert line.__dict__["resources"] == ["one", "two"]

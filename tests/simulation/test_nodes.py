@@ -47,10 +47,10 @@ async def test_a_missing_child_node_fails_the_allocate_which_is_undone() -> None
     async with one_stick(nodes=1, notices=notices, children=("tty",)) as (c, _lab, device):
         node = c["node-a"]
         node.kernel.driverless.add("tty")
-        said = str(await node.admit(pod("p"), "stick"))
-        assert "no tty node within 5 s, which the resource's children promise; it has none" in said
-        assert "cdc-acm" in said
-        assert "childrenTimeout" in said
+        failure = str(await node.admit(pod("p"), "stick"))
+        assert "no tty node within 5 s, which the resource's children promise; it has none" in failure
+        assert "cdc-acm" in failure
+        assert "childrenTimeout" in failure
         assert await nothing_left(c, node, device)
         assert texts(notices, EventKind.FAILED)
         node.kernel.driverless.clear()

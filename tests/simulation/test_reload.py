@@ -66,8 +66,8 @@ async def undisturbed(c: Cluster, node: ClusterNode, device: DeviceKey, name: st
     """Checks for a while that the kubelet always has the device as healthy, and its import stays."""
     lists, imports = len(node.kubelet.seen.lists), c.servers[device.server].table.granted
     await asyncio.sleep(2 * ALLOCATION_GRACE)
-    heard = [devices for full, devices in node.kubelet.seen.lists[lists:] if full == c.full(name)]
-    assert all(devices.get(device.id) for devices in heard)
+    lists_since = [devices for full, devices in node.kubelet.seen.lists[lists:] if full == c.full(name)]
+    assert all(devices.get(device.id) for devices in lists_since)
     assert c.health(node, name)[device.id]
     assert node.attached() == {device}
     assert c.holder(device) == node.name
@@ -193,10 +193,10 @@ async def test_a_device_that_is_taken_out_while_it_is_being_allocated_stays_in_t
     """A kubelet looks up the allocated devices in its list, and crashes if one is missing."""
     async with two_sticks(nodes=1) as (c, _lab, one, two):
         node = c["node-a"]
-        asked = asyncio.create_task(node.admit(pod("p"), "stick", 2))
+        admission = asyncio.create_task(node.admit(pod("p"), "stick", 2))
         await asyncio.sleep(moment / 1000)  # both are there after 0.7 s
         reload(c)
-        failure = await asked
+        failure = await admission
         if moment == 0:  # which comes before the Allocate
             assert "no longer in the configuration" in str(failure)
             assert not node.attached()
@@ -223,9 +223,9 @@ async def test_a_device_whose_server_was_taken_out_comes_back_to_its_pod_after_a
         lab.plug(stick("1-1"))
         await c.becomes(node, device, healthy=True, within=5)
         assert node.attached() == {device}
-        asked = lab.connections
+        connections = lab.connections
         await asyncio.sleep(60)
-        assert lab.connections == asked, "it is not polled now"
+        assert lab.connections == connections, "it is not polled now"
         await ends(c, node, device)
 
 
@@ -428,9 +428,9 @@ async def test_many_reloads_in_a_row_disturb_no_pod_and_leave_nothing_behind() -
             for version in versions:
                 reload(c, *version)
                 await asyncio.sleep(wait)
-        heard = [devices for full, devices in node.kubelet.seen.lists[lists:] if full == c.full("stick")]
-        assert heard
-        assert all(devices.get(device.id) for devices in heard)
+        lists_since = [devices for full, devices in node.kubelet.seen.lists[lists:] if full == c.full("stick")]
+        assert lists_since
+        assert all(devices.get(device.id) for devices in lists_since)
         await undisturbed(c, node, device)
         await ends(c, node, device)
         await asyncio.sleep(60)

@@ -46,7 +46,7 @@ def many(of: ClusterSpec, nodes: int) -> ClusterSpec:
     return replace(of, names=[f"node-{number:03}" for number in range(nodes)])
 
 
-def asked(lab: VirtualServer, of: Cluster) -> int:
+def devlist_requests(lab: VirtualServer, of: Cluster) -> int:
     """Returns the number of DEVLIST requests."""
     return lab.connections - sum(lab.importers(busid) for busid in ("1-1", "1-2"))
 
@@ -127,9 +127,9 @@ async def test_the_poll_rate_of_a_server_is_limited_for_any_number_of_nodes(node
     lab = server("lab", stick("1-1"), stick("1-2"))
     async with cluster(many(spec([lab]), nodes)) as c:
         await device_offered_everywhere(c, 2 * share(nodes) + 1, "1-1", "1-2")
-        before = asked(lab, c)
+        before = devlist_requests(lab, c)
         await asyncio.sleep(2 * MINUTE)
-        rate = (asked(lab, c) - before) / (2 * MINUTE)
+        rate = (devlist_requests(lab, c) - before) / (2 * MINUTE)
         assert rate <= MAX_RATE * 1.01
         assert rate >= 0.75 * min(MAX_RATE, nodes / POLL_INTERVAL)
 

@@ -34,7 +34,7 @@ class Story:
         self.recent = RecentSpans(traces=MANY)
         self._tracings: dict[str, Tracing] = {}
 
-    def traced(self, wanted: ClusterSpec) -> ClusterSpec:
+    def traced(self, made: ClusterSpec) -> ClusterSpec:
         """Returns a spec whose agents record their traces in this story."""
 
         def tracing(node: str) -> Tracing:
@@ -42,7 +42,7 @@ class Story:
                 self._tracings[node] = Tracing(node, version="test", environ={}, recent=self.recent)
             return self._tracings[node]
 
-        return replace(wanted, tracer=lambda node: tracing(node).tracer)
+        return replace(made, tracer=lambda node: tracing(node).tracer)
 
     @property
     def spans(self) -> list[SpanRecord]:
