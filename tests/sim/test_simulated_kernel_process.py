@@ -274,8 +274,15 @@ class ReadingRig(RemoteRig):
         await self.virtual.stop()
 
 
-def device(text: str) -> VirtualDevice:
-    return replace(parse_device(text), configured=True)
+@contextlib.asynccontextmanager
+async def reading_rig(tmp_path: Path, *texts: str) -> AsyncIterator[ReadingRig]:
+    """Runs a ReadingRig whose virtual server has these devices, in the syntax of `simulate server --device`."""
+    devices = (replace(parse_device(text), configured=True) for text in texts)
+    async with asyncio.TaskGroup() as group:
+        rig = ReadingRig(tmp_path, group, *devices)
+        await rig.boot_reading()
+        yield rig
+        await rig.ended()
 
 
 @pytest.mark.parametrize(
@@ -293,9 +300,7 @@ def device(text: str) -> VirtualDevice:
 async def test_a_kernel_that_reads_descriptors_makes_the_nodes_of_real_drivers(
     tmp_path: Path, text: str, paths: list[str]
 ) -> None:
-    async with asyncio.TaskGroup() as group:
-        rig = ReadingRig(tmp_path, group, device(text))
-        await rig.boot_reading()
+    async with reading_rig(tmp_path, text) as rig:
         driver = rig.plugin()
         found = await rig.attached(driver, "1-1")
         assert found.serial == "A"
@@ -306,15 +311,12 @@ async def test_a_kernel_that_reads_descriptors_makes_the_nodes_of_real_drivers(
         assert await driver.inspect(found.key, found.port) == found
         await driver.detach(found.port, timeout=LIMIT_S)
         assert nodes_of(rig) == []
-        await rig.ended()
 
 
 async def test_a_path_of_another_kernel_is_skipped_and_a_free_path_is_used_again(tmp_path: Path) -> None:
-    async with asyncio.TaskGroup() as group:
-        rig = ReadingRig(tmp_path, group, device("1-1=10c4:ea60"), device("1-2=10c4:ea60"))
-        (rig.devices).mkdir()
+    async with reading_rig(tmp_path, "1-1=10c4:ea60", "1-2=10c4:ea60") as rig:
+        rig.devices.mkdir(exist_ok=True)
         (rig.devices / "ttyUSB0").touch()
-        await rig.boot_reading()
         driver = rig.plugin()
         first, second = await rig.attached(driver, "1-1"), await rig.attached(driver, "1-2")
         assert [one.nodes[1].path for one in (first, second)] == ["/dev/ttyUSB1", "/dev/ttyUSB2"]
@@ -329,27 +331,20 @@ async def test_a_path_of_another_kernel_is_skipped_and_a_free_path_is_used_again
             while "ttyUSB2" in nodes_of(rig):
                 await changed.wait()
                 changed.clear()
-        await rig.ended()
 
 
 async def test_a_device_that_does_not_answer_is_attached_without_a_serial_number(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("usbip_sim.kernel.enumeration.ANSWER_S", 0.05)
-    async with asyncio.TaskGroup() as group:
-        rig = ReadingRig(tmp_path, group)
-        await rig.boot_reading()
+    async with reading_rig(tmp_path) as rig:
         found = await attached(rig.plugin(), await rig.import_twin(0))
         assert (found.serial, len(found.nodes)) == (None, 1)
-        await rig.ended()
 
 
 async def test_a_device_with_another_usb_id_than_listed_is_refused(tmp_path: Path) -> None:
-    async with asyncio.TaskGroup() as group:
-        rig = ReadingRig(tmp_path, group, device("1-1=10c4:ea60"))
-        await rig.boot_reading()
+    async with reading_rig(tmp_path, "1-1=10c4:ea60") as rig:
         rig.virtual.lie("1-1", real=UsbId(0x0951, 0x1666))
         with pytest.raises(WrongDevice):
             await rig.attached(rig.plugin(), "1-1")
         assert nodes_of(rig) == []
-        await rig.ended()

@@ -324,18 +324,30 @@ async def live(c: Cluster, m: Measured, lab: VirtualServer) -> None:
     m.figures[A].api_error(KubeConflict("update", "leases.coordination.k8s.io", "it changed"))
 
 
-@stepped
-async def test_the_document_has_every_metric_with_its_type_and_labels_and_no_other() -> None:
-    lab = server("lab", stick("1-1"), stick("1-2"))
-    async with measured(spec([lab])) as (c, m):
-        await live(c, m, lab)
-        exposed: dict[str, tuple[str, frozenset[str]]] = {}
-        for family in m.families(A):
-            name = family.name + ("_total" if family.type == "counter" else "")
-            labels = {label for sample in family.samples for label in sample.labels} - {"le"}
-            assert family.samples, f"{name} has no sample"
-            assert family.documentation
-            exposed[name] = (family.type, frozenset(labels))
+@pytest.fixture(scope="module")
+def lived() -> list[Metric]:
+    """Returns the metrics of node-a after live()."""
+    found: list[Metric] = []
+
+    @stepped
+    async def play() -> None:
+        lab = server("lab", stick("1-1"), stick("1-2"))
+        async with measured(spec([lab])) as (c, m):
+            await live(c, m, lab)
+            found.extend(m.families(A))
+
+    play()
+    return found
+
+
+def test_the_document_has_every_metric_with_its_type_and_labels_and_no_other(lived: list[Metric]) -> None:
+    exposed: dict[str, tuple[str, frozenset[str]]] = {}
+    for family in lived:
+        name = family.name + ("_total" if family.type == "counter" else "")
+        labels = {label for sample in family.samples for label in sample.labels} - {"le"}
+        assert family.samples, f"{name} has no sample"
+        assert family.documentation
+        exposed[name] = (family.type, frozenset(labels))
     table = re.compile(r"^\| `(\w+)` \| (\w+) \|\s*([^|]*?)\s*\| [^|]+ \|$", re.MULTILINE)
     rows = table.findall(DOCUMENT.read_text(encoding="utf-8"))
     assert len({name for name, _, _ in rows}) == len(rows)
@@ -362,22 +374,6 @@ async def test_labels_are_few_and_name_no_device_and_no_pod() -> None:
             sizes.append(sum(len(family.samples) for family in m.families(A)))
             await live(c, m, lab)
         assert sizes[0] == sizes[1], "a second life adds no series"
-
-
-@pytest.fixture(scope="module")
-def lived() -> list[Metric]:
-    """Returns the metrics of node-a after live()."""
-    found: list[Metric] = []
-
-    @stepped
-    async def play() -> None:
-        lab = server("lab", stick("1-1"), stick("1-2"))
-        async with measured(spec([lab])) as (c, m):
-            await live(c, m, lab)
-            found.extend(m.families(A))
-
-    play()
-    return found
 
 
 def documented_values(after: str) -> set[str]:

@@ -9,6 +9,7 @@ import pytest
 
 from tests.simulation.cluster_rig import (
     LOCKS,
+    STICK,
     Cluster,
     agent,
     carry,
@@ -43,7 +44,6 @@ from usbip_plugin.config.schema import DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.errors import ClaimBusy
 from usbip_plugin.locks import record
 from usbip_plugin.model import DeviceKey, Reason
-from usbip_sim.server.usbdevice import VirtualDevice
 from usbip_sim.virtual.cluster_node import ClusterNode
 from usbip_sim.virtual.steploop import stepped
 
@@ -213,27 +213,21 @@ async def test_another_device_at_the_former_bus_id_changes_nothing() -> None:
         await c.becomes(c["node-b"], HOME, healthy=True, within=10)
 
 
+@pytest.mark.parametrize(
+    ("serial", "selector", "to"),
+    [("", Selector(vendor=STICK.vendor), "1-2"), ("RED", Selector(bus_id="1-*"), "2-1")],
+    ids=["no serial number", "outside of the configuration"],
+)
 @stepped
-async def test_a_device_without_a_serial_number_is_not_followed() -> None:
-    bare = VirtualDevice("1-1", stick("1-1").usb_id, configured=True)
-    lab = server("lab", bare)
-    async with cluster(spec([lab], nodes=1)) as c:
+async def test_a_device_without_a_serial_number_or_outside_of_the_configuration_is_not_followed(
+    serial: str, selector: Selector, to: str
+) -> None:
+    lab = server("lab", replace(stick("1-1"), serial=serial))
+    only = ResourceConfig("stick", (DeviceSelector(lab.key, selector),))
+    async with cluster(spec([lab], only, nodes=1)) as c:
         node = await c.taken(HOME)
         granted = lab.table.granted
-        carry(lab, "1-1", lab, "1-2")
-        await c.becomes(node, HOME, healthy=False)
-        assert not await c.settle(lambda: bool(node.attached()), 60)
-        assert lab.table.granted == granted
-
-
-@stepped
-async def test_a_device_outside_of_the_configuration_is_not_read() -> None:
-    lab = server("lab", stick("1-1", "RED"))
-    here = ResourceConfig("stick", (DeviceSelector(lab.key, Selector(bus_id="1-*")),))
-    async with cluster(spec([lab], here, nodes=1)) as c:
-        node = await c.taken(HOME)
-        granted = lab.table.granted
-        carry(lab, "1-1", lab, "2-1")
+        carry(lab, "1-1", lab, to)
         await c.becomes(node, HOME, healthy=False)
         assert not await c.settle(lambda: bool(node.attached()), 60)
         assert lab.table.granted == granted
