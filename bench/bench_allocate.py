@@ -9,10 +9,18 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from unittest import mock
 
-from bench.bench_nodes import NAMESPACE, Place, allocate_times, keys_of, nodes, timed_allocate, virtual_server
+from bench.bench_nodes import (
+    NAMESPACE,
+    Place,
+    allocate_times,
+    connected,
+    keys_of,
+    nodes,
+    timed_allocate,
+    virtual_server,
+)
 from bench.bench_rows import Row, p50_p99, percentile
 from tests.rigs.agents_rig import Nodes
-from usbip_plugin.kube.client import connect
 from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.locks.record import LeaseStore
 from usbip_plugin.model import DeviceKey
@@ -40,9 +48,7 @@ async def allocate(kubeconfig: str | None, count: int) -> list[Row]:
     async with contextlib.AsyncExitStack() as stack:
         leases: Callable[[str], LeaseStore] | None = None
         if kubeconfig is not None:
-            client = await connect(kubeconfig)
-            stack.push_async_callback(client.close)
-            store = KubernetesLeases(client, NAMESPACE)
+            store = KubernetesLeases(await stack.enter_async_context(connected(kubeconfig)), NAMESPACE)
             leases = lambda _node: store  # noqa: E731
         server = await stack.enter_async_context(virtual_server())
         place = Place(("solo",), (server.key,), keys_of(server), leases=leases, enumeration_delay=ENUMERATION_S)

@@ -9,13 +9,12 @@ import time
 
 from opentelemetry.trace import NoOpTracer
 
-from bench.bench_nodes import NAMESPACE, Place, TimedLeases, keys_of, nodes, timed_allocate, virtual_server
+from bench.bench_nodes import NAMESPACE, Place, TimedLeases, connected, keys_of, nodes, timed_allocate, virtual_server
 from bench.bench_rows import Row, p50_p99
 from tests.rigs.agents_rig import RESOURCE
 from tests.rigs.api_process import Cluster
 from tests.rigs.tcp_proxy import proxy_to
 from usbip_plugin.clock import SystemClock
-from usbip_plugin.kube.client import connect
 from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.locks.manager import LockManager, LockSettings
 from usbip_plugin.model import DeviceKey, NodeIdentity, ServerKey
@@ -31,36 +30,31 @@ WITHDRAWING = 10
 
 async def make_namespace(kubeconfig: str) -> None:
     """Creates the namespace of the Leases. kubeconfig: of an administrator."""
-    client = await connect(kubeconfig)
     body = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}}
-    try:
+    async with connected(kubeconfig) as client:
         await client.request("create", "/api/v1/namespaces", resource="namespaces", body=body)
-    finally:
-        await client.close()
 
 
 async def acquisition(kubeconfig: str, count: int) -> list[Row]:
     """Measures LockManager.acquire of a free lock."""
-    client = await connect(kubeconfig)
-    store = KubernetesLeases(client, NAMESPACE)
-    me = NodeIdentity("bench-locks", "boot")
-    manager = LockManager(store, me, SystemClock(), random.Random(0), LockSettings(), NoOpTracer())
-    running = asyncio.create_task(manager.run())
-    key = DeviceKey(ServerKey("bench.invalid"), "1-1")
     times = []
-    try:
-        async with asyncio.timeout(READY_TIMEOUT_S):
-            await manager.ready.wait()
-        for _ in range(count):
-            began = time.perf_counter()
-            await manager.acquire(key)
-            times.append((time.perf_counter() - began) * 1e3)
-            await manager.release(key)
-    finally:
-        running.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await running
-        await client.close()
+    async with connected(kubeconfig) as client:
+        store, me = KubernetesLeases(client, NAMESPACE), NodeIdentity("bench-locks", "boot")
+        manager = LockManager(store, me, SystemClock(), random.Random(0), LockSettings(), NoOpTracer())
+        running = asyncio.create_task(manager.run())
+        key = DeviceKey(ServerKey("bench.invalid"), "1-1")
+        try:
+            async with asyncio.timeout(READY_TIMEOUT_S):
+                await manager.ready.wait()
+            for _ in range(count):
+                began = time.perf_counter()
+                await manager.acquire(key)
+                times.append((time.perf_counter() - began) * 1e3)
+                await manager.release(key)
+        finally:
+            running.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await running
     return p50_p99("lock acquired (API server)", times)
 
 
@@ -76,39 +70,38 @@ async def withdrawal(kubeconfig: str, count: int) -> list[Row]:
     All nodes and kubelets share one process, so each also waits for the others and for the Allocate.
     """
     names = ("taker", *(f"other{number}" for number in range(1, WITHDRAWING)))
-    clients = {name: await connect(kubeconfig) for name in names}
-    stores = {name: TimedLeases(client, NAMESPACE, name) for name, client in clients.items()}
     times = []
-    try:
-        async with virtual_server() as server:
-            place = Place(names, (server.key,), keys_of(server), leases=lambda node: stores[node])
-            (key,) = place.keys
-            async with nodes(place) as found:
-                taker, *others = found.nodes
-                for _ in range(count):
-                    stores[taker.name].taking_sent.clear()
-                    gone = [asyncio.create_task(_unhealthy(other, key)) for other in others]
-                    await timed_allocate(found, taker, key)
-                    sent = stores[taker.name].taking_sent[key.id]
-                    times += [(at - sent) * 1e3 for at in await asyncio.gather(*gone)]
-                    await found.end_pod(taker, key)
-                    for other in others:
-                        await other.until(RESOURCE, lambda devices: devices == {key.id: True})
-    finally:
-        for client in clients.values():
-            await client.close()
+    async with contextlib.AsyncExitStack() as stack:
+        clients = {name: await stack.enter_async_context(connected(kubeconfig)) for name in names}
+        stores = {name: TimedLeases(client, NAMESPACE, name) for name, client in clients.items()}
+        server = await stack.enter_async_context(virtual_server())
+        place = Place(names, (server.key,), keys_of(server), leases=lambda node: stores[node])
+        (key,) = place.keys
+        found = await stack.enter_async_context(nodes(place))
+        taker, *others = found.nodes
+        for _ in range(count):
+            stores[taker.name].taking_sent.clear()
+            gone = [asyncio.create_task(_unhealthy(other, key)) for other in others]
+            await timed_allocate(found, taker, key)
+            sent = stores[taker.name].taking_sent[key.id]
+            times += [(at - sent) * 1e3 for at in await asyncio.gather(*gone)]
+            await found.end_pod(taker, key)
+            for other in others:
+                await other.until(RESOURCE, lambda devices: devices == {key.id: True})
     name = f"Unhealthy at another node's kubelet after the lock write (API server, {WITHDRAWING} nodes)"
     return p50_p99(name, times, WITHDRAWAL_TARGET_MS)
 
 
 async def unanswered(cluster: Cluster, token: str) -> list[Row]:
     """Measures an Allocate, with the report of its failure to kubelet and Node, without answers of the API server."""
-    admin = await connect(cluster.kubeconfig(token))
     body = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "deaf"}}
-    await admin.request("create", "/api/v1/nodes", resource="nodes", body=body)
-    await admin.close()
-    async with proxy_to(cluster.port) as proxy, virtual_server() as server:
-        client = await connect(cluster.kubeconfig(token, f"https://127.0.0.1:{proxy.port}"))
+    async with contextlib.AsyncExitStack() as stack:
+        admin = await stack.enter_async_context(connected(cluster.kubeconfig(token)))
+        await admin.request("create", "/api/v1/nodes", resource="nodes", body=body)
+        proxy = await stack.enter_async_context(proxy_to(cluster.port))
+        server = await stack.enter_async_context(virtual_server())
+        through = cluster.kubeconfig(token, f"https://127.0.0.1:{proxy.port}")
+        client = await stack.enter_async_context(connected(through))
         store = KubernetesLeases(client, NAMESPACE)
         place = Place(
             ("deaf",),
@@ -118,15 +111,12 @@ async def unanswered(cluster: Cluster, token: str) -> list[Row]:
             kube=lambda _node: client,
             allocate_timeout=TIMEOUT_S,
         )
-        try:
-            async with nodes(place) as found:
-                proxy.flowing.clear()
-                began = time.perf_counter()
-                answer = await found.allocate(found.nodes[0], place.keys[0])
-                took = (time.perf_counter() - began) * 1e3
-                proxy.flowing.set()
-        finally:
-            await client.close()
+        async with nodes(place) as found:
+            proxy.flowing.clear()
+            began = time.perf_counter()
+            answer = await found.allocate(found.nodes[0], place.keys[0])
+            took = (time.perf_counter() - began) * 1e3
+            proxy.flowing.set()
     if answer.response is not None:
         raise RuntimeError("a device was given away without a lock")
     return [Row("Allocate without an answer of the API server ends within", took, "ms", TIMEOUT_S * 1e3)]

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.bench_nodes import config_of
 from bench.bench_rows import Row
 from tests.rigs.agents_rig import DONGLE
 from tests.rigs.api_process import Cluster
@@ -142,7 +143,7 @@ async def _place(scenario: Scenario, pod: InPod) -> AsyncIterator[Path]:
         stack.push_async_callback(asyncio.wait, [task])
         stack.callback(task.cancel)
         await listening.wait()
-        lines = ["resources:"]
+        config = "resources:\n"
         for number in range(scenario.resources):
             devices = [
                 VirtualDevice(f"1-{n + 1}", DONGLE, serial=f"S{n}", configured=True) for n in range(scenario.devices)
@@ -150,12 +151,8 @@ async def _place(scenario: Scenario, pod: InPod) -> AsyncIterator[Path]:
             server = VirtualServer(devices, reset_time=0)
             await server.start()
             stack.push_async_callback(server.stop)
-            lines += [
-                f"  bench{number}:",
-                f"    - target: {{host: 127.0.0.1, port: {server.key.port}}}",
-                f'      selector: {{vendor: "{DONGLE.vendor:04x}", product: "{DONGLE.product:04x}"}}',
-            ]
-        pod.config.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            config += config_of(number, server.key.port)
+        pod.config.write_text(config, encoding="utf-8")
         yield socket
 
 

@@ -14,7 +14,7 @@ from opentelemetry.trace import NoOpTracer, Tracer
 from tests.rigs.agents_rig import DONGLE, RESOURCE, Nodes
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
-from usbip_plugin.kube.client import KubeClient
+from usbip_plugin.kube.client import KubeClient, connect
 from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.locks.record import Lease, LeaseStore
 from usbip_plugin.model import DeviceKey, ServerKey
@@ -92,6 +92,24 @@ async def nodes(place: Place) -> AsyncIterator[Nodes]:
             node.kernel.enumeration_delay = place.enumeration_delay
         await found.connect(stack)
         yield found
+
+
+@contextlib.asynccontextmanager
+async def connected(kubeconfig: str) -> AsyncIterator[KubeClient]:
+    """Connects a client to the API server, and closes it at the end."""
+    client = await connect(kubeconfig)
+    try:
+        yield client
+    finally:
+        await client.close()
+
+
+def config_of(number: int, port: int, selector: str = "") -> str:
+    """Returns the lines of a configuration for the resource benchNUMBER: all devices of a server, or those selected."""
+    return (
+        f"  bench{number}:\n    - target: {{host: 127.0.0.1, port: {port}}}\n"
+        f'      selector: {{vendor: "{DONGLE.vendor:04x}", product: "{DONGLE.product:04x}"{selector}}}\n'
+    )
 
 
 @contextlib.asynccontextmanager

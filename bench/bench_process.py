@@ -11,12 +11,11 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.bench_nodes import NAMESPACE, virtual_server
+from bench.bench_nodes import NAMESPACE, config_of, connected, virtual_server
 from bench.bench_rows import Row
 from tests.rigs.agents_rig import DONGLE
 from tests.rigs.api_process import Cluster
 from tests.rigs.plugin_in_pod import STRIPPED, InPod, cpu_ms, switches
-from usbip_plugin.kube.client import connect
 from usbip_plugin.locks import record
 from usbip_plugin.locks.kubernetes import RESOURCE, KubernetesLeases
 from usbip_plugin.locks.record import Lease
@@ -67,7 +66,8 @@ async def _runs(cluster: Cluster, token: str, flags: tuple[str, ...], starts: in
     with tempfile.TemporaryDirectory(prefix="u-") as name:
         pod = InPod(Path(name), cluster, token, "bench-process")
         async with virtual_server(RESOURCES) as server:
-            pod.config.write_text(_config(server.key.port), encoding="utf-8")
+            resources = [config_of(n, server.key.port, f", bus_id: 1-{n + 1}") for n in range(RESOURCES)]
+            pod.config.write_text("resources:\n" + "".join(resources), encoding="utf-8")
             runs = [await _one(pod, flags, 0.0) for _ in range(starts + 1)]
             async with _locks(cluster.kubeconfig(token)):
                 return [*runs, await _one(pod, flags, idle_seconds)]
@@ -76,9 +76,8 @@ async def _runs(cluster: Cluster, token: str, flags: tuple[str, ...], starts: in
 @contextlib.asynccontextmanager
 async def _locks(kubeconfig: str) -> AsyncIterator[None]:
     """Creates the free Leases of so many devices."""
-    client = await connect(kubeconfig)
-    store, made = KubernetesLeases(client, NAMESPACE), []
-    try:
+    async with connected(kubeconfig) as client:
+        store, made = KubernetesLeases(client, NAMESPACE), []
         for number in range(LOCKS):
             key = DeviceKey(ServerKey("idle.invalid"), f"1-{number + 1}")
             notes = {**record.device_notes(key), record.USB_ID: str(DONGLE)}
@@ -86,10 +85,7 @@ async def _locks(kubeconfig: str) -> AsyncIterator[None]:
             made.append(await store.create(lease))
         yield
         for lease in made:
-            path = f"/apis/coordination.k8s.io/v1/namespaces/{NAMESPACE}/leases/{lease.name}"
-            await client.request("delete", path, resource=RESOURCE)
-    finally:
-        await client.close()
+            await store.delete(lease.name, lease.resource_version)
 
 
 async def _one(pod: InPod, flags: tuple[str, ...], idle_seconds: float) -> _Run:
@@ -115,14 +111,3 @@ async def _one(pod: InPod, flags: tuple[str, ...], idle_seconds: float) -> _Run:
                 took = time.perf_counter() - at
                 cpu, waits = cpu_ms(child.pid) - cpu, switches(child.pid) - waits
                 return _Run(registered, start_cpu, cpu / took, waits / took)
-
-
-def _config(port: int) -> str:
-    lines, usb_id = ["resources:"], f'vendor: "{DONGLE.vendor:04x}", product: "{DONGLE.product:04x}"'
-    for number in range(RESOURCES):
-        lines += [
-            f"  bench{number}:",
-            f"    - target: {{host: 127.0.0.1, port: {port}}}",
-            f"      selector: {{{usb_id}, bus_id: 1-{number + 1}}}",
-        ]
-    return "\n".join(lines) + "\n"

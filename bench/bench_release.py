@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 
-from bench.bench_nodes import NAMESPACE, Place, TimedLeases, keys_of, nodes, virtual_server
+from bench.bench_nodes import NAMESPACE, Place, TimedLeases, connected, keys_of, nodes, virtual_server
 from bench.bench_rows import Row, p50_p99
 from tests.rigs.agents_rig import RESOURCE
 from tests.rigs.api_process import Cluster
-from usbip_plugin.kube.client import KubeClient, connect
+from usbip_plugin.kube.client import KubeClient
 from usbip_plugin.locks import record
 from usbip_plugin.locks.record import Lease
 from usbip_plugin.model import PodRef
@@ -42,35 +43,33 @@ class Releases(TimedLeases):
 
 async def release(cluster: Cluster, token: str, count: int) -> list[Row]:
     """Measures releases after a pod has left the kubelet's list and is deleted. The agent sees both."""
-    client = await connect(cluster.kubeconfig(token))
-    store = Releases(client)
     times = []
-    try:
+    async with contextlib.AsyncExitStack() as stack:
+        client = await stack.enter_async_context(connected(cluster.kubeconfig(token)))
+        store = Releases(client)
         await client.request("create", "/api/v1/nodes", resource="nodes", body=_object("Node", NODE))
         account = _object("ServiceAccount", "default")  # no controller makes it here
         await client.request("create", ACCOUNTS, resource="serviceaccounts", body=account)
-        async with virtual_server() as server:
-            place = Place(
-                (NODE,), (server.key,), keys_of(server), lambda _node: store, kube=lambda _node: client, pods=True
-            )
-            async with nodes(place) as found:
-                (node,) = found.nodes
-                for number in range(count):
-                    store.noted.clear()
-                    store.released.clear()
-                    pod = await _made(client, f"pod-{number}", node.resource(RESOURCE))
-                    await node.admit(pod, {RESOURCE: 1})
-                    async with asyncio.timeout(PATIENCE_S):
-                        await store.noted.wait()
-                    began = time.perf_counter()
-                    node.kubelet.end(pod)
-                    await _deleted(client, pod)
-                    async with asyncio.timeout(PATIENCE_S):
-                        await store.released.wait()
-                    times.append((store.released_at - began) * 1e3)
-                    await node.until(RESOURCE, lambda devices: all(devices.values()))
-    finally:
-        await client.close()
+        server = await stack.enter_async_context(virtual_server())
+        place = Place(
+            (NODE,), (server.key,), keys_of(server), lambda _node: store, kube=lambda _node: client, pods=True
+        )
+        found = await stack.enter_async_context(nodes(place))
+        (node,) = found.nodes
+        for number in range(count):
+            store.noted.clear()
+            store.released.clear()
+            pod = await _made(client, f"pod-{number}", node.resource(RESOURCE))
+            await node.admit(pod, {RESOURCE: 1})
+            async with asyncio.timeout(PATIENCE_S):
+                await store.noted.wait()
+            began = time.perf_counter()
+            node.kubelet.end(pod)
+            await _deleted(client, pod)
+            async with asyncio.timeout(PATIENCE_S):
+                await store.released.wait()
+            times.append((store.released_at - began) * 1e3)
+            await node.until(RESOURCE, lambda devices: all(devices.values()))
     return p50_p99("lock free after the pod's end (API server, simulated kernel)", times, TARGET_MS)
 
 
