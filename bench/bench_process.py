@@ -85,7 +85,8 @@ async def _locks(kubeconfig: str) -> AsyncIterator[None]:
             made.append(await store.create(lease))
         yield
         for lease in made:
-            await store.delete(lease.name, lease.resource_version)
+            path = f"/apis/coordination.k8s.io/v1/namespaces/{NAMESPACE}/leases/{lease.name}"
+            await client.request("delete", path, resource=RESOURCE)
 
 
 async def _one(pod: InPod, flags: tuple[str, ...], idle_seconds: float) -> _Run:

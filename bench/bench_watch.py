@@ -163,9 +163,9 @@ async def watch() -> list[Row]:
             ):
                 await asyncio.sleep(0.05)
         # real servers do not list devices in use, so that no expiry is observed (R4); these servers list all
-        hidden = agent.locks.importable_changed
-        agent.locks.set_importable = lambda device_ids: None  # type: ignore[method-assign]
-        agent.locks.importable_changed = lambda device_id, *, importable: (  # type: ignore[method-assign]
+        hidden = agent.locks.expiry.importable_changed
+        agent.locks.expiry.set_importable = lambda device_ids: None  # type: ignore[method-assign]
+        agent.locks.expiry.importable_changed = lambda device_id, *, importable: (  # type: ignore[method-assign]
             None if importable else hidden(device_id, importable=False)
         )
         # no poll, as the servers run in this process

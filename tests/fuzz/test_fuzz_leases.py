@@ -360,7 +360,7 @@ async def test_an_invalid_lock_is_held_until_it_expires_and_affects_no_other(
         assert (await manager.acquire(OTHER)).lock.holder == ME.node
         await check_texts(manager, api)
         # its server lists the device and no node renews the lock, so it expires within an hour
-        manager.set_importable(frozenset({KEY.id}))
+        manager.expiry.set_importable(frozenset({KEY.id}))
         await until(manager, lambda: manager.lock_status(KEY.id) is LockStatus.EXPIRED)
         grant = await manager.acquire(KEY)
         assert api.holder(KEY.id) == ME.node

@@ -1,4 +1,4 @@
-"""Metrics of nodes after the events of a device's life, and docs/metrics.md, which lists them all."""
+"""Metrics of nodes after the events of a device's life, and docs/reference/metrics.md, which lists them all."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from usbip_sim.virtual.surroundings import ClusterSpec
 
 STICK = "usbip.dev/stick"
 A, B = "node-a", "node-b"
-DOCUMENT = Path(__file__).parents[2] / "docs" / "metrics.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "reference" / "metrics.md"
 DOMAIN = Cluster.domain
 OFFSET = 1000.0
 """Offset in seconds of a node's clock, as Cluster sets it."""
@@ -245,7 +245,7 @@ async def test_locks_of_the_predecessor_are_not_counted_again() -> None:
         await c.admitted(device)
         await c[A].stop()
         c[A].start()
-        m.figures[A].follow(agent(c[A]))
+        m.figures[A].follow(agent(c[A]), DropCounts())
         await c.becomes(c[A], device, healthy=True)
         assert m.value(A, "locks_held") == 1
         assert m.value(A, "lock_transitions_total", transition="taken") == 0

@@ -192,7 +192,7 @@ async def test_another_device_of_its_kind_under_its_own_busid_is_not_taken_for_i
         replug(lab, stick("1-1", "BLUE"))
         await c.becomes(node, HOME, healthy=False)
         assert not await c.settle(lambda: c.health(node)[HOME.id], 30)
-        assert "its serial number is BLUE" in detail(node, HOME)
+        assert "expected serial number RED, got BLUE" in detail(node, HOME)
         lab.plug(stick("1-2", "RED"))
         await c.becomes(node, HOME, healthy=True, within=FOUND_S)
         assert node.attached() == {HERE}

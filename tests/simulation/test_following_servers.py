@@ -38,7 +38,7 @@ async def test_a_free_device_is_offered_from_the_server_where_it_is_plugged_in_n
             await c.becomes(node, THERE, healthy=True, within=FOUND_S)
             await c.becomes(node, HOME, healthy=False)
             assert reason(node, HOME) is Reason.MOVED
-            assert "RED is attic:3240/7-2 now" in detail(node, HOME)
+            assert "RED is now at attic:3240/7-2" in detail(node, HOME)
         assert attic.table.granted == 1, "read once for all nodes"
         assert await c["node-a"].admit(pod("p"), "stick") is None
         assert c["node-a"].attached() == {THERE}
@@ -55,7 +55,7 @@ async def test_a_device_that_a_pod_has_is_attached_from_the_server_where_it_is_n
         await c.becomes(node, HOME, healthy=False)
         await c.becomes(node, HOME, healthy=True, within=FOUND_S)
         assert node.attached() == {THERE}
-        assert "listed as attic:3240/7-2 now" in detail(node, HOME)
+        assert "now listed as attic:3240/7-2" in detail(node, HOME)
         assert (c.holder(HOME), c.holder(THERE)) == ("node-a", "node-a")
         assert c.backend.leases[HOME.id].transitions == epoch, "the claim has not changed"
         assert c.backend.leases[THERE.id].annotations[record.IN_PLACE_OF] == HOME.id

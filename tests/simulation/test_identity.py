@@ -65,7 +65,7 @@ async def test_a_free_device_that_is_plugged_in_elsewhere_is_offered_from_there_
         carry(lab, "1-1", lab, "1-2")
         await everywhere(c, new, Reason.FREE)
         await everywhere(c, old, Reason.MOVED)
-        assert all("RED is lab:3240/1-2 now" in detail(node, old) for node in c.nodes.values())
+        assert all("RED is now at lab:3240/1-2" in detail(node, old) for node in c.nodes.values())
         assert lab.table.granted == granted + 1, "read once for all nodes"
         assert await c["node-b"].admit(pod("p"), "stick") is None
         assert c["node-b"].attached() == {new}
@@ -176,7 +176,7 @@ async def test_an_allocate_fails_if_the_device_has_another_serial_number_than_it
         c.mislead(device, "RED")
         await c.all_healthy(device)
         node = c["node-a"]
-        with pytest.raises(WrongSerial, match="1-1 is not RED: its serial number is BLUE"):
+        with pytest.raises(WrongSerial, match="1-1: expected serial number RED, got BLUE"):
             await c.allocate(node, device)
         await c.freed(device)
         assert not node.kernel.records["node-a"]
@@ -254,7 +254,7 @@ async def test_devices_with_a_duplicate_serial_number_are_not_offered_and_logged
             assert "also belongs to lab:3240/1-2" in detail(node, one)
             assert await node.admit(pod("p"), "stick") is not None
             await asyncio.sleep(30)
-            assert _count(caplog, "several devices tell one serial number, none of them is offered by it") == 1
+            assert _count(caplog, "duplicate serial number, devices not offered") == 1
             lab.unplug("1-2")
             await everywhere(c, one, Reason.FREE)
             assert await node.admit(pod("q"), "stick") is None
@@ -280,7 +280,7 @@ async def test_a_device_that_two_resources_offer_is_logged_once(caplog: pytest.L
             await everywhere(c, key(lab, "1-1"), Reason.NOT_LISTED)
             lab.plug(stick("1-1"))
             await c.all_healthy(key(lab, "1-1"), name="two")
-    message = "offered as several resources, and in use as one of them only"
+    message = "devices offered by several resources, usable by one at a time"
     assert _count(caplog, message) == 1
     (line,) = (line for line in caplog.records if line.getMessage() == message)
     assert line.__dict__["resources"] == ["one", "two"]

@@ -148,7 +148,7 @@ def test_every_log_line_about_a_device_in_use_has_its_trace_id(written: Written)
     story = played(life)
     (trace,) = {span.trace_id for span in story.spans}
     lines = written.lines()
-    of_device = ("allocated", "attachment lost", "device re-attached", "device released", "unhealthy")
+    of_device = ("devices allocated", "attachment lost", "device re-attached", "device released", "device unhealthy")
     assert {line["msg"] for line in lines} >= set(of_device)
     assert {line.get("trace_id") for line in lines if line["msg"] in of_device} == {trace}
     spans = {span.span_id: span.name for span in story.spans}

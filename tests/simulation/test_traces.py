@@ -1,4 +1,4 @@
-"""Traces of devices: one for each allocation, over nodes and processes, as docs/tracing.md documents."""
+"""Traces of devices: one for each allocation, over nodes and processes, as docs/reference/tracing.md documents."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def all_stories() -> list[Story]:
 
 
 def documented() -> dict[str, tuple[str, frozenset[str]]]:
-    """Returns {span: (kind, attributes)} of docs/tracing.md, with the attributes of its groups."""
+    """Returns {span: (kind, attributes)} of docs/reference/tracing.md, with the attributes of its groups."""
     text = DOC.read_text(encoding="utf-8")
     groups = {
         match[1]: frozenset(re.findall(r"`([a-z0-9_.]+)`", match[2]))
