@@ -184,7 +184,7 @@ class _Sink(asyncio.Transport):
 def virtual_server(data: bytes) -> None:
     """Sends any bytes to a virtual server, in pieces of 97."""
     server = VirtualServer([DEVICE], port=3240, listen=False)
-    connection = _Connection(server)
+    connection = ServerConnection(server)
     connection._transport = transport = _Sink()
     server.opened(connection)
     for start in range(0, len(data), 97):

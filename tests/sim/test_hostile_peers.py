@@ -9,6 +9,7 @@ import random
 import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,7 @@ from usbip_plugin.errors import VhciError
 from usbip_plugin.model import UsbId
 from usbip_plugin.usbip import wire as usbip_wire
 from usbip_plugin.usbip.wire import ProtocolViolation
+from usbip_sim.kernel import wire
 from usbip_sim.kernel.channel import MAX_MESSAGE, Channel
 from usbip_sim.kernel.ports import SimulatedKernel
 from usbip_sim.kernel.remote import RemoteVhci
@@ -47,9 +49,9 @@ async def kernel_service(path: Path) -> AsyncIterator[None]:
         b"\xff",
         b"[" * 50_000,
         b'{"cancel": {}}',
-        b'{"id": {}, "call": "ports"}',
-        b'{"id": 1, "version": 1, "call": "detach", "port": 0, "timeout": NaN}',
-        b'{"id": 1, "version": 1, "call": "attach", "key": null}',
+        b'{"id": {}, "version": 5, "request": {"call": "ports"}}',
+        b'{"id": 1, "version": 5, "request": {"call": "detach", "port": 0, "timeout": NaN}}',
+        b'{"id": 1, "version": 5, "request": {"call": "inspect", "key": null, "port": 0}}',
     ],
     ids=lambda message: ascii(message[:60]),
 )
@@ -85,6 +87,18 @@ async def test_a_driver_raises_an_error_of_its_own_for_a_malformed_answer(answer
         ours.send(json.dumps({"id": request["id"], **answer}).encode())
         with pytest.raises(VhciError):
             await calling
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["x" * (wire.MAX_TEXT + 1), "\x1b", [0] * (wire.MAX_ITEMS + 1), -1, 1 << 32, {"port": 1 << 16}, {"interface": 256}],
+    ids=lambda value: ascii(value)[:20],
+)
+def test_a_value_beyond_a_limit_is_refused_at_any_depth(value: Any) -> None:
+    for _ in range(5_000):
+        value = [{"x": value}]
+    with pytest.raises(ValueError, match="expected"):
+        wire.read(value, list)
 
 
 def transfers() -> tuple[usbip_wire.Decoding[None], bytearray]:
@@ -123,7 +137,8 @@ async def test_a_client_that_asks_without_reading_is_not_read_from() -> None:
     while connection is None:
         await asyncio.sleep(0)
         (connection,) = server._open or [None]
-    transport = connection._transport  # type: ignore[attr-defined]
+    transport = connection._transport
+    assert transport is not None
     sent = 0
     async with asyncio.timeout(LIMIT_S):
         while transport.is_reading():

@@ -56,7 +56,7 @@ class Wrong:
     """
 
     rules: Rules = field(default_factory=Rules)
-    driver: Callable[[VhciDriver], VhciDriver] = unchanged
+    driver: Callable[[VhciDriver], VhciDriver] = lambda driver: driver
     patches: Sequence[tuple[object, str, object]] = ()
 
 
