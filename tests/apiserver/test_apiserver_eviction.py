@@ -74,10 +74,10 @@ async def test_the_plugin_evicts_a_pod_and_no_other_of_its_name(admin: KubeClien
         await ask(account, PodRef(pod.namespace, pod.name, "5c0e4aee-0000-4000-8000-000000000000"))
     assert await exists(admin, pod)
 
-    evictor = Evictor(account, SystemClock(), random.Random(1), lambda _pod: True, lambda _pod: None)
+    evictor = Evictor(account, SystemClock(), random.Random(1), lambda _pod: True, lambda _pod, _cause: None)
     task = asyncio.create_task(evictor.run())
     try:
-        evictor.evict(pod)
+        evictor.evict(pod, "a test")
         async with asyncio.timeout(PATIENCE_S):
             while await exists(admin, pod):  # noqa: ASYNC110 - the API server has the event
                 await asyncio.sleep(POLL_S)

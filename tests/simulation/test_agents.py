@@ -281,6 +281,7 @@ async def test_a_pod_whose_device_came_back_with_other_nodes_is_evicted_if_its_r
         assert node.evicted == []
         await c.lost_and_back(node, device)
         assert node.evicted == ([pod("p")] if on_loss is OnLoss.EVICT else [])
+        assert node.eviction_causes in ([], [f"{device} was re-attached with other device nodes"])
         assert node.attached() == {device}, "until the pod is gone"
 
 
@@ -709,6 +710,7 @@ async def test_a_pod_that_lost_its_device_to_another_is_evicted_if_its_resource_
     async with one_stick(keepalive=True, on_loss=OnLoss.EVICT) as (c, _lab, device):
         a, _b = await away_and_taken_over(c, device)
         assert a.evicted == [pod("p")]
+        assert a.eviction_causes == [f"node node-b took {device}"]
 
 
 @stepped

@@ -46,13 +46,13 @@ class Attachments:
         resources: Resources,
         specs: CdiSpecs,
         events: EventSink,
-        evict: Callable[[PodRef], None],
+        evict: Callable[[PodRef, str], None],
         on_step: Callable[[str, float], None],
         on_reattach: Callable[[Reattach], None],
     ) -> None:
         """Makes the parts. Nothing runs before run().
 
-        evict(pod): begins to evict a pod whose device was lost, or came back with other device nodes.
+        evict(pod, cause): begins to evict a pod that has lost its device, or whose device has other device nodes now.
         on_step(step, seconds): called when a step of an attach or a release has ended.
         on_reattach(result): called when a try to re-attach a device has ended.
         """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self
 
@@ -176,12 +176,9 @@ def taken_over(key: DeviceKey, former: Lock, node: str) -> DeviceEvent:
     return DeviceEvent(EventKind.TAKEN_OVER, key, text, former.pod)
 
 
-def evicted(pod: PodRef, keys: Iterable[DeviceKey]) -> DeviceEvent:
+def evicted(pod: PodRef, cause: str) -> DeviceEvent:
     """Returns the event that the API server has accepted the eviction of a pod."""
-    devices = ", ".join(map(str, sorted(keys))) or "its device"
-    return DeviceEvent(
-        EventKind.EVICTED, None, f"evicted because {devices} was re-attached with other device nodes", pod
-    )
+    return DeviceEvent(EventKind.EVICTED, None, f"evicted because {cause}", pod)
 
 
 def events_of(notice: DeviceEvent) -> tuple[tuple[EventText, PodRef | None], ...]:

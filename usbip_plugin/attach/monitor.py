@@ -57,9 +57,9 @@ class AttachmentMonitor:
         releaser: Releaser,
         reattacher: Reattacher,
         events: EventSink,
-        evict: Callable[[PodRef], None],
+        evict: Callable[[PodRef, str], None],
     ) -> None:
-        """Takes evict(pod), which begins to evict a pod that has lost its device to another node."""
+        """Takes evict(pod, cause), which begins to evict a pod whose device has lost its lock."""
         self._me = context.me
         self._clock = context.clock
         self._driver = driver
@@ -224,7 +224,8 @@ class AttachmentMonitor:
                 and claim.pod is not None
                 and claim.pod.uid is not None
             ):
-                self._evict(claim.pod)
+                lost = f"node {holder} took {claim.key}" if holder else f"nobody holds the lock of {claim.key} now"
+                self._evict(claim.pod, lost)
         self._reattacher.look_again(change.device_id)
         self.begin_withdrawal(change.device_id)
 

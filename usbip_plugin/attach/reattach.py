@@ -121,12 +121,12 @@ class Reattacher:
         releaser: Releaser,
         locator: DeviceLocator,
         events: EventSink,
-        evict: Callable[[PodRef], None],
+        evict: Callable[[PodRef, str], None],
         on_reattach: Callable[[Reattach], None],
     ) -> None:
         """Subscribes to the poller and the locator.
 
-        evict: begins to evict a pod whose device came back with other device nodes.
+        evict(pod, cause): begins to evict a pod whose device was re-attached with other device nodes.
         on_reattach: called with the result of each try.
         """
         self._clock = context.clock
@@ -164,7 +164,7 @@ class Reattacher:
         To be called when the pod becomes known. Only resources with onLoss evict do so, see after_reattach().
         """
         if claim.state is ClaimState.ATTACHED and claim.allocated_as is not None and claim.attachment is not None:
-            self._evict_if(self._verdict(claim, claim.allocated_as, claim.attachment), claim.pod)
+            self._evict_if(self._verdict(claim, claim.allocated_as, claim.attachment), claim)
 
     def _look_everywhere(self) -> None:
         for device_id in self._stirs:
@@ -326,7 +326,7 @@ class Reattacher:
         changed = EventKind.RESTART_NEEDED if verdict is AfterReattach.RESTART else EventKind.NODES_CHANGED
         what = EventKind.REATTACHED if same else changed
         self._events(DeviceEvent(what, claim.key, verdict.value, claim.pod))
-        self._evict_if(verdict, claim.pod)
+        self._evict_if(verdict, claim)
         lock = self._locks.locks.get(claim.id)
         if claim.pod is not None and lock is not None and lock.pod is None:  # it was acquired anew
             self._tasks.spawn(self._tasks.note_pod(claim.key, claim.pod), f"note pod {claim.pod}")
@@ -335,6 +335,6 @@ class Reattacher:
         wants, by_cdi = self._resources.resource_of(claim), bool(claim.container_indexes)
         return after_reattach(before, after, wants.on_loss, claim.pod, by_cdi=by_cdi, children=wants.children)
 
-    def _evict_if(self, verdict: AfterReattach, pod: PodRef | None) -> None:
-        if verdict is AfterReattach.EVICT and pod is not None:
-            self._evict(pod)
+    def _evict_if(self, verdict: AfterReattach, claim: Claim) -> None:
+        if verdict is AfterReattach.EVICT and claim.pod is not None:
+            self._evict(claim.pod, f"{claim.key} was re-attached with other device nodes")

@@ -126,11 +126,11 @@ def several(value: _T | tuple[_T, ...] | None) -> tuple[_T, ...]:
 
 
 class OnLoss(enum.Enum):
-    """The action for a pod whose device has come back with different device nodes.
+    """The action for a pod whose device was re-attached with other device nodes or (EVICT only) has lost its lock.
 
     KEEP: the pod stays as it is.
-    RESTART: a warning asks the pod's container to end, so that the kubelet starts it again. Needs cdi.
-    EVICT: the plugin evicts the pod, so that its successor gets the device anew.
+    RESTART: a warning Event asks for the end of the pod's container, so that the kubelet starts it again. Needs cdi.
+    EVICT: the plugin evicts the pod, so that its successor gets the device.
     """
 
     KEEP = "keep"

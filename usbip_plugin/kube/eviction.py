@@ -47,7 +47,7 @@ class Evictor:
     """Worker that evicts pods. Works only while run() runs.
 
     Tries each pod until the API server accepts, the pod is gone, or wanted(pod) is False before a try. Calls
-    on_evicted(pod) when an eviction was accepted. Logs errors and never raises them.
+    on_evicted(pod, cause) when an eviction was accepted. Logs errors and never raises them.
     """
 
     def __init__(
@@ -56,32 +56,35 @@ class Evictor:
         clock: Clock,
         rng: random.Random,
         wanted: Callable[[PodRef], bool],
-        on_evicted: Callable[[PodRef], None],
+        on_evicted: Callable[[PodRef, str], None],
     ) -> None:
         self._api, self._clock, self._rng, self._wanted, self._on_evicted = api, clock, rng, wanted, on_evicted
-        self._queue: asyncio.Queue[tuple[PodRef, Context]] = asyncio.Queue()
+        self._queue: asyncio.Queue[tuple[PodRef, str, Context]] = asyncio.Queue()
         self._under_way: set[PodRef] = set()
 
-    def evict(self, pod: PodRef) -> None:
-        """Starts the eviction of a pod, in the caller's trace. Does nothing while one of the same pod is under way."""
+    def evict(self, pod: PodRef, cause: str) -> None:
+        """Starts the eviction of a pod, in the caller's trace. Does nothing while one of the same pod is under way.
+
+        cause: words for on_evicted.
+        """
         if pod not in self._under_way:
             self._under_way.add(pod)
-            self._queue.put_nowait((pod, copy_context()))
+            self._queue.put_nowait((pod, cause, copy_context()))
 
     async def run(self) -> None:
         """Runs until cancelled. Evictions under way are then given up."""
         async with asyncio.TaskGroup() as tasks:
             while True:
-                pod, context = await self._queue.get()
-                tasks.create_task(self._evict(pod), name=f"evict {pod}", context=context)
+                pod, cause, context = await self._queue.get()
+                tasks.create_task(self._evict(pod, cause), name=f"evict {pod}", context=context)
 
-    async def _evict(self, pod: PodRef) -> None:
+    async def _evict(self, pod: PodRef, cause: str) -> None:
         waits = backoff(self._rng, BACKOFF_FIRST_S, BACKOFF_MAX_S)
         try:
             while self._wanted(pod):
                 wait = next(waits)
                 try:
-                    await self._request(pod)
+                    await self._request(pod, cause)
                 except KubeForbidden as error:
                     log.warning("eviction forbidden", extra={"pod": str(pod), "cause": str(error)})
                     wait = FORBIDDEN_WAIT_S
@@ -94,7 +97,7 @@ class Evictor:
         finally:
             self._under_way.discard(pod)
 
-    async def _request(self, pod: PodRef) -> None:
+    async def _request(self, pod: PodRef, cause: str) -> None:
         path = f"/api/v1/namespaces/{quote(pod.namespace, safe='')}/pods/{quote(pod.name, safe='')}/eviction"
         try:
             await self._api.request("create", path, resource=EVICTIONS, body=eviction(pod), timeout=REQUEST_TIMEOUT_S)
@@ -102,4 +105,4 @@ class Evictor:
             log.info("pod ended before its eviction", extra={"pod": str(pod)})
         else:
             log.info("pod evicted", extra={"pod": str(pod)})
-            self._on_evicted(pod)
+            self._on_evicted(pod, cause)

@@ -76,7 +76,7 @@ class AgentDependencies:
     """Everything outside the process that a node's agent works with.
 
     pods: the pods of the node; None to watch them through kube.
-    evict: begins the eviction of a pod; None to evict through kube.
+    evict(pod, cause): begins the eviction of a pod; None to evict through kube.
     write_counts: writes allocatable counts on the Node; None to write them through kube.
     count_nodes: returns how many nodes run the plugin, raises KubeError if that is not known; None for one node.
     """
@@ -93,7 +93,7 @@ class AgentDependencies:
     rng: random.Random
     tracer: Tracer
     pods: PodView | None = None
-    evict: Callable[[PodRef], None] | None = None
+    evict: Callable[[PodRef, str], None] | None = None
     write_counts: WriteCounts | None = None
     count_nodes: Callable[[], Awaitable[int]] | None = None
 
@@ -150,7 +150,7 @@ class Agent:
             resources=self.inventory,
             specs=CdiSpecs(out.specs, domain, self.inventory),
             events=observer.on_notice,
-            evict=out.evict or (self.evictor.evict if self.evictor is not None else lambda _pod: None),
+            evict=out.evict or (self.evictor.evict if self.evictor is not None else lambda _pod, _cause: None),
             on_step=observer.on_step,
             on_reattach=observer.on_reattach,
         )
@@ -252,5 +252,5 @@ class Agent:
     def _uses_device(self, pod: PodRef) -> bool:
         return any(claim.pod == pod for claim in self.claims.view.values())
 
-    def _evicted(self, pod: PodRef) -> None:
-        self._on_notice(evicted(pod, [claim.key for claim in self.claims.view.values() if claim.pod == pod]))
+    def _evicted(self, pod: PodRef, cause: str) -> None:
+        self._on_notice(evicted(pod, cause))

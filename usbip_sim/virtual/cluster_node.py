@@ -68,6 +68,9 @@ class ClusterNode:
         self.known_pods = AdmittedPods(self.kubelet)
         self.specs = MemorySpecs(cluster.domain)
         self.evicted: list[PodRef] = []
+        """Pods whose eviction the agent asked for, in order. The caller ends them."""
+        self.eviction_causes: list[str] = []
+        """The causes that the agent gave for these evictions, in the same order."""
         self.agent: Agent | None = None
         self.process: Process | None = None
         self.leases: MemoryLeases | None = None
@@ -119,7 +122,7 @@ class ClusterNode:
             rng=rng,
             tracer=cluster.spec.tracer(self.name),
             pods=self.known_pods,
-            evict=self.evicted.append,
+            evict=self._evict,
             write_counts=self.status_api.write,
             count_nodes=self._count_nodes,
         )
@@ -132,6 +135,10 @@ class ClusterNode:
             observer=cluster.spec.observer(self.name),
         )
         self._task = process.create_task(self.agent.run(), "agent")
+
+    def _evict(self, pod: PodRef, cause: str) -> None:
+        self.evicted.append(pod)
+        self.eviction_causes.append(cause)
 
     async def _count_nodes(self) -> int:
         if self.partitioned:

@@ -39,9 +39,8 @@ def test_a_refusal_says_what_the_pod_was_told_and_whether_somebody_has_the_devic
         assert refused("r", error).what is EventKind.FAILED
 
 
-def test_an_eviction_names_the_devices() -> None:
-    assert told(evicted(POD, [KEY])) == {POD: "evicted because lab:3240/1-1 was re-attached with other device nodes"}
-    assert "its device" in told(evicted(POD, []))[POD]
+def test_an_eviction_names_its_cause() -> None:
+    assert told(evicted(POD, f"node node-b took {KEY}")) == {POD: "evicted because node node-b took lab:3240/1-1"}
 
 
 def test_the_document_has_every_kind_with_its_type_and_object() -> None:

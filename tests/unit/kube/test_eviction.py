@@ -23,13 +23,17 @@ POD = PodRef("lab", "scanner", "uid-1")
 PATH = "/api/v1/namespaces/lab/pods/scanner/eviction"
 
 
-async def evict(api: ApiDouble, *, times: int = 1, wanted_for: float = 3600.0) -> list[PodRef]:
+async def evict(api: ApiDouble, *, times: int = 1, wanted_for: float = 3600.0) -> list[tuple[PodRef, str]]:
     """Runs an Evictor for an hour, which is told of the pod at its beginning. What it says was evicted."""
     loop = asyncio.get_running_loop()
-    told: list[PodRef] = []
-    evictor = Evictor(api, SimClock(loop), random.Random(1), lambda _pod: loop.time() < wanted_for, told.append)
+    told: list[tuple[PodRef, str]] = []
+
+    def on_evicted(pod: PodRef, cause: str) -> None:
+        told.append((pod, cause))
+
+    evictor = Evictor(api, SimClock(loop), random.Random(1), lambda _pod: loop.time() < wanted_for, on_evicted)
     for _ in range(times):
-        evictor.evict(POD)
+        evictor.evict(POD, "it lost its device")
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(3600):
             await evictor.run()
@@ -39,7 +43,7 @@ async def evict(api: ApiDouble, *, times: int = 1, wanted_for: float = 3600.0) -
 @virtual
 async def test_a_pod_is_evicted_once_and_by_its_uid() -> None:
     api = ApiDouble()
-    assert await evict(api, times=3) == [POD]
+    assert await evict(api, times=3) == [(POD, "it lost its device")]
     (call,) = api.calls
     assert (call.verb, call.path, call.resource) == ("create", PATH, "pods/eviction")
     assert call.body == {
