@@ -143,7 +143,7 @@ def _claim_health(claim: Claim, snapshot: Snapshot) -> Health:
             return Health(Reason.ATTACHED, f"port {claim.port}{where}" + (f", pod {claim.pod}" if claim.pod else ""))
         case ClaimState.REATTACHING:
             why = f"; {claim.blocked_by}" if claim.blocked_by else ""
-            return Health(Reason.LOST, f"connection to {claim.key.server} lost{why}")
+            return Health(Reason.LOST, f"connection to {claim.location.server} lost{why}")
         case ClaimState.LOST:
             by_hand = "released by hand; delete its pod" if lock is not None and lock.by_hand else ""
             return Health(Reason.LOCK_LOST, _held_by(lock) if lock is not None and lock.holder else by_hand)

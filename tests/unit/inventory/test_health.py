@@ -30,7 +30,7 @@ from usbip_plugin.inventory.facts import ApiStatus, PortSummary, Snapshot
 from usbip_plugin.inventory.health import API_GRACE
 from usbip_plugin.inventory.members import learn
 from usbip_plugin.locks.protocol import LockStatus
-from usbip_plugin.model import DeviceKey, Health, Identity, Reason
+from usbip_plugin.model import DeviceKey, Health, Identity, Reason, ServerKey
 from usbip_plugin.usbip.poller import ServerState
 
 
@@ -121,6 +121,12 @@ def test_what_keeps_a_lost_device_from_coming_back_is_said() -> None:
     assert advertise(learn({}, now), now)["stick"][0].health == Health(
         Reason.LOST, "connection to lab:3240 lost; because"
     )
+
+
+def test_a_lost_device_that_was_followed_names_the_server_it_was_attached_from() -> None:
+    there = DeviceKey(ServerKey("other"), "1-2")
+    now = facts(claims={KEY.id: Claim(KEY, STICK, ClaimState.REATTACHING, resource="stick", moved_to=there)})
+    assert health_of(now) == Health(Reason.LOST, "connection to other:3240 lost")
 
 
 def test_a_device_is_what_it_told_as_long_as_it_is_listed_as_the_same() -> None:
