@@ -122,7 +122,7 @@ async def test_a_device_of_two_resources_is_still_one_device() -> None:
         assert await c.settle(lambda: not c.health(node, "any")[device.id], 1)
         assert c.health(node, "stick")[device.id]
         assert "no healthy devices" in str(await node.admit(pod("q"), "any"))
-        with pytest.raises(ClaimBusy, match="of stick"):  # a kubelet without the new list
+        with pytest.raises(ClaimBusy, match="through resource stick"):  # a kubelet without the new list
             await c.allocate(node, device, name="any")
         await node.stop()
         node.start()

@@ -253,7 +253,7 @@ async def test_a_place_that_another_pod_has_is_attached_when_it_is_free() -> Non
 @stepped
 async def test_an_allocate_of_the_place_fails_and_names_the_former_bus_id() -> None:
     async with red_followed() as (c, _lab, node):
-        with pytest.raises(ClaimBusy, match="under its former bus ID, lab:3240/1-1"):
+        with pytest.raises(ClaimBusy, match="it is the device that was allocated as lab:3240/1-1"):
             await c.allocate(node, HERE)
         again = await c.allocate(node, HOME)
         assert again.devices, "the device keeps its former bus id"

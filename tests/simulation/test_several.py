@@ -245,7 +245,7 @@ async def test_a_device_that_is_lost_while_the_next_is_attached_is_not_in_the_an
             assert paths == {usb_node(node, one), usb_node(node, two)}
             assert before not in paths
         else:
-            assert f"{one} was lost while {two} was attached, and is Reattaching" in str(failure)
+            assert f"{one} was lost during the attach of {two}" in str(failure)
             await c.freed(one, two, within=20)
 
 

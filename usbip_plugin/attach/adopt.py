@@ -1,4 +1,4 @@
-"""Adoption of what the previous process left: locks that name this node, and devices on ports, become claims again."""
+"""Makes claims at start of what the previous process left: locks that name this node, and devices on vhci ports."""
 
 from __future__ import annotations
 
@@ -28,8 +28,11 @@ class Adoption(enum.Enum):
     """What to do at start with a lock that names this node."""
 
     ADOPT = "the port still carries it"
+    """A vhci port still has the device attached: it stays attached."""
     REATTACH = "no attachment, but a pod has it"
+    """The device is not attached, and a pod has it, or may have it: it is re-attached."""
     RELEASE = "no attachment, nobody uses it"
+    """The device is not attached, and no pod has it: its lock is released."""
 
 
 def decide_adoption(
@@ -39,11 +42,10 @@ def decide_adoption(
 
     An attachment made under another boot id is gone with the old kernel, whatever the port records contain.
 
-    attached: whether a port carries the device.
+    attached: whether a vhci port has the device.
     used: whether a pod has the device; None if that is not known because pod-resources could not be read. The lock of a
         device that may be used is not released.
-    orphan: whether the lock was taken in place of another device that cannot be adopted together with it, or is not
-        this node's any more. Such a lock is released.
+    orphan: whether the lock is of a device's new bus ID and must be released, see Adopter._is_orphan().
     """
     if orphan:
         return Adoption.RELEASE
@@ -77,15 +79,15 @@ class Adopter:
         self._monitor = monitor
         self._unreadable = ""
 
-    async def adopt(self, used: Mapping[str, DeviceUser], *, complete: bool, deprived: bool) -> None:
+    async def adopt(self, used: Mapping[str, DeviceUser], *, complete: bool, also_lost: bool) -> None:
         """Adopts every device that belongs to this node by the locks and the port records.
 
         Idempotent. To be called when the locks are known, and again whenever the API server is back.
 
         used: the pods that have devices, by device ID, as far as they are known.
-        complete: whether nobody else uses a device here. Otherwise nothing is released for lack of a pod.
-        deprived: whether to look also for devices that lost their locks under an earlier process. A claim is made of
-            each that a pod has, or that is still attached.
+        complete: whether `used` lists every user. If not, no device is released for lack of a pod.
+        also_lost: whether to also make claims of devices whose locks name another holder, or nobody, by now, if a pod
+            has them or they are still attached.
         """
         try:
             ports = await self._driver.ports()
@@ -96,7 +98,7 @@ class Adopter:
                 log.warning("cannot read vhci ports", extra={"cause": str(error)})
             ports = ()
         found = list(self._locks.mine())
-        if deprived:
+        if also_lost:
             locks = self._locks.locks
             # a device that a person has attached with the usbip tool is left alone
             left = {port.record.id for port in ports if port.record is not None and port.by_plugin}
@@ -104,7 +106,7 @@ class Adopter:
         for lock in found:
             key = lock.key
             if key is None or self._tasks.mutex(lock.device_id).locked():
-                continue  # other work on this device is under way
+                continue  # another task works on this device
             async with self._tasks.mutex(lock.device_id):
                 now = self._locks.locks.get(lock.device_id)
                 if now is None or self._tasks.book.in_use(lock.device_id) or now.holder != lock.holder:
@@ -112,11 +114,11 @@ class Adopter:
                 orphaned = lock.in_place_of is None or self._is_orphan(lock.in_place_of)
                 if orphaned or now.holder != self._me.node:
                     await self._adopt_one(key, lock, ports, used, complete=complete)
-        if deprived:
-            await self._forget_what_ended(ports)
+        if also_lost:
+            await self._forget_ended(ports)
 
-    async def _forget_what_ended(self, ports: Sequence[PortState]) -> None:
-        """Removes the port records of attachments that ended unnoticed and whose locks are not this node's any more."""
+    async def _forget_ended(self, ports: Sequence[PortState]) -> None:
+        """Removes the port records of attachments that ended unnoticed and whose locks no longer name this node."""
         for lock in tuple(self._locks.locks.values()):
             key = lock.key
             if key is None or lock.holder == self._me.node or self._tasks.book.in_use(lock.device_id):
@@ -125,7 +127,12 @@ class Adopter:
                 await self._driver.forget(key)
 
     def _is_orphan(self, in_place_of: str) -> bool:
-        """Returns whether a lock in place of this device will not be adopted together with the device's own lock."""
+        """Returns whether the lock of a device's new bus ID must be released.
+
+        It must if this node does not hold the lock of the old bus ID, or has adopted it already without the new one.
+
+        in_place_of: the device ID of the old bus ID.
+        """
         own = self._locks.locks.get(in_place_of)
         adopted = self._tasks.book.get(in_place_of) is not None
         return adopted or own is None or own.holder != self._me.node or own.key is None
@@ -135,23 +142,23 @@ class Adopter:
     ) -> None:
         mine = lock.holder == self._me.node
         others = self._locks.mine() if mine else ()
-        there = next((other for other in others if other.in_place_of == key.id and other.key), None)
-        moved_to, at = (there.key, there) if there is not None else (None, lock)
-        place = moved_to or key
-        alive = not mine or lock.boot_id == at.boot_id == self._me.boot_id
-        port = own_port(place, ports, at.port if mine else None) if alive else None
-        attachment = await self._driver.inspect(place, port.number) if port is not None else None
+        moved = next((other for other in others if other.in_place_of == key.id and other.key), None)
+        moved_to, latest = (moved.key, moved) if moved is not None else (None, lock)
+        location = moved_to or key
+        alive = not mine or lock.boot_id == latest.boot_id == self._me.boot_id
+        port = own_port(location, ports, latest.port if mine else None) if alive else None
+        attachment = await self._driver.inspect(location, port.number) if port is not None else None
         usb_id = lock.usb_id or (attachment.usb_id if attachment is not None else UsbId(0, 0))
         if attachment is not None and attachment.usb_id != usb_id:
-            attachment, port = None, None  # a stale record: the device on the port is somebody else's
+            attachment, port = None, None  # the port record is stale: the port has another device
         user = users.get(key.id)
-        handed = self._specs.recall(key.id, user.resource if user is not None else None)
+        handed_out = self._specs.recall(key.id, user.resource if user is not None else None)
         used = True if user is not None else False if complete else None
         claim = Claim(
             key,
             usb_id,
-            resource=user.resource if user is not None else handed.resource if handed is not None else None,
-            container_indexes=handed.container_indexes if handed is not None else None,
+            resource=user.resource if user is not None else handed_out.resource if handed_out is not None else None,
+            container_indexes=handed_out.container_indexes if handed_out is not None else None,
             port=port.number if port is not None else None,
             attachment=replace(attachment, key=key) if attachment is not None else None,
             allocated_as=replace(attachment, key=key) if attachment is not None else None,
@@ -170,19 +177,15 @@ class Adopter:
         verdict = decide_adoption(lock, self._me, attached=attachment is not None, used=used, orphan=orphan)
         attributes = device_attributes(key) | pod_attributes(lock.pod) | {"usbip.adoption": verdict.name.lower()}
         with span(self._tracer, "adopt", attributes, context=remote_parent(claim.traceparent)):
-            self._adopt_as(claim, verdict)
-
-    def _adopt_as(self, claim: Claim, verdict: Adoption) -> None:
-        key = claim.key
-        match verdict:
-            case Adoption.ADOPT:
-                self._adopt_attached(claim)
-            case Adoption.REATTACH:
-                self._tasks.book.move(claim, ClaimEvent.ORPHANED)
-                self._monitor.begin_reattach(key.id)
-            case Adoption.RELEASE:
-                self._tasks.book.move(claim, ClaimEvent.UNUSED)
-                self._tasks.spawn(self._releaser.finish_locked(key.id, ClaimState.RELEASING), f"release {key}")
+            match verdict:
+                case Adoption.ADOPT:
+                    self._adopt_attached(claim)
+                case Adoption.REATTACH:
+                    self._tasks.book.move(claim, ClaimEvent.ORPHANED)
+                    self._monitor.begin_reattach(key.id)
+                case Adoption.RELEASE:
+                    self._tasks.book.move(claim, ClaimEvent.UNUSED)
+                    self._tasks.spawn(self._releaser.finish_locked(key.id, ClaimState.RELEASING), f"release {key}")
 
     def _adopt_attached(self, claim: Claim) -> None:
         try:

@@ -1,14 +1,13 @@
-"""Attaching of the devices that an Allocate asks for.
+"""Attaches the devices that an Allocate asks for.
 
-Each device has its own mutex, so work on one device waits for another only during the driver's short sysfs writes. Work
-on a device runs in tasks of one TaskGroup and outlives the caller that asked for it. An Allocate that gives up, or a
-kubelet that hangs up, never leaves a half-done attachment, because the task that began it also undoes it.
+Each device has its own mutex, so an attach waits for that of another device only during the driver's short sysfs
+writes. Attaches run in tasks of one TaskGroup, and outlive their callers. So an Allocate that gives up, or a kubelet
+that hangs up, never leaves a half-done attachment: the task that began it also undoes it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,17 +26,21 @@ from usbip_plugin.locks.manager import LockManager
 from usbip_plugin.model import Attachment, DeviceKey, Identity, UsbId
 from usbip_plugin.observe.tracing import links_to, traceparent_of
 
-log = logging.getLogger(__name__)
+_BUSY = {
+    ClaimState.REATTACHING: "is being re-attached",
+    ClaimState.RELEASING: "is being released",
+    ClaimState.LOST: "has lost its lock",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceRequest:
     """One device that an Allocate asks for, as it was offered to the kubelet under its ID.
 
-    usb_id: the vendor and product that the device must have.
+    usb_id: the USB ID that the device must have.
     resource: the resource's name without the domain.
     children, children_timeout, container_indexes: see Claim.
-    serial: the serial number by which it was selected, None if it was selected without.
+    serial: the serial number in its selector, None if there is none.
     identity: what its server's list contains about it, to be written to its lock.
     """
 
@@ -55,8 +58,7 @@ class DeviceRequest:
 class Outcome:
     """The result of one device of an Allocate.
 
-    attachment: the device's attachment.
-    newly_attached: whether this very call attached it, so that it is undone if another device fails.
+    newly_attached: whether this Allocate attached it, so that the attach is undone if another device fails.
     """
 
     attachment: Attachment
@@ -92,7 +94,7 @@ class Attacher:
 
         Returns the attachments in the order of wanted. A device that is attached already keeps its live attachment.
         Raises AllocateTimeout, ClaimBusy, LockError, UsbipError, VhciError or CdiError.
-        Cancel-safe: work that has begun runs to its end, and the device is released by the usual rules.
+        Cancel-safe: an attach that has begun runs to its end, and the device is released once no pod has it.
 
         accept: called with the answer. It may raise a PluginError, which is passed on; then none is newly attached.
         """
@@ -102,31 +104,28 @@ class Attacher:
             for item in sorted(wanted, key=lambda w: w.key):
                 if item.key.id not in done:
                     done[item.key.id] = await self._one(item, deadline, timeout)
-            answer = tuple(self._as_it_stands(item, done) for item in wanted)
+            answer = tuple(self._current(item, done) for item in wanted)
             accept(answer)
         except BaseException:
             for device_id, outcome in done.items():
                 if outcome.newly_attached and (claim := self._book.get(device_id)) is not None:
-                    self._tasks.spawn(
-                        self._releaser.release_if(device_id, partial(_same_allocate, claim)), f"undo {claim.key}"
-                    )
+                    same = partial(_same_allocate, claim)
+                    self._tasks.spawn(self._releaser.release_if(device_id, same), f"undo {claim.key}")
             raise
         return answer
 
-    def _as_it_stands(self, wanted: DeviceRequest, done: Mapping[str, Outcome]) -> Attachment:
-        """Returns the attachment of one device as it is when the last device of the Allocate is attached.
+    def _current(self, wanted: DeviceRequest, done: Mapping[str, Outcome]) -> Attachment:
+        """Returns a device's attachment once all devices of the Allocate are attached.
 
-        With several devices, an earlier one may have been lost meanwhile, or be back under other nodes. Raises
-        ClaimBusy if it was lost. The grace (ALLOCATION_GRACE) begins again, as the kubelet lists the device from now
-        on.
+        An earlier one may have been re-attached since, with other device nodes. Raises ClaimBusy if it was lost.
+        ALLOCATION_GRACE begins again, because the kubelet lists the devices only after the answer.
         """
         if len(done) == 1:
             return done[wanted.key.id].attachment
         claim = self._book.get(wanted.key.id)
         if claim is None or claim.state is not ClaimState.ATTACHED or claim.attachment is None:
-            state = claim.state.value if claim is not None else ClaimState.FREE.value
             others = ", ".join(sorted(str(outcome.attachment.key) for i, outcome in done.items() if i != wanted.key.id))
-            raise ClaimBusy(f"{wanted.key} was lost while {others} was attached, and is {state}; try again")
+            raise ClaimBusy(f"{wanted.key} was lost during the attach of {others}; try again in a few seconds")
         self._book.put(
             replace(claim, allocated_at=self._clock.monotonic(), missed_polls=0, allocated_as=claim.attachment)
         )
@@ -135,7 +134,7 @@ class Attacher:
     async def _one(self, wanted: DeviceRequest, deadline: float, timeout: float) -> Outcome:
         answer: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         task = self._tasks.spawn(self._obtain(wanted, deadline, timeout, answer), f"allocate {wanted.key}")
-        # no effect on a settled answer: only a cancelled task ends without one, and that means a plugin that stops
+        # only a cancelled task, in a plugin that stops, ends without an answer
         stopped = ClaimBusy(f"{wanted.key}: the plugin on this node is stopping; try again")
         task.add_done_callback(lambda _task: _settle(answer, stopped))
         return await asyncio.shield(answer)
@@ -143,11 +142,11 @@ class Attacher:
     async def _obtain(
         self, wanted: DeviceRequest, deadline: float, timeout: float, answer: asyncio.Future[Outcome]
     ) -> None:
-        """Obtains one device of an Allocate under its mutex. Settles answer as soon as the result is known.
+        """Obtains one device of an Allocate under its mutex, and sets `answer` as soon as the result is known.
 
-        After a failure, undoes what was begun once the answer is settled.
+        After a failure, undoes the finished steps once `answer` is set.
         """
-        progress = Progress("waiting for earlier work on this device")
+        progress = Progress("waiting for another task of this device")
         mutex = self._tasks.mutex(wanted.key.id)
         held = False
         try:
@@ -157,8 +156,8 @@ class Attacher:
                     outcome = await self._obtain_locked(wanted, deadline, progress)
                 _settle(answer, outcome)
             except TimeoutError:
-                words = f"{wanted.key}: {timeout:g} s passed (allocateTimeout) while {progress.doing}"
-                _settle(answer, AllocateTimeout(words))
+                text = f"{wanted.key}: {timeout:g} s passed (allocateTimeout) while {progress.doing}"
+                _settle(answer, AllocateTimeout(text))
             except PluginError as error:
                 _settle(answer, error)
             if held and answer.exception() is not None:
@@ -172,15 +171,15 @@ class Attacher:
         live = self._book.get(wanted.key.id)
         if live is not None:
             if live.state is not ClaimState.ATTACHED or live.attachment is None:
-                raise ClaimBusy(f"{wanted.key} is {live.state.value} on this node; try again in a few seconds")
+                doing = _BUSY.get(live.state, "is being allocated")
+                raise ClaimBusy(f"{wanted.key} {doing} on this node; try again in a few seconds")
             if not serves(live, wanted.resource, wanted.usb_id):
-                raise ClaimBusy(f"{wanted.key} is in use on this node as a {live.usb_id} of {live.resource}")
-            attachment, numbers = (
-                live.attachment,
-                tuple(sorted({*(live.container_indexes or ()), *wanted.container_indexes})),
-            )
+                through = f"resource {live.resource or 'unknown'}, as device {live.usb_id}"
+                raise ClaimBusy(f"{wanted.key} is in use on this node through {through}")
+            attachment = live.attachment
+            indexes = tuple(sorted({*(live.container_indexes or ()), *wanted.container_indexes}))
             live = replace(
-                allocated(live, now), resource=wanted.resource, container_indexes=numbers, allocated_as=attachment
+                allocated(live, now), resource=wanted.resource, container_indexes=indexes, allocated_as=attachment
             )
             self._specs.write(live, attachment)
             self._book.put(live)
@@ -190,7 +189,7 @@ class Attacher:
                 allocate.add_link(link.context)
             return Outcome(attachment, newly_attached=False)
         if (other := self._book.moved_here(wanted.key.id)) is not None:
-            raise ClaimBusy(f"{wanted.key} is in use on this node under its former bus ID, {other.key}")
+            raise ClaimBusy(f"{wanted.key} is in use on this node: it is the device that was allocated as {other.key}")
         claim = Claim(
             wanted.key,
             wanted.usb_id,
@@ -205,7 +204,7 @@ class Attacher:
         return Outcome(await self._pipeline.attach_new(claim, wanted.identity, deadline, progress), newly_attached=True)
 
     async def _undo(self, device_id: str) -> None:
-        """Detaches and releases what a failed Allocate has begun. The caller holds the mutex.
+        """Detaches and releases the device of a failed Allocate. The caller holds the mutex.
 
         A claim that is not Locking, Importing or Attaching was not made by this Allocate, and stays.
         """
@@ -221,8 +220,7 @@ class Attacher:
 
 
 def _same_allocate(before: Claim, now: Claim) -> bool:
-    """Returns whether no Allocate has asked for the device again meanwhile."""
-    return now.allocated_at == before.allocated_at
+    return now.allocated_at == before.allocated_at  # each Allocate for the device sets it
 
 
 def _settle(answer: asyncio.Future[Outcome], result: Outcome | PluginError) -> None:

@@ -1,4 +1,4 @@
-"""What a container gets of an attached device: paths, environment, and how they reach it. Pure functions."""
+"""Decides what a container gets of an attached device: device nodes, paths and environment. Pure functions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from usbip_plugin.config.schema import CHILD_KINDS, Names, ResourceConfig, names, render, tells_devices_apart
+from usbip_plugin.config.schema import CHILD_KINDS, Names, ResourceConfig, distinguishes_devices, names, render
 from usbip_plugin.errors import PathTaken
 from usbip_plugin.model import Attachment, DeviceNode
 from usbip_plugin.vhci.children import wants
@@ -33,9 +33,9 @@ class ContainerResponse:
 
 @dataclass(frozen=True, slots=True)
 class NodeOwner:
-    """Mode, user and group of device nodes in a container, each None if the container runtime is to choose.
+    """Mode, user and group of device nodes in a container, each None if the container runtime chooses.
 
-    containerd then takes the container's user and group, and the mode of the host's node.
+    containerd chooses the container's user and group, and the mode of the host's node.
     """
 
     mode: int | None = None
@@ -70,8 +70,8 @@ def place(resource: ResourceConfig, index: int, attachment: Attachment) -> tuple
     """Returns the USB node and the children that the resource wants, with their paths by containerPath and byId.
 
     A containerPath template gives paths to the nodes that names() selects for it. Names.MAIN selects the first child by
-    the order of children, followed by a disk's partitions. For a device without children it selects the USB node. A
-    node that no template selects keeps its path on the host.
+    the order of `children`, and the partitions of a disk, or the USB node of a device without children. A node that no
+    template selects keeps its path on the host.
 
     index: which of a container's devices it is.
     """
@@ -134,8 +134,7 @@ def environment(resource: str, index: int, attachment: Attachment, placed: Seque
     """Returns the environment variables for one device, all of which begin with USBIP_<RESOURCE>_<index>.
 
     These are _DEVICE, _BUSID, _VENDOR and _PRODUCT, _SERIAL if the device has one, and its nodes by their kinds. The
-    first node of a kind is _TTY, _HIDRAW and so on, the others are _TTY_1, _TTY_2. Paths are those in the container. A
-    node that the container does not get is left out.
+    first node of a kind is _TTY, _HIDRAW and so on, the others are _TTY_1, _TTY_2. Paths are those in the container.
     """
     prefix = f"USBIP_{_NOT_ENV.sub('_', resource.upper())}_{index}_"
     env = {
@@ -163,14 +162,14 @@ def device_specs(resource: ResourceConfig, placed: Sequence[Placed]) -> tuple[tu
 def injected(resource: ResourceConfig, number: int, attachment: Attachment) -> Injected:
     """Returns what a container gets of its device with this number, for the CDI spec."""
     placed = place(resource, number, attachment)
-    wanted = resource.permissions
-    owner = NodeOwner() if wanted is None else NodeOwner(wanted.mode, wanted.user, wanted.group)
+    given = resource.permissions
+    owner = NodeOwner() if given is None else NodeOwner(given.mode, given.user, given.group)
     return Injected(device_specs(resource, placed), environment(resource.name, number, attachment, placed), owner)
 
 
 def refuse_shared_paths(resource: ResourceConfig, devices: int) -> None:
-    """Raises PathTaken if this many devices in one container are certain to share a path, whatever they are."""
-    template = next((t for t in resource.container_paths if not tells_devices_apart(t)), None)
+    """Raises PathTaken if so many devices of the resource in one container share a path, whatever they are."""
+    template = next((t for t in resource.container_paths if not distinguishes_devices(t)), None)
     if template is not None and devices > 1:
         raise PathTaken(f"{resource.name}: containerPath {template} is the same for {devices} devices of one container")
 

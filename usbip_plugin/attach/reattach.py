@@ -1,4 +1,4 @@
-"""Re-attaching of lost devices from where servers list them now, and what a re-attach means for the pod."""
+"""Re-attaches lost devices from where servers list them now, and decides what a re-attach means for the pod."""
 
 from __future__ import annotations
 
@@ -69,15 +69,14 @@ def after_reattach(
 ) -> AfterReattach:
     """Decides what a re-attach means for the pod, from the device nodes before and after.
 
-    If paths and numbers are the same, the pod goes on as soon as it opens the device again. The kernel gives the USB
+    If paths and numbers are the same, the pod can go on as soon as it opens the device again. The kernel gives the USB
     node a new number at each attach.
 
     before: the attachment whose nodes the containers have; None if it is not known.
     pod: evicted only if its uid is known, because another pod may have its name by now.
-    by_cdi: its containers were given CDI names, whose spec has the nodes of after by now. Any other container keeps
-        the paths of its Allocate.
-    children: the kinds of child nodes that the resource names. If it names some, the pod uses only these, and it goes
-        on if they alone are the same.
+    by_cdi: whether its containers got the device by CDI: they get the nodes of the updated spec at their next start.
+        Other containers keep the paths of their Allocate.
+    children: the kinds of child nodes that the resource names. If these nodes are the same, the pod goes on.
     """
     if before is not None and before.nodes == after.nodes:
         return AfterReattach.GOES_ON
@@ -95,19 +94,16 @@ def after_reattach(
 REATTACH_FIRST_WAIT = 0.2
 """Seconds between the first two tries to re-attach a lost device. The wait doubles with each try."""
 REATTACH_MAX_WAIT = 3.5
-"""Longest wait in seconds between two tries to re-attach a lost device.
+"""Longest wait in seconds, without jitter (20 %), between two tries to re-attach a lost device.
 
-With jitter and the attach itself, a device is attached again within 5 s of the return of its server.
+With jitter and the attach itself, a device is re-attached within 5 s of the return of its server.
 """
 REATTACH_TIMEOUT = 10.0
-"""Seconds that one try to re-attach a device may take. A childrenTimeout beyond the default adds to it."""
+"""Longest time in seconds for one try to re-attach a device. A childrenTimeout beyond the default adds to it."""
 
 
 class Reattacher:
-    """Re-attaches lost devices, and tries each until it is attached, its pod is gone or its lock is lost.
-
-    All methods belong to one event loop.
-    """
+    """Re-attaches lost devices. All methods belong to one event loop."""
 
     def __init__(
         self,
@@ -141,19 +137,19 @@ class Reattacher:
         self._events = events
         self._evict = evict
         self._on_reattach = on_reattach
-        self._stirs: dict[str, asyncio.Event] = {}
-        locator.known.subscribe(self._look_everywhere)
+        self._wakeups: dict[str, asyncio.Event] = {}
+        locator.probe_ended.subscribe(self._look_everywhere)
         poller.subscribe(self._server_changed)
 
     def look_again(self, device_id: str) -> None:
-        """Ends the wait of a re-attach: it makes its next try now, or ends if its claim is not Reattaching any more."""
-        if (stir := self._stirs.get(device_id)) is not None:
-            stir.set()
+        """Ends the wait of a re-attach: it makes its next try now, or ends if its claim is no longer Reattaching."""
+        if (wakeup := self._wakeups.get(device_id)) is not None:
+            wakeup.set()
 
     def _server_changed(self, view: ServerView) -> None:
-        """Starts the next try at once for each lost device if the server lists that device, or one of its kind."""
+        """Starts the next try at once for each lost device that the server may list, see may_be_listed()."""
         self.locator.server_changed(view)
-        for device_id in self._stirs:
+        for device_id in self._wakeups:
             claim = self._tasks.book.get(device_id)
             if claim is not None and self.locator.may_be_listed(claim, view.server):
                 self.look_again(device_id)
@@ -167,8 +163,8 @@ class Reattacher:
             self._evict_if(self._verdict(claim, claim.allocated_as, claim.attachment), claim)
 
     def _look_everywhere(self) -> None:
-        for device_id in self._stirs:
-            self.look_again(device_id)
+        for wakeup in self._wakeups.values():
+            wakeup.set()
 
     async def reattach(self, device_id: str) -> None:
         """Tries to re-attach the device until it is attached, its pod is gone or its lock is lost.
@@ -176,22 +172,19 @@ class Reattacher:
         The claim must be in the state Reattaching.
         """
         waits = backoff(self._rng, REATTACH_FIRST_WAIT, REATTACH_MAX_WAIT)
-        stir = self._stirs[device_id] = asyncio.Event()
+        wakeup = self._wakeups[device_id] = asyncio.Event()
         claim = self._tasks.book[device_id]
         before = claim.allocated_as
+        attributes = device_attributes(claim.key) | pod_attributes(claim.pod)
         try:
-            attributes, context = (
-                device_attributes(claim.key) | pod_attributes(claim.pod),
-                remote_parent(claim.traceparent),
-            )
-            with span(self._tracer, "re-attach", attributes, context=context) as whole:
+            with span(self._tracer, "re-attach", attributes, context=remote_parent(claim.traceparent)) as whole:
                 tries = Tries(whole)
-                while await self._reattach_once(device_id, before, whole, tries, promising=stir.is_set()):
-                    stir.clear()
-                    await done_within(self._clock, next(waits), stir.wait())
+                while await self._reattach_once(device_id, before, whole, tries, promising=wakeup.is_set()):
+                    wakeup.clear()
+                    await done_within(self._clock, next(waits), wakeup.wait())
         finally:
-            if self._stirs.get(device_id) is stir:
-                del self._stirs[device_id]
+            if self._wakeups.get(device_id) is wakeup:
+                del self._wakeups[device_id]
 
     async def _reattach_once(
         self, device_id: str, before: Attachment | None, whole: Span, tries: Tries, *, promising: bool
@@ -201,9 +194,9 @@ class Reattacher:
             claim = self._tasks.book.get(device_id)
             if claim is None or claim.state is not ClaimState.REATTACHING:
                 return False
-            wanted = self._resources.resource_of(claim)
-            if (wanted.children, wanted.children_timeout) != (claim.children, claim.children_timeout):
-                claim = replace(claim, children=wanted.children, children_timeout=wanted.children_timeout)
+            resource = self._resources.resource_of(claim)
+            if (resource.children, resource.children_timeout) != (claim.children, claim.children_timeout):
+                claim = replace(claim, children=resource.children, children_timeout=resource.children_timeout)
                 self._tasks.book.put(claim)
             try:
                 with tries.one(traced=promising):
@@ -221,99 +214,92 @@ class Reattacher:
                 self._on_reattach(Reattach.FAILED)
                 tries.failed(error)
                 log.debug("re-attach failed, will retry", extra={"device": str(claim.key), "cause": str(error)})
-                self._note_trouble(claim, error)
+                if isinstance(error, CdiError | RecordNotWritable | NodesMissing):
+                    self._set_obstacle(device_id, str(error))
                 return True
-        self._tell_move(claim, whole)
+        self._report_move(claim, whole)
         self._reattached(claim, before, after, whole)
         return False
 
-    def _note_trouble(self, claim: Claim, error: Exception) -> None:
-        """Sets the claim's blocked_by to an error that only this node's operator can repair, and reports it once."""
-        now = self._tasks.book.get(claim.id)
-        if not isinstance(error, CdiError | RecordNotWritable | NodesMissing):
+    def _set_obstacle(self, device_id: str, obstacle: str) -> None:
+        """Sets the claim's blocked_by to what an operator must repair, "" for nothing, and reports it once."""
+        claim = self._tasks.book[device_id]
+        if claim.blocked_by == obstacle:
             return
-        if now is None or now.blocked_by == str(error):
-            return
-        self._tasks.book.put(replace(now, blocked_by=str(error)))
-        log.warning("device not re-attached", extra={"device": str(claim.key), "cause": str(error)})
-        self._events(DeviceEvent(EventKind.NOT_REATTACHED, claim.key, str(error), claim.pod))
+        self._tasks.book.put(replace(claim, blocked_by=obstacle))
+        if obstacle:
+            log.warning("device not re-attached", extra={"device": str(claim.key), "cause": obstacle})
+            self._events(DeviceEvent(EventKind.NOT_REATTACHED, claim.key, obstacle, claim.pod))
 
     async def _attach(self, device_id: str, deadline: float) -> Attachment:
         """Attaches the device from the claim's location or, if it is not there, from where a server lists it now."""
         claim = self._tasks.book[device_id]
-        cause: PluginError | None = self.locator.wrong_at_home(claim) or self.locator.home_is_away(claim)
-        place = self._seek(device_id, cause) if cause is not None else None
-        if cause is None or (place is None and not isinstance(cause, WrongSerial)):
+        cause: PluginError | None = self.locator.serial_mismatch(claim) or self.locator.server_error(claim)
+        found = self._locate(device_id, cause) if cause is not None else None
+        if cause is None or (found is None and not isinstance(cause, WrongSerial)):
             try:
-                return await self._attach_from_place(device_id, deadline)
+                return await self._attach_from_location(device_id, deadline)
             except DeviceBusy:
                 raise
             except (ImportRefused, WrongDevice, WrongSerial) as error:
                 if claim.moved_to is not None:
-                    self.look_again(device_id)  # the device's own place is tried next, at once
+                    self.look_again(device_id)  # the claim's own bus ID is tried next, at once
                     raise
                 cause = error
-            place = self._seek(device_id, cause)
-        if place is None or self._tasks.mutex(place.id).locked():
+            found = self._locate(device_id, cause)
+        if found is None or self._tasks.mutex(found.id).locked():
             raise cause
-        # from here on a lock on that place belongs to this claim, even if the task that acquires it fails
-        self._tasks.book.put(replace(self._tasks.book[device_id], moved_to=place))
-        return await self._attach_from_place(device_id, deadline)
+        # from here on a lock on that bus ID belongs to this claim, even if the task that acquires it fails
+        self._tasks.book.put(replace(self._tasks.book[device_id], moved_to=found))
+        return await self._attach_from_location(device_id, deadline)
 
-    async def _attach_from_place(self, device_id: str, deadline: float) -> Attachment:
+    async def _attach_from_location(self, device_id: str, deadline: float) -> Attachment:
         claim = self._tasks.book[device_id]
-        place = claim.location
+        location = claim.location
         try:
             return await self._pipeline.reattach(device_id, deadline)
         except DeviceBusy:
             raise
         except (ServerUnreachable, ServerTimeout) as error:
-            if place.server != claim.key.server:  # the device may be at its own place again, or elsewhere
-                self.locator.not_there(place, error)
+            if location.server != claim.key.server:  # the device may be at its own bus ID again, or elsewhere
+                self.locator.attach_failed(location, error)
                 await self._pipeline.detach_from_location(device_id)
             raise
         except (ImportRefused, WrongDevice, WrongSerial, LockHeld) as error:
-            self.locator.not_there(place, error)
+            self.locator.attach_failed(location, error)
             if self._tasks.book[device_id].moved_to is not None:
                 if isinstance(error, WrongSerial):
-                    await self._tasks.record_identity(place, Identity(error.devid, error.found))
+                    await self._tasks.record_identity(location, Identity(error.devid, error.found))
                 await self._pipeline.detach_from_location(device_id)
             raise
 
-    def _seek(self, device_id: str, cause: PluginError) -> DeviceKey | None:
-        """Returns where the device is plugged in instead, or None if that is not known.
+    def _locate(self, device_id: str, cause: PluginError) -> DeviceKey | None:
+        """Returns the location where a server lists the device now, or None if it is not known.
 
-        Sets the claim's blocked_by to what keeps the device from being attached, and reports it once.
+        cause: why the device is not attached from the claim's own bus ID. Sets the claim's blocked_by.
         """
         claim = self._tasks.book[device_id]
         verdict = self.locator.find(claim)
         if isinstance(verdict, NeedsProbe):
-            return None  # the next try starts as soon as the serial numbers are known
+            return None  # the next try starts as soon as the probes have ended
         obstacle = str(cause) if isinstance(cause, WrongDevice | WrongSerial) else ""
         if isinstance(verdict, Ambiguous):
-            places = " and ".join(place_of(replace(claim, moved_to=key)) for key in verdict.keys)
-            obstacle = f"serial number {claim.serial} was found at {places}; neither is used"
-        if obstacle != claim.blocked_by:
-            self._tasks.book.put(replace(claim, blocked_by=obstacle))
-            if obstacle:
-                log.warning("device not re-attached", extra={"device": str(claim.key), "cause": obstacle})
-                self._events(DeviceEvent(EventKind.NOT_REATTACHED, claim.key, obstacle, claim.pod))
+            locations = " and ".join(place_of(replace(claim, moved_to=key)) for key in verdict.keys)
+            obstacle = f"serial number {claim.serial} was found at {locations}; neither is used"
+        self._set_obstacle(device_id, obstacle)
         return verdict.key if isinstance(verdict, LocatedAt) else None
 
-    def _tell_move(self, before: Claim, whole: Span) -> None:
+    def _report_move(self, before: Claim, whole: Span) -> None:
         claim = self._tasks.book.get(before.id)
         if claim is None or claim.moved_to == before.moved_to:
             return
         whole.set_attribute("usbip.moved_to", place_of(claim))
         log.info("device followed to another place", extra={"device": str(claim.key), "place": str(claim.location)})
-        here = claim.location.server == claim.key.server
-        where = (
-            f"its server now lists it as {claim.location.busid}"
-            if here
-            else f"it is now plugged in at {claim.location}"
-        )
-        text = f"{where}; attached from there"
-        self._events(DeviceEvent(EventKind.MOVED, claim.key, text, claim.pod))
+        if claim.location.server == claim.key.server:
+            where = f"its server now lists it as {claim.location.busid}"
+        else:
+            where = f"it is now plugged in at {claim.location}"
+        self._events(DeviceEvent(EventKind.MOVED, claim.key, f"{where}; attached from there", claim.pod))
         if claim.moved_to is not None and claim.pod is not None:
             self._tasks.spawn(self._tasks.note_pod(claim.moved_to, claim.pod), f"note pod {claim.pod}")
 
@@ -328,12 +314,12 @@ class Reattacher:
         self._events(DeviceEvent(what, claim.key, verdict.value, claim.pod))
         self._evict_if(verdict, claim)
         lock = self._locks.locks.get(claim.id)
-        if claim.pod is not None and lock is not None and lock.pod is None:  # it was acquired anew
+        if claim.pod is not None and lock is not None and lock.pod is None:  # it was acquired again
             self._tasks.spawn(self._tasks.note_pod(claim.key, claim.pod), f"note pod {claim.pod}")
 
     def _verdict(self, claim: Claim, before: Attachment | None, after: Attachment) -> AfterReattach:
-        wants, by_cdi = self._resources.resource_of(claim), bool(claim.container_indexes)
-        return after_reattach(before, after, wants.on_loss, claim.pod, by_cdi=by_cdi, children=wants.children)
+        resource, by_cdi = self._resources.resource_of(claim), bool(claim.container_indexes)
+        return after_reattach(before, after, resource.on_loss, claim.pod, by_cdi=by_cdi, children=resource.children)
 
     def _evict_if(self, verdict: AfterReattach, claim: Claim) -> None:
         if verdict is AfterReattach.EVICT and claim.pod is not None:

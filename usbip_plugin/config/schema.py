@@ -43,7 +43,7 @@ def names(template: str) -> Names:
     return Names.CHILDREN if fields & _CHILDREN else Names.MAIN
 
 
-def tells_devices_apart(template: str) -> bool:
+def distinguishes_devices(template: str) -> bool:
     """Returns whether the template gives two devices of a container different paths."""
     return bool(set(_FIELD.findall(template)) & _DISTINCT)
 

@@ -225,10 +225,10 @@ class PodResourcesWatcher:
         if users is not None:
             unlisted = self._unlisted(users)
             complete = unlisted.certain and not unlisted.resources
-        deprived = not self._begun
+        also_lost = not self._begun
         all_known = complete or (users is not None and self._pods is None)
         self._begun = self._begun or (all_known and self._locks.ready.is_set())
-        await self._adopter.adopt(users or {}, complete=complete, deprived=deprived)
+        await self._adopter.adopt(users or {}, complete=complete, also_lost=also_lost)
 
     async def adopt(self) -> None:
         """Adopts what a previous process left. Call it once the locks are known. Idempotent."""

@@ -21,8 +21,8 @@ def listed(busid: str = "1-2", devnum: int = 7) -> Descriptor:
     return Descriptor(busid, "/sys/x", 1, devnum, 3, UsbId(0x0951, 0x1666), 0x100, 0, 0, 0, 1, 1, 1)
 
 
-def seen(busid: str, serial: str | None, *, sure: bool = True) -> Candidate:
-    return Candidate(DeviceKey(LAB, busid), listed(busid), serial, sure)
+def seen(busid: str, serial: str | None, *, probed: bool = True) -> Candidate:
+    return Candidate(DeviceKey(LAB, busid), listed(busid), serial, probed)
 
 
 def busids(verdict: Verdict) -> tuple[str, ...]:
@@ -31,14 +31,14 @@ def busids(verdict: Verdict) -> tuple[str, ...]:
             return (key.busid,)
         case Ambiguous(keys):
             return tuple(key.busid for key in keys)
-        case NeedsProbe(sightings):
-            return tuple(sighting.key.busid for sighting in sightings)
+        case NeedsProbe(candidates):
+            return tuple(candidate.key.busid for candidate in candidates)
         case NotFound():
             return ()
 
 
 @pytest.mark.parametrize(
-    ("sightings", "kind", "which"),
+    ("candidates", "kind", "which"),
     [
         ((), NotFound, ()),
         ((seen("1-2", "RED"),), LocatedAt, ("1-2",)),
@@ -46,27 +46,27 @@ def busids(verdict: Verdict) -> tuple[str, ...]:
         ((seen("1-2", "BLUE"),), NotFound, ()),
         ((seen("1-2", ""),), NotFound, ()),
         ((seen("1-3", "RED"), seen("1-2", "RED")), Ambiguous, ("1-2", "1-3")),
-        ((seen("1-2", None, sure=False),), NeedsProbe, ("1-2",)),
-        ((seen("1-2", "RED"), seen("1-3", None, sure=False)), NeedsProbe, ("1-3",)),
+        ((seen("1-2", None, probed=False),), NeedsProbe, ("1-2",)),
+        ((seen("1-2", "RED"), seen("1-3", None, probed=False)), NeedsProbe, ("1-3",)),
     ],
 )
 def test_one_device_with_the_serial_number_is_it(
-    sightings: tuple[Candidate, ...], kind: type[Verdict], which: tuple[str, ...]
+    candidates: tuple[Candidate, ...], kind: type[Verdict], which: tuple[str, ...]
 ) -> None:
-    verdict = decide("RED", sightings)
+    verdict = decide("RED", candidates)
     assert isinstance(verdict, kind)
     assert busids(verdict) == which
 
 
 def test_what_a_lock_says_is_believed_if_it_says_yes_once() -> None:
-    said = seen("1-2", "RED", sure=False), seen("1-3", "BLUE", sure=False)
+    said = seen("1-2", "RED", probed=False), seen("1-3", "BLUE", probed=False)
     assert decide("RED", said) == LocatedAt(DeviceKey(LAB, "1-2")), "it is compared once more when it is attached"
 
 
 def test_what_locks_say_hides_nothing_and_makes_no_twins() -> None:
-    said_no = seen("1-2", "BLUE", sure=False), seen("1-3", "GREEN")
+    said_no = seen("1-2", "BLUE", probed=False), seen("1-3", "GREEN")
     assert busids(decide("RED", said_no)) == ("1-2",), "asked, for another may stand there by now"
-    twice = seen("1-2", "RED", sure=False), seen("1-3", "RED")
+    twice = seen("1-2", "RED", probed=False), seen("1-3", "RED")
     assert isinstance(decide("RED", twice), NeedsProbe)
     assert busids(decide("RED", twice)) == ("1-2",)
 

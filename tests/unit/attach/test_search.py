@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.unit.inventory.inventory_facts import KEY, LAB, STICK, listed
-from usbip_plugin.attach.locate import may_be, places
+from usbip_plugin.attach.locate import may_be_lost_device, possible_servers
 from usbip_plugin.claims import Claim, ClaimState
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.model import DeviceKey, ServerKey
@@ -24,7 +24,7 @@ def test_a_lost_device_is_looked_for_only_where_the_configuration_names_it() -> 
 
     def allowed(host: str, busid: str, serial: str | None, resource: str | None = "stick") -> bool:
         lost = Claim(KEY, STICK, state=ClaimState.REATTACHING, resource=resource, serial=serial)
-        return may_be(config, lost, DeviceKey(ServerKey(host, 3240), busid), listed(busid))
+        return may_be_lost_device(config, lost, DeviceKey(ServerKey(host, 3240), busid), listed(busid))
 
     assert allowed("lab", "1-9", "RED"), "its class may not be listed yet"
     assert not allowed("lab", "2-1", "RED")
@@ -45,5 +45,5 @@ def test_a_lost_device_may_be_at_its_server_and_with_a_serial_number_wherever_it
     )
     for serial, resource, found in (("", "stick", {LAB}), ("S", "stick", {LAB, den}), ("S", None, config.servers())):
         lost = Claim(KEY, STICK, state=ClaimState.REATTACHING, resource=resource, serial=serial)
-        assert places(config, [lost]) == found
-    assert places(config, []) == frozenset()
+        assert possible_servers(config, [lost]) == found
+    assert possible_servers(config, []) == frozenset()

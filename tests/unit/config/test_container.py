@@ -13,9 +13,9 @@ from usbip_plugin.config.schema import (
     Names,
     NodePermissions,
     ResourceConfig,
+    distinguishes_devices,
     names,
     render,
-    tells_devices_apart,
     template_problem,
 )
 from usbip_plugin.errors import ConfigError
@@ -105,7 +105,7 @@ def test_which_nodes_a_template_names(template: str, which: Names) -> None:
 
 @pytest.mark.parametrize("field", FIELDS)
 def test_only_some_fields_are_certain_to_tell_two_devices_apart(field: str) -> None:
-    assert tells_devices_apart(f"/dev/x-{{{field}}}") is (field in {"index", "name", "busid", "serial"})
+    assert distinguishes_devices(f"/dev/x-{{{field}}}") is (field in {"index", "name", "busid", "serial"})
 
 
 hostile = st.text(max_size=300) | st.text(alphabet="./\\\n\t é{}", max_size=300)
