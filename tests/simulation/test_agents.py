@@ -811,7 +811,7 @@ async def test_an_import_whose_window_passed_before_the_attach_is_given_up() -> 
     async with cluster(replace(spec([lab]), rules=Rules(may_import=before_the_import_only))) as c:
         node = c["node-a"]
         await c.all_healthy(device)
-        assert "R1" in str(await node.admit(pod("p"), "stick"))
+        assert "in time after the lock was written" in str(await node.admit(pod("p"), "stick"))
         assert len(windows) == 2
         await c.freed(device)
 

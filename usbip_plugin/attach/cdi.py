@@ -1,4 +1,4 @@
-"""CDI specs: their contents, the files they are in, and keeping them true for this node's claims."""
+"""CDI specs: their contents, their files, and their update when a claim's device nodes change."""
 
 from __future__ import annotations
 
@@ -13,28 +13,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from usbip_plugin.attach.containers import DeviceSpec, Injected, NodeOwner, injected
+from usbip_plugin.attach.containers import DeviceSpec, Injected, injected
 from usbip_plugin.claims import Claim, Resources
-from usbip_plugin.config.schema import ResourceConfig
+from usbip_plugin.config.schema import NodePermissions, ResourceConfig
 from usbip_plugin.errors import CdiError
 from usbip_plugin.model import Attachment, DeviceNode
 
 log = logging.getLogger(__name__)
 
-
 CDI_VERSION = "0.6.0"
 """Version of the CDI specification that the specs follow: the first with annotations."""
-MAX_SPEC_BYTES = 1 << 20
-"""Limit of what is read from a spec file, in characters. A longer file is cut off, and not taken for a spec of ours."""
+MAX_SPEC_CHARACTERS = 1 << 20
+"""Maximum number of characters read from a spec file. A longer file counts as not written by this plugin."""
 _NOT_IN_CLASS = re.compile(r"[^A-Za-z0-9_-]")
 _RESOURCE = "resource"
 
 
 @dataclass(frozen=True, slots=True)
 class HandedOut:
-    """What a CDI spec contains about the Allocate for which it was written.
+    """What a CDI spec shows about the Allocate for which it was written. resource: its name without the domain.
 
-    resource: the resource's name without the domain.
     container_indexes: the numbers by which containers know the device, sorted; see device_name().
     """
 
@@ -51,8 +49,7 @@ def kind(domain: str, resource: str) -> str:
 def device_name(domain: str, resource: str, device_id: str, number: int) -> str:
     """Returns the fully qualified CDI name of a device, for ContainerResponse.cdi_devices.
 
-    number: which of a container's devices it is. The init container and the app container of one pod may count
-        differently.
+    number: which of a container's devices it is. The number may differ between the containers of one pod.
     """
     return f"{kind(domain, resource)}={device_id}-{number}"
 
@@ -83,7 +80,7 @@ def _edits(injected: Injected) -> dict[str, Any]:
     return edits
 
 
-def _node(device: DeviceSpec, node: DeviceNode, owner: NodeOwner) -> dict[str, Any]:
+def _node(device: DeviceSpec, node: DeviceNode, owner: NodePermissions) -> dict[str, Any]:
     owned = {"fileMode": owner.mode, "uid": owner.user, "gid": owner.group}
     return {
         "path": device.container_path,
@@ -97,7 +94,7 @@ def _node(device: DeviceSpec, node: DeviceNode, owner: NodeOwner) -> dict[str, A
 
 
 def read_spec(domain: str, device_id: str, text: str) -> HandedOut | None:
-    """Returns resource and numbers of a text that spec() made for this device, or None for any other text."""
+    """Returns what a text that spec() made for this device contains, or None for any other text."""
     try:
         document = json.loads(text)
         resource = document["annotations"][f"{domain}/{_RESOURCE}"]
@@ -113,7 +110,7 @@ def read_spec(domain: str, device_id: str, text: str) -> HandedOut | None:
 
 
 def names_nodes(text: str, nodes: Sequence[DeviceNode]) -> bool:
-    """Returns whether each CDI device of a spec has the first of these nodes, and none that is not among them."""
+    """Returns whether each CDI device of a spec has the first of these nodes, and no node that is not one of them."""
     known = {(node.path, node.major, node.minor) for node in nodes}
     try:
         edits = [device["containerEdits"]["deviceNodes"] for device in json.loads(text)["devices"]]
@@ -127,7 +124,7 @@ def names_nodes(text: str, nodes: Sequence[DeviceNode]) -> bool:
 class SpecFiles(Protocol):
     """The CDI spec files of one domain: one for each resource and device. All other files are left alone.
 
-    write and remove raise OSError. No method waits longer than a small local file takes.
+    write and remove raise OSError.
     """
 
     def file(self, resource: str, device_id: str) -> Path:
@@ -151,10 +148,7 @@ class SpecFiles(Protocol):
         ...
 
     def sweep(self, keep: Collection[str]) -> tuple[Path, ...]:
-        """Removes specs and leftovers of a crash, except the specs of the device IDs in keep. Returns what was removed.
-
-        A file that cannot be removed stays.
-        """
+        """Removes specs, except those of the device IDs in keep, and leftovers of a crash. Returns what was removed."""
         ...
 
 
@@ -216,7 +210,7 @@ def _read(path: Path) -> str | None:
         # O_NONBLOCK: a pipe in the file's place must not hang the plugin
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(handle, encoding="utf-8", errors="replace") as file:
-            return file.read(MAX_SPEC_BYTES)
+            return file.read(MAX_SPEC_CHARACTERS)
     except OSError:
         return None
 
@@ -232,14 +226,14 @@ class CdiSpecs:
     def write(self, claim: Claim, attachment: Attachment) -> None:
         """Makes the claim's spec name the nodes of the attachment. Does nothing for a claim not handed out by CDI.
 
-        Raises CdiError if the spec cannot be written; it is as before then.
+        Raises CdiError if the spec cannot be written; the old spec stays.
         """
         if not claim.container_indexes or claim.resource is None:
             return
         resource = self._resources.resource_named(claim.resource)
         if resource is None:
-            # the resource left the configuration, and the plugin restarted: the pod's spec stays while it is true
-            if self._still_true(claim, attachment):
+            # the resource left the configuration, and the plugin restarted: the spec stays while it is up to date
+            if self._is_up_to_date(claim, attachment):
                 return
             resource = ResourceConfig(claim.resource, (), cdi=True)
         containers = {number: injected(resource, number, attachment) for number in claim.container_indexes}
@@ -251,7 +245,7 @@ class CdiSpecs:
         except OSError as error:
             raise CdiError("write", str(self._files.file(claim.resource, claim.id)), error) from error
 
-    def _still_true(self, claim: Claim, attachment: Attachment) -> bool:
+    def _is_up_to_date(self, claim: Claim, attachment: Attachment) -> bool:
         text = self._files.read(str(claim.resource), claim.id)
         known = read_spec(self._domain, claim.id, text) if text is not None else None
         return (
@@ -262,10 +256,7 @@ class CdiSpecs:
         )
 
     def remove(self, claim: Claim) -> None:
-        """Removes the specs of a claim whose pod is gone.
-
-        A spec that cannot be removed is logged, and stays until the next start of the plugin.
-        """
+        """Removes the specs of a claim whose pod is gone. Logs a failure: the spec stays until the next start then."""
         if not claim.container_indexes or claim.resource is None:
             return
         try:

@@ -7,7 +7,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from usbip_plugin.config.schema import CHILD_KINDS, Names, ResourceConfig, distinguishes_devices, names, render
+from usbip_plugin.config.schema import (
+    CHILD_KINDS,
+    Names,
+    NodePermissions,
+    ResourceConfig,
+    distinguishes_devices,
+    names,
+    render,
+)
 from usbip_plugin.errors import PathTaken
 from usbip_plugin.model import Attachment, DeviceNode
 from usbip_plugin.vhci.children import wants
@@ -32,30 +40,16 @@ class ContainerResponse:
 
 
 @dataclass(frozen=True, slots=True)
-class NodeOwner:
-    """Mode, user and group of device nodes in a container, each None if the container runtime chooses.
-
-    containerd chooses the container's user and group, and the mode of the host's node.
-    """
-
-    mode: int | None = None
-    user: int | None = None
-    group: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Injected:
-    """What a container gets of one device, each node under its own path and permissions."""
+    """The device nodes and environment variables that a container gets of one device."""
 
     nodes: tuple[tuple[DeviceSpec, DeviceNode], ...]
     envs: Mapping[str, str]
-    owner: NodeOwner = NodeOwner()
+    owner: NodePermissions = field(default_factory=NodePermissions)
 
 
 _NOT_ENV = re.compile(r"[^A-Z0-9]")
 _ENV_OF_KIND = {"video4linux": "VIDEO"}
-_READ_ONLY = "r"
-_READ_WRITE = "rw"
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,16 +149,15 @@ def environment(resource: str, index: int, attachment: Attachment, placed: Seque
 
 
 def device_specs(resource: ResourceConfig, placed: Sequence[Placed]) -> tuple[tuple[DeviceSpec, DeviceNode], ...]:
-    permissions = _READ_ONLY if resource.read_only else _READ_WRITE
+    permissions = "r" if resource.read_only else "rw"
     return tuple((DeviceSpec(one.node.path, path, permissions), one.node) for one in placed for path in one.paths)
 
 
 def injected(resource: ResourceConfig, number: int, attachment: Attachment) -> Injected:
     """Returns what a container gets of its device with this number, for the CDI spec."""
     placed = place(resource, number, attachment)
-    given = resource.permissions
-    owner = NodeOwner() if given is None else NodeOwner(given.mode, given.user, given.group)
-    return Injected(device_specs(resource, placed), environment(resource.name, number, attachment, placed), owner)
+    envs = environment(resource.name, number, attachment, placed)
+    return Injected(device_specs(resource, placed), envs, resource.permissions or NodePermissions())
 
 
 def refuse_shared_paths(resource: ResourceConfig, devices: int) -> None:

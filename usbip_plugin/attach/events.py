@@ -9,7 +9,7 @@ from typing import Protocol, Self
 
 from usbip_plugin.errors import LockHeld, PluginError
 from usbip_plugin.kube.events import NORMAL, WARNING, EventText
-from usbip_plugin.model import Attachment, DeviceKey, Lock, PodRef
+from usbip_plugin.model import DeviceKey, Lock, PodRef
 
 
 class Regarding(enum.Enum):
@@ -139,12 +139,6 @@ class EventSink(Protocol):
         ...
 
 
-def attached(key: DeviceKey, attachment: Attachment | None, port: int | None, pod: PodRef) -> DeviceEvent:
-    """Returns the event that a device is attached. To be recorded when its pod becomes known."""
-    node = f" as {attachment.nodes[0].path}" if attachment is not None and attachment.nodes else ""
-    return DeviceEvent(EventKind.ATTACHED, key, f"attached on vhci port {port}{node}", pod)
-
-
 def late_nodes(key: DeviceKey, paths: Sequence[str], pod: PodRef | None, *, by_cdi: bool) -> DeviceEvent:
     """Returns the event that device nodes came after the Allocate was answered."""
     cure = "restart the container to use them" if by_cdi else "recreate the pod to use them"
@@ -154,24 +148,14 @@ def late_nodes(key: DeviceKey, paths: Sequence[str], pod: PodRef | None, *, by_c
     )
 
 
-def network(key: DeviceKey, names: Sequence[str], pod: PodRef) -> DeviceEvent:
-    """Returns the event that a device has network interfaces, which no container gets."""
-    text = f"network interface {', '.join(names)} stays on the node, because it is not a device node"
-    return DeviceEvent(EventKind.NETWORK, key, text, pod)
-
-
 def refused(resource: str, error: PluginError) -> DeviceEvent:
-    """Returns the event of a failed Allocate, with the text that the pod also gets from the kubelet.
-
-    The text names the holder of the device, or what failed.
-    """
-    return DeviceEvent(
-        EventKind.DENIED if isinstance(error, LockHeld) else EventKind.FAILED, None, f"{resource}: {error}"
-    )
+    """Returns the event of a failed Allocate, with the text that the pod also gets from the kubelet."""
+    kind = EventKind.DENIED if isinstance(error, LockHeld) else EventKind.FAILED
+    return DeviceEvent(kind, None, f"{resource}: {error}")
 
 
 def taken_over(key: DeviceKey, former: Lock, node: str) -> DeviceEvent:
-    """Returns the event of a takeover. Its pod is the one that had the device on the former holder, now silent."""
+    """Returns the event of a takeover, for the pod that had the device on the former holder."""
     text = f"node {node} took over the device from node {former.holder}, whose lock had expired"
     return DeviceEvent(EventKind.TAKEN_OVER, key, text, former.pod)
 
@@ -192,6 +176,6 @@ def events_of(notice: DeviceEvent) -> tuple[tuple[EventText, PodRef | None], ...
     if notice.pod is not None and about is not Regarding.NODE:
         found.append((EventText(kind, reason, action, note), notice.pod))
     if about is not Regarding.POD or not found:
-        whose = f" (pod {notice.pod})" if notice.pod is not None else ""
-        found.append((EventText(kind, reason, action, note + whose), None))
+        suffix = f" (pod {notice.pod})" if notice.pod is not None else ""
+        found.append((EventText(kind, reason, action, note + suffix), None))
     return tuple(found)

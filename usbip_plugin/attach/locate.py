@@ -95,13 +95,6 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
-class LocatedAt:
-    """The location where the lost device is plugged in now."""
-
-    key: DeviceKey
-
-
-@dataclass(frozen=True, slots=True)
 class Ambiguous:
     """Several devices with the serial number of the lost one."""
 
@@ -115,12 +108,8 @@ class NeedsProbe:
     candidates: tuple[Candidate, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class NotFound:
-    """The result of a search in which no listed device is the lost one."""
-
-
-Verdict = LocatedAt | Ambiguous | NeedsProbe | NotFound
+Verdict = DeviceKey | Ambiguous | NeedsProbe | None
+"""The result of a search: the location of the lost device, or None if no listed device is the lost one."""
 
 
 def decide(serial: str, candidates: Sequence[Candidate]) -> Verdict:
@@ -135,9 +124,9 @@ def decide(serial: str, candidates: Sequence[Candidate]) -> Verdict:
             unknown = [candidate for candidate in same if not candidate.probed]
     if unknown:
         return NeedsProbe(tuple(unknown))
-    if len(same) == 1:
-        return LocatedAt(same[0].key)
-    return Ambiguous(tuple(sorted(candidate.key for candidate in same))) if same else NotFound()
+    if len(same) > 1:
+        return Ambiguous(tuple(sorted(candidate.key for candidate in same)))
+    return same[0].key if same else None
 
 
 READING_LASTS = 3600.0
@@ -229,14 +218,14 @@ class DeviceLocator:
     def find(self, claim: Claim) -> Verdict:
         """Returns where the claim's device is, if not at its own bus ID. Starts the probes that the answer needs.
 
-        NotFound if the claim has no serial number, or if such a device is listed at the claim's own bus ID. A device
+        None if the claim has no serial number, or if such a device is listed at the claim's own bus ID. A device
         on another server counts only if it came there since the loss: two devices may have one serial number.
         """
         listed = self._poller.view(claim.key.server).find(claim.key.busid)
         if not claim.serial or (
             listed is not None and listed.usb_id == claim.usb_id and self.serial_mismatch(claim) is None
         ):
-            return NotFound()
+            return None
         verdict = decide(claim.serial, tuple(self._candidates(claim)))
         if isinstance(verdict, NeedsProbe):
             for candidate in verdict.candidates:

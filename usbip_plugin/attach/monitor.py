@@ -1,4 +1,4 @@
-"""Monitoring of attached devices: watches their ports and locks, and begins a re-attach or detach after a loss.
+"""Watches the ports and locks of attached devices, and begins a re-attach or detach when one is lost.
 
 R6 is the rule for a lost lock, see docs/internals/architecture.md.
 """
@@ -39,10 +39,7 @@ A uevent starts a check at once, but uevents can be dropped under memory pressur
 
 
 class AttachmentMonitor:
-    """Watches ports and locks of attached devices, and begins a re-attach or detach when one is lost.
-
-    Works only while `run()` runs.
-    """
+    """Watches ports and locks of attached devices. Works only while `run()` runs."""
 
     def __init__(
         self,
@@ -101,7 +98,7 @@ class AttachmentMonitor:
     async def prepare(self, device_id: str, resource: str, number: int | None) -> bool:
         """Prepares a device for a container that is about to start. Returns whether the device is attached.
 
-        If it is, its CDI spec, where there is to be one, is true. Waits while the device is being adopted, attached or
+        If it is, its CDI spec, if it has one, is up to date. Waits while the device is being adopted, attached or
         re-attached; the caller bounds that wait. Raises VhciError or CdiError. Cancel-safe.
 
         resource: the resource's name without the domain.
@@ -114,10 +111,10 @@ class AttachmentMonitor:
             return False
         attachment = claim.attachment
         if number is not None and claim.container_indexes != ():
-            # after a reboot no CDI spec has what the container was given, and it starts before its kubelet lists it
-            numbers = tuple(sorted({*(claim.container_indexes or ()), number}))
+            # after a reboot there is no CDI spec to adopt, and the container starts before pod-resources lists it
+            indexes = tuple(sorted({*(claim.container_indexes or ()), number}))
             claim = replace(
-                claim, resource=claim.resource or resource, container_indexes=numbers, allocated_as=attachment
+                claim, resource=claim.resource or resource, container_indexes=indexes, allocated_as=attachment
             )
         self._specs.write(claim, attachment)
         self._tasks.book.put(claim)
@@ -133,7 +130,7 @@ class AttachmentMonitor:
         while True:
             await done_within(self._clock, PORT_CHECK_INTERVAL, self._ports_event.wait())
             self._ports_event.clear()
-            # the claims come before the table: a device attached after the table was read is not missing from it
+            # the claims are read before the ports, so that a device attached in between does not count as missing
             attached = [claim for claim in self._tasks.book.view.values() if claim.state is ClaimState.ATTACHED]
             if not attached:
                 continue
@@ -150,9 +147,7 @@ class AttachmentMonitor:
     async def _check_port(self, claim: Claim, ports: Sequence[PortState]) -> Attachment | None:
         """Returns the attachment as it is now, or begins a re-attach if the device is not attached as its claim says.
 
-        Returns None after a loss, for a claim that is not Attached, and for a claim that has changed meanwhile.
-
-        claim: as it was before the ports were read.
+        Returns None after a loss, and if the claim is not Attached or has changed since the ports were read.
         """
         device_id = claim.id
         if claim.state is not ClaimState.ATTACHED:
@@ -164,7 +159,7 @@ class AttachmentMonitor:
         if attachment is not None:
             self._take_late_nodes(now, attachment)
             return attachment
-        # the state changes now, so that publishing the device as unavailable does not wait for the mutex
+        # the state changes at once, so that publishing the device as unavailable does not wait for the mutex
         self._tasks.book.move(now, ClaimEvent.PORT_LOST)
         with within(claim.traceparent):
             log.warning("attachment lost", extra={"device": str(claim.key), "port": claim.port})
@@ -178,8 +173,8 @@ class AttachmentMonitor:
     def _take_late_nodes(self, claim: Claim, now: Attachment) -> None:
         """Adds child nodes that came after the Allocate to claim and CDI spec, and reports those the resource wants.
 
-        A container gets them when it is started the next time. Nodes that go stay in the spec until a container starts:
-        a program that takes an interface from its kernel driver gives it back when it ends.
+        A container gets them at its next start. Nodes that disappear stay in the spec until then: a libusb program
+        detaches a kernel driver, and re-attaches it when it ends.
         """
         before = claim.attachment
         late = [node for node in now.nodes if before is not None and node not in before.nodes]
@@ -199,7 +194,7 @@ class AttachmentMonitor:
     def _lock_changed(self, change: LockChange) -> None:
         """Begins to detach a device whose lock names another holder by now, or nobody (R6).
 
-        If the claim is Lost, begins a re-attach instead as soon as the lock is free again.
+        If the claim is already Lost, begins a re-attach instead once the lock is free.
         """
         claim = self._tasks.book.get(change.device_id)
         if claim is not None and claim.state is ClaimState.LOST:
@@ -208,11 +203,11 @@ class AttachmentMonitor:
         holder = change.new.holder if change.new is not None else ""
         if holder == self._me.node:
             return
-        self._place_lost(change.device_id, holder)
+        self._location_lost(change.device_id, holder)
         claim = self._tasks.book.get(change.device_id)
         if claim is None or claim.state not in (ClaimState.ATTACHED, ClaimState.REATTACHING):
             return
-        # also if the Lease was deleted or emptied by hand: without a lock that names this node nothing stays attached
+        # also if a person deleted or emptied the Lease: without a lock that names this node nothing stays attached
         self._tasks.book.move(claim, ClaimEvent.LOCK_LOST)
         with within(claim.traceparent):
             log.error("lock lost", extra={"device": str(claim.key), "holder": holder})
@@ -251,7 +246,7 @@ class AttachmentMonitor:
     def _regain(self, device_id: str) -> None:
         """Begins to re-attach a device that was lost with its lock, if the lock is free and the pod is still there.
 
-        A lock that a person has released stays released. Does nothing while other work has the device's mutex.
+        A lock that a person has released stays released. Does nothing while another task holds the device's mutex.
         """
         claim, lock = self._tasks.book.get(device_id), self._locks.locks.get(device_id)
         if claim is None or claim.state is not ClaimState.LOST or self._tasks.mutex(device_id).locked():
@@ -260,11 +255,8 @@ class AttachmentMonitor:
             self._tasks.book.move(claim, ClaimEvent.LOCK_FREE)
             self.begin_reattach(device_id)
 
-    def _place_lost(self, device_id: str, holder: str) -> None:
-        """Ends the attachment from a place that a device was followed to, if the lock of that place is lost (R6).
-
-        The claim stays, and a re-attach begins.
-        """
+    def _location_lost(self, device_id: str, holder: str) -> None:
+        """Begins to re-attach the device that was followed to this bus ID, because the lock here is lost (R6)."""
         claim = self._tasks.book.moved_here(device_id)
         if claim is None or claim.state is not ClaimState.ATTACHED:
             return

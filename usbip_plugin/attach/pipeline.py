@@ -1,8 +1,7 @@
-"""The steps from a free device to one in a container (lock, import, attach, device nodes), the detach and the probe.
+"""Attaches one device in steps (lock, import, attach, device nodes), detaches it, and probes it.
 
 Each call works on one device and must be made under that device's mutex. The caller decides when to call, and what
-happens after a failure. Each step is a span and moves the claim in the book. R1 to R6 are the lock rules of
-docs/internals/architecture.md.
+happens after a failure. Each step is a span. R1 to R6 are the lock rules of docs/internals/architecture.md.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from usbip_plugin.errors import (
 )
 from usbip_plugin.locks.manager import Grant, LockManager
 from usbip_plugin.locks.protocol import LockMeta
-from usbip_plugin.model import Attachment, Descriptor, DeviceKey, Identity, Lock
+from usbip_plugin.model import Attachment, Descriptor, DeviceKey, Identity
 from usbip_plugin.observe.spans import device_attributes, span
 from usbip_plugin.observe.tracing import span_context_from
 from usbip_plugin.usbip.client import Imported, UsbipClient
@@ -47,24 +46,22 @@ from usbip_plugin.vhci.sysfs import PortStatus
 log = logging.getLogger(__name__)
 
 
-def own_port(place: DeviceKey, ports: Sequence[PortState], number: int | None) -> PortState | None:
-    """Returns the port whose record names the device at this place, in use or stuck, or None.
+def own_port(location: DeviceKey, ports: Sequence[PortState], number: int | None) -> PortState | None:
+    """Returns the port whose record names the device at this location, in use or stuck, or None.
 
-    A port without our record is not ours, whatever is attached to it: in kind (Kubernetes in Docker) several nodes
-    share one kernel, and people attach devices by hand.
+    A port without such a record is not this node's: in kind (Kubernetes in Docker) several nodes share one kernel, and
+    people attach devices by hand.
 
     number: the port to which the search is limited; None for all ports.
     """
     for port in ports:
-        if port.record == place and number in (None, port.number) and port.status is not PortStatus.NULL:
+        if port.record == location and number in (None, port.number) and port.status is not PortStatus.NULL:
             return port
     return None
 
 
-ATTACH_ATTEMPTS = 2
-"""Tries to import and attach a device, of which the second follows a port that stuck in status 005."""
 BUSY_ATTEMPTS = 4
-"""Tries to import a busy device. The waits between them are at least 0.7 s in all; a stub's reset takes about 0.3 s."""
+"""Most tries to import a busy device. They span at least 0.7 s: a reset in usbip-host takes about 0.3 s."""
 BUSY_FIRST_WAIT = 0.1
 """Seconds between the first two tries to import a busy device; also the most jitter that each wait gets."""
 BUSY_MAX_WAIT = 0.4
@@ -72,9 +69,9 @@ BUSY_MAX_WAIT = 0.4
 
 
 def import_busy(clock: Clock, rng: random.Random) -> AsyncRetrying:
-    """Returns the retries for the import of a busy device whose lock is ours.
+    """Returns the retries for the import of a busy device whose lock names this node.
 
-    A stub that is still resetting the device after its last client answers busy for about 0.3 s.
+    After a client leaves, usbip-host resets the device and answers busy for about 0.3 s.
     """
     return AsyncRetrying(
         retry=retry_if_exception_type(DeviceBusy),
@@ -85,36 +82,26 @@ def import_busy(clock: Clock, rng: random.Random) -> AsyncRetrying:
     )
 
 
-def attach_stuck(clock: Clock) -> AsyncRetrying:
-    """Returns the retries that import and attach a device once more after a port that stuck in status 005."""
-    return AsyncRetrying(
-        retry=retry_if_exception_type(AttachStuck),
-        stop=stop_after_attempt(ATTACH_ATTEMPTS),
-        sleep=clock.sleep,
-        reraise=True,
-    )
-
-
 ENUMERATE_TIMEOUT = 6.0
-"""Seconds from the attach write until the device must have enumerated, with its child nodes. A disk takes 1.3 s.
+"""Longest time in seconds from the attach write until the device and its child nodes are there. A disk takes 1.3 s.
 
 A childrenTimeout beyond the default adds to it.
 """
 DETACH_TIMEOUT = 5.0
-"""Seconds a port may take to become free after a detach write; measured 13-29 ms."""
+"""Longest time in seconds until a port is free after a detach write; measured 13-29 ms."""
 PROBE_TIMEOUT = 4.0
-"""Seconds that each of the two steps of a probe, import and reading, may take; less than the import window (R1)."""
+"""Longest time in seconds for each step of a probe, import and reading; less than the import window (R1)."""
 
 
 class Progress:
-    """The step that an attach is at, in words, for the error after a timeout."""
+    """The step of an attach that is under way, in words, for the error after a timeout."""
 
     def __init__(self, doing: str) -> None:
         self.doing = doing
 
 
 class Pipeline:
-    """Attaches, re-attaches, detaches and probes single devices, and moves their claims in the book.
+    """Attaches, re-attaches, detaches and probes single devices, and updates their claims.
 
     on_step(name, seconds) is called after each step that has succeeded, with the time it took.
     """
@@ -150,7 +137,7 @@ class Pipeline:
         """Takes a claim from Free to Attached. After an error the claim stays in the book in the state it had reached.
 
         Only LockHeld leaves no claim: nothing was touched. Raises LockError, UsbipError, VhciError or CdiError. Before
-        WrongSerial is raised, the serial number found is written to the lock, while nobody else can have the device.
+        WrongSerial is raised, the serial number found is written to the lock, while no other node can have the device.
 
         identity: what the server's list has about the device, to be written to its lock.
         deadline: bounds the import, in seconds on the monotonic clock. The caller bounds the whole.
@@ -165,29 +152,31 @@ class Pipeline:
                 self._book.move(self._book[claim.id], ClaimEvent.DENIED)
                 raise
         if grant.former is not None:
-            _mark_takeover(trace.get_current_span(), grant.former)
+            allocate = trace.get_current_span()
+            allocate.set_attribute("usbip.lock.former_holder", grant.former.holder)
+            if (former := span_context_from(grant.former.traceparent)) is not None:
+                allocate.add_link(former)
             log.warning("lock taken over", extra={"device": str(claim.key), "former_holder": grant.former.holder})
             self._events(taken_over(claim.key, grant.former, self._me.node))
         self._book.move(self._book[claim.id], ClaimEvent.LOCKED)
-        async for attempt in attach_stuck(self._clock):
-            with attempt:
-                if attempt.retry_state.attempt_number > 1:
-                    # the failed try may have used up the import window of the first write: R1 requires a new write
-                    grant = await self._locks.renew(claim.key)
-                try:
-                    return await self._attach(claim.id, grant, deadline, progress)
-                except WrongSerial as wrong:
-                    await self._tasks.record_identity(claim.key, Identity(wrong.devid, wrong.found))
-                    raise
-        raise AssertionError("the retry policy re-raises")
+        try:
+            try:
+                return await self._attach(claim.id, grant, deadline, progress)
+            except AttachStuck:  # the port stuck in status 005 (used, no address) and is free again: one more try
+                # the failed try may have used up the import window of the first write: R1 requires a new write
+                grant = await self._locks.renew(claim.key)
+                return await self._attach(claim.id, grant, deadline, progress)
+        except WrongSerial as wrong:
+            await self._tasks.record_identity(claim.key, Identity(wrong.devid, wrong.found))
+            raise
 
     async def reattach(self, device_id: str, deadline: float) -> Attachment:
         """Makes one try to take a claim from Reattaching to Attached, under a new write of its lock (R1).
 
-        Attaches the device from the claim's location. If that is not the device's own place, both locks are written.
-        A device that is still attached, because only its CDI spec could not be written, stays attached; only the spec
-        is written again. Raises the errors of attach_new, LockLost if the claim's lock names another holder, and
-        LockHeld if another node holds the lock of the other place.
+        Attaches the device from the claim's location, and writes the lock of that location too. If the device is still
+        attached, because only its CDI spec could not be written, only the spec is written again. Raises the errors of
+        attach_new, LockLost if the claim's lock names another holder, and LockHeld if another node holds the lock of
+        the location.
 
         deadline: bounds the import, in seconds on the monotonic clock.
         """
@@ -202,28 +191,26 @@ class Pipeline:
         claim = self._book[device_id]
         if claim.moved_to is not None:
             meta = LockMeta(str(claim.usb_id), traceparent=claim.traceparent, in_place_of=claim.id)
-            there = await self._locks.acquire(claim.moved_to, meta, claimed=True)
-            grant = replace(there, import_deadline=min(grant.import_deadline, there.import_deadline))
+            second = await self._locks.acquire(claim.moved_to, meta, claimed=True)
+            grant = replace(second, import_deadline=min(grant.import_deadline, second.import_deadline))
         return await self._attach(device_id, grant, deadline, Progress(""))
 
     async def detach_from_location(self, device_id: str) -> None:
-        """Returns a claim to its own place: detaches the device from another place, then releases the lock there (R5).
+        """Detaches the device from the claim's moved_to, releases the lock of that location (R5) and unsets moved_to.
 
-        Does nothing if the claim is at its own place. Raises VhciError or LockUnavailable; the claim's place has not
-        changed then.
+        Does nothing if moved_to is None. Raises VhciError or LockUnavailable; moved_to stays as it is then.
         """
-        place = self._book[device_id].moved_to
-        if place is not None:
+        location = self._book[device_id].moved_to
+        if location is not None:
             await self.detach(device_id)
-            await self._locks.release(place)
+            await self._locks.release(location)
             self._book.put(replace(self._book[device_id], moved_to=None))
 
     async def _write_again(self, claim: Claim) -> Grant:
         """Writes the claim's lock before a re-attach (R1).
 
-        A lock that is not this boot's any more is acquired as for an Allocate (R2, R3, R4). Raises LockLost if another
-        node holds it. Raises LockLost also if the claim has become Lost: the caller decides whether its lock may be
-        acquired again.
+        A lock that is of another boot is acquired as for an Allocate (R2, R3, R4). Raises LockLost if another node
+        holds it, or if the claim is Lost by now: the caller decides whether its lock may be acquired again.
         """
         if claim.state is ClaimState.LOST:
             raise LockLost(str(claim.key), self._holder(claim.id))
@@ -255,36 +242,35 @@ class Pipeline:
                 step.set_attribute("usbip.vhci.port", port)
         finally:
             imported.close()
-        # until the device has enumerated nothing is known of it but its port
+        # until the device has enumerated, only its port is known
         self._book.put(replace(self._book[device_id], port=port, attachment=None))
-        # the port is written to the lock while the kernel enumerates, which takes far longer: it costs no time
-        for noted in dict.fromkeys((claim.key, key)):
-            self._tasks.note_port(noted, port)
+        # the kernel enumerates meanwhile, which takes far longer
+        for locked in dict.fromkeys((claim.key, key)):
+            self._tasks.note_port(locked, port)
         nodes = f", with {', '.join(claim.children)} nodes" if claim.children else ""
         progress.doing = f"waiting for {key} to enumerate on vhci port {port}{nodes}"
         with self.span("device node", key) as step:
             attachment = await self._enumerate(device_id, imported.descriptor, port)
             step.set_attribute("usbip.nodes", [node.path for node in attachment.nodes])
-        self._compare_told(claim.location, attachment, imported.descriptor.devid)
+        self._record_serial(key, attachment.serial, imported.descriptor.devid)
         return self._hand_out(device_id, attachment)
 
-    def _compare_told(self, place: DeviceKey, attachment: Attachment, devid: int) -> None:
-        """Begins to write the serial number that the kernel has read to the lock, if the lock does not have it yet."""
-        lock = self._locks.locks.get(place.id)
-        if lock is None or attachment.serial is None:
-            return
-        if (lock.serial, lock.read_from) != (attachment.serial, devid):
-            self._tasks.note_identity(place, Identity(devid, attachment.serial))
+    def _record_serial(self, key: DeviceKey, serial: str | None, devid: int) -> None:
+        """Starts writing the serial number that the kernel has read to the lock, if the lock lacks it."""
+        lock = self._locks.locks.get(key.id)
+        if lock is not None and serial is not None and (lock.serial, lock.read_from) != (serial, devid):
+            self._tasks.note_identity(key, Identity(devid, serial))
 
     def _hand_out(self, device_id: str, attachment: Attachment) -> Attachment:
-        """Writes the CDI spec and moves the claim to Attached, as the last step of an attach.
-
-        The spec is true before anybody learns that the device is attached.
-        """
+        """Writes the CDI spec, and then moves the claim to Attached: its subscribers find the spec up to date."""
         claim = self._book[device_id]
         self._check_still_ours(claim)
-        given = claim.allocated_as or attachment
-        claim = replace(claim, attachment=attachment, allocated_as=given, serial=attachment.serial or claim.serial)
+        claim = replace(
+            claim,
+            attachment=attachment,
+            allocated_as=claim.allocated_as or attachment,
+            serial=attachment.serial or claim.serial,
+        )
         self._book.put(claim)
         if claim.container_indexes:
             with self.span("CDI spec", claim.key):
@@ -295,7 +281,7 @@ class Pipeline:
     async def _import(self, claim: Claim, grant: Grant, deadline: float) -> Imported:
         """Imports the claim's device from its location, within the import window and before deadline.
 
-        The caller must use the result without another await in between: R1 and R6 were checked right before the return.
+        The caller must use the result before it awaits again: R1 and R6 were checked right before the return.
         """
         key = claim.location
         until = min(grant.import_deadline, deadline)
@@ -338,7 +324,7 @@ class Pipeline:
     def _check_window(self, key: DeviceKey, grant: Grant) -> None:
         """Raises LockUnavailable if the import window is over: R1 then forbids an import and the use of its result."""
         if not self._locks.rules.may_import(grant.import_deadline, self._clock.monotonic()):
-            raise LockUnavailable(str(key), "the import window after the lock write passed (rule R1)")
+            raise LockUnavailable(str(key), "the import did not finish in time after the lock was written; try again")
 
     def _check_still_ours(self, claim: Claim) -> None:
         """Raises LockLost, LockHeld or LockUnavailable if a lock of this claim no longer names this node (R6).
@@ -346,19 +332,17 @@ class Pipeline:
         Called before and after the device is touched, because the watch may have seen a change meanwhile.
         """
         now = self._book.get(claim.id)
-        # a lock that names this node again after somebody else had it was lost all the same
+        # if the claim is Lost, another node had the lock in between, even if the lock names this node again
         if not self.is_mine(claim.id) or (now is not None and now.state is ClaimState.LOST):
             raise LockLost(str(claim.key), self._holder(claim.id))
         if not self.is_mine(claim.location.id):
             if holder := self._holder(claim.location.id):
                 raise LockHeld(str(claim.location), holder)
-            raise LockUnavailable(str(claim.location), "it was released in the meantime")
+            raise LockUnavailable(str(claim.location), "the lock was released during the attach; try again")
 
     def _holder(self, device_id: str) -> str:
         lock = self._locks.locks.get(device_id)
         return lock.holder if lock is not None else ""
-
-    # detach
 
     async def detach(self, device_id: str) -> None:
         """Frees the claim's port if, and only if, it still carries the claim's device. Removes its record in any case.
@@ -369,21 +353,21 @@ class Pipeline:
         if claim.port is None and claim.state is not ClaimState.LOST and not self.is_mine(claim.location.id):
             return
         ports = await self._driver.ports()
-        # without a port number in the claim, the port can only be one that a cancelled attach left behind. The device
-        # on it may identify itself differently by now: the driver knows its connections and leaves all others alone
+        # without a port number in the claim, only a cancelled attach can have left a port. Its device may identify
+        # itself differently by now: the driver knows its connections and leaves all others alone
         own = own_port(claim.location, ports, claim.port)
         if own is not None:
             with self.span("detach", claim.location):
                 await self._driver.detach(own.number, timeout=DETACH_TIMEOUT)
-        else:  # the port fell free, perhaps unseen
+        else:  # the port became free, perhaps unnoticed
             await self._driver.forget(claim.location)
         self._book.put(replace(self._book[device_id], port=None))
 
     async def current_attachment(self, claim: Claim, ports: Sequence[PortState]) -> Attachment | None:
         """Returns the claim's attachment as it is now, or None if its port no longer carries what was attached.
 
-        The child nodes may be others. The port alone is not enough: its device may have left the bus and come back as
-        another. The USB node is compared, because the kernel numbers devices anew at each enumeration.
+        The child nodes may be others. The USB node is compared, because the device may have left the bus and come back
+        on the same port: the kernel gives it a new number at each enumeration.
         """
         if claim.port is None or claim.attachment is None or own_port(claim.location, ports, claim.port) is None:
             return None
@@ -396,13 +380,11 @@ class Pipeline:
         """Returns whether the lock, as last seen, names this node."""
         return self._holder(device_id) == self._me.node
 
-    # probe
-
     async def probe(self, key: DeviceKey, descriptor: Descriptor) -> Identity:
         """Reads a device's serial number and interfaces in user space, under its lock (R1).
 
-        Writes them to the lock's Lease, so that one node reads for all, and releases the lock. Raises LockHeld,
-        LockUnavailable, LockLost or UsbipError; the lock is released then, too.
+        Writes them to the lock, so that one node reads for all, and releases the lock, also after an error. Raises
+        LockHeld, LockUnavailable, LockLost or UsbipError.
         """
         with self.span("probe", key):
             grant = await self._locks.acquire(key, LockMeta(usb_id=str(descriptor.usb_id)))
@@ -423,11 +405,3 @@ class Pipeline:
         with span(self._tracer, name, device_attributes(key), kind=kind) as step:
             yield step
         self._on_step(name, self._clock.monotonic() - began)
-
-
-def _mark_takeover(allocate: Span, former: Lock) -> None:
-    """Adds the former holder to the new holder's span, with a link to the former holder's trace."""
-    allocate.set_attribute("usbip.lock.former_holder", former.holder)
-    linked = span_context_from(former.traceparent)
-    if linked is not None:
-        allocate.add_link(linked)

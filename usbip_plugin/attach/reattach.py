@@ -11,7 +11,7 @@ from dataclasses import replace
 from opentelemetry.trace import Span
 
 from usbip_plugin.attach.events import DeviceEvent, EventKind, EventSink, Reattach
-from usbip_plugin.attach.locate import Ambiguous, DeviceLocator, LocatedAt, NeedsProbe
+from usbip_plugin.attach.locate import Ambiguous, DeviceLocator, NeedsProbe
 from usbip_plugin.attach.pipeline import Pipeline
 from usbip_plugin.attach.release import Releaser
 from usbip_plugin.attach.tasks import DeviceTasks
@@ -287,7 +287,7 @@ class Reattacher:
             locations = " and ".join(place_of(replace(claim, moved_to=key)) for key in verdict.keys)
             obstacle = f"serial number {claim.serial} was found at {locations}; neither is used"
         self._set_obstacle(device_id, obstacle)
-        return verdict.key if isinstance(verdict, LocatedAt) else None
+        return verdict if isinstance(verdict, DeviceKey) else None
 
     def _report_move(self, before: Claim, whole: Span) -> None:
         claim = self._tasks.book.get(before.id)

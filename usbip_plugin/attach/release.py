@@ -1,14 +1,9 @@
-"""Release of devices: detaches them, then releases their locks.
-
-R5 is the rule for a release, see docs/internals/architecture.md.
-"""
+"""Releases devices: detaches them, then releases their locks (rule R5 of docs/internals/architecture.md)."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-
-from opentelemetry.trace import Link
 
 from usbip_plugin.attach.cdi import CdiSpecs
 from usbip_plugin.attach.pipeline import Pipeline
@@ -25,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class Releaser:
-    """Ends claims: detaches their devices and releases the locks, with retries until both are done."""
+    """Ends claims: detaches their devices and releases their locks."""
 
     def __init__(
         self,
@@ -67,7 +62,10 @@ class Releaser:
         began = self._clock.monotonic()
         waits = backoff(self._rng, RELEASE_FIRST_WAIT, RELEASE_MAX_WAIT)
         attributes = device_attributes(claim.key) | pod_attributes(claim.pod)
-        context, links = remote_parent(claim.traceparent), self._new_holder(claim)
+        lock = self._locks.locks.get(claim.id)
+        taken = lock is not None and lock.holder not in ("", self._me.node)
+        links = links_to(lock.traceparent) if lock is not None and taken else []
+        context = remote_parent(claim.traceparent)
         with span(self._tracer, "release", attributes, context=context, links=links) as release:
             tries = Tries(release)
             while True:
@@ -93,11 +91,6 @@ class Releaser:
             self._book.move(self._book[device_id], ClaimEvent.RELEASED)
             log.info("device released", extra={"device": str(claim.key), "pod": str(claim.pod) if claim.pod else None})
         self._on_step("release", self._clock.monotonic() - began)
-
-    def _new_holder(self, claim: Claim) -> list[Link]:
-        """Returns a link to the trace of the lock's present holder, or nothing if that is this node or nobody."""
-        lock = self._locks.locks.get(claim.id)
-        return links_to(lock.traceparent) if lock is not None and lock.holder not in ("", self._me.node) else []
 
     async def finish_locked(self, device_id: str, state: ClaimState) -> None:
         """Detaches and releases a device under its mutex, if its claim is in this state then. A Lost claim stays."""

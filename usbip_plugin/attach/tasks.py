@@ -1,4 +1,4 @@
-"""What all work on devices shares: the claims, a mutex for each device, the tasks, and annotations of the locks."""
+"""Shared state of all work on devices: claims, one mutex for each device, tasks, and annotations of their locks."""
 
 from __future__ import annotations
 
@@ -22,17 +22,13 @@ log = logging.getLogger(__name__)
 RELEASE_FIRST_WAIT = 0.2
 """Seconds between the first two tries to release a device or to annotate its lock. The wait doubles with each try."""
 RELEASE_MAX_WAIT = 5.0
-"""Longest wait in seconds between two tries to release a device or to annotate its lock.
-
-Tries fail while the kernel or the API server does not do its part.
-"""
+"""Longest wait in seconds, without jitter (20 %), between two tries to release a device or to annotate its lock."""
 
 
 class DeviceTasks:
     """The claims of one node, the tasks that work on them, and the annotations that they write to locks.
 
-    Work on a device is done under its mutex, in tasks that outlive the caller that asked for it. All methods belong to
-    one event loop.
+    A task works on a device under its mutex, and outlives its caller. All methods belong to one event loop.
     """
 
     def __init__(self, context: NodeContext, book: ClaimBook, locks: LockManager) -> None:
@@ -47,10 +43,7 @@ class DeviceTasks:
         self._api = Broadcast()
 
     async def run(self, main: Coroutine[object, object, None]) -> None:
-        """Runs main, and owns the tasks for as long as main runs.
-
-        Cancellation leaves attachments and locks for the next process.
-        """
+        """Runs main, and owns the tasks for as long as main runs."""
         unsubscribe = self._locks.subscribe_api(lambda _state: self._api.fire())
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -62,7 +55,7 @@ class DeviceTasks:
             unsubscribe()
 
     async def started(self) -> None:
-        """Waits until spawn() accepts work, that is, until run() has begun."""
+        """Waits until run() has begun, so that spawn() accepts work."""
         await self._running.wait()
 
     def spawn(self, work: Coroutine[object, object, None], name: str) -> asyncio.Task[None]:
@@ -77,7 +70,7 @@ class DeviceTasks:
         return self._mutexes.setdefault(device_id, asyncio.Lock())
 
     async def note_pod(self, key: DeviceKey, pod: PodRef) -> None:
-        """Writes the pod to the device's lock, for people. A failure is logged and changes nothing."""
+        """Writes the pod to the device's lock, for people. Logs a failure."""
         claim = self.book.get(key.id)
         context = remote_parent(claim.traceparent if claim is not None else None)
         with span(self._tracer, "pod", device_attributes(key) | pod_attributes(pod), context=context) as noted:
@@ -89,25 +82,25 @@ class DeviceTasks:
                 log.warning("pod not recorded on the lock", extra=extra)
 
     def note_port(self, key: DeviceKey, port: int) -> None:
-        """Begins to write the number of the device's vhci port to its lock. Returns at once."""
+        """Starts writing the number of the device's vhci port to its lock."""
         self.spawn(self._write_port(key, port), f"note port {port}")
 
     async def _write_port(self, key: DeviceKey, port: int) -> None:
         try:
             await self._locks.annotate(key, port=port)
         except (LockError, KubeError) as error:
-            # for people and for adoption; the port record has the same, so the attachment does not depend on it
+            # only people and adoption need it, and the port record has the same
             log.warning("port not recorded on the lock", extra={"device": str(key), "port": port, "cause": str(error)})
 
     def note_identity(self, key: DeviceKey, identity: Identity) -> None:
-        """Begins to write to a lock the identity that was read from its device. Returns at once."""
+        """Starts writing to a lock the identity that was read from its device.
+
+        It is tried until it succeeds or the device is not in use here any more: after a restart of the plugin, a lost
+        device is recognized by it.
+        """
         self.spawn(self._keep_writing_identity(key, identity), f"note serial number of {key}")
 
     async def _keep_writing_identity(self, key: DeviceKey, identity: Identity) -> None:
-        """Writes an identity to the lock, with retries until it is written or the device is not in use here any more.
-
-        If the next process of this node finds the device lost, it recognises the device by this identity.
-        """
         waits = backoff(self._rng, RELEASE_FIRST_WAIT, RELEASE_MAX_WAIT)
         while not await self.record_identity(key, identity) and self.book.in_use(key.id):
             await self.until_api_returns(next(waits))
@@ -115,7 +108,7 @@ class DeviceTasks:
     async def record_identity(self, key: DeviceKey, identity: Identity) -> bool:
         """Writes the identity that was read from a device to its lock, which must be this node's.
 
-        Returns False, and logs why, if another try may succeed. Returns True if the lock is lost: no try will succeed.
+        Returns False, and logs why, if another try may succeed. Returns True also if the lock is lost.
         """
         try:
             await self._locks.annotate(key, identity=identity)
@@ -129,7 +122,7 @@ class DeviceTasks:
     async def until_api_returns(self, seconds: float) -> None:
         """Waits until the API server is reachable, for at most this many seconds.
 
-        Waits the whole time if it is reachable already, because then something else is the cause of the failure.
+        Waits the whole time if it is reachable already: then the last failure has another cause.
         """
         if self._locks.api.reachable:
             await self._clock.sleep(seconds)

@@ -1,4 +1,4 @@
-"""Which pods use the devices of this node: notes them on the claims, and releases devices whose pods are gone."""
+"""Records on the claims which pods use the devices of this node, and releases devices whose pods are gone."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import logging
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 
-from usbip_plugin.attach.events import DeviceEvent, EventKind, EventSink, attached, network
+from usbip_plugin.attach.events import DeviceEvent, EventKind, EventSink
 from usbip_plugin.attach.reattach import Reattacher
 from usbip_plugin.attach.release import Releaser
 from usbip_plugin.attach.tasks import DeviceTasks
@@ -19,9 +18,9 @@ from usbip_plugin.model import PodRef
 log = logging.getLogger(__name__)
 
 ALLOCATION_GRACE = 15.0
-"""Seconds after an Allocate in which a pod that is not (yet) listed does not count as gone.
+"""Seconds after an Allocate in which a pod that pod-resources does not list does not count as gone.
 
-The kubelet hides an Allocate in flight from pod-resources, and admission of the pod's other containers comes after it.
+The kubelet lists a pod only after the Allocates of all its containers.
 """
 
 ABSENT_POLLS = 2
@@ -53,12 +52,11 @@ def observe_usage(claim: Claim, user: DeviceUser | None, listed_at: float) -> Cl
 
 @dataclass(frozen=True, slots=True)
 class Unlisted:
-    """What the API server knows beyond one list of pod-resources.
+    """Pods and resources that the API server shows and one list of pod-resources lacks.
 
-    pods: those that have not ended, want our devices, and are not in the list. They run init containers, or the kubelet
-        does not know them yet, or does not know them again yet.
-    resources: those (without the domain) of which some pod that has not ended may have a device that is not in the
-        list. This includes devices of init containers.
+    pods: pods that request devices of this plugin and have not ended. The kubelet does not list pods before admission,
+        during init containers, or just after its own restart.
+    resources: those (without the domain) of which a pod that has not ended may have a device that is not in the list.
     certain: whether the API server's data is fresh.
     """
 
@@ -70,12 +68,7 @@ class Unlisted:
 def not_in_list(
     users: Mapping[str, DeviceUser], wanting: Mapping[PodRef, Mapping[str, int]], *, certain: bool
 ) -> Unlisted:
-    """Returns what the API server knows beyond one list of pod-resources.
-
-    users: the list of pod-resources, by device ID.
-    wanting: the pods that have not ended, with their numbers of devices by resource, see PodView.wanting().
-    certain: whether the API server's data is fresh.
-    """
+    """Returns what a list of pod-resources, given as users by device ID, lacks. wanting: see PodView.wanting()."""
     listed = Counter((user.pod.namespace, user.pod.name, user.resource) for user in users.values())
     pods = {(namespace, name) for namespace, name, _ in listed}
     return Unlisted(
@@ -91,10 +84,10 @@ def not_in_list(
 
 
 def usage_ended(claim: Claim, now: float, unlisted: Unlisted) -> bool:
-    """Returns whether the claim's pod is gone, so that its claim ends.
+    """Returns whether the claim's pod is gone, so that the claim must end.
 
     The pod must be absent in ABSENT_POLLS polls; if it was never seen, ALLOCATION_GRACE must be over, too. The absence
-    counts only if the API server does not know the pod as living. If the API server's data is not certain, the absence
+    counts only if the API server does not show the pod as running. If the API server's data is not certain, the absence
     must last UNCONFIRMED_ABSENCE.
 
     now: seconds on the monotonic clock.
@@ -103,12 +96,12 @@ def usage_ended(claim: Claim, now: float, unlisted: Unlisted) -> bool:
         return False
     pod = claim.pod
     if pod is None:
-        somebodys = bool(unlisted.resources) if claim.resource is None else claim.resource in unlisted.resources
-        gone = not somebodys and now - claim.allocated_at > ALLOCATION_GRACE
+        in_use = bool(unlisted.resources) if claim.resource is None else claim.resource in unlisted.resources
+        gone = not in_use and now - claim.allocated_at > ALLOCATION_GRACE
         certain = unlisted.certain
     else:
         gone = not any(same_pod(pod, other) for other in unlisted.pods)
-        # a pod without a uid is one that the API server has not shown to this node yet
+        # the API server has not shown a pod without a uid to this node yet
         certain = unlisted.certain and pod.uid is not None
     return gone and (certain or now - claim.missing_since >= UNCONFIRMED_ABSENCE)
 
@@ -116,7 +109,7 @@ def usage_ended(claim: Claim, now: float, unlisted: Unlisted) -> bool:
 class UsageTracker:
     """Records on the claims which pods use their devices, and releases the devices that no pod uses any more.
 
-    Knows no kubelet: the caller passes what was listed. All methods belong to one event loop.
+    The caller passes what the kubelet listed. All methods belong to one event loop.
     """
 
     def __init__(
@@ -136,13 +129,15 @@ class UsageTracker:
         self._events = events
 
     def apply_poll(self, users: Mapping[str, DeviceUser], listed_at: float, unlisted: Unlisted) -> None:
-        """Applies one poll of the users: records pods, and begins to release the devices that no pod uses any more.
+        """Records the pods of one poll, and begins to release the devices that no pod uses any more.
 
         users: the users that the poll listed, by device ID.
         listed_at: when the poll began, in seconds on the monotonic clock.
-        unlisted: what the API server knows beyond that list, see usage_ended().
         """
-        unused = partial(self._unused, unlisted=unlisted)
+
+        def unused(claim: Claim) -> bool:
+            return usage_ended(claim, self._clock.monotonic(), unlisted)
+
         for device_id, claim in list(self._book.view.items()):
             if claim.state in IN_USE and unused(self._observe(claim, users, listed_at)):
                 self._reattacher.look_again(device_id)
@@ -155,10 +150,7 @@ class UsageTracker:
                 self._observe(claim, users, listed_at)
 
     def pod_ended(self, device_id: str) -> None:
-        """Records that the pod of this device has ended: the kubelet has offered the device to another pod.
-
-        That other pod does not get the device.
-        """
+        """Records that the pod of this device has ended: the kubelet has allocated the device to another pod."""
         claim = self._book.get(device_id)
         if claim is not None and claim.state in IN_USE:
             self._book.put(replace(claim, pod_ended=True))
@@ -169,7 +161,7 @@ class UsageTracker:
             self._book.put(after)
         if after.pod is not None and after.pod != claim.pod:
             self._tasks.spawn(self._tasks.note_pod(claim.key, after.pod), f"note pod {after.pod}")
-            # an Event without the pod's uid does not show where people look for it, so the Event waits for the uid
+            # `kubectl describe pod` does not show an Event without the pod's uid, so the Event waits for it
             if after.pod.uid is not None and not (claim.pod and claim.pod.uid and same_pod(claim.pod, after.pod)):
                 self._report_to(after.pod, after)
                 self._reattacher.pod_known(after)
@@ -178,13 +170,13 @@ class UsageTracker:
     def _report_to(self, pod: PodRef, claim: Claim) -> None:
         """Reports on a newly known pod what has happened to its device so far: an Allocate does not name the pod."""
         if claim.state is ClaimState.ATTACHED:
-            self._events(attached(claim.key, claim.attachment, claim.port, pod))
+            nodes = claim.attachment.nodes if claim.attachment is not None else ()
+            where = f"vhci port {claim.port}" + (f" as {nodes[0].path}" if nodes else "")
+            self._events(DeviceEvent(EventKind.ATTACHED, claim.key, f"attached on {where}", pod))
             if claim.attachment is not None and (names := claim.attachment.net):
                 extra = {"device": str(claim.key), "interfaces": list(names)}
                 log.info("network interface stays on the node", extra=extra)
-                self._events(network(claim.key, names, pod))
+                text = f"network interface {', '.join(names)} stays on the node, because it is not a device node"
+                self._events(DeviceEvent(EventKind.NETWORK, claim.key, text, pod))
         elif claim.state is ClaimState.REATTACHING:
-            self._events(DeviceEvent(EventKind.LOST, claim.key, "lost before its pod was known, re-attaching", pod))
-
-    def _unused(self, claim: Claim, *, unlisted: Unlisted) -> bool:
-        return usage_ended(claim, self._clock.monotonic(), unlisted)
+            self._events(DeviceEvent(EventKind.LOST, claim.key, "lost before its pod was known; re-attaching", pod))

@@ -5,9 +5,7 @@ import pytest
 from usbip_plugin.attach.locate import (
     Ambiguous,
     Candidate,
-    LocatedAt,
     NeedsProbe,
-    NotFound,
     SerialReading,
     Verdict,
     decide,
@@ -27,31 +25,31 @@ def seen(busid: str, serial: str | None, *, probed: bool = True) -> Candidate:
 
 def busids(verdict: Verdict) -> tuple[str, ...]:
     match verdict:
-        case LocatedAt(key):
-            return (key.busid,)
+        case DeviceKey():
+            return (verdict.busid,)
         case Ambiguous(keys):
             return tuple(key.busid for key in keys)
         case NeedsProbe(candidates):
             return tuple(candidate.key.busid for candidate in candidates)
-        case NotFound():
+        case None:
             return ()
 
 
 @pytest.mark.parametrize(
     ("candidates", "kind", "which"),
     [
-        ((), NotFound, ()),
-        ((seen("1-2", "RED"),), LocatedAt, ("1-2",)),
-        ((seen("1-2", "BLUE"), seen("1-3", "RED")), LocatedAt, ("1-3",)),
-        ((seen("1-2", "BLUE"),), NotFound, ()),
-        ((seen("1-2", ""),), NotFound, ()),
+        ((), type(None), ()),
+        ((seen("1-2", "RED"),), DeviceKey, ("1-2",)),
+        ((seen("1-2", "BLUE"), seen("1-3", "RED")), DeviceKey, ("1-3",)),
+        ((seen("1-2", "BLUE"),), type(None), ()),
+        ((seen("1-2", ""),), type(None), ()),
         ((seen("1-3", "RED"), seen("1-2", "RED")), Ambiguous, ("1-2", "1-3")),
         ((seen("1-2", None, probed=False),), NeedsProbe, ("1-2",)),
         ((seen("1-2", "RED"), seen("1-3", None, probed=False)), NeedsProbe, ("1-3",)),
     ],
 )
 def test_one_device_with_the_serial_number_is_it(
-    candidates: tuple[Candidate, ...], kind: type[Verdict], which: tuple[str, ...]
+    candidates: tuple[Candidate, ...], kind: type, which: tuple[str, ...]
 ) -> None:
     verdict = decide("RED", candidates)
     assert isinstance(verdict, kind)
@@ -60,7 +58,7 @@ def test_one_device_with_the_serial_number_is_it(
 
 def test_what_a_lock_says_is_believed_if_it_says_yes_once() -> None:
     said = seen("1-2", "RED", probed=False), seen("1-3", "BLUE", probed=False)
-    assert decide("RED", said) == LocatedAt(DeviceKey(LAB, "1-2")), "it is compared once more when it is attached"
+    assert decide("RED", said) == DeviceKey(LAB, "1-2"), "it is compared once more when it is attached"
 
 
 def test_what_locks_say_hides_nothing_and_makes_no_twins() -> None:
