@@ -80,7 +80,7 @@ class ClaimEvent(enum.Enum):
     LOCK_FREE = "lock free again, pod still there"
     """A lost lock is free, and the pod that lost the device still runs."""
     DEPRIVED = "a pod has it, its lock is not this node's"
-    """At a start, a pod has the device, or it is attached, but the lock names another holder."""
+    """Found at start: a pod has the device or it is attached, but the lock names another holder or nobody."""
     RELEASED = "released"
     """The device is detached, and the lock does not name this node any more."""
 
@@ -121,20 +121,21 @@ TRANSITIONS: Mapping[tuple[ClaimState, ClaimEvent], ClaimState] = MappingProxyTy
 class Claim:
     """One device on this node, as far as this process knows. Times are seconds on the node's monotonic clock.
 
-    resource: the resource by which it was allocated, without the domain; None while unknown, after an adoption.
+    resource: the resource by which it was allocated, without the domain; None if unknown, after an adoption.
     children, children_timeout: see ResourceConfig; as configured at the last attach.
     port: the vhci port, from the moment the kernel has the socket.
-    attachment: the last one seen. `state` says whether the device is still attached.
-    traceparent: of the Allocate, so that all that follows joins its trace.
+    attachment: the last one seen. `state` shows whether the device is still attached.
+    traceparent: the trace of the Allocate, which all later spans join.
     allocated_at: when an Allocate asked for it last.
     pod: the pod that has it, None while unknown.
     missed_polls: polls of pod-resources in a row that did not list it; missing_since: when the first of them began.
-    serial: the serial number that this kernel has read, None if it never did.
-    moved_to: where it is plugged in now, None for its own bus id; set before the lock there is taken.
-    blocked_by: why a lost device is not attached again, "" if unknown.
-    container_indexes: the numbers by which its containers know it, with CDI; None while unknown, after an adoption.
-    allocated_as: the attachment whose nodes its containers got last, by an Allocate or, with CDI, at a start.
-    pod_ended: the kubelet has offered the device to another pod, so that its own has ended.
+    serial: the serial number that the kernel has read or a selector names, None if unknown.
+    moved_to: the server and bus ID where it is plugged in now, None if at `key`. Set before the lock of that bus ID is
+        taken.
+    blocked_by: what keeps a lost device from being re-attached, "" if unknown.
+    container_indexes: the numbers by which its containers know it, with CDI; None if unknown, after an adoption.
+    allocated_as: the attachment whose nodes its containers got last, by an Allocate or, with CDI, at their start.
+    pod_ended: whether the kubelet has allocated the device to another pod, so that its own has ended.
     """
 
     key: DeviceKey
@@ -163,7 +164,7 @@ class Claim:
 
     @property
     def location(self) -> DeviceKey:
-        """The key under which servers, the kernel and port records know the device now."""
+        """The key by which servers, the kernel and port records identify the device now."""
         return self.moved_to or self.key
 
     @property
@@ -173,7 +174,7 @@ class Claim:
 
 
 def place_of(claim: Claim) -> str:
-    """Returns for people where a device is imported from: the bus id, with the server if it is not its own server."""
+    """Returns for people where a device is imported from: the bus ID, with the server if it is not its own server."""
     return claim.location.busid if claim.location.server == claim.key.server else str(claim.location)
 
 
@@ -182,7 +183,7 @@ IN_USE = (ClaimState.ATTACHED, ClaimState.REATTACHING, ClaimState.LOST)
 
 
 class IllegalTransition(AssertionError):
-    """An event came in a state for which TRANSITIONS does not have it: a bug of this project."""
+    """TRANSITIONS does not have this event for the claim's state: a bug of this project."""
 
 
 def step(claim: Claim, event: ClaimEvent) -> Claim:
@@ -207,7 +208,7 @@ class ClaimBook:
         self._moved: dict[str, str] = {}
         self._subscribers: list[Callable[[str], None]] = []
         self.view: Mapping[str, Claim] = MappingProxyType(self._claims)
-        """Live and read-only."""
+        """All claims by device ID, live and read-only."""
         self.changed = Broadcast()
         """Fires after every change, after all subscribers."""
 
@@ -223,11 +224,11 @@ class ClaimBook:
         return self._claims[device_id]
 
     def moved_here(self, device_id: str) -> Claim | None:
-        """Returns the claim on another device that is attached from this device's bus id, or None."""
+        """Returns the claim on another device that is attached from this device's bus ID, or None."""
         return self._claims.get(self._moved.get(device_id, ""))
 
     def in_use(self, device_id: str) -> bool:
-        """Returns whether this device has a claim, or another's claim is attached from its bus id."""
+        """Returns whether this device has a claim, or another claim's device is attached from its bus ID."""
         return device_id in self._claims or device_id in self._moved
 
     def put(self, claim: Claim) -> None:
@@ -281,11 +282,11 @@ class DeviceUser:
 
 
 def same_pod(one: PodRef, other: PodRef) -> bool:
-    """Returns whether both name one pod: by namespace and name, and by uid if both have one."""
+    """Returns whether both are one pod, by namespace and name, and by uid if both have one."""
     uids = {one.uid, other.uid}
     return (one.namespace, one.name) == (other.namespace, other.name) and (None in uids or len(uids) == 1)
 
 
 def serves(claim: Claim, resource: str, usb_id: UsbId) -> bool:
-    """Returns whether a claim was made by this resource. If its resource is unknown, compares the USB ids."""
+    """Returns whether a claim was made by this resource. If its resource is unknown, compares the USB IDs."""
     return claim.usb_id == usb_id if claim.resource is None else claim.resource == resource

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from usbip_plugin.model import DeviceKey, ServerKey, UsbId
 
 _CURES = {
-    errno.ENOSPC: "the file system is full: make room",
-    errno.EDQUOT: "the quota is used up: make room",
+    errno.ENOSPC: "the file system is full: free some space",
+    errno.EDQUOT: "disk quota exceeded: free some space",
     errno.EROFS: "it is read-only: mount it into the plugin's pod from the host, without readOnly",
     errno.EACCES: "the plugin must run as root, with this directory mounted writable from the host",
     errno.EPERM: "the plugin must run as root, with this directory mounted writable from the host",
@@ -55,7 +55,7 @@ class ConfigError(PluginError):
 
 
 class UsbipError(PluginError):
-    """An error of a USB/IP server. The message always begins with the server."""
+    """An error of a USB/IP server. The message begins with the server."""
 
     def __init__(self, server: ServerKey, message: str) -> None:
         self.server = server
@@ -94,24 +94,23 @@ class DeviceBusy(ImportRefused):
 
 
 class DeviceUnknown(ImportRefused):
-    """The server answered IMPORT with status 4: no device has this bus id, or it is not bound to usbip-host."""
+    """The server answered IMPORT with status 4: no device has this bus ID, or it is not bound to usbip-host."""
 
     def __init__(self, key: DeviceKey) -> None:
-        super().__init__(
-            key, 4, f"{key.busid} is not exported (status 4); run on the server: usbip bind -b {key.busid}"
-        )
+        cure = f"run on the server: usbip bind -b {key.busid}"
+        super().__init__(key, 4, f"{key.busid} is not exported (status 4); {cure}")
 
 
 class WrongDevice(UsbipError):
-    """The device under the bus id has another USB id (vendor:product) than expected."""
+    """The device at the bus ID has another USB ID (vendor:product) than expected."""
 
     def __init__(self, key: DeviceKey, expected: UsbId, found: UsbId) -> None:
         self.key, self.expected, self.found = key, expected, found
-        super().__init__(key.server, f"{key.busid}: expected USB id {expected}, got {found}")
+        super().__init__(key.server, f"{key.busid}: expected USB ID {expected}, got {found}")
 
 
 class WrongSerial(UsbipError):
-    """The device under the bus id has another serial number than expected. found: "" for none. devid: its own."""
+    """The device under the bus ID has another serial number than expected. found: "" for none. devid: its own."""
 
     def __init__(self, key: DeviceKey, expected: str, found: str, devid: int) -> None:
         self.key, self.expected, self.found, self.devid = key, expected, found, devid
@@ -123,7 +122,7 @@ class VhciError(PluginError):
 
 
 class DriverMissing(VhciError):
-    """vhci_hcd is not loaded on this node, or its sysfs directory is not there."""
+    """vhci_hcd is not loaded on this node, or its sysfs directory is missing."""
 
     def __init__(self, path: str) -> None:
         super().__init__(f"vhci_hcd is not loaded: {path} does not exist; run on this node: modprobe vhci-hcd")
@@ -138,16 +137,15 @@ class SimulatedKernelMissing(DriverMissing):
 
 
 class DriverNotWritable(VhciError):
-    """This process cannot write to the files attach or detach of vhci_hcd."""
+    """This process cannot write to the sysfs files attach or detach of vhci_hcd."""
 
     def __init__(self, path: str, cause: str) -> None:
-        super().__init__(
-            f"cannot write {path}: {cause}; the plugin must run as root with /sys/devices/platform mounted writable"
-        )
+        cure = "the plugin must run as root with /sys/devices/platform mounted writable"
+        super().__init__(f"cannot write {path}: {cause}; {cure}")
 
 
 class RecordNotWritable(VhciError):
-    """The port record /run/vhci_hcd/portN cannot be written. Without it the owner of the port would be unknown."""
+    """The port record /run/vhci_hcd/portN, which names the owner of a port, cannot be written."""
 
     def __init__(self, path: str, error: OSError) -> None:
         super().__init__(f"cannot write the port record {path}: {error.strerror or error}; {storage_cure(error)}")
@@ -181,7 +179,7 @@ _DRIVERS = {
 
 
 class NodesMissing(VhciError):
-    """No node of a kind in `children` appeared in time. The attach was undone. kinds: those kinds."""
+    """No node of some kinds in `children` appeared in time, and the attach was undone. kinds: those kinds."""
 
     def __init__(self, key: DeviceKey, kinds: Sequence[str], found: Sequence[str], seconds: float) -> None:
         self.kinds = tuple(kinds)
@@ -226,7 +224,9 @@ class LockLost(LockError):
 
     def __init__(self, device: str, holder: str) -> None:
         self.device, self.holder = device, holder
-        super().__init__(f"lock of {device} lost: " + (f"node {holder} holds it now" if holder else "it was released"))
+        super().__init__(
+            f"lock of {device} lost: " + (f"node {holder} holds it now" if holder else "nobody holds it now")
+        )
 
 
 class LockUnavailable(LockError):
@@ -295,7 +295,7 @@ class RegistrationFailed(KubeletError):
 
 
 class PodResourcesUnavailable(KubeletError):
-    """pod-resources cannot be listed. Nothing is released meanwhile, because it is unknown which pods have devices."""
+    """pod-resources cannot be listed. Releases pause meanwhile, because it is unknown which pods have devices."""
 
 
 class AllocateError(PluginError):
@@ -307,7 +307,7 @@ class UnknownDevice(AllocateError):
 
 
 class AllocateTimeout(AllocateError):
-    """An Allocate was not done within allocateTimeout. Its steps are undone."""
+    """An Allocate did not finish within allocateTimeout. Its steps are undone."""
 
 
 class ClaimBusy(AllocateError):
@@ -315,13 +315,7 @@ class ClaimBusy(AllocateError):
 
 
 class PathTaken(AllocateError):
-    """Two device nodes would have the same path in a container. what: the nodes and the path."""
-
-    def __init__(self, what: str) -> None:
-        super().__init__(
-            f"{what}: use {{index}}, {{serial}} or {{busid}} in containerPath to distinguish devices, {{kind}} and "
-            "{number} to distinguish nodes; omit byId for devices without a unique serial number"
-        )
+    """Two device nodes would have the same path in a container."""
 
 
 class NotAttached(AllocateError):
@@ -336,7 +330,11 @@ class NoSuchDevice(CommandError):
     """No known device has the given name. known: how many devices are known."""
 
     def __init__(self, name: str, known: int) -> None:
-        cure = f"`devices` lists the {known} known devices" if known else "no device has been locked yet"
+        cure = (
+            f"run `usbip-plugin devices` to list the {known} known devices"
+            if known
+            else "no device has been locked yet"
+        )
         super().__init__(f"no device is called {name!r}, and no name starts with it; {cure}")
 
 

@@ -1,4 +1,4 @@
-"""The frozen dataclasses that all parts of the plugin share. No I/O, and no logic beyond derived names."""
+"""The values that all parts of the plugin share: frozen dataclasses without I/O."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ServerKey:
         return f"{host}:{self.port}"
 
 
-# Cached, because every change needs the IDs again: with 500 devices, hashing took seconds of processor time.
+# Cached, because each evaluation makes every key again, and hashing is slow.
 @functools.lru_cache(maxsize=2048)
 def _device_id(host: str, port: int, busid: str) -> str:
     digest = base64.b32encode(hashlib.sha256(f"{host}:{port}/{busid}".encode()).digest()).decode("ascii")
@@ -38,7 +38,7 @@ def _device_id(host: str, port: int, busid: str) -> str:
 
 @dataclass(frozen=True, order=True, slots=True)
 class DeviceKey:
-    """The key of a device, the same on every node: its server and its bus id there.
+    """The key of a device, the same on every node: its server and its bus ID there.
 
     id: the device ID for the kubelet and the name of the lock's Lease: 26 characters, a valid DNS label.
     """
@@ -56,7 +56,7 @@ class DeviceKey:
 
 @dataclass(frozen=True, order=True, slots=True)
 class UsbId:
-    """A USB vendor id and product id, 16 bits each."""
+    """A USB ID: vendor and product, 16 bits each."""
 
     vendor: int
     product: int
@@ -105,10 +105,9 @@ class Descriptor:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """The serial number and the interfaces that were read from a device itself; None until they are read.
+    """The serial number ("" for none) and the interfaces that were read from a device itself; None until they are.
 
-    devid: the Descriptor.devid of the device that was read, None if not known. Another device may have its bus id now.
-    serial: "" if the device has none.
+    devid: the Descriptor.devid of the device that was read, None if not known. Another device may have its bus ID now.
     """
 
     devid: int | None = None
@@ -192,7 +191,7 @@ class Lock:
     server, busid: as the Lease names them, for people.
     key: the device that server and busid name; None if the Lease does not have the name of that device.
     serial, interfaces, read_from: the fields of `identity`.
-    in_place_of: the ID of another device, which is plugged in and attached under this bus id now.
+    in_place_of: the ID of another device, which is now plugged in at this bus ID and attached from it.
     by_hand: whether the last write was a release by a person.
     """
 
@@ -222,13 +221,13 @@ class Lock:
 
 
 class Reason(enum.Enum):
-    """Why a device is advertised as Healthy or Unhealthy. Metrics show the name, everything else the value."""
+    """Why a device is advertised as Healthy or Unhealthy. The value is for people, `code` for programs."""
 
     FREE = "free"
     ATTACHED = "attached here"
     IN_PROGRESS = "being allocated here"
     OTHER_RESOURCE = "in use here as another resource"
-    IN_PLACE_OF = "attached here under a new bus id"
+    IN_PLACE_OF = "attached here under a new bus ID"
     NOT_CONFIGURED = "removed from the configuration"
     HOLDER_EXPIRED = "holder expired; can be taken over"
     HELD_ELSEWHERE = "held by another node"
@@ -236,9 +235,9 @@ class Reason(enum.Enum):
     LOCK_LOST = "lock lost to another node"
     SERVER_UNREACHABLE = "server unreachable"
     NOT_LISTED = "not exported by its server"
-    LISTED_WRONG = "server lists another device under this bus id"
+    LISTED_WRONG = "server lists another device under this bus ID"
     NOT_READ = "replugged; identity not read yet"
-    MOVED = "moved to another bus id or server"
+    MOVED = "moved to another bus ID or server"
     AMBIGUOUS = "duplicate serial number"
     API_UNREACHABLE = "API server unreachable"
     NO_DRIVER = "vhci_hcd is not loaded on this node"
@@ -251,11 +250,11 @@ class Reason(enum.Enum):
 
     @property
     def code(self) -> str:
-        """Returns the stable name of the reason for programs: the value of the metrics' label `reason`."""
+        """Returns the stable name of the reason: the metrics' label `reason`, and `reason_code` in /api."""
         return self.name.lower()
 
 
-# A tuple, because a set calls the __hash__ of an enum member, which is slow Python code.
+# A tuple, because a set calls the slow __hash__ of the enum member.
 _HEALTHY = (Reason.FREE, Reason.ATTACHED, Reason.IN_PROGRESS, Reason.HOLDER_EXPIRED)
 
 
@@ -285,5 +284,5 @@ _BUSID = re.compile(r"[0-9A-Za-z][0-9A-Za-z.-]{0,30}", re.ASCII)
 
 
 def valid_busid(text: str) -> bool:
-    """Returns whether a bus id fits into its field on the wire and is safe as a file name."""
+    """Returns whether a bus ID fits into its field on the wire and is safe as a file name."""
     return _BUSID.fullmatch(text) is not None

@@ -36,7 +36,7 @@ from usbip_plugin.config.schema import Config, OnLoss
 from usbip_plugin.model import DeviceKey, Reason
 
 RECORDS = Path("/run/vhci_hcd")
-FULL = "No space left on device; the file system is full: make room"
+FULL = "No space left on device; the file system is full: free some space"
 
 
 class Disk:

@@ -562,7 +562,7 @@ async def node(client: TcpUsbipClient) -> AsyncIterator[tuple[Pipeline, ClaimBoo
 async def test_another_device_than_promised_is_an_error_and_nothing_is_attached() -> None:
     other = encode_import_reply(ImportReply(0, replace(DESCRIPTOR, usb_id=UsbId(0xDEAD, 0xBEEF))))
     async with against(says(other)) as asked, node(asked.client) as (pipeline, book, kernel, locks):
-        with pytest.raises(WrongDevice, match="expected USB id 0951:1666, got dead:beef"):
+        with pytest.raises(WrongDevice, match="expected USB ID 0951:1666, got dead:beef"):
             await pipeline.attach_new(Claim(KEY, STICK.usb_id), None, 1e9, Progress(""))
         asked.all_closed()
         assert {port.status for port in kernel.ports()} == {PortStatus.NULL}

@@ -298,7 +298,7 @@ class UsbipClientContract:
     ) -> None:
         server.lie(stick.busid, real=OTHER)
         imported = await client.import_device(stick, timeout=PATIENCE)
-        with pytest.raises(WrongDevice, match=r"expected USB id 0951:1666, got dead:beef"):
+        with pytest.raises(WrongDevice, match=r"expected USB ID 0951:1666, got dead:beef"):
             await client.probe(imported, timeout=PATIENCE)
         assert imported.sock.fileno() == -1
 

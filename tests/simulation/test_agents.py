@@ -200,7 +200,7 @@ async def test_another_device_behind_a_known_busid_is_unhealthy() -> None:
 async def test_a_device_with_another_usb_id_than_listed_fails_the_allocate_and_is_released() -> None:
     async with one_stick() as (c, lab, device):
         lab.lie("1-1", said=DONGLE)
-        assert "expected USB id 0951:1666, got 1050:0407" in str(await c["node-a"].admit(pod("p"), "stick"))
+        assert "expected USB ID 0951:1666, got 1050:0407" in str(await c["node-a"].admit(pod("p"), "stick"))
         await c.freed(device)
 
 

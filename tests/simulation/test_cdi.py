@@ -390,7 +390,7 @@ def fail(node: ClusterNode, place: str, code: int | None) -> None:
 @pytest.mark.parametrize(
     ("place", "code", "words"),
     [
-        ("spec", errno.ENOSPC, "No space left on device; the file system is full: make room"),
+        ("spec", errno.ENOSPC, "No space left on device; the file system is full: free some space"),
         ("spec", errno.EROFS, "Read-only file system; it is read-only: mount it"),
         ("spec", errno.EACCES, "Permission denied; the plugin must run as root"),
         ("record", errno.ENOSPC, "No space left on device; the file system is full"),
@@ -423,7 +423,7 @@ async def test_of_two_devices_both_are_undone_if_one_spec_cannot_be_written() ->
             node.specs.failing = errno.ENOSPC
 
         node.specs.write = full_after_one  # type: ignore[method-assign]
-        assert "make room" in str(await node.admit(pod("p"), "stick", 2))
+        assert "free some space" in str(await node.admit(pod("p"), "stick", 2))
         node.specs.failing = None
         assert await c.settle(lambda: all(c.holder(d) == "" for d in devices), 30)
         assert node.attached() == frozenset()

@@ -202,7 +202,7 @@ async def test_if_the_second_resource_cannot_be_attached_the_first_is_soon_free_
     async with stick_and_dongle() as (c, lab, one, two):
         node = c["node-a"]
         lab.lie("1-2", said=STICK)
-        assert "expected USB id 1050:0407" in str(await node.admit_containers(pod("p"), app(stick=1, dongle=1)))
+        assert "expected USB ID 1050:0407" in str(await node.admit_containers(pod("p"), app(stick=1, dongle=1)))
         await c.freed(one, two)  # long before the end of the grace
         await c.becomes(node, one, healthy=True)
 

@@ -164,17 +164,24 @@ def refuse_shared_paths(resource: ResourceConfig, devices: int) -> None:
     """Raises PathTaken if so many devices of the resource in one container share a path, whatever they are."""
     template = next((t for t in resource.container_paths if not distinguishes_devices(t)), None)
     if template is not None and devices > 1:
-        raise PathTaken(f"{resource.name}: containerPath {template} is the same for {devices} devices of one container")
+        what = f"{resource.name}: containerPath {template} is the same for {devices} devices of one container"
+        raise PathTaken(f"{what}; use {{index}}, {{serial}} or {{busid}} in it to distinguish devices")
 
 
 def check_paths(resource: ResourceConfig, attachments: Sequence[Attachment]) -> None:
     """Raises PathTaken if a container with these devices, in this order, would have two nodes under one path."""
-    taken: dict[str, DeviceNode] = {}
+    taken: dict[str, tuple[int, DeviceNode]] = {}
     for index, attachment in enumerate(attachments):
         for one in place(resource, index, attachment):
             for path in one.paths:
-                other = taken.setdefault(path, one.node)
-                if other != one.node:
-                    raise PathTaken(
-                        f"{resource.name}: {other.path} and {one.node.path} would both have the path {path}"
-                    )
+                owner, other = taken.setdefault(path, (index, one.node))
+                if other == one.node:
+                    continue
+                if path == one.node.by_id:
+                    cure = "omit byId, because these devices have no unique serial number"
+                elif owner == index:
+                    cure = "use {kind} and {number} in containerPath to distinguish nodes"
+                else:
+                    cure = "use {index} in containerPath to distinguish devices"
+                what = f"{resource.name}: {other.path} and {one.node.path} would both have the path {path}"
+                raise PathTaken(f"{what}; {cure}")
