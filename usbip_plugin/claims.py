@@ -43,9 +43,9 @@ class ClaimState(enum.Enum):
     REATTACHING = "Reattaching"
     """The attachment broke while the pod has the device. The lock still names this node; the plugin attaches again."""
     RELEASING = "Releasing"
-    """No pod has the device any more. It is being detached; then the lock is released."""
+    """No pod has the device now. It is being detached; then the lock is released."""
     LOST = "Lost"
-    """The lock does not name this node any more. The device is being detached, or is, and its pod may still run."""
+    """The lock no longer names this node. The device is being detached, or is, and its pod may still run."""
 
 
 class ClaimEvent(enum.Enum):
@@ -82,7 +82,7 @@ class ClaimEvent(enum.Enum):
     DEPRIVED = "a pod has it, its lock is not this node's"
     """Found at start: a pod has the device or it is attached, but the lock names another holder or nobody."""
     RELEASED = "released"
-    """The device is detached, and the lock does not name this node any more."""
+    """The device is detached, and the lock no longer names this node."""
 
 
 TRANSITIONS: Mapping[tuple[ClaimState, ClaimEvent], ClaimState] = MappingProxyType(

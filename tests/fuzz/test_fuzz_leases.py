@@ -24,8 +24,8 @@ from usbip_plugin.attach.events import DeviceEvent, EventKind, events_of
 from usbip_plugin.cli.devices import WIDE, known_devices, rows, table
 from usbip_plugin.config.schema import Config, DeviceSelector
 from usbip_plugin.errors import KubeConflict, KubeNotFound, KubeServerError, LockHeld, LockUnavailable
-from usbip_plugin.inventory.facts import OfferedDevice, Snapshot
 from usbip_plugin.inventory.health import health
+from usbip_plugin.inventory.snapshot import OfferedDevice, Snapshot
 from usbip_plugin.kube.events import event_body
 from usbip_plugin.locks import kubernetes, record
 from usbip_plugin.locks.kubernetes import KubernetesLeases, decode, encode

@@ -9,7 +9,7 @@ import pytest
 from tests.simulation.cluster_rig import cluster, key, server, spec, stick
 from usbip_plugin.inventory import inventory
 from usbip_plugin.inventory.evaluate import advertise
-from usbip_plugin.inventory.facts import OfferedDevices, Snapshot
+from usbip_plugin.inventory.snapshot import OfferedDevices, Snapshot
 from usbip_plugin.locks import record
 from usbip_plugin.locks.record import Lease
 from usbip_plugin.model import Advertised

@@ -13,8 +13,8 @@ from tests.simulation.cluster_rig import offered, one_stick, pod, stick, two_sti
 from tests.simulation.trace_stories import Story, played, pod_known
 from usbip_plugin.claims import ClaimState
 from usbip_plugin.inventory import evaluate
-from usbip_plugin.inventory.facts import OfferedDevice, Snapshot
 from usbip_plugin.inventory.health import health
+from usbip_plugin.inventory.snapshot import OfferedDevice, Snapshot
 from usbip_plugin.model import Health
 from usbip_sim.leases import MemoryLeases
 from usbip_sim.virtual.steploop import stepped

@@ -170,7 +170,7 @@ async def test_two_devices_under_one_path_are_refused_before_either_is_touched()
     async with two_sticks(nodes=1, container_paths=("/dev/stick",)) as (c, lab, *_devices):
         node = c["node-a"]
         failure = str(await node.admit(pod("p"), "stick", 2))
-        assert "containerPath /dev/stick is the same for 2 devices of one container: use {index}" in failure
+        assert "containerPath /dev/stick is the same for 2 devices of one container; use {index}" in failure
         assert lab.table.granted == 0
         assert await node.admit(pod("q"), "stick") is None
 

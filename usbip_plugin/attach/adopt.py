@@ -77,7 +77,6 @@ class Adopter:
         self._tasks = tasks
         self._releaser = releaser
         self._monitor = monitor
-        self._unreadable = ""
 
     async def adopt(self, used: Mapping[str, DeviceUser], *, complete: bool, also_lost: bool) -> None:
         """Adopts every device that belongs to this node by the locks and the port records.
@@ -86,16 +85,13 @@ class Adopter:
 
         used: the pods that have devices, by device ID, as far as they are known.
         complete: whether `used` lists every user. If not, no device is released for lack of a pod.
-        also_lost: whether to also make claims of devices whose locks name another holder, or nobody, by now, if a pod
-            has them or they are still attached.
+        also_lost: whether to make claims, too, of devices that a pod has, or that are still attached, although their
+            locks no longer name this node.
         """
         try:
             ports = await self._driver.ports()
-            self._unreadable = ""
         except VhciError as error:
-            if self._unreadable != str(error):
-                self._unreadable = str(error)
-                log.warning("cannot read vhci ports", extra={"cause": str(error)})
+            self._monitor.report_unreadable(error)
             ports = ()
         found = list(self._locks.mine())
         if also_lost:

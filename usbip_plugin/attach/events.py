@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, Self
 
@@ -131,21 +131,8 @@ class Reattach(enum.Enum):
     FAILED = "failed"
 
 
-class EventSink(Protocol):
-    """The function to which the parts of a node's agent report what happens to its devices."""
-
-    def __call__(self, notice: DeviceEvent, /) -> None:
-        """Records one device event. Returns at once and never raises."""
-        ...
-
-
-def late_nodes(key: DeviceKey, paths: Sequence[str], pod: PodRef | None, *, by_cdi: bool) -> DeviceEvent:
-    """Returns the event that device nodes came after the Allocate was answered."""
-    cure = "restart the container to use them" if by_cdi else "recreate the pod to use them"
-    hint = "list their kinds under children to make Allocate wait for them"
-    return DeviceEvent(
-        EventKind.NODES_LATE, key, f"{', '.join(paths)} appeared after the Allocate; {cure}; {hint}", pod
-    )
+EventSink = Callable[[DeviceEvent], None]
+"""Records one device event. Returns at once and never raises."""
 
 
 def refused(resource: str, error: PluginError) -> DeviceEvent:

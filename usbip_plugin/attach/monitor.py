@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from usbip_plugin.attach.cdi import CdiSpecs
-from usbip_plugin.attach.events import DeviceEvent, EventKind, EventSink, late_nodes
+from usbip_plugin.attach.events import DeviceEvent, EventKind, EventSink
 from usbip_plugin.attach.pipeline import Pipeline, own_port
 from usbip_plugin.attach.reattach import REATTACH_FIRST_WAIT, Reattacher
 from usbip_plugin.attach.release import Releaser
@@ -140,9 +140,13 @@ class AttachmentMonitor:
                     await self._check_port(claim, ports)
                 self._unreadable = ""
             except VhciError as error:
-                if self._unreadable != str(error):
-                    self._unreadable = str(error)
-                    log.warning("cannot read vhci ports", extra={"cause": str(error)})
+                self.report_unreadable(error)
+
+    def report_unreadable(self, error: VhciError) -> None:
+        """Logs, once for each cause, that the vhci ports cannot be read."""
+        if self._unreadable != str(error):
+            self._unreadable = str(error)
+            log.warning("cannot read vhci ports", extra={"cause": str(error)})
 
     async def _check_port(self, claim: Claim, ports: Sequence[PortState]) -> Attachment | None:
         """Returns the attachment as it is now, or begins a re-attach if the device is not attached as its claim says.
@@ -189,7 +193,10 @@ class AttachmentMonitor:
         self._tasks.book.put(replace(claim, attachment=now))
         if wanted:
             log.warning("device nodes appeared after the Allocate", extra={"device": str(claim.key), "nodes": wanted})
-            self._events(late_nodes(claim.key, wanted, claim.pod, by_cdi=bool(claim.container_indexes)))
+            cure = f"{'restart the container' if claim.container_indexes else 'recreate the pod'} to use them"
+            hint = "list their kinds under children to make Allocate wait for them"
+            text = f"{', '.join(wanted)} appeared after the Allocate; {cure}; {hint}"
+            self._events(DeviceEvent(EventKind.NODES_LATE, claim.key, text, claim.pod))
 
     def _lock_changed(self, change: LockChange) -> None:
         """Begins to detach a device whose lock names another holder by now, or nobody (R6).

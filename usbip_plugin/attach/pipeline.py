@@ -265,12 +265,8 @@ class Pipeline:
         """Writes the CDI spec, and then moves the claim to Attached: its subscribers find the spec up to date."""
         claim = self._book[device_id]
         self._check_still_ours(claim)
-        claim = replace(
-            claim,
-            attachment=attachment,
-            allocated_as=claim.allocated_as or attachment,
-            serial=attachment.serial or claim.serial,
-        )
+        first = claim.allocated_as or attachment
+        claim = replace(claim, attachment=attachment, allocated_as=first, serial=attachment.serial or claim.serial)
         self._book.put(claim)
         if claim.container_indexes:
             with self.span("CDI spec", claim.key):

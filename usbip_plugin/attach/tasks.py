@@ -95,8 +95,8 @@ class DeviceTasks:
     def note_identity(self, key: DeviceKey, identity: Identity) -> None:
         """Starts writing to a lock the identity that was read from its device.
 
-        It is tried until it succeeds or the device is not in use here any more: after a restart of the plugin, a lost
-        device is recognized by it.
+        Tries until the write succeeds or the device is no longer in use here: after a restart of the plugin, a lost
+        device is recognized by its identity.
         """
         self.spawn(self._keep_writing_identity(key, identity), f"note serial number of {key}")
 

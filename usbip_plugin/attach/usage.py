@@ -107,7 +107,7 @@ def usage_ended(claim: Claim, now: float, unlisted: Unlisted) -> bool:
 
 
 class UsageTracker:
-    """Records on the claims which pods use their devices, and releases the devices that no pod uses any more.
+    """Records on the claims which pods use their devices, and releases the devices that no pod uses.
 
     The caller passes what the kubelet listed. All methods belong to one event loop.
     """
@@ -129,7 +129,7 @@ class UsageTracker:
         self._events = events
 
     def apply_poll(self, users: Mapping[str, DeviceUser], listed_at: float, unlisted: Unlisted) -> None:
-        """Records the pods of one poll, and begins to release the devices that no pod uses any more.
+        """Records the pods of one poll, and begins to release the devices that no pod uses.
 
         users: the users that the poll listed, by device ID.
         listed_at: when the poll began, in seconds on the monotonic clock.

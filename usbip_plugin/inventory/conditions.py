@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from usbip_plugin.context import NodeContext
 from usbip_plugin.errors import VhciError
-from usbip_plugin.inventory.facts import ApiStatus, PortSummary
 from usbip_plugin.inventory.health import API_GRACE
+from usbip_plugin.inventory.snapshot import ApiStatus, PortSummary
 from usbip_plugin.locks.manager import LockManager
 from usbip_plugin.sync import done_within
 from usbip_plugin.vhci.driver import VhciDriver
@@ -82,8 +82,7 @@ class Conditions:
     async def _watch_api(self) -> None:
         """Calls on_change at each change of the API server's reachability, and when API_GRACE ends.
 
-        The end of the grace makes devices unavailable although nothing else happens then. While the API server stays
-        unreachable after that, calls on_change every PORTS_INTERVAL seconds.
+        While the API server stays unreachable after that, calls on_change every PORTS_INTERVAL seconds.
         """
         while True:
             self._api_event.clear()

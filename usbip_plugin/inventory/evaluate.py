@@ -1,7 +1,7 @@
 """Evaluates what each resource advertises, all of it or the part that a change affects, and warns about overlaps.
 
-With hundreds of devices most changes are about one lock, and every node sees each of them. Evaluating a part gives
-the same result as evaluating everything.
+Every node sees each change of a lock. So with hundreds of devices, only the part that a change affects is evaluated,
+with the same result.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from itertools import compress
 from operator import attrgetter, is_not
 
-from usbip_plugin.inventory.facts import OfferedDevices, Snapshot
 from usbip_plugin.inventory.health import health, resolve_ambiguity, serial_owners
-from usbip_plugin.inventory.members import learn
+from usbip_plugin.inventory.members import update_offered
+from usbip_plugin.inventory.snapshot import OfferedDevices, Snapshot
 from usbip_plugin.model import Advertised, DeviceKey, Reason, ServerKey
 from usbip_plugin.usbip.poller import ServerView
 
@@ -28,7 +28,7 @@ Lists = Mapping[str, Devices]
 """Advertised devices by resource name (without the domain)."""
 
 
-def changed_places(before: Sequence[object], after: Sequence[object]) -> Iterator[int]:
+def changed_indexes(before: Sequence[object], after: Sequence[object]) -> Iterator[int]:
     """Yields the indexes at which two sequences of the same length have different objects.
 
     Compares objects by identity only: `after` must keep the objects of `before` that did not change.
@@ -41,7 +41,7 @@ class Evaluation:
     """Result of one evaluation: what each resource advertised before, and what it advertises from now on.
 
     lists: the lists from now on. After a partial evaluation, an unchanged list is the same tuple as in `before`.
-    snapshot: what was evaluated. After a partial evaluation, it covers only a part of all devices.
+    snapshot: what was evaluated; only the affected devices after a partial evaluation.
     """
 
     before: Lists
@@ -63,11 +63,12 @@ def advertise(members: OfferedDevices, snapshot: Snapshot) -> Lists:
 
 
 def restrict(snapshot: Snapshot, members: OfferedDevices, device_ids: Collection[str]) -> Snapshot | None:
-    """Returns a snapshot of these devices and of the resources that have or may get one of them, without all others.
+    """Returns the part of a snapshot that a change of these devices can affect.
 
-    Returns None if a change of these devices may affect other devices, too:
-    - a device has no lock or claim that names its server and bus id, or a lock without a USB ID;
-    - a device is attached from another device's bus id;
+    The part has the devices, and the resources that offer or may offer one of them. Returns None if the change may
+    affect other devices, too:
+    - a device has no lock or claim that names its server and bus ID, or a lock without a USB ID;
+    - a device is attached from another device's bus ID;
     - a selector in the configuration has a serial number, which another device may have as well;
     - a resource of a former configuration still has devices.
     """
@@ -120,7 +121,7 @@ def evaluate_part(
     """
     affected = {resource.name: members.get(resource.name, {}) for resource in part.config.resources}
     before = {name: {i: devices[i] for i in device_ids if i in devices} for name, devices in affected.items()}
-    after = learn(before, part)
+    after = update_offered(before, part)
     evaluated = advertise(after, part)
     offered = {**members}
     for name, changed in after.items():
@@ -134,11 +135,11 @@ def evaluate_part(
 def differing(before: Devices, after: Devices) -> list[tuple[Advertised | None, Advertised]]:
     """Returns the devices of `after` that are not the same object as before, each as (old or None, new)."""
     if len(before) == len(after):
-        places = [*changed_places(before, after)]
-        if all(before[place].id == after[place].id for place in places):
-            return [(before[place], after[place]) for place in places]
-    known = {device.id: device for device in before}
-    return [(old, device) for device in after if (old := known.get(device.id)) is not device]
+        pairs = [(before[index], after[index]) for index in changed_indexes(before, after)]
+        if all(old.id == new.id for old, new in pairs):
+            return [*pairs]
+    by_id = {device.id: device for device in before}
+    return [(old, device) for device in after if (old := by_id.get(device.id)) is not device]
 
 
 def _merged(before: Devices | None, changed: Devices, device_ids: Collection[str]) -> Devices:
@@ -147,11 +148,11 @@ def _merged(before: Devices | None, changed: Devices, device_ids: Collection[str
     evaluated = {device.id: device for device in changed}
     after, same = [*before], True
     for device_id in device_ids:
-        place = bisect_left(after, device_id, key=attrgetter("id"))
-        known = after[place] if place < len(after) and after[place].id == device_id else None
-        now = evaluated.get(device_id)
-        if known != now:
-            after[place : place + (known is not None)] = [now] if now is not None else []
+        index = bisect_left(after, device_id, key=attrgetter("id"))
+        old = after[index] if index < len(after) and after[index].id == device_id else None
+        new = evaluated.get(device_id)
+        if old != new:
+            after[index : index + (old is not None)] = [new] if new is not None else []
             same = False
     return before if same else tuple(after)
 
@@ -171,13 +172,13 @@ class OverlapWarnings:
         self._ambiguous: frozenset[tuple[str, str]] = frozenset()
 
     def warn(self, members: OfferedDevices, advertised: Lists) -> None:
-        """Logs the overlaps that are new since the last call. To be called at each evaluation."""
+        """Logs the overlaps that are new since the last call."""
         shared = shared_devices(advertised)
         for resources in sorted(shared.keys() - self._known_shared):
             devices = shared[resources]
             extra = {"resources": list(resources), "devices": devices[:_SHOWN], "count": len(devices)}
             log.warning("devices offered by several resources, usable by one at a time", extra=extra)
-        # never forgotten: shared devices that are absent for the moment come back
+        # never forgotten: a shared device may be absent for a while
         self._known_shared |= shared.keys()
         ambiguous = ambiguous_devices(members, advertised)
         for resource, serial in sorted(ambiguous.keys() - self._ambiguous):

@@ -1,7 +1,7 @@
 """Decides when to trust a server's list, and the identity on a lock, after a device got a new holder or was unplugged.
 
-A list from before another node wrote the lock does not show whether the device is in use now. A list from the time of
-the device's reset does not show that the device is gone.
+A list from before another node wrote the lock may show the device, although it is in use now. A list from the time of
+the device's reset may lack it, although it is free.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from usbip_plugin.usbip.poller import SECOND_LOOK, ServerPoller, ServerState, Se
 RESET_GRACE = 1.0
 """Minimum time in seconds after a release during which a server's list without the device is ignored.
 
-usbip-host resets a released device for about 0.3 s and does not list it meanwhile. An import during the reset waits
-for its end (pipeline.import_busy).
+usbip-host resets a released device for about 0.3 s and does not list it meanwhile. An import waits for the end of the
+reset, see pipeline.import_busy().
 """
 
 RESET = 2.0
@@ -32,8 +32,8 @@ A device that comes back later than that may be another one.
 MAX_REREADS, REREAD_SPAN = 3, 600.0
 """Maximum number of repeated probes of one device (MAX_REREADS) within REREAD_SPAN seconds.
 
-Without the limit, a device whose server numbers it anew at each import would be probed for ever. While the limit is
-reached, the identity on the lock counts. An Allocate compares that identity with the device in any case.
+Without the limit, a device that gets another devid at each import would be probed for ever. At the limit, the identity
+on the lock counts. An Allocate compares that identity with the device in any case.
 """
 
 K = TypeVar("K")
@@ -66,7 +66,7 @@ class HandoverTracker:
         self._distrusted: dict[ServerKey, dict[DeviceKey, float]] = {}
 
     def released(self, device_ids: Collection[str] | None = None) -> frozenset[str]:
-        """Returns which of these devices (None for all) were released and not yet polled for since their reset."""
+        """Returns which of these devices (None for all) were released, and not polled for since their reset."""
         if device_ids is None:
             return frozenset().union(*self._released.values())
         return frozenset(i for i in device_ids if any(i in devices for devices in self._released.values()))
@@ -91,7 +91,7 @@ class HandoverTracker:
     def _distrust_list(self, change: LockChange) -> None:
         """Ignores what the server listed before another node wrote the lock: the device may be in use since then.
 
-        Otherwise every node would read the holder's session each time a device is taken (R4).
+        This keeps every node from reading the holder's session each time a device is taken (R4).
         """
         key = change.new.key if change.new is not None else None
         if key is None:
@@ -103,7 +103,7 @@ class HandoverTracker:
             self._spawn(self._trust_next_list(key.server))
 
     def _put_last(self, waiting: dict[K, float], device: K) -> bool:
-        """Puts the device at the end of `waiting`, as of now. Returns True if it was empty: no task serves it yet."""
+        """Puts the device at the end of `waiting`. Returns whether `waiting` was empty: no task serves it yet."""
         first = not waiting
         waiting.pop(device, None)
         waiting[device] = self._clock.monotonic()
@@ -123,7 +123,7 @@ class HandoverTracker:
     async def _after_releases(self, server: ServerKey | None) -> None:
         """Waits, for each released device, until its server has been polled after the reset, then calls on_trusted.
 
-        Until then the lock is believed, because a holder detaches a device before it releases the lock.
+        Until then it counts as free by its lock, because a holder detaches a device before it releases the lock.
         """
         released = self._released[server]
         while released:
@@ -141,8 +141,8 @@ class HandoverTracker:
 class ReplacedDevices:
     """Devices that left their server's list while they had no holder, so that another device may have replaced them.
 
-    A server that numbers devices by port lists the other device under the same devid. Such a device is probed again,
-    unless its lock has had a holder since: each holder, for a probe or for use, writes the identity to the lock.
+    A server that numbers devices by port gives the other device the same devid. Such a device is probed again, unless
+    its lock has had a holder since: each holder, for a probe or for use, writes the identity to the lock.
     """
 
     def __init__(self, probe_limiter: ProbeLimiter) -> None:
@@ -155,8 +155,7 @@ class ReplacedDevices:
     ) -> None:
         """Finds the devices that left a server's list. To be called at each change of a server's view.
 
-        released: devices that are not listed because they have just been released.
-        now: seconds, monotonic.
+        released: devices that are not listed because they have just been released. now: seconds, monotonic.
         """
         if view.state is not ServerState.REACHABLE:
             return
@@ -190,13 +189,13 @@ class ReplacedDevices:
 
 
 class ProbeLimiter:
-    """Limits how often a device is probed whose identity keeps changing, see MAX_REREADS. now: monotonic seconds."""
+    """Limits how often a device with a changing identity is probed, see MAX_REREADS. now: monotonic seconds."""
 
     def __init__(self) -> None:
         self._at: dict[str, tuple[float, ...]] = {}
 
     def note(self, device_id: str, now: float) -> None:
-        """Records that another device may have taken the place of this one, as its lock or its absence shows."""
+        """Records that another device may have replaced this one."""
         self._at[device_id] = (*self._recent(device_id, now), now)[-MAX_REREADS:]
 
     def probe_limited(self, now: float) -> frozenset[str]:

@@ -1,9 +1,10 @@
 """Decides why a device is available or not, and which devices share a configured serial number. Pure functions.
 
-The reason of a device is the first that applies, those nearest to this node first.
+If several reasons apply, a device shows the first in this order: its claim on this node, the configuration, other
+nodes' locks, API server, driver, server, ports.
 
-One device owns a serial number, wherever it is plugged in. If two devices have the same number, neither is offered by
-it. A device in use owns its number too, so that a pod that has lost it for the moment can find it again.
+If two devices have the same serial number, neither is offered by it. A device in use owns its serial number while it is
+lost, so that it can be re-attached.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Mapping
 
 from usbip_plugin.claims import Claim, ClaimState, place_of, serves
 from usbip_plugin.config.selectors import Match, matches
-from usbip_plugin.inventory.facts import OfferedDevice, Snapshot
+from usbip_plugin.inventory.snapshot import OfferedDevice, Snapshot
 from usbip_plugin.locks.protocol import LockStatus
 from usbip_plugin.model import Descriptor, DeviceKey, Health, Lock, Reason
 from usbip_plugin.usbip.poller import ServerState
@@ -25,7 +26,7 @@ _AWAY = frozenset({Reason.NOT_LISTED, Reason.LISTED_WRONG, Reason.SERVER_UNREACH
 
 
 SerialOwners = Mapping[DeviceKey, str]
-"""Devices that have a serial number, or whose lock is held for the device with it. With the holder's node, or ""."""
+"""The devices that own one serial number: listed as free with it, or locked with it. Value: the holder, "" for none."""
 
 
 def serial_owners(
@@ -46,7 +47,7 @@ def serial_owners(
         if serial not in owners or lock is None or lock.serial != serial:
             continue
         if lock.holder and healths[device_id].reason is not Reason.HOLDER_EXPIRED:
-            # a lock held for a device that is attached from another bus id: the device is there, not here
+            # if another bus ID is locked in place of this one, the device is there, not here
             if device_id not in moved:
                 owners[serial][offered.key] = lock.holder
         elif device_id in snapshot.released or import_obstacle(snapshot, offered) is None:
@@ -86,9 +87,11 @@ def health(snapshot: Snapshot, offered: OfferedDevice, resource: str) -> Health:
     if claim is not None:
         if not serves(claim, resource, offered.usb_id):
             # the kubelet counts each resource by itself, and would give the device to a second pod
-            return Health(Reason.OTHER_RESOURCE, f"{claim.usb_id} of resource {claim.resource or 'unknown'}")
+            return Health(
+                Reason.OTHER_RESOURCE, f"through resource {claim.resource or 'unknown'}, as device {claim.usb_id}"
+            )
         if not offered.configured and (claim.state is ClaimState.RELEASING or claim.pod_ended):
-            return Health(Reason.NOT_CONFIGURED, "its pod has ended; no other pod may use it")
+            return Health(Reason.NOT_CONFIGURED, "its pod has ended; it is being released and no longer offered")
         return _claim_health(claim, snapshot)
     if not offered.configured:
         return Health(Reason.NOT_CONFIGURED)
@@ -108,7 +111,8 @@ def health(snapshot: Snapshot, offered: OfferedDevice, resource: str) -> Health:
         return unlisted
     speed = offered.descriptor.speed if offered.descriptor is not None else 0
     if (snapshot.driver.free_ss if speed >= SUPER_SPEED else snapshot.driver.free_hs) == 0:
-        return Health(Reason.NO_PORT, f"no free {'ss' if speed >= SUPER_SPEED else 'hs'} port")
+        hub = "SuperSpeed (ss)" if speed >= SUPER_SPEED else "high-speed (hs)"
+        return Health(Reason.NO_PORT, f"no free {hub} port of vhci_hcd")
     if status is LockStatus.EXPIRED and lock is not None:
         return Health(Reason.HOLDER_EXPIRED, f"{_held_by(lock)}, silent for longer than the lock duration")
     return Health(Reason.FREE)
@@ -145,7 +149,7 @@ def _claim_health(claim: Claim, snapshot: Snapshot) -> Health:
             why = f"; {claim.blocked_by}" if claim.blocked_by else ""
             return Health(Reason.LOST, f"connection to {claim.location.server} lost{why}")
         case ClaimState.LOST:
-            by_hand = "released by hand; delete its pod" if lock is not None and lock.by_hand else ""
+            by_hand = "released by a person; delete the pod that had it" if lock is not None and lock.by_hand else ""
             return Health(Reason.LOCK_LOST, _held_by(lock) if lock is not None and lock.holder else by_hand)
         case _:
             return Health(Reason.IN_PROGRESS, claim.state.value)
@@ -159,7 +163,10 @@ def _identity_health(snapshot: Snapshot, offered: OfferedDevice, listed: Descrip
     identity = snapshot.identity_of(offered.key.id, listed)
     match matches(selector, listed, identity):
         case Match.NEEDS_PROBE:
-            return Health(Reason.NOT_READ, f"{offered.key} was replugged and may be another device")
+            return Health(
+                Reason.NOT_READ,
+                f"{offered.key} was unplugged or renumbered and may be another device; waiting for a probe",
+            )
         case Match.NO if selector.serial is not None and identity.serial != selector.serial:
             detail = f"expected serial number {selector.serial} at {offered.key}, got {identity.serial or 'none'}"
             return Health(Reason.LISTED_WRONG, detail)

@@ -1,7 +1,7 @@
 """Keeps up to date which devices this node offers, and why each is available or unavailable.
 
-Servers, locks, claims, ports, the API server and the configuration only invalidate what is advertised. One evaluation
-per turn of the event loop answers all of their changes.
+A change of servers, locks, claims, ports, the API server or the configuration only schedules an evaluation: one in a
+turn of the event loop, for all changes.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from usbip_plugin.config.schema import Config, ResourceConfig
 from usbip_plugin.context import NodeContext
 from usbip_plugin.inventory.conditions import Conditions
 from usbip_plugin.inventory.evaluate import Evaluation, Lists, OverlapWarnings, advertise, evaluate_part, restrict
-from usbip_plugin.inventory.facts import OfferedDevice, OfferedDevices, PortSummary, Snapshot
 from usbip_plugin.inventory.handover import HandoverTracker, ProbeLimiter, ReplacedDevices
-from usbip_plugin.inventory.members import held_as, learn
+from usbip_plugin.inventory.members import held_as, update_offered
+from usbip_plugin.inventory.snapshot import OfferedDevice, OfferedDevices, PortSummary, Snapshot
 from usbip_plugin.locks.manager import LockManager
 from usbip_plugin.locks.watch import LockChange
 from usbip_plugin.model import Health
@@ -43,13 +43,14 @@ class Inventory:
     ) -> None:
         self._me = context.me
         self._clock = context.clock
-        self._config = config
+        self.config = config
         self._claims = claims
         self._locks = locks
         self._poller = poller
         self._subscribers: list[Callable[[Evaluation], None]] = []
         self._taken_subscribers: list[Callable[[LockChange, float], Coroutine[object, object, None]]] = []
-        self._lists: Lists = {}
+        self.advertised: Lists = {}
+        """The devices that each resource advertises, by resource name without the domain, as last evaluated."""
         self._former: dict[str, ResourceConfig] = {}
         self._members: OfferedDevices = {}
         self._moved: set[str] = set()
@@ -74,19 +75,9 @@ class Inventory:
     def subscribe_taken(self, callback: Callable[[LockChange, float], Coroutine[object, object, None]]) -> None:
         """Runs callback(change, seen_at) in a task when another node has taken a device that is offered here.
 
-        seen_at: seconds, monotonic. The evaluation that the change causes is done at the latest when the task first
-        waits.
+        seen_at: seconds, monotonic. The change is evaluated before the task resumes from its first await.
         """
         self._taken_subscribers.append(callback)
-
-    @property
-    def advertised(self) -> Lists:
-        """Returns what each resource advertises, by resource name without the domain, as last evaluated."""
-        return self._lists
-
-    @property
-    def config(self) -> Config:
-        return self._config
 
     @property
     def ports(self) -> PortSummary:
@@ -94,9 +85,9 @@ class Inventory:
         return self._conditions.ports
 
     def health(self) -> Mapping[str, Health]:
-        """Returns the health of each device by device ID; as a resource for which it is healthy, if there is one."""
+        """Returns the health of each device by device ID; of several resources, a healthy one is preferred."""
         healths: dict[str, Health] = {}
-        for devices in self._lists.values():
+        for devices in self.advertised.values():
             for device in devices:
                 if device.id not in healths or not healths[device.id].healthy:
                     healths[device.id] = device.health
@@ -105,27 +96,27 @@ class Inventory:
     def offered(self) -> Mapping[str, bool]:
         """Returns the resources to register, by name without the domain, and whether each is handed out by CDI.
 
-        These are the resources of the configuration, and those of which a pod has a device: without the resource's
-        plugin, a kubelet does not restart containers that use the resource.
+        These are the resources of the configuration, and those of which a pod has a device: without a resource's
+        plugin, the kubelet does not restart the containers that use the resource.
         """
         claims = self._claims.view
         held = {c.resource: bool(c.container_indexes) for c in claims.values() if c.resource is not None}
-        configured = {resource.name for resource in self._config.resources}
+        configured = {resource.name for resource in self.config.resources}
         for name, devices in self._members.items():
             if name not in configured and any(held_as(claims, i, name) for i in devices):
                 held[name] = self._former[name].cdi if name in self._former else held.get(name, False)
-        return held | {resource.name: resource.cdi for resource in self._config.resources}
+        return held | {resource.name: resource.cdi for resource in self.config.resources}
 
     def lookup(self, name: str) -> tuple[ResourceConfig, Mapping[str, OfferedDevice]] | None:
         """Returns a resource, by its name without the domain, and the devices that it offers, by device ID.
 
-        Returns None if neither the present nor a former configuration (while devices of it are held) has the resource.
+        Returns None if no configuration has the resource, neither the present nor a former one with devices in use.
         """
         config = self.resource_named(name)
         return None if config is None else (config, self._members.get(name, {}))
 
     def resource_named(self, name: str) -> ResourceConfig | None:
-        return next((r for r in self._config.resources if r.name == name), self._former.get(name))
+        return next((r for r in self.config.resources if r.name == name), self._former.get(name))
 
     def resource_of(self, claim: Claim) -> ResourceConfig:
         """Returns the claim's resource. For an adopted claim without one, the first resource that offers the device."""
@@ -143,7 +134,7 @@ class Inventory:
             locks = {i: locks[i] for i in device_ids if i in locks}
         return Snapshot(
             me=self._me.node,
-            config=self._config,
+            config=self.config,
             servers=self._poller.views,
             locks=locks,
             lock_statuses={i: self._locks.lock_status(i) for i in locks},
@@ -158,8 +149,8 @@ class Inventory:
 
     def reconfigure(self, config: Config) -> None:
         """Applies a new configuration. Held devices stay offered, as they were configured, until they are released."""
-        self._former.update({resource.name: resource for resource in self._config.resources})
-        self._config = config
+        self._former.update({resource.name: resource for resource in self.config.resources})
+        self.config = config
         self._poller.set_servers(config.servers())
         self.invalidate()
 
@@ -177,7 +168,7 @@ class Inventory:
             asyncio.get_running_loop().call_soon(self.evaluate_if_due)
 
     def _claim_changed(self, device_id: str) -> None:
-        """A claim affects its own device only, unless the device is, or was until now, attached from another bus id."""
+        """A claim affects its own device only, unless the device is, or was until now, attached from another bus ID."""
         claim, was_moved = self._claims.get(device_id), device_id in self._moved
         self._moved.discard(device_id)
         if claim is not None and claim.moved_to is not None:
@@ -203,7 +194,7 @@ class Inventory:
             unsubscribe()
 
     def spawn(self, work: Coroutine[object, object, None]) -> None:
-        """Runs work in a task that ends with run(). If run() does not run, closes work without starting it."""
+        """Runs work in a task that ends with run(). If run() is not running, closes work without starting it."""
         start_task(self._tasks, work)
 
     def _lock_changed(self, change: LockChange) -> None:
@@ -233,16 +224,16 @@ class Inventory:
             return
         snapshot = restrict(self.snapshot(due), self._members, due) if due is not None else None
         if snapshot is not None and due is not None:
-            self._members, lists, evaluated = evaluate_part(self._members, self._lists, snapshot, due)
+            self._members, lists, evaluated = evaluate_part(self._members, self.advertised, snapshot, due)
         else:
             snapshot = self.snapshot()
-            self._members = learn(self._members, snapshot)
+            self._members = update_offered(self._members, snapshot)
             lists = evaluated = advertise(self._members, snapshot)
         if self._former:
-            kept = self._members.keys() - {resource.name for resource in self._config.resources}
+            kept = self._members.keys() - {resource.name for resource in self.config.resources}
             self._former = {name: resource for name, resource in self._former.items() if name in kept}
         self._overlap_warnings.warn(self._members, evaluated)
-        before, self._lists = self._lists, lists
+        before, self.advertised = self.advertised, lists
         evaluation = Evaluation(before, lists, snapshot)
         for callback in self._subscribers:
             callback(evaluation)

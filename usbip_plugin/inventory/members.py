@@ -1,7 +1,7 @@
-"""Decides which devices a resource offers: those that a server lists now, that have a lock or claim, or seen before.
+"""Decides which devices a resource offers: those that a server lists or has listed, and those with a lock or claim.
 
 A device that vanishes becomes Unhealthy and is not dropped, because the kubelet would forget a running pod's device.
-A new configuration drops it, but not while it is claimed on this node. MAX_VANISHED limits how many are kept.
+A new configuration drops it, unless it has a claim on this node. MAX_VANISHED limits how many are kept.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from dataclasses import replace
 from usbip_plugin.claims import Claim
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig
 from usbip_plugin.config.selectors import Match, matches
-from usbip_plugin.inventory.facts import OfferedDevice, OfferedDevices, Snapshot
+from usbip_plugin.inventory.snapshot import OfferedDevice, OfferedDevices, Snapshot
 from usbip_plugin.model import UNKNOWN_IDENTITY, Descriptor, DeviceKey, Identity, ServerKey, UsbId
 from usbip_plugin.usbip.poller import ServerView
 
 MAX_VANISHED = 256
 """Maximum number of devices of one server that a resource keeps without a listing, a lock or a claim.
 
-The devices that were learnt first are dropped first. Without the limit, a server that lists different devices at each
-poll would fill the memory of the node and of the kubelet.
+The oldest are dropped first. Without the limit, a server that lists different devices at each poll would fill the
+memory of the node and of the kubelet.
 """
 
 
-def learn(before: OfferedDevices, snapshot: Snapshot) -> OfferedDevices:
+def update_offered(before: OfferedDevices, snapshot: Snapshot) -> OfferedDevices:
     """Returns the devices that each resource offers now, given those that it offered before."""
     candidates = list(_candidates(snapshot))
     present = {key.id for key, *_ in candidates}
@@ -52,9 +52,8 @@ def learn(before: OfferedDevices, snapshot: Snapshot) -> OfferedDevices:
                 result.setdefault(name, {})[device_id] = replace(offered, configured=False)
     for claim in snapshot.claims.values():
         if claim.resource is not None and claim.id not in result.get(claim.resource, {}):
-            # The pod has the device by this resource, whatever the configuration and servers say now, and may be older
-            # than this process. A kubelet crashes when an answer names a device that is not in its list (1.37,
-            # allocateContainerResources).
+            # A pod that may be older than this process has the device by this resource. A kubelet crashes when an
+            # answer names a device that is not in its list (1.37, allocateContainerResources).
             result.setdefault(claim.resource, {})[claim.id] = _by_claim(snapshot.config, claim)
     return result
 
@@ -73,15 +72,15 @@ def held_as(claims: Mapping[str, Claim], device_id: str, resource: str) -> bool:
     return claim is not None and claim.resource in (resource, None)
 
 
-# Cached because each evaluation calls it for every lock.
+# Cached, because each evaluation calls it for every lock.
 @functools.lru_cache(maxsize=1024)
 def _bare(busid: str, usb_id: UsbId) -> Descriptor:
-    """Returns a descriptor with only bus id and USB ID, for a device that its server does not list now."""
+    """Returns a descriptor with bus ID and USB ID only, for a device that its server does not list now."""
     return Descriptor(busid, "", 0, 0, 0, usb_id, 0, 0, 0, 0, 0, 0, 0)
 
 
 def _candidates(snapshot: Snapshot) -> Iterable[tuple[DeviceKey, Descriptor, Identity, bool]]:
-    """Yields (key, descriptor, identity, listed now) for every known device. Listed devices come last, and so win."""
+    """Yields (key, descriptor, identity, listed now) of every device. Listed ones come last, to replace all others."""
     for lock in snapshot.locks.values():
         if lock.key is not None and lock.usb_id is not None:
             yield lock.key, _bare(lock.key.busid, lock.usb_id), lock.identity, False
@@ -98,7 +97,7 @@ def _candidates(snapshot: Snapshot) -> Iterable[tuple[DeviceKey, Descriptor, Ide
 def _kept(
     resource: ResourceConfig, before: Mapping[str, OfferedDevice], claims: Mapping[str, Claim]
 ) -> dict[str, OfferedDevice]:
-    """Returns those devices that a selector of the resource still matches, or that are held as this resource."""
+    """Returns the devices that a selector of the resource still matches, or that are held as this resource."""
     kept = {}
     for device_id, offered in before.items():
         selector = _selector_for(resource, offered.key, _descriptor_of(offered), offered.identity)
@@ -132,7 +131,7 @@ def _descriptor_of(offered: OfferedDevice) -> Descriptor:
 
 
 def _too_old(devices: dict[str, OfferedDevice], present: Collection[str]) -> list[str]:
-    """Returns the absent devices to drop: all but the MAX_VANISHED of each server that were learnt last."""
+    """Returns the absent devices to drop: all but the latest MAX_VANISHED of each server."""
     absent: Counter[ServerKey] = Counter()
     dropped: list[str] = []
     for device_id, offered in reversed(devices.items()):

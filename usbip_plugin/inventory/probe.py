@@ -2,7 +2,7 @@
 
 DEVLIST has no serial numbers, and no interfaces of a device that was never configured since it was bound. A node that
 reads them takes the device's lock for a moment and writes the answer there for all nodes. If the server lists another
-devid under the bus id later, the device has been replaced or renumbered, and is probed again.
+devid at the bus ID later, the device is probed again.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from usbip_plugin.config.selectors import Match, matches
 from usbip_plugin.context import NodeContext
 from usbip_plugin.errors import PluginError
 from usbip_plugin.inventory.evaluate import Evaluation
-from usbip_plugin.inventory.facts import Snapshot
 from usbip_plugin.inventory.inventory import Inventory
+from usbip_plugin.inventory.snapshot import Snapshot
 from usbip_plugin.locks.protocol import LockStatus
 from usbip_plugin.model import Descriptor, DeviceKey, ServerKey
 from usbip_plugin.observe.spans import untraced
@@ -28,13 +28,13 @@ log = logging.getLogger(__name__)
 
 
 MAX_LOCKS = 512
-"""Number of locks of one server at which devices without a lock are no longer probed, because their Leases stay."""
+"""Number of locks of one server from which on devices without a lock are not probed: each would leave a Lease."""
 
 MAX_PROBES = 16
 """Maximum number of probes of one server at a time on this node, including those that wait for their next try."""
 
 PROBE_SPREAD = 0.5
-"""Seconds over which the nodes spread their probes of one device, so that the others see the first node's lock."""
+"""Seconds over which nodes spread their probes of one device, so that all others see the first node's lock."""
 
 
 def needs_probe(snapshot: Snapshot, key: DeviceKey, descriptor: Descriptor) -> bool:
@@ -83,10 +83,10 @@ def next_probes(
     last: the ID of the device whose probe started last, by server.
     """
     probing = Counter(running.values())
-    begun = {server: _rank(node, device_id) for server, device_id in last.items()}
+    started = {server: _rank(node, device_id) for server, device_id in last.items()}
     ranked = sorted((_rank(node, key.id), key, descriptor) for key, descriptor in devices)
     chosen = []
-    for _, key, descriptor in sorted(ranked, key=lambda one: one[0] <= begun.get(one[1].server, b"")):
+    for _, key, descriptor in sorted(ranked, key=lambda one: one[0] <= started.get(one[1].server, b"")):
         if key.id not in running and probing[key.server] < MAX_PROBES:
             probing[key.server] += 1
             chosen.append((key, descriptor))
@@ -94,7 +94,7 @@ def next_probes(
 
 
 def probe_delay(node: str, device_id: str) -> float:
-    """Returns for how many seconds this node leaves the device to other nodes, from 0 to PROBE_SPREAD."""
+    """Returns the seconds that this node waits before a probe of the device, from 0 to PROBE_SPREAD."""
     return PROBE_SPREAD * _rank(node, device_id)[0] / 256
 
 
@@ -103,9 +103,9 @@ def _rank(node: str, device_id: str) -> bytes:
 
 
 PROBE_AGAIN = 1.0
-"""Seconds to wait before another probe after a server's list was found to be old: time for the poller to ask again."""
+"""Seconds until another probe after a server's list was found to be out of date: the poller polls it meanwhile."""
 PROBE_RETRY = 10.0
-"""Seconds to wait before another probe of a device after a failed one."""
+"""Seconds until another probe of a device after a failed one."""
 
 
 Probe = Callable[[DeviceKey, Descriptor], Awaitable[object]]
@@ -143,7 +143,7 @@ class Prober:
                 return  # another node was first
             # after a failure, the endless further tries are not traced
             with untraced() if key.id in self._failures else contextlib.nullcontext():
-                # the list may be older than what another node has read from the device that is there now
+                # the server's list may be older than the identity that another node has read
                 if await self._poller.fetch(key) != descriptor:
                     self._poller.poll_soon(key.server)
                     await self._clock.sleep(PROBE_AGAIN)

@@ -29,8 +29,8 @@ from usbip_plugin.claims import ClaimBook
 from usbip_plugin.config.schema import DeviceSelector, ResourceConfig
 from usbip_plugin.context import NodeContext
 from usbip_plugin.errors import NotAttached, PluginError, UnknownDevice
-from usbip_plugin.inventory.facts import OfferedDevice
 from usbip_plugin.inventory.inventory import Inventory
+from usbip_plugin.inventory.snapshot import OfferedDevice
 from usbip_plugin.kubelet.device_plugin import short_name, status_code
 from usbip_plugin.kubelet.pod_resources import PodResourcesWatcher
 from usbip_plugin.kubelet.publish import FLUSH_SHARE, USERS_SHARE, KubeletPublisher, refusal_time

@@ -34,7 +34,7 @@ from usbip_plugin.errors import (
     ServerUnreachable,
     UnknownDevice,
 )
-from usbip_plugin.inventory.evaluate import changed_places
+from usbip_plugin.inventory.evaluate import changed_indexes
 from usbip_plugin.kubelet import deviceplugin_pb2 as pb
 from usbip_plugin.kubelet.deviceplugin_pb2_grpc import add_DevicePluginServicer_to_server
 from usbip_plugin.model import Advertised
@@ -168,7 +168,7 @@ class DeviceList:
             self._message = device_list(state)
         else:
             # few of hundreds of devices change at a time, and building all anew would be most of the cost of an event
-            for place in changed_places(self._last_state, state):
+            for place in changed_indexes(self._last_state, state):
                 device, (device_id, healthy) = self._message.devices[place], state[place]
                 device.ID, device.health = device_id, HEALTHY if healthy else UNHEALTHY
         self._last_state = state
@@ -180,7 +180,7 @@ def _states(before: tuple[Advertised, ...], states: DeviceStates, now: tuple[Adv
     if len(before) != len(now):
         return tuple((device.id, device.health.healthy) for device in now)
     result = [*states]
-    for place in changed_places(before, now):
+    for place in changed_indexes(before, now):
         result[place] = now[place].id, now[place].health.healthy
     return tuple(result)
 

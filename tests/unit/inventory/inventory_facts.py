@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from usbip_plugin.claims import Claim, ClaimState
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
-from usbip_plugin.inventory.facts import OfferedDevices, Snapshot
-from usbip_plugin.inventory.members import learn
+from usbip_plugin.inventory.members import update_offered
+from usbip_plugin.inventory.snapshot import OfferedDevices, Snapshot
 from usbip_plugin.locks.protocol import LockStatus
 from usbip_plugin.model import Descriptor, DeviceKey, Lock, ServerKey, UsbId
 from usbip_plugin.usbip.poller import ServerState, ServerView
@@ -66,4 +66,4 @@ def red(**more: object) -> Snapshot:
     return facts(**{"config": BY_SERIAL, "locks": {KEY.id: lock("", serial="RED", read_from=DEVID)}, **more})
 
 
-KNOWN: OfferedDevices = learn({}, facts())
+KNOWN: OfferedDevices = update_offered({}, facts())

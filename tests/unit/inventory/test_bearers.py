@@ -7,7 +7,7 @@ from dataclasses import replace
 from tests.unit.inventory.inventory_facts import DEVID, KEY, LAB, STICK, listed, red, view
 from usbip_plugin.inventory.evaluate import advertise
 from usbip_plugin.inventory.health import resolve_ambiguity
-from usbip_plugin.inventory.members import learn
+from usbip_plugin.inventory.members import update_offered
 from usbip_plugin.locks.protocol import LockStatus
 from usbip_plugin.model import DeviceKey, Health, Lock, Reason
 
@@ -27,7 +27,7 @@ def two(
     standings = {i: of_holders if one.holder else LockStatus.FREE for i, one in locks.items()}
     known = red(locks=locks, servers={LAB: view(listed("1-1"), listed("1-2"))})
     now = red(locks=locks, lock_statuses=standings, servers={LAB: view(*map(listed, lists))})
-    members = learn(learn({}, replace(known, locks=known.locks)), now)
+    members = update_offered(update_offered({}, replace(known, locks=known.locks)), now)
     return {device.key.busid: device.health for device in advertise(members, now)["stick"]}
 
 

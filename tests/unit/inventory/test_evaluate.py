@@ -12,8 +12,8 @@ from usbip_plugin.claims import Claim, ClaimState
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.inventory import evaluate
 from usbip_plugin.inventory.evaluate import advertise
-from usbip_plugin.inventory.facts import OfferedDevices, Snapshot
-from usbip_plugin.inventory.members import learn
+from usbip_plugin.inventory.members import update_offered
+from usbip_plugin.inventory.snapshot import OfferedDevices, Snapshot
 from usbip_plugin.locks.protocol import LockStatus
 from usbip_plugin.model import Descriptor, DeviceKey, Lock, ServerKey, UsbId
 from usbip_plugin.usbip.poller import ServerState, ServerView
@@ -82,7 +82,7 @@ def compared(seed: int) -> int:
     """Draws changes and compares. Returns how many of them were worked out in part."""
     rng = random.Random(seed)
     facts = world(rng)
-    members = learn({}, facts)
+    members = update_offered({}, facts)
     lists = advertise(members, facts)
     parts = 0
     for version in range(2, 2 + CHANGES):
@@ -92,7 +92,7 @@ def compared(seed: int) -> int:
         facts = with_locks(facts, {**facts.locks, **locks})
         now = {**facts.claims, **claims}
         facts = replace(facts, claims={i: one for i, one in now.items() if one is not None})
-        whole = learn(members, facts)
+        whole = update_offered(members, facts)
         expected = advertise(whole, facts)
         part = evaluate.restrict(facts, members, changed)
         if part is None:
@@ -121,7 +121,7 @@ def test_a_list_that_stays_is_the_very_same() -> None:
     facts = replace(facts, claims={}, servers={server: ServerView(server) for server in SERVERS})
     mine = Lock(KEYS[8].id, "", 1, 40.0, "2", key=KEYS[8], usb_id=IDS[0])
     facts = with_locks(facts, {mine.device_id: mine})
-    members = learn({}, facts)
+    members = update_offered({}, facts)
     lists = advertise(members, facts)
     taken = replace(mine, holder="there", resource_version="3")
     facts = with_locks(facts, {mine.device_id: taken})

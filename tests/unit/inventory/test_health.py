@@ -26,16 +26,16 @@ from tests.unit.inventory.inventory_facts import (
 from usbip_plugin.claims import Claim, ClaimState
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.inventory.evaluate import advertise
-from usbip_plugin.inventory.facts import ApiStatus, PortSummary, Snapshot
 from usbip_plugin.inventory.health import API_GRACE
-from usbip_plugin.inventory.members import learn
+from usbip_plugin.inventory.members import update_offered
+from usbip_plugin.inventory.snapshot import ApiStatus, PortSummary, Snapshot
 from usbip_plugin.locks.protocol import LockStatus
 from usbip_plugin.model import DeviceKey, Health, Identity, Reason, ServerKey
 from usbip_plugin.usbip.poller import ServerState
 
 
 def health_of(now: Snapshot) -> Health:
-    (device,) = advertise(learn(KNOWN, now), now)["stick"]
+    (device,) = advertise(update_offered(KNOWN, now), now)["stick"]
     assert device.id == KEY.id
     return device.health
 
@@ -90,14 +90,14 @@ def test_a_super_speed_device_needs_a_port_of_its_own_hub() -> None:
 
 def test_one_device_may_be_offered_by_two_resources() -> None:
     both = Config((*CONFIG.resources, ResourceConfig("any", (DeviceSelector(LAB, Selector(bus_id="1-*")),))))
-    members = learn({}, facts(config=both))
+    members = update_offered({}, facts(config=both))
     assert set(members["stick"]) == set(members["any"]) == {KEY.id}
     free = advertise(members, facts(config=both))
     assert free["stick"][0].health.healthy
     assert free["any"][0].health.healthy
     held = advertise(members, facts(config=both, **claim(ClaimState.ATTACHED)))
     assert held["stick"][0].health.reason is Reason.ATTACHED
-    assert held["any"][0].health == Health(Reason.OTHER_RESOURCE, "0951:1666 of resource stick")
+    assert held["any"][0].health == Health(Reason.OTHER_RESOURCE, "through resource stick, as device 0951:1666")
     assert not held["any"][0].health.healthy, "the kubelet would give it to a second pod"
 
 
@@ -109,7 +109,7 @@ def test_a_device_followed_to_another_busid_is_healthy_and_the_busid_is_not() ->
         claims={KEY.id: moved},
         moved_here=lambda device_id: moved if device_id == place.id else None,
     )
-    known = {d.key.busid: d.health for d in advertise(learn({}, now), now)["stick"]}
+    known = {d.key.busid: d.health for d in advertise(update_offered({}, now), now)["stick"]}
     assert known["1-1"] == Health(Reason.ATTACHED, "port 3, now listed as 1-2")
     assert known["1-2"] == Health(Reason.IN_PLACE_OF, "moved here from lab:3240/1-1")
     assert not known["1-2"].healthy
@@ -118,7 +118,7 @@ def test_a_device_followed_to_another_busid_is_healthy_and_the_busid_is_not() ->
 def test_what_keeps_a_lost_device_from_coming_back_is_said() -> None:
     lost = Claim(KEY, STICK, ClaimState.REATTACHING, resource="stick", blocked_by="because")
     now = facts(claims={KEY.id: lost})
-    assert advertise(learn({}, now), now)["stick"][0].health == Health(
+    assert advertise(update_offered({}, now), now)["stick"][0].health == Health(
         Reason.LOST, "connection to lab:3240 lost; because"
     )
 
@@ -130,11 +130,11 @@ def test_a_lost_device_that_was_followed_names_the_server_it_was_attached_from()
 
 
 def test_a_device_is_what_it_told_as_long_as_it_is_listed_as_the_same() -> None:
-    known = learn({}, red())
+    known = update_offered({}, red())
     assert known["stick"][KEY.id].identity == Identity(DEVID, "RED")
 
     def now(**more: object) -> Health:
-        (device,) = advertise(learn(known, red(**more)), red(**more))["stick"]
+        (device,) = advertise(update_offered(known, red(**more)), red(**more))["stick"]
         return device.health
 
     assert now().reason is Reason.FREE
@@ -153,11 +153,11 @@ def test_a_device_is_what_it_told_as_long_as_it_is_listed_as_the_same() -> None:
 def test_a_lock_that_does_not_say_of_which_device_it_speaks_is_not_believed() -> None:
     """As a plugin wrote it that did not know of this."""
     assert (
-        learn({}, red(locks={KEY.id: lock("", serial="RED")}, servers={LAB: view(listed())}))["stick"][
+        update_offered({}, red(locks={KEY.id: lock("", serial="RED")}, servers={LAB: view(listed())}))["stick"][
             KEY.id
         ].descriptor
         is None
     ), "known by its lock only"
     now = red(locks={KEY.id: lock("", serial="RED")})
-    (device,) = advertise(learn({}, now), now)["stick"]
+    (device,) = advertise(update_offered({}, now), now)["stick"]
     assert device.health.reason is Reason.NOT_READ

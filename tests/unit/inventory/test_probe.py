@@ -6,7 +6,6 @@ import pytest
 
 from usbip_plugin.claims import Claim, ClaimState
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
-from usbip_plugin.inventory.facts import Snapshot
 from usbip_plugin.inventory.handover import MAX_REREADS, REREAD_SPAN, ProbeLimiter, ReplacedDevices
 from usbip_plugin.inventory.probe import (
     MAX_LOCKS,
@@ -16,6 +15,7 @@ from usbip_plugin.inventory.probe import (
     next_probes,
     probe_delay,
 )
+from usbip_plugin.inventory.snapshot import Snapshot
 from usbip_plugin.locks.protocol import LockStatus
 from usbip_plugin.model import Descriptor, DeviceKey, InterfaceClass, Lock, ServerKey, UsbId
 from usbip_plugin.usbip import poller

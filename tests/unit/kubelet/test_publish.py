@@ -12,8 +12,8 @@ from opentelemetry.trace import NoOpTracer
 from tests.unit.kubelet.idle_backend import IdleBackend
 from usbip_plugin.context import NodeContext
 from usbip_plugin.inventory.evaluate import Evaluation, Lists
-from usbip_plugin.inventory.facts import Snapshot
 from usbip_plugin.inventory.inventory import Inventory
+from usbip_plugin.inventory.snapshot import Snapshot
 from usbip_plugin.kube.node_status import NodeStatusPublisher
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer, DeviceStates
 from usbip_plugin.kubelet.publish import KubeletPublisher

@@ -1,4 +1,4 @@
-"""Snapshot of everything that decides what is advertised, and the devices that were learnt from it."""
+"""The snapshot from which the health of devices is computed, and the devices that a resource offers."""
 
 from __future__ import annotations
 
@@ -59,10 +59,7 @@ class PortSummary:
 
 @dataclass(frozen=True, slots=True)
 class ApiStatus:
-    """Reachability of the API server, as the lock watch sees it.
-
-    unreachable_for: seconds; None while it is reachable.
-    """
+    """Reachability of the API server for the lock watch. unreachable_for: seconds; None while it is reachable."""
 
     unreachable_for: float | None = None
     error: str = ""
@@ -70,11 +67,11 @@ class ApiStatus:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Everything that decides what is advertised. Mappings and sets are by device ID, `servers` is by server.
+    """Everything on which the health of devices depends. Mappings and sets are by device ID, `servers` is by server.
 
     me: the Kubernetes name of this node.
     released: devices that their holder has released and whose server has not been polled since the device's reset.
-    moved_here(device_id): the claim that is attached from this device's bus id although it is on another device.
+    moved_here(device_id): the claim on another device that is attached from this device's bus ID.
     probe_limited: devices that handover.ProbeLimiter keeps from being probed again for now.
     replaced: devices whose lock may have the identity of an earlier device, see handover.ReplacedDevices.
     """
@@ -93,7 +90,7 @@ class Snapshot:
     replaced: frozenset[str] = frozenset()
 
     def identity_of(self, device_id: str, descriptor: Descriptor) -> Identity:
-        """Returns the identity that the lock has for the device that its server lists with this descriptor.
+        """Returns the identity on the lock of the device that its server lists with this descriptor.
 
         UNKNOWN_IDENTITY if there is no lock, or if its identity may belong to another device. Another devid counts as
         another device, unless the device is in `probe_limited`.
