@@ -149,7 +149,9 @@ def _claim_health(claim: Claim, snapshot: Snapshot) -> Health:
             why = f"; {claim.blocked_by}" if claim.blocked_by else ""
             return Health(Reason.LOST, f"connection to {claim.location.server} lost{why}")
         case ClaimState.LOST:
-            by_hand = "released by a person; delete the pod that had it" if lock is not None and lock.by_hand else ""
+            by_hand = (
+                "released by a person; delete its pod to make it available" if lock is not None and lock.by_hand else ""
+            )
             return Health(Reason.LOCK_LOST, _held_by(lock) if lock is not None and lock.holder else by_hand)
         case _:
             return Health(Reason.IN_PROGRESS, claim.state.value)
