@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Self
 
 from usbip_plugin.errors import LockHeld, PluginError
 from usbip_plugin.kube.events import NORMAL, WARNING, EventText
