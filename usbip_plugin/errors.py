@@ -275,11 +275,14 @@ class KubeGone(KubeError):
 
 
 class KubeThrottled(KubeError):
-    """The API server answered 429: too many requests. retry_after: seconds to wait as the server asks, or None."""
+    """The API server answered 429: too many requests, or a PodDisruptionBudget forbids an eviction now.
 
-    def __init__(self, verb: str, resource: str, retry_after: float | None) -> None:
+    retry_after: seconds to wait as the server asks, or None.
+    """
+
+    def __init__(self, verb: str, resource: str, message: str, retry_after: float | None = None) -> None:
         self.retry_after = retry_after
-        super().__init__(verb, resource, "too many requests")
+        super().__init__(verb, resource, message)
 
 
 class KubeServerError(KubeError):

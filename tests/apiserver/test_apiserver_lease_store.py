@@ -6,6 +6,7 @@ import pytest
 
 from tests.rigs.api_process import Cluster
 from tests.rigs.lease_store_suite import Compact, Delete, LeaseStoreContract
+from usbip_plugin.kube import client
 from usbip_plugin.kube.client import KubeClient
 from usbip_plugin.locks.kubernetes import RESOURCE, KubernetesLeases
 from usbip_plugin.locks.record import Lease, LeaseStore
@@ -19,7 +20,9 @@ class TestKubernetesLeases(LeaseStoreContract):
         return KubernetesLeases(admin, "usbip-system")
 
     @pytest.fixture
-    def delete(self, admin: KubeClient) -> Delete:
+    def delete(self, admin: KubeClient, monkeypatch: pytest.MonkeyPatch) -> Delete:
+        monkeypatch.setitem(client._HTTP_METHODS, "delete", "DELETE")  # the plugin itself deletes nothing
+
         async def remove(lease: Lease) -> None:
             path = f"/apis/coordination.k8s.io/v1/namespaces/usbip-system/leases/{lease.name}"
             await admin.request("delete", path, resource=RESOURCE)

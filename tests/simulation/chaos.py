@@ -109,7 +109,7 @@ class ApiErrors:
         fates: dict[str, Fate] = {
             "409": Fate(refused=KubeConflict(verb, RESOURCE, "injected")) if writes else FINE,
             "409 after": Fate(broken=KubeConflict(verb, RESOURCE, "injected, after the write")) if writes else FINE,
-            "429": Fate(refused=KubeThrottled(verb, RESOURCE, rng.uniform(0, 2))),
+            "429": Fate(refused=KubeThrottled(verb, RESOURCE, "injected", rng.uniform(0, 2))),
             "500": Fate(refused=KubeServerError(verb, RESOURCE, "500")),
             "500 after": Fate(broken=KubeServerError(verb, RESOURCE, "500 after the write")),
             "lost request": Fate(lost=Lost.REQUEST),

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 import pytest
 
 from usbip_plugin.attach import pipeline
-from usbip_plugin.errors import DeviceBusy, KubeUnreachable
+from usbip_plugin.errors import DeviceBusy, KubeThrottled, KubeUnreachable
 from usbip_plugin.kube import client
 from usbip_plugin.model import DeviceKey, ServerKey
 
@@ -40,6 +40,17 @@ async def waits_of_a_write(seed: int) -> list[float]:
             with attempt:
                 raise KubeUnreachable("update", "leases", "gone")
     return clock.slept
+
+
+@pytest.mark.parametrize(("asked", "least"), [(None, 0.0), (0.5, 0.5), (1000.0, client.API_WRITE_MAX_WAIT)])
+async def test_a_throttled_write_waits_as_long_as_asked_within_its_limit(asked: float | None, least: float) -> None:
+    clock = NotedClock()
+    with contextlib.suppress(KubeThrottled):
+        async for attempt in client.api_write(clock, random.Random(1)):
+            with attempt:
+                raise KubeThrottled("update", "leases", "later", asked)
+    assert len(clock.slept) == client.API_WRITE_ATTEMPTS - 1
+    assert all(least <= wait <= client.API_WRITE_MAX_WAIT + client.API_WRITE_FIRST_WAIT for wait in clock.slept)
 
 
 async def waits_of_an_import(seed: int) -> list[float]:

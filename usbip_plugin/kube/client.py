@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import yaml
-from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_exponential
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt, wait_exponential
 
 from usbip_plugin.clock import Clock, Jitter, SystemClock
 from usbip_plugin.errors import ConfigError, KubeError, KubeServerError, KubeThrottled, KubeUnreachable
@@ -48,15 +48,7 @@ MAX_PAGES = 200
 KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_COUNT = 10, 5, 3
 
 _SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
-_HTTP_METHODS = {
-    "get": "GET",
-    "list": "GET",
-    "watch": "GET",
-    "create": "POST",
-    "update": "PUT",
-    "patch": "PATCH",
-    "delete": "DELETE",
-}
+_HTTP_METHODS = {"get": "GET", "list": "GET", "watch": "GET", "create": "POST", "update": "PUT", "patch": "PATCH"}
 
 Params = Mapping[str, str]
 
@@ -370,10 +362,19 @@ def _keep_alive(response: aiohttp.ClientResponse) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_COUNT)
 
 
-# Requests for one write at most, and the seconds before the second and, at most, before a later one.
+# Requests for one write at most, and the seconds before the second and, at most, before a later one, without jitter.
 API_WRITE_ATTEMPTS = 4
 API_WRITE_FIRST_WAIT = 0.05
 API_WRITE_MAX_WAIT = 1.0
+
+
+class _ApiWriteWait(wait_exponential):
+    """The tenacity wait of api_write(): exponential, and not shorter than the API server asks (Retry-After)."""
+
+    def __call__(self, retry_state: RetryCallState) -> float:
+        error = retry_state.outcome.exception() if retry_state.outcome is not None else None
+        asked = error.retry_after or 0.0 if isinstance(error, KubeThrottled) else 0.0
+        return max(super().__call__(retry_state), min(asked, API_WRITE_MAX_WAIT))
 
 
 def api_write(clock: Clock, rng: random.Random) -> AsyncRetrying:
@@ -384,7 +385,7 @@ def api_write(clock: Clock, rng: random.Random) -> AsyncRetrying:
     return AsyncRetrying(
         retry=retry_if_exception_type((KubeUnreachable, KubeThrottled, KubeServerError)),
         stop=stop_after_attempt(API_WRITE_ATTEMPTS),
-        wait=wait_exponential(API_WRITE_FIRST_WAIT, API_WRITE_MAX_WAIT) + Jitter(rng, API_WRITE_FIRST_WAIT),
+        wait=_ApiWriteWait(API_WRITE_FIRST_WAIT, API_WRITE_MAX_WAIT) + Jitter(rng, API_WRITE_FIRST_WAIT),
         sleep=clock.sleep,
         reraise=True,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator, Mapping
 from typing import Any
 
 from usbip_plugin.errors import (
@@ -104,11 +104,13 @@ def refusal(code: int, data: bytes, verb: str, resource: str, retry_after: str |
 def error_of(code: int, status: Mapping[str, Any], verb: str, resource: str, retry_after: str | None) -> KubeError:
     """Returns the error for an HTTP code and the Status object that came with it."""
     text = next((value for key in ("message", "reason") if isinstance(value := status.get(key), str) and value), "")
+    if code == 429:  # a refused eviction names its PodDisruptionBudget only in the causes
+        text = " ".join((text, *_causes(status)))
     # an answer may quote the request, including the token in its header
     message = redacted(_printable(text), MAX_MESSAGE)[:MAX_MESSAGE] or f"HTTP {code}"
     if code == 429:
         seconds = float(retry_after) if retry_after and _SECONDS.fullmatch(retry_after) else None
-        return KubeThrottled(verb, resource, seconds)
+        return KubeThrottled(verb, resource, message, seconds)
     kinds: dict[int, Callable[[str, str, str], KubeError]] = {
         401: KubeUnauthorized,
         403: KubeForbidden,
@@ -121,6 +123,15 @@ def error_of(code: int, status: Mapping[str, Any], verb: str, resource: str, ret
     if code >= 500:
         return KubeServerError(verb, resource, f"{message} (HTTP {code})")
     return KubeError(verb, resource, f"{message} (HTTP {code})")
+
+
+def _causes(status: Mapping[str, Any]) -> Iterator[str]:
+    """Yields the messages of details.causes in a Status object."""
+    details = status.get("details")
+    causes = details.get("causes") if isinstance(details, dict) else None
+    for cause in causes if isinstance(causes, list) else ():
+        if isinstance(cause, dict) and isinstance(message := cause.get("message"), str):
+            yield message
 
 
 def _printable(text: str) -> str:

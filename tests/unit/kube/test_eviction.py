@@ -69,7 +69,7 @@ def test_a_pod_that_is_gone_is_not_asked_for_again(error: KubeError) -> None:
 
 @virtual
 async def test_a_refusal_is_tried_again_until_it_is_accepted() -> None:
-    refused = [KubeThrottled("create", "pods/eviction", None)] * 8
+    refused = [KubeThrottled("create", "pods/eviction", "the disruption budget web")] * 8
     api = ApiDouble(*refused, KubeUnreachable("create", "pods/eviction", "connection refused"))
     await evict(api)
     assert len(api.calls) == 10
@@ -85,6 +85,6 @@ async def test_a_right_that_is_missing_is_asked_for_rarely() -> None:
 
 @virtual
 async def test_who_has_ended_meanwhile_is_left_alone() -> None:
-    api = ApiDouble(*[KubeThrottled("create", "pods/eviction", None)] * 1000)
+    api = ApiDouble(*[KubeThrottled("create", "pods/eviction", "the disruption budget web")] * 1000)
     await evict(api, wanted_for=5)
     assert api.calls[-1].at < 5

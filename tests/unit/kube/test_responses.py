@@ -49,6 +49,15 @@ def test_throttling_carries_its_wait(header: str | None, seconds: float | None) 
     assert error.retry_after == seconds
 
 
+def test_a_refused_eviction_names_its_disruption_budget() -> None:
+    status = {
+        "message": "Cannot evict pod as it would violate the pod's disruption budget.",
+        "details": {"causes": [{"message": "The disruption budget web needs 2 healthy pods and has 2 currently"}, 1]},
+    }
+    error = responses.error_of(429, status, "create", "pods/eviction", None)
+    assert "budget. The disruption budget web needs 2 healthy pods" in str(error)
+
+
 async def in_parts(*parts: bytes) -> AsyncIterator[bytes]:
     for part in parts:
         yield part
