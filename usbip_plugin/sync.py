@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar
@@ -46,54 +45,29 @@ def start_task(
     return None
 
 
-class Broadcast:
-    """A wake-up for tasks that wait for a condition on state kept elsewhere. Each change of that state must fire() it.
-
-    All methods belong to one event loop. No change is missed: nothing runs between a check and the wait.
-    """
-
-    def __init__(self) -> None:
-        self._event = asyncio.Event()
-        self._relays: list[Broadcast] = []
-
-    def fire(self) -> None:
-        """Makes every waiter check its condition again. Never blocks."""
-        event, self._event = self._event, asyncio.Event()
-        event.set()
-        for other in self._relays:
-            other.fire()
-
-    @contextlib.contextmanager
-    def relayed_to(self, other: Broadcast) -> Iterator[None]:
-        """Makes fire() fire the other Broadcast too, within the block: for a condition on the state of both."""
-        self._relays.append(other)
-        try:
-            yield
-        finally:
-            self._relays.remove(other)
-
-    async def until(self, condition: Callable[[], T]) -> T:
-        """Waits until condition() is true, and returns its value. Has no timeout of its own. Cancel-safe."""
-        while not (value := condition()):
-            await self._event.wait()
-        return value
-
-
 RECHECK_S = 0.05
-"""Seconds between two checks without a ring.
+"""Seconds between two checks of Broadcast.until_within() without a change that is announced.
 
 The kernel sends no uevent when a port becomes free (null), nor when it notices the end of a socket in status 005.
 """
 
 
-class Bell:
-    """A list of callbacks that ring() calls. They run synchronously in the event loop and must not raise."""
+class Broadcast:
+    """A wake-up for callbacks, and for tasks that wait for a condition on state kept elsewhere.
+
+    Each change of that state must fire() it. All methods belong to one event loop. No change is missed: nothing runs
+    between a check and the wait.
+    """
 
     def __init__(self) -> None:
+        self._event = asyncio.Event()
         self._callbacks: dict[object, Callable[[], None]] = {}
 
     def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]:
-        """Adds a callback. Returns the function that removes it, which may be called any number of times."""
+        """Calls callback synchronously at each fire(). It must not raise.
+
+        Returns the function that unsubscribes it, which may be called any number of times.
+        """
         subscription = object()
         self._callbacks[subscription] = callback
 
@@ -102,29 +76,30 @@ class Bell:
 
         return unsubscribe
 
-    def ring(self) -> None:
+    def fire(self) -> None:
+        """Makes every waiter check its condition again, and calls the callbacks. Never blocks."""
+        event, self._event = self._event, asyncio.Event()
+        event.set()
         for callback in tuple(self._callbacks.values()):
             callback()
 
-    async def until(
-        self, check: Callable[[], T | None], clock: Clock, *, timeout: float, recheck: float = RECHECK_S
-    ) -> T:
-        """Waits until check() returns something other than None, and returns it.
+    async def until(self, condition: Callable[[], T]) -> T:
+        """Waits until condition() is true, and returns its value. Has no timeout of its own. Cancel-safe."""
+        while not (value := condition()):
+            await self._event.wait()
+        return value
 
-        Calls check() at once, at each ring, and every recheck seconds. Raises TimeoutError after timeout seconds, and
-        what check() raises. Cancel-safe.
+    async def until_within(
+        self, condition: Callable[[], T | None], clock: Clock, *, timeout: float, recheck: float = RECHECK_S
+    ) -> T:
+        """Waits until condition() is true, and returns its value. Checks also every recheck seconds. Cancel-safe.
+
+        Raises TimeoutError after timeout seconds, and what condition() raises.
         """
-        rung = asyncio.Event()
-        unsubscribe = self.subscribe(rung.set)
-        try:
-            async with clock.timeout(timeout):
-                while True:
-                    rung.clear()
-                    if (result := check()) is not None:
-                        return result
-                    await done_within(clock, recheck, rung.wait())
-        finally:
-            unsubscribe()
+        async with clock.timeout(timeout):
+            while not (value := condition()):
+                await done_within(clock, recheck, self._event.wait())
+        return value
 
 
 MAX_DRAINED_EVENTS = 1000

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from usbip_plugin.clock import Clock
 from usbip_plugin.errors import KubeConflict, KubeError, KubeGone, KubeNotFound, KubeUnreachable
 from usbip_plugin.locks.record import ChangeType, Lease, LeaseChange, LeaseList
-from usbip_plugin.sync import Bell, done_within
+from usbip_plugin.sync import Broadcast, done_within
 
 T = TypeVar("T")
 
@@ -91,7 +91,7 @@ class MemoryBackend:
         self._compacted = 0
         self._history: list[_Change] = []
         self._length = history
-        self.changed = Bell()
+        self.changed = Broadcast()
         """Rings at each change, and when the history is dropped."""
         self._uids = 0
         self.on_write: Callable[[Lease | None, Lease | None], None] = lambda _before, _after: None
@@ -105,7 +105,7 @@ class MemoryBackend:
         """Drops the history: a watch from an older resourceVersion then raises KubeGone."""
         self._compacted = self._version
         self._history.clear()
-        self.changed.ring()
+        self.changed.fire()
 
     def create(self, lease: Lease) -> Lease:
         if lease.name in self.leases:
@@ -166,7 +166,7 @@ class MemoryBackend:
         if len(self._history) > self._length:
             self._compacted = self._history.pop(0).version
         self.on_write(before, None if kind is ChangeType.DELETED else stored)
-        self.changed.ring()
+        self.changed.fire()
         return stored
 
 

@@ -8,7 +8,7 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-from usbip_plugin.sync import Bell
+from usbip_plugin.sync import Broadcast
 
 CLOSED = -1
 
@@ -20,7 +20,7 @@ class Connection:
         self.references = 0
         self.closed_by_peer = False
         self.ended = False
-        self._end = Bell()
+        self._end = Broadcast()
 
     def on_end(self, callback: Callable[[], None]) -> Callable[[], None]:
         if self.ended:
@@ -33,7 +33,7 @@ class Connection:
         if self.ended:
             return
         self.ended = True
-        self._end.ring()
+        self._end.fire()
 
     def peer_end(self) -> None:
         """Ends the connection from the other side. Idempotent."""

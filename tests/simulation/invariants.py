@@ -77,7 +77,7 @@ class Watch:
         cluster.network.on_change = self.mark_dirty
         cluster.backend.on_write = self._written
         for node in cluster.nodes.values():
-            node.kernel.bell.subscribe(self.mark_dirty)
+            node.kernel.changed.subscribe(self.mark_dirty)
             node.pods.on_answer = partial(self._answered, node)
 
     def mark_dirty(self) -> None:

@@ -397,7 +397,7 @@ async def test_a_device_attached_while_others_are_checked_does_not_count_as_lost
         with patch.object(driver, "inspect", slow):
             allocating = asyncio.create_task(c.allocate(node, two))
             await claims.changed.until(lambda: claims.get(two.id) is not None)
-            node.kernel.bell.ring()
+            node.kernel.changed.fire()
             await checked.wait()
             assert claims[two.id].port is None, "not on a port when the table was read"
             await allocating

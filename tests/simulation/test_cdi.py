@@ -262,7 +262,7 @@ async def test_a_late_child_node_that_no_spec_can_be_written_for_is_in_the_spec_
         node, before = await with_pod(c, device)
         node.specs.failing = errno.ENOSPC
         children_of(node, device).append(next(node.kernel.unused("hidraw")))
-        node.kernel.bell.ring()
+        node.kernel.changed.fire()
         await asyncio.sleep(2 * PORT_CHECK_INTERVAL)
         node.alive()
         with pytest.raises(EndpointError, match="cannot write the CDI spec"):
@@ -279,7 +279,7 @@ async def test_a_device_that_left_without_a_uevent_is_noticed_before_a_container
     """Uevents can be lost, so the plugin reads the port."""
     async with stick_by_cdi() as (c, _lab, device):
         node, before = await with_pod(c, device)
-        with mock.patch.object(node.kernel.bell, "ring"):
+        with mock.patch.object(node.kernel.changed, "fire"):
             node.kernel.free_port(port_of(node, device))
         after = await node.start_container(pod("p"))
         assert after.nodes == kernel_nodes(node, device)

@@ -66,7 +66,7 @@ async def test_a_child_node_that_comes_in_time_is_in_the_answer() -> None:
 
         def driver_loads() -> None:
             node.kernel.driverless.clear()
-            node.kernel.bell.ring()
+            node.kernel.changed.fire()
 
         asyncio.get_running_loop().call_later(7.0, driver_loads)
         assert await node.admit(pod("p"), "stick") is None
@@ -112,7 +112,7 @@ async def test_a_node_that_comes_after_the_answer_is_an_event_and_in_the_spec(*,
         node = await c.taken(device)
         for _ in range(2):
             node.kernel.bring(port_of(node, device), ("tty",))
-            node.kernel.bell.ring()
+            node.kernel.changed.fire()
             assert await c.settle(lambda: bool(texts(notices, EventKind.NODES_LATE)), 5)
         (text,) = texts(notices, EventKind.NODES_LATE)
         assert text.startswith("/dev/ttyUSB0 appeared after the Allocate; ")
@@ -130,7 +130,7 @@ async def test_a_late_node_of_a_kind_that_children_does_not_list_is_no_event() -
     async with one_stick(nodes=1, notices=notices, children=("tty",)) as (c, _lab, device):
         node = await c.admitted(device)
         node.kernel.bring(port_of(node, device), ("hidraw",))
-        node.kernel.bell.ring()
+        node.kernel.changed.fire()
         assert not await c.settle(lambda: bool(texts(notices, EventKind.NODES_LATE)), 5)
 
 

@@ -19,7 +19,7 @@ from usbip_plugin.context import NodeContext
 from usbip_plugin.errors import ClaimBusy, PluginError, ServerUnreachable, UsbipError, WrongSerial
 from usbip_plugin.locks.manager import LockManager
 from usbip_plugin.model import Descriptor, DeviceKey, Identity, ServerKey
-from usbip_plugin.sync import Bell
+from usbip_plugin.sync import Broadcast
 from usbip_plugin.usbip.poller import ServerPoller, ServerState, ServerView
 
 log = logging.getLogger(__name__)
@@ -164,8 +164,8 @@ class DeviceLocator:
         self._resources = resources
         self._tasks = tasks
         self._pipeline = pipeline
-        self.probe_ended = Bell()
-        """Rings when the probe of a candidate has ended, with or without success."""
+        self.probe_ended = Broadcast()
+        """Fires when the probe of a candidate has ended, with or without success."""
         self._lost_at: dict[str, float] = {}
         self._readings: dict[DeviceKey, SerialReading] = {}
         self._probing: dict[str, Candidate] = {}
@@ -283,7 +283,7 @@ class DeviceLocator:
         finally:
             del self._probing[key.id]
         self._unlisted[key.id] = candidate, self._clock.monotonic() + UNLISTED_AFTER_PROBE
-        self.probe_ended.ring()
+        self.probe_ended.fire()
 
     def _candidates(self, claim: Claim) -> Iterator[Candidate]:
         for server, view in self._poller.views.items():

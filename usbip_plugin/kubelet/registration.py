@@ -299,7 +299,7 @@ class ResourcePlugin:
             )
 
         async with contextlib.AsyncExitStack() as stack:
-            stack.enter_context(self._directory.changed.relayed_to(self.server.changed))
+            stack.callback(self._directory.changed.subscribe(self.server.changed.fire))
             await stack.enter_async_context(self.server.serving(path))
             self._set(RegistrationState.REGISTERING, self.error)
             mine = identify(path)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from usbip_plugin.clock import Clock
 from usbip_plugin.model import DeviceNode
-from usbip_plugin.sync import Bell
+from usbip_plugin.sync import Broadcast
 from usbip_plugin.vhci.devices import DeviceFacts, DeviceNodes, read_facts, read_nodes, text
 from usbip_plugin.vhci.uevents import Uevent
 
@@ -92,12 +92,12 @@ CHILD_RECHECK_S = 0.25  # seconds between checks for child nodes; needed only wh
 class Children:
     """The wait for the child nodes of a device that has just enumerated.
 
-    Checks whenever the bell rings. The caller must pass every uevent to `note_disk` before it rings the bell for it.
+    Checks whenever `changed` fires. The caller must pass every uevent to `note_disk` before it fires `changed` for it.
     """
 
-    def __init__(self, clock: Clock, bell: Bell) -> None:
+    def __init__(self, clock: Clock, changed: Broadcast) -> None:
         self._clock = clock
-        self._bell = bell
+        self._changed = changed
         self._read: set[tuple[int, int]] = set()
 
     def note_disk(self, event: Uevent) -> None:
@@ -131,7 +131,7 @@ class Children:
             return found if done or not found.nodes else None
 
         try:
-            return await self._bell.until(check, self._clock, timeout=limit, recheck=CHILD_RECHECK_S)
+            return await self._changed.until_within(check, self._clock, timeout=limit, recheck=CHILD_RECHECK_S)
         except TimeoutError:
             return self._nodes(device, facts)
 

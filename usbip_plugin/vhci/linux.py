@@ -27,7 +27,7 @@ from usbip_plugin.errors import (
     WrongSerial,
 )
 from usbip_plugin.model import Attachment, Descriptor, DeviceKey
-from usbip_plugin.sync import Bell
+from usbip_plugin.sync import Broadcast
 from usbip_plugin.vhci.children import Children
 from usbip_plugin.vhci.devices import DeviceFacts, DeviceNodes, read_facts, read_nodes
 from usbip_plugin.vhci.driver import ABANDON_S, ASKED_CHILD_WAIT_S, CHILD_WAIT_S, DriverReport, PortState
@@ -92,8 +92,8 @@ class SysfsVhci:
         self._writer = Writer(clock, write)
         self._writing = asyncio.Lock()
         self._cooldown = PortCooldown(clock)
-        self._bell = Bell()
-        self._children = Children(clock, self._bell)
+        self._changed = Broadcast()
+        self._children = Children(clock, self._changed)
         self._uevent_received = asyncio.Event()
         self._occupants: dict[int, tuple[int, int]] = {}
         self._free: dict[int, PortState] = {}
@@ -226,7 +226,7 @@ class SysfsVhci:
     async def _verified(
         self, key: DeviceKey, descriptor: Descriptor, port: int, serial: str | None, timeout: float
     ) -> tuple[Path, DeviceFacts]:
-        device, facts = await self._bell.until(lambda: self._appeared(port), self._clock, timeout=timeout)
+        device, facts = await self._changed.until_within(lambda: self._appeared(port), self._clock, timeout=timeout)
         self._guard.release(port)
         if facts.usb_id != descriptor.usb_id:
             raise WrongDevice(key, descriptor.usb_id, facts.usb_id)
@@ -305,7 +305,7 @@ class SysfsVhci:
             left = None if device is None or old is None else read_facts(device)
             return None if left is not None and old is not None and left.devnum == old.devnum else True
 
-        await self._bell.until(gone, self._clock, timeout=timeout)
+        await self._changed.until_within(gone, self._clock, timeout=timeout)
 
     async def _write_detach(self, port: int) -> None:
         try:
@@ -316,14 +316,14 @@ class SysfsVhci:
                 raise explain(error, self._detach_file, refused) from error
 
     def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]:
-        return self._bell.subscribe(callback)
+        return self._changed.subscribe(callback)
 
     async def run(self) -> None:
         self._guard.restore_leftovers()
         self._forget_leftovers()
         async with asyncio.TaskGroup() as group:
             group.create_task(self._uevents.run(self._on_uevent))
-            group.create_task(settle(self._bell, self._uevent_received, self._clock))
+            group.create_task(settle(self._changed, self._uevent_received, self._clock))
 
     def _forget_leftovers(self) -> None:
         """Removes the records of ports that became free while no plugin process was running.
@@ -345,7 +345,7 @@ class SysfsVhci:
                 return
             self._children.note_disk(event)
         self._uevent_received.set()
-        self._bell.ring()
+        self._changed.fire()
 
     async def check(self) -> DriverReport:
         try:

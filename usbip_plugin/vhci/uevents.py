@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import NoReturn, Protocol
 
 from usbip_plugin.clock import Clock
-from usbip_plugin.sync import Bell, done_within
+from usbip_plugin.sync import Broadcast, done_within
 
 log = logging.getLogger(__name__)
 
@@ -152,8 +152,8 @@ RESYNC_S = 15.0
 """Seconds between re-reads without uevents: a connection that ends before its device has an address causes none."""
 
 
-async def settle(bell: Bell, received: asyncio.Event, clock: Clock) -> None:
-    """Rings the bell at the intervals SETTLE_S after a uevent, then every RESYNC_S. Runs until cancelled.
+async def settle(changed: Broadcast, received: asyncio.Event, clock: Clock) -> None:
+    """Fires `changed` at the intervals SETTLE_S after a uevent, then every RESYNC_S. Runs until cancelled.
 
     received: set by the caller at each uevent, which starts the intervals anew.
     """
@@ -163,5 +163,5 @@ async def settle(bell: Bell, received: asyncio.Event, clock: Clock) -> None:
         if await done_within(clock, waits[0], received.wait()):
             waits = [*SETTLE_S, RESYNC_S]
         else:
-            bell.ring()
+            changed.fire()
             waits = waits[1:] or [RESYNC_S]

@@ -101,7 +101,7 @@ class SimulatedVhci:
     ) -> Attachment:
         deadline = self._kernel.clock.monotonic() + timeout
         try:
-            await self._kernel.bell.until(lambda: self._appeared(port), self._kernel.clock, timeout=timeout)
+            await self._kernel.changed.until_within(lambda: self._appeared(port), self._kernel.clock, timeout=timeout)
         except TimeoutError:
             await self.detach(port, timeout=ABANDON_S)
             raise AttachStuck(f"{key} on port {port} did not enumerate within {timeout:g} s") from None
@@ -117,7 +117,7 @@ class SimulatedVhci:
             occupant.authorized = True
             limit = max(0.0, min(children_timeout, deadline - self._kernel.clock.monotonic()))
             with contextlib.suppress(TimeoutError):  # kinds without a driver never appear
-                await self._kernel.bell.until(
+                await self._kernel.changed.until_within(
                     lambda: self._kernel.bring(port, children or ()),
                     self._kernel.clock,
                     timeout=limit,
@@ -165,7 +165,7 @@ class SimulatedVhci:
             del self._records[port]
 
     def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]:
-        return self._kernel.bell.subscribe(callback)
+        return self._kernel.changed.subscribe(callback)
 
     async def run(self) -> None:
         await asyncio.Event().wait()

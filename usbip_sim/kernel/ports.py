@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from usbip_plugin.clock import Clock
 from usbip_plugin.model import Attachment, Descriptor, DeviceKey, DeviceNode, UsbId
-from usbip_plugin.sync import Bell
+from usbip_plugin.sync import Broadcast
 from usbip_plugin.vhci.sysfs import Hub, Port, PortStatus
 from usbip_sim.kernel.children import every, linked
 from usbip_sim.sockets import MemorySocket
@@ -75,7 +75,7 @@ class SimulatedKernel:
         self.loaded = True
         self.detaching_hangs = False
         self.records_failing: int | None = None  # errno with which each write of a port record fails
-        self.bell = Bell()
+        self.changed = Broadcast()
         self.records: dict[str, dict[int, DeviceKey]] = {}  # port records by node; each kind node has its own /run
         self.serials: dict[DeviceKey, str] = {}
         self.serial_of = serial_of or self.serials.get
@@ -111,7 +111,7 @@ class SimulatedKernel:
         taken = free[: len(free) - leave]
         for port in taken:
             self._occupy(port, None, UsbId(FOREIGN_DEVID, FOREIGN_DEVID))
-        self.bell.ring()
+        self.changed.fire()
         return tuple(port.number for port in taken)
 
     def hold(self, path: str) -> None:
@@ -126,7 +126,7 @@ class SimulatedKernel:
         occupant = self._occupants.pop(number, None)
         if occupant is not None:
             occupant.let_go()
-            self.bell.ring()
+            self.changed.fire()
 
     def reboot(self) -> None:
         """Frees all ports and removes the port records of all nodes, as a reboot empties /run."""
@@ -176,7 +176,7 @@ class SimulatedKernel:
         except OSError:
             self._occupants.pop(port.number, None)
             raise
-        self.bell.ring()
+        self.changed.fire()
         return occupant
 
     def attachment(self, key: DeviceKey, number: int) -> Attachment | None:
@@ -214,7 +214,7 @@ class SimulatedKernel:
         bus = _bus(row.controller, row.hub)
         self._devnums[bus] = occupant.devnum = self._devnums[bus] % (_DEVICES_PER_BUS - 1) + 1
         occupant.usb_id = usb_id or occupant.usb_id
-        self.bell.ring()
+        self.changed.fire()
 
     def unused(self, name: str) -> Iterator[DeviceNode]:
         """Yields the child nodes of this name in children.CHILDREN that no device of this kernel has, by index."""

@@ -17,7 +17,7 @@ from typing import TypeVar
 from usbip_plugin.clock import Clock, backoff
 from usbip_plugin.errors import AttachRefused, DriverMissing, SimulatedKernelMissing
 from usbip_plugin.model import Attachment, Descriptor, DeviceKey
-from usbip_plugin.sync import Bell
+from usbip_plugin.sync import Broadcast
 from usbip_plugin.vhci.driver import ABANDON_S, ASKED_CHILD_WAIT_S, DriverReport, PortState
 from usbip_sim.kernel import wire
 from usbip_sim.kernel.channel import Channel
@@ -40,7 +40,7 @@ class RemoteVhci:
 
     def __init__(self, socket_path: Path, clock: Clock, rng: random.Random) -> None:
         self._path, self._clock, self._rng = socket_path, clock, rng
-        self._bell = Bell()
+        self._changed = Broadcast()
         self._channel: Channel | None = None
         self._running = False
         self._lost = asyncio.Event()
@@ -79,7 +79,7 @@ class RemoteVhci:
         await self._call(wire.Forget(key), NoneType)
 
     def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]:
-        return self._bell.subscribe(callback)
+        return self._changed.subscribe(callback)
 
     async def run(self) -> None:
         waits = backoff(self._rng, RECONNECT_FIRST_S, RECONNECT_MAX_S)
@@ -92,10 +92,10 @@ class RemoteVhci:
                     await self._clock.sleep(next(waits))
                     continue
                 waits = backoff(self._rng, RECONNECT_FIRST_S, RECONNECT_MAX_S)
-                self._bell.ring()  # the new connection may be to another kernel
+                self._changed.fire()  # the new connection may be to another kernel
                 await self._lost.wait()
                 log.warning("simulated kernel disconnected, reconnecting", extra={"socket": str(self._path)})
-                self._bell.ring()
+                self._changed.fire()
         finally:
             self._running = False
             self.close()
@@ -190,7 +190,7 @@ class RemoteVhci:
             if not waiting.done():
                 waiting.set_result(message)
         elif message.changed:
-            self._bell.ring()
+            self._changed.fire()
 
     def _ended(self) -> None:
         self._channel = None

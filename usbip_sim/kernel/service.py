@@ -56,7 +56,7 @@ class KernelService:
             self._devices.sweep()
         loop = asyncio.get_running_loop()
         with contextlib.closing(_listen(self._path)) as listener:
-            unsubscribe = self.kernel.bell.subscribe(self._remove_nodes)
+            unsubscribe = self.kernel.changed.subscribe(self._remove_nodes)
             channels: set[Channel] = set()
             try:
                 async with asyncio.TaskGroup() as tasks:

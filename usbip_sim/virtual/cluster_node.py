@@ -352,7 +352,7 @@ class _ProcessVhci(SimulatedVhci):
             # a detach that was written is carried out even if the writing process dies
             self._host.later(DETACH_S, lambda: None if done() else kernel.free_port(port))
             try:
-                await kernel.bell.until(done, kernel.clock, timeout=timeout)
+                await kernel.changed.until_within(done, kernel.clock, timeout=timeout)
             except TimeoutError:
                 raise DetachFailed(f"port {port} was not free after {timeout:g} s") from None
         await super().detach(port, timeout=timeout)

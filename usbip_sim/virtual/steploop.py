@@ -15,7 +15,7 @@ from collections.abc import Callable, Coroutine
 from contextvars import Context, ContextVar, copy_context
 from typing import Any, ParamSpec, TypeVar
 
-from usbip_plugin.sync import Bell
+from usbip_plugin.sync import Broadcast
 from usbip_sim.sockets import MemoryStreams
 from usbip_sim.virtual.loop import Deadlock
 
@@ -55,7 +55,7 @@ class Process:
         self._parked: list[asyncio.Handle] = []
         self._tasks: weakref.WeakSet[_Task] = weakref.WeakSet()
         self._remains: list[_Task] = []
-        self._death = Bell()
+        self._death = Broadcast()
         self._traps: list[tuple[int, Callable[[], None]]] = []
         self.context: Context = copy_context()
         self.context.run(_owner.set, self)
@@ -85,7 +85,7 @@ class Process:
         self._update_halted()
         self._traps.clear()
         self._remains = self.tasks()  # keeps the tasks alive: garbage collection would run the rest of their code
-        self._death.ring()
+        self._death.fire()
 
     def on_death(self, callback: Callable[[], None]) -> Callable[[], None]:
         """Registers a callback for kill(), for what an operating system cleans up. Returns how to unregister it."""

@@ -85,16 +85,17 @@ async def test_broadcast_wakes_everybody_and_misses_nothing() -> None:
     async with asyncio.timeout(10), asyncio.TaskGroup() as group:
         for wanted in range(50):
             group.create_task(wait_for(wanted))
-        with upstream.relayed_to(broadcast):
-            for _ in range(50):
-                value += 1
-                upstream.fire()
-                await asyncio.sleep(0)
+        unsubscribe = upstream.subscribe(broadcast.fire)
+        for _ in range(50):
+            value += 1
+            upstream.fire()
+            await asyncio.sleep(0)
+        unsubscribe()
     upstream.fire()
     assert value == 50
 
 
-async def test_a_relay_ends_with_its_block() -> None:
+async def test_a_relay_ends_when_it_is_unsubscribed() -> None:
     a, b = Broadcast(), Broadcast()
     looked = 0
 
@@ -105,10 +106,12 @@ async def test_a_relay_ends_with_its_block() -> None:
 
     task = asyncio.create_task(b.until(condition))
     await asyncio.sleep(0)
-    with a.relayed_to(b):
-        a.fire()
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
+    unsubscribe = a.subscribe(b.fire)
+    a.fire()
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    unsubscribe()
+    unsubscribe()  # a second call does nothing
     a.fire()
     await asyncio.sleep(0)
     assert looked == 2

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from usbip_plugin.clock import SystemClock
-from usbip_plugin.sync import RECHECK_S, Bell
+from usbip_plugin.sync import RECHECK_S, Broadcast
 from usbip_plugin.vhci.sysfs import SAME_CONTROLLER, SAME_PORT, STALL_S, Port, PortCooldown, PortStatus
 from usbip_plugin.vhci.uevents import RESYNC_S, SETTLE_S, settle
 from usbip_sim.virtual.loop import VirtualLoop
@@ -28,26 +28,26 @@ def virtually(main: object) -> None:
 class TestUntil:
     def test_what_is_true_already_is_not_waited_for(self) -> None:
         async def main() -> None:
-            assert await Bell().until(lambda: "yes", LoopClock(), timeout=1) == "yes"
+            assert await Broadcast().until_within(lambda: "yes", LoopClock(), timeout=1) == "yes"
             assert asyncio.get_running_loop().time() == 0
 
         virtually(main())
 
-    def test_a_ring_makes_it_look_at_once(self) -> None:
+    def test_a_change_makes_it_look_at_once(self) -> None:
         async def main() -> None:
-            bell, answers = Bell(), [None, "yes"]
-            waiting = asyncio.create_task(bell.until(lambda: answers.pop(0), LoopClock(), timeout=1))
+            changed, answers = Broadcast(), [None, "yes"]
+            waiting = asyncio.create_task(changed.until_within(lambda: answers.pop(0), LoopClock(), timeout=1))
             await asyncio.sleep(0)
-            bell.ring()
+            changed.fire()
             assert await waiting == "yes"
             assert asyncio.get_running_loop().time() == 0
 
         virtually(main())
 
-    def test_without_a_ring_it_looks_again_by_itself(self) -> None:
+    def test_without_a_change_it_looks_again_by_itself(self) -> None:
         async def main() -> None:
             answers = [None, None, "yes"]
-            assert await Bell().until(lambda: answers.pop(0), LoopClock(), timeout=1) == "yes"
+            assert await Broadcast().until_within(lambda: answers.pop(0), LoopClock(), timeout=1) == "yes"
             assert asyncio.get_running_loop().time() == pytest.approx(2 * RECHECK_S)
 
         virtually(main())
@@ -55,17 +55,18 @@ class TestUntil:
     def test_it_ends_with_the_timeout(self) -> None:
         async def main() -> None:
             with pytest.raises(TimeoutError):
-                await Bell().until(lambda: None, LoopClock(), timeout=0.32)
+                await Broadcast().until_within(lambda: None, LoopClock(), timeout=0.32)
             assert asyncio.get_running_loop().time() == pytest.approx(0.32)
 
         virtually(main())
 
-    def test_it_leaves_no_subscription(self) -> None:
+    def test_it_leaves_no_waiter(self) -> None:
         async def main() -> None:
-            bell = Bell()
+            changed = Broadcast()
             with pytest.raises(TimeoutError):
-                await bell.until(lambda: None, LoopClock(), timeout=0.1)
-            assert not bell._callbacks
+                await changed.until_within(lambda: None, LoopClock(), timeout=0.1)
+            assert not changed._callbacks
+            assert not changed._event._waiters
 
         virtually(main())
 
@@ -75,7 +76,7 @@ class TestUntil:
 
         async def main() -> None:
             with pytest.raises(ValueError, match="no"):
-                await Bell().until(check, LoopClock(), timeout=1)
+                await Broadcast().until_within(check, LoopClock(), timeout=1)
 
         virtually(main())
 
@@ -83,10 +84,10 @@ class TestUntil:
 class TestSettle:
     def test_it_rings_a_few_times_after_the_last_event_then_seldom(self) -> None:
         async def main() -> None:
-            loop, bell, stirred = asyncio.get_running_loop(), Bell(), asyncio.Event()
+            loop, changed, stirred = asyncio.get_running_loop(), Broadcast(), asyncio.Event()
             rings: list[float] = []
-            bell.subscribe(lambda: rings.append(loop.time()))
-            task = asyncio.create_task(settle(bell, stirred, LoopClock()))
+            changed.subscribe(lambda: rings.append(loop.time()))
+            task = asyncio.create_task(settle(changed, stirred, LoopClock()))
             await asyncio.sleep(1)
             stirred.set()
             await asyncio.sleep(30)
@@ -98,10 +99,10 @@ class TestSettle:
 
     def test_an_event_starts_the_waiting_anew(self) -> None:
         async def main() -> None:
-            loop, bell, stirred = asyncio.get_running_loop(), Bell(), asyncio.Event()
+            loop, changed, stirred = asyncio.get_running_loop(), Broadcast(), asyncio.Event()
             rings: list[float] = []
-            bell.subscribe(lambda: rings.append(loop.time()))
-            task = asyncio.create_task(settle(bell, stirred, LoopClock()))
+            changed.subscribe(lambda: rings.append(loop.time()))
+            task = asyncio.create_task(settle(changed, stirred, LoopClock()))
             for _ in range(3):
                 stirred.set()
                 await asyncio.sleep(SETTLE_S[0] / 2)
