@@ -75,7 +75,6 @@ class Api(Protocol):
         timeout: seconds for the whole request.
         The API server may still carry out a write that was cancelled or got no answer.
         """
-        ...
 
     async def list(
         self, path: str, *, resource: str, params: Params | None = None, timeout: float = REQUEST_TIMEOUT_S
@@ -85,7 +84,6 @@ class Api(Protocol):
         timeout: seconds for each page.
         Raises KubeServerError if there are more than MAX_PAGES pages.
         """
-        ...
 
     def watch(
         self, path: str, *, resource: str, params: Params | None = None, timeout: float = WATCH_SERVER_TIMEOUT_S
@@ -97,7 +95,6 @@ class Api(Protocol):
         Raises KubeGone if the resourceVersion is too old, and KubeUnreachable if the connection breaks or is silent
         for WATCH_IDLE_S. A caller that leaves the watch early must close it (contextlib.aclosing).
         """
-        ...
 
 
 class KubeClient:

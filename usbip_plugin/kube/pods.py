@@ -72,15 +72,12 @@ class PodView(Protocol):
 
     def find(self, namespace: str, name: str) -> PodRef | None:
         """Returns the pod of that name, or None if it is unknown or has ended."""
-        ...
 
     def ended(self, namespace: str, name: str) -> bool:
         """Returns whether the containers of this pod have all ended. False for an unknown pod and while not synced."""
-        ...
 
     def wanting(self, domain: str) -> Mapping[PodRef, Mapping[str, int]]:
         """Returns the pods that have or will have resources of this domain, with the number of each, by its name."""
-        ...
 
 
 def read_pod(obj: object) -> tuple[PodKey, PodState] | None:

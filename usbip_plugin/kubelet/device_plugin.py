@@ -126,18 +126,15 @@ class AllocateBackend(Protocol):
 
         requests: the device IDs of one container each.
         """
-        ...
 
     def preferred(self, resource: str, available: tuple[str, ...], must: tuple[str, ...], size: int) -> tuple[str, ...]:
         """Returns size IDs out of available, including all of must, best first; fewer if there are not enough.
 
         Raises UnknownDevice if must does not fit into available or size.
         """
-        ...
 
     async def pre_start(self, resource: str, device_ids: tuple[str, ...]) -> None:
         """Prepares devices before each start of a container, if the options require it. The kubelet waits 30 s."""
-        ...
 
 
 @dataclass(slots=True, eq=False)

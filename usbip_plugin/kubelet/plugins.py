@@ -40,7 +40,6 @@ class Plugin(Protocol):
 
     async def run(self) -> None:
         """Serves and registers until cancelled. Never fails."""
-        ...
 
 
 class Registrar(Protocol):
@@ -48,11 +47,9 @@ class Registrar(Protocol):
 
     async def run(self) -> None:
         """Follows the kubelet until cancelled."""
-        ...
 
     def plugin(self, server: DevicePluginServer, on_state: Callable[[Plugin], None]) -> Plugin:
         """Returns a plugin that does not run yet. on_state is called after each change of `registered`."""
-        ...
 
 
 class SocketRegistrar:

@@ -61,7 +61,6 @@ class PodResources(Protocol):
         only an ordinary (not restartable) init container has. Before Kubernetes 1.34, it includes pods that have ended
         and are not deleted yet.
         """
-        ...
 
 
 def of_domain(response: pb.ListPodResourcesResponse, domain: str) -> tuple[ContainerDevices, ...]:

@@ -169,7 +169,6 @@ class UsbipClient(Protocol):
 
     async def devlist(self, server: ServerKey, *, timeout: float) -> tuple[Descriptor, ...]:
         """Returns the devices that the server lists, in its order. usbipd lists only those free to import now."""
-        ...
 
     async def import_device(self, key: DeviceKey, *, timeout: float) -> Imported:
         """Imports the device. The caller must close the result, and must compare its vendor:product.
@@ -178,7 +177,6 @@ class UsbipClient(Protocol):
         another bus id. Checks last that the server has not closed the connection: a closed socket must never reach the
         kernel.
         """
-        ...
 
     async def probe(self, imported: Imported, *, timeout: float) -> DeviceIdentity:
         """Reads the identity from the device itself, as read_identity does. Closes the import whatever happens.
@@ -186,7 +184,6 @@ class UsbipClient(Protocol):
         Raises WrongDevice if vendor:product are not those of the import reply, UsbipError if a transfer failed. The
         server resets the device afterwards and answers busy for about 0.3 s.
         """
-        ...
 
 
 class Dialler(Protocol):

@@ -158,7 +158,6 @@ class NodeCount(Protocol):
 
     async def known(self) -> None:
         """Waits until a first try to count the nodes has ended, in success or failure. Bounded; cancel-safe."""
-        ...
 
 
 class SingleNode:
