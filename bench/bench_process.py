@@ -80,7 +80,7 @@ async def _locks(kubeconfig: str) -> AsyncIterator[None]:
         store, made = KubernetesLeases(client, NAMESPACE), []
         for number in range(LOCKS):
             key = DeviceKey(ServerKey("idle.invalid"), f"1-{number + 1}")
-            notes = {**record.device_notes(key), record.USB_ID: str(DONGLE)}
+            notes = {**record.device_annotations(key), record.USB_ID: str(DONGLE)}
             lease = Lease(key.id, duration_seconds=40, annotations=notes, labels=record.LOCK_LABELS)
             made.append(await store.create(lease))
         yield

@@ -108,7 +108,7 @@ class Listening:
 def lease(key: DeviceKey, holder: str, version: int) -> dict[str, Any]:
     """Returns a Lease as the API server writes it, with managed fields."""
     notes = {
-        **record.device_notes(key),
+        **record.device_annotations(key),
         record.USB_ID: str(DONGLE),
         record.BOOT_ID: "5f2b1d0e-8d3c-4a55-b8f3-0d1f1f6a7c11",
         record.WRITE_ID: f"{version:032x}",

@@ -32,7 +32,7 @@ from usbip_plugin.errors import (
 from usbip_plugin.model import Attachment, DeviceKey, UsbId
 from usbip_plugin.sync import RECHECK_S, Broadcast
 from usbip_plugin.vhci import sysfs
-from usbip_plugin.vhci.devices import DeviceFacts, DeviceNodes, read_nodes
+from usbip_plugin.vhci.devices import DeviceAttributes, DeviceNodes, read_nodes
 from usbip_plugin.vhci.linux import ATTACH_TRIES, SysfsVhci
 from usbip_plugin.vhci.sysfs import PortStatus
 from usbip_plugin.vhci.uevents import Uevent
@@ -369,7 +369,7 @@ class Looks:
         self._changed = Broadcast()
         self._number = 0
 
-    def survey(self, device: Path, facts: DeviceFacts) -> DeviceNodes:
+    def survey(self, device: Path, facts: DeviceAttributes) -> DeviceNodes:
         self._number += 1
         self._changed.fire()
         return read_nodes(device, facts)

@@ -11,7 +11,7 @@ from usbip_plugin.errors import VhciError
 from usbip_plugin.model import DeviceKey, ServerKey
 from usbip_plugin.vhci import devices, hubs, sysfs, uevents
 from usbip_plugin.vhci.children import expected_nodes
-from usbip_plugin.vhci.devices import read_facts
+from usbip_plugin.vhci.devices import read_attributes
 from usbip_plugin.vhci.records import MAX_RECORD, Record, Records, format_record, parse_record
 from usbip_plugin.vhci.sysfs import PortTable
 
@@ -100,7 +100,7 @@ def device_files(data: bytes, directory: Path) -> None:
     _files(data, names + interface + strings, device)
     (device / child).mkdir(parents=True, exist_ok=True)
     (device / child / "subsystem").symlink_to("/sys/class/tty")
-    facts = read_facts(device)
+    facts = read_attributes(device)
     if facts is not None:
         fit_to_show(str(facts.usb_id), 9)
         for text in (facts.serial, facts.manufacturer, facts.model):

@@ -13,7 +13,7 @@ from tests.fuzz.brief import brief, no_hang
 from tests.fuzz.fuzz_kernel import STATUS, _files, device_files
 from tests.fuzz.fuzz_target import fit_to_raise
 from usbip_plugin.vhci import devices, sysfs
-from usbip_plugin.vhci.devices import read_facts
+from usbip_plugin.vhci.devices import read_attributes
 from usbip_plugin.vhci.hubs import HubGuard
 from usbip_plugin.vhci.records import MAX_RECORD, Records, format_record, parse_record
 
@@ -107,7 +107,7 @@ def device(tmp_path: Path, **files: str) -> Path:
     "files", [{"idVendor": "-001"}, {"idVendor": "0x12"}, {"idProduct": "12345"}, {"devnum": "9" * 5000}]
 )
 def test_a_device_with_invalid_numbers_is_ignored(tmp_path: Path, files: dict[str, str]) -> None:
-    assert read_facts(device(tmp_path, **files)) is None
+    assert read_attributes(device(tmp_path, **files)) is None
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_a_device_with_invalid_numbers_is_ignored(tmp_path: Path, files: dict[st
 )
 def test_an_invalid_device_node_is_ignored(tmp_path: Path, uevent: str) -> None:
     made = device(tmp_path)
-    facts = read_facts(made)
+    facts = read_attributes(made)
     assert facts is not None
     (made / "uevent").write_text("MAJOR=189\nMINOR=2\nDEVNAME=bus/usb/001/003")
     assert devices.read_nodes(made, facts).nodes

@@ -474,7 +474,7 @@ class Model:
         """Returns the present lock as this node reads it. theirs: the duration of another holder."""
         if lock is LockView.ABSENT:
             return None
-        notes = record.device_notes(KEY)
+        notes = record.device_annotations(KEY)
         if lock is LockView.FREE:
             return Lease(KEY.id, transitions=EPOCH, annotations=notes, resource_version="1")
         mine = lock is LockView.MINE

@@ -53,7 +53,7 @@ async def test_everything_is_there_without_scripts(rig: Watched, chromium: Brows
         "pod ci/flash-firmware-7",
         "pod default/simulation-0",
         "attachment lost, re-attaching",
-        "connection refused; is usbipd running there?",
+        "connection refused; check that usbipd is running on the server",
         "1 of 2",
         "registered",
         "/etc/usbip-device-plugin/config.yaml",

@@ -206,12 +206,12 @@ def test_interfaces_are_bounded_before_they_are_read() -> None:
 @pytest.mark.parametrize(
     ("offset", "value", "reason"),
     [
-        (256, b"../../x\0", "busid"),
-        (256, b"1-1/2\0", "busid"),
-        (256, b"\0", "busid"),
-        (256, b".\0", "busid"),
-        (256, b"1 1\0", "busid"),
-        (256, b"1-1\n\0", "busid"),
+        (256, b"../../x\0", "bus ID"),
+        (256, b"1-1/2\0", "bus ID"),
+        (256, b"\0", "bus ID"),
+        (256, b".\0", "bus ID"),
+        (256, b"1 1\0", "bus ID"),
+        (256, b"1-1\n\0", "bus ID"),
         (256, b"x" * 32, "not NUL-terminated"),
         (0, b"/" * 256, "not NUL-terminated"),
         (0, b"/sys\x1b[31m\0", "unprintable"),

@@ -21,7 +21,7 @@ from tests.rigs.command_rig import LIMIT_S, Log, end_process
 from tests.rigs.fake_api import NAMESPACE, FakeApi, serving
 from usbip_plugin.cli.main import main
 from usbip_plugin.clock import SystemClock
-from usbip_plugin.config.reload import Loaded
+from usbip_plugin.config.reload import LoadedConfig
 from usbip_plugin.kube import fleet
 from usbip_plugin.model import DeviceKey, ServerKey, UsbId
 from usbip_plugin.node import daemon
@@ -191,7 +191,7 @@ def run(
                 failures.append(error)
                 raise
 
-        async def run_in_node(options: daemon.Options, loaded: Loaded, make_driver: daemon.MakeDriver) -> None:
+        async def run_in_node(options: daemon.Options, loaded: LoadedConfig, make_driver: daemon.MakeDriver) -> None:
             async with node(places, log) as here:
                 before(here)
                 for count, story in enumerate(stories, 1):

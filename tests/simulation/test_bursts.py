@@ -34,7 +34,7 @@ async def test_locks_that_are_taken_at_once_are_evaluated_together(monkeypatch: 
         await c.all_healthy(*devices)
         monkeypatch.setattr(inventory, "advertise", counted)
         for device in devices:
-            notes = record.device_notes(device)
+            notes = record.device_annotations(device)
             lease = Lease(device.id, "node-z", 40, annotations=notes, labels=record.LOCK_LABELS)
             c.backend.create(lease)
         for device in devices:

@@ -72,12 +72,12 @@ def run(options: argparse.Namespace) -> int:
 
 def check(options: argparse.Namespace) -> int:
     """Carries out `usbip-plugin check`: prints the report and returns the exit status."""
-    from usbip_plugin.config.reload import Loaded, load_config  # noqa: PLC0415
+    from usbip_plugin.config.reload import LoadedConfig, load_config  # noqa: PLC0415
     from usbip_plugin.node.check import check_node  # noqa: PLC0415
     from usbip_plugin.observe.logs import set_up_logging  # noqa: PLC0415
 
     set_up_logging("none", sys.stderr)  # the report has everything
-    loaded: Loaded | ConfigError
+    loaded: LoadedConfig | ConfigError
     try:
         loaded = load_config(options.config)
     except ConfigError as error:

@@ -13,7 +13,7 @@ from usbip_plugin.errors import ConfigError
 MAX_TEMPLATES = 8  # path templates of one resource
 MAX_ID = (1 << 32) - 2  # highest user and group id; 32 bits of ones mean "no id" (-1) to the kernel
 MAX_DEVICES = 1024
-"""Device entries over all resources; an entry with several bus ids counts once for each.
+"""Device entries over all resources; an entry with several bus IDs counts once for each.
 
 The time to check for overlaps grows with the square of this number.
 """
@@ -23,8 +23,8 @@ PERMISSIONS_NEED_CDI = (
     "that group to the pod's securityContext.supplementalGroups"
 )
 RESTART_NEEDS_CDI = (
-    "restart needs cdi: true in the same resource; without it the kubelet restarts a container with the device paths "
-    "of its first start"
+    "restart needs cdi: true in the same resource, because without CDI a restarted container gets the device paths of "
+    "its first start again"
 )
 
 _FLAGS = ("domain", "plugin-directory", "pod-resources-socket", "log-level", "listen")
@@ -117,7 +117,7 @@ def _resources(node: Node, problems: Problems, allocate_timeout: float) -> tuple
         resources.append(resource)
     if not resources:
         problems.warn(node, "no resources; the plugin offers nothing to the kubelet")
-    # count each bus id of a list, because the overlap check compares them with one another like entries
+    # count each bus ID of a list, because the overlap check compares them with one another like entries
     count = sum(max(1, len(schema.several(device.selector.bus_id))) for _, device, _ in places)
     if count > MAX_DEVICES:
         problems.error(node, f"expected at most {MAX_DEVICES} devices, got {count}")
@@ -154,7 +154,9 @@ def _resource(
         read_only=fields.read("readOnly", problems, scalars.boolean, False),
     )
     if "childrenTimeout" in fields and "children" not in fields:
-        problems.warn(fields["childrenTimeout"], "has no effect without children; list the kinds to wait for there")
+        problems.warn(
+            fields["childrenTimeout"], "has no effect without children; list the kinds to wait for in children"
+        )
     if resource.permissions is not None and not resource.cdi:
         problems.error(fields["permissions"], PERMISSIONS_NEED_CDI)
     if resource.on_loss is schema.OnLoss.RESTART and not resource.cdi:

@@ -26,15 +26,15 @@ RETRY_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
-    """A configuration as read from disk, its warnings (see Parsed), and the SHA-256 of the file's bytes."""
+class LoadedConfig:
+    """A configuration as read from disk, its warnings (one line each), and the SHA-256 of the file's bytes."""
 
     config: Config
     warnings: tuple[str, ...]
     digest: bytes
 
 
-def load_config(path: Path) -> Loaded:
+def load_config(path: Path) -> LoadedConfig:
     """Reads and checks the file. Blocks.
 
     Raises ConfigError if the file cannot be read, is larger than MAX_FILE_BYTES or is not valid.
@@ -60,14 +60,14 @@ def _read(path: Path) -> bytes:
     return data
 
 
-def _parse(path: Path, data: bytes) -> Loaded:
+def _parse(path: Path, data: bytes) -> LoadedConfig:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise ConfigError(str(path), [f"{path}:{line}: must be UTF-8 text"]) from error
     parsed = parse_config(text, str(path))
-    return Loaded(parsed.config, parsed.warnings, hashlib.sha256(data).digest())
+    return LoadedConfig(parsed.config, parsed.warnings, hashlib.sha256(data).digest())
 
 
 class ConfigWatcher:
@@ -88,7 +88,7 @@ class ConfigWatcher:
         clock: Clock,
         on_config: Callable[[Config, tuple[str, ...]], None],
         on_error: Callable[[ConfigError], None],
-        initial: Loaded | None = None,
+        initial: LoadedConfig | None = None,
     ) -> None:
         self._path = path
         self._clock = clock

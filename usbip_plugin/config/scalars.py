@@ -11,7 +11,7 @@ from usbip_plugin.config.document import Node, Problems, shown
 from usbip_plugin.config.schema import path_problem
 from usbip_plugin.model import UsbId
 
-MAX_BUS_ID_GLOB = 64  # characters of a bus id or a glob over bus ids; a bus id in a USB/IP message has at most 31
+MAX_BUS_ID_GLOB = 64  # characters of a bus ID or a glob over bus IDs; a bus ID in a USB/IP message has at most 31
 MAX_SERIAL_CHARACTERS = 126  # characters of a serial number; a USB string descriptor cannot hold more
 MAX_HOST_CHARACTERS = 253  # characters of a host name, the limit of DNS
 MAX_NAME_CHARACTERS = 63  # characters of a resource name, the limit of Kubernetes after the domain
@@ -61,8 +61,8 @@ def usb_number(node: Node, problems: Problems, *, digits: int) -> int | None:
         cures = " or ".join(f'"{reading:0{digits}x}"' for reading in (as_hex, as_go) if 0 <= reading < 16**digits)
         problems.error(
             node,
-            f"{text} without quotes is ambiguous: 0x{as_hex:0{digits}x} as a hexadecimal number, "
-            f"0x{as_go:0{digits}x} as the YAML number that the Go program reads; write {cures}",
+            f"{text} without quotes is ambiguous: hexadecimal {as_hex:0{digits}x}, or {as_go} (hexadecimal "
+            f"{as_go:0{digits}x}) as YAML and usbip-device-plugin read it; write {cures}",
         )
         return None
     value = as_hex if as_hex is not None else as_go
@@ -187,13 +187,13 @@ def usb_id(node: Node, problems: Problems) -> UsbId | None:
 
 
 def bus_id(node: Node, problems: Problems) -> str | None:
-    """Reads a bus id such as 1-1.4, or a glob over bus ids such as 1-*."""
+    """Reads a bus ID such as 1-1.4, or a glob over bus IDs such as 1-*."""
     value = node.scalar or ""
     if value and len(value) <= MAX_BUS_ID_GLOB and _BUS_ID_GLOB.fullmatch(value):
         return value
     problems.error(
         node,
-        f'{node.describe()} is not a valid bus id; expected one from `usbip list`, such as "1-1.4", or a glob, "1-*"',
+        f'{node.describe()} is not a valid bus ID; expected one from `usbip list`, such as "1-1.4", or a glob, "1-*"',
     )
     return None
 

@@ -32,7 +32,7 @@ class Names(enum.Enum):
 
     EVERY = "every node"
     CHILDREN = "every child"
-    MAIN = "the node people mean by the device"
+    MAIN = "the main node of the device"
 
 
 def names(template: str) -> Names:
@@ -56,7 +56,7 @@ def path_problem(path: str) -> str | None:
 
 
 def template_problem(template: str) -> str | None:
-    """Returns what is wrong with a template, or None. A template is an absolute path with {fields} of FIELDS in it."""
+    """Returns why this is not a valid containerPath template, or None: an absolute path, with FIELDS in braces."""
     if (problem := path_problem(template)) is not None:
         return problem
     for name in _FIELD.findall(template):
@@ -140,14 +140,14 @@ class OnLoss(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Selector:
-    """A filter for the devices of one server. A device matches if every given field matches; no field matches all.
+    """A filter for the devices of one server. A device matches if every given field does; without fields, each does.
 
     A field with several values matches if one value does. Several values are a sorted tuple, a single value is bare in
     all fields but usb_ids.
 
     vendor, product: 16 bits each.
     usb_ids: pairs of vendor and product.
-    bus_id: a glob over bus ids.
+    bus_id: a glob over bus IDs.
     serial: the exact serial number.
     class_: a class code (8 bits) of the device or of any of its interfaces.
     """

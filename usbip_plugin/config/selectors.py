@@ -151,9 +151,11 @@ def report_overlaps(entries: Sequence[tuple[str, DeviceSelector, Node]], problem
             if not may_overlap(device.selector, other.selector):
                 continue
             overlaps += 1
-            shared = "counted once" if other_resource == resource else "offered by both, and used by one pod at a time"
+            effect = "the resource offers such a device once"
+            if other_resource != resource:
+                effect = "both resources offer such a device, and only one pod can use it at a time"
             if overlaps <= MAX_OVERLAP_WARNINGS:
-                problems.warn(place, f"may select the same device as {other_place.path}; such a device is {shared}")
+                problems.warn(place, f"may select the same device as {other_place.path}; {effect}")
         by_server.setdefault(device.target, []).append((resource, device, place))
 
 
@@ -202,9 +204,11 @@ def _values(node: Node, problems: Problems, read: Callable[[Node, Problems], _T 
     found: dict[_T, Node] = {}
     items = list(node.items())
     if not items:
-        problems.error(node, "an empty list selects nothing; remove the key to select any, or add a value")
+        problems.error(node, "an empty list matches no device; add a value, or remove the key to match any")
     elif len(items) > MAX_SELECTOR_VALUES:
-        problems.error(node, f"expected at most {MAX_SELECTOR_VALUES} values, got {len(items)}; write two entries")
+        problems.error(
+            node, f"expected at most {MAX_SELECTOR_VALUES} values, got {len(items)}; split them over two devices"
+        )
         return ()
     for item in items:
         value = read(item, problems)
@@ -213,7 +217,7 @@ def _values(node: Node, problems: Problems, read: Callable[[Node, Problems], _T 
         if value in found:
             problems.error(item, f"duplicate value {item.describe()} (first on line {found[value].line}); remove one")
         elif value == 0:
-            problems.error(item, "0 means any and is not valid in a list; remove it, or the whole key")
+            problems.error(item, "0 matches any ID and is not valid in a list; remove the 0, or the key to match any")
         found.setdefault(value, item)
     return tuple(sorted(found))
 
@@ -221,7 +225,7 @@ def _values(node: Node, problems: Problems, read: Callable[[Node, Problems], _T 
 def _usb_numbers(node: Node, problems: Problems) -> tuple[int, ...]:
     values = _values(node, problems, partial(scalars.usb_number, digits=4))
     if values == (0,) and not node.is_sequence:
-        problems.warn(node, "0 means any, as in the Go program; remove the key")
+        problems.warn(node, "0 matches any ID, as in usbip-device-plugin; remove the key")
         return ()
     return values
 

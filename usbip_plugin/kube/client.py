@@ -265,7 +265,7 @@ def _from_service_account(
     except ConfigException as error:
         raise ConfigError("ServiceAccount", [f"{directory}: {error}"]) from error
     except OSError as error:
-        raise ConfigError("ServiceAccount", [_words(error)]) from error
+        raise ConfigError("ServiceAccount", [_message_of(error)]) from error
 
     async def reload_token() -> str | None:
         return _token_header(token)
@@ -309,7 +309,7 @@ async def _from_kubeconfig(path: str, clock: Clock, on_error: Callable[[KubeErro
     try:
         configuration = await load()
     except OSError as error:
-        raise ConfigError(path, [_words(error)]) from error
+        raise ConfigError(path, [_message_of(error)]) from error
     return KubeClient(configuration, reload_token, clock, on_error=on_error)
 
 
@@ -325,7 +325,7 @@ def _translated(verb: str, resource: str) -> Iterator[None]:
     except TimeoutError as error:
         raise KubeUnreachable(verb, resource, "no answer in time") from error
     except (aiohttp.ClientError, OSError) as error:
-        raise KubeUnreachable(verb, resource, _words(error)) from error
+        raise KubeUnreachable(verb, resource, _message_of(error)) from error
     except RuntimeError as error:
         # aiohttp raises this if the session is closed during a request
         if "closed" not in str(error):
@@ -333,8 +333,8 @@ def _translated(verb: str, resource: str) -> Iterator[None]:
         raise KubeUnreachable(verb, resource, "the client is closed") from error
 
 
-def _words(error: Exception) -> str:
-    """Returns an error of the network, of TLS or of a file in words, without the forms of Python and aiohttp."""
+def _message_of(error: Exception) -> str:
+    """Returns a readable message for a network, TLS or file error, without the forms of Python and aiohttp."""
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
         why = getattr(error.certificate_error, "verify_message", "") or str(error.certificate_error)
         return f"the certificate of {error.host}:{error.port} is not valid: {why}"

@@ -66,7 +66,7 @@ class EventText:
     """The text of a Kubernetes Event, in the fields of events.k8s.io/v1.
 
     type: NORMAL or WARNING.
-    reason: one of few, in UpperCamelCase.
+    reason: one of a small fixed set, in UpperCamelCase.
     action: what was being done, in UpperCamelCase.
     note: a sentence for people.
     """

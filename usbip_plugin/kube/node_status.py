@@ -70,10 +70,7 @@ class NodeStatusPublisher:
         self._wanted: dict[str, int] = {}
         self._written: dict[str, int] = {}
         self._may_be_written: dict[str, int] = {}
-        """The highest count of each resource published since the Node last had the latest count.
-
-        The kubelet has received that count, too, and may have written it on the Node.
-        """
+        """By resource: the highest count since the Node last had the latest one. The kubelet may have written it."""
         self._changed = Broadcast()
         self._urgent = False
         self.forbidden = False
@@ -165,7 +162,7 @@ class NodeStatusPublisher:
         return await done_within(self._clock, seconds, self._changed.until(condition))
 
     def _pending(self) -> dict[str, int]:
-        """Returns the counts that the Node lacks, or may lack since the kubelet wrote a higher, former one."""
+        """Returns the counts to write: the Node lacks them, or the kubelet may have written an older, higher count."""
         return {
             name: count
             for name, count in self._wanted.items()

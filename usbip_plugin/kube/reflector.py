@@ -60,7 +60,7 @@ class Reflector(ABC, Generic[E]):
 
     @abstractmethod
     def _down(self, error: KubeError, *, first: bool) -> None:
-        """Called for each failure. first: the last failure was of another kind, or the view was current since."""
+        """Called for each failure. first: the one before was of another kind, or the view has been current since."""
 
     async def run(self) -> None:
         """Lists and watches until cancelled.

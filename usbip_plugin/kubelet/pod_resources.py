@@ -248,7 +248,7 @@ class PodResourcesWatcher:
                     self._usage.record_users(users, listed_at)
 
     async def run(self) -> None:
-        """Polls pod-resources and adopts locks without a claim. Runs until cancelled."""
+        """Polls pod-resources, and makes claims of this node's locks that have none. Runs until cancelled."""
         unsubscribe = self._locks.subscribe(self._lock_changed)
         try:
             while True:

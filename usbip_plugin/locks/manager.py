@@ -87,8 +87,8 @@ class LockManager:
     locks: the newest known record of each lock, held or released, by device ID; live and read-only.
     rules: the lock rules, with which callers check during an import whether it may go on (R1).
     ready: set once the locks have been read.
-    is_listed(key): asks the device's server, right before a takeover, whether it lists the device as free (R4). What
-        `expiry` knows may date from before this process was stopped or starved. None trusts `expiry`.
+    is_listed(key): asks the device's server, right before a takeover, whether it lists the device as free (R4), because
+        `expiry` may be stale if this process was suspended. With None, `expiry` alone decides.
     on_acquire(result, seconds): called at the end of each acquire().
     """
 
@@ -174,7 +174,7 @@ class LockManager:
 
         Raises LockHeld if another node holds it, LockUnavailable if the API server does not answer or refuses.
         If the call is cancelled or unavailable and its write takes effect after all, run() releases the lock again.
-        With claimed=True, run() does not: the caller answers for the lock, whatever the outcome of this call.
+        With claimed=True, run() does not release it: the caller must, whatever the outcome of this call.
         """
         former: Lock | None = None
 
@@ -200,7 +200,7 @@ class LockManager:
                 self._taking += 1
                 try:
                     outcome = await self._writer.drive(key, decide, attempts)
-                    grant = await self._timely(key, outcome)
+                    grant = await self._fresh_grant(key, outcome)
                 except BaseException:
                     if not claimed and attempts.tenure is not None:
                         self._abandoned[key.id] = (key, attempts.tenure)
@@ -229,8 +229,7 @@ class LockManager:
         """Writes the lock again before a re-attach, which opens a new import window (R1).
 
         Raises LockLost if this boot of this node does not hold the lock any more, LockUnavailable if the API server
-        does not answer or refuses. In any case, the caller answers for the lock from now on, as after
-        acquire(claimed=True).
+        does not answer or refuses. Whatever the outcome, run() does not release the lock: the caller must.
         """
         async with self._device_lock(key.id):
             self._abandoned.pop(key.id, None)
@@ -266,15 +265,15 @@ class LockManager:
     ) -> AcknowledgedWrite:
         async def decide(lease: Lease | None, write: Write) -> Decision:
             known = lease.annotations if lease is not None else {}
-            return self.rules.decide_amend(lease, write, {**changes, **record.identity_notes(known, identity)})
+            return self.rules.decide_amend(lease, write, {**changes, **record.identity_annotations(known, identity)})
 
         outcome = await self._writer.drive(key, decide)
         if isinstance(outcome, Denied):
             raise LockLost(str(key), record.holder_text(outcome.lease.holder) if outcome.lease is not None else "")
         return outcome
 
-    async def _timely(self, key: DeviceKey, outcome: AcknowledgedWrite | Denied) -> Grant:
-        """Returns the grant for a write. Writes again if half the import window passed before its outcome was known.
+    async def _fresh_grant(self, key: DeviceKey, outcome: AcknowledgedWrite | Denied) -> Grant:
+        """Returns the grant for a write. Renews the lock first if half the import window has passed since it was sent.
 
         Raises LockHeld or LockUnavailable if the write was denied, LockLost if the lock was lost before the second one.
         """

@@ -2,7 +2,7 @@
 
 R1 Write before touch: within the import window before an import, a compare-and-swap write on the lock has succeeded.
 R2 Free: no object, or an empty holder.
-R3 Mine: by node, and by boot.
+R3 Mine: the holder is this node, in this boot.
 R4 Expired: unchanged for a whole duration, and after that the server, asked again, lists the device as free.
 R5 Release only when the local port is free (the caller's duty).
 R6 Lost: the holder is another node, another boot, or nobody.
@@ -36,7 +36,7 @@ class LockMeta:
     usb_id: "vendor:product" in hex.
     identity: what was read from the device itself, merged into the annotations known so far.
     traceparent: W3C trace context of the operation.
-    in_place_of: ID of the device that is to be attached from this bus id; None clears the annotation.
+    in_place_of: ID of the device that is to be attached from this bus ID; None clears the annotation.
     """
 
     usb_id: str | None = None
@@ -170,7 +170,7 @@ def decide_release(lease: Lease | None, write: Write) -> Decision:
     if lease is None or lease.holder != write.me.node:
         return Denied(lease)
     gone = dict.fromkeys((record.BOOT_ID, record.PORT, record.POD, record.IN_PLACE_OF))
-    notes = record.with_notes(lease.annotations, {**gone, record.WRITE_ID: write.write_id})
+    notes = record.merged_annotations(lease.annotations, {**gone, record.WRITE_ID: write.write_id})
     return Replace(replace(lease, holder="", renew_time=write.at, annotations=notes))
 
 
@@ -178,7 +178,9 @@ def decide_session(lease: Lease | None, write: Write) -> Decision:
     """Decides on a heartbeat: continues the session of this boot, or begins a new one."""
     name = record.session_name(write.me.node)
     base = lease or Lease(name=name)
-    notes = record.with_notes(base.annotations, {record.BOOT_ID: write.me.boot_id, record.WRITE_ID: write.write_id})
+    notes = record.merged_annotations(
+        base.annotations, {record.BOOT_ID: write.me.boot_id, record.WRITE_ID: write.write_id}
+    )
     beat = replace(
         base,
         holder=write.me.node,
@@ -256,19 +258,19 @@ def _stamped(lease: Lease, write: Write, changes: Mapping[str, str | None]) -> L
         lease,
         duration_seconds=math.ceil(write.duration),
         renew_time=write.at,
-        annotations=record.with_notes(lease.annotations, marks),
+        annotations=record.merged_annotations(lease.annotations, marks),
         labels={**lease.labels, **record.LOCK_LABELS},
     )
 
 
 def _meta_notes(lease: Lease, key: DeviceKey, meta: LockMeta) -> dict[str, str | None]:
-    notes: dict[str, str | None] = {**record.device_notes(key), record.IN_PLACE_OF: meta.in_place_of}
+    notes: dict[str, str | None] = {**record.device_annotations(key), record.IN_PLACE_OF: meta.in_place_of}
     if meta.usb_id is not None:
         notes[record.USB_ID] = meta.usb_id
         if lease.annotations.get(record.USB_ID, meta.usb_id) != meta.usb_id:
-            # these annotations were read from another device under the same bus id
+            # these annotations were read from another device under the same bus ID
             notes.update(dict.fromkeys((record.SERIAL, record.INTERFACES, record.READ_FROM)))
-    notes.update(record.identity_notes(record.with_notes(lease.annotations, notes), meta.identity))
+    notes.update(record.identity_annotations(record.merged_annotations(lease.annotations, notes), meta.identity))
     if meta.traceparent is not None:
         notes[record.TRACEPARENT] = meta.traceparent
     return notes
@@ -276,7 +278,7 @@ def _meta_notes(lease: Lease, key: DeviceKey, meta: LockMeta) -> dict[str, str |
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """The lock rules as replaceable functions. A seam for tests only: they put in a wrong rule and see it caught."""
+    """The lock rules as functions that only tests replace: with a wrong rule, the tests of the model must fail."""
 
     decide_acquire: Callable[[Lease | None, DeviceKey, LockMeta, Write, Observation | None, bool], Decision] = (
         decide_acquire

@@ -115,7 +115,7 @@ PORT = DOMAIN + "vhci-port"
 POD = DOMAIN + "pod"
 TRACEPARENT = DOMAIN + "traceparent"
 IN_PLACE_OF = DOMAIN + "in-place-of"
-"""ID of the device that is attached from this bus id instead of from its own."""
+"""ID of the device that is attached from this bus ID instead of from its own."""
 WRITE_ID = DOMAIN + "write-id"
 """Random mark of the last write, by which a plugin recognises its own write; or BY_HAND."""
 BY_HAND = "released-by-hand"
@@ -130,7 +130,7 @@ OWN = frozenset(
 
 # Longest time for which a lock or session can delay a takeover (seconds). A longer one is a mistake or malice.
 MAX_DURATION_S = 3600.0
-_MAX_TEXT = 256  # characters of a holder, server, bus id or serial number
+_MAX_TEXT = 256  # characters of a holder, server, bus ID or serial number
 _MAX_NAME = 253  # characters of the name of a Kubernetes object
 _MAX_EPOCH = 2**31 - 1  # leaseTransitions is an int32
 MAX_INTERFACES = 32  # interfaces kept of a device, as many as USB allows
@@ -239,8 +239,8 @@ def read_from_of(text: str | None) -> int | None:
     return bus << 16 | device if bus < 1 << 16 and device < 1 << 16 else None
 
 
-def identity_notes(notes: Mapping[str, str], identity: Identity | None) -> dict[str, str | None]:
-    """Returns the changes to notes that record what was read from a device, with None for an annotation to remove.
+def identity_annotations(notes: Mapping[str, str], identity: Identity | None) -> dict[str, str | None]:
+    """Returns the annotation changes that record what was read from a device, with None for an annotation to remove.
 
     Removes the identity of another device: one with another devid or serial number. Changes nothing without a devid.
     """
@@ -254,13 +254,13 @@ def identity_notes(notes: Mapping[str, str], identity: Identity | None) -> dict[
     return {**changes, READ_FROM: f"{identity.devid >> 16}:{identity.devid & 0xFFFF}"}
 
 
-def device_notes(key: DeviceKey) -> dict[str, str]:
+def device_annotations(key: DeviceKey) -> dict[str, str]:
     """Returns the annotations that identify the device of a lock."""
     return {SERVER: str(key.server), BUSID: key.busid}
 
 
-def with_notes(notes: Mapping[str, str], changes: Mapping[str, str | None]) -> dict[str, str]:
-    """Returns notes with changes merged in. A change to None removes the annotation."""
+def merged_annotations(notes: Mapping[str, str], changes: Mapping[str, str | None]) -> dict[str, str]:
+    """Returns the annotations with changes merged in. A change to None removes the annotation."""
     merged = {**notes, **{name: value for name, value in changes.items() if value is not None}}
     return {name: value for name, value in merged.items() if changes.get(name, value) is not None}
 

@@ -203,7 +203,9 @@ class ExpiryWatch:
                 await self._read_session(holder, leases)
             except KubeError as error:
                 # A failed read leaves every observation as it is: only a confirmed observation can expire (R4).
-                logger.debug("session not read", extra={"holder": record.holder_text(holder), "cause": str(error)})
+                logger.debug(
+                    "session of lock holder not read", extra={"holder": record.holder_text(holder), "cause": str(error)}
+                )
                 return False
         return True
 

@@ -171,21 +171,21 @@ class LockCache:
         return self._leases.get(device_id)
 
     def put(self, lease: Lease) -> None:
-        """Takes in a record from this node's own read or write, or from a watch event. Ignores an older one."""
+        """Stores a record from this node's own read or write, or from a watch event. Ignores an older one."""
         known = self._leases.get(lease.name)
         version = known.resource_version if known is not None else self._gone.get(lease.name, "0")
         if newer(lease.resource_version, version):
             self._set(lease.name, lease)
 
     def missing(self, device_id: str, expected: str) -> None:
-        """Takes in that a read found no Lease, unless the version known before the read (expected) has changed."""
+        """Removes a record after a read found no Lease, if it still has the version from before the read (expected)."""
         known = self._leases.get(device_id)
         if known is not None and known.resource_version == expected:
             self._gone[device_id] = expected
             self._set(device_id, None)
 
     def apply(self, change: LeaseChange) -> None:
-        """Takes in one watch event."""
+        """Applies one watch event."""
         lease = change.lease
         if lease is not None and record.is_lock_name(lease.name):
             if change.type is ChangeType.DELETED:
@@ -195,7 +195,7 @@ class LockCache:
         self._floor = change.resource_version
 
     def reset(self, listing: LeaseList) -> None:
-        """Takes in a full list. A lock that the list lacks is gone, unless it was written after the list was made.
+        """Replaces the cache by a full list. Keeps a lock that the list lacks if it was written after the list.
 
         A list older than the last list or event shows an API server restored from a backup: it replaces every record.
         """

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from usbip_plugin.clock import Clock, SystemClock
-from usbip_plugin.config.reload import Loaded
+from usbip_plugin.config.reload import LoadedConfig
 from usbip_plugin.config.schema import Config, OnLoss
 from usbip_plugin.config.selectors import Match, matches
 from usbip_plugin.errors import ConfigError, KubeForbidden, KubeUnreachable, PluginError, UsbipError
@@ -101,7 +101,7 @@ def render(findings: Sequence[Finding]) -> str:
     return "\n".join(lines)
 
 
-def config_findings(path: Path, loaded: Loaded | ConfigError) -> list[Finding]:
+def config_findings(path: Path, loaded: LoadedConfig | ConfigError) -> list[Finding]:
     """Checks the configuration file. loaded: the result or the error of load_config."""
     name = "configuration"
     if isinstance(loaded, ConfigError):
@@ -302,7 +302,7 @@ async def _refused(kube: Api, namespace: str, holder: str) -> KubeForbidden | No
     return None
 
 
-async def check_node(options: Options, loaded: Loaded | ConfigError, make_driver: MakeDriver) -> tuple[str, int]:
+async def check_node(options: Options, loaded: LoadedConfig | ConfigError, make_driver: MakeDriver) -> tuple[str, int]:
     """Runs all checks of this node, and changes nothing. Returns the report and the exit status, 0 if nothing fails."""
     clock = SystemClock()
     config = Config(()) if isinstance(loaded, ConfigError) else loaded.config

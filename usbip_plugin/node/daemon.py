@@ -15,7 +15,7 @@ from usbip_plugin import __version__
 from usbip_plugin.attach.cdi import CdiDirectory
 from usbip_plugin.attach.events import DeviceEvent, events_of
 from usbip_plugin.clock import Clock, SystemClock
-from usbip_plugin.config.reload import ConfigWatcher, Loaded
+from usbip_plugin.config.reload import ConfigWatcher, LoadedConfig
 from usbip_plugin.config.schema import DEFAULT_CDI_DIRECTORY, Config
 from usbip_plugin.errors import ConfigError, PluginError
 from usbip_plugin.kube.client import connect
@@ -77,7 +77,7 @@ def boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
 
-async def run(options: Options, loaded: Loaded, make_driver: MakeDriver) -> None:
+async def run(options: Options, loaded: LoadedConfig, make_driver: MakeDriver) -> None:
     """Runs until SIGTERM or SIGINT, then ends within 2 s and leaves attachments and locks for the next process.
 
     Raises ConfigError if it does not find how to reach the API server, OSError if the HTTP address is in use.
@@ -117,7 +117,7 @@ class _Process:
     def __init__(
         self,
         options: Options,
-        loaded: Loaded,
+        loaded: LoadedConfig,
         outside: AgentDependencies,
         events: EventRecorder,
         tracing: Tracing,
@@ -230,7 +230,7 @@ class _Process:
             log.error("configuration not valid, the last valid one stays in use", extra={"problem": problem})
 
 
-def run_blocking(options: Options, loaded: Loaded, make_driver: MakeDriver) -> int:
+def run_blocking(options: Options, loaded: LoadedConfig, make_driver: MakeDriver) -> int:
     """Runs the plugin until a signal. Returns 0, or logs why the plugin cannot run and returns 1."""
     _warn(loaded.warnings)
     small_tls_buffers()

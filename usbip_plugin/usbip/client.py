@@ -89,7 +89,9 @@ class Connector:
         try:
             sock = await aiohappyeyeballs.start_connection(addresses, happy_eyeballs_delay=NEXT_ADDRESS_S, interleave=1)
         except ConnectionRefusedError as refused:
-            raise ServerUnreachable(server, "connection refused; is usbipd running there?") from refused
+            raise ServerUnreachable(
+                server, "connection refused; check that usbipd is running on the server"
+            ) from refused
         except OSError as error:
             raise ServerUnreachable(server, f"cannot connect: {error.strerror or error}") from error
         try:
@@ -174,7 +176,7 @@ class UsbipClient(Protocol):
         """Imports the device. The caller must close the result, and must compare its vendor:product.
 
         Raises DeviceBusy, DeviceUnknown or ImportRefused if the server refuses, MalformedReply if the reply is about
-        another bus id. Checks last that the server has not closed the connection: a closed socket must never reach the
+        another bus ID. Checks last that the server has not closed the connection: a closed socket must never reach the
         kernel.
         """
 

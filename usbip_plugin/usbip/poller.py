@@ -1,6 +1,6 @@
 """Polls the device lists of all servers, side by side, so that a dead server delays no other.
 
-All nodes poll the same servers, and a small server must bear them all, so each node keeps to its share of MAX_RATE.
+All nodes poll the same servers and could overload a small one, so together they send at most MAX_RATE polls a second.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ A server does not list a device that is in use, and reading a serial number take
 
 @dataclass(frozen=True, slots=True)
 class Stay:
-    """A time for which a server has listed one device under one bus id. Times are seconds on the monotonic clock.
+    """A time for which a server has listed one device under one bus ID. Times are seconds on the monotonic clock.
 
     devid: the Descriptor.devid of the device.
     since: when it was first listed. It may have been missing from the list for less than ABSENCE.
@@ -77,13 +77,13 @@ class Stay:
 class ServerView:
     """What the polls of one server have shown. Two views are equal unless subscribers must learn of the difference.
 
-    devices: the last good list, sorted by bus id, kept while the server is unreachable.
+    devices: the last good list, sorted by bus ID, kept while the server is unreachable.
     error: why the last poll failed, None if it did not.
     failures: number of failed polls in a row.
     answered: when the server last answered (monotonic seconds), None if it never did.
-    removed: the bus ids of the good list before that are missing from `devices`.
-    stays: by bus id, for the devices listed now and those missing for less than ABSENCE at the last change.
-    by_busid: the same devices as `devices`, by bus id.
+    removed: the bus IDs of the good list before that are missing from `devices`.
+    stays: by bus ID, for the devices listed now and those missing for less than ABSENCE at the last change.
+    by_busid: the same devices as `devices`, by bus ID.
     """
 
     server: ServerKey
@@ -107,7 +107,7 @@ class ServerView:
         return {DeviceKey(self.server, device.busid): device for device in self.devices}
 
     def find(self, busid: str) -> Descriptor | None:
-        """Returns the device that the server lists now under this bus id, None if there is none in `exported`."""
+        """Returns the device that the server lists now under this bus ID, None if there is none in `exported`."""
         return self.by_busid.get(busid) if self.state is ServerState.REACHABLE else None
 
 
@@ -252,7 +252,7 @@ class ServerPoller:
         try:
             return await self.fetch(key) is not None
         except UsbipError as error:
-            log.debug("device availability unknown", extra={"device": str(key), "cause": str(error)})
+            log.debug("cannot ask server for device", extra={"device": str(key), "cause": str(error)})
             return False
 
     async def fetch(self, key: DeviceKey) -> Descriptor | None:
@@ -320,7 +320,7 @@ class ServerPoller:
         return self._share(server) - (self._clock.monotonic() - asked_at)
 
     def _spread(self, server: ServerKey) -> float:
-        """Returns random seconds within this node's share: nodes that learn of a change at once poll in turn."""
+        """Returns random seconds within this node's share: spreads the polls of nodes that see one change together."""
         return self._share(server) * self._rng.random()
 
     def _share(self, server: ServerKey) -> float:

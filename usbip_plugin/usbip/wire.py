@@ -58,7 +58,7 @@ class ProtocolViolation(ValueError):
 class DevlistReply:
     """The reply to a DEVLIST request.
 
-    devices: the usable entries, each bus id once.
+    devices: the usable entries, each bus ID once.
     skipped: for each other entry, the reason why it cannot be used.
     """
 
@@ -93,14 +93,14 @@ def encode_devlist_request() -> bytes:
 
 
 def encode_import_request(busid: str) -> bytes:
-    """Returns an IMPORT request. Raises ProtocolViolation if the bus id is not valid."""
+    """Returns an IMPORT request. Raises ProtocolViolation if the bus ID is not valid."""
     return _OP.pack(VERSION, OP_REQ_IMPORT, 0) + _busid_field(busid)
 
 
 def encode_devlist_reply(devices: Iterable[Descriptor]) -> bytes:
     """Returns a DEVLIST reply. For num_interfaces of a device, it carries the number of its interfaces, which follow.
 
-    Raises ProtocolViolation if a bus id is not valid or a path is too long.
+    Raises ProtocolViolation if a bus ID is not valid or a path is too long.
     """
     entries = [
         _encode_device(device, len(device.interfaces))
@@ -118,13 +118,13 @@ def encode_import_reply(reply: ImportReply) -> bytes:
 def devlist_reply() -> Decoding[DevlistReply]:
     """Decodes OP_REP_DEVLIST.
 
-    Skips an entry whose text, numbers or speed cannot be used, and keeps the first of two entries with one bus id: one
+    Skips an entry whose text, numbers or speed cannot be used, and keeps the first of two entries with one bus ID: one
     odd device must not hide the rest. Raises ProtocolViolation if a count exceeds its limit, the header is wrong, or
     the status is not ST_OK.
     """
     status = _decode_header((yield _OP.size), OP_REP_DEVLIST)
     if status != ST_OK:
-        raise ProtocolViolation(f"DEVLIST answered with status {status}")
+        raise ProtocolViolation(f"the server refused DEVLIST (status {status})")
     (count,) = _COUNT.unpack((yield _COUNT.size))
     if count > MAX_DEVICES:
         raise ProtocolViolation(f"DEVLIST announces {count} devices, more than {MAX_DEVICES}")
@@ -142,7 +142,7 @@ def devlist_reply() -> Decoding[DevlistReply]:
             skipped.append(str(violation))
             continue
         if device.busid in devices:
-            skipped.append(f"busid {device.busid} listed twice")
+            skipped.append(f"bus ID {device.busid} is listed twice")
             continue
         classes = tuple(InterfaceClass(*fields) for fields in _INTERFACE.iter_unpack(tail))
         devices[device.busid] = replace(device, interfaces=classes)
@@ -150,7 +150,7 @@ def devlist_reply() -> Decoding[DevlistReply]:
 
 
 def import_reply(busid: str) -> Decoding[ImportReply]:
-    """Decodes OP_REP_IMPORT. Raises ProtocolViolation also if the reply is about another bus id than the given one."""
+    """Decodes OP_REP_IMPORT. Raises ProtocolViolation also if the reply is about another bus ID than the given one."""
     status = _decode_header((yield _OP.size), OP_REP_IMPORT)
     if status != ST_OK:
         return ImportReply(status, None)
@@ -163,7 +163,7 @@ def import_reply(busid: str) -> Decoding[ImportReply]:
 def request() -> Decoding[DevlistRequest | ImportRequest]:
     """Decodes a client's request, on the server's side. Ignores the request's status field, which has no use.
 
-    Raises ProtocolViolation for another version or operation, or a bus id that is not valid.
+    Raises ProtocolViolation for another version or operation, or a bus ID that is not valid.
     """
     version, code, _ = _OP.unpack((yield _OP.size))
     if version != VERSION:
@@ -241,9 +241,9 @@ def _text(raw: bytes, what: str) -> bytes:
 
 
 def _decode_busid(raw: bytes) -> str:
-    text = _text(raw, "busid").decode("ascii", "backslashreplace")
+    text = _text(raw, "bus ID").decode("ascii", "backslashreplace")
     if not valid_busid(text):
-        raise ProtocolViolation(f"busid {text!r} is not valid")
+        raise ProtocolViolation(f"bus ID {text!r} is not valid")
     return text
 
 
@@ -256,7 +256,7 @@ def _decode_path(raw: bytes) -> str:
 
 def _busid_field(busid: str) -> bytes:
     if not valid_busid(busid):
-        raise ProtocolViolation(f"busid {busid!r} is not valid")
+        raise ProtocolViolation(f"bus ID {busid!r} is not valid")
     return busid.encode("ascii").ljust(_BUSID_BYTES, b"\0")
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from usbip_plugin.clock import Clock
 from usbip_plugin.model import DeviceNode
 from usbip_plugin.sync import Broadcast
-from usbip_plugin.vhci.devices import DeviceFacts, DeviceNodes, read_facts, read_nodes, text
+from usbip_plugin.vhci.devices import DeviceAttributes, DeviceNodes, read_attributes, read_nodes, text
 from usbip_plugin.vhci.uevents import Uevent
 
 CLASS_AUDIO, CLASS_COMM, CLASS_HID, CLASS_PRINTER, CLASS_STORAGE, CLASS_VIDEO = 0x01, 0x02, 0x03, 0x07, 0x08, 0x0E
@@ -116,15 +116,17 @@ class Children:
         elif event.action == "add":
             self._read.add(numbers)
 
-    async def wait(self, device: Path, facts: DeviceFacts, asked: tuple[str, ...] | None, limit: float) -> DeviceNodes:
+    async def wait(
+        self, device: Path, attributes: DeviceAttributes, asked: tuple[str, ...] | None, limit: float
+    ) -> DeviceNodes:
         """Returns the nodes of the device as soon as they are complete (see `complete`), or after limit seconds.
 
         Waits also for the partitions of a disk, unless only kinds other than "block" are requested. Returns no nodes
-        once the device of these facts is gone, even if another device has taken its place. Cancel-safe.
+        once the device of these attributes is gone, even if another device has taken its place. Cancel-safe.
         """
 
         def check() -> DeviceNodes | None:
-            found = self._nodes(device, facts)
+            found = self._nodes(device, attributes)
             done = complete(asked, expected_nodes(device), found.nodes) and (
                 (asked is not None and "block" not in asked) or self._disks_read(found.nodes)
             )
@@ -133,15 +135,15 @@ class Children:
         try:
             return await self._changed.until_within(check, self._clock, timeout=limit, recheck=CHILD_RECHECK_S)
         except TimeoutError:
-            return self._nodes(device, facts)
+            return self._nodes(device, attributes)
 
     def _disks_read(self, nodes: tuple[DeviceNode, ...]) -> bool:
         disks = [node for node in nodes if node.block and node.partition == 0]
         return all((disk.major, disk.minor) in self._read for disk in disks)
 
     @staticmethod
-    def _nodes(device: Path, facts: DeviceFacts) -> DeviceNodes:
-        found = read_nodes(device, facts)
-        now = read_facts(device)
-        same = now is not None and (now.devnum, now.usb_id) == (facts.devnum, facts.usb_id)
+    def _nodes(device: Path, attributes: DeviceAttributes) -> DeviceNodes:
+        found = read_nodes(device, attributes)
+        now = read_attributes(device)
+        same = now is not None and (now.devnum, now.usb_id) == (attributes.devnum, attributes.usb_id)
         return found if same else DeviceNodes()

@@ -23,7 +23,7 @@ _NUMBER = re.compile("[0-9]{1,9}")
 
 
 @dataclass(frozen=True, slots=True)
-class DeviceFacts:
+class DeviceAttributes:
     """The attributes of an enumerated USB device, as read from sysfs.
 
     devnum: differs for each enumeration on a bus.
@@ -38,7 +38,7 @@ class DeviceFacts:
     model: str | None = None
 
 
-def read_facts(device: Path) -> DeviceFacts | None:
+def read_attributes(device: Path) -> DeviceAttributes | None:
     """Returns the attributes of the device in this sysfs directory, or None if the directory is incomplete or gone."""
     try:
         usb_id = UsbId(_usb_number(device / "idVendor"), _usb_number(device / "idProduct"))
@@ -48,7 +48,7 @@ def read_facts(device: Path) -> DeviceFacts | None:
     except (OSError, ValueError):
         return None
     serial, manufacturer, model = (_string(device / name) for name in ("serial", "manufacturer", "product"))
-    return DeviceFacts(usb_id, devnum, authorized, serial, manufacturer, model)
+    return DeviceAttributes(usb_id, devnum, authorized, serial, manufacturer, model)
 
 
 def text(path: Path) -> str:
@@ -186,10 +186,10 @@ class DeviceNodes:
     net: tuple[str, ...] = ()
 
 
-def read_nodes(device: Path, facts: DeviceFacts) -> DeviceNodes:
+def read_nodes(device: Path, attributes: DeviceAttributes) -> DeviceNodes:
     """Returns the nodes and network interfaces that the device has now, without those of USB devices behind it.
 
-    device: its directory in sysfs. facts: the attributes from which its by-id names are built.
+    device: its directory in sysfs. attributes: the attributes from which its by-id names are built.
     """
     own = _node(device, "usb")
     if own is None:
@@ -202,7 +202,7 @@ def read_nodes(device: Path, facts: DeviceFacts) -> DeviceNodes:
         if "dev" in files and (subsystem := _subsystem(path)) in CHILD_KINDS:
             child = _node(path, subsystem)
             if child is not None:
-                children.add(_described(child, path, device, facts))
+                children.add(_described(child, path, device, attributes))
         elif path.parent.name == "net" and _NET_NAME.fullmatch(path.name) and _subsystem(path) == "net":
             net.add(path.name)
     return DeviceNodes((own, *sorted(children, key=_natural)), tuple(sorted(net)))
@@ -250,11 +250,11 @@ def _node(path: Path, kind: str) -> DeviceNode | None:
         return None
 
 
-def _described(node: DeviceNode, path: Path, device: Path, facts: DeviceFacts) -> DeviceNode:
+def _described(node: DeviceNode, path: Path, device: Path, attributes: DeviceAttributes) -> DeviceNode:
     """Returns the node with its interface, partition and by-id name added. path: its directory in sysfs."""
     interface = _interface(path, device)
     partition = _optional_number(path / "partition") or 0 if node.block else 0
-    link = "" if interface is None else _by_id(node, path, interface, partition, facts)
+    link = "" if interface is None else _by_id(node, path, interface, partition, attributes)
     return replace(node, interface=interface, partition=partition, by_id=link)
 
 
@@ -269,10 +269,10 @@ def _interface(path: Path, device: Path) -> int | None:
         return None
 
 
-def _by_id(node: DeviceNode, path: Path, interface: int, partition: int, facts: DeviceFacts) -> str:
-    vendor = facts.manufacturer or f"{facts.usb_id.vendor:04x}"
-    model = facts.model or f"{facts.usb_id.product:04x}"
-    name = serial_name(vendor, model, facts.serial or "")
+def _by_id(node: DeviceNode, path: Path, interface: int, partition: int, attributes: DeviceAttributes) -> str:
+    vendor = attributes.manufacturer or f"{attributes.usb_id.vendor:04x}"
+    model = attributes.model or f"{attributes.usb_id.product:04x}"
+    name = serial_name(vendor, model, attributes.serial or "")
     file = node.path.rpartition("/")[2]
     match node.kind:
         case "tty":
@@ -288,20 +288,20 @@ def _by_id(node: DeviceNode, path: Path, interface: int, partition: int, facts: 
         case "sound" if file.startswith("controlC"):
             return link("snd", f"{name}-{interface:02x}")
         case "block":
-            disk = _disk_name(path, facts, vendor, model)
+            disk = _disk_name(path, attributes, vendor, model)
             return link("disk", disk + (f"-part{partition}" if partition else ""))
         case _:
             return ""
 
 
-def _disk_name(path: Path, facts: DeviceFacts, vendor: str, model: str) -> str:
+def _disk_name(path: Path, attributes: DeviceAttributes, vendor: str, model: str) -> str:
     """Returns the name that udev builds for a disk: vendor and model of its SCSI device, and its target:lun."""
     scsi = next(((p, m) for p in path.parents[:5] if (m := _SCSI_DEVICE.fullmatch(p.name))), None)
     if scsi is None:
-        return serial_name(vendor, model, facts.serial or "")
+        return serial_name(vendor, model, attributes.serial or "")
     folder, address = scsi
     vendor, model = _text(folder / "vendor") or vendor, _text(folder / "model") or model
-    return serial_name(vendor, model, facts.serial or "", f"{address[1]}:{address[2]}")
+    return serial_name(vendor, model, attributes.serial or "", f"{address[1]}:{address[2]}")
 
 
 def _optional_number(path: Path) -> int | None:

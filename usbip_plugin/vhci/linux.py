@@ -29,7 +29,7 @@ from usbip_plugin.errors import (
 from usbip_plugin.model import Attachment, Descriptor, DeviceKey
 from usbip_plugin.sync import Broadcast
 from usbip_plugin.vhci.children import Children
-from usbip_plugin.vhci.devices import DeviceFacts, DeviceNodes, read_facts, read_nodes
+from usbip_plugin.vhci.devices import DeviceAttributes, DeviceNodes, read_attributes, read_nodes
 from usbip_plugin.vhci.driver import ABANDON_S, ASKED_CHILD_WAIT_S, CHILD_WAIT_S, DriverReport, PortState
 from usbip_plugin.vhci.hubs import HubGuard
 from usbip_plugin.vhci.records import Record, Records
@@ -211,11 +211,11 @@ class SysfsVhci:
         try:
             async with self._clock.timeout(timeout):
                 while True:
-                    device, facts = await self._verified(key, descriptor, port, serial, timeout)
+                    device, attributes = await self._verified(key, descriptor, port, serial, timeout)
                     left = max(0.0, deadline - self._clock.monotonic() - END_S)
-                    found = await self._children.wait(device, facts, children, min(child_wait, left))
+                    found = await self._children.wait(device, attributes, children, min(child_wait, left))
                     if found.nodes:  # otherwise the device has gone or enumerated again, and is verified again
-                        return _attachment(key, port, device, facts, found)
+                        return _attachment(key, port, device, attributes, found)
         except (AttachStuck, WrongDevice, WrongSerial, DriverNotWritable):
             await self.detach(port, timeout=ABANDON_S)
             raise
@@ -225,13 +225,15 @@ class SysfsVhci:
 
     async def _verified(
         self, key: DeviceKey, descriptor: Descriptor, port: int, serial: str | None, timeout: float
-    ) -> tuple[Path, DeviceFacts]:
-        device, facts = await self._changed.until_within(lambda: self._appeared(port), self._clock, timeout=timeout)
+    ) -> tuple[Path, DeviceAttributes]:
+        device, attributes = await self._changed.until_within(
+            lambda: self._appeared(port), self._clock, timeout=timeout
+        )
         self._guard.release(port)
-        if facts.usb_id != descriptor.usb_id:
-            raise WrongDevice(key, descriptor.usb_id, facts.usb_id)
-        if serial is not None and facts.serial != serial:
-            raise WrongSerial(key, serial, facts.serial or "", descriptor.devid)
+        if attributes.usb_id != descriptor.usb_id:
+            raise WrongDevice(key, descriptor.usb_id, attributes.usb_id)
+        if serial is not None and attributes.serial != serial:
+            raise WrongSerial(key, serial, attributes.serial or "", descriptor.devid)
         try:
             # Write also if the device is authorised already: the write takes the device lock, so when it returns, the
             # kernel has probed the interfaces.
@@ -239,9 +241,9 @@ class SysfsVhci:
         except OSError as error:
             stuck = AttachStuck(f"{key} on port {port} could not be authorised: {error.strerror}")
             raise explain(error, device / "authorized", stuck) from error
-        return device, facts
+        return device, attributes
 
-    def _appeared(self, number: int) -> tuple[Path, DeviceFacts] | None:
+    def _appeared(self, number: int) -> tuple[Path, DeviceAttributes] | None:
         port = self._table.one(number)
         if port.status is PortStatus.NULL or self._foreign(port):
             self._cooldown.mark(port)
@@ -251,19 +253,19 @@ class SysfsVhci:
         device = device_dir(self._sysfs, port)
         if port.status is not PortStatus.USED or port.local_busid is None or device is None:
             return None
-        facts = read_facts(device)
-        return None if facts is None else (device, facts)
+        attributes = read_attributes(device)
+        return None if attributes is None else (device, attributes)
 
     async def inspect(self, key: DeviceKey, port: int) -> Attachment | None:
         row = self._table.one(port)
         device = device_dir(self._sysfs, row)
         if row.occupant is None or row.local_busid is None or device is None or self._foreign(row):
             return None
-        facts = read_facts(device)
-        if facts is None or not facts.authorized or not (found := read_nodes(device, facts)).nodes:
+        attributes = read_attributes(device)
+        if attributes is None or not attributes.authorized or not (found := read_nodes(device, attributes)).nodes:
             return None
         self._occupants[port] = row.occupant
-        return _attachment(key, port, device, facts, found)
+        return _attachment(key, port, device, attributes, found)
 
     def _foreign(self, port: Port) -> bool:
         known = self._occupants.get(port.number)
@@ -289,7 +291,7 @@ class SysfsVhci:
             if self._foreign(before):
                 return
             device = device_dir(self._sysfs, before)
-            old = None if device is None else read_facts(device)
+            old = None if device is None else read_attributes(device)
             if before.status is not PortStatus.NULL:
                 await self._write_detach(number)
             if before.status is PortStatus.NOTASSIGNED:
@@ -302,7 +304,7 @@ class SysfsVhci:
             free = free or now.status is PortStatus.NULL or _replaced(before, now)
             if not free:
                 return None
-            left = None if device is None or old is None else read_facts(device)
+            left = None if device is None or old is None else read_attributes(device)
             return None if left is not None and old is not None and left.devnum == old.devnum else True
 
         await self._changed.until_within(gone, self._clock, timeout=timeout)
@@ -377,9 +379,11 @@ class SysfsVhci:
         )
 
 
-def _attachment(key: DeviceKey, port: int, device: Path, facts: DeviceFacts, found: DeviceNodes) -> Attachment:
-    strings = facts.manufacturer, facts.model
-    return Attachment(key, port, device.name, facts.usb_id, facts.serial, found.nodes, *strings, found.net)
+def _attachment(
+    key: DeviceKey, port: int, device: Path, attributes: DeviceAttributes, found: DeviceNodes
+) -> Attachment:
+    strings = attributes.manufacturer, attributes.model
+    return Attachment(key, port, device.name, attributes.usb_id, attributes.serial, found.nodes, *strings, found.net)
 
 
 def _duplicate(fd: int, lowest: int) -> int:

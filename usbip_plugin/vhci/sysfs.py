@@ -22,7 +22,7 @@ from usbip_plugin.sync import done_within
 
 Hub = Literal["hs", "ss"]
 
-NO_DEVICE = "0-0"  # local bus id in the status row of a port without a device
+NO_DEVICE = "0-0"  # local bus ID in the status row of a port without a device
 SPEED_SUPER = 5  # USB_SPEED_SUPER of enum usb_device_speed
 SPEEDS = range(1, 7)  # enum usb_device_speed, USB_SPEED_LOW to USB_SPEED_SUPER_PLUS
 MAX_PORTS = 4096  # ports of all controllers; the kernel's own limit is 128 controllers with 31 ports each

@@ -354,7 +354,9 @@ class MemoryConnector:
             await answer
         except ConnectionRefusedError as refused:
             sock.close()
-            raise ServerUnreachable(server, "connection refused; is usbipd running there?") from refused
+            raise ServerUnreachable(
+                server, "connection refused; check that usbipd is running on the server"
+            ) from refused
         except BaseException:
             sock.close()
             raise

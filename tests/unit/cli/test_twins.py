@@ -30,7 +30,7 @@ def lease(key: DeviceKey, serial: str, holder: str = "", **notes: str) -> Lease:
     said = {record.USB_ID: str(STICK), record.SERIAL: serial, record.READ_FROM: "1:7"}
     more = {record.DOMAIN + name.replace("_", "-"): text for name, text in notes.items()}
     return Lease(
-        key.id, holder, 40, annotations={**record.device_notes(key), **said, **more}, labels=record.LOCK_LABELS
+        key.id, holder, 40, annotations={**record.device_annotations(key), **said, **more}, labels=record.LOCK_LABELS
     )
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.config import reload
-from usbip_plugin.config.reload import DEBOUNCE_S, ConfigWatcher, Loaded, load_config
+from usbip_plugin.config.reload import DEBOUNCE_S, ConfigWatcher, LoadedConfig, load_config
 from usbip_plugin.config.schema import Config
 from usbip_plugin.errors import ConfigError
 from usbip_sim.virtual.loop import virtual
@@ -42,7 +42,7 @@ class Heard:
 
 
 @contextlib.asynccontextmanager
-async def watching(path: Path, initial: Loaded | None = None) -> AsyncIterator[Heard]:
+async def watching(path: Path, initial: LoadedConfig | None = None) -> AsyncIterator[Heard]:
     heard = Heard()
     watcher = ConfigWatcher(path, SystemClock(), heard.config, heard.error, initial)
     task = asyncio.create_task(watcher.run())

@@ -238,7 +238,7 @@ def test_whatever_others_wrote_is_read_bounded_and_printable(
 )
 def test_what_a_device_told_is_read_as_written(interfaces: tuple[InterfaceClass, ...], devid: int, serial: str) -> None:
     told = Identity(devid, serial, interfaces)
-    notes = record.with_notes({record.SERIAL: "OLD"}, record.identity_notes({record.SERIAL: "OLD"}, told))
+    notes = record.merged_annotations({record.SERIAL: "OLD"}, record.identity_annotations({record.SERIAL: "OLD"}, told))
     read = record.lock_of(Lease("usbip-x", annotations=notes)).identity
     assert read == replace(told, interfaces=interfaces[: record.MAX_INTERFACES])
 

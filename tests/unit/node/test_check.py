@@ -13,7 +13,7 @@ import pytest
 
 from tests.rigs.api_double import ApiDouble, Call
 from usbip_plugin.clock import SystemClock
-from usbip_plugin.config.reload import Loaded
+from usbip_plugin.config.reload import LoadedConfig
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.errors import ConfigError, KubeForbidden, KubeUnreachable, ServerUnreachable
 from usbip_plugin.model import Descriptor, ServerKey, UsbId
@@ -111,8 +111,8 @@ def test_the_configuration_with_all_its_problems_or_warnings() -> None:
     assert finding.outcome is Outcome.FAIL
     assert finding.detail.splitlines() == ["config.yaml:1: a", "config.yaml:2: b"]
     config = Config(resources=(ResourceConfig("a", (DeviceSelector(SERVER),)),))
-    assert statuses(check.config_findings(path, Loaded(config, (), b""))) == [Outcome.OK]
-    (finding,) = check.config_findings(path, Loaded(config, ("config.yaml:3: odd",), b""))
+    assert statuses(check.config_findings(path, LoadedConfig(config, (), b""))) == [Outcome.OK]
+    (finding,) = check.config_findings(path, LoadedConfig(config, ("config.yaml:3: odd",), b""))
     assert finding.outcome is Outcome.WARN
     assert "odd" in finding.detail
 
@@ -265,7 +265,7 @@ async def test_the_cdi_directory_is_looked_at_if_a_resource_wants_it(tmp_path: P
         config = Config((ResourceConfig("a", (), cdi=by_cdi),))
         report, _ = await check_node(
             dataclasses.replace(options, cdi_directory=directory),
-            Loaded(config, (), b""),
+            LoadedConfig(config, (), b""),
             lambda clock: SysfsVhci(clock, NetlinkUevents(clock)),
         )
         assert (f"ok    CDI directory: {directory}" in report) == by_cdi

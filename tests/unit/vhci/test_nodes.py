@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from usbip_plugin.model import DeviceNode, UsbId
-from usbip_plugin.vhci.devices import MAX_NODES, MAX_STRING, read_facts, read_nodes
+from usbip_plugin.vhci.devices import MAX_NODES, MAX_STRING, read_attributes, read_nodes
 
 ID = UsbId(0x0403, 0x6001)
 
 
 def nodes_of(device: Path) -> tuple[DeviceNode, ...]:
     """Returns the nodes of the device in this sysfs directory, or none if it is incomplete or gone."""
-    facts = read_facts(device)
+    facts = read_attributes(device)
     return () if facts is None else read_nodes(device, facts).nodes
 
 
@@ -95,7 +95,7 @@ class TestCollect:
         for name in ("usb1", "enx0201"):
             write(folder / name, address="02:01:00:00:00:00")
             (folder / name / "subsystem").symlink_to("../../../../../class/net")
-        facts = read_facts(device)
+        facts = read_attributes(device)
         assert facts is not None
         found = read_nodes(device, facts)
         assert (found.nodes, found.net) == ((USB_NODE,), ("enx0201", "usb1"))
@@ -133,18 +133,18 @@ class TestFacts:
     def test_what_is_read(self, tmp_path: Path) -> None:
         device = usb_device(tmp_path)
         write(device, serial="SERIAL1", authorized="0")
-        facts = read_facts(device)
+        facts = read_attributes(device)
         assert facts is not None
         assert (facts.usb_id, facts.devnum, facts.authorized, facts.serial) == (ID, 2, False, "SERIAL1")
 
     def test_strings_are_bounded_and_printable(self, tmp_path: Path) -> None:
         device = usb_device(tmp_path, manufacturer="x" * 500, product="two\nlines", serial="\x1b[2J")
-        facts = read_facts(device)
+        facts = read_attributes(device)
         assert facts is not None
         assert (facts.manufacturer, facts.model, facts.serial) == ("x" * MAX_STRING, None, None)
 
     def test_no_serial_is_none(self, tmp_path: Path) -> None:
-        facts = read_facts(usb_device(tmp_path))
+        facts = read_attributes(usb_device(tmp_path))
         assert facts is not None
         assert facts.serial is None
 
@@ -152,7 +152,7 @@ class TestFacts:
     def test_a_directory_that_is_not_complete_is_no_device_yet(self, tmp_path: Path, missing: str) -> None:
         device = usb_device(tmp_path)
         (device / missing).unlink()
-        assert read_facts(device) is None
+        assert read_attributes(device) is None
 
 
 class TestNames:
