@@ -38,10 +38,7 @@ _D = TypeVar("_D")
 
 @dataclass(slots=True)
 class Problems:
-    """The errors and warnings found in one file, each as "file:line: path: text".
-
-    source: the file's name for messages.
-    """
+    """The errors and warnings found in one file, each as "source:line: path: text"."""
 
     source: str
     errors: int = 0
@@ -88,10 +85,7 @@ class Problems:
 
 
 def normal_key(key: str) -> str:
-    """Returns the form of a key in which hostPath, host_path, host-path and hostpath are equal.
-
-    The loader of the Go program ignores the case of keys.
-    """
+    """Returns the form of a key in which hostPath, host_path, host-path and (as in the Go program) hostpath agree."""
     return key.lower().replace("_", "").replace("-", "")
 
 
@@ -103,10 +97,9 @@ def shown(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A YAML node and its place in the file.
+    """A YAML node and its place in the file: the line, from 1, and the path of keys and indexes.
 
-    path: keys and indexes from the root, such as resources.storage[0].selector; "" for the root.
-    line: the line number, from 1.
+    path: such as resources.storage[0].selector; "" for the root.
     """
 
     yaml: yaml.Node
@@ -137,7 +130,6 @@ class Node:
         return isinstance(self.yaml, yaml.SequenceNode)
 
     def describe(self) -> str:
-        """Returns a description of the node's value for messages."""
         if self.empty:
             return "nothing"
         if self.is_mapping:
@@ -272,10 +264,7 @@ class Fields(dict[str, Node]):
         *args: _P.args,
         **kwargs: _P.kwargs,
     ) -> _T | _D:
-        """Returns what the reader returns for the key's value.
-
-        Returns the default if the key is missing, or if the reader returns None because the value is not valid.
-        """
+        """Returns what the reader returns for the key's value; the default if that is None, or the key is missing."""
         value = reader(self[key], problems, *args, **kwargs) if key in self else None
         return default if value is None else value
 
@@ -283,8 +272,7 @@ class Fields(dict[str, Node]):
 def read_fields(node: Node, problems: Problems, known: tuple[str, ...], unknown: Unknown) -> Fields | None:
     """Returns the fields of a mapping. Returns None and adds an error to problems if the node is not a mapping.
 
-    known: the keys that are allowed.
-    unknown: the treatment of all other keys.
+    known: the keys that are allowed. unknown: the treatment of all other keys.
     """
     if not node.is_mapping:
         problems.error(node, f"expected a mapping (keys: {', '.join(known)}), got {node.describe()}")

@@ -47,10 +47,7 @@ class Parsed:
 
 
 def parse_config(text: str, source: str = "config.yaml") -> Parsed:
-    """Returns the configuration in YAML text. Raises ConfigError with all problems found.
-
-    source: the file's name for messages.
-    """
+    """Returns the configuration in YAML text. Raises ConfigError with all problems found. source: for messages."""
     root = read_document(text, source)
     if root is None or root.empty:
         raise ConfigError(source, [f"{source}: empty file; add resources, or write resources: {{}} for none"])

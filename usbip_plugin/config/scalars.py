@@ -104,10 +104,7 @@ def class_code(node: Node, problems: Problems) -> int | None:
 
 
 def seconds(node: Node, problems: Problems, *, least: float, most: float) -> float | None:
-    """Reads a duration in seconds: a number of seconds, or parts with units such as "500ms", "40s", "1m30s".
-
-    least, most: the allowed range in seconds, inclusive.
-    """
+    """Reads a number of seconds from least to most, or a duration with units such as "500ms", "40s", "1m30s"."""
     text = node.scalar or ""
     value = None
     parts = _DURATION_PART.findall(text) if len(text) <= MAX_NUMBER_CHARACTERS else []
@@ -208,10 +205,7 @@ def absolute_path(node: Node, problems: Problems) -> str | None:
 
 
 def resource_name(name: str, node: Node, problems: Problems) -> str | None:
-    """Reads the part of a resource name after the domain. Returns it in lower case, as the Go program does.
-
-    node: the place for problems.
-    """
+    """Returns the part of a resource name after the domain in lower case, as the Go program. node: for problems."""
     if len(name) > MAX_NAME_CHARACTERS or not _NAME.fullmatch(name):
         problems.error(
             node,

@@ -192,10 +192,7 @@ class Extra:
 
 @dataclass(frozen=True, slots=True)
 class DeviceSelector:
-    """A device entry of a resource.
-
-    extras: the host's device nodes that a container gets with each device.
-    """
+    """A device entry of a resource. extras: the host's device nodes that a container gets with each device."""
 
     target: ServerKey
     selector: Selector = field(default_factory=Selector)
@@ -204,11 +201,7 @@ class DeviceSelector:
 
 @dataclass(frozen=True, slots=True)
 class NodePermissions:
-    """The mode and owner of the device nodes in a container. None leaves a value to the container runtime.
-
-    mode: permission bits, up to 0o777.
-    user, group: numeric ids.
-    """
+    """The mode (up to 0o777) and owner of the device nodes in a container; None leaves a value to the runtime."""
 
     mode: int | None = None
     user: int | None = None
@@ -251,10 +244,7 @@ class LockConfig:
 
 @dataclass(frozen=True, slots=True)
 class FileSettings:
-    """The command-line flags that the configuration file sets, as in the Go program. None if the file does not.
-
-    A flag on the command line overrides the file.
-    """
+    """The command-line flags that the file sets, None if it does not. A flag on the command line overrides the file."""
 
     domain: str | None = None
     plugin_directory: str | None = None
@@ -283,10 +273,7 @@ class Config:
         return frozenset(entry.target for resource in self.resources for entry in resource.devices)
 
     def asking(self, server: ServerKey) -> tuple[Selector, ...]:
-        """Returns the selectors for a server that may need a probe of a device: those with a serial number or a class.
-
-        config.selectors.matches decides whether a particular device needs it.
-        """
+        """Returns a server's selectors that may need a probe of a device: those with a serial number or a class."""
         return tuple(
             entry.selector
             for resource in self.resources

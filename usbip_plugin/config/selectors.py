@@ -64,10 +64,7 @@ def matches(selector: Selector, descriptor: Descriptor, identity: Identity = UNK
 
 
 def may_overlap(one: Selector, other: Selector) -> bool:
-    """Returns whether one device could match both selectors, judging by the selectors alone.
-
-    Two different classes never overlap here, although a composite device may have both.
-    """
+    """Returns whether one device could match both selectors. Ignores that a composite device may have two classes."""
     for mine, theirs in ((one.serial, other.serial), (one.class_, other.class_)):
         if mine is not None and theirs is not None and mine != theirs:
             return False
@@ -114,7 +111,6 @@ DEVICE_KEYS = ("target", "selector", "extras")
 TARGET_KEYS = ("host", "port")
 SELECTOR_KEYS = ("vendor", "product", "usb_ids", "bus_id", "serial", "class")
 EXTRA_KEYS = ("hostPath", "containerPath", "permissions")
-
 
 _T = TypeVar("_T", int, str, UsbId)
 

@@ -122,7 +122,7 @@ class KubeClient:
         self._token_period = token_period
         self._token_read = clock.monotonic()
         self._clock = clock
-        self._on_error = on_error
+        self._on_error = on_error or (lambda _error: None)
         self._rng = rng or random.Random()  # noqa: S311 - jitter only
 
     async def close(self) -> None:
@@ -186,8 +186,7 @@ class KubeClient:
         try:
             yield
         except KubeError as error:
-            if self._on_error is not None:
-                self._on_error(error)
+            self._on_error(error)
             raise
 
     async def _send(
@@ -274,10 +273,7 @@ def _from_service_account(
 
 
 def _token_header(path: Path) -> str:
-    """Returns the Authorization header for the token in a file.
-
-    Raises OSError if the file cannot be read, or its text is not printable ASCII and cannot be part of an HTTP header.
-    """
+    """Returns the Authorization header for a token file. Raises OSError unless it is readable and printable ASCII."""
     token = path.read_text(encoding="ascii", errors="replace").strip()
     if not token.isascii() or not token.isprintable():
         raise OSError(errno.EINVAL, "the token must be printable ASCII", str(path))

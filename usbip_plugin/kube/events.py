@@ -65,10 +65,8 @@ def _remember(known: OrderedDict[K, V], key: K, value: V) -> None:
 class EventText:
     """The text of a Kubernetes Event, in the fields of events.k8s.io/v1.
 
-    type: NORMAL or WARNING.
-    reason: one of a small fixed set, in UpperCamelCase.
-    action: what was being done, in UpperCamelCase.
-    note: a sentence for people.
+    type: NORMAL or WARNING. note: a sentence for people.
+    reason, action (what was being done): each one of a small fixed set, in UpperCamelCase.
     """
 
     type: str

@@ -1,7 +1,4 @@
-"""Evicts pods that can no longer use their device: another node has it, or it came back under other device nodes.
-
-The API's eviction subresource (policy/v1) respects PodDisruptionBudgets.
-"""
+"""Evicts pods that can no longer use their device, by the eviction subresource, which respects PodDisruptionBudgets."""
 
 from __future__ import annotations
 
@@ -44,10 +41,10 @@ def eviction(pod: PodRef) -> dict[str, Any]:
 
 
 class Evictor:
-    """Worker that evicts pods. Works only while run() runs.
+    """Worker that evicts pods. Works only while run() runs. Logs errors and never raises them.
 
     Tries each pod until the API server accepts, the pod is gone, or wanted(pod) is False before a try. Calls
-    on_evicted(pod, cause) when an eviction was accepted. Logs errors and never raises them.
+    on_evicted(pod, cause) when an eviction was accepted.
     """
 
     def __init__(

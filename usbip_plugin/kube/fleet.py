@@ -14,9 +14,9 @@ from collections.abc import Awaitable, Callable
 from usbip_plugin.clock import Clock, backoff
 from usbip_plugin.errors import KubeError
 from usbip_plugin.kube.client import Api
+from usbip_plugin.kube.responses import mapping
 
 log = logging.getLogger(__name__)
-
 
 COUNT_INTERVAL_S = 1800.0
 """Seconds between two counts."""
@@ -27,15 +27,14 @@ RETRY_FIRST_S, RETRY_MAX_S = 1.0, 60.0
 JITTER = (0.8, 1.2)
 """Limits of the random factor on COUNT_INTERVAL_S."""
 UNCOUNTED = 600
-"""Nodes that are assumed until the first count succeeds: many enough that no server is flooded."""
+"""Nodes that are assumed until the first count succeeds, many enough that they do not overload a server."""
 
 
 async def count_pods(api: Api, namespace: str) -> int:
     """Returns the number of pods in a namespace, by one small request. Raises the KubeError family."""
     path = f"/api/v1/namespaces/{namespace}/pods"
     answer = await api.request("list", path, resource="pods", params={"limit": "1"}, timeout=COUNT_TIMEOUT_S)
-    items, metadata = answer.get("items"), answer.get("metadata")
-    left = metadata.get("remainingItemCount") if isinstance(metadata, dict) else None
+    items, left = answer.get("items"), mapping(answer.get("metadata")).get("remainingItemCount")
     return (len(items) if isinstance(items, list) else 0) + (left if isinstance(left, int) and left > 0 else 0)
 
 

@@ -48,10 +48,9 @@ def origins(source: str, package: str) -> dict[str, tuple[str, str | None]]:
         if isinstance(node, ast.ImportFrom) and node.module != "__future__":
             base = package.rsplit(".", node.level - 1)[0] if node.level else ""
             module = ".".join(part for part in (base, node.module) if part)
-            if module == package:  # "from . import": submodules of the package
-                found.update({alias.asname or alias.name: (f"{module}.{alias.name}", None) for alias in node.names})
-            else:
-                found.update({alias.asname or alias.name: (module, alias.name) for alias in node.names})
+            for alias in node.names:  # "from . import" names submodules of the package
+                submodule = (f"{module}.{alias.name}", None)
+                found[alias.asname or alias.name] = submodule if module == package else (module, alias.name)
         elif isinstance(node, ast.Import):
             found.update({alias.asname: (alias.name, None) for alias in node.names if alias.asname})
     return found

@@ -19,7 +19,6 @@ from usbip_plugin.sync import Broadcast, done_within
 
 log = logging.getLogger(__name__)
 
-
 # Seconds for one PATCH, and before the first and, at most, before a later retry.
 PATCH_TIMEOUT_S = 5.0
 BACKOFF_FIRST_S = 0.2
@@ -45,10 +44,7 @@ async def patch_status(api: Api, node: str, counts: Mapping[str, int]) -> None:
 
 
 def spread(nodes: int, *, lower: bool) -> float:
-    """Returns the seconds over which the nodes spread their writes of one change. lower: the counts become lower.
-
-    At KUBELET_SYNC_S no node writes, and the kubelets do.
-    """
+    """Returns the seconds over which nodes spread the writes of one change; at KUBELET_SYNC_S, only kubelets write."""
     return min(KUBELET_SYNC_S, nodes / (LOWER_RATE if lower else RAISE_RATE))
 
 
@@ -118,7 +114,14 @@ class NodeStatusPublisher:
             try:
                 await self._write(pending)
             except KubeError as error:
-                self._failed(error)
+                self.forbidden = isinstance(error, KubeForbidden)
+                if str(error) != self.last_error:
+                    log.warning(
+                        "allocatable not published on the node; the kubelet publishes it with its next sync",
+                        extra={"cause": str(error)},
+                    )
+                self.last_error = str(error)
+                self._changed.fire()
                 pause = FORBIDDEN_WAIT_S if self.forbidden else next(waits)
                 await self._changes_within(pause, lambda: self._urgent and not self.forbidden)
             else:
@@ -147,7 +150,6 @@ class NodeStatusPublisher:
         return False
 
     def _lowers(self, pending: Mapping[str, int]) -> bool:
-        """Returns whether the Node may have a higher count than one of these."""
         return any(
             count < max(self._written.get(name, 0), self._may_be_written[name]) for name, count in pending.items()
         )
@@ -171,13 +173,3 @@ class NodeStatusPublisher:
 
     def _is_written(self, counts: Mapping[str, int]) -> bool:
         return not counts.keys() & self._pending().keys()
-
-    def _failed(self, error: KubeError) -> None:
-        self.forbidden = isinstance(error, KubeForbidden)
-        if str(error) != self.last_error:
-            log.warning(
-                "allocatable not published on the node; the kubelet publishes it with its next sync",
-                extra={"cause": str(error)},
-            )
-        self.last_error = str(error)
-        self._changed.fire()

@@ -19,10 +19,10 @@ from usbip_plugin.clock import Clock
 from usbip_plugin.errors import KubeError
 from usbip_plugin.kube.client import Api
 from usbip_plugin.kube.reflector import Reflector
+from usbip_plugin.kube.responses import mapping
 from usbip_plugin.model import PodRef
 
 log = logging.getLogger(__name__)
-
 
 PODS_PATH = "/api/v1/pods"
 PODS = "pods"
@@ -82,18 +82,15 @@ class PodView(Protocol):
 
 def read_pod(obj: object) -> tuple[PodKey, PodState] | None:
     """Returns the key and the state of a pod object, or None if the object is not a pod."""
-    if not isinstance(obj, dict):
-        return None
-    metadata, status = obj.get("metadata"), obj.get("status")
-    if not isinstance(metadata, dict):
-        return None
+    pod = mapping(obj)
+    metadata = mapping(pod.get("metadata"))
     namespace, name, uid = metadata.get("namespace"), metadata.get("name"), metadata.get("uid")
     if not (isinstance(namespace, str) and isinstance(name, str) and isinstance(uid, str)):
         return None
-    if isinstance(status, dict) and status.get("phase") in ("Succeeded", "Failed"):
+    if mapping(pod.get("status")).get("phase") in ("Succeeded", "Failed"):
         return (namespace, name), PodState(uid, PodPhase.ENDED)
     phase = PodPhase.RUNNING if metadata.get("deletionTimestamp") is None else PodPhase.TERMINATING
-    return (namespace, name), PodState(uid, phase, MappingProxyType(_allocated(obj.get("spec"))))
+    return (namespace, name), PodState(uid, phase, MappingProxyType(_allocated(pod.get("spec"))))
 
 
 def _allocated(spec: object) -> dict[str, int]:
@@ -113,15 +110,12 @@ def _allocated(spec: object) -> dict[str, int]:
 
 
 def _containers(spec: object, kind: str) -> Iterator[dict[str, Any]]:
-    containers = spec.get(kind) if isinstance(spec, dict) else None
+    containers = mapping(spec).get(kind)
     yield from (one for one in (containers if isinstance(containers, list) else ()) if isinstance(one, dict))
 
 
 def _extended_resources(container: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    """Yields the names with a domain among a container's limits, and their counts."""
-    resources = container.get("resources")
-    limits = resources.get("limits") if isinstance(resources, dict) else None
-    for name, count in limits.items() if isinstance(limits, dict) else ():
+    for name, count in mapping(mapping(container.get("resources")).get("limits")).items():
         if isinstance(name, str) and "/" in name:
             yield name, int(count) if isinstance(count, str) and count.isascii() and count.isdigit() else MANY
 
@@ -180,8 +174,7 @@ class OwnPods(Reflector[dict[str, Any]]):
             self._forget(found[0])
         elif found is not None and kind in {"ADDED", "MODIFIED"}:
             self._learn(*found)
-        metadata = obj.get("metadata") if isinstance(obj, dict) else None
-        version = metadata.get("resourceVersion") if isinstance(metadata, dict) else None
+        version = mapping(mapping(obj).get("metadata")).get("resourceVersion")
         return version if isinstance(version, str) else None
 
     def _up(self) -> None:

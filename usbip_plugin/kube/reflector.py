@@ -17,7 +17,6 @@ E = TypeVar("E")
 
 log = logging.getLogger(__name__)
 
-
 SETTLE_S = 2.0
 """Seconds after which an open watch counts as established, even without an event."""
 
@@ -27,14 +26,11 @@ class Reflector(ABC, Generic[E]):
 
     A list alone does not show that watches work. If the last watch failed as soon as it was opened, the view counts as
     current only after an event, or once a watch has been open for SETTLE_S.
+
+    resource: as RBAC names it. retry: seconds before the first and, at most, before a later retry.
     """
 
     def __init__(self, resource: str, clock: Clock, rng: random.Random, retry: tuple[float, float]) -> None:
-        """Sets up a reflector, which does nothing before run().
-
-        resource: as RBAC names it.
-        retry: seconds before the first and, at most, before a later retry.
-        """
         self._resource, self._clock, self._rng, self._retry = resource, clock, rng, retry
         self._scope: asyncio.Timeout | None = None
         self._suspect = False

@@ -31,6 +31,11 @@ MAX_REFUSAL_BYTES = 1 << 20
 _SECONDS = re.compile("[0-9]{1,6}")
 
 
+def mapping(value: object) -> Mapping[str, Any]:
+    """Returns the value if it is a JSON object, else an empty mapping."""
+    return value if isinstance(value, dict) else {}
+
+
 async def whole(parts: AsyncIterable[bytes], verb: str, resource: str) -> bytes:
     """Returns the body of an answer. Raises KubeServerError as soon as it exceeds MAX_BODY_BYTES."""
     read: list[bytes] = []
@@ -98,7 +103,7 @@ def refusal(code: int, data: bytes, verb: str, resource: str, retry_after: str |
         status = json.loads(data)
     except (ValueError, RecursionError):
         status = {"message": data[: 8 * MAX_MESSAGE].decode("utf-8", "replace")}
-    return error_of(code, status if isinstance(status, dict) else {}, verb, resource, retry_after)
+    return error_of(code, mapping(status), verb, resource, retry_after)
 
 
 def error_of(code: int, status: Mapping[str, Any], verb: str, resource: str, retry_after: str | None) -> KubeError:
@@ -127,10 +132,9 @@ def error_of(code: int, status: Mapping[str, Any], verb: str, resource: str, ret
 
 def _causes(status: Mapping[str, Any]) -> Iterator[str]:
     """Yields the messages of details.causes in a Status object."""
-    details = status.get("details")
-    causes = details.get("causes") if isinstance(details, dict) else None
+    causes = mapping(status.get("details")).get("causes")
     for cause in causes if isinstance(causes, list) else ():
-        if isinstance(cause, dict) and isinstance(message := cause.get("message"), str):
+        if isinstance(message := mapping(cause).get("message"), str):
             yield message
 
 

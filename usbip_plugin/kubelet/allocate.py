@@ -100,10 +100,7 @@ def container_response(
 
 
 def listed_identity(device: OfferedDevice) -> Identity | None:
-    """Returns the identity to write to a device's lock, or None if the server's list has no interfaces of the device.
-
-    By that identity, the device is known while its server does not list it.
-    """
+    """Returns the identity for a device's lock, by which it is known while not listed; None if it has no interfaces."""
     descriptor = device.descriptor
     if descriptor is None or not descriptor.interfaces:
         return None
@@ -240,8 +237,7 @@ class Allocator:
     async def pre_start(self, resource: str, device_ids: tuple[str, ...]) -> None:
         """Waits up to PRE_START_WAIT for devices that are being re-attached.
 
-        Raises NotAttached if a device is not attached then, VhciError if the attachment cannot be checked, and CdiError
-        if its CDI spec cannot be written.
+        Raises NotAttached, VhciError if the attachment cannot be checked, and CdiError if its spec cannot be written.
         """
         try:
             await self._pre_start(resource, device_ids)

@@ -257,10 +257,7 @@ class DevicePluginServer:
         return any(stream.sent and not stream.ending for stream in self._streams)
 
     async def wait_sent(self) -> None:
-        """Waits until the list published last is written to every open stream. Returns at once if none is open.
-
-        The caller limits the time. Cancel-safe.
-        """
+        """Waits without a limit until the last list is written to every open stream, if there is one. Cancel-safe."""
         version = self._version
         await self.changed.until(lambda: all(s.sent >= version or s.ending for s in self._streams))
 
@@ -362,13 +359,10 @@ class _Servicer:
 
         The kubelet asks for one container at a time (1.37), although the API allows several in one call.
         """
-        available, must, size = (
-            request.available_deviceIDs,
-            tuple(request.must_include_deviceIDs),
-            request.allocation_size,
-        )
+        available, must = request.available_deviceIDs, tuple(request.must_include_deviceIDs)
         elsewhere = taken.difference(must)
         others = [device_id for device_id in available if device_id not in elsewhere]
+        size = request.allocation_size
         enough = len(set(others)) >= size
         return self._owner.backend.preferred(self._owner.resource, tuple(others if enough else available), must, size)
 

@@ -145,11 +145,7 @@ class PodResourcesWatcher:
         adopter: Adopter,
         domain: str,
     ) -> None:
-        """Subscribes to the claims.
-
-        pods: this node's pods as the API server has them; None where there is no such source.
-        domain: the domain of the resource names.
-        """
+        """Subscribes to the claims. pods: as the API server has them; None where there is no such source."""
         self._clock = context.clock
         self._pod_resources = pod_resources
         self._pods = pods
@@ -168,10 +164,7 @@ class PodResourcesWatcher:
         self._book.subscribe(self._claim_changed)
 
     def pod_may_have_ended(self) -> None:
-        """Polls now, and every HINTED_INTERVAL for HINT_LASTS seconds.
-
-        To be called when a pod of this node has ended or is about to end.
-        """
+        """Polls now, and every HINTED_INTERVAL for HINT_LASTS seconds. To be called when a pod ends or is about to."""
         self._hinted_until = self._clock.monotonic() + HINT_LASTS
         self._wake.set()
 
@@ -188,10 +181,7 @@ class PodResourcesWatcher:
         return any(not self._book.in_use(lock.device_id) for lock in self._locks.mine())
 
     async def users(self) -> dict[str, DeviceUser] | None:
-        """Returns which pod has each device, by device ID, without pods that have ended.
-
-        Returns None if the kubelet cannot list them.
-        """
+        """Returns which pod, not ended, has each device, by device ID; None if the kubelet cannot list them."""
         try:
             listed = await self._pod_resources.list()
         except PodResourcesUnavailable as error:
@@ -234,10 +224,7 @@ class PodResourcesWatcher:
         await self._adopt(await self.users())
 
     async def refresh_users(self, limit: float) -> None:
-        """Records which pods have which devices, at most limit seconds long.
-
-        Unlike the polls of run(), never counts a device as missing.
-        """
+        """Records for up to limit seconds which pods have which devices. Unlike run(), counts none as missing."""
         if not self._book.view:
             return
         with contextlib.suppress(TimeoutError):

@@ -96,7 +96,6 @@ class KubeletPublisher:
         self._publish(server)
 
     def _announced(self, server: DevicePluginServer) -> None:
-        """Publishes the number of devices to the Node, once a kubelet has the first list of its stream."""
         if self._servers.get(server.resource) is server:
             self._publish(server)
 

@@ -253,7 +253,6 @@ class ResourcePlugin:
 
     @property
     def registered(self) -> bool:
-        """Returns whether the state is REGISTERED."""
         return self.state is RegistrationState.REGISTERED
 
     async def run(self) -> None:

@@ -27,7 +27,7 @@ _KEYS = {key: key for key in record.OWN}
 
 
 class KubernetesLeases:
-    """A LeaseStore on a real API server.
+    """The LeaseStore on a real API server.
 
     Every request ends within the client's request timeout (5 s); list() makes one request for each page.
     An open watch lasts until the server ends it or the connection is silent for too long, see KubeClient.watch.
@@ -137,10 +137,7 @@ def _short(value: Any, longest: int) -> str | None:
 
 
 def _strings(value: Any) -> Mapping[str, str]:
-    """Returns the string entries of a mapping, MAX_NOTES characters at most.
-
-    This project's own keys come first, so that entries of others cannot displace them.
-    """
+    """Returns the string entries of a mapping, up to MAX_NOTES characters; those of others cannot displace our own."""
     texts = {_KEYS.get(key, key): text for key, text in _mapping(value).items() if isinstance(text, str)}
     if sum(map(len, texts)) + sum(map(len, texts.values())) <= MAX_NOTES:
         return texts

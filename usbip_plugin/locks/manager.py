@@ -36,10 +36,9 @@ ORPHAN_RETRY_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class LockSettings:
-    """Timing of the locks, in seconds.
+    """Timing of the locks in seconds, as DURATION_S and IMPORT_WINDOW_S.
 
     Raises ValueError unless 0 < import_window < duration / 2, on which the safety of a takeover rests (R1, R4).
-    duration: see DURATION_S. import_window: see IMPORT_WINDOW_S.
     """
 
     duration: float = DURATION_S
@@ -153,19 +152,15 @@ class LockManager:
         return protocol.lock_status(self._view.lease(device_id), self._me, self.expiry.observation(device_id))
 
     def subscribe(self, callback: Callable[[LockChange], None]) -> Callable[[], None]:
-        """Calls callback synchronously, in order, at each change of a lock or of its status.
+        """Calls callback synchronously, in order, at each change of a lock or of its status. Returns an unsubscriber.
 
-        The callback must be quick and must not raise. A change by one of this node's operations is reported before the
-        operation returns. Returns a function that unsubscribes.
+        The callback must be quick and must not raise. A change by an own operation is reported before that returns.
         """
         self._subscribers.append(callback)
         return lambda: self._subscribers.remove(callback)
 
     def subscribe_api(self, callback: Callable[[ApiState], None]) -> Callable[[], None]:
-        """Calls callback synchronously, in order, at each change of the API server's reachability.
-
-        The callback must be quick and must not raise. Returns a function that unsubscribes.
-        """
+        """Like subscribe(), for each change of the API server's reachability."""
         self._api_subscribers.append(callback)
         return lambda: self._api_subscribers.remove(callback)
 
@@ -253,8 +248,7 @@ class LockManager:
     async def release(self, key: DeviceKey) -> None:
         """Clears the holder if it is this node, under whichever boot. Does nothing otherwise.
 
-        Raises LockUnavailable if the API server does not answer or refuses.
-        R5 is the caller's duty: the local port must be free again, or never used.
+        Raises LockUnavailable if the API server does not answer or refuses. The caller must have freed the port (R5).
         """
         with span(self._tracer, "lock.release", device_attributes(key)):
             async with self._device_lock(key.id):

@@ -117,8 +117,7 @@ class LockStatus(enum.Enum):
 def import_deadline(sent_at: float, import_window: float) -> float:
     """Returns the monotonic time until which an import may run under a write sent at sent_at (R1).
 
-    The window begins before the request, not with its answer: another node may see the write, and begin to wait for
-    its expiry, as soon as it is sent.
+    The window begins before the request: another node may see the write, and wait for its expiry, once it is sent.
     """
     return sent_at + import_window
 
@@ -164,8 +163,7 @@ def decide_amend(lease: Lease | None, write: Write, changes: Mapping[str, str | 
 def decide_release(lease: Lease | None, write: Write) -> Decision:
     """Decides to clear the holder if it is this node, under whichever boot (R5). Returns Denied if it is not.
 
-    Annotations about the device stay, as they hold for every holder: server, busid, usb-id and serial. The last
-    holder's traceparent stays too, so that other nodes can link what they do upon the release to that trace.
+    Keeps what describes the device, and the last holder's traceparent, to which other nodes link their next steps.
     """
     if lease is None or lease.holder != write.me.node:
         return Denied(lease)

@@ -285,6 +285,5 @@ def _key_of(device_id: str, server: str | None, busid: str | None) -> DeviceKey 
 
 
 def _usb_id_of(text: str | None) -> UsbId | None:
-    """Returns the USB ID for the annotation's form "0951:1666", None for anything else."""
     found = _match(_USB_ID, text)
     return None if found is None else UsbId(int(found[:4], 16), int(found[5:], 16))

@@ -179,7 +179,8 @@ class ExpiryWatch:
         """Returns the locks whose holder's session must be read now, by holder; those longest unread first."""
         found: dict[str, list[Lease]] = {}
         leases = [lease for device_id in self._importable if (lease := self._view.lease(device_id)) is not None]
-        for lease in sorted(leases, key=self._last_seen):
+        seen = {device_id: observation.seen for device_id, observation in self._observed.items()}
+        for lease in sorted(leases, key=lambda lease: (seen.get(lease.name, -1.0), lease.name)):
             if self._by_another(lease) and not self._read_lately(lease):
                 found.setdefault(lease.holder, []).append(lease)
         return found
@@ -192,10 +193,6 @@ class ExpiryWatch:
         if observation is None or not expired(observation):
             return False
         return self._clock.monotonic() - observation.seen < EXPIRED_BEATS * self._duration - MIN_ROUND_S
-
-    def _last_seen(self, lease: Lease) -> tuple[float, str]:
-        observation = self._observed.get(lease.name)
-        return (observation.seen if observation is not None else -1.0, lease.name)
 
     async def _round(self) -> bool:
         for holder, leases in list(self._candidates().items())[:MAX_READS]:
@@ -226,10 +223,7 @@ class ExpiryWatch:
             self._notify(lease.name)
 
     def _next_round(self) -> float:
-        """Returns the seconds until the next round.
-
-        BEAT_FRACTION of the duration, less if an observation may expire sooner, EXPIRED_BEATS if all have expired.
-        """
+        """Returns seconds: BEAT_FRACTION of the duration, less if a lock expires sooner, EXPIRED_BEATS if all have."""
         now = self._clock.monotonic()
         waits = [seen.since + seen.duration - now for seen in self._observed.values() if not expired(seen)]
         most = EXPIRED_BEATS if self._observed and not waits else BEAT_FRACTION

@@ -107,8 +107,7 @@ class Writer:
             write = self.new_write()
             decision = await decide(lease, write)
             if not isinstance(decision, Denied):
-                # A record that is ours, but none of these writes, belongs to an epoch that another operation began,
-                # whatever this operation tried before.
+                # a record of this node, but of none of these writes, is of an epoch that another operation began
                 attempts.tenure = None if protocol.is_mine(lease, self._me) else decision.lease.transitions
                 written = await self._write(key, decision, write, attempts)
                 if written is not None:

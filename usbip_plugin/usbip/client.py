@@ -36,7 +36,6 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-
 # TCP keepalive: seconds of silence before the first probe, seconds between probes, and unanswered probes until the
 # connection ends. A dead server is found within about 8 s.
 KEEPALIVE_IDLE_S = 2
@@ -291,10 +290,7 @@ def refusal(key: DeviceKey, status: int) -> ImportRefused:
 
 
 class _Conversation:
-    """An exchange of bytes with one server. Never reads more than asked for. Raises ServerUnreachable on socket errors.
-
-    doing: the operation, for error messages.
-    """
+    """A connection to one server. Never reads more than asked for. Raises ServerUnreachable on socket errors."""
 
     def __init__(self, server: ServerKey, sock: socket.socket, doing: str) -> None:
         self.server, self.sock, self.doing = server, sock, doing
@@ -334,10 +330,7 @@ class _Conversation:
 
 
 def _still_open(key: DeviceKey, sock: socket.socket) -> None:
-    """Checks that the connection is open and empty after an import.
-
-    Raises ServerUnreachable if the server has closed it already, MalformedReply if it sent more than its reply.
-    """
+    """Raises ServerUnreachable if the server has closed the connection, MalformedReply if it sent more than a reply."""
     try:
         more = sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
     except BlockingIOError:

@@ -39,8 +39,7 @@ Send = Callable[[bytes], Awaitable[None]]
 class DeviceIdentity:
     """The identity that was read from a device itself.
 
-    serial: None if the device has no serial number, or none that can be printed.
-    interfaces: the first alternate setting of each interface.
+    serial: None if it is missing or not printable. interfaces: the first alternate setting of each interface.
     """
 
     usb_id: UsbId
@@ -122,10 +121,7 @@ def parse_string(descriptor: bytes) -> str | None:
 
 
 def parse_interfaces(config: bytes) -> tuple[InterfaceClass, ...]:
-    """Returns the first alternate setting of each interface in a configuration descriptor, in the order found.
-
-    Leaves out an interface descriptor that is cut off.
-    """
+    """Returns the first alternate setting of each interface in a configuration descriptor, except for cut-off ones."""
     found: dict[int, InterfaceClass] = {}
     position = 0
     while position + 2 <= len(config) and config[position] >= 2:

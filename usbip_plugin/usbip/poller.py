@@ -24,7 +24,6 @@ from usbip_plugin.usbip.client import UsbipClient
 
 log = logging.getLogger(__name__)
 
-
 # Default time from a good poll to the next (seconds), before JITTER.
 POLL_INTERVAL = 3.0
 # Default limit of one poll, connecting included (seconds).
@@ -77,13 +76,12 @@ class Stay:
 class ServerView:
     """What the polls of one server have shown. Two views are equal unless subscribers must learn of the difference.
 
-    devices: the last good list, sorted by bus ID, kept while the server is unreachable.
+    devices, by_busid: the last good list, sorted by bus ID, kept while the server is unreachable.
     error: why the last poll failed, None if it did not.
     failures: number of failed polls in a row.
     answered: when the server last answered (monotonic seconds), None if it never did.
     removed: the bus IDs of the good list before that are missing from `devices`.
     stays: by bus ID, for the devices listed now and those missing for less than ABSENCE at the last change.
-    by_busid: the same devices as `devices`, by bus ID.
     """
 
     server: ServerKey
@@ -148,13 +146,11 @@ def share(nodes: int) -> float:
 
 
 class NodeCount(Protocol):
-    """The number of nodes that poll the same servers.
-
-    nodes: their number, this node included; an assumed number if they could not be counted.
-    """
+    """The number of nodes that poll the same servers."""
 
     @property
-    def nodes(self) -> int: ...
+    def nodes(self) -> int:
+        """Their number, this node included; an assumed number if they could not be counted."""
 
     async def known(self) -> None:
         """Waits until a first try to count the nodes has ended, in success or failure. Bounded; cancel-safe."""
@@ -307,17 +303,13 @@ class ServerPoller:
         """
         requested_at = None
         due = self._clock.monotonic() + wait
-        while (left := max(due - self._clock.monotonic(), self._left(server, asked_at))) > 0:
+        while (left := max(due, asked_at + self._share(server)) - self._clock.monotonic()) > 0:
             if not await done_within(self._clock, left, request.wait()):
                 break
             request.clear()
             requested_at = self._clock.monotonic()
             due = min(due, requested_at + self._spread(server))
         return requested_at
-
-    def _left(self, server: ServerKey, asked_at: float) -> float:
-        """Returns the seconds until this node may poll the server again; not positive if it may now."""
-        return self._share(server) - (self._clock.monotonic() - asked_at)
 
     def _spread(self, server: ServerKey) -> float:
         """Returns random seconds within this node's share: spreads the polls of nodes that see one change together."""

@@ -68,11 +68,7 @@ class DevlistReply:
 
 @dataclass(frozen=True, slots=True)
 class ImportReply:
-    """The reply to an IMPORT request.
-
-    status: ST_OK if the device was imported, else one of the other ST_ values.
-    descriptor: the device if status is ST_OK, else None.
-    """
+    """The reply to an IMPORT request. status: an ST_ value. descriptor: the device if it is ST_OK, else None."""
 
     status: int
     descriptor: Descriptor | None
@@ -176,10 +172,7 @@ def request() -> Decoding[DevlistRequest | ImportRequest]:
 
 
 def decode(decoding: Decoding[T], data: bytes) -> tuple[T, bytes]:
-    """Decodes bytes in memory and returns the result and the bytes left over.
-
-    Raises ProtocolViolation if the bytes end early.
-    """
+    """Returns what bytes in memory decode to, and the bytes left over. Raises ProtocolViolation if they end early."""
     try:
         need = next(decoding)
         while True:
@@ -303,10 +296,7 @@ class Submit:
 
 @dataclass(frozen=True, slots=True)
 class Unlink:
-    """The command USBIP_CMD_UNLINK, which cancels a transfer.
-
-    victim: seqnum of the transfer to cancel.
-    """
+    """The command USBIP_CMD_UNLINK, which cancels a transfer. victim: seqnum of that transfer."""
 
     seqnum: int
     victim: int
@@ -327,10 +317,7 @@ class SubmitReturn:
 
 @dataclass(frozen=True, slots=True)
 class UnlinkReturn:
-    """The answer USBIP_RET_UNLINK to an Unlink.
-
-    status: -ECONNRESET if the transfer was cancelled, 0 if it had ended already.
-    """
+    """The answer USBIP_RET_UNLINK. status: -ECONNRESET if the transfer was cancelled, 0 if it had ended already."""
 
     seqnum: int
     status: int

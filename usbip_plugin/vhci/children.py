@@ -36,10 +36,7 @@ class ExpectedNode:
 
 
 def expected_nodes(device: Path) -> tuple[ExpectedNode, ...]:
-    """Returns the expected nodes of the device in this sysfs directory, sorted by interface number.
-
-    Leaves out interfaces that cannot be read.
-    """
+    """Returns the expected nodes of a device's readable interfaces, sorted by number. device: its sysfs directory."""
     found = []
     for interface in device.glob(f"{device.name}:*"):
         try:
@@ -74,10 +71,9 @@ def missing(asked: tuple[str, ...] | None, nodes: Collection[DeviceNode]) -> tup
 
 
 def complete(asked: tuple[str, ...] | None, expected: Collection[ExpectedNode], nodes: Collection[DeviceNode]) -> bool:
-    """Returns whether all nodes to wait for are there.
+    """Returns whether all nodes to wait for are there: each expected one.
 
-    If kinds are requested, a node of at least one of them must exist. In addition, each expected node must exist; if
-    kinds are requested, only those expected nodes count that can be of a requested kind.
+    If kinds are requested, these are a node of at least one of them, and each expected node that can be of such a kind.
     """
     if missing(asked, nodes):
         return False

@@ -120,8 +120,7 @@ def serial_link(name: str, interface: int, port: int | None) -> str:
 def input_link(name: str, interface: int, node: str, what: str) -> str:
     """Returns the by-id path of an event, mouse or js node, or "" if udev gives it none.
 
-    node: the file name of the node, such as "event3".
-    what: the result of `input_class`.
+    node: the file name of the node, such as "event3". what: the result of `input_class`.
     """
     number = f"-if{interface:02x}" if interface else ""
     if node.startswith("event"):
@@ -176,10 +175,9 @@ _SCSI_DEVICE = re.compile(r"[0-9]+:[0-9]+:([0-9]+):([0-9]+)")
 
 @dataclass(frozen=True, slots=True)
 class DeviceNodes:
-    """The device nodes and network interfaces of an attached device.
+    """The device nodes and the sorted names of network interfaces of an attached device.
 
     nodes: the USB node first, then the child nodes sorted by path; empty if the device is gone.
-    net: names of network interfaces, sorted.
     """
 
     nodes: tuple[DeviceNode, ...] = ()

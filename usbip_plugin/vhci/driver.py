@@ -99,10 +99,7 @@ class VhciDriver(Protocol):
         """
 
     async def inspect(self, key: DeviceKey, port: int) -> Attachment | None:
-        """Returns the enumerated and authorised device that is on the port now, as the attachment of key, or None.
-
-        Does not verify that the device is the one of key: the caller must compare.
-        """
+        """Returns the enumerated, authorised device on the port, or None. The caller must compare it with key."""
 
     async def detach(self, port: int, *, timeout: float) -> None:
         """Detaches the port, waits until it is free and its device has left sysfs, then removes its port record.
@@ -116,10 +113,7 @@ class VhciDriver(Protocol):
         """Removes every port record that names key, which must not be attached to any port of this node."""
 
     def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]:
-        """Calls callback in the event loop when a port may have changed. Returns the function that unsubscribes it.
-
-        Works only while `run()` runs.
-        """
+        """Calls callback in the loop when a port may have changed, while `run()` runs. Returns an unsubscriber."""
 
     async def run(self) -> None:
         """Removes port records of earlier processes for free ports, then watches for changes. Runs until cancelled."""

@@ -143,10 +143,7 @@ class SysfsVhci:
         return port
 
     async def _attach_to(self, port: Port, key: DeviceKey, descriptor: Descriptor, fd: int) -> bool:
-        """Attaches the device to the port. Returns False if another process took the port first.
-
-        Leaves nothing behind unless it returns True.
-        """
+        """Attaches the device, or leaves nothing behind. Returns False if another process took the port first."""
         # Use a duplicate: a cancelled caller may close its own descriptor at once, while the write is still going on.
         own = _duplicate(fd, _FD_BASE + int(self._clock.monotonic() * 1000) % _FD_SPAN)
         handed_over = done = False

@@ -147,10 +147,7 @@ def format_detach(port: int) -> str:
 
 
 def choose_port(ports: Iterable[Port], speed: int, penalty: Callable[[Port], int] = lambda _port: 0) -> Port | None:
-    """Returns the free port for this speed with the lowest penalty, then the lowest number, or None if none is free.
-
-    Considers all controllers. A penalty never excludes a port.
-    """
+    """Returns the free port of any controller for this speed with the lowest (penalty, number), or None."""
     free = [port for port in ports if port.hub == hub_of(speed) and port.status is PortStatus.NULL]
     return min(free, key=lambda port: (penalty(port), port.number), default=None)
 
@@ -297,10 +294,7 @@ SAME_PORT, SAME_CONTROLLER = 2, 1  # penalties of PortCooldown; the port itself 
 
 
 class PortCooldown:
-    """The ports and controllers to avoid after a device was detached before it had an address (status 005).
-
-    Kept in memory only: the next process finds out by one AttachStuck.
-    """
+    """The ports and controllers to avoid for STALL_S. In memory only: the next process finds out by one AttachStuck."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock

@@ -29,10 +29,7 @@ _BURST = 64  # messages received in one turn of the event loop, so that a burst 
 
 @dataclass(frozen=True, slots=True)
 class Uevent:
-    """A uevent of the kernel.
-
-    action: such as "add". devpath: below /sys, starting with "/". fields: variables such as SUBSYSTEM and MAJOR.
-    """
+    """A kernel uevent. action: such as "add". devpath: below /sys. fields: variables such as SUBSYSTEM and MAJOR."""
 
     action: str
     devpath: str
