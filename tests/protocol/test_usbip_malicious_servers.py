@@ -433,7 +433,7 @@ async def test_an_answer_to_another_transfer_ends_the_probe(step: int, answer: C
 async def test_a_transfer_that_failed_ends_the_probe(step: int, status: int) -> None:
     failed = one_wrong(step, lambda asked: wire.encode_return(wire.SubmitReturn(asked.seqnum, status, 0)))
     async with against(device(failed)) as asked:
-        with pytest.raises(UsbipError, match=f"failed with {status}"):
+        with pytest.raises(UsbipError, match=f"failed .status {status}"):
             await asked.probe()
 
 

@@ -178,7 +178,7 @@ def test_the_largest_numbers_that_make_a_device_id_and_the_longest_path_survive_
 
 def test_a_path_that_leaves_no_room_for_its_end_is_not_sent() -> None:
     device, *_ = decode(devlist_reply(), golden("devlist_three"))[0].devices
-    with pytest.raises(ProtocolViolation, match="path of 256 bytes, more than 255"):
+    with pytest.raises(ProtocolViolation, match="path must have at most 255 bytes, got 256"):
         encode_devlist_reply([replace(device, path="/" * 256)])
 
 

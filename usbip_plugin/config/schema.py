@@ -70,8 +70,8 @@ def template_problem(template: str) -> str | None:
 def render(template: str, values: Mapping[str, str]) -> str:
     """Returns the path that the template gives a node with these field values.
 
-    Characters of a value that do not belong in a file name become "-", because a serial number comes from the device
-    and must not choose the directory. A field without a value becomes "-".
+    Characters that do not belong in a file name become "-": a device chooses its serial number, but not the directory.
+    A field without a value becomes "-".
     """
 
     def safe(match: re.Match[str]) -> str:

@@ -203,7 +203,8 @@ def _values(node: Node, problems: Problems, read: Callable[[Node, Problems], _T 
         problems.error(node, "an empty list matches no device; add a value, or remove the key to match any")
     elif len(items) > MAX_SELECTOR_VALUES:
         problems.error(
-            node, f"expected at most {MAX_SELECTOR_VALUES} values, got {len(items)}; split them over two devices"
+            node,
+            f"expected at most {MAX_SELECTOR_VALUES} values, got {len(items)}; split them over two entries of devices",
         )
         return ()
     for item in items:

@@ -1,8 +1,8 @@
 """Imports parts of libraries without the rest: all of kubernetes_asyncio is 1,259 modules and 58 MiB.
 
-make_imports_lazy() makes the package __init__ files of PACKAGES lazy. A name that such a file would have imported is
-imported when it is first used (PEP 562), from the module that the file's own import lines name. The modules of LAZY,
-which others import but which a run does not call, are loaded on first use.
+make_imports_lazy() makes the package __init__ files of PACKAGES lazy. A name that such a file imports is then imported
+on first use (PEP 562), from the module that the file's import lines name. The modules of LAZY, which others import but
+which a run does not call, are loaded on first use.
 """
 
 from __future__ import annotations

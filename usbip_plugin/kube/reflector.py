@@ -24,8 +24,8 @@ SETTLE_S = 2.0
 class Reflector(ABC, Generic[E]):
     """Keeps a view of one collection current. A subclass has the view. Works only while run() runs.
 
-    A list alone does not show that watches work. If the last watch failed as soon as it was opened, the view counts as
-    current only after an event, or once a watch has been open for SETTLE_S.
+    A list alone does not show that watches work. After a watch that failed at once, the view counts as current only
+    after an event, or once a watch has been open for SETTLE_S.
 
     resource: as RBAC names it. retry: seconds before the first and, at most, before a later retry.
     """

@@ -172,9 +172,9 @@ class RegistrationState(enum.Enum):
 def endpoint_name(directory: Path, resource: str, run: int) -> str:
     """Returns the file name of a resource's socket: usbip-<resource>.sock, from run 2 on usbip-<resource>.<run>.sock.
 
-    Each run needs a new name. A kubelet that has not yet noticed the end of the last connection refuses a registration
-    under the same socket path, and from then on for good (1.37, pkg/kubelet/cm/devicemanager PluginConnected). A name
-    that is too long for a unix socket in the directory is shortened to a hash.
+    Each run needs a new name. A kubelet that has not yet noticed the end of the last connection refuses the same path
+    for good (1.37, pkg/kubelet/cm/devicemanager PluginConnected). A name that is too long for a unix socket in the
+    directory is shortened to a hash.
     """
     suffix = ".sock" if run <= 1 else f".{run}.sock"
     name = short_name(resource)

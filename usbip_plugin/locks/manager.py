@@ -86,7 +86,7 @@ class LockManager:
     locks: the newest known record of each lock, held or released, by device ID; live and read-only.
     rules: the lock rules, with which callers check during an import whether it may go on (R1).
     ready: set once the locks have been read.
-    is_listed(key): asks the device's server, right before a takeover, whether it lists the device as free (R4), because
+    is_listed(key): asks the device's server, right before a takeover, whether it lists the device as free (R4):
         `expiry` may be stale if this process was suspended. With None, `expiry` alone decides.
     on_acquire(result, seconds): called at the end of each acquire().
     """

@@ -66,8 +66,8 @@ def resolve(server: ServerKey) -> Addresses:
 class Connector:
     """The Dialler that connects over TCP. The owner must close() it.
 
-    It resolves names in threads of its own, and each server's name in one thread at most, so that a dead name server
-    takes no thread from other code.
+    Resolves names in threads of its own, each server's name in at most one, so that a dead name server takes no thread
+    from other code.
     """
 
     def __init__(self, resolve: Callable[[ServerKey], Addresses] = resolve) -> None:

@@ -77,7 +77,7 @@ class ControlPipe:
         if answer.status == -wire.EPIPE:
             return b""
         if answer.status != 0:
-            raise UsbipError(self._key.server, f"{self._key.busid}: GET_DESCRIPTOR failed with {answer.status}")
+            raise UsbipError(self._key.server, f"{self._key.busid}: GET_DESCRIPTOR failed (status {answer.status})")
         return data
 
 

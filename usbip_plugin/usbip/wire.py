@@ -207,7 +207,7 @@ def _decode_device(raw: bytes) -> Descriptor:
 def _encode_device(device: Descriptor, num_interfaces: int) -> bytes:
     path = device.path.encode()
     if len(path) >= _PATH_BYTES:
-        raise ProtocolViolation(f"path of {len(path)} bytes, more than {_PATH_BYTES - 1}")
+        raise ProtocolViolation(f"path must have at most {_PATH_BYTES - 1} bytes, got {len(path)}")
     return _DEVICE.pack(
         path,
         _busid_field(device.busid),

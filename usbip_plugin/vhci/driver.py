@@ -85,8 +85,8 @@ class VhciDriver(Protocol):
 
         children: the kinds of child nodes to wait for.
             None: waits up to CHILD_WAIT_S for the nodes that the interface classes lead to expect.
-            Kinds: waits up to children_timeout seconds for a node of at least one of them, and for a node of each
-            interface that is expected to bring one of them.
+            Kinds: waits up to children_timeout seconds for a node of at least one of them, and of each interface that
+            is expected to bring one.
             Empty: does not wait.
         children_timeout: seconds. Missing child nodes are not an error. Partitions are awaited with their disk.
         serial: the serial number that the device must have; None accepts any device, also one without a number.

@@ -1,7 +1,7 @@
 """Protection of vhci's root hubs: new devices stay unauthorised while a device of the plugin enumerates.
 
-Without it, a server that lies about a device could make any driver of this node probe the device before the plugin has
-checked its descriptors. The plugin sets authorized_default of the hub to 0 just before it attaches a device, and
+Without it, a server that lies about a device could make any driver of this node probe it before the plugin has checked
+its descriptors. The plugin sets authorized_default of the hub to 0 just before it attaches a device, and
 restores the old value once the device has appeared. Only a device that a person attaches with the `usbip` tool to the
 same hub in this window (about 0.3 s) stays unauthorised. The plugin never changes a hub whose authorized_default is 0
 already. The record directory keeps the old value, so that the next start restores it after a crash in the window.

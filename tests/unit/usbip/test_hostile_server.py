@@ -226,7 +226,7 @@ REAL = VirtualDevice("1-1", UsbId(1, 2)).usb_descriptor(1, 0, UsbId(1, 2)) or b"
         (wire.encode_return(wire.SubmitReturn(1, 0, 19)) + REAL + b"!", "another transfer"),
         (wire.encode_return(wire.UnlinkReturn(1, 0)), "another transfer"),
         (wire.encode_return(wire.SubmitReturn(1, -wire.EPIPE, 0)), "no device descriptor"),
-        (wire.encode_return(wire.SubmitReturn(1, -71, 0)), "failed with -71"),
+        (wire.encode_return(wire.SubmitReturn(1, -71, 0)), "failed .status -71"),
         (wire.encode_return(wire.SubmitReturn(1, 0, 2)) + REAL[:2], "no device descriptor"),
     ],
 )
