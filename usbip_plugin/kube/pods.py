@@ -100,18 +100,14 @@ def _allocated(spec: object) -> dict[str, int]:
     """
     total, most = Counter[str](), Counter[str]()
     for kind in ("initContainers", "containers"):
-        for container in _containers(spec, kind):
+        listed = mapping(spec).get(kind)
+        for container in map(mapping, listed if isinstance(listed, list) else ()):
             limits = dict(_extended_resources(container))
             if kind == "containers" or container.get("restartPolicy") == "Always":
                 total.update(limits)
             else:
                 most |= total + Counter(limits)
     return dict(most | total)
-
-
-def _containers(spec: object, kind: str) -> Iterator[dict[str, Any]]:
-    containers = mapping(spec).get(kind)
-    yield from (one for one in (containers if isinstance(containers, list) else ()) if isinstance(one, dict))
 
 
 def _extended_resources(container: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
