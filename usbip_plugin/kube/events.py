@@ -151,8 +151,8 @@ class Allowance:
 class EventRecorder:
     """Recorder of Events, which run() writes in the background. record() never blocks and never raises.
 
-    Drops an equal Event within REPEAT_S, and Events beyond BURST, OBJECT_BURST or QUEUE_LENGTH. `dropped` counts these,
-    except equal ones, and those that the API server did not accept.
+    Drops an equal Event within REPEAT_S, and Events beyond BURST, OBJECT_BURST or QUEUE_LENGTH. `dropped` counts these
+    (not the equal ones), and those that the API server did not accept.
     """
 
     def __init__(self, api: Api, identity: NodeIdentity, clock: Clock, rng: random.Random) -> None:

@@ -55,7 +55,6 @@ class FleetCount:
         return UNCOUNTED if self._nodes is None else self._nodes
 
     async def known(self) -> None:
-        """Waits until the first try to count has succeeded or failed."""
         await self._tried.wait()
 
     async def run(self) -> None:

@@ -161,10 +161,7 @@ class ExpiryWatch:
         self._wake_for(device_id)
 
     async def confirm(self, lease: Lease) -> Observation | None:
-        """Reads the holder's session once more and returns the observation of the lock, None if it is not observed.
-
-        Raises KubeError if the session cannot be read.
-        """
+        """Reads the holder's session again. Returns the lock's observation, None if not observed. Raises KubeError."""
         await self._read_session(lease.holder, [lease])
         return self._observed.get(lease.name)
 

@@ -27,9 +27,8 @@ _DOWN = (KubeUnreachable, KubeServerError, KubeUnauthorized)
 
 @dataclass(frozen=True, slots=True)
 class ApiState:
-    """Whether this node can reach the API server.
+    """Whether this node can reach the API server, and since when (monotonic seconds).
 
-    since: when reachable last changed (monotonic seconds of this node).
     error: None while the API server is reachable, and before anything has failed.
     """
 
@@ -234,10 +233,7 @@ RETRY_S = (0.2, 5.0)
 
 
 class LockWatcher(Reflector[LeaseChange]):
-    """Keeps a LockCache current by listing and watching all locks. Works only while run() runs.
-
-    Sets ready after the first list. Reports the outcome of each watch to the ApiReachability.
-    """
+    """Keeps a LockCache current, and reports each watch's outcome. Sets ready after the first list."""
 
     def __init__(
         self,

@@ -54,10 +54,7 @@ Decide = Callable[[Lease | None, Write], Awaitable[Decision]]
 
 
 class Writer:
-    """Runs lock operations on the store: decides, writes, and finds out whether a write took effect.
-
-    Calls before_write right before each write.
-    """
+    """Runs lock operations on the store. Calls before_write right before each write."""
 
     def __init__(
         self,

@@ -325,10 +325,7 @@ class SysfsVhci:
             group.create_task(settle(self._changed, self._uevent_received, self._clock))
 
     def _forget_leftovers(self) -> None:
-        """Removes the records of ports that became free while no plugin process was running.
-
-        Another process may have taken such a port since. Never touches a record that this process has written.
-        """
+        """Removes records of earlier processes for ports that are free, or that another process has taken since."""
         with contextlib.suppress(VhciError):
             rows = {port.number: port for port in self._table.all()}
             for number in self._records.ports():
