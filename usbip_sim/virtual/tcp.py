@@ -352,11 +352,9 @@ class MemoryConnector:
         connection.dial(answer)
         try:
             await answer
-        except ConnectionRefusedError as refused:
+        except ConnectionRefusedError as error:
             sock.close()
-            raise ServerUnreachable(
-                server, "connection refused; check that usbipd is running on the server"
-            ) from refused
+            raise ServerUnreachable(server, "connection refused; check that usbipd is running on the server") from error
         except BaseException:
             sock.close()
             raise
