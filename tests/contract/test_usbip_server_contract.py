@@ -5,8 +5,9 @@ from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
 
+from tests.rigs.clocks import SteppedClock
 from tests.rigs.command_rig import NEEDS_IPV6
-from tests.rigs.usbip_suite import STICK, TWIN, SteppedClock, UsbipClientContract
+from tests.rigs.usbip_suite import STICK, TWIN, UsbipClientContract
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.usbip.client import TcpUsbipClient, UsbipClient
 from usbip_sim.server.server import VirtualServer

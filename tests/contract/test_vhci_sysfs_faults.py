@@ -571,7 +571,7 @@ class TestNotice:
 
         driver.subscribe(ring)
         await asyncio.sleep(0)
-        rig.uevents.tell(None)
+        rig.uevents.deliver_soon(None)
         async with asyncio.timeout(LIMIT_S):
             await two.wait()
 
@@ -584,7 +584,7 @@ class TestNotice:
         unsubscribe()
         unsubscribe()
         await asyncio.sleep(0)
-        rig.uevents.tell(None)
+        rig.uevents.deliver_soon(None)
         async with asyncio.timeout(LIMIT_S):
             await heard.wait()
         assert called == []

@@ -18,7 +18,7 @@ from tests.rigs.agent_rig import (
     PATIENCE_S,
     POD,
     SERIAL,
-    Told,
+    ReportedEvents,
     admitted,
     advertised,
     agent_with,
@@ -64,7 +64,7 @@ def without_ftdi(rig: KernelRig) -> Iterator[None]:
 
 
 async def test_a_device_of_many_functions_brings_all_its_nodes_with_the_first_answer(rig: KernelRig) -> None:
-    usbipd, told = rig.usbipd, Told()
+    usbipd, events = rig.usbipd, ReportedEvents()
     usbipd.load_modules(CLIENT_DRIVERS)
     with gadget(usbipd, "MANY", "acm", "printer", "ecm", "hid") as device:
         device.plug()
@@ -76,7 +76,7 @@ async def test_a_device_of_many_functions_brings_all_its_nodes_with_the_first_an
             by_id=True,
             container_paths=("/dev/many-{kind}-{number}",),
         )
-        async with agent_with(replace(config, allocate_timeout=120.0), key, told=told) as world:
+        async with agent_with(replace(config, allocate_timeout=120.0), key, events=events) as world:
             node = on(world)
             got = await admitted(node, GADGET)
             nodes_of(got)
@@ -96,9 +96,9 @@ async def test_a_device_of_many_functions_brings_all_its_nodes_with_the_first_an
                 f"/dev/input/by-id/{name}-if05-hidraw": "hidraw",
             }
             await until_pod_noted(world.backend, key)
-            network = await told.until(EventKind.NETWORK)
+            network = await events.until(EventKind.NETWORK)
             assert network.split()[3] in net_names()
-            assert not told.of(EventKind.NODES_LATE)
+            assert not events.of(EventKind.NODES_LATE)
             await end(world, POD, key)
 
 
@@ -128,8 +128,8 @@ async def test_a_disk_comes_with_its_partitions(rig: KernelRig, partitions: str)
         by_id=True,
         container_paths=("/dev/stick{index}",),
     )
-    told = Told()
-    async with agent_with(replace(config, allocate_timeout=120.0), key, told=told) as world:
+    events = ReportedEvents()
+    async with agent_with(replace(config, allocate_timeout=120.0), key, events=events) as world:
         node = on(world)
         got = await admitted(node, GADGET)
         nodes_of(got)
@@ -145,7 +145,7 @@ async def test_a_disk_comes_with_its_partitions(rig: KernelRig, partitions: str)
         }
         assert got.envs["USBIP_GADGET_0_BLOCK_2"] == "/dev/stick0p2"
         await end(world, POD, key)
-        assert not told.of(EventKind.NODES_LATE)
+        assert not events.of(EventKind.NODES_LATE)
 
 
 async def test_a_sound_card_brings_its_nodes(rig: KernelRig) -> None:
@@ -202,26 +202,26 @@ async def test_a_driver_that_is_not_there_fails_the_allocate_and_leaves_nothing(
 async def test_without_children_the_answer_is_what_there_is_and_the_late_node_is_told_of(
     rig: KernelRig, without_ftdi: None, tmp_path: Path
 ) -> None:
-    twin, told = keys_of(rig.usbipd, SERIAL)[0], Told()
+    twin, events = keys_of(rig.usbipd, SERIAL)[0], ReportedEvents()
     (resource,) = config_of(rig.usbipd, SERIAL).resources
     config = Config((replace(resource, cdi=True),))
-    async with agent_with(config, twin, cdi=tmp_path, told=told) as world:
+    async with agent_with(config, twin, cdi=tmp_path, events=events) as world:
         node = on(world)
         await allocate(node, SERIAL, twin)
         spec = node.specs.file(SERIAL, twin.id)
         assert "ttyUSB" not in spec.read_text()
         await asyncio.to_thread(rig.usbipd.load_modules, ("ftdi_sio",))
-        await told.until(EventKind.NODES_LATE)
+        await events.until(EventKind.NODES_LATE)
         (tty,) = [child.path for child in attachment_of(node, twin).nodes if child.kind == "tty"]
         assert tty in spec.read_text()
 
 
 async def test_a_device_that_switches_to_another_mode_is_not_handed_out_as_what_it_was(rig: KernelRig) -> None:
-    usbipd, told = rig.usbipd, Told()
+    usbipd, events = rig.usbipd, ReportedEvents()
     with gadget(usbipd, "MODEM", "acm") as device:
         device.plug()
         config, key = select(usbipd, "MODEM")
-        async with agent_with(config, key, told=told) as world:
+        async with agent_with(config, key, events=events) as world:
             node = on(world)
             await node.admit(POD, {GADGET: 1})
             await until_pod_noted(world.backend, key)
@@ -230,7 +230,7 @@ async def test_a_device_that_switches_to_another_mode_is_not_handed_out_as_what_
             device.write("idProduct", f"0x{OTHER_MODE.product:04x}")
             device.plug()
             usbipd.bind(usbipd.busid("MODEM"))
-            text = await told.until(EventKind.NOT_REATTACHED)
+            text = await events.until(EventKind.NOT_REATTACHED)
             assert str(LINUX_GADGET) in text
             assert str(OTHER_MODE) in text
             assert busy_rows() == ()

@@ -30,8 +30,7 @@ class TestContract(VhciContract):
     and in 005 the kernel shows neither devid nor socket, so that nobody can tell whose attachment it is.
     """
 
-    test_the_record_of_a_port_that_fell_free_unseen_names_nobodys_next_device = None  # type: ignore[assignment]
-    test_the_record_of_a_port_that_somebody_else_has_by_now_names_nothing = None  # type: ignore[assignment]
+    test_a_record_does_not_name_the_next_device_of_another_owner_on_its_port = None  # type: ignore[assignment]
 
 
 async def whole(driver: SysfsVhci, imported: Connection, children: tuple[str, ...] | None = None) -> Attachment:

@@ -1,4 +1,4 @@
-"""One node's agent on the real kernel, below a fake kubelet on real sockets, and what the tests ask of both."""
+"""The agent of one node on the real kernel with a fake kubelet on real sockets."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ POD = PodRef("default", "user")
 SERIAL, DISKS, FAST, KEYS = "serial", "disk", "fast", "keyboard"
 SERIAL_OF = {DISKS: DISK, FAST: DISK_SUPER, KEYS: KEYBOARD}
 FTDI = Selector(vendor=0x0403, product=0x6001)
-PATIENCE_S = 120.0  # for what must happen; the guest is emulated, and slow on a busy machine
+PATIENCE_S = 120.0
+"""Limits a wait for an event that must come, in seconds: the guest is emulated, and slow on a busy machine."""
 STATUS_FILES = "devices/platform/vhci_hcd.0/status*"
 FREE = "004"
 USED = "006"
@@ -53,7 +54,7 @@ def config_of(
     allocate_timeout: float = 10.0,
     servers: Mapping[str, ServerKey] | None = None,
 ) -> Config:
-    """The named resources: SERIAL is the two identical converters, the others are one device each."""
+    """Returns a configuration of these resources: SERIAL is two identical converters, any other is one device."""
 
     def one(name: str) -> ResourceConfig:
         selector = FTDI if name == SERIAL else Selector(bus_id=usbipd.busid(SERIAL_OF[name]))
@@ -63,7 +64,7 @@ def config_of(
 
 
 def keys_of(usbipd: RealUsbipd, resource: str) -> tuple[DeviceKey, ...]:
-    """The devices of a resource at usbipd's own address."""
+    """Returns the devices of a resource at the address of usbipd."""
     serials = TWINS if resource == SERIAL else (SERIAL_OF[resource],)
     return tuple(DeviceKey(usbipd.key, usbipd.busid(serial)) for serial in serials)
 
@@ -73,36 +74,36 @@ def real_driver(_node: str = NODE, _kernel: SimulatedKernel | None = None) -> Vh
     return SysfsVhci(clock, NetlinkUevents(clock))
 
 
-class Told:
-    """What people are told of."""
+class ReportedEvents:
+    """The DeviceEvents that an agent has reported."""
 
     def __init__(self) -> None:
-        self._notices: list[DeviceEvent] = []
+        self._events: list[DeviceEvent] = []
         self._changed = Broadcast()
 
-    def hear(self, notice: DeviceEvent) -> None:
-        self._notices.append(notice)
+    def add(self, event: DeviceEvent) -> None:
+        self._events.append(event)
         self._changed.fire()
 
-    def of(self, what: EventKind) -> list[str]:
-        """In which words."""
-        return [notice.text for notice in self._notices if notice.what is what]
+    def of(self, kind: EventKind) -> list[str]:
+        """Returns the texts of the events of one kind."""
+        return [event.text for event in self._events if event.what is kind]
 
-    async def until(self, what: EventKind) -> str:
-        """Until they are, once."""
+    async def until(self, kind: EventKind) -> str:
+        """Waits for an event of the kind, of which there must be only one, and returns its text."""
         async with asyncio.timeout(PATIENCE_S):
-            await self._changed.until(lambda: bool(self.of(what)))
-        (text,) = self.of(what)
+            await self._changed.until(lambda: bool(self.of(kind)))
+        (text,) = self.of(kind)
         return text
 
 
 @contextlib.asynccontextmanager
 async def agent_with(
-    config: Config, *healthy: DeviceKey, cdi: Path | None = None, told: Told | None = None
+    config: Config, *healthy: DeviceKey, cdi: Path | None = None, events: ReportedEvents | None = None
 ) -> AsyncIterator[World]:
-    """A world of one node whose kernel is the real one, when these devices are Healthy; see on().
+    """Runs a world of one node on the real kernel; enters the block when these devices are Healthy.
 
-    cdi: where its CDI specs are. told: hears what people are told of.
+    cdi: the directory of its CDI specs. events: gets the events that the agent reports.
     """
     with tempfile.TemporaryDirectory(prefix="usbip-") as directory:
         specs = CdiDirectory(cdi or Path(directory) / "cdi", DOMAIN)
@@ -112,7 +113,7 @@ async def agent_with(
             domain=DOMAIN,
             make_driver=real_driver,
             make_specs=lambda _node: specs,
-            make_observer=lambda _node: MetricHooks() if told is None else MetricHooks(on_notice=told.hear),
+            make_observer=lambda _node: MetricHooks() if events is None else MetricHooks(on_notice=events.add),
         )
         async with running(Path(directory), (NODE,), setup) as world:
             await until_health(on(world), {key.id: True for key in healthy})
@@ -124,15 +125,15 @@ def on(world: World) -> SimNode:
 
 
 async def until_health(node: SimNode, wanted: Mapping[str, bool]) -> None:
-    """Until the kubelet has these devices so."""
+    """Waits until the kubelet has these devices in this state."""
     names = [resource.name for resource in agent(node).inventory.config.resources]
 
-    def so() -> bool:
+    def reached() -> bool:
         known = {i: healthy for name in names for i, healthy in node.kubelet.health(node.resource(name)).items()}
         return all(known.get(device_id) is healthy for device_id, healthy in wanted.items())
 
     async with asyncio.timeout(PATIENCE_S):
-        await node.kubelet.changed.until(so)
+        await node.kubelet.changed.until(reached)
 
 
 def agent(node: SimNode) -> Agent:
@@ -141,30 +142,27 @@ def agent(node: SimNode) -> Agent:
 
 
 def advertised(node: SimNode, key: DeviceKey) -> Advertised:
-    """The device as the agent offers it now."""
-    found = [d for devices in agent(node).inventory.advertised.values() for d in devices if d.id == key.id]
-    return found[0]
+    return next(d for devices in agent(node).inventory.advertised.values() for d in devices if d.id == key.id)
 
 
 def attachment_of(node: SimNode, key: DeviceKey) -> Attachment:
-    """Of a device that is attached."""
     attachment = agent(node).claims.view[key.id].attachment
     assert attachment is not None
     return attachment
 
 
 def tty_of(node: SimNode, key: DeviceKey) -> str:
-    """Where the tty of an attached device is now."""
+    """Returns the path of the tty of an attached device."""
     return next(child.path for child in attachment_of(node, key).nodes if child.kind == "tty")
 
 
 def serial_of(node: SimNode, key: DeviceKey) -> str | None:
-    """What an attached device itself says."""
+    """Returns the serial number that was read from an attached device."""
     return attachment_of(node, key).serial
 
 
 async def until_reason(node: SimNode, key: DeviceKey, reason: Reason) -> Advertised:
-    """Until the device is Unhealthy (to the kubelet too) for this reason."""
+    """Waits until the agent and the kubelet have the device with this reason."""
     async with asyncio.timeout(PATIENCE_S):
         await node.kubelet.changed.until(lambda: advertised(node, key).health.reason is reason)
     await until_health(node, {key.id: reason.healthy})
@@ -180,12 +178,11 @@ def pod_resources_socket(directory: Path) -> Path:
 
 
 async def allocate(node: SimNode, resource: str, *keys: DeviceKey) -> pb.ContainerAllocateResponse:
-    """Allocate straight at the plugin's socket, without a kubelet that would know better. grpc.aio.AioRpcError."""
+    """Calls Allocate at the socket of the plugin, past the kubelet. Raises grpc.aio.AioRpcError."""
     return await allocate_at(node.plugin_directory, resource, *(key.id for key in keys))
 
 
 async def allocate_at(directory: Path, resource: str, *ids: str) -> pb.ContainerAllocateResponse:
-    """The same for a plugin with this directory."""
     path = newest_socket(directory, resource)
     async with grpc.aio.insecure_channel(f"unix:{path}", options=(("grpc.use_local_subchannel_pool", 1),)) as channel:
         request = pb.AllocateRequest(container_requests=[pb.ContainerAllocateRequest(devices_ids=ids)])
@@ -193,33 +190,35 @@ async def allocate_at(directory: Path, resource: str, *ids: str) -> pb.Container
         return answer.container_responses[0]
 
 
-async def admitted(node: SimNode, resource: str, count: int = 1, *, pod: PodRef = POD) -> Allocation:
-    """What the one container of a pod has got of the resource. AdmissionError."""
-    return (await node.admit(pod, {resource: count}))["app", node.resource(resource)]
-
-
 def newest_socket(directory: Path, resource: str) -> Path:
-    """A killed plugin's stays a while."""
+    """Returns the newest socket of a resource: that of a killed plugin stays for a while."""
     sockets = directory.glob(f"usbip-{resource}*.sock")
     return max((found.modified_ns, path) for path in sockets if (found := identify(path)) is not None)[1]
 
 
+async def admitted(node: SimNode, resource: str, count: int = 1, *, pod: PodRef = POD) -> Allocation:
+    """Admits a pod with one container, and returns what it got of the resource. Raises AdmissionError."""
+    return (await node.admit(pod, {resource: count}))["app", node.resource(resource)]
+
+
 async def refusal(node: SimNode, resource: str, key: DeviceKey) -> str:
-    """The message of an Allocate that must fail."""
+    """Returns the message of an Allocate that must fail."""
     try:
         answer = await allocate(node, resource, key)
     except grpc.aio.AioRpcError as error:
         return error.details() or ""
-    raise AssertionError(f"{key} was given away: {answer}")
+    raise AssertionError(f"{key} was allocated: {answer}")
 
 
-async def until_lease(backend: MemoryBackend, key: DeviceKey, so: Callable[[Lease | None], bool]) -> Lease | None:
-    """Until the device's lock is so."""
+async def until_lease(
+    backend: MemoryBackend, key: DeviceKey, condition: Callable[[Lease | None], bool]
+) -> Lease | None:
+    """Waits until the lock of the device meets the condition, and returns it."""
     changed = asyncio.Event()
     unsubscribe = backend.changed.subscribe(changed.set)
     try:
         async with asyncio.timeout(PATIENCE_S):
-            while not so(backend.leases.get(key.id)):
+            while not condition(backend.leases.get(key.id)):
                 changed.clear()
                 await changed.wait()
     finally:
@@ -233,20 +232,20 @@ async def until_released(world: World, *keys: DeviceKey) -> None:
 
 
 async def until_pod_noted(backend: MemoryBackend, *keys: DeviceKey) -> None:
-    """Until the plugin has seen the pod that uses these devices; one that ends unseen keeps them for a grace."""
+    """Waits until the locks name the pod that uses these devices. A pod that ends before keeps them for a while."""
     for key in keys:
         await until_lease(backend, key, lambda lease: lease is not None and lock_of(lease).pod is not None)
 
 
 async def end(world: World, pod: PodRef, *keys: DeviceKey) -> None:
-    """The pod, whose devices these are, ends; returns when they are released."""
+    """Ends the pod that uses these devices, and waits until they are released."""
     await until_pod_noted(world.backend, *keys)
     on(world).end(pod)
     await until_released(world, *keys)
 
 
 def busy_rows() -> tuple[str, ...]:
-    """The status rows of all ports in use, as the kernel writes them: with devid, socket and local busid."""
+    """Returns the status rows of all ports in use, as the kernel writes them."""
     lines = [line for file in sorted(Path("/sys").glob(STATUS_FILES)) for line in file.read_text().splitlines()]
     return tuple(line for line in lines if line.split()[0] in ("hs", "ss") and line.split()[2] != FREE)
 
@@ -262,7 +261,7 @@ def row_hub(rows: tuple[str, ...]) -> str:
 
 
 def attach_by_hand(usbipd: RealUsbipd, busid: str) -> None:
-    """With the usbip tool, and until the kernel has the device."""
+    """Attaches a device with the usbip tool, and waits until the kernel has it."""
     before = len(used())
     usbipd.usbip("attach", "-r", usbipd.key.host, "-b", busid)
     eventually(lambda: len(used()) > before, "attached by hand")
@@ -273,7 +272,7 @@ def used() -> tuple[str, ...]:
 
 
 def nodes_of(allocation: Allocation) -> dict[str, int]:
-    """{path: st_rdev} of every device node that the container gets. OSError for one that does not exist."""
+    """Returns {path: st_rdev} of every device node that the container gets. Raises OSError if one is missing."""
     assert allocation.devices
     found = {device.host_path: Path(device.host_path).stat() for device in allocation.devices}
     for path, status in found.items():
@@ -282,18 +281,17 @@ def nodes_of(allocation: Allocation) -> dict[str, int]:
 
 
 def exist(paths: Iterable[str]) -> bool:
-    """Every one of them."""
     return all(Path(path).exists() for path in paths)
 
 
 def disk_of(allocation: Allocation) -> str:
-    """The whole disk, not its partitions."""
+    """Returns the path of the whole disk."""
     (path,) = [path for path in nodes_of(allocation) if Path(path).is_block_device()]
     return path
 
 
 async def arrives(writer: int, reader: int, data: bytes) -> bytes:
-    """Writes into one end of the cable; what came out at the other, as many bytes as were written."""
+    """Writes data into one end of a cable, and returns the first bytes from the other end, at least as many."""
     loop, got = asyncio.get_running_loop(), bytearray()
     done: asyncio.Future[None] = loop.create_future()
 

@@ -1,6 +1,6 @@
-"""Whole agents of two nodes against a real API server: Leases, Node status and pods with the plugin's own rights.
+"""Complete agents of two nodes against a real API server, with the rights of the plugin.
 
-Kernels, kubelets and the USB/IP server are doubles, behind real gRPC and real TCP.
+Kernels, kubelets and the USB/IP server are doubles behind real gRPC and real TCP.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import tempfile
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import grpc
@@ -21,6 +20,7 @@ import grpc.aio
 from tests.apiserver.node_tokens import NAMESPACE, NodeTokens
 from tests.apiserver.scaled_clock import ScaledClock
 from tests.rigs.api_process import Cluster
+from tests.rigs.tasks import background
 from usbip_plugin.attach.events import DeviceEvent, events_of
 from usbip_plugin.attach.usage import ABSENT_POLLS, Unlisted
 from usbip_plugin.claims import ClaimState, DeviceUser
@@ -47,7 +47,7 @@ RESOURCE = "dongle"
 
 
 class WatchedSpans(RecentSpans):
-    """Wakes who waits for a span, in the event loop it was made in."""
+    """Recent spans that wake waiting tasks of the event loop in which this object was made."""
 
     def __init__(self) -> None:
         super().__init__(traces=256)
@@ -59,23 +59,19 @@ class WatchedSpans(RecentSpans):
         self._loop.call_soon_threadsafe(self.ended.fire)
 
     async def trace_with(self, *wanted: tuple[str, str]) -> tuple[SpanRecord, ...]:
-        """The first trace that has a span of each (name, node)."""
-        found: tuple[SpanRecord, ...] = ()
+        """Waits for a trace that has a span of each (name, node), and returns the first one."""
 
-        def look() -> bool:
-            nonlocal found
-            whole = [t for t in self.traces() if set(wanted) <= {(span.name, span.node) for span in t}]
-            found = whole[0] if whole else ()
-            return bool(whole)
+        def found() -> list[tuple[SpanRecord, ...]]:
+            return [trace for trace in self.traces() if set(wanted) <= {(span.name, span.node) for span in trace}]
 
         async with asyncio.timeout(PATIENCE_S):
-            await self.ended.until(look)
-        return found
+            await self.ended.until(lambda: bool(found()))
+        return found()[0]
 
 
 @dataclass(frozen=True)
 class Allocated:
-    """What one raw Allocate came to: a response, or the error's text."""
+    """The result of one Allocate: a response, or the text of an error."""
 
     node: SimNode
     response: pb.AllocateResponse | None
@@ -83,7 +79,7 @@ class Allocated:
 
 
 class Nodes:
-    """The nodes of a world and the devices they all offer as RESOURCE, with a way around their kubelets."""
+    """The nodes of a world, which all offer the devices as RESOURCE. Calls their plugins past the kubelets."""
 
     def __init__(self, world: World, keys: Sequence[DeviceKey]) -> None:
         self.world, self.keys = world, keys
@@ -92,7 +88,7 @@ class Nodes:
         self._stubs: dict[str, DevicePluginStub] = {}
 
     async def connect(self, stack: contextlib.AsyncExitStack) -> None:
-        """Waits until every kubelet has all devices Healthy, then dials every plugin."""
+        """Waits until every kubelet has all devices Healthy, then connects to every plugin."""
         for node in self.nodes:
             await node.until(RESOURCE, lambda devices: len(devices) == len(self.keys) and all(devices.values()))
             agent = node.agent
@@ -108,7 +104,7 @@ class Nodes:
             self._stubs[node.name] = DevicePluginStub(channel)
 
     async def allocate(self, node: SimNode, key: DeviceKey) -> Allocated:
-        """Allocate straight at the plugin's socket, as a kubelet that has not heard yet."""
+        """Calls Allocate at the socket of the plugin, like a kubelet with an old list."""
         request = pb.AllocateRequest(container_requests=[pb.ContainerAllocateRequest(devices_ids=[key.id])])
         try:
             return Allocated(node, await self._stubs[node.name].Allocate(request, timeout=PATIENCE_S), "")
@@ -116,39 +112,36 @@ class Nodes:
             return Allocated(node, None, error.details() or "")
 
     async def use(self, node: SimNode) -> PodRef:
-        """A pod with all devices, which the kubelet lists until it ends: one that none lists keeps them for 15 s.
+        """Admits a pod with all devices, which the kubelet lists until it ends, and returns the pod.
 
-        Port and pod are noted on the locks, which is after the answer: what is read of a lock from here on stays so.
+        Waits until the locks have port and pod, the last writes of an Allocate.
         """
+
+        def complete(key: DeviceKey) -> bool:
+            lock = self.lock(node, key)
+            return lock is not None and None not in (lock.port, lock.pod)
+
         pod = PodRef("default", "user", "uid")
         await node.admit(pod, {RESOURCE: len(self.keys)})
-        await self.until(lambda: all(map(partial(self._noted, node), self.keys)))
+        await self.until(lambda: all(map(complete, self.keys)))
         return pod
 
-    def _noted(self, node: SimNode, key: DeviceKey) -> bool:
-        lock = self.lock(node, key)
-        return lock is not None and None not in (lock.port, lock.pod)
-
     async def race(self, key: DeviceKey) -> tuple[list[Allocated], list[Allocated]]:
-        """All nodes at the same moment: (winners, losers)."""
+        """Calls Allocate on all nodes at once, and returns (winners, losers)."""
         answers = await asyncio.gather(*(self.allocate(node, key) for node in self.nodes))
         return [a for a in answers if a.response is not None], [a for a in answers if a.response is None]
 
     async def end_pod(self, node: SimNode, key: DeviceKey) -> None:
-        """The device's pod is seen once and then no more; returns when all nodes have seen the lock free."""
+        """Lists the pod of the device once and then no longer, and waits until all nodes see the lock free."""
         agent = node.agent
         assert agent is not None
-        clock = SystemClock()
-        nobody = Unlisted(certain=True)
-        agent.attachments.usage.apply_poll(
-            {key.id: DeviceUser(PodRef("default", "contender", "uid"), RESOURCE)}, clock.monotonic(), nobody
-        )
-        for _ in range(ABSENT_POLLS):
-            agent.attachments.usage.apply_poll({}, clock.monotonic(), nobody)
+        user = DeviceUser(PodRef("default", "contender", "uid"), RESOURCE)
+        for users in ({key.id: user}, *[{}] * ABSENT_POLLS):
+            agent.attachments.usage.apply_poll(users, SystemClock().monotonic(), Unlisted(certain=True))
         await self.until(lambda: not any(self.holders(key)))
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        """Looks again at each change of a lock and of the API server's state, as any node sees them."""
+        """Waits for the condition, which is checked when a node sees a change of a lock or of the API server."""
         async with asyncio.timeout(PATIENCE_S):
             await self.changed.until(condition)
 
@@ -157,7 +150,7 @@ class Nodes:
         return node.agent.locks.locks.get(key.id)
 
     def holders(self, key: DeviceKey) -> list[str]:
-        """As each node sees it."""
+        """Returns the holder of the lock as each node sees it."""
         return [lock.holder if (lock := self.lock(node, key)) is not None else "" for node in self.nodes]
 
     def used_ports(self) -> int:
@@ -184,13 +177,28 @@ class Rig(Nodes):
         self._clocks = clocks
 
     def clock(self, node: SimNode) -> ScaledClock:
-        """The node's own clock, at real time until a test hurries it."""
         return self._clocks[node.name]
 
 
-async def _ended(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    await asyncio.wait([task])
+async def recording(
+    stack: contextlib.AsyncExitStack, clients: Mapping[str, KubeClient]
+) -> Callable[[str], MetricHooks]:
+    """Runs an EventRecorder for each node, and returns the hooks by which a node's agent records its events."""
+    recorders = {
+        name: EventRecorder(client, NodeIdentity(name, "boot"), SystemClock(), random.Random(name))
+        for name, client in clients.items()
+    }
+    for recorder in recorders.values():
+        await stack.enter_async_context(background(recorder.run()))
+
+    def hooks(node: str) -> MetricHooks:
+        def record(event: DeviceEvent) -> None:
+            for text, pod in events_of(event):
+                recorders[node].record(text, pod)
+
+        return MetricHooks(on_notice=record)
+
+    return hooks
 
 
 @contextlib.asynccontextmanager
@@ -207,11 +215,14 @@ async def agents(
     on_loss: OnLoss = OnLoss.KEEP,
     environ: Mapping[str, str] | None = None,
 ) -> AsyncIterator[Rig]:
-    """Both agents with all devices offered, each with its own node's token. through: letter -> another address of the
-    API server. store: what the Leases are reached by.
+    """Runs two agents, each with the token of its node; enters the block when all devices are offered.
 
-    node_api: the agents also have the API server for Node status, evictions and with pods for their pods. events: what
-    they notice is recorded there. environ: for tracing. Node names are new each time.
+    Node names are new each time.
+    through: another address of the API server by the letter of a node.
+    node_api: whether the agents use the API server for Node status and evictions, and with pods for their pods.
+    store: makes the store of the Leases.
+    events: whether Events are recorded.
+    environ: the environment for tracing.
     """
     names = [f"n{uuid.uuid4().hex[:6]}-{letter}" for letter in "ab"]
     clocks = {name: ScaledClock() for name in names}
@@ -231,21 +242,7 @@ async def agents(
         await server.start()
         stack.push_async_callback(server.stop)
         selector = DeviceSelector(server.key, Selector(vendor=DONGLE.vendor, product=DONGLE.product))
-        recorders = {
-            name: EventRecorder(clients[name], NodeIdentity(name, "boot"), SystemClock(), random.Random(name))
-            for name in names
-            if events
-        }
-        for recorder in recorders.values():
-            stack.push_async_callback(_ended, asyncio.create_task(recorder.run()))
-
-        def observer(node: str) -> MetricHooks:
-            def noticed(notice: DeviceEvent) -> None:
-                for text, pod in events_of(notice):
-                    recorders[node].record(text, pod)
-
-            return MetricHooks(on_notice=noticed) if events else MetricHooks()
-
+        hooks = await recording(stack, clients) if events else lambda _node: MetricHooks()
         setup = Setup(
             config=Config((ResourceConfig(RESOURCE, (selector,), on_loss=on_loss),)),
             clock=SystemClock(),
@@ -253,7 +250,7 @@ async def agents(
             make_tracer=lambda node: tracings[node].tracer,
             make_leases=lambda node: store(clients[node], NAMESPACE),
             make_kube=(lambda node: clients[node]) if node_api else None,
-            make_observer=observer,
+            make_observer=hooks,
             kube_has_pods=pods,
         )
         world = await stack.enter_async_context(running(directory, names, setup))

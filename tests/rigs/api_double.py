@@ -1,4 +1,4 @@
-"""An Api in place of the client: notes what is asked, and answers or fails as told."""
+"""A double of the Api protocol that records its requests, and answers or fails as a test sets it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 Step = dict[str, Any] | Exception
-"""An event of a watch, or what ends it."""
+"""An event of a watch, or the error that ends it."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """One request. at: when it came, in seconds of the loop."""
+    """One request. at: its time in seconds of the loop."""
 
     verb: str
     path: str
@@ -24,11 +24,11 @@ class Call:
 
 
 class ApiDouble:
-    """An API server of one collection.
+    """An API server with one collection.
 
     errors: raised first, by one request or list each.
     answer: returns the answer to a request, or raises.
-    items: what a list has. Its resourceVersion is the number of lists so far.
+    items: the objects in a list, whose resourceVersion is the number of lists so far.
     answered: the requests that did not fail, in order.
     watches: the steps of each watch in turn; a later watch has no event and no end.
     """

@@ -1,4 +1,4 @@
-"""A real kube-apiserver with its etcd, on free ports, for as long as the tests run."""
+"""A real kube-apiserver with its etcd on free ports."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.rigs.kubeconfig import kubeconfig
 
 ROOT = Path(__file__).parents[2]
 ADMIN_TOKEN = "admin-token"
@@ -53,7 +55,7 @@ subjectAltName = IP:127.0.0.1, DNS:localhost
 
 
 def binaries() -> Path:
-    """Where kube-apiserver and etcd are; built first if need be. CalledProcessError if that fails."""
+    """Returns the directory of kube-apiserver and etcd, and builds them if needed. Raises CalledProcessError."""
     script = ROOT / "tests" / "lab" / "cluster" / "build.sh"
     return Path(subprocess.run([script], check=True, stdout=subprocess.PIPE, text=True).stdout.strip())
 
@@ -66,7 +68,7 @@ def free_port() -> int:
 
 @dataclass
 class Cluster:
-    """The running pair. directory holds certificates, logs and data."""
+    """A running API server and etcd. directory: has certificates, logs and data."""
 
     directory: Path
     bin: Path
@@ -85,53 +87,42 @@ class Cluster:
         return self.directory / "ca.crt"
 
     def kubeconfig(self, token: str, server: str | None = None) -> str:
-        """Path of a kubeconfig for a bearer token, optionally by way of another address."""
-        text = {
-            "apiVersion": "v1",
-            "kind": "Config",
-            "clusters": [
-                {"name": "c", "cluster": {"server": server or self.server, "certificate-authority": str(self.ca)}}
-            ],
-            "users": [{"name": "u", "user": {"token": token}}],
-            "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}],
-            "current-context": "x",
-        }
+        """Writes a kubeconfig for a bearer token and returns its path. server: another address of the API server."""
         path = self.directory / f"kubeconfig-{abs(hash((token, server))):x}"
-        path.write_text(json.dumps(text), encoding="utf-8")
+        path.write_text(kubeconfig(server or self.server, token, authority=self.ca), encoding="utf-8")
         return str(path)
 
     def audited(self) -> list[dict[str, Any]]:
-        """What the plugin's ServiceAccount has asked for so far: audit.k8s.io/v1 Events, without bodies."""
+        """Returns the requests of the plugin's ServiceAccount as audit.k8s.io/v1 Events without bodies."""
         lines = (self.directory / AUDIT_LOG).read_text(encoding="utf-8").splitlines(keepends=True)
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def forget(self) -> None:
-        """etcd forgets every version but the newest of each key, and the API server, restarted, its watch cache."""
+        """Compacts etcd and restarts the API server, so that it has no watch cache."""
         self.compact()
         self.restart_api()
 
     def compact(self) -> None:
-        """etcd forgets every version but the newest of each key; the API server's watch cache stays."""
+        """Makes etcd forget all but the newest version of each key. The watch cache of the API server stays."""
         status = self._etcd("kv/range", {"key": "AA=="})
         self._etcd("kv/compaction", {"revision": status["header"]["revision"], "physical": True})
 
     def move_api(self) -> None:
-        """A second API server on the same etcd and another port, which knows no history, takes the place of this one.
+        """Starts a second API server, without history, on the etcd and another port, and uses it from then on.
 
-        This one runs on until end_old_api().
+        The first one runs until end_old_api().
         """
         port = free_port()
         self._old, self.api = self.api, start_api(self.directory, self.bin, port, self.etcd_port)
         self.port = port
 
     def end_old_api(self) -> None:
-        """Nothing happens if there is none."""
         if self._old is not None:
             _end(self._old)
             self._old = None
 
     def restart_api(self) -> None:
-        """As after a crash: open watches are not ended in order."""
+        """Kills and starts the API server, so that open watches break."""
         self.api.kill()
         self.api.wait()
         self.api = start_api(self.directory, self.bin, self.port, self.etcd_port)
@@ -147,7 +138,7 @@ class Cluster:
 
 @contextlib.contextmanager
 def running_for_tests(directory: Path) -> Iterator[Cluster]:
-    """As `running`, but binaries that cannot be built end the whole test session, with the exit status of build.sh."""
+    """Runs a cluster. If the binaries cannot be built, ends the test session with the exit status of build.sh."""
     try:
         binaries()
     except subprocess.CalledProcessError as error:
@@ -158,7 +149,7 @@ def running_for_tests(directory: Path) -> Iterator[Cluster]:
 
 @contextlib.contextmanager
 def running(directory: Path) -> Iterator[Cluster]:
-    """Starts both, ends both; nothing else is touched."""
+    """Runs an API server and its etcd with their files in the directory."""
     found = binaries()
     _make_keys(directory)
     (directory / "tokens.csv").write_text(f"{ADMIN_TOKEN},admin,admin,system:masters\n", encoding="ascii")
@@ -189,7 +180,7 @@ def running(directory: Path) -> Iterator[Cluster]:
 
 
 def start_api(directory: Path, found: Path, port: int, etcd_port: int) -> subprocess.Popen[bytes]:
-    """A kube-apiserver that is ready."""
+    """Starts a kube-apiserver, and returns it when it is ready."""
     process = _spawn(
         directory,
         "kube-apiserver",
@@ -230,10 +221,9 @@ def _wait_ready(process: subprocess.Popen[bytes], directory: Path, port: int) ->
         with contextlib.suppress(urllib.error.URLError, OSError), opener.open(request, timeout=5) as answer:
             if answer.status == 200:
                 return
-        time.sleep(_POLL_S)  # another process; it offers no event to wait for
+        time.sleep(_POLL_S)  # there is no event to wait for
     log = (directory / "kube-apiserver.log").read_text(encoding="utf-8", errors="replace")[-2000:]
-    msg = f"kube-apiserver is not ready:\n{log}"
-    raise RuntimeError(msg)
+    raise RuntimeError(f"kube-apiserver is not ready:\n{log}")
 
 
 def _spawn(directory: Path, name: str, *command: str | Path) -> subprocess.Popen[bytes]:
@@ -251,7 +241,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _make_keys(directory: Path) -> None:
-    """A CA, a server certificate strict enough for every Python, and the key that signs ServiceAccount tokens."""
+    """Writes a CA, a server certificate that every Python accepts, and the key for ServiceAccount tokens."""
     config = directory / "openssl.cnf"
     config.write_text(_OPENSSL_CONFIG, encoding="ascii")
 

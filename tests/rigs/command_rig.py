@@ -151,5 +151,5 @@ def simulate(story: Callable[[logging.LogRecord], Awaitable[None]], message: str
         limit.cancel()
     for failure in failures:
         raise failure
-    assert status or log.having(message), "the command has not said that it runs"
+    assert status or log.having(message), "the command did not log that it runs"
     return status

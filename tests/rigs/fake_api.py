@@ -21,6 +21,7 @@ from typing import Any
 
 from aiohttp import web
 
+from tests.rigs.kubeconfig import kubeconfig
 from usbip_plugin.errors import KubeConflict, KubeError, KubeGone, KubeNotFound
 from usbip_plugin.kube.client import KubeClient, connect
 from usbip_plugin.locks.record import Lease, LeaseChange
@@ -92,18 +93,8 @@ class FakeApi:
         return f"https://{self.host}:{self.port}"
 
     def kubeconfig(self, token: str | None = TOKEN, *, trusting: bool = True) -> str:
-        """Returns a kubeconfig as JSON, which names the authority of the server's certificate if trusting."""
-        user = {"token": token} if token is not None else {}
-        authority = {"certificate-authority": str(CERTIFICATE)} if trusting else {}
-        config = {
-            "apiVersion": "v1",
-            "kind": "Config",
-            "current-context": "x",
-            "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}],
-            "clusters": [{"name": "c", "cluster": {"server": self.url, **authority}}],
-            "users": [{"name": "u", "user": user}],
-        }
-        return json.dumps(config)
+        """Returns a kubeconfig, which names the authority of the server's certificate if trusting."""
+        return kubeconfig(self.url, token, authority=CERTIFICATE if trusting else None)
 
     def rights_used(self) -> set[str]:
         """Returns the rights that the requests needed so far."""

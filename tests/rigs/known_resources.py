@@ -1,4 +1,4 @@
-"""A configuration for the parts of a node that look up the resources of their claims in it."""
+"""A configuration for the parts of a node that look up resources in it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from usbip_plugin.config.schema import Config, ResourceConfig
 
 
 class KnownResources:
-    """The `Resources` of these resources; others are not in the configuration."""
+    """An implementation of `Resources` whose configuration has these resources."""
 
     def __init__(self, *resources: ResourceConfig) -> None:
         self.config = Config(resources)

@@ -1,4 +1,4 @@
-"""A collector: takes spans by OTLP over gRPC, as the exporter's own protocol has it, or fails as told."""
+"""A collector of spans by OTLP over gRPC, which refuses exports or leaves them unanswered if a test says so."""
 
 from __future__ import annotations
 
@@ -41,9 +41,10 @@ class Received:
 
 
 class Receiver(TraceServiceServicer):
-    """Everything that came, and with which metadata. refusing: answered to every export instead of taking it.
+    """A collector of spans with the metadata of their exports.
 
-    silent: exports are not answered at all, until the receiver ends.
+    refusing: the status with which every export is refused.
+    silent: whether exports stay unanswered until the receiver ends.
     """
 
     def __init__(self) -> None:
@@ -79,7 +80,7 @@ class Receiver(TraceServiceServicer):
         return ExportTraceServiceResponse()
 
     def until(self, condition: Callable[[], bool]) -> None:
-        """Blocks until it is so; looked at after each export. TimeoutError after PATIENCE_S."""
+        """Blocks until the condition holds, and checks it after each export. Raises TimeoutError after PATIENCE_S."""
         with self._changed:
             if not self._changed.wait_for(condition, PATIENCE_S):
                 raise TimeoutError(f"the receiver has {[(s.node, s.span.name) for s in self.spans]}")
@@ -93,7 +94,7 @@ class Receiver(TraceServiceServicer):
 
 @contextlib.contextmanager
 def receiving(port: int = 0) -> Iterator[Receiver]:
-    """A receiver at a free port of this machine, or at the given one."""
+    """Runs a receiver at this port of the machine, or at a free one."""
     receiver = Receiver()
     server = grpc.server(futures.ThreadPoolExecutor(4))
     add_TraceServiceServicer_to_server(receiver, server)  # type: ignore[no-untyped-call]
@@ -108,7 +109,6 @@ def receiving(port: int = 0) -> Iterator[Receiver]:
 
 
 def plain(attributes: object) -> dict[str, object]:
-    """Attributes as a dictionary."""
     return {pair.key: _value(pair.value) for pair in attributes if isinstance(pair, KeyValue)}  # type: ignore[attr-defined]
 
 

@@ -1,4 +1,4 @@
-"""The plugin as a process like that in its pod: a ServiceAccount's files, and python's flags in the image."""
+"""The plugin as a process like that in its pod: with the files of a ServiceAccount and Python's flags in the image."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.apiserver.node_tokens import NAMESPACE
 from tests.rigs.api_process import Cluster, free_port
 
 STRIPPED = ("-OO",)
-"""Python's flags in the image: no docstrings, which are 2 MiB. Its bytecode is compiled beforehand."""
+"""Python's flags in the image: without docstrings, which are 2 MiB."""
 SETTLED = "startup memory released"
 SETTLED_S = 60.0
 STOP_TIMEOUT_S = 10.0
@@ -40,10 +40,11 @@ sys.stdin.read()
 
 
 class InPod:
-    """How to run it for a node. directory: for its files, and made by the caller; the bytecode is kept there.
+    """A plugin of one node, and its files.
 
-    platform: a directory to be its /sys/devices/platform. allowed says whether this user may make mounts; without
-    them there is a kubeconfig in the place of the ServiceAccount, and no platform.
+    directory: for its files and its bytecode; exists.
+    platform: the directory that it sees as /sys/devices/platform.
+    allowed: whether this user may mount. If not, a kubeconfig replaces the ServiceAccount, and platform is not used.
     """
 
     def __init__(self, directory: Path, cluster: Cluster, token: str, node: str, platform: Path | None = None) -> None:
@@ -70,16 +71,17 @@ class InPod:
             self._environment.pop("KUBECONFIG", None)
 
     def begun_ns(self) -> int:
-        """When Python was executed, in nanoseconds since the epoch: its mounts were made before."""
+        """Returns when Python was executed, after the mounts, in nanoseconds since the epoch."""
         return self._begun.stat().st_mtime_ns
 
     @contextmanager
     def process(
         self, flags: Sequence[str], log: int, arguments: Sequence[str] = (), environ: Mapping[str, str] | None = None
     ) -> Iterator[subprocess.Popen[bytes]]:
-        """A plugin that runs until the end of the block. log: a file descriptor. flags: python's.
+        """Runs the plugin for the length of the block.
 
-        arguments: more for the plugin; environ: variables on top, of which CGROUP names a memory cgroup's directory.
+        flags: of Python. log: a file descriptor. arguments: further ones for the plugin.
+        environ: further variables, of which CGROUP names the directory of a memory cgroup.
         """
         run = [
             *(*self._before, sys.executable, *flags, "-m", "usbip_plugin", "run"),
@@ -100,7 +102,7 @@ class InPod:
                 child.wait()
 
     def bare_memory_mib(self, field: str = "RssAnon") -> float:
-        """memory_mib of a Python as in the image that has only imported what the plugin imports, and settled."""
+        """Returns the memory_mib of a Python that has only imported the plugin's modules, after the trim."""
         run = (sys.executable, *STRIPPED, "-c", _BARE)
         with subprocess.Popen(run, env=self._environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
             assert child.stdout is not None
@@ -109,40 +111,37 @@ class InPod:
 
 
 async def settled(log: Path) -> None:
-    """Waits until a plugin at level debug writes there that its start is over: what it needs for that is let go."""
+    """Waits until a plugin at level debug logs that it has released the memory of its start."""
     async with asyncio.timeout(SETTLED_S):
         while SETTLED not in await asyncio.to_thread(log.read_text, encoding="utf-8"):  # noqa: ASYNC110
-            await asyncio.sleep(_POLL_S)  # another process; it offers no event to wait for
+            await asyncio.sleep(_POLL_S)  # there is no event to wait for
 
 
 def memory_mib(pid: int, field: str = "VmRSS") -> float:
-    """VmRSS is what it has in memory now, RssAnon what of it is not from files, VmHWM the most it ever had."""
-    for line in Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) / 1024
-    raise RuntimeError(f"no {field}")
+    """Returns VmRSS (memory now), RssAnon (without pages of files) or VmHWM (the most so far)."""
+    return _number(Path(f"/proc/{pid}/status"), field) / 1024
 
 
 def proportional_mib(pid: int) -> float:
-    """PSS: what others have mapped, too, counts by their number."""
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines():
-        if line.startswith("Pss:"):
-            return int(line.split()[1]) / 1024
-    raise RuntimeError("no Pss")
+    """Returns the PSS, in which a page that several processes have mapped counts in parts."""
+    return _number(Path(f"/proc/{pid}/smaps_rollup"), "Pss") / 1024
 
 
 def switches(pid: int) -> int:
-    """How often its threads waited: voluntary context switches since it began, of the threads there are now."""
-    found = 0
-    for thread in Path(f"/proc/{pid}/task").iterdir():
-        for line in (thread / "status").read_text(encoding="ascii").splitlines():
-            if line.startswith("voluntary_ctxt_switches:"):
-                found += int(line.split()[1])
-    return found
+    """Returns the voluntary context switches of the threads of a process."""
+    threads = Path(f"/proc/{pid}/task").iterdir()
+    return sum(_number(thread / "status", "voluntary_ctxt_switches") for thread in threads)
+
+
+def _number(file: Path, field: str) -> int:
+    for line in file.read_text(encoding="ascii").splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1])
+    raise RuntimeError(f"no {field} in {file}")
 
 
 def cpu_ms(pid: int) -> float:
-    """User and system time of all threads, to the nanosecond where the kernel keeps it so."""
+    """Returns the user and system time of all threads, to the nanosecond where the kernel has it."""
     threads = Path(f"/proc/{pid}/task")
     try:
         return sum(int((thread / "schedstat").read_text().split()[0]) for thread in threads.iterdir()) / 1e6

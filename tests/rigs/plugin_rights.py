@@ -1,4 +1,4 @@
-"""The plugin's rights as they are shipped, on an API server: rbac/ applied and its admission policy in force."""
+"""The shipped rights of the plugin on an API server: applies rbac/ and waits for its admission policy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from usbip_plugin.errors import KubeConflict, KubeForbidden
 from usbip_plugin.kube.client import connect
 
 EFFECT_S = 30.0
-"""How long a new admission policy may take to be enforced."""
+"""Limits the wait until a new admission policy is enforced, in seconds."""
 _POLL_S = 0.1
 _ADMISSION = "/apis/admissionregistration.k8s.io/v1"
 _RBAC = "/apis/rbac.authorization.k8s.io/v1"
@@ -30,13 +30,13 @@ _COLLECTIONS = {
 
 
 def shipped() -> list[dict[str, Any]]:
-    """Every object of rbac/, in the order of its files."""
+    """Returns every object of rbac/ in the order of the files."""
     files = sorted((ROOT / "rbac").glob("*.yaml"))
     return [document for file in files for document in yaml.safe_load_all(file.read_text(encoding="utf-8"))]
 
 
 def collection(document: dict[str, Any]) -> str:
-    """The path under which an object of that kind is created."""
+    """Returns the path of the collection of an object."""
     return _COLLECTIONS[document["kind"]].format(namespace=document["metadata"].get("namespace"))
 
 
@@ -55,7 +55,7 @@ async def apply_rbac(cluster: Cluster) -> None:
 
 
 async def admission_works(cluster: Cluster) -> None:
-    """Returns when the policy refuses what it should, which is some time after it was created."""
+    """Waits until the policy is enforced, some time after its creation."""
     client = await connect(cluster.kubeconfig(await NodeTokens(cluster).unbound()))
     path = f"/apis/coordination.k8s.io/v1/namespaces/{NAMESPACE}/leases"
     body = {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": {"name": "probe"}}
@@ -67,6 +67,6 @@ async def admission_works(cluster: Cluster) -> None:
                 except KubeForbidden as refusal:
                     if "not bound to a node" in str(refusal):
                         return
-                await asyncio.sleep(_POLL_S)  # the API server tells nobody when it begins to enforce a policy
+                await asyncio.sleep(_POLL_S)  # there is no event to wait for
     finally:
         await client.close()

@@ -1,4 +1,4 @@
-"""What an API server and its etcd have done: requests by the audit log, watch events by its metrics, cost by /proc."""
+"""The load of an API server and its etcd: requests from the audit log, watch events from metrics, cost from /proc."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _COUNTED = re.compile(
 
 @dataclass(frozen=True)
 class Moment:
-    """Seconds of time and of processor time, MiB in memory."""
+    """Seconds of time and of processor time, and MiB of memory, at one moment."""
 
     at: float
     cpu: float
@@ -37,9 +37,10 @@ class Moment:
 
 @dataclass(frozen=True)
 class Sample:
-    """requests: of the plugins, by (verb, resource). events: sent by watches of Leases, bookmarks included.
+    """One sample, from begun to ended: the sample itself is a load on the API server.
 
-    begun and ended: when the sample was taken, which costs the API server something.
+    requests: of the plugins, by (verb, resource).
+    events: sent by watches of Leases, with bookmarks.
     """
 
     begun: Moment
@@ -51,7 +52,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Span:
-    """What happened between two samples. seconds, cpu and etcd_cpu (s) leave out what the samples themselves took."""
+    """The load between two samples. seconds, cpu and etcd_cpu (s) are without those of the samples."""
 
     seconds: float
     requests: Mapping[tuple[str, str], int]
@@ -63,10 +64,6 @@ class Span:
     @property
     def writes(self) -> int:
         return sum(count for (verb, _), count in self.requests.items() if verb in WRITES)
-
-    @property
-    def lock_writes(self) -> int:
-        return sum(count for (verb, what), count in self.requests.items() if verb in WRITES and what == "leases")
 
 
 def between(first: Sample, last: Sample) -> Span:
@@ -82,7 +79,7 @@ def between(first: Sample, last: Sample) -> Span:
 
 
 class Meter:
-    """Samples of one cluster."""
+    """A source of samples of one cluster."""
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
@@ -94,7 +91,7 @@ class Meter:
         )
 
     def sample(self) -> Sample:
-        """Blocks for as long as the two answer."""
+        """Returns a sample. Blocks until the API server and etcd have answered."""
         begun = self._moment()
         self._read_audit()
         api = self._metrics(f"{self._cluster.server}/metrics")
@@ -126,7 +123,7 @@ class Meter:
                 event = json.loads(line)
                 begun = event["stage"] == "ResponseStarted"
                 if begun is not (event["verb"] == "watch"):
-                    continue  # a watch counts when it is opened, everything else when it is over
+                    continue  # a watch counts when it begins, any other request when it ends
                 about = event["objectRef"]
                 what = "/".join(part for part in (about.get("resource"), about.get("subresource")) if part)
                 self._requests[event["verb"], what] += 1

@@ -1,31 +1,28 @@
-"""What the plugins cost the API server and the USB/IP servers, by the number of nodes, devices and handovers.
+"""The load of the plugins on the API server and the USB/IP servers, by the number of nodes, devices and handovers.
 
-Pure arithmetic over the constants of the plugin. Counts are exact where nothing else is said.
+Arithmetic over the constants of the plugin. Counts are exact unless their function says otherwise.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from usbip_plugin.kube.client import LIST_PAGE, WATCH_SERVER_TIMEOUT_S, WATCH_SPREAD
-from usbip_plugin.kube.fleet import COUNT_INTERVAL_S
+from usbip_plugin.kube.client import LIST_PAGE
 from usbip_plugin.kube.node_status import KUBELET_SYNC_S, spread
 from usbip_plugin.locks.manager import DURATION_S
 from usbip_plugin.locks.session import BEAT_FRACTION
 from usbip_plugin.usbip.poller import POLL_INTERVAL, share
 
 LOCK_WRITES = 4
-"""Of one tenure: taken, port noted, pod noted, released."""
+"""Writes of a lock from its acquire to its release: acquire, port, pod, release."""
 WRITES_BY_HOLDER = LOCK_WRITES + 1
-"""Those, and the Event about the pod. Heartbeats come on top."""
-WATCHES = 2
-"""Of each node: the locks, the own pods."""
+"""Writes of the holder from acquire to release: LOCK_WRITES and the Event on the pod, without heartbeats."""
 BOOKMARK_S = 60.0
 
 
 @dataclass(frozen=True)
 class Fleet:
-    """nodes that run the plugin, of which holders hold something; devices that have been used at least once."""
+    """A cluster. holders: nodes that hold a device. devices: those that were used at least once."""
 
     nodes: int
     devices: int
@@ -34,25 +31,18 @@ class Fleet:
 
 
 def rest_writes(fleet: Fleet) -> float:
-    """API writes per second while nothing changes hands: heartbeats, and nothing else."""
+    """Returns the API writes per second while no holder changes, which are heartbeats."""
     return fleet.holders / (fleet.duration * BEAT_FRACTION)
 
 
-def rest_reads(fleet: Fleet) -> float:
-    """API requests per second that are not writes, on average: watches opened again, and the count of nodes."""
-    reopened = (1 + WATCH_SPREAD) / 2
-    watches = WATCHES / (WATCH_SERVER_TIMEOUT_S * reopened)
-    return fleet.nodes * (watches + 1 / COUNT_INTERVAL_S)
-
-
 def heartbeats(fleet: Fleet, seconds: float) -> tuple[int, int]:
-    """The fewest and the most within so many seconds: each holder has a phase of its own."""
+    """Returns the fewest and the most heartbeats in a time in seconds: each holder has its own phase."""
     beat = fleet.duration * BEAT_FRACTION
     return fleet.holders * int(seconds / beat), fleet.holders * (int(seconds / beat) + 1)
 
 
 def start_requests(fleet: Fleet) -> dict[tuple[str, str], int]:
-    """Of all nodes, until their watches are open."""
+    """Returns the requests of all nodes until their watches are open."""
     pages = max(1, -(-fleet.devices // LIST_PAGE))
     return {
         ("list", "leases"): fleet.nodes * pages,
@@ -63,24 +53,24 @@ def start_requests(fleet: Fleet) -> dict[tuple[str, str], int]:
 
 
 def tenure_events(fleet: Fleet) -> int:
-    """Watch events from one tenure of a device: every node sees every write of a lock."""
+    """Returns the watch events from acquire to release of one lock: every node sees every write."""
     return LOCK_WRITES * fleet.nodes
 
 
 def bookmarks(fleet: Fleet, seconds: float) -> float:
-    """Most events that come with no change: each watch has one a minute, and one when it is opened or about to end."""
+    """Returns the most bookmarks in a time in seconds: a watch has one a minute, at its begin, and at its end."""
     return fleet.nodes * (seconds / BOOKMARK_S + 2)
 
 
 def tenure_patches(fleet: Fleet) -> int:
-    """Writes of Node status from one tenure: every other node takes the device off its count and puts it on again.
+    """Returns the writes of Node status from acquire to release: every other node lowers and raises its count.
 
-    Either only while that is sooner than the kubelets do it.
+    A node leaves a write to the kubelet if the kubelet writes sooner.
     """
     ways = [lower for lower in (True, False) if spread(fleet.nodes, lower=lower) < KUBELET_SYNC_S]
     return len(ways) * (fleet.nodes - 1)
 
 
 def server_polls(nodes: int) -> float:
-    """DEVLIST requests per second to each server at rest, on average."""
+    """Returns the average DEVLIST requests per second to each server at rest."""
     return nodes / max(POLL_INTERVAL, share(nodes))

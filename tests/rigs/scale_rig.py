@@ -1,4 +1,4 @@
-"""Many whole agents in one process, each with its own connections to a real API server, as its node's plugin has them.
+"""Many complete agents in one process, each with its own connections to a real API server.
 
 Kubelets, kernels and USB/IP servers are doubles behind real gRPC and real TCP.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import random
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -15,33 +14,31 @@ from functools import partial
 from pathlib import Path
 
 from tests.apiserver.node_tokens import ACCOUNT, NAMESPACE, NodeTokens
-from tests.rigs.agents_rig import DONGLE, RESOURCE
+from tests.rigs.agents_rig import DONGLE, RESOURCE, recording
 from tests.rigs.api_process import ADMIN_TOKEN, Cluster
-from usbip_plugin.attach.events import DeviceEvent, events_of
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.kube.client import KubeClient, connect
-from usbip_plugin.kube.events import EventRecorder
 from usbip_plugin.kube.fleet import count_pods
 from usbip_plugin.locks import record
 from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.locks.record import Lease
-from usbip_plugin.model import DeviceKey, NodeIdentity, PodRef
-from usbip_plugin.node.agent import MetricHooks
+from usbip_plugin.model import DeviceKey, PodRef
 from usbip_sim.server.server import VirtualServer
 from usbip_sim.server.usbdevice import VirtualDevice
 from usbip_sim.world import Setup, SimNode, World, running
 
 PODS = f"/api/v1/namespaces/{NAMESPACE}/pods"
 EACH = 100
-"""Devices of one server, at most."""
+"""Limits the devices of one server."""
 AT_ONCE = 16
+"""Limits the concurrent requests that prepare the cluster."""
 PATIENCE_S = 600.0
 LOOK_S = 0.05
 
 
 class ScaleRig:
-    """The nodes in order, the servers, the devices."""
+    """The nodes in order, the servers and the devices."""
 
     def __init__(
         self, world: World, admin: KubeClient, servers: Sequence[VirtualServer], keys: Sequence[DeviceKey]
@@ -52,24 +49,24 @@ class ScaleRig:
         self._pods = 0
 
     def polls(self) -> int:
-        """Connections that the servers have had: polls, while nobody allocates."""
+        """Returns the number of connections to the servers, which are all polls while no device is allocated."""
         return sum(server.connections for server in self.servers)
 
     async def polled(self, count: int) -> None:
-        """Waits for so many more polls of all nodes together."""
+        """Waits for so many more polls by all nodes together."""
         before = self.polls()
         await self.until(lambda: self.polls() - before >= count, f"{count} polls")
 
     async def until(self, condition: Callable[[], bool], what: str) -> None:
-        """Looked at again and again: it is about all nodes at once."""
+        """Waits for a condition on all nodes, which is checked at intervals. Raises RuntimeError after PATIENCE_S."""
         ends = time.monotonic() + PATIENCE_S
         while not condition():
             if time.monotonic() > ends:
-                raise RuntimeError(f"not so within {PATIENCE_S:g} s: {what}")
+                raise RuntimeError(f"not within {PATIENCE_S:g} s: {what}")
             await asyncio.sleep(LOOK_S)
 
     async def offered(self) -> None:
-        """Every kubelet has every device Healthy, and every Node says so."""
+        """Waits until every kubelet and every Node has all devices."""
         for node in self.nodes:
             async with asyncio.timeout(PATIENCE_S):
                 await node.kubelet.wait_for(node.resource(RESOURCE), self._all_healthy)
@@ -79,17 +76,17 @@ class ScaleRig:
         return isinstance(devices, dict) and len(devices) == len(self.keys) and all(devices.values())
 
     async def published(self) -> None:
-        """No node has anything left to write into its status."""
-        await self.until(lambda: not any(self._pending(node) for node in self.nodes), "Node status written")
+        """Waits until no node has anything left to write into its status."""
 
-    @staticmethod
-    def _pending(node: SimNode) -> bool:
-        assert node.agent is not None
-        assert node.agent.node_status is not None
-        return bool(node.agent.node_status._pending())
+        def pending(node: SimNode) -> bool:
+            assert node.agent is not None
+            assert node.agent.node_status is not None
+            return bool(node.agent.node_status._pending())
+
+        await self.until(lambda: not any(map(pending, self.nodes)), "Node status written")
 
     async def take(self, node: SimNode) -> PodRef:
-        """A pod gets a device there; returns when every node has seen that its lock says so."""
+        """Creates a pod with a device on the node, and waits until every node sees the pod on the lock."""
         self._pods += 1
         name = f"pod-{self._pods}"
         container = {"name": "user", "image": "user", "resources": {"limits": {node.resource(RESOURCE): "1"}}}
@@ -102,15 +99,14 @@ class ScaleRig:
         return pod
 
     async def withdrawn(self, holder: SimNode) -> None:
-        """All kubelets but the holder's have a device less, and all Nodes say so."""
-        fewer = len(self.keys) - 1
-        others = [node for node in self.nodes if node is not holder]
-        await self.until(lambda: all(self._healthy(node) == fewer for node in others), "withdrawn")
-        await self.published()
+        """Waits until all other kubelets and Nodes have one device less."""
 
-    @staticmethod
-    def _healthy(node: SimNode) -> int:
-        return sum(node.kubelet.health(node.resource(RESOURCE)).values())
+        def healthy(node: SimNode) -> int:
+            return sum(node.kubelet.health(node.resource(RESOURCE)).values())
+
+        others = [node for node in self.nodes if node is not holder]
+        await self.until(lambda: all(healthy(node) == len(self.keys) - 1 for node in others), "withdrawn")
+        await self.published()
 
     @staticmethod
     def _sees(node: SimNode, pod: PodRef) -> bool:
@@ -118,7 +114,7 @@ class ScaleRig:
         return any(lock.pod is not None and lock.pod.name == pod.name for lock in node.agent.locks.locks.values())
 
     async def end(self, node: SimNode, pod: PodRef) -> None:
-        """The pod ends; returns when every node has seen the lock free."""
+        """Ends the pod, and waits until every node sees the lock free."""
         node.kubelet.end(pod)
         body = {"apiVersion": "v1", "kind": "DeleteOptions", "gracePeriodSeconds": 0}
         await self._admin.request("delete", f"{PODS}/{pod.name}", resource="pods", body=body, timeout=PATIENCE_S)
@@ -126,7 +122,7 @@ class ScaleRig:
 
 
 async def _prepare(admin: KubeClient, names: Sequence[str], keys: Sequence[DeviceKey]) -> None:
-    """Node objects, and a free lock for each device: what a cluster has in which each was used once."""
+    """Creates the Nodes and a free lock for each device, as in a cluster in which each device was used once."""
     room = asyncio.Semaphore(AT_ONCE)
     store = KubernetesLeases(admin, NAMESPACE)
 
@@ -151,7 +147,7 @@ async def _prepare(admin: KubeClient, names: Sequence[str], keys: Sequence[Devic
 async def prepared(
     cluster: Cluster, agents: int, devices: int
 ) -> AsyncIterator[Callable[[], contextlib.AbstractAsyncContextManager[ScaleRig]]]:
-    """Everything but the agents: servers, Nodes, tokens, locks. What it gives starts the agents."""
+    """Prepares servers, Nodes, tokens and locks, and yields a function that starts the agents."""
     names = [f"node-{number:03}" for number in range(agents)]
     tokens = NodeTokens(cluster)
     async with contextlib.AsyncExitStack() as stack:
@@ -176,21 +172,9 @@ async def _fleet(
 ) -> AsyncIterator[ScaleRig]:
     async with contextlib.AsyncExitStack() as stack:
         clients = {}
-        recorders = {}
         for name, config in configs.items():
             clients[name] = await connect(config)
             stack.push_async_callback(clients[name].close)
-            me = NodeIdentity(name, "boot")
-            recorders[name] = EventRecorder(clients[name], me, SystemClock(), random.Random(name))
-            stack.push_async_callback(_ended, asyncio.create_task(recorders[name].run()))
-
-        def observer(node: str) -> MetricHooks:
-            def noticed(notice: DeviceEvent) -> None:
-                for text, pod in events_of(notice):
-                    recorders[node].record(text, pod)
-
-            return MetricHooks(on_notice=noticed)
-
         selectors = tuple(
             DeviceSelector(s.key, Selector(vendor=DONGLE.vendor, product=DONGLE.product)) for s in servers
         )
@@ -199,7 +183,7 @@ async def _fleet(
             clock=SystemClock(),
             make_leases=lambda node: KubernetesLeases(clients[node], NAMESPACE),
             make_kube=lambda node: clients[node],
-            make_observer=observer,
+            make_observer=await recording(stack, clients),
             make_count=lambda node: partial(count_pods, clients[node], NAMESPACE),
             kube_has_pods=True,
         )
@@ -208,8 +192,3 @@ async def _fleet(
         rig = ScaleRig(world, admin, servers, keys)
         await rig.offered()
         yield rig
-
-
-async def _ended(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    await asyncio.wait([task])

@@ -1,4 +1,4 @@
-"""A TCP proxy that can cut what passes through it, or swallow it."""
+"""A TCP proxy that can cut connections or hold back their bytes."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
-# Seconds for the connections to notice that the proxy ends.
 END_S = 5.0
+"""Limits the wait for connections to end with the proxy, in seconds."""
 
 
 class Proxy:
-    """cut() resets all connections; while refusing, new ones are closed at once; while silent, bytes go nowhere.
+    """A proxy in front of one port of this machine.
 
-    target: the port that new connections go to. held: how many connections have bytes that are kept back by silence.
+    target: the port for new connections.
+    refusing: whether new connections are closed at once.
+    flowing: while it is not set, bytes are held back.
+    held: the number of connections with bytes held back.
     """
 
     def __init__(self, target_port: int) -> None:
@@ -27,6 +30,7 @@ class Proxy:
         self.held = 0
 
     def cut(self) -> None:
+        """Resets all connections."""
         for writer in self._writers:
             writer.transport.abort()
 
@@ -63,7 +67,7 @@ class Proxy:
         writer.transport.abort()
 
     async def end(self) -> None:
-        """Not by cancelling: asyncio logs a cancelled connection handler as an error."""
+        """Ends all connections without a cancel: asyncio logs a cancelled connection handler as an error."""
         self.flowing.set()
         self.cut()
         if self._tasks:

@@ -1,14 +1,15 @@
-"""What every UsbipClient promises against a server true to usbipd, and what the virtual server promises its clients."""
+"""The contract of a UsbipClient with a server like usbipd, and of the virtual server with its clients."""
 
 from __future__ import annotations
 
 import asyncio
 import re
 from collections.abc import Callable
-from datetime import UTC, datetime
+from dataclasses import dataclass
 
 import pytest
 
+from tests.rigs.clocks import SteppedClock
 from usbip_plugin.errors import (
     DeviceBusy,
     DeviceUnknown,
@@ -23,37 +24,46 @@ from usbip_plugin.usbip.client import Imported, UsbipClient
 from usbip_sim.server.server import RESET_TIME, VirtualServer
 from usbip_sim.server.usbdevice import VENDOR_CLASS, VirtualDevice
 
-# Seconds within which what must come has come.
 PATIENCE = 10.0
-# Seconds given to a server that will never answer.
+"""Limits a wait for an answer that must come, in seconds."""
 SHORT = 0.1
+"""Seconds given to an answer that never comes."""
 STICK = VirtualDevice("1-1", UsbId(0x0951, 0x1666), serial="KINGSTON-42", product="stick")
 TWIN = VirtualDevice("1-2.3", UsbId(0x0951, 0x1666), configured=True, interface=InterfaceClass(8, 6, 0x50))
 OTHER = UsbId(0xDEAD, 0xBEEF)
 
 
-class SteppedClock:
-    """monotonic() stands still until it is moved; timeouts and sleeps are real."""
+@dataclass(frozen=True)
+class Lab:
+    """A server, its clock, and a client."""
 
-    def __init__(self) -> None:
-        self.time = 1000.0
+    server: VirtualServer
+    clock: SteppedClock
+    connect: Callable[[], UsbipClient]
+    client: UsbipClient
 
-    def monotonic(self) -> float:
-        return self.time
+    @property
+    def stick(self) -> DeviceKey:
+        return DeviceKey(self.server.key, STICK.busid)
 
-    def now(self) -> datetime:
-        return datetime(2026, 1, 1, tzinfo=UTC)
+    async def listed(self, client: UsbipClient | None = None) -> list[str]:
+        return [device.busid for device in await (client or self.client).devlist(self.server.key, timeout=PATIENCE)]
 
-    async def sleep(self, seconds: float) -> None:
-        await asyncio.sleep(seconds)
+    async def import_stick(self, timeout: float = PATIENCE) -> Imported:
+        return await self.client.import_device(self.stick, timeout=timeout)
 
-    def timeout(self, seconds: float) -> asyncio.Timeout:
-        return asyncio.timeout(seconds)
+    async def freed(self) -> None:
+        """Waits until the server has the stick back, and passes the time of its reset."""
+        async with asyncio.timeout(PATIENCE):
+            await self.server.until_released(STICK.busid)
+        self.clock.time += RESET_TIME
 
 
 class UsbipClientContract:
-    """Subclasses provide the fixtures: server (started, with STICK and TWIN), clock (the server's), connect (makes a
-    client of one more node)."""
+    """The contract. Subclasses provide the fixtures `server` (started, with STICK and TWIN) and `connect`.
+
+    connect: makes the client of one more node. The server uses the fixture `clock`.
+    """
 
     @pytest.fixture
     def clock(self) -> SteppedClock:
@@ -64,79 +74,61 @@ class UsbipClientContract:
         return connect()
 
     @pytest.fixture
-    def stick(self, server: VirtualServer) -> DeviceKey:
-        return DeviceKey(server.key, STICK.busid)
+    def lab(
+        self, server: VirtualServer, clock: SteppedClock, connect: Callable[[], UsbipClient], client: UsbipClient
+    ) -> Lab:
+        return Lab(server, clock, connect, client)
 
-    async def listed(self, client: UsbipClient, server: VirtualServer) -> list[str]:
-        return [device.busid for device in await client.devlist(server.key, timeout=PATIENCE)]
-
-    async def freed(self, server: VirtualServer, clock: SteppedClock, busid: str) -> None:
-        async with asyncio.timeout(PATIENCE):
-            await server.until_released(busid)
-        clock.time += RESET_TIME
-
-    async def test_a_list_has_every_free_device_with_what_it_is(
-        self, client: UsbipClient, server: VirtualServer
-    ) -> None:
-        stick, twin = await client.devlist(server.key, timeout=PATIENCE)
+    async def test_a_list_has_every_free_device_with_its_ids_and_interfaces(self, lab: Lab) -> None:
+        stick, twin = await lab.client.devlist(lab.server.key, timeout=PATIENCE)
         assert (stick.busid, stick.usb_id, stick.speed) == ("1-1", STICK.usb_id, 3)
         assert (stick.configuration, stick.interfaces) == (0, ())
         assert (twin.busid, twin.configuration, twin.interfaces) == ("1-2.3", 1, (TWIN.interface,))
 
-    async def test_an_import_describes_the_device_and_holds_it(
-        self, client: UsbipClient, server: VirtualServer, stick: DeviceKey
-    ) -> None:
-        imported = await client.import_device(stick, timeout=PATIENCE)
-        assert imported.key == stick
+    async def test_an_import_describes_the_device_and_holds_it(self, lab: Lab) -> None:
+        imported = await lab.import_stick()
+        assert imported.key == lab.stick
         assert imported.descriptor == STICK.descriptor(configured=False)
-        assert server.importers(stick.busid) == 1
+        assert lab.server.importers(STICK.busid) == 1
         imported.close()
 
-    async def test_a_device_in_use_is_hidden_and_busy_for_everybody(
-        self, client: UsbipClient, connect: Callable[[], UsbipClient], server: VirtualServer, stick: DeviceKey
-    ) -> None:
-        imported = await client.import_device(stick, timeout=PATIENCE)
-        for asking in (client, connect()):
+    async def test_a_device_in_use_is_hidden_and_busy_for_every_client(self, lab: Lab) -> None:
+        imported = await lab.import_stick()
+        for asking in (lab.client, lab.connect()):
             with pytest.raises(DeviceBusy, match="status 2"):
-                await asking.import_device(stick, timeout=PATIENCE)
-            assert await self.listed(asking, server) == [TWIN.busid]
-        assert server.importers(stick.busid) == 1
+                await asking.import_device(lab.stick, timeout=PATIENCE)
+            assert await lab.listed(asking) == [TWIN.busid]
+        assert lab.server.importers(STICK.busid) == 1
         imported.close()
 
-    async def test_a_closed_import_frees_the_device_after_its_reset(
-        self, client: UsbipClient, server: VirtualServer, clock: SteppedClock, stick: DeviceKey
-    ) -> None:
-        (await client.import_device(stick, timeout=PATIENCE)).close()
+    async def test_a_closed_import_frees_the_device_after_its_reset(self, lab: Lab) -> None:
+        (await lab.import_stick()).close()
         async with asyncio.timeout(PATIENCE):
-            await server.until_released(stick.busid)
-        assert await self.listed(client, server) == [TWIN.busid]
+            await lab.server.until_released(STICK.busid)
+        assert await lab.listed() == [TWIN.busid]
         with pytest.raises(DeviceBusy):
-            await client.import_device(stick, timeout=PATIENCE)
-        clock.time += RESET_TIME
-        assert await self.listed(client, server) == [STICK.busid, TWIN.busid]
-        (await client.import_device(stick, timeout=PATIENCE)).close()
+            await lab.import_stick()
+        lab.clock.time += RESET_TIME
+        assert await lab.listed() == [STICK.busid, TWIN.busid]
+        (await lab.import_stick()).close()
 
-    async def test_a_refused_import_disturbs_nobody(
-        self, client: UsbipClient, server: VirtualServer, stick: DeviceKey
-    ) -> None:
-        imported = await client.import_device(stick, timeout=PATIENCE)
+    async def test_a_refused_import_leaves_the_importer_its_device(self, lab: Lab) -> None:
+        imported = await lab.import_stick()
         with pytest.raises(DeviceBusy):
-            await client.import_device(stick, timeout=PATIENCE)
-        await self.listed(client, server)
-        assert server.importers(stick.busid) == 1
+            await lab.import_stick()
+        await lab.listed()
+        assert lab.server.importers(STICK.busid) == 1
         imported.close()
 
     @pytest.mark.parametrize("busid", ["9-9", "1-1.1", "..", "1-1/../x", "", "x" * 32])
-    async def test_an_unknown_device_is_refused(self, client: UsbipClient, server: VirtualServer, busid: str) -> None:
+    async def test_an_unknown_device_is_refused(self, lab: Lab, busid: str) -> None:
         with pytest.raises(DeviceUnknown, match="usbip bind"):
-            await client.import_device(DeviceKey(server.key, busid), timeout=PATIENCE)
+            await lab.client.import_device(DeviceKey(lab.server.key, busid), timeout=PATIENCE)
 
-    async def test_of_many_that_want_one_device_one_gets_it(
-        self, connect: Callable[[], UsbipClient], server: VirtualServer, stick: DeviceKey
-    ) -> None:
+    async def test_one_of_many_concurrent_imports_succeeds(self, lab: Lab) -> None:
         async def attempt() -> Imported | UsbipError:
             try:
-                return await connect().import_device(stick, timeout=PATIENCE)
+                return await lab.connect().import_device(lab.stick, timeout=PATIENCE)
             except UsbipError as refused:
                 return refused
 
@@ -144,167 +136,141 @@ class UsbipClientContract:
         winners = [result for result in results if isinstance(result, Imported)]
         assert len(winners) == 1
         assert sum(isinstance(result, DeviceBusy) for result in results) == 7
-        assert (server.importers(stick.busid), server.violations) == (1, [])
+        assert (lab.server.importers(STICK.busid), lab.server.violations) == (1, [])
         winners[0].close()
 
-    async def test_a_server_that_forgets_its_exclusivity_is_found_out(
-        self, client: UsbipClient, server: VirtualServer, stick: DeviceKey
-    ) -> None:
-        server.table.exclusive = False
-        both = [await client.import_device(stick, timeout=PATIENCE) for _ in range(2)]
-        assert server.violations == ["1-1 is exported to 2 importers at once"]
+    async def test_the_virtual_server_records_a_second_importer(self, lab: Lab) -> None:
+        lab.server.table.exclusive = False
+        both = [await lab.import_stick() for _ in range(2)]
+        assert lab.server.violations == ["1-1 is exported to 2 importers at once"]
         for imported in both:
             imported.close()
 
-    async def test_close_may_be_called_twice(
-        self, client: UsbipClient, server: VirtualServer, stick: DeviceKey
-    ) -> None:
-        imported = await client.import_device(stick, timeout=PATIENCE)
+    async def test_close_may_be_called_twice(self, lab: Lab) -> None:
+        imported = await lab.import_stick()
         assert imported.sock.fileno() != -1
         imported.close()
         imported.close()
         assert imported.sock.fileno() == -1
 
-    async def test_a_stopped_server_refuses_and_comes_back_with_its_devices_free(
-        self, client: UsbipClient, server: VirtualServer, clock: SteppedClock, stick: DeviceKey
-    ) -> None:
-        imported = await client.import_device(stick, timeout=PATIENCE)
-        key = server.key
-        await server.stop()
-        assert server.importers(stick.busid) == 0
+    async def test_a_stopped_server_refuses_and_comes_back_with_its_devices_free(self, lab: Lab) -> None:
+        imported = await lab.import_stick()
+        key = lab.server.key
+        await lab.server.stop()
+        assert lab.server.importers(STICK.busid) == 0
         with pytest.raises(ServerUnreachable, match="refused"):
-            await client.devlist(key, timeout=PATIENCE)
+            await lab.client.devlist(key, timeout=PATIENCE)
         with pytest.raises(ServerUnreachable, match="refused"):
-            await client.import_device(stick, timeout=PATIENCE)
-        await server.start()
-        assert server.key == key
-        clock.time += RESET_TIME
-        assert await self.listed(client, server) == [STICK.busid, TWIN.busid]
+            await lab.import_stick()
+        await lab.server.start()
+        assert lab.server.key == key
+        lab.clock.time += RESET_TIME
+        assert await lab.listed() == [STICK.busid, TWIN.busid]
         imported.close()
 
-    async def test_a_killed_daemon_leaves_its_imports_alive(
-        self, client: UsbipClient, server: VirtualServer, stick: DeviceKey
-    ) -> None:
-        imported = await client.import_device(stick, timeout=PATIENCE)
-        server.halt(keep_imports=True)
+    async def test_a_killed_daemon_leaves_its_imports_alive(self, lab: Lab) -> None:
+        imported = await lab.import_stick()
+        lab.server.halt(keep_imports=True)
         with pytest.raises(ServerUnreachable, match="refused"):
-            await client.devlist(server.key, timeout=PATIENCE)
-        assert server.importers(stick.busid) == 1
-        await server.start()
-        assert await self.listed(client, server) == [TWIN.busid]
-        assert (await client.probe(imported, timeout=PATIENCE)).usb_id == STICK.usb_id
+            await lab.client.devlist(lab.server.key, timeout=PATIENCE)
+        assert lab.server.importers(STICK.busid) == 1
+        await lab.server.start()
+        assert await lab.listed() == [TWIN.busid]
+        assert (await lab.client.probe(imported, timeout=PATIENCE)).usb_id == STICK.usb_id
 
-    async def test_a_frozen_server_is_a_timeout_and_nothing_is_held(
-        self, client: UsbipClient, server: VirtualServer, stick: DeviceKey
-    ) -> None:
-        server.freeze()
+    async def test_a_frozen_server_is_a_timeout_and_holds_nothing(self, lab: Lab) -> None:
+        lab.server.freeze()
         with pytest.raises(ServerTimeout, match=r"within 0\.1 s"):
-            await client.devlist(server.key, timeout=SHORT)
+            await lab.client.devlist(lab.server.key, timeout=SHORT)
         with pytest.raises(ServerTimeout, match="IMPORT 1-1"):
-            await client.import_device(stick, timeout=SHORT)
-        server.thaw()
+            await lab.import_stick(SHORT)
+        lab.server.thaw()
         async with asyncio.timeout(PATIENCE):
-            await server.until_released(stick.busid)
-        assert TWIN.busid in await self.listed(client, server)
+            await lab.server.until_released(STICK.busid)
+        assert TWIN.busid in await lab.listed()
 
-    async def test_who_waits_for_a_frozen_server_is_answered_when_it_thaws(
-        self, client: UsbipClient, server: VirtualServer
-    ) -> None:
-        server.freeze()
-        asking = asyncio.ensure_future(client.devlist(server.key, timeout=PATIENCE))
+    async def test_a_request_to_a_frozen_server_is_answered_after_the_thaw(self, lab: Lab) -> None:
+        lab.server.freeze()
+        asking = asyncio.ensure_future(lab.client.devlist(lab.server.key, timeout=PATIENCE))
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(SHORT):
                 await asyncio.shield(asking)
-        server.thaw()
+        lab.server.thaw()
         assert len(await asking) == 2
 
-    async def test_a_cancelled_import_holds_nothing(
-        self, client: UsbipClient, server: VirtualServer, stick: DeviceKey
-    ) -> None:
-        server.freeze()
-        asking = asyncio.ensure_future(client.import_device(stick, timeout=PATIENCE))
+    async def test_a_cancelled_import_holds_nothing(self, lab: Lab) -> None:
+        lab.server.freeze()
+        asking = asyncio.ensure_future(lab.import_stick())
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(SHORT):
                 await asyncio.shield(asking)
         asking.cancel()
         with pytest.raises(asyncio.CancelledError):
             await asking
-        server.thaw()
+        lab.server.thaw()
         async with asyncio.timeout(PATIENCE):
-            await server.until_released(stick.busid)
-        assert server.importers(stick.busid) == 0
+            await lab.server.until_released(STICK.busid)
+        assert lab.server.importers(STICK.busid) == 0
 
-    async def test_no_such_host(self, client: UsbipClient) -> None:
+    async def test_an_unknown_host_is_unreachable(self, lab: Lab) -> None:
         with pytest.raises(ServerUnreachable, match="no such host"):
-            await client.devlist(ServerKey("no..host", 3240), timeout=PATIENCE)
+            await lab.client.devlist(ServerKey("no..host", 3240), timeout=PATIENCE)
 
-    async def test_an_unplugged_device_is_gone_and_its_importer_told(
-        self, client: UsbipClient, server: VirtualServer, stick: DeviceKey
-    ) -> None:
-        imported = await client.import_device(stick, timeout=PATIENCE)
-        server.unplug(stick.busid)
-        assert await self.listed(client, server) == [TWIN.busid]
+    async def test_an_unplugged_device_is_gone_and_its_import_ends(self, lab: Lab) -> None:
+        imported = await lab.import_stick()
+        lab.server.unplug(STICK.busid)
+        assert await lab.listed() == [TWIN.busid]
         with pytest.raises(DeviceUnknown):
-            await client.import_device(stick, timeout=PATIENCE)
+            await lab.import_stick()
         with pytest.raises(ServerUnreachable):
-            await client.probe(imported, timeout=PATIENCE)
-        server.plug(STICK)
-        assert await self.listed(client, server) == [TWIN.busid, STICK.busid]
+            await lab.client.probe(imported, timeout=PATIENCE)
+        lab.server.plug(STICK)
+        assert await lab.listed() == [TWIN.busid, STICK.busid]
 
-    async def test_a_dropped_importer_loses_the_device_which_stays_listed(
-        self, client: UsbipClient, server: VirtualServer, clock: SteppedClock, stick: DeviceKey
-    ) -> None:
-        imported = await client.import_device(stick, timeout=PATIENCE)
-        server.drop(stick.busid)
-        await self.freed(server, clock, stick.busid)
-        assert await self.listed(client, server) == [STICK.busid, TWIN.busid]
+    async def test_a_dropped_importer_loses_the_device_and_the_server_lists_it(self, lab: Lab) -> None:
+        imported = await lab.import_stick()
+        lab.server.drop(STICK.busid)
+        await lab.freed()
+        assert await lab.listed() == [STICK.busid, TWIN.busid]
         with pytest.raises(ServerUnreachable):
-            await client.probe(imported, timeout=PATIENCE)
+            await lab.client.probe(imported, timeout=PATIENCE)
 
-    async def test_a_probe_reads_what_a_list_does_not_say_and_lets_the_device_go(
-        self, client: UsbipClient, server: VirtualServer, clock: SteppedClock, stick: DeviceKey
-    ) -> None:
-        imported = await client.import_device(stick, timeout=PATIENCE)
-        identity = await client.probe(imported, timeout=PATIENCE)
+    async def test_a_probe_reads_the_serial_number_and_frees_the_device(self, lab: Lab) -> None:
+        imported = await lab.import_stick()
+        identity = await lab.client.probe(imported, timeout=PATIENCE)
         assert (identity.usb_id, identity.serial) == (STICK.usb_id, "KINGSTON-42")
         assert identity.interfaces == (VENDOR_CLASS,)
         assert imported.sock.fileno() == -1
-        await self.freed(server, clock, stick.busid)
+        await lab.freed()
 
-    async def test_a_device_without_a_serial_number_has_none(self, client: UsbipClient, server: VirtualServer) -> None:
-        imported = await client.import_device(DeviceKey(server.key, TWIN.busid), timeout=PATIENCE)
-        identity = await client.probe(imported, timeout=PATIENCE)
+    async def test_a_device_without_a_serial_number_has_none(self, lab: Lab) -> None:
+        imported = await lab.client.import_device(DeviceKey(lab.server.key, TWIN.busid), timeout=PATIENCE)
+        identity = await lab.client.probe(imported, timeout=PATIENCE)
         assert (identity.serial, identity.interfaces) == (None, (TWIN.interface,))
 
-    async def test_a_probe_of_a_frozen_server_times_out_and_closes(
-        self, client: UsbipClient, server: VirtualServer, stick: DeviceKey
-    ) -> None:
-        imported = await client.import_device(stick, timeout=PATIENCE)
-        server.freeze()
+    async def test_a_probe_of_a_frozen_server_times_out_and_closes(self, lab: Lab) -> None:
+        imported = await lab.import_stick()
+        lab.server.freeze()
         with pytest.raises(ServerTimeout, match="GET_DESCRIPTOR"):
-            await client.probe(imported, timeout=SHORT)
+            await lab.client.probe(imported, timeout=SHORT)
         assert imported.sock.fileno() == -1
 
-    async def test_a_lying_reply_is_handed_on_for_the_caller_to_compare(
-        self, client: UsbipClient, server: VirtualServer, stick: DeviceKey
-    ) -> None:
-        server.lie(stick.busid, said=OTHER)
-        imported = await client.import_device(stick, timeout=PATIENCE)
+    async def test_a_wrong_usb_id_in_a_reply_is_returned_to_the_caller(self, lab: Lab) -> None:
+        lab.server.lie(STICK.busid, said=OTHER)
+        imported = await lab.import_stick()
         assert imported.descriptor.usb_id == OTHER
         imported.close()
 
-    async def test_a_device_that_is_not_what_the_reply_says_is_found_out_by_a_probe(
-        self, client: UsbipClient, server: VirtualServer, stick: DeviceKey
-    ) -> None:
-        server.lie(stick.busid, real=OTHER)
-        imported = await client.import_device(stick, timeout=PATIENCE)
+    async def test_a_probe_detects_a_device_other_than_that_of_the_reply(self, lab: Lab) -> None:
+        lab.server.lie(STICK.busid, real=OTHER)
+        imported = await lab.import_stick()
         with pytest.raises(WrongDevice, match=r"expected USB ID 0951:1666, got dead:beef"):
-            await client.probe(imported, timeout=PATIENCE)
+            await lab.client.probe(imported, timeout=PATIENCE)
         assert imported.sock.fileno() == -1
 
-    async def test_errors_name_the_server(self, client: UsbipClient, server: VirtualServer, stick: DeviceKey) -> None:
-        await server.stop()
-        with pytest.raises(UsbipError, match=re.escape(f"USB/IP server {server.key}: ")) as caught:
-            await client.import_device(stick, timeout=PATIENCE)
-        assert caught.value.server == server.key
+    async def test_errors_name_the_server(self, lab: Lab) -> None:
+        await lab.server.stop()
+        with pytest.raises(UsbipError, match=re.escape(f"USB/IP server {lab.server.key}: ")) as caught:
+            await lab.import_stick()
+        assert caught.value.server == lab.server.key
         assert not isinstance(caught.value, MalformedReply)

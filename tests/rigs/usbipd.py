@@ -1,4 +1,4 @@
-"""A real usbipd on this machine's loopback, and the devices it exports. Only for the guest: it rebinds USB devices."""
+"""A real usbipd on the loopback of this machine, with its devices. Only for the guest: it rebinds USB devices."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ SERVER_MODULES = (
 PORT = 3240
 START_S = 10.0
 SETTLE_S = 60.0
-"""For what must happen: the guest is emulated, and slow on a busy machine."""
+"""Limits a wait in seconds: the guest is emulated, and slow on a busy machine."""
 STATUS_AVAILABLE = "1"  # SDEV_ST_AVAILABLE
 
 
 def eventually(check: Callable[[], bool], what: str, limit: float = SETTLE_S) -> None:
-    """Wait, blocking, for something that no event tells of."""
+    """Blocks until the check is true. Raises AssertionError after the limit in seconds."""
     end = time.monotonic() + limit
     while not check():
         if time.monotonic() > end:
@@ -37,7 +37,7 @@ def eventually(check: Callable[[], bool], what: str, limit: float = SETTLE_S) ->
 
 
 class RealUsbipd:
-    """Finds devices by the serial number QEMU gave them, binds them to usbip-host, and runs usbipd."""
+    """A usbipd whose devices are found by their serial numbers in QEMU and bound to usbip-host."""
 
     def __init__(self, port: int = PORT) -> None:
         self.key = ServerKey("127.0.0.1", port)
@@ -55,7 +55,7 @@ class RealUsbipd:
             subprocess.run(["modprobe", module], check=True)
 
     def start(self) -> None:
-        """Returns when it accepts connections."""
+        """Starts usbipd, and waits until it accepts connections."""
         command = [self._tool("usbipd"), "-4", f"-t{self.key.port}"]
         self._process = subprocess.Popen(
             command, env=self._environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -63,7 +63,7 @@ class RealUsbipd:
         eventually(self._accepts, "usbipd accepts connections", START_S)
 
     def stop(self) -> None:
-        """As an administrator would. Existing imports go on: the kernel has their sockets."""
+        """Terminates usbipd. Imports continue: the kernel has their sockets."""
         self._end(subprocess.Popen.terminate)
 
     def kill(self) -> None:
@@ -81,7 +81,6 @@ class RealUsbipd:
 
     @property
     def pid(self) -> int:
-        """Of the running usbipd."""
         assert self._process is not None, "usbipd is not running"
         return self._process.pid
 
@@ -93,7 +92,7 @@ class RealUsbipd:
         return True
 
     def busids(self) -> dict[str, str]:
-        """Serial number -> busid of the devices on this machine's own controllers, bound or not."""
+        """Returns {serial number: busid} of the devices on this machine's own controllers, bound or not."""
         found: dict[str, str] = {}
         for device in DEVICES.glob("[0-9]*-*"):
             serial = device / "serial"
@@ -103,7 +102,7 @@ class RealUsbipd:
         return found
 
     def busid(self, serial: str) -> str:
-        """Waits for the device to have been found by the kernel."""
+        """Waits until the kernel has found the device, and returns its busid."""
         eventually(lambda: serial in self.busids(), f"a USB device with serial {serial}")
         return self.busids()[serial]
 
@@ -116,7 +115,7 @@ class RealUsbipd:
             self.usbip("unbind", "-b", busid)
 
     def pull(self, busid: str) -> None:
-        """As unbind, but no other driver gets the device: to its importers, its plug was pulled. plug() ends that."""
+        """Unbinds the device without another driver: importers see it unplugged. plug() binds it again."""
         (STUB / "unbind").write_text(busid)
 
     def plug(self, busid: str) -> None:
@@ -126,25 +125,25 @@ class RealUsbipd:
         return (STUB / busid).exists()
 
     def is_free(self, busid: str) -> bool:
-        """Bound, and exported to nobody."""
+        """Whether the device is bound and not imported."""
         try:
             return (STUB / busid / "usbip_status").read_text().strip() == STATUS_AVAILABLE
         except OSError:
             return False
 
     def drop(self, busid: str) -> None:
-        """End the import of a device from the server's side."""
+        """Ends the import of a device on the server."""
         (STUB / busid / "usbip_sockfd").write_text("-1\n")
 
     def usbip_port(self) -> str:
-        """What `usbip port` prints; "" where it fails, as it does while a device that is attached enumerates."""
+        """Returns the output of `usbip port`, or "" if it fails, as it does while a device enumerates."""
         try:
             return self.usbip("port")
         except AssertionError:
             return ""
 
     def usbip(self, *arguments: str) -> str:
-        """The command line tool's output."""
+        """Runs the usbip tool and returns its output."""
         done = subprocess.run(
             [self._tool("usbip"), *arguments], env=self._environment, capture_output=True, text=True, check=False
         )

@@ -1,4 +1,4 @@
-"""What every VhciDriver must do. Run on the simulated kernel, on a fake sysfs, and in a guest on the real one."""
+"""The contract of a VhciDriver, for the simulated kernel, a fake sysfs, and the real kernel in a guest."""
 
 from __future__ import annotations
 
@@ -28,38 +28,44 @@ class Imported(Protocol):
 
 
 class Rig(Protocol):
-    """A kernel, a server with two identical high- or full-speed devices and a SuperSpeed one, and plugins."""
+    """A kernel, and a server with a SuperSpeed device and two identical devices of high or full speed."""
 
     def plugin(self) -> VhciDriver:
-        """The driver of a plugin that has just (re)started on this node; its run() is running."""
+        """Returns the driver of a new plugin process on this node. Its run() is running."""
         ...
 
     async def import_twin(self, number: int) -> Imported:
-        """number: 0 or 1."""
+        """Imports one of the two identical devices. number: 0 or 1."""
         ...
 
     async def import_super(self) -> Imported: ...
     async def import_stuck(self) -> Imported:
-        """A connection that never answers."""
+        """Returns a connection that never answers."""
         ...
 
     async def server_ends(self, imported: Imported) -> None: ...
     async def is_free_on_server(self, key: DeviceKey) -> bool: ...
     async def fill(self, hub: str) -> None:
-        """Take all free ports of this hub."""
+        """Occupies all free ports of this hub."""
         ...
 
 
-async def attached(driver: VhciDriver, imported: Imported) -> Attachment:
+async def begin_attach(driver: VhciDriver, imported: Imported) -> int:
+    """Passes the connection to the kernel, and returns the port."""
     port = await driver.attach(imported.key, imported.descriptor, imported.fileno())
     imported.close()
+    return port
+
+
+async def attached(driver: VhciDriver, imported: Imported) -> Attachment:
+    port = await begin_attach(driver, imported)
     return await driver.enumerate(imported.key, imported.descriptor, port, children=(), timeout=LIMIT_S)
 
 
 async def seen_free(driver: VhciDriver, number: int) -> None:
-    """Returns when the port is free; nobody detaches it."""
+    """Waits until the port is free, without a detach."""
     async with asyncio.timeout(LIMIT_S):
-        while (await state(driver, number)).status is not PortStatus.NULL:  # noqa: ASYNC110 (no uevent says so)
+        while (await state(driver, number)).status is not PortStatus.NULL:  # noqa: ASYNC110 (there is no uevent)
             await asyncio.sleep(0.01)
 
 
@@ -68,10 +74,10 @@ async def state(driver: VhciDriver, number: int) -> PortState:
 
 
 class VhciContract:
-    """Inherit, and give a fixture `rig`."""
+    """The contract. Subclasses provide the fixture `rig`."""
 
     @pytest.mark.short
-    async def test_an_attached_device_stands_on_its_port_with_its_record(self, rig: Rig) -> None:
+    async def test_an_attached_device_is_on_its_port_with_its_record(self, rig: Rig) -> None:
         driver, imported = rig.plugin(), await rig.import_twin(0)
         attachment = await attached(driver, imported)
         port = await state(driver, attachment.port)
@@ -83,7 +89,7 @@ class VhciContract:
         assert attachment.nodes[0].path.startswith("/dev/bus/usb/")
 
     @pytest.mark.short
-    async def test_the_server_has_it_free_again_after_detach_and_not_before(self, rig: Rig) -> None:
+    async def test_a_device_is_free_on_the_server_after_its_detach_and_not_before(self, rig: Rig) -> None:
         driver, imported = rig.plugin(), await rig.import_twin(0)
         attachment = await attached(driver, imported)
         assert not await rig.is_free_on_server(imported.key)
@@ -102,7 +108,7 @@ class VhciContract:
             assert await driver.inspect(imported.key, attachment.port) is None
 
     @pytest.mark.short
-    async def test_a_restarted_plugin_finds_what_its_predecessor_left(self, rig: Rig) -> None:
+    async def test_a_restarted_plugin_finds_the_devices_of_its_predecessor(self, rig: Rig) -> None:
         imported = await rig.import_twin(1)
         attachment = await attached(rig.plugin(), imported)
         successor = rig.plugin()
@@ -113,7 +119,7 @@ class VhciContract:
         assert await rig.is_free_on_server(imported.key)
 
     @pytest.mark.short
-    async def test_twins_attached_at_once_are_told_apart(self, rig: Rig) -> None:
+    async def test_identical_devices_attached_at_once_are_distinguished(self, rig: Rig) -> None:
         driver = rig.plugin()
         imported = [await rig.import_twin(0), await rig.import_twin(1)]
         first, second = await asyncio.gather(*(attached(driver, one) for one in imported))
@@ -132,21 +138,19 @@ class VhciContract:
         assert (port.hub, port.status) == ("ss", PortStatus.USED)
 
     @pytest.mark.short
-    async def test_another_device_than_promised_is_detached(self, rig: Rig) -> None:
+    async def test_another_device_than_expected_is_detached(self, rig: Rig) -> None:
         driver, imported = rig.plugin(), await rig.import_twin(0)
-        promised = dataclasses.replace(imported.descriptor, usb_id=UsbId(0xDEAD, 0xBEEF))
-        port = await driver.attach(imported.key, imported.descriptor, imported.fileno())
-        imported.close()
+        expected = dataclasses.replace(imported.descriptor, usb_id=UsbId(0xDEAD, 0xBEEF))
+        port = await begin_attach(driver, imported)
         with pytest.raises(WrongDevice) as raised:
-            await driver.enumerate(imported.key, promised, port, timeout=LIMIT_S)
-        assert (raised.value.expected, raised.value.found) == (promised.usb_id, imported.descriptor.usb_id)
+            await driver.enumerate(imported.key, expected, port, timeout=LIMIT_S)
+        assert (raised.value.expected, raised.value.found) == (expected.usb_id, imported.descriptor.usb_id)
         assert (await state(driver, port)).status is PortStatus.NULL
         assert await rig.is_free_on_server(imported.key)
 
     async def test_a_silent_device_is_stuck_and_its_port_freed(self, rig: Rig) -> None:
         driver, imported = rig.plugin(), await rig.import_stuck()
-        port = await driver.attach(imported.key, imported.descriptor, imported.fileno())
-        imported.close()
+        port = await begin_attach(driver, imported)
         with pytest.raises(AttachStuck):
             await driver.enumerate(imported.key, imported.descriptor, port, timeout=0.3)
         assert (await state(driver, port)).status is PortStatus.NULL
@@ -154,8 +158,7 @@ class VhciContract:
 
     async def test_after_a_cancelled_enumeration_the_caller_can_detach(self, rig: Rig) -> None:
         driver, imported = rig.plugin(), await rig.import_stuck()
-        port = await driver.attach(imported.key, imported.descriptor, imported.fileno())
-        imported.close()
+        port = await begin_attach(driver, imported)
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.05):
                 await driver.enumerate(imported.key, imported.descriptor, port, timeout=LIMIT_S)
@@ -168,44 +171,36 @@ class VhciContract:
     async def test_the_end_of_the_connection_is_noticed(self, rig: Rig) -> None:
         driver, imported = rig.plugin(), await rig.import_twin(0)
         attachment = await attached(driver, imported)
-        looked = asyncio.Event()
-        unsubscribe = driver.subscribe(looked.set)
+        changed = asyncio.Event()
+        unsubscribe = driver.subscribe(changed.set)
         await rig.server_ends(imported)
         async with asyncio.timeout(LIMIT_S):
             while (await state(driver, attachment.port)).status is not PortStatus.NULL:
-                looked.clear()
-                await looked.wait()
+                changed.clear()
+                await changed.wait()
         unsubscribe()
         assert await driver.inspect(imported.key, attachment.port) is None
         await driver.detach(attachment.port, timeout=LIMIT_S)
         assert (await state(driver, attachment.port)).record is None
 
-    async def test_the_record_of_a_port_that_fell_free_unseen_names_nobodys_next_device(self, rig: Rig) -> None:
+    @pytest.mark.parametrize("earlier", [True, False], ids=["running before", "started after"])
+    async def test_a_record_does_not_name_the_next_device_of_another_owner_on_its_port(
+        self, rig: Rig, earlier: bool
+    ) -> None:
         imported = await rig.import_twin(0)
         predecessor = rig.plugin()
         attachment = await attached(predecessor, imported)
         await rig.server_ends(imported)
         await seen_free(predecessor, attachment.port)
-        earlier = rig.plugin()
+        successors = [rig.plugin()] if earlier else []
         await asyncio.sleep(0.01)  # its run() begins
         await rig.fill("hs")
-        for successor in (earlier, rig.plugin()):
+        for successor in (*successors, rig.plugin()):
             assert (await state(successor, attachment.port)).status is not PortStatus.NULL
             assert (await state(successor, attachment.port)).record is None
 
-    async def test_the_record_of_a_port_that_somebody_else_has_by_now_names_nothing(self, rig: Rig) -> None:
-        imported = await rig.import_twin(0)
-        predecessor = rig.plugin()
-        attachment = await attached(predecessor, imported)
-        await rig.server_ends(imported)
-        await seen_free(predecessor, attachment.port)
-        await rig.fill("hs")
-        successor = rig.plugin()
-        assert (await state(successor, attachment.port)).status is not PortStatus.NULL
-        assert (await state(successor, attachment.port)).record is None
-
     @pytest.mark.short
-    async def test_a_record_is_forgotten_for_the_device_it_names_and_for_no_other(self, rig: Rig) -> None:
+    async def test_forget_removes_only_the_record_of_its_device(self, rig: Rig) -> None:
         driver, imported, other = rig.plugin(), await rig.import_twin(0), await rig.import_twin(1)
         attachment = await attached(driver, imported)
         await driver.forget(other.key)
@@ -216,22 +211,22 @@ class VhciContract:
         other.close()
 
     @pytest.mark.short
-    async def test_somebody_elses_device_on_a_port_that_was_ours_is_left_alone(self, rig: Rig) -> None:
-        driver, somebody, adopter = rig.plugin(), rig.plugin(), rig.plugin()
+    async def test_a_device_of_another_owner_on_a_former_port_is_not_detached(self, rig: Rig) -> None:
+        driver, other, adopter = rig.plugin(), rig.plugin(), rig.plugin()
         lost = await rig.import_twin(0)
         ours = await attached(driver, lost)
         assert await adopter.inspect(lost.key, ours.port) == ours
         await rig.server_ends(lost)
-        await somebody.detach(ours.port, timeout=LIMIT_S)  # waits until it is free
-        theirs = await attached(somebody, await rig.import_twin(1))
+        await other.detach(ours.port, timeout=LIMIT_S)  # waits until it is free
+        theirs = await attached(other, await rig.import_twin(1))
         assert theirs.port == ours.port
         assert await driver.inspect(lost.key, ours.port) is None
         assert (await state(driver, ours.port)).record is None
-        for once_ours in (driver, adopter):
-            await once_ours.detach(ours.port, timeout=LIMIT_S)
-        assert await somebody.inspect(theirs.key, theirs.port) == theirs
+        for former in (driver, adopter):
+            await former.detach(ours.port, timeout=LIMIT_S)
+        assert await other.inspect(theirs.key, theirs.port) == theirs
 
-    async def test_no_port_left(self, rig: Rig) -> None:
+    async def test_an_attach_without_a_free_port_is_an_error(self, rig: Rig) -> None:
         driver, imported = rig.plugin(), await rig.import_twin(0)
         await rig.fill("hs")
         with pytest.raises(PortsExhausted) as raised:

@@ -1,4 +1,4 @@
-"""A directory tree that behaves like vhci_hcd's part of sysfs, for running SysfsVhci without the kernel."""
+"""A directory tree that behaves like the sysfs of vhci_hcd, to run SysfsVhci without the kernel."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PER_HUB = 3
 
 @dataclass
 class Row:
-    """A port as the fake has it."""
+    """A port of the fake."""
 
     number: int
     hub: str
@@ -35,15 +35,24 @@ class Row:
 
 @dataclass
 class FakeSysfs:
-    """`devices` says what is behind a devid; `write` is what SysfsVhci is given. Faults are the fields."""
+    """A fake of vhci_hcd's sysfs, whose `write` is for SysfsVhci.
+
+    devices, serials: the device and its serial number by devid.
+    stuck: devids that never enumerate.
+    linger: whether sysfs directories stay until vanish().
+    before_attach: called with the port before each attach.
+    refuse: errnos for the next writes, by file name.
+    heard: called with each uevent.
+    written: all writes, as (path, text).
+    """
 
     root: Path
     devices: dict[int, Descriptor]
     serials: dict[int, str] = field(default_factory=dict)
-    stuck: set[int] = field(default_factory=set)  # devids that never enumerate
-    linger: bool = False  # sysfs directories stay until vanish()
+    stuck: set[int] = field(default_factory=set)
+    linger: bool = False
     before_attach: Callable[[int], None] = lambda _port: None
-    refuse: dict[str, list[int]] = field(default_factory=dict)  # file name: errnos for the next writes
+    refuse: dict[str, list[int]] = field(default_factory=dict)
     heard: Callable[[Uevent | None], None] = lambda _event: None
     written: list[tuple[str, str]] = field(default_factory=list)
 
@@ -75,10 +84,8 @@ class FakeSysfs:
         for row in self.rows:
             self.free(row.number)
 
-    # What the kernel does.
-
     def write(self, path: Path, text: str) -> None:
-        """The write SysfsVhci makes."""
+        """Handles a write by SysfsVhci, like the kernel."""
         if path.name == "attach":
             self.before_attach(int(text.split(maxsplit=1)[0]))
         with self._lock:
@@ -114,14 +121,14 @@ class FakeSysfs:
         self._render()
 
     def take(self, port: int, *, status: int = 6, devid: int = 0xFFFF) -> None:
-        """Somebody else attaches something."""
+        """Occupies a port, like an attach by another process."""
         with self._lock:
             row = self.rows[port]
             row.status, row.devid, row.speed, row.sockfd = status, devid, 5 if row.hub == "ss" else 3, 3
             self._render()
 
     def free(self, port: int) -> None:
-        """The connection ends."""
+        """Frees a port, like the end of its connection."""
         with self._lock:
             row = self.rows[port]
             if row.fd >= 0:
@@ -134,7 +141,7 @@ class FakeSysfs:
                     self.vanish(port)
 
     def vanish(self, port: int) -> None:
-        """The device leaves sysfs, a little after its port has become null."""
+        """Removes the device from sysfs, some time after its port has become free."""
         row = self.rows[port]
         row.lingering = False
         shutil.rmtree(row.device, ignore_errors=True)
@@ -150,7 +157,7 @@ class FakeSysfs:
         self._uevent("add", row.device)
 
     def enumerate_anew(self, port: int, usb_id: UsbId) -> None:
-        """The device leaves the bus and comes back over the same connection, as this one."""
+        """Replaces the device on the bus by one with this id, over its connection."""
         with self._lock:
             row = self.rows[port]
             shutil.rmtree(row.device)
@@ -179,7 +186,7 @@ class FakeSysfs:
 
 
 def add_device(device: Path, usb_id: UsbId, bus: int, devnum: int, authorized: str, serial: str | None = None) -> None:
-    """A USB device's directory, as far as the plugin reads it."""
+    """Makes the directory of a USB device with the files that the plugin reads."""
     device.mkdir(parents=True)
     files = {
         "idVendor": f"{usb_id.vendor:04x}",
@@ -197,7 +204,7 @@ def add_device(device: Path, usb_id: UsbId, bus: int, devnum: int, authorized: s
 
 
 def add_interface(device: Path, number: int, class_: int, subclass: int = 0) -> Path:
-    """An interface of a device."""
+    """Makes the directory of an interface, and returns it."""
     interface = device / f"{device.name}:1.{number}"
     interface.mkdir()
     (interface / "bInterfaceNumber").write_text(f"{number:02x}\n")
@@ -207,7 +214,7 @@ def add_interface(device: Path, number: int, class_: int, subclass: int = 0) -> 
 
 
 def add_node(folder: Path, subsystem: str, devname: str, major: int, minor: int) -> Path:
-    """A directory with a device node, such as .../ttyUSB0/tty/ttyUSB0. No uevent."""
+    """Makes a directory with a device node, such as .../ttyUSB0/tty/ttyUSB0, without a uevent."""
     folder.mkdir(parents=True)
     (folder / "dev").write_text(f"{major}:{minor}\n")
     (folder / "uevent").write_text(f"MAJOR={major}\nMINOR={minor}\nDEVNAME={devname}\n")

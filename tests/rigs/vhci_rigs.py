@@ -1,4 +1,4 @@
-"""Rigs for the vhci contract: the simulated kernel with both kinds of sockets, and SysfsVhci on a fake sysfs."""
+"""Rigs for the contract of a VhciDriver: the simulated kernel, also as a service, and SysfsVhci on a fake sysfs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ DEVICES = {one.devid: one for one in (*TWINS, SUPER, STUCK)}
 
 @dataclass
 class Connection:
-    """An import. sock is the client's end; ended by the server through end()."""
+    """An import. sock: the end of the client. end: ends it on the server. free: whether the device is free there."""
 
     key: DeviceKey
     descriptor: Descriptor
@@ -55,7 +55,7 @@ class Connection:
 
 
 class SocketServer:
-    """Keeps the server's ends of socketpairs; a device is free when its connection has ended."""
+    """A server with its ends of socketpairs. A device is free when its connection has ended."""
 
     def __init__(self) -> None:
         self.ends: dict[DeviceKey, socket.socket] = {}
@@ -80,7 +80,7 @@ class SocketServer:
 
 
 class MemoryServer:
-    """The same with in-memory sockets."""
+    """A server with in-memory sockets."""
 
     def __init__(self) -> None:
         self.table = SocketTable()
@@ -100,7 +100,7 @@ class MemoryServer:
 
 
 class BaseRig:
-    """What both have: the server."""
+    """A rig with a server."""
 
     def __init__(self, server: SocketServer | MemoryServer) -> None:
         self.server = server
@@ -116,7 +116,7 @@ class BaseRig:
 
 
 class SimRig(BaseRig):
-    """SimulatedVhci."""
+    """A rig for SimulatedVhci."""
 
     def __init__(self, server: SocketServer | MemoryServer, delay: float) -> None:
         super().__init__(server)
@@ -146,7 +146,7 @@ class SimRig(BaseRig):
 
 
 class RemoteRig(SimRig):
-    """RemoteVhci, and the simulated kernel as a service. group owns the service and the drivers' run()."""
+    """A rig for RemoteVhci, with the simulated kernel as a service. group: owns the service and the drivers' run()."""
 
     def __init__(self, tmp_path: Path, group: asyncio.TaskGroup, delay: float) -> None:
         super().__init__(SocketServer(), delay)
@@ -156,7 +156,7 @@ class RemoteRig(SimRig):
         self.tasks: list[asyncio.Task[None]] = []
 
     def boot(self) -> asyncio.Task[None]:
-        """A new process on the same socket. The caller cancels it to crash it."""
+        """Starts the service on the socket. The caller cancels the task for a crash."""
         nodes = DeviceNodes(self.devices, self.path.parent / "nodes", Path.touch, Path.is_file)
         task = self.group.create_task(KernelService(self.kernel, self.path, nodes).run())
         self.tasks.append(task)
@@ -174,15 +174,15 @@ class RemoteRig(SimRig):
 
 
 class FakeUevents:
-    """Uevents from the fake's threads."""
+    """Uevents of a fake sysfs, from any thread."""
 
     def __init__(self, sysfs: FakeSysfs) -> None:
         self.sysfs = sysfs
         self.listeners: list[Callable[[Uevent | None], None]] = []
         self.loop = asyncio.get_running_loop()
-        sysfs.heard = self.tell
+        sysfs.heard = self.deliver_soon
 
-    def tell(self, event: Uevent | None) -> None:
+    def deliver_soon(self, event: Uevent | None) -> None:
         self.loop.call_soon_threadsafe(lambda: [listener(event) for listener in self.listeners])
 
     async def run(self, deliver: Callable[[Uevent | None], None]) -> None:
@@ -197,7 +197,7 @@ class FakeUevents:
 
 
 class FakeSysfsRig(BaseRig):
-    """SysfsVhci on a fake sysfs; group owns the drivers' run()."""
+    """A rig for SysfsVhci on a fake sysfs. group: owns the drivers' run()."""
 
     def __init__(self, tmp_path: Path, group: asyncio.TaskGroup) -> None:
         super().__init__(SocketServer())
