@@ -1,6 +1,6 @@
-"""The real client against servers that mean harm: bounded in time and memory, the right error, and the socket closed.
+"""The real client against hostile servers: bounded in time and memory, the right error, and the socket closed.
 
-In virtual time, on socket pairs: what is written has arrived. unit/test_usbip_hostile_server.py has what needs TCP.
+In virtual time, on socket pairs: what is written has arrived. tests/unit/usbip/test_connect.py has what needs TCP.
 """
 
 from __future__ import annotations
@@ -19,12 +19,22 @@ from opentelemetry.trace import NoOpTracer
 
 from tests.protocol.golden_files import golden
 from tests.rigs.known_resources import KnownResources
+from tests.rigs.tasks import background
 from usbip_plugin.attach.cdi import CdiSpecs
 from usbip_plugin.attach.pipeline import Pipeline, Progress
 from usbip_plugin.attach.tasks import DeviceTasks
 from usbip_plugin.claims import Claim, ClaimBook
 from usbip_plugin.context import NodeContext
-from usbip_plugin.errors import MalformedReply, ServerTimeout, ServerUnreachable, UsbipError, WrongDevice
+from usbip_plugin.errors import (
+    DeviceBusy,
+    DeviceUnknown,
+    ImportRefused,
+    MalformedReply,
+    ServerTimeout,
+    ServerUnreachable,
+    UsbipError,
+    WrongDevice,
+)
 from usbip_plugin.locks.manager import LockManager, LockSettings
 from usbip_plugin.model import DeviceKey, NodeIdentity, ServerKey, UsbId
 from usbip_plugin.usbip import wire
@@ -54,7 +64,7 @@ Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]
 
 @dataclass
 class Malicious(Connector):
-    """Connects to a coroutine. given: the client's ends of all connections."""
+    """A connector to a server that is a coroutine. given: the client's ends of all connections."""
 
     handle: Handler
     given: list[socket.socket] = field(default_factory=list)
@@ -82,7 +92,7 @@ class Malicious(Connector):
 
 @dataclass
 class Asked:
-    """A client, its server, and the loop's clock."""
+    """A client and its server."""
 
     client: TcpUsbipClient
     server: Malicious
@@ -105,7 +115,6 @@ class Asked:
             assert imported.sock.fileno() == -1
 
     def all_closed(self) -> None:
-        """The client keeps no connection."""
         assert self.server.given
         assert {sock.fileno() for sock in self.server.given} == {-1}
 
@@ -124,7 +133,7 @@ async def against(handle: Handler) -> AsyncIterator[Asked]:
 
 
 async def requested(reader: asyncio.StreamReader) -> bool:
-    """Reads one request; whether it was for an import."""
+    """Reads one request, and returns whether it was for an import."""
     head = await reader.readexactly(8)
     wants_import = head[2:4] == b"\x80\x03"
     if wants_import:
@@ -132,16 +141,18 @@ async def requested(reader: asyncio.StreamReader) -> bool:
     return wants_import
 
 
-def says(data: bytes) -> Handler:
+def says(data: bytes, *, then_close: bool = False) -> Handler:
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await requested(reader)
         writer.write(data)
+        if then_close:
+            writer.write_eof()
 
     return handle
 
 
 async def drip(writer: asyncio.StreamWriter, data: bytes, seconds: float) -> None:
-    """A byte every so many seconds, until the client has gone."""
+    """Writes a byte every so many seconds."""
     for byte in data:
         writer.write(bytes([byte]))
         await writer.drain()
@@ -187,11 +198,17 @@ async def test_a_device_that_answers_a_probe_in_slow_bytes_is_given_up(seconds: 
         assert asked.now == TIMEOUT
 
 
-@pytest.mark.parametrize("call", ["devlist", "import_device"])
 @virtual
-async def test_a_server_that_accepts_and_never_answers_is_given_up(call: str) -> None:
+async def test_a_reply_in_single_bytes_is_read() -> None:
+    async with against(drips(IMPORT, 0)) as asked:
+        await asked.import_device()
+
+
+@pytest.mark.parametrize(("call", "request_name"), [("devlist", "DEVLIST"), ("import_device", "IMPORT 1-1")])
+@virtual
+async def test_a_server_that_accepts_and_never_answers_is_given_up(call: str, request_name: str) -> None:
     async with against(says(b"")) as asked:
-        with pytest.raises(ServerTimeout):
+        with pytest.raises(ServerTimeout, match=f"no answer to {request_name} within 7 s"):
             await getattr(asked, call)()
         assert asked.now == TIMEOUT
 
@@ -206,13 +223,9 @@ async def test_more_devices_announced_than_sent_is_a_timeout_and_not_a_short_lis
 
 
 @virtual
-async def test_more_devices_announced_than_sent_before_a_close_is_no_list() -> None:
-    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await requested(reader)
-        writer.write(struct.pack(">HHII", 0x0111, 5, 0, 200) + LIST[12:] * 199)
-        writer.write_eof()
-
-    async with against(handle) as asked:
+async def test_a_list_that_ends_before_its_announced_devices_is_an_error() -> None:
+    short = struct.pack(">HHII", 0x0111, 5, 0, 200) + LIST[12:] * 199
+    async with against(says(short, then_close=True)) as asked:
         with pytest.raises(ServerUnreachable, match="closed the connection instead of answering DEVLIST"):
             await asked.devlist()
         assert asked.now == 0
@@ -236,6 +249,42 @@ async def test_what_is_beyond_the_bounds_is_refused_before_it_is_waited_for(repl
         assert asked.now == 0
 
 
+@pytest.mark.parametrize(
+    "reply",
+    [
+        struct.pack(">HHII", 0x0111, 5, 1, 0),
+        struct.pack(">HHII", 0x0110, 5, 0, 0),
+        IMPORT,
+        b"HTTP/1.1 400 Bad Request\r\n\r\n",
+        b"SSH-2.0-OpenSSH_9.2p1\r\n",
+    ],
+)
+@virtual
+async def test_a_reply_that_is_not_a_list_is_malformed(reply: bytes) -> None:
+    async with against(says(reply)) as asked:
+        with pytest.raises(MalformedReply, match="DEVLIST"):
+            await asked.devlist()
+
+
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [
+        (1, ImportRefused),
+        (2, DeviceBusy),
+        (3, ImportRefused),
+        (4, DeviceUnknown),
+        (5, ImportRefused),
+        (77, ImportRefused),
+    ],
+)
+@virtual
+async def test_each_refusal_has_its_error(status: int, error: type[ImportRefused]) -> None:
+    async with against(says(encode_import_reply(ImportReply(status, None)))) as asked:
+        with pytest.raises(error, match=f"status {status}") as caught:
+            await asked.import_device()
+        assert type(caught.value) is error
+
+
 # ends
 
 
@@ -247,13 +296,23 @@ async def test_garbage_after_a_list_is_left_unread() -> None:
 
 @virtual
 async def test_a_list_from_a_server_that_has_closed_its_side_is_a_list() -> None:
-    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await requested(reader)
-        writer.write(LIST)
-        writer.write_eof()
-
-    async with against(handle) as asked:
+    async with against(says(LIST, then_close=True)) as asked:
         assert await asked.devlist() == ["1-1"]
+
+
+@pytest.mark.parametrize("sent", [0, 4, 8, 100, 319])
+@virtual
+async def test_a_connection_closed_early_is_an_error(sent: int) -> None:
+    async with against(says(IMPORT[:sent], then_close=True)) as asked:
+        with pytest.raises(ServerUnreachable, match="closed the connection instead of answering IMPORT 1-1"):
+            await asked.import_device()
+
+
+@virtual
+async def test_a_socket_that_the_server_closed_after_its_reply_is_not_handed_out() -> None:
+    async with against(says(IMPORT, then_close=True)) as asked:
+        with pytest.raises(ServerUnreachable, match="closed the connection after IMPORT 1-1"):
+            await asked.import_device()
 
 
 @pytest.mark.parametrize("how", [socket.SHUT_RD, socket.SHUT_WR, socket.SHUT_RDWR])
@@ -277,7 +336,7 @@ async def test_a_half_closed_connection_is_unreachable(call: str, how: int) -> N
 
 
 @virtual
-async def test_a_reply_that_comes_after_the_timeout_reaches_nobody_and_the_next_call_is_fresh() -> None:
+async def test_a_reply_that_comes_after_the_timeout_is_not_read_by_the_next_call() -> None:
     late = True
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -297,7 +356,7 @@ async def test_a_reply_that_comes_after_the_timeout_reaches_nobody_and_the_next_
 
 
 @virtual
-async def test_a_reply_about_another_busid_is_no_import() -> None:
+async def test_an_import_reply_about_another_busid_is_malformed() -> None:
     other = encode_import_reply(ImportReply(0, replace(DESCRIPTOR, busid="1-1.1")))
     async with against(says(other)) as asked:
         with pytest.raises(MalformedReply, match=r"expected a reply about 1-1, got one about 1-1\.1"):
@@ -308,7 +367,7 @@ async def test_a_reply_about_another_busid_is_no_import() -> None:
 
 
 def floods(first: bytes, unit: bytes) -> Handler:
-    """Sends first, and then as fast as it can."""
+    """Sends first, and then the unit again and again."""
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await requested(reader)
@@ -349,9 +408,10 @@ async def test_a_flood_is_read_as_far_as_one_reply_goes(
         assert asked.now == 0
 
 
+@pytest.mark.parametrize("handle", [says(IMPORT + b"\0"), floods(IMPORT, b"\0" * 65536)], ids=["byte", "flood"])
 @virtual
-async def test_a_flood_behind_an_import_never_reaches_the_kernel() -> None:
-    async with against(floods(IMPORT, b"\0" * 65536)) as asked:
+async def test_bytes_after_an_import_reply_never_reach_the_kernel(handle: Handler) -> None:
+    async with against(handle) as asked:
         with pytest.raises(MalformedReply, match="bytes after the reply"):
             await asked.import_device()
 
@@ -376,7 +436,7 @@ def honest(step: int, asked: wire.Submit) -> bytes:
 
 
 def device(answer: Answer) -> Handler:
-    """A device whose transfers are answered so; step counts them from 0."""
+    """Serves a device with these answers to its transfers; the step counts them from 0."""
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await requested(reader)
@@ -384,6 +444,7 @@ def device(answer: Answer) -> Handler:
         for step in range(5):
             command = wire.decode_command(await reader.readexactly(wire.HEADER_BYTES))
             assert isinstance(command, wire.Submit)
+            assert command.devid == DESCRIPTOR.devid
             writer.write(answer(step, command))
         assert not await reader.read(1), "a sixth transfer"
 
@@ -410,6 +471,7 @@ WRONG_ANSWERS: dict[str, Callable[[wire.Submit], bytes]] = {
         + wire.encode_return(wire.SubmitReturn(asked.seqnum, 0, 0))
     ),
     "a command": lambda asked: wire.encode_command(wire.Submit(asked.seqnum, 0, True, 0, 18)),
+    "zeros": lambda asked: bytes(48),
     "more than asked": lambda asked: wire.encode_return(wire.SubmitReturn(asked.seqnum, 0, asked.length + 1)),
     "more than any transfer": lambda asked: wire.encode_return(wire.SubmitReturn(asked.seqnum, 0, 0x7FFFFFFF)),
     "a negative length": lambda asked: wire.encode_return(wire.SubmitReturn(asked.seqnum, 0, -1)),
@@ -437,9 +499,20 @@ async def test_a_transfer_that_failed_ends_the_probe(step: int, status: int) -> 
             await asked.probe()
 
 
+@pytest.mark.parametrize(("status", "length"), [(-wire.EPIPE, 0), (0, 2)])
+@virtual
+async def test_a_device_without_a_device_descriptor_is_an_error(status: int, length: int) -> None:
+    def answer(asked: wire.Submit) -> bytes:
+        return wire.encode_return(wire.SubmitReturn(asked.seqnum, status, length)) + DEVICE[:length]
+
+    async with against(device(one_wrong(0, answer))) as asked:
+        with pytest.raises(UsbipError, match=r"1-1.*no device descriptor"):
+            await asked.probe()
+
+
 @virtual
 async def test_answers_out_of_order_end_the_probe() -> None:
-    """The answers to transfers one and two, the second first: there is only ever one under way."""
+    """The client has only one transfer under way."""
 
     def swapped(_step: int, asked: wire.Submit) -> bytes:
         second = wire.encode_return(wire.SubmitReturn(asked.seqnum + 1, 0, len(LANGUAGES))) + LANGUAGES
@@ -531,7 +604,7 @@ async def test_a_configuration_of_any_announced_length_is_asked_for_within_bound
 
 @contextlib.asynccontextmanager
 async def node(client: TcpUsbipClient) -> AsyncIterator[tuple[Pipeline, ClaimBook, SimulatedKernel, LockManager]]:
-    """What attaches devices on a node, with this client."""
+    """Runs the parts of a node that attach devices, with this client."""
     clock, rng, me = SimClock(asyncio.get_running_loop()), random.Random(1), NodeIdentity("node-a", "boot-1")
     leases = MemoryLeases(MemoryBackend(), clock, me.node)
     locks = LockManager(leases, me, clock, rng, LockSettings(), NoOpTracer())
@@ -545,21 +618,16 @@ async def node(client: TcpUsbipClient) -> AsyncIterator[tuple[Pipeline, ClaimBoo
         locks=locks,
         specs=CdiSpecs(MemorySpecs("usbip.dev"), "usbip.dev", KnownResources()),
         tasks=tasks,
-        events=lambda _notice: None,
+        events=lambda _event: None,
         on_step=lambda _name, _seconds: None,
     )
-    running = asyncio.create_task(tasks.run(locks.run()))
-    try:
+    async with background(tasks.run(locks.run())):
         await locks.ready.wait()
         yield pipeline, tasks.book, kernel, locks
-    finally:
-        running.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await running
 
 
 @virtual
-async def test_another_device_than_promised_is_an_error_and_nothing_is_attached() -> None:
+async def test_another_device_than_expected_is_an_error_and_nothing_is_attached() -> None:
     other = encode_import_reply(ImportReply(0, replace(DESCRIPTOR, usb_id=UsbId(0xDEAD, 0xBEEF))))
     async with against(says(other)) as asked, node(asked.client) as (pipeline, book, kernel, locks):
         with pytest.raises(WrongDevice, match="expected USB ID 0951:1666, got dead:beef"):
@@ -568,7 +636,7 @@ async def test_another_device_than_promised_is_an_error_and_nothing_is_attached(
         assert {port.status for port in kernel.ports()} == {PortStatus.NULL}
         assert not any(kernel.records.values())
         assert book[KEY.id].port is None
-        assert locks.locks[KEY.id].holder == "node-a", "who undoes it gives it back, see simulation/test_agents.py"
+        assert locks.locks[KEY.id].holder == "node-a", "the caller releases it, see simulation/test_agents.py"
 
 
 @virtual

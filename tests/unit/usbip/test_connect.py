@@ -1,21 +1,27 @@
-"""Names and addresses of servers: every address is tried, and a dead name server is nobody else's trouble."""
+"""Connections to servers: every address is tried, a silent name server delays nothing else, a dead peer is noticed."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
+import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
-from usbip_plugin.errors import ServerUnreachable
-from usbip_plugin.model import ServerKey
-from usbip_plugin.usbip.client import Addresses, Connector
+from usbip_plugin.clock import SystemClock
+from usbip_plugin.errors import ServerTimeout, ServerUnreachable
+from usbip_plugin.model import DeviceKey, ServerKey, UsbId
+from usbip_plugin.usbip.client import USER_TIMEOUT_MS, Addresses, Connector, TcpUsbipClient
+from usbip_plugin.usbip.wire import ImportReply, encode_import_reply
+from usbip_sim.server.usbdevice import VirtualDevice
 
-# Seconds within which what must come has come, and seconds given to what never will.
 PATIENCE = 10.0
+"""Limits a wait for an answer that must come, in seconds. Only a hanging test reaches it."""
 SHORT = 0.1
+"""Seconds given to an answer that never comes."""
 
 
 def address(host: str, port: int) -> tuple[int, int, int, str, tuple[str, int]]:
@@ -55,7 +61,7 @@ async def test_refused_by_all_names_the_server(closed_port: int) -> None:
 
 
 class StuckNames:
-    """A name server that does not answer until told to."""
+    """A name server that does not answer until `go` is set."""
 
     def __init__(self, answer: Addresses) -> None:
         self.answer, self.asked, self.go = answer, 0, threading.Event()
@@ -66,7 +72,7 @@ class StuckNames:
         return self.answer
 
 
-async def test_a_name_is_asked_for_once_at_a_time_and_gives_up_no_thread(listener: socket.socket) -> None:
+async def test_a_name_is_looked_up_once_at_a_time_and_in_one_thread(listener: socket.socket) -> None:
     names = StuckNames([address(*listener.getsockname())])
     connector = Connector(names)
     for _ in range(10):
@@ -82,13 +88,71 @@ async def test_a_name_is_asked_for_once_at_a_time_and_gives_up_no_thread(listene
     assert names.asked == 1
     async with asyncio.timeout(PATIENCE):
         (await connector.connect(ServerKey("lab-pc.test"))).close()
-    assert names.asked == 2, "an old answer was kept for ever"
+    assert names.asked == 2, "an answer is not kept"
     connector.close()
 
 
 @pytest.mark.parametrize("host", ["no..host", "x" * 300])
-async def test_an_impossible_name_is_no_such_host(host: str) -> None:
+async def test_an_impossible_name_is_an_unknown_host(host: str) -> None:
     connector = Connector()
     with pytest.raises(ServerUnreachable, match="no such host"):
         await connector.connect(ServerKey(host))
     connector.close()
+
+
+@contextlib.asynccontextmanager
+async def imports_from(*, reset: bool) -> AsyncIterator[tuple[TcpUsbipClient, DeviceKey]]:
+    """Runs a server that answers an import, or resets the connection instead."""
+    device, ended = VirtualDevice("1-1", UsbId(1, 2)).descriptor(configured=False), asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1)
+        if reset:
+            linger = struct.pack("ii", 1, 0)
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            writer.transport.abort()
+        else:
+            writer.write(encode_import_reply(ImportReply(0, device)))
+            await reader.read()
+            writer.close()
+        ended.set()
+
+    client = TcpUsbipClient(SystemClock())
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        yield client, DeviceKey(ServerKey(*server.sockets[0].getsockname()), "1-1")
+        await ended.wait()
+    client.close()
+
+
+async def test_a_reset_connection_is_unreachable() -> None:
+    async with imports_from(reset=True) as (client, key):
+        with pytest.raises(ServerUnreachable, match="connection lost during IMPORT 1-1"):
+            await client.import_device(key, timeout=PATIENCE)
+
+
+async def test_an_imported_socket_notices_a_dead_server_by_itself() -> None:
+    async with imports_from(reset=False) as (client, key):
+        imported = await client.import_device(key, timeout=PATIENCE)
+        with socket.socket(fileno=socket.dup(imported.sock.fileno())) as sock:
+            read = sock.getsockopt
+            assert read(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+            assert read(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
+            assert read(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 2
+            assert read(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL) == 2
+            assert read(socket.IPPROTO_TCP, socket.TCP_KEEPCNT) == 3
+            assert read(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == USER_TIMEOUT_MS == 8000
+        imported.close()
+
+
+async def test_a_server_that_accepts_no_connection_is_a_timeout_of_the_connect() -> None:
+    client = TcpUsbipClient(SystemClock(), connect_timeout=SHORT)
+    with socket.socket() as full, contextlib.ExitStack() as waiting:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        for _ in range(4):  # more than its queue holds: the kernel drops what comes next
+            sock = waiting.enter_context(socket.socket())
+            sock.setblocking(False)
+            sock.connect_ex(full.getsockname())
+        with pytest.raises(ServerTimeout, match=r"no answer to connect within 0\.1 s"):
+            await client.devlist(ServerKey(*full.getsockname()), timeout=PATIENCE)
+    client.close()

@@ -1,4 +1,4 @@
-"""The poller in virtual time, on virtual servers."""
+"""The poller of USB/IP servers, in virtual time on virtual servers."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import asyncio
 import contextlib
 import itertools
 import random
-from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import Any
+from collections.abc import AsyncIterator
 
+from tests.rigs.tasks import background, virtual_with
 from usbip_plugin.model import Descriptor, DeviceKey, ServerKey, UsbId
-from usbip_plugin.usbip.client import Imported, TcpUsbipClient
-from usbip_plugin.usbip.identify import DeviceIdentity
+from usbip_plugin.usbip.client import TcpUsbipClient
 from usbip_plugin.usbip.poller import (
     FIRST_RETRY,
     MAX_RATE,
@@ -36,8 +35,20 @@ STICK = VirtualDevice("1-1", UsbId(1, 1))
 TWIN = VirtualDevice("1-2", UsbId(1, 1))
 
 
+class RecordingClient(TcpUsbipClient):
+    """A client that records the times of its polls."""
+
+    def __init__(self, clock: SimClock, connector: MemoryConnector, polls: dict[ServerKey, list[float]]) -> None:
+        super().__init__(clock, connector)
+        self._now, self._polls = clock.monotonic, polls
+
+    async def devlist(self, server: ServerKey, *, timeout: float) -> tuple[Descriptor, ...]:
+        self._polls[server].append(self._now())
+        return await super().devlist(server, timeout=timeout)
+
+
 class Lab:
-    """Servers a, b, ..., one poller, and what it told, with the times of all polls."""
+    """Servers and a poller, with the times of all polls and the changes that the poller reported."""
 
     def __init__(self, servers: int = 1, seed: int = 0, fleet: NodeCount | None = None) -> None:
         self.clock = SimClock(asyncio.get_running_loop())
@@ -47,62 +58,31 @@ class Lab:
         self.keys = [server.key for server in self.servers]
         by_key = {server.key: server for server in self.servers}
         network = Network(by_key.get, lambda: LATENCY)
-        self.node = TcpUsbipClient(self.clock, MemoryConnector(network, Host("node")))
         self.polls: dict[ServerKey, list[float]] = {key: [] for key in self.keys}
-        self.told: list[ServerView] = []
-        self.poller = ServerPoller(self, self.clock, random.Random(seed), fleet=fleet)
-        self.poller.subscribe(self.told.append)
+        self.node = RecordingClient(self.clock, MemoryConnector(network, Host("node")), self.polls)
+        self.changes: list[ServerView] = []
+        self.poller = ServerPoller(self.node, self.clock, random.Random(seed), fleet=fleet)
+        self.poller.subscribe(self.changes.append)
         self.poller.set_servers(frozenset(self.keys))
-
-    async def devlist(self, server: ServerKey, *, timeout: float) -> tuple[Descriptor, ...]:
-        self.polls[server].append(self.clock.monotonic())
-        return await self.node.devlist(server, timeout=timeout)
-
-    async def import_device(self, key: DeviceKey, *, timeout: float) -> Imported:
-        return await self.node.import_device(key, timeout=timeout)
-
-    async def probe(self, imported: Imported, *, timeout: float) -> DeviceIdentity:
-        return await self.node.probe(imported, timeout=timeout)
 
     def gaps(self, key: ServerKey) -> list[float]:
         times = self.polls[key]
         return [later - earlier for earlier, later in itertools.pairwise(times)]
 
     @contextlib.asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
+    async def running(self) -> AsyncIterator[Lab]:
         for server in self.servers:
             await server.start()
-        task = asyncio.ensure_future(self.poller.run())
-        try:
-            yield
-        finally:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+        async with background(self.poller.run()):
+            yield self
 
 
-def in_lab(servers: int) -> Callable[[Callable[[Lab], Coroutine[Any, Any, None]]], Callable[[], None]]:
-    """Decorator: a test in virtual time with a running lab."""
-
-    def decorate(test: Callable[[Lab], Coroutine[Any, Any, None]]) -> Callable[[], None]:
-        async def body() -> None:
-            lab = Lab(servers)
-            async with lab.running():
-                await test(lab)
-
-        wrapper = virtual(body)
-
-        def run() -> None:
-            wrapper()
-
-        run.__doc__ = test.__doc__
-        return run
-
-    return decorate
+one_server = virtual_with(lambda: Lab(1).running())
+three_servers = virtual_with(lambda: Lab(3).running())
 
 
 @virtual
-async def test_a_server_is_pending_until_it_has_been_asked() -> None:
+async def test_a_server_is_pending_until_its_first_poll() -> None:
     lab = Lab()
     assert lab.poller.views == {lab.keys[0]: ServerView(lab.keys[0])}
     async with lab.running():
@@ -110,19 +90,19 @@ async def test_a_server_is_pending_until_it_has_been_asked() -> None:
         view = lab.poller.views[lab.keys[0]]
         assert view.state is ServerState.REACHABLE
         assert [device.busid for device in view.devices] == ["1-1", "1-2"]
-        assert lab.told == [view]
+        assert lab.changes == [view]
 
 
-@in_lab(1)
-async def test_only_what_changed_is_told(lab: Lab) -> None:
+@one_server
+async def test_only_changes_are_reported(lab: Lab) -> None:
     await lab.clock.sleep(60)
-    assert len(lab.told) == 1
+    assert len(lab.changes) == 1
     lab.servers[0].unplug("1-1")
     await lab.clock.sleep(POLL_INTERVAL * 1.2 + 1)
-    assert [len(view.devices) for view in lab.told] == [2, 1]
+    assert [len(view.devices) for view in lab.changes] == [2, 1]
 
 
-@in_lab(1)
+@one_server
 async def test_polls_keep_their_interval_with_jitter(lab: Lab) -> None:
     await lab.clock.sleep(300)
     gaps = lab.gaps(lab.keys[0])
@@ -131,7 +111,7 @@ async def test_polls_keep_their_interval_with_jitter(lab: Lab) -> None:
     assert len({round(gap, 3) for gap in gaps}) > len(gaps) / 2
 
 
-@in_lab(3)
+@three_servers
 async def test_a_dead_server_delays_no_other(lab: Lab) -> None:
     lab.servers[0].freeze()
     await lab.servers[1].stop()
@@ -141,31 +121,31 @@ async def test_a_dead_server_delays_no_other(lab: Lab) -> None:
     assert states == [ServerState.UNREACHABLE, ServerState.UNREACHABLE, ServerState.REACHABLE]
 
 
-@in_lab(1)
-async def test_one_failure_is_told_at_once_with_the_last_list_and_the_reason(lab: Lab) -> None:
+@one_server
+async def test_the_first_failure_is_reported_with_the_last_list_and_the_reason(lab: Lab) -> None:
     await lab.clock.sleep(1)
     await lab.servers[0].stop()
     await lab.clock.sleep(POLL_INTERVAL * 1.2)
-    view = lab.told[-1]
+    view = lab.changes[-1]
     assert (view.state, view.failures) == (ServerState.UNREACHABLE, 1)
     assert [device.busid for device in view.devices] == ["1-1", "1-2"]
     assert view.error is not None
     assert "refused" in view.error
 
 
-@in_lab(1)
-async def test_failures_are_counted_and_told_once_and_slow_down_to_half_a_minute(lab: Lab) -> None:
+@one_server
+async def test_failures_are_counted_and_reported_once_and_slow_the_polls_to_half_a_minute(lab: Lab) -> None:
     await lab.clock.sleep(1)
     await lab.servers[0].stop()
     await lab.clock.sleep(600)
-    assert len(lab.told) == 2
+    assert len(lab.changes) == 2
     assert lab.poller.views[lab.keys[0]].failures > 10
     gaps = lab.gaps(lab.keys[0])
     assert gaps[1] <= FIRST_RETRY * 1.2 + 1
     assert MAX_RETRY * 0.8 <= max(gaps) <= MAX_RETRY * 1.2 + 1
 
 
-@in_lab(1)
+@one_server
 async def test_a_server_that_comes_back_is_polled_as_before(lab: Lab) -> None:
     lab.servers[0].freeze()
     await lab.clock.sleep(300)
@@ -178,7 +158,7 @@ async def test_a_server_that_comes_back_is_polled_as_before(lab: Lab) -> None:
     assert len(lab.polls[lab.keys[0]]) - before >= 7
 
 
-@in_lab(1)
+@one_server
 async def test_the_first_retry_is_quick_each_time_a_server_fails(lab: Lab) -> None:
     for _ in range(2):
         await lab.servers[0].stop()
@@ -193,8 +173,8 @@ async def test_the_first_retry_is_quick_each_time_a_server_fails(lab: Lab) -> No
     assert len(lab.polls[lab.keys[0]]) - polls >= 2
 
 
-@in_lab(1)
-async def test_a_poke_finds_a_released_device_although_it_is_hidden_at_first(lab: Lab) -> None:
+@one_server
+async def test_poll_soon_finds_a_released_device_that_is_hidden_at_first(lab: Lab) -> None:
     imported = await lab.node.import_device(DeviceKey(lab.keys[0], "1-1"), timeout=1)
     await lab.clock.sleep(POLL_INTERVAL * 2)
     assert [device.busid for device in lab.poller.views[lab.keys[0]].devices] == ["1-2"]
@@ -206,8 +186,8 @@ async def test_a_poke_finds_a_released_device_although_it_is_hidden_at_first(lab
     assert [device.busid for device in lab.poller.views[lab.keys[0]].devices] == ["1-1", "1-2"]
 
 
-@in_lab(1)
-async def test_what_a_server_lists_now_is_asked_of_it_and_not_of_the_last_poll(lab: Lab) -> None:
+@one_server
+async def test_is_exported_asks_the_server_and_not_the_last_poll(lab: Lab) -> None:
     stick = DeviceKey(lab.keys[0], "1-1")
     await lab.clock.sleep(0.1)
     assert await lab.poller.is_exported(stick)
@@ -217,25 +197,25 @@ async def test_what_a_server_lists_now_is_asked_of_it_and_not_of_the_last_poll(l
     await lab.servers[0].stop()
     assert not await lab.poller.is_exported(DeviceKey(lab.keys[0], "1-2"))
     view = lab.poller.views[lab.keys[0]]
-    assert (view.state, len(view.devices)) == (ServerState.REACHABLE, 2), "the views are those of the polls"
+    assert (view.state, len(view.devices)) == (ServerState.REACHABLE, 2), "only polls change a view"
 
 
-@in_lab(1)
-async def test_a_poke_during_a_poll_asks_once_more(lab: Lab) -> None:
+@one_server
+async def test_poll_soon_during_a_poll_leads_to_one_more_poll(lab: Lab) -> None:
     polls = lab.polls[lab.keys[0]]
     while not polls:
         await lab.clock.sleep(LATENCY / 2)
-    assert (len(polls), lab.told) == (1, [])
-    lab.servers[0].unplug("1-1")  # may or may not be in the answer that is on its way
+    assert (len(polls), lab.changes) == (1, [])
+    lab.servers[0].unplug("1-1")  # the answer under way may show it or not
     for _ in range(5):
         lab.poller.poll_soon(lab.keys[0])
     await lab.clock.sleep(2 * share(1))
     assert len(polls) == 2
-    lab.poller.poll_soon(ServerKey("nobody"))
+    lab.poller.poll_soon(ServerKey("unknown"))
 
 
-@in_lab(3)
-async def test_servers_come_and_go_while_it_runs(lab: Lab) -> None:
+@three_servers
+async def test_servers_may_be_added_and_removed_at_any_time(lab: Lab) -> None:
     a, b, c = lab.keys
     lab.poller.set_servers(frozenset({a}))
     await lab.clock.sleep(10)
@@ -253,37 +233,37 @@ async def test_servers_come_and_go_while_it_runs(lab: Lab) -> None:
     assert set(lab.poller.views) == {c}
 
 
-@in_lab(1)
-async def test_nothing_is_told_of_a_server_taken_out_while_it_was_asked(lab: Lab) -> None:
+@one_server
+async def test_no_change_of_a_server_removed_during_its_poll_is_reported(lab: Lab) -> None:
     lab.servers[0].freeze()
     await lab.clock.sleep(POLL_TIMEOUT / 2)
     lab.poller.set_servers(frozenset())
     lab.servers[0].thaw()
     await lab.clock.sleep(60)
-    assert lab.told == []
+    assert lab.changes == []
     assert len(lab.polls[lab.keys[0]]) == 1
 
 
 @virtual
-async def test_nothing_is_told_of_a_server_taken_out_in_the_moment_of_its_answer() -> None:
+async def test_no_change_of_a_server_removed_at_the_moment_of_its_answer_is_reported() -> None:
     lab = Lab(servers=2)
-    told: list[ServerView] = []
+    changes: list[ServerView] = []
 
-    def take_all_out(view: ServerView) -> None:
-        told.append(view)
+    def remove_all(view: ServerView) -> None:
+        changes.append(view)
         lab.poller.set_servers(frozenset())
 
-    lab.poller = ServerPoller(lab, lab.clock, random.Random(0))
-    lab.poller.subscribe(take_all_out)
+    lab.poller = ServerPoller(lab.node, lab.clock, random.Random(0))
+    lab.poller.subscribe(remove_all)
     lab.poller.set_servers(frozenset(lab.keys))
     async with lab.running():
         await lab.clock.sleep(60)
-    assert len(told) == 1
+    assert len(changes) == 1
     assert lab.poller.views == {}
 
 
 class Many:
-    """A Fleet that is counted when counted is set."""
+    """A NodeCount that is known once `counted` is set."""
 
     def __init__(self, nodes: int) -> None:
         self.nodes = nodes
@@ -299,7 +279,7 @@ SHARE = NODES / MAX_RATE
 
 
 @virtual
-async def test_a_node_keeps_to_its_share_whatever_it_is_poked_for() -> None:
+async def test_a_node_keeps_to_its_share_of_polls_despite_poll_soon() -> None:
     lab = Lab(fleet=Many(NODES))
     (server,) = lab.keys
     async with lab.running():
@@ -312,7 +292,7 @@ async def test_a_node_keeps_to_its_share_whatever_it_is_poked_for() -> None:
 
 
 @virtual
-async def test_a_failing_server_is_not_asked_more_often_than_one_that_answers() -> None:
+async def test_a_failing_server_is_not_polled_more_often_than_a_reachable_one() -> None:
     lab = Lab(fleet=Many(NODES))
     async with lab.running():
         await lab.servers[0].stop()
@@ -321,9 +301,9 @@ async def test_a_failing_server_is_not_asked_more_often_than_one_that_answers() 
 
 
 @virtual
-async def test_what_all_nodes_hear_of_at_once_they_do_not_ask_at_once() -> None:
+async def test_nodes_that_learn_of_a_change_at_once_spread_their_polls() -> None:
     first: list[float] = []
-    poked: list[float] = []
+    soon: list[float] = []
     for seed in range(60):
         lab = Lab(seed=seed, fleet=Many(NODES))
         began = lab.clock.monotonic()
@@ -334,8 +314,8 @@ async def test_what_all_nodes_hear_of_at_once_they_do_not_ask_at_once() -> None:
             before, now = len(polls), lab.clock.monotonic()
             lab.poller.poll_soon(lab.keys[0])
             await lab.clock.sleep(SHARE * 2)
-            poked.append(polls[before] - now)
-    for times in (first, poked):
+            soon.append(polls[before] - now)
+    for times in (first, soon):
         assert max(times) <= SHARE
         assert max(times) - min(times) > SHARE / 2
         buckets = [sum(n * SHARE / 6 <= time < (n + 1) * SHARE / 6 for time in times) for n in range(6)]
@@ -343,7 +323,7 @@ async def test_what_all_nodes_hear_of_at_once_they_do_not_ask_at_once() -> None:
 
 
 @virtual
-async def test_nothing_is_asked_before_the_fleet_is_counted() -> None:
+async def test_no_server_is_polled_before_the_nodes_are_counted() -> None:
     fleet = Many(1)
     fleet.counted.clear()
     lab = Lab(fleet=fleet)
@@ -356,13 +336,13 @@ async def test_nothing_is_asked_before_the_fleet_is_counted() -> None:
 
 
 @virtual
-async def test_a_server_that_a_pod_waits_for_is_polled_as_in_a_small_fleet_and_from_now_on() -> None:
+async def test_poll_eagerly_polls_a_server_at_once_and_as_often_as_in_a_small_cluster() -> None:
     lab = Lab(servers=2, fleet=Many(NODES))
     slow, quick = lab.keys
     async with lab.running():
         await lab.clock.sleep(SHARE * 3)
         before, now = len(lab.polls[quick]), lab.clock.monotonic()
-        lab.poller.poll_soon(quick)  # and waits for its turn
+        lab.poller.poll_soon(quick)  # which waits for its turn
         lab.poller.poll_eagerly(frozenset({quick}))
         await lab.clock.sleep(SHARE)
         assert lab.polls[quick][before] - now < LATENCY
@@ -375,8 +355,8 @@ async def test_a_server_that_a_pod_waits_for_is_polled_as_in_a_small_fleet_and_f
     assert min(lab.gaps(slow)) >= SHARE - 1e-6
 
 
-@in_lab(1)
-async def test_who_waits_for_a_poll_sent_later_is_not_content_with_one_under_way(lab: Lab) -> None:
+@one_server
+async def test_polled_since_waits_for_a_poll_that_begins_after_its_moment(lab: Lab) -> None:
     (server,) = lab.keys
     await lab.clock.sleep(10)
     lab.servers[0].freeze()
@@ -386,7 +366,7 @@ async def test_who_waits_for_a_poll_sent_later_is_not_content_with_one_under_way
     moment = lab.clock.monotonic() + 0.01
     await lab.poller.polled_since(server, moment)
     assert lab.polls[server][-1] >= moment
-    assert lab.poller.views[server].failures == 2, "one that failed will do"
+    assert lab.poller.views[server].failures == 2, "a failed poll counts"
     waiting = asyncio.create_task(lab.poller.polled_since(server, moment + 1000))
     await lab.clock.sleep(1)
     lab.poller.set_servers(frozenset())
