@@ -1,7 +1,8 @@
-"""Where a lost device is: what follows from serial numbers that are known, believed, or not known."""
+"""The search for a lost device: the servers that may have it, and the decision by serial numbers."""
 
 import pytest
 
+from tests.rigs.vocabulary import ATTIC, KEY, LAB, OTHER_KEY, STICK, descriptor
 from usbip_plugin.attach.locate import (
     Ambiguous,
     Candidate,
@@ -9,18 +10,16 @@ from usbip_plugin.attach.locate import (
     SerialReading,
     Verdict,
     decide,
+    may_be_lost_device,
+    possible_servers,
 )
-from usbip_plugin.model import Descriptor, DeviceKey, ServerKey, UsbId
-
-LAB = ServerKey("lab", 3240)
-
-
-def listed(busid: str = "1-2", devnum: int = 7) -> Descriptor:
-    return Descriptor(busid, "/sys/x", 1, devnum, 3, UsbId(0x0951, 0x1666), 0x100, 0, 0, 0, 1, 1, 1)
+from usbip_plugin.claims import Claim, ClaimState
+from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
+from usbip_plugin.model import DeviceKey, ServerKey
 
 
-def seen(busid: str, serial: str | None, *, probed: bool = True) -> Candidate:
-    return Candidate(DeviceKey(LAB, busid), listed(busid), serial, probed)
+def candidate(busid: str, serial: str | None, *, probed: bool = True) -> Candidate:
+    return Candidate(DeviceKey(LAB, busid), descriptor(busid), serial, probed)
 
 
 def busids(verdict: Verdict) -> tuple[str, ...]:
@@ -30,7 +29,7 @@ def busids(verdict: Verdict) -> tuple[str, ...]:
         case Ambiguous(keys):
             return tuple(key.busid for key in keys)
         case NeedsProbe(candidates):
-            return tuple(candidate.key.busid for candidate in candidates)
+            return tuple(one.key.busid for one in candidates)
         case None:
             return ()
 
@@ -39,16 +38,16 @@ def busids(verdict: Verdict) -> tuple[str, ...]:
     ("candidates", "kind", "which"),
     [
         ((), type(None), ()),
-        ((seen("1-2", "RED"),), DeviceKey, ("1-2",)),
-        ((seen("1-2", "BLUE"), seen("1-3", "RED")), DeviceKey, ("1-3",)),
-        ((seen("1-2", "BLUE"),), type(None), ()),
-        ((seen("1-2", ""),), type(None), ()),
-        ((seen("1-3", "RED"), seen("1-2", "RED")), Ambiguous, ("1-2", "1-3")),
-        ((seen("1-2", None, probed=False),), NeedsProbe, ("1-2",)),
-        ((seen("1-2", "RED"), seen("1-3", None, probed=False)), NeedsProbe, ("1-3",)),
+        ((candidate("1-2", "RED"),), DeviceKey, ("1-2",)),
+        ((candidate("1-2", "BLUE"), candidate("1-3", "RED")), DeviceKey, ("1-3",)),
+        ((candidate("1-2", "BLUE"),), type(None), ()),
+        ((candidate("1-2", ""),), type(None), ()),
+        ((candidate("1-3", "RED"), candidate("1-2", "RED")), Ambiguous, ("1-2", "1-3")),
+        ((candidate("1-2", None, probed=False),), NeedsProbe, ("1-2",)),
+        ((candidate("1-2", "RED"), candidate("1-3", None, probed=False)), NeedsProbe, ("1-3",)),
     ],
 )
-def test_one_device_with_the_serial_number_is_it(
+def test_a_single_device_with_the_serial_number_is_the_lost_one(
     candidates: tuple[Candidate, ...], kind: type, which: tuple[str, ...]
 ) -> None:
     verdict = decide("RED", candidates)
@@ -56,15 +55,15 @@ def test_one_device_with_the_serial_number_is_it(
     assert busids(verdict) == which
 
 
-def test_what_a_lock_says_is_believed_if_it_says_yes_once() -> None:
-    said = seen("1-2", "RED", probed=False), seen("1-3", "BLUE", probed=False)
-    assert decide("RED", said) == DeviceKey(LAB, "1-2"), "it is compared once more when it is attached"
+def test_a_serial_number_on_a_lock_is_believed_if_it_matches_once() -> None:
+    candidates = candidate("1-2", "RED", probed=False), candidate("1-3", "BLUE", probed=False)
+    assert decide("RED", candidates) == OTHER_KEY, "the attach compares it once more"
 
 
-def test_what_locks_say_hides_nothing_and_makes_no_twins() -> None:
-    said_no = seen("1-2", "BLUE", probed=False), seen("1-3", "GREEN")
-    assert busids(decide("RED", said_no)) == ("1-2",), "asked, for another may stand there by now"
-    twice = seen("1-2", "RED", probed=False), seen("1-3", "RED")
+def test_a_serial_number_on_a_lock_neither_excludes_a_device_nor_makes_it_a_twin() -> None:
+    different = candidate("1-2", "BLUE", probed=False), candidate("1-3", "GREEN")
+    assert busids(decide("RED", different)) == ("1-2",), "another device may be there by now"
+    twice = candidate("1-2", "RED", probed=False), candidate("1-3", "RED")
     assert isinstance(decide("RED", twice), NeedsProbe)
     assert busids(decide("RED", twice)) == ("1-2",)
 
@@ -73,5 +72,46 @@ def test_what_locks_say_hides_nothing_and_makes_no_twins() -> None:
     ("devid", "devnum", "now", "holds"),
     [(1 << 16 | 7, 7, 9.0, True), (1 << 16 | 7, 8, 9.0, False), (1 << 16 | 7, 7, 10.0, False), (None, 8, 9.0, True)],
 )
-def test_a_reading_is_of_the_device_listed_then(devid: int | None, devnum: int, now: float, holds: bool) -> None:
-    assert SerialReading(devid, "RED", 10.0).holds(listed(devnum=devnum), now) is holds
+def test_a_reading_holds_for_the_device_listed_at_its_time(
+    devid: int | None, devnum: int, now: float, holds: bool
+) -> None:
+    assert SerialReading(devid, "RED", 10.0).holds(descriptor(devnum=devnum), now) is holds
+
+
+def test_a_lost_device_may_be_only_where_a_selector_matches_its_serial_number() -> None:
+    red = Selector(bus_id="1-*", serial="RED", class_=8)
+    any_stick = DeviceSelector(ServerKey("cellar", 3240), Selector(vendor=STICK.vendor))
+    config = Config(
+        (
+            ResourceConfig(
+                "stick", (DeviceSelector(LAB, red), DeviceSelector(ATTIC, Selector(serial="RED")), any_stick)
+            ),
+            ResourceConfig("other", (DeviceSelector(ServerKey("barn", 3240), Selector(serial="RED")),)),
+        )
+    )
+
+    def allowed(host: str, busid: str, serial: str | None, resource: str | None = "stick") -> bool:
+        lost = Claim(KEY, STICK, state=ClaimState.REATTACHING, resource=resource, serial=serial)
+        return may_be_lost_device(config, lost, DeviceKey(ServerKey(host, 3240), busid), descriptor(busid))
+
+    assert allowed("lab", "1-9", "RED"), "its class may not be listed yet"
+    assert not allowed("lab", "2-1", "RED")
+    assert not allowed("lab", "1-9", "BLUE")
+    assert not allowed("lab", "1-9", None)
+    assert allowed("attic", "7-1", "RED"), "selected by its serial number"
+    assert not allowed("cellar", "1-1", "RED"), "selected by vendor only"
+    assert not allowed("barn", "1-1", "RED"), "of another resource"
+    assert allowed("barn", "1-1", "RED", None), "the resource is unknown after a restart"
+    assert not allowed("nowhere", "1-1", "RED")
+
+
+def test_a_lost_device_is_searched_on_its_server_and_with_a_serial_number_on_those_of_its_resource() -> None:
+    den = ServerKey("den", 3240)
+    both = tuple(DeviceSelector(server, Selector(vendor=0x0951)) for server in (LAB, den))
+    config = Config(
+        (ResourceConfig("stick", both), ResourceConfig("other", (DeviceSelector(ServerKey("x", 1), Selector()),)))
+    )
+    for serial, resource, found in (("", "stick", {LAB}), ("S", "stick", {LAB, den}), ("S", None, config.servers())):
+        lost = Claim(KEY, STICK, state=ClaimState.REATTACHING, resource=resource, serial=serial)
+        assert possible_servers(config, [lost]) == found
+    assert possible_servers(config, []) == frozenset()

@@ -1,4 +1,4 @@
-"""Why a device can or cannot be had: every reason."""
+"""The health of a device: every reason why it is available or unavailable, and serial numbers of several devices."""
 
 from __future__ import annotations
 
@@ -6,31 +6,16 @@ from dataclasses import replace
 
 import pytest
 
-from tests.unit.inventory.inventory_facts import (
-    CONFIG,
-    DEVID,
-    KEY,
-    KNOWN,
-    LAB,
-    OTHER,
-    STICK,
-    SUPER,
-    claim,
-    facts,
-    held,
-    listed,
-    lock,
-    red,
-    view,
-)
+from tests.rigs.vocabulary import ATTIC, DONGLE, KEY, LAB, OTHER_KEY, STICK, SUPER_SPEED, descriptor
+from tests.unit.inventory.snapshots import CONFIG, DEVID, KNOWN, claim, held, lock, red, snapshot, view
 from usbip_plugin.claims import Claim, ClaimState
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.inventory.evaluate import advertise
-from usbip_plugin.inventory.health import API_GRACE
+from usbip_plugin.inventory.health import API_GRACE, resolve_ambiguity
 from usbip_plugin.inventory.members import update_offered
 from usbip_plugin.inventory.snapshot import ApiStatus, PortSummary, Snapshot
 from usbip_plugin.locks.protocol import LockStatus
-from usbip_plugin.model import DeviceKey, Health, Identity, Reason, ServerKey
+from usbip_plugin.model import DeviceKey, Health, Identity, Lock, Reason
 from usbip_plugin.usbip.poller import ServerState
 
 
@@ -43,71 +28,76 @@ def health_of(now: Snapshot) -> Health:
 @pytest.mark.parametrize(
     ("now", "reason", "words"),
     [
-        (facts(), Reason.FREE, ""),
-        (facts(**claim(ClaimState.ATTACHED)), Reason.ATTACHED, "port 0"),
-        (facts(**claim(ClaimState.IMPORTING)), Reason.IN_PROGRESS, "Importing"),
-        (facts(**claim(ClaimState.REATTACHING)), Reason.LOST, "lab:3240"),
-        (facts(**claim(ClaimState.RELEASING)), Reason.IN_PROGRESS, "Releasing"),
-        (facts(**claim(ClaimState.RELEASING), api=ApiStatus(1.0, "refused")), Reason.API_UNREACHABLE, "refused"),
-        (facts(**claim(ClaimState.LOST) | held("node-b")), Reason.LOCK_LOST, "node-b"),
-        (facts(**held("node-b")), Reason.HELD_ELSEWHERE, "node-b"),
-        (facts(**held("node-b", LockStatus.EXPIRED)), Reason.HOLDER_EXPIRED, "node-b"),
+        (snapshot(), Reason.FREE, ""),
+        (snapshot(**claim(ClaimState.ATTACHED)), Reason.ATTACHED, "port 0"),
+        (snapshot(**claim(ClaimState.IMPORTING)), Reason.IN_PROGRESS, "Importing"),
+        (snapshot(**claim(ClaimState.REATTACHING)), Reason.LOST, "lab:3240"),
+        (snapshot(**claim(ClaimState.RELEASING)), Reason.IN_PROGRESS, "Releasing"),
+        (snapshot(**claim(ClaimState.RELEASING), api=ApiStatus(1.0, "refused")), Reason.API_UNREACHABLE, "refused"),
+        (snapshot(**claim(ClaimState.LOST) | held("node-b")), Reason.LOCK_LOST, "node-b"),
+        (snapshot(**held("node-b")), Reason.HELD_ELSEWHERE, "node-b"),
+        (snapshot(**held("node-b", LockStatus.EXPIRED)), Reason.HOLDER_EXPIRED, "node-b"),
         (
-            facts(servers={LAB: view(state=ServerState.UNREACHABLE, error="refused")}),
+            snapshot(servers={LAB: view(state=ServerState.UNREACHABLE, error="refused")}),
             Reason.SERVER_UNREACHABLE,
             "refused",
         ),
-        (facts(servers={LAB: view(state=ServerState.PENDING)}), Reason.UNKNOWN, "lab"),
-        (facts(servers={}), Reason.UNKNOWN, "lab"),
-        (facts(servers={LAB: view()}), Reason.NOT_LISTED, "1-1"),
-        (facts(servers={LAB: view(listed(usb_id=OTHER))}), Reason.LISTED_WRONG, "1050:0407"),
-        (facts(servers={LAB: view()}, released=frozenset({KEY.id})), Reason.FREE, ""),
-        (facts(servers={LAB: view(listed(usb_id=OTHER))}, released=frozenset({KEY.id})), Reason.LISTED_WRONG, "1050"),
-        (facts(**claim(ClaimState.RELEASING) | held("node-b")), Reason.HELD_ELSEWHERE, "node-b"),
-        (facts(api=ApiStatus(API_GRACE, "gone")), Reason.API_UNREACHABLE, "gone"),
-        (facts(api=ApiStatus(API_GRACE - 1, "gone")), Reason.FREE, ""),
-        (facts(driver=PortSummary("not loaded", 0, 0)), Reason.NO_DRIVER, "not loaded"),
-        (facts(driver=PortSummary(None, 0, 8)), Reason.NO_PORT, "hs"),
+        (snapshot(servers={LAB: view(state=ServerState.PENDING)}), Reason.UNKNOWN, "lab"),
+        (snapshot(servers={}), Reason.UNKNOWN, "lab"),
+        (snapshot(servers={LAB: view()}), Reason.NOT_LISTED, "1-1"),
+        (snapshot(servers={LAB: view(descriptor(usb_id=DONGLE))}), Reason.LISTED_WRONG, "1050:0407"),
+        (snapshot(servers={LAB: view()}, released=frozenset({KEY.id})), Reason.FREE, ""),
+        (
+            snapshot(servers={LAB: view(descriptor(usb_id=DONGLE))}, released=frozenset({KEY.id})),
+            Reason.LISTED_WRONG,
+            "1050",
+        ),
+        (snapshot(**claim(ClaimState.RELEASING) | held("node-b")), Reason.HELD_ELSEWHERE, "node-b"),
+        (snapshot(api=ApiStatus(API_GRACE, "gone")), Reason.API_UNREACHABLE, "gone"),
+        (snapshot(api=ApiStatus(API_GRACE - 1, "gone")), Reason.FREE, ""),
+        (snapshot(driver=PortSummary("not loaded", 0, 0)), Reason.NO_DRIVER, "not loaded"),
+        (snapshot(driver=PortSummary(None, 0, 8)), Reason.NO_PORT, "hs"),
     ],
 )
-def test_every_reason(now: Snapshot, reason: Reason, words: str) -> None:
+def test_a_reason_says_what_makes_the_device_available_or_unavailable(
+    now: Snapshot, reason: Reason, words: str
+) -> None:
     health = health_of(now)
     assert health.reason is reason
     assert words in health.detail
 
 
 def test_a_held_device_stays_healthy_without_api_server_and_without_usb_server() -> None:
-    now = facts(
+    now = snapshot(
         **claim(ClaimState.ATTACHED), api=ApiStatus(999.0, "gone"), servers={LAB: view(state=ServerState.UNREACHABLE)}
     )
     assert health_of(now).healthy
 
 
 def test_a_super_speed_device_needs_a_port_of_its_own_hub() -> None:
-    now = facts(servers={LAB: view(listed(speed=SUPER))}, driver=PortSummary(None, 8, 0))
+    now = snapshot(servers={LAB: view(descriptor(speed=SUPER_SPEED))}, driver=PortSummary(None, 8, 0))
     assert health_of(now).reason is Reason.NO_PORT
 
 
 def test_one_device_may_be_offered_by_two_resources() -> None:
     both = Config((*CONFIG.resources, ResourceConfig("any", (DeviceSelector(LAB, Selector(bus_id="1-*")),))))
-    members = update_offered({}, facts(config=both))
+    members = update_offered({}, snapshot(config=both))
     assert set(members["stick"]) == set(members["any"]) == {KEY.id}
-    free = advertise(members, facts(config=both))
+    free = advertise(members, snapshot(config=both))
     assert free["stick"][0].health.healthy
     assert free["any"][0].health.healthy
-    held = advertise(members, facts(config=both, **claim(ClaimState.ATTACHED)))
+    held = advertise(members, snapshot(config=both, **claim(ClaimState.ATTACHED)))
     assert held["stick"][0].health.reason is Reason.ATTACHED
     assert held["any"][0].health == Health(Reason.OTHER_RESOURCE, "through resource stick, as device 0951:1666")
     assert not held["any"][0].health.healthy, "the kubelet would give it to a second pod"
 
 
-def test_a_device_followed_to_another_busid_is_healthy_and_the_busid_is_not() -> None:
-    place = DeviceKey(LAB, "1-2")
-    moved = Claim(KEY, STICK, ClaimState.ATTACHED, resource="stick", port=3, moved_to=place)
-    now = facts(
-        servers={LAB: view(listed("1-2"))},
+def test_a_device_attached_from_another_busid_is_healthy_and_the_busid_is_not() -> None:
+    moved = Claim(KEY, STICK, ClaimState.ATTACHED, resource="stick", port=3, moved_to=OTHER_KEY)
+    now = snapshot(
+        servers={LAB: view(descriptor("1-2"))},
         claims={KEY.id: moved},
-        moved_here=lambda device_id: moved if device_id == place.id else None,
+        moved_here=lambda device_id: moved if device_id == OTHER_KEY.id else None,
     )
     known = {d.key.busid: d.health for d in advertise(update_offered({}, now), now)["stick"]}
     assert known["1-1"] == Health(Reason.ATTACHED, "port 3, now listed as 1-2")
@@ -115,21 +105,19 @@ def test_a_device_followed_to_another_busid_is_healthy_and_the_busid_is_not() ->
     assert not known["1-2"].healthy
 
 
-def test_what_keeps_a_lost_device_from_coming_back_is_said() -> None:
+def test_the_reason_of_a_lost_device_says_what_blocks_its_re_attach() -> None:
     lost = Claim(KEY, STICK, ClaimState.REATTACHING, resource="stick", blocked_by="because")
-    now = facts(claims={KEY.id: lost})
-    assert advertise(update_offered({}, now), now)["stick"][0].health == Health(
-        Reason.LOST, "connection to lab:3240 lost; because"
-    )
+    now = snapshot(claims={KEY.id: lost})
+    assert health_of(now) == Health(Reason.LOST, "connection to lab:3240 lost; because")
 
 
-def test_a_lost_device_that_was_followed_names_the_server_it_was_attached_from() -> None:
-    there = DeviceKey(ServerKey("other"), "1-2")
-    now = facts(claims={KEY.id: Claim(KEY, STICK, ClaimState.REATTACHING, resource="stick", moved_to=there)})
-    assert health_of(now) == Health(Reason.LOST, "connection to other:3240 lost")
+def test_a_lost_device_names_the_server_that_it_was_attached_from() -> None:
+    there = DeviceKey(ATTIC, "1-2")
+    now = snapshot(claims={KEY.id: Claim(KEY, STICK, ClaimState.REATTACHING, resource="stick", moved_to=there)})
+    assert health_of(now) == Health(Reason.LOST, "connection to attic:3240 lost")
 
 
-def test_a_device_is_what_it_told_as_long_as_it_is_listed_as_the_same() -> None:
+def test_a_serial_number_counts_while_the_device_keeps_its_number_on_the_server() -> None:
     known = update_offered({}, red())
     assert known["stick"][KEY.id].identity == Identity(DEVID, "RED")
 
@@ -138,26 +126,85 @@ def test_a_device_is_what_it_told_as_long_as_it_is_listed_as_the_same() -> None:
         return device.health
 
     assert now().reason is Reason.FREE
-    replugged = view(replace(listed(), devnum=9))
+    replugged = view(replace(descriptor(), devnum=9))
     assert now(servers={LAB: replugged}).reason is Reason.NOT_READ
     assert not now(servers={LAB: replugged}).healthy
     assert now(servers={LAB: replugged}, probe_limited=frozenset({KEY.id})).reason is Reason.FREE
-    blue = {KEY.id: lock("", serial="BLUE", read_from=replugged.devices[0].devid)}
+    blue = {KEY.id: lock(serial="BLUE", read_from=replugged.devices[0].devid)}
     assert now(servers={LAB: replugged}, locks=blue) == Health(
         Reason.LISTED_WRONG, "expected serial number RED at lab:3240/1-1, got BLUE"
     )
-    none = {KEY.id: lock("", serial="", read_from=DEVID)}
+    none = {KEY.id: lock(serial="", read_from=DEVID)}
     assert now(locks=none) == Health(Reason.LISTED_WRONG, "expected serial number RED at lab:3240/1-1, got none")
 
 
-def test_a_lock_that_does_not_say_of_which_device_it_speaks_is_not_believed() -> None:
-    """As a plugin wrote it that did not know of this."""
-    assert (
-        update_offered({}, red(locks={KEY.id: lock("", serial="RED")}, servers={LAB: view(listed())}))["stick"][
-            KEY.id
-        ].descriptor
-        is None
-    ), "known by its lock only"
-    now = red(locks={KEY.id: lock("", serial="RED")})
-    (device,) = advertise(update_offered({}, now), now)["stick"]
-    assert device.health.reason is Reason.NOT_READ
+def test_a_serial_number_on_a_lock_that_names_no_reading_is_not_believed() -> None:
+    """Plugins before this annotation wrote such locks."""
+    now = red(locks={KEY.id: lock(serial="RED")})
+    members = update_offered({}, now)
+    assert members["stick"][KEY.id].descriptor is None, "known by its lock only"
+    assert advertise(members, now)["stick"][0].health.reason is Reason.NOT_READ
+
+
+def two(
+    first: dict[str, object], second: dict[str, object], *busids: str, held_status: LockStatus = LockStatus.HELD
+) -> dict[str, Health]:
+    """Returns the health of 1-1 and 1-2, which both have the serial number RED on their locks.
+
+    first, second: further fields of the two locks. busids: those that the server lists now.
+    held_status: of a lock with a holder.
+    """
+    locks = {key.id: Lock(key.id, "", 1, 40.0, "9", key=key, usb_id=STICK, read_from=DEVID) for key in (KEY, OTHER_KEY)}
+    locks[KEY.id] = replace(locks[KEY.id], serial="RED", **first)  # type: ignore[arg-type]
+    locks[OTHER_KEY.id] = replace(locks[OTHER_KEY.id], serial="RED", **second)  # type: ignore[arg-type]
+    statuses = {i: held_status if one.holder else LockStatus.FREE for i, one in locks.items()}
+    known = red(locks=locks, servers={LAB: view(descriptor("1-1"), descriptor("1-2"))})
+    now = red(locks=locks, lock_statuses=statuses, servers={LAB: view(*map(descriptor, busids))})
+    members = update_offered(update_offered({}, known), now)
+    return {device.key.busid: device.health for device in advertise(members, now)["stick"]}
+
+
+def test_two_devices_with_the_selected_serial_number_are_both_unavailable() -> None:
+    found = two({}, {}, "1-1", "1-2")
+    assert {health.reason for health in found.values()} == {Reason.AMBIGUOUS}
+    assert not found["1-1"].healthy
+    assert "RED also belongs to lab:3240/1-2" in found["1-1"].detail
+    assert "RED also belongs to lab:3240/1-1" in found["1-2"].detail
+
+
+def test_a_twin_of_a_device_in_use_is_unavailable() -> None:
+    found = two({"holder": "node-b"}, {}, "1-2")
+    assert found["1-1"].reason is Reason.HELD_ELSEWHERE
+    assert found["1-2"].reason is Reason.AMBIGUOUS
+    assert "lab:3240/1-1 (held by node node-b)" in found["1-2"].detail
+
+
+def test_a_free_device_that_moved_is_available_there_and_its_former_bus_id_says_where_it_is() -> None:
+    found = two({}, {}, "1-2")
+    assert found["1-2"] == Health(Reason.FREE)
+    assert found["1-1"] == Health(Reason.MOVED, "serial number RED is now at lab:3240/1-2")
+    assert not found["1-1"].healthy
+
+
+def test_a_device_attached_from_another_busid_is_not_its_own_twin() -> None:
+    found = two({"holder": "node-b"}, {"holder": "node-b", "in_place_of": KEY.id})
+    assert {health.reason for health in found.values()} == {Reason.HELD_ELSEWHERE}
+
+
+def test_a_reason_does_not_name_an_expired_holder() -> None:
+    found = two({"holder": "node-b"}, {}, "1-1", "1-2", held_status=LockStatus.EXPIRED)
+    assert {health.reason for health in found.values()} == {Reason.AMBIGUOUS}
+    assert "RED also belongs to lab:3240/1-1;" in found["1-2"].detail
+
+
+def test_a_listed_device_counts_as_a_twin_once_the_holder_that_moved_it_has_expired() -> None:
+    moved: dict[str, object] = {"holder": "node-b", "in_place_of": KEY.id}
+    found = two({"holder": "node-b"}, moved, "1-1", "1-2", held_status=LockStatus.EXPIRED)
+    assert found["1-2"].reason is Reason.AMBIGUOUS
+
+
+def test_a_reason_names_three_twins_and_the_number_of_the_others() -> None:
+    others = {DeviceKey(LAB, f"1-{n}"): "" for n in range(2, 9)}
+    found = resolve_ambiguity(Health(Reason.FREE), KEY, "0123456789", others)
+    assert "to lab:3240/1-2 and lab:3240/1-3 and lab:3240/1-4 and 4 more;" in found.detail
+    assert resolve_ambiguity(Health(Reason.NO_PORT, "x"), KEY, "0123456789", others) == Health(Reason.NO_PORT, "x")
