@@ -1,4 +1,4 @@
-"""Where a container finds the nodes of its devices, what its environment says, and who may open them."""
+"""The paths, environment and permissions of the device nodes in a container."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ def paths(resource: ResourceConfig, *children: DeviceNode, index: int = 0) -> di
 
 
 class TestPaths:
-    def test_without_a_template_nodes_are_where_they_are_on_the_host(self) -> None:
+    def test_without_a_template_nodes_have_the_paths_of_the_host(self) -> None:
         assert paths(meter(), *TTYS[:1]) == {USB.path: (USB.path,), "/dev/ttyUSB0": ("/dev/ttyUSB0",)}
 
-    def test_a_plain_template_names_the_node_people_mean(self) -> None:
+    def test_a_plain_template_names_the_main_node(self) -> None:
         found = paths(meter("/dev/cam{index}"), *WEBCAM, index=2)
         assert found["/dev/video0"] == ("/dev/cam2",)
         assert found["/dev/snd/controlC1"] == ("/dev/snd/controlC1",)
@@ -64,7 +64,7 @@ class TestPaths:
         assert paths(meter("/dev/key"), *KEYBOARD)["/dev/hidraw0"] == ("/dev/key",)
         assert paths(meter("/dev/key")) == {USB.path: ("/dev/key",)}
 
-    def test_a_disks_partitions_follow_it(self) -> None:
+    def test_partitions_are_named_after_their_disk(self) -> None:
         assert paths(meter("/dev/stick{index}"), *DISK) == {
             USB.path: (USB.path,),
             "/dev/sda": ("/dev/stick0",),
@@ -85,7 +85,7 @@ class TestPaths:
         assert found[USB.path] == ("/dev/m/usb---0",)
         assert found["/dev/input/event1"] == ("/dev/m/input-00-0",)
 
-    def test_a_node_has_every_path_of_a_list_and_of_udev(self) -> None:
+    def test_a_node_has_every_path_of_a_list_and_its_by_id_name(self) -> None:
         resource = meter("/dev/meter", "/dev/by-model/{manufacturer}/{model}-{vendor}-{product}", by_id=True)
         assert paths(resource, *TTYS[:2]) == {
             USB.path: (USB.path,),
@@ -94,11 +94,11 @@ class TestPaths:
         }
         assert paths(meter(by_id=True), *TTYS[:1])["/dev/ttyUSB0"] == ("/dev/ttyUSB0", BY_ID)
 
-    def test_udevs_name_is_given_once_within_a_device(self) -> None:
+    def test_a_by_id_name_is_given_once_within_a_device(self) -> None:
         found = paths(meter(by_id=True), TTYS[0], replace(TTYS[1], by_id=BY_ID))
         assert [BY_ID in names for names in found.values()] == [False, True, False]
 
-    def test_only_the_kinds_of_children_come_along(self) -> None:
+    def test_only_children_of_the_configured_kinds_are_included(self) -> None:
         assert paths(meter(children=("video4linux",)), *WEBCAM).keys() == {USB.path, "/dev/video0", "/dev/video1"}
         printer = node("/dev/usb/lp0", "printer")
         assert "/dev/usb/lp0" in paths(meter(children=("usbmisc",)), printer)
@@ -106,13 +106,13 @@ class TestPaths:
 
 
 class TestCollisions:
-    def test_two_devices_under_one_path_are_refused_with_a_cure(self) -> None:
+    def test_one_path_for_two_devices_is_refused_with_a_cure(self) -> None:
         with pytest.raises(PathTaken, match=r"/dev/meter is the same for 2 devices.*use \{index\}, \{serial\}"):
             refuse_shared_paths(meter("/dev/meter-{index}", "/dev/meter"), 2)
         refuse_shared_paths(meter("/dev/meter"), 1)
         refuse_shared_paths(meter("/dev/meter-{index}"), 2)
 
-    def test_what_only_the_devices_themselves_show_is_found_when_they_are_there(self) -> None:
+    def test_a_path_that_two_attached_devices_share_is_refused(self) -> None:
         twins = [attachment(TTYS[0]), attachment(TTYS[1], busid="1-2")]
         check_paths(meter("/dev/meter-{busid}"), twins)
         with pytest.raises(
@@ -120,12 +120,12 @@ class TestCollisions:
         ):
             check_paths(meter("/dev/meter-{serial}"), twins)
 
-    def test_two_nodes_of_one_device_under_one_path(self) -> None:
+    def test_one_path_for_two_nodes_of_a_device_is_refused(self) -> None:
         with pytest.raises(PathTaken, match=r"the path /dev/key0; use \{kind\} and \{number\} in"):
             check_paths(meter("/dev/key{number}"), [attachment(*KEYBOARD)])
         check_paths(meter("/dev/{kind}{number}"), [attachment(*KEYBOARD)])
 
-    def test_twins_that_udev_cannot_tell_apart(self) -> None:
+    def test_one_by_id_name_for_two_devices_is_refused(self) -> None:
         twins = [attachment(TTYS[0]), attachment(replace(TTYS[1], by_id=BY_ID), busid="1-2")]
         with pytest.raises(PathTaken, match="; omit byId"):
             check_paths(meter(by_id=True), twins)
@@ -134,7 +134,7 @@ class TestCollisions:
         st.lists(st.sampled_from(["/dev/a", "/dev/{index}", "/dev/{kind}{number}", "/dev/{name}"]), max_size=3),
         st.lists(st.sampled_from([TTYS, DISK, WEBCAM, KEYBOARD, ()]), max_size=3),
     )
-    def test_what_passes_gives_every_node_a_path_of_its_own(
+    def test_nodes_that_pass_the_check_have_distinct_paths(
         self, templates: list[str], devices: list[tuple[DeviceNode, ...]]
     ) -> None:
         resource = meter(*dict.fromkeys(templates))
@@ -179,19 +179,19 @@ class TestEnvironment:
             "PRINTER": "/dev/usb/lp0",
         }
 
-    def test_paths_are_those_in_the_container(self) -> None:
+    def test_variables_have_the_paths_in_the_container(self) -> None:
         env = self.env(meter("/dev/m{index}", children=("tty",)), *TTYS[:1], *KEYBOARD)
         assert env["USBIP_METER_1_TTY"] == "/dev/m1"
         assert not any(name.endswith(("HIDRAW", "INPUT")) for name in env)
 
     @given(st.from_regex(r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?", fullmatch=True))
-    def test_names_are_names_of_variables(self, name: str) -> None:
+    def test_names_are_valid_for_every_resource(self, name: str) -> None:
         env = self.env(ResourceConfig(name, ()), *TTYS)
         assert all(key.isascii() and key.isidentifier() and key == key.upper() for key in env)
 
 
-class TestRights:
-    def test_a_read_only_device_is_so_in_answer_and_spec(self) -> None:
+class TestPermissions:
+    def test_a_read_only_device_is_read_only_in_the_answer_and_in_the_spec(self) -> None:
         resource = meter("/dev/a", "/dev/b", read_only=True)
         one = attachment(*TTYS)
         answer = container_response(resource, "usbip.dev", [(DeviceSelector(LAB), one)])
@@ -203,12 +203,12 @@ class TestRights:
         nodes: list[dict[str, object]] = device["containerEdits"]["deviceNodes"]
         return nodes
 
-    def test_mode_user_and_group_are_those_of_every_node_in_the_spec(self) -> None:
+    def test_mode_user_and_group_are_set_on_every_node_in_the_spec(self) -> None:
         resource = replace(meter(), cdi=True, permissions=NodePermissions(0o660, 0, 20))
         for edit in self.edits(injected(resource, 0, attachment(*TTYS))):
             assert (edit["fileMode"], edit["uid"], edit["gid"]) == (0o660, 0, 20)
 
-    def test_what_is_not_given_is_left_to_the_runtime(self) -> None:
+    def test_permissions_that_are_not_configured_are_left_to_the_runtime(self) -> None:
         resource = replace(meter(), cdi=True, permissions=NodePermissions(group=20))
         for edit in self.edits(injected(resource, 0, attachment())):
             assert edit["gid"] == 20
@@ -220,7 +220,7 @@ strings = st.none() | st.text(max_size=126) | st.text(alphabet="./\\\n é{}", mi
 
 
 @given(strings, strings, strings)
-def test_whatever_a_device_calls_itself_its_spec_is_sound(
+def test_a_spec_is_valid_for_any_strings_of_a_device(
     serial: str | None, manufacturer: str | None, model: str | None
 ) -> None:
     one = replace(attachment(*TTYS), serial=serial, manufacturer=manufacturer, model=model)

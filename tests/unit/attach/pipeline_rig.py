@@ -6,13 +6,15 @@ import asyncio
 import contextlib
 import random
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from typing import cast
 
 from opentelemetry.trace import NoOpTracer
 
 from tests.rigs.known_resources import KnownResources
+from tests.rigs.tasks import virtual_with
+from tests.rigs.vocabulary import KEY, ME, STICK, descriptor
 from usbip_plugin.attach.cdi import CdiSpecs
 from usbip_plugin.attach.events import DeviceEvent
 from usbip_plugin.attach.pipeline import Pipeline, Progress
@@ -22,7 +24,7 @@ from usbip_plugin.config.schema import ResourceConfig
 from usbip_plugin.context import NodeContext
 from usbip_plugin.locks.manager import IMPORT_WINDOW_S, Grant, LockManager
 from usbip_plugin.locks.protocol import LockMeta, Rules
-from usbip_plugin.model import Attachment, Descriptor, DeviceKey, Identity, Lock, NodeIdentity, ServerKey, UsbId
+from usbip_plugin.model import Attachment, Descriptor, DeviceKey, Identity, Lock, ServerKey
 from usbip_plugin.usbip.client import Imported
 from usbip_plugin.usbip.identify import DeviceIdentity
 from usbip_plugin.vhci.driver import ASKED_CHILD_WAIT_S, PortState
@@ -33,30 +35,21 @@ from usbip_sim.kubelet.specs import MemorySpecs
 from usbip_sim.sockets import SocketTable
 from usbip_sim.virtual.loop import SimClock
 
-LAB = ServerKey("lab")
-KEY, OTHER = DeviceKey(LAB, "1-1"), DeviceKey(LAB, "1-2")
-STICK, DONGLE = UsbId(0x0951, 0x1666), UsbId(0x1050, 0x0407)
-ME = NodeIdentity("node-a", "boot-1")
 DEADLINE_S = 60.0
-"""Seconds until the deadline of an attach, unless the test says another: beyond every import window."""
+"""Default time in seconds until the deadline of an attach, longer than every import window."""
 
 Act = Callable[[], Awaitable[None]]
 
 
-def described(key: DeviceKey, usb_id: UsbId = STICK) -> Descriptor:
-    """What the server says about the device in its IMPORT reply."""
-    return Descriptor(key.busid, "/sys/x", 1, 2, 3, usb_id, 0x100, 0, 0, 0, 1, 1, 1)
-
-
 class Script:
-    """What happens while the pipeline waits. steps: every step the pipeline came to, in order."""
+    """The steps that the pipeline has reached, in order, and acts to run at the next ones."""
 
     def __init__(self) -> None:
         self.steps: list[str] = []
         self._acts: defaultdict[str, list[Act]] = defaultdict(list)
 
     def at(self, step: str, *acts: Act) -> None:
-        """Runs one act at each of the next arrivals at this step."""
+        """Runs one act each of the next times that the pipeline reaches this step."""
         self._acts[step] += acts
 
     async def reach(self, step: str) -> None:
@@ -65,32 +58,33 @@ class Script:
             await self._acts[step].pop(0)()
 
     def count(self, step: str) -> int:
-        """Returns how often the pipeline came to this step."""
+        """Returns how often the pipeline has reached this step."""
         return self.steps.count(step)
 
 
 class ScriptedLocks:
     """A lock manager that grants every lock unless the script raises. Steps: `acquire 1-1`, `renew 1-1` and so on.
 
-    former: the holder before an acquire, for its Grant. told: what was written about devices, in order.
+    former: the holder before an acquire, for its Grant.
+    identities: the identities written to locks, in order.
     """
 
     def __init__(self, clock: SimClock, script: Script) -> None:
         self.rules = Rules()
         self.locks: dict[str, Lock] = {}
         self.former: Lock | None = None
-        self.told: list[tuple[DeviceKey, Identity]] = []
+        self.identities: list[tuple[DeviceKey, Identity]] = []
         self._clock, self._script = clock, script
 
     def hold(self, key: DeviceKey, holder: str = ME.node, boot_id: str = ME.boot_id) -> Lock:
-        """Somebody, this node by default, holds the lock from now on."""
+        """Makes a node, this one by default, the holder of the lock."""
         before = self.locks.get(key.id)
         lock = Lock(key.id, holder, before.epoch + 1 if before is not None else 1, 40.0, "1", boot_id=boot_id)
         self.locks[key.id] = lock
         return lock
 
     def lose(self, key: DeviceKey, holder: str | None) -> None:
-        """The watch shows another holder, "" after a release; None: the Lease was deleted."""
+        """Makes the watch show another holder, "" after a release, or no Lease for None."""
         if holder is None:
             del self.locks[key.id]
         else:
@@ -110,7 +104,7 @@ class ScriptedLocks:
 
     async def annotate(self, key: DeviceKey, *, identity: Identity) -> Lock:
         await self._script.reach(f"annotate {key.busid}")
-        self.told.append((key, identity))
+        self.identities.append((key, identity))
         return self.locks[key.id]
 
     async def release(self, key: DeviceKey) -> None:
@@ -123,7 +117,7 @@ class ScriptedLocks:
 class ScriptedClient:
     """A USB/IP client whose every import succeeds unless the script raises. Steps: `import 1-1`, `probe 1-1`.
 
-    usb_id, serial: what the device says it is. limits: the timeout of each call, in order, in seconds.
+    usb_id, serial: of the device. limits: the timeout of each call in seconds, in order.
     """
 
     def __init__(self, script: Script, sockets: SocketTable) -> None:
@@ -138,7 +132,7 @@ class ScriptedClient:
     async def import_device(self, key: DeviceKey, *, timeout: float) -> Imported:
         self.limits.append(timeout)
         await self._script.reach(f"import {key.busid}")
-        return Imported(key, described(key, self.usb_id), self._sockets.open())
+        return Imported(key, descriptor(key.busid, self.usb_id), self._sockets.open())
 
     async def probe(self, imported: Imported, *, timeout: float) -> DeviceIdentity:
         self.limits.append(timeout)
@@ -152,7 +146,7 @@ class ScriptedClient:
 class ScriptedVhci(SimulatedVhci):
     """A driver on a simulated kernel. Steps: `ports`, `attach 1-1`, `attached 1-1`, `enumerate 1-1`, `detach 0`.
 
-    `attached 1-1` comes when the kernel has the device and nobody was told yet.
+    The step `attached 1-1` comes when the kernel has the device and attach() has not returned yet.
     """
 
     def __init__(self, kernel: SimulatedKernel, script: Script) -> None:
@@ -192,23 +186,23 @@ class ScriptedVhci(SimulatedVhci):
 
 
 class ScriptedTasks(DeviceTasks):
-    """Notes on the locks are steps of the script, `note port 0 of 1-1`; told: the identities that were to be noted."""
+    """Tasks whose notes on locks are steps, such as `note port 0 of 1-1`. identities: those to be noted on locks."""
 
     def __init__(self, context: NodeContext, locks: LockManager, script: Script) -> None:
         super().__init__(context, ClaimBook(), locks)
-        self.told: list[tuple[DeviceKey, Identity]] = []
+        self.identities: list[tuple[DeviceKey, Identity]] = []
         self._script = script
 
     def note_port(self, key: DeviceKey, port: int) -> None:
         self._script.steps.append(f"note port {port} of {key.busid}")
 
     def note_identity(self, key: DeviceKey, identity: Identity) -> None:
-        self.told.append((key, identity))
+        self.identities.append((key, identity))
 
 
 @dataclass
 class Rig:
-    """The pipeline of node-a, what it works with, and the events that it reported."""
+    """The pipeline of node-a with its collaborators, and the events that it reported."""
 
     script: Script
     clock: SimClock
@@ -224,7 +218,7 @@ class Rig:
     progress: Progress = field(default_factory=lambda: Progress(""))
 
     async def attach(self, *, within: float = DEADLINE_S, **fields: object) -> Attachment:
-        """Attaches the device KEY for an Allocate. fields: of its claim; within: seconds until the deadline."""
+        """Attaches the device KEY for an Allocate. fields: of its claim. within: seconds until the deadline."""
         claim = Claim(KEY, STICK, **{"resource": "stick", **fields})  # type: ignore[arg-type]
         return await self.pipeline.attach_new(claim, None, self.clock.monotonic() + within, self.progress)
 
@@ -232,7 +226,7 @@ class Rig:
         return await self.pipeline.reattach(KEY.id, self.clock.monotonic() + DEADLINE_S)
 
     def lost(self, **fields: object) -> None:
-        """KEY was attached and is to be attached again; its lock, and that of its place, is this node's."""
+        """Makes KEY a lost device with the locks of KEY and of its location. fields: of its claim."""
         fields = {"resource": "stick", "state": ClaimState.REATTACHING, **fields}
         claim = Claim(KEY, STICK, **fields)  # type: ignore[arg-type]
         self.book.put(claim)
@@ -244,15 +238,15 @@ class Rig:
         return self.tasks.book
 
     @property
-    def told(self) -> list[tuple[DeviceKey, Identity]]:
-        return self.tasks.told
+    def identities(self) -> list[tuple[DeviceKey, Identity]]:
+        return self.tasks.identities
 
     @property
     def claim(self) -> Claim:
         return self.book[KEY.id]
 
     def free(self) -> bool:
-        """Whether nothing stands on any port of the kernel, and no port record is left."""
+        """Whether every port of the kernel is free and no port record is left."""
         return {port.status for port in self.kernel.ports()} == {PortStatus.NULL} and not any(
             self.kernel.records.values()
         )
@@ -280,9 +274,9 @@ class Rig:
         return act
 
 
-@contextlib.contextmanager
-def rig() -> Iterator[Rig]:
-    """At the end no reference to a connection may be left but those of the kernel."""
+@contextlib.asynccontextmanager
+async def rig() -> AsyncIterator[Rig]:
+    """Makes a rig, and checks at the end that only the kernel has references to connections."""
     script, clock, sockets = Script(), SimClock(asyncio.get_running_loop()), SocketTable()
     locks, client = ScriptedLocks(clock, script), ScriptedClient(script, sockets)
     kernel = SimulatedKernel(clock, resolve=sockets.resolve)
@@ -302,7 +296,9 @@ def rig() -> Iterator[Rig]:
         events=events.append,
         on_step=lambda _name, _seconds: None,
     )
-    made = Rig(script, clock, locks, client, kernel, driver, files, sockets, pipeline, tasks, events)
-    yield made
+    yield Rig(script, clock, locks, client, kernel, driver, files, sockets, pipeline, tasks, events)
     taken = [port for port in kernel.ports() if port.status is not PortStatus.NULL]
     assert len(sockets) == len(taken), "a socket was not closed"
+
+
+on_rig = virtual_with(rig)
