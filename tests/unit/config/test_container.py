@@ -1,4 +1,4 @@
-"""The keys that say what a container gets: what is refused, and with which cure; and what templates become."""
+"""The keys for what a container gets: values that are refused, their cures, and the paths made from templates."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def resource(keys: str) -> ResourceConfig:
         ("byId: 1", "byId", "expected true or false, got '1'"),
     ],
 )
-def test_what_is_refused_names_its_place_and_a_cure(keys: str, place: str, cure: str) -> None:
+def test_a_refused_value_has_an_error_with_its_place_and_a_cure(keys: str, place: str, cure: str) -> None:
     with pytest.raises(ConfigError) as raised:
         parse_config(TEXT % keys)
     (problem,) = raised.value.problems
@@ -72,7 +72,7 @@ def test_what_is_refused_names_its_place_and_a_cure(keys: str, place: str, cure:
         ("{group: '4294967294'}", NodePermissions(group=4294967294)),
     ],
 )
-def test_permissions(text: str, found: NodePermissions) -> None:
+def test_permissions_are_read_with_octal_modes_and_numeric_ids(text: str, found: NodePermissions) -> None:
     assert resource(f"cdi: true, permissions: {text}").permissions == found
 
 
@@ -82,9 +82,8 @@ def test_one_path_is_a_list_of_one() -> None:
     assert resource("cdi: true").container_paths == ()
 
 
-def test_a_time_without_children_is_told_of() -> None:
-    parsed = parse_config(TEXT % "childrenTimeout: 2s")
-    (warning,) = parsed.warnings
+def test_a_children_timeout_without_children_is_a_warning() -> None:
+    (warning,) = parse_config(TEXT % "childrenTimeout: 2s").warnings
     assert "has no effect without children" in warning
 
 
@@ -99,12 +98,12 @@ def test_a_time_without_children_is_told_of() -> None:
         ("/devices/{name}", Names.EVERY),
     ],
 )
-def test_which_nodes_a_template_names(template: str, which: Names) -> None:
+def test_the_fields_of_a_template_decide_which_nodes_it_names(template: str, which: Names) -> None:
     assert names(template) is which
 
 
 @pytest.mark.parametrize("field", FIELDS)
-def test_only_some_fields_are_certain_to_tell_two_devices_apart(field: str) -> None:
+def test_only_some_fields_always_differ_between_two_devices(field: str) -> None:
     assert distinguishes_devices(f"/dev/x-{{{field}}}") is (field in {"index", "name", "busid", "serial"})
 
 
@@ -114,7 +113,7 @@ hostile = st.text(max_size=300) | st.text(alphabet="./\\\n\t é{}", max_size=300
 @given(
     st.sampled_from(["/dev/{model}", "/dev/.{serial}", "/dev/{manufacturer}{model}/x", "/{model}/{serial}"]), hostile
 )
-def test_what_a_device_calls_itself_does_not_choose_the_directory(template: str, value: str) -> None:
+def test_no_string_of_a_device_chooses_the_directory_of_its_path(template: str, value: str) -> None:
     path = render(template, dict.fromkeys(FIELDS, value))
     assert path.isascii()
     assert path.isprintable()
@@ -123,8 +122,18 @@ def test_what_a_device_calls_itself_does_not_choose_the_directory(template: str,
     assert len(path) <= len(template) + 2 * MAX_VALUE
 
 
+def test_fields_are_replaced_by_their_values() -> None:
+    assert render("/dev/{resource}-{index}", {"resource": "a.b", "index": "0"}) == "/dev/a.b-0"
+    assert template_problem("/dev/{kind}{index}") is None
+
+
+@pytest.mark.parametrize("template", ["dev/x", "/dev/{foo}", "/dev/../x", "/dev/{", "/dev/}x", "/dev/{index", ""])
+def test_an_invalid_template_is_refused(template: str) -> None:
+    assert template_problem(template) is not None
+
+
 @given(st.text(max_size=60))
-def test_a_template_that_is_accepted_stays_where_it_is(template: str) -> None:
+def test_no_value_leads_out_of_the_directory_of_a_valid_template(template: str) -> None:
     if template_problem(template) is None:
         path = render(template, dict.fromkeys(FIELDS, "../.."))
         assert path.startswith("/")

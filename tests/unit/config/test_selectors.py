@@ -1,4 +1,4 @@
-"""Which device a selector names, and what a containerPath template may do."""
+"""The devices that a selector matches, and selectors that may match the same device."""
 
 from __future__ import annotations
 
@@ -8,26 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from usbip_plugin.config.schema import Selector, render, template_problem
+from tests.rigs.vocabulary import HID, STORAGE, descriptor
+from usbip_plugin.config.schema import Selector
 from usbip_plugin.config.selectors import Match, matches, may_overlap
 from usbip_plugin.model import Descriptor, Identity, InterfaceClass, UsbId
 
-STICK = Descriptor(
-    busid="1-1.4",
-    path="/sys/devices/pci/usb1/1-1.4",
-    busnum=1,
-    devnum=7,
-    speed=3,
-    usb_id=UsbId(0x0951, 0x1666),
-    bcd_device=0x100,
-    device_class=0,
-    device_subclass=0,
-    device_protocol=0,
-    configuration=1,
-    num_configurations=1,
-    num_interfaces=1,
-    interfaces=(InterfaceClass(8, 6, 0x50),),
-)
+DEVICE = descriptor("1-1.4", interfaces=STORAGE)
+UNCONFIGURED = dataclasses.replace(DEVICE, configuration=0, num_interfaces=0, interfaces=())
 
 
 @pytest.mark.parametrize(
@@ -54,22 +41,18 @@ STICK = Descriptor(
         (Selector(class_=0), Match.YES),
     ],
 )
-def test_every_field_given_must_agree(selector: Selector, answer: Match) -> None:
-    assert matches(selector, STICK) is answer
+def test_every_key_of_a_selector_must_match(selector: Selector, answer: Match) -> None:
+    assert matches(selector, DEVICE) is answer
 
 
 @pytest.mark.parametrize(
     ("serial", "answer"), [(None, Match.NEEDS_PROBE), ("A1", Match.YES), ("A2", Match.NO), ("", Match.NO)]
 )
-def test_a_serial_is_asked_for_only_when_the_rest_agrees(serial: str | None, answer: Match) -> None:
-    told = Identity(serial=serial)
-    assert matches(Selector(vendor=0x0951, serial="A1"), STICK, told) is answer
-    assert matches(Selector(vendor=1, serial="A1"), STICK, told) is Match.NO
-    assert matches(Selector(class_=3, serial="A1"), STICK, told) is Match.NO
-
-
-UNCONFIGURED = dataclasses.replace(STICK, configuration=0, num_interfaces=0, interfaces=())
-STORAGE, HID = (InterfaceClass(8, 6, 0x50),), (InterfaceClass(3, 0, 0),)
+def test_a_serial_number_is_needed_only_if_the_other_keys_match(serial: str | None, answer: Match) -> None:
+    identity = Identity(serial=serial)
+    assert matches(Selector(vendor=0x0951, serial="A1"), DEVICE, identity) is answer
+    assert matches(Selector(vendor=1, serial="A1"), DEVICE, identity) is Match.NO
+    assert matches(Selector(class_=3, serial="A1"), DEVICE, identity) is Match.NO
 
 
 @pytest.mark.parametrize(
@@ -80,19 +63,19 @@ STORAGE, HID = (InterfaceClass(8, 6, 0x50),), (InterfaceClass(3, 0, 0),)
         (UNCONFIGURED, HID, Match.NO),
         (UNCONFIGURED, (), Match.NO),
         (dataclasses.replace(UNCONFIGURED, device_class=8), None, Match.YES),
-        (STICK, None, Match.YES),
-        (STICK, HID, Match.YES),
-        (dataclasses.replace(STICK, interfaces=HID), STORAGE, Match.NO),
+        (DEVICE, None, Match.YES),
+        (DEVICE, HID, Match.YES),
+        (dataclasses.replace(DEVICE, interfaces=HID), STORAGE, Match.NO),
     ],
 )
-def test_interfaces_are_asked_for_only_where_the_server_does_not_list_them(
+def test_interfaces_are_needed_only_if_the_server_does_not_list_them(
     device: Descriptor, interfaces: tuple[InterfaceClass, ...] | None, answer: Match
 ) -> None:
     assert matches(Selector(class_=8), device, Identity(interfaces=interfaces)) is answer
     assert matches(Selector(class_=8, vendor=1), device, Identity(interfaces=interfaces)) is Match.NO
 
 
-def test_what_is_known_to_be_wrong_needs_no_probe() -> None:
+def test_a_known_mismatch_needs_no_probe() -> None:
     assert matches(Selector(class_=8, serial="A1"), UNCONFIGURED, Identity(serial="B2")) is Match.NO
     assert matches(Selector(class_=8, serial="A1"), UNCONFIGURED, Identity(interfaces=HID)) is Match.NO
 
@@ -113,11 +96,11 @@ def test_what_is_known_to_be_wrong_needs_no_probe() -> None:
     st.sampled_from(["1-1", "1-2", "2-1"]),
     st.sampled_from(["x", "y", ""]).map(lambda serial: Identity(serial=serial)),
 )
-def test_selectors_that_share_a_device_are_said_to_overlap(
-    one: Selector, other: Selector, vendor: int, busid: str, told: Identity
+def test_selectors_that_match_one_device_may_overlap(
+    one: Selector, other: Selector, vendor: int, busid: str, identity: Identity
 ) -> None:
-    device = dataclasses.replace(STICK, usb_id=UsbId(vendor, 1), busid=busid)
-    if matches(one, device, told) is Match.YES and matches(other, device, told) is Match.YES:
+    device = dataclasses.replace(DEVICE, usb_id=UsbId(vendor, 1), busid=busid)
+    if matches(one, device, identity) is matches(other, device, identity) is Match.YES:
         assert may_overlap(one, other)
         assert may_overlap(other, one)
 
@@ -136,22 +119,5 @@ def test_selectors_that_share_a_device_are_said_to_overlap(
         (Selector(class_=3), Selector(class_=8)),
     ],
 )
-def test_selectors_plainly_apart_do_not_overlap(one: Selector, other: Selector) -> None:
+def test_disjoint_selectors_do_not_overlap(one: Selector, other: Selector) -> None:
     assert not may_overlap(one, other)
-
-
-@given(st.text(max_size=20))
-def test_a_value_in_a_template_never_chooses_the_directory(serial: str) -> None:
-    path = render("/dev/usb/{serial}/x", {"serial": serial})
-    head, middle, tail = path[len("/dev/usb/") :].rpartition("/")
-    assert path.startswith("/dev/usb/")
-    assert (middle, tail) == ("/", "x")
-    assert "/" not in head
-    assert head not in {"", ".", ".."}
-
-
-def test_templates() -> None:
-    assert render("/dev/{resource}-{index}", {"resource": "a.b", "index": "0"}) == "/dev/a.b-0"
-    assert template_problem("/dev/{kind}{index}") is None
-    for bad in ("dev/x", "/dev/{foo}", "/dev/../x", "/dev/{", "/dev/}x", "/dev/{index", ""):
-        assert template_problem(bad) is not None
