@@ -1,4 +1,4 @@
-"""`usbip-plugin devices`: what the Leases say, in each form."""
+"""`usbip-plugin devices`: the rows made of the Leases, in each output form."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ async def shown(form: str) -> str:
     return out.getvalue()
 
 
-async def test_a_row_for_each_lock_and_none_for_sessions() -> None:
+async def test_each_lock_has_a_row_and_sessions_have_none() -> None:
     free, held, silent = rows(await known_devices(store()), NOW)
     assert held == {
         "device": "lab:3240/1-1",
@@ -74,26 +74,26 @@ async def test_a_row_for_each_lock_and_none_for_sessions() -> None:
     assert free["epoch"] == 2
 
 
-async def test_the_table_names_holder_and_pod_and_lines_up() -> None:
+async def test_the_table_has_aligned_columns_for_holder_and_pod() -> None:
     head, free, held, _silent = (await shown("table")).splitlines()
     assert head.split() == ["DEVICE", "STATE", "HOLDER", "POD", "AGE", "REASON"]
     assert free.split()[:5] == ["attic:3240/1-2", "free", "-", "-", "-"]
     assert held[head.index("POD") :].startswith("default/reader")
 
 
-async def test_wide_has_more_columns_and_the_same_rows() -> None:
+async def test_wide_has_the_rows_of_the_table_and_more_columns() -> None:
     head, _free, held, _silent = (await shown("wide")).splitlines()
     assert head.split()[len(COLUMNS) :] == ["SINCE", "EPOCH", "ID", "USB-ID", "SERIAL", "PORT"]
     assert held.split()[-4:] == [HELD.id, "0951:1666", "-", "3"]
 
 
-async def test_json_and_yaml_say_the_same_and_name_gives_ids() -> None:
+async def test_json_and_yaml_have_all_rows_and_name_has_the_ids() -> None:
     whole = rows(await known_devices(store()), NOW)
     assert json.loads(await shown("json")) == yaml.safe_load(await shown("yaml")) == whole
     assert (await shown("name")).split() == [row["id"] for row in whole]
 
 
-def test_nothing_locked_yet_is_a_sentence_for_people_and_nothing_for_programs() -> None:
+def test_without_devices_the_table_is_a_sentence_and_the_other_forms_are_empty() -> None:
     assert "No devices found." in table([])
     for form, text in (("json", "[]\n"), ("yaml", "[]\n"), ("name", "")):
         out = io.StringIO()
@@ -117,11 +117,13 @@ class Terminal(io.StringIO):
         (io.StringIO(), {"TERM": "xterm"}, False),
     ],
 )
-def test_colour_is_for_terminals_that_want_it(stream: io.StringIO, environ: dict[str, str], wanted: bool) -> None:
+def test_colour_is_used_only_on_a_capable_terminal_without_no_color(
+    stream: io.StringIO, environ: dict[str, str], wanted: bool
+) -> None:
     assert wants_colour(stream, environ) is wanted
 
 
-async def test_a_terminal_gets_colour_and_no_line_wider_than_it(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_terminal_has_colour_and_no_line_is_wider_than_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
     devices = rows(await known_devices(store()), NOW)
@@ -153,7 +155,5 @@ def test_colour_does_not_shift_columns() -> None:
 
 
 def test_ages_are_rounded_down_to_one_unit() -> None:
-    assert [age(seconds) for seconds in (0.9, 119, 120, 7199, 7200, 172_799, 172_800)] == [
-        *("0s", "119s", "2m", "119m", "2h", "47h", "2d")
-    ]
-    assert age(-5) == "0s", "a holder whose clock is ahead"
+    seconds = (-5, 0.9, 119, 120, 7199, 7200, 172_799, 172_800)
+    assert [age(one) for one in seconds] == ["0s", "0s", "119s", "2m", "119m", "2h", "47h", "2d"]

@@ -1,4 +1,4 @@
-"""`usbip-plugin explain`: the sentences, for each way in which a device is available or unavailable."""
+"""`usbip-plugin explain`: the sentences, for each reason why a device is available or unavailable."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import pytest
 
-from tests.unit.cli.cli_facts import FREE, HELD, KEY, LISTED, NOTES, UNLISTED, UNREACHABLE, known
+from tests.rigs.vocabulary import KEY
+from tests.unit.cli.device_facts import FREE, HELD, LISTED, NOTES, UNLISTED, UNREACHABLE, known
 from usbip_plugin.cli.explain import DeviceDetails, PluginStatus, PodStatus, explain, render
 from usbip_plugin.cli.lookup import plugin_status, pod_status
 from usbip_plugin.model import PodRef
 
-TOLD = replace(FREE, known=known(notes=NOTES | {"usbip.dev/serial": "RED"}))
+WITH_SERIAL = replace(FREE, known=known(notes=NOTES | {"usbip.dev/serial": "RED"}))
 GONE_NODE = replace(HELD, known=known("node-a", heard=500, written=500), pod=PodStatus.GONE, plugin=PluginStatus.NONE)
 PODS = "kubectl -n usbip-system get pods -l app.kubernetes.io/name=usbip-plugin --field-selector spec.nodeName=node-a"
 LOG = f"read the log of the plugin on that node: kubectl -n usbip-system logs $({PODS} -o name)"
@@ -31,7 +32,7 @@ LOG = f"read the log of the plugin on that node: kubectl -n usbip-system logs $(
         (GONE_NODE, False, "its server does not export it."),
         (replace(GONE_NODE, server=LISTED), True, "can be taken over: its holder, node node-a, is silent."),
         (
-            replace(TOLD, twins=("lab:3240/1-2",)),
+            replace(WITH_SERIAL, twins=("lab:3240/1-2",)),
             False,
             "it is selected by serial number, and another device has the same one.",
         ),
@@ -39,14 +40,14 @@ LOG = f"read the log of the plugin on that node: kubectl -n usbip-system logs $(
         (replace(GONE_NODE, key=None, server=LISTED), False, "its lock does not name its server and bus ID."),
     ],
 )
-def test_the_verdict(facts: DeviceDetails, available: bool, verdict: str) -> None:
+def test_the_verdict_says_whether_the_device_is_available(facts: DeviceDetails, available: bool, verdict: str) -> None:
     found = explain(facts)
     assert found.available is available
     assert found.verdict.endswith(verdict)
 
 
 @pytest.mark.parametrize(
-    ("facts", "said"),
+    ("facts", "phrases"),
     [
         (FREE, ["no holder (epoch 5)", "lists it as available.", "offered as usbip.dev/stick (vendor 0951)"]),
         (replace(FREE, known=None), ["no node has used it yet, or its Lease was deleted."]),
@@ -79,10 +80,10 @@ def test_the_verdict(facts: DeviceDetails, available: bool, verdict: str) -> Non
         (replace(FREE, server=UNREACHABLE), ["connection refused", "usbipd is running"]),
         (replace(FREE, offers=None, config_source="X cannot be read"), ["are unknown: X cannot be read"]),
         (
-            replace(TOLD, twins=("attic:3240/7-2", "lab:3240/1-2")),
+            replace(WITH_SERIAL, twins=("attic:3240/7-2", "lab:3240/1-2")),
             ["serial number RED is shared with attic:3240/7-2 and lab:3240/1-2", "Select each of them by bus_id"],
         ),
-        (replace(TOLD, server=UNLISTED, twins=("attic:3240/7-2",)), ["serial number RED is now attic:3240/7-2"]),
+        (replace(WITH_SERIAL, server=UNLISTED, twins=("attic:3240/7-2",)), ["serial number RED is now attic:3240/7-2"]),
         (replace(FREE, offers=()), ["No resource in ConfigMap usbip-system/usbip-plugin selects it", "Add a selector"]),
         (
             replace(FREE, server=replace(LISTED, usb_id="1050:0407")),
@@ -90,9 +91,9 @@ def test_the_verdict(facts: DeviceDetails, available: bool, verdict: str) -> Non
         ),
     ],
 )
-def test_it_says(facts: DeviceDetails, said: list[str]) -> None:
+def test_the_explanation_names_what_it_found_and_what_to_do(facts: DeviceDetails, phrases: list[str]) -> None:
     text = render(explain(facts))
-    assert [words for words in said if words not in text] == []
+    assert [words for words in phrases if words not in text] == []
     assert KEY.id in text
 
 
@@ -101,13 +102,13 @@ def test_a_command_to_copy_quotes_the_holder() -> None:
     assert "--field-selector 'spec.nodeName=a; reboot' -o name)" in render(explain(held))
 
 
-def test_what_it_says_is_whole_sentences() -> None:
+def test_the_explanation_is_made_of_whole_sentences() -> None:
     for facts in (FREE, HELD, GONE_NODE, replace(FREE, offers=()), replace(FREE, server=UNREACHABLE)):
         assert all(sentence.endswith((".", ")")) for sentence in (explain(facts).verdict, *explain(facts).because))
 
 
 @pytest.mark.parametrize(
-    ("found", "word"),
+    ("found", "status"),
     [
         ({"metadata": {"uid": "u"}, "status": {"phase": "Running"}}, PodStatus.LIVES),
         ({"metadata": {"uid": "u", "deletionTimestamp": "t"}, "status": {"phase": "Running"}}, PodStatus.ENDING),
@@ -117,11 +118,11 @@ def test_what_it_says_is_whole_sentences() -> None:
         ({"metadata": None, "status": 3}, PodStatus.LIVES),
     ],
 )
-def test_what_the_api_server_says_of_the_pod(found: dict[str, object], word: PodStatus) -> None:
-    assert pod_status(found, PodRef("ns", "reader", "u")) is word
+def test_the_status_of_a_pod_is_read_from_its_object(found: dict[str, object], status: PodStatus) -> None:
+    assert pod_status(found, PodRef("ns", "reader", "u")) is status
 
 
-def test_what_the_api_server_says_of_the_plugin() -> None:
+def test_the_status_of_the_plugin_is_read_from_its_pods() -> None:
     ready = {"status": {"conditions": [{"type": "Ready", "status": "True"}]}}
     assert plugin_status({"items": [{}, ready]}) is PluginStatus.READY
     assert plugin_status({"items": [{"status": {"conditions": "?"}}]}) is PluginStatus.NOT_READY

@@ -1,4 +1,4 @@
-"""The command line around its commands: exit status, help, completion."""
+"""The command line: exit status, help and completion."""
 
 from __future__ import annotations
 
@@ -12,19 +12,10 @@ import pytest
 from argcomplete.finders import CompletionFinder
 
 from tests.rigs.command_rig import process_restored
+from tests.rigs.kubeconfig import kubeconfig
 from usbip_plugin.cli import completion
 from usbip_plugin.cli.main import main
 from usbip_plugin.cli.parser import MEANING, Exit, parser
-
-KUBECONFIG = """
-apiVersion: v1
-kind: Config
-clusters: [{name: c, cluster: {server: "http://127.0.0.1:%d"}}]
-users: [{name: u, user: {token: t}}]
-contexts: [{name: x, context: {cluster: c, user: u}}]
-current-context: x
-"""
-
 
 FILE = "only-file"
 DEVICES = {"usbip-abc": "lab:3240/1-1", "usbip-xyz": "lab:3240/1-2"}
@@ -33,11 +24,11 @@ Complete = Callable[..., list[str]]
 
 @pytest.fixture
 def complete(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Complete]:
-    """Completes the last of some words, in a directory with one file."""
+    """Returns a function that completes the last of some words, in a directory with one file."""
     (tmp_path / FILE).touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(completion, "_devices", lambda _options: DEVICES)
-    # argcomplete would write to file descriptor 9, which may be of this process
+    # argcomplete would write to file descriptor 9, which this process may use
     monkeypatch.setattr(CompletionFinder, "_init_debug_stream", lambda _self: None)
 
     def run(*typed: str) -> list[str]:
@@ -52,7 +43,7 @@ def complete(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize(
-    ("typed", "offered"),
+    ("typed", "completions"),
     [
         (("re",), ["release"]),
         (("devices", "-o", ""), ["table", "wide", "json", "yaml", "name"]),
@@ -72,19 +63,19 @@ def complete(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         (("nonsense", "x", ""), ["devices", "explain", "release", "check", "run", "completion", "demo", "simulate"]),
     ],
 )
-def test_what_is_offered_for_the_last_word(complete: Complete, typed: tuple[str, ...], offered: list[str]) -> None:
-    assert complete(*typed) == offered
+def test_the_last_word_is_completed(complete: Complete, typed: tuple[str, ...], completions: list[str]) -> None:
+    assert complete(*typed) == completions
 
 
-def test_the_flags_given_reach_the_question_for_devices(complete: Complete, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[argparse.Namespace] = []
-    monkeypatch.setattr(completion, "_devices", lambda options: seen.append(options) or {})  # type: ignore[func-returns-value]
+def test_the_completion_of_devices_uses_the_flags_given(complete: Complete, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[argparse.Namespace] = []
+    monkeypatch.setattr(completion, "_devices", lambda options: given.append(options) or {})  # type: ignore[func-returns-value]
     complete("explain", "--kubeconfig", "f", "-n", "ns", "")
-    assert (seen[0].kubeconfig, seen[0].namespace) == ("f", "ns")
+    assert (given[0].kubeconfig, given[0].namespace) == ("f", "ns")
 
 
 def bash(line: str, tmp_path: Path) -> list[str]:
-    """What bash itself offers at the end of a line."""
+    """Returns what bash offers at the end of a line."""
     tool = tmp_path / "usbip-plugin"
     tool.write_text(f'#!/bin/sh\nexec {sys.executable} -m usbip_plugin "$@"\n')
     tool.chmod(0o755)
@@ -104,29 +95,29 @@ def test_bash_completes_commands_flags_and_values(tmp_path: Path) -> None:
     assert bash("usbip-plugin ex", tmp_path) == ["explain"]
     assert bash("usbip-plugin devices -o y", tmp_path) == ["yaml"]
     assert bash("usbip-plugin release --for", tmp_path) == ["--force"]
-    assert bash("usbip-plugin explain usb", tmp_path) == [], "no cluster to ask, and nothing said about it"
+    assert bash("usbip-plugin explain usb", tmp_path) == [], "without a cluster, and without an error message"
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_a_script_for_each_shell(shell: str) -> None:
+def test_each_shell_has_a_completion_script(shell: str) -> None:
     text = completion.script(shell)
     assert "_ARGCOMPLETE" in text
     assert "usbip-plugin" in text
 
 
-def test_usage_errors_are_2() -> None:
+def test_the_status_of_a_usage_error_is_2() -> None:
     for arguments in ([], ["nonsense"], ["explain"], ["devices", "-o", "xml"], ["release", "x", "--maybe"]):
         with pytest.raises(SystemExit) as caught:
             main(arguments)
         assert caught.value.code == Exit.USAGE
 
 
-def test_no_kubeconfig_is_2_and_no_api_server_is_3(
+def test_the_status_is_2_without_a_kubeconfig_and_3_without_an_api_server(
     tmp_path: Path, unused_tcp_port: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["devices", "--kubeconfig", str(tmp_path / "none")]) == Exit.USAGE
     config = tmp_path / "kubeconfig"
-    config.write_text(KUBECONFIG % unused_tcp_port)
+    config.write_text(kubeconfig(f"http://127.0.0.1:{unused_tcp_port}"))
     for command in (["devices"], ["explain", "x"], ["release", "x"]):
         assert main([*command, "--kubeconfig", str(config)]) == Exit.API
     out, err = capsys.readouterr()
@@ -134,7 +125,7 @@ def test_no_kubeconfig_is_2_and_no_api_server_is_3(
     assert "list leases.coordination.k8s.io" in err
 
 
-def test_the_help_says_what_every_exit_status_means() -> None:
+def test_the_help_explains_every_exit_status() -> None:
     text = " ".join(parser().format_help().split())
     for number, meaning in MEANING.items():
         assert f"{number:d} {meaning}" in text

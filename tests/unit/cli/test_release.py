@@ -1,4 +1,4 @@
-"""`usbip-plugin release`: what it says, when it refuses, and its one write."""
+"""`usbip-plugin release`: its impact, its refusals, and its only write."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from tests.unit.cli.cli_facts import FREE, HELD, HELD_NOTES, KEY, LISTED, NOW, UNLISTED, UNREACHABLE, known
+from tests.rigs.vocabulary import KEY
+from tests.unit.cli.device_facts import FREE, HELD, HELD_NOTES, LISTED, NOW, UNREACHABLE, known
 from usbip_plugin.cli.devices import LockedDevice, known_devices
 from usbip_plugin.cli.explain import DeviceDetails, PodStatus
 from usbip_plugin.cli.release import impact, refusal, release
@@ -31,21 +32,21 @@ NO_PORT = {name: text for name, text in HELD_NOTES.items() if name != "usbip.dev
             HELD,
             "may be attached: its server does not list it as available, and the lock names vhci port 3 of node node-a",
         ),
-        (replace(HELD, known=known("node-a", heard=500)), "it may be attached"),  # its kernel may live on
+        (replace(HELD, known=known("node-a", heard=500)), "it may be attached"),  # its kernel may still run
         (replace(HELD, known=known("node-a", notes=NO_PORT)), "it may be attached"),
         (replace(HELD, server=UNREACHABLE), "it may be attached"),
         (replace(HELD, server=LISTED), ""),
         (replace(HELD, server=LISTED, known=known("node-a", written=3)), "an import may be in progress"),
     ],
 )
-def test_it_refuses_unless_the_device_is_certainly_not_attached(facts: DeviceDetails, expected: str) -> None:
+def test_a_release_is_refused_unless_the_device_is_certainly_not_attached(facts: DeviceDetails, expected: str) -> None:
     assert facts.known is not None
     found = refusal(facts, facts.known)
     assert expected in found
     assert bool(expected) is bool(found)
 
 
-def test_it_shows_the_impact() -> None:
+def test_the_impact_names_holder_node_and_pod() -> None:
     text = sentences(HELD)
     assert "held by node node-a (since 2026-05-04T03:02:01Z)." in text
     assert "The node is alive (last heartbeat: 3s ago): it detaches the device" in text
@@ -64,7 +65,7 @@ async def stored() -> tuple[MemoryLeases, LockedDevice]:
     return store, found
 
 
-async def test_the_lock_is_emptied_and_kept() -> None:
+async def test_a_release_clears_the_holder_and_keeps_the_lock() -> None:
     store, found = await stored()
     await release(store, found, NOW)
     after = await store.get(KEY.id)
@@ -87,7 +88,7 @@ async def test_a_lock_that_changed_since_it_was_shown_is_left_alone() -> None:
     assert after.holder == "node-b"
 
 
-async def test_a_lock_that_was_deleted_is_not_made_anew() -> None:
+async def test_a_deleted_lock_is_not_created_again() -> None:
     backend = MemoryBackend()
     store = MemoryLeases(backend, SystemClock())
     lease = backend.create(known("node-a").lease)
@@ -98,18 +99,17 @@ async def test_a_lock_that_was_deleted_is_not_made_anew() -> None:
     assert await store.get(KEY.id) is None
 
 
-async def test_nothing_is_written_for_a_device_that_nobody_holds() -> None:
+async def test_nothing_is_written_for_a_device_without_a_holder() -> None:
     store, _found = await stored()
     assert FREE.known is not None
     with pytest.raises(ReleaseRefused, match="has no holder"):
         await release(store, FREE.known, NOW)
 
 
-async def test_the_policy_that_confines_plugins_is_named_with_its_cure() -> None:
+async def test_a_refusal_by_the_admission_policy_names_a_cure() -> None:
     class Refusing:
         async def replace(self, _lease: Lease) -> Lease:
             raise KubeForbidden("update", "leases", "ValidatingAdmissionPolicy 'usbip-plugin' denied request")
 
     with pytest.raises(ReleaseRefused, match="use your own kubeconfig"):
-        await release(Refusing(), known("node-a"), NOW)  # type: ignore[arg-type]  # all it is asked for
-    assert UNLISTED != UNREACHABLE
+        await release(Refusing(), known("node-a"), NOW)  # type: ignore[arg-type]  # only replace() is used

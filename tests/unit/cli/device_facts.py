@@ -1,16 +1,15 @@
-"""Facts about one device, for the tests of explain and release."""
+"""DeviceFacts of one device, for the tests of explain and release."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
+from tests.rigs.vocabulary import KEY
 from usbip_plugin.cli.devices import LockedDevice
 from usbip_plugin.cli.explain import DeviceDetails, Listing, Offer, PluginStatus, PodStatus, ServerAnswer
 from usbip_plugin.locks.record import LOCK_LABELS, SESSION_LABELS, Lease, lock_of
-from usbip_plugin.model import DeviceKey, ServerKey
 
-KEY = DeviceKey(ServerKey("lab", 3240), "1-1")
 TAKEN = datetime(2026, 5, 4, 3, 2, 1, tzinfo=UTC)
 NOW = TAKEN + timedelta(hours=3)
 NOTES = {"usbip.dev/server": "lab:3240", "usbip.dev/busid": "1-1", "usbip.dev/usb-id": "0951:1666"}
@@ -23,7 +22,10 @@ UNREACHABLE = ServerAnswer(Listing.UNREACHABLE, error="USB/IP server lab:3240: c
 def known(
     holder: str = "", *, heard: float | None = 3, written: float = 3600, notes: dict[str, str] | None = None
 ) -> LockedDevice:
-    """heard: seconds since the session was renewed, None for no session; written: since the lock was."""
+    """Returns the device with its lock and the session of its holder.
+
+    heard: seconds since the session was renewed, None for no session. written: seconds since the lock was written.
+    """
     annotations = notes if notes is not None else HELD_NOTES if holder else NOTES
     renewed = NOW - timedelta(seconds=written)
     lease = Lease(KEY.id, holder, 40, TAKEN, renewed, 5, annotations, LOCK_LABELS, resource_version="7")
