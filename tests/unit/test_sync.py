@@ -11,7 +11,7 @@ from pathlib import Path
 import asyncinotify
 import pytest
 
-from usbip_plugin.sync import DirectoryWatch, done_within, start_task
+from usbip_plugin.sync import Broadcast, DirectoryWatch, done_within, start_task
 from usbip_sim.virtual.loop import SimClock, virtual
 
 
@@ -41,7 +41,7 @@ async def test_a_wait_that_takes_too_long_is_cancelled() -> None:
 
 
 @virtual
-async def test_what_a_wait_raises_passes_on() -> None:
+async def test_an_error_of_the_wait_is_raised() -> None:
     async def wait() -> None:
         raise OSError
 
@@ -58,7 +58,7 @@ def watch_of(path: Path) -> DirectoryWatch:
 
 
 async def waited(watch: DirectoryWatch) -> float:
-    """Seconds of one wait."""
+    """Returns the duration of one wait in seconds."""
     began = asyncio.get_running_loop().time()
     await watch.changed()
     return asyncio.get_running_loop().time() - began
@@ -71,7 +71,7 @@ def swap_a_link(directory: Path) -> None:
 
 CHANGES: dict[str, Callable[[Path], object]] = {
     "created": lambda directory: (directory / "new").touch(),
-    "written": lambda directory: (directory / "file").write_text("anew"),
+    "written": lambda directory: (directory / "file").write_text("new"),
     "replaced": lambda directory: (directory / "other").replace(directory / "file"),
     "moved away": lambda directory: (directory / "file").rename(directory.with_name("elsewhere")),
     "removed": lambda directory: (directory / "file").unlink(),
@@ -96,7 +96,7 @@ async def test_a_change_of_an_entry_ends_the_wait_also_one_that_came_before_it(
 
 
 @virtual
-async def test_a_directory_that_is_replaced_is_watched_anew(tmp_path: Path) -> None:
+async def test_a_replaced_directory_is_watched_again(tmp_path: Path) -> None:
     directory = tmp_path / "watched"
     directory.mkdir()
     with watch_of(directory) as watch:
@@ -171,3 +171,47 @@ async def test_a_task_is_started_only_while_its_group_accepts_tasks(recwarn: pyt
     assert start_task(tasks, work("too late")) is None
     assert done == ["in time"]
     assert not recwarn.list  # what is not started is closed
+
+
+async def test_a_broadcast_wakes_every_waiter_and_misses_no_change() -> None:
+    value = 0
+    broadcast, upstream = Broadcast(), Broadcast()
+
+    async def wait_for(wanted: int) -> None:
+        await broadcast.until(lambda: value >= wanted)
+
+    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+        for wanted in range(50):
+            group.create_task(wait_for(wanted))
+        unsubscribe = upstream.subscribe(broadcast.fire)
+        for _ in range(50):
+            value += 1
+            upstream.fire()
+            await asyncio.sleep(0)
+        unsubscribe()
+    upstream.fire()
+    assert value == 50
+
+
+async def test_a_relay_ends_when_it_is_unsubscribed() -> None:
+    a, b = Broadcast(), Broadcast()
+    checks = 0
+
+    def condition() -> bool:
+        nonlocal checks
+        checks += 1
+        return checks == 3
+
+    task = asyncio.create_task(b.until(condition))
+    await asyncio.sleep(0)
+    unsubscribe = a.subscribe(b.fire)
+    a.fire()
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    unsubscribe()
+    unsubscribe()  # a second call does nothing
+    a.fire()
+    await asyncio.sleep(0)
+    assert checks == 2
+    b.fire()
+    await task

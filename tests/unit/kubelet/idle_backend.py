@@ -6,7 +6,7 @@ from usbip_plugin.attach.containers import ContainerResponse
 
 
 class IdleBackend:
-    """Fails every call, so that a test in which a kubelet calls after all is red."""
+    """A backend that fails every call, so that a test with an unexpected call is red."""
 
     async def allocate_all(self, resource: str, requests: tuple[tuple[str, ...], ...]) -> tuple[ContainerResponse, ...]:
         raise NotImplementedError

@@ -1,28 +1,25 @@
-"""What a container gets for its devices."""
+"""The answer to an Allocate, and the choice of devices that a node prefers."""
+
+from dataclasses import replace
 
 import pytest
 
+from tests.rigs.vocabulary import LAB, USB_NODE, attachment, tty
 from usbip_plugin.attach.containers import DeviceSpec, injected
 from usbip_plugin.config.schema import DeviceSelector, Extra, ResourceConfig
-from usbip_plugin.kubelet.allocate import container_response
-from usbip_plugin.model import Attachment, DeviceKey, DeviceNode, ServerKey, UsbId
+from usbip_plugin.errors import UnknownDevice
+from usbip_plugin.kubelet.allocate import container_response, preferred
+from usbip_plugin.model import Attachment, DeviceKey, DeviceNode, Health, Reason
 
 DOMAIN = "usbip.dev"
-LAB = ServerKey("lab", 3240)
-ID = UsbId(0x0403, 0x6001)
 FUSE = Extra("/dev/fuse", "/dev/fuse", "rw")
 
 
 def device(
     busid: str, number: int, *children: DeviceNode, serial: str | None = None
 ) -> tuple[DeviceSelector, Attachment]:
-    key = DeviceKey(LAB, busid)
-    usb = DeviceNode(f"/dev/bus/usb/003/{number:03d}", "usb", block=False, major=189, minor=number)
-    return DeviceSelector(LAB, extras=(FUSE,)), Attachment(key, number, "3-1", ID, serial, (usb, *children))
-
-
-def tty(number: int) -> DeviceNode:
-    return DeviceNode(f"/dev/ttyUSB{number}", "tty", block=False, major=188, minor=number)
+    usb = replace(USB_NODE, path=f"/dev/bus/usb/003/{number:03d}", minor=number)
+    return DeviceSelector(LAB, extras=(FUSE,)), attachment(usb, *children, key=DeviceKey(LAB, busid), serial=serial)
 
 
 def test_a_container_gets_the_usb_node_the_children_and_the_extras() -> None:
@@ -37,42 +34,19 @@ def test_a_container_gets_the_usb_node_the_children_and_the_extras() -> None:
         "USBIP_METER_0_TTY": "/dev/ttyUSB0",
         "USBIP_METER_0_BUSID": "1-1",
         "USBIP_METER_0_SERIAL": "A1",
-        "USBIP_METER_0_VENDOR": "0403",
-        "USBIP_METER_0_PRODUCT": "6001",
+        "USBIP_METER_0_VENDOR": "0951",
+        "USBIP_METER_0_PRODUCT": "1666",
     }
 
 
-def test_extras_of_several_devices_come_once_and_each_device_has_its_number() -> None:
+def test_an_extra_of_several_devices_is_given_once_and_each_device_has_its_number() -> None:
     answer = container_response(ResourceConfig("my-meter", ()), DOMAIN, [device("1-1", 2), device("1-2", 3)])
     assert [spec.host_path for spec in answer.devices].count("/dev/fuse") == 1
     assert answer.envs["USBIP_MY_METER_0_BUSID"] == "1-1"
     assert answer.envs["USBIP_MY_METER_1_BUSID"] == "1-2"
 
 
-@pytest.mark.parametrize(("children", "paths"), [((), ["usb"]), (("tty",), ["usb", "tty"]), (("block",), ["usb"])])
-def test_only_the_children_asked_for_come_along(children: tuple[str, ...], paths: list[str]) -> None:
-    answer = container_response(ResourceConfig("meter", (), children=children), DOMAIN, [device("1-1", 2, tty(0))])
-    kinds = {"/dev/bus/usb/003/002": "usb", "/dev/ttyUSB0": "tty"}
-    assert [kinds[s.host_path] for s in answer.devices if s.host_path in kinds] == paths
-    assert ("USBIP_METER_0_TTY" in answer.envs) == ("tty" in paths)
-
-
-def test_a_container_path_names_the_node_people_mean_in_devices_and_environment() -> None:
-    resource = ResourceConfig("meter", (), container_paths=("/dev/meter-{index}",))
-    answer = container_response(resource, DOMAIN, [device("1-1", 2, tty(0)), device("1-2", 3, tty(1))])
-    assert DeviceSpec("/dev/ttyUSB0", "/dev/meter-0") in answer.devices
-    assert DeviceSpec("/dev/ttyUSB1", "/dev/meter-1") in answer.devices
-    assert answer.envs["USBIP_METER_1_TTY"] == "/dev/meter-1"
-
-
-def test_a_template_that_tells_nodes_apart_names_them_all() -> None:
-    resource = ResourceConfig("meter", (), container_paths=("/dev/meter-{index}-{kind}",))
-    answer = container_response(resource, DOMAIN, [device("1-1", 2, tty(0))])
-    assert {s.container_path for s in answer.devices} == {"/dev/meter-0-usb", "/dev/meter-0-tty", "/dev/fuse"}
-    assert answer.envs["USBIP_METER_0_DEVICE"] == "/dev/meter-0-usb"
-
-
-def test_by_cdi_the_answer_has_names_and_extras_and_nothing_that_a_reattach_makes_wrong() -> None:
+def test_with_cdi_the_answer_has_names_and_extras_and_nothing_that_a_re_attach_changes() -> None:
     resource = ResourceConfig("meter", (), cdi=True)
     devices = [device("1-1", 2, tty(0)), device("1-2", 3, tty(1))]
     answer = container_response(resource, DOMAIN, devices)
@@ -81,12 +55,46 @@ def test_by_cdi_the_answer_has_names_and_extras_and_nothing_that_a_reattach_make
     assert answer.envs == {}
 
 
-def test_by_cdi_the_spec_has_the_same_nodes_and_environment_as_an_answer_without() -> None:
+def test_a_cdi_spec_has_the_nodes_and_the_environment_of_an_answer_without_cdi() -> None:
     resource = ResourceConfig("meter", (), container_paths=("/dev/meter-{index}",), children=("tty",))
-    selector, attachment = device("1-1", 2, tty(0), serial="A1")
-    plain = container_response(resource, DOMAIN, [device("1-9", 9), (selector, attachment)])
-    made = injected(resource, 1, attachment)
-    paths = {node.path for node in attachment.nodes}
+    selector, attached = device("1-1", 2, tty(0), serial="A1")
+    plain = container_response(resource, DOMAIN, [device("1-9", 9), (selector, attached)])
+    made = injected(resource, 1, attached)
+    paths = {node.path for node in attached.nodes}
     assert [spec for spec, _ in made.nodes] == [s for s in plain.devices if s.host_path in paths]
-    assert [node for _, node in made.nodes] == list(attachment.nodes)
+    assert [node for _, node in made.nodes] == list(attached.nodes)
     assert made.envs == {name: value for name, value in plain.envs.items() if name.startswith("USBIP_METER_1_")}
+
+
+def test_required_devices_are_preferred_to_attached_ones_and_those_to_healthy_ones() -> None:
+    health = {
+        "a": Health(Reason.FREE),
+        "b": Health(Reason.ATTACHED),
+        "c": Health(Reason.NOT_LISTED),
+        "d": Health(Reason.FREE),
+    }
+    assert preferred(["a", "b", "c"], ["c"], 2, "node-a", health) == ("c", "b")
+    assert set(preferred(["a", "b", "c", "d"], [], 3, "node-a", health)) == {"a", "b", "d"}
+    assert preferred(["a", "b"], [], 3, "node-a", health) in {("b", "a"), ("a", "b")}, "all there are"
+    assert preferred(["b", "d"], [], 1, "node-a", health, unwanted={"b"}) == ("d",), (
+        "an unwanted device would be refused"
+    )
+
+
+@pytest.mark.parametrize(
+    ("must", "size", "words"),
+    [
+        (["c"], 1, "required devices are not available: c"),
+        (["a", "b"], 1, "expected at most 1 required devices, got 2"),
+    ],
+)
+def test_an_impossible_choice_is_refused_with_its_reason(must: list[str], size: int, words: str) -> None:
+    with pytest.raises(UnknownDevice, match=words):
+        preferred(["a", "b"], must, size, "node-a", {})
+
+
+def test_nodes_prefer_different_devices_and_a_node_always_the_same_one() -> None:
+    health = {f"d{i}": Health(Reason.FREE) for i in range(16)}
+    first = {f"node-{n}": preferred(health, [], 1, f"node-{n}", health)[0] for n in range(16)}
+    assert len(set(first.values())) > 4
+    assert first == {node: preferred(reversed(list(health)), [], 1, node, health)[0] for node in first}

@@ -1,4 +1,4 @@
-"""What is read out of a pod-resources List."""
+"""The devices in a pod-resources List."""
 
 import tempfile
 from pathlib import Path
@@ -11,7 +11,7 @@ from usbip_plugin.kubelet.pod_resources import ContainerDevices, GrpcPodResource
 from usbip_plugin.model import PodRef
 
 
-def test_only_resources_of_the_domain() -> None:
+def test_only_resources_of_the_domain_are_read() -> None:
     response = pb.ListPodResourcesResponse()
     container = response.pod_resources.add(namespace="default", name="a").containers.add(name="app")
     for resource in ("usbip.dev/storage", "usbip.device/x", "example.com/usbip.dev", "usbip.dev/modem"):

@@ -1,4 +1,4 @@
-"""The checked-in stubs are what proto/generate.sh writes."""
+"""The gRPC stubs in the repository are those that proto/generate.sh writes."""
 
 import os
 import subprocess

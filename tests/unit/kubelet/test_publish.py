@@ -1,4 +1,4 @@
-"""What the Node is told, and when: never before a kubelet has the list, and then without waiting for a change."""
+"""The counts in the Node's status: not written before a kubelet has the list, and then without another change."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import cast
 
 from opentelemetry.trace import NoOpTracer
 
+from tests.rigs.tasks import background
+from tests.rigs.vocabulary import KEY
 from tests.unit.kubelet.idle_backend import IdleBackend
 from usbip_plugin.context import NodeContext
 from usbip_plugin.inventory.evaluate import Evaluation, Lists
@@ -18,16 +20,15 @@ from usbip_plugin.kube.node_status import NodeStatusPublisher
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer, DeviceStates
 from usbip_plugin.kubelet.publish import KubeletPublisher
 from usbip_plugin.locks.manager import LockManager
-from usbip_plugin.model import Advertised, DeviceKey, Health, Lock, NodeIdentity, Reason, ServerKey
+from usbip_plugin.model import Advertised, Health, Lock, NodeIdentity, Reason
 from usbip_sim.virtual.loop import SimClock, virtual
 
 STORAGE = "usbip.dev/storage"
-STICK = DeviceKey(ServerKey("lab", 3240), "1-1")
-LISTS = {"storage": (Advertised(STICK.id, STICK, Health(Reason.FREE)),)}
+LISTS = {"storage": (Advertised(KEY.id, KEY, Health(Reason.FREE)),)}
 
 
 class Offers:
-    """The inventory of a node that offers LISTS from its first evaluation on."""
+    """The inventory of a node that offers LISTS from its first evaluation on. Nobody takes a device."""
 
     def __init__(self) -> None:
         self.advertised: Lists = {}
@@ -37,7 +38,7 @@ class Offers:
         self._subscribers.append(callback)
 
     def subscribe_taken(self, _callback: object) -> None:
-        """Nobody takes a device."""
+        pass
 
     def evaluate(self) -> None:
         before, self.advertised = self.advertised, LISTS
@@ -53,7 +54,7 @@ class NoLocks:
 
 
 class Node:
-    """A KubeletPublisher with its Node status, and what the Node was told by it, in order."""
+    """A KubeletPublisher, and the patches of the Node's status in order."""
 
     def __init__(self) -> None:
         clock = SimClock(asyncio.get_running_loop())
@@ -72,7 +73,7 @@ class Node:
         self.patches.append(counts)
 
     def offer(self) -> DevicePluginServer:
-        """A server whose list is complete, and that no kubelet listens to yet."""
+        """Returns a server with a complete list and without a kubelet."""
         server = DevicePluginServer(STORAGE, IdleBackend())
         self.publisher.attach(server)
         self.publisher.begin()
@@ -80,7 +81,7 @@ class Node:
 
 
 class Kubelet:
-    """Takes lists as slowly as it likes: none before `reading` is set."""
+    """A kubelet that takes no list before `reading` is set."""
 
     def __init__(self) -> None:
         self.reading = asyncio.Event()
@@ -92,34 +93,29 @@ class Kubelet:
 
 
 @virtual
-async def test_the_node_says_what_a_kubelet_was_told_as_soon_as_it_has_its_first_list() -> None:
-    """Also if nothing changes from then on: after a start, or after a restart of the kubelet."""
+async def test_the_node_status_has_the_kubelets_counts_as_soon_as_the_kubelet_has_its_first_list() -> None:
+    """Holds without another change, after a start and after a restart of the kubelet."""
     node = Node()
-    writing = asyncio.create_task(node.status.run())
     server = node.offer()
-    for restarts in range(1, 3):
-        kubelet = Kubelet()
-        listening = asyncio.create_task(server.follow(kubelet.receive))
-        await asyncio.sleep(1)
-        assert len(node.patches) == restarts - 1, "the kubelet would refuse the pods that the scheduler sends"
-        kubelet.reading.set()
-        await asyncio.sleep(1)
-        assert len(kubelet.lists) == 1
-        assert node.patches == [{STORAGE: 1}] * restarts
-        listening.cancel()
-        node.publisher.kubelet_gone(STORAGE)
-    writing.cancel()
+    async with background(node.status.run()):
+        for starts in range(1, 3):
+            kubelet = Kubelet()
+            async with background(server.follow(kubelet.receive)):
+                await asyncio.sleep(1)
+                assert len(node.patches) == starts - 1, "the kubelet would refuse the pods that the scheduler sends"
+                kubelet.reading.set()
+                await asyncio.sleep(1)
+                assert len(kubelet.lists) == 1
+                assert node.patches == [{STORAGE: 1}] * starts
+            node.publisher.kubelet_gone(STORAGE)
 
 
 @virtual
-async def test_a_server_that_was_replaced_does_not_tell_the_node() -> None:
+async def test_a_server_that_was_replaced_changes_no_node_status() -> None:
     node = Node()
-    writing = asyncio.create_task(node.status.run())
     former, kubelet = node.offer(), Kubelet()
     node.publisher.attach(DevicePluginServer(STORAGE, IdleBackend()))
-    listening = asyncio.create_task(former.follow(kubelet.receive))
     kubelet.reading.set()
-    await asyncio.sleep(1)
-    assert (len(kubelet.lists), node.patches) == (1, [])
-    listening.cancel()
-    writing.cancel()
+    async with background(node.status.run()), background(former.follow(kubelet.receive)):
+        await asyncio.sleep(1)
+        assert (len(kubelet.lists), node.patches) == (1, [])

@@ -1,14 +1,13 @@
-"""The gRPC status an Allocate error becomes."""
+"""The gRPC status of a failed Allocate."""
 
 import grpc
 import pytest
 
+from tests.rigs.vocabulary import KEY, LAB
 from usbip_plugin import errors as e
 from usbip_plugin.kubelet.device_plugin import MAX_DETAIL_CHARACTERS, status_code, status_details
-from usbip_plugin.model import DeviceKey, ServerKey, UsbId
+from usbip_plugin.model import UsbId
 
-SERVER = ServerKey("10.0.0.1")
-KEY = DeviceKey(SERVER, "1-1")
 Code = grpc.StatusCode
 
 
@@ -19,10 +18,10 @@ Code = grpc.StatusCode
         (e.LockLost("d", "node-b"), Code.FAILED_PRECONDITION),
         (e.DeviceBusy(KEY), Code.FAILED_PRECONDITION),
         (e.ClaimBusy("d"), Code.FAILED_PRECONDITION),
-        (e.ServerUnreachable(SERVER, "refused"), Code.UNAVAILABLE),
+        (e.ServerUnreachable(LAB, "refused"), Code.UNAVAILABLE),
         (e.LockUnavailable("d", "API"), Code.UNAVAILABLE),
         (e.KubeUnreachable("get", "leases", "gone"), Code.UNAVAILABLE),
-        (e.ServerTimeout(SERVER, "import", 3), Code.DEADLINE_EXCEEDED),
+        (e.ServerTimeout(LAB, "import", 3), Code.DEADLINE_EXCEEDED),
         (e.AllocateTimeout("late"), Code.DEADLINE_EXCEEDED),
         (e.AttachStuck("005"), Code.DEADLINE_EXCEEDED),
         (e.UnknownDevice("d"), Code.NOT_FOUND),
@@ -34,17 +33,17 @@ Code = grpc.StatusCode
         (e.AllocateError("alone"), Code.INTERNAL),
     ],
 )
-def test_code(error: e.PluginError, code: grpc.StatusCode) -> None:
+def test_each_error_has_its_status_code(error: e.PluginError, code: grpc.StatusCode) -> None:
     assert status_code(error) is code
 
 
-def test_an_allocate_error_stands_for_its_cause() -> None:
+def test_an_allocate_error_has_the_status_code_of_its_cause() -> None:
     outer = e.AllocateError("could not")
     outer.__cause__ = e.LockHeld("d", "node-b")
     assert status_code(outer) is Code.FAILED_PRECONDITION
 
 
-def test_details_are_one_bounded_line_that_keeps_what_comes_first() -> None:
+def test_the_details_are_one_line_that_is_cut_at_its_end() -> None:
     assert status_details(e.LockHeld("10.0.0.1:3240/1-1", "node-b")) == "10.0.0.1:3240/1-1 is held by node node-b"
     long = status_details(e.AllocateError("first\nsecond " + "x" * 5000))
     assert long.startswith("first second x")

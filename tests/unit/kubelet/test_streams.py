@@ -1,4 +1,4 @@
-"""What one ListAndWatch stream is sent, without a socket."""
+"""The lists that a ListAndWatch stream is sent, without a socket."""
 
 import asyncio
 import functools
@@ -7,30 +7,29 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.rigs.vocabulary import KEY
 from tests.unit.kubelet.idle_backend import IdleBackend
-from usbip_plugin.kubelet.device_plugin import (
-    DeviceList,
-    DevicePluginServer,
-    DeviceStates,
-    device_list,
-)
-from usbip_plugin.model import Advertised, DeviceKey, Health, Reason, ServerKey
+from usbip_plugin.kubelet.device_plugin import DeviceList, DevicePluginServer, DeviceStates, device_list
+from usbip_plugin.model import Advertised, Health, Reason
 from usbip_sim.virtual.loop import run, virtual
 
 
 @functools.cache
 def device(number: int, healthy: bool) -> Advertised:
-    key = DeviceKey(ServerKey("10.0.0.1"), "1-1")
-    return Advertised(str(number), key, Health(Reason.FREE if healthy else Reason.HELD_ELSEWHERE))
+    return Advertised(str(number), KEY, Health(Reason.FREE if healthy else Reason.HELD_ELSEWHERE))
 
 
 def devices(*health: bool) -> tuple[Advertised, ...]:
-    """The very same objects for the same devices, as the inventory keeps them."""
+    """Returns one object for each state of a device, like the inventory."""
     return tuple(device(n, h) for n, h in enumerate(health))
 
 
+def new_server() -> DevicePluginServer:
+    return DevicePluginServer("usbip.dev/storage", IdleBackend())
+
+
 class Stream:
-    """Follows a server; each send takes `pace` seconds."""
+    """A stream of a server whose sends take `pace` seconds each."""
 
     def __init__(self, server: DevicePluginServer, pace: float) -> None:
         self.sent: list[DeviceStates] = []
@@ -47,8 +46,8 @@ class Stream:
 
 
 @virtual
-async def test_no_devices_at_all_is_something_to_say() -> None:
-    server = DevicePluginServer("usbip.dev/storage", IdleBackend())
+async def test_an_empty_list_is_sent() -> None:
+    server = new_server()
     stream = Stream(server, 0)
     await asyncio.sleep(1)
     assert stream.sent == []
@@ -59,8 +58,8 @@ async def test_no_devices_at_all_is_something_to_say() -> None:
 
 
 @virtual
-async def test_what_is_published_during_a_write_is_sent_after_it() -> None:
-    server = DevicePluginServer("usbip.dev/storage", IdleBackend())
+async def test_a_list_published_during_a_send_is_sent_after_it() -> None:
+    server = new_server()
     server.publish(devices(True))
     stream = Stream(server, 1)
     await asyncio.sleep(0.5)
@@ -71,8 +70,8 @@ async def test_what_is_published_during_a_write_is_sent_after_it() -> None:
 
 
 @virtual
-async def test_wait_sent_waits_for_the_slowest_stream_and_not_for_one_that_is_gone() -> None:
-    server = DevicePluginServer("usbip.dev/storage", IdleBackend())
+async def test_wait_sent_waits_for_the_slowest_stream_but_not_for_an_ended_one() -> None:
+    server = new_server()
     quick, slow = Stream(server, 0.1), Stream(server, 5)
     await asyncio.sleep(0)
     server.publish(devices(True))
@@ -90,8 +89,8 @@ async def test_wait_sent_waits_for_the_slowest_stream_and_not_for_one_that_is_go
 
 
 @virtual
-async def test_a_stream_that_breaks_takes_nothing_with_it() -> None:
-    server = DevicePluginServer("usbip.dev/storage", IdleBackend())
+async def test_a_stream_that_breaks_harms_no_other() -> None:
+    server = new_server()
     server.publish(devices(True))
 
     async def broken(_state: DeviceStates) -> None:
@@ -106,18 +105,18 @@ async def test_a_stream_that_breaks_takes_nothing_with_it() -> None:
     await stream.end()
 
 
-def test_what_is_healthy_counts_in_use_or_not() -> None:
-    server, key = DevicePluginServer("usbip.dev/storage", IdleBackend()), DeviceKey(ServerKey("10.0.0.1"), "1-1")
+def test_healthy_devices_count_in_use_or_not() -> None:
+    server = new_server()
     reasons = [Reason.FREE, Reason.ATTACHED, Reason.HELD_ELSEWHERE, Reason.UNKNOWN]
-    server.publish(tuple(Advertised(r.name, key, Health(r)) for r in reasons))
+    server.publish(tuple(Advertised(r.name, KEY, Health(r)) for r in reasons))
     assert server.healthy == 2
     server.publish(())
     assert server.healthy == 0
 
 
 @given(st.lists(st.lists(st.tuples(st.integers(0, 2), st.booleans()), max_size=3), max_size=6))
-def test_a_list_changed_in_place_is_the_list_made_anew(script: list[list[tuple[int, bool]]]) -> None:
-    server, kept = DevicePluginServer("usbip.dev/storage", IdleBackend()), DeviceList()
+def test_a_list_changed_in_place_equals_a_new_list(script: list[list[tuple[int, bool]]]) -> None:
+    server, kept = new_server(), DeviceList()
 
     async def main() -> None:
         stream = Stream(server, 0)
@@ -137,11 +136,11 @@ steps = st.lists(st.tuples(st.sampled_from([0.0, 0.3, 1.0, 4.0]), st.lists(st.bo
 
 
 @given(steps, st.sampled_from([0.0, 0.5, 2.0]))
-def test_every_stream_ends_up_with_the_last_state_and_never_goes_back(
+def test_every_stream_ends_with_the_last_list_and_never_goes_back(
     script: list[tuple[float, list[bool]]], pace: float
 ) -> None:
     async def main() -> None:
-        server = DevicePluginServer("usbip.dev/storage", IdleBackend())
+        server = new_server()
         streams = [Stream(server, pace)]
         published: list[DeviceStates] = []
         for pause, health in script:
@@ -156,7 +155,7 @@ def test_every_stream_ends_up_with_the_last_state_and_never_goes_back(
         for stream in streams:
             if published:
                 assert stream.sent[-1] == published[-1]
-            # What was sent is a subsequence of what was published.
+            # the lists sent are a subsequence of those published
             rest = iter(published)
             assert all(state in rest for state in stream.sent)
             await stream.end()
