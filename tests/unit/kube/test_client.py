@@ -1,4 +1,4 @@
-"""The API client without an API server: narrow imports, configuration, what is told and asked."""
+"""The API client without an API server: lazy imports, kubeconfigs, and errors."""
 
 from __future__ import annotations
 
@@ -12,12 +12,9 @@ import aiohttp
 import pytest
 from kubernetes_asyncio.client.configuration import Configuration
 
+from tests.rigs.kubeconfig import kubeconfig
 from usbip_plugin.clock import SystemClock
-from usbip_plugin.errors import (
-    ConfigError,
-    KubeError,
-    KubeUnreachable,
-)
+from usbip_plugin.errors import ConfigError, KubeError, KubeUnreachable
 from usbip_plugin.kube import client as kube_client
 from usbip_plugin.kube import lazy_imports
 
@@ -35,7 +32,7 @@ except AttributeError as error:
 """
 
 
-def test_a_dozen_modules_of_the_library_are_loaded_and_the_rest_is_there_on_demand() -> None:
+def test_the_client_loads_a_dozen_modules_of_the_library_and_others_on_demand() -> None:
     answer = subprocess.run([sys.executable, "-c", IMPORTED], check=True, capture_output=True, text=True).stdout
     first, second, third = answer.splitlines()
     count, urllib3 = first.split()
@@ -45,7 +42,7 @@ def test_a_dozen_modules_of_the_library_are_loaded_and_the_rest_is_there_on_dema
     assert "NoSuchThing" in third
 
 
-def test_names_are_found_where_the_packages_own_lines_say() -> None:
+def test_the_names_of_a_package_are_found_in_its_import_statements() -> None:
     source = "import a.b as c\nimport d\nfrom .e import f as g, h\nfrom x.y import z\n__version__ = '1'\nw = f()\n"
     assert lazy_imports.origins(source, "p.q") == {
         "c": ("a.b", None),
@@ -64,20 +61,16 @@ async def test_an_unusable_kubeconfig_is_a_configuration_error(tmp_path: Path, t
         await kube_client.connect(str(path))
 
 
-async def test_no_kubeconfig_is_a_configuration_error(tmp_path: Path) -> None:
+async def test_a_missing_kubeconfig_is_a_configuration_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"absent not found; use --kubeconfig"):
         await kube_client.connect(environ={"KUBECONFIG": str(tmp_path / "absent")})
 
 
-async def test_each_error_is_told_once_besides_being_raised(tmp_path: Path, unused_tcp_port: int) -> None:
+async def test_each_error_is_raised_and_reported_once(tmp_path: Path, unused_tcp_port: int) -> None:
     config = tmp_path / "config"
-    config.write_text(
-        "{apiVersion: v1, kind: Config, current-context: c, contexts: [{name: c, context: {cluster: c, user: u}}],"
-        f" clusters: [{{name: c, cluster: {{server: 'http://127.0.0.1:{unused_tcp_port}'}}}}],"
-        " users: [{name: u, user: {token: t}}]}"
-    )
-    told: list[KubeError] = []
-    client = await kube_client.connect(str(config), on_error=told.append)
+    config.write_text(kubeconfig(f"http://127.0.0.1:{unused_tcp_port}"))
+    reported: list[KubeError] = []
+    client = await kube_client.connect(str(config), on_error=reported.append)
     try:
         where = f"127.0.0.1:{unused_tcp_port}"
         with pytest.raises(KubeUnreachable, match=f"list pods: cannot connect to {where}: Connection refused$"):
@@ -87,19 +80,20 @@ async def test_each_error_is_told_once_besides_being_raised(tmp_path: Path, unus
                 pass
     finally:
         await client.close()
-    assert [(error.verb, error.resource) for error in told] == [("list", "pods"), ("watch", "pods")]
+    assert [(error.verb, error.resource) for error in reported] == [("list", "pods"), ("watch", "pods")]
 
 
-async def test_watches_that_are_opened_together_are_not_ended_together() -> None:
+async def no_token() -> None:
+    return None
+
+
+async def test_watches_opened_together_end_at_different_times() -> None:
     asked: list[int] = []
 
     class Client(kube_client.KubeClient):
         async def _send(self, verb: str, path: str, resource: str, params: Any, *rest: Any) -> aiohttp.ClientResponse:
             asked.append(int(params["timeoutSeconds"]))
-            raise KubeUnreachable(verb, resource, "that will do")
-
-    async def no_token() -> None:
-        return None
+            raise KubeUnreachable(verb, resource, "refused")
 
     for seed in range(40):
         client = Client(Configuration(), no_token, SystemClock(), rng=random.Random(seed))
@@ -111,7 +105,7 @@ async def test_watches_that_are_opened_together_are_not_ended_together() -> None
     assert len(set(asked)) > 20
 
 
-def test_a_mistake_of_our_own_is_not_taken_for_a_server_that_is_away() -> None:
+def test_a_programming_error_is_not_an_unreachable_server() -> None:
     with pytest.raises(RuntimeError, match="no running event loop"), kube_client._translated("get", "pods"):
         raise RuntimeError("no running event loop")
 
@@ -125,18 +119,14 @@ def test_a_mistake_of_our_own_is_not_taken_for_a_server_that_is_away() -> None:
         (aiohttp.ClientPayloadError(), "ClientPayloadError"),
     ],
 )
-def test_an_error_of_the_network_or_of_a_file_is_unreachable_in_words(error: Exception, words: str) -> None:
+def test_an_error_of_the_network_or_of_a_file_becomes_unreachable_with_its_words(error: Exception, words: str) -> None:
     with pytest.raises(KubeUnreachable, match=f"get pods: {words}$"), kube_client._translated("get", "pods"):
         raise error
 
 
-async def test_a_host_without_an_address_is_unreachable_in_words() -> None:
+async def test_a_host_without_an_address_is_unreachable() -> None:
     config = Configuration()
     config.host = "http://nowhere.invalid:80"
-
-    async def no_token() -> None:
-        return None
-
     client = kube_client.KubeClient(config, no_token, SystemClock())
     with pytest.raises(KubeUnreachable, match=r"get pods: cannot connect to nowhere\.invalid:80: [A-Z][a-z ]+$"):
         await client.request("get", "/", resource="pods")

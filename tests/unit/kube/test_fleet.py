@@ -1,17 +1,16 @@
-"""Counting the nodes that run the plugin: one small request now and then, and a safe guess without an answer."""
+"""The count of nodes that run the plugin: rare small requests, and a safe assumption without an answer."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import random
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
 from tests.rigs.api_double import ApiDouble
+from tests.rigs.tasks import background
 from usbip_plugin.errors import KubeForbidden, KubeUnreachable
 from usbip_plugin.kube.fleet import COUNT_INTERVAL_S, COUNT_TIMEOUT_S, RETRY_MAX_S, UNCOUNTED, FleetCount, count_pods
 from usbip_sim.virtual.loop import SimClock, virtual
@@ -28,7 +27,7 @@ from usbip_sim.virtual.loop import SimClock, virtual
         ({"items": [{}], "metadata": {"remainingItemCount": "many"}}, 1),
     ],
 )
-def test_a_list_of_one_says_how_many_there_are(answer: dict[str, Any], nodes: int) -> None:
+def test_a_list_of_one_pod_has_the_number_of_pods(answer: dict[str, Any], nodes: int) -> None:
     api = ApiDouble(answer=lambda _call: answer)
     assert asyncio.run(count_pods(api, "usbip-system")) == nodes
     (call,) = api.calls
@@ -36,7 +35,7 @@ def test_a_list_of_one_says_how_many_there_are(answer: dict[str, Any], nodes: in
 
 
 class Counting:
-    """A fleet of `there`; None: no answer, an error: that."""
+    """A FleetCount of `there` nodes. None: no answer. An error: the answer is that error."""
 
     def __init__(self) -> None:
         self.there: int | Exception | None = 7
@@ -52,18 +51,11 @@ class Counting:
         assert self.there is not None
         return self.there
 
-    @contextlib.asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
-        task = asyncio.create_task(self.fleet.run())
-        yield
-        task.cancel()
-        await asyncio.wait([task])
-
 
 @virtual
-async def test_it_is_counted_at_the_start_and_twice_an_hour() -> None:
+async def test_the_nodes_are_counted_at_the_start_and_twice_an_hour() -> None:
     c = Counting()
-    async with c.running():
+    async with background(c.fleet.run()):
         await c.fleet.known()
         assert (c.fleet.nodes, c.counts) == (7, 1)
         c.there = 9
@@ -73,45 +65,45 @@ async def test_it_is_counted_at_the_start_and_twice_an_hour() -> None:
 
 
 @virtual
-async def test_a_fleet_of_none_is_this_node() -> None:
+async def test_a_count_of_zero_means_this_node() -> None:
     c = Counting()
     c.there = 0
-    async with c.running():
+    async with background(c.fleet.run()):
         await c.fleet.known()
         assert c.fleet.nodes == 1
 
 
 @virtual
-async def test_without_an_answer_nobody_waits_long_and_the_fleet_is_taken_to_be_large(
+async def test_without_an_answer_the_wait_is_short_and_the_fleet_counts_as_large(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     c = Counting()
     c.there = None
     loop = asyncio.get_running_loop()
     with caplog.at_level(logging.WARNING, "usbip_plugin.kube.fleet"):
-        async with c.running():
+        async with background(c.fleet.run()):
             await c.fleet.known()
             assert loop.time() <= COUNT_TIMEOUT_S + 0.01
             assert c.fleet.nodes == UNCOUNTED
             await asyncio.sleep(600)
     assert [record.getMessage() for record in caplog.records] == ["node count unknown"]
-    async with c.running():
+    async with background(c.fleet.run()):
         c.there = 3
         await asyncio.sleep(COUNT_TIMEOUT_S + 3)
         assert c.fleet.nodes == 3
 
 
 @virtual
-async def test_what_was_counted_stays_while_it_cannot_be_counted_again(caplog: pytest.LogCaptureFixture) -> None:
+async def test_the_last_count_stays_while_counting_fails(caplog: pytest.LogCaptureFixture) -> None:
     c = Counting()
-    async with c.running():
+    async with background(c.fleet.run()):
         await c.fleet.known()
         with caplog.at_level(logging.DEBUG, "usbip_plugin.kube.fleet"):
             for error in (KubeUnreachable("list", "pods", "refused"), KubeForbidden("list", "pods", "no")):
                 c.there = error
                 await asyncio.sleep(COUNT_INTERVAL_S * 2)
                 assert c.fleet.nodes == 7
-        assert not caplog.records, "an API server that is away is told by others"
+        assert not caplog.records, "others log an unreachable API server"
         c.there = 8
         await asyncio.sleep(RETRY_MAX_S * 1.2)
         assert c.fleet.nodes == 8

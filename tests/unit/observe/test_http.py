@@ -1,4 +1,4 @@
-"""Health, readiness, metrics and JSON over real HTTP."""
+"""The HTTP server with its standard pages, the heartbeat, and the metrics."""
 
 from __future__ import annotations
 
@@ -10,22 +10,16 @@ import aiohttp
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.rigs.clocks import SteppedClock
+from tests.rigs.tasks import background
 from usbip_plugin.config.schema import MAX_ALLOCATE_TIMEOUT_S
 from usbip_plugin.model import Advertised, DeviceKey, Health, Reason, ServerKey
 from usbip_plugin.observe.http import Answer, Heartbeat, HttpServer, PageHandler, Verdict, split_listen, standard_pages
 from usbip_plugin.observe.metrics import Metrics
 
-PATIENCE_S = 10  # a bound for a hanging test, not a measurement
+PATIENCE_S = 10
+"""Limits a wait in seconds. Only a hanging test reaches it."""
 RESOURCE = "usbip.dev/storage"
-
-
-class ManualClock:
-    """monotonic() as set by hand."""
-
-    seconds = 0.0
-
-    def monotonic(self) -> float:
-        return self.seconds
 
 
 @contextlib.asynccontextmanager
@@ -33,25 +27,14 @@ async def serving(
     pages: Mapping[str, PageHandler], below: Mapping[str, Callable[[str], Answer]] | None = None
 ) -> AsyncIterator[str]:
     server = HttpServer("127.0.0.1:0", pages, below)
-    async with asyncio.timeout(PATIENCE_S):
-        task = asyncio.create_task(server.run())
+    async with asyncio.timeout(PATIENCE_S), background(server.run()):
         await server.started.wait()
-        try:
-            yield f"http://127.0.0.1:{server.port}"
-        finally:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+        yield f"http://127.0.0.1:{server.port}"
 
 
-async def test_the_standard_pages() -> None:
+async def test_the_standard_pages_are_served_with_their_status_and_headers() -> None:
     verdicts = {"alive": Verdict(True), "ready": Verdict(False, ("usbip.dev/storage is not registered",))}
-    metrics = Metrics()
-    pages = standard_pages(
-        alive=lambda: verdicts["alive"],
-        ready=lambda: verdicts["ready"],
-        metrics=metrics.render,
-    )
+    pages = standard_pages(alive=lambda: verdicts["alive"], ready=lambda: verdicts["ready"], metrics=Metrics().render)
     pages["/"] = lambda: Answer(b"<p>", "text/html", headers={"Content-Security-Policy": "default-src 'none'"})
 
     async def later() -> Answer:
@@ -90,11 +73,11 @@ async def test_the_standard_pages() -> None:
             assert answer.status == 503
 
 
-async def test_the_server_stops_although_a_client_keeps_its_connection() -> None:
+async def test_the_server_stops_despite_an_open_connection() -> None:
     async with serving({"/": lambda: Answer(b"")}) as url:
         host, port = url.removeprefix("http://").split(":")
         _, writer = await asyncio.open_connection(host, int(port))
-        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n")  # never finished
+        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n")  # an incomplete request
         await writer.drain()
     writer.close()
     with contextlib.suppress(ConnectionError):
@@ -116,23 +99,23 @@ async def test_an_address_in_use_is_an_os_error() -> None:
         ("localhost:0", ("localhost", 0)),
     ],
 )
-def test_addresses_to_listen_at(listen: str, parts: tuple[str | None, int]) -> None:
+def test_a_listen_address_is_split_into_host_and_port(listen: str, parts: tuple[str | None, int]) -> None:
     assert split_listen(listen) == parts
 
 
 @pytest.mark.parametrize("listen", ["", "8080", ":", "::1:80", ":65536", ":x", ":-1", "h:٣"])
-def test_what_is_no_address_is_refused(listen: str) -> None:
+def test_an_invalid_listen_address_is_refused(listen: str) -> None:
     with pytest.raises(ValueError, match=r"listen|brackets"):
         split_listen(listen)
 
 
-def test_a_loop_that_stops_turning_makes_the_node_unwell_until_it_turns_again() -> None:
-    clock = ManualClock()
-    heartbeat = Heartbeat(clock, 10)  # type: ignore[arg-type]  # only monotonic() is used
-    clock.seconds = 50
-    assert heartbeat.verdict() == Verdict(True), "before the first beat nothing is expected"
+def test_an_event_loop_without_a_heartbeat_makes_the_node_not_alive_until_the_next_one() -> None:
+    clock = SteppedClock()
+    heartbeat = Heartbeat(clock, 10)
+    clock.time += 50
+    assert heartbeat.verdict() == Verdict(True), "no beat is due before the first one"
     heartbeat.beat()
-    clock.seconds = 60.5
+    clock.time += 10.5
     assert heartbeat.verdict() == Verdict(False, ("event loop: no heartbeat for 10.5 s, expected one every 10 s",))
     heartbeat.beat()
     assert heartbeat.verdict() == Verdict(True)
@@ -153,7 +136,7 @@ def advertised(*reasons: Reason) -> tuple[Advertised, ...]:
     return tuple(Advertised(key.id, key, Health(reason)) for key, reason in zip(keys, reasons, strict=True))
 
 
-def test_the_names_of_the_go_program_with_the_label_resource() -> None:
+def test_the_metrics_of_the_go_program_have_the_label_resource() -> None:
     metrics = Metrics()
     metrics.devices(RESOURCE, advertised(*[Reason.FREE] * 2, Reason.ATTACHED, *[Reason.HELD_ELSEWHERE] * 4))
     metrics.allocated(RESOURCE, 0.1)

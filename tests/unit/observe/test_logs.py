@@ -1,4 +1,4 @@
-"""One line per record, with level names of the Go program, extra fields and the trace."""
+"""Log records as lines: levels named as by the Go program, extra fields, and the trace."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_record_is_one_json_line_with_its_extra_fields_and_trace() -> None:
     }
 
 
-def test_an_exception_stays_on_its_line() -> None:
+def test_an_exception_is_a_field_of_its_line() -> None:
     stream = io.StringIO()
     set_up_logging("info", stream)
     try:
@@ -74,25 +74,25 @@ def test_an_exception_stays_on_its_line() -> None:
 
 
 @pytest.mark.parametrize(
-    ("level", "seen"),
+    ("level", "count"),
     [("all", 5), ("debug", 4), ("info", 3), ("warn", 2), ("error", 1), ("none", 0)],
 )
-def test_levels(level: str, seen: int) -> None:
+def test_a_level_writes_its_records_and_those_above(level: str, count: int) -> None:
     stream = io.StringIO()
     set_up_logging(level, stream)
     for number in (5, logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR):
         LOG.log(number, "x")
-    assert len(written(stream)) == seen
+    assert len(written(stream)) == count
     assert set(LEVELS) == {"all", "debug", "info", "warn", "error", "none"}
 
 
-def test_other_packages_are_heard_from_warn_up() -> None:
+def test_other_packages_are_logged_from_level_warn() -> None:
     stream = io.StringIO()
     set_up_logging("info", stream)
     other = logging.getLogger("some.library")
-    other.info("chatter")
-    other.warning("trouble")
-    assert [(line["level"], line["msg"]) for line in written(stream)] == [("warn", "trouble")]
+    other.info("detail")
+    other.warning("problem")
+    assert [(line["level"], line["msg"]) for line in written(stream)] == [("warn", "problem")]
 
 
 def test_setting_up_again_replaces_the_stream_and_an_unknown_level_is_refused() -> None:
@@ -109,7 +109,7 @@ def test_setting_up_again_replaces_the_stream_and_an_unknown_level_is_refused() 
 @given(
     st.text(), st.text(min_size=1), st.text() | st.floats() | st.binary() | st.dictionaries(st.integers(), st.text())
 )
-def test_whatever_is_logged_is_one_line_that_any_stream_takes(message: str, key: str, value: object) -> None:
+def test_every_record_is_one_line_that_any_stream_accepts(message: str, key: str, value: object) -> None:
     record = logging.makeLogRecord({"msg": message, "levelno": 20, "levelname": "INFO", "name": "n", "created": 0.0})
     vars(record).setdefault(key, value)
     line = JsonFormatter().format(record)

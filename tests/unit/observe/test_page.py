@@ -1,4 +1,4 @@
-"""The status page as HTML, and the same as JSON."""
+"""The status page as HTML and as JSON."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def span(number: int, parent: int | None = None, trace: int = 1, **changes: Any)
 
 
 class Reader(HTMLParser):
-    """Text, and every element with its attributes."""
+    """The text of a page, and every element with its attributes."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -105,47 +105,42 @@ def shown(status: NodeReport, *traces: list[SpanRecord]) -> Reader:
     return Reader(Page().main(status, traces).decode())
 
 
-def test_what_a_value_says_is_text_whatever_it_is() -> None:
+def test_values_are_escaped() -> None:
     odd = "<i>\"&'{{ 7 * 7 }}"
     reader = shown(replace(STATUS, devices=(replace(HELD, reason=odd, selector=odd, pod="\u202e\x00\n"),)))
     assert odd in reader.text
     assert {"title": f"selector: {odd}"} in [attrs for name, attrs in reader.elements if name == "small"]
-    assert "pod ???" in reader.text, "what cannot be printed, such as a mark that turns the writing direction"
+    assert "pod ???" in reader.text, "characters that cannot be printed"
     html = Page().main(replace(STATUS, not_ready=(odd,)), []).decode()
     assert "<li>&lt;i&gt;&#34;&amp;&#39;{{ 7 * 7 }}</li>" in html
 
 
-def test_a_cell_of_nothing_is_empty_and_is_left_out_on_a_phone() -> None:
+def test_a_cell_without_a_value_is_empty() -> None:
     html = Page().main(STATUS, []).decode()
     assert '<td role="cell" data-label="Epoch"></td>' in html
     assert '<td role="cell" data-label="Since (UTC)"></td>' in html
 
 
 @pytest.mark.parametrize(
-    ("seconds", "said"),
+    ("seconds", "text"),
     [(-1, "0 s"), (119.9, "119 s"), (120, "2 min"), (7199, "119 min"), (7200, "2 h"), (172_800, "2 d")],
 )
-def test_an_age_is_in_the_largest_unit_that_fits(seconds: float, said: str) -> None:
-    assert age(seconds) == said
+def test_an_age_is_in_the_largest_unit_that_fits(seconds: float, text: str) -> None:
+    assert age(seconds) == text
 
 
-def test_every_device_with_what_is_known_of_it() -> None:
-    said = shown(STATUS).text
-    for words in (
-        "lab:3240/1-1",
-        "0951:1666 · A1 · bus_id 1-*",
-        "Available",
-        "held by another node",
-        "pod ns/p",
-        "Attached",
-    ):
-        assert words in said
-    assert "held by node b" not in said, "the columns say it already"
-    assert "3 devices" not in said
+def test_every_device_is_shown_with_its_reason_holder_and_pod() -> None:
+    text = shown(STATUS).text
+    for words in ("lab:3240/1-1", "0951:1666 · A1 · bus_id 1-*", "Available"):
+        assert words in text
+    for words in ("held by another node", "pod ns/p", "Attached"):
+        assert words in text
+    assert "held by node b" not in text, "another column has it"
+    assert "3 devices" not in text
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "text"),
     [
         ({"devices": ()}, "No devices found yet."),
         ({"servers": ()}, "No servers are configured."),
@@ -165,9 +160,9 @@ def test_every_device_with_what_is_known_of_it() -> None:
         ),
     ],
 )
-def test_what_is_not_well_is_said(changed: dict[str, Any], said: str) -> None:
-    assert said in shown(replace(STATUS, **changed)).text
-    assert said not in shown(STATUS).text
+def test_problems_are_shown(changed: dict[str, Any], text: str) -> None:
+    assert text in shown(replace(STATUS, **changed)).text
+    assert text not in shown(STATUS).text
 
 
 def test_a_trace_is_a_bar_for_each_span() -> None:
@@ -176,11 +171,11 @@ def test_a_trace_is_a_bar_for_each_span() -> None:
     bars = [attrs for name, attrs in reader.elements if name == "rect"]
     assert [bar["class"] for bar in bars] == ["n0", "failed"]
     assert "no route" in reader.text
-    assert "lab:3240/1-1" in reader.text.partition("Recent traces")[2], "a device is named, not only its id"
+    assert "lab:3240/1-1" in reader.text.partition("Recent traces")[2], "the name of the device"
     assert "No activity yet" in shown(STATUS).text
 
 
-def test_what_all_spans_say_of_the_one_device_is_said_once() -> None:
+def test_attributes_that_only_repeat_the_device_are_left_out() -> None:
     def about(number: int, device: str) -> SpanRecord:
         return span(
             number, attributes={"usbip.device.id": device, "usbip.busid": "9-9", "usbip.server": "lab:1", "k": "v"}
@@ -193,7 +188,7 @@ def test_what_all_spans_say_of_the_one_device_is_said_once() -> None:
     assert "usbip.device.id=usbip-b" in two
 
 
-def test_the_page_is_bounded_and_says_where_the_rest_is() -> None:
+def test_the_page_is_bounded_and_links_to_the_rest() -> None:
     many = replace(STATUS, devices=tuple(replace(DEVICE, id=f"usbip-{i}") for i in range(MAX_ROWS + 2)))
     long = [span(i, 0, attributes={"k": "<" * MAX_TEXT_CHARACTERS}) for i in range(MAX_SPANS_PER_TRACE)]
     traces = [[replace(one, trace_id=f"{i:032x}") for one in long] for i in range(RECENT_TRACES)]
@@ -249,10 +244,10 @@ def test_hostile_text_makes_no_element_and_no_attribute(bad: str) -> None:
     attributes = {key for _, attrs in Reader(whole).elements for key in attrs}
     assert not {key for key in attributes if key.startswith("on")} | {"src", "style", "autofocus"} & attributes
     assert whole.count("<script>") == 1
-    assert whole.replace("\n", "").isprintable(), "nothing in it changes the writing direction"
+    assert whole.replace("\n", "").isprintable(), "no character changes the writing direction"
 
 
-def test_the_policy_names_the_one_script_and_the_one_style() -> None:
+def test_the_content_security_policy_allows_only_the_script_and_the_style_of_the_page() -> None:
     page = Page()
     html = page.whole(STATUS, []).decode()
     for name in ("script", "style"):
@@ -261,10 +256,10 @@ def test_the_policy_names_the_one_script_and_the_one_style() -> None:
         assert f"{name}-src 'sha256-{digest}'" in page.policy
     assert "default-src 'none'" in page.policy
     assert "unsafe" not in page.policy
-    assert not re.findall(r"""(?:src|href|action)=["'](?!/|data:,)""", html), "it asks nobody else for anything"
+    assert not re.findall(r"""(?:src|href|action)=["'](?!/|data:,)""", html), "the page loads nothing else"
 
 
-async def test_json_has_the_same() -> None:
+async def test_json_has_the_devices_and_traces_of_the_page() -> None:
     recent = RecentSpans()
     first = (span(1, attributes={"usbip.device": "lab:3240/1-1"}), span(2, 1, error="broke"))
     recent._traces["1".zfill(32)] = [KeptSpan(None, one) for one in first]
@@ -289,7 +284,7 @@ async def test_json_has_the_same() -> None:
         assert trace(unknown).status == 404
 
 
-async def test_the_fragment_cannot_run_anything_by_itself() -> None:
+async def test_the_fragment_of_the_page_is_sandboxed() -> None:
     answer = await asked(Site(lambda: STATUS, RecentSpans()), "/api/page")
     assert "sandbox" in answer.headers["Content-Security-Policy"]
 
@@ -299,24 +294,24 @@ async def asked(site: Site, path: str) -> Answer:
     return answer if isinstance(answer, Answer) else await answer
 
 
-async def test_the_event_loop_goes_on_while_the_page_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    goes_on = threading.Event()
+async def test_the_event_loop_runs_while_the_page_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop_ran = threading.Event()
     loads = []
 
     class WaitsForTheLoop(Page):
         def __init__(self) -> None:
-            loads.append(goes_on.wait(PATIENCE_S))
+            loads.append(loop_ran.wait(PATIENCE_S))
             super().__init__()
 
     monkeypatch.setattr(page, "Page", WaitsForTheLoop)
     site = Site(lambda: STATUS, RecentSpans())
-    asyncio.get_running_loop().call_later(0.01, goes_on.set)
+    asyncio.get_running_loop().call_later(0.01, loop_ran.set)
     assert b"<html" in (await asked(site, "/")).body
     assert b"<html" in (await asked(site, "/")).body
-    assert loads == [True], "loaded once, while the loop went on"
+    assert loads == [True], "loaded once, while the event loop ran"
 
 
-def test_nobody_pays_for_a_page_that_is_not_looked_at() -> None:
+def test_the_page_is_not_imported_before_its_first_request() -> None:
     code = (
         "import sys; from usbip_plugin.observe.http import Site; import usbip_plugin.node.daemon;"
         "print({'usbip_plugin.observe.page', 'usbip_plugin.observe.traces', 'jinja2', 'markupsafe'} & set(sys.modules))"

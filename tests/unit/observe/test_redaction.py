@@ -1,4 +1,4 @@
-"""Credentials are in no text that the plugin shows, whichever way they come in."""
+"""Credentials are in no text that the plugin shows."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.rigs.kubeconfig import kubeconfig
 from usbip_plugin.errors import PluginError
 from usbip_plugin.kube.client import connect
 from usbip_plugin.kube.events import NORMAL, EventText, event_body
@@ -43,14 +44,14 @@ PEM = "-----BEGIN RSA PRIVATE KEY-----\nMIIEowIBAAKCAQEA\nabc\n-----END RSA PRIV
         f"https://user:{TOKEN}@proxy:3128/ refused",
     ],
 )
-def test_what_looks_like_a_credential_is_taken_out_and_the_rest_stays(text: str) -> None:
+def test_a_credential_is_removed_and_the_rest_of_the_text_stays(text: str) -> None:
     shown = redacted(text, 1000)
     assert TOKEN not in shown
     assert REDACTED in shown
     assert shown[:4] == text[:4]
 
 
-def test_tokens_and_keys_are_known_by_their_form() -> None:
+def test_tokens_and_keys_are_recognized_by_their_form() -> None:
     assert redacted(f"a {JWT} b", 100) == f"a {REDACTED} b"
     assert redacted(f"a {PEM} b", 100) == f"a {REDACTED} b"
     assert redacted(f"a {PEM[:40]}", 100) == f"a {REDACTED}"
@@ -65,12 +66,12 @@ def test_tokens_and_keys_are_known_by_their_form() -> None:
         "USB/IP server http://lab:3240: connection refused",
     ],
 )
-def test_what_is_none_stays(text: str) -> None:
+def test_a_text_without_a_credential_stays(text: str) -> None:
     assert redacted(text, 1000) == text
 
 
 @given(st.text())
-def test_any_text_is_tolerated_and_nothing_is_left_to_redact_twice(text: str) -> None:
+def test_a_second_redaction_changes_nothing(text: str) -> None:
     assert redacted(redacted(text, 100), 100) == redacted(text, 100)
 
 
@@ -82,7 +83,7 @@ def test_any_text_is_tolerated_and_nothing_is_left_to_redact_twice(text: str) ->
     ],
 )
 @pytest.mark.parametrize("between", [" ", ": ", "='"])
-def test_no_text_that_a_rule_would_change_is_passed_over(word: str, between: str) -> None:
+def test_every_text_that_a_rule_changes_is_redacted(word: str, between: str) -> None:
     text = f"a {word}{between}12345678 b"
     ruled = text
     for pattern, replacement in _RULES:
@@ -91,7 +92,7 @@ def test_no_text_that_a_rule_would_change_is_passed_over(word: str, between: str
 
 
 def shown(error: BaseException) -> str:
-    """Everything the plugin makes of an error: both kinds of log line with its traceback, a span, an Event."""
+    """Returns an error as both kinds of log line with its traceback, as a span, and as an Event."""
     record = logging.LogRecord("n", logging.ERROR, "", 0, "failed", None, (type(error), error, error.__traceback__))
     record.cause = str(error)
     tracing = Tracing("n", version="1", environ={})
@@ -114,7 +115,7 @@ BROKEN_KUBECONFIGS = {
         "clusters: [{name: c, cluster: {server: 'https://127.0.0.1:1', certificate-authority-data: '?'}}]\n"
         f"contexts: [{{name: x, context: {{cluster: c, user: u}}}}]\nusers: [{{name: u, user: {{token: {TOKEN}}}}}]\n"
     ),
-    "a key that is none": (
+    "an invalid key": (
         "apiVersion: v1\nkind: Config\ncurrent-context: x\nclusters: [{name: c, cluster: {server: 'https://127.0.0.1:1'}}]\n"
         "contexts: [{name: x, context: {cluster: c, user: u}}]\nusers: [{name: u, user: {client-certificate-data: "
         f"'{ENCODED}', client-key-data: '{ENCODED}'}}}}]\n"
@@ -123,7 +124,7 @@ BROKEN_KUBECONFIGS = {
 
 
 @pytest.mark.parametrize("text", BROKEN_KUBECONFIGS.values(), ids=BROKEN_KUBECONFIGS)
-async def test_a_kubeconfig_that_cannot_be_used_is_not_quoted(text: str, tmp_path: Path) -> None:
+async def test_an_invalid_kubeconfig_is_not_quoted(text: str, tmp_path: Path) -> None:
     path = tmp_path / "kubeconfig"
     path.write_text(text, encoding="utf-8")
     with pytest.raises((PluginError, OSError)) as caught:
@@ -142,8 +143,8 @@ async def _ask(kubeconfig: Path) -> None:
 
 
 async def _echo(request: web.Request) -> web.Response:
-    said = request.headers.get("Authorization", "")
-    return web.json_response({"message": f"no: {said}"}, status=int(request.path.strip("/")))
+    header = request.headers.get("Authorization", "")
+    return web.json_response({"message": f"no: {header}"}, status=int(request.path.strip("/")))
 
 
 async def _nonsense(request: web.Request) -> web.Response:
@@ -164,33 +165,24 @@ async def test_an_api_server_or_proxy_that_echoes_the_token_is_not_quoted(
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
-    port = runner.addresses[0][1]
     path = tmp_path / "kubeconfig"
-    config = {
-        "apiVersion": "v1",
-        "kind": "Config",
-        "current-context": "x",
-        "clusters": [{"name": "c", "cluster": {"server": f"http://127.0.0.1:{port}"}}],
-        "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}],
-        "users": [{"name": "u", "user": {"token": TOKEN}}],
-    }
-    path.write_text(json.dumps(config), encoding="utf-8")
+    path.write_text(kubeconfig(f"http://127.0.0.1:{runner.addresses[0][1]}", TOKEN), encoding="utf-8")
     client = await connect(str(path))
     try:
         if status == 200 and answer is _echo:
-            assert TOKEN in (await client.request("get", "/200", resource="x"))["message"], "it does send it"
+            assert TOKEN in (await client.request("get", "/200", resource="x"))["message"], "the token is sent"
             return
         with pytest.raises(PluginError) as caught:
             await client.request("get", f"/{status}", resource="x")
     finally:
         await client.close()
         await runner.cleanup()
-    assert TOKEN not in str(caught.value), "it goes to the kubelet and to a collector, too"
+    assert TOKEN not in str(caught.value), "the text also goes to the kubelet and to a collector"
     assert TOKEN not in shown(caught.value)
     assert TOKEN not in caplog.text
 
 
-def test_a_credential_that_begins_among_what_is_wanted_is_known_and_the_rest_is_left_out() -> None:
+def test_a_credential_that_begins_within_the_limit_is_removed_and_the_text_is_cut() -> None:
     shown = redacted("x" * 90 + f" token: {'t' * 2000} " + "y" * (1 << 20), 100)
     assert "tt" not in shown
     assert len(shown) < 100 + MARGIN + len(REDACTED)

@@ -19,12 +19,12 @@ def span(number: int, begin: int, end: int, parent: int | None = None, node: str
     return SpanRecord(f"s{number}", node, "t", str(number), above, begin, end, **more)  # type: ignore[arg-type]
 
 
-def test_spans_stand_below_their_parents_in_order_of_begin() -> None:
+def test_spans_are_below_their_parents_in_order_of_their_begin() -> None:
     fall = lay_out([span(3, 2, 3, 1), span(2, 1, 4, 1), span(4, 1, 2, 2), span(1, 0, 9), span(9, 3, 4, 77)])
     assert [(bar.span.name, bar.depth) for bar in fall.bars] == [("s1", 0), ("s2", 1), ("s4", 2), ("s3", 1), ("s9", 0)]
 
 
-def test_the_axis_is_linear_where_something_happens() -> None:
+def test_the_axis_is_linear_within_activity() -> None:
     whole, first, last = lay_out([span(1, 0, 100 * MS), span(2, 0, 50 * MS, 1), span(3, 75 * MS, 100 * MS, 1)]).bars
     assert (whole.x, whole.width) == (0, WIDTH)
     assert (first.x, first.width) == (0, WIDTH / 2)
@@ -32,8 +32,8 @@ def test_the_axis_is_linear_where_something_happens() -> None:
     assert last.after == 0.075
 
 
-def test_hours_in_which_nothing_happened_are_cut_short_and_marked() -> None:
-    """Allocate, and its pod's end three hours later: both are to be read."""
+def test_hours_without_activity_are_shortened_and_marked() -> None:
+    """An Allocate and the end of its pod three hours later both stay legible."""
     fall = lay_out([span(1, 0, 10 * MS), span(2, 0, 5 * MS, 1), span(3, 10_800 * S, 10_800 * S + 30 * MS)])
     (gap,) = fall.gaps
     assert 10_799 < gap.seconds < 10_801
@@ -43,19 +43,19 @@ def test_hours_in_which_nothing_happened_are_cut_short_and_marked() -> None:
     assert release.x > gap.x > allocate.x + allocate.width - 1
 
 
-def test_what_took_no_time_can_still_be_seen_and_stays_on_the_axis() -> None:
+def test_a_span_without_a_duration_is_visible_on_the_axis() -> None:
     fall = lay_out([span(1, 0, S), span(2, S, S, 1), span(3, 5, 5, 1)])
     assert all(bar.width >= LEAST_WIDTH and bar.x >= 0 and bar.x + bar.width <= WIDTH for bar in fall.bars)
 
 
 @settings(deadline=None)  # machines may be busy
 @given(st.lists(st.tuples(st.integers(0, 10**18), st.integers(-5, 10**15), st.integers(0, 9)), min_size=1, max_size=40))
-def test_whatever_is_written_into_spans_every_one_has_its_bar_on_the_axis(drawn: list[tuple[int, int, int]]) -> None:
+def test_every_span_has_a_bar_on_the_axis_for_any_times(drawn: list[tuple[int, int, int]]) -> None:
     spans = [span(i, begin, begin + length, parent) for i, (begin, length, parent) in enumerate(drawn)]
     fall = lay_out(spans)
     assert sorted(bar.span.span_id for bar in fall.bars) == sorted(one.span_id for one in spans)
     for bar in fall.bars:
-        assert 0 <= bar.x <= bar.x + bar.width <= WIDTH + 1e-6
+        assert -1e-6 <= bar.x <= bar.x + bar.width <= WIDTH + 1e-6
         assert 0 <= bar.depth <= MAX_DEPTH
     by_begin = sorted(fall.bars, key=lambda bar: bar.span.start_ns)
     for one, other in itertools.pairwise(by_begin):
@@ -64,13 +64,13 @@ def test_whatever_is_written_into_spans_every_one_has_its_bar_on_the_axis(drawn:
 
 
 def test_the_summary_names_root_device_and_the_first_error() -> None:
-    about = summary(
+    result = summary(
         [
             span(2, 2 * MS, 8 * MS, 1, node="b", error="late"),
             span(1, 0, 5 * MS, attributes={"usbip.device.id": "usbip-x"}),
             span(3, 1 * MS, 2 * MS, 1, error="", attributes={"usbip.device": "lab:3240/1-1"}),
         ]
     )
-    assert (about.name, about.seconds, about.nodes) == ("s1", 0.008, ("a", "b"))
-    assert about.device == "lab:3240/1-1", "its name before its id"
-    assert (about.error, about.failed) == ("s3 failed", False)
+    assert (result.name, result.seconds, result.nodes) == ("s1", 0.008, ("a", "b"))
+    assert result.device == "lab:3240/1-1", "the name is preferred to the ID"
+    assert (result.error, result.failed) == ("s3 failed", False)

@@ -1,4 +1,4 @@
-"""Trace context as text, the last traces in memory, the tree, and an end that never hangs."""
+"""Trace context as text, the last traces in memory, the tree of a trace, and a shutdown within its limit."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def tracing(node: str = NODE_A, recent: RecentSpans | None = None) -> Tracing:
     return Tracing(node, version="1", environ={}, recent=recent)
 
 
-def test_a_trace_goes_on_on_another_node_through_its_traceparent() -> None:
+def test_a_trace_continues_on_another_node_through_its_traceparent() -> None:
     recent = RecentSpans()
     a, b = tracing(NODE_A, recent), tracing(NODE_B, recent)
     with a.tracer.start_as_current_span("Allocate") as allocate:
@@ -56,7 +56,7 @@ def test_a_trace_goes_on_on_another_node_through_its_traceparent() -> None:
     assert below[1].endswith("[node-b] device=x")
 
 
-def test_the_providers_of_two_nodes_are_their_own_and_none_is_global() -> None:
+def test_each_node_has_its_own_provider_and_none_is_global() -> None:
     before = trace.get_tracer_provider()
     a, b = tracing(NODE_A), tracing(NODE_B)
     a.tracer.start_span("x").end()
@@ -65,7 +65,7 @@ def test_the_providers_of_two_nodes_are_their_own_and_none_is_global() -> None:
     assert b.recent.traces() == ()
 
 
-def test_only_the_last_traces_are_kept_and_of_each_a_bounded_number_of_spans() -> None:
+def test_the_last_traces_are_kept_with_a_bounded_number_of_spans_each() -> None:
     recent = RecentSpans(traces=2)
     tracer = tracing(recent=recent).tracer
     for name in ("one", "two", "three"):
@@ -77,7 +77,7 @@ def test_only_the_last_traces_are_kept_and_of_each_a_bounded_number_of_spans() -
     assert len(recent.traces()[-1]) == MAX_SPANS_PER_TRACE
 
 
-def test_of_traces_with_many_spans_fewer_are_kept() -> None:
+def test_fewer_traces_are_kept_if_they_have_many_spans() -> None:
     recent = RecentSpans()
     tracer = tracing(recent=recent).tracer
     for number in range(RECENT_TRACES):
@@ -92,7 +92,7 @@ def test_of_traces_with_many_spans_fewer_are_kept() -> None:
     assert len(recent.traces()) == RECENT_TRACES
 
 
-def test_spans_that_are_read_late_are_the_same_and_in_the_same_places() -> None:
+def test_spans_are_equal_and_in_order_whether_read_early_or_late() -> None:
     early, late = RecentSpans(), RecentSpans()
     tracer = tracing(recent=early).tracer
     tracer.span_processor.add_span_processor(late)  # type: ignore[attr-defined]
@@ -105,7 +105,7 @@ def test_spans_that_are_read_late_are_the_same_and_in_the_same_places() -> None:
     assert [span.attributes["child"] for span in late.traces()[0][:3]] == ["0", "1", "2"]
 
 
-def test_no_more_spans_than_some_are_kept_whole() -> None:
+def test_a_bounded_number_of_spans_is_kept_unread() -> None:
     recent = RecentSpans()
     tracer = tracing(recent=recent).tracer
     for _ in range(4):
@@ -117,7 +117,7 @@ def test_no_more_spans_than_some_are_kept_whole() -> None:
     assert len(kept) > 2 * MAX_UNREAD_SPANS
     with pytest.raises(ValueError, match="no"), span(tracer, "step"):
         raise ValueError("no")
-    assert isinstance(list(recent._traces.values())[-1][0].record, SpanRecord), "it had a stack"
+    assert isinstance(list(recent._traces.values())[-1][0].record, SpanRecord), "a span with a stack is read at once"
 
 
 def test_a_failed_span_shows_its_error() -> None:
@@ -153,17 +153,17 @@ def test_a_link_to_another_trace_is_shown() -> None:
         "01-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01-" + "x" * 1000,
     ],
 )
-def test_what_is_no_traceparent_is_no_context(traceparent: str | None) -> None:
+def test_an_invalid_traceparent_gives_no_context(traceparent: str | None) -> None:
     assert not remote_parent(traceparent)
 
 
 @given(st.text(max_size=80))
-def test_any_text_is_tolerated(text: str) -> None:
+def test_any_text_is_accepted_as_a_traceparent(text: str) -> None:
     remote_parent(text)
 
 
 @given(st.integers(1, 2**128 - 1), st.integers(1, 2**64 - 1), st.sampled_from(["00", "01"]))
-def test_a_sound_traceparent_comes_back_as_it_went(trace_id: int, span_id: int, flags: str) -> None:
+def test_a_valid_traceparent_is_read_back(trace_id: int, span_id: int, flags: str) -> None:
     text = f"00-{trace_id:032x}-{span_id:016x}-{flags}"
     context = remote_parent(text)
     assert context is not None
@@ -199,20 +199,16 @@ span_ids = st.sampled_from([f"{n:016x}" for n in range(1, 6)])
         max_size=6,
     )
 )
-def test_the_tree_ends_for_every_set_of_spans_with_a_line_for_each_it_shows(spans: list[SpanRecord]) -> None:
+def test_the_tree_of_any_set_of_spans_has_at_most_one_line_for_each(spans: list[SpanRecord]) -> None:
     lines = tree(spans).splitlines()
     assert len(lines) <= len({span.span_id for span in spans})
     if any(span.parent_id is None for span in spans[-1:]):
         assert lines
 
 
-def test_durations() -> None:
-    assert [duration(seconds) for seconds in (0.0001, 0.0123, 0.9994, 1.25)] == [
-        "0.1 ms",
-        "12.3 ms",
-        "999.4 ms",
-        "1.25 s",
-    ]
+def test_durations_have_a_unit_that_fits() -> None:
+    texts = [duration(seconds) for seconds in (0.0001, 0.0123, 0.9994, 1.25)]
+    assert texts == ["0.1 ms", "12.3 ms", "999.4 ms", "1.25 s"]
 
 
 def test_without_an_endpoint_the_exporter_is_not_imported() -> None:
@@ -223,8 +219,8 @@ def test_without_an_endpoint_the_exporter_is_not_imported() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
 
 
-def test_the_process_ends_although_the_endpoint_is_silent() -> None:
-    """The SDK by itself would wait for 10 s and more; with the bound the process is gone at once."""
+def test_the_process_ends_with_a_silent_endpoint() -> None:
+    """The SDK alone would wait for 10 s and more."""
     code = (
         "from usbip_plugin.observe.tracing import Tracing\n"
         "t = Tracing('n', version='1'); assert t._export; t.tracer.start_span('x').end()\n"
