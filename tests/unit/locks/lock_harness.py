@@ -1,30 +1,38 @@
-"""Several lock managers on one store in memory, in virtual time."""
+"""Lock managers of several nodes on one store in memory, in virtual time."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 
 import pytest
 from opentelemetry.trace import NoOpTracer
 
+from tests.rigs.tasks import virtual_with
+from tests.rigs.vocabulary import KEY
+from usbip_plugin.errors import KubeUnreachable
 from usbip_plugin.locks.manager import LockManager, LockSettings
+from usbip_plugin.locks.record import Lease
 from usbip_plugin.locks.watch import LockChange
-from usbip_plugin.model import DeviceKey, NodeIdentity, ServerKey
+from usbip_plugin.model import DeviceKey, NodeIdentity
 from usbip_sim.leases import FINE, Fate, MemoryBackend, MemoryLeases, Operation
 from usbip_sim.virtual.loop import SimClock
 
-KEY = DeviceKey(ServerKey("10.0.0.1"), "1-1")
-OTHER = DeviceKey(ServerKey("10.0.0.1"), "1-2")
 SETTINGS = LockSettings()
 
 
 @dataclass
 class Node:
-    """One node. fate is asked before each API call and may be changed at any time; calls lists what was sent."""
+    """A node with its manager.
+
+    fate: decides each API call, and may be changed at any time.
+    calls: the API calls so far.
+    changes: the changes that the manager reported.
+    listed: whether the device's server lists the device.
+    """
 
     manager: LockManager
     store: MemoryLeases
@@ -33,7 +41,12 @@ class Node:
     fate: Callable[[Operation], Fate] = lambda _operation: FINE
     calls: list[Operation] = field(default_factory=list)
     changes: list[LockChange] = field(default_factory=list)
-    listed: bool = True  # what the device's server says when it is asked
+    listed: bool = True
+
+    @property
+    def stored(self) -> Mapping[str, Lease]:
+        """The Leases in the store by their names."""
+        return self.store._backend.leases
 
     def writes(self) -> list[Operation]:
         return [call for call in self.calls if call.verb in ("create", "update", "delete")]
@@ -45,12 +58,14 @@ class Node:
 
 
 class World:
+    """A store and the nodes that use it."""
+
     def __init__(self) -> None:
         self.backend = MemoryBackend()
         self.nodes: list[Node] = []
 
     async def node(self, name: str, boot: str = "boot-1", rate: float = 1.0, seed: int = 1) -> Node:
-        """A node whose manager runs and has made its first list."""
+        """Adds a node, and returns it after the first list of its manager."""
         clock = SimClock(asyncio.get_running_loop(), rate)
         node: Node
 
@@ -84,24 +99,36 @@ async def world() -> AsyncIterator[World]:
 
 
 @contextlib.asynccontextmanager
-async def held() -> AsyncIterator[tuple[World, Node, Node]]:
-    """Two nodes, a and b; a has the lock of KEY, and b has seen that."""
+async def single() -> AsyncIterator[Node]:
+    """Makes a world with one node, a."""
+    async with world() as made:
+        yield await made.node("a")
+
+
+@contextlib.asynccontextmanager
+async def held() -> AsyncIterator[World]:
+    """Makes a world with the nodes a and b, where a holds the lock of KEY, and b has seen that."""
     async with world() as made:
         a, b = await made.node("a"), await made.node("b")
         await a.manager.acquire(KEY)
         await until(lambda: KEY.id in b.manager.locks, b)
-        yield made, a, b
+        yield made
+
+
+on_world = virtual_with(world)
+on_node = virtual_with(single)
+on_held_world = virtual_with(held)
 
 
 async def given_up(node: Node, *, claimed: bool = False) -> None:
-    """An acquire of KEY that its caller gives up after a second."""
+    """Acquires KEY and cancels the acquire after a second."""
     with pytest.raises(TimeoutError):
         async with node.clock.timeout(1):
             await node.manager.acquire(KEY, claimed=claimed)
 
 
 async def until(condition: Callable[[], bool], node: Node, seconds: float = 600.0) -> None:
-    """Wait, in virtual time, until a change of a lock or of the API's state at node makes the condition true."""
+    """Waits for the condition, which is checked at each change of a lock or of the API state at the node."""
     event = asyncio.Event()
     undo = node.manager.subscribe(lambda _change: event.set()), node.manager.subscribe_api(lambda _state: event.set())
     try:
@@ -115,7 +142,5 @@ async def until(condition: Callable[[], bool], node: Node, seconds: float = 600.
 
 
 def unreachable(operation: Operation) -> Fate:
-    """A fate: nothing gets through, told at once."""
-    from usbip_plugin.errors import KubeUnreachable
-
+    """Decides that a call fails at once."""
     return Fate(refused=KubeUnreachable(operation.verb, "leases.coordination.k8s.io", "partitioned"))

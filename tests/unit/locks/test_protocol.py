@@ -1,4 +1,4 @@
-"""The lock rules, one by one, and what a Lease may hold that others wrote."""
+"""The lock rules one by one, and Leases written by others."""
 
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.rigs.vocabulary import KEY, OTHER_KEY
 from usbip_plugin.locks import protocol, record
 from usbip_plugin.locks.manager import LockSettings
 from usbip_plugin.locks.protocol import Create, Decision, Denied, LockMeta, LockStatus, Observation, Replace, Write
@@ -14,7 +15,6 @@ from usbip_plugin.locks.record import Lease
 from usbip_plugin.model import DeviceKey, Identity, InterfaceClass, NodeIdentity, PodRef, ServerKey
 
 WHEN = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
-KEY = DeviceKey(ServerKey("10.0.0.1"), "1-1")
 ME, REBOOTED, OTHER = NodeIdentity("a", "boot-1"), NodeIdentity("a", "boot-2"), NodeIdentity("b", "boot-9")
 META = LockMeta(usb_id="0951:1666")
 
@@ -42,9 +42,9 @@ def aged(lease: Lease, session: Lease | None, seconds: float) -> Observation:
 
 
 def acquire(
-    lease: Lease | None, me: NodeIdentity, seen: Observation | None = None, importable: bool = True
+    lease: Lease | None, me: NodeIdentity, observation: Observation | None = None, importable: bool = True
 ) -> Decision:
-    return protocol.decide_acquire(lease, KEY, META, write(me, "mine"), seen, importable)
+    return protocol.decide_acquire(lease, KEY, META, write(me, "mine"), observation, importable)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_r1_an_import_may_run_until_its_deadline_and_not_at_it() -> None:
     assert not protocol.may_import(deadline, 110.0)
 
 
-def test_r2_no_object_is_created_in_the_first_epoch() -> None:
+def test_r2_a_missing_lease_is_created_in_the_first_epoch() -> None:
     decision = acquire(None, ME)
     assert isinstance(decision, Create)
     lease = decision.lease
@@ -81,7 +81,7 @@ def test_r2_an_empty_holder_is_replaced_at_the_version_read() -> None:
     assert (decision.lease.resource_version, decision.lease.transitions) == (free.resource_version, 2)
 
 
-def test_r3_the_same_boot_keeps_epoch_attachment_and_start() -> None:
+def test_r3_an_acquire_by_this_boot_keeps_epoch_attachment_and_start() -> None:
     lease = replace(held(ME), acquire_time=datetime(2020, 1, 1, tzinfo=UTC))
     decision = acquire(lease, ME)
     assert isinstance(decision, Replace)
@@ -91,7 +91,7 @@ def test_r3_the_same_boot_keeps_epoch_attachment_and_start() -> None:
     assert decision.lease.annotations[record.WRITE_ID] == "mine"
 
 
-def test_r3_another_boot_is_a_new_epoch_without_an_attachment() -> None:
+def test_r3_an_acquire_by_another_boot_begins_an_epoch_without_an_attachment() -> None:
     decision = acquire(held(ME), REBOOTED)
     assert isinstance(decision, Replace)
     after = record.lock_of(decision.lease)
@@ -105,7 +105,7 @@ def test_r4_an_expired_lock_of_an_importable_device_is_replaced_at_the_version_o
     assert (decision.lease.holder, decision.lease.transitions, decision.lease.resource_version) == ("a", 2, "5")
 
 
-def test_r4_nothing_less_will_do() -> None:
+def test_r4_a_takeover_needs_an_importable_device_and_a_whole_duration_at_one_version() -> None:
     lease = held(OTHER)
     full = aged(lease, None, 40.0)
     assert acquire(lease, ME, full, importable=False) == Denied(lease)
@@ -115,7 +115,7 @@ def test_r4_nothing_less_will_do() -> None:
     assert acquire(moved_on, ME, full) == Denied(moved_on)
 
 
-def test_r4_a_change_of_lock_or_session_begins_the_wait_anew() -> None:
+def test_r4_a_change_of_lock_or_session_restarts_the_wait() -> None:
     lock, session = held(OTHER), Lease("s", resource_version="7")
     full = aged(lock, session, 40.0)
     assert protocol.expired(full)
@@ -125,12 +125,12 @@ def test_r4_a_change_of_lock_or_session_begins_the_wait_anew() -> None:
         (lock, None),
     ]
     for new_lock, new_session in changed:
-        anew = protocol.observe(full, new_lock, new_session, 300.0, 301.0, 40.0)
-        assert not protocol.expired(anew)
-        assert (anew.since, anew.seen) == (301.0, 301.0)
+        restarted = protocol.observe(full, new_lock, new_session, 300.0, 301.0, 40.0)
+        assert not protocol.expired(restarted)
+        assert (restarted.since, restarted.seen) == (301.0, 301.0)
 
 
-def test_r4_the_time_a_read_takes_never_counts_as_unchanged() -> None:
+def test_r4_the_duration_of_a_read_does_not_count_as_unchanged() -> None:
     lock = held(OTHER)
     first = protocol.observe(None, lock, None, 0.0, 30.0, 40.0)
     again = protocol.observe(first, lock, None, 69.9, 500.0, 40.0)
@@ -138,7 +138,7 @@ def test_r4_the_time_a_read_takes_never_counts_as_unchanged() -> None:
     assert protocol.expired(protocol.observe(again, lock, None, 70.0, 70.1, 40.0))
 
 
-def test_r4_an_answer_that_a_later_read_has_overtaken_takes_nothing_back() -> None:
+def test_r4_a_late_answer_does_not_shorten_the_observation() -> None:
     lock = held(OTHER)
     full = aged(lock, None, 40.0)
     assert protocol.observe(full, lock, None, 139.9, 300.0, 40.0) == full
@@ -149,43 +149,38 @@ def test_r4_an_answer_that_a_later_read_has_overtaken_takes_nothing_back() -> No
     ("lock_says", "session_says", "own", "waited"),
     [(40, 40, 40.0, 40), (100, None, 40.0, 100), (40, 90, 40.0, 90), (1, 1, 40.0, 40), (None, None, 40.0, 40)],
 )
-def test_r4_the_longest_duration_asked_for_is_waited(
+def test_r4_the_wait_is_the_longest_duration_of_lock_session_and_node(
     lock_says: int | None, session_says: int | None, own: float, waited: float
 ) -> None:
     lock, session = replace(held(OTHER), duration_seconds=lock_says), Lease("s", duration_seconds=session_says)
     assert protocol.observe(None, lock, session, 0, 0, own).duration == waited
 
 
-def test_r4_nobody_is_waited_for_longer_than_an_hour() -> None:
+def test_r4_the_wait_is_limited_to_an_hour() -> None:
     lock = replace(held(OTHER), duration_seconds=2**31 - 1)
     assert protocol.observe(None, lock, None, 0, 0, 40.0).duration == record.MAX_DURATION_S
 
 
-def test_r5_release_clears_the_holder_and_keeps_what_is_true_of_the_device() -> None:
+def test_r5_a_release_clears_the_holder_and_keeps_the_annotations_of_the_device() -> None:
     after = record.lock_of(released(ME))
     assert (after.holder, after.pod, after.port, after.boot_id) == ("", None, None, None)
-    assert (after.key, after.server, after.busid, str(after.usb_id), after.epoch) == (
-        KEY,
-        str(KEY.server),
-        "1-1",
-        "0951:1666",
-        1,
-    )
+    assert (after.key, after.server, after.busid) == (KEY, str(KEY.server), "1-1")
+    assert (str(after.usb_id), after.epoch) == ("0951:1666", 1)
 
 
-def test_r5_only_ones_own_lock_is_released() -> None:
+def test_r5_only_a_lock_of_this_node_is_released() -> None:
     for lease in (held(OTHER), released(OTHER), None):
         assert protocol.decide_release(lease, write(ME)) == Denied(lease)
     assert isinstance(protocol.decide_release(held(ME), write(REBOOTED)), Replace)
 
 
 @pytest.mark.parametrize("lease", [None, held(OTHER), held(REBOOTED), released(ME)])
-def test_r6_a_lock_of_anybody_else_is_lost(lease: Lease | None) -> None:
+def test_r6_a_lock_of_any_other_holder_is_lost(lease: Lease | None) -> None:
     assert not protocol.is_mine(lease, ME)
     assert protocol.decide_amend(lease, write(ME), {}) == Denied(lease)
 
 
-def test_standing() -> None:
+def test_the_status_of_a_lock_follows_from_holder_and_observation() -> None:
     lease = held(OTHER)
     assert protocol.lock_status(None, ME, None) is LockStatus.FREE
     assert protocol.lock_status(released(OTHER), ME, None) is LockStatus.FREE
@@ -194,7 +189,7 @@ def test_standing() -> None:
     assert protocol.lock_status(lease, ME, aged(lease, None, 40)) is LockStatus.EXPIRED
 
 
-def test_a_session_continues_in_one_boot_and_begins_anew_in_the_next() -> None:
+def test_a_session_continues_within_a_boot_and_begins_an_epoch_in_the_next() -> None:
     first = protocol.decide_session(None, write(ME))
     assert isinstance(first, Create)
     assert (first.lease.name, first.lease.transitions) == ("usbip-node-a", 1)
@@ -214,13 +209,10 @@ texts = st.text(max_size=400) | st.sampled_from(
 
 @given(
     holder=texts,
-    notes=st.dictionaries(
-        st.sampled_from(sorted(record.OWN - {record.LABEL, record.WRITE_ID})),
-        texts,
-    ),
+    notes=st.dictionaries(st.sampled_from(sorted(record.OWN - {record.LABEL, record.WRITE_ID})), texts),
     transitions=st.integers(),
 )
-def test_whatever_others_wrote_is_read_bounded_and_printable(
+def test_a_lease_written_by_others_is_read_with_bounded_and_printable_values(
     holder: str, notes: dict[str, str], transitions: int
 ) -> None:
     lock = record.lock_of(Lease("usbip-x", holder=holder, annotations=notes, transitions=transitions))
@@ -236,31 +228,35 @@ def test_whatever_others_wrote_is_read_bounded_and_printable(
     devid=st.integers(0, 2**32 - 1),
     serial=st.sampled_from(["", "RED"]),
 )
-def test_what_a_device_told_is_read_as_written(interfaces: tuple[InterfaceClass, ...], devid: int, serial: str) -> None:
-    told = Identity(devid, serial, interfaces)
-    notes = record.merged_annotations({record.SERIAL: "OLD"}, record.identity_annotations({record.SERIAL: "OLD"}, told))
+def test_an_identity_is_read_back_from_its_annotations(
+    interfaces: tuple[InterfaceClass, ...], devid: int, serial: str
+) -> None:
+    identity = Identity(devid, serial, interfaces)
+    notes = record.merged_annotations(
+        {record.SERIAL: "OLD"}, record.identity_annotations({record.SERIAL: "OLD"}, identity)
+    )
     read = record.lock_of(Lease("usbip-x", annotations=notes)).identity
-    assert read == replace(told, interfaces=interfaces[: record.MAX_INTERFACES])
+    assert read == replace(identity, interfaces=interfaces[: record.MAX_INTERFACES])
 
 
 @pytest.mark.parametrize("text", ["1", "1:", ":1", "65536:1", "1:65536", "-1:2", "1:2:3", " 1:2"])
-def test_a_number_that_no_device_has_is_none(text: str) -> None:
+def test_an_invalid_device_number_is_none(text: str) -> None:
     assert record.read_from_of(text) is None
 
 
 @pytest.mark.parametrize("text", [",", "0806", "080650,", "08065G", "FF0000", ",".join(["080650"] * 33)])
-def test_interfaces_that_no_device_has_are_none(text: str) -> None:
+def test_invalid_interfaces_are_none(text: str) -> None:
     assert record.interfaces_of(text) is None
 
 
 @given(holder=st.text(max_size=400))
-def test_a_disguised_holder_is_never_taken_for_a_node(holder: str) -> None:
+def test_an_unprintable_holder_is_not_shown_as_a_node(holder: str) -> None:
     shown = record.holder_text(holder)
     assert shown == holder or shown.startswith("!")
 
 
 @pytest.mark.parametrize("pod", [PodRef("ns", "a.b-c", "uid-1"), PodRef("ns", "pod")])
-def test_pods_are_read_as_written(pod: PodRef) -> None:
+def test_a_pod_is_read_back_from_its_annotation(pod: PodRef) -> None:
     assert record.pod_of(record.pod_text(pod)) == pod
 
 
@@ -272,13 +268,13 @@ def test_session_names_are_valid_and_distinct_for_any_node_name() -> None:
 
 
 @given(st.text(max_size=10), st.text(max_size=4))
-def test_a_lock_name_is_told_from_a_session_name(node: str, busid: str) -> None:
+def test_the_names_of_locks_and_sessions_are_distinct(node: str, busid: str) -> None:
     assert not record.is_lock_name(record.session_name(node))
     assert record.is_lock_name(DeviceKey(ServerKey("h"), busid).id)
 
 
-def test_whose_place_it_is_stands_with_the_holder_and_goes_with_it() -> None:
-    other = DeviceKey(ServerKey("10.0.0.1"), "1-2").id
+def test_in_place_of_is_written_with_the_holder_and_cleared_with_it() -> None:
+    other = OTHER_KEY.id
     meta = replace(META, in_place_of=other)
     taken = protocol.decide_acquire(None, KEY, meta, write(ME), None, importable=False)
     assert isinstance(taken, Create)
@@ -292,10 +288,10 @@ def test_whose_place_it_is_stands_with_the_holder_and_goes_with_it() -> None:
     for me in (ME, REBOOTED):
         itself = protocol.decide_acquire(renewed.lease, KEY, META, write(me), None, importable=False)
         assert isinstance(itself, Replace)
-        assert record.lock_of(itself.lease).in_place_of is None, "taken for itself"
+        assert record.lock_of(itself.lease).in_place_of is None, "acquired for itself"
 
 
 @pytest.mark.parametrize("text", ["", "1-1", "usbip-node-a", "usbip-" + "A" * 20, "x" * 5000])
-def test_a_place_of_something_else_than_a_device_is_no_place(text: str) -> None:
+def test_an_invalid_in_place_of_is_ignored(text: str) -> None:
     lease = replace(held(ME), annotations={record.IN_PLACE_OF: text})
     assert record.lock_of(lease).in_place_of is None

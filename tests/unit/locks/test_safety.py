@@ -1,4 +1,4 @@
-"""Hours of nodes that crash, are cut off and run at different rates: no two ever import one device at a time."""
+"""Lock managers of nodes that crash, lose the network and run at different rates: no two import one device at once."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from dataclasses import dataclass, replace
 import pytest
 from opentelemetry.trace import NoOpTracer
 
+from tests.rigs.vocabulary import KEY
 from usbip_plugin.errors import KubeUnreachable, LockError
 from usbip_plugin.locks import protocol
 from usbip_plugin.locks.manager import LockManager, LockSettings
 from usbip_plugin.locks.protocol import Observation, Rules
 from usbip_plugin.locks.record import Lease
-from usbip_plugin.model import DeviceKey, NodeIdentity, ServerKey
+from usbip_plugin.model import NodeIdentity
 from usbip_sim.leases import FINE, Fate, Lost, MemoryBackend, MemoryLeases, Operation
 from usbip_sim.virtual.loop import SimClock, run
 
-KEY = DeviceKey(ServerKey("10.0.0.1"), "1-1")
 SETTINGS = LockSettings(duration=40.0, import_window=19.0)
 LIFE_S = 3600.0
-# Less than a factor of two apart, as the safety argument asks; the thieves are the fast ones.
 RATES = (1.0, 1.3, 1.95)
+"""Rates of the clocks: less than a factor of two apart, as the safety argument requires."""
 
 
 @dataclass
 class Device:
-    """What the USB/IP server knows; overlaps counts imports begun while another node's was under way."""
+    """A device on its server. overlaps: imports that began during the import of another node."""
 
     attached: str | None = None
     importing: str | None = None
@@ -38,7 +38,7 @@ class Device:
 
 
 class Machine:
-    """A node that wants the device again and again."""
+    """A node that acquires and imports the device again and again."""
 
     def __init__(self, name: str, rate: float, backend: MemoryBackend, device: Device, seed: int, rules: Rules) -> None:
         self.name, self.backend, self.device, self.rules = name, backend, device, rules
@@ -53,15 +53,8 @@ class Machine:
             return Fate(refused=KubeUnreachable(operation.verb, "leases", "partition"))
         if operation.verb in ("watch", "event") or self.rng.random() < 0.8:
             return Fate(response=self.rng.expovariate(20))
-        return self.rng.choice(
-            [
-                FINE,
-                Fate(lost=Lost.REQUEST),
-                Fate(lost=Lost.RESPONSE),
-                Fate(request=self.rng.uniform(0, 30)),
-                Fate(response=self.rng.uniform(0, 4.9)),
-            ]
-        )
+        delays = Fate(request=self.rng.uniform(0, 30)), Fate(response=self.rng.uniform(0, 4.9))
+        return self.rng.choice([FINE, Fate(lost=Lost.REQUEST), Fate(lost=Lost.RESPONSE), *delays])
 
     async def live(self) -> None:
         while True:
@@ -69,7 +62,7 @@ class Machine:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self.rng.expovariate(1 / 600)), asyncio.TaskGroup() as group:
                     await self.boot(group)
-            # Crashed: its sockets are gone at once, the server notices an attached one later.
+            # after a crash, its sockets are gone at once, but the server frees an attached device later
             if self.device.importing == self.name:
                 self.device.importing = None
             await asyncio.sleep(self.rng.uniform(0, 120))
@@ -89,7 +82,7 @@ class Machine:
             await self.use(self.manager)
 
     async def partition(self, store: MemoryLeases) -> None:
-        """Now and then, whatever the node is doing, for longer or shorter than a lock's duration."""
+        """Cuts the node off at random times, for longer or shorter than the duration of a lock."""
         while True:
             await asyncio.sleep(self.rng.expovariate(1 / 150))
             self.cut_off = True
@@ -122,7 +115,7 @@ class Machine:
                 return
 
     async def import_(self, deadline: float) -> None:
-        """As slow as the window lets it be: begun late, ended at the last moment."""
+        """Imports as slowly as the window permits."""
         await self.clock.sleep(max(0.0, (deadline - self.clock.monotonic()) * self.rng.uniform(0, 0.9)))
         if not protocol.may_import(deadline, self.clock.monotonic()) or self.device.attached is not None:
             return
@@ -150,7 +143,7 @@ def simulate(seed: int, rules: Rules | None = None) -> Device:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_no_two_imports_at_a_time(seed: int) -> None:
+def test_no_two_nodes_import_the_device_at_once(seed: int) -> None:
     device = simulate(seed)
     assert device.imports > 5
     assert device.takeovers > 0

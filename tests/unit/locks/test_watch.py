@@ -1,16 +1,16 @@
-"""The view of all locks: own writes and events in any interleaving end at the newest record, each change told once."""
+"""The cache of all locks: it ends with the newest records for any order of own writes and events."""
 
 from dataclasses import replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.rigs.vocabulary import KEY
 from usbip_plugin.locks.record import LOCK_LABELS, ChangeType, Lease, LeaseChange, LeaseList
 from usbip_plugin.locks.watch import LockCache, LockChange, newer
-from usbip_plugin.model import DeviceKey, ServerKey
 from usbip_sim.leases import MemoryBackend
 
-ID = DeviceKey(ServerKey("10.0.0.1"), "1-1").id
+ID = KEY.id
 
 
 def lease(version: int, holder: str = "a") -> Lease:
@@ -22,8 +22,8 @@ def event(version: int, holder: str = "a", kind: ChangeType = ChangeType.MODIFIE
 
 
 def view() -> tuple[LockCache, list[LockChange]]:
-    told: list[LockChange] = []
-    return LockCache(told.append), told
+    changes: list[LockChange] = []
+    return LockCache(changes.append), changes
 
 
 def holder(of: LockCache) -> str | None:
@@ -38,15 +38,15 @@ def test_versions_compare_as_numbers() -> None:
 
 
 def test_an_older_event_does_not_roll_back_an_own_write() -> None:
-    v, told = view()
+    v, changes = view()
     v.put(lease(9, "me"))
     v.apply(event(5, "other"))
     v.apply(event(9, "me"))
     assert holder(v) == "me"
-    assert len(told) == 1
+    assert len(changes) == 1
 
 
-def test_an_answer_that_comes_after_the_deletion_does_not_bring_the_lock_back() -> None:
+def test_a_late_answer_does_not_restore_a_deleted_lock() -> None:
     v, _ = view()
     v.apply(event(5))
     v.apply(event(8, kind=ChangeType.DELETED))
@@ -63,25 +63,25 @@ def test_a_deletion_older_than_the_record_is_ignored() -> None:
     assert holder(v) == "a"
 
 
-def test_a_list_removes_what_it_lacks_but_not_what_was_written_since() -> None:
-    v, told = view()
+def test_a_list_removes_missing_locks_except_newer_writes() -> None:
+    v, changes = view()
     v.put(lease(5))
     v.reset(LeaseList((), "7"))
     assert ID not in v.locks
     v.put(lease(9))
     v.reset(LeaseList((), "8"))
     assert holder(v) == "a"
-    assert [change.new is None for change in told] == [False, True, False]
+    assert [change.new is None for change in changes] == [False, True, False]
 
 
-def test_a_list_does_not_roll_back() -> None:
+def test_a_list_does_not_roll_back_an_own_write() -> None:
     v, _ = view()
     v.put(lease(9, "me"))
     v.reset(LeaseList((lease(5, "other"),), "8"))
     assert holder(v) == "me"
 
 
-def test_a_restored_backup_is_believed() -> None:
+def test_a_restored_backup_is_accepted() -> None:
     v, _ = view()
     v.apply(event(900, "a"))
     v.reset(LeaseList((lease(50, "b"),), "60"))
@@ -90,18 +90,18 @@ def test_a_restored_backup_is_believed() -> None:
     assert holder(v) == "c"
 
 
-def test_leases_that_are_no_locks_are_not_seen() -> None:
-    v, told = view()
+def test_leases_that_are_not_locks_are_ignored() -> None:
+    v, changes = view()
     v.apply(LeaseChange(ChangeType.ADDED, "5", replace(lease(5), name="usbip-node-a")))
     v.reset(LeaseList((replace(lease(5), name="../x"),), "7"))
     assert not v.locks
-    assert not told
+    assert not changes
 
 
 @settings(deadline=None)  # machines may be busy
 @given(st.data())
-def test_any_interleaving_ends_with_the_truth(data: st.DataObject) -> None:
-    """The watch delivers all changes in order; answers to own reads and writes come at any time in between."""
+def test_any_interleaving_ends_with_the_stored_lease(data: st.DataObject) -> None:
+    """The watch delivers all changes in order. Answers to reads and writes come at any time in between."""
     backend, history = MemoryBackend(), []
     start = backend.version
     for step in data.draw(st.lists(st.sampled_from(["write", "delete"]), max_size=12)):
@@ -112,7 +112,7 @@ def test_any_interleaving_ends_with_the_truth(data: st.DataObject) -> None:
             backend.delete(ID, current.resource_version)
         else:
             history.append(backend.replace(replace(current, transitions=current.transitions + 1)))
-    v, told = view()
+    v, changes = view()
     v.reset(LeaseList((), start))
     for change in backend.since(int(start), LOCK_LABELS)[0]:
         for answer in data.draw(st.lists(st.sampled_from(history), max_size=2)) if history else ():
@@ -120,4 +120,4 @@ def test_any_interleaving_ends_with_the_truth(data: st.DataObject) -> None:
         v.apply(change)
     final = backend.leases.get(ID)
     assert v.lease(ID) == final
-    assert [change.old for change in told[1:]] == [change.new for change in told[:-1]]
+    assert [change.old for change in changes[1:]] == [change.new for change in changes[:-1]]
