@@ -1,4 +1,4 @@
-"""udev's names for devices whose strings are chosen by the device."""
+"""The by-id names that udev makes of the strings of a device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ hostile = st.text(max_size=126) | st.text(alphabet="./\\\n\t \0é\u202e%{}", max
 
 
 @given(hostile, hostile, hostile, st.integers(0, 255), st.none() | st.integers(0, 15))
-def test_whatever_a_device_calls_itself_its_link_is_one_file_in_its_directory(
+def test_a_link_is_one_file_in_its_directory_for_any_strings_of_a_device(
     vendor: str, model: str, serial: str, interface: int, port: int | None
 ) -> None:
     name = devices.serial_name(vendor, model, serial)
@@ -59,9 +59,9 @@ def test_strings_become_names_as_udev_makes_them(vendor: str, model: str, serial
         ("not a bitmap", "", "", ""),
     ],
 )
-def test_what_an_input_device_is(key: str, rel: str, abs_: str, what: str) -> None:
+def test_the_class_of_an_input_device_follows_from_its_capabilities(key: str, rel: str, abs_: str, what: str) -> None:
     assert devices.input_class({"key": key, "rel": rel, "abs": abs_}) == what
 
 
-def test_a_name_that_is_too_long_for_a_file_is_none() -> None:
+def test_a_name_that_is_too_long_for_a_file_gives_no_link() -> None:
     assert devices.serial_link("é" * 200, 0, 0) == ""

@@ -1,4 +1,4 @@
-"""Port records in the `usbip` tool's words."""
+"""Port records in the format of the `usbip` tool."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ hosts = st.text(st.characters(codec="ascii", exclude_categories=["C", "Z"]), min
 busids = st.from_regex(r"[0-9]{1,2}-[0-9](\.[0-9]){0,4}", fullmatch=True)
 
 
-def test_the_text_is_the_tools() -> None:
+def test_a_record_has_the_format_of_the_tool() -> None:
     assert format_record(Record(KEY)) == "10.20.30.40 3240 1-1.4\n"
     assert parse_record("127.0.0.1 3240 1-1\n") == Record(DeviceKey(ServerKey("127.0.0.1"), "1-1"))
 
 
-def test_what_the_tool_does_not_know_is_on_a_line_that_it_does_not_read() -> None:
+def test_the_occupant_is_on_a_line_that_the_tool_ignores() -> None:
     text = format_record(Record(KEY, (65538, 4711)))
     assert text.splitlines()[0] == "10.20.30.40 3240 1-1.4"
     assert parse_record(text) == Record(KEY, (65538, 4711))
 
 
 @pytest.mark.parametrize("line", ["", "1", "1 2 3", "-1 2", "x y", "1 99999999999"])
-def test_a_second_line_that_makes_no_sense_says_nothing(line: str) -> None:
+def test_an_invalid_second_line_is_ignored(line: str) -> None:
     assert parse_record(f"10.20.30.40 3240 1-1.4\n{line}\n") == Record(KEY)
 
 
-def test_a_record_fits_what_it_was_made_of() -> None:
+def test_a_record_fits_its_occupant() -> None:
     ours = Record(KEY, (65538, 4711))
     assert ours.fits((65538, 4711))
-    assert not ours.fits((65538, 4712)), "another connection to a device that looks the same"
-    assert ours.fits(None), "not enumerated yet: nothing is known"
-    assert Record(KEY).fits((1, 2)), "the tool's record says nothing"
+    assert not ours.fits((65538, 4712)), "another connection to a similar device"
+    assert ours.fits(None), "not enumerated yet, so the occupant is unknown"
+    assert Record(KEY).fits((1, 2)), "a record of the tool has no occupant"
 
 
 occupants = st.none() | st.tuples(st.integers(0, 2**32 - 1), st.integers(0, 2**31 - 1))
 
 
 @given(hosts, st.integers(1, 65535), busids, occupants)
-def test_what_is_written_is_read_back(host: str, port: int, busid: str, occupant: tuple[int, int] | None) -> None:
+def test_a_written_record_is_read_back(host: str, port: int, busid: str, occupant: tuple[int, int] | None) -> None:
     record = Record(DeviceKey(ServerKey(host, port), busid), occupant)
     assert parse_record(format_record(record)) == record
 
@@ -60,7 +60,7 @@ def test_what_is_written_is_read_back(host: str, port: int, busid: str, occupant
         DeviceKey(ServerKey("h" * 2000), "1-1"),
     ],
 )
-def test_what_could_not_be_read_back_is_not_written(key: DeviceKey) -> None:
+def test_a_record_that_could_not_be_read_back_is_refused(key: DeviceKey) -> None:
     with pytest.raises(ValueError, match="port record"):
         format_record(Record(key))
 
@@ -72,12 +72,12 @@ def test_any_text_is_a_record_or_none(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "host 3240\n", "host usbip 1-1\n", "host 3240 1/1\n", "host 99999 1-1\n"])
-def test_nonsense_is_none(text: str) -> None:
+def test_an_invalid_text_is_not_a_record(text: str) -> None:
     assert parse_record(text) is None
 
 
 class TestDirectory:
-    def test_it_is_made_when_first_written(self, tmp_path: Path) -> None:
+    def test_the_first_write_makes_the_directory(self, tmp_path: Path) -> None:
         records = Records(tmp_path / "vhci_hcd")
         assert records.writable()
         assert records.read(7) is None
@@ -85,7 +85,7 @@ class TestDirectory:
         assert (tmp_path / "vhci_hcd/port7").read_text() == "10.20.30.40 3240 1-1.4\n"
         assert records.read(7) == Record(KEY)
 
-    def test_a_record_that_is_not_ours_any_more_is_kept(self, tmp_path: Path) -> None:
+    def test_the_record_of_another_device_is_kept(self, tmp_path: Path) -> None:
         records = Records(tmp_path)
         other = DeviceKey(KEY.server, "1-2")
         records.write(7, Record(other))
@@ -94,9 +94,9 @@ class TestDirectory:
         records.remove(7, only=other)
         assert records.read(7) is None
 
-    def test_removing_what_is_not_there(self, tmp_path: Path) -> None:
+    def test_a_missing_record_can_be_removed(self, tmp_path: Path) -> None:
         Records(tmp_path / "nowhere").remove(1)
 
-    def test_garbage_is_no_record(self, tmp_path: Path) -> None:
+    def test_a_file_of_garbage_is_not_a_record(self, tmp_path: Path) -> None:
         (tmp_path / "port1").write_bytes(b"\xff\xfe" * 5000)
         assert Records(tmp_path).read(1) is None

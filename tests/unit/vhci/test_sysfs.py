@@ -1,4 +1,4 @@
-"""The texts of vhci_hcd's sysfs files, and the choice of a port."""
+"""The texts of the sysfs files of vhci_hcd, and the choice of a port."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class TestStatus:
             *(("ss", number) for number in (1, 2)),
         ]
 
-    def test_an_attachment_is_told_by_devid_and_socket(self) -> None:
+    def test_an_occupant_is_identified_by_devid_and_socket(self) -> None:
         ports = parse_status(STATUS)
         assert [port.occupant for port in ports] == [(0x10002, 3), None, None, None, (0x20002, 12), None]
 
@@ -65,7 +65,7 @@ class TestStatus:
             "hs 0000 004 000 00000000 ffff 0-0",
         ],
     )
-    def test_a_row_that_is_not_understood_is_an_error(self, row: str) -> None:
+    def test_an_invalid_row_is_an_error(self, row: str) -> None:
         with pytest.raises(ValueError, match="vhci status row"):
             parse_status(f"hub port sta spd dev sockfd local_busid\n{row}\n")
 
@@ -78,17 +78,17 @@ class TestStatus:
         assert all(isinstance(port, Port) for port in ports)
 
     @given(st.lists(st.sampled_from(STATUS.splitlines()[1:]), max_size=20))
-    def test_every_row_counts(self, rows: list[str]) -> None:
+    def test_every_row_is_a_port(self, rows: list[str]) -> None:
         assert len(parse_status("\n".join(rows))) == len(rows)
 
 
 class TestNumbers:
     @pytest.mark.parametrize(("text", "number"), [("240\n", 240), ("8", 8)])
-    def test_nports(self, text: str, number: int) -> None:
+    def test_the_number_of_ports_is_read(self, text: str, number: int) -> None:
         assert parse_nports(text) == number
 
     @pytest.mark.parametrize("text", ["", "0\n", "-8\n", "many\n", "5000\n"])
-    def test_nonsense_nports(self, text: str) -> None:
+    def test_an_invalid_number_of_ports_is_an_error(self, text: str) -> None:
         with pytest.raises(ValueError, match=r".*"):
             parse_nports(text)
 
@@ -101,15 +101,17 @@ class TestNumbers:
             (33, 16, ("status", "status.1", "status.2")),
         ],
     )
-    def test_status_files(self, nports: int, first: int, files: tuple[str, ...]) -> None:
+    def test_the_status_files_follow_from_the_number_of_ports(
+        self, nports: int, first: int, files: tuple[str, ...]
+    ) -> None:
         assert status_files(nports, first) == files
 
-    def test_attach_and_detach_are_written_as_the_kernel_scans_them(self) -> None:
+    def test_attach_and_detach_have_the_format_of_the_kernel(self) -> None:
         assert format_attach(15, 7, 0x20002, 5) == "15 7 131074 5"
         assert format_detach(15) == "15"
 
     @pytest.mark.parametrize("wrong", [(-1, 3, 1, 3), (0, -2, 1, 3), (0, 3, 1 << 32, 3), (0, 3, 1, 0), (0, 3, 1, 7)])
-    def test_what_the_kernel_would_misread_is_not_written(self, wrong: tuple[int, int, int, int]) -> None:
+    def test_numbers_that_the_kernel_would_misread_are_refused(self, wrong: tuple[int, int, int, int]) -> None:
         with pytest.raises(ValueError, match="cannot attach"):
             format_attach(*wrong)
         with pytest.raises(ValueError, match="cannot detach"):
@@ -123,7 +125,7 @@ class TestChoice:
         assert chosen is not None
         assert chosen.hub == hub == hub_of(speed)
 
-    def test_the_lowest_free_port_of_all_controllers(self) -> None:
+    def test_the_lowest_free_port_of_all_controllers_is_chosen(self) -> None:
         ports = (*parse_status(STATUS), free(30, controller=1), free(45, "ss", controller=1))
         hs, ss = choose_port(ports, 3), choose_port(ports, 5)
         assert (hs and hs.number, ss and ss.number) == (2, 16)
@@ -131,7 +133,7 @@ class TestChoice:
         hs, ss = choose_port(taken, 3), choose_port(taken, 5)
         assert (hs and hs.number, ss and ss.number) == (30, 45)
 
-    def test_none_when_only_the_other_hub_has_ports(self) -> None:
+    def test_no_port_of_the_other_hub_is_chosen(self) -> None:
         assert choose_port([free(15, "ss")], 3) is None
 
     def test_a_penalty_moves_a_port_to_the_end_and_no_further(self) -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from usbip_plugin.clock import SystemClock
+from tests.rigs.clocks import InstantClock
 from usbip_plugin.vhci import uevents
 from usbip_plugin.vhci.uevents import MAX_UEVENT, NetlinkUevents, Uevent, parse
 
@@ -22,14 +22,14 @@ REMOVE = (
 
 
 class TestParse:
-    def test_a_kernel_message(self) -> None:
+    def test_a_message_of_the_kernel_is_read(self) -> None:
         event = parse(REMOVE)
         assert event is not None
         assert (event.action, event.devpath) == ("remove", "/devices/platform/vhci_hcd.0/usb4/4-1")
         assert event.fields["DEVNAME"] == "bus/usb/004/002"
         assert event.concerns_vhci
 
-    def test_other_devices_do_not_concern_us(self) -> None:
+    def test_a_uevent_of_another_device_does_not_concern_vhci(self) -> None:
         event = parse(b"add@/devices/pci0000:00/0000:00:05.0/usb2/2-4\0ACTION=add\0")
         assert event is not None
         assert not event.concerns_vhci
@@ -51,13 +51,13 @@ class TestParse:
         assert parse(message) is None
 
     @given(st.binary(max_size=200))
-    def test_nothing_raises(self, message: bytes) -> None:
+    def test_any_message_is_parsed_without_an_error(self, message: bytes) -> None:
         event = parse(message)
         assert event is None or event.devpath.startswith("/")
 
 
 class ScriptedSocket:
-    """Answers recvfrom with a script of messages (with the sender's port id) and errors."""
+    """A socket whose recvfrom follows a script of errors and messages with the port id of their sender."""
 
     def __init__(self, *script: tuple[bytes, int] | OSError) -> None:
         self.script = list(script)
@@ -80,30 +80,19 @@ def receive(*script: tuple[bytes, int] | OSError) -> tuple[list[Uevent | None], 
 
 
 class TestReceive:
-    async def test_only_the_kernel_is_believed(self) -> None:
+    async def test_only_messages_of_the_kernel_are_delivered(self) -> None:
         delivered, _ = receive((REMOVE, 4711), (REMOVE, 0))
         assert delivered == [parse(REMOVE)]
 
-    async def test_an_overrun_means_look_at_everything(self) -> None:
+    async def test_an_overrun_delivers_none_which_means_look_at_everything(self) -> None:
         delivered, failed = receive(OSError(errno.ENOBUFS, "no buffer space"), (REMOVE, 0))
         assert delivered == [None, parse(REMOVE)]
         assert not failed.done()
 
-    async def test_another_error_ends_the_listening(self) -> None:
+    async def test_another_error_ends_the_receiving(self) -> None:
         delivered, failed = receive(OSError(errno.EBADF, "bad"), (REMOVE, 0))
         assert delivered == []
         assert isinstance(failed.exception(), OSError)
-
-
-class TickingClock(SystemClock):
-    """sleep returns at once and counts."""
-
-    def __init__(self) -> None:
-        self.slept: list[float] = []
-
-    async def sleep(self, seconds: float) -> None:
-        self.slept.append(seconds)
-        await asyncio.sleep(0)
 
 
 async def run_until(source: NetlinkUevents, enough: Callable[[list[Uevent | None]], bool]) -> list[Uevent | None]:
@@ -123,19 +112,19 @@ async def run_until(source: NetlinkUevents, enough: Callable[[list[Uevent | None
 
 
 class TestNetlink:
-    async def test_it_begins_with_look_at_everything(self) -> None:
-        clock = TickingClock()
-        assert (await run_until(NetlinkUevents(clock), lambda seen: len(seen) >= 1))[0] is None
+    async def test_it_begins_with_a_look_at_everything(self) -> None:
+        clock = InstantClock()
+        assert (await run_until(NetlinkUevents(clock), lambda events: len(events) >= 1))[0] is None
         assert clock.slept == []
 
-    async def test_without_netlink_it_polls_and_says_so(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test_without_netlink_it_polls_and_reports_the_problem(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def refuse(*_args: object) -> socket.socket:
             raise PermissionError(errno.EPERM, "Operation not permitted")
 
         monkeypatch.setattr(socket, "socket", refuse)
-        clock = TickingClock()
+        clock = InstantClock()
         source = NetlinkUevents(clock)
-        assert await run_until(source, lambda seen: len(seen) >= 3) == [None, None, None]
+        assert await run_until(source, lambda events: len(events) >= 3) == [None, None, None]
         assert set(clock.slept) == {uevents.POLL_S}
         problem = source.problem()
         assert problem is not None

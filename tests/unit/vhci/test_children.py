@@ -1,4 +1,4 @@
-"""Which child nodes are waited for."""
+"""The child nodes that an attach waits for."""
 
 from __future__ import annotations
 
@@ -6,15 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.rigs.vhci_fake_sysfs import add_interface
 from usbip_plugin.model import DeviceNode
 from usbip_plugin.vhci.children import ExpectedNode, complete, expected_nodes, missing, wants
-
-
-def interface(device: Path, number: int, class_: int, subclass: int) -> None:
-    folder = device / f"{device.name}:1.{number}"
-    folder.mkdir(parents=True)
-    for name, value in (("Number", number), ("Class", class_), ("SubClass", subclass)):
-        (folder / f"bInterface{name}").write_text(f"{value:02x}\n")
 
 
 def node(kind: str, interface: int | None = 0, minor: int = 0) -> DeviceNode:
@@ -35,29 +29,31 @@ USB = node("usb", None)
         (0x07, 1, {"printer"}),
     ],
 )
-def test_classes_that_promise_nodes(tmp_path: Path, class_: int, subclass: int, kinds: set[str]) -> None:
-    interface(tmp_path / "4-1", 3, class_, subclass)
-    assert expected_nodes(tmp_path / "4-1") == (ExpectedNode(3, frozenset(kinds)),)
+def test_an_interface_class_with_nodes_is_expected_to_have_them(
+    tmp_path: Path, class_: int, subclass: int, kinds: set[str]
+) -> None:
+    add_interface(tmp_path, 3, class_, subclass)
+    assert expected_nodes(tmp_path) == (ExpectedNode(3, frozenset(kinds)),)
 
 
 @pytest.mark.parametrize(
     ("class_", "subclass"), [(0xFF, 0), (0x02, 6), (0x0A, 0), (0x0E, 2), (0x01, 2), (0x01, 3), (0x0B, 0)]
 )
-def test_classes_that_promise_none(tmp_path: Path, class_: int, subclass: int) -> None:
-    interface(tmp_path / "4-1", 0, class_, subclass)
-    assert expected_nodes(tmp_path / "4-1") == ()
+def test_other_interface_classes_are_not_expected_to_have_nodes(tmp_path: Path, class_: int, subclass: int) -> None:
+    add_interface(tmp_path, 0, class_, subclass)
+    assert expected_nodes(tmp_path) == ()
 
 
 TWO_HID = (ExpectedNode(0, frozenset({"hidraw", "input"})), ExpectedNode(1, frozenset({"hidraw", "input"})))
 DISK_AND_HID = (ExpectedNode(0, frozenset({"block"})), TWO_HID[1])
 
 
-def test_each_interface_brings_a_node_of_its_own() -> None:
+def test_each_interface_has_its_own_node() -> None:
     assert not complete(None, TWO_HID, (USB, node("hidraw", 0), node("input", 0)))
     assert complete(None, TWO_HID, (USB, node("hidraw", 0), node("input", 1)))
 
 
-def test_one_of_what_is_asked_for_is_waited_for_and_what_is_promised_of_it() -> None:
+def test_an_attach_waits_for_one_configured_kind_and_its_expected_nodes() -> None:
     assert not complete(("tty", "hidraw"), (), (USB, node("input")))
     assert complete(("tty", "hidraw"), (), (USB, node("tty")))
     assert not complete(("tty", "hidraw"), DISK_AND_HID, (USB, node("tty", 3)))
@@ -66,13 +62,13 @@ def test_one_of_what_is_asked_for_is_waited_for_and_what_is_promised_of_it() -> 
     assert complete((), DISK_AND_HID, (USB,))
 
 
-def test_what_is_missing() -> None:
+def test_all_configured_kinds_are_missing_if_none_is_present() -> None:
     assert missing(None, (USB,)) == missing((), (USB,)) == ()
     assert missing(("tty", "block"), (USB, node("tty"))) == ()
     assert missing(("tty", "block"), (USB, node("hidraw"))) == ("tty", "block")
 
 
-def test_a_printers_node_is_one_of_usbmisc() -> None:
+def test_the_node_of_a_printer_counts_as_usbmisc() -> None:
     assert missing(("usbmisc",), (USB, node("printer"))) == ()
     assert missing(("printer",), (USB, node("usbmisc"))) == ("printer",)
     assert wants(("usbmisc",), node("printer"))
