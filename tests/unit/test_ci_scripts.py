@@ -1,4 +1,4 @@
-"""What .ci/run and .ci/nightly run, together and each by itself, and the tools that read their results."""
+"""The commands in .ci/run and .ci/nightly, and the tools that read their results."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def units(shard: str = "") -> list[str]:
 
 
 def sections_of_run() -> list[str]:
-    """The commands of the sections of .ci/run."""
+    """Returns the commands of the sections of .ci/run."""
     text = (CI / "run").read_text(encoding="utf-8")
     return re.findall(r"^ *section [\w-]+ (.+)$", text, re.MULTILINE)
 
@@ -55,27 +55,28 @@ def targets_in(commands: list[str]) -> set[str]:
 
 
 @pytest.mark.parametrize("name", ["run", "nightly", "sections.sh"])
-def test_the_scripts_are_sound(name: str) -> None:
+def test_the_scripts_have_valid_syntax(name: str) -> None:
     subprocess.run(["bash", "-n", str(CI / name)], check=True)
 
 
-def test_the_scripts_run_targets_that_exist() -> None:
+def test_the_scripts_run_existing_targets() -> None:
     assert targets_in(sections_of_run()) | targets_in(units()) <= make_targets()
 
 
-def test_each_change_is_checked_by_what_the_readme_names_and_by_one_of_each_real_thing() -> None:
-    assert {"demo", "test", "lint", "sim", "image", "test-image", "test-deploy"} <= targets_in(sections_of_run())
-    assert {"test-apiserver", "test-kernel", "test-node", "test-kubelet", "tour"} <= targets_in(sections_of_run())
+def test_each_change_is_checked_by_the_targets_of_the_readme_and_in_each_real_environment() -> None:
+    targets = targets_in(sections_of_run())
+    assert {"demo", "test", "lint", "sim", "image", "test-image", "test-deploy"} <= targets
+    assert {"test-apiserver", "test-kernel", "test-node", "test-kubelet", "tour"} <= targets
 
 
-def test_every_target_that_tests_something_is_in_one_of_the_two() -> None:
+def test_every_target_that_tests_is_in_run_or_nightly() -> None:
     tests = {name for name in make_targets() if name.startswith(("test", "bench", "fuzz", "sim", "model", "e2e"))}
-    # long forms of units that are in the list: the same tests, for as long as one likes
+    # long forms of units in the list: their tests for any length of time
     longer = {"test-kills", "test-outage"}
     assert tests - longer <= targets_in(sections_of_run()) | targets_in(units())
 
 
-def test_what_has_a_short_form_is_whole_in_the_nightly_list() -> None:
+def test_a_target_with_a_short_form_is_complete_in_the_nightly_list() -> None:
     shortened = {target for command in sections_of_run() if "-m short" in command for target in targets_in([command])}
     assert shortened
     whole = [command for command in units() if "-m short" not in command]
@@ -83,7 +84,7 @@ def test_what_has_a_short_form_is_whole_in_the_nightly_list() -> None:
 
 
 @pytest.mark.parametrize("target", ["test-kernel", "test-node", "test-kubelet", "e2e"])
-def test_the_parts_of_a_tier_are_all_there(target: str) -> None:
+def test_the_nightly_list_has_all_parts_of_a_tier(target: str) -> None:
     parts = [
         match for command in units() if f"make {target} " in command for match in re.findall(r"(\d+)/(\d+)", command)
     ]
@@ -92,14 +93,14 @@ def test_the_parts_of_a_tier_are_all_there(target: str) -> None:
 
 
 @pytest.mark.parametrize("shard", ["0/16", "17/16", "3", "a/b", "1/0"])
-def test_a_shard_that_there_is_not_is_refused(shard: str) -> None:
+def test_an_invalid_shard_is_refused(shard: str) -> None:
     environment = {**os.environ, "SHARD": shard}
     listed = subprocess.run([CI / "nightly", "--list"], env=environment, capture_output=True, text=True, check=False)
     assert (listed.returncode, listed.stdout) == (2, "")
     assert f"SHARD={shard}: expected N/M" in listed.stderr
 
 
-def test_the_parts_of_a_run_together_are_all_its_tests_in_order() -> None:
+def test_the_parts_of_a_run_are_together_all_its_tests_in_order() -> None:
     part_of = load(ROOT / "tests/conftest.py").part_of
     for count in range(1, 13):
         parts = [part_of(list(range(10)), f"{number}/{count}") for number in range(1, count + 1)]
@@ -108,24 +109,23 @@ def test_the_parts_of_a_run_together_are_all_its_tests_in_order() -> None:
 
 
 @pytest.mark.parametrize("part", ["0/2", "3/2", "1", "a/b", ""])
-def test_a_part_that_there_is_not_is_refused(part: str) -> None:
+def test_an_invalid_part_is_refused(part: str) -> None:
     with pytest.raises(pytest.UsageError, match="K/N"):
         load(ROOT / "tests/conftest.py").part_of([], part)
 
 
-def test_sixteen_shards_are_the_whole_list() -> None:
+def test_sixteen_shards_are_together_the_whole_list() -> None:
     shards = [units(f"{number}/16") for number in range(1, 17)]
     assert sorted(unit for shard in shards for unit in shard) == sorted(units())
     assert max(map(len, shards)) - min(map(len, shards)) <= 1
 
 
-def test_no_unit_of_nightly_is_called_like_a_section_of_run() -> None:
-    """The ledger would take the short form for the long one, and the long one would never be the next."""
-    listed = subprocess.run([CI / "nightly", "--list"], capture_output=True, text=True, check=True).stdout
-    units = {line.split()[1] for line in listed.splitlines()}
+def test_no_unit_of_nightly_has_the_name_of_a_section_of_run() -> None:
+    """The ledger would count the short form as a run of the long one."""
+    names = {line.split()[1] for line in units()}
     sections = set(re.findall(r"section ([a-z-]+) ", (CI / "run").read_text(encoding="utf-8")))
     assert {"apiserver", "sim", "kernel"} <= sections
-    assert not units & sections
+    assert not names & sections
 
 
 def test_every_directory_of_tests_is_run() -> None:
@@ -137,17 +137,14 @@ def test_every_directory_of_tests_is_run() -> None:
         assert top in run or top in makefile() + scripts, f"{directory} is run by no target"
 
 
-def test_a_change_wants_the_targets_whose_inputs_it_touches() -> None:
+def test_a_change_affects_the_targets_with_its_files_as_inputs() -> None:
     affected = load(CI / "affected.py").affected
     assert affected([]) == []
     assert affected(["docs/concepts/concepts.md"]) == ["check"]
     assert affected(["usbip_plugin/vhci/linux.py"]) == ["check", "sim", "test-kernel", "test-node"]
     assert affected(["usbip_plugin/kubelet/pod_resources.py"]) == ["check", "sim", "test-apiserver", "test-kubelet"]
-    assert affected(["deploy/base/daemonset.yaml", "tests/page/test_page.py"])[:3] == [
-        "check",
-        "test-page",
-        "test-deploy",
-    ]
+    targets = affected(["deploy/base/daemonset.yaml", "tests/page/test_page.py"])
+    assert targets[:3] == ["check", "test-page", "test-deploy"]
     assert set(affected(["pyproject.toml"])) >= {"check", "nightly", "test-kernel", "e2e"}
 
 
@@ -162,7 +159,7 @@ def line(tree: str, verdict: str, tests: str = "", section: str = "test") -> str
     return f"2026-01-01T00:00:00\t{tree}\t{section}\t{verdict}\t10\t9\t1.0\t1.00\t{tests}"
 
 
-def test_a_test_that_failed_where_it_also_passed_is_a_flake() -> None:
+def test_a_test_that_failed_and_passed_on_one_tree_is_a_flake() -> None:
     module = load(CI / "flakes.py")
     ledger = [
         line("a", "ok"),
@@ -178,7 +175,7 @@ def test_a_test_that_failed_where_it_also_passed_is_a_flake() -> None:
     assert found == [("other", 1, 2), ("x.py::one", 2, 5), ("x.py::two", 1, 5)]
 
 
-def test_figures_are_compared_by_how_much_more_they_changed_than_the_machine() -> None:
+def test_figures_are_compared_relative_to_the_median_change() -> None:
     module = load(CI / "figures.py")
     kept = {"a": 10.0, "b": 20.0, "c": 30.0, "gone": 1.0}
     median, ratios = module.compared({"a": 20.0, "b": 40.0, "c": 180.0, "new": 1.0}, kept)
@@ -195,7 +192,7 @@ def sections(script: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_section_says_what_it_took_and_a_lane_ends_with_the_first_that_fails(tmp_path: Path) -> None:
+def test_a_section_reports_its_cost_and_a_lane_ends_with_its_first_failure(tmp_path: Path) -> None:
     ran = sections("section one 9 echo hello && section two 9 false && section three 9 true || true", tmp_path)
     assert ran.returncode == 1
     assert "one| hello" in ran.stdout
@@ -206,24 +203,24 @@ def test_a_section_says_what_it_took_and_a_lane_ends_with_the_first_that_fails(t
     assert [entry.split("\t")[2:4] for entry in ledger.splitlines()] == [["one", "ok"], ["two", "FAILED"]]
 
 
-def test_a_lab_that_make_could_not_set_up_is_said_apart_too(tmp_path: Path) -> None:
+def test_the_status_of_a_lab_that_make_cannot_set_up_is_75(tmp_path: Path) -> None:
     (tmp_path / "Makefile").write_text("lab:\n\t@exit 75\n", encoding="utf-8")
     ran = sections(f"section lab 9 make -f {tmp_path}/Makefile lab || true", tmp_path)
     assert ran.returncode == 75
 
 
-def test_a_run_in_which_all_is_well_ends_well(tmp_path: Path) -> None:
+def test_a_run_without_failures_succeeds(tmp_path: Path) -> None:
     ran = sections("section one 9 echo hello\nsection two 9 true", tmp_path)
     assert ran.returncode == 0
     assert "tests: 0 passed, 0 failed" in ran.stdout
 
 
-def test_words_about_a_lab_in_a_section_that_passed_change_nothing(tmp_path: Path) -> None:
+def test_the_output_of_a_section_that_passed_does_not_change_its_result(tmp_path: Path) -> None:
     ran = sections("section one 9 echo 'make: *** [Makefile:1: lab] Error 75'", tmp_path)
     assert ran.returncode == 0
 
 
-def test_a_failed_download_is_said_apart_from_a_failed_test(tmp_path: Path) -> None:
+def test_a_failed_download_is_reported_as_infrastructure(tmp_path: Path) -> None:
     ran = sections("section download 9 bash -c 'attempt false' || true", tmp_path)
     assert ran.returncode == 75
     assert ran.stdout.count("| attempt ") == 3
@@ -239,7 +236,7 @@ def test_a_section_that_hangs_is_cut_off(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("closing", "status"), [("3 passed, 1 skipped in 0.10s", 1), ("3 passed, 9 deselected in 0.10s", 0)]
 )
-def test_a_tier_that_skips_has_failed(tmp_path: Path, closing: str, status: int) -> None:
+def test_a_tier_with_a_skipped_test_has_failed(tmp_path: Path, closing: str, status: int) -> None:
     ran = sections(f"section tier 9 echo '==== {closing} ====' || true", tmp_path)
     assert ran.returncode == status
     assert "tests: 3 passed, 0 failed" in ran.stdout

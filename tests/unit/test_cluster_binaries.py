@@ -1,4 +1,4 @@
-"""tests/lab/cluster/build.sh with a stand-in for Go: when it builds, when it waits, and how it fails."""
+"""tests/lab/cluster/build.sh with a double of Go: when it builds, when it waits, and how it fails."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ esac
 
 
 class Machine:
-    """A cache of binaries, and a Go that builds nothing. failing_gets: so many downloads fail before one succeeds."""
+    """A cache of binaries, and a Go that builds nothing."""
 
     def __init__(self, home: Path) -> None:
         self._home, self.cache = home, home / "cache" / "k8s"
@@ -54,6 +54,7 @@ class Machine:
         self.fails(gets=0)
 
     def fails(self, *, gets: int = 0, build: bool = False) -> None:
+        """Makes the next downloads fail, or every build."""
         (self._home / "failing-gets").write_text(f"{gets}\n", encoding="ascii")
         if build:
             (self._home / "build-fails").touch()
@@ -64,7 +65,7 @@ class Machine:
 
     @contextlib.contextmanager
     def locked(self, *names: str) -> Iterator[None]:
-        """Somebody else is building."""
+        """Holds the locks of a build by another process."""
         with contextlib.ExitStack() as stack:
             for name in names:
                 fcntl.flock(stack.enter_context((self.cache / name).open("w")), fcntl.LOCK_EX)
@@ -79,7 +80,7 @@ class Machine:
         )
 
     def calls(self) -> list[str]:
-        """What Go was asked for."""
+        """Returns the arguments of each call of Go."""
         calls = self._home / "calls"
         return calls.read_text(encoding="utf-8").splitlines() if calls.exists() else []
 
@@ -89,7 +90,7 @@ def machine(tmp_path: Path) -> Machine:
     return Machine(tmp_path)
 
 
-def test_binaries_that_are_there_need_neither_lock_nor_go(machine: Machine) -> None:
+def test_existing_binaries_need_neither_a_lock_nor_go(machine: Machine) -> None:
     for name, module in MODULES.items():
         machine.has(name, module)
     with machine.locked("build.lock", "build-apiserver.lock", "build-helm.lock"):
@@ -98,7 +99,7 @@ def test_binaries_that_are_there_need_neither_lock_nor_go(machine: Machine) -> N
     assert machine.calls() == []
 
 
-def test_what_is_missing_is_built_while_another_group_is(machine: Machine) -> None:
+def test_missing_binaries_are_built_during_the_build_of_another_group(machine: Machine) -> None:
     with machine.locked("build.lock", "build-kind.lock"):
         done = machine.build("apiserver", "helm")
     assert (done.returncode, done.stdout) == (0, f"{machine.bin}\n"), done.stderr
@@ -107,14 +108,12 @@ def test_what_is_missing_is_built_while_another_group_is(machine: Machine) -> No
     built = [call for call in machine.calls() if call.startswith("build")]
     assert len(built) == len(MODULES)
     asked = [call for call in machine.calls() if call.startswith("get")]
-    assert {call.rpartition("@v")[2] for call in asked} == {VERSIONS["ETCD"], VERSIONS["HELM"]}, (
-        "not the newest there is"
-    )
+    assert {call.rpartition("@v")[2] for call in asked} == {VERSIONS["ETCD"], VERSIONS["HELM"]}
     assert machine.build("apiserver", "helm").returncode == 0
-    assert [call for call in machine.calls() if call.startswith("build")] == built, "it was there"
+    assert [call for call in machine.calls() if call.startswith("build")] == built, "nothing to build"
 
 
-def test_a_binary_of_another_version_is_built_anew(machine: Machine) -> None:
+def test_a_binary_of_another_version_is_built_again(machine: Machine) -> None:
     machine.has("kube-apiserver", MODULES["kube-apiserver"])
     machine.has("etcd", f"go.etcd.io/etcd/server/v3\tv{VERSIONS['ETCD']}-rc.0")
     assert machine.build("apiserver").returncode == 0
@@ -132,7 +131,7 @@ def test_a_download_has_three_tries(machine: Machine, failures: int, status: int
     assert ("no route to the proxy" in done.stderr) is (status != 0)
 
 
-def test_a_build_that_fails_is_told_apart_from_a_test(machine: Machine) -> None:
+def test_a_failed_build_is_reported_as_infrastructure(machine: Machine) -> None:
     machine.fails(build=True)
     done = machine.build("apiserver")
     assert done.returncode == INFRASTRUCTURE

@@ -1,4 +1,4 @@
-"""examples/: each configuration is taken without a warning, and each workload asks for what it offers."""
+"""examples/: each configuration is valid without a warning, and each workload requests its resource."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KINDS = {"TTY": "tty", "HIDRAW": "hidraw", "VIDEO": "video4linux", "SOUND": "sou
 
 
 def offered(name: str) -> ResourceConfig:
-    """The one resource of an example."""
+    """Returns the resource of an example."""
     file = EXAMPLES / name / "config.yaml"
     parsed = parse_config(file.read_text(encoding="utf-8"), str(file))
     assert parsed.warnings == ()
@@ -34,10 +34,14 @@ def workload(name: str) -> list[dict[str, Any]]:
     return list(yaml.safe_load_all((EXAMPLES / name / "workload.yaml").read_text(encoding="utf-8")))
 
 
-def pod_spec(name: str) -> dict[str, Any]:
-    """Of the one Deployment or StatefulSet."""
+def controller(name: str) -> dict[str, Any]:
+    """Returns the Deployment or StatefulSet of an example."""
     (found,) = [one for one in workload(name) if "template" in one.get("spec", {})]
-    spec: dict[str, Any] = found["spec"]["template"]["spec"]
+    return found
+
+
+def pod_spec(name: str) -> dict[str, Any]:
+    spec: dict[str, Any] = controller(name)["spec"]["template"]["spec"]
     return spec
 
 
@@ -47,7 +51,7 @@ def with_device(name: str) -> dict[str, Any]:
 
 
 def texts(value: object) -> Iterator[str]:
-    """Every string in it."""
+    """Yields every string in a value."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -61,13 +65,13 @@ def variables(text: str) -> set[str]:
 
 
 def known_variables(resource: ResourceConfig) -> set[str]:
-    """Those that a container with one device of it has."""
+    """Returns the variables of a container with one device of the resource."""
     prefix = "USBIP_" + re.sub("[^A-Z0-9]", "_", resource.name.upper()) + "_0_"
     kinds = {word for word, kind in KINDS.items() if kind in (resource.children or ())}
     return {prefix + word for word in (*FIELDS, *kinds)}
 
 
-def test_there_are_as_many_as_the_overview_says() -> None:
+def test_the_overview_lists_every_example() -> None:
     text = (EXAMPLES / "README.md").read_text(encoding="utf-8")
     assert re.findall(r"^\| \[[\w-]+\]\(([\w-]+)\)", text, re.MULTILINE) == [
         "3d-printer",
@@ -80,7 +84,7 @@ def test_there_are_as_many_as_the_overview_says() -> None:
     assert len(NAMES) == 6
 
 
-def test_their_configurations_go_together() -> None:
+def test_the_configurations_can_be_combined() -> None:
     together = {}
     for name in NAMES:
         together.update(yaml.safe_load((EXAMPLES / name / "config.yaml").read_text(encoding="utf-8"))["resources"])
@@ -97,14 +101,14 @@ def test_the_workload_asks_for_the_resource_of_its_configuration_and_for_nothing
         assert "privileged" not in container.get("securityContext", {})
         repository, colon, tag = container["image"].rpartition(":")
         assert repository, colon
-        assert re.fullmatch(r"v?\d[\w.-]*", tag), "a release, not what is newest"
+        assert re.fullmatch(r"v?\d[\w.-]*", tag), "a release, not latest"
     assert not [volume for volume in pod_spec(name).get("volumes", ()) if "hostPath" in volume]
     assert not pod_spec(name).get("hostNetwork")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_single_device_is_handed_over_and_not_waited_for(name: str) -> None:
-    (found,) = [one for one in workload(name) if "template" in one.get("spec", {})]
+def test_a_new_pod_does_not_wait_for_the_device_of_the_old_one(name: str) -> None:
+    found = controller(name)
     if found["kind"] == "Deployment":
         assert (found["spec"]["replicas"], found["spec"]["strategy"]) == (1, {"type": "Recreate"})
     else:
@@ -112,7 +116,7 @@ def test_a_single_device_is_handed_over_and_not_waited_for(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_container_that_is_to_be_started_again_has_a_probe_that_opens_its_device(name: str) -> None:
+def test_a_container_to_restart_has_a_probe_that_opens_its_device(name: str) -> None:
     resource = offered(name)
     probe = with_device(name).get("livenessProbe", {}).get("exec", {}).get("command", ())
     if resource.on_loss is OnLoss.RESTART:
@@ -123,7 +127,7 @@ def test_a_container_that_is_to_be_started_again_has_a_probe_that_opens_its_devi
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_group_that_may_open_the_device_is_one_that_the_pod_has(name: str) -> None:
+def test_the_pod_has_the_group_of_its_device(name: str) -> None:
     resource, spec = offered(name), pod_spec(name)
     groups = spec.get("securityContext", {}).get("supplementalGroups", [])
     permissions = resource.permissions
@@ -133,7 +137,7 @@ def test_a_group_that_may_open_the_device_is_one_that_the_pod_has(name: str) -> 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_variables_named_anywhere_are_those_that_the_container_has(name: str) -> None:
+def test_every_variable_named_in_an_example_exists(name: str) -> None:
     known = known_variables(offered(name))
     for text in (*texts(workload(name)), (EXAMPLES / name / "README.md").read_text(encoding="utf-8")):
         assert variables(text) <= known
@@ -142,7 +146,7 @@ def test_the_variables_named_anywhere_are_those_that_the_container_has(name: str
 @pytest.mark.parametrize(
     "document", [EXAMPLES / "README.md", *(EXAMPLES / name / "README.md" for name in NAMES)], ids=str
 )
-def test_what_the_readmes_name_is_there(document: Path) -> None:
+def test_every_link_and_object_named_in_a_readme_exists(document: Path) -> None:
     text = document.read_text(encoding="utf-8")
     for link in re.findall(r"\]\(([^)#:]*)(?:#[^)]*)?\)", text):
         assert (document.parent / link).exists(), link

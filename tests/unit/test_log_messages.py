@@ -11,26 +11,23 @@ DOC = ROOT.parent / "docs" / "reference" / "logs.md"
 
 
 def lines() -> list[LogCall]:
-    """Every line that the plugin can write."""
+    """Returns every call of a logger in the plugin."""
     return list(log_calls())
 
 
-def test_there_is_something_to_look_at() -> None:
+def test_messages_are_fixed_words_and_variable_parts_are_fields() -> None:
     assert len(lines()) > 40
-
-
-def test_messages_are_fixed_words_and_what_varies_is_in_fields() -> None:
     for line in lines():
-        assert line.level, f"{line.where}: a level by its name, please"
-        assert isinstance(line.message, ast.Constant), f"{line.where}: a message made up on the spot"
-        assert line.arguments == 1, f"{line.where}: what varies belongs into extra"
+        assert line.level, f"{line.where}: use the method of a level"
+        assert isinstance(line.message, ast.Constant), f"{line.where}: the message must be a constant"
+        assert line.arguments == 1, f"{line.where}: variable parts must be in extra"
         assert "%" not in line.text, line.where
         assert line.keywords <= {"extra", "exc_info"}, line.where
-        assert bool(line.fields) == ("extra" in line.keywords), f"{line.where}: fields that nobody can read off"
+        assert bool(line.fields) == ("extra" in line.keywords), f"{line.where}: the fields must be constant"
 
 
 def test_no_field_hides_the_traceback() -> None:
-    """An extra field named error would be shown as error_; why something failed is the field cause."""
+    """A field `error` would be shown as `error_`. The reason of a failure is the field `cause`."""
     for path in ROOT.rglob("*.py"):
         for found in re.findall(r'extra=\{[^}]*"error":', path.read_text(encoding="utf-8")):
             raise AssertionError(f"{path}: {found}")

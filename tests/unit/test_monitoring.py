@@ -1,4 +1,4 @@
-"""Alerts and dashboard ask for what is exposed, and every alert has its runbook."""
+"""Alerts and the dashboard use exposed metrics, and every alert has a runbook."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ METRICS = ROOT / "docs" / "reference" / "metrics.md"
 OPERATIONS = ROOT / "docs" / "howto" / "troubleshooting.md"
 PROMETHEUS_OWN = frozenset({"up", "ALERTS"})
 TARGET_LABELS = frozenset({"node", "instance", "job"})
-"""What the one who scrapes sets."""
+"""Labels that Prometheus sets."""
 KINDS = {"histogram": ("_bucket", "_sum", "_count")}
 
 
 def exposed() -> dict[str, frozenset[str]]:
-    """Labels of each series, by name. tests/simulation/test_figures.py shows that docs/reference/metrics.md is true."""
+    """Returns the labels of each series by its name. tests/simulation/test_figures.py checks the document."""
     found: dict[str, frozenset[str]] = {}
     rows = re.findall(
         r"^\| `(\w+)` \| (\w+) \|\s*([^|]*?)\s*\| [^|]+ \|$", METRICS.read_text(encoding="utf-8"), re.MULTILINE
@@ -35,7 +35,7 @@ def exposed() -> dict[str, frozenset[str]]:
 
 
 def values_of_labels() -> frozenset[str]:
-    """Every value of a label that the document lists."""
+    """Returns every value of a label that the document lists."""
     text = METRICS.read_text(encoding="utf-8").split("## Values of labels")[1]
     return frozenset(re.findall(r"`(\w+)`", text))
 
@@ -51,7 +51,7 @@ def panels() -> list[dict[str, Any]]:
 
 
 def expressions() -> Iterator[tuple[str, str]]:
-    """(where, PromQL), of alerts and panels."""
+    """Yields (where, PromQL) of alerts and panels."""
     for rule in rules():
         yield rule["alert"], rule["expr"]
     for panel in panels():
@@ -60,7 +60,7 @@ def expressions() -> Iterator[tuple[str, str]]:
 
 
 def used(expression: str) -> Iterator[tuple[str, frozenset[str]]]:
-    """(name, labels it is selected by) of every series in an expression."""
+    """Yields (name, selected labels) of every series in an expression."""
     for name, selector in re.findall(r"\b((?:\w*device_plugin|process)_\w+|up)\b(?:\{([^}]*)\})?", expression):
         yield name, frozenset(re.findall(r"(\w+)\s*(?:=~|!~|!=|=)", selector))
 
@@ -73,7 +73,7 @@ def grouped_by(expression: str) -> frozenset[str]:
 @pytest.mark.parametrize(
     ("where", "expression"), [pytest.param(*e, id=f"{i}-{e[0]}") for i, e in enumerate(expressions())]
 )
-def test_series_and_labels_that_are_asked_for_exist(where: str, expression: str) -> None:
+def test_series_and_labels_in_expressions_exist(where: str, expression: str) -> None:
     known = exposed()
     series = list(used(expression))
     assert series, where
@@ -89,7 +89,7 @@ def test_series_and_labels_that_are_asked_for_exist(where: str, expression: str)
 @pytest.mark.parametrize(
     ("where", "expression"), [pytest.param(*e, id=f"{i}-{e[0]}") for i, e in enumerate(expressions())]
 )
-def test_values_of_labels_that_are_asked_for_exist(where: str, expression: str) -> None:
+def test_values_of_labels_in_expressions_exist(where: str, expression: str) -> None:
     for label, text in re.findall(
         r'\b(reason|result|transition|state|hub|step)\s*(?:=~|!~|!=|=)\s*"([^"]*)"', expression
     ):
@@ -97,7 +97,7 @@ def test_values_of_labels_that_are_asked_for_exist(where: str, expression: str) 
 
 
 @pytest.mark.parametrize("rule", rules(), ids=lambda rule: rule["alert"])
-def test_an_alert_says_what_where_and_what_to_do(rule: dict[str, Any]) -> None:
+def test_an_alert_has_a_severity_a_summary_a_description_and_a_runbook(rule: dict[str, Any]) -> None:
     assert rule["labels"].keys() == {"severity"}
     assert rule["labels"]["severity"] in {"critical", "warning", "info"}
     assert rule["annotations"].keys() == {"summary", "description", "runbook"}
@@ -105,8 +105,8 @@ def test_an_alert_says_what_where_and_what_to_do(rule: dict[str, Any]) -> None:
     said = "".join(rule["annotations"].values())
     named = set(re.findall(r"\$labels\.(\w+)", said))
     last = grouped_by(rule["expr"]) - {"le"}
-    assert named <= (last or TARGET_LABELS), "a label that the expression drops reads as nothing"
-    assert last <= named, "what the alert is about is in its words"
+    assert named <= (last or TARGET_LABELS), "a label that the expression drops would be empty"
+    assert last <= named, "the texts name every label of the alert"
 
 
 def test_every_alert_has_its_runbook_and_every_runbook_its_alert() -> None:
@@ -119,16 +119,16 @@ def test_every_alert_has_its_runbook_and_every_runbook_its_alert() -> None:
             assert f"**{question}.**" in section, f"{heading}: {question}"
 
 
-def test_the_operators_rules_are_the_same() -> None:
+def test_the_rules_for_the_operator_equal_the_plain_ones() -> None:
     plain = yaml.safe_load((MONITORING / "rules.yaml").read_text(encoding="utf-8"))
     wrapped = yaml.safe_load((MONITORING / "prometheusrule.yaml").read_text(encoding="utf-8"))
     assert wrapped["spec"] == plain
 
 
-def test_the_dashboard_shows_every_metric_that_is_not_for_the_go_programs_users_only() -> None:
+def test_the_dashboard_shows_every_metric_that_is_not_only_for_users_of_the_go_program() -> None:
     shown = {name for panel in panels() for target in panel["targets"] for name, _ in used(target["expr"])}
     families = {re.sub(r"_(bucket|sum|count)$", "", name) for name in exposed()}
-    elsewhere = {  # in alerts, or the same as another
+    elsewhere = {  # in alerts, or equal to another metric
         "device_plugin_restarts_total",
         "usbip_device_plugin_available_devices",
         "usbip_device_plugin_config_last_reload_success_timestamp_seconds",
@@ -144,7 +144,7 @@ def test_the_dashboard_shows_every_metric_that_is_not_for_the_go_programs_users_
     assert {name for name in missing if not name.startswith("process_")} == set()
 
 
-def test_panels_have_places_of_their_own() -> None:
+def test_panels_do_not_overlap() -> None:
     taken: set[tuple[int, int]] = set()
     document = json.loads((MONITORING / "dashboard.json").read_text(encoding="utf-8"))
     assert len({panel["id"] for panel in document["panels"]}) == len(document["panels"])

@@ -1,4 +1,4 @@
-"""What the documents, manifests and scripts say agrees with the code."""
+"""Documents, manifests and scripts agree with the code."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ FOLDERS = "|".join(
         *(path.parent.name for path in (ROOT / "usbip_plugin").glob("*/__init__.py")),
     ]
 )
-"""The directories whose files the documents name: those of the repository, and those of usbip_plugin."""
+"""The directories whose files the documents name: those of the repository and of usbip_plugin."""
 
 
 def configurations(document: Path) -> list[str]:
@@ -62,7 +62,7 @@ def test_links_and_make_targets_exist(document: Path) -> None:
 
 
 @pytest.mark.parametrize("document", [path for path in DOCUMENTS if configurations(path)], ids=lambda path: path.name)
-def test_the_configurations_shown_are_taken_without_a_warning(document: Path) -> None:
+def test_the_configurations_in_the_documents_are_valid_without_a_warning(document: Path) -> None:
     for block in configurations(document):
         assert parse_config(block).warnings == ()
 
@@ -94,7 +94,7 @@ def generator() -> ModuleType:
     return module
 
 
-def test_what_is_generated_is_what_make_docs_would_write() -> None:
+def test_the_generated_documents_are_current() -> None:
     for path, text in generator().wanted().items():
         assert path.read_text(encoding="utf-8") == text, f"{path}: make docs"
 
@@ -109,13 +109,13 @@ def test_every_flag_in_the_documents_is_in_the_help() -> None:
         assert described <= set(re.findall(r"--[a-z-]+", command.format_help())), name
 
 
-def test_the_reference_has_every_key_of_the_parser_and_no_other() -> None:
+def test_the_reference_has_exactly_the_keys_of_the_parser() -> None:
     expected = {prefix + key for prefix, known in KNOWN.items() for key in known}
     assert {key.path for key in keys()} == expected | {"resources.NAME"}
     assert len(keys()) == len(expected) + 1
 
 
-def test_the_defaults_of_the_reference_are_taken_by_the_parser_and_change_nothing() -> None:
+def test_the_defaults_of_the_reference_are_valid_and_change_nothing() -> None:
     base = "resources: {a: {devices: [{target: {host: h}, selector: {vendor: '0951'}}]%s}}\n%s"
     plain = parse_config(base % ("", "")).config
     for key in keys():
@@ -136,7 +136,7 @@ def test_the_defaults_of_the_reference_are_taken_by_the_parser_and_change_nothin
         assert parse_config(text).config == plain, key.path
 
 
-def test_the_screenshot_is_a_picture_and_small() -> None:
+def test_the_screenshot_is_a_small_png() -> None:
     picture = (ROOT / "docs/status-page.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
     assert len(picture) < 150 * 1024
@@ -149,7 +149,7 @@ def test_every_command_is_in_the_document() -> None:
     assert listed == set(commands)
 
 
-def test_the_table_of_states_in_the_docstring_of_claims_is_that_of_the_code() -> None:
+def test_the_docstring_of_claims_has_the_transitions_of_the_code() -> None:
     states = {state.value for state in ClaimState}
     rows = dict(re.findall(r"^    ([A-Z]\w+) +(.*)$", claims.__doc__ or "", re.MULTILINE))
     follow: dict[str, set[str]] = {}
@@ -195,7 +195,7 @@ def test_kind_has_two_workers() -> None:
     assert sorted(roles) == ["control-plane", "worker", "worker"]
 
 
-def test_every_promise_has_a_test_and_every_test_of_a_promise_exists() -> None:
+def test_every_promise_has_a_test_and_every_named_test_exists() -> None:
     internals = ROOT / "docs/internals"
     promises, _ = (internals / "reliability.md").read_text(encoding="utf-8").split("## Not promised")
     rows = [

@@ -1,4 +1,4 @@
-"""What docs/prose.py finds in documents and in the texts of modules, and what it lets pass."""
+"""The problems that docs/prose.py finds in documents and in texts of modules."""
 
 from __future__ import annotations
 

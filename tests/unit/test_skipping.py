@@ -1,4 +1,4 @@
-"""No test of `make test` is left out without anybody noticing."""
+"""No test of `make test` is skipped unnoticed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 WAYS_TO_SKIP = re.compile(r"\b(importorskip|skipif|mark\.skip|pytest\.skip|unittest\.skip|SkipTest)\b")
 
 
-def test_what_the_machine_lacks_skips_a_test_and_fails_it_where_ci_is_true(
+def test_a_missing_requirement_skips_a_test_and_fails_it_if_ci_is_true(
     needs: Callable[[bool, str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for ci in ("true", ""):
@@ -26,7 +26,7 @@ def test_what_the_machine_lacks_skips_a_test_and_fails_it_where_ci_is_true(
         needs(False, "a printer")
 
 
-def test_nothing_else_skips_a_test_of_make_test() -> None:
+def test_only_the_fixture_needs_skips_a_test_of_make_test() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     folders = settings["tool"]["pytest"]["ini_options"]["testpaths"]
     files = [file for folder in folders for file in (ROOT / folder).rglob("*.py") if file != Path(__file__)]

@@ -44,12 +44,12 @@ def test_every_reason_of_a_failed_allocate_is_explained_and_has_a_cure() -> None
 
 
 def anchors(document: Path) -> set[str]:
-    """As the usual renderers make them of headings."""
+    """Returns the anchors that renderers make of the headings."""
     headings = re.findall(r"^#+ (.*)$", document.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("document", sorted(DOCS.rglob("*.md")), ids=lambda path: path.name)
-def test_links_to_headings_lead_somewhere(document: Path) -> None:
+def test_every_link_to_a_heading_has_its_heading(document: Path) -> None:
     for target, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", document.read_text(encoding="utf-8")):
         assert anchor in anchors(document.parent / target if target else document), f"{target}#{anchor}"
