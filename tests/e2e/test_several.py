@@ -106,8 +106,7 @@ async def test_a_device_of_an_init_container_stays_while_that_runs_and_when_it_h
 @pytest.fixture
 def aligning(nodes: Nodes, place: Place, kubectl: Kubectl) -> Iterator[str]:
     """A node whose kubelet aligns what a pod gets to one NUMA node, and gives out whole processors."""
-    if not isinstance(nodes, LabNodes):
-        pytest.skip("changes a kubelet's configuration: --nodes lab")
+    assert isinstance(nodes, LabNodes), "other nodes are deselected in conftest.py"
     file = nodes.state / place.a / "kubelet.yaml"
     state = nodes.state / place.a / "kubelet" / "cpu_manager_state"
     before = file.read_text(encoding="utf-8")
