@@ -1,4 +1,4 @@
-"""Registration, and again after everything that makes a kubelet forget a plugin."""
+"""Registration, also after everything that makes a kubelet forget a plugin, and ListAndWatch streams."""
 
 import asyncio
 import contextlib
@@ -35,26 +35,26 @@ ETHERNET = "usbip.dev/ethernet"
 
 
 class HangingUpKubelet(FakeKubelet):
-    """Says yes to Register and opens no ListAndWatch, as one that is killed in between."""
+    """A kubelet that accepts Register and opens no ListAndWatch stream, as if it were killed in between."""
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
-        self.said_yes = asyncio.Event()
+        self.accepted = asyncio.Event()
 
     async def dial(self, resource: str, path: Path) -> None:
-        self.said_yes.set()
+        self.accepted.set()
 
 
 @dataclass
 class Node:
-    """The plugin's side, without a kubelet."""
+    """The plugins of a node and their directory, without a kubelet."""
 
     path: Path
     directory: PluginDirectory
     plugins: dict[str, ResourcePlugin]
     tasks: dict[str, asyncio.Task[None]]
     backend: RecordingBackend
-    moved: Broadcast
+    changed: Broadcast
 
     @property
     def server(self) -> DevicePluginServer:
@@ -62,22 +62,27 @@ class Node:
 
     async def reaches(self, state: RegistrationState) -> None:
         async with asyncio.timeout(PATIENCE_S):
-            await self.moved.until(lambda: self.plugins[STORAGE].state is state)
+            await self.changed.until(lambda: self.plugins[STORAGE].state is state)
+
+    async def offer(self, kubelet: FakeKubelet) -> None:
+        """Publishes one healthy device and waits until the kubelet has it."""
+        self.server.publish(advertised(a=Reason.FREE))
+        await sees(kubelet, a=True)
 
 
 @contextlib.asynccontextmanager
 async def node(path: Path, *resources: str) -> AsyncIterator[Node]:
-    clock, backend, moved = SystemClock(), RecordingBackend(), Broadcast()
+    clock, backend, changed = SystemClock(), RecordingBackend(), Broadcast()
     directory = PluginDirectory(path, clock)
     plugins = {
         name: ResourcePlugin(
-            DevicePluginServer(name, backend), directory, clock, random.Random(1), lambda _: moved.fire()
+            DevicePluginServer(name, backend), directory, clock, random.Random(1), lambda _: changed.fire()
         )
         for name in resources or (STORAGE,)
     }
     async with tasks() as start:
         start(directory.run())
-        yield Node(path, directory, plugins, {name: start(p.run()) for name, p in plugins.items()}, backend, moved)
+        yield Node(path, directory, plugins, {name: start(p.run()) for name, p in plugins.items()}, backend, changed)
 
 
 async def sees(kubelet: FakeKubelet, resource: str = STORAGE, **health: bool) -> None:
@@ -86,13 +91,13 @@ async def sees(kubelet: FakeKubelet, resource: str = STORAGE, **health: bool) ->
 
 
 async def registrations(kubelet: FakeKubelet, count: int) -> None:
-    """The kubelet has accepted so many, and a plugin is connected."""
+    """Waits until the kubelet has accepted that many registrations and a plugin is connected."""
     async with asyncio.timeout(PATIENCE_S):
         await kubelet.changed.until(lambda: len(kubelet.seen.registrations) >= count and kubelet.connected(STORAGE))
 
 
 class FleetingKubelet(FakeKubelet):
-    """Ends the first ListAndWatch stream before it answers the registration that it belongs to."""
+    """A kubelet that ends the first ListAndWatch stream before it answers the registration."""
 
     async def dial(self, resource: str, path: Path) -> None:
         await super().dial(resource, path)
@@ -103,17 +108,29 @@ class FleetingKubelet(FakeKubelet):
             await asyncio.wait([listener])
 
 
-class TestRegistration(Sockets):
-    async def test_it_needs_nothing_to_be_known_of_any_device(self, short_tmp: Path) -> None:
-        """Registering waits for no server; until something is published nothing is said, not even "no devices"."""
-        async with FakeKubelet(short_tmp) as kubelet, node(short_tmp) as n:
-            await n.reaches(RegistrationState.REGISTERED)
-            assert kubelet.connected(STORAGE)
-            assert kubelet.seen.lists == []
-            assert not n.server.announced
-            n.server.publish(advertised(a=Reason.FREE))
-            await sees(kubelet, a=True)
-            assert n.server.announced
+class Registration(Sockets):
+    """A base class with a kubelet and a plugin in one directory."""
+
+    @pytest.fixture
+    async def kubelet(self, short_tmp: Path) -> AsyncIterator[FakeKubelet]:
+        async with FakeKubelet(short_tmp) as kubelet:
+            yield kubelet
+
+    @pytest.fixture
+    async def n(self, kubelet: FakeKubelet, short_tmp: Path) -> AsyncIterator[Node]:
+        async with node(short_tmp) as made:
+            yield made
+
+
+class TestRegistration(Registration):
+    async def test_registration_waits_for_no_device(self, kubelet: FakeKubelet, n: Node) -> None:
+        """Until devices are published the stream sends no list, not even an empty one."""
+        await n.reaches(RegistrationState.REGISTERED)
+        assert kubelet.connected(STORAGE)
+        assert kubelet.seen.lists == []
+        assert not n.server.announced
+        await n.offer(kubelet)
+        assert n.server.announced
 
     async def test_the_first_list_of_a_late_kubelet_is_the_present_state(self, short_tmp: Path) -> None:
         async with node(short_tmp) as n:
@@ -124,66 +141,61 @@ class TestRegistration(Sockets):
                 await sees(kubelet, a=False)
                 assert kubelet.seen.lists == [(STORAGE, {"a": False})]
 
-    async def test_a_kubelet_restart_is_followed_by_a_registration(self, short_tmp: Path) -> None:
-        async with FakeKubelet(short_tmp) as kubelet, node(short_tmp) as n:
-            n.server.publish(advertised(a=Reason.FREE))
-            await sees(kubelet, a=True)
-            for count in range(2, 5):
-                await kubelet.restart()
-                await registrations(kubelet, count)
-                await sees(kubelet, a=True)
-
-    async def test_no_update_is_lost_over_a_kubelet_restart(self, short_tmp: Path) -> None:
-        """Regression: the old stream used to eat the update meant for the new one."""
-        async with FakeKubelet(short_tmp) as kubelet, node(short_tmp) as n:
-            n.server.publish(advertised(a=Reason.FREE))
-            await sees(kubelet, a=True)
-            for reason in (Reason.HELD_ELSEWHERE, Reason.FREE) * 3:
-                await kubelet.stop()
-                n.server.publish(advertised(a=reason))
-                await kubelet.start()
-                await sees(kubelet, a=reason.healthy)
+    async def test_a_kubelet_restart_is_followed_by_a_registration(self, kubelet: FakeKubelet, n: Node) -> None:
+        await n.offer(kubelet)
+        for count in range(2, 5):
             await kubelet.restart()
-            n.server.publish(advertised(a=Reason.HELD_ELSEWHERE))
-            await sees(kubelet, a=False)
+            await registrations(kubelet, count)
+            await sees(kubelet, a=True)
 
-    async def test_a_kubelet_that_ends_between_yes_and_listening_is_not_waited_for(self, short_tmp: Path) -> None:
-        """Regression: the next kubelet was left without the resource until the old one's stream was given up."""
+    async def test_no_update_is_lost_over_a_kubelet_restart(self, kubelet: FakeKubelet, n: Node) -> None:
+        """Regression: the old stream consumed the update meant for the new one."""
+        await n.offer(kubelet)
+        for reason in (Reason.HELD_ELSEWHERE, Reason.FREE) * 3:
+            await kubelet.stop()
+            n.server.publish(advertised(a=reason))
+            await kubelet.start()
+            await sees(kubelet, a=reason.healthy)
+        await kubelet.restart()
+        n.server.publish(advertised(a=Reason.HELD_ELSEWHERE))
+        await sees(kubelet, a=False)
+
+    async def test_a_kubelet_that_ends_between_register_and_list_and_watch_is_not_waited_for(
+        self, short_tmp: Path
+    ) -> None:
+        """Regression: the next kubelet had no such resource until the wait for the first one's stream timed out."""
         async with node(short_tmp) as n:
             n.server.publish(advertised(a=Reason.FREE))
             async with HangingUpKubelet(short_tmp) as first, asyncio.timeout(PATIENCE_S):
-                await first.said_yes.wait()
+                await first.accepted.wait()
             async with FakeKubelet(short_tmp) as second, asyncio.timeout(STREAM_TIMEOUT_S / 2):
                 await second.wait_for(STORAGE, lambda now: now == {"a": True})
 
-    async def test_a_pod_keeps_its_device_over_a_kubelet_restart(self, short_tmp: Path) -> None:
-        async with FakeKubelet(short_tmp) as kubelet, node(short_tmp) as n:
-            n.server.publish(advertised(a=Reason.ATTACHED))
-            await sees(kubelet, a=True)
-            await kubelet.admit(POD, {STORAGE: 1})
-            await kubelet.stop()
-            assert kubelet.manager.allocatable(STORAGE) == 0
-            await kubelet.start()
-            await sees(kubelet, a=True)
-            assert [entry.device_ids for entry in kubelet.held()] == [("a",)]
-            assert kubelet.manager.taken(STORAGE) == {"a"}
+    async def test_a_pod_keeps_its_device_over_a_kubelet_restart(self, kubelet: FakeKubelet, n: Node) -> None:
+        n.server.publish(advertised(a=Reason.ATTACHED))
+        await sees(kubelet, a=True)
+        await kubelet.admit(POD, {STORAGE: 1})
+        await kubelet.stop()
+        assert kubelet.manager.allocatable(STORAGE) == 0
+        await kubelet.start()
+        await sees(kubelet, a=True)
+        assert [entry.device_ids for entry in kubelet.held()] == [("a",)]
+        assert kubelet.manager.taken(STORAGE) == {"a"}
 
-    async def test_a_removed_socket_is_served_again_and_registered(self, short_tmp: Path) -> None:
-        async with FakeKubelet(short_tmp) as kubelet, node(short_tmp) as n:
-            n.server.publish(advertised(a=Reason.FREE))
-            await sees(kubelet, a=True)
-            (short_tmp / "usbip-storage.sock").unlink()
-            await registrations(kubelet, 2)
-            await sees(kubelet, a=True)
+    async def test_a_removed_socket_is_served_again_and_registered(
+        self, kubelet: FakeKubelet, n: Node, short_tmp: Path
+    ) -> None:
+        await n.offer(kubelet)
+        (short_tmp / "usbip-storage.sock").unlink()
+        await registrations(kubelet, 2)
+        await sees(kubelet, a=True)
 
-    async def test_a_stream_the_kubelet_ends_is_followed_by_a_registration(self, short_tmp: Path) -> None:
-        async with FakeKubelet(short_tmp) as kubelet, node(short_tmp) as n:
-            n.server.publish(advertised(a=Reason.FREE))
-            await sees(kubelet, a=True)
-            for task in tuple(kubelet._listeners):
-                task.cancel()
-            await registrations(kubelet, 2)
-            await sees(kubelet, a=True)
+    async def test_a_stream_the_kubelet_ends_is_followed_by_a_registration(self, kubelet: FakeKubelet, n: Node) -> None:
+        await n.offer(kubelet)
+        for task in tuple(kubelet._listeners):
+            task.cancel()
+        await registrations(kubelet, 2)
+        await sees(kubelet, a=True)
 
     async def test_a_stream_that_ends_before_the_registration_is_answered_is_followed_by_another(
         self, short_tmp: Path
@@ -194,7 +206,7 @@ class TestRegistration(Sockets):
             await sees(kubelet, a=True)
 
     async def test_a_refused_registration_is_tried_again_under_another_name(self, short_tmp: Path) -> None:
-        """A kubelet that still counts the last connection says "already connected", and never forgets that name."""
+        """A kubelet that still has the last connection answers "already connected", for this name for ever."""
         async with FakeKubelet(short_tmp) as kubelet:
             kubelet._endpoints[STORAGE] = {short_tmp / "usbip-storage.sock": None}  # type: ignore[dict-item]
             async with node(short_tmp) as n:
@@ -216,7 +228,7 @@ class TestRegistration(Sockets):
             n.server.publish(advertised(a=Reason.FREE))
             await sees(kubelet, a=True)
             async with asyncio.timeout(PATIENCE_S):
-                await n.moved.until(lambda: n.plugins[ETHERNET].registered)
+                await n.changed.until(lambda: n.plugins[ETHERNET].registered)
                 n.tasks[STORAGE].cancel()
                 await asyncio.wait([n.tasks[STORAGE]])
                 await kubelet.changed.until(lambda: not kubelet.connected(STORAGE))
@@ -224,20 +236,18 @@ class TestRegistration(Sockets):
             assert not any(entry.name.startswith("usbip-storage") for entry in os.scandir(short_tmp))
             assert n.plugins[ETHERNET].registered
 
-    async def test_going_down_cancels_an_allocate_in_flight(self, short_tmp: Path) -> None:
-        async with FakeKubelet(short_tmp) as kubelet, node(short_tmp) as n:
-            n.server.publish(advertised(a=Reason.FREE))
-            await sees(kubelet, a=True)
-            n.backend.gate.clear()
-            admission = asyncio.create_task(kubelet.admit(POD, {STORAGE: 1}))
-            async with asyncio.timeout(PATIENCE_S):
-                await n.backend.entered.wait()
-                n.tasks[STORAGE].cancel()
-                await n.backend.cancelled.wait()
-                with pytest.raises(AdmissionError):
-                    await admission
+    async def test_going_down_cancels_an_allocate_in_flight(self, kubelet: FakeKubelet, n: Node) -> None:
+        await n.offer(kubelet)
+        n.backend.gate.clear()
+        admission = asyncio.create_task(kubelet.admit(POD, {STORAGE: 1}))
+        async with asyncio.timeout(PATIENCE_S):
+            await n.backend.entered.wait()
+            n.tasks[STORAGE].cancel()
+            await n.backend.cancelled.wait()
+            with pytest.raises(AdmissionError):
+                await admission
 
-    async def test_what_a_crashed_predecessor_left_is_removed_and_a_socket_in_use_is_not(self, short_tmp: Path) -> None:
+    async def test_a_socket_left_by_a_crash_is_removed_and_a_socket_in_use_is_not(self, short_tmp: Path) -> None:
         stale, used = short_tmp / "usbip-storage.sock", short_tmp / "usbip-storage.2.sock"
         with socket.socket(socket.AF_UNIX) as left, socket.socket(socket.AF_UNIX) as other:
             left.bind(str(stale))
@@ -247,7 +257,7 @@ class TestRegistration(Sockets):
             assert is_stale(stale)
             assert not is_stale(used)
             async with FakeKubelet(Path(short_tmp)) as kubelet:
-                # The kubelet has wiped both: put the one in use back, as a second plugin would.
+                # The kubelet has removed both. A second plugin makes the one in use again.
                 other.close()
                 with socket.socket(socket.AF_UNIX) as again, socket.socket(socket.AF_UNIX) as dead:
                     again.bind(str(stale))
@@ -270,11 +280,11 @@ class TestRegistration(Sockets):
                 with socket.socket(socket.AF_UNIX) as killed:
                     killed.bind(str(path))
                     killed.listen()
-            clock, moved = SystemClock(), Broadcast()
+            clock, changed = SystemClock(), Broadcast()
             registrar = SocketRegistrar(PluginDirectory(short_tmp, clock), clock, random.Random(1))
             server = DevicePluginServer(STORAGE, RecordingBackend())
             server.publish(advertised(a=Reason.FREE))
-            plugin = registrar.plugin(server, lambda _: moved.fire())
+            plugin = registrar.plugin(server, lambda _: changed.fire())
             watch = PluginDirectory(short_tmp, clock)
             async with tasks() as start:
                 start(watch.run())
@@ -287,7 +297,7 @@ class TestRegistration(Sockets):
                     assert len(gone) == len(left) - 1
                     await watch.changed.until(lambda: not any(path.exists() for path in gone))
                 assert plugin.registered
-                assert plugin.registrations == 1, "its own socket was let be"
+                assert plugin.registrations == 1, "its own socket is not removed"
                 assert kubelet.connected(STORAGE)
             assert others.exists()
 
@@ -301,19 +311,31 @@ class TestRegistration(Sockets):
                 await sees(kubelet, a=True)
 
 
-class TestStreams(Sockets):
-    async def test_a_stream_nobody_reads_holds_up_no_other(self, short_tmp: Path) -> None:
-        server = DevicePluginServer(STORAGE, RecordingBackend())
-        path = short_tmp / "s.sock"
-        async with (
-            asyncio.timeout(PATIENCE_S),
-            server.serving(path),
-            grpc.aio.insecure_channel(f"unix:{path}") as deaf,
-            grpc.aio.insecure_channel(f"unix:{path}") as good,
-        ):
+class TestStreams(Registration):
+    @pytest.fixture
+    def path(self, short_tmp: Path) -> Path:
+        return short_tmp / "s.sock"
+
+    @pytest.fixture
+    def backend(self) -> RecordingBackend:
+        return RecordingBackend()
+
+    @pytest.fixture
+    def server(self, backend: RecordingBackend) -> DevicePluginServer:
+        return DevicePluginServer(STORAGE, backend)
+
+    @pytest.fixture
+    async def stub(self, server: DevicePluginServer, path: Path) -> AsyncIterator[DevicePluginStub]:
+        async with server.serving(path), grpc.aio.insecure_channel(f"unix:{path}") as channel:
+            yield DevicePluginStub(channel)
+
+    async def test_a_stream_nobody_reads_delays_no_other(
+        self, server: DevicePluginServer, stub: DevicePluginStub, path: Path
+    ) -> None:
+        async with asyncio.timeout(PATIENCE_S), grpc.aio.insecure_channel(f"unix:{path}") as unread:
             server.publish(advertised(a=Reason.FREE))
-            ignored = DevicePluginStub(deaf).ListAndWatch(pb.Empty())
-            stream = DevicePluginStub(good).ListAndWatch(pb.Empty())
+            ignored = DevicePluginStub(unread).ListAndWatch(pb.Empty())
+            stream = stub.ListAndWatch(pb.Empty())
             await server.changed.until(lambda: server.open_streams == 2)
             for reason in (Reason.FREE, Reason.HELD_ELSEWHERE) * 20:
                 server.publish(advertised(a=reason))
@@ -322,47 +344,40 @@ class TestStreams(Sockets):
             ignored.cancel()
             await server.changed.until(lambda: server.open_streams == 1)
 
-    async def test_the_end_of_serving_is_an_orderly_end_of_the_stream(self, short_tmp: Path) -> None:
-        server = DevicePluginServer(STORAGE, RecordingBackend())
-        path = short_tmp / "s.sock"
+    async def test_the_end_of_serving_is_an_orderly_end_of_the_stream(
+        self, server: DevicePluginServer, path: Path
+    ) -> None:
         async with asyncio.timeout(PATIENCE_S), grpc.aio.insecure_channel(f"unix:{path}") as channel:
             async with server.serving(path):
                 stream = DevicePluginStub(channel).ListAndWatch(pb.Empty())
                 await server.changed.until(lambda: server.open_streams == 1)
             assert not isinstance(await stream.read(), pb.ListAndWatchResponse)
             assert await stream.code() is grpc.StatusCode.OK
-        assert not path.exists()
+        assert not [*os.scandir(path.parent)]
         assert server.open_streams == 0
 
-    async def test_one_call_waits_whatever_methods_there_are(self, short_tmp: Path) -> None:
-        """Each that waits is 4 KiB, and each resource has a server."""
-        server = DevicePluginServer(STORAGE, RecordingBackend())
-        path = short_tmp / "s.sock"
-        async with (
-            asyncio.timeout(PATIENCE_S),
-            server.serving(path),
-            grpc.aio.insecure_channel(f"unix:{path}") as channel,
-        ):
-            assert await DevicePluginStub(channel).GetDevicePluginOptions(pb.Empty()) == server.options
-            names = [str(getattr(task.get_coro(), "__qualname__", "")) for task in asyncio.all_tasks()]
-            assert len([name for name in names if "_request_" in name]) == 1, names
+    async def test_one_call_waits_whatever_methods_there_are(
+        self, server: DevicePluginServer, stub: DevicePluginStub
+    ) -> None:
+        """Each waiting call takes 4 KiB, and each resource has a server."""
+        async with asyncio.timeout(PATIENCE_S):
+            assert await stub.GetDevicePluginOptions(pb.Empty()) == server.options
+        names = [str(getattr(task.get_coro(), "__qualname__", "")) for task in asyncio.all_tasks()]
+        assert len([name for name in names if "_request_" in name]) == 1, names
 
-    async def test_a_socket_that_cannot_be_made_is_a_registration_failure(self, short_tmp: Path) -> None:
-        server = DevicePluginServer(STORAGE, RecordingBackend())
+    async def test_a_socket_that_cannot_be_made_is_a_registration_failure(
+        self, server: DevicePluginServer, short_tmp: Path
+    ) -> None:
         with pytest.raises(RegistrationFailed, match="cannot serve on"):
             async with server.serving(short_tmp / "missing" / "s.sock"):
                 pass
 
-    async def test_wait_sent_covers_everything_published_before(self, short_tmp: Path) -> None:
-        server = DevicePluginServer(STORAGE, RecordingBackend())
-        path = short_tmp / "s.sock"
-        async with (
-            asyncio.timeout(PATIENCE_S),
-            server.serving(path),
-            grpc.aio.insecure_channel(f"unix:{path}") as channel,
-        ):
+    async def test_wait_sent_covers_everything_published_before(
+        self, server: DevicePluginServer, stub: DevicePluginStub
+    ) -> None:
+        async with asyncio.timeout(PATIENCE_S):
             await server.wait_sent()
-            stream = DevicePluginStub(channel).ListAndWatch(pb.Empty())
+            stream = stub.ListAndWatch(pb.Empty())
             await server.changed.until(lambda: server.open_streams == 1)
             server.publish(advertised(a=Reason.FREE))
             before = server.announced
@@ -371,9 +386,8 @@ class TestStreams(Sockets):
             assert [d.ID for d in (await stream.read()).devices] == ["a"]
 
     async def test_a_list_sent_on_a_stream_that_is_ending_is_not_counted_for_the_next_kubelet(
-        self, short_tmp: Path
+        self, server: DevicePluginServer, path: Path
     ) -> None:
-        server = DevicePluginServer(STORAGE, RecordingBackend())
         sends: list[DeviceStates] = []
         writing, written = asyncio.Event(), asyncio.Event()
 
@@ -384,7 +398,7 @@ class TestStreams(Sockets):
                 await written.wait()
 
         async with asyncio.timeout(PATIENCE_S), tasks() as start:
-            async with server.serving(short_tmp / "s.sock"):
+            async with server.serving(path):
                 stream = start(server.follow(send))
                 server.publish(advertised(a=Reason.FREE))
                 await server.changed.until(lambda: server.announced)
@@ -395,30 +409,21 @@ class TestStreams(Sockets):
             written.set()
             await stream
 
-    async def test_the_same_list_is_not_sent_twice(self, short_tmp: Path) -> None:
-        async with FakeKubelet(short_tmp) as kubelet, node(short_tmp) as n:
-            n.server.publish(advertised(a=Reason.FREE))
-            await sees(kubelet, a=True)
-            n.server.publish(advertised(a=Reason.ATTACHED))
-            n.server.publish(advertised(a=Reason.ATTACHED, b=Reason.FREE))
-            await sees(kubelet, a=True, b=True)
-            assert kubelet.seen.lists == [(STORAGE, {"a": True}), (STORAGE, {"a": True, "b": True})]
+    async def test_the_same_list_is_not_sent_twice(self, kubelet: FakeKubelet, n: Node) -> None:
+        await n.offer(kubelet)
+        n.server.publish(advertised(a=Reason.ATTACHED))
+        n.server.publish(advertised(a=Reason.ATTACHED, b=Reason.FREE))
+        await sees(kubelet, a=True, b=True)
+        assert kubelet.seen.lists == [(STORAGE, {"a": True}), (STORAGE, {"a": True, "b": True})]
 
-    async def test_requests_out_of_bounds_are_refused(self, short_tmp: Path) -> None:
-        backend = RecordingBackend()
-        server = DevicePluginServer(STORAGE, backend)
-        path = short_tmp / "s.sock"
-        async with (
-            asyncio.timeout(PATIENCE_S),
-            server.serving(path),
-            grpc.aio.insecure_channel(f"unix:{path}") as channel,
-        ):
+    async def test_requests_out_of_bounds_are_refused(self, backend: RecordingBackend, stub: DevicePluginStub) -> None:
+        async with asyncio.timeout(PATIENCE_S):
             for request in (
                 pb.AllocateRequest(container_requests=[pb.ContainerAllocateRequest()]),
                 pb.AllocateRequest(container_requests=[pb.ContainerAllocateRequest(devices_ids=["a"] * 2000)]),
                 pb.AllocateRequest(container_requests=[pb.ContainerAllocateRequest(devices_ids=["a"])] * 100),
             ):
                 with pytest.raises(grpc.aio.AioRpcError) as caught:
-                    await DevicePluginStub(channel).Allocate(request)
+                    await stub.Allocate(request)
                 assert caught.value.code() is grpc.StatusCode.NOT_FOUND
         assert backend.allocated == []

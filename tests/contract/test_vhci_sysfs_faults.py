@@ -1,4 +1,4 @@
-"""SysfsVhci where the kernel, its files or other people do something unpleasant. On a fake sysfs."""
+"""SysfsVhci on a fake sysfs, while the kernel, the file system or another program interferes."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import shutil
 import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.rigs.vhci_contract import attached, state
 from tests.rigs.vhci_fake_sysfs import add_interface, add_node
-from tests.rigs.vhci_rigs import SERVER, TWINS, FakeSysfsRig
+from tests.rigs.vhci_rigs import SERVER, TWINS, Connection, FakeSysfsRig
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.errors import (
     AttachRefused,
@@ -38,6 +39,7 @@ from usbip_plugin.vhci.sysfs import PortStatus
 from usbip_plugin.vhci.uevents import Uevent
 
 LIMIT_S = 10.0
+KEYS = [DeviceKey(SERVER, twin.busid) for twin in TWINS]
 
 
 @pytest.fixture
@@ -53,15 +55,33 @@ def records(rig: FakeSysfsRig) -> dict[str, str]:
 
 
 async def attach(rig: FakeSysfsRig, driver: SysfsVhci, number: int = 0) -> int:
-    imported = await rig.import_twin(number)
-    try:
+    """Returns the port on which one of the TWINS is attached. Does not wait until it enumerates."""
+    return await attach_import(driver, await rig.import_twin(number))
+
+
+async def attach_import(driver: SysfsVhci, imported: Connection) -> int:
+    with contextlib.closing(imported):
         return await driver.attach(imported.key, imported.descriptor, imported.fileno())
-    finally:
-        imported.close()
+
+
+async def enumerate_twin(
+    driver: SysfsVhci, port: int, number: int = 0, *, children: tuple[str, ...] | None = (), **options: Any
+) -> Attachment:
+    return await driver.enumerate(KEYS[number], TWINS[number], port, children=children, timeout=LIMIT_S, **options)
+
+
+def taken_by_another(rig: FakeSysfsRig, port: int) -> Callable[[int], None]:
+    """Returns a callback that lets another program take this port just before the attach write."""
+
+    def take(number: int) -> None:
+        if number == port:
+            rig.sysfs.take(number)
+
+    return take
 
 
 class TestAttachWrite:
-    async def test_the_record_is_there_before_the_kernel_is_asked(self, rig: FakeSysfsRig) -> None:
+    async def test_the_record_is_written_before_the_attach_file(self, rig: FakeSysfsRig) -> None:
         seen: list[dict[str, str]] = []
         rig.sysfs.before_attach = lambda _port: seen.append(records(rig))
         port = await attach(rig, rig.plugin())
@@ -69,36 +89,34 @@ class TestAttachWrite:
         assert [found[f"port{port}"] for found in seen] == [f"192.0.2.1 3240 {TWINS[0].busid}\n{mark}\n"]
 
     async def test_a_port_taken_in_between_is_replaced_by_another(self, rig: FakeSysfsRig) -> None:
-        def somebody_is_quicker(port: int) -> None:
-            if port == 0:
-                rig.sysfs.take(0)
-
-        rig.sysfs.before_attach = somebody_is_quicker
+        rig.sysfs.before_attach = taken_by_another(rig, 0)
         driver = rig.plugin()
         assert await attach(rig, driver) == 1
         assert set(records(rig)) & {"port0", "port1"} == {"port1"}
         assert (await state(driver, 0)).record is None
 
-    async def test_old_kernels_say_einval_for_a_port_taken_in_between(self, rig: FakeSysfsRig) -> None:
-        def somebody_is_quicker(port: int) -> None:
+    async def test_old_kernels_answer_einval_for_a_port_taken_in_between(self, rig: FakeSysfsRig) -> None:
+        take = taken_by_another(rig, 0)
+
+        def refuse(port: int) -> None:
+            take(port)
             if port == 0:
-                rig.sysfs.take(0)
                 raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
 
-        rig.sysfs.before_attach = somebody_is_quicker
+        rig.sysfs.before_attach = refuse
         assert await attach(rig, rig.plugin()) == 1
 
     async def test_it_gives_up_when_every_port_is_taken_in_between(self, rig: FakeSysfsRig) -> None:
-        asked: list[int] = []
+        tried: list[int] = []
 
-        def somebody_is_quicker(port: int) -> None:
-            asked.append(port)
+        def take(port: int) -> None:
+            tried.append(port)
             rig.sysfs.take(port)
 
-        rig.sysfs.before_attach = somebody_is_quicker
+        rig.sysfs.before_attach = take
         with pytest.raises(AttachRefused, match="other processes took"):
             await attach(rig, rig.plugin())
-        assert len(asked) == ATTACH_TRIES
+        assert len(tried) == ATTACH_TRIES
         assert records(rig) == {}
 
     @pytest.mark.parametrize(
@@ -121,7 +139,7 @@ class TestAttachWrite:
         assert (rig.sysfs.hub_dir(0) / "authorized_default").read_text() == "1\n"
         assert (await state(driver, 0)).status is PortStatus.NULL
 
-    async def test_a_record_that_the_usbip_tool_wrote_is_not_taken_for_a_plugins(self, rig: FakeSysfsRig) -> None:
+    async def test_a_record_of_the_usbip_tool_is_not_taken_for_one_of_a_plugin(self, rig: FakeSysfsRig) -> None:
         port = (await attached(rig.plugin(), await rig.import_twin(1))).port
         path = rig.records / f"port{port}"
         before = await state(rig.plugin(), port)
@@ -129,34 +147,27 @@ class TestAttachWrite:
         after = await state(rig.plugin(), port)
         assert (after.record, before.by_plugin, after.by_plugin) == (before.record, True, False)
 
-    async def test_a_record_of_somebody_else_survives_our_refusal(self, rig: FakeSysfsRig) -> None:
-        def somebody_is_quicker(port: int) -> None:
+    async def test_a_record_of_another_program_survives_a_refused_attach(self, rig: FakeSysfsRig) -> None:
+        take = taken_by_another(rig, 0)
+
+        def take_and_record(port: int) -> None:
+            take(port)
             if port == 0:
-                rig.sysfs.take(0)
                 (rig.records / "port0").write_text("198.51.100.1 3240 3-3\n")
 
-        rig.sysfs.before_attach = somebody_is_quicker
+        rig.sysfs.before_attach = take_and_record
         await attach(rig, rig.plugin())
         assert (rig.records / "port0").read_text() == "198.51.100.1 3240 3-3\n"
 
-    async def test_records_that_cannot_be_written(self, rig: FakeSysfsRig) -> None:
+    async def test_a_record_that_cannot_be_written_fails_the_attach_and_leaves_nothing(self, rig: FakeSysfsRig) -> None:
         rig.records.write_text("a file where the directory should be")
         with pytest.raises(RecordNotWritable, match=r"port record .*/port0: File exists; .* is a file: remove it"):
             await attach(rig, rig.plugin())
         assert not [path for path, _ in rig.sysfs.written if path.endswith("attach")]
-
-    async def test_a_record_that_cannot_be_written_leaves_the_connection_to_the_caller_alone(
-        self, rig: FakeSysfsRig
-    ) -> None:
-        rig.records.write_text("a file where the directory should be")
-        imported = await rig.import_twin(0)
-        with pytest.raises(RecordNotWritable):
-            await rig.plugin().attach(imported.key, imported.descriptor, imported.fileno())
-        imported.close()
-        assert await rig.is_free_on_server(imported.key), "no copy of the socket is left open"
+        assert await rig.is_free_on_server(KEYS[0]), "no copy of the socket is left open"
 
     async def test_a_port_names_the_new_device_as_soon_as_the_kernel_has_taken_it(self, rig: FakeSysfsRig) -> None:
-        """The port is ours before the attach write returns, although another device of ours was on it before."""
+        """The port has the new record before the attach write returns, although another device was on it before."""
         write, loop = rig.sysfs.write, asyncio.get_running_loop()
         taken, may_return = asyncio.Event(), threading.Event()
         may_return.set()
@@ -179,9 +190,9 @@ class TestAttachWrite:
         during = await state(driver, last.port)
         may_return.set()
         assert await attaching == last.port
-        assert (during.status, during.record) == (PortStatus.USED, DeviceKey(SERVER, TWINS[1].busid))
+        assert (during.status, during.record) == (PortStatus.USED, KEYS[1])
 
-    async def test_without_the_module(self, rig: FakeSysfsRig) -> None:
+    async def test_without_the_module_ports_attach_and_check_report_it(self, rig: FakeSysfsRig) -> None:
         gone = rig.sysfs.base.rename(rig.sysfs.base.with_name("gone"))
         driver = rig.plugin()
         with pytest.raises(DriverMissing, match="modprobe vhci-hcd"):
@@ -210,9 +221,9 @@ class TestAttachWrite:
             await task
         assert (await state(driver, 0)).status is PortStatus.NULL
         assert records(rig) == {}
-        assert await rig.is_free_on_server(DeviceKey(SERVER, TWINS[0].busid))
+        assert await rig.is_free_on_server(KEYS[0])
 
-    async def test_a_write_that_hangs_is_given_up_and_undone_when_it_ends(
+    async def test_a_write_that_hangs_times_out_and_is_undone_when_it_ends(
         self, rig: FakeSysfsRig, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(sysfs, "WRITE_S", 0.05)
@@ -236,76 +247,61 @@ class TestAttachWrite:
 
 class TestEnumeration:
     async def test_the_device_is_authorised_only_after_it_was_checked(self, rig: FakeSysfsRig) -> None:
-        driver, imported = rig.plugin(), await rig.import_twin(0)
-        port = await driver.attach(imported.key, imported.descriptor, imported.fileno())
+        driver = rig.plugin()
+        port = await attach(rig, driver)
         device = rig.sysfs.rows[port].device
         assert (device / "authorized").read_text() == "0\n"
-        await driver.enumerate(imported.key, imported.descriptor, port, children=(), timeout=LIMIT_S)
+        await enumerate_twin(driver, port)
         assert (device / "authorized").read_text() == "1\n"
-        imported.close()
 
-    @pytest.mark.parametrize("told", ["B456", None])
+    @pytest.mark.parametrize("serial", ["B456", None])
     async def test_a_device_with_another_serial_number_is_detached_and_never_authorised(
-        self, rig: FakeSysfsRig, told: str | None
+        self, rig: FakeSysfsRig, serial: str | None
     ) -> None:
-        driver, imported = rig.plugin(), await rig.import_twin(0)
-        if told is not None:
-            rig.sysfs.serials[TWINS[0].devid] = told
-        port = await driver.attach(imported.key, imported.descriptor, imported.fileno())
-        imported.close()
+        driver = rig.plugin()
+        if serial is not None:
+            rig.sysfs.serials[TWINS[0].devid] = serial
+        port = await attach(rig, driver)
         with pytest.raises(WrongSerial) as raised:
-            await driver.enumerate(imported.key, imported.descriptor, port, children=(), serial="A123", timeout=LIMIT_S)
-        assert (raised.value.expected, raised.value.found, raised.value.devid) == (
-            "A123",
-            told or "",
-            TWINS[0].devid,
-        )
+            await enumerate_twin(driver, port, serial="A123")
+        error = raised.value
+        assert (error.expected, error.found, error.devid) == ("A123", serial or "", TWINS[0].devid)
         assert (await state(driver, port)).status is PortStatus.NULL
         assert not [path for path, _text in rig.sysfs.written if path.endswith("/authorized")]
 
-    async def test_a_device_with_the_serial_number_looked_for_is_the_one(self, rig: FakeSysfsRig) -> None:
-        driver, imported = rig.plugin(), await rig.import_twin(0)
+    async def test_a_device_with_the_expected_serial_number_is_accepted(self, rig: FakeSysfsRig) -> None:
+        driver = rig.plugin()
         rig.sysfs.serials[TWINS[0].devid] = "A123"
-        port = await driver.attach(imported.key, imported.descriptor, imported.fileno())
-        imported.close()
-        found = await driver.enumerate(
-            imported.key, imported.descriptor, port, children=(), serial="A123", timeout=LIMIT_S
-        )
-        assert found.serial == "A123"
+        assert (await enumerate_twin(driver, await attach(rig, driver), serial="A123")).serial == "A123"
 
-    async def test_the_hub_is_as_before_once_the_device_has_appeared(self, rig: FakeSysfsRig) -> None:
+    async def test_the_hub_authorises_by_default_again_once_the_devices_have_appeared(self, rig: FakeSysfsRig) -> None:
         driver = rig.plugin()
         default = rig.sysfs.hub_dir(0) / "authorized_default"
-        imported = [await rig.import_twin(0), await rig.import_twin(1)]
-        ports = [await driver.attach(one.key, one.descriptor, one.fileno()) for one in imported]
+        ports = [await attach(rig, driver, number) for number in (0, 1)]
         assert default.read_text() == "0\n"
-        await driver.enumerate(imported[0].key, TWINS[0], ports[0], children=(), timeout=LIMIT_S)
-        assert default.read_text() == "0\n", "the other one is still on its way"
-        await driver.enumerate(imported[1].key, TWINS[1], ports[1], children=(), timeout=LIMIT_S)
+        await enumerate_twin(driver, ports[0], 0)
+        assert default.read_text() == "0\n", "the second device has not appeared yet"
+        await enumerate_twin(driver, ports[1], 1)
         assert default.read_text() == "1\n"
         assert not list(rig.records.glob("authorized_default*"))
-        for one in imported:
-            one.close()
 
-    async def test_a_hub_that_the_administrator_has_closed_stays_closed(self, rig: FakeSysfsRig) -> None:
+    async def test_a_hub_closed_by_the_administrator_stays_closed(self, rig: FakeSysfsRig) -> None:
         default = rig.sysfs.hub_dir(0) / "authorized_default"
         default.write_text("0\n")
         await attached(rig.plugin(), await rig.import_twin(0))
         assert default.read_text() == "0\n"
-        # Not even written: another plugin on this kernel may be the one that opens it again meanwhile.
+        # The file is not written: another plugin on this kernel may open the hub again at any time.
         assert not [path for path, _ in rig.sysfs.written if path.endswith("authorized_default")]
 
-    async def test_a_successor_opens_what_a_crash_has_left_closed(self, rig: FakeSysfsRig) -> None:
-        imported = await rig.import_twin(0)
-        await rig.plugin().attach(imported.key, imported.descriptor, imported.fileno())
+    async def test_the_next_process_opens_a_hub_that_a_crash_left_closed(self, rig: FakeSysfsRig) -> None:
+        await attach(rig, rig.plugin())
         default = rig.sysfs.hub_dir(0) / "authorized_default"
         assert default.read_text() == "0\n"
         rig.plugin()
         await asyncio.sleep(0)  # its run() has started
         assert default.read_text() == "1\n"
-        imported.close()
 
-    async def test_a_hub_that_cannot_be_guarded_is_no_reason_to_fail(self, rig: FakeSysfsRig) -> None:
+    async def test_a_hub_that_cannot_be_guarded_does_not_fail_the_attach(self, rig: FakeSysfsRig) -> None:
         rig.sysfs.refuse["authorized_default"] = [errno.EROFS]
         attachment = await attached(rig.plugin(), await rig.import_twin(0))
         assert attachment.nodes
@@ -322,83 +318,76 @@ class TestEnumeration:
         assert records(rig) == {}
 
     async def test_a_connection_that_ends_meanwhile_is_noticed_at_once(self, rig: FakeSysfsRig) -> None:
-        driver, imported = rig.plugin(), await rig.import_stuck()
-        port = await driver.attach(imported.key, imported.descriptor, imported.fileno())
+        driver, stuck = rig.plugin(), await rig.import_stuck()
+        port = await attach_import(driver, stuck)
         rig.sysfs.free(port)
         async with asyncio.timeout(LIMIT_S):
             with pytest.raises(AttachStuck, match="connection"):
-                await driver.enumerate(imported.key, imported.descriptor, port, timeout=10 * LIMIT_S)
-        imported.close()
+                await driver.enumerate(stuck.key, stuck.descriptor, port, timeout=10 * LIMIT_S)
         next_port = await attach(rig, driver)
         assert rig.sysfs.hub_dir(next_port).parent != rig.sysfs.hub_dir(port).parent, "the controller is stalled"
 
-    async def test_somebody_elses_device_of_the_same_model_on_the_port_is_not_taken_for_ours(
+    async def test_a_device_of_another_process_and_the_same_model_is_not_taken_for_the_attached_one(
         self, rig: FakeSysfsRig
     ) -> None:
-        driver, imported = rig.plugin(), await rig.import_twin(0)
-        port = await driver.attach(imported.key, imported.descriptor, imported.fileno())
-        imported.close()
+        driver = rig.plugin()
+        port = await attach(rig, driver)
         rig.sysfs.free(port)
-        theirs = await attached(rig.plugin(), await rig.import_twin(1))
-        assert (theirs.port, theirs.usb_id) == (port, imported.descriptor.usb_id)
+        foreign = await attached(rig.plugin(), await rig.import_twin(1))
+        assert (foreign.port, foreign.usb_id) == (port, TWINS[0].usb_id)
         with pytest.raises(AttachStuck, match="connection"):
-            await driver.enumerate(imported.key, imported.descriptor, port, children=(), timeout=LIMIT_S)
+            await enumerate_twin(driver, port)
         assert (await state(driver, port)).status is PortStatus.USED, "it stays attached"
 
-    async def test_the_error_state_is_detached(self, rig: FakeSysfsRig) -> None:
-        driver, imported = rig.plugin(), await rig.import_stuck()
-        port = await driver.attach(imported.key, imported.descriptor, imported.fileno())
+    async def test_a_port_in_the_error_state_is_detached(self, rig: FakeSysfsRig) -> None:
+        driver, stuck = rig.plugin(), await rig.import_stuck()
+        port = await attach_import(driver, stuck)
         rig.sysfs.rows[port].status = 7
         rig.sysfs._render()
         with pytest.raises(AttachStuck, match="error state"):
-            await driver.enumerate(imported.key, imported.descriptor, port, timeout=LIMIT_S)
+            await driver.enumerate(stuck.key, stuck.descriptor, port, timeout=LIMIT_S)
         assert (await state(driver, port)).status is PortStatus.NULL
-        imported.close()
 
-    async def test_a_device_that_is_not_authorised_is_nothing_to_adopt(self, rig: FakeSysfsRig) -> None:
-        imported = await rig.import_twin(0)
-        port = await rig.plugin().attach(imported.key, imported.descriptor, imported.fileno())
-        assert await rig.plugin().inspect(imported.key, port) is None
-        imported.close()
+    async def test_a_device_that_is_not_authorised_is_not_adopted(self, rig: FakeSysfsRig) -> None:
+        port = await attach(rig, rig.plugin())
+        assert await rig.plugin().inspect(KEYS[0], port) is None
 
 
-class Looks:
-    """Counts how often an enumeration has looked for child nodes."""
+class CountingReader:
+    """Reads child nodes and counts how often an enumeration does so."""
 
     def __init__(self) -> None:
         self._changed = Broadcast()
-        self._number = 0
+        self._reads = 0
 
-    def survey(self, device: Path, facts: DeviceAttributes) -> DeviceNodes:
-        self._number += 1
+    def read_nodes(self, device: Path, attributes: DeviceAttributes) -> DeviceNodes:
+        self._reads += 1
         self._changed.fire()
-        return read_nodes(device, facts)
+        return read_nodes(device, attributes)
 
-    async def once_more(self, stir: Callable[[], None]) -> None:
-        """Until it has looked once after stir()."""
-        before = self._number
-        stir()
+    async def until_read_after(self, cause: Callable[[], None]) -> None:
+        """Calls `cause` and waits for the next read."""
+        before = self._reads
+        cause()
         async with asyncio.timeout(LIMIT_S):
-            await self._changed.until(lambda: self._number > before)
+            await self._changed.until(lambda: self._reads > before)
 
 
 class TestChildren:
     @pytest.fixture(autouse=True)
-    def looks(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.looked = Looks()
-        monkeypatch.setattr("usbip_plugin.vhci.children.read_nodes", self.looked.survey)
+    def reader(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._reader = CountingReader()
+        monkeypatch.setattr("usbip_plugin.vhci.children.read_nodes", self._reader.read_nodes)
 
     async def begin(self, rig: FakeSysfsRig, children: tuple[str, ...] | None, class_: int) -> asyncio.Task[Attachment]:
-        """An enumeration that has got as far as waiting for children."""
-        driver, imported = rig.plugin(), await rig.import_twin(0)
-        port = await driver.attach(imported.key, imported.descriptor, imported.fileno())
-        imported.close()
-        self.port, self.device = port, rig.sysfs.rows[port].device
+        """Returns an enumeration that waits for children."""
+        driver = rig.plugin()
+        self.port = await attach(rig, driver)
+        self.device = rig.sysfs.rows[self.port].device
         self.interface = add_interface(self.device, 0, class_)
-        enumeration = driver.enumerate(imported.key, imported.descriptor, port, children=children, timeout=LIMIT_S)
         changed = asyncio.Event()
         driver.subscribe(changed.set)
-        task = asyncio.create_task(enumeration)
+        task = asyncio.create_task(enumerate_twin(driver, self.port, children=children))
         async with asyncio.timeout(LIMIT_S):
             while (self.device / "authorized").read_text() != "1\n":
                 await changed.wait()
@@ -406,14 +395,16 @@ class TestChildren:
         return task
 
     async def still_waits(self, task: asyncio.Task[Attachment], rig: FakeSysfsRig) -> bool:
-        """After it has looked once more."""
-        await self.looked.once_more(lambda: self.uevent(rig, "change", self.device))
+        """Returns whether the enumeration still waits after it has read the children once more."""
+        await self._reader.until_read_after(lambda: self.uevent(rig, "change", self.device))
         return not task.done()
 
     def uevent(self, rig: FakeSysfsRig, action: str, folder: Path, **fields: str) -> None:
         rig.sysfs.heard(Uevent(action, "/" + str(folder.relative_to(rig.sysfs.root)), fields))
 
-    async def test_a_promised_disk_is_waited_for_until_its_partitions_have_been_read(self, rig: FakeSysfsRig) -> None:
+    async def test_the_disk_of_a_storage_interface_is_waited_for_until_its_partitions_have_been_read(
+        self, rig: FakeSysfsRig
+    ) -> None:
         task = await self.begin(rig, None, class_=8)
         assert await self.still_waits(task, rig)
         disk = add_node(self.interface / "host0/block/sda", "block", "sda", 8, 0)
@@ -425,7 +416,7 @@ class TestChildren:
         attachment = await task
         assert [(node.path, node.partition) for node in attachment.nodes[1:]] == [("/dev/sda", 0), ("/dev/sda1", 1)]
 
-    async def test_a_disk_that_had_the_same_number_before_says_nothing_of_this_one(self, rig: FakeSysfsRig) -> None:
+    async def test_the_uevents_of_an_earlier_disk_with_the_same_number_do_not_count(self, rig: FakeSysfsRig) -> None:
         task = await self.begin(rig, ("block",), class_=8)
         disk = add_node(self.interface / "host0/block/sda", "block", "sda", 8, 0)
         earlier = {"SUBSYSTEM": "block", "DEVTYPE": "disk", "MAJOR": "8", "MINOR": "0"}
@@ -437,7 +428,7 @@ class TestChildren:
         self.uevent(rig, "add", disk, **earlier)
         assert [node.kind for node in (await task).nodes] == ["usb", "block"]
 
-    async def test_one_of_the_kinds_asked_for_is_waited_for(self, rig: FakeSysfsRig) -> None:
+    async def test_a_child_of_one_of_the_expected_kinds_is_waited_for(self, rig: FakeSysfsRig) -> None:
         task = await self.begin(rig, ("tty", "hidraw"), class_=0xFF)
         assert await self.still_waits(task, rig)
         add_node(self.interface / "x/sound/card1/controlC1", "sound", "snd/controlC1", 116, 1)
@@ -446,15 +437,12 @@ class TestChildren:
         assert [node.kind for node in (await task).nodes] == ["usb", "sound", "tty"]
 
     async def test_children_that_do_not_come_in_time_are_no_error(self, rig: FakeSysfsRig) -> None:
-        driver, imported = rig.plugin(), await rig.import_twin(0)
-        port = await driver.attach(imported.key, imported.descriptor, imported.fileno())
-        imported.close()
-        attachment = await driver.enumerate(
-            imported.key, imported.descriptor, port, children=("tty",), children_timeout=0.1, timeout=LIMIT_S
-        )
+        driver = rig.plugin()
+        port = await attach(rig, driver)
+        attachment = await enumerate_twin(driver, port, children=("tty",), children_timeout=0.1)
         assert [node.kind for node in attachment.nodes] == ["usb"]
 
-    async def test_a_device_that_enumerates_anew_is_verified_anew(self, rig: FakeSysfsRig) -> None:
+    async def test_a_device_that_enumerates_again_is_verified_again(self, rig: FakeSysfsRig) -> None:
         task = await self.begin(rig, ("tty",), class_=0xFF)
         rig.sysfs.enumerate_anew(self.port, TWINS[0].usb_id)
         assert await self.still_waits(task, rig)
@@ -473,7 +461,7 @@ class TestChildren:
         assert (raised.value.expected, raised.value.found) == (TWINS[0].usb_id, other)
         assert rig.sysfs.rows[self.port].status == 4
 
-    async def test_where_nothing_is_promised_nothing_is_waited_for(self, rig: FakeSysfsRig) -> None:
+    async def test_without_expected_children_nothing_is_waited_for(self, rig: FakeSysfsRig) -> None:
         async with asyncio.timeout(1):
             assert await (await self.begin(rig, None, class_=0xFF))
 
@@ -490,7 +478,7 @@ class TestDetach:
         with pytest.raises(DetachFailed):
             await driver.detach(attachment.port, timeout=0.2)
         assert (await state(driver, attachment.port)).status is PortStatus.NULL
-        assert f"port{attachment.port}" in records(rig), "kept: the attachment is not quite gone"
+        assert f"port{attachment.port}" in records(rig), "kept while the device is in sysfs"
         detaching = asyncio.create_task(driver.detach(attachment.port, timeout=LIMIT_S))
         await asyncio.sleep(0)
         rig.sysfs.vanish(attachment.port)
@@ -505,18 +493,16 @@ class TestDetach:
         assert await attach(rig, driver, 1) != attachment.port
 
     async def test_a_controller_stalled_by_a_silent_device_is_avoided(self, rig: FakeSysfsRig) -> None:
-        driver, imported = rig.plugin(), await rig.import_stuck()
-        stuck = await driver.attach(imported.key, imported.descriptor, imported.fileno())
+        driver = rig.plugin()
+        stuck = await attach_import(driver, await rig.import_stuck())
         await driver.detach(stuck, timeout=LIMIT_S)
-        imported.close()
         port = await attach(rig, driver)
         assert rig.sysfs.hub_dir(port).parent != rig.sysfs.hub_dir(stuck).parent
 
     async def test_a_stalled_port_is_better_than_none(self, rig: FakeSysfsRig) -> None:
-        driver, imported = rig.plugin(), await rig.import_stuck()
-        stuck = await driver.attach(imported.key, imported.descriptor, imported.fileno())
+        driver = rig.plugin()
+        stuck = await attach_import(driver, await rig.import_stuck())
         await driver.detach(stuck, timeout=LIMIT_S)
-        imported.close()
         for row in rig.sysfs.rows:
             if row.number != stuck:
                 rig.sysfs.take(row.number)
@@ -531,7 +517,7 @@ class TestDetach:
             await driver.detach(attachment.port, timeout=LIMIT_S)
         assert f"port{attachment.port}" in records(rig)
 
-    async def test_a_port_that_falls_to_null_just_before_the_write(self, rig: FakeSysfsRig) -> None:
+    async def test_a_port_that_becomes_free_just_before_the_write_is_detached(self, rig: FakeSysfsRig) -> None:
         write = rig.sysfs.write
 
         def too_late(path: Path, text: str) -> None:
@@ -546,7 +532,7 @@ class TestDetach:
         assert (str(rig.sysfs.base.relative_to(rig.sysfs.root) / "detach"), "0") in rig.sysfs.written
         assert records(rig) == {}
 
-    async def test_a_port_that_does_not_exist(self, rig: FakeSysfsRig) -> None:
+    async def test_a_port_that_does_not_exist_is_an_error(self, rig: FakeSysfsRig) -> None:
         for number in (12, 100_000):
             with pytest.raises(VhciError, match=f"port {number} does not exist"):
                 await rig.plugin().detach(number, timeout=LIMIT_S)
@@ -558,24 +544,18 @@ class TestDetach:
 
 
 class TestNotice:
-    async def test_after_the_last_event_it_looks_again(self, rig: FakeSysfsRig) -> None:
+    async def test_subscribers_are_called_again_after_the_last_event(self, rig: FakeSysfsRig) -> None:
         """A port becomes null a little after the last uevent of its device."""
         driver = rig.plugin()
-        rings: list[int] = []
-        two = asyncio.Event()
-
-        def ring() -> None:
-            rings.append(1)
-            if len(rings) >= 2:
-                two.set()
-
-        driver.subscribe(ring)
+        calls = asyncio.Semaphore(0)
+        driver.subscribe(calls.release)
         await asyncio.sleep(0)
         rig.uevents.deliver_soon(None)
         async with asyncio.timeout(LIMIT_S):
-            await two.wait()
+            for _ in range(2):
+                await calls.acquire()
 
-    async def test_who_has_unsubscribed_is_not_called(self, rig: FakeSysfsRig) -> None:
+    async def test_a_subscriber_that_has_unsubscribed_is_not_called(self, rig: FakeSysfsRig) -> None:
         driver = rig.plugin()
         called: list[str] = []
         heard = asyncio.Event()
@@ -595,7 +575,7 @@ async def test_the_report_names_what_is_wrong(rig: FakeSysfsRig, monkeypatch: py
     assert (await driver.check()).problems == ()
     really_open = os.open
 
-    # as AppArmor does: what access(2) allows is refused when it is opened
+    # AppArmor refuses to open files that access(2) reports as writable
     def refuse(path: Path, flags: int) -> int:
         if Path(path).name == "detach" and flags & os.O_WRONLY:
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
@@ -611,27 +591,27 @@ async def test_the_report_names_what_is_wrong(rig: FakeSysfsRig, monkeypatch: py
 
 
 class StandingClock(SystemClock):
-    """A clock on which no timeout ever passes. It keeps which task has begun to wait, and for how many seconds."""
+    """A clock on which no timeout ever passes, and which records the task and the seconds of each timeout."""
 
     def __init__(self) -> None:
-        self.begun: set[tuple[asyncio.Task[object] | None, float]] = set()
+        self._timeouts: set[tuple[asyncio.Task[object] | None, float]] = set()
         self._changed = Broadcast()
 
     def timeout(self, seconds: float) -> contextlib.AbstractAsyncContextManager[object]:
-        self.begun.add((asyncio.current_task(), seconds))
+        self._timeouts.add((asyncio.current_task(), seconds))
         self._changed.fire()
         return contextlib.nullcontext()
 
     async def rechecks(self, task: asyncio.Task[None]) -> None:
-        """Returns when the task waits for an event after its first look at a port."""
+        """Waits until the task waits for an event, having looked at its port once."""
         async with asyncio.timeout(LIMIT_S):
-            await self._changed.until(lambda: (task, RECHECK_S) in self.begun)
+            await self._changed.until(lambda: (task, RECHECK_S) in self._timeouts)
 
 
 async def test_the_next_device_on_a_port_keeps_its_record_when_the_detach_of_the_last_is_done(
     rig: FakeSysfsRig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without it a plugin that is killed then does not know the attachment for its own, and leaves it for ever."""
+    """Without the record a plugin that is killed then does not recognise the attachment, and leaves it for ever."""
     clock = StandingClock()
     driver = rig.plugin(clock=clock)
     last = await attached(driver, await rig.import_twin(0))
@@ -642,15 +622,13 @@ async def test_the_next_device_on_a_port_keeps_its_record_when_the_detach_of_the
     monkeypatch.setattr(rig.sysfs, "free", free)
     monkeypatch.setattr(rig.sysfs, "heard", lambda _event: None)  # and its uevents come after the status
     free(last.port)
-    imported = await rig.import_twin(1)
     assert not detaching.done()
-    next_port = await driver.attach(imported.key, imported.descriptor, imported.fileno())
-    imported.close()
+    next_port = await attach(rig, driver, 1)
     assert next_port == last.port
     assert not detaching.done(), "it has not looked since the port became free"
     monkeypatch.setattr(rig.sysfs, "heard", heard)
     heard(None)
     async with asyncio.timeout(LIMIT_S):
         await detaching
-    assert (await state(driver, next_port)).record == imported.key
-    assert (await state(rig.plugin(), next_port)).record == imported.key
+    assert (await state(driver, next_port)).record == KEYS[1]
+    assert (await state(rig.plugin(), next_port)).record == KEYS[1]
