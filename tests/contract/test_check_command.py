@@ -1,4 +1,4 @@
-"""`usbip-plugin check` on a complete node, with a fake API server."""
+"""`usbip-plugin check` on a complete node with a fake API server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands for people, from arguments to exit status. The API server is a fake, the USB/IP server is virtual."""
+"""The cluster commands from arguments to exit status, with a fake API server and a virtual USB/IP server."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ CONFIG_MAPS = f"/api/v1/namespaces/{NAMESPACE}/configmaps"
 
 @pytest.fixture(autouse=True)
 def process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Gives commands an empty environment and a machine without a configuration."""
+    """Runs commands in an empty environment, on a machine without a configuration."""
     for name in ("POD_NAMESPACE", "KUBECONFIG", "KUBERNETES_SERVICE_HOST"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("usbip_plugin.cli.lookup.DEFAULT_CONFIG_PATH", str(tmp_path / "usual.yaml"))
@@ -133,20 +133,20 @@ async def test_devices_prints_every_output_format(cluster: Cluster, terminal: Te
 async def test_the_namespace_comes_from_the_flag_then_the_variable_then_the_pod(
     cluster: Cluster, terminal: Terminal, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    async def asked(*flags: str) -> str:
+    async def requested(*flags: str) -> str:
         cluster.api.requests.clear()
         await terminal.run("devices", *flags)
-        (namespace,) = {one.namespace for one in cluster.api.requests}
+        (namespace,) = {request.namespace for request in cluster.api.requests}
         return namespace
 
-    assert await asked() == "usbip-system"
+    assert await requested() == "usbip-system"
     (tmp_path / "namespace").write_text("of-the-pod\n")
-    assert await asked() == "of-the-pod"
+    assert await requested() == "of-the-pod"
     (tmp_path / "namespace").write_text("\n")
-    assert await asked() == "usbip-system"
+    assert await requested() == "usbip-system"
     monkeypatch.setenv("POD_NAMESPACE", "of-the-variable")
-    assert await asked() == "of-the-variable"
-    assert await asked("--namespace", "of-the-flag") == "of-the-flag"
+    assert await requested() == "of-the-variable"
+    assert await requested("--namespace", "of-the-flag") == "of-the-flag"
 
 
 @pytest.mark.parametrize("cluster", LOOPBACKS, indirect=True)
@@ -203,7 +203,7 @@ async def test_explain_asks_the_server_about_an_unknown_device(cluster: Cluster,
     assert f"Server {cluster.server.key} answers but does not list 9-9" in ran.out
 
 
-async def test_a_lock_without_device_and_valid_holder_is_shown_as_it_is(cluster: Cluster, terminal: Terminal) -> None:
+async def test_a_lock_without_device_and_valid_holder_is_shown_unchanged(cluster: Cluster, terminal: Terminal) -> None:
     name = cluster.free.id
     now = datetime.now(UTC)
     cluster.leases.create(Lease(name, "No Node", LASTING_S, now, now, labels=LOCK_LABELS))
@@ -348,7 +348,7 @@ async def test_release_of_a_device_listed_as_free_needs_no_force(cluster: Cluste
         ({"list leases": 500}, Exit.PROBLEM, "(HTTP 500)"),
     ],
 )
-async def test_the_exit_status_tells_api_errors_apart(
+async def test_the_exit_status_distinguishes_api_errors(
     cluster: Cluster, terminal: Terminal, refused: dict[str, int], status: Exit, said: str
 ) -> None:
     cluster.api.refused |= refused
@@ -412,17 +412,17 @@ def test_completion_prints_the_script_for_each_shell(shell: str, capsys: pytest.
 
 @pytest.mark.parametrize(("went_well", "status"), [(True, Exit.DONE), (False, Exit.PROBLEM)])
 def test_demo_exits_with_its_outcome(monkeypatch: pytest.MonkeyPatch, went_well: bool, status: Exit) -> None:
-    asked: list[bool] = []
+    drivers: list[bool] = []
 
     async def run(say: object, *, real_kernel: bool) -> bool:
         assert say is print
-        asked.append(real_kernel)
+        drivers.append(real_kernel)
         return went_well
 
     monkeypatch.setattr("usbip_sim.demo.run", run)
     assert main(["demo"]) == status
     assert main(["demo", "--real-kernel"]) == status
-    assert asked == [False, True]
+    assert drivers == [False, True]
 
 
 def test_a_closed_pipe_and_an_interrupt_end_it_quietly(

@@ -1,4 +1,4 @@
-"""Port records of devices from a server at ::1, by SysfsVhci on a fake sysfs."""
+"""Port records that SysfsVhci writes on a fake sysfs for devices of a server at ::1."""
 
 from __future__ import annotations
 
@@ -17,9 +17,7 @@ from usbip_sim.server.usbdevice import VirtualDevice
 
 
 @NEEDS_IPV6
-async def test_a_port_record_holds_an_ipv6_server_in_the_usbip_tools_format(
-    tmp_path: Path,
-) -> None:
+async def test_a_port_record_holds_an_ipv6_server_in_the_usbip_tools_format(tmp_path: Path) -> None:
     server = VirtualServer([VirtualDevice("1-1", UsbId(0x0951, 0x1666), configured=True)], "::1")
     await server.start()
     key = DeviceKey(server.key, "1-1")

@@ -1,4 +1,4 @@
-"""Each simulated kubelet with the real device-plugin server; the one on sockets through the real registration too."""
+"""The kubelet contract on each simulated kubelet, with the real device-plugin server and, on sockets, registration."""
 
 import pytest
 

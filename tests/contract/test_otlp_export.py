@@ -1,4 +1,4 @@
-"""Export to a real receiver over gRPC: what arrives, what the standard variables do, and that no failure does harm."""
+"""Export to a real receiver over gRPC: what arrives, what the standard variables do, and what failures cost."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def receiver() -> Iterator[Receiver]:
 
 @pytest.fixture
 def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
-    """Tracing under these variables, and no other of OpenTelemetry's."""
+    """Returns a function that starts tracing with these OpenTelemetry variables and no others."""
     started: list[Tracing] = []
 
     def begin(node: str = "node-a", **variables: str) -> Tracing:
@@ -45,7 +45,7 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
         tracing.shutdown()
     for thread in threading.enumerate():
         if thread.name == "tracing-shutdown":
-            thread.join(PATIENCE_S)  # the plugin does not wait for it, but the next test's log should
+            thread.join(PATIENCE_S)  # unlike the plugin: the thread could write to the log of the next test
 
 
 def closed_port() -> int:
@@ -53,15 +53,15 @@ def closed_port() -> int:
         return int(taken.getsockname()[1])
 
 
-def until(condition: Callable[[], bool], seconds: float = PATIENCE_S) -> None:
-    """The exporter tells nobody when it gives up: so it is looked at."""
-    end = time.monotonic() + seconds
+def until(condition: Callable[[], bool]) -> None:
+    """Polls until the condition holds: the exporter has no event for a failed export."""
+    end = time.monotonic() + PATIENCE_S
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.01)
 
 
-def ours(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
+def log_lines(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
     return [(record.levelname, record.getMessage()) for record in caplog.records]
 
 
@@ -106,7 +106,7 @@ def test_a_failure_arrives_with_its_cause(receiver: Receiver, start: Start) -> N
     assert "the first cause" in words["exception.stacktrace"]
 
 
-def test_resource_attributes_and_service_name_by_the_standard_variables(receiver: Receiver, start: Start) -> None:
+def test_the_standard_variables_set_resource_attributes_and_service_name(receiver: Receiver, start: Start) -> None:
     tracing = start(
         OTEL_EXPORTER_OTLP_TRACES_ENDPOINT=receiver.endpoint,
         OTEL_SERVICE_NAME="usb",
@@ -130,14 +130,14 @@ def test_resource_attributes_and_service_name_by_the_standard_variables(receiver
         ("parentbased_always_on", "", 1),
     ],
 )
-def test_what_is_not_sampled_is_not_exported_and_still_on_the_page(
+def test_a_trace_that_is_not_sampled_is_not_exported_and_is_on_the_page(
     receiver: Receiver, start: Start, sampler: str, argument: str, exported: int
 ) -> None:
     tracing = start(
         OTEL_EXPORTER_OTLP_ENDPOINT=receiver.endpoint, OTEL_TRACES_SAMPLER=sampler, OTEL_TRACES_SAMPLER_ARG=argument
     )
     tracing.tracer.start_span("x").end()
-    tracing.shutdown()  # exports what there is
+    tracing.shutdown()  # exports the last spans
     assert len(receiver.spans) == exported
     assert [spans[0].name for spans in tracing.recent.traces()] == ["x"]
 
@@ -163,7 +163,7 @@ def test_without_a_sampler_every_trace_is_exported_whatever_the_parent_says(rece
     assert len(receiver.spans) == 1
 
 
-def test_disabled_means_no_trace_anywhere(receiver: Receiver, start: Start) -> None:
+def test_a_disabled_sdk_makes_no_traces(receiver: Receiver, start: Start) -> None:
     tracing = start(OTEL_EXPORTER_OTLP_ENDPOINT=receiver.endpoint, OTEL_SDK_DISABLED="true")
     with span(tracing.tracer, "x") as made:
         assert traceparent_of(made) is None
@@ -173,7 +173,7 @@ def test_disabled_means_no_trace_anywhere(receiver: Receiver, start: Start) -> N
 
 
 @pytest.mark.parametrize(
-    ("variables", "complaint"),
+    ("variables", "error"),
     [
         ({"OTEL_TRACES_EXPORTER": "none"}, ""),
         ({"OTEL_TRACES_EXPORTER": "zipkin"}, "the exporter must be otlp"),
@@ -185,21 +185,21 @@ def test_disabled_means_no_trace_anywhere(receiver: Receiver, start: Start) -> N
     ids=str,
 )
 def test_a_setting_that_cannot_be_followed_is_said_and_costs_the_export_only(
-    start: Start, caplog: pytest.LogCaptureFixture, variables: dict[str, str], complaint: str
+    start: Start, caplog: pytest.LogCaptureFixture, variables: dict[str, str], error: str
 ) -> None:
     tracing = start(OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:9", **variables)
     tracing.tracer.start_span("x").end()
     assert not tracing._export
     assert len(tracing.recent.traces()) == 1
-    assert [level for level, _text in ours(caplog)] == (["ERROR"] if complaint else [])
-    assert complaint in "".join(text for _level, text in ours(caplog))
+    assert [level for level, _text in log_lines(caplog)] == (["ERROR"] if error else [])
+    assert error in "".join(text for _level, text in log_lines(caplog))
 
 
 def test_a_limit_that_makes_no_sense_switches_tracing_off(start: Start, caplog: pytest.LogCaptureFixture) -> None:
     tracing = start(OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT="many")
     with span(tracing.tracer, "x"):
         pass
-    assert "tracing is off" in ours(caplog)[0][1]
+    assert "tracing is off" in log_lines(caplog)[0][1]
     assert "OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT" in str(vars(caplog.records[0])["cause"])
 
 
@@ -213,24 +213,24 @@ def test_an_outage_is_counted_and_logged_once_at_its_beginning_and_once_at_its_e
         tracing.tracer.start_span("lost").end()
         until(lambda wanted=number: tracing.export_failures >= wanted)  # type: ignore[misc]
     assert tracing.spans_dropped == 3
-    assert ours(caplog) == [("WARNING", "trace export failed, dropping spans")]
+    assert log_lines(caplog) == [("WARNING", "trace export failed, dropping spans")]
     assert str(port) in vars(caplog.records[0])["cause"]
     with receiving(port) as receiver:
         tracing.tracer.start_span("taken").end()
-        until(lambda: any(received.span.name == "taken" for received in receiver.spans) or _again(tracing))
+        until(lambda: any(received.span.name == "taken" for received in receiver.spans) or _retry(tracing))
         until(lambda: len(caplog.records) == 2)
-    assert ours(caplog)[1] == ("INFO", "trace export works again")
+    assert log_lines(caplog)[1] == ("INFO", "trace export works again")
     assert vars(caplog.records[1])["spans_dropped"] == tracing.spans_dropped
 
 
-def _again(tracing: Tracing) -> bool:
-    """The connection was still in its pause: one more span is lost, and the next tries again."""
+def _retry(tracing: Tracing) -> bool:
+    """Starts one more span, as the last one was lost while the connection paused. Returns False."""
     tracing.tracer.start_span("taken").end()
     return False
 
 
 @pytest.mark.parametrize("code", [grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.RESOURCE_EXHAUSTED], ids=str)
-def test_a_receiver_that_refuses_is_an_outage_with_its_words(
+def test_a_receiver_that_refuses_is_an_outage_with_its_message(
     receiver: Receiver, start: Start, caplog: pytest.LogCaptureFixture, code: grpc.StatusCode
 ) -> None:
     receiver.refusing = code
@@ -253,11 +253,11 @@ def test_a_receiver_that_does_not_answer_holds_up_nobody_and_costs_only_the_olde
     tracing.tracer.start_span("first").end()
     receiver.until(lambda: receiver.asked == 1)
     for _ in range(8 + 5):
-        tracing.tracer.start_span("waits").end()  # would block for ever, if it did
+        tracing.tracer.start_span("waits").end()  # must not block
     assert tracing.spans_dropped == 5
     tracing.shutdown()
     assert receiver.spans == []
-    assert not [text for _level, text in ours(caplog) if "Queue full" in text]
+    assert not [text for _level, text in log_lines(caplog) if "Queue full" in text]
 
 
 def test_a_header_that_cannot_be_read_is_left_out_and_not_logged(

@@ -42,6 +42,7 @@ def places(unused_tcp_port_factory: Callable[[], int], request: pytest.FixtureRe
 
 
 async def offered(node: Node) -> None:
+    """Waits until the kubelet has the device, Healthy, and the plugin has logged its registration."""
     await node.until("stick", {node.places.device.id: True})
     await node.log.until("resource registered")
 
@@ -96,7 +97,7 @@ def test_a_process_allocates_a_device_and_leaves_it_attached_for_its_successor(
         assert (await node.get(f"/api/traces/{trace['trace_id']}"))[0] == 200
         assert 'usbip_device_plugin_available_devices{resource="usbip.dev/stick"}' in (await node.get("/metrics"))[1]
 
-    async def next_one(node: Node) -> None:
+    async def second(node: Node) -> None:
         assert node.leases.leases[device.id].holder == "node-a"
         await node.log.until("device adopted")
         await node.until("stick", {device.id: True})
@@ -108,7 +109,7 @@ def test_a_process_allocates_a_device_and_leaves_it_attached_for_its_successor(
         await node.log.until("device released")
         assert node.leases.leases[device.id].holder == ""
 
-    status, log = run(monkeypatch, places, first, next_one)
+    status, log = run(monkeypatch, places, first, second)
     assert status == 0
     assert len(log.having("stopping; attachments and locks stay for the next process")) == 2
     assert not list(places.plugins.glob("usbip-*.sock")), "sockets are removed"
@@ -201,7 +202,7 @@ def test_a_late_event_loop_is_not_alive(monkeypatch: pytest.MonkeyPatch, places:
     assert run(monkeypatch, places, story)[0] == 0
 
 
-def test_cdi_directory_is_where_specs_are_written_and_removed(monkeypatch: pytest.MonkeyPatch, places: Places) -> None:
+def test_specs_are_written_to_the_cdi_directory_and_removed(monkeypatch: pytest.MonkeyPatch, places: Places) -> None:
     places.configure(fields=", cdi: true")
 
     async def story(node: Node) -> None:
@@ -241,7 +242,9 @@ def test_an_empty_address_starts_no_http_server_and_either_signal_ends_the_proce
 
 
 @pytest.mark.parametrize("works", [True, False])
-def test_the_process_settles_after_its_start(monkeypatch: pytest.MonkeyPatch, places: Places, works: bool) -> None:
+def test_the_process_releases_memory_after_its_start(
+    monkeypatch: pytest.MonkeyPatch, places: Places, works: bool
+) -> None:
     settled: list[bool] = []
 
     def settle() -> None:

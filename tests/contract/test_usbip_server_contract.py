@@ -16,9 +16,11 @@ from usbip_sim.virtual.tcp import MemoryConnector
 
 
 class TestTcp(UsbipClientContract):
+    host = "127.0.0.1"
+
     @pytest.fixture
     async def server(self, clock: SteppedClock) -> AsyncIterator[VirtualServer]:
-        server = VirtualServer([STICK, TWIN], clock=clock)
+        server = VirtualServer([STICK, TWIN], self.host, clock=clock)
         await server.start()
         yield server
         await server.stop()
@@ -38,16 +40,11 @@ class TestTcp(UsbipClientContract):
 
 @NEEDS_IPV6
 class TestTcpOverIPv6(TestTcp):
-    @pytest.fixture
-    async def server(self, clock: SteppedClock) -> AsyncIterator[VirtualServer]:
-        server = VirtualServer([STICK, TWIN], "::1", clock=clock)
-        await server.start()
-        yield server
-        await server.stop()
+    host = "::1"
 
 
 class TestSimulatedNetwork(UsbipClientContract):
-    """The same client on the simulation's TCP. Whether that is true to life is what is tested here."""
+    """The client on the simulation's TCP, which must behave like real TCP."""
 
     @pytest.fixture
     async def server(self, clock: SteppedClock) -> AsyncIterator[VirtualServer]:

@@ -1,4 +1,4 @@
-"""The contract of VhciDriver, on the simulated kernel and on a fake sysfs. tests/kernel runs it on the real one."""
+"""The VhciDriver contract on the simulated kernel and on a fake sysfs. tests/kernel tests the real kernel."""
 
 from __future__ import annotations
 
