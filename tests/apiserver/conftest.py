@@ -1,4 +1,4 @@
-"""One API server for all tests here, with rbac/ applied; clients as admin and as the plugin's pod on some node."""
+"""Fixtures for tests on a real API server with rbac/ applied: the server, and clients of an admin and of the plugin."""
 
 from __future__ import annotations
 
@@ -9,79 +9,89 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from tests.apiserver.node_tokens import NodeTokens
-from tests.rigs.api_process import ADMIN_TOKEN, Cluster, running_for_tests
-from tests.rigs.plugin_rights import admission_works, apply_rbac
-from usbip_plugin.kube.client import KubeClient, connect
+from tests.apiserver.node_tokens import NodeTokens, client_with
+from tests.rigs.api_process import ADMIN_TOKEN, ROOT, Cluster, running_for_tests
+from tests.rigs.plugin_rights import admission_works, apply_rbac, collection
+from usbip_plugin.kube.client import KubeClient
 
 ACCOUNT_NODE = "account-node"
-"""The node that the pod of `account` is on."""
-GOODBYE_S = 2.0
-"""How long a connection that is being closed may take for it."""
+"""The node of the pod to which the token of `account` is bound."""
+CLOSE_S = 2.0
+"""Seconds that closing a TLS connection may take."""
 _POLL_S = 0.01
 
 
 @pytest.fixture(autouse=True)
 async def connections_end() -> AsyncIterator[None]:
-    """Not before every connection of the test has ended does its loop.
+    """Keeps the event loop of a test until every connection of the test has ended.
 
-    A request that is cancelled in flight leaves a TLS connection behind that says goodbye first. The client then
-    knows nothing of it any more, and its transport would be collected in a later test, with a warning there.
+    A request that is cancelled in flight leaves a TLS connection that is still closing. The client has forgotten the
+    connection by then, and its transport would be collected in a later test, with a warning there.
     """
     yield
     loop = asyncio.get_running_loop()
 
     def open_() -> list[Any]:
-        # nothing public knows them
+        # asyncio has no public list of transports
         return [one for one in loop._transports.values() if one._sock is not None]  # type: ignore[attr-defined]
 
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(GOODBYE_S):
-            while open_():  # noqa: ASYNC110 - asyncio tells nobody
+        async with asyncio.timeout(CLOSE_S):
+            while open_():  # noqa: ASYNC110 - asyncio has no event for it
                 await asyncio.sleep(_POLL_S)
     for transport in open_():
         transport.abort()
     await asyncio.sleep(0)
 
 
-@pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with running_for_tests(tmp_path_factory.mktemp("cluster")) as made:
+@contextlib.contextmanager
+def cluster_with_rights(directory: Path) -> Iterator[Cluster]:
+    """Yields an API server with rbac/ applied, once the admission policy is enforced."""
+    with running_for_tests(directory) as made:
         asyncio.run(apply_rbac(made))
         asyncio.run(admission_works(made))
         yield made
 
 
 @pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with cluster_with_rights(tmp_path_factory.mktemp("cluster")) as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
 def tokens(cluster: Cluster) -> NodeTokens:
-    """Tokens of the plugin's pods, by node."""
     return NodeTokens(cluster)
 
 
 @pytest.fixture(scope="session")
 def account_token(tokens: NodeTokens) -> str:
-    """The token of the plugin's pod on ACCOUNT_NODE."""
+    """Returns the token of the plugin's pod on ACCOUNT_NODE."""
     return asyncio.run(tokens.of(ACCOUNT_NODE))
 
 
 @pytest.fixture
 async def admin(cluster: Cluster) -> AsyncIterator[KubeClient]:
-    client = await connect(cluster.kubeconfig(ADMIN_TOKEN))
-    yield client
-    await client.close()
+    async with client_with(cluster, ADMIN_TOKEN) as client:
+        yield client
 
 
 @pytest.fixture
 async def account(cluster: Cluster, account_token: str) -> AsyncIterator[KubeClient]:
-    """A client with exactly the rights that rbac/ gives to the plugin on ACCOUNT_NODE."""
-    client = await connect(cluster.kubeconfig(account_token))
-    yield client
-    await client.close()
+    """Yields a client with exactly the rights that rbac/ gives to the plugin on ACCOUNT_NODE."""
+    async with client_with(cluster, account_token) as client:
+        yield client
 
 
 @pytest.fixture
-def mounted(cluster: Cluster, tmp_path: Path) -> Path:
-    """A directory like the one a pod finds its ServiceAccount in; the token is still to be written."""
-    (tmp_path / "ca.crt").write_bytes(cluster.ca.read_bytes())
-    return tmp_path
+async def may_evict(admin: KubeClient) -> AsyncIterator[None]:
+    """Installs deploy/components/evict for the length of a test."""
+    text = (ROOT / "deploy/components/evict/rbac.yaml").read_text(encoding="utf-8")
+    documents = list(yaml.safe_load_all(text))
+    for document in documents:
+        await admin.request("create", collection(document), resource=document["kind"], body=document)
+    yield
+    for document in documents:
+        await admin.request("delete", f"{collection(document)}/{document['metadata']['name']}", resource="rbac")

@@ -1,7 +1,9 @@
-"""Tokens as a kubelet mounts them: of a ServiceAccount, bound to a pod of the plugin on a node."""
+"""API clients with tokens as a kubelet mounts them: of a ServiceAccount, bound to a pod of the plugin on a node."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import AsyncIterator
 from typing import Any
 
 from tests.rigs.api_process import ADMIN_TOKEN, Cluster
@@ -11,34 +13,44 @@ NAMESPACE = "usbip-system"
 ACCOUNT = "usbip-plugin"
 
 
+@contextlib.asynccontextmanager
+async def client_with(cluster: Cluster, token: str, server: str | None = None) -> AsyncIterator[KubeClient]:
+    """Yields a client with this token. server: another address of the API server."""
+    client = await connect(cluster.kubeconfig(token, server))
+    try:
+        yield client
+    finally:
+        await client.close()
+
+
 class NodeTokens:
-    """A token for each node asked for; node names need no Node object."""
+    """The tokens of the plugin's pods, one for each node. A node name needs no Node object."""
 
     def __init__(self, cluster: Cluster, namespace: str = NAMESPACE, account: str = ACCOUNT) -> None:
         self._cluster, self._namespace, self._account = cluster, namespace, account
         self._known: dict[str, str] = {}
 
     async def of(self, node: str) -> str:
-        """The token of the plugin's pod on this node."""
+        """Returns the token of the plugin's pod on this node."""
         if node not in self._known:
-            client = await connect(self._cluster.kubeconfig(ADMIN_TOKEN))
-            try:
+            async with client_with(self._cluster, ADMIN_TOKEN) as admin:
                 body = plugin_pod(node, self._account)
                 path = f"/api/v1/namespaces/{self._namespace}/pods"
-                pod = await client.request("create", path, resource="pods", body=body)
+                pod = await admin.request("create", path, resource="pods", body=body)
                 reference = {"kind": "Pod", "apiVersion": "v1", "name": pod["metadata"]["name"]}
-                self._known[node] = await self._request(client, {"boundObjectRef": reference})
-            finally:
-                await client.close()
+                self._known[node] = await self._request(admin, {"boundObjectRef": reference})
         return self._known[node]
 
     async def unbound(self) -> str:
-        """One that names no node, as kubectl create token makes it."""
-        client = await connect(self._cluster.kubeconfig(ADMIN_TOKEN))
-        try:
-            return await self._request(client, {})
-        finally:
-            await client.close()
+        """Returns a token that names no node, as `kubectl create token` makes it."""
+        async with client_with(self._cluster, ADMIN_TOKEN) as admin:
+            return await self._request(admin, {})
+
+    @contextlib.asynccontextmanager
+    async def client(self, node: str, server: str | None = None) -> AsyncIterator[KubeClient]:
+        """Yields the client of the plugin on this node. server: another address of the API server."""
+        async with client_with(self._cluster, await self.of(node), server) as client:
+            yield client
 
     async def _request(self, admin: KubeClient, spec: dict[str, Any]) -> str:
         answer = await admin.request(

@@ -1,4 +1,4 @@
-"""A node's clock that runs fast for a while, so that product deadlines pass at their real length, yet soon."""
+"""A clock of one node that can run fast, so that a deadline of the product passes soon at its ordinary length."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FAST = 13.0
 
 
 class ScaledClock(SystemClock):
-    """Real time, except within hurried(). Sleeps and timeouts that are under way follow each change of the rate.
+    """A clock of real time, except within hurried(). Sleeps and timeouts follow each change of the rate.
 
     Safe for a node that only waits for something to expire. Rule R4 counts a lock's duration on the monotonic clock
     of the node that watches the lock, so this clock decides when it expires. Rule R1 counts the import window on the
@@ -34,7 +34,7 @@ class ScaledClock(SystemClock):
 
     @contextlib.contextmanager
     def hurried(self, rate: float = FAST) -> Iterator[None]:
-        """Within the block `rate` seconds of this clock pass in each real second."""
+        """Lets `rate` seconds of this clock pass in each real second of the block."""
         self._run_at(rate)
         try:
             yield
@@ -63,5 +63,5 @@ class ScaledClock(SystemClock):
                 scope.reschedule(self._at(ends))
 
     def _at(self, own: float) -> float:
-        """The event loop's time at which this clock reads `own`."""
+        """Returns the event loop's time at which this clock reads `own`."""
         return asyncio.get_running_loop().time() + (own - self.monotonic()) / self._rate

@@ -1,4 +1,4 @@
-"""Whole agents while one of them cannot reach the API server, and when it can again (rule R7)."""
+"""Whole agents while one of them cannot reach the API server, and once it can again (rule R7)."""
 
 from __future__ import annotations
 
@@ -6,29 +6,30 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncGenerator, Callable, Mapping
+from functools import partial
 
 import pytest
 
 from tests.apiserver.node_tokens import NodeTokens
+from tests.apiserver.objects import LEASES
 from tests.rigs.agents_rig import PATIENCE_S, RESOURCE, Rig, agents
 from tests.rigs.api_process import Cluster
 from tests.rigs.tcp_proxy import Proxy, proxy_to
 from usbip_plugin.kube.client import KubeClient
 from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.locks.manager import LockSettings
-from usbip_plugin.locks.record import LeaseChange, LeaseStore
+from usbip_plugin.locks.record import LeaseChange
 from usbip_plugin.model import DeviceKey, PodRef, Reason
 from usbip_sim.world import SimNode
 
 pytestmark = pytest.mark.short
 
-LEASES = "/apis/coordination.k8s.io/v1/namespaces/usbip-system/leases"
 USER, OTHER = PodRef("default", "reader"), PodRef("default", "other")
-"""Pods that the kubelet lists until they end. What no listed pod has is given back after 15 s."""
+"""Pods that the kubelet lists until they end. Devices without a listed pod are released after 15 s."""
 
 
 async def _admit(rig: Rig, node: SimNode, pod: PodRef) -> DeviceKey:
-    """The device that the pod gets there. The plugin has seen the pod use it: otherwise its end shows after 15 s."""
+    """Admits a pod and returns its device once the lock names the pod: otherwise a release takes 15 s."""
 
     def noted(key: DeviceKey) -> bool:
         lock = rig.lock(node, key)
@@ -41,7 +42,7 @@ async def _admit(rig: Rig, node: SimNode, pod: PodRef) -> DeviceKey:
 
 
 async def _hold_one(rig: Rig) -> DeviceKey:
-    """USER, on the first node, has one of the devices, and the other node knows that."""
+    """Returns the device that USER has on the first node, once the second node has withdrawn it."""
     a, b = rig.nodes
     held = await _admit(rig, a, USER)
     await b.until(RESOURCE, lambda devices: devices[held.id] is False)
@@ -53,15 +54,10 @@ def _lose(proxy: Proxy) -> None:
     proxy.cut()
 
 
-async def test_what_is_held_stays_and_nothing_new_is_given(cluster: Cluster, tokens: NodeTokens) -> None:
+async def test_held_devices_stay_and_no_device_is_given_out(cluster: Cluster, tokens: NodeTokens) -> None:
     async with (
         proxy_to(cluster.port) as proxy,
-        agents(
-            cluster,
-            tokens,
-            devices=2,
-            through={"a": f"https://127.0.0.1:{proxy.port}"},
-        ) as rig,
+        agents(cluster, tokens, devices=2, through={"a": f"https://127.0.0.1:{proxy.port}"}) as rig,
     ):
         a, b = rig.nodes
         held = await _hold_one(rig)
@@ -74,7 +70,7 @@ async def test_what_is_held_stays_and_nothing_new_is_given(cluster: Cluster, tok
         refused = await rig.allocate(a, free)
         assert refused.response is None
         assert "cannot lock" in refused.error
-        # the session runs out for the other node, and the server's own exclusivity keeps the device from being taken
+        # the session expires for the other node, and the USB/IP server still refuses a second import
         with rig.clock(b).hurried():
             await rig.clock(b).sleep(LockSettings().duration * 1.5)
         taken = await rig.allocate(b, held)
@@ -82,11 +78,11 @@ async def test_what_is_held_stays_and_nothing_new_is_given(cluster: Cluster, tok
         assert f"held by node {a.name}" in taken.error
         assert rig.attached(a, held)
         assert rig.server.importers(held.busid) == 1
-        # the other node is not touched by any of this
+        # the other node works on
         assert await _admit(rig, b, OTHER) == free
         proxy.refusing = False
         await rig.until(lambda: rig.holders(free) == [b.name, b.name])
-        # back in touch, it follows the other node's locks again
+        # reachable again, the first node follows the locks of the other node
         b.end(OTHER)
         await a.until(RESOURCE, lambda devices: devices == {held.id: True, free.id: True})
         assert rig.attached(a, held)
@@ -95,7 +91,7 @@ async def test_what_is_held_stays_and_nothing_new_is_given(cluster: Cluster, tok
         assert rig.server.violations == []
 
 
-async def test_a_lock_taken_away_meanwhile_is_found_out_on_return(
+async def test_a_lock_taken_away_during_the_outage_is_noticed_after_it(
     cluster: Cluster, tokens: NodeTokens, admin: KubeClient
 ) -> None:
     async with (
@@ -135,7 +131,7 @@ async def test_a_restart_of_the_api_server_changes_nothing(cluster: Cluster, tok
 
 
 class Pause:
-    """begin() ends every watch in order, as a server does when its time is over; the next ones wait for end()."""
+    """A pause of watches: begin() ends every watch like a server at its timeout, and the next ones wait for end()."""
 
     def __init__(self) -> None:
         self.begun, self.over = asyncio.Event(), asyncio.Event()
@@ -152,7 +148,7 @@ class Pause:
 
 
 class PausingLeases(KubernetesLeases):
-    """With watches that pause."""
+    """Leases whose watches pause."""
 
     def __init__(self, client: KubeClient, namespace: str, pause: Pause) -> None:
         super().__init__(client, namespace)
@@ -177,35 +173,32 @@ class PausingLeases(KubernetesLeases):
                 await asyncio.gather(following, paused, return_exceptions=True)
 
 
-async def test_a_watch_that_meets_compacted_history_is_begun_anew_and_nothing_is_missed(
+async def test_a_watch_of_compacted_history_starts_again_and_misses_nothing(
     cluster: Cluster, tokens: NodeTokens, admin: KubeClient, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As when a control plane is replaced: the next API server has no event that the watches could go on from."""
+    """After the replacement of a control plane the new API server lacks the events from which watches could resume."""
     caplog.set_level(logging.DEBUG, "usbip_plugin.kube.reflector")
     pause = Pause()
 
-    async def until(so: Callable[[], bool]) -> None:
+    async def until(condition: Callable[[], bool]) -> None:
         async with asyncio.timeout(PATIENCE_S):
-            while not so():  # noqa: ASYNC110 (neither a log nor a counter has an event)
+            while not condition():  # noqa: ASYNC110 (neither a log nor a counter has an event)
                 await asyncio.sleep(0.1)
 
-    def began_anew() -> int:
+    def lists_again() -> int:
         lines = [record for record in caplog.records if record.getMessage() == "watch too old, listing again"]
         return len([line for line in lines if vars(line)["collection"] == "leases.coordination.k8s.io"])
 
     async with proxy_to(cluster.port) as proxy:
         through = dict.fromkeys("ab", f"https://127.0.0.1:{proxy.port}")
-
-        def store(client: KubeClient, namespace: str) -> LeaseStore:
-            return PausingLeases(client, namespace, pause)
-
+        store = partial(PausingLeases, pause=pause)
         async with agents(cluster, tokens, devices=2, through=through, store=store) as rig:
             a, b = rig.nodes
             held = await _hold_one(rig)
             (free,) = set(rig.keys) - {held}
             pause.begin()
             await until(lambda: pause.waiting == len(rig.nodes))
-            # history that no lock is part of
+            # a write that concerns no lock
             body = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"generateName": "history-"}}
             path = "/api/v1/namespaces/default/configmaps"
             await admin.request("create", path, resource="configmaps", body=body)
@@ -213,9 +206,9 @@ async def test_a_watch_that_meets_compacted_history_is_begun_anew_and_nothing_is
             await asyncio.to_thread(cluster.move_api)
             proxy.target = cluster.port
             proxy.cut()
-            assert began_anew() == 0
+            assert lists_again() == 0
             pause.end()
-            await until(lambda: began_anew() == len(rig.nodes))
+            await until(lambda: lists_again() == len(rig.nodes))
             await asyncio.to_thread(cluster.end_old_api)
             assert rig.attached(a, held)
             assert rig.holders(held) == [a.name, a.name]

@@ -1,14 +1,14 @@
-"""Two whole agents that want the same device at the same moment, on a real API server."""
+"""Two whole agents that allocate one device at the same moment, on a real API server."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from typing import Any
 
 import pytest
 
-from tests.apiserver.node_tokens import NodeTokens
+from tests.apiserver.node_tokens import NAMESPACE, NodeTokens
+from tests.apiserver.objects import allocatable, make_node
 from tests.rigs.agents_rig import RESOURCE, agents
 from tests.rigs.api_process import Cluster
 from usbip_plugin.kube.client import KubeClient
@@ -45,42 +45,31 @@ async def test_one_of_two_allocates_wins_each_round(
         await rig.server.until_released(key.busid)
         assert rig.used_ports() == 0
         assert rig.server.violations == []
-        # every import was made by a winner: a loser never gets as far as the server
+        # every import was made by a winner: a loser never reaches the server
         assert (rig.server.table.granted, rig.server.table.refused) == (rounds, 0)
-        left = await KubernetesLeases(admin, "usbip-system").list(LOCK_LABELS)
-        ours = [lease for lease in left.items if lease.name == key.id]
-        assert [lease.holder for lease in ours] == [""]
+        locks = await KubernetesLeases(admin, NAMESPACE).list(LOCK_LABELS)
+        assert [(one.holder, one.transitions) for one in locks.items if one.name == key.id] == [("", rounds)]
         assert sum(wins.values()) == rounds
         assert not any(node.agent.claims.view for node in rig.nodes if node.agent is not None)
 
 
-async def test_a_lost_allocate_answers_after_its_node_says_zero(
+async def test_a_denied_allocate_answers_after_its_node_has_published_zero(
     cluster: Cluster, tokens: NodeTokens, admin: KubeClient
 ) -> None:
     async with agents(cluster, tokens, node_api=True) as rig:
         (key,) = rig.keys
         for node in rig.nodes:
-            await _make_node(admin, node.name)
+            await make_node(admin, node.name)
         for number in range(PUBLISH_ROUNDS):
             for node in rig.nodes:
                 assert node.agent is not None
                 assert node.agent.node_status is not None
                 # what was published before the Node existed, and the count after the last release
                 assert await node.agent.node_status.publish_now({node.resource(RESOURCE): 1}, 10.0)
-                assert await _allocatable(admin, node.name) == "1"
+                assert await allocatable(admin, node.name, node.resource(RESOURCE)) == "1"
             (winner,), (loser,) = await rig.race(key)
-            assert await _allocatable(admin, loser.node.name) == "0", f"round {number}"
+            published = await allocatable(admin, loser.node.name, loser.node.resource(RESOURCE))
+            assert published == "0", f"round {number}"
             await rig.end_pod(winner.node, key)
             for node in rig.nodes:
                 await node.until(RESOURCE, lambda devices: devices == {key.id: True})
-
-
-async def _make_node(admin: KubeClient, name: str) -> None:
-    body = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": name}}
-    await admin.request("create", "/api/v1/nodes", resource="nodes", body=body)
-
-
-async def _allocatable(admin: KubeClient, name: str) -> str | None:
-    node: dict[str, Any] = await admin.request("get", f"/api/v1/nodes/{name}", resource="nodes")
-    value = node["status"].get("allocatable", {}).get(f"usbip.dev/{RESOURCE}")
-    return None if value is None else str(value)

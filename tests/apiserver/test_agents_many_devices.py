@@ -1,29 +1,26 @@
-"""One plugin with 500 devices: the process as in its pod, a kubelet's sockets, a real API server, five servers."""
+"""One plugin process with 500 devices, as in its pod: a kubelet's sockets, a real API server, five USB/IP servers."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import random
 import tempfile
 import time
 import uuid
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from opentelemetry.trace import NoOpTracer
 
-from tests.apiserver.node_tokens import NAMESPACE, NodeTokens
+from tests.apiserver.node_tokens import NodeTokens
+from tests.apiserver.objects import configuration, make_node
+from tests.apiserver.test_apiserver_manager import lock_manager
 from tests.rigs.agents_rig import DONGLE
 from tests.rigs.api_process import Cluster
 from tests.rigs.plugin_in_pod import STRIPPED, InPod, cpu_ms, memory_mib, settled
-from usbip_plugin.clock import SystemClock
-from usbip_plugin.kube.client import KubeClient, connect
+from usbip_plugin.kube.client import KubeClient
 from usbip_plugin.kubelet import deviceplugin_pb2 as pb
-from usbip_plugin.locks.kubernetes import KubernetesLeases
-from usbip_plugin.locks.manager import LockManager, LockSettings
-from usbip_plugin.model import DeviceKey, NodeIdentity
+from usbip_plugin.locks.manager import LockManager
+from usbip_plugin.model import DeviceKey
 from usbip_sim.kubelet.kubelet import FakeKubelet
 from usbip_sim.server.server import VirtualServer
 from usbip_sim.server.usbdevice import VirtualDevice
@@ -32,19 +29,20 @@ pytestmark = pytest.mark.short
 
 SERVERS, EACH = 5, 100
 RESOURCE = "usbip.dev/many"
+DONGLE_SELECTOR = {"vendor": f"{DONGLE.vendor:04x}", "product": f"{DONGLE.product:04x}"}
 LIMIT_MIB = 64
-"""Of the DaemonSet."""
+"""Memory limit of the DaemonSet."""
 MOST_OWN_MIB = 10.0
-"""Not from files, besides what the imports alone take; it was 6.7 of 37.1."""
+"""Anonymous memory above that of the imports; 6.7 of 37.1 MiB were measured."""
 MESSAGE_BYTES = 4 * 2**20
-"""What the kubelet's gRPC client takes."""
+"""Most that the kubelet's gRPC client accepts."""
 PATIENCE_S = 90.0
 AT_ONCE = 8
 CONTROLLERS, PER_HUB = 8, 15
 
 
 def make_platform(directory: Path) -> Path:
-    """vhci_hcd as Debian's kernel has it, with no port in use."""
+    """Writes the sysfs directory of vhci_hcd in Debian's kernel, with no port in use."""
     base = directory / "platform" / "vhci_hcd.0"
     base.mkdir(parents=True)
     (base / "nports").write_text(f"{CONTROLLERS * 2 * PER_HUB}\n")
@@ -61,32 +59,8 @@ def make_platform(directory: Path) -> Path:
     return base.parent
 
 
-def config_of(servers: list[VirtualServer]) -> str:
-    selector = f'{{vendor: "{DONGLE.vendor:04x}", product: "{DONGLE.product:04x}"}}'
-    lines = ["resources:", "  many:"]
-    for server in servers:
-        lines += [f"    - target: {{host: 127.0.0.1, port: {server.key.port}}}", f"      selector: {selector}"]
-    return "\n".join(lines) + "\n"
-
-
-@contextlib.asynccontextmanager
-async def other_node(cluster: Cluster, token: str, name: str) -> AsyncIterator[LockManager]:
-    client = await connect(cluster.kubeconfig(token))
-    me, store = NodeIdentity(name, "boot"), KubernetesLeases(client, NAMESPACE)
-    manager = LockManager(store, me, SystemClock(), random.Random(name), LockSettings(), NoOpTracer())
-    running = asyncio.create_task(manager.run())
-    try:
-        async with asyncio.timeout(PATIENCE_S):
-            await manager.ready.wait()
-        yield manager
-    finally:
-        running.cancel()
-        await asyncio.gather(running, return_exceptions=True)
-        await client.close()
-
-
 async def for_each(keys: list[DeviceKey], manager: LockManager, *, lock: bool) -> None:
-    """AT_ONCE of them at a time."""
+    """Acquires or releases the locks of all devices, AT_ONCE at a time."""
     room = asyncio.Semaphore(AT_ONCE)
 
     async def one(key: DeviceKey) -> None:
@@ -102,7 +76,7 @@ async def for_each(keys: list[DeviceKey], manager: LockManager, *, lock: bool) -
 
 
 class Measured:
-    """Waits for the kubelet to have all devices so, and notes what that cost."""
+    """Waits until all devices are healthy or unhealthy, and prints time, CPU, lists and memory since the last wait."""
 
     def __init__(self, kubelet: FakeKubelet, keys: list[DeviceKey], pid: int) -> None:
         self._kubelet, self._ids, self._pid = kubelet, [key.id for key in keys], pid
@@ -124,12 +98,7 @@ async def test_500_devices_follow_servers_and_locks_within_the_memory_of_the_dae
     cluster: Cluster, tokens: NodeTokens, admin: KubeClient
 ) -> None:
     node = f"n{uuid.uuid4().hex[:6]}-many"
-    await admin.request(
-        "create",
-        "/api/v1/nodes",
-        resource="nodes",
-        body={"apiVersion": "v1", "kind": "Node", "metadata": {"name": node}},
-    )
+    await make_node(admin, node)
     async with contextlib.AsyncExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="u-")))
         pod = InPod(directory, cluster, await tokens.of(node), node, make_platform(directory))
@@ -142,7 +111,9 @@ async def test_500_devices_follow_servers_and_locks_within_the_memory_of_the_dae
             await servers[-1].start()
             stack.push_async_callback(servers[-1].stop)
         keys = [DeviceKey(server.key, f"1-{n + 1}") for server in servers for n in range(EACH)]
-        pod.config.write_text(config_of(servers), encoding="utf-8")
+        pod.config.write_text(
+            configuration(many=[(server.key, DONGLE_SELECTOR) for server in servers]), encoding="utf-8"
+        )
         log = stack.enter_context((directory / "log").open("wb"))
         kubelet = await stack.enter_async_context(FakeKubelet(pod.plugins, pod.pod_resources))
         with pod.process(STRIPPED, log.fileno()):  # compiles the bytecode
@@ -165,7 +136,7 @@ async def test_500_devices_follow_servers_and_locks_within_the_memory_of_the_dae
         await measured.until("and back", healthy=True)
 
         await settled(directory / "second.log")
-        other = await stack.enter_async_context(other_node(cluster, await tokens.of(f"{node}-other"), f"{node}-other"))
+        other = await stack.enter_async_context(lock_manager(tokens))
         await for_each(keys, other, lock=True)
         await measured.until("500 locked by another node", healthy=False)
         await for_each(keys, other, lock=False)

@@ -1,4 +1,4 @@
-"""A device's life on two nodes as one trace: through a real API server, to a real OTLP receiver."""
+"""One trace for a device on two nodes, through a real API server and to a real OTLP receiver."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.apiserver.node_tokens import NodeTokens
-from tests.rigs.agents_rig import PATIENCE_S, RESOURCE, Rig, agents
+from tests.rigs.agents_rig import RESOURCE, agents
 from tests.rigs.api_process import Cluster
 from tests.rigs.otlp_receiver import Received, Receiver, receiving
 from usbip_plugin.model import PodRef
@@ -28,7 +28,7 @@ def environ(monkeypatch: pytest.MonkeyPatch) -> Callable[[Receiver], dict[str, s
 
 
 async def have(receiver: Receiver, *wanted: tuple[str, str]) -> dict[tuple[str, str], list[Received]]:
-    """Waits until there is a span of each (name, node); all there are then."""
+    """Waits until there is a span of each (name, node). Returns all spans by name and node."""
 
     def look() -> bool:
         return set(wanted) <= {(received.span.name, received.node) for received in receiver.spans}
@@ -40,7 +40,7 @@ async def have(receiver: Receiver, *wanted: tuple[str, str]) -> dict[tuple[str, 
     return found
 
 
-async def test_one_trace_from_allocate_to_list_and_watch_on_the_other_node_re_attach_and_release(
+async def test_one_trace_has_allocate_withdrawal_on_the_other_node_re_attach_and_release(
     cluster: Cluster, tokens: NodeTokens, environ: Callable[[Receiver], dict[str, str]]
 ) -> None:
     with receiving() as receiver:
@@ -71,7 +71,7 @@ async def test_one_trace_from_allocate_to_list_and_watch_on_the_other_node_re_at
     assert not [received.span.name for received in receiver.spans if received.span.status.code]
 
 
-async def test_a_takeover_is_a_trace_of_its_own_with_a_link_to_the_former_holders(
+async def test_a_takeover_has_its_own_trace_with_a_link_to_the_former_holders(
     cluster: Cluster, tokens: NodeTokens, environ: Callable[[Receiver], dict[str, str]]
 ) -> None:
     with receiving() as receiver:
@@ -83,16 +83,11 @@ async def test_a_takeover_is_a_trace_of_its_own_with_a_link_to_the_former_holder
             await a.die()
             with rig.clock(b).hurried():
                 await b.until(RESOURCE, lambda devices: devices == {key.id: True})
-            await _takes_over(rig)
+            answer = await rig.allocate(b, key)
+            assert answer.response is not None, answer.error
             spans = await have(receiver, ("Allocate", a.name), ("Allocate", b.name))
     (former,), (taker,) = spans["Allocate", a.name], spans["Allocate", b.name]
     assert taker.trace_id != former.trace_id
     assert [link.trace_id for link in taker.span.links] == [former.span.trace_id]
     assert [link.span_id for link in taker.span.links] == [former.span.span_id]
     assert taker.attributes["usbip.lock.former_holder"] == a.name
-
-
-async def _takes_over(rig: Rig) -> None:
-    async with asyncio.timeout(PATIENCE_S):
-        answer = await rig.allocate(rig.nodes[1], rig.keys[0])
-    assert answer.response is not None, answer.error

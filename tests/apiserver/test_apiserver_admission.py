@@ -1,12 +1,13 @@
-"""rbac/40-admission.yaml as shipped: each attack is refused by the rule made for it, and passes when that rule is gone.
+"""rbac/40-admission.yaml as shipped: each attack is refused by its rule, and passes without that rule.
 
-The attackers are the plugin's pods on two nodes, by their real tokens. For the second half every rule is taken out of
-one copy of the policy, which holds for a ServiceAccount of its own.
+The attackers have the real tokens of the plugin's pods on two nodes. For each rule a copy of the policy without it
+applies to a ServiceAccount of its own.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -15,18 +16,18 @@ from typing import Any
 
 import pytest
 
-from tests.apiserver.node_tokens import ACCOUNT, NAMESPACE, NodeTokens
+from tests.apiserver.node_tokens import ACCOUNT, NAMESPACE, NodeTokens, client_with
+from tests.apiserver.objects import LEASES, make_node
 from tests.rigs.api_process import ADMIN_TOKEN, Cluster
 from tests.rigs.plugin_rights import EFFECT_S, collection, shipped
 from usbip_plugin.errors import KubeConflict, KubeForbidden, KubeNotFound
-from usbip_plugin.kube.client import KubeClient, connect
+from usbip_plugin.kube.client import KubeClient
 from usbip_plugin.kube.events import NORMAL, EventText, event_body, event_name, instance_of
 from usbip_plugin.locks.record import session_name
 from usbip_plugin.model import DeviceKey, NodeIdentity, PodRef, ServerKey
 
 pytestmark = pytest.mark.short
 
-LEASES = f"/apis/coordination.k8s.io/v1/namespaces/{NAMESPACE}/leases"
 EVENTS = "/apis/events.k8s.io/v1/namespaces/default/events"
 NODES = "/api/v1/nodes"
 MUTANTS = "usbip-mutants"
@@ -35,7 +36,7 @@ _POLL_S = 0.2
 POLICY = next(document for document in shipped() if document["kind"] == "ValidatingAdmissionPolicy")
 BINDING = next(document for document in shipped() if document["kind"] == "ValidatingAdmissionPolicyBinding")
 
-# What the refusal by each rule says, in the policy's order; each is a part of one rule's message and of no other's.
+# A part of the message of each rule, in the order of the policy. No other message contains it.
 BOUND = "not bound to a node"
 NAME = "may write device locks"
 SESSION = "must name it as holder"
@@ -54,7 +55,7 @@ RULES = (BOUND, NAME, SESSION, HOLDER, LABEL, OWNERS, OTHER_NODE, METADATA, STAT
 
 @dataclass(frozen=True)
 class Scene:
-    """Two nodes nobody else uses, with the clients of their plugins and one whose token names no node."""
+    """Two nodes of one test with the clients of their plugins, and a client with a token that names no node."""
 
     admin: KubeClient
     a: str
@@ -64,13 +65,13 @@ class Scene:
     unbound: KubeClient
 
     async def lock(self, holder: str) -> dict[str, Any]:
-        """A lock as it stands after an administrator made it."""
+        """Returns a new lock with this holder, created by the admin."""
         made: dict[str, Any] = await self.admin.request("create", LEASES, resource="leases", body=lock(holder))
         return made
 
 
 def lock(holder: str, **metadata: Any) -> dict[str, Any]:
-    """A new device's."""
+    """Returns the lock of a new device."""
     name = DeviceKey(ServerKey("192.0.2.1"), f"1-{uuid.uuid4().int}").id
     return lease(name, holder, **{"labels": {"usbip.dev/lease": "lock"}, **metadata})
 
@@ -85,7 +86,7 @@ def lease(name: str, holder: str, **metadata: Any) -> dict[str, Any]:
 
 
 def event(node: str, **changes: Any) -> dict[str, Any]:
-    """About the node, by its plugin."""
+    """Returns an Event about the node, reported by its plugin."""
     return {
         "apiVersion": "events.k8s.io/v1",
         "kind": "Event",
@@ -102,7 +103,7 @@ def event(node: str, **changes: Any) -> dict[str, Any]:
 
 
 def node_object(name: str) -> dict[str, Any]:
-    """As a kubelet has written it."""
+    """Returns a Node as a kubelet writes it."""
     return {
         "apiVersion": "v1",
         "kind": "Node",
@@ -122,7 +123,7 @@ async def create(client: KubeClient, body: dict[str, Any], path: str = LEASES) -
 
 
 async def update(client: KubeClient, body: dict[str, Any], **spec: Any) -> dict[str, Any]:
-    """Compare-and-swap on what was read."""
+    """Writes a lock by compare-and-swap on the version that was read."""
     changed = {**body, "spec": {**body["spec"], **spec}}
     return await client.request("update", f"{LEASES}/{body['metadata']['name']}", resource="leases", body=changed)
 
@@ -143,39 +144,32 @@ def created(make: Callable[[Scene], dict[str, Any]], path: str = LEASES) -> Atta
 
 
 def patched(body: dict[str, Any]) -> Attack:
-    """On the own Node."""
+    """Returns a patch of the attacker's own Node."""
     return lambda scene: patch_status(scene.by_a, scene.a, body)
 
 
-async def release_anothers(scene: Scene) -> None:
-    await update(scene.by_a, await scene.lock(scene.b), holderIdentity="")
+def updated(holder: Callable[[Scene], str], spec: Callable[[Scene], dict[str, Any]]) -> Attack:
+    """Returns an update of the spec of a lock with this holder."""
+
+    async def attack(scene: Scene) -> None:
+        await update(scene.by_a, await scene.lock(holder(scene)), **spec(scene))
+
+    return attack
 
 
-async def edit_anothers(scene: Scene) -> None:
-    await update(scene.by_a, await scene.lock(scene.b), leaseDurationSeconds=1)
+def updated_metadata(**metadata: Any) -> Attack:
+    """Returns an update of the metadata of the attacker's own lock."""
+
+    async def attack(scene: Scene) -> None:
+        held = await scene.lock(scene.a)
+        await update(scene.by_a, {**held, "metadata": {**held["metadata"], **metadata}})
+
+    return attack
 
 
-async def touch_a_free_one(scene: Scene) -> None:
-    await update(scene.by_a, await scene.lock(""), leaseDurationSeconds=1)
-
-
-async def hand_on(scene: Scene) -> None:
-    await update(scene.by_a, await scene.lock(scene.a), holderIdentity=scene.b)
-
-
-async def renew_anothers_session(scene: Scene) -> None:
+async def renew_session_of_b(scene: Scene) -> None:
     made = await create(scene.by_b, lease(session_name(scene.b), scene.b))
     await update(scene.by_a, made, leaseDurationSeconds=3600)
-
-
-async def hide(scene: Scene) -> None:
-    held = await scene.lock(scene.a)
-    await update(scene.by_a, {**held, "metadata": {**held["metadata"], "labels": {}}})
-
-
-async def give_an_owner_on_update(scene: Scene) -> None:
-    held = await scene.lock(scene.a)
-    await update(scene.by_a, {**held, "metadata": {**held["metadata"], "ownerReferences": OWNER}})
 
 
 OWNER = [{"apiVersion": "v1", "kind": "ConfigMap", "name": "gone", "uid": "00000000-0000-4000-8000-000000000000"}]
@@ -183,22 +177,22 @@ OWNER = [{"apiVersion": "v1", "kind": "ConfigMap", "name": "gone", "uid": "00000
 ATTACKS: dict[str, tuple[str, Attack]] = {
     "a lease by a token of no node": (BOUND, lambda s: create(s.unbound, lock(""))),
     "create another node's session": (NAME, created(lambda s: lease(session_name(s.b), s.a))),
-    "write another node's session": (NAME, renew_anothers_session),
+    "write another node's session": (NAME, renew_session_of_b),
     "a lease of another name": (NAME, created(lambda s: lease(f"leader-{s.a}", s.a))),
     "a session that only begins like the own": (NAME, created(lambda s: lease(session_name(s.a) + "-x", s.a))),
     "a lock name too long": (NAME, created(lambda s: lease(lock("")["metadata"]["name"] + "a", s.a))),
     "another holder in the own session": (SESSION, created(lambda s: lease(session_name(s.a), s.b))),
     "nobody in the own session": (SESSION, created(lambda s: lease(session_name(s.a), ""))),
     "a lock in another's name": (HOLDER, created(lambda s: lock(s.b))),
-    "release another's lock": (HOLDER, release_anothers),
-    "edit another's lock": (HOLDER, edit_anothers),
-    "edit a free lock without taking it": (HOLDER, touch_a_free_one),
-    "hand the own lock to another": (HOLDER, hand_on),
-    "a lock nobody sees": (LABEL, created(lambda s: lock(s.a, labels={}))),
-    "a lock that looks like a session": (LABEL, created(lambda s: lock(s.a, labels={"usbip.dev/lease": "session"}))),
-    "hide the own lock": (LABEL, hide),
+    "release another's lock": (HOLDER, updated(lambda s: s.b, lambda _: {"holderIdentity": ""})),
+    "edit another's lock": (HOLDER, updated(lambda s: s.b, lambda _: {"leaseDurationSeconds": 1})),
+    "edit a free lock without taking it": (HOLDER, updated(lambda _: "", lambda _: {"leaseDurationSeconds": 1})),
+    "give the own lock to another": (HOLDER, updated(lambda s: s.a, lambda s: {"holderIdentity": s.b})),
+    "a lock without labels": (LABEL, created(lambda s: lock(s.a, labels={}))),
+    "a lock labelled as a session": (LABEL, created(lambda s: lock(s.a, labels={"usbip.dev/lease": "session"}))),
+    "remove the labels of the own lock": (LABEL, updated_metadata(labels={})),
     "an owner that is gone": (OWNERS, created(lambda s: lock(s.a, ownerReferences=OWNER))),
-    "an owner for a lock that is held": (OWNERS, give_an_owner_on_update),
+    "an owner for a lock that is held": (OWNERS, updated_metadata(ownerReferences=OWNER)),
     "a finalizer on a lock": (OWNERS, created(lambda s: lock(s.a, finalizers=["example.org/keep"]))),
     "another node's count": (OTHER_NODE, lambda s: patch_status(s.by_a, s.b, allocatable({"usbip.dev/stick": "0"}))),
     "a label": (METADATA, patched({"metadata": {"labels": {"role": "control-plane"}}})),
@@ -226,11 +220,11 @@ ATTACKS: dict[str, tuple[str, Attack]] = {
         ABOUT,
         created(lambda s: event(s.a, regarding={"kind": "Node", "name": s.b}), EVENTS),
     ),
-    "an event about a thing of no kind": (
+    "an event about an object without a kind": (
         ABOUT,
         created(lambda s: event(s.a, regarding={"name": s.a, "namespace": "default"}), EVENTS),
     ),
-    "an event about something else": (
+    "an event about a Service": (
         ABOUT,
         created(lambda s: event(s.a, regarding={"kind": "Service", "name": "x", "namespace": "default"}), EVENTS),
     ),
@@ -239,23 +233,22 @@ ATTACKS: dict[str, tuple[str, Attack]] = {
 
 @pytest.fixture
 async def scene(cluster: Cluster, admin: KubeClient, tokens: NodeTokens) -> AsyncIterator[Scene]:
-    """With the shipped policy and ServiceAccount."""
-    made = await open_scene(cluster, admin, tokens)
-    yield made
-    await close(made)
+    """Yields a scene with the shipped policy and ServiceAccount."""
+    async with scene_of(cluster, admin, tokens) as made:
+        yield made
 
 
-async def open_scene(cluster: Cluster, admin: KubeClient, tokens: NodeTokens) -> Scene:
+@contextlib.asynccontextmanager
+async def scene_of(cluster: Cluster, admin: KubeClient, tokens: NodeTokens) -> AsyncIterator[Scene]:
     a, b = (f"n{uuid.uuid4().hex[:8]}-{letter}" for letter in "ab")
     for name in (a, b):
         await create(admin, node_object(name), NODES)
-    texts = [await tokens.of(a), await tokens.of(b), await tokens.unbound()]
-    return Scene(admin, a, b, *[await connect(cluster.kubeconfig(text)) for text in texts])
-
-
-async def close(scene: Scene) -> None:
-    for client in (scene.by_a, scene.by_b, scene.unbound):
-        await client.close()
+    async with (
+        tokens.client(a) as by_a,
+        tokens.client(b) as by_b,
+        client_with(cluster, await tokens.unbound()) as unbound,
+    ):
+        yield Scene(admin, a, b, by_a, by_b, unbound)
 
 
 def validations() -> list[dict[str, str]]:
@@ -272,12 +265,12 @@ def test_every_rule_has_attacks() -> None:
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-async def test_an_attack_is_refused_by_the_rule_made_for_it(scene: Scene, name: str) -> None:
+async def test_an_attack_is_refused_by_its_rule(scene: Scene, name: str) -> None:
     rule, attack = ATTACKS[name]
     with pytest.raises(KubeForbidden) as refused:
         await attack(scene)
     assert rule in str(refused.value)
-    assert "grant it" not in str(refused.value), "no right would help"
+    assert "grant it" not in str(refused.value), "no right would allow it"
 
 
 async def test_a_token_of_no_node_may_write_nothing(scene: Scene) -> None:
@@ -292,7 +285,7 @@ async def test_a_token_of_no_node_may_write_nothing(scene: Scene) -> None:
         assert "--bound-object-kind Pod" in str(refused.value), "the cure"
 
 
-async def test_spec_of_the_node_is_not_reached(scene: Scene) -> None:
+async def test_a_status_patch_does_not_change_the_nodes_spec(scene: Scene) -> None:
     taints = [{"key": "k", "effect": "NoExecute"}]
     after = await patch_status(scene.by_a, scene.a, {"spec": {"taints": taints, "unschedulable": True}})
     assert "unschedulable" not in after["spec"]
@@ -310,39 +303,34 @@ async def test_a_lock_is_taken_renewed_released_and_taken_over(scene: Scene) -> 
 
 
 @pytest.mark.parametrize("holder", ["", "a"])
-async def test_writing_a_lock_that_is_gone_is_told_as_gone(scene: Scene, holder: str) -> None:
+async def test_a_write_to_a_deleted_lock_is_not_found_or_a_conflict(scene: Scene, holder: str) -> None:
     held = await scene.lock(scene.a)
     await scene.admin.request("delete", f"{LEASES}/{held['metadata']['name']}", resource="leases")
     with pytest.raises((KubeNotFound, KubeConflict)):
         await update(scene.by_a, held, holderIdentity=scene.a if holder else "")
 
 
-async def test_a_session_is_written_again_and_again(scene: Scene) -> None:
+async def test_a_session_is_renewed(scene: Scene) -> None:
     made = await create(scene.by_a, lease(session_name(scene.a), scene.a))
     assert await update(scene.by_a, made, leaseTransitions=2)
 
 
 @pytest.mark.parametrize("counts", [{"usbip.dev/stick": "0"}, {"usbip.dev/stick": "9999"}, {"usbip.dev/new": "5"}])
-async def test_counts_are_written_whatever_the_kubelet_has_said_so_far(scene: Scene, counts: dict[str, str]) -> None:
+async def test_counts_are_written_whatever_the_kubelet_has_published(scene: Scene, counts: dict[str, str]) -> None:
     after = await patch_status(scene.by_a, scene.a, allocatable(counts))
     assert after["status"]["allocatable"].items() >= counts.items()
 
 
-async def test_a_node_without_any_allocatable_gets_its_first(
-    cluster: Cluster, tokens: NodeTokens, admin: KubeClient
-) -> None:
+async def test_a_node_without_allocatable_gets_its_first_count(tokens: NodeTokens, admin: KubeClient) -> None:
     node = f"n{uuid.uuid4().hex[:8]}-bare"
-    await create(admin, {"apiVersion": "v1", "kind": "Node", "metadata": {"name": node}}, NODES)
-    client = await connect(cluster.kubeconfig(await tokens.of(node)))
-    try:
+    await make_node(admin, node)
+    async with tokens.client(node) as client:
         after = await patch_status(client, node, allocatable({"usbip.dev/stick": "1"}))
-    finally:
-        await client.close()
     assert after["status"]["allocatable"] == {"usbip.dev/stick": "1"}
 
 
-async def test_a_large_node_is_within_the_cost_limit(cluster: Cluster, tokens: NodeTokens, admin: KubeClient) -> None:
-    """An expression that costs too much refuses the write."""
+async def test_a_large_node_is_within_the_cost_limit(tokens: NodeTokens, admin: KubeClient) -> None:
+    """The API server refuses a write whose policy expressions cost too much."""
     name = f"n{uuid.uuid4().hex[:8]}-large"
     body = node_object(name)
     body["metadata"]["labels"] = {f"example.org/label-{i}": "x" * 63 for i in range(200)}
@@ -356,20 +344,17 @@ async def test_a_large_node_is_within_the_cost_limit(cluster: Cluster, tokens: N
     ]
     body["status"]["volumesInUse"] = [f"kubernetes.io/csi/example.org^{'v' * 60}-{i}" for i in range(200)]
     await create(admin, body, NODES)
-    client = await connect(cluster.kubeconfig(await tokens.of(name)))
-    try:
+    async with tokens.client(name) as client:
         await patch_status(client, name, allocatable(dict.fromkeys(counts, "0")))
-    finally:
-        await client.close()
 
 
-async def test_events_about_pods_and_the_own_node(scene: Scene) -> None:
+async def test_events_about_pods_and_the_own_node_are_accepted(scene: Scene) -> None:
     await create(scene.by_a, event(scene.a), EVENTS)
     pod = {"kind": "Pod", "apiVersion": "v1", "name": "p", "namespace": "default"}
     await create(scene.by_a, event(scene.a, regarding=pod), EVENTS)
 
 
-async def test_nobody_else_is_touched(scene: Scene) -> None:
+async def test_the_policy_does_not_apply_to_others(scene: Scene) -> None:
     await create(scene.admin, lease(f"other-{scene.a}", "anybody"))
     await create(scene.admin, event(scene.a, reportingController="example.org/c"), EVENTS)
     await patch_status(scene.admin, scene.a, allocatable({"cpu": "1"}))
@@ -380,16 +365,13 @@ LONG = "n" + "a" * 60 + ".b" * 90
 
 
 @pytest.mark.parametrize("node", [LONG, LONG + "c", "f" * 224 + "." + "0" * 28, "f" * 223 + "--" + "0" * 28])
-async def test_a_long_node_name_has_its_session_and_no_others(
-    cluster: Cluster, tokens: NodeTokens, admin: KubeClient, node: str
-) -> None:
-    client = await connect(cluster.kubeconfig(await tokens.of(node)))
-    try:
+async def test_a_long_node_name_has_its_session_and_no_others(tokens: NodeTokens, admin: KubeClient, node: str) -> None:
+    async with tokens.client(node) as client:
         name = session_name(node)
         made = await create(client, lease(name, node))
         await update(client, made, leaseTransitions=2)
         await admin.request("delete", f"{LEASES}/{name}", resource="leases")
-        # of another node, of one that begins alike, and one that is no digest
+        # of another node, of one with a similar name, and two that are not digests
         for other in (
             session_name(node[1:]),
             session_name("g" + node[1:]),
@@ -405,8 +387,6 @@ async def test_a_long_node_name_has_its_session_and_no_others(
                 await update(client, theirs, holderIdentity=node)
             assert "ValidatingAdmissionPolicy" in str(refused.value)
             await admin.request("delete", f"{LEASES}/{name}", resource="leases")
-    finally:
-        await client.close()
 
 
 LONG_INSTANCE = "n" + "a" * 60 + "." + "b" * 20 + "." + "k" * 60
@@ -414,50 +394,42 @@ LONG_INSTANCE = "n" + "a" * 60 + "." + "b" * 20 + "." + "k" * 60
 
 
 @pytest.mark.parametrize("node", [LONG_INSTANCE[-128:], LONG_INSTANCE[-129:], LONG_INSTANCE, LONG])
-async def test_a_node_with_a_long_name_tells_of_itself_and_its_pods(
-    cluster: Cluster, tokens: NodeTokens, node: str
-) -> None:
-    client = await connect(cluster.kubeconfig(await tokens.of(node)))
+async def test_a_node_with_a_long_name_reports_events_about_itself_and_its_pods(tokens: NodeTokens, node: str) -> None:
     text = EventText(NORMAL, "Attached", "Attach", "as before")
-    try:
+    async with tokens.client(node) as client:
         for pod in (None, PodRef("default", "p", "uid")):
             name = event_name(pod.name if pod else node, uuid.uuid4().int % 2**64)
             body = event_body(NodeIdentity(node, "boot"), text, pod, name, "2026-01-01T00:00:00.000000Z")
             assert (await create(client, body, EVENTS))["reportingInstance"] == instance_of(node)
-    finally:
-        await client.close()
 
 
-async def test_a_node_with_a_long_name_speaks_as_no_other(cluster: Cluster, tokens: NodeTokens) -> None:
+async def test_a_node_with_a_long_name_cannot_report_as_another(tokens: NodeTokens) -> None:
     node = LONG_INSTANCE
     own = instance_of(node)
     others = {
-        "one that begins otherwise": instance_of("m" + node[1:]),
-        "one that ends otherwise": instance_of(node[:-1] + "l"),
-        "one whose name is as far as there is room": node[:128],
-        "one with a short name": "worker-1",
-        "no digest": own[:-1] + "g",
-        "nothing after the ends": own[:-16],
-        "more between the ends": own.replace("~", "~x~", 1)[:128],
+        "another beginning": instance_of("m" + node[1:]),
+        "another end": instance_of(node[:-1] + "l"),
+        "the first 128 characters": node[:128],
+        "a short name": "worker-1",
+        "an invalid digest": own[:-1] + "g",
+        "no digest": own[:-16],
+        "text between beginning and digest": own.replace("~", "~x~", 1)[:128],
     }
-    client = await connect(cluster.kubeconfig(await tokens.of(node)))
-    try:
+    async with tokens.client(node) as client:
         for what, instance in others.items():
             with pytest.raises(KubeForbidden) as refused:
                 await create(client, event(node, reportingInstance=instance), EVENTS)
             assert SOURCE in str(refused.value), what
-    finally:
-        await client.close()
 
 
-async def test_a_node_with_a_short_name_does_not_speak_as_one_with_a_long_name(scene: Scene) -> None:
+async def test_a_node_with_a_short_name_cannot_report_as_one_with_a_long_name(scene: Scene) -> None:
     with pytest.raises(KubeForbidden) as refused:
         await create(scene.by_a, event(scene.a, reportingInstance=instance_of(scene.a + LONG)), EVENTS)
     assert SOURCE in str(refused.value)
 
 
 class Mutants:
-    """For each rule a ServiceAccount under a copy of the policy that lacks this rule."""
+    """ServiceAccounts for which a copy of the policy without one rule holds, one for each rule."""
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
@@ -466,7 +438,7 @@ class Mutants:
         return NodeTokens(self._cluster, MUTANTS, account_of(rule))
 
     async def make(self, admin: KubeClient) -> None:
-        """Returns when every copy is enforced."""
+        """Creates the accounts and policies, and waits until every policy is enforced."""
         await create(
             admin, {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": MUTANTS}}, "/api/v1/namespaces"
         )
@@ -487,18 +459,15 @@ class Mutants:
                 await self._enforced(rule, admin)
 
     async def _enforced(self, rule: str, admin: KubeClient) -> None:
-        """Until another rule of the copy refuses something."""
+        """Waits until another rule of the copy refuses an attack."""
         other = "a finalizer on a lock" if rule == BOUND else "a lease by a token of no node"
-        scene = await open_scene(self._cluster, admin, self.tokens(rule))
-        try:
+        async with scene_of(self._cluster, admin, self.tokens(rule)) as scene:
             while True:
                 try:
                     await ATTACKS[other][1](scene)
                 except KubeForbidden:
                     return
-                await asyncio.sleep(_POLL_S)  # the API server tells nobody when it begins to enforce a policy
-        finally:
-            await close(scene)
+                await asyncio.sleep(_POLL_S)  # the API server has no event for the enforcement of a policy
 
 
 def account_of(rule: str) -> str:
@@ -506,7 +475,7 @@ def account_of(rule: str) -> str:
 
 
 def without(rule: str) -> list[dict[str, Any]]:
-    """The policy and its binding for account_of(rule)."""
+    """Returns the policy without the rule, and its binding, for account_of(rule)."""
     policy, binding = copy.deepcopy(POLICY), copy.deepcopy(BINDING)
     name = policy["metadata"]["name"] = binding["metadata"]["name"] = binding["spec"]["policyName"] = account_of(rule)
     (condition,) = policy["spec"]["matchConditions"]
@@ -521,11 +490,8 @@ def without(rule: str) -> list[dict[str, Any]]:
 def mutants(cluster: Cluster) -> Mutants:
     async def make() -> Mutants:
         made = Mutants(cluster)
-        admin = await connect(cluster.kubeconfig(ADMIN_TOKEN))
-        try:
+        async with client_with(cluster, ADMIN_TOKEN) as admin:
             await made.make(admin)
-        finally:
-            await admin.close()
         return made
 
     return asyncio.run(make())
@@ -536,8 +502,5 @@ async def test_without_its_rule_an_attack_passes(
     cluster: Cluster, admin: KubeClient, mutants: Mutants, name: str
 ) -> None:
     rule, attack = ATTACKS[name]
-    scene = await open_scene(cluster, admin, mutants.tokens(rule))
-    try:
+    async with scene_of(cluster, admin, mutants.tokens(rule)) as scene:
         await attack(scene)
-    finally:
-        await close(scene)

@@ -1,4 +1,4 @@
-"""The process as in its image when nothing happens: what it has loaded and in memory, and how often it wakes."""
+"""An idle plugin process as in its image: the modules it has loaded, its memory, and how often it wakes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.apiserver.node_tokens import NAMESPACE, NodeTokens
+from tests.apiserver.node_tokens import NodeTokens
+from tests.apiserver.objects import LEASES, configuration
 from tests.rigs.agents_rig import DONGLE
 from tests.rigs.api_process import Cluster
 from tests.rigs.plugin_in_pod import STRIPPED, InPod, memory_mib, settled, switches
@@ -23,17 +24,16 @@ from usbip_sim.kubelet.kubelet import FakeKubelet
 from usbip_sim.server.server import VirtualServer
 from usbip_sim.server.usbdevice import VirtualDevice
 
-LEASES = f"/apis/coordination.k8s.io/v1/namespaces/{NAMESPACE}/leases"
 RESOURCES = 5
 PATIENCE_S = 60.0
 POLLS = 6
-"""How many polls of its server a process is watched for: 18 s."""
+"""Polls of its server for which a process is watched: 18 s."""
 MOST_WAITS_A_POLL = 75
-"""Of all threads; it was 29. Each is a system call that slept."""
+"""System calls of all threads that slept, for each poll; 29 were measured."""
 MOST_CALLS_A_POLL = 300
-"""System calls of all threads; it was 115. A loop that turns for nothing makes more within a second."""
+"""System calls of all threads for each poll; 115 were measured. A busy loop makes more within a second."""
 MOST_OWN_MIB = 4.0
-"""Not from files, besides what the imports alone take; it was 1.1 of 31.5."""
+"""Anonymous memory above that of the imports; 1.1 of 31.5 MiB were measured."""
 UNUSED = (
     "kubernetes_asyncio.client.api",
     "aiohttp.web_app",
@@ -45,7 +45,7 @@ _POLL_S = 0.1
 
 
 async def test_an_idle_process_sleeps_and_is_small(cluster: Cluster, tokens: NodeTokens, admin: KubeClient) -> None:
-    # it would watch the locks that other tests have left, which takes memory: 500 of them 2 MiB
+    # watching the 500 locks of other tests would take 2 MiB
     await admin.request("delete", LEASES, resource="leases")
     strace = shutil.which("strace")
     if strace is None:
@@ -53,7 +53,7 @@ async def test_an_idle_process_sleeps_and_is_small(cluster: Cluster, tokens: Nod
     async with offering(cluster, tokens) as (pod, server):
         if not pod.allowed:
             pytest.skip("makes mounts, which needs root")
-        async with registered(pod, "-X", "importtime"):  # the bytecode is compiled, and it says what it loads
+        async with registered(pod, "-X", "importtime"):  # compiles the bytecode and logs the imports
             pass
         loaded = (pod.directory / "log").read_text(encoding="utf-8")
         assert "kubernetes_asyncio.client.rest" in loaded
@@ -65,7 +65,7 @@ async def test_an_idle_process_sleeps_and_is_small(cluster: Cluster, tokens: Nod
             own = memory_mib(child.pid, "RssAnon")
             async with traced(strace, child.pid, pod.directory / "calls"):
                 traced_polls = await polls(server)
-            assert child.poll() is None, "it runs on"
+            assert child.poll() is None, "the process still runs"
         calls = calls_in(pod.directory / "calls")
         bare = pod.bare_memory_mib()
     a_poll = sum(calls.values()) / traced_polls
@@ -74,20 +74,21 @@ async def test_an_idle_process_sleeps_and_is_small(cluster: Cluster, tokens: Nod
     print(f"{a_poll:.0f} system calls a poll, most of them {', '.join(f'{n} {calls[n]}' for n in most)}")
     assert waits[1] / waits[0] < MOST_WAITS_A_POLL
     assert own - bare < MOST_OWN_MIB
-    assert calls.keys() & {"epoll_wait", "epoll_pwait", "futex"}, "they are counted"
+    assert calls.keys() & {"epoll_wait", "epoll_pwait", "futex"}, "system calls are counted"
     assert a_poll < MOST_CALLS_A_POLL
 
 
 @contextlib.asynccontextmanager
 async def offering(cluster: Cluster, tokens: NodeTokens) -> AsyncIterator[tuple[InPod, VirtualServer]]:
-    """How to run it for a node of its own, with RESOURCES resources of one device each, which the server has."""
+    """Yields a plugin for a node of its own, and its server with RESOURCES devices, one for each resource."""
     node = f"n{uuid.uuid4().hex[:6]}-idle"
     server = VirtualServer([VirtualDevice(f"1-{n + 1}", DONGLE, configured=True) for n in range(RESOURCES)])
     await server.start()
     try:
         with tempfile.TemporaryDirectory(prefix="u-") as name:
             pod = InPod(Path(name), cluster, await tokens.of(node), node)
-            pod.config.write_text(config_of(server.key.port), encoding="utf-8")
+            resources = {f"idle{n}": [(server.key, {"bus_id": f"1-{n + 1}"})] for n in range(RESOURCES)}
+            pod.config.write_text(configuration(**resources), encoding="utf-8")
             yield pod, server
     finally:
         await server.stop()
@@ -95,7 +96,7 @@ async def offering(cluster: Cluster, tokens: NodeTokens) -> AsyncIterator[tuple[
 
 @contextlib.asynccontextmanager
 async def registered(pod: InPod, *flags: str) -> AsyncIterator[subprocess.Popen[bytes]]:
-    """A process, as soon as the kubelet has a list of each resource. flags: python's, besides STRIPPED."""
+    """Yields a process once the kubelet has a list of each resource. flags: of Python, besides STRIPPED."""
     with (pod.directory / "log").open("wb") as log:
         async with FakeKubelet(pod.plugins, pod.pod_resources) as kubelet:
             with pod.process((*STRIPPED, *flags), log.fileno(), ("--log-level", "debug")) as child:
@@ -107,10 +108,10 @@ async def registered(pod: InPod, *flags: str) -> AsyncIterator[subprocess.Popen[
 
 
 async def polls(server: VirtualServer) -> int:
-    """Waits until the process has polled its server so often, nothing else being asked of it; how often it has."""
+    """Waits for POLLS polls of the server. Returns how many there were."""
     before = server.connections
     async with asyncio.timeout(PATIENCE_S):
-        while server.connections - before < POLLS:  # noqa: ASYNC110 - a server tells nobody
+        while server.connections - before < POLLS:  # noqa: ASYNC110 - a server has no event for it
             await asyncio.sleep(_POLL_S)
     return server.connections - before
 
@@ -122,19 +123,11 @@ async def traced(strace: str, pid: int, file: Path) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        tracing.send_signal(signal.SIGINT)  # it lets the process go and writes what it counted
+        tracing.send_signal(signal.SIGINT)  # it detaches and writes its counts
         await tracing.wait()
 
 
 def calls_in(file: Path) -> dict[str, int]:
-    """% time, seconds, usecs/call, calls, errors unless there were none, name."""
+    """Reads the summary of strace: % time, seconds, usecs/call, calls, errors if there were any, name."""
     rows = (line.split() for line in file.read_text(encoding="ascii").splitlines())
     return {row[-1]: int(row[3]) for row in rows if len(row) >= 5 and row[3].isdigit() and row[-1] != "total"}
-
-
-def config_of(port: int) -> str:
-    lines = ["resources:"]
-    for number in range(RESOURCES):
-        lines += [f"  idle{number}:", f"    - target: {{host: 127.0.0.1, port: {port}}}"]
-        lines += [f"      selector: {{bus_id: 1-{number + 1}}}"]
-    return "\n".join(lines) + "\n"

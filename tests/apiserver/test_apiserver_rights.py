@@ -1,4 +1,4 @@
-"""The rights of rbac/ are those that a node's life needs, no more and no fewer: each is used, and missed when gone."""
+"""The rights of rbac/ are exactly those that a node needs: each is used, and something fails without it."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from unittest import mock
 import pytest
 
 from tests.apiserver.node_tokens import NAMESPACE, NodeTokens
+from tests.apiserver.objects import LEASES, POLL_S, allocatable, make_node, make_pod
 from tests.apiserver.scaled_clock import ScaledClock
 from tests.rigs.agents_rig import DONGLE, RESOURCE
 from tests.rigs.api_process import Cluster
@@ -38,51 +39,49 @@ from usbip_sim.world import Setup, SimNode, World
 
 pytestmark = pytest.mark.short
 
-LEASES = f"/apis/coordination.k8s.io/v1/namespaces/{NAMESPACE}/leases"
 DEPRIVED = "usbip-deprived"
 PATIENCE_S = 30.0
 STUCK_S = 65.0
-"""How long a life that lacks a right is watched after it got stuck, on its node's clock: for each retry there is."""
+"""Seconds on the node's clock for which a stuck run is watched: longer than the interval of every retry."""
 REFUSALS = 2
-_POLL_S = 0.05
 
 Right = tuple[str, str, str]
 """API group, resource with its subresource, verb."""
 
 OFFERED = "the kubelet has the devices as healthy"
 ALLOCATED = "Allocate answers"
-KEPT = "the session is kept"
-TOLD = "a lock that was taken away is told in an Event"
-COUNTED = "the Node has a device less"
+KEPT = "the session is renewed"
+REPORTED = "an Event reports that a lock was taken away"
+COUNTED = "the Node has one device less"
 RELEASED = "the lock is free after the pod's end"
 POD_SEEN = "a pod of the node is seen without listing all pods anew"
 FOLLOWED = "the locks of other nodes are followed"
 
 LEASE, CORE, EVENT = "coordination.k8s.io", "", "events.k8s.io"
-# What is the first not to happen, and what the log then says is forbidden.
+# The first step that does not happen without the right, and the request that the log reports as forbidden.
 MISSED: dict[Right, tuple[str, str]] = {
-    # without the locks, devices are offered from 5 s to 15 s after the start: each Allocate still writes its lock
-    (LEASE, "leases", "list"): (TOLD, "list leases.coordination.k8s.io"),
+    # without the locks, devices are offered after 5 s to 15 s, and each Allocate still writes its lock
+    (LEASE, "leases", "list"): (REPORTED, "list leases.coordination.k8s.io"),
     (CORE, "nodes/status", "patch"): (COUNTED, "patch nodes/status"),
     (LEASE, "leases", "create"): (ALLOCATED, "create leases.coordination.k8s.io"),
     (LEASE, "leases", "get"): (KEPT, "get leases.coordination.k8s.io"),
     (LEASE, "leases", "update"): (RELEASED, "update leases.coordination.k8s.io"),
-    (EVENT, "events", "create"): (TOLD, "create events.events.k8s.io"),
+    (EVENT, "events", "create"): (REPORTED, "create events.events.k8s.io"),
     (CORE, "pods", "list"): (POD_SEEN, "list pods"),
     (CORE, "pods", "watch"): (POD_SEEN, "watch pods"),
     (LEASE, "leases", "watch"): (FOLLOWED, "watch leases.coordination.k8s.io"),
 }
 
 
-class Life:
-    """One node's life in steps; step is the one that is under way, "" after the last."""
+class NodeRun:
+    """A run of one node through all steps. step: the current step, "" after the last."""
 
     def __init__(self, admin: KubeClient, node: SimNode, clock: ScaledClock, refusals: Sequence[KubeError]) -> None:
         self._admin, self._node, self.clock, self._refusals = admin, node, clock, refusals
         self.step = OFFERED
-        self.task = asyncio.create_task(self._live(), name="life")
+        self.task = asyncio.create_task(self._run(), name="run")
 
-    async def _live(self) -> None:
+    async def _run(self) -> None:
         node, agent = self._node, self._node.agent
         assert agent is not None
         assert agent.own_pods is not None
@@ -92,10 +91,10 @@ class Life:
         await node.admit(first, {RESOURCE: 1})
         self.step = KEPT
         await self._until(lambda: agent.locks.session.written_at is not None)
-        self.step = TOLD
+        self.step = REPORTED
         (stolen,) = agent.locks.mine()
         await self._take_away(stolen.device_id)
-        await self._until_told()
+        await self._until_reported()
         node.end(first)
         self.step = COUNTED
         await self._until_counted("1")
@@ -107,77 +106,64 @@ class Life:
         (held,) = agent.locks.mine()
         await self._until(lambda: agent.claims.view[held.device_id].pod is not None)
         node.end(second)
-        with self.clock.hurried():  # a pod that the plugin may not look up is over only after 15 s
+        with self.clock.hurried():  # without the right to list pods a release takes 15 s
             await self._until(lambda: agent.locks.locks[held.device_id].holder == "")
         self.step = POD_SEEN
         pods = agent.own_pods
-        with mock.patch.object(pods, "apply", wraps=pods.apply) as told:
+        with mock.patch.object(pods, "apply", wraps=pods.apply) as applied:
             pod = await self._make_pod()
             await self._until(
                 lambda: (
                     pods.find(pod.namespace, pod.name) == pod
-                    and any(call.args[0]["object"]["metadata"].get("uid") == pod.uid for call in told.call_args_list)
+                    and any(call.args[0]["object"]["metadata"].get("uid") == pod.uid for call in applied.call_args_list)
                 )
             )
         self.step = ""
 
     async def refused_again(self, count: int) -> None:
-        """Waits until the API server has refused the plugin something so many times more."""
+        """Waits until the API server has refused `count` more requests of the plugin."""
         before = len(self._refusals)
         async with asyncio.timeout(PATIENCE_S):
             await self._until(lambda: len(self._refusals) - before >= count)
 
     async def _until(self, condition: Callable[[], bool]) -> None:
-        while not condition():  # noqa: ASYNC110 - what is waited for has no event in common
-            await asyncio.sleep(_POLL_S)
+        while not condition():  # noqa: ASYNC110 - the conditions have no common event
+            await asyncio.sleep(POLL_S)
 
     async def _until_counted(self, count: str) -> None:
-        name = self._node.resource(RESOURCE)
-        while True:
-            node = await self._admin.request("get", f"/api/v1/nodes/{self._node.name}", resource="nodes")
-            if node["status"].get("allocatable", {}).get(name) == count:
-                return
-            await asyncio.sleep(_POLL_S)
+        while await allocatable(self._admin, self._node.name, self._node.resource(RESOURCE)) != count:  # noqa: ASYNC110
+            await asyncio.sleep(POLL_S)
 
     async def _take_away(self, device_id: str) -> None:
-        """Takes the lock when the plugin has noted port and pod on it: a later write would show it the loss."""
+        """Takes the lock once it names port and pod: a later write of the plugin would detect the loss."""
         while True:
             lease = await self._admin.request("get", f"{LEASES}/{device_id}", resource="leases")
             notes = lease["metadata"]["annotations"]
             if notes.get(record.PORT) and notes.get(record.POD):
                 break
-            if any(error.verb == "update" for error in self._refusals):  # nothing is noted without that right
+            if any(error.verb == "update" for error in self._refusals):  # the plugin can write neither
                 break
         lease["spec"]["holderIdentity"] = "somebody-else"
         await self._admin.request("update", f"{LEASES}/{device_id}", resource="leases", body=lease)
 
-    async def _until_told(self) -> None:
+    async def _until_reported(self) -> None:
         path = "/apis/events.k8s.io/v1/events"
         while True:
             events = (await self._admin.list(path, resource="events"))["items"]
             if any(event.get("reportingInstance") == self._node.name for event in events):
                 return
-            await asyncio.sleep(_POLL_S)
+            await asyncio.sleep(POLL_S)
 
     async def _make_pod(self) -> PodRef:
-        body = {
-            "apiVersion": "v1",
-            "kind": "Pod",
-            "metadata": {"generateName": "seen-"},
-            "spec": {"nodeName": self._node.name, "containers": [{"name": "c", "image": "i"}]},
-        }
-        path = f"/api/v1/namespaces/{DEPRIVED}/pods"
-        made = (await self._admin.request("create", path, resource="pods", body=body))["metadata"]
-        return PodRef(made["namespace"], made["name"], made["uid"])
+        return await make_pod(self._admin, self._node.name, namespace=DEPRIVED, account="default")
 
 
 @contextlib.asynccontextmanager
-async def living(cluster: Cluster, admin: KubeClient, name: str, token: str) -> AsyncIterator[Life]:
-    """A node with two devices, with all that a plugin process has to do with the API server."""
+async def node_run(cluster: Cluster, admin: KubeClient, name: str, token: str) -> AsyncIterator[NodeRun]:
+    """Runs a node with two devices and with everything in a plugin process that uses the API server."""
     async with contextlib.AsyncExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="u-")))
-        body = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": name}}
-        await admin.request("create", "/api/v1/nodes", resource="nodes", body=body)
+        await make_node(admin, name)
         refusals: list[KubeError] = []
         client = await connect(cluster.kubeconfig(token), on_error=refusals.append)
         stack.push_async_callback(client.close)
@@ -197,38 +183,38 @@ async def living(cluster: Cluster, admin: KubeClient, name: str, token: str) -> 
         node = World(directory, [name], setup)[name]
         events = EventRecorder(client, NodeIdentity(name, "boot"), SystemClock(), random.Random(name))
 
-        def noticed(notice: DeviceEvent) -> None:
-            for text, pod in events_of(notice):
+        def record_events(device_event: DeviceEvent) -> None:
+            for text, pod in events_of(device_event):
                 events.record(text, pod)
 
-        node.observer = dataclasses.replace(node.observer, on_notice=noticed)
+        node.observer = dataclasses.replace(node.observer, on_notice=record_events)
         await stack.enter_async_context(node.kubelet)
         stack.push_async_callback(node.stop)
         writer = asyncio.create_task(events.run())
         stack.push_async_callback(ended, writer)
         node.start()
-        life = Life(admin, node, clock, refusals)
-        stack.push_async_callback(ended, life.task)
-        yield life
+        run = NodeRun(admin, node, clock, refusals)
+        stack.push_async_callback(ended, run.task)
+        yield run
 
 
 async def ended(task: asyncio.Task[None]) -> None:
-    """Whatever it came to."""
+    """Cancels the task and ignores its result."""
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
 
 
-def said(caplog: pytest.LogCaptureFixture, life: Life) -> str:
-    """All that the plugin has complained of."""
+def warnings_of(run: NodeRun, caplog: pytest.LogCaptureFixture) -> str:
+    """Returns the warnings and errors of the plugin, and the error that ended the run."""
     lines = [str(vars(record)) for record in caplog.records if record.levelno >= logging.WARNING]
-    if life.task.done() and not life.task.cancelled():
-        lines.append(str(life.task.exception()))
+    if run.task.done() and not run.task.cancelled():
+        lines.append(str(run.task.exception()))
     return "\n".join(lines)
 
 
 @pytest.fixture
 async def namespace(admin: KubeClient) -> None:
-    """For the ServiceAccounts that lack a right, and for pods to be seen."""
+    """Creates a namespace for pods and for ServiceAccounts that lack a right."""
     body = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": DEPRIVED}}
     with contextlib.suppress(KubeConflict):
         await admin.request("create", "/api/v1/namespaces", resource="namespaces", body=body)
@@ -239,7 +225,7 @@ async def namespace(admin: KubeClient) -> None:
 
 
 async def deprive(admin: KubeClient, right: Right) -> str:
-    """The name of a new ServiceAccount that has all of rbac/ but this right."""
+    """Returns the name of a new ServiceAccount with all rights of rbac/ except one."""
     name = f"without-{list(MISSED).index(right)}"
     account = {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": name}}
     path = f"/api/v1/namespaces/{DEPRIVED}/serviceaccounts"
@@ -268,7 +254,7 @@ def granted_by(rule: dict[str, Any]) -> list[Right]:
 
 
 def split(rule: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rules of one right each."""
+    """Returns a rule for each right of a rule."""
     return [{"apiGroups": [g], "resources": [r], "verbs": [v]} for g, r, v in granted_by(rule)]
 
 
@@ -281,31 +267,31 @@ def test_each_right_is_granted_once_and_has_a_test() -> None:
     assert sorted(shipped_rights()) == sorted(MISSED)
 
 
-def test_check_asks_about_the_same_rights() -> None:
-    asked = [
+def test_check_verifies_exactly_the_shipped_rights() -> None:
+    checked = [
         (p.group, f"{p.resource}/{p.subresource}" if p.subresource else p.resource, p.verb)
         for p in permissions_needed(NAMESPACE, "node", publish_node_status=True)
     ]
-    assert sorted(asked) == sorted(shipped_rights())
+    assert sorted(checked) == sorted(shipped_rights())
 
 
 @pytest.mark.usefixtures("namespace")
-async def test_a_life_uses_every_right_and_no_other(
+async def test_a_run_uses_every_right_and_no_other(
     cluster: Cluster, admin: KubeClient, tokens: NodeTokens, caplog: pytest.LogCaptureFixture
 ) -> None:
-    name = f"n{uuid.uuid4().hex[:8]}-life"
-    async with living(cluster, admin, name, await tokens.of(name)) as life:
-        await asyncio.wait([life.task], timeout=2 * PATIENCE_S)
-        assert life.task.done(), f"stuck: {life.step}"
-        await life.task
-        assert "forbidden" not in said(caplog, life)
-    asked = [
+    name = f"n{uuid.uuid4().hex[:8]}-run"
+    async with node_run(cluster, admin, name, await tokens.of(name)) as run:
+        await asyncio.wait([run.task], timeout=2 * PATIENCE_S)
+        assert run.task.done(), f"stuck: {run.step}"
+        await run.task
+        assert "forbidden" not in warnings_of(run, caplog)
+    requests = [
         event
         for event in cluster.audited()
         if event["user"].get("extra", {}).get("authentication.kubernetes.io/node-name") == [name]
     ]
     used = set()
-    for event in asked:
+    for event in requests:
         reference = event["objectRef"]
         resource = "/".join(filter(None, (reference["resource"], reference.get("subresource"))))
         used.add((reference.get("apiGroup", ""), resource, event["verb"]))
@@ -315,23 +301,23 @@ async def test_a_life_uses_every_right_and_no_other(
 
 @pytest.mark.usefixtures("namespace")
 @pytest.mark.parametrize("right", MISSED, ids=" ".join)
-async def test_without_a_right_something_is_missed_and_the_log_says_what_to_grant(
+async def test_without_a_right_a_step_fails_and_the_log_says_what_to_grant(
     cluster: Cluster, admin: KubeClient, right: Right, caplog: pytest.LogCaptureFixture
 ) -> None:
     step, refused = MISSED[right]
     account = await deprive(admin, right)
     name = f"n{uuid.uuid4().hex[:8]}-less"
     token = await NodeTokens(cluster, DEPRIVED, account).of(name)
-    async with living(cluster, admin, name, token) as life:
+    async with node_run(cluster, admin, name, token) as run:
         async with asyncio.timeout(PATIENCE_S):
-            while life.step != step or f"{refused}: forbidden" not in said(caplog, life):
-                assert life.step, f"the life went on to its end without the right to {refused}"
-                await asyncio.sleep(_POLL_S)
+            while run.step != step or f"{refused}: forbidden" not in warnings_of(run, caplog):
+                assert run.step, f"the run ended without the right to {refused}"
+                await asyncio.sleep(POLL_S)
         if step == FOLLOWED:
-            # on a hurried clock the time that a refusal takes is that after which an open watch counts as established
-            await life.refused_again(REFUSALS)
+            # on a hurried clock a refused watch would last long enough to count as established
+            await run.refused_again(REFUSALS)
         else:
-            with life.clock.hurried(STUCK_S):
-                await life.clock.sleep(STUCK_S)
-        assert life.step == step
-        assert not life.task.done() or life.task.exception() is not None
+            with run.clock.hurried(STUCK_S):
+                await run.clock.sleep(STUCK_S)
+        assert run.step == step
+        assert not run.task.done() or run.task.exception() is not None

@@ -1,4 +1,4 @@
-"""The clock that a test can hurry."""
+"""Tests of the clock that a test can hurry."""
 
 from __future__ import annotations
 

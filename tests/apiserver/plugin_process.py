@@ -1,0 +1,170 @@
+"""`usbip-plugin run` as a process, with a kubelet's sockets, a USB/IP server and, if wanted, a simulated kernel."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import resource
+import signal
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+from asyncio.subprocess import DEVNULL, PIPE, Process
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.apiserver.command_line import PLUGIN
+from tests.apiserver.node_tokens import NAMESPACE
+from tests.apiserver.objects import PODS, POLL_S, configuration, make_pod
+from usbip_plugin.kube.client import KubeClient
+from usbip_plugin.model import DeviceKey, PodRef, UsbId
+from usbip_sim.kubelet.kubelet import FakeKubelet
+from usbip_sim.server.server import VirtualServer
+from usbip_sim.server.usbdevice import VirtualDevice
+
+PATIENCE_S = 20.0
+"""Seconds for an event that must come; less than the hour for which a process must not wait at its end."""
+MOST_END = 5
+"""Core-seconds from SIGTERM to the exit, divided by those of a bare interpreter; 1 was measured."""
+NODE = "node-p"
+RESOURCE = "usbip.dev/stick"
+STICK = UsbId(0x0951, 0x1666)
+
+
+@dataclass
+class PluginProcess:
+    """A plugin process on NODE with its kubelet, its configuration file and its HTTP address."""
+
+    process: Process
+    kubelet: FakeKubelet
+    config: Path
+    address: str
+    device: DeviceKey
+    log: list[str] = field(default_factory=list)
+    """The lines of the log that have been read."""
+
+    async def offered(self) -> None:
+        """Waits until the kubelet has the device, Healthy."""
+        async with asyncio.timeout(PATIENCE_S):
+            await self.kubelet.wait_for(RESOURCE, lambda devices: devices.get(self.device.id) is True)
+
+    async def admit(self, admin: KubeClient) -> PodRef:
+        """Returns a new pod that has the device, once the plugin knows the pod: otherwise a release takes 15 s."""
+        pod = await make_pod(admin, NODE, limits={RESOURCE: "1"})
+        await self.kubelet.admit(pod, {RESOURCE: 1})
+        async with asyncio.timeout(PATIENCE_S):
+            while str(pod) not in (await self.get("/api/devices"))[1]:  # noqa: ASYNC110 - another process
+                await asyncio.sleep(POLL_S)
+        return pod
+
+    async def end_pod(self, admin: KubeClient, pod: PodRef) -> None:
+        self.kubelet.end(pod)
+        body = {"apiVersion": "v1", "kind": "DeleteOptions", "gracePeriodSeconds": 0}
+        await admin.request("delete", f"{PODS}/{pod.name}", resource="pods", body=body)
+
+    async def get(self, path: str) -> tuple[int, str]:
+        """Returns status and body of a page."""
+
+        def request() -> tuple[int, str]:
+            try:
+                with urllib.request.urlopen(self.address + path, timeout=PATIENCE_S) as answer:
+                    return answer.status, answer.read().decode()
+            except urllib.error.HTTPError as error:
+                return error.code, error.read().decode()
+
+        return await asyncio.to_thread(request)
+
+    async def line(self, text: str) -> str:
+        """Reads the log until a line contains this text, and returns the line."""
+        assert self.process.stdout is not None
+        async with asyncio.timeout(PATIENCE_S):
+            while True:
+                self.log.append((await self.process.stdout.readline()).decode())
+                if text in self.log[-1]:
+                    return self.log[-1]
+                assert not self.process.stdout.at_eof(), f"the log ended without {text!r}"
+
+    async def end(self) -> None:
+        """Ends the process with SIGTERM. It must exit with 0 within PATIENCE_S and MOST_END."""
+        before, used = children_cpu_s(), cpu_s(self.process.pid)
+        self.process.send_signal(signal.SIGTERM)
+        async with asyncio.timeout(PATIENCE_S):
+            assert await self.process.wait() == 0
+        took = children_cpu_s() - before - used
+        bare = await bare_interpreter_cpu_s()
+        print(f"SIGTERM to exit: {took * 1e3:.0f} ms of processor time, a bare interpreter {bare * 1e3:.0f}")
+        assert took < MOST_END * bare
+
+
+def children_cpu_s() -> float:
+    """Returns the core-seconds of all children that have ended and been waited for."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def cpu_s(pid: int) -> float:
+    """Returns the core-seconds of a running process, those of ended threads included."""
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+async def bare_interpreter_cpu_s() -> float:
+    """Returns the core-seconds of a Python that does nothing."""
+    before = children_cpu_s()
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", "")
+    assert await process.wait() == 0
+    return children_cpu_s() - before
+
+
+@contextlib.asynccontextmanager
+async def kernel(socket: Path) -> AsyncIterator[str]:
+    """Yields the socket of a process that simulates vhci_hcd."""
+    process = await asyncio.create_subprocess_exec(*PLUGIN, "simulate", "kernel", "--socket", str(socket), stdout=PIPE)
+    try:
+        assert process.stdout is not None
+        async with asyncio.timeout(PATIENCE_S):
+            assert b"simulated kernel" in await process.stdout.readline()
+        yield str(socket)
+    finally:
+        process.kill()
+        await process.communicate()
+
+
+@contextlib.asynccontextmanager
+async def plugin(
+    kubeconfig: str, port: int, *flags: str, simulated: bool = False, **environ: str
+) -> AsyncIterator[PluginProcess]:
+    """Yields a plugin on NODE with its HTTP port. flags: more flags. simulated: with a simulated vhci_hcd."""
+    with tempfile.TemporaryDirectory(prefix="usbip-") as name:
+        home = Path(name)
+        (home / "plugins").mkdir()
+        config = home / "config.yaml"
+        async with contextlib.AsyncExitStack() as stack:
+            server = VirtualServer([VirtualDevice("1-1", STICK, configured=True)])
+            await server.start()
+            stack.push_async_callback(server.stop)
+            selector = {"vendor": f"{STICK.vendor:04x}", "product": f"{STICK.product:04x}"}
+            config.write_text(configuration(stick=[(server.key, selector)]))
+            kubelet = await stack.enter_async_context(FakeKubelet(home / "plugins", home / "pods.sock"))
+            if simulated:
+                flags += ("--simulated-kernel", await stack.enter_async_context(kernel(home / "kernel.sock")))
+            process = await asyncio.create_subprocess_exec(
+                *(*PLUGIN, "run"),
+                *("--kubeconfig", kubeconfig, "--namespace", NAMESPACE, "--node-name", NODE),
+                *("--config", str(config), "--plugin-directory", str(home / "plugins")),
+                *("--pod-resources-socket", str(home / "pods.sock"), "--listen", f"127.0.0.1:{port}"),
+                *flags,
+                stdin=DEVNULL,
+                stdout=PIPE,
+                env=os.environ | {"PYTHONUNBUFFERED": "1"} | environ,
+            )
+            try:
+                device = DeviceKey(server.key, "1-1")
+                yield PluginProcess(process, kubelet, config, f"http://127.0.0.1:{port}", device)
+            finally:
+                if process.returncode is None:
+                    process.kill()
+                await process.communicate()
