@@ -1,4 +1,4 @@
-"""The cluster under test, as tests see it: what is in it, and waiting until something is so."""
+"""The API objects of the cluster under test, and waits for conditions on them."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ _PATHS = {
 
 
 class Waited(AssertionError):
-    """It was not so in time; the text says what was."""
+    """A condition that did not hold in time. The text lists the objects there were."""
 
 
 class ClusterView:
-    """One connection to the API server. Collections by the names of _PATHS."""
+    """The objects of the cluster, read over one connection. Collections have the names in _PATHS."""
 
     def __init__(self, kube: KubeClient) -> None:
         self._kube = kube
@@ -49,33 +49,33 @@ class ClusterView:
         what: str,
         *,
         limit: float = LIMIT_S,
-        seen: Callable[[Mapping[str, Object]], None] = lambda _objects: None,
+        on_change: Callable[[Mapping[str, Object]], None] = lambda _objects: None,
     ) -> T:
-        """The first result of check that is neither None nor False, over the objects by name, at each change of one.
+        """Returns the first result of check that is neither None nor False. Checks the objects by name at each change.
 
-        seen is called with each state there was. Waited after limit seconds.
+        what: words for the error. on_change: called with each state. Raises Waited after limit seconds.
         """
         objects: dict[str, Object] = {}
         try:
             async with asyncio.timeout(limit):
                 while True:
                     with contextlib.suppress(KubeGone, KubeUnreachable):
-                        return await self._follow(collection, check, objects, seen)
+                        return await self._follow(collection, check, objects, on_change)
         except TimeoutError:
             raise Waited(f"{what}: not within {limit:g} s; there is {_short(collection, objects)}") from None
 
-    async def follow(self, collection: str, seen: Callable[[Mapping[str, Object]], None]) -> None:
-        """Calls seen with the objects by name, at first and at each change of one, until it is cancelled."""
+    async def follow(self, collection: str, on_change: Callable[[Mapping[str, Object]], None]) -> None:
+        """Calls on_change with the objects by name, at first and at each change, until it is cancelled."""
         while True:
             with contextlib.suppress(KubeGone, KubeUnreachable):
-                await self._follow(collection, lambda _objects: None, {}, seen)
+                await self._follow(collection, lambda _objects: None, {}, on_change)
 
     async def _follow(
         self,
         collection: str,
         check: Callable[[Mapping[str, Object]], T | None],
         objects: dict[str, Object],
-        seen: Callable[[Mapping[str, Object]], None],
+        on_change: Callable[[Mapping[str, Object]], None],
     ) -> T:
         path = _PATHS[collection]
         listed = await self._kube.list(path, resource=collection)
@@ -83,7 +83,7 @@ class ClusterView:
         objects.update({item["metadata"]["name"]: item for item in listed["items"]})
         params = {"resourceVersion": listed["metadata"]["resourceVersion"]}
         while True:
-            seen(objects)
+            on_change(objects)
             result = check(objects)
             if result is not None and result is not False:
                 return result
@@ -97,7 +97,7 @@ class ClusterView:
                         objects.pop(name, None)
                     else:
                         objects[name] = event["object"]
-                    seen(objects)
+                    on_change(objects)
                     result = check(objects)
                     if result is not None and result is not False:
                         return result
@@ -107,11 +107,11 @@ class ClusterView:
         return {item["metadata"]["name"]: item for item in listed["items"]}
 
     async def get(self, collection: str, name: str) -> Object:
-        """KubeNotFound."""
+        """Returns the object, or raises KubeNotFound."""
         return await self._kube.request("get", f"{_PATHS[collection]}/{name}", resource=collection)
 
     async def create(self, collection: str, body: Object) -> None:
-        """Tried again while one of that name is still going."""
+        """Creates an object once a former one of its name has gone."""
         name = body["metadata"]["name"]
 
         def gone(objects: Mapping[str, Object]) -> bool:
@@ -125,7 +125,7 @@ class ClusterView:
                 await self.until(collection, gone, f"{name} gone")
 
     async def delete(self, collection: str, name: str, *, grace: int | None = None) -> None:
-        """Asks for it; does not wait. One that is not there is no error."""
+        """Requests the deletion of an object and does not wait. Ignores one that does not exist."""
         params = {} if grace is None else {"gracePeriodSeconds": str(grace), "propagationPolicy": "Background"}
         with contextlib.suppress(KubeNotFound):
             path = f"{_PATHS[collection]}/{name}"
@@ -135,10 +135,8 @@ class ClusterView:
         path = f"{_PATHS[collection]}/{name}"
         await self._kube.request("patch", path, resource=collection, body=body)
 
-    # What tests wait for.
-
     async def pod(self, name: str, check: Callable[[Object], object], what: str, *, limit: float = LIMIT_S) -> Object:
-        """The pod as soon as check holds for it."""
+        """Returns the pod once check holds for it."""
 
         def found(objects: Mapping[str, Object]) -> Object | None:
             pod = objects.get(name)
@@ -147,7 +145,7 @@ class ClusterView:
         return await self.until("pods", found, f"pod {name} {what}", limit=limit)
 
     async def running(self, name: str, *, limit: float = LIMIT_S) -> Object:
-        """A pod that runs with all its containers ready. One that fails is waited for no longer."""
+        """Returns the pod once all its containers are ready. Raises Waited at once if it fails."""
 
         def runs(pod: Object) -> bool:
             if pod["status"].get("phase") == "Failed":
@@ -160,19 +158,16 @@ class ClusterView:
         await self.until("pods", lambda pods: name not in pods, f"pod {name} gone", limit=limit)
 
     async def allocatable(self, node: str, resource: str, count: int, *, limit: float = LIMIT_S) -> Object:
-        """The Node as soon as its status says so."""
+        """Returns the Node once its status has this count."""
         full = f"{DOMAIN}/{resource}"
 
-        def says(nodes: Mapping[str, Object]) -> Object | None:
+        def has_count(nodes: Mapping[str, Object]) -> Object | None:
             return nodes[node] if int(nodes[node]["status"]["allocatable"].get(full, -1)) == count else None
 
-        return await self.until("nodes", says, f"{count} of {full} allocatable on {node}", limit=limit)
+        return await self.until("nodes", has_count, f"{count} of {full} allocatable on {node}", limit=limit)
 
-    async def told(self, pod: Object, wanted: AbstractSet[str], *, limit: float = LIMIT_S) -> set[str]:
-        """The reasons of all Events on this very pod, as soon as the wanted ones are among them.
-
-        A plugin does first and tells then, in the background.
-        """
+    async def event_reasons(self, pod: Object, wanted: AbstractSet[str], *, limit: float = LIMIT_S) -> set[str]:
+        """Returns the reasons of all Events about a pod once they include the wanted ones: Events follow later."""
 
         def reasons(events: Mapping[str, Object]) -> set[str] | None:
             found = {one["reason"] for one in events.values() if one["regarding"].get("uid") == pod["metadata"]["uid"]}
@@ -182,7 +177,7 @@ class ClusterView:
         return await self.until("events", reasons, what, limit=limit)
 
     async def lock_of(self, node: str, *, limit: float = LIMIT_S) -> Object:
-        """A lock Lease that names the node."""
+        """Returns a lock that the node holds."""
 
         def held(leases: Mapping[str, Object]) -> Object | None:
             return next(iter(locks_of(leases, node).values()), None)
@@ -195,16 +190,15 @@ class ClusterView:
 
         await self.until("leases", free, "all locks free", limit=limit)
 
-    async def settled(self, generation: int | None = None, *, limit: float = LIMIT_S) -> None:
-        """Every plugin and every simulated kernel is ready, of the newest generation."""
+    async def settled(self, *, limit: float = LIMIT_S) -> None:
+        """Waits until every plugin and every simulated kernel is ready, in the newest generation."""
 
         def done(sets: Mapping[str, Object]) -> bool:
             return all(
                 one["status"].get("observedGeneration") == one["metadata"]["generation"]
-                and (generation is None or one["metadata"]["generation"] >= generation or name != "usbip-plugin")
                 and one["status"].get("numberReady") == one["status"]["desiredNumberScheduled"]
                 and one["status"].get("updatedNumberScheduled") == one["status"]["desiredNumberScheduled"]
-                for name, one in sets.items()
+                for one in sets.values()
             )
 
         await self.until("daemonsets", done, "the plugin ready on every node", limit=limit)
@@ -219,7 +213,7 @@ def holder(lease: Object) -> str:
 
 
 def locks_of(leases: Mapping[str, Object], node: str) -> dict[str, Object]:
-    """The locks that name the node, by name."""
+    """Returns the locks that the node holds, by name."""
     return {name: lease for name, lease in leases.items() if is_lock(lease) and holder(lease) == node}
 
 

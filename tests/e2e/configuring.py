@@ -1,4 +1,4 @@
-"""Another configuration for the plugins that run, without waiting for a minute."""
+"""Changes of the running plugins' configuration, faster than the minute a kubelet takes."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ RELOAD_S = 5
 
 
 def configure(kubectl: Kubectl, nodes: Collection[str], text: str, counts: Mapping[str, int]) -> None:
-    """The plugins' configuration from now on, until the nodes show that many of each resource. KubectlFailed.
+    """Sets the plugins' configuration and waits until the nodes show these counts. Raises KubectlFailed.
 
-    A kubelet updates a mounted ConfigMap when it next looks at the pod, about once a minute, and whenever the pod
-    changes: so it is changed, once more if the kubelet had not read the ConfigMap yet.
+    A kubelet updates a mounted ConfigMap once a minute, and whenever the pod changes. So this annotates the pods, and
+    repeats that as long as a kubelet has not read the ConfigMap.
     """
     body = yaml.safe_dump({"data": {"config.yaml": text}})
     kubectl("patch", "configmap", "usbip-plugin", "-n", PLUGIN_NAMESPACE, "--type=merge", f"--patch={body}")
     for again in range(1, RELOADS + 1):
-        kubectl("annotate", "pods", *PLUGINS, "--overwrite", f"e2e/looked-at={time.time_ns()}")
+        kubectl("annotate", "pods", *PLUGINS, "--overwrite", f"e2e/changed-at={time.time_ns()}")
         try:
             for resource, count in counts.items():
                 shown = (

@@ -1,4 +1,4 @@
-"""The plugin installed on a real cluster for all tests here, and what each test needs of it."""
+"""Fixtures for tests on a real cluster: the installed plugin, its nodes and its USB/IP server."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ LOGS = Path(os.environ.get("E2E_LOGS", ROOT / "build" / "e2e-logs"))
 RESULTS = Path(os.environ.get("E2E_RESULTS", ROOT / "build" / "e2e.json"))
 DEVICES = ("1-1=0951:1666,serial=E2E1", *(f"1-{port}=1209:0001,serial=E2E{port}" for port in (2, 3, 4, 5, 6)))
 LOCK_DURATION = 40
-"""Seconds, as in production. Only the tests of a takeover and of an outage wait for it."""
+"""Seconds, as in production. Only tests of a takeover or an outage wait that long."""
 COUNTS = {"solo": 1, "pair": 2, "jobs": 2, "named": 1}
 PROGRAMS = ("usbip-simulated-kernel", "usbip-plugin")
-"""The DaemonSets of the plugin's namespace."""
+"""DaemonSets in the plugin's namespace."""
 CONFIG = """
 resources:
   solo: [{{target: {{host: {host}}}, selector: {{bus_id: "1-1"}}}}]
@@ -98,14 +98,14 @@ def image(pytestconfig: pytest.Config) -> str:
 
 @pytest.fixture(scope="session")
 def nodes(pytestconfig: pytest.Config) -> Nodes:
-    """Skips the test where nodes cannot be handled."""
+    """Returns the control of the nodes. Skips the test without one."""
     match pytestconfig.getoption("--nodes"):
         case "kind":
             return KindNodes()
         case "lab":
             state = pytestconfig.getoption("--lab-state")
             if state is None:
-                pytest.exit("--nodes lab wants --lab-state", returncode=2)
+                pytest.exit("--nodes lab needs --lab-state", returncode=2)
             return LabNodes(state)
         case _:
             pytest.skip("needs to stop kubelets: --nodes kind or lab")
@@ -113,7 +113,7 @@ def nodes(pytestconfig: pytest.Config) -> Nodes:
 
 @dataclass(frozen=True)
 class Place:
-    """Two nodes for pods, a and b, and the one with the USB/IP server, which is not b."""
+    """Two nodes for pods, a and b, and the node of the USB/IP server with its address. The server is not on b."""
 
     a: str
     b: str
@@ -152,7 +152,7 @@ def _server(image: str, node: str) -> dict[str, Any]:
 
 
 def _plugin(image: str, address: str) -> list[dict[str, Any]]:
-    """The overlay for kind with this image, without its test server, with the tests' configuration."""
+    """Returns the overlay for kind with this image and the configuration of the tests, without its server."""
     objects = [
         one for one in render(ROOT / "deploy" / "overlays" / "kind") if one["metadata"]["name"] != "usbip-server"
     ]
@@ -167,7 +167,7 @@ def _plugin(image: str, address: str) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def installed(kubectl: Kubectl, image: str, place: Place, request: pytest.FixtureRequest) -> Iterator[None]:
-    """The plugin on every node, a USB/IP server, and the tests' namespace; removed in the end."""
+    """Installs the plugin, a USB/IP server and the namespace of the tests, and removes them in the end."""
     if kubectl("get", "namespace", PLUGIN_NAMESPACE, "--ignore-not-found", "-o", "name"):
         pytest.exit(f"namespace {PLUGIN_NAMESPACE} is there already: these tests install the plugin themselves", 2)
     kubectl.apply([{"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}}])
@@ -183,7 +183,7 @@ def installed(kubectl: Kubectl, image: str, place: Place, request: pytest.Fixtur
 
 
 def install(kubectl: Kubectl, image: str, place: Place) -> None:
-    """The plugin for all tests, and its server; returns when they are ready. KubectlFailed."""
+    """Installs the plugin and its server, and waits until both are ready. Raises KubectlFailed."""
     kubectl.apply(_plugin(image, place.address))
     start_server(kubectl, image, place)
     for name in PROGRAMS:
@@ -191,20 +191,20 @@ def install(kubectl: Kubectl, image: str, place: Place) -> None:
 
 
 def start_server(kubectl: Kubectl, image: str, place: Place) -> None:
-    """The USB/IP server with DEVICES; returns when it is ready. KubectlFailed."""
+    """Starts the USB/IP server with DEVICES, and waits until it is ready. Raises KubectlFailed."""
     kubectl.apply([_server(image, place.server)])
     kubectl("wait", "--for=condition=Ready", f"pod/{SERVER}", "-n", PLUGIN_NAMESPACE, f"--timeout={LIMIT_S:g}s")
 
 
 @pytest.fixture
 async def cluster(kubectl: Kubectl, installed: None, place: Place) -> AsyncIterator[ClusterView]:
-    """Before and after each test: no pods, no lock held, both nodes offer everything."""
+    """Yields the cluster. Before and after a test it has no pods and no held locks, and both nodes offer everything."""
     kube = await connect(kubectl.kubeconfig)
     view = ClusterView(kube)
     try:
         await _all_offered(view, place)
         yield view
-        # a finished test leaves nothing behind: what it holds must come free by itself once its pods are gone
+        # the devices of a finished test must be released without help once its pods are gone
         arguments = ["-n", NAMESPACE, "--all", "--grace-period=1", "--wait=true"]
         await asyncio.to_thread(kubectl, "delete", "deployments,jobs,pods", *arguments)
         await _all_offered(view, place)
@@ -221,7 +221,7 @@ async def _all_offered(view: ClusterView, place: Place) -> None:
 
 
 class Server:
-    """The USB/IP server: its devices come and go."""
+    """The USB/IP server, whose devices can be replaced."""
 
     def __init__(self, kubectl: Kubectl) -> None:
         self._kubectl = kubectl
@@ -240,13 +240,13 @@ def server(kubectl: Kubectl, installed: None) -> Iterator[Server]:
 
 @pytest.fixture
 def holder_spec(image: str) -> dict[str, Any]:
-    """A pod of any node that wants the one device."""
+    """Returns the spec of a pod on any node that requests the only device of `solo`."""
     return pod_spec(image, "solo")
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Any:
-    """After a failure: what the cluster looked like, in LOGS/<test>."""
+    """Writes the state of the cluster after a failure to LOGS/<test>."""
     report = yield
     if report.failed and "kubectl" in getattr(item, "funcargs", {}):
         _keep_logs(item.funcargs["kubectl"], LOGS / f"{item.name}-{report.when}")  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""The workloads of examples/ as the clusters here can run them, and the devices they are for."""
+"""The workloads of examples/, adapted to the test clusters, and their devices."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ DEVICES = (
     "2-6=04e6:5116,serial=21121234,class=0b",
     *(f"3-1.{number}=18d1:4ee7,serial={serial},class=ff4201" for number, serial in enumerate(PHONES, 1)),
 )
-"""With the ids, interfaces and texts of the real ones."""
+"""Devices with the ids, interfaces and texts of the real ones."""
 
 Object = dict[str, Any]
 
 
 def configuration(name: str, host: str) -> Object:
-    """The resources of an example, on the test's server."""
+    """Returns the resources of an example, with the test's server as target."""
     resources: Object = yaml.safe_load((EXAMPLES / name / "config.yaml").read_text(encoding="utf-8"))["resources"]
     for resource in resources.values():
         for device in resource["devices"]:
@@ -39,10 +39,9 @@ def configuration(name: str, host: str) -> Object:
 
 
 def workload(name: str, image: str) -> list[Object]:
-    """An example's objects, all of them as they are but for what needs the program itself, or storage.
+    """Returns the objects of an example, without their real program and storage.
 
-    The image is another, the command waits, nothing is asked over the network whether it is ready, and a claim is an
-    empty directory.
+    They have this image, a command that waits, no readiness probe, and empty directories instead of claims.
     """
     file = EXAMPLES / name / "workload.yaml"
     objects = [
@@ -65,7 +64,7 @@ def workload(name: str, image: str) -> list[Object]:
 
 
 def server(image: str, node: str) -> Object:
-    """A USB/IP server with DEVICES, on the network of a node."""
+    """Returns a pod with a USB/IP server that exports DEVICES on a node's network."""
     arguments = ["simulate", "server", f"--listen=0.0.0.0:{SERVER_PORT}", *(f"--device={one}" for one in DEVICES)]
     container = {
         "image": image,

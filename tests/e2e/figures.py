@@ -1,4 +1,4 @@
-"""What the suite measures, printed at its end and written to a file."""
+"""Measurements of the test run, printed at its end and written to a file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 @dataclass
 class Figures:
-    """Series of numbers by name, the unit in the name: seconds, MiB, pods."""
+    """Series of numbers by name. The name has the unit: seconds, MiB, pods."""
 
     series: dict[str, list[float]] = field(default_factory=dict)
 

@@ -1,4 +1,4 @@
-"""kubectl as a process, for what it does well: apply, exec, drain, logs."""
+"""kubectl as a process, for apply, exec, drain and logs."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ RETRY_S = 0.2
 
 
 class KubectlFailed(Exception):
-    """It ended with a status other than 0; the text is what it said."""
+    """An exit status other than 0. The text is the error output."""
 
 
 @dataclass(frozen=True)
 class Kubectl:
-    """For one cluster. Every call ends within limit seconds: subprocess.TimeoutExpired."""
+    """kubectl for one cluster. A call that exceeds its limit raises subprocess.TimeoutExpired."""
 
     kubeconfig: str
 
     def __call__(self, *arguments: str, stdin: str | None = None, limit: float = LIMIT_S) -> str:
-        """Its standard output. KubectlFailed."""
+        """Returns the standard output, or raises KubectlFailed."""
         command = ["kubectl", "--kubeconfig", self.kubeconfig, *arguments]
         done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=limit, check=False)
         if done.returncode != 0:
@@ -35,13 +35,13 @@ class Kubectl:
         return done.stdout
 
     def in_container(self, namespace: str, pod: str, container: str, script: str) -> str:
-        """The output of a shell script in a container, as soon as the kubelet of its node answers. KubectlFailed."""
+        """Returns the output of a shell script in a container, once its kubelet answers. Raises KubectlFailed."""
         deadline = time.monotonic() + ANSWERS_S
         while True:
             try:
                 return self("exec", "-n", namespace, pod, "-c", container, "--", "sh", "-c", script)
             except KubectlFailed as error:
-                # a kubelet that has just been started does not listen, or know its pods yet; nothing tells when it does
+                # a kubelet that has just started does not listen or know its pods yet, and has no event for it
                 if "unable to upgrade connection" not in str(error) or time.monotonic() > deadline:
                     raise
             time.sleep(RETRY_S)
@@ -59,7 +59,7 @@ class Kubectl:
 
 
 def render(directory: Path) -> list[dict[str, Any]]:
-    """What `kubectl apply -k` would apply."""
+    """Returns the objects that `kubectl apply -k` would apply."""
     done = subprocess.run(
         ["kubectl", "kustomize", str(directory)], capture_output=True, text=True, timeout=LIMIT_S, check=True
     )

@@ -1,11 +1,11 @@
-"""What tests do to nodes: kubelets stopped and started, processes of containers killed."""
+"""Control of a test cluster's nodes: kubelets, processes in containers, the API server."""
 
 from __future__ import annotations
 
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from usbip_plugin.kubelet.registration import identify
 
@@ -15,24 +15,23 @@ LAB = Path(__file__).parents[1] / "lab" / "cluster"
 
 PLUGIN = "usbip_plugin run"
 KERNEL = "usbip_plugin simulate kernel"
+Action = Literal["stop", "start", "restart"]
 
 
 class Nodes(Protocol):
-    """Every call ends within LIMIT_S (API server: STOP_S), with CalledProcessError if it failed."""
+    """Control of nodes. Every call ends within LIMIT_S (API server: STOP_S), with CalledProcessError if it failed."""
 
-    def stop_kubelet(self, node: str) -> None: ...
-    def start_kubelet(self, node: str) -> None: ...
-    def restart_kubelet(self, node: str) -> None: ...
+    def kubelet(self, node: str, action: Action) -> None: ...
     def kill(self, node: str, pattern: str) -> None:
-        """SIGKILL for the processes of the node's containers whose command line matches; there must be one."""
+        """Kills the processes of the node's containers whose command line matches. There must be at least one."""
         ...
 
     def pids(self, node: str, pattern: str) -> list[int]:
-        """The processes of the node's containers whose command line matches."""
+        """Returns the processes of the node's containers whose command line matches."""
         ...
 
     def run(self, node: str, *command: str) -> str:
-        """What the command says in the node's mount and network namespace, where /proc has those pids."""
+        """Returns the output of a command in the node's mount and network namespace, where /proc has those pids."""
         ...
 
 
@@ -41,22 +40,16 @@ def _run(*command: str, limit: float = LIMIT_S) -> str:
 
 
 class KindNodes:
-    """Nodes that are containers with systemd. See Nodes."""
+    """Nodes of kind, which are containers with systemd."""
 
-    def stop_kubelet(self, node: str) -> None:
-        _run("docker", "exec", node, "systemctl", "stop", "kubelet")
-
-    def start_kubelet(self, node: str) -> None:
-        _run("docker", "exec", node, "systemctl", "start", "kubelet")
-
-    def restart_kubelet(self, node: str) -> None:
-        _run("docker", "exec", node, "systemctl", "restart", "kubelet")
+    def kubelet(self, node: str, action: Action) -> None:
+        self.run(node, "systemctl", action, "kubelet")
 
     def kill(self, node: str, pattern: str) -> None:
-        _run("docker", "exec", node, "pkill", "-KILL", "-f", pattern)
+        self.run(node, "pkill", "-KILL", "-f", pattern)
 
     def pids(self, node: str, pattern: str) -> list[int]:
-        return [int(pid) for pid in _run("docker", "exec", node, "pgrep", "-f", pattern).split()]
+        return [int(pid) for pid in self.run(node, "pgrep", "-f", pattern).split()]
 
     def run(self, node: str, *command: str) -> str:
         return _run("docker", "exec", node, *command)
@@ -64,18 +57,12 @@ class KindNodes:
 
 @dataclass(frozen=True)
 class LabNodes:
-    """Nodes of tests/lab/cluster. See Nodes."""
+    """Nodes of tests/lab/cluster. state: the directory given to up.sh."""
 
     state: Path
 
-    def stop_kubelet(self, node: str) -> None:
-        self._do("stop-kubelet", node)
-
-    def start_kubelet(self, node: str) -> None:
-        self._do("start-kubelet", node)
-
-    def restart_kubelet(self, node: str) -> None:
-        self._do("restart-kubelet", node)
+    def kubelet(self, node: str, action: Action) -> None:
+        self._do(f"{action}-kubelet", node)
 
     def kill(self, node: str, pattern: str) -> None:
         self._do("kill", node, pattern)
@@ -87,21 +74,20 @@ class LabNodes:
         return self._do("exec", node, *command)
 
     def stop_api_server(self) -> None:
-        """It ends, and nothing listens on its port."""
+        """Stops the API server. Nothing listens on its port afterwards."""
         _run(str(LAB / "control.sh"), str(self.state), "stop", "apiserver", limit=STOP_S)
 
     def start_api_server(self) -> None:
-        """Returns when it is ready. One that runs is left alone."""
+        """Starts the API server unless it runs, and waits until it is ready."""
         _run(str(LAB / "control.sh"), str(self.state), "start", "apiserver", limit=STOP_S)
 
     def plugin_socket(self, node: str, resource: str) -> Path:
-        """The socket of the plugin for a resource, as this machine sees it: the newest, as a killed one's stays a
-        while."""
+        """Returns the newest socket of the plugin for a resource: that of a killed plugin stays for a while."""
         sockets = (self.state / node / "kubelet" / "device-plugins").glob(f"usbip-{resource}*.sock")
         return max((found.modified_ns, path) for path in sockets if (found := identify(path)) is not None)[1]
 
     def pod_log(self, node: str, namespace: str, pod: str) -> list[str]:
-        """What the containers of a pod have said, from the files the node keeps: no API server is asked."""
+        """Returns the log of a pod's containers from the node's files, without the API server."""
         files = (self.state / node / "logs").glob(f"{namespace}_{pod}_*/*/*.log")
         return [line.split(" ", 3)[3] for file in files for line in file.read_text().splitlines()]
 

@@ -1,8 +1,8 @@
-"""Where pods were bound and how they ended, against what their nodes offered, in the order of the API server.
+"""Bindings and ends of pods compared with the counts of their nodes, in the order of the API server's writes.
 
-Resource versions are compared as numbers, across pods and nodes. Clients must not do that: to them a version is opaque.
-In these tests it is sound. Every object is in one etcd, and its version is the revision of the write, which one counter
-numbers. Of two writes the one with the higher number came later, whatever a slow machine does to those who watch.
+This compares resource versions as numbers, across pods and nodes. Clients must not: to them a version is opaque. Here
+it is sound. Every object is in one etcd, and a version is the revision of the write. Of two writes the one with the
+higher number came later, however late a slow machine sees them.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from tests.e2e.cluster import DOMAIN, LIMIT_S, ClusterView, Object, Waited, fail
 
 ENDED = {"Succeeded", "Failed"}
 DENIED = "is held by"
-"""In the message of a pod whose Allocate failed since another node has the device."""
+"""Part of the message of a pod whose Allocate failed because another node has the device."""
 
 
 @dataclass
 class Placement:
-    """One pod that asks for the resource. bound, ended: the resource versions of the writes that said so."""
+    """One pod that requests the resource. bound, ended: the resource versions of the writes of binding and end."""
 
     name: str
     wants: int
     node: str = ""
     bound: int | None = None
     watched: bool = True
-    """Whether the binding itself was seen. Otherwise it is older than `bound`."""
+    """Whether the watch saw the binding. Otherwise the binding is older than `bound`."""
     ended: int | None = None
     failure: str | None = None
     """The message of a pod that failed."""
 
 
 class Placements:
-    """What has been written of a resource: its pods, and the counts that nodes offer."""
+    """The writes that concern a resource: of its pods, and of the counts of nodes."""
 
     def __init__(self, resource: str) -> None:
         self._resource = f"{DOMAIN}/{resource}"
@@ -54,7 +54,7 @@ class Placements:
                 self._versions[uid] = version
                 self._see_pod(uid, one, version)
         for uid in self._pods.keys() - now.keys():
-            # gone without having ended: at the latest after the last that was seen of it
+            # deleted without an end: count its last version as the end
             self._pods[uid].ended = self._pods[uid].ended or self._versions[uid]
         self._changed.set()
 
@@ -84,7 +84,7 @@ class Placements:
         self._changed.set()
 
     async def until_seen(self, versions: Mapping[str, int]) -> None:
-        """Until these versions, or later ones, have been seen. Waited after LIMIT_S."""
+        """Waits until these versions, or later ones, have been seen. Raises Waited after LIMIT_S."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LIMIT_S):
                 while missing := {key for key, version in versions.items() if self._versions.get(key, 0) < version}:
@@ -94,16 +94,16 @@ class Placements:
         raise Waited(f"not seen in time: {missing}")
 
     def offered(self, node: str, version: int) -> int:
-        """What the Node's status said at a version."""
+        """Returns the count in the Node's status at a version."""
         return next((count for at, count in reversed(self._offers.get(node, ())) if at <= version), 0)
 
     def failures(self) -> list[Placement]:
         return [pod for pod in self._pods.values() if pod.failure is not None]
 
     def without_room(self) -> list[Placement]:
-        """Failed pods that were bound after their Node's status said that there is nothing for them.
+        """Returns failed pods that were bound although their Node's status had no device left for them.
 
-        The scheduler may know that status a moment later than it was written.
+        The scheduler may see a status a moment after it was written.
         """
         return [
             pod
@@ -123,10 +123,10 @@ class Placements:
         return self.offered(pod.node, version) - taken
 
     def repeated(self) -> list[Placement]:
-        """Failed pods on the node of one that had failed before they were bound, while the Node offered what it did.
+        """Returns failed pods that were bound after another failed on their node, without a new count in between.
 
-        A plugin has the lower count on its way when it, or the kubelet, refuses a pod. It is written before the next
-        pod has been made, placed and bound.
+        When the plugin or the kubelet refuses a pod, the plugin writes the lower count. That must be done before the
+        next pod is created and bound.
         """
         failures = [pod for pod in self.failures() if pod.bound is not None and pod.watched]
         return [
@@ -141,10 +141,10 @@ class Placements:
             )
         ]
 
-    def denied_in_silence(self, devices: int) -> list[Placement]:
-        """Denied pods whose Node offered all devices of the resource, so many, from the binding to the failure.
+    def denied_unpublished(self, devices: int) -> list[Placement]:
+        """Returns denied pods whose Node had the count of all devices from the binding to the failure.
 
-        A plugin writes the lower count before it answers the Allocate: the next pod is not bound there.
+        The plugin must write the lower count before it answers the Allocate, so that no other pod is bound there.
         """
         found = []
         for pod in self.failures():
@@ -158,7 +158,7 @@ class Placements:
 
 @contextlib.asynccontextmanager
 async def followed(cluster: ClusterView, resource: str) -> AsyncIterator[Placements]:
-    """Pods and nodes are followed in the block."""
+    """Follows pods and nodes during the block."""
     placements = Placements(resource)
     followers = [
         asyncio.create_task(cluster.follow("pods", placements.see_pods)),
@@ -176,7 +176,7 @@ async def followed(cluster: ClusterView, resource: str) -> AsyncIterator[Placeme
 
 
 async def caught_up(cluster: ClusterView, placements: Placements) -> None:
-    """Until all that is written by now has been seen."""
+    """Waits until every write so far has been seen."""
     pods, nodes = await cluster.all("pods"), await cluster.all("nodes")
     versions = {one["metadata"]["uid"]: int(one["metadata"]["resourceVersion"]) for one in pods.values()}
     versions |= {name: int(node["metadata"]["resourceVersion"]) for name, node in nodes.items()}

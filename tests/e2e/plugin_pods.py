@@ -1,4 +1,4 @@
-"""The plugin's pods as the API server has them: which there is on a node, and that it has been started again."""
+"""The plugin's pods: the one on a node, its restart and its replacement."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ async def plugin_on(cluster: ClusterView, node: str) -> Object:
 
 
 async def restarted(cluster: ClusterView, before: Object) -> None:
-    """The plugin's container has been started again, and is ready."""
+    """Waits until the plugin's container has been restarted and is ready."""
     name = before["metadata"]["name"]
     count = before["status"]["containerStatuses"][0]["restartCount"]
 
@@ -27,9 +27,9 @@ async def restarted(cluster: ClusterView, before: Object) -> None:
 
 
 async def replace_plugin(cluster: ClusterView, kubectl: Kubectl, node: str) -> None:
-    """The plugin's pod on the node is deleted; returns when another is ready there.
+    """Deletes the plugin's pod on the node and waits until another is ready there.
 
-    The status of the DaemonSet would not do: it says for a moment what was so before.
+    Does not use the status of the DaemonSet, which is stale for a moment.
     """
     old = (await plugin_on(cluster, node))["metadata"]["name"]
     await asyncio.to_thread(kubectl, "delete", "pod", "-n", PLUGIN_NAMESPACE, old)

@@ -1,4 +1,4 @@
-"""The plugin's process on a node, looked at from outside of it and without the API server."""
+"""The plugin's process on a node, observed by its pages, /proc and connections."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ MIB = 2**20
 _TASKS = re.compile(r"^usbip_device_plugin_tasks (\S+)$", re.MULTILINE)
 _POLLS = re.compile(r"^usbip_device_plugin_pod_resources_polls_total (\S+)$", re.MULTILINE)
 _ATTACHED = re.compile(r"^usbip_device_plugin_attached_devices\{[^}]*\} (\S+)$", re.MULTILINE)
-# A poll of the server's list is a connection, too, for some milliseconds: it is in one of the tables only.
+# A poll of the server is a connection of some milliseconds, so it is in only one of the tables.
 _TWO_TABLES = "cat /proc/net/tcp; echo --; sleep 0.3; cat /proc/net/tcp"
-# cgroup v1 has the memory controller in a tree of its own, v2 all in one
+# cgroup v1 has a tree for the memory controller, v2 one tree for all
 _LOOK = """
 set -e
 awk '$1 == "Threads:" {print "threads", $2} $1 == "RssAnon:" {print "anon", $2 * 1024}' "/proc/$1/status"
@@ -55,31 +55,31 @@ class Pages:
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
     async def get(self, path: str) -> str:
-        """OSError when there is no answer within LIMIT_S."""
+        """Returns the text of a page. Raises OSError without an answer within LIMIT_S."""
 
-        def ask() -> str:
+        def request() -> str:
             with self._opener.open(self._base + path, timeout=LIMIT_S) as answer:
                 text: str = answer.read().decode()
             return text
 
-        return await asyncio.to_thread(ask)
+        return await asyncio.to_thread(request)
 
     async def devices(self) -> list[dict[str, Any]]:
-        """The rows of /api/devices."""
+        """Returns the rows of /api/devices."""
         rows: list[dict[str, Any]] = json.loads(await self.get("/api/devices"))
         return rows
 
     async def attached(self) -> int:
-        """How many devices are attached, over all resources."""
+        """Returns the number of attached devices of all resources."""
         return int(sum(float(count) for count in _ATTACHED.findall(await self.get("/metrics"))))
 
     async def polls(self) -> int:
-        """How often the plugin has compared what it has attached with what the kubelet lists."""
+        """Returns how often the plugin has polled the kubelet's pod-resources."""
         (count,) = _POLLS.findall(await self.get("/metrics"))
         return int(float(count))
 
     async def until_polls(self, count: int) -> None:
-        """Until the plugin has polled so often. TimeoutError after LIMIT_S without a poll."""
+        """Waits for this number of polls. Raises TimeoutError after LIMIT_S without a poll."""
         polls = -1
         while polls < count:
             async with asyncio.timeout(LIMIT_S):
@@ -95,9 +95,11 @@ class Pages:
 
 @dataclass(frozen=True)
 class Usage:
-    """What a plugin has of the node. Memory in MiB: anon of the process is its own, without pages of files, which come
-    and go as the machine has room; of its cgroup the working set, which is what the kubelet goes by, the most there
-    ever was, page cache included, and the limit.
+    """Resources of a plugin's process and cgroup. Memory is in MiB.
+
+    anon: memory of the process without pages of files.
+    working_set: of the cgroup, as the kubelet counts it.
+    peak: the most of the cgroup ever, page cache included.
     """
 
     pid: int
@@ -111,7 +113,7 @@ class Usage:
 
 
 def addresses(kubectl: Kubectl) -> dict[str, str]:
-    """{node: its address}."""
+    """Returns the address of each node."""
     return {
         node["metadata"]["name"]: one["address"]
         for node in kubectl.items("nodes")
@@ -121,11 +123,11 @@ def addresses(kubectl: Kubectl) -> dict[str, str]:
 
 
 async def usage(nodes: Nodes, node: str, pages: Pages) -> Usage:
-    """Of the one plugin on the node. ValueError if it is not there, or not alone."""
+    """Returns the usage of the only plugin on the node. Raises ValueError if there is none, or several."""
     tasks = await pages.tasks()
     (pid,) = await asyncio.to_thread(nodes.pids, node, PLUGIN)
-    said = await asyncio.to_thread(nodes.run, node, "sh", "-c", _LOOK, "sh", str(pid))
-    found = {name: int(number) for name, number in (line.split() for line in said.splitlines())}
+    output = await asyncio.to_thread(nodes.run, node, "sh", "-c", _LOOK, "sh", str(pid))
+    found = {name: int(number) for name, number in (line.split() for line in output.splitlines())}
     return Usage(
         pid=pid,
         fds=found["fds"],
@@ -139,9 +141,9 @@ async def usage(nodes: Nodes, node: str, pages: Pages) -> Usage:
 
 
 async def imports(nodes: Nodes, node: str) -> frozenset[str]:
-    """The connections from the node to the USB/IP server that stand, by their local address: the ports in use.
+    """Returns the connections from the node to the USB/IP server that last, by their local address: the ports in use.
 
-    A poll of the server's list is a connection, too, for some milliseconds: what counts is there twice.
+    A poll of the server is a connection of some milliseconds, so only connections in both tables count.
     """
     looks = []
     for pause in (POLL_S, 0.0):
@@ -154,13 +156,14 @@ async def imports(nodes: Nodes, node: str) -> frozenset[str]:
 
 
 def imports_at_server(kubectl: Kubectl, server_port: int = SERVER_PORT) -> Mapping[str, frozenset[str]]:
-    """The connections that stand at a USB/IP server on the node of SERVER, by the address of the node that imports.
+    """Returns the imports at a USB/IP server on the node of SERVER, by address of the importing node.
 
-    Each is named by its port there. The server's own node is asked, through the API server. The import of a device is
-    one connection, as long as it lasts.
+    An import is one connection, named by the importing node's port. Reads the connections in the server's pod.
     """
-    said = kubectl.in_container(PLUGIN_NAMESPACE, SERVER, "server", _TWO_TABLES)
-    first, second = ({_client(row.split(), server_port) for row in table.splitlines()} for table in said.split("--\n"))
+    tables = kubectl.in_container(PLUGIN_NAMESPACE, SERVER, "server", _TWO_TABLES)
+    first, second = (
+        {_client(row.split(), server_port) for row in table.splitlines()} for table in tables.split("--\n")
+    )
     found: dict[str, set[str]] = {}
     for address, port in (first & second) - {("", "")}:
         found.setdefault(address, set()).add(port)
@@ -168,7 +171,7 @@ def imports_at_server(kubectl: Kubectl, server_port: int = SERVER_PORT) -> Mappi
 
 
 def _client(row: list[str], server_port: int) -> tuple[str, str]:
-    """Address and port of who is connected to the server, from a row of /proc/net/tcp; two empty ones if nobody."""
+    """Returns address and port of the client in a row of /proc/net/tcp, or two empty texts for other rows."""
     if len(row) < 4 or row[3] != ESTABLISHED or not row[1].endswith(f":{server_port:04X}"):
         return "", ""
     address, _, port = row[2].partition(":")

@@ -1,4 +1,4 @@
-"""Pods that come and go at random, and what disturbs them: see test_soak.py."""
+"""Random pods for the soak test, and disturbances."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from tests.e2e.workloads import pod, pod_spec
 WORKERS = 4
 LONGEST_LIFE_S = 8.0
 DELETED = 0.3
-"""The share of pods that do not end by themselves but are deleted, at any moment from their creation on."""
+"""Share of pods that are deleted at a random moment instead of ending by themselves."""
 POD_LIMIT_S = 240.0
-"""For a pod to be placed, run and gone: longer than what a restarted plugin, or three pods before it, may take."""
-# exits with 1 if the device does not give what it should, before or after the wait
+"""Seconds until a pod has ended, longer than a restarted plugin or three earlier pods may take."""
+# exits with 1 if a read of the device fails before or after the wait
 _SCRIPT = """
 trap 'exit 0' TERM
 look() {{ for device in {devices}; do [ "$(head -c 4 "$device" | wc -c)" -eq 4 ] || exit 1; done; }}
 look; sleep {life} & wait $!; look
 """
 REFUSED = ("UnexpectedAdmissionError", "OutOf")
-"""Reasons of a pod that a kubelet did not let in: no container of it ever ran."""
+"""Reasons of a pod that a kubelet refused: none of its containers ran."""
 INTERRUPTED = "context canceled"
-"""In the message of a container that was not started since its kubelet ended meanwhile. Its program never ran."""
+"""Part of the message of a container that was not started because its kubelet ended. Its program never ran."""
 
 
 @dataclass
 class Tally:
-    """How pods ended: ran, deleted, refused (with the kubelet's reason), interrupted (by a restart of the kubelet)."""
+    """Counts of pods that ran, were deleted, were refused, or were interrupted by a restart of the kubelet."""
 
     ends: Counter[str] = field(default_factory=Counter)
     messages: Counter[str] = field(default_factory=Counter)
     failed: list[str] = field(default_factory=list)
-    """Pods whose container failed: their device was not what it should be."""
+    """Pods whose container could not read its device."""
 
     @property
     def total(self) -> int:
@@ -48,7 +48,7 @@ class Tally:
 
 
 class Load:
-    """WORKERS pods at a time, each of a random resource, count, node and length of life."""
+    """WORKERS pods at a time, each with a random resource, count, node and lifetime."""
 
     def __init__(self, cluster: ClusterView, image: str, place: Place, rng: random.Random) -> None:
         self._cluster, self._image, self._rng = cluster, image, rng
@@ -57,7 +57,7 @@ class Load:
         self.tally = Tally()
 
     async def run(self, go_on: Callable[[], bool]) -> None:
-        """While go_on() holds; returns when the last pods are gone."""
+        """Runs pods while go_on() holds, and waits until the last ones are gone."""
         async with asyncio.TaskGroup() as group:
             for _ in range(WORKERS):
                 group.create_task(self._worker(go_on))
@@ -83,7 +83,7 @@ class Load:
             one = await self._cluster.get("pods", name)
             end = self._judge(one) if failed(one) else "deleted"
         else:
-            end = self._judge(await self._cluster.pod(name, _over, "over", limit=POD_LIMIT_S))
+            end = self._judge(await self._cluster.pod(name, _ended, "ended", limit=POD_LIMIT_S))
         await self._cluster.delete("pods", name, grace=rng.choice((1, 5)))
         await self._cluster.gone(name, limit=POD_LIMIT_S)
         self.tally.ends[end] += 1
@@ -103,18 +103,16 @@ class Load:
         return "failed"
 
 
-def _over(one: Object) -> bool:
+def _ended(one: Object) -> bool:
     return one["status"].get("phase") in {"Succeeded", "Failed"}
 
 
 async def disturb(
-    what: Sequence[tuple[str, Callable[[], Awaitable[None]]]], every: float, rng: random.Random, stop: asyncio.Event
+    actions: Sequence[tuple[str, Callable[[], Awaitable[None]]]], every: float, rng: random.Random, stop: asyncio.Event
 ) -> Counter[str]:
-    """These in turn, with a pause of about `every` seconds before each, until stop is set; one that has begun is
-    finished. How often each was done.
-    """
+    """Runs the actions in turn until stop is set, about `every` seconds apart. Returns how often each ran."""
     done: Counter[str] = Counter()
-    for name, action in itertools.cycle(what):
+    for name, action in itertools.cycle(actions):
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(rng.uniform(0.5, 1.5) * every):
                 await stop.wait()

@@ -1,6 +1,6 @@
-"""The API server away for longer than any lock lasts, while pods use their devices (rule R7).
+"""An outage of the API server that is longer than a lock's duration, while pods use their devices (rule R7).
 
---outage-seconds says for how long: a little more than twice the locks' duration by default, 300 for `make test-outage`.
+--outage-seconds sets its length: a little more than twice the duration by default, 300 for `make test-outage`.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from usbip_plugin.kubelet.deviceplugin_pb2_grpc import DevicePluginStub
 from usbip_plugin.model import Reason
 
 WITHDRAWN_S = 60.0
-"""For the grace of 15 s, and what a watch takes to notice on a busy machine."""
+"""Seconds for the grace of 15 s, and for a watch on a busy machine."""
 RETURN_S = 240.0
-"""For Kubernetes itself: nodes that were silent are tainted, and whoever lifts that looks again every half minute."""
+"""Seconds for Kubernetes to remove the taint of a silent node, which it tries every half minute."""
 ALLOCATE_S = 30.0
 LOOK_S = 1.0
 # one line for each 4 bytes that the device gave
@@ -43,7 +43,7 @@ echo failed
 
 @dataclass(frozen=True)
 class Node:
-    """A node that is asked directly: the API server may be away."""
+    """A node that is observed without the API server."""
 
     name: str
     lab: LabNodes
@@ -53,31 +53,32 @@ class Node:
         return await imports(self.lab, self.name)
 
     def readings(self, pod_name: str) -> int:
-        """How often the pod has read its device. It has not failed to."""
-        said = self.lab.pod_log(self.name, NAMESPACE, pod_name)
-        assert "failed" not in said
-        return sum(line.startswith("read") for line in said)
+        """Returns how often the pod has read its device. Asserts that no read failed."""
+        log = self.lab.pod_log(self.name, NAMESPACE, pod_name)
+        assert "failed" not in log
+        return sum(line.startswith("read") for line in log)
 
     async def until_reasons(self, wanted: dict[str, set[str]]) -> None:
-        """Until the plugin says these of the devices of these resources. Waited after WITHDRAWN_S."""
+        """Waits until the devices of these resources have these reasons. Raises Waited after WITHDRAWN_S."""
         found: dict[str, set[str]] = {}
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(WITHDRAWN_S):
                 while found != wanted:
-                    found = {name: why for name, why in reasons(await self.pages.devices()).items() if name in wanted}
+                    now = reasons(await self.pages.devices())
+                    found = {name: now[name] for name in now.keys() & wanted}
                     await asyncio.sleep(LOOK_S)  # a page has no event
         if found != wanted:
-            raise Waited(f"{self.name} says {found}, not {wanted}")
+            raise Waited(f"{self.name}: expected {wanted}, got {found}")
 
     async def until_read_on(self, pod_name: str, more: int = 2) -> None:
-        """The pod goes on reading from now."""
+        """Waits until the pod has read its device some more times."""
         before = self.readings(pod_name)
         async with asyncio.timeout(WITHDRAWN_S):
             while self.readings(pod_name) < before + more:  # noqa: ASYNC110 (nor has a file)
                 await asyncio.sleep(LOOK_S)
 
     async def refusal(self, resource: str, device_id: str) -> str:
-        """The message of an Allocate that must fail, asked for as the kubelet would."""
+        """Returns the message of an Allocate, sent like the kubelet does, that must fail."""
         socket = self.lab.plugin_socket(self.name, resource)
         request = pb.AllocateRequest(container_requests=[pb.ContainerAllocateRequest(devices_ids=[device_id])])
         async with grpc.aio.insecure_channel(f"unix:{socket}") as channel:
@@ -85,12 +86,12 @@ class Node:
                 answer = await DevicePluginStub(channel).Allocate(request, timeout=ALLOCATE_S)
             except grpc.aio.AioRpcError as error:
                 return error.details() or ""
-        raise AssertionError(f"{device_id} was given away: {answer}")
+        raise AssertionError(f"{device_id} was allocated: {answer}")
 
 
 @pytest.fixture
 def lab(nodes: Nodes) -> Iterator[LabNodes]:
-    """The API server runs again after the test, whatever it came to."""
+    """Yields the lab's nodes, and starts the API server again after the test."""
     if not isinstance(nodes, LabNodes):
         pytest.skip("stops the API server: --nodes lab")
     try:
@@ -100,7 +101,7 @@ def lab(nodes: Nodes) -> Iterator[LabNodes]:
 
 
 def reasons(rows: list[dict[str, Any]]) -> dict[str, set[str]]:
-    """{resource without its domain: the reasons of its devices}."""
+    """Returns the reasons of the devices of each resource, named without its domain."""
     found: dict[str, set[str]] = {}
     for row in rows:
         found.setdefault(str(row["resource"]).partition("/")[2], set()).add(str(row["reason"]))
@@ -108,7 +109,7 @@ def reasons(rows: list[dict[str, Any]]) -> dict[str, set[str]]:
 
 
 def _others_held(mine: str) -> dict[str, set[str]]:
-    """What a node says of solo and pair that has one of them, while another node has the other."""
+    """Returns the reasons on a node that has one of solo and pair while another node has the other."""
     return {name: {(Reason.ATTACHED if name == mine else Reason.HELD_ELSEWHERE).value} for name in ("solo", "pair")}
 
 
@@ -159,19 +160,19 @@ async def test_without_the_api_server_pods_go_on_nothing_new_is_given_and_all_is
 
 
 async def _sessions_after(cluster: ClusterView, lab: LabNodes) -> set[str]:
-    """The API server comes back; the nodes whose session has been renewed since."""
+    """Starts the API server. Returns the nodes once every session has been renewed."""
     await asyncio.to_thread(lab.start_api_server)
-    seen: dict[str, str] = {}
+    versions: dict[str, str] = {}
 
     def renewed(leases: Mapping[str, Object]) -> set[str] | None:
         for lease in leases.values():
             if not is_lock(lease) and holder(lease):
-                seen.setdefault(holder(lease), lease["metadata"]["resourceVersion"])
+                versions.setdefault(holder(lease), lease["metadata"]["resourceVersion"])
         found = {
             holder(lease)
             for lease in leases.values()
-            if not is_lock(lease) and holder(lease) and lease["metadata"]["resourceVersion"] != seen[holder(lease)]
+            if not is_lock(lease) and holder(lease) and lease["metadata"]["resourceVersion"] != versions[holder(lease)]
         }
-        return found if found == set(seen) else None
+        return found if found == set(versions) else None
 
     return await cluster.until("leases", renewed, "every session renewed")

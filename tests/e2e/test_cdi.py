@@ -1,4 +1,4 @@
-"""A device by CDI name, on real kubelets and containerd, with the simulated kernel's device nodes."""
+"""Devices by CDI name on real kubelets and containerd, with a simulated kernel."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from tests.e2e.containers import device_path, end_container, read_device, restar
 from tests.e2e.kubectl import Kubectl
 from tests.e2e.plugin_pods import plugin_on, replace_plugin
 from tests.e2e.plugin_process import imports_at_server
-from tests.e2e.workloads import pod, pod_spec
+from tests.e2e.workloads import pod_spec, run_pod
 
 
 async def specs(cluster: ClusterView, kubectl: Kubectl, node: str) -> list[str]:
-    """The CDI specs of the plugin's domain on a node, as the plugin's container has the node's directory."""
+    """Returns the CDI specs of the plugin's domain on a node."""
     name = (await plugin_on(cluster, node))["metadata"]["name"]
     script = f"ls /var/run/cdi | grep ^{DOMAIN}- || true"
     return kubectl("exec", "-n", PLUGIN_NAMESPACE, name, "-c", "plugin", "--", "sh", "-c", script).split()
 
 
-async def lost_and_back(cluster: ClusterView, server: Server, node: str) -> None:
-    """The device of the resource named goes away and comes back; it has other nodes then."""
+async def reconnect(cluster: ClusterView, server: Server, node: str) -> None:
+    """Removes the device of `named` from its server and brings it back. It has other nodes then."""
     server.set_devices(DEVICES[:-1])
     await cluster.allocatable(node, "named", 0)
     server.set_devices(DEVICES)
@@ -41,20 +41,19 @@ async def allocations(cluster: ClusterView, kubectl: Kubectl, node: str) -> int:
 async def test_a_container_started_again_has_the_nodes_of_the_reattached_device(
     cluster: ClusterView, kubectl: Kubectl, image: str, place: Place, server: Server
 ) -> None:
-    asked = await allocations(cluster, kubectl, place.a)
-    await cluster.create("pods", pod("named", pod_spec(image, "named", node=place.a)))
-    await cluster.running("named")
+    earlier = await allocations(cluster, kubectl, place.a)
+    await run_pod(cluster, "named", pod_spec(image, "named", node=place.a))
     read_device(kubectl, "named", "NAMED")
     before = device_path(kubectl, "named", "NAMED")
     assert before.startswith("/dev/bus/usb/")
     assert len(await specs(cluster, kubectl, place.a)) == 1
     assert await specs(cluster, kubectl, place.b) == [], "each node has its own"
 
-    await lost_and_back(cluster, server, place.a)
+    await reconnect(cluster, server, place.a)
     await restart_container(cluster, kubectl, "named")
     read_device(kubectl, "named", "NAMED")
     assert device_path(kubectl, "named", "NAMED") != before
-    assert await allocations(cluster, kubectl, place.a) == asked + 1, "the kubelet asked once"
+    assert await allocations(cluster, kubectl, place.a) == earlier + 1, "the kubelet allocates once"
 
     await cluster.delete("pods", "named")
     await cluster.unlocked()
@@ -64,24 +63,22 @@ async def test_a_container_started_again_has_the_nodes_of_the_reattached_device(
 async def test_the_spec_outlives_the_plugins_pod_and_is_rewritten_by_its_successor(
     cluster: ClusterView, kubectl: Kubectl, image: str, place: Place, server: Server
 ) -> None:
-    await cluster.create("pods", pod("named", pod_spec(image, "named", node=place.a)))
-    await cluster.running("named")
+    await run_pod(cluster, "named", pod_spec(image, "named", node=place.a))
     before = device_path(kubectl, "named", "NAMED")
     await replace_plugin(cluster, kubectl, place.a)
     await cluster.allocatable(place.a, "named", 1)
     await restart_container(cluster, kubectl, "named")
     assert device_path(kubectl, "named", "NAMED") == before
-    await lost_and_back(cluster, server, place.a)
+    await reconnect(cluster, server, place.a)
     await restart_container(cluster, kubectl, "named", 2)
     read_device(kubectl, "named", "NAMED")
     assert device_path(kubectl, "named", "NAMED") != before
 
 
-async def test_a_device_that_is_away_keeps_the_container_from_starting_and_is_named(
+async def test_a_lost_device_keeps_the_container_from_starting_and_the_message_names_it(
     cluster: ClusterView, kubectl: Kubectl, image: str, place: Place, server: Server
 ) -> None:
-    await cluster.create("pods", pod("named", pod_spec(image, "named", node=place.a)))
-    await cluster.running("named")
+    await run_pod(cluster, "named", pod_spec(image, "named", node=place.a))
     server.set_devices(DEVICES[:-1])
     await cluster.allocatable(place.a, "named", 0)
     assert imports_at_server(kubectl) == {}
@@ -91,7 +88,7 @@ async def test_a_device_that_is_away_keeps_the_container_from_starting_and_is_na
         state: Mapping[str, Any] = one["status"]["containerStatuses"][0]["state"].get("waiting", {})
         return state.get("message") if "not attached" in state.get("message", "") else None
 
-    found = await cluster.pod("named", waiting, "told why it does not start")
+    found = await cluster.pod("named", waiting, "with a message why it does not start")
     message = found["status"]["containerStatuses"][0]["state"]["waiting"]["message"]
     assert f"1-6 is not attached to node {place.a}" in message
     server.set_devices(DEVICES)

@@ -1,4 +1,4 @@
-"""examples/ on real kubelets, each as it is but for the program: pods are Ready and find what the READMEs say."""
+"""examples/ on real kubelets without their real programs: pods become Ready and have what the READMEs say."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ NAME = "app.kubernetes.io/name"
 
 
 @dataclass(frozen=True)
-class Promise:
-    """What an example's README says of its container. paths: {path: mode, user, group}, as ls shows them; None: any."""
+class Expected:
+    """Statements of an example's README about its container. paths: mode, user and group as ls shows them, or None."""
 
     resource: str
     app: str
@@ -36,15 +36,15 @@ class Promise:
     absent: tuple[str, ...] = field(default=())
 
 
-PROMISES = {
-    "3d-printer": Promise(
+EXAMPLES = {
+    "3d-printer": Expected(
         "printer3d",
         "octoprint",
         "octoprint",
         {"USBIP_PRINTER3D_0_TTY": "/dev/ttyUSB0"},
         {"/dev/ttyUSB0": None, "$USBIP_PRINTER3D_0_DEVICE": None},
     ),
-    "zigbee-home-assistant": Promise(
+    "zigbee-home-assistant": Expected(
         "zigbee",
         "home-assistant",
         "home-assistant",
@@ -52,7 +52,7 @@ PROMISES = {
         {BY_ID: None, "/dev/zigbee": None},
         absent=("/dev/ttyUSB*",),
     ),
-    "licence-dongle": Promise(
+    "licence-dongle": Expected(
         "licence",
         "licence-server",
         "server",
@@ -60,7 +60,7 @@ PROMISES = {
         {"/dev/hidraw0": "crw-rw---- 0 2000"},
         frozenset({"10001", "2000"}),
     ),
-    "webcam": Promise(
+    "webcam": Expected(
         "webcam",
         "webcam",
         "go2rtc",
@@ -69,7 +69,7 @@ PROMISES = {
         frozenset({"10001", "44"}),
         absent=("/dev/snd", "/dev/video2"),
     ),
-    "smart-card-reader": Promise(
+    "smart-card-reader": Expected(
         "card-reader",
         "signer",
         "pcscd",
@@ -77,15 +77,15 @@ PROMISES = {
         {"$USBIP_CARD_READER_0_DEVICE": None},
     ),
 }
-COUNTS = {promise.resource: 1 for promise in PROMISES.values()} | {"phone": len(PHONES)}
+COUNTS = {expected.resource: 1 for expected in EXAMPLES.values()} | {"phone": len(PHONES)}
 
 
 @pytest.fixture(scope="module")
 def offered(kubectl: Kubectl, installed: None, image: str, place: Place) -> Iterator[None]:
-    """The devices of the examples, in the configuration besides those of all tests."""
+    """Adds the devices of the examples to the configuration."""
     usual = CONFIG.format(host=place.address, duration=LOCK_DURATION)
     config = yaml.safe_load(usual)
-    for name in (*PROMISES, "phone-farm"):
+    for name in (*EXAMPLES, "phone-farm"):
         config["resources"].update(configuration(name, place.address))
     pod = server(image, place.server)
     kubectl.apply([pod])
@@ -101,47 +101,47 @@ def of_app(pods: Mapping[str, Object], app: str) -> list[Object]:
 
 
 def attached(kubectl: Kubectl) -> int:
-    """How many devices of the examples' server are imported: what a container reads goes on without its device."""
+    """Returns how many devices of the examples' server are imported."""
     return sum(len(ports) for ports in imports_at_server(kubectl, SERVER_PORT).values())
 
 
-def found_in(kubectl: Kubectl, pod: Object, promise: Promise) -> tuple[dict[str, str], dict[str, str], set[str]]:
-    """Variables, paths as ls shows them, and groups, as the container has them; each path can be opened and read."""
+def found_in(kubectl: Kubectl, pod: Object, expected: Expected) -> tuple[dict[str, str], dict[str, str], set[str]]:
+    """Returns variables, paths as ls shows them, and groups of a container. Each path must be readable."""
     script = "env; echo --; "
-    for path in promise.paths:
+    for path in expected.paths:
         script += f'ls -ln "{path}" | awk \'{{print $1, $3, $4}}\'; head -c 1 "{path}" >/dev/null && echo read; '
-    script += "echo --; id -G; echo --; ls -d " + " ".join(promise.absent or ("/none",)) + " 2>/dev/null || true"
-    arguments = ["exec", "-n", NAMESPACE, pod["metadata"]["name"], "-c", promise.container, "--", "sh", "-c", script]
+    script += "echo --; id -G; echo --; ls -d " + " ".join(expected.absent or ("/none",)) + " 2>/dev/null || true"
+    arguments = ["exec", "-n", NAMESPACE, pod["metadata"]["name"], "-c", expected.container, "--", "sh", "-c", script]
     env, paths, groups, absent = kubectl(*arguments).split("--\n")
     lines = paths.splitlines()
-    assert lines[1::2] == ["read"] * len(promise.paths), paths
+    assert lines[1::2] == ["read"] * len(expected.paths), paths
     assert not absent.strip()
     variables = dict(line.split("=", 1) for line in env.splitlines() if "=" in line)
-    return variables, dict(zip(promise.paths, lines[::2], strict=True)), set(groups.split())
+    return variables, dict(zip(expected.paths, lines[::2], strict=True)), set(groups.split())
 
 
 @pytest.mark.usefixtures("offered")
-async def test_the_examples_run_side_by_side_and_find_what_their_readmes_say(
+async def test_the_examples_run_side_by_side_and_have_what_their_readmes_say(
     cluster: ClusterView, kubectl: Kubectl, image: str, figures: Figures
 ) -> None:
-    objects = [one for name in PROMISES for one in workload(name, image)]
+    objects = [one for name in EXAMPLES for one in workload(name, image)]
     begin = time.monotonic()
     kubectl.apply(objects)
     try:
-        for name, promise in PROMISES.items():
+        for name, expected in EXAMPLES.items():
 
-            def ready(pods: Mapping[str, Object], app: str = promise.app) -> Object | None:
+            def ready(pods: Mapping[str, Object], app: str = expected.app) -> Object | None:
                 return next((one for one in of_app(pods, app) if is_ready(one)), None)
 
             pod = await cluster.until("pods", ready, f"{name} ready")
-            env, paths, groups = found_in(kubectl, pod, promise)
-            assert promise.env.items() <= env.items(), name
-            assert {path: shown for path, shown in paths.items() if promise.paths[path] is not None} == {
-                path: shown for path, shown in promise.paths.items() if shown is not None
+            env, paths, groups = found_in(kubectl, pod, expected)
+            assert expected.env.items() <= env.items(), name
+            assert {path: shown for path, shown in paths.items() if expected.paths[path] is not None} == {
+                path: shown for path, shown in expected.paths.items() if shown is not None
             }, name
-            assert promise.groups <= groups, name
-        assert attached(kubectl) == len(PROMISES)
-        figures.add("five examples ready and looked at, s", time.monotonic() - begin)
+            assert expected.groups <= groups, name
+        assert attached(kubectl) == len(EXAMPLES)
+        figures.add("five examples ready and inspected, s", time.monotonic() - begin)
     finally:
         kubectl("delete", "--ignore-not-found", "-f", "-", stdin=yaml.safe_dump_all(objects))
     await cluster.unlocked()
@@ -154,7 +154,7 @@ async def test_ten_pods_of_the_phone_farm_have_ten_phones_on_both_nodes(
     objects = workload("phone-farm", image)
     failures: set[str] = set()
 
-    def seen(pods: Mapping[str, Object]) -> None:
+    def note_failed(pods: Mapping[str, Object]) -> None:
         failures.update(str(one["metadata"]["uid"]) for one in pods.values() if failed(one))
 
     def all_ready(pods: Mapping[str, Object]) -> list[Object] | None:
@@ -164,7 +164,7 @@ async def test_ten_pods_of_the_phone_farm_have_ten_phones_on_both_nodes(
     begin = time.monotonic()
     kubectl.apply(objects)
     try:
-        farm = await cluster.until("pods", all_ready, "ten phones", limit=FARM_S, seen=seen)
+        farm = await cluster.until("pods", all_ready, "ten phones", limit=FARM_S, on_change=note_failed)
         figures.add("phone farm of ten ready, s", time.monotonic() - begin)
         figures.add("failed pods of the phone farm", len(failures))
         assert {one["spec"]["nodeName"] for one in farm} == {place.a, place.b}

@@ -1,6 +1,6 @@
-"""What README.md and docs/howto say of installing, upgrading, moving over and uninstalling, on real kubelets.
+"""Install, upgrade, migration and uninstall as in README.md and docs/howto, on real kubelets.
 
-The plugin of the other tests is uninstalled before each test here, and back after the last.
+Each test first uninstalls the plugin of the other tests, and the last one installs it again.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from tests.e2e.containers import read_device
 from tests.e2e.kubectl import Kubectl, render
 from tests.e2e.nodes import LabNodes, Nodes
 from tests.e2e.plugin_process import imports_at_server
-from tests.e2e.test_restarts import identity, same
-from tests.e2e.workloads import pod, pod_spec
+from tests.e2e.test_restarts import Identity, identity, same
+from tests.e2e.workloads import pod, pod_spec, run_pod
 from usbip_plugin.kube.client import connect
 
 HELM_S = 150.0
@@ -37,7 +37,7 @@ HELM_UNINSTALL = "helm uninstall usbip-plugin -n usbip-system"
 GO_CONFIG_MAP = "usbip-devices"
 GO_NAMESPACE = "kube-system"
 GO_DOMAIN = "usbip.dev.mvalvekens.be"
-TAKE_ALONG = r"kubectl -n kube-system get configmap usbip-devices -o jsonpath='{.data.config\.yaml}'"
+COPY_CONFIG = r"kubectl -n kube-system get configmap usbip-devices -o jsonpath='{.data.config\.yaml}'"
 # in the format that the Go program reads, with its default domain
 GO_CONFIG = """
 resources:
@@ -62,7 +62,7 @@ def others_plugin(kubectl: Kubectl, installed: None, image: str, place: Place) -
 
 @pytest.fixture
 async def bare(kubectl: Kubectl) -> AsyncIterator[ClusterView]:
-    """A cluster without the plugin; no pods when the test is over."""
+    """Yields a cluster without the plugin, and deletes its pods after the test."""
     _remove_everything(kubectl)
     kube = await connect(kubectl.kubeconfig)
     try:
@@ -74,13 +74,13 @@ async def bare(kubectl: Kubectl) -> AsyncIterator[ClusterView]:
 
 
 def _remove_everything(kubectl: Kubectl) -> None:
-    """The objects of all ways to install. Those of the chart have the same names."""
+    """Deletes the objects of every way to install: those of the chart have the names of the overlay."""
     kubectl("delete", "--ignore-not-found", "-k", str(ROOT / OVERLAY))
 
 
 @pytest.fixture
 def helm(kubectl: Kubectl) -> Helm:
-    """helm, for this cluster; its output. Fails the test with what helm said."""
+    """Returns a function that runs helm for this cluster and returns its output."""
     found = shutil.which("helm")
     if found is None:
         build = ROOT / "tests" / "lab" / "cluster" / "build.sh"
@@ -98,7 +98,7 @@ def helm(kubectl: Kubectl) -> Helm:
 
 @pytest.fixture
 def old_image(pytestconfig: pytest.Config, nodes: Nodes, image: str, place: Place) -> str:
-    """The image of another version, or, if none was given, this one under another name: a rollout all the same."""
+    """Returns the image of another version, or if none was given, this image under another name."""
     given = pytestconfig.getoption("--old-image")
     if given is not None:
         return str(given)
@@ -113,7 +113,7 @@ def old_image(pytestconfig: pytest.Config, nodes: Nodes, image: str, place: Plac
 
 
 def _flags(tmp_path: Path, place: Place, image: str) -> list[str]:
-    """What a cluster here needs besides the flags of the documents."""
+    """Returns the flags that a test cluster needs besides those of the documents."""
     config = tmp_path / "config.yaml"
     config.write_text(CONFIG.format(host=place.address, duration=LOCK_DURATION), encoding="utf-8")
     repository, _, tag = image.rpartition(":")
@@ -122,7 +122,7 @@ def _flags(tmp_path: Path, place: Place, image: str) -> list[str]:
 
 
 def _start_kernels(kubectl: Kubectl, image: str) -> None:
-    """A simulated kernel on each node, apart from what Helm installs: a real one is not upgraded with the plugin."""
+    """Starts a simulated kernel on each node, apart from Helm: an upgrade of the plugin must not replace it."""
     kubectl("create", "namespace", PLUGIN_NAMESPACE)
     kernel = [one for one in render(ROOT / OVERLAY) if one["metadata"]["name"] == "usbip-simulated-kernel"]
     for one in kernel:
@@ -137,13 +137,28 @@ def _rolled_out(kubectl: Kubectl) -> None:
         kubectl(*status, limit=ROLLOUT_S + LIMIT_S)
 
 
+def _install_with_helm(kubectl: Kubectl, helm: Helm, image: str, place: Place, flags: list[str]) -> None:
+    """Installs as in README.md, with a simulated kernel on each node and a USB/IP server."""
+    _start_kernels(kubectl, image)
+    helm(*shlex.split(HELM_INSTALL)[1:], *flags)
+    start_server(kubectl, image, place)
+    _rolled_out(kubectl)
+
+
+async def _keeper(cluster: ClusterView, kubectl: Kubectl, image: str, place: Place) -> Identity:
+    """Starts a pod `keeper` on node a that holds the device of `solo`."""
+    await cluster.allocatable(place.a, "solo", 1)
+    await cluster.create("pods", pod("keeper", pod_spec(image, "solo", node=place.a)))
+    return await identity(cluster, kubectl, "keeper", place.a)
+
+
 def _left(kubectl: Kubectl, objects: list[Object]) -> list[str]:
-    """Which of them there are."""
+    """Returns the names of the objects that exist."""
     return kubectl("get", "--ignore-not-found", "-o", "name", "-f", "-", stdin=yaml.safe_dump_all(objects)).split()
 
 
 async def _images(cluster: ClusterView) -> set[str]:
-    """Of the plugins that run."""
+    """Returns the images of the running plugins."""
     plugins = await cluster.all("plugins")
     return {
         container["image"]
@@ -153,15 +168,14 @@ async def _images(cluster: ClusterView) -> set[str]:
     }
 
 
-async def test_delete_k_takes_the_namespace_and_its_leases_along_and_every_node_offers_nothing(
+async def test_delete_k_removes_the_namespace_with_its_leases_and_every_node_offers_nothing(
     bare: ClusterView, kubectl: Kubectl, image: str, place: Place
 ) -> None:
     install(kubectl, image, place)
     await bare.allocatable(place.a, "solo", 1)
-    await bare.create("pods", pod("user", pod_spec(image, "solo", node=place.a)))
-    await bare.running("user")
+    await run_pod(bare, "user", pod_spec(image, "solo", node=place.a))
     read_device(kubectl, "user")
-    # as docs/howto/upgrade.md says: first the pods, then nothing has a holder
+    # docs/howto/upgrade.md: delete the pods first, then no lock has a holder
     await bare.delete("pods", "user")
     await bare.unlocked()
 
@@ -184,14 +198,9 @@ async def test_pods_keep_their_devices_through_helm_upgrades_to_another_version_
     tmp_path: Path,
 ) -> None:
     assert HELM_INSTALL in README.read_text(encoding="utf-8")
-    _start_kernels(kubectl, image)
-    helm(*shlex.split(HELM_INSTALL)[1:], *_flags(tmp_path, place, old_image))
-    start_server(kubectl, image, place)
-    _rolled_out(kubectl)
+    _install_with_helm(kubectl, helm, image, place, _flags(tmp_path, place, old_image))
     assert await _images(bare) == {old_image}
-    await bare.allocatable(place.a, "solo", 1)
-    await bare.create("pods", pod("keeper", pod_spec(image, "solo", node=place.a)))
-    before = await identity(bare, kubectl, "keeper", place.a)
+    before = await _keeper(bare, kubectl, image, place)
 
     for version, name, node, resource in (image, "newer", place.b, "pair"), (old_image, "older", place.b, "jobs"):
         upgrade = ["upgrade", "usbip-plugin", "deploy/helm/usbip-plugin", "-n", PLUGIN_NAMESPACE]
@@ -201,13 +210,12 @@ async def test_pods_keep_their_devices_through_helm_upgrades_to_another_version_
         await bare.allocatable(place.a, "solo", 1)
         await same(bare, kubectl, "keeper", place.a, before)
         await bare.allocatable(place.b, "solo", 0)
-        # new pods have theirs, of either version
+        # new pods get devices from either version
         await bare.allocatable(node, resource, 2)
-        await bare.create("pods", pod(name, pod_spec(image, resource, node=node)))
-        await bare.running(name)
+        await run_pod(bare, name, pod_spec(image, resource, node=node))
     read_device(kubectl, "newer", "PAIR", devices=2)
     read_device(kubectl, "older", "JOBS", devices=2)
-    # each version releases what the other has locked
+    # each version releases devices that the other has locked
     for name in ("keeper", "newer", "older"):
         await bare.delete("pods", name)
     await bare.unlocked()
@@ -217,16 +225,11 @@ async def test_pods_keep_their_devices_through_helm_upgrades_to_another_version_
 async def test_helm_uninstall_leaves_pods_their_devices_and_the_leases_for_the_next_install(
     bare: ClusterView, kubectl: Kubectl, helm: Helm, image: str, place: Place, tmp_path: Path
 ) -> None:
-    """Nobody detaches a device without the plugin: the next one finds it, with its pod and its lock."""
+    """Without a plugin the device stays attached, and the next plugin adopts it with its pod and lock."""
     assert HELM_UNINSTALL in UPGRADING.read_text(encoding="utf-8")
     flags = _flags(tmp_path, place, image)
-    _start_kernels(kubectl, image)
-    helm(*shlex.split(HELM_INSTALL)[1:], *flags)
-    start_server(kubectl, image, place)
-    _rolled_out(kubectl)
-    await bare.allocatable(place.a, "solo", 1)
-    await bare.create("pods", pod("keeper", pod_spec(image, "solo", node=place.a)))
-    before = await identity(bare, kubectl, "keeper", place.a)
+    _install_with_helm(kubectl, helm, image, place, flags)
+    before = await _keeper(bare, kubectl, image, place)
 
     helm(*shlex.split(HELM_UNINSTALL)[1:])
     await bare.until("daemonsets", lambda sets: "usbip-plugin" not in sets, "no plugin")
@@ -244,7 +247,7 @@ async def test_helm_uninstall_leaves_pods_their_devices_and_the_leases_for_the_n
     helm(*shlex.split(HELM_UNINSTALL)[1:])
     leases = await bare.all("leases")
     assert [lease for lease in leases.values() if is_lock(lease) and not holder(lease)], (
-        "kept, as docs/howto/upgrade.md says"
+        "docs/howto/upgrade.md: the locks stay"
     )
     kubectl("delete", "namespace", PLUGIN_NAMESPACE)
     assert await bare.all("leases") == {}
@@ -252,24 +255,21 @@ async def test_helm_uninstall_leaves_pods_their_devices_and_the_leases_for_the_n
     assert _left(kubectl, chart_objects) == []
 
 
-async def test_the_configuration_of_the_go_program_is_taken_along_and_pods_ask_for_its_domain(
+async def test_the_configuration_of_the_go_program_works_with_its_domain(
     bare: ClusterView, kubectl: Kubectl, helm: Helm, image: str, place: Place, tmp_path: Path
 ) -> None:
-    """Steps 3, 4 and 6 of docs/howto/migrate-from-go.md. The others are about the Go program and what it left."""
+    """Follows steps 3, 4 and 6 of docs/howto/migrate-from-go.md. The others need the Go program and a real kernel."""
     guide = MIGRATING.read_text(encoding="utf-8")
-    assert TAKE_ALONG in guide
+    assert COPY_CONFIG in guide
     assert f"--set domain={GO_DOMAIN}" in guide
     go = {"name": GO_CONFIG_MAP, "namespace": GO_NAMESPACE}
     data = {"config.yaml": GO_CONFIG.replace("HOST", place.address)}
     kubectl.apply([{"apiVersion": "v1", "kind": "ConfigMap", "metadata": go, "data": data}])
     try:
         flags = _flags(tmp_path, place, image)
-        _start_kernels(kubectl, image)
-        taken = kubectl(*shlex.split(TAKE_ALONG)[1:])
-        (tmp_path / "config.yaml").write_text(taken, encoding="utf-8")
-        helm(*shlex.split(HELM_INSTALL)[1:], *flags, "--set", f"domain={GO_DOMAIN}")
-        start_server(kubectl, image, place)
-        _rolled_out(kubectl)
+        copied = kubectl(*shlex.split(COPY_CONFIG)[1:])
+        (tmp_path / "config.yaml").write_text(copied, encoding="utf-8")
+        _install_with_helm(kubectl, helm, image, place, [*flags, "--set", f"domain={GO_DOMAIN}"])
         full = f"{GO_DOMAIN}/some-device"
 
         def offered(nodes: Mapping[str, Object]) -> bool:
@@ -278,8 +278,7 @@ async def test_the_configuration_of_the_go_program_is_taken_along_and_pods_ask_f
         await bare.until("nodes", offered, f"{full} on {place.a}")
         spec = pod_spec(image, None, node=place.a)
         spec["containers"][0]["resources"] = {"limits": {full: 1}}
-        await bare.create("pods", pod("moved", spec))
-        await bare.running("moved")
+        await run_pod(bare, "moved", spec)
         read_device(kubectl, "moved", "SOME_DEVICE")
         await bare.delete("pods", "moved")
         await bare.unlocked()

@@ -1,4 +1,4 @@
-"""What becomes of pods whose device was away, on real kubelets: one has its path again, one is evicted."""
+"""Pods that lose their device for a while, on real kubelets: one has its path again, one is evicted."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LOST = ("2-1=10c4:ea60,serial=KEPT", "2-2=1209:0002,serial=MOVED")
 
 @pytest.fixture(scope="module")
 def losing(kubectl: Kubectl, installed: None, place: Place) -> Iterator[Server]:
-    """Two devices more, both of resources that evict: of one the tty counts, of the other the USB node."""
+    """Adds two devices whose resources evict: `kept` needs its tty, `moved` its USB node."""
     usual = CONFIG.format(host=place.address, duration=LOCK_DURATION)
     config = yaml.safe_load(usual)
     for name, busid, children in ("kept", "2-1", ["tty"]), ("moved", "2-2", []):
@@ -51,7 +51,7 @@ async def test_a_pod_goes_on_with_its_path_and_one_without_is_evicted_and_its_su
 
         pods[name] = await cluster.until("pods", ready, f"{name} ready")
         read_device(kubectl, pods[name]["metadata"]["name"], name.upper())
-        await cluster.told(pods[name], {"DeviceAttached"})  # from now on its plugin knows whose the device is
+        await cluster.event_reasons(pods[name], {"DeviceAttached"})  # the plugin knows the pod from now on
     kept, moved = pods["kept"], pods["moved"]
 
     losing.set_devices(DEVICES)
@@ -64,14 +64,14 @@ async def test_a_pod_goes_on_with_its_path_and_one_without_is_evicted_and_its_su
 
     new = await cluster.until("pods", successor, "a successor of moved")
     read_device(kubectl, new["metadata"]["name"], "MOVED")
-    await cluster.told(moved, {"DeviceLost", "DeviceNodesChanged", "DevicePodEvicted"})
+    await cluster.event_reasons(moved, {"DeviceLost", "DeviceNodesChanged", "DevicePodEvicted"})
 
     await cluster.allocatable(kept["spec"]["nodeName"], "kept", 1)
     now = await cluster.get("pods", kept["metadata"]["name"])
     assert now["metadata"]["uid"] == kept["metadata"]["uid"]
     assert now["status"]["containerStatuses"][0]["restartCount"] == 0
-    told = await cluster.told(kept, {"DeviceLost", "DeviceReattached"})
-    assert not told & {"DeviceNodesChanged", "DevicePodEvicted"}
+    reasons = await cluster.event_reasons(kept, {"DeviceLost", "DeviceReattached"})
+    assert not reasons & {"DeviceNodesChanged", "DevicePodEvicted"}
     script = 'head -c 4 "$USBIP_KEPT_0_TTY" | wc -c'
     arguments = ["exec", "-n", NAMESPACE, kept["metadata"]["name"], "--", "sh", "-c", script]
     assert kubectl(*arguments).strip() == "4"

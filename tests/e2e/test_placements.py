@@ -1,4 +1,4 @@
-"""Which failed pods count, by the order of what the API server took. Needs no cluster."""
+"""Tests of Placements: which failed pods count, by the order of writes. Needs no cluster."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def node(name: str, version: int, count: int) -> Object:
 
 
 def story(*events: Object) -> Placements:
-    """What is known after these writes, each seen at once."""
+    """Returns the placements after these writes, each seen at once."""
     placements = Placements("solo")
     pods: dict[str, Object] = {}
     nodes: dict[str, Object] = {}
@@ -47,7 +47,7 @@ def names(found: list[Any]) -> list[str]:
     return [one.name for one in found]
 
 
-def test_a_pod_that_was_bound_before_its_node_said_0_lost_a_fair_race() -> None:
+def test_a_pod_bound_before_its_node_published_0_lost_a_fair_race() -> None:
     placements = story(
         node("n", 1, 1),
         pod("p", 2),
@@ -57,10 +57,10 @@ def test_a_pod_that_was_bound_before_its_node_said_0_lost_a_fair_race() -> None:
     )
     assert names(placements.failures()) == ["p"]
     assert placements.without_room() == []
-    assert placements.denied_in_silence(1) == []
+    assert placements.denied_unpublished(1) == []
 
 
-def test_a_pod_that_was_bound_after_its_node_said_0_counts_however_late_that_is_seen() -> None:
+def test_a_pod_bound_after_its_node_published_0_counts_however_late_the_count_is_seen() -> None:
     placements = story(
         pod("p", 2),
         pod("p", 4, node="n"),
@@ -79,15 +79,15 @@ def test_a_pod_beside_one_that_has_not_ended_has_no_room() -> None:
     assert after.without_room() == []
 
 
-def test_a_denial_of_which_the_node_said_nothing_before_is_named() -> None:
+def test_a_denial_before_the_lower_count_is_reported() -> None:
     denied = pod("p", 5, node="n", phase="Failed", message=DENIAL)
     refused = pod("p", 5, node="n", phase="Failed", message="cannot allocate unhealthy devices")
     begin = [node("n", 1, 1), pod("p", 2), pod("p", 3, node="n")]
-    assert names(story(*begin, denied, node("n", 6, 0)).denied_in_silence(1)) == ["p"]
-    assert story(*begin, refused).denied_in_silence(1) == []
+    assert names(story(*begin, denied, node("n", 6, 0)).denied_unpublished(1)) == ["p"]
+    assert story(*begin, refused).denied_unpublished(1) == []
 
 
-def test_a_second_failure_on_a_node_that_said_nothing_in_between_is_a_repeat() -> None:
+def test_a_second_failure_on_a_node_without_a_new_count_is_a_repeat() -> None:
     begin = [
         node("n", 1, 1),
         pod("p", 2),
@@ -101,7 +101,7 @@ def test_a_second_failure_on_a_node_that_said_nothing_in_between_is_a_repeat() -
     assert story(*begin, pod("q", 4, node="n"), failure).repeated() == [], "bound before the first had failed"
 
 
-def test_a_pod_whose_binding_was_not_seen_does_not_count() -> None:
+def test_a_pod_with_an_unseen_binding_does_not_count() -> None:
     placements = story(node("n", 1, 0), pod("p", 4, node="n"), pod("p", 5, node="n", phase="Failed", message=DENIAL))
     assert names(placements.failures()) == ["p"]
     assert placements.without_room() == []

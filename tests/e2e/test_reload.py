@@ -1,4 +1,4 @@
-"""A new ConfigMap while pods run, on real kubelets: they keep what they have, and allocatable follows."""
+"""A new ConfigMap while pods run, on real kubelets: pods keep their devices, and allocatable follows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.e2e.conftest import CONFIG, LOCK_DURATION, Place
 from tests.e2e.containers import device_path, read_device, restart_container
 from tests.e2e.kubectl import Kubectl
 from tests.e2e.plugin_pods import replace_plugin
-from tests.e2e.workloads import pod, pod_spec
+from tests.e2e.workloads import pod_spec, run_pod
 
 CHANGED = """
 resources:
@@ -24,16 +24,14 @@ resources:
     containerPath: /dev/named-{{index}}
 lock: {{duration: {duration}s}}
 """
-"""Without solo and jobs, whose devices fresh has; pair has lost one, named puts its node elsewhere."""
+"""Without solo and jobs, whose devices are in fresh. pair has one device less, and named has another path."""
 
 Reload = Callable[[str, Mapping[str, int]], None]
 
 
 @pytest.fixture
 def reload(kubectl: Kubectl, installed: None, place: Place) -> Iterator[Reload]:
-    """Another configuration, until the nodes show so many of each resource. The first one is back before the cluster
-    is looked at in the end.
-    """
+    """Returns a function that sets a configuration and waits for its counts. The first one is restored at the end."""
 
     def apply(text: str, counts: Mapping[str, int]) -> None:
         config = text.format(host=place.address, duration=LOCK_DURATION)
@@ -48,18 +46,17 @@ def capacity(node: str, resource: str, count: int) -> Callable[[Mapping[str, Obj
 
 
 async def epochs(cluster: ClusterView, node: str) -> dict[str, int]:
-    """Of the locks that name the node."""
+    """Returns the epoch of each lock that the node holds."""
     mine = locks_of(await cluster.all("leases"), node)
     return {name: one["spec"]["leaseTransitions"] for name, one in mine.items()}
 
 
-async def test_pods_go_on_through_a_reload_and_allocatable_follows(
+async def test_pods_keep_their_devices_through_a_reload_and_allocatable_follows(
     cluster: ClusterView, kubectl: Kubectl, image: str, place: Place, reload: Reload
 ) -> None:
     for name, resource in ("single", "solo"), ("couple", "pair"), ("by-name", "named"):
         count = 2 if resource == "pair" else 1
-        await cluster.create("pods", pod(name, pod_spec(image, resource, count, node=place.a)))
-        await cluster.running(name)
+        await run_pod(cluster, name, pod_spec(image, resource, count, node=place.a))
         read_device(kubectl, name, resource.upper())
     locks = await epochs(cluster, place.a)
     assert len(locks) == 4
@@ -75,22 +72,21 @@ async def test_pods_go_on_through_a_reload_and_allocatable_follows(
     for name, resource in ("single", "SOLO"), ("couple", "PAIR"), ("by-name", "NAMED"):
         read_device(kubectl, name, resource)
 
-    # a kubelet that had lost the plugin of its resource could start no container of it
+    # without a plugin for the resource the kubelet could start no container
     await restart_container(cluster, kubectl, "single")
     read_device(kubectl, "single", "SOLO")
     await restart_container(cluster, kubectl, "by-name")
     assert device_path(kubectl, "by-name", "NAMED") == "/dev/named-0"
     read_device(kubectl, "by-name", "NAMED")
 
-    # nor with a plugin that has never had it in its configuration
+    # also with a plugin that never had the resource in its configuration
     await replace_plugin(cluster, kubectl, place.a)
     await cluster.allocatable(place.a, "solo", 1)
     await restart_container(cluster, kubectl, "single", 2)
     read_device(kubectl, "single", "SOLO")
 
-    await cluster.create("pods", pod("newcomer", pod_spec(image, "fresh", node=place.b)))
-    await cluster.running("newcomer")
-    assert await epochs(cluster, place.a) == locks, "none was let go on the way"
+    await run_pod(cluster, "newcomer", pod_spec(image, "fresh", node=place.b))
+    assert await epochs(cluster, place.a) == locks, "no lock was released in between"
 
     for name in ("single", "couple", "by-name", "newcomer"):
         await cluster.delete("pods", name)

@@ -1,10 +1,10 @@
-"""Kubelets, plugins and nodes that stop, come back, or do not, while a pod holds a device."""
+"""Restarts and deaths of kubelets, plugins and nodes while a pod holds a device."""
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
@@ -19,16 +19,16 @@ from tests.e2e.nodes import KERNEL, PLUGIN, Nodes
 from tests.e2e.plugin_pods import plugin_on, replace_plugin, restarted
 from tests.e2e.plugin_process import imports_at_server
 from tests.e2e.test_pods import pending
-from tests.e2e.workloads import pod, pod_spec
+from tests.e2e.workloads import pod, pod_spec, run_pod
 
 TAKEOVER_S = 3 * LOCK_DURATION
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What of a pod must not change when it runs on, and of its lock.
+    """Attributes of a pod and its lock that must not change.
 
-    imports: the connections from its node that stood at the USB/IP server. That of its device must be among them later.
+    imports: connections of its node to the USB/IP server. One of them, that of its device, must last.
     """
 
     uid: str
@@ -54,7 +54,7 @@ async def identity(cluster: ClusterView, kubectl: Kubectl, name: str, node: str)
 
 
 async def attached_on(cluster: ClusterView, kubectl: Kubectl, node: str) -> float:
-    """How many devices of the resource its plugin says are attached."""
+    """Returns the number of attached `solo` devices from the plugin's metrics."""
     name = (await plugin_on(cluster, node))["metadata"]["name"]
     metrics = kubectl("get", "--raw", f"/api/v1/namespaces/{PLUGIN_NAMESPACE}/pods/{name}:13240/proxy/metrics")
     sample = re.compile(rf'^usbip_device_plugin_attached_devices{{resource="{DOMAIN}/solo"}} (\S+)', re.MULTILINE)
@@ -64,71 +64,79 @@ async def attached_on(cluster: ClusterView, kubectl: Kubectl, node: str) -> floa
 
 @pytest.fixture
 async def held(cluster: ClusterView, kubectl: Kubectl, image: str, place: Place) -> Identity:
-    """A pod `keeper` on node a that holds the device."""
+    """Starts a pod `keeper` on node a that holds the device."""
     await cluster.create("pods", pod("keeper", pod_spec(image, "solo", node=place.a)))
     return await identity(cluster, kubectl, "keeper", place.a)
 
 
 async def same(cluster: ClusterView, kubectl: Kubectl, name: str, node: str, before: Identity) -> None:
-    """The pod runs on with its device: not started again, over the connection of before, under the lock of before."""
+    """Asserts that the pod was not restarted and has its device over the earlier connection and lock."""
     now = await identity(cluster, kubectl, name, node)
     assert now == before
     assert now.imports & before.imports, f"{name} has lost its device's connection"
 
 
 async def unharmed(cluster: ClusterView, kubectl: Kubectl, place: Place, before: Identity) -> None:
-    """The pod runs on and reads its device, the lock is the same, and another node may not have it."""
+    """Asserts that `keeper` runs on and reads its device under its lock, and that no other node offers the device."""
     await cluster.allocatable(place.a, "solo", 1)
     await same(cluster, kubectl, "keeper", place.a, before)
     read_device(kubectl, "keeper")
     await cluster.allocatable(place.b, "solo", 0)
 
 
-@pytest.mark.short
-async def test_a_kubelet_restart(
-    cluster: ClusterView, kubectl: Kubectl, nodes: Nodes, place: Place, held: Identity, figures: Figures
-) -> None:
-    begin = time.monotonic()
-    nodes.restart_kubelet(place.a)
-    await unharmed(cluster, kubectl, place, held)
-    figures.add("kubelet restart until all is well, s", time.monotonic() - begin)
+@dataclass(frozen=True)
+class Restart:
+    """A restart of kubelet or plugin on a node."""
+
+    name: str
+    do: Callable[[Nodes, str], None]
+    of_plugin: bool = True
 
 
-@pytest.mark.short
-async def test_a_plugin_killed(
-    cluster: ClusterView, kubectl: Kubectl, nodes: Nodes, place: Place, held: Identity, figures: Figures
+def kill_plugin_and_restart_kubelet(nodes: Nodes, node: str) -> None:
+    nodes.kill(node, PLUGIN)
+    nodes.kubelet(node, "restart")
+
+
+def kill_plugin_while_kubelet_is_down(nodes: Nodes, node: str) -> None:
+    nodes.kubelet(node, "stop")
+    nodes.kill(node, PLUGIN)  # only the kubelet starts it again
+    nodes.kubelet(node, "start")
+
+
+RESTARTS = [
+    pytest.param(
+        Restart("kubelet restart", lambda n, node: n.kubelet(node, "restart"), False), marks=pytest.mark.short
+    ),
+    pytest.param(Restart("plugin killed", lambda n, node: n.kill(node, PLUGIN)), marks=pytest.mark.short),
+    Restart("plugin killed and kubelet restart", kill_plugin_and_restart_kubelet),
+    Restart("plugin killed while the kubelet is down", kill_plugin_while_kubelet_is_down),
+]
+
+
+@pytest.mark.parametrize("restart", RESTARTS, ids=lambda restart: restart.name.replace(" ", "-"))
+async def test_a_pod_keeps_its_device_through_a_restart(
+    cluster: ClusterView,
+    kubectl: Kubectl,
+    nodes: Nodes,
+    place: Place,
+    held: Identity,
+    figures: Figures,
+    restart: Restart,
 ) -> None:
     before = await plugin_on(cluster, place.a)
     begin = time.monotonic()
-    nodes.kill(place.a, PLUGIN)
-    await restarted(cluster, before)
+    restart.do(nodes, place.a)
+    if restart.of_plugin:
+        await restarted(cluster, before)
     await unharmed(cluster, kubectl, place, held)
-    figures.add("plugin killed until all is well, s", time.monotonic() - begin)
+    figures.add(f"{restart.name} until all is well, s", time.monotonic() - begin)
 
 
-async def test_a_plugin_pod_deleted(cluster: ClusterView, kubectl: Kubectl, place: Place, held: Identity) -> None:
+async def test_a_pod_keeps_its_device_through_a_deletion_of_the_plugins_pod(
+    cluster: ClusterView, kubectl: Kubectl, place: Place, held: Identity
+) -> None:
     await replace_plugin(cluster, kubectl, place.a)
-    await unharmed(cluster, kubectl, place, held)
-
-
-async def test_plugin_and_kubelet_at_once(
-    cluster: ClusterView, kubectl: Kubectl, nodes: Nodes, place: Place, held: Identity
-) -> None:
-    before = await plugin_on(cluster, place.a)
-    nodes.kill(place.a, PLUGIN)
-    nodes.restart_kubelet(place.a)
-    await restarted(cluster, before)
-    await unharmed(cluster, kubectl, place, held)
-
-
-async def test_a_kubelet_restart_while_the_plugin_is_down(
-    cluster: ClusterView, kubectl: Kubectl, nodes: Nodes, place: Place, held: Identity
-) -> None:
-    before = await plugin_on(cluster, place.a)
-    nodes.stop_kubelet(place.a)
-    nodes.kill(place.a, PLUGIN)  # nobody starts it before the kubelet is back
-    nodes.start_kubelet(place.a)
-    await restarted(cluster, before)
     await unharmed(cluster, kubectl, place, held)
 
 
@@ -149,23 +157,23 @@ async def test_a_pod_deleted_while_the_kubelet_is_down_keeps_the_device_until_it
     cluster: ClusterView, nodes: Nodes, place: Place, held: Identity
 ) -> None:
     await cluster.allocatable(place.b, "solo", 0)
-    nodes.stop_kubelet(place.a)
+    nodes.kubelet(place.a, "stop")
     try:
         await cluster.delete("pods", "keeper")
         await cluster.pod("keeper", lambda one: "deletionTimestamp" in one["metadata"], "marked for deletion")
-        # its container runs: nobody else gets the device, however long a heartbeat takes
+        # its container runs, so the node keeps the lock beyond the next heartbeat
         beat = await _next_heartbeat(cluster, place.a)
         lock = await cluster.lock_of(place.a)
         assert (beat, lock["spec"]["leaseTransitions"]) == (place.a, held.epoch)
     finally:
-        nodes.start_kubelet(place.a)
+        nodes.kubelet(place.a, "start")
     await cluster.gone("keeper")
     await cluster.unlocked()
     await cluster.allocatable(place.b, "solo", 1)
 
 
 async def _next_heartbeat(cluster: ClusterView, node: str) -> str:
-    """The holder of the node's session, after it has been renewed once more."""
+    """Waits until the node's session is renewed. Returns the session's holder."""
     name = f"usbip-node-{node}"
     first = (await cluster.all("leases"))[name]["spec"]["renewTime"]
 
@@ -178,16 +186,12 @@ async def _next_heartbeat(cluster: ClusterView, node: str) -> str:
 async def test_a_node_that_dies_is_taken_over_after_the_duration_and_harms_nothing_when_it_is_back(
     cluster: ClusterView, kubectl: Kubectl, nodes: Nodes, image: str, place: Place, figures: Figures
 ) -> None:
-    """Kubelet, plugin and kernel of b are gone for good; a gets the device when b's lock has expired, not before.
-
-    That takes the whole duration of production: the clock of a real plugin's process cannot be made to run faster.
-    """
-    await cluster.create("pods", pod("lost", pod_spec(image, "solo", node=place.b)))
-    await cluster.running("lost")
+    """Kills kubelet, plugin and kernel of b. Node a gets the device once b's lock has expired."""
+    await run_pod(cluster, "lost", pod_spec(image, "solo", node=place.b))
     before = await cluster.lock_of(place.b)
     dead = await plugin_on(cluster, place.b)
     await cluster.allocatable(place.a, "solo", 0)
-    nodes.stop_kubelet(place.b)
+    nodes.kubelet(place.b, "stop")
     try:
         nodes.kill(place.b, PLUGIN)
         nodes.kill(place.b, KERNEL)
@@ -200,8 +204,8 @@ async def test_a_node_that_dies_is_taken_over_after_the_duration_and_harms_nothi
 
         lock = await cluster.until("leases", heir, "the lock taken over", limit=TAKEOVER_S)
         figures.add("node dead to its lock taken over, s", time.monotonic() - begin)
-        # As the plugins wrote it, so that it does not matter when this test looks. The nodes have one clock: a waited
-        # for the whole duration after it had seen the last heartbeat.
+        # Times from the Leases, which do not depend on when this test reads them. The nodes share one clock: a waited
+        # for the whole duration after the last heartbeat.
         beat = (await cluster.all("leases"))[f"usbip-node-{place.b}"]["spec"]["renewTime"]
         waited = datetime.fromisoformat(lock["spec"]["acquireTime"]) - datetime.fromisoformat(beat)
         assert waited >= timedelta(seconds=LOCK_DURATION)
@@ -209,9 +213,9 @@ async def test_a_node_that_dies_is_taken_over_after_the_duration_and_harms_nothi
         await cluster.running("heir")
         read_device(kubectl, "heir")
     finally:
-        nodes.start_kubelet(place.b)
+        nodes.kubelet(place.b, "start")
     await cluster.settled()
-    # b's pod, which still runs, lost its device: it is not given back, and a's is not touched
+    # b's pod still runs and has lost its device for good; a keeps it
     await restarted(cluster, dead)
     await cluster.allocatable(place.b, "solo", 0)
     assert await attached_on(cluster, kubectl, place.b) == 0

@@ -1,4 +1,4 @@
-"""Pods of several containers with several devices, on real kubelets; and under a topology manager that aligns."""
+"""Pods with several containers and devices, on real kubelets, and under a topology manager that aligns."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from tests.e2e.figures import Figures
 from tests.e2e.kubectl import Kubectl
 from tests.e2e.nodes import LabNodes, Nodes
 from tests.e2e.plugin_process import Pages, addresses
-from tests.e2e.workloads import WAIT_FOR_TERM, deployment, pod, pod_spec
+from tests.e2e.workloads import WAIT_FOR_TERM, deployment, pod, pod_spec, run_pod
 from usbip_plugin.attach.usage import ABSENT_POLLS, ALLOCATION_GRACE
 from usbip_plugin.kubelet.pod_resources import HINTED_INTERVAL
 
 POLLS_PAST_GRACE = math.ceil(ALLOCATION_GRACE / HINTED_INTERVAL) + ABSENT_POLLS + 1
-"""A device that no pod is known to have is looked for every HINTED_INTERVAL, not oftener. It would be free then."""
+"""Polls after which a device without a known pod is released. The plugin polls every HINTED_INTERVAL at most."""
 NOT_YET = ("no healthy devices present", "unregistered device", "has been stopped", "Available: 0")
-"""What a kubelet says that has not heard anew of a resource's devices, or whose plugin's connection has just ended."""
+"""Messages of a kubelet that has no list of a resource's devices yet, or has just lost its plugin."""
 MOST_REFUSED = 2
 READ = 'for path in $(env | sed -n "s/^USBIP_[A-Z]*_[0-9]_DEVICE=//p"); do head -c 4 "$path" >/dev/null || exit 1; done'
 
@@ -39,7 +39,7 @@ def container(image: str, name: str, limits: Mapping[str, int], script: str = WA
 
 
 async def held(cluster: ClusterView, node: str, count: int) -> set[str]:
-    """The bus ids of the locks that name the node, as soon as there are so many."""
+    """Returns the bus ids of the locks that the node holds, once there are this many."""
 
     def found(leases: Mapping[str, Object]) -> set[str] | None:
         mine = locks_of(leases, node)
@@ -49,9 +49,9 @@ async def held(cluster: ClusterView, node: str, count: int) -> set[str]:
     return await cluster.until("leases", found, f"{count} locks of {node}")
 
 
-def environment(kubectl: Kubectl, name: str, of: str) -> dict[str, str]:
-    """What a container has of ours."""
-    text = kubectl("exec", "-n", NAMESPACE, name, "-c", of, "--", "sh", "-c", "env | grep ^USBIP_")
+def environment(kubectl: Kubectl, name: str, container: str) -> dict[str, str]:
+    """Returns the plugin's environment variables in a container."""
+    text = kubectl("exec", "-n", NAMESPACE, name, "-c", container, "--", "sh", "-c", "env | grep ^USBIP_")
     return dict(line.split("=", 1) for line in text.splitlines())
 
 
@@ -59,7 +59,7 @@ def environment(kubectl: Kubectl, name: str, of: str) -> dict[str, str]:
 async def test_init_containers_sidecars_and_two_resources_in_one_pod(
     cluster: ClusterView, kubectl: Kubectl, image: str, place: Place
 ) -> None:
-    """named is handed out by CDI, the others plainly."""
+    """The devices of `named` come by CDI name, the others by path."""
     spec = pod_spec(image, None, node=place.a)
     spec["initContainers"] = [
         container(image, "setup", {"pair": 2}, READ),
@@ -69,11 +69,16 @@ async def test_init_containers_sidecars_and_two_resources_in_one_pod(
         container(image, "main", {"solo": 1, "named": 1}),
         container(image, "second", {"pair": 1, "jobs": 1}),
     ]
-    await cluster.create("pods", pod("several", spec))
-    await cluster.running("several")
+    await run_pod(cluster, "several", spec)
     assert await held(cluster, place.a, 6) == {f"1-{port}" for port in range(1, 7)}
-    for of, resource in ("main", "SOLO"), ("main", "NAMED"), ("second", "PAIR"), ("second", "JOBS"), ("beside", "JOBS"):
-        read_device(kubectl, "several", resource, container=of, devices=6)
+    for name, resource in (
+        ("main", "SOLO"),
+        ("main", "NAMED"),
+        ("second", "PAIR"),
+        ("second", "JOBS"),
+        ("beside", "JOBS"),
+    ):
+        read_device(kubectl, "several", resource, container=name, devices=6)
     beside, second = environment(kubectl, "several", "beside"), environment(kubectl, "several", "second")
     assert beside["USBIP_JOBS_0_BUSID"] != second["USBIP_JOBS_0_BUSID"]
     assert {name for name in second if name.endswith("_BUSID")} == {"USBIP_PAIR_0_BUSID", "USBIP_JOBS_0_BUSID"}
@@ -82,10 +87,10 @@ async def test_init_containers_sidecars_and_two_resources_in_one_pod(
     await cluster.unlocked()
 
 
-async def test_a_device_of_an_init_container_stays_while_that_runs_and_when_it_has_ended(
+async def test_a_device_of_an_init_container_stays_until_the_pod_ends(
     cluster: ClusterView, kubectl: Kubectl, image: str, place: Place
 ) -> None:
-    """The kubelet lists the pod with the app's device only, for longer than any grace."""
+    """The kubelet lists only the app's device, for longer than any grace."""
     pages = Pages(addresses(kubectl)[place.a])
     spec = pod_spec(image, "jobs", node=place.a)
     script = f"until [ -e /tmp/go ]; do sleep 0.2; done; {READ}"
@@ -97,7 +102,7 @@ async def test_a_device_of_an_init_container_stays_while_that_runs_and_when_it_h
     kubectl("exec", "-n", NAMESPACE, "slow", "-c", "setup", "--", "touch", "/tmp/go")
     await cluster.running("slow")
     await pages.until_polls(await pages.polls() + POLLS_PAST_GRACE)
-    assert len(await held(cluster, place.a, 4)) == 4, "it is run again with a new sandbox"
+    assert len(await held(cluster, place.a, 4)) == 4, "a new sandbox runs the init container again"
     read_device(kubectl, "slow", "JOBS", devices=4)
     await cluster.delete("pods", "slow")
     await cluster.unlocked()
@@ -105,43 +110,43 @@ async def test_a_device_of_an_init_container_stays_while_that_runs_and_when_it_h
 
 @pytest.fixture
 def aligning(nodes: Nodes, place: Place, kubectl: Kubectl) -> Iterator[str]:
-    """A node whose kubelet aligns what a pod gets to one NUMA node, and gives out whole processors."""
+    """Yields a node whose kubelet aligns the resources of a pod to one NUMA node, and assigns whole processors."""
     assert isinstance(nodes, LabNodes), "other nodes are deselected in conftest.py"
     file = nodes.state / place.a / "kubelet.yaml"
     state = nodes.state / place.a / "kubelet" / "cpu_manager_state"
     before = file.read_text(encoding="utf-8")
     more = "topologyManagerPolicy: single-numa-node\ncpuManagerPolicy: static\nkubeReserved: {cpu: 100m}\n"
     try:
-        nodes.stop_kubelet(place.a)
-        state.unlink(missing_ok=True)  # of another policy: the kubelet would not start
+        nodes.kubelet(place.a, "stop")
+        state.unlink(missing_ok=True)  # with the state of another policy the kubelet does not start
         file.write_text(before + more, encoding="utf-8")
-        nodes.start_kubelet(place.a)
+        nodes.kubelet(place.a, "start")
         yield place.a
     finally:
-        nodes.stop_kubelet(place.a)
+        nodes.kubelet(place.a, "stop")
         state.unlink(missing_ok=True)
         file.write_text(before, encoding="utf-8")
-        nodes.start_kubelet(place.a)
+        nodes.kubelet(place.a, "start")
 
 
 async def test_a_topology_manager_refuses_no_pod_for_its_devices(
     cluster: ClusterView, kubectl: Kubectl, image: str, aligning: str, figures: Figures
 ) -> None:
-    """They have no NUMA node, and say nothing of one: to the kubelet any will do."""
+    """The devices report no NUMA node, so the kubelet accepts any."""
     spec = pod_spec(image, None, node=aligning)
     main = container(image, "main", {"pair": 2, "named": 1})
     main["resources"]["limits"] |= {"cpu": "1", "memory": "64Mi"}  # a whole processor: guaranteed
-    # the plugin may not have registered yet with this kubelet, which then refuses a pod: the next one follows
+    # a kubelet refuses pods until the plugin has registered, and the deployment creates the next one
     await cluster.create("deployments", deployment("aligned", {**spec, "containers": [main]}, 1))
     refused: dict[str, str] = {}
 
-    def seen(pods: Mapping[str, Object]) -> None:
+    def note_refused(pods: Mapping[str, Object]) -> None:
         refused.update({name: str(one["status"].get("message")) for name, one in pods.items() if failed(one)})
 
     def running(pods: Mapping[str, Object]) -> Object | None:
         return next((one for one in pods.values() if is_ready(one)), None)
 
-    found = await cluster.until("pods", running, "a pod that runs", seen=seen)
+    found = await cluster.until("pods", running, "a pod that runs", on_change=note_refused)
     figures.add("pods refused by a kubelet that has just been started", len(refused))
     assert all(any(text in message for text in NOT_YET) for message in refused.values()), refused
     assert len(refused) <= MOST_REFUSED, refused

@@ -1,7 +1,7 @@
-"""Pods that come and go for minutes, plugins and kubelets that restart meanwhile: nothing is lost, nothing leaks.
+"""Minutes of random pods while plugins and kubelets restart: no device is lost, and nothing leaks.
 
---soak-minutes says how many; `make soak MINUTES=30` is the long form. The plugin on node a lives through all of it, the
-one on node b is killed and deleted now and then, and both kubelets are restarted.
+The plugin on node a runs all the time. The one on node b is killed and deleted now and then, and both kubelets are
+restarted. --soak-minutes sets the time; `make soak MINUTES=30` is the long form.
 """
 
 from __future__ import annotations
@@ -29,28 +29,27 @@ from tests.e2e.soak_load import Load, disturb
 
 WARM_UP_PODS = 12
 LEAST_PODS = 20
-"""That ran. On a slow machine the load goes on until there are so many, at most MOST_PODS in all."""
+"""Pods that must have run. On a slow machine the load goes on for them, up to MOST_PODS in all."""
 MOST_PODS = 200
 SAMPLE_S = 5.0
 SETTLE_S = 90.0
-"""At most, for what ends by itself when nothing happens any more: idle connections, threads of a pool."""
+"""Most seconds after which idle connections and threads of a pool have ended."""
 DISTURBANCES = 20
 SHORTEST_PAUSE_S = 20.0
-# Idle to idle, so that nothing depends on how busy the machine is.
+# Compared while idle, so that they do not depend on the load of the machine.
 MORE_FDS = 4
-"""The API client keeps a few connections open, more or less of them from time to time."""
+"""The API client keeps a varying number of connections open."""
 MORE_THREADS = 4
-"""gRPC and asyncio fill their pools of threads as they are needed, and their pools are bounded."""
+"""gRPC and asyncio fill their bounded pools of threads as needed."""
 MORE_TASKS = 2
-"""A poll may just be under way."""
+"""A poll may be in progress."""
 MORE_ANON = 0.15
-"""A share of the process's own memory. Python gives little back: what the busiest moment needed stays. A leak of 10 KiB
-for each of 400 pods is above it."""
+"""Share of the process's own memory: Python keeps what it once needed. 10 KiB for each of 400 pods is more."""
 LIMIT_SHARE = 0.95
 
 
 async def at_rest(nodes: Nodes, node: str, pages: Pages) -> Usage:
-    """The plugin's usage when two looks in a row found the same files, threads and tasks, or after SETTLE_S."""
+    """Returns the plugin's usage once files, threads and tasks are the same twice in a row, or after SETTLE_S."""
     deadline = time.monotonic() + SETTLE_S
     looks = [await usage(nodes, node, pages)]
     while time.monotonic() < deadline:
@@ -62,7 +61,7 @@ async def at_rest(nodes: Nodes, node: str, pages: Pages) -> Usage:
 
 
 async def settled(nodes: Nodes, node: str, pages: Pages, before: Usage) -> Usage:
-    """The plugin's usage when all is quiet: not above before, as soon as that is so, or after SETTLE_S."""
+    """Returns the plugin's usage once it is within the bounds, or after SETTLE_S."""
     deadline = time.monotonic() + SETTLE_S
     while _more(before, now := await usage(nodes, node, pages)) and time.monotonic() < deadline:  # noqa: ASYNC110 (/proc has no event)
         await asyncio.sleep(SAMPLE_S)
@@ -70,14 +69,14 @@ async def settled(nodes: Nodes, node: str, pages: Pages, before: Usage) -> Usage
 
 
 def _more(before: Usage, now: Usage) -> dict[str, tuple[float, float]]:
-    """What is more than its bound allows: {name: (before, now)}."""
+    """Returns before and now of each value that exceeds its bound."""
     bounds = {"fds": MORE_FDS, "threads": MORE_THREADS, "tasks": MORE_TASKS, "anon": MORE_ANON * before.anon}
     old, new = asdict(before), asdict(now)
     return {name: (old[name], new[name]) for name, more in bounds.items() if new[name] > old[name] + more}
 
 
 def by_tenths(samples: list[Usage]) -> dict[str, list[float]]:
-    """A tenth at a time: the medians of what was sampled under load."""
+    """Returns the medians of the samples in each tenth of the time."""
     size = max(1, len(samples) // 10)
     parts = [samples[at : at + size] for at in range(0, len(samples), size)]
     return {
@@ -103,10 +102,10 @@ async def test_pods_coming_and_going_leak_nothing(
     known = await cluster.all("leases")
 
     async def kubelet_a() -> None:
-        await asyncio.to_thread(nodes.restart_kubelet, place.a)
+        await asyncio.to_thread(nodes.kubelet, place.a, "restart")
 
     async def kubelet_b() -> None:
-        await asyncio.to_thread(nodes.restart_kubelet, place.b)
+        await asyncio.to_thread(nodes.kubelet, place.b, "restart")
 
     async def kill_b() -> None:
         before = await plugin_on(cluster, place.b)
@@ -114,7 +113,7 @@ async def test_pods_coming_and_going_leak_nothing(
         await restarted(cluster, before)
 
     async def delete_b() -> None:
-        # a new pod: the kubelet starts the next one at once, however often the last was killed
+        # the kubelet starts a new pod without the backoff of the killed one
         await replace_plugin(cluster, kubectl, place.b)
 
     disturbances = (
@@ -156,7 +155,7 @@ async def test_pods_coming_and_going_leak_nothing(
 
     assert load.tally.failed == []
     assert load.tally.ends["ran"] >= LEAST_PODS
-    assert after.pid == before.pid, "the plugin on node a was to live through all of it"
+    assert after.pid == before.pid, "the plugin on node a must run all the time"
     assert _more(before, after) == {}
     for node in (place.a, place.b):
         assert await Pages(where[node]).attached() == 0
@@ -167,7 +166,7 @@ async def test_pods_coming_and_going_leak_nothing(
 
 
 def _only_the_known(leases: Mapping[str, Object], known: Mapping[str, Object], nodes: int) -> None:
-    """One lock for each device of the soak, and none besides but those known before; one session for each node."""
+    """Asserts that each device has one lock, no other lock is new, and each node has at most one session."""
     locks = {name: lease for name, lease in leases.items() if is_lock(lease)}
     busids = Counter(lease["metadata"]["annotations"]["usbip.dev/busid"] for lease in locks.values())
     ours = {device.partition("=")[0] for device in DEVICES}

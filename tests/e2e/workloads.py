@@ -1,16 +1,16 @@
-"""Pods that ask for devices."""
+"""Pods that request devices, and servers that export them."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from tests.e2e.cluster import DOMAIN, NAMESPACE, PLUGIN_NAMESPACE
+from tests.e2e.cluster import DOMAIN, NAMESPACE, PLUGIN_NAMESPACE, ClusterView, Object
 
 WAIT_FOR_TERM = "trap 'exit 0' TERM; while :; do sleep 1 & wait $!; done"
 
 
 def pod_spec(image: str, resource: str | None, count: int = 1, *, node: str | None = None) -> dict[str, Any]:
-    """A pod that holds count devices of a resource until it is told to end. node: by the scheduler, with a selector."""
+    """Returns the spec of a pod that holds devices until SIGTERM. node: for a node selector."""
     container: dict[str, Any] = {
         "name": "main",
         "image": image,
@@ -24,7 +24,7 @@ def pod_spec(image: str, resource: str | None, count: int = 1, *, node: str | No
         "enableServiceLinks": False,
         "terminationGracePeriodSeconds": 5,
         "containers": [container],
-        # a node that a test stops is not waited for
+        # no pod waits for a node that a test stops
         "tolerations": [],
     }
     if node is not None:
@@ -37,10 +37,16 @@ def pod(name: str, spec: dict[str, Any]) -> dict[str, Any]:
     return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}
 
 
-def usbip_server(name: str, node: str, container: dict[str, Any], **more: object) -> dict[str, Any]:
-    """A pod beside the plugin's with a USB/IP server on the network of a node, even of one that is tainted.
+async def run_pod(cluster: ClusterView, name: str, spec: dict[str, Any]) -> Object:
+    """Creates a pod and waits until it runs."""
+    await cluster.create("pods", pod(name, spec))
+    return await cluster.running(name)
 
-    container: without its name. more: of the pod's spec.
+
+def usbip_server(name: str, node: str, container: dict[str, Any], **more: object) -> dict[str, Any]:
+    """Returns a pod in the plugin's namespace with a USB/IP server on a node's network, even if the node is tainted.
+
+    container: without its name. more: fields of the pod's spec.
     """
     spec = {
         "hostNetwork": True,
