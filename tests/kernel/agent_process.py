@@ -1,6 +1,6 @@
-"""agent_process.py CONFIG DIRECTORY LEASES: one node's agent as processes that can be killed; see plugin_spawner.
+"""agent_process.py CONFIG DIRECTORY LEASES: forks processes of one node's agent for plugin_spawner.
 
-CONFIG: a configuration file. DIRECTORY: the kubelet's, as agent_rig lays it out. LEASES: see lease_socket.
+CONFIG: a configuration file. DIRECTORY: the kubelet's directory of agent_rig. LEASES: the socket of lease_socket.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from usbip_plugin.usbip.client import TcpUsbipClient
 
 
 class AgreeingApi:
-    """A PodView: an API server that knows of each pod, and of none that lives unless the kubelet lists it."""
+    """A PodView of an API server that has every pod. Pods that the kubelet does not list have ended."""
 
     synced = True
 

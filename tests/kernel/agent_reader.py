@@ -1,7 +1,7 @@
-"""agent_reader.py tty|disk PATH: a container's process that reads a device without end and says what it has read.
+"""agent_reader.py tty|disk PATH: a container's process that reads a device until the first error or hang-up.
 
-tty: every byte, as it comes. disk: the beginning over and over, past the page cache; a line with the time (seconds,
-CLOCK_MONOTONIC) at which each turn began. The first error, or a hang-up, ends it.
+tty: prints every byte. disk: reads the beginning again and again, past the page cache, and prints the time (seconds,
+CLOCK_MONOTONIC) at which each turn began.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PACE_S = 0.05  # between reads: an emulated processor has other work, too
 
 
 class Reader:
-    """The process as a test sees it."""
+    """A reader process and the lines it has printed."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self.process = process
@@ -37,23 +37,23 @@ class Reader:
             self._more.set()
         self._more.set()
 
-    async def until(self, so: Callable[[list[str]], bool]) -> None:
-        """Until so holds of the lines. AssertionError if the process ends before."""
+    async def until(self, condition: Callable[[list[str]], bool]) -> None:
+        """Waits until the condition holds for the lines. Raises AssertionError if the process ends before."""
         async with asyncio.timeout(LIMIT_S):
-            while not so(self.lines):
+            while not condition(self.lines):
                 assert self.process.returncode is None, f"the reader ended with {self.process.returncode}"
                 self._more.clear()
                 await self._more.wait()
 
     async def still_reads_disk(self) -> None:
-        """A turn begins after now, so the one before it has ended without an error."""
+        """Waits for the next turn: then the last one has ended without an error."""
         now = time.monotonic()
         await self.until(lambda lines: bool(lines) and float(lines[-1]) > now)
 
 
 @contextlib.asynccontextmanager
 async def reading(mode: str, path: str) -> AsyncIterator[Reader]:
-    """A reader of the device at path; killed at the end of the block."""
+    """Yields a reader of the device at path. Kills it at the end of the block."""
     process = await asyncio.create_subprocess_exec(sys.executable, __file__, mode, path, stdout=asyncio.subprocess.PIPE)
     reader = Reader(process)
     async with asyncio.TaskGroup() as group:

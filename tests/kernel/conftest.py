@@ -1,4 +1,4 @@
-"""Fixtures for tests on a real kernel with vhci_hcd and usbip-host. Run them with tests/lab/guest/run.sh -u."""
+"""Fixtures for tests on a real kernel with vhci_hcd and usbip-host, which tests/lab/guest/run.sh -u runs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session")
 def usbipd_host() -> Iterator[RealUsbipd]:
-    """The guest's devices bound to usbip-host. Refuses to run anywhere but in the guest: it rebinds USB devices."""
+    """Binds the guest's devices to usbip-host. Skips the test elsewhere, as it rebinds USB devices."""
     if "GUEST_TOOLS" not in os.environ:
         pytest.skip("runs in the guest only: tests/lab/guest/run.sh -u")
     usbipd = RealUsbipd()
@@ -38,7 +38,7 @@ def usbipd_host() -> Iterator[RealUsbipd]:
 
 @pytest.fixture
 def real_usbipd(usbipd_host: RealUsbipd) -> RealUsbipd:
-    """A running usbipd with all devices bound, whatever the test before did to it."""
+    """Returns a running usbipd with all devices bound."""
     for serial in ALL:
         usbipd_host.bind(usbipd_host.busid(serial))
     if not usbipd_host.running:
@@ -48,7 +48,7 @@ def real_usbipd(usbipd_host: RealUsbipd) -> RealUsbipd:
 
 @pytest.fixture
 async def rig(real_usbipd: RealUsbipd) -> AsyncIterator[KernelRig]:
-    """Imports, drivers, and all ports free again afterwards."""
+    """Yields the rig, and detaches every port afterwards."""
     async with asyncio.TaskGroup() as group:
         rig = KernelRig(real_usbipd, group)
         yield rig
@@ -57,14 +57,14 @@ async def rig(real_usbipd: RealUsbipd) -> AsyncIterator[KernelRig]:
 
 @pytest.fixture
 def monitor(real_usbipd: RealUsbipd) -> Iterator[Monitor]:
-    """Afterwards every converter is where it was."""
+    """Yields QEMU's monitor, and plugs every converter in at its old place afterwards."""
     before = {serial: real_usbipd.busid(serial) for serial in TWINS}
     with contextlib.closing(Monitor()) as found:
         yield found
-        there = real_usbipd.busids()
-        away = [serial for serial in TWINS if there.get(serial) != before[serial]]
-        for serial in away:
-            if serial in there:
+        now = real_usbipd.busids()
+        moved = [serial for serial in TWINS if now.get(serial) != before[serial]]
+        for serial in moved:
+            if serial in now:
                 found.unplug(real_usbipd, TWINS.index(serial), serial)
-        for serial in away:
+        for serial in moved:
             found.plug(real_usbipd, TWINS.index(serial), serial, before[serial].rpartition("-")[2])

@@ -1,4 +1,4 @@
-"""A USB device made of software, of any functions, on the guest's own dummy_hcd. Only for the guest."""
+"""USB devices in software with any functions, on the guest's dummy_hcd. Only for the guest."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ MODULES = ("dummy_hcd", "libcomposite")
 CLIENT_DRIVERS = ("cdc-acm", "usblp", "cdc_ether", "snd-usb-audio")
 CONFIGFS = Path("/sys/kernel/config")
 LINUX_GADGET = UsbId(0x1D6B, 0x0104)
-# a keyboard of eight bytes: modifiers, one reserved, six keys
+# report descriptor of a keyboard with eight bytes: modifiers, one reserved, six keys
 _KEYBOARD = bytes.fromhex("05010906a101050719e029e71500250175019508810295017508810395067508150025650507190029658100c0")
 
 
 class Gadget:
-    """Plugged in once plug() is called."""
+    """A device that plug() connects and unplug() removes."""
 
     def __init__(self, usbipd: RealUsbipd, serial: str, folder: Path) -> None:
         self._usbipd, self._serial, self._folder = usbipd, serial, folder
@@ -31,7 +31,7 @@ class Gadget:
         self.write("UDC", "dummy_udc.0")
 
     def unplug(self) -> None:
-        """Returns when the guest's kernel has seen it."""
+        """Removes the device, and waits until the guest's kernel has noticed."""
         if (self._folder / "UDC").read_text().strip():
             self.write("UDC", "")
             eventually(lambda: self._serial not in self._usbipd.busids(), f"{self._serial} is unplugged")
@@ -39,7 +39,7 @@ class Gadget:
 
 @contextlib.contextmanager
 def gadget(usbipd: RealUsbipd, serial: str, *functions: str, usb_id: UsbId = LINUX_GADGET) -> Iterator[Gadget]:
-    """functions as configfs names them: acm, printer, ecm, hid."""
+    """Yields a device that is not plugged in yet. functions: as configfs names them (acm, printer, ecm, hid)."""
     usbipd.load_modules((*MODULES, *(f"usb_f_{name}" for name in functions)))
     if not (CONFIGFS / "usb_gadget").exists():
         subprocess.run(["mount", "-t", "configfs", "configfs", str(CONFIGFS)], check=True)

@@ -1,4 +1,4 @@
-"""The rig of the vhci contract on the real kernel: usbipd's devices imported over loopback."""
+"""The rig of the VhciDriver contract on the real kernel, with usbipd's devices imported over loopback."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ DISK, DISK_SUPER, KEYBOARD = "DISKHS", "DISKSS", "KEYBOARD"
 ALL = (*TWINS, DISK, DISK_SUPER, KEYBOARD)
 LIMIT_S = 10.0
 CLEAN_S = 90.0
-"""For hundreds of ports at once, in a guest that is emulated."""
+"""Seconds to detach hundreds of ports at once in an emulated guest."""
 
 
 @contextlib.contextmanager
 def raw_tty(path: str) -> Iterator[int]:
-    """A file descriptor of the tty, raw and non-blocking."""
+    """Yields a raw, non-blocking file descriptor of the tty."""
     fd = os.open(path, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
     try:
         tty.setraw(fd, termios.TCSANOW)
@@ -42,7 +42,7 @@ def raw_tty(path: str) -> Iterator[int]:
 
 @dataclass(frozen=True)
 class Connection:
-    """An import as the contract wants it."""
+    """An import with the attributes that the contract needs."""
 
     imported: Imported
 
@@ -62,7 +62,7 @@ class Connection:
 
 
 class KernelRig:
-    """group owns the drivers' run()."""
+    """Imports and drivers of one test. group: owns the drivers' run()."""
 
     def __init__(self, usbipd: RealUsbipd, group: asyncio.TaskGroup) -> None:
         self.usbipd = usbipd
@@ -78,7 +78,7 @@ class KernelRig:
         return driver
 
     async def import_serial(self, serial: str) -> Connection:
-        """Import the device with this serial number."""
+        """Imports the device with this serial number."""
         key = DeviceKey(self.usbipd.key, self.usbipd.busid(serial))
         async for attempt in import_busy(self.clock, random.Random(1)):
             with attempt:
@@ -118,14 +118,13 @@ class KernelRig:
             one.close()
 
     async def clean(self) -> None:
-        """Detach whatever stands on any port."""
+        """Detaches every port."""
         driver = self.plugin()
         taken = [port.number for port in await driver.ports() if port.status is not PortStatus.NULL]
         await asyncio.gather(*(driver.detach(number, timeout=CLEAN_S) for number in taken))
         if self._silent:
-            await asyncio.sleep(
-                STALL_S
-            )  # the next test's plugins do not know of the stalled hub; see PortCooldown in vhci/sysfs.py
+            # the plugins of the next test have no PortCooldown (vhci/sysfs.py) for the stalled hub
+            await asyncio.sleep(STALL_S)
         for end in self._silent:
             end.close()
         self._silent.clear()

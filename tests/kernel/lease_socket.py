@@ -1,7 +1,7 @@
-"""A LeaseStore over a unix socket, so that locks outlive a plugin process that is killed.
+"""A LeaseStore over a unix socket, whose locks outlive a killed plugin process.
 
-One JSON object a line: the request {"do", ...}, then one answer, or for a watch one line for each change until either
-side closes. Every request has a connection of its own.
+Each request has its own connection with one JSON object a line: the request {"do", ...}, then one answer, or for a
+watch one for each change until either side closes.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def unpack(fields: Mapping[str, Any]) -> Lease:
 
 
 class SocketLeases:
-    """The client's end. See LeaseStore."""
+    """A LeaseStore that sends every call to the socket."""
 
     def __init__(self, path: Path, clock: Clock) -> None:
         self._path, self._clock = path, clock
@@ -102,7 +102,7 @@ def _result(verb: str, line: bytes) -> Any:
 
 @contextlib.asynccontextmanager
 async def served(store: LeaseStore, path: Path) -> AsyncIterator[None]:
-    """Answers on path from store while the block runs."""
+    """Serves the store on a unix socket while the block runs."""
     open_now: set[asyncio.Task[None]] = set()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -129,7 +129,7 @@ async def served(store: LeaseStore, path: Path) -> AsyncIterator[None]:
 async def _serve(store: LeaseStore, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     line = await reader.readline()
     if not line:
-        return  # killed before it could ask
+        return  # the client was killed before its request
     request = json.loads(line)
     with contextlib.suppress(ConnectionError):
         try:

@@ -1,6 +1,6 @@
-"""Plugin processes, one at a time, each forked from a process that has everything imported already.
+"""Plugin processes, one at a time, each forked from a process that has only imported its modules.
 
-In the emulated guest the imports take most of a start. What is forked has done nothing yet but import.
+In the emulated guest the imports take most of the time of a start.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Self
 
 ROOT = Path(__file__).parents[2]
 IMPORT_S = 180.0
-"""For the imports; the guest is emulated, and the machine may be busy."""
+"""Seconds for the imports in an emulated guest on a busy machine."""
 END_S = 60.0
 
 
 class Spawner:
-    """Use as an async context manager. arguments: of agent_process.py."""
+    """A process that forks plugins, as an async context manager. arguments: of agent_process.py."""
 
     def __init__(self, arguments: Sequence[str | Path]) -> None:
         self._arguments = arguments
@@ -46,7 +46,7 @@ class Spawner:
 
     @contextlib.asynccontextmanager
     async def plugin(self) -> AsyncIterator[int]:
-        """A plugin that has just begun, by its pid; SIGKILL at the end. AssertionError if it ended by itself."""
+        """Yields the pid of a new plugin, and kills it at the end. Raises AssertionError if it ended by itself."""
         assert self._process is not None
         assert self._process.stdin is not None
         self._process.stdin.write(b"start\n")
@@ -54,7 +54,7 @@ class Spawner:
         try:
             yield pid
         finally:
-            os.kill(pid, signal.SIGKILL)  # it is a zombie at least: its parent has been told nothing yet
+            os.kill(pid, signal.SIGKILL)  # the pid is valid: the parent has not reaped it
             self._process.stdin.write(b"reap\n")
             ended = await self._line(END_S)
         assert ended == str(-signal.SIGKILL), f"the plugin ended by itself: {ended}"
@@ -67,7 +67,7 @@ class Spawner:
 
 
 def serve() -> bool:
-    """The process's side: forks when told to. True in a child that is to become a plugin, False at the end."""
+    """Forks a child for each request. Returns True in a child, which becomes a plugin, and False at the end."""
     print("ready", flush=True)
     while sys.stdin.readline() == "start\n":
         pid = os.fork()

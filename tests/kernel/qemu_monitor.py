@@ -1,4 +1,4 @@
-"""QEMU's monitor as the guest has it: pulls a USB device out of the guest's own controller, plugs it in elsewhere."""
+"""QEMU's monitor in the guest, which unplugs USB devices and plugs them in at other ports."""
 
 from __future__ import annotations
 
@@ -15,37 +15,37 @@ PORTS = Path("/sys/class/virtio-ports")
 NAME = "monitor"
 ANSWER_S = 10.0
 FREE_PORT = "7"
-"""Of the controller of the serial converters; see usb_devices in run.sh, which gives out ports from 1."""
+"""An unused port of the converters' controller. usb_devices in run.sh uses ports from 1 upwards."""
 
 
 class Monitor:
-    """Speaks QMP over a virtio port. Only for the guest; to be closed."""
+    """A QMP client over a virtio port, for the guest only. The caller must close it."""
 
     def __init__(self) -> None:
         name = next(port.parent.name for port in PORTS.glob("*/name") if port.read_text().strip() == NAME)
         self._fd = os.open(f"/dev/{name}", os.O_RDWR | os.O_NONBLOCK)
         self._received = b""
         self._ids = 0
-        self._said("qmp_capabilities")  # an error if an earlier test has said so, and then as good
+        self._call("qmp_capabilities")  # fails harmlessly after an earlier test
 
     def close(self) -> None:
         os.close(self._fd)
 
     def unplug(self, usbipd: RealUsbipd, number: int, serial: str) -> None:
-        """Serial converter number (0 or 1). Returns when the guest's kernel has seen it."""
+        """Unplugs serial converter 0 or 1, and waits until the guest's kernel has noticed."""
         self.execute("device_del", id=f"converter{number}")
         eventually(lambda: serial not in usbipd.busids(), f"{serial} is unplugged")
 
     def plug(self, usbipd: RealUsbipd, number: int, serial: str, port: str = FREE_PORT) -> str:
-        """Its bus id, bound to usbip-host."""
-        # QEMU lets go of the cable a moment after the device is gone
+        """Plugs in serial converter 0 or 1, binds it to usbip-host and returns its bus id."""
+        # QEMU frees the cable a moment after the device is gone
         eventually(lambda: self._plugged(number, serial, port), f"{serial} is plugged in")
         busid = usbipd.busid(serial)
         usbipd.bind(busid)
         return busid
 
     def _plugged(self, number: int, serial: str, port: str) -> bool:
-        answer = self._said(
+        answer = self._call(
             "device_add",
             driver="usb-serial",
             id=f"converter{number}",
@@ -59,11 +59,11 @@ class Monitor:
         return "return" in answer
 
     def execute(self, command: str, **arguments: object) -> None:
-        """AssertionError if QEMU refuses."""
-        answer = self._said(command, **arguments)
+        """Sends a command. Raises AssertionError if QEMU refuses it."""
+        answer = self._call(command, **arguments)
         assert "return" in answer, answer
 
-    def _said(self, command: str, **arguments: object) -> dict[str, Any]:
+    def _call(self, command: str, **arguments: object) -> dict[str, Any]:
         self._ids += 1
         number = f"{os.getpid()}-{self._ids}"
         request = {"execute": command, "id": number, **({"arguments": arguments} if arguments else {})}

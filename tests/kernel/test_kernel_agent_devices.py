@@ -1,4 +1,4 @@
-"""The agent with real devices: what Allocate answers can be opened, and bytes pass."""
+"""The agent with real devices: device nodes of an Allocate can be opened, and bytes pass."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from tests.rigs.agent_rig import (
     until_released,
 )
 from usbip_plugin.model import PodRef
+from usbip_sim import demo
 
 
 @pytest.mark.short
@@ -41,8 +42,8 @@ async def test_identical_devices_go_to_different_pods_and_bytes_pass(rig: Kernel
         got = [await admitted(node, SERIAL, pod=pod) for pod in (first, second)]
         for allocation in got:
             assert allocation.envs["USBIP_SERIAL_0_TTY"] in nodes_of(allocation)
-        said = {a.envs["USBIP_SERIAL_0_BUSID"]: a.envs["USBIP_SERIAL_0_SERIAL"] for a in got}
-        assert said == {usbipd.busid(serial): serial for serial in TWINS}
+        serials = {a.envs["USBIP_SERIAL_0_BUSID"]: a.envs["USBIP_SERIAL_0_SERIAL"] for a in got}
+        assert serials == {usbipd.busid(serial): serial for serial in TWINS}
         assert not nodes_of(got[0]).keys() & nodes_of(got[1]).keys()
         one, other = (allocation.envs["USBIP_SERIAL_0_TTY"] for allocation in got)
         with raw_tty(one) as a, raw_tty(other) as b:
@@ -54,7 +55,7 @@ async def test_identical_devices_go_to_different_pods_and_bytes_pass(rig: Kernel
         assert not exist([one])
         assert len(busy_rows()) == 1
         with raw_tty(other):
-            pass  # the other pod's is still there
+            pass  # the device of the other pod stays
         await end(world, second, *(key for key in twins if key != ended))
         assert busy_rows() == ()
 
@@ -91,3 +92,9 @@ async def test_a_keyboard_brings_its_event_and_raw_nodes(rig: KernelRig) -> None
         assert {"hidraw", "event", ""} <= kinds, paths
         for path in paths:
             os.close(os.open(path, os.O_RDWR | os.O_NONBLOCK))
+
+
+@pytest.mark.short
+async def test_every_promise_of_the_demo_holds_on_a_real_kernel(rig: KernelRig) -> None:
+    lines: list[str] = []
+    assert await demo.run(lines.append, real_kernel=True), "\n".join(lines)

@@ -1,4 +1,4 @@
-"""A file system without room where port records or CDI specs are: real ones, filled to the last byte."""
+"""Full file systems for port records and CDI specs."""
 
 from __future__ import annotations
 
@@ -40,31 +40,31 @@ FULL = "No space left on device; the file system is full: free some space"
 
 
 class Disk:
-    """A small file system, filled and emptied."""
+    """A small file system that can be filled and emptied."""
 
-    def __init__(self, place: Path) -> None:
-        self.place = place
-        self._ballast = place / "ballast"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._ballast = path / "ballast"
 
     def fill(self) -> None:
         with self._ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
             while True:
                 file.write(b"x" * 4096)
-        assert os.statvfs(self.place).f_bavail == 0
+        assert os.statvfs(self.path).f_bavail == 0
 
     def make_room(self) -> None:
         self._ballast.unlink()
 
 
 @contextlib.contextmanager
-def small_disk(place: Path) -> Iterator[Disk]:
-    """Mounted there for the length of the block."""
-    place.mkdir(parents=True, exist_ok=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(place)], check=True)
+def small_disk(path: Path) -> Iterator[Disk]:
+    """Mounts a file system of 16 KiB for the length of the block."""
+    path.mkdir(parents=True, exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(path)], check=True)
     try:
-        yield Disk(place)
+        yield Disk(path)
     finally:
-        subprocess.run(["umount", str(place)], check=True)
+        subprocess.run(["umount", str(path)], check=True)
 
 
 def by_cdi(usbipd: RealUsbipd) -> Config:
@@ -77,8 +77,8 @@ def paths_in(spec: Path) -> set[str]:
     return {node["hostPath"] for node in device["containerEdits"]["deviceNodes"]}
 
 
-def leftovers(place: Path) -> set[str]:
-    return {path.name for path in place.iterdir()} - {"ballast"}
+def leftovers(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir()} - {"ballast"}
 
 
 async def test_a_full_disk_for_records_fails_the_allocate_and_leaves_nothing(rig: KernelRig) -> None:
@@ -94,19 +94,19 @@ async def test_a_full_disk_for_records_fails_the_allocate_and_leaves_nothing(rig
             assert leftovers(RECORDS) == set()
             disk.make_room()
             await until_health(on(world), {twin.id: True})
-            assert (await allocate(on(world), SERIAL, twin)).devices, "the server had it free again"
+            assert (await allocate(on(world), SERIAL, twin)).devices, "the server lists it as free again"
 
 
 async def test_a_full_disk_for_specs_fails_the_allocate_and_leaves_nothing(rig: KernelRig, tmp_path: Path) -> None:
     twin = keys_of(rig.usbipd, SERIAL)[0]
     with small_disk(tmp_path / "cdi") as disk:
-        async with agent_with(by_cdi(rig.usbipd), twin, cdi=disk.place) as world:
+        async with agent_with(by_cdi(rig.usbipd), twin, cdi=disk.path) as world:
             disk.fill()
             message = await refusal(on(world), SERIAL, twin)
-            assert f"cannot write the CDI spec {disk.place}/usbip.dev-serial-{twin.id}.json: {FULL}" in message
+            assert f"cannot write the CDI spec {disk.path}/usbip.dev-serial-{twin.id}.json: {FULL}" in message
             await until_released(world, twin)
             assert busy_rows() == ()
-            assert leftovers(disk.place) == set()
+            assert leftovers(disk.path) == set()
             disk.make_room()
             await until_health(on(world), {twin.id: True})
             answer = await allocate(on(world), SERIAL, twin)
@@ -114,11 +114,11 @@ async def test_a_full_disk_for_specs_fails_the_allocate_and_leaves_nothing(rig: 
             assert not answer.devices
 
 
-async def test_a_full_disk_at_a_reattach_is_over_when_there_is_room(rig: KernelRig, tmp_path: Path) -> None:
+async def test_a_reattach_on_a_full_disk_succeeds_once_there_is_room(rig: KernelRig, tmp_path: Path) -> None:
     usbipd = rig.usbipd
     twin = keys_of(usbipd, SERIAL)[0]
     with small_disk(tmp_path / "cdi") as disk:
-        async with agent_with(by_cdi(usbipd), twin, cdi=disk.place) as world:
+        async with agent_with(by_cdi(usbipd), twin, cdi=disk.path) as world:
             node = on(world)
             await node.admit(POD, {SERIAL: 1})
             (held,) = (DeviceKey(usbipd.key, c.key.busid) for c in agent(node).claims.view.values())
@@ -130,11 +130,11 @@ async def test_a_full_disk_at_a_reattach_is_over_when_there_is_room(rig: KernelR
             usbipd.bind(held.busid)
             async with asyncio.timeout(PATIENCE_S):
                 await node.advertised.until(lambda: "cannot write the CDI spec" in advertised(node, held).health.detail)
-            assert len(busy_rows()) == 1, "it is attached, and waits for its spec"
-            assert paths_in(spec) == before, "the old one, whole"
+            assert len(busy_rows()) == 1, "the device is attached, without its spec"
+            assert paths_in(spec) == before, "the complete old spec"
             disk.make_room()
             await until_health(node, {held.id: True})
             assert paths_in(spec) == {n.path for n in attachment_of(node, held).nodes}
             assert paths_in(spec) != before
             await end(world, POD, held)
-            assert leftovers(disk.place) == set()
+            assert leftovers(disk.path) == set()

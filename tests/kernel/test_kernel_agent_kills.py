@@ -1,6 +1,6 @@
-"""A plugin under load: killed at random moments of Allocate and release, and left to run.
+"""A plugin under load that is killed at random moments of Allocate and release, or runs for long.
 
---kills N says how often, --kills-seed S repeats a run; --soak-seconds N says how long it is left to run.
+--kills N sets how often, --kills-seed S repeats a run, --soak-seconds N sets how long it runs.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from usbip_plugin.model import PodRef
 from usbip_sim.kubelet.device_manager import AdmissionError
 
 LONGEST_LIFE = 4.0
-"""In admissions: a release takes half as long as one, so such lives meet all moments of both."""
+"""Admissions until a kill, at most. A release takes half as long, so kills meet all moments of both."""
 LEAST_WORK = 2
 PROGRESS = 20
-"""Kills between two lines that say how far it is."""
+"""Kills between two lines of progress."""
 REFUSED_S = 0.1
 RESOURCES = (SERIAL, DISKS)
 RECORDS = Path("/run/vhci_hcd")
 WARM_UP_S = 20.0
 MORE_FDS, MORE_THREADS, MORE_KIB = 2, 4, 3072
-"""A connection may be open; pools of threads fill as they are needed; Python keeps what its busiest moment took."""
+"""An open connection, threads of a pool, and memory that Python once needed are no leak."""
 
 
 @dataclass(slots=True)
 class Load:
-    """Pods that come and go, one for each resource at a time, as fast as the kubelet admits them."""
+    """Pods that start and end as fast as the kubelet admits them, one for each resource at a time."""
 
     node: Node
     rng: random.Random
@@ -47,7 +47,7 @@ class Load:
     _count: int = 0
 
     async def run(self) -> None:
-        """Until over is set, or until cancelled, which may be in the middle of an admission."""
+        """Runs until over is set, or until it is cancelled, also during an admission."""
         while not self.over:
             for name in self.rng.sample(RESOURCES, len(RESOURCES)):
                 await self.step(name)
@@ -64,7 +64,7 @@ class Load:
         await self.admit(name)
 
     async def admit(self, name: str) -> None:
-        """A new pod that wants one of this resource."""
+        """Admits a new pod that requests one device of this resource."""
         self._count += 1
         pod = PodRef("default", f"pod-{self._count}")
         try:
@@ -79,8 +79,8 @@ class Load:
             assert nodes_of(allocation)
 
 
-def kept(node: Node, load: Load) -> None:
-    """What must hold while no plugin runs: every device that is attached is locked, and by this node."""
+def check_locks(node: Node, load: Load) -> None:
+    """Asserts, while no plugin runs, that this node has locked every attached device and those of running pods."""
     keys = (*node.twins, node.disk)
     held = [key for key in keys if (lease := node.backend.leases.get(key.id)) is not None and lease.holder == NODE]
     assert len(busy_rows()) <= len(held), (busy_rows(), held)
@@ -95,7 +95,7 @@ def kept(node: Node, load: Load) -> None:
 
 @pytest.fixture
 def unlimited() -> None:
-    """Lifts the time limit of a single test, which run.sh sets: how long these take is an option."""
+    """Lifts run.sh's time limit of a single test: the time of these is an option."""
     faulthandler.cancel_dump_traceback_later()
 
 
@@ -118,11 +118,11 @@ async def test_a_plugin_killed_at_any_moment_loses_and_leaks_nothing(
                 await asyncio.wait([task], timeout=rng.uniform(0, longest))
                 if task.done():
                     task.result()
-            # the plugin is dead; whoever was being admitted is refused by that
+            # an admission at the moment of the kill is refused
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError, AdmissionError):
                 await task
-            kept(node, load)
+            check_locks(node, load)
             if number % PROGRESS == 0:
                 print(f"{number} kills: {dict(load.fates)}", flush=True)
         async with node.plugin():
@@ -130,13 +130,13 @@ async def test_a_plugin_killed_at_any_moment_loses_and_leaks_nothing(
             before = load.fates["admitted"]
             for name in RESOURCES:
                 await load.admit(name)
-            assert load.fates["admitted"] == before + len(RESOURCES), "a device is not given out after the kills"
+            assert load.fates["admitted"] == before + len(RESOURCES), "a device is not allocated after the kills"
             await all_released(node, load)
     print(f"{kills} kills, seed {seed}: {dict(load.fates)}")
 
 
-def held_by(pid: int) -> dict[str, int]:
-    """What a process has of the node: file descriptors, threads, KiB of memory of its own (not of files)."""
+def usage_of(pid: int) -> dict[str, int]:
+    """Returns the file descriptors, the threads and the anonymous memory (KiB) of a process."""
     proc = Path(f"/proc/{pid}")
     status = dict(line.split(":", 1) for line in (proc / "status").read_text().splitlines())
     return {
@@ -147,12 +147,12 @@ def held_by(pid: int) -> dict[str, int]:
 
 
 def records() -> list[str]:
-    """The files that say what stands on which port."""
+    """Returns the names of the port records."""
     return sorted(path.name for path in RECORDS.glob("port*"))
 
 
 async def all_released(node: Node, load: Load) -> None:
-    """The pods of the load end, and everything they had is let go."""
+    """Ends all pods, and waits until their devices are released."""
     for pod in list(load.running):
         node.kubelet.end(pod)
     load.running.clear()
@@ -174,15 +174,15 @@ async def test_attaching_and_detaching_for_long_leaks_nothing(rig: KernelRig, re
             await asyncio.wait([task], timeout=limit)
             if task.done():
                 task.result()
-            load.over = True  # the admission under way is finished
+            load.over = True  # the current admission ends first
             await task
             load.over = False
             await all_released(node, load)
 
         await loaded(min(WARM_UP_S, seconds))
-        before = held_by(pid)
+        before = usage_of(pid)
         await loaded(seconds)
-        after = held_by(pid)
+        after = usage_of(pid)
         print(f"{seconds:g} s: {dict(load.fates)}, before {before}, after {after}")
         assert load.fates["admitted"] >= LEAST_WORK
         assert after["fds"] <= before["fds"] + MORE_FDS

@@ -1,4 +1,4 @@
-"""The locks that outlive a killed plugin process keep the LeaseStore contract. Needs no guest."""
+"""The LeaseStore contract on lease_socket. Needs no guest."""
 
 import tempfile
 from collections.abc import AsyncIterator

@@ -1,4 +1,4 @@
-"""The agent beside others on the same kernel and the same server: what is not its own stays as it is."""
+"""The agent beside other programs on its kernel and server: their attachments stay unchanged."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.rigs.usbipd import eventually
 from usbip_plugin.model import Reason
 
 
-async def test_what_others_attached_is_neither_adopted_nor_touched(rig: KernelRig) -> None:
+async def test_attachments_of_others_are_neither_adopted_nor_changed(rig: KernelRig) -> None:
     usbipd = rig.usbipd
     (keyboard,), twins = keys_of(usbipd, KEYS), keys_of(usbipd, SERIAL)
     attach_by_hand(usbipd, keyboard.busid)
@@ -52,20 +52,20 @@ async def test_what_others_attached_is_neither_adopted_nor_touched(rig: KernelRi
     assert busy_rows() == foreign
 
 
-async def test_an_identical_device_that_took_the_port_meanwhile_is_not_mistaken_for_ours(rig: KernelRig) -> None:
+async def test_an_identical_device_on_the_port_of_a_lost_one_is_not_adopted(rig: KernelRig) -> None:
     usbipd = rig.usbipd
     twins = keys_of(usbipd, SERIAL)
     async with agent_with(config_of(usbipd, SERIAL), *twins) as world:
         node = on(world)
         got = await admitted(node, SERIAL)
         (ours,) = [key for key in twins if key.id in got.device_ids]
-        (theirs,) = [key for key in twins if key != ours]
+        (other,) = [key for key in twins if key != ours]
         await until_pod_noted(world.backend, ours)
         (row,) = busy_rows()
         await node.stop()
         usbipd.usbip("detach", "-p", row.split()[1])
         eventually(lambda: busy_rows() == (), "detached by hand")
-        attach_by_hand(usbipd, theirs.busid)
+        attach_by_hand(usbipd, other.busid)
         (foreign,) = busy_rows()
         assert foreign.split()[1] == row.split()[1], "the same port"
         node.start()

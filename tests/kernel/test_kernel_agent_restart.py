@@ -1,4 +1,4 @@
-"""A plugin process killed with SIGKILL while a container uses its devices, and its successor."""
+"""A plugin process killed while a container uses its devices, and the next process."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ resources:
 
 
 class Node:
-    """What of a node outlives its plugin: kubelet, locks, devices."""
+    """The parts of a node that outlive its plugin: kubelet, locks, devices."""
 
     def __init__(self, directory: Path, twins: tuple[DeviceKey, ...], disk: DeviceKey) -> None:
         self.directory, self.twins, self.disk = directory, twins, disk
@@ -68,17 +68,17 @@ class Node:
 
     @contextlib.asynccontextmanager
     async def plugin(self) -> AsyncIterator[int]:
-        """A plugin process, by its pid, from when the kubelet knows all devices as Healthy; killed at the end."""
-        begun = len(self.kubelet.seen.lists)
+        """Yields the pid of a plugin once the kubelet has all devices Healthy. Kills it at the end."""
+        before = len(self.kubelet.seen.lists)
         async with self.spawner.plugin() as pid:
             async with asyncio.timeout(PATIENCE_S):
                 for resource, keys in ((SERIAL, self.twins), (DISKS, (self.disk,))):
                     await self.kubelet.wait_for(f"{DOMAIN}/{resource}", {key.id: True for key in keys}.__eq__)
-            self.first_lists = dict(reversed(self.kubelet.seen.lists[begun:]))
+            self.first_lists = dict(reversed(self.kubelet.seen.lists[before:]))
             yield pid
 
     async def allocate_again(self) -> list[pb.ContainerAllocateResponse]:
-        """What the kubelet asks for the next container of the same pod."""
+        """Sends the Allocate of another container of the pod."""
         wanted = ((SERIAL, sorted(key.id for key in self.twins)), (DISKS, [self.disk.id]))
         return [await allocate_at(self.kubelet.directory, resource, *ids) for resource, ids in wanted]
 
@@ -96,20 +96,20 @@ def written_since(version: str, lease: Lease | None) -> bool:
 
 
 def hubs_open() -> bool:
-    """New devices on vhci's root hubs are authorised, as the kernel has it."""
+    """Returns whether vhci's root hubs authorise new devices, which is the kernel's default."""
     hubs = list(Path("/sys").glob(HUBS))
     return bool(hubs) and all(hub.read_text() == OPEN for hub in hubs)
 
 
 async def both_read(tty: Reader, writer: int, disk: Reader, text: str) -> None:
-    """Both devices pass data now."""
+    """Asserts that both devices pass data now."""
     os.write(writer, f"{text}\n".encode())
     await tty.until(lambda lines: lines[-1] == text)
     await disk.still_reads_disk()
 
 
 @pytest.mark.short
-async def test_a_killed_plugin_takes_nothing_from_its_pod_and_its_successor_lets_go(rig: KernelRig) -> None:
+async def test_a_pod_keeps_its_devices_when_its_plugin_is_killed_and_the_next_one_releases_them(rig: KernelRig) -> None:
     async with a_node(rig) as node, contextlib.AsyncExitStack() as pod:
         names = [f"{DOMAIN}/{SERIAL}", f"{DOMAIN}/{DISKS}"]
         async with node.plugin():

@@ -1,4 +1,4 @@
-"""The agent while a real server dies, loses a device, or goes silent."""
+"""The agent while a real USB/IP server dies, loses a device or becomes silent."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from collections.abc import Iterator
 import pytest
 
 from tests.kernel.kernel_rig import KernelRig, raw_tty
-from tests.kernel.silent_proxy import SilentProxy
 from tests.rigs.agent_rig import (
     DISKS,
     KEYS,
@@ -38,16 +37,17 @@ from tests.rigs.agent_rig import (
     until_reason,
     until_released,
 )
+from tests.rigs.tcp_proxy import proxy_to
 from tests.rigs.usbipd import RealUsbipd
 from usbip_plugin.model import DeviceKey, Reason, ServerKey
 
 SHORT_TIMEOUT_S = 4.0
-"""allocateTimeout where an Allocate must run into it."""
+"""allocateTimeout that an Allocate must exceed."""
 
 
 @pytest.fixture
 def second_usbipd(real_usbipd: RealUsbipd) -> Iterator[RealUsbipd]:
-    """The same devices under another port: another server as far as the plugin can tell."""
+    """Yields a usbipd with the devices under another port, which is another server for the plugin."""
     other = RealUsbipd(real_usbipd.key.port + 1)
     other.start()
     yield other
@@ -55,7 +55,7 @@ def second_usbipd(real_usbipd: RealUsbipd) -> Iterator[RealUsbipd]:
 
 
 @pytest.mark.short
-async def test_a_dead_usbipd_takes_nothing_that_is_attached(rig: KernelRig) -> None:
+async def test_attached_devices_outlive_usbipd(rig: KernelRig) -> None:
     usbipd = rig.usbipd
     twins, (disk,) = keys_of(usbipd, SERIAL), keys_of(usbipd, DISKS)
     async with agent_with(config_of(usbipd, SERIAL, DISKS), *twins, disk) as world:
@@ -76,7 +76,7 @@ async def test_a_dead_usbipd_takes_nothing_that_is_attached(rig: KernelRig) -> N
 
 
 @pytest.mark.short
-async def test_a_device_unbound_and_bound_again_comes_back_by_itself(rig: KernelRig) -> None:
+async def test_a_device_unbound_and_bound_again_is_re_attached(rig: KernelRig) -> None:
     usbipd = rig.usbipd
     twins = keys_of(usbipd, SERIAL)
     async with agent_with(config_of(usbipd, SERIAL), *twins) as world:
@@ -109,7 +109,7 @@ async def test_a_frozen_server_delays_nobody_else(rig: KernelRig, second_usbipd:
             await until_lease(world.backend, twin, lambda lease: lease is not None and lease.holder == node.name)
             answer = await allocate(node, DISKS, disk)
             assert exist(device.host_path for device in answer.devices)
-            assert not stuck.done(), "the disk had to wait for the frozen server"
+            assert not stuck.done(), "the disk waited for the frozen server"
         finally:
             signal_usbipd(usbipd, signal.SIGCONT)
         assert exist(device.host_path for device in (await stuck).devices)
@@ -117,7 +117,7 @@ async def test_a_frozen_server_delays_nobody_else(rig: KernelRig, second_usbipd:
 
 @contextlib.contextmanager
 def frozen_host(server: ServerKey) -> Iterator[None]:
-    """Nothing comes to the server and nothing from it, not even what its kernel would answer."""
+    """Drops all packets to and from the server, also answers of its kernel."""
     for module in ("nf_tables", "nft_compat", "xt_tcpudp"):
         subprocess.run(["modprobe", module], check=True)
     rules = [
@@ -132,7 +132,7 @@ def frozen_host(server: ServerKey) -> Iterator[None]:
             subprocess.run(["iptables", "-D", *rule], check=True)
 
 
-async def test_a_frozen_host_is_found_out_by_keepalive_and_its_device_stays_locked(
+async def test_keepalive_detects_a_frozen_host_and_its_device_stays_locked(
     rig: KernelRig, second_usbipd: RealUsbipd
 ) -> None:
     usbipd = rig.usbipd
@@ -147,24 +147,25 @@ async def test_a_frozen_host_is_found_out_by_keepalive_and_its_device_stays_lock
             await until_reason(node, keyboard, Reason.LOST)
             assert busy_rows() == ()
             assert (await allocate(node, DISKS, disk)).devices
-        # the host has heard nothing of all that, and usbipd sets no keepalive: to it the old connection stands
+        # the host has received nothing, and usbipd sets no keepalive: it still has the old connection
         await until_reason(node, keyboard, Reason.LOST)
         assert not usbipd.is_free(keyboard.busid)
         usbipd.drop(keyboard.busid)
         await until_health(node, {keyboard.id: True})
         lock = world.backend.leases[keyboard.id]
-        assert (lock.holder, lock.transitions) == (node.name, epoch), "the same lock all along"
+        assert (lock.holder, lock.transitions) == (node.name, epoch), "the node has kept its lock"
         await end(world, POD, keyboard)
 
 
 async def test_a_silent_connection_ends_within_the_timeout(rig: KernelRig) -> None:
     usbipd = rig.usbipd
-    async with SilentProxy(usbipd.key) as proxy:
-        (disk,) = (DeviceKey(proxy.key, key.busid) for key in keys_of(usbipd, DISKS))
-        config = config_of(usbipd, DISKS, allocate_timeout=SHORT_TIMEOUT_S, servers={DISKS: proxy.key})
+    async with proxy_to(usbipd.key.port) as proxy:
+        server = ServerKey("127.0.0.1", proxy.port)
+        (disk,) = (DeviceKey(server, key.busid) for key in keys_of(usbipd, DISKS))
+        config = config_of(usbipd, DISKS, allocate_timeout=SHORT_TIMEOUT_S, servers={DISKS: server})
         async with agent_with(config, disk) as world:
             node = on(world)
-            proxy.mute()
+            proxy.flowing.clear()
             message = await refusal(node, DISKS, disk)
             assert str(disk.server) in message
             assert disk.busid in message

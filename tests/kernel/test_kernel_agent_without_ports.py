@@ -1,4 +1,4 @@
-"""The agent on a node whose port table is full. The last of its kind: what fills it may stall hubs for seconds."""
+"""The agent on a node without free ports. Runs last, as connections that fill ports may stall hubs for seconds."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from usbip_sim.server.server import VirtualServer
 from usbip_sim.server.usbdevice import HIGH_SPEED, SUPER_SPEED, VirtualDevice
 
 PORTS = 240
-"""Of the guest's kernel: 8 controllers of 15 high-speed and 15 SuperSpeed ports."""
+"""Ports of the guest's kernel: 8 controllers with 15 high-speed and 15 SuperSpeed ports."""
 CONTROLLER = Path("/sys/devices/platform/vhci_hcd.0")
 SPEED = {"hs": HIGH_SPEED, "ss": SUPER_SPEED}
 ENUMERATED_S = 240.0
@@ -44,7 +44,7 @@ OTHER_POD = PodRef("default", "other")
 
 @contextlib.asynccontextmanager
 async def all_ports_taken(rig: KernelRig) -> AsyncIterator[None]:
-    """A virtual device on every free port of every controller, attached past the plugin and enumerated."""
+    """Attaches a virtual device to every free port of every controller, without the plugin."""
     free = [port for port in await rig.plugin().ports() if port.status is PortStatus.NULL]
     sticks = {port.number: VirtualDevice(f"9-{port.number}", STICK, speed=SPEED[port.hub]) for port in free}
     server = VirtualServer(sticks.values(), reset_time=0)
@@ -65,29 +65,29 @@ async def all_ports_taken(rig: KernelRig) -> AsyncIterator[None]:
 
 
 def controllers() -> int:
-    """How many there are: each has a status file."""
+    """Returns the number of controllers, which have one status file each."""
     return len(list(Path("/sys").glob(STATUS_FILES)))
 
 
 def rows_by_number() -> dict[int, list[str]]:
-    """The fields of each row in use: hub, port, status, speed, device, socket, local bus id."""
+    """Returns the fields of each used port: hub, port, status, speed, device, socket, local bus id."""
     return {int(fields[1]): fields for fields in (row.split() for row in busy_rows())}
 
 
-async def test_with_all_ports_of_all_controllers_in_use_every_device_says_so_until_one_is_free(rig: KernelRig) -> None:
+async def test_without_a_free_port_every_device_has_the_reason_until_one_is_free(rig: KernelRig) -> None:
     usbipd = rig.usbipd
     disk, fast = keys_of(usbipd, DISKS)[0], keys_of(usbipd, FAST)[0]
     async with all_ports_taken(rig):
         rows = rows_by_number()
         assert sorted(rows) == list(range(PORTS))
         assert controllers() == 8
-        seen = {
+        ports = {
             port.number: [port.hub, port.status, port.speed, port.devid, port.local_busid]
             for port in await rig.plugin().ports()
         }
-        assert seen == {n: [r[0], PortStatus.USED, int(r[3]), int(r[4], 16), r[6]] for n, r in rows.items()}
+        assert ports == {n: [r[0], PortStatus.USED, int(r[3]), int(r[4], 16), r[6]] for n, r in rows.items()}
         assert {r[0]: int(r[3]) for r in rows.values()} == SPEED
-        assert len({r[6] for r in rows.values()}) == PORTS, "each is another device"
+        assert len({r[6] for r in rows.values()}) == PORTS, "each port has its own device"
         async with agent_with(config_of(usbipd, DISKS, FAST)) as world:
             node = on(world)
             for resource, key, hub in ((DISKS, disk, "hs"), (FAST, fast, "ss")):
@@ -97,7 +97,7 @@ async def test_with_all_ports_of_all_controllers_in_use_every_device_says_so_unt
                 await until_released(world, key)
             assert rows_by_number() == rows
             for resource, key, hub, pod in ((DISKS, disk, "hs", POD), (FAST, fast, "ss", OTHER_POD)):
-                # somewhere in the middle
+                # in the middle of the table
                 freed = [number for number, fields in rows.items() if fields[0] == hub][50]
                 usbipd.usbip("detach", "-p", str(freed))
                 await until_health(node, {key.id: True})
@@ -111,7 +111,7 @@ async def test_with_all_ports_of_all_controllers_in_use_every_device_says_so_unt
             assert rows_by_number() == rows
 
 
-async def test_a_full_port_table_is_said_and_ends_when_a_port_is_free(rig: KernelRig) -> None:
+async def test_a_full_hub_is_reported_until_a_port_is_free(rig: KernelRig) -> None:
     usbipd = rig.usbipd
     (disk,) = keys_of(usbipd, DISKS)
     attach_by_hand(usbipd, usbipd.busid(TWINS[1]))

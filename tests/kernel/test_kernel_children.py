@@ -1,4 +1,4 @@
-"""Child nodes on the real kernel: every kind, partitions with their disk, drivers that come late or never."""
+"""Child nodes on the real kernel: every kind, partitions, drivers that load late or never."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ OTHER_MODE = UsbId(0x1D6B, 0x0105)
 
 
 def select(usbipd: RealUsbipd, serial: str, **keys: object) -> tuple[Config, DeviceKey]:
-    """A resource of the one device, exported."""
+    """Exports a device. Returns a configuration with a resource for it, and its key."""
     busid = usbipd.busid(serial)
     usbipd.bind(busid)
     found = ResourceConfig(GADGET, (DeviceSelector(usbipd.key, Selector(bus_id=busid)),))
@@ -57,7 +57,7 @@ def select(usbipd: RealUsbipd, serial: str, **keys: object) -> tuple[Config, Dev
 
 @pytest.fixture
 def without_ftdi(rig: KernelRig) -> Iterator[None]:
-    """Every device of the driver is usbip-host's."""
+    """Unloads the driver of the converters, whose devices all belong to usbip-host."""
     subprocess.run(["rmmod", "ftdi_sio"], check=True)
     yield
     rig.usbipd.load_modules(("ftdi_sio",))
@@ -104,11 +104,11 @@ async def test_a_device_of_many_functions_brings_all_its_nodes_with_the_first_an
 
 @pytest.fixture
 def partitions(rig: KernelRig) -> Iterator[str]:
-    """The disk at high speed has two, while it is nobody's. Its serial number."""
+    """Writes two partitions to the unused high-speed disk. Yields its serial number."""
     backing = Path("/vmrun/disk-hs.img")
     before = backing.read_bytes()[:SECTOR]
-    places = ((2048, 4096), (8192, 4096))
-    entries = b"".join(struct.pack("<B3sB3sII", 0, bytes(3), 0x83, bytes(3), *place) for place in places)
+    extents = ((2048, 4096), (8192, 4096))
+    entries = b"".join(struct.pack("<B3sB3sII", 0, bytes(3), 0x83, bytes(3), *extent) for extent in extents)
     overwrite(backing, before[:446] + entries + bytes(32) + b"\x55\xaa")
     yield DISK
     overwrite(backing, before)
@@ -160,34 +160,32 @@ async def test_a_sound_card_brings_its_nodes(rig: KernelRig) -> None:
         os.close(os.open(control, os.O_RDWR))
 
 
-async def test_a_driver_that_is_loaded_a_second_later_is_waited_for(rig: KernelRig, without_ftdi: None) -> None:
+async def test_a_driver_that_loads_a_second_later_is_waited_for(rig: KernelRig, without_ftdi: None) -> None:
     twin = keys_of(rig.usbipd, SERIAL)[0]
     (resource,) = config_of(rig.usbipd, SERIAL).resources
     config = Config((replace(resource, children=("tty",), children_timeout=60.0),), allocate_timeout=120.0)
     async with agent_with(config, twin) as world:
-        asking = asyncio.create_task(allocate(on(world), SERIAL, twin))
+        allocating = asyncio.create_task(allocate(on(world), SERIAL, twin))
         await asyncio.to_thread(eventually, lambda: bool(authorized()), "attached and authorised", PATIENCE_S)
         await asyncio.sleep(1)
-        assert not asking.done()
+        assert not allocating.done()
         await asyncio.to_thread(rig.usbipd.load_modules, ("ftdi_sio",))
-        answer = await asking
+        answer = await allocating
         os.close(os.open(answer.envs["USBIP_SERIAL_0_TTY"], os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK))
 
 
 def net_names() -> set[str]:
-    """Of the guest's network interfaces."""
+    """Returns the names of the guest's network interfaces."""
     return {path.name for path in Path("/sys/class/net").iterdir()}
 
 
 def authorized() -> list[Path]:
-    """Devices behind vhci that have been let in."""
+    """Returns the authorised devices of vhci."""
     found = Path("/sys/devices/platform").glob("vhci_hcd.0/usb*/*-*/authorized")
     return [path for path in found if ":" not in path.parent.name and path.read_text().strip() == "1"]
 
 
-async def test_a_driver_that_is_not_there_fails_the_allocate_and_leaves_nothing(
-    rig: KernelRig, without_ftdi: None
-) -> None:
+async def test_a_missing_driver_fails_the_allocate_and_leaves_nothing(rig: KernelRig, without_ftdi: None) -> None:
     twin = keys_of(rig.usbipd, SERIAL)[0]
     (resource,) = config_of(rig.usbipd, SERIAL).resources
     config = Config((replace(resource, children=("tty",), children_timeout=1.0),))
@@ -199,7 +197,7 @@ async def test_a_driver_that_is_not_there_fails_the_allocate_and_leaves_nothing(
         assert busy_rows() == ()
 
 
-async def test_without_children_the_answer_is_what_there_is_and_the_late_node_is_told_of(
+async def test_without_children_an_allocate_answers_at_once_and_the_late_node_is_an_event(
     rig: KernelRig, without_ftdi: None, tmp_path: Path
 ) -> None:
     twin, events = keys_of(rig.usbipd, SERIAL)[0], ReportedEvents()
@@ -216,7 +214,7 @@ async def test_without_children_the_answer_is_what_there_is_and_the_late_node_is
         assert tty in spec.read_text()
 
 
-async def test_a_device_that_switches_to_another_mode_is_not_handed_out_as_what_it_was(rig: KernelRig) -> None:
+async def test_a_device_that_switches_to_another_mode_is_not_re_attached(rig: KernelRig) -> None:
     usbipd, events = rig.usbipd, ReportedEvents()
     with gadget(usbipd, "MODEM", "acm") as device:
         device.plug()

@@ -1,4 +1,4 @@
-"""SysfsVhci on the real kernel: the contract, and what only real devices can show."""
+"""SysfsVhci on the real kernel: the VhciDriver contract, and behaviour that needs real devices."""
 
 from __future__ import annotations
 
@@ -24,17 +24,19 @@ HUBS = "devices/platform/vhci_hcd.*/usb*/authorized_default"
 
 
 class TestContract(VhciContract):
-    """rig comes from conftest.
+    """The VhciDriver contract with the rig of conftest.
 
-    Left out: what a record is worth when a stranger took its port. What fills ports here never gets beyond status 005,
-    and in 005 the kernel shows neither devid nor socket, so that nobody can tell whose attachment it is.
+    It leaves out records of ports that another program has taken. Connections that fill ports here stay in status 005,
+    where the kernel shows neither devid nor socket, so no driver can tell to whom the attachment belongs.
     """
 
     test_a_record_does_not_name_the_next_device_of_another_owner_on_its_port = None  # type: ignore[assignment]
 
 
-async def whole(driver: SysfsVhci, imported: Connection, children: tuple[str, ...] | None = None) -> Attachment:
-    """Attached, with its children."""
+async def attached_whole(
+    driver: SysfsVhci, imported: Connection, children: tuple[str, ...] | None = None
+) -> Attachment:
+    """Attaches a device and waits for its children."""
     port = await driver.attach(imported.key, imported.descriptor, imported.fileno())
     imported.close()
     return await driver.enumerate(imported.key, imported.descriptor, port, children=children, timeout=LIMIT_S)
@@ -51,7 +53,7 @@ def assert_is_there(node: DeviceNode) -> None:
 
 
 def exchange(path: str, written: bytes) -> bytes:
-    """Write at byte 4096 of a disk, down to the medium; return its first 512 bytes."""
+    """Writes at byte 4096 of a disk, down to the medium. Returns its first 512 bytes."""
     with Path(path).open("r+b", buffering=0) as device:
         first = device.read(512)
         device.seek(4096)
@@ -61,7 +63,7 @@ def exchange(path: str, written: bytes) -> bytes:
 
 
 def authorized_defaults() -> list[str]:
-    """Of all root hubs of vhci."""
+    """Returns authorized_default of each root hub of vhci."""
     return [hub.read_text() for hub in sorted(Path("/sys").glob(HUBS))]
 
 
@@ -70,7 +72,7 @@ def both_have_ttys() -> bool:
 
 
 def passes_through(writer: int, reader: int, data: bytes) -> bool:
-    """Whether bytes written into one end of the cable come out at the other."""
+    """Returns whether bytes written at one end of the cable arrive at the other."""
     received = b""
 
     def read() -> bool:
@@ -88,7 +90,7 @@ class TestDevices:
     @pytest.mark.short
     async def test_bytes_pass_between_two_imported_serial_converters(self, rig: KernelRig) -> None:
         driver = rig.plugin()
-        first, second = [await whole(driver, await rig.import_serial(serial)) for serial in TWINS]
+        first, second = [await attached_whole(driver, await rig.import_serial(serial)) for serial in TWINS]
         assert (first.serial, second.serial) == TWINS
         for attachment in (first, second):
             for node in attachment.nodes:
@@ -100,7 +102,7 @@ class TestDevices:
     @pytest.mark.parametrize(("serial", "image"), [(DISK, "disk-hs.img"), (DISK_SUPER, "disk-ss.img")])
     async def test_a_disk_is_read_and_written(self, rig: KernelRig, serial: str, image: str) -> None:
         backing = Path("/vmrun") / image
-        attachment = await whole(rig.plugin(), await rig.import_serial(serial))
+        attachment = await attached_whole(rig.plugin(), await rig.import_serial(serial))
         disk = child(attachment, "block")
         assert_is_there(disk)
         written = os.urandom(512)
@@ -108,24 +110,24 @@ class TestDevices:
         assert backing.read_bytes()[4096:4608] == written
 
     async def test_a_keyboard_brings_its_nodes(self, rig: KernelRig) -> None:
-        attachment = await whole(rig.plugin(), await rig.import_serial(KEYBOARD))
+        attachment = await attached_whole(rig.plugin(), await rig.import_serial(KEYBOARD))
         assert {"hidraw", "input"} <= {node.kind for node in attachment.nodes}
         for node in attachment.nodes:
             assert_is_there(node)
 
     async def test_children_that_never_come_are_no_error(self, rig: KernelRig) -> None:
-        attachment = await whole(rig.plugin(), await rig.import_serial(TWINS[0]), children=("video4linux",))
+        attachment = await attached_whole(rig.plugin(), await rig.import_serial(TWINS[0]), children=("video4linux",))
         assert {node.kind for node in attachment.nodes} == {"usb", "tty"}
 
     @pytest.mark.short
-    async def test_an_unpromised_device_is_never_shown_to_a_driver(self, rig: KernelRig) -> None:
+    async def test_no_driver_binds_to_a_device_with_the_wrong_id(self, rig: KernelRig) -> None:
         driver = rig.plugin()
-        ours: list[Uevent] = []
+        received: list[Uevent] = []
         removed = asyncio.Event()
 
         def hear(event: Uevent | None) -> None:
             if event is not None and event.concerns_vhci:
-                ours.append(event)
+                received.append(event)
                 if event.action == "remove" and event.fields.get("DEVTYPE") == "usb_device":
                     removed.set()
 
@@ -135,35 +137,33 @@ class TestDevices:
             imported = await rig.import_serial(TWINS[0])
             port = await driver.attach(imported.key, imported.descriptor, imported.fileno())
             imported.close()
-            promised = replace(imported.descriptor, usb_id=UsbId(1, 2))
+            expected = replace(imported.descriptor, usb_id=UsbId(1, 2))
             with pytest.raises(WrongDevice):
-                await driver.enumerate(imported.key, promised, port, timeout=LIMIT_S)
-            async with asyncio.timeout(LIMIT_S):  # the port is free before the kernel tells that the device is gone
+                await driver.enumerate(imported.key, expected, port, timeout=LIMIT_S)
+            async with asyncio.timeout(LIMIT_S):  # the port is free before the uevent of the removal
                 await removed.wait()
             listening.cancel()
-        assert not [event for event in ours if event.fields.get("DEVTYPE") == "usb_interface"]
+        assert not [event for event in received if event.fields.get("DEVTYPE") == "usb_interface"]
 
-    async def test_a_twin_is_told_by_its_serial_number_before_a_driver_sees_it(self, rig: KernelRig) -> None:
+    async def test_a_twin_is_recognised_by_its_serial_number_before_a_driver_binds(self, rig: KernelRig) -> None:
         driver = rig.plugin()
-        for looked_for in TWINS:
+        for serial in TWINS:
             imported = await rig.import_serial(TWINS[0])
             port = await driver.attach(imported.key, imported.descriptor, imported.fileno())
             imported.close()
-            if looked_for == TWINS[0]:
-                found = await driver.enumerate(
-                    imported.key, imported.descriptor, port, serial=looked_for, timeout=LIMIT_S
-                )
-                assert found.serial == looked_for
+            if serial == TWINS[0]:
+                found = await driver.enumerate(imported.key, imported.descriptor, port, serial=serial, timeout=LIMIT_S)
+                assert found.serial == serial
                 await driver.detach(port, timeout=LIMIT_S)
             else:
                 with pytest.raises(WrongSerial) as raised:
-                    await driver.enumerate(imported.key, imported.descriptor, port, serial=looked_for, timeout=LIMIT_S)
+                    await driver.enumerate(imported.key, imported.descriptor, port, serial=serial, timeout=LIMIT_S)
                 assert raised.value.found == TWINS[0]
                 assert port not in {p.number for p in await driver.ports() if p.status is not PortStatus.NULL}
 
 
-class TestOtherPeople:
-    async def test_the_usbip_tool_reads_our_records_and_we_read_its(self, rig: KernelRig) -> None:
+class TestOtherPrograms:
+    async def test_the_usbip_tool_reads_records_of_the_driver_and_the_other_way_round(self, rig: KernelRig) -> None:
         driver, usbipd = rig.plugin(), rig.usbipd
         ours = await attached(driver, await rig.import_serial(TWINS[0]))
         theirs = usbipd.busid(TWINS[1])
@@ -196,17 +196,17 @@ class TestServer:
     async def test_unbinding_on_the_server_frees_the_port(self, rig: KernelRig) -> None:
         driver = rig.plugin()
         attachment = await attached(driver, await rig.import_serial(TWINS[0]))
-        looked = asyncio.Event()
-        driver.subscribe(looked.set)
+        changed = asyncio.Event()
+        driver.subscribe(changed.set)
         rig.usbipd.unbind(attachment.key.busid)
         async with asyncio.timeout(LIMIT_S):
             while (await state(driver, attachment.port)).status is not PortStatus.NULL:
-                looked.clear()
-                await looked.wait()
+                changed.clear()
+                await changed.wait()
 
-    async def test_without_usbipd_what_is_attached_goes_on(self, rig: KernelRig, real_usbipd: RealUsbipd) -> None:
+    async def test_attached_devices_outlive_usbipd(self, rig: KernelRig, real_usbipd: RealUsbipd) -> None:
         driver = rig.plugin()
-        first, second = [await whole(driver, await rig.import_serial(serial)) for serial in TWINS]
+        first, second = [await attached_whole(driver, await rig.import_serial(serial)) for serial in TWINS]
         real_usbipd.kill()
         with raw_tty(child(first, "tty").path) as one, raw_tty(child(second, "tty").path) as other:
             assert passes_through(one, other, b"usbipd is dead")
@@ -214,7 +214,7 @@ class TestServer:
         await driver.detach(first.port, timeout=LIMIT_S)
         assert (await state(driver, first.port)).status is PortStatus.NULL
 
-    async def test_the_same_device_comes_back_at_once_many_times(self, rig: KernelRig) -> None:
+    async def test_a_device_is_attached_and_detached_many_times(self, rig: KernelRig) -> None:
         driver = rig.plugin()
         for _ in range(5):
             attachment = await attached(driver, await rig.import_serial(TWINS[0]))
