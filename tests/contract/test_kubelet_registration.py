@@ -270,7 +270,7 @@ class TestRegistration(Registration):
                         assert [path.name for path in kubelet._endpoints[STORAGE]] == [used.name]  # type: ignore[attr-defined]
                     assert stale.exists()
 
-    async def test_what_killed_plugins_left_is_removed_at_start_and_the_resource_is_registered_as_ever(
+    async def test_sockets_of_killed_plugins_are_removed_at_start_and_the_resource_registers(
         self, short_tmp: Path
     ) -> None:
         async with FakeKubelet(short_tmp) as kubelet:

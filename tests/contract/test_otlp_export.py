@@ -184,7 +184,7 @@ def test_a_disabled_sdk_makes_no_traces(receiver: Receiver, start: Start) -> Non
     ],
     ids=str,
 )
-def test_a_setting_that_cannot_be_followed_is_said_and_costs_the_export_only(
+def test_an_invalid_setting_is_logged_and_costs_the_export_only(
     start: Start, caplog: pytest.LogCaptureFixture, variables: dict[str, str], error: str
 ) -> None:
     tracing = start(OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:9", **variables)
@@ -243,7 +243,7 @@ def test_a_receiver_that_refuses_is_an_outage_with_its_message(
     assert "not today" in vars(caplog.records[0])["cause"]
 
 
-def test_a_receiver_that_does_not_answer_holds_up_nobody_and_costs_only_the_oldest_spans(
+def test_a_silent_receiver_delays_nothing_and_costs_only_the_oldest_spans(
     receiver: Receiver, start: Start, caplog: pytest.LogCaptureFixture
 ) -> None:
     receiver.silent = True

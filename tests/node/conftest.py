@@ -1,4 +1,4 @@
-"""Fixtures for tests of the DaemonSet on a real kubelet and a real vhci_hcd. tests/lab/cluster/guest.sh runs them."""
+"""Fixtures for tests of the DaemonSet on a real kubelet and vhci_hcd, which tests/lab/cluster/guest.sh runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OFFERED, FAR_END = "SERIAL1", "SERIAL2"
 
 @pytest.fixture(scope="session")
 def usbipd() -> Iterator[RealUsbipd]:
-    """A USB/IP server in the guest that exports one of the two converters. Does not load vhci_hcd."""
+    """Runs a USB/IP server in the guest that exports one of the two converters. Does not load vhci_hcd."""
     if "NODE_STATE" not in os.environ:
         pytest.skip("runs in the guest only: tests/lab/cluster/guest.sh")
     server = RealUsbipd()
@@ -29,7 +29,7 @@ def usbipd() -> Iterator[RealUsbipd]:
 
 @pytest.fixture(scope="session")
 def api(usbipd: RealUsbipd) -> Api:
-    """The cluster, when the guest is a node of it."""
+    """Returns the cluster once the guest is a Ready node."""
     api = Api()
 
     def ready() -> bool:
@@ -44,13 +44,13 @@ def api(usbipd: RealUsbipd) -> Api:
 
 @pytest.fixture(scope="session")
 def installation(api: Api, usbipd: RealUsbipd) -> Plugin:
-    """For tests that install the plugin themselves."""
+    """Returns the plugin for tests that install it themselves."""
     return Plugin(api, usbipd.busid(OFFERED))
 
 
 @pytest.fixture(autouse=True)
 def restarts(installation: Plugin, capsys: pytest.CaptureFixture[str]) -> Iterator[None]:
-    """Says why the plugin was started again, whether or not the test has failed: a liveness probe may have ended it."""
+    """Prints why the plugin was restarted, also if the test passes: a liveness probe may have ended it."""
     before = set(installation.restarts())
     yield
     for line in installation.restarts():
@@ -61,7 +61,7 @@ def restarts(installation: Plugin, capsys: pytest.CaptureFixture[str]) -> Iterat
 
 @pytest.fixture(scope="module")
 def base(installation: Plugin) -> Plugin:
-    """deploy/ as it is shipped, ready. The module is loaded as a node's own configuration would do it."""
+    """Installs deploy/ as shipped, with vhci_hcd loaded like by a node's own configuration."""
     RealUsbipd().load_modules(("vhci-hcd",))
     installation.install(manifests("base", installation.busid))
     return installation
@@ -69,12 +69,12 @@ def base(installation: Plugin) -> Plugin:
 
 @pytest.fixture
 def plugin(base: Plugin) -> Plugin:
-    """The same, as it is shipped whatever the last test has made of it."""
+    """Installs deploy/ as shipped, whatever the last test has changed."""
     base.install(manifests("base", base.busid))
     return base
 
 
 @pytest.fixture(scope="session")
 def far_busid(usbipd: RealUsbipd) -> str:
-    """The other converter's."""
+    """Returns the bus id of the converter that is not exported."""
     return usbipd.busid(FAR_END)

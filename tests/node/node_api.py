@@ -1,4 +1,4 @@
-"""The API server as a test needs it: plain requests as cluster admin, and waiting until something is so."""
+"""Requests to the API server as cluster admin, and waits for conditions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 REQUEST_S = 30.0
-LIMIT_S = 150.0  # for what must happen; the guest is emulated and slow
+LIMIT_S = 150.0  # for an event that must come; the guest is emulated and slow
 POLL_S = 0.5
 
 Object: TypeAlias = dict[str, Any]
@@ -37,19 +37,19 @@ _COLLECTIONS = {
 }
 
 
-def until(look: Callable[[], T | None], what: str, limit: float = LIMIT_S) -> T:
-    """The first result of look that is neither None nor False. AssertionError after limit seconds."""
-    end = time.monotonic() + limit
+def until(check: Callable[[], T | None], what: str) -> T:
+    """Returns the first result of check that is neither None nor False. Raises AssertionError after LIMIT_S."""
+    end = time.monotonic() + LIMIT_S
     while True:
-        found = look()
+        found = check()
         if found is not None and found is not False:
             return found
-        assert time.monotonic() < end, f"not within {limit:g} s: {what}"
+        assert time.monotonic() < end, f"not within {LIMIT_S:g} s: {what}"
         time.sleep(POLL_S)
 
 
 class Api:
-    """Objects are named by kind, namespace and name."""
+    """A client of the API server, which names objects by kind, namespace and name."""
 
     def __init__(self) -> None:
         access = json.loads((Path(os.environ["NODE_STATE"]) / "api.json").read_text())
@@ -58,7 +58,7 @@ class Api:
         self._tls = ssl.create_default_context(cafile=access["ca"])
 
     def apply(self, body: Object) -> Object:
-        """Server-side apply: fields that were applied before and are not in body are removed."""
+        """Applies an object on the server. Removes fields that were applied before and are not in body."""
         path = self._path(body["kind"], body["metadata"].get("namespace", ""), body["metadata"]["name"])
         return self._request("PATCH", path + "?fieldManager=test&force=true", body, "application/apply-patch+yaml")
 

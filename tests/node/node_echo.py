@@ -1,4 +1,4 @@
-"""The far end of the serial converter that the pod has: its twin, on the same null-modem cable, left to the guest."""
+"""The far end of the pod's serial converter: its twin on the null-modem cable, which stays in the guest."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ while data := os.read(fd, 4096):
     os.write(fd, data.upper())
 print("hung up", flush=True)
 """
-"""A container's process that answers every byte with its upper case, until the device ends."""
+"""Program of a container that answers every byte with its upper case, until the device ends."""
 
 
 @contextlib.contextmanager
 def far_end(busid: str) -> Iterator[int]:
-    """A file descriptor of the tty of the guest's own device with this busid."""
+    """Yields a file descriptor of the tty of the guest's device with this bus id."""
     (found,) = Path(f"/sys/bus/usb/devices/{busid}:1.0").glob("ttyUSB*")
     fd = os.open(f"/dev/{found.name}", os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
     try:
@@ -39,7 +39,7 @@ def far_end(busid: str) -> Iterator[int]:
 
 
 def answer(fd: int, text: bytes) -> bytes:
-    """What comes back for it, as many bytes; fewer if they do not come in time."""
+    """Returns the answer to a text: as many bytes, or fewer after ANSWER_S."""
     os.write(fd, text)
     got, end = b"", time.monotonic() + ANSWER_S
     while len(got) < len(text) and (left := end - time.monotonic()) > 0:

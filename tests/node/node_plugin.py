@@ -1,4 +1,4 @@
-"""The plugin's DaemonSet as it is shipped, and with one thing changed."""
+"""The plugin's DaemonSet as shipped, and with changes."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ RESOURCE = "usbip.dev/serial"
 
 
 def manifests(name: str, busid: str, **keys: object) -> list[Object]:
-    """base or modules as kustomize gives it, with the image that is here and a configuration of one device.
+    """Returns the manifests of base or modules with the guest's image and a configuration of one device.
 
-    keys: more of its resource, such as cdi=True. Other keys are another pod template: the plugin is replaced.
+    keys: more keys of the resource, such as cdi=True. Other keys change the pod template, so the plugin is replaced.
     """
     documents: list[Object] = list(yaml.safe_load_all((Path(os.environ["NODE_STATE"]) / f"{name}.yaml").read_text()))
     resource = {"devices": [{"target": {"host": ADDRESS}, "selector": {"bus_id": busid}}], **keys}
@@ -44,11 +44,11 @@ def daemon_set(documents: list[Object]) -> Object:
 
 
 def check_pod(template: Object, name: str) -> Object:
-    """A pod that is like the DaemonSet's, but runs `usbip-plugin check` once instead."""
+    """Returns a pod like that of the DaemonSet that runs `usbip-plugin check` once."""
     spec = copy.deepcopy(template["spec"]["template"]["spec"])
     (container,) = spec["containers"]
     container["args"] = ["check"]
-    # the port of the host is the running plugin's
+    # the running plugin has the port of the host
     for key in ("ports", "startupProbe", "livenessProbe", "readinessProbe"):
         container.pop(key, None)
     spec |= {"restartPolicy": "Never", "nodeName": NODE}
@@ -56,14 +56,14 @@ def check_pod(template: Object, name: str) -> Object:
 
 
 class Plugin:
-    """What is installed in the cluster, which has one node."""
+    """The plugin in a cluster with one node. busid: of its device."""
 
     def __init__(self, api: Api, busid: str) -> None:
         self.api = api
         self.busid = busid
 
     def install(self, documents: list[Object]) -> None:
-        """Applies, and returns when the plugin of these manifests is ready and its device is offered."""
+        """Applies the manifests, and waits until their plugin is ready and its device is offered."""
         for document in documents:
             self.api.apply(document)
         until(self._rolled_out, "the plugin is ready")
@@ -92,8 +92,8 @@ class Plugin:
         return Container(self.api, SYSTEM, self.pod()["metadata"]["name"], "plugin")
 
     def restarts(self) -> list[str]:
-        """The containers of the plugin that were started again: how often, how they ended, and what Events say."""
-        told = []
+        """Returns a line for each restarted container: how often, its last state, and the Events of its pod."""
+        lines = []
         for pod in self.api.all("Pod", SYSTEM, LABEL):
             name = pod["metadata"]["name"]
             events = [e for e in self.api.all("Event", SYSTEM) if e["regarding"].get("uid") == pod["metadata"]["uid"]]
@@ -101,15 +101,15 @@ class Plugin:
                 if status["restartCount"]:
                     times, last = status["restartCount"], status.get("lastState", {}).get("terminated")
                     notes = [f"{event['reason']}: {event.get('note', '')}" for event in events]
-                    told.append(f"{name}/{status['name']} started again {times} times; ended: {last}; Events: {notes}")
-        return told
+                    lines.append(f"{name}/{status['name']} restarted {times} times; ended: {last}; Events: {notes}")
+        return lines
 
     def until_ready(self) -> None:
-        """Until there is one pod, and it is ready."""
+        """Waits until there is one pod, and it is ready."""
         until(self._rolled_out, "the plugin is ready")
 
     def holder(self) -> str:
-        """Of the device's lock; "" if there is none, or nobody."""
+        """Returns the holder of the device's lock, "" without one."""
         for lease in self.api.all("Lease", SYSTEM, "usbip.dev/lease=lock"):
             if lease["metadata"]["annotations"].get("usbip.dev/busid") == self.busid:
                 return str(lease["spec"].get("holderIdentity") or "")

@@ -1,4 +1,4 @@
-"""Pods on the guest's node: what they are made of, and what goes on in their containers."""
+"""Pods on the guest's node, and their containers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ IMAGE = os.environ.get("NODE_IMAGE", "")
 RUN = Path("/run/node")
 EXEC_S = 120.0
 NOT_YET = ("no healthy devices present", "unregistered device", "has been stopped", "Available: 0")
-"""What a kubelet says that has not heard anew of a resource's devices, or whose plugin's connection has just ended."""
+"""Messages of a kubelet that has no list of a resource's devices yet, or has just lost its plugin."""
 REFUSALS = 2
 
 _numbers = itertools.count()
@@ -30,7 +30,7 @@ def pod_of(
     restart: str = "Never",
     security: Object | None = None,
 ) -> Object:
-    """A pod of one container that runs a Python script. restart: its restartPolicy; security: its securityContext."""
+    """Returns a pod whose only container runs a Python script. restart: restartPolicy. security: securityContext."""
     container: Object = {
         "name": "main",
         "image": IMAGE,
@@ -54,63 +54,61 @@ def pod_of(
 
 @dataclass(frozen=True)
 class Container:
-    """One container of a pod that has been started at least once."""
+    """A container of a pod that has started at least once."""
 
     api: Api
     namespace: str
     pod: str
     name: str
 
-    def status(self) -> Object:
+    def _pod(self) -> Object:
         pod = self.api.get("Pod", self.namespace, self.pod)
         assert pod is not None, f"no pod {self.pod}"
-        statuses = pod["status"].get("containerStatuses", ())
+        return pod
+
+    def status(self) -> Object:
+        statuses = self._pod()["status"].get("containerStatuses", ())
         return next((status for status in statuses if status["name"] == self.name), {})
 
     def id(self) -> str:
-        """containerd's, of the container that runs now."""
+        """Returns containerd's ID of the running container."""
         text: str = self.status()["containerID"]
         return text.removeprefix("containerd://")
 
     def pid(self) -> int:
-        """Of its first process."""
+        """Returns the pid of its first process."""
         line = next(line for line in _ctr("tasks", "ls").splitlines() if line.startswith(self.id()))
         return int(line.split()[1])
 
     def run(self, *command: str) -> str:
-        """Runs a command in the container, below its limits and device cgroup; the output."""
+        """Runs a command in the container, with its limits and device cgroup, and returns the output."""
         return _ctr("tasks", "exec", "--exec-id", f"test-{os.getpid()}-{next(_numbers)}", self.id(), *command)
 
     def log(self) -> str:
-        """What it has written so far, restarts included. Not what a former pod of its name has."""
-        pod = self.api.get("Pod", self.namespace, self.pod)
-        assert pod is not None, f"no pod {self.pod}"
-        uid = pod["metadata"]["uid"]
+        """Returns the log so far, restarts included, without the logs of earlier pods of that name."""
+        uid = self._pod()["metadata"]["uid"]
         files = sorted((RUN / "logs").glob(f"{self.namespace}_{self.pod}_{uid}/{self.name}/*.log"))
         lines = (line for file in files for line in file.read_text().splitlines())
         return "\n".join(line.split(" ", 3)[-1] for line in lines)  # "TIME STREAM F text"
 
-    def told(self) -> set[str]:
-        """The reasons of the Events on this very pod so far. A plugin does first and tells then, in the background."""
-        pod = self.api.get("Pod", self.namespace, self.pod)
-        assert pod is not None, f"no pod {self.pod}"
-        events = self.api.all("Event", self.namespace)
-        return {event["reason"] for event in events if event["regarding"].get("uid") == pod["metadata"]["uid"]}
+    def event_reasons(self) -> set[str]:
+        """Returns the reasons of the Events about this pod so far. An Event follows its cause."""
+        uid = self._pod()["metadata"]["uid"]
+        return {one["reason"] for one in self.api.all("Event", self.namespace) if one["regarding"].get("uid") == uid}
 
     def until_running(self) -> None:
         def running() -> bool:
             status = self.status()
             ended = status.get("state", {}).get("terminated")
             assert ended is None, f"{self.pod} ended: {ended}; it wrote: {self.log()}"
-            pod = self.api.get("Pod", self.namespace, self.pod)
-            assert pod is not None
+            pod = self._pod()
             assert pod["status"].get("phase") != "Failed", pod["status"]
             return "running" in status.get("state", {})
 
         until(running, f"{self.pod} runs")
 
     def until_restarted(self) -> None:
-        """Until its kubelet says that it runs again; the log tells that sooner, while `id` is still the dead one's."""
+        """Waits until the kubelet reports a restart. The log has it sooner, while `id` is still the old one."""
 
         def again() -> bool:
             status = self.status()
@@ -119,7 +117,7 @@ class Container:
         until(again, f"{self.pod} runs again")
 
     def until_ended(self) -> int:
-        """Its exit status."""
+        """Waits for the end. Returns the exit status."""
 
         def ended() -> int | None:
             state = self.status().get("state", {}).get("terminated")
@@ -129,11 +127,10 @@ class Container:
 
 
 def admitted(api: Api, body: Object) -> Container:
-    """The one container of a pod with a device, once its kubelet has taken the pod.
+    """Creates a pod with a device. Returns its only container once the kubelet has admitted the pod.
 
-    A kubelet that does not know the devices of a plugin that has just been replaced refuses it, whatever the Node's
-    status says. Such a pod is made again, as a ReplicaSet does, REFUSALS times at most. A pod whose Allocate failed, or
-    that is refused for another reason, is an error.
+    A kubelet refuses pods while it has no list of a replaced plugin, whatever the Node's status says. Then this creates
+    the pod again, like a ReplicaSet, up to REFUSALS times. Other refusals and a failed Allocate are errors.
     """
     name = body["metadata"]["name"]
     refusals: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""A device by CDI name, on a real kernel, kubelet and containerd: a container started again has the new nodes."""
+"""A device by CDI name on a real kernel, kubelet and containerd: a restarted container has the new nodes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def by_cdi(base: Plugin) -> Plugin:
 
 @pytest.fixture
 def reader(api: Api, by_cdi: Plugin) -> Iterator[Container]:
-    """A pod whose program ends when its device does, and that is started again then."""
+    """Starts a pod whose program ends with its device and is restarted then."""
     try:
         container = admitted(api, pod_of("reader", POD_SCRIPT, resources={RESOURCE: "1"}, restart="Always"))
         container.until_running()
@@ -37,7 +37,7 @@ def reader(api: Api, by_cdi: Plugin) -> Iterator[Container]:
 
 
 def opened(container: Container) -> list[str]:
-    """The ttys that the program has opened, one for each start."""
+    """Returns the ttys that the program has opened, one for each start."""
     return [line.split()[1] for line in container.log().splitlines() if line.startswith("opened ")]
 
 
@@ -46,11 +46,11 @@ def device_of(container: Container) -> str:
     return environment["USBIP_SERIAL_0_DEVICE"]
 
 
-def allocates(plugin: Plugin) -> int:
+def count_allocates(plugin: Plugin) -> int:
     return sum(json.loads(line).get("msg") == "devices allocated" for line in plugin.container().log().splitlines())
 
 
-def test_a_program_that_ends_with_its_device_goes_on_under_its_new_nodes(
+def test_a_program_that_ends_with_its_device_restarts_with_its_new_nodes(
     api: Api, by_cdi: Plugin, reader: Container, usbipd: RealUsbipd, far_busid: str
 ) -> None:
     (first,) = until(lambda: opened(reader) or None, "the pod has opened its tty")
@@ -58,13 +58,13 @@ def test_a_program_that_ends_with_its_device_goes_on_under_its_new_nodes(
     (spec,) = CDI.glob("usbip.dev-serial-*.json")
     with far_end(far_busid) as fd:
         assert answer(fd, b"before") == b"BEFORE"
-        # as long as somebody has the old tty open, its number is not given out again
+        # an open tty keeps its number
         held = os.open(first, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
         try:
             usbipd.unbind(by_cdi.busid)
             until(lambda: not busy_rows(), "the port has fallen free")
             usbipd.bind(by_cdi.busid)
-            # it may have been started several times in vain, and of those before the last the kubelet keeps no log
+            # the kubelet keeps the logs of the last two starts only, and some starts may fail
             second = until(lambda: next((tty for tty in opened(reader) if tty != first), None), "it has another tty")
         finally:
             os.close(held)
@@ -72,9 +72,9 @@ def test_a_program_that_ends_with_its_device_goes_on_under_its_new_nodes(
     reader.until_restarted()
     assert device_of(reader) != before
     assert second in spec.read_text(encoding="utf-8")
-    assert allocates(by_cdi) == 1, "the kubelet asks for a device once"
+    assert count_allocates(by_cdi) == 1, "the kubelet allocates a device once"
     assert len(busy_rows()) == 1
-    until(lambda: "DeviceNodesChanged" in reader.told(), "the pod is told")
+    until(lambda: "DeviceNodesChanged" in reader.event_reasons(), "an Event about the pod")
 
     api.delete("Pod", NAMESPACE, "reader")
     until(lambda: not spec.exists(), "the spec is removed")

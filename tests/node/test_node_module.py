@@ -1,4 +1,4 @@
-"""deploy/overlays/modules on a node where vhci_hcd is not loaded."""
+"""deploy/overlays/modules on a node without vhci_hcd loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the plugin's container needs of its node (docs/concepts/security.md): without any one it fails and says so."""
+"""Needs of the plugin's container on its node (docs/concepts/security.md): without one, it fails and names the need."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ NEEDED: dict[str, tuple[Callable[[Object], None], str]] = {
 def run_check(
     api: Api, base: Plugin, name: str, change: Callable[[Object], None], *, token: bool = True
 ) -> tuple[int, str]:
-    """Exit status and output of `usbip-plugin check` in a pod like the plugin's own, but for the change."""
+    """Returns exit status and output of `usbip-plugin check` in a changed copy of the plugin's pod."""
     documents = manifests("base", base.busid, cdi=True)
     api.apply(next(document for document in documents if document["kind"] == "ConfigMap"))
     pod = check_pod(daemon_set(documents), name)
@@ -81,7 +81,7 @@ def test_check_finds_nothing_missing(api: Api, base: Plugin) -> None:
 
 
 @pytest.mark.parametrize("needed", NEEDED)
-def test_without_it_check_says_so(api: Api, base: Plugin, needed: str) -> None:
+def test_check_names_a_missing_part(api: Api, base: Plugin, needed: str) -> None:
     change, cause = NEEDED[needed]
     status, output = run_check(api, base, f"check-{needed}", change)
     assert (status, "FAIL" in output) == (1, True), output
@@ -90,7 +90,7 @@ def test_without_it_check_says_so(api: Api, base: Plugin, needed: str) -> None:
         assert Path("/sys/module/apparmor/parameters/enabled").read_text().strip() == "Y"
 
 
-def test_without_its_token_check_says_so(api: Api, base: Plugin) -> None:
+def test_check_reports_a_missing_token(api: Api, base: Plugin) -> None:
     status, output = run_check(api, base, "check-token", nothing, token=False)
     assert status == 1, output
     assert "FAIL  API server" in output
@@ -112,5 +112,5 @@ def test_without_the_hosts_network_a_pod_loses_its_device_with_the_plugins_pod(a
         until(lambda: "hung up" in user.log() or "Error" in user.log(), "the pod has lost its tty")
     finally:
         api.delete("Pod", NAMESPACE, "user")
-        # The connection went with its network namespace, without a word: the server still holds the device for it.
+        # The connection ended with its network namespace, without a packet: the server still has the device in use.
         RealUsbipd().drop(base.busid)

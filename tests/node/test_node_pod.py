@@ -1,4 +1,4 @@
-"""The DaemonSet as it is shipped, and a pod that uses its device, on a real kernel."""
+"""The DaemonSet as shipped, and a pod that uses its device, on a real kernel."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.node.node_pods import NAMESPACE, NODE, Container, admitted, pod_of
 from tests.rigs.agent_rig import busy_rows
 
 IDLE = "import signal; signal.pause()"
-# in a container: the node with these numbers made anew, beside whatever /dev there is, and opened
+# in a container: makes a device node with these numbers and opens it
 OPEN_BY_NUMBER = """
 import os, stat, sys
 path = "/tmp/by-number"
@@ -34,7 +34,7 @@ finally:
 
 @dataclass(frozen=True)
 class Conversation:
-    """A pod that answers at its converter, and the far end of the cable."""
+    """A pod that answers at its converter. fd: the far end of the cable."""
 
     container: Container
     tty: str
@@ -70,7 +70,7 @@ def test_pod_talks_to_its_device(api: Api, plugin: Plugin, talking: Conversation
     assert "USBIP_SERIAL_0_DEVICE=/dev/bus/usb/" in environment
     assert plugin.holder() == NODE
 
-    # the device cgroup is what keeps others out: one container may, the other may not, by the same numbers
+    # the device cgroup allows the numbers in one container and not in the other
     api.create(pod_of("other", IDLE))
     other = Container(api, NAMESPACE, "other", "main")
     try:
@@ -86,7 +86,7 @@ def test_pod_talks_to_its_device(api: Api, plugin: Plugin, talking: Conversation
 
 def test_after_the_pod_the_port_is_free_and_the_lock_released(api: Api, plugin: Plugin, talking: Conversation) -> None:
     assert len(busy_rows()) == 1
-    # a pod that ends before the plugin has seen it keeps its device for a grace
+    # a pod that ends before the plugin knows it keeps its device for a grace
     api.delete("Pod", NAMESPACE, "user")
     until(lambda: not busy_rows(), "the port is free")
     until(lambda: plugin.holder() == "", "the lock is released")
@@ -94,12 +94,12 @@ def test_after_the_pod_the_port_is_free_and_the_lock_released(api: Api, plugin: 
 
 
 @pytest.mark.short
-def test_reader_does_not_notice_the_plugins_end(plugin: Plugin, talking: Conversation, api: Api) -> None:
+def test_a_pod_does_not_notice_a_restart_of_the_plugin(plugin: Plugin, talking: Conversation, api: Api) -> None:
     rows = busy_rows()
     restarts = plugin.container().status()["restartCount"]
     os.kill(plugin.container().pid(), signal.SIGKILL)
     assert answer(talking.fd, b"killed") == b"KILLED"
-    until(lambda: plugin.container().status().get("restartCount", 0) > restarts, "the plugin is started again")
+    until(lambda: plugin.container().status().get("restartCount", 0) > restarts, "the plugin is restarted")
     plugin.until_ready()
     assert answer(talking.fd, b"restarted") == b"RESTARTED"
 
@@ -119,7 +119,7 @@ def test_reader_does_not_notice_the_plugins_end(plugin: Plugin, talking: Convers
 
 @pytest.mark.short
 def test_plugin_is_confined(plugin: Plugin, talking: Conversation) -> None:
-    """While it holds a device, so what it did, it did like this."""
+    """Checks the plugin while it holds a device: it attached the device under this confinement."""
     pid = plugin.container().pid()
     status = status_of(pid)
     for kind in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):

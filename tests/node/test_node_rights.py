@@ -1,4 +1,4 @@
-"""Who may open a device in a container: a user who is not root, and nobody for writing where it is read-only."""
+"""Permissions of devices in a container: users who are not root, and read-only devices."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ for name in ("USBIP_SERIAL_0_TTY", "USBIP_SERIAL_0_DEVICE"):
         except OSError as error:
             print(name, what, error.strerror, flush=True)
 """
-"""A container's process that tries to open its nodes for reading and for writing."""
+"""Program of a container that tries to open its nodes for reading and for writing."""
 
 SHOW = """
 import os, stat, sys
@@ -44,12 +44,12 @@ for path in sys.argv[1:]:
     found = os.stat(path)
     print(f"{found.st_rdev:x}: {found.st_uid} {found.st_gid} {stat.S_IMODE(found.st_mode):o}")
 """
-"""A process in the container that says who it is, and what is under these paths."""
+"""Program in a container that prints its user, and numbers and permissions of these paths."""
 
 
 @contextmanager
 def udev_rule(group: int, mode: int) -> Iterator[None]:
-    """What a rule of udev does for ttys, in a guest that has no udev: nodes that appear are the group's."""
+    """Gives ttys that appear to a group, like a udev rule, in a guest without udev."""
     ended = threading.Event()
 
     def watch() -> None:
@@ -70,7 +70,7 @@ def udev_rule(group: int, mode: int) -> Iterator[None]:
 
 @contextmanager
 def running(api: Api, script: str, security: Object | None = None) -> Iterator[Container]:
-    """A pod with the device, of a name of its own: logs are found by it."""
+    """Runs a pod with the device under a new name, by which its log is found."""
     name = f"user-{next(_numbers)}"
     try:
         yield admitted(api, pod_of(name, script, resources={RESOURCE: "1"}, security=security))
@@ -80,28 +80,27 @@ def running(api: Api, script: str, security: Object | None = None) -> Iterator[C
 
 @dataclass(frozen=True)
 class Rights:
-    """Owner, group and mode of a tty: of the node in the container, and of the host's."""
+    """Owner, group and mode of a tty in the container and on the host."""
 
     inside: str
     outside: str
 
 
 def talks(api: Api, far_busid: str, security: Object) -> Rights:
-    """A pod of such a user has the tty under its path of the configuration, and under udev's, and answers at it."""
+    """Asserts that a pod of this user answers at its tty, under the configured path and that of udev."""
     with running(api, POD_SCRIPT, security) as container:
         container.until_running()
         tty: str = until(lambda: container.log().partition("opened ")[2].strip() or None, "the pod has opened its tty")
         assert tty == "/dev/meter-0"
         with far_end(far_busid) as fd:
             assert answer(fd, b"not root") == b"NOT ROOT"
-        said = container.run("python3", "-c", SHOW, tty, BY_ID).splitlines()
-        assert said[0] == str(USER)
-        assert said[1] == said[2], "the same node under both paths"
-        return Rights(said[1].partition(": ")[2], rights(host_tty()))
+        user, node, by_id = container.run("python3", "-c", SHOW, tty, BY_ID).splitlines()
+        assert (user, node) == (str(USER), by_id), "one node under both paths"
+        return Rights(node.partition(": ")[2], rights(host_tty()))
 
 
 def host_tty() -> Path:
-    """The node's own of the one converter that is attached."""
+    """Returns the tty on the host of the only attached converter."""
     (found,) = Path("/sys/devices/platform/vhci_hcd.0").glob("usb*/*/*:1.0/ttyUSB*")
     return Path("/dev") / found.name
 
@@ -112,7 +111,7 @@ def rights(node: Path) -> str:
 
 
 def fails(api: Api, security: Object) -> str:
-    """What a pod of such a user says that cannot open the tty."""
+    """Returns the log of a pod of this user, which must fail to open its tty."""
     with running(api, POD_SCRIPT, security) as container:
         assert container.until_ended() != 0
         return container.log()
@@ -122,19 +121,21 @@ def test_by_cdi_a_user_of_the_group_reads_and_writes_a_serial_port(api: Api, bas
     permissions = {"mode": "0660", "user": 0, "group": DIALOUT}
     base.install(manifests("base", base.busid, cdi=True, permissions=permissions, **PATHS))
     had = talks(api, far_busid, NOT_ROOT | {"supplementalGroups": [DIALOUT]})
-    assert had == Rights(f"0 {DIALOUT} 660", "0 0 600"), "the host's own is as it was"
+    assert had == Rights(f"0 {DIALOUT} 660", "0 0 600"), "the node on the host is unchanged"
     until(base.offered, "the device is offered again")
-    assert "Permission denied" in fails(api, NOT_ROOT), "who is not of the group"
+    assert "Permission denied" in fails(api, NOT_ROOT), "a user outside the group"
 
 
-def test_by_cdi_without_permissions_the_nodes_are_the_containers_users(api: Api, base: Plugin, far_busid: str) -> None:
+def test_by_cdi_without_permissions_the_containers_user_owns_the_nodes(api: Api, base: Plugin, far_busid: str) -> None:
     base.install(manifests("base", base.busid, cdi=True, **PATHS))
     assert talks(api, far_busid, NOT_ROOT) == Rights(f"{USER} {USER} 600", "0 0 600")
 
 
-def test_without_cdi_the_group_of_the_hosts_node_does_it(api: Api, base: Plugin, far_busid: str) -> None:
+def test_without_cdi_the_group_of_the_hosts_node_decides(api: Api, base: Plugin, far_busid: str) -> None:
     base.install(manifests("base", base.busid, **PATHS))
-    assert "Permission denied" in fails(api, NOT_ROOT | {"supplementalGroups": [DIALOUT]}), "root's own on the host"
+    assert "Permission denied" in fails(api, NOT_ROOT | {"supplementalGroups": [DIALOUT]}), (
+        "only root may open the node on the host"
+    )
     until(base.offered, "the device is offered again")
     with udev_rule(DIALOUT, 0o660):
         had = talks(api, far_busid, NOT_ROOT | {"supplementalGroups": [DIALOUT]})
@@ -146,8 +147,8 @@ def test_a_read_only_device_is_not_opened_for_writing_even_by_root(api: Api, bas
     base.install(manifests("base", base.busid, readOnly=True, cdi=by_cdi))
     with running(api, OPEN_BOTH) as container:
         assert container.until_ended() == 0
-        said = container.log().splitlines()
-    assert said == [
+        lines = container.log().splitlines()
+    assert lines == [
         "USBIP_SERIAL_0_TTY read opened",
         "USBIP_SERIAL_0_TTY write Operation not permitted",
         "USBIP_SERIAL_0_DEVICE read opened",
