@@ -1,17 +1,14 @@
-"""kubectl and helm for all tests here, and one API server for those that ask it."""
+"""Fixtures for tests of deploy/: kubectl, helm and an API server."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.deploy.rendering import Tools, find_tool
-
-if TYPE_CHECKING:
-    from tests.rigs.api_process import Cluster
+from tests.rigs.api_process import ADMIN_TOKEN, Cluster, running_for_tests
 
 
 @pytest.fixture(scope="session")
@@ -21,15 +18,11 @@ def tools() -> Tools:
 
 @pytest.fixture(scope="session")
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    from tests.rigs.api_process import running_for_tests
-
     with running_for_tests(tmp_path_factory.mktemp("api")) as made:
         yield made
 
 
 @pytest.fixture(scope="session")
 def kubeconfig(api: Cluster) -> Path:
-    """Of somebody who may do everything."""
-    from tests.rigs.api_process import ADMIN_TOKEN
-
+    """Returns the kubeconfig of an admin."""
     return Path(api.kubeconfig(ADMIN_TOKEN))

@@ -1,4 +1,4 @@
-"""promtool, and the alert rules as it sees them over time."""
+"""Tests of alert rules with promtool."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ RULES = MONITORING / "rules.yaml"
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """series: name with labels -> values in promtool's notation, one a minute. fires, quiet: minutes at which the alert
-    must be firing, with these labels besides its own, and must not.
+    """Series and the expected state of one alert.
+
+    series: values in promtool's notation, one a minute, by name with labels.
+    fires, quiet: minutes at which the alert must and must not fire.
+    labels: of the firing alert, besides its own.
     """
 
     series: Mapping[str, str]
@@ -31,7 +34,7 @@ def samples(alert: str, labels: str) -> Sequence[Mapping[str, object]]:
 
 
 def evaluate(promtool: Path, alert: str, severity: str, case: Case, directory: Path) -> None:
-    """`promtool test rules` for one alert. AssertionError with what promtool says."""
+    """Runs `promtool test rules` for one alert. Raises AssertionError with promtool's output."""
     labels = ", ".join(filter(None, [case.labels, f'severity="{severity}"']))
     query = f'ALERTS{{alertname="{alert}", alertstate="firing"}}'
     tests = [
@@ -50,5 +53,5 @@ def evaluate(promtool: Path, alert: str, severity: str, case: Case, directory: P
         ],
     }
     file = directory / f"{alert}.yaml"
-    file.write_text(json.dumps(document), encoding="utf-8")  # which is YAML, too
+    file.write_text(json.dumps(document), encoding="utf-8")  # JSON is YAML
     run([promtool, "test", "rules", file])

@@ -1,4 +1,4 @@
-"""What kustomize and Helm make of deploy/, as objects by name."""
+"""The objects that kustomize and Helm render from deploy/, by name."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ DEPLOY = ROOT / "deploy"
 CHART = DEPLOY / "helm" / "usbip-plugin"
 NAMESPACE = "usbip-system"
 KUBERNETES = "1.37"
-"""Version that `helm template` is told it renders for; without a cluster it does not know."""
+"""Version for which `helm template` renders without a cluster."""
 RENDER_S = 60.0
 
 VARIANTS = ("base", "evict", "kind", "modules", "monitoring", "tracing")
-"""Each a directory for kustomize, and for Helm the default values or ci/NAME-values.yaml."""
+"""Variants, each with a directory for kustomize, and default values or ci/NAME-values.yaml for Helm."""
 
 Object = dict[str, Any]
 Objects = dict[tuple[str, str, str, str], Object]
-"""By apiVersion, kind, namespace and name."""
+"""Objects by apiVersion, kind, namespace and name."""
 
 
 def find_tool(name: str, group: str) -> Path:
-    """On PATH, or built into the cache. LookupError that says how to get it. group: of tests/lab/cluster/build.sh."""
+    """Returns a tool on PATH or in the cache, or raises LookupError. group: of tests/lab/cluster/build.sh."""
     found = shutil.which(name)
     if found:
         return Path(found)
@@ -41,7 +41,7 @@ def find_tool(name: str, group: str) -> Path:
 
 
 def find_crd(name: str) -> Path:
-    """A resource definition of the Prometheus operator. LookupError that says how to get it."""
+    """Returns a resource definition of the Prometheus operator, or raises LookupError."""
     file = _cache() / "crds" / f"{name}.yaml"
     if not file.exists():
         msg = f"{file} is missing; fetch it: tests/lab/cluster/build.sh promtool"
@@ -62,7 +62,7 @@ def chart_values(variant: str) -> tuple[str, ...]:
 
 
 class Tools:
-    """kubectl and helm; what they render is kept, and not to be changed."""
+    """kubectl and helm. Rendered objects are cached, so tests must not change them."""
 
     def __init__(self, kubectl: Path, helm: Path) -> None:
         self.kubectl = kubectl
@@ -73,7 +73,7 @@ class Tools:
         return by_name(run([self.kubectl, "kustomize", directory]).stdout)
 
     def helm(self, *arguments: str, namespace: str = NAMESPACE) -> subprocess.CompletedProcess[str]:
-        """helm template, which may fail."""
+        """Runs `helm template`, which may fail."""
         command = ("template", "usbip-plugin", CHART, "--namespace", namespace, "--kube-version", KUBERNETES)
         return run([self._helm, *command, *arguments], check=False)
 
@@ -83,7 +83,7 @@ class Tools:
         return by_name(done.stdout)
 
     def everything(self) -> Iterator[tuple[str, Object]]:
-        """Every object of every variant by both ways, with words that say which."""
+        """Yields every object of every variant by kustomize and Helm, with a description."""
         for variant in VARIANTS:
             for way, objects in (
                 ("kustomize", self.kustomize(kustomize_directory(variant))),
@@ -103,7 +103,7 @@ def run(
 
 
 def by_name(text: str) -> Objects:
-    """Objects of a stream of YAML documents. A name that comes twice is an error."""
+    """Returns the objects of a stream of YAML documents. Asserts that no name occurs twice."""
     found: Objects = {}
     for document in yaml.safe_load_all(text):
         if document is None:
@@ -116,13 +116,13 @@ def by_name(text: str) -> Objects:
 
 
 def pod_template(found: Object) -> Object | None:
-    """Of a DaemonSet or Deployment."""
+    """Returns the pod template of a DaemonSet or Deployment, None for other objects."""
     template: Object | None = found.get("spec", {}).get("template")
     return template
 
 
 def containers(found: Object) -> Iterator[Object]:
-    """Of its pod template, init containers first; none for what has no pods."""
+    """Yields the containers of a pod template, init containers first."""
     template = pod_template(found)
     if template is not None:
         yield from template["spec"].get("initContainers", ())

@@ -1,4 +1,4 @@
-"""What the manifests say agrees with the program, and asks for no more than it must."""
+"""The manifests agree with the program, and request no more rights than it needs."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def plugin_container(tools: Tools, variant: str = "base") -> Object:
 
 
 @pytest.mark.parametrize("host_ip", ["192.0.2.7", "2001:db8::7"])
-def test_the_command_lines_are_of_this_program(tools: Tools, host_ip: str, capsys: pytest.CaptureFixture[str]) -> None:
-    seen = set()
+def test_the_command_lines_are_valid(tools: Tools, host_ip: str, capsys: pytest.CaptureFixture[str]) -> None:
+    commands = set()
     for where, found in tools.everything():
         for container in containers(found):
             if "command" in container:
@@ -74,34 +74,34 @@ def test_the_command_lines_are_of_this_program(tools: Tools, host_ip: str, capsy
                 options = parser().parse_args(arguments)
             except SystemExit:
                 pytest.fail(f"{where}: {arguments}: {capsys.readouterr().err}")
-            seen.add(options.command)
+            commands.add(options.command)
             if options.command == "run":
                 (port,) = container["ports"]
                 assert split_listen(options.listen) == (host_ip, port["containerPort"])
                 assert port["containerPort"] == port["hostPort"]
-    assert seen == {"run", "simulate"}
+    assert commands == {"run", "simulate"}
 
 
-def test_probes_ask_for_pages_that_are_served(tools: Tools) -> None:
+def test_probes_request_pages_that_are_served(tools: Tools) -> None:
     container = plugin_container(tools)
     pages = standard_pages(alive=lambda: Verdict(ok=True), ready=lambda: Verdict(ok=True), metrics=lambda: (b"", ""))
-    asked = {kind: container[kind]["httpGet"] for kind in ("startupProbe", "livenessProbe", "readinessProbe")}
-    assert all(probe["path"] in pages and probe["port"] == "http" for probe in asked.values())
-    assert asked["readinessProbe"]["path"] == "/readyz"
-    assert asked["livenessProbe"]["path"] == "/healthz"
+    probes = {kind: container[kind]["httpGet"] for kind in ("startupProbe", "livenessProbe", "readinessProbe")}
+    assert all(probe["path"] in pages and probe["port"] == "http" for probe in probes.values())
+    assert probes["readinessProbe"]["path"] == "/readyz"
+    assert probes["livenessProbe"]["path"] == "/healthz"
 
 
-def test_what_the_plugin_looks_for_is_mounted_where_it_looks(tools: Tools) -> None:
+def test_the_paths_of_the_plugin_are_mounted(tools: Tools) -> None:
     for variant in VARIANTS:
         volumes = {volume["name"]: volume for volume in plugin(tools, variant)["volumes"]}
         mounts = {mount["mountPath"]: mount for mount in plugin_container(tools, variant)["volumeMounts"]}
         config = mounts.pop(str(Path(DEFAULT_CONFIG_PATH).parent))
         assert volumes[config["name"]]["configMap"] == {"name": "usbip-plugin"}
-        # a subPath is mounted once and for all: no live reload, no new kubelet socket
+        # a subPath is not updated: no reload, and no new kubelet socket
         assert not any("subPath" in mount for mount in (config, *mounts.values()))
         assert mounts.keys() == HOST_PATHS["usbip-plugin"]
         for path, mount in mounts.items():
-            # the kubelet and the container runtime know the same paths
+            # the kubelet and the container runtime use the host's paths
             assert volumes[mount["name"]]["hostPath"]["path"] == path
         read_only = {path for path, mount in mounts.items() if mount.get("readOnly")}
         assert read_only == {str(Path(DEFAULT_POD_RESOURCES_SOCKET).parent)}
@@ -114,12 +114,12 @@ def test_node_and_namespace_come_from_the_pod(tools: Tools) -> None:
     assert env == {"NODE_NAME": "spec.nodeName", "POD_NAMESPACE": "metadata.namespace", "HOST_IP": "status.hostIP"}
 
 
-def test_the_configuration_to_begin_with_is_good_and_offers_nothing(tools: Tools) -> None:
+def test_the_shipped_configuration_is_valid_and_offers_nothing(tools: Tools) -> None:
     text = tools.kustomize(DEPLOY)["v1", "ConfigMap", NAMESPACE, "usbip-plugin"]["data"][Path(DEFAULT_CONFIG_PATH).name]
     assert parse_config(text).config == Config(())
 
 
-def test_its_example_is_good(tools: Tools) -> None:
+def test_the_example_in_the_shipped_configuration_is_valid() -> None:
     text = (DEPLOY / "base" / "config.yaml").read_text(encoding="utf-8")
     example = re.findall(r"^# (resources:$|  .*$)", text, re.MULTILINE)
     parsed = parse_config("\n".join(example))
@@ -127,7 +127,7 @@ def test_its_example_is_good(tools: Tools) -> None:
     assert parsed.warnings == ()
 
 
-def test_the_test_server_has_what_its_configuration_wants(tools: Tools) -> None:
+def test_the_test_server_has_the_devices_of_its_configuration(tools: Tools) -> None:
     objects = tools.kustomize(kustomize_directory("kind"))
     text = objects["v1", "ConfigMap", NAMESPACE, "usbip-plugin"]["data"][Path(DEFAULT_CONFIG_PATH).name]
     parsed = parse_config(text)
@@ -145,7 +145,7 @@ def test_the_test_server_has_what_its_configuration_wants(tools: Tools) -> None:
         assert sum(f"={ids}" in argument for argument in container["args"]) == 1
 
 
-def test_the_simulated_kernel_and_the_plugin_mean_one_socket(tools: Tools) -> None:
+def test_the_simulated_kernel_and_the_plugin_use_one_socket(tools: Tools) -> None:
     objects = tools.kustomize(kustomize_directory("kind"))
     (kernel,) = containers(objects["apps/v1", "DaemonSet", NAMESPACE, "usbip-simulated-kernel"])
     socket = "/run/vhci_hcd/simulated.sock"
@@ -155,8 +155,8 @@ def test_the_simulated_kernel_and_the_plugin_mean_one_socket(tools: Tools) -> No
         assert not any("simulated" in argument for argument in plugin_container(tools, variant)["args"])
 
 
-def test_no_more_rights_than_needed(tools: Tools) -> None:
-    seen = set()
+def test_containers_have_no_more_rights_than_needed(tools: Tools) -> None:
+    names = set()
     for where, found in tools.everything():
         template = pod_template(found)
         if template is None:
@@ -171,13 +171,13 @@ def test_no_more_rights_than_needed(tools: Tools) -> None:
             assert set(capabilities.get("add", ())) == CAPABILITIES[container["name"]], where
             profile = security.pop("appArmorProfile", None)
             assert (profile == {"type": "Unconfined"}) is (container["name"] == "plugin"), where
-            # and so neither privileged nor a user, a seccomp profile, ... of its own
+            # no other key: not privileged, no own user or seccomp profile
             assert security == {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True}, where
-            seen.add(container["name"])
-    assert seen == CAPABILITIES.keys()
+            names.add(container["name"])
+    assert names == CAPABILITIES.keys()
 
 
-def test_no_host_paths_but_those_needed(tools: Tools) -> None:
+def test_pods_mount_only_the_host_paths_they_need(tools: Tools) -> None:
     for where, found in tools.everything():
         template = pod_template(found)
         if template is None:
@@ -201,7 +201,7 @@ def test_every_container_has_a_memory_limit_and_requests(tools: Tools) -> None:
     assert plugin_container(tools)["resources"]["limits"] == {"memory": "64Mi"}
 
 
-def test_the_plugin_runs_on_every_node_and_is_not_pushed_off(tools: Tools) -> None:
+def test_the_plugin_runs_on_every_node_and_is_not_preempted(tools: Tools) -> None:
     spec = plugin(tools)
     assert spec["tolerations"] == [{"operator": "Exists"}]
     assert spec["priorityClassName"] == "system-node-critical"

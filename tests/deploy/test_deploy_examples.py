@@ -1,4 +1,4 @@
-"""A real API server takes the workloads of examples/, and the chart their configurations."""
+"""A real API server accepts the workloads of examples/, and the chart their configurations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ USERS = "examples"
 
 @pytest.fixture(scope="session")
 def users(tools: Tools, kubeconfig: object) -> list[str]:
-    """kubectl for a namespace that admits what any may: Pod Security "baseline"."""
+    """Returns a kubectl command for a namespace with the Pod Security level "baseline"."""
     command = [str(tools.kubectl), f"--kubeconfig={kubeconfig}"]
     run([*command, "create", "namespace", USERS])
     run([*command, "label", "namespace", USERS, "pod-security.kubernetes.io/enforce=baseline"])
@@ -30,15 +30,15 @@ def workload(name: str) -> list[Object]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_api_server_takes_the_workload(users: list[str], name: str) -> None:
+def test_the_api_server_accepts_the_workload(users: list[str], name: str) -> None:
     file = EXAMPLES / name / "workload.yaml"
-    said = run([*users, "apply", "--dry-run=server", "--validate=strict", "-f", file], timeout=APPLY_S)
-    assert len(said.stdout.splitlines()) == len(workload(name))
-    assert "Warning" not in said.stderr
+    done = run([*users, "apply", "--dry-run=server", "--validate=strict", "-f", file], timeout=APPLY_S)
+    assert len(done.stdout.splitlines()) == len(workload(name))
+    assert "Warning" not in done.stderr
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_api_server_takes_its_pods_with_as_many_devices_requested_as_limited(users: list[str], name: str) -> None:
+def test_the_api_server_accepts_its_pods_with_requests_equal_to_limits(users: list[str], name: str) -> None:
     (found,) = [one for one in workload(name) if "template" in one.get("spec", {})]
     pod = {**found["spec"]["template"], "apiVersion": "v1", "kind": "Pod"}
     pod["metadata"] = {**pod["metadata"], "name": "one"}
@@ -49,7 +49,7 @@ def test_the_api_server_takes_its_pods_with_as_many_devices_requested_as_limited
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_chart_takes_the_configuration_as_the_overview_says(tools: Tools, name: str) -> None:
+def test_the_chart_accepts_the_configuration_as_in_the_overview(tools: Tools, name: str) -> None:
     file = EXAMPLES / name / "config.yaml"
     objects = tools.chart("--set-file", f"config={file}")
     assert objects["v1", "ConfigMap", NAMESPACE, "usbip-plugin"]["data"] == {

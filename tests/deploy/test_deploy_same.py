@@ -1,4 +1,4 @@
-"""kustomize and Helm install the same."""
+"""kustomize and Helm install equal objects."""
 
 from __future__ import annotations
 
@@ -26,11 +26,10 @@ from tests.deploy.rendering import (
 from usbip_plugin import __version__
 
 RBAC = ROOT / "rbac"
-ADMISSION = "40-admission.yaml"
 
 
 def without_helms_labels(found: Object) -> Object:
-    """The rule for labels: Helm may say on an object, and nowhere else, that the object is its own."""
+    """Returns the object without the labels by which Helm marks it. Helm may add them nowhere else."""
     result = copy.deepcopy(found)
     labels = result["metadata"].get("labels", {})
     for label in ("helm.sh/chart", "app.kubernetes.io/managed-by"):
@@ -41,16 +40,16 @@ def without_helms_labels(found: Object) -> Object:
 
 
 def without_namespace(objects: Objects) -> Objects:
-    """The rule for the namespace: with Helm it is there before, or is made by --create-namespace."""
+    """Returns the objects without the namespace, which Helm makes with --create-namespace."""
     return {key: found for key, found in objects.items() if key[1] != "Namespace"}
 
 
 def assert_same(kustomized: Objects, charted: Objects) -> None:
-    wanted = without_namespace(kustomized)
-    assert kustomized.keys() - wanted.keys() == {("v1", "Namespace", "", NAMESPACE)}
-    assert charted.keys() == wanted.keys()
-    for key, found in wanted.items():
-        # as text, for a difference that can be read
+    expected = without_namespace(kustomized)
+    assert kustomized.keys() - expected.keys() == {("v1", "Namespace", "", NAMESPACE)}
+    assert charted.keys() == expected.keys()
+    for key, found in expected.items():
+        # as text, for a readable difference
         assert yaml.safe_dump(without_helms_labels(charted[key])) == yaml.safe_dump(found), key
 
 
@@ -59,10 +58,10 @@ def test_helm_and_kustomize_install_the_same(tools: Tools, variant: str) -> None
     assert_same(tools.kustomize(kustomize_directory(variant)), tools.chart(*chart_values(variant)))
 
 
-def test_components_go_together(tools: Tools, tmp_path: Path) -> None:
+def test_all_components_together_equal_the_chart(tools: Tools, tmp_path: Path) -> None:
     components = sorted(path.parent for path in DEPLOY.glob("components/*/kustomization.yaml"))
     components.append(DEPLOY / "monitoring")
-    # kustomize takes directories by relative paths only
+    # kustomize accepts relative paths only
     own = {
         "resources": [os.path.relpath(DEPLOY / "base", tmp_path)],
         "components": [os.path.relpath(component, tmp_path) for component in components],
@@ -77,7 +76,7 @@ def test_components_go_together(tools: Tools, tmp_path: Path) -> None:
     assert_same(tools.kustomize(tmp_path), tools.chart(*values))
 
 
-def test_an_image_of_ones_own_reaches_every_container(tools: Tools, tmp_path: Path) -> None:
+def test_another_image_reaches_every_container(tools: Tools, tmp_path: Path) -> None:
     for overlay in (path.parent for path in DEPLOY.glob("overlays/*/kustomization.yaml")):
         directory = tmp_path / overlay.name
         directory.mkdir()
@@ -94,7 +93,7 @@ def test_every_overlay_is_compared() -> None:
     assert {path.name.removesuffix("-values.yaml") for path in CHART.glob("ci/*")} == overlays
 
 
-def test_kustomize_takes_all_of_rbac(tools: Tools) -> None:
+def test_kustomize_installs_all_of_rbac(tools: Tools) -> None:
     listed = yaml.safe_load((RBAC / "Kustomization").read_text(encoding="utf-8"))["resources"]
     assert listed == sorted(path.name for path in RBAC.glob("*.yaml"))
     installed = tools.kustomize(DEPLOY)
@@ -105,17 +104,13 @@ def test_kustomize_takes_all_of_rbac(tools: Tools) -> None:
             assert installed[key] == document
 
 
-def test_the_charts_copy_of_the_admission_policy_is_the_one_of_rbac() -> None:
-    copied = CHART / "files" / ADMISSION
-    same = copied.read_bytes() == (RBAC / ADMISSION).read_bytes()
-    assert same, f"cp rbac/{ADMISSION} {copied.relative_to(ROOT)}"
-
-
-@pytest.mark.parametrize("name", ["rules.yaml", "dashboard.json"])
-def test_the_charts_copies_of_rules_and_dashboard_are_those_of_monitoring(name: str) -> None:
-    copied = CHART / "files" / name
-    same = copied.read_bytes() == (DEPLOY / "monitoring" / name).read_bytes()
-    assert same, f"cp deploy/monitoring/{name} {copied.relative_to(ROOT)}"
+@pytest.mark.parametrize(
+    "original", ["rbac/40-admission.yaml", "deploy/monitoring/rules.yaml", "deploy/monitoring/dashboard.json"]
+)
+def test_the_charts_copy_equals_the_original(original: str) -> None:
+    copied = CHART / "files" / Path(original).name
+    same = copied.read_bytes() == (ROOT / original).read_bytes()
+    assert same, f"cp {original} {copied.relative_to(ROOT)}"
 
 
 def annotations_of_alerts(tools: Tools, *flags: str) -> dict[str, dict[str, str]]:
@@ -124,7 +119,7 @@ def annotations_of_alerts(tools: Tools, *flags: str) -> dict[str, dict[str, str]
     return {rule["alert"]: rule["annotations"] for group in found["spec"]["groups"] for rule in group["rules"]}
 
 
-def test_alerts_have_a_link_to_their_runbook_where_it_has_an_address(tools: Tools) -> None:
+def test_alerts_link_to_a_runbook_with_an_address(tools: Tools) -> None:
     linked = annotations_of_alerts(tools, "--set", "monitoring.runbook=https://wiki.example/usbip")
     assert linked["UsbipLockLost"]["runbook_url"] == "https://wiki.example/usbip#usbiplocklost"
     for alert, shown in linked.items():
@@ -132,7 +127,7 @@ def test_alerts_have_a_link_to_their_runbook_where_it_has_an_address(tools: Tool
         assert "runbook" not in shown
 
 
-def test_alerts_have_no_link_that_leads_nowhere(tools: Tools) -> None:
+def test_alerts_without_an_address_name_the_runbook_in_the_repository(tools: Tools) -> None:
     for alert, shown in annotations_of_alerts(tools).items():
         assert "runbook_url" not in shown
         assert shown["runbook"] == f"docs/howto/troubleshooting.md#{alert.lower()}"
@@ -146,7 +141,7 @@ def test_the_admission_policy_can_be_left_out(tools: Tools) -> None:
     }
 
 
-def test_another_namespace_is_meant_everywhere(tools: Tools) -> None:
+def test_another_namespace_is_used_everywhere(tools: Tools) -> None:
     objects = tools.chart("--set", "loadModules.enabled=true", namespace="devices")
     assert NAMESPACE not in yaml.safe_dump(list(objects.values()))
     policy = objects["admissionregistration.k8s.io/v1", "ValidatingAdmissionPolicy", "", "usbip-plugin"]
@@ -156,7 +151,7 @@ def test_another_namespace_is_meant_everywhere(tools: Tools) -> None:
     assert binding["subjects"] == [{"kind": "ServiceAccount", "name": "usbip-plugin", "namespace": "devices"}]
 
 
-def test_another_domain_is_told_to_the_plugin_and_to_the_policy(tools: Tools) -> None:
+def test_another_domain_reaches_the_plugin_and_the_policy(tools: Tools) -> None:
     objects = tools.chart("--set", "domain=usb.example.org")
     (container,) = objects["apps/v1", "DaemonSet", NAMESPACE, "usbip-plugin"]["spec"]["template"]["spec"]["containers"]
     assert "--domain=usb.example.org" in container["args"]
@@ -165,7 +160,7 @@ def test_another_domain_is_told_to_the_plugin_and_to_the_policy(tools: Tools) ->
     assert variables["domain"] == "'usb.example.org/'"
 
 
-def test_one_version_everywhere(tools: Tools) -> None:
+def test_every_object_has_the_projects_version(tools: Tools) -> None:
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text(encoding="utf-8"))
     assert chart["version"] == chart["appVersion"] == __version__
     for variant in set(VARIANTS) - {"kind"}:
@@ -175,7 +170,7 @@ def test_one_version_everywhere(tools: Tools) -> None:
             assert container["image"] == f"usbip-plugin:{__version__}"
 
 
-def test_the_guides_own_kustomization_does_what_its_helm_command_does(tools: Tools, tmp_path: Path) -> None:
+def test_the_guides_kustomization_equals_its_helm_command(tools: Tools, tmp_path: Path) -> None:
     guide = (DEPLOY.parent / "docs/howto/install.md").read_text(encoding="utf-8")
     (example,) = [
         block for block in re.findall(r"```yaml\n(.*?)```", guide, re.DOTALL) if "configMapGenerator" in block

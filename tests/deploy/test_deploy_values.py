@@ -1,4 +1,4 @@
-"""What the chart refuses, and what it says then; values that are no part of any overlay."""
+"""Values that the chart rejects, with their errors, and values that no overlay uses."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ def pod_spec(tools: Tools, *arguments: str) -> Object:
         (("--set", "nodeSelector.usb=true"), "/nodeSelector/usb"),
     ],
 )
-def test_bad_values_are_refused_by_their_place(tools: Tools, flags: tuple[str, ...], place: str) -> None:
+def test_wrong_values_are_rejected_with_their_place(tools: Tools, flags: tuple[str, ...], place: str) -> None:
     done = tools.helm(*flags)
     assert done.returncode != 0
     assert "values don't meet the specifications of the schema" in done.stderr
     assert place in done.stderr
 
 
-def test_the_schema_knows_every_value_and_no_other() -> None:
+def test_the_schema_has_exactly_the_values() -> None:
     def same(schema: Object, value: object, place: str) -> None:
         known = schema.get("properties")
         if known is None or not isinstance(value, dict):
@@ -78,7 +78,7 @@ def test_the_schema_knows_every_value_and_no_other() -> None:
     assert schema["properties"].keys() - values.keys() == {"global"}
 
 
-def test_an_apparmor_profile_of_ones_own_or_none(tools: Tools) -> None:
+def test_another_apparmor_profile_or_none(tools: Tools) -> None:
     own = ("--set", "appArmor.type=Localhost", "--set", "appArmor.localhostProfile=usbip-plugin")
     (container,) = pod_spec(tools, *own)["containers"]
     assert container["securityContext"]["appArmorProfile"] == {"type": "Localhost", "localhostProfile": "usbip-plugin"}
@@ -92,18 +92,18 @@ def test_selinux_options_are_the_pods(tools: Tools) -> None:
     }
 
 
-def test_the_port_is_one_everywhere(tools: Tools) -> None:
+def test_another_port_is_used_everywhere(tools: Tools) -> None:
     (container,) = pod_spec(tools, "--set", "port=9999")["containers"]
     assert "--listen=[$(HOST_IP)]:9999" in container["args"]
     assert container["ports"] == [{"name": "http", "containerPort": 9999, "hostPort": 9999, "protocol": "TCP"}]
 
 
-def test_more_flags_come_last_and_so_win(tools: Tools) -> None:
+def test_more_flags_come_last_and_win(tools: Tools) -> None:
     (container,) = pod_spec(tools, "--set", "extraArgs={--log-level=debug,--listen=}")["containers"]
     assert container["args"][-2:] == ["--log-level=debug", "--listen="]
 
 
-def test_where_it_runs_can_be_narrowed(tools: Tools) -> None:
+def test_node_selector_tolerations_and_priority_can_be_changed(tools: Tools) -> None:
     spec = pod_spec(
         tools, "--set-string", "nodeSelector.usb=yes", "--set-json", "tolerations=[]", "--set", "priorityClassName="
     )

@@ -1,4 +1,4 @@
-"""Each alert under promtool: it fires when it should, and not before or otherwise."""
+"""Each alert under promtool: it fires when it must, and only then."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ON_A, ON_B = '{node="a"}', '{node="b"}'
 NODE_A = 'node="a"'
 STICK = "usbip.dev/stick"
 
-# minutes; what is quiet is looked at in the same series, before the time or after the end of it
+# in minutes; an alert is quiet before its time, or after its end
 CASES = {
     "UsbipPluginAbsent": Case({P + "build_info" + ON_A: "1x5 _x30"}, fires=25, quiet=5),
     "UsbipPluginDown": Case(
@@ -139,7 +139,7 @@ CASES = {
 
 
 def alerts() -> dict[str, str]:
-    """Severity by name."""
+    """Returns the severity of each alert."""
     document = yaml.safe_load(RULES.read_text(encoding="utf-8"))
     return {rule["alert"]: rule["labels"]["severity"] for group in document["groups"] for rule in group["rules"]}
 
@@ -149,26 +149,26 @@ def promtool() -> Path:
     return find_tool("promtool", "promtool")
 
 
-def test_the_rules_are_good_ones(promtool: Path) -> None:
+def test_the_rules_are_valid(promtool: Path) -> None:
     run([promtool, "check", "rules", "--lint=all", "--lint-fatal", RULES])
 
 
-def test_every_alert_is_tried() -> None:
+def test_every_alert_has_a_case() -> None:
     assert CASES.keys() == alerts().keys()
 
 
 @pytest.mark.parametrize("alert", sorted(CASES))
-def test_an_alert_fires_when_it_should_and_is_quiet_otherwise(promtool: Path, alert: str, tmp_path: Path) -> None:
+def test_an_alert_fires_when_it_must_and_is_quiet_otherwise(promtool: Path, alert: str, tmp_path: Path) -> None:
     evaluate(promtool, alert, alerts()[alert], CASES[alert], tmp_path)
 
 
-def test_an_alert_that_does_not_fire_would_be_seen(promtool: Path, tmp_path: Path) -> None:
+def test_an_alert_that_does_not_fire_is_detected(promtool: Path, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="FAILED"):
         evaluate(promtool, "UsbipApiUnreachable", "critical", Case({P + "ready": "1x20"}, 9, 7, NODE_A), tmp_path)
 
 
-def test_what_an_alert_says(promtool: Path, tmp_path: Path) -> None:
-    """Labels and values in the words of one: names of labels in the others are checked elsewhere."""
+def test_the_text_of_an_alert_has_its_labels(promtool: Path, tmp_path: Path) -> None:
+    """Evaluates the text of one alert. Unit tests check the labels that the others use."""
     file = tmp_path / "words.yaml"
     file.write_text(
         f"""

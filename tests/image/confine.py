@@ -1,8 +1,8 @@
-"""confine.py ROOTFS EMULATOR ENVIRONMENT PROGRAM ARGUMENT...: runs a program of an image as a strict container would.
+"""confine.py ROOTFS EMULATOR ENVIRONMENT PROGRAM ARGUMENT...: runs a program of an image like a strict container.
 
-To be started by `unshare --mount --net --pid --fork`, as root. The root file system is read-only but for an empty /tmp,
-there is no network but loopback, and root has no capability. EMULATOR is a static qemu on this machine, or "".
-ENVIRONMENT is a JSON object.
+Must be started as root by `unshare --mount --net --pid --fork`. The root file system is read-only except an empty /tmp,
+the only network is loopback, and root has no capabilities. EMULATOR: a static qemu on this machine, or "".
+ENVIRONMENT: a JSON object.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def mount(*arguments: str) -> None:
 
 
 def prepare(root: Path, emulator: str) -> None:
-    """Mounts what a container engine mounts; the mount namespace is ours."""
+    """Mounts the file systems of a container in this process's mount namespace."""
     mount("--make-rprivate", "/")
     mount("--bind", str(root), str(root))
     for directory, kind in (("proc", "proc"), ("dev", "tmpfs"), ("tmp", "tmpfs")):
@@ -48,7 +48,7 @@ def loopback_up() -> None:
 
 
 def drop_capabilities(last: int) -> None:
-    """Takes effect with the next exec: root then gets what the bounding set has, which is nothing."""
+    """Empties the bounding set of capabilities, so that root has none after the next exec."""
     libc = ctypes.CDLL(None, use_errno=True)
     for capability in range(last + 1):
         if libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0) != 0:
@@ -60,7 +60,7 @@ def main() -> None:
     root, emulator, environment, program, *arguments = sys.argv[1:]
     prepare(Path(root), emulator)
     loopback_up()
-    # read before: our own Python is out of reach once the root is another
+    # read before chroot, after which this Python is not reachable
     last = int(Path("/proc/sys/kernel/cap_last_cap").read_text(encoding="ascii"))
     os.chroot(root)
     os.chdir("/")

@@ -1,6 +1,6 @@
-"""The built image, whichever tool built it: IMAGE_ARCHIVE names what `docker save` or build.sh --output wrote.
+"""The built image, an archive of `docker save` or build.sh --output that IMAGE_ARCHIVE names.
 
-Its programs run confined (confine.py), which needs root. A foreign architecture runs under qemu-user-static.
+Its programs run confined (confine.py), which needs root. Another architecture runs under qemu-user-static.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ HERE = Path(__file__).parent
 RUN_SECONDS = 120
 EMULATED_SECONDS = 600
 OUR_MEGABYTES = 90
-MACHINES = {"amd64": ("x86_64", 62), "arm64": ("aarch64", 183)}  # as uname has it, as ELF has it
+MACHINES = {"amd64": ("x86_64", 62), "arm64": ("aarch64", 183)}  # names of uname, numbers of ELF
 HOME = Path("opt/usbip-plugin")
-WHITEOUT = ".wh."  # in a layer: the file of this name in the layers below is gone
+WHITEOUT = ".wh."  # in a layer: deletes the file of this name in lower layers
 COMPILERS = ("cc", "gcc", "g++", "clang", "tcc", "rustc", "go", "make", "ld")
 
-# run in the image: imports every module of the plugin, then says which modules did not come from current bytecode
+# run in the image: imports every module of the plugin, and prints the modules without current bytecode
 STALE_MODULES = """
 import importlib, importlib.util, pkgutil, sys
 from usbip_plugin.kube import lazy_imports
@@ -52,7 +52,7 @@ for name, module in sorted(sys.modules.items()):
         continue
     source = importlib.util.source_hash(open(spec.origin, "rb").read())
     if code[:4] != importlib.util.MAGIC_NUMBER or not code[4] & 1 or code[8:16] != source:
-        print(name, "has stale bytecode, or such that goes by the clock")
+        print(name, "has stale bytecode, or bytecode checked by time")
 print("modules:", seen)
 """
 
@@ -69,7 +69,7 @@ print(open("/proc/self/status").read())
 
 @dataclass(frozen=True)
 class Image:
-    """An unpacked image: its root file system, its configuration (OCI), the bytes of each layer's files."""
+    """An unpacked image with its OCI configuration. layer_bytes: the size of each layer's files."""
 
     root: Path
     config: dict[str, object]
@@ -87,7 +87,7 @@ class Image:
         return dict(pair.split("=", 1) for pair in pairs)
 
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:
-        """Runs it confined, and answers how that went; stderr is part of stdout."""
+        """Runs a command confined, with stderr as part of stdout."""
         machine, _ = MACHINES[self.architecture]
         emulator = ""
         if machine != platform.machine():
@@ -106,7 +106,7 @@ class Image:
         )
 
     def entry(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """What `docker run IMAGE ARGUMENTS` does."""
+        """Runs the entry point, like `docker run IMAGE ARGUMENTS`."""
         entrypoint = self.settings()["Entrypoint"]
         assert isinstance(entrypoint, list)
         return self.run(*entrypoint, *arguments)
@@ -116,9 +116,9 @@ class Image:
 def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
     given = os.environ.get("IMAGE_ARCHIVE")
     if not given:
-        pytest.fail("IMAGE_ARCHIVE names no image; make one: tests/lab/image/build.sh --output image.tar")
+        pytest.fail("IMAGE_ARCHIVE is not set; build an image: tests/lab/image/build.sh --output image.tar")
     if os.geteuid() != 0:
-        pytest.fail("the image's programs are run in a chroot: root is needed")
+        pytest.fail("the image's programs run in a chroot, which needs root")
     root = tmp_path_factory.mktemp("image")
     root.chmod(0o755)
     sizes = []
@@ -150,7 +150,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
     shutil.rmtree(root)
 
 
-def test_labels_tell_title_licence_and_the_projects_version(image: Image) -> None:
+def test_labels_have_title_licence_and_the_projects_version(image: Image) -> None:
     labels = image.settings()["Labels"]
     assert isinstance(labels, dict)
     prefix = "org.opencontainers.image."
@@ -185,14 +185,14 @@ def test_project_is_installed_not_linked(image: Image) -> None:
     assert (library / "usbip_plugin/__init__.py").is_file()
 
 
-def test_no_compiler_no_pip_no_tests(image: Image) -> None:
+def test_the_image_has_no_compiler_no_pip_and_no_tests(image: Image) -> None:
     directories = [image.root / directory.lstrip("/") for directory in image.environment()["PATH"].split(":")]
     assert not [name for name in COMPILERS for directory in directories if (directory / name).exists()]
     library = image.root / HOME / "lib"
     ours = {path.name for path in library.iterdir()}
     assert ours.isdisjoint({"pip", "setuptools", "wheel", "rich", "pytest", "bin"})
     assert not [path for path in library.rglob("tests") if path.is_dir()]
-    # Python's own image, the default base, brings a pip; what we make from Debian packages has none
+    # the default base, Python's own image, has a pip; a base of Debian packages has none
     assert not list(image.root.glob("usr/lib/python3/dist-packages/pip"))
 
 
@@ -204,11 +204,11 @@ def test_every_module_comes_from_current_bytecode(image: Image) -> None:
     assert int(last.removeprefix("modules: ")) > 300
 
 
-def test_runs_without_capabilities_on_a_read_only_root(image: Image) -> None:
+def test_programs_run_without_capabilities_on_a_read_only_root(image: Image) -> None:
     ran = image.run("python3", "-c", UNWRITABLE)
     assert ran.stdout.count("Read-only file system\n") == 3, ran.stdout
-    for of_what in ("CapPrm", "CapEff", "CapBnd"):
-        assert re.search(rf"^{of_what}:\s+0+$", ran.stdout, re.MULTILINE), ran.stdout
+    for name in ("CapPrm", "CapEff", "CapBnd"):
+        assert re.search(rf"^{name}:\s+0+$", ran.stdout, re.MULTILINE), ran.stdout
 
 
 def test_demo_keeps_its_promises(image: Image) -> None:
@@ -219,7 +219,7 @@ def test_demo_keeps_its_promises(image: Image) -> None:
     assert kept[1] == kept[2]
 
 
-def test_run_without_a_configuration_tells_where_and_what(image: Image) -> None:
+def test_run_without_a_configuration_names_the_missing_file(image: Image) -> None:
     ran = image.entry("run", "--node-name", "n")
     assert ran.returncode == 2
     assert "/etc/usbip-device-plugin/config.yaml" in ran.stdout
@@ -233,14 +233,14 @@ def test_tracing_finds_its_entry_points(image: Image) -> None:
 
 
 def test_libraries_are_of_the_images_architecture(image: Image) -> None:
-    _, wanted = MACHINES[image.architecture]
+    _, machine = MACHINES[image.architecture]
     libraries = [path for path in (image.root / HOME).rglob("*.so*") if path.is_file()]
     assert len(libraries) > 5
     for path in libraries:
         with path.open("rb") as stream:
             head = stream.read(20)
         assert head[:4] == b"\x7fELF"
-        assert int.from_bytes(head[18:20], "little") == wanted, path
+        assert int.from_bytes(head[18:20], "little") == machine, path
 
 
 def test_our_layers_are_small(image: Image) -> None:

@@ -1,4 +1,4 @@
-"""Chromium without a window, spoken to over the DevTools protocol."""
+"""Headless Chromium, controlled by the DevTools protocol."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ FLAGS = (
 
 
 class Tab:
-    """One page. messages: all that was logged to its console, exceptions and blocked loads included."""
+    """A page of the browser. messages: its console, exceptions and blocked loads included."""
 
     def __init__(self, browser: Browser, session: str) -> None:
         self._browser, self._session = browser, session
@@ -52,7 +52,7 @@ class Tab:
             await self.call("Emulation.setScriptExecutionDisabled", value=True)
 
     async def open(self, url: str) -> None:
-        """Returns when everything is loaded."""
+        """Opens a page and waits until it is loaded."""
         async with self.event("Page.loadEventFired"):
             await self.call("Page.navigate", url=url)
 
@@ -66,7 +66,7 @@ class Tab:
         await self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": value}])
 
     async def hidden(self, *, on: bool) -> None:
-        """As if another tab were in front."""
+        """Hides the page like a tab in the background, or shows it again."""
         await self.call("Emulation.setFocusEmulationEnabled", enabled=not on)
         state = "hidden" if on else "visible"
         await self.eval(
@@ -76,19 +76,19 @@ class Tab:
         )
 
     async def eval(self, expression: str) -> Any:
-        """The value of a JavaScript expression, promises awaited."""
+        """Returns the value of a JavaScript expression. Awaits a promise."""
         answer = await self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
     async def dom(self) -> str:
-        """The document as it stands, also where scripts are off."""
+        """Returns the current document, also without scripts."""
         root = await self.call("DOM.getDocument", depth=-1)
         answer = await self.call("DOM.getOuterHTML", nodeId=root["root"]["nodeId"])
         return str(answer["outerHTML"])
 
     async def until(self, condition: str) -> None:
-        """Waits until a JavaScript condition holds, looked at whenever the document changes."""
+        """Waits until a JavaScript condition holds. Checks it at each change of the document."""
         await self.eval(
             "new Promise(done => { const look = () => { if (" + condition + ") { seen.disconnect(); done(true); } };"
             "const seen = new MutationObserver(look);"
@@ -97,13 +97,13 @@ class Tab:
         )
 
     async def screenshot(self, *, whole: bool = False) -> bytes:
-        """PNG."""
+        """Returns a PNG."""
         answer = await self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
         return base64.b64decode(answer["data"])
 
     @contextlib.asynccontextmanager
     async def event(self, method: str) -> AsyncIterator[None]:
-        """At its end, waits for an event that came after its begin."""
+        """Waits at the end of the block for an event since its beginning."""
         happened = asyncio.Event()
         self._browser.listeners.append(
             listener := lambda name, session, _params: (
@@ -132,7 +132,7 @@ class Tab:
 
 
 class Browser:
-    """One process; made by `running`."""
+    """A browser process, from running()."""
 
     def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         self._socket = socket
@@ -177,7 +177,7 @@ class Browser:
 
 
 def binary() -> str:
-    """Chromium's path. A tier that cannot run has failed."""
+    """Returns Chromium's path. Fails the test without one."""
     found = next((path for name in NAMES if (path := shutil.which(name))), None)
     assert found is not None, "no Chromium; on Debian: apt-get install chromium"
     return found
@@ -185,7 +185,7 @@ def binary() -> str:
 
 @contextlib.asynccontextmanager
 async def running(directory: Path) -> AsyncIterator[Browser]:
-    """A browser with a profile of its own in directory."""
+    """Runs a browser with a new profile in the directory."""
     profile = directory / "profile"
     with (directory / "chromium.log").open("wb") as log:
         process = await asyncio.create_subprocess_exec(
@@ -217,12 +217,12 @@ async def running(directory: Path) -> AsyncIterator[Browser]:
 
 
 async def _address(profile: Path, process: asyncio.subprocess.Process) -> tuple[str, str]:
-    """Port and path of the DevTools, which Chromium writes into its profile."""
+    """Returns port and path of the DevTools, which Chromium writes into its profile."""
     file = profile / "DevToolsActivePort"
     async with asyncio.timeout(PATIENCE_S):
         while process.returncode is None:
             lines = file.read_text(encoding="ascii").splitlines() if file.exists() else []
             if len(lines) == 2:
                 return lines[0], lines[1]
-            await asyncio.sleep(0.05)  # another process; it offers no event to wait for
+            await asyncio.sleep(0.05)  # another process has no event for it
     raise RuntimeError("Chromium ended at once; see chromium.log")

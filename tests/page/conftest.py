@@ -1,4 +1,4 @@
-"""One browser for all tests here; a world of its own for each."""
+"""Fixtures for tests of the status page: a browser and two nodes for each test."""
 
 from __future__ import annotations
 

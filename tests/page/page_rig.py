@@ -1,4 +1,4 @@
-"""Two nodes in one process with the real HTTP server in front of one of them: the demo's world, looked at."""
+"""Two simulated nodes in one process, with the real HTTP server for one of them."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ DONGLE, PROBE, SCANNER, CAMERA = (
 LAB, ATTIC = ServerKey("lab-pi.example", 3240), ServerKey("attic.example", 3240)
 
 
-class Names:
-    """A dialler to whom the servers have names of their own."""
+class NamingConnector:
+    """A connector that reaches virtual servers by names of its own."""
 
     def __init__(self, real: Mapping[ServerKey, VirtualServer]) -> None:
         self._real = real
@@ -55,7 +55,7 @@ class Names:
 
 
 class Watched:
-    """The site of node-a, and what moves its world. url: of the page."""
+    """The status page of node-a, and changes of its nodes and servers. url: of the page."""
 
     def __init__(self, world: World, servers: Mapping[ServerKey, VirtualServer], recent: RecentSpans) -> None:
         self.world, self.servers, self.recent = world, servers, recent
@@ -65,7 +65,7 @@ class Watched:
         self._clock = SystemClock()
         self._started = self._clock.monotonic()
         self.poison: list[NodeReport] = []
-        """What is shown instead of the node, if anything."""
+        """The last item is shown instead of the node's status."""
 
     def status(self) -> NodeReport:
         if self.poison:
@@ -88,23 +88,23 @@ class Watched:
         self.config = config_failed(self.config, ConfigError("config.yaml", [problem]), self._clock.now())
 
     async def known(self, node: SimNode, key: DeviceKey, *reasons: Reason) -> None:
-        """Waits until the node says one of these of the device."""
+        """Waits until the device has one of these reasons on the node."""
 
-        def look() -> bool:
+        def known() -> bool:
             health = node.agent.inventory.health().get(key.id) if node.agent is not None else None
             return health is not None and health.reason in reasons
 
         async with asyncio.timeout(PATIENCE_S):
-            await node.advertised.until(look)
+            await node.advertised.until(known)
 
     @staticmethod
     def claimed(node: SimNode, *keys: DeviceKey) -> DeviceKey:
-        """Which of these the node has."""
+        """Returns the device among these that the node has attached."""
         assert node.agent is not None
         return next(key for key in keys if key.id in node.agent.claims.view)
 
     async def denied(self, node: SimNode, resource: str, key: DeviceKey) -> str:
-        """An Allocate of a kubelet that has not heard that the device is taken: the error."""
+        """Returns the error of an Allocate, sent like a kubelet that does not know yet that the device is held."""
         (path,) = node.plugin_directory.glob(f"usbip-{resource}*.sock")
         options = (("grpc.use_local_subchannel_pool", 1),)
         async with grpc.aio.insecure_channel(f"unix:{path}", options=options) as channel:
@@ -134,7 +134,7 @@ CAMERA_1, CAMERA_2 = DeviceKey(ATTIC, "3-1"), DeviceKey(ATTIC, "3-2")
 
 @contextlib.asynccontextmanager
 async def watched() -> AsyncIterator[Watched]:
-    """Everything plugged in and offered by both nodes; nothing used yet."""
+    """Yields two nodes that offer every device, none of which has been used."""
     servers = {
         LAB: VirtualServer(
             [
@@ -148,7 +148,7 @@ async def watched() -> AsyncIterator[Watched]:
     }
 
     def client(clock: Clock) -> TcpUsbipClient:
-        return TcpUsbipClient(clock, Names(servers))
+        return TcpUsbipClient(clock, NamingConnector(servers))
 
     recent = RecentSpans()
     tracings = {name: Tracing(name, version=__version__, environ={}, recent=recent) for name in ("node-a", "node-b")}
@@ -183,7 +183,7 @@ async def watched() -> AsyncIterator[Watched]:
 
 
 async def busy_day(rig: Watched) -> None:
-    """Something of everything: in use here and elsewhere, denied, lost, a server gone."""
+    """Leads the devices into every state: in use here and elsewhere, denied, lost, with an unreachable server."""
     await rig.a.admit(PodRef("default", "simulation-0"), {"licence-dongle": 1})
     await rig.known(rig.b, DONGLE_1, Reason.HELD_ELSEWHERE)
     await rig.denied(rig.b, "licence-dongle", DONGLE_1)

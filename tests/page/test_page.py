@@ -25,12 +25,12 @@ HOSTILE = (
 
 
 def row_text(busid: str) -> str:
-    """JavaScript for the text of a device's row."""
+    """Returns JavaScript for the text of a device's row."""
     return f"[...document.querySelectorAll('#devices tbody tr')].find(r => r.innerText.includes('/{busid}')).innerText"
 
 
 async def quiet(tab: Tab, rig: Watched) -> None:
-    """Nothing went wrong in the page, and it asked nobody but its own plugin."""
+    """Asserts that the page logged nothing and requested nothing from other hosts."""
     assert tab.messages == []
     assert tab.dialogs == []
     strangers = [url for url in tab.requests if not url.startswith((rig.url, "data:"))]
@@ -69,7 +69,7 @@ async def test_everything_is_there_without_scripts(rig: Watched, chromium: Brows
     await quiet(tab, rig)
 
 
-async def test_it_refreshes_in_place(rig: Watched, chromium: Browser) -> None:
+async def test_the_page_refreshes_in_place(rig: Watched, chromium: Browser) -> None:
     tab = await chromium.tab()
     await tab.open(rig.url)
     assert "Available" in await tab.eval(row_text(DONGLE_1.busid))
@@ -92,9 +92,7 @@ async def test_it_refreshes_in_place(rig: Watched, chromium: Browser) -> None:
     await quiet(tab, rig)
 
 
-async def test_a_reload_of_the_configuration_that_failed_is_said_until_it_is_mended(
-    rig: Watched, chromium: Browser
-) -> None:
+async def test_a_failed_reload_of_the_configuration_is_shown_until_it_is_fixed(rig: Watched, chromium: Browser) -> None:
     tab = await chromium.tab()
     await tab.open(rig.url)
     good = rig.config
@@ -106,16 +104,16 @@ async def test_a_reload_of_the_configuration_that_failed_is_said_until_it_is_men
     await quiet(tab, rig)
 
 
-async def test_it_asks_for_nothing_while_nobody_looks_or_it_is_paused(rig: Watched, chromium: Browser) -> None:
+async def test_the_page_requests_nothing_while_hidden_or_paused(rig: Watched, chromium: Browser) -> None:
     tab = await chromium.tab()
     await tab.open(rig.url)
     await tab.eval("window.asked = 0; const real = fetch; window.fetch = (...a) => { asked += 1; return real(...a); }")
     await tab.until("document.querySelector('#head time').textContent !== ''")
     await tab.hidden(on=True)
     before = await tab.eval("asked")
-    # as long as several refreshes take, on the page's own clock
+    # several refresh intervals of the page
     await tab.eval("new Promise(done => setTimeout(done, 5000))")
-    assert await tab.eval("asked") - before <= 1, "one may have been under way"
+    assert await tab.eval("asked") - before <= 1, "one request may be in flight"
     await tab.hidden(on=False)
     async with tab.event("Network.responseReceived"):
         pass
@@ -130,7 +128,7 @@ async def test_it_asks_for_nothing_while_nobody_looks_or_it_is_paused(rig: Watch
     await quiet(tab, rig)
 
 
-async def test_a_plugin_that_is_gone_is_said_and_what_it_last_said_stays(rig: Watched, chromium: Browser) -> None:
+async def test_an_unreachable_plugin_is_shown_and_its_last_status_stays(rig: Watched, chromium: Browser) -> None:
     tab = await chromium.tab()
     await tab.open(rig.url)
     await tab.call(
@@ -146,7 +144,7 @@ async def test_a_plugin_that_is_gone_is_said_and_what_it_last_said_stays(rig: Wa
 
 
 def poisoned(rig: Watched, text: str) -> None:
-    """Everything that the page shows is this text."""
+    """Puts this text into every field that the page shows."""
     real = rig.status()
     texts: dict[str, Any] = {
         field.name: text for field in dataclasses.fields(real.devices[0]) if "str" in str(field.type)
@@ -174,13 +172,13 @@ def poisoned(rig: Watched, text: str) -> None:
         rig.recent._traces[f"{number:032x}"] = [KeptSpan(None, record)]
 
 
-async def test_what_devices_servers_and_leases_say_is_never_run(rig: Watched, chromium: Browser) -> None:
+async def test_texts_of_devices_servers_and_leases_are_never_executed(rig: Watched, chromium: Browser) -> None:
     for text in HOSTILE:
         poisoned(rig, text)
         tab = await chromium.tab()
         await tab.open(rig.url)
         first = await tab.dom()
-        async with tab.event("Network.loadingFinished"):  # and once more through the script
+        async with tab.event("Network.loadingFinished"):  # the refresh by the script
             pass
         assert await tab.eval("window.hurt === undefined"), text
         assert (
@@ -191,8 +189,8 @@ async def test_what_devices_servers_and_leases_say_is_never_run(rig: Watched, ch
         await quiet(tab, rig)
 
 
-async def test_the_policy_stops_what_would_slip_through(rig: Watched, chromium: Browser) -> None:
-    """The second line of defence: even markup in the page cannot run, load or send anything."""
+async def test_the_content_security_policy_blocks_injected_markup(rig: Watched, chromium: Browser) -> None:
+    """Even markup that reaches the page cannot execute, load or send anything."""
     tab = await chromium.tab()
     await tab.open(rig.url)
     await tab.eval(
@@ -206,7 +204,7 @@ async def test_the_policy_stops_what_would_slip_through(rig: Watched, chromium: 
     assert any("Content Security Policy" in message for message in tab.messages)
 
 
-async def test_it_fits_a_phone_and_says_what_its_parts_are(rig: Watched, chromium: Browser) -> None:
+async def test_the_page_fits_a_phone_and_has_names_and_roles(rig: Watched, chromium: Browser) -> None:
     await busy_day(rig)
     tab = await chromium.tab()
     await tab.size(390, 844, phone=True)
@@ -221,11 +219,11 @@ async def test_it_fits_a_phone_and_says_what_its_parts_are(rig: Watched, chromiu
     for role in ("main", "table", "columnheader", "cell", "heading", "button", "status"):
         assert role in roles, role
     assert "Devices this node offers" in names
-    assert any(name.startswith("starts after") for name in names if name), "bars are told in words"
+    assert any(name.startswith("starts after") for name in names if name), "bars have a text alternative"
     assert await tab.eval("document.documentElement.lang") == "en"
 
 
-async def test_words_can_be_told_from_their_ground(rig: Watched, chromium: Browser) -> None:
+async def test_text_has_enough_contrast(rig: Watched, chromium: Browser) -> None:
     """Contrast of at least 4.5 to 1 (WCAG 2.2, AA), in light and in dark."""
     await busy_day(rig)
     rig.break_config()
