@@ -1,5 +1,5 @@
 #!/bin/bash
-# build.sh [GROUP...]: makes sure that binaries of Kubernetes and its tools are there, and prints the directory they are in.
+# build.sh [GROUP...]: builds missing binaries of Kubernetes and its tools, and prints their directory.
 #   apiserver   kube-apiserver etcd                            (the default)
 #   nodes       the rest of a control plane, kubelet, kubectl, containerd, runc, CNI plugins
 #   kind        kind, kubeadm, kube-proxy, coredns
@@ -26,7 +26,7 @@ trap '[ -z "$work" ] || rm -rf "$work"' EXIT
 
 fail() { echo "build.sh: $1" >&2; exit 75; }
 
-# have NAME MODULE VERSION: whether the binary is there and was built from that version, which Go records in each binary
+# have NAME MODULE VERSION: whether the binary was built from that version, which Go records in each binary
 have() { [ -x "$dir/bin/$1" ] && LC_ALL=C grep -qaF "$(printf '\t%s\tv%s\t' "$2" "$3")" "$dir/bin/$1"; }
 
 need_go() {
@@ -59,7 +59,7 @@ fetch_kubernetes() (
   go list -deps "${@/#/k8s.io/kubernetes/cmd/}"
 )
 
-# kubernetes NAME...: commands of k8s.io/kubernetes, whose staging modules are wanted in their published versions
+# kubernetes NAME...: commands of k8s.io/kubernetes, with the published versions of its staging modules
 kubernetes() {
   local name gomod wanted=()
   for name; do have "$name" k8s.io/kubernetes "$K8S" || wanted+=("$name"); done
@@ -104,7 +104,7 @@ command_of() {
   build "$1" "$work/$module" "$3" "${@:4}"
 }
 
-# operator_crds NAME...: each of them says in an annotation which version it is from
+# operator_crds NAME...: an annotation of each has its version
 operator_crds() {
   local name from module=github.com/prometheus-operator/prometheus-operator@v$OPERATOR
   for name; do
@@ -148,13 +148,13 @@ group() {
       command_of coredns "github.com/coredns/coredns@v$COREDNS" github.com/coredns/coredns "${plain[@]}"
       ;;
     helm)
-      # without these it takes itself for a client of Kubernetes 1.20, which the chart refuses
+      # without these helm reports Kubernetes 1.20, which the chart rejects
       module=helm.sh/helm/v3 v=helm.sh/helm/v3/pkg/chartutil
       command_of helm "$module@v$HELM" "$module/cmd/helm" \
         -ldflags "-s -w -X $v.k8sVersionMajor=1 -X $v.k8sVersionMinor=$(cut -d. -f2 <<<"$K8S")"
       ;;
     promtool)
-      # without the clients of thirty clouds, which it neither downloads then
+      # without the clients of thirty clouds, and without their download
       GOFLAGS=-tags=remove_all_sd command_of promtool "github.com/prometheus/prometheus@v$PROMETHEUS" \
         github.com/prometheus/prometheus/cmd/promtool "${plain[@]}"
       operator_crds podmonitors prometheusrules

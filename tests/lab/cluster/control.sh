@@ -1,7 +1,7 @@
 #!/bin/bash
-# control.sh STATE_DIR VERB PART: handles a part of the control plane of up.sh: etcd, apiserver, scheduler, manager
-#   stop   SIGTERM, and SIGKILL for what has not ended in 5 s; nodes and their pods run on
-#   start  as it was started before; the API server answers when this returns
+# control.sh STATE_DIR VERB PART: stops or starts a part of up.sh's control plane: etcd, apiserver, scheduler, manager
+#   stop   SIGTERM, and SIGKILL after 5 s; nodes and their pods run on
+#   start  with the earlier command; the API server answers when this returns
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 [ $# = 3 ] || { sed -n '2,4s/^# //p' "${BASH_SOURCE[0]}" >&2; exit 2; }
@@ -12,7 +12,7 @@ STOP_TENTHS=50 KILL_TENTHS=100
 . "$here/parts.sh"
 [ -s "$STATE/$part.command" ] || { echo "control.sh: no $part in $STATE" >&2; exit 2; }
 
-# a zombie has ended; who adopts the orphans of this machine may be slow to reap them
+# a zombie counts as ended: init may be slow to reap it
 runs() { [ -e "/proc/$1" ] && ! grep -qs '^State:[[:space:]]*Z' "/proc/$1/status"; }
 case $verb in
   stop)

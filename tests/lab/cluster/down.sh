@@ -3,7 +3,7 @@
 set -uo pipefail
 [ $# = 1 ] && [ -n "$1" ] || { sed -n '2s/^# //p' "${BASH_SOURCE[0]}" >&2; exit 2; }
 state=$(realpath -m "$1")
-# everything mounted below it is taken away
+# everything mounted below the directory is unmounted
 [ -d "$state/etcd" ] || [ -d "$state/node-1" ] || [ "$(cat /sys/class/net/usbiplab0/ifalias 2>/dev/null)" = "$state" ] || { echo "down.sh: $state is not the state of a lab" >&2; exit 1; }
 GONE_TENTHS=100
 if [ -e /sys/class/net/usbiplab0 ]; then
@@ -21,7 +21,7 @@ end() { # end SIGNAL PID-FILE...
     kill "-$signal" "$pid" 2>/dev/null && running+=("$pid")
   done
 }
-# a zombie has ended; who adopts the orphans of this machine may be slow to reap them
+# a zombie counts as ended: init may be slow to reap it
 ended() { [ ! -e "/proc/$1" ] || grep -qs '^State:[[:space:]]*Z' "/proc/$1/status"; }
 gone() {
   local pid
@@ -32,19 +32,19 @@ gone() {
 }
 end KILL "$state"/node-*/kubelet.pid
 gone
-# the containers: first who would notice, then what they run
+# the containers: first their supervisors, then their processes
 for shim in $(pgrep -f 'containerd-shim-runc-v2' || true); do
   tr '\0' ' ' <"/proc/$shim/cmdline" 2>/dev/null | grep -qF "$state/" && kill -KILL "$shim" 2>/dev/null && running+=("$shim")
 done
 for number in {1..8}; do
   for procs in $(find /sys/fs/cgroup -path "*/usbiplab-$number/*" -name cgroup.procs 2>/dev/null); do
-    # it may be gone by now
+    # the process may have ended
     for pid in $(cat "$procs" 2>/dev/null); do kill -KILL "$pid" 2>/dev/null && running+=("$pid"); done
   done
 done
 gone
 end KILL "$state"/node-*/containerd.pid "$state"/node-*/holder.pid
-# nothing of theirs is kept
+# their state is removed
 end KILL "$state"/{manager,scheduler,apiserver,etcd}.pid
 gone
 for number in {1..8}; do

@@ -14,7 +14,7 @@ INFRASTRUCTURE=75
 state=$(mktemp -d "${TMPDIR:-/tmp}/usbip-lab.XXXXXX")
 status=1 begun=''
 
-# keep_logs DIRECTORY: of the cluster; everything but what is large or secret
+# keep_logs DIRECTORY: of the cluster, without large and secret files
 keep_logs() {
   mkdir -p "$1"
   (cd "$state" && find . -name '*.log' -size -20M -print0 | tar --null -T - -cf -) | tar -C "$1" -xf - || true
@@ -27,7 +27,7 @@ finish() {
   if [ -n "${KEEP:-}" ]; then
     echo "the cluster stays: export KUBECONFIG=$state/admin.kubeconfig; end it with: $here/down.sh $state; rm -rf $state" >&2
   else
-    # it knows when there is nothing to end
+    # down.sh does nothing without a lab
     [ -z "$begun" ] || "$here/down.sh" "$state" || true
     rm -rf "$state"
   fi

@@ -11,19 +11,19 @@ mkdir -p $n/{kubelet/device-plugins,certs,logs,containerd} /var/lib/kubelet /run
 
 for module in virtio_blk veth nf_tables nft_compat nft_chain_nat xt_nat xt_MASQUERADE xt_tcpudp; do modprobe "$module"; done
 mount -t ext4 /dev/vda $n/containerd
-# a node has its modprobe where the init container of deploy/overlays/modules looks for it
+# modprobe at the path that the init container of deploy/overlays/modules uses
 [ -e /sbin/modprobe ] || ln -s /run/bin/busybox /sbin/modprobe
 sed 's/\([^ ]*\)/+\1/g' /sys/fs/cgroup/cgroup.controllers >/sys/fs/cgroup/cgroup.subtree_control
-# AppArmor as on a Debian or Ubuntu node: containerd wants the parser at this place
+# AppArmor as on a Debian or Ubuntu node: containerd needs the parser at this path
 if [ -e /sys/module/apparmor/parameters/enabled ] && [ -x "$GUEST_TOOLS/sbin/apparmor_parser" ]; then
   mount -t securityfs securityfs /sys/kernel/security
   ln -sf "$GUEST_TOOLS/sbin/apparmor_parser" /sbin/apparmor_parser
   cp -rn "$GUEST_TOOLS/etc/apparmor.d" "$GUEST_TOOLS/etc/apparmor" /etc/
-  # parser.conf names it, and without it no profile is loaded
+  # parser.conf names it, and no profile loads without it
   cp -rn "$GUEST_TOOLS/usr/share/apparmor-features" /usr/share/
 fi
 
-# The API server's ClusterIP is answered outside; there is no kube-proxy, and no way out of the machine for any other.
+# The API server's ClusterIP is answered outside. There is no kube-proxy, and other addresses do not leave the machine.
 ip route add unreachable 10.96.0.0/16
 ip route add 10.96.0.1 via 10.0.2.2
 for chain in OUTPUT PREROUTING; do

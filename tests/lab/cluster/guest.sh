@@ -20,7 +20,7 @@ finish() {
     cp -r "$state"/*.log "$state/guest" "$NODE_LOGS" 2>/dev/null || true
     echo "logs: $NODE_LOGS" >&2
   fi
-  # nothing of theirs is kept; an API server whose etcd has gone would not end on SIGTERM
+  # SIGKILL, as their state is removed, and an API server without etcd ignores SIGTERM
   for file in "$state"/*.pid; do [ ! -e "$file" ] || kill -KILL "$(cat "$file")" 2>/dev/null || true; done
   { wait; } 2>/dev/null
   rm -rf "$state"
@@ -41,11 +41,11 @@ STATE=$state BIN=$bin
 # shellcheck source=parts.sh
 . "$here/parts.sh"
 mkdir "$state/guest"
-# The control plane's seconds are this machine's, the guest's are longer (see run.sh): a node that renews its Lease every
-# ten of its own seconds is not to be given up.
+# The guest's seconds are longer than those of the control plane (run.sh): a node that renews its Lease every ten of its own
+# seconds must count as ready.
 MANAGER_ARGUMENTS=(--node-monitor-grace-period=10m)
 
-# What is outside is quick: the images, the manifests, the control plane.
+# Outside, images, manifests and control plane are quick.
 pause_image
 image_disk "$state/pause.tar" "$image"
 kubectl kustomize "$root/deploy" >"$state/base.yaml"
@@ -66,7 +66,7 @@ while True:
 P
 )
 control_plane 127.0.0.1 "$api_port" "$etcd_port" guest
-# the guest reaches it under the address that its certificate has
+# the guest reaches it at the address in its certificate
 kubeconfig 10.96.0.1 "$(cat "$state/guest.token")" >"$state/node.kubeconfig"
 printf '{"server": "https://10.96.0.1", "token": "%s", "ca": "%s"}\n' "$(cat "$state/admin.token")" "$state/certs/apiserver.crt" \
   >"$state/api.json"

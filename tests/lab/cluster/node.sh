@@ -1,5 +1,5 @@
 #!/bin/bash
-# node.sh STATE_DIR VERB NODE [ARGUMENT...]: handles a node of up.sh
+# node.sh STATE_DIR VERB NODE [ARGUMENT...]: controls a node of up.sh
 #   start             containerd and kubelet, after up.sh has written their configuration
 #   stop-kubelet      SIGTERM, and waits for its end; pods run on
 #   kill-kubelet      SIGKILL
@@ -8,10 +8,10 @@
 #   kill PATTERN      SIGKILL for the processes of the node's containers whose command line matches (pgrep -f)
 #   pids PATTERN      their process ids
 #   exec COMMAND...   in the node's mount and network namespace
-#   kill-all          SIGKILL for kubelet, containerd and all containers: a node that is dead until it is revived
+#   kill-all          SIGKILL for kubelet, containerd and all containers: the node is dead until revive
 #   revive            containerd and kubelet again
 #   freeze, thaw      SIGSTOP, SIGCONT for the same processes
-#   cut, join         the node's cable: its network with all the others, the API server too
+#   cut, join         the node's network to all others, the API server included
 set -euo pipefail
 [ $# -ge 3 ] || { sed -n '2,14s/^# //p' "${BASH_SOURCE[0]}" >&2; exit 2; }
 state=$(realpath -e "$1") verb=$2 name=$3
@@ -23,7 +23,7 @@ bin=$("$(dirname "${BASH_SOURCE[0]}")/build.sh" apiserver nodes | tail -1)
 export PATH=$bin:$PATH
 STOP_TENTHS=300 START_TENTHS=300
 
-# a zombie has ended; who adopts the orphans of this machine may be slow to reap them
+# a zombie counts as ended: init may be slow to reap it
 runs() { [ -e "/proc/$1" ] && ! grep -qs '^State:[[:space:]]*Z' "/proc/$1/status"; }
 alive() { [ -s "$node/$1.pid" ] && runs "$(cat "$node/$1.pid")"; }
 inside() { nsenter "--net=/run/netns/usbiplab-$number" "--mount=/proc/$(cat "$node/holder.pid")/ns/mnt" "$@"; }
@@ -50,7 +50,7 @@ kubelet() {
   bg kubelet kubelet --config "$node/kubelet.yaml" --kubeconfig "$node/kubeconfig" --root-dir /var/lib/kubelet \
     --cert-dir "$node/certs" --hostname-override "$name" --node-ip "10.89.0.1$number"
 }
-# processes are the node's by their cgroup
+# the cgroup of a process names its node
 pids() {
   local pid
   for pid in $(pgrep -f -- "$1" || true); do
@@ -59,11 +59,11 @@ pids() {
   return 0
 }
 
-# everything that runs on the node
+# every process of the node
 everything() {
   local what shim
   for what in kubelet containerd; do alive "$what" && cat "$node/$what.pid"; done
-  # the shims are the node's by their socket; first who would notice, then what they run
+  # the socket of a shim names its node; first the supervisors, then their processes
   for shim in $(pgrep -f containerd-shim-runc-v2 || true); do
     tr '\0' ' ' <"/proc/$shim/cmdline" 2>/dev/null | grep -qF "$node/" && echo "$shim"
   done
@@ -91,7 +91,7 @@ case $verb in
       done
     done
     mkdir -p /var/lib/kubelet /run/vhci_hcd /run/cdi /run/netns /dev/bus/usb
-    # the node's mounts live as long as this process: the kubelet's directories are constants, so each node has its own behind them
+    # holds the node's mount namespace: the kubelet's directories are constants, so each node mounts its own there
     rm -f "$node/mounted"
     setsid nohup unshare --mount --propagation private bash -euc "
       mount --bind '$node/kubelet' /var/lib/kubelet
@@ -124,7 +124,7 @@ case $verb in
     ;;
   exec) inside "$@" ;;
   kill-all)
-    # until none is left that was born meanwhile
+    # again until no new process is left
     for _ in $(seq "$STOP_TENTHS"); do
       mapfile -t found < <(everything)
       [ ${#found[@]} -gt 0 ] || break

@@ -1,4 +1,4 @@
-# What up.sh and guest.sh have in common; sourced. Wants STATE (a directory) and BIN (build.sh's).
+# Functions of up.sh and guest.sh; to be sourced. Needs STATE (a directory) and BIN (of build.sh).
 # shellcheck shell=bash
 PAUSE=localhost/pause:lab
 READY_TENTHS=900
@@ -73,7 +73,7 @@ again() { # again NAME: starts a part of the control plane as it was started bef
   echo $! >"$STATE/$1.pid"
 }
 
-# pause_image: STATE/pause.tar, what a pod's namespaces are held by
+# pause_image: STATE/pause.tar, the process that holds a pod's namespaces
 pause_image() {
   local here
   here=$(dirname "${BASH_SOURCE[0]}")
@@ -83,8 +83,8 @@ pause_image() {
     "$PAUSE" "$STATE/pause.tar" /pause
 }
 
-# image_disk IMAGE.TAR...: STATE/containerd.ext4, the directory of a containerd that has these images, unpacked. In the
-# emulated guest that would take minutes.
+# image_disk IMAGE.TAR...: STATE/containerd.ext4, the directory of a containerd with these images unpacked, which would
+# take minutes in the emulated guest.
 image_disk() {
   local root=$STATE/containerd-root run=$STATE/containerd-run image pid status=0
   mkdir -p "$root" "$run"
@@ -105,14 +105,14 @@ T
   kill "$pid"
   wait "$pid" || true
   [ "$status" = 0 ] || { tail "$STATE/image-disk.log" >&2; return 1; }
-  # room for what containers write
+  # room for files of containers
   truncate -s "$(($(du -sm "$root" | cut -f1) * 5 / 4 + 1024))M" "$STATE/containerd.ext4"
   PATH=$PATH:/usr/sbin:/sbin mkfs.ext4 -q -O ^has_journal -E lazy_itable_init=1 -d "$root" "$STATE/containerd.ext4"
   rm -rf "$root" "$run"
 }
 
-# node_files NODE-DIRECTORY ADDRESS POD-SUBNET CGROUP: what containerd and the kubelet of a node read. CDI is where it is
-# by default; cgroup v1, and a machine without CAP_SYS_RESOURCE, will do.
+# node_files NODE-DIRECTORY ADDRESS POD-SUBNET CGROUP: the configuration of a node's containerd and kubelet. CDI is in its
+# default directory. cgroup v1 and a machine without CAP_SYS_RESOURCE are enough.
 node_files() {
   local node=$1 address=$2 subnet=$3 cgroup=$4
   mkdir -p "$node/cni"
@@ -144,7 +144,7 @@ failCgroupV1: false
 cgroupDriver: cgroupfs
 cgroupRoot: $cgroup
 containerRuntimeEndpoint: unix://$node/containerd.sock
-# a lab's: whoever reaches this address is on this machine
+# only processes of this machine reach this address
 authentication: {anonymous: {enabled: true}, webhook: {enabled: false}}
 authorization: {mode: AlwaysAllow}
 address: $address

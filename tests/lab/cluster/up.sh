@@ -1,8 +1,8 @@
 #!/bin/bash
-# up.sh [--nodes N] STATE_DIR [IMAGE.TAR...]: a real Kubernetes on this machine: a control plane and nodes, two unless told
-# otherwise, node-1, node-2 and so on, each with its own network namespace and address, mounts, kubelet and containerd.
-# The images are given to all of them.
-# KUBECONFIG is STATE_DIR/admin.kubeconfig, logs are STATE_DIR/*.log and STATE_DIR/node-*/*.log; node.sh handles a node,
+# up.sh [--nodes N] STATE_DIR [IMAGE.TAR...]: a real Kubernetes on this machine: a control plane and N (default 2) nodes,
+# node-1, node-2 and so on, each with its own network namespace and address, mounts, kubelet and containerd.
+# Every node gets the images.
+# KUBECONFIG is STATE_DIR/admin.kubeconfig, logs are STATE_DIR/*.log and STATE_DIR/node-*/*.log; node.sh controls a node,
 # down.sh ends it all. Needs root. One at a time on a machine. Nothing in it has a way out of the machine.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -44,14 +44,14 @@ cd "$state"
 
 # The network: a bridge, an address for each node. No default route in the nodes.
 ip link add usbiplab0 type bridge
-# whose it is
+# the directory of the lab that owns it
 ip link set usbiplab0 alias "$state"
 ip addr add 10.89.0.1/24 dev usbiplab0
 ip link set usbiplab0 up
-# bridged packets may pass the machine's own firewall, Docker's for one, which drops what it does not know
+# bridged packets may pass the machine's firewall, which may drop them (Docker's does)
 iptables -I FORWARD -i usbiplab0 -o usbiplab0 -j ACCEPT
 iptables -I FORWARD -i usbiplab0 ! -o usbiplab0 -j REJECT
-# there is no kube-proxy: the API server's ClusterIP is answered here, others nowhere
+# without a kube-proxy only the API server's ClusterIP is answered, here
 iptables -t nat -A PREROUTING -i usbiplab0 -d 10.96.0.1 -p tcp --dport 443 -j DNAT --to-destination "$API:$PORT"
 for i in $(seq "$NODES"); do
   ip netns add "usbiplab-$i"
@@ -87,7 +87,7 @@ done
 for i in $(seq "$NODES"); do
   for _ in $(seq "$READY_SECONDS"); do kubectl get node "node-$i" >/dev/null 2>&1 && break; sleep 1; done
   kubectl wait --for=condition=Ready "node/node-$i" "--timeout=${READY_SECONDS}s"
-  # until the controller manager has seen that, too, no pod goes there
+  # the scheduler uses a node only once the controller manager has seen it
   for _ in $(seq "$READY_SECONDS"); do [ -n "$(kubectl get node "node-$i" -o "jsonpath={.spec.taints}")" ] || break; sleep 1; done
 done
 echo "export KUBECONFIG=$KUBECONFIG"

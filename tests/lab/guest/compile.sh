@@ -8,7 +8,7 @@ python=${PYTHON:-.venv/bin/python}
 [ -x "$python" ] || command -v "$python" >/dev/null || { echo "compile.sh: no $python: run make .venv/.test first" >&2; exit 1; }
 unset PYTHONDONTWRITEBYTECODE
 "$python" -m compileall -q usbip_plugin usbip_sim tests bench
-# a collection is the one way to make pytest write its own; the fixtures that need the guest are not set up
+# pytest writes its bytecode during a collection, which sets up no fixtures of the guest
 if ! collected=$("$python" -m pytest -q -p no:cacheprovider --collect-only tests/kernel tests/node 2>&1); then
   printf '%s\ncompile.sh: the tests of the guest cannot be collected\n' "$collected" >&2
   exit 1

@@ -23,14 +23,14 @@ MODULES = (
     *("dummy_hcd", "libcomposite", "usb_f_acm", "usb_f_mass_storage", "usb_f_hid", "usb_f_printer", "usb_f_ecm"),
     *("usblp", "cdc_ether", "snd-usb-audio"),
     *("loop", "veth", "bridge", "dummy", "ext4", "vfat", "fuse", "tls"),
-    # libcrc32c asks for crc32c by its crypto alias, not as a dependency
+    # libcrc32c requests crc32c by its crypto alias, not as a dependency
     *("nf_tables", "nft_compat", "nft_chain_nat", "xt_nat", "xt_MASQUERADE", "xt_tcpudp", "crc32c_generic"),
 )
 
 
 @dataclass(frozen=True)
 class Module:
-    """One .ko: its path below lib/modules/VERSION, its bytes, what it needs, which aliases it serves."""
+    """A module: its path below lib/modules/VERSION, its bytes, its dependencies and its aliases."""
 
     path: str
     data: bytes
@@ -49,12 +49,12 @@ def main(package: Path, busybox: Path, init: Path, outdir: Path) -> None:
 
 
 def plain(name: str) -> str:
-    """Module names use - and _ alike."""
+    """Returns a module name with _ in place of -, which mean the same."""
     return name.replace("-", "_")
 
 
 def read_package(package: Path) -> tuple[str, bytes, dict[str, tuple[str, bytes]]]:
-    """Version, vmlinuz, and {module name: (path, bytes as stored)}."""
+    """Returns the version, vmlinuz, and path and stored bytes of each module."""
     version, kernel, files = "", b"", {}
     with (
         subprocess.Popen(["dpkg-deb", "--fsys-tarfile", package], stdout=subprocess.PIPE) as process,
@@ -76,11 +76,11 @@ def read_package(package: Path) -> tuple[str, bytes, dict[str, tuple[str, bytes]
 
 
 def uncompressed(vmlinuz: bytes) -> bytes:
-    """The ELF kernel inside a bzImage; the header is described in Documentation/arch/x86/boot.rst."""
+    """Returns the ELF kernel inside a bzImage, whose header Documentation/arch/x86/boot.rst describes."""
     setup = (vmlinuz[0x1F1] or 4) + 1
     offset, length = struct.unpack_from("<II", vmlinuz, 0x248)
     payload = vmlinuz[setup * 512 + offset : setup * 512 + offset + length]
-    # The last four bytes are the size of the result, which zstd would take for the next frame.
+    # The last four bytes are the size of the result. zstd would read them as the next frame.
     return decompressed(payload[:-4] if payload.startswith(b"\x28\xb5\x2f\xfd") else payload)
 
 
@@ -95,7 +95,7 @@ def decompressed(data: bytes) -> bytes:
 
 
 def select(name: str, files: dict[str, tuple[str, bytes]], chosen: dict[str, Module]) -> bool:
-    """Add a module and all it needs; False if the package does not have it."""
+    """Adds a module and its dependencies. Returns False if the package does not have it."""
     if name in chosen or name not in files:
         return name in files
     path, data = files[name]
@@ -110,7 +110,7 @@ def select(name: str, files: dict[str, tuple[str, bytes]], chosen: dict[str, Mod
 
 
 def modinfo(elf: bytes) -> list[tuple[str, str]]:
-    """Fields of section .modinfo of an ELF64 file."""
+    """Returns the fields of section .modinfo of an ELF64 file."""
     (table,) = struct.unpack_from("<Q", elf, 0x28)
     size, count, names = struct.unpack_from("<HHH", elf, 0x3A)
     sections = [struct.unpack_from("<IIQQQQ", elf, table + index * size) for index in range(count)]
@@ -123,7 +123,7 @@ def modinfo(elf: bytes) -> list[tuple[str, str]]:
 
 
 def load_order(name: str, modules: dict[str, Module]) -> list[str]:
-    """All a module needs, deepest first, itself last."""
+    """Returns a module and its dependencies, deepest first."""
     order: list[str] = []
     for need in modules[name].needs:
         if need in modules:
@@ -132,7 +132,7 @@ def load_order(name: str, modules: dict[str, Module]) -> list[str]:
 
 
 class Cpio:
-    """A newc archive."""
+    """Returns a newc archive."""
 
     def __init__(self) -> None:
         self._parts: list[bytes] = []

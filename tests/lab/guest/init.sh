@@ -31,7 +31,7 @@ $box mkdir -p /root/dev/pts /root/dev/shm
 $box mount -t devpts -o mode=620,ptmxmode=666 devpts /root/dev/pts
 $box mount -t tmpfs tmpfs /root/dev/shm
 $box mount -t tmpfs -o mode=755 tmpfs /root/run
-# /tmp stays the machine's own, under the overlay: the checkout may stand there. What is made new goes into memory.
+# /tmp stays that of the machine, under the overlay: the checkout may be there. New files go into memory.
 $box mkdir -m 1777 /root/run/tmp
 $box mount -t cgroup2 cgroup2 /root/sys/fs/cgroup 2>/dev/null
 $box mount -t configfs configfs /root/sys/kernel/config 2>/dev/null
@@ -63,13 +63,13 @@ for name in modprobe rmmod lsmod; do $box ln -s busybox "/root/run/bin/$name"; d
 # Output goes through a virtio port: the emulated serial port is slow.
 output=/dev/ttyS0
 for port in /dev/vport*p*; do [ -c "$port" ] && output=$port; done
-# Moved, not only changed into: AppArmor sees a path from the root of the mount namespace, not from a chroot's.
+# Moved, not only chrooted: AppArmor sees a path from the root of the mount namespace, not of a chroot.
 cd /root
 $box mount --move . /
 HOME=/root PATH=/run/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
   $box chroot . /bin/bash /vmrun/command.sh </dev/null >"$output" 2>&1
 echo $? >vmrun/status
-# what was compiled here, although the machine could have done it before; see compile.sh
+# modules compiled here, which the machine could have compiled before (compile.sh)
 $box find /upper/files -name "*.pyc" >vmrun/compiled
 $box cat /proc/uptime >vmrun/uptime
 $box dmesg >vmrun/dmesg

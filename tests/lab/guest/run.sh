@@ -3,12 +3,12 @@
 #
 # Boots a Debian kernel with vhci_hcd in QEMU (emulation: needs no /dev/kvm) on top of this machine's root file system,
 # runs the command as root with bash in the current directory, prints its output and exits with its exit status.
-# Nothing the guest writes reaches the machine, but below -w directories.
+# Nothing that the guest writes reaches the machine, except in -w directories.
 #   -u  plug in the USB devices of usb_devices below      -w  share a directory read-write under the same path
 #   -N  a network in which this machine's 127.0.0.1 is 10.0.2.2
 #   -r  the guest's clock is this machine's; without it, it counts instructions (see below)
 #   -m  memory (1024)      -t  time limit (300)           -q  more QEMU arguments      -k  an image made by setup.sh
-# A test that takes longer than TEST_SECONDS (300, of the guest's own) ends the tests, with its name and its stacks.
+# A test that takes longer than TEST_SECONDS (300 of the guest's) ends the tests, and its name and stacks are printed.
 # In the guest, GUEST_TOOLS is the root of the `usbip` package, and /vmrun is a directory both sides see.
 # KEEP=DIR keeps console, dmesg and disk images there.
 set -euo pipefail
@@ -36,8 +36,8 @@ trap '[ -z "${KEEP:-}" ] || cp -r "$run/." "$KEEP"; rm -rf "$run"' EXIT
 
 # Two identical serial converters joined by a null-modem cable, a disk at high speed, a disk at SuperSpeed, a keyboard,
 # a sound card.
-# They stand on the guest's own controllers; the tests export them with usbipd and import them over loopback. QEMU's
-# monitor is at the virtio port "monitor", for tests that pull a device out and plug it in elsewhere.
+# They are on the guest's own controllers; the tests export them with usbipd and import them over loopback. QEMU's
+# monitor is at the virtio port "monitor", for tests that unplug a device and plug it in elsewhere.
 usb_devices() {
   local disk
   for disk in hs ss; do
@@ -72,7 +72,7 @@ for folder in "${shares[@]}"; do
 done
 
 # The guest's clock counts executed instructions, one nanosecond each (shift=0): a busy second of the guest takes about
-# eight seconds of processor here, however long the machine takes to give them. So time limits in the guest do not depend
+# eight seconds of processor here, whatever the load of the machine. So time limits in the guest do not depend
 # on the machine's load. While the guest waits (sleep=on), its clock runs with this machine's. Not shift=auto, which
 # follows the load; not sleep=off, which jumps over the time that the machine needs for 9p.
 # Measured with the 18 short kernel tests at nice 5, load 6 to 21 on two cores:

@@ -43,7 +43,7 @@ if [ "$(cat "$cache/tools/.done" 2>/dev/null)" != "${tools[*]}" ]; then
   echo "${tools[*]}" >"$cache/tools/.done"
 fi
 
-# The image depends on the kernel and on the two files it is made by.
+# The image depends on the kernel and on two files here.
 image=$cache/$kernel-$(cat "$here/image.py" "$here/init.sh" | sha256sum | cut -c1-8)
 if ! [ -e "$image/vmlinux" ]; then
   say "building $image"

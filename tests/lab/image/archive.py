@@ -20,7 +20,7 @@ def write_archive(rootfs: Path, architecture: str, name: str, output: Path, entr
     """Writes `output`, which holds one image `name` of one layer, the uncompressed tar `rootfs`."""
     with rootfs.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    # buildah finds an arm64 image by its variant, too
+    # buildah also compares the variant of an arm64 image
     platform = {"architecture": architecture} | ({"variant": "v8"} if architecture == "arm64" else {})
     program = {"Entrypoint": [entrypoint]} if entrypoint else {"Cmd": ["python3"]}
     config = json.dumps(

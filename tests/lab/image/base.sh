@@ -1,7 +1,7 @@
 #!/bin/bash
 # base.sh [amd64|arm64]: a base image from Debian packages, for places without an image registry: Debian 12 with Python 3.11
 # and nothing to build with. Prints the archive (docker load, buildah pull docker-archive:) that holds it as
-# localhost/usbip-plugin-base:ARCH. Made once, and kept in the cache; remove it there to have it made anew.
+# localhost/usbip-plugin-base:ARCH. Kept in the cache; remove it there to build it again.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 native=$(dpkg --print-architecture)

@@ -35,7 +35,7 @@ if [ -z "$builder" ]; then
 fi
 case $builder in docker | buildah) ;; *) fail "--builder $builder: docker or buildah" 2 ;; esac
 if [ -z "$base$offline" ]; then
-  # any answer will do, the registry's is 401
+  # any answer is enough: the registry's is 401
   python3 - "$REGISTRY_SECONDS" <<'P' || offline=1
 import sys, urllib.error, urllib.request
 try:
@@ -49,7 +49,7 @@ fi
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-# exactly what .dockerignore lets through, so that nothing else of the checkout costs time
+# only files that .dockerignore admits, so that others cost no time
 mkdir "$work/context"
 files=(Dockerfile .dockerignore pyproject.toml constraints.txt README.md LICENSE usbip_plugin usbip_sim)
 if [ -n "$revision" ]; then
@@ -68,7 +68,7 @@ sed -i "s|\${BUILDPLATFORM:-linux/amd64}|linux/$native|" "$work/context/Dockerfi
 arguments=(--build-arg "VERSION=$version")
 [ -z "$base" ] || arguments+=(--build-arg "BASE=$base")
 
-# buildah: chroot needs no more rights than root has in a container; what RUN runs is our own
+# buildah: chroot needs no more rights than root has in a container, and RUN runs only code of the project
 bud() { BUILDAH_ISOLATION=${BUILDAH_ISOLATION:-chroot} nice -n 10 buildah "$@"; }
 if [ "$builder" = buildah ] && [ -z "${STORAGE_DRIVER:-}" ] && ! buildah images >/dev/null 2>&1; then
   # no overlay on overlay
@@ -87,7 +87,7 @@ if [ -n "$offline" ]; then
   arguments+=(--build-arg "BASE=localhost/usbip-plugin-base:$arch" --build-arg "BUILDER=localhost/usbip-plugin-base:$native" --build-arg PIP_NO_INDEX=1)
 fi
 
-# buildah takes a file with another time for another file, and would make each layer anew
+# buildah builds a layer again if the time of a file has changed
 find "$work/context" -exec touch -h -d @0 {} +
 
 begin=$SECONDS
@@ -111,7 +111,7 @@ esac
 [ "$built" = "$arch" ] || fail "$builder made an image for $built, not for $arch: give one with BuildKit, or --builder buildah"
 
 if [ -n "$output" ]; then
-  # written beside, then moved: a reader sees the old one or the new one
+  # written beside and moved, so that a reader never has a partial file
   mkdir -p "$(dirname "$output")"
   new=$output.new
   rm -f "$new"

@@ -6,7 +6,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)
 arch=$1 version=$2
 case $arch in amd64) machine=x86_64 ;; arm64) machine=aarch64 ;; *) echo "wheels.sh: no '$arch'" >&2; exit 2 ;; esac
 
-# pip reads conditions like python_version < "3.12" for the Python that runs it, so it should be the image's version
+# pip evaluates conditions like python_version < "3.12" for its own Python, which should have the image's version
 python=
 for candidate in ${PYTHON:-} "$root/.venv/bin/python" "python$version" python3; do
   "$candidate" -c "import sys, pip; sys.exit(sys.version_info[:2] != (${version/./, }))" 2>/dev/null && python=$candidate && break

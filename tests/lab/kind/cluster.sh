@@ -1,5 +1,5 @@
-# cluster.sh: to be sourced. A kind cluster that is made for one script and ended with it. Wants $here and $cluster;
-# sets KUBECONFIG, $state, $status (the exit status, 75 until the cluster stands) and $node_image. The script sets $status.
+# cluster.sh: to be sourced. A kind cluster that exists as long as one script. Needs $here and $cluster;
+# sets KUBECONFIG, $state, $status (the exit status, 75 until the cluster is up) and $node_image. The script sets $status.
 #   KEEP=1             leaves the cluster
 #   NODE_IMAGE=IMAGE   of kind's nodes; else kind's own where its registry answers, else one made by node-image.sh
 #   E2E_LOGS=DIR       where the logs of a failure go, default build/e2e-logs
@@ -15,7 +15,7 @@ state=$(mktemp -d "${TMPDIR:-/tmp}/usbip-kind.XXXXXX")
 export KUBECONFIG=$state/kubeconfig
 status=$INFRASTRUCTURE created='' child='' node_image=${NODE_IMAGE:-}
 
-# run COMMAND...: in a process group of its own, so that a signal ends it at once; bash alone would wait for its end
+# run COMMAND...: in its own process group, so that a signal ends it at once, without a wait of bash
 run() {
   local result=0
   set -m
@@ -27,7 +27,7 @@ run() {
   return "$result"
 }
 
-# twice WHAT COMMAND...: set-up, which may fail once because of the machine; the tests may not
+# twice WHAT COMMAND...: set-up, which may fail once because of the machine, unlike the tests
 twice() {
   local what=$1
   shift
@@ -40,7 +40,7 @@ twice() {
 
 cluster_finish() {
   trap - EXIT
-  # once is enough: a second signal would leave the cluster behind, and each step here is bounded
+  # ignore a second signal, which would leave the cluster: each step here has a limit
   trap '' INT TERM
   if [ -n "$child" ]; then
     kill -TERM -- "-$child" 2>/dev/null || true
@@ -81,7 +81,7 @@ cluster_tools() {
   [ -n "$node_image" ] || registry || twice "the image of the nodes" _node_image
 }
 
-# any answer will do, the registry's is 401
+# any answer is enough: the registry's is 401
 registry() {
   python3 - "$REGISTRY_SECONDS" <<'P'
 import sys, urllib.error, urllib.request
@@ -103,7 +103,7 @@ image_archive() {
   archive=${IMAGE:-}
   [ -z "$archive" ] || { archive=$(realpath -e "$archive"); return; }
   archive=$state/image.tar
-  # the archive, not the image: an engine with containerd's image store cannot hand over one platform of several
+  # the archive, not the image: an engine with containerd's image store cannot export one of several platforms
   run "$cluster_root/tests/lab/image/build.sh" --builder docker --output "$archive" "$image"
 }
 

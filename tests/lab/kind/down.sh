@@ -1,5 +1,5 @@
 #!/bin/bash
-# down.sh: ends what e2e.sh left behind, because of KEEP=1 or because it was killed: the cluster usbip-e2e, and the private
+# down.sh: ends what e2e.sh left because of KEEP=1 or because it was killed: the cluster usbip-e2e, and the private
 # Docker engine if there is one and nothing else runs in it. Any other engine and any other cluster stays.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

@@ -1,6 +1,6 @@
 #!/bin/bash
 # e2e.sh [PYTEST ARGUMENT...]: tests/e2e on a kind cluster of its own, from the image to the deletion of the cluster.
-#   KEEP=1             leaves the cluster, and says how to use and how to end it
+#   KEEP=1             leaves the cluster, and prints how to use and end it
 #   IMAGE=TAR          an archive of the image, named usbip-plugin:e2e, that is built already
 #   NODE_IMAGE=IMAGE   of kind's nodes; else kind's own where its registry answers, else one made by node-image.sh
 #   E2E_LOGS=DIR       where the logs of a failure go, default build/e2e-logs
@@ -22,7 +22,7 @@ status=$INFRASTRUCTURE
 cluster_up kind create cluster --name "$cluster" --config "$root/kind-config.yaml" --wait "$READY" ${node_image:+--image "$node_image"}
 twice "loading the image" run kind load image-archive --name "$cluster" "$archive"
 rm -f "$state/image.tar"
-# --keep: what the plugin said is to be had after a failure; the cluster goes as a whole. Left out is what lasts, or needs
-# the lab: tests/lab/cluster/e2e.sh has it.
+# --keep: keeps the plugin's logs after a failure, as the whole cluster is deleted. Long tests and those that need the lab
+# are left out: tests/lab/cluster/e2e.sh runs them.
 status=0
 run "$python" -m pytest "$root/tests/e2e" --ignore "$root/tests/e2e/test_soak.py" --ignore "$root/tests/e2e/test_api_outage.py" --kubeconfig "$KUBECONFIG" --nodes kind --image "$image" --keep "$@" || status=$?

@@ -24,11 +24,11 @@ engine_start() {
   if ! docker version >/dev/null 2>&1; then
     # three nodes with systemd, kubelet and containerd pass the default of 128 instances
     sysctl -qw fs.inotify.max_user_instances=1024 fs.inotify.max_user_watches=524288 || true
-    # in a sandbox without CAP_SYS_RESOURCE nothing may raise a limit or lower an OOM score
+    # a sandbox without CAP_SYS_RESOURCE cannot raise a limit or lower an OOM score
     if ! unshare --fork prlimit --pid $$ --nofile=1048577:1048577 true 2>/dev/null; then
       arguments+=(--oom-score-adjust=0 --add-runtime "nores=$engine_here/runc-nores" --default-runtime nores)
     fi
-    # not a second engine: whoever is first starts it
+    # the first script starts the only engine
     exec 7>"$engine_run/start.lock"
     flock 7
     if ! docker version >/dev/null 2>&1; then
@@ -45,23 +45,23 @@ engine_start() {
       return 1
     }
   fi
-  # what a test cluster says stays on this machine: a ClusterIP that no rule answers would be routed out
+  # keeps a test cluster's packets on this machine: a ClusterIP without a rule would be routed out
   local device
   device=$(engine_way_out)
   [ -z "$device" ] || iptables -C DOCKER-USER -i br-+ -o "$device" -j REJECT 2>/dev/null || \
     iptables -I DOCKER-USER -i br-+ -o "$device" -j REJECT
 }
 
-# engine_stop: ends the engine if this shell started it, and nobody else has anything in it by now.
+# engine_stop: ends the engine if this shell started it and no other containers run in it.
 engine_stop() {
   [ -z "$engine_started" ] || engine_end
 }
 
-# engine_end: ends the private engine, whoever started it. It stays while containers run in it.
+# engine_end: ends the private engine, also of another script. It stays while containers run in it.
 engine_end() {
   local pid device running
   pid=$(cat "$engine_run/docker.pid" 2>/dev/null) || return 0
-  # a number that is another process's by now is not ours
+  # the number may belong to another process by now
   tr '\0' ' ' 2>/dev/null <"/proc/$pid/cmdline" | grep -qF -- "--pidfile $engine_run/docker.pid" || return 0
   running=$(DOCKER_HOST=unix://$engine_run/docker.sock docker ps --format '{{.Names}}' 2>/dev/null | tr '\n' ' ')
   if [ -n "$running" ]; then

@@ -1,7 +1,7 @@
 #!/bin/bash
-# logs.sh DIRECTORY [CLUSTER]: keeps what can be known about a kind cluster (KUBECONFIG), while it is still there: the logs
-# of its nodes and of every container, the ended ones' too, the objects, the events and the Leases. Secrets are not kept.
-# What fails is noted in its place; the rest goes on.
+# logs.sh DIRECTORY [CLUSTER]: keeps the state of a running kind cluster (KUBECONFIG): the logs of its nodes and of every
+# container, ended ones included, the objects, the events and the Leases. It leaves out Secrets.
+# A file of a command that fails has its error.
 set -uo pipefail
 directory=${1:?logs.sh DIRECTORY [CLUSTER]} cluster=${2:-usbip-e2e}
 LIMIT=30 EXPORT_LIMIT=120

@@ -9,7 +9,7 @@ kubernetes=$("$bin/kubelet" --version | sed 's/.* v//')
 kind=$("$bin/kind" version -q 2>/dev/null || "$bin/kind" version | sed 's/kind v\([^ ]*\).*/\1/')
 kind=${kind#v}
 cache=${USBIP_PLUGIN_CACHE:-$HOME/.cache/usbip-plugin}/kind
-# another name for whatever goes into it differently, the versions of the binaries included
+# the name depends on every input, the versions of the binaries included
 recipe=$({ cat "$here/node-image.sh" "$here/cni.sh" "$here/cni.yaml" "$here/../image/archive.py" "$here/../cluster/pause.c"
   grep '^K8S=' "$here/../cluster/build.sh"; } | sha256sum | cut -c1-8)
 repository=localhost/usbip-plugin-node
@@ -85,7 +85,7 @@ cp "$busybox" "$tree/bin/busybox"
 for name in sh cat sleep chroot; do ln -s busybox "$tree/bin/$name"; done
 end_tree localhost/busybox:lab
 # kube-proxy calls iptables and nft: they come from the root file system with their libraries, and with those of the
-# matches, which are loaded later (statistic wants libm: without it no Service with two endpoints works)
+# matches, which load later (statistic needs libm: without it no Service with two endpoints works)
 begin_tree
 cp "$bin/kube-proxy" "$tree/usr/local/bin/"
 rmdir "$tree/bin"
@@ -136,7 +136,7 @@ chroot "$root" systemctl mask systemd-binfmt 2>/dev/null
   >"$root/etc/containerd/cri-base.json"
 # a machine whose containers lack CAP_SYS_RESOURCE: OOM scores stay
 sed -i 's/restrict_oom_score_adj = false/restrict_oom_score_adj = true/' "$root/etc/containerd/config.toml"
-# a machine with cgroup v1, which the kubelet refuses unless told otherwise
+# for a machine with cgroup v1, which the kubelet refuses by default
 printf 'apiVersion: kubelet.config.k8s.io/v1beta1\nkind: KubeletConfiguration\nfailCgroupV1: false\n' \
   >"$root/etc/kubernetes/kubelet.conf.d/10-lab.conf"
 sed -i 's#^KUBELET_EXTRA_ARGS=.*#& --config-dir=/etc/kubernetes/kubelet.conf.d#' "$root/etc/default/kubelet"
@@ -169,7 +169,7 @@ tar -C "$root" --numeric-owner -c . |
 docker save --output "$archive.new" "$image"
 rm -f "$cache"/node-*.tar
 mv "$archive.new" "$archive"
-# predecessors are a gigabyte each; one in use stays
+# older images take a gigabyte each; an image in use stays
 docker images --format '{{.Repository}}:{{.Tag}}' "$repository" | { grep -vxF "$image" || true; } |
   while read -r old; do docker rmi "$old" >/dev/null 2>&1 || true; done
 echo "$image"

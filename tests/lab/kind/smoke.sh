@@ -1,7 +1,7 @@
 #!/bin/bash
-# smoke.sh [IMAGE]: does a cluster (KUBECONFIG) do what the tests rely on, whatever the plugin does? A DaemonSet on every
+# smoke.sh [IMAGE]: checks that a cluster (KUBECONFIG) does what the tests rely on, without the plugin. A DaemonSet on every
 # node sees the kubelet's directory for device plugins; pods reach one another across nodes, by DNS, through a Service and
-# through that of the API server. Answers are asked for, not states: a kube-proxy without working rules is Running, too.
+# through that of the API server. It checks answers, not states: a kube-proxy without working rules is Running, too.
 # IMAGE has Python and is on the nodes, default usbip-plugin:e2e. For a cluster that KEEP=1 left, or any other.
 set -euo pipefail
 image=${1:-usbip-plugin:e2e} namespace=usbip-smoke
@@ -66,7 +66,7 @@ k rollout status deployment/web "--timeout=$READY" >/dev/null
 nodes=$(kubectl get nodes -o name | wc -l)
 read -r first second < <(k get pods -l app=web -o 'jsonpath={.items[*].metadata.name}')
 of() { k get pod "$1" -o "jsonpath={$2}"; }
-# ask URL [TIMES]: what answers in the end, once for each answer; a Service's rules may come a moment after its pods
+# ask URL [TIMES]: prints each answer; the rules of a Service may come a moment after its pods
 ask() {
   k exec "$first" -- python3 -c '
 import ssl, sys, time, urllib.request

@@ -1,6 +1,6 @@
 #!/bin/bash
-# tour.sh: the README's "Five minutes with kind", its own commands as they stand there, on a kind cluster of its own. The
-# pod of the tour must say what the README shows; a second pod waits for the device and gets it when the first is deleted.
+# tour.sh: runs the commands of the README's "Five minutes with kind" on a kind cluster of its own. The pod of the tour
+# must print what the README shows; a second pod waits for the device and gets it when the first is deleted.
 #   IMAGE=TAR          an archive of the image, named usbip-plugin:e2e: loaded instead of building
 #   NODE_IMAGE=IMAGE, E2E_LOGS=DIR, KEEP=1: as for e2e.sh
 # Where no registry answers, kind gets an image of its nodes, and the image is built as tests/lab/image does. Each command
@@ -35,7 +35,7 @@ P
 
 fail() { echo "tour.sh: $1" >&2; exit 1; }
 say() { printf '\n%4d s  $ %s\n' "$SECONDS" "$1"; }
-# as it stands in the README
+# the command of the README
 do_it() { say "$1"; run timeout "$COMMAND_SECONDS" bash -euo pipefail -c "$1"; }
 kind_create() { run timeout "$COMMAND_SECONDS" bash -euo pipefail -c "$1${node_image:+ --image $node_image}"; }
 storage=usbip.dev/storage
@@ -45,7 +45,7 @@ offers() { # offers COUNT NODE...: until the nodes say so
   do_it "kubectl wait $* --for=jsonpath='{.status.allocatable.usbip\.dev/storage}'=$count --timeout=90s"
 }
 
-# not_said: what the README shows of the pod's output and its log has not; the device's path and the time are of the day
+# not_said: lines of the pod's output in the README that its log lacks, except the device's path and the time
 not_said() {
   local line
   for line in "${shown[@]}"; do
@@ -87,7 +87,7 @@ for command in "${commands[@]}"; do
       ;;
     *'kubectl logs tour'*)
       do_it "$command" | tee "$state/log"
-      # it is ready when it runs, a moment before it says so
+      # the pod is ready a moment before its first line
       for _ in $(seq "$SAID_TENTHS"); do
         missing=$(not_said)
         [ -n "$missing" ] || break
