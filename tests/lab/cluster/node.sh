@@ -2,18 +2,13 @@
 # node.sh STATE_DIR VERB NODE [ARGUMENT...]: controls a node of up.sh
 #   start             containerd and kubelet, after up.sh has written their configuration
 #   stop-kubelet      SIGTERM, and waits for its end; pods run on
-#   kill-kubelet      SIGKILL
 #   start-kubelet
 #   restart-kubelet   stop, start
 #   kill PATTERN      SIGKILL for the processes of the node's containers whose command line matches (pgrep -f)
 #   pids PATTERN      their process ids
 #   exec COMMAND...   in the node's mount and network namespace
-#   kill-all          SIGKILL for kubelet, containerd and all containers: the node is dead until revive
-#   revive            containerd and kubelet again
-#   freeze, thaw      SIGSTOP, SIGCONT for the same processes
-#   cut, join         the node's network to all others, the API server included
 set -euo pipefail
-[ $# -ge 3 ] || { sed -n '2,14s/^# //p' "${BASH_SOURCE[0]}" >&2; exit 2; }
+[ $# -ge 3 ] || { sed -n '2,9s/^# //p' "${BASH_SOURCE[0]}" >&2; exit 2; }
 state=$(realpath -e "$1") verb=$2 name=$3
 shift 3
 number=${name#node-}
@@ -59,16 +54,6 @@ pids() {
   return 0
 }
 
-# every process of the node
-everything() {
-  local what shim
-  for what in kubelet containerd; do alive "$what" && cat "$node/$what.pid"; done
-  # the socket of a shim names its node; first the supervisors, then their processes
-  for shim in $(pgrep -f containerd-shim-runc-v2 || true); do
-    tr '\0' ' ' <"/proc/$shim/cmdline" 2>/dev/null | grep -qF "$node/" && echo "$shim"
-  done
-  pids .
-}
 containerd() {
   alive containerd && return
   bg containerd containerd -c "$node/containerd.toml"
@@ -112,7 +97,6 @@ case $verb in
     kubelet
     ;;
   stop-kubelet) stop kubelet TERM ;;
-  kill-kubelet) stop kubelet KILL ;;
   start-kubelet) kubelet ;;
   restart-kubelet) stop kubelet TERM && kubelet ;;
   pids) pids "$1" ;;
@@ -123,24 +107,5 @@ case $verb in
     kill -KILL $found
     ;;
   exec) inside "$@" ;;
-  kill-all)
-    # again until no new process is left
-    for _ in $(seq "$STOP_TENTHS"); do
-      mapfile -t found < <(everything)
-      [ ${#found[@]} -gt 0 ] || break
-      kill -KILL "${found[@]}" 2>/dev/null || true
-      sleep .1
-    done
-    [ ${#found[@]} = 0 ] || { echo "node.sh: these do not end: ${found[*]}" >&2; exit 1; }
-    rm -f "$node"/{kubelet,containerd}.pid
-    ;;
-  revive) containerd && kubelet ;;
-  freeze | thaw)
-    mapfile -t found < <(everything)
-    [ "$verb" = freeze ] && signal=STOP || signal=CONT
-    kill "-$signal" "${found[@]}" 2>/dev/null || true
-    ;;
-  cut) ip link set "usbiplab-v$number" down ;;
-  join) ip link set "usbiplab-v$number" up ;;
   *) echo "node.sh: there is no $verb" >&2; exit 2 ;;
 esac
