@@ -11,6 +11,7 @@ import termios
 import tty
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from tests.rigs.usbipd import RealUsbipd, eventually
 from usbip_plugin.attach.pipeline import import_busy
@@ -38,6 +39,12 @@ def raw_tty(path: str) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
+
+
+def hubs_authorize() -> bool:
+    """Returns whether all root hubs of vhci authorise new devices, which is the kernel's default."""
+    hubs = list(Path("/sys/devices/platform").glob("vhci_hcd.*/usb*/authorized_default"))
+    return bool(hubs) and all(hub.read_text() == "1\n" for hub in hubs)
 
 
 @dataclass(frozen=True)

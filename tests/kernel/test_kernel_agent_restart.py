@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.kernel.agent_reader import Reader, reading
-from tests.kernel.kernel_rig import KernelRig, raw_tty
+from tests.kernel.kernel_rig import KernelRig, hubs_authorize, raw_tty
 from tests.kernel.lease_socket import served
 from tests.kernel.plugin_spawner import Spawner
 from tests.rigs.agent_rig import (
@@ -41,8 +41,6 @@ from usbip_sim.kubelet.device_manager import AdmissionError
 from usbip_sim.kubelet.kubelet import FakeKubelet
 from usbip_sim.leases import MemoryBackend, MemoryLeases
 
-HUBS = "devices/platform/vhci_hcd.*/usb*/authorized_default"
-OPEN = "1\n"
 CONFIG = """\
 resources:
   serial:
@@ -93,12 +91,6 @@ async def a_node(rig: KernelRig) -> AsyncIterator[Node]:
 
 def written_since(version: str, lease: Lease | None) -> bool:
     return lease is not None and lease.resource_version != version
-
-
-def hubs_open() -> bool:
-    """Returns whether vhci's root hubs authorise new devices, which is the kernel's default."""
-    hubs = list(Path("/sys").glob(HUBS))
-    return bool(hubs) and all(hub.read_text() == OPEN for hub in hubs)
 
 
 async def both_read(tty: Reader, writer: int, disk: Reader, text: str) -> None:
@@ -159,6 +151,6 @@ async def test_a_plugin_killed_while_it_attaches_leaves_nothing_behind(rig: Kern
         async with node.plugin():
             await until_lease(node.backend, node.disk, lambda lease: lease is not None and lease.holder == "")
             assert busy_rows() == ()
-            assert hubs_open()
+            assert hubs_authorize()
             got = await node.kubelet.admit(POD, wanted)
             assert nodes_of(got["app", f"{DOMAIN}/{DISKS}"])

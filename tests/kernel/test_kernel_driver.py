@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import stat
 from dataclasses import replace
@@ -11,7 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernel.kernel_rig import DISK, DISK_SUPER, KEYBOARD, LIMIT_S, TWINS, Connection, KernelRig, raw_tty
+from tests.kernel.kernel_rig import (
+    DISK,
+    DISK_SUPER,
+    KEYBOARD,
+    LIMIT_S,
+    TWINS,
+    Connection,
+    KernelRig,
+    hubs_authorize,
+    raw_tty,
+)
+from tests.rigs.agent_rig import arrives
 from tests.rigs.usbipd import RealUsbipd, eventually
 from tests.rigs.vhci_contract import VhciContract, attached, state
 from usbip_plugin.errors import DeviceBusy, WrongDevice, WrongSerial
@@ -19,8 +29,6 @@ from usbip_plugin.model import Attachment, DeviceNode, UsbId
 from usbip_plugin.vhci.linux import SysfsVhci
 from usbip_plugin.vhci.sysfs import PortStatus
 from usbip_plugin.vhci.uevents import NetlinkUevents, Uevent
-
-HUBS = "devices/platform/vhci_hcd.*/usb*/authorized_default"
 
 
 class TestContract(VhciContract):
@@ -62,28 +70,8 @@ def exchange(path: str, written: bytes) -> bytes:
     return first or b""
 
 
-def authorized_defaults() -> list[str]:
-    """Returns authorized_default of each root hub of vhci."""
-    return [hub.read_text() for hub in sorted(Path("/sys").glob(HUBS))]
-
-
 def both_have_ttys() -> bool:
     return len(list(Path("/sys/class/tty").glob("ttyUSB*"))) == len(TWINS)
-
-
-def passes_through(writer: int, reader: int, data: bytes) -> bool:
-    """Returns whether bytes written at one end of the cable arrive at the other."""
-    received = b""
-
-    def read() -> bool:
-        nonlocal received
-        with contextlib.suppress(BlockingIOError):
-            received += os.read(reader, 4096)
-        return len(received) >= len(data)
-
-    os.write(writer, data)
-    eventually(read, f"{len(data)} bytes at the other end of the cable, got {received!r}")
-    return received == data
 
 
 class TestDevices:
@@ -96,8 +84,8 @@ class TestDevices:
             for node in attachment.nodes:
                 assert_is_there(node)
         with raw_tty(child(first, "tty").path) as one, raw_tty(child(second, "tty").path) as other:
-            assert passes_through(one, other, b"from the first to the second")
-            assert passes_through(other, one, bytes(range(256)))
+            assert await arrives(one, other, b"from the first to the second") == b"from the first to the second"
+            assert await arrives(other, one, bytes(range(256))) == bytes(range(256))
 
     @pytest.mark.parametrize(("serial", "image"), [(DISK, "disk-hs.img"), (DISK_SUPER, "disk-ss.img")])
     async def test_a_disk_is_read_and_written(self, rig: KernelRig, serial: str, image: str) -> None:
@@ -178,10 +166,8 @@ class TestOtherPrograms:
 
     async def test_devices_attached_by_hand_stay_authorised(self, rig: KernelRig) -> None:
         driver, usbipd = rig.plugin(), rig.usbipd
-        before = authorized_defaults()
         await attached(driver, await rig.import_serial(TWINS[0]))
-        assert authorized_defaults() == before
-        assert set(before) == {"1\n"}
+        assert hubs_authorize()
         theirs = usbipd.busid(TWINS[1])
         usbipd.usbip("attach", "-r", "127.0.0.1", "-b", theirs)
         eventually(both_have_ttys, "two ttyUSB")
@@ -209,7 +195,7 @@ class TestServer:
         first, second = [await attached_whole(driver, await rig.import_serial(serial)) for serial in TWINS]
         real_usbipd.kill()
         with raw_tty(child(first, "tty").path) as one, raw_tty(child(second, "tty").path) as other:
-            assert passes_through(one, other, b"usbipd is dead")
+            assert await arrives(one, other, b"usbipd is dead") == b"usbipd is dead"
         assert (await state(driver, first.port)).status is PortStatus.USED
         await driver.detach(first.port, timeout=LIMIT_S)
         assert (await state(driver, first.port)).status is PortStatus.NULL
