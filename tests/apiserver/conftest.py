@@ -68,7 +68,6 @@ def tokens(cluster: Cluster) -> NodeTokens:
 
 @pytest.fixture(scope="session")
 def account_token(tokens: NodeTokens) -> str:
-    """Returns the token of the plugin's pod on ACCOUNT_NODE."""
     return asyncio.run(tokens.of(ACCOUNT_NODE))
 
 

@@ -66,8 +66,6 @@ class PluginProcess:
         await admin.request("delete", f"{PODS}/{pod.name}", resource="pods", body=body)
 
     async def get(self, path: str) -> tuple[int, str]:
-        """Returns status and body of a page."""
-
         def request() -> tuple[int, str]:
             try:
                 with urllib.request.urlopen(self.address + path, timeout=PATIENCE_S) as answer:

@@ -71,7 +71,6 @@ class Scene:
 
 
 def lock(holder: str, **metadata: Any) -> dict[str, Any]:
-    """Returns the lock of a new device."""
     name = DeviceKey(ServerKey("192.0.2.1"), f"1-{uuid.uuid4().int}").id
     return lease(name, holder, **{"labels": {"usbip.dev/lease": "lock"}, **metadata})
 
@@ -182,7 +181,7 @@ ATTACKS: dict[str, tuple[str, Attack]] = {
     "a session that only begins like the own": (NAME, created(lambda s: lease(session_name(s.a) + "-x", s.a))),
     "a lock name too long": (NAME, created(lambda s: lease(lock("")["metadata"]["name"] + "a", s.a))),
     "another holder in the own session": (SESSION, created(lambda s: lease(session_name(s.a), s.b))),
-    "nobody in the own session": (SESSION, created(lambda s: lease(session_name(s.a), ""))),
+    "no holder in the own session": (SESSION, created(lambda s: lease(session_name(s.a), ""))),
     "a lock in another's name": (HOLDER, created(lambda s: lock(s.b))),
     "release another's lock": (HOLDER, updated(lambda s: s.b, lambda _: {"holderIdentity": ""})),
     "edit another's lock": (HOLDER, updated(lambda s: s.b, lambda _: {"leaseDurationSeconds": 1})),

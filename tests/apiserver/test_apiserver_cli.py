@@ -36,7 +36,6 @@ MOST_ROUNDS = 8 * LONG_ROUNDS
 
 @pytest.fixture
 def kubeconfig(cluster: Cluster) -> str:
-    """Returns the kubeconfig of an admin."""
     return cluster.kubeconfig(ADMIN_TOKEN)
 
 

@@ -54,7 +54,7 @@ KEPT = "the session is renewed"
 REPORTED = "an Event reports that a lock was taken away"
 COUNTED = "the Node has one device less"
 RELEASED = "the lock is free after the pod's end"
-POD_SEEN = "a pod of the node is seen without listing all pods anew"
+POD_SEEN = "a pod of the node is seen without another list of all pods"
 FOLLOWED = "the locks of other nodes are followed"
 
 LEASE, CORE, EVENT = "coordination.k8s.io", "", "events.k8s.io"
@@ -199,7 +199,6 @@ async def node_run(cluster: Cluster, admin: KubeClient, name: str, token: str) -
 
 
 async def ended(task: asyncio.Task[None]) -> None:
-    """Cancels the task and ignores its result."""
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
 

@@ -193,7 +193,6 @@ class KubeletContract(Sockets):
 
     @pytest.fixture
     def pre_start(self) -> bool:
-        """Returns whether the plugin requires PreStartContainer."""
         return False
 
     @pytest.fixture

@@ -60,17 +60,17 @@ async def test_a_good_node_passes_every_check_and_nothing_is_written(here: Node,
 
 
 @pytest.mark.parametrize(
-    ("right", "said"),
+    ("right", "message"),
     [
         ("update leases", f"forbidden: update leases.coordination.k8s.io in {NAMESPACE}"),
         ("patch nodes/status", "forbidden: patch nodes/status"),
         ("create pods/eviction", "forbidden: create pods/eviction"),
     ],
 )
-async def test_a_missing_right_is_named_and_fails(here: Node, terminal: Terminal, right: str, said: str) -> None:
+async def test_a_missing_right_is_named_and_fails(here: Node, terminal: Terminal, right: str, message: str) -> None:
     here.api.refused[right] = 403
     ran = await terminal.run("check")
-    assert (ran.status, f"FAIL  API server: {said}\n" in ran.out) == (1, True)
+    assert (ran.status, f"FAIL  API server: {message}\n" in ran.out) == (1, True)
     assert "9 checks: 1 failed, 0 with warnings" in ran.out
 
 

@@ -340,7 +340,7 @@ async def test_release_of_a_device_listed_as_free_needs_no_force(cluster: Cluste
 
 
 @pytest.mark.parametrize(
-    ("refused", "status", "said"),
+    ("refused", "status", "message"),
     [
         ({}, Exit.DONE, ""),
         ({"list leases": 401}, Exit.API, "User u cannot list leases"),
@@ -349,12 +349,12 @@ async def test_release_of_a_device_listed_as_free_needs_no_force(cluster: Cluste
     ],
 )
 async def test_the_exit_status_distinguishes_api_errors(
-    cluster: Cluster, terminal: Terminal, refused: dict[str, int], status: Exit, said: str
+    cluster: Cluster, terminal: Terminal, refused: dict[str, int], status: Exit, message: str
 ) -> None:
     cluster.api.refused |= refused
     ran = await terminal.run("devices")
     assert (ran.status, bool(ran.err)) == (status, bool(refused))
-    assert said in ran.err
+    assert message in ran.err
 
 
 async def test_unknown_and_ambiguous_names_exit_with_4_and_write_nothing(cluster: Cluster, terminal: Terminal) -> None:

@@ -206,7 +206,7 @@ class TestRegistration(Registration):
             await sees(kubelet, a=True)
 
     async def test_a_refused_registration_is_tried_again_under_another_name(self, short_tmp: Path) -> None:
-        """A kubelet that still has the last connection answers "already connected", for this name for ever."""
+        """A kubelet that still has the last connection answers "already connected" to this name."""
         async with FakeKubelet(short_tmp) as kubelet:
             kubelet._endpoints[STORAGE] = {short_tmp / "usbip-storage.sock": None}  # type: ignore[dict-item]
             async with node(short_tmp) as n:

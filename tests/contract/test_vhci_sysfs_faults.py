@@ -611,7 +611,7 @@ class StandingClock(SystemClock):
 async def test_the_next_device_on_a_port_keeps_its_record_when_the_detach_of_the_last_is_done(
     rig: FakeSysfsRig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without the record a plugin that is killed then does not recognise the attachment, and leaves it for ever."""
+    """Without the record a plugin that is killed then does not recognise the attachment, and never detaches it."""
     clock = StandingClock()
     driver = rig.plugin(clock=clock)
     last = await attached(driver, await rig.import_twin(0))

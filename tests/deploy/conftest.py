@@ -24,5 +24,4 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def kubeconfig(api: Cluster) -> Path:
-    """Returns the kubeconfig of an admin."""
     return Path(api.kubeconfig(ADMIN_TOKEN))

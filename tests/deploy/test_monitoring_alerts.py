@@ -139,7 +139,6 @@ CASES = {
 
 
 def alerts() -> dict[str, str]:
-    """Returns the severity of each alert."""
     document = yaml.safe_load(RULES.read_text(encoding="utf-8"))
     return {rule["alert"]: rule["labels"]["severity"] for group in document["groups"] for rule in group["rules"]}
 

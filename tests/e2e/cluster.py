@@ -107,7 +107,6 @@ class ClusterView:
         return {item["metadata"]["name"]: item for item in listed["items"]}
 
     async def get(self, collection: str, name: str) -> Object:
-        """Returns the object, or raises KubeNotFound."""
         return await self._kube.request("get", f"{_PATHS[collection]}/{name}", resource=collection)
 
     async def create(self, collection: str, body: Object) -> None:

@@ -240,7 +240,6 @@ def server(kubectl: Kubectl, installed: None) -> Iterator[Server]:
 
 @pytest.fixture
 def holder_spec(image: str) -> dict[str, Any]:
-    """Returns the spec of a pod on any node that requests the only device of `solo`."""
     return pod_spec(image, "solo")
 
 

@@ -158,7 +158,6 @@ class Placements:
 
 @contextlib.asynccontextmanager
 async def followed(cluster: ClusterView, resource: str) -> AsyncIterator[Placements]:
-    """Follows pods and nodes during the block."""
     placements = Placements(resource)
     followers = [
         asyncio.create_task(cluster.follow("pods", placements.see_pods)),

@@ -65,7 +65,6 @@ class Pages:
         return await asyncio.to_thread(request)
 
     async def devices(self) -> list[dict[str, Any]]:
-        """Returns the rows of /api/devices."""
         rows: list[dict[str, Any]] = json.loads(await self.get("/api/devices"))
         return rows
 
@@ -113,7 +112,6 @@ class Usage:
 
 
 def addresses(kubectl: Kubectl) -> dict[str, str]:
-    """Returns the address of each node."""
     return {
         node["metadata"]["name"]: one["address"]
         for node in kubectl.items("nodes")

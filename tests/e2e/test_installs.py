@@ -153,12 +153,10 @@ async def _keeper(cluster: ClusterView, kubectl: Kubectl, image: str, place: Pla
 
 
 def _left(kubectl: Kubectl, objects: list[Object]) -> list[str]:
-    """Returns the names of the objects that exist."""
     return kubectl("get", "--ignore-not-found", "-o", "name", "-f", "-", stdin=yaml.safe_dump_all(objects)).split()
 
 
 async def _images(cluster: ClusterView) -> set[str]:
-    """Returns the images of the running plugins."""
     plugins = await cluster.all("plugins")
     return {
         container["image"]

@@ -38,7 +38,6 @@ def pod(name: str, spec: dict[str, Any]) -> dict[str, Any]:
 
 
 async def run_pod(cluster: ClusterView, name: str, spec: dict[str, Any]) -> Object:
-    """Creates a pod and waits until it runs."""
     await cluster.create("pods", pod(name, spec))
     return await cluster.running(name)
 

@@ -99,11 +99,11 @@ class KernelRig:
         return await self.import_serial(DISK_SUPER)
 
     async def import_stuck(self) -> Connection:
-        ours, theirs = socket.socketpair()
-        self._silent.append(ours)
+        near, far = socket.socketpair()
+        self._silent.append(near)
         key = DeviceKey(ServerKey("192.0.2.1"), "9-9")
         descriptor = Descriptor("9-9", "/sys/x", 9, 9, 3, UsbId(1, 1), 0, 0, 0, 0, 1, 1, 1)
-        return Connection(Imported(key, descriptor, theirs))
+        return Connection(Imported(key, descriptor, far))
 
     async def server_ends(self, imported: object) -> None:
         assert isinstance(imported, Connection)

@@ -32,7 +32,7 @@ RESOURCES = (SERIAL, DISKS)
 RECORDS = Path("/run/vhci_hcd")
 WARM_UP_S = 20.0
 MORE_FDS, MORE_THREADS, MORE_KIB = 2, 4, 3072
-"""An open connection, threads of a pool, and memory that Python once needed are no leak."""
+"""An open connection, threads of a pool, and memory that Python once needed are not a leak."""
 
 
 @dataclass(slots=True)
@@ -147,7 +147,6 @@ def usage_of(pid: int) -> dict[str, int]:
 
 
 def records() -> list[str]:
-    """Returns the names of the port records."""
     return sorted(path.name for path in RECORDS.glob("port*"))
 
 

@@ -175,7 +175,6 @@ async def test_a_driver_that_loads_a_second_later_is_waited_for(rig: KernelRig, 
 
 
 def net_names() -> set[str]:
-    """Returns the names of the guest's network interfaces."""
     return {path.name for path in Path("/sys/class/net").iterdir()}
 
 

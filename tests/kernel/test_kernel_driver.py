@@ -35,7 +35,7 @@ class TestContract(VhciContract):
     """The VhciDriver contract with the rig of conftest.
 
     It leaves out records of ports that another program has taken. Connections that fill ports here stay in status 005,
-    where the kernel shows neither devid nor socket, so no driver can tell to whom the attachment belongs.
+    where the kernel shows neither devid nor socket, so no driver can know to whom the attachment belongs.
     """
 
     test_a_record_does_not_name_the_next_device_of_another_owner_on_its_port = None  # type: ignore[assignment]
@@ -154,22 +154,22 @@ class TestOtherPrograms:
     async def test_the_usbip_tool_reads_records_of_the_driver_and_the_other_way_round(self, rig: KernelRig) -> None:
         driver, usbipd = rig.plugin(), rig.usbipd
         ours = await attached(driver, await rig.import_serial(TWINS[0]))
-        theirs = usbipd.busid(TWINS[1])
-        usbipd.usbip("attach", "-r", "127.0.0.1", "-b", theirs)
-        for busid in (ours.key.busid, theirs):
+        foreign = usbipd.busid(TWINS[1])
+        usbipd.usbip("attach", "-r", "127.0.0.1", "-b", foreign)
+        for busid in (ours.key.busid, foreign):
             eventually(lambda: f"usbip://127.0.0.1:3240/{busid}\n" in usbipd.usbip_port(), f"{busid} listed")  # noqa: B023
         records = {port.record.busid: port for port in await driver.ports() if port.record is not None}
-        assert set(records) == {ours.key.busid, theirs}
+        assert set(records) == {ours.key.busid, foreign}
         await driver.detach(ours.port, timeout=LIMIT_S)
         assert f"3240/{ours.key.busid}" not in usbipd.usbip("port")
-        usbipd.usbip("detach", "-p", str(records[theirs].number))
+        usbipd.usbip("detach", "-p", str(records[foreign].number))
 
     async def test_devices_attached_by_hand_stay_authorised(self, rig: KernelRig) -> None:
         driver, usbipd = rig.plugin(), rig.usbipd
         await attached(driver, await rig.import_serial(TWINS[0]))
         assert hubs_authorize()
-        theirs = usbipd.busid(TWINS[1])
-        usbipd.usbip("attach", "-r", "127.0.0.1", "-b", theirs)
+        foreign = usbipd.busid(TWINS[1])
+        usbipd.usbip("attach", "-r", "127.0.0.1", "-b", foreign)
         eventually(both_have_ttys, "two ttyUSB")
 
     async def test_a_device_in_use_is_busy(self, rig: KernelRig) -> None:

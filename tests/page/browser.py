@@ -185,7 +185,6 @@ def binary() -> str:
 
 @contextlib.asynccontextmanager
 async def running(directory: Path) -> AsyncIterator[Browser]:
-    """Runs a browser with a new profile in the directory."""
     profile = directory / "profile"
     with (directory / "chromium.log").open("wb") as log:
         process = await asyncio.create_subprocess_exec(

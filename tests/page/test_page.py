@@ -25,7 +25,6 @@ HOSTILE = (
 
 
 def row_text(busid: str) -> str:
-    """Returns JavaScript for the text of a device's row."""
     return f"[...document.querySelectorAll('#devices tbody tr')].find(r => r.innerText.includes('/{busid}')).innerText"
 
 
@@ -33,8 +32,8 @@ async def quiet(tab: Tab, rig: Watched) -> None:
     """Asserts that the page logged nothing and requested nothing from other hosts."""
     assert tab.messages == []
     assert tab.dialogs == []
-    strangers = [url for url in tab.requests if not url.startswith((rig.url, "data:"))]
-    assert strangers == []
+    foreign = [url for url in tab.requests if not url.startswith((rig.url, "data:"))]
+    assert foreign == []
 
 
 async def test_everything_is_there_without_scripts(rig: Watched, chromium: Browser) -> None:
@@ -45,7 +44,7 @@ async def test_everything_is_there_without_scripts(rig: Watched, chromium: Brows
     for section in SECTIONS:
         assert f'<section id="{section}"' in html
     text = re.sub("<[^>]*>", " ", html.partition("<main")[2].partition("</main>")[0])
-    for said in (
+    for expected in (
         str(DONGLE_1),
         "0951:1666",
         "held by another node",
@@ -61,7 +60,7 @@ async def test_everything_is_there_without_scripts(rig: Watched, chromium: Brows
         "withdraw",
         "is held by node node-a",
     ):
-        assert said in text, said
+        assert expected in text, expected
     assert "rect class" in html.replace('" class', "").replace("rect x", "rect class"), "there are bars"
     assert "Without JavaScript this page does not refresh" in html
     assert tab.requests[0] == rig.url
