@@ -7,7 +7,6 @@ import pytest
 from tests.apiserver.node_tokens import NAMESPACE
 from tests.rigs.api_process import Cluster
 from tests.rigs.lease_store_suite import Compact, Delete, LeaseStoreContract
-from usbip_plugin.kube import client
 from usbip_plugin.kube.client import KubeClient
 from usbip_plugin.locks.kubernetes import RESOURCE, KubernetesLeases
 from usbip_plugin.locks.record import Lease, LeaseStore
@@ -21,9 +20,7 @@ class TestKubernetesLeases(LeaseStoreContract):
         return KubernetesLeases(admin, NAMESPACE)
 
     @pytest.fixture
-    def delete(self, admin: KubeClient, monkeypatch: pytest.MonkeyPatch) -> Delete:
-        monkeypatch.setitem(client._HTTP_METHODS, "delete", "DELETE")  # the plugin itself deletes nothing
-
+    def delete(self, admin: KubeClient) -> Delete:
         async def remove(lease: Lease) -> None:
             path = f"/apis/coordination.k8s.io/v1/namespaces/usbip-system/leases/{lease.name}"
             await admin.request("delete", path, resource=RESOURCE)
