@@ -14,7 +14,6 @@ import yaml
 from tests.apiserver.node_tokens import NodeTokens, client_with
 from tests.rigs.api_process import ADMIN_TOKEN, ROOT, Cluster, running_for_tests
 from tests.rigs.plugin_rights import admission_works, apply_rbac, collection
-from usbip_plugin.kube import client
 from usbip_plugin.kube.client import KubeClient
 
 ACCOUNT_NODE = "account-node"
@@ -22,14 +21,6 @@ ACCOUNT_NODE = "account-node"
 CLOSE_S = 2.0
 """Seconds that closing a TLS connection may take."""
 _POLL_S = 0.01
-
-
-@pytest.fixture(scope="session", autouse=True)
-def deletes() -> Iterator[None]:
-    """Lets clients delete objects, as tests do. The plugin itself deletes nothing."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(client._HTTP_METHODS, "delete", "DELETE")
-        yield
 
 
 @pytest.fixture(autouse=True)

@@ -135,9 +135,7 @@ class NodeStatusPublisher:
         while pending := self._pending():
             if self._urgent:
                 return True
-            lower = any(  # than what the Node may have
-                count < max(self._written.get(name, 0), self._may_be_written[name]) for name, count in pending.items()
-            )
+            lower = self._lowers(pending)
             if lower and not was_lower:
                 began = self._clock.monotonic()
             was_lower = lower
@@ -150,6 +148,12 @@ class NodeStatusPublisher:
                 return True
             self._known(pending)
         return False
+
+    def _lowers(self, pending: Mapping[str, int]) -> bool:
+        """Returns whether the Node may have a higher count than one of these."""
+        return any(
+            count < max(self._written.get(name, 0), self._may_be_written[name]) for name, count in pending.items()
+        )
 
     def _known(self, counts: Mapping[str, int]) -> None:
         """Records that the Node has these counts now."""
