@@ -90,7 +90,7 @@ def keys() -> tuple[Key, ...]:
             "part of the device's identity: write it in the same way everywhere",
         ),
         Key(f"{entry}.target.port", "TCP port, 1 to 65535", f"`{DEFAULT_USBIP_PORT}`", "port of `usbipd`"),
-        Key(f"{entry}.selector", "mapping", "every device", "the devices of the server that satisfy every given key"),
+        Key(f"{entry}.selector", "mapping", "required", "the devices of the server that satisfy every given key"),
         Key(f"{entry}.selector.vendor", _several("4 hexadecimal digits, in quotes"), "any", "USB vendor id"),
         Key(f"{entry}.selector.product", _several("4 hexadecimal digits, in quotes"), "any", "USB product id"),
         Key(
@@ -117,6 +117,7 @@ def keys() -> tuple[Key, ...]:
             "any",
             "USB class: " + _one_of(tuple(sorted(scalars.CLASS_NAMES))),
         ),
+        Key(f"{entry}.selector.all", "true or false", "`false`", "true, as the only key, selects every device"),
         Key(f"{entry}.extras", "list", "none", "device nodes of the host that accompany each of the devices"),
         Key(f"{entry}.extras[].hostPath", "absolute path", "required", "path on the node, also as `host_path`"),
         Key(f"{entry}.extras[].containerPath", "absolute path", "as `hostPath`", "path in the container"),

@@ -130,12 +130,12 @@ def test_a_changed_configuration_is_reloaded_and_start_only_settings_are_reporte
         assert node.kubelet.health("usbip.dev/stick") == {places.device.id: True}
         assert "config.yaml:2: not valid YAML" in (await node.get("/"))[1]
 
-        places.configure("dongle", selector="")
+        places.configure("dongle", selector='vendor: "0951", product: 0')
         places.config.write_text(places.config.read_text() + "lock: {duration: 50s}\n")
         warning = await node.log.until("setting not applied; restart the plugin")
         assert vars(warning).items() >= {"setting": "lock.duration", "in_force": 40.0, "in_file": 50.0}.items()
         problem = vars(await node.log.until("configuration warning"))["problem"]
-        assert "the resource selects every device of this server" in problem
+        assert "0 matches any ID" in problem
         reloaded = await node.log.until("configuration reloaded")
         assert vars(reloaded)["resources"] == ["dongle"]
         await node.until("dongle", {places.device.id: True})
@@ -260,7 +260,7 @@ def test_the_process_releases_memory_after_its_start(
 
 
 def test_a_missing_kubeconfig_is_logged_and_exits_with_1(places: Places, capsys: pytest.CaptureFixture[str]) -> None:
-    places.configure(selector="")
+    places.configure(selector='vendor: "0951", product: 0')
     assert main(["run", *places.flags(), "--kubeconfig", str(places.home / "absent")]) == 1
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(line["level"], line["msg"]) for line in found] == [

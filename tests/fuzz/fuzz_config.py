@@ -86,6 +86,7 @@ def usable(config: Config) -> None:
 def _seeds() -> Iterable[bytes]:
     yield FULL.encode()
     yield b"resources: {}\n"
+    yield b"resources: {a: [{target: {host: h}, selector: {all: true, serial: ' A1 ', vid: 1, bus_id: }}]}\n"
     yield b"a: &a [x, x]\nb: &b [*a, *a]\nresources: {r: [*b, {<<: {target: {host: h}}}]}\n"
     for value in ("0x_", "0666", "1e3", "1_0", "12345", "~", "!!binary AA==", "[1]"):
         yield f"resources:\n  a:\n    - target: {{host: h}}\n      selector: {{vendor: {value}}}\n".encode()

@@ -300,7 +300,18 @@ def test_answers_survive_the_wire(answer: wire.SubmitReturn | wire.UnlinkReturn)
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("ABC", "ABC"), (" ABC\0\0", "ABC"), ("A\x1b[31mC", None), ("A\nB", None), ("", None), ("\0", None), ("ÄÖ", "ÄÖ")],
+    [
+        ("ABC", "ABC"),
+        (" ABC \0\0", "ABC"),
+        ("ABC\t", "ABC"),
+        ("ABC\0junk", "ABC"),
+        ("\0ABC", None),
+        ("A\x1b[31mC", None),
+        ("A\nB", None),
+        ("", None),
+        ("\0", None),
+        ("ÄÖ", "ÄÖ"),
+    ],
 )
 def test_a_serial_number_is_printable_or_absent(text: str, expected: str | None) -> None:
     body = text.encode("utf-16-le")

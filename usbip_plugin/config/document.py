@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Concatenate, ParamSpec, TypeVar
@@ -243,12 +243,12 @@ class Unknown(enum.Enum):
     """The treatment of an unknown key in a mapping.
 
     WARN: a warning. The Go program ignores unknown keys, so a file that has one goes on working.
-    WARN_UNLESS_TYPO: a warning, but an error for a misspelling, because ignoring the key would select more devices.
+    FAIL_CLOSED: an error, as is a key without a value, because ignoring either would select more devices.
     ERROR: an error. The Go program did not have this mapping, so no old file depends on it.
     """
 
     WARN = "warn"
-    WARN_UNLESS_TYPO = "warn unless typo"
+    FAIL_CLOSED = "fail closed"
     ERROR = "error"
 
 
@@ -269,31 +269,38 @@ class Fields(dict[str, Node]):
         return default if value is None else value
 
 
-def read_fields(node: Node, problems: Problems, known: tuple[str, ...], unknown: Unknown) -> Fields | None:
+def read_fields(
+    node: Node, problems: Problems, known: tuple[str, ...], unknown: Unknown, elsewhere: Mapping[str, str] | None = None
+) -> Fields | None:
     """Returns the fields of a mapping. Returns None and adds an error to problems if the node is not a mapping.
 
     known: the keys that are allowed. unknown: the treatment of all other keys.
+    elsewhere: the known key that is meant by each of these other keys, in their normal form. Such a key is an error.
     """
     if not node.is_mapping:
         problems.error(node, f"expected a mapping (keys: {', '.join(known)}), got {node.describe()}")
         return None
     canonical = {normal_key(key): key for key in known}
+    names = {**(elsewhere or {}), **canonical}
     found = Fields()
     for written, value in node.pairs(problems):
         key = canonical.get(normal_key(written))
         if key is not None:
             if not value.empty:
                 found[key] = value
+            elif unknown is Unknown.FAIL_CLOSED:
+                problems.error(value, "has no value; add one, or remove the key")
             continue
         close: list[str] = []
-        # the search is slow, so skip it if its result would neither be shown nor change anything
-        if problems.room or unknown is Unknown.WARN_UNLESS_TYPO:
+        # the search is slow, so skip it if its result would not be shown
+        if problems.room:
             import difflib  # noqa: PLC0415 - a file without mistakes needs none of it
 
-            close = difflib.get_close_matches(normal_key(written), canonical, n=1, cutoff=_CLOSE)
-        cure = f"did you mean {canonical[close[0]]}?" if close else f"expected one of {', '.join(known)}"
-        if unknown is Unknown.ERROR or (unknown is Unknown.WARN_UNLESS_TYPO and close):
-            problems.error(value, f"unknown key; {cure}")
-        else:
+            close = difflib.get_close_matches(normal_key(written), names, n=1, cutoff=_CLOSE)
+        keys = ", ".join(known)
+        cure = f"did you mean {names[close[0]]}? (keys: {keys})" if close else f"expected one of {keys}"
+        if unknown is Unknown.WARN and normal_key(written) not in (elsewhere or {}):
             problems.warn(value, f"ignored unknown key; {cure}", hint=bool(close))
+        else:
+            problems.error(value, f"unknown key; {cure}")
     return found

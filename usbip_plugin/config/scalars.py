@@ -163,9 +163,11 @@ def host(node: Node, problems: Problems) -> str | None:
 
 
 def text(node: Node, problems: Problems, *, longest: int) -> str | None:
-    """Reads printable text of 1 to `longest` characters."""
-    value = node.scalar
+    """Reads printable text of 1 to `longest` characters, without blanks at its ends."""
+    value = (node.scalar or "").strip()
     if value and len(value) <= longest and value.isprintable():
+        if value != node.scalar:
+            problems.warn(node, f"removed blanks at the ends: '{shown(value)}'")
         return value
     problems.error(node, f"expected 1 to {longest} printable characters, got {node.describe()}")
     return None

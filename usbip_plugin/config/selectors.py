@@ -9,7 +9,7 @@ from functools import partial
 from typing import TypeVar
 
 from usbip_plugin.config import scalars
-from usbip_plugin.config.document import Node, Problems, Unknown, read_fields
+from usbip_plugin.config.document import Node, Problems, Unknown, normal_key, read_fields
 from usbip_plugin.config.schema import (
     DEFAULT_EXTRA_PERMISSIONS,
     MAX_SELECTOR_VALUES,
@@ -109,7 +109,21 @@ MAX_OVERLAP_WARNINGS = 20
 
 DEVICE_KEYS = ("target", "selector", "extras")
 TARGET_KEYS = ("host", "port")
-SELECTOR_KEYS = ("vendor", "product", "usb_ids", "bus_id", "serial", "class")
+CONDITION_KEYS = ("vendor", "product", "usb_ids", "bus_id", "serial", "class")
+SELECTOR_KEYS = (*CONDITION_KEYS, "all")
+KEYS_ELSEWHERE = {
+    **dict.fromkeys(("vid", "idvendor", "vendorid", "idvendorid"), "vendor"),
+    **dict.fromkeys(("pid", "idproduct", "productid", "model", "modelid", "idmodelid", "device"), "product"),
+    **dict.fromkeys(("id", "vidpid", "hardwareid", "deviceid"), "usb_ids"),
+    **dict.fromkeys(("deviceorbusid", "devpath", "port"), "bus_id"),
+    **dict.fromkeys(("serialnumber", "serialno", "idserial", "idserialshort"), "serial"),
+    **dict.fromkeys(("deviceclass", "bdeviceclass", "interfaceclass", "binterfaceclass"), "class"),
+}
+"""Names of a selector's keys in udev, lsusb, usbipd-win, ha-usbip-client, node-feature-discovery and pyserial."""
+_CONDITION_OUTSIDE = {normal_key(key): "selector" for key in CONDITION_KEYS}
+NO_CONDITION = (
+    f"needs a condition ({', '.join(CONDITION_KEYS)}); to select every device of this server, write {{all: true}}"
+)
 EXTRA_KEYS = ("hostPath", "containerPath", "permissions")
 
 _T = TypeVar("_T", int, str, UsbId)
@@ -117,13 +131,13 @@ _T = TypeVar("_T", int, str, UsbId)
 
 def read_device(node: Node, problems: Problems) -> DeviceSelector | None:
     """Reads a device entry of a resource. Returns None and adds errors to problems if it has no valid target."""
-    fields = read_fields(node, problems, DEVICE_KEYS, Unknown.WARN)
+    fields = read_fields(node, problems, DEVICE_KEYS, Unknown.WARN, _CONDITION_OUTSIDE)
     if fields is None:
         return None
     if "target" not in fields:
         problems.error(node, "target is missing; write target: {host: ..., port: 3240}")
     if "selector" not in fields:
-        problems.warn(node, "selector is missing; the resource selects every device of this server")
+        problems.error(node, f"selector is missing; it {NO_CONDITION}")
     target = fields.read("target", problems, _target, None)
     selector = fields.read("selector", problems, _selector, Selector())
     extras = fields.read("extras", problems, _extras, ())
@@ -167,11 +181,12 @@ def _target(node: Node, problems: Problems) -> ServerKey | None:
 
 
 def _selector(node: Node, problems: Problems) -> Selector:
-    fields = read_fields(node, problems, SELECTOR_KEYS, Unknown.WARN_UNLESS_TYPO)
+    before = problems.errors
+    fields = read_fields(node, problems, SELECTOR_KEYS, Unknown.FAIL_CLOSED, KEYS_ELSEWHERE)
     if fields is None:
         return Selector()
     if "bus_id" in fields and fields["bus_id"].scalar == "":
-        del fields["bus_id"]  # the Go program's zero value
+        problems.warn(fields.pop("bus_id"), "empty text matches any bus ID, as in usbip-device-plugin; remove the key")
     selector = Selector(
         vendor=_bare(fields.read("vendor", problems, _usb_numbers, ())),
         product=_bare(fields.read("product", problems, _usb_numbers, ())),
@@ -180,8 +195,13 @@ def _selector(node: Node, problems: Problems) -> Selector:
         serial=fields.read("serial", problems, scalars.text, None, longest=scalars.MAX_SERIAL_CHARACTERS),
         class_=fields.read("class", problems, scalars.class_code, None),
     )
-    if selector == Selector():
-        problems.warn(node, "the selector is empty; the resource selects every device of this server")
+    every = fields.read("all", problems, scalars.boolean, False)
+    if problems.errors != before:
+        return selector
+    if selector == Selector() and not every:
+        problems.error(node, f"the selector {NO_CONDITION}")
+    elif selector != Selector() and every:
+        problems.error(fields["all"], "selects every device of this server; remove it, or the other keys")
     return selector
 
 

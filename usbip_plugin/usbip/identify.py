@@ -109,14 +109,14 @@ async def _read_string(pipe: ControlPipe, index: int) -> str | None:
 
 
 def parse_string(descriptor: bytes) -> str | None:
-    """Returns the text of a string descriptor without surrounding space, None if there is no printable text.
+    """Returns the text of a string descriptor without blanks at its ends, None if there is no printable text.
 
-    Leaves out half a surrogate pair, as the kernel does (utf16s_to_utf8s).
+    Ends the text at a NUL and leaves out half a surrogate pair, as the kernel does (utf16s_to_utf8s).
     """
     if len(descriptor) < 2 or descriptor[1] != STRING:
         return None
     body = descriptor[2 : descriptor[0]]
-    text = body[: len(body) & ~1].decode("utf-16-le", "ignore").strip("\0 ")
+    text = body[: len(body) & ~1].decode("utf-16-le", "ignore").partition("\0")[0].strip()
     return text if text and text.isprintable() else None
 
 

@@ -116,7 +116,7 @@ Resources:
 
 
 def test_on_loss_restart_needs_cdi() -> None:
-    text = "resources: {a: {devices: [{target: {host: h}}], onLoss: restart%s}}"
+    text = "resources: {a: {devices: [{target: {host: h}, selector: {all: true}}], onLoss: restart%s}}"
     (resource,) = parse_config(text % ", cdi: true").config.resources
     assert (resource.on_loss, resource.cdi) == (OnLoss.RESTART, True)
     for without in ("", ", cdi: false"):
@@ -175,6 +175,9 @@ resources:
       selector: {vendor: "xyz"}
   b:
     - target: {host: h, port: 99999}
+      selector: {vid: "0951", vendor: }
+  c:
+    - target: {host: h}
 lock: {duration: 20s}
 allocateTimeout: soon
 """)
@@ -183,8 +186,11 @@ allocateTimeout: soon
         ["config.yaml:4", "resources.a[0].target.hst"],
         ["config.yaml:5", "resources.a[0].selector.vendor"],
         ["config.yaml:7", "resources.b[0].target.port"],
-        ["config.yaml:8", "lock.duration"],
-        ["config.yaml:9", "allocateTimeout"],
+        ["config.yaml:8", "resources.b[0].selector.vid"],
+        ["config.yaml:8", "resources.b[0].selector.vendor"],
+        ["config.yaml:10", "resources.c[0]"],
+        ["config.yaml:11", "lock.duration"],
+        ["config.yaml:12", "allocateTimeout"],
     ]
 
 
@@ -233,10 +239,83 @@ def test_every_id_in_quotes_or_with_0x_has_its_value(value: int) -> None:
         assert selector.selector.vendor == (value or None)
 
 
-def test_zero_and_empty_match_any_device_as_in_the_go_program() -> None:
-    parsed = parse_config(one_selector('{vendor: 0, product: 0x0000, bus_id: ""}'))
-    assert parsed.config.resources[0].devices[0].selector == Selector()
-    assert any("every device" in warning for warning in parsed.warnings)
+def test_zero_and_empty_match_any_device_as_in_the_go_program_with_a_warning() -> None:
+    parsed = parse_config(one_selector('{vendor: 0x0951, product: 0x0000, bus_id: ""}'))
+    assert parsed.config.resources[0].devices[0].selector == Selector(vendor=0x0951)
+    assert ["remove the key" in warning for warning in parsed.warnings] == [True, True]
+
+
+@pytest.mark.parametrize("selector", ["{}", "{vendor: 0, product: 0x0, bus_id: ''}", "{all: false}"])
+def test_a_selector_without_a_condition_is_an_error_that_lists_the_keys(selector: str) -> None:
+    (problem,) = problems_of(one_selector(selector))
+    assert problem.startswith("config.yaml:1: resources.a[0].selector: the selector needs a condition (vendor, product")
+    assert "write {all: true}" in problem
+
+
+@pytest.mark.parametrize("entry", ["{target: {host: h}}", "{target: {host: h}, selector: }"])
+def test_an_entry_without_a_selector_is_an_error(entry: str) -> None:
+    (problem,) = problems_of(f"resources: {{a: [{entry}]}}")
+    assert problem.startswith("config.yaml:1: resources.a[0]: selector is missing; it needs a condition (vendor")
+
+
+@pytest.mark.parametrize("selector", ["{all: true}", "{ALL: true}"])
+def test_every_device_of_a_server_is_selected_on_purpose(selector: str) -> None:
+    assert selector_of(selector) == Selector()
+
+
+@pytest.mark.parametrize(
+    ("selector", "words"),
+    [
+        ("{all: true, vendor: 0x1}", "selector.all: selects every device of this server; remove it, or the other keys"),
+        ("{all: yes}", "selector.all: expected true or false"),
+        ("{all: }", "selector.all: has no value; add one, or remove the key"),
+        ("{vendor: 0x1, serial: }", "selector.serial: has no value"),
+        ("{vendor: 0x1, bus_id: ~}", "selector.bus_id: has no value"),
+        ("{vendor: 0x1, <<: {product: null}}", "selector.product: has no value"),
+        ("{vendor: 0x1, note: stick}", "selector.note: unknown key; expected one of vendor, product, usb_ids"),
+        ("[{vendor: 0x1}]", "selector: expected a mapping (keys: vendor, product, usb_ids"),
+    ],
+)
+def test_a_key_that_would_not_narrow_a_selector_is_an_error(selector: str, words: str) -> None:
+    (problem,) = problems_of(one_selector(selector))
+    assert words in problem
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("vid", "vendor"),
+        ("idVendor", "vendor"),
+        ("ID_VENDOR_ID", "vendor"),
+        ("pid", "product"),
+        ("idProduct", "product"),
+        ("ID_MODEL_ID", "product"),
+        ("hardware-id", "usb_ids"),
+        ("device_or_bus_id", "bus_id"),
+        ("busids", "bus_id"),
+        ("serialNumber", "serial"),
+        ("ID_SERIAL_SHORT", "serial"),
+        ("iSerial", "serial"),
+        ("bInterfaceClass", "class"),
+    ],
+)
+def test_a_key_of_another_tool_is_an_error_with_the_right_key_and_all_keys(key: str, meant: str) -> None:
+    (problem,) = problems_of(one_selector(f'{{{key}: "0951"}}'))
+    keys = "vendor, product, usb_ids, bus_id, serial, class, all"
+    assert problem.endswith(f"selector.{key}: unknown key; did you mean {meant}? (keys: {keys})")
+
+
+def test_a_condition_beside_the_selector_is_an_error() -> None:
+    (problem,) = problems_of("resources: {a: [{target: {host: h}, selector: {vendor: 0x1}, bus_id: 1-1}]}")
+    assert "resources.a[0].bus_id: unknown key; did you mean selector?" in problem
+
+
+@pytest.mark.parametrize("written", ["5B1243T00000  ", "  5B1243T00000", "5B1243T00000\\t"])
+def test_blanks_around_a_serial_number_are_removed_with_a_warning(written: str) -> None:
+    parsed = parse_config(one_selector(f'{{serial: "{written}"}}'))
+    assert parsed.config.resources[0].devices[0].selector == Selector(serial="5B1243T00000")
+    (warning,) = parsed.warnings
+    assert warning.endswith("resources.a[0].selector.serial: removed blanks at the ends: '5B1243T00000'")
 
 
 def selector_of(text: str) -> Selector:
@@ -322,6 +401,7 @@ def test_an_invalid_list_is_an_error_with_its_place_and_cure(text: str, place: s
             "'12345' is not a valid USB ID; expected up to 4 hex digits in quotes",
         ),
         (one_selector('{serial: ""}'), "resources.a[0].selector.serial", "1 to 126 printable characters"),
+        (one_selector('{serial: "  "}'), "resources.a[0].selector.serial", "1 to 126 printable characters"),
         (one_selector('{serial: "a\\tb"}'), "resources.a[0].selector.serial", "1 to 126 printable characters"),
         (one_selector("{serial: %s}" % ("s" * 127)), "resources.a[0].selector.serial", "1 to 126 printable characters"),
         ("resources: {a: {devices: [], onLoss: wait}}", "resources.a.onLoss", "expected one of keep, restart, evict"),
@@ -382,10 +462,10 @@ def test_the_text_of_a_selector_names_four_values_of_a_list() -> None:
 
 
 def test_an_unknown_key_of_the_old_format_is_ignored_with_a_warning() -> None:
-    parsed = parse_config("comment: x\n" + one_selector("{vendor: 0x1, note: stick}"))
+    parsed = parse_config("comment: x\nresources: {a: [{target: {host: h}, selector: {vendor: 0x1}, note: stick}]}")
     assert len(parsed.warnings) == 2
     assert parsed.warnings[0].startswith("config.yaml:1: comment: ignored unknown key")
-    assert parsed.warnings[1].startswith("config.yaml:2: resources.a[0].selector.note: ignored unknown key")
+    assert parsed.warnings[1].startswith("config.yaml:2: resources.a[0].note: ignored unknown key")
 
 
 @pytest.mark.parametrize(
@@ -507,7 +587,7 @@ resources:
     - {target: {host: a}, selector: {vendor: 0x0951, product: 0x1666}}
     - {target: {host: a}, selector: {vendor: 0x0951, product: 0x1666}}
   b:
-    - {target: {hots: a, port: 1}}
+    - {target: {hots: a, port: 1}, selector: {all: true}}
 """)
     assert same.startswith("config.yaml:5: resources.a[1]: same target and selector as resources.a[0] (line 4)")
     assert missing.startswith("config.yaml:7: resources.b[0].target: host is missing")
