@@ -26,6 +26,7 @@ from tests.deploy.rendering import (
 from usbip_plugin import __version__
 
 RBAC = ROOT / "rbac"
+K0S_SOCKET = "/var/lib/k0s/kubelet/pod-resources/kubelet.sock"
 
 
 def without_helms_labels(found: Object) -> Object:
@@ -73,6 +74,7 @@ def test_all_components_together_equal_the_chart(tools: Tools, tmp_path: Path) -
         for variant in ("evict", "modules", "monitoring", "tracing", "kind")
         for argument in chart_values(variant)
     ]
+    values += ["--set", f"kubelet.podResourcesSocket={K0S_SOCKET}"]
     assert_same(tools.kustomize(tmp_path), tools.chart(*values))
 
 

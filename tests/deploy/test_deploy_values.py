@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
 
 from tests.deploy.rendering import CHART, NAMESPACE, Object, Tools
+from usbip_plugin.cli.parser import parser
+from usbip_plugin.config.schema import DEFAULT_PLUGIN_DIRECTORY
 
 PLUGIN = ("apps/v1", "DaemonSet", NAMESPACE, "usbip-plugin")
 
@@ -33,6 +36,10 @@ def pod_spec(tools: Tools, *arguments: str) -> Object:
         (("--set", "port=0"), "/port"),
         (("--set", "port=65536"), "/port"),
         (("--set-string", "port=13240"), "/port"),
+        (("--set", "kubelet.podResourcesSocket=var/lib/kubelet/pod-resources/kubelet.sock"), "/podResourcesSocket"),
+        (("--set", "kubelet.podResourcesSocket=/var/lib/k0s/kubelet"), "/podResourcesSocket"),
+        (("--set", "kubelet.podResourcesSocket=/var/lib/../pod-resources/kubelet.sock"), "/podResourcesSocket"),
+        (("--set", "kubelet.rootDir=/var/lib/k0s/kubelet"), "/kubelet"),
         (("--set", "extraArgs=--log-level=debug"), "/extraArgs"),
         (("--set", "extraArgs={log-level=debug}"), "/extraArgs/0"),
         (("--set", "loadModules=true"), "/loadModules"),
@@ -96,6 +103,21 @@ def test_another_port_is_used_everywhere(tools: Tools) -> None:
     (container,) = pod_spec(tools, "--set", "port=9999")["containers"]
     assert "--listen=[$(HOST_IP)]:9999" in container["args"]
     assert container["ports"] == [{"name": "http", "containerPort": 9999, "hostPort": 9999, "protocol": "TCP"}]
+
+
+@pytest.mark.parametrize(
+    "root", ["/var/lib/kubelet", "/var/lib/k0s/kubelet", "/var/snap/microk8s/common/var/lib/kubelet"]
+)
+def test_mount_and_flag_follow_the_kubelets_root_and_the_device_plugin_directory_stays(tools: Tools, root: str) -> None:
+    socket = Path(root) / "pod-resources" / "kubelet.sock"
+    spec = pod_spec(tools, "--set", f"kubelet.podResourcesSocket={socket}")
+    (container,) = spec["containers"]
+    assert parser().parse_args(container["args"]).pod_resources_socket == str(socket)
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    volumes = {volume["name"]: volume.get("hostPath", {}).get("path") for volume in spec["volumes"]}
+    for places in (mounts, volumes):
+        assert places["pod-resources"] == str(socket.parent)
+        assert places["device-plugins"] == DEFAULT_PLUGIN_DIRECTORY
 
 
 def test_more_flags_come_last_and_win(tools: Tools) -> None:

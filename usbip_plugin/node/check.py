@@ -164,9 +164,16 @@ async def cdi_directory_check(directory: Path) -> list[Finding]:
     return [Finding(name, Outcome.OK, str(directory))]
 
 
-async def socket_check(name: str, path: Path) -> list[Finding]:
-    """Checks that path is a unix socket and a process listens on it."""
-    cure = "check that the kubelet is running and its directory is mounted"
+POD_RESOURCES_CURE = (
+    "check that the kubelet is running; if its --root-dir is not /var/lib/kubelet, pass --pod-resources-socket "
+    "ROOT_DIR/pod-resources/kubelet.sock and mount that directory (Helm: kubelet.podResourcesSocket)"
+)
+
+
+async def socket_check(
+    name: str, path: Path, cure: str = "check that the kubelet is running and its directory is mounted"
+) -> list[Finding]:
+    """Checks that path is a unix socket and a process listens on it. cure: what to do if not."""
     try:
         if not stat.S_ISSOCK((await asyncio.to_thread(path.stat)).st_mode):
             return [Finding(name, Outcome.FAIL, f"{path} is not a socket")]
@@ -339,7 +346,10 @@ async def check_node(options: Options, loaded: LoadedConfig | ConfigError, make_
             ("configuration", configuration),
             ("vhci_hcd", vhci),
             ("device-plugin directory", partial(plugin_directory_check, options.plugin_directory)),
-            ("pod-resources", partial(socket_check, "pod-resources", options.pod_resources_socket)),
+            (
+                "pod-resources",
+                partial(socket_check, "pod-resources", options.pod_resources_socket, POD_RESOURCES_CURE),
+            ),
             *((("CDI directory", partial(cdi_directory_check, options.cdi_directory)),) if by_cdi else ()),
             ("API server", api),
             *((f"server {s}", partial(server_check, s, config, devlist)) for s in sorted(config.servers())),
