@@ -18,6 +18,7 @@ DEVICES: Mapping[Reason, str] = {
     Reason.IN_PLACE_OF: "wait for that pod's end: its device was replugged here and followed by serial number",
     Reason.NOT_CONFIGURED: "wait for its release, or put it back into the configuration",
     Reason.HELD_ELSEWHERE: "end the pod that has it; if that has ended, see [a device is not released][released]",
+    Reason.HANDED_OVER: "wait 10 s at most: nodes offer a released device one after another, so that one pod gets it",
     Reason.LOST: "bring server and device back: [UsbipDeviceLost]",
     Reason.LOCK_LOST: "wait: it is being detached; see [UsbipLockLost]",
     Reason.SERVER_UNREACHABLE: "see [the server does not answer][server]",

@@ -231,6 +231,7 @@ class Reason(enum.Enum):
     NOT_CONFIGURED = "removed from the configuration"
     HOLDER_EXPIRED = "holder expired; can be taken over"
     HELD_ELSEWHERE = "held by another node"
+    HANDED_OVER = "just released; another node offers it first"
     LOST = "attachment lost, re-attaching"
     LOCK_LOST = "lock lost to another node"
     SERVER_UNREACHABLE = "server unreachable"

@@ -20,6 +20,7 @@ from usbip_plugin.clock import Clock
 from usbip_plugin.config.schema import Config
 from usbip_plugin.errors import KubeUnreachable
 from usbip_plugin.kube.client import KubeClient
+from usbip_plugin.kube.fleet import Fleet
 from usbip_plugin.kubelet.plugins import SocketRegistrar
 from usbip_plugin.kubelet.pod_resources import GrpcPodResources
 from usbip_plugin.kubelet.registration import PluginDirectory
@@ -49,7 +50,7 @@ class Setup:
     """Configuration of a World, and replacements for its doubles. Each make_... function gets the node's name.
 
     make_driver: also gets the node's simulated kernel.
-    make_count: returns a function that counts the nodes; without it each agent counts one node.
+    make_count: returns a function that returns the nodes; without it each agent counts one node.
     make_clock: replaces `clock`.
     make_kube: makes a client of an API server for everything but Leases: Node status, and pods with kube_has_pods.
     kube_has_pods: the agent gets its pods from the API server instead of the fake kubelet.
@@ -66,7 +67,7 @@ class Setup:
     make_leases: Callable[[str], LeaseStore] | None = None
     make_kube: Callable[[str], KubeClient] | None = None
     make_specs: Callable[[str], SpecFiles] | None = None
-    make_count: Callable[[str], Callable[[], Awaitable[int]]] | None = None
+    make_count: Callable[[str], Callable[[], Awaitable[Fleet]]] | None = None
     make_clock: Callable[[str], Clock] | None = None
     kube_has_pods: bool = False
 

@@ -18,6 +18,7 @@ from tests.rigs.fake_api import NAMESPACE
 from tests.rigs.node_rig import Node, Places, run
 from usbip_plugin.cli.main import main
 from usbip_plugin.cli.parser import Exit
+from usbip_plugin.kube.fleet import MAX_NAMED
 from usbip_plugin.model import PodRef, Reason, ServerKey
 from usbip_plugin.node import daemon
 from usbip_plugin.node.memory import TLS_BUFFER_BYTES
@@ -74,7 +75,7 @@ def test_a_process_allocates_a_device_and_leaves_it_attached_for_its_successor(
         (event,) = [request.body for request in node.api.requests if request.right == "create events"]
         assert (event["reason"], event["regarding"]["name"]) == ("DeviceAttached", "reader")
         await node.until_allocatable(1)
-        counted = [request for request in node.api.requests if request.params.get("limit") == "1"]
+        counted = [request for request in node.api.requests if request.params.get("limit") == str(MAX_NAMED)]
         assert {(request.right, request.namespace) for request in counted} == {("list pods", NAMESPACE)}, (
             "nodes are counted"
         )

@@ -19,6 +19,7 @@ from usbip_plugin.attach.cdi import device_name
 from usbip_plugin.attach.usage import ALLOCATION_GRACE
 from usbip_plugin.claims import IN_USE, ClaimState
 from usbip_plugin.inventory.health import API_GRACE
+from usbip_plugin.inventory.turns import OFFERED_BY_ALL_S
 from usbip_plugin.kubelet.allocate import PRE_START_WAIT
 from usbip_plugin.locks import record
 from usbip_plugin.locks.record import Lease
@@ -45,6 +46,8 @@ API_AWAY_S = WATCH_IDLE_S + API_GRACE + 10.0
 """Limit of a free device that is Healthy without an API server. A watch must find out that the server is silent."""
 DEAD_PORT_S = DEAD_PEER_S + 5.0
 """Limit of a port whose connection is dead at the server."""
+TURN_S = OFFERED_BY_ALL_S + 1.0
+"""Limit of a device that a node leaves to others since its release."""
 ROBBED_S = 20.0
 """Limit of an attachment or an import of a node whose lock was taken away."""
 
@@ -56,6 +59,9 @@ def served(cluster: Cluster, node: ClusterNode) -> frozenset[str]:
         lease = cluster.backend.leases.get(key.id)
         found.add((lease.annotations.get(record.IN_PLACE_OF) if lease is not None else None) or key.id)
     return frozenset(found)
+
+
+TURN = "a node's turn comes"
 
 
 class Watch:
@@ -296,6 +302,10 @@ class Watch:
             bad = known.reason is Reason.ATTACHED and device_id not in attached
             if self._for_long(bad, now, STALE_HEALTH_S / node.clock.rate, "health", node.name, device_id):
                 raise Violation("attached is true", f"{node.name}: {self._keys.get(device_id)}")
+            lock = agent.locks.locks.get(device_id)
+            waits, epoch = known.reason is Reason.HANDED_OVER, lock.epoch if lock is not None else 0
+            if self._for_long(waits, now, TURN_S / node.clock.rate, "turn", node.name, device_id, epoch):
+                raise Violation(TURN, f"{node.name}: {self._keys.get(device_id)}")
             away = node.partitioned and known.healthy and device_id not in agent.claims.view
             if self._for_long(away, now, API_AWAY_S / node.clock.rate, "away", node.name, device_id):
                 raise Violation(

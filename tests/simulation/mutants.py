@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tests.model.lock_mutants import amended_by_anybody, any_boot_is_mine, for_ever, whoever_holds_it
+from tests.simulation.invariants import TURN
 from tests.simulation.node_statuses import KNOWN, SAID
 from tests.simulation.plan import Plan
 from tests.simulation.play import Wrong, patched
@@ -16,7 +17,7 @@ from usbip_plugin.attach.pipeline import Pipeline
 from usbip_plugin.attach.release import Releaser
 from usbip_plugin.claims import Claim, ClaimState
 from usbip_plugin.errors import KubeUnreachable
-from usbip_plugin.inventory import health
+from usbip_plugin.inventory import health, turns
 from usbip_plugin.kube.node_status import NodeStatusPublisher
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer
 from usbip_plugin.kubelet.publish import KubeletPublisher
@@ -330,6 +331,13 @@ OTHERS = (
         ANOTHER,
         (SWAPPED,),
         patched(Pipeline, "_enumerate", any_serial_number_will_do),
+    ),
+    Mutant(
+        "turns",
+        "the next turn never comes",
+        TURN,
+        (END,),
+        patched(turns, "delay", lambda _place: math.inf),
     ),
     Mutant("Node status", "nothing is written", SAID, (END,), patched(NodeStatusPublisher, "publish", ignore)),
     Mutant(

@@ -15,13 +15,14 @@ from collections.abc import Mapping
 from usbip_plugin.claims import Claim, ClaimState, place_of, serves
 from usbip_plugin.config.selectors import Match, matches
 from usbip_plugin.inventory.snapshot import OfferedDevice, Snapshot
+from usbip_plugin.inventory.turns import OFFERED_BY_ALL_S
 from usbip_plugin.locks.protocol import LockStatus
 from usbip_plugin.model import Descriptor, DeviceKey, Health, Lock, Reason
 from usbip_plugin.usbip.poller import ServerState
 
 _SHOWN = 3
 """Maximum number of devices that one reason names."""
-_FREE = frozenset({Reason.FREE, Reason.HOLDER_EXPIRED})
+_FREE = frozenset({Reason.FREE, Reason.HANDED_OVER, Reason.HOLDER_EXPIRED})
 _AWAY = frozenset({Reason.NOT_LISTED, Reason.LISTED_WRONG, Reason.SERVER_UNREACHABLE})
 
 
@@ -115,6 +116,8 @@ def health(snapshot: Snapshot, offered: OfferedDevice, resource: str) -> Health:
         return Health(Reason.NO_PORT, f"no free {hub} port of vhci_hcd")
     if status is LockStatus.EXPIRED and lock is not None:
         return Health(Reason.HOLDER_EXPIRED, f"{_held_by(lock)}, silent for longer than the lock duration")
+    if device_id in snapshot.awaited:
+        return Health(Reason.HANDED_OVER, f"offered here within {OFFERED_BY_ALL_S:g} s, unless another node takes it")
     return Health(Reason.FREE)
 
 

@@ -17,6 +17,8 @@ from usbip_plugin.inventory.evaluate import Evaluation, Lists, OverlapWarnings, 
 from usbip_plugin.inventory.handover import HandoverTracker, ProbeLimiter, ReplacedDevices
 from usbip_plugin.inventory.members import held_as, update_offered
 from usbip_plugin.inventory.snapshot import OfferedDevice, OfferedDevices, PortSummary, Snapshot
+from usbip_plugin.inventory.turns import Turns
+from usbip_plugin.kube.fleet import Fleet
 from usbip_plugin.locks.manager import LockManager
 from usbip_plugin.locks.watch import LockChange
 from usbip_plugin.model import Health
@@ -40,6 +42,7 @@ class Inventory:
         locks: LockManager,
         poller: ServerPoller,
         driver: VhciDriver,
+        fleet: Callable[[], Fleet],
     ) -> None:
         self._me = context.me
         self._clock = context.clock
@@ -58,6 +61,7 @@ class Inventory:
         self._handovers = HandoverTracker(
             context, locks=locks, poller=poller, spawn=self.spawn, on_trusted=self.invalidate
         )
+        self._turns = Turns(context, fleet=fleet, spawn=self.spawn, on_turn=self.invalidate)
         self._probe_limiter = ProbeLimiter()
         self._replaced_devices = ReplacedDevices(self._probe_limiter)
         self._overlap_warnings = OverlapWarnings()
@@ -143,6 +147,7 @@ class Inventory:
             driver=self._conditions.ports,
             api=self._conditions.api,
             released=self._handovers.released(device_ids),
+            awaited=self._turns.awaited(device_ids),
             probe_limited=self._probe_limiter.probe_limited(self._clock.monotonic()),
             replaced=self._replaced_devices.now(self._locks.locks),
         )
@@ -202,6 +207,7 @@ class Inventory:
         if None not in (before, after) and before != after:
             self._probe_limiter.note(change.device_id, self._clock.monotonic())
         self._handovers.lock_changed(change)
+        self._turns.lock_changed(change)
         taken = change.holder != change.former and change.holder not in ("", self._me.node)
         if taken and self.offering(change.device_id):
             now = self._clock.monotonic()

@@ -71,6 +71,7 @@ class Snapshot:
 
     me: the Kubernetes name of this node.
     released: devices that their holder has released and whose server has not been polled since the device's reset.
+    awaited: released devices that other nodes offer before this one, see turns.Turns.
     moved_here(device_id): the claim on another device that is attached from this device's bus ID.
     probe_limited: devices that handover.ProbeLimiter keeps from being probed again for now.
     replaced: devices whose lock may have the identity of an earlier device, see handover.ReplacedDevices.
@@ -85,6 +86,7 @@ class Snapshot:
     driver: PortSummary = field(default_factory=PortSummary)
     api: ApiStatus = field(default_factory=ApiStatus)
     released: frozenset[str] = frozenset()
+    awaited: frozenset[str] = frozenset()
     moved_here: Callable[[str], Claim | None] = lambda _device_id: None
     probe_limited: frozenset[str] = frozenset()
     replaced: frozenset[str] = frozenset()

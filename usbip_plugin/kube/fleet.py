@@ -1,6 +1,7 @@
-"""Counts the nodes that run the plugin. Each node's share of the polls of a server depends on that number.
+"""Counts the nodes that run the plugin, and learns their names if they are few.
 
-The count needs no right of its own: it lists one pod of the plugin's namespace and reads how many are left
+Each node's share of the polls of a server depends on the number, and its turn to offer a released device on the names.
+The count needs no right of its own: it lists some pods of the plugin's namespace and reads how many are left
 (metadata.remainingItemCount). Other pods in that namespace make every node poll a little less often.
 """
 
@@ -10,6 +11,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
 
 from usbip_plugin.clock import Clock, backoff
 from usbip_plugin.errors import KubeError
@@ -28,31 +30,48 @@ JITTER = (0.8, 1.2)
 """Limits of the random factor on COUNT_INTERVAL_S."""
 UNCOUNTED = 600
 """Nodes that are assumed until the first count succeeds, many enough that they do not overload a server."""
+MAX_NAMED = 32
+"""Maximum number of pods in one answer, of about 8 KB each: the largest fleet whose names are known."""
 
 
-async def count_pods(api: Api, namespace: str) -> int:
-    """Returns the number of pods in a namespace, by one small request. Raises the KubeError family."""
-    path = f"/api/v1/namespaces/{namespace}/pods"
-    answer = await api.request("list", path, resource="pods", params={"limit": "1"}, timeout=COUNT_TIMEOUT_S)
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """The nodes that run the plugin, as last counted.
+
+    names: the names of all of them; empty if there are too many, or none was counted.
+    """
+
+    nodes: int
+    names: frozenset[str] = frozenset()
+
+
+async def count_pods(api: Api, namespace: str) -> Fleet:
+    """Returns the number of pods in a namespace and the names of their nodes, by one request. Raises KubeError."""
+    path, params = f"/api/v1/namespaces/{namespace}/pods", {"limit": str(MAX_NAMED)}
+    answer = await api.request("list", path, resource="pods", params=params, timeout=COUNT_TIMEOUT_S)
     items, left = answer.get("items"), mapping(answer.get("metadata")).get("remainingItemCount")
-    return (len(items) if isinstance(items, list) else 0) + (left if isinstance(left, int) and left > 0 else 0)
+    pods = items if isinstance(items, list) else []
+    if isinstance(left, int) and left > 0:
+        return Fleet(len(pods) + left)
+    names = [mapping(mapping(pod).get("spec")).get("nodeName") for pod in pods]
+    return Fleet(len(pods), frozenset(name for name in names if isinstance(name, str)))
 
 
 class FleetCount:
-    """Number of nodes that run the plugin, counted about twice an hour. A usbip.poller.NodeCount.
+    """Number and names of the nodes that run the plugin, counted about twice an hour. A usbip.poller.NodeCount.
 
-    known() returns only if run() runs. count: returns the number or raises KubeError; 0 counts as 1, this node.
+    known() returns only if run() runs. count: returns the nodes or raises KubeError; 0 counts as 1, this node.
     """
 
-    def __init__(self, count: Callable[[], Awaitable[int]], clock: Clock, rng: random.Random) -> None:
+    def __init__(self, count: Callable[[], Awaitable[Fleet]], clock: Clock, rng: random.Random) -> None:
         self._count, self._clock, self._rng = count, clock, rng
         self._tried = asyncio.Event()
-        self._nodes: int | None = None
+        self.fleet = Fleet(UNCOUNTED)
+        """The nodes at the last count; UNCOUNTED without names before the first one."""
 
     @property
     def nodes(self) -> int:
-        """Number of nodes at the last count, or UNCOUNTED before the first one."""
-        return UNCOUNTED if self._nodes is None else self._nodes
+        return self.fleet.nodes
 
     async def known(self) -> None:
         await self._tried.wait()
@@ -63,7 +82,8 @@ class FleetCount:
         while True:
             try:
                 async with self._clock.timeout(COUNT_TIMEOUT_S):
-                    self._nodes = max(1, await self._count())
+                    counted = await self._count()
+                self.fleet = replace(counted, nodes=max(1, counted.nodes))
             except (KubeError, TimeoutError) as error:
                 wait = next(waits)
                 if not self._tried.is_set():  # a later failure is not logged: the last count stays in use

@@ -34,7 +34,7 @@ REFUSAL_SHARE, REFUSAL_MAX_S = 0.1, 1.0
 USERS_SHARE, FLUSH_SHARE = 0.15, 0.8
 """Shares of refusal_time(): to read which pods have which devices, and to publish. The rest is for the answer."""
 
-_ROUTINE = frozenset({Reason.FREE, Reason.HELD_ELSEWHERE})
+_ROUTINE = frozenset({Reason.FREE, Reason.HELD_ELSEWHERE, Reason.HANDED_OVER})
 
 
 def refusal_time(config: Config) -> float:
@@ -203,6 +203,8 @@ def log_changes(
         with within(lock.traceparent if lock is not None else None):
             if routine and device.health.healthy:
                 log.debug("device available again", extra=extra)
+            elif routine and device.health.reason is Reason.HANDED_OVER:
+                log.debug("device offered by another node first", extra=extra)
             elif routine:
                 log.debug("device taken by another node", extra=extra)
             elif device.health.healthy:

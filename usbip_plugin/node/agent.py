@@ -23,7 +23,7 @@ from usbip_plugin.inventory.inventory import Inventory
 from usbip_plugin.inventory.probe import Prober
 from usbip_plugin.kube.client import KubeClient
 from usbip_plugin.kube.eviction import Evictor
-from usbip_plugin.kube.fleet import FleetCount
+from usbip_plugin.kube.fleet import Fleet, FleetCount
 from usbip_plugin.kube.node_status import NodeStatusPublisher, WriteCounts, patch_status
 from usbip_plugin.kube.pods import OwnPods, PodView
 from usbip_plugin.kubelet.allocate import Allocator
@@ -78,7 +78,7 @@ class AgentDependencies:
     pods: the pods of the node; None to watch them through kube.
     evict(pod, cause): begins the eviction of a pod; None to evict through kube.
     write_counts: writes allocatable counts on the Node; None to write them through kube.
-    count_nodes: returns how many nodes run the plugin, raises KubeError if that is not known; None for one node.
+    count_nodes: returns the nodes that run the plugin, raises KubeError if they are not known; None for one node.
     """
 
     me: NodeIdentity
@@ -95,7 +95,7 @@ class AgentDependencies:
     pods: PodView | None = None
     evict: Callable[[PodRef, str], None] | None = None
     write_counts: WriteCounts | None = None
-    count_nodes: Callable[[], Awaitable[int]] | None = None
+    count_nodes: Callable[[], Awaitable[Fleet]] | None = None
 
 
 class Agent:
@@ -132,7 +132,13 @@ class Agent:
             observer.on_acquire,
         )
         self.inventory = Inventory(
-            context, config, claims=self.claims, locks=self.locks, poller=self.poller, driver=out.driver
+            context,
+            config,
+            claims=self.claims,
+            locks=self.locks,
+            poller=self.poller,
+            driver=out.driver,
+            fleet=lambda: self.fleet.fleet if self.fleet is not None else Fleet(1),
         )
         # devices in use
         self.evictor = (

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from usbip_plugin.claims import ClaimState
 from usbip_plugin.errors import DetachFailed, KubeUnreachable
+from usbip_plugin.kube.fleet import Fleet
 from usbip_plugin.kube.node_status import KUBELET_SYNC_S
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer
 from usbip_plugin.kubelet.plugins import Plugin
@@ -140,10 +141,11 @@ class ClusterNode:
         self.evicted.append(pod)
         self.eviction_causes.append(cause)
 
-    async def _count_nodes(self) -> int:
+    async def _count_nodes(self) -> Fleet:
         if self.partitioned:
             raise KubeUnreachable("list", "pods", "connection refused")
-        return self._cluster.spec.fleet or len(self._cluster.spec.names)
+        names = self._cluster.spec.names
+        return Fleet(self._cluster.spec.fleet) if self._cluster.spec.fleet else Fleet(len(names), frozenset(names))
 
     async def stop(self) -> None:
         """Ends the agent in order, as SIGTERM does; attachments, locks and pods stay.

@@ -57,6 +57,9 @@ def health_of(now: Snapshot) -> Health:
         (snapshot(api=ApiStatus(API_GRACE - 1, "gone")), Reason.FREE, ""),
         (snapshot(driver=PortSummary("not loaded", 0, 0)), Reason.NO_DRIVER, "not loaded"),
         (snapshot(driver=PortSummary(None, 0, 8)), Reason.NO_PORT, "hs"),
+        (snapshot(awaited=frozenset({KEY.id})), Reason.HANDED_OVER, "within 10 s"),
+        (snapshot(awaited=frozenset({KEY.id}), servers={LAB: view()}), Reason.NOT_LISTED, "1-1"),
+        (snapshot(**claim(ClaimState.RELEASING), awaited=frozenset({KEY.id})), Reason.IN_PROGRESS, "Releasing"),
     ],
 )
 def test_a_reason_says_what_makes_the_device_available_or_unavailable(

@@ -12,26 +12,39 @@ import pytest
 from tests.rigs.api_double import ApiDouble
 from tests.rigs.tasks import background
 from usbip_plugin.errors import KubeForbidden, KubeUnreachable
-from usbip_plugin.kube.fleet import COUNT_INTERVAL_S, COUNT_TIMEOUT_S, RETRY_MAX_S, UNCOUNTED, FleetCount, count_pods
+from usbip_plugin.kube.fleet import (
+    COUNT_INTERVAL_S,
+    COUNT_TIMEOUT_S,
+    MAX_NAMED,
+    RETRY_MAX_S,
+    UNCOUNTED,
+    Fleet,
+    FleetCount,
+    count_pods,
+)
 from usbip_sim.virtual.loop import SimClock, virtual
+
+A, B = ({"spec": {"nodeName": name}} for name in ("a", "b"))
 
 
 @pytest.mark.parametrize(
-    ("answer", "nodes"),
+    ("answer", "fleet"),
     [
-        ({"items": [{}], "metadata": {"remainingItemCount": 199}}, 200),
-        ({"items": [{}], "metadata": {}}, 1),
-        ({"items": [], "metadata": {}}, 0),
-        ({"items": None, "metadata": None}, 0),
-        ({"items": [{}], "metadata": {"remainingItemCount": -7}}, 1),
-        ({"items": [{}], "metadata": {"remainingItemCount": "many"}}, 1),
+        ({"items": [A, B, B], "metadata": {}}, Fleet(3, frozenset({"a", "b"}))),
+        ({"items": [A], "metadata": {"remainingItemCount": 199}}, Fleet(200)),
+        ({"items": [{}, {"spec": None}, {"spec": {"nodeName": 7}}, None], "metadata": {}}, Fleet(4)),
+        ({"items": [], "metadata": {}}, Fleet(0)),
+        ({"items": None, "metadata": None}, Fleet(0)),
+        ({"items": [A], "metadata": {"remainingItemCount": -7}}, Fleet(1, frozenset({"a"}))),
+        ({"items": [A], "metadata": {"remainingItemCount": "many"}}, Fleet(1, frozenset({"a"}))),
     ],
 )
-def test_a_list_of_one_pod_has_the_number_of_pods(answer: dict[str, Any], nodes: int) -> None:
+def test_one_list_has_the_number_of_pods_and_the_names_of_few_nodes(answer: dict[str, Any], fleet: Fleet) -> None:
     api = ApiDouble(answer=lambda _call: answer)
-    assert asyncio.run(count_pods(api, "usbip-system")) == nodes
+    assert asyncio.run(count_pods(api, "usbip-system")) == fleet
     (call,) = api.calls
-    assert (call.verb, call.path, call.params) == ("list", "/api/v1/namespaces/usbip-system/pods", {"limit": "1"})
+    assert (call.verb, call.path) == ("list", "/api/v1/namespaces/usbip-system/pods")
+    assert call.params == {"limit": str(MAX_NAMED)}
 
 
 class Counting:
@@ -42,14 +55,14 @@ class Counting:
         self.counts = 0
         self.fleet = FleetCount(self.count, SimClock(asyncio.get_running_loop()), random.Random(1))
 
-    async def count(self) -> int:
+    async def count(self) -> Fleet:
         self.counts += 1
         if self.there is None:
             await asyncio.Event().wait()
         if isinstance(self.there, Exception):
             raise self.there
         assert self.there is not None
-        return self.there
+        return Fleet(self.there)
 
 
 @virtual

@@ -1,0 +1,111 @@
+"""Decides when this node offers a device that was just released: the nodes offer it one after another.
+
+If all nodes offered it at once, the scheduler would send a waiting pod to each, and all pods except one would fail.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Collection, Coroutine
+
+from usbip_plugin.context import NodeContext
+from usbip_plugin.kube.fleet import Fleet
+from usbip_plugin.locks.watch import LockChange
+
+SLOT_S = 1.25
+"""Seconds between the turns of two nodes: the time from an offer until a waiting pod's Allocate has the lock.
+
+Scheduler and kubelet need 0.1 s, on a busy machine up to 1 s. The job controller makes the next pod up to 1 s after one
+has ended; with slots of 1 s, a simulated job of 20 pods had up to 2 failed pods, with 1.25 s none in 16 runs.
+"""
+
+OFFERED_BY_ALL_S = 10.0
+"""Seconds from a release until every node offers the device, whatever its turn: as long as a kubelet's status sync."""
+
+
+OVER = -math.inf
+
+
+def rank(fleet: Fleet, node: str, change: LockChange) -> int:
+    """Returns how many nodes offer the released device before this one. Other nodes may have the same rank.
+
+    The former holder is the first: it offers the device from the end of its pod on, and a pod may be on its way there.
+    If no pod had the device, an Allocate may have failed there, and another node is first, too. The order of the other
+    nodes changes with the epoch. Their ranks differ if the fleet has names.
+    """
+    epoch = change.new.epoch if change.new is not None else 0
+    used = change.old is not None and change.old.pod is not None
+
+    def draw(name: str) -> int:
+        return int.from_bytes(hashlib.sha256(f"{epoch}/{change.device_id}/{name}".encode()).digest()[:8])
+
+    if node == change.former:
+        return 0
+    if fleet.names:
+        before = sum(draw(name) < draw(node) for name in fleet.names - {change.former})
+    else:
+        before = draw(node) * max(1, fleet.nodes - 1) >> 64
+    return before + used
+
+
+def delay(place: int) -> float:
+    """Returns the seconds from a release until the node with this rank offers the device.
+
+    Rank 0 offers it at once, ranks 1 and 2 after one and two slots. Each further slot has twice as many nodes as the
+    one before, evenly spaced, so that 10 s are enough for hundreds of nodes.
+    """
+    doublings = max(0, place.bit_length() - 1)
+    return min(OFFERED_BY_ALL_S, SLOT_S * (doublings + place / (1 << doublings)))
+
+
+class Turns:
+    """The released devices that other nodes offer before this one. One task for each of them, and no requests.
+
+    A device is offered at once if this process has not seen its release. A taken lock ends all turns.
+
+    fleet: returns the nodes that run the plugin.
+    spawn: starts a coroutine in a task.
+    on_turn(device_id): called when this node's turn comes.
+    """
+
+    def __init__(
+        self,
+        context: NodeContext,
+        *,
+        fleet: Callable[[], Fleet],
+        spawn: Callable[[Coroutine[object, object, None]], None],
+        on_turn: Callable[[str], None],
+    ) -> None:
+        self._me = context.me.node
+        self._clock = context.clock
+        self._fleet = fleet
+        self._spawn = spawn
+        self._on_turn = on_turn
+        self._due: dict[str, float] = {}
+        """By device ID: when this node's turn comes, in seconds on the monotonic clock; OVER if a node has the lock."""
+
+    def lock_changed(self, change: LockChange) -> None:
+        """Begins the turns of a device that its holder has released, and ends those of one that a node has taken."""
+        known = change.device_id in self._due
+        if change.holder or change.new is None:
+            if known:
+                self._due[change.device_id] = OVER
+        elif change.former:
+            left = delay(rank(self._fleet(), self._me, change))
+            if known or left > 0:
+                self._due[change.device_id] = self._clock.monotonic() + left
+            if left > 0 and not known:
+                self._spawn(self._wait(change.device_id))
+
+    def awaited(self, device_ids: Collection[str] | None = None) -> frozenset[str]:
+        """Returns which of these devices (None for all) this node does not offer yet, because others are first."""
+        now = self._clock.monotonic()
+        due = self._due if device_ids is None else {i: self._due[i] for i in device_ids if i in self._due}
+        return frozenset(i for i, at in due.items() if at > now)
+
+    async def _wait(self, device_id: str) -> None:
+        while (left := self._due[device_id] - self._clock.monotonic()) > 0:
+            await self._clock.sleep(left)
+        if self._due.pop(device_id) > OVER:
+            self._on_turn(device_id)
