@@ -51,7 +51,10 @@ class Bench:
         self.skipped: list[Skipped] = []
 
     def measure(self, work: Coroutine[None, None, list[Row]]) -> None:
-        for row in asyncio.run(work):
+        self.add(asyncio.run(work))
+
+    def add(self, rows: list[Row]) -> None:
+        for row in rows:
             self.rows.append(row)
             print(line(row), flush=True)
 
@@ -62,12 +65,13 @@ class Bench:
 
 def doubles(bench: Bench, counts: Counts) -> None:
     """Measures with doubles only."""
-    from bench import bench_allocate, bench_watch
+    from bench import bench_allocate, bench_handover, bench_watch
 
     bench.measure(bench_allocate.allocate(None, counts.allocates))
     bench.measure(bench_allocate.unanswered(counts.unanswered))
     bench.measure(bench_allocate.among_many(counts.allocates))
     bench.measure(bench_watch.watch())
+    bench.add(bench_handover.handover())
 
 
 def api_server(bench: Bench, counts: Counts) -> None:

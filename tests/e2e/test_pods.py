@@ -28,8 +28,8 @@ from tests.e2e.placements import Placements, caught_up, followed
 from tests.e2e.workloads import deployment, pod, pod_spec, run_pod
 
 COMPLETIONS = 20
-FAILED_IN_JOB = 2
-"""Pods of the job that may fail without room on their Node, or just after another has failed there."""
+FAILED_IN_JOB = 1
+"""Pods of the job that may fail: the first two may meet on one of two devices that all nodes offer."""
 
 
 def pending(one: Object) -> bool:
@@ -191,19 +191,19 @@ async def test_a_job_of_many_pods_completes_over_two_devices(
         assert ended["status"]["succeeded"] == COMPLETIONS
         figures.add(f"failed pods in a job of {COMPLETIONS}, repeated", len(placements.repeated()))
         _denials_are_published(placements, "jobs")
-        assert len(placements.without_room()) <= FAILED_IN_JOB, placements.without_room()
-        assert len(placements.repeated()) <= FAILED_IN_JOB, placements.repeated()
+        assert len(placements.failures()) <= FAILED_IN_JOB, placements.failures()
 
 
 @pytest.mark.short
-async def test_contested_handovers_fail_at_most_one_pod_each(
+async def test_contested_handovers_fail_no_pod_but_in_one_of_twenty(
     cluster: ClusterView, image: str, figures: Figures, pytestconfig: pytest.Config
 ) -> None:
     """Two replicas request one device that two nodes offer. Each round deletes the pod that holds it.
 
-    A failed pod counts if it was bound although its Node's status had no device, or after another pod failed there
-    without a new count. The first failure is a fair race; the next pod must go to another node, or wait.
+    The nodes offer it one after another, so that one pod is placed and the other waits. If a pod fails all the same,
+    its Node shows that before the next pod is bound.
     """
+    lost = 0
     rounds = int(pytestconfig.getoption("--rounds"))
     async with followed(cluster, "solo") as placements:
         await cluster.create("deployments", deployment("rivals", pod_spec(image, "solo"), 2))
@@ -220,10 +220,12 @@ async def test_contested_handovers_fail_at_most_one_pod_each(
             figures.add("contested handover, s", time.monotonic() - begin)
             await caught_up(cluster, placements)
             figures.add("failed pods per contested handover", len(placements.failures()) - failures)
+            lost += len(placements.failures()) > failures
             without_room = placements.without_room()[placed:]
             figures.add("failed pods per contested handover, without room", len(without_room))
             assert len(without_room) <= 1, without_room
             assert len(placements.repeated()) - repeated <= 1, placements.repeated()
+        assert lost <= max(1, rounds // 20), f"{lost} of {rounds} handovers: {placements.failures()}"
         _denials_are_published(placements, "solo")
 
 
